@@ -38,15 +38,15 @@ KERNELS := setup.py $(wildcard $(CSRC)/*)
         sanitize-tiles kernels-arm kernels-windows kernels-windows-of wheels clean
 
 demo: $(VENV)/.run
-	precision=$$($(BIN)/python -c "from deltaw.kernels import loader; print('fp32' if loader.why_not() else 'int8')") \
+	precision=$$($(BIN)/python -c "from deltaw.kernels import loader; print('fp32' if loader.unavailable_reason() else 'int8')") \
 	&& $(BIN)/deltaw train examples/demo.yaml --precision $$precision \
-	&& $(BIN)/deltaw eval runs/demo --precision $$precision --base --answers 6 --general 6
+	&& $(BIN)/deltaw eval runs/demo --precision $$precision --with-base --answers 6 --general 6
 	@cat examples/next-steps.txt
 
 reward: $(VENV)/.run
 	$(BIN)/python examples/rows.py lower-case
 	$(BIN)/deltaw train examples/reward.yaml
-	$(BIN)/deltaw eval runs/reward --base --samples 4 --answers 4
+	$(BIN)/deltaw eval runs/reward --with-base --samples 4 --answers 4
 
 distill: $(VENV)/.run
 	$(BIN)/deltaw train examples/distill.yaml
@@ -54,7 +54,7 @@ distill: $(VENV)/.run
 embedding: $(VENV)/.run
 	$(BIN)/python examples/rows.py docstrings
 	$(BIN)/deltaw train examples/embedding.yaml
-	$(BIN)/deltaw eval runs/embedding --base
+	$(BIN)/deltaw eval runs/embedding --with-base
 
 test: $(VENV)/.dev
 	test -z "$$DELTAW_KERNELS" || $(BIN)/python setup.py --quiet build_ext --inplace  # the variant that it names, too

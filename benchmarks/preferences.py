@@ -2,13 +2,13 @@
 
     python benchmarks/preferences.py [--data headlines reviews] [--pairs 64] [--repeats 2] [--sides ...]
 
-SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, one epoch. Every side gets the same tokens in the
-same order, trains in a process of its own, and the sides alternate. TRL is shown in fp32 and in bf16, with
-the reference's log-probabilities computed in each step (by the model with its adapter disabled), with those
-computed first and kept, and, for the memory, with a second model as the reference.
+SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, one epoch. Every side trains in its own process on the same
+tokens in the same order, and the sides alternate. TRL runs in fp32 and bf16. Its reference log-probabilities are
+computed in each step (by the model with its adapter disabled), precomputed, or computed by a second model, which is the
+baseline for the memory.
 
-Pairs per second are those of the steps alone and, in the next column, of the steps with the pass that
-computes the reference's log-probabilities first. TRL's best is the fastest of its sides in each column.
+Pairs per second are given for the steps only, and including the pass that precomputes the reference log-probabilities.
+TRL's best is the fastest of its sides in each column.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ SIDES: dict[str, dict] = {
     **{f"deltaw {p}": {"side": "deltaw", "precision": p} for p in ("auto", "int8", "bf16", "fp32")},
     "deltaw auto, sharing off": {"side": "deltaw", "precision": "auto", "share": False},
     **{
-        f"TRL {precision}{', ' if how else ''}{how}": {"side": "trl", "precision": precision, "reference": key}
+        f"TRL {precision}{', ' if label else ''}{label}": {"side": "trl", "precision": precision, "reference": key}
         for precision in ("fp32", "bf16")
-        for how, key in (("", "adapter off"), ("reference first", "first"), ("second model", "model"))
+        for label, key in (("", "adapter off"), ("reference first", "first"), ("second model", "model"))
     },
     "TRL bf16, bf16 factors, reference first": {
         "side": "trl",
@@ -46,62 +46,62 @@ SIDES: dict[str, dict] = {
         "bf16_factors": True,
     },
 }
-USUAL = ["deltaw auto", "deltaw int8", "TRL fp32, reference first", "TRL fp32, second model"]
+DEFAULT_SIDES = ["deltaw auto", "deltaw int8", "TRL fp32, reference first", "TRL fp32, second model"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", nargs="+", choices=list(TEMPLATES), default=list(TEMPLATES), metavar="ROWS")
     parser.add_argument("--pairs", type=int, default=64)
-    parser.add_argument("--batch-size", type=int, default=8, help="pairs a step")
+    parser.add_argument("--batch-size", type=int, default=8, help="pairs per step")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--sides", nargs="+", default=USUAL, choices=list(SIDES), metavar="SIDE")
+    parser.add_argument("--sides", nargs="+", default=DEFAULT_SIDES, choices=list(SIDES), metavar="SIDE")
     parser.add_argument("--json", type=Path, default=None)
-    given = parser.parse_args()
+    args = parser.parse_args()
     threads = choose_threads().value
-    every = {name: measured(name, given, threads) for name in given.data}
-    for name, results in every.items():
-        report(name, results, given)
+    all_results = {name: measure(name, args, threads) for name in args.data}
+    for name, results in all_results.items():
+        report(name, results, args)
     print_machine(threads)
-    if given.json:
-        given.json.write_text(json.dumps(every, indent=1))
+    if args.json:
+        args.json.write_text(json.dumps(all_results, indent=1))
 
 
-def measured(name: str, given: argparse.Namespace, threads: int) -> dict[str, list[dict]]:
-    """All sides on these rows: results by side."""
-    loaded = load(MODEL, precision="bf16", device="cpu", say=print)
+def measure(name: str, args: argparse.Namespace, threads: int) -> dict[str, list[dict]]:
+    """Run all sides on these rows. Return results by side."""
+    loaded = load(MODEL, precision="bf16", device="cpu", log=print)
     folder = loaded.model.config._name_or_path
     results: dict[str, list[dict]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        write_pairs(name, given.pairs, work / "pairs.jsonl")
+        write_pairs(name, args.pairs, work / "pairs.jsonl")
         settings = DataSettings(
             train=str(work / "pairs.jsonl"), template=TEMPLATES[name], eval=None, max_length=512, long_rows="cut"
         )
-        pairs = PairReader(settings, loaded.tokenizer).prepared().train
+        pairs = PairReader(settings, loaded.tokenizer).prepare().train
         del loaded
         rows = [
             [{"tokens": row.tokens.tolist(), "is_label": row.is_label.tolist()} for row in pair.rows] for pair in pairs
         ]
         (work / "rows.json").write_text(json.dumps(rows))
         print(f"{name}: {len(pairs)} pairs, {sum(map(len, pairs))} tokens", flush=True)
-        for repeat in range(given.repeats):
-            for side in given.sides:
+        for repeat in range(args.repeats):
+            for side in args.sides:
                 job = {
                     "share": True,
                     **SIDES[side],
                     "model": MODEL,
                     "folder": folder,
                     "rows": str(work / "rows.json"),
-                    "batch_size": given.batch_size,
+                    "batch_size": args.batch_size,
                     "threads": threads,
                     "output": str(work / f"out-{repeat}"),
                 }
-                found = run(job, work)
-                results.setdefault(side, []).append(found)
+                result = run(job, work)
+                results.setdefault(side, []).append(result)
                 print(
-                    f"{side:40} {found['steps']:6.2f} pairs/s, with the reference {found['whole']:6.2f}, "
-                    f"{found['peak_bytes'] / 1e6:6.0f} MB, loss {found['loss']:.4f}",
+                    f"{side:40} {result['steps']:6.2f} pairs/s, with the reference {result['whole']:6.2f}, "
+                    f"{result['peak_bytes'] / 1e6:6.0f} MB, loss {result['loss']:.4f}",
                     flush=True,
                 )
     return results
@@ -111,46 +111,48 @@ def run(job: dict, work: Path) -> dict:
     """Run one side in a new process and return its results."""
     (work / "job.json").write_text(json.dumps(job))
     script = Path(__file__).with_name("preferences_side.py")
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, str(script), str(work / "job.json")],
         capture_output=True,
         text=True,
         env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(job["threads"])},
     )
-    for line in done.stdout.splitlines():
+    for line in process.stdout.splitlines():
         if line.startswith("RESULT "):
             return json.loads(line.removeprefix("RESULT "))
-    raise SystemExit(f"{job['side']} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    raise SystemExit(f"{job['side']} failed:\n{process.stdout[-2000:]}\n{process.stderr[-4000:]}")
 
 
-def report(name: str, results: dict[str, list[dict]], given: argparse.Namespace) -> None:
-    """A table: medians, ratios to TRL's best, and memory as a share of TRL's with a second model."""
+def report(name: str, results: dict[str, list[dict]], args: argparse.Namespace) -> None:
+    """Print a table of medians, ratios to TRL's best, and memory relative to TRL with a second model."""
     best = {key: _best(results, key) for key in ("steps", "whole")}
     explicit = [side for side in results if side.endswith("second model")]
     print(
-        f"\n| {name}, {given.batch_size} pairs a step | pairs/s, steps alone | times TRL's best "
+        f"\n| {name}, {args.batch_size} pairs per step | pairs/s, steps only | times TRL's best "
         "| with the reference | times TRL's best | peak | of TRL's with a second model | loss |"
     )
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for side, found in results.items():
+    for side, runs in results.items():
         cells = []
         for key in ("steps", "whole"):
-            cells.append(f"{_median(found, key):.2f}")
+            cells.append(f"{_median(runs, key):.2f}")
             peer = best[key]
-            each = [one[key] / two[key] for one, two in zip(found, results[peer], strict=True)] if peer else []
-            cells.append(f"{statistics.median(each):.2f}" if each else "")
-        peak = _median(found, "peak_bytes")
+            ratios = (
+                [run[key] / peer_run[key] for run, peer_run in zip(runs, results[peer], strict=True)] if peer else []
+            )
+            cells.append(f"{statistics.median(ratios):.2f}" if ratios else "")
+        peak = _median(runs, "peak_bytes")
         shares = [f"{peak / _median(results[other], 'peak_bytes'):.0%}" for other in explicit]
-        cells += [f"{peak / 1e6:,.0f} MB", ", ".join(shares), f"{_median(found, 'loss'):.4f}"]
+        cells += [f"{peak / 1e6:,.0f} MB", ", ".join(shares), f"{_median(runs, 'loss'):.4f}"]
         print(f"| {side} | " + " | ".join(cells) + " |")
     if explicit:
         print("TRL with a second model: " + ", ".join(explicit))
     for key, peer in best.items():
         if peer:
             print(f"TRL's best here, {key}: {peer}")
-    for side, found in results.items():
-        if "how" in found[-1]:
-            print(f"{side}: {found[-1]['how']}")
+    for side, runs in results.items():
+        if "how" in runs[-1]:
+            print(f"{side}: {runs[-1]['how']}")
 
 
 def _best(results: dict[str, list[dict]], key: str) -> str | None:
@@ -159,7 +161,7 @@ def _best(results: dict[str, list[dict]], key: str) -> str | None:
 
 
 def _median(runs: list[dict], key: str) -> float:
-    return statistics.median(found[key] for found in runs)
+    return statistics.median(run[key] for run in runs)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One side of `benchmarks/preferences.py`, in a process of its own: train, print one JSON line."""
+"""One side of `benchmarks/preferences.py`: train in this process and print a line of JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def deltaw_side(job: dict) -> dict:
     from deltaw.data.example import Example, RowGroup
     from deltaw.hub.loading import load
     from deltaw.lora import LoRAConfig, adapter_parameters, attach
-    from deltaw.machine.memory import keep_freed_memory
+    from deltaw.machine.memory import retain_freed_memory
     from deltaw.runtime.quantized_weights import quantize_int8
     from deltaw.task_settings import PreferenceSettings
     from deltaw.training.loop import train
@@ -30,7 +30,7 @@ def deltaw_side(job: dict) -> dict:
     from deltaw.training.tasks.causal import PreferenceTask
     from deltaw.training.tasks.causal_batcher import choose_causal_batcher
 
-    loaded = load(job["model"], precision=job["precision"], device="cpu", say=lambda line: None)
+    loaded = load(job["model"], precision=job["precision"], device="cpu", log=lambda line: None)
     model, precision = loaded.model, loaded.choices["precision"]
     pairs = [
         RowGroup(
@@ -44,14 +44,14 @@ def deltaw_side(job: dict) -> dict:
         tokens = torch.cat([torch.tensor(pair[0]["tokens"]) for pair in job["rows"][:40]])[None, :512]
         quantize_int8(model.base_model, lambda: model.base_model(input_ids=tokens))
     batcher, _ = choose_causal_batcher(model, pairs, device="cpu", share=job["share"])
-    keep_freed_memory()  # as the command line does
+    retain_freed_memory()  # like the command line
     task = PreferenceTask(loaded.tokenizer, settings=PreferenceSettings(loss="dpo", beta=BETA))
-    begun = time.perf_counter()
-    pairs = list(task.referenced(model, pairs, batcher))
-    first = time.perf_counter() - begun
+    start = time.perf_counter()
+    pairs = list(task.add_reference_log_probs(model, pairs, batcher))
+    reference_seconds = time.perf_counter() - start
     attach(model, LoRAConfig(rank=RANK, alpha=ALPHA), seed=0)
     objective = task.objective(model)
-    with task.running(model, batcher):
+    with task.model_context(model, batcher):
         outcome = train(
             objective,
             [p for _, p in adapter_parameters(model)],
@@ -62,8 +62,8 @@ def deltaw_side(job: dict) -> dict:
             batch_size=job["batch_size"],
             schedule="linear",
         )
-    how = f"{precision.value} ({precision.why}), {kernels_text()}"
-    return {"seconds": outcome.seconds, "first": first, "loss": outcome.loss, "how": how}
+    arithmetic = f"{precision.value} ({precision.why}), {kernels_text()}"
+    return {"seconds": outcome.seconds, "first": reference_seconds, "loss": outcome.loss, "how": arithmetic}
 
 
 def trl_side(job: dict) -> dict:
@@ -77,15 +77,15 @@ def trl_side(job: dict) -> dict:
     from deltaw.data.packing import epoch_order
 
     class GivenTokens(DPOTrainer):
-        """Takes pairs that are tokens already."""
+        """Trainer for pairs that are already tokenized."""
 
-        def _prepare_dataset(self, dataset, *args, **named):  # type: ignore[no-untyped-def]
+        def _prepare_dataset(self, dataset, *args, **kwargs):  # type: ignore[no-untyped-def]
             return dataset
 
-        def _precompute_ref_logps(self, *args, **named):  # type: ignore[no-untyped-def]
-            begun = time.perf_counter()
-            dataset = super()._precompute_ref_logps(*args, **named)
-            self.first = time.perf_counter() - begun
+        def _precompute_ref_logps(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+            start = time.perf_counter()
+            dataset = super()._precompute_ref_logps(*args, **kwargs)
+            self.first = time.perf_counter() - start
             return dataset
 
     torch.set_num_threads(job["threads"])
@@ -93,10 +93,10 @@ def trl_side(job: dict) -> dict:
     model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=dtype)
     torch.manual_seed(0)
     adapter = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
-    second = None
+    reference_model = None
     if job["reference"] == "model":
-        second = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=dtype)
-    if second is not None or job.get("bf16_factors"):
+        reference_model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=dtype)
+    if reference_model is not None or job.get("bf16_factors"):
         model = get_peft_model(model, adapter, autocast_adapter_dtype=not job.get("bf16_factors"))
         adapter = None
     order = epoch_order(len(job["rows"]), 0, seed=0)
@@ -122,19 +122,19 @@ def trl_side(job: dict) -> dict:
     )
     trainer = GivenTokens(
         model=model,
-        ref_model=second,
+        ref_model=reference_model,
         args=settings,
-        train_dataset=Dataset.from_list([_columns(job["rows"][place]) for place in order]),
+        train_dataset=Dataset.from_list([_columns(job["rows"][index]) for index in order]),
         processing_class=AutoTokenizer.from_pretrained(job["folder"]),
         peft_config=adapter,
     )
-    done = trainer.train()
-    first = getattr(trainer, "first", 0.0)
-    return {"seconds": done.metrics["train_runtime"], "first": first, "loss": done.training_loss}
+    result = trainer.train()
+    reference_seconds = getattr(trainer, "first", 0.0)
+    return {"seconds": result.metrics["train_runtime"], "first": reference_seconds, "loss": result.training_loss}
 
 
 def _columns(pair: list[dict]) -> dict[str, list[int]]:
-    """A pair as TRL's collator takes it."""
+    """Return a pair in the format of TRL's collator."""
     chosen, rejected = pair
     prompt = chosen["is_label"].index(True)
     return {

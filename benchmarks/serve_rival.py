@@ -1,8 +1,8 @@
-"""llama.cpp's server with LoRA adapters, from the package xllamacpp, until its standard input ends.
+"""Run llama.cpp's server with LoRA adapters (package xllamacpp) until standard input is closed.
 
     python benchmarks/serve_rival.py BASE.gguf PARALLEL THREADS ADAPTER.gguf …
 
-Prints its address. Requests choose an adapter by llama.cpp's field ``lora``.
+Prints its address. Requests select an adapter with llama.cpp's field ``lora``.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
     python benchmarks/sft.py [--repeats 3] [--batch-sizes 8 16] [--data sarcasm pronunciations] [--json FILE]
 
-SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, one epoch over 400 rows: sarcasm headlines, which
-share one prefix of instructions, and pronunciations of words or film reviews, which share none. Each side
-runs in its own process, and the sides alternate; medians are printed. TRL's side is the faster of its
-precisions on this machine. The held-out loss of every adapter is measured by the same code, in fp32, on the
-same 200 rows, and compared with that of the adapter that TRL and PEFT trained in fp32.
+SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, one epoch over 400 rows: sarcasm headlines with a shared
+prefix of instructions, or pronunciations of words or film reviews without a shared prefix. Each side runs in its own
+process, and the sides alternate. Prints medians. TRL is represented by its fastest precision on this machine. The
+held-out loss of every adapter is measured with the same code, in fp32, on the same 200 rows, and compared with the loss
+of the adapter that TRL and PEFT trained in fp32.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ SIDES: dict[str, dict] = {
         "checkpointing": True,
     },
 }
-USUAL = ["deltaw auto", "deltaw int8", "TRL bf16", "TRL bf16, bf16 factors", "TRL fp32"]
-# The side whose held-out loss the others' are compared with.
+DEFAULT_SIDES = ["deltaw auto", "deltaw int8", "TRL bf16", "TRL bf16, bf16 factors", "TRL fp32"]
+# Reference side for the held-out loss.
 EXACT = "TRL fp32"
 
 
@@ -65,32 +65,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 16])
-    parser.add_argument("--sides", nargs="+", default=USUAL, choices=list(SIDES), metavar="SIDE")
+    parser.add_argument("--sides", nargs="+", default=DEFAULT_SIDES, choices=list(SIDES), metavar="SIDE")
     parser.add_argument("--data", nargs="+", choices=list(DATA), default=["sarcasm", "pronunciations"], metavar="ROWS")
     parser.add_argument("--rows", type=int, default=TRAINED, help="rows to train on")
     parser.add_argument("--held-out", type=int, default=HELD_OUT, help="rows to measure the loss on")
     parser.add_argument("--json", type=Path, default=None)
-    given = parser.parse_args()
+    args = parser.parse_args()
     threads = choose_threads().value
-    every = {name: measured(name, given, threads) for name in given.data}
-    for name, results in every.items():
-        report(name, results, given.batch_sizes, given.sides)
+    all_results = {name: measure(name, args, threads) for name in args.data}
+    for name, results in all_results.items():
+        report(name, results, args.batch_sizes, args.sides)
     print_machine(threads)
-    if given.json:
-        given.json.write_text(json.dumps(every, indent=1))
+    if args.json:
+        args.json.write_text(json.dumps(all_results, indent=1))
 
 
-def measured(data_name: str, given: argparse.Namespace, threads: int) -> dict[str, list[dict]]:
-    """All sides on these rows: results by batch size and side."""
-    loaded = load(MODEL, precision="bf16", device="cpu", say=print)
+def measure(data_name: str, args: argparse.Namespace, threads: int) -> dict[str, list[dict]]:
+    """Run all sides on these rows. Return results by batch size and side."""
+    loaded = load(MODEL, precision="bf16", device="cpu", log=print)
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         reference = DATA[data_name]
         if data_name == "pronunciations":
             reference = pairs_of_words(reference, work)
         columns = {"text": "text"} if data_name == "reviews" else {}
-        count = given.rows + given.held_out
-        settings = DataSettings(train=reference, columns=columns, eval=given.held_out, rows=count)
+        count = args.rows + args.held_out
+        settings = DataSettings(train=reference, columns=columns, eval=args.held_out, rows=count)
         data = prepare(settings, loaded.tokenizer, seed=0)
         rows = [
             {
@@ -104,9 +104,9 @@ def measured(data_name: str, given: argparse.Namespace, threads: int) -> dict[st
         del loaded
         (work / "rows.json").write_text(json.dumps(rows))
         results: dict[str, list[dict]] = {}
-        for repeat in range(given.repeats):
-            for batch_size in given.batch_sizes:
-                for name in given.sides:
+        for repeat in range(args.repeats):
+            for batch_size in args.batch_sizes:
+                for name in args.sides:
                     job = {
                         **SIDES[name],
                         "model": MODEL,
@@ -116,11 +116,11 @@ def measured(data_name: str, given: argparse.Namespace, threads: int) -> dict[st
                         "threads": threads,
                         "output": str(work / f"{name}-{batch_size}-{repeat}".replace(" ", "_")),
                     }
-                    found = {**run(job, work), "output": job["output"]}
-                    results.setdefault(f"{batch_size}|{name}", []).append(found)
+                    result = {**run(job, work), "output": job["output"]}
+                    results.setdefault(f"{batch_size}|{name}", []).append(result)
                     print(
-                        f"{batch_size:3d} rows/step  {name:26s} {found['rows_per_second']:6.2f} rows/s  "
-                        f"{found['peak_bytes'] / 1e6:6.0f} MB  training loss {found['loss']:.4f}",
+                        f"{batch_size:3d} rows/step  {name:26s} {result['rows_per_second']:6.2f} rows/s  "
+                        f"{result['peak_bytes'] / 1e6:6.0f} MB  training loss {result['loss']:.4f}",
                         flush=True,
                     )
         held_out_losses(results, data.held_out)
@@ -128,7 +128,7 @@ def measured(data_name: str, given: argparse.Namespace, threads: int) -> dict[st
 
 
 def pairs_of_words(reference: str, folder: Path) -> str:
-    """Turn every 60th line ``word sounds…`` of a dictionary into a row with prompt and completion."""
+    """Write a row with prompt and completion for every 60th line ``word sounds…`` of a dictionary."""
     pairs = [line.split("#")[0].split() for line in member(reference).read_text("utf-8").splitlines()]
     lines = [
         json.dumps({"prompt": f"How is {word} pronounced?\n", "completion": " ".join(sounds)})
@@ -143,60 +143,62 @@ def run(job: dict, work: Path) -> dict:
     """Run one side in a new process and return its results."""
     (work / "job.json").write_text(json.dumps(job))
     script = Path(__file__).with_name("sft_side.py")
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, str(script), str(work / "job.json")],
         capture_output=True,
         text=True,
         env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(job["threads"])},
     )
-    for line in done.stdout.splitlines():
+    for line in process.stdout.splitlines():
         if line.startswith("RESULT "):
             return json.loads(line.removeprefix("RESULT "))
-    raise SystemExit(f"{job['side']} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    raise SystemExit(f"{job['side']} failed:\n{process.stdout[-2000:]}\n{process.stderr[-4000:]}")
 
 
 def held_out_losses(results: dict[str, list[dict]], held_out: list) -> None:
     """Measure the held-out loss of every adapter in fp32."""
-    loaded = load(MODEL, precision="fp32", device="cpu", say=lambda line: None)
+    loaded = load(MODEL, precision="fp32", device="cpu", log=lambda line: None)
     batcher, _ = choose_causal_batcher(loaded.model, held_out, device="cpu")
     for runs in results.values():
-        for found in runs:
-            load_adapter(loaded.model, found["output"])
+        for result in runs:
+            load_adapter(loaded.model, result["output"])
             with packed_rows(loaded.model):
                 objective = CausalObjective(loaded.model)
-                found["held_out_loss"] = evaluate_causal(objective, held_out, batcher).metrics["loss"]
+                result["held_out_loss"] = evaluate_causal(objective, held_out, batcher).metrics["loss"]
             detach(loaded.model)
 
 
 def report(data_name: str, results: dict[str, list[dict]], batch_sizes: list[int], sides: list[str]) -> None:
-    """A table for each batch size: medians, ratios to TRL's best precision, and to the exact side's loss."""
+    """Print a table per batch size with medians and ratios to TRL's best precision and the reference side's loss."""
     for batch_size in batch_sizes:
         runs = {name: results[f"{batch_size}|{name}"] for name in sides}
-        speed = {name: [r["rows_per_second"] for r in found] for name, found in runs.items()}
+        speed = {name: [r["rows_per_second"] for r in side_runs] for name, side_runs in runs.items()}
         peers = [name for name in sides if name.startswith("TRL")]
         best = max(peers, key=lambda name: statistics.median(speed[name]), default=None)
         exact = _median(runs[EXACT], "held_out_loss") if EXACT in runs else None
         title = f"{data_name}, {batch_size} rows per step"
-        print(f"\n| {title} | rows/s | times TRL's best | peak | held-out loss | than {EXACT} |")
+        print(f"\n| {title} | rows/s | times TRL's best | peak | held-out loss | relative to {EXACT} |")
         print("| --- | ---: | ---: | ---: | ---: | ---: |")
-        for name, found in runs.items():
-            each = [one / two for one, two in zip(speed[name], speed[best], strict=True)] if best else []
-            times = f"{statistics.median(each):.2f}" if each else ""
-            loss = _median(found, "held_out_loss")
-            apart = f"{loss / exact - 1:+.2%}" if exact else ""
+        for name, side_runs in runs.items():
+            ratios = (
+                [rate / peer_rate for rate, peer_rate in zip(speed[name], speed[best], strict=True)] if best else []
+            )
+            ratio_text = f"{statistics.median(ratios):.2f}" if ratios else ""
+            loss = _median(side_runs, "held_out_loss")
+            difference = f"{loss / exact - 1:+.2%}" if exact else ""
             print(
-                f"| {name} | {statistics.median(speed[name]):.2f} | {times} "
-                f"| {_median(found, 'peak_bytes') / 1e6:,.0f} MB | {loss:.4f} | {apart} |"
+                f"| {name} | {statistics.median(speed[name]):.2f} | {ratio_text} "
+                f"| {_median(side_runs, 'peak_bytes') / 1e6:,.0f} MB | {loss:.4f} | {difference} |"
             )
         if best:
             print(f"TRL's best precision here: {best}")
-        for name, found in runs.items():
-            if "how" in found[-1]:
-                print(f"{name}: {found[-1]['how']}")
+        for name, side_runs in runs.items():
+            if "how" in side_runs[-1]:
+                print(f"{name}: {side_runs[-1]['how']}")
 
 
 def _median(runs: list[dict], key: str) -> float:
-    return statistics.median(found[key] for found in runs)
+    return statistics.median(run[key] for run in runs)
 
 
 if __name__ == "__main__":

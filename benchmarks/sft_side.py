@@ -1,8 +1,8 @@
-"""One side of `benchmarks/sft.py`, in a process of its own: train on the prepared rows, print one JSON line.
+"""One side of `benchmarks/sft.py`: train on the prepared rows in this process and print a line of JSON.
 
-Both sides get the same token ids and labels, the same rows in the same order in every optimizer step, and the
-same learning rate, schedule, rank, alpha, targets and initialization. The time is that of the training loop;
-the memory is the peak of the process.
+Both sides use the same token ids and labels, the same order of rows in every optimizer step, and the same learning
+rate, schedule, rank, alpha, target modules and initialization. The time is that of the training loop. The memory is the
+peak of the process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def deltaw_side(job: dict) -> dict:
     from deltaw.data.example import Example
     from deltaw.hub.loading import load
     from deltaw.lora import LoRAConfig, adapter_parameters, attach, save_adapter
-    from deltaw.machine.memory import keep_freed_memory
+    from deltaw.machine.memory import retain_freed_memory
     from deltaw.runtime.packed import packed_rows
     from deltaw.runtime.quantized_weights import quantize_int8
     from deltaw.training.loop import train
@@ -33,7 +33,7 @@ def deltaw_side(job: dict) -> dict:
     from deltaw.training.tasks.causal_batcher import choose_causal_batcher
     from deltaw.training.tasks.causal_objective import CausalObjective
 
-    loaded = load(job["model"], precision=job["precision"], device="cpu", say=lambda line: None)
+    loaded = load(job["model"], precision=job["precision"], device="cpu", log=lambda line: None)
     precision = loaded.choices["precision"]
     examples = [
         Example(row, np.array(r["input_ids"], np.int32), np.array(r["labels"]) != -100, 0, None)
@@ -45,7 +45,7 @@ def deltaw_side(job: dict) -> dict:
     batcher, _ = choose_causal_batcher(loaded.model, examples, device="cpu", share=job["share"])
     attach(loaded.model, LoRAConfig(rank=RANK, alpha=ALPHA), seed=0)
     steps = count_steps(len(examples), job["batch_size"], 1.0, None)
-    keep_freed_memory()  # as the command line does
+    retain_freed_memory()  # like the command line
     objective = CausalObjective(loaded.model)
     with packed_rows(loaded.model):
         outcome = train(
@@ -59,8 +59,8 @@ def deltaw_side(job: dict) -> dict:
             schedule="linear",
         )
     save_adapter(loaded.model, job["output"], base_model=job["model"])
-    how = f"{precision.value} ({precision.why}), {kernels_text()}"
-    return {"seconds": outcome.seconds, "loss": outcome.loss, "how": how}
+    arithmetic = f"{precision.value} ({precision.why}), {kernels_text()}"
+    return {"seconds": outcome.seconds, "loss": outcome.loss, "how": arithmetic}
 
 
 def trl_side(job: dict) -> dict:
@@ -103,9 +103,9 @@ def trl_side(job: dict) -> dict:
         train_dataset=Dataset.from_list([job["rows"][i] for i in epoch_order(len(job["rows"]), 0, seed=0)]),
         processing_class=AutoTokenizer.from_pretrained(job["folder"]),
     )
-    done = trainer.train()
+    result = trainer.train()
     model.save_pretrained(job["output"])
-    return {"seconds": done.metrics["train_runtime"], "loss": done.training_loss}
+    return {"seconds": result.metrics["train_runtime"], "loss": result.training_loss}
 
 
 def main() -> None:

@@ -1,11 +1,11 @@
-"""What each of several processes holds of a base model that FSDP2 divides: its peak of main memory.
+"""Peak memory of each process that trains with a base model sharded by FSDP2.
 
     python benchmarks/sharded.py [--precision fp32] [--width 768] [--blocks 16] [--processes 1 2 4]
 
-Trains a few steps of a random Llama with ``train.sharding: base``, two rows a process and step. Of the
-process that takes most, it tells how far its memory rose above what process 0 held before the model was
-loaded. Expected is what it rose by in one process, less the blocks, with base / P and one block, and with the
-vector in which gradients are added up. The planned peak stands beside the measured one.
+Trains some steps of a random Llama with ``train.sharding: base`` and two rows per process and step. Reports the growth
+of the largest process's memory since before the model was loaded. The expected growth is that of a single process, with
+the blocks replaced by blocks / P, one complete block, and the vector that accumulates gradients. The planned peak is
+printed too.
 """
 
 from __future__ import annotations
@@ -31,34 +31,34 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=16)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.worker:
-        work(given.worker)
+    args = parser.parse_args()
+    if args.worker:
+        train_in_worker(args.worker)
         return
     print("\n".join(machine_lines(1)))
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        stored = "fp32" if given.precision == "fp32" else "bf16"
-        blocks, largest, rest = made(folder, given.width, given.blocks, stored)
-        if given.precision == "int8":
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        dtype = "fp32" if args.precision == "fp32" else "bf16"
+        blocks, largest, rest = write_model(folder, args.width, args.blocks, dtype)
+        if args.precision == "int8":
             blocks, largest = blocks / 2, largest / 2
-        print(f"{given.precision}: blocks {blocks:.0f} MB, one {largest:.1f} MB, the rest {rest:.1f} MB")
-        whole = 0.0
-        for processes in given.processes:
-            told = started(folder, given.precision, processes)
-            peak, start = max(one["peak"] for one in told), told[0]["start"]
-            rise, planned, vector = peak - start, told[0]["planned"], told[0]["trained"] * 4 / 1e6
-            line = f"{processes} processes: {rise:.0f} MB above {start:.0f}"
+        print(f"{args.precision}: blocks {blocks:.0f} MB, one {largest:.1f} MB, other weights {rest:.1f} MB")
+        single_process_growth = 0.0
+        for processes in args.processes:
+            measurements = run_processes(folder, args.precision, processes)
+            peak, start = max(measurement["peak"] for measurement in measurements), measurements[0]["start"]
+            growth, planned, vector = peak - start, measurements[0]["planned"], measurements[0]["trained"] * 4 / 1e6
+            text = f"{processes} processes: {growth:.0f} MB above {start:.0f}"
             if processes == 1:
-                whole = rise
-            elif whole and given.precision != "int8":  # one process maps the bf16 files as it rounds
-                expected = whole - blocks + blocks / processes + largest + vector
-                line += f", expected {expected:.0f} (ratio {rise / expected:.2f})"
-            print(f"{line}; peak {peak:.0f} MB, planned {planned:.0f} ({planned / peak:.3f})", flush=True)
+                single_process_growth = growth
+            elif single_process_growth and args.precision != "int8":  # one process maps bf16 files while quantizing
+                expected = single_process_growth - blocks + blocks / processes + largest + vector
+                text += f", expected {expected:.0f} (ratio {growth / expected:.2f})"
+            print(f"{text}; peak {peak:.0f} MB, planned {planned:.0f} ({planned / peak:.3f})", flush=True)
 
 
-def made(folder: Path, width: int, blocks: int, stored: str) -> tuple[float, float, float]:
-    """Write a random model and rows; MB of all blocks, of one, and of the rest."""
+def write_model(folder: Path, width: int, blocks: int, dtype: str) -> tuple[float, float, float]:
+    """Write a random model and rows. Return the sizes of all blocks, of one block and of the other weights, in MB."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -77,7 +77,7 @@ def made(folder: Path, width: int, blocks: int, stored: str) -> tuple[float, flo
         max_position_embeddings=512,
         tie_word_embeddings=False,
     )
-    model = LlamaForCausalLM(config).to(torch.float32 if stored == "fp32" else torch.bfloat16)
+    model = LlamaForCausalLM(config).to(torch.float32 if dtype == "fp32" else torch.bfloat16)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     rows = ({"prompt": f"say {n}", "completion": "word " * 5} for n in range(10, 34))
@@ -86,15 +86,15 @@ def made(folder: Path, width: int, blocks: int, stored: str) -> tuple[float, flo
     def megabytes(module: torch.nn.Module) -> float:
         return sum(p.numel() * p.element_size() for p in module.parameters()) / 1e6
 
-    listed = model.model.layers
-    return megabytes(listed), megabytes(listed[0]), megabytes(model) - megabytes(listed)
+    layers = model.model.layers
+    return megabytes(layers), megabytes(layers[0]), megabytes(model) - megabytes(layers)
 
 
-def started(folder: Path, precision: str, processes: int) -> list[dict[str, float]]:
-    """Train in so many processes; what :func:`work` told of each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def run_processes(folder: Path, precision: str, processes: int) -> list[dict[str, float]]:
+    """Train with this number of processes and return the measurements of each."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     settings = {
         "model": str(folder),
         "output": str(folder / "run"),
@@ -114,7 +114,7 @@ def started(folder: Path, precision: str, processes: int) -> list[dict[str, floa
     }
     shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
     shared |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
-    running = [
+    workers = [
         subprocess.Popen(
             [sys.executable, __file__, "--worker", json.dumps(settings)],
             env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
@@ -123,15 +123,18 @@ def started(folder: Path, precision: str, processes: int) -> list[dict[str, floa
         )
         for rank in range(processes)
     ]
-    told = [process.communicate(timeout=600)[0] for process in running]
-    if any(process.returncode for process in running):
-        sys.exit("\n".join(told))
-    return [json.loads(text.splitlines()[-1]) for text in told]
+    outputs = [process.communicate(timeout=600)[0] for process in workers]
+    if any(process.returncode for process in workers):
+        sys.exit("\n".join(outputs))
+    return [json.loads(text.splitlines()[-1]) for text in outputs]
 
 
-def work(settings: str) -> None:
-    """As one process: train, and tell its memory just before the model was loaded, its peak since then, the
-    plan's peak (of process 0), all in MB, and how many parameters were trained."""
+def train_in_worker(settings: str) -> None:
+    """Train in one process and print its measurements.
+
+    These are the memory just before the model was loaded, the peak since then, the planned peak of process 0 (all in
+    MB), and the number of trained parameters.
+    """
     from deltaw.cli import main as command
     from deltaw.memory.plan import Plan
     from deltaw.runs import fit, follower
@@ -139,31 +142,31 @@ def work(settings: str) -> None:
 
     path = Path(json.loads(settings)["output"]).parent / f"run-{os.environ['RANK']}.json"
     path.write_text(settings)
-    told: dict[str, float] = {}
-    load, plan = fit.load_for, fit.plan_run
+    measurements: dict[str, float] = {}
+    load, plan = fit.load_model, fit.plan_run
 
     def load_for(*args: object, **kwargs: object) -> object:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-        told["start"] = status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
+        measurements["start"] = status("VmRSS")
         return load(*args, **kwargs)
 
     def plan_run(*args: object, **kwargs: object) -> Plan:
-        made = plan(*args, **kwargs)
-        told.update(planned=made.peak_resident_bytes / 1e6, trained=made.trained_parameters)
-        return made
+        memory_plan = plan(*args, **kwargs)
+        measurements.update(planned=memory_plan.peak_resident_bytes / 1e6, trained=memory_plan.trained_parameters)
+        return memory_plan
 
-    fit.load_for = follower.load_for = load_for
+    fit.load_model = follower.load_model = load_for
     fit.plan_run = plan_run
     try:
         command(["train", str(path), "--fresh"])
-    except SystemExit as ended:
-        if ended.code:
+    except SystemExit as exit:
+        if exit.code:
             raise
-    print(json.dumps({**told, "peak": status("VmHWM")}))
+    print(json.dumps({**measurements, "peak": status("VmHWM")}))
 
 
 def status(name: str) -> float:
-    """A line of the process's own account of its memory, in MB."""
+    """Return an entry of /proc/self/status in MB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name):
             return int(line.split()[1]) * 1024 / 1e6

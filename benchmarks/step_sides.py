@@ -1,7 +1,7 @@
-"""The sides of ``step.py``, each run in a process of its own.
+"""The sides of ``step.py``, each run in its own process.
 
-``run`` starts one and gives its results, ``run_in_turns`` several that take turns of some steps;
-``main`` is what the process does.
+``run`` starts one process and returns its results. ``run_in_turns`` starts several that alternate. ``main`` runs in the
+child process.
 """
 
 from __future__ import annotations
@@ -18,61 +18,62 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from machine import kernels_text
-from step_models import MODELS, config_of, linear_shapes, made
+from step_models import MODELS, config_of, linear_shapes, prepare_model
 
 RANK, ALPHA = 16, 32
-# Labels that the head takes at a time in the floor.
+# Rows per product of the head in the floor.
 HEAD_ROWS = 256
-STEPS_OF_A_TURN = 4
+STEPS_PER_TURN = 4
 
 
 def run(job: dict[str, Any], environment: dict[str, str], script: str = __file__) -> dict[str, Any]:
-    """The results of a side in a new process, whose environment has these variables too."""
-    done = subprocess.run(
+    """Run a side in a new process with additional environment variables and return its results."""
+    process = subprocess.run(
         [sys.executable, os.path.abspath(script), json.dumps(job)],
         capture_output=True,
         text=True,
         env={**os.environ, **environment, "OMP_NUM_THREADS": str(job["threads"])},
     )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    lines = [line for line in process.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
-        sys.exit(f"{job}\n{done.stderr[-3000:]}")
+        sys.exit(f"{job}\n{process.stderr[-3000:]}")
     return json.loads(lines[-1].removeprefix("RESULT "))
 
 
 def run_in_turns(
     jobs: dict[str, dict[str, Any]], environments: dict[str, dict[str, str]], script: str = __file__
 ) -> dict[str, list[dict[str, Any]]]:
-    """The results of sides that take turns of some steps, so that a host's other guests slow all alike.
+    """Run sides that alternate every ``STEPS_PER_TURN`` steps, so that other load on the host slows all of them
+    equally.
 
     Returns:
-        For each side its results as ``run`` gives them, once for each turn but the first, with its speed.
+        By side, its results as returned by ``run``, once for each turn except the first, with the speed of the turn.
     """
     sides: dict[str, subprocess.Popen[str]] = {}
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    found: dict[str, list[dict[str, Any]]] = {}
+    results: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryFile("w+") as errors:
 
-        def ended(name: str) -> NoReturn:
+        def fail(name: str) -> NoReturn:
             sides[name].wait()
             errors.seek(0)
             sys.exit(f"{jobs[name]}\n{errors.read()[-3000:]}")
 
-        def told(name: str, kind: str) -> str:
-            """What a side says next, of this kind."""
+        def read_message(name: str, kind: str) -> str:
+            """Return the next message of this kind from a side."""
             for line in sides[name].stdout or ():
                 if line.startswith(kind + " "):
                     return line.removeprefix(kind + " ")
-            ended(name)
+            fail(name)
 
-        def next_turn(name: str) -> None:
-            to = sides[name].stdin
-            assert to is not None
+        def start_turn(name: str) -> None:
+            stdin = sides[name].stdin
+            assert stdin is not None
             try:
-                to.write("\n")
-                to.flush()
-            except BrokenPipeError:  # it is no more
-                ended(name)
+                stdin.write("\n")
+                stdin.flush()
+            except BrokenPipeError:  # the process has exited
+                fail(name)
 
         try:
             for name, job in jobs.items():
@@ -84,42 +85,44 @@ def run_in_turns(
                     text=True,
                     env={**os.environ, **environments[name], "OMP_NUM_THREADS": str(job["threads"])},
                 )
-                told(name, "TURN")
-                print(f"{name} is there", flush=True)
-            for _ in range(min(job["steps"] for job in jobs.values()) // STEPS_OF_A_TURN - 1):
+                read_message(name, "TURN")
+                print(f"{name} is loaded", flush=True)
+            for _ in range(min(job["steps"] for job in jobs.values()) // STEPS_PER_TURN - 1):
                 for name in jobs:
-                    next_turn(name)
-                    seconds[name].append(float(told(name, "TURN")))
-            for name, each in seconds.items():
-                next_turn(name)
-                result = json.loads(told(name, "RESULT"))
+                    start_turn(name)
+                    seconds[name].append(float(read_message(name, "TURN")))
+            for name, durations in seconds.items():
+                start_turn(name)
+                result = json.loads(read_message(name, "RESULT"))
                 tokens = tokens_of_step(jobs[name]).numel()
-                found[name] = [{**result, "tokens_per_second": tokens / one} for one in each]
+                results[name] = [{**result, "tokens_per_second": tokens / duration} for duration in durations]
         finally:
             for side in sides.values():
                 side.kill()
                 side.wait()
-    return found
+    return results
 
 
 class Turns:
-    """One side's own part of it: after a turn's steps it says how long one took, and waits. A turn's first
-    step finds the caches full of what the others left there, and does not count."""
+    """Pauses a side after each turn and reports the time per step.
+
+    The first step of a turn is not counted, because the other sides have replaced the contents of the caches.
+    """
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.waits = bool(job.get("in_turns"))
         self.seconds: list[float] = []
-        self.begun = time.perf_counter()
+        self.start = time.perf_counter()
 
     def step_done(self) -> None:
         if not self.waits:
             return
-        self.seconds.append(time.perf_counter() - self.begun)
-        if len(self.seconds) == STEPS_OF_A_TURN:
+        self.seconds.append(time.perf_counter() - self.start)
+        if len(self.seconds) == STEPS_PER_TURN:
             print(f"TURN {statistics.median(self.seconds[1:])}", flush=True)
             sys.stdin.readline()
             self.seconds = []
-        self.begun = time.perf_counter()
+        self.start = time.perf_counter()
 
 
 def main() -> None:
@@ -132,7 +135,7 @@ def main() -> None:
 
 
 def tokens_of_step(job: dict[str, Any]) -> Any:
-    """Text (a module of Python's library) for weights that were trained, random tokens for random ones."""
+    """Return the tokens of a step: text for pretrained weights, random tokens for random weights."""
     import argparse
 
     import torch
@@ -141,7 +144,7 @@ def tokens_of_step(job: dict[str, Any]) -> Any:
     size = MODELS[job["model"]]
     if size.kind is None:
         text = Path(argparse.__file__).read_text(encoding="utf-8")
-        tokenizer = AutoTokenizer.from_pretrained(made(job["model"], Path())[1])
+        tokenizer = AutoTokenizer.from_pretrained(prepare_model(job["model"], Path())[1])
         tokens = torch.tensor(tokenizer(text)["input_ids"][: size.rows * size.length])
         return tokens.view(size.rows, size.length)
     vocabulary = config_of(job["model"]).vocab_size
@@ -153,24 +156,24 @@ def deltaw_side(job: dict[str, Any]) -> dict[str, Any]:
     from deltaw.runtime.quantized_weights import quantize_int8, quantize_nf4
 
     tokens = tokens_of_step(job)
-    loaded = load(job["reference"], precision=job["precision"], device="cpu", say=lambda line: None)
+    loaded = load(job["reference"], precision=job["precision"], device="cpu", log=lambda line: None)
     model, precision = loaded.model, loaded.choices["precision"]
     if precision.value == "int8":
         quantize_int8(model.base_model, lambda: model(tokens[:1]))
     if precision.value == "nf4":
         quantize_nf4(model.base_model)
-    how = f"{precision.value} ({precision.why}), {kernels_text()}"
+    arithmetic = f"{precision.value} ({precision.why}), {kernels_text()}"
     offered = () if loaded.kernels is None else loaded.kernels.approximations
-    return {"how": how, **trained(model, job, tokens, offered)}
+    return {"how": arithmetic, **train_deltaw(model, job, tokens, offered)}
 
 
-def trained(model: Any, job: dict[str, Any], tokens: Any, offered: tuple[str, ...] = ()) -> dict[str, Any]:
-    """deltaw's steps on a loaded model, with those approximations that are verified on the same tokens."""
+def train_deltaw(model: Any, job: dict[str, Any], tokens: Any, candidates: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Train a loaded model with deltaw, using the approximations that are verified on the same tokens."""
     import numpy as np
 
     from deltaw.data.example import Example
     from deltaw.lora import LoRAConfig, adapter_parameters, attach
-    from deltaw.machine.memory import keep_freed_memory
+    from deltaw.machine.memory import retain_freed_memory
     from deltaw.runtime.packed import packed_rows
     from deltaw.runtime.quantized_weights import use_large_pages
     from deltaw.training.approximations import Approximations, GradientCheck, applicable
@@ -187,19 +190,19 @@ def trained(model: Any, job: dict[str, Any], tokens: Any, offered: tuple[str, ..
     attach(model, LoRAConfig(rank=RANK, alpha=ALPHA), seed=0)
     if job.get("checkpointing"):
         checkpoint_blocks(model)
-    keep_freed_memory()  # as the command line does
-    use_large_pages(model)  # as a run does
+    retain_freed_memory()  # like the command line
+    use_large_pages(model)  # like a run
     objective, seconds, turns = CausalObjective(model), [], Turns(job)
-    named = dict(adapter_parameters(model))
+    parameters = dict(adapter_parameters(model))
     with packed_rows(model):
-        check = GradientCheck(model, objective, batcher, named, examples[:1])
-        used = applicable(model, objective, offered)
-        chosen = check.choose(used) if used else None
-    approximations = Approximations(chosen.names if chosen else ())
+        check = GradientCheck(model, objective, batcher, parameters, examples[:1])
+        usable = applicable(model, objective, candidates)
+        allowed = check.choose(usable) if usable else None
+    approximations = Approximations(allowed.names if allowed else ())
     with approximations.on(), packed_rows(model):
         outcome = train(
             objective,
-            list(named.values()),
+            list(parameters.values()),
             examples,
             batcher,
             learning_rate=1e-4,
@@ -208,9 +211,9 @@ def trained(model: Any, job: dict[str, Any], tokens: Any, offered: tuple[str, ..
             on_step=lambda step: (seconds.append(step.seconds), turns.step_done()),
         )
     memory = {**memory_above(resident), "weight_bytes": weights}
-    verified = "" if chosen is None else f"; approximate: {chosen.measured}; not: {dict(chosen.refused)}"
-    found = {"loss": outcome.loss, "approximate": f"{', '.join(approximations.names) or 'nothing'}{verified}"}
-    return {**speeds(seconds, tokens.numel()), **memory, **found}
+    verified = "" if allowed is None else f"; approximate: {allowed.measured}; not: {dict(allowed.refused)}"
+    metrics = {"loss": outcome.loss, "approximate": f"{', '.join(approximations.names) or 'nothing'}{verified}"}
+    return {**speeds(seconds, tokens.numel()), **memory, **metrics}
 
 
 def peft_side(job: dict[str, Any]) -> dict[str, Any]:
@@ -220,11 +223,11 @@ def peft_side(job: dict[str, Any]) -> dict[str, Any]:
     tokens = tokens_of_step(job)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[job["precision"]]
     model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=dtype)
-    return peft_trained(model, job, tokens)
+    return train_peft(model, job, tokens)
 
 
-def peft_trained(model: Any, job: dict[str, Any], tokens: Any) -> dict[str, Any]:
-    """PEFT's steps on a loaded model."""
+def train_peft(model: Any, job: dict[str, Any], tokens: Any) -> dict[str, Any]:
+    """Train a loaded model with PEFT."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -240,20 +243,20 @@ def peft_trained(model: Any, job: dict[str, Any], tokens: Any) -> dict[str, Any]
     forward = torch.compile(model) if job.get("compiled") else model
     seconds, losses, turns = [], [], Turns(job)
     for _ in range(job["steps"]):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         loss = forward(input_ids=tokens, labels=tokens).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - start)
         losses.append(loss.item())
         turns.step_done()
-    loss_of_all = statistics.fmean(losses)
-    return {**speeds(seconds, tokens.numel()), **memory_above(resident), "loss": loss_of_all}
+    mean_loss = statistics.fmean(losses)
+    return {**speeds(seconds, tokens.numel()), **memory_above(resident), "loss": mean_loss}
 
 
 def floor_side(job: dict[str, Any]) -> dict[str, Any]:
-    """Time the model's matrix products alone, forward and backward; count the rest at their rate."""
+    """Time only the model's matrix products, forward and backward, and count the other operations at the same rate."""
     import torch
 
     config, size = config_of(job["model"]), MODELS[job["model"]]
@@ -262,14 +265,14 @@ def floor_side(job: dict[str, Any]) -> dict[str, Any]:
 
     def median_of(product: Callable[[], object], times: int) -> float:
         product()
-        found = []
+        durations = []
         for _ in range(times):
-            begun = time.perf_counter()
+            start = time.perf_counter()
             product()
-            found.append(time.perf_counter() - begun)
-        return statistics.median(found)
+            durations.append(time.perf_counter() - start)
+        return statistics.median(durations)
 
-    def both_ways(rows: int, inputs: int, outputs: int, times: int) -> float:
+    def time_products(rows: int, inputs: int, outputs: int, times: int) -> float:
         x, grad = torch.randn(rows, inputs, dtype=dtype), torch.randn(rows, outputs, dtype=dtype)
         weight = torch.randn(outputs, inputs, dtype=dtype)
         return median_of(lambda: x @ weight.t(), times) + median_of(lambda: grad @ weight, times)
@@ -277,17 +280,19 @@ def floor_side(job: dict[str, Any]) -> dict[str, Any]:
     seconds = operations = 0.0
     shapes = linear_shapes(config)
     for (inputs, outputs), count in shapes.items():
-        seconds += count * both_ways(rows, inputs, outputs, 2 * job["steps"])
+        seconds += count * time_products(rows, inputs, outputs, 2 * job["steps"])
         operations += count * 4 * rows * inputs * outputs
-    part = min(rows, HEAD_ROWS)
-    seconds += rows / part * both_ways(part, config.hidden_size, config.vocab_size, max(2, job["steps"] // 2))
+    head_rows = min(rows, HEAD_ROWS)
+    seconds += (
+        rows / head_rows * time_products(head_rows, config.hidden_size, config.vocab_size, max(2, job["steps"] // 2))
+    )
     operations += 4 * rows * config.hidden_size * config.vocab_size
     rate = operations / seconds
-    wide = config.num_attention_heads * (
+    query_size = config.num_attention_heads * (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
     pairs = size.rows * size.length * (size.length + 1) / 2
-    attention = 2 * 2 * pairs * wide * config.num_hidden_layers * 3.5
+    attention = 2 * 2 * pairs * query_size * config.num_hidden_layers * 3.5
     update = 6 * rows * RANK * sum(c * (i + o) for (i, o), c in shapes.items())
     total = seconds + (attention + update) / rate
     return {
@@ -298,9 +303,9 @@ def floor_side(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def speeds(seconds: list[float], tokens: int) -> dict[str, Any]:
-    """The time of the first step, and tokens per second at the median of the others."""
-    rest = seconds[1:] or seconds
-    return {"tokens_per_second": tokens / statistics.median(rest), "first_step": seconds[0], "seconds": seconds}
+    """Return the time of the first step and tokens per second at the median of the other steps."""
+    timed = seconds[1:] or seconds
+    return {"tokens_per_second": tokens / statistics.median(timed), "first_step": seconds[0], "seconds": seconds}
 
 
 def memory_above(resident: int) -> dict[str, Any]:
@@ -311,7 +316,7 @@ def memory_above(resident: int) -> dict[str, Any]:
 
 
 def loaded_bytes(model: Any) -> int:
-    """Resident memory with all weights read, mapped ones included; resets the peak."""
+    """Return the resident memory after reading all weights, including mapped ones, and reset the peak."""
     from deltaw.machine.memory import release_free_memory, resident_bytes
 
     for parameter in model.parameters():

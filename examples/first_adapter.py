@@ -1,10 +1,10 @@
 # %% [markdown]
-# # A first adapter on a plain processor
+# # A first adapter on a CPU
 #
-# From the installation to a chat in some minutes on two cores, without a GPU: SmolLM2-135M-Instruct learns to turn a
+# From installation to chat in a few minutes on two cores, without a GPU. SmolLM2-135M-Instruct learns to convert a
 # sentence about a capital into one line of JSON.
 #
-# This notebook and `examples/first_adapter.py` are the same; start either in the folder `examples` of a checkout.
+# This notebook and `examples/first_adapter.py` have the same content. Run either one in the `examples` folder.
 
 # %% [markdown]
 # ## Install
@@ -16,30 +16,30 @@ import subprocess
 import sys
 from pathlib import Path
 
-here = Path("examples") if Path("examples/capitals.jsonl").exists() else Path(".")
+folder = Path("examples") if Path("examples/capitals.jsonl").exists() else Path(".")
 if importlib.util.find_spec("deltaw") is None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", str(here.resolve().parent)], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", str(folder.resolve().parent)], check=True)
 
 # %% [markdown]
 # ## Rows
 #
-# One JSON object on each line. What the assistant says is what the model learns to say.
+# Each line is a JSON object. The model learns to generate the assistant's messages.
 
 # %%
 rows = []
-for line in (here / "capitals.jsonl").read_text(encoding="utf-8").splitlines():
+for line in (folder / "capitals.jsonl").read_text(encoding="utf-8").splitlines():
     question, answer = (message["content"] for message in json.loads(line)["messages"])
     country = question.removeprefix("Capital of ").rstrip("?")
     capital = answer.rstrip(".")
-    asked, said = f"{capital} is the capital of {country}.", json.dumps({"country": country, "capital": capital})
-    rows.append({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]})
+    prompt, completion = f"{capital} is the capital of {country}.", json.dumps({"country": country, "capital": capital})
+    rows.append({"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]})
 Path("capitals-json.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 print(len(rows), "rows, such as", json.dumps(rows[0]))
 
 # %% [markdown]
-# ## What it needs
+# ## Plan
 #
-# The first time, the model is downloaded and converted (98 MB, about a minute). The plan itself reads no weights.
+# The model is downloaded and converted on first use (98 MB, about a minute). Planning reads no weights.
 
 # %%
 import deltaw
@@ -57,39 +57,40 @@ print(f"{plan.peak_resident_bytes / 1e9:.2f} GB at the peak")
 # %% [markdown]
 # ## Train
 #
-# 32 rows, 8 times: 32 steps of 8 rows.
+# 32 rows for 8 epochs: 32 steps of 8 rows.
 
 # %%
-from deltaw.training.callbacks import Lines
+from deltaw.training.callbacks import LineCallback
 
-result = deltaw.fit(settings, callback=Lines(print), fresh=True)
+result = deltaw.fit(settings, callback=LineCallback(print), fresh=True)
 print(result.evaluation.metrics)
 
 # %% [markdown]
-# ## Did it work?
+# ## Check the result
 #
-# The same prompts to the base model and to the adapter; neither country is in the rows. The last one has nothing to do
-# with capitals: with `keep_general` the model still answers it.
+# The base model and the adapter answer the same prompts. Neither country is in the training rows. The last prompt is
+# unrelated to capitals. With `keep_general`, the model still answers it.
 
 
 # %%
-def run(*words: str, **how: str) -> None:
-    """A deltaw command; what it prints is shown here."""
-    done = subprocess.run([sys.executable, "-m", "deltaw", *words], capture_output=True, text=True, **how)
-    print(done.stdout or done.stderr)
+def run(*words: str, **options: str) -> None:
+    """Run a deltaw command and print its output."""
+    process = subprocess.run([sys.executable, "-m", "deltaw", *words], capture_output=True, text=True, **options)
+    print(process.stdout or process.stderr)
 
 
 prompts = ["Ottawa is the capital of Canada.", "Berlin is the capital of Germany.", "Name three colors."]
-run("generate", "runs/first", "--base", "--max-new-tokens", "40", *(w for p in prompts for w in ("--prompt", p)))
+run("generate", "runs/first", "--with-base", "--max-new-tokens", "40", *(w for p in prompts for w in ("--prompt", p)))
 
 # %% [markdown]
 # ## Chat
 #
-# In a terminal: `deltaw chat runs/first --base`. Here with lines written in advance; `/new` begins a new conversation.
+# In a terminal, run `deltaw chat runs/first --with-base`. This cell passes lines on standard input. `/new` starts a new
+# conversation.
 
 # %%
-said = "Stockholm is the capital of Sweden.\n/new\nName three fruits.\n"
-run("chat", "runs/first", "--max-new-tokens", "40", input=said)
+lines = "Stockholm is the capital of Sweden.\n/new\nName three fruits.\n"
+run("chat", "runs/first", "--max-new-tokens", "40", input=lines)
 
 # %% [markdown]
-# `runs/first/report.html` shows the run as a page. Next: your own rows, with one of the pages in `docs/goals`.
+# `runs/first/report.html` is a report of the run. Next, train on your own rows with one of the pages in `docs/goals`.

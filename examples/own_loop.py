@@ -1,4 +1,4 @@
-"""LoRA in your own training loop, on any torch module; here a small network learns a new target.
+"""LoRA in a custom training loop, for any torch module. A small network learns a new target.
 
 python examples/own_loop.py
 """

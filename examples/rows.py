@@ -1,13 +1,13 @@
-"""Small real files of rows for the pages in docs/goals: what critics wrote about films, from a package.
+"""Write small files of real rows for the pages in docs/goals: film reviews from a package.
 
     python examples/rows.py format        # format.jsonl: a review becomes one line of JSON
     python examples/rows.py csv           # reviews.csv: text, label, film
-    python examples/rows.py style         # style.jsonl: reviews as these critics write them, in lower case
+    python examples/rows.py style         # style.jsonl: reviews in the critics' style, in lower case
     python examples/rows.py customers     # acme.jsonl, globex.jsonl, initech.jsonl: one answer format each
     python examples/rows.py lower-case    # lower-case.jsonl: pairs for examples/lower-case.yaml
     python examples/rows.py docstrings    # docstrings.jsonl: descriptions with the functions they describe
 
-Needs deltaw and nothing else. The package is downloaded once, into deltaw's cache; docstrings are Python's own.
+Requires only deltaw. The package is downloaded once into deltaw's cache. The docstrings are from Python's library.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SYSTEM = "Read a review. Answer with the film and the verdict, fresh or rotten."
 
 
 def texts() -> list[tuple[str, str, str]]:
-    """Film, text and kind (fresh, rotten or plot) of all texts of 40 to 200 characters."""
+    """Return film, text and kind (fresh, rotten or plot) of all texts with 40 to 200 characters."""
     table = csv.DictReader(io.StringIO(bz2.decompress(member(REVIEWS).read_bytes()).decode("utf-8")))
     rows = ((r["movie_name"].replace("_", " "), " ".join(r["text"].split()), r["category"]) for r in table)
     return [row for row in rows if 40 <= len(row[1]) <= 200]
@@ -38,8 +38,8 @@ def reviews() -> list[tuple[str, str, str]]:
     return [row for row in texts() if row[2] != "plot"]
 
 
-def one_a_film(rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
-    """One text of each film, so that no film is both trained on and held out."""
+def one_per_film(rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """Return one text per film, so that a film is not in both training and evaluation rows."""
     films: dict[str, tuple[str, str, str]] = {}
     for film, text, verdict in rows:
         if text != text.lower():
@@ -52,10 +52,10 @@ def write(name: str, rows: list[dict]) -> None:
     print(f"{name}: {len(rows)} rows")
 
 
-def answered(film: str, text: str, answer: str) -> dict:
-    """A row of messages that ends with this answer."""
-    said = (("system", SYSTEM), ("user", f"{film}: {text}"), ("assistant", answer))
-    return {"messages": [{"role": role, "content": content} for role, content in said]}
+def chat_row(film: str, text: str, answer: str) -> dict:
+    """Return a row of messages that ends with this answer."""
+    messages = (("system", SYSTEM), ("user", f"{film}: {text}"), ("assistant", answer))
+    return {"messages": [{"role": role, "content": content} for role, content in messages]}
 
 
 def as_json(film: str, verdict: str) -> str:
@@ -65,7 +65,7 @@ def as_json(film: str, verdict: str) -> str:
 def format() -> None:
     write(
         "format.jsonl",
-        [answered(film, text, as_json(film, verdict)) for film, text, verdict in one_a_film(reviews())[:300]],
+        [chat_row(film, text, as_json(film, verdict)) for film, text, verdict in one_per_film(reviews())[:300]],
     )
 
 
@@ -76,8 +76,8 @@ def customers() -> None:
         "initech": lambda film, verdict: f"<review film='{film}' verdict='{verdict}'/>",
     }
     for name, answer in formats.items():
-        rows = one_a_film(reviews())[:120]
-        write(f"{name}.jsonl", [answered(film, text, answer(film, verdict)) for film, text, verdict in rows])
+        rows = one_per_film(reviews())[:120]
+        write(f"{name}.jsonl", [chat_row(film, text, answer(film, verdict)) for film, text, verdict in rows])
 
 
 def table() -> None:
@@ -95,18 +95,19 @@ def prompt(film: str) -> str:
 
 def style() -> None:
     write(
-        "style.jsonl", [{"prompt": prompt(f), "completion": text.lower()} for f, text, _ in one_a_film(reviews())[:300]]
+        "style.jsonl",
+        [{"prompt": prompt(f), "completion": text.lower()} for f, text, _ in one_per_film(reviews())[:300]],
     )
 
 
 def lower_case() -> None:
-    rows = one_a_film(texts())
+    rows = one_per_film(texts())
     write("lower-case.jsonl", [{"prompt": prompt(f), "chosen": t.lower(), "rejected": t} for f, t, _ in rows])
 
 
-def described(library: Path) -> list[dict]:
-    """The first paragraph of each docstring in a library, the function that it describes, and the function's file."""
-    found: dict[str, dict] = {}
+def documented_functions(library: Path) -> list[dict]:
+    """Return first paragraphs of docstrings in a library, with the described functions and their files."""
+    rows_by_query: dict[str, dict] = {}
     for file in sorted(library.rglob("*.py")):
         if {"site-packages", "test", "tests", "idle_test"} & set(file.parts):
             continue
@@ -120,12 +121,14 @@ def described(library: Path) -> list[dict]:
             query = " ".join(text.split("\n\n")[0].split())
             node.body, node.decorator_list = node.body[1:], []
             if len(query) >= 20 and len(code := ast.unparse(node)) <= 1500:
-                found.setdefault(query, {"query": query, "passage": code, "file": str(file.relative_to(library))})
-    return list(found.values())
+                rows_by_query.setdefault(
+                    query, {"query": query, "passage": code, "file": str(file.relative_to(library))}
+                )
+    return list(rows_by_query.values())
 
 
 def docstrings() -> None:
-    write("docstrings.jsonl", described(Path(sysconfig.get_path("stdlib"))))
+    write("docstrings.jsonl", documented_functions(Path(sysconfig.get_path("stdlib"))))
 
 
 GOALS = {

@@ -23,7 +23,7 @@ TEMPLATE = (
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer without merges: tokens 0 to 2 are special, then come the 256 bytes."""
+    """Return a byte-level tokenizer without merges. Tokens 0 to 2 are special, followed by the 256 bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate((*SPECIAL, *alphabet))}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -61,8 +61,8 @@ def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config).eval()
 
 
-def saved(model: PreTrainedModel, folder: Path) -> Path:
-    """The folder, with the model and the byte-level tokenizer in it."""
+def save_model(model: PreTrainedModel, folder: Path) -> Path:
+    """Save the model and the byte-level tokenizer to the folder, and return the folder."""
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder

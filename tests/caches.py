@@ -1,4 +1,4 @@
-"""What makes the entries of a cache, changed: another version of a package, another text of a module."""
+"""Changes that invalidate cache entries: a new package version or a modified module."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ import pytest
 from deltaw import cache
 
 
-def other_version(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    """Let a package say that it has another version."""
-    own = importlib.metadata.version
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0" if name == package else own(name))
+def fake_version(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    """Report version 0.0 for a package."""
+    real_version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0" if name == package else real_version(name))
 
 
-def other_text(monkeypatch: pytest.MonkeyPatch, copy: Path, module: str) -> None:
-    """Let the cache take its modules' text from a ``copy`` of the source in which one of them is changed.
+def modify_source(monkeypatch: pytest.MonkeyPatch, copy: Path, module: str) -> None:
+    """Point the cache at a copy of the source in which one module is modified.
 
     Args:
-        module: its file, below the package.
+        copy: Folder for the copy.
+        module: Path of the module, relative to the package.
     """
     shutil.copytree(cache.SOURCE, copy, ignore=shutil.ignore_patterns("__pycache__", "csrc"))
     with (copy / module).open("a", encoding="utf-8") as file:
@@ -29,9 +30,9 @@ def other_text(monkeypatch: pytest.MonkeyPatch, copy: Path, module: str) -> None
     monkeypatch.setattr(cache, "SOURCE", copy)
 
 
-def other(monkeypatch: pytest.MonkeyPatch, copy: Path, made_by: str) -> None:
-    """Another text of a module (``….py``), or another version of a package."""
-    if made_by.endswith(".py"):
-        other_text(monkeypatch, copy, made_by)
+def invalidate(monkeypatch: pytest.MonkeyPatch, copy: Path, dependency: str) -> None:
+    """Modify a module (a name that ends in ``.py``), or change the version of a package."""
+    if dependency.endswith(".py"):
+        modify_source(monkeypatch, copy, dependency)
     else:
-        other_version(monkeypatch, made_by)
+        fake_version(monkeypatch, dependency)

@@ -1,6 +1,8 @@
-"""A model hub on this machine, as far as the hub's own client uses one: repositories of models and data sets with
-commits, branches and large files. It can answer with an error, or cut a connection after some bytes, and notes each
-request."""
+"""A local server that implements the endpoints of the Hugging Face Hub used by its client.
+
+It serves models and data sets with commits, branches and large files. It can return errors, drop a connection after a
+number of bytes, and records each request.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import yaml
 
 TOKEN = "tok-5EcReT-0123456789"
-# Files from this size on are large ones.
+# Minimum size of files stored as large files (LFS), in bytes.
 LARGE = 4000
 
 
@@ -47,7 +49,7 @@ class Repository:
 
 @dataclass
 class Fault:
-    """What goes wrong for requests whose method and path match: a status, or the connection is cut after ``bytes``."""
+    """A failure of matching requests: an error status, or a connection closed after ``cut_after`` bytes."""
 
     pattern: str
     status: int = 0
@@ -63,13 +65,13 @@ class Hub:
     requests: list[tuple[str, dict[str, str], int]] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
 
-    def asked(self, pattern: str) -> list[tuple[str, dict[str, str], int]]:
-        """The requests that match, each with its headers, in small letters, and the bytes of its body that arrived."""
-        return [one for one in self.requests if re.search(pattern, one[0])]
+    def matching_requests(self, pattern: str) -> list[tuple[str, dict[str, str], int]]:
+        """Return matching requests as (request line, headers by lowercase name, received body bytes)."""
+        return [request for request in self.requests if re.search(pattern, request[0])]
 
 
 @contextlib.contextmanager
-def running() -> Iterator[Hub]:
+def running_hub() -> Iterator[Hub]:
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": hub}))
     server.daemon_threads = True
@@ -99,23 +101,23 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         chunked = "chunked" in self.headers.get("Transfer-Encoding", "")
         if self.cut is not None and self.command in ("PUT", "POST"):
-            taken = len(self.rfile.read(min(self.cut, length)))
-            self._note(taken)
+            received = len(self.rfile.read(min(self.cut, length)))
+            self._note(received)
             return self._hang_up()
         self.body = self._chunks() if chunked else self.rfile.read(length)
         self._note(len(self.body))
         if fault is not None and fault.status:
             return self._answer({"error": f"no; your header was {self.headers.get('Authorization')}"}, fault.status)
         for method, pattern, handle in ROUTES:
-            found = re.fullmatch(pattern, unquote(urlsplit(self.path).path))
-            if found and self.command in method:
-                return handle(self, **found.groupdict())
+            match = re.fullmatch(pattern, unquote(urlsplit(self.path).path))
+            if match and self.command in method:
+                return handle(self, **match.groupdict())
         return self._answer({"error": "no such route"}, 404)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _any
 
-    def _note(self, taken: int) -> None:
-        self.hub.requests.append((self.line, {key.lower(): text for key, text in self.headers.items()}, taken))
+    def _note(self, received: int) -> None:
+        self.hub.requests.append((self.line, {key.lower(): text for key, text in self.headers.items()}, received))
 
     def _chunks(self) -> bytes:
         parts = []
@@ -150,15 +152,15 @@ class _Handler(BaseHTTPRequestHandler):
         return self.headers.get("Authorization") == f"Bearer {TOKEN}"
 
     def _repository(self, kind: str, name: str, revision: str = "main") -> tuple[Repository, str] | None:
-        """The repository and the commit; None once it was refused."""
-        found = self.hub.repositories.get(f"{kind}/{name}")
-        if found is None or (found.private and not self.is_known):
+        """Return the repository and commit. If there is an error, send it and return None."""
+        repository = self.hub.repositories.get(f"{kind}/{name}")
+        if repository is None or (repository.private and not self.is_known):
             self._answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
             return None
-        if (sha := found.resolved(revision)) is None:
+        if (sha := repository.resolved(revision)) is None:
             self._answer({"error": "Invalid rev"}, 404, X_Error_Code="RevisionNotFound")
             return None
-        return found, sha
+        return repository, sha
 
     def _writable(self) -> bool:
         if not self.is_known:
@@ -172,36 +174,41 @@ class _Handler(BaseHTTPRequestHandler):
     def create(self) -> None:
         if not self._writable():
             return
-        asked = json.loads(self.body)
-        name = f"{asked.get('organization') or 'me'}/{asked['name']}"
-        key = f"{asked.get('type', 'model')}s/{name}"
+        request = json.loads(self.body)
+        name = f"{request.get('organization') or 'me'}/{request['name']}"
+        key = f"{request.get('type', 'model')}s/{name}"
         if key in self.hub.repositories:
             return self._answer({"error": "You already created this", "url": f"{self.hub.url}/{name}"}, 409)
-        made = Repository(private=asked.get("visibility") == "private" or bool(asked.get("private")))
-        made.commit({".gitattributes": b""})
-        self.hub.repositories[key] = made
+        repository = Repository(private=request.get("visibility") == "private" or bool(request.get("private")))
+        repository.commit({".gitattributes": b""})
+        self.hub.repositories[key] = repository
         self._answer({"url": f"{self.hub.url}/{name}", "name": name})
 
     def branch(self, kind: str, name: str, branch: str) -> None:
-        if self._writable() and (found := self._repository(kind, name)):
-            if branch in found[0].branches:
+        if self._writable() and (repository_commit := self._repository(kind, name)):
+            if branch in repository_commit[0].branches:
                 return self._answer({"error": "Reference already exists"}, 409)
-            found[0].branches[branch] = found[1]
+            repository_commit[0].branches[branch] = repository_commit[1]
             self._answer({})
 
     def info(self, kind: str, name: str, revision: str | None = None) -> None:
-        if found := self._repository(kind, name, revision or "main"):
-            repository, sha = found
+        if repository_commit := self._repository(kind, name, revision or "main"):
+            repository, sha = repository_commit
             files = repository.commits[sha]
-            told = {"id": name, "modelId": name, "sha": sha, "private": repository.private, "tags": [], "downloads": 0}
-            told |= {"siblings": [{"rfilename": file} for file in files], "likes": 0, "gated": False}
+            description = {"id": name, "modelId": name, "sha": sha, "tags": [], "downloads": 0}
+            description["private"] = repository.private
+            description |= {"siblings": [{"rfilename": file} for file in files], "likes": 0, "gated": False}
             if "README.md" in files and files["README.md"].startswith(b"---"):
-                told["cardData"] = yaml.safe_load(files["README.md"].split(b"---")[1])
-            self._answer(told)
+                description["cardData"] = yaml.safe_load(files["README.md"].split(b"---")[1])
+            self._answer(description)
 
     def tree(self, kind: str, name: str, revision: str, path: str | None = None) -> None:
-        if found := self._repository(kind, name, revision):
-            files = {f: c for f, c in found[0].commits[found[1]].items() if f.startswith(f"{path}/" if path else "")}
+        if repository_commit := self._repository(kind, name, revision):
+            files = {
+                f: c
+                for f, c in repository_commit[0].commits[repository_commit[1]].items()
+                if f.startswith(f"{path}/" if path else "")
+            }
             if "recursive" not in self.path or "recursive=False" in self.path or "recursive=false" in self.path:
                 depth = (path or "").count("/") + bool(path)
                 folders = {"/".join(f.split("/")[: depth + 1]) for f in files if f.count("/") > depth}
@@ -212,25 +219,25 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(listed + [_described(file, content) for file, content in files.items()])
 
     def paths_info(self, kind: str, name: str, revision: str) -> None:
-        if found := self._repository(kind, name, revision):
+        if repository_commit := self._repository(kind, name, revision):
             text = self.body.decode()
             paths = json.loads(text)["paths"] if text.startswith("{") else parse_qs(text).get("paths", [])
-            files = found[0].commits[found[1]]
+            files = repository_commit[0].commits[repository_commit[1]]
             self._answer([_described(path, files[path]) for path in paths if path in files])
 
     def resolve(self, name: str, revision: str, file: str, kind: str | None = None) -> None:
-        found = self._repository("datasets" if kind else "models", name, revision)
-        if found is None:
+        repository_commit = self._repository("datasets" if kind else "models", name, revision)
+        if repository_commit is None:
             return
-        content = found[0].commits[found[1]].get(file)
+        content = repository_commit[0].commits[repository_commit[1]].get(file)
         if content is None:
-            return self._answer({"error": "no"}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=found[1])
-        told = _described(file, content)
-        headers = {"X_Repo_Commit": found[1], "ETag": f'"{told["oid"]}"', "Accept_Ranges": "bytes"}
-        if "lfs" in told:
-            headers |= {"X_Linked_ETag": f'"{told["lfs"]["oid"]}"', "X_Linked_Size": str(len(content))}
-        if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            start, end = int(asked[1]), int(asked[2] or len(content) - 1)
+            return self._answer({"error": "no"}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=repository_commit[1])
+        description = _described(file, content)
+        headers = {"X_Repo_Commit": repository_commit[1], "ETag": f'"{description["oid"]}"', "Accept_Ranges": "bytes"}
+        if "lfs" in description:
+            headers |= {"X_Linked_ETag": f'"{description["lfs"]["oid"]}"', "X_Linked_Size": str(len(content))}
+        if range_match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            start, end = int(range_match[1]), int(range_match[2] or len(content) - 1)
             headers["Content_Range"] = f"bytes {start}-{end}/{len(content)}"
             return self._answer(content[start : end + 1], 206, **headers)
         self._answer(content, **headers)
@@ -243,24 +250,24 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer({"errors": [{"message": f'"base_model" with value "{base}" is not valid'}], "warnings": []}, 400)
 
     def preupload(self, kind: str, name: str, revision: str) -> None:
-        if self._writable() and (found := self._repository(kind, name, revision)):
-            there = found[0].commits[found[1]]
+        if self._writable() and (repository_commit := self._repository(kind, name, revision)):
+            existing = repository_commit[0].commits[repository_commit[1]]
             files = []
             for file in json.loads(self.body)["files"]:
-                told = {"path": file["path"], "shouldIgnore": False}
-                told["uploadMode"] = "lfs" if file["size"] >= LARGE else "regular"
-                if file["path"] in there:
-                    known = _described(file["path"], there[file["path"]])
-                    told["oid"] = known["lfs"]["oid"] if "lfs" in known else known["oid"]
-                files.append(told)
+                description = {"path": file["path"], "shouldIgnore": False}
+                description["uploadMode"] = "lfs" if file["size"] >= LARGE else "regular"
+                if file["path"] in existing:
+                    stored = _described(file["path"], existing[file["path"]])
+                    description["oid"] = stored["lfs"]["oid"] if "lfs" in stored else stored["oid"]
+                files.append(description)
             self._answer({"files": files})
 
     def batch(self, name: str, kind: str | None = None) -> None:
         if self._writable():
             objects = []
-            for one in json.loads(self.body)["objects"]:
-                upload = {"href": f"{self.hub.url}/lfs/{one['oid']}", "header": {}}
-                objects.append(one if one["oid"] in self.hub.large else {**one, "actions": {"upload": upload}})
+            for item in json.loads(self.body)["objects"]:
+                upload = {"href": f"{self.hub.url}/lfs/{item['oid']}", "header": {}}
+                objects.append(item if item["oid"] in self.hub.large else {**item, "actions": {"upload": upload}})
             self._answer({"objects": objects, "transfer": "basic"})
 
     def put(self, oid: str) -> None:
@@ -270,9 +277,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer({})
 
     def commit(self, kind: str, name: str, revision: str) -> None:
-        if not self._writable() or not (found := self._repository(kind, name, revision)):
+        if not self._writable() or not (repository_commit := self._repository(kind, name, revision)):
             return
-        repository, parent = found
+        repository, parent = repository_commit
         files = dict(repository.commits[parent])
         for line in map(json.loads, self.body.splitlines()):
             value = line["value"]
@@ -288,10 +295,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _described(path: str, content: bytes) -> dict[str, Any]:
     oid = hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
-    told: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": oid}
+    description: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": oid}
     if len(content) >= LARGE:
-        told["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
-    return told
+        description["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+    return description
 
 
 _ID = r"(?P<name>[\w.-]+/[\w.-]+)"

@@ -1,7 +1,7 @@
-"""Windows as far as it can be described on Linux: what it refuses about files, and what it does not have.
+"""Emulation of Windows file semantics and missing modules on Linux.
 
-Nothing here is Windows. Files that this process has open or mapped are found in ``/proc``, and refused as Windows
-refuses them; names that only POSIX has are taken out of the standard library.
+Open and mapped files are looked up in ``/proc`` and rejected as Windows does. Names that exist on POSIX only are
+removed from the standard library.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import pytest
 
 from deltaw import platforms
 
-# Modules and names that Python on Windows does not have; without those that Linux's own standard library needs.
+# Modules and names missing from Python on Windows, except those that the standard library needs on Linux.
 MODULES = ("fcntl", "grp", "posix", "pty", "pwd", "readline", "resource", "syslog", "termios", "tty")
 NAMES = {
     os: (
@@ -45,30 +45,30 @@ NAMES = {
 }
 
 
-def held_files() -> set[str]:
-    """The files that this process has open or mapped."""
-    found = set()
+def open_files() -> set[str]:
+    """Return the files that this process has open or mapped."""
+    paths = set()
     for entry in Path("/proc/self/fd").iterdir():
         try:
-            found.add(os.readlink(entry))
+            paths.add(os.readlink(entry))
         except OSError:
             continue
     for line in Path("/proc/self/maps").read_text().splitlines():
-        found.add(line.split(maxsplit=5)[-1])
-    return found
+        paths.add(line.split(maxsplit=5)[-1])
+    return paths
 
 
-def _refuse_held(path: str | os.PathLike[str]) -> None:
-    if str(path).endswith(".lock"):  # filelock's own way to remove it is another one there
+def _reject_open(path: str | os.PathLike[str]) -> None:
+    if str(path).endswith(".lock"):  # filelock removes its lock files differently on Windows
         return
-    place = os.path.realpath(path)
-    for held in held_files():
-        if held == place or held.startswith(f"{place}{os.sep}"):
-            raise PermissionError(errno.EACCES, f"the file {held} is open (WinError 32)", os.fspath(path))
+    real_path = os.path.realpath(path)
+    for open_path in open_files():
+        if open_path == real_path or open_path.startswith(f"{real_path}{os.sep}"):
+            raise PermissionError(errno.EACCES, f"the file {open_path} is open (WinError 32)", os.fspath(path))
 
 
 def without_posix(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take away the modules and names that Windows lacks."""
+    """Remove the modules and names that Windows lacks."""
     for name in MODULES:
         monkeypatch.setitem(sys.modules, name, None)
     for module, names in NAMES.items():
@@ -78,48 +78,48 @@ def without_posix(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def like_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files and names as on Windows, for this test."""
+    """Emulate Windows files and names during the test."""
     monkeypatch.setattr(platforms, "WINDOWS", True)
-    monkeypatch.setattr(platforms, "PATIENCE", 0.0)
+    monkeypatch.setattr(platforms, "LOCK_TIMEOUT", 0.0)
     monkeypatch.setattr(shutil, "_use_fd_functions", False)
-    if hasattr(filelock, "_unix"):  # older versions' code for Linux, which Windows does not run, needs os.fchmod
+    if hasattr(filelock, "_unix"):  # older versions need os.fchmod on Linux
         monkeypatch.setattr(filelock._unix, "os", SimpleNamespace(**vars(os)))
-    own: dict[str, Callable[..., object]] = {
+    original: dict[str, Callable[..., object]] = {
         name: getattr(os, name) for name in ("rename", "replace", "unlink", "remove", "open")
     }
     flags, write_only = fcntl.fcntl, os.O_WRONLY | os.O_RDWR
 
-    def rename(source: str, target: str, **how: object) -> None:
-        _refuse_held(source)
+    def rename(source: str, target: str, **options: object) -> None:
+        _reject_open(source)
         if os.path.exists(target):
             raise FileExistsError(errno.EEXIST, "it exists (WinError 183)", os.fspath(target))
-        own["rename"](source, target, **how)
+        original["rename"](source, target, **options)
 
-    def replace(source: str, target: str, **how: object) -> None:
-        _refuse_held(source)
-        _refuse_held(target)
+    def replace(source: str, target: str, **options: object) -> None:
+        _reject_open(source)
+        _reject_open(target)
         if os.path.isdir(target):
             raise PermissionError(errno.EACCES, "access is denied (WinError 5)", os.fspath(target))
-        own["replace"](source, target, **how)
+        original["replace"](source, target, **options)
 
-    def remove(path: str, **how: object) -> None:
-        _refuse_held(path)
-        own["remove"](path, **how)
+    def remove(path: str, **options: object) -> None:
+        _reject_open(path)
+        original["remove"](path, **options)
 
-    def opened(path: str, given: int, *more: object, **how: object) -> object:
-        # Files without a name are Linux's way to what Windows has too.
-        if os.path.isdir(path) and given & os.O_TMPFILE != os.O_TMPFILE:
+    def open_file(path: str, mode: int, *args: object, **options: object) -> object:
+        # Unnamed temporary files are specific to Linux, so they are allowed.
+        if os.path.isdir(path) and mode & os.O_TMPFILE != os.O_TMPFILE:
             raise PermissionError(errno.EACCES, "permission denied", os.fspath(path))
-        return own["open"](path, given, *more, **how)
+        return original["open"](path, mode, *args, **options)
 
     def fsync(handle: int) -> None:
         if not flags(handle, fcntl.F_GETFL) & write_only:
             raise OSError(errno.EBADF, "bad file descriptor")
 
-    for name, instead in {"rename": rename, "replace": replace, "unlink": remove, "remove": remove}.items():
-        monkeypatch.setattr(os, name, instead)
+    for name, replacement in {"rename": rename, "replace": replace, "unlink": remove, "remove": remove}.items():
+        monkeypatch.setattr(os, name, replacement)
         if hasattr(getattr(pathlib, "_NormalAccessor", None), name):  # Python 3.10's pathlib keeps its own references
-            monkeypatch.setattr(pathlib._NormalAccessor, name, staticmethod(instead))
-    monkeypatch.setattr(os, "open", opened)
+            monkeypatch.setattr(pathlib._NormalAccessor, name, staticmethod(replacement))
+    monkeypatch.setattr(os, "open", open_file)
     monkeypatch.setattr(os, "fsync", fsync)
     without_posix(monkeypatch)

@@ -1,8 +1,8 @@
-"""Processes for tests whose subject is a process of its own: signals, streams, death, several that train as one.
+"""Forked processes for tests of signals, streams, crashes and multi-process training.
 
-Importing torch and transformers takes seconds, so one server for each process of pytest does it once and forks.
-What is forked has its own arguments, environment, streams and folder. Tests of what an interpreter imports, or of
-what libraries read from the environment while they are imported, start an interpreter instead.
+Importing torch and transformers takes seconds, so one server per pytest process imports them once and forks. Each
+forked process has separate arguments, environment, streams and working directory. Tests of imports, or of environment
+variables read at import time, start a new interpreter instead.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MESSAGE_BYTES = 1 << 20
 
 
 class Process:
-    """A forked process: as much of :class:`subprocess.Popen` as tests use."""
+    """A forked process with the subset of :class:`subprocess.Popen` that tests use."""
 
     def __init__(
         self,
@@ -52,8 +52,8 @@ class Process:
         reading, self._input = os.pipe()
         self._status, status = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         message = {"arguments": list(arguments), "env": dict(env), "cwd": os.fspath(cwd or os.getcwd())}
-        given = [reading, self._output.fileno(), self._errors.fileno(), status.fileno()]
-        socket.send_fds(_server(imported), [json.dumps(message).encode()], given)
+        handles = [reading, self._output.fileno(), self._errors.fileno(), status.fileno()]
+        socket.send_fds(_server(imported), [json.dumps(message).encode()], handles)
         os.close(reading)
         status.close()
         self.pid = int(self._status.recv(64))
@@ -74,24 +74,24 @@ class Process:
         return self.returncode
 
     def communicate(self, text: str = "", timeout: float | None = None) -> tuple[str, str]:
-        """Output and errors, once the process has ended."""
+        """Wait for the process, and return its output and errors."""
         with os.fdopen(self._input, "w") as stdin, contextlib.suppress(BrokenPipeError):
             stdin.write(text)
         self.wait(timeout)
-        return self.said()
+        return self.current_output()
 
-    def said(self) -> tuple[str, str]:
-        """Output and errors up to now; where the process writes next stays as it is."""
+    def current_output(self) -> tuple[str, str]:
+        """Return the output and errors so far, without moving the file positions."""
         output, errors = (os.pread(file.fileno(), 1 << 26, 0).decode() for file in (self._output, self._errors))
         return output, errors
 
-    def until(self, ready: Callable[[], Any], seconds: float = 120.0) -> Any:
-        """What ``ready`` returns once that is true, for which the process must live."""
-        ends = time.monotonic() + seconds
-        while not (found := ready()):
-            assert self.poll() is None and time.monotonic() < ends, self.said()
+    def wait_for(self, ready: Callable[[], Any], seconds: float = 120.0) -> Any:
+        """Poll ``ready`` until it returns a true value, and return that value. Fails if the process exits first."""
+        deadline = time.monotonic() + seconds
+        while not (value := ready()):
+            assert self.poll() is None and time.monotonic() < deadline, self.current_output()
             time.sleep(0.01)
-        return found
+        return value
 
     def __enter__(self) -> Process:
         return self
@@ -117,15 +117,19 @@ def start(
     env: Mapping[str, str] | None = None,
     imported: Mapping[str, str] | None = None,
 ) -> Process:
-    """What ``python *arguments`` is, with ``-m module`` or ``-c code`` first; ``env`` is added to the environment, and
-    ``imported`` also to that in which libraries are imported."""
+    """Start ``python *arguments``, where the first argument is ``-m`` or ``-c``.
+
+    Args:
+        env: Variables added to the environment.
+        imported: Variables also set before the libraries are imported.
+    """
     imported = imported or {}
     environment = {**os.environ, **imported, **(env or {})}
     return Process([str(argument) for argument in arguments], environment, cwd, tuple(sorted(imported.items())))
 
 
 def run_forked(command: Sequence[object], **_: object) -> subprocess.CompletedProcess[str]:
-    """What :func:`subprocess.run` is for an interpreter and its arguments."""
+    """Run an interpreter command in a forked process, like :func:`subprocess.run`."""
     process = start(*command[1:])
     output, errors = process.communicate()
     return subprocess.CompletedProcess(command, process.wait(), output, errors)
@@ -133,7 +137,10 @@ def run_forked(command: Sequence[object], **_: object) -> subprocess.CompletedPr
 
 @functools.cache
 def _server(imported: tuple[tuple[str, str], ...] = ()) -> socket.socket:
-    """The connection to the server whose libraries were imported with these variables; it ends with the connection."""
+    """Start a fork server whose libraries were imported with these variables, and return the connection to it.
+
+    The server exits when the connection is closed.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     size = 4 * MESSAGE_BYTES
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
@@ -148,13 +155,13 @@ def _server(imported: tuple[tuple[str, str], ...] = ()) -> socket.socket:
 
 
 def _serve(requests: socket.socket) -> list[str] | None:
-    """Fork for each request; in the process that was asked for, return its arguments."""
+    """Fork for each request, and return the arguments in the forked process."""
     for name in PRELOADED:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # those who watch are forgotten
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # reap the monitoring processes automatically
     while True:
         message, handles, *_ = socket.recv_fds(requests, MESSAGE_BYTES, 4)
         if not message:
@@ -166,8 +173,8 @@ def _serve(requests: socket.socket) -> list[str] | None:
             os.close(handle)
 
 
-def _forked(asked: dict, handles: list[int]) -> list[str]:
-    """In a process that watches: fork the one that was asked for, and report its number and its end."""
+def _forked(request: dict, handles: list[int]) -> list[str]:
+    """Fork the requested process, and report its pid and exit status from a monitoring process."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     *streams, status = handles
     pid = os.fork()
@@ -188,18 +195,18 @@ def _forked(asked: dict, handles: list[int]) -> list[str]:
         io.TextIOWrapper(os.fdopen(number, mode), line_buffering=True) for number, mode in enumerate(("rb", "wb", "wb"))
     )
     os.environ.clear()
-    os.environ.update(asked["env"])
-    os.chdir(asked["cwd"])
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
     random.seed()
-    return asked["arguments"]
+    return request["arguments"]
 
 
 if __name__ == "__main__":
-    found = _serve(socket.socket(fileno=int(sys.argv[1])))
-    if found is not None:
-        kind, what, *rest = found
-        sys.argv = [what, *rest]
+    request_arguments = _serve(socket.socket(fileno=int(sys.argv[1])))
+    if request_arguments is not None:
+        kind, program, *rest = request_arguments
+        sys.argv = [program, *rest]
         if kind == "-m":
-            runpy.run_module(what, run_name="__main__", alter_sys=True)
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
         else:
-            exec(compile(what, "<code>", "exec"), {"__name__": "__main__"})
+            exec(compile(program, "<code>", "exec"), {"__name__": "__main__"})

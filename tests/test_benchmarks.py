@@ -1,6 +1,6 @@
-"""What benchmarks compute from measurements, the models they make, and what they say of the machine.
+"""Calculations, generated models and machine descriptions of the benchmarks.
 
-Nothing is timed for its speed here: the benchmarks themselves are run by hand.
+No speed is measured here: the benchmarks are run manually.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 @pytest.fixture(autouse=True)
 def _scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Benchmarks import one another as scripts of one folder."""
+    """Make the benchmarks importable as scripts of one folder."""
     monkeypatch.syspath_prepend(str(FOLDER))
     yield
     for name in ("communication", "figures", "machine", "step", "step_models", "step_sides", "products", "peak"):
         sys.modules.pop(name, None)
 
 
-def test_the_machine_is_named_with_flags_threads_and_versions(monkeypatch):
+def test_machine_lines_contain_flags_threads_and_versions(monkeypatch):
     import machine
 
     monkeypatch.setattr(machine, "processor_flags", lambda: {"avx2", "amx_int8", "nonsense"})
@@ -45,7 +45,7 @@ PUBLISHED = {"qwen2.5-0.5b": 494_032_768, "llama-3.2-1b": 1_235_814_400, "llama-
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_counted_layers_are_those_of_the_model(name):
+def test_layer_counts_match_the_model(name):
     import step_models
     from transformers import AutoModelForCausalLM
 
@@ -59,58 +59,60 @@ def test_counted_layers_are_those_of_the_model(name):
     assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]
 
 
-def test_random_weights_are_written_once_and_loaded_by_both_sides(tmp_path, monkeypatch):
+def test_random_weights_are_written_once_and_load_equally(tmp_path, monkeypatch):
     import step_models
     from transformers import AutoModelForCausalLM
 
     sizes = {**step_models.QWEN, "vocab_size": 97, "hidden_size": 28, "num_hidden_layers": 1}
     tiny = step_models.Size(1, 8, "Qwen2", tuple({**sizes, "intermediate_size": 16}.items()))
     monkeypatch.setitem(step_models.MODELS, "tiny", tiny)
-    reference, folder = step_models.made("tiny", tmp_path)
-    written = (Path(folder) / "done").stat().st_mtime_ns
-    assert step_models.made("tiny", tmp_path) == (reference, folder)
-    assert (Path(folder) / "done").stat().st_mtime_ns == written
-    ours = load(reference, precision="bf16", device="cpu", say=lambda line: None).model
+    reference, folder = step_models.prepare_model("tiny", tmp_path)
+    modified = (Path(folder) / "done").stat().st_mtime_ns
+    assert step_models.prepare_model("tiny", tmp_path) == (reference, folder)
+    assert (Path(folder) / "done").stat().st_mtime_ns == modified
+    ours = load(reference, precision="bf16", device="cpu", log=lambda line: None).model
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    mine, others = dict(ours.named_parameters()), dict(theirs.named_parameters())
-    assert mine.keys() == others.keys() and all(torch.equal(mine[n], others[n]) for n in mine)
-    assert all(p.abs().max() > 0 for n, p in mine.items() if n.endswith("bias"))
+    our_parameters, their_parameters = dict(ours.named_parameters()), dict(theirs.named_parameters())
+    assert our_parameters.keys() == their_parameters.keys() and all(
+        torch.equal(our_parameters[n], their_parameters[n]) for n in our_parameters
+    )
+    assert all(p.abs().max() > 0 for n, p in our_parameters.items() if n.endswith("bias"))
 
 
-def test_ratios_are_to_peft_at_its_best_round_by_round():
+def test_ratios_use_the_best_peft_rate_per_round():
     import step
 
     rates = {
         "deltaw-auto": (200.0, 300.0, 90.0),
         "peft-fp32": (100.0, 100.0, 30.0),  # the fastest in two of three rounds
         "peft-bf16": (50.0, 60.0, 90.0),
-        "peft-bf16-checkpointing": (400.0, 400.0, 400.0),  # not what is compared with
+        "peft-bf16-checkpointing": (400.0, 400.0, 400.0),  # not part of the comparison
         "floor-bf16": (100.0, 100.0, 100.0),
         "floor-fp32": (250.0, 400.0, 100.0),
     }
-    found = {name: [{"tokens_per_second": s, "how": "fp32 (measured)"} for s in rates[name]] for name in rates}
-    (line,) = step.summary(found)
+    results = {name: [{"tokens_per_second": s, "how": "fp32 (measured)"} for s in rates[name]] for name in rates}
+    (line,) = step.summary(results)
     assert "3.00 times PEFT's best (peft-fp32; rounds 2.00 to 3.00)" in line
     assert "80% of torch's best exact product rate (floor-fp32)" in line and "fp32 (measured)" in line
 
 
-def test_every_usual_side_exists_and_avx2_confines_each():
+def test_default_sides_exist_and_have_avx2_variants():
     import step
 
-    assert set(step.USUAL) | set(step.USUAL_AVX2) <= set(step.SIDES)
-    assert not [name for name in step.USUAL_AVX2 if "bf16" in name]  # emulated there
+    assert set(step.DEFAULT_SIDES) | set(step.DEFAULT_AVX2_SIDES) <= set(step.SIDES)
+    assert not [name for name in step.DEFAULT_AVX2_SIDES if "bf16" in name]  # emulated there
     compiled = {name for name, side in step.SIDES.items() if side.get("compiled")}
-    assert compiled and compiled <= set(step.USUAL)
+    assert compiled and compiled <= set(step.DEFAULT_SIDES)
 
 
-def test_a_side_that_does_not_fit_is_skipped_aloud(monkeypatch, capsys):
+def test_side_that_exceeds_memory_is_skipped_with_a_message(monkeypatch, capsys):
     import step
 
     monkeypatch.setattr(step.psutil, "virtual_memory", lambda: type("M", (), {"available": 9e9})())
     assert step.fits("deltaw-int8", "llama-3.2-3b") and step.fits("floor-fp32", "llama-3.2-3b")
     assert not step.fits("peft-fp32", "llama-3.2-3b")
     assert "peft-fp32 is skipped" in capsys.readouterr().out
-    # 3.2 billion numbers of 2 bytes, and room: one such side fits into 9 GB, two at once do not.
+    # 3.2 billion values of 2 bytes plus overhead: one such side fits into 9 GB, two do not.
     two = ["deltaw-int8", "peft-bf16"]
     assert not step.fits("deltaw-int8", "llama-3.2-3b", two)
     assert "17 GB are needed" in capsys.readouterr().out
@@ -130,24 +132,24 @@ print("RESULT", json.dumps({"how": job["seconds"]}), flush=True)
 """
 
 
-def test_sides_take_turns(tmp_path, capsys):
+def test_sides_run_alternately(tmp_path, capsys):
     import step
     import step_sides
 
     script = tmp_path / "side.py"
     script.write_text(SIDE)
-    job = {"model": "qwen2.5-0.5b", "threads": 1, "steps": 3 * step_sides.STEPS_OF_A_TURN}
+    job = {"model": "qwen2.5-0.5b", "threads": 1, "steps": 3 * step_sides.STEPS_PER_TURN}
     jobs = {"deltaw-auto": {**job, "seconds": 1}, "peft-bf16": {**job, "seconds": 4}}
-    found = step_sides.run_in_turns(jobs, {name: {} for name in jobs}, str(script))
+    results = step_sides.run_in_turns(jobs, {name: {} for name in jobs}, str(script))
     # The first turn does not count: 512 tokens in 2 and in 3 s.
-    assert [turn["tokens_per_second"] for turn in found["deltaw-auto"]] == [512 / 2, 512 / 3]
-    assert [turn["how"] for turn in found["peft-bf16"]] == [4, 4]
-    assert step.ratios(found, "deltaw-auto", "peft-bf16") == [4, 4]
+    assert [turn["tokens_per_second"] for turn in results["deltaw-auto"]] == [512 / 2, 512 / 3]
+    assert [turn["how"] for turn in results["peft-bf16"]] == [4, 4]
+    assert step.ratios(results, "deltaw-auto", "peft-bf16") == [4, 4]
     with pytest.raises(SystemExit, match="it broke"):
         step_sides.run_in_turns({"peft-bf16": {**jobs["peft-bf16"], "fails": True}}, {"peft-bf16": {}}, str(script))
 
 
-def test_a_turn_leaves_its_first_step_out(monkeypatch, capsys):
+def test_first_step_of_a_turn_is_not_timed(monkeypatch, capsys):
     import io
 
     import step_sides
@@ -156,13 +158,13 @@ def test_a_turn_leaves_its_first_step_out(monkeypatch, capsys):
     monkeypatch.setattr(step_sides.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
     turns = step_sides.Turns({"in_turns": True})
-    for _ in range(step_sides.STEPS_OF_A_TURN):
+    for _ in range(step_sides.STEPS_PER_TURN):
         turns.step_done()
     assert capsys.readouterr().out == "TURN 2.0\n"  # of 1, 2 and 3 s; the first took 9
-    assert turns.begun == 100.0  # what it waited is in no step
+    assert turns.start == 100.0  # waiting time is not part of a step
 
 
-def test_rates_of_a_model_weigh_its_layers_by_their_number():
+def test_model_rates_weigh_layers_by_count():
     import products
     from peak import Peak
 
@@ -171,24 +173,24 @@ def test_rates_of_a_model_weigh_its_layers_by_their_number():
     result = {"products": [dict(zip(keys, row, strict=True)) for row in rows], "notes": []}
     assert products.rate(result, "fp32", "deltaw") == (3 * 1000 + 4000) / (3 + 7)
     assert products.rate(result, "fp32", "torch") == 7000 / (6 + 4)
-    known = {"fp32": Peak(1400.0, "a loop"), "int8": Peak(0.0, "unknown")}
-    assert products.top_rate({"auto": result}, "fp32", known) == 1400.0
-    assert products.top_rate({"auto": result}, "int8", known) == 2000.0  # the best that was measured
-    lines = products.table("smollm2", {"auto": result}, known, ["fp32", "int8"])
+    peaks = {"fp32": Peak(1400.0, "a loop"), "int8": Peak(0.0, "unknown")}
+    assert products.top_rate({"auto": result}, "fp32", peaks) == 1400.0
+    assert products.top_rate({"auto": result}, "int8", peaks) == 2000.0  # the best that was measured
+    lines = products.table("smollm2", {"auto": result}, peaks, ["fp32", "int8"])
     assert "100% of 0 | 100% of 0 | 50% of 0 |" in lines[2] and "100% of 0 |" in lines[3]
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler was found")
-def test_peaks_are_measured_for_what_the_processor_has():
+def test_peaks_are_measured_for_supported_instructions():
     import peak
 
     flags = peak.processor_flags()
-    for kind, found in peak.peaks(1).items():
-        has = any(flag in flags for flag, _, _ in peak.LOOPS[kind]) and peak.TILES.get(kind) not in flags
-        assert (found.rate > 0) == has, found.why
+    for kind, measurement in peak.peaks(1).items():
+        is_supported = any(flag in flags for flag, _, _ in peak.LOOPS[kind]) and peak.TILES.get(kind) not in flags
+        assert (measurement.rate > 0) == is_supported, measurement.why
 
 
-def test_the_model_of_communication_cuts_as_the_training_does_and_counts_what_lora_trains():
+def test_communication_model_matches_training_ranges_and_lora_parameters():
     import communication
 
     from deltaw.training.parallel.group import _ranges
@@ -199,31 +201,31 @@ def test_the_model_of_communication_cuts_as_the_training_does_and_counts_what_lo
     assert {base.name: base.factors(16) for base in communication.BASES}["Llama 3.1 8B"] == 41_943_040
 
 
-def test_sums_hide_behind_the_backward_but_for_one_range():
+def test_reductions_overlap_backward_except_one_range():
     import communication
 
     size, latency, bandwidth = 8e8, 1e-5, 1e10
     each = communication.ring(4, size / 8, latency, bandwidth)
     assert communication.ring(4, size, 0.0, bandwidth) == pytest.approx(2 * 3 / 4 * size / bandwidth)
-    assert communication.waited(4, size, 10.0, latency, bandwidth) == pytest.approx((8 * each, each))
-    assert communication.waited(4, size, 0.0, latency, bandwidth) == pytest.approx((8 * each, 8 * each))
-    assert communication.waited(1, size, 1.0, latency, bandwidth) == (0.0, 0.0)
-    # All processes of one machine share what it can move.
+    assert communication.reduction_times(4, size, 10.0, latency, bandwidth) == pytest.approx((8 * each, each))
+    assert communication.reduction_times(4, size, 0.0, latency, bandwidth) == pytest.approx((8 * each, 8 * each))
+    assert communication.reduction_times(1, size, 1.0, latency, bandwidth) == (0.0, 0.0)
+    # All processes of a machine share its bandwidth.
     assert communication.ring(4, size, 0.0, bandwidth, shared=True) == pytest.approx(6 * size / bandwidth)
-    # A base of any size is gathered twice while so many tokens are computed.
-    tokens = communication.least_tokens(2.0, 4e14, bandwidth)
+    # Gathering the base twice takes as long as computing this number of tokens, regardless of its size.
+    tokens = communication.min_tokens(2.0, 4e14, bandwidth)
     assert 4 * 7e9 * tokens / 4e14 == pytest.approx(2 * 2.0 * 7e9 / bandwidth)
 
 
 SFT = ("rows_per_second", "peak_bytes", "held_out_loss")
 
 
-def test_figures_of_a_processor_become_one_table_that_another_run_replaces():
+def test_new_run_replaces_the_table_of_its_processor():
     import figures
 
     step = {"deltaw-auto": (80.0, 1.5e9), "peft-fp32": (20.0, 3e9), "peft-bf16": (40.0, 2e9)}
     sft = {"8|deltaw auto": (30.0, 1e9, 0.341), "8|TRL fp32": (3.0, 4e9, 0.342)}
-    found = {
+    results = {
         "step": {
             "floor-bf16": [{"tokens_per_second": 90.0}],
             **{name: [{"tokens_per_second": s, "peak_bytes": peak}] for name, (s, peak) in step.items()},
@@ -231,19 +233,20 @@ def test_figures_of_a_processor_become_one_table_that_another_run_replaces():
         "sft": {"sarcasm": {n: [dict(zip(SFT, values, strict=True))] for n, values in sft.items()}},
         "decode": {"16": {"deltaw": [800.0, 900.0], "llama.cpp": [200.0, 300.0]}},
     }
-    text = figures.section(found, "2026-11-28")
+    text = figures.section(results, "2026-11-28")
     assert "| step | deltaw-auto | 80 tokens/s | 2.00 | 1.50 GB |  |" in text
     assert "| sarcasm, 8 rows per step | deltaw auto | 30.0 rows/s | 10.00 | 1.00 GB | 0.3410 |" in text
     assert "| decoding, prompts at once: 16 | deltaw | 850 tokens/s | 3.50 |  |  |" in text
     assert f"2026-11-28, commit {figures.commit()}; `benchmarks/step.py`" in text and processor_name() in text
     page = figures.PAGE.read_text(encoding="utf-8")
-    once = figures.with_section(page, "a processor", "old")
-    both = figures.with_section(figures.with_section(once, "another", "other"), "a processor", text)
-    assert "old\n" not in both and both.count(text) == both.count("other\n<!--") == 1
-    assert both.startswith(page.partition(figures.MORE)[0]) and both.count(figures.MORE) == 1
+    single = figures.with_section(page, "a processor", "old")
+    combined = figures.with_section(figures.with_section(single, "another", "other"), "a processor", text)
+    assert "old\n" not in combined and combined.count(text) == combined.count("other\n<!--") == 1
+    marker = figures.INSERTION_MARKER
+    assert combined.startswith(page.partition(marker)[0]) and combined.count(marker) == 1
 
 
-def test_figures_ask_the_benchmarks_for_json_in_the_flags_that_they_have():
+def test_figures_use_existing_benchmark_flags():
     import figures
 
     for script, *flags in figures.COMMANDS.values():

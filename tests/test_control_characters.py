@@ -1,4 +1,4 @@
-"""Control characters in messages, which come from files, models and other libraries, do not reach a terminal."""
+"""Control characters from files, models and libraries are escaped in messages, so they do not reach the terminal."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from urllib.parse import quote
 
 import pytest
 
-from deltaw.cli import faults
-from deltaw.errors import UserError, as_message, checked_key, escape_control_characters, first_line
-from deltaw.reports.tables import Output
+from deltaw.cli import crash_report
+from deltaw.errors import UserError, escape_control_characters, first_line, format_error, validate_key
+from deltaw.reports.tables import TerminalOutput
 
 ATTACKS = {
     "escape sequence": ("\x1b[2J\x1b]0;title\x07", r"\x1b[2J\x1b]0;title\x07"),
@@ -25,21 +25,21 @@ ATTACKS = {
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_control_characters_are_escaped_wherever_an_error_is_shown(name):
+def test_control_characters_are_escaped_in_every_error_output(name):
     text, escaped = ATTACKS[name]
-    error = UserError(f"no {text}", where=text, hint=text)
-    assert (error.what, error.where, error.hint) == (f"no {escaped}", escaped, escaped)
+    error = UserError(f"no {text}", location=text, hint=text)
+    assert (error.message, error.location, error.hint) == (f"no {escaped}", escaped, escaped)
     stream = io.StringIO()
-    Output(file=stream).say(f"tracker failed: {text}")
-    _, shown = faults.explained(ValueError(f"bad {text}"), traceback=True)
+    TerminalOutput(file=stream).print_line(f"tracker failed: {text}")
+    _, output = crash_report.describe(ValueError(f"bad {text}"), traceback=True)
     copied = pickle.loads(pickle.dumps(error))
-    for place in (str(error), as_message(error), str(copied), copied.what, stream.getvalue(), shown):
-        assert not any(c in place for c in text if not c.isprintable()), place
+    for text_output in (str(error), format_error(error), str(copied), copied.message, stream.getvalue(), output):
+        assert not any(c in text_output for c in text if not c.isprintable()), text_output
     assert first_line(ValueError(text)) in escaped
 
 
 @pytest.mark.parametrize(
-    "form",
+    "encode",
     [
         str,
         quote,
@@ -49,16 +49,16 @@ def test_control_characters_are_escaped_wherever_an_error_is_shown(name):
         lambda key: key.encode().hex(),
     ],
 )
-def test_key_is_removed_from_errors_in_every_common_form(form):
-    key = checked_key("abcDEF123!xyz/QRS+tuv==", "KEY")
-    shown = first_line(ValueError(f"status 401: <{form(key)}>"))
-    assert not any(part in shown for part in ("DEF123", "QRS", "tuv", form(key)[8:]))
+def test_key_is_removed_from_errors_in_every_common_form(encode):
+    key = validate_key("abcDEF123!xyz/QRS+tuv==", "KEY")
+    output = first_line(ValueError(f"status 401: <{encode(key)}>"))
+    assert not any(part in output for part in ("DEF123", "QRS", "tuv", encode(key)[8:]))
 
 
 @pytest.mark.parametrize("url", ["https://user:p@ss@host/x", "//user:p@ss@host/x", "http://host/x?a=1&api_key=p@ss"])
 def test_passwords_and_keys_in_urls_are_removed(url):
-    shown = first_line(ValueError(f"cannot open {url}"))
-    assert "p@ss" not in shown and "ss@" not in shown and "host/x" in shown
+    output = first_line(ValueError(f"cannot open {url}"))
+    assert "p@ss" not in output and "ss@" not in output and "host/x" in output
 
 
 def test_ordinary_text_in_any_script_is_unchanged():

@@ -1,4 +1,4 @@
-"""The examples run unchanged, and the settings shown on the documentation pages are valid."""
+"""The examples run unchanged, and settings on the documentation pages are valid."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from deltaw.methods.files import choose_method
 from deltaw.runs.fit import Result, fit
 from deltaw.runtime.packed import packed_rows
 from deltaw.settings import RunConfig, parse_yaml, settings
-from deltaw.training.evaluation.general_prompts import KEPT, MEASURED
+from deltaw.training.evaluation.general_prompts import DRIFT_PROMPTS, REHEARSAL_PROMPTS
 from deltaw.training.session import read_data
 from deltaw.training.tasks.causal_objective import CausalObjective
-from tests.byte_models import saved
+from tests.byte_models import save_model
 from tests.conftest import write_rows
 from tests.tiny_models import VOCABULARY, causal_model
 
@@ -39,17 +39,17 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 _FILES = (".py", ".txt", ".yaml", ".md", ".jsonl", ".json", ".csv")
 
 
-def test_own_loop_trains_merges_and_leaves_no_trace(capsys: pytest.CaptureFixture[str]) -> None:
+def test_own_loop_trains_merges_and_restores_the_base(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLES / "own_loop.py"), run_name="__main__")
-    printed = capsys.readouterr().out
-    assert "base outputs unchanged: True" in printed
-    assert "every bit as before: True" in printed
-    losses = [float(line.rpartition(" ")[2]) for line in printed.splitlines() if line.startswith("step")]
+    output = capsys.readouterr().out
+    assert "base outputs unchanged: True" in output
+    assert "every bit as before: True" in output
+    losses = [float(line.rpartition(" ")[2]) for line in output.splitlines() if line.startswith("step")]
     assert losses[-1] < 0.05 * losses[0]
 
 
 def run_of(example: str, tmp_path: Path, model: Path, file: Path, **data: object) -> Result:
-    """An example's settings, run on a tiny model."""
+    """Run the settings of an example on a tiny model."""
     changes = {"model": str(model), "data": {"train": str(file), **data}, "output": str(tmp_path / "run")}
     return fit(RunConfig.read(EXAMPLES / example, changes))
 
@@ -70,15 +70,13 @@ def test_lower_case_yaml_runs_on_a_tiny_model(model_folder: Path, tmp_path: Path
 def test_reviews_yaml_runs_on_a_tiny_encoder(tmp_path: Path) -> None:
     encoder, file = _tiny_encoder(tmp_path / "encoder"), _reviews(tmp_path / "reviews.csv")
     result = run_of("reviews.yaml", tmp_path, encoder, file, rows=None)
-    # One of 6 films with 4 reviews each is held out; the plots are dropped.
+    # One of 6 films with 4 reviews each is used for evaluation. The plots are dropped.
     assert result.outcome.rows == 2 * 20
     assert result.evaluation.classes == ("rotten", "fresh")
     assert result.evaluation.confusion is not None and result.evaluation.confusion.sum() == 4
 
 
-def test_rows_for_each_goal_are_written_and_read(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_of_each_goal_can_be_read(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = tmp_path / "table.csv.bz2"
     packed.write_bytes(
         bz2.compress(_reviews(tmp_path / "table.csv", ", which is long enough to be taken as a review").read_bytes())
@@ -97,10 +95,10 @@ def test_rows_for_each_goal_are_written_and_read(
     assert json.loads(script["as_json"]("heat", "fresh")) == {"film": "heat", "verdict": "fresh"}
 
 
-def test_the_demo_is_asked_questions_that_it_was_not_trained_on() -> None:
+def test_demo_questions_are_not_training_prompts() -> None:
     questions = (EXAMPLES / "general-questions.txt").read_text(encoding="utf-8").splitlines()
     assert len(set(questions)) == len(questions) == 20
-    assert not set(questions) & {*KEPT, *MEASURED}
+    assert not set(questions) & {*REHEARSAL_PROMPTS, *DRIFT_PROMPTS}
     demo = RunConfig.read(EXAMPLES / "demo.yaml").train
     assert demo.keep_general > 0 and demo.learning_rate == 5e-4
 
@@ -112,7 +110,7 @@ def test_compare_settings_are_valid_for_every_method() -> None:
 
 
 @each_page
-def test_settings_on_a_page_are_valid(page: Path) -> None:
+def test_page_settings_are_valid(page: Path) -> None:
     for block in re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
         try:
             settings = parse_yaml(block)
@@ -124,14 +122,14 @@ def test_settings_on_a_page_are_valid(page: Path) -> None:
 
 
 @each_page
-def test_links_on_a_page_lead_somewhere(page: Path) -> None:
+def test_page_links_have_targets(page: Path) -> None:
     for target, anchor in re.findall(r"\]\(([^)#:]*)#?([^)]*)\)", _without_links_out(page)):
         file = page.parent / target if target else page
         assert file.exists(), target
         assert not anchor or anchor in _anchors(file), f"{target}#{anchor}"
 
 
-def test_the_loss_on_the_guide_page_trains_on_pairs() -> None:
+def test_guide_page_loss_trains_on_pairs() -> None:
     page = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
     (code,) = (c for c in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "class Preference" in c)
     model = causal_model("llama")
@@ -147,23 +145,23 @@ def test_the_loss_on_the_guide_page_trains_on_pairs() -> None:
 
 
 @each_page
-def test_commands_on_a_page_use_flags_that_exist(page: Path) -> None:
+def test_page_commands_use_existing_flags(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL))
     for verb, rest in re.findall(r"\bdeltaw ([a-z]+)(.*)", re.sub("#.*", "", blocks)):
         flags = (flag for p in _command(verb, rest).params for flag in (*p.opts, *p.secondary_opts))
-        known = {*flags, "--help", "--key"}
+        valid = {*flags, "--help", "--key"}
         used = set(re.findall(r"(?<!\S)\[?(--?[a-z][\w.-]*)", rest))
-        assert used <= known, f"deltaw {verb}: {used - known}"
+        assert used <= valid, f"deltaw {verb}: {used - valid}"
 
 
 @each_page
-def test_setting_names_on_a_page_exist(page: Path) -> None:
-    known = {setting.key for setting in settings()} | {"lora.alpha/rank"}
-    sections = {key.partition(".")[0] for key in known if "." in key}
+def test_page_setting_names_exist(page: Path) -> None:
+    valid = {setting.key for setting in settings()} | {"lora.alpha/rank"}
+    sections = {key.partition(".")[0] for key in valid if "." in key}
     named = re.findall(r"`([a-z]+\.[a-z_/]+)(?:[:=][^`]*)?`", page.read_text(encoding="utf-8"))
     used = {key for key in named if key.partition(".")[0] in sections and not key.endswith(_FILES)}
-    assert used <= known, used - known
+    assert used <= valid, used - valid
 
 
 def _without_links_out(page: Path) -> str:
@@ -171,13 +169,13 @@ def _without_links_out(page: Path) -> str:
 
 
 def _anchors(page: Path) -> set[str]:
-    """What a page's headings are called in links, by GitHub's rule."""
+    """Return the link anchors of a page's headings (GitHub's rule)."""
     heads = re.findall(r"(?m)^#+ (.*)", re.sub(r"(?s)```.*?```", "", page.read_text(encoding="utf-8")))
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
 def _pairs() -> list[RowGroup]:
-    """Six prompts, each with a chosen and a rejected answer of one token."""
+    """Return six prompts, each with a chosen and a rejected completion of one token."""
     random = np.random.default_rng(0)
     groups = []
     for row in range(6):
@@ -199,11 +197,11 @@ def _command(verb: str, rest: str) -> click.Command:
 def _tiny_encoder(folder: Path) -> Path:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return saved(BertModel(BertConfig(vocab_size=259, max_position_embeddings=64, **sizes)), folder)
+    return save_model(BertModel(BertConfig(vocab_size=259, max_position_embeddings=64, **sizes)), folder)
 
 
 def _reviews(path: Path, more: str = "") -> Path:
-    """A table with the same columns as the one in the example."""
+    """Write a table with the columns of the example's table."""
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["category", "text", "movie_name", "has_plot_and_reviews"])

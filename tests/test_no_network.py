@@ -1,4 +1,4 @@
-"""Nothing is reported to anybody: planning and training on files that are here open no connection."""
+"""Planning and training on local files open no network connection."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-# Run before the verb: whatever would connect or look up a name is noted and refused, from the first import on.
+# Runs before the verb. From the first import on, connections and name lookups are recorded and rejected.
 WATCHED = """
 import json, socket, sys
-asked = []
+attempts = []
 def refuse(kind):
-    def call(*given, **named):
-        asked.append([kind, repr(given[-1])])
+    def call(*args, **kwargs):
+        attempts.append([kind, repr(args[-1])])
         raise OSError("there is no network")
     return call
 for name in ("connect", "connect_ex", "sendto"):
@@ -29,40 +29,40 @@ try:
     main(json.loads(sys.argv[1]))
 except SystemExit as end:
     status = end.code
-print(json.dumps([status, asked]), file=sys.stderr)
+print(json.dumps([status, attempts]), file=sys.stderr)
 """
-# What a user has who never heard of telemetry: no variable that turns it off.
+# Variables that disable telemetry. They are removed, so that the defaults are tested.
 OFF = ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "TRANSFORMERS_OFFLINE", "DO_NOT_TRACK", "DISABLE_TELEMETRY")
 
 
 def connections(*arguments: object) -> tuple[object, list]:
     environment = {name: value for name, value in os.environ.items() if name not in OFF}
-    given = json.dumps([str(argument) for argument in arguments])
-    command = [sys.executable, "-c", WATCHED, given]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    status, asked = json.loads(done.stderr.splitlines()[-1])
-    return status, asked
+    arguments_json = json.dumps([str(argument) for argument in arguments])
+    command = [sys.executable, "-c", WATCHED, arguments_json]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    status, attempts = json.loads(result.stderr.splitlines()[-1])
+    return status, attempts
 
 
 @pytest.fixture
 def flags(model_folder: Path, rows_file: Path, tmp_path: Path) -> list[object]:
-    given = {"model": model_folder, "data": rows_file, "output": tmp_path / "run", "precision": "fp32", "threads": 1}
-    return [part for name, value in given.items() for part in (f"--{name}", value)]
+    options = {"model": model_folder, "data": rows_file, "output": tmp_path / "run", "precision": "fp32", "threads": 1}
+    return [part for name, value in options.items() for part in (f"--{name}", value)]
 
 
 @pytest.mark.parametrize("verb", [["plan"], ["train", "--train.max_steps", 2]], ids=["plan", "train"])
-def test_a_verb_opens_no_connection(verb, flags):
+def test_verb_opens_no_connection(verb, flags):
     assert connections(*verb, *flags) == (0, [])
 
 
-def test_a_connection_would_be_seen():
+def test_connection_would_be_detected():
     program = WATCHED.replace("from deltaw.cli import main", "main = lambda _: socket.create_connection(('hub', 443))")
-    done = subprocess.run([sys.executable, "-c", program, "[]"], capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "there is no network" in done.stderr
+    result = subprocess.run([sys.executable, "-c", program, "[]"], capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and "there is no network" in result.stderr
 
 
-@pytest.mark.parametrize(("given", "disabled"), [({}, "True"), ({"HF_HUB_DISABLE_TELEMETRY": "0"}, "False")])
-def test_libraries_are_told_to_report_nothing_unless_the_user_says_otherwise(given, disabled):
+@pytest.mark.parametrize(("variables", "disabled"), [({}, "True"), ({"HF_HUB_DISABLE_TELEMETRY": "0"}, "False")])
+def test_telemetry_is_disabled_unless_the_user_enables_it(variables, disabled):
     program = """
 from deltaw.cli import main
 try:
@@ -73,5 +73,5 @@ except SystemExit:
 """
     environment = {name: value for name, value in os.environ.items() if name not in OFF}
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**environment, **given})
-    assert done.stdout.split()[-1] == disabled
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env={**environment, **variables})
+    assert result.stdout.split()[-1] == disabled

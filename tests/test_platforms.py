@@ -1,4 +1,4 @@
-"""What Windows and macOS do differently: names, open files, streams, signals, shells, and what is not there."""
+"""Differences of Windows and macOS: names, open files, streams, signals, shells and missing modules."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ import torch
 
 import deltaw.cli
 from deltaw import platforms
+from deltaw.atomic_files import atomic_path, write_text
 from deltaw.data.chat_template import with_date
-from deltaw.data.rendering import dated
-from deltaw.durable import replacing, write_text
+from deltaw.data.rendering import format_date
 from deltaw.errors import UserError, escape_control_characters
 from deltaw.hub.packages import _check_inside
 from deltaw.lora.files import read_tensors
 from deltaw.machine import memory
 from deltaw.machine.processor import usable_processors
 from deltaw.serving.http.errors import ApiError
-from deltaw.serving.http.served import folder_below
+from deltaw.serving.http.served import resolve_adapter_folder
 from deltaw.serving.http.server import listening_socket
 from deltaw.tensor_files import save_tensors
 from deltaw.training.features.store import Shape, open_store
@@ -41,12 +41,12 @@ from tests.test_structure import tree_of
 
 pytest_plugins = ["tests.other_systems"]
 SOURCE = Path(deltaw.cli.__file__).parents[1]
-on_linux = pytest.mark.skipif(sys.platform != "linux", reason="what is open or mapped is found in /proc")
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="open and mapped files are read from /proc")
 
 
 @pytest.fixture
 def windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What deltaw itself asks for, on any system."""
+    """Make deltaw detect Windows, on any system."""
     monkeypatch.setattr(platforms, "WINDOWS", True)
 
 
@@ -55,47 +55,49 @@ def windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @functools.cache
 def _calls() -> list[tuple[str, ast.Call, str]]:
-    """Each call of a method in the source: where, itself, and the method's name."""
-    found = []
+    """Return each call in the source as (location, node, function name)."""
+    calls = []
     for file in sorted(SOURCE.rglob("*.py")):
         for node in ast.walk(tree_of(file)):
             if isinstance(node, ast.Call):
                 name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-                found.append((f"{file.relative_to(SOURCE)}, line {node.lineno}", node, name))
-    return found
+                calls.append((f"{file.relative_to(SOURCE)}, line {node.lineno}", node, name))
+    return calls
 
 
-def test_every_text_file_is_opened_with_its_encoding():
-    """Windows would take a code page of the user's."""
+def test_text_files_are_opened_with_an_encoding():
+    """Windows would use a code page by default."""
     missing = []
-    for where, call, name in _calls():
+    for location, call, name in _calls():
         owner = ast.unparse(call.func.value) if isinstance(call.func, ast.Attribute) else ""
-        given = [arg.value for arg in call.args if isinstance(arg, ast.Constant)]
-        modes = [arg for arg in given if isinstance(arg, str) and re.fullmatch("[rwaxbt+]+", arg)]
+        constants = [arg.value for arg in call.args if isinstance(arg, ast.Constant)]
+        modes = [arg for arg in constants if isinstance(arg, str) and re.fullmatch("[rwaxbt+]+", arg)]
         opens = name == "open" and (not call.args or bool(modes) or not owner) and "b" not in "".join(modes)
         texts = (
-            name in ("read_text", "write_text") and owner not in ("", "durable", "formatter") and "utf-8" not in given
+            name in ("read_text", "write_text")
+            and owner not in ("", "atomic_files", "formatter")
+            and "utf-8" not in constants
         )
         if (opens or texts) and "encoding" not in {keyword.arg for keyword in call.keywords}:
-            missing.append(where)
+            missing.append(location)
     assert missing == []
 
 
-def test_files_are_renamed_and_processes_asked_about_in_one_way():
-    """A folder or file that Windows keeps is waited for; ``os.kill(number, 0)`` would end the process there."""
-    asked = [(where, ast.unparse(call.func)) for where, call, name in _calls() if name in ("rename", "kill")]
-    assert [found for found in asked if found[1].endswith(".rename") or found[1] == "os.kill"] == []
+def test_renames_and_process_checks_use_the_platform_helpers():
+    """Renames must wait for locked files on Windows, and ``os.kill(pid, 0)`` would terminate the process there."""
+    renames = [(location, ast.unparse(node.func)) for location, node, name in _calls() if name in ("rename", "kill")]
+    assert [rename for rename in renames if rename[1].endswith(".rename") or rename[1] == "os.kill"] == []
 
 
 IMPORT_ALL = """
 import ast, contextlib, importlib, pathlib, sys
 source, modules, names = pathlib.Path(sys.argv[1]), sys.argv[2].split(), sys.argv[3].split()
 files = sorted(source.rglob("*.py"))
-for file in files:  # other packages first, as Linux has them
+for file in files:  # import other packages first, with all names of Linux
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        wanted = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-        wanted += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
-        for name in wanted:
+        imports = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        imports += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
+        for name in imports:
             if name.partition(".")[0] not in ("deltaw", "ray", "trackio", "wandb", "readline"):
                 with contextlib.suppress(ImportError):
                     importlib.import_module(name)
@@ -121,77 +123,77 @@ print(len(files), loader.library())
 
 @pytest.mark.slow  # an interpreter that imports torch and everything else
 @on_linux
-def test_every_module_is_imported_without_what_windows_lacks():
+def test_every_module_imports_without_posix_names():
     from tests.other_systems import MODULES, NAMES
 
     names = [f"{module.__name__}.{name}" for module, names in NAMES.items() for name in names]
     command = [sys.executable, "-c", IMPORT_ALL, str(SOURCE), " ".join(MODULES), " ".join(names)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout.split()[0]) > 200
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert int(result.stdout.split()[0]) > 200
 
 
 # Files
 
 
 @on_linux
-def test_a_file_that_a_reader_keeps_open_is_not_replaced_and_that_is_said(like_windows, tmp_path):
+def test_replacing_an_open_file_raises_user_error(like_windows, tmp_path):
     write_text(tmp_path / "run.json", "old")
-    with (tmp_path / "run.json").open(), pytest.raises(UserError, match=r"'run.json' cannot be replaced") as refused:
+    with (tmp_path / "run.json").open(), pytest.raises(UserError, match=r"'run.json' cannot be replaced") as error:
         write_text(tmp_path / "run.json", "new")
-    assert refused.value.hint is not None and "close the program" in refused.value.hint
+    assert error.value.hint is not None and "close the program" in error.value.hint
     assert (tmp_path / "run.json").read_text() == "old" and os.listdir(tmp_path) == ["run.json"]
     write_text(tmp_path / "run.json", "new")
     assert (tmp_path / "run.json").read_text() == "new"
 
 
-def test_a_file_that_is_open_for_a_moment_is_waited_for(windows, tmp_path, monkeypatch):
-    own, refusals = Path.replace, [PermissionError(errno.EACCES, "open (WinError 32)")] * 3
+def test_replacing_a_briefly_open_file_is_retried(windows, tmp_path, monkeypatch):
+    original, errors = Path.replace, [PermissionError(errno.EACCES, "open (WinError 32)")] * 3
 
     def replace(source: Path, target: Path) -> None:
-        if refusals:
-            raise refusals.pop()
-        own(source, target)
+        if errors:
+            raise errors.pop()
+        original(source, target)
 
     monkeypatch.setattr(Path, "replace", replace)
     write_text(tmp_path / "file", "new")
-    assert not refusals and (tmp_path / "file").read_text() == "new"
+    assert not errors and (tmp_path / "file").read_text() == "new"
 
 
-def test_elsewhere_nothing_is_tried_twice(monkeypatch):
+def test_no_retry_on_other_systems(monkeypatch):
     monkeypatch.setattr(platforms, "WINDOWS", False)
     do = mock.Mock(side_effect=PermissionError)
     with pytest.raises(PermissionError):
-        platforms.patiently(do)
+        platforms.retry_while_locked(do)
     assert do.call_count == 1
 
 
-def test_text_has_the_same_bytes_on_every_system(tmp_path, monkeypatch):
+def test_text_bytes_are_equal_on_every_system(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "linesep", "\r\n")
     write_text(tmp_path / "file", "a\nb → c\n")
     assert (tmp_path / "file").read_bytes() == "a\nb → c\n".encode()
 
 
 @on_linux
-def test_what_is_open_stays_and_the_rest_goes(like_windows, tmp_path):
+def test_remove_path_skips_open_folders(like_windows, tmp_path):
     for name in ("open", "shut"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("")
     with (tmp_path / "open" / "file").open():
-        assert not platforms.removed(tmp_path / "open") and platforms.removed(tmp_path / "shut")
-    assert os.listdir(tmp_path) == ["open"] and platforms.removed(tmp_path / "nothing")
+        assert not platforms.remove_path(tmp_path / "open") and platforms.remove_path(tmp_path / "shut")
+    assert os.listdir(tmp_path) == ["open"] and platforms.remove_path(tmp_path / "nothing")
 
 
 @on_linux
-def test_an_adapter_that_was_read_can_be_written_again(like_windows, tmp_path):
+def test_adapter_can_be_rewritten_after_reading(like_windows, tmp_path):
     save_tensors(tmp_path / "adapter_model.safetensors", {"a": torch.ones(64, 64)}, {"format": "pt"})
-    held, _ = read_tensors(tmp_path)
+    tensors, _ = read_tensors(tmp_path)
     save_tensors(tmp_path / "adapter_model.safetensors", {"a": torch.zeros(64, 64)}, {"format": "pt"})
-    assert held["a"].min() == 1 and not read_tensors(tmp_path)[0]["a"].any()
+    assert tensors["a"].min() == 1 and not read_tensors(tmp_path)[0]["a"].any()
 
 
 @on_linux
-def test_features_that_are_closed_can_be_removed(like_windows, tmp_path):
+def test_closed_feature_store_can_be_removed(like_windows, tmp_path):
     store = open_store("key", Shape(4, 4, 8, "float32"), folder=tmp_path)
     store.write(*(torch.arange(4).numpy() for _ in "12"), torch.ones(4, 8))
     store.close()
@@ -203,10 +205,10 @@ def test_features_that_are_closed_can_be_removed(like_windows, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["CON", "nul.txt", "com1", "LPT9.log", "run.", "run ", "a:b", "what?", "a|b", "\x07"])
-def test_names_that_windows_cannot_have_are_refused(windows, tmp_path, name):
+def test_reserved_windows_names_are_rejected(windows, tmp_path, name):
     with (
         pytest.raises(UserError, match=re.escape(f"named '{escape_control_characters(name)}'")),
-        replacing(tmp_path / "new" / name),
+        atomic_path(tmp_path / "new" / name),
     ):
         pass
     assert os.listdir(tmp_path) == []
@@ -215,26 +217,26 @@ def test_names_that_windows_cannot_have_are_refused(windows, tmp_path, name):
 @pytest.mark.parametrize(
     "name", ["runs/a", "..\\a", "./a", "C:\\runs\\a", "\\\\host\\share\\a", "console", "com10", ".git"]
 )
-def test_other_names_are_not(windows, name):
-    platforms.refuse_names(name)
+def test_other_windows_names_are_accepted(windows, name):
+    platforms.reject_reserved_names(name)
 
 
-def test_on_other_systems_all_names_are_names(monkeypatch):
+def test_any_name_is_accepted_on_other_systems(monkeypatch):
     monkeypatch.setattr(platforms, "WINDOWS", False)
-    platforms.refuse_names("aux/a:b?.")
+    platforms.reject_reserved_names("aux/a:b?.")
 
 
 @pytest.mark.parametrize("path", ["a\\..\\b", "C:/a", "a/C:/b", "a/b:stream", "../a", "/a"])
-def test_members_of_packages_stay_inside_on_windows_too(path):
-    with pytest.raises(UserError, match="does not stay inside"):
+def test_package_members_outside_the_package_are_rejected(path):
+    with pytest.raises(UserError, match="leaves the package"):
         _check_inside(path, "pypi:a==1")
 
 
 @pytest.mark.parametrize("path", ["//host/share", "\\\\host\\share", "\\/host/share"])
-def test_an_adapter_on_another_host_is_not_looked_for(tmp_path, monkeypatch, path):
-    monkeypatch.setattr(os.path, "realpath", mock.Mock(side_effect=AssertionError("it asks the host")))
+def test_adapter_on_a_network_share_is_rejected_without_access(tmp_path, monkeypatch, path):
+    monkeypatch.setattr(os.path, "realpath", mock.Mock(side_effect=AssertionError("it contacts the host")))
     with pytest.raises(ApiError):
-        folder_below(tmp_path, path)
+        resolve_adapter_folder(tmp_path, path)
 
 
 # Shells and streams
@@ -252,85 +254,85 @@ def test_an_adapter_on_another_host_is_not_looked_for(tmp_path, monkeypatch, pat
         "": '""',
     }.items(),
 )
-def test_commands_are_quoted_for_the_shells_of_windows(windows, text, quoted):
+def test_commands_are_quoted_for_windows_shells(windows, text, quoted):
     assert platforms.shell_word(text) == quoted
 
 
-def test_what_is_piped_is_utf_8_on_windows(windows, monkeypatch, tmp_path):
+def test_piped_streams_use_utf_8_on_windows(windows, monkeypatch, tmp_path):
     monkeypatch.delenv("PYTHONIOENCODING", raising=False)
-    told = "a → b … naïve 漢字 \U0001f600"
-    (tmp_path / "in").write_text(told, encoding="utf-8")
+    text_content = "a → b … naïve 漢字 \U0001f600"
+    (tmp_path / "in").write_text(text_content, encoding="utf-8")
     with (tmp_path / "out").open("w", encoding="cp1252") as out, (tmp_path / "in").open(encoding="cp1252") as stdin:
         for name, stream in {"stdout": out, "stderr": out, "stdin": stdin}.items():
             monkeypatch.setattr(sys, name, stream)
-        deltaw.cli._print_any_text()
+        deltaw.cli._configure_streams()
         print(sys.stdin.read(), flush=True)
-    assert (tmp_path / "out").read_bytes().decode("utf-8") == told + os.linesep
+    assert (tmp_path / "out").read_bytes().decode("utf-8") == text_content + os.linesep
 
 
-def test_a_console_of_a_code_page_prints_what_it_can(monkeypatch, tmp_path):
+def test_unencodable_characters_are_escaped_on_output(monkeypatch, tmp_path):
     monkeypatch.setattr(platforms, "WINDOWS", False)
     with (tmp_path / "out").open("w", encoding="cp1252") as out:
         monkeypatch.setattr(sys, "stdout", out)
-        deltaw.cli._print_any_text()
+        deltaw.cli._configure_streams()
         print("a → b", flush=True)
     assert (tmp_path / "out").read_bytes() == b"a \\u2192 b" + os.linesep.encode()
 
 
-def test_a_pipe_without_a_reader_is_recognized_by_the_error_of_windows(windows, monkeypatch, tmp_path):
-    class Gone(io.FileIO):
+def test_broken_pipe_is_recognized_by_the_windows_error(windows, monkeypatch, tmp_path):
+    class BrokenPipe(io.FileIO):
         def write(self, data):
             raise OSError(errno.EINVAL, "invalid argument")
 
-    class Printed(deltaw.cli._Printed, Gone):
-        """A stream whose file refuses."""
+    class Output(deltaw.cli._StandardStream, BrokenPipe):
+        """A stream whose file rejects writes."""
 
     with (tmp_path / "out").open("w") as out:
-        assert Printed(out).write(b"text") == 4
+        assert Output(out).write(b"text") == 4
         monkeypatch.setattr(platforms, "WINDOWS", False)
         with pytest.raises(OSError, match="invalid argument"):
-            Printed(out).write(b"text")
+            Output(out).write(b"text")
 
 
-def test_ctrl_break_asks_to_stop_as_ctrl_c_does(monkeypatch):
+def test_ctrl_break_stops_like_ctrl_c(monkeypatch):
     monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR2, raising=False)
     before = signal.getsignal(signal.SIGUSR2)
-    with stop_signals() as asked:
-        assert not asked()
+    with stop_signals() as stop_requested:
+        assert not stop_requested()
         signal.raise_signal(signal.SIGUSR2)
-        assert asked()
+        assert stop_requested()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGUSR2)
     assert signal.getsignal(signal.SIGUSR2) == before
 
 
-def test_a_second_server_does_not_take_the_port(monkeypatch):
+def test_second_server_cannot_bind_the_port(monkeypatch):
     import socket
 
     settings = SimpleNamespace(host="127.0.0.1", port=0)
-    with mock.patch.object(socket.socket, "setsockopt") as asked, listening_socket(settings):  # type: ignore[arg-type]
-        assert asked.call_args.args[1] == socket.SO_REUSEADDR
+    with mock.patch.object(socket.socket, "setsockopt") as setsockopt, listening_socket(settings):  # type: ignore[arg-type]
+        assert setsockopt.call_args.args[1] == socket.SO_REUSEADDR
     monkeypatch.setattr(socket, "SO_EXCLUSIVEADDRUSE", ~socket.SO_REUSEADDR, raising=False)
-    with mock.patch.object(socket.socket, "setsockopt") as asked, listening_socket(settings):  # type: ignore[arg-type]
-        assert asked.call_args.args[1] == ~socket.SO_REUSEADDR
+    with mock.patch.object(socket.socket, "setsockopt") as setsockopt, listening_socket(settings):  # type: ignore[arg-type]
+        assert setsockopt.call_args.args[1] == ~socket.SO_REUSEADDR
 
 
 # Templates
 
 
-def test_a_day_without_its_zero_is_asked_for_in_one_way(monkeypatch):
+def test_day_without_zero_padding_is_portable(monkeypatch):
     day = mock.Mock(strftime=lambda shape: shape)
     for windows, shape in ((False, "%-d %% %%-d"), (True, "%#d %% %%-d")):
         monkeypatch.setattr(platforms, "WINDOWS", windows)
-        assert dated(day, "%-d %% %%-d") == shape
+        assert format_date(day, "%-d %% %%-d") == shape
     monkeypatch.setattr(platforms, "WINDOWS", False)
-    assert dated(datetime.datetime(2026, 3, 4), "%-d") == "4"
+    assert format_date(datetime.datetime(2026, 3, 4), "%-d") == "4"
 
 
-def test_a_format_that_the_system_refuses_is_an_error_of_the_template(monkeypatch):
+def test_unsupported_date_format_is_a_template_error(monkeypatch):
     day = mock.Mock(strftime=mock.Mock(side_effect=ValueError("Invalid format string")))
     with pytest.raises(jinja2.TemplateError, match="'%Q' cannot be used"):
-        dated(day, "%Q")
+        format_date(day, "%Q")
     monkeypatch.setattr(
         "deltaw.data.chat_template.datetime", SimpleNamespace(datetime=mock.Mock(fromisoformat=lambda _: day))
     )
@@ -341,19 +343,19 @@ def test_a_format_that_the_system_refuses_is_an_error_of_the_template(monkeypatc
 # The machine
 
 
-def test_memory_is_told_without_proc(tmp_path, monkeypatch):
+def test_memory_is_measured_without_proc(tmp_path, monkeypatch):
     assert memory.memory_limit_bytes(tmp_path).value > 2**28 and memory.free_memory_bytes(tmp_path) > 0
     usage = mock.Mock(getrusage=lambda _: mock.Mock(ru_maxrss=5000), RUSAGE_SELF=0)
     monkeypatch.setitem(sys.modules, "resource", usage)
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert memory.peak_resident_bytes(tmp_path) == 5000  # bytes, where Linux tells KiB
+    assert memory.peak_resident_bytes(tmp_path) == 5000  # in bytes, unlike KiB on Linux
     monkeypatch.setitem(sys.modules, "resource", None)
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(memory.psutil, "Process", lambda: mock.Mock(memory_info=lambda: mock.Mock(peak_wset=7000)))
     assert memory.peak_resident_bytes(tmp_path) == 7000
 
 
-def test_processors_are_counted_where_processes_are_not_bound(monkeypatch):
+def test_processors_are_counted_without_affinity(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     bound = mock.Mock(spec=["cpu_affinity"], cpu_affinity=lambda: [1, 3])
     monkeypatch.setattr("deltaw.machine.processor.psutil.Process", lambda: bound)

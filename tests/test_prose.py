@@ -1,7 +1,7 @@
-"""Paragraphs are wrapped as a person would wrap them: renames across many files leave lines behind that are not.
+"""Paragraphs are wrapped properly. Renames across files can leave badly wrapped lines.
 
-A paragraph of a page is one line, so a line that only continues the one above is a broken wrap. In a docstring or a
-comment, a line is one that ends in the middle of a sentence although the next words would have fit by far.
+A paragraph of a page is one line, so a line that only continues the previous one is a broken wrap. A line of a
+docstring or comment is too short if it breaks inside a sentence although the next word would fit easily.
 """
 
 from __future__ import annotations
@@ -16,47 +16,48 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PACKAGE = ROOT / "src" / "deltaw"
-SCRIPTS = [*PACKAGE.glob("*.py"), *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").glob("*.py")]
-EARLY = 80  # a line ends too early if the next word would have ended before this column
-WORDS = 5  # a line of fewer words may be an entry of a list, a formula or a name
+SCRIPTS = [
+    file for folder in ("src", "tests", "benchmarks", "examples") for file in sorted((ROOT / folder).rglob("*.py"))
+]
+EARLY = 80  # a line is too short if the next word would end before this column
+WORDS = 5  # shorter lines may be list entries, formulas or names
 COMMANDS = ("python", "deltaw")
 
-# What is not prose on a page: headings, tables, quotes, HTML, list entries, indented code.
+# Lines of a page that are not prose: headings, tables, quotes, HTML, list entries, indented code.
 OTHER = re.compile(r"\s*([#|<>!]|[-*] |\d+\. )|    ")
 
 
 def broken_paragraphs(page: str) -> list[int]:
-    """Numbers of the lines of a Markdown page that continue the line above."""
-    found, continued, code = [], False, False
+    """Return the numbers of Markdown lines that continue the previous line."""
+    numbers, continued, code = [], False, False
     for number, line in enumerate(page.splitlines(), 1):
         fence = line.lstrip().startswith("```")
         code ^= fence
         prose = bool(line.strip()) and not code and not fence and not OTHER.match(line)
         if prose and continued:
-            found.append(number)
+            numbers.append(number)
         continued = prose or (bool(re.match(r"\s*([-*] |\d+\. )", line)) and not code)
-    return found
+    return numbers
 
 
 def prose_lines(source: str) -> dict[int, str]:
-    """The lines of docstrings and comments of a Python file, by their numbers."""
+    """Return the lines of docstrings and comments of a Python file, by line number."""
     lines = source.splitlines()
-    found: dict[int, str] = {}
+    prose: dict[int, str] = {}
     for node in ast.walk(ast.parse(source)):
         documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
         if documented and ast.get_docstring(node):
-            numbers = range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1)
-            found |= {number: lines[number - 1].replace('"""', "") for number in numbers}
+            range_ = range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1)
+            prose |= {number: lines[number - 1].replace('"""', "") for number in range_}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT and token.line.lstrip().startswith("#"):
-            found[token.start[0]] = token.line.replace("#", " ", 1)
-    return found
+            prose[token.start[0]] = token.line.replace("#", " ", 1)
+    return prose
 
 
 def early_ends(source: str) -> list[int]:
-    """Numbers of the lines of prose that end too early."""
-    lines, found = prose_lines(source), []
+    """Return the numbers of prose lines that are too short."""
+    lines, early = prose_lines(source), []
     for number, line in sorted(lines.items()):
         following = lines.get(number + 1, "")
         words, follows = line.split(), following.split()
@@ -65,23 +66,23 @@ def early_ends(source: str) -> list[int]:
             continue
         open_ended = re.search(r"[a-z,]$", words[-1]) and follows[0][0].islower()
         if open_ended and len(line.rstrip()) + 1 + len(follows[0]) <= EARLY:
-            found.append(number)
-    return found
+            early.append(number)
+    return early
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
-def test_a_paragraph_of_a_page_is_one_line(page: Path) -> None:
-    found = broken_paragraphs(page.read_text(encoding="utf-8"))
-    assert not found, f"lines {found} continue the line above"
+def test_page_paragraphs_are_single_lines(page: Path) -> None:
+    broken = broken_paragraphs(page.read_text(encoding="utf-8"))
+    assert not broken, f"lines {broken} continue the line above"
 
 
-def test_lines_of_docstrings_and_comments_do_not_end_early() -> None:
+def test_docstring_and_comment_lines_are_filled() -> None:
     assert len(SCRIPTS) > 40
-    found = {file.name: early_ends(file.read_text(encoding="utf-8")) for file in SCRIPTS}
-    assert not any(found.values()), {name: lines for name, lines in found.items() if lines}
+    broken = {file.name: early_ends(file.read_text(encoding="utf-8")) for file in SCRIPTS}
+    assert not any(broken.values()), {name: lines for name, lines in broken.items() if lines}
 
 
-def test_broken_wraps_are_found_and_nothing_else() -> None:
+def test_broken_wraps_are_detected_without_false_positives() -> None:
     page = "# Page\nText.\n\n- an entry\n- another,\n  continued\n\n| a |\n| b |\n\n    code\n    code\n\nwrapped\ntext"
     assert broken_paragraphs(page) == [6, 15]
     assert broken_paragraphs("```bash\ndeltaw train\ndeltaw eval\n```\nText.\n") == []

@@ -1,4 +1,4 @@
-"""``import deltaw``: every public name exists, and the import needs only torch."""
+"""Every public name of ``deltaw`` exists, and importing the package requires only torch."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import pytest
 import deltaw
 
 
-def test_every_public_name_is_there():
+def test_every_public_name_exists():
     for name in deltaw.__all__:
         assert getattr(deltaw, name) is not None
     with pytest.raises(AttributeError, match="no_such_name"):
         deltaw.no_such_name  # noqa: B018
 
 
-def test_tasks_and_layers_are_imported_alone_and_no_module_hides_a_public_name():
-    above = {"transformers", "datasets", "pydantic", "rich", "click"}
+def test_light_imports_and_no_module_shadows_a_public_name():
+    heavy = {"transformers", "datasets", "pydantic", "rich", "click"}
     script = (
         "import importlib, importlib.util, pkgutil, sys, types\n"
         "sys.modules['deltaw'] = importlib.util.module_from_spec(importlib.util.find_spec('deltaw'))\n"
@@ -26,7 +26,7 @@ def test_tasks_and_layers_are_imported_alone_and_no_module_hides_a_public_name()
         "print(*({'torch', 'pydantic'} & set(sys.modules)), end='')\n"
         "del sys.modules['deltaw']\n"
         "import deltaw, deltaw.lora\n"
-        f"print(*({above} & set(sys.modules)), end='')\n"
+        f"print(*({heavy} & set(sys.modules)), end='')\n"
         "for found in pkgutil.iter_modules(deltaw.lora.__path__, 'deltaw.lora.'):\n"
         "    importlib.import_module(found.name)\n"
         "for package in (deltaw, deltaw.lora):\n"
@@ -34,5 +34,5 @@ def test_tasks_and_layers_are_imported_alone_and_no_module_hides_a_public_name()
         "        if isinstance(getattr(package, name), types.ModuleType):\n"
         "            print(package.__name__, name)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout == ""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout == ""

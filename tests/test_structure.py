@@ -1,8 +1,8 @@
-"""The package layout that docs/architecture.md describes, checked on the source text.
+"""The package layout described in docs/architecture.md, checked on the source text.
 
-Imports run downward between packages and never in a circle between modules, `training` and `runs` do not print,
-`lora` and `kernels` stay free of the rest, and files and functions stay short. Imports inside functions
-and those for the type checker count like those at the top of a file; nothing is imported or run.
+Imports between packages run downward, modules have no circular imports, and `training` and `runs` do not print.
+`lora` and `kernels` are independent of the other packages, and files and functions are short. Imports inside functions
+and under TYPE_CHECKING count too. No code is imported or executed.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src"
 PACKAGE = SOURCE / "deltaw"
 
-# From the bottom to the top. A package may import those before it; imports for the type checker count.
+# From bottom to top. A package may import earlier packages only, including imports for the type checker.
 ORDER = (
-    *("errors", "other_names", "version", "private_names", "platforms", "durable", "registry", "working", "cache"),
+    *("errors", "aliases", "version", "private_apis", "platforms", "atomic_files", "registry", "progress", "cache"),
     *(
         "local_names",
-        "contained",
+        "untrusted_paths",
         "tensor_files",
         "tasks",
         "kernels",
@@ -54,12 +54,12 @@ ORDER = (
 )
 LEVEL = {package: level for level, package in enumerate(ORDER)}
 FOUNDATION = {"torch", "safetensors", "numpy"}
-LONGEST_FILE = 900
-LONGEST_FUNCTION = 80
+MAX_FILE_LINES = 900
+MAX_FUNCTION_LINES = 80
 
 
 class Import(NamedTuple):
-    """The name of a module, the name of one that it imports, and the line."""
+    """An import: the importing module, the imported module, and the line."""
 
     module: str
     target: str
@@ -71,7 +71,7 @@ class Import(NamedTuple):
 
 @functools.cache
 def tree_of(file: Path) -> ast.Module:
-    """The syntax tree of a file that no test changes."""
+    """Return the syntax tree of a file (cached)."""
     return ast.parse(file.read_text(encoding="utf-8"))
 
 
@@ -81,14 +81,14 @@ def _module_name(file: Path, source: Path) -> str:
 
 
 def _package_of(module: str) -> str:
-    """The part of a deltaw module's name that ORDER lists; empty for ``deltaw`` itself."""
+    """Return the entry of ORDER for a deltaw module. Empty for ``deltaw`` itself."""
     return module.split(".")[1] if "." in module else ""
 
 
 def imports_of(file: Path, source: Path, modules: set[str]) -> list[Import]:
-    """All imports of a file. ``from package import name`` targets ``package.name`` where that is a module."""
+    """Return all imports of a file. ``from package import name`` targets ``package.name`` if that is a module."""
     module = _module_name(file, source)
-    found: list[Import] = []
+    imports: list[Import] = []
     for node in ast.walk(tree_of(file)):
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
@@ -96,27 +96,27 @@ def imports_of(file: Path, source: Path, modules: set[str]) -> list[Import]:
             base = node.module or ""
             if node.level:
                 within = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
-                kept = within[: len(within) - node.level + 1]
-                base = ".".join([*kept, base] if base else kept)
+                parent = within[: len(within) - node.level + 1]
+                base = ".".join([*parent, base] if base else parent)
             targets = [inner if (inner := f"{base}.{alias.name}") in modules else base for alias in node.names]
         else:
             continue
-        found += [Import(module, target, node.lineno) for target in dict.fromkeys(targets)]
-    return found
+        imports += [Import(module, target, node.lineno) for target in dict.fromkeys(targets)]
+    return imports
 
 
 @functools.cache
 def all_imports(source: Path) -> tuple[set[str], list[Import]]:
-    """The modules below a source folder, and everything that they import."""
+    """Return the modules below a source folder, and all their imports."""
     files = sorted(source.rglob("*.py"))
     modules = {_module_name(file, source) for file in files}
-    return modules, [found for file in files for found in imports_of(file, source, modules)]
+    return modules, [import_ for file in files for import_ in imports_of(file, source, modules)]
 
 
-def circle(imports: list[Import]) -> list[str]:
-    """Modules that import one another, if there are any."""
+def find_cycle(imports: list[Import]) -> list[str]:
+    """Return the modules of a circular import, or an empty list."""
     graph: dict[str, set[str]] = {}
-    for i in _own(imports):
+    for i in _internal(imports):
         graph.setdefault(i.module, set()).add(i.target)
     try:
         graphlib.TopologicalSorter(graph).prepare()
@@ -127,72 +127,72 @@ def circle(imports: list[Import]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def imports() -> list[Import]:
-    """Everything that the modules of deltaw import."""
+    """All imports of deltaw's modules."""
     return all_imports(SOURCE)[1]
 
 
-def _own(imports: list[Import]) -> list[Import]:
+def _internal(imports: list[Import]) -> list[Import]:
     return [i for i in imports if i.target == "deltaw" or i.target.startswith("deltaw.")]
 
 
 def upward(imports: list[Import]) -> list[str]:
-    """Imports from a package that comes later in the order."""
-    levels = {i: (LEVEL[_package_of(i.module)], LEVEL[_package_of(i.target)]) for i in _own(imports)}
-    return [str(i) for i, (own, other) in levels.items() if other > own]
+    """Return imports from packages that are later in the order."""
+    levels = {i: (LEVEL[_package_of(i.module)], LEVEL[_package_of(i.target)]) for i in _internal(imports)}
+    return [str(i) for i, (importer, imported) in levels.items() if imported > importer]
 
 
 def test_every_package_has_a_level(imports: list[Import]) -> None:
     modules, _ = all_imports(SOURCE)
     assert {_package_of(module) for module in modules} <= set(LEVEL)
-    assert {_package_of(i.target) for i in _own(imports)} <= set(LEVEL)
+    assert {_package_of(i.target) for i in _internal(imports)} <= set(LEVEL)
 
 
-def test_imports_run_downward_between_packages_and_never_in_a_circle(imports: list[Import]) -> None:
+def test_imports_run_downward_without_cycles(imports: list[Import]) -> None:
     assert upward(imports) == []
-    assert circle(imports) == []
+    assert find_cycle(imports) == []
 
 
 def test_training_does_not_print(imports: list[Import]) -> None:
     printers = re.compile(r"(rich|click|deltaw\.reports)(\.|$)")
-    quiet = [i for i in imports if _package_of(i.module) in ("training", "runs")]
-    assert [str(i) for i in quiet if printers.match(i.target)] == []
+    checked = [i for i in imports if _package_of(i.module) in ("training", "runs")]
+    assert [str(i) for i in checked if printers.match(i.target)] == []
     files = [file for package in ("training", "runs") for file in (PACKAGE / package).rglob("*.py")]
     calls = [(file, node.func) for file in files for node in ast.walk(tree_of(file)) if isinstance(node, ast.Call)]
     assert [f"{file}, line {f.lineno}" for file, f in calls if getattr(f, "id", "") == "print"] == []
 
 
 @pytest.mark.parametrize("package", ["kernels", "lora"])
-def test_the_foundation_needs_torch_safetensors_and_numpy_alone(package: str, imports: list[Import]) -> None:
+def test_foundation_imports_only_torch_safetensors_and_numpy(package: str, imports: list[Import]) -> None:
     below = (
         "errors",
-        "private_names",
+        "private_apis",
         "platforms",
-        "contained",
-        "durable",
+        "untrusted_paths",
+        "atomic_files",
         "named",
         "tensor_files",
         "kernels",
         package,
     )
-    known = {f"deltaw.{name}" for name in below} | FOUNDATION | sys.stdlib_module_names
-    found = [str(i) for i in imports if _package_of(i.module) == package]
+    allowed = {f"deltaw.{name}" for name in below} | FOUNDATION | sys.stdlib_module_names
+    lines = [str(i) for i in imports if _package_of(i.module) == package]
     bare = {str(i): i.target.split(".")[: 2 if i.target.startswith("deltaw.") else 1] for i in imports}
-    assert [line for line in found if ".".join(bare[line]) not in known] == []
+    assert [line for line in lines if ".".join(bare[line]) not in allowed] == []
 
 
 def test_files_are_short() -> None:
     files = [file for kind in ("py", "cpp", "h") for file in PACKAGE.rglob(f"*.{kind}")]
-    assert files and not [f for f in files if f.read_text(encoding="utf-8").count("\n") > LONGEST_FILE]
+    assert files and not [f for f in files if f.read_text(encoding="utf-8").count("\n") > MAX_FILE_LINES]
 
 
 def test_functions_fit_a_screen() -> None:
     nodes = ((file, node) for file in sorted(PACKAGE.rglob("*.py")) for node in ast.walk(tree_of(file)))
     functions = [(f, node) for f, node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    long = [(f, node) for f, node in functions if node.end_lineno - node.lineno >= LONGEST_FUNCTION]
+    long = [(f, node) for f, node in functions if node.end_lineno - node.lineno >= MAX_FUNCTION_LINES]
     assert not long, "\n".join(f"{file}, line {node.lineno}: {node.name}" for file, node in long)
 
 
-def test_the_checks_find_what_they_look_for(tmp_path: Path) -> None:
+def test_structure_checks_detect_violations(tmp_path: Path) -> None:
     files = {
         "__init__.py": "",
         "lora/__init__.py": "from .layers import Layer",
@@ -207,22 +207,22 @@ def test_the_checks_find_what_they_look_for(tmp_path: Path) -> None:
         file.write_text(text)
     _, imports = all_imports(tmp_path)
     assert upward(imports) == ["deltaw.lora.layers, line 2: imports deltaw.runs.fit"]
-    assert set(circle(imports)) == {"deltaw.runs.fit", "deltaw.runs.loop"}
+    assert set(find_cycle(imports)) == {"deltaw.runs.fit", "deltaw.runs.loop"}
     assert ("deltaw.lora", "deltaw.lora.layers", 1) in imports
 
 
-def test_the_pages_for_developers_name_files_that_exist() -> None:
+def test_developer_pages_name_existing_files() -> None:
     pages = [ROOT / "docs" / name for name in ("architecture.md", "development.md", "development/decisions.md")]
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
-    named = set(re.findall(r"`((?:\w+/)*[\w*]+\.(?:py|cpp|h))`", text))
+    mentioned = set(re.findall(r"`((?:\w+/)*[\w*]+\.(?:py|cpp|h))`", text))
     folders = set(re.findall(r"`((?:\w+/)+\w*)`", text))
-    assert len(named) > 20 and len(folders) > 3
-    places = [ROOT, PACKAGE]
-    missing = [n for n in sorted(named | folders) if not any(list(place.glob(n)) for place in places)]
+    assert len(mentioned) > 20 and len(folders) > 3
+    roots = [ROOT, PACKAGE]
+    missing = [n for n in sorted(mentioned | folders) if not any(list(root.glob(n)) for root in roots)]
     assert not missing, "\n".join(missing)
 
 
-def test_the_architecture_page_describes_every_package() -> None:
+def test_architecture_page_describes_every_package() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     packages = {
         m.removeprefix("deltaw.") for m in all_imports(SOURCE)[0] if (PACKAGE / m[7:].replace(".", "/")).is_dir()

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: the library reads what is written, and the other way round."""
+"""Tensors in safetensors files are compatible with the safetensors library in both directions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from deltaw.errors import UserError
-from deltaw.tensor_files import CODES, Entry, TensorFile, TensorWriter, read_header, save_tensors, write_tensors
+from deltaw.tensor_files import CODES, TensorEntry, TensorFile, TensorWriter, read_header, save_tensors, write_tensors
 
 TENSORS = {
     "wide": torch.randn(5, 3),
@@ -29,49 +29,49 @@ TENSORS = {
 }
 
 
-def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
+def test_library_reads_saved_files(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "made.safetensors"
     save_tensors(path, TENSORS, {"format": "pt", "key": "ü"})
-    read, own = load_file(path), TensorFile(path)
-    assert read.keys() == own.keys() == TENSORS.keys() and own.metadata == {"format": "pt", "key": "ü"}
+    read, opened = load_file(path), TensorFile(path)
+    assert read.keys() == opened.keys() == TENSORS.keys() and opened.metadata == {"format": "pt", "key": "ü"}
     for name, tensor in TENSORS.items():
-        assert read[name].dtype == own[name].dtype == tensor.dtype, name
-        assert torch.equal(read[name], tensor) and torch.equal(own[name], tensor), name
+        assert read[name].dtype == opened[name].dtype == tensor.dtype, name
+        assert torch.equal(read[name], tensor) and torch.equal(opened[name], tensor), name
     with safe_open(path, "pt") as file:
-        assert file.metadata() == own.metadata
+        assert file.metadata() == opened.metadata
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
+def test_files_of_the_library_are_read(tmp_path: Path) -> None:
     path = tmp_path / "made.safetensors"
     tensors = {name: tensor.detach().contiguous() for name, tensor in TENSORS.items()}
     save_file(tensors, path, {"format": "pt"})
     file, stored = TensorFile(path), read_header(path)
     for name, tensor in tensors.items():
-        assert torch.equal(file[name], tensor) and torch.equal(stored[name].whole(), tensor), name
+        assert torch.equal(file[name], tensor) and torch.equal(stored[name].load(), tensor), name
     assert torch.equal(stored["wide"].rows(1, 3), tensors["wide"][1:3])
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(list(CODES)), st.lists(st.integers(0, 5), max_size=3))))
-def test_every_tensor_lies_aligned_to_its_type(tmp_path_factory, made) -> None:
+def test_every_tensor_is_aligned_to_its_item_size(tmp_path_factory, entries) -> None:
     path = tmp_path_factory.mktemp("any") / "made.safetensors"
-    save_tensors(path, {str(n): torch.ones(shape).to(dtype) for n, (dtype, shape) in enumerate(made)}, {})
+    save_tensors(path, {str(n): torch.ones(shape).to(dtype) for n, (dtype, shape) in enumerate(entries)}, {})
     for tensor in read_header(path).values():
         assert tensor.start % tensor.dtype.itemsize == 0
 
 
-def test_the_same_content_is_the_same_file(tmp_path: Path) -> None:
-    """The library's own order of metadata changes from one call to the next."""
+def test_equal_content_produces_equal_files(tmp_path: Path) -> None:
+    """The order of metadata in files of the library varies between calls."""
     metadata = {f"key {number}": "ü" * number for number in range(9)}
-    one, other = tmp_path / "one", tmp_path / "other"
-    save_tensors(one, TENSORS, metadata)
-    save_tensors(other, dict(reversed(TENSORS.items())), dict(reversed(metadata.items())))
-    assert one.read_bytes() == other.read_bytes()
+    first, second = tmp_path / "one", tmp_path / "other"
+    save_tensors(first, TENSORS, metadata)
+    save_tensors(second, dict(reversed(TENSORS.items())), dict(reversed(metadata.items())))
+    assert first.read_bytes() == second.read_bytes()
 
 
-def test_writing_needs_no_second_copy() -> None:
-    """The whole would be 64 MB; NumPy's and Python's buffers are traced, and torch makes none of them."""
+def test_writing_does_not_copy_the_tensors() -> None:
+    """A full copy would be 64 MB. Buffers of NumPy and Python are traced, and torch allocates none."""
 
     tensors = {str(n): torch.ones(1 << 20) for n in range(16)}
     with open(os.devnull, "wb") as file:
@@ -82,15 +82,15 @@ def test_writing_needs_no_second_copy() -> None:
     assert peak < 1 << 20
 
 
-def test_what_was_announced_must_be_written() -> None:
-    entries = [Entry("a", torch.float32, (5, 3)), Entry("b", torch.int8, (2,))]
-    with pytest.raises(ValueError, match="were announced"), TensorWriter(io.BytesIO(), entries, {}) as writer:
+def test_all_declared_tensors_must_be_written() -> None:
+    entries = [TensorEntry("a", torch.float32, (5, 3)), TensorEntry("b", torch.int8, (2,))]
+    with pytest.raises(ValueError, match="were not written"), TensorWriter(io.BytesIO(), entries, {}) as writer:
         writer.write(torch.ones(5, 3))
     with pytest.raises(ValueError, match="wider types"):
         TensorWriter(io.BytesIO(), entries[::-1], {})
 
 
-def test_a_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
+def test_truncated_file_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "made.safetensors"
     save_tensors(path, TENSORS, {})
     for size in (path.stat().st_size - 1, 40, 5, 0):
@@ -101,7 +101,7 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
             TensorFile(path)
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_keeps_the_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "made.safetensors"
     save_tensors(path, {"old": torch.ones(2)}, {})
     full = Mock(side_effect=OSError(28, "No space left on device"))

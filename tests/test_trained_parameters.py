@@ -1,14 +1,13 @@
-"""What a run says it trains is trained, and as PEFT trains it: a few steps of AdamW on the same rows.
+"""All parameters that a run reports as trained are trained, and match PEFT after a few AdamW steps on the same rows.
 
-Every recognized family, with whole modules trained beside the factors: norms, the MLP, the head, embeddings,
-and biases. deltaw runs its own loop over packed rows that share prefixes (padded rows where a family cannot
-run packed ones), in fp32; PEFT runs each row on its own, in fp64, so that what is compared with is exact.
+The tests cover every recognized family, with entire modules trained in addition to the factors: norms, the MLP, the
+head, embeddings and biases. deltaw trains in fp32 on packed rows with shared prefixes, or on padded rows if the family
+does not support packing. PEFT trains each row separately in fp64, so the reference is exact.
 
-AdamW divides a gradient by its own size. So an element whose gradient is zero by the mathematics (the bias of
-keys that are not rotated: softmax does not see it) moves by rounding alone in fp32, in PEFT as in deltaw, and
-not at all in fp64. Those elements are told by fp64 and left out. A few others have a gradient that passes
-near zero by chance in one of the steps, and are off by a share of that step: of each parameter the worst
-0.2 % may be off by more than the tolerance, though by no more than one step.
+AdamW divides a gradient by its magnitude. An element whose exact gradient is zero therefore moves by rounding errors in
+fp32, and not at all in fp64. An example is the bias of unrotated keys, which softmax cancels. These elements are
+identified in fp64 and excluded. Some other elements have a gradient near zero in one step by chance, and differ by a
+fraction of that step. The worst 0.2 % of each parameter may exceed the tolerance, but by at most one step.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from tests.runtime.families import FALCON, PACKED, VOCABULARY, encoder_of, model
 from tests.runtime.test_fused import count_runs
 
 STEPS, BATCH, RATE, SEED = 5, 3, 1e-3, 0
-# Where biases are an option, they are there; a family without any has none to train.
+# Biases are enabled if they are optional. Families without biases are excluded.
 BIASED = {
     "Llama": {"attention_bias": True, "mlp_bias": True},
     "Gemma": {"attention_bias": True},
@@ -74,10 +73,10 @@ ENCODERS = {
     "ViT": (["q_proj", "v_proj"], ["layernorm_before"], ["mlp"], ["classifier"], ["patch_embeddings"]),
 }  # fmt: skip
 Settings = tuple[list[str], list[str], str]
-# Without rotary positions softmax does not see the bias of keys: see above.
+# Without rotary positions, softmax cancels the bias of keys (see above).
 KEY_BIASES = ("key.bias", "k_lin.bias", "attention.k_proj.bias")
 KINDS = ("factors", "norms", "mlp", "head", "embeddings", "biases")
-# The quick set trains one kind of parameters of each family, and each kind in a few families.
+# The quick set trains one kind of parameters per family, and each kind in several families.
 CASES = [
     pytest.param(family, kind, marks=[] if (row + column) % 6 == 0 else pytest.mark.slow)
     for row, family in enumerate((*PACKED, *FALCON))
@@ -87,69 +86,71 @@ CASES = [
 
 
 def rows() -> list[Example]:
-    """Rows of one stem and different ends, every token of the end a label."""
+    """Return rows with a shared prefix and different completions, whose tokens are all labels."""
     random = np.random.default_rng(0)
     stem = random.integers(3, VOCABULARY, 6)
-    ends = [random.integers(3, VOCABULARY, 5 + number % 3) for number in range(7)]
-    made = [np.concatenate([stem, end]).astype(np.int32) for end in ends]
-    return [Example(n, tokens, np.arange(len(tokens)) >= 6, 6, None) for n, tokens in enumerate(made, 1)]
+    completions = [random.integers(3, VOCABULARY, 5 + number % 3) for number in range(7)]
+    sequences = [np.concatenate([stem, end]).astype(np.int32) for end in completions]
+    return [Example(n, tokens, np.arange(len(tokens)) >= 6, 6, None) for n, tokens in enumerate(sequences, 1)]
 
 
 def settings_of(family: str, kind: str) -> Settings:
-    """Targets of the factors, modules that are trained whole, and which biases."""
+    """Return the targets of the factors, the modules to train entirely, and the bias setting."""
     name = family.partition(",")[0]
-    whole = {
+    modules = {
         "norms": [NORMS.get(family, "input_layernorm")],
         "mlp": ["mlp"] if family != "Falcon, grouped" else ["0.mlp", "1.mlp", "2.mlp"],  # not its norm, ln_mlp
         "head": ["lm_head"],
         "embeddings": [EMBEDDINGS.get(name, "embed_tokens")],
     }.get(kind, [])
-    return TARGETS.get(name, ["q_proj", "v_proj", "o_proj"]), whole, "all" if kind == "biases" else "none"
+    return TARGETS.get(name, ["q_proj", "v_proj", "o_proj"]), modules, "all" if kind == "biases" else "none"
 
 
 def by_deltaw(model: nn.Module, family: str, kind: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The trained parameters by name, as they were drawn and after the steps; a causal model."""
+    """Return the trained parameters of a causal model by name, before and after the steps."""
     padded = family in FALCON
     batcher = CausalMicroBatcher(25, share=not padded, padded=padded, device="cpu")
-    running = padded_rows(model) if padded else packed_rows(model)
-    return trained_by_deltaw(model, settings_of(family, kind), CausalObjective, rows(), batcher, running)
+    context = padded_rows(model) if padded else packed_rows(model)
+    return trained_by_deltaw(model, settings_of(family, kind), CausalObjective, rows(), batcher, context)
 
 
-def trained_by_deltaw(model, settings, objective, examples, batcher, running):
-    """The trained parameters by name, as they were drawn and after the steps."""
-    targets, whole, bias = settings
-    config = LoRAConfig(rank=4, alpha=8, target_modules=targets, train_modules=whole, bias=bias)  # type: ignore[arg-type]
+def trained_by_deltaw(model, settings, objective, examples, batcher, context):
+    """Return the trained parameters by name, before and after the steps."""
+    targets, modules, bias = settings
+    config = LoRAConfig(rank=4, alpha=8, target_modules=targets, train_modules=modules, bias=bias)  # type: ignore[arg-type]
     method = LoRA(config)
     method.prepare(model, seed=SEED)
     named = dict(method.parameters(model))
     generator = torch.Generator().manual_seed(SEED)
     for name, parameter in named.items():
-        if name.endswith("lora_B"):  # zero at first, where A has no gradient; a B in use says more
+        if name.endswith("lora_B"):  # with a zero B, A would have no gradient
             parameter.data.normal_(0, 0.1, generator=generator)
     before = {name: parameter.detach().clone() for name, parameter in named.items()}
-    how = {"learning_rate": RATE, "total_steps": STEPS, "batch_size": BATCH, "seed": SEED, "schedule": "constant"}
-    with running:
-        train(objective(model), list(named.values()), examples, batcher, names=list(named), max_grad_norm=None, **how)
+    options = {"learning_rate": RATE, "total_steps": STEPS, "batch_size": BATCH, "seed": SEED, "schedule": "constant"}
+    with context:
+        train(
+            objective(model), list(named.values()), examples, batcher, names=list(named), max_grad_norm=None, **options
+        )
     return before, {name: parameter.detach() for name, parameter in named.items()}
 
 
 def by_peft(model, settings, before, examples, loss) -> dict[str, Tensor]:
-    """The same by PEFT in fp64, each row on its own, from the same factors."""
-    targets, whole, bias = settings
+    """Train with PEFT in fp64 from the same factors, one row at a time."""
+    targets, modules, bias = settings
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, modules_to_save=whole or None, bias=bias)  # type: ignore[arg-type]
+        config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, modules_to_save=modules or None, bias=bias)  # type: ignore[arg-type]
         adapted = peft.get_peft_model(model, config).double()
-    trained = {plain(name): p for name, p in adapted.named_parameters() if p.requires_grad}
+    trained = {deltaw_name(name): p for name, p in adapted.named_parameters() if p.requires_grad}
     assert trained.keys() == before.keys()
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(before[name].t() if ".lora_" in name else before[name])
     optimizer = torch.optim.AdamW(trained.values(), lr=RATE, weight_decay=0.0)
     for step in range(STEPS):
-        chosen = rows_of_step(examples, step, BATCH, SEED)
-        labels = sum(example.label_count for example in chosen)
-        for example in chosen:
+        batch = rows_of_step(examples, step, BATCH, SEED)
+        labels = sum(example.label_count for example in batch)
+        for example in batch:
             (loss(adapted, example) / labels).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -157,21 +158,21 @@ def by_peft(model, settings, before, examples, loss) -> dict[str, Tensor]:
 
 
 def causal_loss(model: nn.Module, example: Example) -> Tensor:
-    """The sum of cross-entropies of a row's labels, by all logits."""
+    """Return the summed cross-entropy of a row's labels, computed from all logits."""
     tokens = torch.from_numpy(example.tokens.astype(np.int64))
     logits = model(input_ids=tokens[None], use_cache=False).logits[0]
     at = torch.from_numpy(np.flatnonzero(example.is_label))
     return nn.functional.cross_entropy(logits[at - 1], tokens[at], reduction="sum")
 
 
-def plain(name: str) -> str:
-    """PEFT's name of a parameter as deltaw has it."""
+def deltaw_name(name: str) -> str:
+    """Convert PEFT's name of a parameter to deltaw's."""
     name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
     name = name.replace(".modules_to_save.default.", ".").replace(".lora_A.default.weight", ".lora_A")
     return name.replace(".lora_B.default.weight", ".lora_B")
 
 
-def made(family: str, kind: str) -> nn.Module:
+def make_model(family: str, kind: str) -> nn.Module:
     model = model_of(family, **(BIASED.get(family, {}) if kind == "biases" else {}))
     if "head" in kind or "embeddings" in kind:
         untie(model)
@@ -179,7 +180,7 @@ def made(family: str, kind: str) -> nn.Module:
 
 
 def untie(model: nn.Module) -> None:
-    """Head and embeddings of their own weights, so that one is trained without the other."""
+    """Give head and embeddings separate weights, so that they can be trained independently."""
     head = model.get_output_embeddings()
     if head.weight is model.get_input_embeddings().weight:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
@@ -187,30 +188,30 @@ def untie(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
-def test_steps_train_what_peft_trains(family, kind, monkeypatch):
+def test_trained_parameters_match_peft(family, kind, monkeypatch):
     if family in FALCON and loader.library() is None:
-        pytest.skip(loader.why_not() or "")
-    model = made(family, kind)
+        pytest.skip(loader.unavailable_reason() or "")
+    model = make_model(family, kind)
     reference = copy.deepcopy(model)
-    ran = count_runs(monkeypatch)
-    before, found = by_deltaw(model, family, kind)
-    assert bool(ran) == (kind in ("factors", "head", "embeddings"))
+    fused_runs = count_runs(monkeypatch)
+    before, trained = by_deltaw(model, family, kind)
+    assert bool(fused_runs) == (kind in ("factors", "head", "embeddings"))
     expected = by_peft(reference, settings_of(family, kind), before, rows(), causal_loss)
-    assert_trained_alike(found, expected, before)
+    assert_parameters_match(trained, expected, before)
 
 
-def assert_trained_alike(found: dict[str, Tensor], expected: dict[str, Tensor], before: dict[str, Tensor]) -> None:
+def assert_parameters_match(trained: dict[str, Tensor], expected: dict[str, Tensor], before: dict[str, Tensor]) -> None:
     for name, theirs in expected.items():
         moved = (theirs - before[name]).abs() > 1e-2 * RATE
         assert moved.any() or name.endswith(KEY_BIASES), name
-        differences = ((found[name] - theirs).abs() * moved).flatten().sort().values
+        differences = ((trained[name] - theirs).abs() * moved).flatten().sort().values
         assert differences[-1] <= RATE, name
-        most = differences[: -max(2, len(differences) // 500)].norm()
-        assert most <= 1e-5 * theirs.norm(), f"{name}: {most / theirs.norm():.1e}"
+        error = differences[: -max(2, len(differences) // 500)].norm()
+        assert error <= 1e-5 * theirs.norm(), f"{name}: {error / theirs.norm():.1e}"
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
+class ImageExample:
     """An image of random numbers and its class."""
 
     pixels: Tensor
@@ -218,10 +219,10 @@ class Picture:
     label_count: int = 1
 
 
-class PictureBatcher:
-    """Two images at a time."""
+class ImageBatcher:
+    """Batches of two images."""
 
-    def batches(self, rows: Sequence[Picture]) -> Iterator[LabelBatch]:
+    def batches(self, rows: Sequence[ImageExample]) -> Iterator[LabelBatch]:
         for start in range(0, len(rows), 2):
             part = tuple(rows[start : start + 2])
             inputs = {"pixel_values": torch.stack([row.pixels for row in part])}
@@ -230,7 +231,7 @@ class PictureBatcher:
 
 
 def classifier_of(family: str) -> nn.Module:
-    """An encoder with a new head for three classes, frozen."""
+    """Return a frozen encoder with a new head for three classes."""
     base = encoder_of(family)
     base.config.num_labels = 3
     kind = "Image" if family == "ViT" else "Sequence"
@@ -240,19 +241,19 @@ def classifier_of(family: str) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def labeled(family: str) -> list[Any]:
-    """Rows of several lengths, or images, of three classes."""
+def labeled_examples(family: str) -> list[Any]:
+    """Return rows of several lengths, or images, with three classes."""
     random = np.random.default_rng(0)
     if family == "ViT":
         generator = torch.Generator().manual_seed(0)
-        return [Picture(torch.randn(3, 16, 16, generator=generator), n % 3) for n in range(7)]
+        return [ImageExample(torch.randn(3, 16, 16, generator=generator), n % 3) for n in range(7)]
     tokens = [random.integers(3, VOCABULARY, 5 + n).astype(np.int32) for n in range(7)]
     return [LabeledExample(n + 1, row, n % 3) for n, row in enumerate(tokens)]
 
 
 def labeled_loss(model: nn.Module, example: Any) -> Tensor:
-    """The cross-entropy of one row without padding, or of one image."""
-    if isinstance(example, Picture):
+    """Return the cross-entropy of one row without padding, or of one image."""
+    if isinstance(example, ImageExample):
         logits = model(pixel_values=example.pixels[None].double()).logits
     else:
         logits = model(input_ids=torch.from_numpy(example.tokens.astype(np.int64))[None]).logits
@@ -262,32 +263,32 @@ def labeled_loss(model: nn.Module, example: Any) -> Tensor:
 @pytest.mark.each_value
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ENCODERS)
-def test_steps_train_an_encoder_as_peft_does(family, kind, monkeypatch):
+def test_trained_encoder_parameters_match_peft(family, kind, monkeypatch):
     targets, *modules = ENCODERS[family]
-    whole = dict(zip(KINDS[1:], modules, strict=False)).get(kind, [])
-    settings = targets, whole, "all" if kind == "biases" else "none"
+    train_modules = dict(zip(KINDS[1:], modules, strict=False)).get(kind, [])
+    settings = targets, train_modules, "all" if kind == "biases" else "none"
     model = classifier_of(family)
     reference = copy.deepcopy(model)
-    examples = labeled(family)
+    examples = labeled_examples(family)
     image = family == "ViT"
     task = "image-classification" if image else "sequence-classification"
-    batcher = PictureBatcher() if image else LabelMicroBatcher(40, "cpu", segments=False)
-    ran = count_runs(monkeypatch)
+    batcher = ImageBatcher() if image else LabelMicroBatcher(40, "cpu", segments=False)
+    fused_runs = count_runs(monkeypatch)
     objective = functools.partial(LabelObjective, task=task)
-    before, found = trained_by_deltaw(model, settings, objective, examples, batcher, padded_rows(model))
-    assert bool(ran) == (loader.library() is not None and kind in ("factors", "head", "embeddings"))
+    before, trained = trained_by_deltaw(model, settings, objective, examples, batcher, padded_rows(model))
+    assert bool(fused_runs) == (loader.library() is not None and kind in ("factors", "head", "embeddings"))
     expected = by_peft(reference, settings, before, examples, labeled_loss)
-    assert_trained_alike(found, expected, before)
+    assert_parameters_match(trained, expected, before)
 
 
 @pytest.mark.parametrize("family", ["Llama", "GPTNeoX"])
-def test_a_block_whose_gradient_is_cut_is_caught(family, monkeypatch):
-    model = made(family, "factors")
+def test_missing_block_gradient_raises(family, monkeypatch):
+    model = make_model(family, "factors")
     backward = _MLP.backward
 
     def cut(ctx, *grads):
-        found = backward(ctx, *grads)
-        return *found[:3], *(None for _ in found[3:])
+        grads_in = backward(ctx, *grads)
+        return *grads_in[:3], *(None for _ in grads_in[3:])
 
     monkeypatch.setattr("deltaw.runtime.fused.serves_block", lambda *args: False)
     monkeypatch.setattr(_MLP, "backward", staticmethod(cut))
@@ -296,9 +297,9 @@ def test_a_block_whose_gradient_is_cut_is_caught(family, monkeypatch):
         by_deltaw(model, family, "factors")
 
 
-def test_a_module_copied_whole_attends_over_the_layout_too():
-    """A copy brings a configuration of its own, which must follow the choice of attention."""
-    model = made("Llama", "factors")
+def test_copied_attention_module_uses_the_packed_layout():
+    """The copy has a separate configuration, which must follow the selected attention."""
+    model = make_model("Llama", "factors")
     method = LoRA(LoRAConfig(rank=4, target_modules=["up_proj"], train_modules=["self_attn"]))
     method.prepare(model, seed=SEED)
     attention = model.base_model.layers[1].self_attn
@@ -308,8 +309,8 @@ def test_a_module_copied_whole_attends_over_the_layout_too():
     assert attention.config._attn_implementation == "sdpa"
 
 
-def test_a_module_replaced_after_recognition_is_the_one_that_runs(monkeypatch):
-    model = made("Phi3", "factors")
+def test_module_replaced_after_recognition_is_used(monkeypatch):
+    model = make_model("Phi3", "factors")
     with packed_rows(model):
         assert fused_blocks(model).choice.value
     other = copy.deepcopy(model.base_model.layers[0].mlp.down_proj)
@@ -319,12 +320,12 @@ def test_a_module_replaced_after_recognition_is_the_one_that_runs(monkeypatch):
     example = Example(1, tokens.numpy().astype(np.int32), np.arange(17) >= 6, 0, None)
     (batch,) = CausalMicroBatcher(25, True, False, "cpu").batches([example])
     objective = CausalObjective(model)
-    ran = count_runs(monkeypatch)
+    fused_runs = count_runs(monkeypatch)
     with packed_rows(model), torch.no_grad():
         before = objective(batch).item()
         model.base_model.layers[0].mlp.down_proj = other
         after = objective(batch).item()
-    assert len(ran) == 6 and isinstance(fused_blocks(model).last, FusedBlock)
+    assert len(fused_runs) == 6 and isinstance(fused_blocks(model).last, FusedBlock)
     logits = model(input_ids=tokens[None]).logits[0, 5:-1]
     expected = nn.functional.cross_entropy(logits, tokens[6:], reduction="sum").item()
     assert abs(after - expected) < 1e-4 * abs(expected) and abs(before - expected) > 1e-3

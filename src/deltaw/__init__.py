@@ -1,7 +1,7 @@
 """deltaw: LoRA fine-tuning of any PyTorch model.
 
-The public face: names only. Each is imported when it is first asked for, so that the command line answers
-before torch is loaded, and so that a layer in one's own loop needs torch alone.
+Public names are imported lazily, so that the command line starts without loading torch, and so that LoRA layers in
+your own training loop only require torch.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ __all__ = [
     "unmerge",
 ]
 
-# Names that do not come from deltaw.lora.
-_ELSEWHERE = {
+# Modules of the names that are not defined in deltaw.lora.
+_MODULES = {
     "fit": "deltaw.reports.run",
     "plan": "deltaw.training.planning.plan_run",
     "train": "deltaw.training.loop",
@@ -75,6 +75,6 @@ _ELSEWHERE = {
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'deltaw' has no attribute '{name}'")
-    value = getattr(importlib.import_module(_ELSEWHERE.get(name, "deltaw.lora")), name)
+    value = getattr(importlib.import_module(_MODULES.get(name, "deltaw.lora")), name)
     globals()[name] = value
     return value

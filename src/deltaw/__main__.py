@@ -1,4 +1,4 @@
-"""`python -m deltaw`: the same as the `deltaw` command."""
+"""Entry point of ``python -m deltaw``, equivalent to the ``deltaw`` command."""
 
 from deltaw.cli import main
 

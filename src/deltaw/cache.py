@@ -1,11 +1,9 @@
-"""The one cache on the disk: results that took time are found again by everything that they depend on.
+"""Disk cache of expensive results, keyed by everything that they depend on.
 
-An entry has a kind and a key. The key is a hash of what the entry was made from and of what made it: the
-versions of packages and the text of deltaw's own modules (:func:`key`). After an upgrade or an edit of the
-code, older entries are no longer found. Small results are JSON (:func:`recall`, :func:`remember`); large ones
-are files and folders of a :class:`Cache`, which locks its entries and removes the least recently used.
-
-Knows files, locks and versions; not what is stored. Imports no torch.
+An entry has a kind and a key. The key is a hash of the inputs, of package versions and of the source of deltaw's
+modules (:func:`key`), so that an upgrade or an edit invalidates older entries. Small results are JSON
+(:func:`load_result`, :func:`store_result`). Large results are files and folders of a :class:`Cache`, which locks its
+entries and evicts the least recently used ones. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -23,20 +21,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from deltaw import platforms
-from deltaw.durable import write_text
+from deltaw.atomic_files import write_text
 from deltaw.errors import UserError
 
 if TYPE_CHECKING:
     from filelock import FileLock
 
-# At most this many small results of one kind; the oldest are removed first.
-KEPT = 500
-# Files up to this many bytes are hashed each time: looking up what was remembered would take as long.
-SMALL = 1 << 22
-# A result of a file is not remembered if the file changed within this many seconds: file systems count time in
-# steps, so it could change again with the same time of change.
-SETTLED = 2.0
-# Where deltaw's own modules are.
+# Maximum number of small results per kind. The oldest are removed first.
+MAX_ENTRIES = 500
+# Digests of files up to this size in bytes are not cached, because a lookup takes as long as hashing.
+MIN_CACHED_BYTES = 1 << 22
+# Results of files that changed within this many seconds are not cached. File timestamps have a limited resolution, so
+# a file could change again without a new timestamp.
+MIN_FILE_AGE = 2.0
+# Folder of deltaw's modules.
 SOURCE = Path(__file__).parent
 _COMPILED = (".so", ".pyd", ".dylib", ".dll")
 
@@ -44,24 +42,25 @@ T = TypeVar("T")
 
 
 def root() -> Path:
-    """The folder of all entries: ``$DELTAW_CACHE``, otherwise ``~/.cache/deltaw``."""
-    chosen = os.environ.get("DELTAW_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "deltaw"
+    """Return the cache folder: ``$DELTAW_CACHE`` or ``~/.cache/deltaw``."""
+    configured = os.environ.get("DELTAW_CACHE")
+    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "deltaw"
 
 
-def key(kind: str, parts: object, made_by: Sequence[str] = ()) -> str:
-    """The name of an entry.
+def key(kind: str, parts: object, dependencies: Sequence[str] = ()) -> str:
+    """Return the key of an entry.
 
     Args:
-        parts: what the entry is made from, as JSON can hold it.
-        made_by: what makes it: names of packages, and of deltaw's modules (``deltaw.data``, with all below).
+        kind: Kind of the entry.
+        parts: JSON-serializable inputs of the entry.
+        dependencies: Packages and deltaw modules that produce the entry. ``deltaw.data`` includes its submodules.
     """
-    return _hash(_text([kind, parts, versions(made_by)]))
+    return _hash(_text([kind, parts, versions(dependencies)]))
 
 
-def versions(made_by: Sequence[str]) -> dict[str, str]:
-    """The state of each maker of an entry: a package's version, the hash of a deltaw module's files."""
-    return {name: _state(name) for name in made_by}
+def versions(dependencies: Sequence[str]) -> dict[str, str]:
+    """Return the version of each package, and a hash of the files of each deltaw module."""
+    return {name: _state(name) for name in dependencies}
 
 
 def _state(name: str) -> str:
@@ -75,11 +74,11 @@ def _state(name: str) -> str:
 
 @functools.cache
 def _hash_of_module(source: Path, name: str) -> str:
-    """Of the text of a module, or of all modules and compiled libraries of a package."""
-    place = source.joinpath(*name.split(".")[1:])
-    files = [place.with_suffix(".py")]
-    if place.is_dir():
-        files = sorted(f for f in place.rglob("*") if f.suffix in (".py", *_COMPILED))
+    """Return a hash of a module's source, or of all sources and compiled libraries of a package."""
+    path = source.joinpath(*name.split(".")[1:])
+    files = [path.with_suffix(".py")]
+    if path.is_dir():
+        files = sorted(f for f in path.rglob("*") if f.suffix in (".py", *_COMPILED))
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         digest.update(f"{file.relative_to(source).as_posix()}\0{file.stat().st_size}\0".encode())
@@ -90,37 +89,41 @@ def _hash_of_module(source: Path, name: str) -> str:
 # Small results
 
 
-def recall(kind: str, parts: object, made_by: Sequence[str] = ()) -> object | None:
-    """What was remembered for ``parts``; None if nothing was, or if something else made it."""
-    asked = [parts, versions(made_by)]
+def load_result(kind: str, parts: object, dependencies: Sequence[str] = ()) -> object | None:
+    """Return the stored result for ``parts``, or None if it does not exist or was produced by other versions."""
+    key_parts = [parts, versions(dependencies)]
     try:
-        kept = json.loads(_file(kind, asked).read_text(encoding="utf-8"))
+        entry = json.loads(_file(kind, key_parts).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return kept.get("value") if isinstance(kept, dict) and kept.get("key") == _text(asked) else None
+    return entry.get("value") if isinstance(entry, dict) and entry.get("key") == _text(key_parts) else None
 
 
-def remember(kind: str, parts: object, value: object, made_by: Sequence[str] = (), most: int = KEPT) -> None:
-    """Store ``value``, which JSON can hold, beside ``most - 1`` others of its kind. If the folder cannot be written
-    to, nothing is stored, and the value is computed again the next time."""
-    asked = [parts, versions(made_by)]
-    file = _file(kind, asked)
+def store_result(
+    kind: str, parts: object, value: object, dependencies: Sequence[str] = (), max_entries: int = MAX_ENTRIES
+) -> None:
+    """Store a JSON-serializable result. Only the latest ``max_entries`` results of its kind are retained.
+
+    If the folder is not writable, the result is not stored and the next call computes it again.
+    """
+    key_parts = [parts, versions(dependencies)]
+    file = _file(kind, key_parts)
     try:
-        write_text(file, json.dumps({"key": _text(asked), "value": value}))
-        for old in sorted(file.parent.glob("*.json"), key=_changed)[:-most]:
-            old.unlink(missing_ok=True)
+        write_text(file, json.dumps({"key": _text(key_parts), "value": value}))
+        for oldest in sorted(file.parent.glob("*.json"), key=_changed)[:-max_entries]:
+            oldest.unlink(missing_ok=True)
     except (OSError, UserError):
         return
 
 
-def stamp(kind: str, parts: object, made_by: Sequence[str] = ()) -> str | None:
-    """A hash of what is remembered for ``parts``, which shows whether it changed; None if nothing is."""
-    value = recall(kind, parts, made_by)
+def result_digest(kind: str, parts: object, dependencies: Sequence[str] = ()) -> str | None:
+    """Return a hash of the stored result for ``parts``, to detect changes, or None if it does not exist."""
+    value = load_result(kind, parts, dependencies)
     return None if value is None else _hash(_text(value))
 
 
-def _file(kind: str, asked: object) -> Path:
-    return root() / "remembered" / kind / f"{_hash(_text(asked))}.json"
+def _file(kind: str, key_parts: object) -> Path:
+    return root() / "remembered" / kind / f"{_hash(_text(key_parts))}.json"
 
 
 def _text(value: object) -> str:
@@ -131,51 +134,54 @@ def _hash(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-# Files that entries are made from
+# Input files of entries
 
 
 def file_state(path: Path) -> list[object]:
-    """What changes whenever a file does: its real path, size, inode, and the times of change of its content and
-    its status. Unlike that of the content, the time of the status cannot be set back."""
+    """Return values that change if a file changes: real path, size, inode, modification time and status change time.
+
+    Unlike the modification time, the status change time cannot be set back.
+    """
     status = path.stat()
     changed = status.st_ctime_ns if os.name == "posix" else 0
     return [os.path.realpath(path), status.st_size, status.st_ino, status.st_mtime_ns, changed]
 
 
-def of_files(kind: str, files: Sequence[Path], make: Callable[[], T], made_by: Sequence[str] = ()) -> T:
-    """What ``make`` returns, which follows from the content of ``files`` and which JSON can hold; remembered
-    until one of them changes.
+def compute_for_files(kind: str, files: Sequence[Path], make: Callable[[], T], dependencies: Sequence[str] = ()) -> T:
+    """Return the JSON-serializable result of ``make``, which depends only on the content of ``files``.
+
+    The result is cached until a file changes.
 
     Raises:
-        UserError: one changes during the call.
+        UserError: if a file changes during the call.
     """
     before = [file_state(file) for file in files]
-    known = recall(kind, before, made_by)
-    if known is not None:
-        return known  # type: ignore[return-value]
-    began = time.time()
-    made = make()
+    cached = load_result(kind, before, dependencies)
+    if cached is not None:
+        return cached  # type: ignore[return-value]
+    start_time = time.time()
+    result = make()
     require_unchanged(files, before)
-    changed = (file.stat() for file in files)
-    latest = max(status.st_ctime if os.name == "posix" else status.st_mtime for status in changed)
-    if began - latest > SETTLED:
-        remember(kind, before, made, made_by)
-    return made
+    statuses = (file.stat() for file in files)
+    latest = max(status.st_ctime if os.name == "posix" else status.st_mtime for status in statuses)
+    if start_time - latest > MIN_FILE_AGE:
+        store_result(kind, before, result, dependencies)
+    return result
 
 
 def require_unchanged(files: Sequence[Path], before: Sequence[object]) -> None:
-    """Raise a UserError if a file has changed since its state was taken."""
+    """Raise a UserError if a file changed since :func:`file_state` was called."""
     for file, state in zip(files, before, strict=True):
         if file_state(file) != state:
-            hint = "wait until it is written, and try again"
-            raise UserError("the file changes while it is read", where=str(file), hint=hint)
+            hint = "wait until the file is complete, and try again"
+            raise UserError("the file changes while it is read", location=str(file), hint=hint)
 
 
 def file_digest(path: Path) -> str:
-    """The SHA-256 of a file's content in hexadecimal; that of a large file is remembered until it changes.
+    """Return the SHA-256 of a file in hexadecimal. Digests of large files are cached until the file changes.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: if the file cannot be read.
     """
 
     def read() -> str:
@@ -183,11 +189,11 @@ def file_digest(path: Path) -> str:
         _feed(digest.update, path)
         return digest.hexdigest()
 
-    return of_files("files", [path], read) if path.stat().st_size > SMALL else read()
+    return compute_for_files("files", [path], read) if path.stat().st_size > MIN_CACHED_BYTES else read()
 
 
 def _feed(update: Callable[[memoryview], object], path: Path) -> None:
-    """Hash a file a piece at a time, so that the process does not grow by it."""
+    """Hash a file in chunks, so that memory use does not depend on its size."""
     buffer = memoryview(bytearray(1 << 17))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
@@ -198,41 +204,42 @@ def _feed(update: Callable[[memoryview], object], path: Path) -> None:
 
 
 class Cache:
-    """Entries of one kind: the files and folders ``KEY`` and ``KEY.suffix`` in one folder.
+    """Cache entries of one kind, stored as the files and folders ``KEY`` and ``KEY.suffix`` in one folder.
 
     Args:
-        kind: names the folder below :func:`root`.
-        limit: bytes that all entries together may take.
-        mark: the path of an entry that is written last and touched with every use; ``{}`` stands for its key.
-        folder: instead of the one that ``kind`` names.
+        kind: Name of the folder below :func:`root`.
+        limit: Maximum total size of all entries in bytes.
+        mark: Path of the part of an entry that is written last and touched on every use. ``{}`` is replaced by the key.
+        folder: Folder to use instead of the one of ``kind``.
     """
 
     def __init__(self, kind: str, limit: int, *, mark: str = "{}.json", folder: Path | None = None) -> None:
         self.folder = folder or root() / kind
         self._limit, self._mark = limit, mark
 
-    def lock(self, name: str, waiting: Callable[[], object] = lambda: None) -> FileLock:
-        """The lock of an entry, acquired; only its owner works with the entry. Creates the folder.
+    def lock(self, name: str, on_wait: Callable[[], object] = lambda: None) -> FileLock:
+        """Acquire and return the lock of an entry. Creates the folder.
 
         Args:
-            waiting: called if another process has the lock, before this one waits for it.
+            name: Key of the entry.
+            on_wait: Called before waiting if another process owns the lock.
 
         Raises:
-            OSError: the folder cannot be written to.
+            OSError: if the folder is not writable.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = self.try_lock(name)
         if lock is None:
-            waiting()
+            on_wait()
             lock = _lock(self.folder, name)
             lock.acquire()
         return lock
 
     def try_lock(self, name: str) -> FileLock | None:
-        """The lock of an entry, acquired; None if another process has it.
+        """Acquire and return the lock of an entry, or return None if another process owns it.
 
         Raises:
-            OSError: the folder does not exist or cannot be written to.
+            OSError: if the folder does not exist or is not writable.
         """
         from filelock import Timeout
 
@@ -243,60 +250,66 @@ class Cache:
             return None
         return lock
 
-    def used(self, name: str) -> None:
-        """Note that an entry is used now, unless the folder cannot be written to."""
+    def touch(self, name: str) -> None:
+        """Update the last-use time of an entry. Does nothing if the folder is not writable."""
         with contextlib.suppress(OSError):
             os.utime(self.folder / self._mark.format(name))
 
     def remove(self, name: str) -> None:
-        """Remove an entry, its mark first, so that a part of it is never mistaken for an entry."""
+        """Remove an entry. Its mark is removed first, so that an incomplete entry is never used."""
         mark = self.folder / self._mark.format(name)
         if mark.is_dir():
-            gone = self.folder / f".{name}.{os.getpid()}.part"
+            trash = self.folder / f".{name}.{os.getpid()}.part"
             try:
-                platforms.renamed(mark, gone)
+                platforms.rename_path(mark, trash)
             except PermissionError:
                 if not platforms.WINDOWS:
                     raise
-                return  # a process reads it
-            shutil.rmtree(gone)
+                return  # in use by another process
+            shutil.rmtree(trash)
         for path in [mark, *self._paths(name)]:
-            with contextlib.suppress(PermissionError):  # Windows keeps files that a process reads
+            with contextlib.suppress(PermissionError):  # Windows does not remove open files
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
-    def make_room(self, needed: int = 0, *, but: str = "", spare: int | None = None) -> int:
-        """Remove what killed processes left, and the least recently used entries that no process works with,
-        until ``needed`` bytes fit; returns the bytes of the remaining entries.
+    def evict(self, needed: int = 0, *, exclude: str = "", min_free_bytes: int | None = None) -> int:
+        """Remove leftovers of killed processes, and the least recently used unlocked entries until ``needed`` bytes
+        fit.
 
         Args:
-            but: an entry that this process has locked; it stays.
-            spare: bytes to leave free on the disk.
+            needed: Size of the new entry in bytes.
+            exclude: Entry that the caller has locked. It is not removed.
+            min_free_bytes: Number of bytes to leave free on the disk.
+
+        Returns:
+            Total size of the remaining entries in bytes.
         """
         for part in self.folder.glob(".*.part"):
-            with self._free(part.name[1:].partition(".")[0], but) as free:
-                if free:
+            with self._free(part.name[1:].partition(".")[0], exclude) as unlocked:
+                if unlocked:
                     shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
         names = {path.name.partition(".")[0] for path in self.folder.iterdir() if path.suffix != ".lock"} - {""}
         last_use = {name: _changed(self.folder / self._mark.format(name)) for name in names}
         entries = sorted((last_use[name], name, _bytes(self._paths(name))) for name in names)
         total = sum(size for _, _, size in entries)
         for _, name, size in entries:
-            if total + needed <= self._limit and (spare is None or self.free_bytes() >= needed + spare):
+            if total + needed <= self._limit and (
+                min_free_bytes is None or self.free_bytes() >= needed + min_free_bytes
+            ):
                 break
-            with self._free(name, but) as free:
-                if free and name != but:
+            with self._free(name, exclude) as unlocked:
+                if unlocked and name != exclude:
                     self.remove(name)
                     total -= size
         return total
 
     def free_bytes(self) -> int:
-        """Free space on the disk."""
+        """Return the free disk space in bytes."""
         return shutil.disk_usage(self.folder).free
 
     @contextlib.contextmanager
-    def _free(self, name: str, own: str) -> Iterator[bool]:
-        """Whether no other process works with an entry; none can start within the block."""
-        if name == own:
+    def _free(self, name: str, exclude: str) -> Iterator[bool]:
+        """Try to lock an entry during the block, and yield True if no other process uses it."""
+        if name == exclude:
             yield True
             return
         try:
@@ -310,18 +323,18 @@ class Cache:
                 lock.release()
 
     def _paths(self, name: str) -> list[Path]:
-        found = [self.folder / name, *self.folder.glob(f"{name}.*")]
-        return [path for path in found if path.suffix != ".lock" and path.exists()]
+        candidates = [self.folder / name, *self.folder.glob(f"{name}.*")]
+        return [path for path in candidates if path.suffix != ".lock" and path.exists()]
 
 
 def _lock(folder: Path, name: str) -> FileLock:
-    from filelock import FileLock  # takes as long to import as everything else here
+    from filelock import FileLock  # imported lazily because it takes as long as the rest of this module
 
     return FileLock(folder / f"{name}.lock")
 
 
 def _bytes(paths: Sequence[Path]) -> int:
-    """The size of files, and of all files in folders; one that disappears does not count."""
+    """Return the total size of files and folders in bytes, ignoring files that disappear meanwhile."""
     total = 0
     for path in paths:
         for file in path.rglob("*") if path.is_dir() else [path]:
@@ -331,7 +344,7 @@ def _bytes(paths: Sequence[Path]) -> int:
 
 
 def _changed(path: Path) -> float:
-    """When a file was last written; 0 if it does not exist."""
+    """Return the modification time of a file, or 0 if it does not exist."""
     try:
         return path.stat().st_mtime
     except OSError:

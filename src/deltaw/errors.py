@@ -1,7 +1,7 @@
-"""The error for wrong user input, with a hint.
+"""UserError, the error for invalid user input, and helpers for messages.
 
-All code in deltaw that refuses a user's input raises :class:`UserError`. The command line turns it into one
-message and exit status 2. Any other exception is a bug in deltaw.
+All code that rejects user input raises :class:`UserError`. The command line prints its message and exits with status
+2. Any other exception is a bug in deltaw.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, quote_plus
 
-# Environment variables whose values are secrets. Shorter values are not removed: they would match ordinary words.
+# Names of environment variables with secrets. Short values are not redacted, because they would match ordinary words.
 _SECRET_VARIABLE = re.compile(r"(?:TOKEN|SECRET|PASSWORD|KEY)\Z", re.IGNORECASE)
 _SHORTEST_SECRET, _SHORTEST_VALUE, _SHORTEST_TRUNCATED = 6, 8, 16
-# Ends of texts that begin as a secret does, which other programs may have truncated.
+# Rest of a secret that another program truncated.
 _TAIL = r"[^\s\"'<>\\]*"
 # User names, passwords and keys in URLs.
 _PATTERNS = {
@@ -34,21 +34,21 @@ class UserError(Exception):
     """The user's input cannot be used.
 
     Args:
-        what: what is wrong, in one sentence.
-        where: the file, row, key or module that it concerns.
-        hint: what the user can do about it.
+        message: Description of the problem, in one sentence.
+        location: File, row, key or module that the error refers to.
+        hint: How to fix it.
     """
 
-    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
-        what, where, hint = clean(what), where and clean(where), hint and clean(hint)
-        self.what, self.where, self.hint = what, where, hint
-        more = f"\n  where: {where}" if where else ""
+    def __init__(self, message: str, *, location: str | None = None, hint: str | None = None) -> None:
+        message, location, hint = clean(message), location and clean(location), hint and clean(hint)
+        self.message, self.location, self.hint = message, location, hint
+        more = f"\n  where: {location}" if location else ""
         more += "\n  hint:  " + hint.replace("\n", "\n         ") if hint else ""
-        super().__init__(what + more)
+        super().__init__(message + more)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled whole, for other processes."""
-        return _not_yet_made, (type(self), self.args), self.__dict__
+        """Support pickling with all attributes, for other processes."""
+        return _create_uninitialized, (type(self), self.args), self.__dict__
 
 
 # ASCII and C1 control characters except tab and newline, line separators, and marks that change the reading direction.
@@ -61,50 +61,50 @@ def escape_control_characters(text: str) -> str:
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-def _not_yet_made(kind: type[UserError], args: tuple[Any, ...]) -> UserError:
-    """An error without its attributes; its class may be made of other arguments."""
+def _create_uninitialized(kind: type[UserError], args: tuple[Any, ...]) -> UserError:
+    """Create an error without calling ``__init__``. Its arguments differ between subclasses."""
     return kind.__new__(kind, *args)
 
 
-def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """The entries of ``known`` most similar to ``name``, best first; empty if none is similar."""
-    return difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+def nearest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:
+    """Return the candidates most similar to ``name``, best first, or an empty list."""
+    return difflib.get_close_matches(name, list(candidates), n=count, cutoff=0.5)
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``"did you mean 'a' or 'b'?"``, or a list of the known names if none is similar."""
-    known = list(known)
-    near = nearest(name, known)
-    if near:
-        return "did you mean " + " or ".join(f"'{n}'" for n in near) + "?"
-    shown = ", ".join(f"'{n}'" for n in known[:12])
-    return f"there is {shown}" + (", …" if len(known) > 12 else "") if shown else "there is none"
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """Return ``"did you mean 'a' or 'b'?"``, or a list of the candidates if none is similar."""
+    candidates = list(candidates)
+    similar = nearest(name, candidates)
+    if similar:
+        return "did you mean " + " or ".join(f"'{n}'" for n in similar) + "?"
+    listing = ", ".join(f"'{n}'" for n in candidates[:12])
+    return f"available: {listing}" + (", …" if len(candidates) > 12 else "") if listing else "none are available"
 
 
-def files_near(path: Path, fits: Callable[[Path], bool]) -> list[str]:
-    """Names beside ``path`` that look like its own, else those that fit; empty if there are none."""
+def find_similar_files(path: Path, matches: Callable[[Path], bool]) -> list[str]:
+    """Return names of files next to ``path`` with a similar name, else those that match ``matches``."""
     try:
-        beside = [entry for entry in sorted(path.parent.iterdir()) if not entry.name.startswith(".")]
+        siblings = [entry for entry in sorted(path.parent.iterdir()) if not entry.name.startswith(".")]
     except OSError:
         return []
-    return nearest(path.name, [entry.name for entry in beside]) or [entry.name for entry in beside if fits(entry)]
+    return nearest(path.name, [entry.name for entry in siblings]) or [e.name for e in siblings if matches(e)]
 
 
-def as_message(error: UserError, width: int = 80) -> str:
-    """What a person reads of an error, in lines of at most ``width`` characters if no word is longer."""
-    parts = [("error: ", error.what), ("  where: ", error.where), ("  hint:  ", error.hint)]
+def format_error(error: UserError, width: int = 80) -> str:
+    """Return the text of an error for a terminal, wrapped to ``width`` columns."""
+    parts = [("error: ", error.message), ("  where: ", error.location), ("  hint:  ", error.hint)]
     lines = []
     for head, text in parts:
         for number, line in enumerate((text or "").splitlines()):
-            begin, indent = " " * len(head) if number else head, " " * len(head)
-            how: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
-            kept = re.sub(r"(--[\w.-]+) (?=[\w/'.])", "\\1\0", line)  # a flag and its value stay together
-            lines += textwrap.wrap(kept, width, initial_indent=begin, subsequent_indent=indent, **how)
+            initial, indent = " " * len(head) if number else head, " " * len(head)
+            options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+            unbroken = re.sub(r"(--[\w.-]+) (?=[\w/'.])", "\\1\0", line)  # do not wrap between a flag and its value
+            lines += textwrap.wrap(unbroken, width, initial_indent=initial, subsequent_indent=indent, **options)
     return "\n".join(lines).replace("\0", " ")
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error, without secrets, as a part of another message."""
+    """Return the first line of an error, without secrets, for use in another message."""
     lines = redact(str(error)).strip().splitlines()
     return escape_control_characters(lines[0][:300]) if lines else type(error).__name__
 
@@ -115,7 +115,10 @@ def clean(text: str) -> str:
 
 
 def redact(text: str, mark: str = "…") -> str:
-    """Replace registered secrets by ``mark``, also if they are quoted, URL-encoded or truncated, and users in URLs."""
+    """Replace registered secrets and user information in URLs by ``mark``.
+
+    Quoted, URL-encoded, base64-encoded and truncated forms of a secret are replaced, too.
+    """
     return _compiled("|".join(_PATTERNS)).sub(mark, text)
 
 
@@ -138,32 +141,30 @@ for _name, _value in os.environ.items():
         _register(_value)
 
 
-def read_key(variable: str, where: str) -> str:
+def read_key(variable: str, location: str) -> str:
     """Return the API key in an environment variable.
 
     Raises:
         UserError: if the variable is not set, or if its value cannot be a key.
     """
     if not (value := os.environ.get(variable)):
-        raise UserError(f"{variable} is not set", where=where, hint=f"set {variable} to the key")
-    return checked_key(value, variable, where)
+        raise UserError(f"{variable} is not set", location=location, hint=f"set {variable} to the key")
+    return validate_key(value, variable, location)
 
 
-def checked_key(value: str, source: str, where: str | None = None) -> str:
-    """Return an API key and register it as a secret, which no message contains.
+def validate_key(value: str, source: str, location: str | None = None) -> str:
+    """Return an API key, and register it as a secret, so that no message contains it.
 
     Raises:
         UserError: if an HTTP header cannot contain the key. The message does not contain it either.
     """
     _register(value)
     if not (value.isascii() and value.isprintable() and value == value.strip()):
-        what = f"the key in {source} contains a line break, a space at an end, or a character that is not ASCII"
-        raise UserError(
-            what, where=where or source, hint="set it to the key alone, for example without the final newline"
-        )
+        message = f"the key in {source} contains a line break, a space at an end, or a character that is not ASCII"
+        raise UserError(message, location=location or source, hint="set it to the exact key, without the final newline")
     return value
 
 
 def first_names(names: Sequence[str]) -> str:
-    """Return the first three names, and how many more there are."""
+    """Return the first three names and the number of remaining ones."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

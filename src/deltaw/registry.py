@@ -1,7 +1,7 @@
-"""A registry: entries by name, added by deltaw and by other packages.
+"""Registries of named entries, which installed packages can extend with entry points.
 
-Installed packages add entries by entry points. These are looked up when the entries are first asked for, so
-importing this module, or registering, scans no installed package.
+Entry points are loaded when entries are first requested. Importing this module and registering entries do not scan
+installed packages.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from typing import Any, Generic, Protocol, TypeVar
 from deltaw.errors import UserError, did_you_mean
 
 
-class Named(Protocol):
-    """What can be registered."""
+class RegistryEntry(Protocol):
+    """Interface of registered objects."""
 
     @property
     def name(self) -> str: ...
 
 
-Entry = TypeVar("Entry", bound=Named)
+Entry = TypeVar("Entry", bound=RegistryEntry)
 
 
 class Registry(Generic[Entry]):
     """Entries in the order of registration.
 
     Args:
-        kind: what an entry is called in messages, such as ``method``.
-        entry_type: the class of an entry.
-        group: the entry points of installed packages that name an entry each.
-        check: raises ValueError for an entry that cannot be registered.
+        kind: Name of the kind of entry in messages, for example ``method``.
+        entry_type: Class of the entries.
+        group: Entry-point group with which installed packages provide entries.
+        check: Raises ValueError for an invalid entry.
     """
 
     def __init__(
@@ -44,69 +44,69 @@ class Registry(Generic[Entry]):
         self._listeners: list[Callable[[], None]] = []
 
     def register(self, entry: Entry) -> None:
-        """Make an entry known.
+        """Add an entry.
 
         Raises:
-            ValueError: the name is taken, or the check or a listener refuses it.
+            ValueError: if the name is taken, or the check or a listener rejects the entry.
         """
         if self._check is not None:
             self._check(entry)
         if entry.name in self._entries:
-            raise ValueError(f"there is a {self._kind} '{entry.name}' already")
+            raise ValueError(f"the {self._kind} '{entry.name}' is already registered")
         self._entries[entry.name] = entry
         try:
-            self._tell()
+            self._notify()
         except ValueError:
             del self._entries[entry.name]
             raise
 
     def unregister(self, name: str) -> None:
-        """Forget an entry."""
+        """Remove an entry."""
         del self._entries[name]
-        self._tell()
+        self._notify()
 
     def listen(self, listener: Callable[[], None]) -> None:
-        """Call ``listener`` now, and again whenever the entries change. It may raise ValueError to refuse one."""
+        """Call ``listener`` now and after every change. It may raise ValueError to reject a new entry."""
         self._listeners.append(listener)
         listener()
 
     def registered(self) -> tuple[Entry, ...]:
-        """The entries registered so far, without looking for entry points; for listeners."""
+        """Return the entries registered so far without loading entry points, for listeners."""
         return tuple(self._entries.values())
 
     def entries(self) -> tuple[Entry, ...]:
-        """All entries.
+        """Return all entries.
 
         Raises:
-            UserError: an entry point of an installed package does not work; see :meth:`load_plugins`.
+            UserError: if an entry point of an installed package fails; see :meth:`load_plugins`.
         """
         self.load_plugins()
         return self.registered()
 
     def names(self) -> tuple[str, ...]:
-        """The names of all entries."""
+        """Return the names of all entries."""
         return tuple(entry.name for entry in self.entries())
 
-    def entry_of(self, name: str, *, where: str | None = None) -> Entry:
-        """The entry of this name.
+    def entry_of(self, name: str, *, location: str | None = None) -> Entry:
+        """Return the entry with this name.
 
         Raises:
-            UserError: there is none; the message names the nearest.
+            UserError: if no entry has this name. The hint contains the nearest names.
         """
         self.load_plugins()
         if name not in self._entries:
             hint = did_you_mean(name, self._entries)
-            raise UserError(f"there is no {self._kind} '{name}'", where=where or self._kind, hint=hint)
+            raise UserError(f"unknown {self._kind} '{name}'", location=location or self._kind, hint=hint)
         return self._entries[name]
 
     def load_plugins(self) -> None:
-        """Register what installed packages offer as entry points of the group. Only the first call does work.
+        """Register the entries that installed packages provide. Only the first call has an effect.
 
         Raises:
-            UserError: one cannot be imported or registered. Every later call tries that one again.
+            UserError: if an entry point cannot be imported or registered. Later calls try it again.
         """
         if self._loading:
-            return  # a package that asks for entries while it is imported
+            return  # a plugin requests entries during its import
         if self._plugins is None:
             self._plugins = list(metadata.entry_points(group=self._group))
         self._loading = True
@@ -122,22 +122,22 @@ class Registry(Generic[Entry]):
             entry = plugin.load()
             if not isinstance(entry, self._entry_type):
                 raise TypeError(f"it is a {type(entry).__name__}, not a {self._entry_type.__name__}")
-            # A package may register its entry itself when it is imported.
+            # A package may register its entry on import.
             if self._entries.get(entry.name) is not entry:
                 self.register(entry)
         except Exception as error:
             package = f"package '{plugin.dist.name}'" if plugin.dist is not None else "an installed package"
-            what = f"the {self._kind} '{plugin.name}' of {package} cannot be loaded: {type(error).__name__}: {error}"
-            where = f"entry point {self._group}: {plugin.name} = {plugin.value}"
-            raise UserError(what, where=where, hint="update or uninstall that package") from error
+            message = f"the {self._kind} '{plugin.name}' of {package} cannot be loaded: {type(error).__name__}: {error}"
+            location = f"entry point {self._group}: {plugin.name} = {plugin.value}"
+            raise UserError(message, location=location, hint="update or uninstall that package") from error
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         for listener in self._listeners:
             listener()
 
 
-def imported(implementation: Any) -> Any:
-    """``"package.module:Class"`` as the class, imported now; anything else as it is."""
+def import_object(implementation: Any) -> Any:
+    """Import and return the object named by ``"package.module:Class"``. Return any other value unchanged."""
     if not isinstance(implementation, str):
         return implementation
     module, _, attribute = implementation.partition(":")

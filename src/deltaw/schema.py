@@ -1,8 +1,8 @@
-"""The JSON schema of a run's settings file, made from the one definition of the settings.
+"""JSON schema of the settings file, generated from the settings classes.
 
-Editors complete and check a YAML file by it. It describes what a person writes: null for a default, `data:
-rows.jsonl` for `data: {train: rows.jsonl}`, PEFT's names in the `lora` section. What only reading a file or a
-model can tell, it does not know.
+Editors use it to complete and validate YAML files. It accepts the same shorthands as the loader: null for a default,
+`data: rows.jsonl` for `data: {train: rows.jsonl}`, and PEFT's names in the `lora` section. It does not cover checks
+that need a file or a model.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ _NULL: Schema = {"type": "null"}
 
 
 class _Plain(GenerateJsonSchema):
-    """Without titles: a key is its own title."""
+    """Schema generator without titles, which would repeat the keys."""
 
     def field_title_should_be_set(self, schema: object) -> bool:
         return False
 
 
 def run_schema() -> Schema:
-    """The schema of a settings file, with the methods and tasks that are registered now."""
+    """Return the schema of a settings file for all registered methods and tasks."""
     load_plugins()
-    made = RunConfig.model_json_schema(schema_generator=_Plain, mode="validation")
-    parts = {name: _section(part) for name, part in made.pop("$defs", {}).items()}
-    required = made["required"]
-    listed = made["properties"].items()
-    properties = {name: _described(entry, parts, may_be_null=name not in required) for name, entry in listed}
-    properties["data"] = _or_rows_alone(properties["data"])
-    _add_pefts_names(properties["lora"])
+    schema = RunConfig.model_json_schema(schema_generator=_Plain, mode="validation")
+    sections = {name: _section(section) for name, section in schema.pop("$defs", {}).items()}
+    required = schema["required"]
+    items = schema["properties"].items()
+    properties = {name: _described(entry, sections, may_be_null=name not in required) for name, entry in items}
+    properties["data"] = _data_or_rows(properties["data"])
+    _add_peft_names(properties["lora"])
     return {
         "$schema": DIALECT,
         "title": "Settings of a deltaw run",
-        "description": "What `deltaw train`, `plan`, `compare` and `tune` read.",
+        "description": "Settings file of `deltaw train`, `plan`, `compare` and `tune`.",
         "type": "object",
         "additionalProperties": False,
         "required": required,
@@ -49,106 +49,105 @@ def run_schema() -> Schema:
 
 
 def schema_text() -> str:
-    """The schema as the text of a file."""
+    """Return the schema as formatted JSON."""
     return json.dumps(run_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
-def values_of(key: str) -> list[str]:
-    """The values that a setting can have besides numbers and free text, as they are written; for completing
-    a command."""
+def allowed_values(key: str) -> list[str]:
+    """Return the literal values of a setting, as they are written, for shell completion."""
     return _values(_kinds_at(key, run_schema()))
 
 
 _TYPES = {"integer": "N", "number": "NUMBER", "string": "TEXT", "array": "LIST", "object": "MAP"}
 
 
-def kinds_of(keys: Iterable[str]) -> dict[str, str]:
-    """What each of these settings can be, for a person: its choices and types, such as ``auto|NUMBER``."""
-    schema, found = run_schema(), {}
+def value_types(keys: Iterable[str]) -> dict[str, str]:
+    """Return the choices and types of each setting for display, for example ``auto|NUMBER``."""
+    schema, types = run_schema(), {}
     for key in keys:
-        kinds = _kinds_at(key, schema)
-        free = [_TYPES[k["type"]] for k in kinds if k.get("type") in _TYPES and not {"enum", "const"} & k.keys()]
-        found[key] = "|".join(dict.fromkeys([*_values(kinds), *free]))
-    return found
+        schemas = _kinds_at(key, schema)
+        names = [_TYPES[k["type"]] for k in schemas if k.get("type") in _TYPES and not {"enum", "const"} & k.keys()]
+        types[key] = "|".join(dict.fromkeys([*_values(schemas), *names]))
+    return types
 
 
-def _kinds_at(key: str, place: object) -> list[Mapping]:
-    for part in key.split("."):
-        place = next((s["properties"][part] for s in _kinds(place) if part in s.get("properties", {})), {})
-    return list(_kinds(place))
+def _kinds_at(key: str, node: object) -> list[Mapping]:
+    for name in key.split("."):
+        node = next((s["properties"][name] for s in _kinds(node) if name in s.get("properties", {})), {})
+    return list(_kinds(node))
 
 
-def _values(kinds: Iterable[Mapping]) -> list[str]:
-    found: list[str] = []
-    for kind in kinds:
-        if kind.get("type") == "boolean":
-            found += ["true", "false"]
-        found += map(str, kind.get("enum", [kind["const"]] if "const" in kind else []))
-    return list(dict.fromkeys(found))
+def _values(schemas: Iterable[Mapping]) -> list[str]:
+    values: list[str] = []
+    for schema in schemas:
+        if schema.get("type") == "boolean":
+            values += ["true", "false"]
+        values += map(str, schema.get("enum", [schema["const"]] if "const" in schema else []))
+    return list(dict.fromkeys(values))
 
 
 def _kinds(schema: object) -> Iterator[Mapping]:
-    """A schema, or each of those that it is any of."""
+    """Yield a schema, and recursively the alternatives of its ``anyOf``."""
     if isinstance(schema, Mapping):
         yield schema
         for kind in schema.get("anyOf", ()):
             yield from _kinds(kind)
 
 
-def _section(part: Schema) -> Schema:
-    """A section's own schema. What its class is for, is said where it is used."""
-    return {key: value for key, value in part.items() if key not in ("title", "description")}
+def _section(section: Schema) -> Schema:
+    """Return the schema of a section without its class docstring. The setting has its own description."""
+    return {key: value for key, value in section.items() if key not in ("title", "description")}
 
 
-def _described(entry: Schema, parts: Mapping[str, Schema], *, may_be_null: bool) -> Schema:
-    """A key's schema, a section in place of the reference to it; null stands for the default."""
-    own = dict(entry)
-    if "anyOf" in own:  # a setting that is declared with kinds of its own has no other type
-        own = {key: value for key, value in own.items() if key not in ("type", "items")}
-    reference = own.pop("$ref", None)
+def _described(entry: Schema, sections: Mapping[str, Schema], *, may_be_null: bool) -> Schema:
+    """Return the schema of a key, with section references inlined. If ``may_be_null``, null means the default."""
+    schema = dict(entry)
+    if "anyOf" in schema:  # explicit alternatives replace the inferred type
+        schema = {key: value for key, value in schema.items() if key not in ("type", "items")}
+    reference = schema.pop("$ref", None)
     if reference is not None:
-        section = parts[str(reference).rpartition("/")[2]]
-        leaves = section["properties"]
+        section = sections[str(reference).rpartition("/")[2]]
+        properties = section["properties"]
         required = section.get("required", [])
-        assert isinstance(leaves, dict) and isinstance(required, list)
-        own |= section
-        own["properties"] = {name: _described(leaf, parts, may_be_null=False) for name, leaf in leaves.items()}
+        assert isinstance(properties, dict) and isinstance(required, list)
+        schema |= section
+        schema["properties"] = {key: _described(leaf, sections, may_be_null=False) for key, leaf in properties.items()}
         if may_be_null:
-            own["type"] = ["object", "null"]
-        return own
-    items = own.get("items")
-    if isinstance(items, dict) and "$ref" in items:  # sections in a list, each of which may be its name alone
-        own["items"] = {"anyOf": [{"type": "string"}, _described(items, parts, may_be_null=False)]}
-    return _nullable(own) if may_be_null else own
+            schema["type"] = ["object", "null"]
+        return schema
+    items = schema.get("items")
+    if isinstance(items, dict) and "$ref" in items:  # a list of sections, each of which can be abbreviated to its name
+        schema["items"] = {"anyOf": [{"type": "string"}, _described(items, sections, may_be_null=False)]}
+    return _nullable(schema) if may_be_null else schema
 
 
 def _nullable(entry: Schema) -> Schema:
-    """The same schema, or null."""
+    """Return the schema with null as an additional alternative."""
     if any(kind.get("type") == "null" for kind in _kinds(entry)):
         return entry
     if "anyOf" in entry:
-        kinds = entry["anyOf"]
-        assert isinstance(kinds, list)
-        return {**entry, "anyOf": [*kinds, _NULL]}
-    about: Schema = {key: entry.pop(key) for key in ("description", "default") if key in entry}
-    return {"anyOf": [entry, _NULL], **about}
+        alternatives = entry["anyOf"]
+        assert isinstance(alternatives, list)
+        return {**entry, "anyOf": [*alternatives, _NULL]}
+    annotations: Schema = {key: entry.pop(key) for key in ("description", "default") if key in entry}
+    return {"anyOf": [entry, _NULL], **annotations}
 
 
-def _or_rows_alone(section: Schema) -> Schema:
-    """The data section, or what ``data.train`` may be in its place."""
-    leaves = section["properties"]
-    assert isinstance(leaves, dict)
-    about: Schema = {key: section.pop(key) for key in ("description", "default") if key in section}
-    alone = {key: value for key, value in leaves["train"].items() if key != "description"}
-    return {"anyOf": [*alone.get("anyOf", [alone]), section], **about}
+def _data_or_rows(section: Schema) -> Schema:
+    """Return the schema of the data section, which can also be the value of ``data.train``."""
+    properties = section["properties"]
+    assert isinstance(properties, dict)
+    annotations: Schema = {key: section.pop(key) for key in ("description", "default") if key in section}
+    train = {key: value for key, value in properties["train"].items() if key != "description"}
+    return {"anyOf": [*train.get("anyOf", [train]), section], **annotations}
 
 
-def _add_pefts_names(section: Schema) -> None:
-    """LoRA's settings under PEFT's names too, and null for each."""
-    leaves = section["properties"]
-    assert isinstance(leaves, dict)
-    for name, leaf in leaves.items():
-        leaves[name] = _nullable(dict(leaf))
-    for theirs, ours in PEFT_NAMES.items():
-        leaf = {"anyOf": [leaves[ours], {"type": "boolean"}]} if ours == "init" else leaves[ours]
-        leaves[theirs] = {**leaf, "description": f"PEFT's name of {ours}"}
+def _add_peft_names(section: Schema) -> None:
+    """Add PEFT's names of the LoRA settings, and allow null for each."""
+    properties = section["properties"]
+    assert isinstance(properties, dict)
+    for name, leaf in properties.items():
+        properties[name] = _nullable(dict(leaf))
+    for peft_name, setting in PEFT_NAMES.items():
+        leaf = {"anyOf": [properties[setting], {"type": "boolean"}]} if setting == "init" else properties[setting]
+        properties[peft_name] = {**leaf, "description": f"PEFT name of {setting}"}

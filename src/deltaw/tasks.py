@@ -1,9 +1,8 @@
-"""The tasks that exist: what a model can be trained to do. Each registers once, at the end of this module.
+"""Registry of training tasks.
 
-Settings, flags and the loading of models follow from an entry. Other code registers its own the same way,
-before it reads any settings; an installed package names its entry as an entry point of the group
-``deltaw.tasks``. An entry names its class by text where that is slow to import: this module needs
-neither torch nor transformers.
+Settings, flags and model loading are derived from the entries. Other code registers tasks before it reads settings.
+Installed packages provide tasks as entry points of the group ``deltaw.tasks``. Classes that are slow to import are
+named as strings, so that this module requires neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -12,43 +11,43 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from deltaw.registry import Registry, imported
+from deltaw.registry import Registry, import_object
 
 
 @dataclass(frozen=True)
 class TaskEntry:
-    """One task, as it is registered.
+    """Registered task.
 
     Attributes:
-        name: the value of the setting ``task``.
-        implementation: the class, a :class:`deltaw.training.tasks.base.Task` with a class method ``open(name,
-            files)``, or ``"package.module:Class"``, imported at first use; None for what models can be loaded
-            for and not be trained on.
-        auto_model: the class of transformers that loads its models.
-        does: what such a model does, as in "does not ...".
-        new_head: whether a model without a head of the kind gets a new one, which is trained whole.
-        outputs: of the head, where every model has as many.
-        config: what the model's configuration is told.
-        peft_type: what an adapter's ``task_type`` calls it.
+        name: Value of the setting ``task``.
+        implementation: Subclass of :class:`deltaw.training.tasks.base.Task` with a class method ``open(name, files)``,
+            or
+            ``"package.module:Class"``, which is imported on first use. None if models can be loaded but not trained.
+        auto_model: Auto class of transformers that loads the model.
+        capability: Ability of such a model as a verb phrase, used in messages such as "does not …".
+        new_head: True if a model without a matching head gets a new head, which is fully trained.
+        outputs: Number of outputs of the head, if it is the same for every model.
+        config: Values for the model's configuration.
+        peft_type: ``task_type`` of an adapter for this task.
     """
 
     name: str
     implementation: Any
     auto_model: str
-    does: str
+    capability: str
     new_head: bool = False
     outputs: int | None = None
     config: Mapping[str, int | str] = field(default_factory=dict)
     peft_type: str | None = None
 
     @property
-    def writes_text(self) -> bool:
-        """Whether its models answer in text."""
+    def generates_text(self) -> bool:
+        """True if models of this task generate text."""
         return self.auto_model == "AutoModelForCausalLM"
 
     def load(self) -> Any:
-        """The task's class."""
-        return imported(self.implementation)
+        """Return the task's class."""
+        return import_object(self.implementation)
 
 
 _registry: Registry[TaskEntry] = Registry("task", TaskEntry, "deltaw.tasks")
@@ -62,12 +61,12 @@ entry_of = _registry.entry_of
 
 
 def names() -> tuple[str, ...]:
-    """The tasks that a model can be trained on."""
+    """Return the names of all tasks that a model can be trained for."""
     return tuple(entry.name for entry in entries() if entry.implementation is not None)
 
 
 def name_of_adapter(task_type: object) -> str | None:
-    """The task of an adapter that carries this ``task_type``."""
+    """Return the task of an adapter with this ``task_type``, or None."""
     return next((e.name for e in entries() if e.peft_type is not None and e.peft_type == task_type), None)
 
 
@@ -77,7 +76,7 @@ _SCORE: Mapping[str, int | str] = {"num_labels": 1, "problem_type": "regression"
 for _entry in (
     TaskEntry("causal-lm", f"{_CAUSAL}:CausalTask", _TEXT, "generate text", peft_type="CAUSAL_LM"),
     TaskEntry("preference", f"{_CAUSAL}:PreferenceTask", _TEXT, "generate text", peft_type="CAUSAL_LM"),
-    TaskEntry("reward", "deltaw.training.tasks.reward:RewardTask", _TEXT, "generate text", peft_type="CAUSAL_LM"),
+    TaskEntry("rl", "deltaw.training.tasks.reward:RewardTask", _TEXT, "generate text", peft_type="CAUSAL_LM"),
     TaskEntry("distill", "deltaw.training.tasks.distill:DistillTask", _TEXT, "generate text", peft_type="CAUSAL_LM"),
     TaskEntry("sequence-classification", _LABELS, _CLASSES, "classify text", new_head=True, peft_type="SEQ_CLS"),
     TaskEntry("regression", _LABELS, _CLASSES, "score text", new_head=True, outputs=1, config=_SCORE),

@@ -1,11 +1,8 @@
-"""Tensors in safetensors files, read and written a piece at a time.
+"""Streaming reader and writer of safetensors files.
 
-The safetensors library maps a file, whose pages then count as memory of the process, and writes one from
-copies of all its tensors. A training run that saves has no memory to spare for either, and a merge holds less
-than a file. So this module reads headers, reads tensors and rows from their places, and writes a file tensor by
-tensor. The same tensors and metadata give the same file to the byte.
-
-It knows the file format and no models: an 8-byte length, a header in JSON, then the tensors' bytes.
+The safetensors library maps entire files into memory and copies all tensors before it writes. This module reads
+tensors and rows individually and writes tensor by tensor, so that saving and merging need little memory. Output is
+deterministic: the same tensors and metadata produce identical bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from deltaw.durable import replacing
+from deltaw.atomic_files import atomic_path
 from deltaw.errors import UserError
 
 DTYPES = {
@@ -36,25 +33,25 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Types of tensors by their names in the format."""
+"""Tensor types by their safetensors names."""
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 FLOATS = ("F64", "F32", "BF16", "F16")
 BLOCK = 1 << 22
-"""Elements of a block of rows: 16 MB in fp32."""
+"""Number of elements per block of rows, 16 MB in fp32."""
 
-_LARGEST_HEADER = 100_000_000  # the library's own bound
+_LARGEST_HEADER = 100_000_000  # limit of the safetensors library
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file.
+    """Tensor in a safetensors file.
 
     Attributes:
-        file: the file.
-        name: its name in the file.
-        code: its type, as the format writes it (``BF16``).
-        shape: its sizes.
-        start: the position of its first byte in the file.
+        file: Path of the file.
+        name: Name of the tensor in the file.
+        code: Type name of the format, for example ``BF16``.
+        shape: Shape of the tensor.
+        start: Offset of its first byte in the file.
     """
 
     file: Path
@@ -65,14 +62,14 @@ class StoredTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Its type.
+        """Torch type.
 
         Raises:
-            UserError: deltaw does not compute with this type.
+            UserError: if deltaw does not support the type.
         """
         if self.code not in DTYPES:
-            what = f"tensor '{self.name}' is stored as {self.code}"
-            raise UserError(what, where=str(self.file), hint="give the base model in bf16, fp16 or fp32")
+            message = f"tensor '{self.name}' is stored as {self.code}"
+            raise UserError(message, location=str(self.file), hint="use a base model in bf16, fp16 or fp32")
         return DTYPES[self.code]
 
     @property
@@ -88,7 +85,7 @@ class StoredTensor:
         return self.numel * self.dtype.itemsize
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` of the first dimension, as stored; a scalar has one row."""
+        """Read rows ``start`` to ``stop`` of the first dimension. A scalar has one row."""
         shape = self.shape or (1,)
         row = math.prod(shape[1:]) * self.dtype.itemsize
         buffer = bytearray((stop - start) * row)
@@ -99,33 +96,35 @@ class StoredTensor:
             self._read(file, memoryview(buffer))
         return torch.frombuffer(buffer, dtype=self.dtype).view(stop - start, *shape[1:])
 
-    def whole(self) -> Tensor:
-        """All of it."""
+    def load(self) -> Tensor:
+        """Read the entire tensor."""
         return self.rows(0, self.shape[0] if self.shape else 1).view(self.shape)
 
-    def pieces(self, numbers: int) -> Iterator[Tensor]:
-        """(n,) all of its numbers in order, ``numbers`` at a time; the next piece overwrites the last."""
-        buffer = bytearray(min(numbers, self.numel) * self.dtype.itemsize)
+    def chunks(self, chunk_size: int) -> Iterator[Tensor]:
+        """Yield (n,) chunks of at most ``chunk_size`` elements. The buffer is reused, so each chunk invalidates the
+        previous one.
+        """
+        buffer = bytearray(min(chunk_size, self.numel) * self.dtype.itemsize)
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
-            for start in range(0, self.numel, numbers):
-                count = min(numbers, self.numel - start)
+            for start in range(0, self.numel, chunk_size):
+                count = min(chunk_size, self.numel - start)
                 self._read(file, memoryview(buffer)[: count * self.dtype.itemsize])
                 yield torch.frombuffer(buffer, dtype=self.dtype, count=count)
 
     def _read(self, file: RawIOBase, view: memoryview) -> None:
-        """Fill a buffer from a file's current position."""
-        done = 0
-        while done < len(view):
-            count = file.readinto(view[done:])
+        """Fill a buffer from the file's current position."""
+        filled = 0
+        while filled < len(view):
+            count = file.readinto(view[filled:])
             if not count:
-                what = f"the weights end before tensor '{self.name}' does"
-                raise UserError(what, where=str(self.file), hint="fetch or copy the model again")
-            done += count
+                message = f"the weights are truncated in tensor '{self.name}'"
+                raise UserError(message, location=str(self.file), hint="download or copy the model again")
+            filled += count
 
 
 def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(start, stop) of rows in blocks of about :data:`BLOCK` elements."""
+    """Yield (start, stop) of blocks of rows with about :data:`BLOCK` elements."""
     count = shape[0] if shape else 1
     step = max(1, BLOCK // max(1, math.prod(shape[1:])))
     for start in range(0, count, step):
@@ -133,67 +132,67 @@ def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file, in the order of their bytes.
+    """Return the tensors of a file, ordered by offset.
 
     Raises:
-        UserError: the file is damaged or cut off.
+        UserError: if the file is damaged or truncated.
     """
     try:
         return _header(path)[0]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"the weights are damaged: {error}"
-        raise UserError(what, where=str(path), hint="fetch or copy the model again") from error
+        message = f"the weights are damaged: {error}"
+        raise UserError(message, location=str(path), hint="download or copy the model again") from error
 
 
 def _header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """The tensors of a file in the order of their bytes, and its metadata.
+    """Return the tensors of a file, ordered by offset, and its metadata.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError, AttributeError: the file is damaged, cut off or has another format.
+        OSError, ValueError, KeyError, TypeError, AttributeError: if the file is damaged, truncated or not safetensors.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 0 < length <= min(size - 8, _LARGEST_HEADER):
-            raise ValueError("its header is cut off")
+            raise ValueError("its header is truncated")
         header = json.loads(file.read(length))
     metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
-    found = []
+    tensors = []
     for name, entry in header.items():
-        begin, end = (int(place) for place in entry["data_offsets"])
+        start, end = (int(offset) for offset in entry["data_offsets"])
         shape = tuple(int(n) for n in entry["shape"])
-        tensor = StoredTensor(path, name, str(entry["dtype"]), shape, 8 + length + begin)
-        known = tensor.code in DTYPES
-        if not 0 <= begin <= end <= size - 8 - length or (known and tensor.bytes != end - begin):
-            raise ValueError(f"tensor '{name}' does not lie in the file as its header says")
-        found.append(tensor)
-    return {tensor.name: tensor for tensor in sorted(found, key=lambda one: one.start)}, metadata
+        tensor = StoredTensor(path, name, str(entry["dtype"]), shape, 8 + length + start)
+        is_supported = tensor.code in DTYPES
+        if not 0 <= start <= end <= size - 8 - length or (is_supported and tensor.bytes != end - start):
+            raise ValueError(f"the header has invalid offsets for tensor '{name}'")
+        tensors.append(tensor)
+    return {tensor.name: tensor for tensor in sorted(tensors, key=lambda item: item.start)}, metadata
 
 
 class TensorFile(Mapping[str, Tensor]):
-    """The tensors of a file, each read into its own memory on request.
+    """Mapping of a file's tensors, which are read on access.
 
     Attributes:
-        metadata: the file's own.
+        metadata: Metadata of the file.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError, OSError: the file has another format or is damaged.
+        ValueError, KeyError, TypeError, AttributeError, OSError: if the file is damaged or not safetensors.
     """
 
     def __init__(self, path: Path) -> None:
         self._stored, self.metadata = _header(path)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._stored[name].whole()
+        return self._stored[name].load()
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """The tensor's rows, in blocks of about :data:`BLOCK` elements."""
+        """Yield the tensor's rows in blocks of about :data:`BLOCK` elements."""
         stored = self._stored[name]
         for start, stop in row_blocks(stored.shape):
             yield stored.rows(start, stop)
 
-    def described(self, name: str) -> Tensor:
-        """A tensor of the same type and shape on the device "meta"."""
+    def meta_tensor(self, name: str) -> Tensor:
+        """Return a tensor of the same type and shape on the device "meta"."""
         stored = self._stored[name]
         return torch.empty(stored.shape, dtype=stored.dtype, device="meta")
 
@@ -205,8 +204,8 @@ class TensorFile(Mapping[str, Tensor]):
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A tensor to be written."""
+class TensorEntry:
+    """Name, type and shape of a tensor to write."""
 
     name: str
     dtype: torch.dtype
@@ -218,7 +217,7 @@ class Entry:
 
 
 class Writable(Protocol):
-    """What a file's bytes are written to."""
+    """Binary output stream."""
 
     def write(self, data: bytes | memoryview, /) -> object: ...
 
@@ -227,31 +226,31 @@ class TensorWriter:
     """Writes a safetensors file from blocks of rows, in the order of ``entries``.
 
     Args:
-        file: at its beginning.
-        entries: what it will hold; wider types first, so that each tensor lies aligned to its type.
-        metadata: the file's own, written in the order of its keys.
+        file: Output stream at position 0.
+        entries: Tensors to write. Wider types must come first, so that each tensor is aligned to its type.
+        metadata: Metadata of the file. Keys are sorted.
 
     Raises:
-        ValueError: the types are not in order, or other bytes were written than announced.
+        ValueError: if the entries are not sorted by type width, or if the data does not match their sizes.
     """
 
-    def __init__(self, file: Writable, entries: Sequence[Entry], metadata: Mapping[str, str]) -> None:
+    def __init__(self, file: Writable, entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> None:
         sizes = [entry.dtype.itemsize for entry in entries]
         if sizes != sorted(sizes, reverse=True):
             raise ValueError("wider types must come first")
         header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
         end = 0
         for entry in entries:
-            begin, end = end, end + entry.bytes
+            start, end = end, end + entry.bytes
             code = CODES[entry.dtype]
-            header[entry.name] = {"dtype": code, "shape": list(entry.shape), "data_offsets": [begin, end]}
+            header[entry.name] = {"dtype": code, "shape": list(entry.shape), "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         self._left, self._file = end, file
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, rows: Tensor) -> None:
-        """The next rows, in the type that was announced."""
+        """Write the next rows. They must have the type of their entry."""
         data = rows.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         self._left -= len(data)
         self._file.write(data)
@@ -261,13 +260,12 @@ class TensorWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None and self._left:
-            raise ValueError(f"{self._left} bytes were announced and not written")
+            raise ValueError(f"{self._left} bytes of the tensors were not written")
 
 
 def write_tensors(file: Writable, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A whole safetensors file. A tensor that is not contiguous on the CPU is copied while it is written; the
-    others are not copied."""
-    entries = [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    """Write a complete safetensors file. Tensors are copied only if they are not contiguous CPU tensors."""
+    entries = [TensorEntry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     entries.sort(key=lambda entry: (-entry.dtype.itemsize, entry.name))
     with TensorWriter(file, entries, metadata) as writer:
         for entry in entries:
@@ -275,11 +273,11 @@ def write_tensors(file: Writable, tensors: Mapping[str, Tensor], metadata: Mappi
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A new safetensors file, written completely or not at all.
+    """Atomically write a safetensors file.
 
     Raises:
-        UserError: the folder cannot be written to.
-        OSError: the disk is full.
+        UserError: if the folder is not writable.
+        OSError: if the disk is full.
     """
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
         write_tensors(file, tensors, metadata)

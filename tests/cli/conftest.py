@@ -1,4 +1,4 @@
-"""The command line, called in this process, and in one of its own where signals and streams matter."""
+"""Fixtures that call the CLI in this process, or in a subprocess if signals and streams matter."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import yaml
 
 from deltaw.cli import main
 from tests import processes
-from tests.conftest import laid_over
+from tests.conftest import deep_merge
 
 
 @dataclass(frozen=True)
-class Ended:
-    """What a command came to."""
+class CommandResult:
+    """Exit status and output of a command."""
 
     status: int
     out: str
@@ -28,61 +28,62 @@ class Ended:
 
     @property
     def unwrapped(self) -> str:
-        """The errors on one line, whose lines break at 80 columns."""
+        """Standard error joined to one line, because messages wrap at 80 columns."""
         return " ".join(self.err.split())
 
 
-Call = Callable[..., Ended]
+Call = Callable[..., CommandResult]
 
 
-def assert_refused(ended: Ended, *words: object) -> None:
-    """The command ended with one message, which has these words."""
-    assert ended.status == 2 and "Traceback" not in ended.err, ended
-    assert len(re.findall("^error: ", ended.err, re.MULTILINE | re.IGNORECASE)) == 1, ended.err
+def assert_refused(result: CommandResult, *words: object) -> None:
+    """Assert that the command failed with exactly one error message, which contains these words."""
+    assert result.status == 2 and "Traceback" not in result.err, result
+    assert len(re.findall("^error: ", result.err, re.MULTILINE | re.IGNORECASE)) == 1, result.err
     for word in words:
-        assert str(word) in ended.err or str(word) in ended.unwrapped, ended.err
+        assert str(word) in result.err or str(word) in result.unwrapped, result.err
 
 
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Call ``deltaw`` with arguments, in this process; anything but an exit is an error of the test, and so is
-    another status than the one that is given."""
+    """Call ``deltaw`` in this process. The test fails if the command does not exit, or exits with a status other than
+    ``status``.
+    """
 
-    def run(*arguments: object, stdin: str = "", status: int | None = None) -> Ended:
+    def run(*arguments: object, stdin: str = "", status: int | None = None) -> CommandResult:
         capsys.readouterr()
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_info:
             main([str(argument) for argument in arguments])
-        found = Ended(int(ended.value.code or 0), *capsys.readouterr())
-        assert status in (None, found.status), found
-        return found
+        result = CommandResult(int(exit_info.value.code or 0), *capsys.readouterr())
+        assert status in (None, result.status), result
+        return result
 
     return run
 
 
 @pytest.fixture
 def flags(model_folder: Path, rows_file: Path) -> Callable[..., list[str]]:
-    """The flags of a short training run into ``output``."""
+    """Return a function that builds the flags of a short training run into ``output``."""
 
-    def make(output: Path, **instead: object) -> list[str]:
-        given = {"model": model_folder, "data": rows_file, "output": output, "precision": "fp32", "threads": 1}
-        given |= {"train.batch_size": 5, **{key.replace("__", "."): value for key, value in instead.items()}}
-        return [part for key, value in given.items() if value is not None for part in (f"--{key}", str(value))]
+    def make(output: Path, **overrides: object) -> list[str]:
+        values = {"model": model_folder, "data": rows_file, "output": output, "precision": "fp32", "threads": 1}
+        values |= {"train.batch_size": 5, **{key.replace("__", "."): value for key, value in overrides.items()}}
+        return [part for key, value in values.items() if value is not None for part in (f"--{key}", str(value))]
 
     return make
 
 
 def start(*arguments: object, env: Mapping[str, str] | None = None) -> processes.Process:
-    """``deltaw`` in a process of its own, its streams kept apart; it is killed where a ``with`` block ends."""
+    """Start ``deltaw`` in a subprocess with separate streams. Leaving the ``with`` block kills it."""
     return processes.start("-m", "deltaw", *arguments, env=env)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below ``folder`` with its content."""
+    """Return the content of every file below ``folder`` by relative path."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def changed(file: Path, **changes: object) -> None:
-    """Lay other values over those of a JSON or YAML file."""
+def update_file(file: Path, **overrides: object) -> None:
+    """Merge values into a JSON or YAML file."""
     read, write = (yaml.safe_load, yaml.safe_dump) if file.suffix == ".yaml" else (json.loads, json.dumps)
-    file.write_text(write(laid_over(read(file.read_text()), changes)))
+    file.write_text(write(deep_merge(read(file.read_text()), overrides)))

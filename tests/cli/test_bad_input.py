@@ -1,7 +1,7 @@
-"""Whatever a user gets wrong ends with status 2 and one message, and leaves nothing behind.
+"""Invalid input exits with status 2 and one message, and leaves no files.
 
-The message says what is wrong, where, and how to hint it; there is no traceback, no half-made folder, and an
-earlier run in the output folder is not touched.
+The message states the problem, its location and a hint. A traceback is not shown, and an earlier run in the output
+folder is unchanged.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTModel
 
-from tests.byte_models import saved, tiny_llama
-from tests.cli.conftest import assert_refused, changed, tree
+from tests.byte_models import save_model, tiny_llama
+from tests.cli.conftest import assert_refused, tree, update_file
 from tests.conftest import write_rows
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
@@ -24,19 +24,21 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture
-def refuses(call, flags, tmp_path):
-    """``deltaw train`` refuses the flags, and makes no folder."""
+def assert_train_rejects(call, flags, tmp_path):
+    """Assert that ``deltaw train`` rejects the flags and creates no folder."""
 
-    def check(*words, settings=None, **instead):
-        around = sorted(tmp_path.iterdir())
-        file = [] if settings is None else [settings]
-        assert_refused(call("train", *file, *flags(tmp_path / "new" / "run", **instead)), *words, "  hint:  ")
-        assert sorted(tmp_path.iterdir()) == around
+    def check(*words, settings=None, **overrides):
+        existing = sorted(tmp_path.iterdir())
+        settings_arguments = [] if settings is None else [settings]
+        assert_refused(
+            call("train", *settings_arguments, *flags(tmp_path / "new" / "run", **overrides)), *words, "  hint:  "
+        )
+        assert sorted(tmp_path.iterdir()) == existing
 
     return check
 
 
-LINES = {
+BAD_FILES = {
     "not JSON": ('{"text": "a"}\n{"text": \n', ["line 2", "rows.jsonl"]),
     "an empty file": ("", ["empty"]),
     "columns that nobody knows": ('{"left": "a", "right": "b"}\n', ["left", "rows.jsonl"]),
@@ -46,49 +48,49 @@ LINES = {
 }
 
 
-def test_rows_that_cannot_be_used(refuses, tmp_path):
-    for text, words in LINES.values():
+def test_unusable_rows_are_rejected(assert_train_rejects, tmp_path):
+    for text, words in BAD_FILES.values():
         (tmp_path / "rows.jsonl").write_text(text)
-        refuses(*words, data=tmp_path / "rows.jsonl")
+        assert_train_rejects(*words, data=tmp_path / "rows.jsonl")
 
 
-def test_files_that_are_not_there_or_no_data(refuses, tmp_path, rows_file):
-    refuses("colors.json", "did you mean 'colors.jsonl'", data=rows_file.with_name("colors.json"))
-    refuses(tmp_path / "none", data=tmp_path / "none" / "rows.jsonl")
+def test_missing_and_unreadable_data_files_are_rejected(assert_train_rejects, tmp_path, rows_file):
+    assert_train_rejects("colors.json", "did you mean 'colors.jsonl'", data=rows_file.with_name("colors.json"))
+    assert_train_rejects(tmp_path / "none", data=tmp_path / "none" / "rows.jsonl")
     (tmp_path / "latin.jsonl").write_bytes('{"text": "ok"}\n{"text": "é"}'.encode("latin-1"))
-    refuses("UTF-8", "line 2", data=tmp_path / "latin.jsonl")
+    assert_train_rejects("UTF-8", "line 2", data=tmp_path / "latin.jsonl")
     (tmp_path / "rows.docx").write_text("x")
-    refuses(".docx", "jsonl", data=tmp_path / "rows.docx")
+    assert_train_rejects(".docx", "jsonl", data=tmp_path / "rows.docx")
     (tmp_path / "folder").mkdir()
-    refuses("no data file", data=tmp_path / "folder")
-    refuses("eval.jsonl", data__eval=tmp_path / "eval.jsonl")
+    assert_train_rejects("no data file", data=tmp_path / "folder")
+    assert_train_rejects("eval.jsonl", data__eval=tmp_path / "eval.jsonl")
 
 
-def test_a_row_that_is_too_long_is_named_with_the_length_that_would_fit(refuses, tmp_path):
+def test_error_for_long_row_suggests_sufficient_max_length(assert_train_rejects, tmp_path):
     rows = write_rows(tmp_path / "long.jsonl", [{"text": "a"}, {"text": "b" * 90}])
-    refuses("long.jsonl, row 2", "data.max_length: 91", "long_rows", data=rows, data__max_length=20)
-    refuses("128 positions", "data.max_length: 128", data=write_rows(rows, [{"text": "b" * 200}] * 2))
+    assert_train_rejects("long.jsonl, row 2", "data.max_length: 91", "long_rows", data=rows, data__max_length=20)
+    assert_train_rejects("128 positions", "data.max_length: 128", data=write_rows(rows, [{"text": "b" * 200}] * 2))
 
 
-def labeled(path, *labels):
+def write_labeled(path, *labels):
     return write_rows(path, ({"text": f"row {n}", "label": label} for n, label in enumerate(labels)))
 
 
-def test_labels_that_do_not_fit_a_models_head_or_that_training_has_never_seen(refuses, tmp_path):
+def test_labels_must_match_model_head_and_training_classes(assert_train_rejects, tmp_path):
     model = BertForSequenceClassification(BertConfig(vocab_size=259, num_labels=3, **SHAPE))
-    classifier = saved(model, tmp_path / "classifier")
-    rows = labeled(tmp_path / "rows.jsonl", *["good", "bad"] * 4)
+    classifier = save_model(model, tmp_path / "classifier")
+    rows = write_labeled(tmp_path / "rows.jsonl", *["good", "bad"] * 4)
     task = {"model": classifier, "data": rows, "task": "sequence-classification"}
-    refuses("3 outputs", "2 classes", "'bad', 'good'", classifier, **task)
-    refuses("3 outputs", "4 classes", data__classes="[a, bad, c, good]", **task)
-    numbers = labeled(tmp_path / "numbers.jsonl", *range(8))
-    refuses("3 outputs", "regression", classifier, **{**task, "data": numbers, "task": "regression"})
-    labeled(rows, *["a", "b", "c"] * 3)
-    other = labeled(tmp_path / "eval.jsonl", "a", "d")
-    refuses("'d' was not seen", "eval.jsonl, row 2", "'a', 'b', 'c'", data__eval=other, **task)
+    assert_train_rejects("3 outputs", "2 classes", "'bad', 'good'", classifier, **task)
+    assert_train_rejects("3 outputs", "4 classes", data__classes="[a, bad, c, good]", **task)
+    numbers = write_labeled(tmp_path / "numbers.jsonl", *range(8))
+    assert_train_rejects("3 outputs", "regression", classifier, **{**task, "data": numbers, "task": "regression"})
+    write_labeled(rows, *["a", "b", "c"] * 3)
+    other = write_labeled(tmp_path / "eval.jsonl", "a", "d")
+    assert_train_rejects("'d' was not seen", "eval.jsonl, row 2", "'a', 'b', 'c'", data__eval=other, **task)
 
 
-def test_images_of_mixed_sizes_and_classes_without_any(refuses, tmp_path):
+def test_mixed_image_sizes_and_empty_classes_are_rejected(assert_train_rejects, tmp_path):
     ViTModel(ViTConfig(image_size=16, patch_size=8, **SHAPE)).save_pretrained(tmp_path / "vit")
     preprocessor = {"image_processor_type": "ViTImageProcessor", "do_resize": False}
     (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(preprocessor))
@@ -98,16 +100,16 @@ def test_images_of_mixed_sizes_and_classes_without_any(refuses, tmp_path):
             Image.new("RGB", (16, 16), (n, 9, 9)).save(tmp_path / "pets" / name / f"{n}.png")
     task = {"model": tmp_path / "vit", "data": tmp_path / "pets", "task": "image-classification"}
     (tmp_path / "pets" / "emu").mkdir()
-    refuses("'emu' has no image", tmp_path / "pets" / "emu", **task)
+    assert_train_rejects("'emu' has no image", tmp_path / "pets" / "emu", **task)
     (tmp_path / "pets" / "emu").rmdir()
     Image.new("RGB", (16, 24)).save(tmp_path / "pets" / "dog" / "3.png")
-    refuses("24×16", "16×16", "3.png", "resize", **task)
+    assert_train_rejects("24×16", "16×16", "3.png", "resize", **task)
 
 
-# One of each kind of flag; the generated bad inputs take more.
-VALUES = [
+# One case per kind of flag. The generated inputs cover more.
+BAD_VALUES = [
     ({"train__learning_rate": "fast"}, ["train.learning_rate", "fast", "number"]),
-    ({"lora__rank": 2.5}, ["lora.rank", "whole number"]),
+    ({"lora__rank": 2.5}, ["lora.rank", "an integer"]),
     ({"lora__target_modules": "[q_proj, qq_proj]"}, ["qq_proj", "q_proj"]),
     ({"data__eval": 10}, ["data.eval", "10"]),
     ({"data__columns": "{promt: a}"}, ["promt", "'prompt'"]),
@@ -119,19 +121,19 @@ VALUES = [
 ]
 
 
-def test_values_that_do_not_fit(refuses, call, flags, tmp_path):
-    for flag, words in VALUES:
-        refuses(*words, **flag)
-    assert_refused(call("train", *flags(tmp_path / "run", train="fast")), "--train")  # a section is no flag
+def test_invalid_flag_values_are_rejected(assert_train_rejects, call, flags, tmp_path):
+    for flag, words in BAD_VALUES:
+        assert_train_rejects(*words, **flag)
+    assert_refused(call("train", *flags(tmp_path / "run", train="fast")), "--train")  # a section is not a flag
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, which this test wants absent")
-def test_a_device_that_is_not_there(refuses, call, finished_run):
-    refuses("CUDA", "cpu", device="cuda")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="requires a machine without a CUDA device")
+def test_unavailable_device_is_rejected(assert_train_rejects, call, finished_run):
+    assert_train_rejects("CUDA", "cpu", device="cuda")
     assert_refused(call("generate", finished_run, "--prompt", "x", "--device", "cuda"), "CUDA")
 
 
-FILES = {
+BAD_SETTINGS = {
     "trian: {epochs: 1}": ["unknown key 'trian'", "'train'"],
     "lora: 4": ["'lora'", "section"],
     "model: m\n  data: [\n": ["not YAML", "line 2"],
@@ -139,21 +141,21 @@ FILES = {
 }
 
 
-def test_settings_that_cannot_be_used(refuses, tmp_path):
+def test_invalid_settings_are_rejected(assert_train_rejects, tmp_path):
     path = tmp_path / "run.yaml"
-    for text, words in FILES.items():
+    for text, words in BAD_SETTINGS.items():
         path.write_text(text)
-        refuses(path, *words, settings=path)
+        assert_train_rejects(path, *words, settings=path)
 
 
-def test_settings_that_are_not_there(refuses, tmp_path):
-    refuses("cannot read the settings", tmp_path / "no.yaml", settings=tmp_path / "no.yaml")
-    refuses("cannot read the settings", tmp_path, settings=tmp_path)
+def test_missing_and_unreadable_settings_are_rejected(assert_train_rejects, tmp_path):
+    assert_train_rejects("cannot read the settings", tmp_path / "no.yaml", settings=tmp_path / "no.yaml")
+    assert_train_rejects("cannot read the settings", tmp_path, settings=tmp_path)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    refuses("UTF-8", settings=tmp_path / "binary.yaml")
+    assert_train_rejects("UTF-8", settings=tmp_path / "binary.yaml")
 
 
-def test_output_folders_that_cannot_be_written(call, flags, tmp_path, finished_run, monkeypatch):
+def test_unusable_output_folders_are_rejected(call, flags, tmp_path, finished_run, monkeypatch):
     (tmp_path / "file").write_text("kept")
     assert_refused(call("train", *flags(tmp_path / "file")), "cannot write into the output folder", "hint")
     assert tree(tmp_path) == {"file": b"kept"}
@@ -163,55 +165,58 @@ def test_output_folders_that_cannot_be_written(call, flags, tmp_path, finished_r
     assert tree(tmp_path / "run") == tree(finished_run)
 
 
-def test_models_that_cannot_be_used(refuses, model_folder, tmp_path):
-    refuses("no model", "did you mean", "/tiny'?", model=model_folder.with_name("tinny"))
-    refuses("no model", model=tmp_path / "no" / "such" / "model")
-    refuses("no-such-user", model="~no-such-user/model")
-    refuses("owner/no-such-model", model="owner/no-such-model")
+def test_unusable_models_are_rejected(assert_train_rejects, model_folder, tmp_path):
+    assert_train_rejects("no model", "did you mean", "/tiny'?", model=model_folder.with_name("tinny"))
+    assert_train_rejects("no model", model=tmp_path / "no" / "such" / "model")
+    assert_train_rejects("no-such-user", model="~no-such-user/model")
+    assert_train_rejects("owner/no-such-model", model="owner/no-such-model")
     (tmp_path / "empty").mkdir()
-    refuses("config.json", tmp_path / "empty", model=tmp_path / "empty")
+    assert_train_rejects("config.json", tmp_path / "empty", model=tmp_path / "empty")
     shutil.copytree(model_folder, tmp_path / "odd")
     words = {"multiple": {"num_attention_heads": 7}, "zero": {"num_attention_heads": 0}, "shapes": {"hidden_size": 64}}
     words |= {"missing": {"num_hidden_layers": 3}, "nonsense": {"model_type": "nonsense"}}
     for word, changes in words.items():
         shutil.copy(model_folder / "config.json", tmp_path / "odd")
-        changed(tmp_path / "odd" / "config.json", **changes)
-        refuses(word, tmp_path / "odd", model=tmp_path / "odd")
+        update_file(tmp_path / "odd" / "config.json", **changes)
+        assert_train_rejects(word, tmp_path / "odd", model=tmp_path / "odd")
 
 
 @pytest.fixture
-def copied(finished_run, tmp_path):
+def run_copy(finished_run, tmp_path):
     return Path(shutil.copytree(finished_run, tmp_path / "run"))
 
 
-def test_a_run_without_an_adapter_says_so(call, copied):
-    (copied / "adapter_config.json").unlink()
-    for verb in (["eval", copied], ["generate", copied, "--prompt", "x"], ["chat", copied]):
+def test_run_without_adapter_is_reported(call, run_copy):
+    (run_copy / "adapter_config.json").unlink()
+    for verb in (["eval", run_copy], ["generate", run_copy, "--prompt", "x"], ["chat", run_copy]):
         assert_refused(call(*verb), "no adapter", "deltaw train")
-    assert_refused(call("inspect", copied), "adapter_config.json")
+    assert_refused(call("inspect", run_copy), "adapter_config.json")
 
 
-def test_a_model_of_other_shapes_is_refused_and_one_of_other_weights_warned_of(call, finished_run, tmp_path):
-    wide, other = saved(tiny_llama(hidden_size=64), tmp_path / "wide"), saved(tiny_llama(seed=1), tmp_path / "other")
+def test_base_model_with_other_shapes_fails_and_other_weights_warn(call, finished_run, tmp_path):
+    wide, other = (
+        save_model(tiny_llama(hidden_size=64), tmp_path / "wide"),
+        save_model(tiny_llama(seed=1), tmp_path / "other"),
+    )
     generate = ["generate", finished_run, "--prompt", "x", "--max-new-tokens", 2]
     for verb in (["eval", finished_run], generate):
         assert_refused(call(*verb, "--model", wide), WEIGHTS, "trained on")
-    ended = call(*generate, "--model", other, "--json", status=0)
-    assert "warning: the adapter was trained on another base model" in ended.err
-    assert ".py:" not in ended.err
-    json.loads(ended.out)
+    result = call(*generate, "--model", other, "--json", status=0)
+    assert "warning: the adapter was trained on another base model" in result.err
+    assert ".py:" not in result.err
+    json.loads(result.out)
 
 
-def test_verbs_that_are_given_too_little(call, finished_run, model_folder, copied, tmp_path):
+def test_missing_arguments_are_reported(call, finished_run, model_folder, run_copy, tmp_path):
     assert_refused(call("eval", model_folder), "no data", "--data")
     assert_refused(call("inspect", model_folder), "adapter_config.json")
-    changed(copied / "run.yaml", data={"eval": None})
-    assert_refused(call("eval", copied), "held no rows out", "--data")
+    update_file(run_copy / "run.yaml", data={"eval": None})
+    assert_refused(call("eval", run_copy), "has no held-out rows", "--data")
 
 
-def test_a_loss_that_is_not_finite_is_no_result(call, model_folder, rows_file, tmp_path):
+def test_non_finite_loss_is_an_error(call, model_folder, rows_file, tmp_path):
     model = tiny_llama()
     with torch.no_grad():
         model.model.norm.weight.fill_(torch.nan)
-    saved(model, tmp_path / "nan")
+    save_model(model, tmp_path / "nan")
     assert_refused(call("eval", tmp_path / "nan", "--data", rows_file, "--json"), "not finite", "hint")

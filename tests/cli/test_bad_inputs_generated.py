@@ -1,7 +1,6 @@
-"""Hundreds of generated bad inputs (:mod:`tests.cli.bad_inputs`): each ends with status 2 and a message that
-names the place; nothing is written, and a finished run is not touched.
+"""Generated invalid inputs (:mod:`tests.cli.bad_inputs`) exit with status 2 and a message that names the location.
 
-A few of every family are always tested, all of them with ``-m slow``.
+Files and finished runs are unchanged. By default two cases per family run. ``-m slow`` runs all of them.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from tests.cli import bad_inputs
 from tests.cli.bad_inputs import Bench
 from tests.cli.conftest import Call, tree
 
-FEW = 2  # of each family
-CASES = [pytest.param(*case, marks=[pytest.mark.slow] * (case[1] >= FEW)) for case in bad_inputs.every_case()]
+FAST_CASES = 2  # per family
+CASES = [pytest.param(*case, marks=[pytest.mark.slow] * (case[1] >= FAST_CASES)) for case in bad_inputs.every_case()]
 assert len(CASES) >= 300
 
 
@@ -28,36 +27,38 @@ def bench(tmp_path: Path, model_folder: Path, rows_file: Path, finished_run: Pat
 
 
 @pytest.fixture
-def earlier(tmp_path: Path, finished_run: Path) -> Path:
-    """A finished run in the folder that bad runs are to be written to."""
+def earlier_run(tmp_path: Path, finished_run: Path) -> Path:
+    """Return a finished run in the output folder of the invalid commands."""
     return Path(shutil.copytree(finished_run, tmp_path / "earlier"))
 
 
 def tree_of(folder: Path) -> dict[str, bytes | None]:
-    """Files with their content, and folders and links by name."""
+    """Return the content of files, and None for folders and links, by relative path."""
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
 
 
 @pytest.mark.parametrize(("name", "seed"), CASES)
-def test_bad_inputs(name: str, seed: int, bench: Bench, earlier: Path, call: Call, monkeypatch) -> None:
+def test_generated_input_is_rejected_without_writing_files(
+    name: str, seed: int, bench: Bench, earlier_run: Path, call: Call, monkeypatch
+) -> None:
     bad = bad_inputs.make(name, seed, bench)
-    given = list(bad.arguments)
-    trains = given[0] in ("train", "compare", "tune") and "--resume" not in given
-    trains = trains and name != "an_output_that_cannot_be_written"
-    if trains:  # into a new folder, or one that holds an earlier run
-        given += ["--output", bench.folder.parent / "new" / "run" if seed % 2 else earlier]
-        given += ["--fresh"] if given[0] == "train" else []
-    inside, before, run = tree_of(bench.folder), tree(earlier), tree(bench.run)
+    arguments = list(bad.arguments)
+    is_training = arguments[0] in ("train", "compare", "tune") and "--resume" not in arguments
+    is_training = is_training and name != "an_output_that_cannot_be_written"
+    if is_training:  # into a new folder or one with an earlier run
+        arguments += ["--output", bench.folder.parent / "new" / "run" if seed % 2 else earlier_run]
+        arguments += ["--fresh"] if arguments[0] == "train" else []
+    case_before, before, run = tree_of(bench.folder), tree(earlier_run), tree(bench.run)
     monkeypatch.chdir(bench.folder)
-    ended = call(*given, stdin=bad.stdin)
-    about = f"{given}\n{ended.out[-2000:]}\n{ended.err[-3000:]}"
-    assert ended.status == 2, about
-    assert "Traceback" not in ended.err, about
-    assert len(re.findall(r"^error: ", ended.err.lower(), re.MULTILINE)) == 1, about
-    assert len(ended.err) < 4000, about
+    result = call(*arguments, stdin=bad.stdin)
+    context = f"{arguments}\n{result.out[-2000:]}\n{result.err[-3000:]}"
+    assert result.status == 2, context
+    assert "Traceback" not in result.err, context
+    assert len(re.findall(r"^error: ", result.err.lower(), re.MULTILINE)) == 1, context
+    assert len(result.err) < 4000, context
     for word in bad.words:
-        known = word if isinstance(word, tuple) else (word,)
-        assert any(w in ended.err or w in ended.unwrapped for w in known), f"{known}: {about}"
-    assert tree(earlier) == before and tree(bench.run) == run
-    assert tree_of(bench.folder) == inside
+        alternatives = word if isinstance(word, tuple) else (word,)
+        assert any(w in result.err or w in result.unwrapped for w in alternatives), f"{alternatives}: {context}"
+    assert tree(earlier_run) == before and tree(bench.run) == run
+    assert tree_of(bench.folder) == case_before
     assert sorted(p.name for p in bench.folder.parent.iterdir()) == ["case", "earlier"]

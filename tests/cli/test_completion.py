@@ -1,4 +1,4 @@
-"""Shells complete verbs, flags and choices; fast, since torch is not loaded for it."""
+"""Shell completion of verbs, flags and choices does not import torch."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import json
 import subprocess
 import sys
 
-from deltaw.cli import VERBS
+from deltaw.cli import COMMANDS
 
-_OFFERED = """
+_COMPLETE_CODE = """
 import contextlib, io, json, os, sys
 from deltaw.cli import main
 
@@ -22,7 +22,7 @@ for words, number in json.loads(sys.argv[1]):
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 print(json.dumps(found))
 """
-_DESCRIBED = """
+_HELP_CODE = """
 import contextlib, sys
 from deltaw.cli import main
 
@@ -33,14 +33,14 @@ for verb in sys.argv[1:]:
 """
 
 
-def without_torch(code: str, *arguments: str) -> str:
-    """What code in an interpreter of its own prints; it fails if torch was imported for it."""
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
+def run_without_torch(code: str, *arguments: str) -> str:
+    """Run code in a new interpreter and return its output. The code asserts that torch was not imported."""
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    return result.stdout
 
 
-def test_verbs_flags_and_choices_are_offered_without_torch() -> None:
+def test_verbs_flags_and_choices_complete_without_torch() -> None:
     expected = {
         ("deltaw t", 1): ["plain,train", "plain,tune"],
         ("deltaw train --lora.r", 2): ["plain,--lora.rank", "plain,--lora.rank_pattern", "plain,--lora.rslora"],
@@ -48,17 +48,16 @@ def test_verbs_flags_and_choices_are_offered_without_torch() -> None:
         ("deltaw train --data.train x", 3): ["file,x"],
         ("deltaw frobnicate --x", 2): [],
     }
-    assert json.loads(without_torch(_OFFERED, json.dumps(list(expected)))) == list(expected.values())
+    assert json.loads(run_without_torch(_COMPLETE_CODE, json.dumps(list(expected)))) == list(expected.values())
 
 
-def test_verbs_are_described_without_torch() -> None:
-    """Their modules import what they need when they run."""
-    assert without_torch(_DESCRIBED, *VERBS).count("Usage: ") == len(VERBS)
+def test_help_of_every_verb_does_not_import_torch() -> None:
+    assert run_without_torch(_HELP_CODE, *COMMANDS).count("Usage: ") == len(COMMANDS)
 
 
-def test_the_script_of_a_shell_calls_deltaw(call, tmp_path) -> None:
+def test_shell_scripts_call_deltaw(call, tmp_path) -> None:
     for shell in ("zsh", "fish", "bash"):
-        ended = call("completion", shell)
-        assert ended.status == 0 and f"_DELTAW_COMPLETE={shell}_complete" in ended.out and "deltaw" in ended.out
-    (tmp_path / "completion.sh").write_text(ended.out)
+        result = call("completion", shell)
+        assert result.status == 0 and f"_DELTAW_COMPLETE={shell}_complete" in result.out and "deltaw" in result.out
+    (tmp_path / "completion.sh").write_text(result.out)
     assert subprocess.run(["bash", "-n", tmp_path / "completion.sh"], check=False).returncode == 0

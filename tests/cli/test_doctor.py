@@ -1,4 +1,4 @@
-"""`deltaw doctor`: text and one object, and what it refuses."""
+"""`deltaw doctor` as text and JSON, and invalid settings."""
 
 from __future__ import annotations
 
@@ -7,42 +7,42 @@ import json
 from tests.cli.conftest import assert_refused, start
 
 
-def test_one_object_without_compiled_kernels(tmp_path, monkeypatch, model_folder):
+def test_json_report_without_compiled_kernels(tmp_path, monkeypatch, model_folder):
     monkeypatch.setenv("DELTAW_NATIVE", "0")
     monkeypatch.setenv("DELTAW_KERNEL", "avx2")  # misspelled
     process = start("doctor", "--output", tmp_path / "runs", "--model", model_folder, "--json")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    told = json.loads(out)
+    output = json.loads(out)
     keys = "deltaw status processor kernels memory disks packages optional gpus environment model findings versions"
-    assert told.keys() >= set(keys.split())
-    assert told["model"]["reference"] == str(model_folder)
-    assert told["environment"]["DELTAW_NATIVE"] == "0"
-    findings = told["findings"]
+    assert output.keys() >= set(keys.split())
+    assert output["model"]["reference"] == str(model_folder)
+    assert output["environment"]["DELTAW_NATIVE"] == "0"
+    findings = output["findings"]
     assert {f["severity"] for f in findings} <= {"ok", "note", "warning"}
     assert any("DELTAW_KERNEL " in f["what"] and "DELTAW_KERNELS" in f["hint"] for f in findings)
     assert any("switched off" in f["what"] for f in findings)
-    assert told["kernels"]["chosen"]["kernels"] == "none"
-    assert told["kernels"]["rates"]["fp32"].keys() == {"torch"}
+    assert output["kernels"]["chosen"]["kernels"] == "none"
+    assert output["kernels"]["rates"]["fp32"].keys() == {"torch"}
 
 
-def test_a_report_leaves_nothing_behind(call, tmp_path):
-    ended = call("doctor", "--output", tmp_path / "runs")
-    assert ended.status == 0 and "products by" in ended.out and "training works" in ended.out
-    assert "switched off" not in ended.out
+def test_doctor_leaves_no_files(call, tmp_path):
+    result = call("doctor", "--output", tmp_path / "runs")
+    assert result.status == 0 and "products by" in result.out and "training works" in result.out
+    assert "switched off" not in result.out
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_makes_training_impossible_has_status_2_and_still_one_object(call, tmp_path):
+def test_blocking_problem_exits_with_2_and_valid_json(call, tmp_path):
     (tmp_path / "file").write_text("kept")
-    ended = call("doctor", "--output", tmp_path / "file" / "runs", "--json")
-    assert ended.status == 2
-    told = json.loads(ended.out)
-    assert told["status"] == "problem"
-    (problem,) = [f for f in told["findings"] if f["severity"] == "problem"]
+    result = call("doctor", "--output", tmp_path / "file" / "runs", "--json")
+    assert result.status == 2
+    output = json.loads(result.out)
+    assert output["status"] == "problem"
+    (problem,) = [f for f in output["findings"] if f["severity"] == "problem"]
     assert str(tmp_path / "file") in problem["what"]
 
 
-def test_kernels_that_are_not_known_are_refused(call, monkeypatch):
+def test_unknown_kernels_are_rejected(call, monkeypatch):
     monkeypatch.setenv("DELTAW_KERNELS", "avx1024")
     assert_refused(call("doctor"), "avx1024")

@@ -1,4 +1,4 @@
-"""`deltaw init`: a settings file from three answers, which trains as it is."""
+"""`deltaw init` writes a settings file that can be trained without changes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.cli.conftest import assert_refused
 from tests.conftest import write_rows
 
 
-def test_the_file_trains_as_it_is(call, model_folder, rows_file, tmp_path, monkeypatch):
+def test_generated_settings_can_be_trained(call, model_folder, rows_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copy(rows_file, "colors.jsonl")
-    ended = call("init", "--model", model_folder, "--yes")
-    assert ended.status == 0 and "deltaw train train.yaml" in ended.out
-    assert "10 rows of the form 'prompt-completion'" in ended.out
+    result = call("init", "--model", model_folder, "--yes")
+    assert result.status == 0 and "deltaw train train.yaml" in result.out
+    assert "10 rows of the form 'prompt-completion'" in result.out
     config = RunConfig.read("train.yaml")
     assert (config.data.train, config.task, config.output) == ("colors.jsonl", "causal-lm", "runs/colors")
     assert config.data.max_length == 128 and config.model == str(model_folder)
@@ -31,33 +31,33 @@ def test_the_file_trains_as_it_is(call, model_folder, rows_file, tmp_path, monke
     assert (tmp_path / "runs" / "colors" / "adapter_model.safetensors").is_file()
 
 
-PREFERRED = {
+PREFERENCE_ROWS = {
     "dpo": ([{"chosen": "red", "rejected": "blue"}] * 2, "pairs of answers, the longest of 3", "margin"),
     "kto": ([{"completion": "red", "label": desired} for desired in (True, False)], "single answers", "kl"),
 }
 
 
-@pytest.mark.parametrize("loss", PREFERRED)
-def test_answers_to_prefer_get_a_run_that_prefers_them(call, model_folder, tmp_path, monkeypatch, loss):
-    answers, form, metric = PREFERRED[loss]
+@pytest.mark.parametrize("loss", PREFERENCE_ROWS)
+def test_preference_rows_get_preference_settings(call, model_folder, tmp_path, monkeypatch, loss):
+    answers, form, metric = PREFERENCE_ROWS[loss]
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "rows.jsonl", [{"prompt": f"paint {n}", **answers[n % 2]} for n in range(12)])
-    ended = call("init", "--model", model_folder, "--yes")
-    assert ended.status == 0 and f"12 rows of {form}" in ended.out, ended
+    result = call("init", "--model", model_folder, "--yes")
+    assert result.status == 0 and f"12 rows of {form}" in result.out, result
     config = RunConfig.read("train.yaml")
     assert (config.task, config.preference.loss) == ("preference", loss)
-    ended = call("train", "train.yaml", "--train.max_steps", 2, "--precision", "fp32", "--preference.beta", 0.2)
-    assert ended.status == 0, ended
+    result = call("train", "train.yaml", "--train.max_steps", 2, "--precision", "fp32", "--preference.beta", 0.2)
+    assert result.status == 0, result
     assert RunConfig.read(tmp_path / "runs" / "rows" / "run.yaml").preference.beta == 0.2
-    ended = call("eval", "runs/rows", "--base", "--precision", "fp32")
-    assert ended.status == 0 and "accuracy" in ended.out and metric in ended.out, ended
+    result = call("eval", "runs/rows", "--with-base", "--precision", "fp32")
+    assert result.status == 0 and "accuracy" in result.out and metric in result.out, result
     for verb in (["plan", "train.yaml", "--methods", "lora"], ["data", "check", "train.yaml"]):
         assert call(*verb, "--output", "other").status == 0
     if loss == "dpo":
         assert_refused(call("train", "train.yaml", "--task", "causal-lm", "--output", "other"), "set task: preference")
 
 
-def test_a_reward_model_is_planned_checked_trained_and_evaluated(call, model_folder, tmp_path, monkeypatch):
+def test_reward_model_works_with_every_verb(call, model_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": f"paint {n}", "chosen": "red", "rejected": "blue", "margin": 0.1} for n in range(12)]
     write_rows(tmp_path / "pairs.jsonl", rows)
@@ -65,11 +65,11 @@ def test_a_reward_model_is_planned_checked_trained_and_evaluated(call, model_fol
     flags += ["--model", model_folder, "--data.train", "pairs.jsonl", "--data.eval", 3]
     for verb in (["plan", "--methods", "lora"], ["data", "check"], ["train", "--train.max_steps", 2]):
         assert call(*verb, *flags).status == 0
-    ended = call("eval", "reward", "--base", "--precision", "fp32", "--data", "pairs.jsonl")
-    assert ended.status == 0 and "margin" in ended.out and "accuracy" in ended.out, ended
+    result = call("eval", "reward", "--with-base", "--precision", "fp32", "--data", "pairs.jsonl")
+    assert result.status == 0 and "margin" in result.out and "accuracy" in result.out, result
 
 
-def test_a_file_that_exists_is_kept_unless_forced(call, tmp_path, rows_file, model_folder):
+def test_existing_file_is_kept_without_force(call, tmp_path, rows_file, model_folder):
     file = tmp_path / "mine.yaml"
     file.write_text("kept")
     flags = ["--data", rows_file, "--model", model_folder]
@@ -79,7 +79,7 @@ def test_a_file_that_exists_is_kept_unless_forced(call, tmp_path, rows_file, mod
     assert RunConfig.read(file).data.train == str(rows_file)
 
 
-def test_the_task_follows_from_the_rows(call, tmp_path, model_folder):
+def test_task_is_inferred_from_rows(call, tmp_path, model_folder):
     def task_of(name, rows):
         data = write_rows(tmp_path / f"{name}.jsonl", rows)
         assert call("init", tmp_path / f"{name}.yaml", "--data", data, "--yes").status == 0
@@ -94,29 +94,29 @@ def test_the_task_follows_from_the_rows(call, tmp_path, model_folder):
     assert task_of("stars", [{"review": "a", "label": n % 5} for n in range(40)])[0] == ("sequence-classification")
     assert task_of("scores", [{"text": "a", "label": n / 7} for n in range(40)]) == ("regression", encoder)
     assert task_of("search", [{"anchor": "a", "positive": f"b {n}"} for n in range(4)]) == ("embedding", encoder)
-    alike = [{"sentence1": "a", "sentence2": f"b {n}", "score": n / 4} for n in range(4)]
-    assert task_of("alike", alike) == ("embedding", encoder)
+    scored_pairs = [{"sentence1": "a", "sentence2": f"b {n}", "score": n / 4} for n in range(4)]
+    assert task_of("alike", scored_pairs) == ("embedding", encoder)
 
 
-def prompts(count, **more):
-    return [{"prompt": f"paint {n} red", "completion": "done"} | more for n in range(count)]
+def prompts(count, **columns):
+    return [{"prompt": f"paint {n} red", "completion": "done"} | columns for n in range(count)]
 
 
-def test_rows_that_cannot_be_used_are_listed_and_left_out(call, tmp_path, model_folder, monkeypatch):
+def test_unusable_rows_are_listed_and_skipped(call, tmp_path, model_folder, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lines = [json.dumps(row) for row in prompts(60)]
     lines[10], lines[20], lines[30] = '{"prompt": "torn', json.dumps({"prompt": "x"}), json.dumps({"completion": 1})
     lines[40] = json.dumps({"prompt": "nothing", "completion": ""})
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     for model in (model_folder, "owner/not-here"):
-        ended = call("init", "--model", model, "--yes", "--force", status=0)
-        assert "3 rows of " in ended.out and "cannot be used:\n  line 11: not JSON: " in ended.out
-        assert "\n  row 21 (line 21): 'completion' is missing" in ended.out and "data.bad_rows: skip" in ended.out
-        assert max(map(len, ended.out.splitlines())) <= 80
+        result = call("init", "--model", model, "--yes", "--force", status=0)
+        assert "3 rows of " in result.out and "cannot be used:\n  line 11: not JSON: " in result.out
+        assert "\n  row 21 (line 21): 'completion' is missing" in result.out and "data.bad_rows: skip" in result.out
+        assert max(map(len, result.out.splitlines())) <= 80
         text, config = (tmp_path / "train.yaml").read_text(), RunConfig.read("train.yaml")
-        assert config.data.bad_rows == "skip" and "# 3 rows cannot be used" in text
-        assert ("1 row without an answer" in ended.out) is (model == model_folder)
-        assert ("estimated from characters: the model is not" in ended.out) is (model != model_folder)
+        assert config.data.bad_rows == "skip" and "# 3 rows skipped" in text
+        assert ("1 row without an answer" in result.out) is (model == model_folder)
+        assert ("estimated from characters: the model is not" in result.out) is (model != model_folder)
     with open("train.yaml") as file:
         settings = yaml.safe_load(file)
     settings["data"]["bad_rows"] = "error"
@@ -124,11 +124,11 @@ def test_rows_that_cannot_be_used_are_listed_and_left_out(call, tmp_path, model_
     (tmp_path / "strict.yaml").write_text(yaml.safe_dump(settings))
     for verb in ("plan", "train"):
         assert_refused(call(verb, "strict.yaml"), "line 11", "or leave such rows out with data.bad_rows: skip")
-    ended = call("plan", "strict.yaml", "--data.bad_rows", "skip", "--verbose", status=0)
-    assert "needs " in ended.out and "3 rows skipped: not JSON" in ended.out
+    result = call("plan", "strict.yaml", "--data.bad_rows", "skip", "--verbose", status=0)
+    assert "needs " in result.out and "3 rows skipped: not JSON" in result.out
 
 
-def test_few_rows_get_steps_enough_and_are_said_to_be_few(call, tmp_path, model_folder):
+def test_small_data_set_gets_enough_steps_and_warning(call, tmp_path, model_folder):
     data = write_rows(tmp_path / "rows.jsonl", prompts(60))
     assert call("init", tmp_path / "a.yaml", "--data", data, "--model", model_folder, "--yes").status == 0
     text, config = (tmp_path / "a.yaml").read_text(), RunConfig.read(tmp_path / "a.yaml")
@@ -136,20 +136,23 @@ def test_few_rows_get_steps_enough_and_are_said_to_be_few(call, tmp_path, model_
     assert (config.data.eval, config.train.epochs, config.train.batch_size) == (0.2, 3, 4) and "36 steps" in text
 
 
-def test_one_outlier_does_not_set_the_length(call, tmp_path, roomy_folder):
-    def asked(*rows):
+def test_outlier_does_not_determine_max_length(call, tmp_path, long_context_folder):
+    def run_init(*rows):
         data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "x" * n, "completion": "done"} for n in rows])
-        flags = ["--data", data, "--model", roomy_folder, "--yes", "--force"]
+        flags = ["--data", data, "--model", long_context_folder, "--yes", "--force"]
         assert call("init", tmp_path / "a.yaml", *flags).status == 0
-        found = RunConfig.read(tmp_path / "a.yaml").data
-        return found.max_length, found.long_rows, (tmp_path / "a.yaml").read_text()
+        data_config = RunConfig.read(tmp_path / "a.yaml").data
+        return data_config.max_length, data_config.long_rows, (tmp_path / "a.yaml").read_text()
 
-    within = [40 + n for n in range(59)]
-    assert asked(*within, 140)[:2] == (192, "error")  # a byte is a token
-    length, way, text = asked(*within, 210)
-    assert (length, way) == (128, "drop") and "1 longer row is dropped; max_length: 256 keeps all" in text
-    length, way, text = asked(*(700 + n for n in within))
-    assert (length, way) == (512, "split") and "59 longer rows are divided; the model takes 512 tokens" in text
+    lengths = [40 + n for n in range(59)]
+    assert run_init(*lengths, 140)[:2] == (192, "error")  # one byte is one token
+    length, long_rows, text = run_init(*lengths, 210)
+    assert (length, long_rows) == (128, "drop") and "1 longer row is dropped; max_length: 256 includes all" in text
+    length, long_rows, text = run_init(*(700 + n for n in lengths))
+    assert (length, long_rows) == (
+        512,
+        "split",
+    ) and "59 longer rows are split; the maximum of the model is 512 tokens" in text
 
 
 TABLES = {
@@ -178,93 +181,93 @@ TABLES = {
 
 
 @pytest.mark.parametrize("header", TABLES)
-def test_columns_of_unusual_names_are_told_by_what_is_in_them(call, tmp_path, header):
+def test_unusual_columns_are_recognized_by_content(call, tmp_path, header):
     task, columns, rows = TABLES[header]
     (tmp_path / "rows.csv").write_text("\n".join([header, *rows]))
-    ended = call("init", tmp_path / "a.yaml", "--data", tmp_path / "rows.csv", "--model", "owner/x", "--yes", status=0)
+    result = call("init", tmp_path / "a.yaml", "--data", tmp_path / "rows.csv", "--model", "owner/x", "--yes", status=0)
     config = RunConfig.read(tmp_path / "a.yaml")
     assert (config.task, config.data.columns) == (task, columns)
-    why = f"'{next(iter(columns.values()))}' holds"
-    assert f"task: {task}: {why}" in ended.out and f"# {why}" in (tmp_path / "a.yaml").read_text()
+    reason = f"'{next(iter(columns.values()))}' contains"
+    assert f"task: {task}: {reason}" in result.out and f"# {reason}" in (tmp_path / "a.yaml").read_text()
 
 
-def test_images_need_a_model_by_name(call, tmp_path):
+def test_image_data_requires_model_flag(call, tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "pets" / name).mkdir(parents=True)
         Image.new("RGB", (4, 4)).save(tmp_path / "pets" / name / "1.png")
-    asks = ["init", tmp_path / "a.yaml", "--data", tmp_path / "pets", "--yes"]
-    assert_refused(call(*asks), "--model")
-    assert call(*asks, "--model", "vit/x").status == 0
+    arguments = ["init", tmp_path / "a.yaml", "--data", tmp_path / "pets", "--yes"]
+    assert_refused(call(*arguments), "--model")
+    assert call(*arguments, "--model", "vit/x").status == 0
     assert RunConfig.read(tmp_path / "a.yaml").task == "image-classification"
 
 
-def test_data_that_is_elsewhere_or_cannot_be_used(call, tmp_path, monkeypatch):
+def test_remote_and_unusable_data(call, tmp_path, monkeypatch):
     assert call("init", tmp_path / "a.yaml", "--data", "owner/name", "--yes").status == 0
     assert "not on this machine" in (tmp_path / "a.yaml").read_text()
     long = write_rows(tmp_path / "long.jsonl", [{"text": "a"}, {"text": "ab " * 1000}])
-    ended = call("init", tmp_path / "long.yaml", "--data", long, "--yes")
-    assert "about 1,036 tokens" in ended.out  # the model's own tokenizer is not here
+    result = call("init", tmp_path / "long.yaml", "--data", long, "--yes")
+    assert "about 1,036 tokens" in result.out  # estimated, because the model's tokenizer is not available
     assert RunConfig.read(tmp_path / "long.yaml").data.max_length == 1280
-    odd = write_rows(tmp_path / "odd.jsonl", [{"left": 1}])
-    assert_refused(call("init", tmp_path / "b.yaml", "--data", odd, "--yes"), "left")
+    unusable_file = write_rows(tmp_path / "odd.jsonl", [{"left": 1}])
+    assert_refused(call("init", tmp_path / "b.yaml", "--data", unusable_file, "--yes"), "left")
     assert not (tmp_path / "b.yaml").exists()
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    assert_refused(call("init"), "--data")  # standard input is no terminal: nothing is asked
+    assert_refused(call("init"), "--data")  # no prompts if standard input is not a terminal
     assert not any((tmp_path / "empty").iterdir())
 
 
 class Terminal(io.StringIO):
-    """Standard input with a person behind it."""
+    """Interactive standard input."""
 
     def isatty(self) -> bool:
         return True
 
 
-def test_three_questions_are_asked_on_a_terminal(monkeypatch, capsys, tmp_path, rows_file, model_folder):
-    def answered(*answers: str) -> int:
+def test_terminal_prompts_three_questions(monkeypatch, capsys, tmp_path, rows_file, model_folder):
+    def run_init(*answers: str) -> int:
         monkeypatch.setattr(sys, "stdin", Terminal("".join(f"{answer}\n" for answer in answers)))
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as result:
             main(["init"])
-        return ended.value.code
+        return result.value.code
 
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert answered() == 130 and not any((tmp_path / "here").iterdir())  # a question without an answer ends it
-    odd = write_rows(tmp_path / "odd.jsonl", [{"left": 1}])
-    assert answered(str(odd), str(rows_file), "", str(model_folder)) == 0
-    said = capsys.readouterr()
-    assert "left" in said.err  # the rows of the first answer could not be used
-    assert "[causal-lm]" in said.out + said.err
+    assert run_init() == 130 and not any((tmp_path / "here").iterdir())  # end of input aborts
+    unusable_file = write_rows(tmp_path / "odd.jsonl", [{"left": 1}])
+    assert run_init(str(unusable_file), str(rows_file), "", str(model_folder)) == 0
+    captured = capsys.readouterr()
+    assert "left" in captured.err  # the first file has no usable rows
+    assert "[causal-lm]" in captured.out + captured.err
     config = RunConfig.read("train.yaml")
     assert (config.data.train, config.model) == (str(rows_file), str(model_folder))
-    torn = tmp_path / "torn.jsonl"
-    torn.write_text("\n".join([*(json.dumps(row) for row in prompts(12)), "{"]))
-    for answer, way in (("y", "skip"), ("n", "error")):
+    broken_file = tmp_path / "torn.jsonl"
+    broken_file.write_text("\n".join([*(json.dumps(row) for row in prompts(12)), "{"]))
+    for answer, bad_rows in (("y", "skip"), ("n", "error")):
         (tmp_path / "here" / "train.yaml").unlink()
-        assert answered(str(torn), answer, "", str(model_folder)) == 0
-        assert "Skip them?" in "".join(capsys.readouterr()) and RunConfig.read("train.yaml").data.bad_rows == way
+        assert run_init(str(broken_file), answer, "", str(model_folder)) == 0
+        assert "Skip them?" in "".join(capsys.readouterr()) and RunConfig.read("train.yaml").data.bad_rows == bad_rows
 
 
 REWARDED = [{"prompt": f"paint {n} red", "answer": "done"} for n in range(12)]
 SEARCHED = [{"query": f"paint {n // 2}", "passage": f"red {n}", "label": n % 2} for n in range(24)]
-TASKS = {"reward": REWARDED, "distill": REWARDED, "reranking": SEARCHED, "embedding": SEARCHED}
+TASKS = {"rl": REWARDED, "distill": REWARDED, "reranking": SEARCHED, "embedding": SEARCHED}
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task_gets_settings_that_check_and_plan_accept(call, roomy_folder, tmp_path, monkeypatch, task):
+def test_settings_of_every_task_pass_check_and_plan(call, long_context_folder, tmp_path, monkeypatch, task):
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "rows.jsonl", TASKS[task])
-    call("init", "--task", task, "--model", roomy_folder, "--yes", status=0)
+    call("init", "--task", task, "--model", long_context_folder, "--yes", status=0)
     config = RunConfig.read("train.yaml")
     assert config.task == task
-    if task == "reward":
+    if task == "rl":
         assert [function.name for function in config.reward.functions] == ["contains"]
     call("data", "check", "train.yaml", "--precision", "fp32", status=0)
 
 
-def test_a_task_that_does_not_take_the_columns_is_refused_with_one_that_does(call, tmp_path):
+def test_incompatible_task_is_rejected_with_suggestion(call, tmp_path):
     data = write_rows(tmp_path / "d.jsonl", [{"query": f"q {n}", "passage": f"p {n}"} for n in range(4)])
-    ended = call("init", tmp_path / "a.yaml", "--data", data, "--task", "preference", "--yes")
-    assert_refused(ended, "do not fit the task preference", "set task: embedding")
+    result = call("init", tmp_path / "a.yaml", "--data", data, "--task", "preference", "--yes")
+    assert_refused(result, "do not fit the task preference", "set task: embedding")
     assert not (tmp_path / "a.yaml").exists()

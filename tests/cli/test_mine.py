@@ -1,4 +1,4 @@
-"""`deltaw data mine` on a tiny encoder: the file that it writes, what it says, and what it refuses."""
+"""`deltaw data mine` with a tiny encoder: output file, summary and invalid arguments."""
 
 from __future__ import annotations
 
@@ -20,97 +20,101 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def mine(call, bert, tmp_path):
-    """Mine rows, and what was written."""
+def mine_rows(call, bert, tmp_path):
+    """Return a function that mines rows and returns the result and the output rows."""
 
     def run(rows, *flags, status=0):
         file = write_rows(tmp_path / "d.jsonl", rows)
-        ended = call("data", "mine", file, "--model", bert, "--precision", "fp32", *flags, status=status)
-        written = tmp_path / "d.mined.jsonl"
-        lines = written.read_text(encoding="utf-8").splitlines() if written.exists() else []
-        return ended, [json.loads(line) for line in lines]
+        result = call("data", "mine", file, "--model", bert, "--precision", "fp32", *flags, status=status)
+        output_file = tmp_path / "d.mined.jsonl"
+        lines = output_file.read_text(encoding="utf-8").splitlines() if output_file.exists() else []
+        return result, [json.loads(line) for line in lines]
 
     return run
 
 
-def test_each_row_gets_its_negatives_from_the_other_rows(mine):
-    ended, written = mine(ROWS, "--negatives", 3, "--relative-margin", 0, "--fewer", "keep")
-    assert [row["anchor"] for row in written] == [row["question"] for row in ROWS], "no row is lost"
-    assert [row["positive"] for row in written] == [row["answer"] for row in ROWS]
+def test_negatives_come_from_other_rows(mine_rows):
+    result, mined_rows = mine_rows(ROWS, "--negatives", 3, "--relative-margin", 0, "--fewer", "keep")
+    assert [row["anchor"] for row in mined_rows] == [row["question"] for row in ROWS], "no row is lost"
+    assert [row["positive"] for row in mined_rows] == [row["answer"] for row in ROWS]
     answers = {row["answer"] for row in ROWS}
-    for row in written:
+    for row in mined_rows:
         negatives = [text for name, text in row.items() if name.startswith("negative_")]
         assert len(set(negatives)) == len(negatives) <= 3 and set(negatives) <= answers - {row["positive"]}
-    said = " ".join(ended.out.split())
-    assert "20 rows, 20 different queries, 20 passages" in said and "d.mined.jsonl" in said
-    assert all(len(line) <= 80 or "/" in line for line in ended.out.splitlines())
-    first = next(row for row in written if "negative_1" in row)
+    message = " ".join(result.out.split())
+    assert "20 rows, 20 different queries, 20 passages" in message and "d.mined.jsonl" in message
+    assert all(len(line) <= 80 or "/" in line for line in result.out.splitlines())
+    first = next(row for row in mined_rows if "negative_1" in row)
     for name, text in (("query", first["anchor"]), ("positive", first["positive"]), ("negative", first["negative_1"])):
-        assert any(line.startswith(name) and f'"{text}"' in line for line in ended.out.splitlines())
+        assert any(line.startswith(name) and f'"{text}"' in line for line in result.out.splitlines())
 
 
-def test_negatives_come_from_the_corpus_and_rows_with_fewer_are_told(mine, tmp_path):
+def test_negatives_come_from_corpus_and_missing_ones_are_reported(mine_rows, tmp_path):
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("One passage.\nAnother passage.\n" + ROWS[0]["answer"] + "\n")
     flags = ("--corpus", corpus, "--negatives", 3, "--relative-margin", 100)
-    ended, written = mine(ROWS, *flags, "--json")
-    told = json.loads(ended.out)
-    assert (told["rows"], told["complete"], told["bare"], told["written"]) == (20, 0, 20, 20)
-    assert told["passages"] == 3 and told["too_close"] == 59, "the first row's own passage is one of the three"
-    assert "20 rows with fewer, 20 of them with none: written with what there is" in " ".join(ended.err.split())
-    assert all(set(row) == {"anchor", "positive"} for row in written)
-    ended, written = mine(ROWS, *flags[:2], "--negatives", 3, "--relative-margin", 0, "--max-score", 1, "--force")
-    assert {text for row in written for name, text in row.items() if name[:3] == "neg"} <= set(
+    result, mined_rows = mine_rows(ROWS, *flags, "--json")
+    output = json.loads(result.out)
+    assert (output["rows"], output["complete"], output["bare"], output["written"]) == (20, 0, 20, 20)
+    assert output["passages"] == 3 and output["too_close"] == 59, (
+        "one of the three passages is the positive of the first row"
+    )
+    assert "20 rows with fewer, 20 of them with none: written with fewer negatives" in " ".join(result.err.split())
+    assert all(set(row) == {"anchor", "positive"} for row in mined_rows)
+    result, mined_rows = mine_rows(
+        ROWS, *flags[:2], "--negatives", 3, "--relative-margin", 0, "--max-score", 1, "--force"
+    )
+    assert {text for row in mined_rows for name, text in row.items() if name[:3] == "neg"} <= set(
         corpus.read_text().splitlines()
     )
 
 
-def test_only_complete_rows_are_written_if_asked(mine, tmp_path):
+def test_incomplete_rows_are_dropped_on_request(mine_rows, tmp_path):
     corpus = write_rows(tmp_path / "c.jsonl", [{"text": text} for text in ("One.", "Two.", ROWS[3]["answer"])])
-    wide = ("--corpus", corpus, "--negatives", 3, "--absolute-margin", 0, "--relative-margin", 0, "--fewer", "drop")
-    ended, written = mine(ROWS, *wide, "--json")
-    told = json.loads(ended.out)
-    assert len(written) == told["written"] == told["complete"] < told["rows"] == 20 and written
-    assert ROWS[3]["question"] not in [row["anchor"] for row in written], "its own passage is no negative"
-    assert "not written" in ended.err
+    flags = ("--corpus", corpus, "--negatives", 3, "--absolute-margin", 0, "--relative-margin", 0, "--fewer", "drop")
+    result, mined_rows = mine_rows(ROWS, *flags, "--json")
+    output = json.loads(result.out)
+    assert len(mined_rows) == output["written"] == output["complete"] < output["rows"] == 20 and mined_rows
+    assert ROWS[3]["question"] not in [row["anchor"] for row in mined_rows], "the positive is not used as a negative"
+    assert "not written" in result.err
 
 
-def test_rows_that_cannot_be_used_are_named_and_counted(mine):
+def test_unusable_rows_are_reported_and_counted(mine_rows):
     rows = [*ROWS, {"question": "Empty?", "answer": ""}]
-    ended, written = mine(rows, status=2)
-    assert_refused(ended, "'answer' is empty", "row 21", "data.bad_rows: skip")
-    assert written == []
+    result, mined_rows = mine_rows(rows, status=2)
+    assert_refused(result, "'answer' is empty", "row 21", "data.bad_rows: skip")
+    assert mined_rows == []
     for flag in ("--bad-rows", "--data.bad_rows"):
-        ended, written = mine(rows, flag, "skip", "--force", "--json")
-        assert json.loads(ended.out)["bad_rows"] == {"an empty text": 1} and len(written) == 20
-        assert "1 row skipped: an empty text" in ended.err
+        result, mined_rows = mine_rows(rows, flag, "skip", "--force", "--json")
+        assert json.loads(result.out)["bad_rows"] == {"an empty text": 1} and len(mined_rows) == 20
+        assert "1 row skipped: an empty text" in result.err
 
 
-def test_what_cannot_be_is_refused_before_a_model_is_read(call, mine, tmp_path):
+def test_invalid_arguments_are_rejected_before_model_load(call, mine_rows, tmp_path):
     (tmp_path / "d.mined.jsonl").write_text("{}\n")
-    ended, written = mine(ROWS, status=2)
-    assert_refused(ended, "the output exists", "--force")
-    assert written == [{}]
-    none = tmp_path / "none"
+    result, mined_rows = mine_rows(ROWS, status=2)
+    assert_refused(result, "the output exists", "--force")
+    assert mined_rows == [{}]
+    missing = tmp_path / "none"
     file = write_rows(tmp_path / "e.jsonl", ROWS)
-    refused = {
+    cases = {
         "fewer --negatives": ("--to-rank", 3),
         "no column 'quest'": ("--query-column", "quest"),
-        "there is no file": ("--corpus", none / "x.jsonl"),
-        "one of the files that are read": ("--output", file, "--force"),
+        "there is no file": ("--corpus", missing / "x.jsonl"),
+        "the output is an input file": ("--output", file, "--force"),
     }
-    for said, flags in refused.items():
-        assert_refused(call("data", "mine", file, "--model", none, *flags), said)
-    assert_refused(call("data", "mine", tmp_path / "none.jsonl", "--model", none), "there is no file")
+    for message, flags in cases.items():
+        assert_refused(call("data", "mine", file, "--model", missing, *flags), message)
+    assert_refused(call("data", "mine", tmp_path / "none.jsonl", "--model", missing), "there is no file")
     assert len(file.read_text().splitlines()) == 20
 
 
-def test_a_killed_write_leaves_no_file(mine, monkeypatch):
+def test_interrupted_write_leaves_no_file(mine_rows, monkeypatch):
     from deltaw.serving import mining
 
-    def broken(self):
+    def interrupt(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(mining.MinedRow, "as_dict", broken)
-    ended, written = mine(ROWS, status=None)
-    assert ended.status != 0 and written == []
+    monkeypatch.setattr(mining.MinedRow, "as_dict", interrupt)
+    result, mined_rows = mine_rows(ROWS, status=None)
+    assert result.status != 0 and mined_rows == []

@@ -1,4 +1,4 @@
-"""`deltaw plan` from the command line: tables, one JSON object, pictures, budgets, refusals."""
+"""`deltaw plan` on the command line: tables, JSON, pictures, budgets and invalid arguments."""
 
 from __future__ import annotations
 
@@ -14,110 +14,115 @@ from deltaw.memory.plan import KINDS, PHASES
 from deltaw.methods import registry
 from tests.cli.conftest import assert_refused
 
-SMALL = ("--prompt.length", 4, "--random.weights", 0.05, "--last.blocks", 1)
+METHOD_FLAGS = ("--prompt.length", 4, "--random.weights", 0.05, "--last.blocks", 1)
 
 
 @pytest.fixture
-def file(settings, tmp_path):
-    """A file of settings; its folder is the test's own."""
+def settings_file(settings, tmp_path):
+    """Return a settings file in a temporary folder."""
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(settings(tmp_path / "run")))
     return path
 
 
-def test_one_object_and_one_picture_hold_the_plan_of_every_method(call, file, tmp_path):
+def test_json_and_picture_contain_plan_of_every_method(call, settings_file, tmp_path):
     picture = tmp_path / "new" / "plans.png"
-    ended = call("plan", file, *SMALL, "--json", "--picture", picture, status=0)
-    told = json.loads(ended.out)
-    assert set(told) == set(registry.names()) and next(iter(told)) == "lora"
-    for plan in told.values():
+    result = call("plan", settings_file, *METHOD_FLAGS, "--json", "--picture", picture, status=0)
+    output = json.loads(result.out)
+    assert set(output) == set(registry.names()) and next(iter(output)) == "lora"
+    for plan in output.values():
         assert set(plan["parts"]) == set(KINDS) and sum(plan["parts"].values()) == plan["peak_bytes"]
         assert sum(plan["resident"].values()) == plan["peak_resident_bytes"] > plan["peak_bytes"]
         assert plan["trained_parameters"] > 0 and plan["phase"] in PHASES
-    assert len({told[m]["total_parameters"] for m in told}) == 1
-    assert told["full"]["trained_parameters"] == told["full"]["total_parameters"]
-    assert told["full"]["parts"]["optimizer"] > told["lora"]["parts"]["optimizer"]
-    assert "planned" not in ended.out and "\nneeds " in f"\n{ended.err}"
-    assert f"drawn to {picture}" in ended.err
+    assert len({output[m]["total_parameters"] for m in output}) == 1
+    assert output["full"]["trained_parameters"] == output["full"]["total_parameters"]
+    assert output["full"]["parts"]["optimizer"] > output["lora"]["parts"]["optimizer"]
+    assert "planned" not in result.out and "\nneeds " in f"\n{result.err}"
+    assert f"chart: {picture}" in result.err
     with Image.open(picture) as image:
         assert image.format == "PNG"
     assert [p.name for p in tmp_path.rglob("*.*")] == ["run.yaml", "plans.png"]
 
 
-def test_the_table_names_the_methods_asked_for_beside_the_runs_own(call, file):
-    ended = call("plan", file, "--methods", "head, bias,lora")
-    assert ended.status == 0 and ended.err == ""
-    assert "method lora: " in ended.out and "interpreter, libraries, rows" in ended.out
-    named = [line.split()[0] for line in ended.out.splitlines() if "%" in line and "method" not in line]
-    assert named == ["lora", "head", "bias"]
-    assert "…" not in ended.out
-    assert max(map(len, (line.rstrip() for line in ended.out.splitlines()))) <= 80 + len(str(file))
+def test_table_lists_requested_methods_and_own_method(call, settings_file):
+    result = call("plan", settings_file, "--methods", "head, bias,lora")
+    assert result.status == 0 and result.err == ""
+    assert "method lora: " in result.out and "interpreter, libraries, rows" in result.out
+    listed_methods = [line.split()[0] for line in result.out.splitlines() if "%" in line and "method" not in line]
+    assert listed_methods == ["lora", "head", "bias"]
+    assert "…" not in result.out
+    assert max(map(len, (line.rstrip() for line in result.out.splitlines()))) <= 80 + len(str(settings_file))
 
-    alone = call("plan", file).out
-    assert "\nneeds " in f"\n{alone}" and ": fits\n" in alone and "head" not in alone and "--methods all" in alone
-    assert "10 read from" not in alone and "rows: 10 read from" in call("plan", file, "--verbose").out
-    assert max(map(len, alone.splitlines())) <= 80 + len(str(file))
+    single_plan = call("plan", settings_file).out
+    assert (
+        "\nneeds " in f"\n{single_plan}"
+        and ": fits\n" in single_plan
+        and "head" not in single_plan
+        and "--methods all" in single_plan
+    )
+    assert "10 read from" not in single_plan and "rows: 10 read from" in call("plan", settings_file, "--verbose").out
+    assert max(map(len, single_plan.splitlines())) <= 80 + len(str(settings_file))
 
-    told = json.loads(call("plan", file, "--methods", "head", "--lora.rank", 8, "--json").out)
-    less = json.loads(call("plan", file, "--methods", "head", "--json").out)
-    assert list(told) == ["lora", "head"]
-    assert told["lora"]["trained_parameters"] == 2 * less["lora"]["trained_parameters"]
-    assert told["head"]["trained_parameters"] == less["head"]["trained_parameters"]
+    output = json.loads(call("plan", settings_file, "--methods", "head", "--lora.rank", 8, "--json").out)
+    default_output = json.loads(call("plan", settings_file, "--methods", "head", "--json").out)
+    assert list(output) == ["lora", "head"]
+    assert output["lora"]["trained_parameters"] == 2 * default_output["lora"]["trained_parameters"]
+    assert output["head"]["trained_parameters"] == default_output["head"]["trained_parameters"]
 
 
-def test_a_method_that_does_not_fit_is_named_and_left_out_unless_it_is_the_runs_own(call, tmp_path):
+def test_incompatible_method_is_skipped_unless_it_is_the_runs(call, tmp_path):
     size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     ViTModel(ViTConfig(image_size=8, patch_size=4, num_channels=1, **size)).save_pretrained(tmp_path / "vit")
     rows = (",".join(map(str, [*range(n, n + 64), n % 2])) for n in range(12))
     (tmp_path / "pixels.csv").write_text("\n".join(rows) + "\n")
     images = ["--model", tmp_path / "vit", "--data", tmp_path / "pixels.csv", "--precision", "fp32"]
     images += ["--task", "image-classification"]
-    ended = call("plan", *images, "--method", "head", "--methods", "prompt,bias", "--json")
-    assert ended.status == 0 and list(json.loads(ended.out)) == ["head", "bias"]
-    assert "prompt: " in ended.err
-    ended = call("plan", *images, "--method", "prompt", "--methods", "head", "--json")
-    assert_refused(ended, "tokens", "method")
+    result = call("plan", *images, "--method", "head", "--methods", "prompt,bias", "--json")
+    assert result.status == 0 and list(json.loads(result.out)) == ["head", "bias"]
+    assert "prompt: " in result.err
+    result = call("plan", *images, "--method", "prompt", "--methods", "head", "--json")
+    assert_refused(result, "tokens", "method")
 
 
-@pytest.mark.parametrize("flags", [[], ["--budget", "6GB"]])
-def test_a_model_that_cannot_be_run_on_fake_tensors_is_told_of(call, file, monkeypatch, flags):
+@pytest.mark.parametrize("flags", [[], ["--fit-memory", "6GB"]])
+def test_failure_on_fake_tensors_is_reported(call, settings_file, monkeypatch, flags):
     for module in ("plan_run", "budget"):
-        cannot = Mock(side_effect=RuntimeError("a kernel without a shape"))
-        monkeypatch.setattr(f"deltaw.training.planning.{module}.plan_run", cannot)
-    # A seed of its own: a plan that another test made would be remembered.
-    ended = call("plan", file, "--methods", "head", "--train.seed", "77", "--json", *flags)
-    assert_refused(ended, "a kernel without a shape", "hint:")
+        failing_plan = Mock(side_effect=RuntimeError("a kernel without a shape"))
+        monkeypatch.setattr(f"deltaw.training.planning.{module}.plan_run", failing_plan)
+    # The seed is unique because plans of other tests are cached.
+    result = call("plan", settings_file, "--methods", "head", "--train.seed", "77", "--json", *flags)
+    assert_refused(result, "a kernel without a shape", "hint:")
 
 
-def test_what_cannot_be_used_is_refused_before_rows_are_read(call, file, monkeypatch):
+def test_invalid_flags_are_rejected_before_reading_rows(call, settings_file, monkeypatch):
     monkeypatch.setattr("deltaw.training.session.task_of", lambda *_, **__: pytest.fail("rows were read"))
     for flag, value, words in (
         ("--methods", "lora,hed", ["'hed'", "did you mean 'head'"]),
-        ("--budget", "much", ["'much'", "6GB"]),
+        ("--fit-memory", "much", ["'much'", "6GB"]),
         ("--picture", "plans.xyz", ["plans.xyz", ".png"]),
     ):
-        ended = call("plan", file, flag, value, "--json")
-        assert_refused(ended, flag, *words)
-        assert ended.out == ""
+        result = call("plan", settings_file, flag, value, "--json")
+        assert_refused(result, flag, *words)
+        assert result.out == ""
 
 
-def test_a_target_that_the_model_does_not_have_is_refused(call, file):
-    assert_refused(call("plan", file, "--lora.target_modules", "[nosuch]", "--json"), "nosuch")
+def test_unknown_target_module_is_rejected(call, settings_file):
+    assert_refused(call("plan", settings_file, "--lora.target_modules", "[nosuch]", "--json"), "nosuch")
 
 
-def test_a_budget_gives_settings_within_it_the_fastest_first(call, file, tmp_path):
+def test_budget_lists_fitting_settings_fastest_first(call, settings_file, tmp_path):
     flags = ["--methods", "lora,head", "--json"]
-    ended = call("plan", file, *flags, "--budget", "900GB", status=0)
-    told = json.loads(ended.out)
-    assert told["budget_bytes"] == 900 * 10**9
-    assert {s["method"] for s in told["settings"]} == {"lora", "head"}
-    assert all(s["peak_resident_bytes"] <= told["budget_bytes"] for s in told["settings"])
-    seconds = [s["estimated_seconds_per_step"] for s in told["settings"]]
+    result = call("plan", settings_file, *flags, "--fit-memory", "900GB", status=0)
+    output = json.loads(result.out)
+    assert output["budget_bytes"] == 900 * 10**9
+    assert {s["method"] for s in output["settings"]} == {"lora", "head"}
+    assert all(s["peak_resident_bytes"] <= output["budget_bytes"] for s in output["settings"])
+    seconds = [s["estimated_seconds_per_step"] for s in output["settings"]]
     assert seconds == sorted(seconds)
-    assert "tokens per pass" in ended.err and "1.00 x" in ended.err
+    assert "tokens per pass" in result.err and "1.00 x" in result.err
     assert [p.name for p in tmp_path.iterdir()] == ["run.yaml"]
 
 
-def test_a_budget_that_nothing_fits_says_what_the_least_would_take(call, file):
-    ended = call("plan", file, "--method", "head", "--methods", "head", "--budget", "1MB", "--json")
-    assert_refused(ended, "1,000,000 bytes", "the least needs", "--budget", "hint:")
+def test_error_for_small_budget_names_minimum(call, settings_file):
+    result = call("plan", settings_file, "--method", "head", "--methods", "head", "--fit-memory", "1MB", "--json")
+    assert_refused(result, "1,000,000 bytes", "the minimum is", "--fit-memory", "hint:")

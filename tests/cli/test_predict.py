@@ -1,4 +1,4 @@
-"""`deltaw predict` for each task: scores equal those of `deltaw eval`, and every row gives a record."""
+"""`deltaw predict` for each task: scores equal those of `deltaw eval`, and every row has a record."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from transformers import BertForSequenceClassification, ViTConfig, ViTForImageCl
 from deltaw.runs.fit import fit
 from deltaw.serving import predicting
 from deltaw.serving.prediction_file import PredictionFile
-from tests.byte_models import saved
+from tests.byte_models import save_model
 from tests.cli.conftest import assert_refused, start
-from tests.conftest import laid_over, write_rows
+from tests.conftest import deep_merge, write_rows
 from tests.serving.encoder_models import bert_config, train_classifier, train_embedder, write_bert
 
 CLASSES = ("cat", "dog", "bird")
 
 
-def train(model: Path, output: Path, task: str, rows, **more) -> Path:
-    """A run of a few steps."""
+def train(model: Path, output: Path, task: str, rows, **overrides) -> Path:
+    """Train a run of two steps."""
     file = rows if isinstance(rows, Path) else write_rows(output.parent / f"{output.name}.jsonl", rows)
     settings = {
         "model": str(model),
@@ -36,8 +36,8 @@ def train(model: Path, output: Path, task: str, rows, **more) -> Path:
         "lora": {"rank": 2, "alpha": 4},
         "train": {"learning_rate": 1e-2, "batch_size": 4, "max_steps": 2, "drift": False},
     }
-    fixed = {"precision": "fp32", "device": "cpu", "threads": 1, "output": str(output)}
-    return Path(fit(laid_over(settings | fixed, more)).output)
+    run_settings = {"precision": "fp32", "device": "cpu", "threads": 1, "output": str(output)}
+    return Path(fit(deep_merge(settings | run_settings, overrides)).output)
 
 
 @pytest.fixture(scope="module")
@@ -57,111 +57,111 @@ def classifier(bert, folder) -> Path:
 
 @pytest.fixture
 def predict(call, tmp_path):
-    """Predict rows or a file, and return the records of the output."""
+    """Return a function that predicts rows or a file and returns the output records."""
 
     def run(model, rows, *flags, suffix=".jsonl", status=0):
         file = rows if isinstance(rows, Path) else write_rows(tmp_path / "rows.jsonl", rows)
         output = tmp_path / f"predictions{suffix}"
-        ended = call("predict", model, file, "--output", output, *flags, status=status)
-        return ended if status else read(output)
+        result = call("predict", model, file, "--output", output, *flags, status=status)
+        return result if status else read(output)
 
     return run
 
 
 def read(path: Path) -> list[dict]:
-    """The records of a file."""
+    """Return the records of an output file."""
     if path.suffix == ".parquet":
         return pyarrow.parquet.read_table(path).to_pylist()
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(line) for line in file]
 
 
-def evaluated(call, run, file) -> dict:
-    """The metrics of `deltaw eval`."""
+def eval_metrics(call, run, file) -> dict:
+    """Return the metrics of `deltaw eval`."""
     return json.loads(call("eval", run, "--data", file, "--json", "--no-drift", status=0).out)["eval"]
 
 
-def labeled(count: int) -> list[dict]:
+def labeled_rows(count: int) -> list[dict]:
     return [{"text": f"{CLASSES[n % 3]} {'x' * (n * 7 % 23)} {n}", "label": CLASSES[n * n % 3]} for n in range(count)]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
-def test_accuracy_of_predicted_classes_is_that_of_eval(call, predict, classifier, tmp_path, suffix):
-    rows = labeled(60)
-    found = predict(classifier, rows, suffix=suffix)
-    assert [row["text"] for row in found] == [row["text"] for row in rows]
-    assert [int(row["row"]) for row in found] == [*range(1, 61)]
-    right = np.mean([row["prediction"] == row["label"] for row in found])
-    metrics = evaluated(call, classifier, tmp_path / "rows.jsonl")
-    assert right == metrics["accuracy"]
-    for row in found:
+def test_class_accuracy_equals_eval(call, predict, classifier, tmp_path, suffix):
+    rows = labeled_rows(60)
+    predictions = predict(classifier, rows, suffix=suffix)
+    assert [row["text"] for row in predictions] == [row["text"] for row in rows]
+    assert [int(row["row"]) for row in predictions] == [*range(1, 61)]
+    accuracy = np.mean([row["prediction"] == row["label"] for row in predictions])
+    metrics = eval_metrics(call, classifier, tmp_path / "rows.jsonl")
+    assert accuracy == metrics["accuracy"]
+    for row in predictions:
         by_class = row["probabilities"] if suffix == ".jsonl" else {c: float(row[f"p_{c}"]) for c in CLASSES}
         assert max(by_class, key=by_class.__getitem__) == row["prediction"]
         assert sum(by_class.values()) == pytest.approx(1, abs=1e-6)
         assert not row["error"]
 
 
-def test_rows_without_labels_of_any_class_give_the_same_predictions(predict, classifier):
-    rows = labeled(12)
+def test_predictions_do_not_depend_on_labels(predict, classifier):
+    rows = labeled_rows(12)
     with_labels = predict(classifier, rows)
-    bare = predict(classifier, [{"text": row["text"], "label": "never seen"} for row in rows], "--force")
-    none = predict(classifier, [{"text": row["text"]} for row in rows], "--force")
-    assert [r["probabilities"] for r in with_labels] == [r["probabilities"] for r in bare]
-    assert [r["probabilities"] for r in with_labels] == [r["probabilities"] for r in none]
+    unknown_labels = predict(classifier, [{"text": row["text"], "label": "never seen"} for row in rows], "--force")
+    without_labels = predict(classifier, [{"text": row["text"]} for row in rows], "--force")
+    assert [r["probabilities"] for r in with_labels] == [r["probabilities"] for r in unknown_labels]
+    assert [r["probabilities"] for r in with_labels] == [r["probabilities"] for r in without_labels]
 
 
-def test_each_unusable_row_gives_a_record_with_an_error_in_its_place(call, predict, classifier, tmp_path):
+def test_unusable_rows_get_records_with_error(call, predict, classifier, tmp_path):
     file = tmp_path / "in.jsonl"
     lines = ['{"text": "cat"}', "not json", '{"text": " "}', '{"other": 1}', json.dumps({"text": "x" * 100})]
     file.write_text("\n".join([*lines, '{"text": "dog"}', "[1]"]) + "\n")
-    found = predict(classifier, file)
-    assert [row["row"] for row in found] == [1, 2, 3, 4, 5, 6, 7]
-    assert [row["prediction"] is None for row in found] == [False, True, True, True, True, False, True]
-    said = [row["error"] for row in found]
-    assert said[0] is said[5] is None
-    for error, words in zip([*said[1:5], said[6]], ["JSON", "empty", "text", "64 tokens", "object"], strict=True):
+    predictions = predict(classifier, file)
+    assert [row["row"] for row in predictions] == [1, 2, 3, 4, 5, 6, 7]
+    assert [row["prediction"] is None for row in predictions] == [False, True, True, True, True, False, True]
+    errors = [row["error"] for row in predictions]
+    assert errors[0] is errors[5] is None
+    for error, words in zip([*errors[1:5], errors[6]], ["JSON", "empty", "text", "64 tokens", "object"], strict=True):
         assert words in error
-    ended = call("predict", classifier, file, status=0)
-    assert [json.loads(line) for line in ended.out.splitlines()] == found, "the same on standard output"
-    assert "7 rows, 5 of them without a prediction" in ended.unwrapped
+    result = call("predict", classifier, file, status=0)
+    assert [json.loads(line) for line in result.out.splitlines()] == predictions, "the same on standard output"
+    assert "7 rows, 5 of them without a prediction" in result.unwrapped
 
 
-def test_a_file_without_one_usable_row_is_refused_and_leaves_nothing(predict, classifier, tmp_path):
+def test_file_without_usable_rows_is_rejected_without_output(predict, classifier, tmp_path):
     assert_refused(predict(classifier, [{"text": ""}, {"text": " "}], status=2), "no row can be used", "empty")
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
     assert_refused(predict(classifier, [{"n": 1}], status=2), "column")
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
-def test_leading_unusable_rows_do_not_decide_the_columns(predict, classifier, monkeypatch):
+def test_leading_unusable_rows_do_not_determine_columns(predict, classifier, monkeypatch):
     monkeypatch.setattr(predicting, "CHUNK_ROWS", 2)
-    found = predict(classifier, [{"text": ""}] * 3 + [{"text": "cat"}], suffix=".csv")
-    assert len(found) == 4 and found[0]["error"] and found[3]["prediction"] in CLASSES
+    predictions = predict(classifier, [{"text": ""}] * 3 + [{"text": "cat"}], suffix=".csv")
+    assert len(predictions) == 4 and predictions[0]["error"] and predictions[3]["prediction"] in CLASSES
 
 
-def test_records_with_errors_are_written_before_the_first_prediction(predict, classifier, monkeypatch):
+def test_error_records_are_written_before_first_prediction(predict, classifier, monkeypatch):
     monkeypatch.setattr(predicting, "CHUNK_ROWS", 2)
-    real, sizes = PredictionFile.write, []
+    original, sizes = PredictionFile.write, []
 
     def write(self, lines):
         sizes.append(lines.count(b"\n"))
-        real(self, lines)
+        original(self, lines)
 
     monkeypatch.setattr(PredictionFile, "write", write)
     assert_refused(predict(classifier, [{"text": ""}] * 5, status=2), "no row can be used")
     assert sizes == [2, 2, 1]
 
 
-def test_a_missing_file_is_reported_before_the_model_is_loaded(predict, classifier, monkeypatch, tmp_path):
+def test_missing_file_is_reported_before_model_load(predict, classifier, monkeypatch, tmp_path):
     def load(*args, **options):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("deltaw.training.origin.open_run", load)
+    monkeypatch.setattr("deltaw.training.open_run.open_run", load)
     assert_refused(predict(classifier, tmp_path / "rwos.jsonl", status=2), "rwos.jsonl")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
-def test_values_without_a_form_in_the_output_are_replaced(predict, classifier, tmp_path, suffix):
+def test_unrepresentable_values_are_replaced(predict, classifier, tmp_path, suffix):
     file = tmp_path / "in.jsonl"
     rows = ('{"text": "cat", "odd": "\\ud800", "number": NaN}', '{"text": "dog", "odd": "\\\\ud800", "number": 1.5}')
     file.write_text("\n".join(rows))
@@ -170,55 +170,59 @@ def test_values_without_a_form_in_the_output_are_replaced(predict, classifier, t
     assert not first["number"] and float(second["number"]) == 1.5
 
 
-def test_columns_of_the_rows_are_kept_beside_predictions_of_the_same_name(predict, classifier):
-    (found,) = predict(classifier, [{"text": "cat", "prediction": "mine", "row": 9, "error": "e"}], suffix=".parquet")
-    assert (found["prediction"], found["row"], found["error"]) == ("mine", 9, "e")
-    assert found["predicted_prediction"] in CLASSES and found["predicted_row"] == 1
-    assert found["predicted_error"] is None
+def test_conflicting_column_names_get_prefix(predict, classifier):
+    (predictions,) = predict(
+        classifier, [{"text": "cat", "prediction": "mine", "row": 9, "error": "e"}], suffix=".parquet"
+    )
+    assert (predictions["prediction"], predictions["row"], predictions["error"]) == ("mine", 9, "e")
+    assert predictions["predicted_prediction"] in CLASSES and predictions["predicted_row"] == 1
+    assert predictions["predicted_error"] is None
 
 
-def test_texts_of_another_column_are_predicted_and_missing_ones_refused(predict, classifier):
-    (named,) = predict(classifier, [{"comment_text": "cat"}], "--data.columns", "{text: comment_text}")
-    (plain,) = predict(classifier, [{"text": "cat"}], "--force")
-    assert named["probabilities"] == plain["probabilities"]
+def test_column_mapping_is_applied_and_missing_columns_rejected(predict, classifier):
+    (from_column,) = predict(classifier, [{"comment_text": "cat"}], "--data.columns", "{text: comment_text}")
+    (from_text,) = predict(classifier, [{"text": "cat"}], "--force")
+    assert from_column["probabilities"] == from_text["probabilities"]
     flags = ("--force", "--data.columns")
     assert_refused(predict(classifier, [{"text": "cat"}], *flags, "{text: nope}", status=2), "no column 'nope'")
     assert_refused(predict(classifier, [{"text": "cat"}], *flags, "text", status=2), "--data.columns")
 
 
 def test_long_rows_are_truncated_on_request(predict, classifier):
-    found = predict(classifier, [{"text": "x" * 100}], "--data.long_rows", "cut", "--data.max_length", 20)
-    assert found[0]["prediction"] in CLASSES and found[0]["error"] is None
+    predictions = predict(classifier, [{"text": "x" * 100}], "--data.long_rows", "cut", "--data.max_length", 20)
+    assert predictions[0]["prediction"] in CLASSES and predictions[0]["error"] is None
 
 
-def test_an_output_is_not_overwritten_unless_forced(call, predict, classifier, tmp_path):
-    predict(classifier, labeled(3))
+def test_output_is_not_overwritten_without_force(call, predict, classifier, tmp_path):
+    predict(classifier, labeled_rows(3))
     before = (tmp_path / "predictions.jsonl").read_bytes()
-    assert_refused(predict(classifier, labeled(2), status=2), "exists", "--force")
+    assert_refused(predict(classifier, labeled_rows(2), status=2), "exists", "--force")
     assert (tmp_path / "predictions.jsonl").read_bytes() == before
-    assert len(predict(classifier, labeled(2), "--force")) == 2
-    assert_refused(predict(classifier, labeled(2), suffix=".txt", status=2), ".txt", ".parquet")
+    assert len(predict(classifier, labeled_rows(2), "--force")) == 2
+    assert_refused(predict(classifier, labeled_rows(2), suffix=".txt", status=2), ".txt", ".parquet")
     same = call("predict", classifier, tmp_path / "rows.jsonl", "-o", tmp_path / "rows.jsonl", "--force", status=2)
     assert_refused(same, "the input file")
     assert_refused(call("predict", classifier, tmp_path / "rows.jsonl", "--json", status=2), "--output")
-    beneath = call("predict", classifier, tmp_path / "rows.jsonl", "-o", tmp_path / "rows.jsonl" / "o.csv", status=2)
-    assert_refused(beneath, "cannot write 'o.csv'")
-    assert_refused(predict(classifier, labeled(2), "--temperature", 1, suffix=".csv", status=2), "writes no text")
+    below_file = call("predict", classifier, tmp_path / "rows.jsonl", "-o", tmp_path / "rows.jsonl" / "o.csv", status=2)
+    assert_refused(below_file, "cannot write 'o.csv'")
+    assert_refused(
+        predict(classifier, labeled_rows(2), "--temperature", 1, suffix=".csv", status=2), "does not generate text"
+    )
 
 
-def test_rows_limits_how_many_are_predicted_and_json_counts_them(call, classifier, tmp_path):
-    file = write_rows(tmp_path / "rows.jsonl", [*labeled(5), {"text": ""}, *labeled(5)])
-    ended = call("predict", classifier, file, "-o", tmp_path / "o.csv", "--rows", 7, "--json", status=0)
-    told = json.loads(ended.out)
-    assert (told["rows"], told["predicted"], told["errors"]) == (7, 6, {"an empty text": 1})
-    assert told["task"] == "sequence-classification" and len(read(tmp_path / "o.csv")) == 7
+def test_limit_restricts_rows_and_json_counts_them(call, classifier, tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", [*labeled_rows(5), {"text": ""}, *labeled_rows(5)])
+    result = call("predict", classifier, file, "-o", tmp_path / "o.csv", "--limit", 7, "--json", status=0)
+    output = json.loads(result.out)
+    assert (output["rows"], output["predicted"], output["errors"]) == (7, 6, {"an empty text": 1})
+    assert output["task"] == "sequence-classification" and len(read(tmp_path / "o.csv")) == 7
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".parquet", ".jsonl.gz"])
-def test_any_file_that_training_reads_is_predicted(predict, classifier, tmp_path, suffix):
+def test_all_training_file_formats_can_be_predicted(predict, classifier, tmp_path, suffix):
     import gzip
 
-    rows, file = labeled(7), tmp_path / f"in{suffix}"
+    rows, file = labeled_rows(7), tmp_path / f"in{suffix}"
     if suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     elif suffix == ".json":
@@ -226,103 +230,107 @@ def test_any_file_that_training_reads_is_predicted(predict, classifier, tmp_path
     elif suffix == ".jsonl.gz":
         file.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
     else:
-        with file.open("w", newline="") as to:
-            writer = csv.DictWriter(to, ["text", "label"], delimiter="\t" if suffix == ".tsv" else ",")
+        with file.open("w", newline="") as output_file:
+            writer = csv.DictWriter(output_file, ["text", "label"], delimiter="\t" if suffix == ".tsv" else ",")
             writer.writeheader()
             writer.writerows(rows)
     expected = [row["probabilities"] for row in predict(classifier, rows)]
     assert [row["probabilities"] for row in predict(classifier, file, "--force")] == expected
 
 
-def test_rows_of_a_folder_name_their_files(predict, classifier, tmp_path):
+def test_folder_records_contain_file_names(predict, classifier, tmp_path):
     (tmp_path / "d").mkdir()
-    write_rows(tmp_path / "d" / "b.jsonl", labeled(2))
-    write_rows(tmp_path / "d" / "a.jsonl", labeled(1))
-    found = predict(classifier, tmp_path / "d")
-    assert [(Path(row["file"]).name, row["row"]) for row in found] == [("a.jsonl", 1), ("b.jsonl", 1), ("b.jsonl", 2)]
+    write_rows(tmp_path / "d" / "b.jsonl", labeled_rows(2))
+    write_rows(tmp_path / "d" / "a.jsonl", labeled_rows(1))
+    predictions = predict(classifier, tmp_path / "d")
+    assert [(Path(row["file"]).name, row["row"]) for row in predictions] == [
+        ("a.jsonl", 1),
+        ("b.jsonl", 1),
+        ("b.jsonl", 2),
+    ]
 
 
-def test_predicted_numbers_have_the_error_of_eval(call, predict, bert, folder, tmp_path):
+def test_regression_error_equals_eval(call, predict, bert, folder, tmp_path):
     rows = [{"text": "x" * (n % 17), "label": n % 17 / 4, "extra": n} for n in range(1, 33)]
     run = train(bert, folder / "regression", "regression", [r for r in rows if r["text"]])
     rows = [row for row in rows if row["text"]]
-    found = predict(run, rows)
-    error = np.mean([(row["prediction"] - row["label"]) ** 2 for row in found])
-    assert error == pytest.approx(evaluated(call, run, tmp_path / "rows.jsonl")["mse"], rel=1e-5)
+    predictions = predict(run, rows)
+    error = np.mean([(row["prediction"] - row["label"]) ** 2 for row in predictions])
+    assert error == pytest.approx(eval_metrics(call, run, tmp_path / "rows.jsonl")["mse"], rel=1e-5)
 
 
-def test_scores_of_a_reward_model_rank_pairs_as_eval_does(call, predict, bert, folder, tmp_path):
+def test_reward_model_accuracy_equals_eval(call, predict, bert, folder, tmp_path):
     rows = [{"prompt": f"q{n}", "chosen": "y" * (n % 7 + 1), "rejected": "z" * (n % 5 + 1)} for n in range(20)]
     run = train(bert, folder / "rewards", "sequence-classification", rows)
-    found = predict(run, rows)
-    right = np.mean([row["score_chosen"] > row["score_rejected"] for row in found])
-    assert right == evaluated(call, run, tmp_path / "rows.jsonl")["accuracy"]
+    predictions = predict(run, rows)
+    accuracy = np.mean([row["score_chosen"] > row["score_rejected"] for row in predictions])
+    assert accuracy == eval_metrics(call, run, tmp_path / "rows.jsonl")["accuracy"]
     single = predict(run, [{"prompt": r["prompt"], "completion": r["chosen"]} for r in rows], "--force")
-    assert [r["score"] for r in single] == pytest.approx([r["score_chosen"] for r in found], abs=1e-4)
+    assert [r["score"] for r in single] == pytest.approx([r["score_chosen"] for r in predictions], abs=1e-4)
     without = predict(
         run, [{"prompt": "q"}, {"prompt": "q", "response": ""}, {"prompt": "q", "answer": "y"}], "--force"
     )
     assert ["answer" in (row["error"] or "") for row in without] == [True, True, False]
 
 
-def test_scores_of_passages_and_their_ranking_are_those_of_eval(call, predict, folder, tmp_path):
+def test_reranking_scores_and_order_equal_eval(call, predict, folder, tmp_path):
     torch.manual_seed(1)
     config = bert_config(num_labels=1, initializer_range=0.4)
-    model = saved(BertForSequenceClassification(config).eval(), folder / "scorer")
+    model = save_model(BertForSequenceClassification(config).eval(), folder / "scorer")
     rows = [{"query": f"q{n}", "passage": f"p{n * 7 % 5}", "label": n % 2} for n in range(24)]
     run = train(model, folder / "reranker", "reranking", rows)
-    found = predict(run, rows)
-    right = np.mean([(row["score"] > 0.5) == (row["label"] > 0.5) for row in found])
-    assert right == evaluated(call, run, tmp_path / "rows.jsonl")["accuracy"]
+    predictions = predict(run, rows)
+    accuracy = np.mean([(row["score"] > 0.5) == (row["label"] > 0.5) for row in predictions])
+    assert accuracy == eval_metrics(call, run, tmp_path / "rows.jsonl")["accuracy"]
     texts = [row["passage"] for row in rows[:5]]
-    (listed,) = predict(run, [{"query": "q0", "passages": texts}], "--force")
-    assert len(listed["score"]) == 5
-    assert listed["ranking"] == sorted(range(5), key=lambda place: -listed["score"][place])
-    alone = predict(run, [{"query": "q0", "passage": text} for text in texts], "--force")
-    assert [row["score"] for row in alone] == pytest.approx(listed["score"], abs=1e-5)
+    (ranked,) = predict(run, [{"query": "q0", "passages": texts}], "--force")
+    assert len(ranked["score"]) == 5
+    assert ranked["ranking"] == sorted(range(5), key=lambda index: -ranked["score"][index])
+    single = predict(run, [{"query": "q0", "passage": text} for text in texts], "--force")
+    assert [row["score"] for row in single] == pytest.approx(ranked["score"], abs=1e-5)
 
 
-def test_embeddings_retrieve_as_eval_does(call, predict, bert, folder, tmp_path):
+def test_embedding_recall_equals_eval(call, predict, bert, folder, tmp_path):
     run = train_embedder(bert, folder / "embedder")
     rows = [{"anchor": f"question {n}", "positive": f"answer {'y' * (n % 5)} {n}"} for n in range(20)]
-    found = predict(run, rows, suffix=".parquet")
-    queries, passages = (np.array([row[f"{side}_embedding"] for row in found]) for side in ("query", "passage"))
+    predictions = predict(run, rows, suffix=".parquet")
+    queries, passages = (np.array([row[f"{side}_embedding"] for row in predictions]) for side in ("query", "passage"))
     assert np.linalg.norm(queries, axis=1) == pytest.approx(np.ones(20), abs=1e-5)
     best = np.mean((queries @ passages.T).argmax(1) == np.arange(20))
-    assert best == evaluated(call, run, tmp_path / "rows.jsonl")["recall@1"]
-    alone = predict(run, [{"text": row["positive"]} for row in rows])
-    assert np.array([row["embedding"] for row in alone]) == pytest.approx(passages, abs=1e-5)
+    assert best == eval_metrics(call, run, tmp_path / "rows.jsonl")["recall@1"]
+    single = predict(run, [{"text": row["positive"]} for row in rows])
+    assert np.array([row["embedding"] for row in single]) == pytest.approx(passages, abs=1e-5)
 
 
-def test_completions_match_the_answers_as_eval_counts_them(call, predict, finished_run, rows_file, tmp_path):
+def test_exact_match_of_completions_equals_eval(call, predict, finished_run, rows_file, tmp_path):
     rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
-    found = predict(finished_run, rows)
-    exact = np.mean([row["completion"] == row["predicted_completion"] for row in found])
-    assert exact == evaluated(call, finished_run, rows_file)["exact_match"]
-    asked = predict(finished_run, [{"prompt": row["prompt"]} for row in rows], "--force")
-    assert [row["completion"] for row in asked] == [row["predicted_completion"] for row in found]
-    assert {row["finish"] for row in asked} <= {"stop", "length"}
+    predictions = predict(finished_run, rows)
+    exact = np.mean([row["completion"] == row["predicted_completion"] for row in predictions])
+    assert exact == eval_metrics(call, finished_run, rows_file)["exact_match"]
+    from_prompts = predict(finished_run, [{"prompt": row["prompt"]} for row in rows], "--force")
+    assert [row["completion"] for row in from_prompts] == [row["predicted_completion"] for row in predictions]
+    assert {row["finish"] for row in from_prompts} <= {"stop", "length"}
     chats = [{"messages": [{"role": "user", "content": row["prompt"]}]} for row in rows]
-    assert [r["completion"] for r in predict(finished_run, chats, "--force")] == [r["completion"] for r in asked]
-    said = json.loads(call("generate", finished_run, rows[0]["prompt"], "--json", status=0).out)["completions"][0]
-    assert said["completion"] == asked[0]["completion"]
+    assert [r["completion"] for r in predict(finished_run, chats, "--force")] == [r["completion"] for r in from_prompts]
+    generated = json.loads(call("generate", finished_run, rows[0]["prompt"], "--json", status=0).out)["completions"][0]
+    assert generated["completion"] == from_prompts[0]["completion"]
 
 
-def test_sampled_completions_are_the_same_after_another_start(predict, finished_run, monkeypatch):
+def test_sampled_completions_do_not_depend_on_chunking(predict, finished_run, monkeypatch):
     rows, flags = [{"prompt": "paint it"}] * 6, ("--temperature", 1, "--max-new-tokens", 8, "--seed", 3)
-    together = [row["completion"] for row in predict(finished_run, rows, *flags)]
+    completions = [row["completion"] for row in predict(finished_run, rows, *flags)]
     monkeypatch.setattr(predicting, "COMPLETION_ROWS", 2)
-    assert [row["completion"] for row in predict(finished_run, rows, *flags, "--force")] == together
-    assert len(set(together)) > 1
+    assert [row["completion"] for row in predict(finished_run, rows, *flags, "--force")] == completions
+    assert len(set(completions)) > 1
 
 
-def test_prompts_that_are_empty_or_too_long_have_an_error(predict, finished_run):
+def test_empty_and_long_prompts_get_error(predict, finished_run):
     rows = [{"prompt": "paint it red"}, {"prompt": ""}, {"prompt": "x" * 500}, {"completion": "r"}]
-    said = [row["error"] for row in predict(finished_run, rows)]
-    assert said[0] is None and "empty" in said[1] and "tokens" in said[2] and "no prompt" in said[3]
+    errors = [row["error"] for row in predict(finished_run, rows)]
+    assert errors[0] is None and "empty" in errors[1] and "tokens" in errors[2] and "no prompt" in errors[3]
 
 
-def test_accuracy_of_predicted_image_classes_is_that_of_eval(call, predict, folder, tmp_path):
+def test_image_accuracy_equals_eval(call, predict, folder, tmp_path):
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
     vit = ViTConfig(image_size=8, patch_size=4, num_channels=1, initializer_range=0.2, num_labels=3, **shape)
@@ -331,59 +339,59 @@ def test_accuracy_of_predicted_image_classes_is_that_of_eval(call, predict, fold
 
     pixels = np.random.default_rng(0).integers(0, 255, (24, 8, 8)).astype(np.uint8)
     for number, image in enumerate(pixels):
-        into = folder / "images" / CLASSES[number % 3]
-        into.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(into / f"{number}.png")
+        class_folder = folder / "images" / CLASSES[number % 3]
+        class_folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(class_folder / f"{number}.png")
     run = train(folder / "vit", folder / "image-run", "image-classification", folder / "images")
-    found = predict(run, folder / "images")
-    assert len(found) == 24
-    right = np.mean([Path(row["image"]).parent.name == row["prediction"] for row in found])
-    assert right == evaluated(call, run, folder / "images")["accuracy"]
+    predictions = predict(run, folder / "images")
+    assert len(predictions) == 24
+    accuracy = np.mean([Path(row["image"]).parent.name == row["prediction"] for row in predictions])
+    assert accuracy == eval_metrics(call, run, folder / "images")["accuracy"]
 
 
 # Resuming
 
 
 @pytest.fixture
-def killed(call, classifier, tmp_path, monkeypatch):
-    """Predict rows with a process that is killed in the midst of them, then again to the end."""
+def predict_killed(call, classifier, tmp_path, monkeypatch):
+    """Return a function that predicts a file and interrupts the process before the end."""
     monkeypatch.setattr(predicting, "CHUNK_ROWS", 8)
-    file = write_rows(tmp_path / "rows.jsonl", [*labeled(50), {"text": ""}, *labeled(49)])
+    file = write_rows(tmp_path / "rows.jsonl", [*labeled_rows(50), {"text": ""}, *labeled_rows(49)])
 
     def run(output: Path, *flags):
-        real, done = predicting.Predictor._predict, []
+        original, calls = predicting.Predictor._predict, []
 
-        def dying(self, *args):
-            done.append(args)
-            if len(done) == 6:
+        def predict_then_interrupt(self, *args):
+            calls.append(args)
+            if len(calls) == 6:
                 raise KeyboardInterrupt
-            return real(self, *args)
+            return original(self, *args)
 
         with monkeypatch.context() as patched:
-            patched.setattr(predicting.Predictor, "_predict", dying)
+            patched.setattr(predicting.Predictor, "_predict", predict_then_interrupt)
             call("predict", classifier, file, "-o", output, *flags, status=130)
         with output.with_name(output.name + ".partial").open("ab") as partial:
-            partial.write(b"half a rec")  # written after the journal was
+            partial.write(b"half a rec")  # after the last journal entry
         return file
 
     return run
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
-def test_a_resumed_file_is_equal_to_one_written_at_once(call, killed, classifier, tmp_path, suffix):
-    output, whole = tmp_path / f"out{suffix}", tmp_path / f"whole{suffix}"
-    file = killed(output)
+def test_resumed_file_equals_uninterrupted_file(call, predict_killed, classifier, tmp_path, suffix):
+    output, reference = tmp_path / f"out{suffix}", tmp_path / f"whole{suffix}"
+    file = predict_killed(output)
     assert not output.exists()
-    ended = call("predict", classifier, file, "-o", output, status=0)
-    assert "resuming after 40 of 100 rows" in ended.unwrapped
-    assert "100 rows, 1 of them" in ended.unwrapped, "errors before and after are counted"
-    call("predict", classifier, file, "-o", whole, status=0)
-    assert output.read_bytes() == whole.read_bytes() and len(read(output)) == 100
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["rows.jsonl", output.name, whole.name])
+    result = call("predict", classifier, file, "-o", output, status=0)
+    assert "resuming after 40 of 100 rows" in result.unwrapped
+    assert "100 rows, 1 of them" in result.unwrapped, "errors before and after are counted"
+    call("predict", classifier, file, "-o", reference, status=0)
+    assert output.read_bytes() == reference.read_bytes() and len(read(output)) == 100
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["rows.jsonl", output.name, reference.name])
 
 
-def test_a_file_that_is_complete_but_not_renamed_is_finished(call, classifier, tmp_path, monkeypatch):
-    file = write_rows(tmp_path / "rows.jsonl", labeled(3))
+def test_complete_partial_file_is_renamed_on_resume(call, classifier, tmp_path, monkeypatch):
+    file = write_rows(tmp_path / "rows.jsonl", labeled_rows(3))
     with monkeypatch.context() as patched:
         patched.setattr(PredictionFile, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         call("predict", classifier, file, "-o", tmp_path / "o.csv", status=130)
@@ -392,27 +400,27 @@ def test_a_file_that_is_complete_but_not_renamed_is_finished(call, classifier, t
     assert len(read(tmp_path / "o.csv")) == 3
 
 
-def test_other_rows_or_settings_do_not_resume_a_file(call, killed, classifier, tmp_path):
+def test_changed_rows_or_settings_do_not_resume(call, predict_killed, classifier, tmp_path):
     output = tmp_path / "out.jsonl"
-    file = killed(output)
+    file = predict_killed(output)
     before = (tmp_path / "out.jsonl.partial").read_bytes()
-    again = ("predict", classifier, file, "-o", output)
-    assert_refused(call(*again, "--data.max_length", 30, status=2), "the settings changed", "--force")
-    with file.open("a") as to:
-        to.write('{"text": "one more"}\n')
-    assert_refused(call(*again, status=2), "the file changed", "--force")
+    command = ("predict", classifier, file, "-o", output)
+    assert_refused(call(*command, "--data.max_length", 30, status=2), "the settings changed", "--force")
+    with file.open("a") as output_file:
+        output_file.write('{"text": "one more"}\n')
+    assert_refused(call(*command, status=2), "the file changed", "--force")
     assert (tmp_path / "out.jsonl.partial").read_bytes() == before
-    call(*again, "--force", status=0)
+    call(*command, "--force", status=0)
     assert len(read(output)) == 101
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.name != "posix", reason="signals of another kind")
-def test_a_process_that_is_killed_goes_on_to_the_same_bytes(call, classifier, tmp_path):
-    file = write_rows(tmp_path / "rows.jsonl", labeled(12_000))
+@pytest.mark.skipif(os.name != "posix", reason="requires POSIX signals")
+def test_killed_process_resumes_to_same_bytes(call, classifier, tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", labeled_rows(12_000))
     output, partial = tmp_path / "out.csv", tmp_path / "out.csv.partial.json"
     with start("predict", classifier, file, "-o", output) as process:
-        process.until(lambda: partial.exists())
+        process.wait_for(lambda: partial.exists())
         process.send_signal(signal.SIGKILL)
         process.wait(60)
     assert partial.exists() and not output.exists()
@@ -421,8 +429,8 @@ def test_a_process_that_is_killed_goes_on_to_the_same_bytes(call, classifier, tm
     assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
-def test_two_processes_do_not_write_one_file(call, classifier, tmp_path):
-    file = write_rows(tmp_path / "rows.jsonl", labeled(3))
+def test_concurrent_writer_is_rejected(call, classifier, tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", labeled_rows(3))
     with contextlib.closing(PredictionFile(tmp_path / "o.csv", {}, force=False)):
         assert_refused(call("predict", classifier, file, "-o", tmp_path / "o.csv", status=2), "another process")
     call("predict", classifier, file, "-o", tmp_path / "o.csv", status=0)

@@ -1,4 +1,4 @@
-"""`deltaw serve` as a process: it says where it listens, answers, and ends in good order."""
+"""`deltaw serve` as a process: startup, requests and shutdown."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 
 from deltaw.cli.serve import command
 from tests import processes
-from tests.byte_models import saved, tiny_llama
+from tests.byte_models import save_model, tiny_llama
 from tests.cli.conftest import Call, assert_refused, start
 
-httpx = pytest.importorskip("httpx", reason="the tests of the server ask it with httpx: it is in 'dev'")
-pytest.importorskip("fastapi", reason="the server needs FastAPI: it is in the extra 'dev'")
+httpx = pytest.importorskip("httpx", reason="requires httpx (extra 'dev')")
+pytest.importorskip("fastapi", reason="requires FastAPI (extra 'dev')")
 
 read_keys = pytest.importorskip("deltaw.serving.http.settings").read_keys
 
@@ -27,53 +27,55 @@ SECONDS = 120
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved(tiny_llama(max_position_embeddings=4096), tmp_path_factory.mktemp("serve") / "base")
+    return save_model(tiny_llama(max_position_embeddings=4096), tmp_path_factory.mktemp("serve") / "base")
 
 
-def serving(base: Path, *arguments: str) -> processes.Process:
-    """A server of its own process with a key and the model's name ``tiny``."""
-    given = (base, "--port", "0", "--name", "tiny", "--precision", "fp32", *arguments)
-    return start("serve", *given, env={"DELTAW_API_KEY": KEY, "OMP_NUM_THREADS": "1"})
+def start_server(base: Path, *arguments: str) -> processes.Process:
+    """Start a server with an API key and the model name ``tiny``."""
+    options = (base, "--port", "0", "--name", "tiny", "--precision", "fp32", *arguments)
+    return start("serve", *options, env={"DELTAW_API_KEY": KEY, "OMP_NUM_THREADS": "1"})
 
 
 def url_of(server: processes.Process) -> str:
-    """Where a server listens, once it says so."""
-    found = server.until(lambda: re.match(r"serving tiny at (http://127\.0\.0\.1:\d+)\n", server.said()[0]), SECONDS)
-    return str(found[1])
+    """Wait until the server listens and return its URL."""
+    match = server.wait_for(
+        lambda: re.match(r"serving tiny at (http://127\.0\.0\.1:\d+)\n", server.current_output()[0]), SECONDS
+    )
+    return str(match[1])
 
 
 @pytest.mark.parametrize(
     ("sig", "status"), [(signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
 )
-def test_a_server_starts_answers_and_ends(base: Path, sig: int, status: int) -> None:
-    asked = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "ignore_eos": True}
-    with serving(base, "--cache-memory", "64MB") as server:
+def test_server_starts_answers_and_stops(base: Path, sig: int, status: int) -> None:
+    request = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "ignore_eos": True}
+    with start_server(base, "--cache-memory", "64MB") as server:
         with httpx.Client(base_url=url_of(server), timeout=SECONDS) as client:
             assert client.get("/ready").status_code == 200
             assert client.get("/v1/models").status_code == 401
             client.headers.update(HEADERS)
             assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["tiny"]
-            stream = asked | {"stream": True, "max_tokens": 300}
+            stream = request | {"stream": True, "max_tokens": 300}
             with client.stream("POST", "/v1/chat/completions", json=stream) as response:
                 parts = response.iter_text()
                 next(parts)
-                server.send_signal(sig)  # the text in hand is written to its end
+                server.send_signal(sig)  # the running request is completed
                 rest = "".join(parts)
         assert rest.endswith("data: [DONE]\n\n") and '"finish_reason":"length"' in rest
         assert server.wait(SECONDS) == status
-        log = server.said()[1]
+        log = server.current_output()[1]
         assert '"status": 401' in log and '"finish": ["length"]' in log and KEY not in log
         assert "Traceback" not in log
 
 
-REFUSED = {
-    "--host 0.0.0.0": "there is no API key",
+INVALID_OPTIONS = {
+    "--host 0.0.0.0": "without an API key",
     "--host 0.0.0.0 --api-key short": "8 or more",
-    "--host 999.1.1.1 --without-key": "there is no address",
-    "--host 192.0.2.1 --without-key": "cannot be listened on",
+    "--host 999.1.1.1 --without-key": "does not exist",
+    "--host 192.0.2.1 --without-key": "cannot listen on",
     "--port 70000": "70000",
     "--adapter poet": "name=folder",
-    "--adapter a/b=/tmp": "not a valid name of an adapter",
+    "--adapter a/b=/tmp": "is not a valid adapter name",
     "--adapter a=/nowhere": "no such folder",
     "--adapter a=/tmp --adapter a=/tmp": "two adapters",
     **dict.fromkeys(["--adapters-from /nowhere", "--api-key-file /nowhere"], "/nowhere"),
@@ -86,27 +88,27 @@ REFUSED = {
 }
 
 
-def test_options_that_cannot_be_meant(base: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_options_are_rejected(base: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DELTAW_API_KEY", raising=False)
-    for arguments, told in REFUSED.items():
-        assert_refused(call("serve", base, *arguments.split()), told)
+    for arguments, message in INVALID_OPTIONS.items():
+        assert_refused(call("serve", base, *arguments.split()), message)
 
 
-def test_a_taken_port_is_said_before_the_model_is_read(call: Call) -> None:
+def test_used_port_is_reported_before_model_load(call: Call) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        assert_refused(call("serve", "owner/no-such-model", "--port", taken.getsockname()[1]), "cannot be listened on")
+        assert_refused(call("serve", "owner/no-such-model", "--port", taken.getsockname()[1]), "cannot listen on")
 
 
-def test_a_file_of_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_api_keys_are_read_from_file_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DELTAW_API_KEY", "from-the-environment")
     file = tmp_path / "keys"
     file.write_text("# of the team\nfirst-key-1\n\n second-key-2 \n")
     assert read_keys(["given-key-0"], file) == ("given-key-0", "first-key-1", "second-key-2", "from-the-environment")
 
 
-def test_every_option_is_in_the_docs() -> None:
+def test_every_option_is_documented() -> None:
     page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
     options = [name for parameter in command.params for name in parameter.opts if name.startswith("--")]
     assert len(options) > 25
@@ -114,8 +116,8 @@ def test_every_option_is_in_the_docs() -> None:
     assert not missing, missing
 
 
-def test_the_dockerfile_runs_the_verb_as_an_ordinary_user() -> None:
-    """Docker is not needed to see that files and options that the image names are there."""
+def test_dockerfile_runs_serve_as_unprivileged_user() -> None:
+    """Files and options that the Dockerfile names exist. Docker is not required."""
     root = Path(__file__).parents[2]
     text = (root / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
     steps = re.findall(r"^([A-Z]+) +(.+)$", text, re.MULTILINE)
@@ -128,5 +130,5 @@ def test_the_dockerfile_runs_the_verb_as_an_ordinary_user() -> None:
     assert final["USER"].isdecimal() and int(final["USER"]) > 0
     assert "/health" in final["HEALTHCHECK"] and final["STOPSIGNAL"] == "SIGTERM"
     verb = json.loads(final["ENTRYPOINT"])
-    known = {name for parameter in command.params for name in parameter.opts}
-    assert verb[:2] == ["deltaw", "serve"] and set(verb[2::2]) <= known
+    valid_options = {name for parameter in command.params for name in parameter.opts}
+    assert verb[:2] == ["deltaw", "serve"] and set(verb[2::2]) <= valid_options

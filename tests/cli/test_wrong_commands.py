@@ -1,6 +1,6 @@
-"""Commands as people type them wrong: typing errors, flags of other tools, missing files, swapped arguments.
+"""Typical mistakes in commands: typing errors, flags of other tools, missing files, swapped arguments.
 
-Each is answered with one message that names what is right, with status 2, and nothing is loaded for it.
+Each exits with status 2 and one message that names the correct command. Models are not loaded.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import shlex
 
 import pytest
 
-from deltaw import other_names
-from deltaw.cli import VERBS
+from deltaw import aliases
+from deltaw.cli import COMMANDS
 from deltaw.settings import RunConfig, UserError, settings
 from tests.cli.conftest import assert_refused
 
-# The command: what its answer names.
-WRONG = {
+# Command: text that the error message must contain.
+WRONG_COMMANDS = {
     # typing errors
     "trian train.yaml": "'deltaw train'",
     "evla runs/mine": "'deltaw eval'",
@@ -30,7 +30,7 @@ WRONG = {
     "train train.yaml --json=yes": "takes no value",
     "train train.yaml lr=1e-4 epochs=3": "--lr 1e-4 --epochs 3",
     "train train.yaml other.yaml": "one SETTINGS",
-    "plan train.yaml --budgt 6GB": "'--budget'",
+    "plan train.yaml --fit-memry 6GB": "'--fit-memory'",
     "tune train.yaml --trials many": "--trials",
     "serve runs/mine --prot 80": "'--port'",
     "serve runs/mine --port http": "is not a whole number",
@@ -42,7 +42,7 @@ WRONG = {
     "merge runs/mine": "--output",
     "completion": "bash, zsh, fish",
     "train": "train.yaml",
-    # other tools' words
+    # names of other tools
     "finetune train.yaml": "'deltaw train'",
     "fuse runs/mine": "'deltaw merge'",
     "help train": "deltaw train --help",
@@ -62,13 +62,13 @@ WRONG = {
     "train train.yaml --sample_packing": "packed",
     "train train.yaml --method qlora": "precision: nf4",
     "train train.yaml --task rm": "sequence-classification",
-    "train train.yaml --task grpo": "reward.loss",
+    "train train.yaml --task dapo": "reward.loss",
     "train train.yaml --precision 4bit": "nf4",
     "generate runs/mine --max-tokens 5": "'--max-new-tokens'",
     "generate --model x --adapter-path runs/mine -p x": "RUN, without a flag",
     "generate runs/mine -p x --lr 1": "flag of train",
     "export runs/mine --format ollama --output x": "gguf",
-    # what is not there
+    # missing files
     "eval nothere": "'runs/other'",
     "chat mnie": "'runs/mine'",
     "generate runs/mnie text": "'runs/mine'",
@@ -83,7 +83,7 @@ WRONG = {
     "mine.jsonl train": "deltaw train --model MODEL --data mine.jsonl",
     "runs/mine chat": "deltaw chat runs/mine",
     "train.yaml": "deltaw train train.yaml",
-    "--lr 1e-4 train train.yaml": "deltaw VERB --lr",
+    "--lr 1e-4 train train.yaml": "deltaw COMMAND --lr",
     "train mine.jsonl --model m": "deltaw train --model m --data mine.jsonl",
     "train pypi:some-model": "--model pypi:some-model",
     "init mine.jsonl": "deltaw init --data mine.jsonl",
@@ -97,12 +97,12 @@ WRONG = {
     "merge runs/mine merged --output x": "--output merged",
     "compare train.yaml lora,full": "--methods lora,full",
 }
-assert len(WRONG) >= 50
+assert len(WRONG_COMMANDS) >= 50
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A folder of somebody's first hour: rows, settings, two runs."""
+def project_folder(tmp_path, monkeypatch):
+    """Create a folder with rows, settings and two runs."""
     monkeypatch.chdir(tmp_path)
     for name in ("other", "mine"):
         (tmp_path / "runs" / name).mkdir(parents=True)
@@ -114,49 +114,51 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("command", WRONG)
-def test_a_wrong_command_is_answered_with_the_right_one(command, call, here):
-    before = sorted(here.rglob("*"))
-    ended = call(*shlex.split(command))
-    assert_refused(ended, WRONG[command])
-    assert ended.out == "" and ended.err.startswith("error: ") and "  hint:  " in ended.err
-    assert all(len(line) <= 80 for line in ended.err.splitlines() if str(here) not in line), ended.err
-    assert sorted(here.rglob("*")) == before
+@pytest.mark.parametrize("command", WRONG_COMMANDS)
+def test_wrong_command_error_names_correct_one(command, call, project_folder):
+    before = sorted(project_folder.rglob("*"))
+    result = call(*shlex.split(command))
+    assert_refused(result, WRONG_COMMANDS[command])
+    assert result.out == "" and result.err.startswith("error: ") and "  hint:  " in result.err
+    assert all(len(line) <= 80 for line in result.err.splitlines() if str(project_folder) not in line), result.err
+    assert sorted(project_folder.rglob("*")) == before
 
 
-def flags_of(call, monkeypatch, *arguments):
-    """The settings that the arguments of ``train`` come to."""
+def settings_of(call, monkeypatch, *arguments):
+    """Return the settings that the arguments of ``train`` produce."""
     from deltaw.reports import run
 
-    found = {}
-    monkeypatch.setattr(run, "fit", lambda config, **_: found.update(config=config) or exit(7))
+    captured = {}
+    monkeypatch.setattr(run, "fit", lambda config, **_: captured.update(config=config) or exit(7))
     call("train", *arguments, status=7)
-    return found["config"]
+    return captured["config"]
 
 
-def test_short_flags_and_other_spellings_are_those_of_the_settings(call, here, monkeypatch):
-    short = "--lr 1e-3 --epochs 3 --batch-size 4 --max-length 99 --max-steps 5 --seed 6 --rank 7 --alpha 8"
-    spelled = "--learning-rate 1e-3 --train.epochs 3 --batch_size 4 --data.max-length 99 --max_steps 5 --train.seed 6"
-    for text in (short, f"{spelled} --lora.r 7 --lora.lora-alpha 8"):
-        config = flags_of(call, monkeypatch, "train.yaml", *text.split())
+def test_short_flags_and_aliases_set_settings(call, project_folder, monkeypatch):
+    short_flags = "--lr 1e-3 --epochs 3 --batch-size 4 --max-length 99 --max-steps 5 --seed 6 --rank 7 --alpha 8"
+    long_flags = (
+        "--learning-rate 1e-3 --train.epochs 3 --batch_size 4 --data.max-length 99 --max_steps 5 --train.seed 6"
+    )
+    for text in (short_flags, f"{long_flags} --lora.r 7 --lora.lora-alpha 8"):
+        config = settings_of(call, monkeypatch, "train.yaml", *text.split())
         train = config.train
         assert (train.learning_rate, train.epochs, train.batch_size, train.max_steps) == (1e-3, 3, 4, 5)
         assert (train.seed, config.data.max_length, config.lora.rank, config.lora.alpha) == (6, 99, 7, 8)
-    assert flags_of(call, monkeypatch, "train.yaml", "--task", "orpo").preference.loss == "orpo"
+    assert settings_of(call, monkeypatch, "train.yaml", "--task", "orpo").preference.loss == "orpo"
 
 
-def test_words_for_a_task_are_understood_where_they_are_unambiguous():
-    for word, (task, loss) in other_names.TASKS.items():
-        teaches = {"distill": {"prompt": "be brief"}} if task == "distill" else {}
-        config = RunConfig.read({"model": "m", "data": "d", "task": word, **teaches})
+def test_task_aliases_are_resolved():
+    for word, (task, loss) in aliases.TASKS.items():
+        sections = {"distill": {"distill": {"prompt": "be brief"}}, "rl": {"reward": {"functions": ["exact"]}}}
+        config = RunConfig.read({"model": "m", "data": "d", "task": word, **sections.get(task, {})})
         assert config.task == task and (loss is None or config.preference.loss == loss)
-    given = {"model": "m", "data": "d", "task": "dpo", "preference": {"beta": 0.3}}
-    assert RunConfig.read(given).preference.model_dump().items() >= {"beta": 0.3, "loss": "dpo"}.items()
+    values = {"model": "m", "data": "d", "task": "dpo", "preference": {"beta": 0.3}}
+    assert RunConfig.read(values).preference.model_dump().items() >= {"beta": 0.3, "loss": "dpo"}.items()
     with pytest.raises(UserError, match="contradict"):
-        RunConfig.read({**given, "preference": {"loss": "kto"}})
+        RunConfig.read({**values, "preference": {"loss": "kto"}})
 
 
-FOREIGN = {
+FOREIGN_KEYS = {
     "num_train_epochs: 3": "deltaw calls it train.epochs, written train: {epochs: …}",
     "train: {num_train_epochs: 3}": "deltaw calls it train.epochs",
     "learning-rate: 1e-4": "deltaw calls it train.learning_rate",
@@ -169,46 +171,46 @@ FOREIGN = {
 }
 
 
-def test_keys_of_other_tools_in_a_settings_file_are_answered_by_name(call, here):
-    for line, answer in FOREIGN.items():
-        (here / "train.yaml").write_text(f"model: m\ndata: mine.jsonl\n{line}\n")
+def test_foreign_settings_keys_get_suggestion(call, project_folder):
+    for line, answer in FOREIGN_KEYS.items():
+        (project_folder / "train.yaml").write_text(f"model: m\ndata: mine.jsonl\n{line}\n")
         assert_refused(call("train", "train.yaml"), "unknown key", answer)
-    (here / "rows.json").write_text("[{}]")
+    (project_folder / "rows.json").write_text("[{}]")
     assert_refused(call("train", "rows.json"), "these are rows", "--data rows.json")
 
 
-def test_every_name_in_the_table_is_one_of_ours():
-    known = {setting.key for setting in settings()}
-    assert set(other_names.SHORT) <= known
-    dotted = {ours.partition(":")[0] for ours in other_names._NAMES if "." in ours.partition(":")[0]}
-    assert {key for key in dotted if " " not in key} <= known
-    assert {ours.split()[0] for ours in other_names._VERBS} <= set(VERBS)
+def test_aliases_refer_to_existing_settings_and_commands():
+    valid_keys = {setting.key for setting in settings()}
+    assert set(aliases.SHORT) <= valid_keys
+    dotted = {name.partition(":")[0] for name in aliases._NAMES if "." in name.partition(":")[0]}
+    assert {key for key in dotted if " " not in key} <= valid_keys
+    assert {name.split()[0] for name in aliases._COMMANDS} <= set(COMMANDS)
 
 
-def test_deltaw_alone_leads_on(call):
-    ended = call(status=0)
-    assert len(ended.out.splitlines()) <= 12 and ended.err == ""
-    places = [ended.out.index(f"deltaw {verb}") for verb in ("init", "plan", "train", "eval", "chat")]
-    assert places == sorted(places)
+def test_deltaw_without_arguments_shows_first_steps(call):
+    result = call(status=0)
+    assert len(result.out.splitlines()) <= 12 and result.err == ""
+    positions = [result.out.index(f"deltaw {verb}") for verb in ("init", "plan", "train", "eval", "chat")]
+    assert positions == sorted(positions)
 
 
-def test_help_begins_with_the_common_flags_and_says_how_to_see_all(call):
+def test_help_shows_common_flags_and_mentions_help_all(call):
     for verb in ("train", "plan", "compare", "tune", ("data", "show")):
         path = [verb] if isinstance(verb, str) else list(verb)
-        ended = call(*path, "--help", status=0)
+        result = call(*path, "--help", status=0)
         names = ("--model TEXT", "--data ", "--epochs NUMBER", "--lr auto|search|NUMBER", "--rank N", "--output TEXT")
-        assert all(name in ended.out for name in names) and "[train.epochs; default: 1.0]" in ended.out
-        assert "--train.betas" not in ended.out and f"deltaw {' '.join(path)} --help-all" in ended.out
-        assert max(map(len, ended.out.splitlines())) <= 80 and len(ended.out.splitlines()) < 100
-        every = call(*path, "--help-all", status=0).out
-        assert max(map(len, every.splitlines())) <= 80
-        sections = [every.index(f"\n{name} (") for name in ("data", "lora", "train", "preference")]
-        assert sections == sorted(sections) and "--train.schedule constant|linear|cosine" in every
-    ended = call("serve", "--help", status=0)
-    assert "--port" in ended.out and "--max-depth" not in ended.out
+        assert all(name in result.out for name in names) and "[train.epochs; default: 1.0]" in result.out
+        assert "--train.betas" not in result.out and f"deltaw {' '.join(path)} --help-all" in result.out
+        assert max(map(len, result.out.splitlines())) <= 80 and len(result.out.splitlines()) < 100
+        full_help = call(*path, "--help-all", status=0).out
+        assert max(map(len, full_help.splitlines())) <= 80
+        sections = [full_help.index(f"\n{name} (") for name in ("data", "lora", "train", "preference")]
+        assert sections == sorted(sections) and "--train.schedule constant|linear|cosine" in full_help
+    result = call("serve", "--help", status=0)
+    assert "--port" in result.out and "--max-depth" not in result.out
     assert "Limits:" in call("serve", "--help-all", status=0).out
 
 
-def test_a_run_is_found_by_its_name_in_the_folder_runs(call, here):
-    assert "runs/mine" in call("eval", "mine").err  # which holds no adapter
+def test_run_is_found_by_name_in_runs_folder(call, project_folder):
+    assert "runs/mine" in call("eval", "mine").err  # contains no adapter
     assert_refused(call("eval", "mine"), "no adapter")

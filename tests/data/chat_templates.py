@@ -1,8 +1,7 @@
-"""Chat templates that behave as those of published models, and tokenizers with their special tokens.
+"""Chat templates that behave like those of published models, and tokenizers with their special tokens.
 
-Written for these tests: what each template writes where, what it trims, inserts, refuses and rewrites is that
-of the model it is named after; the texts are this project's own. The templates are in ``templates``, a file for each
-family that has one.
+The texts were written for these tests. What each template renders, trims, inserts, rejects and rewrites matches the
+model it is named after. The templates are in ``templates``, one file per family that has one.
 """
 
 from __future__ import annotations
@@ -17,13 +16,16 @@ from transformers import PreTrainedTokenizerFast
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of model: what its tokenizer has.
+    """A model family and its tokenizer.
 
     Attributes:
-        special: special tokens. bos, eos: two of them, or none.
-        adds_bos: whether the tokenizer puts BOS before every text.
-        plain: added tokens that are not special. pieces: whether it works on pieces with spaces inside, as
-            SentencePiece does, or on bytes; ``prefixed``: whether it puts a space before each text.
+        special: Special tokens.
+        eos: End-of-sequence token.
+        bos: Beginning-of-sequence token, or None.
+        adds_bos: True if the tokenizer puts BOS before every text.
+        plain: Added tokens that are not special.
+        pieces: True if it works on pieces with spaces inside, like SentencePiece. Otherwise it works on bytes.
+        prefixed: True if it puts a space before each text.
     """
 
     special: tuple[str, ...]
@@ -68,14 +70,14 @@ FAMILIES = {
 
 
 def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a family: its special tokens, and bytes or single characters for everything else."""
+    """Return the tokenizer of a family: special tokens, and bytes or single characters for all other text."""
     family = FAMILIES[name]
     backend = _pieces(family.special, family.prefixed) if family.pieces else _bytes(family.special)
     backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in family.special])
     backend.add_tokens([AddedToken(t, normalized=False, special=False) for t in family.plain])
     if family.adds_bos and family.bos:
-        begin = (family.bos, backend.token_to_id(family.bos))
-        backend.post_processor = processors.TemplateProcessing(single=f"{family.bos} $A", special_tokens=[begin])
+        bos_special = (family.bos, backend.token_to_id(family.bos))
+        backend.post_processor = processors.TemplateProcessing(single=f"{family.bos} $A", special_tokens=[bos_special])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=family.bos, eos_token=family.eos, pad_token=family.eos
     )
@@ -85,7 +87,7 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
 
 
 def _bytes(special: Iterable[str]) -> Tokenizer:
-    """Byte-level, as GPT-2's, Llama 3's and Qwen's."""
+    """Create a byte-level tokenizer, like those of GPT-2, Llama 3 and Qwen."""
     tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -94,7 +96,7 @@ def _bytes(special: Iterable[str]) -> Tokenizer:
 
 
 def _pieces(special: Iterable[str], prefixed: bool) -> Tokenizer:
-    """Pieces with ▁ for a space, as Gemma's; ``prefixed``, one of them before each text, as Llama 2's."""
+    """Create a tokenizer of pieces with ▁ for a space (Gemma). ``prefixed`` adds a ▁ to each text (Llama 2)."""
     letters = ["▁", *(chr(code) for code in range(33, 127))]
     tokens = [*dict.fromkeys([*special, *(f"<0x{byte:02X}>" for byte in range(256)), *letters])]
     merges = [("▁", "L"), ("▁", "S"), ("L", "i")]

@@ -1,4 +1,4 @@
-"""A tokenizer of bytes with a ChatML template, variations of it, and files to read."""
+"""A byte-level tokenizer with a ChatML template, variations of it, and input files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from deltaw.data import Report
+from deltaw.data import PreparationReport
 from deltaw.errors import UserError
 
 SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|end|>")
@@ -27,9 +27,10 @@ def make_tokenizer(
     merges: Iterable[tuple[str, str]] = (),
     eos: str | None = "<|im_end|>",
 ) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: special tokens, the 256 bytes, and ``merges`` (byte-level spelling: Ċ is a newline).
+    """Create a byte-level BPE tokenizer with special tokens, the 256 bytes, and ``merges``.
 
-    Like SmolLM2's, its padding token is its end token, so that masking by id would show.
+    Merges are in byte-level spelling (Ċ is a newline). The padding token is the end token, as in SmolLM2, so that
+    masking by id would be detected.
     """
     merges = list(merges)
     tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges)]
@@ -56,7 +57,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., str]:
-    """Write rows as JSON Lines, or a text or bytes as they are, and return the path."""
+    """Write rows as JSON Lines, or write a text or bytes unchanged, and return the path."""
 
     def write_content(content: Iterable[object] | str | bytes, name: str = "data.jsonl") -> str:
         if not isinstance(content, (str, bytes)):
@@ -73,20 +74,20 @@ def user(content: object) -> dict[str, object]:
     return {"role": "user", "content": content}
 
 
-def assistant(content: object, **more: object) -> dict[str, object]:
-    return {"role": "assistant", "content": content, **more}
+def assistant(content: object, **fields: object) -> dict[str, object]:
+    return {"role": "assistant", "content": content, **fields}
 
 
-def refusal(work: Callable[..., object], *given: object, **more: object) -> UserError:
-    """The error with which ``work`` refuses what it is given."""
-    with pytest.raises(UserError) as refused:
-        work(*given, **more)
-    return refused.value
+def refusal(work: Callable[..., object], *args: object, **kwargs: object) -> UserError:
+    """Call ``work`` and return the UserError that it raises."""
+    with pytest.raises(UserError) as error:
+        work(*args, **kwargs)
+    return error.value
 
 
-def accounted(report: Report) -> int:
-    """What ``rows_read`` must be."""
-    drawn = report.held_out if report.held_out_source is None else 0
+def accounted(report: PreparationReport) -> int:
+    """Return the expected value of ``rows_read``."""
+    split_off = report.held_out if report.held_out_source is None else 0
     duplicates = 0 if report.duplicates_kept else report.duplicates
-    used = report.rows_kept + drawn + duplicates + report.not_chosen + report.other_classes
+    used = report.rows_kept + split_off + duplicates + report.not_selected + report.other_classes
     return used + report.skipped + report.dropped_long + report.without_label - report.added

@@ -1,4 +1,4 @@
-"""Files that are small on the disk and become large in memory, by the way in which they do."""
+"""Files that are small on disk and expand to large sizes in memory, in different ways."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ def _blocks(before: bytes, block: bytes, count: int, after: bytes) -> Iterator[b
 
 
 def _packed(path: Path, blocks: Iterator[bytes]) -> None:
-    """Write compressed, without the text ever being in memory."""
+    """Write a compressed file block by block, to limit memory."""
     if path.suffix == ".zst":
         with path.open("wb") as raw, pyarrow.CompressedOutputStream(raw, "zstd") as file:
             for block in blocks:
                 file.write(block)
         return
-    quickly = {".gz": {"compresslevel": 1}, ".bz2": {"compresslevel": 1}, ".xz": {"preset": 0}}
-    opened = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(path.suffix, io.open)
-    with opened(path, "wb", **quickly.get(path.suffix, {})) as file:  # type: ignore[operator]
+    fast_options = {".gz": {"compresslevel": 1}, ".bz2": {"compresslevel": 1}, ".xz": {"preset": 0}}
+    open_file = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(path.suffix, io.open)
+    with open_file(path, "wb", **fast_options.get(path.suffix, {})) as file:  # type: ignore[operator]
         for block in blocks:
             file.write(block)
 
 
 def _text(before: bytes, block: bytes, after: bytes) -> Callable[[Path], None]:
-    """A file of text with many times the same block."""
+    """Return a writer of a text file that repeats a block."""
     return lambda path: _packed(path, _blocks(before, block, LARGE // 2**20, after))
 
 
@@ -57,7 +57,7 @@ def write_arrow(
 
 
 def _table(make: Callable[[], object], **more: object) -> Callable[[Path], None]:
-    """A table with a column of what ``make`` returns, in the format that the file's name says."""
+    """Return a writer of a table whose column is returned by ``make``, in the format of the file extension."""
 
     def write(path: Path) -> None:
         (write_parquet if path.suffix == ".parquet" else write_arrow)(path, pyarrow.table({"text": make()}), **more)
@@ -70,12 +70,12 @@ def _long_text() -> list[str]:
 
 
 def _repeated(count: int = 4000, length: int = 2**21) -> pyarrow.Array:
-    """``count`` times one text, which is there once."""
+    """Return one text that is stored once and referenced ``count`` times."""
     return pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * count, pyarrow.int32()), ["a" * length])
 
 
 def _in_one_list(values: pyarrow.Array, empty: int = 2000) -> pyarrow.Array:
-    """Rows of empty lists, and one list that has all values."""
+    """Return rows of empty lists, and one list with all values."""
     offsets = pyarrow.array([0] * (empty + 1) + [len(values)], pyarrow.int32())
     return pyarrow.ListArray.from_arrays(offsets, values)
 
@@ -89,16 +89,16 @@ def _list_of_one_text() -> pyarrow.Array:
 
 
 def _views() -> pyarrow.Array:
-    """Views of one text, by many rows."""
+    """Return many views of one text."""
     views, text = pyarrow.array(["a" * 2**20], pyarrow.string_view()).buffers()[1:]
-    many = pyarrow.py_buffer(views.to_pybytes() * 500)
-    return pyarrow.Array.from_buffers(pyarrow.string_view(), 500, [None, many, text])
+    repeated_views = pyarrow.py_buffer(views.to_pybytes() * 500)
+    return pyarrow.Array.from_buffers(pyarrow.string_view(), 500, [None, repeated_views, text])
 
 
 def _wide_window(path: Path) -> None:
-    """A text of a few bytes whose header asks for 1.5 GiB."""
+    """Write a text of a few bytes whose header requests a window of 1.5 GiB."""
     small = lzma.compress(b'{"text": "b"}\n', filters=[{"id": lzma.FILTER_LZMA2, "dict_size": 4096}])
-    # The size of the window is a byte of the block's header (4 KiB: 0; 1.5 GiB: 37), which has a checksum.
+    # The window size is a byte of the block header (4 KiB: 0; 1.5 GiB: 37). The header has a checksum.
     head = bytearray(small[12:24])
     head[head.index(b"\x21\x01") + 2] = 37
     head[8:12] = zlib.crc32(bytes(head[:8])).to_bytes(4, "little")
@@ -108,8 +108,8 @@ def _wide_window(path: Path) -> None:
 _LINE = _text(b'{"text": "b"}\n{"text": "', _BLOCK, b'"}\n{"text": "c"}\n')
 _OBJECTS = _text(b'{"text": [', b"{}," * 2**18, b"{}]}\n")
 _SECOND = "row 2 has more than"
-_BEGINNINGS = {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}}
-# What writes each file, what is said of it, and of where; a number of rows for one that is read, in little memory.
+_PREFIX_ENCODING = {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}}
+# Maps each file name to its writer, the expected message or number of rows, and the expected location.
 HOSTILE: dict[str, tuple[Callable[[Path], None], str | int, str]] = {
     **{
         f"line.jsonl{packed}": (_LINE, "line 2 has more than the 1,048,576 bytes", "line 2 (from byte 14")
@@ -128,8 +128,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str | int, str]] = {
     "repeated.parquet": (_table(_repeated), "row 1 has 2,097,152 bytes", "row 1"),
     "list.parquet": (_table(_zeros_in_one_list), "row 2001 has", "row 2001"),
     "texts.parquet": (_table(_list_of_one_text), "row 2001 has", "row 2001"),
-    # Each value is the one before, and nothing more.
-    "beginnings.parquet": (_table(lambda: ["a" * 2**19] * 400, **_BEGINNINGS), 400, ""),
+    # Each value is stored as equal to the previous one.
+    "beginnings.parquet": (_table(lambda: ["a" * 2**19] * 400, **_PREFIX_ENCODING), 400, ""),
     "text.arrow": (_table(_long_text, compression="zstd"), "row 2 has 33,554,432 bytes", "row 2"),
     "repeated.arrow": (_table(_repeated), "row 1 has 2,097,152 bytes", "row 1"),
     "views.arrow": (_table(_views), 500, ""),

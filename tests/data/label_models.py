@@ -10,7 +10,7 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """``[CLS] a [SEP]`` and ``[CLS] a [SEP] b [SEP]`` with segments 0 and 1."""
+    """Return a tokenizer that renders ``[CLS] a [SEP]`` and ``[CLS] a [SEP] b [SEP]``, with segments 0 and 1."""
     vocabulary = {word: number for number, word in enumerate((*SPECIAL, *WORDS))}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -1,4 +1,4 @@
-"""Every row is accounted for: used, unrolled, divided, truncated, dropped or skipped, and labels lost."""
+"""Every row is accounted for: used, unrolled, split, truncated, dropped or skipped. Lost labels are counted."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def messages(*contents: str, **more: object) -> dict[str, object]:
 
 
 def prepared(path: str, family: str, seed: int = 0, **settings: object) -> RunData:
-    chosen = DataSettings(path, **{"eval": None, **settings})  # type: ignore[arg-type]
-    return prepare(chosen, tokenizer_of(family), seed=seed)
+    config = DataSettings(path, **{"eval": None, **settings})  # type: ignore[arg-type]
+    return prepare(config, tokenizer_of(family), seed=seed)
 
 
 BAD = [
@@ -37,57 +37,57 @@ BAD = [
 ]
 
 
-def test_rows_that_cannot_be_used_are_an_error_or_skipped_listed_and_counted_by_reason(write: Write) -> None:
+def test_bad_rows_raise_or_are_skipped_and_counted_by_reason(write: Write) -> None:
     path = write(BAD)
-    refused = refusal(prepare, DataSettings(path), tokenizer_of("gemma2"))
-    assert isinstance(refused, BadRowError) and "'user' cannot follow 'user'" in refused.what
-    assert refused.where == f"{path}, row 3 (line 3), turn 2"
-    found = prepared(path, "gemma2", bad_rows="skip")
-    assert [example.row for example in found.train] == [1, 2, 8]
-    assert found.report.bad_rows == {
+    error = refusal(prepare, DataSettings(path), tokenizer_of("gemma2"))
+    assert isinstance(error, BadRowError) and "'user' cannot follow 'user'" in error.message
+    assert error.location == f"{path}, row 3 (line 3), turn 2"
+    data = prepared(path, "gemma2", bad_rows="skip")
+    assert [example.row for example in data.train] == [1, 2, 8]
+    assert data.report.bad_rows == {
         "turns out of order": 1,
         "a value of the wrong type": 1,
         "'messages' is empty (null)": 1,
         "a weight other than 0 and 1": 1,
         "refused by the chat template": 1,
     }
-    assert accounted(found.report) == found.report.rows_read == 8
-    listed = {str(line["where"]): line for line in found.skipped.lines()}
+    assert accounted(data.report) == data.report.rows_read == 8
+    listed = {str(line["where"]): line for line in data.skipped.lines()}
     assert set(listed) == {f"{path}, row {n}" for n in ("3, turn 2", 4, 5, "6, turn 2", 7)}
     assert listed[f"{path}, row 4"]["row"] == {"messages": "no list"}
-    assert f"5 rows skipped: {', '.join(found.report.bad_rows)}" in found.report.lines()
-    json.dumps(found.report.as_dict())
-    # Those of an evaluation file too, and no row left is an error all the same.
-    apart = prepared(write(BAD[:2], "train.jsonl"), "gemma2", bad_rows="skip", eval=path)
-    assert apart.report.evaluation is not None and apart.report.skipped == 0
-    assert apart.report.evaluation.skipped == 5 == len(apart.skipped)
-    assert "no usable rows" in refusal(prepared, write(BAD[2:6]), "gemma2", bad_rows="skip").what
+    assert f"5 rows skipped: {', '.join(data.report.bad_rows)}" in data.report.lines()
+    json.dumps(data.report.as_dict())
+    # Bad rows of an evaluation file are skipped too. An empty result is still an error.
+    with_eval = prepared(write(BAD[:2], "train.jsonl"), "gemma2", bad_rows="skip", eval=path)
+    assert with_eval.report.evaluation is not None and with_eval.report.skipped == 0
+    assert with_eval.report.evaluation.skipped == 5 == len(with_eval.skipped)
+    assert "no usable rows" in refusal(prepared, write(BAD[2:6]), "gemma2", bad_rows="skip").message
 
 
 # Unrolled rows
 
 
 def thoughts(number: int, turns: int) -> dict[str, object]:
-    """A conversation of so many turns, which Qwen 3's template renders without its earlier thoughts."""
+    """Return a conversation whose earlier thoughts Qwen 3's template omits."""
     contents = []
     for turn in range(turns):
         contents += [f"question {number}-{turn}", f"<think>\nhm {turn}\n</think>\n\nanswer {number}-{turn}"]
     return messages(*contents)
 
 
-def test_rows_whose_turns_are_rewritten_become_several_examples_of_one_row(write: Write) -> None:
-    found = prepared(write([thoughts(1, 3), thoughts(2, 1), thoughts(3, 2)]), "qwen3")
-    assert [example.row for example in found.train] == [1, 1, 1, 2, 3, 3]
-    report = found.report
+def test_rewritten_turns_become_several_examples_of_one_row(write: Write) -> None:
+    data = prepared(write([thoughts(1, 3), thoughts(2, 1), thoughts(3, 2)]), "qwen3")
+    assert [example.row for example in data.train] == [1, 1, 1, 2, 3, 3]
+    report = data.report
     assert (report.rows_read, report.rows_kept, report.unrolled, report.unrolled_examples) == (3, 6, 2, 5)
     assert accounted(report) == 3
     assert "2 rows became 5 examples, since the template rewrites earlier turns" in "\n".join(report.lines())
-    answers = [example.answer for example in found.train][:3]
+    answers = [example.answer for example in data.train][:3]
     assert answers == [f"<think>\nhm {turn}\n</think>\n\nanswer 1-{turn}" for turn in range(3)]
 
 
 @pytest.mark.parametrize("kind", ["rewritten", "divided"])
-def test_examples_of_one_row_are_never_on_both_sides_of_the_split(kind: str, write: Write) -> None:
+def test_examples_of_one_row_are_on_one_side_of_the_split(kind: str, write: Write) -> None:
     if kind == "rewritten":
         rows, family, settings = [thoughts(number, 1 + number % 4) for number in range(40)], "qwen3", {}
     else:
@@ -95,38 +95,38 @@ def test_examples_of_one_row_are_never_on_both_sides_of_the_split(kind: str, wri
         family, settings = "base", {"max_length": 16, "long_rows": "split"}
     path = write(rows)
     for seed in range(3):
-        found = prepared(path, family, seed, eval=0.3, **settings)
-        train, held_out = ({example.row for example in side} for side in (found.train, found.held_out))
+        data = prepared(path, family, seed, eval=0.3, **settings)
+        train, held_out = ({example.row for example in side} for side in (data.train, data.held_out))
         assert train and held_out and not train & held_out
-        assert accounted(found.report) == 40
+        assert accounted(data.report) == 40
 
 
 # Long rows
 
 
-def test_truncated_and_dropped_rows_are_counted_with_the_labels_they_lose(write: Write) -> None:
+def test_truncated_and_dropped_rows_are_counted_with_lost_labels(write: Write) -> None:
     texts = (("a", "b" * 9), ("a" * 9, "b"), ("a", "b"))
     path = write([{"prompt": prompt, "completion": completion} for prompt, completion in texts])
     cut, dropped, split = (
         prepared(path, "base", max_length=6, template="plain", long_rows=way).report for way in ("cut", "drop", "split")
     )
-    whole = prepare_file(path, DataSettings("x", template="plain"), tokenizer_of("base"))[1]
+    reference = prepare_file(path, DataSettings("x", template="plain"), tokenizer_of("base"))[1]
     assert (cut.cut, cut.tokens_cut, cut.labels_cut, cut.without_label) == (1, 5, 5 + 2, 1)
     assert (dropped.dropped_long, dropped.labels_dropped) == (2, 10 + 2)
-    assert split.label_tokens == whole.label_tokens
+    assert split.label_tokens == reference.label_tokens
     assert (split.split, split.split_examples) == (2, split.rows_kept - 1)
     assert (split.labels_cut, split.labels_dropped, split.longest) == (0, 0, 6)
-    for report, said in (
+    for report, message in (
         (cut, "1 row truncated to data.max_length: 5 tokens lost, 7 of them labels"),
         (dropped, "2 rows dropped: longer than data.max_length (12 labels lost)"),
         (split, f"2 rows longer than data.max_length became {split.split_examples} examples"),
     ):
-        assert accounted(report) == 3 and said in "\n".join(report.lines())
+        assert accounted(report) == 3 and message in "\n".join(report.lines())
 
 
-def test_rewritten_turns_that_are_too_long_are_treated_one_by_one(write: Write) -> None:
+def test_long_rewritten_turns_are_dropped_individually(write: Write) -> None:
     row = messages("question", "short", "question", "long " * 30)
-    found = prepared(write([row]), "qwen3", max_length=120, long_rows="drop")
-    report = found.report
+    data = prepared(write([row]), "qwen3", max_length=120, long_rows="drop")
+    report = data.report
     assert (report.unrolled_examples, report.dropped_long, accounted(report)) == (2, 1, 1)
-    assert report.labels_dropped > 100 and [len(example) <= 120 for example in found.train] == [True]
+    assert report.labels_dropped > 100 and [len(example) <= 120 for example in data.train] == [True]

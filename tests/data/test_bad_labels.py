@@ -1,4 +1,4 @@
-"""Labeled rows that cannot be used: an error at the first, or skipped with their reason."""
+"""Labeled rows that cannot be used: an error at the first one, or skipped with the reason."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ TOKENIZER = tokenizer_of("base")
 CLASSES = "sequence-classification"
 
 
-def good(count: int = 6) -> list[dict[str, object]]:
+def good_rows(count: int = 6) -> list[dict[str, object]]:
     return [{"text": f"film {n}", "label": "ab"[n % 2]} for n in range(count)]
 
 
-def skipping(source: str, tokenizer: PreTrainedTokenizerBase | None = TOKENIZER, task: str = CLASSES) -> RunData:
-    """What is left of data whose bad row is an error by default."""
-    refused = refusal(LabelReader(DataSettings(source), tokenizer, task).prepared)
-    prepared = LabelReader(DataSettings(source, bad_rows="skip", eval=None), tokenizer, task).prepared()
+def prepare_skipping(
+    source: str, tokenizer: PreTrainedTokenizerBase | None = TOKENIZER, task: str = CLASSES
+) -> RunData:
+    """Return the data without its bad row, which raises an error by default."""
+    error = refusal(LabelReader(DataSettings(source), tokenizer, task).prepare)
+    prepared = LabelReader(DataSettings(source, bad_rows="skip", eval=None), tokenizer, task).prepare()
     (line,) = prepared.skipped.lines()
-    assert line["where"] == str(refused.where).partition(" (line")[0] and (line["reason"],) == tuple(
+    assert line["where"] == str(error.location).partition(" (line")[0] and (line["reason"],) == tuple(
         prepared.report.bad_rows
     )
     return prepared
@@ -44,9 +46,9 @@ BAD: list[tuple[dict[str, object], str]] = [
 
 
 @pytest.mark.parametrize(("row", "reason"), BAD)
-def test_a_row_that_cannot_be_used_is_an_error_or_skipped(write, row, reason) -> None:
-    path = write([*good(), row])
-    prepared = skipping(path)
+def test_bad_row_raises_or_is_skipped(write, row, reason) -> None:
+    path = write([*good_rows(), row])
+    prepared = prepare_skipping(path)
     report = prepared.report
     assert [example.row for example in prepared.train] == [1, 2, 3, 4, 5, 6]
     assert (report.rows_read, report.rows_kept, report.bad_rows) == (7, 6, {reason: 1})
@@ -54,31 +56,31 @@ def test_a_row_that_cannot_be_used_is_an_error_or_skipped(write, row, reason) ->
     assert (line["where"], line["row"]) == (f"{path}, row 7", row)
 
 
-def test_rows_of_a_table_with_missing_cells_and_broken_images_are_skipped_and_counted(tmp_path, write) -> None:
+def test_missing_cells_and_broken_images_are_skipped(tmp_path, write) -> None:
     rows = "".join(f"film {n},{'ab'[n % 2]}\n" for n in range(6))
-    prepared = skipping(write(f"text,label\n{rows}alone\nfilm 9,a\n", "d.csv"))
+    prepared = prepare_skipping(write(f"text,label\n{rows}alone\nfilm 9,a\n", "d.csv"))
     assert [example.row for example in prepared.train] == [1, 2, 3, 4, 5, 6, 8]
     assert (prepared.report.rows_read, prepared.report.skipped) == (8, 1)
     write(b"no image", "images/a/9.png")
     for name, number in itertools.product("ab", range(3)):
         (tmp_path / "images" / name).mkdir(exist_ok=True)
         Image.new("L", (4, 4), number * 40 + ord(name)).save(tmp_path / "images" / name / f"{number}.png")
-    prepared = skipping(str(tmp_path / "images"), None, "image-classification")
+    prepared = prepare_skipping(str(tmp_path / "images"), None, "image-classification")
     assert len(prepared.train) == 6
     assert prepared.report.bad_rows == {"an image that cannot be read": 1}
 
 
-def test_an_evaluation_file_is_counted_on_its_own(write) -> None:
-    train, apart = write([*good(), BAD[0][0]]), write([*good(2), BAD[1][0], BAD[1][0]], "t.jsonl")
-    settings = DataSettings(train, bad_rows="skip", eval=apart)
-    prepared = LabelReader(settings, TOKENIZER, CLASSES).prepared()
+def test_evaluation_file_is_counted_separately(write) -> None:
+    train, eval_file = write([*good_rows(), BAD[0][0]]), write([*good_rows(2), BAD[1][0], BAD[1][0]], "t.jsonl")
+    settings = DataSettings(train, bad_rows="skip", eval=eval_file)
+    prepared = LabelReader(settings, TOKENIZER, CLASSES).prepare()
     assert prepared.report.evaluation is not None
     assert (prepared.report.skipped, prepared.report.evaluation.skipped, len(prepared.skipped)) == (1, 2, 3)
-    assert len(LabelReader(settings, TOKENIZER, CLASSES, classes=("a", "b")).file(apart)[0]) == 2
+    assert len(LabelReader(settings, TOKENIZER, CLASSES, classes=("a", "b")).file(eval_file)[0]) == 2
 
 
-class Dropping:
-    """A tokenizer that adds two special tokens and keeps nothing of a text of accents."""
+class AccentDroppingTokenizer:
+    """A tokenizer that adds two special tokens and drops combining accents."""
 
     def num_special_tokens_to_add(self, pair: bool) -> int:
         return 2
@@ -88,11 +90,11 @@ class Dropping:
 
 
 @pytest.mark.parametrize("task", [CLASSES, "regression"])
-def test_a_text_of_which_the_tokenizer_keeps_special_tokens_alone_is_no_row(write, task) -> None:
+def test_text_with_only_special_tokens_is_skipped(write, task) -> None:
     rows = [{"text": f"film {n}", "label": n % 2} for n in range(4)]
     path = write([*rows, {"text": "\N{COMBINING ACUTE ACCENT}", "label": 1}])
-    found = skipping(path, Dropping(), task)  # type: ignore[arg-type]
-    assert found.report.bad_rows == {"an empty text": 1} and len(found.train) == 4
+    data = prepare_skipping(path, AccentDroppingTokenizer(), task)  # type: ignore[arg-type]
+    assert data.report.bad_rows == {"an empty text": 1} and len(data.train) == 4
 
 
 ALIKE = {
@@ -106,7 +108,7 @@ ALIKE = {
 
 
 @pytest.mark.parametrize("name", ALIKE)
-def test_a_rare_class_one_edit_from_a_frequent_one_is_reported(name) -> None:
-    counts, said = ALIKE[name]
-    found = similar_classes(counts)
-    assert len(found) == len(said) and all(any(text in line for line in found) for text in said), found
+def test_rare_class_similar_to_a_frequent_one_is_reported(name) -> None:
+    counts, expected = ALIKE[name]
+    lines = similar_classes(counts)
+    assert len(lines) == len(expected) and all(any(text in line for line in lines) for text in expected), lines

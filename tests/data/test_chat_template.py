@@ -1,4 +1,4 @@
-"""A chat template of the user's own, and templates that write the current date."""
+"""Custom chat templates, and templates that render the current date."""
 
 from __future__ import annotations
 
@@ -14,32 +14,34 @@ from deltaw.data.templates import Encoder
 from tests.data.chat_templates import tokenizer_of
 from tests.data.conftest import refusal
 
-OWN = "{% for m in messages %}<|im_start|>{{ m.role | upper }}: {{ m.content }}<|im_end|>{% endfor %}"
-OWN += "{% if add_generation_prompt %}<|im_start|>ASSISTANT: {% endif %}"
+CUSTOM = "{% for m in messages %}<|im_start|>{{ m.role | upper }}: {{ m.content }}<|im_end|>{% endfor %}"
+CUSTOM += "{% if add_generation_prompt %}<|im_start|>ASSISTANT: {% endif %}"
 
 
-def exchanged(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """A question and its answer as text, and the answer alone."""
+def render_exchange(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Return a question with its answer as text, and the answer only."""
     (encoded,) = Encoder(tokenizer).encode([Pair("Hi", "Ho")], ["row 1"])[0]
     return tokenizer.decode(encoded.tokens), tokenizer.decode(encoded.tokens[encoded.prompt_length :])
 
 
-def test_a_template_file_replaces_the_tokenizers_own_in_a_copy(tmp_path: Path, write) -> None:
+def test_template_file_replaces_the_template_in_a_copy(tmp_path: Path, write) -> None:
     tokenizer = tokenizer_of("chatml")
-    changed = with_chat_template(tokenizer, write(OWN, "own.jinja"))
-    assert exchanged(changed)[0] == "<|im_start|>USER: Hi<|im_end|><|im_start|>ASSISTANT: Ho<|im_end|>"
-    assert tokenizer.chat_template == tokenizer_of("chatml").chat_template != OWN
+    changed = with_chat_template(tokenizer, write(CUSTOM, "own.jinja"))
+    assert render_exchange(changed)[0] == "<|im_start|>USER: Hi<|im_end|><|im_start|>ASSISTANT: Ho<|im_end|>"
+    assert tokenizer.chat_template == tokenizer_of("chatml").chat_template != CUSTOM
     assert with_chat_template(tokenizer, None) is tokenizer
     changed.save_pretrained(tmp_path / "saved")
-    assert (tmp_path / "saved" / "chat_template.jinja").read_text(encoding="utf-8") == OWN
-    # A base model gets one by it.
-    own = "Q: {{ messages[0].content }}\nA:{% if messages[1] %} {{ messages[1].content }}{{ eos_token }}{% endif %}"
-    base = with_chat_template(tokenizer_of("base"), write(own, "base.jinja"))
-    assert exchanged(base) == ("Q: Hi\nA: Ho<|endoftext|>", " Ho<|endoftext|>")
+    assert (tmp_path / "saved" / "chat_template.jinja").read_text(encoding="utf-8") == CUSTOM
+    # A base model without a template gets this one.
+    template = (
+        "Q: {{ messages[0].content }}\nA:{% if messages[1] %} {{ messages[1].content }}{{ eos_token }}{% endif %}"
+    )
+    base = with_chat_template(tokenizer_of("base"), write(template, "base.jinja"))
+    assert render_exchange(base) == ("Q: Hi\nA: Ho<|endoftext|>", " Ho<|endoftext|>")
 
 
 @pytest.mark.parametrize(
-    ("text", "said", "line"),
+    ("text", "message", "line"),
     [
         ("line one\n{% for m in messages %}\n{{ m.content \n{% endfor %}", "is not Jinja", ", line 4"),
         ("{% if x %}", "is not Jinja", ", line 1"),
@@ -47,32 +49,35 @@ def test_a_template_file_replaces_the_tokenizers_own_in_a_copy(tmp_path: Path, w
         (" \n", "is empty", ""),
     ],
 )
-def test_a_template_that_is_not_jinja_or_empty_is_refused_with_its_line(text: str, said: str, line: str, write) -> None:
+def test_invalid_template_is_rejected_with_its_line(text: str, message: str, line: str, write) -> None:
     path = write(text, "own.jinja")
-    refused = refusal(read_chat_template, path)
-    assert said in refused.what and refused.where == path + line
-    assert "cannot be read" in refusal(read_chat_template, path + "x").what
+    error = refusal(read_chat_template, path)
+    assert message in error.message and error.location == path + line
+    assert "cannot be read" in refusal(read_chat_template, path + "x").message
 
 
-def test_a_template_that_wants_more_than_a_question_passes(write) -> None:
-    strict = "{% if messages | length < 2 %}{{ raise_exception('two, please') }}{% endif %}" + OWN
+def test_template_that_requires_two_messages_is_accepted(write) -> None:
+    strict = "{% if messages | length < 2 %}{{ raise_exception('two, please') }}{% endif %}" + CUSTOM
     assert read_chat_template(write(strict)) == strict
 
 
-def test_settings_that_exclude_each_other_or_name_no_date_are_refused() -> None:
-    both = refusal(DataSettings, "d.jsonl", template="plain", chat_template="own.jinja")
-    assert "data.template: plain uses none" in str(both)
+def test_conflicting_settings_and_invalid_dates_are_rejected() -> None:
+    error = refusal(DataSettings, "d.jsonl", template="plain", chat_template="own.jinja")
+    assert "has no effect with data.template: plain" in str(error)
     assert "data.date is 'tomorrow'" in str(refusal(DataSettings, "d.jsonl", date="tomorrow"))
 
 
-def test_the_date_is_that_of_the_settings_and_todays_by_default(write) -> None:
+def test_date_defaults_to_today_and_can_be_set(write) -> None:
     tokenizer = tokenizer_of("llama3.2")
     encoder = Encoder(tokenizer, date="2026-01-31")
     assert "Today Date: 31 Jan 2026\n" in tokenizer.decode(encoder.prompt("Hi"))
-    assert (encoder.dated, Encoder(tokenizer_of("llama3"), date="2026-01-31").dated) == ("2026-01-31", None)
+    assert (encoder.template_date, Encoder(tokenizer_of("llama3"), date="2026-01-31").template_date) == (
+        "2026-01-31",
+        None,
+    )
     theirs = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
     assert Encoder(tokenizer).prompt("Hi") == theirs["input_ids"]
-    # It changes nothing else of a template.
+    # The rest of the template is unchanged.
     for template in ("\n{{ strftime_now('%Y') }}|{{ strftime_now( \"%d\" ) }}", "{{ strftime_now(x) }}", "{{ 1 }}"):
         assert with_date(template, "2026-01-31").endswith(template)
     rows = write([{"prompt": "a", "completion": "b"}] * 2)

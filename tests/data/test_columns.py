@@ -1,4 +1,4 @@
-"""The description of the columns that tasks take, and the table of it in the docs."""
+"""The description of the columns used by tasks, and its table in the documentation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def test_the_table_in_the_docs_is_the_description():
+def test_documented_table_matches_the_description():
     assert table() in PAGE.read_text(encoding="utf-8"), table()
 
 
@@ -43,15 +43,15 @@ INFERRED = {
 
 
 @pytest.mark.parametrize("columns", INFERRED)
-def test_a_task_follows_from_names_that_mean_nothing_else(columns):
+def test_task_is_inferred_from_unambiguous_columns(columns):
     names = columns.split(", ")
-    found = [(kind.tasks[0], mapped) for kind in ROW_KINDS if (mapped := kind.infer(names)) is not None]
-    assert (found or [(None, {})])[0] == INFERRED[columns]
+    inferred = [(kind.tasks[0], mapped) for kind in ROW_KINDS if (mapped := kind.infer(names)) is not None]
+    assert (inferred or [(None, {})])[0] == INFERRED[columns]
 
 
-def test_columns_of_another_task_are_refused_with_that_task():
-    with pytest.raises(UserError, match="do not fit the task causal-lm") as refused:
+def test_columns_of_another_task_are_rejected_with_a_hint():
+    with pytest.raises(UserError, match="do not fit the task causal-lm") as error:
         require_columns("causal-lm", ["query", "passage"], "d.jsonl", {})
-    assert "set task: embedding" in refused.value.hint and "'query', 'passage'" in refused.value.where
+    assert "set task: embedding" in error.value.hint and "'query', 'passage'" in error.value.location
     require_columns("causal-lm", ["query", "passage"], "d.jsonl", {"prompt": "query", "completion": "passage"})
     require_columns("a task of a plug-in", ["x"], "d.jsonl", {})

@@ -1,4 +1,4 @@
-"""Files that are not what their names say, and the lines of rows."""
+"""Files with contents that do not match their names, and line numbers of rows."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ ROWS = "".join(json.dumps({"text": f"row {n} é", "label": "x"}, ensure_ascii=Fa
 
 
 def parquet() -> bytes:
-    found = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), found)
-    return found.getvalue()
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), buffer)
+    return buffer.getvalue()
 
 
 def archive() -> bytes:
-    found = io.BytesIO()
-    with zipfile.ZipFile(found, "w") as file:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
         file.writestr("a.jsonl", ROWS)
-    return found.getvalue()
+    return buffer.getvalue()
 
 
 CONTENTS = {
@@ -40,15 +40,15 @@ CONTENTS = {
     "Parquet": (parquet(), "a Parquet file"),
     "random bytes": (random.Random(0).randbytes(4000), "binary"),
     "zeros": (bytes(500), "binary"),
-    "blank lines": (b"\n  \n\n", "no row: it contains blank lines"),
+    "blank lines": (b"\n  \n\n", "no row: it contains only blank lines"),
     "nothing": (b"", "no row: it is empty"),
 }
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".json"])
 @pytest.mark.parametrize("name", CONTENTS)
-def test_a_file_that_is_no_text_is_named_for_what_it_is(tmp_path, name, suffix):
-    content, said = CONTENTS[name]
+def test_non_text_file_is_reported_with_its_type(tmp_path, name, suffix):
+    content, message = CONTENTS[name]
     file = tmp_path / f"rows{suffix}"
     file.write_bytes(content)
     for read in (
@@ -56,9 +56,9 @@ def test_a_file_that_is_no_text_is_named_for_what_it_is(tmp_path, name, suffix):
         lambda: read_rows(str(file), BadRows("skip").add),
         lambda: open_source(str(file)).scan(),
     ):
-        with pytest.raises(UserError) as refused:
+        with pytest.raises(UserError) as error:
             read()
-        assert said in refused.value.what and str(file) in refused.value.where and refused.value.hint
+        assert message in error.value.message and str(file) in error.value.location and error.value.hint
 
 
 BROKEN = {
@@ -69,16 +69,16 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_file_without_a_usable_row_says_why_its_first_row_is_unusable(tmp_path, name):
-    text, said = BROKEN[name]
+def test_file_without_usable_rows_reports_the_first_reason(tmp_path, name):
+    text, message = BROKEN[name]
     file = tmp_path / "rows.jsonl.gz"
     file.write_bytes(gzip.compress(text.encode("latin-1")))
-    with pytest.raises(UserError, match="no row can be read") as refused:
+    with pytest.raises(UserError, match="no row can be read") as error:
         read_rows(str(file), BadRows("skip").add, max_bytes=1000)
-    assert said in refused.value.what and "line 1" in refused.value.where
+    assert message in error.value.message and "line 1" in error.value.location
 
 
-def test_text_in_another_script_is_text(tmp_path):
+def test_text_in_any_script_is_accepted(tmp_path):
     for text in ("тест 日本語 עברית", "👩‍👩‍👧 emoji", "control \\u0000 escape"):
         file = tmp_path / "rows.jsonl"
         file.write_text(f'{{"text": "{text}"}}\n', encoding="utf-8")
@@ -94,24 +94,24 @@ LINES = {
 
 
 @pytest.mark.parametrize("name", LINES)
-def test_the_line_of_a_row_is_where_it_begins_in_the_file(tmp_path, name):
+def test_row_line_is_its_first_line_in_the_file(tmp_path, name):
     text, row, line = LINES[name]
     file = tmp_path / name
     file.write_text(text)
-    place = f"{file}, row {row}"
-    assert with_lines([place, f"{place}, turn 2", "model"]) == [
-        f"{place} (line {line})",
-        f"{place} (line {line}), turn 2",
+    location = f"{file}, row {row}"
+    assert with_lines([location, f"{location}, turn 2", "model"]) == [
+        f"{location} (line {line})",
+        f"{location} (line {line}), turn 2",
         "model",
     ]
 
 
-def test_places_without_a_line_stay_as_they_are(tmp_path):
+def test_locations_without_lines_are_unchanged(tmp_path):
     (tmp_path / "a.parquet").write_bytes(parquet())
     (tmp_path / "a.csv").write_text("a,b\n1,2\n")
-    for place in (
+    for location in (
         f"{tmp_path}/a.parquet, row 1",
         f"{tmp_path}/none.csv, row 1",
         f"{tmp_path}/a.csv, row 2 (ends in line 3)",
     ):
-        assert with_lines([place]) == [place]
+        assert with_lines([location]) == [location]

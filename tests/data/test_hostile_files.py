@@ -1,4 +1,4 @@
-"""Files that are small on the disk and large in memory are refused by name, before they are in memory."""
+"""Files that are small on disk and large in memory are rejected before they are loaded."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from deltaw.data.pixels import ImageExample, read_images
 from deltaw.data.report import TOO_LONG
 from deltaw.data.reward_pairs import RewardReader
 from deltaw.data.row_files import LEVELS
-from deltaw.data.sources import choose, open_source, read_rows
+from deltaw.data.sources import choose_rows, open_source, read_rows
 from deltaw.errors import UserError
 from deltaw.hub import packages
-from deltaw.reports.starter import look_at
+from deltaw.reports.starter import preview_data
 from tests.data.conftest import make_tokenizer, refusal
 from tests.data.hostile_files import HOSTILE, write_arrow, write_parquet
 
@@ -48,25 +48,25 @@ def in_child(work):
         os.write(send, json.dumps(work()).encode()[:4000])
         os._exit(0)
     os.close(send)
-    with os.fdopen(receive) as told:
-        answer = told.read()
+    with os.fdopen(receive) as pipe:
+        answer = pipe.read()
     os.wait()
     return json.loads(answer or "null")
 
-def read(path, most):
+def read(path, max_bytes):
     before = resident_bytes()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     try:
-        stream = open_source(str(path), max_bytes=most)
+        stream = open_source(str(path), max_bytes=max_bytes)
         stream.scan()
-        said, where = sum(len(chunk) for chunk in stream.chunks()), None
+        result, location = sum(len(chunk) for chunk in stream.chunks()), None
     except UserError as error:
-        said, where = error.what, error.where
-    return said, where, peak_resident_bytes() - before
+        result, location = error.message, error.location
+    return result, location, peak_resident_bytes() - before
 
 folder = Path(sys.argv[1])
 results = {}
-pyarrow.table({"text": ["a"]})  # imports what would count as memory of each
+pyarrow.table({"text": ["a"]})  # import modules that would count as memory of each file
 for name, (make, *_) in HOSTILE.items():
     in_child(lambda: make(folder / name))
     results[name] = in_child(lambda: read(folder / name, 2**20))
@@ -78,7 +78,7 @@ _ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str | int, str | None, int]]:
-    """What is said of each hostile file, of which place, and how much memory reading it took."""
+    """Message or number of rows, location, and peak memory of reading each hostile file."""
     folder = tmp_path_factory.mktemp("hostile")
     paths = os.pathsep.join([str(_ROOT), str(_ROOT / "src")])
     command = [sys.executable, "-c", _MEASURED, str(folder)]
@@ -89,47 +89,47 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str | 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a peak is reset through Linux's /proc")
 @pytest.mark.parametrize("name", [*HOSTILE, "by default"])
-def test_a_file_that_becomes_large_is_refused_in_little_memory(name: str, measured: dict) -> None:
-    """Read without a limit, these take from 100 MB to 8 GB."""
-    said, where, peak = measured[name]
-    _, expected, place = HOSTILE.get(name, (None, "line 2 has more than the 16,777,216 bytes", "line 2"))
-    assert said == expected or (expected in said and place in where)
+def test_expanding_file_is_rejected_within_little_memory(name: str, measured: dict) -> None:
+    """Without a limit, reading these files takes 100 MB to 8 GB."""
+    result, location, peak = measured[name]
+    _, expected, expected_location = HOSTILE.get(name, (None, "line 2 has more than the 16,777,216 bytes", "line 2"))
+    assert result == expected or (expected in result and expected_location in location)
     is_text = not name.endswith((".parquet", ".arrow"))
     assert peak < (64 if is_text else 400) * 2**20, f"{peak / 2**20:.0f} MiB"
 
 
-# Skipped where rows may be
+# Skipping long rows
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_rows_that_are_too_long_are_passed_over_to_the_next(kind, write, tmp_path):
+def test_long_rows_are_skipped(kind, write, tmp_path):
     texts = ["a", "b" * 300_000, "c" * 90, "d" * 100, "e", "f" * 1000]
     path = write([{"text": text} for text in texts], f"d.{kind}")
     if kind == "parquet":
         pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=3)
-    told: list[str] = []
-    most = 113 if kind == "jsonl" else 99  # a line of 101 characters and its key
-    stream = open_source(path, lambda error, row: told.append(error.reason), max_bytes=most)
+    reasons: list[str] = []
+    max_bytes = 113 if kind == "jsonl" else 99  # a line of 101 characters and its key
+    stream = open_source(path, lambda error, row: reasons.append(error.reason), max_bytes=max_bytes)
     stream.scan()
-    kept = [text for text in texts if len(text) <= (100 if kind == "jsonl" else 99)]
-    assert [row["text"] for chunk in stream.chunks() for _, row in chunk] == kept
-    assert told == [TOO_LONG] * (len(texts) - len(kept))
+    expected = [text for text in texts if len(text) <= (100 if kind == "jsonl" else 99)]
+    assert [row["text"] for chunk in stream.chunks() for _, row in chunk] == expected
+    assert reasons == [TOO_LONG] * (len(texts) - len(expected))
 
 
-def test_the_setting_reaches_every_reader_and_a_line_of_exactly_the_limit_is_read(write) -> None:
+def test_row_limit_applies_to_every_reader_and_is_inclusive(write) -> None:
     path = write(b'{"text": "abc"}\n{"text": "abc"}')
     assert len(read_rows(path, max_bytes=16)) == 2
-    assert "line 1 has more than the 15 bytes" in refusal(read_rows, path, max_bytes=15).what
+    assert "line 1 has more than the 15 bytes" in refusal(read_rows, path, max_bytes=15).message
     row = {"text": "a" * 50, "label": 0, "prompt": "b", "chosen": "c", "rejected": "d", "completion": "e"}
     path = write([row, {**row, "label": 1, "text": "z"}])
-    short, long = (DataSettings(path, max_row_bytes=most, eval=None, columns={"text": "text"}) for most in (99, 999))
+    short, long = (DataSettings(path, max_row_bytes=m, eval=None, columns={"text": "text"}) for m in (99, 999))
     tokenizer = make_tokenizer()
     for read in (
         lambda settings: prepare(settings, tokenizer),
-        lambda settings: LabelReader(settings, tokenizer, "sequence-classification").prepared(),
-        lambda settings: RewardReader(settings, tokenizer).prepared(),
+        lambda settings: LabelReader(settings, tokenizer, "sequence-classification").prepare(),
+        lambda settings: RewardReader(settings, tokenizer).prepare(),
     ):
-        assert "line 1 has more than the 99 bytes" in refusal(read, short).what
+        assert "line 1 has more than the 99 bytes" in refusal(read, short).message
     assert len(prepare(long, tokenizer).train) == 2
 
 
@@ -137,17 +137,17 @@ def test_the_setting_reaches_every_reader_and_a_line_of_exactly_the_limit_is_rea
 
 
 @pytest.mark.parametrize("name", ["text.parquet", "list.parquet", "beginnings.parquet", "text.arrow"])
-def test_what_would_become_a_thousand_times_larger_is_refused_before_it_is_decoded(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(arrow_rows, "LEAST", 2**20)
+def test_high_expansion_ratio_is_rejected_before_decoding(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(arrow_rows, "MIN_DECODED_BYTES", 2**20)
     HOSTILE[name][0](tmp_path / name)
-    refused = refusal(open_source(str(tmp_path / name), lambda *told: None).scan)
-    assert "bytes of the file would become" in refused.what
-    assert "group 1 of rows" in str(refused.where) or "message 1" in str(refused.where)
+    error = refusal(open_source(str(tmp_path / name), lambda *args: None).scan)
+    assert "bytes of the file become" in error.message
+    assert "group 1 of rows" in str(error.location) or "message 1" in str(error.location)
 
 
 @functools.cache
 def _table() -> pyarrow.Table:
-    """Every kind of column, with nulls, empty lists and repeated values."""
+    """Return a table with every kind of column, with nulls, empty lists and repeated values."""
     pick = random.Random(0)
     count = 250
     rows = [
@@ -190,8 +190,8 @@ def _table() -> pyarrow.Table:
 )
 @pytest.mark.parametrize("budget", [2**26, 2000])
 @pytest.mark.each_value
-def test_parquet_of_every_kind_gives_its_rows(options, budget, tmp_path, monkeypatch):
-    """Also where columns are read as dictionaries, in batches of a row."""
+def test_parquet_variants_return_all_rows(options, budget, tmp_path, monkeypatch):
+    """Columns are also read as dictionaries, in batches of one row."""
     monkeypatch.setattr(arrow_rows, "_BATCH_BYTES", budget)
     table, path = _table().slice(37, 110), tmp_path / "d.parquet"
     if options.get("column_encoding"):
@@ -203,33 +203,33 @@ def test_parquet_of_every_kind_gives_its_rows(options, budget, tmp_path, monkeyp
 @pytest.mark.parametrize("compression", [None, "lz4", "zstd"])
 @pytest.mark.parametrize("form", ["file", "stream"])
 @pytest.mark.each_value
-def test_arrow_of_every_kind_gives_its_rows(form: str, compression: str | None, tmp_path: Path) -> None:
+def test_arrow_variants_return_all_rows(form: str, compression: str | None, tmp_path: Path) -> None:
     table, path = _table(), tmp_path / "d.arrow"
     write_arrow(path, table, compression, form, max_chunksize=100)
     assert [row for _, row in read_rows(str(path))] == table.to_pylist()
 
 
 @pytest.mark.parametrize("write", [write_parquet, write_arrow])
-def test_damaged_files_are_refused_or_read(write: Callable[..., None], tmp_path: Path) -> None:
+def test_damaged_files_raise_user_error_or_are_read(write: Callable[..., None], tmp_path: Path) -> None:
     path = tmp_path / f"d.{write.__name__.removeprefix('write_')}"
     write(path, _table().slice(0, 40), compression="zstd")
-    whole, pick = path.read_bytes(), random.Random(0)
-    refused = 0
+    content, pick = path.read_bytes(), random.Random(0)
+    rejected = 0
     for _ in range(100):
-        at = pick.randrange(len(whole))
-        path.write_bytes(whole[:at] + bytes([pick.randrange(256)]) + whole[at + 1 :])
+        offset = pick.randrange(len(content))
+        path.write_bytes(content[:offset] + bytes([pick.randrange(256)]) + content[offset + 1 :])
         try:
             read_rows(str(path))
         except UserError:
-            refused += 1
-    assert refused > 20
+            rejected += 1
+    assert rejected > 20
 
 
 # A JSON list, read as it is parsed
 
 
 @pytest.mark.parametrize("block", [1, 7, 1000])
-def test_a_json_list_gives_the_same_rows_however_it_is_read(block, write, monkeypatch):
+def test_json_list_rows_do_not_depend_on_the_block_size(block, write, monkeypatch):
     monkeypatch.setattr(row_files, "_BLOCK", block)
     pick = random.Random(block)
     values = [None, True, -1.5e-9, 12345, 'é\\"\n\u2028', [], {"a": [1, {"b": "]}"}]}, float("-inf")]
@@ -241,7 +241,7 @@ def test_a_json_list_gives_the_same_rows_however_it_is_read(block, write, monkey
 
 
 @pytest.mark.parametrize(
-    ("text", "said", "where"),
+    ("text", "message", "location"),
     [
         ('[{"a": 1},\n {"a": tru}]', "Expecting value", "row 2 (line 2)"),
         ('[{"a": 1}\n {"a": 2}]', "Expecting ',' delimiter", "row 1 (line 2)"),
@@ -254,10 +254,10 @@ def test_a_json_list_gives_the_same_rows_however_it_is_read(block, write, monkey
     ],
 )
 @pytest.mark.parametrize("block", [1, 2**18])
-def test_what_is_wrong_with_a_json_list_is_said_with_its_row(text, said, where, block, write, monkeypatch):
+def test_json_list_error_has_a_row_location(text, message, location, block, write, monkeypatch):
     monkeypatch.setattr(row_files, "_BLOCK", block)
-    refused = refusal(read_rows, write(text, "d.json"))
-    assert said in refused.what and where in str(refused.where)
+    error = refusal(read_rows, write(text, "d.json"))
+    assert message in error.message and location in str(error.location)
 
 
 # Values
@@ -265,100 +265,100 @@ def test_what_is_wrong_with_a_json_list_is_said_with_its_row(text, said, where, 
 
 @pytest.mark.parametrize("levels", [LEVELS + 1, 985, 5000])
 @pytest.mark.parametrize("row", ['{"text": X}', '{"text": "a", "more": X}', '{"messages": [X]}'])
-def test_rows_of_many_levels_are_bad_rows(levels: int, row: str, write) -> None:
+def test_deeply_nested_rows_are_bad_rows(levels: int, row: str, write) -> None:
     path = write(row.replace("X", "[" * levels + "]" * levels) + '\n{"text": "b"}\n{"messages": 1}\n')
-    assert "levels" in refusal(prepare, DataSettings(path, eval=None), make_tokenizer()).what
-    found = prepare(DataSettings(path, eval=None, bad_rows="skip", form="text"), make_tokenizer())
-    assert len(found.train) == 1 and found.report.bad_rows["not JSON"] == 1
+    assert "levels" in refusal(prepare, DataSettings(path, eval=None), make_tokenizer()).message
+    data = prepare(DataSettings(path, eval=None, bad_rows="skip", form="text"), make_tokenizer())
+    assert len(data.train) == 1 and data.report.bad_rows["not JSON"] == 1
 
 
-def test_arguments_of_many_levels_stay_text(write) -> None:
-    """JSON text in a row is parsed too; a template would fail on these."""
+def test_deeply_nested_arguments_are_not_parsed(write) -> None:
+    """JSON text in a row is parsed too. A template would fail on such arguments."""
     call = {"type": "function", "function": {"name": "f", "arguments": '{"a":' * 500 + "1" + "}" * 500}}
     template = "{% for m in messages %}{{ m.role }}{{ m.content }}{{ m.tool_calls | tojson }}<|im_end|>{% endfor %}"
     path = write([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}]}])
     refusal(prepare, DataSettings(path, eval=None), make_tokenizer(template))
 
 
-def test_values_that_no_text_or_float_can_hold_are_bad_rows(write) -> None:
+def test_unrepresentable_values_are_bad_rows(write) -> None:
     path = write('{"text": "\\ud800", "label": 1}\n{"text": "a", "label": 1}\n{"text": "b", "label": 2}\n')
     settings = DataSettings(path, eval=None, bad_rows="skip")
-    assert len(LabelReader(settings, make_tokenizer(), "regression").prepared().train) == 2
+    assert len(LabelReader(settings, make_tokenizer(), "regression").prepare().train) == 2
     huge = "9" * 4000
     path = write(f'{{"prompt": "p", "chosen": "a", "rejected": "b", "margin": {huge}}}\n')
     reader = RewardReader(DataSettings(path, eval=None), make_tokenizer())
-    assert "'margin' must be a number" in refusal(reader.prepared).what
+    assert "'margin' must be a number" in refusal(reader.prepare).message
     path = write(f'{{"text": "a", "label": {huge}}}\n{{"text": "b", "label": 1}}\n')
-    assert look_at(path).task == "sequence-classification"
+    assert preview_data(path).task == "sequence-classification"
 
 
-def test_what_is_said_of_a_row_does_not_repeat_all_of_it(write) -> None:
+def test_row_error_truncates_long_values(write) -> None:
     path = write([{"messages": [{"role": "x" * 50_000, "content": "a"}]}])
-    refused = refusal(prepare, DataSettings(path, eval=None), make_tokenizer())
-    assert "the role is 'xxx" in refused.what and len(str(refused)) < 2000
+    error = refusal(prepare, DataSettings(path, eval=None), make_tokenizer())
+    assert "the role is 'xxx" in error.message and len(str(error)) < 2000
 
 
-def test_names_of_columns_do_not_add_up_without_end(write) -> None:
+def test_total_length_of_column_names_is_limited(write) -> None:
     path = write([{f"{n:090}": 1} for n in range(99)])
-    refused = refusal(open_source(path, max_bytes=1000).scan)
-    assert "the names of the rows' columns" in refused.what and refused.where == f"{path}, row 12"
+    error = refusal(open_source(path, max_bytes=1000).scan)
+    assert "the column names of the rows" in error.message and error.location == f"{path}, row 12"
 
 
 @pytest.mark.parametrize(
     ("name", "text"), [("d.jsonl", '{"text": "a", "label": 1}\n' * 1000), ("d.csv", "text,label\n" + "a,1\n" * 1000)]
 )
-def test_rows_kept_in_memory_are_refused_before_it_is_full(name: str, text: str, write, monkeypatch) -> None:
+def test_rows_that_exceed_free_memory_are_rejected(name: str, text: str, write, monkeypatch) -> None:
     path = write(text, name)
-    monkeypatch.setattr(sources, "_LOOK_BYTES", 2000)
+    monkeypatch.setattr(sources, "_CHECK_BYTES", 2000)
     assert len(read_rows(path)) == 1000
     monkeypatch.setattr(sources, "free_memory_bytes", lambda: 2**20)
-    refused = refusal(read_rows, path)
-    assert "do not fit into memory" in refused.what and refused.where == path
+    error = refusal(read_rows, path)
+    assert "do not fit into memory" in error.message and error.location == path
 
 
-def test_few_rows_of_very_many_are_chosen_in_little_memory() -> None:
-    assert len(choose(10**12, 10, 0)) == 10
+def test_sampling_few_of_many_rows_needs_little_memory() -> None:
+    assert len(choose_rows(10**12, 10, 0)) == 10
 
 
 # Images and packages
 
 
 def _read_one(image: object) -> None:
-    rows = sources.Rows("d", [("d", [1], [{"image": image}])])
+    rows = sources.NumberedRows("d", [("d", [1], [{"image": image}])])
     list(read_images(rows, [0], LabelColumns("label", image="image"), [0]))
 
 
-def test_images_that_run_programs_or_are_larger_than_any_are_not_opened(tmp_path, monkeypatch):
-    """Pillow hands PostScript to Ghostscript."""
+def test_unsafe_or_oversized_images_are_not_opened(tmp_path, monkeypatch):
+    """Pillow passes PostScript to Ghostscript."""
     path = tmp_path / "a.png"
     Image.new("RGB", (4, 4)).save(path, "EPS")
     for image in (path, path.read_bytes()):
-        assert "unknown image format" in refusal(_read_one, image).what
+        assert "unknown image format" in refusal(_read_one, image).message
     if os.path.exists("/dev/zero"):
-        assert "is not a file" in refusal(_read_one, Path("/dev/zero")).what
+        assert "is not a file" in refusal(_read_one, Path("/dev/zero")).message
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)).save(path)
     _read_one(path)
     with monkeypatch.context() as patch:
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-        assert "decompression bomb" in refusal(_read_one, path).what
-    monkeypatch.setattr(pixels, "_MOST_BYTES", 1000)
-    assert "has more than 1,000 bytes" in refusal(_read_one, path).what
+        assert "decompression bomb" in refusal(_read_one, path).message
+    monkeypatch.setattr(pixels, "_MAX_IMAGE_BYTES", 1000)
+    assert "has more than 1,000 bytes" in refusal(_read_one, path).message
 
 
-def test_a_batch_of_images_is_resized_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_a_batch_are_resized_individually(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "vit", "image_size": 8, "patch_size": 4}')
     encoder = ImageEncoder(tmp_path)
     draw = np.random.default_rng(0)
     examples = [ImageExample(n, draw.integers(0, 255, (9 + n, 20, 3), np.uint8), 0) for n in range(3)]
-    whole = encoder._encode([example.decoded() for example in examples])
-    seen: list[int] = []
+    expected = encoder._encode([example.decoded() for example in examples])
+    batch_sizes: list[int] = []
     encode = encoder._encode
-    monkeypatch.setattr(encoder, "_encode", lambda images: seen.append(len(images)) or encode(images))
-    assert (encoder.encode(examples) == whole).all() and seen == [1, 1, 1]
+    monkeypatch.setattr(encoder, "_encode", lambda images: batch_sizes.append(len(images)) or encode(images))
+    assert (encoder.encode(examples) == expected).all() and batch_sizes == [1, 1, 1]
 
 
 @pytest.mark.parametrize("fault", ["encrypted", "cut", "long name"])
-def test_a_wheel_with_a_member_that_cannot_be_unpacked_is_refused(fault, tmp_path, monkeypatch):
+def test_wheel_with_an_invalid_member_is_rejected(fault, tmp_path, monkeypatch):
     path = tmp_path / "w.whl"
     name = "some/" + ("n" * 300 if fault == "long name" else "d.jsonl")
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -372,6 +372,6 @@ def test_a_wheel_with_a_member_that_cannot_be_unpacked_is_refused(fault, tmp_pat
         data[at - 8 : at] = b"\xff" * 8
     path.write_bytes(data)
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(packages, "_download_with_pip", lambda wanted, folder: path)
-    refused = refusal(packages.member, f"pypi:some==1.0/{name}")
-    assert ("name too long" if fault == "long name" else "the wheel is damaged") in refused.what
+    monkeypatch.setattr(packages, "_download_with_pip", lambda reference, folder: path)
+    error = refusal(packages.member, f"pypi:some==1.0/{name}")
+    assert ("name too long" if fault == "long name" else "the wheel is damaged") in error.message

@@ -1,4 +1,4 @@
-"""Which tokens invoke an adapter, and from where on it acts in a row."""
+"""Invocation tokens of adapters, and the position from which an adapter is active."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from deltaw.data.example import Example
-from deltaw.data.invocation import activated, ending_of_prompts, learns, opening_of_answer
+from deltaw.data.invocation import acts_before_labels, ending_of_prompts, opening_of_answer, with_activation
 from deltaw.data.packing import microbatch_shapes, pack, pad, split_into_microbatches
 from tests.byte_models import byte_tokenizer
 
@@ -16,7 +16,7 @@ def row(prompt: list[int], answer: list[int], number: int = 1) -> Example:
     return Example(number, tokens, np.arange(len(tokens)) >= len(prompt), len(prompt), "answer")
 
 
-def test_the_chat_template_opens_answers_and_prompts_end_alike():
+def test_answer_opening_and_common_prompt_ending():
     tokenizer = byte_tokenizer()
     assert tokenizer.decode(opening_of_answer(tokenizer)) == "<|im_start|>assistant\n"
     for template in ("{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}", "{{ nothing.like.this }}"):
@@ -31,43 +31,47 @@ def test_the_chat_template_opens_answers_and_prompts_end_alike():
         assert ending_of_prompts([row(prompt, [9]) for prompt in prompts]) == ending
 
 
-def test_the_last_occurrence_before_the_answer_counts():
-    assert activated(row([7, 8, 1, 7, 8, 2], [3]), [7, 8]).active_from == 3
-    assert activated(row([7, 8, 1], [7, 8]), [7, 8]).active_from == 0
-    nowhere, there, early = (activated(row(prompt, [3]), [7, 8]) for prompt in ([7, 1, 8], [1, 7, 8], [1, 7, 8]))
-    early.is_label[1] = True  # an earlier answer, which the adapter does not write
-    assert nowhere.active_from == 4 and [learns(one) for one in (nowhere, there, early)] == [False, True, False]
+def test_last_occurrence_before_the_answer_activates():
+    assert with_activation(row([7, 8, 1, 7, 8, 2], [3]), [7, 8]).active_from == 3
+    assert with_activation(row([7, 8, 1], [7, 8]), [7, 8]).active_from == 0
+    absent, present, early = (with_activation(row(prompt, [3]), [7, 8]) for prompt in ([7, 1, 8], [1, 7, 8], [1, 7, 8]))
+    early.is_label[1] = True  # an earlier answer, before the adapter is active
+    assert absent.active_from == 4 and [acts_before_labels(example) for example in (absent, present, early)] == [
+        False,
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_rows_share_what_the_adapter_does_not_act_on_and_no_more(share):
+def test_rows_share_only_inactive_tokens(share):
     stem = list(range(10, 20))
     rows = [
-        activated(row([*stem, 7, 8], [30, 31]), [7, 8]),
-        activated(row([*stem, 7, 8], [30, 32]), [7, 8]),
-        # A prompt that quotes what is another row's answer.
-        activated(row([*stem, 7, 8, 30, 31, 40, 7, 8], [33]), [7, 8]),
+        with_activation(row([*stem, 7, 8], [30, 31]), [7, 8]),
+        with_activation(row([*stem, 7, 8], [30, 32]), [7, 8]),
+        # A prompt that quotes another row's answer.
+        with_activation(row([*stem, 7, 8, 30, 31, 40, 7, 8], [33]), [7, 8]),
     ]
     batch = pack(rows, share=share, fill=False)
     active = batch.inputs["adapter_active"].numpy()[0]
     tokens = batch.inputs["input_ids"].numpy()[0]
     for member in batch.members:
         start = member.example.active_from
-        np.testing.assert_array_equal(tokens[member.places], member.example.tokens)
-        np.testing.assert_array_equal(active[member.places], np.arange(len(member.places)) >= start)
+        np.testing.assert_array_equal(tokens[member.indices], member.example.tokens)
+        np.testing.assert_array_equal(active[member.indices], np.arange(len(member.indices)) >= start)
     assert active.sum() == 4 + 4 + 3
     assert len(tokens) == (10 + 4 + 4 + 8 if share else 14 + 14 + 18)
     assert microbatch_shapes([rows], share=share, fill=False) == [(1, len(tokens))]
 
 
-def test_padded_rows_say_where_the_adapter_acts():
-    rows = [activated(row([1, 2, 7], [3]), [7]), activated(row([7], [3, 4, 5, 6]), [7])]
+def test_padded_rows_have_an_activation_mask():
+    rows = [with_activation(row([1, 2, 7], [3]), [7]), with_activation(row([7], [3, 4, 5, 6]), [7])]
     assert pad(rows).inputs["adapter_active"].int().tolist() == [[0, 0, 1, 1, 0], [1, 1, 1, 1, 1]]
     assert "adapter_active" not in pad([row([1], [2])]).inputs
 
 
-def test_tokens_before_the_adapter_can_count_less():
-    rows = [activated(row([*range(10 + n, 50 + n), 7], [3, 4]), [7]) for n in range(4)]
+def test_inactive_tokens_can_cost_less():
+    rows = [with_activation(row([*range(10 + n, 50 + n), 7], [3, 4]), [7]) for n in range(4)]
     assert len(split_into_microbatches(rows, 50)) == 4
     assert len(split_into_microbatches(rows, 50, inactive_cost=0.1)) == 1
     assert microbatch_shapes([rows], inactive_cost=0.1, fill=False) == [(1, 4 * (3 + 4))]

@@ -1,4 +1,4 @@
-"""Batches of labeled rows: padding masked by length, cut at least cost, images within the budget."""
+"""Batches of labeled rows: masked padding, minimum-cost splits, and images within the token budget."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def row(length: int, label: int | float = 0, segments: list[int] | None = None) 
 
 
 @given(st.lists(st.integers(1, 80), min_size=1, max_size=30), st.integers(1, 200))
-def test_each_row_is_in_one_batch_and_masked_by_its_length(lengths, budget):
+def test_each_row_occurs_once_with_a_mask_of_its_length(lengths, budget):
     rows = [row(length, i) for i, length in enumerate(lengths)]
     batches = list(LabelMicroBatcher(budget, "cpu", pad_id=1, limit=80).batches(rows))
     assert sorted(t for b in batches for t in b.targets.tolist()) == list(range(len(rows)))
@@ -28,14 +28,14 @@ def test_each_row_is_in_one_batch_and_masked_by_its_length(lengths, budget):
         ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
         assert ids.shape[1] % GRID == 0 and batch.tokens == ids.numel()
         assert batch.rows == 1 or batch.tokens <= budget
-        for place, example in enumerate(batch.examples):
-            assert ids[place, : len(example)].tolist() == example.tokens.tolist()
-            assert mask[place].sum() == len(example) and mask[place, : len(example)].all()
+        for index, example in enumerate(batch.examples):
+            assert ids[index, : len(example)].tolist() == example.tokens.tolist()
+            assert mask[index].sum() == len(example) and mask[index, : len(example)].all()
     assert sum(b.row_tokens for b in batches) == sum(lengths)
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=9), st.integers(1, 60), st.integers(0, 20))
-def test_no_other_cut_costs_less(lengths, budget, pass_cost):
+def test_split_has_minimum_cost(lengths, budget, pass_cost):
     lengths = sorted(lengths)
 
     def cost(cuts):
@@ -47,14 +47,14 @@ def test_no_other_cut_costs_less(lengths, budget, pass_cost):
             total += area + pass_cost
         return total
 
-    found = cut_by_length(lengths, budget, pass_cost)
+    ranges = cut_by_length(lengths, budget, pass_cost)
     inner = range(1, len(lengths))
-    every = (c for n in range(len(lengths)) for c in itertools.combinations(inner, n))
-    assert cost([start for start, _ in found[1:]]) == min(map(cost, every))
-    assert found[0][0] == 0 and found[-1][1] == len(lengths)
+    candidates = (c for n in range(len(lengths)) for c in itertools.combinations(inner, n))
+    assert cost([start for start, _ in ranges[1:]]) == min(map(cost, candidates))
+    assert ranges[0][0] == 0 and ranges[-1][1] == len(lengths)
 
 
-def test_padding_stops_at_the_last_position_of_the_model_and_targets_are_whole_for_classes():
+def test_padding_respects_max_positions_and_class_targets_are_integers():
     (batch,) = LabelMicroBatcher(100, "cpu", limit=10).batches([row(9), row(10)])
     assert batch.inputs["input_ids"].shape == (2, 10)
     for label, dtype in ((2, torch.int64), (2.5, torch.float32)):
@@ -62,7 +62,7 @@ def test_padding_stops_at_the_last_position_of_the_model_and_targets_are_whole_f
         assert batch.targets.dtype == dtype
 
 
-def test_segments_belong_to_the_end_of_a_row_that_tokens_were_put_before():
+def test_segments_align_to_the_end_of_the_row():
     (batch,) = LabelMicroBatcher(100, "cpu").batches([row(6, segments=[0, 1, 1]), row(4, segments=[0, 0, 1, 1])])
     assert batch.inputs["token_type_ids"][:, :6].tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1]]
     (without,) = LabelMicroBatcher(100, "cpu", segments=False).batches([row(3, segments=[0, 1, 1])])

@@ -1,6 +1,6 @@
-"""What is trained on, for the templates of published models: the assistant's text and its end of turn, no more.
+"""Loss masks for templates of published models cover the assistant's text and its end of turn only.
 
-Every expectation is written by hand: the text that the model sees, with what it is trained on between « and ».
+Every expectation is written by hand: the text that the model sees, with labels between « and ».
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ TOOLS: tuple[Message, ...] = (
 
 
 def exchange(*turns: tuple[str, str], system: str | None = None) -> Conversation:
-    """Questions and answers."""
+    """Create a conversation of questions and answers."""
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     messages += [message for question, answer in turns for message in (user(question), assistant(answer))]
     return conversation([], messages, "row 1")
 
 
 def talk(*answers: str, system: str | None = None) -> Conversation:
-    """Questions on capitals with these answers."""
+    """Create a conversation of questions on capitals with these answers."""
     return exchange(*zip(QUESTIONS, answers, strict=False), system=system)
 
 
 def call(**thought: str) -> Conversation:
-    """A question that is answered with the help of a tool."""
+    """Create a conversation in which a tool is called."""
     calls = [{"id": "abcdefghi", "type": "function", "function": {"name": "clock", "arguments": {"zone": "PET"}}}]
     result = {"role": "tool", "content": "12:00", "tool_call_id": "abcdefghi"}
     first, last = assistant("", tool_calls=calls, **thought), assistant("Noon.", **thought)
@@ -48,16 +48,16 @@ def call(**thought: str) -> Conversation:
 
 
 def marked(tokenizer: PreTrainedTokenizerFast, encoded: Encoded) -> str:
-    """The text of an example with « and » around what is trained on."""
+    """Return the text of an example with « and » around labels."""
 
     def text(count: int) -> str:
         return str(tokenizer.decode(encoded.tokens[:count], clean_up_tokenization_spaces=False))
 
-    shown, done = "", 0
+    output, position = "", 0
     for start, stop in encoded.spans:
-        shown += f"{text(start)[len(text(done)) :]}«{text(stop)[len(text(start)) :]}»"
-        done = stop
-    return shown + text(len(encoded.tokens))[len(text(done)) :]
+        output += f"{text(start)[len(text(position)) :]}«{text(stop)[len(text(start)) :]}»"
+        position = stop
+    return output + text(len(encoded.tokens))[len(text(position)) :]
 
 
 def examples(family: str, record: Record, **settings: object) -> list[str]:
@@ -66,13 +66,13 @@ def examples(family: str, record: Record, **settings: object) -> list[str]:
     return [marked(tokenizer, encoded) for encoded in encoder.encode([record], ["row 1"])[0]]
 
 
-def turns(begin: str, question: str, answer: str, between: str = "") -> str:
-    """Two questions Q and two answers A as text, with « and » around what is trained on."""
-    answers = [answer.replace("A", f"{said}", 1) for said in ANSWERS]
-    return begin + between.join(question.replace("Q", q) + a for q, a in zip(QUESTIONS, answers, strict=True))
+def turns(prefix: str, question: str, answer: str, between: str = "") -> str:
+    """Render two questions Q and two answers A, with « and » around labels."""
+    answers = [answer.replace("A", f"{text}", 1) for text in ANSWERS]
+    return prefix + between.join(question.replace("Q", q) + a for q, a in zip(QUESTIONS, answers, strict=True))
 
 
-# For each family what begins the text, a question, an answer, and what stands between turns.
+# The formats of each family: question, answer and separator of turns.
 IM = ("<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n", "«A<|im_end|>»", "\n")
 HEADERS = (
     "<|start_header_id|>user<|end_header_id|>\n\nQ<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
@@ -84,7 +84,7 @@ DATED = "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting 
 DATED += "Today Date: 31 Jan 2026\n\n"
 ZEPHYR = ("<|user|>\nQ</s> \n<|assistant|>\n", "«A</s>»", " \n")
 FIRST = "<|im_start|>user\nCapital of Peru?<|im_end|>\n<|im_start|>assistant\n"
-ASKED = "\n<|im_start|>user\nChile?<|im_end|>\n<|im_start|>assistant\n"
+SECOND_PROMPT = "\n<|im_start|>user\nChile?<|im_end|>\n<|im_start|>assistant\n"
 TWO_TURNS = {
     "chatml": [turns("", *IM)],
     "generation": [turns("", *IM)],
@@ -94,7 +94,7 @@ TWO_TURNS = {
     "qwen2.5": [turns("<|im_start|>system\nYou are a default assistant.<|im_end|>\n", *IM)],
     "qwen3": [
         FIRST + "«<think>\n\n</think>\n\nLima.<|im_end|>»",
-        FIRST + "Lima.<|im_end|>" + ASKED + "«<think>\n\n</think>\n\nSantiago.<|im_end|>»",
+        FIRST + "Lima.<|im_end|>" + SECOND_PROMPT + "«<think>\n\n</think>\n\nSantiago.<|im_end|>»",
     ],
     "gemma2": [turns("<bos>", *GEMMA)],
     "gemma3": [turns("<bos>", *GEMMA)],
@@ -109,21 +109,21 @@ TWO_TURNS = {
 
 
 @pytest.mark.parametrize("family", TWO_TURNS)
-def test_every_answer_and_its_end_are_trained_and_nothing_else_or_the_last_alone(family: str) -> None:
-    both = TWO_TURNS[family]
-    assert examples(family, talk(*ANSWERS)) == both
-    before, _, answer = both[-1].rpartition("«")
+def test_labels_are_all_answers_or_the_last_one(family: str) -> None:
+    expected = TWO_TURNS[family]
+    assert examples(family, talk(*ANSWERS)) == expected
+    before, _, answer = expected[-1].rpartition("«")
     assert examples(family, talk(*ANSWERS), labels="last") == [re.sub("[«»]", "", before) + "«" + answer]
-    # A single turn is the beginning of two.
-    first = both[0][: both[0].index("»") + 1]
+    # A single turn is a prefix of two turns.
+    first = expected[0][: expected[0].index("»") + 1]
     assert examples(family, talk(ANSWERS[0])) == [first]
     assert examples(family, Pair("Capital of Peru?", "Lima."))[0] in (first, "Capital of Peru?«Lima.<|endoftext|>»")
 
 
 @pytest.mark.parametrize("family", [family for family in TWO_TURNS if family != "base"])
-def test_white_space_around_an_answer_is_trained_as_far_as_the_template_keeps_it(family: str) -> None:
-    (shown,) = examples(family, talk("Lima. \n"))
-    answer = shown[shown.index("«") + 1 : shown.index("»")]
+def test_answer_whitespace_is_a_label_if_rendered(family: str) -> None:
+    (rendered,) = examples(family, talk("Lima. \n"))
+    answer = rendered[rendered.index("«") + 1 : rendered.index("»")]
     trims = family in ("llama2", "llama3", "llama3.2", "gemma2", "gemma3")
     assert answer.replace("Lima. \n", "Lima.") == TWO_TURNS[family][0].partition("«")[2].partition("»")[0]
     assert ("Lima. \n" in answer) is not trims
@@ -136,7 +136,7 @@ SYSTEM = {
     "llama3.2": [turns(DATED + "Be brief.<|eot_id|>", *HEADERS)],
     "qwen2.5": [turns("<|im_start|>system\nBe brief.<|im_end|>\n", *IM)],
     "gemma3": [turns("<bos>", *GEMMA).replace("Capital", "Be brief.\n\nCapital")],
-    # The system message stands in the question that is being answered, and in no other.
+    # The system message is rendered in the current question only.
     "mistral3": [
         "<s>[INST] Be brief.\n\nCapital of Peru?[/INST]« Lima.</s>»",
         "<s>[INST] Capital of Peru?[/INST] Lima.</s>[INST] Be brief.\n\nChile?[/INST]« Santiago.</s>»",
@@ -148,7 +148,7 @@ SYSTEM = {
 
 
 @pytest.mark.parametrize("family", SYSTEM)
-def test_a_system_message_is_context_wherever_the_template_puts_it(family: str) -> None:
+def test_system_message_is_never_a_label(family: str) -> None:
     assert examples(family, talk(*ANSWERS, system="Be brief.")) == SYSTEM[family]
 
 
@@ -156,8 +156,8 @@ def test_a_system_message_is_context_wherever_the_template_puts_it(family: str) 
 R1 = "<｜begin▁of▁sentence｜><｜User｜>Capital of Peru?<｜Assistant｜>"
 SOUTH, FAR = (f"«{thought}<|im_end|>»" for thought in THOUGHTS)
 THINKING = {
-    "chatml": [FIRST + SOUTH + ASKED + FAR],
-    "qwen3": [FIRST + SOUTH, FIRST + "Lima.<|im_end|>" + ASKED + FAR],
+    "chatml": [FIRST + SOUTH + SECOND_PROMPT + FAR],
+    "qwen3": [FIRST + SOUTH, FIRST + "Lima.<|im_end|>" + SECOND_PROMPT + FAR],
     "deepseek-r1": [
         R1 + "<think>\n«South.\n</think>\n\nLima.<｜end▁of▁sentence｜>»",
         R1 + "\n\nLima.<｜end▁of▁sentence｜>"
@@ -167,20 +167,20 @@ THINKING = {
 
 
 @pytest.mark.parametrize("family", THINKING)
-def test_thoughts_are_trained_in_the_context_in_which_they_are_thought(family: str) -> None:
+def test_thoughts_are_labels_in_their_original_context(family: str) -> None:
     assert examples(family, talk(*THOUGHTS)) == THINKING[family]
-    if family != "chatml":  # reasoning apart from the content is trained alike
-        apart = talk(*ANSWERS)
-        for message, thought in zip(apart.messages[1::2], ("South.", "Far south."), strict=True):
+    if family != "chatml":  # reasoning in a separate field has equal labels
+        separate = talk(*ANSWERS)
+        for message, thought in zip(separate.messages[1::2], ("South.", "Far south."), strict=True):
             message["reasoning_content"] = thought
-        shown = examples(family, apart)
-        assert [text.partition("«")[2] for text in shown] == [text.partition("«")[2] for text in THINKING[family]]
+        rendered = examples(family, separate)
+        assert [text.partition("«")[2] for text in rendered] == [text.partition("«")[2] for text in THINKING[family]]
 
 
-def test_turns_that_the_template_leaves_as_they_are_share_an_example() -> None:
-    """After the last question, Qwen 3 keeps the thoughts: a call of a tool and what follows it are one."""
-    (shown,) = examples("qwen3", call(reasoning_content="Ask."))
-    assert shown.count("«<think>\nAsk.\n</think>\n\n") == 2
+def test_unchanged_turns_share_an_example() -> None:
+    """After the last question, Qwen 3 renders thoughts, so a tool call and the following turn are one example."""
+    (rendered,) = examples("qwen3", call(reasoning_content="Ask."))
+    assert rendered.count("«<think>\nAsk.\n</think>\n\n") == 2
 
 
 # With a tool.
@@ -197,10 +197,10 @@ TRAINED_CALLS = {
 
 
 @pytest.mark.parametrize("family", TRAINED_CALLS)
-def test_a_call_of_a_tool_is_trained_and_its_result_is_not(family: str) -> None:
-    shown = examples(family, call())
-    assert [[part.partition("»")[0] for part in text.split("«")[1:]] for text in shown] == TRAINED_CALLS[family]
-    assert all("clock" in text.partition("«")[0] and "the time" in text.partition("«")[0] for text in shown)
+def test_tool_call_is_a_label_and_its_result_is_not(family: str) -> None:
+    rendered = examples(family, call())
+    assert [[part.partition("»")[0] for part in text.split("«")[1:]] for text in rendered] == TRAINED_CALLS[family]
+    assert all("clock" in text.partition("«")[0] and "the time" in text.partition("«")[0] for text in rendered)
 
 
 def with_tools() -> Conversation:
@@ -209,25 +209,25 @@ def with_tools() -> Conversation:
 
 
 def with_reasoning() -> Conversation:
-    apart = talk("Lima.")
-    apart.messages[1]["reasoning_content"] = "South."
-    return apart
+    separate = talk("Lima.")
+    separate.messages[1]["reasoning_content"] = "South."
+    return separate
 
 
 @pytest.mark.parametrize(
-    ("family", "record", "said"),
+    ("family", "record", "message"),
     [
         ("gemma2", talk(*ANSWERS, system="Be brief."), "does not accept this conversation"),
         ("mistral1", talk(*ANSWERS, system="Be brief."), "does not accept this conversation"),
         ("llama3", with_reasoning(), "drops the reasoning of turn 2"),
-        ("deepseek-r1", talk("Lima."), "opens a thought, and turn 2 has none"),
+        ("deepseek-r1", talk("Lima."), "opens a thought, and turn 2 has no reasoning"),
         *((family, with_tools(), "omits the tool 'clock'") for family in ("chatml", "gemma3", "zephyr")),
     ],
 )
-def test_what_the_template_does_not_take_or_would_leave_out_is_refused(family, record, said):
-    refused = refusal(examples, family, record)
-    assert isinstance(refused, BadRowError) and said in refused.what
-    assert refused.reason == "refused by the chat template" or "accept" not in said
+def test_unsupported_or_omitted_content_is_rejected(family, record, message):
+    error = refusal(examples, family, record)
+    assert isinstance(error, BadRowError) and message in error.message
+    assert error.reason == "refused by the chat template" or "accept" not in message
 
 
 # Base models.
@@ -242,14 +242,14 @@ def test_what_the_template_does_not_take_or_would_leave_out_is_refused(family, r
         ("base", Text("Lima is old."), "L«ima is old.<|endoftext|>»"),
     ],
 )
-def test_base_models_read_plain_text_with_bos_once_and_eos_at_the_end(family, record, expected):
+def test_base_models_have_one_bos_and_a_final_eos(family, record, expected):
     assert examples(family, record) == [expected]
 
 
-# Against transformers, where a template says itself what the assistant generates.
+# Compared with transformers, for a template with generation blocks.
 
 
-def test_the_mask_is_that_of_the_templates_own_generation_blocks() -> None:
+def test_mask_matches_generation_blocks_of_the_template() -> None:
     tokenizer = tokenizer_of("generation")
     record = talk(*ANSWERS, system="Be brief.")
     theirs = tokenizer.apply_chat_template(list(record.messages), return_dict=True, return_assistant_tokens_mask=True)
@@ -261,7 +261,7 @@ def test_the_mask_is_that_of_the_templates_own_generation_blocks() -> None:
     assert theirs["assistant_masks"] == mask
 
 
-# Any text but the names of special tokens, which a model reads as the tokens themselves.
+# Any text without names of special tokens, which would be tokenized as such.
 ANY_TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="<>[]|"), min_size=1, max_size=30)
 
 
@@ -272,14 +272,14 @@ SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in TWO_TURNS if 
 @pytest.mark.parametrize("family", [*QUICK, *SLOW])
 @settings(max_examples=15, deadline=None)
 @given(question=ANY_TEXT, answers=st.lists(ANY_TEXT, min_size=1, max_size=3))
-def test_whatever_is_said_only_the_answers_and_their_ends_are_trained(family, question, answers):
+def test_only_answers_and_their_ends_are_labels_for_any_text(family, question, answers):
     record = exchange(*((question, answer) for answer in answers))
     tokenizer = tokenizer_of(family)
     encoder = Encoder(tokenizer, date=DATE)
     trained = []
     for example in encoder.encode([record], ["row 1"])[0]:
         for (start, stop), turn in zip(example.spans, example.turns, strict=True):
-            # Each answer follows exactly what the model is given to write it.
+            # Each answer follows the prompt from which it would be generated.
             assert example.tokens[:start] == encoder.prompt(record.messages[:turn])
             trained.append("".join(str(tokenizer.decode(example.tokens[start:stop])).split()))
     end = TWO_TURNS[family][0].partition("Lima.")[2].partition("»")[0].strip()

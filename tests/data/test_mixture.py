@@ -1,4 +1,4 @@
-"""Several sources with weights: how often rows come, and what is refused."""
+"""Weighted sources: frequency of rows, and rejected settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from deltaw.data import DataSettings, prepare
 from deltaw.data.labels import LabelReader
-from deltaw.data.mixture import shown, weighted
+from deltaw.data.mixture import apply_weights, format_sources
 from deltaw.settings import RunConfig
 from tests.data.conftest import refusal
 from tests.data.label_models import word_tokenizer
@@ -26,41 +26,41 @@ def occurrences(prepared, tokenizer) -> Counter[str]:
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.floats(0.05, 4)), min_size=1, max_size=4), st.integers(0, 2**40))
-def test_a_weight_is_how_often_rows_are_seen(sources, seed):
+def test_weight_is_the_number_of_occurrences(sources, seed):
     source_of = np.repeat(np.arange(len(sources)), [count for count, _ in sources])
     rows = np.arange(len(source_of)) * 3
     weights = [weight for _, weight in sources]
-    found = weighted(rows, source_of, weights, seed)
-    times = Counter(found.tolist())
+    weighted_rows = apply_weights(rows, source_of, weights, seed)
+    times = Counter(weighted_rows.tolist())
     for number, (count, weight) in enumerate(sources):
-        own = [times[row] for row in rows[source_of == number].tolist()]
-        assert all(int(weight) <= n <= int(weight) + 1 for n in own)
-        assert abs(sum(own) - weight * count) <= 0.5 + 1e-9
-    assert (np.diff(found) >= 0).all()
-    assert (found == weighted(rows, source_of, weights, seed)).all()
+        source_counts = [times[row] for row in rows[source_of == number].tolist()]
+        assert all(int(weight) <= n <= int(weight) + 1 for n in source_counts)
+        assert abs(sum(source_counts) - weight * count) <= 0.5 + 1e-9
+    assert (np.diff(weighted_rows) >= 0).all()
+    assert (weighted_rows == apply_weights(rows, source_of, weights, seed)).all()
 
 
-def test_sources_are_read_one_after_another_each_with_its_weight(write, tokenizer):
+def test_sources_are_read_in_order_with_their_weights(write, tokenizer):
     a, b, c = (write(texts("a", 4), "a.jsonl"), write(texts("b", 3), "b.jsonl"), write(texts("c", 10), "c.jsonl"))
     train = [a, {"from": b, "weight": 2}, {"from": c, "weight": 0.5}]
     prepared = prepare(DataSettings(train, eval=None), tokenizer, seed=1)
     times = occurrences(prepared, tokenizer)
     counts = {"a": 4, "b": 3, "c": 10}
-    seen = {name: sorted(times[f"{name} {n}"] for n in range(count)) for name, count in counts.items()}
-    assert seen == {"a": [1] * 4, "b": [2] * 3, "c": [0] * 5 + [1] * 5}
+    occurrence_counts = {name: sorted(times[f"{name} {n}"] for n in range(count)) for name, count in counts.items()}
+    assert occurrence_counts == {"a": [1] * 4, "b": [2] * 3, "c": [0] * 5 + [1] * 5}
     report = prepared.report
-    assert (report.rows_read, report.rows_kept, report.repeated, report.not_drawn) == (17, 12, 3, 5)
+    assert (report.rows_read, report.rows_kept, report.repeated, report.not_sampled) == (17, 12, 3, 5)
     assert report.rows_kept + report.repeated == len(prepared.train) == 15
     assert report.tokens == sum(len(example) for example in prepared.train)
     expected = {a: (1.0, 4), b: (2.0, 6), c: (0.5, 5)}
     assert report.sources == {name: {"weight": weight, "rows": rows} for name, (weight, rows) in expected.items()}
-    said = "\n".join(report.lines())
-    assert f"{b}: weight 2, 6 rows in an epoch" in said and report.source == shown(train)
+    message = "\n".join(report.lines())
+    assert f"{b}: weight 2, 6 rows in an epoch" in message and report.source == format_sources(train)
     other = prepare(DataSettings(train, eval=None), tokenizer, seed=2)
     assert occurrences(other, tokenizer) != times
 
 
-def test_a_row_of_two_sources_is_a_duplicate_and_held_out_rows_have_no_weight(write, tokenizer):
+def test_duplicates_across_sources_and_unweighted_evaluation_rows(write, tokenizer):
     a, b = write(texts("x", 6), "a.jsonl"), write(texts("x", 8), "b.jsonl")
     prepared = prepare(DataSettings([a, {"from": b, "weight": 3}], eval=4), tokenizer)
     assert (prepared.report.duplicates, len(prepared.held_out)) == (6, 4)
@@ -70,7 +70,7 @@ def test_a_row_of_two_sources_is_a_duplicate_and_held_out_rows_have_no_weight(wr
     assert all(times[f"x {n}"] == (1 if n < 6 else 3) for n in range(8) if f"x {n}" not in held_out)
 
 
-def test_each_source_may_have_columns_and_a_form_of_its_own(write, tokenizer):
+def test_sources_can_have_separate_columns_and_formats(write, tokenizer):
     a = write([{"question": "q", "reply": "r", "text": "t"}], "a.jsonl")
     b = write([{"text": "plain", "prompt": "p", "completion": "c"}], "b.jsonl")
     train = [{"from": a, "columns": {"prompt": "question", "completion": "reply"}}, {"from": b, "form": "text"}]
@@ -80,24 +80,24 @@ def test_each_source_may_have_columns_and_a_form_of_its_own(write, tokenizer):
     assert (prepared.report.form, prepared.report.template) == ("prompt-completion + text", "chat + plain")
 
 
-def test_chosen_rows_are_drawn_over_all_sources(write, tokenizer):
+def test_selected_rows_are_sampled_from_all_sources(write, tokenizer):
     a, b = write(texts("a", 30), "a.jsonl"), write(texts("b", 30), "b.jsonl")
     prepared = prepare(DataSettings([a, b], rows=20, eval=None), tokenizer)
-    assert len(prepared.train) == 20 and prepared.report.not_chosen == 40
+    assert len(prepared.train) == 20 and prepared.report.not_selected == 40
     assert {text[0] for text in occurrences(prepared, tokenizer)} == {"a", "b"}
 
 
-def test_labeled_rows_come_from_several_sources_too(write):
+def test_labeled_rows_can_have_several_sources(write):
     a, b = (write([{"text": f"{x} film", "label": x}], f"{x}.jsonl") for x in ("good", "very"))
     plain, weighted = (DataSettings([a, source], eval=None) for source in (b, {"from": b, "weight": 2}))
-    found = LabelReader(plain, word_tokenizer(), "sequence-classification").prepared()
-    assert [example.label for example in found.train] == [0, 1]
+    data = LabelReader(plain, word_tokenizer(), "sequence-classification").prepare()
+    assert [example.label for example in data.train] == [0, 1]
     reader = LabelReader(weighted, word_tokenizer(), "sequence-classification")
-    assert "no weight" in refusal(reader.prepared).what
+    assert "its own weight" in refusal(reader.prepare).message
 
 
 @pytest.mark.parametrize(
-    ("train", "said"),
+    ("train", "message"),
     [
         ([], "empty list"),
         ([3], "with 'from'"),
@@ -108,18 +108,18 @@ def test_labeled_rows_come_from_several_sources_too(write):
         ([{"from": "a", "weight": True}], "the weight is True"),
         ([{"from": "a", "weight": float("nan")}], "the weight is nan"),
         ([{"from": "a", "form": "txt"}], "no format 'txt'"),
-        ([{"from": "a", "columns": {"promt": "b"}}], "no column 'promt'"),
+        ([{"from": "a", "columns": {"promt": "b"}}], "unknown column 'promt'"),
         (["a", {"from": "b", "columns": ["c"]}], "'columns' must map"),
     ],
 )
-def test_what_is_no_source_is_refused_with_its_entry(train, said):
-    assert said in refusal(DataSettings, train).what
+def test_invalid_source_is_rejected_with_its_entry(train, message):
+    assert message in refusal(DataSettings, train).message
 
 
-def test_a_list_may_stand_for_the_section_and_in_a_flag(write):
+def test_source_list_is_accepted_as_data_section_and_flag(write):
     path = write("model: m\ndata: [a.jsonl, {from: b.jsonl, weight: 2}]\n", "run.yaml")
     config = RunConfig.read(path)
     assert config.data.train == ["a.jsonl", {"from": "b.jsonl", "weight": 2}]
     assert RunConfig.read(path, {"data": {"max_length": 9}}).data.train == config.data.train
-    misspelt = {"model": "m", "data": {"train": [{"from": "a", "weigth": 1}]}}
-    assert "unknown key 'weigth'" in refusal(RunConfig.read, misspelt).what
+    misspelled = {"model": "m", "data": {"train": [{"from": "a", "weigth": 1}]}}
+    assert "unknown key 'weigth'" in refusal(RunConfig.read, misspelled).message

@@ -1,4 +1,4 @@
-"""Batches: the prefix tree against the rows it was made of."""
+"""Batches: the prefix tree is compared with its rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaw.data.example import Example
-from deltaw.data.packing import LEAST_SHARED, epoch_order, microbatch_shapes, pack, pad, split_into_microbatches
+from deltaw.data.packing import MIN_SHARED_TOKENS, epoch_order, microbatch_shapes, pack, pad, split_into_microbatches
 
 
 def example(tokens, labels=None, row=1):
@@ -21,23 +21,23 @@ def example(tokens, labels=None, row=1):
 
 @st.composite
 def rows(draw):
-    """Rows that often begin alike: each continues a piece of an earlier one, with few token ids."""
-    made: list[list[int]] = []
+    """Generate rows that often share a prefix, with few token ids."""
+    sequences: list[list[int]] = []
     for _ in range(draw(st.integers(1, 8))):
         start: list[int] = []
-        if made and draw(st.booleans()):
-            earlier = draw(st.sampled_from(made))
+        if sequences and draw(st.booleans()):
+            earlier = draw(st.sampled_from(sequences))
             start = earlier[: draw(st.integers(0, len(earlier)))]
         tail = draw(st.lists(st.integers(0, 2), min_size=0 if len(start) > 1 else 2, max_size=12))
-        made.append(start + tail)
+        sequences.append(start + tail)
     return [
         example(r, [False, *draw(st.lists(st.booleans(), min_size=len(r) - 1, max_size=len(r) - 1))], row=i)
-        for i, r in enumerate(made)
+        for i, r in enumerate(sequences)
     ]
 
 
-def seen_by_each_row(batch):
-    """From the batch alone: for each flat token, the tokens from its root down to itself."""
+def visible_contexts(batch):
+    """Return the visible tokens of each flat token, from the root to the token, according to the batch."""
     visible = batch.inputs["packed_layout"].visible()
     tokens = batch.inputs["input_ids"][0].numpy()
     positions = batch.inputs["position_ids"][0].numpy()
@@ -47,35 +47,35 @@ def seen_by_each_row(batch):
 
 @settings(max_examples=50, deadline=None)
 @given(rows(), st.booleans())
-def test_each_label_is_predicted_from_exactly_the_tokens_before_it(given_rows, share):
-    batch = pack(given_rows, share=share)
-    context = seen_by_each_row(batch)
+def test_each_label_is_predicted_from_its_preceding_tokens(batch_rows, share):
+    batch = pack(batch_rows, share=share)
+    context = visible_contexts(batch)
     expected: dict = {}
-    for row in given_rows:
-        for at in np.flatnonzero(row.is_label):
-            key = (tuple(row.tokens[:at]), int(row.tokens[at]))
+    for row in batch_rows:
+        for index in np.flatnonzero(row.is_label):
+            key = (tuple(row.tokens[:index]), int(row.tokens[index]))
             expected[key] = expected.get(key, 0) + 1
-    found: dict = {}
+    actual: dict = {}
     for predictor, target, weight in zip(batch.predictors, batch.targets, batch.weights, strict=True):
         key = (context[predictor], int(target))
-        found[key] = found.get(key, 0) + float(weight)
-    assert found == expected
-    assert batch.tokens <= batch.row_tokens == sum(map(len, given_rows))
+        actual[key] = actual.get(key, 0) + float(weight)
+    assert actual == expected
+    assert batch.tokens <= batch.row_tokens == sum(map(len, batch_rows))
     assert share or batch.tokens == batch.row_tokens
-    assert batch.label_tokens == sum(int(r.is_label.sum()) for r in given_rows)
+    assert batch.label_tokens == sum(int(r.is_label.sum()) for r in batch_rows)
 
 
-def test_shared_prefixes_stand_once_and_nested_ones_hang_under_one_another():
+def test_shared_prefixes_are_stored_once_and_nested():
     stem, middle = list(range(10, 20)), list(range(30, 36))
     batch = pack([example([*stem, 1, 2]), example([*stem, 3]), example([*stem, 1, 2, *range(30, 40)])])
     assert (batch.tokens, batch.row_tokens) == (10 + 2 + 1 + 10, 12 + 11 + 22)
-    left, right = batch.members[0].places, batch.members[-1].places
+    left, right = batch.members[0].indices, batch.members[-1].indices
     assert (left[:10] == right[:10]).all() and not set(left[10:]) & set(right[10:])
     batch = pack([example([*stem, *middle, 1, 2]), example([*stem, *middle, 3, 4]), example([*stem, 5, 6])])
     assert batch.tokens == 10 + 6 + 6
     assert max(batch.inputs["packed_layout"].offsets()) == 16
     # A short shared prefix is not worth a segment.
-    assert LEAST_SHARED > 1
+    assert MIN_SHARED_TOKENS > 1
     batch = pack([example([7, 1, 2]), example([7, 3, 4])])
     assert batch.inputs["packed_layout"].parents.tolist()[:2] == [-1, -1]
     # Equal rows count their labels twice.
@@ -85,24 +85,24 @@ def test_shared_prefixes_stand_once_and_nested_ones_hang_under_one_another():
 
 @settings(max_examples=40, deadline=None)
 @given(rows(), st.integers(1, 60), st.booleans(), st.booleans(), st.booleans())
-def test_microbatches_hold_every_row_once_keep_the_budget_and_tell_their_shapes(rows, budget, share, fill, padded):
+def test_microbatches_contain_each_row_once_within_the_budget(rows, budget, share, fill, padded):
     parts = split_into_microbatches(rows, budget, share=share, padded=padded)
     assert sorted(r.row for p in parts for r in p) == sorted(r.row for r in rows)
     for part in parts:
         tokens = pad(part).tokens if padded else pack(part, share=share).tokens
         assert tokens <= budget or len(part) == 1
-    shapes = microbatch_shapes(parts, share=share, fill=fill)  # before they are laid out
+    shapes = microbatch_shapes(parts, share=share, fill=fill)  # computed without packing
     assert shapes == [tuple(pack(part, share=share, fill=fill).inputs["input_ids"].shape) for part in parts]
 
 
-def test_padding_is_masked_by_length_even_where_its_id_is_a_label():
+def test_padding_is_masked_by_length_if_its_id_is_a_label():
     batch = pad([example([5, 0, 0], [False, True, True]), example([5, 0], [False, True])])
     assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch.targets.tolist() == [0, 0, 0]
     assert batch.predictors.tolist() == [0, 1, 3]
 
 
-def test_an_epoch_is_a_permutation_that_its_seed_and_number_fix():
+def test_epoch_order_is_a_deterministic_permutation():
     first, again, later, other = (epoch_order(50, *of).tolist() for of in ((3, 7), (3, 7), (4, 7), (3, 8)))
     assert sorted(first) == list(range(50))
     assert first == again and first != later and first != other
@@ -110,12 +110,12 @@ def test_an_epoch_is_a_permutation_that_its_seed_and_number_fix():
 
 @settings(max_examples=25, deadline=None)
 @given(rows(), st.sampled_from(["shared", "flat", "padded"]))
-def test_members_say_where_each_row_s_tokens_are(given_rows, way):
-    batch = pad(given_rows) if way == "padded" else pack(given_rows, share=way == "shared")
-    assert sorted(m.example.row for m in batch.members) == sorted(r.row for r in given_rows)
+def test_members_contain_the_token_indices_of_each_row(batch_rows, layout):
+    batch = pad(batch_rows) if layout == "padded" else pack(batch_rows, share=layout == "shared")
+    assert sorted(m.example.row for m in batch.members) == sorted(r.row for r in batch_rows)
     flat = batch.inputs["input_ids"].flatten().numpy()
     for member in batch.members:
-        assert (flat[member.places] == member.example.tokens).all()
-        if way != "padded":
-            positions = batch.inputs["position_ids"][0].numpy()[member.places]
+        assert (flat[member.indices] == member.example.tokens).all()
+        if layout != "padded":
+            positions = batch.inputs["position_ids"][0].numpy()[member.indices]
             assert (positions == np.arange(len(member.example))).all()

@@ -1,4 +1,4 @@
-"""Progress is told seldom, with rate and time left, and not at all where reading is quick."""
+"""Progress is logged at increasing intervals, with rate and remaining time, and not for fast reads."""
 
 from __future__ import annotations
 
@@ -9,31 +9,33 @@ from types import SimpleNamespace
 import pytest
 
 from deltaw.data import report
-from deltaw.data.report import Progress
+from deltaw.data.report import ReadProgress
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[int, str]]]:
-    """What is said, and after how many seconds, where rows and bytes are told at these seconds."""
+def log_progress(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[int, str]]]:
+    """Return (seconds, line) of each logged line for a constant rate of rows and bytes."""
 
-    def lines(what: str, size: int, seconds: range, rows: int, size_read: int = 0) -> list[tuple[int, str]]:
-        clock, said = SimpleNamespace(now=0.0), []
+    def lines(title: str, size: int, seconds: range, rows: int, size_read: int = 0) -> list[tuple[int, str]]:
+        clock, logged = SimpleNamespace(now=0.0), []
         monkeypatch.setattr(report, "time", SimpleNamespace(monotonic=lambda: 100.0 + clock.now))
-        progress = Progress(lambda line: said.append((clock.now, line)), what, size)
+        progress = ReadProgress(lambda line: logged.append((clock.now, line)), title, size)
         for clock.now in seconds:
-            progress.at(clock.now * rows, clock.now * size_read)
-        return said
+            progress.update(clock.now * rows, clock.now * size_read)
+        return logged
 
     return lines
 
 
-def test_lines_come_after_a_while_and_apart(told) -> None:
-    said = told("tokenizing d.jsonl", 5_000_000_000, range(1, 41), 1000, 10_000_000)
-    assert [when for when, _ in said] == [3, 8, 13, 18, 23, 28, 33, 38]
-    assert said[1][1] == "tokenizing d.jsonl: 8,000 rows, 80 MB of 5.0 GB, 10.0 MB/s, 8 min left"
+def test_lines_are_logged_at_intervals(log_progress) -> None:
+    logged = log_progress("tokenizing d.jsonl", 5_000_000_000, range(1, 41), 1000, 10_000_000)
+    assert [when for when, _ in logged] == [3, 8, 13, 18, 23, 28, 33, 38]
+    assert logged[1][1] == "tokenizing d.jsonl: 8,000 rows, 80 MB of 5.0 GB, 10.0 MB/s, 8 min left"
 
 
-def test_a_long_reading_is_told_of_less_often_and_in_rows_where_no_bytes_are_known(told) -> None:
-    times = [when for when, _ in told("reading", 0, range(1, 3601), 1)]
+def test_long_reads_log_less_often_and_in_rows_without_a_size(log_progress) -> None:
+    times = [when for when, _ in log_progress("reading", 0, range(1, 3601), 1)]
     assert len(times) < 160 and max(b - a for a, b in itertools.pairwise(times)) <= 30
-    assert told("reading owner/name", 0, range(4, 5), 2000) == [(4, "reading owner/name: 8,000 rows, 2,000 rows/s")]
+    assert log_progress("reading owner/name", 0, range(4, 5), 2000) == [
+        (4, "reading owner/name: 8,000 rows, 2,000 rows/s")
+    ]

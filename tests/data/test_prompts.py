@@ -1,16 +1,16 @@
-"""Rows of prompts: their forms, with and without an answer, and what rewards can read of them."""
+"""Rows of prompts: formats, optional answers, and columns available to rewards."""
 
 from __future__ import annotations
 
 import pytest
 
-from deltaw.data.prompts import PromptReader, asked
+from deltaw.data.prompts import PromptReader, prompt_messages
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from tests.byte_models import byte_tokenizer
 from tests.conftest import write_rows
 
-ASKED = "<|im_start|>user\npaint it<|im_end|>\n<|im_start|>assistant\n"
+PROMPT = "<|im_start|>user\npaint it<|im_end|>\n<|im_start|>assistant\n"
 USER = {"role": "user", "content": "paint it"}
 
 
@@ -18,7 +18,7 @@ USER = {"role": "user", "content": "paint it"}
 def read(tmp_path):
     def make(rows, **settings):
         path = write_rows(tmp_path / "prompts.jsonl", rows)
-        return PromptReader(DataSettings(train=str(path), eval=None, **settings), byte_tokenizer()).prepared()
+        return PromptReader(DataSettings(train=str(path), eval=None, **settings), byte_tokenizer()).prepare()
 
     return make
 
@@ -36,22 +36,22 @@ def read(tmp_path):
         ({"input": [USER], "ideal": "red"}, "red"),
     ],
 )
-def test_a_prompt_is_what_a_model_is_given_whatever_its_form(read, row, answer):
+def test_prompts_of_every_format_are_rendered_equally(read, row, answer):
     (prompt,) = read([row]).train
-    assert byte_tokenizer().decode(prompt.tokens) == ASKED
+    assert byte_tokenizer().decode(prompt.tokens) == PROMPT
     assert (prompt.answer, prompt.label_count, prompt.prompt_length) == (answer, 0, len(prompt.tokens))
 
 
-def test_rewards_read_every_column_under_its_own_name_or_the_tasks(read):
+def test_rewards_can_read_every_column(read):
     (prompt,) = read([{"question": "paint it", "color": "red", "n": 3}], columns={"prompt": "question"}).train
     assert prompt.columns == {"question": "paint it", "color": "red", "n": 3, "prompt": "paint it"}
     assert read([{"prompt": "paint it", "color": "red"}]).report.unused_columns == ()
 
 
-def test_a_row_without_a_prompt_is_named(read):
-    with pytest.raises(UserError, match="no prompt") as refused:
+def test_row_without_a_prompt_is_rejected(read):
+    with pytest.raises(UserError, match="no prompt") as error:
         read([{"prompt": "paint it"}, {"prompt": None, "answer": "red"}])
-    assert "line 2" in str(refused.value) or "row 2" in str(refused.value)
+    assert "line 2" in str(error.value) or "row 2" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -65,5 +65,5 @@ def test_a_row_without_a_prompt_is_named(read):
          "rejected": [{"role": "user", "content": "Name it"}, {"role": "assistant", "content": "b"}]},
     ],
 )  # fmt: skip
-def test_prompts_of_every_form_are_read_without_an_answer(row):
-    assert asked(row, "here")[0] == [{"role": "user", "content": "Name it"}]
+def test_prompts_of_every_format_are_read_without_an_answer(row):
+    assert prompt_messages(row, "here")[0] == [{"role": "user", "content": "Name it"}]

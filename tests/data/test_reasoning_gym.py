@@ -16,12 +16,12 @@ def rows(reference: str) -> list[dict]:
     return [row for _, row in read_rows(reference)]
 
 
-def test_rows_follow_from_name_seed_and_configuration():
+def test_rows_are_determined_by_name_seed_and_configuration():
     first = rows("reasoning-gym:chain_sum?size=5&seed=3&min_digits=1&max_digits=1")
     assert len(first) == 5 and first == rows("reasoning-gym:chain_sum?size=5&seed=3&min_digits=1&max_digits=1")
     assert first != rows("reasoning-gym:chain_sum?size=5&seed=4&min_digits=1&max_digits=1")
     assert len(rows("reasoning-gym:chain_sum?size=7")) == 7
-    # As the package counts, these would be the same problems, moved by one.
+    # With the seeding of the package, these would be the same problems shifted by one.
     seeds = [
         {row["prompt"] for row in rows(f"reasoning-gym:chain_sum?size=50&min_digits=6&max_digits=6&seed={n}")}
         for n in (1, 2)
@@ -33,7 +33,7 @@ def test_rows_follow_from_name_seed_and_configuration():
 
 
 @pytest.mark.parametrize(
-    ("reference", "said"),
+    ("reference", "message"),
     [
         ("chain_sums", "no data set 'chain_sums'"),
         ("chain_sum?size=0", "size must be"),
@@ -45,6 +45,6 @@ def test_rows_follow_from_name_seed_and_configuration():
         ("arc_agi?size=1", "cannot read the metadata"),
     ],
 )
-def test_what_cannot_be_made_is_refused(reference, said):
-    with pytest.raises(UserError, match=said):
+def test_invalid_data_sets_are_rejected(reference, message):
+    with pytest.raises(UserError, match=message):
         rows(f"reasoning-gym:{reference}")

@@ -1,4 +1,4 @@
-"""Chat templates: what they render is what transformers renders, and none of them goes on for ever."""
+"""Chat templates render as in transformers, and endless templates are stopped."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from deltaw.data import rendering
 from deltaw.data.messages import Conversation
-from deltaw.data.rendering import FAULTS, LONGEST_TEMPLATE, TemplateLimitError, rendered
+from deltaw.data.rendering import FAULTS, MAX_TEMPLATE_CHARS, TemplateLimitError, render_conversation
 from deltaw.data.templates import Encoder
 from tests.byte_models import byte_tokenizer
 from tests.data.chat_templates import FAMILIES, tokenizer_of
@@ -31,15 +31,15 @@ CONVERSATIONS = {
 
 
 def _theirs(template: str, messages: list, tools: list, special: dict, generation: bool) -> str:
-    found = render_jinja_template(
+    rendered = render_jinja_template(
         [messages], tools=tools or None, chat_template=template, add_generation_prompt=generation, **special
     )
-    return found[0][0]
+    return rendered[0][0]
 
 
-def _text_or_fault(render: Callable[..., str], *given: object, **more: object) -> str | type[Exception]:
+def _text_or_fault(render: Callable[..., str], *args: object, **kwargs: object) -> str | type[Exception]:
     try:
-        return render(*given, **more)
+        return render(*args, **kwargs)
     except FAULTS as error:
         return type(error)
 
@@ -51,12 +51,12 @@ def test_templates_render_as_in_transformers(family):
     for messages, tools, generation in itertools.product(CONVERSATIONS.values(), ([], [TOOL]), (True, False)):
         template = tokenizer.get_chat_template(None, tools or None)
         theirs = _text_or_fault(_theirs, template, messages, tools, special, generation)
-        given = {"generation": generation, "tools": tools, "variables": special}
-        assert _text_or_fault(rendered, template, messages, **given) == theirs
+        options = {"generation": generation, "tools": tools, "variables": special}
+        assert _text_or_fault(render_conversation, template, messages, **options) == theirs
 
 
-# What a template may do, each in a few operators, filters and functions.
-SPEECH = """
+# A template with a broad set of operators, filters and functions.
+LANGUAGE_TEMPLATE = """
 {%- macro shown(value, depth=0) %}{{ '  ' * depth }}{{ value | string | trim | upper }}
 {%- if depth < 2 %}{{ shown(value ~ depth, depth + 1) }}{% endif %}{% endmacro -%}
 {%- set ns = namespace(text='', n=0, all=[]) -%}
@@ -81,40 +81,43 @@ SPEECH = """
 """
 
 
-def test_all_of_the_language_is_as_in_transformers():
+def test_language_features_match_transformers():
     for name in ("turns", "system"):
         messages = CONVERSATIONS[name]
-        assert rendered(SPEECH, messages, generation=True, variables={}) == _theirs(SPEECH, messages, [], {}, True)
+        assert render_conversation(LANGUAGE_TEMPLATE, messages, generation=True, variables={}) == _theirs(
+            LANGUAGE_TEMPLATE, messages, [], {}, True
+        )
 
 
-TEN = "{% for i in range(100000) %}{% for j in range(100000) %}"
-END = "{% endfor %}{% endfor %}"
-MANY = "{% set ns = namespace(x=1, y='ab', z=[1]) %}{% for i in range(100) %}"
-LONG = "{% set a = 'a' * 100000 %}{% for i in range(100000) %}"
+LOOPS = "{% for i in range(100000) %}{% for j in range(100000) %}"
+END_LOOPS = "{% endfor %}{% endfor %}"
+REPEAT = "{% set ns = namespace(x=1, y='ab', z=[1]) %}{% for i in range(100) %}"
+LONG_TEXT = "{% set a = 'a' * 100000 %}{% for i in range(100000) %}"
 ENDLESS = {
-    "loops": TEN + END,
-    "a loop whose condition never holds": "{% for i in range(100000) %}{% for j in range(100000) if j < 0 %}" + END,
-    "text": TEN + "a" * 40 + END,
-    "a text in a value": "{% set x %}" + TEN + "abc" + END + "{% endset %}",
-    "a text in a filter": "{% filter upper %}" + TEN + "abc" + END + "{% endfilter %}",
-    "the assistant's text": "{% generation %}" + TEN + "abc" + END + "{% endgeneration %}",
-    "calls": TEN + "{{ ''.strip() }}" + END,
+    "loops": LOOPS + END_LOOPS,
+    "a loop whose condition never holds": "{% for i in range(100000) %}{% for j in range(100000) if j < 0 %}"
+    + END_LOOPS,
+    "text": LOOPS + "a" * 40 + END_LOOPS,
+    "a text in a value": "{% set x %}" + LOOPS + "abc" + END_LOOPS + "{% endset %}",
+    "a text in a filter": "{% filter upper %}" + LOOPS + "abc" + END_LOOPS + "{% endfilter %}",
+    "the assistant's text": "{% generation %}" + LOOPS + "abc" + END_LOOPS + "{% endgeneration %}",
+    "calls": LOOPS + "{{ ''.strip() }}" + END_LOOPS,
     "macros": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
     "a product": "{{ 'a' * 10**9 }}",
     "a product with a list": "{{ ([1] * 10**9) | length }}",
     "a product of unknown size": "{{ 'a' * (messages | length * 10**10) }}",
     "a power": "{{ 10 ** 10000000 }}",
-    "a square of squares": MANY + "{% set ns.x = ns.x * ns.x + 1 %}{% endfor %}",
-    "a sum of sums": MANY + "{% set ns.y = ns.y + ns.y %}{% endfor %}",
-    "texts joined": MANY + "{% set ns.y = ns.y ~ ns.y %}{% endfor %}",
-    "lists added": MANY + "{% set ns.z = ns.z + ns.z %}{% endfor %}",
-    "lists within lists": MANY + "{% set ns.z = [ns.z, ns.z] %}{% endfor %}{{ ns.z }}",
-    "pairs within pairs": MANY + "{% set ns.z = (ns.z, ns.z) %}{% endfor %}{{ ns.z == ns.z }}",
-    "dictionaries": MANY + "{% set ns.z = {'a': ns.z, 'b': ns.z} %}{% endfor %}{{ ns.z | tojson }}",
-    "dictionaries called": MANY + "{% set ns.z = dict(a=ns.z, b=ns.z) %}{% endfor %}{{ ns.z }}",
-    "keys": MANY + "{% set ns.z = dict.fromkeys([1, 2], ns.z) %}{% endfor %}{{ ns.z }}",
+    "a square of squares": REPEAT + "{% set ns.x = ns.x * ns.x + 1 %}{% endfor %}",
+    "a sum of sums": REPEAT + "{% set ns.y = ns.y + ns.y %}{% endfor %}",
+    "texts joined": REPEAT + "{% set ns.y = ns.y ~ ns.y %}{% endfor %}",
+    "lists added": REPEAT + "{% set ns.z = ns.z + ns.z %}{% endfor %}",
+    "lists within lists": REPEAT + "{% set ns.z = [ns.z, ns.z] %}{% endfor %}{{ ns.z }}",
+    "pairs within pairs": REPEAT + "{% set ns.z = (ns.z, ns.z) %}{% endfor %}{{ ns.z == ns.z }}",
+    "dictionaries": REPEAT + "{% set ns.z = {'a': ns.z, 'b': ns.z} %}{% endfor %}{{ ns.z | tojson }}",
+    "dictionaries called": REPEAT + "{% set ns.z = dict(a=ns.z, b=ns.z) %}{% endfor %}{{ ns.z }}",
+    "keys": REPEAT + "{% set ns.z = dict.fromkeys([1, 2], ns.z) %}{% endfor %}{{ ns.z }}",
     "namespaces": "{% set a = namespace() %}{% set b = namespace(a=a, b=a) %}{{ b }}",
-    "long numbers": MANY.replace("100", "9999") + "{% set ns.x = ns.x - (0 - ns.x) %}{% endfor %}",
+    "long numbers": REPEAT.replace("100", "9999") + "{% set ns.x = ns.x - (0 - ns.x) %}{% endfor %}",
     "numbers read": "{{ ('f' * 100000) | int(0, 16) }}",
     "a rounding": "{{ 1.5 | round(10**9, 'floor') }}",
     "a width": "{{ 'a'.ljust(10**10) }}",
@@ -135,26 +138,26 @@ ENDLESS = {
     "JSON with much between": "{% set s = 'a' * 10000 %}{{ range(1000) | list | tojson(separators=(s, s)) }}",
     "splitting": "{% set a = 'a b ' * 100000 %}{{ a.split() }}{{ a.split('b') }}",
     "a date": "{{ strftime_now('%Y' * 10000) }}",
-    "reading": LONG + "{% if 'b' in a %}{% endif %}{% endfor %}",
-    "comparing": LONG + "{% if a + 'b' == a + 'c' %}{% endif %}{% endfor %}",
-    "comparing twice": LONG + "{% if 'a' < a < a[1:] %}{% endif %}{% endfor %}",
-    "looking through lists": "{% set a = range(10000) | list %}" + LONG + "{{ 'x' in a }}{% endfor %}",
+    "reading": LONG_TEXT + "{% if 'b' in a %}{% endif %}{% endfor %}",
+    "comparing": LONG_TEXT + "{% if a + 'b' == a + 'c' %}{% endif %}{% endfor %}",
+    "comparing twice": LONG_TEXT + "{% if 'a' < a < a[1:] %}{% endif %}{% endfor %}",
+    "looking through lists": "{% set a = range(10000) | list %}" + LONG_TEXT + "{{ 'x' in a }}{% endfor %}",
     "tests": "{% set a = 'a' * 100000 %}{{ range(100000) | map('string') | select('in', a) | list }}",
-    "tests of case": LONG + "{% if a is lower %}{% endif %}{% endfor %}",
-    "counting": LONG + "{{ a.count('b') }}{% endfor %}",
-    "parts": LONG + "{% set b = a[1:] %}{% endfor %}",
+    "tests of case": LONG_TEXT + "{% if a is lower %}{% endif %}{% endfor %}",
+    "counting": LONG_TEXT + "{{ a.count('b') }}{% endfor %}",
+    "parts": LONG_TEXT + "{% set b = a[1:] %}{% endfor %}",
     "generators": "{% for i in range(100000) %}{{ range(100000) | select('none') | list }}{% endfor %}",
-    "sorting": "{% set a = range(10000) | list %}" + LONG + "{% set b = a | sort %}{% endfor %}",
-    "a very long template": " " * (LONGEST_TEMPLATE + 1),
+    "sorting": "{% set a = range(10000) | list %}" + LONG_TEXT + "{% set b = a | sort %}{% endfor %}",
+    "a very long template": " " * (MAX_TEMPLATE_CHARS + 1),
 }
 
 
 @pytest.mark.parametrize("name", ENDLESS)
-def test_a_template_that_does_too_much_is_ended(name, monkeypatch):
+def test_expensive_template_is_stopped(name, monkeypatch):
     monkeypatch.setattr(rendering, "STEPS", 1 << 15)
-    caught = refusal(rendered, ENDLESS[name], [QUESTION], generation=True, variables={})
-    assert isinstance(caught, TemplateLimitError)
-    assert "the chat template was ended: it" in str(caught) and "data.chat_template" in str(caught)
+    error = refusal(render_conversation, ENDLESS[name], [QUESTION], generation=True, variables={})
+    assert isinstance(error, TemplateLimitError)
+    assert "the chat template was stopped: it" in str(error) and "data.chat_template" in str(error)
 
 
 @pytest.mark.parametrize(
@@ -177,26 +180,26 @@ def test_a_template_that_does_too_much_is_ended(name, monkeypatch):
     ],
     ids=lambda template: template[:20],
 )
-def test_a_template_that_cannot_be_followed_is_refused(template):
+def test_unsupported_template_raises(template):
     with pytest.raises(FAULTS):
-        rendered(template, [QUESTION], generation=True, variables={})
+        render_conversation(template, [QUESTION], generation=True, variables={})
 
 
-def test_long_conversations_are_no_reason_to_end():
+def test_long_conversations_are_not_stopped():
     template = tokenizer_of("qwen3").get_chat_template()
-    many = [turn for _ in range(1500) for turn in (user("word " * 10), assistant("word " * 10))]
-    for messages in (many, [user("word " * 400_000), assistant("yes")]):
-        text = rendered(template, messages, generation=False, variables={})
+    conversation = [turn for _ in range(1500) for turn in (user("word " * 10), assistant("word " * 10))]
+    for messages in (conversation, [user("word " * 400_000), assistant("yes")]):
+        text = render_conversation(template, messages, generation=False, variables={})
         assert text == _theirs(template, messages, [], {}, False)
 
 
-def test_an_endless_template_ends_the_reading_of_rows(monkeypatch):
+def test_endless_template_stops_reading_rows(monkeypatch):
     monkeypatch.setattr(rendering, "STEPS", 1 << 14)
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{% if messages[0].content == 'go' %}" + TEN + END + "{% endif %}x"
+    tokenizer.chat_template = "{% if messages[0].content == 'go' %}" + LOOPS + END_LOOPS + "{% endif %}x"
     encoder = Encoder(tokenizer, "chat")
     row = Conversation((user("go"), assistant("a")), (False, True))
-    told: list[object] = []
-    refused = refusal(encoder.encode, [row], ["row 1"], on_bad=lambda place, error: told.append(error))
-    assert "the chat template was ended" in refused.what and not told
-    assert "the chat template was ended" in refusal(encoder.prompt, "go").what
+    reported: list[object] = []
+    error = refusal(encoder.encode, [row], ["row 1"], on_bad=lambda location, bad_row: reported.append(bad_row))
+    assert "the chat template was stopped" in error.message and not reported
+    assert "the chat template was stopped" in refusal(encoder.prompt, "go").message

@@ -1,4 +1,4 @@
-"""Rows for retrieval: their forms, which are refused and why, duplicates, the split, and what a check says of them."""
+"""Rows for retrieval: formats, rejected rows, duplicates, splits, and data checks."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ TOKENIZER = byte_tokenizer()
 @pytest.fixture
 def reader(write):
     def make(rows, name="d.jsonl", *, prompts=("", ""), score_range=(-1.0, 1.0), **settings):
-        given = {"eval": None, **settings}
-        how = {"prompts": prompts, "score_range": score_range}
-        return EmbeddingReader(DataSettings(train=write(rows, name), **given), TOKENIZER, **how)
+        options = {"prompts": prompts, "score_range": score_range}
+        return EmbeddingReader(
+            DataSettings(train=write(rows, name), **{"eval": None, **settings}), TOKENIZER, **options
+        )
 
     return make
 
 
 @pytest.fixture
 def read(reader):
-    return lambda *given, **how: reader(*given, **how).prepared()
+    return lambda *args, **options: reader(*args, **options).prepare()
 
 
 def texts(group):
@@ -36,7 +37,7 @@ def texts(group):
 
 
 PAIR = {"anchor": "q", "positive": "p"}
-FORMS = {
+FORMATS = {
     "pairs": (PAIR, ["q", "p"], (), "queries with passages"),
     "question, answer": ({"question": "q", "answer": "p"}, ["q", "p"], (), "queries with passages"),
     "query, passage": ({"query": "q", "passage": "p"}, ["q", "p"], (), "queries with passages"),
@@ -94,23 +95,23 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_a_row_becomes_its_query_its_passages_and_their_scores(read, name):
-    row, expected, scores, form = FORMS[name]
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_have_query_passages_and_scores(read, name):
+    row, expected, scores, form = FORMATS[name]
     data = read([row | {"source": "x"}])
     (group,) = data.train
     assert texts(group) == expected and group.scores == scores and group.label is None
     assert data.report.form == form and data.report.unused_columns == ("source",)
 
 
-def test_rows_may_have_different_numbers_of_numbered_negatives(read):
+def test_rows_can_have_different_numbers_of_negatives(read):
     rows = [PAIR | {"negative_1": "n", "negative_2": "m"}, {"anchor": "r", "positive": "s", "negative_1": "o"}]
     assert [texts(group) for group in read(rows).train] == [["q", "p", "n", "m"], ["r", "s", "o"]]
     table = "anchor,positive,negative_1,negative_2\nq,p,n,m\nr,s,o,\n"
     assert [texts(group) for group in read(table, "d.csv").train] == [["q", "p", "n", "m"], ["r", "s", "o"]]
 
 
-def test_texts_have_classes_by_name_or_number(read):
+def test_classes_can_be_names_or_numbers(read):
     rows = [{"text": "a", "label": "sport"}, {"text": "b", "label": "news"}, {"text": "c", "label": "sport"}]
     data = read(rows)
     assert [(texts(group), group.label) for group in data.train] == [(["a"], 0), (["b"], 1), (["c"], 0)]
@@ -119,33 +120,33 @@ def test_texts_have_classes_by_name_or_number(read):
     assert [group.label for group in read(rows).train] == [0, 1]
 
 
-def test_scores_of_a_table_are_numbers(read):
+def test_table_scores_are_parsed_as_numbers(read):
     data = read("sentence1,sentence2,score\na,b,0.5\nc,d,-1\n", "d.csv")
     assert [group.scores for group in data.train] == [(0.5,), (-1.0,)]
-    assert "must be a number" in refusal(read, "sentence1,sentence2,score\na,b,0.5\nc,d,high\n", "d.csv").what
+    assert "must be a number" in refusal(read, "sentence1,sentence2,score\na,b,0.5\nc,d,high\n", "d.csv").message
 
 
-def test_columns_with_other_names_are_mapped(read):
+def test_columns_can_be_mapped(read):
     row = {"positive": "a decoy", "title": "q", "body": "p", "wrong": "n", "quality": 0.5}
     columns = {"anchor": "title", "positive": "body", "negative": "wrong", "score": "quality"}
     data = read([row], columns=columns)
     (group,) = data.train
     assert texts(group) == ["q", "p", "n"] and group.scores == (0.5,)
     assert data.report.unused_columns == ("positive",)
-    told = refusal(read, [{"title": "q", "body": "p"}])
-    assert "do not fit the task embedding" in told.what and "queries with passages (anchor, positive)" in told.hint
-    assert "'title', 'body'" in told.where and "data.columns" in told.hint
-    assert "do not fit" in refusal(read, [{"anchor": "q", "negative": "n"}]).what
+    error = refusal(read, [{"title": "q", "body": "p"}])
+    assert "do not fit the task embedding" in error.message and "queries with passages (anchor, positive)" in error.hint
+    assert "'title', 'body'" in error.location and "data.columns" in error.hint
+    assert "do not fit" in refusal(read, [{"anchor": "q", "negative": "n"}]).message
 
 
-def test_queries_and_passages_begin_with_their_prompts_and_texts_compared_both_ways_do_not(read):
+def test_prompts_are_prepended_to_asymmetric_texts_only(read):
     prompts = ("ask: ", "doc: ")
     assert texts(read([PAIR | {"negative": "n"}], prompts=prompts).train[0]) == ["ask: q", "doc: p", "doc: n"]
     assert texts(read([PAIR | {"score": 0.5}], prompts=prompts).train[0]) == ["q", "p"]
     assert texts(read([{"text": "a", "label": 1}], prompts=prompts).train[0]) == ["a"]
 
 
-WRONG = "a value of the wrong type"
+WRONG_TYPE = "a value of the wrong type"
 PAIRS = [{"anchor": f"q{n}", "positive": f"p{n}"} for n in range(4)]
 TRIPLETS = [row | {"negative": f"n{n}"} for n, row in enumerate(PAIRS)]
 SCORED = [row | {"score": 0.25} for row in PAIRS]
@@ -155,9 +156,9 @@ BAD = {
     "empty query": (PAIRS, {"anchor": ""}, "an empty text"),
     "empty passage": (PAIRS, {"positive": ""}, "an empty text"),
     "blank passage": (PAIRS, {"positive": " \n"}, "an empty text"),
-    "null passage": (PAIRS, {"positive": None}, WRONG),
-    "passage that is no text": (PAIRS, {"positive": 3}, WRONG),
-    "null negative": (TRIPLETS, {"negative": None}, WRONG),
+    "null passage": (PAIRS, {"positive": None}, WRONG_TYPE),
+    "passage that is no text": (PAIRS, {"positive": 3}, WRONG_TYPE),
+    "null negative": (TRIPLETS, {"negative": None}, WRONG_TYPE),
     "negative that is the query": (TRIPLETS, {"negative": "q"}, "a text that is its own negative"),
     "negative that is the passage": (TRIPLETS, {"negative": "p"}, "a text that is its own negative"),
     "list of negatives with the passage": (
@@ -165,7 +166,7 @@ BAD = {
         {"negatives": ["n", "p"]},
         "a text that is its own negative",
     ),
-    "no negatives": ([PAIR | {"negatives": ["n"]}], {"negatives": []}, WRONG),
+    "no negatives": ([PAIR | {"negatives": ["n"]}], {"negatives": []}, WRONG_TYPE),
     "list of passages and nothing that says which are right": (
         PAIRS,
         {"positive": ["p", "r"]},
@@ -180,7 +181,7 @@ BAD = {
     "one of several scores above the range": (LISTS, {"scores": [1, 5]}, "a score outside of its range"),
     "too few scores": (LISTS, {"passages": ["p", "n", "m"]}, "scores that do not fit"),
     "too many scores": (LISTS, {"scores": [1, 0, 0]}, "scores that do not fit"),
-    "no passages": (LISTS, {"passages": []}, WRONG),
+    "no passages": (LISTS, {"passages": []}, WRONG_TYPE),
     "empty passage in a list": (LISTS, {"passages": ["p", ""]}, "an empty text"),
     "no class": (CLASSES, {"label": None}, "no class"),
     "empty class": (CLASSES, {"label": ""}, "no class"),
@@ -190,44 +191,44 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_row_that_cannot_be_used_is_refused_with_its_reason_or_skipped_and_counted(read, write, name):
-    good, wrong, reason = BAD[name]
-    named = {"anchor": "q", "positive": "p", "query": "q", "text": "t"}
-    bad = {**good[0], **{key: text for key, text in named.items() if key in good[0]}, **wrong}
+def test_bad_row_is_rejected_or_skipped_with_its_reason(read, write, name):
+    good, changes, reason = BAD[name]
+    texts_by_column = {"anchor": "q", "positive": "p", "query": "q", "text": "t"}
+    bad = {**good[0], **{key: text for key, text in texts_by_column.items() if key in good[0]}, **changes}
     rows = [*good, bad, *({**row, next(iter(row)): f"more {n}"} for n, row in enumerate(good))]
-    refused = refusal(read, rows)
-    place, _, line = refused.where.partition(" (")
-    assert place.endswith(f"row {len(good) + 1}") and line == f"line {len(good) + 1})" and refused.hint
+    error = refusal(read, rows)
+    location, _, line = error.location.partition(" (")
+    assert location.endswith(f"row {len(good) + 1}") and line == f"line {len(good) + 1})" and error.hint
     data = read(rows, bad_rows="skip")
     (line,) = data.skipped.lines()
-    assert (line["reason"], line["where"], line["error"]) == (reason, place, refused.what)
+    assert (line["reason"], line["where"], line["error"]) == (reason, location, error.message)
     assert data.report.bad_rows == {reason: 1}
     assert data.report.rows_read == accounted(data.report) == 2 * len(good) + 1
     assert [group.row for group in data.train] == [n for n in range(1, 2 * len(good) + 2) if n != len(good) + 1]
 
 
-def test_scores_may_have_another_range(read):
+def test_score_range_is_configurable(read):
     rows = [row | {"score": 4} for row in PAIRS]
-    told = refusal(read, rows)
-    assert "scores lie between -1 and 1" in told.what and "embedding.score_range" in told.hint
+    error = refusal(read, rows)
+    assert "scores must be between -1 and 1" in error.message and "embedding.score_range" in error.hint
     assert read(rows, score_range=(0.0, 5.0)).train[0].scores == (4.0,)
 
 
 @pytest.mark.parametrize(("way", "lengths"), [("cut", [[2, 6], [2, 2]]), ("drop", [[2, 2]])])
-def test_long_texts_are_refused_cut_or_dropped(read, way, lengths):
+def test_long_texts_are_rejected_truncated_or_dropped(read, way, lengths):
     rows = [{"anchor": "q0", "positive": "p" * 9}, {"anchor": "q1", "positive": "p1"}]
-    told = refusal(read, rows, max_length=6)
-    assert "row 1" in told.where and "longer than 6 tokens" in told.what
+    error = refusal(read, rows, max_length=6)
+    assert "row 1" in error.location and "longer than 6 tokens" in error.message
     data = read(rows, max_length=6, long_rows=way)
     assert [[len(row) for row in group.rows] for group in data.train] == lengths
     if way == "cut":
         assert (data.report.cut, data.report.tokens_cut) == (1, 3)
     else:
         assert data.report.dropped_long == 1
-    assert "cannot be divided" in refusal(read, rows, long_rows="split").what
+    assert "cannot be divided" in refusal(read, rows, long_rows="split").message
 
 
-def test_duplicates_are_dropped_or_kept_and_the_same_texts_with_another_score_are_no_duplicates(read):
+def test_duplicates_have_equal_texts_and_scores(read):
     rows = [*SCORED, SCORED[0], SCORED[1] | {"score": 0.5}]
     data = read(rows)
     assert [group.row for group in data.train] == [1, 2, 3, 4, 6] and data.report.duplicates == 1
@@ -237,60 +238,60 @@ def test_duplicates_are_dropped_or_kept_and_the_same_texts_with_another_score_ar
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_rows_with_the_same_query_stay_on_one_side_of_the_split(reader, seed):
+def test_rows_of_a_query_are_on_one_side_of_the_split(reader, seed):
     rows = [{"anchor": f"q{n % 12}", "positive": f"p{n}"} for n in range(120)]
-    data = reader(rows, eval=0.3).prepared(seed)
+    data = reader(rows, eval=0.3).prepare(seed)
     sides = [{texts(group)[0] for group in side} for side in (data.train, data.held_out)]
     assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 12
     assert 0.1 < len(data.held_out) / 120 < 0.5
     assert data.report.rows_read == accounted(data.report)
 
 
-def test_training_rows_in_the_evaluation_file_are_counted(reader, write):
-    apart = write([*PAIRS[:2], {"anchor": "new", "positive": "one"}], "eval.jsonl")
-    data = reader(PAIRS, eval=apart).prepared()
+def test_overlap_with_the_evaluation_file_is_counted(reader, write):
+    eval_file = write([*PAIRS[:2], {"anchor": "new", "positive": "one"}], "eval.jsonl")
+    data = reader(PAIRS, eval=eval_file).prepare()
     assert data.report.overlap == 2 and len(data.held_out) == 3
     assert any("2 " in line and "training" in line for line in data.report.lines())
 
 
-def test_classes_of_the_evaluation_file_are_those_of_the_training_rows(reader, write):
-    apart = write([{"text": "x", "label": "b"}, {"text": "y", "label": "a"}], "eval.jsonl")
-    data = reader([{"text": "1", "label": "a"}, {"text": "2", "label": "b"}], eval=apart).prepared()
+def test_evaluation_file_uses_the_classes_of_training(reader, write):
+    eval_file = write([{"text": "x", "label": "b"}, {"text": "y", "label": "a"}], "eval.jsonl")
+    data = reader([{"text": "1", "label": "a"}, {"text": "2", "label": "b"}], eval=eval_file).prepare()
     assert [group.label for group in data.held_out] == [1, 0]
 
 
-def test_rows_with_other_scores_or_classes_are_other_rows(read):
-    """So that a resumed run whose file changed is refused."""
+def test_digest_includes_scores_and_classes(read):
+    """Resuming a run is therefore rejected if its file changed."""
     changed = [[*SCORED[:3], SCORED[3] | {"score": 0.5}], [*CLASSES[:3], CLASSES[3] | {"label": 2}]]
     for rows, others in zip((SCORED, CLASSES), changed, strict=True):
         ours = digest_of_rows(read(rows).train)
         assert ours == digest_of_rows(read(rows).train) != digest_of_rows(read(others).train)
 
 
-def test_a_check_names_bad_rows_duplicates_contradictions_and_shared_passages(reader, write):
+def test_check_reports_bad_rows_duplicates_contradictions_and_shared_passages(reader, write):
     rows = [*SCORED, SCORED[0], SCORED[1] | {"score": 0.5}, {"anchor": "other", "positive": "p2", "score": 0.0}]
     rows.append(SCORED[0] | {"score": 3})
-    apart = write([SCORED[0], SCORED[2] | {"score": 0.0}, SCORED[3] | {"positive": ""}], "eval.jsonl")
-    check = reader(rows, eval=apart).check([apart])
-    found = {finding.name: (finding.count, finding.level) for finding in check.findings}
-    assert found["duplicates"] == (1, "warning") and found["contradictions"][0] == 1
-    assert found["overlap"] == (1, "warning") and found["prompt_overlap"][0] == 1
-    assert found["shared_passages"][1] == "note"
+    eval_file = write([SCORED[0], SCORED[2] | {"score": 0.0}, SCORED[3] | {"positive": ""}], "eval.jsonl")
+    check = reader(rows, eval=eval_file).check([eval_file])
+    findings = {finding.name: (finding.count, finding.level) for finding in check.findings}
+    assert findings["duplicates"] == (1, "warning") and findings["contradictions"][0] == 1
+    assert findings["overlap"] == (1, "warning") and findings["prompt_overlap"][0] == 1
+    assert findings["shared_passages"][1] == "note"
     bad = [finding for finding in check.findings if finding.name == "bad_rows"]
-    assert [(one.count, one.level) for one in bad] == [(1, "error"), (1, "error")]
+    assert [(entry.count, entry.level) for entry in bad] == [(1, "error"), (1, "error")]
     assert "outside of its range" in bad[0].text and "an empty text" in bad[1].text
 
 
-def test_shown_rows_have_their_texts_and_scores(reader):
+def test_preview_rows_have_texts_and_scores(reader):
     def labels(rows):
         return [[example.label for example in row.examples] for row in reader(rows).rows(BadRows("skip"))]
 
-    shown = list(reader([*SCORED[:2], SCORED[2] | {"positive": ""}]).rows(bad := BadRows("skip")))
-    assert [[("".join(p.text for p in e.pieces), e.label) for e in row.examples] for row in shown] == [
+    previewed = list(reader([*SCORED[:2], SCORED[2] | {"positive": ""}]).rows(bad := BadRows("skip")))
+    assert [[("".join(p.text for p in e.spans), e.label) for e in row.examples] for row in previewed] == [
         [(f"q{n}", "query"), (f"p{n}", "0.25")] for n in range(2)
     ]
     assert len(bad) == 1
-    assert [row.row for row in shown] == [1, 2]
+    assert [row.row for row in previewed] == [1, 2]
     assert labels(TRIPLETS[:1]) == [["query", "passage", "negative"]]
     assert labels([TRIPLETS[0] | {"score": 7}]) == [["query", "7", "negative"]]
     assert labels(LISTS[:1]) == [["query", "1", "0"]]

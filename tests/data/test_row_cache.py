@@ -1,4 +1,4 @@
-"""Rows are tokenized once: kept, found again, made anew when anything changed, and never believed half."""
+"""Rows are tokenized once and cached. Changes and damage cause retokenization."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from deltaw.data import DataSettings, RunData, prepare, prepare_file, row_stream
 from deltaw.data.chunk import ChunkReader
 from deltaw.data.row_store import DiskRows, MemoryRows
 from deltaw.data.stored_rows import RowCache
-from tests.caches import other
+from tests.caches import invalidate
 from tests.conftest import write_rows
 from tests.data.conftest import CHATML, make_tokenizer, refusal
 
@@ -40,7 +40,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tokenized(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many rows were tokenized, chunk by chunk."""
+    """Number of tokenized rows per chunk."""
     counts: list[int] = []
     read = ChunkReader.read
     monkeypatch.setattr(
@@ -49,56 +49,56 @@ def tokenized(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-def reading(data: Path, tokenizer: PreTrainedTokenizerFast = TOKENIZER, seed: int = 0, **settings: object):
-    said: list[str] = []
-    chosen = DataSettings(str(data), **{"cache": True, "eval": 0.2, **settings})  # type: ignore[arg-type]
-    return prepare(chosen, tokenizer, seed=seed, say=said.append), said
+def prepare_logged(data: Path, tokenizer: PreTrainedTokenizerFast = TOKENIZER, seed: int = 0, **settings: object):
+    log_lines: list[str] = []
+    config = DataSettings(str(data), **{"cache": True, "eval": 0.2, **settings})  # type: ignore[arg-type]
+    return prepare(config, tokenizer, seed=seed, log=log_lines.append), log_lines
 
 
 def content(prepared: RunData) -> list[object]:
-    """All that is trained and evaluated on, and what is told of it."""
+    """Return all prepared examples, and the report."""
     rows = [*prepared.train, *prepared.held_out]
-    told = [(e.row, e.tokens.tobytes(), e.is_label.tobytes(), e.prompt_length, e.answer) for e in rows]
-    return [*told, len(prepared.train), prepared.report]
+    contents = [(e.row, e.tokens.tobytes(), e.is_label.tobytes(), e.prompt_length, e.answer) for e in rows]
+    return [*contents, len(prepared.train), prepared.report]
 
 
 def entries(folder: Path) -> list[str]:
     return sorted(path.suffix for path in folder.iterdir() if path.suffix in (".json", ".arrow"))
 
 
-def test_a_second_preparation_reads_what_the_first_wrote(data: Path, folder: Path, tokenized: list[int]) -> None:
-    first, _ = reading(data)
+def test_second_preparation_reads_the_cached_rows(data: Path, folder: Path, tokenized: list[int]) -> None:
+    first, _ = prepare_logged(data)
     assert tokenized == [60] and entries(folder) == [".arrow", ".json"]
-    second, said = reading(data)
-    assert tokenized == [60] and not said and isinstance(second.train.store, DiskRows)
+    second, log_lines = prepare_logged(data)
+    assert tokenized == [60] and not log_lines and isinstance(second.train.store, DiskRows)
     assert content(second) == content(first)
     assert len(second.held_out) == 11 and second.report.duplicates == 3
-    # What does not matter: another split, or asking for the cache in another way.
+    # Splits and other cache settings do not change the entry.
     for change in ({"eval": 5}, {"seed": 3}, {"duplicates": "keep"}):
-        changed, anew = (reading(data, **{**change, "cache": cache})[0] for cache in (True, False))  # type: ignore[arg-type]
-        assert content(changed) == content(anew) != content(first)
+        changed, uncached = (prepare_logged(data, **{**change, "cache": cache})[0] for cache in (True, False))  # type: ignore[arg-type]
+        assert content(changed) == content(uncached) != content(first)
     assert tokenized == [60] * 4
 
 
-def test_an_evaluation_file_is_kept_too(data: Path, folder: Path, tokenized: list[int]) -> None:
-    found = [prepare_file(str(data), DataSettings("elsewhere.jsonl", cache=True), TOKENIZER) for _ in range(2)]
-    assert tokenized == [60] and found[0][1] == found[1][1]
-    assert [[e.row for e in rows] for rows, _ in found] == [list(range(1, 61))] * 2
+def test_evaluation_file_is_cached(data: Path, folder: Path, tokenized: list[int]) -> None:
+    results = [prepare_file(str(data), DataSettings("elsewhere.jsonl", cache=True), TOKENIZER) for _ in range(2)]
+    assert tokenized == [60] and results[0][1] == results[1][1]
+    assert [[e.row for e in rows] for rows, _ in results] == [list(range(1, 61))] * 2
 
 
-def test_many_rows_are_trained_on_from_the_disk_alike(data, folder, monkeypatch):
+def test_rows_on_disk_equal_rows_in_memory(data, folder, monkeypatch):
     for settings in ({}, {"group": "film"}, {"rows": 40}, {"duplicates": "keep"}, {"eval": str(data)}):
-        small, _ = reading(data, **{"cache": False, **settings})
+        small, _ = prepare_logged(data, **{"cache": False, **settings})
         assert isinstance(small.train.store, MemoryRows)
         with monkeypatch.context() as patch:
             patch.setattr(stored_rows, "SPILL_BYTES", 0)
             patch.setattr(stored_rows, "BATCH_ROWS", 10)
-            patch.setattr(row_stream, "KEPT_BYTES", 0)
+            patch.setattr(row_stream, "MEMORY_BYTES", 0)
             patch.setattr(row_stream, "CHUNK_ROWS", 7)
-            large, _ = reading(data, **{"cache": False, **settings})
+            large, _ = prepare_logged(data, **{"cache": False, **settings})
             assert isinstance(large.train.store, DiskRows)
         assert content(large) == content(small)
-    assert list(folder.iterdir()) == []  # nothing is kept, and temporary files have no name
+    assert list(folder.iterdir()) == []  # no entry is stored, and temporary files are unnamed
 
 
 @pytest.mark.parametrize(
@@ -118,48 +118,48 @@ def test_many_rows_are_trained_on_from_the_disk_alike(data, folder, monkeypatch)
         *("transformers", "tokenizers", "datasets", "pyarrow", "jinja2", "data/formats.py", "hub/terminators.py"),
     ],
 )
-def test_rows_are_tokenized_anew_when_anything_changed(change, data, folder, tokenized, monkeypatch):
-    """A setting, or the version or code that makes them."""
-    reading(data, **({"rows": 30} if "seed" in change else {}))
+def test_changed_dependency_causes_retokenization(change, data, folder, tokenized, monkeypatch):
+    """The parameter is a setting, or a package version or module on which rows depend."""
+    prepare_logged(data, **({"rows": 30} if "seed" in change else {}))
     if isinstance(change, str):
-        other(monkeypatch, folder / "source", change)
+        invalidate(monkeypatch, folder / "source", change)
         change = {}
-    changed, again = (reading(data, **change)[0] for _ in range(2))
+    changed, again = (prepare_logged(data, **change)[0] for _ in range(2))
     assert len(tokenized) == 2 and content(again) == content(changed)
 
 
 @pytest.mark.parametrize("small", [0, 2**20])
-def test_a_file_that_changed_is_read_anew(small, data, folder, tokenized, monkeypatch):
+def test_changed_file_is_read_again(small, data, folder, tokenized, monkeypatch):
     monkeypatch.setattr(row_stream, "SMALL_BYTES", small)
-    reading(data)
+    prepare_logged(data)
     before = data.stat()
     data.write_bytes(data.read_bytes().replace(b"question 11", b"question XX"))
     os.utime(data, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert data.stat().st_size == before.st_size and data.stat().st_mtime_ns == before.st_mtime_ns
-    changed, _ = reading(data)
+    changed, _ = prepare_logged(data)
     assert len(tokenized) == 2
     assert any("question XX" in TOKENIZER.decode(e.tokens) for e in [*changed.train, *changed.held_out])
 
 
-def test_a_template_that_shows_the_date_is_rendered_anew_each_day(data, folder, tokenized, monkeypatch):
+def test_dated_template_is_rendered_again_each_day(data, folder, tokenized, monkeypatch):
     dated = make_tokenizer("{{ strftime_now('%Y') and '' }}" + CHATML)
     for day, count in ((None, 1), (None, 1), ("2001-01-01", 2)):
         if day:
             monkeypatch.setattr("deltaw.data.templates.todays_date", lambda: "2001-01-01")
-        reading(data, dated)
+        prepare_logged(data, dated)
         assert len(tokenized) == count
 
 
-def test_small_files_are_kept_only_where_asked_or_slow(data, folder, tokenized, monkeypatch):
-    reading(data, cache="auto")
+def test_small_files_are_cached_only_on_request_or_if_slow(data, folder, tokenized, monkeypatch):
+    prepare_logged(data, cache="auto")
     assert not folder.exists()
-    for limit, value, kept in (("TINY_BYTES", 0, []), ("LONG_SECONDS", 0.0, [".arrow", ".json"])):
+    for limit, value, stored in (("TINY_BYTES", 0, []), ("LONG_SECONDS", 0.0, [".arrow", ".json"])):
         monkeypatch.setattr(stored_rows, limit, value)
-        reading(data, cache="auto")
-        assert entries(folder) == kept
-    reading(data, cache=False)
+        prepare_logged(data, cache="auto")
+        assert entries(folder) == stored
+    prepare_logged(data, cache=False)
     assert len(tokenized) == 4
-    reading(data, cache="auto")
+    prepare_logged(data, cache="auto")
     assert len(tokenized) == 4
 
 
@@ -178,50 +178,52 @@ def test_small_files_are_kept_only_where_asked_or_slow(data, folder, tokenized, 
         (".json", lambda b: b.replace(b'"ends"', b'"sdne"')),
     ],
 )
-def test_a_damaged_entry_is_noticed_and_made_anew(suffix, change, data, folder, tokenized):
-    first, _ = reading(data)
+def test_damaged_entry_is_detected_and_recreated(suffix, change, data, folder, tokenized):
+    first, _ = prepare_logged(data)
     (path,) = folder.glob(f"*{suffix}")
     path.write_bytes(change(path.read_bytes()))
-    second, said = reading(data)
-    assert len(tokenized) == 2 and "damaged" in said[0]
+    second, log_lines = prepare_logged(data)
+    assert len(tokenized) == 2 and "damaged" in log_lines[0]
     assert content(second) == content(first)
-    reading(data)
+    prepare_logged(data)
     assert len(tokenized) == 2
 
 
-def test_damage_between_the_samples_is_noticed_when_the_row_is_read(data, folder, tokenized, monkeypatch):
+def test_damage_between_samples_is_detected_on_read(data, folder, tokenized, monkeypatch):
     monkeypatch.setattr(stored_rows, "sample", lambda file, size, digest: None)
-    reading(data, eval=None)
+    prepare_logged(data, eval=None)
     (path,) = folder.glob("*.arrow")
     with path.open("r+b") as file:
-        file.seek(int(DiskRows(path.open("rb"), "", grouped=False)._places["tokens"][0]))
+        file.seek(int(DiskRows(path.open("rb"), "", grouped=False)._value_offsets["tokens"][0]))
         file.write(b"\x07")
-    prepared, _ = reading(data, eval=None)
-    assert "damaged" in refusal(list, prepared.train).what
-    again, _ = reading(data, eval=None)
+    prepared, _ = prepare_logged(data, eval=None)
+    assert "damaged" in refusal(list, prepared.train).message
+    again, _ = prepare_logged(data, eval=None)
     assert len(tokenized) == 2 and len(list(again.train)) == 57
 
 
-def started(data: Path, change: Callable[[], object] = lambda: None) -> tuple[BaseProcess, multiprocessing.SimpleQueue]:
-    """A forked process that prepares the rows, and what it comes to."""
+def start_preparation(
+    data: Path, change: Callable[[], object] = lambda: None
+) -> tuple[BaseProcess, multiprocessing.SimpleQueue]:
+    """Start a forked process that prepares the rows, and return it with the queue of its result."""
     fork = multiprocessing.get_context("fork")
-    told = fork.SimpleQueue()
+    results = fork.SimpleQueue()
 
     def work() -> None:
         change()
-        train = reading(data)[0].train
-        told.put((len(train), train.digest()))
+        train = prepare_logged(data)[0].train
+        results.put((len(train), train.digest()))
 
     process = fork.Process(target=work)
     process.start()
-    return process, told
+    return process, results
 
 
 def kill(*_: object, **__: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def half_written() -> None:
+def kill_after_write() -> None:
     write = stored_rows.RowWriter._write
     stored_rows.RowWriter._write = lambda self: kill(write(self))
 
@@ -230,60 +232,60 @@ def half_written() -> None:
     "change",
     [
         lambda: setattr(stored_rows.RowWriter, "_write", kill),  # before anything is written
-        lambda: setattr(RowCache, "describe", kill),  # the rows are there, their description is not
-        half_written,
+        lambda: setattr(RowCache, "describe", kill),  # rows are written, their description is not
+        kill_after_write,
     ],
 )
-def test_a_killed_preparation_leaves_nothing_that_is_believed(change, data, folder, tokenized):
-    killed, _ = started(data, change)
+def test_killed_preparation_leaves_no_valid_entry(change, data, folder, tokenized):
+    killed, _ = start_preparation(data, change)
     killed.join(200)
     assert killed.exitcode == -signal.SIGKILL
-    assert bool(list(folder.glob(".*.part"))) == (change is half_written)
-    prepared, said = reading(data)
-    assert tokenized == [60] and not said
+    assert bool(list(folder.glob(".*.part"))) == (change is kill_after_write)
+    prepared, log_lines = prepare_logged(data)
+    assert tokenized == [60] and not log_lines
     assert len(prepared.train) + len(prepared.held_out) == 57
     assert entries(folder) == [".arrow", ".json"] and not list(folder.glob(".*.part"))
 
 
-def test_two_processes_at_once_come_to_the_same(data: Path, folder: Path) -> None:
-    (one, told), (other, also_told) = started(data), started(data)
-    first, second = told.get(), also_told.get()
-    one.join(100)
-    other.join(100)
+def test_concurrent_processes_prepare_equal_rows(data: Path, folder: Path) -> None:
+    (process, results), (other_process, other_results) = start_preparation(data), start_preparation(data)
+    first, second = results.get(), other_results.get()
+    process.join(100)
+    other_process.join(100)
     assert first == second and first[0] == 46
     assert entries(folder) == [".arrow", ".json"]
 
 
-def test_who_comes_second_waits_and_reads_what_the_first_wrote(folder: Path) -> None:
-    said: SimpleQueue[str] = SimpleQueue()
-    found: list[object] = []
+def test_second_process_waits_for_the_first(folder: Path) -> None:
+    log_lines: SimpleQueue[str] = SimpleQueue()
+    results: list[object] = []
 
     def second() -> None:
-        with RowCache("k", said.put) as cache:
-            found.append(cache.find(lambda *told: told))
+        with RowCache("k", log_lines.put) as cache:
+            results.append(cache.find(lambda *args: args))
 
     thread = threading.Thread(target=second)
     with RowCache("k", lambda line: None) as first:
         thread.start()
-        assert "waiting" in said.get(timeout=20) and thread.is_alive()
-        assert first.find(lambda *told: told) is None and not found
+        assert "waiting" in log_lines.get(timeout=20) and thread.is_alive()
+        assert first.find(lambda *args: args) is None and not results
     thread.join(20)
-    assert found == [None]
+    assert results == [None]
 
 
-def test_a_folder_that_cannot_be_written_costs_no_run_unless_asked_for(data, tmp_path, monkeypatch):
+def test_unwritable_cache_is_an_error_only_on_request(data, tmp_path, monkeypatch):
     monkeypatch.setattr(stored_rows, "TINY_BYTES", 0)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "file"))
-    prepared, _ = reading(data, cache="auto")
+    prepared, _ = prepare_logged(data, cache="auto")
     assert len(prepared.train) == 46
-    refused = refusal(reading, data)
-    assert "cannot be kept" in refused.what and "DELTAW_CACHE" in str(refused.hint)
+    error = refusal(prepare_logged, data)
+    assert "cannot store" in error.message and "DELTAW_CACHE" in str(error.hint)
 
 
-def test_a_full_disk_is_said_where_rows_need_it(data: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_raises_if_rows_must_be_spilled(data: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stored_rows, "SPILL_BYTES", 0)
 
     monkeypatch.setattr(MemoryRows, "batch", Mock(side_effect=OSError(28, "No space left on device")))
-    assert "No space left" in refusal(reading, data).what
+    assert "No space left" in refusal(prepare_logged, data).message
     assert entries(folder) == [] and not list(folder.glob(".*.part"))

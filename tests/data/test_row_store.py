@@ -1,4 +1,4 @@
-"""Examples on the disk are the examples that were written, and damage to one is noticed."""
+"""Examples on disk equal the written examples, and damage is detected."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ EXAMPLES = st.lists(
 )
 
 
-def on_disk(batches: list[list[Example]], path: Path, group: bytes | None = None) -> DiskRows:
+def write_rows_file(batches: list[list[Example]], path: Path, group: bytes | None = None) -> DiskRows:
     with path.open("wb") as file, pyarrow.ipc.new_file(file, schema()) as writer:
         count = 0
         for batch in batches:
@@ -47,79 +47,79 @@ def on_disk(batches: list[list[Example]], path: Path, group: bytes | None = None
     return DiskRows(path.open("rb"), str(path), grouped=group is not None)
 
 
-def parts(one: Example) -> tuple[object, ...]:
-    arrays = [(array.dtype, array.tolist()) for array in (one.tokens, one.is_label)]
-    return (one.row, one.prompt_length, one.answer, *arrays)
+def fields_of(row: Example) -> tuple[object, ...]:
+    arrays = [(array.dtype, array.tolist()) for array in (row.tokens, row.is_label)]
+    return (row.row, row.prompt_length, row.answer, *arrays)
 
 
 @settings(max_examples=20, deadline=None)
 @given(EXAMPLES, EXAMPLES)
-def test_what_is_read_is_what_was_written(first, second):
-    every = first + second
+def test_rows_read_equal_rows_written(first, second):
+    all_examples = first + second
     with tempfile.TemporaryDirectory() as folder:
-        rows = on_disk([first, second], Path(folder) / "r.arrow", group=b"g" * 16)
+        rows = write_rows_file([first, second], Path(folder) / "r.arrow", group=b"g" * 16)
     memory = MemoryRows()
-    memory.add(every, list(range(len(every))), [b"g" * 16] * len(every))
-    assert [parts(rows.example(n)) for n in range(len(rows))] == [parts(one) for one in every]
+    memory.add(all_examples, list(range(len(all_examples))), [b"g" * 16] * len(all_examples))
+    assert [fields_of(rows.example(n)) for n in range(len(rows))] == [fields_of(row) for row in all_examples]
     for name in ("lengths", "label_counts", "keys", "groups", "ordinals", "used_tokens"):
         np.testing.assert_array_equal(getattr(rows, name)(), getattr(memory, name)())
-    places = np.arange(len(every))[::-1]
-    assert RowView(rows, places).digest() == RowView(memory, places).digest()
+    indices = np.arange(len(all_examples))[::-1]
+    assert RowView(rows, indices).digest() == RowView(memory, indices).digest()
 
 
-def test_any_arrow_program_reads_the_file(tmp_path: Path) -> None:
-    rows = on_disk([[example(4, [5, 6, 7], [False, True, True], "é")]], tmp_path / "r.arrow")
-    rows.example(0).tokens[0] = 7  # torch.from_numpy requires that tokens can be written to
+def test_file_is_readable_with_pyarrow(tmp_path: Path) -> None:
+    rows = write_rows_file([[example(4, [5, 6, 7], [False, True, True], "é")]], tmp_path / "r.arrow")
+    rows.example(0).tokens[0] = 7  # torch.from_numpy requires writable tokens
     with pyarrow.memory_map(str(tmp_path / "r.arrow")) as file:
         (row,) = pyarrow.ipc.open_file(file).read_all().to_pylist()
     assert (row["row"], row["tokens"], row["label_spans"]) == (4, [5, 6, 7], [1, 3])
     assert bytes(row["answer"]).decode() == "é"
 
 
-def test_a_view_is_a_sequence(tmp_path: Path) -> None:
-    every = [example(n, [n] * (n + 1), [True] * (n + 1), None) for n in range(6)]
-    view = RowView(on_disk([every], tmp_path / "r.arrow"), np.array([4, 1, 1, 5]))
+def test_view_behaves_like_a_sequence(tmp_path: Path) -> None:
+    all_examples = [example(n, [n] * (n + 1), [True] * (n + 1), None) for n in range(6)]
+    view = RowView(write_rows_file([all_examples], tmp_path / "r.arrow"), np.array([4, 1, 1, 5]))
     assert [row.row for row in view] == [4, 1, 1, 5]
     assert [row.row for row in view[1:]] == [1, 1, 5] and view[-1].row == 5
-    assert [row.row for row in view.picked(np.array([3, 0]))] == [5, 4]
+    assert [row.row for row in view.select(np.array([3, 0]))] == [5, 4]
     assert view.lengths.tolist() == view.label_counts.tolist() == [5, 2, 2, 6]
     with pytest.raises(IndexError):
         view[4]
 
 
-@pytest.mark.parametrize("where", ["tokens", "label_spans", "key"])
-def test_a_damaged_row_is_never_trained_on(where: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("location", ["tokens", "label_spans", "key"])
+def test_damaged_row_raises(location: str, tmp_path: Path) -> None:
     path = tmp_path / "r.arrow"
-    told: list[bool] = []
-    on_disk([[example(n, [n] * 9, [False] * 5 + [True] * 4, "a") for n in range(3)]], path)
-    rows = DiskRows(path.open("rb"), str(path), grouped=False, on_damage=lambda: told.append(True))
-    place = int(rows._places[where][0])
+    damage: list[bool] = []
+    write_rows_file([[example(n, [n] * 9, [False] * 5 + [True] * 4, "a") for n in range(3)]], path)
+    rows = DiskRows(path.open("rb"), str(path), grouped=False, on_damage=lambda: damage.append(True))
+    offset = int(rows._value_offsets[location][0])
     with path.open("r+b") as file:
-        file.seek(place)
+        file.seek(offset)
         file.write(b"\x03")
-    assert "damaged" in refusal(rows.example, 0).what
-    assert told and rows.example(1).tokens.tolist() == [1] * 9
+    assert "damaged" in refusal(rows.example, 0).message
+    assert damage and rows.example(1).tokens.tolist() == [1] * 9
 
 
 @pytest.mark.parametrize("kind", ["cut", "empty", "no Arrow", "other columns"])
-def test_a_file_that_is_not_one_of_rows_is_refused(kind: str, tmp_path: Path) -> None:
+def test_invalid_file_is_rejected(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "r.arrow"
-    on_disk([[example(1, [1, 2], [False, True], None)]], path)
-    whole = path.read_bytes()
-    path.write_bytes({"cut": whole[:-20], "empty": b""}.get(kind, b"x" * len(whole)))
+    write_rows_file([[example(1, [1, 2], [False, True], None)]], path)
+    content = path.read_bytes()
+    path.write_bytes({"cut": content[:-20], "empty": b""}.get(kind, b"x" * len(content)))
     if kind == "other columns":
         write_arrow(path, pyarrow.table({"text": ["a"]}))
     with pytest.raises(DamagedRowsError):
         DiskRows(path.open("rb"), str(path), grouped=False)
 
 
-def test_few_examples_stay_in_memory_and_many_go_to_a_file() -> None:
-    every = [example(n, [n, 1], [False, True], str(n)) for n in range(50)]
+def test_rows_above_the_limit_spill_to_disk() -> None:
+    all_examples = [example(n, [n, 1], [False, True], str(n)) for n in range(50)]
     for spill, kind in ((10**9, MemoryRows), (2000, DiskRows)):
         with RowWriter(spill=spill) as writer:
             for start in range(0, 50, 10):
-                writer.add(every[start : start + 10], list(range(start, start + 10)), [])
-            rows = writer.finish("about", {}, keep=False)
+                writer.add(all_examples[start : start + 10], list(range(start, start + 10)), [])
+            rows = writer.finish("about", {}, store=False)
         assert type(rows) is kind
-        assert [parts(rows.example(n)) for n in range(50)] == [parts(one) for one in every]
+        assert [fields_of(rows.example(n)) for n in range(50)] == [fields_of(row) for row in all_examples]
         assert rows.groups() is None

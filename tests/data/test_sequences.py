@@ -1,4 +1,4 @@
-"""Long sequences of rows behave as lists of them."""
+"""Long sequences of rows behave like lists."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaw.data.sequences import Joined, Picked, joined, lengths_of, picked, used_tokens
+from deltaw.data.sequences import ConcatSequence, IndexedSequence, concat_rows, lengths_of, select_rows, used_tokens
 
 
-class Stored(tuple):
-    """Rows that are no list, with their lengths at hand."""
+class StoredRows(tuple):
+    """Rows that are not a list, with known lengths."""
 
     @property
     def lengths(self):
@@ -23,37 +23,38 @@ PARTS = st.lists(st.lists(st.text("ab", max_size=3), max_size=5), min_size=1, ma
 
 
 @given(PARTS, st.slices(12))
-def test_joined_sequences_are_one(parts, cut):
+def test_concatenated_sequences_behave_like_one(parts, cut):
     flat = [row for part in parts for row in part]
-    whole = joined(*map(Stored, parts))
-    assert list(whole) == flat and len(whole) == len(flat)
-    assert [whole[n] for n in range(-len(flat), len(flat))] == flat + flat
-    assert list(whole[cut]) == flat[cut]
-    assert lengths_of(whole).tolist() == [len(row) for row in flat]
-    assert joined(*parts) == flat
+    joined = concat_rows(*map(StoredRows, parts))
+    assert list(joined) == flat and len(joined) == len(flat)
+    assert [joined[n] for n in range(-len(flat), len(flat))] == flat + flat
+    assert list(joined[cut]) == flat[cut]
+    assert lengths_of(joined).tolist() == [len(row) for row in flat]
+    assert concat_rows(*parts) == flat
 
 
-def test_picked_rows_are_a_list_of_a_list_and_else_a_view():
+def test_selected_rows_are_a_list_or_a_view():
     rows = ["a", "bb", "ccc"]
     indices = np.array([2, 0, 2])
-    assert picked(rows, indices) == ["ccc", "a", "ccc"]
-    view = picked(Stored(rows), indices)
-    assert isinstance(view, Picked) and list(view) == ["ccc", "a", "ccc"]
+    assert select_rows(rows, indices) == ["ccc", "a", "ccc"]
+    view = select_rows(StoredRows(rows), indices)
+    assert isinstance(view, IndexedSequence) and list(view) == ["ccc", "a", "ccc"]
     assert lengths_of(view).tolist() == [3, 1, 3] and list(view[1:]) == ["a", "ccc"]
 
 
-def test_a_digest_tells_parts_apart():
-    class Known(Stored):
+def test_digest_depends_on_part_boundaries():
+    class Digested(StoredRows):
         def digest(self):
             return repr(tuple(self)).encode()
 
-    assert Joined([Known("ab"), Known("c")]).digest() != Joined([Known("a"), Known("bc")]).digest()
+    first, second = [Digested("ab"), Digested("c")], [Digested("a"), Digested("bc")]
+    assert ConcatSequence(first).digest() != ConcatSequence(second).digest()
 
 
-def test_rows_without_tokens_have_none():
+def test_rows_without_tokens_have_no_used_tokens():
     assert len(used_tokens(["a", "b"])) == 0
 
 
-def test_tokens_of_groups_are_those_of_their_rows():
+def test_used_tokens_of_groups_include_all_rows():
     rows = [SimpleNamespace(tokens=np.array(tokens)) for tokens in ([5, 3], [9], [3])]
     assert used_tokens([SimpleNamespace(rows=tuple(rows[:2])), rows[2]]).tolist() == [3, 5, 9]

@@ -1,4 +1,4 @@
-"""References become rows, and what is wrong with a file is said with its place."""
+"""References are resolved to rows, and errors have a location."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def zstd(data: bytes) -> bytes:
     return buffer.getvalue().to_pybytes()
 
 
-PACKS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd}
+COMPRESSORS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd}
 
 
 def content(kind: str) -> bytes:
-    """The rows as a file of this kind."""
+    """Return the rows as a file of this kind."""
     if kind == "parquet":
         out = io.BytesIO()
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), out)
@@ -54,23 +54,23 @@ NAMES = ["r.jsonl", "r.json", "r.csv", "r.tsv", "r.parquet", "r.csv.gz", "r.json
 
 
 @pytest.mark.parametrize("name", [*NAMES, "r.jsonl.zst", "r.csv.zst"])
-def test_every_kind_of_file_gives_the_same_rows(name: str, write: Write) -> None:
+def test_every_file_type_returns_equal_rows(name: str, write: Write) -> None:
     _, kind, *pack = name.lower().split(".")
-    rows = read_rows(write(PACKS[pack[0]](content(kind)) if pack else content(kind), name))
+    rows = read_rows(write(COMPRESSORS[pack[0]](content(kind)) if pack else content(kind), name))
     assert list(rows) == [(1, ROWS[0]), (2, ROWS[1])]
     assert rows.columns == ["prompt", "completion"]
     assert rows[1] == rows[-1] == (2, ROWS[1])
     assert rows[0:2] == list(rows)
 
 
-def test_json_lines_count_lines_and_pass_over_blank_ones(write: Write) -> None:
+def test_json_lines_skip_blank_lines_in_numbering(write: Write) -> None:
     path = write(b'\xef\xbb\xbf\n{"text": "a"}\r\n\n  \n{"text": "b", "more": 1}')
     rows = read_rows(path)
     assert list(rows) == [(2, {"text": "a"}), (5, {"text": "b", "more": 1})]
-    assert (rows.columns, rows.place(1)) == (["text", "more"], f"{path}, row 5")
+    assert (rows.columns, rows.row_location(1)) == (["text", "more"], f"{path}, row 5")
 
 
-def test_zstd_files_joined_end_to_end_are_one_file(write: Write) -> None:
+def test_concatenated_zstd_frames_are_one_file(write: Write) -> None:
     path = write(zstd(b'{"text": "1"}\n') + zstd(b'{"text": "2"}\n'), "d.jsonl.zst")
     assert [row["text"] for _, row in read_rows(path)] == ["1", "2"]
 
@@ -81,7 +81,7 @@ JUNK = b"not what the name says"
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "said"),
+    ("name", "data", "message"),
     [
         ("d.jsonl", b'{"text": "a"}\n\n["a"]', "line 3 is not a JSON object"),
         ("d.jsonl", b'{"text": "a"}\n\nnull', "line 3 is not a JSON object"),
@@ -101,60 +101,60 @@ JUNK = b"not what the name says"
         ("d.csv", b'prompt,completion\na,"b\n', ", row 1"),
         ("d.csv", b"text,text\na,b\n", "'text' appears twice"),
         *((f"d.{kind}", JUNK, "") for kind in ("csv.gz", "jsonl.bz2", "jsonl.xz", "jsonl.zst", "parquet")),
-        *((f"d.jsonl.{kind}", PACKS[kind](LINES)[:-9], "") for kind in ("gz", "zst")),
+        *((f"d.jsonl.{kind}", COMPRESSORS[kind](LINES)[:-9], "") for kind in ("gz", "zst")),
         ("d.xlsx", b"x", "'.xlsx'"),
         ("d.zip", b"x", "parquet"),
     ],
 )
-def test_a_file_that_is_not_one_of_rows_is_refused_with_what_and_where(name, data, said, write):
+def test_invalid_file_is_rejected_with_reason_and_location(name, data, message, write):
     path = write(data, name)
     error = refusal(read_rows, path)
-    assert said in str(error) and (not said.startswith("line 3") or error.where == f"{path}, line 3")
-    assert str(error.where).startswith(path) and (data != JUNK or error.where == path)
+    assert message in str(error) and (not message.startswith("line 3") or error.location == f"{path}, line 3")
+    assert str(error.location).startswith(path) and (data != JUNK or error.location == path)
 
 
-def test_a_missing_file_names_its_neighbours(tmp_path: Path, write: Write) -> None:
+def test_missing_file_suggests_similar_names(tmp_path: Path, write: Write) -> None:
     write("{}", "headlines.jsonl")
     for name in ("headline.jsonl", "zzz"):
         assert "headlines.jsonl" in str(refusal(read_rows, str(tmp_path / name)).hint)
-    assert "folder" in refusal(read_rows, str(tmp_path / "nowhere" / "x.jsonl")).what
+    assert "folder" in refusal(read_rows, str(tmp_path / "nowhere" / "x.jsonl")).message
 
 
-def test_a_folder_of_nothing_of_several_kinds_or_with_test_data_is_refused(tmp_path: Path, write: Write) -> None:
+def test_empty_mixed_or_evaluation_folders_are_rejected(tmp_path: Path, write: Write) -> None:
     folder = str(tmp_path)
-    assert "no data file" in refusal(read_rows, folder).what
+    assert "no data file" in refusal(read_rows, folder).message
     write([{"text": "1"}], "train/a.jsonl")
     write([{"text": "1"}], "validation/a.jsonl")
-    assert "('validation/a.jsonl')" in refusal(read_rows, folder).what
+    assert "('validation/a.jsonl')" in refusal(read_rows, folder).message
     assert len(read_rows(f"{folder}/train")) == 1
     write([{"text": "1"}], "train/test-00.jsonl")
-    assert "also holds evaluation data ('test-00.jsonl')" in refusal(read_rows, f"{folder}/train").what
+    assert "also has evaluation data ('test-00.jsonl')" in refusal(read_rows, f"{folder}/train").message
     write("text\na\n", "train/c.csv")
     error = refusal(read_rows, f"{folder}/train")
-    assert "several types (csv, jsonl)" in error.what
+    assert "several types (csv, jsonl)" in error.message
     assert "a list" in str(error.hint) and "c.csv" in str(error.hint)
 
 
-def test_folders_inside_a_folder_are_read_too(tmp_path: Path, write: Write) -> None:
+def test_nested_folders_are_read(tmp_path: Path, write: Write) -> None:
     read = ["de/old/1.jsonl", "en/1.jsonl.gz", "en/2.jsonl"]
     for name in (*reversed(read), ".git/x.jsonl", "__MACOSX/y.jsonl", ".h.jsonl", "README.md"):
         line = json.dumps({"text": name}).encode()
         write(gzip.compress(line) if name.endswith(".gz") else line, name)
     rows = read_rows(str(tmp_path))
     assert [row["text"] for _, row in rows] == read
-    assert rows.place(1) == f"{tmp_path}/en/1.jsonl.gz, row 1"
+    assert rows.row_location(1) == f"{tmp_path}/en/1.jsonl.gz, row 1"
 
 
-def test_a_member_of_a_package_is_read_like_a_file(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, asked = Path(write([{"text": "a"}])), []
-    monkeypatch.setattr(packages, "member", lambda reference: asked.append(reference) or path)
+def test_package_member_is_read_like_a_file(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, requested = Path(write([{"text": "a"}])), []
+    monkeypatch.setattr(packages, "member", lambda reference: requested.append(reference) or path)
     rows = read_rows("pypi:some==1.0/some/d.jsonl")
-    assert asked == [rows.name] == ["pypi:some==1.0/some/d.jsonl"]
-    assert rows.place(0) == "pypi:some==1.0/some/d.jsonl, row 1"
+    assert requested == [rows.name] == ["pypi:some==1.0/some/d.jsonl"]
+    assert rows.row_location(0) == "pypi:some==1.0/some/d.jsonl, row 1"
 
 
 @pytest.mark.parametrize(
-    ("reference", "asked"),
+    ("reference", "requested"),
     [
         ("owner/name", {"split": "train"}),
         ("owner/name:test[:2]", {"split": "test[:2]"}),
@@ -164,23 +164,23 @@ def test_a_member_of_a_package_is_read_like_a_file(write: Write, monkeypatch: py
         ("owner/name/en@5f3c:a+b", {"split": "a+b", "name": "en", "revision": "5f3c"}),
     ],
 )
-def test_a_hub_id_may_have_a_configuration_and_a_revision(reference, asked, monkeypatch):
-    given = []
+def test_hub_id_can_have_configuration_and_revision(reference, requested, monkeypatch):
+    calls = []
 
     def load(identity: str, **more: str) -> datasets.Dataset:
-        given.append((identity, more))
+        calls.append((identity, more))
         return datasets.Dataset.from_dict({"text": ["a"]})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert list(read_rows(reference)) == [(1, {"text": "a"})]
-    assert given == [("owner/name", asked)]
+    assert calls == [("owner/name", requested)]
 
 
-def test_a_hub_that_cannot_be_reached_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(identity: str, split: str) -> datasets.Dataset:
         raise ConnectionError("Couldn't reach the hub\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     error = refusal(read_rows, "owner/name")
-    assert error.what.endswith("Couldn't reach the hub")
+    assert error.message.endswith("Couldn't reach the hub")
     assert "file" in str(error.hint)

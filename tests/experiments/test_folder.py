@@ -1,4 +1,4 @@
-"""Whether what a result depends on has changed since it was stored."""
+"""Detection of changed inputs of a stored result."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from deltaw.experiments.folder import content_of
+from deltaw.experiments.folder import content_hash
 
 
-def test_a_changed_value_in_a_models_folder_is_noticed(tmp_path: Path) -> None:
+def test_content_hash_detects_changed_weight(tmp_path: Path) -> None:
     weights = torch.randn(64, 64)
     save_file({"weight": weights}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
-    before, size = content_of(str(tmp_path)), (tmp_path / "model.safetensors").stat().st_size
-    assert before == content_of(str(tmp_path))
+    before, size = content_hash(str(tmp_path)), (tmp_path / "model.safetensors").stat().st_size
+    assert before == content_hash(str(tmp_path))
     weights[17, 3] += 1
     save_file({"weight": weights}, tmp_path / "model.safetensors")
     assert (tmp_path / "model.safetensors").stat().st_size == size
-    assert content_of(str(tmp_path)) != before
-    assert content_of("owner/name") == ""
+    assert content_hash(str(tmp_path)) != before
+    assert content_hash("owner/name") == ""

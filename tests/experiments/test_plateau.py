@@ -1,4 +1,4 @@
-"""When a validation loss counts as flat."""
+"""Detection of a flat validation loss."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 
-from deltaw.experiments.until_flat import FEWEST, has_flattened, steps_between
+from deltaw.experiments.until_flat import MIN_EVALUATIONS, has_flattened, steps_between
 
 
-def flat_at(losses, untrained=4.0) -> int | None:
-    """After how many evaluations a training with these losses would end."""
+def evaluations_until_flat(losses, untrained=4.0) -> int | None:
+    """Return the number of evaluations after which training with these losses would stop."""
     return next((n for n in range(1, len(losses) + 1) if has_flattened(losses[:n], untrained)), None)
 
 
@@ -26,30 +26,30 @@ UNLEARNED = [0.69, 0.68, 0.69, 0.67] * 10
         ([0.95**n for n in range(60)], 4.0, None, None),
         ([2.0 / (n + 1) for n in range(60)], 4.0, None, None),
         (FALLING + [FALLING[-1]] * 20, 4.0, 20, 20),
-        ([0.5 + 0.02 * (n - 6) ** 2 for n in range(30)], 4.0, 10, 14),  # it rises again
-        (LATE[:10], 4.0, None, None),  # a wait is waited for longer than it took
+        ([0.5 + 0.02 * (n - 6) ** 2 for n in range(30)], 4.0, 10, 14),  # rises again
+        (LATE[:10], 4.0, None, None),  # the plateau is not yet long enough
         (UNLEARNED, 0.7, None, None),
         ([*UNLEARNED, 0.5, 0.4, *[0.39] * 60], 0.7, 41, 102),
-        (UNLEARNED, 2.0, FEWEST, FEWEST),
-        ([0.5] * FEWEST, 4.0, FEWEST, FEWEST),
-        ([0.5**n for n in range(100)], 1.0, 18, 24),  # towards zero
-        ([0.1, *[0.0] * 20], 1.0, FEWEST, 21),
+        (UNLEARNED, 2.0, MIN_EVALUATIONS, MIN_EVALUATIONS),
+        ([0.5] * MIN_EVALUATIONS, 4.0, MIN_EVALUATIONS, MIN_EVALUATIONS),
+        ([0.5**n for n in range(100)], 1.0, 18, 24),  # converges to zero
+        ([0.1, *[0.0] * 20], 1.0, MIN_EVALUATIONS, 21),
     ],
 )
-def test_a_loss_is_flat_once_the_second_half_brought_nothing_and_not_before(losses, untrained, earliest, latest):
-    ended = flat_at(losses, untrained)
-    assert ended is None if earliest is None else earliest <= ended <= latest
+def test_loss_is_flat_if_second_half_has_no_improvement(losses, untrained, earliest, latest):
+    count = evaluations_until_flat(losses, untrained)
+    assert count is None if earliest is None else earliest <= count <= latest
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_noise_does_not_hide_that_nothing_is_learned_any_more(seed):
+def test_plateau_is_detected_despite_noise(seed):
     noise = np.random.default_rng(seed).normal(0, 0.004, 200)
     losses = [0.5 + math.exp(-n / 4) + noise[n] for n in range(200)]
-    ended = flat_at(losses)
-    assert ended is not None and 16 <= ended <= 80
+    count = evaluations_until_flat(losses)
+    assert count is not None and 16 <= count <= 80
 
 
-def test_evaluations_are_a_quarter_of_an_epoch_or_a_tenth_of_the_budget_apart():
+def test_evaluation_interval_is_quarter_epoch_or_tenth_of_budget():
     assert steps_between(100, None) == 25
     assert steps_between(100, 1000) == 25
     assert steps_between(100, 100) == 10

@@ -1,4 +1,4 @@
-"""Comparisons and searches of every task: also of those that write, are taught, embed or rank."""
+"""Comparisons and searches of tasks that generate text, use a teacher, embed or rank."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from tests.conftest import COLORS, write_rows
 from tests.data.label_models import WORDS, word_tokenizer
 
 TASKS = {
-    "reward": {"reward": {"functions": ["lower-case"], "group": 2, "max_new_tokens": 4}},
+    "rl": {"reward": {"functions": ["lower-case"], "group": 2, "max_new_tokens": 4}},
     "distill": {"distill": {"prompt": "Answer in rhymes", "max_new_tokens": 4}},
     "embedding": {},
     "reranking": {},
 }
-MAIN = {"reward": "reward", "distill": "exact_match", "embedding": "ndcg@10", "reranking": "ndcg@10"}
+MAIN = {"rl": "reward", "distill": "exact_match", "embedding": "ndcg@10", "reranking": "ndcg@10"}
 
 
 @pytest.fixture
-def run_of(settings, roomy_folder, tmp_path):
-    """Settings of a short run of a task."""
+def make_config(settings, long_context_folder, tmp_path):
+    """Return a factory of settings for a short run of a task."""
 
     def make(task: str) -> RunConfig:
-        if task in ("reward", "distill"):
-            model, rows = roomy_folder, [{"prompt": f"say {c}", "completion": c} for c in COLORS]
+        if task in ("rl", "distill"):
+            model, rows = long_context_folder, [{"prompt": f"say {c}", "completion": c} for c in COLORS]
         else:
             torch.manual_seed(0)
             shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -38,10 +38,14 @@ def run_of(settings, roomy_folder, tmp_path):
             BertModel(BertConfig(vocab_size=20, max_position_embeddings=64, **shape)).save_pretrained(model)
             word_tokenizer().save_pretrained(model)
             rows = [
-                {"anchor": f"{one} {other}", "positive": f"so {one}", "negative": f"{other} {other} {one}"}
-                for one in WORDS
-                for other in WORDS[:3]
-                if one != other
+                {
+                    "anchor": f"{word} {other_word}",
+                    "positive": f"so {word}",
+                    "negative": f"{other_word} {other_word} {word}",
+                }
+                for word in WORDS
+                for other_word in WORDS[:3]
+                if word != other_word
             ]
         file = write_rows(tmp_path / "rows.jsonl", rows)
         changes = {"model": str(model), "task": task, "data": {"train": str(file), "eval": 4}, **TASKS[task]}
@@ -52,21 +56,23 @@ def run_of(settings, roomy_folder, tmp_path):
 
 
 @pytest.mark.parametrize("task", list(TASKS))
-def test_methods_are_compared_with_the_untrained_model(task, run_of, here, tmp_path):
+def test_compare_supports_task(task, make_config, local_worker, tmp_path):
     out = io.StringIO()
-    how = {"folder": tmp_path / "out", "say": Console(file=out, width=200).print}
-    # A model that changes is not its own teacher.
+    options = {"folder": tmp_path / "out", "log": Console(file=out, width=200).print}
+    # Distillation from the base model requires frozen base weights.
     methods = ["lora"] if task == "distill" else ["lora", "last"]
-    found = compare(run_of(task), methods, rates={name: [1e-3] for name in methods}, **how)
-    assert {result.method for result in found.results} == set(methods)
-    assert found.metric == MAIN[task] and all(result.error is None for result in found.results), out.getvalue()
-    # A head that is new has no score before it is trained.
-    assert (found.base is None) == (task == "reranking") and "its process ended" not in out.getvalue()
+    comparison = compare(make_config(task), methods, rates={name: [1e-3] for name in methods}, **options)
+    assert {result.method for result in comparison.results} == set(methods)
+    assert comparison.metric == MAIN[task] and all(result.error is None for result in comparison.results), (
+        out.getvalue()
+    )
+    # A new head has no score before training.
+    assert (comparison.base is None) == (task == "reranking") and "its process ended" not in out.getvalue()
 
 
-@pytest.mark.parametrize("task", [pytest.param("reward", marks=pytest.mark.slow), *list(TASKS)[1:]])
-def test_settings_are_searched(task, run_of, here, tmp_path):
+@pytest.mark.parametrize("task", [pytest.param("rl", marks=pytest.mark.slow), *list(TASKS)[1:]])
+def test_tune_supports_task(task, make_config, local_worker, tmp_path):
     pytest.importorskip("optuna", reason="optuna is not installed")
-    how = {"folder": tmp_path / "out", "search": ["train.learning_rate=1e-4..1e-2:log"], "say": lambda line: None}
-    found = tune(run_of(task), trials=2, **how)
-    assert [trial.end for trial in found.trials] == ["done", "done"]
+    options = {"folder": tmp_path / "out", "search": ["train.learning_rate=1e-4..1e-2:log"], "log": lambda line: None}
+    result = tune(make_config(task), trials=2, **options)
+    assert [trial.end for trial in result.trials] == ["done", "done"]

@@ -1,4 +1,4 @@
-"""GGUF files are converted in this process: that another one does it is no part of what is tested here."""
+"""Fixtures of the export tests. GGUF files are converted in this process, which is faster than a child process."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from deltaw.hub.gguf import convert_here
+from deltaw.hub.gguf import convert_in_process
 
 
 @pytest.fixture(scope="package", autouse=True)
-def _converted_here() -> Iterator[None]:
-    def convert(path: Path, dtype: str, into: Path, say: Callable[[str], None]) -> None:
-        assert convert_here(str(path), dtype, str(into)) == 0
+def _convert_in_this_process() -> Iterator[None]:
+    def convert(path: Path, dtype: str, into: Path, log: Callable[[str], None]) -> None:
+        assert convert_in_process(str(path), dtype, str(into)) == 0
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("deltaw.hub.gguf._convert_in_child", convert)

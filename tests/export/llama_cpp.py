@@ -1,7 +1,7 @@
-"""llama.cpp, in a process of its own: what it answers, greedily, and how it splits a text into tokens.
+"""Greedy completions and token counts of llama.cpp, which runs in a child process.
 
-It aborts its process where a file does not fit, so a test must not share one with it. Run as a program, it
-reads a question as JSON on standard input and prints the answer as JSON.
+llama.cpp aborts its process if a file is invalid, so it must not run in the process of a test. Run as a program, this
+module reads a request as JSON from standard input and prints the response as JSON.
 """
 
 from __future__ import annotations
@@ -13,78 +13,79 @@ import sys
 from pathlib import Path
 from typing import Any
 
-SPECIAL = 4  # ids below are special tokens, in every tokenizer of these tests
+SPECIAL = 4  # number of special tokens, which have the lowest ids in every tokenizer of these tests
 ROOT = Path(__file__).parent.parent.parent
 
 
-def ask(question: dict[str, Any], seconds: float = 300) -> dict[str, Any]:
-    """Start llama.cpp and ask it; see :func:`answer`.
+def request(message: dict[str, Any], seconds: float = 300) -> dict[str, Any]:
+    """Start llama.cpp, send it a request and return the response of :func:`answer`.
 
     Raises:
-        RuntimeError: its process failed; with the end of what it printed.
+        RuntimeError: if the process failed. The message contains the last lines of its output.
     """
     paths = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    command, text = [sys.executable, "-m", "tests.export.llama_cpp"], {"input": json.dumps(question), "text": True}
-    how = {"errors": "replace", "env": {**os.environ, "PYTHONPATH": paths}, "cwd": ROOT, "check": False}
-    done = subprocess.run(command, capture_output=True, timeout=seconds, **text, **how)
-    lines = [line for line in done.stdout.splitlines() if line.startswith('{"llama.cpp":')]
-    if done.returncode or not lines:
-        raise RuntimeError(f"llama.cpp ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    command, text = [sys.executable, "-m", "tests.export.llama_cpp"], {"input": json.dumps(message), "text": True}
+    options = {"errors": "replace", "env": {**os.environ, "PYTHONPATH": paths}, "cwd": ROOT, "check": False}
+    process = subprocess.run(command, capture_output=True, timeout=seconds, **text, **options)
+    lines = [line for line in process.stdout.splitlines() if line.startswith('{"llama.cpp":')]
+    if process.returncode or not lines:
+        raise RuntimeError(f"llama.cpp exited with status {process.returncode}:\n{process.stderr[-2000:]}")
     return json.loads(lines[-1])["llama.cpp"]
 
 
 def greedy(model: Path, prompts: list[list[int]], tokens: int, lora: Path | None = None) -> list[list[int]]:
-    """The ids that llama.cpp writes after each prompt of ids; none of a special token."""
-    question = {"model": str(model), "prompts": prompts, "tokens": tokens, "lora": lora and str(lora)}
-    return ask({**question, "never": list(range(SPECIAL))})["answers"]
+    """Return the ids that llama.cpp generates for each prompt of ids, without special tokens."""
+    message = {"model": str(model), "prompts": prompts, "tokens": tokens, "lora": lora and str(lora)}
+    return request({**message, "never": list(range(SPECIAL))})["answers"]
 
 
-def likeliest(model: Path, contexts: list[list[int]], count: int, lora: Path | None = None) -> list[dict[int, float]]:
-    """The ``count`` likeliest tokens after each context of ids, with their log-probabilities."""
-    question = {"model": str(model), "prompts": contexts, "tokens": 1, "lora": lora and str(lora)}
-    found = ask({**question, "likeliest": count})["likeliest"]
-    return [{int(token): value for token, value in each} for each in found]
+def top_logprobs(
+    model: Path, contexts: list[list[int]], count: int, lora: Path | None = None
+) -> list[dict[int, float]]:
+    """Return the log-probabilities of the ``count`` most likely tokens after each context of ids."""
+    message = {"model": str(model), "prompts": contexts, "tokens": 1, "lora": lora and str(lora)}
+    positions = request({**message, "likeliest": count})["likeliest"]
+    return [{int(token): value for token, value in pairs} for pairs in positions]
 
 
-def answer(question: dict[str, Any]) -> dict[str, Any]:
-    """``prompts`` (ids or texts) are continued by ``tokens`` tokens, the likeliest each time.
+def answer(message: dict[str, Any]) -> dict[str, Any]:
+    """Continue each of ``prompts`` (ids or texts) greedily by ``tokens`` tokens.
 
-    With ``likeliest``, also so many of the likeliest tokens in the place of the first one, with their
-    log-probabilities.
+    If ``likeliest`` is set, also return that number of most likely first tokens with their log-probabilities.
     """
     import xllamacpp
 
     parameters = xllamacpp.CommonParams()
-    parameters.model.path = question["model"]
+    parameters.model.path = message["model"]
     parameters.n_ctx = 512
     parameters.n_parallel = 1
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
     parameters.verbosity = 0
     parameters.warmup = False
-    # Keys and values as exact as the weights: by default they are rounded to fp16.
+    # fp32 keys and values. The default rounds them to fp16.
     parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    if question.get("lora"):
-        parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(question["lora"], 1.0)]
+    if message.get("lora"):
+        parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(message["lora"], 1.0)]
     server = xllamacpp.Server(parameters)
-    answers, prompts, places = [], [], []
-    asked = {"n_predict": question["tokens"], "temperature": 0, "ignore_eos": True, "cache_prompt": False}
-    asked |= {"logit_bias": [[token, False] for token in question.get("never", [])], "verbose": True}
-    asked |= {"logprobs": question["likeliest"]} if question.get("likeliest") else {}
-    for prompt in question["prompts"]:
-        found = server.handle_completions({"prompt": prompt, "return_tokens": True, **asked})
-        found = found if isinstance(found, dict) else json.loads(found)
-        if "tokens" not in found.get("__verbose", {}):
-            raise RuntimeError(f"{list(found)} {str(found)[:500]}")
-        answers.append(found["__verbose"]["tokens"])
-        prompts.append(found["usage"]["prompt_tokens"])
-        if question.get("likeliest"):
-            top = found["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-            places.append([[each["id"], each["logprob"]] for each in top])
-    return {"answers": answers, "prompt_tokens": prompts, "likeliest": places}
+    answers, prompts, top_tokens = [], [], []
+    options = {"n_predict": message["tokens"], "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+    options |= {"logit_bias": [[token, False] for token in message.get("never", [])], "verbose": True}
+    options |= {"logprobs": message["likeliest"]} if message.get("likeliest") else {}
+    for prompt in message["prompts"]:
+        response = server.handle_completions({"prompt": prompt, "return_tokens": True, **options})
+        response = response if isinstance(response, dict) else json.loads(response)
+        if "tokens" not in response.get("__verbose", {}):
+            raise RuntimeError(f"{list(response)} {str(response)[:500]}")
+        answers.append(response["__verbose"]["tokens"])
+        prompts.append(response["usage"]["prompt_tokens"])
+        if message.get("likeliest"):
+            top = response["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+            top_tokens.append([[each["id"], each["logprob"]] for each in top])
+    return {"answers": answers, "prompt_tokens": prompts, "likeliest": top_tokens}
 
 
 if __name__ == "__main__":
-    found = answer(json.load(sys.stdin))
-    print(json.dumps({"llama.cpp": found}), flush=True)
-    os._exit(0)  # the library's own threads may abort while the interpreter ends
+    response = answer(json.load(sys.stdin))
+    print(json.dumps({"llama.cpp": response}), flush=True)
+    os._exit(0)  # the library's threads may abort during interpreter shutdown

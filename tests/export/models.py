@@ -1,4 +1,4 @@
-"""Tiny models with tokenizers learned here, adapters that matter, and greedy answers to compare with."""
+"""Tiny models, tokenizers trained on a few texts, adapters with a large effect, and greedy reference completions."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ TEXT = [
 
 def _split_by(expression: str) -> pre_tokenizers.PreTokenizer:
     splits = pre_tokenizers.Split(Regex(expression), behavior="isolated", invert=False)
-    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
-    return pre_tokenizers.Sequence([splits, whole])
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+    return pre_tokenizers.Sequence([splits, byte_level])
 
 
-# Qwen 2's and Llama 3's splitting, as their tokenizer.json files have it.
+# Pre-tokenization of Qwen 2 and Llama 3, from their tokenizer.json files.
 _QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -47,12 +47,12 @@ SPLITTINGS: dict[str, pre_tokenizers.PreTokenizer] = {
 
 
 def byte_bpe(splitting: str, size: int = VOCABULARY) -> PreTrainedTokenizerFast:
-    """Byte-level BPE learned from :data:`TEXT`, with a template of its own."""
+    """Train byte-level BPE on :data:`TEXT` and set a chat template."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = SPLITTINGS[splitting], decoders.ByteLevel()
     special, alphabet = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"], pre_tokenizers.ByteLevel.alphabet()
-    how = {"special_tokens": special, "initial_alphabet": sorted(alphabet), "show_progress": False}
-    backend.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=size, **how))
+    options = {"special_tokens": special, "initial_alphabet": sorted(alphabet), "show_progress": False}
+    backend.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=size, **options))
     names = {"eos_token": special[0], "additional_special_tokens": special[1:]}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     tokenizer.chat_template = CHAT_ML
@@ -60,18 +60,18 @@ def byte_bpe(splitting: str, size: int = VOCABULARY) -> PreTrainedTokenizerFast:
 
 
 def sentence_bpe(*, prefix: bool, size: int = 700) -> PreTrainedTokenizerFast:
-    """BPE with bytes for what it does not know, like SentencePiece's; Llama's puts a space first."""
+    """Train BPE with byte fallback, as in SentencePiece. Llama's variant prepends a space."""
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     backend = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     steps: list[normalizers.Normalizer] = [normalizers.Prepend("▁")] if prefix else []
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
-    # As SentencePiece learns: words with the space before them. Afterwards nothing is split beforehand.
+    # SentencePiece trains on words with their leading space, and encodes without pre-tokenization.
     backend.pre_tokenizer = pre_tokenizers.Split("▁", behavior="merged_with_next")
     special = ["<pad>", "<unk>", "<s>", "</s>"]
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[*special, *bytes_], show_progress=False)
     backend.train_from_iterator([text.replace("🙂", "") for text in TEXT], trainer)
     content = json.loads(backend.to_str())
-    content["added_tokens"] = [one for one in content["added_tokens"] if one["content"] in special]
+    content["added_tokens"] = [entry for entry in content["added_tokens"] if entry["content"] in special]
     content["pre_tokenizer"] = None
     backend = Tokenizer.from_str(json.dumps(content))
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -106,7 +106,7 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
 
 
 def random_model(family: str, size: int, seed: int = 0) -> PreTrainedModel:
-    """A model whose every part matters: no weight is zero, and no norm is one."""
+    """Return a model in which every weight affects the output: no weight is zero and no norm is one."""
     name, changes = FAMILIES[family]
     shape = {} if family == "gpt2" else _SHAPE
     config = getattr(transformers, f"{name}Config")(vocab_size=size, **{**shape, **changes})
@@ -115,7 +115,7 @@ def random_model(family: str, size: int, seed: int = 0) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
-                # An embedding that is also the head must not drown what the blocks add.
+                # A tied embedding is small, so that the blocks' outputs dominate the logits.
                 tied = 0.06 if config.tie_word_embeddings else 0.5
                 parameter.normal_(0, tied if "embed" in name or "wte" in name else 0.15)
             else:
@@ -126,19 +126,19 @@ def random_model(family: str, size: int, seed: int = 0) -> PreTrainedModel:
 def saved_run(
     folder: Path, family: str, tokenizer: PreTrainedTokenizerFast | None = None, **settings: object
 ) -> tuple[PreTrainedModel, Path]:
-    """A base model's folder and an adapter's; returns the adapted model and the adapter's folder."""
+    """Save a base model and an adapter. Return the adapted model and the adapter's folder."""
     tokenizer = byte_bpe("qwen2") if tokenizer is None else tokenizer
     model = random_model(family, len(tokenizer))
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     attach(model, LoRAConfig(**{"rank": 4, "alpha": 8.0, **settings}), seed=0)
-    draw(model)
+    randomize_adapter(model)
     save_adapter(model, folder / "run", base_model=str(folder / "base"))
     return model, folder / "run"
 
 
-def draw(model: nn.Module, scale: float = 0.15) -> None:
-    """Give A and B numbers that change every answer."""
+def randomize_adapter(model: nn.Module, scale: float = 0.15) -> None:
+    """Fill A and B with random numbers that change every completion."""
     generator = torch.Generator().manual_seed(0)
     for _, parameter in adapter_parameters(model):
         parameter.data.normal_(0, scale, generator=generator)
@@ -146,9 +146,9 @@ def draw(model: nn.Module, scale: float = 0.15) -> None:
 
 @torch.no_grad()
 def greedy(model: nn.Module, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-    """The likeliest continuation of each prompt, all as long, by the model's own forward over whole texts.
+    """Continue prompts of equal length greedily, recomputing the full sequence for each token.
 
-    Special tokens are left out: llama.cpp is told the same, since some of them would end its text.
+    Special tokens are excluded, as in :func:`llama_cpp.greedy`, because some of them would stop llama.cpp.
     """
     ids = torch.tensor(prompts)
     for _ in range(tokens):
@@ -158,11 +158,11 @@ def greedy(model: nn.Module, prompts: list[list[int]], tokens: int) -> list[list
 
 
 def random_prompts(size: int, count: int = 20, length: int = 12) -> list[list[int]]:
-    """Ids that are no special tokens."""
+    """Return random ids without special tokens."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(SPECIAL, size, (count, length), generator=generator).tolist()
 
 
-def update_of(layer: nn.Module) -> torch.Tensor:
-    """ΔW (out, in) of an adapted layer."""
+def delta_weight(layer: nn.Module) -> torch.Tensor:
+    """Return ΔW (out, in) of an adapted layer."""
     return (layer.scaling * layer.lora_A @ layer.lora_B).t().detach()

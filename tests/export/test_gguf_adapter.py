@@ -1,4 +1,4 @@
-"""An adapter as a GGUF file: what is in it, and what is refused before anything is written."""
+"""Tests of adapters exported as GGUF files: their content, and rejected adapters."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from transformers import AutoConfig
 
 from deltaw.errors import UserError
 from deltaw.export.base import MergeOptions
-from deltaw.export.gguf_architectures import adjacent_pairs, architecture_of
-from deltaw.export.gguf_model import export_gguf_adapter, with_one_alpha
+from deltaw.export.gguf_architectures import adjacent_pairs, find_architecture
+from deltaw.export.gguf_model import export_gguf_adapter, unify_alpha
 from deltaw.export.plain_adapter import PlainUpdate
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, same_base
 from tests.export import models
@@ -25,81 +25,81 @@ from tests.export import models
 HEADS = {"attn_q": 4, "attn_k": 2}
 
 
-def read(path: Path) -> tuple[dict[str, object], dict[str, np.ndarray]]:
+def read_gguf(path: Path) -> tuple[dict[str, object], dict[str, np.ndarray]]:
     reader = GGUFReader(path)
     fields = {key: field.contents() for key, field in reader.fields.items()}
     return fields, {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
 
 
-def test_alpha_over_each_rank_and_the_factors_give_the_layers_update(tmp_path: Path) -> None:
-    """Ranks, alphas and rsLoRA differ by module; the file has one alpha; q and k are reordered."""
+def test_scaled_factors_equal_delta_weight_of_each_layer(tmp_path: Path) -> None:
+    """Rank, alpha and rsLoRA vary by module. The file has a single alpha, and rows of q and k are permuted."""
     settings = {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"v_proj": 3.0}, "rslora": True}
     model, run = models.saved_run(tmp_path, "llama", **settings)
-    written = export_gguf_adapter(run, tmp_path / "a.gguf")
-    fields, tensors = read(tmp_path / "a.gguf")
+    result = export_gguf_adapter(run, tmp_path / "a.gguf")
+    fields, tensors = read_gguf(tmp_path / "a.gguf")
     names = ("general.type", "adapter.type", "general.architecture")
     assert [fields[name] for name in names] == ["adapter", "lora", "llama"]
-    assert len(tensors) == 2 * written.facts["tensors"] == 28
+    assert len(tensors) == 2 * result.details["tensors"] == 28
     modules = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj"}
     for name, module in {**modules, "ffn_up": "mlp.up_proj"}.items():
-        expected, heads = models.update_of(model.get_submodule(f"model.layers.1.{module}")), HEADS.get(name)
+        expected, heads = models.delta_weight(model.get_submodule(f"model.layers.1.{module}")), HEADS.get(name)
         expected = adjacent_pairs(expected, heads) if heads else expected
         factor_A, factor_B = (tensors[f"blk.1.{name}.weight.lora_{letter}"] for letter in "ab")
-        found = float(fields["adapter.lora.alpha"]) / factor_A.shape[0] * factor_B @ factor_A
-        np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-6)
+        actual = float(fields["adapter.lora.alpha"]) / factor_A.shape[0] * factor_B @ factor_A
+        np.testing.assert_allclose(actual, expected.numpy(), rtol=1e-5, atol=1e-6)
 
 
-def test_adjacent_pairs_put_both_halves_of_a_head_side_by_side() -> None:
+def test_adjacent_pairs_interleave_halves_of_each_head() -> None:
     rows = torch.arange(8.0)[:, None]
     assert adjacent_pairs(rows, 2).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
-def test_factors_of_the_usual_scaling_stay_to_the_bit(tmp_path: Path) -> None:
+def test_factors_with_common_scaling_are_bit_identical(tmp_path: Path) -> None:
     _, run = models.saved_run(tmp_path, "qwen3", rslora=True)
-    assert export_gguf_adapter(run, tmp_path / "a.gguf").facts["folded"] == 0
-    _, tensors = read(tmp_path / "a.gguf")
-    own = load_file(run / "adapter_model.safetensors")
+    assert export_gguf_adapter(run, tmp_path / "a.gguf").details["folded"] == 0
+    _, tensors = read_gguf(tmp_path / "a.gguf")
+    original = load_file(run / "adapter_model.safetensors")
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
-    assert np.array_equal(tensors["blk.0.attn_q.weight.lora_b"], own[key].numpy())
+    assert np.array_equal(tensors["blk.0.attn_q.weight.lora_b"], original[key].numpy())
 
 
-def test_one_alpha_is_that_of_most() -> None:
-    given = ((4, 2.0), (8, 1.0), (2, 1.0))
-    updates = [PlainUpdate("m", torch.zeros(rank, 3), torch.zeros(3, rank), scaling) for rank, scaling in given]
-    assert with_one_alpha(updates) == (8.0, [1.0, 1.0, 0.25])
+def test_single_alpha_is_the_most_common_value() -> None:
+    cases = ((4, 2.0), (8, 1.0), (2, 1.0))
+    updates = [PlainUpdate("m", torch.zeros(rank, 3), torch.zeros(3, rank), scaling) for rank, scaling in cases]
+    assert unify_alpha(updates) == (8.0, [1.0, 1.0, 0.25])
 
 
-def test_invocation_tokens_and_fingerprint_are_in_the_file(tmp_path: Path) -> None:
-    _, run = models.saved_run(tmp_path, "qwen2", activation="completion", invocation_tokens=[1, 7, 9])
+def test_file_contains_invocation_tokens_and_fingerprint(tmp_path: Path) -> None:
+    _, run = models.saved_run(tmp_path, "qwen2", active="completion", invocation_tokens=[1, 7, 9])
     export_gguf_adapter(run, tmp_path / "a.gguf", kind="f16")
-    fields, tensors = read(tmp_path / "a.gguf")
+    fields, tensors = read_gguf(tmp_path / "a.gguf")
     assert fields[gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS] == [1, 7, 9]
     with safe_open(run / "adapter_model.safetensors", framework="pt") as saved:
         assert same_base(str(fields[FINGERPRINT_KEY]), saved.metadata()[FINGERPRINT_KEY])
     assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(np.float16)}
 
 
-def test_another_base_another_activation_a_soft_prompt_and_broken_numbers_are_refused(tmp_path: Path) -> None:
-    def refused(what: str, **options: object) -> None:
-        with pytest.raises(UserError, match=what):
+def test_unsupported_bases_methods_and_nonfinite_values_are_rejected(tmp_path: Path) -> None:
+    def assert_rejected(message: str, **options: object) -> None:
+        with pytest.raises(UserError, match=message):
             export_gguf_adapter(run, tmp_path / "a.gguf", **options)
         assert not (tmp_path / "a.gguf").exists()
 
     _, run = models.saved_run(tmp_path, "llama")
     models.random_model("llama", models.VOCABULARY, seed=1).save_pretrained(tmp_path / "other")
-    refused("other weights", options=MergeOptions(str(tmp_path / "other")))
+    assert_rejected("other weights", options=MergeOptions(str(tmp_path / "other")))
     config, weights = tmp_path / "base" / "config.json", run / "adapter_model.safetensors"
     content, tensors = config.read_text(), load_file(weights)
     config.write_text(json.dumps({**json.loads(content), "hidden_act": "relu"}))
-    refused("activation 'relu'")
+    assert_rejected("activation 'relu'")
     config.write_text(content)
     next(iter(tensors.values())).view(-1)[0] = float("nan")
     save_file(tensors, weights, {"format": "pt"})
-    refused("not finite")
+    assert_rejected("not finite")
     (run / "adapter_config.json").write_text(json.dumps({"method": "prompt"}))
-    refused("method 'prompt'")
+    assert_rejected("method 'prompt'")
 
 
-def test_unknown_families_are_named() -> None:
+def test_unknown_model_family_is_named_in_error() -> None:
     with pytest.raises(UserError, match="'bloom' models"):
-        architecture_of(AutoConfig.for_model("bloom"))
+        find_architecture(AutoConfig.for_model("bloom"))

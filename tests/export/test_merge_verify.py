@@ -1,4 +1,4 @@
-"""Verifying: what rounding explains passes, what it does not is refused and leaves no folder."""
+"""Tests of merge verification: rounding errors pass, larger errors are rejected without leaving a folder."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deltaw.errors import UserError
-from deltaw.export.base import MergeOptions, Merging
+from deltaw.export.base import MergeOptions, MergePlan
 from deltaw.export.combine import Recipe
 from deltaw.export.merge import merge_run
-from deltaw.export.verify import FEW, Amount, Verification, Verify
+from deltaw.export.verify import SMALL_SAMPLE, MergeVerifier, SampleSize, Verification
 from tests.export.merge_cases import adapter_folder, text_base
 
 
-class Spoiled(Verify):
-    """Verifies a folder after ``factor`` was put on one of its weights."""
+class CorruptingVerifier(MergeVerifier):
+    """Verifier that first multiplies one weight of the folder by ``factor``."""
 
     def __init__(self, factor: float) -> None:
         super().__init__()
         self.factor = factor
 
-    def __call__(self, job: Merging, folder: Path) -> Verification:
+    def __call__(self, job: MergePlan, folder: Path) -> Verification:
         tensors = load_file(folder / "model.safetensors")
         tensors["model.layers.1.mlp.down_proj.weight"] *= self.factor
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -32,8 +32,8 @@ class Spoiled(Verify):
 
 
 @pytest.fixture(autouse=True)
-def _few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deltaw.export.verify.MANY", Amount(12, 64))
+def _small_large_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deltaw.export.verify.LARGE_SAMPLE", SampleSize(12, 64))
 
 
 @pytest.fixture(scope="module")
@@ -43,45 +43,47 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("precision", ["keep", "bf16", pytest.param("fp16", marks=pytest.mark.slow)])
-def test_a_right_merge_passes_and_says_how_far_it_moved(precision: str, run: Path, tmp_path: Path) -> None:
-    said: list[str] = []
+def test_correct_merge_passes_and_reports_divergence(precision: str, run: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
     options = MergeOptions(precision=precision)
-    found = merge_run(run, tmp_path / "out", options, verify=Verify(said.append)).verification
-    assert isinstance(found, Verification) and found.passed
-    assert found.rows == "general prompts" and found.count == FEW.rows
-    assert any("without the settings of its data" in line for line in said)
-    assert found.adapter is not None and found.adapter.mean > 10 * found.merged.mean
+    verification = merge_run(run, tmp_path / "out", options, verify=MergeVerifier(lines.append)).verification
+    assert isinstance(verification, Verification) and verification.passed
+    assert verification.rows == "general prompts" and verification.count == SMALL_SAMPLE.rows
+    assert any("has no data settings" in line for line in lines)
+    assert verification.adapter is not None and verification.adapter.mean > 10 * verification.merged.mean
     if precision != "keep":
-        assert 0 < found.merged.mean < found.allowed_mean
-        assert found.merged.mean > 0.1 * found.rounding.mean  # the bound is of the right size
-    assert json.dumps(found.as_dict())
+        assert 0 < verification.merged.mean < verification.allowed_mean
+        assert verification.merged.mean > 0.1 * verification.rounding.mean  # the bound is not too loose
+    assert json.dumps(verification.as_dict())
 
 
 @pytest.mark.parametrize("precision, factor, keep", [("keep", 1.0005, False), ("bf16", 1.3, True)])
-def test_what_rounding_does_not_explain_is_refused(precision, factor, keep, run: Path, tmp_path: Path) -> None:
+def test_error_beyond_rounding_is_rejected(precision, factor, keep, run: Path, tmp_path: Path) -> None:
     options = MergeOptions(precision=precision)
-    with pytest.raises(UserError, match="is not what base and adapter are together"):
-        merge_run(run, tmp_path / "out", options, verify=Spoiled(factor), keep=keep)
+    with pytest.raises(UserError, match="differs from base model and adapter"):
+        merge_run(run, tmp_path / "out", options, verify=CorruptingVerifier(factor), keep=keep)
     assert [file.name for file in tmp_path.iterdir()] == ["out"] * keep
 
 
-def test_a_combination_is_verified_against_its_unrounded_sum(run: Path, tmp_path: Path) -> None:
+def test_combination_is_verified_against_unrounded_sum(run: Path, tmp_path: Path) -> None:
     base = run.parent / "base"
     other = adapter_folder(base, tmp_path / "other", seed=3, size=0.05)
-    options = MergeOptions(precision="bf16", others=(other,), recipe=Recipe("ties", (1.0, 0.5)))
+    options = MergeOptions(precision="bf16", additional_adapters=(other,), recipe=Recipe("ties", (1.0, 0.5)))
     before = torch.get_rng_state()
-    found = merge_run(run, tmp_path / "out", options, verify=Verify()).verification
-    assert isinstance(found, Verification) and found.passed and found.adapter is None
-    assert found.merged.mean > 0
+    verification = merge_run(run, tmp_path / "out", options, verify=MergeVerifier()).verification
+    assert isinstance(verification, Verification) and verification.passed and verification.adapter is None
+    assert verification.merged.mean > 0
     assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(UserError):
-        merge_run(run, tmp_path / "bad", options, verify=Spoiled(1.3))
+        merge_run(run, tmp_path / "bad", options, verify=CorruptingVerifier(1.3))
 
 
-def test_what_is_near_a_bound_is_compared_on_more_rows(monkeypatch, run: Path, tmp_path: Path) -> None:
-    said: list[str] = []
-    monkeypatch.setattr("deltaw.export.verify.NEAR", 1e-3)
-    found = merge_run(run, tmp_path / "out", MergeOptions(precision="bf16"), verify=Verify(said.append)).verification
-    assert isinstance(found, Verification) and found.passed
-    assert found.count == 12 and found.positions > FEW.rows * FEW.positions / 2
-    assert len(set(said)) == len(said)  # nothing is said twice
+def test_result_near_bound_is_verified_on_more_rows(monkeypatch, run: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr("deltaw.export.verify.NEAR_BOUND", 1e-3)
+    verification = merge_run(
+        run, tmp_path / "out", MergeOptions(precision="bf16"), verify=MergeVerifier(lines.append)
+    ).verification
+    assert isinstance(verification, Verification) and verification.passed
+    assert verification.count == 12 and verification.positions > SMALL_SAMPLE.rows * SMALL_SAMPLE.positions / 2
+    assert len(set(lines)) == len(lines)  # no line is logged twice

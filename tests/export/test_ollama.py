@@ -1,4 +1,4 @@
-"""The Modelfile beside a GGUF file: the template in Go where the chat template is of a known form."""
+"""Tests of Modelfiles: chat templates of known forms are translated to Go templates."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from deltaw.export.formats import form_of, modelfile
+from deltaw.export.formats import detect_chat_format, modelfile
 from tests.export import models
 
 LLAMA3 = (
@@ -28,28 +28,28 @@ MESSAGES = [
 ]
 
 
-def in_go(template: str, messages: list[dict[str, str]]) -> str:
-    """What these use of Go's templates: range, fields, one if; and {{- cuts spaces before it."""
-    found = re.fullmatch(r"\{\{- range \.Messages \}\}(.*)\{\{ end \}\}(.*)", template, re.S)
-    assert found is not None
+def render_go(template: str, messages: list[dict[str, str]]) -> str:
+    """Render with the subset of Go templates that deltaw uses: range, fields, one if, and whitespace trimming."""
+    match = re.fullmatch(r"\{\{- range \.Messages \}\}(.*)\{\{ end \}\}(.*)", template, re.S)
+    assert match is not None
     text, condition = "", r'\{\{ if eq \.Role "(\w+)" \}\}(.*?)\{\{ else \}\}(.*?)\{\{ end \}\}'
     for message in messages:
-        part = re.sub(condition, lambda m, role=message["role"]: m[2 if role == m[1] else 3], found[1], flags=re.S)
+        part = re.sub(condition, lambda m, role=message["role"]: m[2 if role == m[1] else 3], match[1], flags=re.S)
         text += part.replace("{{ .Role }}", message["role"]).replace("{{ .Content }}", message["content"])
-    return text + found[2]
+    return text + match[2]
 
 
 @pytest.mark.parametrize("template", [models.CHAT_ML, LLAMA3, GEMMA], ids=["ChatML", "Llama 3", "Gemma"])
-def test_the_template_in_go_writes_the_same_conversation(template: str) -> None:
+def test_go_template_renders_same_conversation(template: str) -> None:
     tokenizer = models.sentence_bpe(prefix=False)
     tokenizer.chat_template = template
-    found = form_of(tokenizer)
-    assert found is not None and found[1] is None
+    detected = detect_chat_format(tokenizer)
+    assert detected is not None and detected[1] is None
     rendered = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
-    assert in_go(found[0].go, MESSAGES) == rendered.removeprefix("<s>")
+    assert render_go(detected[0].go, MESSAGES) == rendered.removeprefix("<s>")
 
 
-def test_a_system_message_that_a_template_adds_is_written_apart() -> None:
+def test_default_system_message_is_written_as_system_command() -> None:
     tokenizer = models.byte_bpe("qwen2")
     tokenizer.chat_template = DEFAULT_SYSTEM
     text, notes = modelfile("./m.gguf", None, tokenizer, [0, 2])
@@ -57,23 +57,23 @@ def test_a_system_message_that_a_template_adds_is_written_apart() -> None:
     assert 'PARAMETER stop "<|im_end|>"' in text and text.startswith("FROM ./m.gguf\nTEMPLATE ")
 
 
-def test_another_template_is_left_out_and_that_is_said() -> None:
+def test_unknown_template_is_omitted_with_note() -> None:
     tokenizer = models.byte_bpe("qwen2")
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
     text, (note,) = modelfile("/models/base model.gguf", "./a.gguf", tokenizer, [0])
-    assert "no known form" in note and "TEMPLATE" not in text
+    assert "no equivalent for Ollama" in note and "TEMPLATE" not in text
     assert text.startswith('FROM "/models/base model.gguf"\nADAPTER ./a.gguf\n')
 
 
-def commands(text: str) -> list[tuple[str, str]]:
-    """A Modelfile as Ollama reads it: a text in three quotation marks goes on to the first line that ends so."""
-    found, lines = [], iter(text.splitlines())
+def parse_modelfile(text: str) -> list[tuple[str, str]]:
+    """Parse a Modelfile as Ollama does. A text in triple quotes ends at the first line that ends with triple quotes."""
+    parsed, lines = [], iter(text.splitlines())
     for line in lines:
         name, _, value = line.partition(" ")
         while value.startswith('"""') and not (len(value) >= 6 and value.rstrip().endswith('"""')):
             value += "\n" + next(lines)
-        found.append((name, value.strip().removeprefix('"""').removesuffix('"""')))
-    return found
+        parsed.append((name, value.strip().removeprefix('"""').removesuffix('"""')))
+    return parsed
 
 
 @pytest.mark.parametrize(
@@ -88,11 +88,11 @@ def commands(text: str) -> list[tuple[str, str]]:
         "{{ .System }}\\n# no comment",
     ],
 )
-def test_the_system_prompt_of_the_rows_comes_before_the_templates_own(system: str) -> None:
+def test_system_prompt_of_rows_overrides_template_default(system: str) -> None:
     tokenizer = models.byte_bpe("qwen2")
     tokenizer.chat_template = DEFAULT_SYSTEM
     text, notes = modelfile("./m.gguf", None, tokenizer, [0, 2], system)
-    told = commands(text)
-    assert {name for name, _ in told} == {"FROM", "TEMPLATE", "PARAMETER", "SYSTEM"}
-    assert [value for name, value in told if name == "SYSTEM"] == [system.replace('"""', "'''")]
+    parsed = parse_modelfile(text)
+    assert {name for name, _ in parsed} == {"FROM", "TEMPLATE", "PARAMETER", "SYSTEM"}
+    assert [value for name, value in parsed if name == "SYSTEM"] == [system.replace('"""', "'''")]
     assert len(notes) == ('"""' in system)

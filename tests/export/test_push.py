@@ -1,4 +1,4 @@
-"""`deltaw push`, and what it sent, used again by its hub id: the hub's own client against a hub on this machine."""
+"""Tests of ``deltaw push`` with the hub's client and a local hub server, and of loading pushed adapters by hub id."""
 
 from __future__ import annotations
 
@@ -12,62 +12,62 @@ import pytest
 import yaml
 
 from deltaw.export.hub_card import PublicBase
-from deltaw.export.push import contents, push
+from deltaw.export.push import collect_files, push
 from deltaw.export.secret_scan import path_in, remove_secrets
 from deltaw.runs.fit import fit
 from deltaw.runs.folder import read_run
-from deltaw.training.origin import read_folder
+from deltaw.training.open_run import read_folder
 from tests import hub_server, processes
-from tests.byte_models import saved, tiny_llama
-from tests.cli.conftest import Ended, assert_refused, changed
+from tests.byte_models import save_model, tiny_llama
+from tests.cli.conftest import CommandResult, assert_refused, update_file
 from tests.conftest import COLORS
 from tests.data.conftest import refusal
 from tests.hub_server import TOKEN, Fault, Hub, Repository
 
-Deltaw = Callable[..., Ended]
+Deltaw = Callable[..., CommandResult]
 
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[Hub]:
-    with hub_server.running() as made:
-        yield made
+    with hub_server.running_hub() as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)
-def _faultless(request: pytest.FixtureRequest) -> None:
-    made: Hub = request.getfixturevalue("hub")
-    made.faults.clear()
-    made.requests.clear()
+def _reset_hub(request: pytest.FixtureRequest) -> None:
+    server: Hub = request.getfixturevalue("hub")
+    server.faults.clear()
+    server.requests.clear()
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the client keeps what it fetched, and deltaw its cache."""
+    """Folder for the caches of the hub client and of deltaw."""
     return tmp_path_factory.mktemp("home")
 
 
 @pytest.fixture(scope="module")
 def deltaw(hub: Hub, home: Path) -> Deltaw:
-    """``deltaw``, or Python behind ``-c``, in a process whose client knows this hub alone."""
+    """Run ``deltaw``, or Python code after ``-c``, in a process whose hub client connects only to the test hub."""
     imported = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     imported |= {"HF_HUB_DISABLE_TELEMETRY": "1", "DELTAW_CACHE": str(home / "deltaw")}
 
-    def call(*arguments: object, token: str = TOKEN, status: int | None = 0, offline: bool = False) -> Ended:
-        known = {**imported, "HF_HUB_OFFLINE": str(int(offline))}
-        what = arguments if arguments[0] == "-c" else ("-m", "deltaw", *arguments)
-        process = processes.start(*what, cwd=home, env={"HF_TOKEN": token}, imported=known)
+    def call(*arguments: object, token: str = TOKEN, status: int | None = 0, offline: bool = False) -> CommandResult:
+        environment = {**imported, "HF_HUB_OFFLINE": str(int(offline))}
+        command = arguments if arguments[0] == "-c" else ("-m", "deltaw", *arguments)
+        process = processes.start(*command, cwd=home, env={"HF_TOKEN": token}, imported=environment)
         out, err = process.communicate(timeout=300)
-        ended = Ended(process.wait(60), out, err)
-        assert status in (None, ended.status), ended
+        result = CommandResult(process.wait(60), out, err)
+        assert status in (None, result.status), result
         assert TOKEN not in out + err
-        return ended
+        return result
 
     return call
 
 
 @pytest.fixture(scope="module")
 def run(settings, tmp_path_factory) -> Path:
-    """A finished run whose rows share a system prompt."""
+    """Finished run whose rows share a system prompt."""
     rows = tmp_path_factory.mktemp("secret-place") / "tickets.jsonl"
     turns = [
         [{"role": r, "content": t} for r, t in (("system", "You paint."), ("user", f"paint it {c}"), ("assistant", c))]
@@ -82,30 +82,28 @@ def sha(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def test_a_push_sends_the_adapter_as_it_is_privately_and_neither_rows_nor_paths_nor_the_token(
-    deltaw, hub, home, run, model_folder
-):
-    ended = deltaw("push", run, "me/painter", "--base", "me/tiny", "--json")
-    told, repository = json.loads(ended.out), hub.repositories["models/me/painter"]
+def test_push_uploads_adapter_without_rows_paths_or_token(deltaw, hub, home, run, model_folder):
+    result = deltaw("push", run, "me/painter", "--base-model", "me/tiny", "--json")
+    output, repository = json.loads(result.out), hub.repositories["models/me/painter"]
     files = repository.files
-    assert repository.private and told["private"] and told["commit"] == repository.branches["main"]
+    assert repository.private and output["private"] and output["commit"] == repository.branches["main"]
     assert sha(files["adapter_model.safetensors"]) == sha((run / "adapter_model.safetensors").read_bytes())
     assert sha(files["tokenizer.json"]) == sha((run / "tokenizer.json").read_bytes())
-    assert told["files"] == {name: len(content) for name, content in files.items() if name != ".gitattributes"}
+    assert output["files"] == {name: len(content) for name, content in files.items() if name != ".gitattributes"}
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "me/tiny"
     assert json.loads(files["prompts.json"]) == {"system": "You paint.", "joined": False, "examples": []}
-    everything = b"\n".join(files.values()).decode("utf-8", "replace")
+    content_text = b"\n".join(files.values()).decode("utf-8", "replace")
     for private in ("paint it", "secret-place", str(run.parent), str(model_folder.parent)):
-        assert private not in everything, private
-    assert TOKEN not in everything and any(TOKEN in h.get("authorization", "") for _, h, _ in hub.requests)
-    kept = [file for place in (home, run) for file in place.rglob("*") if file.is_file()]
-    assert kept and not any(TOKEN.encode() in file.read_bytes() for file in kept)
+        assert private not in content_text, private
+    assert TOKEN not in content_text and any(TOKEN in h.get("authorization", "") for _, h, _ in hub.requests)
+    stored_files = [file for folder in (home, run) for file in folder.rglob("*") if file.is_file()]
+    assert stored_files and not any(TOKEN.encode() in file.read_bytes() for file in stored_files)
     settings = yaml.safe_load(files["run.yaml"])
     assert settings["model"] == "me/tiny" and settings["data"]["train"] == "tickets.jsonl"
     assert settings["output"] == "painter" and settings["track"] is None
 
 
-def test_the_card_has_both_scores_the_account_of_the_rows_and_how_to_train_again(deltaw, hub, run):
+def test_card_contains_scores_row_counts_and_training_command(deltaw, hub, run):
     card = hub.repositories["models/me/painter"].files["README.md"].decode()
     head = yaml.safe_load(card.split("---")[1])
     assert head["base_model"] == "me/tiny" and head["base_model_relation"] == "adapter"
@@ -118,45 +116,47 @@ def test_the_card_has_both_scores_the_account_of_the_rows_and_how_to_train_again
     assert "deltaw train run.yaml" in card and "source: `tickets.jsonl`" in card and "were not compared" in card
 
 
-def test_the_same_push_again_sends_no_large_file_and_makes_no_commit(deltaw, hub, run):
+def test_repeated_push_uploads_and_commits_nothing(deltaw, hub, run):
     before = dict(hub.repositories["models/me/painter"].branches)
-    deltaw("push", run, "me/painter", "--base", "me/tiny")
-    assert not hub.asked("^PUT") and not hub.asked("/commit/")
+    deltaw("push", run, "me/painter", "--base-model", "me/tiny")
+    assert not hub.matching_requests("^PUT") and not hub.matching_requests("/commit/")
     assert hub.repositories["models/me/painter"].branches == before
 
 
-def test_a_branch_and_a_public_repository_are_made_where_they_are_asked_for(deltaw, hub, run):
-    deltaw("push", run, "me/open", "--public", "--revision", "v2", "--base", "me/tiny")
-    made = hub.repositories["models/me/open"]
-    assert not made.private and "adapter_model.safetensors" in made.commits[made.branches["v2"]]
-    assert "adapter_model.safetensors" not in made.files
-    refused = deltaw("push", run, "me/open", "--base", "me/tiny", status=None)
-    assert_refused(refused, "everybody sees the repository", "--public")
+def test_push_creates_branch_and_public_repository_if_requested(deltaw, hub, run):
+    deltaw("push", run, "me/open", "--public", "--revision", "v2", "--base-model", "me/tiny")
+    repository = hub.repositories["models/me/open"]
+    assert not repository.private and "adapter_model.safetensors" in repository.commits[repository.branches["v2"]]
+    assert "adapter_model.safetensors" not in repository.files
+    result = deltaw("push", run, "me/open", "--base-model", "me/tiny", status=None)
+    assert_refused(result, "the repository is public", "--public")
 
 
-def test_an_upload_that_is_cut_goes_on_and_a_failed_push_sends_only_the_rest(deltaw, hub, run):
+def test_interrupted_upload_is_retried_and_failed_push_resumes(deltaw, hub, run):
     hub.large.clear()
-    hub.faults.append(Fault("^PUT /lfs/", cut_after=1000))  # the client tries it once more
+    hub.faults.append(Fault("^PUT /lfs/", cut_after=1000))  # the client retries once
     oid = sha((run / "adapter_model.safetensors").read_bytes())
     hub.faults.append(Fault(f"^PUT /lfs/{oid}", status=403, times=9))
-    assert_refused(deltaw("push", run, "me/cut", "--base", "me/tiny", status=None), "may not write")
+    assert_refused(deltaw("push", run, "me/cut", "--base-model", "me/tiny", status=None), "may not write")
     repository = hub.repositories["models/me/cut"]
-    assert list(repository.files) == [".gitattributes"]  # nothing is half there
-    sent = [line for line, _, size in hub.asked("^PUT") if size > 1000 and oid not in line]
+    assert list(repository.files) == [".gitattributes"]  # no commit was created
+    sent = [line for line, _, size in hub.matching_requests("^PUT") if size > 1000 and oid not in line]
     hub.faults.clear()
     hub.requests.clear()
-    deltaw("push", run, "me/cut", "--base", "me/tiny")
-    assert sent and [line for line, _, _ in hub.asked("^PUT")] == [f"PUT /lfs/{oid}"]
+    deltaw("push", run, "me/cut", "--base-model", "me/tiny")
+    assert sent and [line for line, _, _ in hub.matching_requests("^PUT")] == [f"PUT /lfs/{oid}"]
     assert sha(repository.files["adapter_model.safetensors"]) == oid
 
 
 @pytest.mark.slow
-def test_a_hub_that_cuts_every_connection_is_told_of_and_the_same_command_finishes(deltaw, hub, run):
+def test_lost_connections_are_reported_and_repeated_push_succeeds(deltaw, hub, run):
     hub.large.clear()
     hub.faults.append(Fault("^PUT", cut_after=500, times=100))
-    assert_refused(deltaw("push", run, "me/torn", "--base", "me/tiny", status=None), "connection to the hub failed")
+    assert_refused(
+        deltaw("push", run, "me/torn", "--base-model", "me/tiny", status=None), "connection to the hub failed"
+    )
     hub.faults.clear()
-    deltaw("push", run, "me/torn", "--base", "me/tiny")
+    deltaw("push", run, "me/torn", "--base-model", "me/tiny")
     files = hub.repositories["models/me/torn"].files
     assert sha(files["adapter_model.safetensors"]) == sha((run / "adapter_model.safetensors").read_bytes())
 
@@ -165,19 +165,19 @@ def test_a_hub_that_cuts_every_connection_is_told_of_and_the_same_command_finish
     ("pattern", "status", "words"),
     [
         ("repos/create", 403, "may not write to 'me/new'"),
-        ("/commit/", 409, "changed by somebody else"),
-        ("/commit/", 413, "does not take so much"),
+        ("/commit/", 409, "another client is changing"),
+        ("/commit/", 413, "size limit"),
         ("repos/create", 429, "too many requests"),
         ("/commit/", 503, "status 503"),
         ("/commit/", 422, "status 422"),
     ],
 )
-def test_what_the_hub_refuses_is_said_in_words_without_the_token(deltaw, hub, run, pattern, status, words):
-    hub.faults.append(Fault(pattern, status=status))  # whose answer repeats the header with the token
-    assert_refused(deltaw("--traceback", "push", run, "me/new", "--base", "me/tiny", status=None), words, "hint")
+def test_hub_errors_are_explained_without_the_token(deltaw, hub, run, pattern, status, words):
+    hub.faults.append(Fault(pattern, status=status))  # the response echoes the token header
+    assert_refused(deltaw("--traceback", "push", run, "me/new", "--base-model", "me/tiny", status=None), words, "hint")
 
 
-def test_no_token_a_wrong_one_no_hub_and_being_offline_are_refused(deltaw, hub, run):
+def test_missing_token_wrong_token_and_no_connection_are_rejected(deltaw, hub, run):
     assert_refused(deltaw("push", run, "me/x", token="", status=None), "no token for the hub", "HF_TOKEN")
     assert_refused(deltaw("push", run, "me/x", token="wrong", status=None), "does not accept the token")
     assert_refused(deltaw("push", run, "me/x", status=None, offline=True), "HF_HUB_OFFLINE is set")
@@ -186,49 +186,49 @@ def test_no_token_a_wrong_one_no_hub_and_being_offline_are_refused(deltaw, hub, 
     assert "models/me/x" not in hub.repositories
 
 
-def test_what_is_no_run_or_no_name_is_refused_before_the_hub_is_asked(run, tmp_path):
+def test_invalid_runs_and_names_are_rejected_before_hub_requests(run, tmp_path):
     for name in ("painter", "me/", "me/a b", "../x", "me/a/b", "me/-x"):
-        assert "is not the name of a repository" in refusal(push, run, name).what
-    assert "not the folder of a run" in refusal(push, tmp_path, "me/x").what
+        assert "is not a valid repository name" in refusal(push, run, name).message
+    assert "not the folder of a run" in refusal(push, tmp_path, "me/x").message
     copy = Path(shutil.copytree(run, tmp_path / "stopped"))
-    changed(copy / "run.json", state="interrupted")
-    refused = refusal(push, copy, "me/x")
-    assert "not finished (interrupted)" in refused.what and "--resume" in str(refused.hint)
-    assert "is not a hub id" in refusal(push, run, "me/x", base="./here").what
-    changed(copy / "run.json", state="finished")
+    update_file(copy / "run.json", state="interrupted")
+    error = refusal(push, copy, "me/x")
+    assert "not finished (interrupted)" in error.message and "--resume" in str(error.hint)
+    assert "is not a hub id" in refusal(push, run, "me/x", base="./here").message
+    update_file(copy / "run.json", state="finished")
     (copy / "vocab.json").symlink_to("/etc/hostname")
-    assert "leads out of the folder" in refusal(push, copy, "me/x").what
+    assert "leads out of the folder" in refusal(push, copy, "me/x").message
 
 
-def test_a_dry_run_lists_the_files_and_asks_nobody(deltaw, hub, run):
+def test_dry_run_lists_files_without_hub_requests(deltaw, hub, run):
     listed = deltaw("push", run, "me/x", "--dry-run", token="")
-    assert "adapter_model.safetensors" in listed.out and "others cannot load this" in listed.err
+    assert "adapter_model.safetensors" in listed.out and "other users cannot load this" in listed.err
     assert max(map(len, (listed.out + listed.err).replace("\r", "\n").splitlines())) <= 80 and not hub.requests
 
 
-def test_a_base_model_that_is_not_on_the_hub_is_named_in_the_card_and_not_in_its_metadata(
-    deltaw, hub, run, model_folder
-):
-    assert "others cannot load this" in deltaw("push", run, "me/local").err
+def test_local_base_model_is_named_only_in_card_text(deltaw, hub, run, model_folder):
+    assert "other users cannot load this" in deltaw("push", run, "me/local").err
     files = hub.repositories["models/me/local"].files
     card = files["README.md"].decode()
-    assert "base_model" not in card.split("---")[1] and f"`{model_folder.name}` is not a hub id" in card
+    assert "base_model" not in card.split("---")[1] and f"`{model_folder.name}` is not on the hub" in card
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == model_folder.name
 
 
-def test_a_repository_of_another_base_or_of_a_model_is_not_pushed_over(deltaw, hub, run):
+def test_repository_of_other_base_or_model_is_not_overwritten(deltaw, hub, run):
     other = hub.repositories["models/me/other"] = Repository(private=True)
     other.commit({"adapter_config.json": json.dumps({"base_model_name_or_path": "you/else"}).encode()})
-    assert_refused(deltaw("push", run, "me/other", "--base", "me/tiny", status=None), "another base model, 'you/else'")
+    assert_refused(
+        deltaw("push", run, "me/other", "--base-model", "me/tiny", status=None), "another base model, 'you/else'"
+    )
     model = hub.repositories["models/me/model"] = Repository(private=True)
     model.commit({"config.json": b"{}"})
-    assert_refused(deltaw("push", run, "me/model", "--base", "me/tiny", status=None), "holds a model")
+    assert_refused(deltaw("push", run, "me/model", "--base-model", "me/tiny", status=None), "already contains a model")
 
 
-def test_secrets_that_somebody_wrote_into_settings_are_removed(deltaw, hub, run, tmp_path):
+def test_secrets_in_settings_are_removed(deltaw, hub, run, tmp_path):
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
-    changed(copy / "run.yaml", data={"system": f"key hf_{'a1' * 12} and https://me:pass@host/x"})
-    deltaw("push", copy, "me/keys", "--base", "me/tiny")
+    update_file(copy / "run.yaml", data={"system": f"key hf_{'a1' * 12} and https://me:pass@host/x"})
+    deltaw("push", copy, "me/keys", "--base-model", "me/tiny")
     text = hub.repositories["models/me/keys"].files["run.yaml"].decode()
     assert "REMOVED" in text and "a1a1" not in text and "me:pass" not in text
 
@@ -246,128 +246,124 @@ KEYS = {
 
 
 @pytest.mark.parametrize("kind", KEYS)
-def test_each_kind_of_secret_is_removed_from_texts_with_a_note(run, tmp_path, kind):
+def test_each_kind_of_secret_is_removed_with_note(run, tmp_path, kind):
     copy, notes = Path(shutil.copytree(run, tmp_path / "copy")), []
-    changed(copy / "run.yaml", data={"system": f"begin {KEYS[kind]} end"})
+    update_file(copy / "run.yaml", data={"system": f"begin {KEYS[kind]} end"})
     config = read_folder(copy, trust_remote_code=None).run
-    files = contents(read_run(copy), config, PublicBase("me/tiny"), "me/x", None, notes.append)
+    files = collect_files(read_run(copy), config, PublicBase("me/tiny"), "me/x", None, notes.append)
     settings = yaml.safe_load(files["run.yaml"])
     assert settings["data"]["system"].startswith("begin ") and "REMOVED" in settings["data"]["system"]
     assert settings["data"]["system"].endswith(" end") and KEYS[kind][-12:] not in str(settings)
     assert f"warning: removed from run.yaml: {kind}" in notes
 
 
-def test_secret_in_a_file_that_is_sent_as_it_is_stops_the_push(run, tmp_path):
+def test_secret_in_unmodified_file_stops_push(run, tmp_path):
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
     (copy / "chat_template.jinja").write_text("{{ messages }} " + KEYS["GitHub token"])
-    refused = refusal(push, copy, "me/x", dry_run=True)
-    assert "contains a secret: GitHub token" in refused.what and str(refused.where).endswith("chat_template.jinja")
+    error = refusal(push, copy, "me/x", dry_run=True)
+    assert "contains a secret: GitHub token" in error.message and str(error.location).endswith("chat_template.jinja")
 
 
-def test_text_that_looks_like_a_path_of_this_machine_is_reported(run, tmp_path):
+def test_local_paths_in_text_are_detected(run, tmp_path):
     assert path_in("as in /srv/models/private/gguf, of 3/4") == "/srv/models/private/gguf"
     assert path_in(r"see C:\Users\me\x.jsonl") and path_in("~/rows.jsonl")
     assert path_in("a/b, https://host/home/x and 1/2") is None
 
 
-def test_hashes_and_words_are_no_secrets():
+def test_hashes_and_words_are_not_secrets():
     for text in (f"`{'ab12' * 16}`", "0a" * 20, "the AWS documentation", "hf_hub_download", "sk-learn", "a 1.2.3.4 b"):
         assert remove_secrets(text) == (text, [])
 
 
 @pytest.mark.slow
-def test_a_base_model_that_is_here_is_compared_by_its_weights(deltaw, hub, run, model_folder, tmp_path):
+def test_cached_base_model_is_compared_by_weights(deltaw, hub, run, model_folder, tmp_path):
     upload(hub, "models/me/same", model_folder)
-    upload(hub, "models/me/different", saved(tiny_llama(seed=1, initializer_range=0.3), tmp_path / "other"))
+    upload(hub, "models/me/different", save_model(tiny_llama(seed=1, initializer_range=0.3), tmp_path / "other"))
     for name in ("me/same", "me/different"):
         deltaw("generate", name, "--prompt", "x", "--max-new-tokens", 1)
-    told = json.loads(deltaw("push", run, "me/compared", "--base", "me/same", "--json").out)
+    output = json.loads(deltaw("push", run, "me/compared", "--base-model", "me/same", "--json").out)
     commit = hub.repositories["models/me/same"].branches["main"]
-    assert (told["base_model"], told["base_revision"]) == ("me/same", commit)
+    assert (output["base_model"], output["base_revision"]) == ("me/same", commit)
     assert "not compared" not in hub.repositories["models/me/compared"].files["README.md"].decode()
-    refused = deltaw("push", run, "me/compared", "--base", "me/different", status=None)
-    assert_refused(refused, "other weights than the run was trained on")
+    result = deltaw("push", run, "me/compared", "--base-model", "me/different", status=None)
+    assert_refused(result, "other weights than the run was trained on")
 
 
 SERVING = """
 import json, sys
-from deltaw.serving.http.opening import Opening, open_any
-from deltaw.serving.http.settings import Limits, named_folders
+from deltaw.serving.http.opening import OpenOptions, open_any
+from deltaw.serving.http.settings import Limits, read_adapter_folders
 base, named, model = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
-served = open_any(base, named_folders(named), Opening(model=model), Limits(), say=print)
+served = open_any(base, read_adapter_folders(named), OpenOptions(model=model), Limits(), log=print)
 print(served.name, *served.adapters())
 served.close()
 """
 
 
 def upload(hub: Hub, key: str, folder: Path, *names: str) -> str:
-    made = hub.repositories.setdefault(key, Repository())
+    repository = hub.repositories.setdefault(key, Repository())
     files = [file for file in folder.iterdir() if not names or file.name in names]
-    return made.commit({file.name: file.read_bytes() for file in files})
+    return repository.commit({file.name: file.read_bytes() for file in files})
 
 
-def test_model_rows_and_adapter_by_hub_id_with_the_commits_noted_and_answers_as_from_folders(
+def test_run_from_hub_ids_records_commits_and_matches_local_answers(
     deltaw, hub, model_folder, rows_file, tmp_path, home
 ):
     model = upload(hub, "models/me/base", model_folder)
     rows = upload(hub, "datasets/me/rows", rows_file.parent)
-    # The client takes ten megabytes at a time, and goes on behind those that it has.
+    # The client downloads in chunks of ten megabytes and resumes after the last complete one.
     hub.repositories["models/me/base"].files["notes.txt"] = notes = bytes(11 << 20)
     hub.faults.append(Fault("^GET .*/notes.txt", cut_after=len(notes) - 1000))
     flags = ["--model", "me/base@main", "--data", f"me/rows@main/{rows_file.name}", "--precision", "fp32"]
     deltaw("train", *flags, "--threads", 1, "--output", tmp_path / "run", "--train.max_steps", 3)
-    assert [h.get("range", "") for _, h, _ in hub.asked("^GET .*/notes.txt")] == ["", "bytes=10485760-"]
-    (kept,) = home.rglob("notes.txt")
-    assert kept.read_bytes() == notes
-    noted = json.loads((tmp_path / "run" / "run.json").read_text())["revisions"]
-    assert noted == {"me/base@main": model, f"me/rows@main/{rows_file.name}": rows}
+    assert [h.get("range", "") for _, h, _ in hub.matching_requests("^GET .*/notes.txt")] == ["", "bytes=10485760-"]
+    (cached,) = home.rglob("notes.txt")
+    assert cached.read_bytes() == notes
+    revisions = json.loads((tmp_path / "run" / "run.json").read_text())["revisions"]
+    assert revisions == {"me/base@main": model, f"me/rows@main/{rows_file.name}": rows}
     settings = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
     assert (settings["base_model_name_or_path"], settings["revision"]) == ("me/base", "main")
 
     deltaw("push", tmp_path / "run", "me/from-hub")
     card = hub.repositories["models/me/from-hub"].files["README.md"].decode()
     assert f"`me/base` at revision `{model}`" in card and f"at commit `{rows}`" in card
-    fetched = json.loads(hub.repositories["models/me/from-hub"].files["adapter_config.json"])
-    assert (fetched["base_model_name_or_path"], fetched["revision"]) == ("me/base", model)
+    pushed = json.loads(hub.repositories["models/me/from-hub"].files["adapter_config.json"])
+    assert (pushed["base_model_name_or_path"], pushed["revision"]) == ("me/base", model)
 
-    ask = ("--prompt", "paint it red", "--max-new-tokens", 8, "--json")
-    here = json.loads(deltaw("generate", tmp_path / "run", *ask).out)
-    assert json.loads(deltaw("generate", "me/from-hub", *ask).out) == here
-    assert json.loads(deltaw("generate", "me/from-hub@main", *ask, offline=True).out) == here
+    arguments = ("--prompt", "paint it red", "--max-new-tokens", 8, "--json")
+    expected = json.loads(deltaw("generate", tmp_path / "run", *arguments).out)
+    assert json.loads(deltaw("generate", "me/from-hub", *arguments).out) == expected
+    assert json.loads(deltaw("generate", "me/from-hub@main", *arguments, offline=True).out) == expected
 
 
 @pytest.mark.slow
-def test_an_adapter_is_merged_and_inspected_by_its_hub_id_and_a_merged_model_pushed(
-    deltaw, hub, run, model_folder, tmp_path
-):
+def test_pushed_adapter_is_served_merged_and_inspected_by_id(deltaw, hub, run, model_folder, tmp_path):
     upload(hub, "models/me/tiny", model_folder)
-    deltaw("push", run, "me/adapter", "--base", "me/tiny")
+    deltaw("push", run, "me/adapter", "--base-model", "me/tiny")
     for base, named, model in (("me/tiny", ["it=me/adapter"], None), ("me/adapter", [], "me/tiny")):
         served = deltaw("-c", SERVING, base, json.dumps(named), json.dumps(model))
         assert served.out.split()[-2:] == ["me/tiny", "it" if named else "adapter"], served
     deltaw("merge", "me/adapter", "--model", "me/tiny", "--output", tmp_path / "merged", "--no-verify")
     assert (tmp_path / "merged" / "model.safetensors").is_file()
-    deltaw("push", run, "me/whole", "--base", "me/tiny", "--merged", tmp_path / "merged")
-    whole = hub.repositories["models/me/whole"].files
-    assert sha(whole["model.safetensors"]) == sha((tmp_path / "merged" / "model.safetensors").read_bytes())
-    assert b"base_model_relation: finetune" in whole["README.md"] and "adapter_config.json" not in whole
+    deltaw("push", run, "me/whole", "--base-model", "me/tiny", "--merged", tmp_path / "merged")
+    files = hub.repositories["models/me/whole"].files
+    assert sha(files["model.safetensors"]) == sha((tmp_path / "merged" / "model.safetensors").read_bytes())
+    assert b"base_model_relation: finetune" in files["README.md"] and "adapter_config.json" not in files
     assert "rank" in deltaw("inspect", "me/adapter").out
     missing = deltaw("merge", "me/nothing", "--output", tmp_path / "no", status=None)
     assert_refused(missing, "no such adapter")
-    assert_refused(deltaw("merge", "me/tiny", "--output", tmp_path / "no", status=None), "holds no adapter")
+    assert_refused(deltaw("merge", "me/tiny", "--output", tmp_path / "no", status=None), "contains no adapter")
 
 
 @pytest.mark.slow
-def test_a_data_set_is_read_at_one_commit_which_the_run_notes_also_where_the_hub_is_not_asked(
-    deltaw, hub, model_folder, tmp_path
-):
+def test_dataset_commit_is_recorded_in_run_also_offline(deltaw, hub, model_folder, tmp_path):
     hub.repositories["datasets/me/colors"] = colors = Repository()
     lines = [json.dumps({"prompt": f"paint it {c}", "completion": c}).encode() for c in COLORS]
     commit = colors.commit({"train.jsonl": b"\n".join(lines)})
     flags = ["--model", model_folder, "--precision", "fp32", "--threads", 1, "--train.max_steps", 1]
     deltaw("train", *flags, "--data", "me/colors@main", "--output", tmp_path / "a")
-    told = json.loads((tmp_path / "a" / "run.json").read_text())
-    assert told["revisions"] == {"me/colors@main": commit} and told["data"]["counts"]["rows_read"] == 10
+    record = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert record["revisions"] == {"me/colors@main": commit} and record["data"]["counts"]["rows_read"] == 10
     file = "me/colors@main/train.jsonl"
     deltaw("train", *flags, "--data", file, "--output", tmp_path / "b")
     hub.requests.clear()
@@ -377,13 +373,13 @@ def test_a_data_set_is_read_at_one_commit_which_the_run_notes_also_where_the_hub
         assert json.loads((tmp_path / name / "run.json").read_text())["revisions"] == {file: commit}
 
 
-def test_rows_of_a_data_set_that_is_not_there_are_refused(deltaw, hub, model_folder, tmp_path):
-    hub.repositories["datasets/me/few"] = few = Repository()
-    few.commit({"rows.jsonl": b"{}"})
+def test_missing_dataset_revision_or_file_is_rejected(deltaw, hub, model_folder, tmp_path):
+    hub.repositories["datasets/me/few"] = repository = Repository()
+    repository.commit({"rows.jsonl": b"{}"})
     for reference, words in (
         ("me/none@main/rows.jsonl", "no such data set"),
         ("me/few@v9/rows.jsonl", "no revision 'v9'"),
         ("me/few@main/other.jsonl", "no such file"),
     ):
-        ended = deltaw("train", "--model", model_folder, "--data", reference, "--output", tmp_path / "r", status=None)
-        assert_refused(ended, words)
+        result = deltaw("train", "--model", model_folder, "--data", reference, "--output", tmp_path / "r", status=None)
+        assert_refused(result, words)

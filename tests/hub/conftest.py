@@ -1,4 +1,4 @@
-"""The same tiny model and tokenizer as in the tests of ``runtime``, and conversions in a forked process."""
+"""The tiny model and tokenizer from the tests of ``runtime``, and conversions in a forked process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["llama_folder", "tokenizer"]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _forked() -> Iterator[None]:
+def _run_conversions_in_fork() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("deltaw.hub.gguf.subprocess", types.SimpleNamespace(run=run_forked))
         yield

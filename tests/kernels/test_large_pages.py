@@ -1,4 +1,4 @@
-"""Memory in the system's larger pages."""
+"""Tests of memory in large pages."""
 
 from pathlib import Path
 
@@ -6,36 +6,36 @@ import pytest
 import torch
 
 from deltaw.kernels import large_pages
-from deltaw.kernels.large_pages import in_one_piece, large_empty, large_page_bytes
+from deltaw.kernels.large_pages import copy_contiguous, empty_in_large_pages, large_page_bytes
 
 VARIANTS = "none"
 
 
-def test_copies_lie_one_behind_another_at_lines_of_the_cache():
+def test_copies_are_contiguous_and_cache_line_aligned():
     parts = [torch.randn(3, 5), torch.randn(2, 2, 9).bfloat16(), torch.randn(7, 1)]
-    copies = in_one_piece(parts)
+    copies = copy_contiguous(parts)
     for part, copy in zip(parts, copies, strict=True):
         assert copy.dtype == part.dtype and torch.equal(copy, part)
-    assert in_one_piece([]) == []
-    places = [copy.data_ptr() - copies[0].data_ptr() for copy in copies]
-    assert places == [0, 64, 192]  # 60 bytes and 72 bytes, each filled up to whole lines
+    assert copy_contiguous([]) == []
+    offsets = [copy.data_ptr() - copies[0].data_ptr() for copy in copies]
+    assert offsets == [0, 64, 192]  # 60 bytes and 72 bytes, each padded to cache lines of 64 bytes
 
 
-def test_large_memory_begins_where_a_large_page_does_and_is_written_and_read_to_its_end():
-    numbers, page = large_pages.WORTH // 2 + 11, large_page_bytes()
-    room = large_empty(numbers, torch.bfloat16)
-    assert room.shape == (numbers,) and (not page or room.data_ptr() % page == 0)
-    room.fill_(3)
-    part = room[-5:]
-    del room  # the memory lives as long as a view of it
-    assert part.tolist() == [3.0] * 5
-    assert large_empty(0, torch.float32).numel() == 0
+def test_large_memory_is_page_aligned_and_fully_usable():
+    count, page = large_pages.MIN_BYTES // 2 + 11, large_page_bytes()
+    buffer = empty_in_large_pages(count, torch.bfloat16)
+    assert buffer.shape == (count,) and (not page or buffer.data_ptr() % page == 0)
+    buffer.fill_(3)
+    view = buffer[-5:]
+    del buffer  # a view keeps the memory alive
+    assert view.tolist() == [3.0] * 5
+    assert empty_in_large_pages(0, torch.float32).numel() == 0
 
 
 @pytest.mark.parametrize(
     ("mode", "expected"), [("always [madvise] never", 1 << 21), ("always madvise [never]", 0), (None, 0)]
 )
-def test_what_the_system_says_of_large_pages(tmp_path: Path, mode: str | None, expected: int):
+def test_large_page_size_is_read_from_the_system(tmp_path: Path, mode: str | None, expected: int):
     if mode is not None:
         (tmp_path / "enabled").write_text(mode + "\n")
         (tmp_path / "hpage_pmd_size").write_text("2097152\n")

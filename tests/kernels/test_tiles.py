@@ -1,4 +1,4 @@
-"""Products in tiles of AMX, with arrays for the processor's tiles: the sources are compiled once more."""
+"""Tests of AMX tile products, emulated with arrays. The sources are recompiled for it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from deltaw.kernels import linear as products
 from deltaw.kernels import loader, variants
 from deltaw.kernels.processor import processor_flags
 from tests.kernels import with_library
-from tests.kernels.conftest import close, same_bits
-from tests.kernels.test_linear import adapted, inputs, numbers, slopes_of_classes
+from tests.kernels.conftest import assert_close, same_bits
+from tests.kernels.test_linear import adapted, class_gradients, inputs, numbers
 
 VARIANTS = "none"
 
 pytestmark = pytest.mark.slow
-# The variant that the emulation is built over: amx without what only tiles need.
-BASE = next(v for v in variants.every_variant() if v.name == "avx512_bf16")
-AMX = next(v for v in variants.every_variant() if v.name == "amx")
+# The emulation requires the CPU features of amx except the tiles.
+BASE = next(v for v in variants.all_variants() if v.name == "avx512_bf16")
+AMX = next(v for v in variants.all_variants() if v.name == "amx")
 BF16, INT8 = 1, 2
 DOT, TILES = 0, 2
 SUITE = ("test_linear.py", "test_attention.py", "test_rows.py")
@@ -32,7 +32,7 @@ SUITE = ("test_linear.py", "test_attention.py", "test_rows.py")
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shared object of the emulation."""
+    """Build the emulation and return its shared library."""
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("no C++ compiler")
     if BASE.lacking(processor_flags()):
@@ -49,83 +49,82 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def in_tiles(emulated: Path):
-    """The kernels of the emulation are in use."""
-    with loader.computing():
-        loader.adopt(with_library.opened(emulated))
+    """Use the kernels of the emulation."""
+    with loader.temporary_arithmetic():
+        loader.activate(with_library.load_kernels(emulated))
         yield loader.kernels()
 
 
-def test_the_kernels_tests_pass_in_tiles(emulated: Path):
-    here = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "tests.kernels.with_library", *(here / name for name in SUITE)],
-        cwd=here.parents[1], env={**os.environ, with_library.VARIABLE: str(emulated)}, capture_output=True, text=True,
+def test_kernel_tests_pass_with_tiles(emulated: Path):
+    folder = Path(__file__).parent
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "tests.kernels.with_library", *(folder / name for name in SUITE)],
+        cwd=folder.parents[1], env={**os.environ, with_library.VARIABLE: str(emulated)}, capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:]
+    assert result.returncode == 0 and "passed" in result.stdout, result.stdout[-3000:]
 
 
-def test_tiles_can_be_chosen_and_are_the_default(in_tiles):
+def test_tiles_are_selectable_and_the_default(in_tiles):
     assert [in_tiles.dw_arithmetics(kind) >> TILES & 1 for kind in (0, BF16, INT8)] == [0, 1, 1]
-    x, found = numbers(40, 200).bfloat16(), []
+    x, gradients = numbers(40, 200).bfloat16(), []
     for arithmetic in (None, DOT, TILES):
         if arithmetic is not None:
             in_tiles.dw_set_arithmetic(BF16, arithmetic)
-        # xᵀ·x in fp32, as a gradient of a factor that is x itself: sums in another order only show where they
-        # are not rounded to bf16.
-        found.append(products.factors_backward(x, x.new_zeros(40, 48), x, x[:, :48].contiguous(), 1.0)[0])
-    by_default, by_dot, by_tiles = found
+        # xᵀ·x in fp32, computed as the gradient of a factor. Only unrounded sums reveal another order of summation.
+        gradients.append(products.factors_backward(x, x.new_zeros(40, 48), x, x[:, :48].contiguous(), 1.0)[0])
+    by_default, by_dot, by_tiles = gradients
     assert torch.equal(by_default, by_tiles) and not torch.equal(by_default, by_dot)
 
 
-# Sums of int8 products are exact, and all that is done to them is the same.
+# Sums of int8 products are exact in any order.
 @pytest.mark.parametrize("rows", [1, 15, 16, 33, 63, 101])
 @pytest.mark.parametrize(("n_in", "n_out"), [(64, 32), (132, 20), (576, 100), (3200, 36)])
-def test_int8_products_have_the_bits_of_dot_products(in_tiles, threads, rows, n_in, n_out):
+def test_int8_products_are_bit_identical_to_dot_products(in_tiles, threads, rows, n_in, n_out):
     x, grad = numbers(rows, n_in).float(), numbers(rows, n_out, seed=1).float()
     scale = torch.rand(n_out, generator=torch.Generator().manual_seed(2)) + 0.5
     weight = (numbers(n_out, n_in, seed=3) * 40).clamp(-127, 127).to(torch.int8)
-    found = []
+    results = []
     for arithmetic in (DOT, TILES, TILES):
         in_tiles.dw_set_arithmetic(INT8, arithmetic)
-        of = products.Product(weight, scale=scale)
-        found.append((products.linear(x, of)[0], products.linear_backward(grad, of)[0]))
-    assert same_bits(*found)
+        product = products.LinearProduct(weight, scale=scale)
+        results.append((products.linear(x, product)[0], products.linear_backward(grad, product)[0]))
+    assert same_bits(*results)
 
 
 @pytest.mark.parametrize("classes", [5, 129, 1001, 4100])
-def test_gradients_of_classes_have_the_bits_of_dot_products(in_tiles, threads, classes):
-    weight, (grad, targets) = numbers(classes, 52).bfloat16(), slopes_of_classes(67, classes, 4.0, 7)
+def test_class_gradients_are_bit_identical_to_dot_products(in_tiles, threads, classes):
+    weight, (grad, targets) = numbers(classes, 52).bfloat16(), class_gradients(67, classes, 4.0, 7)
     scales = weight.float().abs().amax(1) / 127
-    found = []
+    gradients = []
     for arithmetic in (DOT, TILES):
         in_tiles.dw_set_arithmetic(INT8, arithmetic)
-        found.append(head.class_gradient_(grad.bfloat16(), targets, weight, scales))
-    assert torch.equal(*found)
+        gradients.append(head.class_gradient_(grad.bfloat16(), targets, weight, scales))
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("size", [(1, 4, 4), (70, 64, 132), (45, 160, 36), (200, 1600, 68)])
 @pytest.mark.parametrize("rank", [2, 16, 34])
-def test_rows_and_runs_have_the_same_bits(in_tiles, size, rank):
+def test_products_are_bit_identical_for_any_batch_and_thread_count(in_tiles, size, rank):
     rows, n_in, n_out = size
     t = inputs(rows, n_in, n_out, rank, torch.bfloat16)
-    found = []
+    results = []
     for threads in (1, 2, 1):
         torch.set_num_threads(threads)
         y, h = products.linear(t["x"], adapted(t), t["added"])
-        dx, narrow = products.linear_backward(t["grad"], adapted(t), t["x"])
-        found.append((y, h, dx, narrow, *products.factors_backward(t["x"], h, t["grad"], narrow, 0.5)))
-    assert same_bits(*found)
-    # A row by itself has the bits that it has among others.
-    one, _ = products.linear(t["x"][-1:], adapted(t), t["added"][-1:])
-    assert torch.equal(one, found[0][0][-1:])
+        dx, grad_h = products.linear_backward(t["grad"], adapted(t), t["x"])
+        results.append((y, h, dx, grad_h, *products.factors_backward(t["x"], h, t["grad"], grad_h, 0.5)))
+    assert same_bits(*results)
+    # A single row is bit-identical to the same row in a batch.
+    single_row, _ = products.linear(t["x"][-1:], adapted(t), t["added"][-1:])
+    assert torch.equal(single_row, results[0][0][-1:])
     exact = t["x"].double() @ t["weight"].double().t() + t["bias"].double() + t["added"].double()
-    close(found[0][0], exact + 0.5 * found[0][1].double() @ t["lora_B"].double(), torch.bfloat16)
+    assert_close(results[0][0], exact + 0.5 * results[0][1].double() @ t["lora_B"].double(), torch.bfloat16)
 
 
 @pytest.mark.skipif(not variants.file_of(AMX).is_file(), reason="the variant amx was not built")
 @pytest.mark.skipif("amx_tile" in processor_flags(), reason="this processor has tiles")
 @pytest.mark.skipif(bool(BASE.lacking(processor_flags())), reason=f"this processor does not run {BASE.name}")
-def test_tiles_are_refused_where_the_system_does_not_grant_them():
+def test_tiles_raise_if_system_does_not_permit_them():
     library = loader.load(variants.file_of(AMX))
     assert library.dw_ready() != 0
     for kind in (BF16, INT8):

@@ -1,7 +1,4 @@
-"""A plugin of pytest: the tests run with the kernels of one shared object, whatever variant it stands for.
-
-Its path is in ``DELTAW_TEST_LIBRARY``.
-"""
+"""Pytest plugin that runs the tests with the kernels of the shared library at ``DELTAW_TEST_LIBRARY``."""
 
 from __future__ import annotations
 
@@ -14,10 +11,10 @@ from deltaw.kernels.variants import Variant
 VARIABLE = "DELTAW_TEST_LIBRARY"
 
 
-def opened(path: Path) -> loader.Opened:
-    """The kernels at ``path``, ready to be called."""
+def load_kernels(path: Path) -> loader.LoadedVariant:
+    """Load the kernels at ``path``."""
     return loader.open_file(path, Variant(path.stem, path.stem, 0, "any", (), ()))
 
 
 def pytest_configure() -> None:
-    loader.adopt(opened(Path(os.environ[VARIABLE])))
+    loader.activate(load_kernels(Path(os.environ[VARIABLE])))

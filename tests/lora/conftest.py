@@ -1,4 +1,4 @@
-"""One thread for all tests of adapters: their matrices are so small that more get in each other's way."""
+"""Run adapter tests with one thread: their matrices are too small for more."""
 
 from __future__ import annotations
 

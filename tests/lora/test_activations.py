@@ -1,4 +1,4 @@
-"""A start from data: what A becomes, what stays as it was, and what is said where it cannot be done."""
+"""Initialization from activations: values of A, unchanged state, and errors."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from tests.lora.models import inputs, logits, peft_factors, tiny, with_peft
 
 
 def _rows(count: int, size: int, seed: int) -> Tensor:
-    """Rows about a mean other than zero whose variance falls off along directions of chance."""
-    draw = torch.Generator().manual_seed(seed)
-    turned = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(7))).Q
-    falling = 1.0 / torch.arange(1, size + 1)
-    return torch.randn(count, size, generator=draw) * falling @ turned + 0.5
+    """Create rows with a nonzero mean whose variance decreases along random directions."""
+    generator = torch.Generator().manual_seed(seed)
+    rotation = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(7))).Q
+    scale = 1.0 / torch.arange(1, size + 1)
+    return torch.randn(count, size, generator=generator) * scale @ rotation + 0.5
 
 
-def _top(rows: Tensor, rank: int) -> Tensor:
-    """The right-singular vectors of rows about their mean, (in, rank), in fp64."""
+def _top_directions(rows: Tensor, rank: int) -> Tensor:
+    """Return the right-singular vectors of the centered rows, (in, rank), in fp64."""
     rows = rows.double()
     return torch.linalg.svd(rows - rows.mean(0), full_matrices=False).Vh[:rank].t()
 
 
-def _same_space(first: Tensor, second: Tensor) -> float:
-    """The cosine of the largest angle between the spans of two orthonormal bases."""
+def _subspace_cosine(first: Tensor, second: Tensor) -> float:
+    """Return the cosine of the largest angle between the spans of two orthonormal bases."""
     return float(torch.linalg.svdvals(first.double().t() @ second.double()).min())
 
 
@@ -42,17 +42,17 @@ def _model(**settings: object) -> nn.Module:
 
 
 @pytest.mark.parametrize("sizes", [[200], [60, 1, 90, 49], [3] * 40])
-def test_a_holds_the_top_right_singular_vectors_of_all_batches(sizes):
+def test_factor_A_contains_top_singular_vectors_of_all_batches(sizes):
     model = _model()
     batches = [_rows(n, 24, seed) for seed, n in enumerate(sizes)]
     x = batches[0]
     before = model(x)
     initialized = initialize_from_activations(model, lambda: [model(batch) for batch in batches] and None)
     rows = torch.cat(batches)
-    for layer, seen in ((model[0], rows), (model[2], torch.tanh(model[0](rows)).detach())):
+    for layer, layer_inputs in ((model[0], rows), (model[2], torch.tanh(model[0](rows)).detach())):
         factor = layer.lora_A.detach()
         torch.testing.assert_close(factor.t() @ factor, torch.eye(4), atol=1e-5, rtol=0)
-        assert _same_space(factor, _top(seen, 4)) > 0.999
+        assert _subspace_cosine(factor, _top_directions(layer_inputs, 4)) > 0.999
     assert torch.equal(model(x), before) and not model[0].lora_B.any()
     assert initialized.initialized == 2 and initialized.tokens == (len(rows), len(rows)) and not initialized.short
     share = torch.linalg.svdvals((rows - rows.mean(0)).double()).square()
@@ -60,16 +60,16 @@ def test_a_holds_the_top_right_singular_vectors_of_all_batches(sizes):
     assert "2 layers" in str(initialized)
 
 
-def test_the_same_batches_give_the_same_start_and_the_seed_hardly_matters():
+def test_initialization_is_deterministic_and_nearly_independent_of_seed():
     models = [_model() for _ in range(3)]
     for model, seed in zip(models, (0, 0, 1), strict=True):
         initialize_from_activations(model, lambda model=model: model(_rows(300, 24, 0)), seed=seed)
     assert torch.equal(models[0][0].lora_A, models[1][0].lora_A)
-    assert _same_space(models[0][0].lora_A.detach(), models[2][0].lora_A.detach()) > 0.999
+    assert _subspace_cosine(models[0][0].lora_A.detach(), models[2][0].lora_A.detach()) > 0.999
 
 
-@pytest.mark.filterwarnings("ignore")  # of PEFT, about the loss that this model has not
-def test_the_directions_are_those_that_peft_finds():
+@pytest.mark.filterwarnings("ignore")  # PEFT warns that this model has no loss
+def test_directions_match_peft():
     base, rows = nn.Sequential(nn.Linear(24, 8)), _rows(400, 24, 0)
     attach(ours := copy.deepcopy(base), LoRAConfig(rank=4, init="eva"))
     initialize_from_activations(ours, lambda: ours(rows))
@@ -79,25 +79,25 @@ def test_the_directions_are_those_that_peft_finds():
     initialize_lora_eva_weights(
         theirs, [rows] * 4, forward_fn=lambda model, batch: model(batch), show_progress_bar=False, **plain
     )
-    assert _same_space(ours[0].lora_A.detach(), peft_factors(theirs)["0"][0].detach().t()) > 0.999
+    assert _subspace_cosine(ours[0].lora_A.detach(), peft_factors(theirs)["0"][0].detach().t()) > 0.999
 
 
-def test_layers_that_see_the_same_input_share_the_work(monkeypatch):
+def test_layers_with_same_input_share_statistics(monkeypatch):
     from deltaw.lora import activations
 
     merges: list[int] = []
-    plain = activations._Inputs.merge
-    monkeypatch.setattr(activations._Inputs, "merge", lambda self, x: merges.append(1) or plain(self, x))
+    plain = activations._ActivationStatistics.merge
+    monkeypatch.setattr(activations._ActivationStatistics, "merge", lambda self, x: merges.append(1) or plain(self, x))
     model = tiny("llama")
     attach(model, LoRAConfig(rank=4, init="eva"))
     initialize_from_activations(model, lambda: model(**inputs("llama")))
     attention = model.model.layers[0].self_attn
-    assert len(merges) == 2 * 4  # of seven layers in a block: q k v, o, gate up, down
+    assert len(merges) == 2 * 4  # a block has seven layers but four inputs: q k v, o, gate up, down
     assert torch.equal(attention.q_proj.lora_A, attention.v_proj.lora_A)
 
 
 class _Branches(nn.Module):
-    """Two layers that see one input at first and their own later."""
+    """Two layers that first share an input and later get different ones."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,34 +107,34 @@ class _Branches(nn.Module):
         return self.left(x) + self.right(input=y)
 
 
-def test_layers_that_stop_sharing_their_input_go_their_own_ways():
+def test_layers_that_stop_sharing_input_get_separate_statistics():
     model = _Branches()
     attach(model, LoRAConfig(rank=4, init="eva"))
     first, x, y = _rows(50, 24, 0), _rows(400, 24, 1), torch.randn(400, 24) * torch.arange(24)
     initialize_from_activations(model, lambda: [model(first, first), model(x, y)])
-    assert _same_space(model.left.lora_A.detach(), _top(torch.cat([first, x]), 4)) > 0.999
-    assert _same_space(model.right.lora_A.detach(), _top(torch.cat([first, y]), 4)) > 0.99
+    assert _subspace_cosine(model.left.lora_A.detach(), _top_directions(torch.cat([first, x]), 4)) > 0.999
+    assert _subspace_cosine(model.right.lora_A.detach(), _top_directions(torch.cat([first, y]), 4)) > 0.99
 
 
-def test_an_input_changed_in_place_is_another_input():
+def test_input_changed_in_place_is_not_shared():
     model = _Branches()
     attach(model, LoRAConfig(rank=4, init="eva"))
     x, scale = _rows(100, 24, 0), torch.arange(24)
     later = x * scale
     initialize_from_activations(model, lambda: [model.left(x), model.right(x.mul_(scale))])
-    assert _same_space(model.right.lora_A.detach(), _top(later, 4)) > 0.999
+    assert _subspace_cosine(model.right.lora_A.detach(), _top_directions(later, 4)) > 0.999
 
 
-def test_too_few_tokens_are_said_and_filled_up_with_orthogonal_directions():
+def test_too_few_tokens_are_reported_and_completed_orthogonally():
     model = _model(rank=6)
     initialized = initialize_from_activations(model, lambda: model(_rows(3, 24, 0)))
     factor = model[0].lora_A.detach()
     torch.testing.assert_close(factor.t() @ factor, torch.eye(6), atol=1e-5, rtol=0)
-    assert _same_space(factor[:, :2], _top(_rows(3, 24, 0), 2)) > 0.999
+    assert _subspace_cosine(factor[:, :2], _top_directions(_rows(3, 24, 0), 2)) > 0.999
     assert initialized.short == ("0", "2") and "too few tokens" in str(initialized)
 
 
-def test_a_rank_above_the_input_leaves_the_other_columns_as_they_started():
+def test_rank_above_input_size_leaves_remaining_columns_unchanged():
     model = nn.Sequential(nn.Linear(3, 8))
     attach(model, LoRAConfig(rank=5, init="eva"), seed=0)
     before = model[0].lora_A.detach().clone()
@@ -144,14 +144,14 @@ def test_a_rank_above_the_input_leaves_the_other_columns_as_they_started():
     assert torch.equal(factor[:, 3:], before[:, 3:]) and initialized.short == ("0",)
 
 
-def test_layers_that_are_not_run_keep_their_uniform_start():
+def test_unused_layers_retain_uniform_initialization():
     model = _model()
     before = model[2].lora_A.detach().clone()
     initialized = initialize_from_activations(model, lambda: model[0](_rows(50, 24, 0)))
     assert initialized.unseen == ("2",) and torch.equal(model[2].lora_A, before) and "not run" in str(initialized)
 
 
-def test_what_cannot_be_started_is_refused_by_name_and_leaves_no_hook():
+def test_failed_initialization_names_cause_and_removes_hooks():
     model = _model()
     with pytest.raises(ZeroDivisionError):
         initialize_from_activations(model, lambda: 1 / 0)
@@ -168,7 +168,7 @@ def test_what_cannot_be_started_is_refused_by_name_and_leaves_no_hook():
         attach(nn.ModuleDict({"wte": nn.Embedding(5, 4)}), LoRAConfig(init="eva", target_modules=["wte"]))
 
 
-def test_half_precision_inputs_and_magnitudes_go_along():
+def test_half_precision_inputs_and_magnitudes_are_supported():
     model = tiny("llama").to(torch.bfloat16)
     assert "initialize_from_activations" in str(attach(model, LoRAConfig(rank=4, init="eva", dora=True)))
     before = logits(model, "llama")

@@ -1,4 +1,4 @@
-"""Putting an adapter on and taking it off: what changes, and above all what does not."""
+"""Attaching and detaching adapters, and the state that must not change."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from tests.lora.models import inputs, logits, randomise, tiny
 
 
 def _state(model: nn.Module) -> dict[str, object]:
-    """All that :func:`detach` must give back: objects, flags, bits."""
+    """Return object identities and flags that :func:`detach` must restore."""
     modules = {name: (id(m), m.training, type(m)) for name, m in model.named_modules(remove_duplicate=False)}
     flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-    places = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
-    return {"modules": modules, "flags": flags, "places": places}
+    identities = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    return {"modules": modules, "flags": flags, "identities": identities}
 
 
 def _bits(model: nn.Module) -> dict[str, bytes]:
@@ -58,7 +58,7 @@ _CONFIGS = {
 
 
 @pytest.mark.parametrize("settings", _CONFIGS.values(), ids=_CONFIGS.keys())
-def test_detach_after_training_leaves_the_model_exactly_as_found(settings):
+def test_detach_after_training_restores_model_exactly(settings):
     model = tiny("gpt2")
     next(model.parameters()).requires_grad_(False)
     before, bits, plain = _state(model), _bits(model), logits(model, "gpt2")
@@ -75,7 +75,7 @@ def test_detach_after_training_leaves_the_model_exactly_as_found(settings):
     assert torch.equal(logits(model, "gpt2"), plain)
 
 
-def test_attaching_twice_is_refused():
+def test_attaching_twice_raises():
     model = tiny("llama")
     attach(model, LoRAConfig(rank=4))
     with pytest.raises(UserError, match="already"):
@@ -88,7 +88,7 @@ def test_attaching_twice_is_refused():
 
 
 @pytest.mark.parametrize("settings", [{"rank": 4}, {"rank": 3, "init": "pissa"}, {"rank": 3, "dora": True}])
-def test_a_refusal_in_the_middle_leaves_the_model_alone(settings):
+def test_failed_attach_leaves_model_unchanged(settings):
     model = nn.ModuleDict({"lin": nn.Linear(8, 8), "conv": nn.Conv1d(6, 6, 1, groups=3)})
     before, bits = _state(model), _bits(model)
     with pytest.raises(UserError, match="'conv'"):
@@ -96,7 +96,7 @@ def test_a_refusal_in_the_middle_leaves_the_model_alone(settings):
     assert _state(model) == before and _bits(model) == bits
 
 
-def test_a_module_that_stands_twice_is_adapted_and_counted_once():
+def test_shared_module_is_adapted_and_counted_once():
     shared = nn.Linear(4, 4)
     model = nn.Sequential(shared, nn.ReLU(), shared)
     summary = attach(model, LoRAConfig(rank=2))
@@ -105,14 +105,14 @@ def test_a_module_that_stands_twice_is_adapted_and_counted_once():
     assert model[0] is shared and model[2] is shared
 
 
-def test_B_is_told_by_name():
+def test_factor_B_is_recognized_by_name():
     model = tiny("gpt2")
     attach(model, LoRAConfig(rank=4, target_modules=["c_attn", "wte"], train_modules=["ln_f"], dora=True))
     names = [name for name, _ in adapter_parameters(model) if is_factor_B(name)]
     assert len(names) == 3 and all(not model.get_parameter(name).any() for name in names)
 
 
-def test_an_adapted_embedding_leaves_the_head_tied_to_it_alone():
+def test_adapting_embedding_leaves_tied_head_unchanged():
     model = tiny("gpt2")
     hidden = torch.randn(2, 32)
     before = model.lm_head(hidden)
@@ -122,7 +122,7 @@ def test_an_adapted_embedding_leaves_the_head_tied_to_it_alone():
     assert torch.equal(model.lm_head(hidden), before)
 
 
-def test_training_a_copy_of_a_tied_embedding_is_said_and_leaves_the_head_alone():
+def test_training_copy_of_tied_embedding_is_reported():
     model = tiny("gpt2")
     head = model.lm_head.weight
     summary = attach(model, LoRAConfig(rank=4, target_modules=["c_attn"], train_modules=["wte"]))
@@ -133,20 +133,20 @@ def test_training_a_copy_of_a_tied_embedding_is_said_and_leaves_the_head_alone()
     assert not torch.equal(model.transformer.wte.weight, head)
 
 
-def test_copies_of_modules_tied_to_each_other_stay_tied():
+def test_copies_of_tied_modules_remain_tied():
     model = tiny("gpt2")
     summary = attach(model, LoRAConfig(rank=4, target_modules=["c_attn"], train_modules=["wte", "lm_head"]))
     assert model.lm_head.weight is model.transformer.wte.weight and not summary.notes
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_a_start_that_changes_a_tied_weight_is_refused(init):
+def test_init_that_changes_tied_weight_raises(init):
     with pytest.raises(UserError, match="wte"):
         attach(tiny("gpt2"), LoRAConfig(rank=4, target_modules=["lm_head"], init=init))
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
-def test_a_start_that_is_not_zero_keeps_the_outputs_and_moves_both_factors(init):
+def test_nonzero_init_preserves_outputs_and_trains_both_factors(init):
     model = tiny("llama")
     plain = logits(model, "llama")
     attach(model, LoRAConfig(rank=4, init=init))
@@ -156,7 +156,7 @@ def test_a_start_that_is_not_zero_keeps_the_outputs_and_moves_both_factors(init)
 
 
 @pytest.mark.parametrize(("bias", "trained"), [("all", 2), ("lora_only", 1)])
-def test_biases_are_trained_where_asked(bias, trained):
+def test_selected_biases_are_trained(bias, trained):
     model = nn.ModuleDict({"lin": nn.Linear(4, 3), "norm": nn.LayerNorm(3)})
     attach(model, LoRAConfig(rank=2, target_modules=["lin"], bias=bias))
     assert sum(p.requires_grad for n, p in model.named_parameters() if n.endswith("bias")) == trained
@@ -164,7 +164,7 @@ def test_biases_are_trained_where_asked(bias, trained):
         attach(nn.Sequential(nn.Linear(4, 3, bias=False)), LoRAConfig(rank=2, bias=bias))
 
 
-def test_parameters_are_counted_once_and_the_adapter_is_not_part_of_the_base():
+def test_parameter_counts_exclude_adapter_and_duplicates():
     model = tiny("gpt2")
     total = sum(p.numel() for p in model.parameters())
     assert count_parameters(model).total == count_parameters(model).trained == total
@@ -178,7 +178,7 @@ def test_parameters_are_counted_once_and_the_adapter_is_not_part_of_the_base():
     assert f"{total:,}" in str(summary) and f"{total:,}" in str(count)
 
 
-def test_an_attached_model_can_be_copied_whole():
+def test_attached_model_can_be_deep_copied():
     model = tiny("gpt2")
     attach(model, LoRAConfig(rank=4, init="pissa", train_modules=["ln_f"]))
     expected = logits(model, "gpt2")
@@ -188,7 +188,7 @@ def test_an_attached_model_can_be_copied_whole():
     torch.testing.assert_close(logits(reference, "gpt2"), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_detach_follows_a_model_that_was_cast_and_set_to_training_meanwhile():
+def test_detach_preserves_later_cast_and_training_mode():
     model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
     attach(model, LoRAConfig(rank=2, target_modules=["0", "1"], train_modules=["2"]))
     model.double().train()
@@ -199,16 +199,16 @@ def test_detach_follows_a_model_that_was_cast_and_set_to_training_meanwhile():
     assert all(module.training for module in model.modules())
 
 
-def test_hooks_on_a_replaced_module_go_on_running():
+def test_hooks_of_replaced_module_still_run():
     model = nn.Sequential(nn.Linear(4, 4))
-    seen: list[int] = []
-    model[0].register_forward_hook(lambda *_: seen.append(1))
+    calls: list[int] = []
+    model[0].register_forward_hook(lambda *_: calls.append(1))
     attach(model, LoRAConfig(rank=2))
     model(torch.randn(2, 4))
-    assert seen == [1]
+    assert calls == [1]
 
 
-def test_the_fast_path_of_torchs_encoder_does_not_pass_the_adapter_by():
+def test_torch_encoder_fast_path_does_not_bypass_adapter():
     torch.manual_seed(0)
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
     x = torch.randn(2, 5, 8)
@@ -230,7 +230,7 @@ def test_the_fast_path_of_torchs_encoder_does_not_pass_the_adapter_by():
         assert torch.equal(output(), base)
 
 
-def test_a_compiled_model_is_adapted_underneath():
+def test_compiled_model_is_adapted():
     model = nn.Sequential(nn.Linear(4, 4), Conv1D(3, 4))
     compiled = torch.compile(model, backend="eager")
     x = torch.randn(2, 4)

@@ -1,4 +1,4 @@
-"""Settings: their names, their limits, and what is said where they cannot be used."""
+"""LoRA settings: names, limits, and errors for invalid values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deltaw.errors import UserError
 from deltaw.lora import LoRAConfig
 from deltaw.lora.config import parse_layers, scaling
 
-_BAD = {
+_INVALID = {
     "rank": [0, 2.5, True],
     "alpha": [-1.0, float("nan"), "32"],
     "dropout": [1.0, -0.1],
@@ -31,7 +31,7 @@ _BAD = {
     "train_modules": [[1]],
     "trainable_token_indices": [[3, 3], [-1], {"embed": ["a"]}, [True]],
 }
-_BAD_TOGETHER = [
+_INVALID_COMBINATIONS = [
     ({"lora_bias": True, "dora": True}, "lora_bias"),
     ({"lora_bias": True, "init": "gaussian"}, "lora_bias"),
     ({"target_parameters": ["w"], "dropout": 0.1}, "dropout"),
@@ -42,15 +42,16 @@ _BAD_TOGETHER = [
 
 
 @pytest.mark.parametrize(
-    ("settings", "where"), [*_BAD_TOGETHER, *(({key: value}, key) for key, values in _BAD.items() for value in values)]
+    ("settings", "location"),
+    [*_INVALID_COMBINATIONS, *(({key: value}, key) for key, values in _INVALID.items() for value in values)],
 )
-def test_settings_that_cannot_be_used_are_refused_by_key(settings, where):
-    with pytest.raises(UserError) as caught:
+def test_invalid_settings_are_rejected_by_key(settings, location):
+    with pytest.raises(UserError) as raised:
         LoRAConfig(**settings)
-    assert caught.value.where.partition("[")[0] == where and where in str(caught.value)
+    assert raised.value.location.partition("[")[0] == location and location in str(raised.value)
 
 
-def test_pefts_names_are_accepted():
+def test_peft_names_are_accepted():
     kind = {"init_lora_weights": True, "use_rslora": True, "use_dora": False, "exclude_modules": None}
     config = LoRAConfig.from_dict(
         {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "layers_to_transform": 3, "modules_to_save": ["lm_head"], **kind}
@@ -59,17 +60,17 @@ def test_pefts_names_are_accepted():
     assert config == expected
 
 
-@pytest.mark.parametrize(("given", "said"), [({"lora_alhpa": 3}, "lora_alpha"), ({"r": 3, "rank": 3}, "twice")])
-def test_unknown_keys_and_a_setting_under_both_names_are_refused(given, said):
-    with pytest.raises(UserError, match=said):
-        LoRAConfig.from_dict(given)
+@pytest.mark.parametrize(("values", "message"), [({"lora_alhpa": 3}, "lora_alpha"), ({"r": 3, "rank": 3}, "twice")])
+def test_unknown_and_duplicate_keys_are_rejected(values, message):
+    with pytest.raises(UserError, match=message):
+        LoRAConfig.from_dict(values)
 
 
-def test_every_setting_is_described():
+def test_every_setting_has_description():
     assert all(f.metadata["description"] for f in fields(LoRAConfig))
 
 
-def test_it_serves_as_a_field_of_a_pydantic_model():
+def test_config_works_as_pydantic_field():
     class Run(pydantic.BaseModel):
         lora: LoRAConfig = LoRAConfig()
 
@@ -78,19 +79,19 @@ def test_it_serves_as_a_field_of_a_pydantic_model():
         Run(lora={"rnk": 4})
 
 
-def test_layers_are_read_and_updates_scaled():
+def test_layers_are_parsed_and_scaling_is_computed():
     assert parse_layers("0-3, 8,16-") == [(0, 3), (8, 8), (16, None)]
     assert parse_layers([1, 2]) == [(1, 1), (2, 2)]
     assert (scaling(16, 32.0), scaling(16, 32.0, rslora=True)) == (2.0, 8.0)
 
 
-def test_no_modules_are_needed_where_parts_are_named():
+def test_target_modules_may_be_empty_with_parameters_or_tokens():
     config = LoRAConfig(target_modules=[], target_parameters="experts.down_proj", trainable_token_indices={5})
     assert config.target_parameters == ["experts.down_proj"] and config.trainable_token_indices == [5]
     assert LoRAConfig.from_dict({"trainable_token_indices": {"wte": [1]}, "lora_bias": True}).lora_bias
 
 
-def test_every_public_name_is_what_it_says_once_all_modules_are_loaded():
+def test_public_names_are_not_shadowed_by_modules():
     for path in Path(deltaw.lora.__file__).parent.glob("*.py"):
         importlib.import_module(f"deltaw.lora.{path.stem}")
     assert not any(isinstance(getattr(deltaw.lora, name), types.ModuleType) for name in deltaw.lora.__all__)

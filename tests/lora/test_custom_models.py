@@ -1,4 +1,4 @@
-"""What PEFT saves of models of many families and of custom ones, with equal outputs here."""
+"""Adapters that PEFT saves for models of several families and for custom models produce equal outputs here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from deltaw.lora import count_parameters, load_adapter
 from tests.lora.models import inputs, perturb, tiny, with_peft
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of PEFT, about what it does not know of these models
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns about unknown model types
 
 
 class _MLP(nn.Module):
@@ -28,7 +28,7 @@ class _MLP(nn.Module):
 
 
 class _Deep(nn.Module):
-    """Layers in a list with numbers, of which the first is used twice."""
+    """Numbered layers in a list. The first is used twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,11 +86,11 @@ class _Experts(nn.Module):
         return torch.tanh(torch.einsum("bi,eoi->bo", x, self.weight)) @ self.flat.t()
 
 
-_ROWS, _TOKENS, _OF_ATTENTION = (5, 10), None, (3, 2, 10)
+_ROWS, _TOKENS, _SEQUENCES = (5, 10), None, (3, 2, 10)
 _PATTERNS = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 3}}
 _PISSA = {"use_dora": True, "init_lora_weights": "pissa"}
 _TIED_TOKENS = {"trainable_token_indices": {"emb": [0, 19], "head": [4]}}
-# A family or what makes a model, the shape of its input (None: token ids), the modules, further settings.
+# Model family or factory, input shape (None: token ids), target modules, other PEFT settings.
 _TABLE: dict[str, tuple[str | Callable[[], nn.Module], tuple[int, ...] | None, list[str] | str, dict]] = {
     "all linear": ("llama", None, "all-linear", {}),
     "patterns": ("llama", None, ["q_proj", "up_proj"], _PATTERNS),
@@ -135,28 +135,28 @@ _TABLE: dict[str, tuple[str | Callable[[], nn.Module], tuple[int, ...] | None, l
     "Conv2d, dora": (lambda: _Conv(2), (2, 4, 9, 5), ["conv"], {"use_dora": True}),
     "Conv2d, lora_bias": (lambda: _Conv(2), (2, 4, 9, 5), ["conv"], {"lora_bias": True}),
     "Conv3d, no bias": (lambda: _Conv(3, bias=False), (2, 4, 5, 5, 5), ["conv"], {}),
-    "attention, linear": (_Attention, _OF_ATTENTION, ["mha", "lin0"], {}),
-    "attention, biases": (_Attention, _OF_ATTENTION, ["mha"], {"bias": "all"}),
-    "attention, no bias": (lambda: _Attention(bias=False), _OF_ATTENTION, ["mha"], {}),
-    "attention, saved": (_Attention, _OF_ATTENTION, ["mha"], {"modules_to_save": ["lin1"]}),
+    "attention, linear": (_Attention, _SEQUENCES, ["mha", "lin0"], {}),
+    "attention, biases": (_Attention, _SEQUENCES, ["mha"], {"bias": "all"}),
+    "attention, no bias": (lambda: _Attention(bias=False), _SEQUENCES, ["mha"], {}),
+    "attention, saved": (_Attention, _SEQUENCES, ["mha"], {"modules_to_save": ["lin1"]}),
     "experts": (lambda: nn.Sequential(_Experts()), _ROWS, [], {"target_parameters": ["weight", "0.flat"]}),
     "a linear weight": (_MLP, _ROWS, ["lin0"], {"target_parameters": ["lin1.weight"]}),
     "a convolution's weight": (lambda: _Conv(1), (2, 4, 9), ["lin"], {"target_parameters": ["conv.weight"]}),
 }
 
 
-@pytest.mark.parametrize(("made", "shape", "targets", "settings"), _TABLE.values(), ids=_TABLE.keys())
+@pytest.mark.parametrize(("source", "shape", "targets", "settings"), _TABLE.values(), ids=_TABLE.keys())
 @torch.no_grad()
-def test_an_adapter_of_peft_gives_equal_outputs(made, shape, targets, settings, tmp_path):
+def test_loaded_peft_adapter_produces_equal_outputs(source, shape, targets, settings, tmp_path):
     def output(model: nn.Module) -> Tensor:
-        if isinstance(made, str):
-            return model(**inputs(made)).logits
+        if isinstance(source, str):
+            return model(**inputs(source)).logits
         return model(torch.randn(*shape, generator=torch.manual_seed(1)) if shape else torch.arange(20).view(2, 10))
 
     torch.manual_seed(0)
-    base = tiny(made) if isinstance(made, str) else made().eval()
+    base = tiny(source) if isinstance(source, str) else source().eval()
     theirs = with_peft(base, r=4, lora_alpha=6, target_modules=targets, **settings).eval()
-    perturb(theirs, 0.05 if isinstance(made, str) else 0.3).save_pretrained(str(tmp_path))
+    perturb(theirs, 0.05 if isinstance(source, str) else 0.3).save_pretrained(str(tmp_path))
     plain, expected = output(base), output(theirs)
     assert (expected - plain).norm() > 1e-3 * plain.norm()
     load_adapter(base, tmp_path, trainable=True)

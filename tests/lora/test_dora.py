@@ -1,4 +1,4 @@
-"""Magnitude and direction apart: the closed form against its reference, the layers against PEFT's."""
+"""DoRA: the closed form matches its reference, and the layers match PEFT."""
 
 from __future__ import annotations
 
@@ -22,7 +22,16 @@ from deltaw.lora import (
 )
 from deltaw.lora.layers import DoRALayer
 from deltaw.lora.math_dora import weight_norm
-from tests.lora.models import KINDS, every_kind_and_pefts, inputs, logits, randomise, relative, ten_steps, tiny
+from tests.lora.models import (
+    KINDS,
+    all_kinds_and_peft,
+    check_ten_steps,
+    inputs,
+    logits,
+    randomise,
+    relative_error,
+    tiny,
+)
 
 
 def _layer(dtype: torch.dtype = torch.float32, **options: float) -> DoRALinear:
@@ -34,40 +43,40 @@ def _layer(dtype: torch.dtype = torch.float32, **options: float) -> DoRALinear:
     return layer
 
 
-def _by_hand(layer: DoRALinear, x: Tensor) -> Tensor:
-    """The paper's equation 5 with the norm a constant, all of it dense."""
+def _dense_reference(layer: DoRALinear, x: Tensor) -> Tensor:
+    """Compute equation 5 of the paper with dense matrices and a constant norm."""
     total = layer.weight + layer.scaling * (layer.lora_A @ layer.lora_B).t()
     norm = total.norm(dim=1, keepdim=True).detach()
     return F.linear(x, layer.lora_magnitude[:, None] * total / norm, layer.bias)
 
 
-def test_a_layer_is_the_papers_equation():
+def test_layer_matches_paper_equation():
     layer = _layer()
     x = torch.randn(2, 5, 8, requires_grad=True)
-    torch.testing.assert_close(layer(x), _by_hand(layer, x))
-    wanted = (x, layer.lora_A, layer.lora_B, layer.lora_magnitude)
-    ours = torch.autograd.grad(layer(x).pow(2).sum(), wanted)
-    torch.testing.assert_close(ours, torch.autograd.grad(_by_hand(layer, x).pow(2).sum(), wanted))
+    torch.testing.assert_close(layer(x), _dense_reference(layer, x))
+    operands = (x, layer.lora_A, layer.lora_B, layer.lora_magnitude)
+    ours = torch.autograd.grad(layer(x).pow(2).sum(), operands)
+    torch.testing.assert_close(ours, torch.autograd.grad(_dense_reference(layer, x).pow(2).sum(), operands))
 
 
-def test_only_the_output_is_kept_beside_what_plain_lora_keeps():
+def test_backward_saves_only_output_in_addition_to_plain_lora():
     layer = _layer()
     x = torch.randn(5, 7, 8, requires_grad=True)
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = layer(x)
-    known = {t.data_ptr() for t in (x, y, *layer.parameters())}
-    assert sorted(tuple(t.shape) for t in kept if t.data_ptr() not in known) == [(6,), (35, 3)]
+    input_pointers = {t.data_ptr() for t in (x, y, *layer.parameters())}
+    assert sorted(tuple(t.shape) for t in saved if t.data_ptr() not in input_pointers) == [(6,), (35, 3)]
 
 
-def test_an_output_changed_in_place_is_noticed():
+def test_in_place_change_of_output_raises():
     y = _layer()(torch.randn(2, 8))
     y.relu_()
     with pytest.raises(RuntimeError, match="inplace"):
         y.sum().backward()
 
 
-def test_a_row_that_is_zero_stays_zero():
+def test_zero_weight_row_remains_zero():
     linear = nn.Linear(4, 3)
     with torch.no_grad():
         linear.weight[1] = 0
@@ -78,25 +87,25 @@ def test_a_row_that_is_zero_stays_zero():
     assert all(torch.isfinite(t.grad).all() for t in (x, layer.lora_B, layer.lora_magnitude))
 
 
-def test_the_norm_follows_what_is_written_in_place_and_survives_a_cast():
+def test_norm_follows_in_place_writes_and_casts():
     layer = _layer().eval()
     x = torch.randn(5, 8)
     with torch.no_grad():
         layer(x)
         for tensor in (layer.weight, layer.lora_A, layer.lora_B):
             tensor.mul_(1.5)
-            torch.testing.assert_close(layer(x), _by_hand(layer, x))
+            torch.testing.assert_close(layer(x), _dense_reference(layer, x))
         reference = copy.deepcopy(layer)
         for _ in range(3):
             reference.lora_B.mul_(0.5)
-        torch.testing.assert_close(reference(x), _by_hand(reference, x))
+        torch.testing.assert_close(reference(x), _dense_reference(reference, x))
         layer.load_state_dict(_layer().state_dict())
-        torch.testing.assert_close(layer(x), _by_hand(layer, x))
+        torch.testing.assert_close(layer(x), _dense_reference(layer, x))
         layer.double()
-        torch.testing.assert_close(layer(x.double()), _by_hand(layer, x.double()))
+        torch.testing.assert_close(layer(x.double()), _dense_reference(layer, x.double()))
 
 
-def test_the_norm_is_found_once_for_many_forwards_without_gradients(monkeypatch):
+def test_norm_is_cached_across_forwards_without_gradients(monkeypatch):
     layer = _layer().eval()
     calls: list[int] = []
     monkeypatch.setattr("deltaw.lora.math_dora.weight_norm", lambda *a: calls.append(1) or weight_norm(*a))
@@ -109,14 +118,14 @@ def test_the_norm_is_found_once_for_many_forwards_without_gradients(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_computes_in_the_autocast_type_and_the_norm_in_fp32(dtype):
+def test_autocast_sets_output_dtype_and_norm_is_fp32(dtype):
     layer = _layer()
     x = torch.randn(4, 8, requires_grad=True)
     with torch.autocast("cpu", dtype):
         y = layer(x)
         assert torch.equal(layer.weight_norm(), _layer().weight_norm())
     assert y.dtype == dtype
-    torch.testing.assert_close(y.float(), _by_hand(layer, x), atol=0.2, rtol=0.05)
+    torch.testing.assert_close(y.float(), _dense_reference(layer, x), atol=0.2, rtol=0.05)
     y.sum().backward()
     assert x.grad.dtype == layer.lora_A.grad.dtype == layer.lora_magnitude.grad.dtype == torch.float32
 
@@ -131,39 +140,39 @@ def _magnitudes(theirs: nn.Module) -> dict[str, Tensor]:
 
 def _ten_steps_agree(ours: nn.Module, theirs: nn.Module, ids: Tensor) -> None:
     torch.testing.assert_close(ours(ids), theirs(ids), atol=1e-5, rtol=1e-5)
-    ten_steps(ours, theirs, lambda model: model(ids).pow(2).mean(), 1e-2)
+    check_ten_steps(ours, theirs, lambda model: model(ids).pow(2).mean(), 1e-2)
     for name, magnitude in _magnitudes(theirs).items():
-        assert relative(ours.get_submodule(name).lora_magnitude, magnitude) <= 1e-5, name
+        assert relative_error(ours.get_submodule(name).lora_magnitude, magnitude) <= 1e-5, name
 
 
-def test_every_kind_of_layer_equals_pefts_through_ten_steps():
-    ours, theirs, ids = every_kind_and_pefts(dora=True)
+def test_all_layer_kinds_match_peft_for_ten_steps():
+    ours, theirs, ids = all_kinds_and_peft(dora=True)
     reference = _magnitudes(theirs)
     assert reference.keys() == set(KINDS)
     for name, magnitude in reference.items():
-        assert relative(ours.get_submodule(name).lora_magnitude, magnitude) <= 1e-6
+        assert relative_error(ours.get_submodule(name).lora_magnitude, magnitude) <= 1e-6
     _ten_steps_agree(ours, theirs, ids)
 
 
-def test_dropout_is_pefts(monkeypatch):
-    """PEFT sends the dropped input through W as well; both are given the same masks here."""
+def test_dropout_matches_peft(monkeypatch):
+    """PEFT also applies W to the dropped input. Both use the same masks here."""
 
     def dropped(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        kept = torch.arange(x.numel()).view(x.shape) % 3 != 0
-        return x * kept / (1 - p) if training else x
+        mask_values = torch.arange(x.numel()).view(x.shape) % 3 != 0
+        return x * mask_values / (1 - p) if training else x
 
     def mask(self: Tensor, p: float) -> Tensor:
         return self.copy_(torch.arange(self.numel()).view(self.shape) % 3 != 0)
 
-    ours, theirs, ids = every_kind_and_pefts(dora=True, dropout=0.25)
+    ours, theirs, ids = all_kinds_and_peft(dora=True, dropout=0.25)
     monkeypatch.setattr(F, "dropout", dropped)
     monkeypatch.setattr(Tensor, "bernoulli_", mask)
     _ten_steps_agree(ours.train(), theirs.train(), ids)
 
 
 @torch.no_grad()
-def test_merging_keeps_the_outputs_and_unmerging_every_bit():
-    ours, _, ids = every_kind_and_pefts(dora=True)
+def test_merge_preserves_outputs_and_unmerge_is_bit_exact():
+    ours, _, ids = all_kinds_and_peft(dora=True)
     for layer in ours.modules():
         if isinstance(layer, DoRALayer):
             layer.lora_magnitude.mul_(1.3)

@@ -1,4 +1,4 @@
-"""Expressions over names: what they match, as `re` does, and that none of them holds a process up."""
+"""Regular expressions over module names match as in ``re``, and their time is limited."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from deltaw.errors import UserError
 from deltaw.lora import LoRAConfig, attach, expressions, load_adapter, read_adapter, save_adapter
 from deltaw.lora.expressions import matches
-from deltaw.lora.peft_updates import content_of
+from deltaw.lora.peft_updates import read_content
 from tests.lora.models import tiny
 
 NAMES = [
@@ -26,8 +26,8 @@ NAMES = [
     "vision.layers.0.self_attn.q_proj",
     "a-b.c",
 ]
-# Each takes 2 to the power of a name's length.
-ENDLESS = ["(([a-z_0-9]+)[.]?)+!", "(?:(?:[a-z_.0-9]+)+)+!", "(?=(.|.)*!)x|(?:(.|.)(.|.))+!"]
+# Matching time of each is exponential in the length of a name.
+EXPONENTIAL = ["(([a-z_0-9]+)[.]?)+!", "(?:(?:[a-z_.0-9]+)+)+!", "(?=(.|.)*!)x|(?:(.|.)(.|.))+!"]
 
 
 EXPRESSIONS = [
@@ -44,48 +44,48 @@ EXPRESSIONS = [
 ]
 
 
-def test_expressions_mean_what_they_mean_in_python():
-    full, ending = (matches("key", EXPRESSIONS, NAMES, endings=endings) for endings in (False, True))
-    for expression, whole, ends in zip(EXPRESSIONS, full, ending, strict=True):
-        assert whole == {name for name in NAMES if re.fullmatch(expression, name)}, expression
-        assert ends == {name for name in NAMES if re.match(rf"(.*\.)?({expression})$", name)}, expression
+def test_expressions_match_as_in_python():
+    full_matches, suffix_matches = (matches("key", EXPRESSIONS, NAMES, endings=endings) for endings in (False, True))
+    for expression, full, suffix in zip(EXPRESSIONS, full_matches, suffix_matches, strict=True):
+        assert full == {name for name in NAMES if re.fullmatch(expression, name)}, expression
+        assert suffix == {name for name in NAMES if re.match(rf"(.*\.)?({expression})$", name)}, expression
 
 
-@pytest.mark.parametrize("expression", ENDLESS)
-def test_an_expression_that_never_ends_is_ended(expression, monkeypatch):
+@pytest.mark.parametrize("expression", EXPONENTIAL)
+def test_expression_with_exponential_time_is_stopped(expression, monkeypatch):
     monkeypatch.setattr(expressions, "SECONDS", 0.1)
-    with pytest.raises(UserError, match=r"was ended after 0\.1 seconds") as caught:
+    with pytest.raises(UserError, match=r"was stopped after 0\.1 seconds") as raised:
         matches("target_modules", [expression], [f"{name}.weight" for name in NAMES])
-    assert caught.value.where == "target_modules" and caught.value.hint
+    assert raised.value.location == "target_modules" and raised.value.hint
 
 
-def test_compiling_is_limited_too(monkeypatch):
+def test_compile_time_and_sizes_are_limited(monkeypatch):
     monkeypatch.setattr(expressions, "SECONDS", 0.1)
     classes = "(?i)" + "[à-\U0010ffff]" * 2000
-    for settings, said in (
-        ({"target_modules": classes}, "was ended"),
+    for settings, message in (
+        ({"target_modules": classes}, "was stopped"),
         ({"exclude_modules": "(a)" + "b" * 199_999}, "an expression of 200,002 characters"),
         ({"rank_pattern": {f"layer_{number}": 2 for number in range(20_001)}}, "20,001 expressions"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             LoRAConfig(**settings)
 
 
 @pytest.mark.parametrize("expression", ["(", "a{1,99999999999}", "(?P<n>a" * 200])
-def test_what_is_no_expression_is_refused(expression):
+def test_invalid_expression_raises(expression):
     for settings in ({"target_modules": expression}, {"alpha_pattern": {expression: 2.0}}):
-        with pytest.raises(UserError, match="no regular expression"):
+        with pytest.raises(UserError, match="not a regular expression"):
             LoRAConfig(**settings)
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 takes a flag anywhere in an expression")
-def test_a_flag_inside_a_key_is_refused_where_it_is_matched():
-    with pytest.raises(UserError, match="no regular expression"):
+def test_flag_inside_pattern_key_raises_on_attach():
+    with pytest.raises(UserError, match="not a regular expression"):
         attach(tiny("llama"), LoRAConfig(rank_pattern={"(?i)Q_PROJ": 2}))
 
 
-def _saved(folder: Path, **settings: object) -> Path:
-    """An adapter whose file says these settings."""
+def _save_adapter(folder: Path, **settings: object) -> Path:
+    """Save an adapter and override these settings in its file."""
     model = tiny("llama")
     attach(model, LoRAConfig(rank=2, target_modules=["q_proj"]))
     save_adapter(model, folder, base_model="tiny")
@@ -95,19 +95,19 @@ def _saved(folder: Path, **settings: object) -> Path:
 
 
 @pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
-def test_an_adapter_with_an_endless_expression_is_refused(tmp_path, monkeypatch, key):
+def test_adapter_with_exponential_expression_is_rejected(tmp_path, monkeypatch, key):
     monkeypatch.setattr(expressions, "SECONDS", 0.1)
-    settings = {key: {ENDLESS[0]: 4} if key.endswith("pattern") else ENDLESS[0]}
-    folder = _saved(tmp_path, **{"target_modules": "all-linear", **settings})
-    with pytest.raises(UserError, match="was ended"):
+    settings = {key: {EXPONENTIAL[0]: 4} if key.endswith("pattern") else EXPONENTIAL[0]}
+    folder = _save_adapter(tmp_path, **{"target_modules": "all-linear", **settings})
+    with pytest.raises(UserError, match="was stopped"):
         load_adapter(tiny("llama"), folder)
-    if key == "alpha_pattern":  # which is read without a model too
-        with pytest.raises(UserError, match="was ended"):
-            content_of(read_adapter(folder))
+    if key == "alpha_pattern":  # also read without a model
+        with pytest.raises(UserError, match="was stopped"):
+            read_content(read_adapter(folder))
 
 
-def test_a_tensor_whose_name_is_very_long_is_refused(tmp_path):
-    folder = _saved(tmp_path)
+def test_very_long_tensor_name_is_rejected(tmp_path):
+    folder = _save_adapter(tmp_path)
     name = "base_model.model." + "a." * 5000 + "lora_A.weight"
     safetensors.torch.save_file({name: torch.zeros(2, 2)}, folder / "adapter_model.safetensors")
     with pytest.raises(UserError, match="name has 10,030 characters"):

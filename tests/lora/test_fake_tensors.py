@@ -1,4 +1,4 @@
-"""Attaching and training on fake tensors, as a memory plan does."""
+"""Attaching and training on fake tensors, as in memory planning."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from deltaw.lora import LoRAConfig, adapter_parameters, attach, initialize_from_activations, merge
-from deltaw.lora.attachment import attached
+from deltaw.lora.attachment import require_attachment
 from tests.lora.models import mixture, tiny
 
 
-class _Answers(TorchDispatchMode):
-    """Answers bool() and item(), which fake tensors cannot."""
+class _FakeScalars(TorchDispatchMode):
+    """Return values for bool() and item(), which fake tensors do not support."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -27,7 +27,7 @@ class _Answers(TorchDispatchMode):
 
 @pytest.fixture
 def fake_tensors() -> Iterator[None]:
-    with FakeTensorMode(allow_non_fake_inputs=True), _Answers():
+    with FakeTensorMode(allow_non_fake_inputs=True), _FakeScalars():
         yield
 
 
@@ -47,10 +47,10 @@ _SETTINGS = {
 
 @pytest.mark.parametrize("settings", _SETTINGS.values(), ids=_SETTINGS.keys())
 @pytest.mark.usefixtures("fake_tensors")
-def test_a_step_runs(settings):
+def test_training_step_runs(settings):
     model = tiny("gpt2")
     attach(model, LoRAConfig(rank=4, **settings), seed=0)
-    assert attached(model).fingerprint is None
+    assert require_attachment(model).fingerprint is None
     model.train()
     optimizer = torch.optim.AdamW([p for _, p in adapter_parameters(model)])
     model(input_ids=torch.zeros(2, 9, dtype=torch.long)).logits.pow(2).mean().backward()
@@ -59,7 +59,7 @@ def test_a_step_runs(settings):
 
 
 @pytest.mark.usefixtures("fake_tensors")
-def test_a_start_from_data_runs():
+def test_initialization_from_activations_runs():
     model = tiny("llama")
     attach(model, LoRAConfig(rank=4, init="eva"), seed=0)
     initialized = initialize_from_activations(model, lambda: model(input_ids=torch.zeros(2, 9, dtype=torch.long)))
@@ -67,25 +67,25 @@ def test_a_start_from_data_runs():
 
 
 @pytest.mark.usefixtures("fake_tensors")
-def test_merging_runs():
+def test_merge_runs():
     model = nn.Sequential(nn.Linear(4, 3), Conv1D(5, 3))
     attach(model, LoRAConfig(rank=2, dora=True))
     merge(model)
     assert model(torch.zeros(2, 4)).shape == (2, 5)
 
 
-def test_on_the_meta_device():
+def test_attach_and_backward_run_on_meta_device():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(4, 3), Conv1D(5, 3))
     attach(model, LoRAConfig(rank=2, dora=True))
     model(torch.zeros(2, 4, device="meta")).sum().backward()
-    assert attached(model).fingerprint is None and model[0].lora_magnitude.grad.shape == (3,)
+    assert require_attachment(model).fingerprint is None and model[0].lora_magnitude.grad.shape == (3,)
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss"])
 @pytest.mark.usefixtures("fake_tensors")
-def test_a_step_of_experts_runs(kind):
-    # On fake tensors torch's product of groups takes bf16 alone.
+def test_training_step_of_experts_runs(kind):
+    # On fake tensors torch's grouped matmul supports only bf16.
     model = mixture(kind, torch.bfloat16)
     parameters = ["experts.gate_up_proj", "experts.down_proj"]
     config = LoRAConfig(rank=4, target_modules=["q_proj"], target_parameters=parameters)
@@ -93,14 +93,14 @@ def test_a_step_of_experts_runs(kind):
     x = torch.zeros(2, 16, dtype=torch.bfloat16)
     chosen, shares = torch.tensor([[0, 1], [1, 2]]), torch.full((2, 2), 0.5, dtype=torch.bfloat16)
     for layer in model.model.layers:
-        # The router's choice is a value, so the experts are run alone.
+        # The router depends on values, which fake tensors lack, so only the experts run.
         layer.mlp.experts(x, chosen, shares).sum().backward()
     factors = [p for name, p in adapter_parameters(model) if "experts" in name]
     assert len(factors) == 8 and all(p.grad is not None and p.grad.shape == p.shape for p in factors)
 
 
 @pytest.mark.usefixtures("fake_tensors")
-def test_a_step_of_an_attention_runs():
+def test_training_step_of_torch_attention_runs():
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     attach(model, LoRAConfig(rank=2))
     model(torch.zeros(2, 3, 8)).sum().backward()

@@ -1,4 +1,4 @@
-"""Adapters on disk: what PEFT reads of ours, what we read of PEFT's, and what is refused."""
+"""Adapter files: exchange with PEFT in both directions, and rejected files."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from deltaw.lora import (
     save_adapter,
 )
 from deltaw.lora.peft_format import DEFAULTS, PREFIX, target_entries
-from tests.lora.models import FAMILIES, every_kind_and_pefts, inputs, logits, peft_factors, perturb, tiny, with_peft
+from tests.lora.models import FAMILIES, all_kinds_and_peft, inputs, logits, peft_factors, perturb, tiny, with_peft
 
 
-def _trained(family: str, seed: int = 0, **settings: object) -> nn.Module:
+def _trained_model(family: str, seed: int = 0, **settings: object) -> nn.Module:
     model = tiny(family)
     attach(model, LoRAConfig(**{"rank": 4, "alpha": 8.0, **settings}), seed=seed)
     return perturb(model)
 
 
-def _differs_from_base(output: torch.Tensor, family: str) -> None:
-    """A file that loses everything must not pass for one that was read."""
+def _check_differs_from_base(output: torch.Tensor, family: str) -> None:
+    """Check that the output differs from the base model's, so that an empty adapter fails."""
     plain = logits(tiny(family), family)
     assert (output - plain).norm() > 1e-3 * plain.norm()
 
 
-def _in_peft(family: str, folder: Path) -> nn.Module:
-    """PEFT's own loading, in which no warning may come."""
+def _load_in_peft(family: str, folder: Path) -> nn.Module:
+    """Load the adapter with PEFT and fail on any warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        # Said of every model with a tied embedding, whatever the file holds.
+        # PEFT warns for every model with a tied embedding.
         warnings.filterwarnings("ignore", message=".*ensure_weight_tying")
         return PeftModel.from_pretrained(tiny(family), str(folder)).eval()
 
@@ -79,24 +79,24 @@ _SETTINGS = {
 
 
 @pytest.mark.parametrize(("family", "settings"), _SETTINGS.values(), ids=_SETTINGS.keys())
-def test_peft_loads_what_is_saved_and_so_do_we(family, settings, tmp_path):
-    model = _trained(family, **settings)
+def test_saved_adapter_loads_here_and_in_peft(family, settings, tmp_path):
+    model = _trained_model(family, **settings)
     expected = logits(model, family)
-    _differs_from_base(expected, family)
+    _check_differs_from_base(expected, family)
     save_adapter(model, tmp_path)
-    torch.testing.assert_close(logits(_in_peft(family, tmp_path), family), expected, atol=1e-5, rtol=1e-4)
-    again = tiny(family)
-    summary = load_adapter(again, tmp_path)
-    torch.testing.assert_close(logits(again, family), expected, atol=1e-5, rtol=1e-4)
-    assert summary.trained == 0 == count_parameters(again).trained
-    detach(again)
-    assert torch.equal(logits(again, family), logits(tiny(family), family))
+    torch.testing.assert_close(logits(_load_in_peft(family, tmp_path), family), expected, atol=1e-5, rtol=1e-4)
+    reloaded = tiny(family)
+    summary = load_adapter(reloaded, tmp_path)
+    torch.testing.assert_close(logits(reloaded, family), expected, atol=1e-5, rtol=1e-4)
+    assert summary.trained == 0 == count_parameters(reloaded).trained
+    detach(reloaded)
+    assert torch.equal(logits(reloaded, family), logits(tiny(family), family))
 
 
 @pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.filterwarnings("ignore")  # of PEFT, about fan_in_fan_out and groups
-def test_every_kind_of_layer_goes_both_ways(dora, tmp_path):
-    ours, _, ids = every_kind_and_pefts(dora=dora)
+@pytest.mark.filterwarnings("ignore")  # PEFT warns about fan_in_fan_out and groups
+def test_all_layer_kinds_round_trip_through_peft(dora, tmp_path):
+    ours, _, ids = all_kinds_and_peft(dora=dora)
     detach(base := copy.deepcopy(ours))
     assert (ours(ids) - base(ids)).norm() > 1e-2 * base(ids).norm()
     save_adapter(ours, tmp_path / "ours")
@@ -107,38 +107,38 @@ def test_every_kind_of_layer_goes_both_ways(dora, tmp_path):
     torch.testing.assert_close(base(ids), ours(ids), atol=1e-6, rtol=1e-6)
 
 
-def test_the_settings_file_is_pefts_own(tmp_path):
+def test_adapter_config_matches_peft(tmp_path):
     model = tiny("llama")
     theirs = with_peft(model, r=4, lora_alpha=8, target_modules=["q_proj"], task_type="CAUSAL_LM")
     theirs.save_pretrained(str(tmp_path / "theirs"))
     attach(model, LoRAConfig(rank=4, alpha=8, target_modules=["q_proj"]))
     save_adapter(model, tmp_path / "ours")
-    read = [json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("ours", "theirs")]
-    assert read[0] == {**read[1], "peft_version": read[0]["peft_version"]}
-    assert set(read[0]) == set(DEFAULTS)
+    configs = [json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("ours", "theirs")]
+    assert configs[0] == {**configs[1], "peft_version": configs[0]["peft_version"]}
+    assert set(configs[0]) == set(DEFAULTS)
     tensors = [safetensors.torch.load_file(tmp_path / w / "adapter_model.safetensors") for w in ("ours", "theirs")]
     ours, theirs = ({k: (t.shape, t.dtype) for k, t in of.items()} for of in tensors)
     assert ours == theirs
 
 
-def test_a_file_names_exactly_the_adapted_modules_and_is_read_without_a_model(tmp_path):
-    model = _trained("llama", target_modules="attention", layers=[0], exclude_modules=["k_proj"], rslora=True)
+def test_file_lists_adapted_modules_and_is_readable_without_model(tmp_path):
+    model = _trained_model("llama", target_modules="attention", layers=[0], exclude_modules=["k_proj"], rslora=True)
     save_adapter(model, tmp_path, base_model="some/base")
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     assert settings["target_modules"] == [f"0.self_attn.{x}_proj" for x in "oqv"]
     assert settings["base_model_name_or_path"] == "some/base" and settings["task_type"] == "CAUSAL_LM"
-    assert len(peft_factors(_in_peft("llama", tmp_path))) == 3
+    assert len(peft_factors(_load_in_peft("llama", tmp_path))) == 3
     config, tensors, metadata = read_adapter(tmp_path)
     assert (config.rank, config.alpha, config.rslora) == (4, 8.0, True)
     assert tensors[f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"].shape == (4, 32)
-    told = {"format": "pt", "base_model_name_or_path": "some/base", "task_type": "CAUSAL_LM"}
-    assert told.items() <= metadata.items() and metadata["deltaw.base_fingerprint"]
+    expected_metadata = {"format": "pt", "base_model_name_or_path": "some/base", "task_type": "CAUSAL_LM"}
+    assert expected_metadata.items() <= metadata.items() and metadata["deltaw.base_fingerprint"]
     save_adapter(model, tmp_path, task_type=None)
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     assert settings["auto_mapping"]["base_model_class"] == "LlamaForCausalLM"
 
 
-def test_target_entries_tell_modules_apart():
+def test_target_entries_distinguish_modules():
     assert target_entries(["a.x", "b.x", "b.y"], ["a.x", "b.x"]) == ["x"]
     assert target_entries(["a.x", "b.x", "b.y"], ["b.x"]) == ["b.x"]
     assert target_entries(["x", "b.x"], ["x"]) == "x"
@@ -146,8 +146,8 @@ def test_target_entries_tell_modules_apart():
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_a_start_that_changed_weights_is_saved_as_a_plain_adapter_of_twice_the_rank(init, tmp_path):
-    model = _trained("llama", init=init, target_modules=["q_proj"], alpha=6.0)
+def test_weight_changing_init_is_saved_with_twice_the_rank(init, tmp_path):
+    model = _trained_model("llama", init=init, target_modules=["q_proj"], alpha=6.0)
     save_adapter(model, tmp_path)
     adapter = read_adapter(tmp_path)
     assert (adapter.config.rank, adapter.config.alpha, adapter.config.init) == (8, 12.0, "uniform")
@@ -156,28 +156,28 @@ def test_a_start_that_changed_weights_is_saved_as_a_plain_adapter_of_twice_the_r
         save_adapter(model, tmp_path)
 
 
-def test_an_adapter_of_a_merged_model_can_still_be_saved(tmp_path):
-    model = _trained("llama")
+def test_adapter_of_merged_model_can_be_saved(tmp_path):
+    model = _trained_model("llama")
     expected = logits(model, "llama")
     merge(model)
     save_adapter(model, tmp_path)
-    load_adapter(again := tiny("llama"), tmp_path)
-    assert torch.equal(logits(again, "llama"), expected)
+    load_adapter(reloaded := tiny("llama"), tmp_path)
+    assert torch.equal(logits(reloaded, "llama"), expected)
 
 
-def test_a_bf16_model_keeps_its_adapter_in_fp32_through_a_file(tmp_path):
-    model, again = (tiny("llama").to(torch.bfloat16) for _ in range(2))
+def test_adapter_of_bf16_model_is_saved_and_loaded_in_fp32(tmp_path):
+    model, reloaded = (tiny("llama").to(torch.bfloat16) for _ in range(2))
     attach(model, LoRAConfig(rank=4))
     save_adapter(perturb(model), tmp_path)
-    load_adapter(again, tmp_path)
-    pairs = zip(adapter_parameters(model), adapter_parameters(again), strict=True)
+    load_adapter(reloaded, tmp_path)
+    pairs = zip(adapter_parameters(model), adapter_parameters(reloaded), strict=True)
     assert all(torch.equal(a, b) and b.dtype == torch.float32 for (_, a), (_, b) in pairs)
 
 
 @pytest.fixture
 def saved(tmp_path) -> Path:
-    """A folder with a good adapter, to be spoiled."""
-    save_adapter(_trained("llama"), tmp_path / "adapter")
+    """Return a folder with a valid adapter, for tests that damage it."""
+    save_adapter(_trained_model("llama"), tmp_path / "adapter")
     return tmp_path / "adapter"
 
 
@@ -186,19 +186,19 @@ def _rewrite(folder: Path, **settings: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
 
 
-def _refused(folder: Path, family: str = "llama") -> str:
+def _load_error(folder: Path, family: str = "llama") -> str:
     model = tiny(family)
     before = {n: (id(m), m.training) for n, m in model.named_modules()}
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as raised:
         load_adapter(model, folder)
     assert before == {n: (id(m), m.training) for n, m in model.named_modules()}
     assert all(p.requires_grad for p in model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), tiny(family).parameters(), strict=True))
-    return str(caught.value)
+    return str(raised.value)
 
 
 @pytest.mark.parametrize(
-    ("settings", "named"),
+    ("settings", "message"),
     [
         ({"peft_type": "IA3"}, "IA3"),
         ({"use_dora": True}, "lora_magnitude_vector' is missing"),
@@ -220,12 +220,12 @@ def _refused(folder: Path, family: str = "llama") -> str:
         ({"r": 5}, "(5, 32)"),
     ],
 )
-def test_settings_that_change_the_mathematics_are_refused_by_name(settings, named, saved):
+def test_unsupported_settings_are_rejected_by_name(settings, message, saved):
     _rewrite(saved, **settings)
-    assert named in _refused(saved)
+    assert message in _load_error(saved)
 
 
-def test_settings_without_effect_are_passed_over(saved):
+def test_settings_without_effect_are_ignored(saved):
     _rewrite(saved, of_tomorrow=None, of_yesterday=False, more=[], loftq_config={"loftq_bits": 4}, revision="main")
     load_adapter(tiny("llama"), saved)
 
@@ -234,7 +234,7 @@ _UP, _LAYER = "model.layers.1.mlp.up_proj", "model.layers.0.self_attn.q_proj"
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({f"{_LAYER}.lora_A.weight": torch.zeros(4, 31)}, "(4, 31)"),
         ({f"{_LAYER}.lora_A.weight": None}, "missing"),
@@ -244,33 +244,33 @@ _UP, _LAYER = "model.layers.1.mlp.up_proj", "model.layers.0.self_attn.q_proj"
         ({"model.norm.weight": torch.zeros(32)}, "model.norm.weight"),
     ],
 )
-def test_a_tensor_that_does_not_fit_is_named(change, said, saved):
+def test_error_names_mismatched_tensor(change, message, saved):
     path = saved / "adapter_model.safetensors"
     tensors = safetensors.torch.load_file(path) | {PREFIX + name: tensor for name, tensor in change.items()}
     safetensors.torch.save_file({k: t for k, t in tensors.items() if t is not None}, path, {"format": "pt"})
-    message = _refused(saved)
-    assert said in message and next(iter(change)).partition(".lora")[0] in message
+    error = _load_error(saved)
+    assert message in error and next(iter(change)).partition(".lora")[0] in error
 
 
-def test_missing_and_broken_files_and_adapters_of_other_models_are_refused(saved, tmp_path):
-    assert "no adapter folder" in _refused(tmp_path / "nowhere")
-    assert "adapter_config.json" in _refused(tmp_path)
-    assert "base model" in _refused(saved, "gpt2")
+def test_missing_damaged_and_foreign_adapters_are_rejected(saved, tmp_path):
+    assert "no adapter folder" in _load_error(tmp_path / "nowhere")
+    assert "adapter_config.json" in _load_error(tmp_path)
+    assert "base model" in _load_error(saved, "gpt2")
     weights = saved / "adapter_model.safetensors"
-    whole = weights.read_bytes()
-    for broken in (whole[: len(whole) // 2], b"", b"\xff" * 100, whole[:4]):
-        weights.write_bytes(broken)
-        assert "cut off or damaged" in _refused(saved)
+    content = weights.read_bytes()
+    for damaged in (content[: len(content) // 2], b"", b"\xff" * 100, content[:4]):
+        weights.write_bytes(damaged)
+        assert "cut off or damaged" in _load_error(saved)
     weights.unlink()
-    assert "no adapter_model.safetensors" in _refused(saved)
+    assert "no adapter_model.safetensors" in _load_error(saved)
     (saved / "adapter_model.bin").write_bytes(b"")
-    assert "pickle" in _refused(saved)
+    assert "pickle" in _load_error(saved)
     for text in ("{", "[]", "\udcff"):
         (saved / "adapter_config.json").write_text(text, errors="surrogateescape")
-        assert "adapter_config.json" in _refused(saved)
+        assert "adapter_config.json" in _load_error(saved)
 
 
-def test_a_model_without_an_adapter_cannot_be_saved_and_one_with_one_not_loaded_onto(saved, tmp_path):
+def test_saving_without_adapter_and_loading_twice_raise(saved, tmp_path):
     model = tiny("llama")
     with pytest.raises(UserError, match="no adapter"):
         save_adapter(model, tmp_path)
@@ -283,9 +283,9 @@ def test_a_model_without_an_adapter_cannot_be_saved_and_one_with_one_not_loaded_
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_adapter_can_be_trained_further_after_loading(family, tmp_path):
-    model, again = _trained(family, target_modules="attention"), tiny(family)
+def test_loaded_adapter_can_be_trained(family, tmp_path):
+    model, reloaded = _trained_model(family, target_modules="attention"), tiny(family)
     save_adapter(model, tmp_path)
-    assert load_adapter(again, tmp_path, trainable=True).trained == count_parameters(model).trained
-    again(**inputs(family)).logits.pow(2).mean().backward()
-    assert all(p.grad is not None for _, p in adapter_parameters(again))
+    assert load_adapter(reloaded, tmp_path, trainable=True).trained == count_parameters(model).trained
+    reloaded(**inputs(family)).logits.pow(2).mean().backward()
+    assert all(p.grad is not None for _, p in adapter_parameters(reloaded))

@@ -1,4 +1,4 @@
-"""The fingerprint of a base model covers every value, in whatever type and layout it lies in memory."""
+"""The fingerprint of a base model covers every value, in every dtype and memory layout."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import nn
 
 from deltaw.lora import LoRAConfig, OtherBaseModelWarning, attach, load_adapter, save_adapter
 from deltaw.lora import fingerprint as module
-from deltaw.lora.fingerprint import base_fingerprint, same_base, values_in_memory, values_of
+from deltaw.lora.fingerprint import base_fingerprint, digest_pieces, digest_tensor, same_base
 from tests.tiny_models import causal_model
 
 
 class Mixed(nn.Module):
-    """Layers with a buffer that is learned, one that is not saved, a scalar, and weights that are views."""
+    """Layers with a saved buffer, a buffer that is not saved, a scalar, and weights that are views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,58 +29,58 @@ class Mixed(nn.Module):
         self.register_buffer("frequencies", torch.randn(4), persistent=False)
 
 
-def changed(tensor: torch.Tensor, place: int) -> None:
-    """Move one value of a tensor to the next number of its type."""
+def change_value(tensor: torch.Tensor, position: int) -> None:
+    """Replace one value of a tensor by the next representable number."""
     with torch.no_grad():
-        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(place), tensor.shape))
+        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(position), tensor.shape))
         tensor[index] = torch.nextafter(tensor[index], tensor[index] + 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_any_single_value_of_any_tensor_counts(dtype, monkeypatch):
-    monkeypatch.setattr(module, "AT_ONCE", 7)
-    monkeypatch.setattr(module, "COPIED_AT_ONCE", 11)
+def test_fingerprint_depends_on_every_value(dtype, monkeypatch):
+    monkeypatch.setattr(module, "HASH_CHUNK", 7)
+    monkeypatch.setattr(module, "COPY_CHUNK", 11)
     model = Mixed().to(dtype)
-    own = base_fingerprint(model)
+    original = base_fingerprint(model)
     tensors = dict(module.saved_tensors(model))
     assert {"norm.running_mean", "norm.running_var", "scale", "transposed.weight"} < set(tensors)
     for name, tensor in tensors.items():
         before = tensor.detach().clone()
-        for place in range(tensor.numel()):
-            changed(tensor, place)
-            found = base_fingerprint(model)
-            assert found != own and same_base(found, own) is False, (name, place)
+        for position in range(tensor.numel()):
+            change_value(tensor, position)
+            fingerprint = base_fingerprint(model)
+            assert fingerprint != original and same_base(fingerprint, original) is False, (name, position)
             tensor.data.copy_(before)
     model.frequencies.add_(1)
-    assert base_fingerprint(model) == own
+    assert base_fingerprint(model) == original
 
 
-def test_the_last_of_many_values_counts_wherever_pieces_end():
-    values = torch.randn(module.AT_ONCE + 1)
-    own = values_in_memory(values)
-    assert own == values_of(values.shape, [values[:3], values[3:]])
+def test_digest_covers_last_value_for_any_chunking():
+    values = torch.randn(module.HASH_CHUNK + 1)
+    original = digest_tensor(values)
+    assert original == digest_pieces(values.shape, [values[:3], values[3:]])
     values[-1] += 1
-    assert values_in_memory(values) != own
+    assert digest_tensor(values) != original
 
 
-def test_names_and_shapes_count():
+def test_fingerprint_depends_on_names_and_shapes():
     layer = nn.Linear(2, 8, bias=False)
-    other = nn.Linear(4, 4, bias=False)
-    other.weight.data = layer.weight.data.view(4, 4)
-    assert base_fingerprint(layer) != base_fingerprint(other)
+    reshaped = nn.Linear(4, 4, bias=False)
+    reshaped.weight.data = layer.weight.data.view(4, 4)
+    assert base_fingerprint(layer) != base_fingerprint(reshaped)
     assert base_fingerprint(nn.ModuleDict({"a": layer})) != base_fingerprint(nn.ModuleDict({"b": layer}))
 
 
-def test_numbers_are_rounded_as_torch_rounds_them():
+def test_digest_rounds_as_torch():
     numbers = torch.randint(-(2**31), 2**31 - 1, (20_000,), dtype=torch.int32).view(torch.float32)
     ties = (torch.randint(0, 2**14, (1000,), dtype=torch.int32) << 16 | 0x8000).view(torch.float32)
     for values in (numbers[numbers.isfinite()], ties):
-        in_fp32, in_bf16 = values_in_memory(values), values_in_memory(values.bfloat16())
+        in_fp32, in_bf16 = digest_tensor(values), digest_tensor(values.bfloat16())
         assert in_fp32.digests[:1] == in_bf16.digests and len(in_fp32.digests) == 2
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "neox"])
-def test_a_model_rounded_to_bf16_is_the_same_and_one_rounded_elsewhere_is_not(family):
+def test_bf16_model_matches_and_changed_model_does_not(family):
     exact = causal_model(family)
     rounded = copy.deepcopy(exact).to(torch.bfloat16)
     widened = copy.deepcopy(rounded).float()
@@ -90,40 +90,42 @@ def test_a_model_rounded_to_bf16_is_the_same_and_one_rounded_elsewhere_is_not(fa
     halves = copy.deepcopy(widened)
     halves.get_output_embeddings().to(torch.bfloat16)
     assert same_base(base_fingerprint(halves), base_fingerprint(widened)) is True
-    again = copy.deepcopy(widened)
-    changed(next(again.parameters()), 5)
-    assert same_base(base_fingerprint(again), base_fingerprint(widened)) is False
-    changed(next(rounded.parameters()), 5)
+    modified = copy.deepcopy(widened)
+    change_value(next(modified.parameters()), 5)
+    assert same_base(base_fingerprint(modified), base_fingerprint(widened)) is False
+    change_value(next(rounded.parameters()), 5)
     assert same_base(base_fingerprint(exact), base_fingerprint(rounded)) is False
 
 
 @pytest.mark.parametrize("added", [0.0, 2.0**-12, 2.0**-40])
-def test_each_type_adds_what_the_one_before_cannot_hold(added):
+def test_model_matches_itself_in_every_precision(added):
     exact = nn.ParameterDict({"scale": nn.Parameter(torch.tensor([1.0 + added], dtype=torch.float64))})
-    found = [base_fingerprint(copy.deepcopy(exact).to(d)) for d in (torch.float64, torch.float32, torch.bfloat16)]
-    assert all(same_base(one, other) for one in found for other in found)
+    fingerprints = [
+        base_fingerprint(copy.deepcopy(exact).to(d)) for d in (torch.float64, torch.float32, torch.bfloat16)
+    ]
+    assert all(same_base(first, second) for first in fingerprints for second in fingerprints)
     plain = nn.ParameterDict({"scale": nn.Parameter(torch.ones(1, dtype=torch.float64))})
-    assert same_base(base_fingerprint(plain), found[0]) is (added == 0.0)
+    assert same_base(base_fingerprint(plain), fingerprints[0]) is (added == 0.0)
 
 
-def test_replaced_parameters_count_with_their_shape_alone():
+def test_replaced_parameters_contribute_only_their_shape():
     model = causal_model("llama")
-    own = base_fingerprint(model, [model.lm_head.weight])
+    original = base_fingerprint(model, [model.lm_head.weight])
     with torch.no_grad():
         model.lm_head.weight.add_(1)
-    assert base_fingerprint(model, [model.lm_head.weight]) == own
+    assert base_fingerprint(model, [model.lm_head.weight]) == original
     model.lm_head.weight = nn.Parameter(torch.zeros(7, 32))
-    assert base_fingerprint(model, [model.lm_head.weight]) != own
+    assert base_fingerprint(model, [model.lm_head.weight]) != original
 
 
 @pytest.fixture
 def saved(tmp_path) -> Callable[..., Path]:
-    """Saves an adapter, whose base model has another fingerprint where one is given."""
+    """Return a function that saves an adapter, optionally with a given base model fingerprint."""
 
     def save(*fingerprint: str | None) -> Path:
         with pytest.MonkeyPatch.context() as patch:
             if fingerprint:
-                patch.setattr("deltaw.lora.adapt.base_fingerprint", lambda *of: fingerprint[0])
+                patch.setattr("deltaw.lora.adapt.base_fingerprint", lambda *arguments: fingerprint[0])
             model = causal_model("llama")
             attach(model, LoRAConfig(rank=2), seed=0)
             save_adapter(model, tmp_path)
@@ -132,17 +134,17 @@ def saved(tmp_path) -> Callable[..., Path]:
     return save
 
 
-def test_a_swapped_value_is_noticed_when_an_adapter_is_loaded(saved):
+def test_loading_adapter_onto_changed_model_warns(saved):
     folder = saved()
-    for place in (0, 17, -1):
-        other = causal_model("llama")
-        weight = other.model.layers[1].mlp.down_proj.weight
-        changed(weight, place % weight.numel())
+    for position in (0, 17, -1):
+        modified = causal_model("llama")
+        weight = modified.model.layers[1].mlp.down_proj.weight
+        change_value(weight, position % weight.numel())
         with pytest.warns(OtherBaseModelWarning, match="another base model"):
-            load_adapter(other, folder)
+            load_adapter(modified, folder)
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("fingerprint", [(), (None,)])
-def test_nothing_is_said_of_the_same_model_in_another_precision_or_without_a_fingerprint(fingerprint, saved):
+def test_no_warning_for_other_precision_or_without_fingerprint(fingerprint, saved):
     load_adapter(causal_model("llama").to(torch.bfloat16), saved(*fingerprint))

@@ -1,4 +1,4 @@
-"""Adapted layers against what a plain layer over the merged weight gives."""
+"""Adapted layers match a plain layer with the merged weight."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deltaw.lora.kinds import adapter_for, refusal
 from tests.lora.models import randomise
 
 
-def test_from_linear_shares_weight_and_bias_and_gives_the_layers_own_output():
+def test_from_linear_shares_parameters_and_preserves_output():
     torch.manual_seed(0)
     linear, x = nn.Linear(4, 3), torch.randn(5, 4)
     expected = linear(x)
@@ -22,7 +22,7 @@ def test_from_linear_shares_weight_and_bias_and_gives_the_layers_own_output():
     assert (layer.rank, layer.alpha, layer.scaling) == (2, 4.0, 2.0)
     assert layer.lora_A.shape == (4, 2) and layer.lora_B.shape == (2, 3)
     assert {name for name, p in layer.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
-    # A compiled kernel may add up in another order.
+    # A compiled kernel may sum in another order.
     torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-6)
 
 
@@ -35,7 +35,7 @@ def test_factors_and_magnitudes_are_fp32_unless_the_weight_is_fp64(dtype):
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda: LoRALinear(4, 3, rank=0), "rank"),
         (lambda: LoRALinear(4, 3, rank=2, dropout=1.0), "dropout"),
@@ -44,12 +44,12 @@ def test_factors_and_magnitudes_are_fp32_unless_the_weight_is_fp64(dtype):
         (lambda: LoRAEmbedding.from_embedding(nn.Embedding(4, 3, max_norm=1.0), 2), "max_norm"),
     ],
 )
-def test_settings_that_cannot_be_used_are_refused(make, said):
-    with pytest.raises(UserError, match=said):
+def test_invalid_settings_are_rejected(make, message):
+    with pytest.raises(UserError, match=message):
         make()
 
 
-def test_dropout_is_for_training_only():
+def test_dropout_is_active_only_in_training():
     layer = LoRALinear(4, 3, 2, dropout=0.5)
     randomise(layer)
     x = torch.randn(5, 4)
@@ -58,7 +58,7 @@ def test_dropout_is_for_training_only():
     assert torch.equal(layer(x), layer(x))
 
 
-def test_embedding_equals_one_with_the_merged_table():
+def test_embedding_matches_merged_table():
     torch.manual_seed(0)
     base = nn.Embedding(7, 4, padding_idx=2)
     layer = LoRAEmbedding.from_embedding(base, 2, 4.0)
@@ -71,7 +71,7 @@ def test_embedding_equals_one_with_the_merged_table():
     assert torch.equal(layer.merged_weight()[2], base.weight[2])
 
 
-def test_a_scale_that_the_base_layer_does_not_use_is_not_used_either():
+def test_scale_that_base_layer_ignores_is_ignored():
     base = nn.Embedding(7, 4)
     base.embed_scale = 5.0
     ids = torch.tensor([1, 2])
@@ -92,7 +92,7 @@ _CONVS = [
 
 
 @pytest.mark.parametrize(("kind", "size", "options"), _CONVS)
-def test_a_convolution_equals_one_with_the_merged_kernel(kind, size, options):
+def test_convolution_matches_merged_kernel(kind, size, options):
     torch.manual_seed(0)
     base = kind(4, 8, 3, dtype=torch.float64, **options)
     x = torch.randn(2, 4, *size, dtype=torch.float64)
@@ -108,7 +108,7 @@ def test_a_convolution_equals_one_with_the_merged_kernel(kind, size, options):
 
 
 def _dense_kernel(conv: nn.Module) -> torch.Tensor:
-    """The kernel of the convolution without groups that computes the same."""
+    """Return the kernel of the equivalent convolution without groups."""
     groups, out = conv.groups, conv.out_channels // conv.groups
     wide = torch.zeros(conv.out_channels, conv.in_channels, *conv.kernel_size, dtype=conv.weight.dtype)
     for g in range(groups):
@@ -118,7 +118,7 @@ def _dense_kernel(conv: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", [LoRAConv1d, LoRAConv2d, LoRAConv3d])
-def test_convolutions_have_right_derivatives(kind):
+def test_convolutions_pass_gradcheck(kind):
     torch.manual_seed(0)
     layer = kind(2, 4, 2, rank=2, groups=2, padding=1, dtype=torch.float64)
     randomise(layer)
@@ -157,18 +157,18 @@ def _quantized() -> nn.Linear:
 
 
 @pytest.mark.parametrize(
-    ("module", "why"),
+    ("module", "reason"),
     [
         (nn.LayerNorm(3), "a LayerNorm, neither"),
         (nn.ConvTranspose1d(2, 2, 2), "a ConvTranspose1d, neither"),
         (nn.MultiheadAttention(4, 2, kdim=3), ""),
         (LoRALinear(2, 2, 1), "already"),
         (nn.LazyLinear(3), ""),
-        (_OddEmbedding(4, 3), "_OddEmbedding has a forward"),
+        (_OddEmbedding(4, 3), "_OddEmbedding overrides forward"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), "parametrization"),
         (_patched(), "replaced"),
         (_quantized(), "int8"),
     ],
 )
-def test_other_modules_have_a_reason_for_being_refused(module, why):
-    assert why in str(refusal(module)) and refusal(module)
+def test_unsupported_modules_have_a_reason(module, reason):
+    assert reason in str(refusal(module)) and refusal(module)

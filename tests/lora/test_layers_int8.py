@@ -1,4 +1,4 @@
-"""Layers with int8-quantized weights: ``Conv1D`` as the linear layer it stands for, adapters, refusals."""
+"""Layers with int8-quantized weights: ``Conv1D`` matches the linear layer, adapters, and rejected settings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.lora.models import inputs, randomise, tiny
 
 
 def pair(columns: bool = False) -> tuple[Int8Conv1D, Int8Linear]:
-    """A ``Conv1D`` in int8, and the linear layer of the transposed weight in int8."""
+    """Create an int8 ``Conv1D`` and the int8 linear layer of the transposed weight."""
     torch.manual_seed(0)
     conv = Conv1D(24, 36)
     nn.init.normal_(conv.bias)
@@ -40,28 +40,28 @@ def adapted_pair(columns: bool) -> tuple[LoRAConv1D, LoRALinear]:
     layers = LoRAConv1D.from_conv1d(conv, 4, 8.0), LoRALinear.from_linear(linear, 4, 8.0)
     generator = torch.Generator().manual_seed(1)
     for name in ("lora_A", "lora_B"):
-        one, other = (getattr(layer, name).data for layer in layers)
-        other.copy_(one.normal_(generator=generator))
+        first, second = (getattr(layer, name).data for layer in layers)
+        second.copy_(first.normal_(generator=generator))
     return layers
 
 
 @pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.parametrize("adapter", [False, True])
-def test_a_conv1d_is_the_linear_layer_of_the_transposed_weight(adapter, columns):
+def test_int8_conv1d_matches_linear_of_transposed_weight(adapter, columns):
     layers = adapted_pair(columns) if adapter else pair(columns)
     x = torch.randn(2, 5, 36, generator=torch.Generator().manual_seed(2))
-    found = []
+    results = []
     for layer in layers:
         leaf = x.clone().requires_grad_()
         y = layer(leaf)
         trained = [p for p in layer.parameters() if p.requires_grad]
         assert len(trained) == (2 if adapter else 0)
-        found.append([y, *torch.autograd.grad(y.square().sum(), [leaf, *trained])])
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
-    assert found[0][0].shape == (2, 5, 24)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [leaf, *trained])])
+    assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
+    assert results[0][0].shape == (2, 5, 24)
 
 
-def test_it_keeps_the_weight_of_the_conv1d_as_near_as_int8_can():
+def test_int8_conv1d_error_is_within_rounding():
     torch.manual_seed(0)
     conv = Conv1D(24, 36)
     weight = conv.weight.detach().clone()
@@ -75,20 +75,20 @@ def test_it_keeps_the_weight_of_the_conv1d_as_near_as_int8_can():
     assert is_conv1d(layer) and refusal(layer) is None and "nf=24" in repr(layer)
 
 
-def int8_of(family: str) -> nn.Module:
+def quantized_model(family: str) -> nn.Module:
     model = tiny(family)
     batch = inputs(family)
     report = quantize_int8(model.base_model, lambda: model(**batch))
-    assert report.layers and not report.kept, str(report)
+    assert report.layers and not report.unquantized, str(report)
     return model
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("settings", [{}, {"lora_bias": True}], ids=["", "lora_bias"])
-def test_an_adapter_of_int8_weights_is_the_file_of_plain_ones_and_merges_there(family, settings, tmp_path):
+def test_adapter_file_is_identical_with_int8_base_and_merges_into_plain_base(family, settings, tmp_path):
     targets = ["c_attn", "c_proj", "c_fc"] if family == "gpt2" else ["q_proj", "up_proj"]
     config = LoRAConfig(rank=4, alpha=8, target_modules=targets, **settings)
-    plain, int8 = tiny(family), int8_of(family)
+    plain, int8 = tiny(family), quantized_model(family)
     untouched = copy.deepcopy(plain)
     for name, model in (("plain", plain), ("int8", int8)):
         attach(model, config, seed=3)
@@ -116,8 +116,8 @@ def test_an_adapter_of_int8_weights_is_the_file_of_plain_ones_and_merges_there(f
 
 
 @pytest.mark.parametrize(("family", "target"), [("gpt2", "c_attn"), ("llama", "q_proj")])
-def test_what_needs_the_weights_own_values_is_refused_before_anything_changes(family, target):
-    model = int8_of(family)
+def test_settings_that_need_exact_weights_raise_before_changes(family, target):
+    model = quantized_model(family)
     for settings in ({"dora": True}, {"init": "pissa"}, {"init": "olora"}):
         with pytest.raises(UserError, match="int8-quantized"):
             attach(model, LoRAConfig(rank=4, target_modules=[target], **settings))

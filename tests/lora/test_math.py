@@ -1,4 +1,4 @@
-"""The closed forms against their reference implementation, and against what torch demands of a function."""
+"""The closed forms match their reference implementation and support autograd, ``torch.func`` and ``torch.compile``."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ from deltaw.lora.math_dora import BLOCK, base_squares, dora_linear, dora_linear_
 
 
 def _operands(
-    shape: tuple[int, ...], out: int, rank: int, dtype: torch.dtype, seed: int = 0, *, of: str = "plain"
+    shape: tuple[int, ...], out: int, rank: int, dtype: torch.dtype, seed: int = 0, *, kind: str = "plain"
 ) -> dict[str, Tensor]:
-    """The operands of a closed form: of a plain update, or of DoRA."""
-    draw = torch.Generator().manual_seed(seed)
+    """Create the operands of a closed form, for a plain update or DoRA."""
+    generator = torch.Generator().manual_seed(seed)
     factor = torch.float64 if dtype == torch.float64 else torch.float32
     sizes = {"x": shape, "weight": (out, shape[-1]), "bias": (out,), "lora_A": (shape[-1], rank), "lora_B": (rank, out)}
-    sizes |= {"magnitude": (out,), "norm": (out,)} if of == "dora" else {}
-    made = {k: torch.randn(s, generator=draw, dtype=torch.float64) for k, s in sizes.items()}
-    made = {k: t.to(dtype if k in ("x", "weight", "bias") else factor) for k, t in made.items()}
-    if of == "dora":
-        made["norm"] = made["norm"].abs() + 0.5
-    return {k: t if k in ("weight", "norm") else t.requires_grad_() for k, t in made.items()}
+    sizes |= {"magnitude": (out,), "norm": (out,)} if kind == "dora" else {}
+    operands = {k: torch.randn(s, generator=generator, dtype=torch.float64) for k, s in sizes.items()}
+    operands = {k: t.to(dtype if k in ("x", "weight", "bias") else factor) for k, t in operands.items()}
+    if kind == "dora":
+        operands["norm"] = operands["norm"].abs() + 0.5
+    return {k: t if k in ("weight", "norm") else t.requires_grad_() for k, t in operands.items()}
 
 
 def _gradients(y: Tensor, operands: dict[str, Tensor]) -> list[Tensor]:
     seed = torch.Generator().manual_seed(1)
-    toward = torch.randn(y.shape, generator=seed, dtype=torch.float64).to(y.dtype)
-    wanted = [t for t in operands.values() if t.requires_grad]
-    return list(torch.autograd.grad(y, wanted, toward))
+    grad_output = torch.randn(y.shape, generator=seed, dtype=torch.float64).to(y.dtype)
+    inputs = [t for t in operands.values() if t.requires_grad]
+    return list(torch.autograd.grad(y, inputs, grad_output))
 
 
 CALLS = {"plain": linear, "dora": dora_linear}
 
 
 def _reference(
-    of: str, operands: dict[str, Tensor], scaling: float, mask: Tensor | None, keep: float, in_out: bool
+    kind: str, operands: dict[str, Tensor], scaling: float, mask: Tensor | None, keep: float, in_out: bool
 ) -> Tensor:
-    if of == "dora":
+    if kind == "dora":
         return dora_linear_reference(*operands.values(), scaling, mask, keep, in_out)
     return linear_reference(*operands.values(), scaling / keep, mask, in_out)
 
 
-@pytest.mark.parametrize("of", CALLS)
+@pytest.mark.parametrize("kind", CALLS)
 @settings(max_examples=40, deadline=None)
 @given(
     leading=st.lists(st.integers(0, 4), max_size=3),
@@ -59,27 +59,27 @@ def _reference(
     dropout=st.sampled_from([0.0, 0.4]),
     seed=st.integers(0, 99),
 )
-def test_a_closed_form_equals_its_reference_for_any_shape(of, leading, n_in, n_out, rank, in_out, dropout, seed):
-    operands = _operands((*leading, n_in), n_out, rank, torch.float64, seed, of=of)
+def test_closed_form_matches_reference_for_any_shape(kind, leading, n_in, n_out, rank, in_out, dropout, seed):
+    operands = _operands((*leading, n_in), n_out, rank, torch.float64, seed, kind=kind)
     if in_out:
         operands["weight"] = operands["weight"].t().contiguous()
     torch.manual_seed(seed)
-    y = CALLS[of](*operands.values(), 0.7, dropout, weight_is_in_out=in_out)
+    y = CALLS[kind](*operands.values(), 0.7, dropout, weight_is_in_out=in_out)
     torch.manual_seed(seed)
     mask = torch.empty_like(operands["x"], dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
-    reference = _reference(of, operands, 0.7, mask, 1 - dropout, in_out)
+    reference = _reference(kind, operands, 0.7, mask, 1 - dropout, in_out)
     assert y.shape == (*leading, n_out)
     torch.testing.assert_close(y, reference)
     for ours, theirs in zip(_gradients(y, operands), _gradients(reference, operands), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("of", CALLS)
+@pytest.mark.parametrize("kind", CALLS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_a_closed_form_equals_its_reference_in_every_type(of, dtype):
-    operands = _operands((3, 5, 8), 6, 4, dtype, of=of)
-    y, reference = CALLS[of](*operands.values(), 0.5), _reference(of, operands, 0.5, None, 1.0, False)
-    half = {"atol": 0.15 if of == "plain" else 0.25, "rtol": 0.05}
+def test_closed_form_matches_reference_in_every_dtype(kind, dtype):
+    operands = _operands((3, 5, 8), 6, 4, dtype, kind=kind)
+    y, reference = CALLS[kind](*operands.values(), 0.5), _reference(kind, operands, 0.5, None, 1.0, False)
+    half = {"atol": 0.15 if kind == "plain" else 0.25, "rtol": 0.05}
     tolerance = half if dtype in (torch.bfloat16, torch.float16) else {}
     torch.testing.assert_close(y, reference, **tolerance)
     for ours, theirs in zip(_gradients(y, operands), _gradients(reference, operands), strict=True):
@@ -88,24 +88,24 @@ def test_a_closed_form_equals_its_reference_in_every_type(of, dtype):
 
 
 @pytest.mark.each_pair
-@pytest.mark.parametrize("of", CALLS)
+@pytest.mark.parametrize("kind", CALLS)
 @pytest.mark.parametrize("in_out", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_a_closed_form_has_right_first_and_second_derivatives_under_one_mask(of, in_out, dropout):
-    operands = _operands((2, 3), 3, 2, torch.float64, of=of)
+def test_closed_form_passes_gradcheck_and_gradgradcheck(kind, in_out, dropout):
+    operands = _operands((2, 3), 3, 2, torch.float64, kind=kind)
     if in_out:
         operands["weight"] = operands["weight"].t().contiguous()
     trained = [name for name, t in operands.items() if t.requires_grad]
 
-    def call(*given: Tensor) -> Tensor:
+    def call(*tensors: Tensor) -> Tensor:
         torch.manual_seed(3)
-        return CALLS[of](*{**operands, **dict(zip(trained, given, strict=True))}.values(), 1.3, dropout, in_out)
+        return CALLS[kind](*{**operands, **dict(zip(trained, tensors, strict=True))}.values(), 1.3, dropout, in_out)
 
     assert torch.autograd.gradcheck(call, tuple(operands[name] for name in trained))
     assert torch.autograd.gradgradcheck(call, tuple(operands[name] for name in trained))
 
 
-def test_embedding_has_right_first_and_second_derivatives():
+def test_embedding_passes_gradcheck_and_gradgradcheck():
     torch.manual_seed(0)
     ids = torch.tensor([[1, 2, 3], [3, 3, 0]])
     weight, *factors = (torch.randn(*shape, dtype=torch.float64) for shape in ((4, 3), (4, 2), (2, 3)))
@@ -121,7 +121,7 @@ def test_embedding_has_right_first_and_second_derivatives():
 @pytest.mark.parametrize("scale", [None, 2.5, torch.tensor(5.7)])
 @pytest.mark.parametrize("padding_idx", [None, 3])
 @pytest.mark.parametrize("by_frequency", [False, True])
-def test_embedding_equals_its_reference(scale, padding_idx, by_frequency):
+def test_embedding_matches_reference(scale, padding_idx, by_frequency):
     torch.manual_seed(0)
     ids = torch.tensor([[1, 2, 3], [3, 3, 0]])
     weight = torch.randn(6, 5)
@@ -136,12 +136,12 @@ def test_embedding_equals_its_reference(scale, padding_idx, by_frequency):
 
 
 LAYERS = {"plain": LoRALinear, "dora": DoRALinear}
-each_layer = pytest.mark.parametrize("of", LAYERS)
+each_layer = pytest.mark.parametrize("kind", LAYERS)
 
 
-def _layer(dtype: torch.dtype = torch.float32, of: str = "plain", **options: float) -> LoRALinear:
+def _layer(dtype: torch.dtype = torch.float32, kind: str = "plain", **options: float) -> LoRALinear:
     torch.manual_seed(0)
-    layer = LAYERS[of](8, 6, 3, alpha=6, bias=True, dtype=dtype, **options)
+    layer = LAYERS[kind](8, 6, 3, alpha=6, bias=True, dtype=dtype, **options)
     nn.init.normal_(layer.lora_B)
     return layer
 
@@ -150,18 +150,18 @@ def _gradients_of(layer: LoRALinear) -> list[Tensor]:
     return [getattr(layer, name).grad.clone() for name in layer.trained]
 
 
-def test_only_input_narrow_product_and_factors_are_kept_for_backward():
+def test_backward_saves_only_input_narrow_product_and_factors():
     layer = _layer()
     x = torch.randn(5, 7, 8, requires_grad=True)
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(x)
-    known = {t.data_ptr() for t in (x, layer.lora_A, layer.lora_B, layer.weight)}
-    others = [t for t in kept if t.data_ptr() not in known]
-    assert [tuple(t.shape) for t in others] == [(35, 3)]
+    input_pointers = {t.data_ptr() for t in (x, layer.lora_A, layer.lora_B, layer.weight)}
+    intermediates = [t for t in saved if t.data_ptr() not in input_pointers]
+    assert [tuple(t.shape) for t in intermediates] == [(35, 3)]
 
 
-def test_gradients_are_those_of_what_is_trained_and_no_others():
+def test_only_trainable_tensors_get_gradients():
     layer, x = _layer(), torch.randn(4, 8)
     layer.lora_A.requires_grad_(False)
     layer(x).sum().backward()
@@ -175,7 +175,7 @@ def test_gradients_are_those_of_what_is_trained_and_no_others():
     assert torch.equal(half.bias.grad, torch.full((6,), 4.0, dtype=torch.bfloat16))
 
 
-def test_non_contiguous_input_and_gradient():
+def test_non_contiguous_input_and_gradient_match_reference():
     layer = _layer(torch.float64)
     x = torch.randn(8, 5, 3, dtype=torch.float64).permute(1, 2, 0).requires_grad_(True)
     y = layer(x)
@@ -184,20 +184,20 @@ def test_non_contiguous_input_and_gradient():
     torch.testing.assert_close(ours, torch.autograd.grad(reference.transpose(0, 1).pow(2).sum(), x)[0])
 
 
-def test_output_may_be_changed_in_place():
+def test_in_place_change_of_output_is_allowed():
     layer, plain, x = _layer(), _layer(), torch.randn(2, 3, 8)
     torch.relu_(layer(x)).sum().backward()
     torch.relu(plain(x)).sum().backward()
     torch.testing.assert_close(layer.lora_A.grad, plain.lora_A.grad)
 
 
-def test_a_type_that_does_not_fit_raises_as_in_nn_linear():
+def test_dtype_mismatch_raises_as_in_nn_linear():
     with pytest.raises(RuntimeError, match="dtype"):
         _layer(torch.bfloat16)(torch.randn(4, 8))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_computes_in_the_autocast_type(dtype):
+def test_autocast_sets_output_dtype(dtype):
     layer = _layer()
     x = torch.randn(4, 8, requires_grad=True)
     with torch.autocast("cpu", dtype):
@@ -212,8 +212,8 @@ def test_autocast_computes_in_the_autocast_type(dtype):
 @each_layer
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_activation_checkpointing_gives_the_same_gradients(of, reentrant, dropout):
-    layer = _layer(of=of, dropout=dropout)
+def test_activation_checkpointing_gradients_are_identical(kind, reentrant, dropout):
+    layer = _layer(kind=kind, dropout=dropout)
     x = torch.randn(4, 8, requires_grad=True)
     grads = []
     for wrapped in (False, True):
@@ -225,35 +225,35 @@ def test_activation_checkpointing_gives_the_same_gradients(of, reentrant, dropou
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_a_kept_graph_can_be_gone_through_twice():
+def test_retained_graph_supports_second_backward():
     layer = _layer()
     y = layer(torch.randn(4, 8)).sum()
     y.backward(retain_graph=True)
-    once = layer.lora_A.grad.clone()
+    first = layer.lora_A.grad.clone()
     y.backward()
-    torch.testing.assert_close(layer.lora_A.grad, 2 * once)
+    torch.testing.assert_close(layer.lora_A.grad, 2 * first)
 
 
 @each_layer
-def test_torch_func_gives_gradients_per_example(of):
-    layer = _layer(of=of)
-    given = {name: getattr(layer, name).detach() for name in layer.trained}
+def test_torch_func_computes_per_example_gradients(kind):
+    layer = _layer(kind=kind)
+    factors = {name: getattr(layer, name).detach() for name in layer.trained}
     x = torch.randn(5, 8)
 
-    def loss(given: dict[str, Tensor], row: Tensor) -> Tensor:
-        return functional_call(layer, given, (row,)).pow(2).sum()
+    def loss(parameters: dict[str, Tensor], row: Tensor) -> Tensor:
+        return functional_call(layer, parameters, (row,)).pow(2).sum()
 
-    each = vmap(grad(loss), (None, 0))(given, x)
+    per_example = vmap(grad(loss), (None, 0))(factors, x)
     layer(x).pow(2).sum().backward()
     for name in layer.trained:
-        torch.testing.assert_close(each[name].sum(0), getattr(layer, name).grad)
+        torch.testing.assert_close(per_example[name].sum(0), getattr(layer, name).grad)
 
 
 @pytest.mark.each_value
 @each_layer
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_compiled_without_a_break_in_the_graph(of, dropout):
-    layer = _layer(of=of, dropout=dropout)
+def test_layer_compiles_without_graph_break(kind, dropout):
+    layer = _layer(kind=kind, dropout=dropout)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x = torch.randn(4, 8)
     compiled(x).pow(2).sum().backward()
@@ -267,7 +267,7 @@ def test_compiled_without_a_break_in_the_graph(of, dropout):
     torch.testing.assert_close(ours, _gradients_of(layer))
 
 
-def test_a_compiled_embedding_equals_the_eager_one():
+def test_compiled_embedding_matches_eager():
     torch.manual_seed(0)
     layer = LoRAEmbedding(9, 4, 2)
     nn.init.normal_(layer.lora_B)
@@ -278,15 +278,15 @@ def test_a_compiled_embedding_equals_the_eager_one():
     assert layer.lora_A.grad[8].abs().sum() > 0 and layer.lora_A.grad[5].abs().sum() == 0
 
 
-# ---- The norm of DoRA
+# ---- Norm of DoRA
 
 
 @settings(max_examples=25, deadline=None)
 @given(n_in=st.integers(1, 40), n_out=st.integers(1, 40), rank=st.integers(1, 8), block=st.sampled_from([10, BLOCK]))
-def test_the_norm_needs_no_dense_update_and_may_be_taken_block_by_block(n_in, n_out, rank, block):
-    draw = torch.Generator().manual_seed(n_in)
-    weight = torch.randn(n_out, n_in, generator=draw)
-    lora_A, lora_B = torch.randn(n_in, rank, generator=draw), torch.randn(rank, n_out, generator=draw)
+def test_blockwise_norm_matches_dense_norm(n_in, n_out, rank, block):
+    generator = torch.Generator().manual_seed(n_in)
+    weight = torch.randn(n_out, n_in, generator=generator)
+    lora_A, lora_B = torch.randn(n_in, rank, generator=generator), torch.randn(rank, n_out, generator=generator)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("deltaw.lora.math_dora.BLOCK", block)
         for stored in (weight, weight.bfloat16()):

@@ -1,4 +1,4 @@
-"""Merging: one rounding, and back to the bit."""
+"""Merging rounds once, and unmerging is bit-exact."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.lora.models import FAMILIES, logits, randomise, tiny
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_fresh_adapter_and_merging_keep_the_outputs_and_unmerging_every_bit(family):
+def test_attach_and_merge_preserve_outputs_and_unmerge_is_bit_exact(family):
     model = tiny(family)
     base = logits(model, family)
     attach(model, LoRAConfig(rank=4, rslora=True))
@@ -40,23 +40,23 @@ def test_a_fresh_adapter_and_merging_keep_the_outputs_and_unmerging_every_bit(fa
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
     seed=st.integers(0, 9),
 )
-def test_the_merged_weight_is_rounded_once(n_in, n_out, rank, dtype, seed):
+def test_merged_weight_is_rounded_once(n_in, n_out, rank, dtype, seed):
     torch.manual_seed(seed)
     layer = LoRALinear(n_in, n_out, rank, alpha=3.0, dtype=dtype)
     nn.init.normal_(layer.lora_B)
     exact = layer.weight.double() + layer.scaling * (layer.lora_A.double() @ layer.lora_B.double()).t()
     merged = layer.merged_weight()
     assert merged.dtype == dtype
-    # Half a unit in the last place of the type, and what fp32 sums may add to it.
+    # Half a unit in the last place of the dtype, plus the error of fp32 sums.
     unit = torch.finfo(dtype).eps / 2
     slack = 1e-5 if dtype != torch.float64 else 1e-13
     assert torch.all((merged.double() - exact).abs() <= unit * exact.abs() + slack * (1 + exact.abs()))
     if dtype in (torch.bfloat16, torch.float16):
-        # A sum that lies halfway between two numbers may go either way.
+        # A sum halfway between two numbers may be rounded up or down.
         assert (merged != exact.to(dtype)).sum() <= max(2, 0.02 * exact.numel())
 
 
-def test_a_grouped_convolution_is_refused_before_anything_changes():
+def test_merging_grouped_convolution_raises_before_changes():
     model = nn.ModuleDict({"lin": nn.Linear(4, 4), "conv": nn.Conv1d(4, 4, 1, groups=2)})
     attach(model, LoRAConfig(rank=2, target_modules=["lin", "conv"]))
     randomise(model)
@@ -67,7 +67,7 @@ def test_a_grouped_convolution_is_refused_before_anything_changes():
 
 
 @pytest.mark.parametrize("target", ["wte", "lm_head"])
-def test_a_tied_weight_is_refused_before_anything_changes(target):
+def test_merging_tied_weight_raises_before_changes(target):
     model = tiny("gpt2")
     attach(model, LoRAConfig(rank=2, target_modules=[target, "c_attn"]))
     randomise(model)
@@ -78,7 +78,7 @@ def test_a_tied_weight_is_refused_before_anything_changes(target):
 
 
 @pytest.mark.parametrize("keep_original", [True, False])
-def test_a_sum_that_is_not_finite_is_refused_before_anything_changes(keep_original):
+def test_merging_non_finite_sum_raises_before_changes(keep_original):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).half()
     attach(model, LoRAConfig(rank=2))
     randomise(model)
@@ -90,7 +90,7 @@ def test_a_sum_that_is_not_finite_is_refused_before_anything_changes(keep_origin
     assert torch.equal(model[0].weight, before) and not model[0].merged
 
 
-def test_merging_twice_and_unmerging_what_is_not_merged_are_refused():
+def test_merging_twice_and_unmerging_unmerged_model_raise():
     model = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(UserError, match="no adapter"):
         merge(model)
@@ -109,7 +109,7 @@ def test_merging_twice_and_unmerging_what_is_not_merged_are_refused():
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_a_merged_model_whose_start_changed_weights_still_knows_its_base(init):
+def test_merged_model_with_weight_changing_init_restores_base(init):
     model = tiny("llama")
     base = logits(model, "llama")
     attach(model, LoRAConfig(rank=4, init=init))

@@ -1,4 +1,4 @@
-"""The same factors in PEFT 0.21 and here: outputs, gradients, training steps, starts."""
+"""Outputs, gradients, training steps and initial factors match PEFT 0.21."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from tests.lora.models import (
     FAMILIES,
     KINDS,
     EveryKind,
+    all_kinds_and_peft,
+    check_ten_steps,
     copy_to_peft,
-    every_kind_and_pefts,
     factor_pairs,
     inputs,
-    ours_and_pefts,
+    ours_and_peft,
     ours_as_peft,
     peft_factors,
-    relative,
-    ten_steps,
+    relative_error,
     tiny,
     with_peft,
 )
@@ -43,47 +43,47 @@ def _loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         ("bert", {"dora": True, "rslora": True}),
     ],
 )
-def test_outputs_gradients_and_ten_steps_equal_pefts(family, variant):
+def test_outputs_gradients_and_ten_steps_match_peft(family, variant):
     targets = _TARGETS.get(family, "all-linear")
-    ours, theirs = ours_and_pefts(tiny(family), LoRAConfig(rank=4, alpha=8, target_modules=targets, **variant))
+    ours, theirs = ours_and_peft(tiny(family), LoRAConfig(rank=4, alpha=8, target_modules=targets, **variant))
     batch = inputs(family)
     torch.testing.assert_close(ours(**batch).logits, theirs(**batch).logits, atol=1e-5, rtol=1e-5)
     for model in (ours, theirs):
         _loss(model, batch).backward()
-    for name, mine, other in factor_pairs(ours, theirs):
-        difference = (ours_as_peft(mine.grad) - other.grad).norm()
-        assert difference <= 1e-4 * max(float(other.grad.norm()), 1e-6), name
-    ten_steps(ours, theirs, lambda model: _loss(model, batch))
+    for name, factor, their_factor in factor_pairs(ours, theirs):
+        difference = (ours_as_peft(factor.grad) - their_factor.grad).norm()
+        assert difference <= 1e-4 * max(float(their_factor.grad.norm()), 1e-6), name
+    check_ten_steps(ours, theirs, lambda model: _loss(model, batch))
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_a_start_that_changes_weights_is_pefts_and_so_are_ten_steps_from_there(init):
+def test_weight_changing_init_and_ten_steps_match_peft(init):
     base = tiny("llama")
     theirs = with_peft(base, init_lora_weights=init, r=4, lora_alpha=8, target_modules="all-linear").eval()
     attach(ours := copy.deepcopy(base), LoRAConfig(rank=4, alpha=8, init=init))
     with torch.no_grad():
         for name, (their_A, their_B) in peft_factors(theirs).items():
             layer, base_layer = ours.get_submodule(name), theirs.base_model.model.get_submodule(name).base_layer
-            assert relative(layer.lora_A @ layer.lora_B, (their_B @ their_A).t()) <= 1e-4, name
+            assert relative_error(layer.lora_A @ layer.lora_B, (their_B @ their_A).t()) <= 1e-4, name
             if init == "olora":  # PiSSA's signs are free
                 torch.testing.assert_close(layer.lora_A.t(), their_A)
-            assert relative(base_layer.weight, layer.weight) <= 1e-4
+            assert relative_error(base_layer.weight, layer.weight) <= 1e-4
             base_layer.weight.copy_(layer.weight)
-    # Singular vectors close to each other turn with the last bit of W: from the same factors on, then.
+    # Singular vectors of close singular values depend on the last bit of W, so both train from the same factors.
     copy_to_peft(ours, theirs)
     batch = inputs("llama")
-    ten_steps(ours, theirs, lambda model: _loss(model, batch))
-    assert relative(ours(**batch).logits, theirs(**batch).logits) <= 1e-5
+    check_ten_steps(ours, theirs, lambda model: _loss(model, batch))
+    assert relative_error(ours(**batch).logits, theirs(**batch).logits) <= 1e-5
 
 
-def test_every_kind_of_layer_equals_pefts_through_ten_steps():
-    ours, theirs, ids = every_kind_and_pefts()
+def test_all_layer_kinds_match_peft_for_ten_steps():
+    ours, theirs, ids = all_kinds_and_peft()
     torch.testing.assert_close(ours(ids), theirs(ids), atol=1e-5, rtol=1e-5)
-    ten_steps(ours, theirs, lambda model: model(ids).pow(2).mean(), 1e-2)
+    check_ten_steps(ours, theirs, lambda model: model(ids).pow(2).mean(), 1e-2)
 
 
 @pytest.mark.parametrize(
-    ("of", "init"),
+    ("kind", "init"),
     [
         ("llama", "uniform"),
         ("gpt2", "gaussian"),
@@ -93,21 +93,21 @@ def test_every_kind_of_layer_equals_pefts_through_ten_steps():
         ("every kind", "uniform"),
     ],
 )
-def test_one_seed_starts_the_factors_as_pefts(of, init):
+def test_initial_factors_match_peft_for_equal_seeds(kind, init):
     torch.manual_seed(0)
-    base = EveryKind() if of == "every kind" else tiny(of)
-    targets = [*KINDS, "grouped"] if of == "every kind" else _TARGETS.get(of, "all-linear")
+    base = EveryKind() if kind == "every kind" else tiny(kind)
+    targets = [*KINDS, "grouped"] if kind == "every kind" else _TARGETS.get(kind, "all-linear")
     torch.manual_seed(11)
     theirs = with_peft(base, r=4, target_modules=targets, init_lora_weights=True if init == "uniform" else init)
     torch.manual_seed(11)
     attach(base, LoRAConfig(rank=4, target_modules=targets, init=init))
-    for name, mine, other in factor_pairs(base, theirs):
-        if name != "embed":  # whose factors PEFT draws otherwise
+    for name, factor, their_factor in factor_pairs(base, theirs):
+        if name != "embed":  # PEFT initializes its factors differently
             rounded = {"rtol": 1e-5, "atol": 1e-7} if init == "orthogonal" else {"rtol": 0, "atol": 0}
-            torch.testing.assert_close(ours_as_peft(mine), other, **rounded)
+            torch.testing.assert_close(ours_as_peft(factor), their_factor, **rounded)
 
 
-def test_the_seed_of_attach_is_torchs_seed():
+def test_attach_seed_equals_torch_seed():
     first, second = tiny("llama"), tiny("llama")
     torch.manual_seed(3)
     attach(first, LoRAConfig(rank=4))

@@ -1,4 +1,4 @@
-"""Parameters, rows of tokens, a bias on B and nn.MultiheadAttention, compared with PEFT."""
+"""Adapted parameters, token rows, a bias on B and ``nn.MultiheadAttention`` match PEFT."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from deltaw.lora import (
 )
 from tests.lora.models import VOCABULARY, mixture, perturb, tiny, with_peft
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of PEFT, about what it does not know of these models
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns about unknown model types
 
 
 class _Attention(nn.Module):
@@ -54,7 +54,7 @@ class _Encoder(nn.Sequential):
 
 
 class _Stack(nn.Module):
-    """A module with parameters of both kinds and a layer below it, called as a whole."""
+    """A module with parameters of two and three dimensions and a child layer."""
 
     def __init__(self, is_transposed: bool = False, experts: int = 3) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class _Mixed(nn.Module):
 
 
 class _Case(NamedTuple):
-    """A model, our settings, and PEFT's where they have other names."""
+    """A model factory, our settings, and PEFT's settings if they have other names."""
 
     make: Callable[[], nn.Module]
     ours: dict[str, object]
@@ -105,7 +105,11 @@ def _mixtral() -> nn.Module:
 
 _UP, _DOWN = "experts.gate_up_proj", "experts.down_proj"
 _RANKS = {"rank_pattern": {r"layers\.1\..*down_proj": 2, "q_proj": 6}, "alpha_pattern": {_DOWN: 5.0}}
-_THREE = {"target_parameters": ["first", "stack.second", "stack.third"], "bias": "all", "train_modules": ["conv"]}
+_THREE_PARAMETERS = {
+    "target_parameters": ["first", "stack.second", "stack.third"],
+    "bias": "all",
+    "train_modules": ["conv"],
+}
 _QWEN = {"target_parameters": [_UP, _DOWN, "mlp.gate.weight"], "rslora": True}
 _GAUSSIAN = {"init_lora_weights": "gaussian"}
 _BIAS = {"lora_bias": True}
@@ -126,7 +130,9 @@ _CASES = {
     "a linear layer's weight": _Case(
         lambda: tiny("llama"), {"target_modules": [], "target_parameters": ["mlp.up_proj.weight"]}
     ),
-    "three parameters": _Case(_Mixed, {"target_modules": ["inner", "nobias"], **_THREE}, {"modules_to_save": ["conv"]}),
+    "three parameters": _Case(
+        _Mixed, {"target_modules": ["inner", "nobias"], **_THREE_PARAMETERS}, {"modules_to_save": ["conv"]}
+    ),
     "experts in-out": _Case(
         lambda: _Mixed(True), {"target_modules": ["nobias"], "target_parameters": ["first", "second"]}
     ),
@@ -155,15 +161,15 @@ _RENAMED = ("rslora", "init", "train_modules")
 
 
 def _output(model: nn.Module, base: nn.Module, seed: int = 100) -> Tensor:
-    draw = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     if type(base).__name__.startswith("ViT"):
-        return model(pixel_values=torch.randn(2, 3, 16, 16, generator=draw)).logits
-    output = model(input_ids=torch.randint(3, 13, (2, 9), generator=draw))
+        return model(pixel_values=torch.randn(2, 3, 16, 16, generator=generator)).logits
+    output = model(input_ids=torch.randint(3, 13, (2, 9), generator=generator))
     return output if isinstance(output, Tensor) else output.logits
 
 
 def _pair(case: _Case) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """The base model, ours and PEFT's adapter on copies of it, initialized by one seed."""
+    """Return the base model, and our adapter and PEFT's on copies of it, initialized with one seed."""
     torch.manual_seed(0)
     base = case.make().eval()
     attach(ours := copy.deepcopy(base), case.config, seed=3)
@@ -174,12 +180,12 @@ def _pair(case: _Case) -> tuple[nn.Module, nn.Module, nn.Module]:
 
 
 def _no_fast_path(theirs: nn.Module, base: nn.Module) -> nn.Module:
-    """In eval mode torch's encoder passes PEFT's adapter by; the model in question has no dropout."""
+    """Put an encoder in train mode, because torch's fast path ignores PEFT's adapter. The model has no dropout."""
     return theirs.train(isinstance(base, _Encoder))
 
 
-def _mend(theirs: nn.Module) -> None:
-    """Have PEFT count the update of an attention's output projection once (its pull request 3774)."""
+def _fix_peft_output_projection(theirs: nn.Module) -> None:
+    """Make PEFT apply the update of an attention's output projection only once (PEFT pull request 3774)."""
     for module in theirs.modules():
         if type(module).__name__ == "MultiheadAttention" and hasattr(module, "lora_A"):
             inner = module.get_base_layer().out_proj
@@ -190,26 +196,25 @@ def _file(folder: Path) -> dict[str, Tensor]:
     return safetensors.torch.load_file(folder / "adapter_model.safetensors")
 
 
-def _close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
+def _check_close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
     assert (ours - theirs).norm() <= tolerance * theirs.norm(), float((ours - theirs).norm() / theirs.norm())
 
 
-def _same(ours: Tensor, theirs: Tensor, base: nn.Module) -> None:
-    """Equal to the bit, unless torch computes an attention without an adapter in one fused operation, which
-    adds up in another order."""
+def _check_same(ours: Tensor, theirs: Tensor, base: nn.Module) -> None:
+    """Check for bit-identical tensors, or close ones if torch fuses an attention that has no adapter."""
     if any(isinstance(module, nn.MultiheadAttention) for module in base.modules()):
-        _close(ours, theirs, 1e-6)
+        _check_close(ours, theirs, 1e-6)
     else:
         assert torch.equal(ours, theirs)
 
 
 @_EACH
-def test_ten_steps_give_pefts_tensors_under_pefts_names_and_in_the_same_number(case, tmp_path):
+def test_ten_steps_and_saved_tensors_match_peft(case, tmp_path):
     base, ours, theirs = _pair(case)
-    _mend(theirs)
+    _fix_peft_output_projection(theirs)
     save_adapter(ours, tmp_path / "initial")
     count, trained = count_parameters(ours), [p for p in theirs.parameters() if p.requires_grad]
-    numbers = [sum(p.numel() for p in of) for of in (trained, base.parameters())]
+    numbers = [sum(p.numel() for p in name) for name in (trained, base.parameters())]
     assert [count.trained, count.total] == numbers
     for model, parameters in ((ours, [p for _, p in adapter_parameters(ours)]), (theirs, trained)):
         assert sum(p.numel() for p in parameters) == count.trained
@@ -220,22 +225,22 @@ def test_ten_steps_give_pefts_tensors_under_pefts_names_and_in_the_same_number(c
             optimizer.step()
     save_adapter(ours, tmp_path / "ours")
     theirs.save_pretrained(str(tmp_path / "theirs"))
-    before, mine, other = (_file(tmp_path / of) for of in ("initial", "ours", "theirs"))
-    # Under bias 'all' PEFT writes biases that are not trained too, and those of extra modules a second time.
+    before, our_tensors, their_tensors = (_file(tmp_path / name) for name in ("initial", "ours", "theirs"))
+    # With bias 'all' PEFT also saves untrained biases, and saves biases of extra modules twice.
     untrained = ("original_module", "modules_to_save", "some_bias", "in_proj_bias")
-    other = {k: v for k, v in other.items() if not any(part in k for part in untrained)}
-    assert mine.keys() == other.keys()
-    for key, tensor in other.items():
-        moved = (mine[key] - before[key]).norm()
-        assert mine[key].shape == tensor.shape and moved > 1e-3 * before[key].norm() and moved > 0, key
-        halved = "out_proj.lora_B" in key and isinstance(base, _Attention | _Encoder)  # in files of ours
-        _close(mine[key] * 2 if halved else mine[key], tensor)
-    _close(_output(ours, base), _output(theirs, base))
+    their_tensors = {k: v for k, v in their_tensors.items() if not any(part in k for part in untrained)}
+    assert our_tensors.keys() == their_tensors.keys()
+    for key, tensor in their_tensors.items():
+        moved = (our_tensors[key] - before[key]).norm()
+        assert our_tensors[key].shape == tensor.shape and moved > 1e-3 * before[key].norm() and moved > 0, key
+        halved = "out_proj.lora_B" in key and isinstance(base, _Attention | _Encoder)  # in our files
+        _check_close(our_tensors[key] * 2 if halved else our_tensors[key], tensor)
+    _check_close(_output(ours, base), _output(theirs, base))
 
 
 @_EACH
 @torch.no_grad()
-def test_files_go_both_ways(case, tmp_path):
+def test_files_round_trip_through_peft(case, tmp_path):
     base, ours, theirs = _pair(case)
     expected, plain = _output(perturb(ours, 0.1), base), _output(base, base)
     assert (expected - plain).norm() > 1e-3 * plain.norm()
@@ -243,37 +248,37 @@ def test_files_go_both_ways(case, tmp_path):
     in_peft = _no_fast_path(PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours")), base)
     in_peft.save_pretrained(str(tmp_path / "again"))
     perturb(theirs, 0.1).save_pretrained(str(tmp_path / "theirs"))
-    _close(_output(in_peft, base), expected)
+    _check_close(_output(in_peft, base), expected)
     for folder, output in (("ours", expected), ("again", expected), ("theirs", _output(theirs, base))):
         load_adapter(loaded := copy.deepcopy(base), tmp_path / folder)
-        _close(_output(loaded, base), output)
+        _check_close(_output(loaded, base), output)
 
 
 @_EACH
 @torch.no_grad()
-def test_disabled_merged_and_detached(case):
+def test_disable_merge_and_detach_restore_outputs(case):
     torch.manual_seed(0)
     base = case.make().eval()
     ours = copy.deepcopy(base)
-    own, bits = {name: id(module) for name, module in ours.named_modules()}, base.state_dict()
+    module_ids, bits = {name: id(module) for name, module in ours.named_modules()}, base.state_dict()
     attach(ours, case.config, seed=3)
     plain, expected = _output(base, base), _output(perturb(ours, 0.1), base)
     assert (expected - plain).norm() > 1e-3 * plain.norm()
     with disabled(ours):
-        _same(_output(ours, base), plain, base)
+        _check_same(_output(ours, base), plain, base)
     assert torch.equal(_output(ours, base), expected)
     if "nobias" not in case.ours["target_modules"] or not case.ours.get("lora_bias"):
         trained = [p.clone() for _, p in adapter_parameters(ours)]
         merge(ours)
-        _close(_output(ours, base), expected)
+        _check_close(_output(ours, base), expected)
         with disabled(ours):
-            _same(_output(ours, base), plain, base)
+            _check_same(_output(ours, base), plain, base)
         unmerge(ours)
         assert torch.equal(_output(ours, base), expected)
         assert all(torch.equal(a, b) for a, (_, b) in zip(trained, adapter_parameters(ours), strict=True))
     copied = copy.deepcopy(ours)
     detach(ours)
-    assert {name: id(module) for name, module in ours.named_modules()} == own
+    assert {name: id(module) for name, module in ours.named_modules()} == module_ids
     assert all(torch.equal(value, bits[key]) for key, value in ours.state_dict().items())
     assert torch.equal(_output(ours, base), plain)
     assert torch.equal(_output(copied, base), expected)

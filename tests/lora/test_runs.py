@@ -1,4 +1,4 @@
-"""Whole runs that train parts of PEFT's ground: planned on fake tensors, checked by the guarantee, saved."""
+"""Complete runs that train experts, parameters, tokens and biases: planned on fake tensors, then saved."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from deltaw.lora import load_adapter
 from tests.tiny_models import causal_model
 
 _EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
-# Which tokens are trained is up to the tokenizer.
+# The trained tokens depend on the tokenizer, so the test fills in an empty list.
 _RUNS = {
     "experts": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": _EXPERTS}),
     "a fused block's weight": ("llama", {"target_modules": [], "target_parameters": ["up_proj.weight"]}),
     "tokens of a tied head": ("gemma3", {"target_modules": ["q_proj"], "trainable_token_indices": []}),
     "bias on B": ("gpt2", {"lora_bias": True}),
 }
-_MORE = {
+_SLOW_RUNS = {
     "tokens alone": ("llama", {"target_modules": [], "trainable_token_indices": []}),
     "bias on B alone": ("llama", {"target_modules": ["v_proj"], "lora_bias": True}),
 }
@@ -30,12 +30,12 @@ _MORE = {
     ("family", "lora"),
     [
         *(pytest.param(*run, id=name) for name, run in _RUNS.items()),
-        *(pytest.param(*run, id=name, marks=pytest.mark.slow) for name, run in _MORE.items()),
+        *(pytest.param(*run, id=name, marks=pytest.mark.slow) for name, run in _SLOW_RUNS.items()),
     ],
 )
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.planned
-def test_a_run_trains_and_saves_every_tensor(family, lora, precision, settings, model_folder, tmp_path):
+def test_run_trains_and_saves_every_tensor(family, lora, precision, settings, model_folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = causal_model(family)
     model.resize_token_embeddings(len(tokenizer))

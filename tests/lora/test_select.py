@@ -1,4 +1,4 @@
-"""Which modules a config means, and what is said where it means none."""
+"""Selection of target modules, and errors for settings that match none."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def _names(model: nn.Module, **settings: object) -> list[str]:
     return [target.names[0] for target in select(model, LoRAConfig(**settings)).targets]
 
 
-def _lasts(model: nn.Module, **settings: object) -> set[str]:
+def _last_components(model: nn.Module, **settings: object) -> set[str]:
     return {name.rpartition(".")[2] for name in _names(model, **settings)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_all_linear_is_what_peft_takes_which_leaves_a_classifier_out(family):
+def test_all_linear_matches_peft_and_excludes_classifier(family):
     model = tiny(family)
     task = {"task_type": "SEQ_CLS"} if family in ("bert", "albert", "vit") else {}
     assert _names(model) == list(peft_factors(with_peft(model, r=2, target_modules="all-linear", **task)))
@@ -49,29 +49,29 @@ def test_all_linear_is_what_peft_takes_which_leaves_a_classifier_out(family):
         ("vit", {"q_proj", "k_proj", "v_proj", "o_proj"}, {"fc1", "fc2"}),
     ],
 )
-def test_attention_and_mlp_are_known_by_name(family, attention, mlp):
+def test_attention_and_mlp_select_by_name(family, attention, mlp):
     model = tiny(family)
-    assert _lasts(model, target_modules="attention") == attention
-    assert _lasts(model, target_modules="mlp") == mlp
+    assert _last_components(model, target_modules="attention") == attention
+    assert _last_components(model, target_modules="mlp") == mlp
     both = _names(model, target_modules="attention") + _names(model, target_modules="mlp")
     assert len(both) == len(set(both))
 
 
-def test_a_list_matches_endings_and_a_text_full_names():
+def test_list_matches_suffixes_and_string_matches_full_names():
     model = tiny("llama")
     assert len(_names(model, target_modules=["self_attn.q_proj", "model.layers.1.mlp.up_proj"])) == 3
-    found = _names(model, target_modules=r".*\.1\..*(q|v)_proj")
-    assert found == ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
+    names = _names(model, target_modules=r".*\.1\..*(q|v)_proj")
+    assert names == ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
 
 
-def test_what_is_excluded_is_left_out_with_all_below_it():
+def test_excluded_modules_and_their_children_are_skipped():
     model = tiny("llama")
-    assert _lasts(model, exclude_modules=["mlp"]) == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    assert "up_proj" not in _lasts(model, exclude_modules=["up_proj"])
+    assert _last_components(model, exclude_modules=["mlp"]) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert "up_proj" not in _last_components(model, exclude_modules=["up_proj"])
     assert all(".0." not in n for n in _names(model, exclude_modules=r".*layers\.0\..*"))
 
 
-def test_layers_choose_by_the_first_number_in_a_name():
+def test_layers_select_by_first_number_in_name():
     model = tiny("llama")
     assert all(".1." in n for n in _names(model, layers="1-"))
     assert all(".0." in n for n in _names(model, layers=[0]))
@@ -79,16 +79,16 @@ def test_layers_choose_by_the_first_number_in_a_name():
     assert layer_index("lm_head") is None
 
 
-def test_the_first_key_of_a_pattern_that_matches_counts():
+def test_first_matching_pattern_key_applies():
     model = tiny("llama")
     attach(model, LoRAConfig(rank=4, rank_pattern={r"layers\.0\..*q_proj": 2, "q_proj": 3}))
     ranks = [layer.self_attn.q_proj.rank for layer in model.model.layers]
     assert ranks == [2, 3] and model.model.layers[0].mlp.up_proj.rank == 4
 
 
-def _of(model_type: str, **more: object) -> nn.Module:
+def _make_model(model_type: str, **overrides: object) -> nn.Module:
     sizes = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32}
-    config = transformers.AutoConfig.for_model(model_type, **sizes, **more)
+    config = transformers.AutoConfig.for_model(model_type, **sizes, **overrides)
     return transformers.AutoModelForCausalLM.from_config(config)
 
 
@@ -96,29 +96,33 @@ _JAMBA = {"attn_layer_offset": 1, "attn_layer_period": 2, "num_experts": 1, "use
 _HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
 
 
-@pytest.mark.parametrize(("model_type", "more"), [("mamba", {}), ("falcon_mamba", {}), ("jamba", {**_JAMBA, **_HEADS})])
-def test_the_step_projection_of_a_mamba_block_is_refused_by_name(model_type, more):
-    model = _of(model_type, **more)
+@pytest.mark.parametrize(
+    ("model_type", "overrides"), [("mamba", {}), ("falcon_mamba", {}), ("jamba", {**_JAMBA, **_HEADS})]
+)
+def test_mamba_step_projection_is_rejected_by_name(model_type, overrides):
+    model = _make_model(model_type, **overrides)
     for targets in (["dt_proj"], ["in_proj", "dt_proj"], r".*\.dt_proj", "all-linear"):
-        assert re.search(r"dt_proj' cannot be adapted: .*without calling", _refused(model, target_modules=targets))
-    said = _refused(model, target_modules=[], target_parameters=["dt_proj.weight"])
-    assert re.search(r"dt_proj\.weight' cannot be adapted: .*without calling", said)
+        assert re.search(
+            r"dt_proj' cannot be adapted: .*without calling", _rejection_message(model, target_modules=targets)
+        )
+    message = _rejection_message(model, target_modules=[], target_parameters=["dt_proj.weight"])
+    assert re.search(r"dt_proj\.weight' cannot be adapted: .*without calling", message)
     attach(model, LoRAConfig(rank=2, target_modules=["in_proj", "x_proj"]))
 
 
-def test_a_layer_of_the_same_name_that_its_module_calls_is_adapted():
-    model = _of("doge", num_attention_heads=2, num_key_value_heads=1)
+def test_called_layer_of_same_name_is_adapted():
+    model = _make_model("doge", num_attention_heads=2, num_key_value_heads=1)
     assert attach(model, LoRAConfig(rank=2, target_modules=["dt_proj"])).adapted == 2
 
 
 def _linear_layers(count: int) -> nn.Module:
-    """A model of ``count`` bias-free linear layers, each next to a module that is none."""
+    """Create a model of ``count`` bias-free linear layers, each next to an ``nn.Identity``."""
     layer = [nn.Linear(2, 2, bias=False) for _ in range(count)]
     return nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"a": x, "b": nn.Identity()}) for x in layer)})
 
 
 def _lines_and_calls(work: Callable[[], object]) -> int:
-    """How many lines and calls of Python ``work`` runs: no clock, so the machine's load changes nothing."""
+    """Count the lines and calls of Python that ``work`` runs. Unlike time, it is independent of the machine's load."""
     total = 0
 
     def count(frame: FrameType, event: str, argument: object) -> Any:
@@ -135,15 +139,15 @@ def _lines_and_calls(work: Callable[[], object]) -> int:
     return total
 
 
-def test_adapting_takes_the_same_work_for_each_layer_however_many_there_are():
-    attach(_linear_layers(1), LoRAConfig(rank=1))  # what is imported and remembered at the first use
-    few, many = _linear_layers(20), _linear_layers(200)
-    twenty = _lines_and_calls(lambda: attach(few, LoRAConfig(rank=1)))
-    two_hundred = _lines_and_calls(lambda: attach(many, LoRAConfig(rank=1)))
-    assert two_hundred - twenty < 1.05 * 180 * (twenty / 20)  # a square would add 99 times twenty's
+def test_attach_work_is_linear_in_number_of_layers():
+    attach(_linear_layers(1), LoRAConfig(rank=1))  # fill caches and import modules
+    small, large = _linear_layers(20), _linear_layers(200)
+    twenty = _lines_and_calls(lambda: attach(small, LoRAConfig(rank=1)))
+    two_hundred = _lines_and_calls(lambda: attach(large, LoRAConfig(rank=1)))
+    assert two_hundred - twenty < 1.05 * 180 * (twenty / 20)  # quadratic work would add 99 times ``twenty``
 
 
-def test_an_attention_of_torch_counts_as_one_linear_module():
+def test_torch_attention_counts_as_one_linear_module():
     summary = attach(_encoder(), LoRAConfig(rank=2))
     assert summary.matches["target_modules 'all-linear'"] == ("self_attn", "linear1", "linear2")
     assert summary.adapted == 4  # two projections in the attention
@@ -155,13 +159,13 @@ class _Holder(nn.Module):
         super().__init__()
         self.first = nn.Parameter(torch.randn(2, 3, 4))
         self.flat = nn.Parameter(torch.randn(4))
-        self.whole = nn.Parameter(torch.arange(6).view(2, 3), requires_grad=False)
+        self.integers = nn.Parameter(torch.arange(6).view(2, 3), requires_grad=False)
 
 
 class _Parts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.own = nn.Parameter(torch.randn(3, 3))
+        self.direct = nn.Parameter(torch.randn(3, 3))
         self.embed = nn.Embedding(7, 4, padding_idx=1)
         self.holder = _Holder()
         self.lin = nn.Linear(4, 4)
@@ -181,26 +185,26 @@ def _encoder() -> nn.Module:
     return nn.TransformerEncoderLayer(8, 2, 16)
 
 
-def _named(**modules: nn.Module) -> Callable[[], nn.Module]:
+def _module_dict(**modules: nn.Module) -> Callable[[], nn.Module]:
     return lambda: nn.ModuleDict(modules)
 
 
-def _refused(model: nn.Module, **settings: object) -> str:
-    """What is said of settings that do not fit the model, which stays as it was."""
+def _rejection_message(model: nn.Module, **settings: object) -> str:
+    """Check that these settings raise and leave the model unchanged, and return the message."""
     before = {name: (id(module), module.training) for name, module in model.named_modules()}
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as raised:
         attach(model, LoRAConfig(**{"rank": 2, **settings}))
     assert before == {name: (id(module), module.training) for name, module in model.named_modules()}
     assert all(p.requires_grad == p.is_floating_point() for p in model.parameters())
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
-    return str(caught.value)
+    return str(raised.value)
 
 
-_LIN, _NONE = {"target_modules": ["lin"]}, {"target_modules": []}
+_LIN, _NO_MODULES = {"target_modules": ["lin"]}, {"target_modules": []}
 
 
 @pytest.mark.parametrize(
-    ("make", "settings", "said"),
+    ("make", "settings", "pattern"),
     [
         (_llama, {"target_modules": ["q_proj", "v_porj"]}, "target_modules.*v_proj"),
         (_llama, {"target_modules": ["proj"]}, "matches no module"),
@@ -218,18 +222,22 @@ _LIN, _NONE = {"target_modules": ["lin"]}, {"target_modules": []}
         (lambda: causal_model("mixtral"), {"target_modules": ["experts"]}, "MixtralExperts"),
         (lambda: causal_model("mamba"), {"target_modules": ["out_proj"]}, "fused kernels"),
         (lambda: nn.Linear(3, 3), {}, "from_linear"),
-        (_named(norm=nn.LayerNorm(4), lin=nn.Linear(4, 4)), {"target_modules": ["norm"]}, "LayerNorm"),
-        (_named(layer=_encoder()), {"target_modules": ["out_proj"]}, r"as a whole: 'layer\.self_attn'"),
-        (_named(layer=_encoder()), {**_NONE, "target_parameters": ["out_proj.weight"]}, "without calling it"),
+        (_module_dict(norm=nn.LayerNorm(4), lin=nn.Linear(4, 4)), {"target_modules": ["norm"]}, "LayerNorm"),
+        (_module_dict(layer=_encoder()), {"target_modules": ["out_proj"]}, r"as a whole: 'layer\.self_attn'"),
+        (
+            _module_dict(layer=_encoder()),
+            {**_NO_MODULES, "target_parameters": ["out_proj.weight"]},
+            "without calling it",
+        ),
         (_encoder, {"dora": True}, r"nn\.MultiheadAttention has no dora"),
         (_Parts, {**_LIN, "target_parameters": ["holder.frist"]}, "'holder.frist' matches no parameter.*holder.first"),
-        (_Parts, {**_LIN, "target_parameters": ["own"]}, "a parameter of the model itself"),
-        (_Parts, {**_LIN, "target_parameters": ["first"]}, "no forward of its own"),
+        (_Parts, {**_LIN, "target_parameters": ["direct"]}, "a parameter of the model itself"),
+        (_Parts, {**_LIN, "target_parameters": ["first"]}, "has no forward that uses it"),
         (_Parts, {**_LIN, "target_parameters": ["flat"]}, "1 dimensions"),
-        (_Parts, {**_LIN, "target_parameters": ["whole"]}, "int64"),
+        (_Parts, {**_LIN, "target_parameters": ["integers"]}, "int64"),
         (_Parts, {**_LIN, "target_parameters": ["lin.weight"]}, "target_modules adapts its module"),
-        (_Parts, {**_NONE, "target_parameters": ["lin.weight"], "train_modules": ["lin"]}, "in full"),
-        (_Parts, {**_NONE, "target_parameters": ["embed.weight"], "init": "pissa"}, "init 'pissa'"),
+        (_Parts, {**_NO_MODULES, "target_parameters": ["lin.weight"], "train_modules": ["lin"]}, "in full"),
+        (_Parts, {**_NO_MODULES, "target_parameters": ["embed.weight"], "init": "pissa"}, "init 'pissa'"),
         (_Parts, {**_LIN, "trainable_token_indices": [7]}, "token 7 is not in 'embed', which has 7 rows"),
         (_Parts, {**_LIN, "trainable_token_indices": [1]}, "padding"),
         (_Parts, {**_LIN, "trainable_token_indices": {"embedd": [2]}}, "matches no module.*embed"),
@@ -237,8 +245,8 @@ _LIN, _NONE = {"target_modules": ["lin"]}, {"target_modules": []}
         (_Parts, {"trainable_token_indices": [2], "target_modules": ["embed"]}, "adapts it already"),
         (_Parts, {"trainable_token_indices": [2], "target_modules": ["tied"]}, "'embed' is tied to 'tied'"),
         (_Parts, {**_LIN, "trainable_token_indices": [2], "train_modules": ["embed"]}, "trains it in full"),
-        (_Parts, {"target_modules": ["embed"], "lora_bias": True}, "lora_bias is not for embeddings"),
+        (_Parts, {"target_modules": ["embed"], "lora_bias": True}, "lora_bias does not support embeddings"),
     ],
 )
-def test_what_cannot_be_adapted_is_refused_by_name_with_the_nearest(make, settings, said):
-    assert re.search(said, message := _refused(make(), **settings), re.DOTALL), message
+def test_unsupported_target_error_names_closest_match(make, settings, pattern):
+    assert re.search(pattern, message := _rejection_message(make(), **settings), re.DOTALL), message

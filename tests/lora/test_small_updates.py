@@ -1,8 +1,7 @@
-"""An update that is small beside the layer's own output counts in full in bf16, with and without kernels.
+"""Small updates keep their full size in bf16, with and without compiled kernels.
 
-A training begins with such updates: B is zero at first. Added to an output that was rounded to bf16 before,
-an update of a thousandth of it would lose half of its size, since most of its numbers are less than half of
-the last digit of what they are added to.
+Early in training the update is small relative to the layer's output, because B starts at zero. If the update were added
+to an output already rounded to bf16, an update of a thousandth of it would lose half of its size.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from deltaw.kernels import linear as products
 from deltaw.kernels import loader
 from deltaw.kernels.arithmetic import Arithmetic
 from deltaw.kernels.block_linear import quantize_nf4
-from deltaw.kernels.quantize import quantized_rows
+from deltaw.kernels.quantize import quantize_rows
 from deltaw.lora import LoRAConv1D, LoRALinear
 from deltaw.lora.adapted import Activation
 from deltaw.lora.math_dora import dora_linear
@@ -31,24 +30,31 @@ def random(*shape: int, seed: int, size: float = 1.0) -> Tensor:
 
 
 @torch.no_grad()
-def check(of: dict[str, Tensor], found: Tensor, base: Tensor, *, back: bool = False) -> None:
-    """All of the update is in ``found`` - ``base``, up to chance; of the output, or (``back``) of the gradient."""
-    of = {name: tensor.double() for name, tensor in of.items()}
-    ahead = of["x"] @ of["lora_A"] @ of["lora_B"]
-    update = of["grad"] @ of["lora_B"].t() @ of["lora_A"].t() if back else ahead
-    share = float(((found.double() - base.double()) * update).sum() / update.square().sum())
+def check(operands: dict[str, Tensor], output: Tensor, base: Tensor, *, back: bool = False) -> None:
+    """Check that ``output - base`` contains the entire update, up to chance.
+
+    Args:
+        operands: Operands of the layer.
+        output: Output or, with ``back``, the gradient of the input.
+        base: The same without the update.
+        back: Check the gradient instead of the output.
+    """
+    operands = {name: tensor.double() for name, tensor in operands.items()}
+    ahead = operands["x"] @ operands["lora_A"] @ operands["lora_B"]
+    update = operands["grad"] @ operands["lora_B"].t() @ operands["lora_A"].t() if back else ahead
+    share = float(((output.double() - base.double()) * update).sum() / update.square().sum())
     assert abs(share - 1) < 0.1
 
 
 @pytest.fixture(params=["compiled", "torch"], autouse=True)
-def computing(request):
-    """With the process's own way of computing products, and with torch's products."""
+def compute_backend(request):
+    """Run with the process's default products, and with torch's."""
     if request.param == "compiled":
         if loader.library() is None:
-            pytest.skip(loader.why_not() or "")
+            pytest.skip(loader.unavailable_reason() or "")
         yield
         return
-    with loader.computing(Arithmetic()):
+    with loader.temporary_arithmetic(Arithmetic()):
         yield
 
 
@@ -63,30 +69,30 @@ def operands() -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("way", ["plain", "dropout", "activated"])
+@pytest.mark.parametrize("mode", ["plain", "dropout", "activated"])
 @pytest.mark.parametrize("kind", ["linear", "Conv1D"])
-def test_of_a_layer(operands, kind, way):
-    how = {"rank": RANK, "alpha": float(RANK), "dropout": 1e-9 if way == "dropout" else 0.0}
+def test_layer_keeps_small_update(operands, kind, mode):
+    options = {"rank": RANK, "alpha": float(RANK), "dropout": 1e-9 if mode == "dropout" else 0.0}
     if kind == "linear":
-        layer = LoRALinear.from_linear(nn.Linear(IN, OUT, bias=False, dtype=BF16), **how)
+        layer = LoRALinear.from_linear(nn.Linear(IN, OUT, bias=False, dtype=BF16), **options)
         layer.weight.data.copy_(operands["weight"])
-    else:  # whose bias begins at zero
-        layer = LoRAConv1D.from_conv1d(Conv1D(OUT, IN).to(BF16), **how)
+    else:  # its bias starts at zero
+        layer = LoRAConv1D.from_conv1d(Conv1D(OUT, IN).to(BF16), **options)
         layer.weight.data.copy_(operands["weight"].t())
     layer.lora_A.data.copy_(operands["lora_A"])
     layer.lora_B.data.copy_(operands["lora_B"])
-    if way == "activated":  # at all places but the first
+    if mode == "activated":  # at all positions except the first
         layer.activation = Activation([1])
-        layer.activation.places = (torch.arange(ROWS) > 0)[None]
+        layer.activation.active_mask = (torch.arange(ROWS) > 0)[None]
     x = operands["x"].requires_grad_(True)
     y = layer(x[None])[0]
     (dx,) = torch.autograd.grad(y, x, operands["grad"])
     check(operands, y, operands["x"].double() @ operands["weight"].double().t())
-    if way != "activated":  # where autograd rounds the two parts of the gradient before it adds them
+    if mode != "activated":  # autograd would round both parts of the gradient before adding them
         check(operands, dx, operands["grad"].double() @ operands["weight"].double(), back=True)
 
 
-def test_of_dora(operands):
+def test_dora_keeps_small_update(operands):
     x, ones = operands["x"].requires_grad_(True), torch.ones(OUT)
     y = dora_linear(x, operands["weight"], None, operands["lora_A"], operands["lora_B"], ones, ones, 1.0)
     (dx,) = torch.autograd.grad(y, x, operands["grad"])
@@ -94,20 +100,20 @@ def test_of_dora(operands):
     check(operands, dx, operands["grad"].double() @ operands["weight"].double(), back=True)
 
 
-def test_of_int8_weights(operands):
-    int8, scale = quantized_rows(operands["weight"])
+def test_int8_weights_keep_small_update(operands):
+    int8, scale = quantize_rows(operands["weight"])
     adapted = product(int8, Scales(scale, None), True, None, operands["lora_A"], operands["lora_B"])
-    exact = products.Product(int8, scale=scale.double())
+    exact = products.LinearProduct(int8, scale=scale.double())
     y, _ = products.linear(operands["x"], adapted)
     check(operands, y, products.linear_reference(operands["x"].double(), exact)[0])
     dx, _ = multiply_backward(operands["grad"], adapted)
     check(operands, dx, products.linear_backward_reference(operands["grad"].double(), exact)[0], back=True)
 
 
-def test_of_weights_in_blocks(operands):
+def test_block_quantized_weights_keep_small_update(operands):
     weight = quantize_nf4(operands["weight"])
     values = weight.dequantized(BF16, 0, OUT).double()
-    adapted = products.Product.of_blocks(weight, None, operands["lora_A"], operands["lora_B"])
+    adapted = products.LinearProduct.from_blocks(weight, None, operands["lora_A"], operands["lora_B"])
     y, _ = products.linear(operands["x"], adapted)
     check(operands, y, operands["x"].double() @ values.t())
     dx, _ = products.linear_backward(operands["grad"], adapted)

@@ -1,4 +1,4 @@
-"""Choices on machines that are described in a folder."""
+"""Device, precision, thread and memory choices on machines described by files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GIB = 1 << 30
 
 
 class FakeMachine:
-    """Writes the kernel's files below a root."""
+    """Kernel files of a machine, written below a root folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -27,55 +27,55 @@ class FakeMachine:
             (self.root / path).write_text(f"{text}\n")
 
     def cores(self, *groups: str) -> None:
-        """One topology file a processor; hyperthreads of a core name each other."""
-        place = "sys/devices/system/cpu/cpu{}/topology/core_cpus_list"
-        self.write({place.format(number): siblings for number, siblings in enumerate(groups)})
+        """Write one topology file per CPU. Hyperthreads of a core list each other."""
+        path = "sys/devices/system/cpu/cpu{}/topology/core_cpus_list"
+        self.write({path.format(number): siblings for number, siblings in enumerate(groups)})
 
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeMachine:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    made = FakeMachine(tmp_path)
-    made.cores(*"01234567")
-    made.write({"proc/meminfo": f"MemTotal:       {16 * GIB // 1024} kB\nMemFree: 1 kB"})
-    return made
+    machine = FakeMachine(tmp_path)
+    machine.cores(*"01234567")
+    machine.write({"proc/meminfo": f"MemTotal:       {16 * GIB // 1024} kB\nMemFree: 1 kB"})
+    return machine
 
 
 @pytest.mark.parametrize(
     ("fp32", "bf16", "expected"),
     [(300, 290, "bf16"), (300, 160, "fp32"), (150, 300, "bf16"), (100, 85, "bf16"), (100, 84, "fp32")],
 )
-def test_bf16_is_taken_where_its_products_are_about_as_fast(fp32: float, bf16: float, expected: str) -> None:
+def test_bf16_is_chosen_if_about_as_fast(fp32: float, bf16: float, expected: str) -> None:
     chosen = choices.choose_precision("cpu", rates={"fp32": fp32, "bf16": bf16, "int8": 900})
     assert chosen.value == expected
     assert str(fp32) in chosen.why and str(bf16) in chosen.why
 
 
-@pytest.mark.parametrize(("asked", "slow"), [("bf16", True), ("int8", True), ("fp32", False)])
-def test_a_slow_precision_that_was_asked_for_is_kept_with_a_warning_and_a_fast_one_without(asked: str, slow: bool):
-    chosen = choices.choose_precision("cpu", asked, rates={"fp32": 300, "bf16": 160, "int8": 100})
-    assert chosen.value == asked and ("slow" in chosen.why) == slow
+@pytest.mark.parametrize(("precision", "slow"), [("bf16", True), ("int8", True), ("fp32", False)])
+def test_requested_precision_is_used_and_warns_if_slow(precision: str, slow: bool):
+    chosen = choices.choose_precision("cpu", precision, rates={"fp32": 300, "bf16": 160, "int8": 100})
+    assert chosen.value == precision and ("slow" in chosen.why) == slow
     fast = {"fp32": 300.0, "bf16": 290.0, "int8": 900.0}
-    assert choices.choose_precision("cpu", asked, rates=fast) == choices.Choice(asked, "as asked")
+    assert choices.choose_precision("cpu", precision, rates=fast) == choices.Choice(precision, "as requested")
 
 
 @pytest.mark.parametrize(
-    ("device", "asked", "what"),
+    ("device", "precision", "message"),
     [("cuda", "int8", "device is cuda"), ("cpu", "fp16", "not for processors"), ("cpu", "bf61", "not a precision")],
 )
-def test_precision_that_cannot_be_is_refused(device: str, asked: str, what: str) -> None:
-    with pytest.raises(UserError, match=what):
-        choices.choose_precision(device, asked)
+def test_unsupported_precision_raises(device: str, precision: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        choices.choose_precision(device, precision)
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")])
-def test_cuda_takes_bf16_from_capability_8(monkeypatch, capability, expected):
+def test_cuda_uses_bf16_from_capability_8(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     assert choices.choose_precision("cuda:0").value == expected
 
 
-def test_device_auto_takes_cuda_only_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_device_uses_cuda_only_if_available(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choices.choose_device().value == "cpu"
     card = {"is_available": lambda: True, "get_device_name": lambda index: "a card", "device_count": lambda: 1}
@@ -83,19 +83,19 @@ def test_device_auto_takes_cuda_only_where_it_is(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(torch.cuda, name, function)
     assert choices.choose_device() == choices.Choice("cuda", "a card")
     assert choices.choose_device("cpu").value == "cpu"
-    with pytest.raises(UserError, match="there are 1"):
+    with pytest.raises(UserError, match="torch sees 1"):
         choices.choose_device("cuda:3")
 
 
-@pytest.mark.parametrize("asked", ["cuda", "mps", "gpu", "cuda:x"])
-def test_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+@pytest.mark.parametrize("device", ["cuda", "mps", "gpu", "cuda:x"])
+def test_unavailable_device_raises(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(UserError):
-        choices.choose_device(asked)
+        choices.choose_device(device)
 
 
-def test_threads_are_the_physical_cores_that_may_be_used(fake: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_default_to_usable_physical_cores(fake: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
     assert choices.choose_threads(root=fake.root).value == 8
     fake.cores(*["0,4", "1,5", "2,6", "3,7"] * 2)
     assert choices.choose_threads(root=fake.root) == choices.Choice(4, "physical cores")
@@ -105,9 +105,9 @@ def test_threads_are_the_physical_cores_that_may_be_used(fake: FakeMachine, monk
 
 GROUP, CGROUP = "proc/self/cgroup", "sys/fs/cgroup"
 SESSION = {GROUP: "0::/user.slice/session.scope", f"{CGROUP}/user.slice/session.scope/cpu.max": "max 100000"}
-# A container's mount shows its own group at the top: the host's path does not exist below it.
+# A container's mount has its group at the root. The path of the host does not exist in it.
 CONTAINER = {GROUP: "5:cpu,cpuacct:/docker/abc\n4:memory:/docker/abc\n0::/"}
-OLD = {**CONTAINER, f"{CGROUP}/cpu,cpuacct/cpu.cfs_period_us": 100000}
+CGROUP_V1 = {**CONTAINER, f"{CGROUP}/cpu,cpuacct/cpu.cfs_period_us": 100000}
 
 
 @pytest.mark.parametrize(
@@ -117,21 +117,21 @@ OLD = {**CONTAINER, f"{CGROUP}/cpu,cpuacct/cpu.cfs_period_us": 100000}
         ({GROUP: "0::/", f"{CGROUP}/cpu.max": "50000 100000"}, 1),
         ({GROUP: "0::/", f"{CGROUP}/cpu.max": "max 100000"}, 8),
         ({**SESSION, f"{CGROUP}/user.slice/cpu.max": "300000 100000"}, 3),
-        ({**OLD, f"{CGROUP}/cpu,cpuacct/cpu.cfs_quota_us": 400000}, 4),
-        ({**OLD, f"{CGROUP}/cpu,cpuacct/cpu.cfs_quota_us": -1}, 8),
+        ({**CGROUP_V1, f"{CGROUP}/cpu,cpuacct/cpu.cfs_quota_us": 400000}, 4),
+        ({**CGROUP_V1, f"{CGROUP}/cpu,cpuacct/cpu.cfs_quota_us": -1}, 8),
     ],
 )
-def test_a_quota_of_any_group_bounds_the_threads(fake: FakeMachine, files: dict[str, object], threads: int) -> None:
+def test_cpu_quota_of_any_group_limits_threads(fake: FakeMachine, files: dict[str, object], threads: int) -> None:
     fake.write(files)
     chosen = choices.choose_threads(root=fake.root)
     assert chosen.value == threads and ("quota" in chosen.why) == (threads < 8)
 
 
-def test_threads_that_were_asked_for_are_kept(fake: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [choices.choose_threads(asked, root=fake.root).value for asked in ("12", 2)] == [12, 2]
-    for wrong in ("0", "many", "-1"):
+def test_requested_thread_count_is_used(fake: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [choices.choose_threads(value, root=fake.root).value for value in ("12", 2)] == [12, 2]
+    for invalid in ("0", "many", "-1"):
         with pytest.raises(UserError):
-            choices.choose_threads(wrong, root=fake.root)
+            choices.choose_threads(invalid, root=fake.root)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert choices.choose_threads(root=fake.root) == choices.Choice(3, "OMP_NUM_THREADS")
 
@@ -144,20 +144,23 @@ def test_threads_that_were_asked_for_are_kept(fake: FakeMachine, monkeypatch: py
         ({GROUP: "0::/a/b", f"{CGROUP}/a/b/memory.max": "max", f"{CGROUP}/a/memory.high": 3 * GIB}, 3 * GIB),
         ({GROUP: "4:memory:/jobs/7", f"{CGROUP}/memory/jobs/7/memory.limit_in_bytes": 2 * GIB}, 2 * GIB),
         ({GROUP: "4:memory:/jobs/7", f"{CGROUP}/memory/jobs/7/memory.limit_in_bytes": 9223372036854771712}, None),
-        ({GROUP: "0::/../../elsewhere", f"{CGROUP}/memory.max": GIB}, GIB),  # outside the namespace: the mount
+        (
+            {GROUP: "0::/../../elsewhere", f"{CGROUP}/memory.max": GIB},
+            GIB,
+        ),  # outside the namespace: the limit of the mount applies
     ],
 )
-def test_memory_is_the_physical_or_the_limit_of_any_group(fake, files, limit):
+def test_memory_limit_is_physical_or_of_any_group(fake, files, limit):
     fake.write(files)
     expected = (16 * GIB, "physical memory") if limit is None else (limit, "control group limit")
     assert memory.memory_limit_bytes(fake.root) == choices.Choice(*expected)
 
 
-def test_this_machine_gives_sensible_answers() -> None:
+def test_choices_on_current_machine_are_plausible() -> None:
     assert 1 <= choices.choose_threads().value <= (os.cpu_count() or 1) or "OMP_NUM_THREADS" in os.environ
     assert 0 < memory.memory_limit_bytes().value <= psutil.virtual_memory().total
     block = bytearray(64 << 20)
     block[::4096] = b"x" * len(block[::4096])
     assert memory.peak_resident_bytes() > len(block) and memory.resident_bytes() > 0
-    # The kernel's counters are kept for each processor and summed now and then: a little slack.
+    # The kernel sums its per-CPU counters only occasionally, so allow a tolerance.
     assert memory.peak_resident_bytes() >= memory.resident_bytes() * 0.9

@@ -1,4 +1,7 @@
-"""Kernels and arithmetic are chosen by rates, and by none that another machine or a hand wrote."""
+"""Kernels and arithmetic are chosen by measured rates.
+
+Cached rates that are invalid or belong to another machine are ignored.
+"""
 
 from __future__ import annotations
 
@@ -9,36 +12,36 @@ import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig
 
-from deltaw.cache import recall, remember
+from deltaw.cache import load_result, store_result
 from deltaw.errors import UserError
 from deltaw.kernels import linear, loader, variants
-from deltaw.kernels.arithmetic import STORED, Arithmetic, offered
+from deltaw.kernels.arithmetic import WEIGHT_TYPES, Arithmetic, supported_arithmetics
 from deltaw.machine import kernel_choice, product_rates
-from deltaw.machine.kernel_choice import KernelChoice, choose_kernels, chosen_of
-from deltaw.machine.product_rates import Candidate, Measured, Sizes, believable, sizes_of
-from tests.caches import other_text, other_version
+from deltaw.machine.kernel_choice import KernelChoice, choose_arithmetic, choose_kernels
+from deltaw.machine.product_rates import Candidate, ProductRates, Sizes, sizes_of, valid_rates
+from tests.caches import fake_version, modify_source
 
 SIZES = Sizes(128, 256, 128)
-compiled_only = pytest.mark.skipif(loader.library() is None, reason=loader.why_not() or "")
+compiled_only = pytest.mark.skipif(loader.library() is None, reason=loader.unavailable_reason() or "")
 
 
 def candidates_of(rates):
-    """The candidates that a table of rates is of, in its order."""
-    named = [(stored, *name.rpartition(":")) for stored, by_name in rates.items() for name in by_name]
-    return [Candidate(stored, kernels or None, way) for stored, kernels, _, way in named]
+    """Return the candidates of a table of rates, in its order."""
+    names = [(stored, *name.rpartition(":")) for stored, by_name in rates.items() for name in by_name]
+    return [Candidate(stored, kernels or None, arithmetic) for stored, kernels, _, arithmetic in names]
 
 
 def choice_of(fp32, bf16, int8, threads=1):
-    rates = dict(zip(STORED, (fp32, bf16, int8), strict=True))
-    return KernelChoice(chosen_of(rates, candidates_of(rates)), SIZES, threads, rates)
+    rates = dict(zip(WEIGHT_TYPES, (fp32, bf16, int8), strict=True))
+    return KernelChoice(choose_arithmetic(rates, candidates_of(rates)), SIZES, threads, rates)
 
 
 KERNELS, TORCH = {"a:dot": 100, "torch": 10}, {"torch": 10}
 
 
 @pytest.fixture
-def measuring(monkeypatch, tmp_path):
-    """A process that was told nothing, with a cache of its own; counts what it measures."""
+def measurements(monkeypatch, tmp_path):
+    """Clear overrides and caches, replace the measurement, and return the list of its calls."""
     monkeypatch.delenv(variants.MEASURED)
     monkeypatch.delenv(variants.VARIABLE, raising=False)
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
@@ -48,10 +51,10 @@ def measuring(monkeypatch, tmp_path):
 
     def measure(sizes, threads):
         calls.append((sizes, threads))
-        rates = {stored: {} for stored in STORED}
+        rates = {stored: {} for stored in WEIGHT_TYPES}
         for number, candidate in enumerate(product_rates.candidates()):
-            rates[candidate.stored][candidate.name] = 100.0 + number + len(calls)
-        return Measured(rates, disturbed=False)
+            rates[candidate.weight_type][candidate.name] = 100.0 + number + len(calls)
+        return ProductRates(rates, disturbed=False)
 
     monkeypatch.setattr(product_rates, "measure", measure)
     return calls
@@ -65,17 +68,17 @@ CLOSE, FAR = ({"high:dot": 100, "low:dot": low, "torch": 50} for low in (105, 15
     [
         ([{"a:dot": 9, "torch": 8}, {"a:dot": 5, "a:wide": 9}, {"a:dot": 9, "a:tiles": 20}], "a dot wide tiles"),
         ([{"a:dot": 100, "torch": 104}, {"a:dot": 100, "torch": 900}, {"a:dot": 900, "torch": 50}], "a dot torch dot"),
-        # The whole choice is one variant, since a process calls one: a lower one where it is clearly faster.
+        # A process uses one variant for all types. A lower one is chosen only if it is clearly faster.
         ([CLOSE] * 3, "high dot dot dot"),
         ([FAR] * 3, "low dot dot dot"),
     ],
 )
-def test_the_fastest_arithmetic_of_each_type_is_chosen_and_torch_where_it_is_clearly_faster(rates, expected):
+def test_fastest_arithmetic_is_chosen_per_type(rates, expected):
     kernels, fp32, bf16, int8 = expected.split()
     assert choice_of(*rates).arithmetic == Arithmetic(kernels, fp32=fp32, bf16=bf16, int8=int8)
 
 
-def test_without_kernels_torch_computes():
+def test_torch_is_chosen_without_kernels():
     assert choice_of(TORCH, TORCH, TORCH).arithmetic == Arithmetic()
 
 
@@ -83,39 +86,43 @@ BOTH, SUMS = ("int8_logits", "int8_gradients"), "summed_classes"
 
 
 @pytest.mark.parametrize(
-    ("bf16", "int8", "offered"),
+    ("bf16", "int8", "approximations"),
     [
         ({"a:dot": 300}, {"a:dot": 600}, {*BOTH, SUMS}),
         ({"a:dot": 300}, {"a:dot": 310}, {SUMS}),
         ({"a:dot": 600}, {"a:dot": 500}, {SUMS}),
-        ({"a:dot": 100}, {"a:dot": 100, "torch": 900}, {SUMS}),  # nothing in int8 by torch
-        ({"a:dot": 100, "torch": 300}, {"a:dot": 900, "torch": 50}, {"int8_logits", SUMS}),  # with which gradients stay
+        ({"a:dot": 100}, {"a:dot": 100, "torch": 900}, {SUMS}),  # int8 approximations need compiled kernels
+        (
+            {"a:dot": 100, "torch": 300},
+            {"a:dot": 900, "torch": 50},
+            {"int8_logits", SUMS},
+        ),  # gradients are computed by torch
     ],
 )
-def test_int8_is_offered_where_it_is_clearly_faster_and_sums_of_classes_with_kernels(bf16, int8, offered, monkeypatch):
+def test_approximations_are_enabled_if_clearly_faster(bf16, int8, approximations, monkeypatch):
     rates = KERNELS, {"torch": 10, **bf16}, {"torch": 10, **int8}
-    assert set(choice_of(*rates).approximations) == offered
-    for what in offered:
+    assert set(choice_of(*rates).approximations) == approximations
+    for approximation in approximations:
         with monkeypatch.context() as patch:
-            patch.setenv(variants.LEFT_OUT_BY[what], "0")
-            assert set(choice_of(*rates).approximations) == offered - {what}
+            patch.setenv(variants.APPROXIMATION_SWITCHES[approximation], "0")
+            assert set(choice_of(*rates).approximations) == approximations - {approximation}
     assert choice_of(TORCH, TORCH, TORCH).approximations == ()
 
 
-def test_an_arithmetic_is_read_as_it_was_written():
-    rough = Arithmetic("a", "dot", "wide", "dot", int8_logits=True)
-    for written in (rough, replace(rough, int8_gradients=True), Arithmetic("a"), Arithmetic()):
-        assert Arithmetic.read(written.as_dict()) == written
+def test_arithmetic_round_trips_through_dict():
+    approximate = Arithmetic("a", "dot", "wide", "dot", int8_logits=True)
+    for arithmetic in (approximate, replace(approximate, int8_gradients=True), Arithmetic("a"), Arithmetic()):
+        assert Arithmetic.from_dict(arithmetic.as_dict()) == arithmetic
 
 
-def test_rates_are_measured_once_and_remembered(measuring):
+def test_rates_are_measured_once_and_cached(measurements):
     first = choose_kernels(SIZES, 1)
-    assert choose_kernels(SIZES, 1).rates == first.rates and len(measuring) == 1
-    product_rates._used.clear()  # another process
-    assert choose_kernels(SIZES, 1).rates == first.rates and len(measuring) == 1
+    assert choose_kernels(SIZES, 1).rates == first.rates and len(measurements) == 1
+    product_rates._used.clear()  # as in another process
+    assert choose_kernels(SIZES, 1).rates == first.rates and len(measurements) == 1
 
 
-OTHERS = {
+MACHINE_CHANGES = {
     "processor": ("processor_name", lambda: "another"),
     "flags": ("processor_flags", lambda: {"another"}),
     "cache": ("second_level_cache", lambda: 1),
@@ -123,101 +130,103 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("change", ["threads", "sizes", "torch", "code", "variable", *OTHERS])
-def test_rates_of_another_machine_are_not_believed(change, measuring, tmp_path, monkeypatch):
+@pytest.mark.parametrize("change", ["threads", "sizes", "torch", "code", "variable", *MACHINE_CHANGES])
+def test_cached_rates_of_another_machine_are_ignored(change, measurements, tmp_path, monkeypatch):
     choose_kernels(SIZES, 1)
     product_rates._used.clear()
     if change == "torch":
-        other_version(monkeypatch, "torch")
+        fake_version(monkeypatch, "torch")
     elif change == "code":
-        other_text(monkeypatch, tmp_path / "source", "machine/product_rates.py")
+        modify_source(monkeypatch, tmp_path / "source", "machine/product_rates.py")
     elif change == "variable":
         monkeypatch.setenv("MKL_ENABLE_INSTRUCTIONS", "AVX2")
-    elif change in OTHERS:
-        monkeypatch.setattr(kernel_choice, *OTHERS[change])
+    elif change in MACHINE_CHANGES:
+        monkeypatch.setattr(kernel_choice, *MACHINE_CHANGES[change])
     choose_kernels(Sizes(128, 512, 128) if change == "sizes" else SIZES, 2 if change == "threads" else 1)
-    assert len(measuring) == 2
+    assert len(measurements) == 2
 
 
-TOO_FAST = {stored: {"avx9:dot": 1e6, "torch": 1.0} for stored in STORED}
+TOO_FAST = {stored: {"avx9:dot": 1e6, "torch": 1.0} for stored in WEIGHT_TYPES}
 
 
-@pytest.mark.parametrize("nonsense", [7, {}, *({"rates": of} for of in ({}, {"fp32": {"torch": 1.0}}, TOO_FAST))])
-def test_a_file_that_somebody_wrote_is_not_believed(nonsense, measuring):
+@pytest.mark.parametrize("content", [7, {}, *({"rates": rates} for rates in ({}, {"fp32": {"torch": 1.0}}, TOO_FAST))])
+def test_invalid_cache_file_is_ignored(content, measurements):
     choose_kernels(SIZES, 1)
     ((key, _),) = product_rates._used.values()
     product_rates._used.clear()
-    remember(product_rates.KIND, key, nonsense)
+    store_result(product_rates.KIND, key, content)
     choose_kernels(SIZES, 1)
-    assert len(measuring) == 2
+    assert len(measurements) == 2
 
 
 @pytest.mark.parametrize("rate", [0, -5.0, "fast", None, float("inf"), float("nan"), 1e9])
-def test_rates_that_no_processor_has_are_not_believed(rate):
-    candidates = [Candidate(stored, None, "torch") for stored in STORED]
-    for given, believed in ((100, True), (rate, False)):
-        assert (believable({stored: {"torch": given} for stored in STORED}, candidates) is not None) == believed
+def test_implausible_rates_are_rejected(rate):
+    candidates = [Candidate(stored, None, "torch") for stored in WEIGHT_TYPES]
+    for value, is_valid in ((100, True), (rate, False)):
+        assert (valid_rates({stored: {"torch": value} for stored in WEIGHT_TYPES}, candidates) is not None) == is_valid
 
 
-def test_what_was_measured_beside_other_programs_is_not_remembered(measuring, monkeypatch):
+def test_disturbed_measurement_is_not_cached(measurements, monkeypatch):
     real = product_rates.measure
-    monkeypatch.setattr(product_rates, "measure", lambda *of: Measured(real(*of).rates, disturbed=True))
+    monkeypatch.setattr(
+        product_rates, "measure", lambda *arguments: ProductRates(real(*arguments).rates, disturbed=True)
+    )
     assert "busy" in choose_kernels(SIZES, 1).why("bf16")
     ((key, _),) = product_rates._used.values()
-    assert recall(product_rates.KIND, key) is None
+    assert load_result(product_rates.KIND, key) is None
     choose_kernels(SIZES, 1)
-    assert len(measuring) == 1, "this process keeps to it all the same"
+    assert len(measurements) == 1, "this process must reuse its measurement"
 
 
-def test_processes_that_this_one_starts_choose_alike(measuring, monkeypatch):
-    own = choose_kernels(SIZES, 1)
-    handed = product_rates.for_children()
+def test_child_processes_reuse_rates(measurements, monkeypatch):
+    first = choose_kernels(SIZES, 1)
+    environment = product_rates.child_environment()
     product_rates._used.clear()
     monkeypatch.setenv("DELTAW_CACHE", "/nowhere/that/can/be/written")
-    monkeypatch.setenv(variants.MEASURED, handed[variants.MEASURED])
-    assert choose_kernels(SIZES, 1).rates == own.rates and len(measuring) == 1
-    # And the other way: what a child measured, the next child is told.
+    monkeypatch.setenv(variants.MEASURED, environment[variants.MEASURED])
+    assert choose_kernels(SIZES, 1).rates == first.rates and len(measurements) == 1
+    # Rates that a child process measured are passed to the next child.
     monkeypatch.delenv(variants.MEASURED)
-    told = product_rates.used()
+    rates = product_rates.used_rates()
     product_rates._used.clear()
-    product_rates.learn(told)
-    assert json.loads(product_rates.for_children()[variants.MEASURED]) == told
-    assert choose_kernels(SIZES, 1).rates == own.rates and len(measuring) == 1
+    product_rates.import_rates(rates)
+    assert json.loads(product_rates.child_environment()[variants.MEASURED]) == rates
+    assert choose_kernels(SIZES, 1).rates == first.rates and len(measurements) == 1
 
 
 @compiled_only
-def test_what_the_user_forces_narrows_the_choice(measuring, monkeypatch):
-    def forced(value):
-        loader.compute_with(None)
-        monkeypatch.setenv(variants.VARIABLE, value)
+def test_override_restricts_choice(measurements, monkeypatch):
+    def forced(override):
+        loader.use_arithmetic(None)
+        monkeypatch.setenv(variants.VARIABLE, override)
         return choose_kernels(SIZES, 1).arithmetic
 
-    name = loader.usable()[-1].name  # the generic one, or another without AMX
-    assert "tiles" not in offered(loader.open_variant(name).library, "bf16")
-    with loader.computing():
-        found = forced(name)
-        assert found.kernels == name and "torch" not in found.as_dict().values()
+    name = loader.usable_variants()[-1].name  # generic, or another variant without AMX
+    assert "tiles" not in supported_arithmetics(loader.open_variant(name).library, "bf16")
+    with loader.temporary_arithmetic():
+        arithmetic = forced(name)
+        assert arithmetic.kernels == name and "torch" not in arithmetic.as_dict().values()
         assert forced(f"{name}:torch") == Arithmetic(name)
         with pytest.raises(UserError, match=f"'{name}' have no arithmetic 'tiles'"):
             forced(f"{name}:tiles")
         assert forced("none") == Arithmetic()
-        loader.compute_with(Arithmetic())
-        assert loader.why_not() == "compiled kernels are switched off (DELTAW_KERNELS=none)"
+        loader.use_arithmetic(Arithmetic())
+        assert loader.unavailable_reason() == "compiled kernels are switched off (DELTAW_KERNELS=none)"
 
 
 @compiled_only
-def test_products_go_to_torch_where_that_was_chosen():
-    x, weight, own = torch.randn(8, 64), torch.randn(32, 64), loader.arithmetic()
-    with loader.computing(replace(own, fp32="torch")):
-        assert not linear.can_multiply(x, linear.Product(weight))
-        assert linear.can_multiply(x.bfloat16(), linear.Product(weight.bfloat16()))
-        assert torch.equal(linear.linear(x, linear.Product(weight))[0], x @ weight.t())
-        assert loader.serves(x), "everything else stays compiled"
-    assert linear.can_multiply(x, linear.Product(weight)) and loader.arithmetic() == own
+def test_products_use_torch_if_chosen():
+    x, weight, original = torch.randn(8, 64), torch.randn(32, 64), loader.arithmetic()
+    with loader.temporary_arithmetic(replace(original, fp32="torch")):
+        assert not linear.can_multiply(x, linear.LinearProduct(weight))
+        assert linear.can_multiply(x.bfloat16(), linear.LinearProduct(weight.bfloat16()))
+        assert torch.equal(linear.linear(x, linear.LinearProduct(weight))[0], x @ weight.t())
+        assert loader.supports(x), "everything else stays compiled"
+    assert linear.can_multiply(x, linear.LinearProduct(weight)) and loader.arithmetic() == original
 
 
-def test_a_run_says_what_was_chosen_and_what_would_be_faster(monkeypatch):
-    monkeypatch.delenv(variants.VARIABLE, raising=False)  # a choice that it narrowed names it
+def test_choice_reports_reason_and_faster_precision(monkeypatch):
+    monkeypatch.delenv(variants.VARIABLE, raising=False)  # otherwise the reason would mention it
     bf16 = {"a:dot": 158.0, "a:wide": 290.0, "torch": 160.0}
     choice = choice_of({"a:dot": 300.0, "torch": 290.0}, bf16, {"a:dot": 900.0, "torch": 50.0}, 2)
     assert choice.value("bf16") == choice.value("nf4") == "a, bf16 products wide"
@@ -237,23 +246,24 @@ def test_a_run_says_what_was_chosen_and_what_would_be_faster(monkeypatch):
         (object(), (1024, 4096, 1024)),
     ],
 )
-def test_sizes_follow_from_a_models_configuration(config, sizes):
+def test_sizes_are_derived_from_model_config(config, sizes):
     assert sizes_of(config) == Sizes(*sizes)
 
 
 @compiled_only
-def test_measuring_times_each_candidate_and_leaves_the_process_as_it_was():
-    """Some rate of each, of the order of the others; torch's random numbers and the arithmetic are
-    untouched."""
+def test_measurement_covers_candidates_and_restores_state():
+    """Rates are plausible, and torch's random state, threads and arithmetic are unchanged."""
     before, state, threads = loader.arithmetic(), torch.get_rng_state(), torch.get_num_threads()
-    assert believable(product_rates.measure(SIZES, 1).rates, product_rates.candidates()) is not None
+    assert valid_rates(product_rates.measure(SIZES, 1).rates, product_rates.candidates()) is not None
     assert loader.arithmetic() == before and torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_process_that_forces_none_measures_torch_alone(monkeypatch):
+def test_override_none_measures_only_torch(monkeypatch):
     monkeypatch.setenv(variants.VARIABLE, "none")
-    with loader.computing():
-        loader.compute_with(None)
+    with loader.temporary_arithmetic():
+        loader.use_arithmetic(None)
         rates = product_rates.measure(Sizes(64, 64, 64), 1).rates
-    assert {stored: list(of) for stored, of in rates.items()} == {stored: ["torch"] for stored in STORED}
+    assert {stored: list(by_name) for stored, by_name in rates.items()} == {
+        stored: ["torch"] for stored in WEIGHT_TYPES
+    }

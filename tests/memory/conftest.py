@@ -1,4 +1,4 @@
-"""Small models whose peaks are megabytes, and a run of two training steps over them."""
+"""Small models with peaks of megabytes, and a function that runs two training steps."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def model_of(family: str, dtype: str) -> PreTrainedModel:
-    """A random model, frozen and in evaluation mode; under a simulation one on fake tensors."""
+    """Create a frozen random model in eval mode. In a simulation its tensors are fake."""
     torch.manual_seed(0)
     auto = AUTO.get(family, transformers.AutoModelForCausalLM)
     return auto.from_config(CONFIGS[family](), dtype=DTYPES[dtype]).eval().requires_grad_(False)
 
 
-def prepared(family: str, dtype: str, method: str, checkpointing: bool = False) -> PreTrainedModel:
+def prepare_model(family: str, dtype: str, method: str, checkpointing: bool = False) -> PreTrainedModel:
     model = model_of(family, dtype)
     if method == "full":
         model.requires_grad_(True)
@@ -59,18 +59,21 @@ def prepared(family: str, dtype: str, method: str, checkpointing: bool = False) 
 
 
 def two_steps(model: PreTrainedModel, rows: int = 6, length: int = 70) -> Callable[[], None]:
-    """Two steps of AdamW over padded rows or images; low-precision parameters have fp32 master weights."""
+    """Return a function that runs two AdamW steps on padded rows or images.
+
+    Low-precision parameters get fp32 master weights.
+    """
 
     def run() -> None:
         trained = [p for p in model.parameters() if p.requires_grad]
         master_weights = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in trained]
-        apart = [(p, master) for p, master in zip(trained, master_weights, strict=True) if p is not master]
+        low_precision = [(p, master) for p, master in zip(trained, master_weights, strict=True) if p is not master]
         optimizer = torch.optim.AdamW(master_weights, lr=1e-3, fused=True)
         generator = np.random.default_rng(0)
         for _ in range(2):
             loss = _loss(model, generator, rows, length)
             loss.backward()
-            for parameter, master in apart:
+            for parameter, master in low_precision:
                 if parameter.grad is not None:
                     master.grad, parameter.grad = parameter.grad.float(), None
             norm = float(nn.utils.clip_grad_norm_(master_weights, 1.0))
@@ -78,7 +81,7 @@ def two_steps(model: PreTrainedModel, rows: int = 6, length: int = 70) -> Callab
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             with torch.no_grad():
-                for parameter, master in apart:
+                for parameter, master in low_precision:
                     parameter.copy_(master)
 
     return run
@@ -100,5 +103,5 @@ def _loss(model: PreTrainedModel, generator: np.random.Generator, rows: int, len
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
+def _single_thread() -> None:
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""What is predicted on fake tensors, against what the allocator gave out in the real run."""
+"""Peaks predicted on fake tensors match the allocator's peaks in real runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from deltaw.memory.measure import peak_tensor_bytes
 from deltaw.memory.plan import KINDS
 from deltaw.memory.simulation import fake_tensors, simulate
-from tests.memory.conftest import CONFIGS, VOCABULARY, prepared, two_steps
+from tests.memory.conftest import CONFIGS, VOCABULARY, prepare_model, two_steps
 
 LORA = [(family, dtype, "lora", False) for family in CONFIGS for dtype in ("fp32", "bf16")]
 QUICK = [
@@ -24,36 +24,36 @@ QUICK = [
     ("bert", "bf16", "full", False),
     ("vit", "fp32", "lora", True),
 ]
-MORE = [*(case for case in LORA if case not in QUICK), ("bert", "fp32", "lora", True)]
+SLOW = [*(case for case in LORA if case not in QUICK), ("bert", "fp32", "lora", True)]
 
 
 @pytest.mark.parametrize(
     ("family", "dtype", "method", "checkpointing"),
-    [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)],
+    [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
 )
-def test_the_predicted_peak_is_the_allocators(family: str, dtype: str, method: str, checkpointing: bool) -> None:
+def test_predicted_peak_matches_allocator(family: str, dtype: str, method: str, checkpointing: bool) -> None:
     with fake_tensors():
-        model = prepared(family, dtype, method, checkpointing)
+        model = prepare_model(family, dtype, method, checkpointing)
     footprint = simulate(two_steps(model), models=[model], vocabularies=[VOCABULARY])
 
-    model = prepared(family, dtype, method, checkpointing)
-    true = peak_tensor_bytes(two_steps(model), alive=[*model.parameters(), *model.buffers()])
-    # In so small models the blocks of bf16 products, which are not predicted, weigh 1 to 2 %.
-    assert footprint.peak_bytes == pytest.approx(true, rel=0.01 if dtype == "fp32" else 0.03)
+    model = prepare_model(family, dtype, method, checkpointing)
+    measured = peak_tensor_bytes(two_steps(model), alive=[*model.parameters(), *model.buffers()])
+    # Buffers of bf16 products are not predicted. They are 1 to 2 % of the peak in models of this size.
+    assert footprint.peak_bytes == pytest.approx(measured, rel=0.01 if dtype == "fp32" else 0.03)
 
 
-def test_the_parts_add_up_known_ones_are_exact_and_checkpointing_lowers_the_peak() -> None:
+def test_parts_sum_to_peak_and_checkpointing_lowers_it() -> None:
     footprints = []
     for checkpointing in (False, True):
         with fake_tensors():
-            model = prepared("llama", "fp32", "lora", checkpointing)
+            model = prepare_model("llama", "fp32", "lora", checkpointing)
         footprints.append(simulate(two_steps(model), models=[model], vocabularies=[VOCABULARY]))
     footprint = footprints[0]
     assert footprints[1].peak_bytes < footprint.peak_bytes
     assert tuple(footprint.parts) == KINDS
     assert sum(footprint.parts.values()) == footprint.peak_bytes
     trained = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
-    # Two moments a parameter, and a count of steps for each tensor.
+    # Two moments per parameter and one step count per tensor.
     tensors = sum(p.requires_grad for p in model.parameters())
     assert footprint.parts["trained"] == trained
     assert footprint.parts["optimizer"] in (0, 2 * trained + 4 * tensors)
@@ -62,7 +62,7 @@ def test_the_parts_add_up_known_ones_are_exact_and_checkpointing_lowers_the_peak
     assert max(size for _, size in footprint.timeline) <= footprint.peak_bytes
 
 
-def test_whole_numbers_are_computed_for_real_and_a_number_asked_of_no_value_is_one() -> None:
+def test_integers_are_real_and_fake_scalars_are_one() -> None:
     with fake_tensors():
         mask = torch.arange(6)[None] < torch.tensor([[2], [6]])
         assert type(mask) is torch.Tensor
@@ -71,45 +71,45 @@ def test_whole_numbers_are_computed_for_real_and_a_number_asked_of_no_value_is_o
         assert torch.zeros(6, 3)[torch.tensor([True, False, True, False, False, False])].shape == (2, 3)
         values = torch.randn(3)
         assert values[0].item() == 1.0 and math.isfinite(float(values.sum()))
-        assert torch.isfinite(values).all() and not torch.isnan(values).any()  # nothing unusual is found
+        assert torch.isfinite(values).all() and not torch.isnan(values).any()  # fake values are always finite
         assert torch.tensor(2.5).item() == 2.5
-        _, experts = torch.topk(torch.randn(12, 4), 2)  # they get equal shares
+        _, experts = torch.topk(torch.randn(12, 4), 2)  # every expert gets the same number of tokens
         assert torch.bincount(experts.flatten()).tolist() == [6, 6, 6, 6]
 
 
-def test_random_starts_and_decompositions_run_on_fake_tensors() -> None:
+def test_initialization_and_decompositions_run_on_fake_tensors() -> None:
     with fake_tensors():
         layer = nn.Linear(5, 7)
-        nn.init.trunc_normal_(layer.weight)  # draws again until nothing lies outside
+        nn.init.trunc_normal_(layer.weight)  # resamples until all values are within the bounds
         layer.to(torch.bfloat16)
         assert layer.weight.dtype == torch.bfloat16
         torch.empty(4).uniform_(generator=torch.Generator().manual_seed(0))
-        left, values, right = torch.linalg.svd(torch.randn(6, 4), full_matrices=False)
-        assert (left.shape, values.shape, right.shape) == ((6, 4), (4,), (4, 4))
+        u, s, v = torch.linalg.svd(torch.randn(6, 4), full_matrices=False)
+        assert (u.shape, s.shape, v.shape) == ((6, 4), (4,), (4, 4))
         layer.weight.data = torch.zeros(7, 5)
         assert layer.weight.dtype == torch.float32
 
 
-def test_attention_takes_the_processors_fused_kernel() -> None:
-    def ran() -> set[str]:
+def test_attention_uses_fused_cpu_kernel() -> None:
+    def attention_operators() -> set[str]:
         names = set()
 
-        class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        class OperatorRecorder(torch.utils._python_dispatch.TorchDispatchMode):
             def __torch_dispatch__(self, func, types, args=(), kwargs=None):
                 names.add(str(func))
                 return func(*args, **(kwargs or {}))
 
         query = torch.randn(1, 2, 8, 4, requires_grad=True)
-        with Watch():
+        with OperatorRecorder():
             F.scaled_dot_product_attention(query, query, query, is_causal=True).sum().backward()
         return {name for name in names if "attention" in name}
 
-    real = ran()
+    real = attention_operators()
     with fake_tensors():
-        assert ran() == real
+        assert attention_operators() == real
 
 
-def test_a_simulation_opens_inside_another_and_closes() -> None:
+def test_simulations_can_be_nested() -> None:
     with fake_tensors():
         outer = torch.randn(2)
         with fake_tensors():

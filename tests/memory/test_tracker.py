@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from deltaw.machine.memory import LARGEST_KEPT, trim_memory
+from deltaw.machine.memory import MAX_RETAINED_BYTES, trim_memory
 from deltaw.memory.measure import peak_tensor_bytes, storage_bytes
 from deltaw.memory.simulation import MemoryTracker
 from deltaw.memory.work import WorkCounter
 
 
-def test_a_storage_counts_from_its_making_to_its_end_whatever_views_there_are() -> None:
+def test_storage_counts_until_last_view_is_freed() -> None:
     with MemoryTracker() as tracker:
         values = torch.zeros(1000)
         assert tracker.footprint().steady_bytes == 4000
@@ -25,18 +25,18 @@ def test_a_storage_counts_from_its_making_to_its_end_whatever_views_there_are() 
         assert tracker.footprint().peak_bytes == 4000
 
 
-def test_tensors_from_before_count_once_they_are_made_known() -> None:
+def test_existing_tensors_count_after_track() -> None:
     weight = torch.zeros(10, 10)
     with MemoryTracker() as tracker:
         tracker.track([weight, weight.t()], "weights")
         assert tracker.footprint().steady_bytes == 400
         tracker.track([weight], "trained")
     assert tracker.footprint().parts["weights"] == 0
-    with pytest.raises(ValueError, match="no kind"):
+    with pytest.raises(ValueError, match="not a kind"):
         tracker.track([weight], "wieghts")
 
 
-def test_the_peak_is_laid_to_its_phase_and_module() -> None:
+def test_peak_is_attributed_to_phase_and_module() -> None:
     model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 5000))
     with MemoryTracker() as tracker:
         tracker.track_model(model)
@@ -46,7 +46,7 @@ def test_the_peak_is_laid_to_its_phase_and_module() -> None:
     assert (footprint.phase, footprint.module) == ("forward", "1")
 
 
-def test_gradients_and_optimizer_state_are_told_apart() -> None:
+def test_gradients_and_optimizer_state_are_distinguished() -> None:
     model = nn.Linear(200, 200, bias=False)
     optimizer = torch.optim.AdamW(model.parameters())
     size = 200 * 200 * 4
@@ -60,7 +60,7 @@ def test_gradients_and_optimizer_state_are_told_apart() -> None:
     assert 2 * size <= parts["optimizer"] <= 2 * size + 64
 
 
-def test_the_allocators_peak_sees_what_lives_at_one_time() -> None:
+def test_peak_counts_only_simultaneous_tensors() -> None:
     def run() -> None:
         first = torch.zeros(1000)
         del first
@@ -71,23 +71,23 @@ def test_the_allocators_peak_sees_what_lives_at_one_time() -> None:
     assert storage_bytes([before, before[1:]]) == 100
 
 
-@pytest.mark.parametrize("watched", [False, True])
-def test_two_gradients_of_one_tensor_are_summed_in_place_whoever_looks_on(watched):
-    """The engine adds the second gradient into the first, but not while a dispatch mode looks on."""
+@pytest.mark.parametrize("with_counter", [False, True])
+def test_gradient_accumulation_is_in_place_with_other_dispatch_modes(with_counter):
+    """Autograd adds the second gradient in place, but not under another dispatch mode."""
     weight = torch.ones(1000, requires_grad=True)
 
     def run():
         ((weight * 2).sum() + (weight * 3).sum()).backward()
 
-    with MemoryTracker() as tracker, WorkCounter() if watched else nullcontext():
+    with MemoryTracker() as tracker, WorkCounter() if with_counter else nullcontext():
         tracker.track([weight], "trained")
         run()
     weight.grad = None
     assert tracker.footprint().peak_bytes <= peak_tensor_bytes(run, alive=[weight]) + 100
 
 
-@pytest.mark.parametrize(("small_first", "held"), [(True, 20 << 20), (False, 0)])
-def test_freed_small_blocks_stay_resident_when_a_large_block_follows(small_first: bool, held: int) -> None:
+@pytest.mark.parametrize(("small_first", "retained"), [(True, 20 << 20), (False, 0)])
+def test_freed_small_blocks_remain_resident_before_large_block(small_first: bool, retained: int) -> None:
     with MemoryTracker() as tracker:
         if small_first:
             torch.zeros(20 << 20, dtype=torch.uint8)
@@ -95,19 +95,19 @@ def test_freed_small_blocks_stay_resident_when_a_large_block_follows(small_first
         if not small_first:
             torch.zeros(20 << 20, dtype=torch.uint8)
     assert tracker.footprint().peak_bytes == 64 << 20
-    assert tracker.footprint().held_bytes == held
+    assert tracker.footprint().retained_bytes == retained
 
 
-def test_a_block_of_the_allocators_limit_does_not_reuse_freed_blocks() -> None:
+def test_block_at_allocator_limit_does_not_reuse_freed_blocks() -> None:
     with MemoryTracker() as tracker:
-        torch.zeros(LARGEST_KEPT // 2, dtype=torch.uint8)
-        torch.zeros(LARGEST_KEPT, dtype=torch.uint8)
-    assert tracker.footprint().held_bytes == LARGEST_KEPT // 2
+        torch.zeros(MAX_RETAINED_BYTES // 2, dtype=torch.uint8)
+        torch.zeros(MAX_RETAINED_BYTES, dtype=torch.uint8)
+    assert tracker.footprint().retained_bytes == MAX_RETAINED_BYTES // 2
 
 
-def test_trimmed_memory_is_not_counted_as_held() -> None:
+def test_trimmed_memory_is_not_counted_as_retained() -> None:
     with MemoryTracker() as tracker:
-        torch.zeros(LARGEST_KEPT // 2, dtype=torch.uint8)
+        torch.zeros(MAX_RETAINED_BYTES // 2, dtype=torch.uint8)
         trim_memory()
-        torch.zeros(LARGEST_KEPT, dtype=torch.uint8)
-    assert tracker.footprint().held_bytes == 0
+        torch.zeros(MAX_RETAINED_BYTES, dtype=torch.uint8)
+    assert tracker.footprint().retained_bytes == 0

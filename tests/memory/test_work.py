@@ -1,4 +1,4 @@
-"""Counted work against closed forms, and how the libraries' kernels follow from it."""
+"""Counted operations match closed forms, and kernel memory follows from the counts."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from deltaw.memory.simulation import fake_tensors
 from deltaw.memory.work import DEFAULT_CAPACITY, WorkCounter, kernel_bytes
 
 
-def counted(run: Callable[[], object]) -> WorkCounter:
+def count_work(function: Callable[[], object]) -> WorkCounter:
     with WorkCounter() as work:
-        run()
+        function()
     return work
 
 
@@ -32,87 +32,87 @@ PRODUCTS: dict[str, tuple[Callable[[], object], int]] = {
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_a_product_takes_two_operations_for_each_pair_of_factors(name: str) -> None:
+def test_product_counts_two_operations_per_multiplication(name: str) -> None:
     run, operations = PRODUCTS[name]
-    assert counted(run).operations == operations
+    assert count_work(run).operations == operations
 
 
-def test_a_backward_takes_twice_the_forward_and_elementwise_operators_are_no_operations() -> None:
+def test_backward_counts_twice_forward_and_elementwise_counts_zero() -> None:
     weight, values = (torch.ones(*shape, requires_grad=True) for shape in ((5, 4), (3, 4)))
-    work = counted(lambda: F.linear(values, weight).sum().backward())
+    work = count_work(lambda: F.linear(values, weight).sum().backward())
     assert work.operations == 3 * (2 * 3 * 4 * 5) and work.operators > 3
-    work = counted(lambda: torch.ones(8).exp().sum())
+    work = count_work(lambda: torch.ones(8).exp().sum())
     assert work.operators >= 3 and work.operations == 0 and work.products == []
 
 
-def test_each_shape_of_a_product_is_one_kernel_however_often_it_comes() -> None:
+def test_repeated_product_shape_counts_as_one_kernel() -> None:
     def run() -> None:
         for rows in (2, 3, 3, 2):
             for dtype in (torch.float32, torch.bfloat16):
                 ones(rows, 4, dtype=dtype) @ ones(4, 5, dtype=dtype)
-        ones(2, 4) @ ones(5, 4).t()  # laid out differently
+        ones(2, 4) @ ones(5, 4).t()  # different memory layout
 
-    assert [product.half for product in counted(run).products].count(True) == 2
-    assert len(counted(run).products) == 5
+    assert [count_product.half for count_product in count_work(run).products].count(True) == 2
+    assert len(count_work(run).products) == 5
 
 
 @pytest.mark.parametrize(("dtype", "lengths"), [(torch.bfloat16, {7, 9}), (torch.float32, set())])
-def test_lengths_of_attention_are_noted_in_half_precision(dtype: torch.dtype, lengths: set[int]) -> None:
+def test_attention_lengths_are_recorded_in_half_precision(dtype: torch.dtype, lengths: set[int]) -> None:
     def run() -> None:
         for length in (7, 9, 7):
             q = ones(1, 2, length, 8, dtype=dtype, requires_grad=True)
             F.scaled_dot_product_attention(q, q, q).sum().backward()
 
-    assert counted(run).lengths == lengths
+    assert count_work(run).lengths == lengths
 
 
-def test_work_is_the_same_on_fake_tensors() -> None:
+def test_counts_are_equal_on_fake_tensors() -> None:
     def run() -> None:
         q = ones(1, 2, 6, 8, dtype=torch.bfloat16, requires_grad=True)
         rows = F.scaled_dot_product_attention(q, q, q).flatten(0, 2)
         (rows @ ones(8, 3, dtype=torch.bfloat16)).float().sum().backward()
 
-    real = counted(run)
+    real = count_work(run)
     with fake_tensors():
-        planned = counted(run)
+        planned = count_work(run)
     assert planned.operations == real.operations > 0
     assert planned.products == real.products and planned.lengths == real.lengths == {6}
 
 
 @pytest.fixture(autouse=True)
-def _sizes_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels of known sizes: torch's own products on some processors keep none."""
+def _kernel_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set the sizes of kernels. On some CPUs torch caches no kernels."""
     monkeypatch.setattr(work_module, "product_bytes", lambda half: 500_000 if half else 20_000)
     monkeypatch.setattr(work_module, "attention_bytes", lambda long: 900_000 if long else 300_000)
 
 
-def product(rows: int, dtype: torch.dtype = torch.bfloat16) -> WorkCounter:
-    return counted(lambda: ones(rows, 4, dtype=dtype) @ ones(4, 5, dtype=dtype))
+def count_product(rows: int, dtype: torch.dtype = torch.bfloat16) -> WorkCounter:
+    return count_work(lambda: ones(rows, 4, dtype=dtype) @ ones(4, 5, dtype=dtype))
 
 
-def test_kernels_grow_with_numbers_of_tokens_up_to_as_many_as_are_kept() -> None:
-    half, full = product(2), product(2, torch.float32)
-    one, ten, most, more = (
+def test_kernel_bytes_grow_with_token_counts_up_to_capacity() -> None:
+    half, full = count_product(2), count_product(2, torch.float32)
+    single, tenfold, at_capacity, above_capacity = (
         kernel_bytes(half, varying=[({2}, n)]) for n in (1, 10, 2 * DEFAULT_CAPACITY, 3 * DEFAULT_CAPACITY)
     )
-    assert ten == pytest.approx(10 * one) and one > kernel_bytes(full, varying=[({2}, 1)])
-    assert 100 * one < most == more < 2 * DEFAULT_CAPACITY * one
-    assert kernel_bytes(counted(lambda: None), varying=[({2}, 5)], lengths=3) == 0
+    assert tenfold == pytest.approx(10 * single) and single > kernel_bytes(full, varying=[({2}, 1)])
+    assert 100 * single < at_capacity == above_capacity < 2 * DEFAULT_CAPACITY * single
+    assert kernel_bytes(count_work(lambda: None), varying=[({2}, 5)], lengths=3) == 0
 
 
-def test_products_come_in_as_many_shapes_as_there_are_numbers_of_rows_or_attentions_tiles() -> None:
+def test_product_shapes_vary_with_row_counts_or_tiles() -> None:
     varying = [({2}, 10.0), ({3}, 7.0)]
-    tokens, rows, others = (kernel_bytes(product(n), varying=varying) for n in (2, 3, 9))
+    tokens, rows, others = (kernel_bytes(count_product(n), varying=varying) for n in (2, 3, 9))
     assert tokens == pytest.approx(10 * others) and rows == pytest.approx(7 * others)
-    batched = counted(lambda: torch.bmm(ones(3, 2, 4, dtype=torch.bfloat16), ones(3, 4, 5, dtype=torch.bfloat16)))
+    batched = count_work(lambda: torch.bmm(ones(3, 2, 4, dtype=torch.bfloat16), ones(3, 4, 5, dtype=torch.bfloat16)))
     assert batched.products[0].batched
-    one, six = (kernel_bytes(batched, varying=[({9}, 4)], tiles=tiles) for tiles in (1.0, 6.0))
-    assert six == pytest.approx(6 * one)
+    single, sextuple = (kernel_bytes(batched, varying=[({9}, 4)], tiles=tiles) for tiles in (1.0, 6.0))
+    assert sextuple == pytest.approx(6 * single)
 
 
 @pytest.mark.parametrize("length", [16, 128])
-def test_each_length_of_an_attention_brings_kernels_of_its_own(length: int) -> None:
+def test_each_attention_length_adds_kernels(length: int) -> None:
     q = ones(1, 1, length, 8, dtype=torch.bfloat16, requires_grad=True)
-    work = counted(lambda: F.scaled_dot_product_attention(q, q, q).sum().backward())
-    one, two = (kernel_bytes(work, varying=[({16, 128}, 1)], lengths=lengths) for lengths in (1, 2))
-    assert two > one
+    work = count_work(lambda: F.scaled_dot_product_attention(q, q, q).sum().backward())
+    single, double = (kernel_bytes(work, varying=[({16, 128}, 1)], lengths=lengths) for lengths in (1, 2))
+    assert double > single

@@ -1,4 +1,4 @@
-"""Rows of random tokens that the tests of methods train on."""
+"""Random token rows and tiny classifiers for tests of methods."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from deltaw.data.example import Example
 
 
 def random_rows(count: int = 6) -> list[Example]:
-    """Rows of different lengths whose tokens from the fifth on are labels."""
+    """Create rows of different lengths. Tokens from the fifth on are labels."""
     rng = np.random.default_rng(0)
     rows = []
     for row in range(count):
@@ -23,7 +23,7 @@ def random_rows(count: int = 6) -> list[Example]:
 
 
 def classifier(family: str, vocabulary: int = 60) -> PreTrainedModel:
-    """A tiny classifier of three classes, without dropout."""
+    """Create a tiny classifier with three classes, without dropout."""
     torch.manual_seed(3)
     shape = {"vocab_size": vocabulary, "num_labels": 3, "pad_token_id": 1 if family == "roberta" else 0}
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

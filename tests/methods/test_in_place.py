@@ -1,4 +1,4 @@
-"""The methods that train the model's own weights: what changes, what is kept, what comes back from disk."""
+"""Methods that train the model's own weights: changed values, stored gradients, and saved adapters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deltaw.data.packing import pad
 from deltaw.errors import UserError
 from deltaw.lora import OtherBaseModelWarning
 from deltaw.methods.base import Method
-from deltaw.methods.files import method_of_folder
+from deltaw.methods.files import method_from_folder
 from deltaw.methods.in_place import Bias, Full, Head, Last, Random
 from deltaw.methods.settings import HeadSettings, LastSettings, RandomSettings
 from deltaw.training.tasks.causal_objective import CausalObjective
@@ -24,9 +24,9 @@ from tests.methods.test_trained_exactly import METHODS, run
 from tests.tiny_models import causal_model
 
 
-def trained(model: PreTrainedModel, method: Method, **how: float) -> PreTrainedModel:
-    """The model, after the method trained it."""
-    run(model, method, **how)
+def train_model(model: PreTrainedModel, method: Method, **options: float) -> PreTrainedModel:
+    """Train the model with the method and return it."""
+    run(model, method, **options)
     return model
 
 
@@ -39,27 +39,27 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("lora", "prompt")])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_what_is_saved_gives_the_trained_model_and_without_it_the_base(
+def test_saved_adapter_restores_trained_model_and_base(
     family: str, name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     base, method = causal_model(family).to(dtype), METHODS[name]()
-    model = trained(copy.deepcopy(base), method)
+    model = train_model(copy.deepcopy(base), method)
     assert not torch.equal(logits(model), logits(base))
     method.save(model, tmp_path, base_model="tiny")
     loaded = copy.deepcopy(base)
-    again = method_of_folder(tmp_path, None)
-    again.load(loaded, tmp_path)
+    restored = method_from_folder(tmp_path, None)
+    restored.load(loaded, tmp_path)
     assert torch.equal(logits(loaded), logits(model))
-    with pytest.raises(ZeroDivisionError), again.without(loaded):
+    with pytest.raises(ZeroDivisionError), restored.base_model_active(loaded):
         assert torch.equal(logits(loaded), logits(base))
         raise ZeroDivisionError
     assert torch.equal(logits(loaded), logits(model))
     assert not any(p.requires_grad for p in loaded.parameters())
-    with again.without(loaded.double()):
+    with restored.base_model_active(loaded.double()):
         assert {p.dtype for p in loaded.parameters()} == {torch.float64}
 
 
-def test_random_keeps_gradients_and_state_for_the_chosen_weights_alone() -> None:
+def test_random_stores_gradients_only_for_chosen_weights() -> None:
     model = causal_model("llama")
     method = Random(RandomSettings(weights=500))
     method.prepare(model, seed=0)
@@ -75,7 +75,7 @@ def test_random_keeps_gradients_and_state_for_the_chosen_weights_alone() -> None
     assert all(id(t) in alive for t in tensors)
 
 
-def test_random_gradients_are_those_of_the_dense_backward() -> None:
+def test_random_gradients_match_dense_backward() -> None:
     dense = causal_model("llama")
     sparse = copy.deepcopy(dense)
     method = Random(RandomSettings(weights=0.1))
@@ -84,72 +84,72 @@ def test_random_gradients_are_those_of_the_dense_backward() -> None:
     for model in (dense, sparse):
         for batch in (pad(random_rows()[:3]), pad(random_rows()[3:])):
             CausalObjective(model)(batch).backward()
-    whole = {n: p.grad.flatten() for n, p in dense.named_parameters()}
+    expected = {n: p.grad.flatten() for n, p in dense.named_parameters()}
     tensors = method.tensors()
     for name, values in method.parameters(sparse):
         indices = tensors[name.removesuffix("values") + "indices"].long()
-        torch.testing.assert_close(values.grad, whole[name.removesuffix(".values")][indices])
+        torch.testing.assert_close(values.grad, expected[name.removesuffix(".values")][indices])
 
 
-def test_training_a_tied_head_leaves_the_embedding_alone() -> None:
+def test_training_tied_head_leaves_embedding_unchanged() -> None:
     model = causal_model("gpt2")
     assert model.lm_head.weight is model.transformer.wte.weight
     before = model.transformer.wte.weight.detach().clone()
-    trained(model, Head(HeadSettings()))
+    train_model(model, Head(HeadSettings()))
     assert torch.equal(model.transformer.wte.weight, before)
     assert not torch.equal(model.lm_head.weight, before)
 
 
 @pytest.mark.parametrize("method", [Head(HeadSettings()), Full()], ids=["head", "full"])
-def test_another_base_is_noticed_when_an_adapter_is_loaded(method: Head | Full, tmp_path: Path) -> None:
+def test_loading_adapter_onto_other_base_warns(method: Head | Full, tmp_path: Path) -> None:
     model = causal_model("llama")
     method.prepare(model, seed=0)
     method.save(model, tmp_path, base_model="tiny")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        method_of_folder(tmp_path, None).load(causal_model("llama"), tmp_path)
-    other = causal_model("llama")
+        method_from_folder(tmp_path, None).load(causal_model("llama"), tmp_path)
+    modified = causal_model("llama")
     with torch.no_grad():
-        other.model.norm.weight[-1] += 1e-3
+        modified.model.norm.weight[-1] += 1e-3
     with pytest.warns(OtherBaseModelWarning, match=r"another base model \(tiny\)"):
-        method_of_folder(tmp_path, None).load(other, tmp_path)
+        method_from_folder(tmp_path, None).load(modified, tmp_path)
 
 
-def test_full_training_keeps_tied_weights_tied(tmp_path: Path) -> None:
+def test_full_training_preserves_tied_weights(tmp_path: Path) -> None:
     loaded, method = causal_model("gpt2"), Full()
-    model = trained(causal_model("gpt2"), method)
+    model = train_model(causal_model("gpt2"), method)
     method.save(model, tmp_path, base_model="tiny")
-    method_of_folder(tmp_path, None).load(loaded, tmp_path)
-    assert all(one.lm_head.weight is one.transformer.wte.weight for one in (model, loaded))
+    method_from_folder(tmp_path, None).load(loaded, tmp_path)
+    assert all(tied.lm_head.weight is tied.transformer.wte.weight for tied in (model, loaded))
 
 
-def test_a_model_without_biases_is_given_some_that_change_nothing_at_first() -> None:
+def test_bias_method_adds_zero_biases_to_model_without_biases() -> None:
     base = causal_model("llama")
     model = copy.deepcopy(base)
     method = Bias()
-    assert "given one of zeros" in method.prepare(model, seed=0)
+    assert "zero bias was added" in method.prepare(model, seed=0)
     assert torch.equal(logits(model), logits(base))
     assert all(name.endswith(".bias") for name, _ in method.parameters(model))
 
 
-def test_low_precision_weights_learn_from_steps_smaller_than_their_resolution() -> None:
-    """One step of 3e-4 vanishes in a bf16 weight of 1; fifteen of them do not."""
+def test_low_precision_weights_accumulate_small_steps() -> None:
+    """A single step of 3e-4 is lost in a bf16 weight of 1, but fifteen of them are not."""
     before = causal_model("llama").to(torch.bfloat16)
-    model = trained(copy.deepcopy(before), Full(), steps=15, rate=3e-4)
+    model = train_model(copy.deepcopy(before), Full(), steps=15, rate=3e-4)
     norms = [name for name, _ in model.named_parameters() if name.endswith("norm.weight")]
     moved = [(model.get_parameter(n).float() - before.get_parameter(n).float()).abs().max() for n in norms]
     assert max(moved) > 1e-3
 
 
-def test_errors_name_what_is_wrong_with_a_hint(tmp_path: Path) -> None:
+def test_invalid_settings_and_adapters_raise(tmp_path: Path) -> None:
     model = causal_model("llama")
-    for wrong, said in (
-        (Last(LastSettings(blocks=3)), r"last\.blocks asks for 3"),
-        (Head(HeadSettings(modules=["lm_heat"])), "no module of the model"),
-        (Random(RandomSettings(weights=10**9)), "weights, and there are"),
+    for invalid, message in (
+        (Last(LastSettings(blocks=3)), r"last\.blocks is 3"),
+        (Head(HeadSettings(modules=["lm_heat"])), "the model has no module"),
+        (Random(RandomSettings(weights=10**9)), "weights, but the model has"),
     ):
-        with pytest.raises(UserError, match=said):
-            wrong.prepare(model, seed=0)
+        with pytest.raises(UserError, match=message):
+            invalid.prepare(model, seed=0)
     method = Full()
     method.prepare(model, seed=0)
     method.save(model, tmp_path, base_model="tiny")

@@ -1,4 +1,4 @@
-"""Prompt tuning against PEFT's, and through the rest of the library: packing, generation, files."""
+"""Prompt tuning matches PEFT and works with packing, generation and adapter files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from deltaw.data.packing import batches, pack, pad
 from deltaw.errors import UserError
 from deltaw.lora.fingerprint import base_fingerprint
 from deltaw.methods.base import Method
-from deltaw.methods.prompt import Prompt, PromptSettings
+from deltaw.methods.prompt import PromptSettings, SoftPrompt
 from deltaw.runtime.generation import generate
 from deltaw.runtime.packed import packed_rows
 from deltaw.runtime.virtual_tokens import attached
@@ -34,7 +34,7 @@ from tests.tiny_models import VOCABULARY, causal_model
 
 K = 5
 FAMILIES = ("llama", "gpt2", "gemma3")
-# transformers 5 warns that PEFT hands it a mask of another type; PEFT warns of what it does not pass on.
+# transformers 5 warns about the type of PEFT's mask, and PEFT warns about arguments that it drops.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
 
@@ -52,32 +52,32 @@ def prompt_of(model: nn.Module) -> nn.Parameter:
     return layer.prompt
 
 
-def prepared(model: PreTrainedModel, *extra_modules: str, seed: int = 0) -> tuple[PreTrainedModel, Prompt]:
-    """The model with a prompt of K vectors, and the method."""
-    method = Prompt(PromptSettings(length=K))
+def prepare_model(model: PreTrainedModel, *extra_modules: str, seed: int = 0) -> tuple[PreTrainedModel, SoftPrompt]:
+    """Attach a prompt of K vectors and return the model and the method."""
+    method = SoftPrompt(PromptSettings(length=K))
     method.prepare(model, seed=seed, extra_modules=extra_modules)
     return model, method
 
 
-def started(theirs: nn.Module) -> nn.Parameter:
-    """PEFT's prompt."""
+def peft_prompt(theirs: nn.Module) -> nn.Parameter:
+    """Return PEFT's prompt."""
     return theirs.prompt_encoder["default"].embedding.weight
 
 
-def ours_and_pefts(family: str) -> tuple[PreTrainedModel, Prompt, peft.PeftModel]:
-    """A model under each, with the same prompt, both trainable."""
-    model, method = prepared(causal_model(family), seed=4)
+def ours_and_peft(family: str) -> tuple[PreTrainedModel, SoftPrompt, peft.PeftModel]:
+    """Create a model with our prompt and one with PEFT's, with equal trainable values."""
+    model, method = prepare_model(causal_model(family), seed=4)
     settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=K)
     theirs = peft.get_peft_model(causal_model(family), settings).eval()
     with torch.no_grad():
-        started(theirs).copy_(prompt_of(model))
+        peft_prompt(theirs).copy_(prompt_of(model))
     return model, method, theirs
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_outputs_gradients_and_ten_adamw_steps_equal_pefts(family):
-    model, method, theirs = ours_and_pefts(family)
-    tokens, weight, other = ids(), prompt_of(model), started(theirs)
+def test_outputs_gradients_and_ten_adamw_steps_match_peft(family):
+    model, method, theirs = ours_and_peft(family)
+    tokens, weight, other = ids(), prompt_of(model), peft_prompt(theirs)
     assert [p for p in model.parameters() if p.requires_grad] == [weight]
     optimizers = [torch.optim.AdamW([p], lr=0.01) for p in (weight, other)]
     for step in range(10):
@@ -95,8 +95,8 @@ def test_outputs_gradients_and_ten_adamw_steps_equal_pefts(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_peft_loads_our_file_and_we_load_pefts(family, tmp_path):
-    model, method, theirs = ours_and_pefts(family)
+def test_adapter_files_load_in_both_libraries(family, tmp_path):
+    model, method, theirs = ours_and_peft(family)
     tokens = ids()
     with torch.no_grad():
         prompt_of(model).normal_()
@@ -106,15 +106,15 @@ def test_peft_loads_our_file_and_we_load_pefts(family, tmp_path):
         torch.testing.assert_close(loaded(input_ids=tokens).logits, expected, atol=1e-5, rtol=1e-5)
 
         theirs.save_pretrained(tmp_path / "theirs")
-        again, ours = causal_model(family), Prompt()
-        assert f"{K} vectors" in ours.load(again, tmp_path / "theirs")
-        assert ours.virtual_tokens == K and not any(p.requires_grad for p in again.parameters())
-        found, expected = again(input_ids=with_virtual_tokens(ours, tokens)).logits, theirs(input_ids=tokens).logits
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        reloaded, ours = causal_model(family), SoftPrompt()
+        assert f"{K} vectors" in ours.load(reloaded, tmp_path / "theirs")
+        assert ours.virtual_tokens == K and not any(p.requires_grad for p in reloaded.parameters())
+        actual, expected = reloaded(input_ids=with_virtual_tokens(ours, tokens)).logits, theirs(input_ids=tokens).logits
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_settings_file_has_exactly_the_keys_of_pefts(tmp_path):
-    model, method, theirs = ours_and_pefts("llama")
+def test_adapter_config_has_keys_of_peft(tmp_path):
+    model, method, theirs = ours_and_peft("llama")
     method.save(model, tmp_path / "ours", base_model="a-base", metadata={"deltaw.classes": "[]"})
     theirs.save_pretrained(tmp_path / "theirs")
     ours, reference = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ours", "theirs"))
@@ -128,9 +128,9 @@ def test_the_settings_file_has_exactly_the_keys_of_pefts(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "llama"])
-def test_a_classifier_and_its_head_go_to_peft_and_come_back(kind, tmp_path):
+def test_classifier_and_head_round_trip_through_peft(kind, tmp_path):
     head = "score" if kind == "llama" else "classifier"
-    model, method = prepared(classifier(kind, VOCABULARY), head)
+    model, method = prepare_model(classifier(kind, VOCABULARY), head)
     names = [name for name, _ in method.parameters(model)]
     assert names[0] == "prompt" and all(n.startswith(head) for n in names[1:]) and len(names) > 1
     tokens = ids()
@@ -144,21 +144,21 @@ def test_a_classifier_and_its_head_go_to_peft_and_come_back(kind, tmp_path):
         torch.testing.assert_close(theirs(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
 
         theirs.save_pretrained(tmp_path / "theirs")
-        again, ours = classifier(kind, VOCABULARY), Prompt()
-        before = again(input_ids=tokens).logits
-        assert head in ours.load(again, tmp_path / "theirs")
-        torch.testing.assert_close(again(input_ids=with_virtual_tokens(ours, tokens)).logits, expected)
-        with ours.without(again):
-            assert torch.equal(again(input_ids=tokens).logits, before)
-        torch.testing.assert_close(again(input_ids=with_virtual_tokens(ours, tokens)).logits, expected)
+        reloaded, ours = classifier(kind, VOCABULARY), SoftPrompt()
+        before = reloaded(input_ids=tokens).logits
+        assert head in ours.load(reloaded, tmp_path / "theirs")
+        torch.testing.assert_close(reloaded(input_ids=with_virtual_tokens(ours, tokens)).logits, expected)
+        with ours.base_model_active(reloaded):
+            assert torch.equal(reloaded(input_ids=tokens).logits, before)
+        torch.testing.assert_close(reloaded(input_ids=with_virtual_tokens(ours, tokens)).logits, expected)
 
 
-def test_a_classifier_on_padded_rows_equals_pefts_and_trains_alike():
-    model, method = prepared(classifier("bert", VOCABULARY), "classifier")
+def test_classifier_on_padded_rows_matches_peft():
+    model, method = prepare_model(classifier("bert", VOCABULARY), "classifier")
     settings = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=K)
     theirs = peft.get_peft_model(classifier("bert", VOCABULARY), settings).eval()
     with torch.no_grad():
-        started(theirs).copy_(prompt_of(model))
+        peft_prompt(theirs).copy_(prompt_of(model))
     tokens, mask = ids(), torch.ones(2, 9, dtype=torch.long)
     tokens[1, 6:], mask[1, 6:] = 0, 0
     longer = torch.cat([torch.ones(2, K, dtype=torch.long), mask], 1)
@@ -168,7 +168,7 @@ def test_a_classifier_on_padded_rows_equals_pefts_and_trains_alike():
     torch.testing.assert_close(ours_loss, their_loss, atol=1e-6, rtol=1e-6)
     ours_loss.backward()
     their_loss.backward()
-    torch.testing.assert_close(prompt_of(model).grad, started(theirs).grad, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(prompt_of(model).grad, peft_prompt(theirs).grad, atol=1e-6, rtol=1e-4)
     head = dict(theirs.named_parameters())["base_model.classifier.modules_to_save.default.weight"]
     torch.testing.assert_close(model.classifier.weight.grad, head.grad, atol=1e-6, rtol=1e-4)
 
@@ -176,18 +176,18 @@ def test_a_classifier_on_padded_rows_equals_pefts_and_trains_alike():
 def _examples() -> list[Example]:
     generator = np.random.default_rng(0)
     common = generator.integers(3, VOCABULARY, 6)
-    made = []
+    examples = []
     for row, length in enumerate((4, 7, 5)):
         tokens = np.concatenate([common, generator.integers(3, VOCABULARY, length)]).astype(np.int32)
-        made.append(Example(row + 1, tokens, np.arange(len(tokens)) >= 8, 8, "answer"))
-    return made
+        examples.append(Example(row + 1, tokens, np.arange(len(tokens)) >= 8, 8, "answer"))
+    return examples
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_rows_that_share_the_prompt_train_as_rows_on_their_own(family):
-    model, method = prepared(causal_model(family))
+def test_packed_rows_with_shared_prompt_match_separate_rows(family):
+    model, method = prepare_model(causal_model(family))
     objective = CausalObjective(model)
-    rows = [e.after(K, method.with_virtual_tokens(e.tokens)) for e in _examples()]
+    rows = [e.with_prefix(K, method.with_virtual_tokens(e.tokens)) for e in _examples()]
 
     def gradient(parts: list, flat: bool) -> tuple[float, torch.Tensor]:
         prompt_of(model).grad = None
@@ -198,20 +198,20 @@ def test_packed_rows_that_share_the_prompt_train_as_rows_on_their_own(family):
 
     shared = pack(rows, share=True)
     layout = shared.inputs["packed_layout"]
-    assert layout.parents[0] == -1 and layout.stops[0] >= K  # the prompt stands there once
+    assert layout.parents[0] == -1 and layout.stops[0] >= K  # the prompt is stored only once
     assert shared.tokens < sum(len(row) for row in rows) - K
-    loss, wanted = gradient([pad([row]) for row in rows], flat=False)
+    loss, expected = gradient([pad([row]) for row in rows], flat=False)
     for parts, flat in (([shared], True), (list(batches(rows, 64, share=False)), True), ([pad(rows)], False)):
-        other, found = gradient(parts, flat)
-        assert other == pytest.approx(loss, rel=1e-5)
-        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+        packed_loss, actual = gradient(parts, flat)
+        assert packed_loss == pytest.approx(loss, rel=1e-5)
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_generation_with_a_cache_and_in_batches_equals_one_token_at_a_time():
-    (model, method), tokenizer = prepared(tiny_llama()), byte_tokenizer()
+def test_batched_generation_with_cache_matches_greedy_decoding():
+    (model, method), tokenizer = prepare_model(tiny_llama()), byte_tokenizer()
     prompts = [method.with_virtual_tokens(np.array(row, np.int32)) for row in ([9, 8, 7], [30, 31, 32, 33, 34], [100])]
-    together = generate(model, tokenizer, prompts, max_new_tokens=8, stop_ids=[0])
-    for prompt, answer in zip(prompts, together, strict=True):
+    batched = generate(model, tokenizer, prompts, max_new_tokens=8, stop_ids=[0])
+    for prompt, answer in zip(prompts, batched, strict=True):
         row = torch.from_numpy(prompt).long()[None]
         with torch.no_grad():
             for _ in range(8):
@@ -220,56 +220,56 @@ def test_generation_with_a_cache_and_in_batches_equals_one_token_at_a_time():
                     break
                 row = torch.cat([row, following], 1)
         assert answer.tokens.tolist() == row[0, len(prompt) :].tolist()
-        (alone,) = generate(model, tokenizer, [prompt], max_new_tokens=8, stop_ids=[0])
-        assert alone.tokens.tolist() == answer.tokens.tolist()
+        (single,) = generate(model, tokenizer, [prompt], max_new_tokens=8, stop_ids=[0])
+        assert single.tokens.tolist() == answer.tokens.tolist()
 
 
-def test_evaluation_asks_with_virtual_tokens_rows_and_shows_their_questions_without_the_prompt():
-    (model, method), tokenizer = prepared(tiny_llama()), byte_tokenizer()
+def test_evaluation_uses_virtual_tokens_and_omits_them_from_questions():
+    (model, method), tokenizer = prepare_model(tiny_llama()), byte_tokenizer()
     question = tokenizer.apply_chat_template(
         [{"role": "user", "content": "hello"}], add_generation_prompt=True, return_dict=False
     )
     tokens = np.array([*question, 50, 51], np.int32)
     example = Example(1, tokens, np.arange(len(tokens)) >= len(question), len(question), "x")
-    behind, plain = (
-        e.after(K, method.with_virtual_tokens(tokens)) for e in (example, replace(example, prompt_length=0))
+    prefixed, plain = (
+        e.with_prefix(K, method.with_virtual_tokens(tokens)) for e in (example, replace(example, prompt_length=0))
     )
-    assert (behind.prompt_length, plain.prompt_length) == (K + len(question), 0)
-    (answer,) = answers(model, tokenizer, [behind])
+    assert (prefixed.prompt_length, plain.prompt_length) == (K + len(question), 0)
+    (answer,) = answers(model, tokenizer, [prefixed])
     assert answer.question.splitlines()[0] == "hello"
 
 
-def test_the_start_is_the_embeddings_of_tokens_drawn_by_the_seed():
+def test_initial_prompt_is_sampled_token_embeddings():
     starts = []
     for seed in (0, 0, 1):
-        starts.append(prompt_of(prepared(causal_model("gemma3"), seed=seed)[0]).detach())
+        starts.append(prompt_of(prepare_model(causal_model("gemma3"), seed=seed)[0]).detach())
     assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
     table = causal_model("gemma3").get_input_embeddings()(torch.arange(VOCABULARY)).detach()
     assert all((table == row).all(1).any() for row in starts[0])
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("abcde", "with prompt.text$"), ("ab", "repeated"), ("abcdefgh", "first 5 of")]
+    ("text", "message"), [("abcde", "with prompt.text$"), ("ab", "repeated"), ("abcdefgh", "first 5 of")]
 )
-def test_the_start_from_a_text_equals_pefts_and_goes_there_and_back(text, says, tmp_path):
+def test_prompt_initialized_from_text_matches_peft(text, message, tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(tmp_path)
-    model, method = tiny_llama(), Prompt(PromptSettings(K, "text", text), tokenizer)
-    assert re.search(says, method.prepare(model, seed=0))
+    model, method = tiny_llama(), SoftPrompt(PromptSettings(K, "text", text), tokenizer)
+    assert re.search(message, method.prepare(model, seed=0))
     start = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": text, "tokenizer_name_or_path": str(tmp_path)}
     settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=K, **start)
-    assert torch.equal(prompt_of(model), started(peft.get_peft_model(tiny_llama(), settings)))
+    assert torch.equal(prompt_of(model), peft_prompt(peft.get_peft_model(tiny_llama(), settings)))
     method.save(model, tmp_path / "ours", base_model="pypi:a-package==1.0")
     theirs = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "ours")
-    assert torch.equal(started(theirs), prompt_of(model))
-    again = Prompt()
-    again.load(tiny_llama(), tmp_path / "ours")
-    assert again.settings == method.settings
+    assert torch.equal(peft_prompt(theirs), prompt_of(model))
+    restored = SoftPrompt()
+    restored.load(tiny_llama(), tmp_path / "ours")
+    assert restored.settings == method.settings
 
 
-def test_it_is_prepared_on_fake_tensors():
+def test_prompt_trains_on_fake_tensors():
     with FakeTensorMode():
-        model, method = prepared(classifier("bert", VOCABULARY), "classifier")
+        model, method = prepare_model(classifier("bert", VOCABULARY), "classifier")
         rows = torch.zeros(2, 8, dtype=torch.long)
         model(input_ids=rows, labels=torch.zeros(2, dtype=torch.long)).loss.backward()
         assert all(parameter.grad is not None for _, parameter in method.parameters(model))
@@ -278,13 +278,13 @@ def test_it_is_prepared_on_fake_tensors():
 @pytest.mark.parametrize(
     "settings", [{"length": 0}, {"init": "text"}, {"text": "without init"}, {"init": "noise"}, {"lenght": 4}]
 )
-def test_settings_out_of_range_are_refused(settings):
+def test_invalid_settings_are_rejected(settings):
     with pytest.raises((UserError, pydantic.ValidationError)):
         pydantic.TypeAdapter(PromptSettings).validate_python(settings)
 
 
 @pytest.mark.parametrize(
-    ("settings", "tensors", "says"),
+    ("settings", "tensors", "message"),
     [
         ({"peft_type": "P_TUNING"}, {}, "P_TUNING"),
         ({"peft_type": "LORA"}, {}, "LORA"),
@@ -296,29 +296,27 @@ def test_settings_out_of_range_are_refused(settings):
         ({}, {"lm_head.weight": torch.zeros(3, 32)}, "not part of a soft prompt"),
     ],
 )
-def test_files_of_other_kinds_and_what_does_not_fit_are_refused_and_leave_the_model_alone(
-    settings, tensors, says, tmp_path
-):
-    model, method = prepared(causal_model("llama"))
+def test_incompatible_adapters_raise_and_leave_model_unchanged(settings, tensors, message, tmp_path):
+    model, method = prepare_model(causal_model("llama"))
     method.save(model, tmp_path, base_model="a-base")
     path, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
     safetensors.torch.save_file({**safetensors.torch.load_file(weights), **tensors}, weights)
     model = causal_model("llama")
-    with pytest.raises(UserError, match=says):
-        Prompt().load(model, tmp_path)
+    with pytest.raises(UserError, match=message):
+        SoftPrompt().load(model, tmp_path)
     assert attached(model) is None
 
 
-def test_pickles_missing_and_damaged_files_are_refused(tmp_path):
-    model, method = prepared(causal_model("llama"))
+def test_pickle_missing_and_damaged_files_are_rejected(tmp_path):
+    model, method = prepare_model(causal_model("llama"))
     method.save(model, tmp_path, base_model="a-base")
     path = tmp_path / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError, match="damaged"):
-        Prompt().load(causal_model("llama"), tmp_path)
+        SoftPrompt().load(causal_model("llama"), tmp_path)
     path.rename(tmp_path / "adapter_model.bin")
     with pytest.raises(UserError, match="pickle"):
-        Prompt().load(causal_model("llama"), tmp_path)
+        SoftPrompt().load(causal_model("llama"), tmp_path)
     with pytest.raises(UserError, match="the folder has no"):
-        Prompt().load(causal_model("llama"), tmp_path / "nowhere")
+        SoftPrompt().load(causal_model("llama"), tmp_path / "nowhere")

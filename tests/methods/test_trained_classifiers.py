@@ -1,4 +1,4 @@
-"""Each method on an encoder with a new head: the head is trained beside every method, and nothing unsaid."""
+"""Every method on an encoder with a new head: the head is trained and no unreported parameter changes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 from deltaw.data.example import LabeledExample
 from deltaw.data.images import LabelMicroBatcher
 from deltaw.methods.base import Method
-from deltaw.methods.files import method_of_folder
+from deltaw.methods.files import method_from_folder
 from deltaw.runtime.packed import padded_rows
-from deltaw.training.seen import as_seen
+from deltaw.training.rendered_rows import render_example
 from deltaw.training.tasks.labels import LabelObjective
 from tests.methods.rows import classifier
-from tests.methods.test_trained_exactly import METHODS, changed, check_moved, run, values_of
+from tests.methods.test_trained_exactly import METHODS, changed_names, check_moved, run, values_of
 
 HEADS = {"bert": ["classifier"], "distilbert": ["pre_classifier", "classifier"], "llama": ["score"]}
 
@@ -33,8 +33,8 @@ def rows() -> list[LabeledExample]:
 
 
 def logits(model: PreTrainedModel, method: Method | None) -> torch.Tensor:
-    """Of one row at a time, so that no padding is in it."""
-    examples = [row if method is None else as_seen(row, method) for row in rows()]
+    """Return the logits, computed row by row to avoid padding."""
+    examples = [row if method is None else render_example(row, method) for row in rows()]
     with torch.no_grad():
         ids = [torch.from_numpy(row.tokens).long()[None] for row in examples]
         return torch.cat([model(input_ids=i).logits for i in ids])
@@ -43,26 +43,26 @@ def logits(model: PreTrainedModel, method: Method | None) -> torch.Tensor:
 @pytest.mark.each_value
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("family", HEADS)
-def test_the_head_is_trained_with_every_method_and_comes_back_from_disk(family: str, name: str, tmp_path: Path) -> None:
+def test_head_is_trained_with_every_method_and_restored_from_file(family: str, name: str, tmp_path: Path) -> None:
     base, heads = classifier(family), HEADS[family]
     model, before, method = copy.deepcopy(base), values_of(base), METHODS[name]()
     with padded_rows(model):
         start = run(model, method, objective, LabelMicroBatcher(1024, "cpu"), rows(), extra_modules=heads)
     check_moved(model, method, start)
-    moved = changed(model, before)
-    of_heads = {n for n in before if n.startswith(tuple(f"{head}." for head in heads))}
-    assert of_heads <= moved
+    moved = changed_names(model, before)
+    head_names = {n for n in before if n.startswith(tuple(f"{head}." for head in heads))}
+    assert head_names <= moved
     if name in ("lora", "head", "prompt"):
-        assert moved == of_heads
+        assert moved == head_names
     assert moved <= {n.removesuffix(".values") for n in start}
 
     method.save(model, tmp_path, base_model="tiny")
     loaded = copy.deepcopy(base)
-    again = method_of_folder(tmp_path, None)
-    again.load(loaded, tmp_path)
+    restored = method_from_folder(tmp_path, None)
+    restored.load(loaded, tmp_path)
     expected = logits(model, method)
     assert (expected - logits(base, None)).norm() > 1e-2 * expected.norm()
-    torch.testing.assert_close(logits(loaded, again), expected, rtol=1e-6, atol=1e-6)
-    assert again.keeps_base(loaded)
-    with again.without(loaded):
+    torch.testing.assert_close(logits(loaded, restored), expected, rtol=1e-6, atol=1e-6)
+    assert restored.can_restore_base(loaded)
+    with restored.base_model_active(loaded):
         assert torch.equal(logits(loaded, None), logits(base, None))

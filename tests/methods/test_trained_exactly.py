@@ -1,6 +1,6 @@
-"""Each method trains exactly what it says: every parameter that it reports moves, and no other bit changes.
+"""Every method changes exactly the parameters that it reports, and no other bit of the model.
 
-Every method runs through the real loop, with its checks of the first two steps, on models of many families.
+Each method runs in the real training loop, with its checks of the first two steps, on models of several families.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from deltaw.lora import LoRAConfig
 from deltaw.methods.base import Method
 from deltaw.methods.in_place import Bias, Full, Head, Input, Last, Random
 from deltaw.methods.lora import LoRA
-from deltaw.methods.prompt import Prompt
+from deltaw.methods.prompt import SoftPrompt
 from deltaw.methods.settings import LastSettings, PromptSettings, RandomSettings
 from deltaw.runtime.packed import packed_rows
 from deltaw.runtime.recognition import blocks_of
 from deltaw.training.guarantee import may_skip
 from deltaw.training.loop import train
-from deltaw.training.seen import as_seen
+from deltaw.training.rendered_rows import render_example
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.methods.rows import random_rows
@@ -35,28 +35,28 @@ METHODS: dict[str, Callable[[], Method]] = {
     "lora": lambda: LoRA(LoRAConfig(rank=4)),
     "head": Head,
     "input": Input,
-    "prompt": lambda: Prompt(PromptSettings(length=3)),
+    "prompt": lambda: SoftPrompt(PromptSettings(length=3)),
     "bias": Bias,
     "random": lambda: Random(RandomSettings(weights=0.2)),
     "last": lambda: Last(LastSettings(blocks=1)),
     "full": Full,
 }
-# Rows of a table that only the tokens of a step reach, and experts that a router picks.
-PARTLY = ("embed", "wte", "wpe", "prompt", "experts", "router")
+# Only the rows of a step's tokens and the experts that a router selects are trained.
+PARTIALLY_TRAINED = ("embed", "wte", "wpe", "prompt", "experts", "router")
 
-Named = dict[str, torch.Tensor]
+NamedTensors = dict[str, torch.Tensor]
 
 
-def values_of(model: nn.Module) -> Named:
-    """Every tensor of the model, by every name that it has, as it is now."""
+def values_of(model: nn.Module) -> NamedTensors:
+    """Copy every tensor of the model, by each of its names."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {name: tensor.detach().clone() for name, tensor in named}
 
 
-def changed(model: nn.Module, before: Named) -> set[str]:
-    """Names of the base model's tensors that are not what they were, to the bit."""
-    now = values_of(model)
-    return {name for name, tensor in before.items() if not torch.equal(now[name], tensor)}
+def changed_names(model: nn.Module, before: NamedTensors) -> set[str]:
+    """Return the names of the base model's tensors whose bits differ."""
+    current = values_of(model)
+    return {name for name, tensor in before.items() if not torch.equal(current[name], tensor)}
 
 
 def run(
@@ -69,8 +69,8 @@ def run(
     *,
     rate: float = 1e-2,
     steps: int = 3,
-) -> Named:
-    """Prepare and train; what was trained, as it was before the first step."""
+) -> NamedTensors:
+    """Prepare and train the model, and return the trained parameters' values before the first step."""
     packed = model.config.model_type not in PADDED and batcher is None
     method.prepare(model, seed=0, extra_modules=extra_modules)
     named = method.parameters(model)
@@ -79,7 +79,7 @@ def run(
         train(
             objective(model),
             [parameter for _, parameter in named],
-            [as_seen(row, method) for row in rows or random_rows(6)],
+            [render_example(row, method) for row in rows or random_rows(6)],
             batcher or CausalMicroBatcher(1024, packed, not packed, "cpu"),
             learning_rate=rate,
             total_steps=steps,
@@ -91,18 +91,18 @@ def run(
     return start
 
 
-def check_moved(model: nn.Module, method: Method, start: Named) -> None:
-    """Every parameter that the method reports has moved; but for tables and experts, most of its entries."""
+def check_moved(model: nn.Module, method: Method, start: NamedTensors) -> None:
+    """Check that every reported parameter changed. Except for tables and experts, most entries must change."""
     named = dict(method.parameters(model))
     assert named.keys() == start.keys() and named
     for name, parameter in named.items():
         moved = (parameter != start[name]).float().mean()
-        least = 0.0 if any(part in name for part in PARTLY) or name.endswith(".values") else 0.5
-        assert moved > least, f"{name}: {moved:.0%} of its entries moved"
+        min_share = 0.0 if any(part in name for part in PARTIALLY_TRAINED) or name.endswith(".values") else 0.5
+        assert moved > min_share, f"{name}: {moved:.0%} of its entries moved"
 
 
-def expected(base: PreTrainedModel, name: str) -> set[str]:
-    """Names of the base model's own parameters that a method of this name changes, told without its code."""
+def expected_names(base: PreTrainedModel, name: str) -> set[str]:
+    """Return the names of the base model's parameters that a method trains, derived independently of its code."""
     names = {n for n, _ in base.named_parameters(remove_duplicate=False)}
     modules = {id(module): n for n, module in base.named_modules()}
     if name in ("lora", "prompt"):
@@ -122,43 +122,45 @@ def expected(base: PreTrainedModel, name: str) -> set[str]:
 @pytest.mark.each_value
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("family", [*CAUSAL, *PADDED])
-def test_what_is_reported_moves_and_nothing_else_changes(family: str, name: str) -> None:
+def test_method_changes_exactly_its_reported_parameters(family: str, name: str) -> None:
     base = causal_model(family)
     model, before, method = copy.deepcopy(base), values_of(base), METHODS[name]()
-    if (family, name) == ("mamba", "lora"):  # the model reads the other layers' weights past the layers
+    if (family, name) == ("mamba", "lora"):  # the model uses the other layers' weights without calling the layers
         method = LoRA(LoRAConfig(rank=4, target_modules=["in_proj", "x_proj"]))
     check_moved(model, method, run(model, method))
     assert all(parameter.grad is None for parameter in model.parameters())
-    wanted, now = expected(base, name), changed(model, before)
-    assert now == wanted or (name == "random" and now <= wanted)
-    assert wanted <= {n for place in getattr(method, "_places", []) for n in place.names} or name == "random"
-    if not method.keeps_base(model):
+    trained, moved = expected_names(base, name), changed_names(model, before)
+    assert moved == trained or (name == "random" and moved <= trained)
+    assert (
+        trained <= {n for replaced in getattr(method, "_replacements", []) for n in replaced.names} or name == "random"
+    )
+    if not method.can_restore_base(model):
         assert name in ("head", "input", "bias", "last", "full")
         with pytest.raises(UserError, match=rf"'{name}' trained the base model's parameters in place"):
-            method.without(model).__enter__()
+            method.base_model_active(model).__enter__()
         return
-    with method.without(model):
-        assert changed(model, before) == set()
-    assert changed(model, before) == now
+    with method.base_model_active(model):
+        assert changed_names(model, before) == set()
+    assert changed_names(model, before) == moved
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-def test_random_changes_the_chosen_weights_and_no_others(family: str) -> None:
+def test_random_changes_only_chosen_weights(family: str) -> None:
     base = causal_model(family)
     model, method = copy.deepcopy(base), Random(RandomSettings(weights=0.1))
     run(model, method)
-    tensors, now, moved = method.tensors(), values_of(model), 0
+    tensors, current, moved = method.tensors(), values_of(model), 0
     chosen = sum(t.numel() for name, t in tensors.items() if name.endswith(".indices"))
     assert chosen == round(0.1 * sum(p.numel() for p in base.parameters()))
     for name, weight in base.named_parameters():
-        differs = (now[name] != weight).flatten()
+        differs = (current[name] != weight).flatten()
         moved += int(differs.sum())
         differs[tensors.get(f"{name}.indices", torch.zeros(0)).long()] = False
         assert not differs.any(), name
     assert moved > chosen / 3
 
 
-# What is trained besides A and B, by family: modules by the ending of their names.
+# Modules that are trained in addition to A and B, by family and suffix of their names.
 _TWO, _TABLE = ("input_layernorm", "post_attention_layernorm"), ("embed_tokens",)
 EXTRAS: dict[str, dict[str, tuple[str, ...]]] = {
     "llama": {"norms": (*_TWO, "norm"), "embeddings": _TABLE},
@@ -172,29 +174,29 @@ TARGETS = {"gpt2": ["c_attn"], "neox": ["query_key_value"], "phi3": ["qkv_proj"]
 
 
 def lora_with(family: str, **settings: object) -> LoRA:
-    """LoRA on a few layers of this family."""
+    """Create LoRA with target modules of this family."""
     targets = TARGETS.get(family, ["q_proj", "v_proj"])
     return LoRA(LoRAConfig(rank=4, target_modules=targets, **settings))  # type: ignore[arg-type]
 
 
-def check_extras(family: str, method: LoRA, wanted: Callable[[str], bool]) -> None:
-    """LoRA trains its factors and the base model's parameters that are ``wanted``, and changes no others."""
+def check_extras(family: str, method: LoRA, is_trained: Callable[[str], bool]) -> None:
+    """Check that LoRA changes its factors and the base parameters selected by ``is_trained``, and no others."""
     base = causal_model(family)
     model, before = copy.deepcopy(base), values_of(base)
     start = run(model, method)
     check_moved(model, method, start)
-    extra = {name for name, _ in base.named_parameters(remove_duplicate=False) if wanted(name)}
-    assert extra and changed(model, before) == extra
+    extra = {name for name, _ in base.named_parameters(remove_duplicate=False) if is_trained(name)}
+    assert extra and changed_names(model, before) == extra
     factors = {name for name in start if name.endswith(("lora_A", "lora_B"))}
     assert factors and set(start) - factors == extra
-    with method.without(model):
-        assert changed(model, before) == set()
+    with method.base_model_active(model):
+        assert changed_names(model, before) == set()
 
 
 @pytest.mark.each_value
 @pytest.mark.parametrize("family", EXTRAS)
 @pytest.mark.parametrize("extra", ["norms", "mlp", "lm_head", "embeddings"])
-def test_extra_modules_of_lora_move_and_nothing_else_does(extra: str, family: str) -> None:
+def test_lora_changes_only_factors_and_extra_modules(extra: str, family: str) -> None:
     modules = EXTRAS[family].get(extra, (extra,))
     method = lora_with(family, train_modules=list(modules))
     check_extras(family, method, lambda name: any(f".{module}." in f".{name}" for module in modules))
@@ -203,7 +205,7 @@ def test_extra_modules_of_lora_move_and_nothing_else_does(extra: str, family: st
 @pytest.mark.each_value
 @pytest.mark.parametrize("family", ["gpt2", "neox", "phi"])
 @pytest.mark.parametrize("kind", ["all", "lora_only"])
-def test_biases_of_lora_move_and_nothing_else_does(kind: str, family: str) -> None:
+def test_lora_changes_only_factors_and_biases(kind: str, family: str) -> None:
     method = lora_with(family, bias=kind)
     adapted = tuple(f".{target}.bias" for target in TARGETS[family])
     check_extras(family, method, lambda name: name.endswith(".bias" if kind == "all" else adapted))

@@ -1,4 +1,4 @@
-"""A method as somebody outside of the library writes one: it trains the norms of the upper blocks."""
+"""A user-defined method that trains the norms of the upper blocks."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Norms(InPlace):
     """Train the norms of the blocks from ``norms.above`` on."""
 
     name = "norms"
-    usual_rate = 2e-3
+    default_learning_rate = 2e-3
     settings: NormsSettings
 
-    def chosen(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
+    def parameter_names(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
         names = [name for name, _ in model.named_parameters() if "norm" in name and ".layers." in name]
         blocks = [int(name.partition(".layers.")[2].partition(".")[0]) for name in names]
         above = (self.settings or NormsSettings()).above
@@ -41,5 +41,5 @@ class Norms(InPlace):
 
 
 ENTRY = MethodEntry(
-    "norms", Norms, NormsSettings, "the norms of the blocks", search=("norms.above=[0, 1]",), compared=True
+    "norms", Norms, NormsSettings, "the norms of the blocks", search=("norms.above=[0, 1]",), compared_by_default=True
 )

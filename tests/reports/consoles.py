@@ -1,4 +1,4 @@
-"""What a console shows."""
+"""Rendering of rich objects as text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 from rich.console import Console, RenderableType
 
 
-def printed(what: RenderableType, width: int = 80, **settings: bool) -> str:
+def render_text(renderable: RenderableType, width: int = 80, **settings: bool) -> str:
     file = io.StringIO()
-    Console(file=file, width=width, **settings).print(what)  # type: ignore[arg-type]
+    Console(file=file, width=width, **settings).print(renderable)  # type: ignore[arg-type]
     return file.getvalue()

@@ -1,5 +1,6 @@
-"""What a page of HTML must be: well formed, without references to elsewhere, readable by all, and without scripts
-but the page's own, which its policy names by a digest."""
+"""Checks of HTML pages: well formed, self-contained, accessible, and without scripts other than the page's own, which
+the content security policy allows by digest.
+"""
 
 from __future__ import annotations
 
@@ -15,43 +16,43 @@ VOID = {"meta", "br", "hr", "img", "input", "link", "line", "rect", "path"}
 
 
 class Page(HTMLParser):
-    """A page's elements, and what is wrong with them (``faults``)."""
+    """Parsed elements of a page. ``faults`` lists its problems."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
         lists: tuple[list, ...] = tuple([] for _ in range(8))
-        self.faults, self.open, self.ids, self.named, self.headings, self.words, self.marked, self.drawings = lists
+        self.faults, self.open, self.ids, self.references, self.headings, self.words, self.marked, self.drawings = lists
         self.tags: dict[str, int] = {}
         self.policy = ""
         self.feed(text)
         self.close()
         self.faults += [f"<{tag}> is not closed" for tag in self.open]
-        self.faults += [f"id '{i}' is there twice" for i in {i for i in self.ids if self.ids.count(i) > 1}]
-        self.faults += [f"'{name}' is named, and not there" for name in self.named if name not in self.ids]
-        for before, after in zip([0, *self.headings], self.headings, strict=False):
-            if after > before + 1:
-                self.faults.append(f"a heading of level {after} follows one of level {before}")
+        self.faults += [f"id '{i}' is not unique" for i in {i for i in self.ids if self.ids.count(i) > 1}]
+        self.faults += [f"reference to missing id '{name}'" for name in self.references if name not in self.ids]
+        for level, next_level in zip([0, *self.headings], self.headings, strict=False):
+            if next_level > level + 1:
+                self.faults.append(f"heading level {next_level} follows level {level}")
         if re.search(r"""(?:href|src|url\()\s*=?\s*["']?(?:https?:)?//""", text):
-            self.faults.append("something is fetched from elsewhere")
+            self.faults.append("external reference")
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = {name: value or "" for name, value in attrs}
+        attributes = {name: value or "" for name, value in attrs}
         self.tags[tag] = self.tags.get(tag, 0) + 1
-        if "id" in given:
-            self.ids.append(given["id"])
+        if "id" in attributes:
+            self.ids.append(attributes["id"])
         for name in ("aria-labelledby", "aria-describedby"):
-            self.named += given.get(name, "").split()
-        if given.get("href", "").startswith("#"):
-            self.named.append(given["href"][1:])
+            self.references += attributes.get(name, "").split()
+        if attributes.get("href", "").startswith("#"):
+            self.references.append(attributes["href"][1:])
         if re.fullmatch("h[1-6]", tag):
             self.headings.append(int(tag[1]))
-        if given.get("http-equiv") == "Content-Security-Policy":
-            self.policy = given["content"]
-        if (tag == "script" and given) or any(name.startswith("on") for name in given):
+        if attributes.get("http-equiv") == "Content-Security-Policy":
+            self.policy = attributes["content"]
+        if (tag == "script" and attributes) or any(name.startswith("on") for name in attributes):
             self.faults.append(f"a script: <{tag}>")
-        if tag == "th" and given.get("scope") not in ("col", "row"):
+        if tag == "th" and attributes.get("scope") not in ("col", "row"):
             self.faults.append("a <th> without scope")
-        if given.get("role") == "img":
+        if attributes.get("role") == "img":
             self.drawings.append({"title": False, "desc": False})
         if tag in ("title", "desc") and self.drawings and "svg" in self.open:
             self.drawings[-1][tag] = True
@@ -67,7 +68,7 @@ class Page(HTMLParser):
         if tag in VOID:
             return
         if not self.open or self.open[-1] != tag:
-            self.faults.append(f"</{tag}> closes {self.open[-1:] or 'nothing'}, at {self.getpos()}")
+            self.faults.append(f"</{tag}> closes {self.open[-1:] or 'no element'}, at {self.getpos()}")
         if tag in self.open:
             while self.open and self.open.pop() != tag:
                 pass
@@ -86,5 +87,5 @@ class Page(HTMLParser):
 
     @property
     def text(self) -> str:
-        """All words, with single spaces."""
+        """Return all text with single spaces."""
         return " ".join(" ".join(self.words).split())

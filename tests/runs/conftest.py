@@ -1,4 +1,4 @@
-"""Runs that tests share: one that nothing stopped, and one that was stopped after three steps."""
+"""Shared runs: a complete one and one that was stopped after three steps."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tests.training.runs import TRAIN, stopped_run
 
 
 @pytest.fixture(scope="session")
-def whole(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of twelve steps that nothing stopped."""
+def complete_run(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train an uninterrupted run of twelve steps."""
     return fit(settings(tmp_path_factory.mktemp("whole") / "run", train=TRAIN)).output
 
 
@@ -24,6 +24,6 @@ def _stopped(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture
-def stopped(_stopped: Path, tmp_path: Path) -> Path:
-    """A copy, in ``tmp_path / "run"``, of the same run that its caller stopped after three steps."""
+def stopped_copy(_stopped: Path, tmp_path: Path) -> Path:
+    """Return a copy in ``tmp_path / "run"`` of the same run, stopped after three steps."""
     return Path(shutil.copytree(_stopped, tmp_path / "run"))

@@ -1,4 +1,4 @@
-"""A checkpoint's files: what is read is what was written, and anything else is noticed."""
+"""Checkpoint files round-trip, and damage is detected."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ TENSORS = {
 }
 
 
-def written(parent, step=7, tensors=TENSORS, **values):
-    return files.write(parent, step, values or {"list": [1, {"deep": None}], "text": "ü"}, tensors).publish()
+def write_test_checkpoint(parent, step=7, tensors=TENSORS, **values):
+    return files.write_checkpoint(parent, step, values or {"list": [1, {"deep": None}], "text": "ü"}, tensors).publish()
 
 
-def test_what_is_read_is_what_was_written(tmp_path):
-    path = written(tmp_path)
+def test_checkpoint_round_trip(tmp_path):
+    path = write_test_checkpoint(tmp_path)
     assert path == tmp_path / "step-000007" and [p.name for p in tmp_path.iterdir()] == [path.name]
-    found = files.read(path)
-    assert found.step == 7 and found.values == {"step": 7, "list": [1, {"deep": None}], "text": "ü"}
-    for tensors in (found.tensors, load_file(path / files.TENSORS)):  # the library reads them too
+    checkpoint = files.read_checkpoint(path)
+    assert checkpoint.step == 7 and checkpoint.values == {"step": 7, "list": [1, {"deep": None}], "text": "ü"}
+    for tensors in (checkpoint.tensors, load_file(path / files.TENSORS)):  # safetensors can read them too
         assert tensors.keys() == TENSORS.keys()
         for name, tensor in TENSORS.items():
             assert tensors[name].dtype == tensor.dtype and torch.equal(tensors[name], tensor), name
@@ -45,22 +45,22 @@ def test_what_is_read_is_what_was_written(tmp_path):
 
 @settings(max_examples=25)
 @given(st.lists(st.tuples(st.sampled_from(list(CODES)), st.lists(st.integers(0, 5), max_size=3))))
-def test_tensors_of_any_type_and_shape(tmp_path_factory, made):
-    tensors = {str(n): torch.ones(tuple(shape)).to(dtype) for n, (dtype, shape) in enumerate(made)}
-    path = written(tmp_path_factory.mktemp("any"), tensors=tensors)
-    found = files.read(path).tensors
-    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+def test_tensors_of_any_type_and_shape_round_trip(tmp_path_factory, specs):
+    tensors = {str(n): torch.ones(tuple(shape)).to(dtype) for n, (dtype, shape) in enumerate(specs)}
+    path = write_test_checkpoint(tmp_path_factory.mktemp("any"), tensors=tensors)
+    checkpoint = files.read_checkpoint(path).tensors
+    assert all(torch.equal(checkpoint[name], tensor) for name, tensor in tensors.items())
     assert load_file(path / files.TENSORS).keys() == tensors.keys()
 
 
-def cut(path):
+def truncate(path):
     path.write_bytes(path.read_bytes()[:-1])
 
 
 DAMAGES = {
-    **{f"{name} is {what.__name__}": (name, what)
+    **{f"{name} is {damage.__name__}": (name, damage)
        for name in (files.VALUES, files.TENSORS)
-       for what in (cut, os.remove)},
+       for damage in (truncate, os.remove)},
     "no manifest": (files.MANIFEST, os.remove),
     "half a manifest": (files.MANIFEST, lambda p: p.write_text(p.read_text()[:40])),
     "an empty manifest": (files.MANIFEST, lambda p: p.write_text("")),
@@ -71,70 +71,72 @@ DAMAGES = {
 }  # fmt: skip
 
 
-def test_any_damage_is_noticed(tmp_path):
-    for number, (name, spoil) in enumerate(DAMAGES.values()):
-        path = written(tmp_path / str(number))
-        spoil(path / name)
-        with pytest.raises(DamagedCheckpoint) as found:
-            files.read(path)
-        assert str(found.value)
-    moved = shutil.copytree(written(tmp_path), tmp_path / "step-000009")
+def test_damage_is_detected(tmp_path):
+    for number, (name, damage) in enumerate(DAMAGES.values()):
+        path = write_test_checkpoint(tmp_path / str(number))
+        damage(path / name)
+        with pytest.raises(DamagedCheckpoint) as checkpoint:
+            files.read_checkpoint(path)
+        assert str(checkpoint.value)
+    moved = shutil.copytree(write_test_checkpoint(tmp_path), tmp_path / "step-000009")
     with pytest.raises(DamagedCheckpoint, match="step 7"):
-        files.read(moved)
+        files.read_checkpoint(moved)
 
 
-def test_every_byte_counts(tmp_path):
-    """Any single byte of the three files that is changed makes another checkpoint, or none."""
-    path = written(tmp_path, tensors={"one": torch.ones(3)})
-    whole = files.read(path)
+def test_single_byte_damage_is_detected(tmp_path):
+    """Changing a single byte of a file makes the checkpoint unreadable or leaves its content equal."""
+    path = write_test_checkpoint(tmp_path, tensors={"one": torch.ones(3)})
+    original = files.read_checkpoint(path)
     for name in (files.VALUES, files.TENSORS, files.MANIFEST):
         content = (path / name).read_bytes()
-        for place in range(0, len(content), max(1, len(content) // 40)):
-            changed = bytearray(content)
-            changed[place] ^= 0x10
-            (path / name).write_bytes(changed)
+        for index in range(0, len(content), max(1, len(content) // 40)):
+            damaged = bytearray(content)
+            damaged[index] ^= 0x10
+            (path / name).write_bytes(damaged)
             try:
-                found = files.read(path)
+                checkpoint = files.read_checkpoint(path)
             except DamagedCheckpoint:
                 continue
-            # Such as a blank of the manifest that became another one.
-            assert found.values == whole.values and torch.equal(found.tensors["one"], torch.ones(3))
+            # For example another kind of white space in the manifest.
+            assert checkpoint.values == original.values and torch.equal(checkpoint.tensors["one"], torch.ones(3))
         (path / name).write_bytes(content)
 
 
-def test_a_disk_that_fills_up_leaves_the_checkpoints_before(tmp_path, monkeypatch):
-    before = written(tmp_path, step=1)
-    for at in range(4):
-        full = [None] * at + [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))]
+def test_full_disk_keeps_earlier_checkpoints(tmp_path, monkeypatch):
+    before = write_test_checkpoint(tmp_path, step=1)
+    for num_writes in range(4):
+        errors = [None] * num_writes + [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))]
         with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", mock.Mock(side_effect=full))
+            patch.setattr(os, "fsync", mock.Mock(side_effect=errors))
             with pytest.raises(OSError, match="No space"):
-                written(tmp_path, step=2)
+                write_test_checkpoint(tmp_path, step=2)
         assert [p.name for p in tmp_path.iterdir()] == [before.name]
-        assert files.read(before).step == 1
-    assert files.read(written(tmp_path, step=2)).step == 2
+        assert files.read_checkpoint(before).step == 1
+    assert files.read_checkpoint(write_test_checkpoint(tmp_path, step=2)).step == 2
 
 
-def test_what_killed_processes_left_is_cleared_and_checkpoints_stay(tmp_path, monkeypatch):
-    path = written(tmp_path)
-    files.write(tmp_path, 8, {}, TENSORS)  # never published
+def test_leftovers_are_deleted_and_checkpoints_kept(tmp_path, monkeypatch):
+    path = write_test_checkpoint(tmp_path)
+    files.write_checkpoint(tmp_path, 8, {}, TENSORS)  # never published
     hidden = tmp_path / f"{files.DELETED}step-000003-1"
     hidden.mkdir()
     (hidden / files.VALUES).write_text("{}")
     files.clear_leftovers(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    assert files.read(path).step == 7
-    monkeypatch.setattr(shutil, "rmtree", lambda *a, **k: None)  # killed before the files were gone
-    files.delete(path)  # takes the name first
+    assert files.read_checkpoint(path).step == 7
+    monkeypatch.setattr(shutil, "rmtree", lambda *a, **k: None)  # killed before the files are deleted
+    files.delete_checkpoint(path)  # renames the folder first
     assert not path.exists() and all(p.name.startswith(files.DELETED) for p in tmp_path.iterdir())
 
 
-def test_values_that_json_does_not_have_are_refused(tmp_path):
+def test_non_json_values_are_rejected(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
-        files.write(tmp_path, 1, {"loss": float("nan")}, {})
+        files.write_checkpoint(tmp_path, 1, {"loss": float("nan")}, {})
     assert not list(tmp_path.iterdir())
 
 
-def test_names_tell_steps():
-    assert files.step_of(files.name_of(12)) == 12 and files.step_of(files.name_of(12_345_678)) == 12_345_678
-    assert [files.step_of(n) for n in ("step-", "step-x", "other", ".partial-step-000001-a", "step-٣")] == [None] * 5
+def test_step_is_parsed_from_folder_name():
+    assert (
+        files.parse_step(files.folder_name(12)) == 12 and files.parse_step(files.folder_name(12_345_678)) == 12_345_678
+    )
+    assert [files.parse_step(n) for n in ("step-", "step-x", "other", ".partial-step-000001-a", "step-٣")] == [None] * 5

@@ -1,4 +1,4 @@
-"""Whole runs on a tiny model: the folder that they leave, and that settings do what they say."""
+"""Complete runs of a tiny model: files in the run folder and effects of settings."""
 
 from __future__ import annotations
 
@@ -12,45 +12,45 @@ import torch
 from transformers import BloomConfig, BloomForCausalLM
 
 from deltaw.errors import UserError
-from deltaw.runs.fit import Clock, fit
+from deltaw.runs.fit import PartTimer, fit
 from deltaw.runtime.packed import packed_rows
 from deltaw.settings import RunConfig
 from deltaw.training.preparation import checkpoint_blocks
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective
-from tests.byte_models import saved
+from tests.byte_models import save_model
 from tests.conftest import write_rows
 from tests.training.loops import examples
-from tests.training.runs import ADAPTER, fit_aloud, losses
+from tests.training.runs import ADAPTER, fit_with_output, losses
 from tests.training.test_losses import METHODS, adapted, assert_gradients, gradients
 
 
-def test_a_run_leaves_a_folder_with_everything(settings, tmp_path):
-    result, said = fit_aloud(settings(tmp_path / "run", train={"epochs": 2}))
-    named = {"README.md", ADAPTER, "adapter_config.json", "chat_template.jinja", "checkpoints", "metrics.jsonl"}
-    named |= {"prompts.json", "run.yaml", "run.json", "tokenizer.json", "tokenizer_config.json"}
-    assert {path.name for path in result.output.iterdir()} == named
+def test_fit_writes_all_files(settings, tmp_path):
+    result, output = fit_with_output(settings(tmp_path / "run", train={"epochs": 2}))
+    file_names = {"README.md", ADAPTER, "adapter_config.json", "chat_template.jinja", "checkpoints", "metrics.jsonl"}
+    file_names |= {"prompts.json", "run.yaml", "run.json", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in result.output.iterdir()} == file_names
     assert (result.outcome.steps, result.outcome.rows) == (6, 16)
     assert {"loss", "perplexity", "exact_match"} == result.evaluation.metrics.keys()
     assert result.evaluation.metrics["perplexity"] == pytest.approx(math.exp(result.evaluation.metrics["loss"]))
-    answer = result.as_dict()
-    json.dumps(answer, allow_nan=False)
-    assert answer["eval"] == result.evaluation.as_dict() and answer["output"] == str(tmp_path / "run")
-    assert "2 held-out rows are few: a score such as accuracy is known to ± 4" in said
-    assert "6 steps are few to learn from; train.epochs: 10 and train.batch_size: 4 give 20" in said
+    values = result.as_dict()
+    json.dumps(values, allow_nan=False)
+    assert values["eval"] == result.evaluation.as_dict() and values["output"] == str(tmp_path / "run")
+    assert "2 held-out rows are few: a score such as accuracy is known to ± 4" in output
+    assert "6 steps are few to learn from; train.epochs: 10 and train.batch_size: 4 give 20" in output
     assert "| held-out exact_match | 0.0% (95 % interval 0.0% to 65.8%) |" in (result.output / "README.md").read_text()
-    assert "6 steps of 3 rows" in said and "padding-free packing" in said
-    assert "device: cpu (as asked)" in said and "read as prompt-completion" in said
+    assert "6 steps of 3 rows" in output and "padding-free packing" in output
+    assert "device: cpu (as requested)" in output and "read as prompt-completion" in output
     card = (result.output / "README.md").read_text()
     assert "base_model:" in card and "| optimizer steps | 6 |" in card and "interrupted" not in card
     assert "| rows | 8 used, 2 held out |" in card  # 16 were read in two epochs
 
 
-def test_a_run_says_where_its_time_went(settings, tmp_path, monkeypatch):
+def test_result_contains_time_by_part(settings, tmp_path, monkeypatch):
     now = itertools.count()
-    with monkeypatch.context() as patched:  # each look at the clock takes a second
+    with monkeypatch.context() as patched:  # every clock read advances by one second
         patched.setattr("deltaw.runs.fit.time", SimpleNamespace(monotonic=lambda: float(next(now))))
-        clock = Clock()
+        clock = PartTimer()
         with clock.part("loading"), clock.part("planning"):
             clock.add("training", 0.25)
         assert clock.parts() == {"planning": 0.75, "training": 0.25, "loading": 2.0, "other": 2.0}
@@ -61,49 +61,51 @@ def test_a_run_says_where_its_time_went(settings, tmp_path, monkeypatch):
     assert json.loads((result.output / "run.json").read_text())["result"]["seconds_by_part"] == parts
 
 
-def test_the_run_reads_back_as_it_was_told(settings, finished_run):
+def test_run_settings_round_trip(settings, finished_run):
     assert RunConfig.read(finished_run / "run.yaml") == RunConfig.read(settings(finished_run, train={"epochs": 4}))
 
 
-def test_the_model_learns_its_rows(settings, tmp_path):
+def test_training_fits_rows(settings, tmp_path):
     changes = {"epochs": 25, "batch_size": 10, "schedule": "constant"}
     result = fit(settings(tmp_path / "run", data={"eval": None}, train=changes))
-    told = losses(result.output)
-    assert told[-1] < 0.2 * told[0]
+    loss_values = losses(result.output)
+    assert loss_values[-1] < 0.2 * loss_values[0]
     assert result.evaluation.metrics == {} and result.as_dict()["eval"] is None
 
 
-def test_the_same_seed_gives_the_same_adapter_to_the_byte(settings, tmp_path):
+def test_equal_seed_gives_identical_adapter(settings, tmp_path):
     def weights(name, **train):
         return (fit(settings(tmp_path / name, train=train)).output / ADAPTER).read_bytes()
 
     assert weights("one", seed=5) == weights("two", seed=5) != weights("three", seed=6)
 
 
-def test_a_model_that_cannot_run_flat_rows_is_trained_on_padded_ones_and_the_run_says_so(settings, tmp_path):
+def test_model_without_packing_support_trains_on_padded_rows(settings, tmp_path):
     model = tmp_path / "bloom"
     torch.manual_seed(0)
     bloom = BloomConfig(vocab_size=259, hidden_size=32, n_layer=2, n_head=4, eos_token_id=0, bos_token_id=0)
-    saved(BloomForCausalLM(bloom), model)
-    result, said = fit_aloud(settings(tmp_path / "run", model=str(model), train={"epochs": 3}))
-    assert "padded rows" in said and "common beginnings" not in said
-    told = losses(result.output)
-    assert told[-1] < told[0]
+    save_model(BloomForCausalLM(bloom), model)
+    result, output = fit_with_output(settings(tmp_path / "run", model=str(model), train={"epochs": 3}))
+    assert "padded rows" in output and "common beginnings" not in output
+    loss_values = losses(result.output)
+    assert loss_values[-1] < loss_values[0]
     assert "share_prefixes: auto  # False: BloomForCausalLM" in (result.output / "run.yaml").read_text()
 
 
-def test_dropout_turns_sharing_off_unless_it_is_asked_for(settings, tmp_path):
-    result, said = fit_aloud(settings(tmp_path / "run", lora={"dropout": 0.1}))
-    assert "common beginnings" not in said
+def test_dropout_disables_prefix_sharing_by_default(settings, tmp_path):
+    result, output = fit_with_output(settings(tmp_path / "run", lora={"dropout": 0.1}))
+    assert "common beginnings" not in output
     assert "share_prefixes: auto  # False: dropout would" in (result.output / "run.yaml").read_text()
-    shared, said = fit_aloud(settings(tmp_path / "shared", lora={"dropout": 0.1}, train={"share_prefixes": True}))
-    assert "shared prefixes computed once" in said
+    shared, output = fit_with_output(
+        settings(tmp_path / "shared", lora={"dropout": 0.1}, train={"share_prefixes": True})
+    )
+    assert "shared prefixes computed once" in output
     assert shared.outcome.computed_tokens < result.outcome.computed_tokens == result.outcome.tokens
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_recomputing_blocks_gives_the_same_gradients(family):
-    found = []
+def test_gradient_checkpointing_gives_equal_gradients(family):
+    all_gradients = []
     for recompute in (False, True):
         model = adapted(family, METHODS["frozen head"]())
         objective = CausalObjective(model)
@@ -111,14 +113,14 @@ def test_recomputing_blocks_gives_the_same_gradients(family):
             checkpoint_blocks(model)
         with packed_rows(model):
             (batch,) = CausalMicroBatcher(1000, True, False, "cpu").batches(examples())
-            found.append(gradients(model, objective(batch)))
-    assert_gradients(*found, 1e-5)
+            all_gradients.append(gradients(model, objective(batch)))
+    assert_gradients(*all_gradients, 1e-5)
 
 
-def test_rows_beyond_the_models_positions_are_refused_before_anything_is_written(settings, tmp_path, gpt2_folder):
+def test_rows_longer_than_model_are_rejected_before_writing(settings, tmp_path, gpt2_folder):
     rows = write_rows(tmp_path / "long.jsonl", [{"text": "a" * 200}, {"text": "b" * 20}])
     for share in (None, 1):
-        with pytest.raises(UserError, match="128 positions") as refused:
+        with pytest.raises(UserError, match="128 positions") as exc_info:
             fit(settings(tmp_path / "run", model=str(gpt2_folder), data={"train": str(rows), "eval": share}))
-        assert "data.max_length: 128" in (refused.value.hint or "")
+        assert "data.max_length: 128" in (exc_info.value.hint or "")
     assert not (tmp_path / "run").exists()

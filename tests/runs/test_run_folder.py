@@ -1,4 +1,4 @@
-"""A run's folder: what it says reads back, and nothing that lay there before is lost or touched."""
+"""Settings in a run folder round-trip, and existing files are never lost."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ TRAIN = {
 
 @settings(max_examples=12)
 @given(texts, texts, st.fixed_dictionaries(LORA), st.fixed_dictionaries(TRAIN))
-def test_the_settings_read_back_as_the_same_configuration(model, output, lora, train):
+def test_settings_file_round_trip(model, output, lora, train):
     data = {"train": "rows: #1.jsonl", "eval": 0.1, "columns": {"prompt": "question"}}
     config = RunConfig.read({"model": model, "data": data, "lora": lora, "train": train, "output": output})
-    chosen = {"train.tokens_per_pass": (64, "why: # not"), "device": ("cpu", "none"), "lora.rank": (1, "x")}
-    assert RunConfig.read(yaml.safe_load(settings_text(config, chosen))) == config
+    choices = {"train.tokens_per_pass": (64, "why: # not"), "device": ("cpu", "none"), "lora.rank": (1, "x")}
+    assert RunConfig.read(yaml.safe_load(settings_text(config, choices))) == config
 
 
-def test_what_the_run_chose_stands_behind_the_setting_or_at_the_end():
+def test_choices_are_comments_in_settings_file():
     config = RunConfig.read({"model": "m", "data": "d"})
     kernels = ("avx2, bf16 products wide", "140 GFLOP/s; torch 90")
-    chosen = {"train.tokens_per_pass": (64, "fits"), "device": ("cpu", "asked"), "kernels": kernels}
-    lines = settings_text(config, chosen).splitlines()
+    choices = {"train.tokens_per_pass": (64, "fits"), "device": ("cpu", "asked"), "kernels": kernels}
+    lines = settings_text(config, choices).splitlines()
     assert "  tokens_per_pass: auto  # 64: fits" in lines and "device: auto  # cpu: asked" in lines
     assert lines[-1] == "# kernels: avx2, bf16 products wide: 140 GFLOP/s; torch 90"
 
 
-def test_an_earlier_run_is_moved_aside_each_time(tmp_path):
+def test_earlier_runs_are_renamed(tmp_path):
     path = tmp_path / "run"
     for number in range(3):
         folder = RunFolder(path)
@@ -58,47 +58,47 @@ def test_an_earlier_run_is_moved_aside_each_time(tmp_path):
     assert lines == {name: f'{{"step": {n}}}\n' for n, name in enumerate(("run.1", "run.2", "run"))}
 
 
-def test_an_empty_folder_is_taken_as_it_is_and_checking_the_output_leaves_no_trace(tmp_path):
+def test_check_output_creates_nothing_and_empty_folder_is_used(tmp_path):
     check_output(tmp_path / "new" / "run")
     assert not any(tmp_path.iterdir())
     (tmp_path / "run").mkdir()
     assert RunFolder(tmp_path / "run").moved is None
 
 
-def test_a_folder_of_someone_else_is_refused_untouched(tmp_path):
+def test_unrelated_folder_is_rejected_unchanged(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    for refuse in (check_output, RunFolder):
-        with pytest.raises(UserError, match=r"thesis\.tex") as refused:
-            refuse(tmp_path)
-        assert refused.value.where == str(tmp_path) and refused.value.hint
+    for function in (check_output, RunFolder):
+        with pytest.raises(UserError, match=r"thesis\.tex") as exc_info:
+            function(tmp_path)
+        assert exc_info.value.location == str(tmp_path) and exc_info.value.hint
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_place_that_cannot_be_written_is_refused(tmp_path):
+def test_unwritable_path_is_rejected(tmp_path):
     (tmp_path / "file").write_text("")
-    places = [tmp_path / "file", tmp_path / "file" / "run", tmp_path / ("long" * 100) / "run"]
+    paths = [tmp_path / "file", tmp_path / "file" / "run", tmp_path / ("long" * 100) / "run"]
     if os.path.isdir("/proc"):
-        places.append("/proc/run")
-    for place in places:
-        with pytest.raises(UserError, match="cannot write") as refused:
-            RunFolder(place)
-        assert refused.value.where == str(place) and refused.value.hint
+        paths.append("/proc/run")
+    for path in paths:
+        with pytest.raises(UserError, match="cannot write") as exc_info:
+            RunFolder(path)
+        assert exc_info.value.location == str(path) and exc_info.value.hint
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_the_working_folder_is_not_moved_aside(tmp_path, monkeypatch):
+def test_working_directory_is_not_renamed(tmp_path, monkeypatch):
     (tmp_path / SETTINGS).write_text("")
     (tmp_path / "below").mkdir()
-    for place, folder in ((".", tmp_path), ("..", tmp_path / "below"), (str(tmp_path), tmp_path / "below")):
+    for path, folder in ((".", tmp_path), ("..", tmp_path / "below"), (str(tmp_path), tmp_path / "below")):
         monkeypatch.chdir(folder)
         with pytest.raises(UserError, match=r"cannot be renamed|cannot rename"):
-            RunFolder(place)
+            RunFolder(path)
     assert (tmp_path / SETTINGS).exists()
 
 
-def test_a_folder_marked_read_only_is_refused_even_for_an_administrator(tmp_path):
+def test_read_only_folder_is_rejected_even_for_root(tmp_path):
     (tmp_path / "kept").mkdir(mode=0o555)
-    for place in ("kept", "kept/run"):
+    for path in ("kept", "kept/run"):
         with pytest.raises(UserError, match="read-only"):
-            check_output(tmp_path / place)
+            check_output(tmp_path / path)
     assert list((tmp_path / "kept").iterdir()) == []

@@ -1,4 +1,4 @@
-"""A tiny model and its tokenizer in a folder, made once a session."""
+"""A tiny tokenizer and a tiny model folder, created once per session."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole model in a folder: two files of weights, tokenizer, template."""
+    """Save a complete model: two weight files, tokenizer and chat template."""
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     tiny_llama().save_pretrained(folder, max_shard_size="40KB")
     byte_tokenizer().save_pretrained(folder)

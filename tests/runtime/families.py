@@ -1,4 +1,4 @@
-"""Tiny random models of every family whose blocks are recognized, for packed rows and for padded rows."""
+"""Tiny random models of every family with recognized blocks, for packed and padded rows."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ENCODERS = ("Bert", "Roberta", "DistilBert", "ViT")
 
 
 def model_of(family: str, dtype: torch.dtype = torch.float32, **changes: object) -> nn.Module:
-    """A causal model of the family, frozen, the same each time. Biases are drawn, so that they count."""
+    """Create a frozen, deterministic causal model of the family. Biases are random, so that errors in them show."""
     name = family.partition(",")[0]
     settings = {**SIZES, **{**PACKED, **FALCON}.get(family, {}), **changes}
     if name in ("GPTNeoX", "GPT2", "Falcon"):
@@ -53,7 +53,7 @@ def model_of(family: str, dtype: torch.dtype = torch.float32, **changes: object)
 
 
 def encoder_of(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A backbone that sees both ways, frozen."""
+    """Create a frozen bidirectional backbone."""
     settings = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     if family == "DistilBert":
         settings = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48}
@@ -73,26 +73,26 @@ def _frozen(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             if name.endswith("bias"):
                 parameter.normal_(0, 0.1)
             elif parameter.dim() > 1 and "embed" not in name and "head" not in name:
-                parameter.mul_(3.0)  # as weights are drawn, attention would hardly matter
+                parameter.mul_(3.0)  # with the usual initialization attention has little effect
     return model.to(dtype).eval().requires_grad_(False)
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The model's blocks."""
-    found = blocks_of(model.base_model)
-    assert found is not None
-    return list(found[1])
+    """Return the model's blocks."""
+    blocks = blocks_of(model.base_model)
+    assert blocks is not None
+    return list(blocks[1])
 
 
 def checkpoint_blocks(model: nn.Module) -> None:
-    """Let the blocks keep their inputs alone."""
+    """Enable activation checkpointing in every block."""
     for block in layers_of(model):
         block.gradient_checkpointing = block.training = True
         block._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
 
 
-def adapted(model: nn.Module, seed: int = 0, **settings: object) -> nn.Module:
-    """The model with factors that are not zero, so that their gradients are not either."""
+def attach_adapter(model: nn.Module, seed: int = 0, **settings: object) -> nn.Module:
+    """Attach an adapter with nonzero factors, so that their gradients are nonzero too."""
     attach(model, LoRAConfig(rank=4, alpha=8, **settings), seed=0)
     generator = torch.Generator().manual_seed(seed)
     for _, factor in adapter_parameters(model):
@@ -100,35 +100,44 @@ def adapted(model: nn.Module, seed: int = 0, **settings: object) -> nn.Module:
     return model
 
 
-def off(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The relative difference of norms."""
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Return the relative difference of norms."""
     ours, theirs = ours.detach().double(), theirs.detach().double()
     return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
 
 
-Found = tuple[torch.Tensor, list[torch.Tensor]]
+BlockResult = tuple[torch.Tensor, list[torch.Tensor]]
 
 
-def assert_near(found: Found, expected: Found, output: float = 1e-5, gradient: float = 2e-4) -> None:
-    """Outputs and gradients are those expected, up to relative differences."""
-    assert off(found[0], expected[0]) < output
-    for ours, theirs in zip(found[1], expected[1], strict=True):
-        assert off(ours, theirs) < gradient
+def assert_near(actual: BlockResult, expected: BlockResult, output: float = 1e-5, gradient: float = 2e-4) -> None:
+    """Assert that outputs and gradients are close to the expected ones, by relative differences."""
+    assert relative_error(actual[0], expected[0]) < output
+    for ours, theirs in zip(actual[1], expected[1], strict=True):
+        assert relative_error(ours, theirs) < gradient
 
 
-def assert_same(found: Found, expected: Found) -> None:
-    """Outputs and gradients are those expected, to the bit."""
-    assert torch.equal(found[0], expected[0])
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[1], expected[1], strict=True))
+def assert_same(actual: BlockResult, expected: BlockResult) -> None:
+    """Assert that outputs and gradients are bit-identical to the expected ones."""
+    assert torch.equal(actual[0], expected[0])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(actual[1], expected[1], strict=True))
 
 
-def assert_as_near(draws: list[tuple[Found, Found, Found]]) -> None:
-    """Of draws (found, the model's own, exact), outputs and gradients found are together about as near to the exact
-    ones as the model's own are: how rounding falls in one draw differs by a quarter."""
-    distances = torch.tensor([[_distances(each, exact) for each in (found, own)] for found, own, exact in draws])
-    ours, own = distances.sum(0)
-    assert (ours < 1.2 * own).all(), distances
+def assert_as_accurate(samples: list[tuple[BlockResult, BlockResult, BlockResult]]) -> None:
+    """Assert that fused blocks are about as close to the exact result as the model's own code.
+
+    Errors are summed over the samples, because rounding in a single sample varies by a quarter.
+
+    Args:
+        samples: Tuples of the fused, the model's own, and the exact result.
+    """
+    distances = torch.tensor(
+        [[_distances(result, exact) for result in (actual, reference)] for actual, reference, exact in samples]
+    )
+    ours, reference = distances.sum(0)
+    assert (ours < 1.2 * reference).all(), distances
 
 
-def _distances(found: Found, exact: Found) -> tuple[float, float]:
-    return off(found[0], exact[0]), sum(off(ours, theirs) for ours, theirs in zip(found[1], exact[1], strict=True))
+def _distances(actual: BlockResult, exact: BlockResult) -> tuple[float, float]:
+    return relative_error(actual[0], exact[0]), sum(
+        relative_error(ours, theirs) for ours, theirs in zip(actual[1], exact[1], strict=True)
+    )

@@ -1,4 +1,4 @@
-"""Large frozen weights of a training in large pages of memory."""
+"""Large frozen weights are moved to large memory pages during training."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch import Tensor, nn
 from deltaw.kernels import large_pages, loader
 from deltaw.runtime import quantized_weights
 from deltaw.runtime.quantized_weights import use_large_pages
-from tests.mapped_files import resident_of
+from tests.mapped_files import resident_bytes
 
-SIZE = 1024  # of a weight of 4 MiB in fp32
+SIZE = 1024  # a square fp32 weight of this size has 4 MiB
 
 
 @pytest.fixture(autouse=True)
-def offered() -> None:
+def require_large_pages() -> None:
     if not large_pages.large_page_bytes():
         pytest.skip("the system gives no large pages")
-    if loader.why_not():
-        pytest.skip(f"no compiled kernels: {loader.why_not()}")
+    if loader.unavailable_reason():
+        pytest.skip(f"no compiled kernels: {loader.unavailable_reason()}")
 
 
 class Model(nn.Module):
-    """An embedding, an adapter's worth of small weights, and a head that may share the embedding's rows."""
+    """An embedding, a small layer, large frozen and trained layers, and a head that may be tied to the embedding."""
 
     def __init__(self, tied: bool = False) -> None:
         super().__init__()
@@ -45,8 +45,8 @@ class Model(nn.Module):
         return self.rows
 
 
-def _read(file: Path, tied: bool = False) -> Model:
-    """A model whose weights are mapped from a file."""
+def _mapped_model(file: Path, tied: bool = False) -> Model:
+    """Return a model whose weights are memory-mapped from a file."""
     save_file(Model().state_dict(), file)
     model = Model(tied)
     model.load_state_dict(load_file(file), assign=True)
@@ -57,18 +57,18 @@ def _read(file: Path, tied: bool = False) -> Model:
     return model
 
 
-def _places(model: nn.Module) -> dict[str, int]:
+def _addresses(model: nn.Module) -> dict[str, int]:
     return {name: tensor.data_ptr() for name, tensor in model.named_parameters(remove_duplicate=False)}
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_large_frozen_weights_move_and_keep_their_values(tied: bool, tmp_path: Path) -> None:
-    model = _read(tmp_path / "weights.safetensors", tied)
-    parameters, before = dict(model.named_parameters()), _places(model)
+def test_large_frozen_weights_move_without_changing_values(tied: bool, tmp_path: Path) -> None:
+    model = _mapped_model(tmp_path / "weights.safetensors", tied)
+    parameters, before = dict(model.named_parameters()), _addresses(model)
     values = {name: parameter.clone() for name, parameter in parameters.items()}
     moved = {"middle.weight", "head.weight", "rows.weight"} if tied else {"middle.weight", "head.weight"}
     assert use_large_pages(model) == 2 * 4 * SIZE * SIZE
-    after = _places(model)
+    after = _addresses(model)
     assert {name for name in after if after[name] != before[name]} == moved
     assert not tied or model.head.weight is model.rows.weight
     for name, parameter in model.named_parameters():
@@ -77,7 +77,7 @@ def test_large_frozen_weights_move_and_keep_their_values(tied: bool, tmp_path: P
 
 
 def _large_bytes(tensor: Tensor) -> int:
-    """Bytes of large pages in the mapping that a tensor lies in."""
+    """Return the bytes of large pages in the mapping that contains a tensor."""
     for part in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
         span = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", part)
         if span and int(span[1], 16) <= tensor.data_ptr() < int(span[2], 16):
@@ -85,31 +85,31 @@ def _large_bytes(tensor: Tensor) -> int:
     return 0
 
 
-def test_a_moved_weight_lies_in_large_pages(tmp_path: Path) -> None:
-    model = _read(tmp_path / "weights.safetensors")
+def test_moved_weight_is_in_large_pages(tmp_path: Path) -> None:
+    model = _mapped_model(tmp_path / "weights.safetensors")
     assert use_large_pages(model)
     if not _large_bytes(model.middle.weight):
         pytest.skip("the system has no large page left")
     assert _large_bytes(model.middle.weight) == _large_bytes(model.head.weight) == 4 * SIZE * SIZE
 
 
-def test_the_pages_of_a_mapped_file_are_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_of_mapped_file_are_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "weights.safetensors"
     save_file({"weight": torch.arange(8 * SIZE * SIZE).view(-1, SIZE).float()}, file)
     model = nn.Linear(SIZE, 8 * SIZE, bias=False)
     model.weight = nn.Parameter(load_file(file)["weight"], requires_grad=False)
     assert float(model.weight[-1, -1]) == 8 * SIZE * SIZE - 1
-    assert model.weight.sum() > 0 and resident_of(file) > 30 << 20
-    monkeypatch.setattr(quantized_weights, "AT_ONCE", 1 << 20)
-    other = model.weight.detach()  # keeps the file mapped
+    assert model.weight.sum() > 0 and resident_bytes(file) > 30 << 20
+    monkeypatch.setattr(quantized_weights, "MOVE_CHUNK_BYTES", 1 << 20)
+    other = model.weight.detach()  # prevents the file from being unmapped
     assert use_large_pages(model) == 32 << 20
-    assert resident_of(file) < 2 << 20
+    assert resident_bytes(file) < 2 << 20
     assert torch.equal(model.weight, other)
 
 
-def test_memory_of_torchs_own_stays_where_it_is_and_files_too_where_memory_is_scarce(tmp_path, monkeypatch):
-    own, mapped = Model(), _read(tmp_path / "weights.safetensors")
-    for model, free in ((own, quantized_weights.free_memory_bytes()), (mapped, 12 * SIZE * SIZE)):
+def test_weights_do_not_move_if_allocated_or_memory_is_low(tmp_path, monkeypatch):
+    allocated, mapped = Model(), _mapped_model(tmp_path / "weights.safetensors")
+    for model, free in ((allocated, quantized_weights.free_memory_bytes()), (mapped, 12 * SIZE * SIZE)):
         monkeypatch.setattr(quantized_weights, "free_memory_bytes", lambda free=free: free)
-        before = _places(model)
-        assert use_large_pages(model) == 0 and _places(model) == before
+        before = _addresses(model)
+        assert use_large_pages(model) == 0 and _addresses(model) == before

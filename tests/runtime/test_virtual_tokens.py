@@ -1,4 +1,4 @@
-"""Token ids beyond the vocabulary: looked up in a table of their own, everything else as it was."""
+"""Token ids beyond the vocabulary use a separate embedding table, and real tokens are unaffected."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deltaw.errors import UserError
-from deltaw.runtime.virtual_tokens import attach, attached, detach, input_embedding, own_embedding
+from deltaw.runtime.virtual_tokens import attach, attached, detach, input_embedding, original_embedding
 from tests.byte_models import tiny_llama
 from tests.tiny_models import VOCABULARY, causal_model
 
@@ -24,19 +24,19 @@ def _prompt(rows: int = 3, width: int = 32) -> torch.Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-def test_real_tokens_keep_the_models_own_embeddings_and_virtual_ones_get_the_tables(family):
+def test_real_and_virtual_tokens_use_separate_tables(family):
     model = causal_model(family)
-    own = model.get_input_embeddings()
+    original = model.get_input_embeddings()
     ids, prompt = torch.arange(3, 13).view(2, 5), _prompt()
-    expected, before = own(ids), model(input_ids=ids).logits
+    expected, before = original(ids), model(input_ids=ids).logits
     layer = attach(model, prompt)
-    assert model.get_input_embeddings() is layer and isinstance(layer, type(own))
+    assert model.get_input_embeddings() is layer and isinstance(layer, type(original))
     mixed = torch.cat([torch.tensor([[VOCABULARY, VOCABULARY + 2]] * 2), ids], 1)
     assert torch.equal(layer(mixed), torch.cat([prompt[[0, 2]].expand(2, -1, -1), expected], 1))
     assert torch.equal(model(input_ids=ids).logits, before)
 
 
-def test_the_gradient_is_that_of_a_table_joined_to_the_vocabulary():
+def test_gradient_matches_concatenated_table():
     model = nn.Module()
     model.get_input_embeddings = lambda: model.tokens  # type: ignore[assignment]
     model.tokens = embedding = nn.Embedding(11, 4)
@@ -46,42 +46,42 @@ def test_the_gradient_is_that_of_a_table_joined_to_the_vocabulary():
     for out in (layer(ids), nn.functional.embedding(ids, joined)):
         (out * weights).sum().backward()
     torch.testing.assert_close(torch.cat([embedding.weight.grad, layer.prompt.grad]), joined.grad)
-    assert not layer.prompt.grad[1].any() and layer.prompt.grad[[0, 2]].all()  # one is not used
+    assert not layer.prompt.grad[1].any() and layer.prompt.grad[[0, 2]].all()  # vector 1 is unused
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_detach_gives_the_very_embedding_back_in_every_place(family):
+def test_detach_restores_original_embedding_everywhere(family):
     model = causal_model(family)
-    own = model.second = model.get_input_embeddings()
+    original = model.second = model.get_input_embeddings()
     keys = list(model.state_dict())
     layer = attach(model, _prompt())
     assert model.second is layer
-    with own_embedding(model):
-        assert model.get_input_embeddings() is own
+    with original_embedding(model):
+        assert model.get_input_embeddings() is original
     assert model.get_input_embeddings() is layer
     model.to(torch.float64)
     for _ in range(2):
         detach(model)
-        assert model.get_input_embeddings() is own is model.second and attached(model) is None
+        assert model.get_input_embeddings() is original is model.second and attached(model) is None
         assert list(model.state_dict()) == keys
-    assert own.weight.dtype == model(input_ids=torch.arange(4)[None]).logits.dtype == torch.float64
+    assert original.weight.dtype == model(input_ids=torch.arange(4)[None]).logits.dtype == torch.float64
 
 
-def test_a_tied_output_layer_stays_tied_and_predicts_real_tokens_only():
+def test_tied_output_layer_remains_tied_and_predicts_only_real_tokens():
     model = tiny_llama(tie_word_embeddings=True)
     layer = attach(model, _prompt())
     assert model.lm_head.weight is layer.weight
     assert model(input_ids=torch.tensor([[259, 261, 7]])).logits.shape == (1, 3, 259)
 
 
-def test_the_table_is_fp32_beside_a_bf16_weight_and_its_rows_come_out_in_bf16():
+def test_table_is_fp32_and_outputs_follow_bf16_weight():
     model = causal_model("llama").to(torch.bfloat16)
     layer = attach(model, _prompt())
     assert (layer.prompt.dtype, model.dtype) == (torch.float32, torch.bfloat16)
     assert torch.equal(layer(torch.tensor([VOCABULARY]))[0], _prompt()[0].to(torch.bfloat16))
 
 
-def test_copies_of_the_model_have_tables_of_their_own():
+def test_model_copies_have_separate_tables():
     model = causal_model("llama")
     attach(model, _prompt())
     reference = copy.deepcopy(model)
@@ -93,7 +93,7 @@ def test_copies_of_the_model_have_tables_of_their_own():
     assert type(reference.get_input_embeddings()) is nn.Embedding
 
 
-def test_it_runs_on_fake_tensors_and_gives_the_table_alone_a_gradient():
+def test_only_table_gets_gradient_on_fake_tensors():
     with FakeTensorMode():
         model = causal_model("llama").requires_grad_(False)
         attach(model, torch.randn(3, 32))
@@ -114,20 +114,20 @@ def _two_tables_model() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "message"),
     [
-        (nn.Identity, "does not say which module"),
+        (nn.Identity, "does not define its token embedding"),
         (lambda: _config_of("vit", image_size=32), "does not read tokens"),
-        (lambda: _config_of("t5", vocab_size=50, d_ff=16), "two places"),
+        (lambda: _config_of("t5", vocab_size=50, d_ff=16), "separate encoder and decoder"),
         (_two_tables_model, "embed_tokens_per_layer"),
     ],
 )
-def test_models_that_a_prompt_cannot_be_put_before_are_refused(make, says):
-    with pytest.raises(UserError, match=says):
+def test_models_without_single_token_embedding_are_rejected(make, message):
+    with pytest.raises(UserError, match=message):
         input_embedding(make())
 
 
-def test_a_table_of_another_width_and_a_second_table_are_refused():
+def test_wrong_width_and_second_table_raise():
     model = causal_model("llama")
     with pytest.raises(UserError, match="32 wide"):
         attach(model, _prompt(3, 31))

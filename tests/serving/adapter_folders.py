@@ -1,4 +1,4 @@
-"""Adapters with random factors, in folders."""
+"""Adapter folders with random factors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deltaw.methods.prompt import PromptFile, write_prompt
 
 
 def write_lora(model: nn.Module, folder: Path, *, seed: int = 0, size: float = 0.2, **settings) -> Path:
-    """An adapter for ``model`` whose factors are normal numbers of this size; the model is as it was then."""
+    """Save an adapter with normally distributed factors of scale ``size``. The model is left unchanged."""
     attach(model, LoRAConfig(**{"rank": 4, "alpha": 8, "target_modules": "all-linear", **settings}))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -25,7 +25,7 @@ def write_lora(model: nn.Module, folder: Path, *, seed: int = 0, size: float = 0
 
 
 def write_soft_prompt(model: PreTrainedModel, folder: Path, *, seed: int = 0, length: int = 3) -> Path:
-    """A soft prompt of normal numbers for ``model``."""
+    """Save a normally distributed soft prompt for ``model``."""
     shape = (length, model.get_input_embeddings().weight.shape[1])
     prompt = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     write_prompt(folder, PromptFile(prompt, {}, base_model="tiny", task_type="CAUSAL_LM"), {})

@@ -1,4 +1,4 @@
-"""An encoder and trained classifiers on disk, which tests of several files read; engines end with their test."""
+"""Fixtures for an encoder and trained classifiers on disk. Engines are closed after each test."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.serving.encoder_models import train_classifier, write_bert
-from tests.serving.engines import MADE
+from tests.serving.engines import OPEN_ENGINES
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +28,7 @@ def runs(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
 
 
 @pytest.fixture(autouse=True)
-def _ended_engines() -> Iterator[None]:
+def _close_engines() -> Iterator[None]:
     yield
-    while MADE:
-        MADE.pop().close(drain=False)
+    while OPEN_ENGINES:
+        OPEN_ENGINES.pop().close(drain=False)

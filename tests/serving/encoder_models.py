@@ -1,4 +1,4 @@
-"""Tiny encoders, embedders and classifiers on disk, with trained adapters, for the tests of what serves them."""
+"""Tiny encoders, embedders and classifiers on disk, with trained adapters."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from transformers import BertConfig, BertModel
 
 from deltaw.runs.fit import fit
-from tests.byte_models import saved
-from tests.conftest import laid_over, write_rows
+from tests.byte_models import save_model
+from tests.conftest import deep_merge, write_rows
 
 TEXTS = ["a", "some longer text", "x" * 40, "snow ☃"]
 
@@ -22,11 +22,11 @@ def bert_config(**changes: object) -> BertConfig:
 
 def write_bert(folder: Path, **changes: object) -> Path:
     torch.manual_seed(0)
-    return saved(BertModel(bert_config(**changes)).eval(), folder)
+    return save_model(BertModel(bert_config(**changes)).eval(), folder)
 
 
-def train_classifier(model: Path, output: Path, classes: tuple[str, ...], **more: object) -> Path:
-    """A run of a few steps on made-up rows."""
+def train_classifier(model: Path, output: Path, classes: tuple[str, ...], **overrides: object) -> Path:
+    """Train for a few steps on generated rows."""
     rows = [{"text": f"{name} number {n}", "label": name} for n in range(4) for name in classes]
     settings = {
         "model": str(model),
@@ -36,11 +36,11 @@ def train_classifier(model: Path, output: Path, classes: tuple[str, ...], **more
         "train": {"learning_rate": 1e-2, "batch_size": 4, "max_steps": 2, "drift": False},
     }
     fixed = {"precision": "fp32", "device": "cpu", "threads": 1, "output": str(output)}
-    return Path(fit(laid_over(settings | fixed, more)).output)
+    return Path(fit(deep_merge(settings | fixed, overrides)).output)
 
 
-def train_embedder(model: Path, output: Path, **more: object) -> Path:
-    """A run of a few steps on made-up pairs, whose vectors it moves far."""
+def train_embedder(model: Path, output: Path, **overrides: object) -> Path:
+    """Train for a few steps on generated pairs, with a large change of the vectors."""
     rows = [{"anchor": f"question {n} {'x' * (n % 7)}", "positive": f"answer {'y' * (n % 5)} {n}"} for n in range(20)]
     settings = {
         "model": str(model),
@@ -50,4 +50,4 @@ def train_embedder(model: Path, output: Path, **more: object) -> Path:
         "train": {"learning_rate": 3e-2, "batch_size": 5, "epochs": 3, "drift": False},
     }
     fixed = {"precision": "fp32", "device": "cpu", "threads": 1, "output": str(output)}
-    return Path(fit(laid_over(settings | fixed, more)).output)
+    return Path(fit(deep_merge(settings | fixed, overrides)).output)

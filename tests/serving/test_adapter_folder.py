@@ -1,4 +1,4 @@
-"""What a server reads of an adapter's folder, and what it refuses, by name and before anything changes."""
+"""Tests of reading adapter folders for serving, and of rejecting unsupported ones before anything changes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from deltaw.errors import UserError
 from deltaw.lora import OtherBaseModelWarning, load_adapter
-from deltaw.methods.files import Saved, write_trained
-from deltaw.methods.prompt import Prompt, PromptFile, write_prompt
+from deltaw.methods.files import SavedConfig, write_trained_parameters
+from deltaw.methods.prompt import PromptFile, SoftPrompt, write_prompt
 from deltaw.methods.settings import PromptSettings
 from deltaw.runtime.quantized_weights import quantize_int8
 from deltaw.serving.adapters import FolderReader
@@ -33,18 +33,18 @@ def reader(model):
     return FolderReader(model, byte_tokenizer())
 
 
-def refuses(reader, folder, says) -> None:
-    with pytest.raises(UserError, match=says):
+def assert_rejected(reader, folder, message) -> None:
+    with pytest.raises(UserError, match=message):
         reader.read(folder)
 
 
-def test_factors_are_those_of_the_adapted_layers(model, reader, tmp_path):
+def test_factors_match_adapted_layers(model, reader, tmp_path):
     pattern = {"rank_pattern": {"q_proj": 7}, "alpha_pattern": {"down_proj": 3.0}, "rslora": True}
     write_lora(model, tmp_path, layers="1", **pattern)
     parts = reader.read(tmp_path)
     adapted = copy.deepcopy(model)
     load_adapter(adapted, tmp_path)
-    with pytest.raises(UserError, match="has an adapter on it"):
+    with pytest.raises(UserError, match="is attached to the base model"):
         FolderReader(adapted, None)
     assert len(parts.layers) == 7 and all(".layers.1." in name for name in parts.layers)
     for name, factors in parts.layers.items():
@@ -52,41 +52,41 @@ def test_factors_are_those_of_the_adapted_layers(model, reader, tmp_path):
         assert all(torch.equal(getattr(factors, n), getattr(layer, n)) for n in ("lora_A", "lora_B"))
         assert factors.scaling == layer.scaling
     assert {layer.lora_A.shape[1] for layer in parts.layers.values()} == {4, 7}
-    gpt2 = tiny_gpt2()  # whose layers are transposed
+    gpt2 = tiny_gpt2()  # its layers store transposed weights
     write_lora(gpt2, tmp_path, target_modules=["c_attn"])
     factors = FolderReader(gpt2, None).read(tmp_path).layers["transformer.h.0.attn.c_attn"]
     assert factors.lora_A.shape == (32, 4) and factors.lora_B.shape == (4, 96)
 
 
-def test_an_adapter_of_pefts_is_read(model, reader, tmp_path):
+def test_peft_adapter_is_read(model, reader, tmp_path):
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["v_proj", "up_proj"], task_type="CAUSAL_LM")
     peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path)
     parts = reader.read(tmp_path)
     assert {name.rpartition(".")[2] for name in parts.layers} == {"v_proj", "up_proj"}
     assert {factors.scaling for factors in parts.layers.values()} == {5 / 3}
-    assert parts.facts.invocation is None and parts.facts.config is None
+    assert parts.info.invocation is None and parts.info.config is None
 
 
-def test_a_soft_prompt_is_rows_before_the_prompt(model, reader, tmp_path):
+def test_soft_prompt_is_read_as_virtual_tokens(model, reader, tmp_path):
     parts = reader.read(write_soft_prompt(model, tmp_path, length=5))
-    assert parts.prompt.shape == (5, 32) and not parts.layers and parts.facts.virtual_tokens == 5
+    assert parts.prompt.shape == (5, 32) and not parts.layers and parts.info.virtual_tokens == 5
 
 
-def test_template_terminators_and_invocation_come_with_the_folder(model, reader, tmp_path):
-    write_lora(model, tmp_path, activation="completion", invocation_tokens=[1, 100, 101])
+def test_template_terminators_and_invocation_are_read_from_folder(model, reader, tmp_path):
+    write_lora(model, tmp_path, active="completion", invocation_tokens=[1, 100, 101])
     (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
-    facts = reader.read(tmp_path).facts
-    assert facts.invocation == (1, 100, 101) and {7, 9} <= set(facts.terminators)
-    asked = [{"role": "user", "content": "hm"}]
-    assert facts.tokenizer.apply_chat_template(asked, tokenize=False) == "<hm>"
-    facts = reader.read(write_lora(model, tmp_path / "bare")).facts  # without its own, the base's hold
-    assert set(facts.terminators) == {0, 2}  # end of text, and of a turn
-    assert "im_start" in facts.tokenizer.apply_chat_template(asked, tokenize=False)
+    info = reader.read(tmp_path).info
+    assert info.invocation == (1, 100, 101) and {7, 9} <= set(info.terminators)
+    messages = [{"role": "user", "content": "hm"}]
+    assert info.tokenizer.apply_chat_template(messages, tokenize=False) == "<hm>"
+    info = reader.read(write_lora(model, tmp_path / "bare")).info  # without these files, the base's apply
+    assert set(info.terminators) == {0, 2}  # end of text and end of turn
+    assert "im_start" in info.tokenizer.apply_chat_template(messages, tokenize=False)
 
 
 @pytest.mark.parametrize(
-    ("settings", "named"),
+    ("settings", "feature"),
     [
         ({"dora": True}, "DoRA"),
         ({"lora_bias": True}, "lora_bias"),
@@ -96,27 +96,27 @@ def test_template_terminators_and_invocation_come_with_the_folder(model, reader,
         ({"target_modules": ["q_proj"], "target_parameters": ["gate_proj.weight"]}, "gate_proj.weight"),
     ],
 )
-def test_more_than_factors_of_linear_layers_is_refused_by_name(model, reader, tmp_path, settings, named):
-    refuses(reader, write_lora(model, tmp_path, **settings), re.escape(named))
+def test_adapters_beyond_linear_factors_are_rejected(model, reader, tmp_path, settings, feature):
+    assert_rejected(reader, write_lora(model, tmp_path, **settings), re.escape(feature))
 
 
 @pytest.mark.parametrize("method", ["full", "last", "random", "bias", "head", "input"])
-def test_methods_that_change_the_bases_weights_are_refused(reader, tmp_path, method):
-    write_trained(tmp_path, Saved(method, "tiny"), {"lm_head.weight": torch.zeros(259, 32)}, {})
-    refuses(reader, tmp_path, f"'{method}'.*own weights")
+def test_methods_that_change_base_weights_are_rejected(reader, tmp_path, method):
+    write_trained_parameters(tmp_path, SavedConfig(method, "tiny"), {"lm_head.weight": torch.zeros(259, 32)}, {})
+    assert_rejected(reader, tmp_path, f"'{method}'.*changes weights")
 
 
-def test_another_base_is_refused_by_its_fingerprint(model, tmp_path):
+def test_other_base_is_rejected_by_fingerprint(model, tmp_path):
     swapped = copy.deepcopy(model)
     with torch.no_grad():
         swapped.model.layers[0].mlp.down_proj.weight[-1, -1] += 1e-3
     for other in (tiny_llama(seed=1), swapped):
-        refuses(FolderReader(other, None), write_lora(model, tmp_path), "another base model")
+        assert_rejected(FolderReader(other, None), write_lora(model, tmp_path), "another base model")
 
 
 @pytest.mark.parametrize("trained_on", ["int8", "fp32"])
 @pytest.mark.parametrize("served_on", ["int8", "fp32"])
-def test_a_base_in_int8_is_told_from_another_too(tmp_path, trained_on, served_on):
+def test_int8_base_is_distinguished_from_other_bases(tmp_path, trained_on, served_on):
     def base(precision: str, seed: int = 0):
         model = tiny_llama(seed)
         if precision == "int8":
@@ -125,77 +125,77 @@ def test_a_base_in_int8_is_told_from_another_too(tmp_path, trained_on, served_on
 
     write_lora(base(trained_on), tmp_path)
     assert FolderReader(base(served_on), None).read(tmp_path).layers
-    refuses(FolderReader(base(served_on, seed=1), None), tmp_path, "another base model")
+    assert_rejected(FolderReader(base(served_on, seed=1), None), tmp_path, "another base model")
 
 
-def test_a_soft_prompt_for_another_base_is_refused(model, reader, tmp_path):
-    carrier, method = copy.deepcopy(model), Prompt(PromptSettings(length=2))
+def test_soft_prompt_for_other_base_is_rejected(model, reader, tmp_path):
+    carrier, method = copy.deepcopy(model), SoftPrompt(PromptSettings(length=2))
     method.prepare(carrier, seed=0)
     method.save(carrier, tmp_path, base_model="tiny")
     assert reader.read(tmp_path).prompt is not None
-    refuses(FolderReader(tiny_llama(seed=1), None), tmp_path, "another base model")
+    assert_rejected(FolderReader(tiny_llama(seed=1), None), tmp_path, "another base model")
     with pytest.warns(OtherBaseModelWarning):
-        Prompt().load(tiny_llama(seed=1), tmp_path)
+        SoftPrompt().load(tiny_llama(seed=1), tmp_path)
 
 
-def test_an_adapter_for_other_sizes_is_refused(reader, tmp_path):
+def test_adapter_with_other_sizes_is_rejected(reader, tmp_path):
     other = tiny_llama(hidden_size=48)
-    refuses(reader, write_lora(other, tmp_path), r"does not fit.*\(4, 32\).*\(4, 48\)")
-    refuses(reader, write_soft_prompt(other, tmp_path), "48")
+    assert_rejected(reader, write_lora(other, tmp_path), r"does not fit.*\(4, 32\).*\(4, 48\)")
+    assert_rejected(reader, write_soft_prompt(other, tmp_path), "48")
 
 
-def test_unknown_modules_and_missing_or_surplus_tensors_are_refused(model, reader, tmp_path):
+def test_unknown_modules_and_missing_or_extra_tensors_are_rejected(model, reader, tmp_path):
     write_lora(model, tmp_path, target_modules=["q_proj"])
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-    for changed, says in (
+    for changed, message in (
         ({k: v for k, v in tensors.items() if k != key}, "missing"),
-        ({**tensors, "base_model.model.model.norm.scale": torch.zeros(32)}, "fits nothing"),
-        ({k.replace("layers.0", "layers.7"): v for k, v in tensors.items()}, "fits no module"),
+        ({**tensors, "base_model.model.model.norm.scale": torch.zeros(32)}, "matches no parameter"),
+        ({k.replace("layers.0", "layers.7"): v for k, v in tensors.items()}, "matches no module"),
         ({**tensors, key: torch.full_like(tensors[key], float("nan"))}, "not finite"),
     ):
         save_file(changed, file)
-        refuses(reader, tmp_path, says)
+        assert_rejected(reader, tmp_path, message)
 
 
-def test_missing_broken_and_pickled_files_are_refused(model, reader, tmp_path):
-    refuses(reader, tmp_path / "nothing", "no adapter folder")
-    refuses(reader, tmp_path, "no adapter_config")
+def test_missing_damaged_and_pickled_files_are_rejected(model, reader, tmp_path):
+    assert_rejected(reader, tmp_path / "nothing", "no adapter folder")
+    assert_rejected(reader, tmp_path, "no adapter_config")
     write_lora(model, tmp_path)
     weights, pickled = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_model.bin"
     content = weights.read_bytes()
     weights.write_bytes(content[: len(content) // 2])
-    refuses(reader, tmp_path, "cut off or damaged")
+    assert_rejected(reader, tmp_path, "cut off or damaged")
     weights.unlink()
     pickled.write_bytes(pickle.dumps({}))
-    refuses(reader, tmp_path, "pickle")
+    assert_rejected(reader, tmp_path, "pickle")
     pickled.unlink()
-    refuses(reader, tmp_path, "no adapter_model")
+    assert_rejected(reader, tmp_path, "no adapter_model")
 
 
-def test_an_unknown_kind_another_task_and_terminators_that_are_no_tokens_are_refused(model, reader, tmp_path):
+def test_unknown_type_other_task_and_invalid_terminators_are_rejected(model, reader, tmp_path):
     write_lora(model, tmp_path)
     path = tmp_path / "adapter_config.json"
     settings = json.loads(path.read_text())
-    for change, says in ({"peft_type": "IA3"}, "IA3"), ({"task_type": "SEQ_CLS"}, "sequence-classification"):
+    for change, message in ({"peft_type": "IA3"}, "IA3"), ({"task_type": "SEQ_CLS"}, "sequence-classification"):
         path.write_text(json.dumps(settings | change))
-        refuses(reader, tmp_path, says)
+        assert_rejected(reader, tmp_path, message)
     path.write_text(json.dumps(settings))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 100_000}))
-    refuses(reader, tmp_path, "100000")
+    assert_rejected(reader, tmp_path, "100000")
 
 
-def test_a_soft_prompt_with_modules_of_its_own_is_refused(reader, tmp_path):
-    whole = {"lm_head.weight": torch.zeros(259, 32)}
-    write_prompt(tmp_path, PromptFile(torch.zeros(2, 32), whole, whole_modules=["lm_head"]), {})
-    refuses(reader, tmp_path, "lm_head")
+def test_soft_prompt_with_trained_modules_is_rejected(reader, tmp_path):
+    modules = {"lm_head.weight": torch.zeros(259, 32)}
+    write_prompt(tmp_path, PromptFile(torch.zeros(2, 32), modules, extra_modules=["lm_head"]), {})
+    assert_rejected(reader, tmp_path, "lm_head")
 
 
-def test_reading_leaves_the_model_as_it_is(model, reader, tmp_path):
+def test_reading_does_not_change_the_model(model, reader, tmp_path):
     before = {name: (id(module), type(module)) for name, module in model.named_modules()}
     bits = {name: p.clone() for name, p in model.named_parameters()}
     reader.read(write_lora(model, tmp_path))
-    refuses(reader, write_lora(model, tmp_path, dora=True), "DoRA")
+    assert_rejected(reader, write_lora(model, tmp_path, dora=True), "DoRA")
     assert {name: (id(module), type(module)) for name, module in model.named_modules()} == before
     assert all(torch.equal(p, bits[name]) for name, p in model.named_parameters())

@@ -1,5 +1,6 @@
-"""Requests with different adapters run together and write what each adapter writes on its own model; one whose
-adapter is late or lost holds up nobody."""
+"""Tests of an engine with several adapters: each request matches its adapter's model, and slow loads block no other
+request.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +14,12 @@ from transformers import PreTrainedModel
 
 from deltaw.errors import UserError
 from deltaw.methods.base import Method
-from deltaw.methods.files import method_of_folder
-from deltaw.serving.adapters import ActiveAdapter, AdapterFacts, FixedAdapters
+from deltaw.methods.files import method_from_folder
+from deltaw.serving.adapters import ActiveAdapter, AdapterInfo, FixedAdapters
 from deltaw.serving.bank import AdapterBank, Packer
 from deltaw.serving.request import Request
 from tests.serving.adapter_folders import write_lora, write_soft_prompt
-from tests.serving.engines import before, greedy, llama, over, prompts, tokenizer
+from tests.serving.engines import greedy, llama, make_engine, prompts, tokenizer, truncate_at
 
 INVOCATION = [1, 40]
 NEW = 10
@@ -27,9 +28,9 @@ SHORT = np.arange(3, 9)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """Plain adapters, a soft prompt, and an activated adapter."""
+    """LoRA adapters, a soft prompt and an activated adapter."""
     model, root = llama()[0], tmp_path_factory.mktemp("adapters")
-    activated = {"activation": "completion", "invocation_tokens": INVOCATION}
+    activated = {"active": "completion", "invocation_tokens": INVOCATION}
     return {
         "narrow": write_lora(model, root / "narrow", rank=4, seed=1),
         "wide": write_lora(model, root / "wide", rank=33, rslora=True, target_modules="attention", seed=2),
@@ -38,134 +39,134 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     }
 
 
-def serving(budget: int = 1 << 30, **folders: Path):
-    """A bank of these adapters, and an engine that serves them."""
-    model, made = llama()
-    bank = AdapterBank(model, tokenizer(), Packer(model, made), budget_bytes=budget)
+def serve_adapters(budget: int = 1 << 30, **folders: Path):
+    """Return a bank with these adapters and an engine that uses it."""
+    model, decoder = llama()
+    bank = AdapterBank(model, tokenizer(), Packer(model, decoder), budget_bytes=budget)
     for name, folder in folders.items():
         bank.add(name, folder)
-    return bank, over(made, 64, adapters=bank)
+    return bank, make_engine(decoder, 64, adapters=bank)
 
 
 @functools.cache
-def carrier(folder: Path) -> tuple[PreTrainedModel, Method]:
-    """The model with an adapter on it."""
+def adapted_model(folder: Path) -> tuple[PreTrainedModel, Method]:
+    """Return a copy of the model with an adapter."""
     model = copy.deepcopy(llama()[0])
-    method = method_of_folder(folder, tokenizer())
+    method = method_from_folder(folder, tokenizer())
     method.load(model, folder)
     return model, method
 
 
-def alone(folder: Path | None, prompt: np.ndarray) -> list[int]:
-    """What transformers writes with this adapter on a model of its own."""
+def reference_tokens(folder: Path | None, prompt: np.ndarray) -> list[int]:
+    """Return transformers' greedy completion with this adapter."""
     if folder is None:
         return greedy(llama()[0], prompt, NEW)
-    model, method = carrier(folder)
+    model, method = adapted_model(folder)
     return greedy(model, method.with_virtual_tokens(prompt), NEW)
 
 
-def asked(seed: int = 0) -> list[np.ndarray]:
-    """Prompts of which half have the invocation sequence; many begin alike."""
-    drawn = [np.concatenate([np.arange(3, 60), p]) for p in prompts(4, 20, seed=seed)]
-    return [np.concatenate([p, INVOCATION]) if n % 2 else p for n, p in enumerate(drawn)]
+def mixed_prompts(seed: int = 0) -> list[np.ndarray]:
+    """Return prompts with shared prefixes, half of which contain the invocation sequence."""
+    prefixed = [np.concatenate([np.arange(3, 60), p]) for p in prompts(4, 20, seed=seed)]
+    return [np.concatenate([p, INVOCATION]) if n % 2 else p for n, p in enumerate(prefixed)]
 
 
-def for_all(names) -> list[Request]:
-    return [Request(p, name, max_new_tokens=NEW, stop_ids=()) for p in asked() for name in names]
+def requests_for_all(names) -> list[Request]:
+    return [Request(p, name, max_new_tokens=NEW, stop_ids=()) for p in mixed_prompts() for name in names]
 
 
-def wrote(engine, name: str, prompt: np.ndarray) -> tuple[list[int], list[int]]:
-    """The tokens of a text, and how many tokens each piece took over."""
-    pieces = list(engine.submit(Request(prompt, name, max_new_tokens=NEW, stop_ids=())))
-    return [token for piece in pieces for token in piece.tokens], [piece.reused for piece in pieces]
+def generate_one(engine, name: str, prompt: np.ndarray) -> tuple[list[int], list[int]]:
+    """Return the tokens of a completion and the number of reused tokens per chunk."""
+    chunks = list(engine.submit(Request(prompt, name, max_new_tokens=NEW, stop_ids=())))
+    return [token for chunk in chunks for token in chunk.tokens], [chunk.reused for chunk in chunks]
 
 
-def test_together_they_write_what_each_writes_alone(folders):
-    _, engine = serving(**folders)
-    requests = for_all((None, *folders))
-    texts = [text.tokens.tolist() for text in engine.write_all(requests)]
-    assert texts == [alone(folders.get(request.adapter), request.tokens) for request in requests]
-    again = engine.write_all(requests)  # prompts are taken over
-    assert [text.tokens.tolist() for text in again] == texts and engine.load.reused > 0
-    of_base, *adapted = (texts[number :: len(folders) + 1] for number in range(len(folders) + 1))
-    assert of_base not in adapted, "each adapter changes something"
+def test_batched_adapters_match_separate_models(folders):
+    _, engine = serve_adapters(**folders)
+    requests = requests_for_all((None, *folders))
+    texts = [text.tokens.tolist() for text in engine.generate_all(requests)]
+    assert texts == [reference_tokens(folders.get(request.adapter), request.tokens) for request in requests]
+    repeated = engine.generate_all(requests)  # with the prompts in the prefix cache
+    assert [text.tokens.tolist() for text in repeated] == texts and engine.load.reused > 0
+    base_texts, *adapted = (texts[number :: len(folders) + 1] for number in range(len(folders) + 1))
+    assert base_texts not in adapted, "each adapter must change the output"
 
 
-def test_adapters_that_leave_memory_come_back_for_their_requests(folders):
+def test_evicted_adapters_are_reloaded_for_requests(folders):
     plain = {name: folders[name] for name in ("narrow", "wide")}
-    room = max(serving(x=folder)[0].status().bytes for folder in plain.values())
-    bank, engine = serving(room, **plain)
-    requests = for_all(plain)
-    for request, text in zip(requests, engine.write_all(requests), strict=True):
-        assert text.tokens.tolist() == alone(plain[request.adapter], request.tokens)
+    budget = max(serve_adapters(x=folder)[0].status().bytes for folder in plain.values())
+    bank, engine = serve_adapters(budget, **plain)
+    requests = requests_for_all(plain)
+    for request, text in zip(requests, engine.generate_all(requests), strict=True):
+        assert text.tokens.tolist() == reference_tokens(plain[request.adapter], request.tokens)
     assert bank.status().dropped > 0
 
 
-def test_a_swapped_adapter_never_meets_keys_of_the_one_before(folders, tmp_path):
+def test_swapped_adapter_does_not_reuse_cached_keys(folders, tmp_path):
     other = write_lora(llama()[0], tmp_path / "lora", seed=9)
     soft = write_soft_prompt(llama()[0], tmp_path / "soft", seed=1, length=5)
-    bank, engine = serving(x=folders["narrow"])
-    prompt = asked()[0]
+    bank, engine = serve_adapters(x=folders["narrow"])
+    prompt = mixed_prompts()[0]
     for folder in (folders["narrow"], other, folders["narrow"], soft, folders["soft"]):
         bank.swap("x", folder)
-        written, reused = wrote(engine, "x", prompt)
-        assert written == alone(folder, prompt)
-        assert not any(reused), "nothing is kept under the new version yet"
-    assert wrote(engine, "x", prompt)[0] == alone(folders["soft"], prompt)
+        tokens, reused = generate_one(engine, "x", prompt)
+        assert tokens == reference_tokens(folder, prompt)
+        assert not any(reused), "the new version must not reuse cached keys"
+    assert generate_one(engine, "x", prompt)[0] == reference_tokens(folders["soft"], prompt)
 
 
-def test_an_activated_adapter_shares_the_bases_keys(folders):
-    _, engine = serving(activated=folders["activated"])
-    prompt = asked()[1]
-    engine.write_all([Request(prompt, max_new_tokens=2, stop_ids=())])
-    written, reused = wrote(engine, "activated", prompt)
-    assert reused[0] == len(prompt) - len(INVOCATION) and written == alone(folders["activated"], prompt)
+def test_activated_adapter_reuses_base_keys(folders):
+    _, engine = serve_adapters(activated=folders["activated"])
+    prompt = mixed_prompts()[1]
+    engine.generate_all([Request(prompt, max_new_tokens=2, stop_ids=())])
+    tokens, reused = generate_one(engine, "activated", prompt)
+    assert reused[0] == len(prompt) - len(INVOCATION) and tokens == reference_tokens(folders["activated"], prompt)
 
 
-def test_an_adapter_ends_its_texts_with_its_own_terminators(tmp_path):
+def test_adapter_terminators_end_its_completions(tmp_path):
     folder = write_lora(llama()[0], tmp_path, seed=1, rank=4)
-    prompt = asked()[0]
-    written = alone(folder, prompt)
-    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {written[3]}}}')
-    (text,) = serving(own=folder)[1].write_all([Request(prompt, "own", max_new_tokens=NEW)])
-    assert text.terminator == written[3] and text.tokens.tolist() == before(written, written[3:4])
+    prompt = mixed_prompts()[0]
+    tokens = reference_tokens(folder, prompt)
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {tokens[3]}}}')
+    (text,) = serve_adapters(tuned=folder)[1].generate_all([Request(prompt, "tuned", max_new_tokens=NEW)])
+    assert text.terminator == tokens[3] and text.tokens.tolist() == truncate_at(tokens, tokens[3:4])
 
 
-def test_a_removed_adapter_is_refused_and_one_in_hand_is_written_to_its_end(folders):
-    bank, engine = serving(x=folders["narrow"])
-    prompt = asked()[0]
-    writing = engine.submit(Request(prompt, "x", max_new_tokens=NEW, stop_ids=()))
-    next(iter(writing))
+def test_removed_adapter_finishes_running_requests_and_rejects_new_ones(folders):
+    bank, engine = serve_adapters(x=folders["narrow"])
+    prompt = mixed_prompts()[0]
+    generation = engine.submit(Request(prompt, "x", max_new_tokens=NEW, stop_ids=()))
+    next(iter(generation))
     bank.remove("x")
     with pytest.raises(UserError, match="no adapter 'x'"):
         engine.submit(Request(prompt, "x"))
-    assert writing.result().tokens.tolist() == alone(folders["narrow"], prompt)
+    assert generation.result().tokens.tolist() == reference_tokens(folders["narrow"], prompt)
 
 
-class Told(FixedAdapters):
-    """An adapter that is there when a test says so, or fails."""
+class ControlledAdapters(FixedAdapters):
+    """Adapter whose availability or failure is set by a test."""
 
     error: UserError | None = None
     ready = False
 
-    def facts(self, name: str) -> AdapterFacts:
-        return AdapterFacts()
+    def info(self, name: str) -> AdapterInfo:
+        return AdapterInfo()
 
     def acquire(self, name: str) -> ActiveAdapter | None:  # type: ignore[override]
         if self.error:
             raise self.error
-        return ActiveAdapter(1, AdapterFacts()) if self.ready else None
+        return ActiveAdapter(1, AdapterInfo()) if self.ready else None
 
 
-def test_an_adapter_that_cannot_be_loaded_fails_its_own_requests_alone_and_one_that_is_late_lets_others_pass():
-    adapters = Told()
-    engine = over(llama()[1], 16, adapters=adapters)
-    waits, passes = (engine.submit(Request(SHORT, name, max_new_tokens=4)) for name in ("slow", None))
-    assert passes.result().tokens.tolist() == greedy(llama()[0], SHORT, 4) and not waits.done
+def test_failed_or_slow_adapter_load_affects_only_its_requests():
+    adapters = ControlledAdapters()
+    engine = make_engine(llama()[1], 16, adapters=adapters)
+    delayed, immediate = (engine.submit(Request(SHORT, name, max_new_tokens=4)) for name in ("slow", None))
+    assert immediate.result().tokens.tolist() == greedy(llama()[0], SHORT, 4) and not delayed.done
     adapters.ready = True
-    assert waits.result().finish == "length"
-    adapters.error = UserError("its files are gone")
-    lost, kept = (engine.submit(Request(SHORT, name, max_new_tokens=4)) for name in ("lost", None))
-    with pytest.raises(UserError, match="files are gone"):
-        lost.result()
-    assert kept.result().tokens.tolist() == passes.result().tokens.tolist()
+    assert delayed.result().finish == "length"
+    adapters.error = UserError("its files are missing")
+    failed, unaffected = (engine.submit(Request(SHORT, name, max_new_tokens=4)) for name in ("lost", None))
+    with pytest.raises(UserError, match="files are missing"):
+        failed.result()
+    assert unaffected.result().tokens.tolist() == immediate.result().tokens.tolist()

@@ -1,5 +1,4 @@
-"""Threads that add, remove, swap and request adapters at once: nobody gets another adapter than its name
-stands for, and memory stays within the budget."""
+"""Stress test of the adapter bank: concurrent changes and requests never mix up adapters or exceed the budget."""
 
 from __future__ import annotations
 
@@ -20,20 +19,20 @@ from deltaw.serving import bank as bank_module
 from deltaw.serving.bank import AdapterBank
 from tests.byte_models import tiny_llama
 from tests.serving.adapter_folders import write_lora
-from tests.serving.http.waiting import at_once
+from tests.serving.http.concurrency import run_in_threads
 
 NAMES, CONTENTS = 8, 12
 OPERATIONS = 600
 
 
-class Packed:
-    """Factors, all of one number, by which an adapter is told from others."""
+class ConstantFactors:
+    """Factors that all have one value, which identifies the adapter."""
 
-    alive: ClassVar[weakref.WeakSet[Packed]] = weakref.WeakSet()
+    alive: ClassVar[weakref.WeakSet[ConstantFactors]] = weakref.WeakSet()
 
     def __init__(self, layers: dict) -> None:
         self.factors = [f.lora_A for f in layers.values()]
-        Packed.alive.add(self)
+        ConstantFactors.alive.add(self)
 
     @property
     def bytes(self) -> int:
@@ -46,107 +45,107 @@ class Packed:
         return numbers[0]
 
 
-class Log:
-    """What a name was to stand for, in order; written before it does."""
+class ChangeLog:
+    """Planned contents of a name in order, recorded before each change."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()  # one change of a name at a time
+        self.lock = threading.Lock()  # serializes changes of a name
         self.intended: list[int | None] = [None]
         self.done = 0
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> list[Path]:
-    """Adapters whose factors are all 0, all 1, and so on."""
+    """Adapters whose factors all equal 0, 1, and so on."""
     root = tmp_path_factory.mktemp("adapters")
     first = write_lora(tiny_llama(), root / "first", rank=8)
-    made = [shutil.copytree(first, root / f"number {number}") for number in range(CONTENTS)]
-    for number, folder in enumerate(made):
+    copies = [shutil.copytree(first, root / f"number {number}") for number in range(CONTENTS)]
+    for number, folder in enumerate(copies):
         tensors = load_file(first / "adapter_model.safetensors")
         filled = {name: torch.full_like(tensor, float(number)) for name, tensor in tensors.items()}
         save_file(filled, folder / "adapter_model.safetensors")
-    return made
+    return copies
 
 
 class Stress:
-    """A bank with room for ``room`` adapters, and threads that use it."""
+    """A bank with memory for ``capacity`` adapters, and threads that use it."""
 
-    def __init__(self, folders: list[Path], room: int) -> None:
-        self.folders, self.room = folders, room
-        probe = AdapterBank(tiny_llama(), None, Packed, budget_bytes=1 << 30)
+    def __init__(self, folders: list[Path], capacity: int) -> None:
+        self.folders, self.capacity = folders, capacity
+        probe = AdapterBank(tiny_llama(), None, ConstantFactors, budget_bytes=1 << 30)
         probe.add("probe", folders[0])
         self.size = probe.status().bytes
         probe.remove("probe")
-        self.bank = AdapterBank(tiny_llama(), None, Packed, budget_bytes=room * self.size)
-        self.logs = {f"name {n}": Log() for n in range(NAMES)}
-        self.served = self.most = 0
+        self.bank = AdapterBank(tiny_llama(), None, ConstantFactors, budget_bytes=capacity * self.size)
+        self.logs = {f"name {n}": ChangeLog() for n in range(NAMES)}
+        self.served = self.peak_bytes = 0
         self.numbers: dict[int, float] = {}
 
-    def change(self, draw: random.Random) -> None:
-        name = draw.choice(list(self.logs))
-        log, content = self.logs[name], draw.randrange(CONTENTS)
+    def change(self, random_state: random.Random) -> None:
+        name = random_state.choice(list(self.logs))
+        log, content = self.logs[name], random_state.randrange(CONTENTS)
         with log.lock:
-            stands = log.intended[log.done]
-            remove = stands is not None and draw.random() < 0.3
+            current = log.intended[log.done]
+            remove = current is not None and random_state.random() < 0.3
             log.intended.append(None if remove else content)
             if remove:
                 self.bank.remove(name)
-            elif stands is None:
+            elif current is None:
                 self.bank.add(name, self.folders[content])
             else:
                 self.bank.swap(name, self.folders[content])
             log.done = len(log.intended) - 1
 
-    def request(self, draw: random.Random) -> None:
-        name = draw.choice(list(self.logs))
+    def request(self, random_state: random.Random) -> None:
+        name = random_state.choice(list(self.logs))
         log = self.logs[name]
         start = log.done
         try:
-            patience = time.monotonic() + draw.choice([0.0, 0.0, 5.0])
-            while (active := self.bank.acquire(name)) is None and time.monotonic() < patience:
+            deadline = time.monotonic() + random_state.choice([0.0, 0.0, 5.0])
+            while (active := self.bank.acquire(name)) is None and time.monotonic() < deadline:
                 time.sleep(0.001)
         except UserError as error:
-            assert "no adapter" in error.what and None in set(log.intended[start:]), error.what
+            assert "no adapter" in error.message and None in set(log.intended[start:]), error.message
             return
         if active is None:
             return
-        number, meant = active.packed.number, set(log.intended[start:])
-        assert number in meant, f"{name} was {number}, not one of {meant}"
-        assert self.numbers.setdefault(active.number, number) == number, "one version, two contents"
-        for _ in range(draw.randrange(3)):
-            assert active.packed.number == number, "an adapter changed in use"
+        number, expected = active.packed.number, set(log.intended[start:])
+        assert number in expected, f"{name} was {number}, not one of {expected}"
+        assert self.numbers.setdefault(active.number, number) == number, "one version with two contents"
+        for _ in range(random_state.randrange(3)):
+            assert active.packed.number == number, "an adapter changed while in use"
         self.served += 1
         self.bank.release(active)
 
-    def watch(self, draw: random.Random) -> None:
-        self.most = max(self.most, self.bank.status().bytes)
-        # Beside the budget: one that is being read, and one that gave way and is not freed yet, a thread.
-        held = len(Packed.alive)
-        assert held <= self.room + 1 + self.threads, f"{held} adapters in memory"
+    def watch(self, random_state: random.Random) -> None:
+        self.peak_bytes = max(self.peak_bytes, self.bank.status().bytes)
+        # In addition to the budget: one adapter that is loading, and per thread one evicted adapter not yet freed.
+        resident = len(ConstantFactors.alive)
+        assert resident <= self.capacity + 1 + self.threads, f"{resident} adapters in memory"
 
     def run(self) -> None:
         kinds = [self.change] * 2 + [self.request] * 6 + [self.watch]
         self.threads = len(kinds)
 
         def repeat(seed: int) -> None:
-            draw = random.Random(seed)
+            random_state = random.Random(seed)
             for _ in range(OPERATIONS // (5 if kinds[seed] == self.change else 1)):
-                kinds[seed](draw)
+                kinds[seed](random_state)
 
-        at_once(repeat, range(self.threads))
+        run_in_threads(repeat, range(self.threads))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("room", [1, 3])
-def test_names_that_change_meanwhile_never_give_another_adapter(folders, room, monkeypatch):
-    # Requests here often do not come back for what they asked for.
-    monkeypatch.setattr(bank_module, "STAYS", 0.02)
-    stress = Stress(folders, room)
+@pytest.mark.parametrize("capacity", [1, 3])
+def test_concurrent_changes_never_return_wrong_adapter(folders, capacity, monkeypatch):
+    # Requests in this test often do not return for the adapter that they requested.
+    monkeypatch.setattr(bank_module, "MIN_RESIDENT_SECONDS", 0.02)
+    stress = Stress(folders, capacity)
     bank = stress.bank
     stress.run()
-    assert stress.served > OPERATIONS / 2 and stress.most <= room * stress.size
-    assert len(stress.numbers) > CONTENTS, "names were swapped meanwhile"
-    assert bank.status().dropped > 0, "some had to give way"
+    assert stress.served > OPERATIONS / 2 and stress.peak_bytes <= capacity * stress.size
+    assert len(stress.numbers) > CONTENTS, "no names were swapped"
+    assert bank.status().dropped > 0, "no adapters were evicted"
     for name in bank.names():
         bank.remove(name)
     assert bank.status().bytes == 0 and bank.status().versions == 0

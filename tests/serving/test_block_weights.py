@@ -1,5 +1,7 @@
-"""The decoder over weights in blocks, of every format: its logits and texts are those of the weights that the
-blocks stand for, with adapters beside each other too, and the blocks stay blocks."""
+"""Tests of decoding with block-quantized weights of every format, also with mixed adapters.
+
+Logits and texts must match those of the dequantized weights, and the weights must remain in blocks.
+"""
 
 from __future__ import annotations
 
@@ -15,92 +17,92 @@ from deltaw.lora.layers_quantized import BlockEmbedding, BlockLinear
 from deltaw.runtime.quantized_weights import quantize_nf4
 from deltaw.serving.decodable import decodable, tolerance
 from tests.byte_models import tiny_llama
-from tests.kernels.test_decode_blocks import drawn
+from tests.kernels.test_decode_blocks import scaled_random_blocks
 from tests.runtime.families import VOCABULARY, model_of
 from tests.serving.adapter_folders import write_lora
-from tests.serving.mixed_rows import Rows, bank_over, drawn_prompts, last_logits, packed_of, written
-from tests.serving.test_mixed_adapters import carrying, families, off
+from tests.serving.mixed_rows import Rows, decode_greedily, last_logits, make_bank, packed_adapters, random_prompts
+from tests.serving.test_mixed_adapters import family_params, relative_error, with_adapter
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": VOCABULARY}
 ROWS, STEPS = 12, 4
 
 
-def in_blocks(name: str) -> tuple[nn.Module, nn.Module]:
-    """A Llama in bf16 whose matrices are blocks of a format, and the one in fp32 of their numbers."""
+def quantize_to_blocks(name: str) -> tuple[nn.Module, nn.Module]:
+    """Return a bf16 Llama whose matrices are blocks of a format, and an fp32 Llama with the dequantized values."""
     plain = tiny_llama(**WIDE).to(torch.bfloat16).requires_grad_(False)
-    kept = copy.deepcopy(plain)
-    for number, (place, module) in enumerate(list(kept.named_modules())):
+    quantized = copy.deepcopy(plain)
+    for number, (path, module) in enumerate(list(quantized.named_modules())):
         if not isinstance(module, nn.Linear | nn.Embedding):
             continue
-        stored = drawn(name, *module.weight.shape, seed=number)
+        stored = scaled_random_blocks(name, *module.weight.shape, seed=number)
         kind = BlockLinear if isinstance(module, nn.Linear) else BlockEmbedding
-        kept.set_submodule(place, kind.of(module, stored))
-        plain.get_submodule(place).weight.data.copy_(stored.dequantized(torch.bfloat16))
-    return kept, plain.float()
+        quantized.set_submodule(path, kind.of(module, stored))
+        plain.get_submodule(path).weight.data.copy_(stored.dequantized(torch.bfloat16))
+    return quantized, plain.float()
 
 
-@pytest.fixture(scope="module", params=families("NF4 Q4_K", " ".join(sorted({*FORMATS} - {"NF4", "Q4_K"}))))
+@pytest.fixture(scope="module", params=family_params("NF4 Q4_K", " ".join(sorted({*FORMATS} - {"NF4", "Q4_K"}))))
 def served(request, tmp_path_factory):
-    """A model in blocks with its decoder, the model of the blocks' numbers, and two adapters, packed too."""
-    kept, plain = in_blocks(request.param)
-    made, root = decodable(kept), tmp_path_factory.mktemp("adapters")
+    """Quantized model with its decoder, the dequantized model, and two adapters, as folders and packed."""
+    quantized, plain = quantize_to_blocks(request.param)
+    decoder, root = decodable(quantized), tmp_path_factory.mktemp("adapters")
     folders = [write_lora(plain, root / str(n), seed=n, rank=4 + 5 * n, size=0.05) for n in range(2)]
-    return kept, plain, made, packed_of(bank_over(kept, made, *folders)), folders
+    return quantized, plain, decoder, packed_adapters(make_bank(quantized, decoder, *folders)), folders
 
 
-def test_logits_in_a_mixed_batch_are_those_of_the_numbers(served):
-    kept, plain, made, packed, folders = served
-    which = [n % 3 - 1 for n in range(ROWS)]
-    mixed, texts = written(Rows(made, packed, which), drawn_prompts(ROWS, VOCABULARY), STEPS)
-    carriers = [plain, *(carrying(plain, folder) for folder in folders)]
+def test_mixed_batch_logits_match_dequantized_weights(served):
+    quantized, plain, decoder, packed, folders = served
+    adapter_indices = [n % 3 - 1 for n in range(ROWS)]
+    mixed, texts = decode_greedily(Rows(decoder, packed, adapter_indices), random_prompts(ROWS, VOCABULARY), STEPS)
+    carriers = [plain, *(with_adapter(plain, folder) for folder in folders)]
     exact = [[last_logits(carrier, text, STEPS + 1) for text in texts] for carrier in carriers]
     for adapter in (-1, 0, 1):
-        rows = [number for number, of in enumerate(which) if of == adapter]
+        rows = [number for number, index in enumerate(adapter_indices) if index == adapter]
         ours = torch.cat([mixed[:, number] for number in rows])
-        distances = [off(ours, torch.cat([found[number] for number in rows])) for found in exact]
-        own = distances.pop(adapter + 1)
-        assert own < tolerance(kept) and 2 * own < min(distances)
+        distances = [relative_error(ours, torch.cat([reference[number] for number in rows])) for reference in exact]
+        matching = distances.pop(adapter + 1)
+        assert matching < tolerance(quantized) and 2 * matching < min(distances)
 
 
-def test_any_number_of_threads_and_rows_gives_the_same_bits(served):
+def test_logits_are_bit_identical_for_any_threads_and_rows(served):
     if loader.library() is None:
-        pytest.skip("torch's products depend on how many rows there are")
-    _, _, made, packed, _ = served
-    prompts, before, found = drawn_prompts(3, VOCABULARY), torch.get_num_threads(), []
+        pytest.skip("torch's products depend on the number of rows")
+    _, _, decoder, packed, _ = served
+    prompts, before, results = random_prompts(3, VOCABULARY), torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(written(Rows(made, packed, [-1, 0, 1]), prompts, STEPS)[0])
-            alone = written(Rows(made, packed, [1]), prompts[2:], STEPS)[0]
-            assert torch.equal(alone[:, 0], found[-1][:, 2])
+            results.append(decode_greedily(Rows(decoder, packed, [-1, 0, 1]), prompts, STEPS)[0])
+            single = decode_greedily(Rows(decoder, packed, [1]), prompts[2:], STEPS)[0]
+            assert torch.equal(single[:, 0], results[-1][:, 2])
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-def test_nothing_is_dequantized_for_a_decoder(served):
-    kept, made = served[0], served[2]
-    layers = [layer for block in made.decoder.blocks for _, layer in block.layers()] + [made.decoder.head]
-    addresses = {p.data_ptr() for p in kept.parameters()}
+def test_decoder_shares_block_weights_with_model(served):
+    quantized, decoder = served[0], served[2]
+    layers = [layer for block in decoder.decoder.blocks for _, layer in block.layers()] + [decoder.decoder.head]
+    addresses = {p.data_ptr() for p in quantized.parameters()}
     for layer in layers:
         assert isinstance(layer.weight, BlockWeight) and layer.weight.data.data_ptr() in addresses
-    assert isinstance(made.entry.weight, BlockWeight) and made.entry.known == VOCABULARY
+    assert isinstance(decoder.entry.weight, BlockWeight) and decoder.entry.num_tokens == VOCABULARY
 
 
-@pytest.mark.parametrize("family", families("Phi3 GPTNeoX", "Gemma3 Qwen3"))
-def test_families_in_nf4_are_decoded_too(family):
+@pytest.mark.parametrize("family", family_params("Phi3 GPTNeoX", "Gemma3 Qwen3"))
+def test_nf4_families_match_dequantized_model(family):
     model = model_of(family, torch.bfloat16, intermediate_size=128)
-    assert not quantize_nf4(model.base_model).kept
-    made = decodable(model)
+    assert not quantize_nf4(model.base_model).unquantized
+    decoder = decodable(model)
     plain = model_of(family, torch.bfloat16, intermediate_size=128)
     for name, module in model.named_modules():
         if isinstance(module, BlockLinear):
             plain.get_submodule(name).weight.data.copy_(module.plain_weight())
-    assert isinstance(made.decoder.blocks[0].query.weight, BlockWeight)
-    prompts = drawn_prompts(3, VOCABULARY)
-    logits = Rows(made, [], [-1] * 3).step(prompts)
+    assert isinstance(decoder.decoder.blocks[0].query.weight, BlockWeight)
+    prompts = random_prompts(3, VOCABULARY)
+    logits = Rows(decoder, [], [-1] * 3).step(prompts)
     if loader.library() is not None:
         assert torch.equal(Rows(decodable(plain), [], [-1] * 3).step(prompts), logits)
     plain.float()
     for row, prompt in zip(logits, prompts, strict=True):
-        assert off(row, last_logits(plain, prompt)[0]) < tolerance(model)
+        assert relative_error(row, last_logits(plain, prompt)[0]) < tolerance(model)

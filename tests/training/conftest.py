@@ -1,4 +1,4 @@
-"""Fixtures of runs over several processes."""
+"""Fixtures of multi-process runs."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Settings, laid_over, write_rows
+from tests.conftest import Settings, deep_merge, write_rows
 
 
 @pytest.fixture(scope="module")
-def uneven(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Eleven rows of 8 to 70 tokens, most of which begin alike, and four others to evaluate on."""
-    folder = tmp_path_factory.mktemp("uneven")
+def uneven_rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Return files of 11 training and 4 evaluation rows of 8 to 70 tokens, most with a common beginning."""
+    folder = tmp_path_factory.mktemp("uneven_rows")
     rows = [{"prompt": f"say {'very ' * (n % 4)}{n}", "completion": "word " * (1 + 5 * n % 9)} for n in range(15)]
     return write_rows(folder / "train.jsonl", rows[:11]), write_rows(folder / "eval.jsonl", rows[11:])
 
 
 @pytest.fixture
-def of(settings: Settings, uneven: tuple[Path, Path]) -> Callable[..., dict]:
-    """Settings of a run on the uneven rows, with a checkpoint after each step."""
+def make_config(settings: Settings, uneven_rows: tuple[Path, Path]) -> Callable[..., dict]:
+    """Return a factory of run settings on ``uneven_rows`` with a checkpoint after each step."""
 
     def make(output: Path, **changes: object) -> dict:
-        data = {"train": str(uneven[0]), "eval": str(uneven[1])}
+        data = {"train": str(uneven_rows[0]), "eval": str(uneven_rows[1])}
         train = {"batch_size": 5, "epochs": 2, "eval_every": 2, "checkpoint_every": 1, "samples": 1}
-        return settings(output, **laid_over({"data": data, "train": train}, changes))
+        return settings(output, **deep_merge({"data": data, "train": train}, changes))
 
     return make

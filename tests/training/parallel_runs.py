@@ -1,4 +1,4 @@
-"""Several processes that train as one, started as ``torchrun`` does, and compared with one process."""
+"""Start several processes as ``torchrun`` does and compare their run with a run of one process."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ needs_gloo = pytest.mark.skipif(
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 def start(rank: int, size: int, port: int, arguments, folder=None, **extra: str) -> processes.Process:
@@ -33,72 +33,80 @@ def start(rank: int, size: int, port: int, arguments, folder=None, **extra: str)
     return processes.start("-m", "tests.training.parallel_worker", *arguments, cwd=folder, env=environment)
 
 
-def ended(started) -> list[tuple[int, str, str]]:
-    """Exit status, output and errors of each; none is left behind."""
+def wait_all(workers) -> list[tuple[int, str, str]]:
+    """Return exit status, output and errors of each process. Kills processes that do not finish."""
     try:
-        told = [process.communicate(timeout=240) for process in started]
+        outputs = [process.communicate(timeout=240) for process in workers]
     finally:
-        for process in started:
+        for process in workers:
             process.kill()
-    return [(p.returncode, *texts) for p, texts in zip(started, told, strict=True)]
+    return [(p.returncode, *texts) for p, texts in zip(workers, outputs, strict=True)]
 
 
 def train(
-    made: dict, size: int = 2, *, flags: Sequence[str] = (), of_rank: Mapping[int, Mapping] | None = None, **extra
+    settings: dict,
+    size: int = 2,
+    *,
+    flags: Sequence[str] = (),
+    env_by_rank: Mapping[int, Mapping] | None = None,
+    **extra,
 ) -> list[tuple[int, str, str]]:
-    """What several processes that train one run came to; some may have more in their environment."""
-    path = Path(made["output"]).with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(made))
-    port, told = free_port(), ["train", path, *flags]
-    return ended([start(rank, size, port, told, **extra, **(of_rank or {}).get(rank, {})) for rank in range(size)])
+    """Train one run in several processes. ``env_by_rank`` adds environment variables to single processes."""
+    path = Path(settings["output"]).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(settings))
+    port, arguments = free_port(), ["train", path, *flags]
+    return wait_all([start(r, size, port, arguments, **extra, **(env_by_rank or {}).get(r, {})) for r in range(size)])
 
 
-def train_all(made: dict, size: int = 2, **how) -> list[str]:
-    """What each of several processes said that all came to their end."""
-    told = train(made, size, **how)
-    assert [status for status, *_ in told] == [0] * size, told
-    return [said for _, said, _ in told]
+def train_all(settings: dict, size: int = 2, **options) -> list[str]:
+    """Train one run in several processes that must all succeed, and return their outputs."""
+    results = train(settings, size, **options)
+    assert [status for status, *_ in results] == [0] * size, results
+    return [output for _, output, _ in results]
 
 
-def train_until_one_dies(made: dict, step: int, killed: int = 1) -> None:
-    """Of two processes one is killed in a step (counted from 0), and the other says so."""
-    told = train(made, of_rank={killed: {"DIES_AT": str(step)}})
-    status, _, said = told[1 - killed]
-    assert told[killed][0] == -signal.SIGKILL and status == 2, told
-    assert "another of the 2 processes ended" in said and "Traceback" not in said
+def train_until_killed(settings: dict, step: int, killed: int = 1) -> None:
+    """Kill one of two processes in a step (counted from 0). The other must report it."""
+    results = train(settings, env_by_rank={killed: {"DIES_AT": str(step)}})
+    status, _, message = results[1 - killed]
+    assert results[killed][0] == -signal.SIGKILL and status == 2, results
+    assert "another of the 2 processes ended" in message and "Traceback" not in message
 
 
 def newest_step(run: Path) -> int:
-    """The step of a run's newest checkpoint."""
+    """Return the step of a run's newest checkpoint."""
     return max(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
 
 
 def distance(run: Path, other: Path, part: str = "") -> tuple[float, float]:
-    """The norm of the difference of two runs' adapters, or of a part of them, and of the second."""
-    factors, expected = adapter(run), adapter(other)
-    assert factors.keys() == expected.keys()
-    ours, theirs = (torch.cat([of[n].double().flatten() for n in expected if part in n]) for of in (factors, expected))
+    """Return the norm of the difference between the adapters of two runs, and the norm of the second adapter.
+
+    ``part`` selects the tensors by their names.
+    """
+    actual, expected = adapter(run), adapter(other)
+    assert actual.keys() == expected.keys()
+    ours, theirs = (torch.cat([t[n].double().flatten() for n in expected if part in n]) for t in (actual, expected))
     return float((ours - theirs).norm()), float(theirs.norm())
 
 
-def assert_same_run(one: Path, other: Path, counts: Sequence[str] = ("step", "rows", "tokens", "label_tokens")) -> None:
-    """Losses, evaluations and factors agree up to the order of sums in fp32, and ``counts`` are equal."""
-    ours, theirs = metrics(one), metrics(other)
+def assert_same_run(run: Path, other: Path, counts: Sequence[str] = ("step", "rows", "tokens", "label_tokens")) -> None:
+    """Check that losses, evaluations and factors agree up to fp32 summation order, and that ``counts`` are equal."""
+    ours, theirs = metrics(run), metrics(other)
     assert [sorted(line) for line in ours] == [sorted(line) for line in theirs]
     for a, b in zip(ours, theirs, strict=True):
         for key in {"loss", "gradient_norm", "learning_rate", "eval"} & b.keys():
             assert a[key] == pytest.approx(b[key], rel=1e-5)
         for key in counts:
             assert a.get(key) == b.get(key)
-    off, norm = distance(one, other)
-    assert off <= 1e-5 * norm
+    difference, norm = distance(run, other)
+    assert difference <= 1e-5 * norm
 
 
-def trains_as_one(
-    one: dict, several: dict, size: int = 2, same: Callable[[Path, Path], None] = assert_same_run, **extra: str
+def assert_same_as_one_process(
+    single: dict, several: dict, size: int = 2, compare: Callable[[Path, Path], None] = assert_same_run, **extra: str
 ) -> str:
-    """One process and several come to the same run; what the first of these said."""
-    fit(one)
-    said = train_all(several, size, **extra)
-    same(Path(several["output"]), Path(one["output"]))
-    return said[0]
+    """Check that one process and several produce the same run, and return the output of rank 0."""
+    fit(single)
+    outputs = train_all(several, size, **extra)
+    compare(Path(several["output"]), Path(single["output"]))
+    return outputs[0]

@@ -1,6 +1,6 @@
-"""What tests ask of a whole run: what it said on its way, what it wrote, and its adapter on its model again.
+"""Helpers for tests of complete runs: output, files, and the adapter loaded onto its model.
 
-A copy of a run's folder, made while the run goes on, is what a process leaves that is killed at that moment.
+A copy of a run's folder, taken while the run is active, equals the state after the process is killed at that moment.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ import torch
 from safetensors.torch import load_file
 
 from deltaw.reports.progress import TerminalCallback
-from deltaw.reports.tables import Output
+from deltaw.reports.tables import TerminalOutput
 from deltaw.runs import checkpoints
-from deltaw.runs.fit import Result, fit, load_for
+from deltaw.runs.fit import Result, fit, load_model
 from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Callback
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.origin import InferenceSession, open_run
+from deltaw.training.open_run import AdaptedModel, open_run
 from deltaw.training.session import Session, assemble, read_data
 from deltaw.training.state import Step
 
 ADAPTER = "adapter_model.safetensors"
-# Of the eight training rows in steps of three: three steps an epoch.
+# Eight training rows with a batch size of 3: three steps per epoch.
 TRAIN = {"epochs": 4, "checkpoint_every": 2, "eval_every": 6, "checkpoint_minutes": None}
-# What a run with each method differs in.
+# Settings that select each method.
 METHODS: dict[str, dict] = {
     **{method: {"method": method} for method in ("lora", "head", "input", "bias", "full")},
     "prompt": {"method": "prompt", "prompt": {"length": 3}},
@@ -41,13 +41,13 @@ METHODS: dict[str, dict] = {
 }
 
 
-def often(*quick: str, of: Iterable[str] = METHODS) -> list:
-    """All methods, for a test whose quick set has some of them."""
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in of]
+def slow_except(*quick: str, names: Iterable[str] = METHODS) -> list:
+    """Return all names as parameters of a test, with those not in ``quick`` marked slow."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-class Told(Callback):
-    """Every line, step, sample and evaluation of a run; it may ask to stop after some steps."""
+class RecordingCallback(Callback):
+    """Records lines, steps, samples and evaluations of a run, and optionally stops it after some steps."""
 
     def __init__(self, stop_after: int | None = None) -> None:
         self.lines: list[str] = []
@@ -75,18 +75,18 @@ class Told(Callback):
         return self._stop_after is not None and len(self.steps) >= self._stop_after
 
 
-class Snapshots(Told):
-    """Copies the run's folder at moments such as "step 5", or "evaluation 6": within the one after step 6."""
+class Snapshots(RecordingCallback):
+    """Copies the run's folder at moments such as "step 5" or "evaluation 6" (during the evaluation after step 6)."""
 
-    def __init__(self, run: Path, into: Path, moments: Sequence[str], dies_at: int | None = None) -> None:
+    def __init__(self, run: Path, into: Path, moments: Sequence[str], fail_at: int | None = None) -> None:
         super().__init__()
-        self.run, self.into, self.dies_at = run, into, dies_at
-        self.taken: dict[str, Path] = dict.fromkeys(moments, run)
+        self.run, self.into, self.fail_at = run, into, fail_at
+        self.copies: dict[str, Path] = dict.fromkeys(moments, run)
 
     def on_step(self, step: Step) -> None:
         super().on_step(step)
         self._take(f"step {step.step}")
-        if step.step == self.dies_at:
+        if step.step == self.fail_at:
             raise RuntimeError("killed")
 
     def on_evaluation(self, step: int, evaluation: Any) -> None:
@@ -94,36 +94,35 @@ class Snapshots(Told):
         self._take(f"evaluation {step}")
 
     def _take(self, moment: str) -> None:
-        if moment in self.taken:
-            self.taken[moment] = copied(self.run, self.into / moment.replace(" ", "-"))
+        if moment in self.copies:
+            self.copies[moment] = copy_run(self.run, self.into / moment.replace(" ", "-"))
 
 
-def copied(run: Path, into: Path) -> Path:
-    """Copy a folder in which a thread renames and removes checkpoints; one that changed meanwhile is copied
-    again."""
-    half = shutil.ignore_patterns(f"{checkpoints.PARTIAL}*", f"{checkpoints.DELETED}*")
+def copy_run(run: Path, into: Path) -> Path:
+    """Copy a run's folder while a thread renames and deletes checkpoints. Retries if the folder changed meanwhile."""
+    ignore_partial = shutil.ignore_patterns(f"{checkpoints.PARTIAL}*", f"{checkpoints.DELETED}*")
     for _ in range(20):
         with contextlib.suppress(shutil.Error, FileNotFoundError):
-            return Path(shutil.copytree(run, into, ignore=half))
+            return Path(shutil.copytree(run, into, ignore=ignore_partial))
         shutil.rmtree(into, ignore_errors=True)
     raise AssertionError(f"{run} keeps changing")
 
 
 def stopped_run(settings: Mapping[str, Any], after: int) -> Path:
-    """The folder of a run that its caller stopped after so many steps."""
-    result = fit(settings, callback=Told(stop_after=after))
+    """Return the folder of a run that its caller stopped after ``after`` steps."""
+    result = fit(settings, callback=RecordingCallback(stop_after=after))
     assert result.interrupted and result.outcome.steps == after
     return result.output
 
 
 def metrics(run: Path, key: str | None = None) -> list[dict]:
-    """The lines of a run's metrics; with ``key``, those that have it."""
+    """Return the lines of a run's metrics, or only those with ``key``."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return lines if key is None else [line for line in lines if key in line]
 
 
 def losses(run: Path) -> list[float]:
-    """The training loss of each step."""
+    """Return the training loss of each step."""
     return [line["loss"] for line in metrics(run, "learning_rate")]
 
 
@@ -132,36 +131,36 @@ def adapter(run: Path) -> dict[str, torch.Tensor]:
 
 
 def outcome(run: Path) -> tuple[list[dict], bytes]:
-    """What must be equal in equal runs: the metrics without their times, and the adapter to the byte."""
+    """Return the parts that equal runs have in common: metrics without times, and the bytes of the adapter."""
     lines = [{key: value for key, value in line.items() if key != "seconds"} for line in metrics(run)]
     return lines, (run / ADAPTER).read_bytes()
 
 
 def assert_same_run(run: Path, other: Path) -> None:
-    """Equal to the bit."""
+    """Check that two runs are bit-identical."""
     assert outcome(run) == outcome(other)
 
 
-def opened(run: Path | str, **how: Any) -> InferenceSession:
-    """A run's adapter on its model, in fp32 on the CPU."""
-    return open_run(str(run), **{"precision": "fp32", "device": "cpu", "say": lambda line: None, **how})
+def open_on_cpu(run: Path | str, **options: Any) -> AdaptedModel:
+    """Load a run's adapter onto its model, in fp32 on the CPU."""
+    return open_run(str(run), **{"precision": "fp32", "device": "cpu", "log": lambda line: None, **options})
 
 
-def fit_aloud(settings: Mapping[str, Any]) -> tuple[Result, str]:
-    """A run's result, and all that it said to a terminal, a line each."""
-    said = Output(file=io.StringIO(), verbose=True)
-    return fit(settings, callback=TerminalCallback(said)), re.sub(r"\n +", " ", said.file.getvalue())
+def fit_with_output(settings: Mapping[str, Any]) -> tuple[Result, str]:
+    """Return the result of a run and its terminal output, one line per message."""
+    terminal = TerminalOutput(file=io.StringIO(), verbose=True)
+    return fit(settings, callback=TerminalCallback(terminal)), re.sub(r"\n +", " ", terminal.file.getvalue())
 
 
-def session_of(settings: Mapping[str, Any], **how: Any) -> Session:
-    """A run that is put together and not trained yet."""
+def build_session(settings: Mapping[str, Any], **options: Any) -> Session:
+    """Assemble a run without training it."""
     config = RunConfig.read(settings)
     task, data = read_data(config)
-    loaded = load_for(config, task, data)
-    return assemble(config, task, data, loaded.model, device="cpu", new_modules=loaded.new_modules, **how)
+    loaded = load_model(config, task, data)
+    return assemble(config, task, data, loaded.model, device="cpu", new_modules=loaded.new_modules, **options)
 
 
-def held_out_rows(run: InferenceSession) -> Sequence[Any]:
-    """The rows that an opened run's training held out."""
+def load_eval_rows(run: AdaptedModel) -> Sequence[Any]:
+    """Return the evaluation rows of an opened run's training."""
     assert run.config is not None
     return run.task.read(run.config.data, seed=run.config.data_seed).held_out

@@ -1,4 +1,4 @@
-"""What a caller sees of a run, and how it stops one; without a callback a run is silent."""
+"""Events that callbacks receive, and runs without a callback, which print no output."""
 
 from __future__ import annotations
 
@@ -9,40 +9,40 @@ import pytest
 
 import deltaw
 from deltaw.errors import UserError
-from deltaw.training.callbacks import Lines
-from tests.training.runs import Told, metrics
+from deltaw.training.callbacks import LineCallback
+from tests.training.runs import RecordingCallback, metrics
 
 ORDER = ("on_plan", "on_begin", "on_step", "on_evaluation", "on_end")
 
 
-def test_everything_is_told_in_order(settings, tmp_path):
-    told = Told()
-    noted = mock.Mock(spec=Told, wraps=told)
-    result = deltaw.fit(settings(tmp_path / "run", train={"epochs": 2, "eval_every": 4}), callback=noted)
-    calls = itertools.groupby(name for name, *_ in noted.method_calls if name in ORDER)
+def test_callback_events_arrive_in_order(settings, tmp_path):
+    recorder = RecordingCallback()
+    callback = mock.Mock(spec=RecordingCallback, wraps=recorder)
+    result = deltaw.fit(settings(tmp_path / "run", train={"epochs": 2, "eval_every": 4}), callback=callback)
+    calls = itertools.groupby(name for name, *_ in callback.method_calls if name in ORDER)
     assert [name for name, _ in calls] == [*ORDER[:4], "on_step", "on_end", "on_evaluation"]
-    plan, limit_bytes = noted.on_plan.call_args.args
+    plan, limit_bytes = callback.on_plan.call_args.args
     assert 0 < plan.peak_resident_bytes < limit_bytes
-    assert noted.on_begin.call_args.args[0].total_steps == 6
-    assert told.steps == [1, 2, 3, 4, 5, 6] and noted.on_end.call_args.args == (result.outcome,)
-    found = [(step, evaluation.metrics["loss"]) for step, evaluation in told.evaluations]
-    assert found == [(t["step"], t["eval"]["loss"]) for t in metrics(result.output, "eval")]
-    assert [step for step, _ in found] == [4, 6] and found[-1][1] == result.evaluation.metrics["loss"]
+    assert callback.on_begin.call_args.args[0].total_steps == 6
+    assert recorder.steps == [1, 2, 3, 4, 5, 6] and callback.on_end.call_args.args == (result.outcome,)
+    losses = [(step, evaluation.metrics["loss"]) for step, evaluation in recorder.evaluations]
+    assert losses == [(t["step"], t["eval"]["loss"]) for t in metrics(result.output, "eval")]
+    assert [step for step, _ in losses] == [4, 6] and losses[-1][1] == result.evaluation.metrics["loss"]
     assert (result.output / "README.md").is_file()
 
 
-def test_the_end_is_told_also_where_a_training_fails(settings, tmp_path):
-    noted = mock.Mock(spec=Told, wraps=Told())
+def test_on_end_is_called_after_a_failed_run(settings, tmp_path):
+    callback = mock.Mock(spec=RecordingCallback, wraps=RecordingCallback())
     broken = settings(tmp_path / "run", lora={"alpha": 1e20}, train={"epochs": 2})
     with pytest.raises(UserError, match="diverged"):
-        deltaw.fit(broken, callback=noted)
-    assert [name for name, *_ in noted.method_calls[-2:]] == ["on_end", "on_line"]
-    assert noted.on_end.call_args.args == (None,)
+        deltaw.fit(broken, callback=callback)
+    assert [name for name, *_ in callback.method_calls[-2:]] == ["on_end", "on_line"]
+    assert callback.on_end.call_args.args == (None,)
 
 
-def test_a_run_from_python_prints_nothing(settings, tmp_path, capfd):
-    said, short = [], {"train": {"max_steps": 1}}
+def test_fit_from_python_prints_no_output(settings, tmp_path, capfd):
+    lines, short = [], {"train": {"max_steps": 1}}
     deltaw.fit(settings(tmp_path / "run", **short))
     deltaw.plan(settings(tmp_path / "run"))
-    deltaw.fit(settings(tmp_path / "other", **short), callback=Lines(said.append))
-    assert said and capfd.readouterr() == ("", "")
+    deltaw.fit(settings(tmp_path / "other", **short), callback=LineCallback(lines.append))
+    assert lines and capfd.readouterr() == ("", "")

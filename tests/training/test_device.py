@@ -1,8 +1,8 @@
-"""A step on a device: the host waits once, at the end, and what a step needs stays on the device.
+"""Steps on a device: the host synchronizes once, at the end of a step.
 
-The meta device stands for a device whose answers take long: torch refuses to read a number from it, to bring
-a tensor back from it, and to find out how many elements of it are True. Whatever makes the host wait for a
-CUDA device is thus an error here, on any machine. The last tests need a CUDA device.
+The meta device simulates a slow device. Torch refuses to read a number from it, to copy a tensor from it, or to
+count its True elements. An operation that would synchronize with a CUDA device is therefore an error on any machine.
+The last tests need a CUDA device.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from deltaw.lora import LoRAConfig
 from deltaw.methods.lora import LoRA
 from deltaw.runtime.packed import packed_rows
 from deltaw.training import loop
-from deltaw.training.evaluation.general import KeepGeneral
+from deltaw.training.evaluation.general import GeneralRehearsal
 from deltaw.training.features import prefix_cache
-from deltaw.training.features.prefix_cache import DeviceStore, on_device
+from deltaw.training.features.prefix_cache import DeviceStore, with_device_copy
 from deltaw.training.features.store import MemoryStore, Shape, open_store
 from deltaw.training.loop import train
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
@@ -37,12 +37,12 @@ from tests.training.toy_preference import Preference
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device was found")
 
 
-def on_a_gpu(test):
+def gpu_test(test):
     return pytest.mark.gpu(no_gpu(test))
 
 
-def made_on(device, family="llama", **lora):
-    """A tiny model with its trained parameters and its objective; on the meta device its tensors have no values."""
+def build_on(device, family="llama", **lora):
+    """Return a tiny model, its trainable parameters and its objective. Tensors on the meta device have no values."""
     model = causal_model(family).to("cpu" if device == "meta" else device)
     method = LoRA(LoRAConfig(rank=4, alpha=8, **lora))
     method.prepare(model, seed=0)
@@ -52,27 +52,27 @@ def made_on(device, family="llama", **lora):
     return model, [p for _, p in method.parameters(model)], objective
 
 
-def trained(model, parameters, objective, rows=None, *, tokens=40, share=True, **how):
-    """Its outcome."""
+def train_on(model, parameters, objective, rows=None, *, tokens=40, share=True, **options):
+    """Train and return the outcome."""
     batcher = CausalMicroBatcher(tokens, share, False, model.device.type)
     with packed_rows(model):
-        return train(objective, parameters, rows or examples(8), batcher, learning_rate=1e-3, **how)
+        return train(objective, parameters, rows or examples(8), batcher, learning_rate=1e-3, **options)
 
 
 @pytest.fixture
-def unread(monkeypatch):
-    """Training on the meta device: the list is told how many numbers are read at the end of each step."""
+def num_values_read(monkeypatch):
+    """Prepare training on the meta device and return a list of the number of values read at the end of each step."""
     optimizers = importlib.import_module("torch.optim.optimizer")
-    known = optimizers._get_fused_kernels_supported_devices()
-    monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: [*known, "meta"])
-    asked: list[int] = []
+    supported = optimizers._get_fused_kernels_supported_devices()
+    monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: [*supported, "meta"])
+    read_counts: list[int] = []
 
     def read(*numbers):
-        asked.append(len(numbers))
+        read_counts.append(len(numbers))
         return [1.0] * len(numbers)
 
     monkeypatch.setattr(loop, "_read", read)
-    return asked
+    return read_counts
 
 
 KINDS = {
@@ -80,7 +80,7 @@ KINDS = {
     "dora": {"dora": True},
     "dropout": {"dropout": 0.1},
     "bias": {"lora_bias": True},
-    "activated": {"activation": "completion", "invocation_tokens": INVOCATION},
+    "activated": {"active": "completion", "invocation_tokens": INVOCATION},
     "pairs": {},
     "general answers": {},
     "apart": {},
@@ -88,109 +88,109 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_of_packed_rows_waits_once(kind, unread):
-    made = _, _, objective = made_on("meta", **KINDS[kind])
-    rows, how = activated_rows() if kind == "activated" else examples(8), {"share": kind != "apart"}
+def test_packed_step_synchronizes_once(kind, num_values_read):
+    parts = _, _, objective = build_on("meta", **KINDS[kind])
+    rows, options = activated_rows() if kind == "activated" else examples(8), {"share": kind != "apart"}
     if kind == "pairs":
         objective.loss = Preference()
         rows = [RowGroup((rows[n], rows[n + 1])) for n in range(0, 8, 2)]
-    elif kind == "general answers":  # they are read with the rest
+    elif kind == "general answers":  # their loss is read together with the others
         batcher = CausalMicroBatcher(40, True, False, "meta")
-        how["add_gradients"] = KeepGeneral(objective, batcher, examples(3, seed=1), weight=0.5, seed=0)
-    assert trained(*made, rows, total_steps=2, **how).steps == 2
-    assert unread == [3, 3]
+        options["add_gradients"] = GeneralRehearsal(objective, batcher, examples(3, seed=1), weight=0.5, seed=0)
+    assert train_on(*parts, rows, total_steps=2, **options).steps == 2
+    assert num_values_read == [3, 3]
 
 
-def test_places_of_queries_on_a_device_are_not_read():
+def test_output_rows_on_device_are_not_read():
     layout = Layout.of_lengths([5, 3], [-1, 0])
     layout.device = torch.device("meta")
     query, key = (torch.empty(n, 2, 4, device="meta") for n in (3, 8))
-    picked = torch.empty(3, dtype=torch.int64, device="meta")
-    out, kept = attend(query, key, key, layout, scaling=0.5, picked=picked)
-    grads = attend_backward(out, query, key, key, None, kept, layout, scaling=0.5, picked=picked)
+    rows = torch.empty(3, dtype=torch.int64, device="meta")
+    out, saved = attend(query, key, key, layout, scaling=0.5, rows=rows)
+    grads = attend_backward(out, query, key, key, None, saved, layout, scaling=0.5, rows=rows)
     assert out.shape == grads[0].shape == query.shape
 
 
-def test_the_guard_sees_what_waits(unread):
-    model, parameters, objective = made_on("meta")
+def test_meta_device_detects_synchronization(num_values_read):
+    model, parameters, objective = build_on("meta")
 
-    def reading(batch):
+    def synchronizing(batch):
         loss = objective(batch)
         float(loss)
         return loss
 
-    reading.units = objective.units
+    synchronizing.units = objective.units
     with pytest.raises(RuntimeError, match="meta"):
-        trained(model, parameters, reading, total_steps=1)
+        train_on(model, parameters, synchronizing, total_steps=1)
 
 
 SHAPE = Shape.of(rows=3, units=6, width=2, dtype=torch.float32)
 
 
-def filled(inner):
+def filled_store(inner):
     store = DeviceStore(inner, torch.device("cpu"))
     values = torch.arange(12.0).view(6, 2)
     store.write(np.array([0, 1]), np.array([4, 0, 2]), values[[4, 0, 2]])
     return store, values
 
 
-def test_vectors_are_read_where_they_are_used_and_kept_where_they_were(tmp_path, monkeypatch):
+def test_device_store_reads_from_device_and_writes_through(tmp_path, monkeypatch):
     inner = open_store("a", SHAPE, folder=tmp_path)
-    store, values = filled(inner)
+    store, values = filled_store(inner)
     assert store.done.tolist() == [True, True, False] and store.shape == SHAPE
     assert store.resident_bytes == inner.resident_bytes
     assert torch.equal(inner.read(np.array([2, 4])), values[[2, 4]])
-    monkeypatch.setattr(type(inner), "read", None)  # the copy on the device must do without it
+    monkeypatch.setattr(type(inner), "read", None)  # reads must use the copy on the device
     assert torch.equal(store.read(np.array([2, 4, 2])), values[[2, 4, 2]])
 
 
-def test_vectors_of_an_earlier_run_are_brought_over_once(monkeypatch):
+def test_existing_vectors_are_copied_to_device_once(monkeypatch):
     inner = MemoryStore(SHAPE)
-    _, values = filled(inner)
+    _, values = filled_store(inner)
     store, read = DeviceStore(inner, torch.device("cpu")), mock.Mock(wraps=inner.read)
     monkeypatch.setattr(inner, "read", read)
     for _ in range(2):
         assert torch.equal(store.read(np.array([4, 0, 4])), values[[4, 0, 4]])
-    store.forget()
+    store.clear()
     assert not inner.done.any()
     assert torch.equal(store.read(np.array([0])), values[[0]])
     assert [call.args[0].tolist() for call in read.call_args_list] == [[0, 4], [0]]
 
 
-def test_only_a_device_with_room_of_its_own_keeps_a_copy(monkeypatch):
+def test_device_copy_requires_enough_memory(monkeypatch):
     inner = MemoryStore(SHAPE)
-    assert on_device(inner, torch.device("cpu")) is inner
+    assert with_device_copy(inner, torch.device("cpu")) is inner
     monkeypatch.setattr(prefix_cache, "DeviceStore", lambda store, device: "a copy")
     for free, expected in ((1000, "a copy"), (100, inner)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
-        assert on_device(inner, torch.device("cuda")) is expected
+        assert with_device_copy(inner, torch.device("cuda")) is expected
 
 
-@on_a_gpu
+@gpu_test
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_a_step_on_a_gpu_waits_once(family, monkeypatch):
+def test_gpu_step_synchronizes_once(family, monkeypatch):
     read = loop._read
 
     def allowed(*numbers):
         torch.cuda.set_sync_debug_mode("default")
         return read(*numbers)
 
-    def watch(step):
-        if step.step >= 3:  # the first steps are checked parameter by parameter, and compile
+    def forbid_sync(step):
+        if step.step >= 3:  # the first steps compile and check each parameter
             torch.cuda.set_sync_debug_mode("error")
 
     monkeypatch.setattr(loop, "_read", allowed)
     try:
-        trained(*made_on("cuda", family), total_steps=6, on_step=watch)
+        train_on(*build_on("cuda", family), total_steps=6, on_step=forbid_sync)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@on_a_gpu
+@gpu_test
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
-def test_a_training_on_a_gpu_is_that_on_the_processor(family):
+def test_gpu_losses_match_cpu(family):
     steps = {"cpu": [], "cuda": []}
-    for device, seen in steps.items():
-        trained(*made_on(device, family), tokens=1000, total_steps=4, on_step=seen.append)
+    for device, reports in steps.items():
+        train_on(*build_on(device, family), tokens=1000, total_steps=4, on_step=reports.append)
     # FlexAttention multiplies fp32 in TF32.
     assert [s.loss for s in steps["cuda"]] == pytest.approx([s.loss for s in steps["cpu"]], rel=2e-3)

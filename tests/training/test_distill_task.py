@@ -1,4 +1,4 @@
-"""Whole runs of the task distill: what they learn, keep on disk, and repeat to the bit when they are stopped."""
+"""Complete runs of the task distill: learning, files in the run's folder, and bit-identical resume."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from deltaw.errors import UserError
 from deltaw.memory.plan import Plan
 from deltaw.settings import RunConfig
 from deltaw.task_settings import DistillSettings
-from deltaw.training.distillation.feed import ANSWERS, FOLDER, LIKELIEST
+from deltaw.training.distillation.feed import ANSWERS, FOLDER, TOP_TOKENS
 from deltaw.training.distillation.loss import DistillObjective
 from deltaw.training.distillation.teachers import first_difference
-from deltaw.training.origin import score_run
+from deltaw.training.open_run import score_run
 from deltaw.training.planning.plan_run import plan
-from tests.conftest import laid_over, write_rows
+from tests.conftest import deep_merge, write_rows
 from tests.training.parallel_runs import distance, needs_gloo, train_all
-from tests.training.runs import ADAPTER, Told, held_out_rows, metrics, opened
+from tests.training.runs import ADAPTER, RecordingCallback, load_eval_rows, metrics, open_on_cpu
 
 PROMPT = "Answer as a poet would, in rhymes"
 
 
 @pytest.fixture
-def distill_run(tmp_path, roomy_folder):
-    """Settings of a run that trains a prompt into the adapter."""
+def distill_run(tmp_path, long_context_folder):
+    """Return a factory of settings of a run that trains a prompt into the adapter."""
     rows = write_rows(
         tmp_path / "rows.jsonl", [{"prompt": f"say {n}", "completion": f"it is {n * n}"} for n in range(12)]
     )
 
     def make(output: str, **changes: object) -> dict:
-        plain = {
-            "model": str(roomy_folder),
+        defaults = {
+            "model": str(long_context_folder),
             "task": "distill",
             "data": {"train": str(rows), "eval": 3},
             "distill": {"prompt": PROMPT, "max_new_tokens": 6},
@@ -44,49 +44,49 @@ def distill_run(tmp_path, roomy_folder):
             "precision": "fp32",
             "output": str(tmp_path / output),
         }
-        return laid_over(plain, changes)
+        return deep_merge(defaults, changes)
 
     return make
 
 
-def equal_adapters(one, other) -> bool:
-    ours, theirs = (load_file(folder / ADAPTER) for folder in (one, other))
+def equal_adapters(first, second) -> bool:
+    ours, theirs = (load_file(folder / ADAPTER) for folder in (first, second))
     return ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in ours)
 
 
-def test_a_prompt_is_trained_into_the_adapter_and_the_run_says_what_it_saves(distill_run):
-    told = Told()
-    result = deltaw.fit(distill_run("run", train={"max_steps": 40}), callback=told)
+def test_run_distills_prompt_and_reports_saved_tokens(distill_run):
+    output = RecordingCallback()
+    result = deltaw.fit(distill_run("run", train={"max_steps": 40}), callback=output)
     steps = [line["loss"] for line in metrics(result.output, "learning_rate")]
     assert np.mean(steps[-3:]) < 0.6 * steps[0]
     assert result.evaluation.main == "exact_match" and result.evaluation.metrics["loss"] < 0.8 * steps[0]
     (line,) = metrics(result.output, "distilled")
-    found = line["distilled"]
-    assert found["prompt_tokens_saved"] == 1 + len("system\n") + len(PROMPT) + 1 + len("\n")
-    assert found["rows"] == 3 and found["student"]["value"] == result.evaluation.metrics["exact_match"]
-    assert {*found} >= {"base_with_prompt", "base"}
-    assert "a request saves 43 prompt tokens; exact_match on 3 held-out rows: base with prompt" in told
+    report = line["distilled"]
+    assert report["prompt_tokens_saved"] == 1 + len("system\n") + len(PROMPT) + 1 + len("\n")
+    assert report["rows"] == 3 and report["student"]["value"] == result.evaluation.metrics["exact_match"]
+    assert {*report} >= {"base_with_prompt", "base"}
+    assert "a request saves 43 prompt tokens; exact_match on 3 held-out rows: base with prompt" in output
 
 
-def test_the_divergence_is_zero_where_student_and_teacher_are_given_the_same(distill_run, tmp_path, roomy_folder):
-    """The base as another teacher, without a prompt: nothing to learn, before the adapter has moved."""
-    base = {"prompt": None, "teachers": [{"model": str(roomy_folder)}]}
+def test_divergence_from_identical_teacher_is_zero(distill_run, tmp_path, long_context_folder):
+    """The teacher is the base model without a prompt, so the divergence is zero before the adapter changes."""
+    base = {"prompt": None, "teachers": [{"model": str(long_context_folder)}]}
     result = deltaw.fit(distill_run("run", distill=base, train={"max_steps": 1, "learning_rate": 1e-9}))
     (first,) = metrics(result.output, "learning_rate")
     assert abs(first["loss"]) < 1e-6 and first["gradient_norm"] < 1e-4
 
 
 @pytest.mark.slow
-def test_another_teacher_with_an_adapter_is_learned_from(distill_run, tmp_path, roomy_folder):
-    taught = {"task": "causal-lm", "distill": {"prompt": None, "max_new_tokens": 128}, "train": {"max_steps": 30}}
-    teacher = deltaw.fit(distill_run("teacher", **taught)).output
-    named = {"prompt": None, "teachers": [{"adapter": str(teacher)}], "divergence": "jsd"}
-    result = deltaw.fit(distill_run("run", distill=named, train={"max_steps": 40}))
+def test_student_learns_from_teacher_with_adapter(distill_run, tmp_path, long_context_folder):
+    config = {"task": "causal-lm", "distill": {"prompt": None, "max_new_tokens": 128}, "train": {"max_steps": 30}}
+    teacher = deltaw.fit(distill_run("teacher", **config)).output
+    distill = {"prompt": None, "teachers": [{"adapter": str(teacher)}], "divergence": "jsd"}
+    result = deltaw.fit(distill_run("run", distill=distill, train={"max_steps": 40}))
     steps = [line["loss"] for line in metrics(result.output, "learning_rate")]
     assert np.mean(steps[-3:]) < 0.5 * steps[0]
 
 
-WAYS = {
+SOURCES = {
     "own": {"on_policy": 0.5},
     "teacher's": {"answers": "teacher"},
     "likeliest": {"answers": "teacher", "top_k": 5, "on_policy": 0.3},
@@ -94,156 +94,158 @@ WAYS = {
 
 
 @pytest.mark.parametrize(
-    "way", ["likeliest", *(pytest.param(way, marks=pytest.mark.slow) for way in ("own", "teacher's"))]
+    "source", ["likeliest", *(pytest.param(source, marks=pytest.mark.slow) for source in ("own", "teacher's"))]
 )
-def test_a_stopped_run_goes_on_to_the_bit(distill_run, way):
-    whole = deltaw.fit(distill_run("whole", distill=WAYS[way]))
-    part = distill_run("part", distill=WAYS[way])
-    deltaw.fit(part, callback=Told(stop_after=2))
-    again = deltaw.fit(resume=part["output"])
-    assert equal_adapters(whole.output, again.output)
-    losses = [[line["loss"] for line in metrics(run, "learning_rate")] for run in (whole.output, again.output)]
+def test_resumed_run_is_bit_identical(distill_run, source):
+    uninterrupted = deltaw.fit(distill_run("whole", distill=SOURCES[source]))
+    stopped = distill_run("part", distill=SOURCES[source])
+    deltaw.fit(stopped, callback=RecordingCallback(stop_after=2))
+    resumed = deltaw.fit(resume=stopped["output"])
+    assert equal_adapters(uninterrupted.output, resumed.output)
+    losses = [
+        [line["loss"] for line in metrics(run, "learning_rate")] for run in (uninterrupted.output, resumed.output)
+    ]
     assert losses[0] == losses[1] and len(losses[0]) == 4
 
 
 @needs_gloo
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["own", "likeliest"])
-def test_two_processes_learn_as_one(distill_run, way):
-    # Adam turns a gradient that is nothing but rounding into a whole step, so steps are short.
-    one, two = (distill_run(name, distill=WAYS[way], train={"learning_rate": 1e-3}) for name in ("one", "two"))
+@pytest.mark.parametrize("source", ["own", "likeliest"])
+def test_two_processes_match_one(distill_run, source):
+    # Adam scales even a gradient of pure rounding error to a full step, so the learning rate is low.
+    one, two = (distill_run(name, distill=SOURCES[source], train={"learning_rate": 1e-3}) for name in ("one", "two"))
     deltaw.fit(one)
     train_all(two)
-    losses = [[line["loss"] for line in metrics(Path(of["output"]), "learning_rate")] for of in (two, one)]
+    losses = [[line["loss"] for line in metrics(Path(settings["output"]), "learning_rate")] for settings in (two, one)]
     assert len(losses[1]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-5)
-    off, norm = distance(Path(two["output"]), Path(one["output"]))
-    assert norm > 0 and off <= 1e-5 * norm
+    difference, norm = distance(Path(two["output"]), Path(one["output"]))
+    assert norm > 0 and difference <= 1e-5 * norm
 
 
 @pytest.mark.slow
-def test_what_the_teacher_gave_is_written_once_and_found_again(distill_run, monkeypatch):
-    settings = distill_run("run", distill=WAYS["likeliest"])
-    stopped = deltaw.fit(settings, callback=Told(stop_after=1)).output / FOLDER
+def test_teacher_outputs_are_stored_once_and_reused(distill_run, monkeypatch):
+    settings = distill_run("run", distill=SOURCES["likeliest"])
+    stopped = deltaw.fit(settings, callback=RecordingCallback(stop_after=1)).output / FOLDER
     answers = json.loads((stopped / ANSWERS).read_text())["answers"]
-    kept = np.load(stopped / LIKELIEST, allow_pickle=False)
-    assert len(answers) == 12 and kept.shape[1] == 5  # of all rows; of those to train on, its likeliest tokens
-    assert kept.shape[0] == sum(len(tokens) for _, tokens, _ in answers[:9])
-    assert (np.diff(kept["logprob"], axis=1) <= 0).all() and (kept["logprob"] < 0).all()
+    top_tokens = np.load(stopped / TOP_TOKENS, allow_pickle=False)
+    assert len(answers) == 12 and top_tokens.shape[1] == 5  # answers to all rows, tokens of only the training rows
+    assert top_tokens.shape[0] == sum(len(tokens) for _, tokens, _ in answers[:9])
+    assert (np.diff(top_tokens["logprob"], axis=1) <= 0).all() and (top_tokens["logprob"] < 0).all()
     monkeypatch.setattr(
-        "deltaw.training.distillation.teachers.Teacher.write", lambda *given: pytest.fail("written again")
+        "deltaw.training.distillation.teachers.Teacher.generate", lambda *args: pytest.fail("generated again")
     )
-    monkeypatch.setattr(DistillObjective, "likeliest", _only_few(DistillObjective.likeliest, 3))
+    monkeypatch.setattr(DistillObjective, "top_tokens", _limit_rows(DistillObjective.top_tokens, 3))
     assert not deltaw.fit(resume=settings["output"]).interrupted
 
 
-def _only_few(asked, most):
-    """Fails where more rows are asked for than one step has."""
+def _limit_rows(original, max_rows):
+    """Return ``original`` with a check that at most ``max_rows`` rows, those of one step, are requested."""
 
     def likeliest(self, rows):
-        assert len(rows) <= most
-        return asked(self, rows)
+        assert len(rows) <= max_rows
+        return original(self, rows)
 
     return likeliest
 
 
 @pytest.mark.slow
-def test_the_student_writes_the_share_of_rows_that_is_asked_for(distill_run):
+def test_student_generates_the_on_policy_share(distill_run):
     result = deltaw.fit(distill_run("half", distill={"on_policy": 0.5}, train={"max_steps": 12}))
-    shares = [line["own_tokens"] for line in metrics(result.output, "learning_rate")]
+    shares = [line["student_tokens"] for line in metrics(result.output, "learning_rate")]
     assert 0.2 < np.mean(shares) < 0.8 and len(set(shares)) > 2
     result = deltaw.fit(distill_run("all", distill={"on_policy": 1.0}))
     lines = metrics(result.output, "learning_rate")
-    assert all(line["own_tokens"] == 1 and line["label_tokens"] <= 3 * 6 for line in lines)
+    assert all(line["student_tokens"] == 1 and line["label_tokens"] <= 3 * 6 for line in lines)
 
 
-def test_rows_without_answers_are_answered_by_the_teacher(distill_run, tmp_path):
-    rows = write_rows(tmp_path / "asked.jsonl", [{"prompt": f"say {n}"} for n in range(8)])
-    result = deltaw.fit(distill_run("run", data={"train": str(rows), "eval": 2}))
+def test_teacher_answers_rows_without_completions(distill_run, tmp_path):
+    path = write_rows(tmp_path / "asked.jsonl", [{"prompt": f"say {n}"} for n in range(8)])
+    result = deltaw.fit(distill_run("run", data={"train": str(path), "eval": 2}))
     assert result.evaluation.metrics["loss"] > 0 and len(result.evaluation.per_row) == 2
     assert len(json.loads((result.output / FOLDER / ANSWERS).read_text())["answers"]) == 8
     (line,) = metrics(result.output, "distilled")
-    assert line["distilled"]["base_with_prompt"]["value"] == 1  # they are its own answers
+    assert line["distilled"]["base_with_prompt"]["value"] == 1  # the teacher generated the answers
 
 
-def test_virtual_tokens_are_the_students_alone_and_count_as_tokens_of_a_request(distill_run):
+def test_virtual_tokens_count_as_student_prompt_tokens_only(distill_run):
     short = {"max_steps": 2}
-    result = deltaw.fit(distill_run("run", method="prompt", prompt={"length": 3}, distill=WAYS["own"], train=short))
+    result = deltaw.fit(distill_run("run", method="prompt", prompt={"length": 3}, distill=SOURCES["own"], train=short))
     (line,) = metrics(result.output, "distilled")
     assert line["distilled"]["prompt_tokens_saved"] == 43 - 3
     plain = deltaw.fit(distill_run("plain", train=short))
     (other,) = metrics(plain.output, "distilled")
-    for who in ("base", "base_with_prompt"):
-        assert line["distilled"][who] == other["distilled"][who]
+    for model in ("base", "base_with_prompt"):
+        assert line["distilled"][model] == other["distilled"][model]
 
 
-def test_a_method_that_keeps_no_base_model_has_no_base_as_teacher(distill_run, roomy_folder):
-    with pytest.raises(UserError, match="changes the base model"):
+def test_base_teacher_requires_an_unmodified_base_model(distill_run, long_context_folder):
+    with pytest.raises(UserError, match="modifies the base model"):
         deltaw.fit(distill_run("run", method="full"))
-    other = {"teachers": [{"model": str(roomy_folder)}]}
+    other = {"teachers": [{"model": str(long_context_folder)}]}
     result = deltaw.fit(distill_run("other", method="full", distill=other, train={"max_steps": 15}))
     steps = [line["loss"] for line in metrics(result.output, "learning_rate")]
     assert np.mean(steps[-3:]) < 0.9 * steps[0]
 
 
-def test_a_finished_run_is_evaluated_without_its_teachers(distill_run, tmp_path):
+def test_finished_run_is_evaluated_without_teachers(distill_run, tmp_path):
     prompt = tmp_path / "prompt.txt"
     prompt.write_text(PROMPT)
     result = deltaw.fit(distill_run("run", distill={"prompt": str(prompt)}))
     prompt.unlink()
-    run = opened(result.output)
-    score = score_run(run, held_out_rows(run)).metrics
+    run = open_on_cpu(result.output)
+    score = score_run(run, load_eval_rows(run)).metrics
     assert score["exact_match"] == result.evaluation.metrics["exact_match"]
     assert score["cross_entropy"] == pytest.approx(result.evaluation.metrics["cross_entropy"], rel=1e-5)
 
 
 @pytest.mark.planned
-def test_the_plan_counts_the_teacher_and_its_longer_rows(distill_run, roomy_folder):
+def test_plan_includes_teacher_and_its_longer_rows(distill_run, long_context_folder):
     def planned(**distill: object) -> Plan:
         return plan(distill_run("run", distill=distill, train={"batch_size": 1}))
 
-    weights = sum(file.stat().st_size for file in roomy_folder.glob("*.safetensors"))
+    weights = sum(file.stat().st_size for file in long_context_folder.glob("*.safetensors"))
     short, long = planned(prompt="brief"), planned(prompt="at length " * 20)
     assert long.operations > 2 * short.operations and long.peak_bytes > short.peak_bytes
-    other = planned(prompt="brief", teachers=[{"model": str(roomy_folder)}])
+    other = planned(prompt="brief", teachers=[{"model": str(long_context_folder)}])
     assert other.peak_bytes > short.peak_bytes + 0.9 * weights
 
 
-def test_a_teacher_with_another_tokenizer_is_refused_by_its_first_token(distill_run, tmp_path, roomy_folder):
-    other = shutil.copytree(roomy_folder, tmp_path / "other")
+def test_teacher_with_different_tokenizer_is_rejected(distill_run, tmp_path, long_context_folder):
+    other = shutil.copytree(long_context_folder, tmp_path / "other")
     file = other / "tokenizer.json"
-    told = json.loads(file.read_text())
-    vocabulary = told["model"]["vocab"]
-    one, another = (next(token for token, number in vocabulary.items() if number == n) for n in (40, 41))
-    vocabulary[one], vocabulary[another] = 41, 40
-    file.write_text(json.dumps(told))
-    with pytest.raises(UserError, match=f"token 40 is '{another}', and the student's is '{one}'"):
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = (next(token for token, number in vocabulary.items() if number == n) for n in (40, 41))
+    vocabulary[first], vocabulary[second] = 41, 40
+    file.write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match=f"token 40 is '{second}', the student's is '{first}'"):
         deltaw.fit(distill_run("run", distill={"teachers": [{"model": str(other)}]}))
     assert first_difference({"a": 0, "b": 1}, {"a": 0}) == (1, "b", None)
     assert first_difference({"a": 0}, {"a": 0}) is None
 
 
 @pytest.mark.parametrize(
-    ("distill", "what"),
+    ("distill", "message"),
     [
-        ({}, "the teacher would be the base model"),
-        ({"teachers": [{"weight": 2}]}, "the teacher would be the base model"),
+        ({}, "the teacher would be identical"),
+        ({"teachers": [{"weight": 2}]}, "the teacher would be identical"),
         ({"prompt": "p", "beta": 0.2}, "has no beta"),
         ({"prompt": "p", "divergence": "jsd", "beta": 1.0}, "less than 1"),
         ({"prompt": "p", "on_policy": 1.5}, "less than or equal to 1"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(distill, what):
-    with pytest.raises(UserError, match=what):
+def test_invalid_settings_are_rejected(distill, message):
+    with pytest.raises(UserError, match=message):
         RunConfig.read({"model": "m", "data": "d.jsonl", "task": "distill", "distill": distill})
 
 
-def test_the_section_is_for_its_task_and_a_missing_file_is_no_text(tmp_path):
+def test_distill_section_requires_its_task_and_existing_prompt_file(tmp_path):
     with pytest.raises(UserError, match="section 'distill'"):
         RunConfig.read({"model": "m", "data": "d.jsonl", "distill": {"prompt": "p"}})
-    near = tmp_path / "prompts.txt"
-    near.write_text("Be brief.\n")
-    assert DistillSettings(prompt=str(near)).prompt_text == "Be brief."
+    path = tmp_path / "prompts.txt"
+    path.write_text("Be brief.\n")
+    assert DistillSettings(prompt=str(path)).prompt_text == "Be brief."
     assert DistillSettings(prompt="Be brief.").prompt_text == "Be brief."
-    with pytest.raises(UserError, match="cannot be read") as refused:
+    with pytest.raises(UserError, match="cannot be read") as error:
         DistillSettings(prompt=str(tmp_path / "prompt.txt")).prompt_text  # noqa: B018
-    assert "prompts.txt" in str(refused.value.hint)
+    assert "prompts.txt" in str(error.value.hint)

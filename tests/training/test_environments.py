@@ -1,4 +1,4 @@
-"""Environments: conversations of several turns, whose tokens, labels, rewards and failures are checked."""
+"""Environments: tokens, labels, rewards and errors of multi-turn conversations."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from deltaw.data.prompts import PromptReader
 from deltaw.data.settings import DataSettings
 from deltaw.data.templates import Encoder
 from deltaw.errors import UserError
-from deltaw.runtime.generation import Drawing, Drawn
+from deltaw.runtime.generation import SampledCompletion, SamplingParams
 from deltaw.serving.rollouts import SessionSampler
 from deltaw.task_settings import RewardSettings
-from deltaw.training.origin import score_run
+from deltaw.training.open_run import score_run
 from deltaw.training.rollouts.feed import _rollout
-from deltaw.training.rollouts.turns import Turns
+from deltaw.training.rollouts.turns import MultiTurnSampler
 from tests.byte_models import byte_tokenizer
 from tests.conftest import write_rows
 from tests.data.chat_templates import tokenizer_of
-from tests.training.runs import ADAPTER, Told, held_out_rows, opened
+from tests.training.runs import ADAPTER, RecordingCallback, load_eval_rows, open_on_cpu
 
-OWN = '''
+ENVIRONMENTS = '''
 import os, time
 TOOL = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}
 class Guess:
-    """Asks again until the text is the row's number."""
+    """Repeats the question until the text is the row's number."""
     def reset(self, row):
         self.wanted, self.count = row["wanted"], 0
         return f"guess below {row['wanted'] + 9}"
@@ -78,155 +78,160 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 
 
 class Script:
-    """Samples what a script says, with a log-probability of -1 for each token, and keeps what it was asked."""
+    """Sampler with scripted texts and a log-probability of -1 per token. Records the prompts."""
 
     def __init__(self, tokenizer, *turns, end):
-        self.tokenizer, self.turns, self.end, self.asked, self.seeds = tokenizer, list(turns), end, [], []
+        self.tokenizer, self.turns, self.end, self.prompts, self.seeds = tokenizer, list(turns), end, [], []
 
-    def __call__(self, prompts, drawing):
-        self.asked.append([list(map(int, prompt)) for prompt in prompts])
-        self.seeds.append(drawing.seeds)
+    def __call__(self, prompts, params):
+        self.prompts.append([list(map(int, prompt)) for prompt in prompts])
+        self.seeds.append(params.seeds)
         texts = self.turns.pop(0)
-        found = []
+        completions = []
         for text in texts:
             tokens = np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
-            found.append(Drawn(tokens, text, self.end, np.full(len(tokens), -1.0, np.float32)))
-        return found
+            completions.append(SampledCompletion(tokens, text, self.end, np.full(len(tokens), -1.0, np.float32)))
+        return completions
 
 
 @pytest.fixture
 def play(tmp_path):
-    (tmp_path / "own.py").write_text(OWN)
-    opened = []
+    (tmp_path / "own.py").write_text(ENVIRONMENTS)
+    samplers = []
 
-    def make(name, rows, *turns, tokenizer=None, ends=True, template="auto", **settings):
+    def make(name, rows, *turns, tokenizer=None, end_token=True, template="auto", **settings):
         tokenizer = tokenizer or byte_tokenizer()
         path = write_rows(tmp_path / "prompts.jsonl", rows)
-        prompts = PromptReader(DataSettings(train=str(path), eval=None, template=template), tokenizer).prepared().train
+        prompts = PromptReader(DataSettings(train=str(path), eval=None, template=template), tokenizer).prepare().train
         end = tokenizer.eos_token if template == "plain" else "<|im_end|>"
-        script = Script(tokenizer, *turns, end=tokenizer.convert_tokens_to_ids(end) if ends else None)
-        asked = RewardSettings(environment=f"{tmp_path / 'own.py'}:{name}", max_new_tokens=16, **settings)
-        turn = Turns(asked, script, Encoder(tokenizer, template), len(tokenizer))
-        opened.append(turn)
-        prompts = [prompts[place] for place in range(len(prompts))]
-        drawn = turn(prompts, Drawing(16, seeds=tuple(range(len(prompts)))))
-        return script, prompts, drawn
+        script = Script(tokenizer, *turns, end=tokenizer.convert_tokens_to_ids(end) if end_token else None)
+        reward_settings = RewardSettings(environment=f"{tmp_path / 'own.py'}:{name}", max_new_tokens=16, **settings)
+        sampler = MultiTurnSampler(reward_settings, script, Encoder(tokenizer, template), len(tokenizer))
+        samplers.append(sampler)
+        prompts = [prompts[index] for index in range(len(prompts))]
+        completions = sampler(prompts, SamplingParams(16, seeds=tuple(range(len(prompts)))))
+        return script, prompts, completions
 
     yield make
-    for turn in opened:
-        turn.close()
+    for sampler in samplers:
+        sampler.close()
 
 
 def texts(tokenizer, tokens) -> str:
     return tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
 
 
-def test_the_model_and_the_environment_write_by_turns(play):
+def test_model_and_environment_alternate(play):
     rows = [{"prompt": "play", "wanted": 3}, {"prompt": "play on", "wanted": 5}]
-    script, prompts, drawn = play("Guess", rows, ["7", "5"], ["3"])
+    script, prompts, completions = play("Guess", rows, ["7", "5"], ["3"])
     tokenizer = script.tokenizer
     first = "<|im_start|>user\nguess below 12<|im_end|>\n<|im_start|>assistant\n"
-    more = "<|im_end|>\n<|im_start|>user\nnot 7<|im_end|>\n<|im_start|>assistant\n"
-    assert [texts(tokenizer, asked) for asked in script.asked[0]] == [first, first.replace("12", "14")]
-    assert [texts(tokenizer, asked) for asked in script.asked[1]] == [f"{first}7{more}"]
-    assert [one.reward for one in drawn] == pytest.approx([0.9, 1.0])
-    assert [one.text for one in drawn] == ["3", "5"] and [one.length for one in drawn] == [3, 1]
+    reply = "<|im_end|>\n<|im_start|>user\nnot 7<|im_end|>\n<|im_start|>assistant\n"
+    assert [texts(tokenizer, prompt) for prompt in script.prompts[0]] == [first, first.replace("12", "14")]
+    assert [texts(tokenizer, prompt) for prompt in script.prompts[1]] == [f"{first}7{reply}"]
+    assert [completion.reward for completion in completions] == pytest.approx([0.9, 1.0])
+    assert [completion.text for completion in completions] == ["3", "5"] and [
+        completion.length for completion in completions
+    ] == [3, 1]
     assert script.seeds[0] != script.seeds[1] and len(script.seeds[1]) == 1
-    rollout = _rollout(prompts[0], drawn[0])
-    assert texts(tokenizer, rollout.tokens) == f"{first}7{more}3<|im_end|>"
+    rollout = _rollout(prompts[0], completions[0])
+    assert texts(tokenizer, rollout.tokens) == f"{first}7{reply}3<|im_end|>"
     assert texts(tokenizer, rollout.tokens[rollout.is_label]) == "7<|im_end|>3<|im_end|>"
     assert rollout.engine_logprobs.tolist() == pytest.approx([-1, np.nan, -1], nan_ok=True)
-    again = Drawn.of_list(json.loads(json.dumps(drawn[0].as_list())))
+    restored = SampledCompletion.from_list(json.loads(json.dumps(completions[0].as_list())))
     assert (
-        _rollout(prompts[0], again).is_label.tolist() == rollout.is_label.tolist() and again.reward == drawn[0].reward
+        _rollout(prompts[0], restored).is_label.tolist() == rollout.is_label.tolist()
+        and restored.reward == completions[0].reward
     )
 
 
-def test_without_a_text_of_its_own_the_rows_prompt_is_asked_as_it_is(play):
+def test_environment_without_text_uses_the_row_prompt(play):
     rows = [{"messages": [SYSTEM, {"role": "user", "content": "play"}], "wanted": 3}]
     script, prompts, _ = play("Plain", rows, ["3"])
-    assert script.asked[0][0] == prompts[0].tokens.tolist()
-    script, _, _ = play("Guess", rows, ["3"])  # what it asks takes the place of the last turn
-    asked = texts(script.tokenizer, script.asked[0][0])
-    assert "Be brief." in asked and "guess below 12" in asked and "play" not in asked
+    assert script.prompts[0][0] == prompts[0].tokens.tolist()
+    script, _, _ = play("Guess", rows, ["3"])  # the environment's text replaces the last turn
+    prompt = texts(script.tokenizer, script.prompts[0][0])
+    assert "Be brief." in prompt and "guess below 12" in prompt and "play" not in prompt
 
 
-def test_tools_and_their_answers_go_through_the_template(play):
+def test_tools_and_tool_replies_are_rendered_by_the_template(play):
     tokenizer = tokenizer_of("qwen2.5")
-    script, prompts, drawn = play(
+    script, prompts, completions = play(
         "Calls", [{"prompt": "play", "wanted": 3}], ["a"], ["b"], tokenizer=tokenizer, turns=2
     )
-    first, second = (texts(tokenizer, asked[0]) for asked in script.asked)
+    first, second = (texts(tokenizer, requests[0]) for requests in script.prompts)
     assert '"name": "add"' in first and second.startswith(f"{first}a<|im_end|>\n")
     assert "<tool_response>\nsum a\n</tool_response>" in second and second.endswith("<|im_start|>assistant\n")
-    rollout = _rollout(prompts[0], drawn[0])
-    assert texts(tokenizer, rollout.tokens[rollout.is_label]) == "a<|im_end|>b<|im_end|>" and drawn[0].reward == 1
+    rollout = _rollout(prompts[0], completions[0])
+    assert texts(tokenizer, rollout.tokens[rollout.is_label]) == "a<|im_end|>b<|im_end|>" and completions[0].reward == 1
 
 
-def test_plain_text_goes_on_behind_the_end_token(play):
-    script, prompts, drawn = play("Plain", [{"prompt": "play", "wanted": 3}], ["7"], ["3"], template="plain")
+def test_plain_text_continues_after_the_end_token(play):
+    script, prompts, completions = play("Plain", [{"prompt": "play", "wanted": 3}], ["7"], ["3"], template="plain")
     end = script.tokenizer.eos_token
-    assert texts(script.tokenizer, _rollout(prompts[0], drawn[0]).tokens) == f"play7{end}not 7\n3{end}"
+    assert texts(script.tokenizer, _rollout(prompts[0], completions[0]).tokens) == f"play7{end}not 7\n3{end}"
 
 
-def test_a_conversation_ends_with_its_turns_its_room_or_an_answer_that_is_cut(play):
+def test_conversation_ends_at_turn_token_or_completion_limit(play):
     row = [{"prompt": "play", "wanted": 3}]
-    script, _, drawn = play("Guess", row, ["1"], ["2"], turns=2)
-    assert len(script.asked) == 2 and drawn[0].text == "2" and drawn[0].ended
-    script, _, drawn = play("Plain", row, *[["1" * 16]] * 3, turns=3, environment_tokens=20)
-    assert len(script.asked) == 1 and drawn[0].ended and drawn[0].length == 16  # a reply takes more than 20 tokens
-    script, _, drawn = play("Guess", row, ["1"], turns=3, ends=False)
-    assert len(script.asked) == 1 and not drawn[0].ended and drawn[0].reward == pytest.approx(-0.1)
-    with pytest.raises(UserError, match="more than there is room for"):
+    script, _, completions = play("Guess", row, ["1"], ["2"], turns=2)
+    assert len(script.prompts) == 2 and completions[0].text == "2" and completions[0].ended
+    script, _, completions = play("Plain", row, *[["1" * 16]] * 3, turns=3, environment_tokens=20)
+    assert (
+        len(script.prompts) == 1 and completions[0].ended and completions[0].length == 16
+    )  # a reply takes more than 20 tokens
+    script, _, completions = play("Guess", row, ["1"], turns=3, end_token=False)
+    assert len(script.prompts) == 1 and not completions[0].ended and completions[0].reward == pytest.approx(-0.1)
+    with pytest.raises(UserError, match="exceeds the limit"):
         play("Guess", row, turns=1, environment_tokens=1)
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("Raises", "raised ZeroDivisionError"),
         ("Hangs", "no answer within 1 seconds"),
         ("Dies", "ended its process"),
         ("Nan", "the reward is nan"),
         ("Few", "raised ValueError"),
-        ("Number", "step must give a text"),
+        ("Number", "step must return a text"),
         ("Long", "gave an answer longer than 16 MiB"),
-        ("Bytes", "step must give a text"),
+        ("Bytes", "step must return a text"),
         ("Nothere", "no function 'Nothere'"),
     ],
 )
-def test_what_goes_wrong_is_named_with_its_row(play, name, said):
+def test_environment_errors_name_the_row(play, name, message):
     rows = [{"prompt": f"play {n}", "wanted": 3} for n in range(2)]
-    with pytest.raises(UserError, match=said) as refused:
+    with pytest.raises(UserError, match=message) as error:
         play(name, rows, ["7", "5"], seconds=1)
-    assert "own.py" in str(refused.value.where) and "row 1" in str(refused.value.where)
+    assert "own.py" in str(error.value.location) and "row 1" in str(error.value.location)
 
 
 @pytest.mark.parametrize("family", ["chatml", "llama3", "qwen2.5", "qwen3", "gemma3", "mistral3", "phi4", "zephyr"])
-def test_what_follows_an_answer_is_what_the_template_writes_there(family):
+def test_encoded_reply_matches_the_template(family):
     tokenizer = tokenizer_of(family)
     encoder = Encoder(tokenizer, date="2026-01-31")
-    asked, reply = [{"role": "user", "content": "first"}], {"role": "user", "content": "second"}
-    whole = encoder.prompt([*asked, {"role": "assistant", "content": "yes"}, reply])
-    behind = encoder.after_answer(asked, reply)
-    assert behind == whole[-len(behind) :] and "second" in texts(tokenizer, behind)
-    before = texts(tokenizer, whole[: -len(behind)])
-    assert "yes" in before and before.rstrip()[-1] in ">]s"  # the answer's end is the model's to write
-    assert "yes" not in texts(tokenizer, behind)
+    question, reply = [{"role": "user", "content": "first"}], {"role": "user", "content": "second"}
+    full_prompt = encoder.prompt([*question, {"role": "assistant", "content": "yes"}, reply])
+    suffix = encoder.encode_reply(question, reply)
+    assert suffix == full_prompt[-len(suffix) :] and "second" in texts(tokenizer, suffix)
+    before = texts(tokenizer, full_prompt[: -len(suffix)])
+    assert "yes" in before and before.rstrip()[-1] in ">]s"  # the model generates the end of the answer
+    assert "yes" not in texts(tokenizer, suffix)
 
 
-def test_a_run_learns_in_an_environment_and_goes_on_to_the_bit(tmp_path, roomy_folder):
-    (tmp_path / "own.py").write_text(OWN)
+def test_environment_run_trains_and_resumes_bit_identically(tmp_path, long_context_folder):
+    (tmp_path / "own.py").write_text(ENVIRONMENTS)
     rows = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"say {n}"} for n in range(6)])
-    own = {"environment": f"{tmp_path / 'own.py'}:Vowels", "turns": 2, "environment_tokens": 60}
+    environment = {"environment": f"{tmp_path / 'own.py'}:Vowels", "turns": 2, "environment_tokens": 60}
     functions = [{"name": "length", "target": 3, "weight": 0.5}]
 
     def config(output):
         return {
-            "model": str(roomy_folder),
-            "task": "reward",
+            "model": str(long_context_folder),
+            "task": "rl",
             "data": {"train": str(rows), "eval": 2},
-            "reward": {**own, "functions": functions, "group": 3, "max_new_tokens": 6},
+            "reward": {**environment, "functions": functions, "group": 3, "max_new_tokens": 6},
             "train": {"max_steps": 2, "batch_size": 2, "learning_rate": 0.02, "checkpoint_every": 1},
             "precision": "fp32",
             "output": str(tmp_path / output),
@@ -239,33 +244,33 @@ def test_a_run_learns_in_an_environment_and_goes_on_to_the_bit(tmp_path, roomy_f
     for step in steps:
         assert step["reward"] == pytest.approx(step["reward Vowels"] + 0.5 * step["reward length"])
     assert {"reward Vowels", "reward length"} <= result.evaluation.metrics.keys()
-    deltaw.fit(config("part"), callback=Told(stop_after=1))
-    again = deltaw.fit(resume=str(tmp_path / "part"))
-    one, other = (load_file(folder / ADAPTER) for folder in (result.output, again.output))
-    assert all((one[name] == other[name]).all() for name in one)
+    deltaw.fit(config("part"), callback=RecordingCallback(stop_after=1))
+    resumed = deltaw.fit(resume=str(tmp_path / "part"))
+    tensors, resumed_tensors = (load_file(folder / ADAPTER) for folder in (result.output, resumed.output))
+    assert all((tensors[name] == resumed_tensors[name]).all() for name in tensors)
 
 
-def test_a_folder_from_elsewhere_cannot_name_what_rewards(tmp_path, model_folder):
+def test_untrusted_folder_cannot_name_reward_functions(tmp_path, model_folder):
     code = tmp_path / "own.py"
-    code.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n{OWN}")
+    code.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n{ENVIRONMENTS}")
     rows = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"say {n}"} for n in range(6)])
     config = {
         "model": str(model_folder),
-        "task": "reward",
+        "task": "rl",
         "data": {"train": str(rows), "eval": 2},
         "reward": {"functions": ["lower-case"], "group": 2, "max_new_tokens": 4},
         "train": {"max_steps": 1, "batch_size": 2},
         "output": str(tmp_path / "run"),
     }
     output = deltaw.fit(config).output
-    run = opened(output)
-    assert score_run(run, held_out_rows(run), sampler=SessionSampler(run)).evaluation.main == "reward"
+    run = open_on_cpu(output)
+    assert score_run(run, load_eval_rows(run), sampler=SessionSampler(run)).evaluation.main == "reward"
     saved = (output / "run.yaml").read_text()
     assert "lower-case" in saved
     (output / "run.yaml").write_text(saved.replace("name: lower-case", f"name: {code}:Vowels"))
-    run = opened(output)
-    with pytest.raises(UserError, match=r"reward\.functions.*nobody has named"):
-        score_run(run, held_out_rows(run))
-    with pytest.raises(UserError, match=r"reward\.functions.*nobody has named"):
+    run = open_on_cpu(output)
+    with pytest.raises(UserError, match=r"reward\.functions.*not named"):
+        score_run(run, load_eval_rows(run))
+    with pytest.raises(UserError, match=r"reward\.functions.*not named"):
         deltaw.fit(resume=str(output))
     assert not (tmp_path / "ran").exists()

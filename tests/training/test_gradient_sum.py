@@ -1,5 +1,7 @@
-"""Gradients that are added up while the backward goes on: the same bits as after it, for any number of
-processes. Processes are threads here, joined by gloo; each has a model of its own."""
+"""Gradients that are reduced during the backward pass are bit-identical to a reduction after it.
+
+Processes are simulated by threads that are connected by gloo, each with its own model.
+"""
 
 from __future__ import annotations
 
@@ -22,36 +24,36 @@ pytestmark = needs_gloo
 
 
 @pytest.fixture(autouse=True)
-def small_parts(monkeypatch):
+def small_message_parts(monkeypatch):
     monkeypatch.setattr(gradient_sum, "PART_BYTES", 64)
 
 
-def all_at_once(size, work):
-    """What each of ``size`` processes' ``work(rank, group)`` gives."""
+def run_ranks(size, work):
+    """Run ``work(rank, group)`` for each rank concurrently and return the results."""
     port = free_port()
 
-    def one(rank):
+    def run_rank(rank):
         limit = timedelta(seconds=60)
         store = dist.TCPStore("127.0.0.1", port, size, rank == 0, limit, multi_tenant=True)
         group = dist.ProcessGroupGloo(store, rank, size, limit)
-        found = work(rank, group)
+        result = work(rank, group)
         group.barrier().wait()
-        return found, store
+        return result, store
 
     with concurrent.futures.ThreadPoolExecutor(size) as threads:
-        return [found for found, _ in threads.map(one, range(size))]
+        return [result for result, _ in threads.map(run_rank, range(size))]
 
 
 class Blocks(nn.Module):
-    """Layers one after another; one is used twice, and one only where told."""
+    """Sequence of layers, of which one is used twice and one only if ``odd`` is set."""
 
     def __init__(self, dtype):
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(8, 8, dtype=dtype) for _ in range(6))
         self.odd = nn.Linear(8, 8, dtype=dtype)
-        draw = torch.Generator().manual_seed(0)  # threads share the process's own random numbers
+        generator = torch.Generator().manual_seed(0)  # the global generator is shared by all threads
         for parameter in self.parameters():
-            parameter.data.uniform_(-0.5, 0.5, generator=draw)
+            parameter.data.uniform_(-0.5, 0.5, generator=generator)
 
     def forward(self, x, *, odd, recomputed):
         for layer in [*self.layers, self.layers[2]]:
@@ -60,91 +62,94 @@ class Blocks(nn.Module):
         return self.odd(x) if odd else x
 
 
-def summed(one, used):
-    """How many ranges left early."""
-    one.send_all()
-    early = one.early
-    one.wait()
-    one.use(used)
+def reduce_and_count_early(reducer, used):
+    """Reduce the gradients and return the number of ranges that were sent early."""
+    reducer.send_all()
+    early = reducer.num_early
+    reducer.wait()
+    reducer.assign(used)
     return early
 
 
 def gradients(size, *, early, dtype, recomputed, microbatches=2, steps=3):
-    """Of each process: the summed gradients of the last step, and how many ranges left early in each."""
+    """Return the reduced gradients of the last step and the number of early ranges per step, for each process."""
 
     def work(rank, group):
         model = Blocks(dtype)
-        sources, left_early = list(model.parameters()), []
+        sources, early_counts = list(model.parameters()), []
         with MasterWeights(sources) as masters:
-            one = GradientSum(masters.trained, sources, lambda flat: group.allreduce([flat]), size=size)
-            draw = torch.Generator().manual_seed(rank)
+            reducer = GradientSum(masters.trained, sources, lambda flat: group.allreduce([flat]), size=size)
+            generator = torch.Generator().manual_seed(rank)
             for _ in range(steps):
                 for parameter in masters.trained:
                     parameter.grad = None
-                rows = [torch.randn(3, 8, generator=draw).to(dtype) for _ in range(microbatches)]
-                for batch in one.microbatches(rows) if early else rows:
+                rows = [torch.randn(3, 8, generator=generator).to(dtype) for _ in range(microbatches)]
+                for batch in reducer.microbatches(rows) if early else rows:
                     model(batch, odd=rank == 0, recomputed=recomputed).float().square().sum().backward()
-                left_early.append(summed(one, [True] * len(sources)))
-            return [p.grad.clone() for p in masters.trained], left_early
+                early_counts.append(reduce_and_count_early(reducer, [True] * len(sources)))
+            return [p.grad.clone() for p in masters.trained], early_counts
 
-    return all_at_once(size, work)
+    return run_ranks(size, work)
 
 
 @pytest.mark.each_value
 @pytest.mark.parametrize("size", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_early_sum_is_equal_to_the_bit_to_a_late_one(size, recomputed, dtype):
+def test_early_reduction_is_bit_identical(size, recomputed, dtype):
     after, during = (gradients(size, early=early, recomputed=recomputed, dtype=dtype) for early in (False, True))
-    for (late, never), (soon, left) in zip(after, during, strict=True):
-        assert never == [0, 0, 0] and left[0] == 0, "the first step only looks"
-        assert all(torch.equal(a, b) for a, b in zip(late, soon, strict=True))
-        assert all(torch.equal(a, b) for a, b in zip(during[0][0], soon, strict=True))
-        assert {gradient.dtype for gradient in soon} == {torch.float32}  # master weights get the sum in fp32
-    # Where the last layer takes part, ranges leave while the backward goes on; elsewhere they wait for it.
+    for (late_gradients, late_counts), (early_gradients, early_counts) in zip(after, during, strict=True):
+        assert late_counts == [0, 0, 0] and early_counts[0] == 0, "the first step only records the order"
+        assert all(torch.equal(a, b) for a, b in zip(late_gradients, early_gradients, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(during[0][0], early_gradients, strict=True))
+        # Master weights receive the sum in fp32.
+        assert {gradient.dtype for gradient in early_gradients} == {torch.float32}
+    # Ranges are sent during the backward pass only in the process that uses the last layer.
     assert during[0][1][1] > 2 and during[1][1][1] == 0
 
 
-def test_a_process_without_rows_sends_zeros_and_the_sum_is_that_of_the_other():
+def test_process_without_rows_contributes_zeros():
     def work(rank, group):
         layers = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
         parameters = list(layers.parameters())
-        one = GradientSum(parameters, parameters, lambda flat: group.allreduce([flat]), size=2)
-        own = []
+        reducer = GradientSum(parameters, parameters, lambda flat: group.allreduce([flat]), size=2)
+        local_gradients = []
         for _ in range(2):
             layers.zero_grad()
-            for batch in one.microbatches([torch.ones(1, 8)] * (1 - rank)):
+            for batch in reducer.microbatches([torch.ones(1, 8)] * (1 - rank)):
                 layers(batch).sum().backward()
-            own = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
-            summed(one, [True, False, True, True])
-        return own, [p.grad for p in parameters]
+            local_gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
+            reduce_and_count_early(reducer, [True, False, True, True])
+        return local_gradients, [p.grad for p in parameters]
 
-    (own, zero), (_, other) = all_at_once(2, work)
+    (local_gradients, zero), (_, other) = run_ranks(2, work)
     assert zero[1] is None and other[1] is None
     for number in (0, 2, 3):
-        assert torch.equal(zero[number], own[number]) and torch.equal(other[number], own[number])
+        assert torch.equal(zero[number], local_gradients[number]) and torch.equal(
+            other[number], local_gradients[number]
+        )
 
 
-def test_gradients_that_come_in_parts_are_summed_after_the_backward():
+def test_partial_gradients_are_reduced_after_backward():
     layer = nn.Linear(4, 4)
-    one = GradientSum([*layer.parameters()], [*layer.parameters()], lambda flat: mock.Mock(), size=1)
+    reducer = GradientSum([*layer.parameters()], [*layer.parameters()], lambda flat: mock.Mock(), size=1)
     for _ in range(3):
         layer.zero_grad()
-        for batch in one.microbatches([torch.ones(2, 4, requires_grad=True)]):
-            for _ in range(2):  # reentrant recomputation runs a backward of its own
+        for batch in reducer.microbatches([torch.ones(2, 4, requires_grad=True)]):
+            for _ in range(2):  # reentrant checkpointing runs a nested backward pass
                 batch = checkpoint(layer, batch, use_reentrant=True)
             batch.sum().backward()
-        whole = [p.grad.clone() for p in layer.parameters()]
-        assert summed(one, [True, True]) == 0
-        assert all(torch.equal(p.grad, g) for p, g in zip(layer.parameters(), whole, strict=True))
+        expected = [p.grad.clone() for p in layer.parameters()]
+        assert reduce_and_count_early(reducer, [True, True]) == 0
+        assert all(torch.equal(p.grad, g) for p, g in zip(layer.parameters(), expected, strict=True))
 
 
-def test_ranges_hold_each_parameter_once_and_are_no_smaller_than_their_messages(monkeypatch):
+def test_ranges_partition_parameters_by_minimum_size(monkeypatch):
     monkeypatch.setattr(gradient_sum, "PART_BYTES", 1000)
     counts = [7, 900, 3, 250, 4000, 10, 10, 2000]
-    found = _ranges(counts, 2, 4)
-    assert [n for own in found for n in own] == list(reversed(range(8)))
-    assert all(sum(counts[n] for n in own) * 4 >= 2000 for own in found)
-    assert 1 < len(found) <= gradient_sum.MOST_RANGES
+    ranges = _ranges(counts, 2, 4)
+    assert [n for indices in ranges for n in indices] == list(reversed(range(8)))
+    assert all(sum(counts[n] for n in indices) * 4 >= 2000 for indices in ranges)
+    assert 1 < len(ranges) <= gradient_sum.MAX_RANGES
     assert _ranges([100] * 50, 1000, 4) == [list(reversed(range(50)))]
     assert _ranges([], 2, 4) == []

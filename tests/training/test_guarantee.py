@@ -1,4 +1,4 @@
-"""A parameter that is said to be trained is trained, or the run ends and says which is not."""
+"""A parameter that does not train although it should raises an error or warning that names it."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def network() -> nn.Sequential:
 X = torch.ones(2, 4)
 
 
-def test_a_parameter_without_a_gradient_is_named_at_the_first_step():
+def test_parameter_without_gradient_is_named_at_first_step():
     with pytest.raises(UntrainedParameterError, match=r"'0\.weight', '0\.bias' received no gradient"):
         steps(network(), lambda n: n[1](X).square().sum(), count=1)
 
 
-def test_a_gradient_of_zeros_and_a_rate_too_small_to_change_anything_are_found_after_two_steps():
+def test_unchanged_parameter_is_reported_after_two_steps():
     def cut(n: nn.Sequential) -> torch.Tensor:
         return (n[1](X) + 0 * n[0](X)).square().sum()
 
@@ -45,12 +45,12 @@ def test_a_gradient_of_zeros_and_a_rate_too_small_to_change_anything_are_found_a
         steps(network(), lambda n: n(X).square().sum(), count=2, rate=0.0)
 
 
-def test_a_factor_may_wait_for_its_partner():
+def test_zero_lora_factor_is_accepted():
     pair = nn.ParameterDict({"lora_A": torch.ones(4, 2), "lora_B": torch.zeros(2, 4)})
     steps(pair, lambda n: (X @ n["lora_A"] @ n["lora_B"] + X).square().sum())
 
 
-def test_experts_and_embeddings_may_be_skipped():
+def test_experts_and_embeddings_may_be_unused():
     model = nn.ModuleDict({"words": nn.Embedding(9, 4), "layers": nn.ModuleList()})
     for _ in range(2):
         model.layers.append(nn.ModuleDict({"experts": nn.ModuleList(network()), "other": nn.Linear(4, 4)}))

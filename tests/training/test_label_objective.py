@@ -1,4 +1,4 @@
-"""The objective of labeled rows on encoders, decoders and image models, and how they are judged."""
+"""Objective and evaluation of labeled rows with encoders, decoders and image models."""
 
 from __future__ import annotations
 
@@ -48,57 +48,57 @@ def examples_of(lengths=LENGTHS, *, number: bool = False) -> list[LabeledExample
     ]
 
 
-def alone(model, example: LabeledExample) -> torch.Tensor:
-    """The model's own logits of one row without padding."""
+def unpadded_logits(model, example: LabeledExample) -> torch.Tensor:
+    """Return the model's own logits of one row without padding."""
     return model(input_ids=torch.from_numpy(example.tokens.astype(np.int64))[None]).logits[0]
 
 
-def losses_alone(model, rows: list[LabeledExample], loss_of=F.cross_entropy) -> torch.Tensor:
-    return torch.stack([loss_of(alone(model, row), torch.tensor(row.label)) for row in rows])
+def unpadded_losses(model, rows: list[LabeledExample], loss_of=F.cross_entropy) -> torch.Tensor:
+    return torch.stack([loss_of(unpadded_logits(model, row), torch.tensor(row.label)) for row in rows])
 
 
 @pytest.mark.each_value
 @pytest.mark.parametrize("family", [*ENCODERS, *DECODERS])
 @pytest.mark.parametrize("budget", [1, 1000])
-def test_the_loss_is_the_sum_over_rows_seen_alone_without_padding(family: str, budget: int):
+def test_loss_equals_sum_over_unpadded_rows(family: str, budget: int):
     model, rows = model_of(family), examples_of()
     objective = LabelObjective(model, "sequence-classification")
     assert objective.pooled == (family in DECODERS)
     loss = sum(objective(batch) for batch in LabelMicroBatcher(budget, "cpu", segments=False).batches(rows))
-    expected = losses_alone(model, rows).sum()
+    expected = unpadded_losses(model, rows).sum()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradients(model, loss), gradients(model, expected), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_padding_id_that_is_a_real_token_too_changes_nothing(family: str):
+def test_padding_id_may_occur_in_rows(family: str):
     model = model_of(family, pad=2)
     objective = LabelObjective(model, "sequence-classification")
     tokens = ([5, 2, 9, 2], [7, 8, 9, 2, 2, 11])
     rows = [LabeledExample(n, np.array(row, np.int32), n) for n, row in enumerate(tokens)]
     (batch,) = LabelMicroBatcher(100, "cpu", pad_id=2).batches(rows)
     model.config.pad_token_id = None
-    for place, row in enumerate(rows):
-        torch.testing.assert_close(objective.predictions(batch)[place], alone(model, row))
+    for index, row in enumerate(rows):
+        torch.testing.assert_close(objective.predictions(batch)[index], unpadded_logits(model, row))
 
 
-def whole(rows: list[LabeledExample]) -> LabelBatch:
-    """All rows in one batch."""
+def single_batch(rows: list[LabeledExample]) -> LabelBatch:
+    """Return all rows in one batch."""
     return LabelMicroBatcher(1000, "cpu", segments=False)._texts(sorted(rows, key=len), 16)
 
 
-def test_a_model_that_sees_its_padding_is_refused():
+def test_model_that_attends_to_padding_is_rejected():
     config = transformers.XLNetConfig(vocab_size=97, d_model=32, n_layer=1, n_head=4, d_inner=48, num_labels=3)
     with pytest.raises(UserError, match="change when padding follows"):
         LabelObjective(AutoModelForSequenceClassification.from_config(config).eval(), "sequence-classification")
 
 
-def test_a_decoder_in_16_bits_is_read_at_its_last_token_though_a_cache_changes_its_rounding():
+def test_16_bit_decoder_is_pooled_despite_cache_rounding():
     class Rounding(transformers.LlamaForSequenceClassification):
         def forward(self, use_cache=True, **inputs):
-            found = super().forward(use_cache=use_cache, **inputs)
-            found.logits = found.logits * (1.2 if use_cache else 1.0)
-            return found
+            output = super().forward(use_cache=use_cache, **inputs)
+            output.logits = output.logits * (1.2 if use_cache else 1.0)
+            return output
 
     config = DECODERS["llama"]()
     config.num_labels = 2
@@ -107,15 +107,15 @@ def test_a_decoder_in_16_bits_is_read_at_its_last_token_though_a_cache_changes_i
     assert LabelObjective(model, "sequence-classification").pooled
 
 
-def test_an_encoder_in_16_bits_may_round_differently_behind_padding_but_not_see_it():
+def test_16_bit_encoder_tolerates_rounding_but_not_attention_to_padding():
     class Seeing(transformers.BertForSequenceClassification):
         share = 0.0
 
         def forward(self, input_ids, attention_mask, **inputs):
-            found = super().forward(input_ids=input_ids, attention_mask=attention_mask, **inputs)
-            seen = super().forward(input_ids=input_ids, **inputs).logits
-            found.logits = found.logits + self.share * (seen - found.logits)
-            return found
+            output = super().forward(input_ids=input_ids, attention_mask=attention_mask, **inputs)
+            unmasked_logits = super().forward(input_ids=input_ids, **inputs).logits
+            output.logits = output.logits + self.share * (unmasked_logits - output.logits)
+            return output
 
     torch.manual_seed(0)
     config = ENCODERS["bert"]()
@@ -132,24 +132,24 @@ HEADS = {"bert": ["classifier"], "roberta": ["classifier.dense", "classifier.out
 
 
 @pytest.mark.parametrize("family", HEADS)
-def test_a_regression_starts_at_the_mean_where_its_head_has_a_bias(family: str):
+def test_regression_starts_at_the_mean_if_head_has_bias(family: str):
     model, has_bias = model_of(family, outputs=1), family != "llama"
     assert start_at_mean(model, HEADS[family], [70.0, 90.0]) == has_bias
-    predictions = LabelObjective(model, "regression").predictions(whole(examples_of(number=True)))
+    predictions = LabelObjective(model, "regression").predictions(single_batch(examples_of(number=True)))
     assert ((predictions - 80).abs().max() < 2) == has_bias
 
 
 @pytest.mark.parametrize(("family", "limit"), [("bert", 64), ("roberta", 62), ("llama", 256)])
-def test_rows_longer_than_the_models_positions_are_refused(family: str, limit: int):
+def test_rows_longer_than_the_context_are_rejected(family: str, limit: int):
     model = model_of(family)
     longest = examples_of([limit])
-    batcher, chosen = choose_label_batcher(model, longest, device="cpu")
-    assert chosen["train.tokens_per_pass"].value == 1024
+    batcher, choices = choose_label_batcher(model, longest, device="cpu")
+    assert choices["train.tokens_per_pass"].value == 1024
     (batch,) = batcher.batches(longest)
     LabelObjective(model, "sequence-classification")(batch)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         choose_label_batcher(model, longest, device="cpu", virtual_tokens=4)
-    assert f"data.max_length: {limit - 4}" in str(caught.value.hint)
+    assert f"data.max_length: {limit - 4}" in str(error.value.hint)
 
 
 def image_model(folder):
@@ -164,7 +164,7 @@ def images_of(count: int) -> list[ImageExample]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_images_go_through_in_microbatches_of_the_budget(tmp_path, dtype):
+def test_images_are_split_into_microbatches(tmp_path, dtype):
     model = image_model(tmp_path).to(dtype)
     rows = images_of(7)
     batcher, _ = choose_label_batcher(model, rows, device="cpu", tokens_per_pass=16, encoder=ImageEncoder(tmp_path))
@@ -178,36 +178,41 @@ def test_images_go_through_in_microbatches_of_the_budget(tmp_path, dtype):
     torch.testing.assert_close(sum(map(objective, batches)), loss, rtol=tolerance, atol=tolerance)
 
 
-def test_images_of_another_size_than_the_models_are_refused_in_words(tmp_path):
+def test_images_of_wrong_size_are_rejected(tmp_path):
     model = image_model(tmp_path / "model")
     transformers.ViTConfig(image_size=12, patch_size=4).save_pretrained(tmp_path / "other")
-    with pytest.raises(UserError, match="does not take its images"):
+    with pytest.raises(UserError, match="rejects the prepared images"):
         choose_label_batcher(model, images_of(2), device="cpu", encoder=ImageEncoder(tmp_path / "other"))
 
 
-def test_an_evaluation_is_in_the_order_of_the_rows_however_they_are_cut_and_refused_where_it_is_not_finite():
+def test_evaluation_preserves_row_order_and_rejects_nonfinite_outputs():
     model, rows = model_of("bert"), examples_of()
     objective = LabelObjective(model, "sequence-classification")
-    found = evaluate_labels(objective, rows, LabelMicroBatcher(20, "cpu"), ("a", "b", "c"))
-    expected = torch.stack([alone(model, row) for row in rows]).detach()
-    np.testing.assert_allclose(found.predictions, expected.numpy(), rtol=1e-4, atol=1e-5)
-    assert found.metrics["loss"] == pytest.approx(losses_alone(model, rows).mean().item(), rel=1e-4)
-    assert found.per_row.tolist() == [float(one.argmax() == row.label) for one, row in zip(expected, rows, strict=True)]
-    assert found.confusion.sum() == len(rows) and found.confusion.trace() == found.per_row.sum()
-    assert (found.main, found.metrics["accuracy"]) == ("accuracy", found.per_row.mean())
-    assert found.interval[0] <= found.metrics["accuracy"] <= found.interval[1]
+    evaluation = evaluate_labels(objective, rows, LabelMicroBatcher(20, "cpu"), ("a", "b", "c"))
+    expected = torch.stack([unpadded_logits(model, row) for row in rows]).detach()
+    np.testing.assert_allclose(evaluation.predictions, expected.numpy(), rtol=1e-4, atol=1e-5)
+    assert evaluation.metrics["loss"] == pytest.approx(unpadded_losses(model, rows).mean().item(), rel=1e-4)
+    assert evaluation.per_row.tolist() == [
+        float(logits.argmax() == row.label) for logits, row in zip(expected, rows, strict=True)
+    ]
+    assert evaluation.confusion.sum() == len(rows) and evaluation.confusion.trace() == evaluation.per_row.sum()
+    assert (evaluation.main, evaluation.metrics["accuracy"]) == ("accuracy", evaluation.per_row.mean())
+    assert evaluation.interval[0] <= evaluation.metrics["accuracy"] <= evaluation.interval[1]
     torch.nn.init.constant_(model.classifier.bias, float("nan"))
     with pytest.raises(UserError, match="not finite"):
         evaluate_labels(objective, rows, LabelMicroBatcher(20, "cpu"))
 
 
-def test_squared_errors_of_numbers_are_summed():
+def test_regression_loss_is_summed_squared_error():
     model, rows = model_of("bert", outputs=1), examples_of(number=True)
     objective = LabelObjective(model, "regression")
     loss = sum(objective(batch) for batch in LabelMicroBatcher(30, "cpu").batches(rows))
-    torch.testing.assert_close(loss, losses_alone(model, rows, lambda one, label: (one[0] - label) ** 2).sum())
+    torch.testing.assert_close(loss, unpadded_losses(model, rows, lambda output, label: (output[0] - label) ** 2).sum())
     with pytest.raises(UserError, match="a regression has one"):
         LabelObjective(model_of("bert"), "regression")
-    found = evaluate_labels(objective, rows, LabelMicroBatcher(20, "cpu"))
-    assert found.metrics["rmse"] ** 2 == pytest.approx(found.per_row.mean())
-    assert found.metrics[found.main] == pytest.approx(found.per_row.mean()) and not found.higher_is_better
+    evaluation = evaluate_labels(objective, rows, LabelMicroBatcher(20, "cpu"))
+    assert evaluation.metrics["rmse"] ** 2 == pytest.approx(evaluation.per_row.mean())
+    assert (
+        evaluation.metrics[evaluation.main] == pytest.approx(evaluation.per_row.mean())
+        and not evaluation.higher_is_better
+    )

@@ -1,4 +1,4 @@
-"""Losses of per-row log-probabilities: the same values and gradients as separate forwards in float64."""
+"""Losses of per-row log-probabilities match values and gradients of separate forwards in float64."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ from deltaw.training.tasks import causal_objective
 from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
 from deltaw.training.tasks.causal_objective import CausalObjective, frozen_head_log_probs, head_log_probs
 from tests.tiny_models import VOCABULARY, causal_model
-from tests.training.loops import example, moved
+from tests.training.loops import example, randomize_lora_b
 from tests.training.toy_preference import BETA, Preference
 
 
 def pairs(count=6, seed=0):
-    """Pairs of answers to one prompt; all prompts have one stem."""
+    """Return pairs of answers to a prompt each. All prompts share a beginning."""
     random = np.random.default_rng(seed)
-    draw = lambda n: random.integers(3, VOCABULARY, n)  # noqa: E731
-    stem, made = draw(6), []
+    random_tokens = lambda n: random.integers(3, VOCABULARY, n)  # noqa: E731
+    stem, groups = random_tokens(6), []
     for number in range(count):
-        prompt = [*stem, *draw(5)]
-        rows = (example(number + 1, [*prompt, *draw(2 + number % 3)], 11) for _ in ("chosen", "rejected"))
-        made.append(RowGroup(tuple(rows)))
-    return made
+        prompt = [*stem, *random_tokens(5)]
+        rows = (example(number + 1, [*prompt, *random_tokens(2 + number % 3)], 11) for _ in ("chosen", "rejected"))
+        groups.append(RowGroup(tuple(rows)))
+    return groups
 
 
 def log_prob(model, row):
-    """The definition: a row alone through the model, the log-probability of its labels."""
+    """Return the reference: the log-probability of a row's labels from its own forward pass."""
     tokens = torch.from_numpy(row.tokens.astype(np.int64))
     logits = model(input_ids=tokens[None], use_cache=False).logits[0]
-    at = torch.from_numpy(np.flatnonzero(row.is_label))
-    return log_softmax(logits.double(), -1)[at - 1, tokens[at]].sum()
+    positions = torch.from_numpy(np.flatnonzero(row.is_label))
+    return log_softmax(logits.double(), -1)[positions - 1, tokens[positions]].sum()
 
 
-def pair_by_pair(model, groups):
-    told = torch.stack([torch.stack([log_prob(model, row) for row in group.rows]) for group in groups])
-    return -logsigmoid(BETA * (told[:, 0] - told[:, 1])).sum()
+def reference_loss(model, groups):
+    logprobs = torch.stack([torch.stack([log_prob(model, row) for row in group.rows]) for group in groups])
+    return -logsigmoid(BETA * (logprobs[:, 0] - logprobs[:, 1])).sum()
 
 
 def gradients(model, loss):
@@ -57,18 +57,18 @@ def gradients(model, loss):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_gradients(found, expected, share, floor=1e-2):
-    """Each differs by no more than a share of its norm, or of the largest norm times ``floor``."""
-    assert found.keys() == expected.keys()
+def assert_gradients(actual, expected, share, floor=1e-2):
+    """Check that each gradient differs by at most ``share`` of its norm, or of the largest norm times ``floor``."""
+    assert actual.keys() == expected.keys()
     scale = max(g.norm() for g in expected.values())
     for name, gradient in expected.items():
-        assert (found[name] - gradient).norm() <= share * max(gradient.norm(), floor * scale), name
+        assert (actual[name] - gradient).norm() <= share * max(gradient.norm(), floor * scale), name
 
 
 def adapted(family, method, seed=0):
     model = causal_model(family)
     method.prepare(model, seed=seed)
-    return moved(model, 0.05)  # so that A has a gradient too
+    return randomize_lora_b(model, 0.05)  # A has no gradient if B is zero
 
 
 METHODS = {"frozen head": lambda: LoRA(LoRAConfig(rank=4, alpha=8)), "trained head": lambda: Full(None)}
@@ -77,42 +77,42 @@ METHODS = {"frozen head": lambda: LoRA(LoRAConfig(rank=4, alpha=8)), "trained he
 @pytest.mark.each_pair
 @pytest.mark.parametrize("method", list(METHODS))
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "cohere"])
-@pytest.mark.parametrize("way", ["shared", "apart", "padded"])
-def test_gradients_of_pairs_are_those_of_separate_forwards_in_float64(family, method, way):
+@pytest.mark.parametrize("layout", ["shared", "apart", "padded"])
+def test_pair_gradients_match_separate_float64_forwards(family, method, layout):
     model = adapted(family, METHODS[method]())
     exact = copy.deepcopy(model).double()
     groups = pairs()
-    expected_loss = pair_by_pair(exact, groups)
+    expected_loss = reference_loss(exact, groups)
     expected = gradients(exact, expected_loss)
     objective = CausalObjective(model, Preference())
-    batcher = CausalMicroBatcher(70, way == "shared", way == "padded", "cpu")
+    batcher = CausalMicroBatcher(70, layout == "shared", layout == "padded", "cpu")
     assert len(batcher.shapes(groups)) > 1
-    with contextlib.nullcontext() if way == "padded" else packed_rows(model):
+    with contextlib.nullcontext() if layout == "padded" else packed_rows(model):
         loss = sum(objective(batch) for batch in batcher.batches(groups))
-        found = gradients(model, loss)
+        actual = gradients(model, loss)
     assert float(loss.detach()) == pytest.approx(float(expected_loss.detach()), rel=1e-5)
-    assert_gradients(found, expected, 2e-5)
+    assert_gradients(actual, expected, 2e-5)
 
 
-def test_pairs_are_trained_through_the_public_loop():
-    groups, trained, first = pairs(), {}, {}
+def test_public_loop_trains_pairs():
+    groups, trained, first_losses = pairs(), {}, {}
     for budget in (60, 10_000):
         model = adapted("llama", METHODS["frozen head"]())
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         exact = copy.deepcopy(model).double()
-        before = pair_by_pair(exact, groups)
+        before = reference_loss(exact, groups)
         expected = gradients(exact, before / len(groups))
         batcher = CausalMicroBatcher(budget, True, False, "cpu")
-        how = {"learning_rate": 1e-2, "total_steps": 10, "batch_size": len(groups), "max_grad_norm": None}
+        options = {"learning_rate": 1e-2, "total_steps": 10, "batch_size": len(groups), "max_grad_norm": None}
         steps, objective = [], CausalObjective(model, Preference())
         with packed_rows(model):
-            deltaw.train(objective, [*named.values()], groups, batcher, names=[*named], on_step=steps.append, **how)
+            deltaw.train(objective, [*named.values()], groups, batcher, names=[*named], on_step=steps.append, **options)
         assert len(steps) == 10 and steps[0].label_tokens == steps[0].rows == len(groups)
         norm = torch.stack([g.norm() for g in expected.values()]).norm()
         assert steps[0].gradient_norm == pytest.approx(float(norm), rel=1e-5)
-        assert pair_by_pair(copy.deepcopy(model).double(), groups) < 0.5 * before
-        first[budget], trained[budget] = steps[0].loss, named
-    assert first[60] == pytest.approx(first[10_000], rel=1e-6)
+        assert reference_loss(copy.deepcopy(model).double(), groups) < 0.5 * before
+        first_losses[budget], trained[budget] = steps[0].loss, named
+    assert first_losses[60] == pytest.approx(first_losses[10_000], rel=1e-6)
     for name, parameter in trained[60].items():
         assert (parameter - trained[10_000][name]).norm() <= 2e-3 * parameter.norm(), name
 
@@ -121,22 +121,22 @@ def test_pairs_are_trained_through_the_public_loop():
 @pytest.mark.parametrize("budget", [1, 25, 60, 1000])
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("padded", [True, False])
-def test_a_group_is_never_cut_and_every_row_comes_once(budget, share, padded):
+def test_groups_are_not_split_and_every_row_occurs_once(budget, share, padded):
     groups = pairs(9)
     batcher = CausalMicroBatcher(budget, share, padded, "cpu", fill=False)
-    made = list(batcher.batches(groups))
-    seen = [m.example for batch in made for m in batch.members]
-    assert sorted(map(id, seen)) == sorted(id(row) for group in groups for row in group.rows)
-    for batch, (rows, length) in zip(made, batcher.shapes(groups), strict=True):
+    microbatches = list(batcher.batches(groups))
+    examples = [m.example for batch in microbatches for m in batch.members]
+    assert sorted(map(id, examples)) == sorted(id(row) for group in groups for row in group.rows)
+    for batch, (rows, length) in zip(microbatches, batcher.shapes(groups), strict=True):
         assert batch.tokens == rows * length
         assert batch.tokens <= budget or len(batch.groups) == 1
         for members in batch.groups:
-            chosen, rejected = (batch.members[at].example for at in members)
+            chosen, rejected = (batch.members[index].example for index in members)
             assert any(group.rows == (chosen, rejected) for group in groups)
 
 
 @pytest.mark.parametrize("lay_out", [pack, pad])
-def test_log_probs_are_told_row_by_row_also_where_labels_are_shared(lay_out):
+def test_log_probs_are_returned_per_row_for_shared_labels(lay_out):
     random = np.random.default_rng(0)
     stem, lengths = random.integers(3, VOCABULARY, 12), ((2, 5), (4, 9), (3, 13))
     rows = [example(end, [*stem, *random.integers(3, VOCABULARY, end)], first) for end, first in lengths]
@@ -144,17 +144,17 @@ def test_log_probs_are_told_row_by_row_also_where_labels_are_shared(lay_out):
     model = causal_model("llama")
     batch = lay_out(rows)
     with contextlib.nullcontext() if lay_out is pad else packed_rows(model), torch.no_grad():
-        told = RowLogProbs.of(batch, CausalObjective(model).token_log_probs(batch))
-    expected = [log_prob(model, row).item() for row in told.rows]
-    assert (len(told.values) < len(told.index)) == (lay_out is pack)
-    assert told.sums().tolist() == pytest.approx(expected, rel=1e-5)
-    assert [int(count) for count in told.counts()] == [row.label_count for row in told.rows]
+        logprobs = RowLogProbs.of(batch, CausalObjective(model).token_log_probs(batch))
+    expected = [log_prob(model, row).item() for row in logprobs.rows]
+    assert (len(logprobs.values) < len(logprobs.index)) == (lay_out is pack)
+    assert logprobs.sums().tolist() == pytest.approx(expected, rel=1e-5)
+    assert [int(count) for count in logprobs.counts()] == [row.label_count for row in logprobs.rows]
     with pytest.raises(ValueError, match="groups"):
-        told.grouped(told.sums())
+        logprobs.grouped(logprobs.sums())
 
 
-class Defined:
-    """Cross-entropy by its definition, through the path that any loss takes."""
+class GenericCrossEntropy:
+    """Cross-entropy by its definition, computed on the generic path of any loss."""
 
     __call__ = staticmethod(CrossEntropy())
     units = staticmethod(CrossEntropy().units)
@@ -162,21 +162,21 @@ class Defined:
 
 @pytest.mark.parametrize("method", list(METHODS))
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_cross_entropy_is_the_loss_that_it_says_it_is(family, method):
+def test_fast_cross_entropy_matches_generic_path(family, method):
     model = adapted(family, METHODS[method]())
     rows = [row for group in pairs() for row in group.rows]
-    fast, defined = CausalObjective(model), CausalObjective(model, Defined())
-    found = []
+    fast, generic = CausalObjective(model), CausalObjective(model, GenericCrossEntropy())
+    results = []
     with packed_rows(model):
-        for objective in (fast, defined):
+        for objective in (fast, generic):
             loss = sum(objective(batch) for batch in batches(rows, 50))
-            found.append((float(loss.detach()), gradients(model, loss)))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
-    assert_gradients(found[1][1], found[0][1], 1e-5, floor=1e-4)
+            results.append((float(loss.detach()), gradients(model, loss)))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    assert_gradients(results[1][1], results[0][1], 1e-5, floor=1e-4)
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 3, 100])
-def test_a_heads_log_probs_are_those_of_log_softmax(rows_at_once, monkeypatch):
+def test_head_log_probs_match_log_softmax(rows_at_once, monkeypatch):
     monkeypatch.setattr(causal_objective, "FROZEN_CHUNK_BYTES", 8 * 11 * rows_at_once)
     monkeypatch.setattr(causal_objective, "FROZEN_CHUNK_ROWS", 1)
     torch.manual_seed(0)
@@ -191,12 +191,12 @@ def test_a_heads_log_probs_are_those_of_log_softmax(rows_at_once, monkeypatch):
         return head_log_probs(x, targets, head, [head.weight, head.bias], chunk=rows_at_once)
 
     logits = head(hidden)
-    for found, defined in (
+    for actual, expected_logits in (
         (trained(hidden, head.weight, head.bias), logits),
         (frozen(hidden), 0.7 * logits),
         (frozen(hidden, 3.0), 3 * torch.tanh(0.7 * logits / 3)),
     ):
-        torch.testing.assert_close(found, log_softmax(defined, -1)[torch.arange(7), targets])
+        torch.testing.assert_close(actual, log_softmax(expected_logits, -1)[torch.arange(7), targets])
     assert torch.autograd.gradcheck(trained, (hidden, head.weight, head.bias))
     assert torch.autograd.gradcheck(lambda w, b: trained(fixed, w, b), (head.weight, head.bias))
     assert torch.autograd.gradcheck(frozen, (hidden,))
@@ -205,7 +205,7 @@ def test_a_heads_log_probs_are_those_of_log_softmax(rows_at_once, monkeypatch):
 
 @pytest.mark.parametrize("method", list(METHODS))
 @pytest.mark.parametrize("loss", [None, Preference()], ids=["cross-entropy", "preference"])
-def test_a_second_backward_gives_the_same_gradients(method, loss):
+def test_second_backward_returns_equal_gradients(method, loss):
     model = adapted("llama", METHODS[method]())
     with packed_rows(model):
         (batch,) = batches(pairs(3), 10_000)
@@ -213,5 +213,5 @@ def test_a_second_backward_gives_the_same_gradients(method, loss):
         trained = [p for p in model.parameters() if p.requires_grad]
         first = torch.autograd.grad(total * 0.25, trained, retain_graph=True)
         second = torch.autograd.grad(total * 0.25, trained)
-    for one, other in zip(first, second, strict=True):
-        assert torch.equal(one, other)
+    for first_gradient, second_gradient in zip(first, second, strict=True):
+        assert torch.equal(first_gradient, second_gradient)

@@ -1,4 +1,4 @@
-"""The objective: the same loss and gradients however the rows are laid out, cut and chunked."""
+"""The objective has the same loss and gradients for any layout, microbatch size and chunk size."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ from tests.training.test_losses import assert_gradients, gradients, log_prob
 
 
 def rows(seed=0):
-    """Shared, nested, equal and prefix rows among unrelated ones; labels on the later half of each."""
+    """Return shared, nested, equal, prefix and unrelated rows, with labels on the second half of each."""
     random = np.random.default_rng(seed)
 
     lengths = (9, 6, 4, 3, 5, 17, 2)
-    stem, middle, one, two, three, long, short = (random.integers(3, VOCABULARY, n).tolist() for n in lengths)
-    nested = [stem + one, stem + middle + two, stem + middle + three, stem + middle, stem]
-    made = [*nested, long, short, nested[0]]
-    return [example(number, tokens, max(1, len(tokens) // 2)) for number, tokens in enumerate(made, 1)]
+    stem, middle, end_a, end_b, end_c, long_row, short_row = (
+        random.integers(3, VOCABULARY, n).tolist() for n in lengths
+    )
+    nested = [stem + end_a, stem + middle + end_b, stem + middle + end_c, stem + middle, stem]
+    token_lists = [*nested, long_row, short_row, nested[0]]
+    return [example(number, tokens, max(1, len(tokens) // 2)) for number, tokens in enumerate(token_lists, 1)]
 
 
-def assert_same(found, expected):
-    assert found[0] == pytest.approx(expected[0], rel=1e-5)
-    assert_gradients(found[1], expected[1], 1e-5)
+def assert_same(actual, expected):
+    assert actual[0] == pytest.approx(expected[0], rel=1e-5)
+    assert_gradients(actual[1], expected[1], 1e-5)
 
 
-def alone(model, examples):
-    """The definition: every row alone through the model."""
+def row_by_row(model, examples):
+    """Return the reference: every row in its own forward pass."""
     loss = -sum(log_prob(model, row) for row in examples)
     return loss.item(), gradients(model, loss)
 
@@ -47,11 +49,11 @@ def in_passes(model, examples, tokens_per_pass, *, share, padded=False):
 
 
 @pytest.mark.parametrize("family", [*CAUSAL, *PADDED])
-def test_packed_padded_shared_and_split_rows_give_the_loss_of_rows_alone(family):
+def test_all_layouts_match_single_rows(family):
     model, examples = causal_model(family), rows()
     choice = can_pack(model)
     assert choice.value == (family in CAUSAL) and (choice.value or type(model).__name__ in choice.why)
-    expected = alone(model, examples)
+    expected = row_by_row(model, examples)
     for share, budget in [(True, 10_000), (True, 30), (False, 20)] if choice.value else []:
         assert_same(in_passes(model, examples, budget, share=share), expected)
     for budget in (10_000, 40) if family in (*PADDED, "llama", "gemma2", "gpt2") else []:
@@ -59,7 +61,7 @@ def test_packed_padded_shared_and_split_rows_give_the_loss_of_rows_alone(family)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
-def test_any_chunking_of_the_head_gives_the_same_loss_and_gradients(chunk):
+def test_chunked_head_matches_unchunked_head(chunk):
     torch.manual_seed(0)
     head = torch.nn.Linear(8, 11).double()
     hidden = torch.randn(7, 8, dtype=torch.float64, requires_grad=True)
@@ -67,27 +69,27 @@ def test_any_chunking_of_the_head_gives_the_same_loss_and_gradients(chunk):
     expected = (torch.nn.functional.cross_entropy(head(hidden), targets, reduction="none") * weights).sum()
     inputs = [hidden, *head.parameters()]
     expected_grads = torch.autograd.grad(expected * 3, inputs)
-    found = chunked_cross_entropy(hidden, targets, weights, head, list(head.parameters()), chunk=chunk)
-    torch.testing.assert_close(found, expected.detach())
-    torch.testing.assert_close(torch.autograd.grad(found * 3, inputs), expected_grads)
+    actual = chunked_cross_entropy(hidden, targets, weights, head, list(head.parameters()), chunk=chunk)
+    torch.testing.assert_close(actual, expected.detach())
+    torch.testing.assert_close(torch.autograd.grad(actual * 3, inputs), expected_grads)
 
 
-def test_the_whole_models_loss_does_not_depend_on_the_chunk(monkeypatch):
+def test_model_loss_is_independent_of_chunk_size(monkeypatch):
     model = causal_model("gemma2")
-    whole = in_passes(model, rows(), 10_000, share=True)
+    unchunked = in_passes(model, rows(), 10_000, share=True)
     monkeypatch.setattr(objective_module, "CHUNK_BYTES", 4 * VOCABULARY * 3)
-    assert_same(in_passes(model, rows(), 10_000, share=True), whole)
+    assert_same(in_passes(model, rows(), 10_000, share=True), unchunked)
 
 
-def test_a_head_that_does_something_unknown_is_noticed():
+def test_modified_head_disables_chunking():
     model = causal_model("llama")
     assert CausalObjective(model).chunked
     forward = model.forward
 
     def shifted(*args, **kwargs):
-        out = forward(*args, **kwargs)
-        out.logits = out.logits + torch.arange(out.logits.shape[-1])
-        return out
+        output = forward(*args, **kwargs)
+        output.logits = output.logits + torch.arange(output.logits.shape[-1])
+        return output
 
     model.forward = shifted
     assert not CausalObjective(model).chunked

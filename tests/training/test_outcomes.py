@@ -1,4 +1,4 @@
-"""Rows that an evaluation of classes or numbers keeps for the report: the worst mistakes, and examples."""
+"""Rows that an evaluation stores for the report: the worst mistakes, and examples."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from deltaw.data.example import LabeledExample
-from deltaw.training.evaluation.base import EXAMPLES, MISTAKES, Outcomes
+from deltaw.training.evaluation.base import MAX_MISTAKES, NUM_EXAMPLES, Outcomes
 from deltaw.training.tasks import labels
 from deltaw.training.tasks.labels import evaluate_labels
 
@@ -18,41 +18,41 @@ class Objective:
 
 @pytest.fixture
 def evaluated(monkeypatch):
-    """Evaluate given predictions, without a model."""
+    """Return a function that evaluates given predictions without a model."""
 
-    def of(task: str, truth, predictions, classes=()):
-        monkeypatch.setattr(labels, "predicted", lambda *_: np.asarray(predictions, np.float32))
+    def evaluate(task: str, truth, predictions, classes=()):
+        monkeypatch.setattr(labels, "predict_rows", lambda *_: np.asarray(predictions, np.float32))
         rows = [LabeledExample(10 + n, np.array([n]), label) for n, label in enumerate(truth)]
         return evaluate_labels(Objective(task), rows, None, classes).outcomes
 
-    return of
+    return evaluate
 
 
-def test_the_most_confident_wrong_class_is_the_worst_mistake(evaluated):
+def test_mistakes_are_sorted_by_confidence(evaluated):
     logits = [[4.0, 0.0], [1.0, 0.0], [0.0, 3.0], [0.0, 9.0]]
-    found = evaluated("sequence-classification", [1, 1, 0, 1], logits, ("no", "yes"))
-    assert [(row.row, expected, given) for row, expected, given, _ in found.mistakes] == [
+    outcomes = evaluated("sequence-classification", [1, 1, 0, 1], logits, ("no", "yes"))
+    assert [(row.row, expected, predicted) for row, expected, predicted, _ in outcomes.mistakes] == [
         *((10, "yes", "no"), (12, "no", "yes"), (11, "yes", "no"))
     ]
-    assert found.mistakes[0][3] == pytest.approx(1 / (1 + np.exp(-4.0)))
-    assert [row.row for row, *_ in found.examples] == [10, 11, 12, 13]
+    assert outcomes.mistakes[0][3] == pytest.approx(1 / (1 + np.exp(-4.0)))
+    assert [row.row for row, *_ in outcomes.examples] == [10, 11, 12, 13]
 
 
-def test_classes_without_names_are_numbered(evaluated):
-    ((_, expected, given, _),) = evaluated("sequence-classification", [0], [[0.0, 1.0]]).mistakes
-    assert (expected, given) == ("0", "1")
+def test_unnamed_classes_are_numbered(evaluated):
+    ((_, expected, predicted, _),) = evaluated("sequence-classification", [0], [[0.0, 1.0]]).mistakes
+    assert (expected, predicted) == ("0", "1")
 
 
-def test_the_largest_error_of_a_regression_is_the_worst(evaluated):
-    found = evaluated("regression", [1.0, 2.0, 3.0], [1.0, 4.5, 2.0])
-    assert [(row.row, expected, given, score) for row, expected, given, score in found.mistakes] == [
+def test_regression_mistakes_are_sorted_by_error(evaluated):
+    outcomes = evaluated("regression", [1.0, 2.0, 3.0], [1.0, 4.5, 2.0])
+    assert [(row.row, expected, predicted, score) for row, expected, predicted, score in outcomes.mistakes] == [
         *((11, "2", "4.5", 2.5), (12, "3", "2", 1.0))
     ]
 
 
-@pytest.mark.parametrize("rows", [1, 2, EXAMPLES, 10_000])
-def test_few_rows_are_kept_of_many_and_none_twice(rows):
-    found = Outcomes.of_errors("error", np.arange(rows), lambda place: (place, "", "", 0.0))
-    assert [one[0] for one in found.mistakes] == list(range(rows))[::-1][: min(MISTAKES, rows - 1)]
-    places = [one[0] for one in found.examples]
-    assert len(set(places)) == len(places) == min(rows, EXAMPLES) and places[0] == 0 and places[-1] == rows - 1
+@pytest.mark.parametrize("rows", [1, 2, NUM_EXAMPLES, 10_000])
+def test_stored_rows_are_limited_and_distinct(rows):
+    outcomes = Outcomes.of_errors("error", np.arange(rows), lambda index: (index, "", "", 0.0))
+    assert [mistake[0] for mistake in outcomes.mistakes] == list(range(rows))[::-1][: min(MAX_MISTAKES, rows - 1)]
+    indices = [mistake[0] for mistake in outcomes.examples]
+    assert len(set(indices)) == len(indices) == min(rows, NUM_EXAMPLES) and indices[0] == 0 and indices[-1] == rows - 1

@@ -1,4 +1,4 @@
-"""Groups of labeled texts in packed rows: the same losses and gradients as each row alone."""
+"""Groups of labeled texts in packed rows have the losses and gradients of single rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 from deltaw.data.example import LabeledExample, RowGroup
 from deltaw.runtime.packed import packed_rows
 from deltaw.training.tasks.labels import LabelObjective, LabelTask
-from deltaw.training.tasks.packed_labels import PackedLabelBatcher, reads_first
+from deltaw.training.tasks.packed_labels import PackedLabelBatcher, uses_first_token
 from deltaw.training.tasks.reranking import RerankingTask
 
 SHAPE = {
@@ -49,13 +49,13 @@ PACKED = {
 }
 
 
-def model_of(family: str) -> transformers.PreTrainedModel:
+def build_model(family: str) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
     return AutoModelForSequenceClassification.from_config(PACKED[family]()).eval()
 
 
-def groups_of(*, segments: bool) -> list[RowGroup]:
-    """Groups of two to five rows that begin alike and have very different lengths."""
+def make_groups(*, segments: bool) -> list[RowGroup]:
+    """Return groups of two to five rows with a common beginning and very different lengths."""
     random = np.random.default_rng(0)
     groups = []
     for number in range(7):
@@ -69,7 +69,7 @@ def groups_of(*, segments: bool) -> list[RowGroup]:
     return groups
 
 
-def batcher_of(model: transformers.PreTrainedModel, groups: list[RowGroup], budget: int = 100) -> PackedLabelBatcher:
+def build_batcher(model: transformers.PreTrainedModel, groups: list[RowGroup], budget: int = 100) -> PackedLabelBatcher:
     task = LabelTask("sequence-classification")
     return task.batcher(model, groups, device="cpu", tokens_per_pass=budget)[0]  # type: ignore[return-value]
 
@@ -77,9 +77,9 @@ def batcher_of(model: transformers.PreTrainedModel, groups: list[RowGroup], budg
 @pytest.mark.each_value
 @pytest.mark.parametrize("family", list(PACKED))
 @pytest.mark.parametrize("budget", [60, 10_000])
-def test_losses_and_gradients_are_those_of_rows_alone(family, budget):
-    model = model_of(family)
-    groups = groups_of(segments=family in ("bert", "electra"))
+def test_losses_and_gradients_match_single_rows(family, budget):
+    model = build_model(family)
+    groups = make_groups(segments=family in ("bert", "electra"))
     exact = copy.deepcopy(model).double()
     expected = 0.0
     for group in groups:
@@ -91,17 +91,18 @@ def test_losses_and_gradients_are_those_of_rows_alone(family, budget):
             scores.append(exact(**inputs).logits[0, 0])
         expected = expected - torch.stack(scores).log_softmax(0)[0]
     expected.backward()
-    batcher = batcher_of(model, groups, budget)
-    assert isinstance(batcher, PackedLabelBatcher) and batcher.apart == (family not in ("llama", "gpt2"))
+    batcher = build_batcher(model, groups, budget)
+    assert isinstance(batcher, PackedLabelBatcher) and batcher.independent == (family not in ("llama", "gpt2"))
     batches = list(batcher.batches(groups))
     assert batcher.shapes(groups) == [tuple(batch.inputs["input_ids"].shape) for batch in batches]
     assert (len(batches) > 1) == (budget == 60)
     total = sum(len(row) for group in groups for row in group.rows)
     assert sum(batch.row_tokens for batch in batches) == total
     computed = sum(batch.tokens for batch in batches)
-    assert computed == total if batcher.apart else computed < 0.8 * total  # a decoder computes the beginnings once
+    # A decoder computes each common prefix once.
+    assert computed == total if batcher.independent else computed < 0.8 * total
     objective = LabelObjective(model, "sequence-classification")
-    with packed_rows(model, apart=batcher.apart):
+    with packed_rows(model, independent=batcher.independent):
         loss = 0.0
         for batch in batches:
             parts = objective.predictions(batch)[:, 0].split(list(batch.sizes))
@@ -109,32 +110,33 @@ def test_losses_and_gradients_are_those_of_rows_alone(family, budget):
         loss.backward()
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     ours, theirs = (
-        torch.cat([p.grad.double().flatten() for p in of.parameters() if p.grad is not None]) for of in (model, exact)
+        torch.cat([p.grad.double().flatten() for p in network.parameters() if p.grad is not None])
+        for network in (model, exact)
     )
     assert ours.shape == theirs.shape and (ours - theirs).norm() <= 2e-5 * theirs.norm()
 
 
-def test_the_rows_of_a_group_follow_each_other_in_their_order():
-    model, groups = model_of("llama"), groups_of(segments=False)
-    order = [row for batch in batcher_of(model, groups).batches(groups) for row in batch.examples]
-    place = {id(row): number for number, row in enumerate(order)}
+def test_rows_of_a_group_are_consecutive():
+    model, groups = build_model("llama"), make_groups(segments=False)
+    order = [row for batch in build_batcher(model, groups).batches(groups) for row in batch.examples]
+    positions = {id(row): number for number, row in enumerate(order)}
     for group in groups:
-        first = place[id(group.rows[0])]
-        assert [place[id(row)] for row in group.rows] == list(range(first, first + len(group.rows)))
+        first = positions[id(group.rows[0])]
+        assert [positions[id(row)] for row in group.rows] == list(range(first, first + len(group.rows)))
 
 
-def test_a_head_that_reads_more_than_the_first_token_takes_padded_rows():
+def test_head_with_mean_pooling_uses_padded_rows():
     shape = {**SHAPE, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
     config = transformers.ModernBertConfig(**shape, classifier_pooling="mean")
     model = AutoModelForSequenceClassification.from_config(config).eval()
-    assert not reads_first(model)
-    groups = groups_of(segments=False)
-    assert not isinstance(batcher_of(model, groups), PackedLabelBatcher)
-    assert reads_first(model_of("bert")) and not reads_first(model_of("llama"))
+    assert not uses_first_token(model)
+    groups = make_groups(segments=False)
+    assert not isinstance(build_batcher(model, groups), PackedLabelBatcher)
+    assert uses_first_token(build_model("bert")) and not uses_first_token(build_model("llama"))
 
 
-def test_virtual_tokens_before_rows_are_padded():
-    groups = groups_of(segments=False)
+def test_virtual_tokens_use_padded_rows():
+    groups = make_groups(segments=False)
     task = RerankingTask("reranking")
-    batcher, _ = task.batcher(model_of("bert"), groups, device="cpu", virtual_tokens=4)
+    batcher, _ = task.batcher(build_model("bert"), groups, device="cpu", virtual_tokens=4)
     assert not isinstance(batcher, PackedLabelBatcher)

@@ -1,4 +1,4 @@
-"""Features of frozen layers over several processes: one store a machine, and the run of one process."""
+"""Several processes share one feature cache per machine and produce the run of one process."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from deltaw.runs.fit import fit
 from deltaw.training.features import store as stores
 from deltaw.training.features.prefix_cache import Sharing
 from deltaw.training.features.store import Shape, open_store
-from deltaw.training.parallel.group import Group
-from deltaw.training.parallel.group import Told as Processes
-from tests.conftest import laid_over, write_rows
+from deltaw.training.parallel.group import Group, LaunchEnvironment
+from tests.conftest import deep_merge, write_rows
 from tests.training.parallel_runs import assert_same_run, needs_gloo, train_all
 
 pytestmark = needs_gloo
@@ -26,47 +25,47 @@ KINDS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_share_the_features_of_a_machine_and_train_as_one(of, tmp_path, kind, monkeypatch):
-    made = of(tmp_path / "one", **laid_over(KINDS[kind], {"train": {"keep_features": True, "samples": 0}}))
+def test_two_processes_share_features_and_match_one(make_config, tmp_path, kind, monkeypatch):
+    config = make_config(tmp_path / "one", **deep_merge(KINDS[kind], {"train": {"keep_features": True, "samples": 0}}))
     if kind == "head":
         rows = ({"text": "word " * (1 + n % 7) + "no" * (n % 2), "label": "ab"[n % 2]} for n in range(14))
-        made["data"] = {"train": str(write_rows(tmp_path / "rows.jsonl", rows)), "eval": 5}
+        config["data"] = {"train": str(write_rows(tmp_path / "rows.jsonl", rows)), "eval": 5}
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "of one"))
-    fit(made)
+    fit(config)
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "of two"))
-    assert "features computed once for each row" in train_all(made | {"output": str(tmp_path / "two")})[0]
+    assert "features computed once for each row" in train_all(config | {"output": str(tmp_path / "two")})[0]
     assert_same_run(tmp_path / "two", tmp_path / "one")
-    (one,), (two,) = (
-        [p for p in (tmp_path / name / "features").iterdir() if p.is_dir()] for name in ("of one", "of two")
+    (single,), (pair,) = (
+        [p for p in (tmp_path / n / "features").iterdir() if p.is_dir()] for n in ("of one", "of two")
     )
-    assert sorted(p.name for p in two.iterdir()) == sorted(p.name for p in one.iterdir())
-    assert np.fromfile(two / stores.DONE, np.uint8).all()  # also rows that the other process alone met
-    assert one.name == two.name
-    values = [np.fromfile(folder / stores.VALUES, np.float32) for folder in (one, two)]
+    assert sorted(p.name for p in pair.iterdir()) == sorted(p.name for p in single.iterdir())
+    assert np.fromfile(pair / stores.DONE, np.uint8).all()  # including rows computed only by the other process
+    assert single.name == pair.name
+    values = [np.fromfile(folder / stores.VALUES, np.float32) for folder in (single, pair)]
     assert np.linalg.norm(values[0] - values[1]) <= 1e-5 * np.linalg.norm(values[0]) > 0
 
 
-class Told(Group):
-    """A process whose texts are those of all."""
+class SharedTextGroup(Group):
+    """Process group that exchanges texts through a dictionary."""
 
-    def __init__(self, rank, of_all):
-        super().__init__(Processes(rank, 2, rank, 2, "", 0, False, "0", 1.0), None, None)
-        self.of_all = of_all
+    def __init__(self, rank, texts_by_rank):
+        super().__init__(LaunchEnvironment(rank, 2, rank, 2, "", 0, False, "0", 1.0), None, None)
+        self.texts_by_rank = texts_by_rank
 
     def texts(self, text):
-        self.of_all[self.rank] = text
-        return [self.of_all.get(rank, "") for rank in range(2)]
+        self.texts_by_rank[self.rank] = text
+        return [self.texts_by_rank.get(rank, "") for rank in range(2)]
 
 
-def test_what_one_process_stores_another_reads_and_marks(tmp_path):
+def test_processes_read_features_stored_by_each_other(tmp_path):
     shape, texts = Shape.of(4, 8, 3, torch.float32), {}
-    lead, other = Sharing(Told(0, texts)), Sharing(Told(1, texts))
-    assert lead.leads and not other.leads
-    assert not lead.tell(keeps=False) and not other.tell(keeps=False)
+    lead, follower = Sharing(SharedTextGroup(0, texts)), Sharing(SharedTextGroup(1, texts))
+    assert lead.is_leader and not follower.is_leader
+    assert not lead.exchange(has_store=False) and not follower.exchange(has_store=False)
     first = open_store("a", shape, folder=tmp_path)
-    lead.opened(first)
-    assert lead.tell(keeps=True) and other.tell(keeps=False)
-    second = other.join(shape)
+    lead.publish(first)
+    assert lead.exchange(has_store=True) and follower.exchange(has_store=False)
+    second = follower.join(shape)
     values = torch.arange(6.0).view(2, 3)
     second.write(np.array([1]), np.array([2, 3]), values)
     assert first.done.tolist() == [False, True, False, False]
@@ -75,8 +74,8 @@ def test_what_one_process_stores_another_reads_and_marks(tmp_path):
     assert second.done.tolist() == [False, True, False, True]
     first.close()
     second.close()
-    again = open_store("a", shape, folder=tmp_path)
-    assert again.done.tolist() == [False, True, False, True] and not list(again.folder.glob("seen*"))
-    again.close()
-    with pytest.raises(UserError, match="not those of this one"):
-        other.join(Shape.of(4, 9, 3, torch.float32))
+    reopened = open_store("a", shape, folder=tmp_path)
+    assert reopened.done.tolist() == [False, True, False, True] and not list(reopened.folder.glob("seen*"))
+    reopened.close()
+    with pytest.raises(UserError, match="do not match those of this process"):
+        follower.join(Shape.of(4, 9, 3, torch.float32))

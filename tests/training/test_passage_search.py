@@ -1,4 +1,4 @@
-"""Retrieval evaluation of embeddings searches all passages of the file that the held-out rows come from."""
+"""Retrieval evaluation searches all passages of the evaluated file, including those of training rows."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ import numpy as np
 import pytest
 import torch
 
-from deltaw.training.embedding.objective import key_of_text
-from deltaw.training.monitoring.best import evaluated_parts
+from deltaw.training.embedding.objective import text_key
+from deltaw.training.monitoring.best import evaluated_rows
 from deltaw.training.tasks import embedding
 from deltaw.training.tasks.embedding import evaluate_embeddings, searched_passages
 from tests.conftest import THREADS, write_rows
 from tests.serving.encoder_models import write_bert
-from tests.training.runs import session_of
+from tests.training.runs import build_session
 
 WORDS = ("snow", "bread", "river", "engine", "violin", "planet", "garden", "number", "stone", "cloud")
 
 
 def rows_of(count: int, seed: int = 0) -> list[dict]:
-    draw = np.random.default_rng(seed)
-    texts = [" ".join(draw.choice(WORDS, 4)) + f" {n}" for n in range(2 * count)]
+    random = np.random.default_rng(seed)
+    texts = [" ".join(random.choice(WORDS, 4)) + f" {n}" for n in range(2 * count)]
     return [{"anchor": a, "positive": b} for a, b in zip(texts[::2], texts[1::2], strict=True)]
 
 
 def run_settings(folder, rows: list[dict], **data) -> dict:
-    """Settings of a run into ``folder / "run"``; the tiny encoder is written on the first use."""
+    """Return settings of a run into ``folder / "run"``. The first call writes the tiny encoder."""
     model = folder / "bert" if (folder / "bert").is_dir() else write_bert(folder / "bert")
     train = {"learning_rate": 5e-3, "batch_size": 8, "epochs": 1, "drift": False}
     return {
@@ -43,112 +43,115 @@ def run_settings(folder, rows: list[dict], **data) -> dict:
 
 
 @pytest.fixture
-def made(tmp_path):
+def make_settings(tmp_path):
     return functools.partial(run_settings, tmp_path)
 
 
-def evaluate(session, rows=None, most=None):
+def evaluate(session, rows=None, max_passages=None):
     with session.running():
         rows = session.data.held_out if rows is None else rows
-        return evaluate_embeddings(session.objective, rows, session.batcher, most)
+        return evaluate_embeddings(session.objective, rows, session.batcher, max_passages)
 
 
 def vectors_of(session, rows) -> dict[bytes, torch.Tensor]:
-    """Vectors of length 1 by text, each text alone in the model."""
-    texts = {key_of_text(text): text for row in rows for text in row.rows}
-    found = {}
+    """Return the normalized vector of each distinct text, computed without batching."""
+    texts = {text_key(text): text for row in rows for text in row.rows}
+    vectors = {}
     for key, text in texts.items():
         (hidden,) = session.model(input_ids=torch.from_numpy(text.tokens).long()[None]).last_hidden_state
-        found[key] = torch.nn.functional.normalize(hidden.mean(0), dim=0).detach()
-    return found
+        vectors[key] = torch.nn.functional.normalize(hidden.mean(0), dim=0).detach()
+    return vectors
 
 
 def ranks_by_hand(session, rows, file) -> list[int]:
-    """For each row, the rank of the first right passage among all passages of the file but the query's own text."""
+    """Return the rank of the first correct passage for each query in the passages of ``file``.
+
+    The text of the query itself is excluded unless it is a correct passage.
+    """
     vectors = vectors_of(session, file)
-    passages = {key_of_text(text) for row in file for text in row.rows[1:]}
-    found = []
-    for query in dict.fromkeys(key_of_text(row.rows[0]) for row in rows):
-        right = {key_of_text(row.rows[1]) for row in file if key_of_text(row.rows[0]) == query}
-        scores = {key: float(vectors[query] @ vectors[key]) for key in passages if key != query or key in right}
+    passages = {text_key(text) for row in file for text in row.rows[1:]}
+    ranks = []
+    for query in dict.fromkeys(text_key(row.rows[0]) for row in rows):
+        correct = {text_key(row.rows[1]) for row in file if text_key(row.rows[0]) == query}
+        scores = {key: float(vectors[query] @ vectors[key]) for key in passages if key != query or key in correct}
         ordered = sorted(scores, key=lambda key: -scores[key])
-        found.append(1 + next(rank for rank, key in enumerate(ordered) if key in right))
-    return found
+        ranks.append(1 + next(rank for rank, key in enumerate(ordered) if key in correct))
+    return ranks
 
 
 @pytest.mark.parametrize("groups", [1, 3, 4096])
-def test_held_out_queries_are_ranked_among_all_passages_of_the_file(made, monkeypatch, groups):
+def test_queries_are_ranked_among_all_passages_of_file(make_settings, monkeypatch, groups):
     monkeypatch.setattr(embedding, "_GROUPS_AT_ONCE", groups)
-    session = session_of(made(rows_of(60)))
-    held_out, train = list(session.data.held_out), list(session.data.train)
-    found = evaluate(session)
-    ranks = np.array(ranks_by_hand(session, held_out, [*held_out, *train]))
-    assert found.metrics["passages_searched"] == 60 and "passages_in_file" not in found.metrics
-    assert found.metrics["recall@1"] == pytest.approx((ranks == 1).mean())
-    assert found.metrics["mrr@10"] == pytest.approx(np.where(ranks <= 10, 1 / ranks, 0).mean())
-    alone = np.array(ranks_by_hand(session, held_out, held_out))
-    assert (ranks > alone).any(), "the passages of the training rows must matter in this test"
+    session = build_session(make_settings(rows_of(60)))
+    eval_rows, train = list(session.data.held_out), list(session.data.train)
+    evaluation = evaluate(session)
+    ranks = np.array(ranks_by_hand(session, eval_rows, [*eval_rows, *train]))
+    assert evaluation.metrics["passages_searched"] == 60 and "passages_in_file" not in evaluation.metrics
+    assert evaluation.metrics["recall@1"] == pytest.approx((ranks == 1).mean())
+    assert evaluation.metrics["mrr@10"] == pytest.approx(np.where(ranks <= 10, 1 / ranks, 0).mean())
+    ranks_of_eval_rows = np.array(ranks_by_hand(session, eval_rows, eval_rows))
+    assert (ranks > ranks_of_eval_rows).any(), "passages of training rows must affect the ranks in this test"
 
 
-def test_every_right_passage_of_a_query_in_the_file_counts(made):
+def test_every_correct_passage_in_file_counts(make_settings):
     rows = rows_of(30)
     for n in range(10):
         rows.append({"anchor": rows[n]["anchor"], "positive": f"{rows[n]['anchor']} again"})
-    session = session_of(made([row | {"part": n % 7} for n, row in enumerate(rows)], group="part"))
+    session = build_session(make_settings([row | {"part": n % 7} for n, row in enumerate(rows)], group="part"))
     file = session.data.held_out[0].file_rows
-    asked = {row.group for row in session.data.held_out}
-    assert any(row.group in asked for row in session.data.train), "a right passage must be among the training rows"
+    query_groups = {row.group for row in session.data.held_out}
+    assert any(row.group in query_groups for row in session.data.train), "a training row must contain a correct passage"
     ranks = ranks_by_hand(session, session.data.held_out, file)
     assert evaluate(session).metrics["mrr@10"] == pytest.approx(np.mean([1 / r if r <= 10 else 0 for r in ranks]))
 
 
-def test_equal_passages_are_one(made):
+def test_equal_passages_are_deduplicated(make_settings):
     rows = rows_of(40)
     for row in rows[10:]:
         row["positive"] = rows[0]["positive"]
-    assert evaluate(session_of(made(rows))).metrics["passages_searched"] == 10
+    assert evaluate(build_session(make_settings(rows))).metrics["passages_searched"] == 10
 
 
-def test_a_passage_with_the_text_of_the_query_is_not_ranked(made):
+def test_passage_equal_to_query_is_not_ranked(make_settings):
     rows = rows_of(40)
     for n in range(40):  # each query is the passage of another row, and would rank first with cosine 1
         rows.append({"anchor": f"other {n}", "positive": rows[n]["anchor"]})
-    session = session_of(made(rows))
+    session = build_session(make_settings(rows))
     file = list(session.data.held_out[0].file_rows)
     ranks = np.array(ranks_by_hand(session, session.data.held_out, file))
     assert evaluate(session).metrics["mrr@10"] == pytest.approx(np.where(ranks <= 10, 1 / ranks, 0).mean())
 
 
-def test_a_limited_search_has_the_right_passages_and_reports_its_size(made):
-    session = session_of(made(rows_of(60)))
-    found, whole = evaluate(session, most=20), evaluate(session)
-    assert (found.metrics["passages_searched"], found.metrics["passages_in_file"]) == (20, 60)
-    assert found.metrics["mrr@10"] >= whole.metrics["mrr@10"]
+def test_limited_search_contains_correct_passages_and_reports_size(make_settings):
+    session = build_session(make_settings(rows_of(60)))
+    limited, full = evaluate(session, max_passages=20), evaluate(session)
+    assert (limited.metrics["passages_searched"], limited.metrics["passages_in_file"]) == (20, 60)
+    assert limited.metrics["mrr@10"] >= full.metrics["mrr@10"]
     assert list(searched_passages(session.data.held_out, 20)) == list(searched_passages(session.data.held_out, 20)), (
-        "the sample is the same in each evaluation"
+        "each evaluation uses the same sample"
     )
 
 
-def test_some_rows_of_a_file_are_evaluated_against_the_whole_file(made):
-    session = session_of(made(rows_of(60)))
+def test_row_subset_is_evaluated_against_entire_file(make_settings):
+    session = build_session(make_settings(rows_of(60)))
     assert evaluate(session, session.data.held_out[:3]).metrics["passages_searched"] == 60
 
 
-def test_an_evaluation_file_is_its_own_corpus(made, tmp_path):
-    other = write_rows(tmp_path / "other.jsonl", rows_of(7, seed=3))
-    session = session_of(made(rows_of(60), eval=str(other)))
+def test_evaluation_file_is_searched_without_training_file(make_settings, tmp_path):
+    other_file = write_rows(tmp_path / "other.jsonl", rows_of(7, seed=3))
+    session = build_session(make_settings(rows_of(60), eval=str(other_file)))
     assert evaluate(session).metrics["passages_searched"] == 7
 
 
-def test_scored_pairs_and_classes_embed_nothing_else(made):
+def test_scored_pairs_and_classes_embed_no_extra_passages(make_settings):
     for extra in ({"score": 0.5}, {}):
         rows = [row | extra for row in rows_of(30)]
         if not extra:
             rows = [{"text": row["anchor"], "label": str(n % 3)} for n, row in enumerate(rows)]
-        session = session_of(made(rows))
-        assert len(evaluated_parts(session)) == 1
+        session = build_session(make_settings(rows))
+        assert len(evaluated_rows(session)) == 1
 
 
-def test_costs_count_the_passages_of_the_file(made):
-    session = session_of(made(rows_of(60)))
-    assert sum(map(len, evaluated_parts(session))) == 12 + 24  # two passages are as much work as a row
+def test_evaluation_cost_includes_passages_of_file(make_settings):
+    session = build_session(make_settings(rows_of(60)))
+    assert sum(map(len, evaluated_rows(session))) == 12 + 24  # two passages cost as much as a row

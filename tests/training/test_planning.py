@@ -1,6 +1,6 @@
-"""A plan against the truth: the same run, run with weights, its allocations counted by the allocator.
+"""Memory plans match the peak that the allocator counts in the same run with real weights.
 
-The models are small, but large enough that tensors outweigh what a kernel takes for itself.
+The models are small, but their tensors are larger than the workspaces of kernels.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ from deltaw.machine.choices import Choice
 from deltaw.machine.memory import release_free_memory, resident_bytes
 from deltaw.memory.measure import peak_tensor_bytes, storage_bytes
 from deltaw.memory.plan import KINDS, PHASES, Plan
-from deltaw.runs.fit import fit, load_for, read_data
+from deltaw.progress import use_listener
+from deltaw.runs.fit import fit, load_model, read_data
 from deltaw.settings import RunConfig
 from deltaw.tensor_files import read_header
 from deltaw.training.approximations import GradientCheck
-from deltaw.training.planning.plan_run import LASTING, plan_each, plan_run
-from deltaw.training.planning.remembered import Remembered
+from deltaw.training.planning.plan_cache import CachedPlan
+from deltaw.training.planning.plan_run import LASTING_BYTES, plan_methods, plan_run
 from deltaw.training.session import assemble
 from deltaw.training.state import rows_of_step
-from deltaw.working import listening
-from tests.byte_models import byte_tokenizer, saved, tiny_llama
-from tests.conftest import RATES, laid_over, write_rows
+from tests.byte_models import byte_tokenizer, save_model, tiny_llama
+from tests.conftest import RATES, deep_merge, write_rows
 from tests.training.runs import METHODS as OF_METHODS
-from tests.training.runs import fit_aloud, outcome, session_of
+from tests.training.runs import build_session, fit_with_output, outcome
 
 SHAPE = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
 TASKS = {"llama": "causal-lm", "bert": "sequence-classification", "vit": "image-classification"}
-# Blocks that oneDNN lays out anew for products in half precision: a plan leaves them out, and they do not
-# grow with the model.
+# Buffers in which oneDNN repacks blocks of half-precision products. They are not planned and do not grow with the
+# model.
 HALF_PRODUCTS = 128 * 1024
 METHODS = ("lora", "head", "input", "prompt", "bias", "random", "last", "full")
-# Each method in one precision, which alternates over the families; recomputed blocks for some.
+# Each method in one precision, alternating over the families. Some cases use activation checkpointing.
 CASES = [
     ("llama", "lora", "fp32", True),
     *(("llama", method, ("bf16", "fp32")[n % 2], False) for n, method in enumerate(METHODS)),
@@ -57,9 +57,7 @@ CASES = [
     *(("bert", method, ("fp32", "bf16")[n % 2], False) for n, method in enumerate(METHODS)),
     *(("vit", method, ("bf16", "fp32")[n % 2], method == "full") for n, method in enumerate(METHODS) if n != 3),
 ]
-SELDOM = [
-    case for case in CASES if case[0] != "llama" and not case[3] and case[:2] not in (("bert", "head"), ("vit", "lora"))
-]
+SLOW_CASES = [c for c in CASES if c[0] != "llama" and not c[3] and c[:2] not in (("bert", "head"), ("vit", "lora"))]
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +67,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A folder for each family, and one file of rows for each: all rows of one family are alike in length."""
+    """Return a folder with a model and a file of rows per family. All rows of a family have the same length."""
     root = tmp_path_factory.mktemp("planned")
     torch.manual_seed(0)
     tiny_llama(**SHAPE, initializer_range=0.05).save_pretrained(root / "llama")
@@ -82,7 +80,7 @@ def folders(tmp_path_factory):
     marks = [letter * 30 for letter in string.ascii_lowercase]
     write_rows(root / "llama.jsonl", ({"prompt": f"say {m}", "completion": m} for m in marks))
     write_rows(root / "bert.jsonl", ({"text": m, "label": "even" if n % 2 else "odd"} for n, m in enumerate(marks)))
-    lines = (",".join([*(str((n * place) % 251) for place in range(256)), str(n % 2)]) for n in range(26))
+    lines = (",".join([*(str((n * column) % 251) for column in range(256)), str(n % 2)]) for n in range(26))
     (root / "vit.csv").write_text("\n".join(lines) + "\n")
     return root
 
@@ -90,7 +88,7 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def config_of(folders) -> Callable[..., RunConfig]:
     def make(family: str, method: str, precision: str = "fp32", **changes: object) -> RunConfig:
-        plain = {
+        defaults = {
             "model": str(folders / family),
             "task": TASKS[family],
             "data": {"train": str(folders / f"{family}.{'csv' if family == 'vit' else 'jsonl'}"), "eval": 2},
@@ -101,28 +99,28 @@ def config_of(folders) -> Callable[..., RunConfig]:
             "device": "cpu",
             "threads": 1,
         }
-        return RunConfig.read(laid_over(plain, changes))
+        return RunConfig.read(deep_merge(defaults, changes))
 
     return make
 
 
-def planned(config: RunConfig) -> Plan:
+def make_plan(config: RunConfig) -> Plan:
     task, data = read_data(config)
     return plan_run(config, task, data)
 
 
-def as_it_runs(config: RunConfig, *, peak_too: bool = True) -> Plan:
-    """The plan of a run that is carried out, and takes what was planned."""
+def run_and_check_plan(config: RunConfig, *, check_peak: bool = True) -> Plan:
+    """Execute a run, check that it uses the planned memory, and return its plan."""
     task, data = read_data(config)
     plan = plan_run(config, task, data)
-    loaded = load_for(config, task, data)
+    loaded = load_model(config, task, data)
     total = sum(p.numel() for p in loaded.model.parameters())
     trained = []
 
     def run() -> None:
-        offered = () if loaded.kernels is None else loaded.kernels.approximations
+        candidates = () if loaded.kernels is None else loaded.kernels.approximations
         session = assemble(
-            config, task, data, loaded.model, device="cpu", new_modules=loaded.new_modules, offered=offered
+            config, task, data, loaded.model, device="cpu", new_modules=loaded.new_modules, candidates=candidates
         )
         trained.append(sum(p.numel() for _, p in session.method.parameters(loaded.model)))
         with session.running():
@@ -132,7 +130,7 @@ def as_it_runs(config: RunConfig, *, peak_too: bool = True) -> Plan:
 
     peak = peak_tensor_bytes(run, alive=[*loaded.model.parameters(), *loaded.model.buffers()])
     assert (plan.total_parameters, plan.trained_parameters) == (total, *trained)
-    if peak_too:
+    if check_peak:
         tolerance = HALF_PRODUCTS if config.precision == "bf16" else None
         assert plan.peak_bytes == pytest.approx(peak, rel=0.03, abs=tolerance)
     return plan
@@ -140,10 +138,10 @@ def as_it_runs(config: RunConfig, *, peak_too: bool = True) -> Plan:
 
 @pytest.mark.parametrize(
     ("family", "method", "precision", "checkpointing"),
-    [pytest.param(*case, marks=pytest.mark.slow if case in SELDOM else []) for case in CASES],
+    [pytest.param(*case, marks=pytest.mark.slow if case in SLOW_CASES else []) for case in CASES],
 )
-def test_a_plan_is_what_the_run_takes(family, method, precision, checkpointing, config_of):
-    plan = as_it_runs(config_of(family, method, precision, train={"checkpointing": checkpointing}))
+def test_plan_matches_peak_of_run(family, method, precision, checkpointing, config_of):
+    plan = run_and_check_plan(config_of(family, method, precision, train={"checkpointing": checkpointing}))
     assert (plan.method, plan.precision) == (method, precision)
     assert plan.parts.keys() == set(KINDS) and plan.phase in PHASES
     assert sum(plan.parts.values()) == plan.peak_bytes
@@ -152,11 +150,11 @@ def test_a_plan_is_what_the_run_takes(family, method, precision, checkpointing, 
 
 
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
-def test_a_plan_knows_what_products_take_that_torch_computes(precision, config_of, monkeypatch):
-    rates = {stored: {**of, "torch": 1e4} for stored, of in RATES.items()}
+def test_plan_includes_memory_of_torch_products(precision, config_of, monkeypatch):
+    rates = {stored: {**values, "torch": 1e4} for stored, values in RATES.items()}
     monkeypatch.setenv("DELTAW_MEASURED", json.dumps({"*": rates}))
-    with loader.computing():
-        assert as_it_runs(config_of("llama", "lora", precision)).arithmetic[precision] == "torch"
+    with loader.temporary_arithmetic():
+        assert run_and_check_plan(config_of("llama", "lora", precision)).arithmetic[precision] == "torch"
 
 
 @pytest.mark.parametrize(
@@ -166,185 +164,185 @@ def test_a_plan_knows_what_products_take_that_torch_computes(precision, config_o
         pytest.param("bert", "regression", "lora", marks=pytest.mark.slow),
     ],
 )
-def test_other_tasks_are_planned_alike(family, task, method, config_of, tmp_path):
+def test_plan_matches_peak_of_other_tasks(family, task, method, config_of, tmp_path):
     rows = ({"text": f"{n:02}" * 15, "label": n % 2} for n in range(26))
     file = write_rows(tmp_path / "rows.jsonl", rows)
-    as_it_runs(config_of(family, method, task=task, data={"train": str(file)}))
+    run_and_check_plan(config_of(family, method, task=task, data={"train": str(file)}))
 
 
 @pytest.mark.parametrize(("family", "layers"), [("llama", 14), ("gpt2", 8)])
-def test_int8_weights_are_planned(family, layers, config_of, folders):
+def test_plan_includes_int8_weights(family, layers, config_of, folders):
     changes = {"model": str(folders / family), "data": {"train": str(folders / "llama.jsonl")}}
     config = config_of("llama", "lora", "int8", **changes)
-    plan, session = planned(config), session_of(config)
+    plan, session = make_plan(config), build_session(config)
     frozen = [p for p in session.model.parameters() if not p.requires_grad]
     session.close()
     assert sum(weight_scales(module) is not None for module in session.model.modules()) == layers
-    # A dry run has no inputs to calibrate on, and so no SmoothQuant scales.
-    taken = storage_bytes([*frozen, *session.model.buffers()])
-    assert plan.parts["weights"] == pytest.approx(taken, rel=0.015)
+    # A dry run has no calibration inputs and therefore no SmoothQuant scales.
+    weight_bytes = storage_bytes([*frozen, *session.model.buffers()])
+    assert plan.parts["weights"] == pytest.approx(weight_bytes, rel=0.015)
     assert plan.parts["weights"] < 0.75 * 2 * plan.total_parameters  # in bf16 each takes two bytes
 
 
 @pytest.mark.parametrize("epochs", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_an_activated_adapter_is_planned_with_prompts_run_apart(epochs, config_of, tmp_path, monkeypatch):
+def test_plan_includes_separate_prompt_pass_of_activated_adapter(epochs, config_of, tmp_path, monkeypatch):
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
     rows = ({"prompt": f"{n:02}" * 25, "completion": f"{n:03}" * 3} for n in range(26))
-    data, lora = {"train": str(write_rows(tmp_path / "rows.jsonl", rows))}, {"activation": "completion"}
+    data, lora = {"train": str(write_rows(tmp_path / "rows.jsonl", rows))}, {"active": "completion"}
     train = {"max_steps": 3 * epochs, "keep_features": epochs > 1}
-    plan = as_it_runs(config_of("llama", "lora", lora=lora, data=data, train=train))
+    plan = run_and_check_plan(config_of("llama", "lora", lora=lora, data=data, train=train))
     stored = [file.stat().st_size for file in (tmp_path / "cache").rglob("values.bin")]
     assert stored == ([plan.disk_bytes] if epochs > 1 else []) and (plan.disk_bytes > 0) == (epochs > 1)
 
 
-def test_kept_features_are_planned_and_leave_nothing_on_the_disk(config_of, tmp_path, monkeypatch):
+def test_plan_with_feature_cache_writes_no_files(config_of, tmp_path, monkeypatch):
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
     config = config_of("vit", "last", train={"keep_features": True, "max_steps": 6})
-    plan = planned(config)
+    plan = make_plan(config)
     assert not (tmp_path / "cache" / "features").exists()
-    usual = planned(config_of("vit", "last", train={"max_steps": 6}))
+    usual = make_plan(config_of("vit", "last", train={"max_steps": 6}))
     assert plan.operations < usual.operations and plan.trained_parameters == usual.trained_parameters
-    as_it_runs(config)
+    run_and_check_plan(config)
     assert any((tmp_path / "cache" / "features").iterdir())
 
 
 @pytest.mark.parametrize("family", ["llama", pytest.param("vit", marks=pytest.mark.slow)])
-def test_an_evaluation_whose_passes_are_larger_than_a_steps_is_planned(family, config_of):
-    plan = as_it_runs(config_of(family, "head", data={"eval": 18}, train={"batch_size": 1}))
+def test_plan_includes_evaluation_larger_than_step(family, config_of):
+    plan = run_and_check_plan(config_of(family, "head", data={"eval": 18}, train={"batch_size": 1}))
     assert (plan.phase, plan.rows) == ("forward", 1)
 
 
-def test_lora_trains_the_ranks_times_both_sides_of_every_target(config_of):
+def test_lora_parameter_count_is_rank_times_both_dimensions(config_of):
     layers = [m for m in tiny_llama(**SHAPE).model.layers.modules() if isinstance(m, nn.Linear)]
     sides = sum(m.in_features + m.out_features for m in layers)
-    plans = {rank: planned(config_of("llama", "lora", lora={"rank": rank})) for rank in (4, 16)}
+    plans = {rank: make_plan(config_of("llama", "lora", lora={"rank": rank})) for rank in (4, 16)}
     for rank, plan in plans.items():
         assert plan.trained_parameters == rank * sides
         assert plan.parts["optimizer"] == pytest.approx(2 * 4 * plan.trained_parameters, rel=0.01)
-    # Loading is the peak of the process with a model this small, and does not depend on the rank.
+    # With a model this small, the process peaks during loading, which does not depend on the rank.
     small, large = ((p.peak_bytes, p.phases["training"] - p.resident["process"]) for p in plans.values())
     assert large[0] > small[0] and large[1] > small[1]
 
 
-def test_memory_follows_passes_and_what_is_kept_of_them(config_of):
-    plain, head = (planned(config_of("llama", method)) for method in ("lora", "head"))
-    recomputed = planned(config_of("llama", "lora", train={"checkpointing": True}))
+def test_memory_depends_on_pass_size_and_stored_activations(config_of):
+    plain, head = (make_plan(config_of("llama", method)) for method in ("lora", "head"))
+    recomputed = make_plan(config_of("llama", "lora", train={"checkpointing": True}))
     assert recomputed.parts["activations"] < 0.6 * plain.parts["activations"]
     assert recomputed.peak_bytes < plain.peak_bytes and recomputed.operations > plain.operations
-    shorter = planned(config_of("llama", "lora", train={"tokens_per_pass": 128}))
+    shorter = make_plan(config_of("llama", "lora", train={"tokens_per_pass": 128}))
     assert shorter.tokens < plain.tokens and shorter.peak_bytes < plain.peak_bytes
     assert head.rows == 8 and head.parts["activations"] < 0.1 * plain.parts["activations"]
     assert head.parts["weights"] + head.parts["trained"] < plain.parts["weights"] + plain.parts["trained"]
 
 
-def test_the_largest_pass_of_all_steps_is_planned(config_of, tmp_path):
+def test_plan_uses_largest_pass_of_all_steps(config_of, tmp_path):
     lengths = [3] * 20 + [100] + [3] * 19
     rows = ({"prompt": f"{n:03}", "completion": "z" * length} for n, length in enumerate(lengths))
     file = write_rows(tmp_path / "rows.jsonl", rows)
     train = {"batch_size": 2, "max_steps": None, "epochs": 1}
     config = config_of("llama", "bias", data={"train": str(file), "eval": None}, train=train)
-    plan, session = planned(config), session_of(config)
+    plan, session = make_plan(config), build_session(config)
     steps = [rows_of_step(session.data.train, n, 2, config.train.seed) for n in range(session.total_steps)]
     assert len(steps) == 20
     passes = [batch.inputs["input_ids"].numel() for step in steps for batch in session.batcher.batches(step)]
     assert plan.tokens == max(passes) > 100
 
 
-def test_a_shorter_pass_with_many_labels_may_be_the_peak(config_of, tmp_path):
-    wordy = saved(tiny_llama(**SHAPE, vocab_size=6000), tmp_path / "wordy")
+def test_shorter_pass_with_more_labels_sets_peak(config_of, tmp_path):
+    model_folder = save_model(tiny_llama(**SHAPE, vocab_size=6000), tmp_path / "wordy")
     long = [{"prompt": "p" * 90 + f"{n:03}", "completion": "z"} for n in range(3)]
     answers = [{"prompt": f"{n:03}", "completion": "z" * 60} for n in range(3)]
     file = write_rows(tmp_path / "rows.jsonl", [*long, *answers])
     train = {"batch_size": 1, "max_steps": None, "epochs": 1, "checkpointing": True}
     data = {"train": str(file), "eval": None}
-    as_it_runs(config_of("llama", "lora", data=data, train=train, model=str(wordy)))
+    run_and_check_plan(config_of("llama", "lora", data=data, train=train, model=str(model_folder)))
 
 
-def test_the_classes_of_the_data_are_outputs_of_the_planned_head(config_of, tmp_path):
+def test_planned_head_has_one_output_per_class(config_of, tmp_path):
     rows = ({"text": f"{n:02}" * 15, "label": f"class {n % 7}"} for n in range(26))
-    seven = {"train": str(write_rows(tmp_path / "rows.jsonl", rows))}
-    two, more = (planned(config_of("bert", "head", "bf16", **changes)) for changes in ({}, {"data": seven}))
-    assert more.total_parameters - two.total_parameters == 5 * (SHAPE["hidden_size"] + 1)
+    data = {"train": str(write_rows(tmp_path / "rows.jsonl", rows))}
+    two_classes, seven_classes = (make_plan(config_of("bert", "head", "bf16", **c)) for c in ({}, {"data": data}))
+    assert seven_classes.total_parameters - two_classes.total_parameters == 5 * (SHAPE["hidden_size"] + 1)
 
 
 @contextlib.contextmanager
-def header_alone(path: str | Path, **_: object):
-    """Stands for ``safetensors.safe_open``; it knows names, and no values."""
+def open_header(path: str | Path, **_: object):
+    """Replacement for ``safetensors.safe_open`` that provides names but no values."""
     yield SimpleNamespace(keys=lambda: list(read_header(Path(path))))
 
 
-@pytest.mark.parametrize("how", [("llama", "lora", "fp32"), ("bert", "head", "bf16")])
-def test_no_weight_is_read(how, config_of, folders, tmp_path, monkeypatch):
+@pytest.mark.parametrize("case", [("llama", "lora", "fp32"), ("bert", "head", "bf16")])
+def test_plan_reads_no_weights(case, config_of, folders, tmp_path, monkeypatch):
     for module in list(sys.modules.values()):
         if getattr(module, "__dict__", {}).get("safe_open") is safetensors.safe_open and module is not safetensors:
-            monkeypatch.setattr(module, "safe_open", header_alone)
-    monkeypatch.setattr(safetensors, "safe_open", header_alone)
-    shutil.copytree(folders / how[0], tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
-    without, whole = planned(config_of(*how, model=str(tmp_path / "model"))), planned(config_of(*how))
-    assert (without.peak_bytes, without.trained_parameters) == (whole.peak_bytes, whole.trained_parameters)
+            monkeypatch.setattr(module, "safe_open", open_header)
+    monkeypatch.setattr(safetensors, "safe_open", open_header)
+    shutil.copytree(folders / case[0], tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    without, full = make_plan(config_of(*case, model=str(tmp_path / "model"))), make_plan(config_of(*case))
+    assert (without.peak_bytes, without.trained_parameters) == (full.peak_bytes, full.trained_parameters)
 
 
-def test_a_pooler_that_the_files_do_not_hold_is_trained_and_planned(config_of, tmp_path):
-    saved(BertModel(BertConfig(vocab_size=259, **SHAPE), add_pooling_layer=False), tmp_path / "bert")
-    plan = as_it_runs(config_of("bert", "head", model=str(tmp_path / "bert")), peak_too=False)
+def test_plan_includes_pooler_missing_from_files(config_of, tmp_path):
+    save_model(BertModel(BertConfig(vocab_size=259, **SHAPE), add_pooling_layer=False), tmp_path / "bert")
+    plan = run_and_check_plan(config_of("bert", "head", model=str(tmp_path / "bert")), check_peak=False)
     width = SHAPE["hidden_size"]
     assert plan.trained_parameters == width * (width + 1) + 2 * (width + 1)
 
 
-def test_methods_that_do_not_fit_are_told_of_unless_it_is_the_runs_own(config_of):
+def test_unsupported_method_is_reported_or_raises_for_configured_method(config_of):
     config = config_of("vit", "head")
     task, data = read_data(config)
-    refused = {}
-    assert list(plan_each(config, task, data, ["prompt", "head"], refused=refused.setdefault)) == ["head"]
-    assert list(refused) == ["prompt"] and "does not read tokens" in refused["prompt"].what
+    errors = {}
+    assert list(plan_methods(config, task, data, ["prompt", "head"], on_error=errors.setdefault)) == ["head"]
+    assert list(errors) == ["prompt"] and "does not read tokens" in errors["prompt"].message
     with pytest.raises(UserError, match="does not read tokens"):
-        plan_each(config_of("vit", "prompt"), task, data, ["prompt", "head"], refused=refused.setdefault)
+        plan_methods(config_of("vit", "prompt"), task, data, ["prompt", "head"], on_error=errors.setdefault)
 
 
-def test_the_dry_run_does_not_tell_of_evaluations_and_drift(config_of):
-    told = mock.Mock()
+def test_dry_run_does_not_report_evaluation_progress(config_of):
+    listener = mock.Mock()
     config = config_of("llama", "lora", train={"drift": True})
-    with listening(told):
-        planned(config)
-    works = [call.args[0] for call in told.began.call_args_list]
-    assert works == ["reading the rows", "planning the memory of method lora"]
+    with use_listener(listener):
+        make_plan(config)
+    descriptions = [call.args[0] for call in listener.started.call_args_list]
+    assert descriptions == ["reading the rows", "planning the memory of method lora"]
 
 
 @pytest.mark.planned
-def test_a_run_says_its_plan_and_is_the_same_without_one(settings, tmp_path, monkeypatch):
-    result, said = fit_aloud(settings(tmp_path / "with"))
-    assert "planned memory: " in said and "most of it: " in said
-    told = json.loads(json.dumps(result.as_dict()))
-    assert told["planned_memory_bytes"] == result.plan.peak_resident_bytes > result.plan.peak_bytes
-    assert told["trained_parameters"] == result.plan.trained_parameters
+def test_run_reports_plan_and_is_identical_without_plan(settings, tmp_path, monkeypatch):
+    result, output = fit_with_output(settings(tmp_path / "with"))
+    assert "planned memory: " in output and "mainly: " in output
+    summary = json.loads(json.dumps(result.as_dict()))
+    assert summary["planned_memory_bytes"] == result.plan.peak_resident_bytes > result.plan.peak_bytes
+    assert summary["trained_parameters"] == result.plan.trained_parameters
 
     monkeypatch.setattr("deltaw.runs.fit.plan_run", mock.Mock(side_effect=RuntimeError("a kernel without a shape")))
-    result, said = fit_aloud(settings(tmp_path / "without"))
-    assert "no memory plan" in said and "a kernel without a shape" in said and "planned memory" not in said
+    result, output = fit_with_output(settings(tmp_path / "without"))
+    assert "no memory plan" in output and "a kernel without a shape" in output and "planned memory" not in output
     assert result.plan is None and result.as_dict()["planned_memory_bytes"] is None
     assert outcome(tmp_path / "with") == outcome(tmp_path / "without")
 
 
-def test_a_run_that_the_memory_does_not_suffice_for_is_refused_unless_forced(settings, tmp_path, monkeypatch):
+def test_run_exceeding_memory_is_rejected_unless_forced(settings, tmp_path, monkeypatch):
     monkeypatch.setattr("deltaw.runs.fit.memory_limit_bytes", lambda: Choice(1000, "a small machine"))
-    with pytest.raises(UserError, match="the machine gives 1,000") as refused:
+    with pytest.raises(UserError, match="only 1,000") as error:
         fit(settings(tmp_path / "run"))
-    assert "force" in refused.value.hint and "--budget" in refused.value.hint
+    assert "force" in error.value.hint and "--fit-memory" in error.value.hint
     assert not list(tmp_path.iterdir())
-    result, said = fit_aloud(settings(tmp_path / "run", force=True))
-    assert "of 1 kB" in said and outcome(result.output)
+    result, output = fit_with_output(settings(tmp_path / "run", force=True))
+    assert "of 1 kB" in output and outcome(result.output)
 
 
 @pytest.mark.planned
-def test_what_the_user_got_wrong_is_refused_by_the_plan_already(settings, tmp_path, monkeypatch):
+def test_invalid_settings_are_rejected_by_plan(settings, tmp_path, monkeypatch):
     monkeypatch.setattr("deltaw.runs.fit.load", mock.Mock(side_effect=AssertionError("the model was loaded")))
     with pytest.raises(UserError, match="nosuch"):
         fit(settings(tmp_path / "run", lora={"target_modules": ["nosuch"]}))
     assert not list(tmp_path.iterdir())
 
 
-def test_few_long_rows_that_set_the_peak_are_told_of_with_what_they_cost(config_of, tmp_path):
-    model = str(saved(tiny_llama(**SHAPE, max_position_embeddings=20_000), tmp_path / "model"))
+def test_rare_long_rows_are_reported_with_their_memory(config_of, tmp_path):
+    model = str(save_model(tiny_llama(**SHAPE, max_position_embeddings=20_000), tmp_path / "model"))
 
     def plan_with(words, **limits):
         rows = [{"prompt": f"say {n}", "completion": "word " * 20} for n in range(59)]
@@ -353,56 +351,56 @@ def test_few_long_rows_that_set_the_peak_are_told_of_with_what_they_cost(config_
         train = {"batch_size": 60, "tokens_per_pass": 512}
         config = config_of("llama", "lora", model=model, data=data, train=train)
         task, data = read_data(config)
-        return plan_run(config, task, replace(data, read_peak_bytes=0), process_bytes=450 << 20)  # as a new process
+        return plan_run(config, task, replace(data, read_peak_bytes=0), process_bytes=450 << 20)  # a new process
 
     plan, without = plan_with(3200), plan_with(3200, max_length=512, long_rows="drop")
     saves = plan.long_rows["saves"]
     assert plan.long_rows == {"max_length": 512, "rows": 1, "of": 60, "saves": saves}
     assert plan.peak_bytes - without.peak_bytes == pytest.approx(saves, rel=0.25)
-    assert without.long_rows == {} and plan_with(150).long_rows == {}  # worth nothing beside the libraries
+    assert without.long_rows == {} and plan_with(150).long_rows == {}  # too small compared with the libraries
 
 
-def test_texts_that_a_language_run_generates_are_planned(config_of):
-    """Sample answers, scored answers and general answers need keys, values and logits beside the trained state."""
-    none = planned(config_of("llama", "lora", train={"samples": 0, "eval_answers": 0, "drift": False}))
-    few = planned(config_of("llama", "lora", train={"samples": 0, "eval_answers": 2, "drift": False}))
-    general = planned(config_of("llama", "lora", train={"samples": 0, "eval_answers": 2, "drift": True}))
-    assert "rollouts" not in none.phases
-    assert none.phases["saving"] < few.phases["rollouts"] < general.phases["rollouts"]
+def test_plan_includes_text_generation(config_of):
+    """Generation needs keys, values and logits in addition to the training state."""
+    without = make_plan(config_of("llama", "lora", train={"samples": 0, "eval_answers": 0, "drift": False}))
+    with_eval = make_plan(config_of("llama", "lora", train={"samples": 0, "eval_answers": 2, "drift": False}))
+    with_drift = make_plan(config_of("llama", "lora", train={"samples": 0, "eval_answers": 2, "drift": True}))
+    assert "rollouts" not in without.phases
+    assert without.phases["saving"] < with_eval.phases["rollouts"] < with_drift.phases["rollouts"]
 
 
-def test_a_task_without_text_plans_no_generation(config_of):
-    assert "rollouts" not in planned(config_of("bert", "lora")).phases
+def test_plan_of_task_without_text_has_no_generation(config_of):
+    assert "rollouts" not in make_plan(config_of("bert", "lora")).phases
 
 
-def test_the_comparison_of_gradients_is_planned(config_of, monkeypatch):
-    """It runs 128 tokens or more in fp32, which is above a step with one short row."""
-    offered = SimpleNamespace(approximations=("int8_gradients",))
-    monkeypatch.setattr("deltaw.training.planning.plan_run.settle_kernels", lambda *_: offered)
+def test_plan_includes_gradient_comparison(config_of, monkeypatch):
+    """The comparison runs at least 128 tokens in fp32, which exceeds a step with one short row."""
+    candidates = SimpleNamespace(approximations=("int8_gradients",))
+    monkeypatch.setattr("deltaw.training.planning.plan_run.activate_kernels", lambda *_: candidates)
     one_row = {"batch_size": 1, "keep_features": False}
-    without = planned(config_of("llama", "lora", "bf16", data={"eval": 0}, train={**one_row, "approximate": "off"}))
-    compared = planned(config_of("llama", "lora", "bf16", data={"eval": 0}, train={**one_row, "approximate": "auto"}))
+    without = make_plan(config_of("llama", "lora", "bf16", data={"eval": 0}, train={**one_row, "approximate": "off"}))
+    compared = make_plan(config_of("llama", "lora", "bf16", data={"eval": 0}, train={**one_row, "approximate": "auto"}))
     assert compared.peak_bytes > 1.2 * without.peak_bytes
 
 
-def test_garbage_of_reading_is_not_part_of_the_planned_process(config_of):
+def test_plan_excludes_garbage_of_reading(config_of):
     config = config_of("llama", "lora")
     task, data = read_data(config)
     cycle: list[object] = [bytearray(10_000) for _ in range(10_000)]
-    cycle.append(cycle)  # freed by the garbage collector alone
+    cycle.append(cycle)  # only the garbage collector can free it
     del cycle
     plan = plan_run(config, task, data)
     release_free_memory()
-    assert plan.resident["process"] - LASTING < resident_bytes() + 30e6
+    assert plan.resident["process"] - LASTING_BYTES < resident_bytes() + 30e6
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "input", "last", "bias", "prompt", "head"])
-def test_the_plan_compares_all_gradients_of_a_method(method, config_of, monkeypatch):
-    """A plan ignores an error of a model's own code in fp32, but there is none in deltaw's code."""
-    offered, chosen = SimpleNamespace(approximations=("int8_gradients",)), []
-    monkeypatch.setattr("deltaw.training.planning.plan_run.settle_kernels", lambda *_: offered)
+def test_plan_compares_all_gradients_of_method(method, config_of, monkeypatch):
+    """A plan ignores errors of a model's code in fp32, but deltaw's code must not raise any."""
+    candidates, choices = SimpleNamespace(approximations=("int8_gradients",)), []
+    monkeypatch.setattr("deltaw.training.planning.plan_run.activate_kernels", lambda *_: candidates)
     choose = GradientCheck.choose
-    monkeypatch.setattr(GradientCheck, "choose", lambda *args: chosen.append(choose(*args)) or chosen[-1])
-    monkeypatch.setattr(Remembered, "of", lambda *args, **options: None)
-    planned(config_of("llama", method, "bf16"))
-    assert [one.names for one in chosen] == [("int8_gradients",)]
+    monkeypatch.setattr(GradientCheck, "choose", lambda *args: choices.append(choose(*args)) or choices[-1])
+    monkeypatch.setattr(CachedPlan, "of", lambda *args, **options: None)
+    make_plan(config_of("llama", method, "bf16"))
+    assert [choice.names for choice in choices] == [("int8_gradients",)]

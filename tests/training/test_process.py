@@ -1,4 +1,4 @@
-"""The process of somebody who imports the library is as it was once a call returns, or raises."""
+"""Library calls restore the state of the calling process on return and on errors."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import rich.style  # noqa: F401, which draws a random number as it is imported, once
+import rich.style  # noqa: F401 (its first import uses a random number)
 import torch
 
 import deltaw
 from deltaw.errors import UserError
 from deltaw.runtime.packed import packed_rows
-from deltaw.training.callbacks import Calling
+from deltaw.training.callbacks import FunctionCallback
 from deltaw.training.process import FROZEN_BY_PYTHON, frozen_heap, stop_signals
 from tests.training.loops import Training
 
 
-def everything():
-    """All that a call could leave changed."""
+def process_state():
+    """Return all process state that a call could change."""
     return {
         "threads": torch.get_num_threads(),
         "torch": torch.get_rng_state().tolist(),
@@ -35,8 +35,8 @@ def everything():
 
 
 @pytest.fixture(autouse=True)
-def _nothing_frozen(monkeypatch):
-    """The tests' own objects are frozen for speed; with any, a run freezes none."""
+def _unfreeze_heap(monkeypatch):
+    """Unfreeze the heap that the test suite freezes, because a run does not freeze an already frozen heap."""
     monkeypatch.setattr("deltaw.training.loop.frozen_heap", frozen_heap)
     gc.unfreeze()
     yield
@@ -44,56 +44,56 @@ def _nothing_frozen(monkeypatch):
 
 
 @pytest.fixture
-def own_process():
-    """A process with choices of its own, which differ from what a run chooses."""
+def custom_state():
+    """Change the process state to values that a run does not use."""
     threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
     torch.set_num_threads(2)
     signal.signal(signal.SIGTERM, lambda *_: None)
     torch.manual_seed(1234)
     torch.rand(5)
-    yield everything()
+    yield process_state()
     signal.signal(signal.SIGTERM, handler)
     torch.set_num_threads(threads)
 
 
-def test_a_plan_a_run_and_one_that_fails_leave_the_process_as_it_was(own_process, settings, tmp_path):
+def test_plan_run_and_failed_run_restore_process_state(custom_state, settings, tmp_path):
     deltaw.plan(settings(tmp_path / "run", threads=1))
-    assert everything() == own_process
-    within = {}
-    notes = Calling(on_begin=lambda state: within.update(everything()))
-    deltaw.fit(settings(tmp_path / "run", threads=1, lora={"dropout": 0.2}), callback=notes)
-    assert everything() == own_process
-    # The test would say nothing if a run changed nothing on its way.
-    assert all(within[key] != own_process[key] for key in ("threads", "torch", "frozen", "handlers"))
+    assert process_state() == custom_state
+    state_in_run = {}
+    callback = FunctionCallback(on_begin=lambda state: state_in_run.update(process_state()))
+    deltaw.fit(settings(tmp_path / "run", threads=1, lora={"dropout": 0.2}), callback=callback)
+    assert process_state() == custom_state
+    # The test is meaningful only if the run changes the state while it is active.
+    assert all(state_in_run[key] != custom_state[key] for key in ("threads", "torch", "frozen", "handlers"))
     with pytest.raises(UserError, match="diverged"):
         deltaw.fit(settings(tmp_path / "broken", threads=1, lora={"alpha": 1e20}, train={"epochs": 4}))
-    assert everything() == own_process
+    assert process_state() == custom_state
 
 
-def test_the_loop_leaves_the_process_as_it_was(own_process):
-    run = Training()  # making a tiny model draws its weights
+def test_training_loop_restores_process_state(custom_state):
+    run = Training()  # initializing the model uses random numbers
     torch.rand(5)
-    with packed_rows(run.model):  # verifies the model's blocks on its first entry
-        before = everything()
-        run.go()
-        assert everything() == before
+    with packed_rows(run.model):  # the first use verifies the model's blocks
+        before = process_state()
+        run.run()
+        assert process_state() == before
 
 
-def test_what_the_process_has_frozen_itself_stays_frozen():
+def test_objects_frozen_by_process_remain_frozen():
     gc.freeze()
     count = gc.get_freeze_count()
     with frozen_heap():
         pass
-    assert gc.get_freeze_count() > count // 2 > 0  # some may be given up meanwhile, as by other threads
+    assert gc.get_freeze_count() > count // 2 > 0  # other threads may release some objects
 
 
-def test_the_first_signal_asks_and_the_second_interrupts_and_other_threads_leave_them_alone():
-    def elsewhere():
+def test_first_signal_requests_stop_and_second_interrupts():
+    def in_thread():
         with stop_signals() as stopped:
             return signal.getsignal(signal.SIGINT), stopped()
 
     with ThreadPoolExecutor(1) as threads:
-        assert threads.submit(elsewhere).result() == (signal.getsignal(signal.SIGINT), False)
+        assert threads.submit(in_thread).result() == (signal.getsignal(signal.SIGINT), False)
     with stop_signals() as stopped:
         assert not stopped()
         signal.raise_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""How a run's rows are prompted is found from their tokens, kept beside the adapter, and read with care."""
+"""The prompt format of a run is derived from its tokens, saved with the adapter, and validated when read."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from deltaw.data import DataSettings, prepare
 from deltaw.errors import UserError
 from deltaw.runs.fit import fit
 from deltaw.runs.folder import METRICS
-from deltaw.training.origin import open_run
+from deltaw.training.open_run import open_run
 from deltaw.training.prompting import (
-    EXAMPLES,
     FILE,
-    MOST_PROMPT,
-    MOST_SYSTEM,
+    MAX_EXAMPLES,
+    MAX_PROMPT_LENGTH,
+    MAX_SYSTEM_CHARS,
     Prompting,
     prompting_of,
     read_prompting,
@@ -34,71 +34,77 @@ COLORS = ("red", "blue", "green", "grey")
 
 
 def turns(system: str | None, *texts: str) -> list[dict[str, str]]:
-    before = [{"role": "system", "content": system}] if system else []
-    return before + [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+    messages = [{"role": "system", "content": system}] if system else []
+    return messages + [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
 
 
 def rows_of_form(form: str, system: str | None = SYSTEM) -> list[dict[str, Any]]:
-    """Rows with a question and an answer each, in one of the formats."""
-    more = {"system": system} if system else {}
+    """Return rows with one question and answer each in one of the formats."""
+    system_column = {"system": system} if system else {}
     return [
         {
             "messages": {"messages": turns(system, f"paint it {c}", c)},
             "evals": {"input": turns(system, f"paint it {c}"), "ideal": c},
-            "pairs": {"prompt": f"paint it {c}", "completion": c} | more,
-            "alpaca": {"instruction": f"paint it {c}", "output": c} | more,
+            "pairs": {"prompt": f"paint it {c}", "completion": c} | system_column,
+            "alpaca": {"instruction": f"paint it {c}", "output": c} | system_column,
         }[form]
         for c in COLORS
     ]
 
 
-def found(tmp_path: Path, rows: list[dict[str, Any]], family: str = "chatml", **values: object) -> Prompting:
-    """How these rows are prompted with a family's tokenizer."""
+def prompting_of_rows(
+    tmp_path: Path, rows: list[dict[str, Any]], family: str = "chatml", **values: object
+) -> Prompting:
+    """Return the prompting derived from rows with a family's tokenizer."""
     settings = DataSettings(str(write_rows(tmp_path / "rows.jsonl", rows)), eval=1, **values)  # type: ignore[arg-type]
     tokenizer = tokenizer_of(family)
-    task = SimpleNamespace(tokenizer=tokenizer, writes_text=True)
+    task = SimpleNamespace(tokenizer=tokenizer, generates_text=True)
     session: Any = SimpleNamespace(task=task, data=prepare(settings, tokenizer), config=SimpleNamespace(data=settings))
     prompting = prompting_of(session.task, session.data, session.config.data)
-    # What is found gives the rows' tokens again.
+    # Encoding the prompts again reproduces tokens of the rows.
     data = session.data
-    known = [row.tokens[: row.prompt_length].tolist() for row in (*data.train, *data.held_out)]
+    prompts = [row.tokens[: row.prompt_length].tolist() for row in (*data.train, *data.held_out)]
     for text in prompting.examples:
-        assert prompting.prompt(with_system(prompting.system, text), settings, tokenizer).tolist() in known
+        assert prompting.prompt(with_system(prompting.system, text), settings, tokenizer).tolist() in prompts
     return prompting
 
 
 @pytest.mark.parametrize("form", ["messages", "evals", "pairs", "alpaca"])
 @pytest.mark.parametrize("family", ["chatml", "llama3", "qwen2.5", "phi3", "base", "base-bos"])
-def test_the_system_prompt_and_prompts_of_rows_are_found(tmp_path: Path, form: str, family: str) -> None:
-    prompting = found(tmp_path, rows_of_form(form), family)
+def test_system_prompt_and_prompts_are_detected(tmp_path: Path, form: str, family: str) -> None:
+    prompting = prompting_of_rows(tmp_path, rows_of_form(form), family)
     assert prompting.system == SYSTEM
     assert sorted(prompting.examples) == sorted(f"paint it {c}" for c in COLORS)
     # Without a chat template, a pair's system prompt and prompt are one text.
     assert prompting.joined == (form == "pairs" and family.startswith("base"))
 
 
-def test_rows_without_a_shared_system_prompt_have_none(tmp_path: Path) -> None:
-    assert found(tmp_path, rows_of_form("messages", None)).system == ""
-    assert len(found(tmp_path, rows_of_form("messages", None), "qwen2.5").examples) == EXAMPLES
-    assert found(tmp_path, rows_of_form("messages", None), system="Be brief.").system == "Be brief."
-    few = [{"messages": turns(SYSTEM if n % 10 else None, f"say {n}", str(n))} for n in range(20)]
-    assert found(tmp_path, few).system == SYSTEM, "nine of ten"
-    assert found(tmp_path, [{"messages": turns(None, "one more", "1")}, *few]).system == ""
-    each = [{"messages": turns(f"You are {n}.", f"say {n}", str(n))} for n in range(40)]
-    assert found(tmp_path, each).system == ""
-    assert found(tmp_path, [{"text": f"text {n}"} for n in range(4)]) == Prompting()
+def test_rows_without_shared_system_prompt_have_empty_one(tmp_path: Path) -> None:
+    assert prompting_of_rows(tmp_path, rows_of_form("messages", None)).system == ""
+    assert len(prompting_of_rows(tmp_path, rows_of_form("messages", None), "qwen2.5").examples) == MAX_EXAMPLES
+    assert prompting_of_rows(tmp_path, rows_of_form("messages", None), system="Be brief.").system == "Be brief."
+    rows = [{"messages": turns(SYSTEM if n % 10 else None, f"say {n}", str(n))} for n in range(20)]
+    assert prompting_of_rows(tmp_path, rows).system == SYSTEM, "nine of ten"
+    assert prompting_of_rows(tmp_path, [{"messages": turns(None, "one more", "1")}, *rows]).system == ""
+    distinct = [{"messages": turns(f"You are {n}.", f"say {n}", str(n))} for n in range(40)]
+    assert prompting_of_rows(tmp_path, distinct).system == ""
+    assert prompting_of_rows(tmp_path, [{"text": f"text {n}"} for n in range(4)]) == Prompting()
 
 
-def test_long_prompts_and_further_turns_are_no_examples(tmp_path: Path) -> None:
-    rows = [{"messages": turns(None, f"{'x' * MOST_PROMPT}{n}", str(n))} for n in range(3)]
+def test_long_prompts_and_multi_turn_rows_are_not_examples(tmp_path: Path) -> None:
+    rows = [{"messages": turns(None, f"{'x' * MAX_PROMPT_LENGTH}{n}", str(n))} for n in range(3)]
     rows.append({"messages": turns(None, "one", "1", "two", "2")})
-    assert found(tmp_path, rows).examples == ()
-    long = [{"messages": turns("y" * (MOST_SYSTEM + 1), "one", str(n))} for n in range(3)]
-    assert found(tmp_path, long, max_length=2 * MOST_SYSTEM) == Prompting()
+    assert prompting_of_rows(tmp_path, rows).examples == ()
+    long = [{"messages": turns("y" * (MAX_SYSTEM_CHARS + 1), "one", str(n))} for n in range(3)]
+    assert prompting_of_rows(tmp_path, long, max_length=2 * MAX_SYSTEM_CHARS) == Prompting()
 
 
-def test_what_is_written_is_read_again(tmp_path: Path) -> None:
-    for prompting in (Prompting("S" * MOST_SYSTEM, True, ("“é”\n\t‌",) * 4), Prompting("", False, ("a",)), Prompting()):
+def test_prompting_survives_write_and_read(tmp_path: Path) -> None:
+    for prompting in (
+        Prompting("S" * MAX_SYSTEM_CHARS, True, ("“é”\n\t‌",) * 4),
+        Prompting("", False, ("a",)),
+        Prompting(),
+    ):
         write_prompting(tmp_path, prompting)
         assert read_prompting(tmp_path) == prompting
     assert not (tmp_path / FILE).exists() and read_prompting(tmp_path / "none") == Prompting()
@@ -109,17 +115,19 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     [
         b"", b"[]", b"null", b"{", b"\xff\xfe", b'{"system": ["a"], "examples": {"a": 1}, "joined": 1}',
         b"[" * 100_000, b'{"system": "' + b"x" * 300_000 + b'"}',
-        json.dumps({"system": "x" * (MOST_SYSTEM + 1), "examples": ["x" * (MOST_PROMPT + 1), 3, ""]}).encode(),
+        json.dumps(
+            {"system": "x" * (MAX_SYSTEM_CHARS + 1), "examples": ["x" * (MAX_PROMPT_LENGTH + 1), 3, ""]}
+        ).encode(),
         json.dumps({"system": "\x1b[2Jgone", "examples": ["\x00", "\ud800"]}).encode(),
     ],
     ids=lambda content: repr(content[:20]),
 )  # fmt: skip
-def test_a_hostile_file_says_nothing(tmp_path: Path, content: bytes) -> None:
+def test_malicious_file_yields_empty_prompting(tmp_path: Path, content: bytes) -> None:
     (tmp_path / FILE).write_bytes(content)
     assert read_prompting(tmp_path) == Prompting()
 
 
-def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
+def test_symlink_out_of_folder_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text('{"system": "secret"}')
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / FILE).symlink_to(tmp_path / "secret")
@@ -127,17 +135,17 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
         read_prompting(tmp_path / "run")
 
 
-def test_a_run_keeps_it_also_when_it_is_resumed(settings: Any, tmp_path: Path) -> None:
+def test_run_saves_prompting_also_when_resumed(settings: Any, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", rows_of_form("messages"))
     data = {"train": str(rows), "eval": 1}
-    given = settings(tmp_path / "run", data=data, train={"checkpoint_every": 1, "drift": False})
-    run = fit(given).output
-    kept = read_prompting(run)
-    assert kept.system == SYSTEM and len(kept.examples) == 4
+    config = settings(tmp_path / "run", data=data, train={"checkpoint_every": 1, "drift": False})
+    run = fit(config).output
+    saved = read_prompting(run)
+    assert saved.system == SYSTEM and len(saved.examples) == 4
     (run / FILE).unlink()
     fit({"train": {"epochs": 2}}, resume=run)
-    assert read_prompting(run) == kept and (run / METRICS).is_file()
-    opened = open_run(str(run), say=lambda line: None)
-    assert opened.prompting == kept
+    assert read_prompting(run) == saved and (run / METRICS).is_file()
+    opened = open_run(str(run), log=lambda line: None)
+    assert opened.prompting == saved
     row = opened.encode(with_system(SYSTEM, "paint it red"))
     assert np.array_equal(row, opened.encode(turns(SYSTEM, "paint it red")))

@@ -1,4 +1,4 @@
-"""A plan that was made before is found again, and only as long as nothing that it depends on has changed."""
+"""A cached memory plan is reused until one of its dependencies changes."""
 
 from __future__ import annotations
 
@@ -12,129 +12,131 @@ from unittest import mock
 import pytest
 import torch
 
-from deltaw.cache import recall, remember
+from deltaw.cache import load_result, store_result
 from deltaw.errors import UserError
 from deltaw.kernels.arithmetic import APPROXIMATIONS
 from deltaw.machine import product_rates as measurements
-from deltaw.machine.product_rates import Measured
+from deltaw.machine.product_rates import ProductRates
 from deltaw.memory.plan import Plan
 from deltaw.runtime import quantized_weights
 from deltaw.settings import RunConfig
-from deltaw.training.approximations import Chosen, GradientCheck
+from deltaw.training.approximations import AllowedApproximations, GradientCheck
 from deltaw.training.evaluation import general
 from deltaw.training.monitoring.monitor import Samples
 from deltaw.training.planning import plan_run as planning
-from deltaw.training.planning.asked import refuse_memory
-from deltaw.training.planning.budget import memory_budget, no_plan_to_keep
-from deltaw.training.planning.remembered import Remembered, recalled
+from deltaw.training.planning.arguments import refuse_memory
+from deltaw.training.planning.budget import memory_budget, memory_limit_error
+from deltaw.training.planning.plan_cache import CachedPlan, load_cached_plans
 from deltaw.training.session import read_data
 from deltaw.training.tasks import causal_objective
-from tests.caches import other_text, other_version
-from tests.conftest import laid_over, write_rows
+from tests.caches import fake_version, modify_source
+from tests.conftest import deep_merge, write_rows
 from tests.kernels.conftest import compiled_only
-from tests.training.runs import session_of
+from tests.training.runs import build_session
 
 
 @pytest.fixture
-def own_cache(tmp_path, monkeypatch) -> Path:
+def cache_folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.fixture(scope="module")
-def plan_of_some_run(settings, tmp_path_factory) -> Plan:
+def sample_plan(settings, tmp_path_factory) -> Plan:
     config = RunConfig.read(settings(tmp_path_factory.mktemp("some") / "run"))
     return planning.plan_run(config, *read_data(config))
 
 
 @pytest.fixture
-def counted(plan_of_some_run, monkeypatch) -> mock.Mock:
-    """In the place of dry runs."""
-    made = mock.Mock(return_value=plan_of_some_run)
-    monkeypatch.setattr(planning, "_planned", made)
-    return made
+def dry_run(sample_plan, monkeypatch) -> mock.Mock:
+    """Mock that replaces dry runs."""
+    compute_plan = mock.Mock(return_value=sample_plan)
+    monkeypatch.setattr(planning, "_compute_plan", compute_plan)
+    return compute_plan
 
 
 @pytest.mark.parametrize("change", ["settings", "rows", "model", "variable", "source", "version"])
-def test_any_change_of_what_a_plan_depends_on_makes_a_new_one(
-    change, settings, rows_file, model_folder, tmp_path, own_cache, counted, plan_of_some_run, monkeypatch
+def test_changed_dependency_invalidates_plan(
+    change, settings, rows_file, model_folder, tmp_path, cache_folder, dry_run, sample_plan, monkeypatch
 ):
     rows = shutil.copy(rows_file, tmp_path / "rows.jsonl")
     model = shutil.copytree(model_folder, tmp_path / "model")
-    plain = settings(tmp_path / "run", data={"train": str(rows)}, model=str(model))
+    base = settings(tmp_path / "run", data={"train": str(rows)}, model=str(model))
     for output in ("other", "run"):
-        config = RunConfig.read({**plain, "output": str(tmp_path / output)})
-        assert planning.plan_run(config, *read_data(config)) == plan_of_some_run
-    assert counted.call_count == 1
-    described = json.loads((model / "config.json").read_text()) | {"num_hidden_layers": 1}
+        config = RunConfig.read({**base, "output": str(tmp_path / output)})
+        assert planning.plan_run(config, *read_data(config)) == sample_plan
+    assert dry_run.call_count == 1
+    model_config = json.loads((model / "config.json").read_text()) | {"num_hidden_layers": 1}
     changes = {
-        "settings": lambda: plain.update(laid_over(plain, {"train": {"batch_size": 4}})),
+        "settings": lambda: base.update(deep_merge(base, {"train": {"batch_size": 4}})),
         "rows": lambda: write_rows(rows, ({"prompt": f"paint it {n}", "completion": "r"} for n in range(12))),
-        "model": lambda: (model / "config.json").write_text(json.dumps(described)),
+        "model": lambda: (model / "config.json").write_text(json.dumps(model_config)),
         "variable": lambda: monkeypatch.setenv("MKL_CBWR", "COMPATIBLE"),
-        "source": lambda: other_text(monkeypatch, tmp_path / "source", "memory/plan.py"),
-        "version": lambda: other_version(monkeypatch, "torch"),
+        "source": lambda: modify_source(monkeypatch, tmp_path / "source", "memory/plan.py"),
+        "version": lambda: fake_version(monkeypatch, "torch"),
     }
     changes[change]()
-    config = RunConfig.read(plain)
+    config = RunConfig.read(base)
     planning.plan_run(config, *read_data(config))
-    assert counted.call_count == 2
+    assert dry_run.call_count == 2
 
 
-def test_a_plan_is_not_taken_for_another_arithmetic(settings, tmp_path, own_cache, monkeypatch):
-    """Neither where rates were measured anew, nor where the user forces another."""
-    counted = mock.Mock(wraps=planning._planned)
-    monkeypatch.setattr(planning, "_planned", counted)
+def test_changed_arithmetic_invalidates_plan(settings, tmp_path, cache_folder, monkeypatch):
+    """A plan is recomputed if rates were measured again or the user forces other kernels."""
+    dry_run = mock.Mock(wraps=planning._compute_plan)
+    monkeypatch.setattr(planning, "_compute_plan", dry_run)
     monkeypatch.delenv("DELTAW_MEASURED")
     monkeypatch.setattr(measurements, "_used", {})
     config = RunConfig.read(settings(tmp_path / "run"))
     task, data = read_data(config)
     rates: dict[str, dict[str, float]] = {}
-    for of in measurements.candidates():
-        rates.setdefault(of.stored, {})[of.name] = 50.0 if of.way == "torch" else 100.0
-    monkeypatch.setattr(measurements, "measure", lambda *of: Measured(rates, disturbed=False))
+    for candidate in measurements.candidates():
+        rates.setdefault(candidate.weight_type, {})[candidate.name] = (
+            50.0 if candidate.arithmetic_name == "torch" else 100.0
+        )
+    monkeypatch.setattr(measurements, "measure", lambda *args: ProductRates(rates, disturbed=False))
     first = planning.plan_run(config, task, data)
-    assert planning.plan_run(config, task, data) == first and counted.call_count == 1
-    assert recalled(config, ["lora"]).plans == {"lora": first}
-    for kind, key, _ in measurements.basis():
-        slower = {stored: dict.fromkeys(of, 1.0) for stored, of in rates.items()}
-        remember(kind, key, {"rates": slower, "disturbed": False})
-    assert recalled(config, ["lora"]) is None
+    assert planning.plan_run(config, task, data) == first and dry_run.call_count == 1
+    assert load_cached_plans(config, ["lora"]).plans == {"lora": first}
+    for kind, key, _ in measurements.provenance():
+        slower = {stored: dict.fromkeys(values, 1.0) for stored, values in rates.items()}
+        store_result(kind, key, {"rates": slower, "disturbed": False})
+    assert load_cached_plans(config, ["lora"]) is None
     planning.plan_run(config, task, data)
-    assert counted.call_count == 2
+    assert dry_run.call_count == 2
     monkeypatch.setenv("DELTAW_KERNELS", "auto:torch")
-    assert recalled(config, ["lora"]) is None
+    assert load_cached_plans(config, ["lora"]) is None
 
 
-def test_a_method_that_does_not_fit_is_remembered_with_its_reason(settings, tmp_path, own_cache):
+def test_error_of_unsupported_method_is_cached(settings, tmp_path, cache_folder):
     config = RunConfig.read(settings(tmp_path / "run", lora={"target_modules": ["nosuch"]}))
     task, data = read_data(config)
     with pytest.raises(UserError, match="nosuch"):
         planning.plan_run(config, task, data)
-    assert Remembered.of(config).refusal.what
+    assert CachedPlan.of(config).refusal.message
     with pytest.raises(UserError, match="nosuch"):
-        recalled(config, ["lora"])
+        load_cached_plans(config, ["lora"])
     head = config.model_copy(update={"method": "head"})
     planning.plan_run(head, task, data)
-    known = recalled(head, ["head", "lora"])
-    assert list(known.plans) == ["head"] and any("nosuch" in line for line in known.lines)
-    assert recalled(head, ["head", "bias"]) is None
+    cached = load_cached_plans(head, ["head", "lora"])
+    assert list(cached.plans) == ["head"] and any("nosuch" in line for line in cached.lines)
+    assert load_cached_plans(head, ["head", "bias"]) is None
 
 
-def test_rows_of_a_hub_and_a_damaged_file_are_as_if_nothing_had_been_remembered(settings, tmp_path, own_cache):
+def test_hub_model_and_damaged_file_are_not_loaded_from_cache(settings, tmp_path, cache_folder):
     hub = RunConfig.read(settings(tmp_path / "run")).model_copy(update={"model": "owner/name"})
-    assert Remembered.of(hub) is None and recalled(hub, ["lora"]) is None
-    remember("kind", ["key"], {"n": 1})
-    assert recall("kind", ["key"]) == {"n": 1} and recall("kind", ["other"]) is None
-    (file,) = (own_cache / "remembered" / "kind").iterdir()
+    assert CachedPlan.of(hub) is None and load_cached_plans(hub, ["lora"]) is None
+    store_result("kind", ["key"], {"n": 1})
+    assert load_result("kind", ["key"]) == {"n": 1} and load_result("kind", ["other"]) is None
+    (file,) = (cache_folder / "remembered" / "kind").iterdir()
     file.write_text("{")
-    assert recall("kind", ["key"]) is None
+    assert load_result("kind", ["key"]) is None
 
 
-def test_a_remembered_plan_is_shown_without_torch(settings, tmp_path, own_cache):
+def test_cached_plan_is_printed_without_importing_torch(settings, tmp_path, cache_folder):
     config = RunConfig.read(settings(tmp_path / "run"))
     task, data = read_data(config)
-    made = planning.plan_run(config, task, data)
+    plan = planning.plan_run(config, task, data)
     (tmp_path / "run.json").write_text(json.dumps(settings(tmp_path / "run")))
     program = (
         "import sys; from deltaw.cli import main\n"
@@ -142,48 +144,46 @@ def test_a_remembered_plan_is_shown_without_torch(settings, tmp_path, own_cache)
         "finally: print('torch' in sys.modules, file=sys.stderr)"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "run.json")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)["lora"] == json.loads(json.dumps(made.as_dict()))
-    assert done.stderr.splitlines()[-1] == "False" and "10 read from" in done.stderr
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(process.stdout)["lora"] == json.loads(json.dumps(plan.as_dict()))
+    assert process.stderr.splitlines()[-1] == "False" and "10 read from" in process.stderr
 
 
-def test_a_limit_that_nobody_watches_is_refused_by_name():
+def test_unsupported_memory_limit_raises():
     assert memory_budget("2GB", "cpu") == 2 * 10**9 and memory_budget(None, "cuda") is None
-    for refuse, of in [(refuse_memory, "tune"), *((memory_budget, device) for device in ("cuda", "cuda:1", "mps"))]:
-        with pytest.raises(UserError) as refused:
-            refuse("2GB", of)
-        assert refused.value.where == "memory"
-    assert no_plan_to_keep("why").where == "memory"
+    for refuse, target in [(refuse_memory, "tune"), *((memory_budget, device) for device in ("cuda", "cuda:1", "mps"))]:
+        with pytest.raises(UserError) as error:
+            refuse("2GB", target)
+        assert error.value.location == "memory"
+    assert memory_limit_error("why").location == "memory"
     refuse_memory(None, "tune")
 
 
 @compiled_only
-def test_the_next_start_finds_calibration_comparison_and_answers_of_the_base(
-    settings, tmp_path, own_cache, monkeypatch
-):
-    """And measures anew where rows or the start of the adapter are others."""
-    rounded, written = mock.Mock(wraps=quantized_weights._best), mock.Mock(wraps=general.generate)
-    monkeypatch.setattr(quantized_weights, "_best", rounded)
-    monkeypatch.setattr(general, "generate", written)
-    # The kernel does not take a vocabulary of this size, and nothing else could be approximate.
+def test_second_start_reuses_calibration_comparison_and_base_answers(settings, tmp_path, cache_folder, monkeypatch):
+    """They are computed again if the rows or the initial adapter differ."""
+    rounded, generated = mock.Mock(wraps=quantized_weights._choose_columns), mock.Mock(wraps=general.generate)
+    monkeypatch.setattr(quantized_weights, "_choose_columns", rounded)
+    monkeypatch.setattr(general, "generate", generated)
+    # The kernel does not support a vocabulary of this size, so no approximation would be considered.
     monkeypatch.setattr(causal_objective, "_may_round", causal_objective._is_plain_bf16)
-    compared = mock.Mock(side_effect=lambda check, offered: Chosen(tuple(offered), None))
+    compared = mock.Mock(side_effect=lambda check, offered: AllowedApproximations(tuple(offered), None))
     monkeypatch.setattr(GradientCheck, "choose", lambda check, offered: compared(check, offered))
 
     def start(**train: object) -> tuple[dict, list[str], list]:
-        session = session_of(settings(tmp_path / "run", precision="int8", train=train), offered=APPROXIMATIONS)
+        session = build_session(settings(tmp_path / "run", precision="int8", train=train), candidates=APPROXIMATIONS)
         answers = Samples(session, session.data.held_out, 2).of_base()
-        return session.model.state_dict(), session.said, answers
+        return session.model.state_dict(), session.notes, answers
 
     def calls() -> tuple[int, ...]:
-        return rounded.call_count, compared.call_count, written.call_count
+        return rounded.call_count, compared.call_count, generated.call_count
 
-    weights, said, answers = start()
+    weights, notes, answers = start()
     first = calls()
     assert all(first) and answers
-    again = start(learning_rate=3e-3, max_steps=7)
+    second = start(learning_rate=3e-3, max_steps=7)
     assert calls() == first
-    assert again[1:] == (said, answers)
-    assert weights.keys() == again[0].keys() and all(torch.equal(weights[name], again[0][name]) for name in weights)
-    start(seed=5)  # other rows are held out, and the adapter begins elsewhere
+    assert second[1:] == (notes, answers)
+    assert weights.keys() == second[0].keys() and all(torch.equal(weights[name], second[0][name]) for name in weights)
+    start(seed=5)  # different evaluation rows and a different initial adapter
     assert all(now > before for now, before in zip(calls(), first, strict=True))

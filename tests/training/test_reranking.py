@@ -1,4 +1,4 @@
-"""`task: reranking`: losses, the rows and prompts that a model sees, and whole runs of encoders and decoders."""
+"""Task ``reranking``: losses, rows and prompts, and complete runs of encoders and decoders."""
 
 from __future__ import annotations
 
@@ -19,15 +19,21 @@ from deltaw.export.push import push
 from deltaw.hub.loading import load
 from deltaw.runs.fit import fit
 from deltaw.task_settings import RerankingSettings
-from deltaw.training.origin import open_run, score_run
+from deltaw.training.open_run import open_run, score_run
 from deltaw.training.tasks.base import task_of
-from deltaw.training.tasks.labels import predicted
+from deltaw.training.tasks.labels import predict_rows
 from deltaw.training.tasks.reranking import evaluate_scores
-from tests.byte_models import byte_tokenizer, saved, tiny_gpt2, tiny_llama
+from tests.byte_models import byte_tokenizer, save_model, tiny_gpt2, tiny_llama
 from tests.conftest import write_rows
 from tests.data.label_models import WORDS, word_tokenizer
-from tests.training.parallel_runs import assert_same_run, needs_gloo, train_all, train_until_one_dies, trains_as_one
-from tests.training.runs import Snapshots, held_out_rows, metrics, opened
+from tests.training.parallel_runs import (
+    assert_same_as_one_process,
+    assert_same_run,
+    needs_gloo,
+    train_all,
+    train_until_killed,
+)
+from tests.training.runs import Snapshots, load_eval_rows, metrics, open_on_cpu
 from tests.training.runs import assert_same_run as assert_equal_run
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -63,8 +69,8 @@ def texts(count: int, seed: int = 0) -> list[str]:
     return [" ".join(random.choice(WORDS, random.integers(1, 9))) for _ in range(count)]
 
 
-def lists(count: int = 8) -> list[dict]:
-    """Queries with two to five passages, at least one of them better than another."""
+def passage_lists(count: int = 8) -> list[dict]:
+    """Return queries with two to five passages and at least two different labels."""
     random = np.random.default_rng(1)
     rows = []
     for number, query in enumerate(texts(count)):
@@ -84,10 +90,10 @@ KINDS = ["binary", "pairwise", "listwise", "contrastive"]
 
 @pytest.mark.parametrize("kind", KINDS[:3])
 @pytest.mark.parametrize("budget", [40, 10_000])
-def test_loss_and_gradients_are_those_of_sentence_transformers(kind, budget, scorer, tmp_path):
+def test_loss_and_gradients_match_sentence_transformers(kind, budget, scorer, tmp_path):
     reason = "sentence-transformers is not installed"
     cross_encoder = pytest.importorskip("sentence_transformers.cross_encoder", reason=reason)
-    rows = lists()
+    rows = passage_lists()
     if kind == "binary":
         rows = [
             {"query": row["query"], "passage": passage, "label": label}
@@ -99,38 +105,38 @@ def test_loss_and_gradients_are_those_of_sentence_transformers(kind, budget, sco
     theirs = cross_encoder.CrossEncoder(str(scorer), device="cpu")
     name = {"binary": "BinaryCrossEntropyLoss", "pairwise": "RankNetLoss", "listwise": "ListNetLoss"}[kind]
     queries = [row["query"] for row in rows]
-    second = [row["passage"] if kind == "binary" else row["passages"] for row in rows]
+    passages = [row["passage"] if kind == "binary" else row["passages"] for row in rows]
     labels = [torch.tensor(row["label"] if kind == "binary" else row["labels"]) for row in rows]
     labels = torch.stack(labels) if kind == "binary" else labels
     theirs.eval()
-    expected = getattr(cross_encoder.losses, name)(theirs)([queries, second], labels)
-    of_theirs = dict(theirs.model.named_parameters())
-    gradients = torch.autograd.grad(expected, list(of_theirs.values()), allow_unused=True)
+    expected = getattr(cross_encoder.losses, name)(theirs)([queries, passages], labels)
+    their_parameters = dict(theirs.model.named_parameters())
+    gradients = torch.autograd.grad(expected, list(their_parameters.values()), allow_unused=True)
     model = AutoModelForSequenceClassification.from_pretrained(scorer).eval()
     batcher, _ = task.batcher(model, data.train, device="cpu", tokens_per_pass=budget)
     assert (len(batcher.shapes(data.train)) > 3) == (budget == 40)
     objective = task.objective(model)
-    with task.running(model, batcher):
+    with task.model_context(model, batcher):
         loss = sum(objective(batch) for batch in batcher.batches(data.train)) / objective.units(data.train)
         loss.backward()
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     ours = dict(model.named_parameters())
     largest = max(float(gradient.abs().max()) for gradient in gradients if gradient is not None)
-    for (parameter, _), gradient in zip(of_theirs.items(), gradients, strict=True):
+    for (parameter, _), gradient in zip(their_parameters.items(), gradients, strict=True):
         if gradient is not None:
             torch.testing.assert_close(ours[parameter].grad, gradient, rtol=1e-5, atol=1e-5 * max(1, largest))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_of_groups_are_their_formulas_however_they_are_cut(kind, scorer, tmp_path):
-    rows = lists()
+def test_group_losses_match_formulas_for_any_microbatch_size(kind, scorer, tmp_path):
+    rows = passage_lists()
     task, data = read(scorer, write_rows(tmp_path / "rows.jsonl", rows), loss=kind)
     model = AutoModelForSequenceClassification.from_pretrained(scorer).eval()
     tokenizer, expected, units = word_tokenizer(), 0.0, 0
     for row in rows:
         pairs = ([row["query"]] * len(row["passages"]), row["passages"])
-        alone = [tokenizer(query, passage, return_tensors="pt") for query, passage in zip(*pairs, strict=True)]
-        scores = [float(model(**one).logits.detach()) for one in alone]
+        separate = [tokenizer(query, passage, return_tensors="pt") for query, passage in zip(*pairs, strict=True)]
+        scores = [float(model(**inputs).logits.detach()) for inputs in separate]
         labels, graded = row["labels"], list(zip(scores, row["labels"], strict=True))
         if kind == "binary":
             parts = [np.log1p(np.exp(-s)) * y + np.log1p(np.exp(s)) * (1 - y) for s, y in graded]
@@ -145,26 +151,26 @@ def test_losses_of_groups_are_their_formulas_however_they_are_cut(kind, scorer, 
     assert objective.units(data.train) == units
     for budget in (16, 64, 10_000):
         batcher, _ = task.batcher(model, data.train, device="cpu", tokens_per_pass=budget)
-        with torch.no_grad(), task.running(model, batcher):
-            found = sum(float(objective(batch)) for batch in batcher.batches(data.train))
-        assert found == pytest.approx(expected, rel=1e-5)
+        with torch.no_grad(), task.model_context(model, batcher):
+            actual = sum(float(objective(batch)) for batch in batcher.batches(data.train))
+        assert actual == pytest.approx(expected, rel=1e-5)
 
 
-def test_scores_of_another_range_are_labels_between_0_and_1(scorer, tmp_path):
+def test_scores_of_other_range_are_scaled_to_unit_interval(scorer, tmp_path):
     losses = []
     for labels, high in ([0.0, 0.5, 1.0], 1.0), ([0.0, 2.5, 5.0], 5.0):
-        made = [{"query": "a", "passage": text, "label": y} for text, y in zip(WORDS[:3], labels, strict=True)]
-        task, data = read(scorer, write_rows(tmp_path / "rows.jsonl", made), score_range=(0.0, high))
+        rows = [{"query": "a", "passage": text, "label": y} for text, y in zip(WORDS[:3], labels, strict=True)]
+        task, data = read(scorer, write_rows(tmp_path / "rows.jsonl", rows), score_range=(0.0, high))
         model = AutoModelForSequenceClassification.from_pretrained(scorer).eval()
         objective, (batcher, _) = task.objective(model), task.batcher(model, data.train, device="cpu")
-        with torch.no_grad(), task.running(model, batcher):
+        with torch.no_grad(), task.model_context(model, batcher):
             losses.append(sum(float(objective(batch)) for batch in batcher.batches(data.train)))
     assert losses[0] == pytest.approx(losses[1]) and losses[0] > 0
 
 
-def test_bad_rows_are_named(encoder, tmp_path):
+def test_invalid_rows_are_reported(encoder, tmp_path):
     good = {"query": "a film", "passages": ["good", "bad"], "labels": [1, 0]}
-    wrong = [
+    invalid_rows = [
         ({**good, "labels": [1, 2]}, "a score outside of its range"),
         ({**good, "labels": [1]}, "scores that do not fit"),
         ({**good, "passages": ["good", " "]}, "an empty text"),
@@ -172,10 +178,10 @@ def test_bad_rows_are_named(encoder, tmp_path):
         ({**good, "labels": [1, 1]}, "passages with equal scores"),
         ({**good, "labels": [1, "no"]}, "a score that is no number"),
     ]
-    path = write_rows(tmp_path / "rows.jsonl", [good, {**good, "query": "so"}, *(row for row, _ in wrong)])
+    path = write_rows(tmp_path / "rows.jsonl", [good, {**good, "query": "so"}, *(row for row, _ in invalid_rows)])
     task = task_of("reranking", str(encoder), "fp32", section=RerankingSettings(loss="pairwise"))
     data = task.read(DataSettings(train=str(path), eval=None, bad_rows="skip"), seed=0)
-    assert len(data.train) == 2 and data.report.bad_rows == {reason: 1 for _, reason in wrong}
+    assert len(data.train) == 2 and data.report.bad_rows == {reason: 1 for _, reason in invalid_rows}
     negative = {"anchor": "a film", "positive": "good", "negative": "good"}
     path = write_rows(tmp_path / "own.jsonl", [negative])
     with pytest.raises(UserError, match="own passage"):
@@ -186,18 +192,18 @@ def test_bad_rows_are_named(encoder, tmp_path):
             task.read(DataSettings(train=str(path), eval=None), seed=0)
 
 
-def test_auto_takes_the_loss_from_the_rows(encoder, tmp_path):
+def test_auto_selects_loss_by_row_format(encoder, tmp_path):
     triplets = [{"anchor": f"{w} film", "positive": "good", "negative_1": "bad", "negative_2": "so"} for w in WORDS]
     pairs = [{"sentence1": w, "sentence2": "good", "score": 0.5} for w in WORDS]
-    graded, pairs_of = (lists(), "listwise", lists()[0]["labels"]), (pairs, "binary", [0.5])
-    for rows, kind, labels in (triplets, "contrastive", [1, 0, 0]), graded, pairs_of:
+    graded_case, pairs_case = (passage_lists(), "listwise", passage_lists()[0]["labels"]), (pairs, "binary", [0.5])
+    for rows, kind, labels in (triplets, "contrastive", [1, 0, 0]), graded_case, pairs_case:
         task, data = read(encoder, write_rows(tmp_path / "rows.jsonl", rows))
         assert task.loss == kind and [row.label for row in data.train[0].rows] == labels
     text = word_tokenizer().decode(data.train[0].rows[0].tokens)
     assert text == f"[CLS] {WORDS[0]} [SEP] good [SEP]" and data.train[0].rows[0].segments.tolist() == [0, 0, 0, 1, 1]
 
 
-def test_ranks_and_pairs_are_those_of_a_query_over_all_its_rows_and_ties_count_against(scorer, tmp_path):
+def test_metrics_cover_all_rows_of_query_and_ties_count_against(scorer, tmp_path):
     labels = {"good": 1.0, "bad": 0.0, "the": 0.0, "very": 0.5}
     rows = [{"query": q, "passage": p, "label": y} for q in ("film", "plot") for p, y in labels.items()]
     task, data = read(scorer, write_rows(tmp_path / "rows.jsonl", rows), loss="binary")
@@ -206,45 +212,46 @@ def test_ranks_and_pairs_are_those_of_a_query_over_all_its_rows_and_ties_count_a
     batcher, _ = task.batcher(model, data.train, device="cpu")
     discount = 1 / np.log2(np.arange(2, 6))
     best = discount[0] + 0.5 * discount[1]
-    given = {"film": [3.0, 1.0, 0.0, 2.0], "plot": [1.0, 1.0, 4.0, 1.0]}
-    found = {}
+    scores = {"film": [3.0, 1.0, 0.0, 2.0], "plot": [1.0, 1.0, 4.0, 1.0]}
 
     def predictions(batch):
         order = [rows[row.row - 1] for row in batch.examples]
-        return torch.tensor([given[row["query"]][list(labels).index(row["passage"])] for row in order])
+        return torch.tensor([scores[row["query"]][list(labels).index(row["passage"])] for row in order])
 
     objective.predictions = predictions
-    found = evaluate_scores(objective, data.train, batcher)
-    # Of plot: 'the', then of the equal ones 'bad', 'very', 'good'.
+    evaluation = evaluate_scores(objective, data.train, batcher)
+    # The ranking of 'plot' is 'the', followed by the tied passages 'bad', 'very' and 'good'.
     worst = (0.5 * discount[2] + discount[3]) / best
-    assert found.main == "ndcg@10" and sorted(found.per_row) == pytest.approx([worst, 1.0])
-    assert found.metrics["ndcg@10"] == pytest.approx((1 + worst) / 2)
-    assert found.metrics["mrr@10"] == pytest.approx((1 + 1 / 3) / 2)
-    # Of plot's five pairs, good and very tie with bad and with each other, and lose against the.
-    assert found.metrics["pair_accuracy"] == pytest.approx((1 + 1.5 / 5) / 2)
-    assert {"ndcg@10", "mrr@10", "pair_accuracy"} <= set(found.named_intervals())
+    assert evaluation.main == "ndcg@10" and sorted(evaluation.per_row) == pytest.approx([worst, 1.0])
+    assert evaluation.metrics["ndcg@10"] == pytest.approx((1 + worst) / 2)
+    assert evaluation.metrics["mrr@10"] == pytest.approx((1 + 1 / 3) / 2)
+    # In the five pairs of 'plot', 'good' and 'very' tie with 'bad' and each other, and lose against 'the'.
+    assert evaluation.metrics["pair_accuracy"] == pytest.approx((1 + 1.5 / 5) / 2)
+    assert {"ndcg@10", "mrr@10", "pair_accuracy"} <= set(evaluation.named_intervals())
 
 
-def test_single_pairs_are_right_on_the_right_side_of_0(scorer, tmp_path):
+def test_accuracy_of_single_pairs_is_sign_of_score(scorer, tmp_path):
     rows = [{"query": w, "passage": "film", "label": n % 2} for n, w in enumerate(WORDS)]
     task, data = read(scorer, write_rows(tmp_path / "rows.jsonl", rows))
     model = AutoModelForSequenceClassification.from_pretrained(scorer).eval()
     objective, (batcher, _) = task.objective(model), task.batcher(model, data.train, device="cpu")
-    with task.running(model, batcher):
-        found = task.evaluate(objective, data.train, batcher)
+    with task.model_context(model, batcher):
+        evaluation = task.evaluate(objective, data.train, batcher)
     tokenizer = word_tokenizer()
-    alone = [float(model(**tokenizer(w, "film", return_tensors="pt")).logits.detach()) > 0 for w in WORDS]
-    assert found.metrics["accuracy"] == np.mean([(n % 2 == 1) == right for n, right in enumerate(alone)])
-    assert found.main == "accuracy" and found.metrics["loss"] > 0 and "ndcg@10" not in found.metrics
+    positive = [float(model(**tokenizer(w, "film", return_tensors="pt")).logits.detach()) > 0 for w in WORDS]
+    assert evaluation.metrics["accuracy"] == np.mean(
+        [(n % 2 == 1) == is_positive for n, is_positive in enumerate(positive)]
+    )
+    assert evaluation.main == "accuracy" and evaluation.metrics["loss"] > 0 and "ndcg@10" not in evaluation.metrics
 
 
 @pytest.mark.parametrize("form", ["binary", "pairwise", "listwise"])
-def test_a_run_of_an_encoder_learns_and_is_read_again(form, encoder, settings, tmp_path):
+def test_encoder_run_learns_and_can_be_opened(form, encoder, settings, tmp_path):
     rows = [
-        {"query": f"{one} film", "passages": [f"so {one}", f"it {other}", "the plot"], "labels": [1, 0, 0]}
-        for one in WORDS
-        for other in WORDS[:3]
-        if one != other
+        {"query": f"{word} film", "passages": [f"so {word}", f"it {other_word}", "the plot"], "labels": [1, 0, 0]}
+        for word in WORDS
+        for other_word in WORDS[:3]
+        if word != other_word
     ]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     changes = {"model": str(encoder), "task": "reranking", "reranking": {"loss": form}}
@@ -252,9 +259,9 @@ def test_a_run_of_an_encoder_learns_and_is_read_again(form, encoder, settings, t
     result = fit(settings(tmp_path / "run", **changes, train={"epochs": 8, "eval_every": 16, "batch_size": 6}))
     evals = [line["eval"] for line in metrics(result.output, "eval")]
     assert evals[-1]["loss"] < evals[0]["loss"] and evals[-1]["ndcg@10"] > 0.9
-    run = opened(result.output)
+    run = open_on_cpu(result.output)
     assert run.task.name == "reranking"
-    score = score_run(run, held_out_rows(run)).evaluation
+    score = score_run(run, load_eval_rows(run)).evaluation
     assert score.metrics == pytest.approx(result.evaluation.metrics, rel=1e-4)
     layout = {"modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"}
     assert layout <= set(push(result.output, "me/ranker", base="some/bert", dry_run=True).files)
@@ -262,13 +269,13 @@ def test_a_run_of_an_encoder_learns_and_is_read_again(form, encoder, settings, t
     assert len(file[0]) == len(rows)
 
 
-# Decoders that answer yes or no.
+# Decoders that answer yes or no
 
 ANSWERS = {"yes": "y", "no": "n"}
 
 
-def difference(model, tokenizer, text: str) -> float:
-    """By how much a language model would rather answer y than n."""
+def answer_score(model, tokenizer, text: str) -> float:
+    """Return the logit of answer "y" minus the logit of answer "n" of a language model."""
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
     logits = model(input_ids=ids).logits[0, -1].detach()
     return float(logits[tokenizer("y")["input_ids"][0]] - logits[tokenizer("n")["input_ids"][0]])
@@ -276,10 +283,10 @@ def difference(model, tokenizer, text: str) -> float:
 
 @pytest.mark.parametrize("kind", ["llama", "tied llama", "gpt2"])
 @pytest.mark.parametrize("prompt", [None, PROMPT])
-def test_the_score_of_a_language_model_is_the_difference_of_its_answers_logits(kind, prompt, tmp_path):
+def test_language_model_score_is_logit_difference_of_answers(kind, prompt, tmp_path):
     changes = {"tie_word_embeddings": kind == "tied llama", "max_position_embeddings": 256}
     causal = tiny_gpt2() if kind == "gpt2" else tiny_llama(**changes)
-    folder = saved(causal, tmp_path / "model")
+    folder = save_model(causal, tmp_path / "model")
     if prompt is None and kind == "gpt2":
         (folder / "chat_template.jinja").unlink()
     tokenizer = byte_tokenizer()
@@ -287,32 +294,32 @@ def test_the_score_of_a_language_model_is_the_difference_of_its_answers_logits(k
     rows = [{"query": query, "passage": passage, "label": 1} for query, passage in texts]
     data_file = write_rows(tmp_path / "rows.jsonl", rows)
     task, data = read(folder, data_file, template=prompt, **ANSWERS)
-    loaded = load(str(folder), task="reranking", num_labels=1, precision="fp32", device="cpu", say=print)
+    loaded = load(str(folder), task="reranking", num_labels=1, precision="fp32", device="cpu", log=print)
     task.initialize_head(loaded.model, loaded.new_modules, ())
-    asked = "Query: {query}\n\nPassage: {passage}\n\nDoes the passage answer the query? Answer yes or no."
-    chat = f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
-    shown = prompt or (f"{asked}\n" if kind == "gpt2" else chat)
+    question = "Query: {query}\n\nPassage: {passage}\n\nDoes the passage answer the query? Answer yes or no."
+    chat = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    template = prompt or (f"{question}\n" if kind == "gpt2" else chat)
     batcher, _ = task.batcher(loaded.model, data.train, device="cpu")
     objective = task.objective(loaded.model)
-    with torch.no_grad(), task.running(loaded.model, batcher):
+    with torch.no_grad(), task.model_context(loaded.model, batcher):
         batches = list(batcher.batches(data.train))
-        found = {
+        actual = {
             row.row: float(s) for b in batches for row, s in zip(b.examples, objective.predictions(b), strict=True)
         }
     for number, (query, passage) in enumerate(texts, start=1):
-        before, between, after = shown.replace("{query}", "{passage}").split("{passage}")
+        before, between, after = template.replace("{query}", "{passage}").split("{passage}")
         text = before + query + between + passage + after
-        assert found[number] == pytest.approx(difference(causal, tokenizer, text), rel=1e-4, abs=1e-4)
+        assert actual[number] == pytest.approx(answer_score(causal, tokenizer, text), rel=1e-4, abs=1e-4)
 
 
-def test_an_answer_of_several_tokens_is_refused(tmp_path):
-    folder = saved(tiny_llama(), tmp_path / "model")
+def test_answer_of_several_tokens_is_rejected(tmp_path):
+    folder = save_model(tiny_llama(), tmp_path / "model")
     with pytest.raises(UserError, match="'yes' is 3 tokens"):
-        open_run(str(folder), task="reranking", precision="fp32", device="cpu", say=lambda line: None)
+        open_run(str(folder), task="reranking", precision="fp32", device="cpu", log=lambda line: None)
 
 
-def test_a_run_of_a_language_model_begins_where_its_answers_are(settings, tmp_path):
-    folder = saved(tiny_llama(), tmp_path / "model")
+def test_language_model_run_starts_from_its_answer_scores(settings, tmp_path):
+    folder = save_model(tiny_llama(), tmp_path / "model")
     rows = [{"query": c, "passages": [c * 2, "no"], "labels": [1, 0]} for c in "abcdefgh"]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     changes = {"model": str(folder), "task": "reranking", "reranking": {"template": PROMPT, **ANSWERS}}
@@ -321,19 +328,19 @@ def test_a_run_of_a_language_model_begins_where_its_answers_are(settings, tmp_pa
     causal, tokenizer, expected = tiny_llama(), byte_tokenizer(), []
     for row in rows:
         texts = [PROMPT.replace("{query}", row["query"]).replace("{passage}", p) for p in row["passages"]]
-        scores = torch.tensor([difference(causal, tokenizer, text) for text in texts])
+        scores = torch.tensor([answer_score(causal, tokenizer, text) for text in texts])
         expected.append(-(torch.tensor([1.0, 0.0]).softmax(0) * scores.log_softmax(0)).sum())
     losses = [line["loss"] for line in metrics(result.output, "learning_rate")]
     assert losses[0] == pytest.approx(float(torch.stack(expected).mean()), rel=1e-4)
     assert losses[-1] < losses[0]
-    run = opened(result.output)
+    run = open_on_cpu(result.output)
     assert prompt_of(run.task.tokenizer) == prompt_of(PairEncoder(run.task.tokenizer)._tokenizer) == PROMPT
-    with run.base():  # its head is that of the answers too
+    with run.base():  # its head also scores the answers
         base = score_run(run, run.task.read_file(str(path), run.config.data, None)[0]).evaluation
     assert base.metrics["loss"] == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_a_long_passage_is_cut_and_the_prompts_end_stays():
+def test_long_passage_is_truncated_and_prompt_end_preserved():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = as_chat_template(PROMPT)
     encode = PairEncoder(tokenizer)
@@ -345,9 +352,9 @@ def test_a_long_passage_is_cut_and_the_prompts_end_stays():
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, 'say "{passage}"\\ {% if %} {{ 1 }} ☃\t{query}{query}'])
-def test_a_prompt_as_a_chat_template_writes_the_same_text(prompt):
+def test_prompt_as_chat_template_renders_same_text(prompt):
     tokenizer = byte_tokenizer()
-    assert prompt_of(tokenizer) is None  # it writes any role, and was not made for these
+    assert prompt_of(tokenizer) is None  # a general chat template, not a reranking prompt
     tokenizer.chat_template = as_chat_template(prompt)
     assert prompt_of(tokenizer) == prompt
     messages = [{"role": "query", "content": "<a>"}, {"role": "document", "content": "b\n"}]
@@ -356,73 +363,71 @@ def test_a_prompt_as_a_chat_template_writes_the_same_text(prompt):
 
 
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
-def test_sentence_transformers_loads_the_adapter_and_the_merged_model(kind, encoder, settings, tmp_path):
+def test_sentence_transformers_loads_adapter_and_merged_model(kind, encoder, settings, tmp_path):
     cross_encoder = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
-    rows = lists()
+    rows = passage_lists()
     if kind == "decoder":
         rows = [{"query": c, "passages": [c * 2, "no such thing"], "labels": [1, 0]} for c in "abcdefgh"]
-    folder = encoder if kind == "encoder" else saved(tiny_llama(), tmp_path / "model")
+    folder = encoder if kind == "encoder" else save_model(tiny_llama(), tmp_path / "model")
     section = {} if kind == "encoder" else {"template": PROMPT, **ANSWERS}
     changes = {"model": str(folder), "task": "reranking", "reranking": section}
     changes["data"] = {"train": str(write_rows(tmp_path / "rows.jsonl", rows)), "eval": None}
     run = fit(settings(tmp_path / "run", **changes, train={"epochs": 2, "batch_size": 4})).output
     merge_run(run, tmp_path / "merged")
-    opened_run = opened(run)
+    opened_run = open_on_cpu(run)
     pairs = [(row["query"], passage) for row in rows for passage in row["passages"]]
-    pairs.append(("a film", " ".join(WORDS * 9)))  # which is cut
+    pairs.append(("a film", " ".join(WORDS * 9)))  # is truncated
     limit = json.loads((run / "sentence_bert_config.json").read_text())["max_seq_length"]
     assert limit == (64 if kind == "encoder" else 128)
     encoded = PairEncoder(opened_run.task.tokenizer)(pairs, limit)
     assert max(len(ids) for ids, _ in encoded) == limit
     examples = [LabeledExample(n, ids, 0.0, segments) for n, (ids, segments) in enumerate(encoded)]
     batcher = opened_run.batcher(examples)
-    with opened_run.task.running(opened_run.model, batcher):
-        scores = predicted(opened_run.task.objective(opened_run.model), examples, batcher)
+    with opened_run.task.model_context(opened_run.model, batcher):
+        scores = predict_rows(opened_run.task.objective(opened_run.model), examples, batcher)
     expected = torch.from_numpy(scores).sigmoid().numpy()
     assert expected.std() > 1e-5
     for saved_as in run, tmp_path / "merged":
         theirs = cross_encoder.CrossEncoder(str(saved_as), device="cpu")
         assert theirs.num_labels == 1
         np.testing.assert_allclose(theirs.predict(pairs), expected, rtol=1e-5, atol=1e-6)
-    # The merged model is a base model with a head and a prompt of its own.
-    again = task_of("reranking", str(tmp_path / "merged"), "fp32", section=RerankingSettings())
-    assert again.own_outputs == 1 and prompt_of(again.tokenizer) == (PROMPT if kind == "decoder" else None)
+    # The merged model is a base model with a head and a prompt.
+    merged = task_of("reranking", str(tmp_path / "merged"), "fp32", section=RerankingSettings())
+    assert merged.head_outputs == 1 and prompt_of(merged.tokenizer) == (PROMPT if kind == "decoder" else None)
 
 
 def run_of(scorer: Path, kind: str, folder: Path, settings, dropout: float = 0.0, **train: object) -> dict:
-    """Settings of a run on lists of passages, whose rows lie beside it."""
-    rows, held_out = (write_rows(folder.parent / f"{n}.jsonl", lists(n)) for n in (11, 5))
+    """Return settings of a run on lists of passages and write its rows next to its folder."""
+    rows, eval_rows = (write_rows(folder.parent / f"{n}.jsonl", passage_lists(n)) for n in (11, 5))
     changes = {"model": str(scorer), "task": "reranking", "reranking": {"loss": kind}, "lora": {"dropout": dropout}}
-    changes["data"] = {"train": str(rows), "eval": str(held_out)}
+    changes["data"] = {"train": str(rows), "eval": str(eval_rows)}
     return settings(folder, **changes, train={"batch_size": 5, "epochs": 2, "eval_every": 2, **train})
 
 
 @pytest.mark.parametrize("kind", ["listwise", "contrastive"])
-def test_a_stopped_run_goes_on_to_the_bit(kind, scorer, settings, tmp_path):
-    def made(folder: Path) -> dict:
+def test_resumed_run_is_bit_identical(kind, scorer, settings, tmp_path):
+    def make_config(folder: Path) -> dict:
         return run_of(scorer, kind, folder, settings, dropout=0.2, checkpoint_every=2)
 
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    fit(made(whole))
-    taken = Snapshots(run, tmp_path, ["step 3", "evaluation 4"])
-    result = fit(made(run), callback=taken)
-    assert_equal_run(run, whole)
-    assert len(taken.taken) == 2
-    for moment in taken.taken.values():
-        assert fit(made(moment)).resumed_from_step in (2, 4)
-        assert_equal_run(moment, whole)
-    told = json.loads((result.output / "run.json").read_text())
-    assert any(entry["command"].startswith("deltaw serve") for entry in told["commands"])
+    full, run = tmp_path / "whole", tmp_path / "run"
+    fit(make_config(full))
+    snapshots = Snapshots(run, tmp_path, ["step 3", "evaluation 4"])
+    result = fit(make_config(run), callback=snapshots)
+    assert_equal_run(run, full)
+    assert len(snapshots.copies) == 2
+    for copy in snapshots.copies.values():
+        assert fit(make_config(copy)).resumed_from_step in (2, 4)
+        assert_equal_run(copy, full)
+    summary = json.loads((result.output / "run.json").read_text())
+    assert any(entry["command"].startswith("deltaw serve") for entry in summary["commands"])
 
 
 @needs_gloo
 @pytest.mark.slow
-def test_a_run_whose_process_was_killed_goes_on(scorer, settings, tmp_path):
-    whole, run = (
-        run_of(scorer, "contrastive", tmp_path / name, settings, checkpoint_every=1) for name in ("whole", "run")
-    )
-    fit(whole)
-    train_until_one_dies(run, 3)
+def test_run_with_killed_process_resumes(scorer, settings, tmp_path):
+    full, run = (run_of(scorer, "contrastive", tmp_path / n, settings, checkpoint_every=1) for n in ("whole", "run"))
+    fit(full)
+    train_until_killed(run, 3)
     train_all(run)
     assert_same_run(tmp_path / "run", tmp_path / "whole", counts=("step", "rows", "label_tokens"))
 
@@ -430,6 +435,6 @@ def test_a_run_whose_process_was_killed_goes_on(scorer, settings, tmp_path):
 @needs_gloo
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pairwise", "listwise"])
-def test_two_processes_train_as_one(kind, scorer, settings, tmp_path):
-    one, several = (run_of(scorer, kind, tmp_path / name, settings, checkpoint_every=1) for name in ("one", "several"))
-    trains_as_one(one, several, 2)
+def test_two_processes_match_one(kind, scorer, settings, tmp_path):
+    single, several = (run_of(scorer, kind, tmp_path / n, settings, checkpoint_every=1) for n in ("one", "several"))
+    assert_same_as_one_process(single, several, 2)

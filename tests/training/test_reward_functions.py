@@ -1,4 +1,4 @@
-"""Rewards that other programs give: a judge, a reward model, math-verify and reasoning-gym."""
+"""Rewards computed by other programs: a judge, a reward model, math-verify and reasoning-gym."""
 
 from __future__ import annotations
 
@@ -18,69 +18,69 @@ from deltaw.data.sources import read_rows
 from deltaw.errors import UserError
 from deltaw.runs.fit import fit
 from deltaw.task_settings import RewardFunction
-from deltaw.training.origin import score_run
-from deltaw.training.rewards import Scored, reward_of
+from deltaw.training.open_run import score_run
+from deltaw.training.rewards import Completion, load_reward
 from deltaw.training.rewards.judge import judge, score_in
 from deltaw.training.rewards.rewarder import Rewarder
 from tests.conftest import COLORS, write_rows
-from tests.training.runs import held_out_rows, opened
+from tests.training.runs import load_eval_rows, open_on_cpu
 
 
-def scored(text: str, answer: str | None = None, row: int = 1, **columns: object) -> Scored:
-    return Scored("asked", text, answer, row, columns)
+def completion_of(text: str, answer: str | None = None, row: int = 1, **columns: object) -> Completion:
+    return Completion("asked", text, answer, row, columns)
 
 
-def settings_of(name: str, **more: object) -> RewardFunction:
-    return RewardFunction.model_validate({"name": name, **more})
+def settings_of(name: str, **options: object) -> RewardFunction:
+    return RewardFunction.model_validate({"name": name, **options})
 
 
-class _Judge(BaseHTTPRequestHandler):
+class _JudgeHandler(BaseHTTPRequestHandler):
     def do_POST(self):
         server = self.server
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        server.asked.append((self.path, self.headers.get("Authorization"), request))
-        status, said = server.says(request["messages"][0]["content"], len(server.asked))
-        body = said if status != 200 else json.dumps({"choices": [{"message": {"content": said}}]})
+        server.requests.append((self.path, self.headers.get("Authorization"), request))
+        status, text = server.reply(request["messages"][0]["content"], len(server.requests))
+        body = text if status != 200 else json.dumps({"choices": [{"message": {"content": text}}]})
         self.send_response(status)
         if status == 302:
             self.send_header("Location", "/elsewhere")
         self.end_headers()
         self.wfile.write(body.encode())
 
-    def log_message(self, *given):
+    def log_message(self, *args):
         return
 
 
 @pytest.fixture
-def judged():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Judge)
-    server.asked, server.says = [], None
+def judge_server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _JudgeHandler)
+    server.requests, server.reply = [], None
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
-    def make(says, given, **more):
-        server.says = says
+    def score(reply, completions, **options):
+        server.reply = reply
         url = f"http://127.0.0.1:{server.server_port}/v1"
-        return judge(settings_of("judge", url=url, model="m", **more), given)
+        return judge(settings_of("judge", url=url, model="m", **options), completions)
 
-    yield server, make
+    yield server, score
     server.shutdown()
     server.server_close()
 
 
-def test_a_judges_number_is_placed_on_its_scale(judged):
-    server, ask = judged
+def test_judge_score_is_normalized_by_scale(judge_server):
+    server, score = judge_server
     template = "{prompt} | {completion} | {answer} | {other}"
-    given = [scored("7 {answer}", "gold"), scored("none", row=5), scored("11")]
-    says = lambda content, count: (200, "no idea" if "none" in content else f"I say {content.split()[2]}")  # noqa: E731
-    assert ask(says, given[:1], template=template) == [0.7]
-    assert ask(says, given[:1], template=template, scale=[5, 9]) == [0.5]
-    path, key, request = server.asked[0]
+    completions = [completion_of("7 {answer}", "gold"), completion_of("none", row=5), completion_of("11")]
+    reply = lambda content, count: (200, "no idea" if "none" in content else f"I say {content.split()[2]}")  # noqa: E731
+    assert score(reply, completions[:1], template=template) == [0.7]
+    assert score(reply, completions[:1], template=template, scale=[5, 9]) == [0.5]
+    path, key, request = server.requests[0]
     assert path == "/v1/chat/completions" and key is None and request["model"] == "m" and request["temperature"] == 0
     assert "asked | 7 {answer} | gold | {other}" in [
-        request["messages"][0]["content"] for _, _, request in server.asked
+        request["messages"][0]["content"] for _, _, request in server.requests
     ]
     with pytest.raises(UserError, match="row 5 no score: it gives no clear number from 0 to 10: it says 'no idea'"):
-        ask(says, given[1:2], retries=0)
+        score(reply, completions[1:2], retries=0)
 
 
 @pytest.mark.parametrize(
@@ -101,22 +101,22 @@ def test_a_judges_number_is_placed_on_its_scale(judged):
         ("Score: 8. Lines 3-4 are not clear.", 8),
     ],
 )
-def test_score_is_read_by_the_scale_of_the_prompt(text, score):
+def test_score_is_parsed_by_scale(text, score):
     assert score_in(text, 0, 10) == score
 
 
-def test_fraction_of_another_scale_is_converted_or_not_a_score():
+def test_fraction_of_other_scale_is_converted_or_rejected():
     assert score_in("3/10", 0, 1) == pytest.approx(0.3) and score_in("3/5", 1, 5) == 3
     assert score_in("3/10", 1, 5) is None and score_in("1,500", 0, 2000) == 1500 and score_in("-3", -5, 5) == -3
 
 
-def test_unclear_reply_is_asked_again_and_then_named_with_its_row(judged):
-    server, ask = judged
-    assert ask(lambda content, count: (200, "6 or 7" if count < 3 else "6"), [scored("x")]) == [0.6]
-    server.asked.clear()
+def test_unclear_reply_is_retried_then_reported_with_row(judge_server):
+    server, score = judge_server
+    assert score(lambda content, count: (200, "6 or 7" if count < 3 else "6"), [completion_of("x")]) == [0.6]
+    server.requests.clear()
     with pytest.raises(UserError, match=r"row 4 no score.*'6 or 7'"):
-        ask(lambda content, count: (200, "6 or 7"), [scored("x", row=4)], retries=1)
-    assert len(server.asked) == 2
+        score(lambda content, count: (200, "6 or 7"), [completion_of("x", row=4)], retries=1)
+    assert len(server.requests) == 2
 
 
 _REPLY = json.dumps({"choices": [{"message": {"content": "7"}}]}).encode()
@@ -138,7 +138,7 @@ _HEAD = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
     ],
     ids=["nothing", "status", "cut", "short", "empty", "null", "choices", "chunk", "error"],
 )
-def test_broken_answer_of_a_judge_is_asked_for_again(broken):
+def test_broken_judge_response_is_retried(broken):
     answers = [broken, _HEAD % len(_REPLY) + _REPLY]
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -151,17 +151,17 @@ def test_broken_answer_of_a_judge_is_asked_for_again(broken):
 
         threading.Thread(target=serve, daemon=True).start()
         settings = settings_of("judge", url=f"http://127.0.0.1:{server.getsockname()[1]}", model="m", retries=1)
-        assert judge(settings, [scored("x")]) == [0.7]
+        assert judge(settings, [completion_of("x")]) == [0.7]
         with pytest.raises(UserError, match="row 6 no score"):
-            judge(settings, [scored("x", row=6)])
+            judge(settings, [completion_of("x", row=6)])
 
 
 @pytest.mark.parametrize("ending", ["\r\n", "\n", "\r", " ", "\t", "\0", "ü", "\r\nX-Other: 1"])
-def test_key_that_no_header_can_have_is_refused_and_is_in_no_message(ending, monkeypatch):
+def test_invalid_key_is_rejected_and_never_printed(ending, monkeypatch):
     monkeypatch.setattr(os, "environ", {**os.environ, "JUDGE": f"quite-long-key-1234{ending}"})
-    with pytest.raises(UserError, match="the key in JUDGE") as refused:
-        judge(settings_of("judge", url="http://127.0.0.1:9", model="m", key_from="JUDGE"), [scored("x")])
-    assert "quite-long" not in str(refused.value)
+    with pytest.raises(UserError, match="the key in JUDGE") as error:
+        judge(settings_of("judge", url="http://127.0.0.1:9", model="m", key_from="JUDGE"), [completion_of("x")])
+    assert "quite-long" not in str(error.value)
     for text in (
         "b'Bearer quite-long-key-1234\\r'",
         "quite-long-key-1",
@@ -182,150 +182,154 @@ def test_key_that_no_header_can_have_is_refused_and_is_in_no_message(ending, mon
         {"$id": "http://example.org/schemas/", "properties": {"a": {"$ref": "next"}}},
     ],
 )
-def test_schema_that_refers_to_others_is_refused_when_settings_are_read(schema, tmp_path):
+def test_schema_with_external_reference_is_rejected(schema, tmp_path):
     with pytest.raises(UserError, match="not fetched"):
         settings_of("json-schema", schema=schema)
     pytest.importorskip("jsonschema", reason="the extra reward is not installed")
     file = tmp_path / "schema.json"
     file.write_text(json.dumps(schema))
     with pytest.raises(UserError, match="not fetched"):
-        reward_of(settings_of("json-schema", schema=str(file)))([scored("{}")])
+        load_reward(settings_of("json-schema", schema=str(file)))([completion_of("{}")])
 
 
 @pytest.mark.parametrize("schema", [{"$ref": "#"}, {"$ref": "#/$defs/none"}, {"$defs": {"a": {"$ref": "#/$defs/a"}}}])
-def test_schema_whose_reference_leads_nowhere_is_refused_when_it_is_read(schema):
+def test_schema_with_unresolvable_reference_is_rejected(schema):
     pytest.importorskip("jsonschema", reason="the extra reward is not installed")
     schema = {**schema, "$ref": schema.get("$ref", "#/$defs/a")}
-    with pytest.raises(UserError, match="refers to nothing, or to itself"):
-        reward_of(settings_of("json-schema", schema=schema))([scored("{}")])
+    with pytest.raises(UserError, match="unresolvable or circular reference"):
+        load_reward(settings_of("json-schema", schema=schema))([completion_of("{}")])
 
 
-def test_completion_that_the_schema_cannot_be_applied_to_is_other_json():
+def test_completion_that_cannot_be_validated_scores_half():
     pytest.importorskip("jsonschema", reason="the extra reward is not installed")
     schema = {"properties": {"a": {"multipleOf": 0.5}, "b": {"$ref": "#"}}}
     deep = '{"b":' * 900 + "1" + "}" * 900
-    reward = reward_of(settings_of("json-schema", schema=schema))
-    assert reward([scored('{"a": Infinity}'), scored(deep), scored('{"a": 1}')]) == [0.5, 0.5, 1.0]
-    assert reward_of(settings_of("json-schema", schema={"type": "null"}))([scored("null")]) == [1.0]
+    reward = load_reward(settings_of("json-schema", schema=schema))
+    assert reward([completion_of('{"a": Infinity}'), completion_of(deep), completion_of('{"a": 1}')]) == [0.5, 0.5, 1.0]
+    assert load_reward(settings_of("json-schema", schema={"type": "null"}))([completion_of("null")]) == [1.0]
 
 
-def test_schema_may_refer_to_itself_and_must_be_valid():
+def test_schema_may_reference_itself_and_must_be_valid():
     pytest.importorskip("jsonschema", reason="the extra reward is not installed")
     inner = {"$defs": {"n": {"type": "integer"}, "b": {"$id": "b.json"}}, "properties": {"a": {"$ref": "#/$defs/n"}}}
     inner["properties"] |= {"b": {"$ref": "b.json"}, "c": {"$ref": "https://json-schema.org/draft/2020-12/schema"}}
-    reward = reward_of(settings_of("json-schema", schema=inner))
-    assert reward([scored('{"a": 1, "b": 2, "c": {}}'), scored('{"a": "1"}'), scored('{"c": {"type": 5}}')]) == [
-        1,
-        0.5,
-        0.5,
-    ]
+    reward = load_reward(settings_of("json-schema", schema=inner))
+    assert reward(
+        [completion_of('{"a": 1, "b": 2, "c": {}}'), completion_of('{"a": "1"}'), completion_of('{"c": {"type": 5}}')]
+    ) == [1, 0.5, 0.5]
     with pytest.raises(UserError, match=r"not valid at \$.type"):
-        reward_of(settings_of("json-schema", schema={"type": "objekt"}))([scored("{}")])
+        load_reward(settings_of("json-schema", schema={"type": "objekt"}))([completion_of("{}")])
     unknown = {"$ref": "https://json-schema.org/draft/unknown"}
-    with closing(Rewarder(settings_of("json-schema", schema=unknown))) as rewarder, pytest.raises(UserError) as refused:
-        rewarder([scored("{}", row=3)])
-    assert "Unresolvable: https://json-schema.org/draft/unknown" in refused.value.what
+    with closing(Rewarder(settings_of("json-schema", schema=unknown))) as rewarder, pytest.raises(UserError) as error:
+        rewarder([completion_of("{}", row=3)])
+    assert "Unresolvable: https://json-schema.org/draft/unknown" in error.value.message
 
 
-def test_a_judge_that_fails_is_asked_again_and_then_named_without_the_key(judged, monkeypatch):
-    server, ask = judged
+def test_failing_judge_is_retried_then_reported_without_key(judge_server, monkeypatch):
+    server, score = judge_server
     monkeypatch.setenv("JUDGE_KEY", "sk-secret")
-    more = {"key_from": "JUDGE_KEY", "retries": 1}
-    assert ask(lambda content, count: (503, "busy") if count == 1 else (200, "5"), [scored("x")], **more) == [0.5]
-    assert [key for _, key, _ in server.asked] == ["Bearer sk-secret"] * 2
-    server.asked.clear()
-    with pytest.raises(UserError, match="row 3 no score: status 401: wrong key …") as refused:
-        ask(lambda content, count: (401, "wrong key sk-secret"), [scored("x", row=3)], **more)
-    assert "sk-secret" not in str(refused.value) and len(server.asked) == 1
-    with pytest.raises(UserError, match="status 302"):  # the key would go elsewhere
-        ask(lambda content, count: (302, ""), [scored("x")], **more)
+    options = {"key_from": "JUDGE_KEY", "retries": 1}
+    assert score(
+        lambda content, count: (503, "busy") if count == 1 else (200, "5"), [completion_of("x")], **options
+    ) == [0.5]
+    assert [key for _, key, _ in server.requests] == ["Bearer sk-secret"] * 2
+    server.requests.clear()
+    with pytest.raises(UserError, match="row 3 no score: status 401: wrong key …") as error:
+        score(lambda content, count: (401, "wrong key sk-secret"), [completion_of("x", row=3)], **options)
+    assert "sk-secret" not in str(error.value) and len(server.requests) == 1
+    with pytest.raises(UserError, match="status 302"):  # a redirect would send the key to another host
+        score(lambda content, count: (302, ""), [completion_of("x")], **options)
     with pytest.raises(UserError, match="NO_KEY is not set"):
-        ask(lambda content, count: (200, "5"), [scored("x")], key_from="NO_KEY")
-    begin = time.monotonic()
+        score(lambda content, count: (200, "5"), [completion_of("x")], key_from="NO_KEY")
+    start_time = time.monotonic()
     slow = lambda content, count: time.sleep(3) or (200, "5")  # noqa: E731
     with pytest.raises(UserError, match="row 1 no score"):
-        ask(slow, [scored("x")], seconds=1)
-    assert time.monotonic() - begin < 2.5
+        score(slow, [completion_of("x")], seconds=1)
+    assert time.monotonic() - start_time < 2.5
 
 
-def test_a_reward_model_scores_as_its_evaluation_does(settings, tmp_path):
+def test_reward_model_scores_match_its_evaluation(settings, tmp_path):
     rows = [{"prompt": f"paint it {c}", "chosen": c[0] * 3, "rejected": c[1:3] + "!"} for c in COLORS]
     path = write_rows(tmp_path / "pairs.jsonl", rows)
     changes = {"task": "sequence-classification", "data": {"train": str(path), "eval": 3}}
     output = fit(settings(tmp_path / "run", **changes, train={"epochs": 1})).output
-    run = opened(output)
-    pairs = held_out_rows(run)
+    run = open_on_cpu(output)
+    pairs = load_eval_rows(run)
     expected = score_run(run, pairs).evaluation.predictions
-    given = [
-        scored(rows[pair.rows[0].row - 1][which], row=pair.rows[0].row, prompt=rows[pair.rows[0].row - 1]["prompt"])
+    completions = [
+        completion_of(
+            rows[pair.rows[0].row - 1][column], row=pair.rows[0].row, prompt=rows[pair.rows[0].row - 1]["prompt"]
+        )
         for pair in pairs
-        for which in ("chosen", "rejected")
+        for column in ("chosen", "rejected")
     ]
     rewarder = Rewarder(settings_of("model", model=str(output), seconds=60))
     try:
-        found = rewarder([*given, scored("  ", prompt="paint it")])
+        rewards = rewarder([*completions, completion_of("  ", prompt="paint it")])
     finally:
         rewarder.close()
-    assert found[:-1] == pytest.approx(np.ravel(expected).tolist(), abs=1e-5) and found[-1] == 0
-    assert np.ptp(found[:-1]) > 1e-3
+    assert rewards[:-1] == pytest.approx(np.ravel(expected).tolist(), abs=1e-5) and rewards[-1] == 0
+    assert np.ptp(rewards[:-1]) > 1e-3
 
 
 @pytest.mark.slow
-def test_a_model_that_is_no_reward_model_is_refused(model_folder):
+def test_model_that_is_not_a_reward_model_is_rejected(model_folder):
     rewarder = Rewarder(settings_of("model", model=str(model_folder), seconds=60))
     try:
-        with pytest.raises(UserError, match="is no reward model"):
-            rewarder([scored("x", prompt="y")])
+        with pytest.raises(UserError, match="is not a reward model"):
+            rewarder([completion_of("x", prompt="y")])
     finally:
         rewarder.close()
 
 
-def rewards_of(settings: RewardFunction, given: list[Scored]) -> list[float]:
+def compute_rewards(settings: RewardFunction, completions: list[Completion]) -> list[float]:
     rewarder = Rewarder(settings)
     try:
-        return rewarder(given)
+        return rewarder(completions)
     finally:
         rewarder.close()
 
 
-def test_mathematics_is_compared_by_value():
+def test_math_answers_are_compared_by_value():
     pytest.importorskip("math_verify", reason="the extra reward is not installed")
-    given = [
-        scored("so it is $\\boxed{\\frac{1}{2}}$", "0.5"),
-        scored("the answer is 12", "12"),
-        scored("the answer is $2\\sqrt{2}$", "\\sqrt{8}"),
-        scored("it is 13", "12"),
-        scored("", "12"),
-        scored("12"),
+    completions = [
+        completion_of("so it is $\\boxed{\\frac{1}{2}}$", "0.5"),
+        completion_of("the answer is 12", "12"),
+        completion_of("the answer is $2\\sqrt{2}$", "\\sqrt{8}"),
+        completion_of("it is 13", "12"),
+        completion_of("", "12"),
+        completion_of("12"),
     ]
-    assert rewards_of(settings_of("math"), given) == [1, 1, 1, 0, 0, 0]
+    assert compute_rewards(settings_of("math"), completions) == [1, 1, 1, 0, 0, 0]
 
 
-def test_problems_of_reasoning_gym_are_scored_from_their_rows():
+def test_reasoning_gym_problems_are_scored_from_rows():
     pytest.importorskip("reasoning_gym", reason="the extra reward is not installed")
     rows = [row for _, row in read_rows("reasoning-gym:leg_counting?size=3&seed=4")]
-    given = [scored(row["answer"], row["answer"], metadata=row["metadata"]) for row in rows]
-    given.append(scored("<answer>1</answer>", rows[0]["answer"], metadata=rows[0]["metadata"]))
-    given.append(
-        scored(f"I think <answer> {rows[0]['answer']} </answer>", rows[0]["answer"], metadata=rows[0]["metadata"])
+    completions = [completion_of(row["answer"], row["answer"], metadata=row["metadata"]) for row in rows]
+    completions.append(completion_of("<answer>1</answer>", rows[0]["answer"], metadata=rows[0]["metadata"]))
+    completions.append(
+        completion_of(
+            f"I think <answer> {rows[0]['answer']} </answer>", rows[0]["answer"], metadata=rows[0]["metadata"]
+        )
     )
-    found = rewards_of(settings_of("reasoning-gym"), given)
-    assert found[:3] == [1, 1, 1] and found[3] < 0.5 and found[4] == 1
+    rewards = compute_rewards(settings_of("reasoning-gym"), completions)
+    assert rewards[:3] == [1, 1, 1] and rewards[3] < 0.5 and rewards[4] == 1
     with pytest.raises(UserError, match="row 1 has no metadata"):
-        rewards_of(settings_of("reasoning-gym"), [scored("1", "1")])
+        compute_rewards(settings_of("reasoning-gym"), [completion_of("1", "1")])
 
 
 @pytest.mark.parametrize("name", ["math", "reasoning-gym", "json-schema"])
-def test_a_missing_package_is_named_with_its_extra(name, monkeypatch):
+def test_missing_package_is_reported_with_extra(name, monkeypatch):
     for module in ("math_verify", "reasoning_gym", "jsonschema"):
         monkeypatch.setitem(sys.modules, module, None)
-    more = {"schema": {}} if name == "json-schema" else {}
-    with pytest.raises(UserError, match="cannot be imported") as refused:
-        reward_of(settings_of(name, **more))([scored("1", "1", metadata={"source_dataset": "chain_sum"})])
-    assert "deltaw[reward]" in str(refused.value.hint)
+    options = {"schema": {}} if name == "json-schema" else {}
+    with pytest.raises(UserError, match="cannot be imported") as error:
+        load_reward(settings_of(name, **options))([completion_of("1", "1", metadata={"source_dataset": "chain_sum"})])
+    assert "deltaw[reward]" in str(error.value.hint)
 
 
-def test_settings_belong_to_their_function_and_are_saved_without_others():
+def test_settings_are_checked_and_saved_per_function():
     with pytest.raises(UserError, match="'exact' has no setting 'pattern'"):
         settings_of("exact", pattern="a")
     with pytest.raises(UserError, match="'judge' needs 'model'"):
@@ -334,6 +338,6 @@ def test_settings_belong_to_their_function_and_are_saved_without_others():
         settings_of("judge", url="file:///etc/passwd", model="m")
     with pytest.raises(UserError, match="scale is empty"):
         settings_of("judge", url="http://localhost", model="m", scale=[1, 1])
-    given = settings_of("json-schema", schema={"type": "object"}, weight=2)
-    saved = given.model_dump()
-    assert set(saved) == {"name", "weight", "seconds", "schema_"} and RewardFunction.model_validate(saved) == given
+    function = settings_of("json-schema", schema={"type": "object"}, weight=2)
+    saved = function.model_dump()
+    assert set(saved) == {"name", "weight", "seconds", "schema_"} and RewardFunction.model_validate(saved) == function

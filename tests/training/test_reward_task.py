@@ -1,4 +1,4 @@
-"""Whole runs of the task reward: what they learn, report, and repeat to the bit when they are stopped."""
+"""Complete runs of the task ``rl``: learning, reporting, and bit-identical resuming."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deltaw.runs.checks import with_refusal
 from deltaw.settings import RunConfig
 from deltaw.training.data_view import check_data
 from tests.conftest import write_rows
-from tests.training.runs import ADAPTER, Told
+from tests.training.runs import ADAPTER, RecordingCallback
 
 LETTERS = """
 def letters(completions, **columns):
@@ -31,7 +31,7 @@ REWARD = {"group": 4, "max_new_tokens": 8, "loss": "grpo"}
 
 @pytest.fixture
 def reward_run(tmp_path, model_folder):
-    """Settings of a run that is rewarded for vowels."""
+    """Return a factory of settings for a run that is rewarded for vowels."""
     (tmp_path / "own.py").write_text(LETTERS)
     rows = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"say {n}"} for n in range(8)])
 
@@ -40,7 +40,7 @@ def reward_run(tmp_path, model_folder):
     ) -> dict:
         return {
             "model": str(model_folder),
-            "task": "reward",
+            "task": "rl",
             "data": {"train": str(rows), "eval": 2},
             "reward": {"functions": [f"{tmp_path / 'own.py'}:{name}"], **REWARD, **(reward or {})},
             "train": {"max_steps": steps, "batch_size": 3, "learning_rate": 0.02, "checkpoint_every": 1, **train},
@@ -56,46 +56,46 @@ def steps_of(folder) -> list[dict]:
     return [line for line in lines if "loss" in line]
 
 
-def test_a_run_learns_what_is_rewarded_and_reports_it(reward_run):
+def test_run_increases_reward_and_reports_metrics(reward_run):
     result = deltaw.fit(reward_run("run", name="early", steps=16, reward={"group": 16}, learning_rate=0.05))
     steps = steps_of(result.output)
     rewards = [step["reward"] for step in steps]
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.15
     first = steps[0]
-    assert 0 <= first["teaching_groups"] <= 1 and 0 < first["length"] <= 8 and 0 <= first["cut_share"] <= 1
-    assert first["mismatch"] < 1e-5  # fp32: of the engine's log-probabilities from the training's
+    assert 0 <= first["groups_with_advantage"] <= 1 and 0 < first["length"] <= 8 and 0 <= first["truncated_share"] <= 1
+    assert first["mismatch"] < 1e-5  # in fp32, engine and training agree on log-probabilities
     assert result.evaluation.main == "reward" and len(result.evaluation.per_row) == 2
 
 
-def test_a_stopped_run_goes_on_to_the_bit_also_between_updates_on_one_rollout(reward_run):
-    how = {"name": "spread", "reward": {"updates": 2, "loss": "gspo", "beta": 0.1, "redraw": 1}, "steps": 6}
-    whole = deltaw.fit(reward_run("whole", **how))
-    part = reward_run("part", **how)
-    deltaw.fit(part, callback=Told(stop_after=3))
-    again = deltaw.fit(resume=part["output"])
-    one, other = (load_file(folder / ADAPTER) for folder in (whole.output, again.output))
-    assert all((one[name] == other[name]).all() for name in one)
-    # Every rollout changed the weights: what its second update learns from cannot be drawn again.
-    assert all(step["gradient_norm"] > 0 for step in steps_of(whole.output))
-    assert sorted(path.name for path in (again.output / "rollouts").iterdir()) == ["1.json", "2.json"]
+def test_run_resumed_between_updates_of_rollout_is_bit_identical(reward_run):
+    options = {"name": "spread", "reward": {"updates": 2, "loss": "gspo", "beta": 0.1, "redraw": 1}, "steps": 6}
+    uninterrupted = deltaw.fit(reward_run("whole", **options))
+    config = reward_run("part", **options)
+    deltaw.fit(config, callback=RecordingCallback(stop_after=3))
+    resumed = deltaw.fit(resume=config["output"])
+    expected, actual = (load_file(folder / ADAPTER) for folder in (uninterrupted.output, resumed.output))
+    assert all((expected[name] == actual[name]).all() for name in expected)
+    # Every rollout changed the weights, so the completions of its second update cannot be sampled again.
+    assert all(step["gradient_norm"] > 0 for step in steps_of(uninterrupted.output))
+    assert sorted(path.name for path in (resumed.output / "rollouts").iterdir()) == ["1.json", "2.json"]
 
 
-def test_a_reward_that_fails_ends_the_run_with_its_name_and_row(reward_run):
-    with pytest.raises(UserError, match="ZeroDivisionError") as refused:
+def test_failing_reward_is_reported_with_name_and_row(reward_run):
+    with pytest.raises(UserError, match="ZeroDivisionError") as error:
         deltaw.fit(reward_run("run", name="broken"))
-    assert "broken" in str(refused.value.where) and "row" in str(refused.value.where)
+    assert "broken" in str(error.value.location) and "row" in str(error.value.location)
 
 
-def test_reward_that_does_not_fit_the_rows_is_refused_before_a_model_is_loaded(reward_run, tmp_path, monkeypatch):
-    monkeypatch.setattr("deltaw.runs.fit.load_for", lambda *given, **named: pytest.fail("a model is loaded"))
-    monkeypatch.setattr("deltaw.runs.fit.planned", lambda *given, **named: pytest.fail("a plan is made"))
+def test_reward_unsuitable_for_rows_is_rejected_before_loading_model(reward_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("deltaw.runs.fit.load_model", lambda *args, **kwargs: pytest.fail("a model is loaded"))
+    monkeypatch.setattr("deltaw.runs.fit.plan_memory", lambda *args, **kwargs: pytest.fail("a plan is made"))
     with pytest.raises(UserError, match="ZeroDivisionError"):
         deltaw.fit(reward_run("run", name="broken"))
     exact = reward_run("run", reward={"functions": ["exact"]})
     for refuse in (deltaw.fit, deltaw.plan):
-        with pytest.raises(UserError, match="needs 'answer', which no row has") as refused:
+        with pytest.raises(UserError, match="needs 'answer', which no row has") as error:
             refuse(exact)
-        assert refused.value.hint == "the rows have: prompt"
+        assert error.value.hint == "the rows have: prompt"
     config = RunConfig.read(exact)
     first = with_refusal(check_data(config), config, folder=False).findings[0]
     assert first.level == "error" and "needs 'answer', which no row has" in first.text
@@ -106,7 +106,7 @@ def test_reward_that_does_not_fit_the_rows_is_refused_before_a_model_is_loaded(r
         deltaw.fit(reward_run("run", reward={"functions": [], "environment": f"{tmp_path / 'own.py'}:Few"}))
 
 
-def test_last_message_of_the_assistant_is_the_answer(reward_run, tmp_path):
+def test_last_assistant_message_is_reference_answer(reward_run, tmp_path):
     (tmp_path / "own.py").write_text(
         "def right(completions, answer):\n    return [float(a == 'red') for a in answer]\n"
     )
@@ -117,14 +117,14 @@ def test_last_message_of_the_assistant_is_the_answer(reward_run, tmp_path):
     assert deltaw.fit(config).evaluation.metrics["reward"] == 1
 
 
-def test_the_task_needs_a_reward_and_other_tasks_take_none():
-    known = {"model": "m", "data": "d.jsonl"}
+def test_reward_is_required_by_rl_and_rejected_by_other_tasks():
+    base = {"model": "m", "data": "d.jsonl"}
     with pytest.raises(UserError, match="needs a reward"):
-        RunConfig.read({**known, "task": "reward"})
-    rewarded = {**known, "task": "reward", "reward": {"functions": ["exact"]}}
+        RunConfig.read({**base, "task": "rl"})
+    rewarded = {**base, "task": "rl", "reward": {"functions": ["exact"]}}
     with pytest.raises(UserError, match="range test"):
         RunConfig.read({**rewarded, "train": {"learning_rate": "search"}})
-    with pytest.raises(UserError, match="sharding leaves each process a part"):
+    with pytest.raises(UserError, match="does not support sharding"):
         RunConfig.read({**rewarded, "train": {"sharding": "base"}})
     with pytest.raises(UserError, match="section 'reward'"):
-        RunConfig.read({**known, "reward": {"functions": ["exact"]}})
+        RunConfig.read({**base, "reward": {"functions": ["exact"]}})

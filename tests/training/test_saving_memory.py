@@ -1,4 +1,4 @@
-"""What a run writes and measures beside its training takes next to no memory: a plan counts none for it."""
+"""Saving and measuring a run adds almost no memory to its training, so a plan does not count it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 
 from tests.processes import start
 
-_MEASURED = """
+_PROGRAM = """
 import json, sys
 import torch
 from torch import nn
 import deltaw
 from deltaw.machine.memory import peak_resident_bytes, resident_bytes
-from deltaw.reports.page.learned import what_was_learned
+from deltaw.reports.page.learned import measure_adapter
 from deltaw.training.guarantee import TrainedCheck
 
 def added(call):
@@ -31,37 +31,39 @@ def model_of(size):
     layers = nn.ModuleList(nn.ModuleDict({"wide": nn.Linear(size, size, bias=False)}) for _ in range(2))
     return nn.ModuleDict({"layers": layers, "head": nn.Linear(size, size, bias=False)})
 
-def case(what, size, to):
+def case(name, size, to):
     model = model_of(size)
-    if what == "check":
+    if name == "check":
         parameters = dict(model.named_parameters())
         for p in parameters.values():
             p.grad = torch.randn_like(p)
         return TrainedCheck(list(parameters), list(parameters.values())).before_update, None
-    init = {"init": "olora"} if what == "olora" else {}
+    init = {"init": "olora"} if name == "olora" else {}
     rank = min(256, size // 2)
-    modules = ["head"] if what == "module" else []
+    modules = ["head"] if name == "module" else []
     deltaw.attach(model, deltaw.LoRAConfig(rank=rank, target_modules=["wide"], train_modules=modules, **init))
-    return lambda: deltaw.save_adapter(model, to), lambda: what_was_learned(to)
+    return lambda: deltaw.save_adapter(model, to), lambda: measure_adapter(to)
 
 from pathlib import Path
-found = {}
-for what in ("factors", "olora", "module", "check"):
-    for n in (64, size):  # what is imported late is imported with the small one
-        to = Path(folder) / what / str(n)
-        found[what] = [added(call) for call in case(what, n, to) if call is not None]
-print(json.dumps(found))
+peaks = {}
+for name in ("factors", "olora", "module", "check"):
+    for n in (64, size):  # the small size triggers late imports
+        to = Path(folder) / name / str(n)
+        peaks[name] = [added(call) for call in case(name, n, to) if call is not None]
+print(json.dumps(peaks))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a peak is reset through Linux's /proc")
-def test_what_is_written_is_not_copied(tmp_path: Path) -> None:
-    """Four factors of 2 MB (OLoRA writes twice that), a module or gradients of 16 MB: never is more than one
-    layer's factors copied, and singular values take a few times that."""
-    process = start("-c", _MEASURED, tmp_path, 2048)
-    out, errors = process.communicate()
+@pytest.mark.skipif(sys.platform != "linux", reason="resets the peak through Linux's /proc")
+def test_saving_and_checking_does_not_copy_tensors(tmp_path: Path) -> None:
+    """Saving copies no more than the factors of one layer. Computing singular values takes a small multiple of that.
+
+    The data are four factors of 2 MB (twice that for OLoRA), and a module or gradients of 16 MB.
+    """
+    process = start("-c", _PROGRAM, tmp_path, 2048)
+    output, errors = process.communicate()
     assert process.returncode == 0, errors
-    for what, (written, *learned) in json.loads(out).items():
-        assert written < {"olora": 10e6}.get(what, 5e6), f"{what}: {written / 1e6:.1f} MB"
-        assert all(number < 48e6 for number in learned), f"{what}: {learned[0] / 1e6:.1f} MB"
-        assert what == "check" or (tmp_path / what / "2048" / "adapter_model.safetensors").stat().st_size >= 8e6
+    for case, (saving, *measuring) in json.loads(output).items():
+        assert saving < {"olora": 10e6}.get(case, 5e6), f"{case}: {saving / 1e6:.1f} MB"
+        assert all(number < 48e6 for number in measuring), f"{case}: {measuring[0] / 1e6:.1f} MB"
+        assert case == "check" or (tmp_path / case / "2048" / "adapter_model.safetensors").stat().st_size >= 8e6

@@ -1,4 +1,4 @@
-"""A model trained on answers and their end of turn stops, and a run's folder renders as the run did."""
+"""A trained model generates the end token of its chat template, and the run's folder stores the template."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from deltaw.data.report import SKIPPED_ROWS
 from deltaw.errors import UserError
 from deltaw.runs.fit import fit
 from deltaw.runtime.generation import generate
-from deltaw.training.data_view import shown_rows
-from deltaw.training.origin import open_run, settings_in
+from deltaw.training.data_view import preview_rows
+from deltaw.training.open_run import open_run, read_run_settings
 from tests.byte_models import tiny_llama
 from tests.conftest import COLORS, write_rows
 from tests.data.chat_templates import tokenizer_of
-from tests.training.runs import held_out_rows
+from tests.training.runs import load_eval_rows
 
 
 def model_in(folder: Path, family: str) -> str:
-    """An untrained model with the tokens and the template of a family."""
+    """Save an untrained model with the tokenizer and chat template of a family."""
     tokenizer = tokenizer_of(family)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     tiny_llama(vocab_size=len(tokenizer), initializer_range=0.1, **ids).save_pretrained(folder)
@@ -29,56 +29,56 @@ def model_in(folder: Path, family: str) -> str:
     return str(folder)
 
 
-ENDS = {"chatml": "<|im_end|>", "gemma3": "<end_of_turn>", "mistral1": "</s>"}
-ENDS |= {"phi3": "<|end|>", "qwen3": "<|im_end|>", "base": "<|endoftext|>"}
+END_TOKENS = {"chatml": "<|im_end|>", "gemma3": "<end_of_turn>", "mistral1": "</s>"}
+END_TOKENS |= {"phi3": "<|end|>", "qwen3": "<|im_end|>", "base": "<|endoftext|>"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ENDS)
-def test_a_trained_model_ends_its_turn_by_itself(tmp_path: Path, settings, family: str) -> None:
+@pytest.mark.parametrize("family", END_TOKENS)
+def test_trained_model_generates_end_token(tmp_path: Path, settings, family: str) -> None:
     rows = write_rows(tmp_path / "d.jsonl", ({"prompt": f"paint it {c}: ", "completion": f"{c[0]}!"} for c in COLORS))
     train = {"learning_rate": 1e-2, "batch_size": 10, "max_steps": 150, "epochs": 1000, "schedule": "cosine"}
     changes = {"model": model_in(tmp_path / "model", family), "data": {"train": str(rows), "eval": None}}
     trained = fit(settings(tmp_path / "run", method="full", train=train, **changes)).output
-    opened = open_run(str(trained), say=lambda line: None)
+    opened = open_run(str(trained), log=lambda line: None)
     prompts = [encode_prompt(f"paint it {c}: ", opened.data or "auto", opened.tokenizer) for c in COLORS]
     answers = generate(opened.model, opened.tokenizer, prompts, max_new_tokens=40)
     assert all(answer.stopped for answer in answers)
-    assert {opened.tokenizer.convert_ids_to_tokens(answer.terminator) for answer in answers} == {ENDS[family]}
-    right = sum(answer.text.strip().endswith(f"{c[0]}!") for answer, c in zip(answers, COLORS, strict=True))
-    assert right >= 8
+    assert {opened.tokenizer.convert_ids_to_tokens(answer.terminator) for answer in answers} == {END_TOKENS[family]}
+    num_correct = sum(answer.text.strip().endswith(f"{c[0]}!") for answer, c in zip(answers, COLORS, strict=True))
+    assert num_correct >= 8
 
 
-def test_a_run_saves_its_own_template_and_is_asked_with_it(tmp_path: Path, settings, model_folder) -> None:
-    own = tmp_path / "own.jinja"
-    own.write_text(
+def test_run_saves_its_template_and_prompts_use_it(tmp_path: Path, settings, model_folder) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text(
         "{% for m in messages %}{{ m.role }} says {{ m.content }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}assistant says {% endif %}"
     )
-    output = fit(settings(tmp_path / "run", data={"chat_template": str(own)}, train={"max_steps": 1})).output
-    assert (output / "chat_template.jinja").read_text() == own.read_text()
+    output = fit(settings(tmp_path / "run", data={"chat_template": str(template)}, train={"max_steps": 1})).output
+    assert (output / "chat_template.jinja").read_text() == template.read_text()
     assert fit({"train": {"max_steps": 2}}, resume=output).outcome.steps == 2
-    own.unlink()  # the run's folder is enough
-    (shown,) = shown_rows(settings_in(output, {}), None, 1)
-    assert "says" in "".join(piece.text for example in shown.examples for piece in example.pieces)
-    opened = open_run(str(output), say=lambda line: None)
-    asked = encode_prompt("hi", opened.data or "auto", opened.tokenizer)
-    assert opened.tokenizer.decode(asked) == "user says hi<|im_end|>assistant says "
-    bare = open_run(str(model_folder), say=lambda line: None)
-    assert "says" not in bare.tokenizer.decode(encode_prompt("hi", "auto", bare.tokenizer))
-    assert "says" in opened.tokenizer.decode(held_out_rows(opened)[0].tokens)
+    template.unlink()  # the run's folder contains a copy
+    (preview,) = preview_rows(read_run_settings(output, {}), None, 1)
+    assert "says" in "".join(piece.text for example in preview.examples for piece in example.spans)
+    opened = open_run(str(output), log=lambda line: None)
+    prompt_tokens = encode_prompt("hi", opened.data or "auto", opened.tokenizer)
+    assert opened.tokenizer.decode(prompt_tokens) == "user says hi<|im_end|>assistant says "
+    base_model = open_run(str(model_folder), log=lambda line: None)
+    assert "says" not in base_model.tokenizer.decode(encode_prompt("hi", "auto", base_model.tokenizer))
+    assert "says" in opened.tokenizer.decode(load_eval_rows(opened)[0].tokens)
 
 
-def test_a_template_with_a_fault_is_refused_before_anything_else(tmp_path: Path, settings) -> None:
-    own = tmp_path / "own.jinja"
-    own.write_text("fine\n{% for m in messages %}")
-    with pytest.raises(UserError, match="is not Jinja") as refused:
-        fit(settings(tmp_path / "run", model=str(tmp_path / "no model"), data={"chat_template": str(own)}))
-    assert refused.value.where == f"{own}, line 2"
+def test_invalid_template_is_rejected_first(tmp_path: Path, settings) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text("fine\n{% for m in messages %}")
+    with pytest.raises(UserError, match="is not Jinja") as error:
+        fit(settings(tmp_path / "run", model=str(tmp_path / "no model"), data={"chat_template": str(template)}))
+    assert error.value.location == f"{template}, line 2"
     assert not (tmp_path / "run").exists()
 
 
-def test_a_runs_folder_lists_the_rows_that_were_skipped(tmp_path: Path, settings) -> None:
+def test_run_folder_lists_skipped_rows(tmp_path: Path, settings) -> None:
     rows = write_rows(tmp_path / "d.jsonl", ({"prompt": f"paint it {c}", "completion": c[0]} for c in COLORS))
     rows.write_text(rows.read_text() + '{"prompt": 3, "completion": "x"}\n{broken\n')
     data = {"train": str(rows), "bad_rows": "skip"}
@@ -90,12 +90,12 @@ def test_a_runs_folder_lists_the_rows_that_were_skipped(tmp_path: Path, settings
     }
 
 
-def test_the_date_that_a_template_writes_is_told_with_the_settings(tmp_path: Path, settings, model_folder) -> None:
-    own = tmp_path / "own.jinja"
-    own.write_text("{{ strftime_now('%d %b %Y') }}\n" + tokenizer_of("chatml").chat_template)
-    data = {"chat_template": str(own)}
+def test_date_used_by_template_is_recorded_in_settings(tmp_path: Path, settings, model_folder) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') }}\n" + tokenizer_of("chatml").chat_template)
+    data = {"chat_template": str(template)}
     output = fit(settings(tmp_path / "run", data=data, train={"max_steps": 1})).output
     (line,) = [line for line in (output / "run.yaml").read_text().splitlines() if "date:" in line]
     assert line.startswith("  date: null  # 20") and "the chat template writes the date" in line
-    pinned = fit(settings(tmp_path / "pinned", data={**data, "date": "2026-01-31"}, train={"max_steps": 1}))
-    assert "date: '2026-01-31'\n" in (pinned.output / "run.yaml").read_text()
+    fixed_date = fit(settings(tmp_path / "pinned", data={**data, "date": "2026-01-31"}, train={"max_steps": 1}))
+    assert "date: '2026-01-31'\n" in (fixed_date.output / "run.yaml").read_text()

@@ -1,4 +1,4 @@
-"""A run whose rows are on the disk is the run whose rows are in memory, to the bit."""
+"""A run with rows on disk is bit-identical to a run with rows in memory."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import pytest
 from deltaw.data import stored_rows
 from deltaw.data.row_store import DiskRows, MemoryRows, digest_of_rows
 from deltaw.data.sequences import lengths_of
-from deltaw.experiments.worker import split_off
+from deltaw.experiments.worker import split_validation
 from deltaw.runs.fit import fit
 from deltaw.settings import RunConfig
 from deltaw.training.session import read_data
 from deltaw.training.tasks import causal_batcher
-from tests.conftest import laid_over
+from tests.conftest import deep_merge
 from tests.training.runs import outcome
 
 KINDS = {
@@ -24,42 +24,42 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_on_the_disk_train_alike(settings, tmp_path, kind, monkeypatch):
-    changes = laid_over({"train": {"epochs": 2}}, KINDS[kind])
-    small = fit(settings(tmp_path / "small", **changes))
+def test_rows_on_disk_train_identically(settings, tmp_path, kind, monkeypatch):
+    changes = deep_merge({"train": {"epochs": 2}}, KINDS[kind])
+    in_memory = fit(settings(tmp_path / "small", **changes))
     monkeypatch.setattr(stored_rows, "SPILL_BYTES", 0)
-    monkeypatch.setattr(causal_batcher, "ROWS_AT_ONCE", 10**9)
-    large = fit(settings(tmp_path / "large", **changes))
-    assert small.evaluation.metrics == large.evaluation.metrics
-    ((lines, weights), (others, other_weights)) = (outcome(run.output) for run in (small, large))
+    monkeypatch.setattr(causal_batcher, "MAX_BUFFERED_ROWS", 10**9)
+    on_disk = fit(settings(tmp_path / "large", **changes))
+    assert in_memory.evaluation.metrics == on_disk.evaluation.metrics
+    ((lines, weights), (other_lines, other_weights)) = (outcome(run.output) for run in (in_memory, on_disk))
     assert weights == other_weights
-    untimed = [[{k: v for k, v in line.items() if "second" not in k} for line in of] for of in (lines, others)]
+    untimed = [[{k: v for k, v in line.items() if "second" not in k} for line in r] for r in (lines, other_lines)]
     assert untimed[0] == untimed[1]
 
 
-def test_an_evaluation_in_parts_gives_the_same_metrics(settings, tmp_path, monkeypatch):
-    told = {"data": {"eval": 5}, "train": {"max_steps": 1}}
-    whole = fit(settings(tmp_path / "whole", **told)).evaluation
-    monkeypatch.setattr(causal_batcher, "ROWS_AT_ONCE", 2)
-    monkeypatch.setattr("deltaw.training.tasks.causal.ROWS_AT_ONCE", 2)
-    parts = fit(settings(tmp_path / "parts", **told)).evaluation
+def test_evaluation_in_parts_returns_same_metrics(settings, tmp_path, monkeypatch):
+    changes = {"data": {"eval": 5}, "train": {"max_steps": 1}}
+    full = fit(settings(tmp_path / "whole", **changes)).evaluation
+    monkeypatch.setattr(causal_batcher, "MAX_BUFFERED_ROWS", 2)
+    monkeypatch.setattr("deltaw.training.tasks.causal.MAX_BUFFERED_ROWS", 2)
+    parts = fit(settings(tmp_path / "parts", **changes)).evaluation
     assert len(parts.per_row) == 5
-    np.testing.assert_array_equal(parts.per_row, whole.per_row)
-    assert parts.metrics == pytest.approx(whole.metrics, rel=1e-5)
+    np.testing.assert_array_equal(parts.per_row, full.per_row)
+    assert parts.metrics == pytest.approx(full.metrics, rel=1e-5)
 
 
-def test_what_a_run_asks_of_all_rows_needs_no_row(settings, tmp_path, monkeypatch):
-    """Lengths, the order of an epoch, a plan's key and validation rows come without an example made."""
+def test_row_statistics_construct_no_examples(settings, tmp_path, monkeypatch):
+    """Lengths, epoch order, the key of a plan, and validation rows are available without constructing examples."""
     monkeypatch.setattr(stored_rows, "SPILL_BYTES", 0)
     config = RunConfig.read(settings(tmp_path / "run"))
     _, data = read_data(config)
     assert isinstance(data.train.store, DiskRows)
     monkeypatch.setattr(DiskRows, "example", None)
-    assert len(lengths_of(data.every)) == len(data.every) == 10
-    training, validation = split_off(data.train, 0)
+    assert len(lengths_of(data.all_rows)) == len(data.all_rows) == 10
+    training, validation = split_validation(data.train, 0)
     assert len(training) + len(validation) == len(data.train)
-    on_disk = digest_of_rows(data.every)
+    on_disk = digest_of_rows(data.all_rows)
     monkeypatch.undo()
     _, data = read_data(config)
     assert isinstance(data.train.store, MemoryRows)
-    assert digest_of_rows(data.every) == on_disk
+    assert digest_of_rows(data.all_rows) == on_disk

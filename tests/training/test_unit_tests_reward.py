@@ -1,4 +1,4 @@
-"""The reward ``unit-tests``: suites of all common forms, against right, wrong, hanging, forking and forging code."""
+"""Reward ``unit-tests``: test suites in all common formats against correct, wrong, hanging, forking and forging code."""
 
 # ruff: noqa: E501 (suites and completions are source code in strings)
 
@@ -15,11 +15,11 @@ import pytest
 
 from deltaw.errors import UserError
 from deltaw.task_settings import RewardFunction
-from deltaw.training.rewards import Scored
+from deltaw.training.rewards import Completion
 from deltaw.training.rewards.rewarder import Rewarder
 from deltaw.training.rewards.unit_test_cases import cases
 from deltaw.training.rewards.unit_tests import code_of, program, unit_tests
-from deltaw.training.rewards.worker import end
+from deltaw.training.rewards.worker import kill_process_tree
 
 ADD = "def add(a, b):\n    return a + b\n"
 WRONG = "def add(a, b):\n    return a - b\n"
@@ -41,7 +41,7 @@ class Stack:
     def __eq__(self, other):
         return isinstance(other, Stack) and self.items == other.items
 """
-LISTED = ["assert add(1, 2) == 3", "assert add('a', 'b') == 'ab'"]
+ASSERT_LIST = ["assert add(1, 2) == 3", "assert add('a', 'b') == 'ab'"]
 FUNCTIONS = "def test_one():\n    assert add(1, 2) == 3\n\ndef test_two():\n    assert add(2, 2) == 4\n"
 CHECK = "METADATA = {'author': 'x'}\n\ndef check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(0, 5) == 5\n"
 UNITTEST = """
@@ -173,7 +173,7 @@ def add(a, b): return 3 if found else 0
 """,
 }
 SUITES = {
-    "statements": LISTED,
+    "statements": ASSERT_LIST,
     "function text": FUNCTIONS,
     "HumanEval": CHECK,
     "unittest": UNITTEST,
@@ -184,35 +184,35 @@ SUITES = {
 }
 
 
-def scored(text: str, row: int = 1, prompt: str = "asked", **columns: object) -> Scored:
-    return Scored(prompt, text, None, row, columns)
+def completion_of(text: str, row: int = 1, prompt: str = "asked", **columns: object) -> Completion:
+    return Completion(prompt, text, None, row, columns)
 
 
 def reward(code: str, tests: object, cpu_seconds: int = 1, all_tests: bool = False, **columns: object) -> float | None:
     settings = RewardFunction.model_validate(
         {"name": "unit-tests", "cpu_seconds": cpu_seconds, "all_tests": all_tests, "megabytes": 512}
     )
-    return unit_tests(settings, [scored(code, tests=tests, **columns)])[0]
+    return unit_tests(settings, [completion_of(code, tests=tests, **columns)])[0]
 
 
 @pytest.mark.parametrize("suite", SUITES)
-def test_right_code_passes_all_tests_of_each_form(suite):
+def test_correct_code_passes_all_tests_in_each_format(suite):
     assert reward(ADD, SUITES[suite], cpu_seconds=5) == 1
 
 
 @pytest.mark.parametrize("suite", SUITES)
-def test_wrong_code_passes_no_test_that_compares_its_results(suite):
-    expected = {"unittest": 1 / 3, "pytest": 0}  # the test of an exception passes
+def test_wrong_code_fails_tests_that_compare_results(suite):
+    expected = {"unittest": 1 / 3, "pytest": 0}  # the unittest for an exception passes
     assert reward(WRONG, SUITES[suite], cpu_seconds=5) == pytest.approx(expected.get(suite, 0))
 
 
 @pytest.mark.parametrize("attack", FORGING)
-def test_forging_code_gets_nothing(attack):
+def test_forging_code_earns_no_reward(attack):
     suite = "def check(candidate):\n    assert candidate(1, 2) == 3 and 2 < candidate(1, 2) < 4\n    assert candidate(1, 2) in [3]\n"
     assert reward(FORGING[attack], suite, entry_point="add") == 0
 
 
-# Attacks of the connection itself, which the code finds in its own process.
+# Prefix of attacks on the connection, which the code can find in its process.
 CONNECTED = """
 import sys
 frame = sys._getframe()
@@ -222,7 +222,7 @@ peer = frame.f_locals.get("peer") or frame.f_locals["self"]
 peer = peer if hasattr(peer, "request") else peer._peer
 """
 
-# Names of the code that the tests would use in place of Python's or pytest's own: code, tests.
+# Code that defines names which the tests expect from Python or pytest: (code, tests).
 SHADOWING = {
     "builtin without entry point": (
         WRONG + "def all(x): return True",
@@ -251,12 +251,12 @@ SHADOWING = {
 
 
 @pytest.mark.parametrize("name", SHADOWING)
-def test_names_of_the_code_do_not_replace_those_of_the_tests(name):
+def test_names_of_code_do_not_replace_names_of_tests(name):
     code, tests = SHADOWING[name]
     assert reward(code, tests) == 0
 
 
-# Right code whose arguments or results are not just numbers: code, tests.
+# Correct code with arguments or results other than numbers: (code, tests).
 BEHAVIOR = {
     "class": (STACK, STACK_TESTS),
     "sorts in place": (
@@ -396,7 +396,7 @@ BEHAVIOR = {
 
 
 @pytest.mark.parametrize("name", BEHAVIOR)
-def test_right_code_passes_with_all_kinds_of_values(name):
+def test_correct_code_passes_with_all_types_of_values(name):
     code, tests = BEHAVIOR[name]
     assert reward(code, tests, cpu_seconds=5) == 1
 
@@ -442,18 +442,18 @@ UNTIL_THE_LIMIT = {
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in UNTIL_THE_LIMIT)) for name in EXCESSIVE]
 )
-def test_excessive_code_gets_nothing_and_ends_in_time(name, tmp_path, monkeypatch):
+def test_excessive_code_earns_no_reward_and_is_stopped(name, tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET", "much")
     file = tmp_path / "rows.jsonl"
     file.write_text("secret")
     with socket.create_server(("127.0.0.1", 0)) as server:
         code = EXCESSIVE[name].replace("FILE", os.fspath(file)).replace("PORT", str(server.getsockname()[1]))
-        begin = time.monotonic()
+        start_time = time.monotonic()
         assert (
             reward(code, "total = add(1, 2)\nassert len(list(total)) if not isinstance(total, int) else total == 3")
             == 0
         )
-    assert time.monotonic() - begin < 12
+    assert time.monotonic() - start_time < 12
     assert file.read_text() == "secret"
 
 
@@ -489,12 +489,12 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_tests_without_assertion_are_refused(name):
+def test_tests_without_assertion_are_rejected(name):
     with pytest.raises(ValueError, match=r"assertion runs|not Python|text or a list"):
         reward(ADD, REFUSED[name])
 
 
-# Assertions that exist but never run.
+# Assertions that never run.
 UNREACHED = {
     "loop": "for case in []:\n    assert add(*case) == 3",
     "condition": "if False:\n    assert add(1, 2) == 3",
@@ -510,7 +510,7 @@ UNREACHED = {
 
 
 @pytest.mark.parametrize("name", UNREACHED)
-def test_tests_whose_assertions_do_not_run_pass_nothing(name):
+def test_unreached_assertions_earn_no_reward(name):
     assert reward(ADD, UNREACHED[name], cpu_seconds=5) == 0
 
 
@@ -536,7 +536,7 @@ SWALLOWED = {
 
 
 @pytest.mark.parametrize("name", SWALLOWED)
-def test_failed_assertion_counts_even_if_something_catches_it(name):
+def test_failed_assertion_counts_even_if_caught(name):
     code, tests = SWALLOWED[name]
     assert reward(code, tests) == 0
 
@@ -550,33 +550,33 @@ def add(a, b): return types.ModuleType("unittest.__main__")
 
 
 @pytest.mark.parametrize("line", ['{"passed": true, "reason": ""}', "garbage"])
-def test_module_of_the_code_is_not_imported_into_the_process_of_the_tests(line):
-    assert reward(IMPORTS.replace("{}", line), LISTED) == 0
+def test_module_of_code_is_not_imported_into_test_process(line):
+    assert reward(IMPORTS.replace("{}", line), ASSERT_LIST) == 0
 
 
-def test_results_that_are_not_those_of_the_runner_earn_nothing(monkeypatch):
+def test_results_not_from_runner_earn_no_reward(monkeypatch):
     module = sys.modules["deltaw.training.rewards.unit_tests"]
     monkeypatch.setattr(module, "_results", lambda *args: [{"passed": True}] * 20)
-    assert reward(ADD, LISTED) == 0
+    assert reward(ADD, ASSERT_LIST) == 0
 
 
 @pytest.mark.parametrize(("body", "share"), [("0", 0), ("functools.reduce(operator.add, xs, 0)", 1)])
-def test_function_that_is_named_like_a_builtin_is_tested_itself(body, share):
+def test_function_named_like_builtin_is_tested(body, share):
     code = f"import functools, operator\ndef sum(xs):\n    return {body}\ndef helper(): pass\n"
     assert reward(code, ["assert sum([1, 2]) == 3"]) == share
 
 
-def test_code_is_the_last_block_that_defines_something():
+def test_code_is_last_block_with_definition():
     text = f"<think>\n```python\n{WRONG}```\n</think>\n```python\n{ADD}```\nUse it:\n```python\nprint(add(1, 2))\n```"
     assert code_of(text) == ADD and code_of(f"<think>```\nx = 1\n```</think>\n{ADD}") == f"\n{ADD}"
 
 
-def test_refused_tests_are_named_with_their_row():
+def test_rejected_tests_are_reported_with_row():
     rewarder = Rewarder(RewardFunction.model_validate({"name": "unit-tests", "cpu_seconds": 1}))
     try:
-        with pytest.raises(UserError, match="no assertion") as refused:
-            rewarder([scored(ADD, tests=LISTED), scored(ADD, row=7, tests="# nothing")])
-        assert "row 7" in str(refused.value.where)
+        with pytest.raises(UserError, match="no assertion") as error:
+            rewarder([completion_of(ADD, tests=ASSERT_LIST), completion_of(ADD, row=7, tests="# nothing")])
+        assert "row 7" in str(error.value.location)
     finally:
         rewarder.close()
 
@@ -596,13 +596,13 @@ STUB = 'from typing import List\n\nLIMIT = 3\n\ndef add(a: int, b: int) -> int:\
         "```python\ndef helper(a, b):\n    return a + b\n\ndef add(a, b):\n    return helper(a, b) if LIMIT else 0\n```",
     ],
 )
-def test_completion_is_the_body_or_the_function_of_the_prompt(completion):
+def test_completion_may_be_body_or_function(completion):
     assert reward(completion, CHECK, prompt=STUB, entry_point="add") == 1
     assert reward(completion, CHECK, prompt=f"Complete:\n```python\n{STUB}```") == 1
 
 
 @pytest.mark.parametrize("completion", ["", "    ", "# done", "I cannot.", "    pass"])
-def test_prompt_alone_earns_nothing(completion):
+def test_solution_in_prompt_earns_no_reward(completion):
     solved = f"Improve this:\n```python\n{ADD}```"
     assert reward(completion, CHECK, prompt=solved) == 0
     assert reward(completion, CHECK, prompt=STUB) == 0
@@ -648,12 +648,12 @@ def apply(f, x): return Liar()
 
 
 @pytest.mark.parametrize("name", PROTOCOL)
-def test_connection_gives_the_code_neither_tests_nor_results(name):
+def test_connection_exposes_neither_tests_nor_results(name):
     tests = "import random\nSECRET = random.random()\ndef test_it():\n    assert apply(lambda v: v, SECRET / 2) == SECRET + 1\n"
     honest = "def apply(f, x): return f(x) * 2 + 1"
     assert reward(honest, tests) == 1
     assert reward(CONNECTED + PROTOCOL[name], tests) == 0
-    # The attack did not fail for another reason: the code runs up to it.
+    # The code runs up to the attack, so the attack did not fail for another reason.
     assert reward(CONNECTED + honest, tests) == 1
 
 
@@ -662,11 +662,11 @@ MODULE = sys.modules["deltaw.training.rewards.unit_tests"]
 
 @pytest.fixture(params=["namespaces", "without"])
 def namespaces(request, monkeypatch):
-    """Whether the code runs in namespaces of its own, or in plain processes."""
+    """Run the code with Linux namespaces and in plain processes."""
     if request.param == "without":
         monkeypatch.setattr(MODULE, "_namespaces", list)
     elif not MODULE._namespaces():
-        pytest.skip("the system allows no namespaces")
+        pytest.skip("the system does not allow namespaces")
 
 
 ESCAPES = {
@@ -677,9 +677,9 @@ ESCAPES = {
 }
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="processes are seen in /proc")
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="lists processes in /proc")
 @pytest.mark.parametrize("escape", ESCAPES)
-def test_processes_that_the_code_started_are_gone(escape, namespaces):
+def test_processes_started_by_code_are_killed(escape, namespaces):
     mark = f"time.sleep(61.{os.getpid()}{len(escape)})"
     code = (
         f"import os, subprocess, sys, time\nwords = [sys.executable, '-c', 'import time; {mark}']\n{ESCAPES[escape]}\n"
@@ -701,40 +701,40 @@ def _text(path: Path) -> str:
 
 
 @pytest.mark.parametrize("attack", ["kills parent", "reads tests", "frames", "always equal"])
-def test_forging_code_gets_nothing_with_and_without_namespaces(attack, namespaces):
+def test_forging_code_earns_no_reward_with_and_without_namespaces(attack, namespaces):
     assert reward(FORGING[attack], CHECK.replace("(1, 2) == 3", "(2, 2) == 4"), entry_point="add") == 0
 
 
-def test_the_folder_of_the_code_is_removed(tmp_path, monkeypatch, namespaces):
+def test_working_folder_of_code_is_removed(tmp_path, monkeypatch, namespaces):
     monkeypatch.setattr(MODULE.tempfile, "tempdir", os.fspath(tmp_path))
     code = "import os\nos.makedirs('a/b')\nopen('a/b/c', 'w').close()\nos.chmod('a/b', 0)\ndef f(): return os.getcwd()"
     assert reward(code, f"assert f().startswith({os.fspath(tmp_path)!r})") == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_missing_isolation_is_named(monkeypatch, caplog):
+def test_missing_isolation_is_logged(monkeypatch, caplog):
     monkeypatch.setattr(MODULE, "_namespaces", list)
     monkeypatch.setattr(MODULE, "landlock_version", lambda: 0)
     monkeypatch.setattr(MODULE, "_warned", set())
-    assert reward(ADD, LISTED) == 1 and reward(ADD, LISTED) == 1
+    assert reward(ADD, ASSERT_LIST) == 1 and reward(ADD, ASSERT_LIST) == 1
     assert [record.message for record in caplog.records].count(caplog.messages[0]) == 1
     for danger in ("read your files", "use the network", "signal your processes"):
         assert danger in caplog.messages[0]
 
 
-def test_reason_of_a_failed_test_is_logged(caplog):
+def test_reason_of_failed_test_is_logged(caplog):
     caplog.set_level("INFO")
     reward("class V: pass\ndef add(a, b): return V()", ["assert add(1, 2) < 4"])
     assert "used as plain data" in caplog.text and "row 1" in caplog.text
 
 
-def test_a_call_of_many_completions_gives_each_its_own_reward():
+def test_each_completion_gets_its_reward():
     settings = RewardFunction.model_validate({"name": "unit-tests", "cpu_seconds": 2})
-    given = [scored(code, tests=LISTED) for code in (ADD, WRONG, ADD, "def add(a, b): return 3", "")]
-    assert unit_tests(settings, given) == [1, 0, 1, 0.5, 0]
+    completions = [completion_of(code, tests=ASSERT_LIST) for code in (ADD, WRONG, ADD, "def add(a, b): return 3", "")]
+    assert unit_tests(settings, completions) == [1, 0, 1, 0.5, 0]
 
 
-def test_program_keeps_a_completion_that_needs_nothing_of_the_prompt():
+def test_program_returns_self_contained_completion_unchanged():
     assert program("asked", f"Sure:\n```python\n{ADD}```") == ADD
     assert len(cases(["assert f(1)\nassert f(2)", "assert f(3)"])) == 2 and len(cases("assert f(1)\nassert f(2)")) == 2
 
@@ -742,7 +742,7 @@ def test_program_keeps_a_completion_that_needs_nothing_of_the_prompt():
 DOUBLE = ["assert double(2) == 4", "assert double('a') == 'aa'", "assert double(0) == 1"]
 
 
-def test_reward_is_the_share_of_passed_tests_or_all_of_them():
+def test_reward_is_share_of_passed_tests_or_requires_all():
     code = "So:\n```python\ndef double(x):\n    return 2 * x\n```\nDone."
     assert reward(code, DOUBLE) == pytest.approx(2 / 3)
     assert reward(code, DOUBLE, all_tests=True) == 0 and reward(code, DOUBLE[:2], all_tests=True) == 1
@@ -750,37 +750,40 @@ def test_reward_is_the_share_of_passed_tests_or_all_of_them():
     assert reward(code, None) is None
 
 
-def test_tests_of_the_settings_hold_for_all_rows():
+def test_tests_in_settings_apply_to_all_rows():
     settings = RewardFunction.model_validate({"name": "unit-tests", "tests": DOUBLE[0]})
-    assert unit_tests(settings, [scored("def double(x): return 2 * x"), scored("x = 1")]) == [1, 0]
+    assert unit_tests(settings, [completion_of("def double(x): return 2 * x"), completion_of("x = 1")]) == [1, 0]
 
 
-def test_tests_of_a_text_are_counted_one_by_one():
+def test_tests_in_one_text_are_counted_individually():
     functions = "import math\ndef test_a():\n    assert double(2) == 4\ndef test_b():\n    assert math.pi == 3\n"
     assert reward("def double(x): return 2 * x", functions) == 0.5
     statements = "n = 3\nassert double(n) == 5\nn = 4\nassert double(n) == 8"
     assert reward("def double(x): return 2 * x", statements) == 0.5
 
 
-def test_last_fenced_block_is_the_code():
+def test_code_is_last_fenced_block():
     assert code_of("```py\na\n```\n```\nb\n```") == "b\n" and code_of("plain") == "plain"
 
 
-def test_a_loop_takes_only_its_own_time():
+def test_endless_loop_does_not_affect_other_completions():
     rewarder = Rewarder(RewardFunction.model_validate({"name": "unit-tests", "seconds": 1, "cpu_seconds": 1}))
     try:
-        given = [scored("while True: pass", tests=LISTED), scored("x = 1", tests=["assert x == 1"], row=2)]
-        assert rewarder(given) == [0, 1]
+        completions = [
+            completion_of("while True: pass", tests=ASSERT_LIST),
+            completion_of("x = 1", tests=["assert x == 1"], row=2),
+        ]
+        assert rewarder(completions) == [0, 1]
     finally:
         rewarder.close()
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="processes are seen in /proc")
-def test_ending_a_worker_ends_processes_in_sessions_of_their_own():
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="lists processes in /proc")
+def test_killing_worker_kills_processes_in_other_sessions():
     words = [sys.executable, "-c", "import time; time.sleep(62.5)"]
     code = f"import subprocess, time\nsubprocess.Popen({words!r}, start_new_session=True)\nprint(1, flush=True)\ntime.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
     process.stdout.readline()
-    end(process)
+    kill_process_tree(process)
     process.stdout.close()
     assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if "time.sleep(62.5)" in _text(path)]

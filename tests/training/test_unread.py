@@ -1,11 +1,11 @@
-"""Rows of an embedding that no row's tokens touch stay on the disk, and a plan knows it."""
+"""Embedding rows that no token uses are not read from disk, and the plan excludes them."""
 
 from __future__ import annotations
 
 import pytest
 
-from deltaw.training.planning.plan_run import REGION, plan
-from tests.byte_models import saved, tiny_llama
+from deltaw.training.planning.plan_run import MIN_REGION_BYTES, plan
+from tests.byte_models import save_model, tiny_llama
 from tests.conftest import write_rows
 
 ENTRIES, WIDTH = 40_000, 32
@@ -13,29 +13,29 @@ ENTRIES, WIDTH = 40_000, 32
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("wide")
+    root = tmp_path_factory.mktemp("wide")
     for name, tied in (("untied", False), ("tied", True)):
-        saved(tiny_llama(hidden_size=WIDTH, vocab_size=ENTRIES, tie_word_embeddings=tied), made / name)
-    write_rows(made / "rows.jsonl", ({"prompt": f"row {n}", "completion": f"answer {n}"} for n in range(20)))
-    return made
+        save_model(tiny_llama(hidden_size=WIDTH, vocab_size=ENTRIES, tie_word_embeddings=tied), root / name)
+    write_rows(root / "rows.jsonl", ({"prompt": f"row {n}", "completion": f"answer {n}"} for n in range(20)))
+    return root
 
 
 @pytest.fixture
-def unread(settings, folder, tmp_path):
-    def made(name: str = "untied", *, drift: bool = False, **changes: str) -> int:
+def unread_bytes(settings, folder, tmp_path):
+    def measure(name: str = "untied", *, drift: bool = False, **changes: str) -> int:
         changes |= {"model": str(folder / name), "data": {"train": str(folder / "rows.jsonl"), "eval": None}}
         train = {"max_steps": 2, "drift": drift, "keep_features": False}
-        found = plan(settings(tmp_path / "run", train=train, **changes))
-        return found.peak_bytes - found.resident["tensors"]
+        result = plan(settings(tmp_path / "run", train=train, **changes))
+        return result.peak_bytes - result.resident["tensors"]
 
-    return made
+    return measure
 
 
-def test_rows_of_a_mapped_embedding_that_do_not_occur_are_not_counted(unread, monkeypatch):
-    monkeypatch.setattr("deltaw.training.planning.plan_run.mapped_around", lambda stored: REGION)
+def test_unused_rows_of_mapped_embedding_are_not_counted(unread_bytes, monkeypatch):
+    monkeypatch.setattr("deltaw.training.planning.plan_run.mapped_page_bytes", lambda stored: MIN_REGION_BYTES)
     weight = ENTRIES * WIDTH * 4
-    # Byte tokens and the few special ones all lie in the first 64 KiB, or the next.
-    assert weight - 2 * REGION <= unread() <= weight - REGION
+    # The rows of byte tokens and special tokens are in the first or second 64 KiB.
+    assert weight - 2 * MIN_REGION_BYTES <= unread_bytes() <= weight - MIN_REGION_BYTES
 
 
 @pytest.mark.parametrize(
@@ -43,5 +43,5 @@ def test_rows_of_a_mapped_embedding_that_do_not_occur_are_not_counted(unread, mo
     [{"name": "tied"}, {"method": "input"}, {"precision": "bf16"}, {"drift": True}],
     ids=["tied to the head", "trained", "converted", "read by general prompts"],
 )
-def test_an_embedding_that_is_read_as_a_whole_counts(unread, changes):
-    assert unread(**changes) == 0
+def test_fully_read_embedding_is_counted(unread_bytes, changes):
+    assert unread_bytes(**changes) == 0

@@ -1,4 +1,4 @@
-"""Every kind of adapter and of data through a whole run: what was trained is what is loaded again."""
+"""Every adapter type and data format in a complete run: the opened run reproduces the trained one."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from transformers import AutoModelForCausalLM
 
 from deltaw.lora.layers import LoRAConv1D
 from deltaw.runs.fit import fit
-from deltaw.training.origin import score_run
+from deltaw.training.open_run import score_run
 from tests.conftest import write_rows
-from tests.training.runs import Told, held_out_rows, opened
+from tests.training.runs import RecordingCallback, load_eval_rows, open_on_cpu
 
 
 def loss_when_opened(folder):
-    """The held-out loss of a run's folder, loaded from the disk as ``deltaw eval`` does."""
-    run = opened(folder)
-    return score_run(run, held_out_rows(run)).metrics["loss"], run
+    """Return the evaluation loss of a run opened from disk like in ``deltaw eval``, and the opened run."""
+    run = open_on_cpu(folder)
+    return score_run(run, load_eval_rows(run)).metrics["loss"], run
 
 
 EXPRESSION = {"target_modules": r"model\.layers\.\d\.mlp\..*_proj", "exclude_modules": ["up_proj"]}
@@ -38,10 +38,10 @@ ADAPTERS = {
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_an_adapter_of_any_kind_is_loaded_as_it_was_trained(settings, tmp_path, kind):
-    made = settings(tmp_path / "run", train={"max_steps": 3, "b_rate": 4.0})
-    made["lora"] = {"rank": 4, "alpha": 8} | ADAPTERS[kind] if "r" not in ADAPTERS[kind] else ADAPTERS[kind]
-    result = fit(made)
+def test_opened_adapter_matches_trained_one(settings, tmp_path, kind):
+    config = settings(tmp_path / "run", train={"max_steps": 3, "loraplus_lr_ratio": 4.0})
+    config["lora"] = {"rank": 4, "alpha": 8} | ADAPTERS[kind] if "r" not in ADAPTERS[kind] else ADAPTERS[kind]
+    result = fit(config)
     loss, run = loss_when_opened(result.output)
     assert loss == pytest.approx(result.evaluation.metrics["loss"], abs=1e-4)
     tokens = torch.arange(16)[None] + 3
@@ -49,22 +49,22 @@ def test_an_adapter_of_any_kind_is_loaded_as_it_was_trained(settings, tmp_path, 
         ours = run.model(tokens).logits
         with run.base():
             base = run.model(tokens).logits
-        plain = AutoModelForCausalLM.from_pretrained(made["model"], dtype=torch.float32)
+        plain = AutoModelForCausalLM.from_pretrained(config["model"], dtype=torch.float32)
         torch.testing.assert_close(base, plain(tokens).logits)
         theirs = PeftModel.from_pretrained(plain, str(result.output)).eval()(tokens).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(ours, base, rtol=1e-3, atol=1e-3)
 
 
-def test_a_model_whose_head_is_its_embedding_is_loaded_as_it_was_trained(settings, tmp_path, gpt2_folder):
+def test_opened_model_with_tied_head_matches_trained_one(settings, tmp_path, gpt2_folder):
     result = fit(settings(tmp_path / "run", model=str(gpt2_folder), train={"share_prefixes": True}))
     assert loss_when_opened(result.output)[0] == pytest.approx(result.evaluation.metrics["loss"], abs=1e-4)
 
 
-def test_gpt2_trains_in_int8_and_its_adapter_serves_other_precisions(settings, tmp_path, gpt2_folder):
+def test_gpt2_trains_in_int8_and_opens_in_fp32(settings, tmp_path, gpt2_folder):
     losses = {}
     for precision in ("bf16", "int8"):
-        lines = Told()
+        lines = RecordingCallback()
         changes = {"train": {"epochs": 2}, "model": str(gpt2_folder), "precision": precision}
         result = fit(settings(tmp_path / precision, **changes), callback=lines)
         losses[precision], run = loss_when_opened(result.output)
@@ -83,7 +83,7 @@ TEXTS = [{"text": "x" * 10 * (n // 2) + str(n // 2)} for n in range(2, 18)]
 RENAMED = {"columns": {"prompt": "question", "completion": "answer"}, "template": "plain"}
 COSINE = {"schedule": "cosine", "warmup": 3, "weight_decay": 0.1, "checkpointing": True, "tokens_per_pass": 30}
 CONSTANT = {"schedule": "constant", "warmup": 0, "betas": [0.8, 0.9], "max_grad_norm": None, "max_steps": 2}
-# Rows, how they are read, and ways to train on them.
+# Rows, data settings and training settings.
 DATA = {
     "last answers": (CHAT, {"labels": "last"}, COSINE),
     "columns of other names, without a template": (QUESTIONS, RENAMED, CONSTANT),
@@ -92,8 +92,8 @@ DATA = {
 
 
 @pytest.mark.parametrize("kind", DATA)
-def test_data_of_any_kind_is_evaluated_as_it_was_in_the_run(settings, tmp_path, kind):
-    rows, how, train = DATA[kind]
+def test_opened_run_reproduces_evaluation_for_any_data(settings, tmp_path, kind):
+    rows, data_settings, train = DATA[kind]
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    result = fit(settings(tmp_path / "run", data={"train": str(path), **how}, train=train))
+    result = fit(settings(tmp_path / "run", data={"train": str(path), **data_settings}, train=train))
     assert loss_when_opened(result.output)[0] == pytest.approx(result.evaluation.metrics["loss"], abs=1e-4)

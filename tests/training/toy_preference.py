@@ -1,4 +1,4 @@
-"""An objective over pairs of rows, in one file: all that it takes to train with it.
+"""A complete objective over pairs of rows in one file.
 
 −log σ(β (log p(chosen) − log p(rejected))): DPO (arXiv 2305.18290, eq. 7) without its reference model.
 """
@@ -11,7 +11,7 @@ BETA = 0.3
 
 
 class Preference:
-    """A group is a chosen row and a rejected one; its unit is a pair."""
+    """Preference loss of groups of a chosen and a rejected row. Its unit is a pair."""
 
     def __call__(self, rows):
         chosen, rejected = rows.grouped(rows.sums()).unbind(1)

@@ -1,7 +1,7 @@
-"""A task as somebody outside of the library writes one: learn which of two answers is preferred.
+"""A task as an external package would define it: learn which of two answers is preferred.
 
-Rows are ``{"prompt": …, "chosen": …, "rejected": …}``. This file is all of it: how a row is read, the loss, the
-metric, and the entry by which everything else knows the task.
+Rows are ``{"prompt": …, "chosen": …, "rejected": …}``. The file contains the reader, the loss, the metric, and the
+registry entry.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.training.toy_preference import Preference
 
 
-class Pairs(RowReader):
-    """One row in, a group of two examples out, or a reason why not."""
+class PairReader(RowReader):
+    """Reads a row as a group of two examples, or rejects it with a reason."""
 
     form = "toy pairs"
     needs = ("prompt", "chosen", "rejected")
 
-    def example(self, row, number, where):
+    def example(self, row, number, location):
         if row["chosen"] == row["rejected"]:
-            raise BadRowError("both answers are the same", reason="nothing to prefer", where=where)
+            raise BadRowError("both answers are the same", reason="nothing to prefer", location=location)
         prompt = self.tokenizer.encode(row["prompt"])
         rows = []
         for key in ("chosen", "rejected"):
@@ -37,13 +37,13 @@ class Pairs(RowReader):
 
 
 class PreferenceTask(CausalTask):
-    """Prefer the chosen answer; evaluated by the share of pairs whose chosen answer is the likelier one."""
+    """Preference task, evaluated by the share of pairs whose chosen answer is more likely."""
 
     name = "toy-preference"
     has_pairs = True
 
     def reader(self, settings, classes=None):
-        return Pairs(settings, self.tokenizer)
+        return PairReader(settings, self.tokenizer)
 
     def objective(self, model):
         return CausalObjective(model, Preference())
@@ -52,10 +52,10 @@ class PreferenceTask(CausalTask):
         right, total = [], 0.0
         with torch.no_grad():
             for batch in batcher.batches(examples):
-                told = RowLogProbs.of(batch, objective.token_log_probs(batch))
-                chosen, rejected = told.grouped(told.sums()).unbind(1)
+                logprobs = RowLogProbs.of(batch, objective.token_log_probs(batch))
+                chosen, rejected = logprobs.grouped(logprobs.sums()).unbind(1)
                 right += (chosen > rejected).tolist()
-                total += float(objective.loss(told))
+                total += float(objective.loss(logprobs))
         rows = np.asarray(right, np.float64)
         metrics = {"loss": total / len(rows), "preferred": float(rows.mean())}
         return Evaluation(metrics, "preferred", True, rows, mean_interval(rows))

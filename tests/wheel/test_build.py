@@ -1,4 +1,4 @@
-"""What a build from source compiles, shown by a compiler that writes down what it is asked for."""
+"""Tests of builds from source, with a fake compiler that records its arguments."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import pytest
 
 from deltaw.kernels import variants
 from deltaw.kernels.processor import processor_flags
-from tests.wheel.contents import faults_of
+from tests.wheel.contents import wheel_errors
 
 ROOT = Path(__file__).parents[2]
 COMPILER = """#!/bin/sh
 case "$*" in *--version) exec cat version;; esac
-echo "$*" >> said
+echo "$*" >> arguments
 while [ $# -gt 0 ]; do
-    case $1 in -o) made=$2;; -c) source=$2;; esac
+    case $1 in -o) output=$2;; -c) source=$2;; esac
     shift
 done
-echo "$made" >> calls
-cat /proc/sys/kernel/random/uuid > "$made"
+echo "$output" >> calls
+cat /proc/sys/kernel/random/uuid > "$output"
 [ -n "$source" ] || exit 0
 headers=$(sed -n 's|^#include "\\(.*\\)"|src/deltaw/kernels/csrc/\\1|p' "$source" | tr '\\n' ' ')
-echo "$made: $source $headers" > "${made%.o}.d"
+echo "$output: $source $headers" > "${output%.o}.d"
 """
 
 PROJECT = """
@@ -46,7 +46,7 @@ pytestmark = [
 
 
 class Tree:
-    """A copy of what is compiled, and builds into it."""
+    """Copy of the files that a build needs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.kernels = folder, folder / "src/deltaw/kernels"
@@ -58,13 +58,18 @@ class Tree:
             (folder / name).write_text(text)
         (folder / "c++").chmod(0o755)
 
-    def build(self, wanted: str | None = None, *command: str, **environment: str) -> list[str]:
-        """What was compiled and linked, as ``variant/file``."""
-        for name in ("calls", "said"):
+    def build(self, variant_names: str | None = None, *command: str, **environment: str) -> list[str]:
+        """Build and return the compiled and linked files as ``variant/file``."""
+        for name in ("calls", "arguments"):
             (self.folder / name).write_text("")
-        given = {**os.environ, "CXX": str(self.folder / "c++"), "DELTAW_VARIANTS": wanted or "", **environment}
+        full_environment = {
+            **os.environ,
+            "CXX": str(self.folder / "c++"),
+            "DELTAW_VARIANTS": variant_names or "",
+            **environment,
+        }
         program = [sys.executable, "setup.py", "--quiet", *(command or ("build_ext", "--inplace"))]
-        subprocess.run(program, cwd=self.folder, env=given, check=True, capture_output=True, text=True)
+        subprocess.run(program, cwd=self.folder, env=full_environment, check=True, capture_output=True, text=True)
         calls = (self.folder / "calls").read_text().split()
         return sorted(call.removeprefix("build/kernels/_native_") for call in calls)
 
@@ -81,18 +86,18 @@ def tree(tmp_path: Path) -> Tree:
     return Tree(tmp_path)
 
 
-def test_a_build_in_place_makes_what_this_machine_chooses_from(tree):
+def test_inplace_build_compiles_variants_of_this_cpu(tree):
     tree.build()
-    assert tree.built() == {v.file for v in variants.worth_building(processor_flags())}
+    assert tree.built() == {v.file for v in variants.variants_to_build(processor_flags())}
 
 
-def test_a_wheel_holds_every_variant(tree):
+def test_wheel_contains_every_variant(tree):
     tree.build(None, "bdist_wheel")
-    made = {file.name for file in (tree.folder / "build").glob("lib*/deltaw/kernels/*.so")}
-    assert made == {v.file for v in variants.for_machine()}
+    libraries = {file.name for file in (tree.folder / "build").glob("lib*/deltaw/kernels/*.so")}
+    assert libraries == {v.file for v in variants.for_machine()}
 
 
-def test_only_what_changed_is_compiled_again(tree):
+def test_rebuild_compiles_only_changed_sources(tree):
     sources = sorted(file.stem for file in tree.csrc.glob("*.cpp"))
     library = "generic/_native_generic.so"
     everything = sorted([library, *(f"generic/{name}.o" for name in sources)])
@@ -112,14 +117,14 @@ def test_only_what_changed_is_compiled_again(tree):
     assert tree.build("generic", CXXFLAGS="-g") == everything
 
 
-def test_variants_of_an_earlier_build_stay_while_they_are_up_to_date(tree):
-    one, other = (v.name for v in variants.for_machine()[-2:])
-    tree.build(one)
-    tree.build(other)
-    assert tree.built() == {f"_native_{one}.so", f"_native_{other}.so"}
+def test_earlier_variants_remain_while_up_to_date(tree):
+    first, second = (v.name for v in variants.for_machine()[-2:])
+    tree.build(first)
+    tree.build(second)
+    assert tree.built() == {f"_native_{first}.so", f"_native_{second}.so"}
     tree.change("add.cpp")
-    tree.build(other)
-    assert tree.built() == {f"_native_{other}.so"}
+    tree.build(second)
+    assert tree.built() == {f"_native_{second}.so"}
 
 
 @pytest.mark.parametrize(
@@ -131,30 +136,30 @@ def test_variants_of_an_earlier_build_stay_while_they_are_up_to_date(tree):
         ("linux-aarch64", "aarch64-linux-gnu.2.28", "manylinux_2_28_aarch64", "-mcpu=generic+v8_2a+dotprod "),
     ],
 )
-def test_a_wheel_for_another_platform_is_asked_of_the_compiler(tree, target, zig, tag, flags):
-    """It is named for the platform, and holds no file of this one that lies in the source tree."""
-    (tree.kernels / "_native_generic.so").write_text("of an earlier build in place")
-    when = {"DELTAW_TARGET": target, "SOURCE_DATE_EPOCH": "1700000000"}
-    tree.build(None, "bdist_wheel", **when)
-    said = (tree.folder / "said").read_text()
-    assert all(line.startswith(f"-target {zig} ") for line in said.splitlines()) and flags in said
-    assert "-march=" not in said and ("--version-script" in said) == target.startswith("linux")
+def test_cross_build_passes_target_and_tags_wheel(tree, target, zig, tag, flags):
+    """The wheel has the platform's tag and contains no object file of an earlier build."""
+    (tree.kernels / "_native_generic.so").write_text("from an earlier in-place build")
+    environment = {"DELTAW_TARGET": target, "SOURCE_DATE_EPOCH": "1700000000"}
+    tree.build(None, "bdist_wheel", **environment)
+    arguments = (tree.folder / "arguments").read_text()
+    assert all(line.startswith(f"-target {zig} ") for line in arguments.splitlines()) and flags in arguments
+    assert "-march=" not in arguments and ("--version-script" in arguments) == target.startswith("linux")
     (wheel,) = (tree.folder / "dist").iterdir()
     assert wheel.name == f"deltaw-1-py3-none-{tag}.whl"
-    # The compiler of this test makes no objects; which there are, and nothing else, is as it should be.
-    of_format = "is unknown, not", "does not export the kernels"
-    faults = [fault for fault in faults_of(wheel) if not any(words in fault for words in of_format)]
-    assert faults == ["the list of variants is missing"]  # as this test's own project says
+    # The fake compiler writes no real object files, so errors about their format are ignored.
+    format_errors = "is unknown, not", "does not export the kernels"
+    errors = [error for error in wheel_errors(wheel) if not any(words in error for words in format_errors)]
+    assert errors == ["the list of variants is missing"]  # PROJECT excludes package data
 
     first = wheel.read_bytes()
     wheel.unlink()
-    assert tree.build(None, "bdist_wheel", **when) == [] and wheel.read_bytes() == first
+    assert tree.build(None, "bdist_wheel", **environment) == [] and wheel.read_bytes() == first
 
 
-def test_a_target_that_is_none_and_a_variant_that_is_refused_make_no_wheel(tree):
+def test_unknown_target_or_compiler_error_produces_no_wheel(tree):
     with pytest.raises(subprocess.CalledProcessError) as failed:
         tree.build(None, "bdist_wheel", DELTAW_TARGET="windows-arm")
-    assert "there is no such target, only linux-x86_64" in failed.value.stderr
+    assert "unknown target, use one of linux-x86_64" in failed.value.stderr
     (tree.folder / "c++").write_text("#!/bin/sh\necho 'error: no such instruction' >&2; exit 1\n")
     with pytest.raises(subprocess.CalledProcessError) as failed:
         tree.build(None, "bdist_wheel", DELTAW_TARGET="windows-x86_64")

@@ -1,4 +1,4 @@
-"""`deltaw chat`: talk with a model and its adapter."""
+"""`deltaw chat`: chat with a model and its adapter."""
 
 from __future__ import annotations
 
@@ -9,63 +9,64 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltaw.cli.mistakes import RunArgument
-from deltaw.cli.options import as_text, console, model_flags, verbose_flag
-from deltaw.cli.text_options import TextSettings, engine_for, system_flag, system_of, text_flags
+from deltaw.cli.options import console, model_flags, require_utf8, verbose_flag
+from deltaw.cli.suggestions import RunArgument
+from deltaw.cli.text_options import TextSettings, create_engine, resolve_system_prompt, system_flag, text_flags
 from deltaw.errors import UserError
-from deltaw.working import working
+from deltaw.progress import track_progress
 
 if TYPE_CHECKING:
     from deltaw.serving.engine import Engine
-    from deltaw.training.origin import InferenceSession
+    from deltaw.training.open_run import AdaptedModel
 
 
 @click.command("chat")
 @click.argument("run", type=RunArgument())
 @system_flag
-@click.option("--base", "with_base", is_flag=True, help="let the base model answer first, then the adapter")
+@click.option("--with-base", is_flag=True, help="also print the base model's answers, before the adapter's")
 @text_flags(max_new_tokens=512)
 @model_flags
 @verbose_flag
-def command(run: str, system: str | None, with_base: bool, how: TextSettings, **opening: Any) -> None:
-    """Talk with RUN: a run's folder, an adapter's, or a model. An empty line or Ctrl-D
-    ends; /new starts over."""
+def command(run: str, system: str | None, with_base: bool, text_settings: TextSettings, **opening: Any) -> None:
+    """Chat with RUN: the folder of a run or an adapter, or a model. An empty line or Ctrl-D exits, /new starts a new
+    conversation.
+    """
     notes = console(True)
-    with working("starting"):
+    with track_progress("starting"):
         import numpy as np
 
         from deltaw.serving.opening import base_engine
-        from deltaw.training.origin import open_run
-    opened = open_run(run, say=notes.say, **opening)
-    opened.require_generation()
+        from deltaw.training.open_run import open_run
+    session = open_run(run, log=notes.print_line, **opening)
+    session.require_generation()
 
-    with contextlib.closing(engine_for(opened, notes.say)) as engine:
-        # A text of no tokens: what the flags say is checked before the first question.
-        engine.write_all([replace(how.request(np.zeros(1, dtype=np.int64)), max_new_tokens=0)])
-        system = system_of(opened, system, notes.say)
+    with contextlib.closing(create_engine(session, notes.print_line)) as engine:
+        # Generate zero tokens to validate the flags before the first question.
+        engine.generate_all([replace(text_settings.request(np.zeros(1, dtype=np.int64)), max_new_tokens=0)])
+        system = resolve_system_prompt(session, system, notes.print_line)
         start = [{"role": "system", "content": system}] if system else []
-        talk = list(start)
-        while (line := _asked()) is not None:
+        messages = list(start)
+        while (line := _read_line()) is not None:
             if line == "/new":
-                talk = list(start)
+                messages = list(start)
                 continue
-            talk.append({"role": "user", "content": line})
+            messages.append({"role": "user", "content": line})
             try:
-                as_text(line, "your line")
-                if with_base and opened.adapter:
-                    with base_engine(opened, engine, notes.say) as of_base:
-                        _answer(opened, of_base, None, talk, how, "base")
-                name = "adapter" if opened.adapter else "model"
-                answer = _answer(opened, engine, engine.own_adapter, talk, how, name)
-                talk.append({"role": "assistant", "content": answer})
+                require_utf8(line, "your line")
+                if with_base and session.adapter:
+                    with base_engine(session, engine, notes.print_line) as bare_engine:
+                        _answer(session, bare_engine, None, messages, text_settings, "base")
+                name = "adapter" if session.adapter else "model"
+                answer = _answer(session, engine, engine.session_adapter, messages, text_settings, name)
+                messages.append({"role": "assistant", "content": answer})
             except UserError as error:
-                # A talk that has grown too long, say: the question is taken back and the talk goes on.
-                notes.say(str(error))
-                talk.pop()
+                # For example, the conversation is too long: remove the question and continue.
+                notes.print_line(str(error))
+                messages.pop()
 
 
-def _asked() -> str | None:
-    """The next line of the user, None where there is none."""
+def _read_line() -> str | None:
+    """Return the next line of the user, or None at the end of the input."""
     if sys.stdin.isatty():
         click.echo("you: ", nl=False)
     line = sys.stdin.readline()
@@ -73,17 +74,17 @@ def _asked() -> str | None:
 
 
 def _answer(
-    opened: InferenceSession, engine: Engine, adapter: str | None, talk: list[dict], how: TextSettings, name: str
+    session: AdaptedModel, engine: Engine, adapter: str | None, messages: list[dict], settings: TextSettings, name: str
 ) -> str:
-    """Write the next answer of ``name``, and show it as it comes."""
-    # Each answer of a talk draws anew, not by the same numbers as the one before.
-    asked = sum(message["role"] == "user" for message in talk)
-    writing = engine.submit(how.request(opened.encode(talk), adapter, number=asked - 1))
+    """Generate and print the next answer."""
+    # The seed depends on the question number, so that answers use different random numbers.
+    num_questions = sum(message["role"] == "user" for message in messages)
+    handle = engine.submit(settings.request(session.encode(messages), adapter, number=num_questions - 1))
     click.echo(f"{name}: ", nl=False)
     try:
-        for piece in writing:
-            click.echo(piece.text, nl=False)
+        for chunk in handle:
+            click.echo(chunk.text, nl=False)
     finally:
-        writing.cancel()
+        handle.cancel()
         click.echo()
-    return writing.result().text
+    return handle.result().text

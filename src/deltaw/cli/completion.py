@@ -1,4 +1,4 @@
-"""`deltaw completion`: the script with which a shell completes verbs, flags and choices."""
+"""`deltaw completion`: shell completion of commands, flags and choices."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def command(context: click.Context, shell: str) -> None:
     """Print the completion script for SHELL. For bash: eval "$(deltaw completion bash)" in ~/.bashrc."""
     from click.shell_completion import get_completion_class
 
-    made = get_completion_class(shell)
-    assert made is not None  # of the shells above
-    # Without asking a bash of the system for its version, which the machine of the script need not have.
-    source = made(context.find_root().command, {}, "deltaw", "_DELTAW_COMPLETE")
+    completion_class = get_completion_class(shell)
+    assert completion_class is not None  # all choices are supported
+    # Avoids click's check of the installed bash version: the script may be used on another machine.
+    source = completion_class(context.find_root().command, {}, "deltaw", "_DELTAW_COMPLETE")
     click.echo(source.source_template % source.source_vars())

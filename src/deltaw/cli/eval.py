@@ -1,4 +1,4 @@
-"""`deltaw eval`: how well a run does on a file."""
+"""`deltaw eval`: evaluate a run on held-out rows, a file or benchmarks."""
 
 from __future__ import annotations
 
@@ -11,267 +11,272 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deltaw import tasks
-from deltaw.cli.mistakes import RunArgument, TaskName
 from deltaw.cli.options import console, json_flag, model_flags, print_json
+from deltaw.cli.suggestions import RunArgument, TaskName
 from deltaw.cli.text_options import SYSTEM_HELP
 from deltaw.errors import UserError
-from deltaw.working import working
+from deltaw.progress import track_progress
 
 if TYPE_CHECKING:
-    from deltaw.reports.tables import Output
+    from deltaw.reports.tables import TerminalOutput
     from deltaw.runtime.generation import Writer
     from deltaw.training.drift import Drift
-    from deltaw.training.origin import InferenceSession
-    from deltaw.training.tasks.causal import Score
+    from deltaw.training.open_run import AdaptedModel
+    from deltaw.training.tasks.causal import EvaluationScore
 
 
-# The flags that say how tasks of lm-evaluation-harness are evaluated, and those that say the same of rows.
-HARNESS = ("include_path", "limit", "fewshot", "chat")
-ROWS = {"data": "--data", "names": "--set", "rows": "--rows", "max_new_tokens": "--max-new-tokens"}
-ROWS |= {"shown": "--answers", "general": "--general", "system": "--system"}
-# Those that say how completions are rewarded.
+# Parameters for tasks of lm-evaluation-harness, and flags that apply only to rows.
+HARNESS = ("include_path", "fewshot", "chat")
+ROWS = {"data": "--data", "names": "--set", "max_new_tokens": "--max-new-tokens"}
+ROWS |= {"num_answers": "--answers", "general": "--general", "system": "--system"}
+# Parameters for the evaluation of rewards.
 REWARD = ("samples", "temperature", "threshold")
 ROWS |= {name: f"--{name}" for name in REWARD}
 
 
 @click.command("eval")
 @click.argument("run", type=RunArgument())
-@click.option("--data", help="a file, hub id or package member; by default the run's held-out rows")
-@click.option("--set", "names", multiple=True, help="only this set of data.eval; may be given several times")
-@click.option("--base", "with_base", is_flag=True, help="score the base model too")
-@click.option("--rows", type=click.IntRange(1), help="only the first so many rows of a set")
-@click.option("--max-new-tokens", type=click.IntRange(1), help="longest answer to write")
-@click.option("--answers", "shown", default=0, type=click.IntRange(0), help="show so many answers")
-@click.option("--samples", default=0, type=click.IntRange(0), help="of a reward run: draw so many of each, for pass@k")
-@click.option("--temperature", type=click.FloatRange(0, min_open=True), help="with --samples; default: the run's own")
-@click.option("--threshold", type=float, help="of a reward run: the reward that passes; default: 1 by each function")
-@click.option("--drift/--no-drift", "with_drift", default=True, help="measure how far the model has drifted")
+@click.option("--data", help="file, hub id or package member with rows  [default: the run's held-out rows]")
+@click.option("--set", "names", multiple=True, help="set of data.eval to evaluate; can be repeated")
+@click.option("--with-base", is_flag=True, help="also evaluate the base model")
+@click.option("--limit", type=click.IntRange(1), help="evaluate only the first N rows of each set or benchmark")
+@click.option("--max-new-tokens", type=click.IntRange(1), help="maximum number of tokens per answer")
+@click.option("--answers", "num_answers", default=0, type=click.IntRange(0), help="number of answers to print")
+@click.option("--samples", default=0, type=click.IntRange(0), help="completions per prompt for pass@k, for reward runs")
+@click.option("--temperature", type=click.FloatRange(0, min_open=True), help="sample temperature  [default: the run's]")
+@click.option("--threshold", type=float, help="minimum reward to pass, for reward runs  [default: 1 for each function]")
+@click.option("--drift/--no-drift", "with_drift", default=True, help="measure the drift of answers from the base model")
 @click.option("--system", metavar="TEXT", help=SYSTEM_HELP)
-@click.option("--general", default=0, type=click.IntRange(0), help="show so many general answers of both models")
-@click.option("--task", type=TaskName(tasks.names()), help="what a bare model is to do")
-@click.option("--tasks", "asked", help="instead, tasks of lm-evaluation-harness: a,b,c")
-@click.option("--include-path", type=click.Path(path_type=Path), help="with --tasks: a folder with task files")
-@click.option("--limit", type=click.IntRange(1), help="with --tasks: only the first so many rows of each")
-@click.option("--fewshot", type=click.IntRange(0), help="with --tasks: so many examples before each row")
-@click.option("--chat", is_flag=True, help="with --tasks: prompts by the model's chat template")
+@click.option("--general", default=0, type=click.IntRange(0), help="number of general answers of both models to print")
+@click.option("--task", type=TaskName(tasks.names()), help="task of a model without an adapter")
+@click.option("--benchmarks", "benchmarks", help="tasks of lm-evaluation-harness to evaluate instead of rows: a,b,c")
+@click.option("--include-path", type=click.Path(path_type=Path), help="folder with task files, for --benchmarks")
+@click.option("--fewshot", type=click.IntRange(0), help="number of few-shot examples, for --benchmarks")
+@click.option("--chat", is_flag=True, help="apply the model's chat template, for --benchmarks")
 @model_flags
 @json_flag
 def command(
-    run: str, data: str | None, names: tuple[str, ...], with_base: bool, rows: int | None, as_json: bool, **opening: Any
+    run: str, data: str | None, names: tuple[str, ...], with_base: bool, limit: int | None, as_json: bool, **flags: Any
 ) -> None:
-    """Loss and exact match of RUN (a run's folder, an adapter's, or a model), or accuracy and its kin."""
-    asked, harness = opening.pop("asked"), {name: opening.pop(name) for name in HARNESS}
-    if asked is not None:
-        given = click.get_current_context().params
-        if mixed := [flag for name, flag in ROWS.items() if given[name]]:
-            raise UserError("tasks have their own rows", where=mixed[0], hint=f"leave out {mixed[0]}, or --tasks")
-        for name in ("max_new_tokens", "shown", "general", "with_drift", "system", *REWARD):
-            opening.pop(name)
-        _evaluate_tasks(run, asked, with_base, as_json, harness, opening)
+    """Evaluate RUN: the folder of a run or an adapter, or a model. Prints loss and exact match, or the metrics of its
+    task.
+    """
+    benchmarks, harness = flags.pop("benchmarks"), {name: flags.pop(name) for name in HARNESS}
+    if benchmarks is not None:
+        parameters = click.get_current_context().params
+        if mixed := [flag for name, flag in ROWS.items() if parameters[name]]:
+            raise UserError("benchmarks have their own rows", location=mixed[0], hint="remove it or --benchmarks")
+        for name in ("max_new_tokens", "num_answers", "general", "with_drift", "system", *REWARD):
+            flags.pop(name)
+        _evaluate_tasks(run, benchmarks, with_base, as_json, {**harness, "limit": limit}, flags)
         return
-    if needing := [name for name, value in harness.items() if value]:
-        flag = f"--{needing[0].replace('_', '-')}"
-        raise UserError("it belongs to tasks of lm-evaluation-harness", where=flag, hint="give --tasks too")
-    shown, general, with_drift, system = (opening.pop(name) for name in ("shown", "general", "with_drift", "system"))
-    how: dict[str, Any] = {"max_new_tokens": opening.pop("max_new_tokens"), "shown": shown}
-    rewarded = {name: opening.pop(name) for name in REWARD}
+    if required := [name for name, value in harness.items() if value]:
+        flag = f"--{required[0].replace('_', '-')}"
+        raise UserError("the flag requires --benchmarks", location=flag, hint="add --benchmarks")
+    general, with_drift, system = (flags.pop(name) for name in ("general", "with_drift", "system"))
+    scoring: dict[str, Any] = {name: flags.pop(name) for name in ("max_new_tokens", "num_answers")}
+    reward_options = {name: flags.pop(name) for name in REWARD}
     out = console(as_json)
-    with working("starting"):
-        from deltaw.serving.opening import SessionWriter
-        from deltaw.training.origin import open_run, score_run
-        from deltaw.training.tasks.reward import Asked
+    with track_progress("starting"):
+        from deltaw.serving.opening import SessionGenerator
+        from deltaw.training.open_run import open_run, score_run
+        from deltaw.training.tasks.reward import RewardEvaluation
     if data is not None and names:
-        raise UserError("--set chooses among the run's own sets", where="--data", hint="leave out one of the two")
+        raise UserError("--set selects sets of the run, not of --data", location="--data", hint="remove one of the two")
     if data is None and system is not None:
-        hint = "name a file with --data whose rows have none"
-        raise UserError("the run's own rows are evaluated as they are", where="--system", hint=hint)
-    opened = open_run(run, say=out.say, **opening)
-    if not opened.task.rolls_out and (needing := [name for name, value in rewarded.items() if value]):
-        what = f"completions are scored for task: reward, and this is {opened.task.name}"
-        raise UserError(what, where=f"--{needing[0]}", hint=f"leave out --{needing[0]}")
-    sets = {name: found[:rows] for name, found in _rows_by_set(opened, run, data, names, system, out).items()}
-    _say_not_invoked(opened, sets, out)
-    writer = SessionWriter(opened, out.say)
-    how |= {"writer": writer, "sampler": writer.draw, "asked": Asked(**rewarded)}
+        hint = "add --data with a file whose rows have no system prompt"
+        raise UserError("--system does not apply to the run's own rows", location="--system", hint=hint)
+    session = open_run(run, log=out.print_line, **flags)
+    if not session.task.uses_rollouts and (required := [name for name, value in reward_options.items() if value]):
+        message = f"the flag applies only to task: rl, and the run's task is {session.task.name}"
+        raise UserError(message, location=f"--{required[0]}", hint=f"remove --{required[0]}")
+    sets = {name: result[:limit] for name, result in _rows_by_set(session, run, data, names, system, out).items()}
+    _warn_not_invoked(session, sets, out)
+    writer = SessionGenerator(session, out.print_line)
+    scoring |= {"writer": writer, "sampler": writer.sample, "reward_evaluation": RewardEvaluation(**reward_options)}
 
-    def scored() -> dict[str, Score]:
+    def scored() -> dict[str, EvaluationScore]:
         """Each set's score, as the model is now."""
-        return {name: score_run(opened, examples, **how) for name, examples in sets.items()}
+        return {name: score_run(session, examples, **scoring) for name, examples in sets.items()}
 
-    by_model: dict[str, dict[str, Score]] = {}
+    by_model: dict[str, dict[str, EvaluationScore]] = {}
     if with_base:
-        with opened.base():
+        with session.base():
             by_model["base"] = scored()
-    by_model["adapter" if opened.adapter else "model"] = scored()
+    by_model["adapter" if session.adapter else "model"] = scored()
     for name, examples in sets.items():
         if name:
             count = "1 row" if len(examples) == 1 else f"{len(examples):,} rows"
             out.print(f"\n{name}: {count}")
-        _print_scores({model: found[name] for model, found in by_model.items()}, out, shown)
-    drift = _drift(opened, out, general, writer) if with_drift else None
+        _print_scores({model: result[name] for model, result in by_model.items()}, out, scoring["num_answers"])
+    drift = _drift(session, out, general, writer) if with_drift else None
     if as_json:
-        found = _as_json(by_model, {name: len(examples) for name, examples in sets.items()})
-        print_json(found | {"drift": None if drift is None else drift.as_dict()})
+        result = _as_json(by_model, {name: len(examples) for name, examples in sets.items()})
+        print_json(result | {"drift": None if drift is None else drift.as_dict()})
 
 
-def _evaluate_tasks(
-    run: str, asked: str, with_base: bool, as_json: bool, harness: dict[str, Any], opening: dict[str, Any]
-) -> None:
-    """The scores of tasks of lm-evaluation-harness, shown and kept in the run's folder."""
+def _evaluate_tasks(run: str, benchmarks: str, with_base: bool, as_json: bool, harness: dict, opening: dict) -> None:
+    """Evaluate tasks of lm-evaluation-harness, print the scores, and save them in the run's folder."""
     if find_spec("lm_eval") is None:
-        raise UserError("tasks need the package lm-eval", where="--tasks", hint="pip install 'deltaw[evaluate]'")
-    if not (names := [name.strip() for name in asked.split(",") if name.strip()]):
-        raise UserError("there is no task", where="--tasks", hint="name one or more: --tasks hellaswag,gsm8k")
+        raise UserError("lm-eval is not installed", location="--benchmarks", hint="pip install 'deltaw[evaluate]'")
+    if not (names := [name.strip() for name in benchmarks.split(",") if name.strip()]):
+        raise UserError("no task is given", location="--benchmarks", hint="for example --benchmarks hellaswag,gsm8k")
     out = console(as_json)
-    with working("starting"):
+    with track_progress("starting"):
         from deltaw.reports.scores import task_table
-        from deltaw.serving.harness import evaluate_tasks, keep_scores
-        from deltaw.training.origin import open_run
-    how = {**harness, "folder": harness["include_path"], "trust_remote_code": opening["trust_remote_code"]}
-    del how["include_path"]
-    opened = open_run(run, say=out.say, **opening)
+        from deltaw.serving.harness import evaluate_tasks, save_scores
+        from deltaw.training.open_run import open_run
+    options = {**harness, "folder": harness["include_path"], "trust_remote_code": opening["trust_remote_code"]}
+    del options["include_path"]
+    session = open_run(run, log=out.print_line, **opening)
     scores = {}
-    if with_base and opened.adapter:
-        with opened.base():
-            scores["base"] = evaluate_tasks(opened, names, say=out.say, **how)
-    scores["adapter" if opened.adapter else "model"] = evaluate_tasks(opened, names, say=out.say, **how)
+    if with_base and session.adapter:
+        with session.base():
+            scores["base"] = evaluate_tasks(session, names, log=out.print_line, **options)
+    scores["adapter" if session.adapter else "model"] = evaluate_tasks(session, names, log=out.print_line, **options)
     out.print(task_table(scores))
-    if opened.found is not None:
-        out.say(f"kept in {keep_scores(opened.found.folder, scores, how)}")
+    if session.adapter_folder is not None:
+        out.print_line(f"saved to {save_scores(session.adapter_folder.folder, scores, options)}")
     if as_json:
-        print_json({"tasks": {model: [asdict(one) for one in found] for model, found in scores.items()}})
+        print_json({"tasks": {model: [asdict(s) for s in task_scores] for model, task_scores in scores.items()}})
 
 
 def _rows_by_set(
-    opened: InferenceSession, run: str, data: str | None, names: Sequence[str], system: str | None, out: Output
+    session: AdaptedModel, run: str, data: str | None, names: Sequence[str], system: str | None, out: TerminalOutput
 ) -> dict[str, Sequence[Any]]:
-    """The rows to evaluate on by the name of their set, which is empty where there is one set without a name.
+    """Return the rows to evaluate by set name. A single unnamed set has an empty name.
 
     Raises:
-        UserError: there are none, or no set of such a name.
+        UserError: if there are no rows, or a set does not exist.
     """
     from deltaw.training.tasks.base import read_run_data
 
     sets: dict[str, Sequence[Any]]
     if data is not None:
-        examples, lines = _rows_of_file(opened, data, system)
+        examples, lines = _rows_of_file(session, data, system)
         sets = {"": examples}
-    elif opened.config is not None and opened.found is not None:
-        opened.found.require_rows()
+    elif session.config is not None and session.adapter_folder is not None:
+        session.adapter_folder.require_rows()
         lines = []
-        found = read_run_data(opened.task, opened.config.data, seed=opened.config.data_seed, say=lines.append)
-        sets, lines = dict(found.sets), [*found.report.lines(), *lines]
+        selected = read_run_data(session.task, session.config.data, seed=session.config.data_seed, log=lines.append)
+        sets, lines = dict(selected.sets), [*selected.report.lines(), *lines]
     else:
-        raise UserError("there is no data to evaluate on", where=run, hint="name a file with --data")
+        raise UserError("no data to evaluate", location=run, hint="give a file with --data")
     for line in lines:
-        out.say(line)
+        out.print_line(line)
     if unknown := [name for name in names if name not in sets]:
-        there = [name for name in sets if name]
-        hint = f"it has {', '.join(there)}" if there else "it has one set without a name; leave out --set"
-        raise UserError(f"the run has no evaluation set '{unknown[0]}'", where=run, hint=hint)
-    sets = {name: found for name, found in sets.items() if len(found) and (not names or name in names)}
+        available = [name for name in sets if name]
+        hint = f"it has {', '.join(available)}" if available else "it has a single unnamed set; remove --set"
+        raise UserError(f"the run has no evaluation set '{unknown[0]}'", location=run, hint=hint)
+    sets = {name: selected for name, selected in sets.items() if len(selected) and (not names or name in names)}
     if not sets:
-        raise UserError("the run held no rows out", where=run, hint="name a file with --data")
+        raise UserError("the run has no held-out rows", location=run, hint="give a file with --data")
     return sets
 
 
-def _rows_of_file(opened: InferenceSession, data: str, system: str | None) -> tuple[Sequence[Any], list[str]]:
-    """The rows of a file, and what to say of them. If no row has a system prompt, each gets that of the training
-    rows, or the one given."""
+def _rows_of_file(session: AdaptedModel, data: str, system: str | None) -> tuple[Sequence[Any], list[str]]:
+    """Read the rows of a file, and return them with lines for the user.
+
+    If no row has a system prompt, the rows get the given one or that of the training rows.
+    """
     from deltaw.data.settings import DataSettings
 
-    settings = opened.data or DataSettings(train=data)
+    settings = session.data or DataSettings(train=data)
     if system is not None:
         settings = replace(settings, system=system)
-    examples, report = opened.task.read_file(data, settings, opened.classes)
-    line = None if report.system_rows else opened.prompting.line(system)
+    examples, report = session.task.read_file(data, settings, session.classes)
+    line = None if report.system_rows else session.prompting.line(system)
     if line is not None:
-        settings = replace(settings, system=opened.prompting.system)
-        examples, report = opened.task.read_file(data, settings, opened.classes)
+        settings = replace(settings, system=session.prompting.system)
+        examples, report = session.task.read_file(data, settings, session.classes)
     return examples, [*report.lines(), *([line] if line and report.system_rows else [])]
 
 
-def _say_not_invoked(opened: InferenceSession, sets: Mapping[str, Sequence[Any]], out: Output) -> None:
-    """How many prompts lack the invocation sequence of an activated adapter."""
+def _warn_not_invoked(session: AdaptedModel, sets: Mapping[str, Sequence[Any]], out: TerminalOutput) -> None:
+    """Print a warning if prompts lack the invocation sequence of an activated adapter."""
     from deltaw.data.example import Example
 
     rows = [row for examples in sets.values() for row in examples]
     prompts = [row.tokens[: row.prompt_length] for row in rows if isinstance(row, Example) and row.prompt_length]
-    if (lacking := opened.not_invoked(prompts)) is not None:
-        out.say(lacking)
+    if (warning := session.invocation_warning(prompts)) is not None:
+        out.print_line(warning)
 
 
-def _print_scores(scores: Mapping[str, Score], out: Output, shown: int) -> None:
-    """One set's metrics by model, and the answers that were asked for; of rewarded ones the best and the worst."""
+def _print_scores(scores: Mapping[str, EvaluationScore], out: TerminalOutput, num_answers: int) -> None:
+    """Print the metrics of a set by model, and the requested answers. Of rewarded answers, print the best and the
+    worst.
+    """
     from deltaw.reports.scores import answer_table, confusion_table, difference_line, score_table
 
     intervals = {name: s.evaluation.named_intervals() for name, s in scores.items()}
     out.print(score_table({name: s.metrics for name, s in scores.items()}, intervals))
-    last = list(scores.values())[-1].evaluation
-    if len(scores) > 1 and (line := difference_line(scores["base"].evaluation, last)) is not None:
+    final = list(scores.values())[-1].evaluation
+    if len(scores) > 1 and (line := difference_line(scores["base"].evaluation, final)) is not None:
         out.print(line)
-    if last.confusion is not None:
-        out.print(confusion_table(last.classes, last.confusion))
+    if final.confusion is not None:
+        out.print(confusion_table(final.classes, final.confusion))
     if any(s.answers for s in scores.values()):
-        out.print(answer_table(_side_by_side(scores, shown)))
+        out.print(answer_table(_answers(scores, num_answers)))
 
 
-def _as_json(by_model: Mapping[str, Mapping[str, Score]], rows: Mapping[str, int]) -> dict[str, object]:
-    """What ``--json`` prints of the scores: by set if sets have names, as in a run's own result."""
+def _as_json(by_model: Mapping[str, Mapping[str, EvaluationScore]], rows: Mapping[str, int]) -> dict[str, object]:
+    """Return the scores for ``--json``. If the sets are named, they are grouped by set, as in a run's result."""
 
     def named(values: Mapping[str, object]) -> object:
         return values[""] if "" in values else dict(values)
 
-    last = {name: score.evaluation for name, score in list(by_model.values())[-1].items()}
+    final = {name: score.evaluation for name, score in list(by_model.values())[-1].items()}
     from deltaw.training.evaluation.base import paired_difference
 
-    first = next(iter(last))
-    found = {
-        "eval": named({name: one.as_dict() for name, one in last.items()}),
-        **({"intervals": named({n: one.intervals for n, one in last.items()})} if last[first].intervals else {}),
-        "score": last[first].score(),
+    main_set = next(iter(final))
+    result = {
+        "eval": named({name: item.as_dict() for name, item in final.items()}),
+        **({"intervals": named({n: item.intervals for n, item in final.items()})} if final[main_set].intervals else {}),
+        "score": final[main_set].score(),
         "rows": named(rows),
     }
-    if confusion := {name: one.confusion for name, one in last.items() if one.confusion is not None}:
-        counts = named({name: one.tolist() for name, one in confusion.items()})
-        found |= {"classes": list(last[first].classes), "confusion": counts}
+    if confusion := {name: item.confusion for name, item in final.items() if item.confusion is not None}:
+        counts = named({name: item.tolist() for name, item in confusion.items()})
+        result |= {"classes": list(final[main_set].classes), "confusion": counts}
     if "base" in by_model:
         base = {name: score.evaluation for name, score in by_model["base"].items()}
-        scores = named({name: one.as_dict() for name, one in base.items()})
-        found |= {"base": scores, "base_score": base[first].score()}
-        if (difference := paired_difference(base[first], last[first])) is not None:
-            found["difference"] = {"metric": last[first].main, "value": difference[0], "interval": difference[1]}
-    return found
+        scores = named({name: item.as_dict() for name, item in base.items()})
+        result |= {"base": scores, "base_score": base[main_set].score()}
+        if (difference := paired_difference(base[main_set], final[main_set])) is not None:
+            result["difference"] = {"metric": final[main_set].main, "value": difference[0], "interval": difference[1]}
+    return result
 
 
-def _drift(opened: InferenceSession, out: Output, general: int, writer: Writer) -> Drift | None:
-    """How far general answers moved, shown; with ``general`` of them side by side."""
+def _drift(session: AdaptedModel, out: TerminalOutput, general: int, writer: Writer) -> Drift | None:
+    """Measure and print the drift of general answers, with ``general`` answers of both models side by side."""
     from deltaw.reports.scores import general_table
-    from deltaw.training.drift import answers_side_by_side, drift_of
+    from deltaw.training.drift import compare_answers, measure_run_drift
     from deltaw.training.evaluation.general import NoGeneralAnswers
 
     try:
-        drift = drift_of(opened, writer)
+        drift = measure_run_drift(session, writer)
         for line in [] if drift is None else drift.lines():
-            out.say(line)
+            out.print_line(line)
         if general and drift is not None:
-            out.print(general_table(answers_side_by_side(opened, general, writer)))
+            out.print(general_table(compare_answers(session, general, writer)))
     except NoGeneralAnswers as reason:
-        out.say(f"drift: not measured ({reason})")
+        out.print_line(f"drift: not measured ({reason})")
         return None
     return drift
 
 
-def _side_by_side(scores: Mapping[str, Score], shown: int) -> list[tuple[str, str, dict[str, tuple[str, bool]]]]:
-    """Questions with every model's answer; of rewarded ones, those that the last model did best and worst on."""
+def _answers(scores: Mapping[str, EvaluationScore], limit: int) -> list[tuple[str, str, dict[str, tuple[str, bool]]]]:
+    """Return questions with the answers of all models. Of rewarded answers, return the best and worst of the last
+    model.
+    """
     from deltaw.training.tasks.reward import RewardedAnswer
 
-    found = []
+    table = []
     rows = list(zip(*(score.answers for score in scores.values()), strict=True))
     if rows and isinstance(rows[0][-1], RewardedAnswer):
         rows.sort(key=lambda row: -row[-1].reward)
-        rows = rows if len(rows) <= shown else rows[: -(-shown // 2)] + rows[len(rows) - shown // 2 :]
+        rows = rows if len(rows) <= limit else rows[: -(-limit // 2)] + rows[len(rows) - limit // 2 :]
     for answers in rows:
-        written = {name: (answer.shown, answer.exact) for name, answer in zip(scores, answers, strict=True)}
-        found.append((answers[0].question, answers[0].expected, written))
-    return found
+        by_model = {name: (answer.display_text, answer.exact) for name, answer in zip(scores, answers, strict=True)}
+        table.append((answers[0].question, answers[0].expected, by_model))
+    return table

@@ -1,4 +1,4 @@
-"""`deltaw export`: an adapter in another program's format."""
+"""`deltaw export`: export an adapter for another program."""
 
 from __future__ import annotations
 
@@ -6,36 +6,36 @@ from typing import Any
 
 import click
 
-from deltaw.cli.mistakes import AdapterArgument
 from deltaw.cli.options import base_flags, console, json_flag, print_json
-from deltaw.working import working
+from deltaw.cli.suggestions import AdapterArgument
+from deltaw.progress import track_progress
 
 FORMATS = ("gguf-adapter", "gguf", "peft", "vllm", "mlx", "onnx")
 
 
 @click.command("export")
 @click.argument("run", type=AdapterArgument())
-@click.option("--format", "format_name", required=True, type=click.Choice(FORMATS), help="the program's format")
-@click.option("--output", required=True, type=click.Path(), help="the folder to make, or a file that ends in .gguf")
+@click.option("--format", "format_name", required=True, type=click.Choice(FORMATS), help="output format")
+@click.option("--output", required=True, type=click.Path(), help="output folder, or output file with the suffix .gguf")
 @click.option(
     "--type",
     "kind",
     metavar="TYPE",
-    help="how a GGUF file stores numbers: f32, f16, bf16; of a model also q8_0, q5_0, q5_1, q4_0, q4_1, "
-    "q6_k, q5_k, q4_k  [default: f32 for an adapter, q8_0 for a model]",
+    help="storage type of a GGUF file: f32, f16, bf16; for models also q8_0, q5_0, q5_1, q4_0, q4_1, q6_k, "
+    "q5_k, q4_k  [default: f32 for an adapter, q8_0 for a model]",
 )
 @base_flags
-@click.option("--overwrite", is_flag=True, help="replace what is there")
+@click.option("--overwrite", is_flag=True, help="replace existing files")
 @json_flag
-def command(run: str, format_name: str, output: str, as_json: bool, **how: Any) -> None:
-    """Write RUN's adapter (a run's folder, or an adapter's) for llama.cpp, Ollama, vLLM, mlx-lm or PEFT."""
+def command(run: str, format_name: str, output: str, as_json: bool, **options: Any) -> None:
+    """Export the adapter of RUN (the folder of a run or an adapter) for llama.cpp, Ollama, vLLM, mlx-lm or PEFT."""
     out = console(as_json)
     notes = console(True)
-    with working("starting"):
+    with track_progress("starting"):
         from deltaw.export.formats import export
-    done = export(run, format_name, output, say=notes.say, **how)
+    exported = export(run, format_name, output, log=notes.print_line, **options)
     if as_json:
-        print_json(done.as_dict())
+        print_json(exported.as_dict())
         return
-    for line in [*done.lines, *done.files, *done.told]:
-        out.say(line)
+    for line in [*exported.lines, *exported.files, *exported.notes]:
+        out.print_line(line)

@@ -8,27 +8,27 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltaw.cli.mistakes import RunArgument
-from deltaw.cli.options import as_text, console, json_flag, model_flags, print_json
-from deltaw.cli.text_options import TextSettings, engine_for, system_flag, system_of, text_flags
+from deltaw.cli.options import console, json_flag, model_flags, print_json, require_utf8
+from deltaw.cli.suggestions import RunArgument
+from deltaw.cli.text_options import TextSettings, create_engine, resolve_system_prompt, system_flag, text_flags
 from deltaw.errors import UserError
-from deltaw.working import working
+from deltaw.progress import track_progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from deltaw.serving.engine import Engine
-    from deltaw.serving.request import TokenLogprob, Written
+    from deltaw.serving.request import GenerationResult, TokenLogprob
 
-LOGPROBS_HELP = "with --json: each token's log-probability, and those of so many likeliest tokens"
+LOGPROBS_HELP = "number of most likely tokens whose log-probabilities are reported per token, with --json"
 
 
 @click.command("generate")
 @click.argument("run", type=RunArgument())
 @click.argument("text", required=False)
-@click.option("--prompt", "-p", "prompts", multiple=True, help="what to complete; may be given several times")
+@click.option("--prompt", "-p", "prompts", multiple=True, help="prompt to complete; can be repeated")
 @system_flag
-@click.option("--base", "with_base", is_flag=True, help="show the base model's completion too")
+@click.option("--with-base", "with_base", is_flag=True, help="also print the base model's completions")
 @text_flags(max_new_tokens=256)
 @click.option("--logprobs", type=click.IntRange(0, 100), help=LOGPROBS_HELP)
 @model_flags
@@ -39,67 +39,72 @@ def command(
     prompts: tuple[str, ...],
     system: str | None,
     with_base: bool,
-    how: TextSettings,
+    text_settings: TextSettings,
     as_json: bool,
     **opening: Any,
 ) -> None:
-    """Complete TEXT, or several prompts, with RUN: a run's folder, an adapter's, or a model. Without either,
-    prompts are lines of standard input."""
+    """Complete TEXT or several prompts with RUN: the folder of a run or an adapter, or a model. Without prompts, each
+    line of standard input is a prompt.
+    """
     notes, logprobs = console(True), opening.pop("logprobs")
     if logprobs is not None and not as_json:
-        raise UserError("log-probabilities need JSON", where="--logprobs", hint="give --json too")
-    with working("starting"):
+        raise UserError("log-probabilities require JSON output", location="--logprobs", hint="add --json")
+    with track_progress("starting"):
         from deltaw.serving.opening import base_engine
-        from deltaw.training.origin import open_run
+        from deltaw.training.open_run import open_run
         from deltaw.training.prompting import with_system
-    asked = [*filter(None, [text]), *prompts] or [line for line in sys.stdin.read().splitlines() if line.strip()]
-    asked = [as_text(prompt, "the prompt") for prompt in asked]
-    if not asked:
-        raise UserError("there is no prompt", hint="give a text behind the run, --prompt, or lines on standard input")
+    prompt_texts = [*filter(None, [text]), *prompts] or [line for line in sys.stdin.read().splitlines() if line.strip()]
+    prompt_texts = [require_utf8(prompt, "the prompt") for prompt in prompt_texts]
+    if not prompt_texts:
+        raise UserError("no prompt is given", hint="give a text after the run, --prompt, or lines on standard input")
 
-    opened = open_run(run, say=notes.say, **opening)
-    opened.require_generation()
-    system = system_of(opened, system, notes.say)
-    tokens = [opened.encode(with_system(system, prompt)) for prompt in asked]
-    if (line := opened.not_invoked(tokens)) is not None:
-        notes.say(line)
+    session = open_run(run, log=notes.print_line, **opening)
+    session.require_generation()
+    system = resolve_system_prompt(session, system, notes.print_line)
+    tokens = [session.encode(with_system(system, prompt)) for prompt in prompt_texts]
+    if (line := session.invocation_warning(tokens)) is not None:
+        notes.print_line(line)
 
-    def completed(by: Engine, adapter: str | None) -> list[Written]:
-        requests = [how.request(prompt, adapter, number=n, logprobs=logprobs) for n, prompt in enumerate(tokens)]
-        with working("writing", len(requests)) as advance:
-            return by.write_all(requests, lambda done, _: advance(done))
+    def completed(engine_used: Engine, adapter: str | None) -> list[GenerationResult]:
+        requests = [text_settings.request(ids, adapter, number=n, logprobs=logprobs) for n, ids in enumerate(tokens)]
+        with track_progress("generating", len(requests)) as advance:
+            return engine_used.generate_all(requests, lambda done, _: advance(done))
 
-    base: list[Written] | None = None
-    with contextlib.closing(engine_for(opened, notes.say)) as engine:
-        written = completed(engine, engine.own_adapter)
+    base: list[GenerationResult] | None = None
+    with contextlib.closing(create_engine(session, notes.print_line)) as engine:
+        completions = completed(engine, engine.session_adapter)
         if with_base:
-            with base_engine(opened, engine, notes.say) as bare:
-                base = completed(bare, None)
+            with base_engine(session, engine, notes.print_line) as bare_engine:
+                base = completed(bare_engine, None)
     if as_json:
         rows = [
-            {"prompt": prompt, **_as_dict(w, "", opened.tokenizer)} for prompt, w in zip(asked, written, strict=True)
+            {"prompt": prompt, **_as_dict(completed_text, "", session.tokenizer)}
+            for prompt, completed_text in zip(prompt_texts, completions, strict=True)
         ]
-        for row, of_base in zip(rows, base or (), strict=False):
-            row |= _as_dict(of_base, "base", opened.tokenizer)
+        for row, base_completion in zip(rows, base or (), strict=False):
+            row |= _as_dict(base_completion, "base", session.tokenizer)
         print_json({"completions": rows})
         return
-    for number, completion in enumerate(written):
-        before = "" if base is None else f"base:    {base[number].text}\nadapter: "
-        click.echo(f"{before}{completion.text}")
+    for number, completion in enumerate(completions):
+        prefix = "" if base is None else f"base:    {base[number].text}\nadapter: "
+        click.echo(f"{prefix}{completion.text}")
 
 
-def _as_dict(text: Written, by: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
-    """A text, why it ended, and its log-probabilities if it has some; ``by`` precedes the keys if it is the base."""
-    before = f"{by}_" if by else ""
-    shown: dict[str, object] = {by or "completion": text.text, f"{before}finish": text.finish}
+def _as_dict(text: GenerationResult, model_key: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
+    """Return a completion with its finish reason and log-probabilities.
+
+    ``model_key`` is the prefix of the keys for the base model.
+    """
+    prefix = f"{model_key}_" if model_key else ""
+    result: dict[str, object] = {model_key or "completion": text.text, f"{prefix}finish": text.finish}
     if text.logprobs:
-        shown[f"{before}logprobs"] = [_logprob(one, tokenizer) for one in text.logprobs]
-    return shown
+        result[f"{prefix}logprobs"] = [_logprob(logprob, tokenizer) for logprob in text.logprobs]
+    return result
 
 
-def _logprob(one: TokenLogprob, tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
+def _logprob(logprob: TokenLogprob, tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
     def named(token: int, value: float) -> dict[str, object]:
         return {"token": str(tokenizer.decode([token])), "id": token, "logprob": value}
 
-    shown = named(one.token, one.logprob)
-    return shown | {"top": [named(token, value) for token, value in one.top]} if one.top else shown
+    result = named(logprob.token, logprob.logprob)
+    return result | {"top": [named(token, value) for token, value in logprob.top]} if logprob.top else result

@@ -1,11 +1,11 @@
-"""`deltaw inspect`: an adapter on one page, or two compared."""
+"""`deltaw inspect`: describe an adapter, or compare two."""
 
 from __future__ import annotations
 
 import click
 
-from deltaw.cli.mistakes import AdapterArgument
 from deltaw.cli.options import console, json_flag, print_json
+from deltaw.cli.suggestions import AdapterArgument
 
 
 @click.command("inspect")
@@ -13,7 +13,7 @@ from deltaw.cli.options import console, json_flag, print_json
 @click.argument("other", type=AdapterArgument(), required=False)
 @json_flag
 def command(adapter: str, other: str | None, as_json: bool) -> None:
-    """Rank, size, targets, norms and effective ranks of ADAPTER, a folder; or how it differs from OTHER."""
+    """Print rank, size, targets, norms and effective ranks of ADAPTER, or compare it with OTHER."""
     from deltaw.reports.inspect import AdapterComparison, AdapterReport, compare_adapters, inspect_adapter
 
     report: AdapterReport | AdapterComparison

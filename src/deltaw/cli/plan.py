@@ -1,4 +1,4 @@
-"""`deltaw plan`: what a run will need in memory, before any weight is read."""
+"""`deltaw plan`: predict the memory of a run before weights are read."""
 
 from __future__ import annotations
 
@@ -8,24 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltaw.cli.mistakes import SettingsFile
-from deltaw.cli.options import Verb, console, json_flag, nested, print_json, settings_flags
+from deltaw.cli.options import GroupedCommand, console, json_flag, nested_settings, print_json, settings_flags
+from deltaw.cli.suggestions import SettingsFile
 from deltaw.errors import UserError
-from deltaw.working import Detail
+from deltaw.progress import Detail
 
 if TYPE_CHECKING:
     from deltaw.memory.plan import Plan
-    from deltaw.reports.tables import Output
+    from deltaw.reports.tables import TerminalOutput
 
 
-@click.command("plan", cls=Verb)
+@click.command("plan", cls=GroupedCommand)
 @click.argument("settings", required=False, type=SettingsFile())
-@click.option("--methods", help="plan these methods too: a,b,c, or all; with --json, --picture and --budget all")
-@click.option("--picture", type=click.Path(), help="draw stacked bars into a .png, .svg or .pdf file")
-@click.option("--budget", help="search for settings that fit into so much memory, such as 6GB")
-@click.option(
-    "--processes", default=1, show_default=True, type=click.IntRange(1), help="plan one of so many that train together"
-)
+@click.option("--methods", help="methods to plan: a,b,c or all  [default with --json, --picture and --fit-memory: all]")
+@click.option("--picture", type=click.Path(), help="output file (.png, .svg or .pdf) for a stacked bar chart")
+@click.option("--fit-memory", "budget", help="memory limit, such as 6GB; search for settings that fit")
+@click.option("--processes", default=1, show_default=True, type=click.IntRange(1), help="processes; plans one of them")
 @settings_flags
 @json_flag
 def command(
@@ -35,35 +33,36 @@ def command(
     budget: str | None,
     processes: int,
     as_json: bool,
-    **given: Any,
+    **arguments: Any,
 ) -> None:
-    """The memory that a run needs, whether it fits, and its parts. Reads the model's configuration and the
-    rows, no weights."""
+    """Predict the memory of a run by part, and check if it fits. Reads the model's configuration and the rows, but no
+    weights.
+    """
     from deltaw.reports.plan import budget_table, picture_kind
     from deltaw.settings import RunConfig
-    from deltaw.training.planning.asked import chosen_methods, of_each, parse_bytes
-    from deltaw.training.planning.remembered import recalled
+    from deltaw.training.planning.arguments import parse_bytes, parse_methods, plan_per_process
+    from deltaw.training.planning.plan_cache import load_cached_plans
 
     out = console(as_json)
-    config = RunConfig.read(settings, nested(given))
-    several = as_json or picture is not None or budget is not None
-    names = chosen_methods(methods or ("all" if several else config.method), config.method)
+    config = RunConfig.read(settings, nested_settings(arguments))
+    all_methods = as_json or picture is not None or budget is not None
+    names = parse_methods(methods or ("all" if all_methods else config.method), config.method)
     size = None if budget is None else parse_bytes(budget)
     if picture is not None:
         picture_kind(Path(picture))
-    known = recalled(config, names, processes) if size is None else None
-    if known is not None:
-        plans = {name: of_each(plan, config.train.sharding, processes) for name, plan in known.plans.items()}
-        _show(plans, config.method, processes, known.lines, out)
+    cached = load_cached_plans(config, names, processes) if size is None else None
+    if cached is not None:
+        plans = {name: plan_per_process(plan, config.train.sharding, processes) for name, plan in cached.plans.items()}
+        _show(plans, config.method, processes, cached.lines, out)
         _end(plans, picture, out, as_json)
-        if not (config.track or config.memory or config.task == "reward" or Path(config.output).expanduser().exists()):
-            return  # nothing is left to check, and torch need not be imported
+        if not (config.track or config.memory or config.task == "rl" or Path(config.output).expanduser().exists()):
+            return  # all checks are done, without importing torch
 
     from deltaw.runs.checks import check_folder, check_rows, check_settings
     from deltaw.training.session import read_data
 
     check_settings(config)
-    if known is not None:
+    if cached is not None:
         check_folder(config)
         return
     lines: list[str] = []
@@ -72,42 +71,42 @@ def command(
     if size is not None:
         from deltaw.training.planning.budget import fitting_settings
 
-        found = fitting_settings(config, task, data, size, names, say=out.say, processes=processes)
-        out.print(budget_table(found))
+        fitting_plans = fitting_settings(config, task, data, size, names, log=out.print_line, processes=processes)
+        out.print(budget_table(fitting_plans))
         if as_json:
-            print_json({"budget_bytes": size, "settings": [fitting.as_dict() for fitting in found]})
+            print_json({"budget_bytes": size, "settings": [fitting.as_dict() for fitting in fitting_plans]})
         return
-    from deltaw.training.planning.plan_run import plan_each
+    from deltaw.training.planning.plan_run import plan_methods
 
-    def refused(method: str, error: UserError) -> None:
-        lines.append(f"{method}: {error.what}")
+    def report_refusal(method: str, error: UserError) -> None:
+        lines.append(f"{method}: {error.message}")
 
-    plans = plan_each(config, task, data, names, refused=refused, processes=processes)
+    plans = plan_methods(config, task, data, names, on_error=report_refusal, processes=processes)
     if not plans:
-        hint = "train it all the same: deltaw train goes without a plan where none can be made"
-        raise UserError("no method can be planned", where=config.model, hint=hint)
+        hint = "start deltaw train anyway: it works without a plan"
+        raise UserError("no method can be planned", location=config.model, hint=hint)
     _show(plans, config.method, processes, lines, out)
     _end(plans, picture, out, as_json)
     check_folder(config)
 
 
-def _show(plans: Mapping[str, Plan], own: str, processes: int, rows: Sequence[str], out: Output) -> None:
-    """The report, and below it what became of the rows."""
+def _show(plans: Mapping[str, Plan], method: str, processes: int, rows: Sequence[str], out: TerminalOutput) -> None:
+    """Print the report, and lines about the rows."""
     from deltaw.machine.memory import free_memory_bytes
     from deltaw.reports.plan import plan_report
 
-    out.print(plan_report(plans, own, free_memory_bytes(), processes))
+    out.print(plan_report(plans, method, free_memory_bytes(), processes))
     if len(plans) == 1:
-        out.print("other methods: --methods all; what fits into less memory: --budget 2GB")
+        out.print("compare methods with --methods all; find settings for less memory with --fit-memory 2GB")
     for line in rows:
-        out.say(Detail(line) if len(plans) == 1 else line)  # of one plan the memory alone; its run tells the rows
+        out.print_line(Detail(line) if len(plans) == 1 else line)  # for a single plan, the run reports the rows
 
 
-def _end(plans: Mapping[str, Plan], picture: str | None, out: Output, as_json: bool) -> None:
+def _end(plans: Mapping[str, Plan], picture: str | None, out: TerminalOutput, as_json: bool) -> None:
     from deltaw.reports.plan import draw_plans
 
     if picture is not None:
         draw_plans(plans, Path(picture))
-        out.print(f"drawn to {picture}")
+        out.print(f"chart: {picture}")
     if as_json:
         print_json({name: plan.as_dict() for name, plan in plans.items()})

@@ -1,4 +1,4 @@
-"""`deltaw predict`: predictions for the rows of a file."""
+"""`deltaw predict`: predict the rows of a file."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import click
 from click.core import ParameterSource
 
 from deltaw import tasks
-from deltaw.cli.mistakes import RunArgument, TaskName
-from deltaw.cli.options import console, json_flag, model_flags, nested, print_json
-from deltaw.cli.text_options import SAMPLING, TextSettings, system_flag, system_of, text_flags
+from deltaw.cli.options import console, json_flag, model_flags, nested_settings, print_json
+from deltaw.cli.suggestions import RunArgument, TaskName
+from deltaw.cli.text_options import SAMPLING, TextSettings, resolve_system_prompt, system_flag, text_flags
 from deltaw.errors import UserError
-from deltaw.working import working
+from deltaw.progress import track_progress
 
-OUTPUT_HELP = "a .jsonl, .csv or .parquet file  [default: JSON Lines on standard output]"
-COLUMNS_HELP = "the file's columns by our names, as in {text: review}  [default: as the run read its rows]"
-LONG_HELP = "cut truncates longer rows; the others give them an error"
-# Flags for models that write text.
+OUTPUT_HELP = "output file (.jsonl, .csv or .parquet)  [default: JSON Lines on standard output]"
+COLUMNS_HELP = "mapping of deltaw's column names to the file's, as in {text: review}  [default: as in training]"
+LONG_HELP = "handling of longer rows: cut truncates them; error and drop report an error for them"
+# Flags for models that generate text.
 TEXT = {*SAMPLING, "max_new_tokens", "stop", "json_schema", "regex", "system"}
 
 
@@ -29,69 +29,66 @@ TEXT = {*SAMPLING, "max_new_tokens", "stop", "json_schema", "regex", "system"}
 @click.argument("run", type=RunArgument())
 @click.argument("file", type=click.Path())
 @click.option("-o", "--output", type=click.Path(path_type=Path), help=OUTPUT_HELP)
-@click.option(
-    "--force",
-    is_flag=True,
-    help="overwrite the output, and discard unfinished predictions of another run, file or settings",
-)
-@click.option("--rows", type=click.IntRange(1), metavar="N", help="only the first N rows")
+@click.option("--force", is_flag=True, help="overwrite the output; discard unfinished predictions of other settings")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="number of rows to predict  [default: all]")
 @click.option("--data.columns", "columns", metavar="YAML", help=COLUMNS_HELP)
-@click.option("--data.max_length", "max_length", type=click.IntRange(2), help="the most tokens in a row")
+@click.option("--data.max_length", "max_length", type=click.IntRange(2), help="maximum number of tokens per row")
 @click.option("--data.long_rows", "long_rows", type=click.Choice(["error", "cut", "drop"]), help=LONG_HELP)
 @system_flag
 @text_flags(max_new_tokens=256)
-@click.option("--task", type=TaskName(tasks.names()), help="the task of a bare model")
+@click.option("--task", type=TaskName(tasks.names()), help="task of a model without an adapter")
 @model_flags
 @json_flag
-def command(run: str, file: str, output: Path | None, force: bool, rows: int | None, **options: Any) -> None:
-    """Predict the rows of FILE with RUN: a run's folder, an adapter's, or a model. The rows need no labels. Each gives
-    a record with its number, its columns, the predictions and, if it cannot be used, an error."""
+def command(run: str, file: str, output: Path | None, force: bool, limit: int | None, **options: Any) -> None:
+    """Predict the rows of FILE with RUN: the folder of a run or an adapter, or a model. Rows need no labels. Each row
+    produces a record with its number, its columns, the predictions and, if it is unusable, an error.
+    """
     notes, start_time, as_json = console(True), time.monotonic(), options.pop("as_json")
     if output is None and (as_json or force):
         flag = "--json" if as_json else "--force"
-        raise UserError("the predictions go to standard output", where=flag, hint="name a file with --output")
-    text: TextSettings = options.pop("how")
+        raise UserError("the predictions are written to standard output", location=flag, hint="add --output FILE")
+    text: TextSettings = options.pop("text_settings")
     system, columns = options.pop("system"), _columns(options.pop("columns"))
     overrides = {name: options.pop(name) for name in ("max_length", "long_rows")} | {"columns": columns}
-    with working("starting"):
+    with track_progress("starting"):
         from deltaw.data.report import MAX_ROW_BYTES, count_of
         from deltaw.data.sources import open_source
         from deltaw.hub.packages import local_path
         from deltaw.serving.predicting import InputRows, Predictor, identity_of_run, input_settings
-        from deltaw.serving.prediction_file import PredictionFile, Progress, check_output
-        from deltaw.training.origin import open_run
+        from deltaw.serving.prediction_file import PredictionFile, PredictionProgress, check_output
+        from deltaw.training.open_run import open_run
     if output is not None:
         check_output(output, file, force=force)
-    if not local_path(file).is_dir():  # a folder may hold rows or images, depending on the model
+    if not local_path(file).is_dir():  # a folder may contain rows or images, depending on the model
         open_source(file)
-    session = open_run(run, say=notes.say, **options)
+    session = open_run(run, log=notes.print_line, **options)
     max_bytes = MAX_ROW_BYTES if session.data is None else session.data.max_row_bytes
-    source = InputRows(file, images=session.task.tokenizer is None, limit=rows, max_bytes=max_bytes)
+    source = InputRows(file, images=session.task.tokenizer is None, limit=limit, max_bytes=max_bytes)
     settings = input_settings(session, source, {name: value for name, value in overrides.items() if value is not None})
-    if session.task.writes_text:
+    if session.task.generates_text:
         default = None if system == "" else settings.system
-        settings = replace(settings, system=system_of(session, system, notes.say) or default)
+        settings = replace(settings, system=resolve_system_prompt(session, system, notes.print_line) or default)
     else:
         _reject_text_flags(session.task.name)
     with contextlib.ExitStack() as stack:
         flat = output is not None and output.suffix.lower() != ".jsonl"
-        predictor = Predictor(session, settings, source, text.request, notes.say, flat=flat)
+        predictor = Predictor(session, settings, source, text.request, notes.print_line, flat=flat)
         stack.callback(predictor.close)
         if output is None:
-            progress = Progress()
+            progress = PredictionProgress()
             predictor.run(progress, lambda lines: click.echo(lines, nl=False))
         else:
-            named = {"the run": identity_of_run(session), "the file": source.identity}
-            named["the settings"] = [asdict(settings), asdict(text), rows]
-            target = stack.enter_context(contextlib.closing(PredictionFile(output, named, force=force)))
+            identity = {"the run": identity_of_run(session), "the file": source.identity}
+            identity["the settings"] = [asdict(settings), asdict(text), limit]
+            target = stack.enter_context(contextlib.closing(PredictionFile(output, identity, force=force)))
             progress = target.progress
             predictor.run(progress, target.write)
             target.finish()
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in progress.errors.most_common(5))
     failed = f", {progress.rows - progress.predicted:,} of them without a prediction: {reasons}" if reasons else ""
-    notes.say(count_of(progress.rows) + failed)
+    notes.print_line(count_of(progress.rows) + failed)
     if output is not None:
-        notes.say(f"written: {output}")
+        notes.print_line(f"written: {output}")
     if as_json:
         counts = {"rows": progress.rows, "predicted": progress.predicted, "errors": progress.errors}
         seconds = round(time.monotonic() - start_time, 3)
@@ -100,14 +97,14 @@ def command(run: str, file: str, output: Path | None, force: bool, rows: int | N
 
 def _columns(text: str | None) -> dict[str, str] | None:
     """Parse ``--data.columns``."""
-    columns = None if text is None else nested({"setting_data__columns": text})["data"]["columns"]
+    columns = None if text is None else nested_settings({"setting_data__columns": text})["data"]["columns"]
     if text is None or (isinstance(columns, dict) and all(isinstance(name, str) for name in columns.values())):
         return columns
-    raise UserError("this is no mapping of columns", where="--data.columns", hint="write it as {text: review}")
+    raise UserError("this is not a mapping of columns", location="--data.columns", hint="for example {text: review}")
 
 
 def _reject_text_flags(task: str) -> None:
     source_of = click.get_current_context().get_parameter_source
     if flag := next((name for name in sorted(TEXT) if source_of(name) == ParameterSource.COMMANDLINE), None):
-        what = f"the run is for {task}, and writes no text"
-        raise UserError(what, where=f"--{flag.replace('_', '-')}", hint="leave it out")
+        message = f"the run's task is {task}, which does not generate text"
+        raise UserError(message, location=f"--{flag.replace('_', '-')}", hint="remove the flag")

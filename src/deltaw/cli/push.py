@@ -1,4 +1,4 @@
-"""`deltaw push`: a run to a model hub."""
+"""`deltaw push`: upload a run to a model hub."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
-from deltaw.cli.mistakes import AdapterArgument
 from deltaw.cli.options import console, json_flag, print_json
-from deltaw.working import working
+from deltaw.cli.suggestions import AdapterArgument
+from deltaw.progress import track_progress
 
 FOLDER = click.Path(exists=True, file_okay=False)
 
@@ -16,23 +16,25 @@ FOLDER = click.Path(exists=True, file_okay=False)
 @click.command("push")
 @click.argument("run", type=AdapterArgument())
 @click.argument("repository", metavar="USER/NAME")
-@click.option("--public", is_flag=True, help="let everybody see it  [default: private]")
-@click.option("--revision", metavar="BRANCH", help="the branch to push to, made if there is none  [default: main]")
-@click.option("--merged", type=FOLDER, help="send this merged model of the run instead of its adapter")
-@click.option("--base", metavar="USER/NAME", help="the base model on the hub, if the run names a file or a package")
-@click.option("--dry-run", is_flag=True, help="list what would be sent, and send nothing")
+@click.option("--public", is_flag=True, help="create a public repository  [default: private]")
+@click.option("--revision", metavar="BRANCH", help="branch to push to, created if missing  [default: main]")
+@click.option("--merged", type=FOLDER, help="folder of the run's merged model, uploaded instead of the adapter")
+@click.option("--base-model", "base", metavar="USER/NAME", help="hub id of the base model, if it is a file or package")
+@click.option("--dry-run", is_flag=True, help="list the files without uploading them")
 @json_flag
-def command(run: str, repository: str, as_json: bool, **how: Any) -> None:
-    """Send RUN's adapter to the hub as USER/NAME, with a model card, its settings and its tokenizer, never its rows.
-    The token is that of HF_TOKEN or of 'hf auth login'."""
+def command(run: str, repository: str, as_json: bool, **options: Any) -> None:
+    """Upload RUN's adapter to the hub as USER/NAME, with a model card, its settings and its tokenizer. Rows are never
+    uploaded. The token is read from HF_TOKEN or the login of 'hf auth login'.
+    """
     out, notes = console(as_json), console(True)
-    with working("starting"):
+    with track_progress("starting"):
         from deltaw.export.push import push
         from deltaw.reports.tables import table
-    done = push(run, repository, say=notes.say, **how)
+    result = push(run, repository, log=notes.print_line, **options)
     if as_json:
-        print_json(done.as_dict())
+        print_json(result.as_dict())
         return
-    out.print(table(["file", "bytes"], [(name, f"{size:,}") for name, size in sorted(done.files.items())]))
-    seen = "private" if done.private else "public"
-    out.say(f"sent to {done.url} ({seen}), commit {done.commit}" if done.url else f"nothing was sent ({seen})")
+    out.print(table(["file", "bytes"], [(name, f"{size:,}") for name, size in sorted(result.files.items())]))
+    visibility = "private" if result.private else "public"
+    summary = f"uploaded to {result.url}, commit {result.commit}" if result.url else "dry run: no files were uploaded"
+    out.print_line(f"{summary} ({visibility})")

@@ -1,4 +1,4 @@
-"""`deltaw runs`: the runs of a folder, or some of them side by side."""
+"""`deltaw runs`: list or compare runs."""
 
 from __future__ import annotations
 
@@ -9,47 +9,47 @@ from deltaw.cli.options import console, json_flag, print_json, print_json_line
 
 @click.command("runs")
 @click.argument("names", nargs=-1, type=click.Path())
-@click.option("--output", type=click.Path(), help="with two or more runs: write a page that compares them")
-@click.option("--report", is_flag=True, help="write report.html of each run again, from the files in its folder")
-@click.option("--watch", "watching", is_flag=True, help="follow the runs until they end; one may start later")
+@click.option("--output", type=click.Path(), help="output file of an HTML page that compares two or more runs")
+@click.option("--report", is_flag=True, help="regenerate report.html of each run")
+@click.option("--watch", "watching_runs", is_flag=True, help="display the progress until all runs start and finish")
 @json_flag
-def command(names: tuple[str, ...], output: str | None, report: bool, watching: bool, as_json: bool) -> int:
-    """List the runs below a folder, by default the folder `runs`; compare the runs that NAMES lists.
+def command(names: tuple[str, ...], output: str | None, report: bool, watching_runs: bool, as_json: bool) -> int:
+    """List the runs in a folder, by default in `runs`, or compare the runs NAMES.
 
     A name is the path of a run, or its name in the folder `runs`.
     """
     from deltaw.errors import UserError
     from deltaw.reports.page.write import comparison_page, write_page
-    from deltaw.reports.runs import as_values, choose_runs, comparison_tables, runs_table
+    from deltaw.reports.runs import comparison_tables, runs_as_dicts, runs_table, select_runs
 
     out = console(as_json)
-    if watching:
-        from deltaw.reports.watching import watch
+    if watching_runs:
+        from deltaw.reports.live_table import watch
 
         if output is not None or report:
-            hint = "give it alone, and write pages once the runs have ended"
-            raise UserError("--watch only follows runs", where="--watch", hint=hint)
+            hint = "remove the other flags, and write pages after the runs have finished"
+            raise UserError("--watch cannot be combined with --output or --report", location="--watch", hint=hint)
         return watch(names, out, print_json_line if as_json else None)
-    chosen = choose_runs(names)
-    records = chosen.records
+    selection = select_runs(names)
+    records = selection.records
     if output is not None:
         if len(records) < 2:
-            hint = "name two or more: deltaw runs ONE OTHER"
-            raise UserError("a comparison needs two runs", where="--output", hint=hint)
-        from deltaw.durable import write_text
+            hint = "give two or more runs: deltaw runs FIRST SECOND"
+            raise UserError("a comparison requires two runs", location="--output", hint=hint)
+        from deltaw.atomic_files import write_text
 
         write_text(output, comparison_page(records))
-    written = [write_page(record.path) for record in records] if report else []
+    report_pages = [write_page(record.path) for record in records] if report else []
     if as_json:
-        print_json({"runs": as_values(records), "page": output, "reports": [str(path) for path in written]})
+        print_json({"runs": runs_as_dicts(records), "page": output, "reports": [str(path) for path in report_pages]})
     elif not records:
-        out.print(f"there are no runs in {chosen.where}")
-    elif chosen.compared:
+        out.print(f"no runs in {selection.location}")
+    elif selection.compared:
         for table in comparison_tables(records, out.width):
             out.print(table, soft_wrap=False)
             out.print()
     else:
         out.print(runs_table(records, out.width), soft_wrap=False)
-    for path in [*written, *([output] if output else [])]:
+    for path in [*report_pages, *([output] if output else [])]:
         out.print(f"page: {path}")
     return 0

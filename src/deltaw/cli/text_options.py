@@ -1,4 +1,4 @@
-"""Flags of the verbs that write text: how tokens are chosen, and what ends or constrains a text."""
+"""Flags of commands that generate text: sampling, stop strings and constraints."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltaw.cli.options import SHARE, Command, as_text, with_options
+from deltaw.cli.options import SHARE, Command, require_utf8, with_options
 from deltaw.errors import UserError
-from deltaw.working import Detail
+from deltaw.progress import Detail
 
 if TYPE_CHECKING:
     import numpy as np
 
     from deltaw.serving.engine import Engine
     from deltaw.serving.request import Constraint, Request, Sampling
-    from deltaw.training.origin import InferenceSession
+    from deltaw.training.open_run import AdaptedModel
 
 PENALTY, FACTOR = click.FloatRange(-2, 2), click.FloatRange(0, 100, min_open=True)
-# The flags that say how tokens are chosen, by the names of Sampling's fields: default, kind, and what is said of it.
+# Sampling flags by field name of Sampling: default, type and description.
 SAMPLING: dict[str, tuple[float, click.ParamType, str]] = {
-    "temperature": (0.0, click.FloatRange(0, 100), "0: the likeliest token"),
-    "top_k": (0, click.IntRange(0), "draw from so many likeliest tokens; 0: all"),
-    "top_p": (1.0, SHARE, "draw from the likeliest tokens that together have this probability"),
-    "min_p": (0.0, click.FloatRange(0, 1), "leave out tokens below this share of the likeliest's probability"),
-    "repetition_penalty": (1.0, FACTOR, "make tokens of the prompt and the text less likely; 1: no change"),
-    "presence_penalty": (0.0, PENALTY, "taken from the logits of tokens that the text has"),
-    "frequency_penalty": (0.0, PENALTY, "the same, for each time that the text has them"),
-    "seed": (0, click.IntRange(-(2**63), 2**63 - 1), ""),
+    "temperature": (0.0, click.FloatRange(0, 100), "sampling temperature; 0: greedy"),
+    "top_k": (0, click.IntRange(0), "number of most likely tokens to sample from; 0: all"),
+    "top_p": (1.0, SHARE, "cumulative probability of the most likely tokens to sample from"),
+    "min_p": (0.0, click.FloatRange(0, 1), "minimum probability of a token, relative to the most likely token"),
+    "repetition_penalty": (1.0, FACTOR, "penalty for tokens of the prompt and the text; 1: none"),
+    "presence_penalty": (0.0, PENALTY, "penalty subtracted from the logits of tokens that occur in the text"),
+    "frequency_penalty": (0.0, PENALTY, "penalty subtracted from the logits for each occurrence of a token"),
+    "seed": (0, click.IntRange(-(2**63), 2**63 - 1), "random seed"),
 }
 
 
 @dataclass(frozen=True)
 class TextSettings:
-    """What the flags say, apart from the prompt; see :class:`deltaw.serving.request.Sampling`."""
+    """Values of the text flags; see :class:`deltaw.serving.request.Sampling`."""
 
     max_new_tokens: int
     sampling: Sampling
@@ -46,109 +46,112 @@ class TextSettings:
     json_schema: Path | None
     regex: str | None
 
-    def checked(self) -> TextSettings:
-        """Itself, where texts can be written so; asked before a model is loaded.
+    def validated(self) -> TextSettings:
+        """Return self if the values are valid. Called before a model is loaded.
 
         Raises:
-            UserError: a stop string or a constraint is no text, there are two constraints, or the
-                package that constrains texts is missing.
+            UserError: if a stop string or a constraint is invalid, both constraints are given, or the package for
+                constraints is missing.
         """
         for stop in self.stop:
-            if not as_text(stop, "--stop"):
-                raise UserError("a stop string is empty", where="--stop", hint="leave it out")
+            if not require_utf8(stop, "--stop"):
+                raise UserError("a stop string is empty", location="--stop", hint="remove it")
         if self.constraint() is not None and find_spec("llguidance") is None:
-            raise UserError("constrained texts need the package llguidance", hint='pip install "deltaw[serve]"')
+            raise UserError("constraints require the package llguidance", hint='pip install "deltaw[serve]"')
         return self
 
     def constraint(self) -> Constraint | None:
-        """What a text must match; None for nothing.
+        """Return the constraint of the generated text, or None.
 
         Raises:
-            UserError: it cannot be read, or there are two.
+            UserError: if the schema cannot be read, or both constraints are given.
         """
         from deltaw.serving.request import Constraint
 
         if self.json_schema is not None and self.regex is not None:
-            raise UserError("a text cannot be held to two constraints", hint="give --json-schema or --regex")
+            raise UserError("only one constraint is supported", hint="use either --json-schema or --regex")
         if self.regex is not None:
-            return Constraint("regex", as_text(self.regex, "--regex"))
+            return Constraint("regex", require_utf8(self.regex, "--regex"))
         if self.json_schema is None:
             return None
         try:
             return Constraint("json_schema", self.json_schema.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            what = f"the JSON schema cannot be read: {reason}"
-            raise UserError(what, where=str(self.json_schema), hint="name a JSON file") from error
+            message = f"the JSON schema cannot be read: {reason}"
+            raise UserError(message, location=str(self.json_schema), hint="give a JSON file") from error
 
     def request(
         self, tokens: np.ndarray, adapter: str | None = None, *, number: int = 0, logprobs: int | None = None
     ) -> Request:
-        """A request for one text.
+        """Return a request for one text.
 
         Args:
-            tokens: (length,) of the prompt, without virtual tokens. adapter: the name of what writes it.
-            number: of the prompt among several; each draws by a seed of its own.
+            tokens: (length,) prompt without virtual tokens.
+            adapter: Name of the adapter, or None for the base model.
+            number: Index of the prompt, added to the seed.
+            logprobs: Number of top log-probabilities to return per token, if any.
         """
         from deltaw.serving.request import Request
 
         sampling = replace(self.sampling, seed=self.sampling.seed + number, logprobs=logprobs)
-        ending: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "stop": self.stop}
-        return Request(tokens, adapter, sampling=sampling, constraint=self.constraint(), **ending)
+        limits: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "stop": self.stop}
+        return Request(tokens, adapter, sampling=sampling, constraint=self.constraint(), **limits)
 
 
 def text_flags(max_new_tokens: int) -> Callable[[Command], Command]:
-    """Give a command the flags of :class:`TextSettings`; they arrive as one argument, ``how``."""
+    """Add the flags of :class:`TextSettings`. They are passed as ``text_settings``."""
     sampling = [
-        click.option(f"--{name.replace('_', '-')}", default=default, show_default=True, type=kind, help=told)
-        for name, (default, kind, told) in SAMPLING.items()
+        click.option(f"--{name.replace('_', '-')}", default=default, show_default=True, type=kind, help=description)
+        for name, (default, kind, description) in SAMPLING.items()
     ]
     options = (
         click.option("--max-new-tokens", default=max_new_tokens, show_default=True, type=click.IntRange(1)),
         *sampling,
-        click.option("--stop", multiple=True, help="end texts before this string; may be given several times"),
-        click.option("--json-schema", type=click.Path(path_type=Path), help="a file; texts are JSON that matches it"),
-        click.option("--regex", help="texts match this regular expression"),
+        click.option("--stop", multiple=True, help="stop string, at which the text is truncated; can be repeated"),
+        click.option("--json-schema", type=click.Path(path_type=Path), help="file with a JSON schema for the text"),
+        click.option("--regex", help="regular expression that the text must match"),
     )
 
-    def give(command: Command) -> Command:
+    def decorate(command: Command) -> Command:
         @functools.wraps(command)
-        def called(*args: object, **given: Any) -> object:
+        def wrapper(*args: object, **arguments: Any) -> object:
             from deltaw.serving.request import Sampling
 
-            sampling = Sampling(**{name: given.pop(name) for name in SAMPLING})
-            rest = {name: given.pop(name) for name in ("max_new_tokens", "stop", "json_schema", "regex")}
-            return command(*args, how=TextSettings(sampling=sampling, **rest).checked(), **given)
+            sampling = Sampling(**{name: arguments.pop(name) for name in SAMPLING})
+            settings = {name: arguments.pop(name) for name in ("max_new_tokens", "stop", "json_schema", "regex")}
+            return command(*args, text_settings=TextSettings(sampling=sampling, **settings).validated(), **arguments)
 
-        return with_options(called, *options)  # type: ignore[return-value]
+        return with_options(wrapper, *options)  # type: ignore[return-value]
 
-    return give
+    return decorate
 
 
-SYSTEM_HELP = 'a system prompt for what has none; "": none  [default: the one that the training rows share]'
+SYSTEM_HELP = 'system prompt for prompts without one; "": none  [default: the one shared by the training rows]'
 system_flag = click.option("--system", metavar="TEXT", help=SYSTEM_HELP)
 
 
-def system_of(session: InferenceSession, given: str | None, say: Callable[[str], None]) -> str:
-    """The system prompt to write with, which may be empty; told if it is not the one given."""
-    if (line := session.prompting.line(given)) is not None:
-        say(line)
-    return session.prompting.system_for(None if given is None else as_text(given, "--system"))
+def resolve_system_prompt(session: AdaptedModel, requested: str | None, log: Callable[[str], None]) -> str:
+    """Return the system prompt, which may be empty. Logs a message if it differs from the given one."""
+    if (line := session.prompting.line(requested)) is not None:
+        log(line)
+    return session.prompting.system_for(None if requested is None else require_utf8(requested, "--system"))
 
 
-def engine_for(session: InferenceSession, say: Callable[[str], None]) -> Engine:
-    """An engine that writes a verb's texts.
+def create_engine(session: AdaptedModel, log: Callable[[str], None]) -> Engine:
+    """Create the engine of a command that generates text.
 
     Args:
-        say: told what decodes: the engine, or transformers and why.
+        session: Loaded model.
+        log: Receives the reason if transformers decodes instead of the engine.
 
     Raises:
-        UserError: the model writes no text.
+        UserError: if the model does not generate text.
     """
     from deltaw.serving.opening import open_engine
 
-    told: list[str] = []
-    engine = open_engine(session, say=told.append)
-    for line in told or [Detail(f"the decoding engine writes: {engine.why}")]:
-        say(line)
+    messages: list[str] = []
+    engine = open_engine(session, log=messages.append)
+    for line in messages or [Detail(f"generating with the decoding engine: {engine.why}")]:
+        log(line)
     return engine

@@ -1,7 +1,7 @@
-"""The rows of Parquet and Arrow files, and of tables in memory, some at a time.
+"""Rows of Parquet and Arrow files and tables, in batches of limited memory.
 
-How much memory a row takes is computed from its columns before any of its values become objects, since one
-value may stand in many rows. It knows single files; not references or what columns mean.
+The memory of a row is computed from its columns before values are converted to objects, because rows may share a stored
+value.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from deltaw.data.report import MAX_ROW_BYTES, too_long
+from deltaw.data.report import MAX_ROW_BYTES, too_long_error
 from deltaw.data.row_files import OnBad, reading
 from deltaw.data.rows import Row
 from deltaw.errors import UserError
@@ -25,41 +25,38 @@ if TYPE_CHECKING:
     import pyarrow.parquet
 
 
-# What a Parquet or Arrow file takes in memory once it is decoded, told by its headers before it is.
+# Decoded size of Parquet and Arrow files, computed from their headers before decoding.
 #
-# A file of a kilobyte can stand for gigabytes: a page says how large it becomes, a dictionary repeats one
-# value, and runs of equal numbers take no space. The headers that are read here are those that the decoder
-# itself goes by, since what a file says of itself elsewhere (in a Parquet file's footer) need not be true. It
-# knows formats; not rows.
+# A file of a kilobyte can decode to gigabytes, for example through compression, dictionaries or run-length encoding.
+# The sizes are from the same page headers that the decoder uses, because a Parquet footer may contain other values.
 #
 # Formats: https://github.com/apache/parquet-format (``PageHeader`` of parquet.thrift, in Thrift's compact
 # protocol), https://arrow.apache.org/docs/format/Columnar.html (``Message.fbs``, in flatbuffers).
 
 
-# What is decoded at once may take LEAST bytes, or MOST times its bytes in the file.
-LEAST, MOST = 256 * 2**20, 256
-# Batches are made of so many bytes, where rows are smaller.
+# A unit that is decoded at once may take MIN_DECODED_BYTES, or MAX_EXPANSION times its size in the file.
+MIN_DECODED_BYTES, MAX_EXPANSION = 256 * 2**20, 256
+# Target size of a batch.
 _BATCH_BYTES = 64 * 2**20
-# Rows of a batch, at most.
+# Maximum number of rows per batch.
 BATCH_ROWS = 1024
-# The longest header of a page that Arrow's own reader takes.
+# Maximum size of a page header, as in Arrow's reader.
 _LONGEST_HEADER = 16 * 2**20
 _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
-# Types of pages. Of data pages, which have two versions: which field describes them, and which of its fields
-# names the encoding.
+# Page types. For both versions of data pages, the number of the field that describes them, and the number of the
+# encoding in that field.
 _DICTIONARY_PAGE, _DATA_PAGES = 2, {0: (5, 2), 3: (8, 4)}
-# Arrow's names of Parquet's ways to compress; nothing where a page is not.
+# Arrow's names of Parquet's compression codecs. Empty for uncompressed pages.
 _CODECS = {"UNCOMPRESSED": "", "SNAPPY": "snappy", "GZIP": "gzip", "ZSTD": "zstd", "BROTLI": "brotli"}
 _LARGE_DICTIONARY = 2**22
-# Encodings whose values are made of others': of a dictionary's (two names), and of the value before.
+# Encodings that repeat other values: dictionary (two versions), and delta to the preceding value.
 _DICTIONARY, _DELTA = (2, 8), 7
 
 
-def check_decoded(decoded: int, stored: int, where: str, hint: str) -> None:
-    """Refuse what would take ``decoded`` bytes in memory and takes ``stored`` in its file, if that is out of
-    proportion."""
-    if decoded > max(LEAST, MOST * stored):
-        raise UserError(f"{stored:,} bytes of the file would become {decoded:,} in memory", where=where, hint=hint)
+def check_decoded(decoded: int, stored: int, location: str, hint: str) -> None:
+    """Raise a UserError if ``decoded`` bytes in memory are out of proportion to ``stored`` bytes in the file."""
+    if decoded > max(MIN_DECODED_BYTES, MAX_EXPANSION * stored):
+        raise UserError(f"{stored:,} bytes of the file become {decoded:,} in memory", location=location, hint=hint)
 
 
 # Parquet
@@ -67,13 +64,17 @@ def check_decoded(decoded: int, stored: int, where: str, hint: str) -> None:
 
 @dataclass
 class _Column:
-    """The pages of one column in a group of rows.
+    """Sizes of the pages of one column in a row group.
 
     Attributes:
-        page, dictionary, entry: bytes of the largest page, of the dictionary and of its longest text.
-        total: of all pages.
-        densest: bytes of a value on average, in the page where that is most.
-        repeating, longest: values that are made of others, and the most bytes that one of these may have.
+        page: Size of the largest page in bytes.
+        dictionary: Size of the dictionary in bytes.
+        entry: Size of the longest text in the dictionary in bytes.
+        total: Size of all pages in bytes.
+        values: Number of values.
+        densest: Maximum over pages of the average value size in bytes.
+        repeating: Number of values that repeat others.
+        longest: Maximum size of such a value in bytes.
     """
 
     page: int = 0
@@ -87,94 +88,97 @@ class _Column:
 
 
 def check_group(parquet: pyarrow.parquet.ParquetFile, number: int, file: IO[bytes], name: str) -> tuple[int, list[int]]:
-    """Look through the pages of a group of rows.
+    """Check the pages of a row group.
 
     Args:
-        file: the same file. name: for messages.
+        file: The same file, opened for reading.
+        name: File name, for messages.
 
     Returns:
-        how many rows a batch should have, and the numbers of the columns to be read as dictionaries, without which
-        their values would be repeated too often.
+        The number of rows per batch, and the indices of the columns to read as dictionaries because their values are
+        repeated too often.
 
     Raises:
-        UserError: it is damaged, or decoding it takes memory out of all proportion to its size.
+        UserError: if the group is damaged, or needs memory out of proportion to its size.
     """
     group = parquet.metadata.row_group(number)
     size = file.seek(0, 2)
-    where = f"{name}, group {number + 1} of rows"
-    needed = stored = 0
-    dense = 1.0
+    location = f"{name}, group {number + 1} of rows"
+    decoded = stored = 0
+    bytes_per_row = 1.0
     dictionaries = []
-    for place in range(group.num_columns):
-        chunk, described = group.column(place), parquet.schema.column(place)
+    for index in range(group.num_columns):
+        chunk, column_schema = group.column(index), parquet.schema.column(index)
         stored += chunk.total_compressed_size
         try:
-            found = _pages(chunk, file, size)
+            pages = _pages(chunk, file, size)
         except (LookupError, ValueError, TypeError) as error:
-            what = f"a page header of the column '{chunk.path_in_schema}' cannot be read: {error}"
-            raise UserError(what, where=where, hint="copy the file again") from error
-        width = _WIDTHS.get(chunk.physical_type, max(0, described.length))
-        is_text, is_list = chunk.physical_type == "BYTE_ARRAY", described.max_repetition_level > 0
-        needed += found.page + found.dictionary
-        repeated = found.repeating * found.longest if is_text else 0
+            message = f"a page header of the column '{chunk.path_in_schema}' cannot be read: {error}"
+            raise UserError(message, location=location, hint="copy the file again") from error
+        width = _WIDTHS.get(chunk.physical_type, max(0, column_schema.length))
+        is_text, is_list = chunk.physical_type == "BYTE_ARRAY", column_schema.max_repetition_level > 0
+        decoded += pages.page + pages.dictionary
+        repeated = pages.repeating * pages.longest if is_text else 0
         if is_list:  # one row may have all values
-            if repeated > _BATCH_BYTES and found.longest == found.entry:
-                dictionaries.append(place)
+            if repeated > _BATCH_BYTES and pages.longest == pages.entry:
+                dictionaries.append(index)
                 repeated = 0
-            needed += found.values * (width + 8) + repeated + (found.total if is_text else 0)
-            dense += found.total / max(1, group.num_rows)
+            decoded += pages.values * (width + 8) + repeated + (pages.total if is_text else 0)
+            bytes_per_row += pages.total / max(1, group.num_rows)
         elif is_text:
-            needed += 2 * found.page + found.longest
-            dense += found.densest + found.longest
+            decoded += 2 * pages.page + pages.longest
+            bytes_per_row += pages.densest + pages.longest
         else:
-            dense += width
-    hint = "if it is right, write it again with smaller groups (row_group_size)"
-    check_decoded(needed, min(stored, size), where, hint)
-    return max(1, min(BATCH_ROWS, int(_BATCH_BYTES / dense))), dictionaries
+            bytes_per_row += width
+    hint = "if it is correct, write it again with smaller row groups (row_group_size)"
+    check_decoded(decoded, min(stored, size), location, hint)
+    return max(1, min(BATCH_ROWS, int(_BATCH_BYTES / bytes_per_row))), dictionaries
 
 
 def _pages(chunk: pyarrow.parquet.ColumnChunkMetaData, file: IO[bytes], size: int) -> _Column:
-    """What the headers of a column's pages say.
+    """Read the page headers of a column.
 
     Raises:
-        ValueError, LookupError, TypeError: they cannot be read.
+        ValueError, LookupError, TypeError: if they cannot be read.
     """
-    found = _Column()
-    at = chunk.data_page_offset
-    if chunk.has_dictionary_page and 0 < (chunk.dictionary_page_offset or 0) < at:
-        at = chunk.dictionary_page_offset
-    end = at + chunk.total_compressed_size
-    if not 0 <= at <= end <= size:
-        raise ValueError("it lies outside of the file")
-    while at < end and found.values < chunk.num_values:
-        header, length = _header(file, at)
+    column = _Column()
+    position = chunk.data_page_offset
+    if chunk.has_dictionary_page and 0 < (chunk.dictionary_page_offset or 0) < position:
+        position = chunk.dictionary_page_offset
+    end = position + chunk.total_compressed_size
+    if not 0 <= position <= end <= size:
+        raise ValueError("it is outside of the file")
+    while position < end and column.values < chunk.num_values:
+        header, length = _header(file, position)
         decoded, stored = int(header[2]), int(header[3])  # type: ignore[call-overload]
         if decoded < 0 or stored < 0:
             raise ValueError("a page has a negative size")
-        begin, at = at + length, at + length + stored
+        page_start, position = position + length, position + length + stored
         if header[1] == _DICTIONARY_PAGE:
-            found.dictionary = max(found.dictionary, decoded)
+            column.dictionary = max(column.dictionary, decoded)
             if chunk.physical_type == "BYTE_ARRAY":
-                file.seek(begin)
+                file.seek(page_start)
                 page = file.read(min(stored, _LARGE_DICTIONARY))
-                found.entry = max(found.entry, _longest_entry(page, chunk.compression, decoded))
+                column.entry = max(column.entry, _longest_entry(page, chunk.compression, decoded))
         elif header[1] in _DATA_PAGES:
             number, encoding_at = _DATA_PAGES[header[1]]
             fields: dict[int, int] = header[number]  # type: ignore[assignment]
             values, encoding = int(fields[1]), fields[encoding_at]
-            found.page = max(found.page, decoded)
-            found.total += decoded
-            found.values += max(0, values)
-            found.densest = max(found.densest, decoded / max(1, values))
+            column.page = max(column.page, decoded)
+            column.total += decoded
+            column.values += max(0, values)
+            column.densest = max(column.densest, decoded / max(1, values))
             if encoding in _DICTIONARY or encoding == _DELTA:
-                found.repeating += max(0, values)
-                found.longest = max(found.longest, found.entry if encoding in _DICTIONARY else decoded)
-    return found
+                column.repeating += max(0, values)
+                column.longest = max(column.longest, column.entry if encoding in _DICTIONARY else decoded)
+    return column
 
 
 def _longest_entry(page: bytes, compression: str, decoded: int) -> int:
-    """The bytes of the longest text of a dictionary, which becomes ``decoded`` bytes; of a large dictionary,
-    and of one that is packed in a way that is not known here, those of all."""
+    """Return the size in bytes of the longest text in a dictionary page.
+
+    Return the total size ``decoded`` if the dictionary is large or its codec is unknown.
+    """
     import pyarrow
 
     codec = _CODECS.get(compression)
@@ -184,19 +188,19 @@ def _longest_entry(page: bytes, compression: str, decoded: int) -> int:
         texts = pyarrow.Codec(codec).decompress(page, decoded).to_pybytes() if codec else page
     except pyarrow.ArrowException:
         return decoded
-    longest = at = 0
-    while at + 4 <= len(texts):
-        length = int.from_bytes(texts[at : at + 4], "little")
+    longest = position = 0
+    while position + 4 <= len(texts):
+        length = int.from_bytes(texts[position : position + 4], "little")
         longest = max(longest, length)
-        at += 4 + length
+        position += 4 + length
     return longest
 
 
-def _header(file: IO[bytes], at: int) -> tuple[dict[int, object], int]:
-    """The fields of the page header at ``at``, by their numbers, and its length."""
+def _header(file: IO[bytes], position: int) -> tuple[dict[int, object], int]:
+    """Return the fields of the page header at ``position``, by number, and its length."""
     length = 2**10
     while True:
-        file.seek(at)
+        file.seek(position)
         data = file.read(length)
         thrift = _Thrift(data)
         try:
@@ -207,25 +211,25 @@ def _header(file: IO[bytes], at: int) -> tuple[dict[int, object], int]:
             length *= 8
 
 
-# Thrift's types of true, false, bytes and doubles: the bytes that they take.
+# Sizes in bytes of Thrift's fixed-size types: true, false, byte and double.
 _FIXED_BYTES = {1: 0, 2: 0, 3: 1, 7: 8}
 
 
 class _Thrift:
-    """Reads structs of Thrift's compact protocol; of what they hold, integers and structs are kept."""
+    """Reader of structs in Thrift's compact protocol. Returns integers and structs, and skips other values."""
 
     def __init__(self, data: bytes) -> None:
         self.at = 0
         self._data = data
 
     def fields(self, depth: int) -> dict[int, object]:
-        """The fields of a struct by their numbers."""
-        found: dict[int, object] = {}
+        """Return the fields of a struct by number."""
+        values: dict[int, object] = {}
         number = 0
         while head := self._byte():
             number = number + (head >> 4) if head >> 4 else self._integer()
-            found[number] = self._value(head & 15, depth)
-        return found
+            values[number] = self._value(head & 15, depth)
+        return values
 
     def _byte(self) -> int:
         self.at += 1
@@ -249,7 +253,7 @@ class _Thrift:
     def _pass_over(self, count: int) -> None:
         self.at += count
         if self.at > len(self._data):
-            raise IndexError("the header ends too early")
+            raise IndexError("the header is truncated")
 
     def _value(self, kind: int, depth: int) -> object:
         if depth > 16:
@@ -280,12 +284,12 @@ _RECORD_BATCH, _DICTIONARY_BATCH = 3, 2
 
 
 def decoded_sizes(messages: pyarrow.ipc.MessageReader, name: str) -> Iterator[None]:
-    """Look at the messages of an Arrow stream, one record batch and the dictionaries before it at a step.
+    """Check the messages of an Arrow stream, advancing one record batch and its preceding dictionaries per step.
 
     Raises:
-        UserError: decompressing what comes next takes memory out of all proportion to its size.
+        UserError: if decompressing the next message needs memory out of proportion to its size.
     """
-    kept = stored = 0
+    dictionary_bytes = stored = 0
     number = 0
     for message in messages:
         kind, batch = _batch_of(message.metadata)
@@ -293,35 +297,35 @@ def decoded_sizes(messages: pyarrow.ipc.MessageReader, name: str) -> Iterator[No
             continue
         number += 1
         body = memoryview(message.body)
-        # The bytes that a compressed buffer becomes stand before it; -1 there means that it is not compressed.
+        # A compressed buffer starts with its decompressed size, or -1 if it is not compressed.
         decoded = sum(max(0, _read("<q", body, offset)) for offset, length in _compressed(batch) if length)
         stored += len(body)
-        hint = "if it is right, write it again in smaller batches or uncompressed"
-        check_decoded(decoded + kept, stored, f"{name}, message {number}", hint)
+        hint = "if it is correct, write it again in smaller batches or uncompressed"
+        check_decoded(decoded + dictionary_bytes, stored, f"{name}, message {number}", hint)
         if kind == _DICTIONARY_BATCH:
-            kept += decoded
+            dictionary_bytes += decoded
         else:
             yield
 
 
 @dataclass(frozen=True)
 class _Table:
-    """A table of a flatbuffer: ``at`` is its place in ``data``."""
+    """Flatbuffer table at offset ``at`` of ``data``."""
 
     data: memoryview
     at: int
 
     def field(self, number: int) -> int:
-        """The place of a field's value; 0 where the table has none."""
-        places = self.at - _read("<i", self.data, self.at)
+        """Return the offset of a field's value, or 0 if the table does not have the field."""
+        vtable = self.at - _read("<i", self.data, self.at)
         entry = 4 + 2 * number
-        if entry >= _read("<H", self.data, places):
+        if entry >= _read("<H", self.data, vtable):
             return 0
-        offset = _read("<H", self.data, places + entry)
+        offset = _read("<H", self.data, vtable + entry)
         return self.at + offset if offset else 0
 
     def table(self, number: int) -> _Table | None:
-        """The table that a field holds."""
+        """Return the table in a field, or None."""
         at = self.field(number)
         return _Table(self.data, at + _read("<I", self.data, at)) if at else None
 
@@ -334,7 +338,7 @@ def _read(form: str, data: memoryview, at: int) -> int:
 
 
 def _batch_of(metadata: pyarrow.Buffer) -> tuple[int, _Table | None]:
-    """The kind of a message, and the record batch that it holds, for itself or as a dictionary's values."""
+    """Return the type of a message, and its record batch (for a dictionary, the batch of its values)."""
     data = memoryview(metadata).cast("B")
     message = _Table(data, _read("<I", data, 0))
     at = message.field(1)
@@ -344,7 +348,7 @@ def _batch_of(metadata: pyarrow.Buffer) -> tuple[int, _Table | None]:
 
 
 def _compressed(batch: _Table) -> Iterator[tuple[int, int]]:
-    """Places and lengths of a record batch's compressed buffers."""
+    """Yield offset and length of each compressed buffer of a record batch."""
     at = batch.field(2)
     if not at or not batch.field(3):
         return
@@ -354,37 +358,39 @@ def _compressed(batch: _Table) -> Iterator[tuple[int, int]]:
         yield _read("<q", batch.data, place), _read("<q", batch.data, place + 8)
 
 
-# Rows that are made into objects at once take about so many bytes, unless one alone takes more.
+# Approximate size of the rows that are converted to objects at once.
 _PART_BYTES = 2**20
-# Elements of lists whose sizes are computed at once.
+# Number of list elements whose sizes are computed at once.
 _ELEMENTS = 2**22
-# What an element of a list counts beside its value: a list of nulls takes memory too, as objects.
+# Overhead of a list element, which counts for nulls as well, because they need memory as objects.
 _ELEMENT_BYTES = 8
 
 
 @contextlib.contextmanager
 def reading_arrow(name: str, kind: str) -> Iterator[None]:
-    """While open, what a damaged file raises becomes a UserError."""
+    """Convert exceptions from damaged files to UserErrors."""
     import pyarrow
 
     try:
         yield
     except (pyarrow.ArrowException, ValueError, LookupError, ArithmeticError) as error:
-        # Besides Arrow's own: text that is not UTF-8, headers that point outside, times beyond Python's.
+        # Other errors are from invalid UTF-8, offsets outside of buffers, and times out of Python's range.
         hint = "copy the file again, and check that its suffix matches its content"
-        shown = "Parquet file" if kind == "parquet" else "Arrow file"
-        raise UserError(f"the {shown} cannot be read: {error}", where=name, hint=hint) from error
+        file_type = "Parquet file" if kind == "parquet" else "Arrow file"
+        raise UserError(f"the {file_type} cannot be read: {error}", location=name, hint=hint) from error
 
 
 class ArrowRows:
-    """The rows of a Parquet or Arrow file.
+    """Rows of a Parquet or Arrow file.
 
     Args:
-        name: of the file, for messages. kind: "parquet" or "arrow".
-        max_bytes: the most bytes that a row may have.
+        name: File name, for messages.
+        kind: "parquet" or "arrow".
+        max_bytes: Maximum size of a row in bytes.
 
     Attributes:
-        columns: their names. rows: how many rows there are; None where only reading the file tells.
+        columns: Column names.
+        rows: Number of rows, or None if it is unknown before reading.
     """
 
     def __init__(self, path: Path, name: str, kind: str, *, max_bytes: int = MAX_ROW_BYTES) -> None:
@@ -392,7 +398,7 @@ class ArrowRows:
         import pyarrow.ipc
         import pyarrow.parquet
 
-        self._path, self._name, self._kind, self._most = path, name, kind, max_bytes
+        self._path, self._name, self._kind, self._max_bytes = path, name, kind, max_bytes
         self.rows: int | None = None
         with reading(name), reading_arrow(name, kind):
             if kind == "parquet":
@@ -401,28 +407,29 @@ class ArrowRows:
                 self.rows = self._parquet.metadata.num_rows
                 return
             file = pyarrow.memory_map(str(path))
-            # What a file has more than a stream, an index at its end, is not needed to read all of it.
+            # A file is a stream with an additional index, which is not needed for sequential reading.
             self._stream = file.read_buffer()
             if self._stream.slice(0, 6).to_pybytes() == b"ARROW1":
                 self._stream = self._stream.slice(8)
             self.columns = list(pyarrow.ipc.open_stream(self._stream).schema.names)
 
     def read(self, on_bad: OnBad | None = None) -> Iterator[tuple[int, Row, int]]:
-        """Number, row and bytes of each row.
+        """Yield number, row and size in bytes of each row.
 
         Raises:
-            UserError: the file cannot be read, decoding it takes memory out of all proportion, or a row is
-                too long and there is no ``on_bad`` to be told of it.
+            UserError: if the file cannot be read or needs memory out of proportion to its size, or if a row is too long
+                and
+                ``on_bad`` is None.
         """
-        begin = 1
+        first_number = 1
         with reading(self._name), reading_arrow(self._name, self._kind):
             for batch in self._batches():
 
-                def made(start: int, stop: int, batch: pyarrow.RecordBatch = batch) -> list[Row]:
+                def to_rows(start: int, stop: int, batch: pyarrow.RecordBatch = batch) -> list[Row]:
                     return batch.slice(start, stop - start).to_pylist()
 
-                yield from rows_of(batch, made, begin, self._name, on_bad, max_bytes=self._most)
-                begin += batch.num_rows
+                yield from rows_of(batch, to_rows, first_number, self._name, on_bad, max_bytes=self._max_bytes)
+                first_number += batch.num_rows
 
     def _batches(self) -> Iterator[pyarrow.RecordBatch]:
         import pyarrow.ipc
@@ -448,46 +455,51 @@ class ArrowRows:
 
 def rows_of(
     batch: pyarrow.RecordBatch,
-    made: Callable[[int, int], list[Row]],
-    begin: int,
+    to_rows: Callable[[int, int], list[Row]],
+    first_number: int,
     name: str,
     on_bad: OnBad | None,
     *,
     max_bytes: int,
 ) -> Iterator[tuple[int, Row, int]]:
-    """Number, row and bytes of each row of a batch.
+    """Yield number, row and size in bytes of each row of a batch.
 
     Args:
-        made: the rows from a place up to another, as objects. begin: the number of the first.
-        name, on_bad, max_bytes: as in :class:`ArrowRows`.
+        to_rows: Converts rows from a start to a stop index to objects.
+        first_number: Number of the first row.
+        name: See :class:`ArrowRows`.
+        on_bad: Receives rows that are too long. Without it they raise an error.
+        max_bytes: See :class:`ArrowRows`.
     """
     for start in range(0, batch.num_rows, BATCH_ROWS):
         piece = batch.slice(start, BATCH_ROWS)
         sizes = np.zeros(piece.num_rows, np.int64)
-        for place, column in enumerate(piece.columns):
-            sizes += _sizes(column, f"{name}, column '{piece.schema.names[place]}'", max_bytes)
-        ends = np.cumsum(sizes)
+        for index, column in enumerate(piece.columns):
+            sizes += _sizes(column, f"{name}, column '{piece.schema.names[index]}'", max_bytes)
+        cumulative = np.cumsum(sizes)
         first = 0
         while first < len(sizes):
-            most = int(ends[first] - sizes[first]) + _PART_BYTES
-            stop = max(first + 1, int(np.searchsorted(ends, most, side="right")))
-            alone = stop == first + 1 and sizes[first] > max_bytes
-            rows = [{}] if alone else made(start + first, start + stop)
-            for place, row in enumerate(rows, start=first):
-                number, size = begin + start + place, int(sizes[place])
+            max_total = int(cumulative[first] - sizes[first]) + _PART_BYTES
+            stop = max(first + 1, int(np.searchsorted(cumulative, max_total, side="right")))
+            is_too_long = stop == first + 1 and sizes[first] > max_bytes
+            rows = [{}] if is_too_long else to_rows(start + first, start + stop)
+            for index, row in enumerate(rows, start=first):
+                number, size = first_number + start + index, int(sizes[index])
                 if size <= max_bytes:
                     yield number, row, size
                     continue
-                error = too_long(f"row {number}", max_bytes, where=f"{name}, row {number}", size=size)
+                error = too_long_error(f"row {number}", max_bytes, location=f"{name}, row {number}", size=size)
                 if on_bad is None:
                     raise error
                 on_bad(error, f"<{size:,} bytes>")
             first = stop
 
 
-def _sizes(array: pyarrow.Array, where: str, max_bytes: int) -> np.ndarray:
-    """int64 (rows,): the bytes that each value takes for itself, however it is shared in the column. Of lists
-    of more elements than ``max_bytes`` allows, a lower bound."""
+def _sizes(array: pyarrow.Array, location: str, max_bytes: int) -> np.ndarray:
+    """Return (rows,) int64 sizes of the values in bytes, as if values were not shared.
+
+    The size is a lower bound for lists that exceed ``max_bytes``.
+    """
     import pyarrow
     import pyarrow.compute
     from pyarrow import types
@@ -497,49 +509,48 @@ def _sizes(array: pyarrow.Array, where: str, max_bytes: int) -> np.ndarray:
     if width is not None:
         return np.full(len(array), width, np.int64)
     if isinstance(kind, pyarrow.BaseExtensionType):
-        return _sizes(array.storage, where, max_bytes)
+        return _sizes(array.storage, location, max_bytes)
     if types.is_dictionary(kind):
-        once = _sizes(array.dictionary, where, max_bytes)
-        places = array.indices.fill_null(0).to_numpy(zero_copy_only=False)
-        return once[places] if len(once) else np.zeros(len(array), np.int64)
+        dictionary_sizes = _sizes(array.dictionary, location, max_bytes)
+        indices = array.indices.fill_null(0).to_numpy(zero_copy_only=False)
+        return dictionary_sizes[indices] if len(dictionary_sizes) else np.zeros(len(array), np.int64)
     if types.is_struct(kind):
-        return sum((_sizes(part, where, max_bytes) for part in array.flatten()), np.zeros(len(array), np.int64))
+        return sum((_sizes(part, location, max_bytes) for part in array.flatten()), np.zeros(len(array), np.int64))
     if types.is_string_view(kind) or types.is_binary_view(kind):
-        views = np.frombuffer(array.buffers()[1], np.int32).reshape(-1, 4)  # the length comes first
+        views = np.frombuffer(array.buffers()[1], np.int32).reshape(-1, 4)  # the length is the first field
         return views[array.offset : array.offset + len(array), 0].astype(np.int64)
     if types.is_list(kind) or types.is_large_list(kind) or types.is_map(kind):
-        return _list_sizes(array, array.offsets.to_numpy(), where, max_bytes)
+        return _list_sizes(array, array.offsets.to_numpy(), location, max_bytes)
     if types.is_fixed_size_list(kind):
         offsets = np.arange(array.offset, array.offset + len(array) + 1, dtype=np.int64) * kind.list_size
-        return _list_sizes(array, offsets, where, max_bytes)
+        return _list_sizes(array, offsets, location, max_bytes)
     try:
         lengths = pyarrow.compute.binary_length(array).fill_null(0)
     except pyarrow.ArrowNotImplementedError:
-        what = f"a column of the type {kind} cannot be read"
-        raise UserError(what, where=where, hint="leave the column out") from None
+        message = f"a column of the type {kind} cannot be read"
+        raise UserError(message, location=location, hint="leave the column out") from None
     return lengths.to_numpy(zero_copy_only=False).astype(np.int64)
 
 
-def _list_sizes(array: Any, offsets: np.ndarray, where: str, max_bytes: int) -> np.ndarray:
-    """The sizes of lists whose elements are those of ``array.values`` between their ``offsets``."""
+def _list_sizes(array: Any, offsets: np.ndarray, location: str, max_bytes: int) -> np.ndarray:
+    """Return the sizes of lists with elements ``array.values`` between ``offsets``."""
     counts = np.diff(offsets).astype(np.int64)
     width = _width(array.values.type)
     if width is not None:
         return counts * (width + _ELEMENT_BYTES)
     if len(counts) > 1 and offsets[-1] - offsets[0] > _ELEMENTS:
         half = len(counts) // 2
-        return np.concatenate(
-            [_list_sizes(array, part, where, max_bytes) for part in (offsets[: half + 1], offsets[half:])]
-        )
+        halves = offsets[: half + 1], offsets[half:]
+        return np.concatenate([_list_sizes(array, part, location, max_bytes) for part in halves])
     if len(counts) == 1 and counts[0] * _ELEMENT_BYTES > max_bytes:
         return counts * _ELEMENT_BYTES
     values = array.values.slice(int(offsets[0]), int(offsets[-1] - offsets[0]))
-    ends = np.concatenate([[0], np.cumsum(_sizes(values, where, max_bytes) + _ELEMENT_BYTES)])
-    return np.diff(ends[offsets - offsets[0]])
+    bounds = np.concatenate([[0], np.cumsum(_sizes(values, location, max_bytes) + _ELEMENT_BYTES)])
+    return np.diff(bounds[offsets - offsets[0]])
 
 
 def _width(kind: pyarrow.DataType) -> int | None:
-    """The bytes of each value of a type; None where values differ."""
+    """Return the size in bytes of each value of a type, or None if sizes vary."""
     from pyarrow import types
 
     if types.is_null(kind):

@@ -1,7 +1,4 @@
-"""Some rows of a source become examples, and every row that becomes none, or several, is counted.
-
-It is given rows in chunks, and knows neither where they come from nor where the examples go.
-"""
+"""Conversion of row chunks to examples, with counts of skipped, dropped and divided rows."""
 
 from __future__ import annotations
 
@@ -13,206 +10,220 @@ from typing import Any
 import numpy as np
 
 from deltaw.data.example import Example
-from deltaw.data.formats import Form, Pair, Record, Text, read_records, system_of, with_system
-from deltaw.data.messages import Conversation, without_blank_answers
+from deltaw.data.formats import Pair, Record, RowFormat, Text, read_records, system_of, with_system
+from deltaw.data.messages import Conversation, unlabel_blank_answers
 from deltaw.data.report import BadRowError, BadRows
 from deltaw.data.row_store import key_of
-from deltaw.data.rows import Rows
+from deltaw.data.rows import NumberedRows
 from deltaw.data.settings import DataSettings
 from deltaw.data.templates import Encoded, Encoder
 from deltaw.errors import UserError
 
-# Rows that are longer than ``data.max_length`` are divided, and every label stays a label, once.
+# Division of rows longer than ``data.max_length``. Every label occurs in exactly one part.
 #
-# A conversation is divided between turns: each piece is a conversation that begins with the system message and
-# a question. A turn that is too long on its own, and all plain text, is divided between tokens. It knows
-# records and their tokens; not files and batches.
+# Conversations are divided between turns, and each part starts with the system message and a question. Single turns
+# that are too long, and plain text, are divided between tokens.
 
-
-# The share of a piece that is at least context, where an answer is divided.
+# Minimum share of context tokens in a part of a divided answer.
 _CONTEXT = 0.25
 
 
-def split_long(record: Record, encoded: Sequence[Encoded], encoder: Encoder, limit: int, where: str) -> list[Encoded]:
-    """A record whose tokens, ``encoded``, are more than ``limit``, as pieces that have labels.
+def split_long(
+    record: Record, encoded: Sequence[Encoded], encoder: Encoder, limit: int, location: str
+) -> list[Encoded]:
+    """Divide a record of more than ``limit`` tokens into parts with labels.
+
+    Args:
+        encoded: Tokens of the record.
 
     Raises:
-        BadRowError: the template does not render a part of the conversation.
+        BadRowError: if the template rejects a part of the conversation.
     """
     if isinstance(record, Pair) and encoder.chat:
         record = record.conversation()
     if isinstance(record, Conversation):
-        return _split_conversation(record, encoder, limit, where)
+        return _split_conversation(record, encoder, limit, location)
     filled = not isinstance(record, Text)
-    return [piece for row in encoded for piece in windows(row, limit, encoder.leading, filled=filled)]
+    return [piece for row in encoded for piece in split_tokens(row, limit, encoder.leading, filled=filled)]
 
 
-def windows(row: Encoded, limit: int, leading: Sequence[int], *, filled: bool) -> list[Encoded]:
-    """Pieces of at most ``limit`` tokens that follow one another, without those that have no label.
+def split_tokens(row: Encoded, limit: int, leading: Sequence[int], *, filled: bool) -> list[Encoded]:
+    """Divide a token sequence into consecutive parts of at most ``limit`` tokens, without those that have no label.
 
-    A later piece begins with ``leading`` (such as BOS) and the token before its first label, which is context
-    and no label; ``filled``, with so many of the tokens before that it is full, at least a quarter of it.
+    Later parts start with ``leading`` (such as BOS) and at least one unlabeled context token.
+
+    Args:
+        filled: Use as many context tokens as fit, and at least a quarter of the part.
     """
-    found: list[Encoded] = []
-    lead = [*leading] if list(row.tokens[: len(leading)]) == list(leading) else []
-    room = limit - len(lead)
-    if room < 2:
-        lead, room = [], limit
-    context = max(1, int(room * _CONTEXT)) if filled else 1
+    parts: list[Encoded] = []
+    leading_tokens = [*leading] if list(row.tokens[: len(leading)]) == list(leading) else []
+    capacity = limit - len(leading_tokens)
+    if capacity < 2:
+        leading_tokens, capacity = [], limit
+    context = max(1, int(capacity * _CONTEXT)) if filled else 1
     position = min((start for start, _ in row.spans), default=len(row.tokens))
     while position < len(row.tokens):
-        if position < limit and not found:
-            begin, stop = 0, min(limit, len(row.tokens))
+        if position < limit and not parts:
+            first, stop = 0, min(limit, len(row.tokens))
         else:
-            stop = min(len(row.tokens), position + room - context)
-            begin = max(0, stop - room) if filled else position - context
-        before = lead if begin else []
-        shift = len(before) - begin
+            stop = min(len(row.tokens), position + capacity - context)
+            first = max(0, stop - capacity) if filled else position - context
+        prefix = leading_tokens if first else []
+        shift = len(prefix) - first
         spans = [(max(a, position) + shift, min(b, stop) + shift) for a, b in row.spans]
         spans = [(a, b) for a, b in spans if a < b]
-        tokens = [*before, *row.tokens[begin:stop]]
-        if begin == 0:
-            found.append(replace(row, tokens=tokens, spans=spans, prompt_length=min(row.prompt_length, stop)))
+        tokens = [*prefix, *row.tokens[first:stop]]
+        if first == 0:
+            parts.append(replace(row, tokens=tokens, spans=spans, prompt_length=min(row.prompt_length, stop)))
         else:
-            found.append(Encoded(tokens, spans, 0, None))
+            parts.append(Encoded(tokens, spans, 0, None))
         position = min((max(a, stop) for a, b in row.spans if b > stop), default=len(row.tokens))
-    return found
+    return parts
 
 
-def _split_conversation(conversation: Conversation, encoder: Encoder, limit: int, where: str) -> list[Encoded]:
-    """Pieces that end with an answer. A later piece begins with the system message, the tools, and the
-    question before its first answer."""
+def _split_conversation(conversation: Conversation, encoder: Encoder, limit: int, location: str) -> list[Encoded]:
+    """Divide a conversation into parts that end with an answer.
+
+    Later parts start with the system message, the tools, and the question before their first answer.
+    """
     roles = [message["role"] for message in conversation.messages]
     opening = next((n for n, role in enumerate(roles) if role != "system"), 0)
-    pending = [n for n, may in enumerate(without_blank_answers(conversation).learned) if may]
+    pending = [n for n, may in enumerate(unlabel_blank_answers(conversation).learned) if may]
     pending = [n for n in pending if encoder.labels == "all-turns" or n == len(roles) - 1]
-    found: list[Encoded] = []
+    encoded: list[Encoded] = []
     first = opening
     while pending:
-        part = _Part(conversation, opening, first, pending)
-        pieces = part.fitting(encoder, limit, where)
-        done = part.turns_of(pieces)
+        part = _ConversationPart(conversation, opening, first, pending)
+        pieces = part.encode_fitting(encoder, limit, location)
+        finished = part.turns_of(pieces)
         question = max((n for n in range(opening, pending[0]) if roles[n] == "user"), default=opening)
-        if pending[0] not in done:
+        if pending[0] not in finished:
             if first < question:
                 first = question
                 continue
-            rows = encoder.encode([_Part(conversation, opening, first, pending[:1]).conversation], [where])[0]
-            pieces = [piece for row in rows for piece in windows(row, limit, encoder.leading, filled=True)]
-            done = set(pending[:1])
-        found += pieces
-        pending = [turn for turn in pending if turn not in done]
+            part = _ConversationPart(conversation, opening, first, pending[:1])
+            rows = encoder.encode([part.conversation], [location])[0]
+            pieces = [piece for row in rows for piece in split_tokens(row, limit, encoder.leading, filled=True)]
+            finished = set(pending[:1])
+        encoded += pieces
+        pending = [turn for turn in pending if turn not in finished]
         first = max((n for n in range(opening, min(pending, default=0)) if roles[n] == "user"), default=opening)
-    return found
+    return encoded
 
 
-class _Part:
-    """The opening of a conversation and its turns from ``first`` through the last of ``learned``."""
+class _ConversationPart:
+    """Part of a conversation: its opening, and its turns from ``first`` through the last of ``trained``."""
 
-    def __init__(self, whole: Conversation, opening: int, first: int, learned: Sequence[int]) -> None:
-        self._numbers = [*range(opening), *range(first, learned[-1] + 1)]
-        self.conversation = replace(
-            whole,
-            messages=tuple(whole.messages[n] for n in self._numbers),
-            learned=tuple(n in learned for n in self._numbers),
-        )
+    def __init__(self, conversation: Conversation, opening: int, first: int, trained: Sequence[int]) -> None:
+        self._numbers = [*range(opening), *range(first, trained[-1] + 1)]
+        messages, learned = (conversation.messages[n] for n in self._numbers), (n in trained for n in self._numbers)
+        self.conversation = replace(conversation, messages=tuple(messages), learned=tuple(learned))
 
-    def fitting(self, encoder: Encoder, limit: int, where: str) -> list[Encoded]:
-        """Its examples, each through the last answer that ends within ``limit`` tokens."""
+    def encode_fitting(self, encoder: Encoder, limit: int, location: str) -> list[Encoded]:
+        """Return its examples, each through the last answer that ends within ``limit`` tokens."""
         pieces = []
-        for row in encoder.encode([self.conversation], [where])[0]:
-            kept = sum(stop <= limit for _, stop in row.spans)
-            if kept:
-                start, stop = row.spans[kept - 1]
-                answer = encoder.without_marks(str(self.conversation.messages[row.turns[kept - 1]]["content"]))
-                pieces.append(Encoded(row.tokens[:stop], row.spans[:kept], start, answer, row.turns[:kept]))
+        for row in encoder.encode([self.conversation], [location])[0]:
+            num_answers = sum(stop <= limit for _, stop in row.spans)
+            if num_answers:
+                start, stop = row.spans[num_answers - 1]
+                answer = encoder.strip_end_marks(str(self.conversation.messages[row.turns[num_answers - 1]]["content"]))
+                spans, turns = row.spans[:num_answers], row.turns[:num_answers]
+                pieces.append(Encoded(row.tokens[:stop], spans, start, answer, turns))
         return pieces
 
     def turns_of(self, pieces: Sequence[Encoded]) -> set[int]:
-        """The places in the whole conversation of the turns that are learned in ``pieces``."""
+        """Return the indices, in the original conversation, of the turns that are labels in ``pieces``."""
         return {self._numbers[turn] for piece in pieces for turn in piece.turns}
 
 
-# What became of rows besides one example each: the counts of :class:`deltaw.data.report.Report`, by their names there.
+# Counts of :class:`deltaw.data.report.PreparationReport` by field name.
 Account = Counter[str]
-# How many rows begin with each system message; "" counts those with none, and those with a rare or very long one.
+# Number of rows per system message. "" counts rows without one, or with a rare or very long one.
 Systems = Counter[str]
-# Rows share a system message if this share of them has it. One with more characters is not kept.
-SHARED, MOST_SYSTEM = 0.9, 32_768
-# System messages that are counted apart from the rest: each row may have another one.
+# Share of rows that must have the same system message to store it with the run, and its maximum number of characters.
+SHARED, MAX_SYSTEM_CHARS = 0.9, 32_768
+# Number of system messages that are counted separately, because each row may have another one.
 _SYSTEMS = 8
 
 
 def count_system(systems: Systems, record: Record) -> None:
     """Count the system message of one row."""
     text = system_of(record)
-    systems[text if text.strip() and len(text) <= MOST_SYSTEM else ""] += 1
+    systems[text if text.strip() and len(text) <= MAX_SYSTEM_CHARS else ""] += 1
 
 
 def frequent(systems: Systems) -> Systems:
-    """The system messages that most rows have."""
-    kept = Systems(dict(systems.most_common(_SYSTEMS)))
-    kept[""] += systems.total() - kept.total()
-    return kept
+    """Return the counts of the most frequent system messages, and count all other rows as ""."""
+    most_common = Systems(dict(systems.most_common(_SYSTEMS)))
+    most_common[""] += systems.total() - most_common.total()
+    return most_common
 
 
 def shared_system(systems: Systems) -> dict[str, Any]:
-    """``system`` and ``system_rows`` of :class:`deltaw.data.report.Report`."""
-    with_one = Systems({text: count for text, count in systems.items() if text})
-    text, count = next(iter(with_one.most_common(1)), (None, 0))
-    return {"system": text if count >= SHARED * systems.total() else None, "system_rows": with_one.total()}
+    """Return ``system`` and ``system_rows`` of :class:`deltaw.data.report.PreparationReport`."""
+    nonempty = Systems({text: count for text, count in systems.items() if text})
+    text, count = next(iter(nonempty.most_common(1)), (None, 0))
+    return {"system": text if count >= SHARED * systems.total() else None, "system_rows": nonempty.total()}
 
 
 @dataclass
 class LongRows:
-    """Rows that are too long where that is an error: how many, the first, its tokens, and the longest."""
+    """Rows that exceed the length limit while ``data.long_rows`` is "error".
+
+    Attributes:
+        count: Number of rows.
+        first: Location of the first row.
+        tokens: Number of tokens of the first row.
+        longest: Number of tokens of the longest row.
+    """
 
     count: int = 0
     first: str = ""
     tokens: int = 0
     longest: int = 0
 
-    def add(self, other: LongRows) -> None:
-        """Count those of rows that come later."""
+    def add(self, later: LongRows) -> None:
+        """Add the counts of later rows."""
         if not self.count:
-            self.first, self.tokens = other.first, other.tokens
-        self.count += other.count
-        self.longest = max(self.longest, other.longest)
+            self.first, self.tokens = later.first, later.tokens
+        self.count += later.count
+        self.longest = max(self.longest, later.longest)
 
     def error(self, limit: int, *, can_split: bool = True) -> UserError:
-        """What is said of them."""
-        many = f"{self.count:,} rows are" if self.count > 1 else "1 row is"
-        ways = "cut (truncate), drop, or split" if can_split else "cut (truncate) or drop"
-        what = f"{many} longer than {limit:,} tokens; the first has {self.tokens:,}"
-        hint = f"set data.max_length: {self.longest} to fit all, or data.long_rows: {ways}"
-        return UserError(what, where=self.first, hint=hint)
+        """Return the error for these rows."""
+        subject = f"{self.count:,} rows are" if self.count > 1 else "1 row is"
+        policies = "cut (truncate), drop, or split" if can_split else "cut (truncate) or drop"
+        message = f"{subject} longer than {limit:,} tokens; the first has {self.tokens:,}"
+        hint = f"set data.max_length: {self.longest} to fit all, or data.long_rows: {policies}"
+        return UserError(message, location=self.first, hint=hint)
 
 
-def nothing_left(name: str, account: Account, bad: BadRows, skipped: int, hint: str) -> UserError:
-    """Return the error for a file without usable rows. It contains the first reason if rows cannot be used."""
-    long, bare = account["dropped_long"], account["without_label"]
+def no_rows_error(name: str, account: Account, bad: BadRows, skipped: int, hint: str) -> UserError:
+    """Return the error for a file without usable rows. It contains the first reason if rows are unusable."""
+    long, unlabeled = account["dropped_long"], account["without_label"]
     invalid = f", {skipped:,} invalid" if skipped else ""
-    what = f"no usable rows: {long:,} too long, {bare:,} without a label{invalid}"
+    message = f"no usable rows: {long:,} too long, {unlabeled:,} without a label{invalid}"
     if skipped and (first := next(bad.lines(), None)) is not None:
         hint = f"correct the rows; the first error is in {first['where']}: {first['error']}"
-    return UserError(what, where=name, hint=hint)
+    return UserError(message, location=name, hint=hint)
 
 
 class ChunkReader:
-    """Makes examples of at most ``data.max_length`` tokens, which have labels, of the rows of one source.
+    """Converts the rows of one source to examples with labels and at most ``data.max_length`` tokens.
 
     Args:
-        encoder: renders and tokenizes.
-        form: the format of the rows.
-        settings: ``columns``, ``system``, ``max_length`` and ``long_rows`` are read.
-        bad: told of rows that cannot be used.
+        encoder: Renders and tokenizes records.
+        form: Row format.
+        settings: Provides ``columns``, ``system``, ``max_length`` and ``long_rows``.
+        bad: Collects unusable rows.
 
     Attributes:
-        account: of all rows read so far. systems: their system messages.
-        long: rows that are too long, where that is an error.
+        account: Counts of all rows read so far.
+        systems: Counts of their system messages.
+        long: Rows that exceed the length limit while ``data.long_rows`` is "error".
     """
 
-    def __init__(self, encoder: Encoder, form: Form, settings: DataSettings, bad: BadRows) -> None:
+    def __init__(self, encoder: Encoder, form: RowFormat, settings: DataSettings, bad: BadRows) -> None:
         self.account, self.systems = Account(), Systems()
         self.long = LongRows()
         self._encoder = encoder
@@ -220,85 +231,87 @@ class ChunkReader:
         self._settings = settings
         self._bad = bad
 
-    def read(self, rows: Rows, indices: Sequence[int]) -> list[list[Example]]:
-        """The examples of the rows at ``indices``, of each in a list of its own.
+    def read(self, rows: NumberedRows, indices: Sequence[int]) -> list[list[Example]]:
+        """Return the list of examples of each row at ``indices``.
 
-        Several come of one row if its template renders earlier turns differently once more turns follow, or
-        if it is divided. They have the same ``row`` and belong on the same side of a split.
+        A row becomes several examples if its template renders earlier turns differently when more turns follow, or if
+        it is divided. They have the same ``row`` and are on the same side of a split.
 
         Raises:
-            BadRowError: a row cannot be used, and ``data.bad_rows`` is "error".
+            BadRowError: if a row is unusable, and ``data.bad_rows`` is "error".
         """
-        places = [rows.place(index) for index in indices]
+        locations = [rows.row_location(index) for index in indices]
 
-        def on_bad(place: int, error: BadRowError) -> None:
-            self._bad.add(error, rows[indices[place]][1])
+        def on_bad(position: int, error: BadRowError) -> None:
+            self._bad.add(error, rows[indices[position]][1])
 
         read = read_records(rows, indices, self._form, self._settings.columns, on_bad)
         records = [with_system(record, self._settings.system) for record in read]
-        encoded = self._encoder.encode(records, places, on_bad)
-        found: list[list[Example]] = []
-        for place, (index, record, parts) in enumerate(zip(indices, records, encoded, strict=True)):
+        encoded = self._encoder.encode(records, locations, on_bad)
+        result: list[list[Example]] = []
+        for position, (index, record, parts) in enumerate(zip(indices, records, encoded, strict=True)):
             examples: list[Example] = []
             if record is not None and parts:
                 try:
-                    examples = self._examples(rows[index][0], record, parts, places[place])
+                    examples = self._examples(rows[index][0], record, parts, locations[position])
                 except BadRowError as error:
-                    on_bad(place, error)
+                    on_bad(position, error)
                 count_system(self.systems, record)
-            found.append(examples)
-        return found
+            result.append(examples)
+        return result
 
-    def _examples(self, number: int, record: Record, parts: list[Encoded], where: str) -> list[Example]:
+    def _examples(self, number: int, record: Record, parts: list[Encoded], location: str) -> list[Example]:
         limit, account = self._settings.max_length, self.account
         longest = max(len(part.tokens) for part in parts)
         labels = sum(stop - start for part in parts for start, stop in part.spans)
         if longest > limit and self._settings.long_rows == "split" and labels:
-            parts = split_long(record, parts, self._encoder, limit, where)
+            parts = split_long(record, parts, self._encoder, limit, location)
             account["split"] += 1
             account["split_examples"] += len(parts)
         elif len(parts) > 1:
             account["unrolled"] += 1
             account["unrolled_examples"] += len(parts)
         account["trailing_turns"] += getattr(record, "trailing", 0) > 0
-        found = (limited((example_of(number, part),), where, self._settings, account, self.long) for part in parts)
-        return [example for examples in found for example in examples or ()]
+        examples = [(example_of(number, part),) for part in parts]
+        limited = (limit_length(part, location, self._settings, account, self.long) for part in examples)
+        return [example for part in limited for example in part or ()]
 
 
-def limited(
-    examples: tuple[Example, ...], where: str, settings: DataSettings, account: Account, long: LongRows
+def limit_length(
+    examples: tuple[Example, ...], location: str, settings: DataSettings, account: Account, long: LongRows
 ) -> tuple[Example, ...] | None:
-    """The examples that one loss sees together with at most ``data.max_length`` tokens each; None if they are
-    dropped, which is counted."""
+    """Truncate the examples of one row or group to ``data.max_length`` tokens each. Return None if they are dropped
+    (and counted).
+    """
     limit, longest = settings.max_length, max(map(len, examples))
     labels = sum(example.label_count for example in examples)
     if longest > limit and settings.long_rows == "error":
-        long.add(LongRows(1, where, longest, longest))
+        long.add(LongRows(1, location, longest, longest))
         return None
     if longest > limit and settings.long_rows == "drop":
         account["dropped_long"] += 1
         account["labels_dropped"] += labels
         return None
-    shortened = examples
+    truncated = examples
     if longest > limit:
-        shortened = tuple(example.shortened(limit) for example in examples)
-        account["labels_cut"] += labels - sum(example.label_count for example in shortened)
-    if not all(example.label_count for example in shortened) or not differ(shortened):
-        account["without_label"] += 1  # or nothing is left that distinguishes the answers
+        truncated = tuple(example.truncate(limit) for example in examples)
+        account["labels_cut"] += labels - sum(example.label_count for example in truncated)
+    if not all(example.label_count for example in truncated) or not differ(truncated):
+        account["without_label"] += 1  # or the truncated answers are equal
         return None
     if longest > limit:
         account["cut"] += 1
-        account["tokens_cut"] += sum(map(len, examples)) - sum(map(len, shortened))
-    return shortened
+        account["tokens_cut"] += sum(map(len, examples)) - sum(map(len, truncated))
+    return truncated
 
 
 def differ(examples: tuple[Example, ...]) -> bool:
-    """Whether no two examples are the same tokens with the same labels."""
+    """Return True if all examples have different tokens or labels."""
     return len(examples) == 1 or len({key_of(example) for example in examples}) == len(examples)
 
 
 def example_of(number: int, part: Encoded) -> Example:
-    """Tokens and spans as arrays."""
+    """Convert tokens and label spans to an example."""
     tokens = np.asarray(part.tokens, dtype=np.int32)
     is_label = np.zeros(len(tokens), dtype=bool)
     for start, end in part.spans:

@@ -1,8 +1,4 @@
-"""Columns that the rows of each task have.
-
-One description serves ``deltaw init``, the errors of readers and the table in ``docs/data.md``. It contains names only;
-readers validate the values.
-"""
+"""Columns of the rows of each task, used by ``deltaw init``, error messages and the table in ``docs/data.md``."""
 
 from __future__ import annotations
 
@@ -32,7 +28,7 @@ IMAGES = ("image", "img", "images", "picture")
 PROMPT_ANSWERS = ("completion", "answer", "ideal", "output", "label")
 # Names of retrieval columns in ``data.columns``.
 _MAPPED = {"query": "anchor", "passage": "positive"}
-_PROMPTED = ("reward", "distill")
+_PROMPTED = ("rl", "distill")
 _CLASSIFIERS = ("sequence-classification", "regression")
 
 
@@ -90,7 +86,8 @@ def _format(name: str, columns: str, optional: str = "") -> RowKind:
 
 _PAIR, _SCORED_PAIR = (("chosen",), ("rejected",)), (("sentence1",), ("sentence2",), ("score",))
 _SEARCH, _GRADED = ((*QUERIES, *TEXTS), PASSAGES), (*SCORES, *NEGATIVES, "negative_1")
-_ASKED, _FOUND = ("anchor", "query", "question"), ("positive", "passage", "passages", "document", "documents")
+_QUERY_NAMES = ("anchor", "query", "question")
+_PASSAGE_NAMES = ("positive", "passage", "passages", "document", "documents")
 _ANSWERED = ("answer", "completion", "response", "output")
 _PREFERRED = ("preference", "sequence-classification")
 _RANKED, _SCORED_NAME = ("reranking", "embedding"), "queries with passages, and scores or negatives"
@@ -98,8 +95,8 @@ _RANKED, _SCORED_NAME = ("reranking", "embedding"), "queries with passages, and 
 ROW_KINDS = (
     RowKind("pairs of answers", _PREFERRED, _PAIR, ("prompt", "system", "tools", "margin"), _PAIR),
     RowKind("single answers, preference.loss: kto", ("preference",), tuple((name,) for name in JUDGED_COLUMNS)),
-    RowKind(_SCORED_NAME, _RANKED, (*_SEARCH, _GRADED), (), (_ASKED[1:], _FOUND[1:], SCORES), _ANSWERED),
-    RowKind("queries with passages", ("embedding",), _SEARCH, _GRADED, (_ASKED, _FOUND), _ANSWERED),
+    RowKind(_SCORED_NAME, _RANKED, (*_SEARCH, _GRADED), (), (_QUERY_NAMES[1:], _PASSAGE_NAMES[1:], SCORES), _ANSWERED),
+    RowKind("queries with passages", ("embedding",), _SEARCH, _GRADED, (_QUERY_NAMES, _PASSAGE_NAMES), _ANSWERED),
     RowKind("pairs of sentences with scores", ("embedding",), _SCORED_PAIR, (), _SCORED_PAIR),
     _format("messages", "messages", "tools"),
     _format("sharegpt", "conversations", "system tools"),
@@ -120,31 +117,31 @@ def kinds_of(task: str) -> tuple[RowKind, ...]:
     return tuple(kind for kind in ROW_KINDS if task in kind.tasks)
 
 
-def named_columns(columns: Collection[str], mapped: Mapping[str, str]) -> list[str]:
-    """Return the columns of a file with the names that ``data.columns`` gives them."""
+def mapped_columns(columns: Collection[str], mapped: Mapping[str, str]) -> list[str]:
+    """Return the columns of a file, renamed by ``data.columns``."""
     return [*mapped, *(column for column in columns if column not in mapped.values())]
 
 
 def require_columns(task: str, columns: Collection[str], file: str, mapped: Mapping[str, str]) -> None:
-    """Reject a file whose columns fit no kind of rows of the task.
+    """Reject a file if its columns fit no row kind of the task.
 
     Raises:
-        UserError: the columns do not fit. The message lists the columns of the file and those that the task takes.
+        UserError: if the columns do not fit. The message lists the columns of the file and of the task.
     """
-    kinds, found = kinds_of(task), named_columns(columns, mapped)
-    if not kinds or any(kind.fits(found) for kind in kinds):
+    kinds, available = kinds_of(task), mapped_columns(columns, mapped)
+    if not kinds or any(kind.fits(available) for kind in kinds):
         return
     raise wrong_columns(task, columns, file)
 
 
 def listed(names: Sequence[str]) -> str:
     """Return the first twenty names in quotes for a message."""
-    shown = ", ".join(f"'{name}'" for name in names[:20])
-    return shown + (", …" if len(names) > 20 else "") if shown else "none"
+    quoted_names = ", ".join(f"'{name}'" for name in names[:20])
+    return quoted_names + (", …" if len(names) > 20 else "") if quoted_names else "none"
 
 
-def known_names() -> list[str]:
-    """Return all names of columns that a task takes."""
+def all_column_names() -> list[str]:
+    """Return the names of all columns that any task reads."""
     names = [name for kind in ROW_KINDS for group in (*kind.required, kind.optional) for name in group]
     return list(dict.fromkeys(names))
 
@@ -156,15 +153,15 @@ def _alternatives(names: Sequence[str]) -> str:
 def wrong_columns(task: str, columns: Collection[str], file: str) -> UserError:
     """Return the error for columns that fit no kind of rows of the task."""
     kinds = kinds_of(task)
-    others = [kind for kind in ROW_KINDS if task not in kind.tasks and kind.infer(columns) is not None]
-    missing = [lacking[0] for kind in kinds if len(lacking := kind.missing(columns)) == 1 < len(kind.required)]
+    other_kinds = [kind for kind in ROW_KINDS if task not in kind.tasks and kind.infer(columns) is not None]
+    missing = [absent[0] for kind in kinds if len(absent := kind.missing(columns)) == 1 < len(kind.required)]
     hint = ""
     if missing:
         hint = f"is one of them {_alternatives(missing[0])}? Write data.columns: {{{missing[0][0]}: its name}}. "
-    hint += f"For {others[0].name} set task: {others[0].tasks[0]}. " if others else ""
-    if task == "reranking" and others and others[0].tasks[0] == "embedding":
+    hint += f"For {other_kinds[0].name} set task: {other_kinds[0].tasks[0]}. " if other_kinds else ""
+    if task == "reranking" and other_kinds and other_kinds[0].tasks[0] == "embedding":
         hint += "deltaw data mine finds negatives. "
-    hint += f"{task} takes {'; '.join(map(str, kinds))}. Map other names with data.columns: "
+    hint += f"{task} accepts {'; '.join(map(str, kinds))}. Map other names with data.columns: "
     hint += f"{{{kinds[0].required[0][0]}: …}}" if kinds else "{…}"
-    where = f"{file}, whose columns are {listed(list(columns))}"
-    return UserError(f"the columns do not fit the task {task}", where=where, hint=hint)
+    location = f"{file}, whose columns are {listed(list(columns))}"
+    return UserError(f"the columns do not fit the task {task}", location=location, hint=hint)

@@ -1,4 +1,4 @@
-"""Texts for an embedding model: each text of a row alone, with the prompt that queries or passages begin with."""
+"""Rows for embedding models: separate texts, with the prompts of queries and passages."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from deltaw.data.retrieval import Encoded, RetrievalReader, RowTexts
 class EmbeddingReader(RetrievalReader):
     """Reads files for an embedding model.
 
-    Args, beside those of every reader:
-        prompts: what queries and passages begin with; texts that are compared both ways, as in scored pairs and texts
-            with classes, begin with neither.
+    Args:
+        prompts: Prefixes of queries and passages. Symmetric rows (scored pairs, texts with classes) get no prefix.
     """
 
     columns_task = "embedding"
 
-    def __init__(self, *args: Any, prompts: tuple[str, str] = ("", ""), **how: Any) -> None:
-        super().__init__(*args, **how)
+    def __init__(self, *args: Any, prompts: tuple[str, str] = ("", ""), **options: Any) -> None:
+        super().__init__(*args, **options)
         self._prompts = prompts
 
     @property
@@ -38,6 +37,6 @@ class EmbeddingReader(RetrievalReader):
         assert self.tokenizer is not None
         cut: dict[str, Any] = {} if limit is None else {"truncation": True, "max_length": limit}
         ids = self.tokenizer(texts, return_attention_mask=False, verbose=False, **cut)["input_ids"]
-        found = iter(ids)
+        tokens = iter(ids)
         counts = (bool(row.query) + len(row.passages) for row in rows)
-        return [[(np.asarray(next(found), np.int32), None) for _ in range(count)] for count in counts]
+        return [[(np.asarray(next(tokens), np.int32), None) for _ in range(count)] for count in counts]

@@ -1,7 +1,4 @@
-"""A row of a data set as the model sees it, its tokens and which of them are labels; and groups of rows.
-
-Knows no tokenizer, no file and no batch.
-"""
+"""Tokenized examples with their labels, and groups of them."""
 
 from __future__ import annotations
 
@@ -14,21 +11,22 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """The tokens of one row with its loss mask.
+    """Tokens of one row with its loss mask.
 
     Attributes:
-        row: number of the row in its file, from 1 (in a JSON Lines file, the number of its line).
-        tokens: int32 (length,).
-        is_label: bool (length,); True where this token is predicted in the loss. Never True at position 0,
-            which nothing precedes.
-        prompt_length: tokens before the last completion; ``tokens[:prompt_length]`` is what a model is
-            given to generate it. 0 for plain text.
-        answer: text of the last completion without end marks; None for plain text.
-        active_from: the first token that an activated adapter acts on, the row's length where it acts on
-            none; None for adapters that act on all.
-        reference: the log-probability of its labels together under a reference model, in nats; None where no
-            loss needs it.
-        desired: whether an answer that comes alone is one to be written; None where no loss needs it.
+        row: Row number in the file, from 1 (line number in a JSON Lines file).
+        tokens: (length,) int32 token ids.
+        is_label: (length,) bool, True if the loss includes the prediction of this token. Always False at position 0,
+            which has no preceding token.
+        prompt_length: Number of tokens before the last completion. ``tokens[:prompt_length]`` is the prompt for
+            generating it. 0 for plain text.
+        answer: Text of the last completion without end marks, or None if the row is plain text.
+        active_from: Index of the first token that an activated adapter changes, or the row length if it changes no
+            token.
+            None if the adapter changes all tokens.
+        reference: Summed log-probability of the labels under a reference model, in nats. None if the loss does not use
+            it.
+        desired: For unpaired preference losses, True if the answer is desirable. None if the loss does not use it.
     """
 
     row: int
@@ -41,9 +39,12 @@ class Example:
     desired: bool | None = None
 
     @property
-    def shareable(self) -> int:
-        """Tokens at its beginning that are the same whatever follows, so that rows can share them: not those
-        on which an activated adapter acts, since another row may have them before its own does."""
+    def shareable_length(self) -> int:
+        """Return the number of leading tokens that do not depend on the tokens after them, so that rows can share them.
+
+        Tokens that an activated adapter changes are not shareable, because another row may contain the same tokens
+        before its activation.
+        """
         return len(self.tokens) if self.active_from is None else self.active_from
 
     def __len__(self) -> int:
@@ -51,66 +52,61 @@ class Example:
 
     @property
     def label_count(self) -> int:
-        """How many tokens are labels."""
+        """Return the number of labels."""
         return int(self.is_label.sum())
 
-    def shortened(self, length: int) -> Example:
-        """The first ``length`` tokens of this row."""
-        return replace(
-            self,
-            tokens=self.tokens[:length],
-            is_label=self.is_label[:length],
-            prompt_length=min(self.prompt_length, length),
-        )
+    def truncate(self, length: int) -> Example:
+        """Return the example truncated to ``length`` tokens."""
+        tokens, is_label = self.tokens[:length], self.is_label[:length]
+        return replace(self, tokens=tokens, is_label=is_label, prompt_length=min(self.prompt_length, length))
 
-    def after(self, added: int, tokens: np.ndarray) -> Example:
-        """This row as ``tokens``, the first ``added`` of which were put before it and are no labels.
+    def with_prefix(self, added: int, tokens: np.ndarray) -> Example:
+        """Return the example with ``added`` virtual tokens before it.
 
-        The labels stay the same ones: the row's first token is not predicted, though something precedes it
-        now.
+        The first token of the original example remains unlabeled.
+
+        Args:
+            added: Number of virtual tokens.
+            tokens: All tokens, starting with the virtual ones.
         """
-        return replace(
-            self,
-            tokens=tokens,
-            is_label=np.concatenate([np.zeros(added, bool), self.is_label]),
-            prompt_length=self.prompt_length + added if self.prompt_length else 0,
-        )
+        is_label = np.concatenate([np.zeros(added, bool), self.is_label])
+        prompt_length = self.prompt_length + added if self.prompt_length else 0
+        return replace(self, tokens=tokens, is_label=is_label, prompt_length=prompt_length)
 
-    def without_first(self, removed: int) -> Example:
-        """What :meth:`after` was made of, ``removed`` being what it added; no adapter acts on it."""
-        return replace(
-            self,
-            tokens=self.tokens[removed:],
-            is_label=self.is_label[removed:],
-            prompt_length=self.prompt_length - removed,
-            active_from=None,
-        )
+    def without_prefix(self, removed: int) -> Example:
+        """Undo :meth:`with_prefix` and clear ``active_from``.
+
+        Args:
+            removed: Number of virtual tokens.
+        """
+        tokens, is_label, prompt_length = self.tokens[removed:], self.is_label[removed:], self.prompt_length - removed
+        return replace(self, tokens=tokens, is_label=is_label, prompt_length=prompt_length, active_from=None)
 
 
 @dataclass(frozen=True, eq=False)
 class RowGroup:
-    """Rows that one loss sees together, such as a chosen and a rejected answer to one prompt.
+    """Rows that enter the loss together, for example a chosen and a rejected answer to one prompt.
 
-    To the data a group is one row: an epoch shuffles groups, and a group is never cut into two microbatches.
+    A group counts as one row: an epoch shuffles groups, and microbatches do not divide them.
 
     Attributes:
-        rows: in an order that the loss knows.
+        rows: Examples, in the order that the loss requires.
     """
 
     rows: tuple[Example, ...]
 
     @property
     def row(self) -> int:
-        """The number of its first row in the file."""
+        """Return the number of its first row in the file."""
         return self.rows[0].row
 
     def __len__(self) -> int:
-        """Tokens of all its rows."""
+        """Return the number of tokens of all rows."""
         return sum(len(row) for row in self.rows)
 
     @property
     def label_count(self) -> int:
-        """How many tokens of all its rows are labels."""
+        """Return the number of labels of all rows."""
         return sum(row.label_count for row in self.rows)
 
 
@@ -118,20 +114,20 @@ Item: TypeAlias = Example | RowGroup
 
 
 def rows_of(item: Item) -> tuple[Example, ...]:
-    """The rows of a group, or the row itself."""
+    """Return the rows of a group, or the row itself."""
     return item.rows if isinstance(item, RowGroup) else (item,)
 
 
 @dataclass(frozen=True, eq=False)
 class LabeledExample:
-    """The tokens of one row, special tokens included, and its label.
+    """Tokens of one row, including special tokens, and its label.
 
     Attributes:
-        row: number of the row in its file, from 1.
-        tokens: int32 (length,).
-        label: index of the class, or the number of a regression.
-        segments: int8 (length,), which of the two texts each token belongs to; None for one text, or if the
-            tokenizer does not say.
+        row: Row number in the file, from 1.
+        tokens: (length,) int32 token ids.
+        label: Class index, or the target value of a regression.
+        segments: (length,) int8, the index of the text that each token belongs to. None for single texts, or if the
+            tokenizer does not return segments.
     """
 
     row: int
@@ -148,7 +144,7 @@ class LabeledExample:
 
     @property
     def digest(self) -> bytes:
-        """Equal for rows with the same tokens and segments."""
+        """Return a hash of the tokens and segments."""
         digest = hashlib.blake2b(self.tokens.tobytes(), digest_size=16)
         if self.segments is not None:
             digest.update(self.segments.tobytes())

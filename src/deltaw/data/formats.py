@@ -1,7 +1,4 @@
-"""Rows become records: what the columns of a file mean, and whether each row is valid.
-
-It knows the usual formats of fine-tuning data and nothing of tokens.
-"""
+"""Row formats of fine-tuning data: column names, and the conversion of rows to records."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
-from deltaw.data.columns import kinds_of, known_names, listed, wrong_columns
+from deltaw.data.columns import all_column_names, kinds_of, listed, wrong_columns
 from deltaw.data.messages import (
     MALFORMED,
     ROLES,
@@ -18,13 +15,13 @@ from deltaw.data.messages import (
     Conversation,
     Message,
     conversation,
+    drop_nulls,
     read_messages,
     read_tools,
     text_of,
-    without_nulls,
 )
-from deltaw.data.report import BadRowError, Refuse, refuse
-from deltaw.data.rows import Row, Rows
+from deltaw.data.report import BadRowError, OnBadRow, raise_error
+from deltaw.data.rows import NumberedRows, Row
 from deltaw.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -37,21 +34,21 @@ LABELED_COLUMNS = ("label", "text_pair", "image")
 
 @dataclass(frozen=True)
 class Text:
-    """Plain text: all of it is a label."""
+    """Plain text, all of which is a label."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt and its completion, both plain strings; the completion is the label."""
+    """Prompt and completion as strings. The completion is the label."""
 
     prompt: str
     completion: str
     system: str | None = None
 
     def conversation(self) -> Conversation:
-        """The same as a conversation with one question."""
+        """Return the pair as a conversation."""
         messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         messages += [{"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.completion}]
         return Conversation(tuple(messages), (False,) * (len(messages) - 1) + (True,))
@@ -61,14 +58,14 @@ Record = Text | Pair | Conversation
 
 
 def system_of(record: Record) -> str:
-    """The system message that a record begins with; empty if there is none."""
+    """Return the system message of a record, or an empty string."""
     if isinstance(record, Conversation) and record.messages[0]["role"] == "system":
         return str(record.messages[0]["content"])
     return record.system or "" if isinstance(record, Pair) else ""
 
 
 def with_system(record: Record | None, system: str | None) -> Record | None:
-    """The same with a system message, if it has none and is not plain text."""
+    """Add a system message to a record that has none, unless it is plain text."""
     if record is None or not system or system_of(record) or isinstance(record, Text):
         return record
     if isinstance(record, Pair):
@@ -78,8 +75,15 @@ def with_system(record: Record | None, system: str | None) -> Record | None:
 
 
 @dataclass(frozen=True)
-class Form:
-    """One format: the columns it needs, those it can use, and how a row is read."""
+class RowFormat:
+    """Row format.
+
+    Attributes:
+        name: Name of the format.
+        needs: Required columns.
+        can_use: Optional columns.
+        read: Converts a row to a record. The second argument is its location, for errors.
+    """
 
     name: str
     needs: tuple[str, ...]
@@ -87,204 +91,216 @@ class Form:
     read: Callable[[Row, str], Record]
 
 
-def known_columns() -> tuple[str, ...]:
-    """Every column name that a format, or another task, reads."""
-    of_forms = [column for form in FORMS for column in form.needs + form.can_use]
-    return tuple(dict.fromkeys([*of_forms, *LABELED_COLUMNS, *known_names()]))
+def all_columns() -> tuple[str, ...]:
+    """Return all column names that a format or another task reads."""
+    format_columns = [column for form in FORMS for column in form.needs + form.can_use]
+    return tuple(dict.fromkeys([*format_columns, *LABELED_COLUMNS, *all_column_names()]))
 
 
-def check_columns(rows: Rows | RowStream, columns: Mapping[str, str]) -> None:
+def check_columns(rows: NumberedRows | RowStream, columns: Mapping[str, str]) -> None:
     """Raise a UserError if ``data.columns`` names a column that the file does not have."""
-    for ours, theirs in columns.items():
-        if theirs not in rows.columns:
-            what = f"the file has no column '{theirs}'"
-            raise UserError(what, where=f"data.columns.{ours} for {rows.name}", hint=did_you_mean(theirs, rows.columns))
+    for name, column in columns.items():
+        if column not in rows.columns:
+            message = f"the file has no column '{column}'"
+            raise UserError(
+                message, location=f"data.columns.{name} for {rows.name}", hint=did_you_mean(column, rows.columns)
+            )
 
 
-def choose_form(rows: Rows | RowStream, form: str = "auto", columns: Mapping[str, str] | None = None) -> Form:
-    """The format of a file by its columns, or ``form``, if the file has its columns.
+def choose_form(
+    rows: NumberedRows | RowStream, form: str = "auto", columns: Mapping[str, str] | None = None
+) -> RowFormat:
+    """Return the format that fits the columns of a file.
 
     Args:
-        rows: the file.
-        form: a format's name, or "auto".
-        columns: our name -> the file's column.
+        rows: Rows of the file.
+        form: Name of a format, or "auto".
+        columns: Maps deltaw's column names to those of the file.
 
     Raises:
-        UserError: a column is missing, or no format fits; the message lists the columns of the file.
+        UserError: if a column is missing, or no format fits. The message lists the columns of the file.
     """
     columns = columns or {}
     check_columns(rows, columns)
-    there = (set(rows.columns) - set(columns.values())) | set(columns)
-    fitting = [candidate for candidate in FORMS if there.issuperset(candidate.needs)]
-    # Columns named in data.columns decide first, then the order of the formats.
+    available = (set(rows.columns) - set(columns.values())) | set(columns)
+    fitting = [candidate for candidate in FORMS if available.issuperset(candidate.needs)]
+    # Prefer the format with the most columns of data.columns, then the first one.
     fitting.sort(key=lambda candidate: -len(set(columns) & set(candidate.needs + candidate.can_use)))
     if form != "auto":
-        asked = next(candidate for candidate in FORMS if candidate.name == form)
-        if asked not in fitting:
-            lacking = [column for column in asked.needs if column not in there]
-            raise _no_form(rows, f"the format '{form}' needs the column '{lacking[0]}'", lacking[0])
-        return asked
+        requested = next(candidate for candidate in FORMS if candidate.name == form)
+        if requested not in fitting:
+            missing = [column for column in requested.needs if column not in available]
+            raise _format_error(rows, f"the format '{form}' needs the column '{missing[0]}'", missing[0])
+        return requested
     if not fitting:
-        raise _no_form(rows, "no format has these columns", None)
+        raise _format_error(rows, "no format has these columns", None)
     return fitting[0]
 
 
-def unused_columns(rows: Rows | RowStream, form: Form, columns: Mapping[str, str]) -> tuple[str, ...]:
-    """Columns of the file that ``form`` does not read."""
+def unused_columns(rows: NumberedRows | RowStream, form: RowFormat, columns: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the columns of the file that ``form`` does not read."""
     used = {columns.get(name, name) for name in form.needs + form.can_use}
     return tuple(column for column in rows.columns if column not in used)
 
 
 def read_records(
-    rows: Rows, indices: Sequence[int], form: Form, columns: Mapping[str, str], on_bad: Refuse = refuse
+    rows: NumberedRows,
+    indices: Sequence[int],
+    form: RowFormat,
+    columns: Mapping[str, str],
+    on_bad: OnBadRow = raise_error,
 ) -> list[Record | None]:
-    """The rows at ``indices`` as records; None for one that ``on_bad`` was told of.
+    """Convert the rows at ``indices`` to records. Rows that were passed to ``on_bad`` become None.
 
     Raises:
-        BadRowError: a row lacks a column, or a value has the wrong type; the message names the row, the key
-            and, in a conversation, the turn.
+        BadRowError: if a row lacks a column, or a value has the wrong type. The message names the row, the key and, in
+            a conversation, the turn.
     """
     records: list[Record | None] = []
-    for place, index in enumerate(indices):
+    for position, index in enumerate(indices):
         _, row = rows[index]
         if rows.fills_nulls:
-            row = {column: without_nulls(value) for column, value in row.items()}
+            row = {column: drop_nulls(value) for column, value in row.items()}
         try:
-            records.append(read_record(row, form, columns, rows.place(index)))
+            records.append(read_record(row, form, columns, rows.row_location(index)))
         except BadRowError as error:
-            on_bad(place, error)
+            on_bad(position, error)
             records.append(None)
     return records
 
 
-def read_record(row: Row, form: Form, columns: Mapping[str, str], where: str) -> Record:
-    """One row as a record.
+def read_record(row: Row, form: RowFormat, columns: Mapping[str, str], location: str) -> Record:
+    """Convert one row to a record.
 
     Raises:
-        BadRowError: it lacks a column, or a value has the wrong type.
+        BadRowError: if it lacks a column, or a value has the wrong type.
     """
     if columns:
-        row = {**row, **{ours: row.get(theirs) for ours, theirs in columns.items()}}
-    require(row, form.needs, where, f"every row of the format '{form.name}' has {listed(form.needs)}", columns)
-    return form.read(row, where)
+        row = {**row, **{name: row.get(column) for name, column in columns.items()}}
+    require(row, form.needs, location, f"every row of the format '{form.name}' has {listed(form.needs)}", columns)
+    return form.read(row, location)
 
 
 def require(
-    row: Row, needs: Sequence[str], where: str, hint: str, columns: Mapping[str, str] = MappingProxyType({})
+    row: Row, needs: Sequence[str], location: str, hint: str, columns: Mapping[str, str] = MappingProxyType({})
 ) -> None:
-    """Raise a BadRowError if a row has no value in one of the columns that it needs.
+    """Raise a BadRowError if a row has no value in a required column.
 
     Args:
-        columns: our name -> the file's column, for the message.
+        columns: Maps deltaw's column names to those of the file, for the message.
     """
     for column in needs:
         if row.get(column) is None:
-            found = f"'{columns.get(column, column)}' is " + ("empty (null)" if column in row else "missing")
-            raise BadRowError(found, reason=found, where=where, hint=hint)
+            problem = f"'{columns.get(column, column)}' is " + ("empty (null)" if column in row else "missing")
+            raise BadRowError(problem, reason=problem, location=location, hint=hint)
 
 
-def _no_form(rows: Rows | RowStream, what: str, lacking: str | None) -> UserError:
+def _format_error(rows: NumberedRows | RowStream, message: str, missing: str | None) -> UserError:
     error = wrong_columns("causal-lm", rows.columns, rows.name)
-    hint = f"did you mean data.columns: {{{lacking}: …}}? " if lacking else ""
+    hint = f"did you mean data.columns: {{{missing}: …}}? " if missing else ""
     if not hint:
-        near = [(column, did_you_mean(column, known_columns())) for column in rows.columns]
+        near = [(column, did_you_mean(column, all_columns())) for column in rows.columns]
         hint = "; ".join(f"'{column}': {text}" for column, text in near if text.startswith("did"))
         hint += " " if hint else ""
-    return UserError(what, where=error.where, hint=hint + str(error.hint))
+    return UserError(message, location=error.location, hint=hint + str(error.hint))
 
 
-def _system(row: Row, where: str) -> str | None:
+def _system(row: Row, location: str) -> str | None:
     value = row.get("system")
-    return None if value is None or value == "" else text_of(value, "system", where)
+    return None if value is None or value == "" else text_of(value, "system", location)
 
 
-def read_pair(row: Row, where: str) -> Record:
-    """A row with a prompt and a completion, each text or messages, as a record.
+def read_pair(row: Row, location: str) -> Record:
+    """Convert a row with a prompt and a completion, each text or messages, to a record.
 
     Raises:
-        BadRowError: a value has the wrong type, or turns are out of order.
+        BadRowError: if a value has the wrong type, or turns are out of order.
     """
-    prompt, completion, system = row["prompt"], row["completion"], _system(row, where)
-    tools = read_tools(row.get("tools"), where)
+    prompt, completion, system = row["prompt"], row["completion"], _system(row, location)
+    tools = read_tools(row.get("tools"), location)
     if not (tools or isinstance(prompt, list) or isinstance(completion, list)):
-        return Pair(text_of(prompt, "prompt", where), text_of(completion, "completion", where), system)
-    before, after = _as_messages(row, "prompt", "user", where), _as_messages(row, "completion", "assistant", where)
-    return conversation(_with_system(system, before), after, where, tools)
+        return Pair(text_of(prompt, "prompt", location), text_of(completion, "completion", location), system)
+    context = _as_messages(row, "prompt", "user", location)
+    turns = _as_messages(row, "completion", "assistant", location)
+    return conversation(_with_system(system, context), turns, location, tools)
 
 
-def _as_messages(row: Row, key: str, role: str, where: str) -> list[Message]:
-    """The value of ``key``, a list of messages or the text of one, as messages."""
+def _as_messages(row: Row, key: str, role: str, location: str) -> list[Message]:
+    """Return the value of ``key``, a list of messages or the text of one, as messages."""
     value = row[key]
-    return read_messages(value, key, where) if isinstance(value, list) else [_message(role, value, key, where)]
+    return read_messages(value, key, location) if isinstance(value, list) else [_message(role, value, key, location)]
 
 
-def _message(role: str, text: object, key: str, where: str) -> Message:
-    return {"role": role, "content": text_of(text, key, where)}
+def _message(role: str, text: object, key: str, location: str) -> Message:
+    return {"role": role, "content": text_of(text, key, location)}
 
 
-def _read_alpaca(row: Row, where: str) -> Conversation:
-    question = text_of(row["instruction"], "instruction", where)
-    given = "" if row.get("input") is None else text_of(row["input"], "input", where)
-    before: Message = {"role": "user", "content": f"{question}\n\n{given}" if given.strip() else question}
-    after = _message("assistant", row["output"], "output", where)
-    return conversation(_with_system(_system(row, where), [before]), [after], where)
+def _read_alpaca(row: Row, location: str) -> Conversation:
+    question = text_of(row["instruction"], "instruction", location)
+    input_text = "" if row.get("input") is None else text_of(row["input"], "input", location)
+    user: Message = {"role": "user", "content": f"{question}\n\n{input_text}" if input_text.strip() else question}
+    assistant = _message("assistant", row["output"], "output", location)
+    return conversation(_with_system(_system(row, location), [user]), [assistant], location)
 
 
-def _read_evals(row: Row, where: str) -> Record:
+def _read_evals(row: Row, location: str) -> Record:
     ideal = row["ideal"]
     if isinstance(ideal, list):
         if not ideal:
-            raise BadRowError("'ideal' is an empty list", reason="no answer", where=where, hint="give an answer")
+            raise BadRowError("'ideal' is an empty list", reason="no answer", location=location, hint="give an answer")
         ideal = ideal[0]
     if isinstance(row["input"], list):
-        answer = [_message("assistant", ideal, "ideal", where)]
-        return conversation(read_messages(row["input"], "input", where), answer, where)
-    return Pair(text_of(row["input"], "input", where), text_of(ideal, "ideal", where))
+        answer = [_message("assistant", ideal, "ideal", location)]
+        return conversation(read_messages(row["input"], "input", location), answer, location)
+    return Pair(text_of(row["input"], "input", location), text_of(ideal, "ideal", location))
 
 
-def _read_messages(row: Row, where: str) -> Conversation:
-    messages = read_messages(row["messages"], "messages", where)
-    return conversation([], messages, where, read_tools(row.get("tools"), where))
+def _read_messages(row: Row, location: str) -> Conversation:
+    messages = read_messages(row["messages"], "messages", location)
+    return conversation([], messages, location, read_tools(row.get("tools"), location))
 
 
 _SHAREGPT_ROLES = {role: role for role in ROLES} | {"human": "user", "gpt": "assistant", "observation": "tool"}
 
 
-def _read_sharegpt(row: Row, where: str) -> Conversation:
+def _read_sharegpt(row: Row, location: str) -> Conversation:
     turns = row["conversations"]
     if not isinstance(turns, list):
-        what = f"'conversations' must be a list but is a {type(turns).__name__}"
+        error_text = f"'conversations' must be a list but is a {type(turns).__name__}"
         hint = 'write it as [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]'
-        raise BadRowError(what, reason=WRONG_TYPE, where=where, hint=hint)
+        raise BadRowError(error_text, reason=WRONG_TYPE, location=location, hint=hint)
     messages: list[Message] = []
     for number, turn in enumerate(turns, start=1):
-        place = f"{where}, turn {number}"
+        turn_location = f"{location}, turn {number}"
         if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-            what = "a turn must be an object with 'from' and 'value'"
-            raise BadRowError(what, reason=MALFORMED, where=place, hint='write it as {"from": "human", "value": "…"}')
-        speaker = text_of(turn["from"], "from", place)
+            error_text = "a turn must be an object with 'from' and 'value'"
+            raise BadRowError(
+                error_text, reason=MALFORMED, location=turn_location, hint='write it as {"from": "human", "value": "…"}'
+            )
+        speaker = text_of(turn["from"], "from", turn_location)
         if speaker not in _SHAREGPT_ROLES:
             hint = did_you_mean(speaker, _SHAREGPT_ROLES)
-            raise BadRowError(f"'{speaker}' is not a known speaker", reason=MALFORMED, where=place, hint=hint)
-        message = _message(_SHAREGPT_ROLES[speaker], turn["value"], "value", place)
+            raise BadRowError(f"'{speaker}' is an unknown speaker", reason=MALFORMED, location=turn_location, hint=hint)
+        message = _message(_SHAREGPT_ROLES[speaker], turn["value"], "value", turn_location)
         if turn.get("weight") is not None:
             message["weight"] = turn["weight"]
         messages.append(message)
-    messages = _with_system(_system(row, where), messages)
-    return conversation([], messages, where, read_tools(row.get("tools"), where))
+    messages = _with_system(_system(row, location), messages)
+    return conversation([], messages, location, read_tools(row.get("tools"), location))
 
 
 def _with_system(system: str | None, messages: list[Message]) -> list[Message]:
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 
-def _read_text(row: Row, where: str) -> Text:
-    return Text(text_of(row["text"], "text", where))
+def _read_text(row: Row, location: str) -> Text:
+    return Text(text_of(row["text"], "text", location))
 
 
-_READ = (_read_messages, _read_sharegpt, read_pair, _read_alpaca, _read_evals, _read_text)
-# All formats, in the order in which they are tried.
+_Reader = Callable[[Row, str], Record]
+_READ: tuple[_Reader, ...] = (_read_messages, _read_sharegpt, read_pair, _read_alpaca, _read_evals, _read_text)
+# All formats, in order of preference.
 FORMS = tuple(
-    Form(kind.name, tuple(column for (column,) in kind.required), kind.optional, read)
+    RowFormat(kind.name, tuple(column for (column,) in kind.required), kind.optional, read)
     for kind, read in zip(kinds_of("causal-lm"), _READ, strict=True)
 )

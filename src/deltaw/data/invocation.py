@@ -1,7 +1,7 @@
-"""The invocation sequence of an activated adapter: what it is, and where it stands in a row.
+"""Invocation sequences of activated adapters, and their positions in rows.
 
-The sequence is what opens the assistant's turn in the chat template; without a template, what all prompts end
-with. Knows tokenizers and examples; not adapters.
+The sequence is the text that starts an assistant message in the chat template. Without a template, it is the common
+suffix of all prompts.
 """
 
 from __future__ import annotations
@@ -14,54 +14,55 @@ import numpy as np
 
 from deltaw.data.example import Example
 from deltaw.data.packing import common_prefix
-from deltaw.data.rendering import FAULTS, rendered_by
+from deltaw.data.rendering import FAULTS, render_with_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Tokens that a derived sequence has at most. It is there to be found again, and the last occurrence counts.
-LONGEST = 16
-# Questions that end differently, so that nothing of theirs is taken for the opening of an answer.
+# Maximum length of a derived sequence in tokens.
+MAX_INVOCATION_TOKENS = 16
+# Questions with different endings, so that their common suffix does not contain text of a question.
 _QUESTIONS = ("Why?", "Name a color", "7 + 5 =", "Thank you.")
 
 
 def opening_of_answer(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens with which the chat template opens the assistant's turn; empty where there are none of
-    their own."""
-    wholes, text = [], ""
+    """Return the tokens that start an assistant message in the chat template. Empty if the template adds no tokens."""
+    token_lists, text = [], ""
     try:
         for question in _QUESTIONS:
             message = [{"role": "user", "content": question}]
-            asked, bare = (rendered_by(tokenizer, message, generation=generation) for generation in (True, False))
-            if not asked.startswith(bare) or asked == bare:
+            with_opening, without_opening = (
+                render_with_tokenizer(tokenizer, message, generation=generation) for generation in (True, False)
+            )
+            if not with_opening.startswith(without_opening) or with_opening == without_opening:
                 return []
-            text = asked[len(bare) :]
-            wholes.append(np.asarray(tokenizer(asked, add_special_tokens=False)["input_ids"], np.int32))
+            text = with_opening[len(without_opening) :]
+            token_lists.append(np.asarray(tokenizer(with_opening, add_special_tokens=False)["input_ids"], np.int32))
     except FAULTS:
-        return []  # whoever renders rows with it says what is wrong
-    return _common_ending(wholes, len(tokenizer(text, add_special_tokens=False)["input_ids"]))
+        return []  # the error is reported when rows are rendered
+    return _common_ending(token_lists, len(tokenizer(text, add_special_tokens=False)["input_ids"]))
 
 
 def ending_of_prompts(rows: Iterable[Example]) -> list[int]:
-    """The tokens that all prompts end with; empty where there are none, or rows without a prompt."""
-    return _common_ending((row.tokens[: row.prompt_length] for row in rows), LONGEST)
+    """Return the common token suffix of all prompts, which is empty if a row has no prompt."""
+    return _common_ending((row.tokens[: row.prompt_length] for row in rows), MAX_INVOCATION_TOKENS)
 
 
-def _common_ending(sequences: Iterable[np.ndarray], most: int) -> list[int]:
-    """The longest common ending of token sequences, of at most so many tokens."""
+def _common_ending(sequences: Iterable[np.ndarray], max_tokens: int) -> list[int]:
+    """Return the longest common suffix of token sequences, limited to ``max_tokens``."""
     ending: np.ndarray | None = None
-    for other in sequences:
-        ending = other[::-1][:most] if ending is None else ending[: common_prefix(ending, other[::-1])]
+    for tokens in sequences:
+        ending = tokens[::-1][:max_tokens] if ending is None else ending[: common_prefix(ending, tokens[::-1])]
         if not len(ending):
             break
     return [] if ending is None else ending[::-1].tolist()
 
 
-def activated(row: Example, invocation: Sequence[int]) -> Example:
-    """The row with the place where an adapter of this sequence begins to act.
+def with_activation(row: Example, invocation: Sequence[int]) -> Example:
+    """Set the position from which an adapter with this invocation sequence is active.
 
-    That is the last occurrence in what precedes the last completion, as when the model is to write it. So a
-    completion that quotes the sequence changes nothing. Without an occurrence the adapter acts nowhere.
+    It is the last occurrence of the sequence before the last completion, as in generation, so that a completion that
+    quotes the sequence has no effect. Without an occurrence the adapter is inactive.
     """
     first_label = int(np.flatnonzero(row.is_label)[0]) if row.is_label.any() else len(row.tokens)
     start = last_occurrence(row.tokens[: row.prompt_length or first_label], invocation)
@@ -69,15 +70,15 @@ def activated(row: Example, invocation: Sequence[int]) -> Example:
 
 
 def last_occurrence(tokens: np.ndarray, invocation: Sequence[int]) -> int | None:
-    """Where the sequence last begins in tokens (length,); None where it does not occur."""
+    """Return the start of the last occurrence of the sequence in (length,) tokens, or None."""
     if len(tokens) < len(invocation):
         return None
     windows = np.lib.stride_tricks.sliding_window_view(tokens, len(invocation))
-    found = np.flatnonzero((windows == np.asarray(invocation)).all(1))
-    return int(found[-1]) if len(found) else None
+    starts = np.flatnonzero((windows == np.asarray(invocation)).all(1))
+    return int(starts[-1]) if len(starts) else None
 
 
-def learns(row: Example) -> bool:
-    """Whether an activated adapter acts before each of the row's labels, so that all of them are learned."""
+def acts_before_labels(row: Example) -> bool:
+    """Return True if an activated adapter is active before the first label, so that all labels are trained."""
     labels = np.flatnonzero(row.is_label)
     return row.active_from is None or len(labels) == 0 or int(labels[0]) > row.active_from

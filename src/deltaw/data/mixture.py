@@ -1,7 +1,4 @@
-"""Several sources of rows, each with a weight: what ``data.train`` may be besides one reference.
-
-It knows the setting's form and the arithmetic of weights; no files.
-"""
+"""Weighted mixtures of several data sources."""
 
 from __future__ import annotations
 
@@ -12,26 +9,25 @@ from typing import Annotated, Any, get_args
 
 import numpy as np
 
-from deltaw.data.formats import FormName, known_columns
+from deltaw.data.formats import FormName, all_columns
 from deltaw.errors import UserError, did_you_mean
-from deltaw.local_names import Names
+from deltaw.local_names import LocalReference
 
-# ``data.train``: a reference, or a list of references and of sections
-# {from: …, weight: …, columns: …, form: …}.
-Train = Annotated[str | list[str | dict[str, Any]], Names("reference")]
+# Type of ``data.train``: a reference, or a list of references and sections {from: …, weight: …, columns: …, form: …}.
+Train = Annotated[str | list[str | dict[str, Any]], LocalReference("reference")]
 _KEYS = ("from", "weight", "columns", "form")
-_WEIGHING = 3  # selects a random stream of its own for the seed
-_MOST = 1000.0
+_WEIGHING = 3  # selects a random stream of the data seed
+_MAX_WEIGHT = 1000.0
 # A list of sources in the settings' JSON schema.
-_TEXT, _NAMED = {"type": "string"}, {"propertyNames": {"enum": list(known_columns())}}
+_TEXT, _COLUMN_NAMES = {"type": "string"}, {"propertyNames": {"enum": list(all_columns())}}
 _SECTION = {
     "type": "object",
     "additionalProperties": False,
     "required": ["from"],
     "properties": {
         "from": {**_TEXT, "description": "file, folder, hub id or package"},
-        "weight": {"type": "number", "exclusiveMinimum": 0, "maximum": _MOST},
-        "columns": {"type": "object", **_NAMED, "additionalProperties": _TEXT},
+        "weight": {"type": "number", "exclusiveMinimum": 0, "maximum": _MAX_WEIGHT},
+        "columns": {"type": "object", **_COLUMN_NAMES, "additionalProperties": _TEXT},
         "form": {"enum": list(get_args(FormName))},
     },
 }
@@ -39,13 +35,14 @@ SOURCES_SCHEMA = {"type": "array", "minItems": 1, "items": {"anyOf": [_TEXT, _SE
 
 
 @dataclass(frozen=True)
-class Source:
+class MixtureSource:
     """One source of a mixture.
 
     Attributes:
-        reference: file, folder, package or data set.
-        weight: how many times its rows are seen, relative to once.
-        columns, form: as ``data.columns`` and ``data.form``, for this source alone; None is those.
+        reference: File, folder, package or data set.
+        weight: Number of occurrences of each row per epoch, possibly fractional.
+        columns: Replaces ``data.columns`` for this source, unless None.
+        form: Replaces ``data.form`` for this source, unless None.
     """
 
     reference: str
@@ -54,83 +51,85 @@ class Source:
     form: str | None = None
 
 
-def sources_of(train: Train) -> list[Source]:
-    """The sources that ``data.train`` names.
+def sources_of(train: Train) -> list[MixtureSource]:
+    """Return the sources in ``data.train``.
 
     Raises:
-        UserError: it names none, or one of them has a key or a value that cannot be.
+        UserError: if it is empty, or an entry has an unknown key or an invalid value.
     """
     if isinstance(train, str):
-        return [Source(train)]
+        return [MixtureSource(train)]
     if not train:
         raise UserError("data.train is an empty list", hint="name a file, or several")
     return [_source(entry, f"data.train, entry {number}") for number, entry in enumerate(train, start=1)]
 
 
 def references(train: Train) -> list[str]:
-    """The references alone."""
+    """Return the references of the sources."""
     return [source.reference for source in sources_of(train)]
 
 
-def shown(train: Train) -> str:
-    """The sources in one line, as ``a.jsonl + b.jsonl ×2``."""
+def format_sources(train: Train) -> str:
+    """Return the sources in one line, for example ``a.jsonl + b.jsonl ×2``."""
     weights = [(s.reference, "" if s.weight == 1 else f" ×{s.weight:g}") for s in sources_of(train)]
     return " + ".join(reference + weight for reference, weight in weights)
 
 
-def columns_are_known(columns: Mapping[str, str], where: str) -> None:
-    """Raise a UserError if one of our names of columns is none."""
-    known = known_columns()
+def check_column_names(columns: Mapping[str, str], location: str) -> None:
+    """Raise a UserError if a key of ``data.columns`` is not a column name that deltaw uses."""
+    names = all_columns()
     for name in columns:
-        if name not in known:
-            raise UserError(f"deltaw reads no column '{name}'", where=f"{where}.{name}", hint=did_you_mean(name, known))
+        if name not in names:
+            raise UserError(f"unknown column '{name}'", location=f"{location}.{name}", hint=did_you_mean(name, names))
 
 
-def weighted(rows: np.ndarray, source_of: np.ndarray, weights: Sequence[float], seed: int) -> np.ndarray:
-    """The rows of an epoch: those of a source with weight 2 twice, of one with weight 0.5 a half of them.
+def apply_weights(rows: np.ndarray, source_of: np.ndarray, weights: Sequence[float], seed: int) -> np.ndarray:
+    """Return the rows of an epoch: rows of a source with weight 2 twice, half of the rows of a source with weight 0.5.
 
     Args:
-        rows: (n,) places of the rows to train on, ascending. source_of: (n,) the source of each.
-        weights: of each source. seed: draws the rows of a fraction, the same in all epochs.
+        rows: (n,) indices of the training rows, ascending.
+        source_of: (n,) source of each row.
+        weights: Weight of each source.
+        seed: Seed for sampling fractions. The sample is the same in all epochs.
 
     Returns:
-        places, ascending, each as often as it comes in an epoch.
+        Ascending indices, repeated as often as they occur in an epoch.
     """
     if all(weight == 1 for weight in weights):
         return rows
     random = np.random.default_rng([seed % 2**64, _WEIGHING])
-    taken = []
+    parts = []
     for number, weight in enumerate(weights):
-        own = rows[source_of == number]
-        whole = math.floor(weight)
-        share = round((weight - whole) * len(own))
-        taken += [np.repeat(own, whole), random.choice(own, size=share, replace=False)]
-    return np.sort(np.concatenate(taken))
+        source_rows = rows[source_of == number]
+        repeats = math.floor(weight)
+        num_sampled = round((weight - repeats) * len(source_rows))
+        parts += [np.repeat(source_rows, repeats), random.choice(source_rows, size=num_sampled, replace=False)]
+    return np.sort(np.concatenate(parts))
 
 
-def _source(entry: object, where: str) -> Source:
+def _source(entry: object, location: str) -> MixtureSource:
     if isinstance(entry, str):
-        return Source(entry)
+        return MixtureSource(entry)
     if not isinstance(entry, dict) or not isinstance(entry.get("from"), str):
         hint = "write data.train: [a.jsonl, {from: b.jsonl, weight: 2}]"
-        raise UserError("a source is a reference, or a section with 'from'", where=where, hint=hint)
+        raise UserError("a source must be a reference, or a section with 'from'", location=location, hint=hint)
     for key in entry:
         if key not in _KEYS:
-            raise UserError(f"unknown key '{key}'", where=where, hint=did_you_mean(str(key), _KEYS))
+            raise UserError(f"unknown key '{key}'", location=location, hint=did_you_mean(str(key), _KEYS))
     columns, form = entry.get("columns"), entry.get("form")
     if columns is not None:
         if not isinstance(columns, dict) or not all(isinstance(v, str) for v in columns.values()):
             hint = "write columns: {prompt: question, completion: answer}"
-            raise UserError("'columns' must map our names to the file's", where=where, hint=hint)
-        columns_are_known(columns, f"{where}, columns")
+            raise UserError("'columns' must map deltaw's column names to the file's", location=location, hint=hint)
+        check_column_names(columns, f"{location}, columns")
     if form is not None and form not in get_args(FormName):
-        raise UserError(f"there is no format '{form}'", where=where, hint=did_you_mean(str(form), get_args(FormName)))
-    return Source(entry["from"], _weight(entry.get("weight", 1.0), where), columns, form)
+        raise UserError(f"no format '{form}'", location=location, hint=did_you_mean(str(form), get_args(FormName)))
+    return MixtureSource(entry["from"], _weight(entry.get("weight", 1.0), location), columns, form)
 
 
-def _weight(value: object, where: str) -> float:
+def _weight(value: object, location: str) -> float:
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-    if not 0 < number <= _MOST:
-        hint = f"give a number above 0, to {_MOST:g}: 2 shows each row twice in an epoch, 0.5 half of them"
-        raise UserError(f"the weight is {value!r}", where=where, hint=hint)
+    if not 0 < number <= _MAX_WEIGHT:
+        hint = f"give a number above 0, to {_MAX_WEIGHT:g}: 2 shows each row twice in an epoch, 0.5 half of them"
+        raise UserError(f"the weight is {value!r}", location=location, hint=hint)
     return float(number)

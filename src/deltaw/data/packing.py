@@ -1,11 +1,8 @@
-"""Examples become batches by padding-free packing, with the prefixes that rows share computed once.
+"""Microbatches of examples: packed without padding with shared prefixes, or padded.
 
-The rows of an optimizer step are sorted, cut into microbatches that fit a budget of tokens, and each is laid
-out as a prefix tree (:class:`deltaw.kernels.layout.Layout`): tokens that rows share at their beginning are
-one segment with the rest hanging under it. Rows of a group stay in one microbatch. A padded batch, for models
-that cannot run a packed row, has the same type and gives the same loss.
-
-Knows tokens and labels; not text, templates or models.
+The rows of an optimizer step are sorted and divided into microbatches of limited size. Each microbatch is a prefix tree
+(:class:`deltaw.kernels.layout.Layout`), in which tokens shared by several rows are one segment. Groups of rows are
+never divided. Padded batches, for models that cannot run packed rows, have the same type and result in the same loss.
 """
 
 from __future__ import annotations
@@ -26,81 +23,74 @@ from deltaw.data.example import Example, Item, RowGroup, rows_of
 from deltaw.kernels.layout import Layout
 from deltaw.kernels.transfer import to_device
 
-# Rows side by side, padded on the right: where to cut them into microbatches, and the arrays of one.
-#
-# Rows of language models that cannot run packed, and labeled texts, are padded by the same functions. Padding
-# is masked by length, whatever token id it has.
+# Padded batches of language model rows and labeled texts. Padding is masked by length, so that any token id is valid.
 
-
-# What one microbatch more costs, in tokens: rows are cut where that saves more padding.
+# Cost of an additional microbatch in tokens, per device type. Rows are divided if that saves more padding.
 MICROBATCH_COST = {"cpu": 48, "cuda": 2048, "mps": 1024}
 
 
 def microbatch_cost(device: str) -> int:
-    """The entry of :data:`MICROBATCH_COST` for a device such as ``cuda:1``."""
+    """Return the entry of :data:`MICROBATCH_COST` for a device such as ``cuda:1``."""
     return MICROBATCH_COST.get(device.partition(":")[0], MICROBATCH_COST["cpu"])
 
 
 def cut_by_length(
     lengths: Sequence[int], budget: int, cost: int, counts: Sequence[int] | None = None
 ) -> list[tuple[int, int]]:
-    """Cut items that are sorted by length into microbatches, so that padding and microbatches cost least.
+    """Divide items sorted by length into microbatches of minimum total cost.
 
-    A microbatch costs its rows times the longest of them, and ``cost``; the cheapest cut is found exactly, by
-    dynamic programming over where the last microbatch begins.
+    A microbatch costs its number of rows times its longest row, plus ``cost``. The optimum is found by dynamic
+    programming.
 
     Args:
-        lengths: of each item's longest row, ascending. counts: rows of each item; one by default.
-        budget: the most that rows times longest may be, unless one item alone is more.
+        lengths: Length of each item's longest row, ascending.
+        budget: Maximum number of rows times the longest row, unless one item exceeds it.
+        cost: Cost of a microbatch in tokens.
+        counts: Number of rows of each item, 1 by default.
 
     Returns:
-        half-open ranges that follow each other.
+        Consecutive half-open ranges.
     """
     count = len(lengths)
     rows = np.concatenate([[0], np.cumsum(np.ones(count, np.int64) if counts is None else counts)])
     best = np.zeros(count + 1, np.int64)
-    begins = np.zeros(count + 1, np.int64)
+    starts = np.zeros(count + 1, np.int64)
     for stop in range(1, count + 1):
         longest = max(1, lengths[stop - 1])
         first = min(stop - 1, int(np.searchsorted(rows, rows[stop] - budget // longest, side="left")))
         costs = best[first:stop] + (rows[stop] - rows[first:stop]) * longest
-        begins[stop] = first + costs.argmin()
+        starts[stop] = first + costs.argmin()
         best[stop] = costs.min() + cost
     cuts = [count]
     while cuts[-1]:
-        cuts.append(int(begins[cuts[-1]]))
+        cuts.append(int(starts[cuts[-1]]))
     return [(start, stop) for stop, start in itertools.pairwise(cuts)][::-1]
 
 
-def side_by_side(
-    rows: Sequence[np.ndarray], longest: int | None = None, fill: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and mask, int64 (rows, longest): each row on the left, ``fill`` and zeros behind it.
+def pad_rows(rows: Sequence[np.ndarray], longest: int | None = None, fill: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return (rows, longest) int64 token ids and mask, padded on the right with ``fill``.
 
     Args:
-        longest: tokens of a padded row; by default those of the longest.
+        longest: Length of a padded row, by default that of the longest row.
     """
     longest = max(len(row) for row in rows) if longest is None else longest
     tokens = np.full((len(rows), longest), fill, np.int64)
     mask = np.zeros((len(rows), longest), np.int64)
-    for place, row in enumerate(rows):
-        tokens[place, : len(row)] = row
-        mask[place, : len(row)] = 1
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = row
+        mask[index, : len(row)] = 1
     return tokens, mask
 
 
-# The prefix tree of rows: tokens that rows share at their beginning are one node, the rest hangs under it.
-#
-# Knows tokens alone.
+# Prefix tree of rows.
 
-
-# Sharing fewer tokens than this saves less than the further segment costs.
-LEAST_SHARED = 4
+# Minimum number of shared tokens, below which an additional segment costs more than sharing saves.
+MIN_SHARED_TOKENS = 4
 
 
 @dataclass(eq=False)
 class Node:
-    """A run of tokens, ``start:stop`` in the rows that pass through it."""
+    """Tokens ``start:stop`` of the rows that pass through this node."""
 
     tokens: np.ndarray
     start: int
@@ -113,32 +103,32 @@ class Node:
 
 
 class PrefixTree:
-    """A compressed prefix tree, fed with rows in sorted order, so that only its last path ever grows.
+    """Compressed prefix tree of rows that are inserted in sorted order.
 
     Attributes:
-        ends: for each row, in the order fed, the node that it ends in.
+        leaves: Last node of each row, in insertion order.
     """
 
     def __init__(self) -> None:
         self.root = Node(np.zeros(0, np.int32), 0, None)
-        self.ends: list[Node] = []
+        self.leaves: list[Node] = []
         self._path = [self.root]
         self._last = np.zeros(0, np.int32)
 
-    def insert(self, tokens: np.ndarray, share: bool, shareable: int | None = None) -> int:
-        """Add a row; without ``share`` as a branch of its own.
+    def insert(self, tokens: np.ndarray, share: bool, shareable_length: int | None = None) -> int:
+        """Insert a row, as a separate branch if ``share`` is False.
 
         Args:
-            shareable: how many of its first tokens other rows may share; None for all.
+            shareable_length: Number of leading tokens that other rows may share, or None if all are shareable.
 
         Returns:
-            how many of its tokens the tree did not have.
+            The number of tokens added to the tree.
         """
-        common = common_prefix(self._last, tokens[:shareable]) if share else 0
+        common = common_prefix(self._last, tokens[:shareable_length]) if share else 0
         while self._path[-1].start >= common and len(self._path) > 1:
             self._path.pop()
         node = self._path[-1]
-        if node is not self.root and common - node.start < LEAST_SHARED:
+        if node is not self.root and common - node.start < MIN_SHARED_TOKENS:
             common = node.start
             self._path.pop()
         elif common < node.stop:
@@ -147,13 +137,13 @@ class PrefixTree:
             leaf = Node(tokens[common:], common, self._path[-1])
             self._path[-1].children.append(leaf)
             self._path.append(leaf)
-        self.ends.append(self._path[-1])
-        self._last = tokens[:shareable]
+        self.leaves.append(self._path[-1])
+        self._last = tokens[:shareable_length]
         return len(tokens) - common
 
     @staticmethod
     def _split(node: Node, at: int) -> Node:
-        """Put a new node above ``node`` for its tokens up to depth ``at``; return the new one."""
+        """Split ``node`` at depth ``at`` and return the new upper node."""
         cut = at - node.start
         upper = Node(node.tokens[:cut], node.start, node.parent, [node])
         assert node.parent is not None
@@ -162,70 +152,72 @@ class PrefixTree:
         return upper
 
     def depth_first(self) -> list[Node]:
-        """All nodes but the root, each after its parent."""
+        """Return all nodes except the root, parents first."""
         nodes: list[Node] = []
-        waiting = list(reversed(self.root.children))
-        while waiting:
-            node = waiting.pop()
+        stack = list(reversed(self.root.children))
+        while stack:
+            node = stack.pop()
             nodes.append(node)
-            waiting.extend(reversed(node.children))
+            stack.extend(reversed(node.children))
         return nodes
 
 
 def sort_key(tokens: np.ndarray) -> bytes:
-    """Bytes that sort as the token ids do, a prefix before what continues it."""
+    """Return bytes with the sort order of the token ids. Prefixes sort before their continuations."""
     return tokens.astype(">u4").tobytes()
 
 
-def common_prefix(left: np.ndarray, right: np.ndarray) -> int:
-    """Tokens that both begin with."""
-    length = min(len(left), len(right))
-    differing = np.flatnonzero(left[:length] != right[:length])
+def common_prefix(first: np.ndarray, second: np.ndarray) -> int:
+    """Return the number of common leading tokens."""
+    length = min(len(first), len(second))
+    differing = np.flatnonzero(first[:length] != second[:length])
     return int(differing[0]) if len(differing) else length
 
 
 def added_tokens(ordered: Sequence[np.ndarray], share: bool, shareable: Sequence[int] | None = None) -> list[int]:
-    """Tokens that each of the rows, in sorted order, adds to a :class:`PrefixTree` of those before it."""
+    """Return the number of tokens that each row, in sorted order, adds to the prefix tree of the preceding rows."""
     tree, limits = PrefixTree(), [None] * len(ordered) if shareable is None else shareable
     return [tree.insert(tokens, share, limit) for tokens, limit in zip(ordered, limits, strict=True)]
 
 
-# What a data set has: rows, or groups of rows that one loss sees together.
-# Matrix libraries build a kernel for each shape that they meet, which takes about as long as a small product
-# and some 0.6 MB each: packed rows are filled up to lengths that come again, at most this share longer. The
-# compiled kernels take any shape as it is.
+# Packed rows are padded by at most 1/FILL to recurring lengths, because matrix libraries compile a kernel for each
+# shape (about the time of a small matmul and 0.6 MB). The compiled kernels of deltaw do not need this.
 FILL = 16
 
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """A row in a batch.
+    """Row of a batch.
 
-    Args:
-        places: (tokens of the row,) index of each in the batch's flattened tokens. What rows share stands in
-            one place for all of them.
+    Attributes:
+        example: The row.
+        indices: (row length,) indices of its tokens in the flattened batch. Shared tokens have the same index in all
+            rows.
     """
 
     example: Example
-    places: np.ndarray
+    indices: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
-    """A microbatch: what one forward and backward sees.
+class PackedBatch:
+    """Microbatch of a language model.
 
-    Args:
-        inputs: keyword arguments for the model: ``input_ids`` and ``position_ids`` (1, T) with the
-            ``packed_layout``, or ``input_ids`` and ``attention_mask`` (rows, longest) where padded; with an
-            activated adapter also ``adapter_active``, the tokens that it acts on.
-        predictors: (P,) index, in the flattened tokens, of the token whose output predicts each target.
-        targets: (P,) token ids. weights: (P,) how many rows have this label here (fp32).
-        rows: rows in it. row_tokens: tokens of all rows, before sharing. tokens: tokens computed.
-        members: the rows and where their tokens are.
-        asked: the places among ``predictors``, ascending and each once, in a packed row; None where padded.
-        groups: for each group of rows its rows' places in ``members``, in the group's order; empty where
-            rows come one by one.
-        enter: opens the batch that the model runs instead, over what is kept of frozen layers; None: this one.
+    Attributes:
+        inputs: Keyword arguments of the model: ``input_ids`` and ``position_ids`` (1, T) with ``packed_layout``, or
+            ``input_ids`` and ``attention_mask`` (rows, longest) if padded. With an activated adapter also
+            ``adapter_active``, the mask of tokens that it changes.
+        predictors: (P,) flattened index of the token whose output predicts each target.
+        targets: (P,) token ids.
+        weights: (P,) fp32 number of rows with this label.
+        rows: Number of rows.
+        row_tokens: Number of tokens of all rows, before sharing.
+        tokens: Number of computed tokens.
+        members: Rows with the indices of their tokens.
+        predictor_indices: Distinct values of ``predictors``, ascending, for a packed row. None if padded.
+        groups: For each group, the indices of its rows in ``members``, in group order. Empty without groups.
+        enter: Context manager that provides a batch for the stored outputs of frozen layers, to be used instead of this
+            one. None to use this batch.
     """
 
     inputs: dict[str, object]
@@ -236,21 +228,21 @@ class Batch:
     row_tokens: int
     tokens: int
     members: tuple[Member, ...]
-    asked: Tensor | None = None
+    predictor_indices: Tensor | None = None
     groups: tuple[tuple[int, ...], ...] = ()
-    enter: Callable[[], AbstractContextManager[Batch]] | None = None
+    enter: Callable[[], AbstractContextManager[PackedBatch]] | None = None
 
     @property
     def label_tokens(self) -> int:
-        """Labels over all rows: what a sum of cross-entropies is divided by."""
+        """Return the number of labels of all rows, by which the summed cross-entropy is divided."""
         return int(self.weights.sum().item())
 
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(count: int, epoch: int, seed: int) -> np.ndarray:
-    """The order of ``count`` rows in an epoch: a permutation that depends on nothing but its arguments."""
+    """Return a permutation of ``count`` rows that depends only on the arguments."""
     order = np.random.default_rng([seed, epoch]).permutation(count)
-    order.flags.writeable = False  # it is remembered: of millions of rows it takes as long as a step
+    order.flags.writeable = False  # cached, because permuting millions of rows takes as long as a step
     return order
 
 
@@ -263,12 +255,15 @@ def split_into_microbatches(
     cost: int = 0,
     inactive_cost: float = 1.0,
 ) -> list[list[Item]]:
-    """Cut a step's rows into microbatches, none over the budget unless one row (or group) alone is.
+    """Divide the rows of a step into microbatches of at most ``tokens_per_pass`` tokens, unless one row or group is
+    longer.
 
-    The largest comes first: what the others need fits where it was in memory. Packed, they are of about equal size, and
-    rows that begin alike come together where ``share`` is on.
-    ``padded``, rows of like length come together, cut where padding and ``cost`` a microbatch are least. A
-    packed token on which an activated adapter does not act counts ``inactive_cost``.
+    The largest microbatch is first, so that its memory is sufficient for the others. Packed microbatches have similar
+    sizes, and ``share`` groups rows with common prefixes. Padded microbatches group rows of similar length and minimize
+    padding plus ``cost`` tokens per microbatch.
+
+    Args:
+        inactive_cost: Relative cost of a packed token that an activated adapter does not change.
     """
     if padded:
         by_length = sorted(examples, key=longest_of)
@@ -290,7 +285,7 @@ def split_into_microbatches(
         else:
             parts[-1].append(example)
             filled[-1] += added
-    return [parts[place] for place in sorted(range(len(parts)), key=lambda place: -filled[place])]
+    return [parts[index] for index in sorted(range(len(parts)), key=lambda index: -filled[index])]
 
 
 def microbatch_shapes(
@@ -301,7 +296,7 @@ def microbatch_shapes(
     fill: bool = True,
     inactive_cost: float = 1.0,
 ) -> list[tuple[int, int]]:
-    """(rows, length) of each microbatch, without laying any out; a packed one is one row."""
+    """Return (rows, length) of each microbatch without building it. A packed microbatch has one row."""
     shapes = []
     for part in parts:
         rows = [row for item in part for row in rows_of(item)]
@@ -320,85 +315,82 @@ def pack(
     fill: bool = True,
     fill_active: bool = False,
     device: str | torch.device = "cpu",
-) -> Batch:
-    """One packed row of all examples as a prefix tree, or one segment a row where ``share`` is off.
+) -> PackedBatch:
+    """Pack examples into one row as a prefix tree, or as one segment per row if ``share`` is False.
 
-    With ``fill``, a last segment of its own, which nothing sees and nothing is learned from, fills the row up
-    to a length that is likely to come again (see FILL); with ``fill_active``, those of its tokens that an
-    activated adapter acts on, to a number of them.
+    Args:
+        fill: Add an unlabeled last segment that pads the row to a recurring length (see :data:`FILL`).
+        fill_active: Choose the padding by the number of tokens that an activated adapter changes.
     """
     rows = [row for item in examples for row in rows_of(item)]
     order = sorted(range(len(rows)), key=lambda n: sort_key(rows[n].tokens))
     tree = PrefixTree()
     for n in order:
-        tree.insert(rows[n].tokens, share, rows[n].shareable)
+        tree.insert(rows[n].tokens, share, rows[n].shareable_length)
     nodes = tree.depth_first()
-    place = {id(node): i for i, node in enumerate(nodes)}
-    parents = [place[id(n.parent)] if n.parent is not tree.root else -1 for n in nodes]
+    node_index = {id(node): i for i, node in enumerate(nodes)}
+    parents = [node_index[id(n.parent)] if n.parent is not tree.root else -1 for n in nodes]
     lengths = [n.stop - n.start for n in nodes]
-    counted = sum(len(row.tokens) - row.shareable for row in rows) if fill_active else sum(lengths)
-    filler = _filler(counted) if fill else 0
+    num_computed = sum(len(row.tokens) - row.shareable_length for row in rows) if fill_active else sum(lengths)
+    filler = _filler(num_computed) if fill else 0
     layout = Layout.of_lengths([*lengths, filler], [*parents, -1]) if filler else Layout.of_lengths(lengths, parents)
     layout.device = torch.device(device)
     paths: list[np.ndarray] = []
     for n, parent in enumerate(parents):
-        own = np.arange(layout.starts[n], layout.stops[n])
-        paths.append(own if parent < 0 else np.concatenate([paths[parent], own]))
-    members = tuple(Member(rows[n], paths[place[id(leaf)]]) for n, leaf in zip(order, tree.ends, strict=True))
+        segment = np.arange(layout.starts[n], layout.stops[n])
+        paths.append(segment if parent < 0 else np.concatenate([paths[parent], segment]))
+    members = tuple(Member(rows[n], paths[node_index[id(leaf)]]) for n, leaf in zip(order, tree.leaves, strict=True))
     weights = np.zeros(layout.length, np.float32)
     for member in members:
-        weights[member.places] += member.example.is_label
+        weights[member.indices] += member.example.is_label
     tokens = np.concatenate([*(n.tokens for n in nodes), np.zeros(filler, np.int32)])
     active = np.zeros(layout.length, bool)
     for member in members:
-        active[member.places[member.example.shareable :]] = True
-    before = np.arange(layout.length) - 1
+        active[member.indices[member.example.shareable_length :]] = True
+    preceding = np.arange(layout.length) - 1
     for start, parent in zip(layout.starts, layout.parents, strict=True):
-        before[start] = layout.stops[parent] - 1 if parent >= 0 else -1
-    labeled = np.flatnonzero((weights > 0) & (before >= 0))
-    return Batch(
+        preceding[start] = layout.stops[parent] - 1 if parent >= 0 else -1
+    labeled = np.flatnonzero((weights > 0) & (preceding >= 0))
+    return PackedBatch(
         inputs={
             "input_ids": _tensor(tokens, device)[None],
             "position_ids": _tensor(layout.positions(), device)[None],
             "packed_layout": layout,
             **_active(rows, active[None], device),
         },
-        predictors=_tensor(before[labeled], device),
+        predictors=_tensor(preceding[labeled], device),
         targets=_tensor(tokens[labeled], device),
         weights=to_device(torch.from_numpy(weights[labeled]), device),
         rows=len(rows),
         row_tokens=sum(len(row.tokens) for row in rows),
         tokens=layout.length - filler,
         members=members,
-        asked=_tensor(np.unique(before[labeled]), device),
+        predictor_indices=_tensor(np.unique(preceding[labeled]), device),
         groups=_groups(examples, order),
     )
 
 
-def pad(examples: Sequence[Item], *, device: str | torch.device = "cpu") -> Batch:
-    """Rows side by side, padded on the right; padding is masked by length, whatever its token id."""
+def pad(examples: Sequence[Item], *, device: str | torch.device = "cpu") -> PackedBatch:
+    """Build a batch of rows padded on the right. Padding is masked by length."""
     rows = [row for item in examples for row in rows_of(item)]
-    tokens, mask = side_by_side([row.tokens for row in rows])
+    tokens, mask = pad_rows([row.tokens for row in rows])
     longest = tokens.shape[1]
     predictors, targets, members = [], [], []
     active = np.zeros(tokens.shape, bool)
-    for place, row in enumerate(rows):
-        active[place, row.shareable : len(row.tokens)] = True
-        begin = place * longest
-        members.append(Member(row, np.arange(begin, begin + len(row.tokens))))
+    for index, row in enumerate(rows):
+        active[index, row.shareable_length : len(row.tokens)] = True
+        start = index * longest
+        members.append(Member(row, np.arange(start, start + len(row.tokens))))
         labeled = np.flatnonzero(row.is_label[1:]) + 1
-        predictors.append(begin + labeled - 1)
+        predictors.append(start + labeled - 1)
         targets.append(row.tokens[labeled])
-    where = np.concatenate(predictors)
-    return Batch(
-        inputs={
-            "input_ids": _tensor(tokens, device),
-            "attention_mask": _tensor(mask, device),
-            **_active(rows, active, device),
-        },
-        predictors=_tensor(where, device),
+    all_predictors = np.concatenate(predictors)
+    inputs = {"input_ids": _tensor(tokens, device), "attention_mask": _tensor(mask, device)}
+    return PackedBatch(
+        inputs={**inputs, **_active(rows, active, device)},
+        predictors=_tensor(all_predictors, device),
         targets=_tensor(np.concatenate(targets), device),
-        weights=torch.ones(len(where), device=device),
+        weights=torch.ones(len(all_predictors), device=device),
         rows=len(rows),
         row_tokens=int(mask.sum()),
         tokens=tokens.size,
@@ -417,8 +409,8 @@ def batches(
     device: str | torch.device = "cpu",
     cost: int = 0,
     inactive_cost: float = 1.0,
-) -> Iterator[Batch]:
-    """The microbatches of these rows, one after another, each laid out only when its turn comes."""
+) -> Iterator[PackedBatch]:
+    """Yield the microbatches of the rows, each built on demand."""
     for part in split_into_microbatches(
         examples, tokens_per_pass, share=share, padded=padded, cost=cost, inactive_cost=inactive_cost
     ):
@@ -429,41 +421,41 @@ def batches(
 
 
 def _active(rows: Sequence[Example], active: np.ndarray, device: str | torch.device) -> dict[str, Tensor]:
-    """The model's argument that says where an activated adapter acts; none for rows without one."""
+    """Return the model argument with the mask of active tokens, or an empty dict without an activated adapter."""
     if all(row.active_from is None for row in rows):
         return {}
     return {"adapter_active": to_device(torch.from_numpy(active), device)}
 
 
 def _groups(items: Sequence[Item], order: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Each group's rows by their place in ``order``, which holds the numbers of all rows."""
+    """Return the indices of each group's rows in ``order``, a permutation of all rows."""
     if not any(isinstance(item, RowGroup) for item in items):
         return ()
-    places = iter(np.argsort(order).tolist())
-    return tuple(tuple(next(places) for _ in rows_of(item)) for item in items)
+    positions = iter(np.argsort(order).tolist())
+    return tuple(tuple(next(positions) for _ in rows_of(item)) for item in items)
 
 
 def longest_of(item: Any) -> int:
-    """Tokens of the longest row of a group, or of a row."""
+    """Return the length of a row, or of the longest row of a group."""
     return max(map(len, rows_of(item)))
 
 
 def _added(rows: Sequence[Example], share: bool, inactive_cost: float = 1.0) -> list[int]:
-    added = added_tokens([row.tokens for row in rows], share, [row.shareable for row in rows])
+    added = added_tokens([row.tokens for row in rows], share, [row.shareable_length for row in rows])
     if inactive_cost == 1.0:
         return added
     active = [0 if row.active_from is None else len(row.tokens) - row.active_from for row in rows]
-    return [own + math.ceil((n - own) * inactive_cost) for n, own in zip(added, active, strict=True)]
+    return [count + math.ceil((n - count) * inactive_cost) for n, count in zip(added, active, strict=True)]
 
 
 def _costs(ordered: Sequence[Item], share: bool, inactive_cost: float = 1.0) -> list[int]:
-    """Tokens that each row or group adds to a microbatch when it follows the one before it."""
+    """Return the number of tokens that each row or group adds when it follows the preceding one."""
     each = iter(_added([row for item in ordered for row in rows_of(item)], share, inactive_cost))
     return [sum(next(each) for _ in rows_of(item)) for item in ordered]
 
 
 def _filler(length: int) -> int:
-    """Tokens without a label that bring a packed row to a length that comes again (see FILL)."""
+    """Return the number of padding tokens up to the next recurring length (see :data:`FILL`)."""
     return -length % max(FILL, 1 << max(0, (length // FILL).bit_length() - 1))
 
 

@@ -1,9 +1,8 @@
-"""Rows with answers to a prompt: pairs of a chosen and a rejected one, or single ones that are desired or not.
+"""Preference rows: pairs of a chosen and a rejected answer, or single answers that are desired or not.
 
-The forms of pairs are TRL's: ``prompt``, ``chosen`` and ``rejected``, each text or messages; without ``prompt``,
-what both answers begin with is the prompt. Single answers are ``prompt``, ``completion`` and ``label`` (true or
-false), for a loss of unpaired answers (KTO). A row becomes a group of examples and counts as one row. Knows neither
-models nor batches.
+Pairs have TRL's columns ``prompt``, ``chosen`` and ``rejected``, each text or messages. Without ``prompt``, the common
+prefix of both answers is the prompt. Single answers have ``prompt``, ``completion`` and ``label`` (true or false) and
+are for the KTO loss. Each row becomes a group of examples.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from deltaw.data.check import Finding
+from deltaw.data.check import DataFinding
 from deltaw.data.chunk import count_system, differ, example_of, frequent
 from deltaw.data.columns import JUDGED_COLUMNS, PAIR_COLUMNS
 from deltaw.data.example import Example, RowGroup
 from deltaw.data.formats import Record, read_pair, require, with_system
 from deltaw.data.messages import WRONG_TYPE
-from deltaw.data.report import BadRowError, Refuse, Report, Say, silent
+from deltaw.data.report import BadRowError, LogFunction, OnBadRow, PreparationReport, quiet
 from deltaw.data.row_reader import RowReader, RunData
 from deltaw.data.row_store import key_of
-from deltaw.data.rows import Row, Rows
+from deltaw.data.rows import NumberedRows, Row
 from deltaw.data.settings import DataSettings
 from deltaw.data.templates import Encoded, Encoder
 from deltaw.errors import UserError
@@ -33,117 +32,118 @@ from deltaw.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CHUNK = 1024  # rows tokenized at once
-_MISMATCHING = 3  # a random stream of the data's seed
-# From this share of pairs on whose chosen answer is the longer one, length alone distinguishes most of them.
+_CHUNK = 1024  # rows per tokenizer call
+_MISMATCHING = 3  # selects a random stream of the data seed
+# Share of pairs with the longer answer chosen from which a note is emitted.
 _LOPSIDED = 0.75
-# Fewer pairs say nothing about a share.
-_FEW_PAIRS = 20
-# The paper advises that desired answers weigh, all together, between 1 and 4/3 of what the others weigh
-# (arXiv 2402.01306, section 4.2).
+# Minimum number of pairs for this note.
+_MIN_PAIRS = 20
+# Recommended ratio of the total weights of desired and undesired answers (arXiv 2402.01306, section 4.2).
 _BALANCE = (1.0, 4 / 3)
 
 
 class AnswerReader(RowReader[RowGroup]):
-    """Reads files whose rows are a prompt with answers.
+    """Reads files with a prompt and one or several answers per row.
 
     Attributes:
-        answers: the columns with answers.
+        answers: Names of the columns with answers.
     """
 
     answers: ClassVar[tuple[str, ...]]
     can_use: tuple[str, ...] = ("prompt", "system", "tools")
-    too_long = "with an answer that is, with its prompt, longer than"
+    too_long_text = "with an answer that is, with its prompt, longer than"
 
-    def __init__(self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, say: Say = silent) -> None:
-        super().__init__(settings, tokenizer, say=say)
+    def __init__(self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, log: LogFunction = quiet) -> None:
+        super().__init__(settings, tokenizer, log=log)
         if settings.form != "auto":
-            raise UserError(f"{self.noun} has one form", where="data.form", hint="set it to auto")
+            raise UserError(f"{self.noun} has one form", location="data.form", hint="set it to auto")
         self.encoder = Encoder(tokenizer, settings.template, settings.labels, settings.date)
-        self.template, self.date = self.encoder.template, self.encoder.dated
+        self.template, self.date = self.encoder.template, self.encoder.template_date
 
     @abc.abstractmethod
-    def records(self, row: Row, where: str) -> tuple[Record, ...]:
-        """Each answer of a row with its prompt.
+    def records(self, row: Row, location: str) -> tuple[Record, ...]:
+        """Return each answer of a row with its prompt.
 
         Raises:
-            BadRowError: a value is missing or has the wrong type.
+            BadRowError: if a value is missing or has the wrong type.
         """
 
-    def encode(self, records: Sequence[Record | None], places: Sequence[str], on_bad: Refuse) -> list[list[Encoded]]:
-        """The tokens of records, as :meth:`deltaw.data.templates.Encoder.encode`."""
-        return self.encoder.encode(records, places, on_bad)
+    def encode(
+        self, records: Sequence[Record | None], locations: Sequence[str], on_bad: OnBadRow
+    ) -> list[list[Encoded]]:
+        """Tokenize records, see :meth:`deltaw.data.templates.Encoder.encode`."""
+        return self.encoder.encode(records, locations, on_bad)
 
-    def group(self, examples: tuple[Example, ...], row: Row, where: str) -> RowGroup:
-        """The row as what a loss sees together."""
+    def group(self, examples: tuple[Example, ...], row: Row, location: str) -> RowGroup:
+        """Build the row group of the loss."""
         return RowGroup(examples)
 
     def groups(self, items: Sequence[RowGroup]) -> list[Hashable]:
-        """The prompt of each, so that rows of one prompt are on one side; nothing if all have the same."""
+        """Return the prompt of each row, so that rows with one prompt are on the same side of the split. Return None
+        for all rows if they have the same prompt.
+        """
         prompts: list[Hashable] = [_prompt_of(item.rows[0]) for item in items]
         return prompts if len(set(prompts)) > 1 else [None] * len(items)
 
-    def examples(self, rows: Rows, indices: Sequence[int]) -> Iterator[RowGroup | None]:
+    def examples(self, rows: NumberedRows, indices: Sequence[int]) -> Iterator[RowGroup | None]:
         for start in range(0, len(indices), _CHUNK):
             part = indices[start : start + _CHUNK]
             for index, encoded in zip(part, self._encoded(rows, part), strict=True):
                 try:
-                    found = None if encoded is None else self._group(rows, index, encoded)
+                    group = None if encoded is None else self._group(rows, index, encoded)
                 except BadRowError as error:
                     self.skip(rows, index, error)
-                    found = None
-                yield found
+                    group = None
+                yield group
 
-    def _encoded(self, rows: Rows, indices: Sequence[int]) -> list[list[list[Encoded]] | None]:
-        """The tokens of each row's answers; None for a row that cannot be used."""
+    def _encoded(self, rows: NumberedRows, indices: Sequence[int]) -> list[list[list[Encoded]] | None]:
+        """Return the tokens of each row's answers, or None if the row is unusable."""
         count = len(self.answers)
         records: list[Record | None] = []
-        places: list[str] = []
+        locations: list[str] = []
         bad: set[int] = set()
 
-        def on_bad(place: int, error: BadRowError) -> None:
-            if place // count not in bad:
-                bad.add(place // count)
-                self.skip(rows, indices[place // count], error)
+        def on_bad(position: int, error: BadRowError) -> None:
+            if position // count not in bad:
+                bad.add(position // count)
+                self.skip(rows, indices[position // count], error)
 
         for number, index in enumerate(indices):
-            where = rows.place(index)
-            found: tuple[Record | None, ...] = (None,) * count
+            location = rows.row_location(index)
+            answers: tuple[Record | None, ...] = (None,) * count
             try:
-                found = self.records(self.row(rows, index), where)
+                answers = self.records(self.row(rows, index), location)
             except BadRowError as error:
                 on_bad(count * number, error)
-            found = tuple(with_system(record, self.settings.system) for record in found)
-            records += found
-            places += [f"{where}, {column}" for column in self.answers]
-        encoded = self.encode(records, places, on_bad)
+            answers = tuple(with_system(record, self.settings.system) for record in answers)
+            records += answers
+            locations += [f"{location}, {column}" for column in self.answers]
+        encoded = self.encode(records, locations, on_bad)
         for record in records[::count]:
             if record is not None:
                 count_system(self.systems, record)
         self.systems = frequent(self.systems)
         return [None if n in bad else encoded[count * n : count * (n + 1)] for n in range(len(indices))]
 
-    def _group(self, rows: Rows, index: int, encoded: list[list[Encoded]]) -> RowGroup | None:
-        """A row; None if it is dropped, which is counted.
+    def _group(self, rows: NumberedRows, index: int, encoded: list[list[Encoded]]) -> RowGroup | None:
+        """Build the group of a row, or return None if the row is dropped (and counted).
 
         Raises:
-            BadRowError: it cannot be used.
+            BadRowError: if the row is unusable.
         """
-        where = rows.place(index)
+        location = rows.row_location(index)
         if max(map(len, encoded)) > 1:
-            what = "the template rewrites earlier turns of an answer with several, so it is no single row"
-            hint = "let the answers be one turn each, or set data.labels: last"
-            raise BadRowError(
-                what, reason="an answer of several turns that the template rewrites", where=where, hint=hint
-            )
+            message = "the template rewrites earlier turns of an answer of several turns, which would be several rows"
+            hint = "use answers of one turn, or set data.labels: last"
+            raise BadRowError(message, reason="a rewritten answer of several turns", location=location, hint=hint)
         if not all(encoded):
             self.account["without_label"] += 1
             return None
         examples = tuple(example_of(rows.number(index), parts[0]) for parts in encoded)
         if not differ(examples):
-            raise _same(where)
-        limited = self.limited(RowGroup(examples), where)
-        return limited and self.group(limited.rows, self.row(rows, index), where)
+            raise _identical_answers(location)
+        group = self.limit_length(RowGroup(examples), location)
+        return group and self.group(group.rows, self.row(rows, index), location)
 
 
 def _prompt_of(row: Example) -> bytes:
@@ -151,18 +151,18 @@ def _prompt_of(row: Example) -> bytes:
 
 
 class PairReader(AnswerReader):
-    """Reads files of pairs."""
+    """Reads files with preference pairs."""
 
     needs = answers = PAIR_COLUMNS
     form = "preference pairs"
     noun = "a pair"
-    same = "with the same answers as an earlier one"
-    torn = "whose answers another row prefers the other way round"
-    torn_hint = "if one is right, remove the other; or set preference.label_smoothing"
-    torn_by_content = False
+    duplicate_text = "with the same answers as an earlier one"
+    contradiction_text = "whose answers another row prefers the other way round"
+    contradiction_hint = "if one is right, remove the other; or set preference.label_smoothing"
+    contradictions_by_content = False
 
-    def records(self, row: Row, where: str) -> tuple[Record, ...]:
-        return records_of(row, where)
+    def records(self, row: Row, location: str) -> tuple[Record, ...]:
+        return records_of(row, location)
 
     def content(self, item: RowGroup) -> bytes:
         return b"".join(sorted(map(key_of, item.rows)))
@@ -170,95 +170,93 @@ class PairReader(AnswerReader):
     def notes(self, item: RowGroup) -> list[str]:
         return ["the chosen answer, then the rejected one"]
 
-    def findings(self, items: Sequence[RowGroup], report: Report) -> list[Finding]:
-        """Whether a model could prefer by length alone."""
+    def findings(self, items: Sequence[RowGroup], report: PreparationReport) -> list[DataFinding]:
+        """Note if the chosen answers are mostly the longer ones."""
         longer = sum(pair.rows[0].label_count > pair.rows[1].label_count for pair in items)
-        if len(items) < _FEW_PAIRS or longer < _LOPSIDED * len(items):
+        if len(items) < _MIN_PAIRS or longer < _LOPSIDED * len(items):
             return []
         share = f"{longer / len(items):.0%} of the pairs"
-        text = f"in {share} the chosen answer is the longer one: a model may learn to write more"
+        text = f"in {share} the chosen answer is longer, so the model may learn to write longer answers"
         hint = "balance the lengths, or set preference.loss: simpo, which divides by them"
-        return [Finding("longer_chosen", "note", longer, text, hint)]
+        return [DataFinding("longer_chosen", "note", longer, text, hint)]
 
 
-def records_of(row: Row, where: str) -> tuple[Record, Record]:
-    """The chosen and the rejected answer of a row, each with the prompt.
+def records_of(row: Row, location: str) -> tuple[Record, Record]:
+    """Return the chosen and the rejected answer of a row, each with the prompt.
 
     Raises:
-        BadRowError: a value is missing or has the wrong type, or the answers have nothing to tell them apart.
+        BadRowError: if a value is missing or has the wrong type, or if the answers are identical.
     """
-    require(row, PAIR_COLUMNS, where, "every row has 'chosen' and 'rejected'")
+    require(row, PAIR_COLUMNS, location, "every row has 'chosen' and 'rejected'")
     if row["chosen"] == row["rejected"]:
-        raise _same(where)
+        raise _identical_answers(location)
     if row.get("prompt") is None:
-        row = {**row, **_divided(row["chosen"], row["rejected"], where)}
-    chosen, rejected = (read_pair({**row, "completion": row[column]}, where) for column in PAIR_COLUMNS)
+        row = {**row, **_split_prompt(row["chosen"], row["rejected"], location)}
+    chosen, rejected = (read_pair({**row, "completion": row[column]}, location) for column in PAIR_COLUMNS)
     return chosen, rejected
 
 
-def _divided(chosen: object, rejected: object, where: str) -> dict[str, object]:
-    """A row without a prompt: what both answers begin with, and what is left of each.
+def _split_prompt(chosen: object, rejected: object, location: str) -> dict[str, object]:
+    """Split a row without a prompt into the common prefix of both answers, and the remainder of each.
 
     Raises:
-        BadRowError: they are not of one kind, or do not begin alike.
+        BadRowError: if the answers have different types or no common prefix.
     """
     texts = isinstance(chosen, str) and isinstance(rejected, str)
     if not texts and not (isinstance(chosen, list) and isinstance(rejected, list)):
-        what = "'chosen' and 'rejected' must both be text, or both lists of messages"
-        raise BadRowError(what, reason=WRONG_TYPE, where=where, hint="or give the prompt they share as 'prompt'")
+        message = "'chosen' and 'rejected' must both be text, or both lists of messages"
+        raise BadRowError(message, reason=WRONG_TYPE, location=location, hint="or give their prompt as 'prompt'")
     assert isinstance(chosen, str | list) and isinstance(rejected, str | list)
     shorter, pairs = min(len(chosen), len(rejected)), enumerate(zip(chosen, rejected, strict=False))
-    shared = next((place for place, (one, other) in pairs if one != other), shorter)
+    shared = next((position for position, (left, right) in pairs if left != right), shorter)
     if texts and shared and chosen[shared - 1] == " ":
         shared -= 1  # a space belongs to the word that follows it
     if not shared:
-        what = "'chosen' and 'rejected' begin with nothing in common, and there is no prompt"
-        raise BadRowError(what, reason="no prompt", where=where, hint="give the prompt in a column 'prompt'")
+        message = "'chosen' and 'rejected' have nothing in common at the start, and the row has no prompt"
+        raise BadRowError(message, reason="no prompt", location=location, hint="give the prompt in a column 'prompt'")
     return {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
 
 
-def _same(where: str) -> BadRowError:
-    hint = "remove the row: there is nothing to prefer"
-    return BadRowError("'chosen' and 'rejected' are the same", reason="the same answer twice", where=where, hint=hint)
-
-
-#
-# Each row comes with a second one, its prompt with the answer of another row, of which the loss estimates how far
-# the model has moved.
+def _identical_answers(location: str) -> BadRowError:
+    hint = "remove the row, which expresses no preference"
+    return BadRowError("both answers are the same", reason="the same answer twice", location=location, hint=hint)
 
 
 class UnpairedReader(AnswerReader):
     """Reads files of single answers.
 
+    Each row gets a second example, its prompt with the answer of another row, from which the loss estimates the
+    divergence from the reference model.
+
     Args:
-        weights: of desired and of undesired answers in the loss.
+        weights: Weights of desired and undesired answers in the loss.
     """
 
     needs = JUDGED_COLUMNS
     answers = ("completion",)
     form = "unpaired answers"
     noun = "an answer"
-    same = "with the answer and label of an earlier one"
-    torn = "with the answer of another row and the other label"
+    duplicate_text = "with the answer and label of an earlier one"
+    contradiction_text = "with the answer of another row and the other label"
 
     def __init__(
         self,
         settings: DataSettings,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        say: Say = silent,
+        log: LogFunction = quiet,
         weights: tuple[float, float] = (1.0, 1.0),
     ) -> None:
-        super().__init__(settings, tokenizer, say=say)
+        super().__init__(settings, tokenizer, log=log)
         self._weights = weights
 
-    def records(self, row: Row, where: str) -> tuple[Record, ...]:
-        require(row, JUDGED_COLUMNS, where, "every row has 'prompt', 'completion' and 'label' (true or false)")
-        _desired(row["label"], where)
-        return (read_pair(row, where),)
+    def records(self, row: Row, location: str) -> tuple[Record, ...]:
+        require(row, JUDGED_COLUMNS, location, "every row has 'prompt', 'completion' and 'label' (true or false)")
+        _desired(row["label"], location)
+        return (read_pair(row, location),)
 
-    def group(self, examples: tuple[Example, ...], row: Row, where: str) -> RowGroup:
-        return RowGroup((replace(examples[0], desired=_desired(row["label"], where)),))
+    def group(self, examples: tuple[Example, ...], row: Row, location: str) -> RowGroup:
+        return RowGroup((replace(examples[0], desired=_desired(row["label"], location)),))
 
     def key(self, item: RowGroup) -> bytes:
         return self.content(item) + bytes([bool(item.rows[0].desired)])
@@ -269,79 +267,79 @@ class UnpairedReader(AnswerReader):
     def notes(self, item: RowGroup) -> list[str]:
         return ["desired" if item.rows[0].desired else "not desired"]
 
-    def prepared(self, seed: int = 0) -> RunData:
-        found = super().prepared(seed)
-        if len(found.train) < 2:
-            what = "kto estimates how far the model has moved on another row's answer, and there is a single row"
-            raise UserError(what, where=found.report.source, hint="add rows, or hold out fewer with data.eval")
-        return found
+    def prepare(self, seed: int = 0) -> RunData:
+        data = super().prepare(seed)
+        if len(data.train) < 2:
+            message = "kto estimates the divergence with another row's answer, and the data has a single row"
+            raise UserError(message, location=data.report.source, hint="add rows, or hold out fewer with data.eval")
+        return data
 
-    def completed(self, items: list[RowGroup], seed: int) -> list[RowGroup]:
-        return with_mismatched(items, self.settings.max_length, seed)
+    def finalize(self, items: list[RowGroup], seed: int) -> list[RowGroup]:
+        return add_mismatched(items, self.settings.max_length, seed)
 
-    def findings(self, items: Sequence[RowGroup], report: Report) -> list[Finding]:
-        """Whether answers of one kind outweigh the others."""
+    def findings(self, items: Sequence[RowGroup], report: PreparationReport) -> list[DataFinding]:
+        """Note if one kind of answers outweighs the other."""
         desired = sum(bool(answer.rows[0].desired) for answer in items)
-        others = len(items) - desired
-        if not desired or not others:
+        undesired = len(items) - desired
+        if not desired or not undesired:
             text, hint = f"all answers are {'desired' if desired else 'undesired'}", "add answers of the other kind"
-            return [Finding("one_label", "warning", len(items), text, hint)]
-        ratio = self._weights[0] * desired / (self._weights[1] * others)
+            return [DataFinding("one_label", "warning", len(items), text, hint)]
+        ratio = self._weights[0] * desired / (self._weights[1] * undesired)
         if _BALANCE[0] <= ratio <= _BALANCE[1]:
             return []
         if ratio < 1:
-            hint = f"preference.desirable_weight: {self._weights[1] * others / desired:.3g}"
+            hint = f"preference.desirable_weight: {self._weights[1] * undesired / desired:.3g}"
         else:
-            hint = f"preference.undesirable_weight: {self._weights[0] * desired / others:.3g}"
-        text = f"{desired:,} answers are desired and {others:,} are not: one kind outweighs the other"
-        return [Finding("unbalanced", "note", abs(desired - others), text, f"weigh them alike with {hint}")]
+            hint = f"preference.undesirable_weight: {self._weights[0] * desired / undesired:.3g}"
+        text = f"{desired:,} answers are desired and {undesired:,} are not, so one kind outweighs the other"
+        return [DataFinding("unbalanced", "note", abs(desired - undesired), text, f"weigh them alike with {hint}")]
 
 
-def with_mismatched(answers: Sequence[RowGroup], limit: int, seed: int) -> list[RowGroup]:
-    """Each answer with a second row: its prompt with the answer of another row.
+def add_mismatched(answers: Sequence[RowGroup], max_length: int, seed: int) -> list[RowGroup]:
+    """Add a mismatched row to each answer: its prompt with the answer of another row.
 
-    The other row is drawn by ``seed`` once, so that a reference model runs on it once. Each answer is given
-    to one other prompt, as where TRL turns the answers of a batch by one place, and to a different one where
-    there is any.
+    The other row is chosen once, by ``seed``, so that the reference model evaluates it once. As in TRL, answers are
+    shifted against the prompts, here by a distance that avoids pairing a prompt with its own answers if possible.
 
     Args:
-        answers: groups of one row. limit: the most tokens of a row.
+        answers: Groups of one row.
+        max_length: Maximum number of tokens of a row.
     """
     rows = [group.rows[0] for group in answers]
     order = np.random.default_rng([seed % 2**64, _MISMATCHING]).permutation(len(rows)).tolist()
     prompts = list(map(_prompt_of, rows))
-    # Rows of one prompt side by side; turned by the size of the largest such run, none meets its own prompt
-    # unless that prompt has more than half of all rows.
-    first: dict[bytes, int] = {}
-    for place, number in enumerate(order):
-        first.setdefault(prompts[number], place)
-    order.sort(key=lambda number: first[prompts[number]])
-    turn = max(Counter(prompts).values(), default=1)
-    turn = 1 if turn >= len(rows) else turn
-    found: list[RowGroup] = [RowGroup(())] * len(rows)
-    for place, number in enumerate(order):
-        own, other = rows[number], rows[order[place - turn]]
-        found[number] = RowGroup((own, _answered(own, other, limit)))
-    return found
+    # Sort rows of one prompt next to each other. A shift by the size of the largest run pairs no row with its own
+    # prompt, unless more than half of all rows have that prompt.
+    first_position: dict[bytes, int] = {}
+    for position, index in enumerate(order):
+        first_position.setdefault(prompts[index], position)
+    order.sort(key=lambda index: first_position[prompts[index]])
+    shift = max(Counter(prompts).values(), default=1)
+    shift = 1 if shift >= len(rows) else shift
+    groups: list[RowGroup] = [RowGroup(())] * len(rows)
+    for position, index in enumerate(order):
+        row, other = rows[index], rows[order[position - shift]]
+        groups[index] = RowGroup((row, _with_answer(row, other, max_length)))
+    return groups
 
 
-def _answered(row: Example, other: Example, limit: int) -> Example:
-    """The prompt of a row with the answer of another."""
-    begin = other.prompt_length
-    tokens = np.concatenate([row.tokens[: row.prompt_length], other.tokens[begin:]])
-    is_label = np.concatenate([np.zeros(row.prompt_length, bool), other.is_label[begin:]])
-    return replace(row, tokens=tokens, is_label=is_label, answer=other.answer, desired=None).shortened(limit)
+def _with_answer(row: Example, other: Example, max_length: int) -> Example:
+    """Return the prompt of a row with the answer of another row."""
+    answer_start = other.prompt_length
+    tokens = np.concatenate([row.tokens[: row.prompt_length], other.tokens[answer_start:]])
+    is_label = np.concatenate([np.zeros(row.prompt_length, bool), other.is_label[answer_start:]])
+    return replace(row, tokens=tokens, is_label=is_label, answer=other.answer, desired=None).truncate(max_length)
 
 
-def _desired(label: object, where: str) -> bool:
-    """A row's label.
+def _desired(label: object, location: str) -> bool:
+    """Return the label of a row.
 
     Raises:
-        BadRowError: it is neither true nor false.
+        BadRowError: if it is neither true nor false.
     """
-    known = {"true": True, "1": True, "false": False, "0": False}
+    values = {"true": True, "1": True, "false": False, "0": False}
     name = str(label).strip().lower()
-    if isinstance(label, bool | int | str) and name in known:
-        return known[name]
-    what = f"'label' must be true or false but is {str(label)[:40]!r}"
-    raise BadRowError(what, reason=WRONG_TYPE, where=where, hint="true: the answer is one to write; false: it is not")
+    if isinstance(label, bool | int | str) and name in values:
+        return values[name]
+    message = f"'label' must be true or false but is {str(label)[:40]!r}"
+    raise BadRowError(message, reason=WRONG_TYPE, location=location, hint="true: the answer is desired; false: not")

@@ -1,9 +1,8 @@
-"""Data sets of the package reasoning-gym as rows: ``reasoning-gym:NAME?size=500&seed=1&KEY=VALUE``.
+"""Data sets of the package reasoning-gym, as ``reasoning-gym:NAME?size=500&seed=1&KEY=VALUE``.
 
-The package makes problems by name, seed and configuration, the same ones each time. Its problem i of seed s is problem
-i - 1 of seed s + 1, so seeds are spread before it gets them: two sets of different seeds have no problem in common by
-construction. A row has ``prompt``, ``answer``
-and ``metadata``, the JSON text that the package's scorers read. Knows no scores.
+Problems depend only on name, seed and configuration. In the package, problem i of seed s is problem i - 1 of seed s +
+1, so that seeds are multiplied here to make data sets of different seeds disjoint. Rows have ``prompt``, ``answer`` and
+``metadata``, the JSON text that the scorers of the package read.
 """
 
 from __future__ import annotations
@@ -17,80 +16,80 @@ if TYPE_CHECKING:
     import datasets
 
 _PREFIX = "reasoning-gym:"
-_SIZE, _SEED, _MOST = 1000, 0, 1_000_000
+_SIZE, _SEED, _MAX_SIZE = 1000, 0, 1_000_000
 
 
 def is_reference(reference: str) -> bool:
-    """Whether it names one of these data sets."""
+    """Return True if a reference names one of these data sets."""
     return reference.startswith(_PREFIX)
 
 
 def load(reference: str) -> datasets.Dataset:
-    """The rows of a data set, in memory.
+    """Return the rows of a data set.
 
     Raises:
-        UserError: the package is missing, there is no such data set, its configuration does not fit, or its scorer
-            cannot read what JSON keeps of a problem.
+        UserError: if the package is missing, the data set does not exist, the configuration is invalid, or the scorer
+            cannot read the metadata after conversion to JSON.
     """
     import datasets
 
     name, _, config = reference.removeprefix(_PREFIX).partition("?")
     values = {"size": _SIZE, "seed": _SEED, **_values(config, reference)}
     size = values["size"]
-    if not isinstance(size, int) or not 0 < size <= _MOST:
-        raise UserError(f"size must be a whole number from 1 to {_MOST}", where=reference, hint="write ?size=500")
+    if not isinstance(size, int) or not 0 < size <= _MAX_SIZE:
+        raise UserError(f"size must be an integer from 1 to {_MAX_SIZE}", location=reference, hint="write ?size=500")
     if not isinstance(values["seed"], int) or values["seed"] < 0:
-        raise UserError("seed must be a whole number from 0", where=reference, hint="write ?seed=1")
-    made = _made(name, values | {"seed": values["seed"] * _MOST}, reference)
-    rows = [_row(made, place) for place in range(size)]
-    first = made[0]
-    if made.score_answer(first["answer"], first) != made.score_answer(first["answer"], _again(first)):
-        what = f"the scorer of '{name}' cannot read the metadata of a row"
-        raise UserError(what, where=reference, hint="choose another data set")
+        raise UserError("seed must be a whole number from 0", location=reference, hint="write ?seed=1")
+    dataset = _create(name, values | {"seed": values["seed"] * _MAX_SIZE}, reference)
+    rows = [_row(dataset, index) for index in range(size)]
+    first = dataset[0]
+    if dataset.score_answer(first["answer"], first) != dataset.score_answer(first["answer"], _json_round_trip(first)):
+        message = f"the scorer of '{name}' cannot read the metadata of a row"
+        raise UserError(message, location=reference, hint="choose another data set")
     return datasets.Dataset.from_list(rows)
 
 
-def _made(name: str, values: dict[str, Any], reference: str) -> Any:
+def _create(name: str, values: dict[str, Any], reference: str) -> Any:
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
-        what = f"the package 'reasoning-gym' cannot be imported: {error}"
-        raise UserError(what, where=reference, hint="pip install 'deltaw[reward]'") from error
+        message = f"the package 'reasoning-gym' cannot be imported: {error}"
+        raise UserError(message, location=reference, hint="pip install 'deltaw[reward]'") from error
     if name not in DATASETS:
-        raise UserError(f"there is no data set '{name}'", where=reference, hint=did_you_mean(name, sorted(DATASETS)))
+        raise UserError(f"no data set '{name}' exists", location=reference, hint=did_you_mean(name, sorted(DATASETS)))
     try:
         return reasoning_gym.create_dataset(name, **values)
     except (TypeError, ValueError, AssertionError) as error:
-        what = f"the configuration does not fit: {error or 'a value is out of range'}"
-        raise UserError(what, where=reference, hint=f"see reasoning-gym's configuration of {name}") from error
+        message = f"the configuration does not fit: {error or 'a value is out of range'}"
+        raise UserError(message, location=reference, hint=f"see reasoning-gym's configuration of {name}") from error
 
 
-def _row(made: Any, place: int) -> dict[str, str | None]:
-    entry = made[place]
+def _row(dataset: Any, index: int) -> dict[str, str | None]:
+    entry = dataset[index]
     answer = entry["answer"]
     metadata = json.dumps(entry["metadata"], default=str)
     return {"prompt": entry["question"], "answer": None if answer is None else str(answer), "metadata": metadata}
 
 
-def _again(entry: dict[str, Any]) -> dict[str, Any]:
-    """A problem as a row keeps it."""
+def _json_round_trip(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return a problem after conversion of its metadata to JSON and back."""
     return {**entry, "metadata": json.loads(json.dumps(entry["metadata"], default=str))}
 
 
 def _values(text: str, reference: str) -> dict[str, Any]:
-    """``key=value&key=value``, values as in JSON or plain text.
+    """Parse ``key=value&key=value`` with values in JSON or plain text.
 
     Raises:
-        UserError: a part is not of that form.
+        UserError: if a part has another form.
     """
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for part in filter(None, text.split("&")):
         key, equals, value = part.partition("=")
         if not equals or not key:
-            raise UserError(f"'{part}' is no key=value", where=reference, hint="write ?size=500&seed=1")
+            raise UserError(f"'{part}' is no key=value", location=reference, hint="write ?size=500&seed=1")
         try:
-            found[key] = json.loads(value)
+            values[key] = json.loads(value)
         except ValueError:
-            found[key] = value
-    return found
+            values[key] = value
+    return values

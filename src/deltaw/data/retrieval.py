@@ -1,7 +1,7 @@
-"""Rows for retrieval: a query with passages and perhaps scores, or a text with its class.
+"""Rows for retrieval: a query with passages and optional scores, or a text with its class.
 
-Columns have the names that sentence-transformers gives them, or other usual ones (:data:`QUERIES`, :data:`PASSAGES`).
-What a model sees of a row, a subclass says: each text alone, or the query with each passage. Knows no models.
+Columns have the names of sentence-transformers, or other common ones (:data:`QUERIES`, :data:`PASSAGES`). Subclasses
+encode each text separately, or the query with each passage.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from deltaw.data.check import Finding
+from deltaw.data.check import DataFinding
 from deltaw.data.classes import class_name
-from deltaw.data.columns import NEGATIVES, PASSAGES, QUERIES, SCORES, TEXTS, named_columns, wrong_columns
+from deltaw.data.columns import NEGATIVES, PASSAGES, QUERIES, SCORES, TEXTS, mapped_columns, wrong_columns
 from deltaw.data.example import LabeledExample, RowGroup
-from deltaw.data.messages import WRONG_TYPE, empty_text, written_text
-from deltaw.data.pieces import pieces
+from deltaw.data.messages import WRONG_TYPE, cell_text, empty_text
 from deltaw.data.report import BadRowError, count_of
-from deltaw.data.row_reader import RowReader, ShownExample
-from deltaw.data.rows import Row, Rows
+from deltaw.data.row_reader import ExamplePreview, RowReader
+from deltaw.data.rows import NumberedRows, Row
+from deltaw.data.token_spans import token_spans
 from deltaw.errors import UserError
 
 _NUMBERED = re.compile(r"negative_\d+")
@@ -33,14 +33,15 @@ _NUMBERED = re.compile(r"negative_\d+")
 
 @dataclass(frozen=True)
 class RowTexts:
-    """A row's texts.
+    """Texts of a row.
 
     Attributes:
-        query: or, of a row with a class, its text.
-        passages: the right one first, unless ``scores`` say how right each is.
-        scores: one for each passage, or one for a positive and a negative: by how much the first is better; empty
-            where the first passage is right and the others are not.
-        name: of the row's class.
+        query: Query, or the text of a row with a class.
+        passages: Passages. The first one is right unless ``scores`` are given.
+        scores: One score per passage; or one score for a positive and a negative, the margin by which the first is
+            better;
+            or empty if only the first passage is right.
+        name: Class of the row.
     """
 
     query: str
@@ -51,13 +52,14 @@ class RowTexts:
 
 @dataclass(frozen=True, eq=False)
 class TextGroup(RowGroup):
-    """A row's texts as a model sees them.
+    """Encoded texts of a row.
 
     Attributes:
-        rows: of an embedding model, the query and the passages; of a reranker, the query with each passage.
-        scores: as in :class:`RowTexts`. group: equal for rows with the same query.
-        label: the number of the row's class; None where it has none.
-        file_rows: all usable rows of the row's file, trained on or held out; empty if unknown.
+        rows: For embedding models, the query and the passages. For rerankers, the query with each passage.
+        scores: See :class:`RowTexts`.
+        group: Hash of the query.
+        label: Class index of the row, or None.
+        file_rows: All usable rows of the file, training and evaluation. Empty if unknown.
     """
 
     scores: tuple[float, ...] = ()
@@ -67,13 +69,13 @@ class TextGroup(RowGroup):
 
     @property
     def label_count(self) -> int:
-        """A row counts once."""
+        """Return 1, the number of labels of a row."""
         return 1
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a file by what they hold; one that is not there is None."""
+    """Columns of a file by role, or None if the file has no such column."""
 
     query: str | None
     passage: str | None
@@ -82,18 +84,18 @@ class Columns:
     text: str | None
 
     @classmethod
-    def of(cls, names: Sequence[str], where: str, task: str = "embedding", *, labeled: bool = True) -> Columns:
+    def of(cls, names: Sequence[str], location: str, task: str = "embedding", *, labeled: bool = True) -> Columns:
         """Return the columns of a file.
 
         Args:
-            labeled: False if a text, a query or a passage alone is enough.
+            labeled: False if a text, a query or a passage is sufficient.
 
         Raises:
-            UserError: there is neither a query with a passage, nor a text with its class.
+            UserError: if the file has neither a query with a passage, nor a text with its class.
         """
 
-        def first(known: Sequence[str]) -> str | None:
-            return next((name for name in known if name in names), None)
+        def first(common_names: Sequence[str]) -> str | None:
+            return next((name for name in common_names if name in names), None)
 
         numbered = sorted(filter(_NUMBERED.fullmatch, names), key=lambda name: int(name.rpartition("_")[2]))
         negatives = (*(name for name in NEGATIVES if name in names), *numbered)
@@ -105,12 +107,12 @@ class Columns:
         if query is None or passage is None:
             query = passage = None
             if text is None or score is None:
-                raise wrong_columns(task, names, where)
+                raise wrong_columns(task, names, location)
         return cls(query, passage, negatives if passage is not None else (), score, text if passage is None else None)
 
     @property
     def form(self) -> str:
-        """What the rows are."""
+        """Return a description of the rows."""
         if self.passage is None:
             return "texts with classes"
         if self.score is not None:
@@ -121,36 +123,36 @@ class Columns:
 class RetrievalReader(RowReader[TextGroup], abc.ABC):
     """Reads files for retrieval.
 
-    Args, beside those of every reader:
-        score_range: the least and the most that a score may be.
-        labeled: False to read rows for prediction, whose scores and classes are ignored.
+    Args:
+        score_range: Minimum and maximum score.
+        labeled: False to read rows for prediction and ignore scores and classes.
     """
 
     noun = "a row of texts"
     form = "queries with passages"
-    same = "with the same texts as an earlier one"
-    torn = "whose texts have another score elsewhere"
-    torn_hint = "if one score is right, correct the others"
+    duplicate_text = "with the same texts as an earlier one"
+    contradiction_text = "whose texts have another score elsewhere"
+    contradiction_hint = "if one score is right, correct the others"
 
     def __init__(
-        self, *args: Any, score_range: tuple[float, float] = (-math.inf, math.inf), labeled: bool = True, **how: Any
+        self, *args: Any, score_range: tuple[float, float] = (-math.inf, math.inf), labeled: bool = True, **options: Any
     ) -> None:
-        super().__init__(*args, **how)
+        super().__init__(*args, **options)
         self.labeled = labeled
         self.score_range = score_range
         self._columns = Columns(None, None, (), None, None)
         self._names: dict[str, int] = {}
         self._file_rows: list[TextGroup] = []
         if self.tokenizer is None:
-            raise UserError("the model has no tokenizer", where="model", hint="copy its tokenizer.json into its folder")
+            raise UserError("the model has no tokenizer", location="model", hint="copy tokenizer.json into its folder")
 
     @abc.abstractmethod
     def encode(self, rows: Sequence[RowTexts], limit: int | None) -> list[list[Encoded]]:
-        """What the model sees of each row; texts are cut to ``limit`` tokens, special ones included."""
+        """Tokenize the texts of each row, truncated to ``limit`` tokens including special tokens."""
 
     @functools.cached_property
     def _empty(self) -> list[np.ndarray]:
-        """Token ids of empty texts, with which a text is compared of which the tokenizer keeps nothing."""
+        """Return the token ids of empty texts, which identify texts without usable characters."""
         return [ids for ids, _ in self.encode([RowTexts("", ("",))], None)[0]]
 
     def used_columns(self) -> set[str | None]:
@@ -158,98 +160,97 @@ class RetrievalReader(RowReader[TextGroup], abc.ABC):
         used = {columns.query, columns.passage, *columns.negatives, columns.score, columns.text}
         return {self.settings.columns.get(name, name) for name in used if name is not None}
 
-    def usable(self, rows: Rows, chosen: Sequence[int]) -> Sequence[int]:
-        """All that are chosen; what their columns hold is settled here."""
-        self._file_rows, names = [], named_columns(rows.columns, self.settings.columns)
+    def select_usable(self, rows: NumberedRows, chosen: Sequence[int]) -> Sequence[int]:
+        """Return all chosen rows, and determine the columns of the file."""
+        self._file_rows, names = [], mapped_columns(rows.columns, self.settings.columns)
         self._columns = Columns.of(names, rows.name, self.columns_task, labeled=self.labeled)
         self.form = self._columns.form
         return chosen
 
-    def examples(self, rows: Rows, indices: Sequence[int]) -> Iterator[TextGroup | None]:
-        read = lambda index: self.row_texts(self.row(rows, index), rows.place(index))  # noqa: E731
-        for found in self.encoded(rows, indices, read, lambda texts: self.encode(texts, None)):
-            yield found and self._group(rows, *found)
+    def examples(self, rows: NumberedRows, indices: Sequence[int]) -> Iterator[TextGroup | None]:
+        read = lambda index: self.row_texts(self.row(rows, index), rows.row_location(index))  # noqa: E731
+        for row in self.encode_rows(rows, indices, read, lambda texts: self.encode(texts, None)):
+            yield row and self._group(rows, *row)
 
-    def row_texts(self, row: Row, where: str) -> RowTexts:
-        """A row's texts and scores.
+    def row_texts(self, row: Row, location: str) -> RowTexts:
+        """Return the texts and scores of a row.
 
         Raises:
-            BadRowError: it cannot be used.
+            BadRowError: if the row is unusable.
         """
         columns = self._columns
         if not self.labeled:
             column = columns.query or columns.text
-            given = [name for name in columns.negatives if row.get(name) not in (None, "")]
-            texts = [_texts(row.get(name), name, where) for name in (columns.passage, *given) if name]
-            return RowTexts(written_text(row.get(column), column, where) if column else "", sum(texts, ()))
+            negatives = [name for name in columns.negatives if row.get(name) not in (None, "")]
+            texts = [_texts(row.get(name), name, location) for name in (columns.passage, *negatives) if name]
+            return RowTexts(cell_text(row.get(column), column, location) if column else "", sum(texts, ()))
         if columns.passage is None:
             assert columns.text is not None and columns.score is not None
-            name = class_name(row.get(columns.score), columns.score, where)
+            name = class_name(row.get(columns.score), columns.score, location)
             if name is None:
-                raise BadRowError(
-                    "the row has no class", reason="no class", where=where, hint="write one, or remove it"
-                )
-            return RowTexts(written_text(row.get(columns.text), columns.text, where), name=name)
+                raise BadRowError("the row has no class", reason="no class", location=location, hint="write its class")
+            return RowTexts(cell_text(row.get(columns.text), columns.text, location), name=name)
         assert columns.query is not None
-        query = written_text(row.get(columns.query), columns.query, where)
-        passages = _texts(row.get(columns.passage), columns.passage, where)
-        several = isinstance(row.get(columns.passage), list)
+        query = cell_text(row.get(columns.query), columns.query, location)
+        passages = _texts(row.get(columns.passage), columns.passage, location)
+        is_list = isinstance(row.get(columns.passage), list)
         for column in columns.negatives:
             value = row.get(column)
             if value in (None, "") and _NUMBERED.fullmatch(column):
-                continue  # rows may have different numbers of them, which a table leaves empty
-            found = _texts(value, column, where)
-            for text in found:
+                continue  # in a table, rows with fewer negatives have empty cells
+            negative_texts = _texts(value, column, location)
+            for text in negative_texts:
                 if text in (query, *passages):
-                    what = f"'{column}' is the row's own {'query' if text == query else 'passage'}"
+                    message = f"'{column}' is the row's own {'query' if text == query else 'passage'}"
                     hint = "remove it, or the row: a text cannot be right and wrong"
-                    raise BadRowError(what, reason="a text that is its own negative", where=where, hint=hint)
-            passages += found
+                    raise BadRowError(message, reason="a text that is its own negative", location=location, hint=hint)
+            passages += negative_texts
         if columns.score is None:
-            if several:
-                what = f"'{columns.passage}' is a list, and no column says which of its passages are right"
-                hint = "add 'labels', a list of as many numbers"
-                raise BadRowError(what, reason="passages without scores", where=where, hint=hint)
+            if is_list:
+                message = f"'{columns.passage}' is a list, and no column has scores or labels of its passages"
+                hint = "add 'labels', a list with one number per passage"
+                raise BadRowError(message, reason="passages without scores", location=location, hint=hint)
             return RowTexts(query, passages)
-        return RowTexts(query, passages, self._scores(row.get(columns.score), len(passages), where))
+        return RowTexts(query, passages, self._scores(row.get(columns.score), len(passages), location))
 
-    def _scores(self, value: object, passages: int, where: str) -> tuple[float, ...]:
+    def _scores(self, value: object, passages: int, location: str) -> tuple[float, ...]:
         column, (low, high) = self._columns.score, self.score_range
         values = value if isinstance(value, list) else [value]
-        found = []
-        for one in values:
-            number = _number(one)
+        scores = []
+        for item in values:
+            number = _number(item)
             if not math.isfinite(number):
-                what = f"'{column}' must be a number but is {str(one)[:40]!r}"
-                raise BadRowError(what, reason="a score that is no number", where=where, hint="write a number")
+                message = f"'{column}' must be a number but is {str(item)[:40]!r}"
+                raise BadRowError(message, reason="a score that is no number", location=location, hint="write a number")
             if not low <= number <= high and not (passages == 2 and len(values) == 1):
-                what = f"'{column}' is {number:g}, and scores lie between {low:g} and {high:g}"
-                hint = f"correct it, or say what they lie between: {self._range_setting}: [0, 5]"
-                raise BadRowError(what, reason="a score outside of its range", where=where, hint=hint)
-            found.append(number)
-        if len(found) != passages and not (len(found) == 1 and passages == 2):
-            what = f"the row has {passages} passages and {len(found)} scores"
-            raise BadRowError(what, reason="scores that do not fit", where=where, hint="give each passage a score")
-        return tuple(found)
+                message = f"'{column}' is {number:g}, and scores must be between {low:g} and {high:g}"
+                hint = f"correct it, or set the range: {self._range_setting}: [0, 5]"
+                raise BadRowError(message, reason="a score outside of its range", location=location, hint=hint)
+            scores.append(number)
+        if len(scores) != passages and not (len(scores) == 1 and passages == 2):
+            message = f"the row has {passages} passages and {len(scores)} scores"
+            raise BadRowError(message, reason="scores that do not fit", location=location, hint="score each passage")
+        return tuple(scores)
 
     _range_setting = "embedding.score_range"
 
-    def _group(self, rows: Rows, index: int, row_texts: RowTexts, encoded: list[Encoded]) -> TextGroup | None:
-        """At most ``data.max_length`` tokens a text; None where the row is dropped, which is counted."""
+    def _group(self, rows: NumberedRows, index: int, row_texts: RowTexts, encoded: list[Encoded]) -> TextGroup | None:
+        """Build the group of a row with at most ``data.max_length`` tokens per text. Return None if the row is skipped
+        or dropped (and counted).
+        """
         if any(np.array_equal(ids, empty) for ids, _ in encoded for empty in self._empty):
-            self.skip(rows, index, empty_text("a text", rows.place(index)))
+            self.skip(rows, index, empty_text("a text", rows.row_location(index)))
             return None
         lengths, limit = [len(ids) for ids, _ in encoded], self.settings.max_length
-        if not self.is_kept(rows.place(index), lengths):
+        if not self.check_length(rows.row_location(index), lengths):
             return None
         if max(lengths) > limit:
             (encoded,) = self.encode([row_texts], limit)
         label = None if row_texts.name is None else self._names.setdefault(row_texts.name, len(self._names))
         number, scores = rows.number(index), row_texts.scores
         labels = scores if len(scores) == len(encoded) else (0.0,) * len(encoded)
-        texts = tuple(
-            LabeledExample(number, ids, one, segments) for (ids, segments), one in zip(encoded, labels, strict=True)
-        )
+        pairs = zip(encoded, labels, strict=True)
+        texts = tuple(LabeledExample(number, ids, value, segments) for (ids, segments), value in pairs)
         query = hashlib.blake2b(row_texts.query.encode(), digest_size=16).digest()
         group = TextGroup(texts, scores, query, label, self._file_rows)  # type: ignore[arg-type]
         self._file_rows.append(group)
@@ -262,46 +263,47 @@ class RetrievalReader(RowReader[TextGroup], abc.ABC):
         return b"".join(row.digest for row in item.rows)  # type: ignore[attr-defined]
 
     def groups(self, items: Sequence[TextGroup]) -> list[Hashable]:
-        """Rows with the same query are all trained on, or all held out."""
+        """Return the query of each row, so that rows with one query are on the same side of the split."""
         return [item.group for item in items]
 
-    def show(self, row: Any, item: TextGroup) -> ShownExample:
+    def show(self, row: Any, item: TextGroup) -> ExamplePreview:
         assert self.tokenizer is not None
-        place = next(place for place, one in enumerate(item.rows) if one is row)
+        position = next(position for position, candidate in enumerate(item.rows) if candidate is row)
         if item.label is not None:
             label = list(self._names)[item.label]
-        elif place == 0:
+        elif position == 0:
             label = "query"
         else:
-            told = [f"{score:g}" for score in item.scores] or ["passage"]
-            label = [*told, *["negative"] * len(item.rows)][place - 1]
-        return ShownExample(len(row), 1, tuple(pieces(row.tokens, [False] * len(row), self.tokenizer)), label)
+            scores = [f"{score:g}" for score in item.scores] or ["passage"]
+            label = [*scores, *["negative"] * len(item.rows)][position - 1]
+        return ExamplePreview(len(row), 1, tuple(token_spans(row.tokens, [False] * len(row), self.tokenizer)), label)
 
-    def findings(self, items: Sequence[TextGroup], report: Any) -> list[Finding]:
-        """Rows whose passage is that of another query: in one step, each is the other's negative."""
+    def findings(self, items: Sequence[TextGroup], report: Any) -> list[DataFinding]:
+        """Note rows that share a passage with another query, because in-batch negatives exclude such passages."""
         passages = [item.rows[1].tokens.tobytes() for item in items if len(item.rows) > 1]
-        again = len(passages) - len(set(passages))
-        text = f"{count_of(again)} whose passage is that of an earlier one; in one step neither is the other's negative"
-        return [Finding("shared_passages", "note", again, text, "nothing, if both are right")]
+        num_repeated = len(passages) - len(set(passages))
+        text = f"{count_of(num_repeated)} with an earlier row's passage; in one step neither is a negative of the other"
+        return [DataFinding("shared_passages", "note", num_repeated, text, "no action is needed if both are right")]
 
 
-# Token ids int32 (length,), and which text each belongs to, int8 (length,); None for one text.
+# (length,) int32 token ids, and (length,) int8 index of the text that each token belongs to (None if the row is a
+# single text).
 Encoded = tuple[np.ndarray, np.ndarray | None]
 
 
 def _number(value: object) -> float:
-    """A number, or the text of one as a table has it; NaN for all else."""
+    """Convert a number or its text to float. Return NaN for other values."""
     try:
         return float(value) if isinstance(value, int | float | str) else math.nan
     except (ValueError, OverflowError):
         return math.nan
 
 
-def _texts(value: object, column: str, where: str) -> tuple[str, ...]:
-    """One text, or a list of them."""
+def _texts(value: object, column: str, location: str) -> tuple[str, ...]:
+    """Return the text or the list of texts in a cell."""
     if not isinstance(value, list):
-        return (written_text(value, column, where),)
+        return (cell_text(value, column, location),)
     if not value:
-        what = f"'{column}' is an empty list"
-        raise BadRowError(what, reason=WRONG_TYPE, where=where, hint="write at least one text, or remove the row")
-    return tuple(written_text(one, column, where) for one in value)
+        message = f"'{column}' is an empty list"
+        raise BadRowError(message, reason=WRONG_TYPE, location=location, hint="write a text, or remove the row")
+    return tuple(cell_text(text, column, location) for text in value)

@@ -1,7 +1,7 @@
-"""From a file's rows to examples, whatever the task: a task says what one row becomes, all else is here, once.
+"""Base class of readers that convert file rows to examples in memory.
 
-Rows are opened, chosen, skipped with a reason, counted, deduplicated, split, checked and shown. They are held in
-memory; :mod:`deltaw.data.prepare` streams text from files of any size. Knows neither models nor batches.
+Rows are opened, chosen, skipped with a reason, counted, deduplicated, split, checked and displayed in the same way for
+all tasks. :mod:`deltaw.data.prepare` streams text from files of any size instead.
 """
 
 from __future__ import annotations
@@ -14,41 +14,41 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from deltaw.data.check import Check, Finding, bad_rows_found, lengths_of, ordered
-from deltaw.data.chunk import Account, LongRows, Systems, limited, nothing_left, shared_system
+from deltaw.data.check import DataCheck, DataFinding, bad_row_findings, sort_findings, summarize_lengths
+from deltaw.data.chunk import Account, LongRows, Systems, limit_length, no_rows_error, shared_system
 from deltaw.data.columns import require_columns
 from deltaw.data.example import RowGroup, rows_of
 from deltaw.data.formats import check_columns, require
-from deltaw.data.messages import without_nulls
-from deltaw.data.mixture import Train, shown, sources_of
-from deltaw.data.pieces import Piece, pieces
-from deltaw.data.report import BadRowError, BadRows, Progress, Report, Say, count_of, silent
+from deltaw.data.messages import drop_nulls
+from deltaw.data.mixture import Train, format_sources, sources_of
+from deltaw.data.report import BadRowError, BadRows, LogFunction, PreparationReport, ReadProgress, count_of, quiet
 from deltaw.data.row_files import OnBad
 from deltaw.data.row_store import key_of
-from deltaw.data.rows import Row, Rows
-from deltaw.data.sequences import joined
+from deltaw.data.rows import NumberedRows, Row
+from deltaw.data.sequences import concat_rows
 from deltaw.data.settings import DataSettings
 from deltaw.data.sources import (
     check_group,
-    choose,
-    divide,
-    evaluated,
+    choose_rows,
     group_keys,
     groups_of,
     keys_of,
     read_rows,
-    skipping_named,
+    row_errors,
+    split_rows,
+    with_eval_counts,
 )
+from deltaw.data.token_spans import TokenSpan, token_spans
 from deltaw.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Longer than any row.
+# Length limit that no row reaches.
 UNLIMITED = 2**30
-_SHOWN = 5  # places that a finding names
+_MAX_LOCATIONS = 5  # maximum number of row locations in a finding
 
-# Rows that are tokenized at once.
+# Rows per tokenizer call.
 ROWS_AT_ONCE = 4096
 
 Item = TypeVar("Item")
@@ -58,22 +58,22 @@ Tokens = TypeVar("Tokens")
 
 @dataclass(frozen=True)
 class RunData:
-    """The rows of a run.
+    """Training and evaluation rows of a run.
 
     Attributes:
-        train, held_out: rows, or groups of rows.
-        report: the account of all rows.
-        skipped: rows that cannot be used (``data.bad_rows: skip``).
-        classes: names of the classes in the order of the model's outputs; None where there are none.
-        eval_sets: all sets of held-out rows by name, the first of which is ``held_out``; empty where
-            ``data.eval`` gives no names.
-        read_peak_bytes: the most main memory that the process held while tokenizer and rows were read; 0
-            where nobody measured it.
+        train: Training rows, or groups of rows.
+        held_out: Evaluation rows, or groups of rows.
+        report: Row counts of the preparation.
+        skipped: Unusable rows (``data.bad_rows: skip``).
+        classes: Class names in the order of the model's outputs, or None.
+        eval_sets: Evaluation rows by set name, of which ``held_out`` is the first set. Empty if ``data.eval`` has no
+            names.
+        read_peak_bytes: Peak main memory of the process while tokenizer and rows were loaded, or 0 if not measured.
     """
 
     train: Sequence[Any]
     held_out: Sequence[Any]
-    report: Report
+    report: PreparationReport
     skipped: BadRows = field(default_factory=BadRows)
     classes: tuple[str, ...] | None = None
     eval_sets: Mapping[str, Sequence[Any]] = field(default_factory=dict)
@@ -81,94 +81,118 @@ class RunData:
 
     @property
     def sets(self) -> Mapping[str, Sequence[Any]]:
-        """The sets of held-out rows by name, in their order; one set without a name is called ''."""
+        """Return the evaluation rows by set name, in order. A set without a name is called ''."""
         return self.eval_sets or ({"": self.held_out} if len(self.held_out) else {})
 
     @property
-    def every(self) -> Sequence[Any]:
-        """All rows, those to train on first."""
-        return joined(self.train, *(self.sets.values() or [self.held_out]))
+    def all_rows(self) -> Sequence[Any]:
+        """Return all rows, training rows first."""
+        return concat_rows(self.train, *(self.sets.values() or [self.held_out]))
 
-    def mapped(self, change: Callable[[Sequence[Any]], Sequence[Any]]) -> RunData:
-        """With all rows as ``change`` makes them."""
-        held_out = change(self.held_out)
-        sets = {name: held_out if rows is self.held_out else change(rows) for name, rows in self.eval_sets.items()}
-        return replace(self, train=change(self.train), held_out=held_out, eval_sets=sets)
+    def map_rows(self, transform: Callable[[Sequence[Any]], Sequence[Any]]) -> RunData:
+        """Return a copy with ``transform`` applied to each sequence of rows."""
+        eval_rows = transform(self.held_out)
+        sets = {name: eval_rows if rows is self.held_out else transform(rows) for name, rows in self.eval_sets.items()}
+        return replace(self, train=transform(self.train), held_out=eval_rows, eval_sets=sets)
 
 
 @dataclass(frozen=True)
-class ShownExample:
-    """One example of a row.
+class ExamplePreview:
+    """One example of a displayed row.
 
     Attributes:
-        tokens, labels: how many. pieces: its text.
-        label: of a labeled row, the class or the number.
+        tokens: Number of tokens.
+        labels: Number of labels.
+        spans: Decoded text.
+        label: Class name or number of a labeled row.
     """
 
     tokens: int
     labels: int
-    pieces: tuple[Piece, ...]
+    spans: tuple[TokenSpan, ...]
     label: str | None = None
 
 
 @dataclass(frozen=True)
-class ShownRow:
-    """One row of a file and what it becomes.
+class RowPreview:
+    """One row of a file with its examples.
 
     Attributes:
-        row: its number. where: its place. examples: none if it is not used.
-        notes: what happens to it, if not just one example comes of it.
+        row: Row number.
+        location: File and row, for display.
+        examples: Examples of the row, empty if it is not used.
+        notes: Remarks, if the row does not become exactly one example.
     """
 
     row: int
-    where: str
-    examples: tuple[ShownExample, ...]
+    location: str
+    examples: tuple[ExamplePreview, ...]
     notes: tuple[str, ...] = ()
 
 
 class Reader(Protocol):
-    """What a task does with the rows that its settings name."""
+    """Interface of a task's data reader."""
 
-    def prepared(self, seed: int = 0) -> RunData:
-        """The rows of a run; ``seed`` chooses rows (``data.rows``) and those that are held out.
+    def prepare(self, seed: int = 0) -> RunData:
+        """Return the rows of a run.
 
-        Raises:
-            UserError: the data cannot be used; the message names the file and the row.
-        """
-
-    def file(self, reference: str) -> tuple[Sequence[Any], Report]:
-        """One file as evaluation data, with all its rows, duplicates included.
+        Args:
+            seed: Seed for choosing rows (``data.rows``) and for holding rows out.
 
         Raises:
-            UserError: the data cannot be used; the message names the file and the row.
+            UserError: if the data cannot be used. The message names the file and the row.
         """
 
-    def check(self, apart: Sequence[str]) -> Check:
-        """What is wrong, or may be, with the training rows and with the separate evaluation files ``apart``."""
+    def file(self, reference: str) -> tuple[Sequence[Any], PreparationReport]:
+        """Read one file as evaluation data, with all rows including duplicates.
 
-    def rows(self, bad: BadRows) -> Iterator[ShownRow]:
-        """The training rows, one after another, and what they become; those without a place in it, as they cannot
-        be read, are put into ``bad`` before the first row of their source is given."""
+        Raises:
+            UserError: if the data cannot be used. The message names the file and the row.
+        """
+
+    def check(self, eval_files: Sequence[str]) -> DataCheck:
+        """Check the training rows and separate evaluation files.
+
+        Args:
+            eval_files: References of evaluation files.
+        """
+
+    def rows(self, bad: BadRows) -> Iterator[RowPreview]:
+        """Yield the training rows with their examples.
+
+        Args:
+            bad: Collects rows that cannot be read, before the first row of their source is yielded.
+        """
 
 
 class RowReader(abc.ABC, Generic[Item]):
-    """Reads rows into memory. A subclass writes :meth:`example`: one row in, an example or a group of them out.
+    """Reads rows into memory. A subclass implements :meth:`example`, which converts a row to an example or a group.
 
     Args:
-        settings: the ``data:`` section. tokenizer: of the model to be trained.
-        say: told how far a long reading is.
+        settings: The ``data:`` section.
+        tokenizer: Tokenizer of the model.
+        log: Receives progress lines.
 
     Attributes:
-        columns_task: task whose columns (:mod:`deltaw.data.columns`) the rows must have; empty for any columns.
-        form: what the rows are, for reports. noun: a row, in messages.
-        template: how rows become text, for the report: "chat", "plain", or nothing.
-        needs, can_use: columns that each row has, or may have.
-        too_long, same, torn, torn_hint: of findings: rows that are too long, that come twice, and that contradict
-            each other. torn_by_content: whether these are counted by their contents, or by rows.
-        classes: names of the classes, of labeled rows. date: that the template writes into rows.
-        predicts: names of the predictions for rows that were read to predict them.
-        bad: rows that cannot be used. errors: the same by index, of the rows that were read last.
-        account, long: what became of the others. systems: their system messages.
+        columns_task: Task whose columns (:mod:`deltaw.data.columns`) the rows must have. Empty to accept any columns.
+        form: Description of the rows, for reports.
+        noun: Description of one row, for messages.
+        template: "chat", "plain" or an empty string, for the report.
+        needs: Required columns.
+        can_use: Optional columns.
+        too_long_text: Text of the finding about rows that are too long.
+        duplicate_text: Text of the finding about duplicates.
+        contradiction_text: Text of the finding about contradicting rows.
+        contradiction_hint: Hint of the finding about contradicting rows.
+        contradictions_by_content: Count contradicting contents instead of rows.
+        classes: Class names of labeled rows.
+        date: Date that the template writes into rows.
+        predicts: Names of the predictions, for rows read for prediction.
+        bad: Unusable rows.
+        errors: Errors of the unusable rows of the last read, by index.
+        account: Counts of skipped and changed rows.
+        long: Rows that exceed the length limit.
+        systems: Counts of system messages.
     """
 
     columns_task = ""
@@ -178,136 +202,146 @@ class RowReader(abc.ABC, Generic[Item]):
     template = ""
     needs: tuple[str, ...] = ()
     can_use: tuple[str, ...] = ()
-    too_long = "longer than"
-    same = "with the same content as an earlier one"
-    torn, torn_hint = "with the content of another row and another label", "if one is right, remove the other"
-    torn_by_content = True
+    too_long_text = "longer than"
+    duplicate_text = "with the same content as an earlier one"
+    contradiction_text = "with the content of another row and another label"
+    contradiction_hint = "if one is right, remove the other"
+    contradictions_by_content = True
     classes: tuple[str, ...] | None = None
     date: str | None = None
 
     def __init__(
-        self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase | None = None, *, say: Say = silent
+        self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase | None = None, *, log: LogFunction = quiet
     ) -> None:
         if settings.long_rows == "split":
-            raise UserError(f"{self.noun} cannot be divided", where="data.long_rows: split", hint="set cut or drop")
+            raise UserError(f"{self.noun} cannot be divided", location="data.long_rows: split", hint="set cut or drop")
         self.settings = settings
         self.tokenizer = tokenizer
         self.bad = BadRows(settings.bad_rows)
         self.errors: dict[int, BadRowError] = {}
         self.account, self.long, self.systems = Account(), LongRows(), Systems()
-        self._say = say
+        self._log = log
 
-    def example(self, row: Row, number: int, where: str) -> Item:
-        """What a row becomes: an :class:`deltaw.data.example.Example`, or a group of them.
+    def example(self, row: Row, number: int, location: str) -> Item:
+        """Convert a row to an :class:`deltaw.data.example.Example` or a group of examples.
 
         Args:
-            row: its columns, under the names that the task knows. number: of the row in its file.
-            where: its place, for errors.
+            row: Columns under the names that the task uses.
+            number: Number of the row in its file.
+            location: Location of the row, for errors.
 
         Raises:
-            BadRowError: it cannot be used.
+            BadRowError: if the row is unusable.
         """
         raise NotImplementedError
 
-    def examples(self, rows: Rows, indices: Sequence[int]) -> Iterator[Item | None]:
-        """What each of the rows at ``indices`` becomes; None for one that is skipped or dropped, which is
-        counted. A subclass that reads many rows at once does it here."""
+    def examples(self, rows: NumberedRows, indices: Sequence[int]) -> Iterator[Item | None]:
+        """Yield the example of each row at ``indices``, or None if the row is skipped or dropped (and counted).
+
+        Subclasses that process rows in batches override this method.
+        """
         for index in indices:
-            where, row, found = rows.place(index), self.row(rows, index), None
+            location, row, item = rows.row_location(index), self.row(rows, index), None
             try:
-                require(row, self.needs, where, f"every row has {', '.join(map(repr, self.needs))}")
-                found = self.limited(self.example(row, rows.number(index), where), where)
+                require(row, self.needs, location, f"every row has {', '.join(map(repr, self.needs))}")
+                item = self.limit_length(self.example(row, rows.number(index), location), location)
             except BadRowError as error:
                 self.skip(rows, index, error)
-            yield found
+            yield item
 
     def key(self, item: Item) -> bytes:
-        """Equal for duplicates."""
+        """Return bytes that are equal for duplicates."""
         return b"".join(map(key_of, rows_of(item)))  # type: ignore[arg-type]
 
     def content(self, item: Item) -> bytes:
-        """Equal for rows of which no two should differ in their key."""
+        """Return bytes that are equal for rows that contradict each other if their keys differ."""
         return self.key(item)
 
     def groups(self, items: Sequence[Item]) -> list[Hashable]:
-        """Equal for rows that are all trained on or all held out, unless ``data.group`` says which; None for a
-        row that is its own group."""
+        """Return a value per row that is equal for rows on the same side of the split, or None for independent rows.
+
+        ``data.group`` has precedence.
+        """
         return [None] * len(items)
 
-    def completed(self, items: list[Item], seed: int) -> Sequence[Any]:
-        """Rows of one side of the split as they are trained on or evaluated."""
+    def finalize(self, items: list[Item], seed: int) -> Sequence[Any]:
+        """Convert the rows of one side of the split to their final form."""
         return items
 
-    def told(self, report: Report, items: Sequence[Item]) -> Report:
-        """The report with what only rows of this kind have."""
+    def add_counts(self, report: PreparationReport, items: Sequence[Item]) -> PreparationReport:
+        """Add counts that are specific to this kind of rows to the report."""
         return report
 
-    def findings(self, items: Sequence[Item], report: Report) -> list[Finding]:
-        """What a check finds that only rows of this kind have."""
+    def findings(self, items: Sequence[Item], report: PreparationReport) -> list[DataFinding]:
+        """Return findings that are specific to this kind of rows."""
         return []
 
     def notes(self, item: Item) -> list[str]:
-        """What a person is told of a row that is shown."""
+        """Return remarks for the display of a row."""
         return []
 
-    def show(self, row: Any, item: Item) -> ShownExample:
-        """One of an item's rows for a person to see."""
+    def show(self, row: Any, item: Item) -> ExamplePreview:
+        """Return a preview of one row of an item."""
         assert self.tokenizer is not None
-        return ShownExample(len(row), row.label_count, tuple(pieces(row.tokens, row.is_label, self.tokenizer)))
+        return ExamplePreview(len(row), row.label_count, tuple(token_spans(row.tokens, row.is_label, self.tokenizer)))
 
-    def read_source(self, reference: str, on_bad: OnBad | None) -> Rows:
-        """The rows of one source."""
+    def read_source(self, reference: str, on_bad: OnBad | None) -> NumberedRows:
+        """Read the rows of one source."""
         return read_rows(reference, on_bad, max_bytes=self.settings.max_row_bytes)
 
-    @skipping_named()
-    def prepared(self, seed: int = 0) -> RunData:
+    @row_errors()
+    def prepare(self, seed: int = 0) -> RunData:
         items, groups, report = self._read(self.settings.train, seed)
-        report = replace(report, source=shown(self.settings.train))
-        keys, of_groups = keys_of(items, self.key), group_keys(groups)
-        train, held_out, report = divide(
-            items, keys, of_groups, report, self.settings, seed=seed, read_apart=self._read_apart
+        report = replace(report, source=format_sources(self.settings.train))
+        keys, group_digests = keys_of(items, self.key), group_keys(groups)
+        train, eval_rows, report = split_rows(
+            items, keys, group_digests, report, self.settings, seed=seed, read_eval=self._read_eval
         )
-        sides = self.completed(list(train), seed), self.completed(list(held_out), seed)
-        return RunData(*sides, self.told(report, train), self.bad, self.classes)
+        sides = self.finalize(list(train), seed), self.finalize(list(eval_rows), seed)
+        return RunData(*sides, self.add_counts(report, train), self.bad, self.classes)
 
-    @skipping_named()
-    def file(self, reference: str) -> tuple[Sequence[Any], Report]:
-        items, _, report = self._read_apart(reference)
-        return self.completed(items, 0), report
+    @row_errors()
+    def file(self, reference: str) -> tuple[Sequence[Any], PreparationReport]:
+        items, _, report = self._read_eval(reference)
+        return self.finalize(items, 0), report
 
-    def _read_apart(self, reference: Train) -> tuple[list[Item], np.ndarray, Report]:
+    def _read_eval(self, reference: Train) -> tuple[list[Item], np.ndarray, PreparationReport]:
         items, _, report = self._read(reference)
         keys = keys_of(items, self.key)
-        return items, keys, self.told(evaluated(items, report, keys), items)
+        return items, keys, self.add_counts(with_eval_counts(items, report, keys), items)
 
-    def row(self, rows: Rows, index: int) -> Row:
-        """A row under the names that the task knows (``data.columns``)."""
+    def row(self, rows: NumberedRows, index: int) -> Row:
+        """Return a row with its columns under the names that the task uses (``data.columns``)."""
         row = rows[index][1]
         if rows.fills_nulls:
-            row = {column: without_nulls(value) for column, value in row.items()}
-        return {**row, **{ours: row.get(theirs) for ours, theirs in self.settings.columns.items()}}
+            row = {column: drop_nulls(value) for column, value in row.items()}
+        return {**row, **{name: row.get(file_column) for name, file_column in self.settings.columns.items()}}
 
-    def skip(self, rows: Rows, index: int, error: BadRowError) -> None:
-        """Count a row that cannot be used, or raise its error (``data.bad_rows``)."""
+    def skip(self, rows: NumberedRows, index: int, error: BadRowError) -> None:
+        """Count an unusable row, or raise its error (``data.bad_rows``)."""
         self.errors[index] = error
         self.bad.add(error, rows[index][1])
 
-    def limited(self, item: Item, where: str) -> Item | None:
-        """At most ``data.max_length`` tokens a row; None if the item is dropped, which is counted."""
-        rows = limited(rows_of(item), where, self.settings, self.account, self.long)  # type: ignore[arg-type]
+    def limit_length(self, item: Item, location: str) -> Item | None:
+        """Apply ``data.long_rows`` to an item. Return None if it is dropped (and counted)."""
+        rows = limit_length(rows_of(item), location, self.settings, self.account, self.long)  # type: ignore[arg-type]
         if rows is None or not isinstance(item, RowGroup):
             return rows and rows[0]  # type: ignore[return-value]
         return replace(item, rows=rows)
 
-    def encoded(
+    def encode_rows(
         self,
-        rows: Rows,
+        rows: NumberedRows,
         indices: Sequence[int],
         read: Callable[[int], Text],
         encode: Callable[[list[Text]], Sequence[Tokens]],
     ) -> Iterator[tuple[int, Text, Tokens] | None]:
-        """Yield the index, the texts and the tokens of each row, many of which are tokenized at once. Yield None for a
-        row that ``read`` rejects, which is skipped."""
+        """Yield the index, the texts and the tokens of each row, or None if ``read`` rejects the row.
+
+        Args:
+            read: Returns the texts of a row. A BadRowError skips the row.
+            encode: Tokenizes the texts of several rows.
+        """
         for start in range(0, len(indices), ROWS_AT_ONCE):
             part = indices[start : start + ROWS_AT_ONCE]
             texts: dict[int, Text] = {}
@@ -319,138 +353,145 @@ class RowReader(abc.ABC, Generic[Item]):
             tokens = dict(zip(texts, encode(list(texts.values())) if texts else [], strict=True))
             yield from ((index, texts[index], tokens[index]) if index in texts else None for index in part)
 
-    def is_kept(self, where: str, lengths: Sequence[int]) -> bool:
-        """Apply ``data.long_rows`` to a row whose texts have these lengths in tokens, and count it if one is too long.
-        Return False if it is not used."""
-        longest, limit, way = max(lengths), self.settings.max_length, self.settings.long_rows
-        if longest > limit and way == "error":
-            self.long.add(LongRows(1, where, longest, longest))
-        elif longest > limit and way == "drop":
+    def check_length(self, location: str, lengths: Sequence[int]) -> bool:
+        """Apply ``data.long_rows`` to a row whose texts have these lengths in tokens, and count the row if one text is
+        too long.
+
+        Return False if the row is not used.
+        """
+        longest, limit, policy = max(lengths), self.settings.max_length, self.settings.long_rows
+        if longest > limit and policy == "error":
+            self.long.add(LongRows(1, location, longest, longest))
+        elif longest > limit and policy == "drop":
             self.account["dropped_long"] += 1
         elif longest > limit:
             self.account["cut"] += 1
             self.account["tokens_cut"] += sum(max(0, length - limit) for length in lengths)
-        return longest <= limit or way == "cut"
+        return longest <= limit or policy == "cut"
 
-    def usable(self, rows: Rows, chosen: Sequence[int]) -> Sequence[int]:
-        """Those of the chosen rows that :meth:`examples` is asked for."""
+    def select_usable(self, rows: NumberedRows, chosen: Sequence[int]) -> Sequence[int]:
+        """Return the chosen rows that are passed to :meth:`examples`."""
         return chosen
 
     def used_columns(self) -> set[str | None]:
-        """The file's columns that are read."""
+        """Return the columns of the file that are read."""
         return {self.settings.columns.get(name, name) for name in self.needs + self.can_use}
 
-    def _open(self, train: Train) -> Rows:
-        """All rows.
+    def _open(self, train: Train) -> NumberedRows:
+        """Read all rows.
 
         Raises:
-            UserError: they cannot be read, or lack a column.
+            UserError: if the rows cannot be read, or lack a column.
         """
         on_bad = self.bad.add if self.bad.mode == "skip" else None
-        found = []
+        parts = []
         for source in sources_of(train):
             if source.weight != 1 or source.columns is not None or source.form is not None:
-                what = f"a source whose rows are {self.form} has no weight, columns or form of its own"
-                hint = "name the sources alone: data.train: [a.jsonl, b.jsonl]"
-                raise UserError(what, where=f"data.train, {source.reference}", hint=hint)
-            found.append(self.read_source(source.reference, on_bad))
-            self._check_columns(found[-1])
-        return found[0] if len(found) == 1 else Rows.joined(shown(train), found)
+                message = f"a source with {self.form} cannot have its own weight, columns or form"
+                hint = "list only the references: data.train: [a.jsonl, b.jsonl]"
+                raise UserError(message, location=f"data.train, {source.reference}", hint=hint)
+            parts.append(self.read_source(source.reference, on_bad))
+            self._check_columns(parts[-1])
+        return parts[0] if len(parts) == 1 else NumberedRows.concat(format_sources(train), parts)
 
-    def _check_columns(self, rows: Rows) -> None:
+    def _check_columns(self, rows: NumberedRows) -> None:
         columns = self.settings.columns
         check_columns(rows, columns)
         require_columns(self.columns_task, rows.columns, rows.name, columns)
-        there = (set(rows.columns) - set(columns.values())) | set(columns)
-        lacking = [column for column in self.needs if column not in there]
-        if lacking:
-            where = f"{rows.name}, whose columns are {', '.join(map(repr, rows.columns))}"
-            hint = f"{did_you_mean(lacking[0], rows.columns)}; map other names with data.columns: {{{lacking[0]}: …}}"
-            raise UserError(f"{self.form} need the column '{lacking[0]}'", where=where, hint=hint)
+        available = (set(rows.columns) - set(columns.values())) | set(columns)
+        missing = [column for column in self.needs if column not in available]
+        if missing:
+            location = f"{rows.name}, whose columns are {', '.join(map(repr, rows.columns))}"
+            hint = f"{did_you_mean(missing[0], rows.columns)}; map other names with data.columns: {{{missing[0]}: …}}"
+            raise UserError(f"{self.form} need the column '{missing[0]}'", location=location, hint=hint)
 
-    def _read(self, train: Train, seed: int | None = None) -> tuple[list[Item], list[Hashable], Report]:
-        """All usable rows, or those that ``seed`` chooses, their groups, and the report.
+    def _read(self, train: Train, seed: int | None = None) -> tuple[list[Item], list[Hashable], PreparationReport]:
+        """Return all usable rows, or those that ``seed`` chooses, with their groups and the report.
 
         Raises:
-            UserError: a row cannot be used, or none is left.
+            UserError: if a row is unusable, or no usable row exists.
         """
-        known = self.bad.counts.copy()
+        previous_counts = self.bad.counts.copy()
         self.errors = {}
         self.account, self.long, self.systems = Account(), LongRows(), Systems()
         group = self.settings.group if seed is not None else None
         rows = self._open(train)
-        unreadable = (self.bad.counts - known).total()
+        unreadable = (self.bad.counts - previous_counts).total()
         check_group(rows.name, rows.columns, group)
-        chosen = range(len(rows)) if seed is None else choose(len(rows), self.settings.rows, seed)
-        usable = self.usable(rows, chosen)
+        chosen = range(len(rows)) if seed is None else choose_rows(len(rows), self.settings.rows, seed)
+        usable = self.select_usable(rows, chosen)
         items: list[Item] = []
-        kept: list[int] = []
-        progress = Progress(self._say, f"tokenizing {rows.name}", 0)
+        kept_indices: list[int] = []
+        progress = ReadProgress(self._log, f"tokenizing {rows.name}", 0)
         for done, (index, item) in enumerate(zip(usable, self.examples(rows, usable), strict=True), start=1):
             if item is not None:
                 items.append(item)
-                kept.append(index)
-            progress.at(done, 0)
+                kept_indices.append(index)
+            progress.update(done, 0)
         if self.long.count:
             raise self.long.error(self.settings.max_length, can_split=False)
         if not items:
-            skipped = (self.bad.counts - known).total()
-            raise nothing_left(rows.name, self.account, self.bad, skipped, "raise data.max_length, or check the labels")
+            skipped = (self.bad.counts - previous_counts).total()
+            raise no_rows_error(rows.name, self.account, self.bad, skipped, "raise data.max_length or check the labels")
         used = self.used_columns() | {self.settings.group}
-        report = Report(
+        report = PreparationReport(
             source=rows.name,
             form=self.form,
             template=self.template,
             rows_read=len(rows) + unreadable,
             rows_kept=len(items),
-            not_chosen=len(rows) - len(chosen),
+            not_selected=len(rows) - len(chosen),
             unused_columns=tuple(column for column in rows.columns if column not in used),
-            bad_rows=dict(self.bad.counts - known),
+            bad_rows=dict(self.bad.counts - previous_counts),
             date=self.date,
             **shared_system(self.systems),
             **self.account,  # type: ignore[arg-type]
         )
-        return items, groups_of(rows, kept, group) if group else self.groups(items), report
+        return items, groups_of(rows, kept_indices, group) if group else self.groups(items), report
 
-    def _whole(self) -> RowReader[Item]:
-        """A reader of the same rows that refuses none and shortens none."""
-        whole = copy.copy(self)
-        whole.settings = replace(self.settings, bad_rows="skip", long_rows="cut", max_length=UNLIMITED)
-        whole.bad = BadRows("skip")
-        return whole
+    def _without_limits(self) -> RowReader[Item]:
+        """Return a reader of the same rows that skips unusable rows and does not apply the length limit."""
+        reader = copy.copy(self)
+        reader.settings = replace(self.settings, bad_rows="skip", long_rows="cut", max_length=UNLIMITED)
+        reader.bad = BadRows("skip")
+        return reader
 
-    def check(self, apart: Sequence[str]) -> Check:
-        reader, settings, source = self._whole(), self.settings, shown(self.settings.train)
-        items, _, report = reader._read_apart(settings.train)
+    def check(self, eval_files: Sequence[str]) -> DataCheck:
+        reader, settings, source = self._without_limits(), self.settings, format_sources(self.settings.train)
+        items, _, report = reader._read_eval(settings.train)
         report = replace(report, source=source)
         keys, contents = list(map(self.key, items)), list(map(self.content, items))
-        known, of_content, again = set[bytes](), dict[bytes, set[bytes]](), list[Item]()
+        known_keys, keys_by_content, duplicates = set[bytes](), dict[bytes, set[bytes]](), list[Item]()
         for item, key, content in zip(items, keys, contents, strict=True):
-            of_content.setdefault(content, set()).add(key)
-            again += [item] if key in known else []
-            known.add(key)
-        torn = [item for item, content in zip(items, contents, strict=True) if len(of_content[content]) > 1]
-        several = sum(len(of_one) > 1 for of_one in of_content.values()) if self.torn_by_content else len(torn)
-        kept = "dropped" if settings.duplicates == "drop" else "kept"
-        found = bad_rows_found(reader.bad, settings, "")
-        found += self._long(items, source)
-        found.append(_finding("duplicates", again, source, f"{self.same} ({kept})"))
-        found.append(_finding("contradictions", torn, source, self.torn, self.torn_hint, several))
-        found += reader.findings(items, report)
-        if bare := report.without_label:
-            found.append(Finding("without_label", "warning", bare, f"{count_of(bare)} without a label (dropped)"))
-        for name in apart:
-            of_file = reader._whole()
-            others = of_file._read_apart(name)[0]
-            found += bad_rows_found(of_file.bad, settings, f" of {name}")
-            exact = [item for item in others if self.key(item) in known]
-            alike = [item for item in others if self.key(item) not in known and self.content(item) in of_content]
-            said = f"of {name} that are also training rows, which inflates the scores"
-            found.append(_finding("overlap", exact, name, said, "remove them from one of the files"))
-            said = f"of {name} with the content of a training row and another label"
-            found.append(_finding("prompt_overlap", alike, name, said))
+            keys_by_content.setdefault(content, set()).add(key)
+            duplicates += [item] if key in known_keys else []
+            known_keys.add(key)
+        contradictions = [item for item, text in zip(items, contents, strict=True) if len(keys_by_content[text]) > 1]
+        num_contents = sum(len(content_keys) > 1 for content_keys in keys_by_content.values())
+        num_contradictions = num_contents if self.contradictions_by_content else len(contradictions)
+        action = "dropped" if settings.duplicates == "drop" else "kept"
+        findings = bad_row_findings(reader.bad, settings, "")
+        findings += self._long(items, source)
+        findings.append(_finding("duplicates", duplicates, source, f"{self.duplicate_text} ({action})"))
+        text, hint = self.contradiction_text, self.contradiction_hint
+        findings.append(_finding("contradictions", contradictions, source, text, hint, num_contradictions))
+        findings += reader.findings(items, report)
+        if unlabeled := report.without_label:
+            text = f"{count_of(unlabeled)} without a label (dropped)"
+            findings.append(DataFinding("without_label", "warning", unlabeled, text))
+        for name in eval_files:
+            file_reader = reader._without_limits()
+            eval_items = file_reader._read_eval(name)[0]
+            findings += bad_row_findings(file_reader.bad, settings, f" of {name}")
+            exact = [item for item in eval_items if self.key(item) in known_keys]
+            others = [item for item in eval_items if self.key(item) not in known_keys]
+            contradicting = [item for item in others if self.content(item) in keys_by_content]
+            text = f"of {name} that are also training rows, which inflates the scores"
+            findings.append(_finding("overlap", exact, name, text, "remove them from one of the files"))
+            text = f"of {name} with the content of a training row and another label"
+            findings.append(_finding("prompt_overlap", contradicting, name, text))
         lengths = np.array(self._lengths(items))
-        return Check(
+        return DataCheck(
             source,
             report.form,
             report.template,
@@ -458,41 +499,40 @@ class RowReader(abc.ABC, Generic[Item]):
             len(lengths) or len(items),
             int(lengths.sum()),
             report.label_tokens if report.template else None,
-            lengths_of(lengths),
-            ordered(found),
+            summarize_lengths(lengths),
+            sort_findings(findings),
             class_counts=report.class_counts,
         )
 
-    def rows(self, bad: BadRows) -> Iterator[ShownRow]:
-        reader, limit, source = self._whole(), self.settings.max_length, shown(self.settings.train)
+    def rows(self, bad: BadRows) -> Iterator[RowPreview]:
+        reader, limit, source = self._without_limits(), self.settings.max_length, format_sources(self.settings.train)
         reader.bad = bad
-        for item in reader._read_apart(self.settings.train)[0]:
+        for item in reader._read_eval(self.settings.train)[0]:
             notes = self.notes(item)
             if max(self._lengths([item]), default=0) > limit:
                 notes.append(f"longer than data.max_length ({limit:,} tokens): {self.settings.long_rows}")
             examples = tuple(reader.show(row, item) for row in rows_of(item))  # type: ignore[arg-type]
             row = item.row  # type: ignore[attr-defined]
-            yield ShownRow(row, f"{source}, row {row}", examples, tuple(notes))
+            yield RowPreview(row, f"{source}, row {row}", examples, tuple(notes))
 
     def _lengths(self, items: Sequence[Item]) -> list[int]:
-        """Tokens of each row of these items."""
+        """Return the number of tokens of each row of these items."""
         return [len(row) for item in items for row in rows_of(item) if hasattr(row, "tokens")]  # type: ignore[arg-type]
 
-    def _long(self, items: Sequence[Item], source: str) -> list[Finding]:
-        limit, way = self.settings.max_length, self.settings.long_rows
+    def _long(self, items: Sequence[Item], source: str) -> list[DataFinding]:
+        limit, policy = self.settings.max_length, self.settings.long_rows
         long = [item for item in items if max(self._lengths([item]), default=0) > limit]
-        done = {"error": "", "drop": ": dropped", "cut": ": truncated"}.get(way, "")
-        text = f"{self.too_long} data.max_length ({limit:,} tokens){done}"
+        action = {"error": "", "drop": ": dropped", "cut": ": truncated"}.get(policy, "")
+        text = f"{self.too_long_text} data.max_length ({limit:,} tokens){action}"
         hint = f"data.max_length: {max(self._lengths(long), default=0)} fits all"
-        found = _finding("long_rows", long, source, text, hint)
-        return [replace(found, level="error" if way == "error" else "warning")]
+        finding = _finding("long_rows", long, source, text, hint)
+        return [replace(finding, level="error" if policy == "error" else "warning")]
 
 
 def _finding(
     name: str, items: Sequence[Any], source: str, text: str, hint: str | None = None, count: int | None = None
-) -> Finding:
-    """A warning about these items of a file; ``count`` where not they are counted."""
-    places = tuple(f"{source}, row {item.row}" for item in items[:_SHOWN])
-    return Finding(
-        name, "warning", len(items) if count is None else count, f"{count_of(len(items))} {text}", hint, places
-    )
+) -> DataFinding:
+    """Return a warning about items of a file, with ``count`` (by default the number of items)."""
+    locations = tuple(f"{source}, row {item.row}" for item in items[:_MAX_LOCATIONS])
+    count = len(items) if count is None else count
+    return DataFinding(name, "warning", count, f"{count_of(len(items))} {text}", hint, locations)

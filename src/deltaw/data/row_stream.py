@@ -1,10 +1,8 @@
-"""Rows read in chunks, so that a file may be larger than memory.
+"""Chunked reading of rows from sources that may exceed memory.
 
-A stream is read twice: :meth:`RowStream.scan` finds the columns, the number of rows and lines that are not
-readable, before anything slow begins; :meth:`RowStream.chunks` gives the rows. Rows of a small file are kept
-from the first reading. A file that changes between the two is an error.
-
-It knows files and data sets of a hub; not references, formats or tokens.
+A stream is read twice. :meth:`RowStream.scan` determines columns, number of rows and unreadable lines.
+:meth:`RowStream.chunks` yields the rows. Rows of small files are buffered by the scan. A file that changes in between
+raises an error.
 """
 
 from __future__ import annotations
@@ -21,8 +19,8 @@ from deltaw.data.arrow_rows import ArrowRows, rows_of
 from deltaw.data.report import MAX_ROW_BYTES, BadRowError
 from deltaw.data.row_files import (
     TYPED,
+    DecompressedFile,
     OnBad,
-    Opened,
     TableReader,
     delimiter_of,
     kind_of,
@@ -31,28 +29,32 @@ from deltaw.data.row_files import (
     read_lines,
     reading,
 )
-from deltaw.data.rows import Row, Rows
+from deltaw.data.rows import NumberedRows, Row
 from deltaw.errors import UserError
 
 if TYPE_CHECKING:
     import datasets
 
-# A chunk ends with the row that fills one of these. The tokenizer takes about forty times its bytes.
+# Size limits of a chunk. The tokenizer needs about 40 times CHUNK_BYTES of memory.
 CHUNK_ROWS = 1024
 CHUNK_BYTES = 2**20
-# Rows of at most so many bytes are kept from the first reading.
-KEPT_BYTES = 16 * 2**20
-# Files of this many bytes at most count by their whole content, larger ones by parts of it.
+# Maximum number of bytes buffered by the scan.
+MEMORY_BYTES = 16 * 2**20
+# Maximum size of files that are identified by a hash of their entire content.
 SMALL_BYTES = 64 * 2**20
 _PEEKED = 8192
 _SAMPLES, _SAMPLE_BYTES = 64, 64 * 2**10
 
-# Number, row and bytes of it.
+# Row number, row, and size in bytes.
 NumberedRow = tuple[int, Row, int]
 
 
 class UnreadableRow(dict[str, object]):
-    """A row that cannot be read: it has no columns, and ``error`` is the reason."""
+    """Placeholder of a row that cannot be read.
+
+    Attributes:
+        error: Reason.
+    """
 
     def __init__(self, error: BadRowError) -> None:
         super().__init__()
@@ -60,16 +62,18 @@ class UnreadableRow(dict[str, object]):
 
 
 class FilePart:
-    """A file, compressed or not, whose rows may have ``max_bytes``.
+    """File of a source, possibly compressed, with rows of at most ``max_bytes``.
 
     Attributes:
-        name: for messages. bytes: its size; 0 where it is not known.
-        position: bytes read so far. fills_nulls: as in :class:`Rows`.
+        name: Name for messages.
+        bytes: File size, or 0 if unknown.
+        position: Number of bytes read so far.
+        fills_nulls: See :class:`NumberedRows`.
     """
 
     def __init__(self, path: Path, name: str, *, max_bytes: int = MAX_ROW_BYTES) -> None:
         self.name = name
-        self._most = max_bytes
+        self._max_bytes = max_bytes
         self.position = 0
         self._path = path
         self._kind = str(kind_of(path))
@@ -77,128 +81,129 @@ class FilePart:
         with reading(name):
             self.bytes = path.stat().st_size
 
-    def known(self) -> tuple[list[str], int] | None:
-        """Columns and number of rows, where they are known without reading, and no row is too long."""
+    def metadata(self) -> tuple[list[str], int] | None:
+        """Return columns and number of rows if they are available without reading the rows, else None."""
         rows = self._arrow() if self._kind == "parquet" else None
         return None if rows is None or rows.rows is None else (rows.columns, rows.rows)
 
     def read(self, on_bad: OnBad | None) -> Iterator[NumberedRow]:
-        """All rows."""
+        """Yield all rows."""
         if self.fills_nulls:
-            taken = 0
+            bytes_read = 0
             for row in self._arrow().read(on_bad):
-                taken += row[2]
-                self.position = min(self.bytes, taken)
+                bytes_read += row[2]
+                self.position = min(self.bytes, bytes_read)
                 yield row
             return
-        with reading(self.name), Opened(self._path) as opened:
+        with reading(self.name), DecompressedFile(self._path) as opened:
             for row in self._read_text(opened, on_bad):
                 self.position = opened.position
                 yield row
 
     def _arrow(self) -> ArrowRows:
-        return ArrowRows(self._path, self.name, self._kind, max_bytes=self._most)
+        return ArrowRows(self._path, self.name, self._kind, max_bytes=self._max_bytes)
 
-    def _read_text(self, opened: Opened, on_bad: OnBad | None) -> Iterator[NumberedRow]:
+    def _read_text(self, opened: DecompressedFile, on_bad: OnBad | None) -> Iterator[NumberedRow]:
         if self._kind == "jsonl":
-            return read_lines(opened.file, self.name, on_bad, max_bytes=self._most)
+            return read_lines(opened.file, self.name, on_bad, max_bytes=self._max_bytes)
         if self._kind == "json":
-            return read_json(opened.file, self.name, max_bytes=self._most)
+            return read_json(opened.file, self.name, max_bytes=self._max_bytes)
         table = self.table(opened, on_bad)
         return ((n, dict(zip(table.header, cells, strict=True)), sum(map(len, cells))) for n, cells in table)
 
-    def table(self, opened: Opened, on_bad: OnBad | None) -> TableReader:
-        """The cells of a file that is a table."""
-        peeked: Any = opened.file  # each of the readers of :class:`Opened` can look ahead
-        delimiter = "\t" if ".tsv" in self._path.name.lower() else delimiter_of(peeked.peek(_PEEKED))
-        return TableReader(opened.file, self.name, delimiter, on_bad, max_bytes=self._most)
+    def table(self, opened: DecompressedFile, on_bad: OnBad | None) -> TableReader:
+        """Return a reader of a table file."""
+        file: Any = opened.file  # all readers of :class:`DecompressedFile` have peek()
+        delimiter = "\t" if ".tsv" in self._path.name.lower() else delimiter_of(file.peek(_PEEKED))
+        return TableReader(opened.file, self.name, delimiter, on_bad, max_bytes=self._max_bytes)
 
     def lines_of(self, numbers: set[int]) -> dict[int, int]:
-        """Return the lines in which the rows of these numbers begin; empty for a file without lines."""
-        found: dict[int, int] = {}
+        """Return the first line of each row with one of these numbers. Empty for files without lines."""
+        line_of_row: dict[int, int] = {}
         if self._kind == "jsonl":
             return {number: number for number in numbers}
-        with reading(self.name), Opened(self._path) as opened:
+        with reading(self.name), DecompressedFile(self._path) as opened:
             starts: Iterator[tuple[int, int]] = iter(())
             if self._kind == "csv":
-                table = self.table(opened, _told_before)
+                table = self.table(opened, _ignore_bad_row)
                 starts = ((number, table.line) for number, _ in table)
             elif self._kind == "json":
                 starts = object_lines(opened.file, self.name)
             for number, line in starts:
                 if number in numbers:
-                    found[number] = line
+                    line_of_row[number] = line
                 if number >= max(numbers):
                     break
-        return found
+        return line_of_row
 
     def stamp(self) -> object:
-        """Changes when the part is written to; cheap."""
+        """Return a value that changes when the file is written."""
         try:
             status = self._path.stat()
         except OSError as error:
-            what = f"the file disappeared while it was read: {error.strerror or error}"
-            raise UserError(what, where=self.name, hint="start again when it is there for good") from error
+            message = f"the file disappeared while it was read: {error.strerror or error}"
+            raise UserError(message, location=self.name, hint="start again when the file is available") from error
         return status.st_size, status.st_mtime_ns, status.st_ino
 
     def identity(self) -> object | None:
-        """What tells this content from any other; None where nothing does."""
+        """Return a value that identifies the content, or None."""
         with reading(self.name):
             return content_identity(self._path)
 
 
 class HubPart:
-    """A split of a data set that was loaded from a hub, with the members of :class:`FilePart`; its library keeps it
-    on the disk, decoded."""
+    """Split of a hub data set, with the interface of :class:`FilePart`. The datasets library stores it on disk."""
 
-    def __init__(self, found: datasets.Dataset, name: str, *, max_bytes: int = MAX_ROW_BYTES) -> None:
+    def __init__(self, dataset: datasets.Dataset, name: str, *, max_bytes: int = MAX_ROW_BYTES) -> None:
         self.name = name
-        self._most = max_bytes
+        self._max_bytes = max_bytes
         self.bytes = self.position = 0
         self.fills_nulls = True
-        self._found = found
+        self._dataset = dataset
 
-    def known(self) -> tuple[list[str], int] | None:
-        return list(self._found.column_names), len(self._found)
+    def metadata(self) -> tuple[list[str], int] | None:
+        return list(self._dataset.column_names), len(self._dataset)
 
     def read(self, on_bad: OnBad | None) -> Iterator[NumberedRow]:
-        names = list(self._found.column_names)
-        stored = self._found.with_format("arrow")
-        begin = 0
-        for start in range(0, len(self._found), 256):
+        names = list(self._dataset.column_names)
+        stored = self._dataset.with_format("arrow")
+        batch_start = 0
+        for start in range(0, len(self._dataset), 256):
             for batch in stored[start : start + 256].to_batches():
 
-                def made(first: int, stop: int, begin: int = begin) -> list[Row]:
-                    columns = self._found[begin + first : begin + stop]
+                def to_rows(first: int, stop: int, batch_start: int = batch_start) -> list[Row]:
+                    columns = self._dataset[batch_start + first : batch_start + stop]
                     values = zip(*(columns[n] for n in names), strict=True)
                     return [dict(zip(names, row, strict=True)) for row in values]
 
-                yield from rows_of(batch, made, begin + 1, self.name, on_bad, max_bytes=self._most)
-                begin += batch.num_rows
+                yield from rows_of(batch, to_rows, batch_start + 1, self.name, on_bad, max_bytes=self._max_bytes)
+                batch_start += batch.num_rows
 
     def stamp(self) -> object:
-        return len(self._found)
+        return len(self._dataset)
 
     def identity(self) -> object | None:
-        files = [Path(file["filename"]) for file in self._found.cache_files]
-        return [self.name, len(self._found), *map(content_identity, files)] if files else None
+        files = [Path(file["filename"]) for file in self._dataset.cache_files]
+        return [self.name, len(self._dataset), *map(content_identity, files)] if files else None
 
 
 Part = FilePart | HubPart
 
 
 class RowStream:
-    """The rows of one source, in chunks.
+    """Rows of one source in chunks.
 
     Args:
-        name: the reference, as given. parts: its files.
-        on_bad: told of lines that cannot be read, in the first reading; they are skipped then.
-        max_bytes: the most characters of all columns' names together.
+        name: The reference that the user gave.
+        parts: Files of the source.
+        on_bad: Receives unreadable rows during the scan, which are skipped. Without it they raise an error.
+        max_bytes: Maximum total length of all column names.
 
     Attributes:
-        columns: names of all columns, in the order in which they first appear; known after :meth:`scan`.
-        rows: how many rows there are, without the skipped ones. bad: how many were skipped.
-        files: The number of files.
+        columns: Names of all columns in order of first appearance, available after :meth:`scan`.
+        rows: Number of readable rows.
+        bad: Number of skipped rows.
+        files: Number of files.
     """
 
     def __init__(
@@ -210,76 +215,76 @@ class RowStream:
         self.files = len(parts)
         self.fills_nulls = any(part.fills_nulls for part in parts)
         self._parts = list(parts)
-        self._most = max_bytes
+        self._max_bytes = max_bytes
         self._on_bad = on_bad
         self._first_bad: UserError | None = None
         self._stamps = [part.stamp() for part in parts]
-        self._kept: list[list[NumberedRow]] | None = []
+        self._buffered: list[list[NumberedRow]] | None = []
 
     @property
     def bytes(self) -> int:
-        """Of all files."""
+        """Return the total size of all files."""
         return sum(part.bytes for part in self._parts)
 
     @property
     def position(self) -> int:
-        """Bytes read so far in the present reading."""
+        """Return the number of bytes read so far in the current pass."""
         return sum(part.position for part in self._parts)
 
     def identity(self) -> list[object] | None:
-        """What tells this content from any other; None where something does not say."""
-        found = [part.identity() for part in self._parts]
-        return None if any(one is None for one in found) else found
+        """Return a value that identifies the content, or None if a part has no identity."""
+        identities = [part.identity() for part in self._parts]
+        return None if any(identity is None for identity in identities) else identities
 
     def scan(self, on_rows: Callable[[int, int], object] = lambda rows, position: None) -> None:
-        """Read everything once: columns, number of rows, errors.
+        """Read all rows once to determine columns, number of rows and errors.
 
         Args:
-            on_rows: told now and then how many rows and bytes were read so far.
+            on_rows: Called regularly with the number of rows and bytes read so far.
 
         Raises:
-            UserError: a file cannot be read, or there is no row.
+            UserError: if a file cannot be read, or the source has no row.
         """
         columns: dict[str, None] = {}
-        taken = named = 0
+        buffered_bytes = name_length = 0
         for part in self._parts:
-            known = part.known() if self._on_bad is None else None  # one that is too long is not counted
-            if known is not None:
-                columns.update(dict.fromkeys(known[0] if known[1] else ()))
-                self.rows += known[1]
-                self._kept = None
+            metadata = part.metadata() if self._on_bad is None else None  # the metadata counts rows that are too long
+            if metadata is not None:
+                columns.update(dict.fromkeys(metadata[0] if metadata[1] else ()))
+                self.rows += metadata[1]
+                self._buffered = None
                 continue
-            kept: list[NumberedRow] = []
+            part_rows: list[NumberedRow] = []
             for number, row, size in part.read(None if self._on_bad is None else self._skipped):
                 self.rows += 1
                 if not columns.keys() >= row.keys():
-                    named += sum(len(name) for name in row.keys() - columns.keys())
-                    if named > self._most:
-                        what = "the names of the rows' columns, taken together, are longer than a row may be"
-                        hint = "rows have the same columns; raise data.max_row_bytes if there are that many"
-                        raise UserError(what, where=f"{part.name}, row {number}", hint=hint)
+                    name_length += sum(len(name) for name in row.keys() - columns.keys())
+                    if name_length > self._max_bytes:
+                        message = "the column names of the rows have a total length above data.max_row_bytes"
+                        hint = "use the same columns in all rows, or raise data.max_row_bytes"
+                        raise UserError(message, location=f"{part.name}, row {number}", hint=hint)
                     columns.update(dict.fromkeys(row))
-                if self._kept is not None:
-                    taken += size
-                    kept.append((number, row, size))
-                    if taken > KEPT_BYTES:
-                        self._kept, kept = None, []
+                if self._buffered is not None:
+                    buffered_bytes += size
+                    part_rows.append((number, row, size))
+                    if buffered_bytes > MEMORY_BYTES:
+                        self._buffered, part_rows = None, []
                 if self.rows % CHUNK_ROWS == 0:
                     on_rows(self.rows, self.position)
-            if self._kept is not None:
-                self._kept.append(kept)
+            if self._buffered is not None:
+                self._buffered.append(part_rows)
         if not self.rows:
             raise empty_file(self.name, self._first_bad, self.bytes)
         self.columns = list(columns)
 
-    def chunks(self, *, unreadable: bool = False) -> Iterator[Rows]:
-        """All rows in their order, some at a time.
+    def chunks(self, *, unreadable: bool = False) -> Iterator[NumberedRows]:
+        """Yield all rows in order, in chunks.
 
         Args:
-            unreadable: Include each row that cannot be read, as an :class:`UnreadableRow`.
+            unreadable: Include unreadable rows as :class:`UnreadableRow`.
 
         Raises:
-            UserError: a file cannot be read, or is not what it was when the stream was opened.
+            UserError: if a file cannot be read, or changed after the stream was opened.
         """
         count = 0
         for part in self._parts:
@@ -290,18 +295,18 @@ class RowStream:
         stamps = [part.stamp() for part in self._parts]
         changed = [p for p, a, b in zip(self._parts, self._stamps, stamps, strict=True) if a != b]
         if changed or count != self.rows:
-            what, hint = "the file changed while it was read", "start again when nothing writes to it"
-            raise UserError(what, where=changed[0].name if changed else self.name, hint=hint)
+            message, hint = "the file changed while it was read", "start again when no process writes to it"
+            raise UserError(message, location=changed[0].name if changed else self.name, hint=hint)
 
-    def _chunks(self, unreadable: bool) -> Iterator[Rows]:
-        passed_over = None if self._on_bad is None else _told_before
-        for place, part in enumerate(self._parts):
-            source = iter(part.read(passed_over) if self._kept is None else self._kept[place])
+    def _chunks(self, unreadable: bool) -> Iterator[NumberedRows]:
+        on_bad = None if self._on_bad is None else _ignore_bad_row
+        for index, part in enumerate(self._parts):
+            source = iter(part.read(on_bad) if self._buffered is None else self._buffered[index])
             if unreadable:
                 source = _with_unreadable(part)
-            while found := list(_chunk_of(source)):
-                numbers, rows, _ = zip(*found, strict=True)
-                yield Rows(self.name, [(part.name, numbers, rows)], self.columns, fills_nulls=self.fills_nulls)
+            while chunk := list(_chunk_of(source)):
+                numbers, rows, _ = zip(*chunk, strict=True)
+                yield NumberedRows(self.name, [(part.name, numbers, rows)], self.columns, fills_nulls=self.fills_nulls)
 
     def _skipped(self, error: BadRowError, row: object) -> None:
         self.bad += 1
@@ -311,37 +316,38 @@ class RowStream:
 
 
 def _chunk_of(rows: Iterator[NumberedRow]) -> Iterator[NumberedRow]:
-    """The next rows, until they fill a chunk."""
-    taken = 0
+    """Yield the rows of the next chunk."""
+    size = 0
     for count, row in enumerate(rows, start=1):
         yield row
-        taken += row[2]
-        if count == CHUNK_ROWS or taken >= CHUNK_BYTES:
+        size += row[2]
+        if count == CHUNK_ROWS or size >= CHUNK_BYTES:
             return
 
 
 def _with_unreadable(part: Part) -> Iterator[NumberedRow]:
-    """All rows of a part; rows that cannot be read have the number that the error names, or the next one."""
+    """Yield all rows of a part. An unreadable row has the number in its error's location, or the next number."""
     failed: list[BadRowError] = []
     last = 0
     for row in chain(part.read(lambda error, _: failed.append(error)), [None]):
         while failed:
             error = failed.pop(0)
-            named = re.search(r"(?:row|line) (\d+)$", error.where or "")
-            last = int(named[1]) if named else last + 1
+            match = re.search(r"(?:row|line) (\d+)$", error.location or "")
+            last = int(match[1]) if match else last + 1
             yield last, UnreadableRow(error), 0
         if row is not None:
             last = row[0]
             yield row
 
 
-def _told_before(error: BadRowError, row: object) -> None:
-    """The first reading told of it."""
+def _ignore_bad_row(error: BadRowError, row: object) -> None:
+    """Ignore a bad row, which the scan reported."""
 
 
 def content_identity(path: Path) -> list[object]:
-    """What tells a file's content from any other: a hash of all of it, or of a large file its path, size,
-    times of change, and a hash of parts spread over it."""
+    """Return a value that identifies the content of a file: a hash of the content, or for large files the path, size,
+    times and a hash of samples.
+    """
     status = path.stat()
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
@@ -350,13 +356,13 @@ def content_identity(path: Path) -> list[object]:
                 digest.update(block)
             return [digest.hexdigest()]
         sample(file, status.st_size, digest)
-    # The time of the last change of status cannot be set back, as that of content can.
+    # Unlike the modification time, the status change time cannot be set by users.
     times = [status.st_mtime_ns, status.st_ctime_ns if os.name == "posix" else 0]
     return [str(path.resolve()), status.st_size, *times, digest.hexdigest()]
 
 
 def sample(file: Any, size: int, digest: Any) -> None:
-    """Feed parts of a file of ``size`` bytes, spread evenly from its first to its last byte, to a hash."""
+    """Hash evenly spaced parts of a file of ``size`` bytes, including its first and last byte."""
     last = max(0, size - _SAMPLE_BYTES)
     for start in (*range(0, last + 1, max(1, last // (_SAMPLES - 1))), last):
         file.seek(start)
@@ -367,9 +373,10 @@ def empty_file(name: str, bad: UserError | None = None, size: int = 0) -> UserEr
     """Return the error for a file without a usable row.
 
     Args:
-        bad: Error of the first row. size: Bytes of the file.
+        bad: Error of the first unreadable row.
+        size: File size in bytes.
     """
     if bad is not None:
-        return UserError(f"no row can be read; the first error: {bad.what}", where=bad.where, hint=bad.hint)
-    what = "it contains blank lines, a header or an empty list only" if size else "it is empty"
-    return UserError(f"the file has no row: {what}", where=name, hint="name the file that has the rows")
+        return UserError(f"no row can be read; the first error: {bad.message}", location=bad.location, hint=bad.hint)
+    reason = "it contains only blank lines, a header or an empty list" if size else "it is empty"
+    return UserError(f"the file has no row: {reason}", location=name, hint="name the file that has the rows")

@@ -1,7 +1,4 @@
-"""Rows with their numbers: a whole file, several, or a chunk of one.
-
-It knows where in a file a row is, for messages; not how files are read.
-"""
+"""Numbered rows of one or several files."""
 
 from __future__ import annotations
 
@@ -11,14 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 Row = Mapping[str, object]
 
 
-class Rows(Sequence[tuple[int, Row]]):
-    """Rows with their numbers: a sequence of ``(number, row)``.
+class NumberedRows(Sequence[tuple[int, Row]]):
+    """Sequence of ``(number, row)`` over one or several files.
 
     Args:
-        name: the reference, as given.
-        parts: for each file, its name, the numbers of its rows (from 1; lines in JSON Lines) and the rows.
-        columns: names of all columns, in the order in which they first appear.
-        fills_nulls: whether the rows come from typed columns, which hold null where a row has no value.
+        name: The reference that the rows were read from.
+        parts: For each file, its name, the numbers of its rows (from 1, line numbers in JSON Lines) and the rows.
+        columns: Names of all columns, in order of first appearance.
+        fills_nulls: True if the rows come from typed columns, which contain null for missing values.
     """
 
     def __init__(
@@ -41,7 +38,7 @@ class Rows(Sequence[tuple[int, Row]]):
         return self._starts[-1]
 
     def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        """``(number, row)`` for an index, a list of them for a slice."""
+        """Return ``(number, row)`` for an index, or a list of them for a slice."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
@@ -55,31 +52,31 @@ class Rows(Sequence[tuple[int, Row]]):
             yield from zip(numbers, rows, strict=True)
 
     def number(self, index: int) -> int:
-        """The number of the row at ``index``."""
+        """Return the number of the row at ``index``."""
         part, inside = self._find(index)
         return self._parts[part][1][inside]
 
-    def place(self, index: int) -> str:
-        """Where the row at ``index`` is, for a message: ``"data.jsonl, row 7"``."""
+    def row_location(self, index: int) -> str:
+        """Return the location of the row at ``index`` for messages, for example ``"data.jsonl, row 7"``."""
         part, inside = self._find(index)
         name, numbers, _ = self._parts[part]
         return f"{name}, row {numbers[inside]}"
 
     def tables(self) -> list[Table] | None:
-        """The files as tables, if all of them are."""
+        """Return the files as tables, or None if a file is not a table."""
         tables = [rows for _, _, rows in self._parts if isinstance(rows, Table)]
         return tables if len(tables) == len(self._parts) else None
 
     def file(self, index: int) -> str:
-        """The name of the file that the row at ``index`` is in."""
+        """Return the name of the file that contains the row at ``index``."""
         return self._parts[self._find(index)[0]][0]
 
     @staticmethod
-    def joined(name: str, several: Sequence[Rows]) -> Rows:
-        """The rows of several sources, one after another."""
-        columns = dict.fromkeys(column for rows in several for column in rows.columns)
-        fills = any(rows.fills_nulls for rows in several)
-        return Rows(name, [p for rows in several for p in rows._parts], list(columns), fills_nulls=fills)
+    def concat(name: str, sources: Sequence[NumberedRows]) -> NumberedRows:
+        """Concatenate the rows of several sources."""
+        columns = dict.fromkeys(column for rows in sources for column in rows.columns)
+        fills = any(rows.fills_nulls for rows in sources)
+        return NumberedRows(name, [p for rows in sources for p in rows._parts], list(columns), fills_nulls=fills)
 
     def _find(self, index: int) -> tuple[int, int]:
         part = bisect.bisect_right(self._starts, index) - 1
@@ -87,11 +84,12 @@ class Rows(Sequence[tuple[int, Row]]):
 
 
 class Table(Sequence[Row]):
-    """The rows of a table, which all have the same columns: stored as cells, made into rows on access.
+    """Rows with the same columns, stored as cells and converted to mappings on access.
 
     Args:
-        header: names of the columns. rows: the cells of each row.
-        has_header: whether the names come from the file.
+        header: Column names.
+        rows: The cells of each row.
+        has_header: True if the column names come from the file.
     """
 
     def __init__(self, header: Sequence[str], rows: Sequence[Sequence[str]], has_header: bool = True) -> None:

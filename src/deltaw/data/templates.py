@@ -1,9 +1,7 @@
-"""Records become tokens, with a mask that says which of them are labels.
+"""Tokenization of records with a label mask, through the tokenizer's chat template or as plain text.
 
-There are two renderings: the tokenizer's chat template, and plain text. Labels are found by position: what
-precedes an answer is rendered and tokenized alone, as it is when a model is to write the answer, and these
-tokens are no labels. No token is masked because of its value. This module does not know files, length limits
-or batches.
+Labels are located by position: the prompt of each answer is rendered and tokenized separately, as for generation, and
+its tokens are not labels. No token is masked because of its value.
 """
 
 from __future__ import annotations
@@ -18,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from deltaw.data.chat_template import asks_for_date, todays_date, with_date
 from deltaw.data.formats import Pair, Record, Text
-from deltaw.data.messages import Conversation, Message, reasoning, without_blank_answers
-from deltaw.data.pieces import special_tokens
-from deltaw.data.rendering import FAULTS, rendered
-from deltaw.data.report import BadRowError, Refuse, refuse
+from deltaw.data.messages import Conversation, Message, reasoning, unlabel_blank_answers
+from deltaw.data.rendering import FAULTS, render_conversation
+from deltaw.data.report import BadRowError, OnBadRow, raise_error
+from deltaw.data.token_spans import special_tokens
 from deltaw.errors import UserError
 from deltaw.hub.terminators import turn_ends
 
@@ -29,231 +27,235 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# Conversations through a chat template: what precedes each answer when it is written, and the answer.
+# Rendering of conversations.
 #
-# A chat template is arbitrary code, so what it renders is checked: the answer must be there as the row has it,
-# after the prompt that a model is given to write it, and so must all that precedes it. Templates that render an
-# earlier turn differently once more turns follow are no difficulty, since every answer is taken in the context
-# that it is written in. This module knows text; tokens are :mod:`deltaw.data.templates`'s.
+# A chat template is arbitrary code, so that its output is checked: the prompt must contain all context, and the answer
+# must follow it unchanged. Each answer is rendered in the context in which it is generated, because some templates
+# render earlier turns differently when more turns follow.
 
-
-# An answer whose text does not matter.
+# Placeholder of an answer.
 _STAND_IN = "an-answer-of-the-assistant"
 _OPEN_THOUGHT = re.compile(r"<think>\s*$")
 _THOUGHT_BEGINS = re.compile(r"^\s*<think>\s*")
-_HINT = "set data.template: plain to do without the template, data.chat_template to one of your own, or change the row"
+_HINT = "set data.template: plain, name another template in data.chat_template, or change the row"
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One answer of the assistant in the context that it is written in.
+class AssistantTurn:
+    """One assistant answer with the prompt that it is generated from.
 
     Attributes:
-        turn: its place among the messages.
-        prompt: what a model is given to write it, rendered.
-        said: the answer, through the special token that ends its turn.
-        ended: whether there is such a token; otherwise the answer ends with the tokenizer's eos.
-        learned: whether it is a label.
-        text: the answer alone, without end marks.
+        turn: Index of the message.
+        prompt: Rendered prompt.
+        completion: Rendered answer, including the special token that ends the turn.
+        has_end_token: True if the answer ends with a special token. Otherwise the tokenizer's eos is appended.
+        learned: True if the answer is a label.
+        text: Answer without end marks.
     """
 
     turn: int
     prompt: str
-    said: str
-    ended: bool
+    completion: str
+    has_end_token: bool
     learned: bool
     text: str
 
 
 class ChatRenderer:
-    """Renders conversations with one tokenizer's template.
+    """Renders conversations with the chat template of a tokenizer.
 
     Args:
-        tokenizer: with a chat template.
-        marks: the special tokens as text, longest first. ends: those that end a text.
-        date: what templates that ask for the current date are told, as 2026-01-31.
+        tokenizer: Tokenizer with a chat template.
+        marks: Special tokens as text, longest first.
+        end_marks: Special tokens that end a text.
+        date: Current date for templates that use it, for example 2026-01-31.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, marks: tuple[str, ...], ends: frozenset[str], date: str
+        self, tokenizer: PreTrainedTokenizerBase, marks: tuple[str, ...], end_marks: frozenset[str], date: str
     ) -> None:
         self._tokenizer = tokenizer
         self._marks = marks
-        self._ends = ends
+        self._end_marks = end_marks
         self._special: dict[str, Any] = dict(tokenizer.special_tokens_map)
         self._date = date
         self._templates: dict[bool, str] = {}
 
     def template(self, with_tools: bool = False) -> str:
-        """The template's text; some tokenizers have another for conversations with tools."""
+        """Return the template. Some tokenizers have a separate template for conversations with tools."""
         if with_tools not in self._templates:
             try:
                 text = self._tokenizer.get_chat_template(None, [{}] if with_tools else None)
             except ValueError as error:
-                what = "the tokenizer has several chat templates and none is the default"
+                message = "the tokenizer has several chat templates and no default"
                 hint = "name a file with one in data.chat_template, or set data.template: plain"
-                raise UserError(what, where="data.template: chat", hint=hint) from error
+                raise UserError(message, location="data.template: chat", hint=hint) from error
             self._templates[with_tools] = with_date(text, self._date) if asks_for_date(text) else text
         return self._templates[with_tools]
 
     def render(
-        self, messages: Sequence[Message], where: str, *, generation: bool, tools: Sequence[Message] = ()
+        self, messages: Sequence[Message], location: str, *, generation: bool, tools: Sequence[Message] = ()
     ) -> str:
-        """The messages as text; with ``generation``, through what opens the assistant's turn.
+        """Render messages.
+
+        Args:
+            generation: Append the prefix of an assistant message.
 
         Raises:
-            BadRowError: the template does not accept them.
-            TemplateLimitError: it costs more than a rendering may; no other row is tried then.
+            BadRowError: if the template does not accept the messages.
+            TemplateLimitError: if the template exceeds a limit. This error is not limited to one row.
         """
         try:
             return self._rendered(messages, generation, tools)
         except FAULTS as error:
-            if any(message.get("tool_calls") for message in messages):
-                # Some templates want the arguments of calls as JSON text.
+            if any(turn.get("tool_calls") for turn in messages):
+                # Some templates expect the arguments of calls as JSON text.
                 with contextlib.suppress(*FAULTS):
                     return self._rendered([_with_text_arguments(m) for m in messages], generation, tools)
-            what = f"the model's chat template does not accept this conversation: {error}"
+            message = f"the model's chat template does not accept this conversation: {error}"
             hint = "change the conversation, or set data.template: plain"
-            raise BadRowError(what, reason="refused by the chat template", where=where, hint=hint) from error
+            raise BadRowError(message, reason="refused by the chat template", location=location, hint=hint) from error
 
     def _rendered(self, messages: Sequence[Message], generation: bool, tools: Sequence[Message]) -> str:
-        # As the tokenizer's apply_chat_template does, which looks up its special tokens each time.
+        # Equivalent to apply_chat_template, which looks up the special tokens in each call.
         template = self.template(bool(tools))
-        text = rendered(template, messages, generation=generation, tools=tools, variables=self._special)
-        text.encode("utf-8")  # raises for half of a surrogate pair, which tokenizers do not take
+        text = render_conversation(template, messages, generation=generation, tools=tools, variables=self._special)
+        text.encode("utf-8")  # raises for lone surrogates, which tokenizers do not accept
         return text
 
-    def answers(self, conversation: Conversation, where: str, *, only_last: bool) -> list[Answer]:
-        """The answers that are labels, each in its context; if there are none, the last one.
+    def answers(self, conversation: Conversation, location: str, *, only_last: bool) -> list[AssistantTurn]:
+        """Return the answers that are labels, each with its prompt. If no answer is a label, return the last one.
 
         Raises:
-            BadRowError: the template does not render the conversation, or not the answer as it is.
+            BadRowError: if the template rejects the conversation, or changes an answer.
         """
         last = len(conversation.messages) - 1
-        learned = [n for n, may in enumerate(conversation.learned) if may and (n == last or not only_last)]
-        answers = [self._answer(conversation, turn, where) for turn in learned]
+        turns = [n for n, may in enumerate(conversation.learned) if may and (n == last or not only_last)]
+        answers = [self._answer(conversation, turn, location) for turn in turns]
         if not answers:
-            prompt = self.render(conversation.messages[:last], where, generation=True, tools=conversation.tools)
+            prompt = self.render(conversation.messages[:last], location, generation=True, tools=conversation.tools)
             content = str(conversation.messages[last]["content"])
-            answers = [Answer(last, prompt, "", True, False, self.without_marks(content))]
-        self.check_context(answers[-1], conversation, where)
+            answers = [AssistantTurn(last, prompt, "", True, False, self.strip_end_marks(content))]
+        self.check_context(answers[-1], conversation, location)
         return answers
 
-    def after_answer(self, messages: Sequence[Message], reply: Message, tools: Sequence[Message]) -> str:
-        """What follows the end of an answer to ``messages`` when ``reply`` comes next, through what opens the next
-        answer.
+    def render_reply(self, messages: Sequence[Message], reply: Message, tools: Sequence[Message]) -> str:
+        """Return the text between the end of an answer to ``messages`` and the next answer, with ``reply`` in it.
 
         Raises:
-            BadRowError: the template does not accept the reply there, or does not show it.
+            BadRowError: if the template does not accept the reply, or omits it.
         """
-        where = "the environment's text"
-        answered: Message = {"role": "assistant", "content": _STAND_IN}
-        text = self.render([*messages, answered, reply], where, generation=True, tools=tools)
-        _, found, rest = text.rpartition(_STAND_IN)
-        if not found or not _shows(rest, str(reply["content"])):
-            raise _refused(f"it omits the content of a turn ('{reply['role']}')", where)
-        end = next((end for end in self._ends if rest.lstrip().startswith(end)), "")
+        location = "the environment's text"
+        answer: Message = {"role": "assistant", "content": _STAND_IN}
+        text = self.render([*messages, answer, reply], location, generation=True, tools=tools)
+        _, separator, rest = text.rpartition(_STAND_IN)
+        if not separator or not _shows(rest, str(reply["content"])):
+            raise _label_error(f"it omits the content of a turn ('{reply['role']}')", location)
+        end = next((end for end in self._end_marks if rest.lstrip().startswith(end)), "")
         return rest.partition(end)[2] if end else rest
 
-    def check_context(self, answer: Answer, conversation: Conversation, where: str) -> None:
-        """Raise a BadRowError if the prompt of ``answer`` lacks a message that is not the assistant's, or a
-        tool."""
+    def check_context(self, answer: AssistantTurn, conversation: Conversation, location: str) -> None:
+        """Raise a BadRowError if the prompt of ``answer`` omits a tool, or a message of another role."""
         for number, message in enumerate(conversation.messages[: answer.turn], start=1):
             if message["role"] != "assistant" and not _shows(answer.prompt, str(message["content"])):
-                raise _refused(f"it omits the content of turn {number} ('{message['role']}')", where)
+                raise _label_error(f"it omits the content of turn {number} ('{message['role']}')", location)
         for tool in conversation.tools:
             name = _name_of(tool)
             if name and name not in answer.prompt:
-                raise _refused(f"it omits the tool '{name}'", where)
+                raise _label_error(f"it omits the tool '{name}'", location)
 
-    def without_marks(self, text: str) -> str:
-        """An answer without the special tokens that close it."""
+    def strip_end_marks(self, text: str) -> str:
+        """Remove the special tokens at the end of an answer."""
         body, end_of_turn = self._peel(text)
         return text if end_of_turn is None else body
 
-    def _answer(self, conversation: Conversation, turn: int, where: str) -> Answer:
+    def _answer(self, conversation: Conversation, turn: int, location: str) -> AssistantTurn:
         messages, tools = conversation.messages, conversation.tools
         message = messages[turn]
-        prompt = self.render(messages[:turn], where, generation=True, tools=tools)
-        end = self.render(messages[: turn + 1], where, generation=False, tools=tools)
-        said = _after(prompt, end, str(messages[turn - 1]["content"]))
-        if said is None:
-            raise _refused(f"the prompt before turn {turn + 1} is not found in the rendered turn", where)
-        body, end_of_turn = self._peel(said)
-        content = self.without_marks(str(message["content"]))
-        opened = _OPEN_THOUGHT.search(prompt) is not None
-        thinks = self._thinking(opened, body, message, content, turn, where)
-        if thinks is not None:
-            closing = "" if end_of_turn is None else said[len(body) : end_of_turn]
-            return Answer(turn, prompt, thinks + closing, end_of_turn is not None, True, content)
+        prompt = self.render(messages[:turn], location, generation=True, tools=tools)
+        end = self.render(messages[: turn + 1], location, generation=False, tools=tools)
+        completion = _text_after_prompt(prompt, end, str(messages[turn - 1]["content"]))
+        if completion is None:
+            raise _label_error(f"the prompt before turn {turn + 1} is not found in the rendered turn", location)
+        body, end_of_turn = self._peel(completion)
+        content = self.strip_end_marks(str(message["content"]))
+        has_open_thought = _OPEN_THOUGHT.search(prompt) is not None
+        with_reasoning = self._thinking(has_open_thought, body, message, content, turn, location)
+        if with_reasoning is not None:
+            closing = "" if end_of_turn is None else completion[len(body) : end_of_turn]
+            return AssistantTurn(turn, prompt, with_reasoning + closing, end_of_turn is not None, True, content)
         if message.get("tool_calls"):
-            shown = _shows_calls(body, message)
+            is_unchanged = _shows_calls(body, message)
         else:
-            shown = _ends_with(body, _THOUGHT_BEGINS.sub("", content) if opened else content)
-        if not shown and end_of_turn is not None:
-            raise _refused(f"it changes the answer in turn {turn + 1}", where)
-        marked = any(mark in said for mark in self._marks)
-        # A template may also not heed that the prompt for an answer is asked for.
-        if not shown and (marked or self.render(messages[:turn], "", generation=False, tools=tools) == prompt):
-            raise _refused(f"it adds text after the answer in turn {turn + 1}", where)
-        said = said.rstrip() if end_of_turn is None else said[:end_of_turn]
-        return Answer(turn, prompt, said, end_of_turn is not None, True, content)
+            is_unchanged = _ends_with(body, _THOUGHT_BEGINS.sub("", content) if has_open_thought else content)
+        if not is_unchanged and end_of_turn is not None:
+            raise _label_error(f"it changes the answer in turn {turn + 1}", location)
+        marked = any(mark in completion for mark in self._marks)
+        # Some templates ignore add_generation_prompt.
+        if not is_unchanged and (marked or self.render(messages[:turn], "", generation=False, tools=tools) == prompt):
+            raise _label_error(f"it adds text after the answer in turn {turn + 1}", location)
+        completion = completion.rstrip() if end_of_turn is None else completion[:end_of_turn]
+        return AssistantTurn(turn, prompt, completion, end_of_turn is not None, True, content)
 
-    def _thinking(self, opened: bool, body: str, message: Message, content: str, turn: int, where: str) -> str | None:
-        """The answer with the reasoning that the template dropped from it; None if it dropped none.
+    def _thinking(
+        self, has_open_thought: bool, body: str, message: Message, content: str, turn: int, location: str
+    ) -> str | None:
+        """Return the answer with the reasoning that the template dropped from it, or None if the reasoning is complete.
 
-        The reasoning is what a model has to write before its answer, so it is put back where the answer is
-        learned. The prompt may already open it (``opened``).
+        The model has to generate the reasoning before its answer, so that it is restored in labels.
+
+        Args:
+            has_open_thought: True if the prompt ends with an open ``<think>`` tag.
         """
-        apart = reasoning(message)
-        if not apart and "</think>" not in content:
-            if opened and "</think>" not in body:
-                raise _refused(f"it opens a thought, and turn {turn + 1} has none", where)
+        thought = reasoning(message)
+        if not thought and "</think>" not in content:
+            if has_open_thought and "</think>" not in body:
+                raise _label_error(f"it opens a thought, and turn {turn + 1} has no reasoning", location)
             return None
-        if "</think>" in body or (apart and _shows(body, apart)):
-            if not _shows(body, apart or _THOUGHT_BEGINS.sub("", content).partition("</think>")[0]):
-                raise _refused(f"it changes the reasoning of turn {turn + 1}", where)
+        if "</think>" in body or (thought and _shows(body, thought)):
+            if not _shows(body, thought or _THOUGHT_BEGINS.sub("", content).partition("</think>")[0]):
+                raise _label_error(f"it changes the reasoning of turn {turn + 1}", location)
             return None
-        whole = f"<think>\n{apart}\n</think>\n\n{content}" if apart else content
-        tagged = not apart or "</think>" in self.template()
-        if message.get("tool_calls") or not tagged or not _ends_with(whole, body):
-            raise _refused(f"it drops the reasoning of turn {turn + 1}", where)
-        # White space before the answer is the template's, unless it is what stood behind the thought.
+        full_answer = f"<think>\n{thought}\n</think>\n\n{content}" if thought else content
+        has_tags = not thought or "</think>" in self.template()
+        if message.get("tool_calls") or not has_tags or not _ends_with(full_answer, body):
+            raise _label_error(f"it drops the reasoning of turn {turn + 1}", location)
+        # White space before the answer is from the template, unless it followed the thought in the message.
         space = body[: len(body) - len(body.lstrip())]
-        if opened or whole.rpartition("</think>")[2].startswith(space):
+        if has_open_thought or full_answer.rpartition("</think>")[2].startswith(space):
             space = ""
-        return space + (_THOUGHT_BEGINS.sub("", whole) if opened else whole.lstrip()).rstrip()
+        return space + (_THOUGHT_BEGINS.sub("", full_answer) if has_open_thought else full_answer.lstrip()).rstrip()
 
     def _peel(self, text: str) -> tuple[str, int | None]:
-        """Text without the special tokens that close it, and where the end of the turn ends; None if no such
-        token closes the text.
+        """Strip special tokens and white space from the end of a text.
 
-        That is the first of them that ends a text, or simply the first: ``<|end|>`` where a template writes
-        ``<|end|><|endoftext|>``.
+        Returns:
+            The text, and the position after the special token that ends the turn, or None without such a token. It is
+            the first trailing token that ends a text, or else the first trailing token: ``<|end|>`` in
+            ``<|end|><|endoftext|>``.
         """
         stop, end, is_end = len(text.rstrip()), None, False
         while True:
             mark = next((mark for mark in self._marks if text.endswith(mark, 0, stop)), None)
             if mark is None:
                 return text[:stop], end
-            if mark in self._ends or not is_end:
-                end, is_end = stop, mark in self._ends
+            if mark in self._end_marks or not is_end:
+                end, is_end = stop, mark in self._end_marks
             stop = len(text[: stop - len(mark)].rstrip())
 
 
-def _after(prompt: str, end: str, asked: str) -> str | None:
-    """What follows the prompt in the rendered turn.
+def _text_after_prompt(prompt: str, end: str, last_message: str) -> str | None:
+    """Return the text after the prompt in the rendered turn, or None if the prompt is not found.
 
-    Some templates render what precedes an answer differently once it is there: a system message that stands
-    in the last question only, a thought that only the prompt opens. Then it is what follows the last
-    occurrence of the prompt's end, from the last message on. None if that does not occur.
+    Some templates render the context differently when an answer follows, for example a system message or an opened
+    thought. Then the part of the prompt from the last message is searched instead.
     """
     if end.startswith(prompt):
         return end[len(prompt) :]
-    place = prompt.rfind(asked.strip()) if asked.strip() else -1
-    if place < 0:
+    position = prompt.rfind(last_message.strip()) if last_message.strip() else -1
+    if position < 0:
         return None
-    ending = prompt[place:]
+    ending = prompt[position:]
     at = end.rfind(ending)
     if at >= 0:
         return end[at + len(ending) :]
@@ -269,19 +271,19 @@ def _squeeze(text: str) -> str:
 
 
 def _ends_with(text: str, content: str) -> bool:
-    """Whether ``text`` ends with ``content``, ignoring white space, which templates trim."""
+    """Return True if ``text`` ends with ``content``, ignoring white space, which templates trim."""
     return text.endswith(content.strip()) or _squeeze(text).endswith(_squeeze(content))
 
 
 def _shows(text: str, content: str) -> bool:
-    """Whether ``text`` contains ``content``: as it is, ignoring white space, or as a JSON string."""
+    """Return True if ``text`` contains ``content`` verbatim, ignoring white space, or as a JSON string."""
     if content.strip() in text or _squeeze(content) in _squeeze(text):
         return True
     return json.dumps(content, ensure_ascii=False)[1:-1] in text or json.dumps(content)[1:-1] in text
 
 
 def _shows_calls(text: str, message: Message) -> bool:
-    """Whether an answer with tool calls is rendered with its text and the names of the tools."""
+    """Return True if a rendered answer contains its text and the names of its tool calls."""
     calls = message["tool_calls"] if isinstance(message["tool_calls"], list) else []
     names = [_name_of(call) for call in calls if isinstance(call, dict)]
     return _shows(text, str(message["content"])) and bool(names) and all(name and name in text for name in names)
@@ -297,28 +299,27 @@ def _with_text_arguments(message: Message) -> Message:
 
 
 def _name_of(tool: Message) -> str:
-    """The name of a tool or of a call of one."""
+    """Return the name of a tool, or of a tool call."""
     function = tool.get("function", tool)
     return str(function.get("name", "")) if isinstance(function, dict) else ""
 
 
-def _refused(what: str, where: str) -> BadRowError:
-    what = f"the labels cannot be found with the model's chat template: {what}"
-    return BadRowError(what, reason="labels not found with the chat template", where=where, hint=_HINT)
+def _label_error(reason: str, location: str) -> BadRowError:
+    reason = f"the labels cannot be found with the model's chat template: {reason}"
+    return BadRowError(reason, reason="labels not found with the chat template", location=location, hint=_HINT)
 
 
-# Plain text instead of a chat template: what the parts of a record are, and which of them are labels.
-#
-# It knows text; tokens are :mod:`deltaw.data.templates`'s.
+# Plain text, without a chat template.
 
 
 @dataclass(frozen=True)
-class PlainPart:
-    """A part of plain text that is tokenized on its own.
+class TextSpan:
+    """Part of a plain text that is tokenized separately.
 
     Attributes:
-        completion: whether it ends with eos. learned: whether it is a label.
-        turn: of a conversation's answer, its place among the messages.
+        completion: Append eos.
+        learned: True if the part is a label.
+        turn: For an answer of a conversation, its message index.
     """
 
     text: str
@@ -327,60 +328,64 @@ class PlainPart:
     turn: int | None = None
 
 
-def plain_parts(record: Record, where: str) -> list[PlainPart]:
-    """A record as parts of text.
+def plain_parts(record: Record, location: str) -> list[TextSpan]:
+    """Divide a record into parts of plain text.
 
     Raises:
-        BadRowError: it has tools, which plain text has no form for.
+        BadRowError: if the record has tools or tool calls, which plain text cannot represent.
     """
     if isinstance(record, Text):
-        return [PlainPart(record.text, completion=True, learned=bool(record.text.strip()))]
+        return [TextSpan(record.text, completion=True, learned=bool(record.text.strip()))]
     if isinstance(record, Pair):
         prompt = f"{record.system}\n{record.prompt}" if record.system else record.prompt
         learned = bool(record.completion.strip())
-        return [PlainPart(prompt, False, False), PlainPart(record.completion, True, learned)]
-    parts: list[PlainPart] = []
+        return [TextSpan(prompt, False, False), TextSpan(record.completion, True, learned)]
+    parts: list[TextSpan] = []
     context: list[Message] = []
-    record = without_blank_answers(record)
+    record = unlabel_blank_answers(record)
     if record.tools:
-        raise _needs_template("tools need", where)
+        raise _needs_template("tools need", location)
     for turn, (message, learned) in enumerate(zip(record.messages, record.learned, strict=True)):
         if message.get("tool_calls"):
-            raise _needs_template("tool calls need", where)
+            raise _needs_template("tool calls need", location)
         if message["role"] != "assistant":
             context.append(message)
             continue
-        before = "".join(f"{message['content']}\n" for message in context)
-        parts += [PlainPart(before, False, False), PlainPart(str(message["content"]), True, learned, turn)]
+        prompt_text = "".join(f"{message['content']}\n" for message in context)
+        parts += [TextSpan(prompt_text, False, False), TextSpan(str(message["content"]), True, learned, turn)]
         context = []
     return parts
 
 
-def _needs_template(what: str, where: str) -> BadRowError:
+def _needs_template(subject: str, location: str) -> BadRowError:
     hint = "set data.template: chat, or name a template in data.chat_template"
-    return BadRowError(f"{what} a chat template", reason="tools without a chat template", where=where, hint=hint)
+    return BadRowError(
+        f"{subject} a chat template", reason="tools without a chat template", location=location, hint=hint
+    )
 
 
-# The turns of a conversation become as few examples as exactness allows.
-#
-# A template may render earlier turns differently once more turns follow, for example without their reasoning.
-# Each turn is then an example of its own, in the context that it is written in. Turns whose tokens are a prefix
-# of a later turn's are learned in that turn's example: no token sees what follows it. It knows tokens alone.
+# Merging of turns into examples. Turns whose tokens are a prefix of a later turn's tokens are trained in the same
+# example, which is exact because attention is causal. If the template renders earlier turns differently when more turns
+# follow, they become separate examples.
 
 
-def fewest(turns: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The turns, given as all tokens through the end of each, in groups: one example each.
+def group_by_prefix(turns: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Group turns into examples.
 
-    The tokens of a group's turns are prefixes of those of its last turn. Groups and turns keep their order.
+    The tokens of all turns of a group are prefixes of the tokens of its last turn. Groups and turns preserve their
+    order.
+
+    Args:
+        turns: For each turn, all tokens through its end.
     """
     groups: list[list[int]] = []
     for turn in reversed(range(len(turns))):
         tokens = turns[turn]
-        found = next((group for group in groups if turns[group[-1]][: len(tokens)] == tokens), None)
-        if found is None:
+        matching_group = next((group for group in groups if turns[group[-1]][: len(tokens)] == tokens), None)
+        if matching_group is None:
             groups.append([turn])
         else:
-            found.insert(0, turn)
+            matching_group.insert(0, turn)
     return groups[::-1]
 
 
@@ -390,14 +395,14 @@ LabelsName = Literal["all-turns", "last"]
 
 @dataclass(frozen=True)
 class Encoded:
-    """The tokens of a record, or of some turns of it.
+    """Tokens of a record, or of some of its turns.
 
     Attributes:
-        tokens: token ids, up to the end of the last completion.
-        spans: half-open ranges of labels in ``tokens``.
-        prompt_length: tokens before the last completion.
-        answer: the last completion without end marks; None for plain text.
-        turns: of a conversation, for each of ``spans`` its place among the messages.
+        tokens: Token ids through the end of the last completion.
+        spans: Half-open ranges of labels in ``tokens``.
+        prompt_length: Number of tokens before the last completion.
+        answer: Last completion without end marks, or None if the record is plain text.
+        turns: For a conversation, the message index of each span.
     """
 
     tokens: list[int]
@@ -408,20 +413,21 @@ class Encoded:
 
 
 class Encoder:
-    """Turns records into tokens with one tokenizer and one template.
+    """Converts records to tokens with one tokenizer and template.
 
     Args:
-        tokenizer: of the model to be trained.
-        template: "chat", "plain", or "auto": chat if the tokenizer has a template.
-        labels: "all-turns" makes every answer of the assistant a label, "last" the last one only.
-        date: what templates that ask for the current date are told, as 2026-01-31; None for today's.
+        tokenizer: Tokenizer of the model.
+        template: "chat", "plain", or "auto" to use the chat template if the tokenizer has one.
+        labels: "all-turns" to train on all assistant turns, "last" to train on the last one.
+        date: Current date for templates that use it, for example 2026-01-31. The default is today.
 
     Attributes:
-        chat, template: the rendering in use, as ``template`` "chat" or "plain".
-        leading: the tokens that begin every plain text, such as BOS.
+        chat: True if the chat template is used.
+        template: "chat" or "plain".
+        leading: Tokens at the start of each plain text, for example BOS.
 
     Raises:
-        UserError: "chat" is asked for, and the tokenizer has no template.
+        UserError: if "chat" is requested and the tokenizer has no template.
     """
 
     def __init__(
@@ -434,79 +440,83 @@ class Encoder:
         has_template = bool(getattr(tokenizer, "chat_template", None))
         if template == "chat" and not has_template:
             hint = "set data.template: plain, name a file in data.chat_template, or use the instruction-tuned model"
-            raise UserError("the model's tokenizer has no chat template", where="data.template: chat", hint=hint)
+            raise UserError("the model's tokenizer has no chat template", location="data.template: chat", hint=hint)
         self.chat = has_template if template == "auto" else template == "chat"
         self.template = "chat" if self.chat else "plain"
         self.labels = labels
         self._tokenizer = tokenizer
-        ends = {*turn_ends(tokenizer), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
-        special = ends | special_tokens(tokenizer).keys()
-        self._special_ids = frozenset(special)
-        texts = {str(token) for token in tokenizer.convert_ids_to_tokens(sorted(special))}
+        end_ids = {*turn_ends(tokenizer), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
+        special_ids = end_ids | special_tokens(tokenizer).keys()
+        self._special_ids = frozenset(special_ids)
+        special_texts = {str(token) for token in tokenizer.convert_ids_to_tokens(sorted(special_ids))}
         self.leading = _leading_tokens(tokenizer)
         self._date = date or todays_date()
-        marks = tuple(sorted(texts - {""}, key=len, reverse=True))
-        names = frozenset(str(token) for token in tokenizer.convert_ids_to_tokens(sorted(ends)))
+        marks = tuple(sorted(special_texts - {""}, key=len, reverse=True))
+        names = frozenset(str(token) for token in tokenizer.convert_ids_to_tokens(sorted(end_ids)))
         self._renderer = ChatRenderer(tokenizer, marks, names, self._date)
 
     @property
-    def dated(self) -> str | None:
-        """The date that the template writes into rows; None if it writes none."""
+    def template_date(self) -> str | None:
+        """Return the date that the template writes into rows, or None."""
         return self._date if self.chat and asks_for_date(str(self._tokenizer.chat_template)) else None
 
     @property
     def identity(self) -> str:
-        """A hash of what the tokens of a record depend on, besides the tokenizer's vocabulary."""
-        parts = [self.template, self.labels, str(self.dated), repr(self.leading), str(self._special_ids)]
+        """Return a hash of everything that affects the tokens of a record, except the tokenizer's vocabulary."""
+        parts = [self.template, self.labels, str(self.template_date), repr(self.leading), str(self._special_ids)]
         parts.append(repr(self._tokenizer.chat_template) if self.chat else "")
         parts.append(str(self._tokenizer.eos_token_id))
         return hashlib.blake2b("\0".join(parts).encode("utf-8", "replace"), digest_size=16).hexdigest()
 
     def encode(
-        self, records: Sequence[Record | None], places: Sequence[str], on_bad: Refuse = refuse
+        self, records: Sequence[Record | None], locations: Sequence[str], on_bad: OnBadRow = raise_error
     ) -> list[list[Encoded]]:
-        """Encode records; ``places`` says where each of them is, for messages.
+        """Tokenize records.
+
+        Args:
+            locations: Location of each record, for messages.
+            on_bad: Receives the errors of unusable records.
 
         Returns:
-            for each record its tokens, in order: several if the template renders earlier turns differently
-            once more turns follow, none for a record that is None or that ``on_bad`` was told of.
+            The token sequences of each record: several if the template renders earlier turns differently when more
+            turns follow, none if the record is None or was passed to ``on_bad``.
 
         Raises:
-            BadRowError: the template does not render a record, or its labels cannot be found.
+            BadRowError: if the template rejects a record, or its labels cannot be located.
         """
-        drafts: dict[int, tuple[Conversation, list[Answer]]] = {}
-        parts: dict[int, list[PlainPart]] = {}
-        for index, (record, where) in enumerate(zip(records, places, strict=True)):
+        drafts: dict[int, tuple[Conversation, list[AssistantTurn]]] = {}
+        parts: dict[int, list[TextSpan]] = {}
+        for index, (record, location) in enumerate(zip(records, locations, strict=True)):
             try:
                 if isinstance(record, Pair) and self.chat:
                     record = record.conversation()
                 if isinstance(record, Conversation) and self.chat:
-                    record = without_blank_answers(record)
-                    drafts[index] = record, self._renderer.answers(record, where, only_last=self.labels == "last")
+                    record = unlabel_blank_answers(record)
+                    drafts[index] = record, self._renderer.answers(record, location, only_last=self.labels == "last")
                 elif record is not None:
-                    parts[index] = plain_parts(record, where)
+                    parts[index] = plain_parts(record, location)
             except BadRowError as error:
                 on_bad(index, error)
-        # Each answer is tokenized twice: its prompt alone, and with the prompt.
-        texts = [text for _, found in drafts.values() for a in found for text in (a.prompt, a.prompt + a.said)]
-        texts += [part.text for found in parts.values() for part in found]
+        # Tokenize each prompt twice, without and with its answer.
+        texts = [text for _, items in drafts.values() for a in items for text in (a.prompt, a.prompt + a.completion)]
+        texts += [part.text for items in parts.values() for part in items]
         tokens = iter(self._tokenize(texts))
         encoded: list[list[Encoded]] = [[] for _ in records]
         for index, (conversation, answers) in drafts.items():
-            rendered = [(next(tokens), next(tokens)) for _ in answers]
+            token_pairs = [(next(tokens), next(tokens)) for _ in answers]
             try:
-                encoded[index] = self._finish(conversation, answers, rendered, places[index])
+                encoded[index] = self._finish(conversation, answers, token_pairs, locations[index])
             except BadRowError as error:
                 on_bad(index, error)
-        for index, found in parts.items():
-            encoded[index] = [self._join(found, [next(tokens) for _ in found], records[index])]
+        for index, items in parts.items():
+            encoded[index] = [self._join(items, [next(tokens) for _ in items], records[index])]
         return encoded
 
     def prompt(self, prompt: str | Sequence[Message], tools: Sequence[Message] = ()) -> list[int]:
-        """The tokens of ``prompt``, rendered as in training, for a model to answer.
+        """Return the tokens of a prompt, rendered as in training.
 
         Args:
-            tools: that the model may call; a chat template writes them, plain text has no place for them.
+            tools: Tools that the model may call. Ignored for plain text.
         """
         if self.chat:
             if isinstance(prompt, str):
@@ -514,24 +524,25 @@ class Encoder:
             return self._tokenize([self._renderer.render(prompt, "the prompt", generation=True, tools=tools)])[0]
         if isinstance(prompt, str):
             return self._with_leading(self._tokenize([prompt])[0])
-        # With some answer at the end, the messages are a row; what precedes that answer is the prompt.
+        # Render a row with a placeholder answer, and return the part before the answer.
         messages: tuple[Message, ...] = (*prompt, {"role": "assistant", "content": "a"})
         parts = plain_parts(Conversation(messages, (False,) * len(messages)), "the prompt")
         row = self._join(parts, self._tokenize([part.text for part in parts]), None)
         return row.tokens[: row.prompt_length]
 
-    def after_answer(self, messages: Sequence[Message], reply: Message, tools: Sequence[Message] = ()) -> list[int]:
-        """The tokens between the end token of an answer to ``messages`` and the next answer, with ``reply`` in them.
+    def encode_reply(self, messages: Sequence[Message], reply: Message, tools: Sequence[Message] = ()) -> list[int]:
+        """Return the tokens between the end token of an answer to ``messages`` and the next answer, with ``reply`` in
+        them.
 
         Raises:
-            BadRowError: the template does not accept the reply there, or does not show it.
+            BadRowError: if the template does not accept the reply, or omits it.
         """
-        text = self._renderer.after_answer(messages, reply, tools) if self.chat else f"{reply['content']}\n"
+        text = self._renderer.render_reply(messages, reply, tools) if self.chat else f"{reply['content']}\n"
         return self._tokenize([text])[0]
 
-    def without_marks(self, answer: str) -> str:
-        """An answer without the special tokens that close it."""
-        return self._renderer.without_marks(answer)
+    def strip_end_marks(self, answer: str) -> str:
+        """Remove the special tokens at the end of an answer."""
+        return self._renderer.strip_end_marks(answer)
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         if not texts:
@@ -540,71 +551,79 @@ class Encoder:
         return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
     def _finish(
-        self, conversation: Conversation, answers: list[Answer], tokens: list[tuple[list[int], list[int]]], where: str
+        self,
+        conversation: Conversation,
+        answers: list[AssistantTurn],
+        tokens: list[tuple[list[int], list[int]]],
+        location: str,
     ) -> list[Encoded]:
-        """Divide the answers among as few examples as their contexts allow, and check them.
+        """Merge the answers into examples and check their contexts.
 
         Args:
-            tokens: of each answer those of its prompt, and of both together.
+            tokens: For each answer, the tokens of its prompt, and of prompt and answer together.
         """
         prompts = [prompt for prompt, _ in tokens]
-        wholes = [self._with_prompt(answer, *both, where) for answer, both in zip(answers, tokens, strict=True)]
-        found: list[Encoded] = []
-        for group in fewest(wholes):
+        sequences = [self._with_prompt(answer, *pair, location) for answer, pair in zip(answers, tokens, strict=True)]
+        encoded: list[Encoded] = []
+        for group in group_by_prefix(sequences):
             last = answers[group[-1]]
             if last is not answers[-1]:
-                self._renderer.check_context(last, conversation, where)
-            learned = [n for n in group if answers[n].learned]
-            spans = [(len(prompts[n]), len(wholes[n])) for n in learned]
-            turns = tuple(answers[n].turn for n in learned)
-            found.append(Encoded(wholes[group[-1]], spans, len(prompts[group[-1]]), last.text, turns))
-        return found
+                self._renderer.check_context(last, conversation, location)
+            trained = [n for n in group if answers[n].learned]
+            spans = [(len(prompts[n]), len(sequences[n])) for n in trained]
+            turns = tuple(answers[n].turn for n in trained)
+            encoded.append(Encoded(sequences[group[-1]], spans, len(prompts[group[-1]]), last.text, turns))
+        return encoded
 
-    def _with_prompt(self, answer: Answer, prompt: list[int], whole: list[int], where: str) -> list[int]:
-        """The tokens of a prompt and its answer, through the end of the turn.
+    def _with_prompt(self, answer: AssistantTurn, prompt: list[int], sequence: list[int], location: str) -> list[int]:
+        """Return the tokens of a prompt and its answer through the end of the turn.
 
-        The prompt's tokens are those of the prompt alone: that is what the model will be given.
+        The prompt is tokenized separately, as for generation.
+
+        Args:
+            prompt: Tokens of the prompt.
+            sequence: Tokens of prompt and answer, tokenized together.
         """
-        if whole[: len(prompt)] != prompt:
-            told = self._text(whole)
-            whole = prompt + self._tokenize([answer.said])[0]
-            if self._text(whole) != told:
-                raise _refused(f"the tokens of the prompt change when turn {answer.turn + 1} follows", where)
-        if not answer.ended:
-            return self._with_eos(whole)
-        if answer.said and whole[-1] not in self._special_ids:
-            raise _refused(f"the end of turn {answer.turn + 1} is not found in the tokens", where)
-        return whole
+        if sequence[: len(prompt)] != prompt:
+            text = self._text(sequence)
+            sequence = prompt + self._tokenize([answer.completion])[0]
+            if self._text(sequence) != text:
+                raise _label_error(f"the tokens of the prompt change when turn {answer.turn + 1} follows", location)
+        if not answer.has_end_token:
+            return self._with_eos(sequence)
+        if answer.completion and sequence[-1] not in self._special_ids:
+            raise _label_error(f"the end of turn {answer.turn + 1} is not found in the tokens", location)
+        return sequence
 
     def _text(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
 
-    def _join(self, parts: list[PlainPart], tokens: list[list[int]], record: Record | None) -> Encoded:
-        joined: list[int] = []
+    def _join(self, parts: list[TextSpan], tokens: list[list[int]], record: Record | None) -> Encoded:
+        sequence: list[int] = []
         spans: list[tuple[int, int]] = []
         turns: list[int] = []
         prompt_length = 0
         for number, (part, ids) in enumerate(zip(parts, tokens, strict=True)):
             if number == 0:
                 ids = self._with_leading(ids)
-            start = len(joined)
-            joined += self._with_eos(ids) if part.completion else ids
+            start = len(sequence)
+            sequence += self._with_eos(ids) if part.completion else ids
             if not part.completion:
                 continue
             prompt_length = start
             if part.learned and (number == len(parts) - 1 or self.labels == "all-turns"):
-                # Nothing precedes the first token, so it is never predicted.
-                spans.append((max(start, 1), len(joined)))
+                # The first token has no preceding token and is never predicted.
+                spans.append((max(start, 1), len(sequence)))
                 turns += [] if part.turn is None else [part.turn]
         if record is None:
-            return Encoded(joined, spans, prompt_length, None)
+            return Encoded(sequence, spans, prompt_length, None)
         if isinstance(record, Text):
-            return Encoded(joined, spans, 0, None)
+            return Encoded(sequence, spans, 0, None)
         answer = record.completion if isinstance(record, Pair) else str(record.messages[-1]["content"])
-        return Encoded(joined, spans, prompt_length, self.without_marks(answer), tuple(turns))
+        return Encoded(sequence, spans, prompt_length, self.strip_end_marks(answer), tuple(turns))
 
     def _with_leading(self, tokens: list[int]) -> list[int]:
-        """With the tokens that the tokenizer adds before any text, such as BOS, once."""
+        """Prepend the tokens that the tokenizer adds to every text, for example BOS, unless they are present."""
         return tokens if tokens[: len(self.leading)] == self.leading else self.leading + tokens
 
     def _with_eos(self, tokens: list[int]) -> list[int]:
@@ -613,8 +632,10 @@ class Encoder:
 
 
 def _leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that the tokenizer adds before a text, found by tokenizing one."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    marked = tokenizer("a")["input_ids"]
-    starts = range(len(marked) - len(bare) + 1)
-    return next((list(marked[:start]) for start in starts if marked[start : start + len(bare)] == bare), [])
+    """Return the tokens that the tokenizer adds before a text."""
+    without_special = tokenizer("a", add_special_tokens=False)["input_ids"]
+    with_special = tokenizer("a")["input_ids"]
+    length = len(without_special)
+    starts = range(len(with_special) - length + 1)
+    matches = (start for start in starts if with_special[start : start + length] == without_special)
+    return list(with_special[: next(matches, 0)])

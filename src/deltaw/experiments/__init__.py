@@ -1,4 +1,4 @@
-"""Experiments: several trainings on the same rows. compare trains methods, tune searches settings.
+"""Experiments: several trainings on the same rows. ``compare`` trains methods, ``tune`` searches settings.
 
-An experiment has a folder of its own. It writes each result there at once and resumes from what is there.
+An experiment stores each result in its folder immediately, so that it can be resumed.
 """

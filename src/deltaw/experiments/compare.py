@@ -1,10 +1,9 @@
 """Compare methods on the same rows: find a learning rate for each method, then train it with each seed.
 
-The work is a sequence of jobs, done here or on a cluster. Here, one worker process tries the rates, with the first
-seed, and keeps the model between them; on a cluster, methods are tuned side by side. Each final training has a
-process of its own, so that its peak memory is measured alone. All methods are trained with one seed before any is
-trained with the next. Every result is stored at once, and an interrupted comparison resumes from what is stored. The
-parent process loads no model.
+The work is a sequence of jobs, which run locally or on a cluster. Locally, one worker process tries the rates with the
+first seed and caches the model; on a cluster, methods are tuned in parallel. Each final training runs in a separate
+process, so that its peak memory can be measured. All methods are trained with one seed before the next seed starts.
+Every result is stored immediately, so an interrupted comparison can be resumed. The parent process loads no model.
 """
 
 from __future__ import annotations
@@ -17,61 +16,74 @@ from functools import partial
 from pathlib import Path
 
 from deltaw import tasks
-from deltaw.durable import replacing, write_text
+from deltaw.atomic_files import atomic_path, write_text
 from deltaw.errors import UserError, did_you_mean
-from deltaw.experiments.comparison import BASE, Comparison, as_json, comparison_markdown, gathered
-from deltaw.experiments.entry import Entry
-from deltaw.experiments.folder import ExperimentFolder, changed, require_held_out, settings_of
-from deltaw.experiments.jobs import Child, Cluster, Found, Job, WorkerEnded, check_cluster, elsewhere, here
-from deltaw.experiments.until_flat import Pace
+from deltaw.experiments.comparison import BASE, Comparison, as_json, build_comparison, comparison_markdown
+from deltaw.experiments.entry import ComparedMethod
+from deltaw.experiments.folder import ExperimentFolder, describe_changes, require_held_out, result_settings
+from deltaw.experiments.jobs import (
+    Cluster,
+    Job,
+    JobResult,
+    WorkerExited,
+    WorkerProcess,
+    check_cluster,
+    run_locally,
+    run_on_cluster,
+)
+from deltaw.experiments.until_flat import ProgressLog
 from deltaw.methods import registry
 from deltaw.runs.folder import remember_settings
 from deltaw.settings import RunConfig
-from deltaw.training.callbacks import Say, silent
+from deltaw.training.callbacks import LogFunction, ignore_line
 
-# The share of the budget for which a learning rate is tried.
-SHARE = 0.3
+# Share of the budget for trying a learning rate.
+RATE_BUDGET_SHARE = 0.3
 SEEDS = 1
-# Of the way in which methods are trained and scored; another number where older results are not comparable.
+# Version of the training and scoring procedure. Increased if older results are not comparable.
 PROCEDURE = 2
 PAGE, FIGURE, NUMBERS = "comparison.md", "comparison.png", "comparison.json"
-# Settings that a comparison sets itself; results of another rate are told by the rate.
-OWN = ("train.learning_rate", "train.schedule")
-# Cost of evaluating the untrained model, in trainings; used for the remaining time only.
+# Settings controlled by the comparison. Results with a different learning rate are identified by the rate.
+CONTROLLED_SETTINGS = ("train.learning_rate", "train.schedule")
+# Cost of evaluating the untrained model in units of one training, for time estimates.
 BASE_WORK = 0.2
 
 
 @dataclasses.dataclass
 class ComparisonJobs:
-    """What is left to do of a comparison, as jobs: the base model, learning rates, and final trainings.
+    """Remaining jobs of a comparison: the base model, learning rates, and final trainings.
 
-    Each rate is tried after the one that it follows from; a method's final trainings begin once its rate is known.
-    Every answer is stored in its method's entry and reported in a line.
+    The next rate of a method depends on the results of the previous ones, and its final trainings start when its rate
+    is known. Every answer is stored in its method's entry and logged.
 
     Args:
-        base: the untrained model; None where it is not scored, or has been handed out.
-        share: of the budget, for which a rate is tried. seeds: that each method is trained with.
-        written: called after each final training.
+        entries: Methods of the comparison.
+        base: The untrained model, or None if it is not scored or its job was already returned.
+        experiment: Folder of the experiment.
+        pace: Progress log.
+        share: Share of the budget for trying a rate.
+        seeds: Seeds of the final trainings.
+        on_update: Called after each final training.
     """
 
-    entries: Sequence[Entry]
-    base: Entry | None
-    place: ExperimentFolder
-    pace: Pace
+    entries: Sequence[ComparedMethod]
+    base: ComparedMethod | None
+    experiment: ExperimentFolder
+    pace: ProgressLog
     share: float
     seeds: Sequence[int]
-    written: Callable[[], object]
-    _ends: dict[str, Callable[[Found], None]] = dataclasses.field(default_factory=dict)
+    on_update: Callable[[], object]
+    _handlers: dict[str, Callable[[JobResult], None]] = dataclasses.field(default_factory=dict)
 
-    def know_rates(self, child: Child) -> None:
-        """Ask for the usual rates of the methods that are tuned, which follow from the model's shape."""
+    def request_default_rates(self, child: WorkerProcess) -> None:
+        """Request the default rates of the tuned methods, which depend on the model's shape."""
         for entry in self.entries:
             if entry.planned is not None:
                 continue
             try:
-                found = child.ask("usual", config=entry.config.model_dump(mode="json"))
-                entry.piece["usual_rate"] = found["usual_rate"]
-            except (UserError, WorkerEnded) as error:
+                answer = child.ask("usual", config=entry.config.model_dump(mode="json"))
+                entry.piece["usual_rate"] = answer["usual_rate"]
+            except (UserError, WorkerExited) as error:
                 self._no_rate(entry, error)
 
     def next(self) -> Job | None:
@@ -80,10 +92,10 @@ class ComparisonJobs:
             return self._job(BASE, "base", partial(self._base_scored, base), base.config)
         for entry in self.entries:
             rate = None if entry.error is not None else entry.next_rate()
-            if rate is not None and entry.method not in self._ends:
-                ends = partial(self._rate_tried, entry, rate)
-                job = self._job(entry.method, "rate", ends, entry.config, rate=rate, share=self.share)
-                return dataclasses.replace(job, log=self.place.log(f"tuning-{entry.method}"))
+            if rate is not None and entry.method not in self._handlers:
+                on_result = partial(self._rate_tried, entry, rate)
+                job = self._job(entry.method, "rate", on_result, entry.config, rate=rate, share=self.share)
+                return dataclasses.replace(job, log=self.experiment.log(f"tuning-{entry.method}"))
         for seed in self.seeds:
             for entry in self.entries:
                 if (run := self._run(entry, seed)) is not None:
@@ -91,111 +103,111 @@ class ComparisonJobs:
         return None
 
     def report(self, key: str, report: Mapping[str, object]) -> bool:
-        """These jobs report nothing on the way."""
+        """Continue: these jobs have no intermediate results."""
         return True
 
-    def ended(self, key: str, found: Found) -> None:
-        self._ends.pop(key)(found)
+    def complete(self, key: str, result: JobResult) -> None:
+        self._handlers.pop(key)(result)
 
-    def _job(self, key: str, do: str, ends: Callable[[Found], None], config: RunConfig, **request: object) -> Job:
-        self._ends[key] = ends
-        return Job(key, do, self.place.log(key), {"config": config.model_dump(mode="json"), **request})
+    def _job(self, key: str, do: str, handle: Callable[[JobResult], None], config: RunConfig, **request: object) -> Job:
+        self._handlers[key] = handle
+        return Job(key, do, self.experiment.log(key), {"config": config.model_dump(mode="json"), **request})
 
-    def _run(self, entry: Entry, seed: int) -> Job | None:
-        """The final training with a seed, where it is left to do and can begin; what an interrupted one left is
-        removed."""
+    def _run(self, entry: ComparedMethod, seed: int) -> Job | None:
+        """Return the final training with a seed if it is due. The folder of an interrupted one is removed."""
         key, rate = f"{entry.method}-seed-{seed}", entry.chosen()
-        if entry.error is not None or rate is None or key in self._ends:
+        if entry.error is not None or rate is None or key in self._handlers:
             return None
         if entry.next_rate() is not None or entry.run(seed) is not None:
             return None
         folder = Path(entry.config.output) / f"seed-{seed}"
         if str(seed) not in (entry.piece.get("runs") or {}):
-            self.place.remove(folder)
+            self.experiment.remove(folder)
         entry.store(seed, None)
-        self.place.write_piece(entry.method, entry.piece)
+        self.experiment.write_piece(entry.method, entry.piece)
         config = entry.config.with_train(learning_rate=rate, seed=seed).model_copy(update={"output": str(folder)})
-        # The plan is the same for every seed. The peak of memory is measured in a process that does nothing else.
+        # The plan is the same for every seed. A separate process is needed to measure the peak memory.
         job = self._job(key, "run", partial(self._trained, entry, seed, rate), config, plan=seed == self.seeds[0])
-        return dataclasses.replace(job, alone=True)
+        return dataclasses.replace(job, separate_process=True)
 
-    def _base_scored(self, base: Entry, found: Found) -> None:
-        if isinstance(found, UserError | WorkerEnded):
-            self.pace.did(f"{BASE}: {found}", BASE_WORK)
+    def _base_scored(self, base: ComparedMethod, result: JobResult) -> None:
+        if isinstance(result, UserError | WorkerExited):
+            self.pace.report_done(f"{BASE}: {result}", BASE_WORK)
             return
-        base.piece |= found
-        self.place.write_piece(BASE, base.piece)
-        self.pace.did(f"{BASE}: {_score_text(base.piece)}", BASE_WORK)
+        base.piece |= result
+        self.experiment.write_piece(BASE, base.piece)
+        self.pace.report_done(f"{BASE}: {_score_text(base.piece)}", BASE_WORK)
 
-    def _rate_tried(self, entry: Entry, rate: float, found: Found) -> None:
-        if isinstance(found, UserError | WorkerEnded):
-            self._no_rate(entry, found)
+    def _rate_tried(self, entry: ComparedMethod, rate: float, result: JobResult) -> None:
+        if isinstance(result, UserError | WorkerExited):
+            self._no_rate(entry, result)
             return
-        loss = math.inf if found["loss"] is None else float(str(found["loss"]))
+        loss = math.inf if result["loss"] is None else float(str(result["loss"]))
         if rate not in (entry.planned or ()):
-            self.pace.more(self.share)
+            self.pace.add_work(self.share)
         tried = sorted((entry.losses | {rate: loss}).items())
         entry.piece["rates"] = [[r, x if math.isfinite(x) else None] for r, x in tried]
-        self.place.write_piece(entry.method, entry.piece)
-        said = f"validation loss {loss:.4f}" if math.isfinite(loss) else "diverged"
-        self.pace.did(f"{entry.method}: learning rate {rate:g}: {said}", self.share)
+        self.experiment.write_piece(entry.method, entry.piece)
+        outcome = f"validation loss {loss:.4f}" if math.isfinite(loss) else "diverged"
+        self.pace.report_done(f"{entry.method}: learning rate {rate:g}: {outcome}", self.share)
         if entry.next_rate() is None and entry.chosen() is None:
             lowest = min(entry.losses)
-            what = f"training diverged at every learning rate tried, down to {lowest:g}"
-            self._no_rate(entry, UserError(what, hint=f"try lower ones: --rates {entry.method}={lowest / 10:.1g}"))
+            message = f"training diverged at every learning rate tried, down to {lowest:g}"
+            self._no_rate(entry, UserError(message, hint=f"try lower ones: --rates {entry.method}={lowest / 10:.1g}"))
 
-    def _no_rate(self, entry: Entry, error: UserError | WorkerEnded) -> None:
+    def _no_rate(self, entry: ComparedMethod, error: UserError | WorkerExited) -> None:
         untried = 0 if entry.fixed else max(0, 3 - len(entry.losses))
         self._failed(entry, error, len(self.seeds) + untried * self.share)
 
-    def _trained(self, entry: Entry, seed: int, rate: float, found: Found) -> None:
-        which = "" if len(self.seeds) == 1 else f"seed {seed}"
-        if isinstance(found, UserError | WorkerEnded):
-            left = [other for other in self.seeds if other >= seed]
-            self._failed(entry, found, float(len(left)), which and f"{which}: ")
+    def _trained(self, entry: ComparedMethod, seed: int, rate: float, result: JobResult) -> None:
+        seed_text = "" if len(self.seeds) == 1 else f"seed {seed}"
+        if isinstance(result, UserError | WorkerExited):
+            remaining_seeds = [number for number in self.seeds if number >= seed]
+            self._failed(entry, result, float(len(remaining_seeds)), seed_text and f"{seed_text}: ")
         else:
-            entry.store(seed, {"learning_rate": rate, **found})
-            remember_settings(entry.config)  # the run may have been made on another machine
-            self.place.write_piece(entry.method, entry.piece)
-            self.pace.did(f"{entry.method}: trained at {rate:g}{which and f', {which}'}: {_run_text(found)}", 1.0)
-        self.written()
+            entry.store(seed, {"learning_rate": rate, **result})
+            remember_settings(entry.config)  # the run may have been trained on another machine
+            self.experiment.write_piece(entry.method, entry.piece)
+            text = f"{entry.method}: trained at {rate:g}{seed_text and f', {seed_text}'}: {_run_text(result)}"
+            self.pace.report_done(text, 1.0)
+        self.on_update()
 
-    def _failed(self, entry: Entry, error: UserError | WorkerEnded, work: float, which: str = "") -> None:
-        """Store why a method has no result; the other methods continue.
+    def _failed(self, entry: ComparedMethod, error: UserError | WorkerExited, work: float, seed_text: str = "") -> None:
+        """Store the error of a method. The other methods continue.
 
         Args:
-            work: that need not be done now.
-            which: what it failed with.
+            work: Work to subtract from the remaining work.
+            seed_text: Prefix of the message.
         """
-        told = error if isinstance(error, UserError) else UserError(str(error))
-        entry.error = UserError(f"{which}{told.what}", where=told.where, hint=told.hint)
-        self.pace.more(-work)
-        self.pace.did(f"{entry.method}: not possible: {entry.error.what}", 0.0)
+        user_error = error if isinstance(error, UserError) else UserError(str(error))
+        entry.error = UserError(f"{seed_text}{user_error.message}", location=user_error.location, hint=user_error.hint)
+        self.pace.add_work(-work)
+        self.pace.report_done(f"{entry.method}: not possible: {entry.error.message}", 0.0)
 
 
-def _run_text(found: Mapping[str, object]) -> str:
-    """A final training in a few words."""
-    flat = f"{'flattened' if found['flattened'] else 'not flattened'} in {found['steps']} steps"
-    if found.get("one_answer") is not None:
-        return f"one answer to every row ('{found['one_answer']}'), {flat}"
-    return f"{_score_text(found)}, {flat}"
+def _run_text(result: Mapping[str, object]) -> str:
+    """Return a summary of a final training."""
+    length_text = f"{'flattened' if result['flattened'] else 'not flattened'} in {result['steps']} steps"
+    if result.get("single_answer") is not None:
+        return f"one answer to every row ('{result['single_answer']}'), {length_text}"
+    return f"{_score_text(result)}, {length_text}"
 
 
-def _score_text(found: Mapping[str, object]) -> str:
-    score = found.get("score")
+def _score_text(result: Mapping[str, object]) -> str:
+    score = result.get("score")
     return f"{score['metric']} {score['value']:.4f}" if isinstance(score, dict) else "no score"
 
 
 def check_methods(methods: Sequence[str]) -> list[str]:
-    """The methods without repetitions.
+    """Return the methods without duplicates.
 
     Raises:
-        UserError: no method is named, or one is unknown.
+        UserError: If no method is given, or one is unknown.
     """
     for method in methods:
-        registry.entry_of(method, where="--methods")
+        registry.entry_of(method, location="--methods")
     if not methods:
-        raise UserError("no method is named", where="--methods", hint="name some, as in --methods lora,head")
+        raise UserError("no method is given", location="--methods", hint="for example --methods lora,head")
     return list(dict.fromkeys(methods))
 
 
@@ -205,76 +217,76 @@ def compare(
     *,
     folder: str | os.PathLike[str],
     rates: Mapping[str, Sequence[float]] | None = None,
-    share: float = SHARE,
+    share: float = RATE_BUDGET_SHARE,
     seeds: int = SEEDS,
     reference: str | None = None,
     cluster: Cluster | None = None,
-    say: Say = silent,
+    log: LogFunction = ignore_line,
     draw: Callable[[Comparison, Path], None] | None = None,
 ) -> Comparison:
     """Train each method on the same rows and score all of them on the same held-out rows.
 
-    Each training goes on until its validation loss flattens or its budget ends: ``train.time``, or else the
-    steps of ``train.max_steps`` or ``train.epochs``.
+    Each training continues until its validation loss flattens or its budget ends: ``train.time``, or else the steps of
+    ``train.max_steps`` or ``train.epochs``.
 
     Args:
-        config: the settings of every run; its ``method`` and ``output`` are ignored.
-        methods: names of the methods.
-        folder: where everything is written; a comparison that exists there is resumed.
-        rates: learning rates to try, by method; a single rate is used without a trial. The default is
-            ``train.learning_rate`` if that is a number, else a grid around the method's usual rate.
-        share: the share of the budget for which a rate is tried.
-        seeds: with how many seeds each method is trained: ``train.seed`` and those after it.
-        reference: the method that all others are compared with; the best by default.
-        cluster: the machines that trainings run on, several at once; by default one after another on this
-            one.
-        say: told lines that a person may want to read.
-        draw: writes the finished comparison's figure to a path; None writes no figure.
+        config: Settings of every run. ``method`` and ``output`` are ignored.
+        methods: Names of the methods.
+        folder: Output folder. An existing comparison is resumed.
+        rates: Learning rates to try by method. A single rate is used without a trial. The default is
+            ``train.learning_rate`` if it is a number, else a grid around the method's default rate.
+        share: Share of the budget for trying a rate.
+        seeds: Number of seeds: ``train.seed`` and the following ones.
+        reference: Reference method of the differences, by default the best one.
+        cluster: Cluster for parallel trainings. By default, trainings run locally, one after another.
+        log: Receives messages for the user.
+        draw: Writes the figure of the finished comparison to a path. None writes no figure.
 
     Raises:
-        UserError: the input cannot be used, or no method could run. If only some methods cannot run, the
-            result gives the reason for each instead.
+        UserError: If the input cannot be used, or no method could run. If only some methods cannot run, the result
+            contains their errors instead.
     """
     methods = check_methods(methods)
     _check(config, methods, seeds, reference)
     if cluster is not None:
         check_cluster(cluster)
-    # The same rows for all seeds.
+    # Use the same rows for all seeds.
     config = config.model_copy(update={"data": dataclasses.replace(config.data, seed=config.data_seed)})
     numbers = [config.train.seed + number for number in range(seeds)]
-    with ExperimentFolder(Path(os.path.expanduser(folder)), "comparison") as place:
-        entries = [_entry(config, method, rates or {}, share, numbers, place, say) for method in methods]
-        base = _base_entry(config, place)
-        pace = Pace(say, _work(entries, base, share, numbers))
+    with ExperimentFolder(Path(os.path.expanduser(folder)), "comparison") as experiment:
+        entries = [_entry(config, method, rates or {}, share, numbers, experiment, log) for method in methods]
+        base = _base_entry(config, experiment)
+        pace = ProgressLog(log, _work(entries, base, share, numbers))
 
-        def written(draw: Callable[[Comparison, Path], None] | None = None) -> Comparison:
-            place.kept = any(entry.runs(numbers) for entry in entries)
+        def update(draw: Callable[[Comparison, Path], None] | None = None) -> Comparison:
+            experiment.has_results = any(entry.runs(numbers) for entry in entries)
             done = _done(entries, numbers)
-            known = gathered(config, entries, base, seeds=done, reference=reference, folder=str(place.path))
-            _write(known, place, draw)
-            return known
+            path = str(experiment.path)
+            comparison = build_comparison(config, entries, base, seeds=done, reference=reference, folder=path)
+            _write(comparison, experiment, draw)
+            return comparison
 
-        jobs = ComparisonJobs(entries, base, place, pace, share=share, seeds=numbers, written=written)
-        with Child(place.log("tuning")) as child:
-            jobs.know_rates(child)
+        jobs = ComparisonJobs(entries, base, experiment, pace, share=share, seeds=numbers, on_update=update)
+        with WorkerProcess(experiment.log("tuning")) as child:
+            jobs.request_default_rates(child)
             if cluster is None:
-                here(jobs, child)
+                run_locally(jobs, child)
         if cluster is not None:
-            elsewhere(jobs, cluster, place.path, gpu=config.device != "cpu")
-        written()
-        if not place.kept:
+            run_on_cluster(jobs, cluster, experiment.path, gpu=config.device != "cpu")
+        update()
+        if not experiment.has_results:
             raise next(entry.error for entry in entries if entry.error is not None)
-        return written(draw)
+        return update(draw)
 
 
 def _check(config: RunConfig, methods: Sequence[str], seeds: int, reference: str | None) -> None:
-    """Refuse what cannot be compared, before anything is written."""
+    """Reject settings that cannot be compared, before anything is written."""
     require_held_out(config)
     if seeds < 1:
-        raise UserError(f"--seeds is {seeds}", where="--seeds", hint="train with at least one seed")
+        raise UserError(f"--seeds is {seeds}", location="--seeds", hint="train with at least one seed")
     if reference is not None and reference not in methods:
-        what = f"'{reference}' is not one of the methods that are compared"
-        raise UserError(what, where="--reference", hint=did_you_mean(reference, methods))
+        message = f"'{reference}' is not one of the compared methods"
+        raise UserError(message, location="--reference", hint=did_you_mean(reference, methods))
 
 
 def _entry(
@@ -283,45 +295,46 @@ def _entry(
     rates: Mapping[str, Sequence[float]],
     share: float,
     seeds: Sequence[int],
-    place: ExperimentFolder,
-    say: Say,
-) -> Entry:
-    """A method with its stored results, unless those were made with other settings."""
-    asked = list(rates[method]) if method in rates else None
+    experiment: ExperimentFolder,
+    log: LogFunction,
+) -> ComparedMethod:
+    """Return a method with its stored results, unless they were created with other settings."""
+    user_rates = list(rates[method]) if method in rates else None
     fixed = config.train.learning_rate
-    if asked is None and not isinstance(fixed, str):
-        asked = [float(fixed)]
-    config = config.model_copy(update={"method": method, "output": str(place.path / method)})
-    settings = settings_of(config, without=OWN) | {"share of the budget for tuning": share, "procedure": PROCEDURE}
-    piece = place.piece(method)
-    if piece and (lines := changed(piece.get("settings"), settings)):
-        say(f"{method} starts anew: {'; '.join(lines[:4])}")
+    if user_rates is None and not isinstance(fixed, str):
+        user_rates = [float(fixed)]
+    config = config.model_copy(update={"method": method, "output": str(experiment.path / method)})
+    settings = result_settings(config, without=CONTROLLED_SETTINGS)
+    settings |= {"share of the budget for tuning": share, "procedure": PROCEDURE}
+    piece = experiment.piece(method)
+    if piece and (lines := describe_changes(piece.get("settings"), settings)):
+        log(f"{method} starts over: {'; '.join(lines[:4])}")
         piece = {}
-    entry = Entry(method, config, asked, {**piece, "settings": settings})
+    entry = ComparedMethod(method, config, user_rates, {**piece, "settings": settings})
     done = len(entry.runs(seeds))
     if done == len(seeds):
-        say(f"{method}: done before")
+        log(f"{method}: done before")
     elif done:
-        say(f"{method}: {done} of {len(seeds)} seeds trained before")
+        log(f"{method}: {done} of {len(seeds)} seeds trained before")
     elif entry.losses:
-        say(f"{method}: {len(entry.losses)} learning rates tried before")
+        log(f"{method}: {len(entry.losses)} learning rates tried before")
     return entry
 
 
-def _base_entry(config: RunConfig, place: ExperimentFolder) -> Entry | None:
-    """The untrained model; it can be scored only if it has its own output head."""
+def _base_entry(config: RunConfig, experiment: ExperimentFolder) -> ComparedMethod | None:
+    """Return the untrained model if it can be scored, that is, if it needs no new head."""
     if tasks.entry_of(config.task).new_head:
         return None
-    of_model = {k: v for k, v in settings_of(config).items() if not k.startswith(("train.", "method", "lora."))}
-    settings = of_model | {"train.seed": config.train.seed, "procedure": PROCEDURE}
-    piece = place.piece(BASE)
-    if changed(piece.get("settings"), settings):
+    settings = {k: v for k, v in result_settings(config).items() if not k.startswith(("train.", "method", "lora."))}
+    settings |= {"train.seed": config.train.seed, "procedure": PROCEDURE}
+    piece = experiment.piece(BASE)
+    if describe_changes(piece.get("settings"), settings):
         piece = {"settings": settings}
-    return Entry(BASE, config, [0.0], piece)
+    return ComparedMethod(BASE, config, [0.0], piece)
 
 
-def _work(entries: Sequence[Entry], base: Entry | None, share: float, seeds: Sequence[int]) -> float:
-    """Number of trainings that remain, not counting rates beyond the grid."""
+def _work(entries: Sequence[ComparedMethod], base: ComparedMethod | None, share: float, seeds: Sequence[int]) -> float:
+    """Return the remaining work in units of one training, without rates beyond the grid."""
     work = 0.0 if base is None or "score" in base.piece else BASE_WORK
     for entry in entries:
         if not entry.fixed:
@@ -330,16 +343,16 @@ def _work(entries: Sequence[Entry], base: Entry | None, share: float, seeds: Seq
     return work
 
 
-def _done(entries: Sequence[Entry], seeds: Sequence[int]) -> list[int]:
-    """The seeds with which every method that can run is trained; at least the first."""
-    able = [entry for entry in entries if entry.error is None]
-    done = [seed for seed in seeds if all(entry.run(seed) is not None for entry in able)]
+def _done(entries: Sequence[ComparedMethod], seeds: Sequence[int]) -> list[int]:
+    """Return the seeds that are trained for every method that can run, at least the first one."""
+    runnable = [entry for entry in entries if entry.error is None]
+    done = [seed for seed in seeds if all(entry.run(seed) is not None for entry in runnable)]
     return done or list(seeds[:1])
 
 
-def _write(comparison: Comparison, place: ExperimentFolder, draw: Callable[[Comparison, Path], None] | None) -> None:
-    place.write_json(NUMBERS, as_json(comparison))
+def _write(comparison: Comparison, folder: ExperimentFolder, draw: Callable[[Comparison, Path], None] | None) -> None:
+    folder.write_json(NUMBERS, as_json(comparison))
     if draw is not None:
-        with replacing(place.path / FIGURE) as temporary:
+        with atomic_path(folder.path / FIGURE) as temporary:
             draw(comparison, temporary)
-    write_text(place.path / PAGE, comparison_markdown(comparison, None if draw is None else FIGURE))
+    write_text(folder.path / PAGE, comparison_markdown(comparison, None if draw is None else FIGURE))

@@ -1,7 +1,6 @@
-"""The folder of an experiment: its results so far and the settings that produced them.
+"""Store the results of an experiment and the settings that they depend on.
 
-Each result is a JSON file that is written completely or not at all. An interrupted experiment resumes from
-the results that are there.
+Each result is an atomically written JSON file, so an interrupted experiment can be resumed.
 """
 
 from __future__ import annotations
@@ -17,44 +16,41 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from deltaw import platforms
+from deltaw.atomic_files import write_text
 from deltaw.cache import file_digest
-from deltaw.contained import lies_in
 from deltaw.data.mixture import references
-from deltaw.data.settings import eval_sets, held_out_number, held_out_reference
-from deltaw.durable import write_text
+from deltaw.data.settings import eval_reference, eval_sets, eval_size
 from deltaw.errors import UserError
 from deltaw.methods import registry
-from deltaw.runs.folder import mapping, not_writable
+from deltaw.runs.folder import mapping, not_writable_error
 from deltaw.settings import RunConfig, TrainSettings, duration_seconds
 from deltaw.training.optimizer import count_steps
-
-# How long a training of a comparison may take at most: in steps, in time, or both.
-#
-# It knows settings and numbers, and no training.
+from deltaw.untrusted_paths import is_inside
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The most that one training may take; at least one of the two is given.
+    """Limit of a training in steps, in time, or both.
 
     Attributes:
-        steps: optimizer steps. seconds: on the clock, evaluations included.
+        steps: Maximum number of optimizer steps.
+        seconds: Maximum wall time in seconds, including evaluations.
     """
 
     steps: int | None = None
     seconds: float | None = None
 
     def times(self, share: float) -> Budget:
-        """A share of it, at least one step."""
+        """Return a share of the budget, at least one step."""
         steps = None if self.steps is None else max(1, round(share * self.steps))
         return Budget(steps, None if self.seconds is None else share * self.seconds)
 
 
-def budget_of(settings: TrainSettings, rows: int) -> Budget:
-    """The budget that the settings give: ``train.time``, if it is set, in place of ``train.epochs``.
+def budget_from_settings(settings: TrainSettings, rows: int) -> Budget:
+    """Return the budget of the settings: ``train.time`` if it is set, else ``train.epochs``, and ``train.max_steps``.
 
     Args:
-        rows: that are trained on.
+        rows: Number of training rows.
     """
     if settings.time is not None:
         return Budget(settings.max_steps, duration_seconds(settings.time))
@@ -63,55 +59,55 @@ def budget_of(settings: TrainSettings, rows: int) -> Budget:
 
 MARK = "study.json"  # the name is part of the file format
 PIECES, LOGS, LOCK = "pieces", "logs", ".lock"
-# Settings that no result depends on.
+# Settings that do not affect results.
 _IRRELEVANT = ("output", "force")
 
 
 class ExperimentFolder:
-    """The folder of one experiment, locked by this process while it is open.
+    """Folder of an experiment with an exclusive lock. A context manager.
 
     Args:
-        path: the folder; created if it does not exist.
+        path: Folder, created if it does not exist.
         kind: ``comparison`` or ``tuning``.
 
     Attributes:
-        kept: whether what is in it is worth keeping; else leaving the block deletes the folder if this process
-            created it, unless the user interrupted the experiment.
+        has_results: True if the folder contains results. Otherwise, a folder created by this process is deleted on
+            exit, unless the user interrupted the experiment.
 
     Raises:
-        UserError: the folder cannot be written, holds other files, or is in use by another process.
+        UserError: If the folder is not writable, contains other files, or is in use by another process.
     """
 
     def __init__(self, path: Path, kind: str) -> None:
-        self.path, self.kept = path, False
+        self.path, self.has_results = path, False
         check_folder(path, kind)
-        self._made = not path.exists()
+        self._created = not path.exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(path / LOCK)
             self._lock.acquire(timeout=0)
         except Timeout as error:
             hint = "wait for it, or set 'output' to another folder"
-            raise UserError(f"another process is working on this {kind}", where=str(path), hint=hint) from error
+            raise UserError(f"another process is working on this {kind}", location=str(path), hint=hint) from error
         except OSError as error:
-            raise not_writable(path, error) from error
+            raise not_writable_error(path, error) from error
         if not (path / MARK).exists():
             write_text(path / MARK, json.dumps({"kind": kind}) + "\n")
 
     def log(self, name: str) -> Path:
-        """The file for a worker's output."""
+        """Return the path of a worker's log file."""
         return self.path / LOGS / f"{name}.log"
 
     def piece(self, name: str) -> dict[str, object]:
-        """A stored result; empty if it does not exist or cannot be read."""
+        """Return a stored result, or an empty dictionary if it does not exist or cannot be read."""
         try:
-            found = json.loads((self.path / PIECES / f"{name}.json").read_text(encoding="utf-8"))
+            content = json.loads((self.path / PIECES / f"{name}.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return content if isinstance(content, dict) else {}
 
     def write_piece(self, name: str, content: Mapping[str, object]) -> None:
-        """Store a result; it is on the disk when this returns."""
+        """Store a result on disk."""
         self.write_json(Path(PIECES) / f"{name}.json", content)
 
     def write_json(self, name: str | Path, content: Mapping[str, object]) -> None:
@@ -120,48 +116,48 @@ class ExperimentFolder:
     def remove(self, run: Path) -> None:
         """Delete an incomplete run inside this folder."""
         if run.is_dir() and self.path in run.parents:
-            platforms.removed(run)
+            platforms.remove_path(run)
 
     def __enter__(self) -> ExperimentFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._lock.release()
-        if self._made and not self.kept and kind is not KeyboardInterrupt:
+        if self._created and not self.has_results and kind is not KeyboardInterrupt:
             shutil.rmtree(self.path, ignore_errors=True)
 
 
 def check_folder(path: Path, kind: str) -> None:
-    """Refuse a folder that holds anything but an experiment of this kind. Changes nothing.
+    """Check that a folder is empty or contains an experiment of this kind, without side effects.
 
     Raises:
-        UserError: the folder holds other files or cannot be read, or Windows cannot have the name.
+        UserError: If the folder contains other files, cannot be read, or has a name reserved by Windows.
     """
-    platforms.refuse_names(path)
+    platforms.reject_reserved_names(path)
     try:
-        holds = sorted(p.name for p in path.iterdir() if p.name != LOCK) if path.exists() else []
-        mark = json.loads((path / MARK).read_text(encoding="utf-8")) if MARK in holds else {}
+        names = sorted(p.name for p in path.iterdir() if p.name != LOCK) if path.exists() else []
+        mark = json.loads((path / MARK).read_text(encoding="utf-8")) if MARK in names else {}
     except OSError as error:
-        raise not_writable(path, error) from error
+        raise not_writable_error(path, error) from error
     except ValueError:
         mark = {}
-    if holds and mapping(mark).get("kind") != kind:
-        what = f"the output folder holds files that are not a {kind}'s, such as '{holds[0]}'"
-        raise UserError(what, where=str(path), hint="set 'output' to a new or empty folder")
+    if names and mapping(mark).get("kind") != kind:
+        message = f"the output folder contains files that are not a {kind}'s, such as '{names[0]}'"
+        raise UserError(message, location=str(path), hint="set 'output' to a new or empty folder")
 
 
 def require_held_out(config: RunConfig) -> None:
-    """Raise a UserError if the settings hold out no rows."""
-    if held_out_reference(config.data.eval) is None and held_out_number(config.data.eval) == 0:
+    """Raise a UserError if no rows are held out."""
+    if eval_reference(config.data.eval) is None and eval_size(config.data.eval) == 0:
         hint = "set data.eval to a share, a number of rows or a file"
-        raise UserError("no rows are held out, so methods cannot be scored", where="data.eval", hint=hint)
+        raise UserError("no rows are held out, so methods cannot be scored", location="data.eval", hint=hint)
 
 
-def settings_of(config: RunConfig, *, without: Collection[str] = ()) -> dict[str, object]:
-    """Everything that a result depends on, by dotted key: settings and the content of local files.
+def result_settings(config: RunConfig, *, without: Collection[str] = ()) -> dict[str, object]:
+    """Return everything that results depend on by dotted key: settings, and hashes of local files.
 
     Args:
-        without: keys to omit.
+        without: Keys to omit.
     """
     flat: dict[str, object] = {}
     sections = registry.section_names()
@@ -170,36 +166,39 @@ def settings_of(config: RunConfig, *, without: Collection[str] = ()) -> dict[str
             continue
         entries = {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
         flat |= {key: v for key, v in entries.items() if key not in without}
-    read: dict[str, str | None] = {"the model's files": config.model}
+    local_references: dict[str, str | None] = {"the model's files": config.model}
     files = references(config.data.train)
-    read |= {"the file data.train" if len(files) == 1 else f"the file {file}": file for file in files}
+    local_references |= {"the file data.train" if len(files) == 1 else f"the file {file}": file for file in files}
     for name, share in eval_sets(config.data.eval).items():
-        read[f"the file data.eval{name and '.'}{name}"] = held_out_reference(share)
-    for key, reference in read.items():
-        if reference is not None and (content := content_of(reference)):
+        local_references[f"the file data.eval{name and '.'}{name}"] = eval_reference(share)
+    for key, reference in local_references.items():
+        if reference is not None and (content := content_hash(reference)):
             flat[key] = content
     return json.loads(json.dumps(flat))
 
 
-def changed(before: object, now: Mapping[str, object]) -> list[str]:
-    """One line for each key that differs, with the old and the new value."""
-    known, lines = mapping(before), []
-    for key in sorted({*known, *now}):
-        old, new = known.get(key), now.get(key)
+def describe_changes(before: object, now: Mapping[str, object]) -> list[str]:
+    """Return one line for each key that differs, with the old and the new value."""
+    old_settings, lines = mapping(before), []
+    for key in sorted({*old_settings, *now}):
+        old, new = old_settings.get(key), now.get(key)
         if old != new:
             lines.append(f"{key} has changed" if key.startswith("the ") else f"{key} was {old!r}, is {new!r}")
     return lines
 
 
-def content_of(reference: str) -> str:
-    """A hash of the content of a local file, or of all files in a folder; empty for any other reference. What
-    links outside of the folder lead to is not read: its size and its time of change count."""
+def content_hash(reference: str) -> str:
+    """Return a hash of a local file or of all files in a folder, or '' for other references.
+
+    The target of a link that points outside of the folder is not read. Its size and modification time are hashed
+    instead.
+    """
     path = Path(os.path.expanduser(reference))
     if not path.is_dir():
         return file_digest(path)[:32] if path.is_file() else ""
     digest = hashlib.sha256()
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        name, of = file.relative_to(path).as_posix(), file.stat()
-        content = file_digest(file) if lies_in(path, name) else f"{of.st_size} {of.st_mtime_ns}"
+        name, status = file.relative_to(path).as_posix(), file.stat()
+        content = file_digest(file) if is_inside(path, name) else f"{status.st_size} {status.st_mtime_ns}"
         digest.update(f"{name} {content}\n".encode())
     return digest.hexdigest()[:32]

@@ -1,8 +1,7 @@
-"""What an experiment lets worker processes do: one job after another here, or several at once on a Ray cluster.
+"""Run the jobs of an experiment in worker processes, locally or on a Ray cluster.
 
-An experiment knows what is to be done next and what an answer means (:class:`Jobs`); who does it, and where, is not
-its concern. On each machine a job is done by a process of its own (:class:`Child`), whose other side is
-:mod:`deltaw.experiments.worker`. Ray is imported where it is used.
+An experiment implements :class:`Jobs`. Each job runs in a worker process (:mod:`deltaw.experiments.worker`), which is
+controlled by a :class:`WorkerProcess`. Ray is imported lazily.
 """
 
 from __future__ import annotations
@@ -22,29 +21,29 @@ from typing import Any, Protocol, TypeAlias
 
 from deltaw.errors import UserError
 from deltaw.machine import product_rates
-from deltaw.machine.product_rates import for_children, learn
+from deltaw.machine.product_rates import child_environment, import_rates
 
-SECONDS_TO_END = 10.0
-
-
-class WorkerEnded(Exception):
-    """The worker process ended before it answered; the message says how."""
+EXIT_TIMEOUT = 10.0
 
 
-class Child:
-    """A worker process (:mod:`deltaw.experiments.worker`), started by the first request.
+class WorkerExited(Exception):
+    """Raised if the worker process exited before it answered, with the reason."""
 
-    The worker ends when this process ends, for any reason. Ctrl-C reaches this process alone.
+
+class WorkerProcess:
+    """Handle to a worker process (:mod:`deltaw.experiments.worker`), which is started by the first request.
+
+    The worker exits when this process exits for any reason. Only this process receives Ctrl-C.
 
     Args:
-        log: file to which the worker's output is appended.
+        log: File to which the worker's output is appended.
     """
 
     def __init__(self, log: Path) -> None:
         self._log = log
         self._process: subprocess.Popen[str] | None = None
 
-    def __enter__(self) -> Child:
+    def __enter__(self) -> WorkerProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -56,12 +55,12 @@ class Child:
         """Send a request and return the worker's answer.
 
         Args:
-            do: name of the request; ``request`` holds its arguments.
-            on_report: called with each intermediate report; returns whether the worker should continue.
+            do: Name of the request. ``request`` contains its arguments.
+            on_report: Receives each intermediate report. Returns True if the worker should continue.
 
         Raises:
-            UserError: the worker refused the request.
-            WorkerEnded: the worker process is gone; the next request starts another.
+            UserError: If the worker rejected the request.
+            WorkerExited: If the worker process exited. The next request starts a new one.
         """
         process = self._started()
         self._write({"do": do, **request})
@@ -73,12 +72,12 @@ class Child:
             elif "error" in message:
                 raise UserError(**message["error"])
             else:
-                learn(message.get("measured"))
+                import_rates(message.get("measured"))
                 return dict(message["done"])
-        raise WorkerEnded(self._ended(self.close()))
+        raise WorkerExited(self._exit_reason(self.close()))
 
     def close(self) -> int | None:
-        """End the process. Returns its exit status, or None if no process was running."""
+        """Stop the process and return its exit status, or None if it was not running."""
         process, self._process = self._process, None
         if process is None:
             return None
@@ -86,7 +85,7 @@ class Child:
         with contextlib.suppress(OSError):  # the worker has exited with a request unread
             process.stdin.close()
         try:
-            process.wait(SECONDS_TO_END)
+            process.wait(EXIT_TIMEOUT)
         except subprocess.TimeoutExpired:
             process.kill()
         process.stdout.close()
@@ -101,7 +100,7 @@ class Child:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
-                    env={**os.environ, **for_children()},
+                    env={**os.environ, **child_environment()},
                     text=True,
                     encoding="utf-8",
                     start_new_session=os.name == "posix",
@@ -111,87 +110,89 @@ class Child:
 
     def _write(self, message: object) -> None:
         assert self._process is not None and self._process.stdin is not None
-        with contextlib.suppress(OSError):  # its output ends too, and `ask` reports how it ended
+        with contextlib.suppress(OSError):  # `ask` reports the exit of the process
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
 
-    def _ended(self, status: int | None) -> str:
+    def _exit_reason(self, status: int | None) -> str:
         if status is not None and status < 0:
             name = signal.Signals(-status).name
-            why = ": memory may have run out" if name == "SIGKILL" else ""
-            return f"its process was ended by {name}{why} (see {self._log})"
+            cause = ": memory may have run out" if name == "SIGKILL" else ""
+            return f"its process was killed by {name}{cause} (see {self._log})"
         lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        last = f": {lines[-1][:200]}" if lines else ""
-        return f"its process ended with status {status}{last} (see {self._log})"
+        last_line = f": {lines[-1][:200]}" if lines else ""
+        return f"its process exited with status {status}{last_line} (see {self._log})"
 
 
-# A job's answer, or why there is none.
-Found: TypeAlias = Mapping[str, object] | UserError | WorkerEnded
+# Answer of a job, or its error.
+JobResult: TypeAlias = Mapping[str, object] | UserError | WorkerExited
 
 
 @dataclass(frozen=True)
 class Job:
-    """One request to a worker.
+    """Request to a worker.
 
     Attributes:
-        key: tells it from the other jobs of its experiment. do, request: of :meth:`Child.ask`.
-        log: file to which the output of a worker of its own is appended.
-        alone: whether it needs such a worker even where jobs can share one.
+        key: Unique key of the job in its experiment.
+        do: Name of the request (:meth:`WorkerProcess.ask`).
+        log: Log file of a separate worker.
+        request: Arguments of the request.
+        separate_process: The job needs a separate worker even if jobs can share one.
     """
 
     key: str
     do: str
     log: Path
     request: Mapping[str, object] = field(default_factory=dict)
-    alone: bool = False
+    separate_process: bool = False
 
 
 class Jobs(Protocol):
-    """What is to be done, and what becomes of it. Never called from two threads at once."""
+    """Source and receiver of jobs. Never called from two threads at once."""
 
     def next(self) -> Job | None:
-        """The next job; None where there is none beside those that are under way."""
+        """Return the next job, or None if all remaining jobs are running."""
         ...
 
     def report(self, key: str, report: Mapping[str, object]) -> bool:
-        """An intermediate result; whether the job is to go on."""
+        """Receive an intermediate result. Returns True to continue the job."""
         ...
 
-    def ended(self, key: str, found: Found) -> None:
-        """A job's answer, or why there is none.
+    def complete(self, key: str, result: JobResult) -> None:
+        """Receive a job's answer or error.
 
         Raises:
-            UserError: the experiment is to end.
+            UserError: To stop the experiment.
         """
         ...
 
 
-def here(jobs: Jobs, worker: Child) -> None:
-    """Do all jobs on this machine, one after another: by ``worker``, or by one of their own where they are alone.
+def run_locally(jobs: Jobs, worker: WorkerProcess) -> None:
+    """Run all jobs on this machine, one after another, in ``worker`` or in a separate worker.
 
     Raises:
-        UserError: the experiment ends with it.
+        UserError: If the experiment stops with an error.
     """
     while (job := jobs.next()) is not None:
         key = job.key
-        if job.alone:
+        if job.separate_process:
             worker.close()
-        with Child(job.log) if job.alone else contextlib.nullcontext(worker) as asked:
+        with WorkerProcess(job.log) if job.separate_process else contextlib.nullcontext(worker) as process:
             try:
-                found: Found = asked.ask(job.do, lambda report, key=key: jobs.report(key, report), **job.request)  # type: ignore[misc]
-            except (UserError, WorkerEnded) as error:
-                found = error
-        jobs.ended(key, found)
+                result: JobResult = process.ask(job.do, lambda report, key=key: jobs.report(key, report), **job.request)  # type: ignore[misc]
+            except (UserError, WorkerExited) as error:
+                result = error
+        jobs.complete(key, result)
 
 
-# Jobs on a cluster: Ray Tune places them and notices lost machines. What is to be tried, what is pruned and what is
-# stored stays with the experiment: its jobs are what Ray Tune calls a search, and its answers to reports a scheduler.
+# Jobs on a cluster. Ray Tune schedules them and detects lost machines. The experiment still decides about jobs, pruning
+# and storage: it acts as a search algorithm and a scheduler of Ray Tune.
 
-# What a job reports to Ray Tune, each as JSON, since Ray Tune takes dictionaries apart: an intermediate
-# result, its answer, or why there is none.
-REPORT, DONE, ERROR, ENDED = "report", "answer", "refused", "process_ended"
+# Keys of a job's results for Ray Tune: an intermediate result, its answer, or an error. Values are JSON strings because
+# Ray Tune flattens dictionaries.
+REPORT, DONE, ERROR, EXITED = "report", "answer", "refused", "process_ended"
 _THREADS = "OMP_NUM_THREADS"
-# Ray's own behavior: no statistics sent home, no files of loggers, Ctrl-C as everywhere, no change of folder.
+# Disable Ray's telemetry, logger files, SIGINT handler and change of working directory.
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -204,12 +205,12 @@ _QUIET = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where jobs are done.
+    """Cluster that runs jobs.
 
     Attributes:
-        address: of a running cluster that this machine belongs to (``auto``, or ``host:port``), or ``local``,
-            which starts one of this machine alone.
-        cpus: cores of a job; None: all of the machine with the fewest.
+        address: Running cluster that includes this machine (``auto`` or ``host:port``), or ``local`` to start one on
+            this machine only.
+        cpus: Cores per job, or None for all cores of the smallest machine.
     """
 
     address: str
@@ -217,110 +218,110 @@ class Cluster:
 
 
 def check_cluster(cluster: Cluster) -> None:
-    """Refuse what cannot work, before anything is written.
+    """Check the requirements of a cluster before anything is written.
 
     Raises:
-        UserError: Ray is not installed, or its client is asked for.
+        UserError: If Ray is not installed, or Ray's client is requested.
     """
     _tune()
     if "://" in cluster.address:
-        what = "an experiment runs on a machine of the cluster, not through Ray's client"
+        message = "an experiment runs on a machine of the cluster, not through Ray's client"
         hint = "start the command on one of its machines, with --ray auto"
-        raise UserError(what, where=f"--ray {cluster.address}", hint=hint)
+        raise UserError(message, location=f"--ray {cluster.address}", hint=hint)
 
 
-def elsewhere(jobs: Jobs, cluster: Cluster, storage: Path, *, gpu: bool = True) -> None:
-    """Do all jobs on the machines of a cluster, as many at once as it has room for.
+def run_on_cluster(jobs: Jobs, cluster: Cluster, storage: Path, *, gpu: bool = True) -> None:
+    """Run all jobs on the machines of a cluster, in parallel if possible.
 
     Args:
-        storage: a folder that all machines see; Ray Tune keeps its own files in it.
-        gpu: whether a job takes a GPU, where the cluster has any.
+        storage: Folder shared by all machines, also used for Ray Tune's files.
+        gpu: Reserve a GPU per job if the cluster has GPUs.
 
     Raises:
-        UserError: the cluster cannot be reached or has no room, or the experiment ends with it.
+        UserError: If the cluster cannot be reached or is too small, or if the experiment stops with an error.
     """
     tune = _tune()
-    with _connected(cluster) as (cpus, gpus, at_once):
-        search, scheduler = _sides(jobs)
+    with _connected(cluster) as (cpus, gpus, slots):
+        search, scheduler = _ray_adapters(jobs)
         needs = {"cpu": float(cpus), "gpu": float(min(1, gpus)) if gpu else 0.0}
-        # Threads of a job: its cores, or what this process was told if a job has a machine for itself.
+        # Threads of a job: its cores, or the setting of this process if a job uses an entire machine.
         threads = os.environ.get(_THREADS) if cluster.cpus is None else cluster.cpus
-        told = {"folder": os.getcwd(), "threads": threads, "measured": product_rates.for_children()}
-        does = tune.with_resources(tune.with_parameters(work, told=told), needs)
-        how = tune.TuneConfig(num_samples=-1, search_alg=search, scheduler=scheduler, max_concurrent_trials=at_once)
-        files = tune.RunConfig(name="ray", storage_path=str(storage.resolve()), verbose=0, callbacks=[])
-        tune.Tuner(does, tune_config=how, run_config=files).fit()
+        environment = {"folder": os.getcwd(), "threads": threads, "measured": product_rates.child_environment()}
+        trainable = tune.with_resources(tune.with_parameters(run_job, environment=environment), needs)
+        options = tune.TuneConfig(num_samples=-1, search_alg=search, scheduler=scheduler, max_concurrent_trials=slots)
+        run_config = tune.RunConfig(name="ray", storage_path=str(storage.resolve()), verbose=0, callbacks=[])
+        tune.Tuner(trainable, tune_config=options, run_config=run_config).fit()
         if search.error is not None:
             raise search.error
 
 
-def work(config: Mapping[str, Any], told: Mapping[str, Any]) -> None:
-    """On a machine of the cluster: let a worker of its own do one job, and report to Ray Tune."""
+def run_job(config: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+    """Run a job in a worker process on a machine of the cluster, and report to Ray Tune."""
     tune = _tune()
-    os.environ.pop(_THREADS, None)  # Ray's own choice
-    os.environ.update(told["measured"])
-    if told["threads"] is not None:
-        os.environ[_THREADS] = str(told["threads"])
+    os.environ.pop(_THREADS, None)  # set by Ray
+    os.environ.update(environment["measured"])
+    if environment["threads"] is not None:
+        os.environ[_THREADS] = str(environment["threads"])
     job = Job(**{**config["job"], "log": Path(config["job"]["log"])})
 
-    def report(found: Mapping[str, object]) -> bool:
-        tune.report({REPORT: json.dumps(dict(found))})
-        return True  # Ray Tune ends this process otherwise
+    def report(result: Mapping[str, object]) -> bool:
+        tune.report({REPORT: json.dumps(dict(result))})
+        return True  # Ray Tune kills this process to stop the job
 
     try:
-        os.chdir(told["folder"])
-        with Child(job.log) as child:
+        os.chdir(environment["folder"])
+        with WorkerProcess(job.log) as child:
             answer = child.ask(job.do, report, **job.request)
-        measured = [json.loads(text) for text in product_rates.for_children().values()]
+        measured = [json.loads(text) for text in product_rates.child_environment().values()]
         tune.report({DONE: json.dumps({"answer": answer, "measured": measured})})
     except UserError as error:
-        tune.report({ERROR: json.dumps({"what": error.what, "where": error.where, "hint": error.hint})})
-    except (WorkerEnded, OSError) as error:
-        tune.report({ENDED: json.dumps(str(error))})
+        tune.report({ERROR: json.dumps({"message": error.message, "location": error.location, "hint": error.hint})})
+    except (WorkerExited, OSError) as error:
+        tune.report({EXITED: json.dumps(str(error))})
 
 
-def _sides(jobs: Jobs) -> tuple[Any, Any]:
-    """The jobs as Ray Tune sees them: what suggests configurations, and what stops them."""
+def _ray_adapters(jobs: Jobs) -> tuple[Any, Any]:
+    """Return the jobs as a search algorithm and a scheduler of Ray Tune."""
     from ray.tune.schedulers import FIFOScheduler
     from ray.tune.search import Searcher
 
     keys: dict[str, str] = {}
 
     class Search(Searcher):  # type: ignore[misc]
-        """Suggests the jobs; an error of the experiment waits until those under way are done."""
+        """Suggests jobs. An error of the experiment is raised after the running jobs are done."""
 
         error: UserError | None = None
 
         def __init__(self) -> None:
             super().__init__(metric=None, mode=None)
 
-        def set_search_properties(self, *given: object, **named: object) -> bool:
+        def set_search_properties(self, *args: object, **kwargs: object) -> bool:
             return True
 
         def suggest(self, trial_id: str) -> Any:
             job = None if self.error is not None else jobs.next()
-            if job is None:  # a job that is under way may lead to others, unless the experiment is to end
+            if job is None:  # running jobs may lead to new ones, unless the experiment is stopping
                 return Searcher.FINISHED if self.error is not None or not keys else None
             keys[trial_id] = job.key
             return {"job": {**dataclasses.asdict(job), "log": str(job.log)}}
 
         def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
             try:
-                jobs.ended(keys.pop(trial_id), _answer(result, error))
-            except UserError as found:
-                self.error = self.error or found
+                jobs.complete(keys.pop(trial_id), _answer(result, error))
+            except UserError as experiment_error:
+                self.error = self.error or experiment_error
 
         def save(self, checkpoint_path: str) -> None:
-            """The experiment stores its own results."""
+            """Ray Tune's checkpoint is unused because the experiment stores its results."""
 
         def restore(self, checkpoint_path: str) -> None:
-            """As it does not go on from Ray Tune's files."""
+            """Ray Tune's checkpoint is unused because the experiment stores its results."""
 
         def __reduce__(self) -> Any:
-            return type(None), ()  # Ray Tune pickles its settings; the experiment cannot be, and need not be
+            return type(None), ()  # Ray Tune pickles its settings, but the experiment cannot be pickled
 
     class Scheduler(FIFOScheduler):  # type: ignore[misc]
-        """Ends the jobs that the experiment does not let go on."""
+        """Stops jobs that the experiment does not continue."""
 
         def on_trial_result(self, tune_controller: Any, trial: Any, result: Any) -> str:
             if REPORT in result and not jobs.report(keys[trial.trial_id], json.loads(result[REPORT])):
@@ -333,27 +334,27 @@ def _sides(jobs: Jobs) -> tuple[Any, Any]:
     return Search(), Scheduler()
 
 
-def _answer(result: Any, failed: bool) -> Found:
-    """What the last thing that a job reported means."""
+def _answer(result: Any, failed: bool) -> JobResult:
+    """Return the answer or the error of a job from its last report."""
     result = {} if failed else result or {}
     if DONE in result:
-        found = json.loads(result[DONE])
-        for measured in found["measured"]:
-            product_rates.learn(measured)
-        return dict(found["answer"])
+        answer = json.loads(result[DONE])
+        for measured in answer["measured"]:
+            product_rates.import_rates(measured)
+        return dict(answer["answer"])
     if ERROR in result:
         return UserError(**json.loads(result[ERROR]))
-    if ENDED in result:
-        return WorkerEnded(json.loads(result[ENDED]))
+    if EXITED in result:
+        return WorkerExited(json.loads(result[EXITED]))
     if REPORT in result:
         return {"stopped": True}
-    return WorkerEnded("its machine was lost, or Ray could not start it there")
+    return WorkerExited("its machine was lost, or Ray could not start it there")
 
 
 @contextlib.contextmanager
 def _connected(cluster: Cluster) -> Iterator[tuple[int, int, int]]:
-    """While open, this process belongs to the cluster: cores of a job, its GPUs, and how many fit at once."""
-    before = {name: os.environ[name] for name in _QUIET if name in os.environ}
+    """Connect to the cluster, and yield the cores and GPUs of a job, and the number of parallel jobs."""
+    previous = {name: os.environ[name] for name in _QUIET if name in os.environ}
     os.environ.update(_QUIET)
     import ray
 
@@ -362,35 +363,35 @@ def _connected(cluster: Cluster) -> Iterator[tuple[int, int, int]]:
     try:
         ray.init(address=cluster.address, include_dashboard=dashboard, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        what = f"there is no Ray cluster: {str(error).strip().splitlines()[0][:200]}"
+        message = f"cannot connect to a Ray cluster: {str(error).strip().splitlines()[0][:200]}"
         hint = "run 'ray start --head' here and 'ray start --address HOST:6379' elsewhere, or use --ray local"
-        raise UserError(what, where=f"--ray {cluster.address}", hint=hint) from error
+        raise UserError(message, location=f"--ray {cluster.address}", hint=hint) from error
     try:
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         cores = [int(machine.get("CPU", 0)) for machine in machines]
         cpus = cluster.cpus or min((count for count in cores if count), default=0)
-        at_once = sum(count // cpus for count in cores) if cpus else 0
-        if not at_once:
-            what = f"no machine of the cluster has {cluster.cpus or 1} cores (they have {cores})"
-            raise UserError(what, where="--ray-cpus", hint="ask for fewer cores a trial")
+        num_parallel = sum(count // cpus for count in cores) if cpus else 0
+        if not num_parallel:
+            message = f"no machine of the cluster has {cluster.cpus or 1} cores (they have {cores})"
+            raise UserError(message, location="--ray-cpus", hint="request fewer cores per trial")
         gpus = [int(machine.get("GPU", 0)) for machine in machines]
-        yield cpus, sum(gpus), min(at_once, sum(gpus)) if sum(gpus) else at_once
+        yield cpus, sum(gpus), min(num_parallel, sum(gpus)) if sum(gpus) else num_parallel
     finally:
         ray.shutdown()
         for name in _QUIET:
             del os.environ[name]
-        os.environ.update(before)
+        os.environ.update(previous)
 
 
 def _tune() -> Any:
-    """Ray Tune.
+    """Import Ray Tune.
 
     Raises:
-        UserError: it is not installed.
+        UserError: If it is not installed.
     """
     try:
         from ray import tune
     except ImportError as error:
-        what = "trials on several machines need Ray Tune, which is not installed"
-        raise UserError(what, where="--ray", hint='on every machine: pip install "deltaw[ray]"') from error
+        message = "trials on several machines need Ray Tune, which is not installed"
+        raise UserError(message, location="--ray", hint='on every machine: pip install "deltaw[ray]"') from error
     return tune

@@ -1,7 +1,7 @@
-"""A search for settings: Optuna proposes values, a worker trains with them and returns a validation loss.
+"""Search settings: Optuna proposes values, and a worker trains with them and returns the validation loss.
 
-Each finished trial is stored in an SQLite file, and an interrupted search resumes from it. A trial that fails
-does not end the search. The run's held-out rows are not used.
+Each finished trial is stored in an SQLite file, so an interrupted search can be resumed. A failed trial does not stop
+the search. The run's held-out rows are not used.
 """
 
 from __future__ import annotations
@@ -19,45 +19,52 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from deltaw.durable import write_text
+from deltaw.atomic_files import write_text
 from deltaw.errors import UserError, did_you_mean
 from deltaw.experiments.comparison import duration, markdown_table
-from deltaw.experiments.folder import ExperimentFolder, changed, settings_of
-from deltaw.experiments.jobs import Child, Cluster, Found, Job, WorkerEnded, check_cluster, elsewhere, here
-from deltaw.experiments.until_flat import Pace
+from deltaw.experiments.folder import ExperimentFolder, describe_changes, result_settings
+from deltaw.experiments.jobs import (
+    Cluster,
+    Job,
+    JobResult,
+    WorkerExited,
+    WorkerProcess,
+    check_cluster,
+    run_locally,
+    run_on_cluster,
+)
+from deltaw.experiments.until_flat import ProgressLog
 from deltaw.methods import registry
 from deltaw.settings import RunConfig, parse_yaml, settings
-from deltaw.training.callbacks import Say, silent
+from deltaw.training.callbacks import LogFunction, ignore_line
 from deltaw.training.evaluation.base import ranks
-from deltaw.training.planning.asked import refuse_memory
+from deltaw.training.planning.arguments import refuse_memory
 
 if TYPE_CHECKING:
     import optuna
 
 
-# How much each setting matters: the share of the variation between trials that it explains alone.
-#
-# With fewer trials no estimate is made.
-FEWEST = 6
+# Minimum number of trials for estimating the importance of settings.
+MIN_TRIALS = 6
 
 
-def weight(values: Sequence[object], losses: Sequence[float]) -> float | None:
-    """Adjusted R² of a regression of the losses' ranks on one setting.
+def setting_importance(values: Sequence[object], losses: Sequence[float]) -> float | None:
+    """Return the share of the variation between trials that a setting explains: the adjusted R² of a regression of loss
+    ranks.
 
-    Ranks are used so that one bad trial does not dominate. A numeric setting enters with its square, since
-    the best value is often in the middle, and on a logarithmic scale if all values are positive. Any other
-    setting enters as the mean rank of each value. For n trials and p terms the adjusted R² is
-    R² − (1 − R²)·p / (n − p − 1) (Theil 1961).
+    Ranks reduce the influence of outliers. A numeric setting enters with its square, because the best value is often in
+    the middle of its range, and on a logarithmic scale if all values are positive. Other settings enter as the mean
+    rank of each value. For n trials and p terms, the adjusted R² is R² − (1 − R²)·p / (n − p − 1) (Theil 1961).
 
     Args:
-        values: the setting's value in each trial.
-        losses: the loss of each trial, in the same order.
+        values: Value of the setting in each trial.
+        losses: Loss of each trial, in the same order.
 
     Returns:
-        A share between 0 (explains nothing) and 1; None if there are too few trials to tell.
+        A share between 0 and 1, or None if there are too few trials.
     """
     count = len(losses)
-    if count < FEWEST or len(set(map(str, values))) < 2:
+    if count < MIN_TRIALS or len(set(map(str, values))) < 2:
         return None
     numbers = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
     if len(numbers) == count and len(set(numbers)) > 2:
@@ -75,141 +82,138 @@ def weight(values: Sequence[object], losses: Sequence[float]) -> float | None:
     spread = float(((y - y.mean()) ** 2).sum())
     if spread == 0:
         return None
-    left = y - design @ np.linalg.lstsq(design, y, rcond=None)[0]
-    r_square = 1 - float((left**2).sum()) / spread
+    residuals = y - design @ np.linalg.lstsq(design, y, rcond=None)[0]
+    r_square = 1 - float((residuals**2).sum()) / spread
     return max(0.0, r_square - (1 - r_square) * terms / (count - terms - 1))
 
 
-# What a search may change: settings by dotted key, each with a range or a list of values.
-#
-# ``train.learning_rate=1e-5..1e-2:log`` is a range on a logarithmic scale, ``lora.rank=[4,8,16]`` a list. It
-# knows the settings and nothing of how the search goes.
+# Search spaces: settings by dotted key, each with a range (``train.learning_rate=1e-5..1e-2:log``) or a list of values
+# (``lora.rank=[4,8,16]``).
 
-
-# Alpha as a multiple of the rank: the strength of the update in one number.
+# Alpha as a multiple of the rank, which is the scaling of the update.
 ALPHA_PER_RANK = "lora.alpha/rank"
-# Trials that differ in one of these do not have comparable losses.
-_FIXED = ("model", "task", "output", "force", "train.seed", "device", "threads", "trust_remote_code")
+# Trials with different values of these settings do not have comparable losses.
+_UNSEARCHABLE = ("model", "task", "output", "force", "train.seed", "device", "threads", "trust_remote_code")
 _EXAMPLE = "write KEY=LOW..HIGH, KEY=LOW..HIGH:log or KEY=[VALUE, VALUE], as in lora.rank=[4,8,16]"
 
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from ``low`` to ``high``, both included; evenly on a logarithmic scale if ``log``."""
+    """Numbers from ``low`` to ``high``, inclusive, on a logarithmic scale if ``log``."""
 
     low: float
     high: float
     log: bool = False
-    whole: bool = False
+    integers: bool = False
 
     def __str__(self) -> str:
         return f"{self.low:g}..{self.high:g}{':log' if self.log else ''}"
 
-    def ends(self) -> tuple[object, object]:
-        kind = int if self.whole else float
+    def bounds(self) -> tuple[object, object]:
+        kind = int if self.integers else float
         return kind(self.low), kind(self.high)
 
-    def holds(self, value: object) -> bool:
+    def contains(self, value: object) -> bool:
         return isinstance(value, int | float) and self.low <= value <= self.high
 
-    def at_end(self, value: object) -> str:
-        """``low`` or ``high`` if the value is within a twentieth of that end, else empty."""
+    def edge(self, value: object) -> str:
+        """Return ``low`` or ``high`` if the value is within 5 % of that end of the range, else ''."""
         scale = math.log if self.log else float
-        low, high, at = scale(self.low), scale(self.high), scale(float(str(value)))
-        place = (at - low) / (high - low)
-        return "low" if place < 0.05 else "high" if place > 0.95 else ""
+        low, high, scaled = scale(self.low), scale(self.high), scale(float(str(value)))
+        position = (scaled - low) / (high - low)
+        return "low" if position < 0.05 else "high" if position > 0.95 else ""
 
 
 @dataclass(frozen=True)
-class Values:
-    """One of these."""
+class CategoricalValues:
+    """List of values to choose from."""
 
     values: tuple[object, ...]
 
     def __str__(self) -> str:
         return f"[{', '.join(str(value) for value in self.values)}]"
 
-    def ends(self) -> tuple[object, ...]:
+    def bounds(self) -> tuple[object, ...]:
         return self.values
 
-    def holds(self, value: object) -> bool:
+    def contains(self, value: object) -> bool:
         return value in self.values
 
-    def at_end(self, value: object) -> str:
-        """As for a range, if all values are numbers; other values have no end."""
+    def edge(self, value: object) -> str:
+        """Return ``low`` or ``high`` if the value is the smallest or largest of several numbers, else ''."""
         numbers = [v for v in self.values if isinstance(v, int | float) and not isinstance(v, bool)]
         if len(numbers) < max(2, len(self.values)) or not isinstance(value, int | float):
             return ""
         return "low" if value == min(numbers) else "high" if value == max(numbers) else ""
 
 
-Space = Mapping[str, Range | Values]
+Space = Mapping[str, Range | CategoricalValues]
 
 
-def default_space(config: RunConfig, usual_rate: float) -> dict[str, Range | Values]:
-    """What is searched by default: the learning rate, and the settings that the method registered.
+def default_space(config: RunConfig, default_learning_rate: float) -> dict[str, Range | CategoricalValues]:
+    """Return the default search space: the learning rate, and the settings that the method registered.
 
     Args:
-        usual_rate: the method's usual learning rate, the middle of the range.
+        default_learning_rate: The method's default learning rate, the middle of the range.
     """
-    rate = Range(float(f"{usual_rate / 10:.2g}"), float(f"{usual_rate * 10:.2g}"), log=True)
+    rate = Range(float(f"{default_learning_rate / 10:.2g}"), float(f"{default_learning_rate * 10:.2g}"), log=True)
     return {"train.learning_rate": rate, **parse_space(registry.entry_of(config.method).search)}
 
 
-def parse_space(given: Iterable[str]) -> dict[str, Range | Values]:
-    """``--search`` flags as a space.
+def parse_space(texts: Iterable[str]) -> dict[str, Range | CategoricalValues]:
+    """Parse ``--search`` flags.
 
     Raises:
-        UserError: no such form, an unknown key, or one that trials cannot differ in.
+        UserError: If the format is invalid, or a key is unknown or cannot be searched.
     """
-    known = [setting.key for setting in settings()] + [ALPHA_PER_RANK]
-    space: dict[str, Range | Values] = {}
-    for text in given:
+    keys = [setting.key for setting in settings()] + [ALPHA_PER_RANK]
+    space: dict[str, Range | CategoricalValues] = {}
+    for text in texts:
         key, equals, value = (part.strip() for part in text.partition("="))
         if not equals or not value:
-            raise _refused(f"'{text}' names no setting to search")
-        if key not in known:
-            raise _refused(f"there is no setting '{key}'", did_you_mean(key, known))
-        if key in _FIXED or key.startswith("data."):
-            what = f"'{key}' cannot be searched: trials are compared on the same rows, model and machine"
-            raise _refused(what, "set it in the settings")
+            raise _search_error(f"'{text}' does not name a setting to search")
+        if key not in keys:
+            raise _search_error(f"unknown setting '{key}'", did_you_mean(key, keys))
+        if key in _UNSEARCHABLE or key.startswith("data."):
+            message = f"'{key}' cannot be searched: trials are compared on the same rows, model and machine"
+            raise _search_error(message, "set it in the settings")
         space[key] = _domain(key, value, text)
     if {"lora.alpha", ALPHA_PER_RANK} <= set(space):
-        raise _refused(f"lora.alpha and {ALPHA_PER_RANK} exclude each other", "leave one of them out")
+        raise _search_error(f"lora.alpha and {ALPHA_PER_RANK} exclude each other", "remove one of them")
     return space
 
 
-def _refused(what: str, hint: str = _EXAMPLE) -> UserError:
-    return UserError(what, where="--search", hint=hint)
+def _search_error(message: str, hint: str = _EXAMPLE) -> UserError:
+    return UserError(message, location="--search", hint=hint)
 
 
-def _domain(key: str, value: str, text: str) -> Range | Values:
+def _domain(key: str, value: str, text: str) -> Range | CategoricalValues:
     if value.startswith("["):
-        values = _parsed(value)
+        values = _parse_value(value)
         if not isinstance(values, list) or not values:
-            raise _refused(f"'{text}' is not a list of values")
+            raise _search_error(f"'{text}' is not a list of values")
         if any(isinstance(v, list | dict) for v in values) or len(set(map(str, values))) < len(values):
-            raise _refused(f"'{text}' holds a list, or a value twice", "list plain values, once each")
-        return Values(tuple(values))
+            raise _search_error(f"'{text}' contains a nested list or a duplicate value", "list plain, distinct values")
+        return CategoricalValues(tuple(values))
     log = value.endswith(":log")
     lower, dots, higher = value.removesuffix(":log").partition("..")
     low, high = _number(lower), _number(higher)
     if not dots or low is None or high is None:
-        raise _refused(f"'{text}' is neither a range nor a list")
+        raise _search_error(f"'{text}' is neither a range nor a list")
     if not low < high or (log and low <= 0):
-        what = "is an empty range" if low >= high else "has no logarithm at its low end"
-        raise _refused(f"'{text}' {what}", "give the lower end first, above 0 with :log")
+        problem = "is an empty range" if low >= high else "has no logarithm at its low end"
+        raise _search_error(f"'{text}' {problem}", "write the lower end first, above 0 with :log")
     fractions = [ALPHA_PER_RANK, *(setting.key for setting in settings() if "float" in str(setting.annotation))]
-    return Range(low, high, log, whole=isinstance(low, int) and isinstance(high, int) and key not in fractions)
+    return Range(low, high, log, integers=isinstance(low, int) and isinstance(high, int) and key not in fractions)
 
 
 def _number(text: str) -> float | int | None:
-    value = _parsed(text.strip())
+    value = _parse_value(text.strip())
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return value if is_number else None  # type: ignore[return-value]
 
 
-def _parsed(text: str) -> object:
+def _parse_value(text: str) -> object:
     try:
         return parse_yaml(text)
     except yaml.YAMLError:
@@ -217,27 +221,27 @@ def _parsed(text: str) -> object:
 
 
 def check_space(config: RunConfig, space: Space) -> None:
-    """Put the ends of each range and all values of a list into the settings.
+    """Check that the ends of each range and all values of a list are valid for their settings.
 
     Raises:
-        UserError: a value does not fit its setting.
+        UserError: If a value is invalid.
     """
     for key, domain in space.items():
-        for value in domain.ends():
-            applied(config, {key: value})
+        for value in domain.bounds():
+            apply_values(config, {key: value})
 
 
-def applied(config: RunConfig, values: Mapping[str, object]) -> RunConfig:
-    """The settings with these values, by dotted key, in them.
+def apply_values(config: RunConfig, values: Mapping[str, object]) -> RunConfig:
+    """Return the settings with values by dotted key.
 
     Raises:
-        UserError: a value does not fit.
+        UserError: If a value is invalid.
     """
     return RunConfig.read(config.model_dump(mode="json"), nested_values(config, values))
 
 
 def nested_values(config: RunConfig, values: Mapping[str, object]) -> dict[str, object]:
-    """Values by dotted key as nested settings; alpha per rank becomes alpha."""
+    """Convert values by dotted key to nested settings. Alpha per rank is converted to alpha."""
     result: dict[str, Any] = {}
     for key, value in values.items():
         if key == ALPHA_PER_RANK:
@@ -248,8 +252,8 @@ def nested_values(config: RunConfig, values: Mapping[str, object]) -> dict[str, 
     return result
 
 
-def present(config: RunConfig, space: Space, usual_rate: float) -> dict[str, object] | None:
-    """The values that the settings have now; None if one of them is outside the space."""
+def current_values(config: RunConfig, space: Space, default_learning_rate: float) -> dict[str, object] | None:
+    """Return the current values of the searched settings, or None if one is outside of the search space."""
     dumped = config.model_dump(mode="json")
     values: dict[str, object] = {}
     for key, domain in space.items():
@@ -260,31 +264,30 @@ def present(config: RunConfig, space: Space, usual_rate: float) -> dict[str, obj
             section, dot, leaf = key.partition(".")
             value = dumped[section][leaf] if dot else dumped[section]
         if key == "train.learning_rate" and isinstance(value, str):
-            value = usual_rate
-        if not domain.holds(value):
+            value = default_learning_rate
+        if not domain.contains(value):
             return None
         values[key] = value
     return values
 
 
-# What a search for settings came to: its best trials, what matters, and what to do next.
-#
-# It knows numbers alone, and nothing of how trials are made or chosen.
+# Results of a search.
 
-
-# Trials whose loss is within this part of the best are about as good.
-ALIKE = 0.01
+# Trials with a loss within this share of the best are considered equivalent.
+SIMILAR_LOSS = 0.01
 
 
 @dataclass(frozen=True)
 class TrialResult:
-    """One trial.
+    """Result of a trial.
 
     Attributes:
-        number: from 0. values: by dotted key.
-        loss: on the validation rows; None where there is none.
-        end: ``done``, ``ended early``, ``diverged`` or ``failed``. note: why it failed.
-        seconds: that it took.
+        number: Number of the trial, from 0.
+        values: Values by dotted key.
+        loss: Validation loss, or None.
+        end: ``done``, ``ended early``, ``diverged`` or ``failed``.
+        note: Error of a failed trial.
+        seconds: Duration.
     """
 
     number: int
@@ -297,17 +300,20 @@ class TrialResult:
 
 @dataclass(frozen=True)
 class Tuning:
-    """A whole search.
+    """Result of a search.
 
     Attributes:
-        folder: where it is written. method: that was tuned.
-        space: what was searched, by dotted key, as text.
-        trials: in the order they were made.
-        first: the number of the trial with the settings as they were, if there is one.
-        weights: by key, the part of the differences that it accounts for; None where it cannot be told.
-        edges: by key, ``low`` or ``high`` where the best lies at that end of what was searched.
-        best_settings: the best trial's values as nested settings.
-        training_rows, validation_rows, steps: of a trial.
+        folder: Folder of the search.
+        method: Tuned method.
+        space: Search space as text, by dotted key.
+        trials: Trials in order.
+        first: Number of the trial with the original settings, or None.
+        weights: Importance by key, or None if it is unknown.
+        edges: ``low`` or ``high`` by key if the best value is at that end of the search space.
+        best_settings: Values of the best trial as nested settings.
+        training_rows: Number of training rows of a trial.
+        validation_rows: Number of validation rows.
+        steps: Number of steps of a trial.
     """
 
     folder: str
@@ -324,71 +330,71 @@ class Tuning:
 
     @property
     def ranked(self) -> list[TrialResult]:
-        """The trials that came to their end, the best first."""
+        """Completed trials, best first."""
         done = [trial for trial in self.trials if trial.end == "done"]
         return sorted(done, key=lambda trial: (trial.loss or 0.0, trial.number))
 
     def as_dict(self) -> dict[str, object]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         best = self.ranked[0].number if self.ranked else None
-        return {**asdict(self), "best": best, "lessons": lessons(self)}
+        return {**asdict(self), "best": best, "lessons": tuning_findings(self)}
 
 
 def best_yaml(tuning: Tuning) -> str:
-    """The best settings, to be laid into a file of settings."""
+    """Return the best settings as YAML, for merging into a settings file."""
     return yaml.safe_dump(dict(tuning.best_settings), sort_keys=False).rstrip()
 
 
-def lessons(tuning: Tuning) -> list[str]:
-    """What the search says, in sentences."""
+def tuning_findings(tuning: Tuning) -> list[str]:
+    """Return the conclusions of a search as sentences."""
     if not tuning.ranked:
         return []
-    best, *others = tuning.ranked
+    best, *other_trials = tuning.ranked
     assert best.loss is not None
-    said = ", ".join(f"{key} {_value(value)}" for key, value in best.values.items())
-    lines = [f"Trial {best.number} is best: loss {best.loss:.4f} with {said}."]
-    before = next((trial.loss for trial in others if trial.number == tuning.first), None)
+    text = ", ".join(f"{key} {_value(value)}" for key, value in best.values.items())
+    lines = [f"Trial {best.number} is best: loss {best.loss:.4f} with {text}."]
+    original = next((trial.loss for trial in other_trials if trial.number == tuning.first), None)
     if best.number == tuning.first:
-        lines.append("These are the settings as they were: nothing that was tried is better.")
-    elif before:
-        lines.append(f"The settings as they were gave {before:.4f}: the best has {1 - best.loss / before:.1%} less.")
-    alike = [t for t in others if t.loss is not None and t.loss <= best.loss * (1 + ALIKE)]
-    if alike:
-        within = f"{len(alike)} of the other {len(others)} finished trials come within {ALIKE:.0%} of it"
-        lines.append(f"{within}; do not read much into their order.")
-    known = {key: weight for key, weight in tuning.weights.items() if weight is not None}
-    said = ", ".join(f"{key} {known[key]:.0%}" for key in sorted(known, key=lambda key: -known[key]))
-    accounts = f"Of the differences between trials, each setting accounts alone for: {said}."
-    lines.append(accounts if known else "There are too few finished trials to say which setting matters.")
+        lines.append("These are the original settings: no other trial is better.")
+    elif original:
+        lines.append(f"The original settings: {original:.4f}. The best loss is {1 - best.loss / original:.1%} lower.")
+    similar = [t for t in other_trials if t.loss is not None and t.loss <= best.loss * (1 + SIMILAR_LOSS)]
+    if similar:
+        within = f"{len(similar)} of the other {len(other_trials)} finished trials are within {SIMILAR_LOSS:.0%} of it"
+        lines.append(f"{within}; their order is not meaningful.")
+    weights = {key: weight for key, weight in tuning.weights.items() if weight is not None}
+    text = ", ".join(f"{key} {weights[key]:.0%}" for key in sorted(weights, key=lambda key: -weights[key]))
+    accounts = f"Share of the differences between trials that each setting explains: {text}."
+    lines.append(accounts if weights else "There are too few finished trials to rank the settings by importance.")
     for key, end in tuning.edges.items():
-        where = f"lies at the {end} end of what was searched ({tuning.space[key]})"
-        lines.append(f"The best {key}, {_value(best.values[key])}, {where}: widen it with --search.")
-    rows = f"The loss is that of {tuning.validation_rows} rows taken out of the training rows"
-    return [*lines, *_ends(tuning), f"{rows}; the held-out rows took no part, and score the best settings later."]
+        position = f"is at the {end} end of the search space ({tuning.space[key]})"
+        lines.append(f"The best {key}, {_value(best.values[key])}, {position}: widen it with --search.")
+    rows = f"The loss is measured on {tuning.validation_rows} rows split off the training rows"
+    return [*lines, *_outcome_lines(tuning), f"{rows}; the held-out rows are not used and can score the best settings."]
 
 
-def _ends(tuning: Tuning) -> list[str]:
+def _outcome_lines(tuning: Tuning) -> list[str]:
     counts = {end: sum(t.end == end for t in tuning.trials) for end in ("ended early", "diverged", "failed")}
-    said = [f"{count} {end}" for end, count in counts.items() if count]
-    lines = [f"Of {len(tuning.trials)} trials, {', '.join(said)}."] if said else []
+    texts = [f"{count} {end}" for end, count in counts.items() if count]
+    lines = [f"Of {len(tuning.trials)} trials, {', '.join(texts)}."] if texts else []
     notes = dict.fromkeys(t.note for t in tuning.trials if t.end == "failed" and t.note)
     return lines + [f"Failed: {note}" for note in list(notes)[:3]]
 
 
 def tuning_markdown(tuning: Tuning) -> str:
-    """The search as a page."""
+    """Return the search as a Markdown page."""
     titles = ["trial", "loss", *tuning.space, "time", "end"]
-    others = [trial for trial in tuning.trials if trial.end != "done"]
-    rows = [[*trial_cells(tuning, trial), trial.end] for trial in [*tuning.ranked, *others]]
-    head = f"# Settings searched: {tuning.method}"
-    said = "\n".join(f"- {line}" for line in lessons(tuning))
-    table = "\n".join(markdown_table(titles, rows, left=0))
-    return f"{head}\n\n{said}\n\n```yaml\n{best_yaml(tuning)}\n```\n\n{table}"
+    other_trials = [trial for trial in tuning.trials if trial.end != "done"]
+    rows = [[*trial_cells(tuning, trial), trial.end] for trial in [*tuning.ranked, *other_trials]]
+    head = f"# Settings search: {tuning.method}"
+    findings = "\n".join(f"- {line}" for line in tuning_findings(tuning))
+    table = "\n".join(markdown_table(titles, rows, num_left=0))
+    return f"{head}\n\n{findings}\n\n```yaml\n{best_yaml(tuning)}\n```\n\n{table}"
 
 
 def trial_cells(tuning: Tuning, trial: TrialResult) -> list[str]:
-    """A trial's texts: number, loss, a value for each setting, time."""
-    mark = " (as it was)" if trial.number == tuning.first else ""
+    """Return the cells of a trial: number, loss, values and time."""
+    mark = " (original)" if trial.number == tuning.first else ""
     loss = "" if trial.loss is None else f"{trial.loss:.4f}"
     values = [_value(trial.values.get(key, "")) for key in tuning.space]
     return [f"{trial.number}{mark}", loss, *values, duration(trial.seconds)]
@@ -398,12 +404,12 @@ def _value(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-# Evaluations in a trial. The last is at its end; at the others the trial may be pruned.
+# Evaluations per trial. The last one is at the end; the trial may be pruned at all others.
 EVALUATIONS = 5
-# The first trials are never pruned, since there is too little to compare them with.
-STARTUP = 5
-# If this many trials fail before any succeeds, the settings are wrong and the search ends.
-HOPELESS = 3
+# The first trials are never pruned, because pruning needs other trials for comparison.
+NUM_STARTUP_TRIALS = 5
+# The search stops if this number of trials fail before any succeeds.
+MAX_INITIAL_FAILURES = 3
 PAGE, NUMBERS, BEST, STORAGE = "tuning.md", "tuning.json", "best.yaml", "trials.db"
 _SETTINGS = "settings"
 
@@ -417,52 +423,52 @@ def tune(
     storage: str | os.PathLike[str] | None = None,
     share: float = 1.0,
     cluster: Cluster | None = None,
-    say: Say = silent,
+    log: LogFunction = ignore_line,
 ) -> Tuning:
     """Search the settings of one method for the lowest validation loss.
 
     Args:
-        config: the current settings; they are the first trial if they lie within the search space.
-        trials: total number of trials, including those of an earlier call.
-        folder: where everything is written; a search that exists there is resumed.
-        search: the search space, as in ``lora.rank=[4,8]``; by default the method's own.
-        storage: SQLite file of the trials; by default one in the folder.
-        share: the share of a run's steps that a trial takes.
-        cluster: the machines that trials run on, several at once; by default one after another on this one.
-        say: told lines that a person may want to read.
+        config: Current settings. They are the first trial if they are inside of the search space.
+        trials: Total number of trials, including those of an earlier call.
+        folder: Output folder. An existing search is resumed.
+        search: Search space, for example ``lora.rank=[4,8]``. By default, that of the method.
+        storage: SQLite file of the trials, by default in the folder.
+        share: Share of a run's steps per trial.
+        cluster: Cluster for parallel trials. By default, trials run locally, one after another.
+        log: Receives messages for the user.
 
     Raises:
-        UserError: the input cannot be used, Optuna is not installed, or no trial succeeded.
+        UserError: If the input cannot be used, Optuna is not installed, or no trial succeeded.
     """
     _require_optuna()
     if cluster is not None:
         check_cluster(cluster)
     refuse_memory(config.memory, "tune")
-    asked = parse_space(search)
-    check_space(config, asked)
-    with ExperimentFolder(Path(os.path.expanduser(folder)), "tuning") as place, contextlib.ExitStack() as opened:
-        log = place.log("trials")
-        with Child(log) as child:
-            usual = float(str(child.ask("usual", config=config.model_dump(mode="json"))["usual_rate"]))
-            space = asked or default_space(config, usual)
-            file = place.path / STORAGE if storage is None else Path(os.path.expanduser(storage))
-            study = _open_store(config, space, share, place, file, say, opened)
-            first = _begin(study, present(config, space, usual), trials, say)
-            pace = Pace(say, max(0, trials - len(_ended(study))))
-            jobs = _Search(study, config, space, share, trials, log, pace)
+    requested_space = parse_space(search)
+    check_space(config, requested_space)
+    with ExperimentFolder(Path(os.path.expanduser(folder)), "tuning") as experiment, contextlib.ExitStack() as stack:
+        log_file = experiment.log("trials")
+        with WorkerProcess(log_file) as child:
+            default_rate = float(str(child.ask("usual", config=config.model_dump(mode="json"))["usual_rate"]))
+            space = requested_space or default_space(config, default_rate)
+            file = experiment.path / STORAGE if storage is None else Path(os.path.expanduser(storage))
+            study = _open_store(config, space, share, experiment, file, log, stack)
+            first = _first_trial(study, current_values(config, space, default_rate), trials, log)
+            pace = ProgressLog(log, max(0, trials - len(_finished_trials(study))))
+            jobs = _OptunaJobs(study, config, space, share, trials, log_file, pace)
             try:
                 if cluster is None:
-                    here(jobs, child)
+                    run_locally(jobs, child)
                 else:
-                    elsewhere(jobs, cluster, place.path, gpu=config.device != "cpu")
+                    run_on_cluster(jobs, cluster, experiment.path, gpu=config.device != "cpu")
             finally:
-                place.kept = any(trial.user_attrs["end"] != "failed" for trial in _ended(study))
-        tuning = _gathered(study, config, space, first, place)
+                experiment.has_results = any(trial.user_attrs["end"] != "failed" for trial in _finished_trials(study))
+        tuning = _collect_results(study, config, space, first, experiment)
         if not tuning.ranked:
-            why = next((trial.note for trial in tuning.trials if trial.note), "all diverged")
-            what = f"none of {len(tuning.trials)} trials finished: {why}"
-            raise UserError(what, hint="search other values (--search), or correct the settings")
-        _write(tuning, config, place)
+            cause = next((trial.note for trial in tuning.trials if trial.note), "all diverged")
+            message = f"none of {len(tuning.trials)} trials finished: {cause}"
+            raise UserError(message, hint="search other values (--search), or correct the settings")
+        _write(tuning, config, experiment)
         return tuning
 
 
@@ -478,68 +484,72 @@ def _open_store(
     config: RunConfig,
     space: Space,
     share: float,
-    place: ExperimentFolder,
+    experiment: ExperimentFolder,
     file: Path,
-    say: Say,
-    opened: contextlib.ExitStack,
+    log: LogFunction,
+    exit_stack: contextlib.ExitStack,
 ) -> optuna.Study:
-    """The Optuna study for these settings and this space; a new one if either has changed. ``opened`` closes its
-    file: Windows removes none that is open."""
+    """Open the Optuna study for these settings and this space, or create one if either has changed.
+
+    ``exit_stack`` closes its file, because Windows cannot delete open files.
+    """
     import optuna
     from sqlalchemy.exc import SQLAlchemyError
 
-    searched = {key: str(domain) for key, domain in space.items()}
-    settings = settings_of(config, without=tuple(space)) | {"what is searched": searched, "share of steps": share}
-    before = place.piece(_SETTINGS)
-    if before and (lines := changed(before, settings)):
-        say(f"the search starts over; earlier trials stay in the file: {'; '.join(lines[:4])}")
+    space_texts = {key: str(domain) for key, domain in space.items()}
+    settings = result_settings(config, without=tuple(space))
+    settings |= {"what is searched": space_texts, "share of steps": share}
+    stored_settings = experiment.piece(_SETTINGS)
+    if stored_settings and (lines := describe_changes(stored_settings, settings)):
+        log(f"the search starts over; earlier trials stay in the file: {'; '.join(lines[:4])}")
     name = f"{config.method}-{sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]}"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         storage = optuna.storages.RDBStorage(f"sqlite:///{file.resolve()}")
-        opened.callback(storage.engine.dispose)
-        opened.callback(storage.remove_session)
+        exit_stack.callback(storage.engine.dispose)
+        exit_stack.callback(storage.remove_session)
         study = optuna.create_study(storage=storage, study_name=name, direction="minimize", load_if_exists=True)
     except (SQLAlchemyError, OSError, RuntimeError) as error:
-        what = f"the trials cannot be stored there: {str(error).splitlines()[0]}"
-        hint = "name an SQLite file, or one that does not exist yet, with --storage"
-        raise UserError(what, where=str(file), hint=hint) from error
-    place.write_piece(_SETTINGS, settings)
-    # The seed changes with the number of trials; otherwise a resumed search would repeat its draws.
+        message = f"the trials cannot be stored there: {str(error).splitlines()[0]}"
+        hint = "use an existing SQLite file or a new file for --storage"
+        raise UserError(message, location=str(file), hint=hint) from error
+    experiment.write_piece(_SETTINGS, settings)
+    # The seed depends on the number of trials. Otherwise a resumed search would repeat its samples.
     seed = (config.train.seed + len(study.trials)) % 2**32
-    study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=2 * STARTUP)
-    study.pruner = optuna.pruners.MedianPruner(n_startup_trials=STARTUP, n_warmup_steps=1)
+    study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=2 * NUM_STARTUP_TRIALS)
+    study.pruner = optuna.pruners.MedianPruner(n_startup_trials=NUM_STARTUP_TRIALS, n_warmup_steps=1)
     return study
 
 
-def _begin(study: optuna.Study, now: Mapping[str, object] | None, trials: int, say: Say) -> int | None:
-    """Fail interrupted trials and queue the current settings as the first trial; returns its number."""
+def _first_trial(study: optuna.Study, values: Mapping[str, object] | None, trials: int, log: LogFunction) -> int | None:
+    """Fail interrupted trials, enqueue the current settings as the first trial, and return its number."""
     from optuna.trial import TrialState
 
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)
-    ended = _ended(study)
-    if ended:
-        say(f"{len(ended)} of {trials} trials were made before")
-        return next((trial.number for trial in ended if trial.params == now), None)
-    if now is None:
+    finished = _finished_trials(study)
+    if finished:
+        log(f"{len(finished)} of {trials} trials are already done")
+        return next((trial.number for trial in finished if trial.params == values), None)
+    if values is None:
         return None
     if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-        study.enqueue_trial(dict(now))
+        study.enqueue_trial(dict(values))
     return len(study.trials) - 1
 
 
-def _ended(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    """The finished trials, without interrupted ones."""
+def _finished_trials(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """Return the finished trials, without interrupted ones."""
     return [t for t in study.get_trials(deepcopy=False) if "end" in t.user_attrs]
 
 
 @dataclass
-class _Search:
-    """The trials as jobs: Optuna proposes values, sees reports and results, and stores them.
+class _OptunaJobs:
+    """Trials as jobs: Optuna proposes values, and receives and stores reports and results.
 
     Attributes:
-        trials: how many there shall be in the end. asked: those under way, with their values, by key.
+        trials: Total number of trials.
+        active: Running trials with their values, by key.
     """
 
     study: optuna.Study
@@ -548,96 +558,96 @@ class _Search:
     share: float
     trials: int
     log: Path
-    pace: Pace
-    asked: dict[str, tuple[optuna.Trial, dict[str, object]]] = field(default_factory=dict)
+    pace: ProgressLog
+    active: dict[str, tuple[optuna.Trial, dict[str, object]]] = field(default_factory=dict)
 
     def next(self) -> Job | None:
-        while len(_ended(self.study)) + len(self.asked) < self.trials:
+        while len(_finished_trials(self.study)) + len(self.active) < self.trials:
             trial = self.study.ask()
             key = str(trial.number)
-            values = {name: _suggested(trial, name, domain) for name, domain in self.space.items()}
-            self.asked[key] = trial, values
+            values = {name: _suggest(trial, name, domain) for name, domain in self.space.items()}
+            self.active[key] = trial, values
             try:
-                config = applied(self.config, values).model_dump(mode="json")
+                config = apply_values(self.config, values).model_dump(mode="json")
             except UserError as error:
-                self.ended(key, error)
+                self.complete(key, error)
                 continue
             request = {"config": config, "share": self.share, "evaluations": EVALUATIONS}
             return Job(key, "trial", self.log, request)
         return None
 
     def report(self, key: str, report: Mapping[str, object]) -> bool:
-        trial, _ = self.asked[key]
+        trial, _ = self.active[key]
         trial.report(float(str(report["loss"])), int(str(report["evaluation"])))
         return not trial.should_prune()
 
-    def ended(self, key: str, found: Found) -> None:
+    def complete(self, key: str, result: JobResult) -> None:
         from optuna.trial import TrialState
 
-        trial, values = self.asked.pop(key)
+        trial, values = self.active.pop(key)
         loss, end, note = math.inf, "done", ""
-        if isinstance(found, UserError | WorkerEnded):
-            end, note = "failed", found.what if isinstance(found, UserError) else str(found)
+        if isinstance(result, UserError | WorkerExited):
+            end, note = "failed", result.message if isinstance(result, UserError) else str(result)
             trial.set_user_attr("note", note)
-            ends = [before.user_attrs["end"] for before in _ended(self.study)]
-            if len(ends) >= HOPELESS - 1 and set(ends) == {"failed"}:
-                raise found if isinstance(found, UserError) else UserError(note) from found
+            outcomes = [finished.user_attrs["end"] for finished in _finished_trials(self.study)]
+            if len(outcomes) >= MAX_INITIAL_FAILURES - 1 and set(outcomes) == {"failed"}:
+                raise result if isinstance(result, UserError) else UserError(note) from result
         else:
-            for name in {"training_rows", "validation_rows", "steps"} & found.keys():
-                trial.set_user_attr(name, found[name])
-            if found.get("stopped"):
+            for name in {"training_rows", "validation_rows", "steps"} & result.keys():
+                trial.set_user_attr(name, result[name])
+            if result.get("stopped"):
                 end = "ended early"
-            elif found["loss"] is None:
+            elif result["loss"] is None:
                 end = "diverged"
             else:
-                loss = float(str(found["loss"]))
+                loss = float(str(result["loss"]))
         trial.set_user_attr("end", end)
         state = {"failed": TrialState.FAIL, "ended early": TrialState.PRUNED}.get(end)
         self.study.tell(trial, None if state else loss, state=state)
-        said = ", ".join(f"{key} {_value(value)}" for key, value in values.items())
-        result = f"loss {loss:.4f}" if end == "done" else f"{end}{f': {note}' if note else ''}"
-        self.pace.did(f"trial {len(_ended(self.study))}/{self.trials}: {said}: {result}", 1.0)
+        text = ", ".join(f"{key} {_value(value)}" for key, value in values.items())
+        outcome_text = f"loss {loss:.4f}" if end == "done" else f"{end}{f': {note}' if note else ''}"
+        self.pace.report_done(f"trial {len(_finished_trials(self.study))}/{self.trials}: {text}: {outcome_text}", 1.0)
 
 
-def _suggested(trial: optuna.Trial, key: str, domain: Range | Values) -> object:
-    if isinstance(domain, Values):
+def _suggest(trial: optuna.Trial, key: str, domain: Range | CategoricalValues) -> object:
+    if isinstance(domain, CategoricalValues):
         return trial.suggest_categorical(key, list(domain.values))  # type: ignore[arg-type]
-    if domain.whole:
+    if domain.integers:
         return trial.suggest_int(key, int(domain.low), int(domain.high), log=domain.log)
     return _short(trial.suggest_float(key, domain.low, domain.high, log=domain.log))
 
 
 def _short(value: object) -> object:
-    """Round a float to three significant digits, which is as precise as a trial is."""
+    """Round a float to three significant digits."""
     return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
-def _gathered(
-    study: optuna.Study, config: RunConfig, space: Space, first: int | None, place: ExperimentFolder
+def _collect_results(
+    study: optuna.Study, config: RunConfig, space: Space, first: int | None, folder: ExperimentFolder
 ) -> Tuning:
-    ended, results = _ended(study), []
-    for trial in ended:
-        end, took = trial.user_attrs["end"], trial.duration
+    finished, results = _finished_trials(study), []
+    for trial in finished:
+        end, duration = trial.user_attrs["end"], trial.duration
         values = {key: _short(trial.params.get(key)) for key in space}
-        note, seconds = trial.user_attrs.get("note", ""), 0.0 if took is None else took.total_seconds()
+        note, seconds = (trial.user_attrs.get("note", ""), 0.0 if duration is None else duration.total_seconds())
         results.append(TrialResult(trial.number, values, trial.value if end == "done" else None, end, note, seconds))
-    # A diverged trial counts with the worst rank.
-    told = [r for r in results if r.end in ("done", "diverged")]
-    losses = [math.inf if r.loss is None else r.loss for r in told]
-    weights = {key: weight([r.values[key] for r in told], losses) for key in space}
-    facts = next((t.user_attrs for t in reversed(ended) if "steps" in t.user_attrs), {})
-    counts = {name: facts.get(name, 0) for name in ("training_rows", "validation_rows", "steps")}
-    searched = {key: str(domain) for key, domain in space.items()}
-    tuning = Tuning(str(place.path), config.method, searched, results, first, weights, {}, **counts)
+    # Diverged trials get the worst rank.
+    ranked = [r for r in results if r.end in ("done", "diverged")]
+    losses = [math.inf if r.loss is None else r.loss for r in ranked]
+    weights = {key: setting_importance([r.values[key] for r in ranked], losses) for key in space}
+    attributes = next((t.user_attrs for t in reversed(finished) if "steps" in t.user_attrs), {})
+    counts = {name: attributes.get(name, 0) for name in ("training_rows", "validation_rows", "steps")}
+    space_texts = {key: str(domain) for key, domain in space.items()}
+    tuning = Tuning(str(folder.path), config.method, space_texts, results, first, weights, {}, **counts)
     if not tuning.ranked:
         return tuning
     best = tuning.ranked[0].values
-    edges = {key: end for key, domain in space.items() if (end := domain.at_end(best[key]))}
+    edges = {key: end for key, domain in space.items() if (end := domain.edge(best[key]))}
     return replace(tuning, edges=edges, best_settings=nested_values(config, best))
 
 
-def _write(tuning: Tuning, config: RunConfig, place: ExperimentFolder) -> None:
-    place.write_json(NUMBERS, tuning.as_dict())
-    write_text(place.path / PAGE, tuning_markdown(tuning))
-    best = applied(config, tuning.ranked[0].values)
-    write_text(place.path / BEST, yaml.safe_dump(best.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+def _write(tuning: Tuning, config: RunConfig, folder: ExperimentFolder) -> None:
+    folder.write_json(NUMBERS, tuning.as_dict())
+    write_text(folder.path / PAGE, tuning_markdown(tuning))
+    best = apply_values(config, tuning.ranked[0].values)
+    write_text(folder.path / BEST, yaml.safe_dump(best.model_dump(mode="json"), sort_keys=False, allow_unicode=True))

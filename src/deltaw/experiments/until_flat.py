@@ -1,14 +1,12 @@
-"""A training that ends by itself: at a constant rate until its validation loss flattens, then cooled down.
+"""Train with a warmup-stable-decay schedule of automatic length.
 
-After the warm-up the learning rate is constant, and the validation rows are evaluated every so often. When
-the loss has flattened (:mod:`deltaw.experiments.until_flat`), or what remains of the budget is needed to cool
-down, the parameters return to the best point so far, and the rate falls linearly to zero over a fifth of
-the steps made. This warm-up, constant rate and cooldown reach what a schedule planned for the same number of
-steps reaches (Hägele et al. 2024, "Scaling Laws and Compute-Optimal Training Beyond Fixed Training
-Durations", arXiv 2405.18392), and the number need not be known before. In the end the parameters are those
-of the lowest validation loss of all.
+After the warmup, the learning rate is constant and the validation rows are evaluated at intervals. The cooldown starts
+when the loss has flattened (:func:`has_flattened`) or the remaining budget is needed for it. The parameters return to
+the best point so far, and the rate decays linearly to zero over a fifth of the completed steps. The final parameters
+are those with the lowest validation loss.
 
-It knows a session and numbers; no folders, seeds or other methods.
+This reaches the loss of a schedule planned for the same number of steps, which need not be known in advance (Hägele et
+al. 2024, "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations", arXiv 2405.18392).
 """
 
 from __future__ import annotations
@@ -26,22 +24,21 @@ from torch import Tensor
 
 from deltaw.experiments.comparison import duration
 from deltaw.experiments.folder import Budget
-from deltaw.training.callbacks import Say
+from deltaw.training.callbacks import LogFunction
 from deltaw.training.optimizer import Schedule, warmup_steps
 from deltaw.training.session import Session
 from deltaw.training.state import Outcome, Step, TrainState
 
-# The trained parameters at the best point of a training, kept in a temporary file.
-#
-# In memory they would count among what the training needs: for full fine-tuning, four bytes more for each
-# parameter. Nothing is serialized: the file holds the numbers as they are, and lives as long as the object.
+# The parameters of the best point are stored in a temporary file as raw bytes. In memory, they would add four bytes per
+# parameter to the peak of a full fine-tuning.
 
 
 class BestPoint:
-    """A copy of parameters on disk; a context manager.
+    """Copy of parameters on disk. A context manager.
 
     Attributes:
-        step, loss: where it was taken, and the validation loss there; step 0 before the first.
+        step: Step of the copy, 0 before the first one.
+        loss: Validation loss at this step.
     """
 
     def __init__(self) -> None:
@@ -57,8 +54,8 @@ class BestPoint:
         self._file.close()
 
     @torch.no_grad()
-    def take(self, step: int, loss: float, parameters: Sequence[Tensor]) -> None:
-        """Keep these in place of what was kept before."""
+    def store_point(self, step: int, loss: float, parameters: Sequence[Tensor]) -> None:
+        """Replace the stored parameters."""
         self._file.seek(0)
         for parameter in parameters:
             flat = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -68,8 +65,8 @@ class BestPoint:
         self.step, self.loss = step, loss
 
     @torch.no_grad()
-    def put_back(self, parameters: Sequence[Tensor]) -> None:
-        """Copy what was kept into parameters of the same shapes, rounded to their types, one at a time."""
+    def restore(self, parameters: Sequence[Tensor]) -> None:
+        """Copy the stored values into parameters of the same shapes, rounded to their types, one at a time."""
         self._file.seek(0)
         for parameter, dtype in zip(parameters, self._dtypes, strict=True):
             if not parameter.numel():
@@ -79,114 +76,107 @@ class BestPoint:
             parameter.copy_(torch.from_numpy(buffer).view(dtype).reshape(parameter.shape))
 
 
-# When a training has flattened: a rule on its validation losses.
+# Rule for a flattened validation loss.
 #
-# A training has flattened if its second half brought next to nothing: the best validation loss of the later
-# half of its evaluations is not at least 1 % below the best of the earlier half. In other words, training
-# twice as long lowered the loss by less than 1 %. Once the loss is small, a thousandth of the untrained model's
-# counts as nothing too: a loss that approaches zero falls by some share for ever. A training whose loss is
-# still near that of the untrained model has not begun to learn, and is not called flat: soft prompts and biases
-# stay there for epochs before they fall.
+# A training has flattened if doubling its length lowered the loss by less than 1 %: the best loss of the later half of
+# the evaluations is not at least 1 % below the best of the earlier half. Improvements below a thousandth of the
+# untrained model's loss are ignored, because a loss near zero can decrease by some percentage indefinitely. A loss
+# close to that of the untrained model is not flat: soft prompts and biases may need epochs before it decreases.
 #
-# The rule has no fixed patience, since a loss may stay where it is for a while before it falls: the longer a
-# training has gone on, the longer it is waited for. It is applied at a constant learning rate. A rate that
-# decays to zero ends every descent, whether there is more to learn or not.
+# The patience is proportional to the length of the training. The rule requires a constant learning rate, because a
+# rate that decays to zero flattens any loss.
 #
-# It knows numbers alone.
-# By how much the later half must be lower for the training to go on: a share of the best loss of the earlier
-# half, and one of the untrained model's loss.
-TOLERANCE, OF_UNTRAINED = 0.01, 0.001
-# The share of the untrained model's loss below which a training has begun to learn.
-BEGUN = 0.85
-# Evaluations below which nothing is called flat.
-FEWEST = 8
-# Evaluations of an epoch, and at least of a budget, that are planned.
-OF_EPOCH, OF_BUDGET = 4, 10
+# Required improvement as a share of the best loss of the earlier half, and of the untrained model's loss.
+TOLERANCE, UNTRAINED_TOLERANCE = 0.01, 0.001
+# Share of the untrained model's loss below which the model has started to learn.
+MAX_LEARNED_RATIO = 0.85
+# Minimum number of evaluations for a decision.
+MIN_EVALUATIONS = 8
+# Planned number of evaluations per epoch, and minimum number per budget.
+EVALUATIONS_PER_EPOCH, EVALUATIONS_PER_BUDGET = 4, 10
 
 
 def has_flattened(losses: Sequence[float], untrained: float) -> bool:
-    """Whether a training has flattened.
+    """Return True if the validation loss has flattened.
 
     Args:
-        losses: validation losses, evenly spaced. untrained: that before the first step.
+        losses: Validation losses at even intervals.
+        untrained: Validation loss before the first step.
     """
-    if len(losses) < FEWEST or min(losses) > BEGUN * abs(untrained):
+    if len(losses) < MIN_EVALUATIONS or min(losses) > MAX_LEARNED_RATIO * abs(untrained):
         return False
     half = len(losses) // 2
     earlier, later = min(losses[:half]), min(losses[half:])
-    return later >= earlier - max(TOLERANCE * abs(earlier), OF_UNTRAINED * abs(untrained))
+    return later >= earlier - max(TOLERANCE * abs(earlier), UNTRAINED_TOLERANCE * abs(untrained))
 
 
 def steps_between(steps_per_epoch: int, steps: int | None) -> int:
-    """Steps from one evaluation to the next: a quarter of an epoch, or a tenth of a budget of ``steps`` if
-    that is less."""
-    apart = steps_per_epoch / OF_EPOCH
-    return max(1, int(apart if steps is None else min(apart, steps / OF_BUDGET)))
+    """Return the steps between evaluations: a quarter of an epoch, but at most a tenth of ``steps``."""
+    interval = steps_per_epoch / EVALUATIONS_PER_EPOCH
+    return max(1, int(interval if steps is None else min(interval, steps / EVALUATIONS_PER_BUDGET)))
 
 
-# Progress of an experiment: one line for each finished step, with elapsed and estimated remaining time.
+# Starting the first process takes long, so no estimate is shown before this fraction of the remaining work is done.
+MIN_PROGRESS = 0.1
 
 
-# Starting the first process takes long, so no estimate is shown before this fraction of the rest is done.
-ENOUGH = 0.1
-
-
-class Pace:
-    """Counts finished work, in units of one whole training.
+class ProgressLog:
+    """Logs finished work with elapsed and estimated remaining time. The unit of work is one full training.
 
     Args:
-        left: the work that remains at the start.
+        remaining: Work that remains at the start.
     """
 
-    def __init__(self, say: Say, left: float) -> None:
-        self._say, self._left = say, left
+    def __init__(self, log: LogFunction, remaining: float) -> None:
+        self._log, self._remaining = log, remaining
         self._done = 0.0
-        self._begun = self._last = time.monotonic()
+        self._start = self._last = time.monotonic()
 
-    def more(self, work: float) -> None:
-        """Add work to what remains; a negative number removes some."""
-        self._left += work
+    def add_work(self, work: float) -> None:
+        """Add work. A negative number removes work."""
+        self._remaining += work
 
-    def did(self, what: str, work: float) -> None:
-        """Report that a step is finished."""
+    def report_done(self, message: str, work: float) -> None:
+        """Log that a unit of work is finished."""
         now = time.monotonic()
         self._done += work
-        self._left = max(0.0, self._left - work)
-        left = ""
-        if self._left > 1e-9 and self._done > ENOUGH * self._left:
-            left = f", about {duration((now - self._begun) / self._done * self._left)} left"
-        took = duration(now - self._last)
-        self._say(f"{what}  [{took}; {duration(now - self._begun)} so far{left}]")
+        self._remaining = max(0.0, self._remaining - work)
+        estimate = ""
+        if self._remaining > 1e-9 and self._done > MIN_PROGRESS * self._remaining:
+            estimate = f", about {duration((now - self._start) / self._done * self._remaining)} left"
+        elapsed = duration(now - self._last)
+        self._log(f"{message}  [{elapsed}; {duration(now - self._start)} so far{estimate}]")
         self._last = now
 
 
-# Steps of the cooldown, as a share of those before it.
+# Length of the cooldown as a share of the steps before it.
 COOLDOWN = 0.2
-# Steps of a training that only time ends.
-ENDLESS = 2**40
+# Planned steps of a training that is limited only by time.
+UNLIMITED_STEPS = 2**40
 
 
 @dataclass(frozen=True)
 class Cooldown(Schedule):
-    """A constant rate up to step ``begin``, which falls linearly to zero from there."""
+    """Constant rate up to step ``cooldown_start``, followed by a linear decay to zero."""
 
-    begin: int = 0
+    cooldown_start: int = 0
 
     def rate(self, step: int) -> float:
-        if step < self.begin:
+        if step < self.cooldown_start:
             return super().rate(step)
-        return self.learning_rate * (self.total_steps - step) / (self.total_steps - self.begin + 1)
+        return self.learning_rate * (self.total_steps - step) / (self.total_steps - self.cooldown_start + 1)
 
 
 @dataclass
-class Curve:
-    """What a training came to.
+class TrainingCurve:
+    """Result of a training with automatic length.
 
     Attributes:
-        points: step and validation loss of each evaluation, step 0 for the untrained model.
-        flattened: whether the loss flattened before the budget ended.
-        best_step, best_loss: of the lowest validation loss; the trained parameters are those.
-        outcome: sums over all steps.
+        points: Step and validation loss of each evaluation. Step 0 is the untrained model.
+        flattened: True if the loss flattened within the budget.
+        best_step: Step of the lowest validation loss, with the final parameters.
+        best_loss: Lowest validation loss.
+        outcome: Totals over all steps.
     """
 
     points: list[tuple[int, float]] = field(default_factory=list)
@@ -197,7 +187,7 @@ class Curve:
 
 
 def validation_loss(session: Session, rows: Sequence[Any]) -> float:
-    """The loss of validation rows, or what takes its place: the negative reward; call within ``session.running``."""
+    """Return the loss of validation rows, or the negative reward. Call this within ``session.running``."""
     metrics = session.evaluate(rows).metrics
     if "reward" in metrics:
         return -metrics["reward"]
@@ -213,38 +203,40 @@ def until_flat(
     budget: Budget,
     on_step: Callable[[Step], None] = lambda step: None,
     on_validation: Callable[[int, float], None] = lambda step, loss: None,
-) -> Curve:
-    """Train until the validation loss flattens or the budget ends; call within ``session.running``.
+) -> TrainingCurve:
+    """Train until the validation loss flattens or the budget ends. Call this within ``session.running``.
 
     Args:
-        rows, validation: to train on, and to evaluate every ``train.eval_every`` steps, by default as
-            :func:`deltaw.experiments.until_flat.steps_between` plans.
-        rate: the constant learning rate.
-        on_step, on_validation: told of each step, and of each validation loss.
+        rows: Training rows.
+        validation: Validation rows, evaluated every ``train.eval_every`` steps, or at the interval of
+            :func:`steps_between` by default.
+        rate: Constant learning rate.
+        on_step: Called after each step.
+        on_validation: Called with the step and each validation loss.
 
     Raises:
-        UserError: training diverged; the parameters are those before that step.
+        UserError: If training diverged. The parameters are those before that step.
     """
     with BestPoint() as best:
         training = _Training(session, rows, validation, rate, budget, best, on_validation)
 
         def step_done(step: Step) -> None:
             on_step(step)
-            training.after(step.step)
+            training.after_step(step.step)
 
-        how: dict[str, Any] = {"total_steps": training.most, "learning_rate": rate, "rows": rows}
-        outcome = session.train(on_begin=training.begin, on_step=step_done, **how)
+        options: dict[str, Any] = {"total_steps": training.max_steps, "learning_rate": rate, "rows": rows}
+        outcome = session.train(on_begin=training.start, on_step=step_done, **options)
         curve = training.curve
         curve.outcome, curve.best_step, curve.best_loss = outcome, best.step, best.loss
         if not outcome.interrupted and best.step != outcome.steps:
-            best.put_back([parameter for _, parameter in session.trained])
+            best.restore([parameter for _, parameter in session.trainable_parameters])
             session.method.after_step(session.model)
     return curve
 
 
 @dataclass
 class _Training:
-    """Decides, after each step, whether to evaluate and whether to cool down."""
+    """Decides after each step whether to evaluate and whether to start the cooldown."""
 
     session: Session
     rows: Sequence[Any]
@@ -253,41 +245,41 @@ class _Training:
     budget: Budget
     best: BestPoint
     on_validation: Callable[[int, float], None]
-    curve: Curve = field(default_factory=Curve)
+    curve: TrainingCurve = field(default_factory=TrainingCurve)
     cooling: bool = False
-    began: float = 0.0
+    start_time: float = 0.0
     _state: TrainState | None = None
 
     def __post_init__(self) -> None:
         settings, steps = self.session.config.train, self.budget.steps
-        self.most = steps or ENDLESS
+        self.max_steps = steps or UNLIMITED_STEPS
         per_epoch = math.ceil(len(self.rows) / settings.batch_size)
         self.every = settings.eval_every or steps_between(per_epoch, steps)
-        # A share means one of the budget's steps, and of an epoch's where only time is limited.
+        # A share refers to the steps of the budget, or of an epoch if only the time is limited.
         self.warmup = warmup_steps(settings.warmup, steps or per_epoch)
-        self.last = self.most if self.most < 3 else math.floor(self.most / (1 + COOLDOWN))
+        self.last = self.max_steps if self.max_steps < 3 else math.floor(self.max_steps / (1 + COOLDOWN))
 
-    def begin(self, state: TrainState) -> None:
+    def start(self, state: TrainState) -> None:
         self._state = state
-        state.schedule = Schedule("constant", self.rate, self.most, self.warmup)
+        state.schedule = Schedule("constant", self.rate, self.max_steps, self.warmup)
         self.curve.points.append((0, validation_loss(self.session, self.validation)))
-        self.began = time.monotonic()
+        self.start_time = time.monotonic()
 
-    def after(self, step: int) -> None:
-        """What follows step number ``step``."""
+    def after_step(self, step: int) -> None:
+        """Evaluate or start the cooldown after a step."""
         assert self._state is not None
         if self.cooling:
             if step == self._state.total_steps:
                 self._evaluate(step)
             return
         seconds, flat = self.budget.seconds, False
-        over = seconds is not None and (time.monotonic() - self.began) * (1 + COOLDOWN) >= seconds
-        ended = step >= self.last or over
-        if step % self.every == 0 or ended:
+        time_is_up = seconds is not None and (time.monotonic() - self.start_time) * (1 + COOLDOWN) >= seconds
+        is_last = step >= self.last or time_is_up
+        if step % self.every == 0 or is_last:
             self._evaluate(step)
             untrained, *losses = (loss for _, loss in self.curve.points)
             flat = has_flattened(losses, untrained)
-        if flat or ended:
+        if flat or is_last:
             self.curve.flattened = flat
             self._cool_down(step)
 
@@ -296,21 +288,21 @@ class _Training:
         self.curve.points.append((step, loss))
         assert self._state is not None
         if loss < self.best.loss:
-            self.best.take(step, loss, self._state.trained)
+            self.best.store_point(step, loss, self._state.trained)
         self.on_validation(step, loss)
 
     @torch.no_grad()
     def _cool_down(self, step: int) -> None:
-        """Return to the best point, and let the rate fall to zero from the next step on."""
+        """Return to the best point and start the cooldown."""
         state = self._state
         assert state is not None
-        more = min(max(1, round(COOLDOWN * step)), self.most - step)
-        state.schedule = Cooldown("constant", self.rate, step + more, self.warmup, begin=step)
+        num_steps = min(max(1, round(COOLDOWN * step)), self.max_steps - step)
+        state.schedule = Cooldown("constant", self.rate, step + num_steps, self.warmup, cooldown_start=step)
         self.cooling = True
-        if self.best.step == step or more == 0:
+        if self.best.step == step or num_steps == 0:
             return
-        self.best.put_back(state.trained)
-        for (_, parameter), master in zip(self.session.trained, state.trained, strict=True):
+        self.best.restore(state.trained)
+        for (_, parameter), master in zip(self.session.trainable_parameters, state.trained, strict=True):
             if parameter is not master:
-                parameter.copy_(master)  # rounded
+                parameter.copy_(master)  # rounds to the parameter's type
         self.session.method.after_step(self.session.model)

@@ -1,1 +1,1 @@
-"""An adapter in the forms that other programs load: merged into its base, as GGUF, as a portable adapter."""
+"""Export of adapters for other programs: merged models, GGUF files and portable adapters."""

@@ -1,9 +1,8 @@
-"""An adapter's folder becomes changes of a base model's parameters, by the parameters' names.
+"""Conversion of an adapter folder to changes of a base model's parameters.
 
-The model is a skeleton on the meta device: its classes say how a weight lies in memory and which weights are
-tied, and the adapter's files bring all numbers. LoRA in all its forms goes through the same loading as
-everywhere (:func:`deltaw.lora.load_adapter`); methods that train the model's own parameters have a format
-of their own.
+The model is a skeleton on the meta device. It defines weight layouts and tied weights, and the adapter's files contain
+all values. LoRA adapters are loaded with :func:`deltaw.lora.load_adapter`. Methods that train parameters of the model
+directly have a separate format.
 """
 
 from __future__ import annotations
@@ -20,98 +19,98 @@ from transformers import PreTrainedModel
 from deltaw.errors import UserError
 from deltaw.lora import load_adapter
 from deltaw.lora.adapted import AdaptedLayer
-from deltaw.lora.attachment import Attachment, attached
+from deltaw.lora.attachment import Attachment, require_attachment
 from deltaw.lora.files import read_adapter
 from deltaw.lora.fingerprint import FINGERPRINT_KEY
 from deltaw.lora.layers import DoRALayer, LoRABias, LoRAConv, LoRAConv1D, LoRAEmbedding, LoRALayer
 from deltaw.lora.layers_parts import LoRAParameter, TrainedTokens
 from deltaw.methods import registry
 from deltaw.methods.base import ADAPTER_CONFIG, REPLACED_KEY
-from deltaw.methods.files import metadata_of, read_config, read_trained
+from deltaw.methods.files import read_config, read_metadata, read_trained_parameters
 from deltaw.methods.in_place import INDICES, VALUES
-from deltaw.methods.parameters import names_of
+from deltaw.methods.parameters import parameters_by_name
 
-# Every change turns rows of W into rows of W' = W + ΔW, in fp32 (fp64 for an fp64 weight). All layers'
-# updates have one form here, ΔW = L·R over the weight's own layout, so that a block of rows of ΔW needs the
-# same rows of L alone and ΔW is never formed whole.
-#
-# It knows tensors: no files, no names, no models.
+# A change maps rows of W to rows of W' = W + ΔW, in fp32 (fp64 for an fp64 weight). Low-rank updates are stored as
+# ΔW = L·R in the layout of the weight, so that a block of rows of ΔW needs only the same rows of L, and the full ΔW is
+# never computed.
 
 
 Blocks = Callable[[], Iterable[tuple[int, Tensor]]]
-"""The weight in blocks of rows: (the first row's number, the rows)."""
+"""Function that yields the weight in blocks of rows, as (index of the first row, rows)."""
 
 
-class Change:
-    """How rows of a weight change.
+class WeightChange:
+    """Base class of changes of a weight.
 
     Attributes:
-        whole: whether it needs all rows in one block.
+        needs_all_rows: True if all rows must be passed in one block.
     """
 
-    whole: bool = False
+    needs_all_rows: bool = False
 
     def prepare(self, blocks: Blocks) -> None:
-        """Be shown the weight before the first :meth:`apply`."""
+        """Read the weight once before the first call of :meth:`apply`."""
 
     def apply(self, rows: Tensor, start: int) -> Tensor:
-        """Rows ``start`` and on of W, (n, …) in fp32 or fp64, to those of W'; the argument may be changed."""
+        """Return rows of W' for (n, …) rows of W from index ``start``, in fp32 or fp64. May modify ``rows``."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Factors:
-    """ΔW = L·R in the layout of a weight of ``shape``, its dimensions behind the first one flattened.
+class WeightFactors:
+    """Factors of ΔW = L·R in the layout of a weight. Dimensions after the first are flattened.
 
     Attributes:
-        left: L (rows, r), or (experts, rows, r).
-        right: R (r, columns), or (experts, r, columns).
-        shape: of the weight.
+        factor_L: (rows, r) or (experts, rows, r) factor L.
+        factor_R: (r, columns) or (experts, r, columns) factor R.
+        shape: Shape of the weight.
     """
 
-    left: Tensor
-    right: Tensor
+    factor_L: Tensor
+    factor_R: Tensor
     shape: tuple[int, ...]
 
     @property
     def rank(self) -> int:
-        return int(self.left.shape[-1])
+        return int(self.factor_L.shape[-1])
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows of ΔW; of stacked experts a row is an expert."""
-        right = self.right[start:stop] if self.right.dim() == 3 else self.right
-        return (self.left[start:stop] @ right).view(stop - start, *self.shape[1:])
+        """Return rows of ΔW. For stacked experts, a row is an entire expert."""
+        factor_R = self.factor_R[start:stop] if self.factor_R.dim() == 3 else self.factor_R
+        return (self.factor_L[start:stop] @ factor_R).view(stop - start, *self.shape[1:])
 
-    def scaled(self, weight: float) -> Factors:
-        """weight · ΔW."""
-        return Factors(self.left * weight, self.right, self.shape)
+    def scaled(self, weight: float) -> WeightFactors:
+        """Return the factors of weight · ΔW."""
+        return WeightFactors(self.factor_L * weight, self.factor_R, self.shape)
 
     def matrices(self) -> list[tuple[Tensor, Tensor]]:
-        """(L, R) of each matrix: one, or one for each expert."""
-        return [(self.left, self.right)] if self.left.dim() == 2 else list(zip(self.left, self.right, strict=True))
+        """Return (L, R) of each matrix: one pair, or one pair per expert."""
+        if self.factor_L.dim() == 2:
+            return [(self.factor_L, self.factor_R)]
+        return list(zip(self.factor_L, self.factor_R, strict=True))
 
 
 @dataclass
-class LowRank(Change):
-    """W + L·R."""
+class LowRankChange(WeightChange):
+    """Low-rank update: W + L·R."""
 
-    factors: Factors
+    factors: WeightFactors
 
     def apply(self, rows: Tensor, start: int) -> Tensor:
         return rows.add_(self.factors.rows(start, start + len(rows)).to(rows.dtype))
 
 
 @dataclass
-class Direction(Change):
-    """m∘(W + L·R) / ‖W + L·R‖ (DoRA, arXiv 2402.09353, eq. 5).
+class DoRAChange(WeightChange):
+    """DoRA update: m∘(W + L·R) / ‖W + L·R‖ (arXiv 2402.09353, eq. 5).
 
     Attributes:
-        factors: of the update of the direction.
-        magnitude: m, one for each output.
-        outputs_are_rows: whether an output is a row of the weight, or a column of it.
+        factors: Factors of the directional update.
+        magnitude: (outputs,) magnitudes m.
+        outputs_are_rows: True if outputs are rows of the weight, False if they are columns.
     """
 
-    factors: Factors
+    factors: WeightFactors
     magnitude: Tensor
     outputs_are_rows: bool
     _norm: Tensor | None = field(default=None, repr=False)
@@ -129,7 +128,7 @@ class Direction(Change):
         if self.outputs_are_rows:
             gain = _gain(self.magnitude[start : start + len(rows)].to(total.dtype), total.flatten(1).norm(dim=1))
             return total.mul_(gain.view(-1, *(1 for _ in total.shape[1:])))
-        assert self._norm is not None, "prepare comes first"
+        assert self._norm is not None, "call prepare first"
         return total.mul_(_gain(self.magnitude.to(total.dtype), self._norm.to(total.dtype)))
 
     def _sum(self, rows: Tensor, start: int) -> Tensor:
@@ -137,13 +136,13 @@ class Direction(Change):
 
 
 def _gain(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """m / ‖·‖; 0 where a row is zero and has no direction."""
+    """Return m / ‖·‖, or 0 for a zero row, which has no direction."""
     return torch.where(norm > 0, magnitude / norm.clamp_min(torch.finfo(norm.dtype).tiny), 0.0)
 
 
 @dataclass
-class TokenRows(Change):
-    """W with some rows replaced: tokens (k), their rows (k, …)."""
+class TokenRowChange(WeightChange):
+    """Replacement of entire rows: (k,) row indices and (k, …) values."""
 
     tokens: Tensor
     values: Tensor
@@ -154,8 +153,8 @@ class TokenRows(Change):
 
 
 @dataclass
-class Entries(Change):
-    """W with single entries replaced: ascending flat positions (k), their values (k)."""
+class EntryChange(WeightChange):
+    """Replacement of single entries: (k,) ascending flat indices and (k,) values."""
 
     indices: Tensor
     values: Tensor
@@ -164,13 +163,13 @@ class Entries(Change):
         width = rows[0].numel() if len(rows) else 0
         first = start * width
         inside = (self.indices >= first) & (self.indices < first + rows.numel())
-        places = (self.indices[inside] - first).long()
-        return rows.flatten().index_copy_(0, places, self.values[inside].to(rows.dtype)).view(rows.shape)
+        local_indices = (self.indices[inside] - first).long()
+        return rows.flatten().index_copy_(0, local_indices, self.values[inside].to(rows.dtype)).view(rows.shape)
 
 
 @dataclass
-class Replaced(Change):
-    """Another tensor in place of W; W need not exist."""
+class ReplacedTensor(WeightChange):
+    """Replacement of the entire tensor. The base model need not contain it."""
 
     values: Tensor
 
@@ -180,8 +179,8 @@ class Replaced(Change):
 
 
 @dataclass
-class Added(Change):
-    """b + c, for a bias on B that goes into the base layer's bias."""
+class BiasChange(WeightChange):
+    """Addition to a bias, from a trained bias on B."""
 
     values: Tensor
 
@@ -189,129 +188,132 @@ class Added(Change):
         return rows.add_(self.values[start : start + len(rows)].to(rows.dtype))
 
 
-_IN_PLACE = ("head", "input", "bias", "random", "last", "full")
+_IN_PLACE_METHODS = ("head", "input", "bias", "random", "last", "full")
 
 
 @dataclass(frozen=True)
-class Trained:
-    """One changed parameter.
+class ParameterChange:
+    """Change of one parameter.
 
     Attributes:
-        names: under which the model is to find the changed one; others of a tied weight keep the base's.
-        change: what becomes of it.
-        shape: of the parameter.
-        new: whether the base model's files need not hold it, such as a classifier's head.
+        names: Names of the changed parameter. Other names of a tied weight retain the base's tensor.
+        change: Change of the values.
+        shape: Shape of the parameter.
+        new: True if the base model's files may lack the parameter, for example a classification head.
     """
 
     names: tuple[str, ...]
-    change: Change
+    change: WeightChange
     shape: tuple[int, ...]
     new: bool = False
 
 
 @dataclass(frozen=True)
 class AdapterChanges:
-    """All that an adapter changes in a model.
+    """All changes of a model by an adapter.
 
     Attributes:
-        folder: of the adapter. method: that trained it.
-        trained: each changed parameter.
-        fingerprint: of the base model that it was trained on; None where the file does not say.
-        replaced: names of parameters whose values the adapter has itself, so that the base's may be any.
-        copies: the base's own values that the file has too, by name; they must be the same.
+        folder: Folder of the adapter.
+        method: Training method.
+        changes: Changed parameters.
+        fingerprint: Fingerprint of the base model used in training, or None if the file does not contain it.
+        replaced: Names of parameters that the adapter replaces entirely. Their base values are irrelevant.
+        copies: Copies of unchanged base weights in the adapter's file, by name. They must equal the base's.
     """
 
     folder: Path
     method: str
-    trained: list[Trained]
+    changes: list[ParameterChange]
     fingerprint: str | None = None
     replaced: frozenset[str] = frozenset()
     copies: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def changes_of(folder: Path, model: PreTrainedModel) -> AdapterChanges:
-    """The changes that the adapter in ``folder`` makes to a model of the class and shape of ``model``.
+def load_changes(folder: Path, model: PreTrainedModel) -> AdapterChanges:
+    """Load the changes of a base model by an adapter.
 
     Args:
-        folder: a run's folder, an adapter of deltaw's or one of PEFT's.
-        model: on the meta device and without an adapter; afterwards it has this one, and is of no more use.
+        folder: Folder of a run, or of an adapter in deltaw's or PEFT's format.
+        model: Base model on the meta device, without an adapter. It cannot be used afterwards.
 
     Raises:
-        UserError: the adapter does not fit the model, or is no change of weights.
+        UserError: if the adapter does not fit the model or does not change weights.
     """
     config = read_config(folder)
     kind = config.get("peft_type") or config.get("method")
     entry = registry.entry_of_adapter(kind)
     name = str(kind) if entry is None else entry.name
     if name == "prompt":
-        hint = "serve it beside the base model, or train with method lora to have weights to merge"
-        raise UserError("a soft prompt is no weight: it is rows before each text", where=str(folder), hint=hint)
+        hint = "serve it with the base model, or train with method lora"
+        raise UserError("a soft prompt cannot be merged into weights", location=str(folder), hint=hint)
     if name == "lora":
-        return _of_lora(folder, model)
-    if name not in _IN_PLACE:
-        hint, where = f"use lora, {', '.join(_IN_PLACE)}", str(folder / ADAPTER_CONFIG)
-        raise UserError(f"an adapter of method '{name}' cannot be merged", where=where, hint=hint)
-    return _of_parameters(folder, name, model)
+        return _lora_changes(folder, model)
+    if name not in _IN_PLACE_METHODS:
+        hint, location = f"use lora, {', '.join(_IN_PLACE_METHODS)}", str(folder / ADAPTER_CONFIG)
+        raise UserError(f"an adapter of method '{name}' cannot be merged", location=location, hint=hint)
+    return _parameter_changes(folder, name, model)
 
 
-def _of_parameters(folder: Path, method: str, model: PreTrainedModel) -> AdapterChanges:
-    """Of a method that trains the model's own parameters."""
-    tensors, saved = read_trained(folder, method)
-    own = names_of(model)
-    trained = []
+def _parameter_changes(folder: Path, method: str, model: PreTrainedModel) -> AdapterChanges:
+    """Load the changes of a method that trains parameters of the model directly."""
+    tensors, saved = read_trained_parameters(folder, method)
+    parameters = parameters_by_name(model)
+    changes = []
     for key, tensor in tensors.items():
         if key.endswith(VALUES):
             continue
         name = key.removesuffix(INDICES)
         names = (name, *saved.tied.get(name, ()))
-        bias_of = own.get(f"{name.removesuffix('bias')}weight") if name.endswith(".bias") else None
+        bias_of = parameters.get(f"{name.removesuffix('bias')}weight") if name.endswith(".bias") else None
         shape = tuple(tensor.shape)
         if key.endswith(INDICES):
             values = tensors.get(name + VALUES)
-            change: Change | None = None if values is None else Entries(tensor, values)
-            shape = tuple(own[name].shape) if name in own else shape
-            if name in own and tensor.numel() and int(tensor.max()) >= own[name].numel():
+            change: WeightChange | None = None if values is None else EntryChange(tensor, values)
+            shape = tuple(parameters[name].shape) if name in parameters else shape
+            if name in parameters and tensor.numel() and int(tensor.max()) >= parameters[name].numel():
                 change = None
         else:
-            change = Replaced(tensor)
-            fits = all(tuple(own[n].shape) == shape for n in names if n in own)
-            added = name not in own and bias_of is not None and len(shape) == 1
-            change = change if fits and (name in own or added) else None
-        if change is None or (name not in own and bias_of is None):
-            what = f"the adapter trains '{name}' {shape}, which the model does not have"
-            raise UserError(what, where=str(folder), hint="merge it into the base model that it was trained on")
-        trained.append(Trained(names, change, shape, new=isinstance(change, Replaced)))
-    metadata = metadata_of(folder)
+            change = ReplacedTensor(tensor)
+            fits = all(tuple(parameters[n].shape) == shape for n in names if n in parameters)
+            added = name not in parameters and bias_of is not None and len(shape) == 1
+            change = change if fits and (name in parameters or added) else None
+        if change is None or (name not in parameters and bias_of is None):
+            message = f"the adapter trains '{name}' {shape}, which the model does not have"
+            raise UserError(message, location=str(folder), hint="merge it into the base model that it was trained on")
+        changes.append(ParameterChange(names, change, shape, new=isinstance(change, ReplacedTensor)))
+    metadata = read_metadata(folder)
     replaced = frozenset(str(name) for name in json.loads(metadata.get(REPLACED_KEY, "[]")))
-    return AdapterChanges(folder, method, trained, metadata.get(FINGERPRINT_KEY), replaced)
+    return AdapterChanges(folder, method, changes, metadata.get(FINGERPRINT_KEY), replaced)
 
 
-def _of_lora(folder: Path, model: PreTrainedModel) -> AdapterChanges:
+def _lora_changes(folder: Path, model: PreTrainedModel) -> AdapterChanges:
     load_adapter(model, folder)
-    record = attached(model)
+    record = require_attachment(model)
     for name, layer in record.updated():
         if (reason := _refusal(layer)) is not None:
-            raise UserError(f"'{name}' cannot be merged: {reason}", where=str(folder), hint="keep the adapter separate")
-    trained: list[Trained] = []
+            raise UserError(f"'{name}' cannot be merged: {reason}", location=str(folder), hint="keep it separate")
+    changes: list[ParameterChange] = []
     for replacement in record.layers:
         if isinstance(replacement.current, LoRALayer):
-            trained += _of_layer(replacement.names, replacement.current)
+            changes += _layer_changes(replacement.names, replacement.current)
     for update in record.parameters:
         layer = update.layer
-        owner = next(name for name, module in model.named_modules() if module is layer.holder)
-        trained.append(Trained((f"{owner}.{layer.attribute}",), LowRank(factors_of(layer)), tuple(layer.weight.shape)))
-    trained += _of_tokens(record)
+        owner = next(name for name, module in model.named_modules() if module is layer.owner)
+        name = f"{owner}.{layer.attribute}"
+        changes.append(ParameterChange((name,), LowRankChange(factors_of(layer)), tuple(layer.weight.shape)))
+    changes += _token_changes(record)
     for bias in record.biases:
-        trained.append(Trained((bias.name,), Replaced(bias.parameter.detach()), tuple(bias.parameter.shape)))
+        value = bias.parameter.detach()
+        changes.append(ParameterChange((bias.name,), ReplacedTensor(value), tuple(value.shape)))
     replaced: list[str] = []
-    for whole in record.extra_modules:
-        for key, value in whole.current.state_dict().items():
-            names = tuple(f"{name}.{key}" for name in whole.names)
+    for extra in record.extra_modules:
+        for key, value in extra.current.state_dict().items():
+            names = tuple(f"{name}.{key}" for name in extra.names)
             replaced += names
-            trained.append(Trained(names, Replaced(value.detach()), tuple(value.shape), new=True))
+            changes.append(ParameterChange(names, ReplacedTensor(value.detach()), tuple(value.shape), new=True))
     metadata = read_adapter(folder).metadata
     fingerprint, copies = metadata.get(FINGERPRINT_KEY), dict(record.copies)
-    return AdapterChanges(folder, "lora", trained, fingerprint, frozenset(replaced), copies)
+    return AdapterChanges(folder, "lora", changes, fingerprint, frozenset(replaced), copies)
 
 
 def _refusal(layer: AdaptedLayer) -> str | None:
@@ -320,46 +322,46 @@ def _refusal(layer: AdaptedLayer) -> str | None:
     return layer.merge_refusal()
 
 
-def _of_layer(names: Sequence[str], layer: LoRALayer) -> list[Trained]:
-    """The weight of an adapted layer, and its bias where B has one."""
+def _layer_changes(names: Sequence[str], layer: LoRALayer) -> list[ParameterChange]:
+    """Return the changes of an adapted layer's weight and, if B has a trained bias, of its bias."""
     factors = factors_of(layer)
-    change: Change = LowRank(factors)
+    change: WeightChange = LowRankChange(factors)
     if isinstance(layer, DoRALayer):
         columns = isinstance(layer, LoRAConv1D | LoRAEmbedding)
-        change = Direction(factors, layer.lora_magnitude.detach(), not columns)
-    found = [Trained(tuple(f"{name}.weight" for name in names), change, tuple(layer.weight.shape))]
+        change = DoRAChange(factors, layer.lora_magnitude.detach(), not columns)
+    changes = [ParameterChange(tuple(f"{name}.weight" for name in names), change, tuple(layer.weight.shape))]
     if isinstance(layer, LoRABias):
         values = layer.lora_bias.detach() * layer.scaling
-        found.append(Trained(tuple(f"{name}.bias" for name in names), Added(values), tuple(values.shape)))
-    return found
+        changes.append(ParameterChange(tuple(f"{n}.bias" for n in names), BiasChange(values), tuple(values.shape)))
+    return changes
 
 
 @torch.no_grad()
-def factors_of(layer: LoRALayer) -> Factors:
-    """ΔW of an adapted layer, in the layout of its weight: scaling is in the left factor."""
+def factors_of(layer: LoRALayer) -> WeightFactors:
+    """Return the factors of a layer's ΔW in the layout of its weight. L includes the scaling."""
     shape = tuple(layer.weight.shape)
     factor_A, factor_B = layer.lora_A.detach(), layer.lora_B.detach()
     if isinstance(layer, LoRAConv):
-        return Factors(factor_B.flatten(1) * layer.scaling, factor_A.flatten(1), shape)
-    if rows_are_inputs(layer):
-        return Factors(factor_A * layer.scaling, factor_B, shape)
-    return Factors(factor_B.transpose(-1, -2) * layer.scaling, factor_A.transpose(-1, -2), shape)
+        return WeightFactors(factor_B.flatten(1) * layer.scaling, factor_A.flatten(1), shape)
+    if has_input_rows(layer):
+        return WeightFactors(factor_A * layer.scaling, factor_B, shape)
+    return WeightFactors(factor_B.transpose(-1, -2) * layer.scaling, factor_A.transpose(-1, -2), shape)
 
 
-def rows_are_inputs(layer: LoRALayer) -> bool:
-    """Whether a row of the layer's weight is an input, not an output."""
+def has_input_rows(layer: LoRALayer) -> bool:
+    """Return True if rows of the layer's weight correspond to inputs instead of outputs."""
     by_parameter = isinstance(layer, LoRAParameter) and layer.weight_is_in_out
     return by_parameter or isinstance(layer, LoRAConv1D | LoRAEmbedding)
 
 
-def _of_tokens(record: Attachment) -> list[Trained]:
-    """Trained rows of tokens: one change for an embedding and the head that follows it."""
-    found = []
-    layers = [(place.names, place.current) for place in record.tokens if isinstance(place.current, TrainedTokens)]
-    for own, layer in layers:
-        if layer.follows is None:
-            followers = [name for names, other in layers if other.follows is layer for name in names]
-            names = tuple(f"{name}.weight" for name in (*own, *followers))
-            change = TokenRows(layer.tokens.cpu(), layer.trained_tokens.detach())
-            found.append(Trained(names, change, tuple(layer.weight.shape)))
-    return found
+def _token_changes(record: Attachment) -> list[ParameterChange]:
+    """Return the changes of trained token rows. An embedding and the head that follows it share one change."""
+    changes = []
+    layers = [(r.names, r.current) for r in record.tokens if isinstance(r.current, TrainedTokens)]
+    for layer_names, layer in layers:
+        if layer.tied_to is None:
+            followers = [name for names, other in layers if other.tied_to is layer for name in names]
+            names = tuple(f"{name}.weight" for name in (*layer_names, *followers))
+            change = TokenRowChange(layer.tokens.cpu(), layer.trained_tokens.detach())
+            changes.append(ParameterChange(names, change, tuple(layer.weight.shape)))
+    return changes

@@ -1,7 +1,4 @@
-"""What a merge or an export starts from: the base model's files, whether it is the one, and what adapters change.
-
-Knows folders and transformers' classes; not what is written.
-"""
+"""Preparation of merges and exports: the base model's files, its verification, and the changes of the adapters."""
 
 from __future__ import annotations
 
@@ -19,44 +16,59 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from deltaw import tasks
 from deltaw.data.chat_template import with_chat_template
 from deltaw.errors import UserError
-from deltaw.export.adapters import AdapterChanges, Trained, changes_of
+from deltaw.export.adapters import AdapterChanges, ParameterChange, load_changes
 from deltaw.export.combine import Combination, Recipe, combine
-from deltaw.hub.checkpoint import Checkpoint, Names, names_on_disk, note_stored, read_checkpoint, values_in_folder
-from deltaw.hub.folders import Source, adapter_folder, local_folder, resolve
+from deltaw.hub.checkpoint import (
+    ParameterNames,
+    WeightFiles,
+    folder_digests,
+    match_names,
+    read_checkpoint,
+    record_stored_digests,
+)
+from deltaw.hub.folders import ModelSource, adapter_folder, local_folder, resolve
 from deltaw.hub.loading import LoadedModel, load, read_config, skeleton
 from deltaw.hub.quiet import quiet
 from deltaw.hub.tokenizers import tokenizer_in
 from deltaw.lora import load_adapter, save_adapter
 from deltaw.lora.config import CHANGING_INITS
 from deltaw.lora.fingerprint import base_fingerprint, same_base
-from deltaw.methods.files import classes_of, outputs_of
+from deltaw.methods.files import read_classes, read_num_outputs
 from deltaw.methods.files import read_config as read_adapter_config
-from deltaw.methods.parameters import names_of
+from deltaw.methods.parameters import parameters_by_name
+from deltaw.progress import track_progress
 from deltaw.settings import RunConfig
 from deltaw.tensor_files import row_blocks
-from deltaw.training.origin import CHAT_TEMPLATE, read_folder
-from deltaw.working import working
+from deltaw.training.open_run import CHAT_TEMPLATE, read_folder
 
-Say = Callable[[str], None]
+LogFunction = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Written:
-    """What an export reports of what it wrote: ``facts`` for JSON, ``lines`` for a person."""
+class ExportResult:
+    """Result of an export.
 
-    facts: dict[str, object]
+    Attributes:
+        details: Values for JSON output.
+        lines: Lines for the user.
+    """
+
+    details: dict[str, object]
     lines: list[str]
 
 
 @dataclass(frozen=True)
-class Base:
-    """A base model, as an adapter needs it.
+class AdapterBase:
+    """Base model of an adapter.
 
     Attributes:
-        reference: what names it. folder: with config.json and safetensors.
-        task: what the model does with the adapter. outputs: of a classifier's head, else None.
-        classes: their names. run: the settings of the run, None where the folder is no run.
-        trust_remote_code: the caller's.
+        reference: Reference of the model.
+        folder: Folder with config.json and safetensors files.
+        task: Task of the adapter.
+        outputs: Number of outputs of a classification head.
+        classes: Names of the classes.
+        run: Settings of the run, if the folder is a run.
+        trust_remote_code: Whether the caller trusts the model's Python code.
     """
 
     reference: str
@@ -68,149 +80,158 @@ class Base:
     trust_remote_code: bool
 
     def skeleton(self, folder: Path | None = None) -> PreTrainedModel:
-        """The model on the meta device, of the base's config.json or that in another ``folder``."""
+        """Return the model on the meta device, built from the base's config.json or from the one in ``folder``."""
         with torch.device("meta"):
             return skeleton(str(folder or self.folder), dtype="fp32", **self._for_task)
 
     def load(self, precision: str, folder: Path | None = None) -> LoadedModel:
-        """The model in memory, or the one in another ``folder``, for the adapter's task."""
+        """Load the model, or the one in ``folder``, for the adapter's task."""
         with quiet():
-            place = str(folder or self.folder)
-            return load(place, precision=precision, device="cpu", say=lambda line: None, **self._for_task)
+            path = str(folder or self.folder)
+            return load(path, precision=precision, device="cpu", log=lambda line: None, **self._for_task)
 
     @property
     def _for_task(self) -> dict[str, Any]:
         return {"task": self.task, "num_labels": self.outputs, "trust_remote_code": self.trust_remote_code}
 
     @functools.cached_property
-    def source(self) -> Source:
-        """Where it comes from: its name for a person, and the path of a ``.gguf`` file that was converted."""
+    def source(self) -> ModelSource:
+        """Source of the model: its display name, and the path of a converted ``.gguf`` file."""
         return resolve(self.reference)
 
     @property
     def gguf(self) -> Path | None:
-        """The ``.gguf`` file that the folder was converted from; None where it was none."""
+        """``.gguf`` file that the folder was converted from, if any."""
         return self.source.path if self.source.kind == "gguf" else None
 
     @functools.cached_property
     def config(self) -> PretrainedConfig:
-        """Its configuration."""
+        """Configuration of the model."""
         with quiet():
             return read_config(self.folder, self.task, None, self.trust_remote_code)
 
     def tokenizer(self, run: Path) -> PreTrainedTokenizerBase | None:
-        """The tokenizer, with the chat template of ``run`` where that has one of its own."""
-        found = tokenizer_in(self.folder, self.trust_remote_code)
-        if found is None:
+        """Return the tokenizer, with the chat template of ``run`` if it has one."""
+        tokenizer = tokenizer_in(self.folder, self.trust_remote_code)
+        if tokenizer is None:
             return None
         if self.run is not None:
-            return with_chat_template(found, self.run.data.chat_template)
+            return with_chat_template(tokenizer, self.run.data.chat_template)
         template = run / CHAT_TEMPLATE
-        return with_chat_template(found, str(template)) if template.is_file() else found
+        return with_chat_template(tokenizer, str(template)) if template.is_file() else tokenizer
 
     def fingerprint(self) -> str | None:
-        """Of its weights, read without loading them; None where the files do not hold them one by one."""
+        """Compute the fingerprint of the weights without loading them.
+
+        Returns None if the files do not store the parameters individually.
+        """
         model = self.skeleton()
         checkpoint = read_checkpoint(self.folder)
-        return fingerprint_on_disk(model, checkpoint, names_on_disk(model, checkpoint.tensors))
+        return fingerprint_on_disk(model, checkpoint, match_names(model, checkpoint.tensors))
 
 
-def base_of(adapter: Path, dtype: str, options: MergeOptions, say: Say) -> Base:
-    """The base model of the adapter in a folder.
+def resolve_base(adapter: Path, dtype: str, options: MergeOptions, log: LogFunction) -> AdapterBase:
+    """Resolve the base model of an adapter.
 
     Args:
-        adapter: a run's folder, or an adapter's.
-        dtype: what a ``.gguf`` base is converted to.
-        options: name the base model, if it is not the one that the folder names, and whether Python code that comes
-            with it is run.
+        adapter: Folder of a run or of an adapter.
+        dtype: Type that a ``.gguf`` base model is converted to.
+        options: May override the base model, and may allow its Python code.
+        log: Receives messages for the user.
 
     Raises:
-        UserError: there is no adapter, no base model to be found, or one that the caller has to allow.
+        UserError: if the adapter or its base model is not found, or if the caller has to confirm the base model.
     """
     trust = options.trust_remote_code
-    found = read_folder(adapter, trust_remote_code=trust)
-    classes = classes_of(adapter)
-    outputs = len(classes) if classes is not None else tasks.entry_of(found.task).outputs
-    if outputs is None and tasks.entry_of(found.task).new_head:
-        outputs = outputs_of(adapter)
-    folder = local_folder(resolve(found.base(options.model)), dtype, say, trust)
-    return Base(found.base_name(options.model), folder, found.task, outputs, classes, found.run, trust)
+    source = read_folder(adapter, trust_remote_code=trust)
+    classes = read_classes(adapter)
+    outputs = len(classes) if classes is not None else tasks.entry_of(source.task).outputs
+    if outputs is None and tasks.entry_of(source.task).new_head:
+        outputs = read_num_outputs(adapter)
+    folder = local_folder(resolve(source.base(options.model)), dtype, log, trust)
+    return AdapterBase(source.base_name(options.model), folder, source.task, outputs, classes, source.run, trust)
 
 
-def other_base(base: Base, adapter: Path, hint: str) -> UserError:
-    """The error of an adapter that was trained on another base model."""
-    what = f"the adapter was trained on other weights than those of '{base.reference}'"
-    return UserError(what, where=str(adapter), hint=hint)
+def wrong_base_error(base: AdapterBase, adapter: Path, hint: str) -> UserError:
+    """Return the error for an adapter that was trained on another base model."""
+    message = f"the adapter was trained on other weights than those of '{base.reference}'"
+    return UserError(message, location=str(adapter), hint=hint)
 
 
 def check_base(
-    base: Base, model: PreTrainedModel, checkpoint: Checkpoint, names: Names, adapter: AdapterChanges
+    base: AdapterBase, model: PreTrainedModel, checkpoint: WeightFiles, names: ParameterNames, adapter: AdapterChanges
 ) -> bool | None:
-    """Whether the files are the base model that an adapter was trained on; None where that cannot be told.
+    """Return True if the files are the base model that an adapter was trained on, or None if this is unknown.
 
     Args:
-        model: on the meta device, and without an adapter.
+        base: Base model.
+        model: Base model on the meta device, without an adapter.
+        checkpoint: Weight files of the base model.
+        names: Names of the parameters in the files.
+        adapter: Changes of the adapter.
 
     Raises:
-        UserError: the adapter's file has weights of its base model, and they are not these.
+        UserError: if the adapter's file contains copies of base weights that differ from the files.
     """
     for name, tensor in adapter.copies.items():
         stored = checkpoint.tensors.get(names.stored.get(name, ""))
         blocks = row_blocks(tensor.shape)
         if stored is None or not all(torch.equal(tensor[a:b].to(stored.dtype), stored.rows(a, b)) for a, b in blocks):
-            what = f"the adapter's file has its own copy of the base weight '{name}', which is not that of the model"
+            message = f"the base weight '{name}' in the adapter's file differs from the model's"
             hint = "merge it into the base model that it was trained on"
-            raise UserError(what, where=str(adapter.folder), hint=hint)
+            raise UserError(message, location=str(adapter.folder), hint=hint)
     if adapter.fingerprint is None:
         return None
     return same_base(fingerprint_on_disk(model, checkpoint, names, adapter.replaced), adapter.fingerprint)
 
 
 def fingerprint_on_disk(
-    model: PreTrainedModel, checkpoint: Checkpoint, names: Names, replaced: frozenset[str] = frozenset()
+    model: PreTrainedModel, checkpoint: WeightFiles, names: ParameterNames, replaced: frozenset[str] = frozenset()
 ) -> str | None:
-    """:func:`~deltaw.lora.fingerprint.base_fingerprint` of the model in these files, read without loading it;
-    None where a parameter is built of several tensors."""
+    """Compute :func:`~deltaw.lora.fingerprint.base_fingerprint` of a model from its files without loading it.
+
+    Returns None if a parameter is assembled from several tensors.
+    """
     if names.converted:
         return None
-    note_stored(model, values_in_folder(checkpoint.folder))
-    return base_fingerprint(model, [p for name, p in names_of(model).items() if name in replaced])
+    record_stored_digests(model, folder_digests(checkpoint.folder))
+    return base_fingerprint(model, [p for name, p in parameters_by_name(model).items() if name in replaced])
 
 
-# An adapter whose initialization changed its base's weights (PiSSA, OLoRA), saved by PEFT as it was trained, belongs to
-# W − s·A₀·B₀, where A₀ and B₀ follow from W. They are found by loading the base model; the plain adapter of twice the
-# rank then goes the way of all others. One that deltaw saved is plain already.
+# Initializations such as PiSSA and OLoRA change the base weights to W − s·A₀·B₀, with A₀ and B₀ computed from W.
+# For adapters that PEFT saved in this form, the base model is loaded to compute A₀ and B₀, and the adapter is converted
+# to a plain one of twice the rank. Adapters saved by deltaw are already plain.
 
 
 @contextlib.contextmanager
-def plain_adapter(folder: Path, base: Base, say: Say) -> Iterator[Path]:
-    """Yield ``folder``, or one with the same adapter in plain form that is gone afterwards."""
+def plain_adapter(folder: Path, base: AdapterBase, log: LogFunction) -> Iterator[Path]:
+    """Yield ``folder``, or a temporary folder with the same adapter in plain form."""
     init = read_adapter_config(folder).get("init_lora_weights")
     if not isinstance(init, str) or init not in CHANGING_INITS:
         yield folder
         return
-    say(f"the adapter was initialized with '{init}', which took a share out of W: the base model is loaded to find it")
+    log(f"the adapter's initialization '{init}' changed the base weights: loading the base model to convert it")
     model = base.load("fp32").model
     load_adapter(model, folder)
-    with tempfile.TemporaryDirectory(prefix="deltaw-plain-", ignore_cleanup_errors=True) as made:
-        save_adapter(model, made, base_model=base.reference)
+    with tempfile.TemporaryDirectory(prefix="deltaw-plain-", ignore_cleanup_errors=True) as plain_folder:
+        save_adapter(model, plain_folder, base_model=base.reference)
         del model
-        yield Path(made)
+        yield Path(plain_folder)
 
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """How a merge is done.
+    """Options of a merge.
 
     Attributes:
-        model: the base model, where it is not the one that the adapter names.
-        trust_remote_code: run the Python files that came with it.
+        model: Base model, if it is not the one that the adapter names.
+        trust_remote_code: Run the Python files of the base model.
         precision: ``keep``, ``bf16``, ``fp16`` or ``fp32``.
-        shard_size: most bytes of a file; None as the base's.
-        overwrite: replace an output folder that holds files.
-        other_base: merge also into another base model than the adapter was trained on.
-        others: further adapters' folders.
-        recipe: how several are combined; None for a single one of weight 1.
+        shard_size: Maximum bytes per file, or None to shard like the base model.
+        overwrite: Replace an output folder that contains files.
+        other_base: Allow a base model with other weights than the adapter was trained on.
+        additional_adapters: Folders of further adapters.
+        recipe: Combination of several adapters, or None for a single adapter with weight 1.
     """
 
     model: str | None = None
@@ -219,54 +240,54 @@ class MergeOptions:
     shard_size: int | None = None
     overwrite: bool = False
     other_base: bool = False
-    others: tuple[Path, ...] = ()
+    additional_adapters: tuple[Path, ...] = ()
     recipe: Recipe | None = None
 
 
 @dataclass(frozen=True)
-class Merging:
-    """A merge that is prepared: the base, the adapters, and what becomes of each parameter."""
+class MergePlan:
+    """Prepared merge: the base model, the adapters and the change of each parameter."""
 
     run: Path
-    base: Base
+    base: AdapterBase
     adapters: tuple[AdapterChanges, ...]
-    trained: tuple[Trained, ...]
+    changes: tuple[ParameterChange, ...]
     options: MergeOptions
     combination: Combination | None = None
 
-    def same_base(self, found: Iterable[bool | None]) -> bool | None:
-        """Whether all adapters were trained on this base; None where that is not known.
+    def same_base(self, comparisons: Iterable[bool | None]) -> bool | None:
+        """Return True if all adapters were trained on this base, or None if this is unknown.
 
         Args:
-            found: for each adapter.
+            comparisons: Result of the comparison for each adapter.
 
         Raises:
-            UserError: one was trained on another base, and that is not asked for.
+            UserError: if an adapter was trained on another base and ``other_base`` is not set.
         """
-        known = []
-        for adapter, same in zip(self.adapters, found, strict=True):
+        results = []
+        for adapter, same in zip(self.adapters, comparisons, strict=True):
             if same is False and not self.options.other_base:
-                hint = "name its own base with --model; --other-base merges it all the same"
-                raise other_base(self.base, adapter.folder, hint)
-            known.append(same)
-        return False if False in known else None if None in known else True
+                hint = "set its base model with --model, or merge anyway with --other-base"
+                raise wrong_base_error(self.base, adapter.folder, hint)
+            results.append(same)
+        return False if False in results else None if None in results else True
 
 
 @contextlib.contextmanager
-def prepared(run: Path, options: MergeOptions, say: Say) -> Iterator[Merging]:
-    """Read base and adapters, and settle what becomes of each parameter.
+def prepare_merge(run: Path, options: MergeOptions, log: LogFunction) -> Iterator[MergePlan]:
+    """Read the base model and the adapters, and yield the plan of the merge.
 
     Raises:
-        UserError: something cannot be merged.
+        UserError: if an adapter cannot be merged.
     """
     dtype = "fp32" if options.precision in ("fp32", "fp16") else "bf16"
-    with contextlib.ExitStack() as stack, working("reading the adapter"):
-        run, *others = (adapter_folder(folder) for folder in (run, *options.others))
-        base = base_of(run, dtype, options, say)
-        plain = [stack.enter_context(plain_adapter(folder, base, say)) for folder in (run, *others)]
-        adapters = tuple(changes_of(folder, base.skeleton()) for folder in plain)
+    with contextlib.ExitStack() as stack, track_progress("reading the adapter"):
+        run, *others = (adapter_folder(folder) for folder in (run, *options.additional_adapters))
+        base = resolve_base(run, dtype, options, log)
+        plain_folders = [stack.enter_context(plain_adapter(folder, base, log)) for folder in (run, *others)]
+        adapters = tuple(load_changes(folder, base.skeleton()) for folder in plain_folders)
         if options.recipe is None and len(adapters) > 1:
             raise ValueError("several adapters need a recipe")
         combination = None if options.recipe is None else combine(adapters, options.recipe)
-        trained = adapters[0].trained if combination is None else combination.trained
-        yield Merging(run, base, adapters, tuple(trained), options, combination)
+        changes = adapters[0].changes if combination is None else combination.changes
+        yield MergePlan(run, base, adapters, tuple(changes), options, combination)

@@ -1,14 +1,14 @@
-"""Several adapters as one: ways to combine their updates ΔW, each weighted, and lower ranks of one.
+"""Combination of several adapters' updates ΔW with weights, and rank reduction.
 
-    concat   Σ wᵢ·ΔWᵢ, exactly: factors side by side, ranks add
-    svd      the best approximation of that of a given rank
-    linear   Σ wᵢ·ΔWᵢ, formed whole; takes any change of a weight, not low-rank ones alone
-    ties     of each wᵢ·ΔWᵢ the largest share ``density`` by magnitude; per element the sign with the larger
-             sum; the mean of what agrees with it (arXiv 2306.01708, section 3)
-    dare     of each ΔWᵢ a random share ``density``, divided by it; the weighted sum (arXiv 2311.03099, eq. 1)
+    concat   Σ wᵢ·ΔWᵢ, exact: factors are concatenated and ranks add up
+    svd      best approximation of that sum with a given rank
+    linear   Σ wᵢ·ΔWᵢ, computed in full; supports all kinds of changes
+    ties     keep the largest fraction ``density`` of each wᵢ·ΔWᵢ by magnitude, elect the sign with the larger sum per
+             element, and average the values that agree with it (arXiv 2306.01708, section 3)
+    dare     keep a random fraction ``density`` of each ΔWᵢ, divide by it, and sum (arXiv 2311.03099, eq. 1)
 
-All act on ΔW, never on A and B apart, whose product would have cross terms. Each is measured against the
-weighted sum Σ wᵢ·ΔWᵢ. It knows changes of weights, not files.
+All methods operate on ΔW. Combining A and B separately would add cross terms. Errors are relative to the weighted sum
+Σ wᵢ·ΔWᵢ.
 """
 
 from __future__ import annotations
@@ -21,93 +21,96 @@ import torch
 from torch import Tensor
 
 from deltaw.errors import UserError
-from deltaw.export.adapters import AdapterChanges, Blocks, Change, Factors, LowRank, Trained
+from deltaw.export.adapters import AdapterChanges, Blocks, LowRankChange, ParameterChange, WeightChange, WeightFactors
 
-# ΔW is never formed to find its norm, products, angles and best lower rank: for a weight of n rows and m columns
-# everything costs O((n + m)·r²), in float64. Formulas: with L = Q_L·R_L and Rᵀ = Q_R·R_R (QR decompositions) the
-# singular values of L·R are those of the r × r matrix R_L·R_Rᵀ, and the truncated SVD is the best approximation of its
-# rank (Eckart and Young, 1936).
+# Norms, inner products, angles and rank reductions do not compute ΔW: for a weight of n rows and m columns they cost
+# O((n + m)·r²), in float64. With L = Q_L·R_L and Rᵀ = Q_R·R_R (QR decompositions), the singular values of L·R are those
+# of the r × r matrix R_L·R_Rᵀ, and the truncated SVD is the best approximation of its rank (Eckart and Young, 1936).
 
 
 @dataclass(frozen=True)
-class Truncated:
-    """The best approximation of a lower rank.
+class TruncatedSVD:
+    """Best approximation of a lower rank.
 
     Attributes:
-        left, right: factors (n, k) and (k, m), fp32, each with the square root of the singular values.
-        kept, discarded: singular values, descending.
+        factor_L, factor_R: (n, k) and (k, m) fp32 factors. Each includes the square root of the singular values.
+        retained, discarded: Singular values, descending.
     """
 
-    left: Tensor
-    right: Tensor
-    kept: Tensor
+    factor_L: Tensor
+    factor_R: Tensor
+    retained: Tensor
     discarded: Tensor
 
 
 @dataclass(frozen=True)
-class Reduced:
-    """Factors, their squared error to what was asked for, and the squared norm of that."""
+class ReducedFactors:
+    """Approximate factors, their squared error, and the squared norm of the exact update."""
 
-    factors: Factors
-    lost: float
-    total: float
+    factors: WeightFactors
+    squared_error: float
+    squared_norm: float
 
 
-def truncated(left: Tensor, right: Tensor, rank: int) -> Truncated:
-    """The best approximation of L·R of at most ``rank``.
+def truncate(factor_L: Tensor, factor_R: Tensor, rank: int) -> TruncatedSVD:
+    """Return the best approximation of L·R with at most ``rank``.
 
     Args:
-        left: L (n, r). right: R (r, m).
+        factor_L: (n, r) factor L.
+        factor_R: (r, m) factor R.
+        rank: Maximum rank.
     """
-    q_left, r_left = torch.linalg.qr(left.double())
-    q_right, r_right = torch.linalg.qr(right.double().T)
-    inner_left, inner_right, kept, discarded = _cut(r_left @ r_right.T, rank)
-    return Truncated((q_left @ inner_left).float(), (inner_right @ q_right.T).float(), kept, discarded)
+    q_L, r_L = torch.linalg.qr(factor_L.double())
+    q_R, r_R = torch.linalg.qr(factor_R.double().T)
+    inner_L, inner_R, retained, discarded = _cut(r_L @ r_R.T, rank)
+    return TruncatedSVD((q_L @ inner_L).float(), (inner_R @ q_R.T).float(), retained, discarded)
 
 
-def truncated_dense(delta: Tensor, rank: int) -> Truncated:
-    """The same of a ΔW (n, m) that is no product of narrow factors, by its whole SVD."""
-    left, right, kept, discarded = _cut(delta.double(), rank)
-    return Truncated(left.float(), right.float(), kept, discarded)
+def truncate_dense(delta: Tensor, rank: int) -> TruncatedSVD:
+    """Return the best approximation of a dense (n, m) ΔW, computed by a full SVD."""
+    factor_L, factor_R, retained, discarded = _cut(delta.double(), rank)
+    return TruncatedSVD(factor_L.float(), factor_R.float(), retained, discarded)
 
 
 def _cut(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Factors of the truncated SVD, and the singular values in it and left out."""
+    """Return the factors of the truncated SVD, and its retained and discarded singular values."""
     u, values, v = torch.linalg.svd(matrix, full_matrices=False)
-    kept = values[:rank]
-    half = kept.sqrt()
-    return u[:, : len(kept)] * half, half[:, None] * v[: len(kept)], kept, values[rank:]
+    retained = values[:rank]
+    half = retained.sqrt()
+    return u[:, : len(retained)] * half, half[:, None] * v[: len(retained)], retained, values[rank:]
 
 
-def inner(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> float:
-    """⟨ΔW₁, ΔW₂⟩_F = tr((L₁ᵀ·L₂)·(R₂·R₁ᵀ)) of two pairs (L, R)."""
-    (l1, r1), (l2, r2) = left, right
-    # The trace of X·Yᵀ is the sum of the elementwise product.
+def inner_product(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
+    """Return ⟨ΔW₁, ΔW₂⟩_F = tr((L₁ᵀ·L₂)·(R₂·R₁ᵀ)) of two pairs (L, R)."""
+    (l1, r1), (l2, r2) = first, second
+    # tr(X·Yᵀ) is the sum of the elementwise product.
     return float(((l1.double().T @ l2.double()) * (r1.double() @ r2.double().T)).sum())
 
 
-def norm(left: Tensor, right: Tensor) -> float:
-    """‖L·R‖_F."""
-    return max(inner((left, right), (left, right)), 0.0) ** 0.5
+def norm(factor_L: Tensor, factor_R: Tensor) -> float:
+    """Return ‖L·R‖_F."""
+    return max(inner_product((factor_L, factor_R), (factor_L, factor_R)), 0.0) ** 0.5
 
 
-def angles(left: Tensor, right: Tensor) -> Tensor:
-    """The cosines of the principal angles between the column spaces of two matrices (n, r₁) and (n, r₂),
-    descending (Björck and Golub, 1973). Directions that a matrix does not use are left out."""
-    bases = [_basis(matrix) for matrix in (left, right)]
+def principal_angles(first: Tensor, second: Tensor) -> Tensor:
+    """Return the cosines of the principal angles between the column spaces of two matrices, in descending order.
+
+    The matrices are (n, r₁) and (n, r₂). Null directions are ignored (Björck and Golub, 1973).
+    """
+    bases = [_basis(matrix) for matrix in (first, second)]
     if not all(basis.shape[1] for basis in bases):
         return torch.zeros(0, dtype=torch.float64)
     return torch.linalg.svdvals(bases[0].T @ bases[1]).clamp(0.0, 1.0)
 
 
 def _basis(matrix: Tensor) -> Tensor:
-    """(n, k) orthonormal columns that span those of ``matrix``."""
+    """Return an orthonormal basis (n, k) of the column space."""
     u, values, _ = torch.linalg.svd(matrix.double(), full_matrices=False)
     if not values.numel():
         return u
-    # The bound of numpy's matrix_rank, for numbers that were trained in fp32.
-    least = values.max() * max(matrix.shape) * torch.finfo(torch.float32).eps
-    return u[:, values > least]
+    # Threshold of numpy.linalg.matrix_rank for values trained in fp32.
+    threshold = values.max() * max(matrix.shape) * torch.finfo(torch.float32).eps
+    return u[:, values > threshold]
 
 
 METHODS = ("concat", "svd", "linear", "ties", "dare")
@@ -116,17 +119,17 @@ FACTORED = ("concat", "svd")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How adapters are combined.
+    """Combination of several adapters.
 
     Attributes:
-        method: one of :data:`METHODS`.
-        weights: of each adapter.
-        rank: of ``svd``; None takes the largest of the adapters'.
-        density: the share that ``ties`` and ``dare`` keep.
-        seed: of ``dare``.
+        method: One of :data:`METHODS`.
+        weights: Weight of each adapter.
+        rank: Rank for ``svd``, or None for the largest rank of the adapters.
+        density: Fraction of elements that ``ties`` and ``dare`` keep.
+        seed: Random seed of ``dare``.
 
     Raises:
-        UserError: a value is out of range.
+        UserError: if a value is out of range.
     """
 
     method: str
@@ -137,42 +140,44 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise UserError(f"there is no method '{self.method}'", where="--method", hint=f"use {', '.join(METHODS)}")
+            raise UserError(f"unknown method '{self.method}'", location="--method", hint=f"use {', '.join(METHODS)}")
         if not 0 < self.density <= 1:
-            raise UserError(f"the density is {self.density:g}, and a share is above 0 and at most 1", where="--density")
+            raise UserError(f"the density {self.density:g} must be above 0 and at most 1", location="--density")
         require_rank(self.rank)
-        bad = [weight for weight in self.weights if not abs(weight) < float("inf")]
-        if bad:
-            raise UserError(f"a weight is {bad[0]}", where="--with", hint="give a number")
+        invalid = [weight for weight in self.weights if not abs(weight) < float("inf")]
+        if invalid:
+            raise UserError(f"the weight {invalid[0]} is not finite", location="--with", hint="use a finite number")
 
 
 def require_rank(rank: int | None) -> None:
-    """Raise a UserError for a rank below 1."""
+    """Raise a UserError if the rank is below 1."""
     if rank is not None and rank < 1:
-        raise UserError(f"the rank is {rank}, and must be at least 1", where="--rank")
+        raise UserError(f"the rank {rank} must be at least 1", location="--rank")
 
 
 @dataclass
-class Combined(Change):
-    """W + what a method makes of several changes of W; it measures itself while it works.
+class CombinedChange(WeightChange):
+    """Combination of several changes of a weight. Measures its error when it is applied.
 
     Attributes:
-        name: of the parameter, which the random numbers of ``dare`` depend on.
-        parts: changes of W by each adapter; None where one leaves this weight alone.
-        lost, total: sums of squares, of the difference to the weighted sum and of the weighted sum.
+        name: Name of the parameter, which seeds the random numbers of ``dare``.
+        parts: Change by each adapter, if the adapter changes this weight.
+        recipe: Combination method and weights.
+        squared_error: Sum of squares of the difference to the weighted sum.
+        squared_norm: Sum of squares of the weighted sum.
     """
 
     name: str
-    parts: Sequence[Change | None]
+    parts: Sequence[WeightChange | None]
     recipe: Recipe
-    lost: float = 0.0
-    total: float = 0.0
+    squared_error: float = 0.0
+    squared_norm: float = 0.0
 
     def __post_init__(self) -> None:
-        self.whole = self.recipe.method == "ties"  # its threshold needs all of ΔW
+        self.needs_all_rows = self.recipe.method == "ties"  # the magnitude threshold depends on all of ΔW
 
     def prepare(self, blocks: Blocks) -> None:
-        self.lost = self.total = 0.0
+        self.squared_error = self.squared_norm = 0.0
         for part in self.parts:
             if part is not None:
                 part.prepare(blocks)
@@ -181,37 +186,37 @@ class Combined(Change):
         return rows.add_(self.delta(rows, start).to(rows.dtype))
 
     def delta(self, rows: Tensor, start: int) -> Tensor:
-        """These rows of the combined ΔW."""
+        """Return the given rows of the combined ΔW."""
         deltas = [_delta(part, rows, start) for part in self.parts]
         weighted = [w * d for w, d in zip(self.recipe.weights, deltas, strict=True) if d is not None]
         exact = torch.stack(weighted).sum(0) if len(weighted) > 1 else weighted[0]
         if self.recipe.method == "ties":
-            made = ties(weighted, self.recipe.density)
+            combined = ties(weighted, self.recipe.density)
         elif self.recipe.method == "dare":
-            made = torch.zeros_like(exact)
-            for number, (weight, one) in enumerate(zip(self.recipe.weights, deltas, strict=True)):
-                if one is not None:
-                    # Depends on all of these and on nothing else, such as the order of tensors.
-                    text = f"{self.recipe.seed}:{number}:{self.name}:{start}"
+            combined = torch.zeros_like(exact)
+            for adapter_index, (weight, delta) in enumerate(zip(self.recipe.weights, deltas, strict=True)):
+                if delta is not None:
+                    # The seed depends only on these values, not on the order of tensors.
+                    text = f"{self.recipe.seed}:{adapter_index}:{self.name}:{start}"
                     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
-                    made += weight * dare(one, self.recipe.density, seed)
+                    combined += weight * dare(delta, self.recipe.density, seed)
         else:
-            made = exact
-        self.lost += float((made - exact).double().square().sum())
-        self.total += float(exact.double().square().sum())
-        return made
+            combined = exact
+        self.squared_error += float((combined - exact).double().square().sum())
+        self.squared_norm += float(exact.double().square().sum())
+        return combined
 
 
-def _delta(part: Change | None, rows: Tensor, start: int) -> Tensor | None:
+def _delta(part: WeightChange | None, rows: Tensor, start: int) -> Tensor | None:
     if part is None:
         return None
-    if isinstance(part, LowRank):  # without the rounding of (W + ΔW) − W
+    if isinstance(part, LowRankChange):  # avoids the rounding error of (W + ΔW) − W
         return part.factors.rows(start, start + len(rows)).to(rows.dtype)
     return part.apply(rows.clone(), start) - rows
 
 
 def ties(deltas: Sequence[Tensor], density: float) -> Tensor:
-    """Trim, elect signs, mean of what agrees; ``deltas`` of one shape."""
+    """Trim the deltas, elect signs, and return the mean of the values that agree. All deltas have the same shape."""
     trimmed = torch.stack([trim(delta, density) for delta in deltas])
     sign = trimmed.sum(0).sign()
     agrees = (trimmed.sign() == sign) & (trimmed != 0)
@@ -219,110 +224,114 @@ def ties(deltas: Sequence[Tensor], density: float) -> Tensor:
 
 
 def trim(delta: Tensor, density: float) -> Tensor:
-    """``delta`` with all but its largest ``density`` · n elements by magnitude set to zero."""
+    """Set all but the largest ``density`` · n elements by magnitude to zero."""
     count = max(1, round(density * delta.numel()))
     if count >= delta.numel():
         return delta
-    kept = delta.abs().flatten().topk(count, sorted=False).indices
-    made = torch.zeros_like(delta).flatten()
-    made[kept] = delta.flatten()[kept]
-    return made.view(delta.shape)
+    indices = delta.abs().flatten().topk(count, sorted=False).indices
+    trimmed = torch.zeros_like(delta).flatten()
+    trimmed[indices] = delta.flatten()[indices]
+    return trimmed.view(delta.shape)
 
 
 def dare(delta: Tensor, density: float, seed: int) -> Tensor:
-    """``delta`` with each element kept with probability ``density``, and divided by it."""
+    """Keep each element with probability ``density``, and divide it by ``density``."""
     generator = torch.Generator().manual_seed(seed)
-    kept = torch.rand(delta.shape, generator=generator, dtype=torch.float32) < density
-    return torch.where(kept, delta / density, 0.0)
+    mask = torch.rand(delta.shape, generator=generator, dtype=torch.float32) < density
+    return torch.where(mask, delta / density, 0.0)
 
 
 @dataclass(frozen=True)
 class Combination:
-    """Changes made of several adapters'.
+    """Combined changes of several adapters.
 
     Attributes:
-        trained: each changed parameter, once.
-        known: errors that are known before a weight is read, by parameter: (‖difference‖², ‖sum‖²).
+        changes: Change of each parameter.
+        known_errors: Errors that do not depend on the weights, by parameter, as (‖difference‖², ‖sum‖²).
     """
 
-    trained: list[Trained]
-    known: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    changes: list[ParameterChange]
+    known_errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def errors(self) -> dict[str, float]:
-        """By parameter, ‖combined − Σ wᵢ·ΔWᵢ‖_F / ‖Σ wᵢ·ΔWᵢ‖_F; after the weights were written."""
-        return {name: ratio(*squares) for name, squares in self._squares().items()}
+        """Return ‖combined − Σ wᵢ·ΔWᵢ‖_F / ‖Σ wᵢ·ΔWᵢ‖_F by parameter. Call this after the weights were written."""
+        return {name: relative_error(*squares) for name, squares in self._squares().items()}
 
     def total_error(self) -> float:
-        """The same over all parameters together."""
+        """Return the same error over all parameters together."""
         squares = list(self._squares().values())
-        return ratio(sum(lost for lost, _ in squares), sum(total for _, total in squares))
+        return relative_error(sum(error for error, _ in squares), sum(norm for _, norm in squares))
 
     def _squares(self) -> dict[str, tuple[float, float]]:
-        made = [(one.names[0], one.change) for one in self.trained if isinstance(one.change, Combined)]
-        return {**self.known, **{name: (change.lost, change.total) for name, change in made}}
+        combined = [(p.names[0], p.change) for p in self.changes if isinstance(p.change, CombinedChange)]
+        return {**self.known_errors, **{name: (change.squared_error, change.squared_norm) for name, change in combined}}
 
 
-def ratio(lost: float, total: float) -> float:
-    """The relative error of squares."""
-    return (lost / total) ** 0.5 if total > 0 else 0.0
+def relative_error(squared_error: float, squared_norm: float) -> float:
+    """Return the square root of a ratio of sums of squares."""
+    return (squared_error / squared_norm) ** 0.5 if squared_norm > 0 else 0.0
 
 
 def combine(adapters: Sequence[AdapterChanges], recipe: Recipe) -> Combination:
-    """What several adapters make of a model together.
+    """Combine the changes of several adapters.
 
     Raises:
-        UserError: the method cannot combine what one of them changes.
+        UserError: if the method does not support a change of an adapter.
     """
-    names = list(dict.fromkeys(one.names for adapter in adapters for one in adapter.trained))
-    by_adapter = [{one.names: one for one in adapter.trained} for adapter in adapters]
-    taken: set[str] = set()
-    trained, known = [], {}
+    names = list(dict.fromkeys(parameter.names for adapter in adapters for parameter in adapter.changes))
+    by_adapter = [{parameter.names: parameter for parameter in adapter.changes} for adapter in adapters]
+    used_names: set[str] = set()
+    combined, errors = [], {}
     for group in names:
-        if taken & set(group):
-            what = f"the adapters change '{group[0]}' under different names that it is tied by"
-            raise UserError(what, where=group[0], hint="merge them one after the other")
-        taken |= set(group)
-        parts = [own.get(group) for own in by_adapter]
+        if used_names & set(group):
+            message = f"the adapters change the tied weight '{group[0]}' under different names"
+            raise UserError(message, location=group[0], hint="merge the adapters one at a time")
+        used_names |= set(group)
+        parts = [by_names.get(group) for by_names in by_adapter]
         changes = [None if part is None else part.change for part in parts]
-        change: Change
+        change: WeightChange
         if recipe.method in FACTORED:
-            change, known[group[0]] = _factored(group[0], changes, recipe)
+            change, errors[group[0]] = _reduce(group[0], changes, recipe)
         else:
-            change = Combined(group[0], changes, recipe)
-        trained.append(Trained(group, change, next(part.shape for part in parts if part is not None)))
-    return Combination(trained, known)
+            change = CombinedChange(group[0], changes, recipe)
+        combined.append(ParameterChange(group, change, next(part.shape for part in parts if part is not None)))
+    return Combination(combined, errors)
 
 
-def _factored(name: str, changes: Sequence[Change | None], recipe: Recipe) -> tuple[LowRank, tuple[float, float]]:
+def _reduce(name: str, changes: list[WeightChange | None], recipe: Recipe) -> tuple[LowRankChange, tuple[float, float]]:
     factors = []
     for weight, change in zip(recipe.weights, changes, strict=True):
-        if isinstance(change, LowRank):
+        if isinstance(change, LowRankChange):
             factors.append(change.factors.scaled(weight))
         elif change is not None:
-            what = f"'{name}' is not changed by a low-rank update alone, as method '{recipe.method}' needs"
-            raise UserError(what, where=name, hint="use --method linear, ties or dare")
-    joined = side_by_side(factors)
+            message = f"the change of '{name}' is not a low-rank update, which method '{recipe.method}' requires"
+            raise UserError(message, location=name, hint="use --method linear, ties or dare")
+    concatenated = concatenate_factors(factors)
     if recipe.method == "concat":
-        return LowRank(joined), (0.0, sum(max(inner(pair, pair), 0.0) for pair in joined.matrices()))
-    made = reduced(joined, recipe.rank or max(one.rank for one in factors))
-    return LowRank(made.factors), (made.lost, made.total)
+        return LowRankChange(concatenated), (0.0, sum(max(inner_product(p, p), 0.0) for p in concatenated.matrices()))
+    reduced = reduce_rank(concatenated, recipe.rank or max(item.rank for item in factors))
+    return LowRankChange(reduced.factors), (reduced.squared_error, reduced.squared_norm)
 
 
-def side_by_side(factors: Sequence[Factors]) -> Factors:
-    """The sum of several L·R as one pair, whose rank is the sum of theirs."""
-    left = torch.cat([one.left for one in factors], dim=-1)
-    right = torch.cat([one.right for one in factors], dim=-2)
-    return Factors(left, right, factors[0].shape)
+def concatenate_factors(factors: Sequence[WeightFactors]) -> WeightFactors:
+    """Return the sum of several L·R as one pair. Ranks add up."""
+    factor_L = torch.cat([item.factor_L for item in factors], dim=-1)
+    factor_R = torch.cat([item.factor_R for item in factors], dim=-2)
+    return WeightFactors(factor_L, factor_R, factors[0].shape)
 
 
-def reduced(factors: Factors, rank: int) -> Reduced:
-    """The best approximation of a rank."""
-    cut = [truncated(left, right, rank) for left, right in factors.matrices()]
-    lost = sum(float(c.discarded.square().sum()) for c in cut)
-    return Reduced(stacked(cut, factors), lost, lost + sum(float(c.kept.square().sum()) for c in cut))
+def reduce_rank(factors: WeightFactors, rank: int) -> ReducedFactors:
+    """Return the best approximation of a given rank."""
+    approximations = [truncate(factor_L, factor_R, rank) for factor_L, factor_R in factors.matrices()]
+    squared_error = sum(float(c.discarded.square().sum()) for c in approximations)
+    retained = sum(float(c.retained.square().sum()) for c in approximations)
+    return ReducedFactors(stack_factors(approximations, factors), squared_error, squared_error + retained)
 
 
-def stacked(cut: Sequence[Truncated], like: Factors) -> Factors:
-    """Approximations of the matrices of one weight as its factors, in the form of ``like``."""
-    left, right = torch.stack([c.left for c in cut]), torch.stack([c.right for c in cut])
-    return Factors(left, right, like.shape) if like.left.dim() == 3 else Factors(left[0], right[0], like.shape)
+def stack_factors(approximations: Sequence[TruncatedSVD], like: WeightFactors) -> WeightFactors:
+    """Return the approximations of a weight's matrices as factors in the layout of ``like``."""
+    factor_L = torch.stack([c.factor_L for c in approximations])
+    factor_R = torch.stack([c.factor_R for c in approximations])
+    if like.factor_L.dim() != 3:
+        factor_L, factor_R = factor_L[0], factor_R[0]
+    return WeightFactors(factor_L, factor_R, like.shape)

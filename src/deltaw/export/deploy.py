@@ -1,7 +1,4 @@
-"""`deltaw deploy`: a run becomes a model of another program, and both are asked the same questions.
-
-Knows the order and what is compared; the programs are in :mod:`deltaw.export.programs`.
-"""
+"""`deltaw deploy`: import a run into another program as a model, and compare both on the same questions."""
 
 from __future__ import annotations
 
@@ -13,24 +10,24 @@ from pathlib import Path
 
 from deltaw.data.example import Example, rows_of
 from deltaw.errors import UserError
-from deltaw.export.base import MergeOptions, Say, base_of
-from deltaw.export.formats import chat_of, export
-from deltaw.export.programs import Program, Unreachable
+from deltaw.export.base import LogFunction, MergeOptions, resolve_base
+from deltaw.export.formats import export, ollama_template
+from deltaw.export.programs import Program, ServerUnreachable
 from deltaw.hub.folders import adapter_folder, short_name
 from deltaw.hub.terminators import terminators_in
+from deltaw.progress import track_progress
 from deltaw.runtime.generation import Writer, generate
-from deltaw.training.evaluation.general_prompts import MEASURED
-from deltaw.training.origin import InferenceSession, open_run
+from deltaw.training.evaluation.general_prompts import DRIFT_PROMPTS
+from deltaw.training.open_run import AdaptedModel, open_run
 from deltaw.training.prompting import prompt_of, read_prompting, with_system
 from deltaw.training.tasks.base import read_run_data
-from deltaw.working import working
 
-QUESTIONS, TOKENS = 20, 64
+DEFAULT_QUESTIONS, MAX_ANSWER_TOKENS = 20, 64
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One question with both answers."""
+class DeploymentCheck:
+    """Question with the answers of the run and the program."""
 
     question: str
     run: str
@@ -38,24 +35,27 @@ class Asked:
 
     @property
     def exact(self) -> bool:
-        """Equal but for white space at both ends."""
+        """True if the answers are equal except for leading and trailing white space."""
         return self.run.strip() == self.program.strip()
 
     @property
     def similarity(self) -> float:
-        """The share of characters that both have in the same order, 0 to 1: difflib's ratio."""
+        """Similarity of the answers from 0 to 1 (difflib's ratio)."""
         return SequenceMatcher(None, self.run.strip(), self.program.strip(), autojunk=False).ratio()
 
 
 @dataclass(frozen=True)
-class Deployed:
-    """What was made.
+class DeploymentResult:
+    """Result of :func:`deploy`.
 
     Attributes:
-        name: of the model. program: its title. place: a line on where it is. kind: how its numbers are stored.
-        precision: in which the run computed its answers.
-        asked: questions with answers; empty if the program was not asked.
-        held_out: how many questions are held-out prompts of the run; the others are general prompts.
+        name: Name of the model.
+        program: Title of the program.
+        place: Line that describes the model's location.
+        kind: Storage type of the weights.
+        precision: Precision of the run's answers.
+        asked: Questions with answers, empty if answers were not compared.
+        held_out: Number of questions that are held-out prompts of the run. The others are general prompts.
     """
 
     name: str
@@ -63,23 +63,23 @@ class Deployed:
     place: str
     kind: str
     precision: str = ""
-    asked: tuple[Asked, ...] = ()
+    asked: tuple[DeploymentCheck, ...] = ()
     held_out: int = 0
 
     def lines(self) -> list[str]:
-        """For a person."""
+        """Return a summary for the user."""
         if not self.asked:
             return [self.place]
-        count, exact = len(self.asked), sum(one.exact for one in self.asked)
-        similar = sum(one.similarity for one in self.asked) / count
-        told = f"{count} questions, {self.held_out} of them held-out prompts: {exact} equal answers"
-        told += f", similarity {similar:.0%}"
-        why = f"the model is stored as {self.kind}, and the run computes in {self.precision}: rounding changes answers"
-        return [self.place, told, *([why] if exact < count else [])]
+        count, exact = len(self.asked), sum(check.exact for check in self.asked)
+        similar = sum(check.similarity for check in self.asked) / count
+        summary = f"{count} questions ({self.held_out} held-out prompts): {exact} equal answers"
+        summary += f", similarity {similar:.0%}"
+        reason = f"answers differ by rounding: the model is stored as {self.kind}, the run computes in {self.precision}"
+        return [self.place, summary, *([reason] if exact < count else [])]
 
     def as_dict(self) -> dict[str, object]:
-        asked = [{**asdict(one), "exact": one.exact, "similarity": one.similarity} for one in self.asked]
-        return {**asdict(self), "asked": asked}
+        checks = [{**asdict(check), "exact": check.exact, "similarity": check.similarity} for check in self.asked]
+        return {**asdict(self), "asked": checks}
 
 
 def deploy(
@@ -92,82 +92,88 @@ def deploy(
     trust_remote_code: bool = False,
     overwrite: bool = False,
     precision: str = "auto",
-    questions: int = QUESTIONS,
-    writes: Callable[[InferenceSession], Writer] = lambda session: lambda *asked: None,
-    say: Say = lambda line: None,
-) -> Deployed:
-    """Merge and export a run, make it a model of ``program``, and compare answers.
+    questions: int = DEFAULT_QUESTIONS,
+    make_writer: Callable[[AdaptedModel], Writer] = lambda session: lambda *question_texts: None,
+    log: LogFunction = lambda line: None,
+) -> DeploymentResult:
+    """Merge and export a run, import it into ``program``, and compare the answers of both.
 
     Args:
-        run: a run's folder, or an adapter's; or an adapter's hub id.
-        name: of the model; None for the run's. kind: how a GGUF file stores numbers.
-        model, trust_remote_code: of the base, as in :func:`deltaw.export.formats.export`.
-        overwrite: replace a model of that name. precision: of the run's own answers.
-        questions: how many are asked; 0 for none.
-        writes: what writes the run's own answers; by default transformers.
+        run: Folder of a run or an adapter, or hub id of an adapter.
+        program: Program to import the model into.
+        name: Name of the model, or None for the name of the run.
+        kind: Storage type of the weights in the GGUF file.
+        model: Base model, as in :func:`deltaw.export.formats.export`.
+        trust_remote_code: Run the Python files of the base model.
+        overwrite: Replace an existing model with this name.
+        precision: Precision of the run's own answers.
+        questions: Number of questions, or 0 to skip the comparison.
+        make_writer: Creates the function that generates the run's answers. The default is transformers.
+        log: Receives messages for the user.
 
     Raises:
-        UserError: the run cannot be exported, or the program is not there or refuses the model.
+        UserError: if the run cannot be exported, or the program is not available or rejects the model.
     """
     folder = adapter_folder(run)
     name = name or short_name(folder)
     program.check(name, overwrite=overwrite)
     options = MergeOptions(model, trust_remote_code, "fp32")
     try:
-        made_in = tempfile.TemporaryDirectory(prefix=".deltaw-", dir=program.folder)
+        temporary = tempfile.TemporaryDirectory(prefix=".deltaw-", dir=program.folder)
     except OSError as error:
-        what = f"cannot write there: {error.strerror or error}"
-        raise UserError(what, where=str(program.folder), hint="choose another folder with --models") from error
-    with made_in as made:
-        file = Path(made) / "model.gguf"
-        done = export(folder, "gguf", file, kind=kind, model=model, trust_remote_code=trust_remote_code, say=say)
-        for line in done.lines:
-            say(line)
-        base = base_of(folder, "fp32", options, say)
+        message = f"the folder is not writable: {error.strerror or error}"
+        raise UserError(message, location=str(program.folder), hint="choose another folder with --models") from error
+    with temporary as temporary_path:
+        file = Path(temporary_path) / "model.gguf"
+        exported = export(folder, "gguf", file, kind=kind, model=model, trust_remote_code=trust_remote_code, log=log)
+        for line in exported.lines:
+            log(line)
+        base = resolve_base(folder, "fp32", options, log)
         tokenizer = base.tokenizer(folder)
-        ends = [] if tokenizer is None else terminators_in(base.folder, tokenizer)
-        chat, _ = chat_of(tokenizer, ends, read_prompting(folder).system)
-        with working(f"handing {file.stat().st_size / 1e6:,.0f} MB to {program.title}"):
-            deployed = Deployed(name, program.title, program.create(name, file, chat), kind)
+        terminators = [] if tokenizer is None else terminators_in(base.folder, tokenizer)
+        chat, _ = ollama_template(tokenizer, terminators, read_prompting(folder).system)
+        with track_progress(f"importing {file.stat().st_size / 1e6:,.0f} MB into {program.title}"):
+            deployed = DeploymentResult(name, program.title, program.create(name, file, chat), kind)
     if not questions:
         return deployed
-    session = open_run(str(folder), model=model, precision=precision, trust_remote_code=trust_remote_code, say=say)
-    asked, held_out = questions_of(session, questions)
+    session = open_run(str(folder), model=model, precision=precision, trust_remote_code=trust_remote_code, log=log)
+    question_texts, held_out = select_questions(session, questions)
     plain = not session.tokenizer.chat_template or (session.data is not None and session.data.template == "plain")
-    prompts = [session.encode(with_system(chat.system, one)) for one in asked]
-    texts = [str(session.tokenizer.decode(p, skip_special_tokens=True)) for p in prompts] if plain else asked
-    theirs = []
-    with working(f"asking {program.title}", len(texts)) as advance:
+    prompts = [session.encode(with_system(chat.system, question)) for question in question_texts]
+    texts = [str(session.tokenizer.decode(p, skip_special_tokens=True)) for p in prompts] if plain else question_texts
+    program_answers = []
+    with track_progress(f"querying {program.title}", len(texts)) as advance:
         for text in texts:
             try:
-                theirs.append(program.ask(name, text, chat, TOKENS, plain=plain))
-            except Unreachable as error:
-                say(f"answers were not compared, since {program.title} does not answer: {error}")
+                program_answers.append(program.query(name, text, chat, MAX_ANSWER_TOKENS, plain=plain))
+            except ServerUnreachable as error:
+                log(f"answers were not compared because {program.title} does not respond: {error}")
                 return deployed
-            advance(len(theirs))
-    with working("asking the run"):
-        written = writes(session)(prompts, TOKENS, 4096, None)
-        if written is None:
-            written = generate(session.model, session.tokenizer, prompts, max_new_tokens=TOKENS)
-    rows = tuple(Asked(q, own.text, other) for q, own, other in zip(asked, written, theirs, strict=True))
-    computed = str(session.loaded.choices["precision"].value)
-    return replace(deployed, precision=computed, asked=rows, held_out=held_out)
+            advance(len(program_answers))
+    with track_progress("querying the run"):
+        run_answers = make_writer(session)(prompts, MAX_ANSWER_TOKENS, 4096, None)
+        if run_answers is None:
+            run_answers = generate(session.model, session.tokenizer, prompts, max_new_tokens=MAX_ANSWER_TOKENS)
+    answers = zip(question_texts, run_answers, program_answers, strict=True)
+    rows = tuple(DeploymentCheck(q, answer.text, program_answer) for q, answer, program_answer in answers)
+    run_precision = str(session.loaded.choices["precision"].value)
+    return replace(deployed, precision=run_precision, asked=rows, held_out=held_out)
 
 
-def questions_of(session: InferenceSession, count: int) -> tuple[list[str], int]:
-    """Held-out prompts of a run, then general ones; and how many of them are the run's."""
-    found: dict[str, None] = {}
-    if session.config is not None and session.found is not None and session.data is not None:
+def select_questions(session: AdaptedModel, count: int) -> tuple[list[str], int]:
+    """Return held-out prompts of a run, filled up with general prompts, and the number of held-out ones."""
+    held_out: dict[str, None] = {}
+    if session.config is not None and session.adapter_folder is not None and session.data is not None:
         try:
-            session.found.require_rows()
+            session.adapter_folder.require_rows()
             rows = read_run_data(session.task, session.data, seed=session.config.data_seed).held_out
-        except UserError:  # rows that are gone, or that only the folder names
+        except UserError:  # the rows do not exist, or are referenced only by an untrusted folder
             rows = ()
         for row in rows:
             example = rows_of(row)[0]
-            if len(found) < count and isinstance(example, Example) and example.prompt_length:
-                one = prompt_of(example, session.prompting.system, session.data, session.tokenizer)
-                found |= {} if one is None else {one[0]: None}
-    own = list(found)
-    general = [prompt for prompt in MEASURED if prompt not in found]
-    return [*own, *general[: count - len(own)]], len(own)
+            if len(held_out) < count and isinstance(example, Example) and example.prompt_length:
+                encoded = prompt_of(example, session.prompting.system, session.data, session.tokenizer)
+                held_out |= {} if encoded is None else {encoded[0]: None}
+    prompts = list(held_out)
+    general = [prompt for prompt in DRIFT_PROMPTS if prompt not in held_out]
+    return [*prompts, *general[: count - len(prompts)]], len(prompts)

@@ -1,7 +1,4 @@
-"""`deltaw export`: the formats by name, what each writes, and the Modelfile beside a GGUF file.
-
-Knows which routine makes which format, and what is told afterwards; how a format looks is known there.
-"""
+"""`deltaw export`: export formats, and the Modelfile for a GGUF file."""
 
 from __future__ import annotations
 
@@ -13,11 +10,11 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from deltaw.data.rendering import FAULTS, rendered_by
+from deltaw.atomic_files import write_text
+from deltaw.data.rendering import FAULTS, render_with_tokenizer
 from deltaw.data.report import quoted
-from deltaw.durable import write_text
 from deltaw.errors import UserError, did_you_mean
-from deltaw.export.base import MergeOptions, Say, base_of
+from deltaw.export.base import LogFunction, MergeOptions, resolve_base
 from deltaw.export.gguf_file import ADAPTER_KINDS, KINDS
 from deltaw.export.gguf_model import export_gguf, export_gguf_adapter
 from deltaw.export.portable import export_folder, file_names
@@ -26,19 +23,19 @@ from deltaw.hub.terminators import terminators_in
 from deltaw.platforms import shell_word
 from deltaw.training.prompting import read_prompting
 
-# Ollama's templates are Go's, not Jinja. Three published forms are known: ChatML, Llama 3 and Gemma. A chat template
-# is recognized by rendering conversations with it and comparing the texts; for another one there is no TEMPLATE.
+# Ollama uses Go templates instead of Jinja. Three published formats are supported: ChatML, Llama 3 and Gemma. A chat
+# template is recognized by rendering conversations and comparing the texts. Otherwise, TEMPLATE is omitted.
 
 Message = dict[str, str]
 
 
 @dataclass(frozen=True)
-class Form:
-    """A way to write a conversation.
+class ChatFormat:
+    """Text format of a conversation.
 
     Attributes:
-        turn: one message as text, with ``{role}`` and ``{content}``.
-        assistant: the name of the role that answers.
+        turn: Format string of a message with ``{role}`` and ``{content}``.
+        assistant: Role name of the assistant.
     """
 
     turn: str
@@ -46,12 +43,12 @@ class Form:
 
     @property
     def opening(self) -> str:
-        """What opens the answer."""
+        """Text before an answer."""
         return self.turn.partition("{content}")[0].format(role=self.assistant)
 
     @property
     def go(self) -> str:
-        """As a Go template of Ollama's ``.Messages``."""
+        """The format as a Go template for Ollama's ``.Messages``."""
         role = "{{ .Role }}"
         if self.assistant != "assistant":
             role = '{{ if eq .Role "assistant" }}' + self.assistant + "{{ else }}{{ .Role }}{{ end }}"
@@ -59,18 +56,18 @@ class Form:
         return "{{- range .Messages }}" + turn + "{{ end }}" + self.opening
 
     def text(self, messages: Sequence[Message]) -> str:
-        """A conversation, with what opens the answer."""
+        """Render a conversation, including the opening of the next answer."""
         names = {"assistant": self.assistant}
         turns = [self.turn.format(role=names.get(m["role"], m["role"]), content=m["content"]) for m in messages]
         return "".join(turns) + self.opening
 
 
-_FORMS = (
-    Form("<|im_start|>{role}\n{content}<|im_end|>\n"),
-    Form("<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>"),
-    Form("<start_of_turn>{role}\n{content}<end_of_turn>\n", assistant="model"),
+_CHAT_FORMATS = (
+    ChatFormat("<|im_start|>{role}\n{content}<|im_end|>\n"),
+    ChatFormat("<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>"),
+    ChatFormat("<start_of_turn>{role}\n{content}<end_of_turn>\n", assistant="model"),
 )
-# What ends a text in a Modelfile, which knows no way to write it inside of one.
+# Delimiter of multiline texts in a Modelfile, which cannot be escaped, and its replacement.
 _QUOTES, _OTHER_QUOTES = '"""', "'''"
 _SYSTEM: Message = {"role": "system", "content": "Answer briefly."}
 _CONVERSATION: list[Message] = [
@@ -81,84 +78,87 @@ _CONVERSATION: list[Message] = [
 
 
 def modelfile(
-    source: str, adapter: str | None, tokenizer: PreTrainedTokenizerBase | None, ends: Iterable[int], system: str = ""
+    source: str,
+    adapter: str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    terminators: Iterable[int],
+    system: str = "",
 ) -> tuple[str, list[str]]:
-    """The text of a Modelfile, and what to say about it.
+    """Return the text of a Modelfile, and notes for the user.
 
     Args:
-        source: the base model or the merged one, as Ollama's FROM takes it.
-        adapter: the adapter's file; None beside a merged model.
-        tokenizer: with the chat template; None where there is none.
-        ends: ids of the tokens that end an answer.
-        system: the system prompt that the training rows share; empty for that of the chat template.
+        source: Base or merged model, as in Ollama's FROM.
+        adapter: File of the adapter, or None for a merged model.
+        tokenizer: Tokenizer with the chat template, if any.
+        terminators: Ids of the tokens that end an answer.
+        system: System prompt of the training rows, or empty to use the one of the chat template.
     """
     lines = [f"FROM {_path(source)}"]
     if adapter is not None:
         lines.append(f"ADAPTER {_path(adapter)}")
-    found, notes = chat_of(tokenizer, ends, system)
-    if found.template:
-        lines.append(f'TEMPLATE """{found.template}"""')
-    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in found.stops]
-    if _QUOTES in found.system:
-        notes.append(f"the system prompt holds {_QUOTES}, which no Modelfile can: it has {_OTHER_QUOTES} instead")
-    if found.system:
-        lines.append(f"SYSTEM {_QUOTES}{found.system.replace(_QUOTES, _OTHER_QUOTES)}{_QUOTES}")
+    chat, notes = ollama_template(tokenizer, terminators, system)
+    if chat.template:
+        lines.append(f'TEMPLATE """{chat.template}"""')
+    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in chat.stops]
+    if _QUOTES in chat.system:
+        notes.append(f"the system prompt contains {_QUOTES}, invalid in a Modelfile: replaced by {_OTHER_QUOTES}")
+    if chat.system:
+        lines.append(f"SYSTEM {_QUOTES}{chat.system.replace(_QUOTES, _OTHER_QUOTES)}{_QUOTES}")
     return "\n".join(lines) + "\n", notes
 
 
 @dataclass(frozen=True)
-class Chat:
-    """How a model is talked with: Ollama's template in Go, the texts that end an answer, the system prompt; each may
-    be empty."""
+class OllamaTemplate:
+    """Chat settings of an Ollama model: Go template, stop strings and system prompt. Each can be empty."""
 
     template: str = ""
     stops: tuple[str, ...] = ()
     system: str = ""
 
 
-def chat_of(tokenizer: PreTrainedTokenizerBase | None, ends: Iterable[int], system: str = "") -> tuple[Chat, list[str]]:
-    """How a model is talked with, and what to say about it; arguments as those of :func:`modelfile`."""
+def ollama_template(
+    tokenizer: PreTrainedTokenizerBase | None, terminators: Iterable[int], system: str = ""
+) -> tuple[OllamaTemplate, list[str]]:
+    """Return the chat settings for Ollama, and notes for the user. The arguments are those of :func:`modelfile`."""
     if tokenizer is None:
-        return Chat(system=system), []
-    form, of_template = form_of(tokenizer) or (None, None)
+        return OllamaTemplate(system=system), []
+    chat_format, template_system = detect_chat_format(tokenizer) or (None, None)
     notes = []
-    if form is None and tokenizer.chat_template:
-        notes.append("the chat template has no known form for Ollama, so the Modelfile has no TEMPLATE: write one")
-    texts = dict.fromkeys(str(tokenizer.decode([end])) for end in sorted(ends))
+    if chat_format is None and tokenizer.chat_template:
+        notes.append("the chat template has no equivalent for Ollama: add a TEMPLATE to the Modelfile")
+    texts = dict.fromkeys(str(tokenizer.decode([token])) for token in sorted(terminators))
     stops = tuple(stop for stop in texts if stop.strip())
-    return Chat("" if form is None else form.go, stops, system or of_template or ""), notes
+    return OllamaTemplate("" if chat_format is None else chat_format.go, stops, system or template_system or ""), notes
 
 
-def form_of(tokenizer: PreTrainedTokenizerBase) -> tuple[Form, str | None] | None:
-    """The form that the chat template has, and the system message that it adds where a conversation has none;
-    None where it is no known form."""
-    plain = _rendered(tokenizer, _CONVERSATION)
-    if plain is None:
+def detect_chat_format(tokenizer: PreTrainedTokenizerBase) -> tuple[ChatFormat, str | None] | None:
+    """Return the format of the chat template and its default system message, or None if the format is unknown."""
+    rendered = _rendered(tokenizer, _CONVERSATION)
+    if rendered is None:
         return None
-    for form in _FORMS:
-        own = form.text(_CONVERSATION)
-        if not plain.endswith(own):
+    for chat_format in _CHAT_FORMATS:
+        expected = chat_format.text(_CONVERSATION)
+        if not rendered.endswith(expected):
             continue
         with_system = _rendered(tokenizer, [_SYSTEM, *_CONVERSATION])
-        if with_system is not None and with_system != form.text([_SYSTEM, *_CONVERSATION]):
+        if with_system is not None and with_system != chat_format.text([_SYSTEM, *_CONVERSATION]):
             return None
-        added = plain.removesuffix(own)
+        added = rendered.removesuffix(expected)
         if not added:
-            return form, None
-        before, _, after = form.turn.format(role="system", content="\0").partition("\0")
+            return chat_format, None
+        before, _, after = chat_format.turn.format(role="system", content="\0").partition("\0")
         if added.startswith(before) and added.endswith(after):
             system = added.removeprefix(before).removesuffix(after)
-            return (form, system) if _QUOTES not in system else None
+            return (chat_format, system) if _QUOTES not in system else None
     return None
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str | None:
-    """The conversation as the template writes it, without the mark of the text's beginning; None where it
-    refuses the conversation."""
+    """Render a conversation without the BOS token. Return None if the template rejects it."""
     if not tokenizer.chat_template:
         return None
     try:
-        text = rendered_by(tokenizer, messages, generation=True)
+        text = render_with_tokenizer(tokenizer, messages, generation=True)
     except FAULTS:
         return None
     start = tokenizer.bos_token
@@ -171,34 +171,37 @@ def _path(path: str) -> str:
 
 
 FORMATS = {
-    "gguf-adapter": "the adapter for llama.cpp and Ollama, beside a GGUF base model",
-    "gguf": "base and adapter merged, for llama.cpp and Ollama",
-    "peft": "the adapter with one rank and one alpha, for any reader of PEFT's format",
-    "vllm": "the same, without what vLLM refuses",
-    "mlx": "the adapter for mlx-lm",
+    "gguf-adapter": "adapter for llama.cpp and Ollama, used with a GGUF base model",
+    "gguf": "merged model for llama.cpp and Ollama",
+    "peft": "adapter with one rank and one alpha, for any program that reads PEFT's format",
+    "vllm": "like peft, restricted to features that vLLM supports",
+    "mlx": "adapter for mlx-lm",
 }
-_REFUSED = {"onnx": "merge the adapter (deltaw merge), then: optimum-cli export onnx --model FOLDER OUT"}
-# Of GGUF files: the types of numbers, the usual one first.
+_UNSUPPORTED = {"onnx": "merge the adapter (deltaw merge), then: optimum-cli export onnx --model FOLDER OUT"}
+# Storage types of GGUF files, with the default first.
 _KINDS = {"gguf-adapter": ADAPTER_KINDS, "gguf": ("q8_0", *KINDS)}
 
 
 @dataclass(frozen=True)
-class Export:
-    """What was written.
+class ExportedFiles:
+    """Files written by an export.
 
     Attributes:
-        format: by name. files: their paths, the main one first.
-        facts: of the format, for JSON. lines: the same for a person. told: what to know of the files.
+        format: Name of the format.
+        files: Paths of the files, the main one first.
+        details: Format-specific values for JSON output.
+        lines: Lines for the user.
+        notes: Hints for using the files.
     """
 
     format: str
     files: list[str]
-    facts: dict[str, object]
+    details: dict[str, object]
     lines: list[str]
-    told: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     def as_dict(self) -> dict[str, object]:
-        return {"format": self.format, "files": self.files, **self.facts}
+        return {"format": self.format, "files": self.files, **self.details}
 
 
 def export(
@@ -210,62 +213,62 @@ def export(
     model: str | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
-    say: Say = lambda line: None,
-) -> Export:
-    """Write the adapter in ``run`` in another program's format.
+    log: LogFunction = lambda line: None,
+) -> ExportedFiles:
+    """Write the adapter of a run in the format of another program.
 
     Args:
-        run: a run's folder, or an adapter's in PEFT's format; or an adapter's hub id.
-        format_name: a key of :data:`FORMATS`.
-        output: a file that ends in ``.gguf`` or a folder for one; a folder for the other formats.
-        kind: how numbers are stored in a GGUF file; None takes f32 for an adapter and q8_0 for a model.
-        model: the base model, if it is not the one that the folder names.
-        trust_remote_code: run the Python files that came with the base model.
-        overwrite: whether files that are there are replaced.
-        say: told a line if something should be known.
+        run: Folder of a run, folder of a PEFT adapter, or hub id of an adapter.
+        format_name: Key of :data:`FORMATS`.
+        output: Folder, or for GGUF formats also a file with the suffix ``.gguf``.
+        kind: Storage type of a GGUF file. None means f32 for an adapter and q8_0 for a model.
+        model: Base model, if it is not the one that the folder names.
+        trust_remote_code: Run the Python files of the base model.
+        overwrite: Replace existing files.
+        log: Receives messages for the user.
 
     Raises:
-        UserError: the format cannot hold the adapter, or the output cannot be written.
+        UserError: if the format does not support the adapter, or the output cannot be written.
     """
     run, output = adapter_folder(run), Path(output)
-    if format_name in _REFUSED:
-        raise UserError(f"'{format_name}' is not exported here", where="--format", hint=_REFUSED[format_name])
+    if format_name in _UNSUPPORTED:
+        raise UserError(f"deltaw does not export '{format_name}'", location="--format", hint=_UNSUPPORTED[format_name])
     if format_name not in FORMATS:
         hint = did_you_mean(format_name, FORMATS)
-        raise UserError(f"there is no format '{format_name}'", where="--format", hint=hint)
+        raise UserError(f"unknown format '{format_name}'", location="--format", hint=hint)
     options = MergeOptions(model, trust_remote_code, "fp32", overwrite=overwrite)
     if format_name in _KINDS:
-        return _gguf(run, format_name, output, kind or _KINDS[format_name][0], options, say)
+        return _gguf(run, format_name, output, kind or _KINDS[format_name][0], options, log)
     if kind is not None:
-        what = f"--type is for GGUF files, and {format_name} keeps the factors in fp32"
-        raise UserError(what, where="--type", hint="leave it out")
-    written = export_folder(run, output, format_name, options, say)
-    return Export(format_name, [str(output / name) for name in file_names(format_name)], written.facts, written.lines)
+        message = f"--type applies only to GGUF files; {format_name} stores the factors in fp32"
+        raise UserError(message, location="--type", hint="remove --type")
+    result = export_folder(run, output, format_name, options, log)
+    return ExportedFiles(format_name, [str(output / n) for n in file_names(format_name)], result.details, result.lines)
 
 
-def _gguf(run: Path, format_name: str, output: Path, kind: str, options: MergeOptions, say: Say) -> Export:
-    if kind not in _KINDS[format_name]:
-        hint = f"use {', '.join(dict.fromkeys(_KINDS[format_name]))}"
-        raise UserError(f"{format_name} does not store numbers as '{kind}'", where="--type", hint=hint)
+def _gguf(run: Path, name: str, output: Path, kind: str, options: MergeOptions, log: LogFunction) -> ExportedFiles:
+    if kind not in _KINDS[name]:
+        hint = f"use {', '.join(dict.fromkeys(_KINDS[name]))}"
+        raise UserError(f"{name} does not support the type '{kind}'", location="--type", hint=hint)
     in_folder = output.suffix.lower() != ".gguf"
     path = output / f"{short_name(run)}-{kind}.gguf" if in_folder else output
-    beside = output / "Modelfile" if in_folder else output.with_suffix(".Modelfile")
-    for file in (path, beside):
+    modelfile_path = output / "Modelfile" if in_folder else output.with_suffix(".Modelfile")
+    for file in (path, modelfile_path):
         if file.is_dir() or (file.exists() and not options.overwrite):
-            hint = "name another output, or replace it with --overwrite"
-            raise UserError(f"there is '{file.name}' already", where=str(file), hint=hint)
-    alone = format_name == "gguf-adapter"
-    written = (export_gguf_adapter if alone else export_gguf)(run, path, kind, options, say)
-    base = base_of(run, "bf16" if alone else "fp32", options, say)
+            hint = "choose another output, or replace it with --overwrite"
+            raise UserError(f"'{file.name}' already exists", location=str(file), hint=hint)
+    is_adapter = name == "gguf-adapter"
+    result = (export_gguf_adapter if is_adapter else export_gguf)(run, path, kind, options, log)
+    base = resolve_base(run, "bf16" if is_adapter else "fp32", options, log)
     tokenizer = base.tokenizer(run)
-    ends = [] if tokenizer is None else terminators_in(base.folder, tokenizer)
-    here = f"./{path.name}"
-    source, adapter = (os.path.abspath(base.gguf or base.folder), here) if alone else (here, None)
+    terminators = [] if tokenizer is None else terminators_in(base.folder, tokenizer)
+    file_name = f"./{path.name}"
+    source, adapter = (os.path.abspath(base.gguf or base.folder), file_name) if is_adapter else (file_name, None)
     system = read_prompting(run).system
-    text, notes = modelfile(source, adapter, tokenizer, ends, system)
-    write_text(beside, text)
+    text, notes = modelfile(source, adapter, tokenizer, terminators, system)
+    write_text(modelfile_path, text)
     for note in notes:
-        say(f"note: {note}")
-    told = [f"system prompt of the rows, as SYSTEM in the Modelfile: {quoted(system, 22)}"] if system else []
-    told.append(f"next: ollama create {shell_word(short_name(run))} -f {shell_word(beside)}")
-    return Export(format_name, [str(path), str(beside)], written.facts, written.lines, told)
+        log(f"note: {note}")
+    hints = [f"system prompt of the training rows, SYSTEM in the Modelfile: {quoted(system, 22)}"] if system else []
+    hints.append(f"next: ollama create {shell_word(short_name(run))} -f {shell_word(modelfile_path)}")
+    return ExportedFiles(name, [str(path), str(modelfile_path)], result.details, result.lines, hints)

@@ -1,12 +1,11 @@
-"""How each family of models stands in a GGUF file: the architecture's name, names of tensors, and transforms.
+"""GGUF support per model family: architecture name, tensor names and transforms.
 
-llama.cpp knows a model by its architecture's name and computes by that name alone. What a configuration asks
-for beyond that would be lost in silence, so a family comes with checks, and a family that is not listed is
-refused by name. Names of tensors come from the ``gguf`` package.
+llama.cpp selects its computation only by architecture name and silently ignores unsupported settings. Each family
+therefore has checks, and unknown families are rejected. The ``gguf`` package provides the tensor names.
 
-Sources of the transforms: llama.cpp turns adjacent pairs of a head's numbers (x₂ᵢ, x₂ᵢ₊₁) for Llama's own
-architecture, transformers halves (xᵢ, xᵢ₊d/2), so rows of the query and key projections are reordered. Norms
-of Gemma multiply by 1 + w in transformers and by w in llama.cpp. GPT-2's Conv1D stores its weight transposed.
+Transforms: for Llama's architecture, llama.cpp rotates adjacent pairs (x₂ᵢ, x₂ᵢ₊₁) and transformers rotates halves
+(xᵢ, xᵢ₊d/2), so rows of the query and key projections are reordered. Norms of Gemma multiply by 1 + w in transformers
+and by w in llama.cpp. GPT-2's Conv1D stores its weight transposed.
 """
 
 from __future__ import annotations
@@ -24,22 +23,22 @@ from deltaw.errors import UserError
 
 _SILU = ("silu", "swish")
 _GELU_TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
-OWN_CONVERTER = "merge the adapter (deltaw merge) and use llama.cpp's own convert_hf_to_gguf.py"
+CONVERTER_HINT = "merge the adapter (deltaw merge) and use convert_hf_to_gguf.py of llama.cpp"
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A family, as llama.cpp has it.
+    """Model family in llama.cpp.
 
     Attributes:
-        arch: the ``gguf`` package's number of it.
-        activations: the activations that llama.cpp computes for it.
-        adjacent_pairs: whether query and key rows are reordered for rotary pairs that lie side by side.
-        norm_offset: added to the weights of norms.
-        conv1d: whether weights of linear layers are stored transposed in the model's files.
-        window_ignored: llama.cpp attends to all tokens where the model has a sliding window.
-        always_tied: llama.cpp reads no output head of its own.
-        check: raises a UserError where the configuration asks for what llama.cpp does not compute.
+        arch: Identifier in the ``gguf`` package.
+        activations: Activations that llama.cpp supports for the family.
+        adjacent_pairs: True if query and key rows are reordered for rotary embeddings of adjacent pairs.
+        norm_offset: Value added to norm weights.
+        conv1d: True if the model's files store linear weights transposed.
+        window_ignored: True if llama.cpp ignores the sliding window of the model.
+        always_tied: True if llama.cpp does not read a separate output head.
+        check: Raises a UserError for a configuration that llama.cpp does not support.
     """
 
     arch: MODEL_ARCH
@@ -53,15 +52,15 @@ class Architecture:
 
     @property
     def name(self) -> str:
-        """As in ``general.architecture``."""
+        """Value of ``general.architecture``."""
         return str(gguf.MODEL_ARCH_NAMES[self.arch])
 
 
 def _check_gpt2(config: PretrainedConfig) -> None:
     if config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights:
-        raise _lost(config, "its own scaling of attention scores")
+        raise _unsupported(config, "custom scaling of attention scores")
     if config.add_cross_attention:
-        raise _lost(config, "cross-attention")
+        raise _unsupported(config, "cross-attention")
 
 
 def _check_gemma2(config: PretrainedConfig) -> None:
@@ -73,31 +72,31 @@ def _check_gemma3(config: PretrainedConfig) -> None:
     _check_score_scale(config, large=62)
     _check_windows(config, [(i + 1) % 6 != 0 for i in range(config.num_hidden_layers)])
     if getattr(config, "use_bidirectional_attention", False):
-        raise _lost(config, "attention to later tokens")
+        raise _unsupported(config, "attention to later tokens")
 
 
 def _check_smollm3(config: PretrainedConfig) -> None:
-    turned = [int((i + 1) % 4 != 0) for i in range(config.num_hidden_layers)]
-    if list(config.no_rope_layers) != turned:
-        raise _lost(config, f"other layers without rotary positions than each fourth ({config.no_rope_layers})")
+    expected = [int((i + 1) % 4 != 0) for i in range(config.num_hidden_layers)]
+    if list(config.no_rope_layers) != expected:
+        raise _unsupported(config, f"layers without rotary embeddings ({config.no_rope_layers}); it takes every fourth")
 
 
 def _check_qwen(config: PretrainedConfig) -> None:
     if getattr(config, "use_sliding_window", False) and "sliding_attention" in (config.layer_types or []):
-        raise _lost(config, "sliding windows in some layers")
+        raise _unsupported(config, "sliding windows in some layers")
 
 
 def _check_score_scale(config: PretrainedConfig, *, large: int) -> None:
-    """llama.cpp scales by the head's size, and in the model of ``large`` layers by width over heads."""
+    """Check the score scale: llama.cpp uses the head size, and width / heads for the model with ``large`` layers."""
     by_width = config.hidden_size / config.num_attention_heads
     expected = by_width if config.num_hidden_layers == large else config.head_dim
     if config.query_pre_attn_scalar != expected:
-        raise _lost(config, f"query_pre_attn_scalar {config.query_pre_attn_scalar} (it takes {expected:g})")
+        raise _unsupported(config, f"query_pre_attn_scalar {config.query_pre_attn_scalar} (it takes {expected:g})")
 
 
 def _check_windows(config: PretrainedConfig, windowed: list[bool]) -> None:
     if [kind == "sliding_attention" for kind in config.layer_types] != windowed:
-        raise _lost(config, "another order of windowed and full layers than the published models have")
+        raise _unsupported(config, "order of sliding-window and full-attention layers, unlike the published models")
 
 
 _FAMILIES: dict[str, Architecture] = {
@@ -114,71 +113,71 @@ _FAMILIES: dict[str, Architecture] = {
 }
 
 
-def architecture_of(config: PretrainedConfig) -> Architecture:
-    """The family of a model.
+def find_architecture(config: PretrainedConfig) -> Architecture:
+    """Return the model family of a configuration.
 
     Raises:
-        UserError: the family is not known here, or llama.cpp does not compute what is configured.
+        UserError: if the family is unknown, or llama.cpp does not support the configuration.
     """
-    found = _FAMILIES.get(config.model_type)
-    if found is None:
-        hint = f"known are {', '.join(sorted(_FAMILIES))}; otherwise {OWN_CONVERTER}"
-        raise UserError(f"'{config.model_type}' models are not exported to GGUF here", where="model", hint=hint)
+    architecture = _FAMILIES.get(config.model_type)
+    if architecture is None:
+        hint = f"supported are {', '.join(sorted(_FAMILIES))}; otherwise {CONVERTER_HINT}"
+        raise UserError(f"deltaw does not export '{config.model_type}' models to GGUF", location="model", hint=hint)
     keys = ("hidden_activation", "hidden_act", "activation_function")
-    named = [value for key in keys if (value := getattr(config, key, None)) is not None]
-    activation = named[0] if named else found.activations[0]
-    if activation not in found.activations:
-        raise _lost(config, f"the activation '{activation}' (it computes {found.activations[0]})")
-    if found.check is not None:
-        found.check(config)
-    return found
+    configured = [value for key in keys if (value := getattr(config, key, None)) is not None]
+    activation = configured[0] if configured else architecture.activations[0]
+    if activation not in architecture.activations:
+        raise _unsupported(config, f"the activation '{activation}' (it computes {architecture.activations[0]})")
+    if architecture.check is not None:
+        architecture.check(config)
+    return architecture
 
 
 def head_size(config: PretrainedConfig) -> int:
-    """Numbers of an attention head."""
+    """Return the dimension of an attention head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def key_heads(config: PretrainedConfig) -> int:
-    """Heads of keys and values."""
+    """Return the number of key and value heads."""
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 class TensorNames:
-    """Names and transforms of a model's tensors in a GGUF file."""
+    """Maps tensor names and values of a model to those of a GGUF file."""
 
     def __init__(self, architecture: Architecture, config: PretrainedConfig) -> None:
         self._map = gguf.get_tensor_name_map(architecture.arch, config.num_hidden_layers)
         self._architecture = architecture
-        # The heads whose rows are reordered, by the module's own name.
+        # Number of heads of the projections with reordered rows.
         self._heads = {"q_proj": int(config.num_attention_heads), "k_proj": key_heads(config)}
 
     def of_module(self, module: str) -> str | None:
-        """``blk.0.attn_q`` of a module's name; None for one that the architecture does not have."""
-        found = self._map.get_name(module)
-        return None if found is None else str(found)
+        """Return the GGUF name of a module such as ``blk.0.attn_q``, or None if the architecture lacks it."""
+        name = self._map.get_name(module)
+        return None if name is None else str(name)
 
     def of_tensor(self, tensor: str) -> str | None:
-        """``blk.0.attn_q.weight`` of a tensor's name."""
-        module, _, last = tensor.rpartition(".")
-        found = self.of_module(module) if last in ("weight", "bias") else None
-        return None if found is None else f"{found}.{last}"
+        """Return the GGUF name of a tensor such as ``blk.0.attn_q.weight``, if it has one."""
+        module, _, attribute = tensor.rpartition(".")
+        name = self.of_module(module) if attribute in ("weight", "bias") else None
+        return None if name is None else f"{name}.{attribute}"
 
     def outputs(self, module: str, rows: Tensor) -> Tensor:
-        """The rows of a weight (out, in), a bias (out) or a factor B (out, r), in llama.cpp's order."""
+        """Return the rows of a weight (out, in), a bias (out) or a factor B (out, r) in llama.cpp's order."""
         heads = self._heads.get(module.rpartition(".")[2]) if self._architecture.adjacent_pairs else None
         return rows if heads is None else adjacent_pairs(rows, heads)
 
     def values(self, tensor: str, value: Tensor) -> Tensor:
-        """A whole tensor of the model as it stands in a GGUF file, in fp32."""
-        module, _, last = tensor.rpartition(".")
+        """Return a complete tensor as it is stored in a GGUF file, in fp32."""
+        module, _, attribute = tensor.rpartition(".")
         value = value.float()
-        if module.endswith("norm") and last == "weight":
+        if module.endswith("norm") and attribute == "weight":
             return value + self._architecture.norm_offset
         return value.t().contiguous() if self._is_conv1d(tensor) else self.outputs(module, value)
 
     def shape(self, tensor: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape that :meth:`values` gives."""
+        """Return the shape of the result of :meth:`values`."""
         return shape[::-1] if self._is_conv1d(tensor) else shape
 
     def _is_conv1d(self, tensor: str) -> bool:
@@ -186,15 +185,17 @@ class TensorNames:
 
 
 def adjacent_pairs(rows: Tensor, heads: int) -> Tensor:
-    """Reorder each head's rows from halves (xᵢ, xᵢ₊d/2) to neighbors (x₂ᵢ, x₂ᵢ₊₁).
+    """Reorder each head's rows from halves (xᵢ, xᵢ₊d/2) to adjacent pairs (x₂ᵢ, x₂ᵢ₊₁).
 
     Args:
-        rows: (heads · d, …), d even.
+        rows: (heads · d, …) rows with even d.
+        heads: Number of heads.
     """
     halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
     return torch.movedim(halves, 1, 2).reshape(rows.shape)
 
 
-def _lost(config: PretrainedConfig, what: str) -> UserError:
+def _unsupported(config: PretrainedConfig, feature: str) -> UserError:
     hint = "serve it with deltaw serve, or merge it (deltaw merge) for another program"
-    return UserError(f"llama.cpp does not compute this {config.model_type} model's {what}", where="model", hint=hint)
+    message = f"llama.cpp does not support this {config.model_type} model's {feature}"
+    return UserError(message, location="model", hint=hint)

@@ -1,7 +1,6 @@
-"""A GGUF file written tensor by tensor, in any order, complete or not at all.
+"""Writer of GGUF files, one tensor at a time and in any order. Files appear only when they are complete.
 
-The ``gguf`` package writes the header; the places of the tensors' bytes follow from their shapes, so that one
-tensor at a time is in memory. Knows the file format and no models.
+The ``gguf`` package writes the header. Offsets of tensors are computed from their shapes.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
 
-from deltaw.durable import replacing
+from deltaw.atomic_files import atomic_path
 from deltaw.errors import UserError, did_you_mean
-from deltaw.working import working
+from deltaw.progress import track_progress
 
-# How numbers are stored: the ``gguf`` package packs the plain types; K-quants it only reads, so ggml's own routine
-# packs those, through the library that the optional package ``xllamacpp`` carries. Knows arrays, no models.
+# The ``gguf`` package quantizes simple types but can only read K-quants. K-quants use the routine of ggml, from the
+# library in the optional package ``xllamacpp``.
 
 
 Q = GGMLQuantizationType
 Mark = LlamaFileType
-# By what a user writes: the type of matrices, of the token embedding and the head, and the file's own mark.
+# Value of --type: type of matrices, type of the token embedding and the head, and file type in the metadata.
 KINDS: dict[str, tuple[Q, Q, Mark]] = {
     "f32": (Q.F32, Q.F32, Mark.ALL_F32),
     "f16": (Q.F16, Q.F16, Mark.MOSTLY_F16),
@@ -43,31 +42,31 @@ KINDS: dict[str, tuple[Q, Q, Mark]] = {
 }
 ADAPTER_KINDS = ("f32", "f16", "bf16")
 _K_QUANTS = (Q.Q4_K, Q.Q5_K, Q.Q6_K)
-# llama.cpp reads these in fp32 alone, however the rest is stored.
+# llama.cpp reads these tensors only in fp32.
 _ALWAYS_F32 = ("position_embd.weight", "rope_freqs.weight")
 _OUTER = ("token_embd.weight", "output.weight")
-_BLOCK_ROWS = 1 << 22  # numbers that are packed at a time
+_BLOCK_ROWS = 1 << 22  # elements that are packed at once
 
 
 def require_kind(kind: str) -> None:
-    """Raise a UserError unless matrices can be stored as ``kind`` here."""
+    """Raise a UserError if matrices cannot be stored as ``kind``."""
     if kind not in KINDS:
-        raise UserError(f"matrices cannot be stored as '{kind}'", where="--type", hint=did_you_mean(kind, KINDS))
+        raise UserError(f"matrices cannot be stored as '{kind}'", location="--type", hint=did_you_mean(kind, KINDS))
     if KINDS[kind][0] in _K_QUANTS:
         _ggml()
 
 
-def type_of(name: str, shape: tuple[int, ...], kind: str) -> Q:
-    """The type that tensor ``name`` is stored as, where matrices are stored as ``kind``.
+def storage_type(name: str, shape: tuple[int, ...], kind: str) -> Q:
+    """Return the storage type of a tensor if matrices are stored as ``kind``.
 
-    Norms, biases and positions stay in fp32. A row that does not divide into a type's blocks gets the nearest
-    type that it does divide into: Q8_0 where a K-quant was asked for, else F16.
+    Norms, biases and positions are stored in fp32. If rows are not divisible into blocks of the type, the fallback is
+    Q8_0 for K-quants, otherwise F16.
     """
     if len(shape) < 2 or name in _ALWAYS_F32 or name.endswith("_norm.weight"):
         return Q.F32
     matrices, outer, _ = KINDS[kind]
-    wanted = outer if name in _OUTER else matrices
-    for candidate in (wanted, Q.Q8_0):
+    requested = outer if name in _OUTER else matrices
+    for candidate in (requested, Q.Q8_0):
         if shape[-1] % gguf.GGML_QUANT_SIZES[candidate][0] == 0:
             return candidate
         if candidate not in _K_QUANTS:
@@ -76,23 +75,23 @@ def type_of(name: str, shape: tuple[int, ...], kind: str) -> Q:
 
 
 def packed_shape(shape: tuple[int, ...], kind: Q) -> tuple[int, ...]:
-    """The shape of the bytes that hold ``shape`` numbers."""
+    """Return the shape of the packed bytes of ``shape`` elements."""
     return tuple(gguf.quant_shape_to_byte_shape(shape, kind))
 
 
-def pack(numbers: np.ndarray, kind: Q) -> np.ndarray:
-    """fp32 numbers (…, row) as bytes (…, bytes of a row), some rows at a time."""
+def pack(values: np.ndarray, kind: Q) -> np.ndarray:
+    """Pack fp32 values (…, row) into bytes (…, bytes per row), some rows at a time."""
     if kind == Q.F32:
-        return np.ascontiguousarray(numbers, np.float32)
-    rows = numbers.reshape(-1, numbers.shape[-1])
-    one = _pack_k if kind in _K_QUANTS else gguf.quants.quantize
+        return np.ascontiguousarray(values, np.float32)
+    rows = values.reshape(-1, values.shape[-1])
+    quantize = _pack_k if kind in _K_QUANTS else gguf.quants.quantize
     step = max(1, _BLOCK_ROWS // rows.shape[1])
-    first = one(rows[:step], kind)
+    first = quantize(rows[:step], kind)
     packed = np.empty((rows.shape[0], *first.shape[1:]), first.dtype)
     packed[: len(first)] = first
     for start in range(step, len(rows), step):
-        packed[start : start + step] = one(rows[start : start + step], kind)
-    return packed.reshape(*numbers.shape[:-1], packed.shape[-1])
+        packed[start : start + step] = quantize(rows[start : start + step], kind)
+    return packed.reshape(*values.shape[:-1], packed.shape[-1])
 
 
 def _pack_k(rows: np.ndarray, kind: Q) -> np.ndarray:
@@ -104,67 +103,65 @@ def _pack_k(rows: np.ndarray, kind: Q) -> np.ndarray:
 
 @functools.cache
 def _ggml() -> Callable[..., int]:
-    """``ggml_quantize_chunk``, once it has packed Q8_0 to the byte as the ``gguf`` package does.
+    """Return ``ggml_quantize_chunk``, after a check that its Q8_0 output equals that of the ``gguf`` package.
 
     Raises:
-        UserError: no library with it is installed, or it does something else.
+        UserError: if no library with the routine is installed, or its output differs.
     """
     hint = "pip install xllamacpp; or export --type f16 and run llama.cpp's llama-quantize on the file"
     if importlib.util.find_spec("xllamacpp") is None:
-        raise UserError("K-quants need the package 'xllamacpp'", where="--type", hint=hint)
+        raise UserError("K-quants need the package 'xllamacpp'", location="--type", hint=hint)
     module = importlib.import_module("xllamacpp.xllamacpp")
     try:
         routine = ctypes.CDLL(str(module.__file__)).ggml_quantize_chunk
     except (OSError, AttributeError) as error:
-        raise UserError("this xllamacpp does not export ggml's quantization", where="--type", hint=hint) from error
+        raise UserError("this xllamacpp does not export ggml's quantization", location="--type", hint=hint) from error
     routine.restype = ctypes.c_size_t
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     routine.argtypes = [ctypes.c_int, pointer, pointer, number, number, number, pointer]
     probe = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
     expected = gguf.quants.quantize(probe, Q.Q8_0)
-    found = np.empty_like(expected)
-    routine(int(Q.Q8_0), probe.ctypes.data, found.ctypes.data, 0, 4, 64, None)
-    if not np.array_equal(found, expected):
-        raise UserError("xllamacpp's quantization does not work as expected", where="--type", hint=hint)
+    actual = np.empty_like(expected)
+    routine(int(Q.Q8_0), probe.ctypes.data, actual.ctypes.data, 0, 4, 64, None)
+    if not np.array_equal(actual, expected):
+        raise UserError("xllamacpp's quantization does not work as expected", location="--type", hint=hint)
     return routine
 
 
 Shapes = Mapping[str, tuple[tuple[int, ...], GGMLQuantizationType]]
-"""By a tensor's name: its shape, slowest dimension first, and how it is stored."""
+"""Shape (slowest dimension first) and storage type by tensor name."""
 
 Tensors = Iterable[tuple[str, np.ndarray]]
-"""(name, fp32 numbers) in any order; each name once."""
+"""(name, fp32 values) in any order, each name once."""
 
 
-def write_gguf(
-    path: Path, architecture: str, metadata: Callable[[GGUFWriter], None], shapes: Shapes, tensors: Tensors
-) -> int:
-    """Write a file; it appears under its name when it is complete.
+def write_gguf(path: Path, arch: str, metadata: Callable[[GGUFWriter], None], shapes: Shapes, tensors: Tensors) -> int:
+    """Write a GGUF file atomically.
 
     Args:
-        path: of the file.
-        architecture: as in ``general.architecture``.
-        metadata: adds the rest of the metadata.
-        shapes: of all tensors, in the order in which they lie in the file.
-        tensors: their numbers.
+        path: Path of the file.
+        arch: Value of ``general.arch``.
+        metadata: Function that adds the other metadata.
+        shapes: Shapes of all tensors, in file order.
+        tensors: Values of the tensors.
 
     Returns:
-        The size in bytes.
+        Size of the file in bytes.
 
     Raises:
-        UserError: the folder cannot be written to.
-        RuntimeError: the tensors are not those that were announced.
+        UserError: if the folder is not writable.
+        RuntimeError: if the tensors do not match ``shapes``.
     """
-    with replacing(path) as temporary:
-        out = GGUFWriter(temporary, architecture)
+    with atomic_path(path) as temporary:
+        out = GGUFWriter(temporary, arch)
         try:
             metadata(out)
-            places: dict[str, int] = {}
+            offsets: dict[str, int] = {}
             end = 0
             for name, (shape, kind) in shapes.items():
                 size = int(np.prod(packed_shape(shape, kind)))
                 out.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=kind)
-                places[name] = end
+                offsets[name] = end
                 end += GGUFWriter.ggml_pad(size, out.data_alignment)
             out.write_header_to_file()
             out.write_kv_data_to_file()
@@ -173,16 +170,16 @@ def write_gguf(
             file = out.fout[0]
             data = GGUFWriter.ggml_pad(file.tell(), out.data_alignment)
             missing = set(shapes)
-            with working(f"writing {path.name}", len(shapes)) as advance:
-                for name, numbers in tensors:
-                    if name not in missing or numbers.shape != shapes[name][0]:
-                        raise RuntimeError(f"tensor '{name}' {numbers.shape} was not announced")
+            with track_progress(f"writing {path.name}", len(shapes)) as advance:
+                for name, values in tensors:
+                    if name not in missing or values.shape != shapes[name][0]:
+                        raise RuntimeError(f"unexpected tensor '{name}' {values.shape}")
                     missing.remove(name)
-                    file.seek(data + places[name])
-                    pack(numbers, shapes[name][1]).tofile(file)
+                    file.seek(data + offsets[name])
+                    pack(values, shapes[name][1]).tofile(file)
                     advance(len(shapes) - len(missing))
             if missing:
-                raise RuntimeError(f"{len(missing)} tensors were announced and not written: {min(missing)}")
+                raise RuntimeError(f"{len(missing)} tensors were not written: {min(missing)}")
             file.truncate(data + end)
         finally:
             out.close()
@@ -190,26 +187,26 @@ def write_gguf(
 
 
 def open_gguf(path: Path) -> GGUFReader:
-    """Map a file.
+    """Memory-map a GGUF file.
 
     Raises:
-        UserError: it is damaged.
+        UserError: if the file is damaged.
     """
     try:
         return GGUFReader(path)
     except (OSError, ValueError, IndexError, KeyError) as error:
-        what = f"the .gguf file cannot be read: {error}"
-        raise UserError(what, where=str(path), hint="fetch the file again") from error
+        message = f"the .gguf file cannot be read: {error}"
+        raise UserError(message, location=str(path), hint="download the file again") from error
 
 
-def copy_metadata(reader: GGUFReader, out: GGUFWriter, *, keep: Callable[[str], bool]) -> None:
-    """Write the metadata of another file whose keys are to be kept, type for type."""
+def copy_metadata(reader: GGUFReader, out: GGUFWriter, *, include: Callable[[str], bool]) -> None:
+    """Copy the metadata of another file for which ``include`` returns True, with unchanged types."""
     for key, field in reader.fields.items():
-        if key.startswith("GGUF.") or key == gguf.Keys.General.ARCHITECTURE or not keep(key):
+        if key.startswith("GGUF.") or key == gguf.Keys.General.ARCHITECTURE or not include(key):
             continue
         kind = field.types[0]
-        inner = field.types[-1] if kind == GGUFValueType.ARRAY else None
+        item_type = field.types[-1] if kind == GGUFValueType.ARRAY else None
         value = field.contents()
         if kind == GGUFValueType.ARRAY and not value:
-            continue  # the format has no empty arrays
-        out.add_key_value(key, value, kind, inner)
+            continue  # GGUF does not support empty arrays
+        out.add_key_value(key, value, kind, item_type)

@@ -1,7 +1,7 @@
-"""An adapter for llama.cpp: merged into its base model as one GGUF file, or as a GGUF file of its own.
+"""GGUF export for llama.cpp: an adapter merged into its base model, or only the adapter.
 
-Tensors are merged, packed and written one after the other. The metadata is that of the base's own GGUF file
-where it is one; else it is made from the configuration and the tokenizer.
+Tensors are merged, packed and written one at a time. Metadata is copied from the base model's GGUF file, or created
+from the configuration and the tokenizer if the base model is not a GGUF file.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from gguf import MODEL_ARCH, GGUFReader, GGUFType, GGUFValueType, GGUFWriter, Ro
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from deltaw.errors import UserError
-from deltaw.export.base import Base, MergeOptions, Say, Written, prepared
+from deltaw.export.base import AdapterBase, ExportResult, LogFunction, MergeOptions, prepare_merge
 from deltaw.export.gguf_architectures import (
-    OWN_CONVERTER,
+    CONVERTER_HINT,
     Architecture,
     TensorNames,
-    architecture_of,
+    find_architecture,
     head_size,
     key_heads,
 )
-from deltaw.export.gguf_file import KINDS, Shapes, copy_metadata, open_gguf, require_kind, type_of, write_gguf
-from deltaw.export.gguf_tokenizer import add_chat_template, add_tokenizer, vocabulary_of
-from deltaw.export.merged import MergedModel, NotByName, Output, assemble
+from deltaw.export.gguf_file import KINDS, Shapes, copy_metadata, open_gguf, require_kind, storage_type, write_gguf
+from deltaw.export.gguf_tokenizer import add_chat_template, add_tokenizer, extract_vocabulary
+from deltaw.export.merged import MergedModel, MergedTensor, NeedsMemoryMerge, assemble
 from deltaw.export.plain_adapter import PlainUpdate
 from deltaw.export.portable import folded_lines, read_pair, require_same_base, require_text
 from deltaw.hub.terminators import terminators_in
@@ -39,19 +39,19 @@ Rope = Mapping[str, Any]
 
 
 def add_hyperparameters(out: GGUFWriter, architecture: Architecture, config: PretrainedConfig) -> list[str]:
-    """Write the metadata that llama.cpp builds the model from.
+    """Write the hyperparameters of the model.
 
     Returns:
-        Lines about what the file's reader computes otherwise, for a person.
+        Notes for the user about differences in llama.cpp.
 
     Raises:
-        UserError: the model's rotary positions are scaled in a way that llama.cpp does not know.
+        UserError: if llama.cpp does not support the scaling of the rotary embeddings.
     """
     notes = []
     context = int(config.max_position_embeddings)
     window = getattr(config, "sliding_window", None)
     if architecture.window_ignored and window and window < context:
-        notes.append(f"note: llama.cpp ignores this model's sliding window, so its context is set to {window} tokens")
+        notes.append(f"note: llama.cpp ignores the model's sliding window; the context is limited to {window} tokens")
         context = int(window)
     out.add_context_length(context)
     out.add_embedding_length(config.hidden_size)
@@ -70,21 +70,21 @@ def add_hyperparameters(out: GGUFWriter, architecture: Architecture, config: Pre
     out.add_value_length(size)
     _add_positions(out, architecture, config, size)
     if architecture.arch == MODEL_ARCH.PHI3:
-        out.add_sliding_window(0)  # which llama.cpp takes for a model without windows
+        out.add_sliding_window(0)  # 0 disables the sliding window in llama.cpp
     elif architecture.arch in (MODEL_ARCH.GEMMA2, MODEL_ARCH.GEMMA3):
         out.add_sliding_window(config.sliding_window)
-        _add_given(out.add_attn_logit_softcapping, config.attn_logit_softcapping)
-        _add_given(out.add_final_logit_softcapping, config.final_logit_softcapping)
+        _add_optional(out.add_attn_logit_softcapping, config.attn_logit_softcapping)
+        _add_optional(out.add_final_logit_softcapping, config.final_logit_softcapping)
     return notes
 
 
-def _add_given(add: Callable[[float], None], value: float | None) -> None:
+def _add_optional(add: Callable[[float], None], value: float | None) -> None:
     if value is not None:
         add(value)
 
 
 def rope_tensors(config: PretrainedConfig) -> dict[str, np.ndarray]:
-    """Divisors of the rotary frequencies that are stored as tensors: Llama 3's, and Phi-3's long contexts."""
+    """Return the rotary frequency divisors that are stored as tensors, for Llama 3 and Phi-3's long contexts."""
     rope = _rope(config)
     kind = rope.get("rope_type", "default")
     if kind == "llama3":
@@ -96,16 +96,16 @@ def rope_tensors(config: PretrainedConfig) -> dict[str, np.ndarray]:
 
 
 def llama3_divisors(rope: Rope, size: int) -> np.ndarray:
-    """By what Llama 3 divides each of a head's size / 2 frequencies.
+    """Return the (size / 2) divisors of a head's rotary frequencies in Llama 3.
 
-    Wavelengths above ``context / low_freq_factor`` are stretched by ``factor``, those below
-    ``context / high_freq_factor`` not at all; in between, the two frequencies are mixed linearly in
-    ``context / wavelength``.
+    Wavelengths above ``context / low_freq_factor`` are stretched by ``factor``. Those below ``context /
+    high_freq_factor`` are unchanged. In between, the two frequencies are interpolated linearly in ``context /
+    wavelength``.
     """
     frequencies = rope["rope_theta"] ** -(np.arange(0, size, 2) / size)
-    turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    rotations = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    share = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    share = np.clip((rotations - low) / (high - low), 0.0, 1.0)
     return (1 / ((1 - share) / rope["factor"] + share)).astype(np.float32)
 
 
@@ -124,9 +124,9 @@ def _add_positions(out: GGUFWriter, architecture: Architecture, config: Pretrain
         out.add_rope_scaling_factor(rope["factor"])
     if kind == "yarn":
         out.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-        _add_given(out.add_rope_scaling_yarn_attn_factor, rope.get("attention_factor"))
-        _add_given(out.add_rope_scaling_yarn_beta_fast, rope.get("beta_fast"))
-        _add_given(out.add_rope_scaling_yarn_beta_slow, rope.get("beta_slow"))
+        _add_optional(out.add_rope_scaling_yarn_attn_factor, rope.get("attention_factor"))
+        _add_optional(out.add_rope_scaling_yarn_beta_fast, rope.get("beta_fast"))
+        _add_optional(out.add_rope_scaling_yarn_beta_slow, rope.get("beta_slow"))
     elif kind == "longrope" and architecture.arch == MODEL_ARCH.PHI3:
         out.add_rope_scaling_attn_factors(_long_attention(rope, config))
     elif kind not in ("default", "linear") and (kind != "llama3" or architecture.arch != MODEL_ARCH.LLAMA):
@@ -137,7 +137,7 @@ def _add_positions(out: GGUFWriter, architecture: Architecture, config: Pretrain
 
 
 def _long_attention(rope: Rope, config: PretrainedConfig) -> float:
-    """The factor of attention scores' sine and cosine in LongRoPE: √(1 + ln s / ln original context)."""
+    """Return LongRoPE's factor of sine and cosine: √(1 + ln s / ln original context)."""
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
     original = rope["original_max_position_embeddings"]
@@ -146,61 +146,61 @@ def _long_attention(rope: Rope, config: PretrainedConfig) -> float:
 
 
 def _rope(config: PretrainedConfig) -> Rope:
-    """The rotary settings of the layers that attend to everything."""
+    """Return the rotary settings of full-attention layers."""
     nested: Rope = getattr(config, "rope_parameters", None) or {}
-    found: Rope = nested.get("full_attention", nested)
-    return found
+    settings: Rope = nested.get("full_attention", nested)
+    return settings
 
 
 def _unknown(kind: str) -> UserError:
-    what = f"rotary positions of kind '{kind}' are not exported to GGUF here"
-    return UserError(what, where="model: rope_parameters", hint=OWN_CONVERTER)
+    message = f"deltaw does not export rotary embeddings of type '{kind}' to GGUF"
+    return UserError(message, location="model: rope_parameters", hint=CONVERTER_HINT)
 
 
 _HEAD = "output.weight"
-# Metadata of a base's file that is not true of another file any more, or is written anew.
+# Metadata of the base model's file that does not apply to the new file or is written separately.
 _NOT_COPIED = ("general.", "split.", "quantize.", "deltaw.")
 
 
 def export_gguf(
-    run: Path, path: Path, kind: str = "f16", options: MergeOptions | None = None, say: Say = lambda line: None
-) -> Written:
-    """Merge the adapter in ``run`` into its base and write the GGUF file ``path``.
+    run: Path, path: Path, kind: str = "f16", options: MergeOptions | None = None, log: LogFunction = lambda line: None
+) -> ExportResult:
+    """Merge the adapter of a run into its base model and write a GGUF file.
 
     Args:
-        run: a run's folder, or an adapter's in PEFT's format.
-        path: of the file; it appears when it is complete.
-        kind: how matrices are stored, a key of :data:`~deltaw.export.gguf_file.KINDS`.
-        options: name the base model.
-        say: told a line if something should be known.
+        run: Folder of a run, or of a PEFT adapter.
+        path: Path of the file, which is written atomically.
+        kind: Storage type of matrices, a key of :data:`~deltaw.export.gguf_file.KINDS`.
+        options: Options of the merge, for example the base model.
+        log: Receives messages for the user.
 
     Raises:
-        UserError: the adapter cannot be merged, the model's family or its tokenizer is not known, or the file
-            cannot be written. Nothing is written then.
+        UserError: if the adapter cannot be merged, the model family or its tokenizer is not supported, or the file
+            cannot be written. In this case no file is written.
     """
     require_kind(kind)
-    with prepared(run, options or MergeOptions(precision="fp32"), say) as job:
+    with prepare_merge(run, options or MergeOptions(precision="fp32"), log) as job:
         base = job.base
         require_text(base, run)
-        architecture = architecture_of(base.config)
+        architecture = find_architecture(base.config)
         try:
             merged = assemble(job)
-        except NotByName as error:
-            what = f"the model cannot be exported tensor by tensor: {error}"
-            raise UserError(what, where=str(run), hint=OWN_CONVERTER) from error
+        except NeedsMemoryMerge as error:
+            message = f"the model cannot be exported tensor by tensor: {error}"
+            raise UserError(message, location=str(run), hint=CONVERTER_HINT) from error
         names = TensorNames(architecture, base.config)
         outputs = _outputs(merged, names, architecture)
         tokenizer = base.tokenizer(run)
         source = None if base.gguf is None else open_gguf(base.gguf)
         if source is None:
-            extra = rope_tensors(base.config)
+            extra_tensors = rope_tensors(base.config)
             if tokenizer is None:
-                what = "the model's folder holds no tokenizer, and a GGUF file needs one"
-                raise UserError(what, where=str(base.folder), hint="copy the tokenizer's files there")
-            vocabulary_of(tokenizer, int(base.config.vocab_size))  # refuses one that is not known
+                message = "the model's folder contains no tokenizer, which a GGUF file requires"
+                raise UserError(message, location=str(base.folder), hint="copy the tokenizer's files there")
+            extract_vocabulary(tokenizer, int(base.config.vocab_size))  # raises an error for unsupported tokenizers
         else:
             _require_architecture(source, architecture, base)
-            extra = {tensor.name: np.array(tensor.data) for tensor in source.tensors if "rope_" in tensor.name}
+            extra_tensors = {tensor.name: np.array(tensor.data) for tensor in source.tensors if "rope_" in tensor.name}
         notes = list(merged.notes)
 
         def metadata(out: GGUFWriter) -> None:
@@ -215,116 +215,115 @@ def export_gguf(
             add_tokenizer(out, tokenizer, int(base.config.vocab_size), terminators_in(base.folder, tokenizer))
 
         def tensors() -> Iterator[tuple[str, np.ndarray]]:
-            yield from extra.items()
+            yield from extra_tensors.items()
             for name, output in outputs.items():
-                yield name, names.values(output.name, output.whole()).numpy()
+                yield name, names.values(output.name, output.load()).numpy()
 
-        plain = {name: numbers.shape for name, numbers in extra.items()}
-        plain |= {name: names.shape(output.name, output.shape) for name, output in outputs.items()}
-        shapes: Shapes = {name: (shape, type_of(name, shape, kind)) for name, shape in plain.items()}
+        tensor_shapes = {name: numbers.shape for name, numbers in extra_tensors.items()}
+        tensor_shapes |= {name: names.shape(output.name, output.shape) for name, output in outputs.items()}
+        shapes: Shapes = {name: (shape, storage_type(name, shape, kind)) for name, shape in tensor_shapes.items()}
         size = write_gguf(path, architecture.name, metadata, shapes, tensors())
     for note in notes:
-        say(note)
+        log(note)
     types = Counter(stored.name for _, stored in shapes.values())
-    told = ", ".join(f"{count} {name}" for name, count in sorted(types.items()))
-    facts: dict[str, object] = {"kind": kind, "types": dict(types), "notes": notes}
-    return _written(path, size, len(shapes), architecture, facts, f"{len(shapes)} tensors ({told})")
+    type_counts = ", ".join(f"{count} {name}" for name, count in sorted(types.items()))
+    details: dict[str, object] = {"kind": kind, "types": dict(types), "notes": notes}
+    return _export_result(path, size, len(shapes), architecture, details, f"{len(shapes)} tensors ({type_counts})")
 
 
-def _written(
-    path: Path, size: int, tensors: int, architecture: Architecture, facts: dict[str, object], told: str
-) -> Written:
-    """What is reported of a file of ``size`` bytes."""
-    facts = {"path": str(path), "size": size, "tensors": tensors, "architecture": architecture.name, **facts}
-    return Written(facts, [f"architecture {architecture.name}", told, f"{size / 1e6:.1f} MB"])
+def _export_result(
+    path: Path, size: int, tensors: int, architecture: Architecture, details: dict[str, object], summary: str
+) -> ExportResult:
+    """Return the result for a file of ``size`` bytes."""
+    details = {"path": str(path), "size": size, "tensors": tensors, "architecture": architecture.name, **details}
+    return ExportResult(details, [f"architecture {architecture.name}", summary, f"{size / 1e6:.1f} MB"])
 
 
-def _add_origin(out: GGUFWriter, run: Path, base: Base, kind: str) -> None:
-    """What a file is called, what it was made of, and how its numbers are stored."""
+def _add_origin(out: GGUFWriter, run: Path, base: AdapterBase, kind: str) -> None:
+    """Write the file's name, its base model and its file type."""
     out.add_name(run.resolve().name)
     out.add_base_model_count(1)
     out.add_base_model_name(0, base.source.name)
     out.add_file_type(int(KINDS[kind][2]))
 
 
-def _outputs(merged: MergedModel, names: TensorNames, architecture: Architecture) -> dict[str, Output]:
-    """The merged model's tensors by their names in the file.
+def _outputs(merged: MergedModel, names: TensorNames, architecture: Architecture) -> dict[str, MergedTensor]:
+    """Return the merged tensors by their names in the file.
 
     Raises:
-        UserError: one has no place in llama.cpp's model.
+        UserError: if llama.cpp has no such tensor.
     """
     tied = bool(merged.config.get("tie_word_embeddings", False))
-    found: dict[str, Output] = {}
+    outputs: dict[str, MergedTensor] = {}
     for output in merged.tensors:
         if output.name.endswith((".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")):
-            continue  # masks and frequencies that old versions of transformers stored as well
+            continue  # masks and frequencies stored by old versions of transformers
         name = names.of_tensor(output.name)
-        head = name == _HEAD or output.name == "lm_head.weight"
-        if head and (tied or architecture.always_tied) and not merged.untied:
+        is_head = name == _HEAD or output.name == "lm_head.weight"
+        if is_head and (tied or architecture.always_tied) and not merged.untied:
             continue
-        if name is None or (head and architecture.always_tied):
-            what = f"the merged model's '{output.name}' is no tensor of such a model in llama.cpp"
-            raise UserError(what, where=str(merged.job.base.folder), hint="serve it with deltaw serve instead")
-        found[name] = output
-    return found
+        if name is None or (is_head and architecture.always_tied):
+            message = f"llama.cpp has no tensor for the merged model's '{output.name}'"
+            raise UserError(message, location=str(merged.job.base.folder), hint="serve it with deltaw serve instead")
+        outputs[name] = output
+    return outputs
 
 
-def _require_architecture(source: GGUFReader, architecture: Architecture, base: Base) -> None:
+def _require_architecture(source: GGUFReader, architecture: Architecture, base: AdapterBase) -> None:
     entry = source.get_field(gguf.Keys.General.ARCHITECTURE)
-    named = None if entry is None else entry.contents()
-    if named != architecture.name:
-        what = f"the base's file is of architecture '{named}', and '{architecture.name}' would be written"
-        raise UserError(what, where=str(base.gguf), hint="name the model's safetensors folder with --model")
+    file_architecture = None if entry is None else entry.contents()
+    if file_architecture != architecture.name:
+        message = f"the base model's file has the architecture '{file_architecture}', expected '{architecture.name}'"
+        raise UserError(message, location=str(base.gguf), hint="set the model's safetensors folder with --model")
 
 
 def _copy(source: GGUFReader, out: GGUFWriter, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """The base file's own metadata, with the run's chat template."""
+    """Copy the metadata of the base model's file, with the run's chat template."""
     template = gguf.Keys.Tokenizer.CHAT_TEMPLATE
-    own = None if tokenizer is None else tokenizer.chat_template
+    run_template = None if tokenizer is None else tokenizer.chat_template
 
-    def keep(key: str) -> bool:
-        return not key.startswith(_NOT_COPIED) and not (own and key.startswith(template))
+    def include(key: str) -> bool:
+        return not key.startswith(_NOT_COPIED) and not (run_template and key.startswith(template))
 
-    copy_metadata(source, out, keep=keep)
-    if own:
-        add_chat_template(out, own)
+    copy_metadata(source, out, include=include)
+    if run_template:
+        add_chat_template(out, run_template)
 
 
-# Of a LoRA adapter as a GGUF file, llama.cpp computes W·x + s·B·(A·x) with s = alpha / r, where r is the tensor's own
-# rank and alpha the file's one number. So what a scaling has beyond that (rsLoRA, patterns) goes into B. Rows of B are
-# in the order in which the base model's file has the rows of W. Updates of the token embedding are refused: llama.cpp
-# reads them, and adds them twice.
+# For a LoRA adapter, llama.cpp computes W·x + s·B·(A·x) with s = alpha / r, where r is the rank of the tensor and alpha
+# a single value per file. Other scalings (rsLoRA, patterns) are folded into B. Rows of B have the same order as the
+# rows of W in the base model's file. Updates of the token embedding are rejected because llama.cpp adds them twice.
 
 
 _MERGE = "merge it instead: --format gguf"
 
 
 def export_gguf_adapter(
-    run: Path, path: Path, kind: str = "f32", options: MergeOptions | None = None, say: Say = lambda line: None
-) -> Written:
-    """Write the adapter in ``run`` to the GGUF file ``path``.
+    run: Path, path: Path, kind: str = "f32", options: MergeOptions | None = None, log: LogFunction = lambda line: None
+) -> ExportResult:
+    """Write the adapter of a run to a GGUF file.
 
     Args:
-        run: a run's folder, or an adapter's in PEFT's format.
-        path: of the file; it appears when it is complete.
-        kind: how A and B are stored, one of :data:`~deltaw.export.gguf_file.ADAPTER_KINDS`.
-        options: name the base model.
-        say: told a line if something should be known.
+        run: Folder of a run, or of a PEFT adapter.
+        path: Path of the file, which is written atomically.
+        kind: Storage type of A and B, one of :data:`~deltaw.export.gguf_file.ADAPTER_KINDS`.
+        options: Options of the merge, for example the base model.
+        log: Receives messages for the user.
 
     Raises:
-        UserError: the adapter holds more than the format can, the base is another one or of a family that is
-            not known, or the file cannot be written. Nothing is written then.
+        UserError: if the format does not support the adapter, the base model differs or its family is not supported, or
+            the file cannot be written. In this case no file is written.
     """
-    adapter, base = read_pair(run, "gguf-adapter", options or MergeOptions(), say)
-    architecture = architecture_of(base.config)
+    adapter, base = read_pair(run, "gguf-adapter", options or MergeOptions(), log)
+    architecture = find_architecture(base.config)
     names = TensorNames(architecture, base.config)
-    fingerprint = require_same_base(base, adapter.fingerprint, run, say)
+    fingerprint = require_same_base(base, adapter.fingerprint, run, log)
     tied = bool(base.config.tie_word_embeddings) or architecture.always_tied
-    named = [(_name(update, names, tied, run), update) for update in adapter.updates]
-    alpha, factors = with_one_alpha(adapter.updates)
+    named_updates = [(_name(update, names, tied, run), update) for update in adapter.updates]
+    alpha, factors = unify_alpha(adapter.updates)
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        for (name, update), factor in zip(named, factors, strict=True):
+        for (name, update), factor in zip(named_updates, factors, strict=True):
             factor_B = update.factor_B if factor == 1 else update.factor_B * factor
             yield f"{name}.lora_a", update.factor_A.contiguous().numpy()
             yield f"{name}.lora_b", names.outputs(update.module, factor_B).contiguous().numpy()
@@ -340,41 +339,46 @@ def export_gguf_adapter(
         if fingerprint is not None:
             out.add_string(FINGERPRINT_KEY, fingerprint)
 
-    stored = KINDS[kind][0]
+    storage = KINDS[kind][0]
     shapes = {
-        f"{name}.lora_{letter}": (tuple(factor.shape), stored)
-        for name, update in named
+        f"{name}.lora_{letter}": (tuple(factor.shape), storage)
+        for name, update in named_updates
         for letter, factor in (("a", update.factor_A), ("b", update.factor_B))
     }
     size = write_gguf(path, architecture.name, metadata, shapes, tensors())
-    folded = sum(factor != 1 for factor in factors)
-    facts: dict[str, object] = {"alpha": alpha, "folded": folded}
-    written = _written(path, size, len(named), architecture, facts, f"{len(named)} modules, alpha {alpha:g}")
-    return Written(written.facts, written.lines + folded_lines(folded))
+    num_folded = sum(factor != 1 for factor in factors)
+    details: dict[str, object] = {"alpha": alpha, "folded": num_folded}
+    count = len(named_updates)
+    result = _export_result(path, size, count, architecture, details, f"{count} modules, alpha {alpha:g}")
+    return ExportResult(result.details, result.lines + folded_lines(num_folded))
 
 
-def with_one_alpha(updates: Sequence[PlainUpdate]) -> tuple[float, list[float]]:
-    """One alpha for all, and for each update the factor that its B needs beyond alpha / r.
+def unify_alpha(updates: Sequence[PlainUpdate]) -> tuple[float, list[float]]:
+    """Return one alpha for all updates, and for each update the factor that its B needs in addition to alpha / r.
 
-    The alpha is that of most updates, whose factors stay as they are, to the bit.
+    The alpha is the most frequent one. Factors of its updates remain bit-identical.
     """
-    own = [update.scaling * update.rank for update in updates]
-    rounded = [float(np.float32(alpha)) for alpha in own]
+    alphas = [update.scaling * update.rank for update in updates]
+    rounded = [float(np.float32(alpha)) for alpha in alphas]
     alpha = Counter(rounded).most_common(1)[0][0]
-    return alpha, [1.0 if one == alpha else exact / alpha for one, exact in zip(rounded, own, strict=True)]
+    return alpha, [1.0 if value == alpha else exact / alpha for value, exact in zip(rounded, alphas, strict=True)]
 
 
 def _name(update: PlainUpdate, names: TensorNames, tied: bool, run: Path) -> str:
-    """The base tensor's name in llama.cpp, which an update must have to be applied."""
-    found = names.of_module(update.module)
-    what, hint = None, _MERGE
-    if found is None:
-        what = f"the adapted module '{update.module}' is no tensor of such a model in llama.cpp"
-        hint = "name the base model that it was trained on with --model"
+    """Return the name of the updated base tensor in llama.cpp.
+
+    Raises:
+        UserError: if llama.cpp cannot apply the update.
+    """
+    name = names.of_module(update.module)
+    message, hint = None, _MERGE
+    if name is None:
+        message = f"llama.cpp has no tensor for the adapted module '{update.module}'"
+        hint = "set the base model that the adapter was trained on with --model"
     elif update.embedding:
-        what = f"the adapter changes the embedding '{update.module}', and llama.cpp adds such an update twice"
-    elif tied and found == "output":
-        what = f"the adapter changes the head '{update.module}', which is tied: llama.cpp has one tensor for both"
-    if what is not None:
-        raise UserError(what, where=str(run), hint=hint)
-    return f"{found}.weight"
+        message = f"the adapter changes the embedding '{update.module}', whose update llama.cpp would add twice"
+    elif tied and name == "output":
+        message = f"the adapter changes the tied head '{update.module}', which is also llama.cpp's embedding"
+    if message is not None:
+        raise UserError(message, location=str(run), hint=hint)
+    return f"{name}.weight"

@@ -1,10 +1,8 @@
-"""A tokenizer as GGUF metadata: tokens, their kinds, merges or scores, special tokens, the chat template.
+"""Tokenizer metadata for GGUF files: tokens, token types, merges or scores, special tokens and the chat template.
 
-Two kinds are known. Byte-level BPE (``gpt2``) has merges, and a splitting that is only named. The BPE of
-SentencePiece (``llama``) has a score for each token: of all neighbors, those whose union has the highest
-score are joined first, so the rank of the merge that makes a token, negated, is its score.
-
-It knows tokenizers of the ``tokenizers`` library; no weights and no model.
+Two types are supported. Byte-level BPE (``gpt2``) has merges and a named pre-tokenizer. SentencePiece BPE (``llama``)
+has a score per token: the pair of neighbors with the highest score is merged first, so the score is the negated rank of
+the merge.
 """
 
 from __future__ import annotations
@@ -22,16 +20,15 @@ from tokenizers.pre_tokenizers import PreTokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from deltaw.errors import UserError
-from deltaw.export.gguf_architectures import OWN_CONVERTER
+from deltaw.export.gguf_architectures import CONVERTER_HINT
 from deltaw.hub.terminators import turn_ends
 
-# A GGUF file names the splitting of a byte-level tokenizer (``tokenizer.ggml.pre``) instead of holding it. A
-# tokenizer's own rules are recognized by what they do: a probe text is split by them and by the rules behind each name,
-# and the pieces are compared. So the vocabulary does not matter, and neither does how a rule is written down.
+# A GGUF file contains only the name of a byte-level pre-tokenizer (``tokenizer.ggml.pre``). The name is determined by
+# behavior: a probe text is split by the tokenizer and by each known pre-tokenizer, and the results are compared.
 
 
-# Contractions, runs of digits, of spaces, line ends and marks, scripts with and without letter case,
-# combining marks, and what stands at the borders between them.
+# Contractions, digits, spaces, line ends, punctuation, scripts with and without letter case, combining marks, and
+# transitions between them.
 _PROBE = (
     "It's 5 o'clock, WE'LL see: 1234567 items at 99.50€!\n\n  Indented   text\t\twith tabs \n\r\nand lines"
     "\n \n   end   \nx=(a+b)*c[0]//2;  # note...?! --flag=\"yes\" don't DON'T you'Ve café cafe\u0301 "
@@ -49,61 +46,62 @@ _CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?
 _MARKS_SLASH = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
 
 
-def _by(*parts: str) -> PreTokenizer:
-    """Split by one expression of alternatives, without GPT-2's own."""
+def _split_by(*parts: str) -> PreTokenizer:
+    """Return a pre-tokenizer that splits by alternatives of a regular expression, without GPT-2's pattern."""
     split = pre_tokenizers.Split(Regex("|".join(parts)), behavior="isolated")
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 @functools.cache
-def _known() -> dict[str, PreTokenizer]:
-    """llama.cpp's names, and the rules behind them. The first that fits is taken."""
+def _pre_tokenizers() -> dict[str, PreTokenizer]:
+    """Return the pre-tokenizers by llama.cpp's names. The first match is used."""
     gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    gpt_4o = [f"{one}{_CONTRACTIONS}?" for one in _CASED]
+    gpt_4o = [f"{pattern}{_CONTRACTIONS}?" for pattern in _CASED]
     return {
         "gpt-2": gpt2,
         "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2]),
-        "qwen2": _by(_CONTRACTIONS, _WORDS, r"\p{N}", _MARKS, _SPACES),
-        "llama-bpe": _by(_CONTRACTIONS, _WORDS, r"\p{N}{1,3}", _MARKS, _SPACES),
-        "tekken": _by(*_CASED, r"\p{N}", _MARKS_SLASH, _SPACES),
-        "gpt-4o": _by(*gpt_4o, r"\p{N}{1,3}", _MARKS_SLASH, _SPACES),
+        "qwen2": _split_by(_CONTRACTIONS, _WORDS, r"\p{N}", _MARKS, _SPACES),
+        "llama-bpe": _split_by(_CONTRACTIONS, _WORDS, r"\p{N}{1,3}", _MARKS, _SPACES),
+        "tekken": _split_by(*_CASED, r"\p{N}", _MARKS_SLASH, _SPACES),
+        "gpt-4o": _split_by(*gpt_4o, r"\p{N}{1,3}", _MARKS_SLASH, _SPACES),
     }
 
 
-def splitting_of(backend: Tokenizer) -> str:
-    """llama.cpp's name of the splitting that ``backend`` has.
+def pre_tokenizer_name(backend: Tokenizer) -> str:
+    """Return llama.cpp's name of the pre-tokenizer of ``backend``.
 
     Raises:
-        UserError: none of those that are known here splits the probe text as it does.
+        UserError: if no supported pre-tokenizer splits the probe text in the same way.
     """
-    own = backend.pre_tokenizer
-    if own is not None:
-        pieces = _pieces(own)
-        for name, known in _known().items():
-            if _pieces(known) == pieces:
+    pre_tokenizer = backend.pre_tokenizer
+    if pre_tokenizer is not None:
+        pieces = _pieces(pre_tokenizer)
+        for name, candidate in _pre_tokenizers().items():
+            if _pieces(candidate) == pieces:
                 return name
-    what = "the tokenizer splits text in a way that has no known name in llama.cpp"
-    hint = f"known are {', '.join(_known())}; or name the base model's .gguf file with --model, to use its metadata"
-    raise UserError(what, where="tokenizer.json: pre_tokenizer", hint=hint)
+    message = "llama.cpp has no name for the tokenizer's pre-tokenizer"
+    hint = f"supported are {', '.join(_pre_tokenizers())}; or use the base model's .gguf file with --model"
+    raise UserError(message, location="tokenizer.json: pre_tokenizer", hint=hint)
 
 
 def _pieces(splitter: PreTokenizer) -> list[str]:
     return [piece for piece, _ in splitter.pre_tokenize_str(_PROBE)]
 
 
-_SPACE = "\u2581"  # with which SentencePiece writes a space
+_SPACE = "\u2581"  # space in SentencePiece tokens
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What of a tokenizer goes into a file.
+    """Tokenizer content of a GGUF file.
 
     Attributes:
-        model: llama.cpp's name of the kind, ``gpt2`` or ``llama``.
-        pre: its name of the splitting.
-        tokens, types: by id.
-        merges: "left right" each, of ``gpt2``. scores: by id, of ``llama``.
-        space_prefix: whether a space is put before each text; None where that is no question.
+        model: llama.cpp's name of the type, ``gpt2`` or ``llama``.
+        pre: llama.cpp's name of the pre-tokenizer.
+        tokens, types: Tokens and token types by id.
+        merges: Merges as "left right", for ``gpt2``.
+        scores: Scores by id, for ``llama``.
+        space_prefix: Whether a space is added before each text, if applicable.
     """
 
     model: str
@@ -115,19 +113,19 @@ class Vocabulary:
     space_prefix: bool | None = None
 
 
-def add_tokenizer(out: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int, ends: Iterable[int]) -> None:
-    """Write a tokenizer's metadata.
+def add_tokenizer(out: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int, terminators: Iterable[int]) -> None:
+    """Write the metadata of a tokenizer.
 
     Args:
-        out: takes it.
-        tokenizer: a fast one.
-        size: rows of the model's embedding; ids without a token are marked as unused.
-        ends: ids of the tokens that end an answer.
+        out: Writer of the file.
+        tokenizer: Fast tokenizer.
+        size: Number of rows of the model's embedding. Ids without a token are marked as unused.
+        terminators: Ids of the tokens that end an answer.
 
     Raises:
-        UserError: the tokenizer is of a kind that llama.cpp does not know.
+        UserError: if llama.cpp does not support the tokenizer.
     """
-    vocabulary = vocabulary_of(tokenizer, size)
+    vocabulary = extract_vocabulary(tokenizer, size)
     out.add_tokenizer_model(vocabulary.model)
     out.add_tokenizer_pre(vocabulary.pre)
     out.add_token_list(vocabulary.tokens)
@@ -142,10 +140,10 @@ def add_tokenizer(out: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int
         token = getattr(tokenizer, f"{name}_token_id")
         if token is not None:
             getattr(out, f"add_{name}_token_id")(int(token))
-    turns = [token for token in turn_ends(tokenizer) if token in set(ends)]
-    others = [token for token in turns if token != tokenizer.eos_token_id]
-    if others:
-        out.add_eot_token_id(others[-1])
+    turn_terminators = [token for token in turn_ends(tokenizer) if token in set(terminators)]
+    other_terminators = [token for token in turn_terminators if token != tokenizer.eos_token_id]
+    if other_terminators:
+        out.add_eot_token_id(other_terminators[-1])
     added = list(tokenizer("a")["input_ids"])
     out.add_add_bos_token(tokenizer.bos_token_id is not None and added[0] == tokenizer.bos_token_id)
     out.add_add_eos_token(tokenizer.eos_token_id is not None and added[-1] == tokenizer.eos_token_id)
@@ -154,44 +152,48 @@ def add_tokenizer(out: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int
 
 
 def add_chat_template(out: GGUFWriter, template: str | dict[str, str]) -> None:
-    """Write one template, or several by name."""
+    """Write one chat template, or several named ones."""
     if isinstance(template, str):
         out.add_chat_template(template)
     else:
         out.add_chat_template([{"name": name, "template": text} for name, text in template.items()])
 
 
-def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
-    """What of ``tokenizer`` goes into a file, for a model whose embedding has ``size`` rows."""
+def extract_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
+    """Return the vocabulary of ``tokenizer`` for an embedding with ``size`` rows.
+
+    Raises:
+        UserError: if the tokenizer is not supported or has more tokens than the embedding has rows.
+    """
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise _unknown(type(tokenizer).__name__)
     backend = tokenizer.backend_tokenizer
-    described: dict[str, Any] = json.loads(backend.to_str())
-    model = described["model"]
+    serialized: dict[str, Any] = json.loads(backend.to_str())
+    model = serialized["model"]
     if model["type"] != "BPE":
         raise _unknown(model["type"])
     if max(tokenizer.get_vocab().values()) >= size:
-        what = f"the tokenizer has more tokens than the model's embedding has rows ({size})"
-        raise UserError(what, where="tokenizer.json", hint="give the tokenizer that belongs to the model")
+        message = f"the tokenizer has more tokens than the model's embedding has rows ({size})"
+        raise UserError(message, location="tokenizer.json", hint="use the tokenizer of the model")
     tokens, types = _tokens(tokenizer, model["vocab"], size, bytes_as_tokens=bool(model["byte_fallback"]))
     pairs = [merge.split(" ") if isinstance(merge, str) else list(merge) for merge in model["merges"]]
     if not pairs:
         raise _unknown("BPE without merges")
     if not model["byte_fallback"]:
         merges = [" ".join(pair) for pair in pairs]
-        return Vocabulary("gpt2", splitting_of(backend), tokens, types, merges=merges)
+        return Vocabulary("gpt2", pre_tokenizer_name(backend), tokens, types, merges=merges)
     if model["dropout"] or not any(_SPACE in token for token in model["vocab"]):
-        raise _unknown("BPE with bytes that is not SentencePiece's")
+        raise _unknown("byte-fallback BPE other than SentencePiece")
     ranks: dict[str, int] = {}
-    for rank, (left, right) in enumerate(pairs):
-        ranks.setdefault(left + right, rank)
-    # No union of neighbors makes the others: single characters, bytes and special tokens.
+    for rank, (first, second) in enumerate(pairs):
+        ranks.setdefault(first + second, rank)
+    # Other tokens are never merged: single characters, bytes and special tokens.
     scores = [-float(ranks.get(token, len(ranks))) for token in tokens]
     prefix = (tokenizer.tokenize("a") or [""])[0].startswith(_SPACE)
     return Vocabulary("llama", "default", tokens, types, scores=scores, space_prefix=prefix)
 
 
-# Tokens that mark structure though their tokenizer does not call them special, as Gemma's pad; and those of a byte.
+# Control tokens that their tokenizer does not mark as special, such as Gemma's pad. _BYTE matches byte tokens.
 _SPECIAL = re.compile(r"<pad>|<mask>|\[@BOS@\]|<2mass>|<\|(.*\|)?>|<unused.*>", re.DOTALL)
 _BYTE = re.compile(r"<0x..>", re.DOTALL)
 
@@ -221,6 +223,6 @@ def _tokens(
 
 
 def _unknown(kind: str) -> UserError:
-    hint = f"known are byte-level BPE and SentencePiece's BPE; otherwise {OWN_CONVERTER}"
-    what = f"a tokenizer of kind '{kind}' is not exported to GGUF here"
-    return UserError(what, where="tokenizer.json", hint=hint)
+    hint = f"supported are byte-level BPE and SentencePiece BPE; otherwise {CONVERTER_HINT}"
+    message = f"deltaw does not export tokenizers of type '{kind}' to GGUF"
+    return UserError(message, location="tokenizer.json", hint=hint)

@@ -1,6 +1,6 @@
-"""What a run says of itself where everybody may read it: the model card of a hub, and settings without local paths.
+"""Public description of a run: the model card, and settings without local paths.
 
-Of the rows there are counts and a hash, never a row. Knows the run's folder; not how anything is sent.
+Only counts and hashes of the rows are published, never rows.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from deltaw.hub import packages
 from deltaw.hub.folders import resolve_hub_id
 from deltaw.local_names import Kind, replace_names
 from deltaw.runs.folder import Run, mapping
-from deltaw.runs.summary import OF_PEFT
+from deltaw.runs.summary import PEFT_METHODS
 from deltaw.settings import RunConfig
 from deltaw.training.drift import Drift
 from deltaw.training.evaluation.base import metric_format
-from deltaw.training.origin import CHAT_TEMPLATE
+from deltaw.training.open_run import CHAT_TEMPLATE
 
 _PIPELINES = {
     "causal-lm": "text-generation",
@@ -32,11 +32,11 @@ _PIPELINES = {
     "image-classification": "image-classification",
     "reranking": "text-ranking",
 }
-_LOST = {
-    "not_chosen": "not used: fewer rows were asked for",
-    "duplicates": "the same as an earlier row",
+_DROP_REASONS = {
+    "not_selected": "not used: more than the requested number of rows",
+    "duplicates": "dropped: duplicate of an earlier row",
     "dropped_long": "dropped: too long",
-    "other_classes": "dropped: of another class",
+    "other_classes": "dropped: other class",
     "without_label": "dropped: without a label",
     "cut": "truncated",
 }
@@ -44,12 +44,12 @@ _LOST = {
 
 @dataclass(frozen=True)
 class PublicBase:
-    """The base model as others find it.
+    """Public identity of the base model.
 
     Attributes:
-        name: a hub id; else what the run calls it, without a path.
-        revision: the commit, branch or tag; None where it is not known.
-        note: what to know of it; empty if nothing.
+        name: Hub id, or the name in the run without its path.
+        revision: Commit, branch or tag, or None if unknown.
+        note: Note for users, or empty.
     """
 
     name: str
@@ -62,12 +62,12 @@ class PublicBase:
 
 
 def public_name(reference: str) -> str:
-    """What names rows or a model elsewhere too; of a path, its last part alone."""
+    """Return the public name of rows or a model. Of a local path, only the last part is returned."""
     return reference if packages.is_package_reference(reference) or is_on_hub(reference) else _last_part(reference)
 
 
 def public_settings(config: RunConfig, base: PublicBase) -> RunConfig:
-    """Return a run's settings without paths of its machine and without its tracker."""
+    """Return a run's settings without local paths and without its tracker."""
     public = RunConfig.read(replace_names(config.model_dump(mode="json"), RunConfig, _public))
     template = None if config.data.chat_template is None else CHAT_TEMPLATE
     changed = {"model": base.reference, "data": replace(public.data, chat_template=template), "track": None}
@@ -75,7 +75,7 @@ def public_settings(config: RunConfig, base: PublicBase) -> RunConfig:
 
 
 def local_paths(config: RunConfig) -> list[str]:
-    """Return all texts of a run's settings that :func:`public_settings` shortens."""
+    """Return all values of a run's settings that :func:`public_settings` shortens."""
     paths: list[str] = []
 
     def collect(text: str, kind: Kind, key: str) -> str:
@@ -87,7 +87,7 @@ def local_paths(config: RunConfig) -> list[str]:
 
 
 def _public(text: str, kind: Kind, key: str) -> str:
-    """Return what names the same elsewhere, or the last part of a path. The address of a server is not published."""
+    """Return a public reference unchanged, and the last part of a path. Server addresses are replaced."""
     if kind == "address":
         return f"{text.partition('://')[0]}://address.invalid"
     file, colon, name = text.rpartition(":") if kind == "code" else (text, "", "")
@@ -95,46 +95,48 @@ def _public(text: str, kind: Kind, key: str) -> str:
 
 
 def _last_part(path: str) -> str:
-    """Return the last part of a path of this or another system."""
+    """Return the last part of a POSIX or Windows path."""
     return PurePosixPath(PureWindowsPath(path).as_posix()).name or path
 
 
 def model_card(run: Run, config: RunConfig, base: PublicBase, repo: str, *, merged: bool) -> str:
-    """``README.md``: scores beside the base model's, drift, an account of the rows, and how to train it again.
+    """Return the ``README.md``: scores, drift, statistics of the rows, and instructions to reproduce the run.
 
     Args:
-        config: the run's settings. repo: where the card will stand.
-        merged: for the merged model instead of the adapter.
+        run: Run to describe.
+        config: Settings of the run.
+        base: Base model.
+        repo: Repository of the card.
+        merged: Describe the merged model instead of the adapter.
     """
     name, method, task = repo.rpartition("/")[2], config.method, config.task
-    head: dict[str, object] = {}
-    if resolve_hub_id(base.name) is not None:  # a hub refuses any other name
-        head = {"base_model": base.name, "base_model_relation": "finetune" if merged else "adapter"}
-    head |= {"library_name": "peft"} if method in OF_PEFT and not merged else {}
-    head |= {"library_name": "transformers"} if merged else {}
-    head |= {"pipeline_tag": _PIPELINES[task]} if task in _PIPELINES else {}
-    at = f" at revision `{base.revision}`" if base.revision else ""
-    what = "A model: the base model" if merged else "An adapter"
+    header: dict[str, object] = {}
+    if resolve_hub_id(base.name) is not None:  # the hub rejects other names
+        header = {"base_model": base.name, "base_model_relation": "finetune" if merged else "adapter"}
+    header |= {"library_name": "peft"} if method in PEFT_METHODS and not merged else {}
+    header |= {"library_name": "transformers"} if merged else {}
+    header |= {"pipeline_tag": _PIPELINES[task]} if task in _PIPELINES else {}
+    revision = f" at revision `{base.revision}`" if base.revision else ""
+    subject, relation = ("A model: the base model", "with its adapter merged, ") if merged else ("An adapter", "for ")
     kind = f"{method}, {task}" + (f", rank {config.lora.rank}, alpha {config.lora.alpha:g}" if method == "lora" else "")
-    lines = ["---", yaml.safe_dump({**head, "tags": [method, task, "deltaw"]}, sort_keys=False).strip(), "---", ""]
-    lines += [f"# {name}", "", f"{what} ({kind}) {'with its adapter merged, ' if merged else 'for '}`{base.name}`{at}."]
-    lines[-1] += " Trained with deltaw."
+    lines = ["---", yaml.safe_dump({**header, "tags": [method, task, "deltaw"]}, sort_keys=False).strip(), "---", ""]
+    lines += [f"# {name}", "", f"{subject} ({kind}) {relation}`{base.name}`{revision}. Trained with deltaw."]
     lines += ["", f"**{base.note}**"] if base.note else []
     warning = mapping(run.result.get("generation")).get("line")
     lines += ["", f"**{warning}**"] if warning else []
     lines += ["", "## Scores on held-out rows", "", *_scores(run), "", "## Data", "", *_data(run, config), ""]
     lines += ["## Use", "", "```bash", *_use(run, repo, base, merged), "```", ""]
     seed, steps = config.train.seed, run.result.get("steps")
-    lines += ["## Train it again", "", "```bash", f"hf download {repo} run.yaml --local-dir .", "deltaw train run.yaml"]
+    lines += ["## Reproduce the training", "", "```bash", f"hf download {repo} run.yaml --local-dir ."]
     rows = ", ".join(_code(public_name(reference)) for reference in references(config.data.train))
-    lines += ["```", "", f"`run.yaml` names the rows: {rows}."]
+    lines += ["deltaw train run.yaml", "```", "", f"Training rows: {rows}, as configured in `run.yaml`."]
     versions = ", ".join(f"{key} {value}" for key, value in run.part("versions").items())
     lines += [f"Seed {seed}, {steps} optimizer steps, {run.part('machine').get('processor', 'unknown processor')}."]
     return "\n".join([*lines, f"Versions: {versions}.", ""])
 
 
 def _scores(run: Run) -> Iterator[str]:
-    """A table of every metric for the base model and after training, and the drift."""
+    """Yield a table of every metric before and after training, and the drift."""
     yield from ("| | base model | trained |", "| --- | --- | --- |")
     trained = dict(_flat(mapping(run.result.get("eval"))))
     for name, value in trained.items():
@@ -145,15 +147,15 @@ def _scores(run: Run) -> Iterator[str]:
         yield from ("", f"95 % interval of {str(score.get('metric')).replace('_', ' ')}: {bounds}.")
     drift = mapping(run.result.get("drift"))
     if drift:
-        told = Drift(**{key: value for key, value in drift.items() if key != "change"}).lines()[0]
-        yield from ("", told[:1].upper() + told[1:] + ".")
+        summary = Drift(**{key: value for key, value in drift.items() if key != "change"}).lines()[0]
+        yield from ("", summary[:1].upper() + summary[1:] + ".")
 
 
 def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
-    """Metrics by name; those of a named set as ``set/metric``."""
+    """Yield metrics by name. Metrics of a named set are prefixed by ``set/``."""
     for name, value in values.items():
-        inner = value.items() if isinstance(value, Mapping) else None
-        yield from [(name, value)] if inner is None else [(f"{name}/{key}", v) for key, v in inner]
+        items = value.items() if isinstance(value, Mapping) else None
+        yield from [(name, value)] if items is None else [(f"{name}/{key}", v) for key, v in items]
 
 
 def _value(name: str, value: object) -> str:
@@ -163,32 +165,32 @@ def _value(name: str, value: object) -> str:
 
 
 def _data(run: Run, config: RunConfig) -> Iterator[str]:
-    """Sources and counts of the rows, and hashes of what was trained and evaluated on."""
+    """Yield the sources and counts of the rows, and hashes of the training and held-out rows."""
     counts = mapping(run.part("data").get("counts"))
     commits = run.part("revisions")
     for reference in references(config.data.train):
-        at = f" at commit `{commits[reference]}`" if reference in commits else ""
-        yield f"- source: {_code(public_name(reference))}{at}"
-    kept, held_out = counts.get("rows_kept", 0), counts.get("held_out", 0)
-    yield f"- rows: {counts.get('rows_read', 0):,} read, {kept:,} trained on, {held_out:,} held out"
+        revision = f" at commit `{commits[reference]}`" if reference in commits else ""
+        yield f"- source: {_code(public_name(reference))}{revision}"
+    num_used, held_out = counts.get("rows_kept", 0), counts.get("held_out", 0)
+    yield f"- rows: {counts.get('rows_read', 0):,} read, {num_used:,} trained on, {held_out:,} held out"
     yield f"- tokens: {counts.get('tokens', 0):,}, {counts.get('label_tokens', 0):,} of them labels"
     for reason, count in mapping(counts.get("bad_rows")).items():
         yield f"- skipped: {count:,} ({_code(reason)})"
-    for key, said in _LOST.items():
+    for key, reason_text in _DROP_REASONS.items():
         if counts.get(key):
-            yield f"- {counts[key]:,} {said}"
+            yield f"- {counts[key]:,} {reason_text}"
     rows = mapping(mapping(run.training).get("rows"))
-    for key, what in (("train", "training rows"), ("eval", "held-out rows")):
+    for key, description in (("train", "training rows"), ("eval", "held-out rows")):
         if digest := mapping(rows.get(key)).get("digest"):
-            yield f"- content hash of the {what}: `{digest}`"
+            yield f"- content hash of the {description}: `{digest}`"
 
 
 def _use(run: Run, repo: str, base: PublicBase, merged: bool) -> list[str]:
     model = "" if merged else f" --model {base.reference}"
-    verbs = ("chat", "serve") if run.values.get("writes_text") else ("eval",)
-    return [f"deltaw {verb} {repo}{model}" + (" --data FILE" if verb == "eval" else "") for verb in verbs]
+    commands = ("chat", "serve") if run.values.get("writes_text") else ("eval",)
+    return [f"deltaw {command} {repo}{model}" + (" --data FILE" if command == "eval" else "") for command in commands]
 
 
 def _code(text: str) -> str:
-    """A text of somebody's choice as code, which no Markdown in it leaves."""
+    """Format untrusted text as inline code that cannot be escaped by Markdown."""
     return f"`{' '.join(text.replace('`', chr(39)).split())}`"

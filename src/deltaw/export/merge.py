@@ -1,9 +1,8 @@
-"""A run becomes a model's folder: base and adapter, or several adapters, merged.
+"""Merge of one or several adapters into their base model, written as a model folder.
 
-The weights go from the base's files to the merged ones a block of rows at a time; the adapter is all that is
-in memory whole. Only where the base's files do not hold its weights one by one (experts that transformers
-puts together while it loads) the model is loaded, and that is said. The folder appears whole or not at all,
-and not before it was verified, where that is asked for.
+Weights are streamed from the base model's files to the merged files in blocks of rows, so that only the adapter is in
+memory. If transformers assembles weights from several tensors while loading (some mixtures of experts), the model is
+loaded instead, and a message is logged. The folder appears atomically, after an optional verification.
 """
 
 from __future__ import annotations
@@ -17,137 +16,145 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
-from deltaw.export.adapters import Change, Trained
-from deltaw.export.base import MergeOptions, Merging, Say, prepared
+from deltaw.export.adapters import ParameterChange, WeightChange
+from deltaw.export.base import LogFunction, MergeOptions, MergePlan, prepare_merge
 from deltaw.export.merged import (
     PRECISIONS,
     MergedModel,
-    NotByName,
-    Output,
+    MergedTensor,
+    NeedsMemoryMerge,
     assemble,
     read_settings,
-    write_beside,
+    write_metadata_files,
     write_weights,
 )
-from deltaw.export.output_folder import appearing, check_target
+from deltaw.export.output_folder import atomic_folder, check_target
 from deltaw.hub.checkpoint import read_checkpoint
 from deltaw.hub.quiet import quiet
-from deltaw.kernels.torch_private import own_parameters
+from deltaw.kernels.torch_private import direct_parameters
 from deltaw.lora.fingerprint import base_fingerprint, same_base
-from deltaw.lora.places import spots_of
-from deltaw.methods.parameters import names_of
+from deltaw.lora.replaced_modules import find_spots
+from deltaw.methods.parameters import parameters_by_name
 from deltaw.tensor_files import row_blocks
 
-# Into a model that is in memory, changes are put without rounding to a narrower type. Weights that are tied to one that
-# the changes leave alone are untied, and biases are added where a model has none. Knows changes and modules; not
-# adapters.
+# Changes of a loaded model are not rounded to a narrower type. Weights tied to an unchanged weight are untied, and
+# missing biases are added.
 
 
 @torch.no_grad()
-def apply_changes(model: nn.Module, trained: Sequence[Trained]) -> None:
-    """Change the parameters of ``model`` in place.
+def apply_changes(model: nn.Module, changes: Sequence[ParameterChange]) -> None:
+    """Apply changes to the parameters of a loaded model.
 
     Raises:
-        UserError: it has no place for one.
+        UserError: if the model lacks a parameter.
     """
-    for one in trained:
-        own = names_of(model)
-        inside = [name for name in one.names if name in own]
+    for change in changes:
+        parameters = parameters_by_name(model)
+        existing = [name for name in change.names if name in parameters]
         try:
-            spots = spots_of(model, one.names)
+            spots = find_spots(model, change.names)
         except AttributeError as error:
             hint = "use the base model that the adapter was trained on"
-            raise UserError(f"the model has no '{one.names[0]}'", where=one.names[0], hint=hint) from error
-        if inside:
-            parameter = own[inside[0]]
-            if any(p is parameter and name not in one.names for name, p in own.items()):
+            raise UserError(f"the model has no '{change.names[0]}'", location=change.names[0], hint=hint) from error
+        if existing:
+            parameter = parameters[existing[0]]
+            if any(p is parameter and name not in change.names for name, p in parameters.items()):
                 parameter = nn.Parameter(parameter.detach().clone(), requires_grad=False)
         else:
-            weight = own_parameters(spots[0][0])["weight"]
+            weight = direct_parameters(spots[0][0])["weight"]
             assert weight is not None
-            parameter = nn.Parameter(weight.new_zeros(one.shape), requires_grad=False)
+            parameter = nn.Parameter(weight.new_zeros(change.shape), requires_grad=False)
         for module, attribute in spots:
             setattr(module, attribute, parameter)
-        change_in_place(parameter, one.change)
+        change_in_place(parameter, change.change)
 
 
 @torch.no_grad()
-def change_in_place(parameter: Tensor, change: Change, *, rounded: torch.dtype | None = None) -> None:
-    """Apply a change to a parameter, in fp32 (fp64 for fp64), and round to its type.
+def change_in_place(parameter: Tensor, change: WeightChange, *, rounded: torch.dtype | None = None) -> None:
+    """Apply a change to a parameter, computed in fp32 (fp64 for fp64), and round to the parameter's type.
 
     Args:
-        rounded: a narrower type that the values are rounded to first; None for the parameter's own.
+        parameter: Parameter to modify.
+        change: Change to apply.
+        rounded: Narrower type to round to first, if any.
     """
     data = parameter.data if parameter.dim() else parameter.data.view(1)
-    wide = torch.float64 if data.dtype == torch.float64 else torch.float32
+    compute_dtype = torch.float64 if data.dtype == torch.float64 else torch.float32
 
-    def blocks(whole: bool = False) -> Iterator[tuple[int, Tensor]]:
-        for start, stop in [(0, len(data))] if whole else row_blocks(data.shape):
-            yield start, data[start:stop].to(wide, copy=True)
+    def blocks(single_block: bool = False) -> Iterator[tuple[int, Tensor]]:
+        for start, stop in [(0, len(data))] if single_block else row_blocks(data.shape):
+            yield start, data[start:stop].to(compute_dtype, copy=True)
 
     change.prepare(blocks)
-    for start, rows in blocks(change.whole):
-        made = change.apply(rows, start)
-        data[start : start + len(rows)] = made if rounded is None else made.to(rounded)
+    for start, rows in blocks(change.needs_all_rows):
+        changed = change.apply(rows, start)
+        data[start : start + len(rows)] = changed if rounded is None else changed.to(rounded)
 
 
-# The slow way, by which the base model is loaded, changed in memory and saved by transformers, is for models whose
-# files do not hold their weights one by one. Takes as much memory as the model in the type of its files, and writes
-# what transformers writes: its save undoes what its load put together.
+# Merge in memory, for files that do not store parameters individually. It needs as much memory as the model in
+# the type of its files. transformers' save method reverses the conversion of its load method.
 
 
 _SHARD = "5GB"
 _FP32 = {"float32", "float64", "float16"}
 
 
-def write_from_memory(job: Merging, folder: Path) -> MergedModel:
-    """Merge in memory and save into ``folder``; returns a description of what is there.
+def write_from_memory(job: MergePlan, folder: Path) -> MergedModel:
+    """Merge in memory, save into ``folder``, and return a description of the merged model.
 
     Raises:
-        UserError: the base is another one, or the adapter needs tensors that the model has no place for.
+        UserError: if the base model differs from the one used in training, or the model cannot represent a change.
     """
     settings = read_settings(job.base.folder)
     stored = str(settings.get("dtype") or settings.get("torch_dtype") or "float32")
     model = job.base.load("fp32" if stored in _FP32 else "bf16").model
-    own = names_of(model)
-    found = [base_fingerprint(model, [own[name] for name in one.replaced if name in own]) for one in job.adapters]
-    same = job.same_base(same_base(name, one.fingerprint) for name, one in zip(found, job.adapters, strict=True))
-    for one in job.trained:
-        absent = [name for name in one.names if name not in own]
-        tied = {n for n, p in own.items() for name in one.names if name in own and p is own[name]}
-        if absent or tied - set(one.names):
-            what = f"'{one.names[0]}' is tied to an unchanged weight, or has no place in a {type(model).__name__}"
-            raise UserError(what, where=one.names[0], hint="keep the adapter separate")
-    named = getattr(torch, stored, None)
-    own_type = named if isinstance(named, torch.dtype) and named.is_floating_point else torch.float32
-    target = PRECISIONS.get(job.options.precision, own_type)
-    # Where the target is narrower than the model in memory, each sum is rounded once, from fp32.
-    for one in job.trained:
-        change_in_place(own[one.names[0]], one.change, rounded=target)
+    parameters = parameters_by_name(model)
+    replaced = [[parameters[name] for name in item.replaced if name in parameters] for item in job.adapters]
+    digests = [base_fingerprint(model, values) for values in replaced]
+    is_same = job.same_base(same_base(name, item.fingerprint) for name, item in zip(digests, job.adapters, strict=True))
+    for item in job.changes:
+        absent = [name for name in item.names if name not in parameters]
+        tied = {n for n, p in parameters.items() for name in item.names if name in parameters and p is parameters[name]}
+        if absent or tied - set(item.names):
+            message = f"'{item.names[0]}' is tied to an unchanged weight or does not exist in {type(model).__name__}"
+            raise UserError(message, location=item.names[0], hint="keep the adapter separate")
+    dtype = getattr(torch, stored, None)
+    base_dtype = dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32
+    target = PRECISIONS.get(job.options.precision, base_dtype)
+    # If the target type is narrower than the model in memory, each sum is rounded once, from fp32.
+    for item in job.changes:
+        change_in_place(parameters[item.names[0]], item.change, rounded=target)
     with quiet():
         nn.Module.to(model, target)
         model.save_pretrained(folder, max_shard_size=job.options.shard_size or _SHARD)
-    written = read_checkpoint(folder).tensors.values()
-    outputs = tuple(Output(t.name, t.dtype, t.shape, t, (), t.file.name) for t in written)
-    changed = {name: one.change for one in job.trained for name in one.names}
-    return MergedModel(job, outputs, read_settings(folder), changed, same_base=same)
+    stored_tensors = read_checkpoint(folder).tensors.values()
+    outputs = tuple(MergedTensor(t.name, t.dtype, t.shape, t, (), t.file.name) for t in stored_tensors)
+    changed = {name: item.change for item in job.changes for name in item.names}
+    return MergedModel(job, outputs, read_settings(folder), changed, same_base=is_same)
 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What :func:`merge_run` did.
+    """Result of :func:`merge_run`.
 
     Attributes:
-        output: the folder. base: what names its base model. method: of the adapter.
-        files: of the weights. bytes: of the tensors. tensors: how many there are. changed: parameters that
-            differ from the base's.
-        untied: weights that are tied no more. dropped: tensors of the base's that are not there any more.
-        same_base: whether it is the base that the adapter was trained on; None where that is not known.
-        in_memory: why the model had to be loaded; None where it was not.
-        errors: of a combination, by parameter; error: over all.
-        verification: what the verifier found; None where there was none.
-        seconds: without verification.
-        notes: what a person should know.
+        output: Folder of the merged model.
+        base: Reference of the base model.
+        method: Training method of the adapter.
+        precision: Requested precision.
+        files: Names of the weight files.
+        bytes: Total size of the tensors.
+        tensors: Number of tensors.
+        changed: Names of parameters that differ from the base model.
+        untied: Names of weights that are no longer tied.
+        dropped: Names of base tensors that the merged model does not contain.
+        same_base: Whether the base model is the one used in training, or None if unknown.
+        in_memory: Reason for loading the model, if it was loaded.
+        seconds: Elapsed time without verification.
+        notes: Notes for the user.
+        errors: Error of a combination by parameter.
+        error: Error of a combination over all parameters.
+        verification: Result of the verifier, if any.
     """
 
     output: Path
@@ -174,43 +181,46 @@ def merge_run(
     output: str | Path,
     options: MergeOptions | None = None,
     *,
-    verify: Callable[[Merging, Path], object] | None = None,
+    verify: Callable[[MergePlan, Path], object] | None = None,
     keep: bool = False,
-    say: Say = lambda line: None,
+    log: LogFunction = lambda line: None,
 ) -> MergeResult:
-    """Merge the adapter of ``run`` into its base model, as the folder ``output``.
+    """Merge the adapter of ``run`` into its base model and write the folder ``output``.
 
     Args:
-        verify: compares the merged model with the unmerged one before the folder appears.
-        keep: let the folder appear also where that refuses it; the refusal is raised all the same.
-        say: told what a person should know, a line each.
+        run: Folder of the adapter.
+        output: Folder to create.
+        options: Options of the merge.
+        verify: Compares the merged and the unmerged model before the folder appears.
+        keep: Create the folder even if ``verify`` fails. Its error is raised in any case.
+        log: Receives messages for the user.
 
     Raises:
-        UserError: it cannot be merged, or was refused by ``verify``.
+        UserError: if the adapter cannot be merged, or ``verify`` fails.
     """
     options = options or MergeOptions()
     target = Path(output)
     check_target(target, overwrite=options.overwrite)
-    began = time.perf_counter()
-    with prepared(Path(run), options, say) as job:
+    start_time = time.perf_counter()
+    with prepare_merge(Path(run), options, log) as job:
         try:
             merged: MergedModel | None = assemble(job)
-            why = None
-        except NotByName as reason:
-            merged, why = None, str(reason)
-            say(f"{why}: the whole model is loaded for this merge")
-        written = read_checkpoint(job.base.folder).tensors.values() if merged is None else merged.tensors
-        needed = sum(tensor.bytes for tensor in written)
-        refused: UserError | None = None
-        with appearing(target, overwrite=options.overwrite, needed=needed, say=say) as folder:
+            reason_to_load = None
+        except NeedsMemoryMerge as reason:
+            merged, reason_to_load = None, str(reason)
+            log(f"{reason_to_load}: loading the entire model for this merge")
+        planned = read_checkpoint(job.base.folder).tensors.values() if merged is None else merged.tensors
+        required_bytes = sum(tensor.bytes for tensor in planned)
+        verification_error: UserError | None = None
+        with atomic_folder(target, overwrite=options.overwrite, needed=required_bytes, log=log) as folder:
             if merged is None:
                 merged = write_from_memory(job, folder)
                 files = sorted({output.file for output in merged.tensors})
             else:
                 files = write_weights(merged, folder, options.shard_size)
             for note in merged.notes:
-                say(note)
-            write_beside(merged, folder)
+                log(note)
+            write_metadata_files(merged, folder)
             result = MergeResult(
                 output=target,
                 base=job.base.reference,
@@ -223,8 +233,8 @@ def merge_run(
                 untied=list(merged.untied),
                 dropped=list(merged.dropped),
                 same_base=merged.same_base,
-                in_memory=why,
-                seconds=time.perf_counter() - began,
+                in_memory=reason_to_load,
+                seconds=time.perf_counter() - start_time,
                 notes=list(merged.notes),
                 errors={} if job.combination is None else job.combination.errors(),
                 error=None if job.combination is None else job.combination.total_error(),
@@ -235,7 +245,7 @@ def merge_run(
                 except UserError as error:
                     if not keep:
                         raise
-                    refused = error
-        if refused is not None:
-            raise refused
+                    verification_error = error
+        if verification_error is not None:
+            raise verification_error
         return result

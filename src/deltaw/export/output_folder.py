@@ -1,11 +1,8 @@
-"""A folder that appears whole or not at all.
+"""Atomic creation of folders.
 
-It is built beside its place under a hidden name, brought to the disk, and renamed. A process that is killed
-meanwhile leaves a hidden folder that no loader takes for a model by mistake; the next one removes it. Whether
-its process is gone is told by a lock on the folder, which the system releases however a process ends; on Windows,
-which locks no folders, by the number of the process in the name.
-
-It knows folders, not what is in them.
+A folder is written under a hidden name next to its destination, flushed to disk and renamed. If a process is killed,
+the hidden folder remains and a later process removes it. Whether its owner is alive is determined by a lock on the
+folder, which the system releases when the process exits, or on Windows by the process id in the name.
 """
 
 from __future__ import annotations
@@ -21,115 +18,114 @@ from pathlib import Path
 import psutil
 
 from deltaw import platforms
-from deltaw.durable import open_to_all, sync_file, sync_folder
+from deltaw.atomic_files import apply_umask, sync_file, sync_folder
 from deltaw.errors import UserError
 
 _PARTIAL, _BEFORE = ".partial-", ".before-"
-# Beside the tensors: headers, configuration, tokenizer, and blocks of the file system.
-_ROOM = 64 << 20
+# Bytes for headers, configuration, tokenizer and file system overhead.
+_DISK_RESERVE = 64 << 20
 
 
 @contextlib.contextmanager
-def appearing(
-    target: Path, *, overwrite: bool = False, needed: int = 0, say: Callable[[str], None] = lambda line: None
+def atomic_folder(
+    target: Path, *, overwrite: bool = False, needed: int = 0, log: Callable[[str], None] = lambda line: None
 ) -> Iterator[Path]:
-    """Yield a hidden folder; if the block ends without an error, it is ``target`` from then on.
+    """Yield a hidden folder. If the block succeeds, rename it to ``target``.
 
     Args:
-        target: the folder to appear. It may exist and be empty.
-        overwrite: whether an existing folder with files is replaced. It is renamed before the new one takes
-            its place, and removed then.
-        needed: bytes that will be written.
-        say: told of what earlier processes left.
+        target: Destination. It may exist if it is empty.
+        overwrite: Replace an existing folder with files. It is renamed first, and removed after the replacement.
+        needed: Number of bytes that will be written.
+        log: Receives messages about leftovers of earlier processes.
 
     Raises:
-        UserError: there is a folder with files, no room, or no right to write.
+        UserError: if ``target`` contains files, the disk is full, or the folder is not writable.
     """
     target = Path(os.path.abspath(target))
     check_target(target, overwrite=overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _clear(target, say)
-        check_target(target, overwrite=overwrite)  # a folder that was put back counts
-        _check_room(target, needed)
-        made = tempfile.mkdtemp(prefix=f".{target.name}{_PARTIAL}{os.getpid()}-", dir=target.parent)
+        _clear(target, log)
+        check_target(target, overwrite=overwrite)  # the cleanup may have restored a folder
+        _check_disk_space(target, needed)
+        partial_name = tempfile.mkdtemp(prefix=f".{target.name}{_PARTIAL}{os.getpid()}-", dir=target.parent)
     except OSError as error:
         raise _not_writable(target, error) from error
-    partial = Path(made)
+    partial = Path(partial_name)
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, partial, ignore_errors=True)
-        stack.enter_context(_held(partial))
+        stack.enter_context(_locked_folder(partial))
         yield partial
         try:
             _flush(partial)
-            _put(partial, target)
+            _move_into_place(partial, target)
         except OSError as error:
             raise _not_writable(target, error) from error
 
 
 def check_target(target: Path, *, overwrite: bool = False) -> None:
-    """Refuse a place where no folder can appear, before any work is done.
+    """Check that a folder can be created at ``target``.
 
     Raises:
-        UserError: a file is there, or a folder with files that is not to be replaced; or Windows cannot have
-            the name.
+        UserError: if ``target`` is a file, or a folder with files that must not be replaced, or if its name is reserved
+            on Windows.
     """
-    platforms.refuse_names(target)
+    platforms.reject_reserved_names(target)
     if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise UserError("the output is not a folder", where=str(target), hint="name a new folder")
+        raise UserError("the output is not a folder", location=str(target), hint="choose a new folder")
     if target.is_dir():
-        holds = sorted(entry.name for entry in target.iterdir())
-        if holds and not overwrite:
-            what = f"the output folder holds files already, such as '{holds[0]}'"
-            raise UserError(what, where=str(target), hint="name a new folder, or replace this one with --overwrite")
-        if holds and Path.cwd().resolve().is_relative_to(target.resolve()):
-            what = "the output folder cannot be replaced while you are in it"
-            raise UserError(what, where=str(target), hint="go to another folder first")
+        entries = sorted(entry.name for entry in target.iterdir())
+        if entries and not overwrite:
+            message = f"the output folder already contains files, such as '{entries[0]}'"
+            raise UserError(message, location=str(target), hint="choose another folder, or add --overwrite")
+        if entries and Path.cwd().resolve().is_relative_to(target.resolve()):
+            message = "the output folder cannot be replaced because it contains the current directory"
+            raise UserError(message, location=str(target), hint="change to another directory first")
 
 
-def _put(partial: Path, target: Path) -> None:
-    """Rename the folder into its place; one that was there is removed after that."""
+def _move_into_place(partial: Path, target: Path) -> None:
+    """Rename the folder to its destination, then remove the folder that it replaces."""
     before = target.with_name(f".{target.name}{_BEFORE}{os.getpid()}")
     if target.is_dir() and any(target.iterdir()):
-        platforms.renamed(target, before)
-    open_to_all(partial, 0o777)
+        platforms.rename_path(target, before)
+    apply_umask(partial, 0o777)
     try:
-        platforms.renamed(partial, target)  # over an empty folder too
+        platforms.rename_path(partial, target)  # also replaces an empty folder
     except OSError:
         if before.is_dir():
-            platforms.renamed(before, target)
+            platforms.rename_path(before, target)
         raise
     sync_folder(target.parent)
     shutil.rmtree(before, ignore_errors=True)
 
 
-def _clear(target: Path, say: Callable[[str], None]) -> None:
-    """Remove what dead processes left of this folder; put back what one had moved away."""
+def _clear(target: Path, log: Callable[[str], None]) -> None:
+    """Remove leftovers of dead processes, and restore a folder that one of them had renamed."""
     for before in sorted(target.parent.glob(f".{glob.escape(target.name)}{_BEFORE}*")):
-        if not _alive(before):
+        if not _is_process_alive(before):
             if not target.exists():
-                platforms.renamed(before, target)
-                say(f"put back {target.name}, which a process that was stopped had moved away")
+                platforms.rename_path(before, target)
+                log(f"restored {target.name}, which an interrupted process had renamed")
             shutil.rmtree(before, ignore_errors=True)
-    for left in sorted(target.parent.glob(f".{glob.escape(target.name)}{_PARTIAL}*")):
-        if _alive(left) or not _is_free(left):
-            say(f"another process is writing {left.name}")
+    for leftover in sorted(target.parent.glob(f".{glob.escape(target.name)}{_PARTIAL}*")):
+        if _is_process_alive(leftover) or not _is_free(leftover):
+            log(f"another process is writing {leftover.name}")
         else:
-            shutil.rmtree(left, ignore_errors=True)
-            say(f"removed {left.name}, which a process that was stopped left behind")
+            shutil.rmtree(leftover, ignore_errors=True)
+            log(f"removed {leftover.name}, left by an interrupted process")
 
 
-def _alive(folder: Path) -> bool:
-    """Whether the process whose number the name has is there; one of another machine is taken to be."""
+def _is_process_alive(folder: Path) -> bool:
+    """Return True if the process with the id in the name exists. Other machines' processes are assumed to be alive."""
     for mark in (_PARTIAL, _BEFORE):
-        number = folder.name.rpartition(mark)[2].partition("-")[0]
-        if number.isdigit():
-            return int(number) != os.getpid() and psutil.pid_exists(int(number))
+        process_id = folder.name.rpartition(mark)[2].partition("-")[0]
+        if process_id.isdigit():
+            return int(process_id) != os.getpid() and psutil.pid_exists(int(process_id))
     return True
 
 
-def _locked(folder: Path) -> int | None:
-    """A handle that holds the folder's lock; None where another process holds it."""
+def _acquire_lock(folder: Path) -> int | None:
+    """Lock a folder and return its file descriptor, or None if another process owns the lock."""
     import fcntl
 
     handle = os.open(folder, os.O_RDONLY)
@@ -142,9 +138,9 @@ def _locked(folder: Path) -> int | None:
 
 
 @contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """While open, the folder is locked, if the system can lock one; some network file systems cannot."""
-    handle = None if platforms.WINDOWS else _locked(folder)
+def _locked_folder(folder: Path) -> Iterator[None]:
+    """Lock the folder during the block, if the file system supports locks."""
+    handle = None if platforms.WINDOWS else _acquire_lock(folder)
     try:
         yield
     finally:
@@ -153,11 +149,11 @@ def _held(folder: Path) -> Iterator[None]:
 
 
 def _is_free(folder: Path) -> bool:
-    """Whether nobody holds the folder's lock."""
-    if platforms.WINDOWS:  # its number alone tells whether the process is there
+    """Return True if no process has locked the folder."""
+    if platforms.WINDOWS:  # the process id is checked instead
         return True
     try:
-        handle = _locked(folder)
+        handle = _acquire_lock(folder)
     except OSError:
         return False
     if handle is not None:
@@ -165,16 +161,16 @@ def _is_free(folder: Path) -> bool:
     return handle is not None
 
 
-def _check_room(target: Path, needed: int) -> None:
+def _check_disk_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(target.parent).free
-    if needed and free < needed + _ROOM:
-        what = f"the merged model takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free"
-        hint = "free some space, choose another disk, or a narrower --precision"
-        raise UserError(what, where=str(target.parent), hint=hint)
+    if needed and free < needed + _DISK_RESERVE:
+        message = f"the merged model needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free"
+        hint = "free some space, or choose another disk or a narrower --precision"
+        raise UserError(message, location=str(target.parent), hint=hint)
 
 
 def _flush(folder: Path) -> None:
-    """Bring all files and folders to the disk."""
+    """Flush all files and folders to disk."""
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.is_file():
             sync_file(path)
@@ -184,5 +180,5 @@ def _flush(folder: Path) -> None:
 
 
 def _not_writable(target: Path, error: OSError) -> UserError:
-    what = f"the folder cannot be written: {error.strerror or error}"
-    return UserError(what, where=str(target), hint="name a folder on a disk with room that you may write to")
+    message = f"the folder cannot be written: {error.strerror or error}"
+    return UserError(message, location=str(target), hint="choose a folder with write permission and enough free space")

@@ -1,8 +1,7 @@
-"""An adapter as plain low-rank updates, which is all that other programs' formats hold.
+"""Reader of adapters that consist only of plain low-rank updates, the common subset of other programs' formats.
 
-A plain update is ΔW = scaling · B·A of one weight matrix. Everything else that an adapter folder may hold
-(magnitudes of DoRA, whole modules, rows of tokens, soft prompts) is refused by name here, before an export
-writes anything. This module knows files and mathematics; it knows no base model and no format.
+A plain update is ΔW = scaling · B·A of one weight matrix. Other contents (DoRA magnitudes, fully trained modules, token
+rows, soft prompts) are rejected with a specific message before an export writes files.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from deltaw.errors import UserError
 from deltaw.lora.config import CHANGING_INITS
 from deltaw.lora.files import CONFIG_NAME, WEIGHTS_NAME, AdapterFile, read_adapter
 from deltaw.lora.fingerprint import FINGERPRINT_KEY
-from deltaw.lora.peft_updates import FileContent, FileUpdate, content_of
+from deltaw.lora.peft_updates import FileContent, FileUpdate, read_content
 from deltaw.methods.files import read_config
 
 _MERGE = "merge it into its base instead: --format gguf, or deltaw merge"
@@ -25,14 +24,14 @@ _MERGE = "merge it into its base instead: --format gguf, or deltaw merge"
 
 @dataclass(frozen=True)
 class PlainUpdate:
-    """ΔW = scaling · B·A, which is (out, in); of an embedding (vocabulary, dim) it is (scaling · B·A)ᵀ.
+    """Update ΔW = scaling · B·A of shape (out, in). For an embedding (vocabulary, dim) it is (scaling · B·A)ᵀ.
 
     Attributes:
-        module: the adapted module's name in the base model.
-        factor_A: (r, in), fp32; of an embedding (r, vocabulary).
-        factor_B: (out, r), fp32; of an embedding (dim, r).
-        scaling: the factor of B·A.
-        embedding: whether the module looks rows up by token.
+        module: Name of the adapted module in the base model.
+        factor_A: (r, in) fp32 factor, or (r, vocabulary) for an embedding.
+        factor_B: (out, r) fp32 factor, or (dim, r) for an embedding.
+        scaling: Factor of B·A.
+        embedding: True if the module is an embedding.
     """
 
     module: str
@@ -48,12 +47,12 @@ class PlainUpdate:
 
 @dataclass(frozen=True)
 class PlainAdapter:
-    """A folder's adapter, where it consists of plain updates alone.
+    """Adapter that consists only of plain updates.
 
     Attributes:
-        updates: in the order of the file.
-        invocation: the token ids from which on it acts; None where it always acts.
-        fingerprint: of the base model that it was trained on; None where the file does not tell.
+        updates: Updates in file order.
+        invocation: Token ids that activate the adapter, or None if it is always active.
+        fingerprint: Fingerprint of the base model used in training, or None if unknown.
         task_type: PEFT's name of the task.
     """
 
@@ -64,18 +63,18 @@ class PlainAdapter:
 
 
 def read_plain(folder: Path, format_name: str) -> PlainAdapter:
-    """The plain updates of the adapter in ``folder``.
+    """Read the plain updates of an adapter.
 
     Args:
-        folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
-        format_name: for messages: what cannot hold the rest.
+        folder: Folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        format_name: Name of the export format for error messages.
 
     Raises:
-        UserError: the folder holds no adapter, or one that consists of more than plain updates.
+        UserError: if the folder contains no adapter or an adapter with other changes.
     """
     require_lora(folder, format_name)
     adapter = read_adapter(folder)
-    content = content_of(adapter)
+    content = read_content(adapter)
     _refuse_settings(adapter, folder, format_name)
     _refuse_tensors(content, folder, format_name)
     updates = [_plain(update, adapter, folder, format_name) for update in content.updates]
@@ -84,19 +83,19 @@ def read_plain(folder: Path, format_name: str) -> PlainAdapter:
 
 
 def require_lora(folder: Path, format_name: str) -> None:
-    """Raise a UserError where another method than LoRA made the folder."""
+    """Raise a UserError if the folder does not contain a LoRA adapter."""
     if not folder.is_dir():
-        raise UserError(f"there is no adapter folder '{folder}'", where=str(folder), hint="name the folder of a run")
+        raise UserError(f"the folder '{folder}' does not exist", location=str(folder), hint="give the folder of a run")
     if not (folder / CONFIG_NAME).is_file():
-        hint = "name the folder of a finished run, or of an adapter in PEFT's format"
-        raise UserError(f"the folder has no {CONFIG_NAME}", where=str(folder), hint=hint)
+        hint = "give the folder of a finished run or of a PEFT adapter"
+        raise UserError(f"the folder has no {CONFIG_NAME}", location=str(folder), hint=hint)
     settings = read_config(folder)
     kind = str(settings.get("peft_type") or settings.get("method"))
     if kind != "LORA":
-        by_input = "it acts through the model's input, which no merge can hold: use deltaw serve or generate"
-        hint = by_input if kind.lower() in ("prompt", "prompt_tuning", "input") else _MERGE
-        what = f"the adapter was made by method '{kind}', and {format_name} holds LoRA alone"
-        raise UserError(what, where=str(folder / CONFIG_NAME), hint=hint)
+        input_hint = "it changes the model's input, which cannot be merged: use deltaw serve or generate"
+        hint = input_hint if kind.lower() in ("prompt", "prompt_tuning", "input") else _MERGE
+        message = f"{format_name} supports only LoRA, not adapters of method '{kind}'"
+        raise UserError(message, location=str(folder / CONFIG_NAME), hint=hint)
 
 
 def _refuse_settings(adapter: AdapterFile, folder: Path, format_name: str) -> None:
@@ -104,58 +103,59 @@ def _refuse_settings(adapter: AdapterFile, folder: Path, format_name: str) -> No
     if config.dora:
         raise _refusal("DoRA's magnitudes", folder / CONFIG_NAME, format_name)
     if config.init in CHANGING_INITS:
-        what = f"the adapter was initialized with '{config.init}', whose share of the base's weights is not in the file"
-        hint = "load it on its base and save it again: deltaw.save_adapter writes a plain one"
-        raise UserError(what, where=str(folder / CONFIG_NAME), hint=hint)
+        message = f"the initialization '{config.init}' changed the base weights, and the file lacks this change"
+        hint = "load it on its base model and save it again with deltaw.save_adapter"
+        raise UserError(message, location=str(folder / CONFIG_NAME), hint=hint)
 
 
 def _refuse_tensors(content: FileContent, folder: Path, format_name: str) -> None:
-    where = folder / WEIGHTS_NAME
-    for names, what in (
+    location = folder / WEIGHTS_NAME
+    for names, content_name in (
         (content.biases, "a bias on B (of {})"),
         (content.token_rows, "trained rows of tokens (of {})"),
-        (content.others, "tensors trained in full ({})"),
+        (content.other_tensors, "tensors trained in full ({})"),
     ):
         if names:
-            raise _refusal(what.format(_some(names)), where, format_name)
-    if content.halves or not content.updates:
-        halves = f"the file has one factor without the other for {_some(content.halves)}"
-        what = halves if content.halves else "the file holds no LoRA factors"
-        raise UserError(what, where=str(where), hint="save the adapter again")
+            raise _refusal(content_name.format(_first_names(names)), location, format_name)
+    if content.incomplete or not content.updates:
+        halves = f"the file has only one of two factors for {_first_names(content.incomplete)}"
+        content_name = halves if content.incomplete else "the file contains no LoRA factors"
+        raise UserError(content_name, location=str(location), hint="save the adapter again")
 
 
 def _plain(update: FileUpdate, adapter: AdapterFile, folder: Path, format_name: str) -> PlainUpdate:
-    where = folder / WEIGHTS_NAME
-    for refused, what in (
+    location = folder / WEIGHTS_NAME
+    for is_unsupported, message in (
         (update.experts is not None or not update.certain, "updates of stacked experts"),
         (update.factor_A.dim() != 2 or update.factor_B.dim() != 2, "an update of a convolution"),
         (update.name in adapter.config.target_parameters, "an update of a single parameter"),
     ):
-        if refused:
-            raise _refusal(f"{what} ({update.name})", where, format_name)
+        if is_unsupported:
+            raise _refusal(f"{message} ({update.name})", location, format_name)
     embedding = f"{update.path}.lora_embedding_A" in adapter.tensors
     factor_A, factor_B = update.factor_A.float(), update.factor_B.float()
     for letter, factor in (("A", factor_A), ("B", factor_B)):
         if not bool(factor.isfinite().all()):
-            what = f"{letter} of '{update.name}' holds numbers that are not finite"
-            raise UserError(what, where=str(where), hint="train the adapter again: it cannot be used anywhere")
+            message = f"{letter} of '{update.name}' contains values that are not finite"
+            raise UserError(message, location=str(location), hint="train the adapter again")
     return PlainUpdate(update.name, factor_A, factor_B, update.scaling * update.times, embedding)
 
 
 def _invocation(adapter: AdapterFile, folder: Path, format_name: str) -> tuple[int, ...] | None:
-    if adapter.config.activation != "completion":
+    if adapter.config.active != "completion":
         return None
     tokens = adapter.config.invocation_tokens
     if isinstance(tokens, list):
         return tuple(tokens)
-    what = f"the activated adapter names no token ids to act from, and {format_name} needs them"
-    raise UserError(what, where=str(folder / CONFIG_NAME), hint="write alora_invocation_tokens there")
+    message = f"the activated adapter has no invocation tokens, which {format_name} requires"
+    raise UserError(message, location=str(folder / CONFIG_NAME), hint="set alora_invocation_tokens in this file")
 
 
-def _refusal(what: str, where: Path, format_name: str) -> UserError:
-    return UserError(f"the adapter holds {what}, and {format_name} cannot", where=str(where), hint=_MERGE)
+def _refusal(feature: str, location: Path, format_name: str) -> UserError:
+    message = f"the adapter contains {feature}, which {format_name} does not support"
+    return UserError(message, location=str(location), hint=_MERGE)
 
 
-def _some(names: Iterable[str]) -> str:
+def _first_names(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(f"'{name}'" for name in names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")

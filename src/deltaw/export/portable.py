@@ -1,11 +1,11 @@
-"""Adapters as folders of other programs: PEFT's format with one rank and one alpha, and mlx-lm's.
+"""Export of adapters as folders for other programs: PEFT's format with one rank and one alpha, and mlx-lm's format.
 
-Readers drop rank and alpha patterns in silence, and some take no rsLoRA. Here every update gets the largest
-rank, smaller ones by zeros, which changes nothing, and a scaling beyond alpha / r goes into B.
+Some programs silently ignore rank and alpha patterns or rsLoRA. All updates are therefore padded with zeros to the
+largest rank, and other scalings than alpha / r are folded into B.
 
-mlx-lm puts an update on every module that ``keys`` names in the last ``num_layers`` layers, with one rank and
-one scale, and then reads what the file has. A module that the file has nothing for keeps a B of zeros, so it
-changes nothing. A is (in, r) and B (r, out) there.
+mlx-lm adds an update to every module named in ``keys`` in the last ``num_layers`` layers, with one rank and one scale,
+and then loads the file. Modules without tensors in the file have B = 0 and no effect. In its format, A is (in, r) and B
+is (r, out).
 """
 
 from __future__ import annotations
@@ -20,9 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
-from deltaw.export.base import Base, MergeOptions, Say, Written, base_of, other_base, plain_adapter
+from deltaw.export.base import (
+    AdapterBase,
+    ExportResult,
+    LogFunction,
+    MergeOptions,
+    plain_adapter,
+    resolve_base,
+    wrong_base_error,
+)
 from deltaw.export.merged import write_json
-from deltaw.export.output_folder import appearing, check_target
+from deltaw.export.output_folder import atomic_folder, check_target
 from deltaw.export.plain_adapter import PlainAdapter, PlainUpdate, read_plain, require_lora
 from deltaw.lora.files import CONFIG_NAME, WEIGHTS_NAME
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, same_base
@@ -32,61 +40,65 @@ from deltaw.tensor_files import save_tensors
 
 MLX_WEIGHTS = "adapters.safetensors"
 _LAYER = re.compile(r"model\.layers\.(?P<number>\d+)\.(?P<inside>.+)")
-# Families whose modules mlx-lm names as transformers does.
+# Model families with equal module names in mlx-lm and transformers.
 _SAME_NAMES = ("llama", "mistral", "smollm3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3")
 _CONVERT = "merge the adapter (deltaw merge) and convert the model with mlx_lm.convert"
 
 
-def require_text(base: Base, run: Path) -> None:
-    """Raise a UserError if the adapter in ``run`` is for another task than writing text, or the base model
-    has no configuration that can be read."""
-    if not entry_of(base.task).writes_text:
-        hint = "the run's folder is in PEFT's format already; deltaw merge makes a model of it"
-        raise UserError(f"adapters for {base.task} are not exported, only for text", where=str(run), hint=hint)
-    assert base.config is not None  # read now
+def require_text(base: AdapterBase, run: Path) -> None:
+    """Raise a UserError if the adapter is not for text generation or the base model's configuration cannot be read."""
+    if not entry_of(base.task).generates_text:
+        hint = "use the run's folder, which is in PEFT's format, or merge it with deltaw merge"
+        raise UserError(f"only text generation is exported, not {base.task}", location=str(run), hint=hint)
+    assert base.config is not None  # raises an error if it cannot be read
 
 
-def read_pair(run: Path, format_name: str, options: MergeOptions, say: Say) -> tuple[PlainAdapter, Base]:
-    """The plain updates of the adapter in ``run``, and its base model.
+def read_pair(run: Path, format_name: str, options: MergeOptions, log: LogFunction) -> tuple[PlainAdapter, AdapterBase]:
+    """Return the plain updates of an adapter and its base model.
 
-    A share that the adapter's initialization took out of W is put back.
+    Changes of the base weights by the adapter's initialization are converted to a plain update.
 
     Args:
-        format_name: for messages: what cannot hold the rest.
+        run: Folder of the adapter.
+        format_name: Name of the export format for error messages.
+        options: Options of the merge.
+        log: Receives messages for the user.
 
     Raises:
-        UserError: the adapter consists of more than plain updates, or its base model cannot be found.
+        UserError: if the adapter contains other changes than plain updates, or its base model is not found.
     """
     require_lora(run, format_name)
-    base = base_of(run, "bf16", options, say)
+    base = resolve_base(run, "bf16", options, log)
     require_text(base, run)
-    with plain_adapter(run, base, say) as folder:
+    with plain_adapter(run, base, log) as folder:
         return read_plain(folder, format_name), base
 
 
-def require_same_base(base: Base, fingerprint: str | None, run: Path, say: Say) -> str | None:
-    """The base's fingerprint, compared with that of the base that the adapter was trained on.
+def require_same_base(base: AdapterBase, fingerprint: str | None, run: Path, log: LogFunction) -> str | None:
+    """Return the base model's fingerprint, after comparing it with the one of the adapter.
 
     Raises:
-        UserError: they differ: what is exported would answer otherwise than what was trained.
+        UserError: if they differ, because the export would produce other outputs.
     """
-    own = base.fingerprint()
-    same = same_base(fingerprint, own)
-    if same is None:
-        say("note: whether this is the base model that the adapter was trained on cannot be told")
-    elif not same:
-        raise other_base(base, run, "name its own base with --model")
-    return own
+    actual = base.fingerprint()
+    is_same = same_base(fingerprint, actual)
+    if is_same is None:
+        log("note: the adapter's file does not identify its base model, so it was not verified")
+    elif not is_same:
+        raise wrong_base_error(base, run, "set its base model with --model")
+    return actual
 
 
 @dataclass(frozen=True)
-class Uniform:
-    """Updates of one rank and one scaling.
+class UniformUpdates:
+    """Updates with one rank and one scaling.
 
     Attributes:
-        rank: r. alpha: such that alpha / r is the scaling of all.
-        factors: A (r, in) and B (out, r) of each update, in their order.
-        padded: how many had a smaller rank. folded: how many B took a part of their scaling in.
+        rank: Rank r.
+        alpha: Value such that alpha / r is the scaling of all updates.
+        factors: (r, in) A and (out, r) B of each update.
+        padded: Number of updates that were padded to the rank.
+        folded: Number of updates with a part of the scaling folded into B.
     """
 
     rank: int
@@ -97,136 +109,140 @@ class Uniform:
 
 
 def folded_lines(folded: int) -> list[str]:
-    """For a person: how many B took a part of their scaling in."""
-    return [f"of {folded} modules, a part of the scaling is in B"] if folded else []
+    """Return a line for the user about folded scalings, if any."""
+    return [f"a part of the scaling of {folded} modules was folded into B"] if folded else []
 
 
-def uniform(updates: Sequence[PlainUpdate]) -> Uniform:
-    """The same ΔW with one rank and one whole alpha.
+def make_uniform(updates: Sequence[PlainUpdate]) -> UniformUpdates:
+    """Return equal updates with one rank and one integer alpha, as some programs require it.
 
-    The scaling is the one that most updates have where that makes alpha a whole number, as some readers want
-    it; their factors then stay as they are, to the bit.
+    If the most common scaling results in an integer alpha, the factors of its updates remain bit-identical.
     """
     rank = max(update.rank for update in updates)
-    usual = Counter(update.scaling for update in updates).most_common(1)[0][0]
-    alpha = float(max(1, round(usual * rank)))
+    common_scaling = Counter(update.scaling for update in updates).most_common(1)[0][0]
+    alpha = float(max(1, round(common_scaling * rank)))
     factors, folded = [], 0
     for update in updates:
         factor = update.scaling * rank / alpha
         factor_A, factor_B = update.factor_A, update.factor_B
         if factor != 1:
             factor_B, folded = factor_B * factor, folded + 1
-        missing = rank - update.rank
-        if missing:
-            factor_A = torch.cat([factor_A, factor_A.new_zeros(missing, factor_A.shape[1])])
-            factor_B = torch.cat([factor_B, factor_B.new_zeros(factor_B.shape[0], missing)], 1)
+        padding = rank - update.rank
+        if padding:
+            factor_A = torch.cat([factor_A, factor_A.new_zeros(padding, factor_A.shape[1])])
+            factor_B = torch.cat([factor_B, factor_B.new_zeros(factor_B.shape[0], padding)], 1)
         factors.append((factor_A, factor_B))
-    return Uniform(rank, alpha, factors, sum(update.rank < rank for update in updates), folded)
+    return UniformUpdates(rank, alpha, factors, sum(update.rank < rank for update in updates), folded)
 
 
 def export_folder(
-    run: Path, folder: Path, reader: str = "peft", options: MergeOptions | None = None, say: Say = lambda line: None
-) -> Written:
-    """Write the adapter in ``run`` in its most portable form, or for mlx-lm's ``--adapter-path``.
+    run: Path,
+    folder: Path,
+    reader: str = "peft",
+    options: MergeOptions | None = None,
+    log: LogFunction = lambda line: None,
+) -> ExportResult:
+    """Write an adapter in a portable form of PEFT's format, or for mlx-lm's ``--adapter-path``.
 
     Args:
-        run: a run's folder, or an adapter's in PEFT's format.
-        folder: to make.
-        reader: ``peft``; ``vllm``, which takes less; or ``mlx``.
-        options: name the base model, and allow replacing a folder with files.
-        say: told a line if something should be known.
+        run: Folder of a run, or of a PEFT adapter.
+        folder: Folder to create.
+        reader: ``peft``, ``vllm`` (supports fewer features) or ``mlx``.
+        options: Options of the merge, for example the base model.
+        log: Receives messages for the user.
 
     Raises:
-        UserError: the adapter holds more than the reader takes, the base is another one or of a family that
-            the reader names otherwise, or the folder cannot be written. Nothing is written then.
+        UserError: if the reader does not support the adapter or the model family, the base model differs, or the folder
+            cannot be written. In this case no files are written.
     """
     options = options or MergeOptions()
     require_lora(run, reader)
     check_target(folder, overwrite=options.overwrite)
-    adapter, base = read_pair(run, reader, options, say)
+    adapter, base = read_pair(run, reader, options, log)
     if reader in _REFUSALS:
         _REFUSALS[reader](adapter, base, run)
-    fingerprint = require_same_base(base, adapter.fingerprint, run, say)
-    alike = uniform(adapter.updates)
-    tensors, settings = (_for_mlx if reader == "mlx" else _for_peft)(adapter, alike, base)
+    fingerprint = require_same_base(base, adapter.fingerprint, run, log)
+    updates = make_uniform(adapter.updates)
+    tensors, settings = (_for_mlx if reader == "mlx" else _for_peft)(adapter, updates, base)
     metadata = {"format": "mlx" if reader == "mlx" else "pt"} | ({FINGERPRINT_KEY: fingerprint} if fingerprint else {})
-    with appearing(folder, overwrite=options.overwrite, say=say) as partial:
+    with atomic_folder(folder, overwrite=options.overwrite, log=log) as partial:
         save_tensors(partial / file_names(reader)[0], tensors, metadata)
         write_json(partial / CONFIG_NAME, settings)
-    made = {"rank": alike.rank, "alpha": alike.alpha, "padded": alike.padded, "folded": alike.folded}
-    lines = [f"{len(alike.factors)} modules, rank {alike.rank}, alpha {alike.alpha:g}"]
-    if alike.padded:
-        lines.append(f"{alike.padded} modules of smaller rank were padded with zeros")
-    return Written({"path": str(folder), "modules": len(alike.factors), **made}, lines + folded_lines(alike.folded))
+    statistics = {"rank": updates.rank, "alpha": updates.alpha, "padded": updates.padded, "folded": updates.folded}
+    lines = [f"{len(updates.factors)} modules, rank {updates.rank}, alpha {updates.alpha:g}"]
+    if updates.padded:
+        lines.append(f"{updates.padded} modules of smaller rank were padded with zeros")
+    lines += folded_lines(updates.folded)
+    return ExportResult({"path": str(folder), "modules": len(updates.factors), **statistics}, lines)
 
 
 def file_names(reader: str) -> tuple[str, str]:
-    """The files that a reader takes: the weights and their configuration."""
+    """Return the names of the weights file and the configuration file for a reader."""
     return MLX_WEIGHTS if reader == "mlx" else WEIGHTS_NAME, CONFIG_NAME
 
 
-def _for_peft(adapter: PlainAdapter, alike: Uniform, base: Base) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """Tensors and settings in PEFT's format."""
+def _for_peft(adapter: PlainAdapter, uniform: UniformUpdates, base: AdapterBase) -> tuple[dict[str, Tensor], dict]:
+    """Return tensors and settings in PEFT's format."""
     tensors = {}
-    for update, (factor_A, factor_B) in zip(adapter.updates, alike.factors, strict=True):
-        end = "lora_embedding_{}" if update.embedding else "lora_{}.weight"
-        tensors[f"{PREFIX}{update.module}.{end.format('A')}"] = factor_A.contiguous()
-        tensors[f"{PREFIX}{update.module}.{end.format('B')}"] = factor_B.contiguous()
+    for update, (factor_A, factor_B) in zip(adapter.updates, uniform.factors, strict=True):
+        suffix = "lora_embedding_{}" if update.embedding else "lora_{}.weight"
+        tensors[f"{PREFIX}{update.module}.{suffix.format('A')}"] = factor_A.contiguous()
+        tensors[f"{PREFIX}{update.module}.{suffix.format('B')}"] = factor_B.contiguous()
     names = [name for name, _ in base.skeleton().named_modules() if name]
     return tensors, {
         **DEFAULTS,
         "alora_invocation_tokens": None if adapter.invocation is None else list(adapter.invocation),
         **base_settings(base.reference),
         "fan_in_fan_out": base.config.model_type == "gpt2",
-        "lora_alpha": int(alike.alpha),
-        "r": alike.rank,
+        "lora_alpha": int(uniform.alpha),
+        "r": uniform.rank,
         "target_modules": target_entries(names, [update.module for update in adapter.updates]),
         "task_type": adapter.task_type,
     }
 
 
-def _for_mlx(adapter: PlainAdapter, alike: Uniform, base: Base) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """Tensors and settings in mlx-lm's format, whose modules are named inside a layer."""
+def _for_mlx(adapter: PlainAdapter, uniform: UniformUpdates, base: AdapterBase) -> tuple[dict[str, Tensor], dict]:
+    """Return tensors and settings in mlx-lm's format, in which modules are named relative to a layer."""
     tensors = {}
-    for update, (factor_A, factor_B) in zip(adapter.updates, alike.factors, strict=True):
+    for update, (factor_A, factor_B) in zip(adapter.updates, uniform.factors, strict=True):
         tensors[f"{update.module}.lora_a"] = factor_A.t().contiguous()
         tensors[f"{update.module}.lora_b"] = factor_B.t().contiguous()
-    found = {update.module: _LAYER.fullmatch(update.module) for update in adapter.updates}
-    numbers = [int(match["number"]) for match in found.values() if match is not None]
-    keys = {module if match is None else match["inside"] for module, match in found.items()}
-    # mlx-lm takes 0 for none of the layers.
+    matches = {update.module: _LAYER.fullmatch(update.module) for update in adapter.updates}
+    numbers = [int(match["number"]) for match in matches.values() if match is not None]
+    keys = {module if match is None else match["inside"] for module, match in matches.items()}
+    # For mlx-lm, 0 means no layers.
     layers = int(base.config.num_hidden_layers) - min(numbers) if numbers else 0
-    scaled = {"rank": alike.rank, "scale": alike.alpha / alike.rank, "dropout": 0.0, "keys": sorted(keys)}
-    return tensors, {"fine_tune_type": "lora", "model": base.reference, "num_layers": layers, "lora_parameters": scaled}
+    lora = {"rank": uniform.rank, "scale": uniform.alpha / uniform.rank, "dropout": 0.0, "keys": sorted(keys)}
+    return tensors, {"fine_tune_type": "lora", "model": base.reference, "num_layers": layers, "lora_parameters": lora}
 
 
 def _refuse_invocation(adapter: PlainAdapter, run: Path, reader: str) -> None:
     if adapter.invocation is not None:
-        what = f"the adapter acts only from its invocation tokens on, and {reader} would apply it to every token"
-        raise UserError(what, where=str(run), hint="use deltaw serve, or llama.cpp (--format gguf-adapter)")
+        message = f"the adapter is active only after its invocation tokens, but {reader} applies it to all tokens"
+        raise UserError(message, location=str(run), hint="use deltaw serve, or llama.cpp (--format gguf-adapter)")
 
 
-def _refuse_for_mlx(adapter: PlainAdapter, base: Base, run: Path) -> None:
+def _refuse_for_mlx(adapter: PlainAdapter, base: AdapterBase, run: Path) -> None:
     kind = base.config.model_type
     if kind not in _SAME_NAMES:
-        hint = f"known are {', '.join(_SAME_NAMES)}; otherwise {_CONVERT}"
-        raise UserError(f"the modules of '{kind}' models have other names in mlx-lm", where=str(run), hint=hint)
+        hint = f"supported are {', '.join(_SAME_NAMES)}; otherwise {_CONVERT}"
+        raise UserError(f"modules of '{kind}' models have other names in mlx-lm", location=str(run), hint=hint)
     _refuse_invocation(adapter, run, "mlx-lm")
     outer = [u.module for u in adapter.updates if u.embedding or u.module == "lm_head"]
     if outer and base.config.tie_word_embeddings:
-        what = f"the adapter changes '{outer[0]}', which is tied: mlx-lm would change both weights"
-        raise UserError(what, where=str(run), hint=_CONVERT)
+        message = f"the adapter changes the tied weight '{outer[0]}', and mlx-lm would change both weights"
+        raise UserError(message, location=str(run), hint=_CONVERT)
 
 
-def _refuse_for_vllm(adapter: PlainAdapter, base: Base, run: Path) -> None:
+def _refuse_for_vllm(adapter: PlainAdapter, base: AdapterBase, run: Path) -> None:
     _refuse_invocation(adapter, run, "vLLM")
     skeleton = base.skeleton()
     head = skeleton.get_output_embeddings()
     outer = {name for name, module in skeleton.named_modules() if isinstance(module, nn.Embedding) or module is head}
     changed = [update.module for update in adapter.updates if update.module in outer]
     if changed:
-        what = f"the adapter changes '{changed[0]}', and vLLM updates no embeddings and heads of most models"
-        raise UserError(what, where=str(run), hint="merge it into its base instead (deltaw merge)")
+        message = f"the adapter changes '{changed[0]}', but vLLM supports no embedding or head updates for most models"
+        raise UserError(message, location=str(run), hint="merge it into its base instead (deltaw merge)")
 
 
 _REFUSALS = {"mlx": _refuse_for_mlx, "vllm": _refuse_for_vllm}

@@ -1,8 +1,7 @@
-"""`deltaw push`: a finished run as a repository of a model hub, in one commit.
+"""`deltaw push`: upload a finished run to a model hub in one commit.
 
-What is sent is chosen by name, so that rows, sample answers, checkpoints and logs stay here. The hub's own client
-sends it; large files that are there already are not sent again. The token is read from the environment or the hub's
-own login for the time of the call, and written nowhere.
+Only known files are uploaded. Rows, sample answers, checkpoints and logs are not. The hub's client skips large files
+that already exist. The token is read from the environment or the hub's login, and is never stored.
 """
 
 from __future__ import annotations
@@ -15,48 +14,52 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltaw.contained import require_contained
-from deltaw.errors import UserError, checked_key
-from deltaw.export.base import MergeOptions, Say, base_of
+from deltaw.errors import UserError, validate_key
+from deltaw.export.base import LogFunction, MergeOptions, resolve_base
 from deltaw.export.hub_card import PublicBase, local_paths, model_card, public_name, public_settings
 from deltaw.export.secret_scan import path_in, remove_secrets
-from deltaw.hub.folders import already_here, require_own_files, resolve, resolve_hub_id, settings_in
-from deltaw.hub.refusals import LOGIN, refused_push
+from deltaw.hub.folders import find_cached, read_json_object, require_own_files, resolve, resolve_hub_id
+from deltaw.hub.refusals import LOGIN, push_error
 from deltaw.hub.sentence_layout import layout_files
-from deltaw.hub.tokenizers import BESIDE, TOKENIZER_FILES
+from deltaw.hub.tokenizers import CONFIG_FILES, TOKENIZER_FILES
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, same_base
 from deltaw.lora.peft_format import base_settings
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from deltaw.methods.files import metadata_of
+from deltaw.methods.files import read_metadata
+from deltaw.progress import track_progress
 from deltaw.runs.folder import FINISHED, Run, mapping, read_run, settings_text
 from deltaw.settings import SETTINGS, RunConfig
-from deltaw.training.origin import CHAT_TEMPLATE, read_folder
+from deltaw.training.open_run import CHAT_TEMPLATE, read_folder
 from deltaw.training.prompting import FILE as PROMPTS
 from deltaw.training.prompting import copy_system, read_prompting
+from deltaw.untrusted_paths import require_contained
 from deltaw.version import __version__
-from deltaw.working import working
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 CARD = "README.md"
-# Of a run's folder besides the adapter; config.json is a model's own.
-_TOKENIZER = (*TOKENIZER_FILES, *(name for name in BESIDE if name != "config.json"), CHAT_TEMPLATE)
-# Of a merged model's folder.
+# Files of a run's folder in addition to the adapter. config.json belongs to the base model.
+_TOKENIZER = (*TOKENIZER_FILES, *(name for name in CONFIG_FILES if name != "config.json"), CHAT_TEMPLATE)
+# Suffixes of files of a merged model.
 _OF_MODEL = (".json", ".safetensors", ".txt", ".model", ".jinja")
 _REPOSITORY = re.compile(r"(?=.{3,96}\Z)[A-Za-z0-9][\w-]*(?:\.[\w-]+)*/[A-Za-z0-9][\w-]*(?:\.[\w-]+)*")
-# Files that people write into, in which secrets are looked for; a tokenizer's vocabulary is none of them.
+# Files written by users, which are scanned for secrets. Vocabularies are excluded.
 _TEXT_SUFFIXES = (".json", ".jinja", ".txt", ".md")
 _VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")
 
 
 @dataclass(frozen=True)
-class Pushed:
-    """What was sent, or would be.
+class PushResult:
+    """Result of :func:`push`.
 
     Attributes:
-        repository: ``user/name``. url, commit: on the hub; None where nothing was sent.
-        private: whether only its owner sees it. files: bytes by name. base: what it says of its base model.
+        repository: ``user/name``.
+        private: True if the repository is private.
+        files: Size in bytes by file name.
+        base: Public identity of the base model.
+        url: URL of the repository, unset in a dry run.
+        commit: Commit id, unset in a dry run.
     """
 
     repository: str
@@ -80,228 +83,225 @@ def push(
     merged: str | Path | None = None,
     base: str | None = None,
     dry_run: bool = False,
-    say: Say = lambda line: None,
-) -> Pushed:
-    """Send a finished run to a repository of the hub, which is made where there is none.
+    log: LogFunction = lambda line: None,
+) -> PushResult:
+    """Upload a finished run to a hub repository, which is created if it does not exist.
 
     Args:
-        folder: the run's. repository: ``user/name``.
-        public: let everybody see a repository that is made here.
-        revision: the branch; None for the main one. Made where there is none.
-        merged: a folder that ``deltaw merge`` made of the run, sent instead of the adapter.
-        base: the base model's hub id, if it is not what the run names.
-        dry_run: send nothing, and ask the hub nothing.
-        say: told what a person should know.
+        folder: Folder of the run.
+        repository: ``user/name``.
+        public: Create a public repository.
+        revision: Branch to push to, created if missing. None means the main branch.
+        merged: Folder of the merged model, uploaded instead of the adapter.
+        base: Hub id of the base model, if it differs from the run's settings.
+        dry_run: Do not upload or contact the hub.
+        log: Receives messages for the user.
 
     Raises:
-        UserError: the run is not finished, names or flags do not fit, or the hub refuses or is not reached.
+        UserError: if the run is not finished, arguments are invalid, or the hub cannot be reached or rejects the push.
     """
     from huggingface_hub import constants, get_token
 
     if not _REPOSITORY.fullmatch(repository):
-        hint = "write user/name: your user name or organization on the hub, and letters, digits, '-', '_' and '.'"
-        raise UserError(f"'{repository}' is not the name of a repository", where="push", hint=hint)
+        hint = "use user/name: your user name or organization on the hub, then letters, digits, '-', '_' and '.'"
+        raise UserError(f"'{repository}' is not a valid repository name", location="push", hint=hint)
     run = read_run(folder)
-    config = _finished(run)
-    named = public_base(run, config, base, say)
-    files = contents(run, config, named, repository, None if merged is None else Path(merged), say)
+    config = _finished_settings(run)
+    public_model = public_base(run, config, base, log)
+    files = collect_files(run, config, public_model, repository, None if merged is None else Path(merged), log)
     sizes = {name: len(f) if isinstance(f, bytes) else f.stat().st_size for name, f in files.items()}
-    made = Pushed(repository, not public, sizes, named)
+    result = PushResult(repository, not public, sizes, public_model)
     if dry_run:
-        return made
+        return result
     if constants.HF_HUB_OFFLINE:
-        hint = "unset it to push; --dry-run shows what would be sent"
-        raise UserError("HF_HUB_OFFLINE is set, and a push needs the hub", where=repository, hint=hint)
+        hint = "unset it to push, or use --dry-run to list the files"
+        raise UserError("HF_HUB_OFFLINE is set, but pushing requires the hub", location=repository, hint=hint)
     if not (token := get_token()):
-        raise UserError("there is no token for the hub", where=repository, hint=LOGIN)
-    checked_key(token, "the hub's token", repository)
+        raise UserError("no token for the hub is configured", location=repository, hint=LOGIN)
+    validate_key(token, "the hub's token", repository)
     try:
-        return _send(made, files, revision, token, public, merged is not None, say)
+        return _send(result, files, revision, token, public, merged is not None, log)
     except UserError:
         raise
-    except Exception as error:  # the hub's client passes on whatever its transport raises
-        raise refused_push(error, repository, token) from None
+    except Exception as error:  # the client does not convert errors of its transport
+        raise push_error(error, repository, token) from None
 
 
-def _finished(run: Run) -> RunConfig:
-    """The settings of a run that came to its end."""
+def _finished_settings(run: Run) -> RunConfig:
+    """Return the settings of a finished run."""
     if run.state != FINISHED or not (run.path / ADAPTER_WEIGHTS).is_file() or not run.result:
         hint = f"finish it: deltaw train --resume {run.path}"
-        raise UserError(f"the run is not finished ({run.state})", where=str(run.path), hint=hint)
+        raise UserError(f"the run is not finished ({run.state})", location=str(run.path), hint=hint)
     config = read_folder(run.path, trust_remote_code=None).run
     assert config is not None
     return config
 
 
-def public_base(run: Run, config: RunConfig, given: str | None, say: Say) -> PublicBase:
-    """The base model as others find it, and a line where they cannot.
+def public_base(run: Run, config: RunConfig, hub_id: str | None, log: LogFunction) -> PublicBase:
+    """Return the public identity of the base model. Logs a warning if other users cannot load it.
 
     Raises:
-        UserError: ``given`` is no hub id, or has other weights than the run was trained on.
+        UserError: if ``hub_id`` is not a hub id, or has other weights than the run was trained on.
     """
-    source = resolve_hub_id(given or config.model)
-    if given is not None and source is None:
-        raise UserError(f"'{given}' is not a hub id", where="--base", hint="write owner/name, or owner/name@revision")
+    source = resolve_hub_id(hub_id or config.model)
+    if hub_id is not None and source is None:
+        raise UserError(f"'{hub_id}' is not a hub id", location="--base-model", hint="write owner/name[@revision]")
     if source is None:
         name = public_name(config.model)
-        say(
-            f"warning: others cannot load this: its base model is '{name}', which is not on the hub. If its weights "
-            "are, name them with --base owner/name"
+        log(
+            f"warning: other users cannot load this adapter: its base model '{name}' is not on the hub. If a copy "
+            "of it is, set --base-model owner/name"
         )
-        return PublicBase(name, note=f"The base model `{name}` is not a hub id: name your copy of it with `--model`.")
-    named = PublicBase(str(source.location), source.revision)
-    if given is None or given == config.model:
+        return PublicBase(name, note=f"The base model `{name}` is not on the hub. Set your copy of it with `--model`.")
+    public_model = PublicBase(str(source.location), source.revision)
+    if hub_id is None or hub_id == config.model:
         commit = run.part("revisions").get(config.model)
-        if commit is None:  # a path that only looks like a hub id
-            say(f"warning: the run does not note which commit of '{config.model}' it used, nor that it is on the hub")
-        return replace(named, revision=commit or source.revision)
-    here = already_here(given)
-    same = None
-    if here is not None:
-        with working("comparing the base model's weights"):
-            own = base_of(run.path, "bf16", MergeOptions(model=here), say).fingerprint()
-            same = same_base(metadata_of(run.path).get(FINGERPRINT_KEY), own)
-        named = replace(named, revision=here.rpartition("@")[2])
-    if same is False and ".gguf" not in config.model.lower() and not config.model.startswith("pypi:"):
-        hint = "name the base model that the run was trained on"
-        raise UserError(f"'{given}' has other weights than the run was trained on", where="--base", hint=hint)
-    if same:
-        return named
-    if same is False:
-        note = f"Trained on '{public_name(config.model)}', whose weights are not equal to those of `{named.name}`."
+        if commit is None:  # may be a local path that looks like a hub id
+            log(f"warning: the run does not record a hub commit of '{config.model}', which may be a local folder")
+        return replace(public_model, revision=commit or source.revision)
+    cached = find_cached(hub_id)
+    is_same = None
+    if cached is not None:
+        with track_progress("comparing the base model's weights"):
+            fingerprint = resolve_base(run.path, "bf16", MergeOptions(model=cached), log).fingerprint()
+            is_same = same_base(read_metadata(run.path).get(FINGERPRINT_KEY), fingerprint)
+        public_model = replace(public_model, revision=cached.rpartition("@")[2])
+    if is_same is False and ".gguf" not in config.model.lower() and not config.model.startswith("pypi:"):
+        hint = "give the base model that the run was trained on"
+        raise UserError(f"'{hub_id}' has other weights than the run was trained on", location="--base-model", hint=hint)
+    if is_same:
+        return public_model
+    if is_same is False:
+        note = f"Trained on '{public_name(config.model)}', whose weights differ from those of `{public_model.name}`."
     else:
-        note = f"Trained on '{public_name(config.model)}'; the weights of `{named.name}` were not compared with it."
-    say(f"warning: {note.replace('`', chr(39))}" + ("" if here else " It is not in the hub's cache here."))
-    return replace(named, note=note)
+        note = f"Trained on '{public_name(config.model)}'; the weights of `{public_model.name}` were not compared."
+    log(f"warning: {note.replace('`', chr(39))}" + ("" if cached else " It is not in the local hub cache."))
+    return replace(public_model, note=note)
 
 
-def contents(
-    run: Run, config: RunConfig, base: PublicBase, repository: str, merged: Path | None, say: Say
+def collect_files(
+    run: Run, config: RunConfig, base: PublicBase, repository: str, merged: Path | None, log: LogFunction
 ) -> dict[str, bytes | Path]:
-    """Return what is sent, by its name in the repository: files of the run's folder, and texts written for it.
+    """Return the files to upload by their names in the repository: paths of files, and content of generated texts.
 
-    Secrets are removed from the texts, and ``say`` receives a line about each. Files are sent as they are.
+    Secrets are removed from generated texts, with a message to ``log``. Files are uploaded unchanged.
 
     Raises:
-        UserError: if a file is a link that leads elsewhere or contains a secret, or if ``merged`` is not a model's
+        UserError: if a file contains a secret or is a link that leads elsewhere, or if ``merged`` is not a model's
             folder.
     """
     require_contained(run.path)
     public = public_settings(config, base)
-    local = [str(run.path.resolve()), str(Path.home()), *local_paths(config)]
-    chosen = {
+    private_paths = [str(run.path.resolve()), str(Path.home()), *local_paths(config)]
+    public_choices = {
         key: (choice["value"], choice.get("why", ""))
         for key, choice in run.chosen.items()
-        if isinstance(choice, Mapping) and not any(path in str(choice) for path in local) and not path_in(str(choice))
+        if isinstance(choice, Mapping)
+        and not any(path in str(choice) for path in private_paths)
+        and not path_in(str(choice))
     }
-    texts = {
-        CARD: model_card(run, config, base, repository, merged=merged is not None),
-        SETTINGS: settings_text(public, chosen),
-    }
+    card = model_card(run, config, base, repository, merged=merged is not None)
+    texts = {CARD: card, SETTINGS: settings_text(public, public_choices)}
     files: dict[str, bytes | Path] = {}
     if merged is None:
-        settings = mapping(settings_in(run.path / ADAPTER_CONFIG))
+        settings = mapping(read_json_object(run.path / ADAPTER_CONFIG))
         paths = [value for value in settings.values() if isinstance(value, str) and value.startswith(("/", "~"))]
         replacements = {**{path: public_name(path) for path in paths}, config.model: base.name}
-        changed = {
-            key: replacements.get(value, value) if isinstance(value, str) else value for key, value in settings.items()
-        }
-        texts[ADAPTER_CONFIG] = json.dumps({**changed, **base_settings(base.reference)}, indent=2) + "\n"
+        public_values = {k: replacements.get(v, v) if isinstance(v, str) else v for k, v in settings.items()}
+        texts[ADAPTER_CONFIG] = json.dumps({**public_values, **base_settings(base.reference)}, indent=2) + "\n"
         files[ADAPTER_WEIGHTS] = run.path / ADAPTER_WEIGHTS
         files |= {name: run.path / name for name in _TOKENIZER if (run.path / name).is_file()}
         if read_prompting(run.path).system:
-            with tempfile.TemporaryDirectory() as made:
-                copy_system(run.path, Path(made))
-                texts[PROMPTS] = (Path(made) / PROMPTS).read_text(encoding="utf-8")
+            with tempfile.TemporaryDirectory() as temporary:
+                copy_system(run.path, Path(temporary))
+                texts[PROMPTS] = (Path(temporary) / PROMPTS).read_text(encoding="utf-8")
     else:
         source = resolve(str(merged))
         if source.kind != "folder":
-            raise UserError(f"'{merged}' is not a model's folder", where="--merged", hint="make it with deltaw merge")
+            raise UserError(f"'{merged}' is not a model's folder", location="--merged", hint="use deltaw merge")
         require_own_files(source.path)
         files |= {file.name: file for file in sorted(source.path.iterdir()) if file.suffix in _OF_MODEL}
-    sent = run.path if merged is None else Path(merged)
-    files |= {file.relative_to(sent).as_posix(): file for file in layout_files(sent)}
+    upload_folder = run.path if merged is None else Path(merged)
+    files |= {file.relative_to(upload_folder).as_posix(): file for file in layout_files(upload_folder)}
     for name, file in files.items():
         if Path(name).suffix in _TEXT_SUFFIXES and Path(name).name not in _VOCABULARY and isinstance(file, Path):
             _, kinds = remove_secrets(file.read_text(encoding="utf-8", errors="replace"))
             if kinds:
-                hint = "remove it there; nothing was sent"
-                raise UserError(f"the file contains a secret: {', '.join(kinds)}", where=str(file), hint=hint)
+                hint = "remove it from the file and push again; no files were uploaded"
+                raise UserError(f"the file contains a secret: {', '.join(kinds)}", location=str(file), hint=hint)
     for name, text in texts.items():
         public_text, kinds = remove_secrets(text)
         if kinds:
-            say(f"warning: removed from {name}: {', '.join(kinds)}")
+            log(f"warning: removed from {name}: {', '.join(kinds)}")
         if path := path_in(public_text):
-            say(f"warning: {name} contains what looks like a path of this machine: {path[:80]}")
+            log(f"warning: {name} contains what looks like a path of this machine: {path[:80]}")
         files[name] = public_text.encode()
     return files
 
 
 def _send(
-    made: Pushed,
+    result: PushResult,
     files: Mapping[str, bytes | Path],
     revision: str | None,
     token: str,
     public: bool,
     is_model: bool,
-    say: Say,
-) -> Pushed:
+    log: LogFunction,
+) -> PushResult:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
     api = HfApi(token=token, library_name="deltaw", library_version=__version__)
-    with working("asking the hub"):
-        known, private = _existing(api, made, public, is_model, revision)
-        if private is not None and private != made.private:
-            say(f"{made.repository} is private and stays so: change that on its page")
-        api.create_repo(made.repository, private=not public, exist_ok=True)
+    with track_progress("contacting the hub"):
+        existing, private = _existing(api, result, public, is_model, revision)
+        if private is not None and private != result.private:
+            log(f"{result.repository} remains private: change its visibility on the hub")
+        api.create_repo(result.repository, private=not public, exist_ok=True)
         if revision is not None and revision != "main":
-            api.create_branch(made.repository, branch=revision, exist_ok=True)
-    ours = {*_TOKENIZER, PROMPTS}  # of an earlier push, if this one has none
-    operations: list[Any] = [CommitOperationDelete(name) for name in sorted((known & ours) - files.keys())]
+            api.create_branch(result.repository, branch=revision, exist_ok=True)
+    own_files = {*_TOKENIZER, PROMPTS}  # files of an earlier push that this push may lack
+    operations: list[Any] = [CommitOperationDelete(name) for name in sorted((existing & own_files) - files.keys())]
     operations += [CommitOperationAdd(name, file) for name, file in files.items()]
-    with working(f"sending {sum(made.files.values()) / 1e6:,.1f} MB"):
+    with track_progress(f"uploading {sum(result.files.values()) / 1e6:,.1f} MB"):
         message = f"{'A merged model' if is_model else 'An adapter'}, trained with deltaw {__version__}"
-        done = api.create_commit(made.repository, operations, commit_message=message, revision=revision)
-    url = f"{api.endpoint}/{made.repository}"
-    return replace(made, url=url, commit=done.oid, private=made.private if private is None else private)
+        commit = api.create_commit(result.repository, operations, commit_message=message, revision=revision)
+    url = f"{api.endpoint}/{result.repository}"
+    return replace(result, url=url, commit=commit.oid, private=result.private if private is None else private)
 
 
 def _existing(
-    api: HfApi, made: Pushed, public: bool, is_model: bool, revision: str | None
+    api: HfApi, result: PushResult, public: bool, is_model: bool, revision: str | None
 ) -> tuple[set[str], bool | None]:
-    """The files of a repository that is there, and whether it is private; None where there is none.
+    """Return the file names of an existing repository and whether it is private, or None if it does not exist.
 
     Raises:
-        UserError: everybody sees it and that was not asked for, or it holds something else.
+        UserError: if the repository is public without ``public``, or contains an incompatible model or adapter.
     """
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         try:
-            info = api.model_info(made.repository, revision=revision)
+            info = api.model_info(result.repository, revision=revision)
         except RevisionNotFoundError:
-            info = api.model_info(made.repository)  # the branch begins with what is there
+            info = api.model_info(result.repository)  # a new branch starts from the main branch
     except RepositoryNotFoundError:
         return set(), None
     names = {file.rfilename for file in info.siblings or ()}
-    other, hint = "", "push to another name"
+    problem, hint = "", "push to another name"
     if info.private is False and not public:
-        other, hint = (
-            "everybody sees the repository, and a push is private by default",
-            "add --public, or push to another name",
-        )
+        problem = "the repository is public, but pushes are private by default"
+        hint = "add --public, or push to another name"
     elif (ADAPTER_CONFIG if is_model else "config.json") in names:
-        other = f"the repository holds {'an adapter' if is_model else 'a model'}, and both in one cannot be loaded"
+        problem = f"the repository already contains {'an adapter' if is_model else 'a model'}"
     elif ADAPTER_CONFIG in names:
-        with tempfile.TemporaryDirectory() as fetched:
-            file = api.hf_hub_download(made.repository, ADAPTER_CONFIG, revision=info.sha, local_dir=fetched)
-            base = settings_in(Path(file)).get("base_model_name_or_path")
-        if base not in (None, made.base.name):
-            other = f"the repository holds an adapter for another base model, '{base}'"
-    elif is_model and info.card_data is not None and info.card_data.base_model not in (None, made.base.name):
-        other = f"the repository holds a model made of another base model, '{info.card_data.base_model}'"
-    if other:
-        raise UserError(other, where=made.repository, hint=hint)
+        with tempfile.TemporaryDirectory() as folder:
+            file = api.hf_hub_download(result.repository, ADAPTER_CONFIG, revision=info.sha, local_dir=folder)
+            base = read_json_object(Path(file)).get("base_model_name_or_path")
+        if base not in (None, result.base.name):
+            problem = f"the repository contains an adapter for another base model, '{base}'"
+    elif is_model and info.card_data is not None and info.card_data.base_model not in (None, result.base.name):
+        problem = f"the repository contains a model merged from another base model, '{info.card_data.base_model}'"
+    if problem:
+        raise UserError(problem, location=result.repository, hint=hint)
     return names, bool(info.private)

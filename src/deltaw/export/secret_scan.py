@@ -1,6 +1,6 @@
-"""Secrets in texts that are published: found by the patterns of detect-secrets, and by some that it lacks.
+"""Removal of secrets from published texts, with the patterns of detect-secrets and additional ones.
 
-Only patterns of known kinds of secrets are used. Words such as "password" and the entropy of a text are not: settings
+Only patterns of known secret types are used. Keywords such as "password" and entropy checks are not, because settings
 and cards contain hashes.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 from deltaw.errors import redact
 
 MARK = "REMOVED"
-# Of kinds that detect-secrets does not know, or of which it finds only a part.
+# Secret types that detect-secrets does not detect or detects only partially.
 _PATTERNS = {
     "private key": r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----"
     r"(?:(?s:.{0,20000}?)-----END [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----|(?:[\s\\rn]*[A-Za-z0-9+/=]{20,})*)",
@@ -32,17 +32,17 @@ _PATH = re.compile(
     r"(?<![\w.:/~-])(?:~/|/(?:home|Users|root|srv|mnt|media|data|opt|var|tmp|private|Volumes|work)/|[A-Za-z]:\\)"
     r"[\w./\\-]+"
 )
-# Detectors whose findings are no secrets, or are covered above.
+# Detectors of other information, or of secrets covered above.
 _IGNORED = ("Public IP (ipv4)", "Basic Auth Credentials")
 
 
 def remove_secrets(text: str) -> tuple[str, list[str]]:
-    """Return a text with each secret replaced by :data:`MARK`, and the kinds of the secrets.
+    """Replace each secret by :data:`MARK`, and return the text and the types of the secrets.
 
-    Values of environment variables such as HF_TOKEN, and users and passwords in URLs, are secrets too.
+    Values of environment variables such as HF_TOKEN, and user information in URLs, also count as secrets.
     """
     redacted = redact(text, MARK)
-    kinds: list[str] = ["key or password that this machine uses or a URL contains"] * (redacted != text)
+    kinds: list[str] = ["key or password from this machine's environment or a URL"] * (redacted != text)
     text = redacted
     for kind, pattern in _patterns():
         text, count = pattern.subn(_replacement, text)
@@ -51,13 +51,13 @@ def remove_secrets(text: str) -> tuple[str, list[str]]:
 
 
 def path_in(text: str) -> str | None:
-    """Return the first text that looks like a path of a user's machine, or None."""
+    """Return the first text that looks like a path in a user's file system, or None."""
     match = _PATH.search(text)
     return None if match is None else match[0].rstrip()
 
 
 def _replacement(match: re.Match[str]) -> str:
-    """Return what replaces a match; quotes and white space that belong to a pattern stay."""
+    """Return the replacement of a match. Leading and trailing quotes and white space are retained."""
     return re.sub(r"(?s)\A([\s:=\"']*).*?([\s\"']*)\Z", rf"\1{MARK}\2", match[0])
 
 
@@ -67,8 +67,6 @@ def _patterns() -> list[tuple[str, re.Pattern[str]]]:
     from detect_secrets.plugins.base import RegexBasedDetector
 
     kinds: Any = get_mapping_from_secret_type_to_class().items()
-    detectors = {
-        kind: plugin for kind, plugin in kinds if issubclass(plugin, RegexBasedDetector) and kind not in _IGNORED
-    }
+    detectors = {kind: cls for kind, cls in kinds if issubclass(cls, RegexBasedDetector) and kind not in _IGNORED}
     patterns = [(kind, re.compile(pattern)) for kind, pattern in _PATTERNS.items()]
-    return patterns + [(kind, pattern) for kind, plugin in detectors.items() for pattern in plugin.denylist]
+    return patterns + [(kind, pattern) for kind, cls in detectors.items() for pattern in cls.denylist]

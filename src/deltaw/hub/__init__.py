@@ -1,1 +1,1 @@
-"""A reference becomes files and a model: folders, hubs, GGUF files, packages; tokenizers; loading."""
+"""Model loading: resolves references to folders, hubs, GGUF files and packages, and loads models and tokenizers."""

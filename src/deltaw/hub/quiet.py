@@ -1,7 +1,4 @@
-"""Silence for the time of a call: no progress bars and no advice from the model library.
-
-What a person should know is said by deltaw itself, once and in its own words.
-"""
+"""Suppression of progress bars and warnings of transformers. deltaw reports relevant information itself."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from transformers.utils import logging
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Within the block transformers reports errors only and draws no progress bar; then as before."""
+    """Within the block, transformers reports only errors and displays no progress bars."""
     verbosity = logging.get_verbosity()
     bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -1,7 +1,7 @@
-"""Which token ids end a text: the end of the document, and the end of a turn of a conversation.
+"""Token ids that end a text: end of document and end of turn.
 
-A chat model is trained to close its turn with a token of its own (``<|im_end|>``, ``<|eot_id|>``), which is
-often not the tokenizer's ``eos``. A generation that watches only one of them does not stop.
+Chat models end a turn with a special token (``<|im_end|>``, ``<|eot_id|>``) that often differs from the tokenizer's
+``eos``. Generation must stop at any of them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-# The tokens with which published chat models end a turn or a document.
-_ENDS = [
+# End-of-turn and end-of-document tokens of published chat models.
+_END_TOKENS = [
     "<|im_end|>",
     "<|eot_id|>",
     "<|eom_id|>",
@@ -30,34 +30,33 @@ _ENDS = [
 
 
 def terminators(model: nn.Module | None, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
-    """The token ids that end a text, ascending.
+    """Return the token ids that end a text, in ascending order.
 
-    They come from the model's generation configuration, the tokenizer's ``eos``, and those end-of-turn
-    tokens that the tokenizer knows as one added token. Either argument may be None.
+    They consist of the ``eos`` tokens of the generation configuration and the tokenizer, and the known end tokens in
+    the tokenizer's added vocabulary. Either argument can be None.
     """
-    found: set[int] = set()
+    token_ids: set[int] = set()
     for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
-        found |= _ids(getattr(config, "eos_token_id", None))
+        token_ids |= _ids(getattr(config, "eos_token_id", None))
     if tokenizer is not None:
-        # Only tokens that are matched whole in a text: an ordinary vocabulary entry is no terminator.
-        found |= {*_ids(tokenizer.eos_token_id), *turn_ends(tokenizer)}
-    return sorted(found)
+        # Only added tokens count: a regular vocabulary entry is not a terminator.
+        token_ids |= {*_ids(tokenizer.eos_token_id), *turn_ends(tokenizer)}
+    return sorted(token_ids)
 
 
 def turn_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of published end-of-turn and end-of-document tokens that the tokenizer knows as one added
-    token."""
+    """Return the ids of known end-of-turn and end-of-document tokens in the tokenizer's added vocabulary."""
     added = tokenizer.get_added_vocab()
-    return sorted(added[end] for end in _ENDS if end in added)
+    return sorted(added[end] for end in _END_TOKENS if end in added)
 
 
 def terminators_in(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """As :func:`terminators`, for a model whose weights are not loaded, by the files in its folder."""
-    found = set(terminators(None, tokenizer))
+    """Return the terminators of a model that is not loaded, based on the files in its folder."""
+    token_ids = set(terminators(None, tokenizer))
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
-            found |= _ids(json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id"))
-    return sorted(found)
+            token_ids |= _ids(json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id"))
+    return sorted(token_ids)
 
 
 def _ids(declared: int | list[int] | None) -> set[int]:

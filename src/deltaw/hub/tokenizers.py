@@ -1,8 +1,7 @@
-"""A folder's tokenizer, built once a process.
+"""Loading of tokenizers, with a cache per process.
 
-Reading a vocabulary of 262,144 entries takes a second and some 300 MB for a moment. A tokenizer that is still
-in use is therefore handed out again as long as its files are the same, and what reading it left unused goes
-back to the system. Nothing is added to a vocabulary.
+Reading a vocabulary of 262,144 entries takes one second and temporarily 300 MB. A tokenizer that is in use is therefore
+shared while its files are unchanged, and unused memory is returned to the system. Vocabularies are never extended.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from deltaw.errors import UserError, first_line
 from deltaw.hub import packages
 from deltaw.hub.folders import (
-    asks_for_code,
     local_folder,
+    log_to_stderr,
+    read_json_object,
+    remote_code_error,
     require_own_files,
     resolve,
-    say_on_stderr,
-    settings_in,
     tokenizer_files,
 )
 from deltaw.hub.quiet import quiet
@@ -30,121 +29,120 @@ from deltaw.machine.choices import choose_precision
 from deltaw.machine.memory import trim_memory
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
-# What else a tokenizer's behavior depends on.
-BESIDE = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
-_BUILT: weakref.WeakValueDictionary[tuple[object, ...], PreTrainedTokenizerBase] = weakref.WeakValueDictionary()
+# Other files that affect a tokenizer.
+CONFIG_FILES = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+_CACHE: weakref.WeakValueDictionary[tuple[object, ...], PreTrainedTokenizerBase] = weakref.WeakValueDictionary()
 
 
 def load_tokenizer(
-    reference: str, *, say: Callable[[str], None] = say_on_stderr, trust_remote_code: bool = False
+    reference: str, *, log: Callable[[str], None] = log_to_stderr, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer alone of what ``reference`` means.
+    """Load the tokenizer of a model.
 
     Raises:
-        UserError: the reference leads nowhere, or to a model without a tokenizer.
+        UserError: if the model is not found or has no tokenizer.
     """
-    given = Path(os.path.expanduser(reference))
-    if given.is_dir() and any((given / name).is_file() for name in TOKENIZER_FILES):
-        folder = given  # a run's folder holds a tokenizer and no model
+    path = Path(os.path.expanduser(reference))
+    if path.is_dir() and any((path / name).is_file() for name in TOKENIZER_FILES):
+        folder = path  # a run's folder contains a tokenizer but no model
     else:
-        folder = local_folder(resolve(reference), choose_precision("cpu").value, say, trust_remote_code)
+        folder = local_folder(resolve(reference), choose_precision("cpu").value, log, trust_remote_code)
     tokenizer = tokenizer_in(folder, trust_remote_code)
     if tokenizer is None:
-        raise UserError("the model has no tokenizer", where=reference, hint="copy its tokenizer.json there")
+        raise UserError("the model has no tokenizer", location=reference, hint="copy its tokenizer.json there")
     return tokenizer
 
 
-def tokenizer_at_hand(reference: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of what ``reference`` means without its weights: of a folder or a .gguf file here, of a package
-    that is here, of a hub id; None where it cannot be had so.
+def find_tokenizer(reference: str) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer of a model without its weights, or return None if that is not possible.
+
+    Supports local folders and .gguf files, available packages, and hub ids.
 
     Raises:
-        UserError: files of a folder here lead out of it.
+        UserError: if files of a local folder refer to files outside of it.
     """
-    given = Path(os.path.expanduser(reference))
-    if (given / "config.json").is_file():
-        require_own_files(given)
+    path = Path(os.path.expanduser(reference))
+    if (path / "config.json").is_file():
+        require_own_files(path)
     try:
-        if packages.is_package_reference(reference) and not packages.is_here(reference):
+        if packages.is_package_reference(reference) and not packages.is_available(reference):
             return None
-        if (given / "config.json").is_file():
-            return tokenizer_in(given)
+        if (path / "config.json").is_file():
+            return tokenizer_in(path)
         source = resolve(reference)
         if source.kind == "gguf":
             from deltaw.hub.gguf import tokenizer_of
 
-            found = tokenizer_of(source.path, choose_precision("cpu").value)
-            return tokenizer_in(found) if isinstance(found, Path) else found
+            tokenizer = tokenizer_of(source.path, choose_precision("cpu").value)
+            return tokenizer_in(tokenizer) if isinstance(tokenizer, Path) else tokenizer
         return tokenizer_in(tokenizer_files(source) if source.kind == "hub" else source.path)
     except (UserError, OSError):
         return None
 
 
-def most_tokens(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The positions that the tokenizer's model has, where its folder or the tokenizer says."""
-    told = settings_in(Path(tokenizer.name_or_path) / "config.json").get("max_position_embeddings")
-    limits = [n for n in (told, tokenizer.model_max_length) if isinstance(n, int) and 1 < n < 10**7]
+def max_positions(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the number of positions of the tokenizer's model according to its folder or the tokenizer, or None if
+    unknown.
+    """
+    configured = read_json_object(Path(tokenizer.name_or_path) / "config.json").get("max_position_embeddings")
+    limits = [n for n in (configured, tokenizer.model_max_length) if isinstance(n, int) and 1 < n < 10**7]
     return min(limits, default=None)
 
 
 def tokenizer_in(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of ``folder``, None where it holds none; the same object while one is in use.
+    """Return the tokenizer of ``folder``, or None if it contains none. A tokenizer in use is shared.
 
     Raises:
-        UserError: its files cannot be read, or lead out of the folder, or it needs code of its own.
+        UserError: if its files cannot be read or refer to other folders, or if it requires its own code.
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     require_own_files(folder)
-    key = (folder.resolve(), trust_remote_code, *_stamps(folder))
-    tokenizer = _BUILT.get(key)
+    key = (folder.resolve(), trust_remote_code, *_file_states(folder))
+    tokenizer = _CACHE.get(key)
     if tokenizer is None:
-        _BUILT[key] = tokenizer = _built(folder, trust_remote_code)
+        _CACHE[key] = tokenizer = _load(folder, trust_remote_code)
         trim_memory()
     return tokenizer
 
 
 def saving_bytes(folder: Path) -> int:
-    """Bytes of main memory that writing the tokenizer of ``folder`` takes for a moment.
+    """Return the temporary memory in bytes that saving the tokenizer of ``folder`` takes.
 
-    Its file is made as one text: in UTF-8 by the tokenizer's own library, and again as a Python string, which
-    takes two bytes for each character where one lies beyond Latin-1 (PEP 393), as in any byte-level
-    vocabulary; four where one lies beyond the basic plane, as an emoji in a vocabulary of whole words.
+    The file is created as UTF-8 by the tokenizers library and as a Python string, which needs two bytes per character
+    if a character is beyond Latin-1 (PEP 393, any byte-level vocabulary), and four if one is beyond the basic
+    multilingual plane (such as emojis).
     """
     file = folder / "tokenizer.json"
     if not file.is_file():
         return 0
     size = file.stat().st_size
-    with file.open("rb") as opened:
-        # A character beyond the basic plane begins with one of these bytes in UTF-8.
-        wide = any(
-            not block.isascii() and any(lead in block for lead in _FOUR_BYTES)
-            for block in iter(lambda: opened.read(1 << 20), b"")
-        )
+    with file.open("rb") as stream:
+        # First bytes of UTF-8 characters beyond the basic multilingual plane.
+        blocks = iter(lambda: stream.read(1 << 20), b"")
+        wide = any(not block.isascii() and any(lead in block for lead in _FOUR_BYTES) for block in blocks)
     return size * (5 if wide else 3)
 
 
 _FOUR_BYTES = (b"\xf0", b"\xf1", b"\xf2", b"\xf3", b"\xf4")
 
 
-def _stamps(folder: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of each file that decides what the tokenizer is."""
-    files = [folder / name for name in (*TOKENIZER_FILES, *BESIDE)] + sorted(folder.glob("*.jinja"))
-    found = [(file.name, file.stat()) for file in files if file.is_file()]
-    return [(name, status.st_size, status.st_mtime_ns) for name, status in found]
+def _file_states(folder: Path) -> list[tuple[str, int, int]]:
+    """Return name, size and modification time of each file that affects the tokenizer."""
+    files = [folder / name for name in (*TOKENIZER_FILES, *CONFIG_FILES)] + sorted(folder.glob("*.jinja"))
+    statuses = [(file.name, file.stat()) for file in files if file.is_file()]
+    return [(name, status.st_size, status.st_mtime_ns) for name, status in statuses]
 
 
-def _built(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def _load(folder: Path, trust: bool) -> PreTrainedTokenizerBase:
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=trust_remote_code
-            )
-    except Exception as error:  # files that are not a tokenizer's raise whatever they lead to
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
+    except Exception as error:  # invalid files raise various exceptions
         if "trust_remote_code" in str(error):
-            raise asks_for_code(folder) from error
-        hint = "fetch or copy the model again"
-        raise UserError(f"the tokenizer cannot be read: {first_line(error)}", where=str(folder), hint=hint) from error
+            raise remote_code_error(folder) from error
+        message, hint = f"the tokenizer cannot be read: {first_line(error)}", "download or copy the model again"
+        raise UserError(message, location=str(folder), hint=hint) from error
     if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked by length, so eos does as well as any
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked by length, so any token works
     return tokenizer

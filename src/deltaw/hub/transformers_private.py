@@ -1,7 +1,7 @@
-"""All private names of transformers that deltaw uses, in one place, each with what is done without it.
+"""Access to private names of transformers, with fallbacks.
 
-As :mod:`deltaw.kernels.torch_private`, for models' classes and configurations. If a name is missing, the
-slower way is taken (padded rows instead of packed ones, plain attention), or what needs it is refused.
+Like :mod:`deltaw.kernels.torch_private`, for model and configuration classes. If a name is missing, a slower
+implementation is used (padded rows, eager attention), or an error names the missing feature.
 """
 
 from __future__ import annotations
@@ -15,65 +15,65 @@ from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from deltaw.errors import UserError
-from deltaw.private_names import look_up
+from deltaw.private_apis import look_up
 
 _NAMES_ATTENTION = look_up(PretrainedConfig, "_attn_implementation") is not None
-# In a configuration's file: where it was read from, and that generation's settings follow from it.
-READ_FROM = "_name_or_path"
+# Keys of configuration files: source of the configuration, and flag for generation settings derived from it.
+NAME_OR_PATH = "_name_or_path"
 FOLLOWS_MODEL = "_from_model_config"
 
 
 def attention_name(config: object) -> str | None:
-    """The attention that a configuration's modules look up; None where it does not tell."""
+    """Return the attention implementation of a configuration, or None if unknown."""
     return getattr(config, "_attn_implementation", None) if _NAMES_ATTENTION else None
 
 
 def set_attention_name(config: PretrainedConfig, name: str) -> None:
-    """Let the modules that hold this configuration attend by another function."""
+    """Set the attention implementation of all modules that share this configuration."""
     if _NAMES_ATTENTION:
         config._attn_implementation = name
 
 
 def has_sdpa(model: nn.Module) -> bool:
-    """Whether a model says that it attends by torch's own function; without the name, it does not."""
+    """Return True if the model declares support for torch's fused attention."""
     return bool(look_up(model, "_supports_sdpa"))
 
 
 def dispatches_attention(model: nn.Module) -> bool:
-    """Whether a model says that it looks up its attention; without the name, it does not."""
+    """Return True if the model declares that it dispatches attention by name."""
     return bool(look_up(model, "_supports_attention_backend"))
 
 
 def configurations_of(auto_model: str) -> Container[type[PretrainedConfig]] | None:
-    """The classes of configurations that an auto class makes models of; None where it does not tell."""
+    """Return the configuration classes that an auto class supports, or None if unknown."""
     return look_up(getattr(transformers, auto_model), "_model_mapping")
 
 
-def made_from_config(kind: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> Any:
-    """A model of a class, with parameters of this type."""
-    make = look_up(kind, "_from_config")
-    return nn.Module.to(kind(config), dtype) if make is None else make(config, dtype=dtype)
+def build_from_config(kind: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> Any:
+    """Build a model of a class with parameters of this type."""
+    factory = look_up(kind, "_from_config")
+    return nn.Module.to(kind(config), dtype) if factory is None else factory(config, dtype=dtype)
 
 
 def initialize(model: PreTrainedModel, module: nn.Module) -> None:
-    """Give a module of a model its first values, as the model's own code does.
+    """Initialize a module with the model's own initialization.
 
     Raises:
-        UserError: this version of transformers does so in another way.
+        UserError: if this version of transformers lacks the required method.
     """
-    make = look_up(model, "_init_weights")
-    if make is None:
-        what = f"transformers {transformers.__version__} has no PreTrainedModel._init_weights, which a new head needs"
-        raise UserError(what, hint="install another version of transformers, or of deltaw")
-    make(module)
+    initializer = look_up(model, "_init_weights")
+    if initializer is None:
+        message = f"transformers {transformers.__version__} lacks PreTrainedModel._init_weights, needed for a new head"
+        raise UserError(message, hint="install another version of transformers, or of deltaw")
+    initializer(module)
 
 
 def forget_origin(config: PretrainedConfig) -> None:
-    """Take out of a configuration which file it was read from."""
+    """Remove the source file of a configuration."""
     vars(config).pop("_model_name_or_path", None)
 
 
-def settle(config: GenerationConfig) -> None:
-    """Let generation's settings be what they are, instead of following from the model's configuration."""
+def detach_from_model_config(config: GenerationConfig) -> None:
+    """Mark generation settings as independent of the model's configuration."""
     if look_up(config, FOLLOWS_MODEL) is not None:
         setattr(config, FOLLOWS_MODEL, False)

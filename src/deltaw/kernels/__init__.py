@@ -1,1 +1,1 @@
-"""The hot operators, each tested against a reference implementation in torch. Knows tensors alone."""
+"""Hot operators on tensors. Each is tested against a reference implementation in torch."""

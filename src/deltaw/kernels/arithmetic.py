@@ -1,12 +1,13 @@
-"""How products are computed: for each type that weights are stored in, one of four ways.
+"""Arithmetic of matrix products, chosen separately for each type of stored weights.
 
-``dot``: the instruction set's own product of that type, such as a multiply-add of fp32 or the dot product of
-bf16 or int8. ``wide``: bf16 weights are widened to fp32 while they are laid out, and multiplied as fp32.
+``dot``: the instruction set's product of the type, such as fp32 fused multiply-add or the bf16 or int8 dot product.
+``wide``: bf16 weights are converted to fp32 while they are packed, and multiplied as fp32.
 ``tiles``: AMX.
-``torch``: torch's operators, where the compiled kernels would be slower; attention, norms and the rest stay
-compiled. Each rounds differently, so a run writes down which it used.
+``torch``: torch's operators, used if the compiled kernels are slower. Attention, norms and the other operators still
+use the compiled kernels.
 
-Knows a library's answers and numbers; not which library is in use (``loader.py``), and nothing of speed.
+The results differ in rounding, so a run records the arithmetic that it used. The active library is selected in
+``loader.py``.
 """
 
 from __future__ import annotations
@@ -18,28 +19,30 @@ from dataclasses import asdict, dataclass, replace
 from deltaw.errors import UserError
 from deltaw.kernels.variants import ARITHMETICS, VARIABLE
 
-# The types of stored weights, by the kernels' own numbers.
-STORED = ("fp32", "bf16", "int8")
+# Types of stored weights, in the order of the kernels' type codes.
+WEIGHT_TYPES = ("fp32", "bf16", "int8")
 TORCH = "torch"
-# What may be computed approximately in training, by the field that says whether it is. None of it is on
-# unless a run verified it; see :mod:`deltaw.training.approximations`.
+# Fields of Arithmetic that enable an approximation in training. A run enables one only after verifying it; see
+# :mod:`deltaw.training.approximations`.
 APPROXIMATIONS = ("int8_gradients", "int8_logits", "summed_classes")
-# What promises most where nothing was measured comes first.
-_BY_PROMISE = ("tiles", "dot", "wide")
+# Preference in the absence of measurements, best first.
+_PREFERENCE = ("tiles", "dot", "wide")
 
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How a process computes.
+    """Arithmetic that a process computes with.
 
     Attributes:
-        kernels: the name of the variant; None without compiled kernels.
-        fp32, bf16, int8: how products with weights of the type are computed; names of ARITHMETICS.
-        int8_gradients: whether the gradients of inputs of layers with frozen bf16 weights come from int8
-            products; see ``in_int8`` of :func:`deltaw.kernels.linear.linear_backward`.
-        int8_logits: whether logits of a frozen head come from int8 products, those of likely classes computed
-            once more where that is worth its while.
-        summed_classes: whether a frozen head's gradient is summed over rows where classes are unlikely; see
+        kernels: Name of the kernel variant, or None without compiled kernels.
+        fp32: Arithmetic of products with fp32 weights. A name from ARITHMETICS, like the next two.
+        bf16: Arithmetic of products with bf16 weights.
+        int8: Arithmetic of products with int8 weights.
+        int8_gradients: Compute input gradients of layers with frozen bf16 weights as int8 products; see ``in_int8`` of
+            :func:`deltaw.kernels.linear.linear_backward`.
+        int8_logits: Compute logits of a frozen head as int8 products. Logits of likely classes are recomputed exactly
+            if that pays off.
+        summed_classes: Sum the gradient of a frozen head's unlikely classes over groups of rows; see
             :func:`deltaw.kernels.head_gradient.head_gradient_`.
     """
 
@@ -53,72 +56,76 @@ class Arithmetic:
 
     @property
     def approximations(self) -> tuple[str, ...]:
-        """Those of APPROXIMATIONS that are on."""
+        """Names of the enabled approximations."""
         return tuple(name for name in APPROXIMATIONS if getattr(self, name))
 
-    def approximating(self, names: Iterable[str]) -> Arithmetic:
-        """The same with these approximations on, and no others."""
-        wanted = set(names)
-        return replace(self, **{name: name in wanted for name in APPROXIMATIONS})  # type: ignore[arg-type]
+    def with_approximations(self, names: Iterable[str]) -> Arithmetic:
+        """Return a copy with exactly these approximations enabled."""
+        enabled = set(names)
+        return replace(self, **{name: name in enabled for name in APPROXIMATIONS})  # type: ignore[arg-type]
 
-    def of(self, stored: str) -> str:
-        """How products with weights stored as ``stored`` are computed."""
-        return str(getattr(self, stored))
+    def for_type(self, weight_type: str) -> str:
+        """Return the arithmetic of products with weights of the type ``weight_type``."""
+        return str(getattr(self, weight_type))
 
-    def but(self, ways: Mapping[str, str]) -> Arithmetic:
-        """The same with other ways for some types."""
-        return replace(self, **ways)  # type: ignore[arg-type]
+    def replace(self, by_type: Mapping[str, str]) -> Arithmetic:
+        """Return a copy with another arithmetic for some weight types."""
+        return replace(self, **by_type)  # type: ignore[arg-type]
 
     def as_dict(self) -> dict[str, str]:
-        """Plain values, ready for JSON."""
-        said = {None: "none", True: "yes", False: "no"}
-        return {name: said.get(value, value) for name, value in asdict(self).items()}
+        """Return the fields as JSON-compatible values."""
+        labels = {None: "none", True: "yes", False: "no"}
+        return {name: labels.get(value, value) for name, value in asdict(self).items()}
 
     @classmethod
-    def read(cls, values: Mapping[str, object]) -> Arithmetic:
-        """What :meth:`as_dict` gave.
+    def from_dict(cls, values: Mapping[str, object]) -> Arithmetic:
+        """Parse the result of :meth:`as_dict`.
 
         Raises:
-            ValueError: the values are no arithmetic.
+            ValueError: if ``values`` is not a valid arithmetic.
         """
-        found = {name: values.get(name) for name in ("kernels", *STORED)}
-        if any(found[stored] not in ARITHMETICS for stored in STORED) or not isinstance(found["kernels"], str):
-            raise ValueError(f"no arithmetic: {dict(values)}")
-        kernels = None if found["kernels"] == "none" else str(found["kernels"])
-        exact = cls(kernels).but({s: str(found[s]) for s in STORED})
-        return exact.approximating(name for name in APPROXIMATIONS if values.get(name) == "yes")
+        fields = {name: values.get(name) for name in ("kernels", *WEIGHT_TYPES)}
+        if any(fields[s] not in ARITHMETICS for s in WEIGHT_TYPES) or not isinstance(fields["kernels"], str):
+            raise ValueError(f"not a valid arithmetic: {dict(values)}")
+        kernels = None if fields["kernels"] == "none" else str(fields["kernels"])
+        exact = cls(kernels).replace({s: str(fields[s]) for s in WEIGHT_TYPES})
+        return exact.with_approximations(name for name in APPROXIMATIONS if values.get(name) == "yes")
 
 
-def offered(library: ctypes.CDLL, stored: str) -> tuple[str, ...]:
-    """The ways that a library has of computing products with weights of a type; its first is its default."""
-    ways = library.dw_arithmetics(STORED.index(stored))
-    return tuple(name for name in _BY_PROMISE if ways >> ARITHMETICS.index(name) & 1)
+def supported_arithmetics(library: ctypes.CDLL, weight_type: str) -> tuple[str, ...]:
+    """Return the arithmetics that a library supports for a weight type, its default first."""
+    mask = library.dw_arithmetics(WEIGHT_TYPES.index(weight_type))
+    return tuple(name for name in _PREFERENCE if mask >> ARITHMETICS.index(name) & 1)
 
 
-def default_of(kernels: str, library: ctypes.CDLL, forced: str | None = None) -> Arithmetic:
-    """What a library computes with where nothing was measured: ``forced`` for the types that have it, else
-    its own default.
+def default_arithmetic(kernels: str, library: ctypes.CDLL, forced: str | None = None) -> Arithmetic:
+    """Return a library's default arithmetic for every weight type.
 
-    Raises:
-        UserError: no type has what is forced.
-    """
-    ways = {stored: (*offered(library, stored), TORCH) for stored in STORED}
-    if forced is not None and not any(forced in of for of in ways.values()):
-        known = sorted({way for of in ways.values() for way in of})
-        what = f"kernels '{kernels}' have no arithmetic '{forced}'"
-        raise UserError(what, where=VARIABLE, hint=f"they have {', '.join(known)}")
-    return Arithmetic(kernels).but({s: forced if forced in of else of[0] for s, of in ways.items()})
-
-
-def tell(library: ctypes.CDLL, arithmetic: Arithmetic) -> None:
-    """Have a library compute so from now on.
+    Args:
+        kernels: Name of the kernel variant.
+        library: The loaded library of that variant.
+        forced: Arithmetic to use for all weight types that support it.
 
     Raises:
-        ValueError: it cannot.
+        UserError: if no weight type supports ``forced``.
     """
-    for number, stored in enumerate(STORED):
-        way = arithmetic.of(stored)
-        if way not in (TORCH, *offered(library, stored)):
-            raise ValueError(f"kernels '{arithmetic.kernels}' do not compute {stored} by '{way}'")
-        if way != TORCH:
-            library.dw_set_arithmetic(number, ARITHMETICS.index(way))
+    supported = {weight_type: (*supported_arithmetics(library, weight_type), TORCH) for weight_type in WEIGHT_TYPES}
+    if forced is not None and not any(forced in names for names in supported.values()):
+        available = sorted({name for names in supported.values() for name in names})
+        message = f"kernels '{kernels}' have no arithmetic '{forced}'"
+        raise UserError(message, location=VARIABLE, hint=f"use one of {', '.join(available)}")
+    return Arithmetic(kernels).replace({s: forced if forced in names else names[0] for s, names in supported.items()})
+
+
+def set_arithmetic(library: ctypes.CDLL, arithmetic: Arithmetic) -> None:
+    """Set the arithmetic of a library's products.
+
+    Raises:
+        ValueError: if the library does not support it.
+    """
+    for type_code, weight_type in enumerate(WEIGHT_TYPES):
+        name = arithmetic.for_type(weight_type)
+        if name not in (TORCH, *supported_arithmetics(library, weight_type)):
+            raise ValueError(f"kernels '{arithmetic.kernels}' do not compute {weight_type} by '{name}'")
+        if name != TORCH:
+            library.dw_set_arithmetic(type_code, ARITHMETICS.index(name))

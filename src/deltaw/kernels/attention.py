@@ -1,21 +1,21 @@
-"""Attention over a prefix tree of segments, forward and backward, without padding and without a whole mask.
+"""Attention over a prefix tree of segments, forward and backward, without padding and without a dense mask.
 
-Three ways give the same: a compiled kernel where it serves (``csrc/attention_*.cpp``), torch's FlexAttention
-on devices that it is compiled on, and tiles of torch's own products elsewhere.
-Of the last, each tile of the layout is a few matrix products of its queries against its own keys; tiles of
-one shape are computed together. The heads that share a key (grouped-query attention) are folded into the rows
-of one product, so that nothing is expanded. Kept for the backward are queries, keys and values; the weights
-are computed again, batch by batch, unless they are small beside those (see KEPT_WEIGHTS).
+There are three implementations with the same results: the compiled kernels (``csrc/attention_*.cpp``) on CPUs that they
+support, torch's FlexAttention on devices that it compiles for, and tiles of torch matrix products elsewhere.
 
-FlexAttention (arXiv 2412.05496) takes a block mask, which says which blocks of 128 queries and 128 keys see each
-other wholly, in part, or not at all; the last are skipped. Within a block seen in part, two numbers a token decide:
-its rank, which is its place in the tree walked depth first, and the end of its segment's subtree in that order. A
-query sees a key if rank[key] ≤ rank[query] < end[key]: later tokens of the key's own segment and of the segments
-below it have just these ranks. Packed rows are laid out in this order anyway, so that ranks are places. Whether it
-serves is tried, not listed: the first time that heads of some form come, two small trees go forward and backward
-through it and through the reference. Where that fails or differs, attention runs in tiles, and :func:`notes` says why.
+Tiles: Each tile of the layout is a few matrix products of its queries and keys. Tiles of one shape are batched. Query
+heads that share a key head (grouped-query attention) are folded into the rows of one product, so keys are not expanded.
+The backward pass gets queries, keys and values and recomputes the attention weights batch by batch, unless they are
+small enough to be saved (see MAX_SAVED_WEIGHTS).
 
-Knows tensors and tiles; not models, tokens or caches.
+FlexAttention (arXiv 2412.05496) takes a block mask: each block of 128 queries and 128 keys is fully visible, partially
+visible or skipped. Within a partial block two numbers per token decide: its rank, which is its index in a depth-first
+walk of the tree, and the end of its segment's subtree in that order. A query sees a key if rank[key] ≤ rank[query] <
+end[key]. Packed rows are usually laid out in this order, so ranks equal positions.
+
+FlexAttention is used only after a trial: the first time that heads of some shape occur, two small trees are compared
+with the reference, forward and backward. If the trial fails, attention runs in tiles and :func:`notes` reports the
+reason.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ import torch
 from torch import Tensor
 
 from deltaw.kernels import loader
-from deltaw.kernels.bounds import check_places, check_shape
+from deltaw.kernels.bounds import check_positions, check_shape
 from deltaw.kernels.layout import Layout, TileBatch, Tiles
-from deltaw.kernels.operators import define, sums_dtype
+from deltaw.kernels.operators import accumulation_dtype, define
 from deltaw.kernels.torch_private import compile_errors, in_dispatch_mode, softmax_backward
 from deltaw.kernels.transfer import to_device
 
 if TYPE_CHECKING:
-    from typing import Unpack  # for type checkers alone: not in Python 3.10
+    from typing import Unpack  # not available at runtime in Python 3.10
 
 
-class How(TypedDict, total=False):
-    """What attention is told beside its tensors and the layout.
+class AttentionOptions(TypedDict, total=False):
+    """Keyword arguments of every packed-attention implementation.
 
     Attributes:
-        scaling: of the scores; always given.
-        window: sliding window in positions, as in :meth:`Layout.visible`; None for no limit.
-        softcap: scores become ``softcap · tanh(scores / softcap)`` (Gemma 2, arXiv 2408.00118, section 2).
-        causal: without it a query sees all of its own segment; by the compiled kernel alone.
+        scaling: Factor applied to the attention scores. Required.
+        window: Sliding-window size in positions (see :meth:`Layout.visible`), or None for full attention.
+        softcap: If set, scores become ``softcap · tanh(scores / softcap)`` (Gemma 2, arXiv 2408.00118, section 2).
+        causal: Apply a causal mask within each segment. Only the compiled kernel supports False.
     """
 
     scaling: float
@@ -55,107 +55,116 @@ class How(TypedDict, total=False):
     causal: bool
 
 
-# Queries and keys of a block; FlexAttention's own default, of which its kernels' tiles are parts.
+# Queries and keys per block of a block mask. FlexAttention's default, a multiple of its kernels' tile sizes.
 BLOCK = 128
-# Devices that FlexAttention has compiled kernels for, forward and backward.
+# Device types that FlexAttention can compile forward and backward kernels for.
 DEVICES = ("cuda",)
-# Queries whose pairs are counted at a time, so that a long row needs no large table.
-COUNTED_AT_ONCE = 1024
-# Relative difference (of norms) to the reference that a trial may show, by the type of the inputs.
+# Queries per chunk when visible pairs are counted. Limits the memory of a long row.
+QUERIES_PER_COUNT = 1024
+# Maximum relative difference (of norms) from the reference in a trial, by input type.
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-# Lengths and parents of the trees that a form of heads is tried on: more than a block, shared and alone. They
-# are two of different lengths, since torch compiles anew, for any length, when it meets a second one.
-TRIED = (((150, 40, 37, 30), (-1, 0, 0, -1)), ((300, 200, 65, 40), (-1, 0, -1, 2)))
+# Segment lengths and parents of the trial trees. They span several blocks, with and without shared prefixes.
+# Two lengths are tried because torch recompiles with dynamic shapes when it sees a second one.
+TRIAL_TREES = (((150, 40, 37, 30), (-1, 0, 0, -1)), ((300, 200, 65, 40), (-1, 0, -1, 2)))
 
-# By what was tried: why FlexAttention does not serve it, or None where it does.
+# Results of trials by key: the reason why FlexAttention is not used, or None if it is.
 _TRIALS: dict[tuple[Any, ...], str | None] = {}
 
 
 def notes() -> list[str]:
-    """Why attention does not run by FlexAttention where it was tried, a line for each reason."""
-    return [f"attention runs in tiles: {why}" for why in dict.fromkeys(_TRIALS.values()) if why is not None]
+    """Return why attention does not use FlexAttention after a failed trial, one line per reason."""
+    return [f"attention runs in tiles: {reason}" for reason in dict.fromkeys(_TRIALS.values()) if reason is not None]
 
 
 def tree_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, compiled: bool = True, **how: Unpack[How]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    *,
+    compiled: bool = True,
+    **options: Unpack[AttentionOptions],
 ) -> Tensor:
-    """As :func:`deltaw.kernels.attention.packed_attention`, by FlexAttention, with its own derivative.
+    """Compute :func:`packed_attention` with FlexAttention, which also provides the derivative.
 
     Args:
-        query: (heads, T, d). key, value: (key heads, T, d) and (key heads, T, d_v).
-        compiled: without it, all T × T scores are computed by torch's operations.
-        how: all but ``causal``.
+        query: (heads, T, d) queries.
+        key: (key heads, T, d) keys.
+        value: (key heads, T, d_v) values.
+        layout: Layout of the T tokens.
+        compiled: Compile FlexAttention. If False, torch's operators compute all T × T scores.
+        **options: Options without ``causal``.
 
     Returns:
         (heads, T, d_v).
 
     Raises:
-        ImportError: this torch has no FlexAttention.
+        ImportError: if this version of torch does not include FlexAttention.
     """
     attention = _compiled() if compiled else _function()
-    mod, softcap = None, how.get("softcap")
+    score_mod, softcap = None, options.get("softcap")
     if softcap is not None:
         cap = float(softcap)
 
-        def mod(score: Tensor, batch: Tensor, head: Tensor, at: Tensor, seen: Tensor) -> Tensor:
+        def score_mod(score: Tensor, batch: Tensor, head: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
             return cap * torch.tanh(score / cap)
 
-    mask, grouped = tree_mask(layout, how.get("window")), query.shape[0] != key.shape[0]
+    mask, grouped = tree_mask(layout, options.get("window")), query.shape[0] != key.shape[0]
     heads = (t[None] for t in (query, key, value))
-    return attention(*heads, score_mod=mod, block_mask=mask, scale=how["scaling"], enable_gqa=grouped)[0]
+    return attention(*heads, score_mod=score_mod, block_mask=mask, scale=options["scaling"], enable_gqa=grouped)[0]
 
 
 def tree_mask(layout: Layout, window: int | None = None) -> Any:
-    """The layout's ``BlockMask`` on its device, made once: all layers of a model use the same one."""
+    """Return the layout's ``BlockMask`` on its device. It is cached, so all layers of a model share it."""
     if window not in layout.masks:
         layout.masks[window] = _block_mask(layout, window)
     return layout.masks[window]
 
 
 def ranks(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """Each token's place (T,) in the tree walked depth first, and the end (T,) of its segment's subtree."""
+    """Return each token's index (T) in a depth-first walk of the tree, and the end (T) of its segment's subtree."""
     lengths = layout.stops - layout.starts
-    below = lengths.copy()
+    subtree_sizes = lengths.copy()
     for segment in range(len(lengths) - 1, -1, -1):
         if layout.parents[segment] >= 0:
-            below[layout.parents[segment]] += below[segment]
-    begin = np.zeros(len(lengths), np.int64)
-    free, root = np.zeros(len(lengths), np.int64), 0  # where the next child begins
+            subtree_sizes[layout.parents[segment]] += subtree_sizes[segment]
+    first = np.zeros(len(lengths), np.int64)
+    next_child, root = np.zeros(len(lengths), np.int64), 0
     for segment, parent in enumerate(layout.parents):
         if parent >= 0:
-            begin[segment] = free[parent]
-            free[parent] += below[segment]
+            first[segment] = next_child[parent]
+            next_child[parent] += subtree_sizes[segment]
         else:
-            begin[segment], root = root, root + below[segment]
-        free[segment] = begin[segment] + lengths[segment]
-    rank = np.arange(layout.length) + np.repeat(begin - layout.starts, lengths)
-    return rank, np.repeat(begin + below, lengths)
+            first[segment], root = root, root + subtree_sizes[segment]
+        next_child[segment] = first[segment] + lengths[segment]
+    rank = np.arange(layout.length) + np.repeat(first - layout.starts, lengths)
+    return rank, np.repeat(first + subtree_sizes, lengths)
 
 
 def visible_pairs(layout: Layout, window: int | None = None, block: int = BLOCK) -> np.ndarray:
-    """How many (query, key) pairs are seen in each block of queries and keys: (n, n) for n blocks.
+    """Count the visible (query, key) pairs in each block of queries and keys: (n, n) for n blocks.
 
-    The keys that a query sees of one segment stand side by side, so they are counted without listing them.
+    The visible keys of a query within one segment are contiguous, so they are counted as ranges.
     """
     count = -(-layout.length // block)
-    seen = np.zeros((count, count), np.int64)
+    counts = np.zeros((count, count), np.int64)
     offsets, positions = layout.offsets(), layout.positions()
     for segment, (start, stop) in enumerate(zip(layout.starts, layout.stops, strict=True)):
-        for begin in range(int(start), int(stop), COUNTED_AT_ONCE):
-            queries = np.arange(begin, min(begin + COUNTED_AT_ONCE, int(stop)))
-            at = segment
-            while at >= 0:
-                low = np.full(len(queries), layout.starts[at])
+        for first in range(int(start), int(stop), QUERIES_PER_COUNT):
+            queries = np.arange(first, min(first + QUERIES_PER_COUNT, int(stop)))
+            ancestor = segment
+            while ancestor >= 0:
+                low = np.full(len(queries), layout.starts[ancestor])
                 if window is not None:
-                    low += np.maximum(0, positions[queries] - window + 1 - offsets[at])
-                high = queries + 1 if at == segment else np.full(len(queries), layout.stops[at])
-                _count(seen, queries, low, high, block)
-                at = int(layout.parents[at])
-    return seen
+                    low += np.maximum(0, positions[queries] - window + 1 - offsets[ancestor])
+                high = queries + 1 if ancestor == segment else np.full(len(queries), layout.stops[ancestor])
+                _count_pairs(counts, queries, low, high, block)
+                ancestor = int(layout.parents[ancestor])
+    return counts
 
 
-def _count(seen: np.ndarray, queries: np.ndarray, low: np.ndarray, high: np.ndarray, block: int) -> None:
-    """Add the pairs of each of these queries, which follow one another, with its keys ``low … high - 1``."""
+def _count_pairs(counts: np.ndarray, queries: np.ndarray, low: np.ndarray, high: np.ndarray, block: int) -> None:
+    """Add the visible pairs of consecutive queries, whose keys are ``low … high - 1``, to the counts."""
     if low.min() >= high.max():
         return
     first, last = int(low.min()) // block, (int(high.max()) - 1) // block
@@ -163,16 +172,16 @@ def _count(seen: np.ndarray, queries: np.ndarray, low: np.ndarray, high: np.ndar
     pairs = np.minimum(high[:, None], edges[1:]) - np.maximum(low[:, None], edges[:-1])
     rows = queries // block
     cuts = np.concatenate([[0], np.flatnonzero(np.diff(rows)) + 1])
-    seen[rows[0] : rows[-1] + 1, first : last + 1] += np.add.reduceat(np.maximum(pairs, 0), cuts, axis=0)
+    counts[rows[0] : rows[-1] + 1, first : last + 1] += np.add.reduceat(np.maximum(pairs, 0), cuts, axis=0)
 
 
 def _block_mask(layout: Layout, window: int | None) -> Any:
     from torch.nn.attention.flex_attention import BlockMask
 
-    seen = visible_pairs(layout, window)
-    whole = seen == BLOCK * BLOCK
-    some, some_places = _listed((seen > 0) & ~whole, layout.device)
-    all_of, all_places = _listed(whole, layout.device)
+    pairs = visible_pairs(layout, window)
+    is_full = pairs == BLOCK * BLOCK
+    partial_counts, partial_indices = _block_indices((pairs > 0) & ~is_full, layout.device)
+    full_counts, full_indices = _block_indices(is_full, layout.device)
     rank, end, position = (
         to_device(torch.from_numpy(numbers.astype(np.int32)), layout.device)
         for numbers in (*ranks(layout), layout.positions())
@@ -180,29 +189,30 @@ def _block_mask(layout: Layout, window: int | None) -> Any:
 
     reach = layout.length if window is None else window
 
-    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (rank[key] <= rank[query]) & (rank[query] < end[key])
 
-    def sees_near(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return sees(batch, head, query, key) & (position[query] - position[key] < reach)
+    def is_visible_in_window(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return is_visible(batch, head, query, key) & (position[query] - position[key] < reach)
 
-    mod, lengths = sees if window is None else sees_near, (layout.length, layout.length)
-    tables = (some, some_places, all_of, all_places)
-    return BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=BLOCK, mask_mod=mod, seq_lengths=lengths)
+    mask_mod, lengths = is_visible if window is None else is_visible_in_window, (layout.length, layout.length)
+    tables = (partial_counts, partial_indices, full_counts, full_indices)
+    return BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=lengths)
 
 
-def _listed(blocks: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For each row of an (n, n) bool table: how many are True, and all places, those of the True first.
+def _block_indices(blocks: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return for each row of an (n, n) bool table the number of True entries, and all column indices, True entries
+    first.
 
-    Shapes are FlexAttention's, with a batch and a head of one: (1, 1, n) and (1, 1, n, n).
+    Shapes are FlexAttention's with batch size and heads of 1: (1, 1, n) and (1, 1, n, n).
     """
-    places = np.argsort(~blocks, axis=1, kind="stable")
-    tables = (torch.from_numpy(table.astype(np.int32)) for table in (blocks.sum(1), places))
-    count, place = (to_device(table, device)[None, None] for table in tables)
-    return count, place
+    order = np.argsort(~blocks, axis=1, kind="stable")
+    tables = (torch.from_numpy(table.astype(np.int32)) for table in (blocks.sum(1), order))
+    count, indices = (to_device(table, device)[None, None] for table in tables)
+    return count, indices
 
 
-def serves(
+def supports(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -210,81 +220,87 @@ def serves(
     window: int | None = None,
     softcap: float | None = None,
 ) -> bool:
-    """Whether FlexAttention serves (heads, T, d) tensors like these; tried once for each form of them.
+    """True if FlexAttention is used for (heads, T, d) tensors like these. Runs a trial once per combination of shapes.
 
-    Never on fake tensors, nor while a dispatch mode watches: a dry run must not compile anything.
+    Always False for fake tensors and inside dispatch modes, because a dry run must not compile anything.
 
     Args:
-        reference: what :func:`tree_attention` must give, called likewise.
+        query: (heads, T, d) queries.
+        key: (key heads, T, d) keys.
+        value: (key heads, T, d_v) values.
+        reference: Reference implementation with the signature of :func:`tree_attention`.
+        window: Sliding-window size or None.
+        softcap: Soft cap of the scores or None.
     """
-    plain = query.device.type in DEVICES and type(query) in (Tensor, torch.nn.Parameter)
-    if not plain or query.dtype not in TOLERANCE or in_dispatch_mode():
+    is_real = query.device.type in DEVICES and type(query) in (Tensor, torch.nn.Parameter)
+    if not is_real or query.dtype not in TOLERANCE or in_dispatch_mode():
         return False
-    form = _form(query, key, value, window, softcap)
-    if form not in _TRIALS:
-        inputs, trees = (query, key, value), (Layout.of_lengths(*tree) for tree in TRIED)
-        each = (_tried_on(tree, inputs, reference, window is not None, softcap) for tree in trees)
-        _TRIALS[form] = next(filter(None, each), None)
-    return _TRIALS[form] is None
+    trial_key = _trial_key(query, key, value, window, softcap)
+    if trial_key not in _TRIALS:
+        inputs, trees = (query, key, value), (Layout.of_lengths(*tree) for tree in TRIAL_TREES)
+        reasons = (_run_trial(tree, inputs, reference, window is not None, softcap) for tree in trees)
+        _TRIALS[trial_key] = next(filter(None, reasons), None)
+    return _TRIALS[trial_key] is None
 
 
 def _attend_compiled(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, window: int | None, softcap: float | None
 ) -> Tensor | None:
-    """:func:`tree_attention` where FlexAttention serves; None where it does not.
+    """Return :func:`tree_attention`, or None if FlexAttention is not used.
 
-    Nor does it any longer if torch cannot compile it for a later shape.
+    If torch cannot compile it for a later shape, the failure is recorded and FlexAttention is not used again for this
+    key.
     """
-    if not serves(query, key, value, packed_attention_reference, window, softcap):
+    if not supports(query, key, value, packed_reference, window, softcap):
         return None
     try:
         return tree_attention(query, key, value, layout, scaling=scaling, window=window, softcap=softcap)
     except compile_errors() as error:
-        _TRIALS[_form(query, key, value, window, softcap)] = _failed(error)
+        _TRIALS[_trial_key(query, key, value, window, softcap)] = _failure_message(error)
         return None
 
 
-def _form(query: Tensor, key: Tensor, value: Tensor, window: int | None, softcap: float | None) -> tuple[Any, ...]:
-    """What a trial is remembered by."""
+def _trial_key(query: Tensor, key: Tensor, value: Tensor, window: int | None, softcap: float | None) -> tuple[Any, ...]:
+    """Return the key that a trial's result is cached under."""
     heads, sizes = (query.shape[0], key.shape[0]), (query.shape[-1], value.shape[-1])
     return query.device, query.dtype, *heads, *sizes, window is not None, softcap is not None
 
 
-def _failed(error: Exception) -> str:
+def _failure_message(error: Exception) -> str:
     brief = (str(error).splitlines() or [""])[0][:100]
     return f"FlexAttention failed ({type(error).__name__}: {brief})"
 
 
-def _tried_on(
+def _run_trial(
     layout: Layout, inputs: tuple[Tensor, ...], reference: Callable[..., Tensor], window: bool, softcap: float | None
 ) -> str | None:
-    """Why FlexAttention does not serve inputs of this form; None where a small tree shows that it does."""
+    """Compare FlexAttention with the reference on a small tree. Returns the reason if it cannot be used, else None."""
     device, dtype, size = inputs[0].device, inputs[0].dtype, inputs[0].shape[-1]
     layout.device = device
     generator = torch.Generator(device=device).manual_seed(0)
     leaves = [torch.randn(t.shape[0], layout.length, t.shape[-1], generator=generator, device=device) for t in inputs]
-    how = {"scaling": size**-0.5, "window": 100 if window else None, "softcap": softcap}
+    options = {"scaling": size**-0.5, "window": 100 if window else None, "softcap": softcap}
     try:
-        ours = _with_gradients(tree_attention, [t.to(dtype) for t in leaves], layout, how)
-    except Exception as error:  # whatever a compiler raises here, tiles do without one
-        return _failed(error)
-    expected = _with_gradients(reference, leaves, layout, how)
-    for one, other in zip(ours, expected, strict=True):
-        difference = float((one.float() - other).norm() / other.norm())
+        actual = _with_gradients(tree_attention, [t.to(dtype) for t in leaves], layout, options)
+    except Exception as error:  # compilers raise many types; tiles remain as fallback
+        return _failure_message(error)
+    expected = _with_gradients(reference, leaves, layout, options)
+    for result, reference_result in zip(actual, expected, strict=True):
+        difference = float((result.float() - reference_result).norm() / reference_result.norm())
         if not difference <= TOLERANCE[dtype]:
-            return f"FlexAttention gave another result (relative difference {difference:.1e})"
+            return f"FlexAttention returned a different result (relative difference {difference:.1e})"
     return None
 
 
 def _with_gradients(
-    attention: Callable[..., Tensor], inputs: list[Tensor], layout: Layout, how: dict[str, Any]
+    attention: Callable[..., Tensor], inputs: list[Tensor], layout: Layout, options: dict[str, Any]
 ) -> list[Tensor]:
-    """The output, and the gradients of the inputs under one that grows along it."""
+    """Return the output and the gradients of the inputs for an output gradient that increases linearly."""
     with torch.inference_mode(False), torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in inputs]
-        out = attention(*leaves, layout, **how)
-        slope = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out).to(out.dtype)
-        return [out.detach(), *torch.autograd.grad(out, leaves, slope)]
+        out = attention(*leaves, layout, **options)
+        output_gradient = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out).to(out.dtype)
+        return [out.detach(), *torch.autograd.grad(out, leaves, output_gradient)]
 
 
 def _function() -> Callable[..., Any]:
@@ -298,40 +314,48 @@ def _compiled() -> Callable[..., Any]:
     return torch.compile(_function())
 
 
-# Attention weights are kept for the backward where they take at most so many times the room of q, k and v.
-KEPT_WEIGHTS = 2.0
+# Attention weights are saved for the backward if they take at most this multiple of the memory of q, k and v.
+MAX_SAVED_WEIGHTS = 2.0
 
 
-def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, **how: Unpack[How]) -> Tensor:
-    """softmax(scaling · Q Kᵀ) V where each query sees what the layout lets it see.
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, **options: Unpack[AttentionOptions]
+) -> Tensor:
+    """Return softmax(scaling · Q Kᵀ) V with the visibility of a layout.
 
     Args:
-        query: (heads, T, d). key, value: (key heads, T, d) and (key heads, T, d_v), where key heads divides
-            heads and query heads ``i·g … i·g + g - 1`` share key head ``i``.
+        query: (heads, T, d) queries. Query heads ``i·g … i·g + g - 1`` share key head ``i``.
+        key: (key heads, T, d) keys. The number of key heads divides the number of heads.
+        value: (key heads, T, d_v) values.
+        layout: Layout of the T tokens.
+        **options: See :class:`AttentionOptions`.
 
     Returns:
-        (heads, T, d_v), in the dtype of ``value``. Scores and soft-max are computed in fp32 (fp64 for fp64
-        inputs), the products with the values in the inputs' own dtype.
+        (heads, T, d_v) in the dtype of ``value``. Scores and softmax are computed in fp32 (fp64 for fp64 inputs),
+        products
+        with the values in the inputs' dtype.
     """
     of_tokens = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
-    told = how["scaling"], how.get("window"), how.get("softcap")
-    causal = how.get("causal", True)
+    score_options = options["scaling"], options.get("window"), options.get("softcap")
+    causal = options.get("causal", True)
     if causal:
         _check_inputs(*of_tokens, layout, None)
-        if (served := _attend_compiled(query, key, value, layout, *told)) is not None:
-            return served
-    return _PackedAttention.apply(*of_tokens, layout, *told, causal).transpose(0, 1)
+        if (out := _attend_compiled(query, key, value, layout, *score_options)) is not None:
+            return out
+    return _PackedAttention.apply(*of_tokens, layout, *score_options, causal).transpose(0, 1)
 
 
-def packed_attention_reference(query: Tensor, key: Tensor, value: Tensor, layout: Layout, **how: Unpack[How]) -> Tensor:
-    """The reference implementation of :func:`packed_attention`: all T × T scores at once, by autograd."""
-    group, softcap = query.shape[0] // key.shape[0], how.get("softcap")
-    wide = sums_dtype(query)
+def packed_reference(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, **options: Unpack[AttentionOptions]
+) -> Tensor:
+    """Reference implementation of :func:`packed_attention`. Computes all T × T scores at once and supports autograd."""
+    group, softcap = query.shape[0] // key.shape[0], options.get("softcap")
+    dtype = accumulation_dtype(query)
     keys, values = (t.repeat_interleave(group, dim=0) for t in (key, value))
-    scores = how["scaling"] * (query.to(wide) @ keys.to(wide).transpose(1, 2))
+    scores = options["scaling"] * (query.to(dtype) @ keys.to(dtype).transpose(1, 2))
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    visible = torch.from_numpy(layout.visible(how.get("window"))).to(query.device)
+    visible = torch.from_numpy(layout.visible(options.get("window"))).to(query.device)
     weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
     return weights.to(value.dtype) @ values
 
@@ -339,47 +363,58 @@ def packed_attention_reference(query: Tensor, key: Tensor, value: Tensor, layout
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, layout, scaling, window, softcap, causal):  # type: ignore[override]
-        how = {"scaling": scaling, "window": window, "softcap": softcap, "causal": causal}
-        out, kept = attend(query, key, value, layout, **how)
-        # The tiles need no outputs for their backward.
-        ctx.save_for_backward(query, key, value, out if is_compiled(query, key, value) else None, *kept)
-        ctx.layout, ctx.how = layout, how
+        options = {"scaling": scaling, "window": window, "softcap": softcap, "causal": causal}
+        out, saved = attend(query, key, value, layout, **options)
+        # The backward pass of the tiles does not use the outputs.
+        ctx.save_for_backward(query, key, value, out if is_compiled(query, key, value) else None, *saved)
+        ctx.layout, ctx.options = layout, options
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):  # type: ignore[override]
-        query, key, value, out, *kept = ctx.saved_tensors
-        grads = attend_backward(grad_out, query, key, value, out, kept, ctx.layout, **ctx.how)
+        query, key, value, out, *saved = ctx.saved_tensors
+        grads = attend_backward(grad_out, query, key, value, out, saved, ctx.layout, **ctx.options)
         return *grads, None, None, None, None, None
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, picked: Tensor | None = None, **how: Unpack[How]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    *,
+    rows: Tensor | None = None,
+    **options: Unpack[AttentionOptions],
 ) -> tuple[Tensor, list[Tensor]]:
-    """:func:`packed_attention` of (T, heads, d) tensors, without a graph.
+    """Compute :func:`packed_attention` of (T, heads, d) tensors without recording a graph.
 
     Args:
-        picked: (P), ascending: the places of the T at which the P queries stand; None where each one asks.
+        query: (P or T, heads, d) queries.
+        key: (T, key heads, d) keys.
+        value: (T, key heads, d_v) values.
+        layout: Layout of the T tokens.
+        rows: (P) ascending positions of the queries, or None if every token is a query.
+        **options: See :class:`AttentionOptions`.
 
     Returns:
-        (P or T, heads, d_v), and what :func:`attend_backward` needs of it.
+        (P or T, heads, d_v) outputs, and tensors to pass to :func:`attend_backward`.
 
     Raises:
-        ValueError: the shapes do not fit each other or the layout, or the picked places do not ascend.
-        IndexError: a picked place lies outside of the row.
-        NotImplementedError: attention both ways without the compiled kernel.
+        ValueError: if shapes do not match each other or the layout, or positions are not ascending.
+        IndexError: if a position is out of bounds.
+        NotImplementedError: if attention is bidirectional and the compiled kernel is not available.
     """
-    _check_inputs(query, key, value, layout, picked)
+    _check_inputs(query, key, value, layout, rows)
     if is_compiled(query, key, value):
-        out, logs = _attention(query, key, value, layout.segments(), *_numbers(how), picked)
+        out, logs = _attention(query, key, value, layout.segments(), *_kernel_options(options), rows)
         return out, [logs]
-    if not how.get("causal", True):
-        raise NotImplementedError("attention both ways needs the compiled kernel")
-    q, k, v = (t.transpose(0, 1) for t in (spread_rows(query, picked, len(key)), key, value))
-    out, kept = _tiles_forward(q, k, v, layout.tiles(how.get("window")), how)
+    if not options.get("causal", True):
+        raise NotImplementedError("bidirectional attention requires the compiled kernel")
+    q, k, v = (t.transpose(0, 1) for t in (spread_rows(query, rows, len(key)), key, value))
+    out, saved = _forward(q, k, v, layout.tiles(options.get("window")), options)
     out = out.transpose(0, 1)
-    return (out if picked is None else out.index_select(0, picked)), kept
+    return (out if rows is None else out.index_select(0, rows)), saved
 
 
 def attend_backward(
@@ -388,55 +423,66 @@ def attend_backward(
     key: Tensor,
     value: Tensor,
     out: Tensor | None,
-    kept: Sequence[Tensor],
+    saved: Sequence[Tensor],
     layout: Layout,
     *,
-    picked: Tensor | None = None,
-    **how: Unpack[How],
+    rows: Tensor | None = None,
+    **options: Unpack[AttentionOptions],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value, like them, from what :func:`attend` gave.
+    """Return the gradients of query, key and value.
+
+    Args:
+        grad: (P or T, heads, d_v) gradient of the output.
+        query: (P or T, heads, d) queries.
+        key: (T, key heads, d) keys.
+        value: (T, key heads, d_v) values.
+        out: Output of :func:`attend`, required by the compiled kernel.
+        saved: Saved tensors returned by :func:`attend`.
+        layout: Layout of the T tokens.
+        rows: As for :func:`attend`.
+        **options: See :class:`AttentionOptions`.
 
     Raises:
-        ValueError: the gradient is not like the outputs.
+        ValueError: if the shape of ``grad`` is not that of the outputs.
     """
     check_shape("the gradient", grad, *query.shape[:2], value.shape[-1])
     if out is not None and is_compiled(query, key, value):
-        (logs,) = kept
-        return _attention_backward(grad, query, key, value, out, logs, layout.segments(), *_numbers(how), picked)
-    spread = (spread_rows(t, picked, len(key)) for t in (grad, query))
-    d, q, k, v = (t.transpose(0, 1) for t in (*spread, key, value))
-    grads = _tiles_backward(d, q, k, v, kept, layout.tiles(how.get("window")), how)
-    of_q, of_k, of_v = (t.transpose(0, 1) for t in grads)
-    return (of_q if picked is None else of_q.index_select(0, picked)), of_k, of_v
+        (logs,), segments = saved, layout.segments()
+        return _attention_backward(grad, query, key, value, out, logs, segments, *_kernel_options(options), rows)
+    scattered = (spread_rows(t, rows, len(key)) for t in (grad, query))
+    d, q, k, v = (t.transpose(0, 1) for t in (*scattered, key, value))
+    grads = _backward(d, q, k, v, saved, layout.tiles(options.get("window")), options)
+    grad_query, grad_key, grad_value = (t.transpose(0, 1) for t in grads)
+    return (grad_query if rows is None else grad_query.index_select(0, rows)), grad_key, grad_value
 
 
-def _numbers(how: How) -> tuple[int, bool, float, float]:
-    """Window, causal, scaling and soft cap as the kernels take them."""
-    return how.get("window") or 0, how.get("causal", True), how["scaling"], how.get("softcap") or 0.0
+def _kernel_options(options: AttentionOptions) -> tuple[int, bool, float, float]:
+    """Return window, causal, scaling and soft cap as passed to the kernels."""
+    return options.get("window") or 0, options.get("causal", True), options["scaling"], options.get("softcap") or 0.0
 
 
-def _check_inputs(query: Tensor, key: Tensor, value: Tensor, layout: Layout, picked: Tensor | None) -> None:
-    """That (T, heads, d) tensors fit each other and the layout, and the queries their places."""
+def _check_inputs(query: Tensor, key: Tensor, value: Tensor, layout: Layout, output_rows: Tensor | None) -> None:
+    """Check the shapes of (T, heads, d) tensors against each other, the layout and the query positions."""
     length, key_heads, size = key.shape
     if length != layout.length:
-        raise ValueError(f"there are {length} keys, and the layout has {layout.length} tokens")
+        raise ValueError(f"got {length} keys, but the layout has {layout.length} tokens")
     if not key_heads or query.shape[1] % key_heads:
         raise ValueError(f"{query.shape[1]} heads cannot share {key_heads} key heads")
-    check_shape("the queries", query, length if picked is None else len(picked), query.shape[1], size)
+    check_shape("the queries", query, length if output_rows is None else len(output_rows), query.shape[1], size)
     check_shape("the values", value, length, key_heads, value.shape[-1])
-    # A fake tensor holds no positions to check. A device would be waited for, and torch checks indices there.
-    if picked is not None and type(picked) is Tensor and picked.device.type == "cpu":
-        check_places(picked, length)
+    # Fake tensors have no values. On a device the check would synchronize, and torch checks indices there anyway.
+    if output_rows is not None and type(output_rows) is Tensor and output_rows.device.type == "cpu":
+        check_positions(output_rows, length)
 
 
-def spread_rows(rows: Tensor, picked: Tensor | None, length: int) -> Tensor:
-    """Return (length, …) with rows (P, …) at the positions ``picked``, zeros elsewhere; ``rows`` if that is None."""
-    return rows if picked is None else rows.new_zeros(length, *rows.shape[1:]).index_copy_(0, picked, rows)
+def spread_rows(rows: Tensor, output_rows: Tensor | None, length: int) -> Tensor:
+    """Scatter rows (P, …) to the positions ``output_rows`` of zeros (length, …). None returns ``rows``."""
+    return rows if output_rows is None else rows.new_zeros(length, *rows.shape[1:]).index_copy_(0, output_rows, rows)
 
 
 def is_compiled(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the compiled kernel takes these: heads of an even size whose numbers lie side by side."""
-    if not loader.serves(query, key, value):
+    """True if the compiled kernel supports these tensors: even head sizes with contiguous elements."""
+    if not loader.supports(query, key, value):
         return False
     even = query.shape[-1] % 2 == 0 and value.shape[-1] % 2 == 0
     return even and query.shape[0] > 0 and all(t.stride(-1) == 1 for t in (query, key, value))
@@ -446,22 +492,22 @@ def _strides(*tensors: Tensor) -> Tensor:
     return torch.tensor([step for t in tensors for step in t.stride()[:2]], dtype=torch.int64)
 
 
-def _compute_attention(query, key, value, segments, window, causal, scaling, softcap, picked):  # type: ignore[no-untyped-def]
+def _compute_attention(query, key, value, segments, window, causal, scaling, softcap, output_rows):  # type: ignore[no-untyped-def]
     queries, heads, size = query.shape
     length, key_heads, value_size = value.shape
     out = query.new_empty(queries, heads, value_size)
     logs = torch.empty(heads, queries)
     strides = _strides(query, key, value, out)
     loader.kernels().dw_attention(
-        loader.number(query.dtype), segments.data_ptr(), segments.shape[1], length, window, causal, heads,
-        key_heads, size, value_size, scaling, softcap, loader.address(picked), queries,
+        loader.dtype_code(query.dtype), segments.data_ptr(), segments.shape[1], length, window, causal, heads,
+        key_heads, size, value_size, scaling, softcap, loader.address(output_rows), queries,
         *(t.data_ptr() for t in (query, key, value, out, strides, logs)),
     )  # fmt: skip
     return out, logs
 
 
 def _compute_attention_backward(  # type: ignore[no-untyped-def]
-    grad, query, key, value, out, logs, segments, window, causal, scaling, softcap, picked
+    grad, query, key, value, out, logs, segments, window, causal, scaling, softcap, output_rows
 ):
     queries, heads, size = query.shape
     length, key_heads, value_size = value.shape
@@ -469,27 +515,27 @@ def _compute_attention_backward(  # type: ignore[no-untyped-def]
     grads = [t.new_empty(t.shape) for t in (query, key, value)]
     strides = _strides(query, key, value, out, grad, *grads)
     loader.kernels().dw_attention_backward(
-        loader.number(query.dtype), segments.data_ptr(), segments.shape[1], length, window, causal, heads,
-        key_heads, size, value_size, scaling, softcap, loader.address(picked), queries,
+        loader.dtype_code(query.dtype), segments.data_ptr(), segments.shape[1], length, window, causal, heads,
+        key_heads, size, value_size, scaling, softcap, loader.address(output_rows), queries,
         *(t.data_ptr() for t in (query, key, value, out, grad, *grads)),
         strides.data_ptr(), logs.data_ptr(),
     )  # fmt: skip
     return tuple(grads)
 
 
-def _pairs(segments: Tensor, window: int, causal: bool, picked: Tensor | None) -> int:
-    """(query, key) pairs that are seen."""
+def _pairs(segments: Tensor, window: int, causal: bool, output_rows: Tensor | None) -> int:
+    """Return the number of visible (query, key) pairs."""
     starts, stops, _, offsets = segments.tolist()
-    if picked is not None and causal:
+    if output_rows is not None and causal:
         positions = [0] * stops[-1]
         for start, stop, offset in zip(starts, stops, offsets, strict=True):
             positions[start:stop] = range(offset + 1, offset + 1 + stop - start)
-        return sum(min(window, positions[at]) if window else positions[at] for at in picked.tolist())
+        return sum(min(window, positions[index]) if window else positions[index] for index in output_rows.tolist())
     total = 0
     for start, stop, offset in zip(starts, stops, offsets, strict=True):
         size = stop - start
         if window and offset + size > window:
-            total += sum(min(window, offset + at + 1) for at in range(size))
+            total += sum(min(window, offset + index + 1) for index in range(size))
         else:
             total += size * offset + (size * (size + 1) // 2 if causal else size * size)
     return total
@@ -497,76 +543,85 @@ def _pairs(segments: Tensor, window: int, causal: bool, picked: Tensor | None) -
 
 _attention = define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor segments, int window, bool causal, "
-    "float scaling, float softcap, Tensor? picked) -> (Tensor, Tensor)",
+    "float scaling, float softcap, Tensor? output_rows) -> (Tensor, Tensor)",
     _compute_attention,
     lambda query, key, value, *_: (
         query.new_empty(*query.shape[:2], value.shape[-1]),
         query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32),
     ),
-    lambda query, key, value, segments, window, causal, scaling, softcap, picked: (
-        2 * _pairs(segments, window, causal, picked) * query.shape[1] * (query.shape[2] + value.shape[2])
+    lambda query, key, value, segments, window, causal, scaling, softcap, output_rows: (
+        2 * _pairs(segments, window, causal, output_rows) * query.shape[1] * (query.shape[2] + value.shape[2])
     ),
 )
 _attention_backward = define(
     "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logs, "
-    "Tensor segments, int window, bool causal, float scaling, float softcap, Tensor? picked) "
+    "Tensor segments, int window, bool causal, float scaling, float softcap, Tensor? output_rows) "
     "-> (Tensor, Tensor, Tensor)",
     _compute_attention_backward,
     lambda grad, query, key, value, *_: tuple(t.new_empty(t.shape) for t in (query, key, value)),
-    lambda grad, query, key, value, out, logs, segments, window, causal, scaling, softcap, picked: (
-        2 * _pairs(segments, window, causal, picked) * query.shape[1] * (3 * query.shape[2] + 2 * value.shape[2])
+    lambda grad, query, key, value, out, logs, segments, window, causal, scaling, softcap, output_rows: (
+        2 * _pairs(segments, window, causal, output_rows) * query.shape[1] * (3 * query.shape[2] + 2 * value.shape[2])
     ),
 )
 
 
-def _tiles_forward(query: Tensor, key: Tensor, value: Tensor, tiles: Tiles, how: How) -> tuple[Tensor, list[Tensor]]:
-    """(heads, T, d_v), and the weights of each batch of tiles where they are small enough to be kept."""
-    scaling, softcap = how["scaling"], how.get("softcap")
-    key_heads, wide = key.shape[0], sums_dtype(query)
-    queries = query.to(wide).mul(scaling).index_select(1, tiles.gather)
-    wide_key = key.to(wide)
-    products, kept, at = [], [], 0
-    pairs = query.shape[0] * sum(batch.count * batch.queries * batch.keys.shape[1] for batch in tiles.batches)
-    keep = softcap is None and pairs * wide.itemsize <= KEPT_WEIGHTS * sum(t.nbytes for t in (query, key, value))
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, tiles: Tiles, options: AttentionOptions
+) -> tuple[Tensor, list[Tensor]]:
+    """Return (heads, T, d_v) outputs, and the weights of each batch of tiles if they are small enough to be saved."""
+    scaling, softcap = options["scaling"], options.get("softcap")
+    key_heads, dtype = key.shape[0], accumulation_dtype(query)
+    queries = query.to(dtype).mul(scaling).index_select(1, tiles.gather)
+    cast_key = key.to(dtype)
+    products, saved, start = [], [], 0
+    num_weights = query.shape[0] * sum(batch.count * batch.queries * batch.keys.shape[1] for batch in tiles.batches)
+    max_bytes = MAX_SAVED_WEIGHTS * sum(t.nbytes for t in (query, key, value))
+    save_weights = softcap is None and num_weights * dtype.itemsize <= max_bytes
     for batch in tiles.batches:
-        rows = _folded(queries[:, at : at + batch.count * batch.queries], key_heads, batch)
-        weights, _ = _weights(rows, _gathered(wide_key, batch), batch, softcap)
+        rows = _folded(queries[:, start : start + batch.count * batch.queries], key_heads, batch)
+        weights, _ = _weights(rows, _gathered(cast_key, batch), batch, softcap)
         product = torch.bmm(weights.to(value.dtype), _gathered(value, batch))
         products.append(_unfolded(product, key_heads, batch))
-        if keep:
-            kept.append(weights)
-        at += batch.count * batch.queries
-    return torch.cat(products, dim=1).index_select(1, tiles.slots), kept
+        if save_weights:
+            saved.append(weights)
+        start += batch.count * batch.queries
+    return torch.cat(products, dim=1).index_select(1, tiles.slots), saved
 
 
-def _tiles_backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, kept: Sequence[Tensor], tiles: Tiles, how: How
+def _backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    saved: Sequence[Tensor],
+    tiles: Tiles,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    scaling, softcap = how["scaling"], how.get("softcap")
-    key_heads, wide = key.shape[0], sums_dtype(query)
-    # Several tiles write into the keys that they share: their sum is kept wide and rounded once.
-    grad_key, grad_value = (torch.zeros(t.shape, dtype=wide, device=t.device).flatten(0, 1) for t in (key, value))
+    scaling, softcap = options["scaling"], options.get("softcap")
+    key_heads, dtype = key.shape[0], accumulation_dtype(query)
+    # Tiles that share keys add to the same rows: accumulate in higher precision and round once.
+    grad_key, grad_value = (torch.zeros(t.shape, dtype=dtype, device=t.device).flatten(0, 1) for t in (key, value))
     queries, grads = query.index_select(1, tiles.gather), grad_out.index_select(1, tiles.gather)
-    grads.index_fill_(1, tiles.filling, 0)  # what only fills a tile up must not reach the keys
-    grad_queries, at = [], 0
-    for number, batch in enumerate(tiles.batches):
-        there = slice(at, at + batch.count * batch.queries)
-        at = there.stop
-        grad = _folded(grads[:, there], key_heads, batch)
-        rows = _folded(queries[:, there], key_heads, batch)
+    grads.index_fill_(1, tiles.filling, 0)  # padding queries must not contribute to the keys' gradients
+    grad_queries, start = [], 0
+    for batch_index, batch in enumerate(tiles.batches):
+        query_slice = slice(start, start + batch.count * batch.queries)
+        start = query_slice.stop
+        grad = _folded(grads[:, query_slice], key_heads, batch)
+        rows = _folded(queries[:, query_slice], key_heads, batch)
         keys, values = _gathered(key, batch), _gathered(value, batch)
-        if kept:
-            weights, slope = kept[number], None
+        if saved:
+            weights, slope = saved[batch_index], None
         else:
-            weights, slope = _weights(rows.to(wide).mul(scaling), keys.to(wide), batch, softcap)
-        places = _places(batch, key_heads, key.shape[1])
-        _scatter(grad_value, places, torch.bmm(weights.to(value.dtype).transpose(1, 2), grad))
-        grad_weights = torch.bmm(grad, values.transpose(1, 2)).to(wide)
-        grad_scores = softmax_backward(grad_weights, weights, -1, wide)
+            weights, slope = _weights(rows.to(dtype).mul(scaling), keys.to(dtype), batch, softcap)
+        key_indices = _key_indices(batch, key_heads, key.shape[1])
+        _scatter(grad_value, key_indices, torch.bmm(weights.to(value.dtype).transpose(1, 2), grad))
+        grad_weights = torch.bmm(grad, values.transpose(1, 2)).to(dtype)
+        grad_scores = softmax_backward(grad_weights, weights, -1, dtype)
         if slope is not None:
             grad_scores.mul_(slope)
         grad_scores = grad_scores.mul_(scaling).to(query.dtype)
-        _scatter(grad_key, places, torch.bmm(grad_scores.transpose(1, 2), rows))
+        _scatter(grad_key, key_indices, torch.bmm(grad_scores.transpose(1, 2), rows))
         grad_queries.append(_unfolded(torch.bmm(grad_scores, keys), key_heads, batch))
     grad_query = torch.cat(grad_queries, dim=1).index_select(1, tiles.slots)
     grad_key, grad_value = grad_key.view_as(key), grad_value.view_as(value)
@@ -574,37 +629,39 @@ def _tiles_backward(
 
 
 def _folded(rows: Tensor, key_heads: int, batch: TileBatch) -> Tensor:
-    """(heads, n·L, d) as (key heads · n, group · L, d): heads that share a key laid below one another."""
+    """Reshape (heads, n·L, d) to (key heads · n, group · L, d): query heads that share a key head become rows."""
     size = rows.shape[-1]
     by_tile = rows.view(key_heads, -1, batch.count, batch.queries, size).transpose(1, 2)
     return by_tile.reshape(key_heads * batch.count, -1, size)
 
 
 def _unfolded(rows: Tensor, key_heads: int, batch: TileBatch) -> Tensor:
-    """The reverse of :func:`_folded`."""
+    """Invert :func:`_folded`."""
     size = rows.shape[-1]
     by_head = rows.view(key_heads, batch.count, -1, batch.queries, size).transpose(1, 2)
     return by_head.reshape(-1, batch.count * batch.queries, size)
 
 
 def _gathered(per_key: Tensor, batch: TileBatch) -> Tensor:
-    """The keys or values of each tile: (key heads · n, K, d)."""
+    """Return the keys or values of each tile, (key heads · n, K, d)."""
     return per_key.index_select(1, batch.keys.flatten()).view(-1, batch.keys.shape[1], per_key.shape[-1])
 
 
-def _places(batch: TileBatch, key_heads: int, length: int) -> Tensor:
-    """Where each gathered key stands in (key heads · T, d)."""
+def _key_indices(batch: TileBatch, key_heads: int, length: int) -> Tensor:
+    """Return the row of each gathered key in (key heads · T, d)."""
     heads = torch.arange(key_heads, device=batch.keys.device)[:, None] * length
     return (heads + batch.keys.flatten()).flatten()
 
 
-def _scatter(into: Tensor, places: Tensor, part: Tensor) -> None:
-    into.index_add_(0, places, part.flatten(0, 1).to(into.dtype))
+def _scatter(target: Tensor, indices: Tensor, values: Tensor) -> None:
+    target.index_add_(0, indices, values.flatten(0, 1).to(target.dtype))
 
 
 def _weights(rows: Tensor, keys: Tensor, batch: TileBatch, softcap: float | None) -> tuple[Tensor, Tensor | None]:
-    """Attention weights (key heads · n, group · L, K) of scaled queries, and the soft cap's slope where there
-    is one. Both inputs are wide already."""
+    """Return attention weights (key heads · n, group · L, K) of scaled queries, and the slope of the soft cap or None.
+
+    Both inputs are already in the accumulation type.
+    """
     scores = torch.bmm(rows, keys.transpose(1, 2))
     slope = None
     if softcap is not None:

@@ -1,14 +1,14 @@
-"""Weights of linear layers kept in blocks of a few bits: those of GGUF files, as they lie there, and NF4.
+"""Weights of linear layers in block formats of a few bits: those of GGUF files, byte for byte, and NF4.
 
-A row of a matrix is a row of blocks, each with a scale of its own. A weight's value is what its block says in
-fp32, rounded to bf16: that is what products (``linear.py``) multiply with. Rows keep their bytes, so some of them, or
-all in another order, are a weight again.
+A row of a matrix is a sequence of blocks, each with a scale. Blocks are decoded in fp32 and rounded to bf16 before they
+are multiplied (``linear.py``). Rows are independent byte sequences, so a subset or permutation of rows is a valid
+weight.
 
-The formats of GGUF are llama.cpp's (ggml-quants). NF4 is QLoRA's (arXiv 2305.14314, appendix E) with double
-quantization, to the values that bitsandbytes gives; only the order of the codes within a block is another:
-the first 32 in the lower halves of its bytes, the last 32 in the upper ones, as GGUF has them.
+The GGUF formats are llama.cpp's (ggml-quants). NF4 is QLoRA's (arXiv 2305.14314, appendix E) with double quantization
+and decodes to the same values as in bitsandbytes. Only the order of codes within a block differs: the first 32 are in
+the low nibbles of the bytes and the last 32 in the high nibbles, as in GGUF.
 
-Knows tensors; not files, modules or products. Each format has a reference implementation in torch.
+Each format has a reference implementation in torch.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ import torch
 from torch import Tensor
 
 from deltaw.kernels import loader
-from deltaw.kernels.operators import unwatched
+from deltaw.kernels.operators import can_call_directly
 from deltaw.kernels.structs import BlockData
 from deltaw.kernels.torch_private import without_dispatch
 
-# Numbers of a matrix, row by row, whose scale in 8 bits has a common scale: 256 blocks of NF4.
+# Consecutive NF4 blocks of a matrix, row by row, whose 8-bit scales share a group scale.
 NF4_GROUP = 256
 NF4_BLOCK = 64
-# Blocks that are rounded at a time: what they take in wide numbers on the way is some 16 times their bytes.
-NF4_AT_ONCE = 1 << 14
+# Blocks quantized per chunk. The fp32 intermediates take about 16 times the bytes of the blocks.
+NF4_CHUNK_BLOCKS = 1 << 14
 _NF4_VALUES = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
@@ -41,11 +41,13 @@ _NF4_VALUES = (
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """A way to write numbers in blocks.
+    """A block format.
 
     Attributes:
-        block: numbers in a block. bytes: what a block takes.
-        number: the kernels' own number for it.
+        name: Name of the format.
+        block: Numbers per block.
+        bytes: Bytes per block.
+        number: The kernels' code of the format.
     """
 
     name: str
@@ -54,13 +56,13 @@ class BlockFormat:
     number: int
 
     def bytes_of_row(self, columns: int) -> int:
-        """Bytes of a row of so many numbers.
+        """Return the bytes of a row with ``columns`` numbers.
 
         Raises:
-            ValueError: they are no whole number of blocks.
+            ValueError: if ``columns`` is not a multiple of the block size.
         """
         if columns % self.block:
-            raise ValueError(f"{columns} numbers are not a whole number of {self.name} blocks of {self.block}")
+            raise ValueError(f"{columns} columns are not a multiple of the {self.name} block size {self.block}")
         return columns // self.block * self.bytes
 
 
@@ -78,18 +80,19 @@ FORMATS: dict[str, BlockFormat] = {
 
 @dataclass(frozen=True, eq=False)
 class BlockWeight:
-    """A matrix (rows, columns) in blocks.
+    """A matrix (rows, columns) in a block format.
 
     Attributes:
-        data: uint8 (rows, bytes of a row), contiguous.
-        format: a name of :data:`FORMATS`.
-        absmax: of NF4, uint8 (rows, columns / 64): which of :func:`dynamic_codes` a block's scale is, times
-            its group's scale, plus ``offset``.
-        group_scale: of NF4, fp32, one for each :data:`NF4_GROUP` blocks, row after row.
-        offset: of NF4, fp32 (1).
+        data: Contiguous uint8 (rows, bytes per row).
+        format: Name from :data:`FORMATS`.
+        columns: Number of columns.
+        absmax: NF4 only: uint8 (rows, columns / 64). A block's scale is the :func:`dynamic_codes` entry of this index,
+            times the group's scale, plus ``offset``.
+        group_scale: NF4 only: fp32, one per :data:`NF4_GROUP` blocks, row by row.
+        offset: NF4 only: fp32 (1).
 
     Raises:
-        ValueError: the tensors are not those of such a matrix.
+        ValueError: if types, shapes or contiguity of the tensors do not match the format.
     """
 
     data: Tensor
@@ -101,151 +104,151 @@ class BlockWeight:
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
-            raise ValueError(f"no block format '{self.format}'; there are {', '.join(FORMATS)}")
-        _check(self.data, "a weight's blocks", torch.uint8, len(self.data), self.of.bytes_of_row(self.columns))
+            raise ValueError(f"unknown block format '{self.format}', expected one of {', '.join(FORMATS)}")
+        width = self.block_format.bytes_of_row(self.columns)
+        _check_tensor(self.data, "a weight's blocks", torch.uint8, len(self.data), width)
         if self.format != "NF4":
             return
         blocks = len(self.data) * (self.columns // NF4_BLOCK)
-        _check(self.absmax, "NF4's scales", torch.uint8, len(self.data), self.columns // NF4_BLOCK)
-        _check(self.group_scale, "the scales of NF4's groups", torch.float32, -(-blocks // NF4_GROUP))
-        _check(self.offset, "the offset of NF4's scales", torch.float32, 1)
+        _check_tensor(self.absmax, "NF4's scales", torch.uint8, len(self.data), self.columns // NF4_BLOCK)
+        _check_tensor(self.group_scale, "the scales of NF4's groups", torch.float32, -(-blocks // NF4_GROUP))
+        _check_tensor(self.offset, "the offset of NF4's scales", torch.float32, 1)
 
     @property
-    def of(self) -> BlockFormat:
-        """The format."""
+    def block_format(self) -> BlockFormat:
+        """The block format."""
         return FORMATS[self.format]
 
     @property
     def shape(self) -> torch.Size:
-        """(rows, columns)."""
+        """Shape (rows, columns) of the matrix."""
         return torch.Size((len(self.data), self.columns))
 
     @property
     def number(self) -> int:
-        """The kernels' own number for the format."""
-        return self.of.number
+        """The kernels' code of the format."""
+        return self.block_format.number
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """All that it is made of, the blocks first."""
+        """All tensors of the weight, the blocks first."""
         return self.data, self.absmax, self.group_scale, self.offset
 
-    def described(self) -> BlockData:
-        """The kernels' struct of it, which is good as long as its tensors are alive and lie where they do."""
-        data, *others = self.tensors
-        absmax, group_scale, offset = (None if t is None else t.data_ptr() for t in others)
+    def as_struct(self) -> BlockData:
+        """Return the kernels' struct. It is valid while the tensors are alive and do not move."""
+        data, *scales = self.tensors
+        absmax, group_scale, offset = (None if t is None else t.data_ptr() for t in scales)
         codes = dynamic_codes().data_ptr() if self.format == "NF4" else None
         return BlockData(data.data_ptr(), absmax, group_scale, codes, offset)
 
     def dequantized(self, dtype: torch.dtype, first_row: int = 0, last_row: int | None = None) -> Tensor:
-        """Rows ``first_row`` up to but without ``last_row``, (n, columns): in fp32 as the blocks say, in
-        other types rounded."""
+        """Return rows ``first_row`` to ``last_row`` (exclusive), (n, columns). Types other than fp32 are rounded."""
         first_row, last_row, _ = slice(first_row, last_row).indices(len(self.data))
-        if not self._serves(dtype):
+        if not self._is_supported(dtype):
             return reference_dequantize(self, dtype, first_row, last_row)
         return self._compiled(dtype, max(0, last_row - first_row), first_row, None)
 
-    def rows_at(self, places: Tensor, dtype: torch.dtype) -> Tensor:
-        """The rows (…, columns) at these places (…), int64, as an embedding looks them up.
+    def rows_at(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the rows (…, columns) at int64 indices (…), as an embedding lookup.
 
         Raises:
-            IndexError: there is no such row.
+            IndexError: if an index is out of bounds.
         """
-        flat = places.reshape(-1)
-        if self._serves(dtype) and unwatched(places):
-            rows = self._compiled(dtype, len(flat), 0, flat.contiguous())
+        flat_indices = indices.reshape(-1)
+        if self._is_supported(dtype) and can_call_directly(indices):
+            rows = self._compiled(dtype, len(flat_indices), 0, flat_indices.contiguous())
         else:
-            rows = _read(self, self.data.index_select(0, flat), flat, dtype)
-        return rows.view(*places.shape, self.columns)
+            rows = _dequantize_rows(self, self.data.index_select(0, flat_indices), flat_indices, dtype)
+        return rows.view(*indices.shape, self.columns)
 
-    def _serves(self, dtype: torch.dtype) -> bool:
-        """Whether the compiled kernels read it."""
+    def _is_supported(self, dtype: torch.dtype) -> bool:
+        """True if the compiled kernels can dequantize this weight."""
         if dtype not in (torch.float32, torch.bfloat16) or loader.library() is None:
             return False
-        return unwatched(*(t for t in self.tensors if t is not None))
+        return can_call_directly(*(t for t in self.tensors if t is not None))
 
-    def _compiled(self, dtype: torch.dtype, count: int, first: int, places: Tensor | None) -> Tensor:
-        out, described = torch.empty(count, self.columns, dtype=dtype), self.described()
+    def _compiled(self, dtype: torch.dtype, count: int, first: int, indices: Tensor | None) -> Tensor:
+        out, block_data = torch.empty(count, self.columns, dtype=dtype), self.as_struct()
         loader.kernels().dw_dequantize(
-            loader.number(dtype), self.number, ctypes.addressof(described), len(self.data), self.columns,
-            first, loader.address(places), count, out.data_ptr(),
+            loader.dtype_code(dtype), self.number, ctypes.addressof(block_data), len(self.data), self.columns,
+            first, loader.address(indices), count, out.data_ptr(),
         )  # fmt: skip
         return out
 
 
-def reference_dequantize(
-    weight: BlockWeight, dtype: torch.dtype, first_row: int = 0, last_row: int | None = None
-) -> Tensor:
-    """The reference implementation of :meth:`BlockWeight.dequantized`."""
-    rows = slice(first_row, last_row)
-    return _read(weight, weight.data[rows], rows, dtype)
+def reference_dequantize(weight: BlockWeight, dtype: torch.dtype, first: int = 0, last: int | None = None) -> Tensor:
+    """Reference implementation of :meth:`BlockWeight.dequantized`."""
+    rows = slice(first, last)
+    return _dequantize_rows(weight, weight.data[rows], rows, dtype)
 
 
-def _read(weight: BlockWeight, data: Tensor, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
-    """The values of some rows, whose bytes are ``data``."""
+def _dequantize_rows(weight: BlockWeight, data: Tensor, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
+    """Decode rows whose bytes are ``data``."""
     if weight.format == "NF4":
         return _nf4(_nf4_scales(weight)[rows], data).to(dtype)
-    blocks = data.reshape(-1, weight.of.bytes)
+    blocks = data.reshape(-1, weight.block_format.bytes)
     return _READERS[weight.format](blocks).reshape(len(data), weight.columns).to(dtype)
 
 
-def _check(tensor: Tensor | None, what: str, dtype: torch.dtype, *sizes: int) -> None:
+def _check_tensor(tensor: Tensor | None, name: str, dtype: torch.dtype, *sizes: int) -> None:
     if tensor is None or tensor.dtype != dtype or tensor.shape != sizes or not tensor.is_contiguous():
-        found = "none" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
-        raise ValueError(f"{what} are {dtype} {sizes}, contiguous, not {found}")
+        actual = "none" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+        raise ValueError(f"{name} must be contiguous {dtype} {sizes}, not {actual}")
 
 
-def _half(blocks: Tensor, at: int) -> Tensor:
-    """The fp16 number at a byte of each block, in fp32 (blocks, 1)."""
-    return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
+def _fp16_at(blocks: Tensor, offset: int) -> Tensor:
+    """Read the fp16 number at a byte offset of each block as fp32 (blocks, 1)."""
+    return blocks[:, offset : offset + 2].contiguous().view(torch.float16).float()
 
 
-def _halves(codes: Tensor) -> Tensor:
-    """The lower and then the upper four bits of bytes (…, n), as (…, 2, n)."""
+def _split_nibbles(codes: Tensor) -> Tensor:
+    """Return the low and the high nibbles of bytes (…, n) as (…, 2, n)."""
     return torch.stack((codes & 15, codes >> 4), -2)
 
 
 def _q4_0(blocks: Tensor) -> Tensor:
-    return (_halves(blocks[:, 2:]).flatten(1).float() - 8) * _half(blocks, 0)
+    return (_split_nibbles(blocks[:, 2:]).flatten(1).float() - 8) * _fp16_at(blocks, 0)
 
 
 def _q4_1(blocks: Tensor) -> Tensor:
-    return _halves(blocks[:, 4:]).flatten(1).float() * _half(blocks, 0) + _half(blocks, 2)
+    return _split_nibbles(blocks[:, 4:]).flatten(1).float() * _fp16_at(blocks, 0) + _fp16_at(blocks, 2)
 
 
 def _q8_0(blocks: Tensor) -> Tensor:
-    return blocks[:, 2:].contiguous().view(torch.int8).float() * _half(blocks, 0)
+    return blocks[:, 2:].contiguous().view(torch.int8).float() * _fp16_at(blocks, 0)
 
 
-def _scales_of_8(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """The scale and what is subtracted, of 6 bits each, for the eight parts of a block of Q4_K or Q5_K, in
-    fp32 (blocks, 8, 1); they stand in bytes 4 to 15."""
+def _k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scales and minimums of the eight sub-blocks of Q4_K or Q5_K blocks, in fp32 (blocks, 8, 1).
+
+    Both have 6 bits and are packed into bytes 4 to 15 of a block.
+    """
     low, high, joint = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scale = torch.cat((low & 63, (joint & 15) | ((low >> 6) << 4)), 1)
-    below = torch.cat((high & 63, (joint >> 4) | ((high >> 6) << 4)), 1)
-    return (scale * _half(blocks, 0))[..., None], (below * _half(blocks, 2))[..., None]
+    minimum = torch.cat((high & 63, (joint >> 4) | ((high >> 6) << 4)), 1)
+    return (scale * _fp16_at(blocks, 0))[..., None], (minimum * _fp16_at(blocks, 2))[..., None]
 
 
 def _q4_k(blocks: Tensor) -> Tensor:
-    scale, below = _scales_of_8(blocks)
-    codes = _halves(blocks[:, 16:].unflatten(1, (4, 32))).flatten(1, 2)
-    return (codes.float() * scale - below).flatten(1)
+    scale, minimum = _k_scales(blocks)
+    codes = _split_nibbles(blocks[:, 16:].unflatten(1, (4, 32))).flatten(1, 2)
+    return (codes.float() * scale - minimum).flatten(1)
 
 
 def _q5_k(blocks: Tensor) -> Tensor:
-    scale, below = _scales_of_8(blocks)
-    codes = _halves(blocks[:, 48:].unflatten(1, (4, 32))).flatten(1, 2)
+    scale, minimum = _k_scales(blocks)
+    codes = _split_nibbles(blocks[:, 48:].unflatten(1, (4, 32))).flatten(1, 2)
     shifts = torch.arange(8, dtype=torch.uint8, device=blocks.device)[:, None]
     codes = codes | (((blocks[:, None, 16:48] >> shifts) & 1) << 4)
-    return (codes.float() * scale - below).flatten(1)
+    return (codes.float() * scale - minimum).flatten(1)
 
 
 def _q6_k(blocks: Tensor) -> Tensor:
-    # Of each half of a block: 64 bytes of lower bits, 32 of upper ones, for four lines of 32 numbers.
-    low = _halves(blocks[:, :128].unflatten(1, (2, 64))).reshape(-1, 2, 4, 32)
+    # Each half of a block has 64 bytes of low bits and 32 bytes of high bits for four groups of 32 numbers.
+    low = _split_nibbles(blocks[:, :128].unflatten(1, (2, 64))).reshape(-1, 2, 4, 32)
     shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=blocks.device)[:, None]
     high = (blocks[:, 128:192].unflatten(1, (2, 1, 32)) >> shifts) & 3
-    scale = blocks[:, 192:208].contiguous().view(torch.int8).float() * _half(blocks, 208)
+    scale = blocks[:, 192:208].contiguous().view(torch.int8).float() * _fp16_at(blocks, 208)
     return (((low | (high << 4)).float() - 32).reshape(-1, 16, 16) * scale[..., None]).flatten(1)
 
 
@@ -260,19 +263,21 @@ _READERS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @cache
-def nf4_values() -> Tensor:
-    """(16) in fp32: quantiles of the normal distribution, from -1 to 1, with 0 among them."""
-    with without_dispatch():  # it is kept, so it has values where a dry run asks first too
+def nf4_levels() -> Tensor:
+    """Return the 16 NF4 levels in fp32: quantiles of the normal distribution, scaled to [-1, 1], including 0."""
+    with without_dispatch():  # the result is cached, so it needs real values even if a dry run calls first
         return torch.tensor(_NF4_VALUES)
 
 
 @cache
 def dynamic_codes() -> Tensor:
-    """(256) in fp32, ascending, from -0.993 to 1: 8-bit numbers whose exponent takes as many bits as it needs
-    (Dettmers, arXiv 1511.04561): for each of 7 powers of ten evenly spaced fractions, twice as many as for
-    the one below; then 0 and 1."""
+    """Return the 256 ascending 8-bit dynamic codes in fp32, from -0.993 to 1.
+
+    The exponent takes a variable number of bits (Dettmers, arXiv 1511.04561). Each of 7 powers of ten has evenly spaced
+    fractions, twice as many as the next lower power. 0 and 1 complete the codes.
+    """
     values = [0.0, 1.0]
-    with without_dispatch():  # as nf4_values
+    with without_dispatch():  # see nf4_levels
         for power in range(7):
             bounds = torch.linspace(0.1, 1, 2**power + 1)
             fractions = (10.0 ** (power - 6) * ((bounds[:-1] + bounds[1:]) / 2)).tolist()
@@ -281,64 +286,65 @@ def dynamic_codes() -> Tensor:
 
 
 def quantize_nf4(weight: Tensor) -> BlockWeight:
-    """A matrix (rows, columns), columns a multiple of 64, rounded to NF4: each number to the nearest of 16
-    times its block's largest; these, less their mean, to the nearest of :func:`dynamic_codes` times the
-    largest of their group.
+    """Quantize a matrix (rows, columns) to NF4. ``columns`` must be a multiple of 64.
+
+    Each number is rounded to the nearest of 16 levels times its block's absolute maximum. The maxima, less their mean,
+    are rounded to the nearest of :func:`dynamic_codes` times the largest of their group.
 
     Raises:
-        ValueError: its rows are not whole blocks.
+        ValueError: if ``columns`` is not a multiple of 64.
     """
     rows, columns = weight.shape
     FORMATS["NF4"].bytes_of_row(columns)
     blocks = weight.detach().reshape(-1, NF4_BLOCK)
-    largest = torch.empty(len(blocks), device=weight.device)
+    maxima = torch.empty(len(blocks), device=weight.device)
     data = torch.empty(len(blocks), NF4_BLOCK // 2, dtype=torch.uint8, device=weight.device)
-    values = nf4_values().to(weight.device)
-    for first in range(0, len(blocks), NF4_AT_ONCE):
-        part = slice(first, first + NF4_AT_ONCE)
+    values = nf4_levels().to(weight.device)
+    for first in range(0, len(blocks), NF4_CHUNK_BLOCKS):
+        part = slice(first, first + NF4_CHUNK_BLOCKS)
         wide = blocks[part].float()
-        largest[part] = wide.abs().amax(1)
-        low, high = _nearest(_over(wide, largest[part]), values).view(-1, 2, NF4_BLOCK // 2).unbind(1)
+        maxima[part] = wide.abs().amax(1)
+        low, high = _nearest_index(_divide_by_max(wide, maxima[part]), values).view(-1, 2, NF4_BLOCK // 2).unbind(1)
         data[part] = low | (high << 4)
-    offset = largest.mean().reshape(1)
-    absmax = torch.zeros(-(-len(largest) // NF4_GROUP) * NF4_GROUP, device=weight.device)
-    absmax[: len(largest)] = largest - offset
+    offset = maxima.mean().reshape(1)
+    absmax = torch.zeros(-(-len(maxima) // NF4_GROUP) * NF4_GROUP, device=weight.device)
+    absmax[: len(maxima)] = maxima - offset
     groups = absmax.view(-1, NF4_GROUP)
     group_scale = groups.abs().amax(1)
-    eight_bits = _nearest(_over(groups, group_scale), dynamic_codes().to(weight.device)).flatten()
-    of_blocks = eight_bits[: len(largest)].view(rows, -1).contiguous()
-    return BlockWeight(data.view(rows, -1), "NF4", columns, of_blocks, group_scale, offset)
+    codes = _nearest_index(_divide_by_max(groups, group_scale), dynamic_codes().to(weight.device)).flatten()
+    absmax_codes = codes[: len(maxima)].view(rows, -1).contiguous()
+    return BlockWeight(data.view(rows, -1), "NF4", columns, absmax_codes, group_scale, offset)
 
 
-def _over(numbers: Tensor, largest: Tensor) -> Tensor:
-    """Rows divided by their largest, as a product with its inverse; zeros where that is 0."""
-    return numbers * torch.where(largest > 0, 1.0 / largest, torch.zeros_like(largest))[:, None]
+def _divide_by_max(numbers: Tensor, maxima: Tensor) -> Tensor:
+    """Multiply rows by the inverse of their maximum. Rows with maximum 0 become 0."""
+    return numbers * torch.where(maxima > 0, 1.0 / maxima, torch.zeros_like(maxima))[:, None]
 
 
-def _nearest(numbers: Tensor, values: Tensor) -> Tensor:
-    """Which of ascending values is nearest to each number, as uint8."""
+def _nearest_index(numbers: Tensor, values: Tensor) -> Tensor:
+    """Return the index of the nearest of ascending ``values`` for each number, as uint8."""
     return torch.bucketize(numbers, (values[:-1] + values[1:]) / 2).to(torch.uint8)
 
 
 def _nf4(scales: Tensor, data: Tensor) -> Tensor:
-    values = nf4_values().to(data.device)[_halves(data.view(len(data), -1, NF4_BLOCK // 2)).int()]
+    values = nf4_levels().to(data.device)[_split_nibbles(data.view(len(data), -1, NF4_BLOCK // 2)).int()]
     return (values.flatten(2) * scales[..., None]).flatten(1)
 
 
 def _nf4_scales(weight: BlockWeight) -> Tensor:
-    """The scale of each block of NF4 (rows, columns / 64), in fp32."""
+    """Return the fp32 scale of each NF4 block (rows, columns / 64)."""
     absmax, group_scale, offset = weight.absmax, weight.group_scale, weight.offset
     assert absmax is not None and group_scale is not None and offset is not None
     groups = group_scale.repeat_interleave(NF4_GROUP)[: absmax.numel()].view(absmax.shape)
     return dynamic_codes().to(absmax.device)[absmax.int()] * groups + offset
 
 
-def rows_of(weight: BlockWeight, order: Tensor) -> BlockWeight:
-    """The rows of these numbers, in this order, of a format of GGUF.
+def reorder_rows(weight: BlockWeight, order: Tensor) -> BlockWeight:
+    """Select rows of a weight in a GGUF format by index.
 
     Raises:
-        ValueError: of NF4, whose groups are not of rows.
+        ValueError: for NF4, whose groups of scales span rows.
     """
     if weight.format == "NF4":
-        raise ValueError("NF4's rows share scales, and cannot be put in another order")
+        raise ValueError("rows of an NF4 weight cannot be reordered because they share scales")
     return replace(weight, data=weight.data.index_select(0, order))

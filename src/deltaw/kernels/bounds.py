@@ -1,7 +1,4 @@
-"""What is checked before a kernel reads or writes: the same error with and without the extension.
-
-Knows integers and shapes; not what they mean to a model.
-"""
+"""Argument checks of kernels. They raise the same errors with and without the compiled library."""
 
 from __future__ import annotations
 
@@ -12,10 +9,11 @@ from torch import Tensor
 
 
 def check_targets(targets: Tensor, classes: int) -> None:
-    """Refuse class indices outside of ``0 … classes - 1`` before anything is written.
+    """Check that class indices are in ``0 … classes - 1``.
 
     Raises:
-        IndexError: one of them is; it is named. TypeError: they are not int64.
+        IndexError: if a target is out of bounds.
+        TypeError: if the targets are not int64.
     """
     if targets.dtype != torch.int64:
         raise TypeError(f"targets are {targets.dtype}, not {torch.int64}")
@@ -26,30 +24,31 @@ def check_targets(targets: Tensor, classes: int) -> None:
             raise IndexError(f"target {target} is out of bounds for {classes} classes")
 
 
-def check_places(places: Tensor, length: int) -> None:
-    """Refuse places that do not ascend, or lie outside of a row of ``length`` tokens.
+def check_positions(positions: Tensor, length: int) -> None:
+    """Check that ``positions`` are strictly ascending within a packed row of ``length`` tokens.
 
     Raises:
-        IndexError: one lies outside; it is named. ValueError: they are no list, or do not ascend.
-        TypeError: they are not int64.
+        IndexError: if a position is out of bounds.
+        ValueError: if the tensor is not one-dimensional or not strictly ascending.
+        TypeError: if the positions are not int64.
     """
-    if places.dtype != torch.int64:
-        raise TypeError(f"picked places are {places.dtype}, not {torch.int64}")
-    if places.dim() != 1:
-        raise ValueError(f"picked places are {tuple(places.shape)}, not a list")
-    listed = places.tolist()
-    for place in (min(listed, default=0), max(listed, default=0)):
-        if listed and not 0 <= place < length:
-            raise IndexError(f"picked place {place} is out of bounds for a row of {length} tokens")
-    if any(later <= place for place, later in pairwise(listed)):
-        raise ValueError("picked places must ascend, each only once")
+    if positions.dtype != torch.int64:
+        raise TypeError(f"selected positions are {positions.dtype}, not {torch.int64}")
+    if positions.dim() != 1:
+        raise ValueError(f"selected positions are {tuple(positions.shape)}, not a one-dimensional tensor")
+    listed = positions.tolist()
+    for position in (min(listed, default=0), max(listed, default=0)):
+        if listed and not 0 <= position < length:
+            raise IndexError(f"selected position {position} is out of bounds for {length} tokens")
+    if any(later <= position for position, later in pairwise(listed)):
+        raise ValueError("selected positions must ascend without duplicates")
 
 
 def check_vector(name: str, tensor: Tensor | None, size: int) -> None:
-    """Refuse what is no contiguous vector of fp32 numbers of this size; None is nothing to check.
+    """Check that a tensor is a contiguous fp32 vector of ``size`` elements. None is accepted.
 
     Raises:
-        ValueError: it is not.
+        ValueError: if it is not.
     """
     check_shape(name, tensor, size)
     if tensor is not None and (tensor.dtype != torch.float32 or not tensor.is_contiguous()):
@@ -57,10 +56,10 @@ def check_vector(name: str, tensor: Tensor | None, size: int) -> None:
 
 
 def check_shape(name: str, tensor: Tensor | None, *shape: int) -> None:
-    """Refuse a tensor of another shape; None is nothing to check.
+    """Check the shape of a tensor. None is accepted.
 
     Raises:
-        ValueError: with both shapes.
+        ValueError: if the shape differs. The message contains both shapes.
     """
     if tensor is not None and tensor.shape != shape:
         raise ValueError(f"{name} is {tuple(tensor.shape)}, not {shape}")

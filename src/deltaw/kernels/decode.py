@@ -1,12 +1,10 @@
-"""One step of a decoder over many sequences: rows of tokens in, logits out, with an adapter for each row.
+"""One decoding step over a batch of sequences: token embeddings in, logits out, with an adapter per row.
 
-Rows of a step are tokens: one of each sequence that is being written, a chunk of each prompt that is being
-read. All go through every block together, so weights are read once for all of them. Keys and values lie in
-pages of ``page_tokens`` tokens, which sequences may share. What a row gives does not depend on the rows
-beside it, to the bit.
+The rows of a step are tokens: one per generating sequence, and chunks of prompts. All rows pass through each block
+together, so weights are read once per step. Keys and values are stored in pages of ``page_tokens`` tokens, which
+sequences can share. The result of a row is bitwise independent of the other rows.
 
-The step is one call of the compiled kernels, or :mod:`deltaw.kernels.decode_reference` where there are none.
-Knows tensors, pages and adapters; not models, tokens, or which request a row belongs to.
+A step is one call of the compiled kernels. Without them, :mod:`deltaw.kernels.decode_reference` is used.
 """
 
 from __future__ import annotations
@@ -27,62 +25,64 @@ from deltaw.kernels.decode_reference import (
     LAYERS,
     DecoderBlock,
     DecoderLinear,
+    FactorPair,
     Factors,
-    Pair,
     Tokens,
     block_reference,
-    cached,
+    cache_numbers_per_token,
+    cache_views,
     check_norm,
-    end_reference,
-    in_panels,
-    numbers_of_head,
+    head_reference,
+    pack_panels,
 )
-from deltaw.kernels.large_pages import in_one_piece, large_empty
-from deltaw.kernels.rows import ACTIVATIONS, Norm, described
+from deltaw.kernels.large_pages import copy_contiguous, empty_in_large_pages
+from deltaw.kernels.rows import ACTIVATIONS, Norm, norm_struct
 from deltaw.kernels.structs import DecodeBlock, DecodeFactors, DecodeLinear, DecodeModel, DecodeStep
 
-_SPLITS = ("apart", "stacked", "grouped")  # by the numbers of csrc/block.h
-# Of an adapter: LAYERS of each block, and the head's.
+_SPLITS = ("apart", "stacked", "grouped")  # in the order of the constants in csrc/block.h
+# Factors of an adapter: LAYERS of each block, then the head.
 Table: TypeAlias = "ctypes.Array[DecodeFactors]"
 
 
 def adapter_table(factors: Factors, blocks: int) -> Table:
-    """Where an adapter's factors lie; the caller keeps them alive."""
+    """Return the kernels' table of an adapter's factors. The caller must keep the factors alive."""
     table: Table = (DecodeFactors * (blocks * len(LAYERS) + 1))()
     for (number, name), (A, B) in factors.items():
-        at = blocks * len(LAYERS) if name == HEAD else number * len(LAYERS) + LAYERS.index(name)
-        table[at] = DecodeFactors(A.data_ptr(), B.data_ptr(), len(A))
+        index = blocks * len(LAYERS) if name == HEAD else number * len(LAYERS) + LAYERS.index(name)
+        table[index] = DecodeFactors(A.data_ptr(), B.data_ptr(), len(A))
     return table
 
 
-# Tokens of a page: a whole number of vectors of any processor.
+# Tokens per page: a multiple of every CPU's vector length.
 PAGE_TOKENS = 32
 
 
 class Pages:
-    """Room for keys and values in pages; a page holds those of all layers for some tokens of one sequence.
+    """Pool of pages for keys and values. A page contains those of all layers for some tokens of one sequence.
 
     Attributes:
-        data: (count, numbers), one block of memory, which the system provides as pages are first written.
-            The order of numbers is that of whichever implementation writes them.
+        count: Number of pages.
+        data: (count, numbers per page). One allocation, whose memory the system provides on first write. The order of
+            numbers within a page depends on the implementation that writes it.
     """
 
     def __init__(self, count: int, numbers: int, dtype: torch.dtype) -> None:
-        self.count, self.data = count, large_empty(count * numbers, dtype).view(count, numbers)
+        self.count, self.data = count, empty_in_large_pages(count * numbers, dtype).view(count, numbers)
 
     def copy(self, from_page: int, to_page: int) -> None:
-        """Make ``to_page`` hold what ``from_page`` holds."""
+        """Copy the contents of ``from_page`` to ``to_page``."""
         self.data[to_page].copy_(self.data[from_page])
 
 
 @dataclass(frozen=True, eq=False)
 class PackedAdapter:
-    """An adapter's factors as a decoder reads them, in one piece of memory: A (r, in), and B in panels with
-    the scaling in it, as csrc/decode.h says.
+    """An adapter's factors in the decoder's format, in one allocation.
 
-    Args:
-        factors: by (number of the block, name of the layer); the head's by (-1, "head").
-        table: where they lie, for the compiled kernels.
+    A is (r, in). B is in panels and multiplied by the scaling; see csrc/decode.h.
+
+    Attributes:
+        factors: Factors by (block number, layer name). The head's key is (-1, "head").
+        table: Addresses of the factors for the compiled kernels.
     """
 
     factors: Factors
@@ -94,16 +94,20 @@ class PackedAdapter:
 
 
 class Decoder:
-    """A model's blocks, last norm and head, ready to be run step by step.
+    """Blocks, final norm and head of a model, prepared for decoding steps.
 
     Args:
-        tables: rotary positions' (cosine, sine), each (positions, n) with n the numbers turned, or half of
-            them where both halves of a head are turned alike.
-        cache_dtype: of keys and values, fp32 or bf16.
-        logits_scale, logits_softcap: z = scale·logits, then softcap·tanh(z / softcap) where there is one.
+        blocks: Blocks in order.
+        final_norm: Norm before the head, or None.
+        head: Output layer.
+        tables: (cosine, sine) of rotary positions, each (positions, n). n is the number of rotary dimensions, or half
+            of it if both halves of a head use the same angles.
+        cache_dtype: Type of keys and values, fp32 or bf16.
+        logits_softcap: If set, z becomes softcap·tanh(z / softcap).
+        logits_scale: Factor of the logits: z = scale·logits.
 
     Raises:
-        ValueError: the parts do not fit each other.
+        ValueError: if the parts do not match.
     """
 
     page_tokens = PAGE_TOKENS
@@ -120,42 +124,42 @@ class Decoder:
         logits_scale: float = 1.0,
     ) -> None:
         if cache_dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"keys and values are kept in fp32 or bf16, not {cache_dtype}")
+            raise ValueError(f"keys and values must be fp32 or bf16, not {cache_dtype}")
         self.blocks, self.final_norm, self.head = tuple(blocks), final_norm, head
-        turned = {block.table: block.turned for block in self.blocks if block.turned}
+        rotary_dims = {block.table: block.rotary_dims for block in self.blocks if block.rotary_dims}
         self.tables = [
-            (_whole_table(cosine, turned.get(number, 0)), _whole_table(sine, turned.get(number, 0)))
+            (_full_table(cosine, rotary_dims.get(number, 0)), _full_table(sine, rotary_dims.get(number, 0)))
             for number, (cosine, sine) in enumerate(tables)
         ]
         self.cache_dtype, self.logits_softcap, self.logits_scale = cache_dtype, logits_softcap, logits_scale
         self.hidden = head.inputs
         for number, block in enumerate(self.blocks):
             if block.hidden != self.hidden:
-                raise ValueError(f"block {number} is {block.hidden} numbers wide, not {self.hidden}")
-            if block.turned:
+                raise ValueError(f"block {number} has hidden size {block.hidden}, not {self.hidden}")
+            if block.rotary_dims:
                 self._check_table(number, block)
         check_norm(final_norm, self.hidden)
         self.offsets = [0]
         for block in self.blocks:
-            numbers = block.key_heads * numbers_of_head(block.head_size, cache_dtype) * PAGE_TOKENS
+            numbers = block.key_heads * cache_numbers_per_token(block.head_size, cache_dtype) * PAGE_TOKENS
             self.offsets.append(self.offsets[-1] + numbers)
-        self._alive: list[object] = []  # what the structs point to
-        self._model = self._described()
+        self._alive: list[object] = []  # objects that the structs point to
+        self._model = self._build_struct()
 
-    def _described(self) -> DecodeModel:
-        """The kernels' struct of it; made once, so that a step hands over its rows alone."""
+    def _build_struct(self) -> DecodeModel:
+        """Build the kernels' struct of the model. It is built once, so that a step only passes its rows."""
         blocks = (DecodeBlock * len(self.blocks))(*map(self._block, self.blocks, self.offsets))
         addresses = ctypes.c_void_p * max(1, len(self.tables))
-        turns = [addresses(*(table.data_ptr() for table in tables)) for tables in zip(*self.tables, strict=True)]
-        pointed_to = (blocks, *(turns or (addresses(), addresses())))
-        self._alive += pointed_to
-        positions = min((len(self.tables[b.table][0]) for b in self.blocks if b.turned), default=2**31 - 1)
+        rotary = [addresses(*(table.data_ptr() for table in tables)) for tables in zip(*self.tables, strict=True)]
+        arrays = (blocks, *(rotary or (addresses(), addresses())))
+        self._alive += arrays
+        positions = min((len(self.tables[b.table][0]) for b in self.blocks if b.rotary_dims), default=2**31 - 1)
         return DecodeModel(
-            *map(ctypes.addressof, pointed_to),
+            *map(ctypes.addressof, arrays),
             *(len(self.blocks), len(self.tables), positions, self.hidden),
-            *(loader.number(self.cache_dtype), PAGE_TOKENS, self.offsets[-1]),
+            *(loader.dtype_code(self.cache_dtype), PAGE_TOKENS, self.offsets[-1]),
             *(self.logits_scale, self.logits_softcap or 0.0),
-            described(self.final_norm),
+            norm_struct(self.final_norm),
             self._linear(self.head),
         )
 
@@ -163,57 +167,57 @@ class Decoder:
         layers = dict(block.layers())
         return DecodeBlock(
             *(block.heads, block.key_heads, block.head_size, ACTIVATIONS.index(block.activation)),
-            *(block.window or 0, block.turned, block.table, _SPLITS.index(block.split)),
+            *(block.window or 0, block.rotary_dims, block.table, _SPLITS.index(block.split)),
             *(block.gated, block.parallel, offset, block.scaling, block.softcap or 0.0),
-            *(norms.described() for norms in (block.first, block.second)),
-            *map(described, (block.query_norm, block.key_norm)),
+            *(norms.as_struct() for norms in (block.first, block.second)),
+            *map(norm_struct, (block.query_norm, block.key_norm)),
             *(self._linear(layers[name]) if name in layers else DecodeLinear() for name in LAYERS),
         )
 
     def _linear(self, layer: DecoderLinear) -> DecodeLinear:
         weight, sums = layer.weight, None
         if isinstance(weight, BlockWeight):
-            described = weight.described()
-            self._alive.append(described)
-            address, kind = ctypes.addressof(described), weight.number
+            block_data = weight.as_struct()
+            self._alive.append(block_data)
+            address, type_code = ctypes.addressof(block_data), weight.number
         else:
-            address, kind = weight.data_ptr(), loader.number(weight.dtype)
+            address, type_code = weight.data_ptr(), loader.dtype_code(weight.dtype)
             if layer.scale is not None:
-                # A part at a time, since torch makes a copy in int32.
+                # In chunks, because torch converts the input to int32.
                 sums = torch.cat([rows.sum(1, dtype=torch.int32) for rows in weight.split(1024)])
                 self._alive.append(sums)
         return DecodeLinear(
             address,
-            *map(loader.address, (layer.scale, layer.columns, layer.bias, sums)),
-            *(layer.inputs, layer.outputs, kind),
+            *map(loader.address, (layer.scale, layer.smooth_scales, layer.bias, sums)),
+            *(layer.inputs, layer.outputs, type_code),
         )
 
     def _check_table(self, number: int, block: DecoderBlock) -> None:
         if not 0 <= block.table < len(self.tables):
             raise ValueError(f"block {number} uses rotary table {block.table} of {len(self.tables)}")
         cosine, sine = self.tables[block.table]
-        check_shape("the cosines", cosine, len(cosine), block.turned)
-        check_shape("the sines", sine, len(cosine), block.turned)
+        check_shape("the cosines", cosine, len(cosine), block.rotary_dims)
+        check_shape("the sines", sine, len(cosine), block.rotary_dims)
 
     @property
     def bytes_per_page(self) -> int:
-        """Bytes that keys and values of ``page_tokens`` tokens take."""
+        """Bytes of the keys and values of ``page_tokens`` tokens."""
         return self.offsets[-1] * self.cache_dtype.itemsize
 
     def new_pages(self, count: int) -> Pages:
-        """Room for ``count`` pages, not initialized."""
+        """Return ``count`` uninitialized pages."""
         return Pages(count, self.offsets[-1], self.cache_dtype)
 
     def pack_adapter(self, factors: Mapping[tuple[int, str], tuple[Tensor, Tensor, float]]) -> PackedAdapter:
-        """An adapter for :meth:`step`.
+        """Pack an adapter for :meth:`step`.
 
         Args:
-            factors: A (in, r), B (r, out) and the scaling, by (number of the block, name of the layer as in
-                :class:`DecoderBlock`); of the head by (-1, "head") or (number of blocks, "head"). Layers that
-                are not there are not adapted; ranks may differ.
+            factors: A (in, r), B (r, out) and the scaling, by (block number, layer name as in :class:`DecoderBlock`).
+                The head's key is (-1, "head") or (number of blocks, "head"). Missing layers are not adapted. Ranks may
+                differ.
 
         Raises:
-            ValueError: there is no such layer, or the factors do not fit it.
+            ValueError: if a layer is unknown or its factors do not match.
         """
         packed = {}
         for (number, name), (A, B, scaling) in factors.items():
@@ -222,18 +226,18 @@ class Decoder:
             check_shape(f"A of {name} in block {number}", A, layer.inputs, rank)
             check_shape(f"B of {name} in block {number}", B, rank, layer.outputs)
             if rank:
-                place, dtype = (-1, HEAD) if name == HEAD else (number, name), layer.factors_dtype
+                key, dtype = (-1, HEAD) if name == HEAD else (number, name), layer.factors_dtype
                 scaled = (B.detach().float() * scaling).to(dtype)
-                packed[place] = A.detach().float().t().to(dtype), in_panels(scaled)
-        together = _in_one_piece(packed)
-        return PackedAdapter(together, adapter_table(together, len(self.blocks)))
+                packed[key] = A.detach().float().t().to(dtype), pack_panels(scaled)
+        contiguous = _pack_factors(packed)
+        return PackedAdapter(contiguous, adapter_table(contiguous, len(self.blocks)))
 
     def _layer(self, number: int, name: str) -> DecoderLinear:
         if name == HEAD and number in (-1, len(self.blocks)):
             return self.head
         layers = dict(self.blocks[number].layers()) if 0 <= number < len(self.blocks) else {}
         if name not in layers:
-            raise ValueError(f"there is no layer '{name}' in block {number}")
+            raise ValueError(f"no layer '{name}' in block {number}")
         return layers[name]
 
     def step(
@@ -245,69 +249,71 @@ class Decoder:
         page_table: Tensor,
         adapter: Tensor | None = None,
         adapters: Sequence[PackedAdapter] = (),
-        wanted: Tensor | None = None,
+        output_rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Run rows of tokens through the model, writing their keys and values to their pages.
+        """Run rows of tokens through the model and write their keys and values to the pages.
 
         Args:
-            hidden: (n, D) fp32, the tokens' embeddings.
-            positions: (n) int32, from 0. Rows of one sequence ascend by one.
-            sequence: (n) int32: which row of ``page_table`` a token belongs to.
-            page_table: (s, most) int32: page i of a row holds its positions i·page_tokens and on. Only
-                entries that a row's tokens attend to are read.
-            adapter: (n) int32: a place in ``adapters``, or -1 for none.
-            wanted: (k) int32: the rows whose outputs are asked for; None for all.
+            pages: Page pool.
+            hidden: (n, D) fp32 token embeddings.
+            positions: (n) int32 positions from 0. Rows of one sequence ascend by one.
+            sequence: (n) int32 index of each token's row in ``page_table``.
+            page_table: (s, p) int32. Page i of a row contains positions from i·page_tokens. Only entries that the row's
+                tokens attend to are read.
+            adapter: (n) int32 index in ``adapters``, or -1 for the base model. None is -1 for all rows.
+            adapters: Adapters of the step.
+            output_rows: (k) int32 rows whose outputs are computed, or None for all.
 
         Returns:
-            hidden (k, D) after the last norm, and logits (k, V), both in fp32.
+            Hidden states (k, D) after the final norm and logits (k, V), both fp32.
 
         Raises:
-            ValueError, TypeError: shapes or types do not fit. IndexError: a position, a page, an adapter or
-            a wanted row lies outside of what there is.
+            ValueError, TypeError: if shapes or types do not match.
+            IndexError: if a position, sequence, page, adapter or output row is out of bounds.
         """
         n = len(hidden)
         if adapter is None:
             adapter = torch.full((n,), -1, dtype=torch.int32)
-        if wanted is None:
-            wanted = torch.arange(n, dtype=torch.int32)
+        if output_rows is None:
+            output_rows = torch.arange(n, dtype=torch.int32)
         check_shape("the rows", hidden, n, self.hidden)
         for name, rows in (("positions", positions), ("the sequences", sequence), ("the adapters", adapter)):
             check_shape(name, rows, n)
-        if page_table.dim() != 2 or wanted.dim() != 1:
-            raise ValueError("the page table is a matrix, and the wanted rows are a list")
-        if any(t.dtype != torch.int32 for t in (positions, sequence, page_table, adapter, wanted)):
-            raise TypeError("positions, sequences, pages, adapters and wanted rows are int32")
+        if page_table.dim() != 2 or output_rows.dim() != 1:
+            raise ValueError("the page table must have two dimensions, and the output rows one")
+        if any(t.dtype != torch.int32 for t in (positions, sequence, page_table, adapter, output_rows)):
+            raise TypeError("positions, sequences, pages, adapters and output rows must be int32")
         if hidden.dtype != torch.float32:
-            raise TypeError(f"a step's rows are fp32, not {hidden.dtype}")
+            raise TypeError(f"the rows of a step must be fp32, not {hidden.dtype}")
         check_shape("the pages", pages.data, pages.count, self.offsets[-1])
         if pages.data.dtype != self.cache_dtype:
-            raise TypeError(f"the pages are {pages.data.dtype}, not {self.cache_dtype}")
+            raise TypeError(f"the pages must be {self.cache_dtype}, not {pages.data.dtype}")
         if loader.library() is None or hidden.device.type != "cpu":
-            return reference_step(self, pages, hidden, positions, sequence, page_table, adapter, adapters, wanted)
-        told = [t.contiguous() for t in (hidden, positions, sequence, adapter, page_table, wanted)]
-        out, logits = torch.empty(len(wanted), self.hidden), torch.empty(len(wanted), self.head.outputs)
+            return reference_step(self, pages, hidden, positions, sequence, page_table, adapter, adapters, output_rows)
+        inputs = [t.contiguous() for t in (hidden, positions, sequence, adapter, page_table, output_rows)]
+        out, logits = torch.empty(len(output_rows), self.hidden), torch.empty(len(output_rows), self.head.outputs)
         tables = (ctypes.c_void_p * len(adapters))(*(ctypes.addressof(packed.table) for packed in adapters))
         step = DecodeStep(
-            *(t.data_ptr() for t in told),
+            *(t.data_ptr() for t in inputs),
             ctypes.addressof(tables),
             *(t.data_ptr() for t in (pages.data, out, logits)),
-            *(n, *page_table.shape, len(wanted), len(adapters), pages.count),
+            *(n, *page_table.shape, len(output_rows), len(adapters), pages.count),
         )
         loader.kernels().dw_decode(ctypes.addressof(self._model), ctypes.addressof(step))
         return out, logits
 
 
-# Which phase of a block, or behind all blocks, reads a layer's factors.
+# Phase of a block, or after all blocks, that reads the factors of a layer.
 _PHASE = {"query": 0, "key": 0, "value": 0, "output": 1, "gate": 2, "up": 2, "down": 3, HEAD: 4}
 
 
-def _in_one_piece(factors: Factors) -> dict[tuple[int, str], Pair]:
-    """The factors in the order in which a step reads them: of each phase the As, then the Bs."""
+def _pack_factors(factors: Factors) -> dict[tuple[int, str], FactorPair]:
+    """Copy the factors to one allocation in the order that a step reads them: per phase the As, then the Bs."""
     order = [(number, _PHASE[name], half, name) for number, name in factors for half in (0, 1)]
-    order.sort(key=lambda at: (at[3] == HEAD, *at[:3]))
-    copies = in_one_piece([factors[number, name][half] for number, _, half, name in order])
-    lie = {(number, name, half): copy for (number, _, half, name), copy in zip(order, copies, strict=True)}
-    return {(number, name): (lie[number, name, 0], lie[number, name, 1]) for number, name in factors}
+    order.sort(key=lambda key: (key[3] == HEAD, *key[:3]))
+    copies = copy_contiguous([factors[number, name][half] for number, _, half, name in order])
+    copy_of = {(number, name, half): copy for (number, _, half, name), copy in zip(order, copies, strict=True)}
+    return {(number, name): (copy_of[number, name, 0], copy_of[number, name, 1]) for number, name in factors}
 
 
 @torch.no_grad()
@@ -320,41 +326,41 @@ def reference_step(
     page_table: Tensor,
     adapter: Tensor,
     adapters: Sequence[PackedAdapter],
-    wanted: Tensor,
+    output_rows: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The reference implementation of :meth:`Decoder.step`; in float64 where ``hidden`` is."""
-    count, most = page_table.shape
-    longest = min([most * decoder.page_tokens, *(len(cosine) for cosine, _ in decoder.tables)])
-    for name, values, least, end in (
-        ("position", positions, 0, longest),
+    """Reference implementation of :meth:`Decoder.step`. Computes in fp64 if ``hidden`` is fp64."""
+    count, max_pages = page_table.shape
+    max_positions = min([max_pages * decoder.page_tokens, *(len(cosine) for cosine, _ in decoder.tables)])
+    for name, values, low, end in (
+        ("position", positions, 0, max_positions),
         ("sequence", sequence, 0, count),
         ("adapter", adapter, -1, len(adapters)),
-        ("wanted row", wanted, 0, len(positions)),
+        ("output row", output_rows, 0, len(positions)),
     ):
-        _check_values(name, values, least, end)
-    of_new = page_table[sequence.long(), (positions // decoder.page_tokens).long()]
-    _check_values("page", of_new, 0, pages.count)
+        _check_range(name, values, low, end)
+    new_pages = page_table[sequence.long(), (positions // decoder.page_tokens).long()]
+    _check_range("page", new_pages, 0, pages.count)
     factors = [packed.factors for packed in adapters]
     tokens = Tokens(positions, sequence, page_table, adapter, factors, decoder.page_tokens)
     x = hidden
     for number, block in enumerate(decoder.blocks):
-        table = decoder.tables[block.table] if block.turned else None
-        cache = cached(pages.data, block, decoder.offsets[number], decoder.page_tokens)
+        table = decoder.tables[block.table] if block.rotary_dims else None
+        cache = cache_views(pages.data, block, decoder.offsets[number], decoder.page_tokens)
         x = block_reference(x, number, block, table, cache, tokens)
-    rows = wanted.long()
-    normed, logits = end_reference(x[rows], decoder.final_norm, decoder.head, tokens.of(rows))
+    rows = output_rows.long()
+    normed, logits = head_reference(x[rows], decoder.final_norm, decoder.head, tokens.select(rows))
     logits = logits * decoder.logits_scale
     if decoder.logits_softcap:
         logits = decoder.logits_softcap * torch.tanh(logits / decoder.logits_softcap)
     return normed, logits
 
 
-def _check_values(name: str, values: Tensor, least: int, end: int) -> None:
-    if values.numel() and not (least <= int(values.min()) and int(values.max()) < end):
-        raise IndexError(f"a {name} is outside of {least} … {end - 1}")
+def _check_range(name: str, values: Tensor, low: int, high: int) -> None:
+    if values.numel() and not (low <= int(values.min()) and int(values.max()) < high):
+        raise IndexError(f"{name} out of bounds, expected {low} … {high - 1}")
 
 
-def _whole_table(table: Tensor, turned: int) -> Tensor:
-    """(positions, turned): the half is said once where both are turned alike."""
+def _full_table(table: Tensor, rotary_dims: int) -> Tensor:
+    """Return a rotary table as (positions, rotary_dims). Duplicates it if it covers one half."""
     table = table.detach().to(torch.float32)
-    return (torch.cat([table, table], 1) if 2 * table.shape[1] == turned else table).contiguous()
+    return (torch.cat([table, table], 1) if 2 * table.shape[1] == rotary_dims else table).contiguous()

@@ -1,7 +1,6 @@
-"""Memory for what kernels read at scattered places: on Linux in pages of the system's larger size.
+"""Memory in large pages for data that kernels read at scattered addresses (Linux only).
 
-With pages of 4 KiB nearly each piece that is read costs a walk through the page table. Knows sizes and
-types; not what lies there.
+With 4 KiB pages almost every access to such data needs a walk of the page table.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-LINE = 64  # bytes of a cache line, or a whole number of them
-WORTH = 4 << 20  # bytes from which a large page, of 2 MiB mostly, is filled to a good part
-SYSTEM = Path("/sys/kernel/mm/transparent_hugepage")
+CACHE_LINE_BYTES = 64  # alignment: a cache line, or a multiple of one
+MIN_BYTES = 4 << 20  # smaller allocations would leave much of a large page (usually 2 MiB) unused
+HUGE_PAGE_SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 
 
 @functools.cache
-def large_page_bytes(system: Path = SYSTEM) -> int:
-    """Bytes of a large page that memory can be asked to lie in; 0 where the system gives none."""
+def large_page_bytes(system: Path = HUGE_PAGE_SETTINGS) -> int:
+    """Return the size of a transparent huge page in bytes, or 0 if the system does not support them."""
     try:
         if "[never]" in (system / "enabled").read_text(encoding="utf-8"):
             return 0
@@ -31,25 +30,27 @@ def large_page_bytes(system: Path = SYSTEM) -> int:
         return 0
 
 
-def large_empty(numbers: int, dtype: torch.dtype) -> Tensor:
-    """(numbers), not initialized. The system provides the memory as it is first written, and takes it back
-    when the tensor goes."""
-    size, page = numbers * dtype.itemsize, large_page_bytes()
-    if size < max(WORTH, 2 * page) or not page or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(numbers, dtype=dtype)
+def empty_in_large_pages(count: int, dtype: torch.dtype) -> Tensor:
+    """Return an uninitialized tensor of ``count`` elements.
+
+    The system allocates pages on first write and frees them with the tensor.
+    """
+    size, page = count * dtype.itemsize, large_page_bytes()
+    if size < max(MIN_BYTES, 2 * page) or not page or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(count, dtype=dtype)
     memory = mmap.mmap(-1, size + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    begin = -torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr() % page
-    whole = size // page * page
-    with contextlib.suppress(OSError):  # a system that refuses: pages are of the usual size
-        memory.madvise(mmap.MADV_HUGEPAGE, begin, whole)
-        # Of what is left, no more is taken than is used.
-        memory.madvise(mmap.MADV_NOHUGEPAGE, begin + whole, len(memory) - begin - whole)
-    return torch.frombuffer(memory, dtype=dtype, count=numbers, offset=begin)
+    offset = -torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr() % page
+    page_bytes = size // page * page
+    with contextlib.suppress(OSError):  # falls back to pages of the normal size
+        memory.madvise(mmap.MADV_HUGEPAGE, offset, page_bytes)
+        # Large pages in the partial remainder would allocate more memory than is used.
+        memory.madvise(mmap.MADV_NOHUGEPAGE, offset + page_bytes, len(memory) - offset - page_bytes)
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset)
 
 
-def in_one_piece(parts: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of tensors, one behind another in one piece of memory, each at the beginning of a line."""
-    sizes = [-(-part.nbytes // LINE) * LINE for part in parts]
-    piece = large_empty(sum(sizes), torch.uint8)
-    rooms = zip(parts, piece.split(sizes), strict=True)
-    return [room[: part.nbytes].view(part.dtype).view(part.shape).copy_(part) for part, room in rooms]
+def copy_contiguous(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Copy tensors into one contiguous allocation. Each copy starts at a cache line."""
+    sizes = [-(-part.nbytes // CACHE_LINE_BYTES) * CACHE_LINE_BYTES for part in parts]
+    buffer = empty_in_large_pages(sum(sizes), torch.uint8)
+    slices = zip(parts, buffer.split(sizes), strict=True)
+    return [target[: part.nbytes].view(part.dtype).view(part.shape).copy_(part) for part, target in slices]

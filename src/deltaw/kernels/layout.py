@@ -1,9 +1,7 @@
-"""The layout of packed rows: a prefix tree of segments over one sequence of tokens, cut into attention tiles.
+"""Layout of packed rows: a prefix tree of segments in one token sequence, and its partition into attention tiles.
 
-A token sees its own segment up to itself, and all of the segment's ancestors. Padding-free packing is the
-tree without edges; rows that share a prefix are children of one segment, which is computed once.
-
-This module knows positions and visibility only; not what the tokens are, nor any model.
+A token attends to its segment up to its position and to all ancestors of the segment. Padding-free packing is the tree
+without edges. Rows that share a prefix are children of one segment, which is computed once.
 """
 
 from __future__ import annotations
@@ -18,25 +16,25 @@ from torch import Tensor
 
 from deltaw.kernels.transfer import to_device
 
-# A further tile in a batch costs about the arithmetic of this many (query, key) pairs over all heads of a
-# small model, measured on a 2-core AVX-512 machine; pairs that filling up to a grid adds count as pairs.
+# Overhead of a tile within a batch, in (query, key) pairs over all heads of a small model. Measured on a 2-core AVX-512
+# machine. Padding pairs count as pairs.
 PAIRS_PER_TILE = 1500
-# A further batch of tiles costs some thirty kernel calls, which equals about this many pairs.
+# Overhead of a batch of tiles (about thirty kernel calls), in pairs.
 PAIRS_PER_BATCH = 6000
-# Queries per tile at most: longer ones waste arithmetic above the diagonal and spill out of the cache.
-LARGEST_ATOM = 128
-LARGEST_TILE = 256
-# Tiles are filled up to multiples of these, so that many have the same shape and are computed together; and
-# so that shapes come again, since a CPU's matrix library builds and keeps a kernel for each that it meets.
+# Maximum queries per atom and tile. Larger tiles waste arithmetic above the diagonal and do not fit in the cache.
+MAX_ATOM_QUERIES = 128
+MAX_TILE_QUERIES = 256
+# Tiles are padded to multiples of these, so that tiles of one shape can be batched. Repeated shapes also reuse the
+# kernels that the CPU's matrix library generates and caches per shape.
 QUERY_GRID, KEY_GRID = 16, 32
-# Tiles with more pairs than this fill the machine alone; smaller ones are batched up to BATCH_PAIRS.
-LARGE_TILE = 128 * 256
+# A tile with more pairs than this occupies all cores. Smaller tiles are batched up to BATCH_PAIRS.
+LARGE_TILE_PAIRS = 128 * 256
 BATCH_PAIRS = 2**20
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries ``start:stop`` of the packed sequence and the ranges of keys that they attend to, in order."""
+    """Queries ``start:stop`` of the packed sequence and the ascending ranges of keys that they attend to."""
 
     start: int
     stop: int
@@ -44,8 +42,8 @@ class Tile:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Queries and keys, filled up to the grid."""
-        return _on_grid(self.stop - self.start, QUERY_GRID), _on_grid(self.key_count, KEY_GRID)
+        """Padded numbers of queries and keys."""
+        return _round_up(self.stop - self.start, QUERY_GRID), _round_up(self.key_count, KEY_GRID)
 
     @property
     def key_count(self) -> int:
@@ -54,12 +52,12 @@ class Tile:
 
 @dataclass(frozen=True)
 class TileBatch:
-    """n tiles of one shape, computed together: L queries against K keys each.
+    """n tiles of one shape, computed together: L queries and K keys each.
 
-    Args:
-        keys: (n, K) position of each key in the packed sequence; padding of a tile is position 0, hidden.
-        hidden: (n, L, W) bool, True where a query must not see one of the **last** W keys; every query sees
-            those before. A query that fills a tile up sees at least the first key.
+    Attributes:
+        keys: (n, K) positions of the keys in the packed sequence. Padding is position 0 and masked.
+        hidden: (n, L, W) bool mask of the **last** W keys, True if a query must not attend to the key. All queries
+            attend to the keys before. A padding query attends to at least the first key.
         queries: L.
     """
 
@@ -74,13 +72,13 @@ class TileBatch:
 
 @dataclass(frozen=True)
 class Tiles:
-    """A row cut into batches of tiles.
+    """A row partitioned into batches of tiles.
 
-    Args:
-        batches: in the order of their queries in ``gather``.
-        gather: (S,) position in the packed sequence of every query, one batch after another.
-        slots: (T,) index in ``gather`` of each position of the packed sequence.
-        filling: what of ``gather`` only fills tiles up.
+    Attributes:
+        batches: Batches in the order of their queries in ``gather``.
+        gather: (S) position in the packed sequence of each query, batch by batch.
+        slots: (T) index in ``gather`` of each position of the packed sequence.
+        filling: Indices in ``gather`` of padding queries.
     """
 
     batches: list[TileBatch]
@@ -91,15 +89,19 @@ class Tiles:
 
 @dataclass(eq=False)
 class Layout:
-    """The prefix tree of packed rows with T tokens.
+    """Prefix tree of packed rows with T tokens and S segments.
 
-    Args:
-        starts, stops: range of each of S segments in the packed sequence; segments follow one another
-            without gaps, parents before their children.
-        parents: index of each segment's parent, -1 for a root.
+    Attributes:
+        starts: (S) first position of each segment in the packed sequence. Segments are contiguous, and parents precede
+            their children.
+        stops: (S) end position of each segment (exclusive).
+        parents: (S) index of each segment's parent, -1 for a root.
+        device: Device of the tensors in :meth:`tiles`.
+        masks: Cached block masks of FlexAttention by window; see :mod:`deltaw.kernels.attention`.
+        cached_tensors: Tensors that other modules derived for this row, by the id of the source tensor.
 
     Raises:
-        ValueError: the three do not describe such a tree.
+        ValueError: if the arrays do not describe such a tree.
     """
 
     starts: np.ndarray
@@ -108,14 +110,12 @@ class Layout:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     _tiles: dict[int | None, Tiles] = field(default_factory=dict, repr=False)
     _segments: Tensor | None = field(default=None, repr=False)
-    # FlexAttention's block masks of this row, by window (:mod:`deltaw.kernels.attention`).
     masks: dict[int | None, Any] = field(default_factory=dict, repr=False)
-    # What others have made for this row once, by the id of what they made it from.
-    made_of: dict[int, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
+    cached_tensors: dict[int, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of_lengths(cls, lengths: Sequence[int], parents: Sequence[int] | None = None) -> Layout:
-        """Segments of these lengths one after another; without ``parents``, a tree without edges."""
+        """Create a layout of contiguous segments. Without ``parents``, all segments are roots."""
         stops = np.cumsum(np.asarray(lengths, dtype=np.int64))
         starts = stops - np.asarray(lengths, dtype=np.int64)
         above = np.full(len(lengths), -1) if parents is None else np.asarray(parents)
@@ -125,25 +125,25 @@ class Layout:
         tables = {"starts": self.starts, "stops": self.stops, "parents": self.parents}
         for name, table in tables.items():
             if table.ndim != 1 or not np.issubdtype(table.dtype, np.integer):
-                raise ValueError(f"{name} must be a list of whole numbers")
+                raise ValueError(f"{name} must be a one-dimensional integer array")
             if len(table) != len(self.starts):
-                raise ValueError(f"there are {len(self.starts)} starts and {len(table)} {name}")
+                raise ValueError(f"got {len(self.starts)} starts and {len(table)} {name}")
         if len(self.starts) == 0 or self.starts[0] != 0 or (self.starts[1:] != self.stops[:-1]).any():
-            raise ValueError("segments must follow one another from 0 without gaps")
+            raise ValueError("segments must start at 0 and follow one another without gaps")
         if (self.stops < self.starts).any():
             raise ValueError("a segment must not end before it starts")
         if (self.parents >= np.arange(len(self.parents))).any():
-            raise ValueError("a segment's parent must stand before it")
+            raise ValueError("a segment's parent must precede it")
         if (self.parents < -1).any():
-            raise ValueError("a segment's parent is its index, or -1 for none")
+            raise ValueError("a segment's parent must be an index, or -1 for none")
 
     @property
     def length(self) -> int:
-        """Tokens in the packed sequence."""
+        """Number of tokens in the packed sequence."""
         return int(self.stops[-1])
 
     def offsets(self) -> np.ndarray:
-        """Position of each segment's first token: where its parent's tokens end. Shape (S,)."""
+        """Return the position of each segment's first token within its example, (S)."""
         offsets = np.zeros(len(self.starts), dtype=np.int64)
         for segment, parent in enumerate(self.parents):
             if parent >= 0:
@@ -151,48 +151,49 @@ class Layout:
         return offsets
 
     def positions(self) -> np.ndarray:
-        """Position of each token within its own example, counted from the root. Shape (T,)."""
+        """Return the position of each token within its example, counted from the root, (T)."""
         return np.arange(self.length) + np.repeat(self.offsets() - self.starts, self.stops - self.starts)
 
     def segments(self) -> Tensor:
-        """Starts, stops, parents and offsets of the segments as one int64 tensor (4, S), cached."""
+        """Return starts, stops, parents and offsets as one int64 tensor (4, S). The tensor is cached."""
         if self._segments is None:
             rows = np.stack([self.starts, self.stops, self.parents, self.offsets()])
             self._segments = torch.from_numpy(rows.astype(np.int64))
         return self._segments
 
     def visible(self, window: int | None = None) -> np.ndarray:
-        """The whole visibility as a bool array (T, T): the reference implementation of :meth:`tiles`.
+        """Return the attention mask as a bool array (T, T). Reference implementation of :meth:`tiles`.
 
         Args:
-            window: a query sees keys at most ``window - 1`` positions back; None for no limit.
+            window: Sliding-window size. A query attends to keys at most ``window - 1`` positions back. None is
+                unlimited.
         """
-        everywhere = np.arange(self.length)
-        return self._visibility(window)(everywhere, everywhere)
+        indices = np.arange(self.length)
+        return self._visibility(window)(indices, indices)
 
     def tiles(self, window: int | None = None) -> Tiles:
-        """The row cut into tiles that cover every visible pair, at about the least cost; kept once made."""
+        """Return tiles that cover all visible pairs at approximately minimal cost. The result is cached per window."""
         if window not in self._tiles:
             self._tiles[window] = self._batched(self._plan(window), window)
         return self._tiles[window]
 
     def _visibility(self, window: int | None) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-        """What tells which of the keys at some places (K) the queries at others (L) see: bool (L, K)."""
+        """Return a function from query indices (L) and key indices (K) to a bool mask (L, K)."""
         ancestry = np.eye(len(self.parents), dtype=bool)  # [i, j]: segment j is i or an ancestor of i
         for segment, parent in enumerate(self.parents):
             if parent >= 0:
                 ancestry[segment] |= ancestry[parent]
         segments, positions = np.repeat(np.arange(len(self.starts)), self.stops - self.starts), self.positions()
 
-        def sees(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
-            back = positions[queries][:, None] - positions[keys]
-            seen = ancestry[segments[queries][:, None], segments[keys]] & (back >= 0)
-            return seen & (back < window) if window is not None else seen
+        def visible(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+            distance = positions[queries][:, None] - positions[keys]
+            mask = ancestry[segments[queries][:, None], segments[keys]] & (distance >= 0)
+            return mask & (distance < window) if window is not None else mask
 
-        return sees
+        return visible
 
     def _plan(self, window: int | None) -> list[Tile]:
-        """Neighbouring atoms become one tile where that is cheaper: dynamic programming over the last cut."""
+        """Merge adjacent atoms into tiles by dynamic programming over the last cut."""
         atoms = self._atoms(window)
         best = [0.0] + [float("inf")] * len(atoms)
         tiles: list[Tile | None] = [None] * (len(atoms) + 1)
@@ -200,12 +201,12 @@ class Layout:
         for first in range(len(atoms)):
             spans: dict[int, tuple[int, int]] = {}
             for last in range(first, len(atoms)):
-                if last > first and atoms[last].stop - atoms[first].start > LARGEST_TILE:
+                if last > first and atoms[last].stop - atoms[first].start > MAX_TILE_QUERIES:
                     break
                 for segment, (low, high) in atoms[last].spans.items():
-                    known = spans.get(segment, (low, high))
-                    spans[segment] = (min(low, known[0]), max(high, known[1]))
-                tile = Tile(atoms[first].start, atoms[last].stop, _joined(spans.values()))
+                    span = spans.get(segment, (low, high))
+                    spans[segment] = (min(low, span[0]), max(high, span[1]))
+                tile = Tile(atoms[first].start, atoms[last].stop, _merge_ranges(spans.values()))
                 queries, keys = tile.shape
                 cost = best[first] + PAIRS_PER_TILE + queries * keys
                 if cost < best[last + 1]:
@@ -213,76 +214,76 @@ class Layout:
         chosen: list[Tile] = []
         end = len(atoms)
         while end > 0:
-            tile_here = tiles[end]
-            assert tile_here is not None
-            chosen.append(tile_here)
+            chosen_tile = tiles[end]
+            assert chosen_tile is not None
+            chosen.append(chosen_tile)
             end = cut[end]
         return chosen[::-1]
 
     def _atoms(self, window: int | None) -> list[_Atom]:
-        """Each segment in pieces of at most LARGEST_ATOM queries, with the key spans that each needs."""
+        """Split segments into atoms of at most MAX_ATOM_QUERIES queries, with the key ranges that they attend to."""
         atoms: list[_Atom] = []
         offsets = self.offsets()
         for segment, (start, stop) in enumerate(zip(self.starts, self.stops, strict=True)):
-            for low in range(int(start), int(stop), LARGEST_ATOM):
-                high = min(low + LARGEST_ATOM, int(stop))
+            for low in range(int(start), int(stop), MAX_ATOM_QUERIES):
+                high = min(low + MAX_ATOM_QUERIES, int(stop))
                 earliest = 0 if window is None else int(offsets[segment] + low - start) - window + 1
                 spans: dict[int, tuple[int, int]] = {}
-                at = segment
-                while at >= 0:
-                    end = high if at == segment else int(self.stops[at])
-                    begin = int(self.starts[at]) + max(0, earliest - int(offsets[at]))
-                    if begin < end:
-                        spans[at] = (begin, end)
-                    at = int(self.parents[at])
+                ancestor = segment
+                while ancestor >= 0:
+                    last = high if ancestor == segment else int(self.stops[ancestor])
+                    first = int(self.starts[ancestor]) + max(0, earliest - int(offsets[ancestor]))
+                    if first < last:
+                        spans[ancestor] = (first, last)
+                    ancestor = int(self.parents[ancestor])
                 atoms.append(_Atom(low, high, spans))
         return atoms
 
     def _batched(self, tiles: list[Tile], window: int | None) -> Tiles:
-        by_shape = _grouped(tiles)
-        sees = self._visibility(window)
-        batches, gather, fillings = [], [], []
+        by_shape = _group_by_shape(tiles)
+        visible = self._visibility(window)
+        batches, gather, padding = [], [], []
         slots = np.zeros(self.length, dtype=np.int64)
-        filled = 0
+        num_queries = 0
         for (queries, keys), group in by_shape.items():
             pairs = queries * keys
-            most = 1 if pairs > LARGE_TILE else max(1, BATCH_PAIRS // pairs)
-            for part in (group[i : i + most] for i in range(0, len(group), most)):
-                count = _on_grid(len(part), 1)
-                places = np.zeros((count, queries), dtype=np.int64)
-                key_places = np.zeros((count, keys), dtype=np.int64)
-                seen = np.zeros((count, queries, keys), dtype=bool)
-                seen[:, :, 0] = True
-                for n, tile in enumerate(part):
+            batch_size = 1 if pairs > LARGE_TILE_PAIRS else max(1, BATCH_PAIRS // pairs)
+            for batch_tiles in (group[i : i + batch_size] for i in range(0, len(group), batch_size)):
+                count = _round_up(len(batch_tiles), 1)
+                query_indices = np.zeros((count, queries), dtype=np.int64)
+                key_indices = np.zeros((count, keys), dtype=np.int64)
+                mask = np.zeros((count, queries, keys), dtype=bool)
+                mask[:, :, 0] = True
+                for n, tile in enumerate(batch_tiles):
                     height, width = tile.stop - tile.start, tile.key_count
                     rows = np.arange(tile.start, tile.stop)
                     columns = np.concatenate([np.arange(low, high) for low, high in tile.ranges])
-                    places[n, :height], key_places[n, :width] = rows, columns
-                    slots[rows] = filled + n * queries + np.arange(height)
-                    seen[n, :height, :width] = sees(rows, columns)
-                    seen[n, :height, width:] = False
-                used = [t.stop - t.start for t in part] + [0] * (count - len(part))
-                filling = np.concatenate([n * queries + np.arange(u, queries) for n, u in enumerate(used)])
-                batches.append(self._batch(key_places, seen, filling))
-                gather.append(places.ravel())
-                fillings.append(filled + filling)
-                filled += places.size
-        return Tiles(batches, *map(self._tensor, (np.concatenate(gather), slots, np.concatenate(fillings))))
+                    query_indices[n, :height], key_indices[n, :width] = rows, columns
+                    slots[rows] = num_queries + n * queries + np.arange(height)
+                    mask[n, :height, :width] = visible(rows, columns)
+                    mask[n, :height, width:] = False
+                num_used = [t.stop - t.start for t in batch_tiles] + [0] * (count - len(batch_tiles))
+                batch_padding = np.concatenate([n * queries + np.arange(u, queries) for n, u in enumerate(num_used)])
+                batches.append(self._batch(key_indices, mask, batch_padding))
+                gather.append(query_indices.ravel())
+                padding.append(num_queries + batch_padding)
+                num_queries += query_indices.size
+        return Tiles(batches, *map(self._tensor, (np.concatenate(gather), slots, np.concatenate(padding))))
 
-    def _batch(self, keys: np.ndarray, seen: np.ndarray, filling: np.ndarray) -> TileBatch:
-        count, queries, _ = seen.shape
-        hidden_rows = ~seen
-        hidden_rows.reshape(count * queries, -1)[filling] = False
+    def _batch(self, keys: np.ndarray, mask: np.ndarray, padding: np.ndarray) -> TileBatch:
+        count, queries, _ = mask.shape
+        hidden_rows = ~mask
+        hidden_rows.reshape(count * queries, -1)[padding] = False
         hidden_columns = hidden_rows.any(axis=(0, 1))
-        first = int(np.argmax(hidden_columns)) if hidden_columns.any() else seen.shape[2]
+        first = int(np.argmax(hidden_columns)) if hidden_columns.any() else mask.shape[2]
         return TileBatch(self._tensor(keys), self._tensor(np.ascontiguousarray(hidden_rows[:, :, first:])), queries)
 
-    def _tensor(self, places: np.ndarray) -> Tensor:
-        return to_device(torch.from_numpy(places), self.device)
+    def _tensor(self, indices: np.ndarray) -> Tensor:
+        return to_device(torch.from_numpy(indices), self.device)
 
 
-def _grouped(tiles: Sequence[Tile]) -> dict[tuple[int, int], list[Tile]]:
-    """Tiles by shape; a few small ones are filled up to a larger shape where that saves a batch."""
+def _group_by_shape(tiles: Sequence[Tile]) -> dict[tuple[int, int], list[Tile]]:
+    """Group tiles by shape. A small group is padded to a larger existing shape if that saves a batch."""
     groups: dict[tuple[int, int], list[Tile]] = {}
     for tile in tiles:
         groups.setdefault(tile.shape, []).append(tile)
@@ -296,8 +297,8 @@ def _grouped(tiles: Sequence[Tile]) -> dict[tuple[int, int], list[Tile]]:
     return groups
 
 
-def _joined(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Ranges in order, those that touch made one."""
+def _merge_ranges(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Sort ranges and merge adjacent ones."""
     ranges: list[tuple[int, int]] = []
     for low, high in sorted(spans):
         if ranges and ranges[-1][1] == low:
@@ -307,9 +308,9 @@ def _joined(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     return tuple(ranges)
 
 
-def _on_grid(count: int, least: int) -> int:
-    """``count`` rounded up to a multiple of ``least``, or of an eighth of its power of two if more."""
-    step = max(least, 1 << max(0, count.bit_length() - 4))
+def _round_up(count: int, multiple: int) -> int:
+    """Round ``count`` up to a multiple of ``multiple``, or of an eighth of its power of two if that is larger."""
+    step = max(multiple, 1 << max(0, count.bit_length() - 4))
     return -(-count // step) * step
 
 

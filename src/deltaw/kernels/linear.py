@@ -1,17 +1,21 @@
-"""A frozen linear layer with its low-rank update as one product, forward and backward.
+"""Frozen linear layer with a low-rank update as one product, forward and backward.
 
-    y = x·Wᵀ + b + s·(x·A)·B + added
+    y = x·Wᵀ + b + s·(x·A)·B + addend
 
-The update is added while the sums are in registers, so no wide tensor is written for it. W may be stored in
-one of three ways, which :class:`Product` describes. Int8-quantized, it has a scale for each of its rows, and serves
-forward and backward alike: forward, a row's scale belongs to an output; backward, it multiplies the gradient before
-that is rounded to int8 itself, with a scale for each ``INT8_BLOCK`` of its numbers, since few of them are large.
-SmoothQuant scales move outliers from inputs to weights before both are rounded (arXiv 2211.10438, eq. 3):
-x·smooth_scales is rounded, and W holds the inverse. In blocks (``block_linear.py``), the compiled kernels read W
-while they lay out a panel of 32 columns, so no more of W than a panel is ever there as numbers. Each is rounded to
-bf16, whatever the type of x: that is what W is.
+The update is added while sums are in registers, so no full-width tensor is written for it. :class:`LinearProduct`
+describes the three ways to store W:
 
-Knows tensors; not modules or training. Each function has a reference implementation in torch.
+- fp32 or bf16.
+- int8 with a scale per row. In the forward pass a row's scale belongs to an output. In the backward pass it multiplies
+  the gradient, which is then quantized with a scale per ``INT8_BLOCK`` numbers, since few of them are large.
+  SmoothQuant
+  scales move outliers from inputs to weights (arXiv 2211.10438, eq. 3): x·smooth_scales is quantized, and W contains
+  the
+  inverse scales.
+- blocks (``block_linear.py``). The compiled kernels decode W while they pack a panel of 32 columns, so at most a panel
+  is in memory in decoded form. Decoded weights are rounded to bf16, regardless of the type of x.
+
+Each function has a reference implementation in torch.
 """
 
 from __future__ import annotations
@@ -27,36 +31,43 @@ from torch import Tensor
 from deltaw.kernels import loader
 from deltaw.kernels.block_linear import FORMATS, BlockWeight
 from deltaw.kernels.bounds import check_shape
-from deltaw.kernels.operators import define, sums_dtype
+from deltaw.kernels.operators import accumulation_dtype, define
 from deltaw.kernels.quantize import (
     INT8,
-    LONGEST_SUM,
-    quantized_reference,
-    quantized_rows,
-    room_for_int8,
-    rounded_in_blocks,
-    rows_as_int8,
+    MAX_SUM_LENGTH,
+    empty_int8,
+    expand_scales,
+    fake_quantize_blocks,
+    quantize_activations_reference,
+    quantize_rows,
+    round_rows,
     scales_shape,
-    spread_scales,
 )
 from deltaw.kernels.structs import BlockData
 
-# Bytes of de-quantized rows that torch multiplies with at a time.
+# Bytes of dequantized rows per chunk in the reference implementation.
 REFERENCE_BYTES = 4 << 20
 
 
-class Product(NamedTuple):
-    """What rows are multiplied with: a frozen weight as it is stored, its bias and its low-rank update.
+class LinearProduct(NamedTuple):
+    """Right side of a product: a stored frozen weight, its bias and its low-rank update.
 
     Attributes:
-        weight: (out, in) with ``by_column``, else (in, out); int8 weights are (out, in). Of a weight in blocks:
-            their bytes, uint8 (out, bytes of a row).
-        scale, smooth_scales: of a weight in int8: (out), and (in) or None. A bf16 weight with a ``scale`` is
-            rounded to int8 as it is read, without SmoothQuant scales.
-        bias: (out).
-        lora_A, lora_B: (in, r) and (r, out), fp32.
-        in_blocks: whether x is rounded to int8 with a scale for each ``INT8_BLOCK`` numbers, not for each row.
-        format, columns, absmax, group_scale, offset: of a weight in blocks, see :class:`BlockWeight`.
+        weight: (out, in) if ``by_column``, else (in, out). int8 weights are (out, in). For weights in blocks, their
+            bytes: uint8 (out, bytes per row).
+        by_column: True if ``weight`` is (out, in).
+        scale: (out) scales of an int8 weight. A bf16 weight with a scale is quantized to int8 as it is read.
+        smooth_scales: (in) SmoothQuant scales of an int8 weight, or None.
+        bias: (out) or None.
+        lora_A: (in, r) fp32 or None.
+        lora_B: (r, out) fp32 or None.
+        scaling: Factor of the update.
+        in_blocks: Quantize x with a scale per ``INT8_BLOCK`` numbers instead of per row.
+        format: Block format; see :class:`BlockWeight`. None for other weights.
+        columns: Number of inputs of a weight in blocks.
+        absmax: See :class:`BlockWeight`.
+        group_scale: See :class:`BlockWeight`.
+        offset: See :class:`BlockWeight`.
     """
 
     weight: Tensor
@@ -75,29 +86,29 @@ class Product(NamedTuple):
     offset: Tensor | None = None
 
     @classmethod
-    def of_blocks(
+    def from_blocks(
         cls,
         weight: BlockWeight,
         bias: Tensor | None = None,
         lora_A: Tensor | None = None,
         lora_B: Tensor | None = None,
         scaling: float = 1.0,
-    ) -> Product:
-        """The product with a weight in blocks."""
+    ) -> LinearProduct:
+        """Create the product with a weight in blocks."""
         data, *scales = weight.tensors
-        of_rows = (True, None, None, bias, lora_A, lora_B, scaling, False)
-        return cls(data, *of_rows, weight.format, weight.columns, *scales)
+        options = (True, None, None, bias, lora_A, lora_B, scaling, False)
+        return cls(data, *options, weight.format, weight.columns, *scales)
 
     @property
     def blocks(self) -> BlockWeight | None:
-        """The weight, if it is in blocks."""
+        """The weight if it is in blocks, else None."""
         if self.format is None:
             return None
         return BlockWeight(self.weight, self.format, self.columns, self.absmax, self.group_scale, self.offset)
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Inputs and outputs."""
+        """Numbers of inputs and outputs."""
         if self.format is not None:
             return self.columns, self.weight.shape[0]
         first, second = self.weight.shape
@@ -105,111 +116,125 @@ class Product(NamedTuple):
 
     @property
     def number(self) -> int:
-        """The kernels' own number for the type of the weight."""
-        return loader.number(self.weight.dtype) if self.format is None else FORMATS[self.format].number
+        """The kernels' code of the weight's type."""
+        return loader.dtype_code(self.weight.dtype) if self.format is None else FORMATS[self.format].number
 
-    def described(self) -> BlockData | None:
-        """The kernels' struct of a weight in blocks, to be kept alive while they use it."""
+    def as_struct(self) -> BlockData | None:
+        """Return the kernels' struct of a weight in blocks, or None. The caller must keep it alive during the call."""
         blocks = self.blocks
-        return None if blocks is None else blocks.described()
+        return None if blocks is None else blocks.as_struct()
 
-    def address(self, described: BlockData | None) -> int:
-        """Where the kernels find the weight, given what :meth:`described` returned."""
-        return self.weight.data_ptr() if described is None else ctypes.addressof(described)
-
-
-_FIELDS = len(Product._fields)
+    def address(self, block_data: BlockData | None) -> int:
+        """Return the address of the weight, given the result of :meth:`as_struct`."""
+        return self.weight.data_ptr() if block_data is None else ctypes.addressof(block_data)
 
 
-def product_of(args: tuple[Any, ...]) -> tuple[Product, tuple[Any, ...]]:
-    """The description among the arguments of ``linear`` and ``linear_backward``, and what follows it."""
-    return Product(*args[1 : _FIELDS + 1]), args[_FIELDS + 1 :]
+_FIELDS = len(LinearProduct._fields)
 
 
-def can_multiply(x: Tensor, of: Product) -> bool:
-    """Whether the compiled kernel serves: types, layout, sizes that fill its groups of numbers, and that it
-    is the kernels that compute such products at present."""
-    int8, weight = of.scale is not None, of.weight
-    if not loader.serves(x) or not loader.multiplies(loader.number(INT8 if int8 else x.dtype)):
+def split_arguments(args: tuple[Any, ...]) -> tuple[LinearProduct, tuple[Any, ...]]:
+    """Split the arguments of the ``linear`` and ``linear_backward`` operators into the product and the arguments after
+    it.
+    """
+    return LinearProduct(*args[1 : _FIELDS + 1]), args[_FIELDS + 1 :]
+
+
+def can_multiply(x: Tensor, product: LinearProduct) -> bool:
+    """True if the active kernels compute this product: supported types, layout and sizes."""
+    int8, weight = product.scale is not None, product.weight
+    if not loader.supports(x) or not loader.multiplies(loader.dtype_code(INT8 if int8 else x.dtype)):
         return False
-    if of.format is not None:
+    if product.format is not None:
         if weight.device.type != "cpu":
             return False
     elif (
         not (weight.dtype == INT8 or weight.dtype == x.dtype)
         or not weight.is_contiguous()
-        or (int8 and weight.dtype != INT8 and (weight.dtype != torch.bfloat16 or not of.by_column))
+        or (int8 and weight.dtype != INT8 and (weight.dtype != torch.bfloat16 or not product.by_column))
     ):
         return False
     group = 4 if int8 else 4 // x.dtype.itemsize
-    if weight.shape[0] % group or (of.format is None and weight.shape[1] % group):
+    if weight.shape[0] % group or (product.format is None and weight.shape[1] % group):
         return False
-    lora_A = of.lora_A
+    lora_A = product.lora_A
     return lora_A is None or (lora_A.dtype == torch.float32 and lora_A.shape[-1] % (4 // x.dtype.itemsize) == 0)
 
 
 def linear(
-    x: Tensor, of: Product, added: Tensor | None = None, x_int8: Tensor | None = None, x_scales: Tensor | None = None
+    x: Tensor,
+    product: LinearProduct,
+    addend: Tensor | None = None,
+    x_int8: Tensor | None = None,
+    x_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y (M, out) and h = x·A (M, r), which the backward wants (empty without an update).
+    """Compute the product.
 
     Args:
         x: (M, in).
-        added: (M, out), such as the residual stream.
-        x_int8, x_scales: what :func:`deltaw.kernels.quantize.quantized` made of x, where it was made before.
+        product: Right side of the product.
+        addend: (M, out) addend, such as the residual stream.
+        x_int8: Result of :func:`deltaw.kernels.quantize.quantize_activations` for x, if already computed.
+        x_scales: Scales of ``x_int8``.
+
+    Returns:
+        y (M, out), and h = x·A (M, r) for the backward pass (empty without an update).
 
     Raises:
-        ValueError: the shapes do not fit each other.
+        ValueError: if shapes do not match.
     """
-    inputs, outputs = of.sizes
-    _check(x, of, inputs, (inputs, outputs))
-    check_shape("what is added", added, x.shape[0], outputs)
-    if of.scale is not None:
+    inputs, outputs = product.sizes
+    _check_shapes(x, product, inputs, (inputs, outputs))
+    check_shape("the addend", addend, x.shape[0], outputs)
+    if product.scale is not None:
         check_shape("x in int8", x_int8, *x.shape)
-        check_shape("the scales of x in int8", x_scales, *scales_shape(x, of.in_blocks))
-    y, h = _linear(x, *of, added, x_int8, x_scales)
+        check_shape("the scales of x in int8", x_scales, *scales_shape(x, product.in_blocks))
+    y, h = _linear(x, *product, addend, x_int8, x_scales)
     return y, h
 
 
 def linear_reference(
-    x: Tensor, of: Product, added: Tensor | None = None, x_int8: Tensor | None = None, x_scales: Tensor | None = None
+    x: Tensor,
+    product: LinearProduct,
+    addend: Tensor | None = None,
+    x_int8: Tensor | None = None,
+    x_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The reference implementation of :func:`linear`."""
-    h, update, sums, blocks = x.new_empty(0), None, None, of.blocks
-    if of.scale is not None:
-        rounded, by = x_int8, x_scales
-        if rounded is None or by is None:
-            rounded, by = quantized_reference(x, of.smooth_scales, of.in_blocks)
-        signed = of.weight if of.weight.dtype == INT8 else rows_as_int8(of.weight, of.scale)
-        left = rounded.to(of.scale.dtype) - 128
-        if of.in_blocks:
-            left *= spread_scales(by, x.shape[1])
-        sums = left @ signed.to(of.scale.dtype).t()
-        del left  # the plan of memory counts on it
-        sums *= of.scale if of.in_blocks else by[:, None] * of.scale
-    if of.lora_A is not None and of.lora_B is not None:
-        h = x @ of.lora_A.to(x.dtype)
+    """Reference implementation of :func:`linear`."""
+    h, update, sums, blocks = x.new_empty(0), None, None, product.blocks
+    if product.scale is not None:
+        quantized, activation_scales = x_int8, x_scales
+        if quantized is None or activation_scales is None:
+            quantized, activation_scales = quantize_activations_reference(x, product.smooth_scales, product.in_blocks)
+        int8_weight = product.weight if product.weight.dtype == INT8 else round_rows(product.weight, product.scale)
+        unscaled = quantized.to(product.scale.dtype) - 128
+        if product.in_blocks:
+            unscaled *= expand_scales(activation_scales, x.shape[1])
+        sums = unscaled @ int8_weight.to(product.scale.dtype).t()
+        del unscaled  # the memory plan relies on this
+        sums *= product.scale if product.in_blocks else activation_scales[:, None] * product.scale
+    if product.lora_A is not None and product.lora_B is not None:
+        h = x @ product.lora_A.to(x.dtype)
         if blocks is None:
-            update = h @ (of.lora_B * of.scaling).to(x.dtype)
+            update = h @ (product.lora_B * product.scaling).to(x.dtype)
     if blocks is not None:
-        y = x.new_empty(x.shape[0], of.sizes[1])
-        factor = None if of.lora_B is None else (of.lora_B * of.scaling).to(x.dtype)
-        for rows, values in _some_rows(blocks, x.dtype):
+        y = x.new_empty(x.shape[0], product.sizes[1])
+        factor = None if product.lora_B is None else (product.lora_B * product.scaling).to(x.dtype)
+        for rows, values in _row_chunks(blocks, x.dtype):
             y[:, rows] = plus_product(None if factor is None else h @ factor[:, rows], x, values.t())
     elif sums is not None:
         y = (sums if update is None else sums.add_(update)).to(x.dtype)
     else:
-        y = plus_product(update, x, of.weight.t() if of.by_column else of.weight)
-    if of.bias is not None:
-        y = y + of.bias.to(y.dtype)
-    return (y if added is None else y + added), h
+        y = plus_product(update, x, product.weight.t() if product.by_column else product.weight)
+    if product.bias is not None:
+        y = y + product.bias.to(y.dtype)
+    return (y if addend is None else y + addend), h
 
 
 def plus_product(update: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """update + left·right, rounded once; overwrites the update.
+    """Return update + left·right, rounded once. Overwrites ``update``.
 
-    An update is small. Added to a product that was rounded to bf16 before, half of it and more would be less
-    than half of the last digit, and lost: not by chance, but wherever the sum is rounded back.
+    Updates are small. If the product were rounded to bf16 first, more than half of an update could be lost: it is less
+    than half of the last digit, and rounding the sum discards it systematically.
     """
     if update is None:
         return left @ right
@@ -217,107 +242,113 @@ def plus_product(update: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
 
 
 def linear_backward(
-    grad: Tensor, of: Product, added: Tensor | None = None, need_x: bool = True, in_int8: bool = False
+    grad: Tensor, product: LinearProduct, addend: Tensor | None = None, need_x: bool = True, in_int8: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """∂L/∂x (M, in) = grad·W + g·Aᵀ + added, and g = grad·(s·B)ᵀ (M, r); each empty where there is none.
+    """Compute gradients of the input and of h.
 
     Args:
-        in_int8: whether grad·W of a bf16 weight is computed in int8: the weight is rounded as it is read,
-            with a scale for each of the rows that it is stored in, and the gradient with one for each
-            ``INT8_BLOCK`` numbers.
+        grad: (M, out) gradient of y.
+        product: Right side of the product.
+        addend: (M, in) addend of the input gradient.
+        need_x: Compute the input gradient.
+        in_int8: Compute grad·W of a bf16 weight in int8. The weight is quantized as it is read with a scale per stored
+            row, the gradient with a scale per ``INT8_BLOCK`` numbers.
+
+    Returns:
+        ∂L/∂x (M, in) = grad·W + g·Aᵀ + addend, and g = grad·(s·B)ᵀ (M, r). Each is empty if not computed.
 
     Raises:
-        ValueError: the shapes do not fit each other.
+        ValueError: if shapes do not match.
     """
-    inputs, outputs = of.sizes
-    _check(grad, of, outputs, (inputs, outputs))
-    check_shape("what is added", added, grad.shape[0], inputs)
-    dx, narrow = _linear_backward(grad, *of, added, need_x, in_int8)
+    inputs, outputs = product.sizes
+    _check_shapes(grad, product, outputs, (inputs, outputs))
+    check_shape("the addend", addend, grad.shape[0], inputs)
+    dx, narrow = _linear_backward(grad, *product, addend, need_x, in_int8)
     return dx, narrow
 
 
-def rounds_gradients(grad: Tensor, of: Product) -> bool:
-    """Whether this process computes the gradient of such a layer's input in int8, though its weight is not:
-    ``in_int8`` of :func:`linear_backward`."""
-    return loader.arithmetic().int8_gradients and _can_round(grad, of)
+def uses_int8_gradients(grad: Tensor, product: LinearProduct) -> bool:
+    """True if this process computes the input gradient of such a bf16 layer in int8; see :func:`linear_backward`."""
+    return loader.arithmetic().int8_gradients and _can_use_int8(grad, product)
 
 
-def _can_round(grad: Tensor, of: Product) -> bool:
-    """Whether the compiled kernel rounds the two sides of grad·W, which are bf16, as it reads them."""
+def _can_use_int8(grad: Tensor, product: LinearProduct) -> bool:
+    """True if the compiled kernel supports grad·W of bf16 tensors in int8."""
     return (
-        of.weight.dtype == grad.dtype == torch.bfloat16
-        and can_multiply(grad, of)
-        and loader.multiplies(loader.number(INT8))
-        and not any(size % 4 for size in of.weight.shape)
+        product.weight.dtype == grad.dtype == torch.bfloat16
+        and can_multiply(grad, product)
+        and loader.multiplies(loader.dtype_code(INT8))
+        and not any(size % 4 for size in product.weight.shape)
     )
 
 
 def linear_backward_reference(
-    grad: Tensor, of: Product, added: Tensor | None = None, need_x: bool = True, in_int8: bool = False
+    grad: Tensor, product: LinearProduct, addend: Tensor | None = None, need_x: bool = True, in_int8: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The reference implementation of :func:`linear_backward`."""
+    """Reference implementation of :func:`linear_backward`."""
     narrow = grad.new_empty(0)
-    if of.lora_B is not None:
-        narrow = grad @ (of.lora_B * of.scaling).to(grad.dtype).t()
+    if product.lora_B is not None:
+        narrow = grad @ (product.lora_B * product.scaling).to(grad.dtype).t()
     if not need_x:
         return grad.new_empty(0), narrow
-    wide, blocks = None, of.blocks
-    if of.scale is not None:
-        wide = rounded_in_blocks(grad.to(of.scale.dtype) * of.scale) @ of.weight.to(of.scale.dtype)
-        if of.smooth_scales is not None:
-            wide *= of.smooth_scales
+    scaled_sums, blocks = None, product.blocks
+    if product.scale is not None:
+        dtype = product.scale.dtype
+        scaled_sums = fake_quantize_blocks(grad.to(dtype) * product.scale) @ product.weight.to(dtype)
+        if product.smooth_scales is not None:
+            scaled_sums *= product.smooth_scales
     elif in_int8:
-        signed, scale = quantized_rows(of.weight)
-        wide = grad.float() * scale if of.by_column else grad.float()
-        wide = rounded_in_blocks(wide) @ (signed if of.by_column else signed.t()).float()
-        if not of.by_column:
-            wide *= scale
-    update = None if of.lora_A is None else narrow @ of.lora_A.to(grad.dtype).t()
+        weight, scale = quantize_rows(product.weight)
+        scaled_sums = grad.float() * scale if product.by_column else grad.float()
+        scaled_sums = fake_quantize_blocks(scaled_sums) @ (weight if product.by_column else weight.t()).float()
+        if not product.by_column:
+            scaled_sums *= scale
+    update = None if product.lora_A is None else narrow @ product.lora_A.to(grad.dtype).t()
     if blocks is not None:
-        sums = torch.zeros(grad.shape[0], of.columns, dtype=sums_dtype(grad), device=grad.device)
-        for rows, values in _some_rows(blocks, grad.dtype):
+        sums = torch.zeros(grad.shape[0], product.columns, dtype=accumulation_dtype(grad), device=grad.device)
+        for rows, values in _row_chunks(blocks, grad.dtype):
             sums += plus_product(update, grad[:, rows], values)
             update = None
         dx = sums.to(grad.dtype)
-    elif wide is not None:
-        dx = (wide if update is None else wide.add_(update)).to(grad.dtype)
+    elif scaled_sums is not None:
+        dx = (scaled_sums if update is None else scaled_sums.add_(update)).to(grad.dtype)
     else:
-        dx = plus_product(update, grad, of.weight if of.by_column else of.weight.t())
-    return (dx if added is None else dx + added), narrow
+        dx = plus_product(update, grad, product.weight if product.by_column else product.weight.t())
+    return (dx if addend is None else dx + addend), narrow
 
 
-def rows_at_once(outputs: int, inputs: int) -> int:
-    """Rows of a weight in blocks that the reference de-quantizes at a time: as many as REFERENCE_BYTES hold."""
+def reference_chunk_rows(outputs: int, inputs: int) -> int:
+    """Return the rows of a weight in blocks that the reference implementation dequantizes per chunk."""
     return min(outputs, max(1, REFERENCE_BYTES // (4 * inputs)))
 
 
-def _some_rows(weight: BlockWeight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """A weight in blocks some rows at a time: which, and their values, which are numbers of bf16."""
+def _row_chunks(weight: BlockWeight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield slices of rows of a weight in blocks and their values, rounded to bf16."""
     outputs, inputs = weight.shape
-    most = rows_at_once(outputs, inputs)
-    for first in range(0, outputs, most):
-        rows = slice(first, min(outputs, first + most))
+    chunk_rows = reference_chunk_rows(outputs, inputs)
+    for first in range(0, outputs, chunk_rows):
+        rows = slice(first, min(outputs, first + chunk_rows))
         yield rows, weight.dequantized(torch.bfloat16, rows.start, rows.stop).to(dtype)
 
 
-def _check(left: Tensor, of: Product, width: int, sizes: tuple[int, int]) -> None:
-    """That a product of ``left`` (M, width) with a weight of these sizes, and the factors on both sides, is one."""
+def _check_shapes(left: Tensor, product: LinearProduct, width: int, sizes: tuple[int, int]) -> None:
+    """Check the shapes of a product of ``left`` (M, width) with a weight of these sizes and its low-rank factors."""
     if left.dim() != 2:
-        raise ValueError(f"a product is of two matrices, not of {tuple(left.shape)} and {tuple(of.weight.shape)}")
+        raise ValueError(f"expected two matrices, got shapes {tuple(left.shape)} and {tuple(product.weight.shape)}")
     inputs, outputs = sizes
     check_shape("the left side", left, left.shape[0], width)
-    check_shape("the weight's scales", of.scale, outputs)
-    check_shape("the SmoothQuant scales", of.smooth_scales, inputs)
-    check_shape("the bias", of.bias, outputs)
-    if (of.lora_A is None) != (of.lora_B is None):
-        raise ValueError("a low-rank update has two factors, or there is none")
-    if of.lora_A is not None:
-        check_shape("a factor", of.lora_A, inputs, of.lora_A.shape[-1])
-        check_shape("a factor", of.lora_B, of.lora_A.shape[-1], outputs)
+    check_shape("the weight's scales", product.scale, outputs)
+    check_shape("the SmoothQuant scales", product.smooth_scales, inputs)
+    check_shape("the bias", product.bias, outputs)
+    if (product.lora_A is None) != (product.lora_B is None):
+        raise ValueError("lora_A and lora_B must be given together")
+    if product.lora_A is not None:
+        check_shape("a factor", product.lora_A, inputs, product.lora_A.shape[-1])
+        check_shape("a factor", product.lora_B, product.lora_A.shape[-1], outputs)
 
 
 def factors_backward(x: Tensor, h: Tensor, grad: Tensor, narrow: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """∂L/∂A = xᵀ·g (in, r) and ∂L/∂B = s·hᵀ·grad (r, out), both in fp32."""
+    """Return the fp32 gradients ∂L/∂A = xᵀ·g (in, r) and ∂L/∂B = s·hᵀ·grad (r, out)."""
     rows, rank = h.shape
     check_shape("x", x, rows, x.shape[-1])
     check_shape("the gradient", grad, rows, grad.shape[-1])
@@ -328,120 +359,122 @@ def factors_backward(x: Tensor, h: Tensor, grad: Tensor, narrow: Tensor, scaling
 def factors_backward_reference(
     x: Tensor, h: Tensor, grad: Tensor, narrow: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """The reference implementation of :func:`factors_backward`."""
-    wide = sums_dtype(x)
-    return (x.t() @ narrow).to(wide), (h.t() @ grad).to(wide) * scaling
+    """Reference implementation of :func:`factors_backward`."""
+    dtype = accumulation_dtype(x)
+    return (x.t() @ narrow).to(dtype), (h.t() @ grad).to(dtype) * scaling
 
 
-def _are(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
-    for tensor in tensors:  # noqa: SIM110 - all() takes twice as long, and there are many small products
+def _have_dtype(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
+    for tensor in tensors:  # noqa: SIM110 - all() takes twice as long, which matters for small products
         if tensor is not None and tensor.dtype != dtype:
             return False
     return True
 
 
-def _compiled(left: Tensor, of: Product, added: Tensor | None, scales: Tensor | None = None) -> bool:
-    """Whether the compiled kernel takes the product's tensors, what is added to it, and scales of the left side."""
-    if not can_multiply(left, of) or not _are(left.dtype, added):
+def _compiled(left: Tensor, product: LinearProduct, addend: Tensor | None, scales: Tensor | None = None) -> bool:
+    """True if the compiled kernel supports the tensors of a product."""
+    if not can_multiply(left, product) or not _have_dtype(left.dtype, addend):
         return False
-    return _are(torch.float32, of.scale, of.smooth_scales, of.lora_B, scales)
+    return _have_dtype(torch.float32, product.scale, product.smooth_scales, product.lora_B, scales)
 
 
-def _laid_out(of: Product) -> Product:
-    """As the kernels read it: numbers side by side, rows one after another."""
-    for tensor in (of.scale, of.smooth_scales, of.bias, of.lora_A, of.lora_B):  # the weight is, if it is served
+def _contiguous_tensors(product: LinearProduct) -> LinearProduct:
+    """Return the product with contiguous tensors. A supported weight is already contiguous."""
+    for tensor in (product.scale, product.smooth_scales, product.bias, product.lora_A, product.lora_B):
         if tensor is not None and not tensor.is_contiguous():
             break
     else:
-        return of
-    return Product._make(t.contiguous() if isinstance(t, Tensor) else t for t in of)
+        return product
+    return LinearProduct._make(t.contiguous() if isinstance(t, Tensor) else t for t in product)
 
 
 def _compute_linear(*args: Any) -> tuple[Tensor, Tensor]:
-    x, (of, (added, x_int8, x_scales)) = args[0], product_of(args)
-    compiled = _compiled(x, of, added, x_scales) and (_are(x.dtype, of.bias) or _are(torch.float32, of.bias))
-    compiled = compiled and (of.scale is None or of.in_blocks or x.shape[1] <= LONGEST_SUM)
-    if not compiled or not _are(torch.uint8, x_int8):
-        return linear_reference(x, of, added, x_int8, x_scales)
-    x, of = x.contiguous(), _laid_out(of)
-    added = None if added is None else added.contiguous()
+    x, (product, (addend, x_int8, x_scales)) = args[0], split_arguments(args)
+    bias_fits = _have_dtype(x.dtype, product.bias) or _have_dtype(torch.float32, product.bias)
+    compiled = _compiled(x, product, addend, x_scales) and bias_fits
+    compiled = compiled and (product.scale is None or product.in_blocks or x.shape[1] <= MAX_SUM_LENGTH)
+    if not compiled or not _have_dtype(torch.uint8, x_int8):
+        return linear_reference(x, product, addend, x_int8, x_scales)
+    x, product = x.contiguous(), _contiguous_tensors(product)
+    addend = None if addend is None else addend.contiguous()
     if x_int8 is not None and x_scales is not None:
         x_int8, x_scales = x_int8.contiguous(), x_scales.contiguous()
-    (rows, width), (_, out) = x.shape, of.sizes
-    y, h = torch.empty(rows, out, dtype=x.dtype), _narrow_like(x, of)
-    quantize = of.scale is not None and x_int8 is None
+    (rows, width), (_, out) = x.shape, product.sizes
+    y, h = torch.empty(rows, out, dtype=x.dtype), _empty_rank_rows(x, product)
+    quantize = product.scale is not None and x_int8 is None
     if quantize:
-        x_int8, x_scales = room_for_int8(x, of.in_blocks)
-    described = of.described()
+        x_int8, x_scales = empty_int8(x, product.in_blocks)
+    block_data = product.as_struct()
     loader.kernels().dw_linear(
-        loader.number(x.dtype), rows, out, width, x.data_ptr(), of.number, of.address(described), of.by_column,
-        loader.address(of.scale), loader.address(of.smooth_scales), loader.address(of.bias),
-        of.bias is not None and of.bias.dtype == torch.float32, loader.address(of.lora_A),
-        loader.address(of.lora_B), h.shape[-1], of.scaling, loader.address(added), loader.address(x_int8),
-        loader.address(x_scales), of.in_blocks, quantize, y.data_ptr(), h.data_ptr(),
+        loader.dtype_code(x.dtype), rows, out, width, x.data_ptr(), product.number, product.address(block_data),
+        product.by_column, loader.address(product.scale), loader.address(product.smooth_scales),
+        loader.address(product.bias), product.bias is not None and product.bias.dtype == torch.float32,
+        loader.address(product.lora_A), loader.address(product.lora_B), h.shape[-1], product.scaling,
+        loader.address(addend), loader.address(x_int8), loader.address(x_scales), product.in_blocks, quantize,
+        y.data_ptr(), h.data_ptr(),
     )  # fmt: skip
     return y, h
 
 
 def _compute_linear_backward(*args: Any) -> tuple[Tensor, Tensor]:
-    grad, (of, (added, need_x, in_int8)) = args[0], product_of(args)
-    if not _compiled(grad, of, added) or (in_int8 and not _can_round(grad, of)):
-        return linear_backward_reference(grad, of, added, need_x, in_int8)
-    grad, of, added = grad.contiguous(), _laid_out(of), None if added is None else added.contiguous()
-    (rows, out), (width, _) = grad.shape, of.sizes
-    narrow = _narrow_like(grad, of)
+    grad, (product, (addend, need_x, in_int8)) = args[0], split_arguments(args)
+    if not _compiled(grad, product, addend) or (in_int8 and not _can_use_int8(grad, product)):
+        return linear_backward_reference(grad, product, addend, need_x, in_int8)
+    grad, product = grad.contiguous(), _contiguous_tensors(product)
+    addend = None if addend is None else addend.contiguous()
+    (rows, out), (width, _) = grad.shape, product.sizes
+    narrow = _empty_rank_rows(grad, product)
     dx = torch.empty((rows, width) if need_x else (0,), dtype=grad.dtype)
-    rounded = scales = None
-    if (of.scale is not None or in_int8) and need_x:
-        rounded, scales = room_for_int8(grad, True)
-    described = of.described()
+    quantized = scales = None
+    if (product.scale is not None or in_int8) and need_x:
+        quantized, scales = empty_int8(grad, True)
+    block_data = product.as_struct()
     loader.kernels().dw_linear_backward(
-        loader.number(grad.dtype), rows, out, width, grad.data_ptr(), of.number, of.address(described),
-        of.by_column, loader.address(of.scale), loader.address(of.smooth_scales), loader.address(of.lora_A),
-        loader.address(of.lora_B), narrow.shape[-1], of.scaling, loader.address(added), loader.address(rounded),
-        loader.address(scales), dx.data_ptr() if need_x else None, narrow.data_ptr(),
+        loader.dtype_code(grad.dtype), rows, out, width, grad.data_ptr(), product.number, product.address(block_data),
+        product.by_column, loader.address(product.scale), loader.address(product.smooth_scales),
+        loader.address(product.lora_A), loader.address(product.lora_B), narrow.shape[-1], product.scaling,
+        loader.address(addend), loader.address(quantized), loader.address(scales), dx.data_ptr() if need_x else None,
+        narrow.data_ptr(),
     )  # fmt: skip
     return dx, narrow
 
 
-def _compute_factors_backward(
-    x: Tensor, h: Tensor, grad: Tensor, narrow: Tensor, scaling: float
-) -> tuple[Tensor, Tensor]:
-    if not loader.serves(x, h, grad, narrow):
+def _compute_factors(x: Tensor, h: Tensor, grad: Tensor, narrow: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    if not loader.supports(x, h, grad, narrow):
         return factors_backward_reference(x, h, grad, narrow, scaling)
     x, h, grad, narrow = x.contiguous(), h.contiguous(), grad.contiguous(), narrow.contiguous()
     rows, width, out, rank = *x.shape, grad.shape[1], h.shape[1]
-    of_A, of_B = torch.empty(width, rank), torch.empty(rank, out)
+    grad_A, grad_B = torch.empty(width, rank), torch.empty(rank, out)
     loader.kernels().dw_factors_backward(
-        loader.number(x.dtype), rows, width, out, rank, x.data_ptr(), h.data_ptr(), grad.data_ptr(),
-        narrow.data_ptr(), scaling, of_A.data_ptr(), of_B.data_ptr(),
+        loader.dtype_code(x.dtype), rows, width, out, rank, x.data_ptr(), h.data_ptr(), grad.data_ptr(),
+        narrow.data_ptr(), scaling, grad_A.data_ptr(), grad_B.data_ptr(),
     )  # fmt: skip
-    return of_A, of_B
+    return grad_A, grad_B
 
 
-def _narrow_like(x: Tensor, of: Product) -> Tensor:
-    """Room for x·A, or for its gradient."""
-    return x.new_empty(0) if of.lora_A is None else x.new_empty(x.shape[0], of.lora_A.shape[1])
+def _empty_rank_rows(x: Tensor, product: LinearProduct) -> Tensor:
+    """Return an uninitialized tensor for x·A or its gradient."""
+    return x.new_empty(0) if product.lora_A is None else x.new_empty(x.shape[0], product.lora_A.shape[1])
 
 
 def _shapes(*args: Any) -> tuple[Tensor, Tensor]:
-    x, (of, _) = args[0], product_of(args)
-    return x.new_empty(x.shape[0], of.sizes[1]), _narrow_like(x, of)
+    x, (product, _) = args[0], split_arguments(args)
+    return x.new_empty(x.shape[0], product.sizes[1]), _empty_rank_rows(x, product)
 
 
 def _shapes_backward(*args: Any) -> tuple[Tensor, Tensor]:
-    grad, (of, (_, need_x, _)) = args[0], product_of(args)
-    return grad.new_empty((grad.shape[0], of.sizes[0]) if need_x else 0), _narrow_like(grad, of)
+    grad, (product, (_, need_x, _)) = args[0], split_arguments(args)
+    return grad.new_empty((grad.shape[0], product.sizes[0]) if need_x else 0), _empty_rank_rows(grad, product)
 
 
 def _operations(*args: Any) -> int:
-    of, _ = product_of(args)
-    factors = 0 if of.lora_A is None or of.lora_B is None else of.lora_A.numel() + of.lora_B.numel()
-    return 2 * args[0].shape[0] * (math.prod(of.sizes) + factors)
+    product, _ = split_arguments(args)
+    factors = 0 if product.lora_A is None or product.lora_B is None else product.lora_A.numel() + product.lora_B.numel()
+    return 2 * args[0].shape[0] * (math.prod(product.sizes) + factors)
 
 
 def _operations_backward(*args: Any) -> int:
-    _, need_x, _ = product_of(args)[1]
+    _, need_x, _ = split_arguments(args)[1]
     return _operations(*args) * need_x
 
 
@@ -451,20 +484,20 @@ _PRODUCT = (
     "Tensor? group_scale, Tensor? offset"
 )
 _linear = define(
-    f"linear(Tensor x, {_PRODUCT}, Tensor? added, Tensor? x_int8, Tensor? x_scales) -> (Tensor, Tensor)",
+    f"linear(Tensor x, {_PRODUCT}, Tensor? addend, Tensor? x_int8, Tensor? x_scales) -> (Tensor, Tensor)",
     _compute_linear,
     _shapes,
     _operations,
 )
 _linear_backward = define(
-    f"linear_backward(Tensor grad, {_PRODUCT}, Tensor? added, bool need_x, bool in_int8) -> (Tensor, Tensor)",
+    f"linear_backward(Tensor grad, {_PRODUCT}, Tensor? addend, bool need_x, bool in_int8) -> (Tensor, Tensor)",
     _compute_linear_backward,
     _shapes_backward,
     _operations_backward,
 )
 _factors_backward = define(
     "factors_backward(Tensor x, Tensor h, Tensor grad, Tensor narrow, float scaling) -> (Tensor, Tensor)",
-    _compute_factors_backward,
+    _compute_factors,
     lambda x, h, grad, narrow, scaling: (
         x.new_empty(x.shape[1], narrow.shape[1], dtype=torch.float32),
         x.new_empty(h.shape[1], grad.shape[1], dtype=torch.float32),

@@ -1,16 +1,13 @@
-"""The compiled kernels: which variant of them runs here, and how they are called.
+"""Loading and selection of the compiled kernels.
 
-Each variant (``variants.py``) is a shared object of plain C functions, bound to no version of torch or
-Python. On Linux it has no threads of its own: it is handed those of torch's OpenMP library, since two pools would
-fight for the cores. On macOS and Windows that library cannot be handed over, and the kernels' own threads sleep
-while torch's work.
+Each variant (``variants.py``) is a shared library of plain C functions that is independent of the versions of torch and
+Python. On Linux it uses the threads of torch's OpenMP library, because two thread pools would compete for the cores. On
+macOS and Windows that library cannot be shared. There the kernels have a thread pool, which sleeps while torch
+computes.
 
-``DELTAW_KERNELS=NAME`` forces a variant, and is refused where that one cannot run; ``NAME:ARITHMETIC`` forces
-how products are computed too (``arithmetic.py``); ``none``, or ``DELTAW_NATIVE=0``, does without compiled
-kernels. Otherwise the variant of the highest rank is used, until one is chosen by measuring
-(:func:`compute_with`).
-
-Knows addresses and types of numbers; what the kernels compute is said where they are called.
+``DELTAW_KERNELS=NAME`` forces a variant and raises an error if it cannot run. ``NAME:ARITHMETIC`` also forces the
+arithmetic of products (``arithmetic.py``). ``none`` or ``DELTAW_NATIVE=0`` disables the compiled kernels. By default
+the variant with the highest rank is used until :func:`use_arithmetic` activates a measured choice.
 """
 
 from __future__ import annotations
@@ -30,27 +27,28 @@ from torch import Tensor
 
 from deltaw.errors import UserError
 from deltaw.kernels import variants
-from deltaw.kernels.arithmetic import STORED, TORCH, Arithmetic, default_of, tell
+from deltaw.kernels.arithmetic import TORCH, WEIGHT_TYPES, Arithmetic, default_arithmetic, set_arithmetic
 from deltaw.kernels.processor import processor_flags, second_level_cache
-from deltaw.kernels.structs import differing
+from deltaw.kernels.structs import mismatched_struct
 from deltaw.kernels.variants import Variant
 
-# What the library must answer; raised in csrc/kernels.h whenever its functions or structs change.
+# Expected result of dw_abi(). Increment it in csrc/kernels.h too when functions or structs change.
 ABI = 9
-_NUMBER = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 2}
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 2}
 
 _I, _L, _F, _P = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-# What each function is given, and what those return that return no status; see csrc/kernels.h.
+# Result and argument types of functions that do not return a status, then the argument types of all functions. See
+# csrc/kernels.h.
 _RESULTS: dict[str, tuple[type, list[type]]] = {
-    "dw_linear_room": (_L, [_I, _L, _L, _L, _I, _I, _I, _I, _L, _I, _I]),
-    "dw_factors_room": (_L, [_I, _L, _L]),
-    "dw_class_gradient_room": (_L, [_L, _L, _L]),
-    "dw_head_gradient_room": (_L, [_L, _L]),
-    "dw_attention_room": (_L, [_I, _L, _L, _L, _L, _L]),
-    "dw_attention_backward_room": (_L, [_I, _L, _L, _L, _L, _L]),
+    "dw_linear_scratch_size": (_L, [_I, _L, _L, _L, _I, _I, _I, _I, _L, _I, _I]),
+    "dw_factors_scratch_size": (_L, [_I, _L, _L]),
+    "dw_class_gradient_scratch_size": (_L, [_L, _L, _L]),
+    "dw_head_gradient_scratch_size": (_L, [_L, _L]),
+    "dw_attention_scratch_size": (_L, [_I, _L, _L, _L, _L, _L]),
+    "dw_attention_backward_scratch_size": (_L, [_I, _L, _L, _L, _L, _L]),
     "dw_abi": (_I, []),
-    "dw_layout_of": (_L, [_I, _P, _L]),
-    "dw_scratch_held": (_L, [_I]),
+    "dw_struct_layout": (_L, [_I, _P, _L]),
+    "dw_scratch_bytes": (_L, [_I]),
     "dw_ready": (_I, []),
     "dw_arithmetics": (_L, [_I]),
 }
@@ -84,11 +82,13 @@ _SIGNATURES: dict[str, list[type]] = {
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A variant that is loaded, and ready to be called.
+class LoadedVariant:
+    """A loaded variant whose functions can be called.
 
-    Args:
-        threads_note: why it runs on one thread, in one line; None where it does not.
+    Attributes:
+        variant: Variant that was loaded.
+        library: Its shared library.
+        threads_note: Reason why it runs on one thread, or None if it is multithreaded.
     """
 
     variant: Variant
@@ -97,152 +97,159 @@ class Opened:
 
 
 class _Process:
-    """What this process computes with: the variants that are open, and the one in use once it is settled.
+    """Kernel state of this process.
 
-    ``by_torch`` are the numbers of the types whose products torch computes.
+    Attributes:
+        loaded: Loaded variants by name.
+        active: Variant in use, or None for torch's operators.
+        arithmetic: Arithmetic in use.
+        torch_types: Type codes of weights whose products torch computes.
+        unavailable_reason: Reason why no compiled kernels are used.
+        is_settled: True if the fields above have been determined.
     """
 
-    opened: dict[str, Opened] = {}  # noqa: RUF012
-    using: Opened | None = None
+    loaded: dict[str, LoadedVariant] = {}  # noqa: RUF012
+    active: LoadedVariant | None = None
     arithmetic = Arithmetic()
-    by_torch: frozenset[int] = frozenset()
-    why_not: str | None = None
-    settled = False
+    torch_types: frozenset[int] = frozenset()
+    unavailable_reason: str | None = None
+    is_settled = False
 
 
 def library() -> ctypes.CDLL | None:
-    """The kernels in use, ready to be called; None where :func:`why_not` says why.
+    """Return the active kernel library, or None if there is a reason in :func:`unavailable_reason`.
 
     Raises:
-        UserError: ``DELTAW_KERNELS`` asks for what cannot run here.
+        UserError: if ``DELTAW_KERNELS`` requests kernels that cannot run here.
     """
-    return found.library if (found := _in_use()) else None
+    return active.library if (active := _active_variant()) else None
 
 
 def kernels() -> ctypes.CDLL:
-    """The kernels, for those who have asked :func:`serves`; an error where there are none."""
-    if (found := library()) is None:
-        raise RuntimeError(why_not())
-    return found
+    """Return the active kernel library. Raises RuntimeError if it is unavailable; check :func:`supports` first."""
+    if (active := library()) is None:
+        raise RuntimeError(unavailable_reason())
+    return active
 
 
 def variant() -> str | None:
-    """The name of the variant in use; None where there is none."""
-    return found.variant.name if (found := _in_use()) else None
+    """Return the name of the active variant, or None without compiled kernels."""
+    return active.variant.name if (active := _active_variant()) else None
 
 
-def why_not() -> str | None:
-    """Why the compiled kernels are not used, in one line; None where they are."""
-    return _Process.why_not if _in_use() is None else None
+def unavailable_reason() -> str | None:
+    """Return in one line why compiled kernels are not used, or None if they are."""
+    return _Process.unavailable_reason if _active_variant() is None else None
 
 
 def threads_note() -> str | None:
-    """Why the kernels run on one thread, in one line; None where they do not, or are not used."""
-    return found.threads_note if (found := _in_use()) else None
+    """Return in one line why the kernels run on one thread, or None if they do not."""
+    return active.threads_note if (active := _active_variant()) else None
 
 
 def notes() -> list[str]:
-    """What a run should say about the kernels, a line each; nothing where they run as they should."""
-    return [note for note in (why_not(), threads_note()) if note is not None]
+    """Return the warnings about the kernels that a run should log, one line each."""
+    return [note for note in (unavailable_reason(), threads_note()) if note is not None]
 
 
 def arithmetic() -> Arithmetic:
-    """How this process computes at present."""
-    _in_use()
+    """Return the arithmetic in use."""
+    _active_variant()
     return _Process.arithmetic
 
 
-def multiplies(stored: int) -> bool:
-    """Whether the kernels in use compute products with weights of a type, given by :func:`number`."""
-    return _in_use() is not None and stored not in _Process.by_torch
+def multiplies(type_code: int) -> bool:
+    """True if the active kernels compute products with weights of this type code; see :func:`dtype_code`."""
+    return _active_variant() is not None and type_code not in _Process.torch_types
 
 
-def compute_with(wanted: Arithmetic | None) -> None:
-    """Compute so from now on; None is the default again.
+def use_arithmetic(arithmetic: Arithmetic | None) -> None:
+    """Use this arithmetic from now on. None restores the default.
 
     Raises:
-        UserError: the variant cannot run here. OSError, RuntimeError: its file cannot be used.
-        ValueError: it has no such arithmetic.
+        UserError: if the variant cannot run here.
+        OSError, RuntimeError: if its library cannot be used.
+        ValueError: if the variant does not support the arithmetic.
     """
-    if wanted is None:
-        _Process.settled = False
+    if arithmetic is None:
+        _Process.is_settled = False
         return
-    if wanted.kernels is None:
-        _settle(None, wanted, why_not() or "compiled kernels are not used")
+    if arithmetic.kernels is None:
+        _settle(None, arithmetic, unavailable_reason() or "compiled kernels are not used")
     else:
-        _settle(open_variant(wanted.kernels), wanted, None)
+        _settle(open_variant(arithmetic.kernels), arithmetic, None)
 
 
 @contextlib.contextmanager
-def computing(wanted: Arithmetic | None = None) -> Iterator[None]:
-    """While open, products may be computed in another way; then as before."""
-    names = ("using", "arithmetic", "by_torch", "why_not", "settled")
-    before = {name: getattr(_Process, name) for name in names}
+def temporary_arithmetic(arithmetic: Arithmetic | None = None) -> Iterator[None]:
+    """Restore the current arithmetic on exit. If ``arithmetic`` is not None, use it in the meantime."""
+    names = ("active", "arithmetic", "torch_types", "unavailable_reason", "is_settled")
+    saved = {name: getattr(_Process, name) for name in names}
     try:
-        if wanted is not None:
-            compute_with(wanted)
+        if arithmetic is not None:
+            use_arithmetic(arithmetic)
         yield
     finally:
-        for name, value in before.items():
+        for name, value in saved.items():
             setattr(_Process, name, value)
-        if _Process.settled and _Process.using is not None:
-            tell(_Process.using.library, _Process.arithmetic)
+        if _Process.is_settled and _Process.active is not None:
+            set_arithmetic(_Process.active.library, _Process.arithmetic)
 
 
-def _settle(opened: Opened | None, way: Arithmetic, why_not: str | None) -> None:
-    if opened is not None:
-        tell(opened.library, way)
-    _Process.using, _Process.arithmetic, _Process.why_not = opened, way, why_not
-    _Process.by_torch = frozenset(n for n, stored in enumerate(STORED) if way.of(stored) == TORCH)
-    _Process.settled = True
+def _settle(loaded: LoadedVariant | None, arithmetic: Arithmetic, unavailable_reason: str | None) -> None:
+    if loaded is not None:
+        set_arithmetic(loaded.library, arithmetic)
+    _Process.active, _Process.arithmetic, _Process.unavailable_reason = loaded, arithmetic, unavailable_reason
+    _Process.torch_types = frozenset(n for n, stored in enumerate(WEIGHT_TYPES) if arithmetic.for_type(stored) == TORCH)
+    _Process.is_settled = True
 
 
-def open_variant(name: str) -> Opened:
-    """The variant ``name``, loaded. Several can be open in one process; one is in use.
+def open_variant(name: str) -> LoadedVariant:
+    """Load the variant ``name``. A process can load several variants and use one.
 
     Raises:
-        UserError: there is none of the name, the processor lacks something, or it was not built.
-        OSError, RuntimeError: its file cannot be used.
+        UserError: if the variant is unknown, was not built, or the CPU does not support it.
+        OSError, RuntimeError: if its library cannot be used.
     """
-    if name not in _Process.opened:
-        found = variants.named(name, processor_flags())
-        _Process.opened[name] = open_file(variants.file_of(found), found)
-    return _Process.opened[name]
+    if name not in _Process.loaded:
+        variant = variants.require_variant(name, processor_flags())
+        _Process.loaded[name] = open_file(variants.file_of(variant), variant)
+    return _Process.loaded[name]
 
 
-def open_file(path: Path, variant: Variant) -> Opened:
-    """The shared object at ``path``, ready to be called as ``variant``; it is not in use yet.
+def open_file(path: Path, variant: Variant) -> LoadedVariant:
+    """Load the shared library at ``path`` as ``variant`` without activating it.
 
     Raises:
-        UserError: the operating system does not grant what it needs. OSError, RuntimeError: it cannot be
-        used.
+        UserError: if the operating system denies a required feature.
+        OSError, RuntimeError: if the library cannot be used.
     """
     kernels = load(path)
     if kernels.dw_ready() != 0:
-        what = f"kernels '{variant.name}' cannot run: the operating system does not grant what they need"
-        raise UserError(what, where=variants.VARIABLE, hint=f"set {variants.VARIABLE} to another variant, or unset it")
+        message = f"kernels '{variant.name}' cannot run: the operating system denies a CPU feature that they need"
+        raise UserError(message, location=variants.VARIABLE, hint=f"use another variant, or unset {variants.VARIABLE}")
     if (threads := openmp_functions()) is not None:
         kernels.dw_threads(*threads)
     if (cache := second_level_cache()) is not None:
         kernels.dw_set_cache(cache)
     note = "compiled kernels run on one thread: torch's OpenMP library was not found"
-    return Opened(variant, kernels, None if threads is not None else note)
+    return LoadedVariant(variant, kernels, None if threads is not None else note)
 
 
-def adopt(opened: Opened) -> None:
-    """Compute with what :func:`open_file` gave from now on; it is found by its variant's name again."""
-    name = opened.variant.name
-    _Process.opened[name] = opened
-    _settle(opened, default_of(name, opened.library), None)
+def activate(loaded: LoadedVariant) -> None:
+    """Use a variant loaded by :func:`open_file` from now on. :func:`open_variant` then returns it for its name."""
+    name = loaded.variant.name
+    _Process.loaded[name] = loaded
+    _settle(loaded, default_arithmetic(name, loaded.library), None)
 
 
-def usable() -> list[Variant]:
-    """The variants that were built, can be loaded, and run on this processor, the best first."""
-    return [variant for variant in variants.allowed(processor_flags()) if _reason_against(variant) is None]
+def usable_variants() -> list[Variant]:
+    """Return the variants that were built, can be loaded, and run on this CPU, best first."""
+    return [variant for variant in variants.allowed(processor_flags()) if _unusable_reason(variant) is None]
 
 
-def _reason_against(variant: Variant) -> str | None:
-    """Why a variant that the processor allows is not used; None where it can be."""
+def _unusable_reason(variant: Variant) -> str | None:
+    """Return why a variant that the CPU supports cannot be used, or None if it can."""
     if not variants.file_of(variant).is_file():
         return "compiled kernels were not built (install a C++ compiler, then install deltaw again)"
     try:
@@ -250,58 +257,58 @@ def _reason_against(variant: Variant) -> str | None:
     except (OSError, AttributeError, RuntimeError) as error:
         return f"compiled kernels cannot be loaded: {error}"
     except UserError as error:
-        return error.what
+        return error.message
     return None
 
 
-def _in_use() -> Opened | None:
-    if not _Process.settled:
-        opened, why_not = _found()
-        forced = variants.asked().arithmetic
-        way = default_of(opened.variant.name, opened.library, forced) if opened is not None else Arithmetic()
-        _settle(opened, way, why_not)
-    return _Process.using
+def _active_variant() -> LoadedVariant | None:
+    if not _Process.is_settled:
+        loaded, unavailable_reason = _select()
+        forced = variants.kernel_overrides().arithmetic
+        arithmetic = Arithmetic() if loaded is None else default_arithmetic(loaded.variant.name, loaded.library, forced)
+        _settle(loaded, arithmetic, unavailable_reason)
+    return _Process.active
 
 
-def _found() -> tuple[Opened | None, str | None]:
-    """The variant that the user forces, else the best; where there is none, why."""
-    asked = variants.asked()
-    if asked.kernels == variants.NONE:
-        return None, f"compiled kernels are switched off ({asked.said})"
-    if asked.kernels is not None:
+def _select() -> tuple[LoadedVariant | None, str | None]:
+    """Return the forced or best variant, or None with the reason."""
+    overrides = variants.kernel_overrides()
+    if overrides.kernels == variants.NONE:
+        return None, f"compiled kernels are switched off ({overrides.source})"
+    if overrides.kernels is not None:
         try:
-            return open_variant(asked.kernels), None
+            return open_variant(overrides.kernels), None
         except (OSError, AttributeError, RuntimeError) as error:
-            what = f"kernels '{asked.kernels}' cannot be loaded: {error}"
-            raise UserError(what, where=variants.VARIABLE, hint="install deltaw again to rebuild them") from error
-    if not platform_is_served():
+            message = f"kernels '{overrides.kernels}' cannot be loaded: {error}"
+            raise UserError(message, location=variants.VARIABLE, hint="install deltaw again to rebuild them") from error
+    if not is_platform_supported():
         return None, f"compiled kernels are not for {platform.system()} on {platform.machine()}"
     reasons = []
     for variant in variants.allowed(processor_flags()):
-        if (reason := _reason_against(variant)) is None:
+        if (reason := _unusable_reason(variant)) is None:
             return open_variant(variant.name), None
         reasons.append(reason)
-    # What failed says more than what was never built.
+    # A failure to load is more informative than a variant that was not built.
     return None, next((reason for reason in reasons if "not built" not in reason), reasons[0])
 
 
-def platform_is_served() -> bool:
-    """Whether the kernels are built for this system at all."""
+def is_platform_supported() -> bool:
+    """True if the kernels are built for this operating system."""
     return platform.system() in ("Linux", "Darwin", "Windows")
 
 
-def number(dtype: torch.dtype) -> int:
-    """The kernels' own number for a type."""
-    return _NUMBER[dtype]
+def dtype_code(dtype: torch.dtype) -> int:
+    """Return the kernels' code of a type."""
+    return _DTYPE_CODES[dtype]
 
 
 def address(tensor: Tensor | None) -> int | None:
-    """Where a tensor's first element lies."""
+    """Return the address of a tensor's first element, or None."""
     return None if tensor is None else tensor.data_ptr()
 
 
-def serves(*tensors: Tensor | None) -> bool:
-    """Whether the kernels are there and take these: on the processor, all bf16 or all fp32."""
+def supports(*tensors: Tensor | None) -> bool:
+    """True if the kernels are available and accept these tensors: on the CPU, all bf16 or all fp32. None is ignored."""
     if library() is None:
         return False
     dtype = None
@@ -317,16 +324,17 @@ def serves(*tensors: Tensor | None) -> bool:
 
 
 def load(path: Path) -> ctypes.CDLL:
-    """The library at ``path``, its functions declared, after it was found to be the one that this code calls.
+    """Load the library at ``path``, check its ABI, and declare its functions.
 
     Raises:
-        OSError: it cannot be loaded. RuntimeError: it was built from other sources.
+        OSError: if it cannot be loaded.
+        RuntimeError: if it was built from other sources.
     """
     kernels = ctypes.CDLL(os.fspath(path))
     abi = kernels.dw_abi() if hasattr(kernels, "dw_abi") else 0
     if abi != ABI:
         rebuild = "install deltaw again to rebuild them"
-        raise RuntimeError(f"they were built from other sources (ABI {abi}, not {ABI}); {rebuild}")
+        raise RuntimeError(f"the library was built from other sources (ABI {abi}, not {ABI}); {rebuild}")
     for name, arguments in _SIGNATURES.items():
         function = getattr(kernels, name)
         function.argtypes = arguments
@@ -334,42 +342,43 @@ def load(path: Path) -> ctypes.CDLL:
             function.restype, _ = _RESULTS[name]
         else:
             function.restype, function.errcheck = _I, _check_status
-    if (struct := differing(kernels)) is not None:
-        raise RuntimeError(f"they lay out {struct} otherwise; install deltaw again to rebuild them")
+    if (struct := mismatched_struct(kernels)) is not None:
+        raise RuntimeError(f"the library has a different layout of {struct}; install deltaw again to rebuild it")
     return kernels
 
 
 def _check_status(status: int, function: Any, arguments: tuple[Any, ...]) -> int:
-    """What a kernel reports, as Python's own errors; see csrc/status.h."""
+    """Raise a Python exception for a kernel's error status; see csrc/status.h."""
     if status == 0:
         return status
-    kinds = {1: (MemoryError, "found no memory to work in"), 2: (IndexError, "was given an index out of bounds")}
-    kind, what = kinds.get(status, (RuntimeError, f"failed (status {status})"))
-    raise kind(f"{function.__name__} {what}")
+    kinds = {1: (MemoryError, "could not allocate scratch memory"), 2: (IndexError, "received an index out of bounds")}
+    kind, message = kinds.get(status, (RuntimeError, f"failed (status {status})"))
+    raise kind(f"{function.__name__} {message}")
 
 
 def release_scratch() -> None:
-    """Give back the memory that the kernels' threads keep to work in; it is taken again when needed."""
-    for opened in _Process.opened.values():
-        opened.library.dw_release()
+    """Free the scratch memory of the kernels' threads. It is allocated again on demand."""
+    for loaded in _Process.loaded.values():
+        loaded.library.dw_release()
 
 
 def openmp_functions() -> list[ctypes.c_void_p | None] | None:
-    """GOMP_parallel and three standard functions of the OpenMP library that torch is linked with; None where it is not
-    found.
+    """Return GOMP_parallel and three standard functions of the OpenMP library that torch is linked with.
 
-    Elsewhere than on Linux, where it is LLVM's or Intel's, only the last: the kernels have threads of their own
-    there, as many as it says. A symbol that is asked of torch's own library is looked for in what that one is linked
-    with, so no other OpenMP library of the process is taken by mistake; on Windows the library beside it is asked.
+    None if the library was not found. On macOS and Windows, where torch links LLVM's or Intel's OpenMP, only the last
+    function is returned and the others are None: the kernels use it to choose the size of their thread pool.
+
+    Symbols are looked up through torch's library and its dependencies, so another OpenMP library of the process is
+    never used. On Windows the library next to torch's is used.
     """
     names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "omp_get_max_threads")
-    wanted = names if sys.platform == "linux" else names[-1:]
+    required = names if sys.platform == "linux" else names[-1:]
     folder = Path(torch.__file__).parent / "lib"
     libraries = [folder / name for name in ("libtorch_cpu.so", "libtorch_cpu.dylib", "libiomp5md.dll")]
-    anywhere = [None] if sys.platform != "win32" else []
-    for name in [*(os.fspath(path) for path in libraries if path.is_file()), *anywhere]:
+    fallbacks = [None] if sys.platform != "win32" else []
+    for name in [*(os.fspath(path) for path in libraries if path.is_file()), *fallbacks]:
         functions = ctypes.CDLL(name)
-        if all(hasattr(functions, symbol) for symbol in wanted):
-            found = [ctypes.cast(getattr(functions, symbol), ctypes.c_void_p) for symbol in wanted]
-            return [*[None] * (len(names) - len(wanted)), *found]
+        if all(hasattr(functions, symbol) for symbol in required):
+            addresses = [ctypes.cast(getattr(functions, symbol), ctypes.c_void_p) for symbol in required]
+            return [*[None] * (len(names) - len(required)), *addresses]
     return None

@@ -1,8 +1,8 @@
-"""How a kernel becomes an operator of torch: a schema, the kernel, its shapes on fake tensors, its cost.
+"""Registration of kernels as torch operators: schema, kernel, output shapes for fake tensors, and operation count.
 
-As operators the kernels are visible to everything that observes torch: dry runs on fake tensors, counters of
-operations, tracers. They have no derivative of their own; the functions that call them define it. If nothing
-observes the call, kernels are called directly, because torch's dispatcher takes longer than a small kernel.
+Registered kernels are visible to dispatch modes such as dry runs on fake tensors, operation counters and tracers. They
+have no derivative, which the calling functions define. If no mode observes a call, the kernel is called directly
+because torch's dispatcher takes longer than a small kernel.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from deltaw.kernels.torch_private import watched
+from deltaw.kernels.torch_private import is_observed
 
-ORDINARY = (Tensor, torch.nn.Parameter)
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _LIBRARY = torch.library.Library("deltaw", "DEF")
 
 
@@ -26,13 +26,14 @@ def define(
     """Register an operator ``deltaw::name``.
 
     Args:
-        schema: name, arguments and results in torch's notation.
-        compute: gives the results. shapes: gives empty tensors like them.
-        operations: floating-point operations, two for each multiplication and addition, from the operator's
-            own arguments.
+        schema: Name, arguments and results in torch's schema notation.
+        compute: Computes the results.
+        shapes: Returns empty tensors with the shapes and types of the results.
+        operations: Returns the number of floating-point operations from the operator's arguments. A multiply-add counts
+            as two.
 
     Returns:
-        the operator, to be called with arguments in their places.
+        Function that calls the operator with positional arguments.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
@@ -49,18 +50,18 @@ def define(
 
     def call(*args: Any) -> Any:
         tensors = [a for a in args if isinstance(a, Tensor)]
-        return compute(*args) if unwatched(*tensors) else overload(*args)
+        return compute(*args) if can_call_directly(*tensors) else overload(*args)
 
     return call
 
 
-def sums_dtype(of: Tensor) -> torch.dtype:
-    """The type of sums over numbers of a tensor: fp32, and fp64 for fp64."""
-    return torch.float64 if of.dtype == torch.float64 else torch.float32
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the type of sums over a tensor's elements: fp64 for fp64 tensors, otherwise fp32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def unwatched(*tensors: Tensor) -> bool:
-    """Whether these are real CPU tensors, and no dispatch mode, profiler or compiler observes the call."""
-    if watched():
+def can_call_directly(*tensors: Tensor) -> bool:
+    """True if all tensors are real CPU tensors and no dispatch mode, profiler or compiler observes the call."""
+    if is_observed():
         return False
-    return all(type(t) in ORDINARY and t.device.type == "cpu" for t in tensors) and not torch.compiler.is_compiling()
+    return all(type(t) in PLAIN_TYPES and t.device.type == "cpu" for t in tensors) and not torch.compiler.is_compiling()

@@ -1,4 +1,4 @@
-"""What the processor says of itself. Imports neither torch nor anything of deltaw."""
+"""CPU name, feature flags and cache size. Imports neither torch nor other modules of deltaw."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 _ROOT = Path("/")
-# The words of an ARM processor in /proc/cpuinfo, by the names that macOS has for the same.
+# sysctl names on macOS and the corresponding feature flags of /proc/cpuinfo on ARM.
 _MAC_FLAGS = {
     "hw.optional.AdvSIMD": "asimd",
     "hw.optional.arm.FEAT_DotProd": "asimddp",
@@ -20,46 +20,49 @@ _MAC_FLAGS = {
     "hw.optional.arm.FEAT_BF16": "bf16",
     "hw.optional.arm.FEAT_I8MM": "i8mm",
 }
-# The kernels that any processor runs, which ask it by instructions: Windows has no words for most of its features.
-_ASKING = Path(__file__).with_name("_native_generic.dll")
+# Library that runs on any CPU and reads features with CPUID. Windows has no names for most of them.
+_GENERIC_LIBRARY = Path(__file__).with_name("_native_generic.dll")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 def processor_flags(root: Path = _ROOT) -> set[str]:
-    """The feature words of the first processor in ``/proc/cpuinfo`` (``flags``, on ARM ``Features``).
+    """Return the feature flags of the first CPU in ``/proc/cpuinfo`` (``flags``, on ARM ``Features``).
 
-    On a Mac with an ARM processor the same words, translated from what ``sysctl`` says; on Windows those that the
-    generic kernels find. Empty elsewhere.
+    On ARM Macs the flags are translated from ``sysctl``. On Windows the generic kernels read them from the CPU. Empty
+    on other systems.
     """
     if _is_mac(root):
         return {flag for name, flag in _MAC_FLAGS.items() if _sysctl(name) == "1"}
     if sys.platform == "win32" and root == _ROOT:
-        return words_of_library(_ASKING)
-    return set(_first(root, "flags", "Features").split())
+        return library_flags(_GENERIC_LIBRARY)
+    return set(_cpuinfo_value(root, "flags", "Features").split())
 
 
-def words_of_library(file: Path) -> set[str]:
-    """What the kernels in ``file`` find that an x86 processor and the system offer; empty if they cannot be loaded."""
-    found = ctypes.create_string_buffer(1024)
+def library_flags(file: Path) -> set[str]:
+    """Return the x86 features that the CPU and the operating system support, as reported by the library ``file``.
+
+    Empty if the library cannot be loaded.
+    """
+    buffer = ctypes.create_string_buffer(1024)
     try:
-        ask = ctypes.CDLL(os.fspath(file)).dw_processor_words
+        read_flags = ctypes.CDLL(os.fspath(file)).dw_processor_flags
     except (OSError, AttributeError):
         return set()
-    ask.argtypes = [ctypes.c_char_p, ctypes.c_int64]
-    ask(found, len(found) - 1)
-    return set(found.value.decode("ascii").split())
+    read_flags.argtypes = [ctypes.c_char_p, ctypes.c_int64]
+    read_flags(buffer, len(buffer) - 1)
+    return set(buffer.value.decode("ascii").split())
 
 
 def processor_name(root: Path = _ROOT) -> str:
-    """The processor's name and stepping, for telling one kind of machine from another."""
+    """Return the CPU's name and stepping, which identify a type of machine."""
     if _is_mac(root):
         return _sysctl("machdep.cpu.brand_string") or platform.machine()
-    words = [_first(root, key) for key in ("model name", "cpu family", "model", "stepping", "CPU part")]
+    words = [_cpuinfo_value(root, key) for key in ("model name", "cpu family", "model", "stepping", "CPU part")]
     return " ".join(filter(None, words)) or platform.processor() or platform.machine()
 
 
 def second_level_cache(root: Path = _ROOT) -> int | None:
-    """Bytes of the second-level cache that one core computes from; None where the system does not say."""
+    """Return the size of one core's second-level cache in bytes, or None if it is unknown."""
     if _is_mac(root):
         shared = _sysctl("hw.perflevel0.l2cachesize") or _sysctl("hw.l2cachesize")
         cores = _sysctl("hw.perflevel0.cpusperl2") or "1"
@@ -74,13 +77,13 @@ def second_level_cache(root: Path = _ROOT) -> int | None:
 
 
 def _is_mac(root: Path) -> bool:
-    """Whether the machine at hand is a Mac, and not one that a test describes in a folder."""
+    """True on macOS, unless a test passes another root folder."""
     return sys.platform == "darwin" and root == _ROOT
 
 
 @functools.cache
 def _sysctl(name: str) -> str:
-    """A value of macOS's kernel; empty where there is none."""
+    """Return a value of macOS's kernel, or an empty string if it is missing."""
     command = ["sysctl", "-n", name]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
@@ -89,8 +92,8 @@ def _sysctl(name: str) -> str:
     return answer.stdout.strip()
 
 
-def _first(root: Path, *keys: str) -> str:
-    """The value of the first line of ``/proc/cpuinfo`` with one of these keys; empty where there is none."""
+def _cpuinfo_value(root: Path, *keys: str) -> str:
+    """Return the first value in ``/proc/cpuinfo`` with one of these keys, or an empty string."""
     for line in _read(root / "proc/cpuinfo").splitlines():
         key, _, value = line.partition(":")
         if key.strip() in keys:
@@ -99,7 +102,7 @@ def _first(root: Path, *keys: str) -> str:
 
 
 def _read(path: Path) -> str:
-    """A small kernel file's text; empty where there is none."""
+    """Return the stripped text of a file in /proc or /sys, or an empty string if it is missing."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:

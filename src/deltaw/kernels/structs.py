@@ -1,6 +1,6 @@
-"""The structs of ``csrc/block.h``, ``decode.h`` and ``blocks.h`` as ctypes sees them, held to the library's.
+"""ctypes mirrors of the structs in ``csrc/block.h``, ``decode.h`` and ``blocks.h``.
 
-Knows names and types of fields; what they mean is said there.
+The headers document the fields. The loader checks sizes and offsets against the compiled library.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ _P, _L, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
 def _fields(*groups: tuple[type, str]) -> list[tuple[str, type]]:
-    """The fields of a struct, from names of one type at a time."""
+    """Return ctypes field definitions from groups of space-separated names of one type."""
     return [(name, kind) for kind, names in groups for name in names.split()]
 
 
 class Layer(ctypes.Structure):
-    """A linear layer with its update."""
+    """A linear layer with its low-rank update."""
 
     _fields_ = _fields(
         (_P, "weight scale smooth bias A B"),
@@ -26,25 +26,25 @@ class Layer(ctypes.Structure):
 
 
 class RowNorm(ctypes.Structure):
-    """A norm over the last dimension, or none."""
+    """A norm over the last dimension. ``used`` is 0 if the norm is absent."""
 
     _fields_ = _fields((_P, "weight bias"), (_F, "eps offset"), (_L, "centered used"))
 
 
-class HalfNorms(ctypes.Structure):
-    """The norms of a half of a block."""
+class HalfNormsStruct(ctypes.Structure):
+    """The norms of half a block."""
 
     _fields_ = _fields((RowNorm, "before after post"))
 
 
 class BlockParts(ctypes.Structure):
-    """A transformer's block."""
+    """A transformer block."""
 
     _fields_ = _fields(
-        (_L, "type heads key_heads head_size activation window turned causal split gated parallel int8_gradients"),
+        (_L, "type heads key_heads head_size activation window rotary_dims causal split gated parallel int8_gradients"),
         (_F, "scaling softcap"),
-        (HalfNorms, "first second"),
-        (RowNorm, "of_query of_key"),
+        (HalfNormsStruct, "first second"),
+        (RowNorm, "query_norm key_norm"),
         (Layer, "query key value output gate up down"),
     )
 
@@ -56,13 +56,13 @@ class DecodeLinear(ctypes.Structure):
 
 
 class DecodeBlock(ctypes.Structure):
-    """A decoder's block."""
+    """A block of a decoder."""
 
     _fields_ = _fields(
-        (_L, "heads key_heads head_size activation window turned table split gated parallel cache_offset"),
+        (_L, "heads key_heads head_size activation window rotary_dims table split gated parallel cache_offset"),
         (_F, "scaling softcap"),
-        (HalfNorms, "first second"),
-        (RowNorm, "of_query of_key"),
+        (HalfNormsStruct, "first second"),
+        (RowNorm, "query_norm key_norm"),
         (DecodeLinear, "query key value output gate up down"),
     )
 
@@ -80,41 +80,41 @@ class DecodeModel(ctypes.Structure):
 
 
 class DecodeFactors(ctypes.Structure):
-    """The update of one layer, or none."""
+    """Low-rank factors of one layer."""
 
     _fields_ = _fields((_P, "A B"), (_L, "rank"))
 
 
 class DecodeStep(ctypes.Structure):
-    """One step of a decoder."""
+    """Inputs and outputs of one decoding step."""
 
     _fields_ = _fields(
-        (_P, "hidden positions sequence adapter page_table wanted adapters pages out logits"),
-        (_L, "rows sequences most wanted_count adapter_count page_count"),
+        (_P, "hidden positions sequence adapter page_table output_rows adapters pages out logits"),
+        (_L, "rows sequences pages_per_sequence output_count adapter_count page_count"),
     )
 
 
 class BlockData(ctypes.Structure):
-    """A weight in blocks."""
+    """A weight stored in blocks."""
 
     _fields_ = _fields((_P, "data absmax group_scale codes offset"))
 
 
-# In the order of the library's own numbers.
-MIRRORED: tuple[type[ctypes.Structure], ...] = (
-    *(Layer, RowNorm, HalfNorms, BlockParts),
+# In the order of the struct numbers of dw_struct_layout.
+MIRRORED_STRUCTS: tuple[type[ctypes.Structure], ...] = (
+    *(Layer, RowNorm, HalfNormsStruct, BlockParts),
     *(DecodeLinear, DecodeBlock, DecodeModel, DecodeFactors, DecodeStep),
     BlockData,
 )
 
 
-def differing(library: ctypes.CDLL) -> str | None:
-    """The name of the first struct that the library lays out otherwise; None where all agree."""
-    most = 64
-    found = (_L * most)()
-    for which, struct in enumerate(MIRRORED):
-        ours = [ctypes.sizeof(struct), *(getattr(struct, name).offset for name, *_ in struct._fields_)]
-        count = library.dw_layout_of(which, found, most)
-        if list(found[: min(count, most)]) != ours:
+def mismatched_struct(library: ctypes.CDLL) -> str | None:
+    """Return the name of the first struct whose layout differs in the library, or None if all layouts agree."""
+    max_fields = 64
+    offsets = (_L * max_fields)()
+    for struct_index, struct in enumerate(MIRRORED_STRUCTS):
+        expected = [ctypes.sizeof(struct), *(getattr(struct, name).offset for name, *_ in struct._fields_)]
+        count = library.dw_struct_layout(struct_index, offsets, max_fields)
+        if list(offsets[: min(count, max_fields)]) != expected:
             return struct.__name__
     return None

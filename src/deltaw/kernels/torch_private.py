@@ -1,11 +1,10 @@
-"""All private names of torch that deltaw uses, in one place: each is looked up once, with a stand-in.
+"""All uses of private names of torch. Each name is looked up once and has a fallback.
 
-A stand-in does the same in more time, or refuses by name what cannot be done without it: without torch's fake
-tensors, for example, there are no dry runs (:data:`LACKS`), and a training goes on without its plan. Which
-function is used is decided when this module is imported, so that a call costs no test; each is one that
-torch.compile traces.
+A fallback is slower, or raises an error that names the missing feature. Without fake tensors, for example, there are no
+dry runs (:data:`MISSING_NAME`), and training continues without a memory plan. Functions are selected when this module
+is imported, so calls have no overhead. torch.compile can trace all of them.
 
-No other file uses names of torch that begin with an underscore; ``tests/test_private_names.py`` checks it.
+No other file uses names of torch with a leading underscore. ``tests/test_private_apis.py`` checks this.
 """
 
 from __future__ import annotations
@@ -20,44 +19,45 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
-from deltaw.private_names import look_up
+from deltaw.private_apis import look_up
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
-def _lack(what: str, name: str) -> UserError:
+def _missing_name_error(feature: str, name: str) -> UserError:
     hint = "install another version of torch, or of deltaw"
-    return UserError(f"{what} needs {name}, which torch {torch.__version__} does not have", hint=hint)
+    return UserError(f"{feature} needs {name}, which torch {torch.__version__} does not have", hint=hint)
 
 
-# Who observes operators
+# Observers of operators
 
 
-def _who_watches() -> tuple[Callable[[], Any], Callable[[], Any]]:
+def _observer_checks() -> tuple[Callable[[], Any], Callable[[], Any]]:
     count, profiler = look_up(torch, "_C._len_torch_dispatch_stack"), torch.autograd.profiler
     if count is None:
         return lambda: True, lambda: True
     if look_up(profiler, "_is_profiler_enabled") is None:
         return count, lambda: True
 
-    def watched() -> Any:
+    def has_observers() -> Any:
         return count() or profiler._is_profiler_enabled
 
-    return count, watched
+    return count, has_observers
 
 
-in_dispatch_mode, watched = _who_watches()
-"""Whether a dispatch mode sees every operator of this thread; and whether that or a profiler does. Without
-these names both are always true: kernels are then called through torch's dispatcher, which takes longer."""
+in_dispatch_mode, is_observed = _observer_checks()
+"""True if a dispatch mode observes this thread's operators; and true if a dispatch mode or a profiler does. Without the
+private names both always return True, and kernels are called through torch's slower dispatcher."""
 
 without_dispatch: Callable[[], contextlib.AbstractContextManager[Any]] = (
     look_up(torch, "_C._DisableTorchDispatch") or contextlib.nullcontext
 )
-"""Within, no dispatch mode sees operators, and new tensors have values. Only dry runs have modes of ours, and
-there are none without this name."""
+"""Context manager that disables dispatch modes, so that new tensors have values. Only dry runs use such modes, and they
+also require this name."""
 
 functorch_is_active: Callable[[], bool] = look_up(torch, "_C._are_functorch_transforms_active") or (lambda: True)
-"""Whether a torch.func transform is active; without the name, the reference is taken that serves all."""
+"""True if a torch.func transform is active. Without the private name always True, which selects the reference
+implementation."""
 
 # Dry runs
 
@@ -71,22 +71,22 @@ _REQUIRED = {
     "tree_map_only": look_up(torch, "utils._pytree.tree_map_only"),
     "tree_leaves": look_up(torch, "utils._pytree.tree_leaves"),
 }
-LACKS: str | None = next((name for name, found in _REQUIRED.items() if found is None), None)
-"""The first name that dry runs need and that is not there."""
+MISSING_NAME: str | None = next((name for name, found in _REQUIRED.items() if found is None), None)
+"""First missing name that dry runs require, or None."""
 
 
 def require_dry_runs() -> None:
-    """Raise a RuntimeError where this version of torch cannot run a program on fake tensors."""
-    if LACKS is not None:
-        raise RuntimeError(f"torch {torch.__version__} has no {LACKS}, which dry runs need")
+    """Raise RuntimeError if this version of torch does not support dry runs on fake tensors."""
+    if MISSING_NAME is not None:
+        raise RuntimeError(f"torch {torch.__version__} has no {MISSING_NAME}, which dry runs need")
 
 
 class _NoFakeTensor(Tensor):
-    """There are none."""
+    """Placeholder class without instances."""
 
 
 class _NoDispatchMode:
-    """A dispatch mode that cannot be entered."""
+    """Placeholder for a dispatch mode. Entering it raises RuntimeError."""
 
     def __enter__(self) -> None:
         require_dry_runs()
@@ -96,11 +96,11 @@ class _NoDispatchMode:
 
 
 class DispatchMode(_REQUIRED["TorchDispatchMode"] or _NoDispatchMode):  # type: ignore[misc]
-    """Sees every operator of its thread while it is open."""
+    """Base class of modes that observe every operator of a thread."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled in dry runs, and guarding every call costs time
+        return False  # dry runs do not compile, and the guard of every call takes time
 
 
 FakeTensor: Any = _REQUIRED["FakeTensor"] or _NoFakeTensor
@@ -110,37 +110,37 @@ tree_leaves: Callable[..., list[Any]] = _REQUIRED["tree_leaves"]
 LOCAL_SCALAR: Any = _REQUIRED["_local_scalar_dense"]
 _graph_task: Callable[[], int] = _REQUIRED["_current_graph_task_id"] or (lambda: -1)
 
-# Operators that only a version that has them can meet.
+# Operators that do not exist in all versions of torch.
 FLASH_FORWARD: Any = look_up(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
 FLASH_BACKWARD: Any = look_up(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward")
 GROUPED_PRODUCT: Any = look_up(torch.ops.aten, "_grouped_mm")
-# What the engine's own frame is called; under another name a plan counts some sums of gradients twice.
+# Name of the autograd engine's stack frame. If it changes, a memory plan counts some gradient sums twice.
 ENGINE = "_engine_run_backward"
 
 
 def in_backward() -> bool:
-    """Whether the autograd engine runs in this thread."""
+    """True if the autograd engine is running in this thread."""
     return _graph_task() != -1
 
 
-def _fakes() -> Callable[[Any, dict[str, Any], Tensor, torch.device], Tensor]:
-    subclass, throws = look_up(Tensor, "_make_subclass"), look_up(torch, "_C._set_throw_on_mutable_data_ptr")
+def _fake_constructor() -> Callable[[Any, dict[str, Any], Tensor, torch.device], Tensor]:
+    make_subclass, set_throw = look_up(Tensor, "_make_subclass"), look_up(torch, "_C._set_throw_on_mutable_data_ptr")
 
-    def plainly(mode: Any, attributes: dict[str, Any], meta: Tensor, device: torch.device) -> Tensor:
+    def construct(mode: Any, attributes: dict[str, Any], meta: Tensor, device: torch.device) -> Tensor:
         return FakeTensor(mode, meta, device)
 
-    def quickly(mode: Any, attributes: dict[str, Any], meta: Tensor, device: torch.device) -> Tensor:
-        made = subclass(FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=device)
-        throws(made)
-        made.__dict__.update(attributes)
-        return made
+    def construct_fast(mode: Any, attributes: dict[str, Any], meta: Tensor, device: torch.device) -> Tensor:
+        fake = make_subclass(FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=device)
+        set_throw(fake)
+        fake.__dict__.update(attributes)
+        return fake
 
-    return plainly if subclass is None or throws is None else quickly
+    return construct if make_subclass is None or set_throw is None else construct_fast
 
 
-as_fake = _fakes()
-"""(mode, attributes, meta, device): ``meta`` as a fake tensor of the mode with the attributes that its fake
-tensors have: what its constructor does, without its checks of every call."""
+as_fake = _fake_constructor()
+"""(mode, attributes, meta, device): Convert ``meta`` to a fake tensor of the mode with the attributes of its fake
+tensors. Equivalent to the constructor without its checks."""
 
 # Tensors
 
@@ -148,7 +148,7 @@ _versions = itertools.count()
 
 
 def version_of(tensor: Tensor) -> int:
-    """Counts the changes of a tensor in place; without the name every tensor counts as changed."""
+    """Return the counter of in-place changes of a tensor. Without the private name every call returns a new value."""
     return tensor._version
 
 
@@ -159,12 +159,12 @@ if look_up(torch.ones(0), "_version") is None:
 
 
 def _unsafe_view() -> Callable[[Tensor, Any], Tensor]:
-    found = look_up(torch.ops.aten, "_unsafe_view.default")
-    return found or (lambda tensor, shape: tensor.reshape(shape).clone())
+    operator = look_up(torch.ops.aten, "_unsafe_view.default")
+    return operator or (lambda tensor, shape: tensor.reshape(shape).clone())
 
 
 unrecorded_view = _unsafe_view()
-"""(tensor, shape): a view that autograd does not know as one; without it, a copy."""
+"""(tensor, shape): Return a view that autograd does not track as a view. Without the private name, a copy."""
 
 
 def _softmax_backward() -> Callable[[Tensor, Tensor, int, torch.dtype], Tensor]:
@@ -175,25 +175,25 @@ def _softmax_backward() -> Callable[[Tensor, Tensor, int, torch.dtype], Tensor]:
 
 
 softmax_backward = _softmax_backward()
-"""(grad, output, dim, type of the input): the gradient of softmax's input."""
+"""(grad, output, dim, input dtype): Return the gradient of softmax's input."""
 
 is_view: Callable[[Tensor], bool] = look_up(Tensor, "_is_view") or (lambda tensor: True)
-"""Whether autograd knows a tensor as a view of another."""
+"""True if autograd tracks a tensor as a view of another."""
 
 
 def sized_tensor(cls: Any, size: torch.Size, dtype: torch.dtype) -> Any:
-    """A tensor of a subclass that has a size and no values.
+    """Create a tensor of a subclass with a size and no values.
 
     Raises:
-        UserError: this version of torch makes none.
+        UserError: if this version of torch does not support it.
     """
     if (make := look_up(Tensor, "_make_wrapper_subclass")) is None:
-        raise _lack("train.sharding: base", "Tensor._make_wrapper_subclass")
+        raise _missing_name_error("train.sharding: base", "Tensor._make_wrapper_subclass")
     return make(cls, size, dtype=dtype, device="cpu")
 
 
 def compile_errors() -> type[Exception]:
-    """What a failing torch.compile raises; to be asked once it has failed, since the compiler is large."""
+    """Return the exception type of torch.compile. Importing it is slow, so call this only after a failure."""
     return look_up(torch, "_dynamo.exc.TorchDynamoException") or RuntimeError
 
 
@@ -205,26 +205,24 @@ _HAS_TABLES = all(look_up(nn.Module(), name) is not None for name in _TABLES)
 _HAS_HOOKS = all(look_up(nn.Module(), name) is not None for name in _HOOKS)
 
 
-def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """The parameters that are a module's own, by name; None under a name that is kept free."""
+def direct_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Return the parameters registered directly in a module, by name. Unset names map to None."""
     return module._parameters
 
 
-def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
-    """The buffers that are a module's own, by name."""
+def direct_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return the buffers registered directly in a module, by name."""
     return module._buffers
 
 
-def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
-    """The modules that are directly inside a module, by name."""
+def direct_modules(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Return the direct submodules of a module, by name."""
     return module._modules
 
 
 def _parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    found: dict[str, nn.Parameter | None] = {
-        name: None for name in ("weight", "bias") if getattr(module, name, module) is None
-    }
-    return {**found, **dict(module.named_parameters(recurse=False, remove_duplicate=False))}
+    unset: dict[str, nn.Parameter | None] = {k: None for k in ("weight", "bias") if getattr(module, k, module) is None}
+    return {**unset, **dict(module.named_parameters(recurse=False, remove_duplicate=False))}
 
 
 def _buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
@@ -236,72 +234,74 @@ def _modules_of(module: nn.Module) -> dict[str, nn.Module | None]:
 
 
 if not _HAS_TABLES:
-    own_parameters, own_buffers, own_modules = _parameters_of, _buffers_of, _modules_of
+    direct_parameters, direct_buffers, direct_modules = _parameters_of, _buffers_of, _modules_of
 
 
-def adopt(cls: type[_Module], module: nn.Module) -> _Module:
-    """A new object of ``cls`` with all that ``module`` has, in tables of its own; hooks stay shared.
+def cast_module(cls: type[_Module], module: nn.Module) -> _Module:
+    """Create an object of ``cls`` with the attributes of ``module``.
+
+    Parameters, buffers and submodules are in new tables. Hooks are shared.
 
     Raises:
-        UserError: torch keeps a module's parts elsewhere than is known here.
+        UserError: if nn.Module of this torch version has a different structure.
     """
     if not _HAS_TABLES:
-        raise _lack("an adapter", "the tables of nn.Module")
-    made = cls.__new__(cls)
-    vars(made).update(vars(module))
+        raise _missing_name_error("an adapter", "the tables of nn.Module")
+    copied = cls.__new__(cls)
+    vars(copied).update(vars(module))
     for table in _TABLES:
-        vars(made)[table] = dict(vars(module)[table])
-    return made
+        vars(copied)[table] = dict(vars(module)[table])
+    return copied
 
 
 def with_tensors(
     module: _Module, parameters: Mapping[str, nn.Parameter], buffers: Mapping[str, Tensor | None] | None = None
 ) -> _Module:
-    """A copy of a module that has these parameters, and these buffers or its own.
+    """Return a copy of a module with these parameters, and these buffers or the original ones.
 
     Raises:
-        UserError: as for :func:`adopt`.
+        UserError: as for :func:`cast_module`.
     """
     if not _HAS_TABLES:
-        raise _lack("a copy of a module", "the tables of nn.Module")
-    made = copy.copy(module)
-    vars(made)["_parameters"] = dict(parameters)
-    vars(made)["_buffers"] = dict(own_buffers(module) if buffers is None else buffers)
-    return made
+        raise _missing_name_error("a copy of a module", "the tables of nn.Module")
+    copied = copy.copy(module)
+    vars(copied)["_parameters"] = dict(parameters)
+    vars(copied)["_buffers"] = dict(direct_buffers(module) if buffers is None else buffers)
+    return copied
 
 
 def share_parameters(module: nn.Module, table: dict[str, nn.Parameter | None]) -> None:
-    """Let a module find its parameters in ``table``, where another has its own.
+    """Replace a module's parameter table by ``table``, which other modules share.
 
     Raises:
-        UserError: as for :func:`adopt`.
+        UserError: as for :func:`cast_module`.
     """
     if not _HAS_TABLES:
-        raise _lack("train.sharding: base", "the tables of nn.Module")
-    table.update(own_parameters(module))
+        raise _missing_name_error("train.sharding: base", "the tables of nn.Module")
+    table.update(direct_parameters(module))
     vars(module)["_parameters"] = table
 
 
 def are_hooked(tables: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether one of some modules, given by their ``vars``, has a hook; without the names, one may have."""
+    """True if any module has a hook. Modules are given by their ``vars``. Always True without the private names."""
     if not _HAS_HOOKS:
         return True
     return any(table["_forward_hooks"] or table["_forward_pre_hooks"] or table["_backward_hooks"] for table in tables)
 
 
-def remove_forward_hooks(module: nn.Module, numbers: Iterable[int]) -> None:
-    """Take forward hooks from a module by their handles' numbers; where they cannot be found, they stay."""
-    for number in numbers:
+def remove_forward_hooks(module: nn.Module, ids: Iterable[int]) -> None:
+    """Remove forward hooks by the ids of their handles. Hooks that are not found are ignored."""
+    for hook_id in ids:
         for name in ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called"):
-            vars(module).get(name, {}).pop(number, None)
+            vars(module).get(name, {}).pop(hook_id, None)
 
 
-def convolves_as(kind: type[nn.Module], convolution: Any) -> bool:
-    """Whether a class computes what torch's own convolution does."""
-    inner = (look_up(one, "_conv_forward") for one in (kind, convolution))
-    return len(set(inner)) == 1 and kind.forward is convolution.forward
+def convolves_as(cls: type[nn.Module], convolution: Any) -> bool:
+    """True if a class computes the same as torch's convolution class."""
+    implementations = (look_up(module_class, "_conv_forward") for module_class in (cls, convolution))
+    return len(set(implementations)) == 1 and cls.forward is convolution.forward
 
 
 def inside_compiled(model: nn.Module) -> nn.Module | None:
-    """The module that ``torch.compile`` wrapped; None where it did not wrap this one."""
-    return own_modules(model).get("_orig_mod")
+    """Return the module wrapped by ``torch.compile``, or None if the module is not compiled."""
+    return direct_modules(model).get("_orig_mod")

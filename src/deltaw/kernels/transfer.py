@@ -1,9 +1,7 @@
-"""Tensors from the processor's memory to a device without waiting for it.
+"""Asynchronous copies of tensors from CPU memory to a device.
 
-A copy from ordinary memory to a CUDA device makes the host wait until all that was queued before is done.
-From page-locked memory it is queued like any other work, and the host prepares the next batch meanwhile.
-
-Knows tensors and devices; not what they hold.
+A copy from pageable memory to a CUDA device blocks the host until all queued work is done. A copy from pinned memory is
+queued like other work, so the host can prepare the next batch.
 """
 
 from __future__ import annotations
@@ -13,11 +11,11 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: str | torch.device) -> Tensor:
-    """``tensor`` on ``device``; queued and not waited for where the device is a CUDA device.
+    """Return ``tensor`` on ``device``. Copies from the CPU to a CUDA device are asynchronous.
 
-    The page-locked copy stays until the device has read it, which torch's allocator of such memory watches.
+    torch's pinned-memory allocator reuses the pinned buffer only after the device has read it.
     """
-    there = torch.device(device)
-    if there.type != "cuda" or tensor.device.type != "cpu":
-        return tensor.to(there)
-    return tensor.pin_memory().to(there, non_blocking=True)
+    target = torch.device(device)
+    if target.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(target)
+    return tensor.pin_memory().to(target, non_blocking=True)

@@ -1,7 +1,6 @@
-"""The heart of deltaw: ΔW = A·B on any torch module. It knows no text, no data and no training.
+"""Low-rank adapters ΔW = A·B for arbitrary torch modules.
 
-Each name is imported from its module when it is first asked for: the settings of a run need
-:class:`LoRAConfig`, and that one without waiting for torch.
+Names are imported lazily, so that :class:`LoRAConfig` can be used without importing torch.
 """
 
 from __future__ import annotations
@@ -90,7 +89,7 @@ __all__ = [
     "unmerge",
 ]
 
-# Names by module.
+# Public names by module.
 _MODULES = {
     "activations": "ActivationInit initialize_from_activations",
     "adapt": "Summary attach detach disabled",

@@ -1,16 +1,14 @@
-"""Initialization from data: A from the directions in which a layer's own inputs vary most.
+"""Data-dependent initialization: A from the directions in which a layer's inputs vary most.
 
-EVA (arXiv 2410.07170): the columns of A are the top right-singular vectors of the inputs that the layer sees
-on the user's first batches, about their mean, and B = 0. So W stays as it is, the model's outputs too, and
-the saved file is a plain adapter's.
+EVA (arXiv 2410.07170): the columns of A are the top right-singular vectors of the centered inputs that the layer
+receives on the first batches, and B = 0. W and the model's outputs are unchanged, and the saved file is a plain
+adapter.
 
-The vectors are found in one pass over the batches and in bounded memory: of every layer's inputs only the k =
-2r + 8 strongest directions (r the largest rank) are kept, and each batch is merged into them (the sequential
-Karhunen-Loève transform of Ross et al., IJCV 77, 2008, section 3). It costs 4·k·(in) bytes for each distinct
-input, and for n tokens about 14·n·(in)·k operations, in addition to the 2·n·(in)·(out) of the layer's own
-forward; layers with the same input (query, key and value) share the work.
-
-It knows no data: whoever calls it runs the model. Padded tokens that go through the model count as any.
+The vectors are computed in one pass with bounded memory. For every layer's inputs, only the k = 2r + 8 strongest
+directions (r is the largest rank) are stored, and each batch is merged into them (the sequential Karhunen-Loève
+transform of Ross et al., IJCV 77, 2008, section 3). This costs 4·k·(in) bytes per distinct input, and about 14·n·(in)·k
+operations for n tokens, in addition to the 2·n·(in)·(out) of the layer's forward. Layers with the same input (query,
+key and value) share the work. The caller runs the model. Padding tokens count like other tokens.
 """
 
 from __future__ import annotations
@@ -23,28 +21,28 @@ from torch import Tensor, nn
 
 from deltaw.errors import UserError
 from deltaw.kernels.torch_private import version_of
-from deltaw.lora.attachment import adapted_layers, unwrapped
+from deltaw.lora.attachment import adapted_layers, unwrap_model
 from deltaw.lora.initialize import init_refusal
 from deltaw.lora.layers import LoRALayer
 from deltaw.lora.math_dora import without_autocast
 
-ROWS = 8192
-"""Tokens that are merged at a time."""
+CHUNK_ROWS = 8192
+"""Number of tokens merged at a time."""
 
-POWERS = 2
-"""Rounds of subspace iteration for each merge."""
+NUM_ITERATIONS = 2
+"""Number of subspace iterations per merge."""
 
 
 @dataclass(frozen=True)
 class ActivationInit:
-    """What :func:`initialize_from_activations` did.
+    """Result of :func:`initialize_from_activations`.
 
     Attributes:
-        initialized: number of layers whose A was filled.
-        tokens: the fewest and the most tokens that one of them saw.
-        explained: mean share of the inputs' variance along the r directions of A.
-        short: layers whose tokens (or inputs) do not span r directions; the other columns of A are of chance.
-        unseen: layers that the batches never reached; they keep their uniform A.
+        initialized: Number of layers whose A was initialized.
+        tokens: Minimum and maximum number of tokens that a layer received.
+        explained: Mean share of the inputs' variance along the r directions of A.
+        short: Layers whose tokens (or inputs) do not span r directions. Their remaining columns of A are random.
+        unseen: Layers that were not run. Their A is unchanged.
     """
 
     initialized: int
@@ -54,85 +52,85 @@ class ActivationInit:
     unseen: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        fewest, most = self.tokens
-        seen = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
-        what = f"A of {self.initialized} layers is initialized from {seen} tokens of their inputs"
-        lines = [f"{what}; its directions hold {self.explained:.0%} of the variance"]
-        for names, said in ((self.short, "saw too few tokens for their rank"), (self.unseen, "were not run")):
+        min_tokens, max_tokens = self.tokens
+        count = f"{max_tokens:,}" if min_tokens == max_tokens else f"{min_tokens:,} to {max_tokens:,}"
+        text = f"A of {self.initialized} layers is initialized from {count} tokens of their inputs"
+        lines = [f"{text}; its directions explain {self.explained:.0%} of the variance"]
+        for names, problem in ((self.short, "received too few tokens for their rank"), (self.unseen, "were not run")):
             if names:
-                lines.append(f"  {len(names)} layers {said}, such as {names[0]}")
+                lines.append(f"  {len(names)} layers {problem}, such as {names[0]}")
         return "\n".join(lines)
 
 
 def initialize_from_activations(model: nn.Module, run_batches: Callable[[], None], *, seed: int = 0) -> ActivationInit:
-    """Fill A of every adapted layer from the inputs that it sees while ``run_batches`` runs.
+    """Initialize A of every adapted layer from its inputs while ``run_batches`` runs.
 
     Args:
-        model: has a fresh adapter on linear layers, as ``attach`` with ``init: eva`` leaves it.
-        run_batches: runs forward passes of ``model``, a few hundred tokens for each unit of rank; it is
-            called once, without gradients.
-        seed: of the directions that the search begins with; the result hardly depends on it.
+        model: Model with a new adapter on linear layers, attached with ``init: eva``.
+        run_batches: Runs forward passes of ``model``, with a few hundred tokens per unit of rank. Called once, without
+            gradients.
+        seed: Seed of the initial directions. It hardly affects the result.
 
     Raises:
-        UserError: a layer is an embedding or a convolution, or is trained already (B is not zero); its inputs
-            are not finite; or no layer was run.
+        UserError: if a layer is an embedding or a convolution, or is trained already (B is not zero). Also if inputs of
+            a layer are not finite, or no layer was run.
     """
-    model = unwrapped(model)
+    model = unwrap_model(model)
     layers = [(name, layer) for name, layer in adapted_layers(model) if isinstance(layer, LoRALayer)]
     for name, layer in layers:
         if reason := init_refusal(layer, "eva"):
-            raise UserError(f"'{name}': {reason}", where="init", hint="leave it out with exclude_modules")
+            raise UserError(f"'{name}': {reason}", location="init", hint="exclude it with exclude_modules")
         if not bool((layer.lora_B == 0).all()):
             hint = "call initialize_from_activations right after attach"
-            raise UserError(f"'{name}' is trained already", where="init", hint=hint)
+            raise UserError(f"'{name}' is trained already", location="init", hint=hint)
     width = 2 * max(layer.rank for _, layer in layers) + 8
-    watch = _Watch(width, torch.Generator().manual_seed(seed))
-    hooks = [layer.register_forward_pre_hook(watch.seen, with_kwargs=True) for _, layer in layers]
+    recorder = _ActivationRecorder(width, torch.Generator().manual_seed(seed))
+    hooks = [layer.register_forward_pre_hook(recorder.record, with_kwargs=True) for _, layer in layers]
     try:
         with torch.no_grad():
             run_batches()
     finally:
         for hook in hooks:
             hook.remove()
-    return _filled(layers, watch)
+    return _fill_layers(layers, recorder)
 
 
 @torch.no_grad()
-def _filled(layers: list[tuple[str, LoRALayer]], watch: _Watch) -> ActivationInit:
-    """Copy what ``watch`` found into the layers."""
-    seen = [(name, layer, watch.inputs[id(layer)]) for name, layer in layers if id(layer) in watch.inputs]
-    if not seen:
-        raise UserError("run_batches ran none of the adapted layers", hint="let it call the model that was given")
+def _fill_layers(layers: list[tuple[str, LoRALayer]], recorder: _ActivationRecorder) -> ActivationInit:
+    """Copy the recorded directions into the layers."""
+    recorded = [(name, layer, recorder.inputs[id(layer)]) for name, layer in layers if id(layer) in recorder.inputs]
+    if not recorded:
+        raise UserError("run_batches ran none of the adapted layers", hint="call the model passed to this function")
     explained: list[Tensor] = []
-    for name, _, found in seen:
-        if not torch.isfinite(found.total):
+    for name, _, statistics in recorded:
+        if not torch.isfinite(statistics.total):
             hint = "check the data for values that are not finite, or load the model in bf16 or fp32"
-            raise UserError(f"the inputs of '{name}' are not finite", where="init", hint=hint)
-    for _, layer, found in seen:
-        directions = found.directions[:, : layer.rank]
+            raise UserError(f"the inputs of '{name}' are not finite", location="init", hint=hint)
+    for _, layer, statistics in recorded:
+        directions = statistics.directions[:, : layer.rank]
         layer.lora_A[:, : directions.shape[1]] = directions.to(layer.lora_A)
-        explained.append(found.explained(layer.rank))
+        explained.append(statistics.explained(layer.rank))
         layer.initialized()
-    tokens = [found.tokens for _, _, found in seen]
+    tokens = [statistics.tokens for _, _, statistics in recorded]
     return ActivationInit(
-        initialized=len(seen),
+        initialized=len(recorded),
         tokens=(min(tokens), max(tokens)),
         explained=float(torch.stack([share.cpu() for share in explained]).mean()),
-        short=tuple(n for n, layer, found in seen if layer.rank > min(found.tokens - 1, layer.lora_A.shape[0])),
-        unseen=tuple(name for name, layer in layers if id(layer) not in watch.inputs),
+        short=tuple(n for n, layer, stats in recorded if layer.rank > min(stats.tokens - 1, layer.lora_A.shape[0])),
+        unseen=tuple(name for name, layer in layers if id(layer) not in recorder.inputs),
     )
 
 
 @dataclass
-class _Inputs:
-    """What is kept of the inputs of one layer, or of several that see the same.
+class _ActivationStatistics:
+    """Statistics of the inputs of one layer, or of several layers with the same inputs.
 
     Attributes:
-        directions: (in, k), orthonormal, the strongest first.
-        strengths: (k), the singular values of the inputs about their mean.
-        mean: (in).
-        total: sum of squares of the inputs about their mean.
-        tokens: how many there were.
+        directions: (in, k) orthonormal vectors, strongest first.
+        strengths: (k) singular values of the centered inputs.
+        mean: (in) mean of the inputs.
+        total: Sum of squares of the centered inputs.
+        tokens: Number of tokens.
     """
 
     directions: Tensor
@@ -142,76 +140,77 @@ class _Inputs:
     tokens: int = 0
 
     @classmethod
-    def nothing(cls, x: Tensor, width: int, generator: torch.Generator) -> _Inputs:
-        """``width`` directions of chance for rows like ``x``, as none has been seen yet."""
+    def empty(cls, x: Tensor, width: int, generator: torch.Generator) -> _ActivationStatistics:
+        """Return statistics without tokens for inputs like ``x``, with ``width`` random directions."""
         size = x.shape[-1]
         width = min(width, size)
-        # Drawn on the CPU, so that one seed begins alike on any device.
-        drawn = torch.randn(size, width, generator=generator).to(x.device)
+        # Sampled on the CPU, so that a seed gives the same directions on any device.
+        sample = torch.randn(size, width, generator=generator).to(x.device)
         zeros = torch.zeros(size, device=x.device)
-        return cls(torch.linalg.qr(drawn).Q, zeros[:width].clone(), zeros, zeros[0].clone())
+        return cls(torch.linalg.qr(sample).Q, zeros[:width].clone(), zeros, zeros[0].clone())
 
     def merge(self, rows: Tensor) -> None:
-        """Take ``rows`` (n, in), fp32, into account."""
+        """Add ``rows`` (n, in) in fp32."""
         count = rows.shape[0]
         mean = rows.mean(0)
-        before, now = self.tokens, self.tokens + count
+        old_count, new_count = self.tokens, self.tokens + count
         rows = rows - mean
-        shift = (self.mean - mean) * (before * count / now) ** 0.5
+        shift = (self.mean - mean) * (old_count * count / new_count) ** 0.5
         stacked = torch.cat([self.strengths[:, None] * self.directions.t(), rows, shift[None]])
         self.total = self.total + rows.square().sum() + shift.square().sum()
-        self.mean = self.mean + (mean - self.mean) * (count / now)
-        self.tokens = now
+        self.mean = self.mean + (mean - self.mean) * (count / new_count)
+        self.tokens = new_count
         if not torch.isfinite(self.total):
             return
         basis = self.directions
-        for _ in range(POWERS + 1):
-            # What is merged may span less than k directions: the old ones, faintly, keep the basis whole.
-            drawn = stacked.t() @ (stacked @ basis)
-            basis = torch.linalg.qr(drawn + basis * (1e-7 * drawn.norm())).Q
-        _, self.strengths, turned = torch.linalg.svd(torch.linalg.qr(stacked @ basis, mode="r").R)
-        self.directions = basis @ turned.t()
+        for _ in range(NUM_ITERATIONS + 1):
+            # The merged rows may span fewer than k directions. A small share of the old basis keeps its rank at k.
+            product = stacked.t() @ (stacked @ basis)
+            basis = torch.linalg.qr(product + basis * (1e-7 * product.norm())).Q
+        _, self.strengths, rotation = torch.linalg.svd(torch.linalg.qr(stacked @ basis, mode="r").R)
+        self.directions = basis @ rotation.t()
 
     def explained(self, rank: int) -> Tensor:
-        """The share of the variance along the first ``rank`` directions."""
+        """Return the share of the variance along the first ``rank`` directions."""
         return self.strengths[:rank].square().sum() / self.total.clamp(min=1e-30)
 
 
 @dataclass
-class _Watch:
-    """Follows the inputs of adapted layers through forward passes.
+class _ActivationRecorder:
+    """Records the inputs of adapted layers in forward passes.
 
     Attributes:
-        width: how many directions are kept of each.
-        inputs: by the layer's id; layers that see the same tensor share one.
-        leads: the id of the layer whose inputs an ``_Inputs`` takes, by its own id.
+        width: Number of directions per layer.
+        generator: Generator of the initial directions.
+        inputs: Statistics by id of the layer. Layers with the same input tensor share an entry.
+        owner_ids: By id of the statistics, the id of the layer whose inputs are added to them.
     """
 
     width: int
     generator: torch.Generator
-    inputs: dict[int, _Inputs] = field(default_factory=dict)
-    leads: dict[int, int] = field(default_factory=dict)
-    _last: tuple[Tensor, int, _Inputs] | None = None
+    inputs: dict[int, _ActivationStatistics] = field(default_factory=dict)
+    owner_ids: dict[int, int] = field(default_factory=dict)
+    _last_input: tuple[Tensor, int, _ActivationStatistics] | None = None
 
-    def seen(self, layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        """A forward pre-hook."""
+    def record(self, layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        """Record the input of a layer. Registered as a forward pre-hook."""
         x = args[0] if args else next(iter(kwargs.values()), None)
         if not isinstance(x, Tensor) or not x.numel():
             return
         version = -1 if x.is_inference() else version_of(x)
-        found = self.inputs.get(id(layer))
-        if self._last is not None and self._last[0] is x and self._last[1] == version:
-            found = self.inputs.setdefault(id(layer), self._last[2])
-            if found is self._last[2]:
+        statistics = self.inputs.get(id(layer))
+        if self._last_input is not None and self._last_input[0] is x and self._last_input[1] == version:
+            statistics = self.inputs.setdefault(id(layer), self._last_input[2])
+            if statistics is self._last_input[2]:
                 return
-        if found is None:
-            found = _Inputs.nothing(x, self.width, self.generator)
-        elif self.leads[id(found)] != id(layer):
-            # It saw what another layer sees, so far: from here on it goes its own way.
-            found = replace(found)
-        self.inputs[id(layer)] = found
-        self.leads[id(found)] = id(layer)
+        if statistics is None:
+            statistics = _ActivationStatistics.empty(x, self.width, self.generator)
+        elif self.owner_ids[id(statistics)] != id(layer):
+            # The layer shared its inputs with another layer until now, so copy the statistics.
+            statistics = replace(statistics)
+        self.inputs[id(layer)] = statistics
+        self.owner_ids[id(statistics)] = id(layer)
         with without_autocast(x.device.type):
-            for rows in x.detach().reshape(-1, x.shape[-1]).split(ROWS):
-                found.merge(rows.float())
-        self._last = (x, version, found)
+            for rows in x.detach().reshape(-1, x.shape[-1]).split(CHUNK_ROWS):
+                statistics.merge(rows.float())
+        self._last_input = (x, version, statistics)

@@ -1,8 +1,8 @@
 """Attach an adapter to a model, and detach it again.
 
-``attach`` freezes the model and replaces the chosen layers by adapted ones that share their weights.
-``detach`` restores the model exactly. Within ``disabled`` the model gives the base model's outputs.
-Everything is checked before anything is changed. This module knows no files and no training.
+``attach`` freezes the model and replaces the selected layers by adapted layers that share their weights. ``detach``
+restores the model exactly. In ``disabled`` the model produces the base model's outputs. All checks precede the first
+change.
 """
 
 from __future__ import annotations
@@ -18,39 +18,39 @@ import torch
 from torch import nn
 
 from deltaw.errors import UserError
-from deltaw.kernels.torch_private import own_buffers, own_parameters
+from deltaw.kernels.torch_private import direct_buffers, direct_parameters
 from deltaw.lora.adapted import Activation, AdaptedLayer
 from deltaw.lora.attachment import (
     Attachment,
     ParameterUpdate,
     TrainedBias,
-    attached,
-    attachment,
-    base_in_place,
+    base_model_active,
     count_parameters,
+    get_attachment,
+    require_attachment,
     set_attachment,
     shared_weights,
-    unwrapped,
+    unwrap_model,
 )
 from deltaw.lora.config import CHANGING_INITS, LoRAConfig
 from deltaw.lora.fingerprint import base_fingerprint, has_values
 from deltaw.lora.initialize import init_refusal, initialize
-from deltaw.lora.kinds import adapter_for, is_linear, own_head
+from deltaw.lora.kinds import adapter_for, get_output_head, is_linear
 from deltaw.lora.layers_parts import ATTENTION_KEYS, LoRAParameter, adapt_attention, trained_tokens_of
-from deltaw.lora.places import Replacement, spots_of
+from deltaw.lora.replaced_modules import Replacement, find_spots
 from deltaw.lora.select import Selection, Target, TokenTarget, select
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What :func:`attach` did.
+    """Result of :func:`attach`.
 
     Attributes:
-        matches: each entry of the config, as ``"target_modules 'q_proj'"``, and the names it matched.
-        adapted: number of adapted layers.
-        trained: M, trained parameters.
-        total: N, the base model's parameters.
-        notes: what one should know, such as weights that were tied and are no longer.
+        matches: Matched names by entry of the config, for example ``"target_modules 'q_proj'"``.
+        adapted: Number of adapted layers.
+        trained: Number of trainable parameters.
+        total: Number of parameters of the base model.
+        notes: Notes for the user, for example about weights that were untied.
     """
 
     matches: dict[str, tuple[str, ...]]
@@ -61,12 +61,12 @@ class Summary:
 
     @property
     def share(self) -> float:
-        """M / N."""
+        """Trainable parameters relative to the total."""
         return self.trained / self.total if self.total else 0.0
 
     def __str__(self) -> str:
-        counted = f"{self.trained:,} of {self.total:,} parameters trained ({self.share:.2%})"
-        lines = [f"{self.adapted} adapted layers; {counted}"]
+        counts = f"{self.trained:,} of {self.total:,} parameters trained ({self.share:.2%})"
+        lines = [f"{self.adapted} adapted layers; {counts}"]
         for entry, names in self.matches.items():
             example = f", such as {names[0]}" if len(names) > 1 else f": {names[0]}" if names else ""
             lines.append(f"  {entry}: {len(names)} module{'s' if len(names) != 1 else ''}{example}")
@@ -75,52 +75,59 @@ class Summary:
 
 
 def attach(model: nn.Module, config: LoRAConfig, *, seed: int | None = None) -> Summary:
-    """Freeze ``model`` and put an adapter of ``config`` on it, in place.
+    """Freeze ``model`` and attach an adapter to it, in place.
 
-    A module that stands in several places is adapted once and stands in all of them. A weight that is tied
-    to another stays so: adapting one of the two leaves the other alone. A module of ``train_modules`` is
-    copied; the copy is trained, and the original is kept for :func:`disabled` and :func:`detach`.
+    A module that occurs several times is adapted once and replaced everywhere. If a weight is tied, adapting one of its
+    modules does not affect the other. Modules in ``train_modules`` are copied: the copy is trained, and the original is
+    retained for :func:`disabled` and :func:`detach`.
 
     Args:
-        model: any module; with an adapter it keeps its class and its names.
-        config: what to adapt, and how.
-        seed: of the factors; None draws from torch's own generator.
+        model: Any module. It retains its class and its names.
+        config: Settings of the adapter.
+        seed: Seed of the factors. None uses torch's global generator.
 
     Raises:
-        UserError: an adapter is attached already, or ``config`` does not fit the model. The model is then
-            unchanged.
+        UserError: if an adapter is attached already, or ``config`` does not fit the model, which is then unchanged.
     """
-    model = unwrapped(model)
-    refuse_adapted(model)
+    model = unwrap_model(model)
+    require_unadapted(model)
     with _collector_paused():
         return attach_selected(model, config, select(model, config), seed=seed)
 
 
 def attach_selected(
-    model: nn.Module, config: LoRAConfig, selection: Selection, *, seed: int | None = None, filled: bool = True
+    model: nn.Module, config: LoRAConfig, selection: Selection, *, seed: int | None = None, init_factors: bool = True
 ) -> Summary:
-    """:func:`attach` with the selection made; ``filled=False`` leaves zeros, for a file to fill."""
+    """Attach an adapter to the selected modules, see :func:`attach`.
+
+    Args:
+        model: Model to change.
+        config: Settings of the adapter.
+        selection: Selected modules and parameters.
+        seed: Seed of the factors.
+        init_factors: If False, factors are zero, to be loaded from a file.
+    """
     parameters = list(model.named_parameters())
-    replaced = [p for whole in selection.extra_modules for p in whole.module.parameters()]
-    if config.activation == "completion":
-        _refuse_activation(model, config, selection)
+    replaced = [p for extra in selection.extra_modules for p in extra.module.parameters()]
+    if config.active == "completion":
+        _check_activation(model, config, selection)
     record = Attachment(config, base_fingerprint(model, replaced))
     record.trainable_before = [(p, p.requires_grad) for _, p in parameters]
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     notes: list[str] = []
     try:
-        # What changes weights comes last, when nothing else can be refused any more.
+        # Initializations that change weights run last, after all checks.
         changing = config.init in CHANGING_INITS
-        init = config.init if filled and not changing else None
-        how = {"rslora": config.rslora, "init": init, "generator": generator}
+        init = config.init if init_factors and not changing else None
+        options = {"rslora": config.rslora, "init": init, "generator": generator}
         for target in selection.targets:
-            _adapt(model, target, record, how)
-        for chosen in selection.parameters:
-            _adapt_parameter(chosen, record, how)
-        for rows in selection.tokens:
-            _train_tokens(model, rows, record)
+            _adapt(model, target, record, options)
+        for parameter_target in selection.parameters:
+            _adapt_parameter(parameter_target, record, options)
+        for token_target in selection.tokens:
+            _train_tokens(model, token_target, record)
         if changing:
-            _refuse_change(model, record)
+            _check_weight_change(model, record)
         for parameter, _ in record.trainable_before:
             parameter.requires_grad_(False)
         _copy_extra_modules(model, selection, record, notes)
@@ -136,11 +143,11 @@ def attach_selected(
         replacement.put(replacement.current)
     for update in record.parameters:
         update.put()
-    if config.activation == "completion":
+    if config.active == "completion":
         _activate(model, record)
-        notes.append(f"active from the last {config.invocation_tokens} of a row on")
-    if filled and config.init == "eva":
-        notes.append("A is initialized from the first batches, by initialize_from_activations")
+        notes.append(f"active from the last occurrence of {config.invocation_tokens} in a row on")
+    if init_factors and config.init == "eva":
+        notes.append("initialize_from_activations must initialize A from the first batches")
     set_attachment(model, record)
     count = count_parameters(model)
     adapted = len(record.layers) + len(record.parameters)
@@ -148,33 +155,34 @@ def attach_selected(
 
 
 def detach(model: nn.Module) -> None:
-    """Take the adapter off: the same module objects, flags and bits as before :func:`attach`.
+    """Remove the adapter and restore the original modules, flags and values from before :func:`attach`.
 
-    After ``merge(model, keep_original=False)`` there are no weights from before to give back: then ΔW stays
-    in the weights, trained biases and extra trainable modules stay too, and only the factors go.
+    After ``merge(model, keep_original=False)`` the original weights no longer exist. Then ΔW, trained biases and extra
+    trainable modules remain, and only the factors are removed.
 
     Raises:
-        UserError: no adapter is attached.
+        UserError: if no adapter is attached.
     """
-    model = unwrapped(model)
-    record = attached(model)
-    _restore(model, record, keep_trained=any(not layer.base_is_known for _, layer in record.updated()))
+    model = unwrap_model(model)
+    record = require_attachment(model)
+    _restore(model, record, keep_trained=any(not layer.can_restore_base for _, layer in record.updated()))
     set_attachment(model, None)
 
 
 def disabled(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Within the block ``model`` gives the base model's own outputs; gradients are not for here.
+    """Context manager in which ``model`` produces the base model's outputs. Not for computing gradients.
 
     Raises:
-        UserError: no adapter is attached, or it was merged without keeping the weights before.
+        UserError: if no adapter is attached, or it was merged without keeping the original weights.
     """
-    return base_in_place(unwrapped(model))
+    return base_model_active(unwrap_model(model))
 
 
 @contextlib.contextmanager
 def _collector_paused() -> Iterator[None]:
-    """Pause the garbage collector: with ten thousand new layers it scans them again and again, which takes a
-    third of the time of attaching and frees nothing."""
+    """Pause the garbage collector, which takes a third of the time of attaching to ten thousand layers and frees
+    nothing.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -184,138 +192,138 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def refuse_adapted(model: nn.Module) -> None:
-    """Raise where ``model`` holds adapted layers already."""
-    if attachment(model) is not None or any(isinstance(m, AdaptedLayer) for m in model.modules()):
+def require_unadapted(model: nn.Module) -> None:
+    """Raise UserError if ``model`` contains adapted layers."""
+    if get_attachment(model) is not None or any(isinstance(m, AdaptedLayer) for m in model.modules()):
         raise UserError("the model has an adapter already", hint="call detach on it first, or merge it")
 
 
-def _adapt(model: nn.Module, target: Target, record: Attachment, how: Mapping[str, Any]) -> None:
-    """Make the adapted layer over ``target``, or both updates of an attention; a refusal names it."""
+def _adapt(model: nn.Module, target: Target, record: Attachment, options: Mapping[str, Any]) -> None:
+    """Create the adapted layer for ``target``, or both updates of an attention. Errors include the module's name."""
     config = record.config
-    given = (target.module, target.rank, target.alpha)
+    arguments = (target.module, target.rank, target.alpha)
     try:
         if isinstance(target.module, nn.MultiheadAttention):
-            updates = adapt_attention(*given, **how)  # type: ignore[arg-type]
+            updates = adapt_attention(*arguments, **options)  # type: ignore[arg-type]
             for key, update in zip(ATTENTION_KEYS, updates, strict=True):
                 record.parameters.append(ParameterUpdate(target.names, target.module, key, update, True))
             return
-        layer = adapter_for(target.module, config.dora, config.lora_bias)(*given, dropout=config.dropout, **how)
+        layer = adapter_for(target.module, config.dora, config.lora_bias)(*arguments, dropout=config.dropout, **options)
     except UserError as error:
-        raise _named(target.names[0], error) from error
+        raise _with_name(target.names[0], error) from error
     record.layers.append(_replacement(model, target.names, target.module, layer))
 
 
-def _adapt_parameter(target: Target, record: Attachment, how: Mapping[str, Any]) -> None:
-    """Make the update of a parameter; a refusal names it."""
+def _adapt_parameter(target: Target, record: Attachment, options: Mapping[str, Any]) -> None:
+    """Create the update of a parameter. Errors include the parameter's name."""
     try:
-        given = (target.module, target.attribute, target.rank, target.alpha)
-        layer = LoRAParameter(*given, **how, is_in_out=bool(getattr(target.module, "is_transposed", False)))
+        arguments = (target.module, target.attribute, target.rank, target.alpha)
+        layer = LoRAParameter(*arguments, **options, is_in_out=bool(getattr(target.module, "is_transposed", False)))
     except UserError as error:
-        raise _named(f"{target.names[0]}.{target.attribute}", error) from error
+        raise _with_name(f"{target.names[0]}.{target.attribute}", error) from error
     record.parameters.append(ParameterUpdate(target.names, target.module, f"lora_{target.attribute}", layer))
 
 
-def _named(name: str, error: UserError) -> UserError:
-    return UserError(f"'{name}': {error.what}", where=error.where, hint=error.hint)
+def _with_name(name: str, error: UserError) -> UserError:
+    return UserError(f"'{name}': {error.message}", location=error.location, hint=error.hint)
 
 
-def _refuse_activation(model: nn.Module, config: LoRAConfig, selection: Selection) -> None:
-    """An activated adapter needs its sequence as ids, and layers that get one row for each token."""
+def _check_activation(model: nn.Module, config: LoRAConfig, selection: Selection) -> None:
+    """Raise UserError unless the invocation sequence is token ids and all targets are linear layers of blocks."""
     if not isinstance(config.invocation_tokens, list):
-        what = "an activated adapter is attached with its invocation sequence as token ids"
-        hint = "give ids, such as tokenizer('<|im_start|>assistant').input_ids"
-        raise UserError(what, where="invocation_tokens", hint=hint)
-    head = own_head(model)
+        message = "an activated adapter needs its invocation sequence as token ids"
+        hint = "pass ids, for example tokenizer('<|im_start|>assistant').input_ids"
+        raise UserError(message, location="invocation_tokens", hint=hint)
+    head = get_output_head(model)
     for target in selection.targets:
         if not is_linear(target.module) or target.module is head:
-            what = "the output head" if target.module is head else f"a {type(target.module).__name__}"
-            what = f"'{target.names[0]}' is {what}, and an activated adapter is for the linear layers of blocks"
-            raise UserError(what, where="target_modules", hint="leave it out with exclude_modules")
+            message = "the output head" if target.module is head else f"a {type(target.module).__name__}"
+            message = f"'{target.names[0]}' is {message}, but activated adapters support only linear layers of blocks"
+            raise UserError(message, location="target_modules", hint="exclude it with exclude_modules")
 
 
 def _activate(model: nn.Module, record: Attachment) -> None:
-    """Let all adapted layers act where the invocation sequence says."""
+    """Share one activation among all adapted layers."""
     tokens = record.config.invocation_tokens
     assert isinstance(tokens, list)
     record.activation = Activation(tokens)
     for _, layer in record.adapted():
         vars(layer)["activation"] = record.activation
-    record.activation.watch(model)
+    record.activation.register_hooks(model)
 
 
 def _train_tokens(model: nn.Module, target: TokenTarget, record: Attachment) -> None:
-    """Make the layer with trained rows, and those whose weight is tied to its."""
+    """Create the layer with trained token rows, and the layers with tied weights."""
     leader = trained_tokens_of(target.module, target.tokens)
     record.tokens.append(_replacement(model, target.names, target.module, leader))
-    for other in target.tied:
-        layer = trained_tokens_of(other.module, target.tokens, leader)
-        record.tokens.append(_replacement(model, other.names, other.module, layer))
+    for tied_target in target.tied:
+        layer = trained_tokens_of(tied_target.module, target.tokens, leader)
+        record.tokens.append(_replacement(model, tied_target.names, tied_target.module, layer))
 
 
 def _replacement(model: nn.Module, names: tuple[str, ...], original: nn.Module, current: nn.Module) -> Replacement:
-    return Replacement(names, spots_of(model, names), original, current)
+    return Replacement(names, find_spots(model, names), original, current)
 
 
-def _refuse_change(model: nn.Module, record: Attachment) -> None:
-    """PiSSA and OLoRA change W: they must suit every layer, and no other module may use that W."""
+def _check_weight_change(model: nn.Module, record: Attachment) -> None:
+    """Raise UserError if PiSSA or OLoRA cannot change the weight of a layer, for example because it is shared."""
     init = record.config.init
     shared = shared_weights(model)
     for name, layer in record.adapted():
         reason = init_refusal(layer, init)
-        if others := [other for other in shared.get(id(layer.weight), ()) if other != name]:
-            reason = f"init '{init}' changes its weight, which '{others[0]}' uses as well"
+        if users := [user for user in shared.get(id(layer.weight), ()) if user != name]:
+            reason = f"init '{init}' changes its weight, which '{users[0]}' also uses"
         if reason is not None:
-            raise UserError(f"'{name}': {reason}", where="init", hint="leave it out with exclude_modules")
+            raise UserError(f"'{name}': {reason}", location="init", hint="exclude it with exclude_modules")
 
 
 def _copy_extra_modules(model: nn.Module, selection: Selection, record: Attachment, notes: list[str]) -> None:
-    """Copy the extra trainable modules; weights tied among the copies stay tied."""
+    """Copy the extra trainable modules. Weights that are tied within the copies remain tied."""
     if not selection.extra_modules:
         return
     shared = shared_weights(model)
     memo: dict[int, object] = {}
-    for whole in selection.extra_modules:
-        for tensor in (*whole.module.parameters(), *whole.module.buffers()):
+    for extra in selection.extra_modules:
+        for tensor in (*extra.module.parameters(), *extra.module.buffers()):
             if not has_values(tensor):
-                # deepcopy would copy the mode that such a tensor belongs to, and break it.
-                bare = tensor.detach().clone()
-                memo.setdefault(id(tensor), nn.Parameter(bare) if isinstance(tensor, nn.Parameter) else bare)
-        trained = copy.deepcopy(whole.module, memo)
+                # deepcopy of a fake tensor would copy its mode, which breaks it.
+                detached = tensor.detach().clone()
+                memo.setdefault(id(tensor), nn.Parameter(detached) if isinstance(tensor, nn.Parameter) else detached)
+        trained = copy.deepcopy(extra.module, memo)
         for parameter in trained.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-        record.extra_modules.append(_replacement(model, whole.names, whole.module, trained))
-    copied = {id(m) for whole in selection.extra_modules for m in whole.module.modules()}
-    for whole in selection.extra_modules:
-        for parameter in whole.module.parameters():
+        record.extra_modules.append(_replacement(model, extra.names, extra.module, trained))
+    copied = {id(m) for extra in selection.extra_modules for m in extra.module.modules()}
+    for extra in selection.extra_modules:
+        for parameter in extra.module.parameters():
             users = shared.get(id(parameter), ())
-            if others := [name for name in users if id(model.get_submodule(name)) not in copied]:
-                tied = f"the weight of '{whole.names[0]}' was tied to that of '{others[0]}'"
-                notes.append(f"{tied}; its copy is trained, the other stays as it is")
+            if untied_users := [name for name in users if id(model.get_submodule(name)) not in copied]:
+                tied = f"the weight of '{extra.names[0]}' was tied to that of '{untied_users[0]}'"
+                notes.append(f"{tied}; a copy is trained, and the other weight is unchanged")
 
 
 def _train_biases(model: nn.Module, config: LoRAConfig, record: Attachment) -> None:
     if config.bias == "none":
         return
     adapted = {id(replacement.original) for replacement in record.layers}
-    adapted |= {id(update.layer.holder) for update in record.parameters}
-    whole = {id(m) for replacement in record.extra_modules for m in replacement.original.modules()}
-    seen: set[int] = set()
+    adapted |= {id(update.layer.owner) for update in record.parameters}
+    extra_module_ids = {id(m) for replacement in record.extra_modules for m in replacement.original.modules()}
+    visited: set[int] = set()
     for name, module in model.named_modules():
-        if id(module) in whole or (config.bias == "lora_only" and id(module) not in adapted):
+        if id(module) in extra_module_ids or (config.bias == "lora_only" and id(module) not in adapted):
             continue
-        bias = own_parameters(module).get("bias")
-        if bias is None or id(bias) in seen:
+        bias = direct_parameters(module).get("bias")
+        if bias is None or id(bias) in visited:
             continue
-        seen.add(id(bias))
+        visited.add(id(bias))
         record.biases.append(TrainedBias(f"{name}.bias".lstrip("."), bias, bias.detach().clone()))
         bias.requires_grad_(True)
     if not record.biases:
-        raise UserError(f"bias: '{config.bias}' finds no bias to train", where="bias", hint="use bias: none")
+        raise UserError(f"bias: '{config.bias}' finds no bias to train", location="bias", hint="use bias: none")
 
 
 def _switch_fast_paths(model: nn.Module, record: Attachment) -> None:
-    """In eval mode torch's encoder layers use weights without calling their modules: make them call these."""
+    """Disable the fast paths of torch's encoder layers, which in eval mode use weights without calling modules."""
     replaced = {id(r.original) for r in (*record.layers, *record.tokens, *record.extra_modules)}
     replaced |= {id(update.runner) for update in record.parameters}
     for module in model.modules():
@@ -326,14 +334,14 @@ def _switch_fast_paths(model: nn.Module, record: Attachment) -> None:
         else:
             continue
         if any(id(inner) in replaced for inner in module.modules()):
-            record.switched.append((module, attribute, getattr(module, attribute)))
+            record.changed_attributes.append((module, attribute, getattr(module, attribute)))
             setattr(module, attribute, value)
 
 
 def _restore(model: nn.Module, record: Attachment, keep_trained: bool = False) -> None:
-    """Undo what ``record`` says; ``keep_trained`` keeps merged weights, biases and extra modules."""
+    """Undo an attachment. With ``keep_trained``, merged weights, biases and extra modules are retained."""
     if record.activation is not None:
-        record.activation.unwatch()
+        record.activation.remove_hooks()
     for update in record.parameters:
         if not keep_trained:
             update.layer.restore_base()
@@ -342,19 +350,19 @@ def _restore(model: nn.Module, record: Attachment, keep_trained: bool = False) -
         layer, original = replacement.current, replacement.original
         if isinstance(layer, AdaptedLayer) and not keep_trained:
             layer.restore_base()
-        # The model may have been moved or cast meanwhile: the original takes what the layer has now.
-        for table in (own_parameters, own_buffers):
+        # The model may have been moved or cast in the meantime, so the original gets the layer's current tensors.
+        for table in (direct_parameters, direct_buffers):
             for key in list(table(original)):
                 setattr(original, key, table(layer)[key])
         original.training = layer.training
         replacement.put(original)
-    for whole in () if keep_trained else record.extra_modules:
-        whole.put_original(model)
+    for extra in () if keep_trained else record.extra_modules:
+        extra.put_original(model)
     for bias in record.biases:
         bias.parameter.grad = None
         if not keep_trained:
             bias.parameter.data.copy_(bias.original)
-    for module, attribute, value in record.switched:
+    for module, attribute, value in record.changed_attributes:
         setattr(module, attribute, value)
     for parameter, trainable in record.trainable_before:
         parameter.requires_grad_(trainable)

@@ -1,7 +1,7 @@
-"""What every adapted layer has: a frozen weight, whether the update is on, and whether it is merged.
+"""The base class of adapted layers: a frozen weight with an update that can be disabled or merged.
 
-A subclass says what its update is (``merged_weight``); here stands how a weight is exchanged for the merged
-one and given back to the bit. It knows no factors, models, files or selection.
+Subclasses define the update (``merged_weight``). The base class swaps the merged weight in and restores the original
+weight exactly.
 """
 
 from __future__ import annotations
@@ -16,129 +16,133 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
-from deltaw.kernels.torch_private import own_parameters
+from deltaw.kernels.torch_private import direct_parameters
 
-# Activated LoRA: the tokens on which an adapter acts (Greenewald et al., arXiv 2504.12397).
+# Activated LoRA (Greenewald et al., arXiv 2504.12397).
 #
-# An activated adapter is off before its invocation sequence and on from the sequence's first token; of several
-# occurrences in a row the last one counts, and a row without one is the base model's own, as in PEFT
-# (``alora_invocation_tokens``). So keys and values of all that precedes the sequence are those of the base
-# model.
+# An activated adapter acts on the tokens from its invocation sequence on. If the sequence occurs several times in a row
+# of token ids, the last occurrence counts. Without an occurrence, the adapter does not act, as in PEFT
+# (``alora_invocation_tokens``). The keys and values before the sequence are therefore those of the base model.
 #
-# All adapted layers of a model share one :class:`Activation`. It looks at the token ids whenever the model is
-# called. A caller that knows better names the places in the keyword ``adapter_active``, which the model itself
-# never sees. What was found stays until the next call, for activation checkpointing runs layers again in the
-# backward. Knows token ids and caches by their names alone; no tokenizer and no layout of rows.
+# All adapted layers of a model share one :class:`Activation`, which examines the token ids of each call. A caller can
+# pass the active tokens in the keyword ``adapter_active``, which is removed before the model's forward. The result is
+# stored until the next call, because activation checkpointing runs layers again in the backward pass.
 
 
-PLACES = "adapter_active"
-"""The keyword with which a caller names the places: bools of the shape of ``input_ids``, or one bool."""
+ACTIVE_KEYWORD = "adapter_active"
+"""Keyword argument that sets the active tokens: bools of the shape of ``input_ids``, or one bool."""
 
 
 class Activation:
-    """Where the adapter of a model acts, as its layers ask for it.
+    """The tokens on which the activated adapter of a model acts.
 
     Args:
-        tokens: the invocation sequence, ids.
+        tokens: Token ids of the invocation sequence.
 
     Attributes:
-        places: bool (rows, T) of the tokens that the model runs at the moment; True for all of them, False
-            for none, None where they cannot be told.
+        active_mask: Bool (rows, T), True for active tokens of the current call. True or False if it is the same for all
+            tokens, None if it cannot be determined.
     """
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self.tokens = tuple(tokens)
-        self.places: Tensor | bool | None = True
-        self._names: list[str] = []
+        self.active_mask: Tensor | bool | None = True
+        self._parameter_names: list[str] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        # Of each cache, which of its rows are invoked already.
+        # By KV cache, which of its rows contain the invocation sequence.
         self._invoked: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
-        self._last: Tensor | None = None
+        self._last_invoked: Tensor | None = None
 
     @property
     def kind(self) -> str:
-        """``all``, ``none``, or ``some`` of the places; ``unknown`` where they cannot be told."""
-        if isinstance(self.places, Tensor):
+        """``all``, ``none`` or ``some`` of the tokens are active, or ``unknown``."""
+        if isinstance(self.active_mask, Tensor):
             return "some"
-        if self.places is None:
+        if self.active_mask is None:
             return "unknown"
-        return "all" if self.places else "none"
+        return "all" if self.active_mask else "none"
 
-    def watch(self, model: nn.Module) -> None:
-        """Look at the tokens of each call of ``model``, or of the part of it that takes them."""
+    def register_hooks(self, model: nn.Module) -> None:
+        """Examine the tokens of each call of ``model``, or of its inner model if it has one."""
         inner = getattr(model, "base_model", None)
-        taker = inner if isinstance(inner, nn.Module) else model
-        self._names = list(inspect.signature(type(taker).forward).parameters)[1:]
+        target = inner if isinstance(inner, nn.Module) else model
+        self._parameter_names = list(inspect.signature(type(target).forward).parameters)[1:]
         self._handles = [
-            taker.register_forward_pre_hook(self._before, with_kwargs=True),
-            taker.register_forward_hook(self._after, with_kwargs=True),
+            target.register_forward_pre_hook(self._pre_hook, with_kwargs=True),
+            target.register_forward_hook(self._post_hook, with_kwargs=True),
         ]
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = kwargs.pop(PLACES, None)
-        named = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        self._last = None
-        self.places = self._looked_up(named) if given is None else given
+    def _pre_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        mask = kwargs.pop(ACTIVE_KEYWORD, None)
+        arguments = {**dict(zip(self._parameter_names, args, strict=False)), **kwargs}
+        self._last_invoked = None
+        self.active_mask = self._find_active_tokens(arguments) if mask is None else mask
         return args, kwargs
 
-    def _after(self, module: nn.Module, args: object, kwargs: object, output: object) -> None:
-        """Note which rows are invoked with a cache that the model made itself."""
-        cache = _cache_among(output.values() if isinstance(output, Mapping) else ())
-        if cache is not None and self._last is not None:
-            self._invoked[cache] = self._last
+    def _post_hook(self, module: nn.Module, args: object, kwargs: object, output: object) -> None:
+        """Store which rows are active with a KV cache that the model created."""
+        cache = _find_cache(output.values() if isinstance(output, Mapping) else ())
+        if cache is not None and self._last_invoked is not None:
+            self._invoked[cache] = self._last_invoked
 
-    def unwatch(self) -> None:
-        """Look at nothing any more."""
+    def remove_hooks(self) -> None:
+        """Stop examining calls."""
         while self._handles:
             self._handles.pop().remove()
 
-    def _looked_up(self, named: Mapping[str, Any]) -> Tensor | bool | None:
-        """The places of a call with these arguments."""
-        if named.get("packed_layout") is not None:
-            return None  # several rows in one: the last occurrence says nothing of those before
-        ids = named.get("input_ids")
+    def _find_active_tokens(self, arguments: Mapping[str, Any]) -> Tensor | bool | None:
+        """Return the active tokens of a call with these arguments."""
+        if arguments.get("packed_layout") is not None:
+            return None  # several packed rows, of which the last occurrence covers only one
+        ids = arguments.get("input_ids")
         if not isinstance(ids, Tensor):
             return None
-        starts = invocation_starts(ids, self.tokens)
-        found = starts < ids.shape[1]
-        cache = _cache_among(named.values())
-        invoked = None if cache is None or not _holds_tokens(cache) else self._invoked.get(cache)
+        starts = find_invocation_starts(ids, self.tokens)
+        contains = starts < ids.shape[1]
+        cache = _find_cache(arguments.values())
+        invoked = None if cache is None or not _cache_has_tokens(cache) else self._invoked.get(cache)
         if invoked is not None and invoked.shape[0] == ids.shape[0]:
-            # Once on, an adapter stays on; what a model writes itself does not switch it on.
+            # An adapter stays active once it is. Generated tokens do not activate it.
             if ids.shape[1] == 1:
-                self._last = invoked
+                self._last_invoked = invoked
                 return True if type(invoked) is Tensor and bool(invoked.all()) else invoked[:, None]
             starts = torch.where(invoked, 0, starts)
-            found = found | invoked
-        self._last = found
+            contains = contains | invoked
+        self._last_invoked = contains
         if cache is not None:
-            self._invoked[cache] = found
+            self._invoked[cache] = contains
         return torch.arange(ids.shape[1], device=ids.device) >= starts[:, None]
 
 
-def invocation_starts(ids: Tensor, tokens: Sequence[int]) -> Tensor:
-    """Where the last occurrence of ``tokens`` begins in each row of ids (rows, T): (rows,), T where there is
-    none."""
+def find_invocation_starts(ids: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Return the start of the last occurrence of ``tokens`` in each row.
+
+    Args:
+        ids: (rows, T) token ids.
+        tokens: Token ids of the sequence.
+
+    Returns:
+        (rows,) positions. T for rows without an occurrence.
+    """
     length, size = ids.shape[1], len(tokens)
     if length < size:
         return torch.full((ids.shape[0],), length, device=ids.device)
-    wanted = torch.tensor(tokens, dtype=ids.dtype, device=ids.device)
-    hits = (ids.unfold(1, size, 1) == wanted).all(-1)
-    last = torch.where(hits, torch.arange(hits.shape[1], device=ids.device), -1).amax(1)
+    sequence = torch.tensor(tokens, dtype=ids.dtype, device=ids.device)
+    matches = (ids.unfold(1, size, 1) == sequence).all(-1)
+    last = torch.where(matches, torch.arange(matches.shape[1], device=ids.device), -1).amax(1)
     return torch.where(last < 0, length, last)
 
 
-def _cache_among(values: Iterable[Any]) -> Any:
-    """The cache of keys and values, or of states, among arguments or outputs; transformers' versions give it
-    different names."""
+def _find_cache(values: Iterable[Any]) -> Any:
+    """Return the KV or state cache in arguments or outputs, whose name varies between versions of transformers."""
     return next((v for v in values if hasattr(v, "get_seq_length") or type(v).__name__.endswith("Cache")), None)
 
 
-def _holds_tokens(cache: Any) -> bool:
-    """Whether a cache is in use already; one that does not say so is taken to be."""
+def _cache_has_tokens(cache: Any) -> bool:
+    """True if a cache contains tokens, or cannot report it."""
     try:
         return int(cache.get_seq_length()) > 0
-    except (AttributeError, ValueError):  # a cache of states alone, of layers without attention
+    except (AttributeError, ValueError):  # a cache that contains only states, of layers without attention
         return True
 
 
@@ -149,15 +153,15 @@ class AdaptedLayer(nn.Module):
     """A layer whose frozen ``weight`` has a trained update.
 
     Attributes:
-        enabled: False lets ``forward`` give the base layer's own output.
-        merged: whether ``weight`` already holds the update.
-        trained: the names of the layer's own trained parameters.
-        follows: the layer whose update this one shares, where the weights are tied; else None.
-        activation: where in a row the update acts; None where it acts on all of it.
+        enabled: If False, ``forward`` returns the base layer's output.
+        merged: True if ``weight`` includes the update.
+        trained: Names of the layer's trained parameters.
+        tied_to: Layer whose update this layer shares because their weights are tied, or None.
+        activation: Tokens on which the update acts, or None if it acts on all.
     """
 
     trained: tuple[str, ...] = ()
-    follows: AdaptedLayer | None = None
+    tied_to: AdaptedLayer | None = None
     activation: Activation | None = None
 
     weight: Tensor
@@ -166,59 +170,59 @@ class AdaptedLayer(nn.Module):
     _unmerged_weight: Tensor | None
 
     def _freeze(self, **attributes: object) -> None:
-        """Freeze what the layer has, and begin with an update that is on and not merged."""
-        for parameter in own_parameters(self).values():
+        """Freeze the parameters and enable the update, not merged."""
+        for parameter in direct_parameters(self).values():
             if parameter is not None:
                 parameter.requires_grad_(False)
-        # Plain attributes go past nn.Module's own bookkeeping, which takes its time over ten thousand layers.
+        # vars() bypasses nn.Module.__setattr__, which is slow for ten thousand layers.
         vars(self).update(attributes, enabled=True, merged=False, _unmerged_weight=None)
 
-    def _take_over(self, module: nn.Module) -> None:
-        """Note what only ``module``, the base layer, knows."""
+    def _init_from(self, module: nn.Module) -> None:
+        """Copy properties from the base layer."""
 
     @property
     def adapting(self) -> bool:
-        """Whether ``forward`` adds the update itself."""
-        acts = self.activation is None or self.activation.places is not False
-        return self.enabled and not self.merged and acts
+        """True if ``forward`` adds the update."""
+        is_active = self.activation is None or self.activation.active_mask is not False
+        return self.enabled and not self.merged and is_active
 
     @property
-    def acts_in_part(self) -> bool:
-        """Whether the update acts on some of the tokens alone, or nobody knows on which."""
+    def is_partially_active(self) -> bool:
+        """True if the update acts on only some of the tokens, or on an unknown subset."""
         return self.adapting and self.activation is not None and self.activation.kind != "all"
 
     @property
-    def active_places(self) -> Tensor | None:
-        """Bool (rows, T): the tokens that the update acts on; None for all of them.
+    def active_mask(self) -> Tensor | None:
+        """Bool (rows, T) of the tokens on which the update acts, or None for all of them.
 
         Raises:
-            UserError: they cannot be told.
+            UserError: if they cannot be determined.
         """
         if self.activation is None:
             return None
-        if (places := self.activation.places) is None:
-            what = "an activated adapter needs the token ids of each row: there are none, or several rows are packed"
-            hint = f"call the model with input_ids, or name the places in {PLACES}"
-            raise UserError(what, where="input_ids", hint=hint)
-        return places if isinstance(places, Tensor) else None
+        if (mask := self.activation.active_mask) is None:
+            message = "an activated adapter needs the token ids of each row, but none were passed or rows are packed"
+            hint = f"call the model with input_ids, or pass the active tokens in {ACTIVE_KEYWORD}"
+            raise UserError(message, location="input_ids", hint=hint)
+        return mask if isinstance(mask, Tensor) else None
 
     @property
-    def holder(self) -> nn.Module:
-        """The module that ``weight`` is a parameter of."""
+    def owner(self) -> nn.Module:
+        """Module that has ``weight`` as a parameter."""
         return self
 
     def merged_weight(self) -> Tensor:
-        """The weight with its update, rounded once to the weight's type, without a graph."""
-        raise UserError(f"{type(self).__name__} has no update of its own", hint="use one of its subclasses")
+        """Return the weight with its update, rounded once to the weight's dtype, without a graph."""
+        raise UserError(f"{type(self).__name__} does not define an update", hint="use one of its subclasses")
 
     def merge_refusal(self) -> str | None:
-        """Why the update cannot be put into this weight, or None where it can."""
+        """Return the reason why the update cannot be merged, or None if it can."""
         if self.activation is not None:
-            return "it is activated, and acts only from its invocation sequence on, which no one weight does"
+            return "it is activated: it acts only from its invocation sequence on, which a merged weight cannot do"
         return None
 
     def set_merged(self, weight: Tensor, keep_original: bool) -> None:
-        """Take ``weight`` as the merged one; the weight before is kept if it is to be restored later."""
+        """Replace the weight by the merged ``weight``. Retains the original if ``keep_original`` is True."""
         if keep_original:
             self._unmerged_weight = self.weight.data
             self.weight.data = weight
@@ -227,29 +231,29 @@ class AdaptedLayer(nn.Module):
         self.merged = True
 
     def unset_merged(self) -> None:
-        """Give back the very weight that :meth:`set_merged` kept."""
+        """Restore the original weight that :meth:`set_merged` retained."""
         if self._unmerged_weight is None:
             raise UserError("the weights from before the merge were not kept", hint="merge with keep_original=True")
-        self.weight.data = like(self._unmerged_weight, self.weight)
+        self.weight.data = cast_like(self._unmerged_weight, self.weight)
         self._unmerged_weight, self.merged = None, False
 
     @property
-    def base_is_known(self) -> bool:
-        """Whether the base model's own weight can still be had."""
+    def can_restore_base(self) -> bool:
+        """True if the base model's weight is available."""
         return not self.merged or self._unmerged_weight is not None
 
     def base_weight(self) -> Tensor:
-        """The base model's own weight."""
-        return self.weight.data if self._unmerged_weight is None else like(self._unmerged_weight, self.weight)
+        """Return the base model's weight."""
+        return self.weight.data if self._unmerged_weight is None else cast_like(self._unmerged_weight, self.weight)
 
     def restore_base(self) -> None:
-        """Put the base model's own weight in, for good."""
+        """Replace the weight by the base model's weight permanently."""
         if self.merged:
             self.weight.data = self.base_weight()
 
     @contextlib.contextmanager
-    def as_base(self) -> Iterator[None]:
-        """Within the block the layer is the base model's own."""
+    def base_weight_active(self) -> Iterator[None]:
+        """Context manager in which the layer behaves as the base layer."""
         enabled, weight = self.enabled, self.weight.data
         self.enabled, self.weight.data = False, self.base_weight()
         try:
@@ -258,12 +262,14 @@ class AdaptedLayer(nn.Module):
             self.enabled, self.weight.data = enabled, weight
 
 
-def like(tensor: Tensor, other: Tensor) -> Tensor:
-    """``tensor`` with the device and type of ``other``: the model may have been moved or cast meanwhile."""
+def cast_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """Return ``tensor`` with the device and dtype of ``other``, since the model may have been moved or cast."""
     return tensor.to(device=other.device, dtype=other.dtype)
 
 
 def factor_dtype(weight: Tensor) -> torch.dtype:
-    """The type of what is trained for ``weight``: fp32, since half precision loses small updates; fp64 for
-    an fp64 weight."""
+    """Return the dtype of the trained parameters for ``weight``: fp64 for an fp64 weight, else fp32.
+
+    16-bit types would lose small updates.
+    """
     return torch.float64 if weight.dtype == torch.float64 else torch.float32

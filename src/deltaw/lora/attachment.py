@@ -1,6 +1,6 @@
-"""The record of an attached adapter: enough to restore the model exactly.
+"""The record of an attached adapter, which contains everything that is needed to restore the model exactly.
 
-The record hangs on the model as a plain attribute, so that it is copied with it and goes with it.
+The record is a plain attribute of the model, so that it is copied together with the model.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.errors import UserError
-from deltaw.kernels.torch_private import inside_compiled, own_modules, own_parameters
-from deltaw.lora.adapted import Activation, AdaptedLayer, like
+from deltaw.kernels.torch_private import direct_modules, direct_parameters, inside_compiled
+from deltaw.lora.adapted import Activation, AdaptedLayer, cast_like
 from deltaw.lora.config import LoRAConfig
 from deltaw.lora.fingerprint import has_values
 from deltaw.lora.layers import LoRALayer
 from deltaw.lora.layers_parts import LoRAParameter
-from deltaw.lora.places import Replacement
+from deltaw.lora.replaced_modules import Replacement
 from deltaw.lora.stored import weight_shape
 
 _ATTRIBUTE = "_deltaw_attachment"
@@ -28,7 +28,7 @@ _ATTRIBUTE = "_deltaw_attachment"
 
 @dataclass
 class TrainedBias:
-    """A bias that is trained in its place, and the values it had before."""
+    """A bias that is trained in place, with its original values."""
 
     name: str
     parameter: nn.Parameter
@@ -37,34 +37,36 @@ class TrainedBias:
 
 @dataclass
 class ParameterUpdate:
-    """A parameter's update, and the module that computes with it.
+    """An update of a parameter, with the module that computes with it.
 
     Attributes:
-        names: of the module.
-        runner: the module, whose child ``key`` the update is.
-        of_attention: whether the module was chosen as an attention, with both of its projections.
+        names: Names of the module.
+        runner: Module whose child ``key`` is the update.
+        key: Attribute name of the update.
+        layer: The update.
+        is_attention: True if the module was selected as an attention, with both of its projections.
     """
 
     names: tuple[str, ...]
     runner: nn.Module
     key: str
     layer: LoRAParameter
-    of_attention: bool = False
+    is_attention: bool = False
 
     @property
     def name(self) -> str:
-        """The update's own name in the model."""
+        """Name of the update in the model."""
         return f"{self.names[0]}.{self.key}"
 
     def put(self) -> None:
-        """Let the module compute with the update."""
+        """Install the update in the module."""
         setattr(self.runner, self.key, self.layer)
-        self.layer.watch(self.runner)
+        self.layer.register_hooks(self.runner)
 
     def remove(self) -> None:
-        """Let the module be as it was."""
-        self.layer.unwatch()
-        if self.key in own_modules(self.runner):
+        """Remove the update from the module."""
+        self.layer.remove_hooks()
+        if self.key in direct_modules(self.runner):
             delattr(self.runner, self.key)
 
 
@@ -72,8 +74,18 @@ class ParameterUpdate:
 class Attachment:
     """The record of one :func:`~deltaw.lora.adapt.attach`.
 
-    ``copies`` are weights of the base model that the adapter's file has as well and that could not be
-    compared, on a model on the meta device.
+    Attributes:
+        config: Settings of the adapter.
+        fingerprint: Fingerprint of the base model, or None if unknown.
+        layers: Adapted layers.
+        extra_modules: Extra trainable modules.
+        parameters: Updates of parameters.
+        tokens: Layers with trained token rows.
+        biases: Trained biases.
+        trainable_before: Parameters with their original ``requires_grad``.
+        changed_attributes: Module, attribute and original value of changed attributes.
+        activation: Shared activation, or None if the adapter is always active.
+        copies: Base weights in the adapter's file that could not be compared because the model is on the meta device.
     """
 
     config: LoRAConfig
@@ -84,12 +96,12 @@ class Attachment:
     tokens: list[Replacement] = field(default_factory=list)
     biases: list[TrainedBias] = field(default_factory=list)
     trainable_before: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
-    switched: list[tuple[nn.Module, str, object]] = field(default_factory=list)
+    changed_attributes: list[tuple[nn.Module, str, object]] = field(default_factory=list)
     activation: Activation | None = None
     copies: dict[str, Tensor] = field(default_factory=dict)
 
     def adapted(self) -> Iterator[tuple[str, LoRALayer]]:
-        """(first name, layer) of everything with factors: layers in the model's order, then parameters."""
+        """Yield (first name, layer) of all layers with factors in model order, then of the parameters' updates."""
         for replacement in self.layers:
             if isinstance(replacement.current, LoRALayer):
                 yield replacement.names[0], replacement.current
@@ -97,44 +109,44 @@ class Attachment:
             yield update.name, update.layer
 
     def updated(self) -> Iterator[tuple[str, AdaptedLayer]]:
-        """(first name, layer) of everything that has an update of its own, trained tokens among it."""
+        """Yield (first name, layer) of everything with a separate update, including trained tokens."""
         yield from self.adapted()
         for replacement in self.tokens:
-            if isinstance(replacement.current, AdaptedLayer) and replacement.current.follows is None:
+            if isinstance(replacement.current, AdaptedLayer) and replacement.current.tied_to is None:
                 yield replacement.names[0], replacement.current
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile`` or ``DistributedDataParallel``."""
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """Return the model inside ``torch.compile`` or ``DistributedDataParallel``."""
     wrapper = nn.parallel.DistributedDataParallel
     while (inner := model.module if isinstance(model, wrapper) else inside_compiled(model)) is not None:
         model = inner
     return model
 
 
-def attachment(model: nn.Module) -> Attachment | None:
-    """The record on ``model``, or None."""
-    found: Attachment | None = vars(model).get(_ATTRIBUTE)
-    return found
-
-
-def attached(model: nn.Module) -> Attachment:
-    """The record on ``model``.
-
-    Raises:
-        UserError: there is none.
-    """
-    if (record := attachment(model)) is None:
-        raise _no_adapter()
+def get_attachment(model: nn.Module) -> Attachment | None:
+    """Return the record on ``model``, or None."""
+    record: Attachment | None = vars(model).get(_ATTRIBUTE)
     return record
 
 
-def _no_adapter() -> UserError:
+def require_attachment(model: nn.Module) -> Attachment:
+    """Return the record on ``model``.
+
+    Raises:
+        UserError: if no adapter is attached.
+    """
+    if (record := get_attachment(model)) is None:
+        raise _no_adapter_error()
+    return record
+
+
+def _no_adapter_error() -> UserError:
     return UserError("the model has no adapter attached", hint="call attach or load_adapter on it first")
 
 
 def set_attachment(model: nn.Module, record: Attachment | None) -> None:
-    """Hang ``record`` on ``model``, or take it off."""
+    """Set the record on ``model``, or remove it."""
     if record is None:
         vars(model).pop(_ATTRIBUTE, None)
     else:
@@ -142,53 +154,50 @@ def set_attachment(model: nn.Module, record: Attachment | None) -> None:
 
 
 def adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
-    """(name, layer) of every layer in ``model`` with an update of its own, also of those put there by hand.
+    """Return (name, layer) of every layer in ``model`` with a separate update, including layers created manually.
 
     Raises:
-        UserError: there is none.
+        UserError: if the model has no adapted layers.
     """
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, AdaptedLayer) and m.follows is None]
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, AdaptedLayer) and m.tied_to is None]
     if not layers:
-        raise _no_adapter()
+        raise _no_adapter_error()
     return layers
 
 
 @contextlib.contextmanager
-def base_in_place(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is the base model: weights, biases and extra trainable modules.
+def base_model_active(model: nn.Module) -> Iterator[None]:
+    """Context manager in which the model has the base model's weights, biases and modules.
 
     Raises:
-        UserError: no adapter is attached, or it was merged without keeping the weights before.
+        UserError: if no adapter is attached, or it was merged without keeping the original weights.
     """
     layers = adapted_layers(model)
     for name, layer in layers:
-        if not layer.base_is_known:
+        if not layer.can_restore_base:
             hint = "merge with keep_original=True"
-            raise UserError("the base model's weights were not kept when the adapter was merged", where=name, hint=hint)
-    record = attachment(model)
+            raise UserError("the base weights were not kept when the adapter was merged", location=name, hint=hint)
+    record = get_attachment(model)
     with contextlib.ExitStack() as stack:
         for _, layer in layers:
-            stack.enter_context(layer.as_base())
+            stack.enter_context(layer.base_weight_active())
         for bias in record.biases if record else ():
             stack.callback(setattr, bias.parameter, "data", bias.parameter.data)
-            bias.parameter.data = like(bias.original, bias.parameter)
-        for whole in record.extra_modules if record else ():
-            stack.callback(whole.put, whole.current)
-            whole.put_original(model)
+            bias.parameter.data = cast_like(bias.original, bias.parameter)
+        for extra in record.extra_modules if record else ():
+            stack.callback(extra.put, extra.current)
+            extra.put_original(model)
         yield
-
-
-# How many parameters a model has and how many of them are trained.
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Distinct parameters: one that is used in two places counts once.
+    """Numbers of distinct parameters. A shared parameter counts once.
 
     Attributes:
-        total: N, the base model's own parameters; the adapter's are not among them.
-        trained: M, the parameters that ask for a gradient.
-        per_module: M by module, without those that have none.
+        total: Number of parameters of the base model, without the adapter.
+        trained: Number of trainable parameters.
+        per_module: Number of trainable parameters by module, without modules that have 0.
     """
 
     total: int
@@ -197,7 +206,7 @@ class ParameterCount:
 
     @property
     def share(self) -> float:
-        """M / N; 0 for a model without parameters."""
+        """Trainable parameters relative to the total, or 0 for a model without parameters."""
         return self.trained / self.total if self.total else 0.0
 
     def __str__(self) -> str:
@@ -205,25 +214,25 @@ class ParameterCount:
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Count ``model``'s parameters, adapted or not."""
-    model = unwrapped(model)
-    record = attachment(model)
+    """Count the parameters of a model, with or without adapter."""
+    model = unwrap_model(model)
+    record = get_attachment(model)
     base: dict[int, int] = {}
     copies: set[int] = set()
-    for whole in record.extra_modules if record else ():
-        base.update({id(p): p.numel() for p in whole.original.parameters()})
-        copies.update(id(p) for p in whole.current.parameters())
+    for extra in record.extra_modules if record else ():
+        base.update({id(p): p.numel() for p in extra.original.parameters()})
+        copies.update(id(p) for p in extra.current.parameters())
     per_module: dict[str, int] = {}
-    seen: set[int] = set()
+    visited: set[int] = set()
     for name, module in model.named_modules():
-        own = module.trained if isinstance(module, AdaptedLayer) else ()
+        adapter_keys = module.trained if isinstance(module, AdaptedLayer) else ()
         trained = 0
-        for key, parameter in own_parameters(module).items():
-            if parameter is None or id(parameter) in seen:
+        for key, parameter in direct_parameters(module).items():
+            if parameter is None or id(parameter) in visited:
                 continue
-            seen.add(id(parameter))
+            visited.add(id(parameter))
             trained += parameter.numel() if parameter.requires_grad else 0
-            if key not in own and id(parameter) not in copies:
+            if key not in adapter_keys and id(parameter) not in copies:
                 shape = weight_shape(module) if key == "weight" else parameter.shape
                 base[id(parameter)] = math.prod(shape)
         if trained:
@@ -232,70 +241,67 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 
 def adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """(name, parameter) of all that the adapter consists of: factors, magnitudes, biases, trained tokens,
-    extra trainable modules.
+    """Return (name, parameter) of all parameters of the adapter: factors, magnitudes, biases, trained tokens and extra
+    trainable modules.
 
     Raises:
-        UserError: no adapter is attached.
+        UserError: if no adapter is attached.
     """
-    model = unwrapped(model)
+    model = unwrap_model(model)
     adapted_layers(model)
-    record = attachment(model)
+    record = get_attachment(model)
     layers = [module for module in model.modules() if isinstance(module, AdaptedLayer)]
-    added = {id(own_parameters(layer)[key]) for layer in layers for key in layer.trained}
+    added = {id(direct_parameters(layer)[key]) for layer in layers for key in layer.trained}
     if record is not None:
         added |= {id(bias.parameter) for bias in record.biases}
-        added |= {id(p) for whole in record.extra_modules for p in whole.current.parameters()}
+        added |= {id(p) for extra in record.extra_modules for p in extra.current.parameters()}
     return [(name, p) for name, p in model.named_parameters() if id(p) in added]
 
 
 def is_factor_B(name: str) -> bool:
-    """Whether the parameter ``name`` of :func:`adapter_parameters` is a B, the factor that is zero at first.
+    """True if ``name`` is the name of a B, the factor that is initialized with zeros.
 
-    LoRA+ (arXiv 2402.12354) gives B a higher learning rate than all else. PEFT's LoRA+ gives it also to what
-    has one dimension (trained biases, magnitudes), and both factors of an embedding a rate of their own.
-    Here an embedding's B is zero at first, like every other B; in PEFT its A is.
+    LoRA+ (arXiv 2402.12354) trains B with a higher learning rate. PEFT's LoRA+ also applies that rate to
+    one-dimensional parameters (trained biases, magnitudes), and a separate rate to both factors of an embedding. In
+    this package an embedding's B is initialized with zeros like every other B. In PEFT its A is.
     """
     return name.rpartition(".")[2] == "lora_B"
 
 
-# Add ΔW to the weights and take it out again.
-#
-# The sum is formed in fp32 and rounded once; taking ΔW out again gives back the very weights from before, not
-# W + ΔW − ΔW. All refusals come before the first change.
+# Merging adds ΔW in fp32 and rounds once. Unmerging restores the original weights, it does not compute W + ΔW − ΔW. All
+# checks precede the first change.
 
 
 def merge(model: nn.Module, keep_original: bool = True) -> None:
-    """Put W + ΔW into the weight of every adapted layer; outputs stay the same up to rounding.
+    """Set the weight of every adapted layer to W + ΔW. Outputs are unchanged up to rounding.
 
     Args:
-        model: has an adapter attached.
-        keep_original: keep the weights from before, for :func:`unmerge` and ``disabled``, at the price of a
-            second copy of the adapted weights.
+        model: Model with an attached adapter.
+        keep_original: Retain the original weights for :func:`unmerge` and ``disabled``, which needs memory for a second
+            copy of the adapted weights.
 
     Raises:
-        UserError: the adapter is merged already; a weight is used by another module as well (a tied head),
-            whose outputs would change too; a kernel is grouped; or a sum is not finite. The model is then
-            unchanged.
+        UserError: if the adapter is merged already, another module shares a weight (a tied head), a convolution is
+            grouped, or a sum is not finite. The model is then unchanged.
     """
-    model = unwrapped(model)
+    model = unwrap_model(model)
     layers = adapted_layers(model)
     shared = shared_weights(model)
     for name, layer in layers:
         if layer.merged:
-            raise UserError("the adapter is merged already", where=name, hint="call unmerge first")
-        if others := _other_users(model, layer, shared):
-            what = f"the weight of '{name}' is also that of '{others[0]}', whose outputs merging would change"
-            raise UserError(what, where=name, hint="untie the two, or keep the adapter separate")
+            raise UserError("the adapter is merged already", location=name, hint="call unmerge first")
+        if users := _users_of_unmerged_weight(model, layer, shared):
+            message = f"the weight of '{name}' is shared with '{users[0]}', whose outputs would change"
+            raise UserError(message, location=name, hint="untie the weights, or do not merge the adapter")
         if reason := layer.merge_refusal():
-            raise UserError(f"'{name}' cannot be merged: {reason}", where=name, hint="keep the adapter separate")
-    # Without room for all sums at once, they are computed twice: to check them, and to store them.
+            raise UserError(f"'{name}' cannot be merged: {reason}", location=name, hint="do not merge the adapter")
+    # To save memory, sums that are not retained are computed twice: to check them, and to store them.
     sums: dict[str, Tensor] = {}
     for name, layer in layers:
         total = layer.merged_weight()
         if not torch.isfinite(total).all():
-            hint = "the adapter's factors are broken, or its values too large for the weight's type"
-            raise UserError(f"the merged weight of '{name}' is not finite", where=name, hint=hint)
+            hint = "the adapter's factors are invalid, or too large for the weight's dtype"
+            raise UserError(f"the merged weight of '{name}' is not finite", location=name, hint=hint)
         if keep_original:
             sums[name] = total
     for name, layer in layers:
@@ -303,42 +309,42 @@ def merge(model: nn.Module, keep_original: bool = True) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Give every adapted layer the weight it had before :func:`merge`, to the bit.
+    """Restore the exact weights from before :func:`merge`.
 
     Raises:
-        UserError: nothing is merged, or the weights from before were not kept.
+        UserError: if the adapter is not merged, or the original weights were not kept.
     """
-    layers = adapted_layers(unwrapped(model))
+    layers = adapted_layers(unwrap_model(model))
     if not (merged := [(name, layer) for name, layer in layers if layer.merged]):
         raise UserError("the adapter is not merged", hint="call merge first")
     for name, layer in merged:
         if layer._unmerged_weight is None:
-            what = "the weights from before the merge were not kept"
-            raise UserError(what, where=name, hint="merge with keep_original=True")
+            message = "the weights from before the merge were not kept"
+            raise UserError(message, location=name, hint="merge with keep_original=True")
     for _, layer in merged:
         layer.unset_merged()
 
 
-def _other_users(model: nn.Module, layer: AdaptedLayer, shared: dict[int, list[str]]) -> list[str]:
-    """The modules with the same weight that would not expect the merged one."""
+def _users_of_unmerged_weight(model: nn.Module, layer: AdaptedLayer, shared: dict[int, list[str]]) -> list[str]:
+    """Return the names of modules that share the layer's weight but expect it unmerged."""
     users = [(name, model.get_submodule(name)) for name in shared.get(id(layer.weight), ())]
-    return [name for name, user in users if user is not layer.holder and getattr(user, "follows", None) is not layer]
+    return [name for name, user in users if user is not layer.owner and getattr(user, "tied_to", None) is not layer]
 
 
 def shared_weights(model: nn.Module) -> dict[int, list[str]]:
-    """For every parameter that more than one module uses: its id, and those modules' names."""
+    """Return the names of the using modules by parameter id, for each parameter that more than one module uses."""
     users: dict[object, dict[str, None]] = {}
-    places: dict[int, object] = {}
+    keys: dict[int, object] = {}
     for name, module in model.named_modules():
-        for parameter in own_parameters(module).values():
+        for parameter in direct_parameters(module).values():
             if parameter is not None:
-                place = places[id(parameter)] = _place(parameter)
-                users.setdefault(place, {})[name] = None
-    return {parameter: list(users[place]) for parameter, place in places.items() if len(users[place]) > 1}
+                key = keys[id(parameter)] = _storage_key(parameter)
+                users.setdefault(key, {})[name] = None
+    return {parameter: list(users[key]) for parameter, key in keys.items() if len(users[key]) > 1}
 
 
-def _place(parameter: Tensor) -> object:
-    """Where a parameter's numbers lie: two Parameters over the same memory are one weight."""
+def _storage_key(parameter: Tensor) -> object:
+    """Return a key that is equal for parameters that share memory, which count as one weight."""
     if not has_values(parameter) or parameter.data_ptr() == 0:
         return id(parameter)
     return (parameter.device, parameter.data_ptr())

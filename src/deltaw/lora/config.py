@@ -1,7 +1,7 @@
-"""The settings of an adapter: one dataclass, checked when it is made.
+"""Settings of an adapter, validated on construction.
 
-It knows no model: whether a name matches a module is decided in ``select``. PEFT's names for the same
-settings are accepted by :meth:`LoRAConfig.from_dict`.
+Names of modules are checked against a model in ``select``. :meth:`LoRAConfig.from_dict` also accepts PEFT's names of
+the settings.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from deltaw.lora.expressions import check_expressions
 Number = TypeVar("Number", int, float)
 
 CHANGING_INITS = ("pissa", "olora")
-"""Initializations that take a share out of W."""
+"""Initializations that change W."""
 
 INITS = ("uniform", "gaussian", "orthogonal", *CHANGING_INITS, "eva")
 BIASES = ("none", "all", "lora_only")
 KEYWORDS = ("all-linear", "attention", "mlp")
 ACTIVATIONS = ("always", "completion")
 
-# Of the settings' JSON schema: what a type does not say.
+# Additions to the JSON schema of the settings.
 _NUMBER = {"type": "integer", "minimum": 0}
-_ONE_OR_MORE = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+_TEXT_OR_LIST = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
 
 PEFT_NAMES = {
     "r": "rank",
@@ -40,21 +40,21 @@ PEFT_NAMES = {
     "modules_to_save": "train_modules",
     "alora_invocation_tokens": "invocation_tokens",
 }
-"""PEFT's name of a setting, and ours."""
+"""Names of settings by their names in PEFT."""
 
 
 def scaling(rank: int, alpha: float, rslora: bool = False) -> float:
-    """The factor of A·B in ΔW: alpha / rank, or alpha / √rank (rsLoRA, arXiv 2312.03732, eq. 4)."""
+    """Return the factor of A·B in ΔW: alpha / rank, or alpha / √rank with rsLoRA (arXiv 2312.03732, eq. 4)."""
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
 def setting(default: Any, description: str, **schema: Any) -> Any:
-    """A field of a settings class.
+    """Return a dataclass field of a settings class.
 
     Args:
-        default: its value, or ``dict`` or ``list`` for an empty one.
-        description: for ``--help``.
-        schema: what the type does not say, for the JSON schema.
+        default: Default value, or ``dict`` or ``list`` for an empty one.
+        description: Description for ``--help``.
+        schema: Additions to the JSON schema that the type does not imply.
     """
     metadata = {"description": description, **({"json_schema_extra": schema} if schema else {})}
     if isinstance(default, type):
@@ -64,10 +64,10 @@ def setting(default: Any, description: str, **schema: Any) -> Any:
 
 @dataclass
 class LoRAConfig:
-    """What is adapted, and how.
+    """Settings of a LoRA adapter.
 
     Raises:
-        UserError: a value cannot be used; the message names the key.
+        UserError: if a value is invalid. The message names the key.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -94,22 +94,22 @@ class LoRAConfig:
         "uniform", "initialization of A and B: uniform, gaussian, orthogonal, pissa, olora or eva", enum=list(INITS)
     )
     rslora: bool = setting(False, "scale by alpha / √rank instead of alpha / rank")
-    dora: bool = setting(False, "train the norm of every output's weights apart from their direction")
+    dora: bool = setting(False, "train magnitude and direction of the weights separately (DoRA)")
     bias: str = setting("none", "biases trained as well: none, all, or lora_only", enum=list(BIASES))
     lora_bias: bool = setting(False, "train a bias on B as well, added to each adapted layer's output")
     target_parameters: list[str] = setting(
         list,
         "parameters of two or three dimensions to adapt, by the ending of their full name, such as "
         "'experts.gate_up_proj'",
-        **_ONE_OR_MORE,
+        **_TEXT_OR_LIST,
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = setting(
         None, "ids of tokens whose embeddings are trained, or such lists by the ending of a module's name"
     )
     train_modules: list[str] = setting(
-        list, "extra trainable modules, trained in full, by the ending of their name", **_ONE_OR_MORE
+        list, "extra trainable modules, trained in full, by the ending of their name", **_TEXT_OR_LIST
     )
-    activation: str = setting(
+    active: str = setting(
         "always",
         "tokens on which the adapter acts: always (all), or completion (from the invocation sequence on, the "
         "start of the answer; Activated LoRA)",
@@ -122,21 +122,21 @@ class LoRAConfig:
     )
 
     def __post_init__(self) -> None:
-        self.rank = _whole_number("rank", self.rank)
+        self.rank = _positive_int("rank", self.rank)
         self.alpha = _positive("alpha", self.alpha)
         self.dropout = _number("dropout", self.dropout)
         if not 0.0 <= self.dropout < 1.0:
-            raise _cannot_be("dropout", self.dropout, "give a share from 0 to below 1")
+            raise _invalid_value("dropout", self.dropout, "use a number from 0 to below 1")
         self.target_modules = _names("target_modules", self.target_modules)
         if self.exclude_modules is not None:
             self.exclude_modules = _names("exclude_modules", self.exclude_modules) or None
         self.target_parameters = _entries("target_parameters", self.target_parameters)
         self.trainable_token_indices = _tokens(self.trainable_token_indices)
         if not (self.target_modules or self.target_parameters or self.trainable_token_indices):
-            hint = "write 'all-linear', 'attention', 'mlp', or a list of module names"
-            raise UserError("target_modules names nothing", where="target_modules", hint=hint)
+            hint = "use 'all-linear', 'attention', 'mlp', or a list of module names"
+            raise UserError("target_modules is empty", location="target_modules", hint=hint)
         self.layers = _layers(self.layers)
-        self.rank_pattern = _pattern("rank_pattern", self.rank_pattern, _whole_number)
+        self.rank_pattern = _pattern("rank_pattern", self.rank_pattern, _positive_int)
         self.alpha_pattern = _pattern("alpha_pattern", self.alpha_pattern, _positive)
         for key in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
             value = getattr(self, key)
@@ -144,96 +144,96 @@ class LoRAConfig:
                 check_expressions(key, list(value))
             elif isinstance(value, str) and value not in KEYWORDS:
                 check_expressions(key, [value])
-        _one_of("init", self.init, INITS)
-        _one_of("bias", self.bias, BIASES)
+        _check_choice("init", self.init, INITS)
+        _check_choice("bias", self.bias, BIASES)
         for key in ("rslora", "dora", "lora_bias"):
             if not isinstance(getattr(self, key), bool):
-                raise _cannot_be(key, getattr(self, key), "give true or false")
+                raise _invalid_value(key, getattr(self, key), "use true or false")
         odd = [r for r in (self.rank, *self.rank_pattern.values()) if r % 2]
         if self.init == "orthogonal" and odd:
-            what = f"init 'orthogonal' needs an even rank, not {odd[0]}"
-            raise UserError(what, where="rank", hint=f"use {odd[0] + 1}")
+            message = f"init 'orthogonal' requires an even rank, not {odd[0]}"
+            raise UserError(message, location="rank", hint=f"use {odd[0] + 1}")
         self.train_modules = _entries("train_modules", self.train_modules)
-        _one_of("activation", self.activation, ACTIVATIONS)
+        _check_choice("active", self.active, ACTIVATIONS)
         self.invocation_tokens = _invocation(self.invocation_tokens)
-        self._refuse_combinations()
-        if self.activation == "completion":
-            self._refuse_beside_activation()
+        self._check_combinations()
+        if self.active == "completion":
+            self._check_activation()
         elif self.invocation_tokens is not None:
-            what = "invocation_tokens are for an adapter that is not always active"
-            raise UserError(what, where="invocation_tokens", hint="set activation: completion, or leave them out")
+            message = "invocation_tokens are only for an activated adapter"
+            raise UserError(message, location="invocation_tokens", hint="set active: completion, or remove them")
 
-    def _refuse_beside_activation(self) -> None:
-        """What would change the base model's own part of a row, and so is not activated LoRA."""
+    def _check_activation(self) -> None:
+        """Reject settings that would change the base model's part of a row, which activated LoRA must not do."""
         harmless = {"none", *INITS} - {*CHANGING_INITS}
-        others = ("target_parameters", "trainable_token_indices", "train_modules")
-        for key in ("dora", "lora_bias", "bias", "init", *others):
+        unsupported = ("target_parameters", "trainable_token_indices", "train_modules")
+        for key in ("dora", "lora_bias", "bias", "init", *unsupported):
             value = getattr(self, key)
             if value and not (isinstance(value, str) and value in harmless):
-                told = f"{key} '{value}'" if isinstance(value, str) else key
-                why = "it is for plain updates of linear layers"
-                what = f"activation 'completion' and {told} do not go together: {why}"
-                raise UserError(what, where=key, hint=f"leave {key} out, or set activation: always")
+                description = f"{key} '{value}'" if isinstance(value, str) else key
+                reason = "it supports only plain updates of linear layers"
+                message = f"active: completion and {description} cannot be combined: {reason}"
+                raise UserError(message, location=key, hint=f"remove {key}, or set active: always")
 
-    def _refuse_combinations(self) -> None:
-        """Settings that have no meaning together, in PEFT's files either."""
+    def _check_combinations(self) -> None:
+        """Reject settings that cannot be combined, as in PEFT."""
         if self.lora_bias and (self.dora or self.init != "uniform"):
-            other = "dora" if self.dora else f"init '{self.init}'"
-            what = f"lora_bias and {other} do not go together"
-            raise UserError(what, where="lora_bias", hint="leave one of the two out")
+            conflict = "dora" if self.dora else f"init '{self.init}'"
+            message = f"lora_bias and {conflict} cannot be combined"
+            raise UserError(message, location="lora_bias", hint="remove one of them")
         for key in ("dropout", "dora", "lora_bias"):
             if self.target_parameters and getattr(self, key):
-                what = f"target_parameters and {key} do not go together: the inputs of the update are not known"
-                raise UserError(what, where=key, hint=f"leave {key} out, or name modules in target_modules instead")
+                message = f"target_parameters and {key} cannot be combined: the inputs of the update are not known"
+                raise UserError(message, location=key, hint=f"remove {key}, or name modules in target_modules instead")
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, object]) -> LoRAConfig:
-        """Make a config from our names or PEFT's (``r``, ``lora_alpha``, ``modules_to_save``, …).
+        """Create a config from deltaw's or PEFT's names (``r``, ``lora_alpha``, ``modules_to_save``, …).
 
-        ``init_lora_weights: true`` or ``false`` becomes ``uniform``: an adapter always begins
-        with ΔW = 0 here. ``null`` stands for the default.
+        ``init_lora_weights: true`` or ``false`` becomes ``uniform``, since an adapter always starts with ΔW = 0.
+        ``null`` selects the default.
 
         Raises:
-            UserError: a key is unknown (the nearest is named), is given twice under both names, or its
-                value cannot be used.
+            UserError: if a key is unknown (the hint suggests a similar key), is set under both names, or has an invalid
+                value.
         """
-        known = {f.name for f in fields(cls)}
+        valid_names = {f.name for f in fields(cls)}
         values: dict[str, object] = {}
         for key, value in mapping.items():
             name = PEFT_NAMES.get(key, key)
-            if name not in known:
-                hint = did_you_mean(str(key), sorted(known | set(PEFT_NAMES)))
-                raise UserError(f"LoRA has no setting '{key}'", where=str(key), hint=hint)
+            if name not in valid_names:
+                hint = did_you_mean(str(key), sorted(valid_names | set(PEFT_NAMES)))
+                raise UserError(f"LoRA has no setting '{key}'", location=str(key), hint=hint)
             if name in values:
-                what = f"'{name}' is given twice, also under PEFT's name"
-                raise UserError(what, where=str(key), hint="leave one of the two out")
+                message = f"'{name}' is given twice, also under PEFT's name"
+                raise UserError(message, location=str(key), hint="remove one of them")
             if name == "init" and isinstance(value, bool):
                 value = "uniform"
             if value is not None:
                 values[name] = value
                 if key == "alora_invocation_tokens":
-                    values.setdefault("activation", "completion")
+                    values.setdefault("active", "completion")
         return cls(**values)  # type: ignore[arg-type]
 
 
 def parse_layers(layers: str | list[int]) -> list[tuple[int, int | None]]:
-    """Turn ``'0-3,8,16-'`` or ``[1, 2]`` into closed ranges (first, last); last None means "to the end".
+    """Parse ``'0-3,8,16-'`` or ``[1, 2]`` into inclusive ranges (first, last). The last is None for an open range.
 
     Raises:
-        UserError: the text is no list of layers.
+        UserError: if the text is not a list of layers.
     """
     if isinstance(layers, list):
         return [(index, index) for index in layers]
     ranges: list[tuple[int, int | None]] = []
     for part in layers.split(","):
         if not (match := re.fullmatch(r"\s*(\d{1,9})\s*(?:(-)\s*(\d{0,9}))?\s*", part)):
-            hint = "write '16-', '0-7', '3', '0-3,8' or [1, 2]"
-            raise UserError(f"'{layers}' is no list of layers", where="layers", hint=hint)
+            hint = "use for example '16-', '0-7', '3', '0-3,8' or [1, 2]"
+            raise UserError(f"'{layers}' is not a list of layers", location="layers", hint=hint)
         first = int(match[1])
         last = first if match[2] is None else (int(match[3]) if match[3] else None)
         if last is not None and last < first:
-            what = f"layers '{part.strip()}' ends before it begins"
-            raise UserError(what, where="layers", hint=f"write '{last}-{first}'")
+            message = f"layers '{part.strip()}' is not an ascending range"
+            raise UserError(message, location="layers", hint=f"write '{last}-{first}'")
         ranges.append((first, last))
     return ranges
 
@@ -248,7 +248,7 @@ def _layers(value: object) -> str | list[int] | None:
     numbers: list[int] = list(value) if isinstance(value, list | tuple | range) else [-1]
     if all(map(_is_number, numbers)):
         return numbers or None
-    raise _cannot_be("layers", value, "write '16-', '0-7', '3', or a list of numbers from 0")
+    raise _invalid_value("layers", value, "use for example '16-', '0-7', '3', or a list of numbers from 0")
 
 
 def _names(key: str, value: object) -> str | list[str]:
@@ -257,13 +257,13 @@ def _names(key: str, value: object) -> str | list[str]:
     if isinstance(value, list | tuple | set | frozenset) and all(isinstance(entry, str) for entry in value):
         ordered = sorted(value) if isinstance(value, set | frozenset) else list(value)
         if any(not entry for entry in ordered):
-            raise UserError(f"{key} holds an empty name", where=key, hint="leave it out")
+            raise UserError(f"{key} contains an empty name", location=key, hint="remove it")
         return list(dict.fromkeys(ordered))
-    raise _cannot_be(key, value, "give a text or a list of texts")
+    raise _invalid_value(key, value, "use a string or a list of strings")
 
 
 def _entries(key: str, value: object) -> list[str]:
-    """A list of names; one name may stand without a list."""
+    """Return a list of names. A single string counts as a list of one."""
     names = _names(key, [] if value is None else value)
     return [names] if isinstance(names, str) else names
 
@@ -282,61 +282,61 @@ def _invocation(value: object) -> list[int] | str | None:
     numbers = list(value) if isinstance(value, list | tuple) else []
     if numbers and all(map(_is_number, numbers)):
         return numbers
-    hint = "give token ids, such as [1, 520, 198], or the text that opens an answer"
-    raise _cannot_be("invocation_tokens", value, hint)
+    hint = "use token ids, for example [1, 520, 198], or the text that starts an answer"
+    raise _invalid_value("invocation_tokens", value, hint)
 
 
 def _ids(value: object) -> list[int]:
     ids: list[int] = list(value) if isinstance(value, list | tuple | set | range) else [value]  # type: ignore[list-item]
     key = "trainable_token_indices"
     if not all(map(_is_number, ids)):
-        raise _cannot_be(key, value, "give a list of token ids, or one for each embedding: {embed_tokens: [5, 6]}")
-    if twice := [number for number in ids if ids.count(number) > 1]:
-        raise UserError(f"{key} holds {twice[0]} twice", where=key, hint="name each token once")
+        raise _invalid_value(key, value, "use a list of token ids, or a list per embedding: {embed_tokens: [5, 6]}")
+    if duplicates := [number for number in ids if ids.count(number) > 1]:
+        raise UserError(f"{key} contains {duplicates[0]} twice", location=key, hint="name each token once")
     return ids
 
 
 def _text(key: str, value: object) -> str:
     if not isinstance(value, str):
-        raise UserError(f"{key} cannot hold {value!r}", where=key, hint="put a text in quotes")
+        raise UserError(f"{key} cannot contain {value!r}", location=key, hint="put text in quotes")
     return value
 
 
 def _pattern(key: str, value: object, check: Callable[[str, object], Number]) -> dict[str, Number]:
-    """Values by expressions, each of them checked."""
+    """Validate values by expression."""
     if value is not None and not isinstance(value, Mapping):
-        raise _cannot_be(key, value, "give names with numbers: {q_proj: 8}")
+        raise _invalid_value(key, value, "use numbers by name: {q_proj: 8}")
     return {_text(key, name): check(f"{key}['{name}']", number) for name, number in (value or {}).items()}
 
 
 def _is_number(value: object) -> bool:
-    """Whether it is a whole number from 0."""
+    """True if the value is a nonnegative integer."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _number(key: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise _cannot_be(key, value, "give a number")
+        raise _invalid_value(key, value, "use a number")
     return float(value)
 
 
 def _positive(key: str, value: object) -> float:
     number = _number(key, value)
     if number <= 0:
-        raise _cannot_be(key, value, "give a number above 0")
+        raise _invalid_value(key, value, "use a number above 0")
     return number
 
 
-def _whole_number(key: str, value: object) -> int:
+def _positive_int(key: str, value: object) -> int:
     if not isinstance(value, int) or not _is_number(value) or value < 1:
-        raise _cannot_be(key, value, "give a whole number of at least 1")
+        raise _invalid_value(key, value, "use an integer of at least 1")
     return value
 
 
-def _one_of(key: str, value: object, choices: tuple[str, ...]) -> None:
+def _check_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise _cannot_be(key, value, did_you_mean(str(value), choices))
+        raise _invalid_value(key, value, did_you_mean(str(value), choices))
 
 
-def _cannot_be(key: str, value: object, hint: str) -> UserError:
-    return UserError(f"{key} cannot be {value!r}", where=key, hint=hint)
+def _invalid_value(key: str, value: object, hint: str) -> UserError:
+    return UserError(f"{key} cannot be {value!r}", location=key, hint=hint)

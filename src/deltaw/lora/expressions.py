@@ -1,10 +1,10 @@
-"""Regular expressions over module names, under limits that end them.
+"""Match regular expressions against module names with limits on time and memory.
 
-An adapter's settings hold expressions, and adapters come from anywhere. Python's engine backtracks: for some
-expressions its time grows as 2 to the power of a name's length, and while it works nothing else in the
-process runs. So expressions with repetitions or groups are matched in a process of their own, which the
-system ends at :data:`SECONDS` of processor time or :data:`BYTES` of memory. They mean what ``re`` says they
-mean, look-ahead included. Names, and choices of names, are matched here. It knows names as text, no modules.
+The expressions are part of an adapter's settings, and adapters can be untrusted. Python's regular expression engine
+backtracks: some expressions take time exponential in the length of a name, and meanwhile block the process. Expressions
+with repetitions or groups are therefore matched in a subprocess, limited to :data:`SECONDS` of CPU time and
+:data:`BYTES` of memory. The semantics are those of ``re``, including look-ahead. Names and alternatives of names are
+matched in this process.
 """
 
 from __future__ import annotations
@@ -20,153 +20,154 @@ from collections.abc import Iterable, Mapping, Sequence
 from deltaw.errors import UserError
 
 SECONDS = 5.0
-"""Processor time for all expressions of one setting, compiling included."""
+"""CPU time limit for all expressions of one setting, including compilation."""
 BYTES = 1 << 30
-WAITED = 120
-"""Seconds on the clock, for systems that do not limit a process's time, or have none left for it."""
-LONGEST = 100_000
-"""Characters of an expression that is no choice of names."""
-MOST = 20_000
-"""Expressions of one setting."""
+TIMEOUT = 120
+"""Wall-clock limit in seconds, for systems without a CPU time limit or with no free CPU time."""
+MAX_LENGTH = 100_000
+"""Maximum length of an expression that is not a list of names."""
+MAX_EXPRESSIONS = 20_000
+"""Maximum number of expressions of one setting."""
 
-# Names whose dots may be escaped, and a choice of such names.
+# Names, with dots that may be escaped, and alternatives of names.
 _PLAIN = re.compile(r"(?:[\w|.-]|\\[.-])*")
-# Characters that are compiled here: a class of most letters, in either case, takes a hundredth of a second.
-_COMPILED_HERE = 500
+# Maximum number of characters compiled in this process. A large character class can take 10 ms.
+_MAX_IN_PROCESS = 500
 
 _CHILD = """
 import contextlib, json, re, signal, sys
 seconds, size, expressions, names = json.load(sys.stdin)
-if hasattr(signal, "setitimer"):  # elsewhere the parent's clock is the limit
-    signal.setitimer(signal.ITIMER_PROF, seconds)  # processor time; nothing handles its signal
+if hasattr(signal, "setitimer"):  # otherwise, the parent's timeout is the limit
+    signal.setitimer(signal.ITIMER_PROF, seconds)  # CPU time; the unhandled signal terminates the process
 with contextlib.suppress(ImportError, OSError, ValueError):  # some systems do not limit memory
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
-found = []
+matched = []
 for number, expression in enumerate(expressions):
     try:
         compiled = re.compile(expression)
     except (re.error, OverflowError, RecursionError) as error:
-        found = {"number": number, "why": str(error)}
+        matched = {"number": number, "reason": str(error)}
         break
-    found.append([place for place, name in enumerate(names) if compiled.fullmatch(name)])
-json.dump(found, sys.stdout)
+    matched.append([index for index, name in enumerate(names) if compiled.fullmatch(name)])
+json.dump(matched, sys.stdout)
 """
 
 
 def check_expressions(key: str, expressions: Sequence[str]) -> None:
-    """Refuse what is not a regular expression.
+    """Raise UserError for invalid regular expressions.
 
     Args:
-        key: the setting that holds them.
+        key: Setting that contains the expressions.
+        expressions: Expressions to check.
 
     Raises:
-        UserError: one is none, is longer than :data:`LONGEST`, or they are more than :data:`MOST`.
+        UserError: if an expression is invalid or longer than :data:`MAX_LENGTH`, or if there are more than
+            :data:`MAX_EXPRESSIONS`.
     """
-    asked = [expression for expression in expressions if not _PLAIN.fullmatch(expression)]
-    if len(expressions) > MOST or sum(map(len, asked)) > _COMPILED_HERE:
+    complex_expressions = [expression for expression in expressions if not _PLAIN.fullmatch(expression)]
+    if len(expressions) > MAX_EXPRESSIONS or sum(map(len, complex_expressions)) > _MAX_IN_PROCESS:
         matches(key, expressions, [])
         return
-    for expression in asked:
+    for expression in complex_expressions:
         try:
             re.compile(expression)
         except (re.error, OverflowError, RecursionError) as error:
-            raise _no_expression(key, expression, str(error)) from error
+            raise _invalid_expression(key, expression, str(error)) from error
 
 
-def matches(
-    key: str, expressions: Iterable[str], names: Iterable[str], *, endings: bool = False
-) -> list[frozenset[str]]:
-    """The names that each expression matches.
+def matches(key: str, patterns: Iterable[str], names: Iterable[str], *, endings: bool = False) -> list[frozenset[str]]:
+    """Return the names that each expression matches.
 
     Args:
-        key: the setting that holds the expressions.
-        endings: an expression may also match the end of a name, after a dot, which is PEFT's rule for keys of
-            patterns; otherwise it is for full names.
+        key: Setting that contains the expressions.
+        patterns: Regular expressions.
+        names: Names to match.
+        endings: If True, an expression may also match the part of a name after a dot (PEFT's rule for keys of
+            patterns). If False, it must match the full name.
 
     Raises:
-        UserError: an expression is none, or they take more than the limits.
+        UserError: if an expression is invalid, or matching exceeds the limits.
     """
-    return list(_matches(key, tuple(expressions), tuple(dict.fromkeys(names)), endings))
+    return list(_matches(key, tuple(patterns), tuple(dict.fromkeys(names)), endings))
 
 
 @functools.lru_cache(maxsize=64)
-def _matches(
-    key: str, expressions: tuple[str, ...], names: tuple[str, ...], endings: bool
-) -> tuple[frozenset[str], ...]:
-    if len(expressions) > MOST:
-        raise _too_large(key, f"{len(expressions):,} expressions, and {MOST:,} are the most")
-    plain = {expression for expression in expressions if _PLAIN.fullmatch(expression)}
-    others = [expression for expression in expressions if expression not in plain]
-    longest = max(map(len, others), default=0)
-    if longest > LONGEST:
-        raise _too_large(key, f"an expression of {longest:,} characters, and {LONGEST:,} are the most")
-    found = dict(zip(others, _elsewhere(key, others, names, endings), strict=True)) if others else {}
-    by_length = _by_length(names, endings)
-    found |= {expression: _of_choice(expression, by_length) for expression in plain}
-    return tuple(found[expression] for expression in expressions)
+def _matches(key: str, patterns: tuple[str, ...], names: tuple[str, ...], endings: bool) -> tuple[frozenset[str], ...]:
+    if len(patterns) > MAX_EXPRESSIONS:
+        raise _too_large(key, f"{len(patterns):,} expressions, but at most {MAX_EXPRESSIONS:,} are allowed")
+    plain = {expression for expression in patterns if _PLAIN.fullmatch(expression)}
+    complex_expressions = [expression for expression in patterns if expression not in plain]
+    longest = max(map(len, complex_expressions), default=0)
+    if longest > MAX_LENGTH:
+        raise _too_large(key, f"an expression of {longest:,} characters, but at most {MAX_LENGTH:,} are allowed")
+    results = _match_in_child(key, complex_expressions, names, endings) if complex_expressions else []
+    matched = dict(zip(complex_expressions, results, strict=True))
+    by_length = _index_by_length(names, endings)
+    matched |= {expression: _match_choice(expression, by_length) for expression in plain}
+    return tuple(matched[expression] for expression in patterns)
 
 
-def _by_length(names: Iterable[str], endings: bool) -> Mapping[int, list[tuple[str, str]]]:
-    """(what an expression may match, the name) by the length of the first."""
-    found: dict[int, list[tuple[str, str]]] = defaultdict(list)
+def _index_by_length(names: Iterable[str], endings: bool) -> Mapping[int, list[tuple[str, str]]]:
+    """Return (matchable text, full name) pairs by the length of the text."""
+    pairs: dict[int, list[tuple[str, str]]] = defaultdict(list)
     for name in names:
-        starts = [0, *(at + 1 for at, char in enumerate(name) if char == ".")] if endings else [0]
+        starts = [0, *(position + 1 for position, char in enumerate(name) if char == ".")] if endings else [0]
         for start in starts:
-            found[len(name) - start].append((name[start:], name))
-    return found
+            pairs[len(name) - start].append((name[start:], name))
+    return pairs
 
 
-def _of_choice(expression: str, by_length: Mapping[int, list[tuple[str, str]]]) -> frozenset[str]:
-    """The names that a choice of names matches; all that a dot matches is one character."""
-    found: set[str] = set()
+def _match_choice(expression: str, by_length: Mapping[int, list[tuple[str, str]]]) -> frozenset[str]:
+    """Return the names that an alternative of names matches. An unescaped dot matches one character."""
+    matched: set[str] = set()
     for part in expression.split("|"):
         compiled = re.compile(part)
         length = len(part.replace("\\", ""))
-        found.update(name for text, name in by_length.get(length, ()) if compiled.fullmatch(text))
-    return frozenset(found)
+        matched.update(name for text, name in by_length.get(length, ()) if compiled.fullmatch(text))
+    return frozenset(matched)
 
 
-def _elsewhere(key: str, expressions: Sequence[str], names: Sequence[str], endings: bool) -> list[frozenset[str]]:
-    """The names that each expression matches, from a process of its own."""
+def _match_in_child(key: str, expressions: Sequence[str], names: Sequence[str], endings: bool) -> list[frozenset[str]]:
+    """Return the names that each expression matches, computed in a subprocess."""
     full = [rf"(.*\.)?({expression})$" if endings else expression for expression in expressions]
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _CHILD],
             input=json.dumps([SECONDS, BYTES, full, names]),
             capture_output=True,
             text=True,
             encoding="utf-8",
-            timeout=WAITED,
+            timeout=TIMEOUT,
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise _ended(key, expressions) from error
-    if done.returncode < 0 or (done.returncode and "MemoryError" in done.stderr):
-        raise _ended(key, expressions)
-    if done.returncode:
-        raise RuntimeError(f"the process that matches expressions failed: {done.stderr[-300:]}")
-    found = json.loads(done.stdout)
-    if isinstance(found, dict):
-        raise _no_expression(key, expressions[found["number"]], found["why"])
-    return [frozenset(names[place] for place in places) for places in found]
+        raise _limit_error(key, expressions) from error
+    if process.returncode < 0 or (process.returncode and "MemoryError" in process.stderr):
+        raise _limit_error(key, expressions)
+    if process.returncode:
+        raise RuntimeError(f"the process that matches expressions failed: {process.stderr[-300:]}")
+    result = json.loads(process.stdout)
+    if isinstance(result, dict):
+        raise _invalid_expression(key, expressions[result["number"]], result["reason"])
+    return [frozenset(names[index] for index in indices) for indices in result]
 
 
-def _no_expression(key: str, expression: str, why: str) -> UserError:
-    hint = "close its brackets, and write \\ before a character that stands for itself"
-    return UserError(f"'{_shown(expression)}' is no regular expression: {why}", where=key, hint=hint)
+def _invalid_expression(key: str, expression: str, reason: str) -> UserError:
+    hint = "close all brackets, and write \\ before a literal special character"
+    return UserError(f"'{_shorten(expression)}' is not a regular expression: {reason}", location=key, hint=hint)
 
 
-def _ended(key: str, expressions: Sequence[str]) -> UserError:
-    shown = f"'{_shown(expressions[0])}'" if len(expressions) == 1 else f"{len(expressions):,} expressions"
-    what = f"{key}: matching {shown} was ended after {SECONDS:g} seconds of processor time, or at {BYTES >> 20:,} MiB"
-    hint = "write it without repetitions inside repetitions, or name the modules in a list"
-    return UserError(what, where=key, hint=hint)
+def _limit_error(key: str, expressions: Sequence[str]) -> UserError:
+    text = f"'{_shorten(expressions[0])}'" if len(expressions) == 1 else f"{len(expressions):,} expressions"
+    message = f"{key}: matching {text} was stopped after {SECONDS:g} seconds of CPU time, or at {BYTES >> 20:,} MiB"
+    hint = "avoid nested repetitions, or name the modules in a list"
+    return UserError(message, location=key, hint=hint)
 
 
-def _too_large(key: str, what: str) -> UserError:
-    return UserError(f"{key} holds {what}", where=key, hint="name the modules in a list")
+def _too_large(key: str, problem: str) -> UserError:
+    return UserError(f"{key} contains {problem}", location=key, hint="name the modules in a list")
 
 
-def _shown(expression: str) -> str:
+def _shorten(expression: str) -> str:
     return expression if len(expression) <= 100 else expression[:99] + "…"

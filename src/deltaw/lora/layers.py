@@ -1,16 +1,14 @@
-"""The adapted layers: a frozen layer that adds a low-rank update to its output.
+"""Adapted layers: frozen layers that add a low-rank update to their output.
 
-``LoRALinear`` *is* an ``nn.Linear``: its ``weight`` and ``bias`` are the frozen ones, and ``lora_A`` and
-``lora_B`` are further parameters of the same layer. There is no wrapper, so a model's code that looks at
-``layer.weight`` finds what it looks for. There is one class for each kind of layer and each update:
+``LoRALinear`` is a subclass of ``nn.Linear``. Its ``weight`` and ``bias`` are the frozen parameters, and ``lora_A`` and
+``lora_B`` are additional parameters of the same layer. There is no wrapper, so code that reads ``layer.weight`` works
+unchanged. There is a class for each combination of layer type and update:
 
-    kinds:    nn.Linear, transformers' Conv1D, embeddings, convolutions, linear layers that another library quantized
+    types:    nn.Linear, transformers' Conv1D, embeddings, convolutions, linear layers quantized by another library
     updates:  plain, with a bias on B (``LoRABias``), with a magnitude (``DoRALayer``)
 
-A kind knows shapes and products, an update what it trains in addition; a class of both only names the two. What
-is adapted below the level of a layer is in ``layers_parts``.
-
-A layer knows its own arithmetic and its merged weight, and nothing of models, files or selection.
+Classes of types implement shapes and products, and classes of updates implement the additional trained parameters. The
+combinations inherit from both. Updates of parameters and of token rows are in ``layers_parts``.
 """
 
 from __future__ import annotations
@@ -25,28 +23,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltaw.errors import UserError
-from deltaw.kernels.torch_private import adopt, functorch_is_active, own_parameters, version_of
+from deltaw.kernels.torch_private import cast_module, direct_parameters, functorch_is_active, version_of
 from deltaw.lora import math as closed_form
 from deltaw.lora import math_dora
-from deltaw.lora.adapted import AdaptedLayer, factor_dtype, like
+from deltaw.lora.adapted import AdaptedLayer, cast_like, factor_dtype
 from deltaw.lora.config import scaling as scaling_of
 from deltaw.lora.initialize import ChangedInit, initialize
-from deltaw.lora.stored import frozen_linear, library_of, quantized_as, stored_form, weight_scales
+from deltaw.lora.stored import describe_quantization, frozen_linear, quantization_library, stored_form, weight_scales
 
 _Layer = TypeVar("_Layer", bound="LoRALayer")
 
 
 class LoRALayer(AdaptedLayer):
-    """What all layers with low-rank factors share.
+    """Base class of layers with low-rank factors.
 
     Attributes:
-        rank, alpha, scaling, dropout, rslora: as in :class:`~deltaw.lora.config.LoRAConfig`.
-        changed_init: set where the initialization changed W, which then is a residual (PiSSA, OLoRA).
-        experts: how many weights are stacked along the first dimension of the factors, or None.
-        is_layer: whether its own forward computes with the factors.
-        weight_is_in_out: whether W is (in, out) as A·B is, and not (out, in).
-        has_dropout: whether the adapter's inputs can be dropped.
-        in_features, out_features: of linear layers.
+        rank, alpha, scaling, dropout, rslora: See :class:`~deltaw.lora.config.LoRAConfig`.
+        changed_init: Set if the initialization changed W, which is then a residual (PiSSA, OLoRA).
+        experts: Number of weights stacked along the first dimension of the factors, or None.
+        is_layer: True if the layer's forward computes with the factors.
+        weight_is_in_out: True if W is (in, out) like A·B, False if it is (out, in).
+        has_dropout: True if the adapter supports dropout.
+        in_features, out_features: Sizes of linear layers.
     """
 
     trained: tuple[str, ...] = ("lora_A", "lora_B")
@@ -78,28 +76,28 @@ class LoRALayer(AdaptedLayer):
         init: str | None = "uniform",
         generator: torch.Generator | None = None,
     ) -> _Layer:
-        """The adapted layer over ``module``'s own weight and bias: the same Parameters, now frozen."""
-        layer = adopt(cls._class_over(module), module)
-        layer._take_over(module)
-        layer._begin(rank, alpha, dropout, rslora, init, generator)
+        """Create the adapted layer from ``module``. It shares the weight and bias Parameters, which are frozen."""
+        layer = cast_module(cls._class_for(module), module)
+        layer._init_from(module)
+        layer._setup(rank, alpha, dropout, rslora, init, generator)
         return layer
 
     from_linear = from_conv1d = from_embedding = from_conv = from_module
 
     @classmethod
-    def _class_over(cls: type[_Layer], module: nn.Module) -> type[_Layer]:
-        """The class of the layer over ``module``."""
+    def _class_for(cls: type[_Layer], module: nn.Module) -> type[_Layer]:
+        """Return the class of the adapted layer for ``module``."""
         return cls
 
-    def _begin(
+    def _setup(
         self, rank: int, alpha: float, dropout: float, rslora: bool, init: str | None, generator: torch.Generator | None
     ) -> None:
-        """Freeze what the layer has, and add factors."""
+        """Freeze the layer's parameters, and add and initialize the factors."""
         if rank < 1:
-            raise UserError(f"rank is {rank}, and must be at least 1", where="rank", hint="give rank 16, say")
+            raise UserError(f"rank is {rank}, but must be at least 1", location="rank", hint="use for example rank 16")
         if not 0.0 <= dropout < 1.0:
-            what = f"dropout is {dropout}, and must be at least 0 and below 1"
-            raise UserError(what, where="dropout", hint="give 0.05, say")
+            message = f"dropout is {dropout}, but must be at least 0 and below 1"
+            raise UserError(message, location="dropout", hint="use for example 0.05")
         dropout, scaling = float(dropout) if self.has_dropout else 0.0, scaling_of(rank, float(alpha), rslora)
         self._freeze(rank=rank, alpha=float(alpha), dropout=dropout, rslora=rslora, scaling=scaling, changed_init=None)
         zeros = partial(torch.zeros, dtype=factor_dtype(self.weight), device=self.weight.device)
@@ -111,14 +109,14 @@ class LoRALayer(AdaptedLayer):
             initialize(self, init, generator)
 
     def _shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes of A and B."""
+        """Return the shapes of A and B."""
         return (self.in_features, rank), (rank, self.out_features)
 
     def _add_parameters(self) -> None:
-        """Add what an update trains apart from its factors."""
+        """Add trained parameters other than the factors."""
 
     def output_bias(self) -> Tensor | None:
-        """What ``forward`` adds to every output while adapting: the base layer's bias."""
+        """Return the bias added to every output while adapting."""
         return self.bias  # type: ignore[return-value]
 
     def initialized(self) -> None:
@@ -126,9 +124,9 @@ class LoRALayer(AdaptedLayer):
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """ΔW in the layout of ``weight``, in fp32 (fp64 for an fp64 weight), without a graph.
+        """Return ΔW in the layout of ``weight``, in fp32 (fp64 for an fp64 weight), without a graph.
 
-        scaling · A·B of shape (in, out), or its transpose; for each expert alike.
+        ΔW is scaling · A·B of shape (in, out), or its transpose, for each expert.
         """
         if self.weight_is_in_out:
             return (self.lora_A @ self.lora_B).mul_(self.scaling)
@@ -136,45 +134,47 @@ class LoRALayer(AdaptedLayer):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """W + ΔW, summed in fp32 (fp64 for an fp64 weight) and rounded once to the weight's type."""
+        """Return W + ΔW, summed in fp32 (fp64 for an fp64 weight) and rounded once to the weight's dtype."""
         delta = self.delta_weight()
         return delta.add_(self.weight.to(delta.dtype)).to(self.weight.dtype)
 
     def merge_refusal(self) -> str | None:
-        """With a quantized weight, a sum with ΔW would have to be quantized again."""
-        if (kept := quantized_as(self)) is not None:
-            return f"its weight is {kept}; load the model with precision bf16 or fp32 to merge"
+        """Return the reason why the update cannot be merged, such as a quantized weight, or None."""
+        if (quantization := describe_quantization(self)) is not None:
+            return f"its weight is {quantization}; load the model with precision bf16 or fp32 to merge"
         return super().merge_refusal()
 
     def set_merged(self, weight: Tensor, keep_original: bool) -> None:
-        """As in the base class; merged for good, a weight that the initialization changed is gone."""
+        """Replace the weight by the merged ``weight``. A permanent merge discards the weight from before the
+        initialization.
+        """
         super().set_merged(weight, keep_original)
         if not keep_original:
             self.changed_init = None
 
     @property
-    def base_is_known(self) -> bool:
-        """Whether the base model's own weight can still be had."""
-        return super().base_is_known or self.changed_init is not None
+    def can_restore_base(self) -> bool:
+        """True if the base model's weight is available."""
+        return super().can_restore_base or self.changed_init is not None
 
     def base_weight(self) -> Tensor:
-        """The base model's own weight: before a merge, and before the initialization took a share out."""
+        """Return the base model's weight, from before a merge and from before an initialization that changed it."""
         if self.changed_init is not None:
-            return like(self.changed_init.weight, self.weight)
+            return cast_like(self.changed_init.weight, self.weight)
         return super().base_weight()
 
     def restore_base(self) -> None:
-        """Put the base model's own weight in, for good."""
+        """Replace the weight by the base model's weight permanently."""
         if self.merged or self.changed_init is not None:
             self.weight.data = self.base_weight()
 
     def extra_repr(self) -> str:
-        """The base layer's line with rank and alpha."""
+        """Return the base layer's description with rank and alpha."""
         return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}"
 
 
 class _LinearUpdate(LoRALayer):
-    """y = x·Wᵀ + b + scaling · dropout(x)·A·B for either orientation of W, plain or stored in another form."""
+    """y = x·Wᵀ + b + scaling · dropout(x)·A·B for either orientation of W, plain or quantized."""
 
     bias: nn.Parameter
 
@@ -188,15 +188,15 @@ class _LinearUpdate(LoRALayer):
         dropout = self.dropout if self.training else 0.0
         in_out, bias = self.weight_is_in_out, self.output_bias()
         factors = (self.lora_A, self.lora_B, self.scaling, dropout)
-        if (places := self.active_places) is None:
+        if (mask := self.active_mask) is None:
             return closed_form.linear(input, self.weight, bias, *factors, in_out, stored)
-        update = closed_form.update_at(input, places, *factors)
+        update = closed_form.masked_update(input, mask, *factors)
         if stored is None:
-            return closed_form.with_update(update, input, self.weight, bias, in_out)
+            return closed_form.linear_with_update(update, input, self.weight, bias, in_out)
         return frozen_linear(input, self.weight, bias, stored) + update
 
     def _base(self, input: Tensor) -> Tensor:
-        """The base layer's own product with a plain weight."""
+        """Return the base layer's output for a plain weight."""
         return F.linear(input, self.weight, self.bias)
 
 
@@ -204,15 +204,15 @@ class LoRALinear(_LinearUpdate, nn.Linear):
     """y = x·Wᵀ + b + scaling · dropout(x)·A·B, with W and b frozen (arXiv 2106.09685, eq. 3).
 
     Args:
-        in_features, out_features: sizes of x and y.
-        rank: r.
-        alpha: scaling is alpha / rank, or alpha / √rank with ``rslora``.
-        bias: whether there is a b.
-        dropout: share of the adapter's inputs set to zero while training.
-        init: how the factors are initialized (see ``initialize``); None leaves both zero, to be loaded.
+        in_features, out_features: Sizes of x and y.
+        rank: Rank r of the update.
+        alpha: The scaling is alpha / rank, or alpha / √rank with ``rslora``.
+        bias: True if the layer has a b.
+        dropout: Share of the adapter's inputs that is set to zero in training.
+        init: Initialization of the factors (see ``initialize``). None sets both to zero, to be loaded.
 
     Raises:
-        UserError: rank, dropout or init cannot be used.
+        UserError: if rank, dropout or init is invalid.
     """
 
     def __init__(
@@ -230,12 +230,14 @@ class LoRALinear(_LinearUpdate, nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self._begin(rank, alpha, dropout, rslora, init, None)
+        self._setup(rank, alpha, dropout, rslora, init, None)
 
 
 class LoRAConv1D(_LinearUpdate):
-    """The same over transformers' ``Conv1D``: a linear layer whose weight is (in, out), as in GPT-2; in int8
-    it is (out, in), see :class:`~deltaw.lora.layers_quantized.Int8Conv1D`."""
+    """:class:`LoRALinear` for transformers' ``Conv1D``, a linear layer with weight (in, out), as in GPT-2.
+
+    In int8 the weight is (out, in), see :class:`~deltaw.lora.layers_quantized.Int8Conv1D`.
+    """
 
     nf: int
     nx: int
@@ -252,7 +254,7 @@ class LoRAConv1D(_LinearUpdate):
 
     @property
     def weight_is_in_out(self) -> bool:  # type: ignore[override]
-        """Whether the weight is (in, out), as in ``Conv1D``; else (out, in)."""
+        """True if the weight is (in, out), as in ``Conv1D``. False if it is (out, in)."""
         return weight_scales(self) is None
 
     def _base(self, input: Tensor) -> Tensor:
@@ -260,85 +262,84 @@ class LoRAConv1D(_LinearUpdate):
         return flat.view(*input.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
-        """Sizes, rank and alpha."""
+        """Return sizes, rank and alpha."""
         return f"nf={self.out_features}, nx={self.in_features}, rank={self.rank}, alpha={self.alpha:g}"
 
 
 class LoRAForeignLinear(LoRALayer):
-    """An adapter on a linear layer that bitsandbytes or torchao has quantized; imports neither.
+    """An adapter on a linear layer quantized by bitsandbytes or torchao. Imports neither library.
 
-    It is put before the layer's class, whose forward it calls, by torch's autograd:
+    A subclass of this class and the layer's class is created, which calls the layer's forward and uses autograd:
 
         y = layer(x) + scaling · dropout(x)·A·B
     """
 
     @classmethod
-    def _class_over(cls: type[_Layer], module: nn.Module) -> type[_Layer]:
+    def _class_for(cls: type[_Layer], module: nn.Module) -> type[_Layer]:
         base = type(module)
-        if base not in _FOREIGN:
-            _FOREIGN[base] = type(f"LoRA{base.__name__}", (LoRAForeignLinear, base), {})
-        return _FOREIGN[base]
+        if base not in _FOREIGN_CLASSES:
+            _FOREIGN_CLASSES[base] = type(f"LoRA{base.__name__}", (LoRAForeignLinear, base), {})
+        return _FOREIGN_CLASSES[base]
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features).
 
         Raises:
-            UserError: gradients are wanted, and the library's product has none.
+            UserError: if gradients are required, but the library's product does not support them.
         """
         y: Tensor = super().forward(input)
         if torch.is_grad_enabled() and input.requires_grad and not y.requires_grad:
-            what = f"{library_of(self)}'s product with a {type(self.weight).__name__} gives its input no gradient"
-            hint = "quantize the weights alone, not what they are multiplied with, or use precision: nf4"
-            raise UserError(what, where="a layer that is adapted", hint=hint)
+            message = f"{quantization_library(self)}: {type(self.weight).__name__} gives its input no gradient"
+            hint = "quantize only the weights, not the activations, or use precision: nf4"
+            raise UserError(message, location="an adapted layer", hint=hint)
         if not self.adapting:
             return y
         dropout = self.dropout if self.training else 0.0
         factors = self.lora_A, self.lora_B
-        if (places := self.active_places) is not None:
-            return y + closed_form.update_at(input, places, *factors, self.scaling, dropout).to(y.dtype)
-        seen = F.dropout(input, dropout) if dropout > 0.0 else input
-        update = (seen @ self.lora_A.to(input.dtype)) @ (self.lora_B * self.scaling).to(input.dtype)
+        if (mask := self.active_mask) is not None:
+            return y + closed_form.masked_update(input, mask, *factors, self.scaling, dropout).to(y.dtype)
+        adapter_input = F.dropout(input, dropout) if dropout > 0.0 else input
+        update = (adapter_input @ self.lora_A.to(input.dtype)) @ (self.lora_B * self.scaling).to(input.dtype)
         return y + update.to(y.dtype)
 
     def merge_refusal(self) -> str | None:
-        """A sum with ΔW would have to be quantized again, by the library that did it first."""
-        return f"its weight is quantized by {library_of(self)}; load the model unquantized to merge"
+        """Return the reason why the update cannot be merged: the library would have to quantize the sum again."""
+        return f"its weight is quantized by {quantization_library(self)}; load the model unquantized to merge"
 
 
-_FOREIGN: dict[type[nn.Module], type[Any]] = {}
+_FOREIGN_CLASSES: dict[type[nn.Module], type[Any]] = {}
 
 
 class ScaledEmbedding(AdaptedLayer, nn.Embedding):
-    """An embedding whose base layer may multiply its rows by its ``embed_scale``."""
+    """An embedding whose base layer may multiply its rows by ``embed_scale``."""
 
-    multiplies: bool = False
-    """Whether it does. The attribute alone says nothing: some models keep it there and scale elsewhere."""
+    scales_rows: bool = False
+    """True if it does. Some models have the attribute but apply the scale in another module."""
 
-    def _take_over(self, module: nn.Module) -> None:
-        vars(self)["multiplies"] = type(module).forward is not nn.Embedding.forward
+    def _init_from(self, module: nn.Module) -> None:
+        vars(self)["scales_rows"] = type(module).forward is not nn.Embedding.forward
 
     @property
     def lookup(self) -> closed_form.Lookup:
-        """How the base layer looks its rows up, and what it multiplies them by."""
-        scale = getattr(self, "embed_scale", None) if self.multiplies else None
+        """Options of the base layer's lookup, including its scale."""
+        scale = getattr(self, "embed_scale", None) if self.scales_rows else None
         return closed_form.Lookup(scale, self.padding_idx, self.scale_grad_by_freq)
 
     def base_rows(self, ids: Tensor) -> Tensor:
-        """The base layer's own output."""
+        """Return the base layer's output."""
         lookup = self.lookup
         return lookup.scaled(lookup(ids, self.weight))
 
 
 class LoRAEmbedding(LoRALayer, ScaledEmbedding):
-    """y = c · (W[ids] + scaling · A[ids]·B), with W frozen and c the base layer's own scale, or 1.
+    """y = c · (W[ids] + scaling · A[ids]·B), with W frozen and c the base layer's scale or 1.
 
-    A row of A belongs to a token; the row of ``padding_idx`` is zero and stays so. There is no dropout on
-    an adapted embedding: its input is a token, not a number. ``sparse`` concerns the gradient of W, which
-    has none. Over a subclass with a forward of its own it is taken to multiply by its scalar ``embed_scale``;
-    ``attach`` makes sure of that before.
+    A row of A belongs to a token. The row of ``padding_idx`` is zero and has no gradient. Dropout is not supported,
+    since the input is a token id. ``sparse`` has no effect, because it concerns the gradient of W. A subclass that
+    overrides forward is assumed to multiply by its scalar ``embed_scale``, which ``attach`` verifies.
 
     Raises:
-        UserError: ``max_norm`` is set (it rewrites W while reading it), or as in :class:`LoRALinear`.
+        UserError: if ``max_norm`` is set, which modifies W during lookup, or as in :class:`LoRALinear`.
     """
 
     weight_is_in_out = True
@@ -358,13 +359,13 @@ class LoRAEmbedding(LoRALayer, ScaledEmbedding):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
-        self._begin(rank, alpha, 0.0, rslora, init, None)
+        self._setup(rank, alpha, 0.0, rslora, init, None)
 
-    def _take_over(self, module: nn.Module) -> None:
+    def _init_from(self, module: nn.Module) -> None:
         if self.max_norm is not None:
-            what = "an embedding with max_norm rewrites its weight while it is read, so it cannot stay frozen"
-            raise UserError(what, hint="leave it out of target_modules")
-        super()._take_over(module)
+            message = "an embedding with max_norm modifies its weight during lookup, so it cannot be frozen"
+            raise UserError(message, hint="remove it from target_modules")
+        super()._init_from(module)
 
     def _shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (self.num_embeddings, rank), (rank, self.embedding_dim)
@@ -381,17 +382,17 @@ _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class LoRAConv(LoRALayer):
-    """An adapted convolution: y = conv(x, W) + b + scaling · conv1×1(conv(x, A), B).
+    """Base class of adapted convolutions: y = conv(x, W) + b + scaling · conv1×1(conv(x, A), B).
 
-    What the three share; make a ``LoRAConv1d``, ``LoRAConv2d`` or ``LoRAConv3d``. A is a convolution of W's
-    kernel, stride, padding, dilation and padding mode onto r channels; B is one of kernel 1 that carries W's
-    groups. That is the layout of PEFT's files. With ``groups`` g, B is (out, r/g, 1, …) and each group of outputs
-    sees its own r/g channels of A, which sees all inputs: so ΔW is no grouped kernel and cannot be merged into
-    one. Both passes are composed of torch's own convolutions under plain autograd: A·x is a convolution, so a
-    closed form would call the same kernels.
+    Use ``LoRAConv1d``, ``LoRAConv2d`` or ``LoRAConv3d``. A is a convolution onto r channels with W's kernel size,
+    stride, padding, dilation and padding mode. B has kernel size 1 and W's groups. This is the layout of PEFT's files.
+
+    With ``groups`` g, B is (out, r/g, 1, …), and each group of outputs reads r/g channels of A, which reads all inputs.
+    ΔW is therefore not a grouped kernel and cannot be merged into one. Forward and backward are composed of torch's
+    convolutions with autograd. A closed form would call the same kernels, since A·x is a convolution.
     """
 
-    # What torch's convolutions have in common.
+    # Attributes of torch's convolutions.
     in_channels: int
     out_channels: int
     kernel_size: tuple[int, ...]
@@ -422,68 +423,68 @@ class LoRAConv(LoRALayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        # LoRAConv is not made itself: the next class in line is the torch convolution of the subclass.
+        # LoRAConv is never instantiated directly: the next class in the MRO is the subclass's torch convolution.
         options = (stride, padding, dilation, groups, bias, padding_mode, device, dtype)
         super().__init__(in_channels, out_channels, kernel_size, *options)  # type: ignore[arg-type]
-        self._begin(rank, alpha, dropout, rslora, init, None)
+        self._setup(rank, alpha, dropout, rslora, init, None)
 
     @classmethod
-    def _class_over(cls: type[_Layer], module: nn.Module) -> type[_Layer]:
-        """The subclass for as many dimensions as ``module`` has."""
+    def _class_for(cls: type[_Layer], module: nn.Module) -> type[_Layer]:
+        """Return the subclass with the dimensionality of ``module``."""
         kind = next(kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, kind))
-        return next(found for found in (cls, *cls.__subclasses__()) if issubclass(found, kind))
+        return next(subclass for subclass in (cls, *cls.__subclasses__()) if issubclass(subclass, kind))
 
     def _shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if rank % self.groups:
-            what = f"a convolution of {self.groups} groups needs a rank that they divide, not {rank}"
-            hint = f"use {-(-rank // self.groups) * self.groups}, or leave the layer out"
-            raise UserError(what, where="rank", hint=hint)
+            message = f"a convolution of {self.groups} groups needs a rank divisible by {self.groups}, not {rank}"
+            hint = f"use {-(-rank // self.groups) * self.groups}, or exclude the layer"
+            raise UserError(message, location="rank", hint=hint)
         kernel = tuple(self.kernel_size)
         return (rank, self.in_channels, *kernel), (self.out_channels, rank // self.groups, *(1 for _ in kernel))
 
     def forward(self, input: Tensor) -> Tensor:
-        """(batch, in_channels, …) to (batch, out_channels, …), the batch may be missing."""
+        """(batch, in_channels, …) to (batch, out_channels, …). The batch dimension is optional."""
         bias = self.output_bias() if self.adapting else self.bias
         y = self._convolve(input, self.weight, bias, self.groups)
         if not self.adapting:
             return y
         return y + self._update(F.dropout(input, self.dropout, self.training) if self.dropout else input)
 
-    def _update(self, seen: Tensor) -> Tensor:
-        """scaling · conv1(conv(seen, A), B)."""
-        # Autocast casts the factors itself; without it they take the input's type.
-        autocast = closed_form.autocast_is_on(seen.device.type)
-        factor_A = self.lora_A if autocast else self.lora_A.to(seen.dtype)
-        factor_B = self.lora_B if autocast else self.lora_B.to(seen.dtype)
-        h = self._convolve(seen, factor_A, None, 1) * self.scaling
+    def _update(self, x: Tensor) -> Tensor:
+        """Return scaling · conv1(conv(x, A), B)."""
+        # Without autocast, which casts the factors itself, they are cast to the input's dtype.
+        autocast = closed_form.is_autocast_enabled(x.device.type)
+        factor_A = self.lora_A if autocast else self.lora_A.to(x.dtype)
+        factor_B = self.lora_B if autocast else self.lora_B.to(x.dtype)
+        h = self._convolve(x, factor_A, None, 1) * self.scaling
         return _CONVOLVE[len(self.kernel_size)](h, factor_B, groups=self.groups)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-        """The base layer's convolution with another kernel."""
+        """Apply the base layer's convolution with another kernel."""
         convolve = _CONVOLVE[len(self.kernel_size)]
         if self.padding_mode == "zeros":
             return convolve(x, weight, bias, self.stride, self.padding, self.dilation, groups)
-        padded = F.pad(x, self._padding_of_sides(), mode=self.padding_mode)
+        padded = F.pad(x, self._pad_widths(), mode=self.padding_mode)
         return convolve(padded, weight, bias, self.stride, 0, self.dilation, groups)
 
-    def _padding_of_sides(self) -> list[int]:
-        """As ``F.pad`` takes it: from the last dimension to the first, before and behind."""
-        sides: list[int] = []
-        for place in reversed(range(len(self.kernel_size))):
+    def _pad_widths(self) -> list[int]:
+        """Return the padding in the format of ``F.pad``: last dimension first, before and after."""
+        widths: list[int] = []
+        for dim in reversed(range(len(self.kernel_size))):
             if isinstance(self.padding, str):
-                total = self.dilation[place] * (self.kernel_size[place] - 1) if self.padding == "same" else 0
-                sides += [total // 2, total - total // 2]
+                total = self.dilation[dim] * (self.kernel_size[dim] - 1) if self.padding == "same" else 0
+                widths += [total // 2, total - total // 2]
             else:
-                sides += [self.padding[place]] * 2
-        return sides
+                widths += [self.padding[dim]] * 2
+        return widths
 
     def merge_refusal(self) -> str | None:
-        """A grouped convolution's ΔW is no grouped kernel."""
+        """Return the reason why the update cannot be merged: ΔW of a grouped convolution is not a grouped kernel."""
         return f"it is a convolution of {self.groups} groups" if self.groups > 1 else None
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """ΔW = scaling · Σ_r B[o, r]·A[r, i, k…] of shape (out, in, k…); with groups the dense kernel."""
+        """Return ΔW = scaling · Σ_r B[o, r]·A[r, i, k…] of shape (out, in, k…). With groups it is the dense kernel."""
         grouped = self.lora_B.view(self.groups, self.out_channels // self.groups, -1)
         factor_A = self.lora_A.reshape(self.groups, self.rank // self.groups, -1)
         return (grouped @ factor_A).mul_(self.scaling).view(self.out_channels, *self.lora_A.shape[1:])
@@ -502,10 +503,10 @@ class LoRAConv3d(LoRAConv, nn.Conv3d):
 
 
 class LoRABias(LoRALayer):
-    """The update with a bias on B: y = x·Wᵀ + b + scaling · (dropout(x)·A·B + c), with c trained.
+    """An update with a bias on B: y = x·Wᵀ + b + scaling · (dropout(x)·A·B + c), with c trained.
 
-    One more trained parameter, ``lora_bias`` (out), starts at zero (PEFT's ``lora_bias``). Merging adds c to
-    the base layer's bias and exchanges that together with the weight; a layer without a bias cannot be merged.
+    The additional parameter ``lora_bias`` (out) is initialized with zeros (PEFT's ``lora_bias``). Merging adds c to the
+    base layer's bias, so a layer without a bias cannot be merged.
     """
 
     trained: tuple[str, ...] = ("lora_A", "lora_B", "lora_bias")
@@ -519,22 +520,22 @@ class LoRABias(LoRALayer):
         self.lora_bias = nn.Parameter(self.lora_B.new_zeros(outputs))
 
     def output_bias(self) -> Tensor:
-        """b + scaling·c, in the type of b, or of the weight where there is no b."""
+        """Return b + scaling·c in the dtype of b, or of the weight without a b."""
         update, bias = self.lora_bias * self.scaling, self._base_bias
         if bias is not None:
             return bias + update.to(bias.dtype)
         return update.to(self.weight.dtype) if self.weight.is_floating_point() else update
 
     def merge_refusal(self) -> str | None:
-        """Without a bias in the base layer there is nothing to merge c into."""
+        """Return the reason why the update cannot be merged, such as a base layer without a bias, or None."""
         if self._base_bias is None:
-            return "its update has a bias (lora_bias), and the base layer has none to merge it into"
+            return "its update has a bias (lora_bias), but the base layer has no bias to merge it into"
         return super().merge_refusal()
 
     def set_merged(self, weight: Tensor, keep_original: bool) -> None:
-        """Take ``weight`` as W + ΔW, and b + scaling·c as the bias."""
+        """Set W + ΔW as the weight, and b + scaling·c as the bias."""
         bias = self._base_bias
-        assert bias is not None  # else the merge was refused
+        assert bias is not None  # checked by merge_refusal
         with torch.no_grad():
             merged = (bias.to(self.lora_bias.dtype) + self.lora_bias * self.scaling).to(bias.dtype)
         if keep_original:
@@ -545,37 +546,37 @@ class LoRABias(LoRALayer):
         super().set_merged(weight, keep_original)
 
     def unset_merged(self) -> None:
-        """Give back the weight and the bias from before."""
+        """Restore the original weight and bias."""
         super().unset_merged()
         self._restore_bias()
         self._unmerged_bias = None
 
     def restore_base(self) -> None:
-        """Put the base model's own weight and bias in, for good."""
+        """Replace weight and bias by the base model's permanently."""
         super().restore_base()
         self._restore_bias()
 
     @contextlib.contextmanager
-    def as_base(self) -> Iterator[None]:
-        """Within the block the layer is the base model's own."""
+    def base_weight_active(self) -> Iterator[None]:
+        """Context manager in which the layer behaves as the base layer."""
         bias = self._base_bias
-        before = None if bias is None else bias.data
+        original = None if bias is None else bias.data
         self._restore_bias()
         try:
-            with super().as_base():
+            with super().base_weight_active():
                 yield
         finally:
-            if bias is not None and before is not None:
-                bias.data = before
+            if bias is not None and original is not None:
+                bias.data = original
 
     @property
     def _base_bias(self) -> nn.Parameter | None:
-        return own_parameters(self).get("bias")
+        return direct_parameters(self).get("bias")
 
     def _restore_bias(self) -> None:
         bias = self._base_bias
         if bias is not None and self._unmerged_bias is not None:
-            bias.data = like(self._unmerged_bias, bias)
+            bias.data = cast_like(self._unmerged_bias, bias)
 
 
 class LoRABiasLinear(LoRABias, LoRALinear):
@@ -587,7 +588,7 @@ class LoRABiasConv1D(LoRABias, LoRAConv1D):
 
 
 class LoRABiasConv(LoRABias, LoRAConv):
-    """What the adapted convolutions with a bias on B share."""
+    """Base class of adapted convolutions with a bias on B."""
 
 
 class LoRABiasConv1d(LoRABiasConv, nn.Conv1d):
@@ -603,14 +604,14 @@ class LoRABiasConv3d(LoRABiasConv, nn.Conv3d):
 
 
 class DoRALayer(LoRALayer):
-    """The update with weights split into magnitude and direction: W' = m∘(W + ΔW) / ‖W + ΔW‖.
+    """An update with weights split into magnitude and direction: W' = m∘(W + ΔW) / ‖W + ΔW‖.
 
-    One more trained parameter, ``lora_magnitude`` (out), starts as the norm of every output's weights (DoRA,
-    arXiv 2402.09353, eq. 5). For an embedding the outputs are the columns of its table, as in PEFT. A row of W
-    that is zero has no direction: it stays zero. ``delta_weight`` is s·A·B, before the magnitude.
+    The additional parameter ``lora_magnitude`` (out) is initialized with the norms of each output's weights (DoRA,
+    arXiv 2402.09353, eq. 5). For an embedding, outputs are the columns of its table, as in PEFT. A zero row of W has no
+    direction and remains zero. ``delta_weight`` returns s·A·B, before the magnitude.
 
-    The norm of W alone is kept, since W is frozen; that of W + ΔW is found anew in every forward that needs
-    gradients, and kept between those that do not, so that generation does not pay for it at every token.
+    The norm of W is cached, since W is frozen. The norm of W + ΔW is computed in every forward that needs gradients,
+    and cached for forwards that do not, so that generation does not recompute it for each token.
     """
 
     trained: tuple[str, ...] = ("lora_A", "lora_B", "lora_magnitude")
@@ -628,31 +629,31 @@ class DoRALayer(LoRALayer):
     @torch.no_grad()
     def initialized(self) -> None:
         """Set the magnitude to the norm of W + ΔW."""
-        self._measure()
-        self.lora_magnitude.copy_(self._fresh_norm())
+        self._update_squares()
+        self.lora_magnitude.copy_(self._compute_norm())
 
     def weight_norm(self) -> Tensor:
-        """‖W + ΔW‖ of every output, of shape (out), in the factors' type, without a graph."""
+        """Return ‖W + ΔW‖ of every output, of shape (out), in the factors' dtype, without a graph."""
         if torch.compiler.is_compiling():
-            return self._fresh_norm()
-        # Written to in place behind our back, as load_state_dict does.
-        if self._squares_of != _state(self.weight):
-            self._measure()
+            return self._compute_norm()
+        # Detect in-place modification of W, for example by load_state_dict.
+        if self._squares_of != _tensor_state(self.weight):
+            self._update_squares()
         if torch.is_grad_enabled() or functorch_is_active():
             vars(self)["_norm"] = None
-            return self._fresh_norm()
-        now = (id(self), *self._squares_of, *_state(self.lora_A), *_state(self.lora_B))
-        if self._norm is None or self._norm_of != now:
-            vars(self).update(_norm=self._fresh_norm(), _norm_of=now)
-        return self._fresh_norm() if self._norm is None else self._norm
+            return self._compute_norm()
+        state = (id(self), *self._squares_of, *_tensor_state(self.lora_A), *_tensor_state(self.lora_B))
+        if self._norm is None or self._norm_of != state:
+            vars(self).update(_norm=self._compute_norm(), _norm_of=state)
+        return self._compute_norm() if self._norm is None else self._norm
 
     def gain(self) -> Tensor:
-        """m / ‖W + ΔW‖ of every output."""
+        """Return m / ‖W + ΔW‖ of every output."""
         return math_dora.gain(self.lora_magnitude, self.weight_norm())
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """m∘(W + ΔW) / ‖W + ΔW‖, formed in fp32 (fp64 for an fp64 weight) and rounded once."""
+        """Return m∘(W + ΔW) / ‖W + ΔW‖, computed in fp32 (fp64 for an fp64 weight) and rounded once."""
         delta = self.delta_weight()
         total = delta.add_(self.weight.to(delta.dtype))
         gain = self.gain()
@@ -660,38 +661,38 @@ class DoRALayer(LoRALayer):
         return total.mul_(gain).to(self.weight.dtype)
 
     def _matrix(self, weight: Tensor) -> Tensor:
-        """``weight`` as a view (out, in)."""
+        """Return ``weight`` as a view (out, in)."""
         return weight.t() if self.weight_is_in_out else weight.flatten(1)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
-        """A (in, r) and B (r, out)."""
+        """Return A (in, r) and B (r, out)."""
         return self.lora_A, self.lora_B
 
     @torch.no_grad()
-    def _measure(self) -> None:
-        """Keep ‖W‖² of every output."""
-        weight = self.weight if self._unmerged_weight is None else like(self._unmerged_weight, self.weight)
+    def _update_squares(self) -> None:
+        """Cache ‖W‖² of every output."""
+        weight = self.weight if self._unmerged_weight is None else cast_like(self._unmerged_weight, self.weight)
         squares = math_dora.base_squares(self._matrix(weight), self.lora_A.dtype)
-        vars(self).update(_squares=squares, _squares_of=_state(self.weight), _norm=None)
+        vars(self).update(_squares=squares, _squares_of=_tensor_state(self.weight), _norm=None)
 
-    def _fresh_norm(self) -> Tensor:
+    def _compute_norm(self) -> Tensor:
         return math_dora.weight_norm(self._matrix(self.weight), self._squares, *self._factors(), self.scaling)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DoRALayer:
-        """Moved or cast: what is kept of W must follow."""
+        """Recompute cached norms after the module is moved or cast."""
         super()._apply(fn, recurse)
-        self._measure()
+        self._update_squares()
         return self
 
 
-def _state(tensor: Tensor) -> tuple[object, ...]:
-    """Changes when another tensor stands here, and when this one is written to in place, moved or cast."""
+def _tensor_state(tensor: Tensor) -> tuple[object, ...]:
+    """Return a key that changes if the tensor is replaced, modified in place, moved or cast."""
     version = -1 if tensor.is_inference() else version_of(tensor)
     return id(tensor), version, tensor.dtype, tensor.device
 
 
-class _DoRAOfLinear(DoRALayer, _LinearUpdate):
-    """A magnitude on either orientation of a linear layer's weight."""
+class _DoRALinearBase(DoRALayer, _LinearUpdate):
+    """Base class of linear layers with a magnitude, for either orientation of the weight."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
@@ -699,20 +700,20 @@ class _DoRAOfLinear(DoRALayer, _LinearUpdate):
             return super().forward(input)
         dropout = self.dropout if self.training else 0.0
         trained = self.lora_A, self.lora_B, self.lora_magnitude, self.weight_norm()
-        how = self.scaling, dropout, self.weight_is_in_out
-        return math_dora.dora_linear(input, self.weight, self.bias, *trained, *how)
+        options = self.scaling, dropout, self.weight_is_in_out
+        return math_dora.dora_linear(input, self.weight, self.bias, *trained, *options)
 
 
-class DoRALinear(_DoRAOfLinear, LoRALinear):
+class DoRALinear(_DoRALinearBase, LoRALinear):
     """An adapted ``nn.Linear`` with a magnitude."""
 
 
-class DoRAConv1D(_DoRAOfLinear, LoRAConv1D):
-    """The same over transformers' ``Conv1D``, whose weight is (in, out)."""
+class DoRAConv1D(_DoRALinearBase, LoRAConv1D):
+    """An adapted ``Conv1D`` of transformers with a magnitude."""
 
 
 class DoRAEmbedding(DoRALayer, LoRAEmbedding):
-    """An adapted embedding with a magnitude for each column of its table."""
+    """An adapted embedding with a magnitude per column of its table."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(...) of token ids to (..., embedding_dim)."""
@@ -721,23 +722,23 @@ class DoRAEmbedding(DoRALayer, LoRAEmbedding):
 
 
 class DoRAConv(DoRALayer, LoRAConv):
-    """What the adapted convolutions with a magnitude share; a norm is over all of an output's kernel."""
+    """Base class of adapted convolutions with a magnitude. Norms are over all kernel elements of an output."""
 
     def _shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if self.groups > 1:
-            what = f"DoRA is not for a convolution of {self.groups} groups, whose ΔW is no kernel of its shape"
-            raise UserError(what, where="dora", hint="leave the layer out, or leave dora out")
+            message = f"DoRA does not support a convolution of {self.groups} groups, because ΔW is not a grouped kernel"
+            raise UserError(message, location="dora", hint="exclude the layer, or remove dora")
         return super()._shapes(rank)
 
     def forward(self, input: Tensor) -> Tensor:
-        """(batch, in_channels, …) to (batch, out_channels, …), the batch may be missing."""
+        """(batch, in_channels, …) to (batch, out_channels, …). The batch dimension is optional."""
         if not self.adapting:
             return super().forward(input)
-        seen = F.dropout(input, self.dropout, self.training) if self.dropout else input
-        base = self._convolve(seen, self.weight, None, 1)
+        adapter_input = F.dropout(input, self.dropout, self.training) if self.dropout else input
+        base = self._convolve(adapter_input, self.weight, None, 1)
         g = self.gain().to(base.dtype).view(-1, *(1 for _ in self.kernel_size))
-        y = g * (base + self._update(seen))
-        if seen is not input:
+        y = g * (base + self._update(adapter_input))
+        if adapter_input is not input:
             return y + self._convolve(input, self.weight, self.bias, 1) - base
         return y if self.bias is None else y + self.bias.to(y.dtype).view(g.shape)
 

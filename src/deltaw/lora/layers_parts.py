@@ -1,27 +1,23 @@
-"""What is adapted below the level of a layer: a parameter that a module's own code uses, and rows of embeddings.
+"""Adaptation below the level of layers: parameters used by a module's forward, and token rows of embeddings.
 
-**A parameter** of fused experts, or of ``nn.MultiheadAttention``, has no layer whose forward could be replaced. So
-while the module runs, its attribute is W + ΔW in place of W:
+**Parameters** of fused experts, or of ``nn.MultiheadAttention``, have no layer whose forward could be replaced. While
+the module runs, the attribute is therefore W + ΔW instead of W:
 
     weight (out, in):                  W + scaling · (A·B)ᵀ          A (in, r), B (r, out)
-    weight (experts, out, in):         for each expert alike         A (experts, in, r), B (experts, r, out)
+    weight (experts, out, in):         the same for each expert      A (experts, in, r), B (experts, r, out)
     weight (experts, in, out):         W + scaling · A·B for each expert
 
-W + ΔW is one product added to W (``addmm``), so that ΔW alone is never kept; it stays until the backward if
-the module's own code keeps its weight for that. Its gradient is what the module's code gives for a trained
-weight, and A and B take theirs from it. There is no adapter dropout: an input of the update is not known
-here.
+W + ΔW is one product added to W (``addmm``), so ΔW is never stored separately. The sum lives until the backward if the
+module saves its weight for it. Gradients of A and B are computed from the gradient of the sum. Adapter dropout is not
+supported, because the inputs of the update are not known.
 
-**Rows of a few tokens** of a frozen embedding, and of an output head that is tied to it, are trained as
-``trained_tokens`` (k, dim), in fp32 whatever the weight is; W keeps the old ones and is never written to, so no
-gradient of W's size is ever made:
+**Token rows** of a frozen embedding, and of an output head tied to it, are trained as ``trained_tokens`` (k, dim) in
+fp32. W is not modified, so no gradient of W's size is allocated:
 
     embedding:   y[i] = trained[j] if ids[i] is trained token j, else W[ids[i]]
     linear head: y = x·Wᵀ + b, and y[:, token j] = x·trained[j] + b[token j]
 
 The rows are PEFT's ``trainable_token_indices``: values, not differences.
-
-It knows one parameter and the module that runs; nothing of names, files or selection.
 """
 
 from __future__ import annotations
@@ -33,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deltaw.kernels.torch_private import adopt, own_parameters, remove_forward_hooks
+from deltaw.kernels.torch_private import cast_module, direct_parameters, remove_forward_hooks
 from deltaw.lora.adapted import AdaptedLayer, factor_dtype
 from deltaw.lora.layers import LoRALayer, ScaledEmbedding
 from deltaw.lora.math_dora import without_autocast
@@ -41,34 +37,35 @@ from deltaw.lora.math_dora import without_autocast
 _Tokens = TypeVar("_Tokens", bound="TrainedTokens")
 
 ATTENTION_KEYS = ("lora_in_proj_weight", "lora_out_proj_weight")
-"""What the updates of an ``nn.MultiheadAttention`` are called as its children."""
+"""Child names of the updates of an ``nn.MultiheadAttention``."""
 
 
 class LoRAParameter(LoRALayer):
-    """The update of one parameter, with its factors.
+    """The update of one parameter.
 
-    It is no layer in the forward: :meth:`watch` has a module compute with W + ΔW, :meth:`unwatch` ends that.
+    Not called as a layer: :meth:`register_hooks` makes a module compute with W + ΔW, and :meth:`remove_hooks` reverts
+    it.
 
     Args:
-        holder: the module that has the parameter.
-        attribute: the parameter's name there; it has two dimensions, or three with the experts first.
-        rank, alpha, rslora, init, generator: as for :class:`~deltaw.lora.layers.LoRALinear`.
-        is_in_out: whether a parameter of three dimensions is (experts, in, out) and not (experts, out, in).
+        owner: Module that has the parameter.
+        attribute: Name of the parameter in the module. It has two dimensions, or three with the experts first.
+        rank, alpha, rslora, init, generator: See :class:`~deltaw.lora.layers.LoRALinear`.
+        is_in_out: True if a three-dimensional parameter is (experts, in, out), False if it is (experts, out, in).
 
     Raises:
-        UserError: rank or init cannot be used.
+        UserError: if rank or init is invalid.
     """
 
     is_layer = False
 
     attribute: str
-    _holder: nn.Module
+    _owner: nn.Module
     _runner: nn.Module | None
     _hooks: tuple[int, ...]
 
     def __init__(
         self,
-        holder: nn.Module,
+        owner: nn.Module,
         attribute: str,
         rank: int,
         alpha: float = 1.0,
@@ -79,11 +76,11 @@ class LoRAParameter(LoRALayer):
         is_in_out: bool = False,
     ) -> None:
         super().__init__()
-        # Not as a child: the parameter stays where it is.
-        vars(self).update(_holder=holder, attribute=attribute, _runner=None, _hooks=())
+        # vars() avoids registering the module as a child.
+        vars(self).update(_owner=owner, attribute=attribute, _runner=None, _hooks=())
         experts = self.weight.shape[0] if self.weight.dim() == 3 else None
         vars(self).update(experts=experts, weight_is_in_out=is_in_out and experts is not None)
-        self._begin(rank, alpha, 0.0, rslora, init, generator)
+        self._setup(rank, alpha, 0.0, rslora, init, generator)
 
     def _shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         *stack, n_in, n_out = self.weight.shape
@@ -91,100 +88,102 @@ class LoRAParameter(LoRALayer):
         return (*stack, n_in, rank), (*stack, rank, n_out)
 
     @property
-    def holder(self) -> nn.Module:
-        """The module that ``weight`` is a parameter of."""
-        return self._holder
+    def owner(self) -> nn.Module:
+        """Module that has ``weight`` as a parameter."""
+        return self._owner
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """W: the frozen parameter itself."""
-        parameter = own_parameters(self._holder)[self.attribute]
+        """W: the frozen parameter."""
+        parameter = direct_parameters(self._owner)[self.attribute]
         assert parameter is not None
         return parameter
 
     def effective_weight(self) -> Tensor:
-        """W + ΔW in the type of W, with a graph to A and B."""
+        """Return W + ΔW in the dtype of W, with a graph to A and B."""
         weight = self.weight
         dtype = weight.dtype
-        # Autocast would round W and the product apart, and the module's own product casts the sum anyway.
+        # Autocast would round W and the product separately, and the module's product casts the sum in any case.
         with without_autocast(weight.device.type):
             factor_A, factor_B = self.lora_A.to(dtype), self.lora_B.to(dtype)
             left, right = (factor_A, factor_B) if self.weight_is_in_out else (factor_B.mT, factor_A.mT)
             add = torch.baddbmm if weight.dim() == 3 else torch.addmm
             return add(weight, left, right, alpha=self.scaling)
 
-    def watch(self, runner: nn.Module) -> None:
-        """From now on ``runner``, whose forward reads the parameter, computes with W + ΔW."""
-        before = runner.register_forward_pre_hook(self._before)
-        after = runner.register_forward_hook(self._after, always_call=True)
-        vars(self).update(_runner=runner, _hooks=(before.id, after.id))
+    def register_hooks(self, runner: nn.Module) -> None:
+        """Make ``runner``, whose forward reads the parameter, compute with W + ΔW."""
+        pre_handle = runner.register_forward_pre_hook(self._pre_hook)
+        post_handle = runner.register_forward_hook(self._post_hook, always_call=True)
+        vars(self).update(_runner=runner, _hooks=(pre_handle.id, post_handle.id))
 
-    def unwatch(self) -> None:
-        """Leave the module as it was."""
+    def remove_hooks(self) -> None:
+        """Restore the module."""
         if self._runner is not None:
-            # By number, since the handles of a copied model would still point to the first one's hooks.
+            # By id, since the handles of a copied model would refer to the hooks of the original model.
             remove_forward_hooks(self._runner, self._hooks)
-        vars(self._holder).pop(self.attribute, None)
+        vars(self._owner).pop(self.attribute, None)
         vars(self).update(_runner=None, _hooks=())
 
-    def _before(self, module: nn.Module, inputs: Any) -> None:
-        # An instance's own attribute is found before a parameter of that name, which stays registered.
+    def _pre_hook(self, module: nn.Module, inputs: Any) -> None:
+        # An instance attribute takes precedence over the registered parameter with the same name.
         if self.adapting:
-            vars(self._holder)[self.attribute] = self.effective_weight()
+            vars(self._owner)[self.attribute] = self.effective_weight()
         else:
-            vars(self._holder).pop(self.attribute, None)
+            vars(self._owner).pop(self.attribute, None)
 
-    def _after(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        vars(self._holder).pop(self.attribute, None)
+    def _post_hook(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        vars(self._owner).pop(self.attribute, None)
 
     def extra_repr(self) -> str:
-        """The parameter's name and shape, rank and alpha."""
+        """Return the parameter's name and shape, rank and alpha."""
         return f"{self.attribute}: {tuple(self.weight.shape)}, rank={self.rank}, alpha={self.alpha:g}"
 
 
-def parameter_refusal(holder: nn.Module, attribute: str) -> str | None:
-    """Why a parameter cannot be adapted, or None where it can be."""
-    if (parameter := own_parameters(holder).get(attribute)) is None:
-        return "it is not there"
+def parameter_refusal(owner: nn.Module, attribute: str) -> str | None:
+    """Return the reason why a parameter cannot be adapted, or None if it can."""
+    if (parameter := direct_parameters(owner).get(attribute)) is None:
+        return "it does not exist"
     if parameter.dim() not in (2, 3):
         return f"it has {parameter.dim()} dimensions, not two or three"
     if not parameter.is_floating_point():
         return f"it is {str(parameter.dtype).removeprefix('torch.')}, not floating-point"
-    if isinstance(holder, nn.Embedding) and holder.max_norm is not None:
-        return "an embedding with max_norm rewrites its weight while it is read"
-    if type(holder).forward is nn.Module.forward:
-        return f"a {type(holder).__name__} has no forward of its own that would compute with it"
+    if isinstance(owner, nn.Embedding) and owner.max_norm is not None:
+        return "an embedding with max_norm modifies its weight during lookup"
+    if type(owner).forward is nn.Module.forward:
+        return f"a {type(owner).__name__} has no forward that uses it"
     return None
 
 
 def attention_refusal(attention: nn.MultiheadAttention) -> str | None:
-    """Why an attention module cannot be adapted, or None where it can be."""
+    """Return the reason why an attention module cannot be adapted, or None if it can."""
     if type(attention).forward is not nn.MultiheadAttention.forward:
-        return f"{type(attention).__name__} has a forward of its own"
+        return f"{type(attention).__name__} overrides forward"
     if attention.in_proj_weight is None:
-        return "its query, key and value have different sizes, so that it has no in_proj_weight"
+        return "its query, key and value have different sizes, so it has no in_proj_weight"
     return None
 
 
 def adapt_attention(
-    attention: nn.MultiheadAttention, rank: int, alpha: float, **how: Any
+    attention: nn.MultiheadAttention, rank: int, alpha: float, **options: Any
 ) -> tuple[LoRAParameter, LoRAParameter]:
-    """The updates of ``in_proj_weight`` (3·dim, dim), and of ``out_proj``'s weight (dim, dim); ``how`` is
-    :class:`LoRAParameter`'s ``rslora``, ``init`` and ``generator``."""
-    out = LoRAParameter(attention.out_proj, "weight", rank, alpha, **how)
-    into = LoRAParameter(attention, "in_proj_weight", rank, alpha, **how)
-    if how["init"] is not None:
-        # PEFT draws the output projection's factors a second time; so one seed gives the same ones.
-        out = LoRAParameter(attention.out_proj, "weight", rank, alpha, **how)
-    return into, out
+    """Return the updates of ``in_proj_weight`` (3·dim, dim) and of the weight of ``out_proj`` (dim, dim).
+
+    ``options`` are the arguments ``rslora``, ``init`` and ``generator`` of :class:`LoRAParameter`.
+    """
+    out_update = LoRAParameter(attention.out_proj, "weight", rank, alpha, **options)
+    in_update = LoRAParameter(attention, "in_proj_weight", rank, alpha, **options)
+    if options["init"] is not None:
+        # PEFT samples the output projection's factors twice. Repeat it, so that a seed gives the same factors.
+        out_update = LoRAParameter(attention.out_proj, "weight", rank, alpha, **options)
+    return in_update, out_update
 
 
 class TrainedTokens(AdaptedLayer):
-    """What an embedding and a head with trained rows share.
+    """Base class of embeddings and heads with trained token rows.
 
     Attributes:
-        tokens: (k), whose rows are trained, on the CPU.
-        trained_tokens: (k, dim), their rows.
+        tokens: (k) ids of the tokens.
+        trained_tokens: (k, dim) their rows.
     """
 
     trained: tuple[str, ...] = ("trained_tokens",)
@@ -194,25 +193,25 @@ class TrainedTokens(AdaptedLayer):
 
     @classmethod
     def from_module(
-        cls: type[_Tokens], module: nn.Module, tokens: Sequence[int], follows: TrainedTokens | None = None
+        cls: type[_Tokens], module: nn.Module, tokens: Sequence[int], tied_to: TrainedTokens | None = None
     ) -> _Tokens:
-        """The layer over ``module``'s own weight; with ``follows`` it takes that layer's rows."""
-        layer = adopt(cls, module)
-        layer._take_over(module)
-        layer._begin(tokens, follows)
+        """Create the layer from ``module``, sharing its weight. With ``tied_to`` it shares that layer's rows."""
+        layer = cast_module(cls, module)
+        layer._init_from(module)
+        layer._setup(tokens, tied_to)
         return layer
 
     from_embedding = from_linear = from_module
 
-    def _begin(self, tokens: Sequence[int], follows: TrainedTokens | None) -> None:
-        """Take the rows that W has, or with ``follows`` that layer's."""
-        self._freeze(follows=follows)
-        if follows is not None:
-            self.register_buffer("tokens", follows.tokens, persistent=False)
-            self.trained_tokens = follows.trained_tokens
+    def _setup(self, tokens: Sequence[int], tied_to: TrainedTokens | None) -> None:
+        """Initialize the trained rows from W, or share those of ``tied_to``."""
+        self._freeze(tied_to=tied_to)
+        if tied_to is not None:
+            self.register_buffer("tokens", tied_to.tokens, persistent=False)
+            self.trained_tokens = tied_to.trained_tokens
             return
         weight = self.weight
-        # On the meta device too, it is known which rows are trained.
+        # Token ids have values even on the meta device.
         device = "cpu" if weight.is_meta else weight.device
         self.register_buffer("tokens", torch.tensor(list(tokens), dtype=torch.long, device=device), persistent=False)
         with torch.no_grad():
@@ -221,36 +220,36 @@ class TrainedTokens(AdaptedLayer):
 
     @property
     def adapting(self) -> bool:
-        """Whether ``forward`` takes the trained rows itself."""
-        leader = self.follows or self
+        """True if ``forward`` uses the trained rows."""
+        leader = self.tied_to or self
         return leader.enabled and not leader.merged
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """W with the trained rows, rounded once to its type."""
+        """Return W with the trained rows, rounded once to its dtype."""
         return self.weight.index_copy(0, self.tokens, self.trained_tokens.to(self.weight.dtype))
 
     def extra_repr(self) -> str:
-        """The base layer's line and the number of trained rows."""
+        """Return the base layer's description and the number of trained rows."""
         return f"{super().extra_repr()}, trained_tokens={len(self.tokens)}"
 
 
 class TrainedTokensEmbedding(TrainedTokens, ScaledEmbedding):
-    """An embedding with trained rows; a scale of the base layer's own applies to them too."""
+    """An embedding with trained token rows. The base layer's scale applies to them too."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(...) of token ids to (..., dim)."""
         rows = self.base_rows(input)
         if not self.adapting:
             return rows
-        # (..., k): at most one of a token's entries is set.
-        which = input.unsqueeze(-1) == self.tokens
-        own = F.embedding(which.to(torch.uint8).argmax(-1), self.trained_tokens.to(self.weight.dtype))
-        return torch.where(which.any(-1, keepdim=True), self.lookup.scaled(own), rows)
+        # (..., k), with at most one True entry per token.
+        is_token = input.unsqueeze(-1) == self.tokens
+        trained_rows = F.embedding(is_token.to(torch.uint8).argmax(-1), self.trained_tokens.to(self.weight.dtype))
+        return torch.where(is_token.any(-1, keepdim=True), self.lookup.scaled(trained_rows), rows)
 
 
 class TrainedTokensLinear(TrainedTokens, nn.Linear):
-    """A linear layer of which the rows of a few outputs are trained."""
+    """A linear layer with trained weight rows of some outputs."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
@@ -258,11 +257,13 @@ class TrainedTokensLinear(TrainedTokens, nn.Linear):
         if not self.adapting:
             return y
         bias = None if self.bias is None else self.bias.index_select(0, self.tokens)
-        own = F.linear(input, self.trained_tokens.to(self.weight.dtype), bias)
-        return y.index_copy(-1, self.tokens, own.to(y.dtype))
+        trained_outputs = F.linear(input, self.trained_tokens.to(self.weight.dtype), bias)
+        return y.index_copy(-1, self.tokens, trained_outputs.to(y.dtype))
 
 
-def trained_tokens_of(module: nn.Module, tokens: Sequence[int], follows: TrainedTokens | None = None) -> TrainedTokens:
-    """The layer over an embedding or a linear layer; with ``follows`` it takes that layer's rows."""
+def trained_tokens_of(module: nn.Module, tokens: Sequence[int], tied_to: TrainedTokens | None = None) -> TrainedTokens:
+    """Create the layer with trained token rows for an embedding or a linear layer. With ``tied_to`` it shares that
+    layer's rows.
+    """
     kind = TrainedTokensEmbedding if isinstance(module, nn.Embedding) else TrainedTokensLinear
-    return kind.from_module(module, tokens, follows)
+    return kind.from_module(module, tokens, tied_to)

@@ -1,15 +1,13 @@
-"""Forward and backward of y = x·Wᵀ + b + s·(x·A)·B in closed form, and of an embedding alike.
+"""Closed-form forward and backward of y = x·Wᵀ + b + s·(x·A)·B, and of the corresponding embedding.
 
-W and b are frozen, so a backward needs no gradient of W, and what must be kept for it is the input x,
-h = x·A (r wide) and the factors: no full-width intermediate, and no copy of x in another precision. With
-adapter dropout a mask of one byte for each element of x is kept too. Where a compiled kernel serves
-(``kernels/linear.py``) product and update are one, and W may be stored in int8 or in blocks of few bits. The
-derivation stands in ``docs/method.md``. Each function has a reference implementation (``*_reference``)
-composed of torch's operations. Tests hold the two together, and the reference is used where a closed form
-cannot be: when W itself is trained, and under ``torch.func`` transforms.
+W and b are frozen, so the backward needs no gradient of W. It saves only the input x, h = x·A (r wide) and the factors:
+no full-width intermediate, and no copy of x in another precision. Adapter dropout additionally saves a mask of one byte
+per element of x. If a compiled kernel supports the shapes (``kernels/linear.py``), product and update are one
+operation, and W may be stored in int8 or in blocks of few bits. See ``docs/method.md`` for the derivation.
 
-It knows no modules; shapes only. Convolutions are composed under plain autograd in ``layers``: their
-A·x is itself a convolution, whose backward torch already has in closed form.
+Each function has a reference implementation (``*_reference``) composed of torch operations. Tests compare the two. The
+reference is used if W is trained too and under ``torch.func`` transforms. Convolutions are composed under autograd in
+``layers``, since A·x is a convolution whose backward torch has in closed form.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from torch.nn import functional as F
 from deltaw.errors import UserError
 from deltaw.kernels import linear as kernels
 from deltaw.kernels.torch_private import functorch_is_active, unrecorded_view
-from deltaw.lora.stored import Stored, multiply_backward, product
+from deltaw.lora.stored import StoredWeight, multiply_backward, product
 
 
 def linear(
@@ -35,27 +33,28 @@ def linear(
     scaling: float,
     dropout: float = 0.0,
     weight_is_in_out: bool = False,
-    stored: Stored | None = None,
+    stored: StoredWeight | None = None,
 ) -> Tensor:
-    """y = x·Wᵀ + b + scaling · dropout(x)·A·B.
+    """Return y = x·Wᵀ + b + scaling · dropout(x)·A·B.
 
-    Under ``torch.autocast`` all of it is computed in the autocast type, as ``nn.Linear`` does; else in the
-    type of ``x``, which must be that of ``weight``. The factors are cast, their gradients are not.
+    Under ``torch.autocast`` everything is computed in the autocast dtype, as in ``nn.Linear``. Otherwise the dtype of
+    ``x`` is used, which must equal that of ``weight``. The factors are cast, but not their gradients.
 
     Args:
         x: (..., in).
-        weight: (out, in), or (in, out) with ``weight_is_in_out``; frozen.
-        bias: (out) or None; gets a gradient if it asks for one.
+        weight: (out, in), or (in, out) with ``weight_is_in_out``. Frozen.
+        bias: (out) or None. Gets a gradient if it requires one.
         lora_A: (in, r).
         lora_B: (r, out).
         scaling: alpha / r, or alpha / √r.
-        dropout: share p of the adapter's inputs set to 0, the rest scaled by 1 / (1 − p).
-        stored: how a weight is stored that is no plain matrix.
+        dropout: Share p of the adapter's inputs that is set to 0. The rest is scaled by 1 / (1 − p).
+        weight_is_in_out: True if W is (in, out).
+        stored: Storage of a quantized weight, or None for a plain matrix.
 
     Returns:
         (..., out).
     """
-    x = autocasted(x)
+    x = autocast_input(x)
     mask = None
     if dropout > 0.0:
         mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - dropout)
@@ -75,60 +74,65 @@ def linear_reference(
     mask: Tensor | None = None,
     weight_is_in_out: bool = False,
 ) -> Tensor:
-    """Reference implementation of :func:`linear`; ``mask`` (like x, bool): inputs that the adapter sees."""
+    """Reference implementation of :func:`linear`. ``mask`` (bool, shape of x) selects the inputs of the adapter."""
     base = F.linear(x, weight.t() if weight_is_in_out else weight, bias)
-    seen = x if mask is None else x * mask
-    return base + (seen @ lora_A.to(x.dtype)) @ (lora_B * scaling).to(x.dtype)
+    adapter_input = x if mask is None else x * mask
+    return base + (adapter_input @ lora_A.to(x.dtype)) @ (lora_B * scaling).to(x.dtype)
 
 
-def update_at(
-    x: Tensor, places: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float = 0.0
+def masked_update(
+    x: Tensor, mask: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float = 0.0
 ) -> Tensor:
-    """scaling · dropout(x)·A·B at some tokens, and 0 at the others; by autograd.
+    """Return scaling · dropout(x)·A·B at the active tokens, and 0 at the others. Uses autograd.
 
     Args:
-        x: (..., in). places: bool, as many as there are rows of x, in the order of these.
+        x: (..., in).
+        mask: Bool mask of active tokens with one element per row of x.
+        lora_A: (in, r).
+        lora_B: (r, out).
+        scaling: Factor of A·B.
+        dropout: Share of the inputs that is set to 0.
 
     Raises:
-        UserError: x has other rows than there are tokens.
+        UserError: if the numbers of rows of x and of tokens differ.
     """
-    if places.numel() != rows_of(x):
-        what = f"a layer was given {rows_of(x)} rows for {places.numel()} tokens: where the adapter acts is unknown"
-        hint = "leave such layers (experts, for instance) out of lora.target_modules"
-        raise UserError(what, where="lora.activation", hint=hint)
-    seen = F.dropout(x, dropout) if dropout > 0.0 else x
-    narrow = (seen @ lora_A.to(x.dtype)) * places.reshape(*x.shape[:-1], 1).to(x.dtype)
+    if mask.numel() != num_rows(x):
+        message = f"a layer got {num_rows(x)} rows for {mask.numel()} tokens, so the active rows are unknown"
+        hint = "remove such layers (for example, experts) from lora.target_modules"
+        raise UserError(message, location="lora.active", hint=hint)
+    adapter_input = F.dropout(x, dropout) if dropout > 0.0 else x
+    narrow = (adapter_input @ lora_A.to(x.dtype)) * mask.reshape(*x.shape[:-1], 1).to(x.dtype)
     return narrow @ (lora_B * scaling).to(x.dtype)
 
 
-def with_update(
+def linear_with_update(
     update: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, weight_is_in_out: bool = False
 ) -> Tensor:
-    """x·Wᵀ + b + update, with the update (..., out) in the sums of the product; by autograd."""
+    """Return x·Wᵀ + b + update, with the update (..., out) added in the sums of the product. Uses autograd."""
     matrix = weight if weight_is_in_out else weight.t()
     y = torch.addmm(update.reshape(-1, update.shape[-1]), x.reshape(-1, x.shape[-1]), matrix)
-    return shaped(y if bias is None else y + bias, x.shape[:-1])
+    return reshape_output(y if bias is None else y + bias, x.shape[:-1])
 
 
 class _Linear(torch.autograd.Function):
-    """The closed form behind :func:`linear`."""
+    """Closed form of :func:`linear`."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, mask, weight_is_in_out, stored):  # type: ignore
-        # A type that does not fit W is an error of torch's own, as in nn.Linear, unless autocast casts W too.
-        autocast = autocast_is_on(x.device.type) and stored is None
+        # As in nn.Linear, torch raises an error if the dtypes of x and W differ, unless autocast casts both.
+        autocast = is_autocast_enabled(x.device.type) and stored is None
         base_weight = weight.to(x.dtype) if autocast else weight
         base_bias = bias.to(x.dtype) if autocast and bias is not None else bias
-        flat = x.reshape(rows_of(x), x.shape[-1])
-        # A compiler has kernels of its own.
+        flat = x.reshape(num_rows(x), x.shape[-1])
+        # torch.compile generates kernels itself.
         fused = mask is None and not torch.compiler.is_compiling()
-        of = product(base_weight, stored, not weight_is_in_out, base_bias, lora_A, lora_B, scaling)
-        fused = fused and (stored is not None or kernels.can_multiply(flat, of))
+        linear_product = product(base_weight, stored, not weight_is_in_out, base_bias, lora_A, lora_B, scaling)
+        fused = fused and (stored is not None or kernels.can_multiply(flat, linear_product))
         if fused:
-            y, h = kernels.linear(flat, of)
+            y, h = kernels.linear(flat, linear_product)
         else:
             h = (flat if mask is None else flat * mask.reshape(flat.shape)) @ lora_A.to(x.dtype)
-            # The scaling goes into the small (r, out) factor, so that no wide tensor is skipped for it.
+            # Scale the small (r, out) factor instead of a wide tensor.
             y = h @ scaled(lora_B, scaling, x.dtype)
             if stored is not None:
                 y, _ = kernels.linear(flat, product(weight, stored, bias=base_bias), y)
@@ -140,7 +144,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(*inputs, lora_A, lora_B, weight if needs[0] or fused else None, mask)
         ctx.fused, ctx.scaling, ctx.stored, ctx.weight_is_in_out = fused, scaling, stored, weight_is_in_out
         ctx.bias_dtype = bias.dtype if bias is not None else None
-        return shaped(y, x.shape[:-1])
+        return reshape_output(y, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -148,7 +152,7 @@ class _Linear(torch.autograd.Function):
         needs_x, _, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
         grad = grads[0]
         dtype = grad.dtype
-        rows = rows_of(grad)
+        rows = num_rows(grad)
         grad_y = grad.reshape(rows, grad.shape[-1])
         grad_x = grad_bias = grad_A = grad_B = None
         stored = ctx.stored
@@ -157,8 +161,8 @@ class _Linear(torch.autograd.Function):
             if needs_bias:
                 grad_bias = grad_y.sum(0).to(ctx.bias_dtype)
             base_weight = weight if weight is None or stored is not None else weight.to(dtype)
-            of = product(base_weight, stored, not ctx.weight_is_in_out, None, lora_A, lora_B, ctx.scaling)
-            grad_x, narrow = multiply_backward(grad_y, of, None, needs_x)
+            linear_product = product(base_weight, stored, not ctx.weight_is_in_out, None, lora_A, lora_B, ctx.scaling)
+            grad_x, narrow = multiply_backward(grad_y, linear_product, None, needs_x)
             if needs_A or needs_B:
                 flat = x.reshape(rows, x.shape[-1])
                 grad_A, grad_B = kernels.factors_backward(flat, h, grad_y, narrow, ctx.scaling)
@@ -166,13 +170,13 @@ class _Linear(torch.autograd.Function):
             return grad_x, None, grad_bias, grad_A, grad_B, None, None, None, None
         narrow = grad_y @ scaled(lora_B, ctx.scaling, dtype).t() if needs_x or needs_A else None
         if needs_A or (needs_B and torch.is_grad_enabled()):
-            seen = x if mask is None else x * mask
-            seen = seen.reshape(rows, seen.shape[-1])
+            adapter_input = x if mask is None else x * mask
+            adapter_input = adapter_input.reshape(rows, adapter_input.shape[-1])
             if torch.is_grad_enabled():
-                # A gradient of this gradient is asked for: h must be a function of x and A again.
-                h = seen @ lora_A.to(dtype)
+                # For second-order gradients, h must be a function of x and A.
+                h = adapter_input @ lora_A.to(dtype)
         if needs_A and narrow is not None:
-            grad_A = (seen.t() @ narrow).to(lora_A.dtype)
+            grad_A = (adapter_input.t() @ narrow).to(lora_A.dtype)
         if needs_B:
             grad_B = (h.t() @ grad_y).to(lora_B.dtype) * ctx.scaling
         if needs_bias:
@@ -191,12 +195,12 @@ class _Linear(torch.autograd.Function):
 
 
 class Lookup(NamedTuple):
-    """How an embedding looks its rows up.
+    """Options of an embedding lookup.
 
     Attributes:
-        scale: what the base layer multiplies its rows with (Gemma's √dim).
-        padding_idx: the row that gets no gradient.
-        by_frequency: divide the gradient of a row by how often it stands in the ids.
+        scale: Factor that the base layer applies to its rows (Gemma's √dim), or None.
+        padding_idx: Row that gets no gradient, or None.
+        by_frequency: Divide the gradient of a row by its number of occurrences in the ids.
     """
 
     scale: float | Tensor | None = None
@@ -204,48 +208,50 @@ class Lookup(NamedTuple):
     by_frequency: bool = False
 
     def __call__(self, ids: Tensor, table: Tensor) -> Tensor:
-        """table[ids], without the scale."""
+        """Return table[ids], without the scale."""
         return F.embedding(ids, table, self.padding_idx, scale_grad_by_freq=self.by_frequency)
 
     def scaled(self, values: Tensor) -> Tensor:
-        """``values`` times the base layer's own scale, in the type of ``values``."""
-        # A tensor is cast to that type and a plain number is not: so do the layers that have one.
+        """Return ``values`` times the base layer's scale, in the dtype of ``values``."""
+        # A tensor scale is cast to the dtype and a Python number is not, as in the base layers.
         scale = self.scale.to(values.dtype) if isinstance(self.scale, Tensor) else self.scale
         return values if scale is None else values * scale
 
 
-AS_IT_IS = Lookup()
+PLAIN_LOOKUP = Lookup()
 
 
 def embedding(
-    ids: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, lookup: Lookup = AS_IT_IS
+    ids: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, lookup: Lookup = PLAIN_LOOKUP
 ) -> Tensor:
-    """y = c · (W[ids] + scaling · A[ids]·B), with c the lookup's scale, or 1.
+    """Return y = c · (W[ids] + scaling · A[ids]·B), where c is the lookup's scale or 1.
 
     Args:
-        ids: (...) of integers below the vocabulary's size.
-        weight: (vocabulary, dim); frozen.
+        ids: (...) of integers below the vocabulary size.
+        weight: (vocabulary, dim). Frozen.
         lora_A: (vocabulary, r).
         lora_B: (r, dim).
+        scaling: Factor of A·B.
+        lookup: Options of the lookup.
 
     Returns:
-        (..., dim) in the type of ``weight``.
+        (..., dim) in the dtype of ``weight``.
     """
     call = embedding_reference if needs_reference(weight) else _Embedding.apply
     return call(ids, weight, lora_A, lora_B, scaling, lookup)
 
 
 def embedding_reference(
-    ids: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, lookup: Lookup = AS_IT_IS
+    ids: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, lookup: Lookup = PLAIN_LOOKUP
 ) -> Tensor:
-    """The reference implementation of :func:`embedding`."""
+    """Reference implementation of :func:`embedding`."""
     base = lookup.scaled(lookup(ids, weight))
     delta = lookup(ids, lora_A).to(base.dtype) @ (lora_B * scaling).to(base.dtype)
     return base + (delta if lookup.scale is None else delta * lookup.scale)
 
 
 class _Embedding(torch.autograd.Function):
-    """The closed form behind :func:`embedding`."""
+    """Closed form of :func:`embedding`."""
 
     @staticmethod
     def forward(
@@ -257,7 +263,7 @@ class _Embedding(torch.autograd.Function):
         y.addmm_(h, lookup.scaled(lora_B * scaling).to(y.dtype))
         ctx.save_for_backward(ids, h if ctx.needs_input_grad[3] else None, lora_A, lora_B)
         ctx.scaling, ctx.lookup = scaling, lookup
-        return shaped(y, ids.shape)
+        return reshape_output(y, ids.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -275,46 +281,50 @@ class _Embedding(torch.autograd.Function):
             )
         if ctx.needs_input_grad[3]:
             if torch.is_grad_enabled():
-                # As in _Linear: a second gradient needs h as a function of A.
+                # As in _Linear, second-order gradients need h as a function of A.
                 h = F.embedding(flat, lora_A, lookup.padding_idx).to(grad_y.dtype)
             grad_B = lookup.scaled((h.t() @ grad_y).to(lora_B.dtype) * ctx.scaling)
         return None, None, grad_A, grad_B, None, None
 
 
 def scaled(factor: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """``scaling`` · ``factor``, rounded once to ``dtype``."""
+    """Return ``scaling`` · ``factor``, rounded once to ``dtype``."""
     return (factor * scaling).to(dtype)
 
 
-def shaped(y: Tensor, leading: torch.Size) -> Tensor:
-    """(rows, out) as (*leading, out). A plain view returned by a Function could not be changed in place by
-    what follows (``ReLU(inplace=True)``), so this one is not recorded as a view."""
+def reshape_output(y: Tensor, leading: torch.Size) -> Tensor:
+    """Reshape (rows, out) to (*leading, out), not recorded as a view.
+
+    A view returned by a Function could not be modified in place by later operations such as ``ReLU(inplace=True)``.
+    """
     return y if len(leading) == 1 else unrecorded_view(y, (*leading, y.shape[-1]))
 
 
-def rows_of(x: Tensor) -> int:
-    """Product of all sizes but the last; stated, since view(-1) is ambiguous for no rows at all."""
+def num_rows(x: Tensor) -> int:
+    """Return the product of all sizes except the last. Computed explicitly because view(-1) is ambiguous for empty
+    tensors.
+    """
     rows = 1
     for size in x.shape[:-1]:
         rows *= size
     return rows
 
 
-def autocast_is_on(device: str) -> bool:
-    """Whether products on ``device`` are cast; torch cannot be asked for the meta device."""
+def is_autocast_enabled(device: str) -> bool:
+    """True if autocast is enabled on ``device``. torch raises an error for the meta device."""
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
-def autocasted(x: Tensor) -> Tensor:
-    """``x`` in autocast's type where that is on, as ``nn.Linear`` takes it."""
+def autocast_input(x: Tensor) -> Tensor:
+    """Cast ``x`` to the autocast dtype if autocast is enabled, as ``nn.Linear`` does."""
     device = x.device.type
-    if autocast_is_on(device) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+    if is_autocast_enabled(device) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
         return x.to(torch.get_autocast_dtype(device))
     return x
 
 
 def needs_reference(weight: Tensor) -> bool:
-    """Whether the reference is needed: W is trained too, or a torch.func transform is active."""
+    """True if the reference implementation is needed: W is trained too, or a torch.func transform is active."""
     if weight.requires_grad and torch.is_grad_enabled():
         return True
     if torch.compiler.is_compiling():

@@ -1,13 +1,10 @@
 """DoRA in closed form: y = g∘(x·Wᵀ + s·(x·A)·B) + b with g = m / ‖W + ΔW‖ (arXiv 2402.09353, eq. 5).
 
-The magnitude m is trained, one number a row of W; the norm is a constant in the backward (section 4.3
-there), and found without forming ΔW. What must be kept for the backward beside what plain LoRA keeps is the
-output y itself, from which the gradient of m follows; a layer that keeps its input as well, as most
-activation functions do, shares it. So the output must not be changed in place before the backward: torch
-says so where it is.
-The derivation stands in ``docs/method.md``; :func:`dora_linear_reference` is the reference implementation.
-
-It knows no modules; shapes only.
+The magnitude m has one trained value per row of W. The norm is a constant in the backward (section 4.3 of the paper),
+computed without forming ΔW. In addition to the tensors of plain LoRA, the output y is saved, from which the gradient of
+m follows. The next layer can share it if it saves its input, as activation functions do. The output must not be
+modified in place before the backward, otherwise torch raises an error. See ``docs/method.md`` for the derivation, and
+:func:`dora_linear_reference` for the reference implementation.
 """
 
 from __future__ import annotations
@@ -21,25 +18,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deltaw.kernels.linear import plus_product
-from deltaw.lora.math import autocast_is_on, autocasted, needs_reference, rows_of, scaled, shaped
+from deltaw.lora.math import autocast_input, is_autocast_enabled, needs_reference, num_rows, reshape_output, scaled
 
 BLOCK = 1 << 20
-"""Elements that are brought to another precision at a time."""
+"""Number of elements converted to another precision at a time."""
 
 
 @torch.no_grad()
 def base_squares(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """‖wᵢ‖² of every row of ``weight`` (out, in), summed in ``dtype``; shape (out)."""
+    """Return ‖wᵢ‖² of every row of ``weight`` (out, in), summed in ``dtype``, of shape (out)."""
     return torch.cat([block.to(dtype).square().sum(1) for block in _row_blocks(weight)])
 
 
 @torch.no_grad()
 def weight_norm(weight: Tensor, squares: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """‖wᵢ + s·(AB)ᵢ‖ of every output, in the factors' type; ΔW is never formed.
+    """Return ‖wᵢ + s·(AB)ᵢ‖ of every output in the factors' dtype, without forming ΔW.
 
     Args:
-        weight: (out, in), of any precision, or a view of that shape.
-        squares: ‖wᵢ‖², from :func:`base_squares`.
+        weight: (out, in) of any precision, or a view of that shape.
+        squares: ‖wᵢ‖² from :func:`base_squares`.
         lora_A: (in, r).
         lora_B: (r, out).
         scaling: s.
@@ -59,12 +56,12 @@ def weight_norm(weight: Tensor, squares: Tensor, lora_A: Tensor, lora_B: Tensor,
 
 
 def without_autocast(device: str) -> AbstractContextManager[None]:
-    """Within it products stay in the type of their operands; the meta device knows no autocast."""
+    """Context manager that disables autocast. Does nothing on the meta device, which has no autocast."""
     return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """g = m / ‖W + ΔW‖; 0 for a row that is zero, which has no direction."""
+    """Return g = m / ‖W + ΔW‖. It is 0 for a zero row, which has no direction."""
     return magnitude / norm.masked_fill(norm == 0, float("inf"))
 
 
@@ -80,28 +77,30 @@ def dora_linear(
     dropout: float = 0.0,
     weight_is_in_out: bool = False,
 ) -> Tensor:
-    """y = x·Wᵀ + b + (g − 1)∘(x̃·Wᵀ) + g∘(s·x̃·A·B), with x̃ = dropout(x); without dropout g∘(x·W'ᵀ) + b.
+    """Return y = x·Wᵀ + b + (g − 1)∘(x̃·Wᵀ) + g∘(s·x̃·A·B) with x̃ = dropout(x). Without dropout this is g∘(x·W'ᵀ) + b.
 
-    That the dropped input goes through W too is PEFT's way. Types are handled as in ``math.linear``.
+    As in PEFT, W also multiplies the dropped input. Dtypes are handled as in ``math.linear``.
 
     Args:
         x: (..., in).
-        weight: (out, in), or (in, out) with ``weight_is_in_out``; frozen.
-        bias: (out) or None; gets a gradient if it asks for one.
-        lora_A, lora_B: (in, r) and (r, out).
+        weight: (out, in), or (in, out) with ``weight_is_in_out``. Frozen.
+        bias: (out) or None. Gets a gradient if it requires one.
+        lora_A: (in, r).
+        lora_B: (r, out).
         magnitude: m (out).
-        norm: (out), from :func:`weight_norm`; taken as a constant.
+        norm: (out) from :func:`weight_norm`, treated as a constant.
         scaling: s.
-        dropout: share of the adapter's inputs set to 0, the rest scaled by 1 / (1 − share).
+        dropout: Share of the adapter's inputs that is set to 0. The rest is scaled by 1 / (1 − share).
+        weight_is_in_out: True if W is (in, out).
 
     Returns:
         (..., out).
     """
-    x = autocasted(x)
+    x = autocast_input(x)
     mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - dropout) if dropout > 0.0 else None
     call = dora_linear_reference if needs_reference(weight) else _DoRALinear.apply
-    keep = 1.0 - dropout
-    return call(x, weight, bias, lora_A, lora_B, magnitude, norm, scaling, mask, keep, weight_is_in_out)
+    keep_share = 1.0 - dropout
+    return call(x, weight, bias, lora_A, lora_B, magnitude, norm, scaling, mask, keep_share, weight_is_in_out)
 
 
 def dora_linear_reference(
@@ -114,79 +113,79 @@ def dora_linear_reference(
     norm: Tensor,
     scaling: float,
     mask: Tensor | None = None,
-    keep: float = 1.0,
+    keep_share: float = 1.0,
     weight_is_in_out: bool = False,
 ) -> Tensor:
-    """Reference of :func:`dora_linear`; ``mask`` (like x, bool): inputs that the adapter sees."""
+    """Reference implementation of :func:`dora_linear`. ``mask`` (bool, shape of x) selects the adapter's inputs."""
     matrix = weight.t() if weight_is_in_out else weight
     g = gain(magnitude, norm).to(x.dtype)
-    seen = x if mask is None else x * mask / keep
-    update = (seen @ lora_A.to(x.dtype)) @ (lora_B * scaling).to(x.dtype)
+    adapter_input = x if mask is None else x * mask / keep_share
+    update = (adapter_input @ lora_A.to(x.dtype)) @ (lora_B * scaling).to(x.dtype)
     y = F.linear(x, matrix, bias)
-    return y + (g - 1) * F.linear(seen, matrix) + g * update
+    return y + (g - 1) * F.linear(adapter_input, matrix) + g * update
 
 
 class _DoRALinear(torch.autograd.Function):
-    """The closed form behind :func:`dora_linear`."""
+    """Closed form of :func:`dora_linear`."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_A, lora_B, magnitude, norm, scaling, mask, keep, weight_is_in_out):  # type: ignore
-        autocast = autocast_is_on(x.device.type)
+    def forward(ctx, x, weight, bias, lora_A, lora_B, magnitude, norm, scaling, mask, keep_share, weight_is_in_out):  # type: ignore
+        autocast = is_autocast_enabled(x.device.type)
         base_weight = weight.to(x.dtype) if autocast else weight
         matrix = base_weight.t() if weight_is_in_out else base_weight
-        flat = x.reshape(rows_of(x), x.shape[-1])
-        seen = flat if mask is None else flat * mask.reshape(flat.shape)
-        h = seen @ lora_A.to(x.dtype)
-        # What g multiplies, but for 1 / keep, which goes into the small g.
-        direction = plus_product(h @ scaled(lora_B, scaling, x.dtype), seen, matrix.t())
-        g = (gain(magnitude, norm) / keep).to(x.dtype)
+        flat = x.reshape(num_rows(x), x.shape[-1])
+        adapter_input = flat if mask is None else flat * mask.reshape(flat.shape)
+        h = adapter_input @ lora_A.to(x.dtype)
+        # The factor of g, except 1 / keep, which is multiplied into the small g.
+        direction = plus_product(h @ scaled(lora_B, scaling, x.dtype), adapter_input, matrix.t())
+        g = (gain(magnitude, norm) / keep_share).to(x.dtype)
         base_bias = None if bias is None else bias.to(x.dtype)
         if mask is not None:
-            y = F.linear(flat.sub(seen, alpha=1 / keep), matrix, base_bias).addcmul_(direction, g)
+            y = F.linear(flat.sub(adapter_input, alpha=1 / keep_share), matrix, base_bias).addcmul_(direction, g)
         elif base_bias is None:
             y = direction.mul_(g)
         else:
             y = torch.addcmul(base_bias, direction, g, out=direction)
-        out = shaped(y, x.shape[:-1])
+        out = reshape_output(y, x.shape[:-1])
         needs = ctx.needs_input_grad
-        kept = None if not needs[5] else out if mask is None else direction
+        saved = None if not needs[5] else out if mask is None else direction
         inputs = x if needs[3] or needs[4] else None, h if needs[4] else None
         frozen = weight if needs[0] or needs[5] else None
-        ctx.save_for_backward(*inputs, lora_A, lora_B, magnitude, norm, frozen, bias, mask, kept)
-        ctx.scaling, ctx.keep, ctx.weight_is_in_out = scaling, keep, weight_is_in_out
+        ctx.save_for_backward(*inputs, lora_A, lora_B, magnitude, norm, frozen, bias, mask, saved)
+        ctx.scaling, ctx.keep, ctx.weight_is_in_out = scaling, keep_share, weight_is_in_out
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, lora_A, lora_B, magnitude, norm, weight, bias, mask, kept = ctx.saved_tensors
+        x, h, lora_A, lora_B, magnitude, norm, weight, bias, mask, saved = ctx.saved_tensors
         needs_x, _, needs_bias, needs_A, needs_B, needs_m = ctx.needs_input_grad[:6]
         grad, dtype = grads[0], grads[0].dtype
-        rows = rows_of(grad)
+        rows = num_rows(grad)
         grad_y = grad.reshape(rows, grad.shape[-1])
-        grad_x = grad_bias = grad_A = grad_B = grad_m = seen = narrow = None
+        grad_x = grad_bias = grad_A = grad_B = grad_m = adapter_input = narrow = None
         g = gain(magnitude, norm) / ctx.keep
-        again = torch.is_grad_enabled()
-        if needs_A or needs_B or (needs_m and again):
-            seen = x if mask is None else x * mask
-            seen = seen.reshape(rows, seen.shape[-1])
-            if again:
-                # A gradient of this gradient is asked for: h must be a function of x and A again.
-                h = seen @ lora_A.to(dtype)
+        create_graph = torch.is_grad_enabled()
+        if needs_A or needs_B or (needs_m and create_graph):
+            adapter_input = x if mask is None else x * mask
+            adapter_input = adapter_input.reshape(rows, adapter_input.shape[-1])
+            if create_graph:
+                # For second-order gradients, h must be a function of x and A.
+                h = adapter_input @ lora_A.to(dtype)
         if needs_x or needs_A:
             narrow = grad_y @ scaled(lora_B * g, ctx.scaling, dtype).t()
-        if needs_A and seen is not None and narrow is not None:
-            grad_A = (seen.t() @ narrow).to(lora_A.dtype)
+        if needs_A and adapter_input is not None and narrow is not None:
+            grad_A = (adapter_input.t() @ narrow).to(lora_A.dtype)
         if needs_B:
             grad_B = (h.t() @ grad_y).to(lora_B.dtype) * (g * ctx.scaling)
         if needs_bias:
             grad_bias = grad_y.sum(0).to(bias.dtype)
         if needs_m and mask is None:
-            grad_m = _from_output(grad_y, kept.reshape(grad_y.shape), bias, magnitude)
+            grad_m = _from_output(grad_y, saved.reshape(grad_y.shape), bias, magnitude)
         elif needs_m:
-            if again and seen is not None:
-                matrix = (weight.t() if ctx.weight_is_in_out else weight).to(seen.dtype)
-                kept = F.linear(seen, matrix) + h @ scaled(lora_B, ctx.scaling, dtype)
-            grad_m = gain(_column_dots(grad_y, kept, magnitude.dtype) / ctx.keep, norm)
+            if create_graph and adapter_input is not None:
+                matrix = (weight.t() if ctx.weight_is_in_out else weight).to(adapter_input.dtype)
+                saved = F.linear(adapter_input, matrix) + h @ scaled(lora_B, ctx.scaling, dtype)
+            grad_m = gain(_column_dots(grad_y, saved, magnitude.dtype) / ctx.keep, norm)
         if needs_x and narrow is not None:
             grad_x = _input_gradient(ctx, grad_y, weight, g, narrow, lora_A, mask)
             grad_x = grad_x.view(*grad.shape[:-1], grad_x.shape[-1])
@@ -196,19 +195,19 @@ class _DoRALinear(torch.autograd.Function):
 def _input_gradient(
     ctx: Any, grad_y: Tensor, weight: Tensor, g: Tensor, narrow: Tensor, lora_A: Tensor, mask: Tensor | None
 ) -> Tensor:
-    """∂L/∂x (rows, in): (Y∘g)·W + (Y∘g)·(s·B)ᵀ·Aᵀ, and with dropout Y·W − x̃'s share besides."""
+    """Return ∂L/∂x (rows, in): (Y∘g)·W + (Y∘g)·(s·B)ᵀ·Aᵀ, and with dropout also the path Y·W minus the share of x̃."""
     matrix = weight.to(grad_y.dtype)
     matrix = matrix.t() if ctx.weight_is_in_out else matrix
     update = narrow @ lora_A.to(grad_y.dtype).t()
-    through = plus_product(update, grad_y * g.to(grad_y.dtype), matrix)
+    scaled_gradient = plus_product(update, grad_y * g.to(grad_y.dtype), matrix)
     if mask is None:
-        return through
+        return scaled_gradient
     base = grad_y @ matrix
-    return base + (through - base / ctx.keep) * mask.reshape(base.shape)
+    return base + (scaled_gradient - base / ctx.keep) * mask.reshape(base.shape)
 
 
 def _from_output(grad_y: Tensor, y: Tensor, bias: Tensor | None, magnitude: Tensor) -> Tensor:
-    """∂L/∂m = Σ Y∘(y − b) / m over the rows, since (y − b) / m is what m multiplies; 0 where m is 0."""
+    """Return ∂L/∂m = Σ Y∘(y − b) / m over the rows, since (y − b) / m is the factor of m. It is 0 if m is 0."""
     total = _column_dots(grad_y, y, magnitude.dtype)
     if bias is not None:
         total = total - bias.to(magnitude.dtype) * grad_y.sum(0, dtype=magnitude.dtype)
@@ -216,7 +215,7 @@ def _from_output(grad_y: Tensor, y: Tensor, bias: Tensor | None, magnitude: Tens
 
 
 def _column_dots(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """Σ over the rows of left∘right, summed in ``dtype``; shape (out)."""
+    """Return the sum over the rows of left∘right, accumulated in ``dtype``, of shape (out)."""
     if left.dtype == dtype:
         return (left * right).sum(0)
     total = torch.zeros(left.shape[1], dtype=dtype, device=left.device)
@@ -226,5 +225,5 @@ def _column_dots(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _row_blocks(matrix: Tensor) -> tuple[Tensor, ...]:
-    """``matrix`` in blocks of rows of about :data:`BLOCK` elements."""
+    """Split ``matrix`` into blocks of rows of about :data:`BLOCK` elements."""
     return matrix.split(max(1, BLOCK // max(1, matrix.shape[1])))

@@ -1,7 +1,7 @@
-"""PEFT's adapter format: how its settings and its tensors' names stand for ours.
+"""Conversion between PEFT's adapter format and deltaw's settings and tensor names.
 
-It maps both ways between dictionaries and touches no file and no model's weights. Orientation differs: our
-A is (in, r) and B (r, out); the file has them transposed, except for convolutions.
+Converts dictionaries only and reads no files and no weights of a model. Layers have A (in, r) and B (r, out). Files
+contain the transposed factors, except for convolutions.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from deltaw.lora.initialize import from_peft, to_peft
 from deltaw.lora.layers import LoRAConv1D, LoRALayer
 from deltaw.lora.matching import endings
 
-# Where PEFT's files have what a model trains: its wrappers nest, and each adds a part to the names below it.
+# Tensor names in PEFT's files. PEFT nests wrappers, and each adds a part to the names below it.
 #
-# An adapted layer of ours has the name of the layer that it stands in for. In PEFT a wrapper has that name,
-# with the layer inside of it as ``base_layer``. That shows in a tensor's name in three cases: a trained bias of
-# an adapted layer; the two projections of ``nn.MultiheadAttention``, of which the second is inside the first's
-# wrapper; and several adapted parameters of one module, where each has a wrapper around that of the one before
-# it.
+# An adapted layer of deltaw has the name of the layer that it replaces. In PEFT, a wrapper has that name and contains
+# the layer as ``base_layer``. This affects tensor names in three cases:
+# - a trained bias of an adapted layer,
+# - the two projections of ``nn.MultiheadAttention``, of which the second is inside the wrapper of the first, and
+# - several adapted parameters of one module, whose wrappers are nested.
 
 
 PREFIX = "base_model.model."
@@ -37,59 +37,59 @@ _INNER = ".base_layer"
 
 
 class FilePaths:
-    """The names in a file, without their last part, of what an attachment trains."""
+    """Names in a file, without their last part, of the trained parts of an attachment."""
 
     def __init__(self, record: Attachment) -> None:
         self._wrappers = {replacement.names[0]: 1 for replacement in record.layers}
         self._special: dict[str, str] = {}
-        self._twice: set[str] = set()
+        self._doubled: set[str] = set()
         by_runner: dict[str, list[str]] = {}
         for update in record.parameters:
             name = update.names[0]
-            if not update.of_attention:
+            if not update.is_attention:
                 by_runner.setdefault(name, []).append(update.name)
-            elif update.layer.holder is update.runner:
+            elif update.layer.owner is update.runner:
                 self._wrappers[name] = 1
                 self._special[update.name] = name
             else:
                 self._wrappers[f"{name}.out_proj"] = 1
                 self._special[update.name] = f"{name}.out_proj"
-                self._twice.add(update.name)
+                self._doubled.add(update.name)
         self._depth: dict[str, int] = {}
         for name, updates in by_runner.items():
             self._wrappers[name] = len(updates)
-            for outside, update_name in enumerate(reversed(updates)):
+            for depth, update_name in enumerate(reversed(updates)):
                 self._special[update_name] = name
-                self._depth[update_name] = outside
+                self._depth[update_name] = depth
 
     def of_layer(self, name: str) -> str:
-        """For the factors of an adapted layer, or of a parameter's update, by its name in the model."""
+        """Return the path of the factors of an adapted layer, or of a parameter's update, by its name in the model."""
         return PREFIX + self._nested(self._special.get(name, name)) + _INNER * self._depth.get(name, 0)
 
     def counts_twice(self, name: str) -> bool:
-        """Whether PEFT adds this update to its weight twice: that of an attention's output projection.
+        """True if PEFT adds this update to its weight twice, as it does for an attention's output projection.
 
-        Its wrapper of ``nn.MultiheadAttention`` merges that update around each forward, and has the wrapper
-        inside merge it once more (up to version 0.21.2; pull request 3774 of its repository). Here it counts
-        once. So that outputs agree, a file has half of this B.
+        PEFT's wrapper of ``nn.MultiheadAttention`` merges that update around each forward, and makes the inner wrapper
+        merge it again (up to version 0.21.2, see pull request 3774 of its repository). deltaw adds it once, so files
+        contain half of this B to make the outputs match.
         """
-        return name in self._twice
+        return name in self._doubled
 
     def of_module(self, name: str) -> str:
-        """For a module that is trained in full."""
+        """Return the path of a module that is trained in full."""
         return PREFIX + self._nested(name)
 
     def of_parameter(self, name: str) -> str:
-        """For a parameter of the base model itself, such as a trained bias: its full name."""
-        owner, _, last = name.rpartition(".")
+        """Return the full name of a base model's parameter, such as a trained bias."""
+        owner, _, attribute = name.rpartition(".")
         if not owner:
             return PREFIX + name
-        return f"{PREFIX}{self._nested(owner)}{_INNER * self._wrappers.get(owner, 0)}.{last}"
+        return f"{PREFIX}{self._nested(owner)}{_INNER * self._wrappers.get(owner, 0)}.{attribute}"
 
     def _nested(self, name: str) -> str:
-        """``name`` with a part for every wrapper around one of the modules above it."""
+        """Insert a part into ``name`` for every wrapper around one of its parent modules."""
         if not self._special:
-            return name  # no module below an adapted layer can be trained
+            return name  # modules below an adapted layer cannot be trained
         parts = name.split(".")
         nested = parts[0]
         for end in range(1, len(parts)):
@@ -98,12 +98,12 @@ class FilePaths:
 
 
 def without_wrappers(name: str) -> str:
-    """The model's own name for a name in a file."""
+    """Return the model's name of a tensor from its name in a file."""
     return name.removeprefix(PREFIX).replace(_INNER, "")
 
 
 PEFT_FORMAT = "0.21.2"
-"""The version of PEFT whose files these are."""
+"""Version of PEFT whose format is written."""
 
 # A hub id with a revision.
 _WITH_REVISION = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)@(\w[\w./-]*)")
@@ -132,53 +132,53 @@ _SET: dict[str, object] = {
     "rank_pattern": {},
 }
 DEFAULTS: dict[str, object] = dict(sorted({**dict.fromkeys(_UNSET.split()), **_SET}.items()))
-"""Every key of PEFT's own file, and the value that it has there where nothing was set."""
+"""All keys of PEFT's ``adapter_config.json`` with their default values."""
 
-_NAMES = {ours: theirs for theirs, ours in PEFT_NAMES.items()}
+_NAMES = {name: peft_name for peft_name, name in PEFT_NAMES.items()}
 _READ = {_NAMES.get(field.name, field.name) for field in fields(LoRAConfig)} & DEFAULTS.keys()
 _ORIGIN = """
     auto_mapping base_model_name_or_path corda_config eva_config fan_in_fan_out inference_mode layers_pattern
     loftq_config lora_ga_config megatron_core peft_type peft_version qalora_group_size revision runtime_config
     task_type
 """
-_NO_MATHEMATICS = frozenset(_ORIGIN.split())
-"""Keys that say where an adapter comes from, or how it was initialized, and not what it computes."""
+_PROVENANCE_KEYS = frozenset(_ORIGIN.split())
+"""Keys about the origin or the initialization of an adapter, which do not affect its computation."""
 
 _READABLE_INITS = ("gaussian", "orthogonal", "eva", *CHANGING_INITS)
-"""Initializations that leave W alone, and those whose W can be computed again."""
+"""Initializations that do not change W, and those whose W can be recomputed."""
 
 
-def settings_of(
+def adapter_settings(
     model: nn.Module, record: Attachment, base_model: str | None, task_type: str | None
 ) -> dict[str, object]:
-    """The content of ``adapter_config.json`` for the adapter on ``model``.
+    """Return the content of ``adapter_config.json`` for the adapter on ``model``.
 
-    An adapter whose initialization changed W is written as a plain one of twice the rank (see
-    :func:`file_tensors`), with alpha such that the scaling stays: 2·alpha, or √2·alpha under rsLoRA.
+    An adapter whose initialization changed W is saved as a plain adapter of twice the rank (see :func:`file_tensors`).
+    Its alpha is 2·alpha, or √2·alpha with rsLoRA, so that the scaling is unchanged.
     """
     config = record.config
     changed = any(layer.changed_init is not None for _, layer in record.adapted())
-    more_rank = 2 if changed else 1
-    more_alpha = (math.sqrt(2) if config.rslora else 2) if changed else 1
+    rank_factor = 2 if changed else 1
+    alpha_factor = (math.sqrt(2) if config.rslora else 2) if changed else 1
     names = [name for name, _ in model.named_modules() if name]
     if getattr(model, "pooler", model) is None:
-        names.append("pooler.dense")  # that other programs load, and would adapt by its last name
-    whole = [replacement.names[0] for replacement in record.extra_modules]
+        names.append("pooler.dense")  # other programs load it, and would adapt it by the last part of its name
+    extra_names = [replacement.names[0] for replacement in record.extra_modules]
     targets = [replacement.names[0] for replacement in record.layers]
-    targets += [update.names[0] for update in record.parameters if update.of_attention]
+    targets += [update.names[0] for update in record.parameters if update.is_attention]
     settings = DEFAULTS | {
         "alora_invocation_tokens": config.invocation_tokens,
-        "alpha_pattern": {key: _plain(value * more_alpha) for key, value in config.alpha_pattern.items()},
+        "alpha_pattern": {key: _integer_if_whole(value * alpha_factor) for key, value in config.alpha_pattern.items()},
         **base_settings(base_model),
         "bias": config.bias,
         "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for _, layer in record.adapted()),
         "init_lora_weights": config.init if config.init in ("gaussian", "orthogonal") else True,
-        "lora_alpha": _plain(config.alpha * more_alpha),
+        "lora_alpha": _integer_if_whole(config.alpha * alpha_factor),
         "lora_bias": config.lora_bias,
         "lora_dropout": config.dropout,
-        "modules_to_save": _extra_entries(names, whole) or None,
-        "r": config.rank * more_rank,
-        "rank_pattern": {key: value * more_rank for key, value in config.rank_pattern.items()},
+        "modules_to_save": _extra_entries(names, extra_names) or None,
+        "r": config.rank * rank_factor,
+        "rank_pattern": {key: value * rank_factor for key, value in config.rank_pattern.items()},
         "target_modules": target_entries(names, list(dict.fromkeys(targets))),
         "target_parameters": config.target_parameters or None,
         "task_type": task_type,
@@ -193,14 +193,14 @@ def settings_of(
 
 
 def base_settings(base_model: str | None) -> dict[str, str | None]:
-    """How PEFT names a base model: a hub id's revision, as in ``owner/name@revision``, has a key of its own."""
-    found = _WITH_REVISION.fullmatch(base_model or "")
-    name, revision = found.groups() if found else (base_model, None)
+    """Return PEFT's keys for a base model. The revision of a hub id ``owner/name@revision`` has a separate key."""
+    match = _WITH_REVISION.fullmatch(base_model or "")
+    name, revision = match.groups() if match else (base_model, None)
     return {"base_model_name_or_path": name, "revision": revision}
 
 
 def base_reference(settings: Mapping[str, object]) -> str | None:
-    """The base model that an ``adapter_config.json`` names, as one reference; None where it names none."""
+    """Return the base model in an ``adapter_config.json`` as one reference, or None."""
     name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     if not isinstance(name, str) or not isinstance(revision, str):
         return name if isinstance(name, str) else None
@@ -208,52 +208,52 @@ def base_reference(settings: Mapping[str, object]) -> str | None:
     return joined if _WITH_REVISION.fullmatch(joined) else name
 
 
-def config_of(settings: Mapping[str, object], where: str) -> LoRAConfig:
-    """The config that an ``adapter_config.json`` stands for.
+def parse_config(settings: Mapping[str, object], location: str) -> LoRAConfig:
+    """Convert the content of an ``adapter_config.json`` to a config.
 
     Raises:
-        UserError: it is no LoRA adapter, or a setting changes what is computed and is not known here.
+        UserError: if it is not a LoRA adapter, or an unsupported setting changes the computation.
     """
     if settings.get("peft_type") != "LORA":
-        what = f"the adapter is of kind {settings.get('peft_type')!r}, and only 'LORA' is read"
-        raise UserError(what, where=where, hint="give a LoRA adapter's folder")
+        message = f"the adapter is of kind {settings.get('peft_type')!r}, but only 'LORA' is supported"
+        raise UserError(message, location=location, hint="use the folder of a LoRA adapter")
     for key, value in settings.items():
-        if key not in _READ and key not in _NO_MATHEMATICS and value and value != DEFAULTS.get(key):
-            what = f"the adapter was made with '{key}', which changes its mathematics and is not available"
-            hint = "use an adapter without it, or have the program that made it merge it"
-            raise UserError(what, where=f"{where}: {key}", hint=hint)
-    known = {key: settings.get(key, DEFAULTS[key]) for key in _READ}
-    init = known.pop("init_lora_weights")
+        if key not in _READ and key not in _PROVENANCE_KEYS and value and value != DEFAULTS.get(key):
+            message = f"the adapter uses '{key}', which changes its computation and is not supported"
+            hint = "use an adapter without it, or merge it with the program that created it"
+            raise UserError(message, location=f"{location}: {key}", hint=hint)
+    values = {key: settings.get(key, DEFAULTS[key]) for key in _READ}
+    init = values.pop("init_lora_weights")
     if isinstance(init, str) and init not in _READABLE_INITS:
-        what = f"the adapter was initialized with '{init}', which changed its base model's weights too"
-        hint = "have the program that made it convert it to a plain LoRA adapter"
-        raise UserError(what, where=f"{where}: init_lora_weights", hint=hint)
+        message = f"the adapter was initialized with '{init}', which changed its base model's weights too"
+        hint = "convert it to a plain LoRA adapter with the program that created it"
+        raise UserError(message, location=f"{location}: init_lora_weights", hint=hint)
     if init == "olora" and settings.get("fan_in_fan_out"):
-        what = "the adapter was initialized with 'olora' on Conv1D layers, where PEFT takes Wᵀ's share out of W"
-        raise UserError(what, where=f"{where}: init_lora_weights", hint="have the program that made it merge it")
+        message = "the adapter was initialized with 'olora' on Conv1D layers, where PEFT subtracts a share of Wᵀ from W"
+        raise UserError(message, location=f"{location}: init_lora_weights", hint="merge it with PEFT")
     for key in ("layers_to_transform", "exclude_modules", "modules_to_save"):
-        known[key] = known[key] or None
-    if known["target_modules"] is None and (known["target_parameters"] or known["trainable_token_indices"]):
-        known["target_modules"] = []
+        values[key] = values[key] or None
+    if values["target_modules"] is None and (values["target_parameters"] or values["trainable_token_indices"]):
+        values["target_modules"] = []
     try:
-        return LoRAConfig.from_dict({**known, "init": init if init in CHANGING_INITS else "uniform"})
+        return LoRAConfig.from_dict({**values, "init": init if init in CHANGING_INITS else "uniform"})
     except UserError as error:
-        raise UserError(error.what, where=f"{where}: {error.where}", hint=error.hint) from error
+        raise UserError(error.message, location=f"{location}: {error.location}", hint=error.hint) from error
 
 
 def file_tensors(path: str, layer: AdaptedLayer) -> Iterator[tuple[str, Tensor]]:
-    """(tensor name, tensor in the file's orientation) of all that the layer at ``path`` trains.
+    """Yield (tensor name, tensor in the file's orientation) of the trained parameters of the layer at ``path``.
 
-    After an initialization to A₀, B₀ that changed W the file holds [A, A₀] and [B; −B₀], of rank 2r: on the
-    original base model s·(A·B − A₀·B₀) gives what the layer computes now, whose weight lacks s·A₀·B₀.
+    After an initialization to A₀, B₀ that changed W, the file contains [A, A₀] and [B; −B₀] of rank 2r. On the original
+    base model, s·(A·B − A₀·B₀) gives the layer's output, whose weight lacks s·A₀·B₀.
     """
     tensors = {attribute: getattr(layer, attribute).detach() for attribute in layer.trained}
     if isinstance(layer, LoRALayer) and (first := layer.changed_init) is not None:
         factor_A, factor_B = tensors["lora_A"], tensors["lora_B"]
         tensors["lora_A"] = torch.cat([factor_A, first.lora_A.to(factor_A)], dim=1)
         tensors["lora_B"] = torch.cat([factor_B, -first.lora_B.to(factor_B)], dim=0)
-    for key, attribute in places(path, layer):
-        yield key, as_in_file(tensors[attribute], attribute, layer)
+    for key, attribute in tensor_names(path, layer):
+        yield key, to_file_layout(tensors[attribute], attribute, layer)
 
 
 _ENDINGS = {
@@ -265,8 +265,8 @@ _ENDINGS = {
 }
 
 
-def places(path: str, layer: AdaptedLayer) -> Iterator[tuple[str, str]]:
-    """What a layer trains: the tensor's name in a file, and the layer's attribute."""
+def tensor_names(path: str, layer: AdaptedLayer) -> Iterator[tuple[str, str]]:
+    """Yield (tensor name in a file, attribute of the layer) of a layer's trained parameters."""
     for attribute in layer.trained:
         ending = _ENDINGS[attribute]
         if attribute in ("lora_A", "lora_B") and isinstance(layer, nn.Embedding):
@@ -274,8 +274,10 @@ def places(path: str, layer: AdaptedLayer) -> Iterator[tuple[str, str]]:
         yield f"{path}.{ending}", attribute
 
 
-def as_in_file(tensor: Tensor, attribute: str, layer: AdaptedLayer) -> Tensor:
-    """What a layer trains as a file has it: factors in PEFT's layout, magnitudes (1, out, 1…) of kernels."""
+def to_file_layout(tensor: Tensor, attribute: str, layer: AdaptedLayer) -> Tensor:
+    """Convert a layer's trained parameter to the file's layout: factors to PEFT's, magnitudes of kernels to (1, out,
+    1…).
+    """
     if attribute == "lora_magnitude" and layer.weight.dim() > 2:
         return tensor.view(1, -1, *(1 for _ in layer.weight.shape[2:]))
     if attribute in ("lora_A", "lora_B") and isinstance(layer, LoRALayer):
@@ -283,8 +285,8 @@ def as_in_file(tensor: Tensor, attribute: str, layer: AdaptedLayer) -> Tensor:
     return tensor
 
 
-def as_in_layer(tensor: Tensor, attribute: str, layer: AdaptedLayer) -> Tensor:
-    """The inverse of :func:`as_in_file`."""
+def from_file_layout(tensor: Tensor, attribute: str, layer: AdaptedLayer) -> Tensor:
+    """Convert a tensor from the file's layout, the inverse of :func:`to_file_layout`."""
     if attribute == "lora_magnitude":
         return tensor.flatten()
     if attribute in ("lora_A", "lora_B") and isinstance(layer, LoRALayer):
@@ -293,17 +295,17 @@ def as_in_layer(tensor: Tensor, attribute: str, layer: AdaptedLayer) -> Tensor:
 
 
 def attention_counts_twice(version: str | None) -> bool:
-    """Whether the PEFT that made a file adds the update of an attention's output projection twice.
+    """True if the version of PEFT that wrote a file adds the update of an attention's output projection twice.
 
-    True up to the version whose files are written here, and where none is given; see
-    :meth:`~deltaw.lora.peft_format.FilePaths.counts_twice`. Later ones are taken to have it fixed.
+    True up to the version whose format is written, and if no version is given. Later versions are assumed to be fixed.
+    See :meth:`~deltaw.lora.peft_format.FilePaths.counts_twice`.
     """
     numbers = re.match(r"(\d{1,9})\.(\d{1,9})", version or "")
     return numbers is None or (int(numbers[1]), int(numbers[2])) <= (0, 21)
 
 
 def factor_module(tensor_name: str) -> str | None:
-    """The module that a factor's tensor belongs to; None for a tensor that is no factor."""
+    """Return the module of a factor's tensor, or None if the tensor is not a factor."""
     for ending in (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B"):
         if tensor_name.endswith(ending):
             return without_wrappers(tensor_name.removesuffix(ending))
@@ -311,31 +313,31 @@ def factor_module(tensor_name: str) -> str | None:
 
 
 def target_entries(names: Iterable[str], adapted: Iterable[str]) -> list[str] | str:
-    """The shortest name endings that match exactly the ``adapted`` among ``names``, sorted.
+    """Return the shortest name endings that match exactly the ``adapted`` among ``names``, sorted.
 
-    Where no ending of a name can tell it from another (``lin`` and ``block.lin``) a regular expression
-    for all full names is returned instead.
+    If endings cannot distinguish the names (``lin`` and ``block.lin``), returns a regular expression for all full
+    names.
     """
-    wanted = list(adapted)
-    inside, everywhere = (Counter(end for name in group for end in endings(name)) for group in (wanted, names))
+    adapted_names = list(adapted)
+    adapted_counts, all_counts = (Counter(end for name in g for end in endings(name)) for g in (adapted_names, names))
     entries: set[str] = set()
-    for name in wanted:
-        exact = [end for end in endings(name) if inside[end] == everywhere[end]]
+    for name in adapted_names:
+        exact = [end for end in endings(name) if adapted_counts[end] == all_counts[end]]
         if not exact:
-            return "|".join(full.replace(".", r"\.") for full in sorted(wanted))
+            return "|".join(full.replace(".", r"\.") for full in sorted(adapted_names))
         entries.add(exact[-1])
     return sorted(entries)
 
 
-def _extra_entries(names: list[str], whole: list[str]) -> list[str]:
-    """Entries for extra trainable modules; PEFT matches them by how the name ends, dot or no dot."""
+def _extra_entries(names: list[str], extra_names: list[str]) -> list[str]:
+    """Return entries for extra trainable modules. PEFT matches them as suffixes, with or without a preceding dot."""
     entries = set()
-    for name in whole:
-        ends = [end for end in endings(name) if all(n in whole for n in names if n.endswith(end))]
-        entries.add(ends[-1] if ends else name)
+    for name in extra_names:
+        exact_endings = [end for end in endings(name) if all(n in extra_names for n in names if n.endswith(end))]
+        entries.add(exact_endings[-1] if exact_endings else name)
     return sorted(entries)
 
 
-def _plain(value: float) -> float | int:
-    """Whole numbers as JSON integers: some readers take no others for alpha."""
+def _integer_if_whole(value: float) -> float | int:
+    """Convert integral values to int, because some readers accept only integers for alpha."""
     return int(value) if float(value).is_integer() else value

@@ -1,11 +1,8 @@
-"""Frozen weights that are stored as something else than a matrix of numbers, and their products.
+"""Quantized storage of frozen weights, and products with them.
 
-Two forms (``layers_quantized``): int8 with scales, and blocks of few bits. A module keeps what
-belongs to its weight in attributes and buffers of its own, so that whatever adopts the module has it too.
-What multiplies with a frozen weight asks here for its form, and :func:`product` describes it to the kernels; a plain
-weight has no form.
-
-Knows modules' attributes and products; not how a weight came to its form.
+A weight is stored as int8 with scales or as blocks of few bits (``layers_quantized``). A module has all parts of its
+weight in attributes and buffers, so that an adapted layer created from the module has them too. :func:`product`
+describes a weight to the kernels.
 """
 
 from __future__ import annotations
@@ -17,86 +14,94 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.kernels.block_linear import BlockWeight
-from deltaw.kernels.linear import Product, linear, linear_backward, rounds_gradients
-from deltaw.kernels.torch_private import own_buffers, own_parameters
+from deltaw.kernels.linear import LinearProduct, linear, linear_backward, uses_int8_gradients
+from deltaw.kernels.torch_private import direct_buffers, direct_parameters
 
 
 class Scales(NamedTuple):
-    """Of a weight in int8: of its rows (out) and, or None, of its columns (in); and whether its inputs are
-    rounded with a scale for each block of a row, see :func:`deltaw.kernels.linear.linear`."""
+    """Scales of an int8 weight.
+
+    Attributes:
+        rows: (out) scales of the rows.
+        columns: (in) scales of the columns, or None.
+        in_blocks: True if inputs are quantized with a scale per block of a row (see
+            :func:`deltaw.kernels.linear.linear`).
+    """
 
     rows: Tensor
     columns: Tensor | None
     in_blocks: bool = False
 
 
-Stored: TypeAlias = Scales | BlockWeight
+StoredWeight: TypeAlias = Scales | BlockWeight
 
 BLOCK_BUFFERS = ("weight_absmax", "weight_group_scale", "weight_offset")
-"""What belongs to a weight in blocks, in the order of :class:`~deltaw.kernels.block_linear.BlockWeight`."""
+"""Buffers of a weight in blocks, in the order of :class:`~deltaw.kernels.block_linear.BlockWeight`."""
 
-LIBRARIES = ("bitsandbytes", "torchao")
-"""Other libraries whose quantized tensors are known by their modules' names; they multiply themselves."""
+QUANTIZATION_LIBRARIES = ("bitsandbytes", "torchao")
+"""Other quantization libraries, identified by module name. Their tensors implement the products."""
 
 
 def weight_scales(module: nn.Module) -> Scales | None:
-    """The scales of a layer with an int8-quantized weight; None for any other."""
-    if (scale := own_buffers(module).get("weight_scale")) is None:
+    """Return the scales of a layer with an int8 weight, or None for other layers."""
+    if (scale := direct_buffers(module).get("weight_scale")) is None:
         return None
-    return Scales(scale, own_buffers(module).get("weight_columns"), vars(module).get("in_blocks", False))
+    return Scales(scale, direct_buffers(module).get("weight_columns"), vars(module).get("in_blocks", False))
 
 
 def block_weight(module: nn.Module) -> BlockWeight | None:
-    """The weight of a layer that keeps it in blocks; None for any other."""
-    if (name := module.__dict__.get("block_format")) is None:  # older compilers of torch do not trace vars()
+    """Return the weight of a layer stored in blocks, or None for other layers."""
+    if (name := module.__dict__.get("block_format")) is None:  # torch.compile of older versions does not trace vars()
         return None
-    buffers, data = own_buffers(module), own_parameters(module)["weight"]
+    buffers, data = direct_buffers(module), direct_parameters(module)["weight"]
     assert data is not None
     return BlockWeight(data.detach(), name, vars(module)["block_columns"], *map(buffers.get, BLOCK_BUFFERS))
 
 
-def stored_form(module: nn.Module) -> Stored | None:
-    """How a layer stores its weight; None for a plain matrix."""
+def stored_form(module: nn.Module) -> StoredWeight | None:
+    """Return the quantized weight or scales of a layer, or None for a plain matrix."""
     return block_weight(module) or weight_scales(module)
 
 
-def library_of(module: nn.Module) -> str | None:
-    """The library whose quantized tensor a linear layer's weight is; None for any other layer."""
-    weight = own_parameters(module).get("weight")
+def quantization_library(module: nn.Module) -> str | None:
+    """Return the library that quantized a linear layer's weight, or None."""
+    weight = direct_parameters(module).get("weight")
     if not isinstance(module, nn.Linear) or weight is None:
         return None
-    return library_of_tensor(weight)
+    return tensor_quantization_library(weight)
 
 
-def library_of_tensor(tensor: Tensor) -> str | None:
-    """The library whose quantized tensor this is; None for any other tensor."""
-    of = type(tensor).__module__.partition(".")[0]
-    return of if of in LIBRARIES else None
+def tensor_quantization_library(tensor: Tensor) -> str | None:
+    """Return the library that quantized a tensor, or None."""
+    package = type(tensor).__module__.partition(".")[0]
+    return package if package in QUANTIZATION_LIBRARIES else None
 
 
-def quantized_as(module: nn.Module) -> str | None:
-    """What a layer's weight is, in words for a person; None for a plain matrix."""
+def describe_quantization(module: nn.Module) -> str | None:
+    """Describe the quantization of a layer's weight for messages, or return None for a plain matrix."""
     if (name := vars(module).get("block_format")) is not None:
-        return f"kept in blocks of {name}"
+        return f"stored in blocks of {name}"
     if weight_scales(module) is not None:
         return "int8-quantized"
-    of = library_of(module)
-    return None if of is None else f"quantized by {of}"
+    library = quantization_library(module)
+    return None if library is None else f"quantized by {library}"
 
 
 def weight_shape(module: nn.Module) -> tuple[int, ...]:
     """Return the shape of a layer's weight. A block-quantized weight has the shape of the matrix that it represents."""
     stored = block_weight(module)
-    # The weight is no parameter during the comparison of gradients, but an fp32 copy of one.
+    # While gradients are compared, the weight is an fp32 copy and not a parameter.
     weight: Any = module.weight if stored is None else stored
     return tuple(weight.shape)
 
 
-def count_numbers(model: nn.Module) -> int:
-    """The parameters of a model as numbers: a weight in blocks counts as those that it stands for."""
+def count_logical_parameters(model: nn.Module) -> int:
+    """Return the number of parameters of a model. A weight in blocks counts with the size of the matrix that it
+    represents.
+    """
     counts: dict[int, int] = {}
     for module in model.modules():
-        for name, parameter in own_parameters(module).items():
+        for name, parameter in direct_parameters(module).items():
             if parameter is not None:
                 shape = weight_shape(module) if name == "weight" else parameter.shape
                 counts[id(parameter)] = math.prod(shape)
@@ -105,37 +110,36 @@ def count_numbers(model: nn.Module) -> int:
 
 def product(
     weight: Tensor,
-    stored: Stored | None,
+    stored: StoredWeight | None,
     by_column: bool = True,
     bias: Tensor | None = None,
     lora_A: Tensor | None = None,
     lora_B: Tensor | None = None,
     scaling: float = 1.0,
-) -> Product:
-    """What multiplies with a weight, by how it is stored."""
+) -> LinearProduct:
+    """Describe the product with a weight to the kernels."""
     if isinstance(stored, BlockWeight):
-        return Product.of_blocks(stored, bias, lora_A, lora_B, scaling)
+        return LinearProduct.from_blocks(stored, bias, lora_A, lora_B, scaling)
     scale, columns, in_blocks = stored or (None, None, False)
-    return Product(weight, by_column, scale, columns, bias, lora_A, lora_B, scaling, in_blocks)
+    return LinearProduct(weight, by_column, scale, columns, bias, lora_A, lora_B, scaling, in_blocks)
 
 
 def multiply_backward(
-    grad: Tensor, of: Product, added: Tensor | None = None, need_x: bool = True
+    grad: Tensor, product: LinearProduct, added: Tensor | None = None, need_x: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """:func:`deltaw.kernels.linear.linear_backward`, in int8 where this process computes gradients of plain
-    weights so."""
-    plain = of.scale is None and of.format is None
-    return linear_backward(grad, of, added, need_x, plain and need_x and rounds_gradients(grad, of))
+    """Call :func:`deltaw.kernels.linear.linear_backward`, in int8 if enabled for gradients of plain weights."""
+    plain = product.scale is None and product.format is None
+    return linear_backward(grad, product, added, need_x, plain and need_x and uses_int8_gradients(grad, product))
 
 
-def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, stored: Stored) -> Tensor:
-    """x·Wᵀ + b for a stored weight; (..., in) to (..., out)."""
-    return _Frozen.apply(x, weight, bias, stored)
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, stored: StoredWeight) -> Tensor:
+    """Return x·Wᵀ + b for a quantized weight; (..., in) to (..., out)."""
+    return _FrozenLinear.apply(x, weight, bias, stored)
 
 
-class _Frozen(torch.autograd.Function):
+class _FrozenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stored: Stored) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stored: StoredWeight) -> Tensor:
         y, _ = linear(x.reshape(-1, x.shape[-1]), product(weight, stored, bias=bias))
         ctx.save_for_backward(weight)
         ctx.stored = stored

@@ -1,1 +1,1 @@
-"""What the machine is: processor, memory limits, devices, and what is chosen for it."""
+"""Detect processors, memory limits and devices, and choose device, precision, threads and kernels for them."""

@@ -1,11 +1,10 @@
-"""What is chosen for this machine: device, precision of the frozen weights, number of threads.
+"""Choose the device, the precision of the frozen weights, and the number of threads.
 
-Each choice comes with its reason, so that a run can print both. A value that the user asked for is kept where
-the machine can do it at all, and refused with a hint where it cannot.
+Each :class:`Choice` contains its reason, so that a run can print both. Values that the user sets are used if the
+machine supports them, and rejected with a hint otherwise.
 
-Knows no models and no runs. Torch is imported by the functions that ask it something, so that a caller that
-only needs the number of threads does not wait for it. The root of the file system is a parameter: a test
-describes a machine in a folder.
+Torch is imported only by the functions that query it. The root of the file system is a parameter, so that tests can
+describe a machine in a folder.
 """
 
 from __future__ import annotations
@@ -23,66 +22,65 @@ if TYPE_CHECKING:
     import torch
 
 
-# A container or a batch system limits a process through control groups; neither torch nor ``/proc/meminfo``
-# sees that. A limit may sit on the process's own group or on any group above it, so the whole path up to the
-# root is read and the tightest value holds. Versions 1 and 2, and both mounted side by side, are understood.
+# Containers and batch systems limit a process through control groups, which neither torch nor ``/proc/meminfo``
+# reports. Every group from the process's group up to the root can set a limit, and the tightest applies. Versions 1
+# and 2, and hybrid mounts of both, are supported.
 
-# Where the two versions are mounted, relative to the root: version 2 alone, and beside version 1.
+# Mount points relative to the root: of version 2, without and with version 1, and of version 1.
 _UNIFIED_MOUNTS = ("sys/fs/cgroup", "sys/fs/cgroup/unified")
 _CONTROLLER_MOUNT = "sys/fs/cgroup"
 
 
 def processor_quota(root: Path = Path("/")) -> float | None:
-    """The processors' worth of time that the process may use, or None where nothing limits it.
+    """Return the CPU quota of the process in processors, or None if it is unlimited.
 
-    Version 2 writes ``quota period`` in ``cpu.max``; version 1 has ``cpu.cfs_quota_us`` (−1: no limit) and
-    ``cpu.cfs_period_us``. Both are in microseconds; the quotient is a number of processors.
+    Version 2 writes ``quota period`` in ``cpu.max``. Version 1 has ``cpu.cfs_quota_us`` (−1 if unlimited) and
+    ``cpu.cfs_period_us``. All values are in microseconds.
     """
     quotas = []
     for folder in _group_folders(root, "cpu"):
-        # Two numbers in one file, or one in each of two.
+        # Version 2 has both numbers in one file, version 1 has a file for each.
         unified = _words(folder / "cpu.max")
-        apart = [*_words(folder / "cpu.cfs_quota_us")[:1], *_words(folder / "cpu.cfs_period_us")[:1]]
-        for quota in (unified, apart):
+        legacy = [*_words(folder / "cpu.cfs_quota_us")[:1], *_words(folder / "cpu.cfs_period_us")[:1]]
+        for quota in (unified, legacy):
             if len(quota) == 2 and all(word.isdigit() and int(word) > 0 for word in quota):
                 quotas.append(int(quota[0]) / int(quota[1]))
     return min(quotas, default=None)
 
 
 def memory_limit(root: Path = Path("/")) -> int | None:
-    """The bytes that the process's groups may hold together, or None where nothing limits them.
+    """Return the memory limit of the process's control groups in bytes, or None if they set no limit.
 
-    ``memory.high`` counts as a limit too: above it the kernel reclaims so hard that a run crawls. Version 1
-    writes a number near 2⁶³ for "no limit"; comparing with the physical memory is the caller's part.
+    ``memory.high`` counts as a limit too, because the kernel slows a process down severely above it. Version 1 writes a
+    number near 2⁶³ for "no limit", so callers compare the result with the physical memory.
     """
     return min((limit for folder in _group_folders(root, "memory") for limit in _limits(folder)), default=None)
 
 
 def memory_free(root: Path = Path("/")) -> int | None:
-    """The bytes that the process's groups may still take, or None where nothing limits them.
+    """Return the bytes that the process's control groups can still allocate, or None if they set no limit.
 
-    What the kernel holds of files and can drop at once counts as free.
+    Page cache that the kernel can drop immediately counts as free.
     """
     free = []
     for folder in _group_folders(root, "memory"):
         limits = _limits(folder)
         used = _positive(folder / "memory.current") or _positive(folder / "memory.usage_in_bytes")
         if limits and used is not None:
-            stat = dict(line.split()[:2] for line in lines_of(folder / "memory.stat") if " " in line)
+            stat = dict(line.split()[:2] for line in read_lines(folder / "memory.stat") if " " in line)
             droppable = stat.get("total_inactive_file") or stat.get("inactive_file") or "0"
             free.append(max(0, min(limits) - used + int(droppable)))
     return min(free, default=None)
 
 
 def _limits(folder: Path) -> list[int]:
-    """The limits on the memory of a group."""
     names = ("memory.max", "memory.high", "memory.limit_in_bytes")
     return [limit for name in names if (limit := _positive(folder / name))]
 
 
 def _group_folders(root: Path, controller: str) -> Iterator[Path]:
-    """The folders of the process's group and of every group above it, for one controller."""
-    for line in lines_of(root / "proc/self/cgroup"):
+    """Yield the folders of the process's control group and of all groups above it for one controller."""
+    for line in read_lines(root / "proc/self/cgroup"):
         _, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
         if not controllers:
@@ -93,18 +91,18 @@ def _group_folders(root: Path, controller: str) -> Iterator[Path]:
         else:
             continue
         parts = PurePosixPath(group).parts[1:]
-        if ".." in parts:  # the group lies outside this namespace; its mount shows what applies here
+        if ".." in parts:  # the group is outside this namespace: only its mount point is visible
             parts = ()
         for mount in mounts:
-            # Inside a container the path may be the host's: the folders that do not exist here are skipped.
+            # In a container the path may be the host's. Folders that do not exist in the container are skipped.
             for depth in range(len(parts), -1, -1):
                 folder = mount.joinpath(*parts[:depth])
                 if folder.is_dir():
                     yield folder
 
 
-def lines_of(path: Path) -> list[str]:
-    """The lines of a small kernel file; none where it cannot be read."""
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a small kernel file, or an empty list if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -112,31 +110,31 @@ def lines_of(path: Path) -> list[str]:
 
 
 def _words(path: Path) -> list[str]:
-    lines = lines_of(path)
+    lines = read_lines(path)
     return lines[0].split() if lines else []
 
 
 def _positive(path: Path) -> int | None:
-    """A file's whole number if it is above zero; None for ``max``, −1 and files that are not there."""
+    """Return the integer in a file if it is positive, else None (for ``max``, −1 and missing files)."""
     words = _words(path)
     return int(words[0]) if words and words[0].isdigit() and int(words[0]) > 0 else None
 
 
 T = TypeVar("T")
 
-# The names of precisions. With int8 and nf4, the blocks' linear layers are quantized after loading; with
-# gguf, weights stay in the blocks of the model's GGUF file. All else is bf16 then.
+# Valid values of ``precision``. int8 and nf4 quantize the linear layers of the blocks after loading. gguf leaves
+# weights in the blocks of the model's GGUF file. All other parameters are bf16 with these three.
 PRECISIONS = ("bf16", "fp16", "fp32", "int8", "gguf", "nf4")
 QUANTIZED = ("int8", "gguf", "nf4")
-# Bf16 is taken where its products reach this share of the rate of fp32: it takes half the memory. A precision
-# that was asked for is called slow where it reaches less than that share of another.
-AS_FAST, SLOW = 0.85, 0.6
+# BF16_RATE_SHARE: ``auto`` chooses bf16 if its products reach this share of the rate of fp32.
+# SLOW_RATE_SHARE: a requested precision below this share of the best rate is reported as slow.
+BF16_RATE_SHARE, SLOW_RATE_SHARE = 0.85, 0.6
 _ROOT = Path("/")
 
 
 @dataclass(frozen=True)
 class Choice(Generic[T]):
-    """A value that was settled, and why in a few words."""
+    """A value that was chosen, with the reason in a few words."""
 
     value: T
     why: str
@@ -146,111 +144,112 @@ class Choice(Generic[T]):
 
 
 def dtype_of(precision: str) -> torch.dtype:
-    """The type that a model is loaded in for one of :data:`PRECISIONS`."""
+    """Return the dtype that a model is loaded in for one of :data:`PRECISIONS`."""
     import torch
 
     types = {"fp16": torch.float16, "fp32": torch.float32}
     return types.get(precision, torch.bfloat16)
 
 
-def choose_device(asked: str = "auto") -> Choice[str]:
-    """The device to compute on: ``cuda``, ``cuda:N``, ``mps`` or ``cpu``.
+def choose_device(requested: str = "auto") -> Choice[str]:
+    """Return the device to compute on: ``cuda``, ``cuda:N``, ``mps`` or ``cpu``.
 
-    ``auto`` takes a CUDA device where there is one, else the processor; ``mps`` only when asked for.
+    ``auto`` chooses CUDA if it is available, else the CPU. It never chooses ``mps``.
 
     Raises:
-        UserError: the device asked for is unknown or is not there.
+        UserError: if the requested device is unknown or unavailable.
     """
     import torch
 
-    if asked == "auto":
+    if requested == "auto":
         if torch.cuda.is_available():
             return Choice("cuda", torch.cuda.get_device_name(0))
-        return Choice("cpu", "no CUDA device is there")
-    kind, _, index = asked.partition(":")
+        return Choice("cpu", "no CUDA device was found")
+    kind, _, index = requested.partition(":")
     if kind not in ("cpu", "cuda", "mps") or (index and not index.isdigit()):
-        hint = did_you_mean(asked, ("auto", "cpu", "cuda", "mps"))
-        raise UserError(f"'{asked}' is not a device", where="device", hint=hint)
+        hint = did_you_mean(requested, ("auto", "cpu", "cuda", "mps"))
+        raise UserError(f"'{requested}' is not a device", location="device", hint=hint)
     if kind == "cuda" and not torch.cuda.is_available():
         hint = "install the CUDA build of torch and check the driver, or use device: cpu"
-        raise UserError("a CUDA device is asked for, and torch sees none", where="device", hint=hint)
+        raise UserError("no CUDA device is available to torch", location="device", hint=hint)
     if kind == "cuda" and index and int(index) >= (count := torch.cuda.device_count()):
-        what = f"device {asked} is asked for, and there are {count} CUDA devices"
-        raise UserError(what, where="device", hint="devices are counted from 0")
+        message = f"device {requested} does not exist: torch sees {count} CUDA devices"
+        raise UserError(message, location="device", hint="devices are counted from 0")
     if kind == "mps" and not torch.backends.mps.is_available():
-        raise UserError("the mps device is asked for, and this torch has none", where="device", hint="use device: cpu")
-    return Choice(asked, "as asked")
+        raise UserError("the mps device is not available in this torch", location="device", hint="use device: cpu")
+    return Choice(requested, "as requested")
 
 
-def choose_precision(device: str, asked: str = "auto", rates: Mapping[str, float] | None = None) -> Choice[str]:
-    """The type of the frozen weights: a key of :data:`PRECISIONS`.
+def choose_precision(device: str, requested: str = "auto", rates: Mapping[str, float] | None = None) -> Choice[str]:
+    """Choose the precision of the frozen weights, one of :data:`PRECISIONS`.
 
-    ``auto`` on a processor is bf16, which takes half the memory, where the fastest way to compute products of
-    bf16 weights is about as fast as that of fp32 weights, and fp32 elsewhere. On CUDA it is bf16 from compute
-    capability 8.0 on.
+    On a CPU, ``auto`` chooses bf16, which halves the memory, if its products are about as fast as those of fp32
+    weights, and fp32 otherwise. On CUDA it chooses bf16 from compute capability 8.0 on.
 
     Args:
-        rates: GFLOP/s of products by the precision of their weights; None measures this machine.
+        device: Device to compute on.
+        requested: ``auto`` or a precision.
+        rates: GFLOP/s of products by the precision of their weights, or None to measure this machine.
 
     Raises:
-        UserError: an unknown precision, fp16 on a processor, or a quantized one anywhere else.
+        UserError: if the precision is unknown, fp16 on a CPU, or quantized on another device.
     """
-    if asked not in ("auto", *PRECISIONS):
-        hint = did_you_mean(asked, ("auto", *PRECISIONS))
-        raise UserError(f"'{asked}' is not a precision", where="precision", hint=hint)
+    if requested not in ("auto", *PRECISIONS):
+        hint = did_you_mean(requested, ("auto", *PRECISIONS))
+        raise UserError(f"'{requested}' is not a precision", location="precision", hint=hint)
     kind = device.partition(":")[0]
-    if asked == "fp16" and kind == "cpu":
-        what = "fp16 is not for processors: they multiply it slowly and it overflows where bf16 does not"
-        raise UserError(what, where="precision", hint="use precision: auto, bf16 or fp32")
-    if asked in QUANTIZED and kind != "cpu":
-        what = f"{asked} is for processors, and the device is {kind}"
-        raise UserError(what, where="precision", hint="use precision: auto or bf16")
-    if asked in ("fp32", "gguf", "nf4"):
-        return Choice(asked, "as asked")
+    if requested == "fp16" and kind == "cpu":
+        message = "fp16 is not for processors: it is slow on them, and it overflows at values that bf16 can represent"
+        raise UserError(message, location="precision", hint="use precision: auto, bf16 or fp32")
+    if requested in QUANTIZED and kind != "cpu":
+        message = f"{requested} is for processors, and the device is {kind}"
+        raise UserError(message, location="precision", hint="use precision: auto or bf16")
+    if requested in ("fp32", "gguf", "nf4"):
+        return Choice(requested, "as requested")
     if kind != "cpu":
-        return _other_device_precision(device, asked)
+        return _accelerator_precision(device, requested)
     if rates is None:
         from deltaw.machine.kernel_choice import choose_kernels
         from deltaw.machine.product_rates import GENERIC
 
         measured = choose_kernels(GENERIC, choose_threads().value)
-        rates = {stored: measured.rate(stored) for stored in ("fp32", "bf16", "int8")}
+        rates = {weight_type: measured.rate(weight_type) for weight_type in ("fp32", "bf16", "int8")}
     best = max(rates["fp32"], rates["bf16"])
-    shown = f"bf16 products reach {rates['bf16']:.0f} GFLOP/s, fp32 {rates['fp32']:.0f}"
-    if asked == "auto":
-        return Choice("bf16" if rates["bf16"] >= AS_FAST * rates["fp32"] else "fp32", shown)
-    if rates[asked] < SLOW * best:
-        slow = f"{asked} products reach {rates[asked]:.0f} G operations a second on this machine"
-        return Choice(asked, f"as asked, though {slow}, and {best:.0f} in another precision: expect it to be slow")
-    return Choice(asked, "as asked")
+    reason = f"bf16 products reach {rates['bf16']:.0f} GFLOP/s, fp32 {rates['fp32']:.0f}"
+    if requested == "auto":
+        return Choice("bf16" if rates["bf16"] >= BF16_RATE_SHARE * rates["fp32"] else "fp32", reason)
+    if rates[requested] < SLOW_RATE_SHARE * best:
+        slow = f"{requested} products reach {rates[requested]:.0f} GOP/s on this machine"
+        return Choice(requested, f"as requested, but slow: {slow}, compared to {best:.0f} in another precision")
+    return Choice(requested, "as requested")
 
 
-def _other_device_precision(device: str, asked: str) -> Choice[str]:
-    """The precision on a device that is no processor, where ``asked`` is not fp32."""
+def _accelerator_precision(device: str, requested: str) -> Choice[str]:
+    """Choose the precision on a GPU, for a requested precision other than fp32."""
     kind, reason = device.partition(":")[0], native_bf16(device)
-    lacking = "this device has no native bf16 (compute capability below 8.0)"
-    lacking = lacking if kind == "cuda" else f"bf16 is not taken for granted on {kind}"
-    if asked == "bf16" and reason is None:
-        return Choice("bf16", f"as asked, though {lacking}: expect it to be slow")
-    if asked != "auto":
-        return Choice(asked, "as asked")
-    return Choice("fp32", lacking) if reason is None else Choice("bf16", reason)
+    limitation = "this device has no native bf16 (compute capability below 8.0)"
+    limitation = limitation if kind == "cuda" else f"bf16 support is unknown on {kind}"
+    if requested == "bf16" and reason is None:
+        return Choice("bf16", f"as requested, though {limitation}: expect it to be slow")
+    if requested != "auto":
+        return Choice(requested, "as requested")
+    return Choice("fp32", limitation) if reason is None else Choice("bf16", reason)
 
 
-def choose_threads(asked: str | int = "auto", root: Path = _ROOT) -> Choice[int]:
-    """How many threads to compute with: what the process may use, not what the machine has.
+def choose_threads(requested: str | int = "auto", root: Path = _ROOT) -> Choice[int]:
+    """Choose the number of compute threads within the limits of the process.
 
-    ``auto`` is ``OMP_NUM_THREADS`` where that is set, else the least of the processors that the process may
-    run on, their physical cores, and the quota of its control groups (rounded down, at least one).
+    ``auto`` is ``OMP_NUM_THREADS`` if it is set. Otherwise it is the minimum of the processors that the process may run
+    on, their physical cores, and the quota of its control groups (rounded down, at least 1).
 
     Raises:
-        UserError: not a number above zero.
+        UserError: if the number is not a positive integer.
     """
-    if asked != "auto":
-        if not str(asked).isdigit() or int(asked) < 1:
+    if requested != "auto":
+        if not str(requested).isdigit() or int(requested) < 1:
             hint = "use auto or a number from 1"
-            raise UserError(f"'{asked}' is not a number of threads", where="threads", hint=hint)
-        return Choice(int(asked), "as asked")
+            raise UserError(f"'{requested}' is not a number of threads", location="threads", hint=hint)
+        return Choice(int(requested), "as requested")
     set_by_user = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if set_by_user.isdigit() and int(set_by_user) > 0:
         return Choice(int(set_by_user), "OMP_NUM_THREADS")
@@ -259,6 +258,6 @@ def choose_threads(asked: str | int = "auto", root: Path = _ROOT) -> Choice[int]
     quota = processor_quota(root)
     if quota is not None:
         bounds.append((max(1, int(quota)), f"control group quota of {quota:g} processors"))
-    # Of equal bounds the later is named: it says more about why there are not more threads.
+    # If bounds are equal, the later one is reported because it is more specific.
     count, why = min(reversed(bounds), key=lambda bound: bound[0])
     return Choice(count, f"physical {why}" if why == "cores" else why)

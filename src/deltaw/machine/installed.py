@@ -1,7 +1,6 @@
-"""Which packages are installed beside deltaw, and whether their versions are those that it asks for.
+"""Compare the installed versions of packages with the ranges that deltaw requires.
 
-The ranges come from deltaw's own metadata, so they are written down once, in ``pyproject.toml``. Nothing is
-imported, and no index is asked.
+The ranges are read from deltaw's metadata. No package is imported, and no package index is contacted.
 """
 
 from __future__ import annotations
@@ -14,17 +13,18 @@ from pathlib import Path
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.version import InvalidVersion
 
-from deltaw.machine.choices import lines_of
+from deltaw.machine.choices import read_lines
 
 
 @dataclass(frozen=True)
 class Package:
-    """A package that deltaw asks for.
+    """A package that deltaw depends on.
 
     Attributes:
-        wanted: the range of versions, as in ``>=2.6,<3``; empty for any.
-        installed: the version that is there; None where it is not.
-        extra: the extra that asks for it; None where deltaw cannot do without.
+        name: Name of the distribution.
+        wanted: Required version range, for example ``>=2.6,<3``. Empty if any version is accepted.
+        installed: Installed version, or None if the package is not installed.
+        extra: Extra that requires the package, or None if it is mandatory.
     """
 
     name: str
@@ -34,20 +34,20 @@ class Package:
 
     @property
     def fits(self) -> bool:
-        """Whether the version that is there is one of those asked for."""
+        """True if the installed version is in the required range."""
         if self.installed is None:
             return False
         try:
             return Requirement(f"{self.name}{self.wanted}").specifier.contains(self.installed, prereleases=True)
         except (InvalidRequirement, InvalidVersion):
-            return True  # a version that cannot be read is not known to be wrong
+            return True  # a version that cannot be parsed is not reported as wrong
 
     def as_dict(self) -> dict[str, object]:
         return {**asdict(self), "wanted": self.wanted or None, "fits": self.fits}
 
 
 def version_of(name: str) -> str | None:
-    """The installed version of a package; None where there is none."""
+    """Return the installed version of a package, or None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -55,38 +55,40 @@ def version_of(name: str) -> str | None:
 
 
 def packages(requirements: list[str] | None = None) -> list[Package]:
-    """What deltaw asks for, each once; extras for developers are left out.
+    """Return the dependencies of deltaw, each once, without those of the ``dev`` extra.
 
     Args:
-        requirements: as in a package's metadata; None for deltaw's own, which are not known where deltaw is
-            not installed: the list is empty then.
+        requirements: Requirement strings in the format of package metadata. None reads deltaw's metadata, and the
+            result is empty if deltaw is not installed.
     """
     if requirements is None:
         try:
             requirements = importlib.metadata.requires("deltaw") or []
         except importlib.metadata.PackageNotFoundError:
             return []
-    found: dict[str, Package] = {}
+    by_name: dict[str, Package] = {}
     for text in requirements:
         try:
-            read = Requirement(text)
+            requirement = Requirement(text)
         except InvalidRequirement:
             continue
-        _, named, rest = str(read.marker or "").partition('extra == "')
-        extra = rest.partition('"')[0] if named else None
-        if extra == "dev" or (extra is None and read.marker is not None and not read.marker.evaluate()):
+        _, separator, rest = str(requirement.marker or "").partition('extra == "')
+        extra = rest.partition('"')[0] if separator else None
+        if extra == "dev" or (extra is None and requirement.marker is not None and not requirement.marker.evaluate()):
             continue
-        package = Package(read.name, str(read.specifier), version_of(read.name), extra)
-        if read.name not in found or found[read.name].extra is not None:
-            found[read.name] = package
-    return list(found.values())
+        package = Package(requirement.name, str(requirement.specifier), version_of(requirement.name), extra)
+        if requirement.name not in by_name or by_name[requirement.name].extra is not None:
+            by_name[requirement.name] = package
+    return list(by_name.values())
 
 
 _LIBRARY = re.compile(r"/(lib(?:gomp|iomp5|omp)[^/]*\.so[^/]*)$")
 
 
 def openmp_libraries(root: Path = Path("/")) -> list[str]:
-    """The names of the OpenMP libraries that this process has loaded, in alphabetical order; a second one brings a
-    second pool of threads. Empty where the system does not say."""
-    found = (_LIBRARY.search(line.rstrip()) for line in lines_of(root / "proc/self/maps"))
-    return sorted({match[1] for match in found if match})
+    """Return the sorted file names of the OpenMP libraries loaded in this process.
+
+    More than one library means more than one thread pool. The list is empty if the system has no ``/proc/self/maps``.
+    """
+    matches = (_LIBRARY.search(line.rstrip()) for line in read_lines(root / "proc/self/maps"))
+    return sorted({match[1] for match in matches if match})

@@ -1,7 +1,6 @@
-"""Main memory: what this process may hold, what it holds and has held, and how it gives some back.
+"""Measure the main memory of the process and configure how its allocator returns memory to the system.
 
-Knows nothing of models or runs, and imports no torch. The root of the file system is a parameter: a test
-describes a machine in a folder.
+Imports no torch. The root of the file system is a parameter, so that tests can describe a machine in a folder.
 """
 
 from __future__ import annotations
@@ -19,14 +18,16 @@ from deltaw.machine import choices
 from deltaw.machine.choices import Choice
 
 _ROOT = Path("/")
-# Of glibc's malloc.h.
+# From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
-LARGEST_KEPT = 2**25
-"""Bytes of a block above which it goes back to the system when it is freed; each glibc allows this."""
+MAX_RETAINED_BYTES = 2**25
+"""Size in bytes above which a freed block is returned to the system. Every glibc version accepts this value."""
 
 
 def memory_limit_bytes(root: Path = _ROOT) -> Choice[int]:
-    """The bytes of main memory that this process may hold: control group or physical, the smaller."""
+    """Return the main memory available to this process in bytes: the smaller of its control group limit and the
+    physical memory.
+    """
     physical = _sizes(root / "proc/meminfo").get("MemTotal") or int(psutil.virtual_memory().total)
     limit = choices.memory_limit(root)
     if limit is not None and limit < physical:
@@ -35,14 +36,14 @@ def memory_limit_bytes(root: Path = _ROOT) -> Choice[int]:
 
 
 def free_memory_bytes(root: Path = _ROOT) -> int:
-    """The bytes of main memory that this process could still take: the machine's, or its control group's."""
+    """Return the bytes of main memory that this process can still allocate, limited by its control group."""
     available = _sizes(root / "proc/meminfo").get("MemAvailable") or int(psutil.virtual_memory().available)
     in_group = choices.memory_free(root)
     return available if in_group is None else min(available, in_group)
 
 
 def swap_bytes(root: Path = _ROOT) -> tuple[int, int]:
-    """The bytes of swap space in use, and of all."""
+    """Return the used and the total bytes of swap space."""
     sizes = _sizes(root / "proc/meminfo")
     if "SwapTotal" in sizes and "SwapFree" in sizes:
         return sizes["SwapTotal"] - sizes["SwapFree"], sizes["SwapTotal"]
@@ -51,7 +52,7 @@ def swap_bytes(root: Path = _ROOT) -> tuple[int, int]:
 
 
 def resident_bytes(process: int | None = None) -> int:
-    """The bytes of main memory that a process holds now, this one by default; 0 for one that is gone."""
+    """Return the resident memory of a process (by default this one) in bytes, or 0 if it has exited."""
     try:
         return int(psutil.Process(process).memory_info().rss)
     except psutil.Error:
@@ -59,7 +60,7 @@ def resident_bytes(process: int | None = None) -> int:
 
 
 def peak_resident_bytes(root: Path = _ROOT) -> int:
-    """The most bytes of main memory that this process has held so far."""
+    """Return the peak resident memory of this process in bytes."""
     peak = _sizes(root / "proc/self/status").get("VmHWM")
     if peak is not None:
         return peak
@@ -71,16 +72,17 @@ def peak_resident_bytes(root: Path = _ROOT) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-class PeakWatch:
-    """The most main memory that the process held while a block ran, as far as the system can tell.
+class PeakMemory:
+    """Context manager that measures the peak resident memory during a block.
 
-    ``bytes`` is exact where the block reached a new peak of the process. Where an earlier peak was higher,
-    the system cannot tell; it is then what the process held at the block's beginning or end, the larger.
+    Attributes:
+        bytes: Peak in bytes. It is exact if the block set a new peak of the process. Otherwise the system does not
+            report it, and it is the larger of the resident sizes at entry and exit.
     """
 
     bytes = 0
 
-    def __enter__(self) -> PeakWatch:
+    def __enter__(self) -> PeakMemory:
         self._peak, self._resident = peak_resident_bytes(), resident_bytes()
         return self
 
@@ -90,21 +92,21 @@ class PeakWatch:
 
 
 def release_free_memory() -> None:
-    """Give the memory that this process holds but does not use back to the system, where its allocator can.
+    """Collect garbage and return unused memory of this process to the system, if the allocator supports it.
 
-    Reading a large file or a model leaves holes that later tensors seldom fit: with glibc they would stay
-    resident for the whole run.
+    Reading a large file or a model leaves holes that later tensors seldom fit into. With glibc they would stay resident
+    for the rest of the run.
     """
     gc.collect()
     trim_memory()
 
 
-# Called when freed memory is returned to the system, so that a simulated allocator can do the same.
+# Called after unused memory is returned to the system, so that a simulated allocator can do the same.
 trim_listeners: list[Callable[[], None]] = []
 
 
 def trim_memory() -> None:
-    """The same without collecting unreachable objects: holes that tensors of many sizes left go back."""
+    """Return unused memory of this process to the system without collecting garbage."""
     library = _allocator()
     if library is not None and hasattr(library, "malloc_trim"):
         library.malloc_trim(0)
@@ -112,49 +114,54 @@ def trim_memory() -> None:
         listener()
 
 
-def keep_freed_memory() -> None:
-    """Let this process's allocator keep what is freed for what comes next, where it is glibc's.
+def retain_freed_memory() -> None:
+    """Configure glibc's allocator to retain freed memory for later allocations.
 
-    As it comes, glibc gives large blocks back to the system and gets them again, cleared page by page: up to
-    a tenth of a short step. :func:`release_free_memory` still gives all back. Blocks above
-    :data:`LARGEST_KEPT` are not kept: the gradient of a vocabulary's matrix seldom fits the hole that the
-    last one left, once smaller tensors lie in it, and the peak would grow by such a matrix. All threads share one
-    heap: what is freed in a second one is of no use to the first. Whoever has set the allocator through the
-    environment keeps those settings.
+    By default, glibc returns large blocks to the system and receives them back zeroed page by page, which costs up to a
+    tenth of a short step. :func:`release_free_memory` still returns everything. Blocks above :data:`MAX_RETAINED_BYTES`
+    are not retained: smaller tensors fragment their hole, so the next vocabulary-sized gradient would not fit, and the
+    peak would grow by its size. All threads share one heap, because memory freed in one heap cannot be used by threads
+    of another.
+
+    Has no effect with another allocator, or if the user configures glibc's in the environment.
     """
-    options = {_M_TRIM_THRESHOLD: 2**30, _M_MMAP_THRESHOLD: LARGEST_KEPT, _M_ARENA_MAX: 1}
-    set_already = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_ARENA_MAX", "GLIBC_TUNABLES")
-    _set_allocator(options, unless=set_already)
+    options = {_M_TRIM_THRESHOLD: 2**30, _M_MMAP_THRESHOLD: MAX_RETAINED_BYTES, _M_ARENA_MAX: 1}
+    user_variables = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_ARENA_MAX", "GLIBC_TUNABLES")
+    _set_allocator(options, unless=user_variables)
 
 
-def give_large_blocks_back() -> None:
-    """Let this process's allocator give blocks of a megabyte and more back as soon as they are freed.
+def return_large_blocks() -> None:
+    """Configure glibc's allocator to return blocks of at least 1 MiB to the system as soon as they are freed.
 
-    For weights that come and go, block by block, among tensors that stay: kept in one heap, the holes between
-    them would add up to a large part of the model. What is free at the heap's end goes back too, since glibc
-    would cut large blocks from it. Where it is not glibc's allocator, nothing happens.
+    Use it for weights that are loaded and freed block by block between tensors that stay allocated. In one heap, the
+    holes between them would add up to a large part of the model. The free end of the heap is trimmed too, because glibc
+    would otherwise place large blocks in it. Has no effect with another allocator.
     """
     if _set_allocator({_M_TRIM_THRESHOLD: 2**20, _M_MMAP_THRESHOLD: 2**20}):
         trim_memory()
 
 
 def share_heaps() -> None:
-    """Let threads that start from now on share the heaps of this process's allocator, where it is glibc's.
+    """Limit glibc's allocator to two heaps, shared by all threads that start from now on.
 
-    It would make eight for each core, and what is freed in one is of no use to threads of another: many short
-    requests would leave tens of megabytes in each. Whoever has set the allocator through the environment
-    keeps those settings.
+    By default there are eight per core, and memory freed in one cannot be used by threads of another: short requests
+    would leave tens of megabytes in each. Has no effect with another allocator, or if the user configures glibc's in
+    the environment.
     """
     _set_allocator({_M_ARENA_MAX: 2}, unless=("MALLOC_ARENA_MAX", "GLIBC_TUNABLES"))
 
 
 def _allocator() -> ctypes.CDLL | None:
-    """The library with this process's allocator, where it may be glibc's."""
+    """Return the C library if its allocator may be glibc's, else None."""
     return ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def _set_allocator(options: dict[int, int], unless: tuple[str, ...] = ()) -> bool:
-    """Set options of glibc's allocator, unless one of these variables is set; whether that was done."""
+    """Set options of glibc's allocator, unless one of the environment variables in ``unless`` is set.
+
+    Returns:
+        True if the options were set.
+    """
     library = _allocator()
     if library is None or not hasattr(library, "mallopt") or any(name in os.environ for name in unless):
         return False
@@ -164,10 +171,10 @@ def _set_allocator(options: dict[int, int], unless: tuple[str, ...] = ()) -> boo
 
 
 def _sizes(path: Path) -> dict[str, int]:
-    """The sizes that a kernel file tells in kB, in bytes by their names."""
-    found = {}
-    for line in choices.lines_of(path):
+    """Return the sizes in a kernel file by name. Values in kB are converted to bytes."""
+    sizes = {}
+    for line in choices.read_lines(path):
         key, _, value = line.partition(":")
         if value.endswith(" kB"):
-            found[key] = int(value.split()[0]) * 1024
-    return found
+            sizes[key] = int(value.split()[0]) * 1024
+    return sizes

@@ -1,6 +1,6 @@
-"""Facts about the processor: its name and its cores, and whether another device multiplies bf16 natively.
+"""Query the processor's name and cores, and whether a GPU multiplies bf16 natively.
 
-Knows nothing of what is chosen from them. Imports no torch but where a GPU is asked about.
+Torch is imported only to query a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _ROOT = Path("/")
 
 
 def native_bf16(device: str) -> str | None:
-    """Why bf16 is fast on a device that is no processor; None where it is not."""
+    """Return the reason why bf16 is fast on a GPU, or None if it is not."""
     if device.partition(":")[0] != "cuda":
         return None
     import torch
@@ -28,16 +28,16 @@ def native_bf16(device: str) -> str | None:
 
 
 def usable_processors() -> set[int]:
-    """Numbers of the processors that this process may run on."""
+    """Return the numbers of the processors that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return set(os.sched_getaffinity(0))
     process = psutil.Process()
-    # Windows has an affinity of its own; macOS does not bind processes to processors.
+    # Windows has a separate affinity API, and macOS has no affinity.
     return set(process.cpu_affinity() if hasattr(process, "cpu_affinity") else range(os.cpu_count() or 1))
 
 
 def physical_cores(usable: set[int], root: Path) -> int:
-    """The physical cores behind the processors in ``usable``: hyperthreads of one core count once."""
+    """Return the number of physical cores of the ``usable`` processors. Hyperthreads of one core count once."""
     cores = set()
     for number in usable:
         topology = root / f"sys/devices/system/cpu/cpu{number}/topology"

@@ -1,1 +1,1 @@
-"""What a run needs of memory: predicted by running it on fake tensors, and measured."""
+"""Predict the memory of a run with a dry run on fake tensors, and measure it."""

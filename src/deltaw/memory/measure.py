@@ -1,7 +1,6 @@
-"""The truth about a run's memory: what torch's allocator gave out.
+"""Measure the memory that a program allocates through torch's CPU allocator.
 
-It reads the allocator alone and shares nothing with the prediction, which is tested against it. Knows no
-models and no training.
+The measurement shares no code with the prediction, so tests can compare the two.
 """
 
 from __future__ import annotations
@@ -14,31 +13,30 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """The bytes of the storages behind ``tensors``, each storage once."""
+    """Return the total bytes of the storages behind ``tensors``. Shared storages count once."""
     storages = {id(storage): storage for storage in (t.untyped_storage() for t in tensors)}
     return sum(storage.nbytes() for storage in storages.values())
 
 
 def peak_tensor_bytes(run: Callable[[], object], *, alive: Iterable[Tensor] = ()) -> int:
-    """The most bytes that tensors on the processor took at one time while ``run`` ran.
+    """Return the peak number of bytes that tensors on the CPU use while ``run`` runs.
 
-    Counted are the allocations and releases that torch's profiler sees in the allocator, whatever made them:
-    also buffers inside an operator that no tensor of the program ever held.
+    All allocations recorded by torch's profiler are counted, including temporary buffers inside operators.
 
     Args:
-        run: is called once. Keep it to a few steps: the profiler holds every event in memory.
-        alive: tensors made before ``run`` that stay alive throughout; the profiler cannot see those. Memory
-            that torch did not allocate itself (a mapped file, a NumPy array) counts only if it is named here.
+        run: Function that is called once. Limit it to a few steps, because the profiler stores every event in memory.
+        alive: Tensors allocated before ``run`` that stay alive throughout. The profiler does not report them. Memory
+            not allocated by torch (a mapped file, a NumPy array) is counted only if it is passed here.
 
     Returns:
-        bytes, those of ``alive`` among them.
+        Peak in bytes, including ``alive``.
     """
-    before = storage_bytes(alive)
+    alive_bytes = storage_bytes(alive)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
-    now = peak = 0
+    current = peak = 0
     for event in recorded.profiler.kineto_results.events():  # type: ignore[union-attr]
         if event.nbytes() and event.device_type() == torch.autograd.DeviceType.CPU:
-            now += event.nbytes()
-            peak = max(peak, now)
-    return before + peak
+            current += event.nbytes()
+            peak = max(peak, current)
+    return alive_bytes + peak

@@ -1,9 +1,8 @@
-"""What a run will need, part by part, before it starts: tensors, and the process around them.
+"""Predicted memory of a run by part: its tensors, and the rest of the process.
 
-Tensors are known from a dry run on fake tensors (:mod:`deltaw.memory.simulation`). The process holds more:
-the interpreter with its libraries, the rows, kernels that the matrix library builds for the shapes it meets,
-and what an allocator cannot give back at once. And it goes through phases: reading tokenizer and rows,
-loading the weights, training, saving. The largest of them is the peak. Knows numbers alone.
+Tensors are known from a dry run on fake tensors (:mod:`deltaw.memory.simulation`). The process also contains the
+interpreter with its libraries, the rows, kernels compiled by the matrix library, and memory that the allocator cannot
+return. A run has several phases (see :data:`PROCESS_PHASES`), and its peak is that of the largest.
 """
 
 from __future__ import annotations
@@ -12,37 +11,35 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-# A run's tensors at their peak, part by part. Knows numbers alone.
-
-
 KINDS = (
     "weights",  # frozen parameters and buffers
-    "trained",  # what the optimizer changes, and low-precision copies of it that the model computes with
+    "trained",  # trainable parameters, and low-precision copies of them that the model computes with
     "gradients",
     "optimizer",
-    "activations",  # kept by a forward for its backward, or made again for it
+    "activations",  # saved for the backward pass, or recomputed in it
     "logits",
     "batch",
-    "workspace",  # everything else: what operators pass to one another and what they allocate inside
+    "workspace",  # all other tensors: temporary results, and buffers inside operators
 )
 PHASES = ("forward", "backward", "optimizer")
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """The peak of a run.
+    """Peak memory of a run's tensors.
 
     Attributes:
-        peak_bytes: the most that tensors take at one time.
-        parts: bytes by kind (all of :data:`KINDS`) at that moment; they add up to ``peak_bytes``.
-        phase: one of :data:`PHASES`, and ``module`` the innermost module, in which the peak falls.
-        activations_by_module: bytes that each module made and a backward still needs then, largest first.
-        timeline: (phase, bytes) along the run, some hundreds of points with every peak kept.
-        steady_bytes: what still lives at the end.
-        arena_bytes: the most that the compiled kernels' arenas hold; they are no tensors.
-        held_bytes: freed memory that the allocator keeps at the resident peak. Blocks below
-            :data:`deltaw.machine.memory.LARGEST_KEPT` stay in the heap when they are freed. A larger block never
-            reuses them.
+        peak_bytes: Maximum bytes of all tensors.
+        parts: Bytes by kind (all of :data:`KINDS`) at the peak. They add up to ``peak_bytes``.
+        phase: Phase of the peak, one of :data:`PHASES`.
+        module: Innermost module that was running at the peak.
+        activations_by_module: Bytes of activations at the peak by the module that allocated them, largest first.
+        timeline: (phase, bytes) along the run, downsampled to a few hundred points that include every peak.
+        steady_bytes: Bytes of tensors that are alive at the end.
+        arena_bytes: Maximum bytes of the compiled kernels' arenas, which are not tensors.
+        retained_bytes: Freed memory that the allocator retains at the resident peak. Blocks below
+            :data:`deltaw.machine.memory.MAX_RETAINED_BYTES` stay in the heap when they are freed. Larger blocks never
+            reuse them.
     """
 
     peak_bytes: int
@@ -53,49 +50,55 @@ class Footprint:
     timeline: tuple[tuple[str, int], ...] = ()
     steady_bytes: int = 0
     arena_bytes: int = 0
-    held_bytes: int = 0
+    retained_bytes: int = 0
 
 
-def coarse(line: list[tuple[int, int]], points: int = 400) -> tuple[tuple[str, int], ...]:
-    """A run's (phase number, bytes) after each operator in at most ``points`` points, each the highest of
-    its stretch."""
-    stretch = max(1, -(-len(line) // points))
-    highest = (max(line[i : i + stretch], key=lambda p: p[1]) for i in range(0, len(line), stretch))
+def downsample(timeline: list[tuple[int, int]], points: int = 400) -> tuple[tuple[str, int], ...]:
+    """Reduce a run's (phase number, bytes) after each operator to at most ``points`` points, each the maximum of an
+    interval.
+    """
+    interval = max(1, -(-len(timeline) // points))
+    highest = (max(timeline[i : i + interval], key=lambda p: p[1]) for i in range(0, len(timeline), interval))
     return tuple((PHASES[phase], size) for phase, size in highest)
 
 
-# Of what comes and goes within a step, the share that the allocator holds beside it: holes between blocks of
-# many sizes. It belongs to glibc's way of cutting blocks, not to a version or a processor.
-SLACK = 0.06
-# The share of a process's memory that few long rows must take to be worth a word.
-WORTH = 0.15
-# What a process goes through. The parts of its memory are those of the training, with what another phase
-# takes beyond it under that phase's name.
+# Memory fragmentation, relative to the tensors that are allocated and freed within a step. It is a property of glibc's
+# allocation strategy and does not depend on version or processor.
+ALLOCATOR_SLACK = 0.06
+# A few long rows are reported if they cause at least this share of the process's memory.
+LONG_ROWS_SHARE = 0.15
+# Phases of a process. The parts of its memory are those of the training phase. If another phase needs more, the excess
+# is a part with the name of that phase.
 PROCESS_PHASES = ("reading", "loading", "training", "rollouts", "saving")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The memory of one run.
+    """Predicted memory of one run.
 
     Attributes:
-        method: its name.
-        total_parameters: N, of the model. trained_parameters: M.
-        peak_bytes: the most that tensors take at one time; ``parts`` tells its kinds, and adds up to it.
-        peak_resident_bytes: the most main memory that the process holds; ``resident`` tells its parts, and
-            adds up to it.
-        phase, module: where in a step the peak of the tensors falls.
-        activations: bytes by the module that made them, the largest first.
-        tokens: of the largest microbatch. rows: of a step.
+        method: Name of the method.
+        total_parameters: Number of parameters of the model.
+        trained_parameters: Number of trainable parameters.
+        peak_bytes: Maximum bytes of all tensors.
+        peak_resident_bytes: Maximum main memory of the process in bytes.
+        parts: Bytes of the tensors by kind. They add up to ``peak_bytes``.
+        resident: Bytes of the process's memory by part. They add up to ``peak_resident_bytes``.
+        phase: Phase of a step in which the tensors reach their peak.
+        module: Module in which the tensors reach their peak.
+        activations: Bytes of activations by the module that allocated them, largest first.
+        tokens: Tokens of the largest microbatch.
+        rows: Rows of a step.
         timeline: (phase, bytes) along two steps.
-        precision: of the frozen weights.
-        operations: floating-point operations of a step, and the number of ``operators`` that compute them.
-        phases: the process's peak in each of :data:`PROCESS_PHASES` that the run has.
-        arithmetic: the variant of the kernels, and how products are computed, by the type of stored weights.
-        disk_bytes: of features that the run keeps in the cache folder.
-        block_bytes: of the frozen weights of all blocks, and of the largest block.
-        long_rows: where few rows set the peak: how many ``rows`` to train on, ``of`` how many, are longer than
-            ``max_length`` tokens, and about how many bytes of the peak would be saved without them (``saves``).
+        precision: Precision of the frozen weights.
+        operations: Floating-point operations of a step.
+        operators: Number of operator calls of a step.
+        phases: Peak of the process in each of its :data:`PROCESS_PHASES`.
+        arithmetic: Kernel variant, and the arithmetic of products by the storage type of the weights.
+        disk_bytes: Bytes of features that the run stores in the cache folder.
+        block_bytes: Bytes of the frozen weights of all blocks, and of the largest block.
+        long_rows: Set if a few long rows determine the peak: ``rows`` of the ``of`` training rows exceed ``max_length``
+            tokens, and leaving them out ``saves`` about that many bytes. Otherwise empty.
     """
 
     method: str
@@ -121,41 +124,42 @@ class Plan:
     long_rows: Mapping[str, int] = field(default_factory=dict)
 
     def without_long_rows(self, max_length: int, rows: int, of: int, tokens: int) -> Plan:
-        """With ``long_rows``, where shorter rows would save much.
+        """Return the plan with ``long_rows`` set if leaving long rows out would save a significant share of the memory.
 
-        What a microbatch takes grows with its tokens, as attention is computed in tiles.
+        The memory of a microbatch grows linearly with its tokens, because attention is computed in tiles.
 
         Args:
-            tokens: of the largest microbatch of the other rows.
+            max_length: Length in tokens above which a row counts as long.
+            rows: Number of long rows.
+            of: Number of training rows.
+            tokens: Tokens of the largest microbatch of the other rows.
         """
         share = 1 - tokens / max(1, self.tokens)
-        held = sum(self.parts[part] for part in ("activations", "logits", "batch", "workspace"))
-        training = self.phases["training"] - int(share * (1 + SLACK) * held)
-        saves = self.peak_resident_bytes - max(
-            training, *(size for phase, size in self.phases.items() if phase != "training")
-        )
-        if saves < WORTH * self.peak_resident_bytes:
+        microbatch_bytes = sum(self.parts[part] for part in ("activations", "logits", "batch", "workspace"))
+        training = self.phases["training"] - int(share * (1 + ALLOCATOR_SLACK) * microbatch_bytes)
+        others = [size for phase, size in self.phases.items() if phase != "training"]
+        saves = self.peak_resident_bytes - max(training, *others)
+        if saves < LONG_ROWS_SHARE * self.peak_resident_bytes:
             return self
-        found = {"max_length": max_length, "rows": rows, "of": of, "saves": saves}
-        return dataclasses.replace(self, long_rows=found)
+        long_rows = {"max_length": max_length, "rows": rows, "of": of, "saves": saves}
+        return dataclasses.replace(self, long_rows=long_rows)
 
-    def of_process(self, processes: int, *, divided: bool) -> Plan:
-        """The plan of one of several processes that train together.
+    def per_process(self, processes: int, *, sharded: bool) -> Plan:
+        """Return the plan of one of several processes that train together.
 
-        Beside what a process needs that trains its rows alone, it holds the vector in which the gradients of
-        all are added up.
+        In addition to the memory of a process that trains alone, each has a vector in which gradients are summed.
 
         Args:
-            divided: whether the blocks' weights are divided among them. Then a process holds its share, and
-                one block as a whole.
+            processes: Number of processes.
+            sharded: True if the blocks' weights are sharded. Each process then stores its shard and one complete block.
         """
         blocks, largest = self.block_bytes
-        saved = blocks - min(blocks, -(-blocks // processes) + largest) if divided else 0
+        saved = blocks - min(blocks, -(-blocks // processes) + largest) if sharded else 0
         vector = 4 * self.trained_parameters
         weights = self.parts["weights"] - saved
         tensors = {**self.resident, "tensors": self.resident["tensors"] - saved + vector}
         loading = self.phases["loading"]
-        if divided:  # files are open for one block at a time
+        if sharded:  # files are open for one block at a time
             loading = min(loading - saved, self.resident["process"] + weights)
         phases = {phase: size if phase == "reading" else size - saved + vector for phase, size in self.phases.items()}
         phases["loading"] = loading
@@ -171,34 +175,38 @@ class Plan:
         )
 
     def as_dict(self) -> dict[str, object]:
-        """Ready for JSON."""
-        values = self.kept()
+        """Return the plan as JSON-serializable output for users."""
+        values = self.to_fields()
         for name in ("method", "timeline", "operators", "block_bytes"):
             del values[name]
         renamed = {"tokens": "tokens_per_pass", "rows": "rows_per_step", "operations": "operations_per_step"}
         return {renamed.get(name, name): value for name, value in values.items()}
 
-    def kept(self) -> dict[str, object]:
-        """Every field, ready for JSON; :meth:`from_kept` is the way back."""
+    def to_fields(self) -> dict[str, object]:
+        """Return all fields, JSON-serializable. :meth:`from_fields` restores the plan."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_kept(cls, values: Mapping[str, object]) -> Plan:
-        """A plan from what :meth:`kept` gave.
+    def from_fields(cls, values: Mapping[str, object]) -> Plan:
+        """Restore a plan from the result of :meth:`to_fields`.
 
         Raises:
-            TypeError: the fields are those of another version.
+            TypeError: if the fields are those of another version.
         """
-        line = values.get("timeline")
-        points = tuple((str(phase), int(size)) for phase, size in line) if isinstance(line, list) else ()
+        timeline = values.get("timeline")
+        points = tuple((str(phase), int(size)) for phase, size in timeline) if isinstance(timeline, list) else ()
         blocks = values.get("block_bytes")
         sizes = tuple(map(int, blocks)) if isinstance(blocks, list) else (0, 0)
         return cls(**{**values, "timeline": points, "block_bytes": sizes})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
-class Fitting:
-    """Settings that fit, what they need, and how long a step takes relative to the fastest of them."""
+class FittingPlan:
+    """Settings that fit into a memory budget, with their plan and estimated time.
+
+    Attributes:
+        seconds: Estimated time of a step, comparable only between settings.
+    """
 
     method: str
     rank: int | None
@@ -209,11 +217,11 @@ class Fitting:
     seconds: float
 
     def as_dict(self) -> dict[str, object]:
-        """Ready for JSON."""
+        """Return the settings and their main figures, JSON-serializable."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("plan", "seconds")}
-        needs = ("peak_resident_bytes", "peak_bytes", "trained_parameters")
-        of_plan = {name: getattr(self.plan, name) for name in needs}
-        return {**values, **of_plan, "estimated_seconds_per_step": self.seconds}
+        names = ("peak_resident_bytes", "peak_bytes", "trained_parameters")
+        figures = {name: getattr(self.plan, name) for name in names}
+        return {**values, **figures, "estimated_seconds_per_step": self.seconds}
 
 
 def resident_parts(
@@ -229,28 +237,32 @@ def resident_parts(
     decoder_bytes: int = 0,
     rollout_bytes: int = 0,
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """The parts of the process's main memory at its peak, which add up to it, and the peak of each phase.
+    """Return the process's main memory by part at its peak, and the peak of each phase.
 
     Args:
-        process_bytes: what the process holds before the model is loaded.
-        kernel_bytes: what the matrix library builds for the shapes that it meets; the arenas of the compiled
-            kernels, which the footprint knows, are added to it.
-        feature_bytes: of a mapped file that a run goes through; the system may take their memory back.
-        reading_bytes: the process's peak while tokenizer and rows were read.
-        mapped_bytes: of files that stay mapped while weights of another type are made from them.
-        saving_bytes: what writing the tokenizer takes for a moment, with the model loaded.
-        unread_bytes: of weights that are mapped from a file and never touched.
-        decoder_bytes: of weights that a decoder has as copies, over the whole training.
-        rollout_bytes: what writing completions takes between steps; 0 where none are written.
+        footprint: Footprint of the run's tensors.
+        process_bytes: Memory of the process before the model is loaded.
+        kernel_bytes: Kernels that the matrix library compiles. Arenas of the compiled kernels are added from the
+            footprint.
+        feature_bytes: Mapped file of stored features that the run reads. The system can reclaim this memory.
+        reading_bytes: Peak of the process while tokenizer and rows are read.
+        mapped_bytes: Files that stay mapped while their weights are converted to another type.
+        saving_bytes: Temporary memory for writing the tokenizer, with the model loaded.
+        unread_bytes: Mapped weights that are never read.
+        decoder_bytes: Copies of weights that the decoding engine needs during training.
+        rollout_bytes: Memory for generating completions between steps, or 0 without rollouts.
+
+    Returns:
+        Bytes by part, which add up to the peak, and bytes by phase.
     """
     kinds = footprint.parts
-    lasting = sum(kinds[kind] for kind in ("weights", "trained", "optimizer", "gradients"))
+    permanent = sum(kinds[kind] for kind in ("weights", "trained", "optimizer", "gradients"))
     training = {
         "process": process_bytes,
         "tensors": footprint.peak_bytes - unread_bytes,
         "kernels": kernel_bytes + footprint.arena_bytes,
         "features": feature_bytes,
-        "allocator": footprint.held_bytes + int(SLACK * (footprint.peak_bytes - lasting)),
+        "allocator": footprint.retained_bytes + int(ALLOCATOR_SLACK * (footprint.peak_bytes - permanent)),
         "decoder": decoder_bytes,
     }
     weights = kinds["weights"] - unread_bytes
@@ -262,13 +274,13 @@ def resident_parts(
     }
     if rollout_bytes:
         # Gradients are freed after a step, before text is generated.
-        kept = process_bytes + lasting - kinds["gradients"] - unread_bytes + training["kernels"] + decoder_bytes
-        phases["rollouts"] = kept + int((1 + SLACK) * rollout_bytes)
+        base_bytes = process_bytes + permanent - kinds["gradients"] - unread_bytes + training["kernels"] + decoder_bytes
+        phases["rollouts"] = base_bytes + int((1 + ALLOCATOR_SLACK) * rollout_bytes)
     return _with_excess(training, phases), phases
 
 
 def _with_excess(training: Mapping[str, int], phases: Mapping[str, int]) -> dict[str, int]:
-    """The parts of the training, with what the highest phase takes beyond it."""
+    """Return the parts of the training phase, plus the excess of the highest phase over training."""
     highest = max(phases, key=lambda name: phases[name])
     excess = {name: 0 for name in phases if name != "training"}
     if highest != "training":

@@ -1,11 +1,8 @@
-"""Bytes that an operator takes inside and gives back before it returns, where they matter.
+"""Temporary memory that operators allocate and free internally.
 
-A dispatch mode sees what goes into an operator and what comes out. Read off the allocator, most of torch's
-kernels on the processor take nothing else; those that do, and are part of training, stand here. Left out are
-the blocks of oneDNN's bf16 products (some 0.1 to 2 MB a thread, by processor and shape), and what stays in
-the kilobytes.
-
-Knows kernels and shapes; not models.
+A dispatch mode sees only inputs and outputs of operators. According to the allocator, most of torch's CPU kernels
+allocate no other memory. This module lists the exceptions that matter in training. It omits the block buffers of
+oneDNN's bf16 products (about 0.1 to 2 MB per thread, depending on processor and shape) and buffers of a few kilobytes.
 """
 
 from __future__ import annotations
@@ -18,21 +15,16 @@ import torch
 from torch import Tensor
 
 from deltaw.kernels import attention, head_gradient, loader, quantize, rows
-from deltaw.kernels.linear import Product, product_of, rows_at_once
+from deltaw.kernels.linear import LinearProduct, reference_chunk_rows, split_arguments
 from deltaw.kernels.quantize import INT8_BLOCK
 from deltaw.kernels.torch_private import FLASH_BACKWARD, FLASH_FORWARD
 
-# Bytes that the compiled kernels take inside: what each thread's arena holds at an operator's peak.
-#
-# The kernels themselves say what they take, since that differs between processors: each thread takes what it
-# needs from an arena of its own. An arena is no tensor: the allocator of tensors does not see it, and the
-# process holds it between calls. The tensors that an operator makes for itself in Python are listed apart.
-# Without the kernels there is neither.
-#
-# Knows operators and shapes; not models.
+# Each thread of the compiled kernels allocates temporary memory from its arena. Arenas are not tensors, so the tensor
+# allocator does not count them, and they stay allocated between calls. The size differs between processors, so the
+# kernels report it. Tensors that an operator allocates in Python are listed separately (TENSORS).
 
 
-# Importing them defines the operators.
+# Importing these modules registers the operators.
 assert attention and head_gradient and rows
 
 _ops = torch.ops.deltaw
@@ -40,165 +32,169 @@ Arguments: TypeAlias = tuple[Any, ...]
 Rule: TypeAlias = Callable[[Arguments], int]
 
 
-def _room_of_linear(args: Arguments, in_blocks: bool, backward: bool, need_x: bool, in_int8: bool) -> int:
-    left, (of, _) = args[0], product_of(args)
-    if not _multiplied(left, of.scale):
+def _linear_arena_bytes(args: Arguments, in_blocks: bool, backward: bool, need_x: bool, in_int8: bool) -> int:
+    x, (product, _) = args[0], split_arguments(args)
+    if not _uses_compiled_product(x, product.scale):
         return 0
-    (inputs, outputs), rank = of.sizes, 0 if of.lora_A is None else of.lora_A.shape[1]
-    return loader.kernels().dw_linear_room(
-        loader.number(left.dtype), left.shape[0], outputs, inputs, of.number, of.by_column,
-        of.scale is not None or in_int8, in_blocks, rank, backward, need_x,
+    (inputs, outputs), rank = product.sizes, 0 if product.lora_A is None else product.lora_A.shape[1]
+    return loader.kernels().dw_linear_scratch_size(
+        loader.dtype_code(x.dtype), x.shape[0], outputs, inputs, product.number, product.by_column,
+        product.scale is not None or in_int8, in_blocks, rank, backward, need_x,
     )  # fmt: skip
 
 
-def _linear(args: Arguments) -> int:
-    return _room_of_linear(args, product_of(args)[0].in_blocks, False, False, False)
+def _linear_arena(args: Arguments) -> int:
+    return _linear_arena_bytes(args, split_arguments(args)[0].in_blocks, False, False, False)
 
 
-def _linear_backward(args: Arguments) -> int:
-    of, (_, need_x, in_int8) = product_of(args)
-    return _room_of_linear(args, of.format is None, True, need_x, in_int8)
+def _linear_backward_arena(args: Arguments) -> int:
+    product, (_, need_x, in_int8) = split_arguments(args)
+    return _linear_arena_bytes(args, product.format is None, True, need_x, in_int8)
 
 
 def _int8_bytes(x: Tensor, in_blocks: bool) -> int:
     return x.numel() + 4 * math.prod(quantize.scales_shape(x, in_blocks))
 
 
-def _factors_backward(args: Arguments) -> int:
+def _factors_backward_arena(args: Arguments) -> int:
     x, h = args[:2]
-    return loader.kernels().dw_factors_room(loader.number(x.dtype), *h.shape)
+    return loader.kernels().dw_factors_scratch_size(loader.dtype_code(x.dtype), *h.shape)
 
 
-def _class_gradient(args: Arguments) -> int:
+def _class_gradient_arena(args: Arguments) -> int:
     grad, _, weight = args[:3]
-    return loader.kernels().dw_class_gradient_room(*grad.shape, weight.shape[1])
+    return loader.kernels().dw_class_gradient_scratch_size(*grad.shape, weight.shape[1])
 
 
 def _class_scales(args: Arguments) -> int:
-    """A scale for each block of classes."""
+    """Return the bytes of one scale per block of classes."""
     rows, classes = args[0].shape
     return rows * -(-classes // INT8_BLOCK) * 4
 
 
-def _head_gradient(args: Arguments) -> int:
-    return loader.kernels().dw_head_gradient_room(*args[2].shape)
+def _head_gradient_arena(args: Arguments) -> int:
+    return loader.kernels().dw_head_gradient_scratch_size(*args[2].shape)
 
 
-def _cross_entropy(args: Arguments) -> int:
+def _cross_entropy_arena(args: Arguments) -> int:
     logits, with_gradient = args[0], args[5]
     return torch.get_num_threads() * -(-logits.shape[1] // 16) * 16 * 4 if with_gradient else 0
 
 
-def _room_of_attention(function: str, query: Tensor, value: Tensor) -> int:
+def _attention_size(function: str, query: Tensor, value: Tensor) -> int:
     _, heads, depth = query.shape
     length, key_heads, width = value.shape
     room = getattr(loader.kernels(), function)
-    return room(loader.number(query.dtype), length, heads, key_heads, depth, width)
+    return room(loader.dtype_code(query.dtype), length, heads, key_heads, depth, width)
 
 
 def _cross_entropy_reference(args: Arguments) -> int:
-    """Without the kernel: the scaled logits and their log-softmax, with a soft cap the logits before it, of a
-    half type a wide copy, and for a gradient the slopes of two of them."""
+    """Return the bytes of the cross entropy without the compiled kernel.
+
+    It allocates the scaled logits and their log-softmax, the logits before a soft cap, an fp32 copy of 16-bit logits,
+    and two gradients.
+    """
     logits, softcap, with_gradient = args[0], args[4], args[5]
-    if _compiled(logits):
+    if _uses_kernels(logits):
         return 0
     copies = 2 + (softcap > 0) + (logits.dtype.itemsize == 2) + 2 * bool(with_gradient)
     return copies * logits.numel() * max(4, logits.dtype.itemsize)
 
 
 def _linear_tensors(args: Arguments) -> int:
-    """Of a product: the rounded input, or what the reference makes where torch computes products."""
-    x, (of, (added, x_int8, _)) = args[0], product_of(args)
-    if _multiplied(x, of.scale):
-        made = of.scale is not None and x_int8 is None  # the input in int8, where the caller has none
-        return _int8_bytes(x, of.in_blocks) if made else 0
-    later = _reference_bytes(x, of, of.sizes[1], of.bias is not None or added is not None)
-    if of.format is None:
-        return later
-    most, size = rows_at_once(*of.sizes[::-1]), x.dtype.itemsize
-    return max(later, _numbers_of_rows(of, size) + x.shape[0] * most * size)
+    """Return the bytes of the quantized input, or of the reference implementation if torch computes the product."""
+    x, (product, (added, x_int8, _)) = args[0], split_arguments(args)
+    if _uses_compiled_product(x, product.scale):
+        quantizes = product.scale is not None and x_int8 is None  # the caller did not pass the input in int8
+        return _int8_bytes(x, product.in_blocks) if quantizes else 0
+    result = _reference_bytes(x, product, product.sizes[1], product.bias is not None or added is not None)
+    if product.format is None:
+        return result
+    chunk, size = reference_chunk_rows(*product.sizes[::-1]), x.dtype.itemsize
+    return max(result, _unpacked_chunk_bytes(product, size) + x.shape[0] * chunk * size)
 
 
 def _linear_backward_tensors(args: Arguments) -> int:
-    """Of a product's gradient: the rounded gradient, or what the reference makes."""
-    grad, (of, (added, need_x, in_int8)) = args[0], product_of(args)
-    if _multiplied(grad, of.scale):
-        # The gradient in int8 with a scale for each block of a row.
-        return _int8_bytes(grad, True) if (of.scale is not None or in_int8) and need_x else 0
-    rows, inputs, size = grad.shape[0], of.sizes[0] if need_x else 0, grad.dtype.itemsize
-    later = _reference_bytes(grad, of, inputs, added is not None)
-    if of.format is not None and need_x:
-        # Sums in fp32, what is added to them, and some rows of the weight; the result is not there yet.
-        parts = rows * rows_at_once(*of.sizes[::-1]) * size + _numbers_of_rows(of, size)
-        return max(later, parts) + 4 * rows * inputs
-    if of.scale is None or not inputs:
-        return later
-    # A gradient that is rounded in blocks is there in fp32 five times.
-    return max(later, 20 * grad.numel() - rows * inputs * size)
+    """Return the bytes of the quantized gradient, or of the reference implementation."""
+    grad, (product, (added, need_x, in_int8)) = args[0], split_arguments(args)
+    if _uses_compiled_product(grad, product.scale):
+        # The gradient in int8, with a scale per block of a row.
+        return _int8_bytes(grad, True) if (product.scale is not None or in_int8) and need_x else 0
+    rows, inputs, size = grad.shape[0], product.sizes[0] if need_x else 0, grad.dtype.itemsize
+    result = _reference_bytes(grad, product, inputs, added is not None)
+    if product.format is not None and need_x:
+        # fp32 accumulators, their summands, and a chunk of weight rows. The result is not allocated yet.
+        parts = rows * reference_chunk_rows(*product.sizes[::-1]) * size + _unpacked_chunk_bytes(product, size)
+        return max(result, parts) + 4 * rows * inputs
+    if product.scale is None or not inputs:
+        return result
+    # Quantizing a gradient in blocks needs five fp32 copies of it.
+    return max(result, 20 * grad.numel() - rows * inputs * size)
 
 
-def _numbers_of_rows(of: Product, size: int) -> int:
-    """Some rows of a weight in blocks as numbers: in bf16, and in another type of ``size`` bytes."""
-    inputs, outputs = of.sizes
-    return rows_at_once(outputs, inputs) * inputs * (2 + size * (size != 2))
+def _unpacked_chunk_bytes(product: LinearProduct, size: int) -> int:
+    """Return the bytes of a chunk of unpacked weight rows: in bf16, and in another type of ``size`` bytes."""
+    inputs, outputs = product.sizes
+    return reference_chunk_rows(outputs, inputs) * inputs * (2 + size * (size != 2))
 
 
-def _reference_bytes(left: Tensor, of: Product, columns: int, adds: bool) -> int:
-    """What a product composed of torch's operators holds at its peak beside its result, of ``columns``."""
-    rows, depth = left.shape
-    size = left.dtype.itemsize
-    # A sum is made while what it is added to is still there.
-    sums = rows * columns * size if adds or of.lora_A is not None else 0
-    if of.lora_B is not None:
-        sums += of.lora_B.numel() * (4 + size * (size == 2))
-    if of.scale is None or not columns:
+def _reference_bytes(x: Tensor, product: LinearProduct, columns: int, adds: bool) -> int:
+    """Return the peak bytes of a product composed of torch operators, in addition to its result with ``columns``
+    columns.
+    """
+    rows, depth = x.shape
+    size = x.dtype.itemsize
+    # A sum is allocated while its summand is still alive.
+    sums = rows * columns * size if adds or product.lora_A is not None else 0
+    if product.lora_B is not None:
+        sums += product.lora_B.numel() * (4 + size * (size == 2))
+    if product.scale is None or not columns:
         return sums
-    # The left side in int8 and in fp32, the weight and the sums in fp32; the result is not there yet.
-    return max(sums, rows * depth * 5 + of.weight.numel() * 4 + rows * columns * (4 - size))
+    # The input in int8 and in fp32, and the weight and the accumulators in fp32. The result is not allocated yet.
+    return max(sums, rows * depth * 5 + product.weight.numel() * 4 + rows * columns * (4 - size))
 
 
-def _multiplied(left: Tensor, scale: Tensor | None) -> bool:
-    """Whether the kernels compute products of rows like these, with weights in int8 where there is a
-    scale."""
-    return _compiled(left) and loader.multiplies(loader.number(left.dtype if scale is None else torch.int8))
+def _uses_compiled_product(x: Tensor, scale: Tensor | None) -> bool:
+    """True if the kernels compute this product. Weights are int8 if ``scale`` is given."""
+    return _uses_kernels(x) and loader.multiplies(loader.dtype_code(x.dtype if scale is None else torch.int8))
 
 
-def _compiled(first: Tensor) -> bool:
-    """Whether the kernels run on tensors like this one."""
-    served = first.dtype in (torch.bfloat16, torch.float32) and first.device.type == "cpu"
-    return served and loader.library() is not None
+def _uses_kernels(tensor: Tensor) -> bool:
+    """True if the kernels support tensors like this one."""
+    supported = tensor.dtype in (torch.bfloat16, torch.float32) and tensor.device.type == "cpu"
+    return supported and loader.library() is not None
 
 
-def _where_compiled(rule: Rule) -> Rule:
-    """The rule where the kernels run: tensors on the processor, in a type that they take."""
-    return lambda args: rule(args) if _compiled(args[0]) else 0
+def _if_compiled(rule: Rule) -> Rule:
+    """Return a rule that yields 0 for tensors that the kernels do not support."""
+    return lambda args: rule(args) if _uses_kernels(args[0]) else 0
 
 
-# Bytes that an operator's arenas hold at its peak.
+# Peak bytes of the arenas, by operator.
 ARENAS: dict[object, Rule] = {
-    operator.default: _where_compiled(rule)
+    operator.default: _if_compiled(rule)
     for operator, rule in (
-        (_ops.linear, _linear),
-        (_ops.linear_backward, _linear_backward),
-        (_ops.factors_backward, _factors_backward),
-        (_ops.class_gradient_, _class_gradient),
-        (_ops.head_gradient_, _head_gradient),
-        (_ops.cross_entropy_, _cross_entropy),
-        (_ops.attention, lambda args: _room_of_attention("dw_attention_room", args[0], args[2])),
-        (_ops.attention_backward, lambda args: _room_of_attention("dw_attention_backward_room", args[1], args[3])),
+        (_ops.linear, _linear_arena),
+        (_ops.linear_backward, _linear_backward_arena),
+        (_ops.factors_backward, _factors_backward_arena),
+        (_ops.class_gradient_, _class_gradient_arena),
+        (_ops.head_gradient_, _head_gradient_arena),
+        (_ops.cross_entropy_, _cross_entropy_arena),
+        (_ops.attention, lambda args: _attention_size("dw_attention_scratch_size", args[0], args[2])),
+        (_ops.attention_backward, lambda args: _attention_size("dw_attention_backward_scratch_size", args[1], args[3])),
     )
 }
-# Bytes of the tensors that an operator makes for itself.
+# Bytes of temporary tensors, by operator.
 TENSORS: dict[object, Rule] = {
     _ops.cross_entropy_.default: _cross_entropy_reference,
     _ops.linear.default: _linear_tensors,
     _ops.linear_backward.default: _linear_backward_tensors,
-    _ops.class_gradient_.default: _where_compiled(_class_scales),
+    _ops.class_gradient_.default: _if_compiled(_class_scales),
 }
 
 
 def arena_bytes(func: object, args: Arguments) -> int:
-    """What the kernels' arenas hold at the peak of ``func``, over all threads; 0 for other operators."""
+    """Return the peak bytes of the kernels' arenas over all threads during ``func``, or 0 for other operators."""
     return ARENAS[func](args) if func in ARENAS else 0
 
 
@@ -206,45 +202,45 @@ _aten = torch.ops.aten
 
 
 def scratch_bytes(func: object, args: Arguments) -> int:
-    """Tensors that ``func`` allocates in addition to its result, at its own peak, in bytes."""
+    """Return the peak bytes of temporary tensors in ``func``, in addition to its result."""
     return _SCRATCH[func](args) if func in _SCRATCH else 0
 
 
 def _flash_tiles(query: Tensor, key: Tensor) -> tuple[int, int]:
-    """(queries, keys) that one thread holds at a time: FlashAttentionKernel.cpp's choice by length."""
+    """Return the (queries, keys) per tile of one thread, as FlashAttentionKernel.cpp chooses them by length."""
     length = query.shape[2]
     queries = 256 if length >= 768 else 64 if length >= 192 else 32
     return min(queries, length), min(512, key.shape[2])
 
 
-def _flash_forward(args: Arguments) -> int:
+def _flash_forward_scratch(args: Arguments) -> int:
     query, key = args[:2]
     queries, keys = _flash_tiles(query, key)
-    # Each thread holds fp32 scores, two numbers a row and the output; of half types also a rounded copy.
-    room = queries * (keys + 2 + query.shape[3]) * 4
+    # Per thread: fp32 scores, two numbers per row and the output, and for 16-bit types a rounded copy.
+    size = queries * (keys + 2 + query.shape[3]) * 4
     if query.dtype.itemsize == 2:
-        room += queries * keys * 2
-    return torch.get_num_threads() * room
+        size += queries * keys * 2
+    return torch.get_num_threads() * size
 
 
-def _flash_backward(args: Arguments) -> int:
+def _flash_backward_scratch(args: Arguments) -> int:
     grad, query, key = args[:3]
     queries, keys = _flash_tiles(query, key)
-    # Scores and their gradient, and of half types a rounded copy of both.
-    room = torch.get_num_threads() * 2 * queries * keys * (6 if query.dtype.itemsize == 2 else 4)
+    # Scores and their gradient, and for 16-bit types a rounded copy of both.
+    size = torch.get_num_threads() * 2 * queries * keys * (6 if query.dtype.itemsize == 2 else 4)
     if not grad.transpose(1, 2).is_contiguous():
-        room += grad.numel() * grad.dtype.itemsize  # it is laid out anew
-    return room
+        size += grad.numel() * grad.dtype.itemsize  # the gradient is copied to a contiguous layout
+    return size
 
 
-def _mean(args: Arguments) -> int:
-    # The mean of a half type is taken of a whole copy in fp32.
+def _mean_scratch(args: Arguments) -> int:
+    # The mean of a 16-bit type is computed from a complete fp32 copy.
     values = args[0]
     return values.numel() * 4 if values.is_floating_point() and values.dtype.itemsize == 2 else 0
 
 
-def _pointwise(args: Arguments) -> int:
-    """Inputs of different types are first copied, each as a whole, into the type they have in common."""
+def _pointwise_scratch(args: Arguments) -> int:
+    """Return the bytes of the copies of inputs that are converted to a common type."""
     first, second = args[0], args[1]
     if not isinstance(second, Tensor) or first.dtype == second.dtype:
         return 0
@@ -252,20 +248,20 @@ def _pointwise(args: Arguments) -> int:
     return sum(t.numel() * common.itemsize for t in (first, second) if t.dtype != common and t.dim())
 
 
-def _in_place(args: Arguments) -> int:
-    """As :func:`_pointwise`; a first input that is copied takes the result in another copy."""
+def _in_place_scratch(args: Arguments) -> int:
+    """Return the bytes as in :func:`_pointwise_scratch`, plus a copy for the result if the first input is converted."""
     first, second = args[0], args[1]
     common = torch.result_type(first, second)
-    back = first.numel() * common.itemsize if first.dtype != common else 0
-    return _pointwise(args) + back
+    result_bytes = first.numel() * common.itemsize if first.dtype != common else 0
+    return _pointwise_scratch(args) + result_bytes
 
 
 _SCRATCH: dict[object, Rule] = {
     **TENSORS,
-    **({FLASH_FORWARD.default: _flash_forward} if FLASH_FORWARD else {}),
-    **({FLASH_BACKWARD.default: _flash_backward} if FLASH_BACKWARD else {}),
-    _aten.mean.dim: _mean,
-    _aten.mean.default: _mean,
-    **{getattr(_aten, name).Tensor: _pointwise for name in ("add", "sub", "mul", "div")},
-    **{getattr(_aten, name + "_").Tensor: _in_place for name in ("add", "sub", "mul", "div")},
+    **({FLASH_FORWARD.default: _flash_forward_scratch} if FLASH_FORWARD else {}),
+    **({FLASH_BACKWARD.default: _flash_backward_scratch} if FLASH_BACKWARD else {}),
+    _aten.mean.dim: _mean_scratch,
+    _aten.mean.default: _mean_scratch,
+    **{getattr(_aten, name).Tensor: _pointwise_scratch for name in ("add", "sub", "mul", "div")},
+    **{getattr(_aten, name + "_").Tensor: _in_place_scratch for name in ("add", "sub", "mul", "div")},
 }

@@ -1,10 +1,8 @@
-"""Dry run of a program on fake tensors: real code, no arithmetic, no memory.
+"""Dry run of a program on fake tensors: it executes the real code without arithmetic and without allocating memory.
 
-Floating tensors are fake: they have a shape, a type and a storage of the right size with nothing behind it
-(torch's ``FakeTensorMode``). Whole numbers and booleans (token ids, positions, masks, layouts) are computed
-for real, since programs branch on them. Where a program asks a fake tensor for a number, it gets 1.
-
-Knows torch alone; not what is run.
+Floating-point tensors are fake: they have a shape, a dtype and a storage size, but no data (torch's
+``FakeTensorMode``). Integers and booleans (token ids, positions, masks, layouts) are computed, because programs branch
+on them. Reading a number from a fake tensor yields 1.
 """
 
 from __future__ import annotations
@@ -38,27 +36,27 @@ from deltaw.kernels.torch_private import (
     tree_map_only,
     without_dispatch,
 )
-from deltaw.machine.memory import LARGEST_KEPT, trim_listeners
-from deltaw.memory.plan import KINDS, PHASES, Footprint, coarse
+from deltaw.machine.memory import MAX_RETAINED_BYTES, trim_listeners
+from deltaw.memory.plan import KINDS, PHASES, Footprint, downsample
 from deltaw.memory.scratch import arena_bytes, scratch_bytes
 
-# What an operator returns for inputs of given shapes, remembered: models repeat themselves layer by layer.
+# Cache of the results of operators by input shapes, since the layers of a model repeat the same operators.
 #
-# The first time, torch's own ``FakeTensorMode`` works the answer out; it is read off which outputs are new,
-# which are views of an input and which are an input changed in place. Whenever the same operator comes with
-# inputs of the same shapes, strides and types, such tensors are made at once, in a fraction of the time.
+# At the first call, torch's ``FakeTensorMode`` computes the result, and each output is recorded as a new tensor, a view
+# of an input, or an input modified in place. Later calls with the same shapes, strides and dtypes construct the outputs
+# from this record in a fraction of the time.
 
 
 _CPU = torch.device("cpu")
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
-# Over lists of tensors, which an optimizer hands over by the hundreds.
-_LISTS = ("aten::_foreach_", "aten::_fused_")
-# Change what a tensor is, not only what it holds.
-_RESHAPING = ("resize_", "set_", "transpose_", "unsqueeze_", "squeeze_", "t_", "as_strided_", "swap")
+# Operators on lists of tensors. Optimizers pass hundreds of tensors to them.
+_LIST_PREFIXES = ("aten::_foreach_", "aten::_fused_")
+# Operators that change the metadata of a tensor.
+_RESHAPING_NAMES = ("resize_", "set_", "transpose_", "unsqueeze_", "squeeze_", "t_", "as_strided_", "swap")
 
 
-class _Made(NamedTuple):
-    """A new tensor, or a view ``of`` an input, by its number."""
+class _NewTensor(NamedTuple):
+    """A new tensor, or a view of the input with index ``of``."""
 
     of: int | None
     shape: torch.Size
@@ -67,23 +65,23 @@ class _Made(NamedTuple):
     dtype: torch.dtype
 
 
-_Output = _Made | int | None  # a number is that of an input, which comes back
+_Output = _NewTensor | int | None  # an integer is the index of an input that is returned
 
 
-class Answers:
-    """Operators on fake tensors, with a memory."""
+class OperatorCache:
+    """Runs operators on fake tensors and caches the shapes of their results."""
 
     def __init__(self, fake: FakeTensorMode) -> None:
         self._fake = fake
         self._attributes: dict[str, Any] | None = None
-        self._known: dict[Hashable, tuple[type, list[_Output]] | None] = {}
+        self._templates: dict[Hashable, tuple[type, list[_Output]] | None] = {}
 
     def __call__(self, func: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        """The answer of ``func``; at least one argument is a fake tensor."""
+        """Return the result of ``func``. At least one argument is a fake tensor."""
         name = _name(func)
-        if name.startswith(_LISTS):
+        if name.startswith(_LIST_PREFIXES):
             if name.endswith("_"):
-                return None  # it changes values alone, and there are none
+                return None  # it modifies only values, which fake tensors do not have
             if name == "aten::_foreach_norm":
                 return self._norms(args, kwargs)
         parts: list[Hashable] = [func]
@@ -91,33 +89,36 @@ class Answers:
         if not _describe(args, parts, tensors) or not _describe((*kwargs, *kwargs.values()), parts, tensors):
             return func(*args, **kwargs)
         key = tuple(parts)
-        if key not in self._known:
-            self._known[key] = self._asked(func, args, kwargs, tensors)
-        if (known := self._known[key]) is None:
+        if key not in self._templates:
+            self._templates[key] = self._infer(func, args, kwargs, tensors)
+        if (template := self._templates[key]) is None:
             return func(*args, **kwargs)
-        kind, outputs = known
+        kind, outputs = template
         if kind is Tensor:
-            return self._made(outputs[0], tensors)
-        made = [self._made(output, tensors) for output in outputs]
-        return made if kind is list else tuple(made)
+            return self._materialize(outputs[0], tensors)
+        results = [self._materialize(output, tensors) for output in outputs]
+        return results if kind is list else tuple(results)
 
     def _norms(self, args: tuple, kwargs: dict) -> list[Tensor]:
-        """A list's norms, one by one: tensors of one shape have answers of one shape."""
+        """Return the norm of each tensor, so that tensors of one shape share a cache entry."""
         dtype = kwargs.get("dtype")
         order = args[1] if len(args) > 1 else kwargs.get("ord", 2)
         norm = torch.ops.aten.linalg_vector_norm.default
         return [self(norm, (tensor, order), {"dtype": dtype} if dtype else {}) for tensor in args[0]]
 
-    def _asked(
+    def _infer(
         self, func: Callable[..., Any], args: tuple, kwargs: dict, tensors: list[Tensor]
     ) -> tuple[type, list[_Output]] | None:
-        """Work an answer out on copies of the fake tensors: torch leaves weak references on what it
-        inspects, and a parameter that has one can no longer be exchanged (``Module.to``)."""
-        doubles = {id(t): self._double(t) if isinstance(t, FakeTensor) else t for t in tensors}
-        args, kwargs = tree_map_only(Tensor, lambda t: doubles[id(t)], (args, kwargs))
-        return _outputs(func, func(*args, **kwargs), [doubles[id(t)] for t in tensors])
+        """Run an operator on copies of the fake tensors and return a template of its results.
 
-    def _double(self, tensor: Tensor) -> Tensor:
+        Copies are needed because torch leaves weak references on tensors that it inspects, and a parameter with a weak
+        reference can no longer be swapped (``Module.to``).
+        """
+        copies = {id(t): self._copy_fake(t) if isinstance(t, FakeTensor) else t for t in tensors}
+        args, kwargs = tree_map_only(Tensor, lambda t: copies[id(t)], (args, kwargs))
+        return _outputs(func, func(*args, **kwargs), [copies[id(t)] for t in tensors])
+
+    def _copy_fake(self, tensor: Tensor) -> Tensor:
         reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
         count = tensor.storage_offset() + reach + 1
         with without_dispatch():
@@ -125,8 +126,8 @@ class Answers:
             meta = base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
             return self._as_fake(meta.detach())
 
-    def _made(self, output: _Output, tensors: list[Tensor]) -> Tensor | None:
-        if not isinstance(output, _Made):
+    def _materialize(self, output: _Output, tensors: list[Tensor]) -> Tensor | None:
+        if not isinstance(output, _NewTensor):
             return None if output is None else tensors[output]
         with without_dispatch():
             if output.of is None:
@@ -138,30 +139,34 @@ class Answers:
             return self._as_fake(meta)
 
     def _as_fake(self, meta: Tensor) -> Tensor:
-        """``meta`` as a fake tensor: what its own constructor does, without its checks of every call."""
+        """Return ``meta`` as a fake tensor, without the checks in the constructor of ``FakeTensor``."""
         if self._attributes is None:
             self._attributes = dict(vars(FakeTensor(self._fake, meta, _CPU)))
         return as_fake(self._fake, self._attributes, meta, _CPU)
 
 
 def _name(func: Any) -> str:
-    """An operator's name without that of its overload, as in ``aten::add``."""
+    """Return an operator's name without its overload, for example ``aten::add``."""
     return str(func.name()).partition(".")[0]
 
 
 def tensors_in(values: Iterable[Any]) -> list[Tensor]:
-    """The tensors among an operator's arguments, also those in lists of them."""
-    found: list[Tensor] = []
+    """Return the tensors in an operator's arguments, including those in nested lists."""
+    tensors: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
-            found.append(value)
+            tensors.append(value)
         elif isinstance(value, (list, tuple)):
-            found += tensors_in(value)
-    return found
+            tensors += tensors_in(value)
+    return tensors
 
 
 def _describe(values: Any, parts: list[Hashable], tensors: list[Tensor]) -> bool:
-    """Append what an answer depends on; False where it depends on more than shapes."""
+    """Append the cache key of the arguments to ``parts`` and their tensors to ``tensors``.
+
+    Returns:
+        False if the result depends on more than shapes.
+    """
     for value in values:
         if isinstance(value, Tensor):
             if isinstance(value, FakeTensor):
@@ -172,7 +177,7 @@ def _describe(values: Any, parts: list[Hashable], tensors: list[Tensor]) -> bool
             parts += (value.dtype, value.shape, value.stride(), value.storage_offset())
             tensors.append(value)
         elif isinstance(value, _PLAIN):
-            # 1, 1.0 and True are equal, and lead to different types.
+            # 1, 1.0 and True are equal, but lead to different result types.
             parts.append((type(value), value))
         elif isinstance(value, (list, tuple)):
             parts.append(len(value))
@@ -184,9 +189,9 @@ def _describe(values: Any, parts: list[Hashable], tensors: list[Tensor]) -> bool
 
 
 def _outputs(func: Callable[..., Any], result: Any, tensors: list[Tensor]) -> tuple[type, list[_Output]] | None:
-    """How to make ``result`` again from ``tensors``; None where that is not possible."""
+    """Return a template that reconstructs ``result`` from ``tensors``, or None if that is impossible."""
     single = isinstance(result, Tensor) or result is None
-    if _name(func).rpartition("::")[2] in _RESHAPING or not (single or isinstance(result, (list, tuple))):
+    if _name(func).rpartition("::")[2] in _RESHAPING_NAMES or not (single or isinstance(result, (list, tuple))):
         return None
     outputs: list[_Output] = []
     for value in [result] if single else result:
@@ -200,87 +205,97 @@ def _outputs(func: Callable[..., Any], result: Any, tensors: list[Tensor]) -> tu
 
 
 def _output(value: FakeTensor, tensors: list[Tensor]) -> _Output:
-    for number, tensor in enumerate(tensors):
+    for index, tensor in enumerate(tensors):
         if tensor is value:
-            return number
+            return index
     storage = value.untyped_storage()
-    of = next((number for number, tensor in enumerate(tensors) if tensor.untyped_storage() is storage), None)
-    return _Made(of, value.shape, value.stride(), int(value.storage_offset()), value.dtype)
+    base = next((index for index, tensor in enumerate(tensors) if tensor.untyped_storage() is storage), None)
+    return _NewTensor(base, value.shape, value.stride(), int(value.storage_offset()), value.dtype)
 
 
-# Every storage of tensors from birth to end: how many bytes are alive, of what kind, and when the peak is.
+# Tracking of storages: allocated bytes over time by kind, and their peak.
 #
-# A dispatch mode sees what each operator returns; a weak reference to the storage tells of its end. It is the
-# same on real tensors and on fake tensors. What operators allocate inside and give back before they
-# return is added by :mod:`deltaw.memory.scratch`.
+# A dispatch mode sees the tensors that operators return, and a weak reference reports when a storage is freed. This
+# works for real and fake tensors. Temporary buffers inside operators are added by :mod:`deltaw.memory.scratch`.
 #
-# Nothing is decided while the program runs: all births and deaths are kept, and :meth:`MemoryTracker.footprint`
-# reads them afterwards, when it is known which tensors turned out to be gradients or were kept for a backward.
-# It knows modules, optimizers and storages; not training, methods or data.
+# Tensors are classified after the run by :meth:`MemoryTracker.footprint`, since it is not known earlier which tensors
+# become gradients or are saved for a backward pass.
 
 
 _FORWARD, _BACKWARD, _OPTIMIZER = range(3)
 
 
 @dataclass(slots=True, eq=False)
-class _Life:
-    """One storage: its bytes, when it was made and gone (numbers of operators), and where.
+class _StorageLifetime:
+    """Lifetime of one storage. Times are numbers of operators since the start.
 
     Attributes:
-        recomputed: made by a module's forward during a backward (activation checkpointing).
-        kept: alive when a backward began after the forward that made it.
+        bytes: Size in bytes.
+        allocated_at: Time of the allocation.
+        phase: Phase of the allocation.
+        module: Module that allocated the storage.
+        kind: One of :data:`KINDS`.
+        recomputed: True if a module's forward allocated it during a backward pass (activation checkpointing).
+        freed_at: Time when it was freed, or None if it is alive.
+        saved_for_backward: True if it was alive when the backward pass of its forward pass started.
     """
 
     bytes: int
-    born: int
+    allocated_at: int
     phase: int
     module: str
     kind: str
     recomputed: bool
-    died: int | None = None
-    kept: bool = False
+    freed_at: int | None = None
+    saved_for_backward: bool = False
 
 
 class MemoryTracker(DispatchMode):
-    """While open, follow every storage that an operator returns or that was made known by :meth:`track`.
+    """Context manager that tracks every storage returned by an operator or registered with :meth:`track`.
 
-    Open it above any other dispatch mode. Not for use from several threads.
+    Enter it after all other dispatch modes. Not thread-safe.
+
+    Args:
+        vocabularies: Floating-point tensors whose last dimension has one of these sizes count as logits.
     """
 
     def __init__(self, *, vocabularies: Iterable[int] = ()) -> None:
-        """``vocabularies``: floating tensors whose last size is one of these count as logits."""
         super().__init__()
-        self._lives: dict[int, tuple[weakref.ref[torch.UntypedStorage], _Life]] = {}
-        self._all: list[_Life] = []
+        self._alive: dict[int, tuple[weakref.ref[torch.UntypedStorage], _StorageLifetime]] = {}
+        self._all: list[_StorageLifetime] = []
         self._vocabularies = set(vocabularies)
         self._names: dict[int, str] = {}
-        self._trained: list[weakref.ref[Tensor]] = []
-        self._now = self._peak = self._peak_at = self._scratch_at_peak = self._arenas = 0
-        # Blocks that the allocator keeps when they are freed: now, at most so far, and with the other blocks.
-        self._small = self._most_small = self._resident_peak = 0
-        self._at = 0
+        self._trainable: list[weakref.ref[Tensor]] = []
+        self._current_bytes = self._peak = self._peak_at = self._scratch_at_peak = self._arenas = 0
+        # Bytes of blocks that the allocator retains when they are freed: current, peak, and peak with all other blocks.
+        self._retainable_bytes = self._peak_retainable_bytes = self._resident_peak = 0
+        self._operator_index = 0
         self._phase = _FORWARD
         self._peak_phase, self._peak_module = _FORWARD, ""
         self._stack: list[str] = []
         self._backward_module = ""
-        self._forward_from = 0
+        self._forward_start = 0
         self._optimizing = False
-        self._line: list[tuple[int, int]] = []
-        self._pending: tuple[_Life | None, int] | None = None
+        self._timeline: list[tuple[int, int]] = []
+        self._pending: tuple[_StorageLifetime | None, int] | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def track(self, tensors: Iterable[Tensor], kind: str) -> None:
-        """Count ``tensors``, and let their storages be of this ``kind``, one of :data:`KINDS`."""
+        """Count the storages of ``tensors`` as ``kind``, one of :data:`KINDS`.
+
+        Raises:
+            ValueError: if the kind is unknown.
+        """
         if kind not in KINDS:
-            raise ValueError(f"'{kind}' is no kind of tensor: {', '.join(KINDS)}")
+            raise ValueError(f"'{kind}' is not a kind of tensor: {', '.join(KINDS)}")
         for tensor in tensors:
-            life = self._life(tensor) or self._born(tensor)
+            life = self._lifetime_of(tensor) or self._add_storage(tensor)
             life.kind = kind
             if kind == "trained":
-                self._trained.append(weakref.ref(tensor))
+                self._trainable.append(weakref.ref(tensor))
 
     def track_model(self, model: nn.Module) -> None:
-        """Count the parameters and buffers of ``model`` by whether they are trained, and learn its names."""
+        """Count the parameters and buffers of a model as trainable or as weights, and record its module names."""
         self.track((p for p in model.parameters() if not p.requires_grad), "weights")
         self.track(model.buffers(), "weights")
         self.track((p for p in model.parameters() if p.requires_grad), "trained")
@@ -290,109 +305,110 @@ class MemoryTracker(DispatchMode):
         self._hooks = [
             register_module_forward_pre_hook(self._enter_module),
             register_module_forward_hook(self._leave_module, always_call=True),
-            register_optimizer_step_pre_hook(self._begin_step),
-            register_optimizer_step_post_hook(self._end_step),
+            register_optimizer_step_pre_hook(self._enter_optimizer),
+            register_optimizer_step_post_hook(self._leave_optimizer),
         ]
-        trim_listeners.append(self._forget_freed)
+        trim_listeners.append(self._trim)
         super().__enter__()
         return self
 
     def __exit__(self, *raised: object) -> None:
         super().__exit__(*raised)  # type: ignore[arg-type]
-        trim_listeners.remove(self._forget_freed)
+        trim_listeners.remove(self._trim)
         for hook in self._hooks:
             hook.remove()
 
-    def _forget_freed(self) -> None:
-        self._most_small = self._small
+    def _trim(self) -> None:
+        self._peak_retainable_bytes = self._retainable_bytes
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
-            return args[0].fake_device  # a fake tensor's device is asked for more often than anything else
+            return args[0].fake_device  # fast path: this is the most frequent operator
         phase = self._current_phase()
         if phase != self._phase:
             self._change_phase(phase)
-        self._resolve()
+        self._resolve_gradient_sum()
         for value in args:
-            if type(value) is Tensor and self._life(value) is None and not value.is_floating_point():
-                # Whole numbers that no operator made: token ids, places and masks that came from NumPy.
-                self._born(value).kind = "batch"
+            if type(value) is Tensor and self._lifetime_of(value) is None and not value.is_floating_point():
+                # Integers that no operator returned: token ids, positions and masks converted from NumPy.
+                self._add_storage(value).kind = "batch"
         result = func(*args, **kwargs)
-        self._at += 1
+        self._operator_index += 1
         for tensor in _tensors(result):
-            if self._life(tensor) is None:
-                self._born(tensor)
+            if self._lifetime_of(tensor) is None:
+                self._add_storage(tensor)
         if func is torch.ops.aten.add.Tensor and phase == _BACKWARD and _called_by_engine(sys._getframe(1)):
-            self._pending = (self._life(args[0]), self._now)
+            self._pending = (self._lifetime_of(args[0]), self._current_bytes)
         else:
-            self._note_peak(scratch_bytes(func, args))
+            self._update_peak(scratch_bytes(func, args))
         self._arenas = max(self._arenas, arena_bytes(func, args))
-        self._line.append((phase, self._now))
+        self._timeline.append((phase, self._current_bytes))
         return result
 
-    def _life(self, tensor: Tensor) -> _Life | None:
-        """What is known of the storage of ``tensor``, brought up to date; None for a new one."""
+    def _lifetime_of(self, tensor: Tensor) -> _StorageLifetime | None:
+        """Return the lifetime of the tensor's storage with its size updated, or None if the storage is new."""
         storage = tensor.untyped_storage()
-        known = self._lives.get(id(storage))
-        if known is None or known[0]() is not storage:
+        entry = self._alive.get(id(storage))
+        if entry is None or entry[0]() is not storage:
             return None
-        life = known[1]
+        life = entry[1]
         size = storage.nbytes()
         if size != life.bytes:
-            self._count(-life.bytes)
-            self._count(size)
+            self._add_bytes(-life.bytes)
+            self._add_bytes(size)
             life.bytes = size
         return life
 
-    def _count(self, size: int) -> None:
-        """Add the bytes of a new storage, or subtract those of a freed one."""
-        self._now += size
-        if abs(size) < LARGEST_KEPT:
-            self._small += size
-            self._most_small = max(self._most_small, self._small)
+    def _add_bytes(self, size: int) -> None:
+        """Add the bytes of a new storage, or subtract those of a freed storage."""
+        self._current_bytes += size
+        if abs(size) < MAX_RETAINED_BYTES:
+            self._retainable_bytes += size
+            self._peak_retainable_bytes = max(self._peak_retainable_bytes, self._retainable_bytes)
 
-    def _born(self, tensor: Tensor) -> _Life:
+    def _add_storage(self, tensor: Tensor) -> _StorageLifetime:
         storage = tensor.untyped_storage()
         key = id(storage)
         kind = "workspace"
         if self._vocabularies and tensor.dim() and tensor.shape[-1] in self._vocabularies:
             kind = "logits" if tensor.is_floating_point() else kind
         recomputed = bool(self._stack) and self._phase == _BACKWARD
-        life = _Life(storage.nbytes(), self._at, self._phase, self._module(), kind, recomputed)
+        life = _StorageLifetime(storage.nbytes(), self._operator_index, self._phase, self._module(), kind, recomputed)
 
-        def end(gone: weakref.ref[torch.UntypedStorage]) -> None:
-            life.died = self._at
-            self._count(-life.bytes)
-            known = self._lives.get(key)
-            if known is not None and known[0] is gone:
-                del self._lives[key]
+        def on_freed(reference: weakref.ref[torch.UntypedStorage]) -> None:
+            life.freed_at = self._operator_index
+            self._add_bytes(-life.bytes)
+            entry = self._alive.get(key)
+            if entry is not None and entry[0] is reference:
+                del self._alive[key]
 
-        self._lives[key] = (weakref.ref(storage, end), life)
+        self._alive[key] = (weakref.ref(storage, on_freed), life)
         self._all.append(life)
-        self._count(life.bytes)
+        self._add_bytes(life.bytes)
         return life
 
-    def _resolve(self) -> None:
-        """Whether the engine's last sum of two gradients of one tensor took memory of its own.
+    def _resolve_gradient_sum(self) -> None:
+        """Update the peak for the engine's last sum of two gradients, if it needed memory.
 
-        The engine adds in place where nobody else holds the first, but never while a dispatch mode looks on.
-        So if the first is gone by the next operator, it would not have been beside the sum.
+        The engine adds in place if it has the only reference to the first gradient, but never under a dispatch mode. If
+        the first gradient is freed by the next operator, the sum would have been in place and needs no memory.
         """
         if self._pending is not None:
             first, size = self._pending
             self._pending = None
-            if first is None or first.died is None:
-                self._note_peak(size - self._now)
+            if first is None or first.freed_at is None:
+                self._update_peak(size - self._current_bytes)
 
-    def _note_peak(self, scratch: int) -> None:
-        self._resident_peak = max(self._resident_peak, self._now - self._small + self._most_small + scratch)
-        if self._now + scratch > self._peak:
-            self._peak, self._peak_at, self._scratch_at_peak = self._now + scratch, self._at, scratch
-            self._peak_phase, self._peak_module = self._phase, self._module()
+    def _update_peak(self, scratch: int) -> None:
+        resident = self._current_bytes - self._retainable_bytes + self._peak_retainable_bytes + scratch
+        self._resident_peak = max(self._resident_peak, resident)
+        if self._current_bytes + scratch > self._peak:
+            self._peak, self._peak_at = self._current_bytes + scratch, self._operator_index
+            self._scratch_at_peak, self._peak_phase, self._peak_module = scratch, self._phase, self._module()
 
     def _module(self) -> str:
-        """The innermost module at work."""
+        """Return the name of the innermost running module."""
         if self._stack:
             return self._stack[-1]
         return self._backward_module if self._phase == _BACKWARD else ""
@@ -404,20 +420,20 @@ class MemoryTracker(DispatchMode):
 
     def _change_phase(self, phase: int) -> None:
         if self._phase == _FORWARD and phase == _BACKWARD:
-            for _, life in self._lives.values():
-                if life.born > self._forward_from and life.phase == _FORWARD:
-                    life.kept = True
+            for _, life in self._alive.values():
+                if life.allocated_at > self._forward_start and life.phase == _FORWARD:
+                    life.saved_for_backward = True
         if self._phase == _BACKWARD:
-            self._mark_gradients(p for p in (ref() for ref in self._trained) if p is not None)
-            self._forward_from = self._at
+            self._mark_gradients(p for p in (ref() for ref in self._trainable) if p is not None)
+            self._forward_start = self._operator_index
         self._phase = phase
 
     def _mark_gradients(self, parameters: Iterable[Tensor]) -> None:
         for parameter in parameters:
             if parameter.grad is not None:
-                (self._life(parameter.grad) or self._born(parameter.grad)).kind = "gradients"
+                (self._lifetime_of(parameter.grad) or self._add_storage(parameter.grad)).kind = "gradients"
 
-    def _begin_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+    def _enter_optimizer(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if self._phase == _BACKWARD:
             self._change_phase(_FORWARD)
         self._optimizing = True
@@ -425,7 +441,7 @@ class MemoryTracker(DispatchMode):
         self.track(parameters, "trained")
         self._mark_gradients(parameters)
 
-    def _end_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+    def _leave_optimizer(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         self._optimizing = False
         for state in optimizer.state.values():
             self.track((value for value in state.values() if isinstance(value, Tensor)), "optimizer")
@@ -446,14 +462,14 @@ class MemoryTracker(DispatchMode):
                 tensor.grad_fn.register_prehook(enter)
 
     def footprint(self) -> Footprint:
-        """What was seen so far, at the moment of the peak."""
+        """Return the footprint of the run so far at its peak."""
         parts = dict.fromkeys(KINDS, 0)
         saved: dict[str, int] = {}
         for life in self._all:
-            if life.born > self._peak_at or (life.died is not None and life.died < self._peak_at):
+            if life.allocated_at > self._peak_at or (life.freed_at is not None and life.freed_at < self._peak_at):
                 continue
             kind = life.kind
-            if kind == "workspace" and (life.kept or life.recomputed):
+            if kind == "workspace" and (life.saved_for_backward or life.recomputed):
                 kind = "activations"
                 saved[life.module] = saved.get(life.module, 0) + life.bytes
             parts[kind] += life.bytes
@@ -464,10 +480,10 @@ class MemoryTracker(DispatchMode):
             phase=PHASES[self._peak_phase],
             module=self._peak_module,
             activations_by_module=dict(sorted(saved.items(), key=lambda item: -item[1])),
-            timeline=coarse(self._line),
-            steady_bytes=self._now,
+            timeline=downsample(self._timeline),
+            steady_bytes=self._current_bytes,
             arena_bytes=self._arenas,
-            held_bytes=self._resident_peak - self._peak,
+            retained_bytes=self._resident_peak - self._peak,
         )
 
 
@@ -480,9 +496,9 @@ def _tensors(result: object) -> Iterable[Tensor]:
 
 
 def _called_by_engine(frame: FrameType | None) -> bool:
-    """Whether an operator comes out of the autograd engine itself and not out of Python code it called.
+    """True if the autograd engine itself called the operator, rather than Python code called by the engine.
 
-    Between the two may stand other dispatch modes that look on.
+    Frames of dispatch modes in between are skipped.
     """
     while frame is not None and (
         frame.f_code.co_name == "__torch_dispatch__"
@@ -495,12 +511,12 @@ def _called_by_engine(frame: FrameType | None) -> bool:
 _aten = torch.ops.aten
 _INDEXED = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default}
 _GROUPED: Any = getattr(GROUPED_PRODUCT, "default", None)
-# Made from another tensor's shape or size alone: of whole numbers they can be real though that tensor is not.
-_MADE_LIKE = ("zeros_like", "ones_like", "full_like", "empty_like")
-_MADE_NEW = ("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided")
-_LIKE = {getattr(_aten, name).default for name in (*_MADE_LIKE, *_MADE_NEW)}
-# Operators that answer with places along a dimension, with the argument that names it and its default.
-_PLACES: dict[Any, tuple[int, int | None]] = {
+# Operators that use only the shape of their input. Integer results are real even if the input is fake.
+_LIKE_NAMES = ("zeros_like", "ones_like", "full_like", "empty_like")
+_NEW_NAMES = ("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided")
+_LIKE = {getattr(_aten, name).default for name in (*_LIKE_NAMES, *_NEW_NAMES)}
+# Operators that return indices along a dimension: position of the ``dim`` argument, and its default.
+_INDEX_OPERATORS: dict[Any, tuple[int, int | None]] = {
     _aten.topk.default: (2, -1),
     _aten.sort.default: (1, -1),
     _aten.argsort.default: (1, -1),
@@ -512,8 +528,8 @@ _PLACES: dict[Any, tuple[int, int | None]] = {
 }
 
 
-# Fill a tensor and change nothing else about it.
-_FILLS = {
+# Operators that only fill a tensor with values.
+_FILL_OPERATORS = {
     *(getattr(_aten, name).default for name in ("normal_", "uniform_", "exponential_", "zero_")),
     _aten.bernoulli_.float,
     _aten.bernoulli_.Tensor,
@@ -521,27 +537,27 @@ _FILLS = {
 }
 
 
-# Whole numbers that are no places: masks, and weights and activations in int8.
-_NO_PLACES = (torch.bool, torch.int8, torch.uint8)
+# Integral types that are not used for indices: masks, and weights and activations in int8.
+_NON_INDEX_DTYPES = (torch.bool, torch.int8, torch.uint8)
 
-# Answers to questions about values that do not exist: nothing unusual is among them.
-_ANSWERED = {
+# Results of predicates on fake values: no value is exceptional.
+_FIXED_RESULTS = {
     **{getattr(_aten.all, name): True for name in ("default", "dim", "dims")},
     **{getattr(_aten.any, name): False for name in ("default", "dim", "dims")},
 }
 
 
-# Of each thread, since modes are a thread's own.
-_OPEN = threading.local()
+# Thread-local, because dispatch modes are.
+_THREAD_STATE = threading.local()
 
 
-class _FakeTensors(DispatchMode):
-    """Sends each operator to real or to fake tensors. Is entered after the FakeTensorMode, above it."""
+class _FakeTensorRouter(DispatchMode):
+    """Runs each operator on real or on fake tensors. Enter it after the FakeTensorMode."""
 
     def __init__(self, fake: FakeTensorMode) -> None:
         super().__init__()
         self.fake = fake
-        self.answers = Answers(fake)
+        self.answers = OperatorCache(fake)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
@@ -550,85 +566,85 @@ class _FakeTensors(DispatchMode):
         tensors = tensors_in((*args, *kwargs.values()))
         fake = any(isinstance(t, FakeTensor) for t in tensors)
         if func is LOCAL_SCALAR and fake:
-            return _number(args[0])
+            return _scalar_value(args[0])
         if func is _aten.equal.default and fake:
             return args[0].shape == args[1].shape
-        if func in _FILLS and isinstance(args[0], FakeTensor):
+        if func in _FILL_OPERATORS and isinstance(args[0], FakeTensor):
             args[0].constant = None
             return args[0]
         if fake:
-            if func in _LIKE and _is_whole(kwargs.get("dtype")):
-                return self._real(func, (_stand_in(args[0]), *args[1:]), kwargs)
-            return self._faked(func, args, kwargs)
+            if func in _LIKE and _is_integral(kwargs.get("dtype")):
+                return self._run_real(func, (_real_placeholder(args[0]), *args[1:]), kwargs)
+            return self._run_fake(func, args, kwargs)
         if not tensors:
-            return self._made(func, args, kwargs)
-        if all(_is_whole(t.dtype) for t in tensors):
-            return self._converted(self._real(func, args, kwargs))
-        return self._faked(func, args, kwargs)
+            return self._create(func, args, kwargs)
+        if all(_is_integral(t.dtype) for t in tensors):
+            return self._to_fake(self._run_real(func, args, kwargs))
+        return self._run_fake(func, args, kwargs)
 
     @staticmethod
-    def _real(func: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    def _run_real(func: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         with without_dispatch():
             return func(*args, **kwargs)
 
-    def _made(self, func: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        """An operator without tensors: it makes a tensor, or is no arithmetic at all."""
-        if kwargs.get("dtype") is not None and _is_whole(kwargs["dtype"]):
-            return self._real(func, args, kwargs)
+    def _create(self, func: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """Run an operator without tensor arguments. It creates a tensor, or computes nothing."""
+        if kwargs.get("dtype") is not None and _is_integral(kwargs["dtype"]):
+            return self._run_real(func, args, kwargs)
         result = func(*args, **kwargs)
-        if isinstance(result, FakeTensor) and _is_whole(result.dtype):
-            return self._real(func, args, kwargs)  # arange(8), full(…, True): their type follows the values
+        if isinstance(result, FakeTensor) and _is_integral(result.dtype):
+            return self._run_real(func, args, kwargs)  # arange(8), full(…, True): the dtype depends on the values
         return result
 
-    def _faked(self, func: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    def _run_fake(self, func: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         if isinstance(kwargs.get("generator"), torch.Generator):
-            kwargs = {**kwargs, "generator": None}  # it belongs to the processor, and nothing is drawn
+            kwargs = {**kwargs, "generator": None}  # a CPU generator, not needed because no values are sampled
         if func is _aten.nonzero.default or func is _aten.masked_select.default:
-            return self._chosen(func, args)
+            return self._select_by_mask(func, args)
         if func in _INDEXED and any(t is not None and t.dtype == torch.bool for t in args[1]):
-            args = (args[0], self._places_of_masks(args[1]), *args[2:])
+            args = (args[0], self._expand_masks(args[1]), *args[2:])
         if func is _GROUPED and args[0].dtype != torch.bfloat16:
-            return self._grouped(args, kwargs)
+            return self._grouped_product(args, kwargs)
         result = self.answers(func, args, kwargs)
-        if func in _ANSWERED:
-            return self._real(_aten.full.default, (list(result.shape), _ANSWERED[func]), {"dtype": torch.bool})
-        if func in _PLACES:
-            return tree_map_only(FakeTensor, lambda t: _places(func, args, kwargs, t), result)
-        if isinstance(result, FakeTensor) and result.dtype not in _NO_PLACES and _is_whole(result.dtype):
-            return self._real(_aten.zeros.default, (list(result.shape),), {"dtype": result.dtype})
+        if func in _FIXED_RESULTS:
+            return self._run_real(_aten.full.default, (list(result.shape), _FIXED_RESULTS[func]), {"dtype": torch.bool})
+        if func in _INDEX_OPERATORS:
+            return tree_map_only(FakeTensor, lambda t: _spread_indices(func, args, kwargs, t), result)
+        if isinstance(result, FakeTensor) and result.dtype not in _NON_INDEX_DTYPES and _is_integral(result.dtype):
+            return self._run_real(_aten.zeros.default, (list(result.shape),), {"dtype": result.dtype})
         return result
 
-    def _chosen(self, func: Callable[..., Any], args: tuple) -> Tensor:
-        """What a mask selects; a fake mask selects everything."""
+    def _select_by_mask(self, func: Callable[..., Any], args: tuple) -> Tensor:
+        """Return the elements selected by a mask. A fake mask selects all elements."""
         mask = args[-1]
         if isinstance(mask, FakeTensor):
-            mask = self._real(_aten.ones.default, (list(mask.shape),), {"dtype": torch.bool})
+            mask = self._run_real(_aten.ones.default, (list(mask.shape),), {"dtype": torch.bool})
         if func is _aten.nonzero.default:
-            return self._real(func, (mask,), {})
-        count = self._real(_aten.sum.default, (mask.expand(args[0].shape),), {}).item()
+            return self._run_real(func, (mask,), {})
+        count = self._run_real(_aten.sum.default, (mask.expand(args[0].shape),), {}).item()
         return torch.empty(count, dtype=args[0].dtype)
 
-    def _places_of_masks(self, indices: list[Tensor | None]) -> list[Tensor | None]:
-        """Each mask among the indices as the places that it picks: one index for each of its dimensions."""
-        places: list[Tensor | None] = []
+    def _expand_masks(self, indices: list[Tensor | None]) -> list[Tensor | None]:
+        """Replace each mask in the indices by the indices that it selects, one tensor per dimension of the mask."""
+        expanded: list[Tensor | None] = []
         for index in indices:
             if index is not None and index.dtype == torch.bool:
-                places += self._chosen(_aten.nonzero.default, (index,)).unbind(1)
+                expanded += self._select_by_mask(_aten.nonzero.default, (index,)).unbind(1)
             else:
-                places.append(index)
-        return places
+                expanded.append(index)
+        return expanded
 
-    def _grouped(self, args: tuple, kwargs: dict) -> Tensor:
-        """Experts' product: torch knows its shapes for bf16 alone, though the processor multiplies others."""
+    def _grouped_product(self, args: tuple, kwargs: dict) -> Tensor:
+        """Run the grouped product of experts in bf16, the only type that torch infers shapes for."""
         half = [t.to(torch.bfloat16) for t in args[:2]]
         result = self.answers(_GROUPED, (*half, *args[2:]), kwargs)
         return torch.empty_strided(result.shape, result.stride(), dtype=args[0].dtype)
 
-    def _converted(self, result: Any) -> Any:
-        """Floating tensors that came out of whole numbers, as fake tensors."""
+    def _to_fake(self, result: Any) -> Any:
+        """Convert floating-point results of operators on integers to fake tensors."""
 
         def convert(tensor: Tensor) -> Tensor:
-            if isinstance(tensor, FakeTensor) or _is_whole(tensor.dtype):
+            if isinstance(tensor, FakeTensor) or _is_integral(tensor.dtype):
                 return tensor
             with self.fake:
                 return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
@@ -636,11 +652,11 @@ class _FakeTensors(DispatchMode):
         return tree_map_only(Tensor, convert, result)
 
 
-def _is_whole(dtype: torch.dtype | None) -> bool:
+def _is_integral(dtype: torch.dtype | None) -> bool:
     return dtype is not None and not dtype.is_floating_point and not dtype.is_complex
 
 
-def _number(tensor: FakeTensor) -> float | int | bool:
+def _scalar_value(tensor: FakeTensor) -> float | int | bool:
     if tensor.constant is not None:
         return tensor.constant.item()
     if tensor.dtype == torch.bool:
@@ -648,17 +664,17 @@ def _number(tensor: FakeTensor) -> float | int | bool:
     return 1.0 if tensor.dtype.is_floating_point else 1
 
 
-def _stand_in(tensor: Tensor) -> Tensor:
-    """A real tensor of the same shape that takes one element."""
+def _real_placeholder(tensor: Tensor) -> Tensor:
+    """Return a real tensor of the same shape that occupies one element."""
     with without_dispatch():
         return torch.empty((), dtype=torch.bool).expand(tensor.shape)
 
 
-def _places(func: object, args: tuple, kwargs: dict, result: FakeTensor) -> Tensor:
-    """Places along a dimension, spread evenly: experts that a router picks by them get equal shares."""
-    if not _is_whole(result.dtype):
+def _spread_indices(func: object, args: tuple, kwargs: dict, result: FakeTensor) -> Tensor:
+    """Return evenly spread indices along a dimension, so that a router assigns equal shares to the experts."""
+    if not _is_integral(result.dtype):
         return result
-    at, default = _PLACES[func]
+    at, default = _INDEX_OPERATORS[func]
     dim = args[at] if 0 <= at < len(args) else kwargs.get("dim", default)
     size = args[0].numel() if dim is None else args[0].shape[dim]
     with without_dispatch():
@@ -666,56 +682,56 @@ def _places(func: object, args: tuple, kwargs: dict, result: FakeTensor) -> Tens
 
 
 @functools.cache
-def _modes() -> tuple[FakeTensorMode, _FakeTensors]:
-    """One pair for the whole process: tensors of two fake modes cannot meet in one operator."""
+def _modes() -> tuple[FakeTensorMode, _FakeTensorRouter]:
+    """Return the modes, one pair per process, because tensors of two fake modes cannot be combined."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    return fake, _FakeTensors(fake)
+    return fake, _FakeTensorRouter(fake)
 
 
 @contextlib.contextmanager
 def fake_tensors() -> Iterator[None]:
-    """While open, floating tensors that are made are fake; models can be built and runs can be run.
+    """Context manager in which new floating-point tensors are fake, so that models can be built and runs simulated.
 
-    A real floating tensor from before may take part and is not changed. May be opened again, also inside
-    itself.
+    Existing real floating-point tensors can be used and are not modified. Can be nested.
 
     Raises:
-        RuntimeError: this version of torch has none.
+        RuntimeError: if this version of torch does not support it.
     """
     require_dry_runs()
-    if getattr(_OPEN, "is_open", False):
+    if getattr(_THREAD_STATE, "is_open", False):
         yield
         return
     fake, mode = _modes()
-    _OPEN.is_open = True
+    _THREAD_STATE.is_open = True
     try:
         with fake, mode:
             yield
     finally:
-        _OPEN.is_open = False
+        _THREAD_STATE.is_open = False
 
 
 def simulate(
     run: Callable[[], object],
     *,
-    known: Mapping[str, Iterable[Tensor]] | None = None,
+    tensors_by_kind: Mapping[str, Iterable[Tensor]] | None = None,
     models: Iterable[torch.nn.Module] = (),
     vocabularies: Iterable[int] = (),
 ) -> Footprint:
-    """Run ``run`` on fake tensors and return what it would take.
+    """Run ``run`` on fake tensors and return its footprint.
 
     Args:
-        run: is called once, under :func:`fake_tensors`. What it needs of models was made there as well
+        run: Function that is called once, under :func:`fake_tensors`. Create its models under it too
             (:func:`deltaw.hub.loading.skeleton`).
-        known: tensors from before ``run`` by kind (:data:`deltaw.memory.plan.KINDS`); a later kind wins.
-        models: models from before ``run``: their parameters and buffers count as weights or trained, and
-            modules are called by their names in them.
-        vocabularies: floating tensors whose last size is one of these count as logits.
+        tensors_by_kind: Existing tensors by kind (:data:`deltaw.memory.plan.KINDS`). If a tensor occurs in several
+            kinds, the last one counts.
+        models: Existing models. Their parameters and buffers count as weights or trainable parameters, and modules are
+            reported by their names in them.
+        vocabularies: Floating-point tensors whose last dimension has one of these sizes count as logits.
     """
     with fake_tensors(), MemoryTracker(vocabularies=vocabularies) as tracker:
         for model in models:
             tracker.track_model(model)
-        for kind, tensors in (known or {}).items():
+        for kind, tensors in (tensors_by_kind or {}).items():
             tracker.track(tensors, kind)
         run()
     return tracker.footprint()

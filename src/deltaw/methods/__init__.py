@@ -1,6 +1,6 @@
-"""The ways to train few parameters: one file each, one small protocol (``base``), one ``registry``.
+"""Parameter-efficient training methods: a protocol (``base``), an implementation per file, and a ``registry``.
 
-Importing the package registers the built-in methods, and none of their code.
+Importing the package registers the built-in methods without importing their implementations.
 """
 
 from deltaw.methods import settings as _built_in  # noqa: F401

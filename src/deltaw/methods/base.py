@@ -1,6 +1,6 @@
-"""What a method is: which parameters a run trains, and what it saves of them.
+"""The interface of a training method, which selects the trainable parameters of a run and defines their file format.
 
-Training, planning and comparing know methods through this class alone.
+Training, planning and comparing use methods only through :class:`Method`.
 """
 
 from __future__ import annotations
@@ -13,55 +13,59 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
+import torch
 from torch import nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class TrainOptions(Protocol):
-    """The part of the ``train:`` section that methods read."""
+class MethodOptions(Protocol):
+    """The options of the ``train:`` section that methods read."""
 
     @property
-    def b_rate(self) -> float: ...
+    def loraplus_lr_ratio(self) -> float: ...
 
 
-Made = TypeVar("Made", bound="Method")
+MethodT = TypeVar("MethodT", bound="Method")
 Folder: TypeAlias = str | os.PathLike[str]
 Metadata: TypeAlias = Mapping[str, str]
+Tensors: TypeAlias = Mapping[str, torch.Tensor]
 Calibration: TypeAlias = Callable[[], None]
-"""Runs the model on some of the user's rows."""
+"""Runs the model on a sample of the user's rows."""
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# Key in the metadata of the weights file: the names of a classifier's classes, as JSON.
+# Metadata key of the weights file: names of a classifier's classes, as JSON.
 CLASSES_KEY = "deltaw.classes"
-# The same: the parameters whose values the base model's fingerprint leaves out, as JSON.
+# Metadata key of the weights file: parameters excluded from the base model's fingerprint, as JSON.
 REPLACED_KEY = "deltaw.replaced"
 
 
 class Method(abc.ABC):
-    """One way to train few parameters of a model. By default nothing is random, all parameters have one learning
-    rate, and there are no virtual tokens.
+    """A parameter-efficient training method.
+
+    By default, a method has no randomness in its forward pass, one learning rate, and no virtual tokens.
 
     Attributes:
-        name: the value of the setting ``method``.
-        usual_rate: a learning rate for AdamW that works in most cases. Where it ``falls_with_width``, it is
-            the rate for a model with hidden size 4,096.
-        falls_with_width: whether narrower models want a higher rate.
-        virtual_tokens: the number of positions that it prepends to each row.
-        activates: whether what it trains acts only from an invocation sequence on.
-        invocation_given: that sequence as the user gave it, ids or text; None where it is to be derived.
-        invocation: its token ids, once they are known; else None.
-        section: the class of its settings.
+        name: Value of the setting ``method``.
+        default_learning_rate: Usual learning rate for AdamW. If ``rate_scales_with_width`` is True, it is the rate for
+            a model with hidden size 4,096.
+        rate_scales_with_width: True if narrower models need a higher rate.
+        virtual_tokens: Number of positions prepended to each row.
+        is_activated: True if the adapter acts only after an invocation sequence.
+        requested_invocation: Invocation sequence from the settings, token ids or text. None if it must be derived.
+        invocation: Token ids of the invocation sequence, or None until they are known.
+        section: Class of the method's settings.
+        tokenizer: Tokenizer of the model. None if the rows are images.
     """
 
     name: str
-    usual_rate: float
-    falls_with_width: bool = True
+    default_learning_rate: float
+    rate_scales_with_width: bool = True
     virtual_tokens: int = 0
-    activates: bool = False
-    invocation_given: Sequence[int] | str | None = None
+    is_activated: bool = False
+    requested_invocation: Sequence[int] | str | None = None
     invocation: Sequence[int] | None = None
     section: type | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -71,82 +75,88 @@ class Method(abc.ABC):
 
     @classmethod
     def from_run(
-        cls: type[Made], section: object, *, train: TrainOptions | None, tokenizer: PreTrainedTokenizerBase | None
-    ) -> Made:
-        """Make the method from its section of a run's settings; None stands for the defaults.
+        cls: type[MethodT], section: object, *, train: MethodOptions | None, tokenizer: PreTrainedTokenizerBase | None
+    ) -> MethodT:
+        """Create the method from its section of a run's settings.
 
         Args:
-            section: the section; None where the method has none, or where an adapter is loaded.
-            train: the run's ``train:`` section; None where an adapter is loaded.
-            tokenizer: of the model; None for images.
+            section: Settings section of the method. None if the method has no settings or an adapter is loaded.
+            train: The run's ``train:`` section, or None if an adapter is loaded.
+            tokenizer: Tokenizer of the model. None if the rows are images.
         """
-        made = cls() if section is None else cls(section)
-        made.tokenizer = tokenizer
-        return made
+        method = cls() if section is None else cls(section)
+        method.tokenizer = tokenizer
+        return method
 
-    def invoke_by(self, tokens: Sequence[int]) -> None:  # noqa: B027 - most act on all tokens
-        """Be told the invocation sequence, before :meth:`prepare`."""
+    def set_invocation(self, tokens: Sequence[int]) -> None:  # noqa: B027 - optional hook
+        """Set the invocation sequence. Called before :meth:`prepare`."""
 
     @abc.abstractmethod
     def prepare(
         self, model: nn.Module, *, seed: int, extra_modules: Sequence[str] = (), calibrate: Calibration | None = None
     ) -> str:
-        """Freeze the model, create the trained parameters, and return a few lines about them.
+        """Freeze the model, create the trainable parameters, and return a summary of a few lines.
 
         Args:
-            seed: for random initialization.
-            extra_modules: names of modules that are trained whole as well, such as a new classifier.
-            calibrate: runs the model on some of the user's rows, for initializations that depend on data.
+            model: Model to train.
+            seed: Seed of the random initialization.
+            extra_modules: Names of modules to train in full, such as a new classifier.
+            calibrate: Runs the model on a sample of the user's rows, for data-dependent initializations.
 
         Raises:
-            UserError: the method does not fit the model.
+            UserError: if the method does not support the model.
         """
 
     def evaluating(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Within the block nothing is random: the model answers as it will after training."""
+        """Context manager that disables randomness such as dropout, so that the model answers as after training."""
         return contextlib.nullcontext()
 
-    def keeps_base(self, model: nn.Module) -> bool:
-        """Whether :meth:`without` is possible. Not where parameters were trained in place: nobody paid for a
-        copy of them. After :meth:`load` it always is."""
+    def can_restore_base(self, model: nn.Module) -> bool:
+        """True if :meth:`base_model_active` is supported.
+
+        False if parameters were trained in place, since no copy of the base model's values exists. Always True after
+        :meth:`load`.
+        """
         return True
 
     @abc.abstractmethod
-    def without(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Within the block the model is the base model.
+    def base_model_active(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Context manager in which the model behaves as the base model.
 
         Raises:
-            UserError: the base model was not kept.
+            UserError: if the base model's values were not kept.
         """
 
     @abc.abstractmethod
     def parameters(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-        """The trained parameters, by name. Only these have gradients and optimizer state."""
+        """Return the trainable parameters with their names. No other parameter has gradients or optimizer state."""
 
     def rate_factor(self, name: str) -> float:
-        """The factor on the learning rate of this parameter."""
+        """Return the learning rate multiplier of a parameter."""
         return 1.0
 
-    def after_step(self, model: nn.Module) -> None:  # noqa: B027 - most change the very tensors
-        """Write what the optimizer changed into the model, where the tensors are different ones."""
+    def after_step(self, model: nn.Module) -> None:  # noqa: B027 - optional hook
+        """Copy the optimizer's result into the model, if the optimizer updates different tensors."""
 
     def with_virtual_tokens(self, tokens: np.ndarray) -> np.ndarray:
-        """The row that the model sees: (length,) to (virtual tokens + length,)."""
+        """Return the row with virtual tokens prepended: (length,) to (virtual tokens + length,)."""
         return tokens
 
     @abc.abstractmethod
     def save(self, model: nn.Module, folder: Folder, *, base_model: str, metadata: Metadata | None = None) -> None:
-        """Write the trained parameters.
+        """Save the trained parameters.
 
         Args:
-            base_model: the reference that the model was loaded by.
-            metadata: added to the metadata of the weights file.
+            model: Trained model.
+            folder: Folder of the adapter.
+            base_model: Reference that the base model was loaded from.
+            metadata: Entries to add to the metadata of the weights file.
         """
 
     @abc.abstractmethod
     def load(self, model: nn.Module, folder: Folder) -> str:
-        """Apply a saved adapter to a freshly loaded model, frozen, and return a few lines about it."""
+        """Apply a saved adapter, frozen, to a newly loaded model and return a summary of a few lines."""
 
     def can_share_prefixes(self) -> bool:
-        """Whether training is the same when a prefix that rows share is computed once."""
+        """True if training is unaffected by computing a prefix shared by several rows once."""
         return True

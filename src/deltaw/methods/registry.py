@@ -1,8 +1,8 @@
-"""The methods that exist. Each registers once; settings, flags, plans, searches and adapters follow from it.
+"""Registry of training methods. Settings, flags, plans, searches and adapters are derived from it.
 
-The built-in methods register in ``settings``. Other code registers its own the same way, before it reads any
-settings; an installed package names its entry as an entry point of the group ``deltaw.methods``. An entry
-names its class by text where the class is slow to import, so this module needs no torch.
+The built-in methods are registered in ``settings``. Other code registers methods the same way before it reads any
+settings. An installed package can name its entry as an entry point of the group ``deltaw.methods``. An entry can give
+its class as a string, so that this module does not import torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import keyword
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from deltaw.registry import Registry, imported
+from deltaw.registry import Registry, import_object
 
 if TYPE_CHECKING:
     from deltaw.methods.base import Method
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MethodEntry:
-    """One method, as it is registered.
+    """A registered method.
 
     Attributes:
-        name: the value of the setting ``method``, and the name of the method's section.
-        implementation: the class, or ``"package.module:Class"``, imported at first use.
-        settings: dataclass of the method's section; None where it has no settings of its own. A classmethod
-            ``from_dict`` of it reads the section, if there is one.
-        description: what the section is about, for ``--help``.
-        peft_type: what ``adapter_config.json`` calls the method, where PEFT reads its files.
-        search: what a search changes by default besides the learning rate, in the syntax of ``--search``.
-        compared: whether a comparison includes it by default.
+        name: Value of the setting ``method``, and name of the method's section.
+        implementation: Class, or ``"package.module:Class"``, which is imported at first use.
+        settings: Dataclass of the method's section, or None if it has no settings. If it has a classmethod
+            ``from_dict``, that reads the section.
+        description: Topic of the section, for ``--help``.
+        peft_type: Name of the method in ``adapter_config.json`` if PEFT can read its files.
+        search: Default search space in addition to the learning rate, in the syntax of ``--search``.
+        compared_by_default: True if a comparison includes the method by default.
     """
 
     name: str
@@ -38,12 +38,12 @@ class MethodEntry:
     description: str = ""
     peft_type: str | None = None
     search: tuple[str, ...] = ("train.weight_decay=[0.0, 0.01, 0.1]",)
-    compared: bool = False
+    compared_by_default: bool = False
 
     def load(self) -> type[Method]:
-        """The method's class."""
-        found: type[Method] = imported(self.implementation)
-        return found
+        """Import and return the method's class."""
+        implementation: type[Method] = import_object(self.implementation)
+        return implementation
 
 
 def _check(entry: MethodEntry) -> None:
@@ -63,15 +63,15 @@ entry_of = _registry.entry_of
 
 
 def compared_names() -> tuple[str, ...]:
-    """The methods that a comparison includes by default."""
-    return tuple(entry.name for entry in entries() if entry.compared)
+    """Return the names of the methods that a comparison includes by default."""
+    return tuple(entry.name for entry in entries() if entry.compared_by_default)
 
 
 def section_names() -> tuple[str, ...]:
-    """The methods that have a section of settings."""
+    """Return the names of the methods that have settings."""
     return tuple(entry.name for entry in entries() if entry.settings is not None)
 
 
 def entry_of_adapter(kind: object) -> MethodEntry | None:
-    """The method whose adapters carry this ``peft_type``, or this ``method`` where PEFT has no type."""
+    """Return the method with this ``peft_type``, or with this name if PEFT has no type for it. None if unknown."""
     return next((e for e in entries() if kind == (e.peft_type or e.name)), None)

@@ -1,4 +1,4 @@
-"""The built-in methods: the settings of each, a small section in a run's file, and its registration."""
+"""Settings and registration of the built-in methods."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ register(
         "rank, alpha and targets of the low-rank update",
         peft_type="LORA",
         search=("lora.rank=[4, 8, 16, 32]", "lora.alpha/rank=[1, 2, 4]"),
-        compared=True,
+        compared_by_default=True,
     )
 )
 
@@ -31,7 +31,9 @@ class HeadSettings:
     modules: list[str] | None = setting(None, "modules trained by method head; null: the model's output layer")
 
 
-register(MethodEntry("head", "deltaw.methods.in_place:Head", HeadSettings, "the output layer alone", compared=True))
+register(
+    MethodEntry("head", "deltaw.methods.in_place:Head", HeadSettings, "only the output layer", compared_by_default=True)
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class InputSettings:
 
     def __post_init__(self) -> None:
         if self.modules and self.tokens:
-            raise UserError("input.modules and input.tokens exclude each other", hint="leave one of the two out")
+            raise UserError("input.modules and input.tokens cannot be combined", hint="remove one of them")
 
 
 register(MethodEntry("input", "deltaw.methods.in_place:Input", InputSettings, "the input layer"))
@@ -56,7 +58,7 @@ class PromptSettings:
     """The ``prompt:`` section.
 
     Raises:
-        UserError: a value is out of range, or ``init`` and ``text`` contradict each other.
+        UserError: if a value is out of range, or ``init`` and ``text`` contradict each other.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -69,27 +71,27 @@ class PromptSettings:
 
     def __post_init__(self) -> None:
         if self.length < 1:
-            raise UserError(f"prompt.length is {self.length}", hint="give at least 1; 20 is usual")
+            raise UserError(f"prompt.length is {self.length}", hint="use at least 1, for example 20")
         if self.init not in ("random", "text"):
-            raise UserError(f"prompt.init is '{self.init}'", hint="give random or text")
+            raise UserError(f"prompt.init is '{self.init}'", hint="use random or text")
         if (self.init == "text") != bool(self.text):
-            what = "prompt.init text and prompt.text belong together"
-            raise UserError(what, where="prompt.text", hint="give both, or neither")
+            message = "prompt.init: text and prompt.text must be set together"
+            raise UserError(message, location="prompt.text", hint="set both, or neither")
 
 
 register(
     MethodEntry(
         "prompt",
-        "deltaw.methods.prompt:Prompt",
+        "deltaw.methods.prompt:SoftPrompt",
         PromptSettings,
         "a soft prompt",
         peft_type="PROMPT_TUNING",
         search=("prompt.length=[5, 10, 20, 50]",),
-        compared=True,
+        compared_by_default=True,
     )
 )
 
-register(MethodEntry("bias", "deltaw.methods.in_place:Bias", compared=True))
+register(MethodEntry("bias", "deltaw.methods.in_place:Bias", compared_by_default=True))
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class RandomSettings:
 
     def __post_init__(self) -> None:
         if not self.weights > 0 or (self.weights > 1 and self.weights != int(self.weights)):
-            hint = "give a share below 1, or a whole number of weights"
+            hint = "use a share below 1, or an integer number of weights"
             raise UserError(f"random.weights is {self.weights}", hint=hint)
 
 
@@ -115,7 +117,7 @@ register(
         RandomSettings,
         "a random subset of weights",
         search=("random.weights=0.001..0.05:log",),
-        compared=True,
+        compared_by_default=True,
     )
 )
 
@@ -130,7 +132,7 @@ class LastSettings:
 
     def __post_init__(self) -> None:
         if self.blocks < 1:
-            raise UserError(f"last.blocks is {self.blocks}", hint="give at least 1")
+            raise UserError(f"last.blocks is {self.blocks}", hint="use at least 1")
 
 
 register(
@@ -139,4 +141,4 @@ register(
     )
 )
 
-register(MethodEntry("full", "deltaw.methods.in_place:Full", compared=True))
+register(MethodEntry("full", "deltaw.methods.in_place:Full", compared_by_default=True))

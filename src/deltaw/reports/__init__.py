@@ -1,1 +1,1 @@
-"""What a person sees: progress on a terminal, and tables and figures of plans, adapters and experiments."""
+"""Terminal output, tables, figures and HTML pages about plans, runs, adapters and experiments."""

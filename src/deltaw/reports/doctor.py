@@ -1,4 +1,4 @@
-"""`deltaw doctor` as a person reads it, and as one object for programs."""
+"""Diagnose a machine for `deltaw doctor`: collect its properties, derive findings, and format them."""
 
 from __future__ import annotations
 
@@ -21,34 +21,42 @@ from deltaw.errors import UserError, nearest
 from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import read_config
 from deltaw.kernels import loader, variants
-from deltaw.kernels.arithmetic import STORED, TORCH
+from deltaw.kernels.arithmetic import TORCH, WEIGHT_TYPES
 from deltaw.kernels.processor import processor_flags
-from deltaw.kernels.variants import EMULATED_TILES, LEFT_OUT_BY, MEASURED, NONE, OFF, VARIABLE, asked
+from deltaw.kernels.variants import (
+    APPROXIMATION_SWITCHES,
+    EMULATED_TILES,
+    MEASURED,
+    NONE,
+    OFF,
+    VARIABLE,
+    kernel_overrides,
+)
 from deltaw.machine import choices, product_rates
 from deltaw.machine import product_rates as measurements
-from deltaw.machine.choices import SLOW, Choice, choose_precision, choose_threads
+from deltaw.machine.choices import SLOW_RATE_SHARE, Choice, choose_precision, choose_threads
 from deltaw.machine.installed import Package, openmp_libraries, packages, version_of
 from deltaw.machine.kernel_choice import KernelChoice, choose_kernels
 from deltaw.machine.memory import free_memory_bytes, memory_limit_bytes, swap_bytes
 from deltaw.machine.processor import physical_cores, processor_name, usable_processors
-from deltaw.machine.product_rates import GENERIC, Measured, Sizes, sizes_of
+from deltaw.machine.product_rates import GENERIC, ProductRates, Sizes, sizes_of
 from deltaw.reports.tables import add_row, table
 from deltaw.tensor_files import TensorFile
-from deltaw.training.callbacks import Say, silent
+from deltaw.training.callbacks import LogFunction, ignore_line
 from deltaw.version import __version__
 
-# Facts are gathered in a few seconds and without a network. The root of the file system is a parameter, so that a test
-# describes a machine in a folder.
+# Collecting the properties takes seconds and needs no network. The root of the file system is a parameter, so tests can
+# describe a machine in a folder.
 _ROOT = Path("/")
-# Variables beside deltaw's own that change how fast it is or where it looks.
+# Environment variables of other programs that affect the speed or the folders of deltaw.
 OTHER_VARIABLES = ("HF_HUB_OFFLINE", "HF_HOME", "HF_HUB_CACHE", "CUDA_VISIBLE_DEVICES", "MALLOC_ARENA_MAX")
-STEERING = ("OMP_", "MKL_", "KMP_", "GOMP_", "DNNL_", "ONEDNN_", "ATEN_")
-# Packages that no part of deltaw needs, and what they are for.
+LIBRARY_PREFIXES = ("OMP_", "MKL_", "KMP_", "GOMP_", "DNNL_", "ONEDNN_", "ATEN_")
+# Optional packages and their purposes.
 OPTIONAL = {
     "faiss-cpu": "deltaw data mine, in more than a million passages",
     "fastapi": "deltaw serve",
-    "llguidance": "formats that answers must have",
-    "lm-eval": "deltaw eval --tasks",
+    "llguidance": "constrained generation",
+    "lm-eval": "deltaw eval --benchmarks",
     "mcp": "deltaw mcp",
     "optuna": "deltaw tune",
     "peft": "loading adapters in PEFT's own code",
@@ -59,17 +67,19 @@ OPTIONAL = {
     "wandb": "track: wandb",
     "xllamacpp": "K-quants of deltaw export, and comparing with llama.cpp",
 }
-# Measures rates of products: of these sizes, with so many threads.
-Measure = Callable[[Sizes, int], Measured]
+# Measures the rates of matrix products of the given sizes with a number of threads.
+Measure = Callable[[Sizes, int], ProductRates]
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """One variant of the compiled kernels, on this machine.
+    """A variant of the compiled kernels on this machine.
 
     Attributes:
-        lacking: what the processor would need. built: whether there is a file of it.
-        problem: why it cannot be loaded, though it is there; None where it can, or was not tried.
+        name: Name of the variant.
+        lacking: CPU features that are missing.
+        built: True if its library exists.
+        problem: Reason why it cannot be loaded, or None if it can or was not tried.
     """
 
     name: str
@@ -84,7 +94,7 @@ class Kernels:
 
 @dataclass(frozen=True)
 class Disk:
-    """A folder that deltaw writes to. ``path`` may not exist yet."""
+    """Folder that deltaw writes to. ``path`` may not exist yet."""
 
     purpose: str
     path: Path
@@ -102,8 +112,8 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class ModelFacts:
-    """The model that the doctor was asked about."""
+class ModelSizes:
+    """The model that was passed to the command."""
 
     reference: str
     parameters: int
@@ -111,14 +121,16 @@ class ModelFacts:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """All that was found.
+class Diagnosis:
+    """Properties of the machine and the installation.
 
     Attributes:
-        processors: that this process may use; ``machine_processors`` are those of the machine.
-        governor: how the processor sets its frequency, with its driver; empty where that is not known.
-        kernels: how products would be computed; ``measured`` are rates of this moment, None where they were
-            told by the environment.
+        processors: Number of CPUs that this process may use.
+        machine_processors: Number of CPUs of the machine.
+        governor: Frequency governor and its driver, empty if unknown.
+        kernels: Kernels that runs would use.
+        measured: Current rates of products, or None if the environment defines them.
+        cache_bytes: Size of each folder in the cache.
     """
 
     processor: str
@@ -132,7 +144,7 @@ class Facts:
     openmp: list[str]
     variants: list[Kernels]
     kernels: KernelChoice
-    measured: Measured | None
+    measured: ProductRates | None
     notes: list[str]
     memory_limit: Choice[int]
     free_memory: int
@@ -145,7 +157,7 @@ class Facts:
     mps: bool
     environment: Mapping[str, str]
     versions: Mapping[str, str]
-    model: ModelFacts | None = None
+    model: ModelSizes | None = None
     cache_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -155,38 +167,41 @@ def gather(
     *,
     root: Path = _ROOT,
     measure: Measure = product_rates.measure,
-    say: Say = silent,
-) -> Facts:
-    """Look at this machine.
+    log: LogFunction = ignore_line,
+) -> Diagnosis:
+    """Collect the properties of this machine.
 
     Args:
-        model: whose sizes the products are measured for; None: usual sizes.
-        output: the folder that runs are written to.
+        model: Model whose sizes are used to measure products, or None for typical sizes.
+        output: Folder of runs.
+        root: Root of the file system.
+        measure: Measures the rates of products.
+        log: Receives progress lines.
 
     Raises:
-        UserError: there is no such model, or ``DELTAW_KERNELS`` asks for what cannot run here.
+        UserError: If the model does not exist, or ``DELTAW_KERNELS`` requests kernels that cannot run here.
     """
     usable = usable_processors()
     threads = choose_threads(root=root)
-    asked = None if model is None else _model(model, say)
-    sizes = GENERIC if asked is None else asked.sizes
-    variants.check_asked()
+    model_summary = None if model is None else _model(model, log)
+    sizes = GENERIC if model_summary is None else model_summary.sizes
+    variants.check_overrides()
     chosen = choose_kernels(sizes, threads.value)
-    told = measurements.for_any() is not None
+    has_forced_rates = measurements.forced_rates() is not None
     cache, hub = cache_root(), Path(HF_HUB_CACHE)
-    _, folders, _ = next(os.walk(cache), ("", [], []))  # nothing if it is not there, or cannot be read
-    cached = {name: held_bytes(cache / name) for name in sorted(folders)}
+    _, folders, _ = next(os.walk(cache), ("", [], []))  # empty if it does not exist or cannot be read
+    cache_bytes = {name: folder_bytes(cache / name) for name in sorted(folders)}
 
     system = f"{platform.system()} {platform.release()} {platform.machine()}"
-    of_torch = {"torch": torch.__version__, "cuda": torch.version.cuda or "none"}
+    torch_versions = {"torch": torch.__version__, "cuda": torch.version.cuda or "none"}
 
     def matters(variable: str) -> bool:
-        return variable.startswith(("DELTAW_", *STEERING)) or variable in OTHER_VARIABLES
+        return variable.startswith(("DELTAW_", *LIBRARY_PREFIXES)) or variable in OTHER_VARIABLES
 
-    disks = [_disk("runs", Path(os.path.expanduser(output))), _disk("cache", cache, sum(cached.values()))]
+    disks = [_disk("runs", Path(os.path.expanduser(output))), _disk("cache", cache, sum(cache_bytes.values()))]
     if hub.is_dir():
-        disks.append(_disk("hub cache", hub, held_bytes(hub)))
-    return Facts(
+        disks.append(_disk("hub cache", hub, folder_bytes(hub)))
+    return Diagnosis(
         processor=processor_name(root),
         machine_processors=os.cpu_count() or len(usable),
         processors=len(usable),
@@ -198,7 +213,7 @@ def gather(
         openmp=openmp_libraries(root),
         variants=_variants(),
         kernels=chosen,
-        measured=None if told else measure(sizes, threads.value),
+        measured=None if has_forced_rates else measure(sizes, threads.value),
         notes=loader.notes(),
         memory_limit=memory_limit_bytes(root),
         free_memory=free_memory_bytes(root),
@@ -210,27 +225,27 @@ def gather(
         nvidia_driver=(root / "proc/driver/nvidia/version").exists(),
         mps=torch.backends.mps.is_available(),
         environment={name: value for name, value in sorted(os.environ.items()) if matters(name)},
-        versions={"python": platform.python_version(), "system": system, **of_torch},
-        model=asked,
-        cache_bytes=cached,
+        versions={"python": platform.python_version(), "system": system, **torch_versions},
+        model=model_summary,
+        cache_bytes=cache_bytes,
     )
 
 
-def held_bytes(folder: Path) -> int:
-    """What the files below a folder take on the disk, which is less than their size where they have holes."""
+def folder_bytes(folder: Path) -> int:
+    """Return the disk usage of the files below a folder, which is less than their size for sparse files."""
     total = 0
-    for place, _, files in os.walk(folder):
+    for directory, _, files in os.walk(folder):
         for name in files:
             try:
-                status = os.lstat(os.path.join(place, name))
+                status = os.lstat(os.path.join(directory, name))
             except OSError:
-                continue  # it went away meanwhile
+                continue  # deleted in the meantime
             total += min(status.st_size, getattr(status, "st_blocks", 1 << 60) * 512)
     return total
 
 
-def _model(reference: str, say: Say) -> ModelFacts:
-    folder = config_folder(reference, "bf16", False, say=say)
+def _model(reference: str, log: LogFunction) -> ModelSizes:
+    folder = config_folder(reference, "bf16", False, log=log)
     config = read_config(folder, "causal-lm", None, False)
     parameters = 0
     for file in sorted(folder.glob("*.safetensors")):
@@ -238,15 +253,15 @@ def _model(reference: str, say: Say) -> ModelFacts:
             weights = TensorFile(file)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             hint = "fetch or copy the model again"
-            raise UserError(f"the weights are damaged: {error}", where=str(file), hint=hint) from error
-        parameters += sum(weights.described(name).numel() for name in weights)
-    return ModelFacts(reference, parameters, sizes_of(config))
+            raise UserError(f"the weights are damaged: {error}", location=str(file), hint=hint) from error
+        parameters += sum(weights.meta_tensor(name).numel() for name in weights)
+    return ModelSizes(reference, parameters, sizes_of(config))
 
 
 def _variants() -> list[Kernels]:
     flags = processor_flags()
-    switched_off = variants.asked().kernels == variants.NONE
-    found = []
+    switched_off = variants.kernel_overrides().kernels == variants.NONE
+    results = []
     for variant in variants.for_machine():
         lacking = tuple(variant.lacking(flags))
         built = variants.file_of(variant).is_file()
@@ -255,17 +270,17 @@ def _variants() -> list[Kernels]:
             try:
                 loader.open_variant(variant.name)
             except (OSError, AttributeError, RuntimeError, UserError) as error:
-                problem = error.what if isinstance(error, UserError) else str(error)
-        found.append(Kernels(variant.name, lacking, built, problem))
-    return found
+                problem = error.message if isinstance(error, UserError) else str(error)
+        results.append(Kernels(variant.name, lacking, built, problem))
+    return results
 
 
-def _disk(purpose: str, path: Path, held: int | None = None) -> Disk:
-    there = path.absolute()
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    writable = there.is_dir() and os.access(there, os.W_OK) and bool(there.stat().st_mode & 0o222)
-    return Disk(purpose, path, shutil.disk_usage(there).free, writable, held)
+def _disk(purpose: str, path: Path, held_bytes: int | None = None) -> Disk:
+    existing = path.absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    writable = existing.is_dir() and os.access(existing, os.W_OK) and bool(existing.stat().st_mode & 0o222)
+    return Disk(purpose, path, shutil.disk_usage(existing).free, writable, held_bytes)
 
 
 def _gpu_of(index: int) -> Gpu:
@@ -282,63 +297,64 @@ def _governor(root: Path) -> tuple[str, str]:
         return "", ""
 
 
-# What the facts of a machine mean for training on it: findings, each with what helps.
+# Findings about training on this machine.
 Severity = Literal["ok", "note", "warning", "problem"]
-# From the mildest to the worst.
+# In ascending order of severity.
 SEVERITIES: tuple[Severity, ...] = ("ok", "note", "warning", "problem")
 GB = 1e9
-# Free bytes below which a disk is low, and below which nothing can be written.
+# Free bytes below which a disk is low, and below which it is full.
 LOW_DISK, FULL_DISK = 5e9, 50e6
-# Free memory below which only toys train.
+# Free memory in bytes below which only very small models can be trained.
 LOW_MEMORY = 1e9
-# Swap in use that says that memory was short.
+# Used swap in bytes above which memory is considered insufficient.
 SWAPPED = 512e6
-# A product's rate now, as a share of what was remembered, below which something holds the machine back.
-HELD_BACK = 0.7
-# Running programs per processor from which on they wait for each other.
+# Share of the stored rate of a product below which the machine is considered slowed down.
+MIN_RATE_SHARE = 0.7
+# Load per CPU above which the machine is considered busy.
 BUSY = 1.5
 BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.1}
-# deltaw's own variables, and what each changes.
+# deltaw's environment variables and their effects.
 VARIABLES = {
     VARIABLE: "which compiled kernels are used",
     OFF: "0: no compiled kernels",
-    MEASURED: "rates of products, as another process measured them",
-    LEFT_OUT_BY["int8_gradients"]: "0: gradients are multiplied with bf16 weights in bf16",
-    LEFT_OUT_BY["int8_logits"]: "0: no logits in training come from int8 products",
-    LEFT_OUT_BY["summed_classes"]: "0: a head's gradient is computed with every class of every row",
-    "DELTAW_CACHE": "where models, features and measurements are kept",
-    "DELTAW_API_KEY": "a key that requests to deltaw serve must bring",
-    "DELTAW_PEER_SECONDS": "how long processes that train together wait for each other",
-    "DELTAW_TRACEBACK": "1: an unexpected error shows where it arose",
-    "DELTAW_TARGET": "the system and processor that kernels are compiled for",
+    MEASURED: "rates of products, measured by another process",
+    APPROXIMATION_SWITCHES["int8_gradients"]: "0: gradients are multiplied with bf16 weights in bf16",
+    APPROXIMATION_SWITCHES["int8_logits"]: "0: training does not compute logits with int8 products",
+    APPROXIMATION_SWITCHES["summed_classes"]: "0: a head's gradient is computed with every class of every row",
+    "DELTAW_CACHE": "cache folder for models, features and measurements",
+    "DELTAW_API_KEY": "API key that requests to deltaw serve must send",
+    "DELTAW_PEER_SECONDS": "timeout of processes that train together, in seconds",
+    "DELTAW_TRACEBACK": "1: unexpected errors print a traceback",
+    "DELTAW_TARGET": "the system and CPU that kernels are compiled for",
     "DELTAW_VARIANTS": "which kernels are compiled at installation",
-    EMULATED_TILES: "1: for tests of the kernels: arrays stand for the tiles of AMX",
+    EMULATED_TILES: "1: emulates AMX tiles with arrays, for tests of the kernels",
 }
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One thing that was found.
+class DoctorFinding:
+    """Finding about the machine.
 
     Attributes:
-        severity: ok; a note changes nothing or little; a warning costs time or memory; a problem makes
-            training impossible.
-        topic: a word: kernels, threads, memory, …
-        hint: what helps; None where nothing needs to be done.
+        severity: "ok"; "note" for little or no effect; "warning" for a cost in time or memory; "problem" if training is
+            impossible.
+        topic: Short name such as kernels, threads or memory.
+        message: Description.
+        hint: Suggested action, or None.
     """
 
     severity: Severity
     topic: str
-    what: str
+    message: str
     hint: str | None = None
 
 
-# A finding without its topic.
-Said: TypeAlias = tuple[Severity, str, str | None]
+# Severity, message and hint of a finding.
+FindingParts: TypeAlias = tuple[Severity, str, str | None]
 
 
-def diagnose(facts: Facts) -> list[Finding]:
-    """All findings, by topic."""
+def diagnose(diagnosis: Diagnosis) -> list[DoctorFinding]:
+    """Return all findings by topic."""
     parts = {
         "threads": _threads,
         "kernels": _kernels,
@@ -350,211 +366,210 @@ def diagnose(facts: Facts) -> list[Finding]:
         "gpu": _gpu,
         "environment": _environment_findings,
     }
-    return [
-        Finding(severity, topic, what, hint) for topic, part in parts.items() for severity, what, hint in part(facts)
-    ]
+    found = ((topic, *entry) for topic, find in parts.items() for entry in find(diagnosis))
+    return [DoctorFinding(level, topic, text, hint) for topic, level, text, hint in found]
 
 
-def _threads(facts: Facts) -> Iterator[Said]:
-    threads, why = facts.threads.value, facts.threads.why
-    bound = facts.cores if facts.quota is None else min(facts.cores, max(1, int(facts.quota)))
-    if why == "OMP_NUM_THREADS" and threads < bound:
-        what = f"OMP_NUM_THREADS={threads}: runs compute on {threads} of {bound} cores"
-        yield ("warning", what, "unset OMP_NUM_THREADS, or set 'threads' in the settings")
-    elif why == "OMP_NUM_THREADS" and threads > bound:
-        what = f"OMP_NUM_THREADS={threads}: more threads than usable cores ({bound}), which wait for each other"
-        yield ("warning", what, f"unset OMP_NUM_THREADS, or set it to {bound}")
+def _threads(diagnosis: Diagnosis) -> Iterator[FindingParts]:
+    threads, reason = diagnosis.threads.value, diagnosis.threads.why
+    bound = diagnosis.cores if diagnosis.quota is None else min(diagnosis.cores, max(1, int(diagnosis.quota)))
+    if reason == "OMP_NUM_THREADS" and threads < bound:
+        message = f"OMP_NUM_THREADS={threads}: runs compute on {threads} of {bound} cores"
+        yield ("warning", message, "unset OMP_NUM_THREADS, or set 'threads' in the settings")
+    elif reason == "OMP_NUM_THREADS" and threads > bound:
+        message = f"OMP_NUM_THREADS={threads}: more threads than usable cores ({bound}), which wait for each other"
+        yield ("warning", message, f"unset OMP_NUM_THREADS, or set it to {bound}")
     else:
-        yield ("ok", f"{threads} threads ({why})", None)
-    if facts.quota is not None and facts.quota < facts.processors:
-        what = f"a control group allows {facts.quota:g} of {facts.processors} processors"
-        short: Said = ("warning", what, "give the container or job more processors: a run is throttled")
-        yield short if facts.quota < 1 else ("note", what, None)
-    if facts.processors < facts.machine_processors:
-        what = f"this process may use {facts.processors} of the machine's {facts.machine_processors} processors"
-        yield ("note", what, "its affinity was set by taskset, a container or a job scheduler")
-    if len(facts.openmp) > 1:
-        what = f"several OpenMP libraries are loaded ({', '.join(facts.openmp)}), whose threads compete for the cores"
-        yield ("warning", what, "install torch and NumPy from the same source, both with pip or both with conda")
-    if facts.load is not None and facts.load > BUSY * facts.processors:
-        what = f"the machine is busy: {facts.load:.1f} are running or waiting on {facts.processors} processors"
-        yield ("warning", what, "wait for them, or set 'threads' to what they leave")
-    if facts.governor == ("powersave", "acpi-cpufreq"):  # with other drivers the name means nothing
-        what = "the processor is held at its lowest frequency (governor powersave)"
-        yield ("warning", what, "choose another governor: cpupower frequency-set -g performance")
+        yield ("ok", f"{threads} threads ({reason})", None)
+    if diagnosis.quota is not None and diagnosis.quota < diagnosis.processors:
+        message = f"a control group allows {diagnosis.quota:g} of {diagnosis.processors} processors"
+        short: FindingParts = ("warning", message, "give the container or job more processors: runs are throttled")
+        yield short if diagnosis.quota < 1 else ("note", message, None)
+    if diagnosis.processors < diagnosis.machine_processors:
+        message = f"this process may use {diagnosis.processors} of {diagnosis.machine_processors} processors"
+        yield ("note", message, "its affinity was set by taskset, a container or a job scheduler")
+    if len(diagnosis.openmp) > 1:
+        message = f"several OpenMP libraries are loaded ({', '.join(diagnosis.openmp)}); their threads compete"
+        yield ("warning", message, "install torch and NumPy from the same source, both with pip or both with conda")
+    if diagnosis.load is not None and diagnosis.load > BUSY * diagnosis.processors:
+        message = f"the machine is busy: load {diagnosis.load:.1f} on {diagnosis.processors} CPUs"
+        yield ("warning", message, "stop other programs, or set 'threads' to a lower number")
+    if diagnosis.governor == ("powersave", "acpi-cpufreq"):  # other drivers use this name differently
+        message = "the CPU runs at its lowest frequency (governor powersave)"
+        yield ("warning", message, "choose another governor: cpupower frequency-set -g performance")
 
 
-def _kernels(facts: Facts) -> Iterator[Said]:
-    forced = asked()
-    chosen = facts.kernels.arithmetic.kernels
+def _kernels(diagnosis: Diagnosis) -> Iterator[FindingParts]:
+    forced = kernel_overrides()
+    chosen = diagnosis.kernels.arithmetic.kernels
     if forced.kernels == NONE:
-        yield ("warning", f"compiled kernels are switched off ({forced.said})", f"unset {VARIABLE} and {OFF}")
+        yield ("warning", f"compiled kernels are switched off ({forced.source})", f"unset {VARIABLE} and {OFF}")
         return
-    runs = [variant for variant in facts.variants if not variant.lacking]
+    runs = [variant for variant in diagnosis.variants if not variant.lacking]
     if chosen is None:
         problem = next((v.problem for v in runs if v.problem), "none was built")
-        again = "pip install --force-reinstall --no-deps deltaw, or in a checkout: pip install -e ."
-        hint = f"install a C++ compiler (on Debian and Ubuntu: apt install g++), then: {again}"
-        yield ("warning", f"there are no compiled kernels ({problem}): training works, and is slower", hint)
+        install = "pip install --force-reinstall --no-deps deltaw, or in a checkout: pip install -e ."
+        hint = f"install a C++ compiler (on Debian and Ubuntu: apt install g++), then: {install}"
+        yield ("warning", f"no compiled kernels ({problem}): training works but is slower", hint)
         return
     yield ("ok", f"compiled kernels: {chosen}", None)
-    if left_out := [variant.name for variant in runs[1:] if not variant.built]:
-        yield ("ok", f"not built, though this processor runs them too: {', '.join(left_out)}", None)
-    if forced.said:
-        yield ("note", f"kernels are forced by {forced.said}", f"unset {VARIABLE} to measure")
+    if not_built := [variant.name for variant in runs[1:] if not variant.built]:
+        yield ("ok", f"not built, but supported by this CPU: {', '.join(not_built)}", None)
+    if forced.source:
+        yield ("note", f"kernels are forced by {forced.source}", f"unset {VARIABLE} to measure")
     if not runs[0].built:
-        what = f"the best kernels for this processor, {runs[0].name}, were not built"
-        yield ("note", what, "a newer compiler may know them: install it, then install deltaw again")
+        message = f"the best kernels for this CPU, {runs[0].name}, were not built"
+        yield ("note", message, "a newer compiler may support them: install it, then install deltaw again")
     for variant in runs:
         if variant.problem is not None:
-            what = f"kernels {variant.name} cannot be used: {variant.problem}"
-            yield ("warning", what, "install deltaw again to rebuild them")
-    for note in facts.notes:
+            message = f"kernels {variant.name} cannot be used: {variant.problem}"
+            yield ("warning", message, "install deltaw again to rebuild them")
+    for note in diagnosis.notes:
         yield ("warning", note, "install torch from its own wheels, with OpenMP")
 
 
-def _rates(facts: Facts) -> Iterator[Said]:
-    choice = facts.kernels
-    for stored in STORED:
-        rate, way = choice.rate(stored), choice.arithmetic.of(stored)
+def _rates(diagnosis: Diagnosis) -> Iterator[FindingParts]:
+    choice = diagnosis.kernels
+    for stored in WEIGHT_TYPES:
+        rate, product = choice.rate(stored), choice.arithmetic.for_type(stored)
         by_torch = choice.rates[stored].get(TORCH)
         unit = "GOP/s" if stored == "int8" else "GFLOP/s"
-        against = "" if by_torch is None else f"; the math library reaches {by_torch:.0f}"
-        by = " by the math library" if way == TORCH else f" ({way}){against}"
-        yield ("ok", f"{stored} products: {rate:.0f} {unit}{by}", None)
+        comparison = "" if by_torch is None else f"; the math library reaches {by_torch:.0f}"
+        suffix = " by the math library" if product == TORCH else f" ({product}){comparison}"
+        yield ("ok", f"{stored} products: {rate:.0f} {unit}{suffix}", None)
     fp32, bf16, int8 = (choice.rate(stored) for stored in ("fp32", "bf16", "int8"))
-    if bf16 < SLOW * fp32:
-        what = f"bf16 is emulated: its products reach {bf16 / fp32:.0%} of the rate of fp32"
-        yield ("note", what, "precision: auto takes fp32 here; bf16 still halves the memory of the weights")
-    if int8 < SLOW * max(fp32, bf16):
-        what = f"int8 products reach {int8 / max(fp32, bf16):.0%} of the rate of the fastest precision"
-        yield ("note", what, "precision: int8 saves memory here, not time")
-    faster = choice.faster_precision(_precision(facts))
+    if bf16 < SLOW_RATE_SHARE * fp32:
+        message = f"bf16 is emulated: its products reach {bf16 / fp32:.0%} of the rate of fp32"
+        yield ("note", message, "precision: auto uses fp32 here; bf16 still halves the memory of the weights")
+    if int8 < SLOW_RATE_SHARE * max(fp32, bf16):
+        message = f"int8 products reach {int8 / max(fp32, bf16):.0%} of the rate of the fastest precision"
+        yield ("note", message, "precision: int8 saves memory here, not time")
+    faster = choice.faster_precision(_precision(diagnosis))
     if faster is not None:
         yield ("note", faster, None)
-    yield from _now(facts)
+    yield from _current_rates(diagnosis)
 
 
-def _now(facts: Facts) -> Iterator[Said]:
-    """How the rates of this moment compare with those that runs count on."""
-    if facts.measured is None:
+def _current_rates(diagnosis: Diagnosis) -> Iterator[FindingParts]:
+    """Yield findings about the current rates compared with the stored ones."""
+    if diagnosis.measured is None:
         return
     shares = {}
-    for stored in STORED:
-        now = facts.measured.rates.get(stored, {}).get(_used(facts.kernels, stored))
-        if now is not None:
-            shares[stored] = now / facts.kernels.rate(stored)
-    if shares and min(shares.values()) < HELD_BACK:
+    for stored in WEIGHT_TYPES:
+        current_rate = diagnosis.measured.rates.get(stored, {}).get(_candidate(diagnosis.kernels, stored))
+        if current_rate is not None:
+            shares[stored] = current_rate / diagnosis.kernels.rate(stored)
+    if shares and min(shares.values()) < MIN_RATE_SHARE:
         stored = min(shares, key=lambda name: shares[name])
-        what = f"{stored} products are at {shares[stored]:.0%} of the rate that was measured here before"
-        yield ("warning", what, "other programs, heat or a limit on the processor's time hold the machine back")
-    elif facts.measured.disturbed:
+        message = f"{stored} products are at {shares[stored]:.0%} of the rate that was measured here before"
+        yield ("warning", message, "other programs, thermal throttling or a CPU time limit may slow the machine down")
+    elif diagnosis.measured.disturbed:
         yield ("note", "other programs disturbed the measurement", "measure again while the machine is idle")
 
 
-def _used(choice: KernelChoice, stored: str) -> str:
-    """The candidate by which products with weights of a type are computed."""
-    way = choice.arithmetic.of(stored)
-    return TORCH if way == TORCH else f"{choice.arithmetic.kernels}:{way}"
+def _candidate(choice: KernelChoice, stored: str) -> str:
+    """Return the kernel or library that computes products with weights of a type."""
+    product = choice.arithmetic.for_type(stored)
+    return TORCH if product == TORCH else f"{choice.arithmetic.kernels}:{product}"
 
 
-def _precision(facts: Facts) -> str:
-    """The precision of runs by default."""
-    return choose_precision("cpu", rates={stored: facts.kernels.rate(stored) for stored in STORED}).value
+def _precision(diagnosis: Diagnosis) -> str:
+    """Return the default precision of runs."""
+    return choose_precision("cpu", rates={stored: diagnosis.kernels.rate(stored) for stored in WEIGHT_TYPES}).value
 
 
-def _memory(facts: Facts) -> Iterator[Said]:
-    limit, free = facts.memory_limit, facts.free_memory
-    what = f"{free / GB:.1f} GB free of {limit.value / GB:.1f} GB ({limit.why})"
-    low: Said = ("warning", what, "end other programs, or give the container more memory")
-    yield low if free < LOW_MEMORY else ("ok", what, None)
-    used, _ = facts.swap
+def _memory(diagnosis: Diagnosis) -> Iterator[FindingParts]:
+    limit, free = diagnosis.memory_limit, diagnosis.free_memory
+    message = f"{free / GB:.1f} GB free of {limit.value / GB:.1f} GB ({limit.why})"
+    low: FindingParts = ("warning", message, "end other programs, or give the container more memory")
+    yield low if free < LOW_MEMORY else ("ok", message, None)
+    used, _ = diagnosis.swap
     if used > SWAPPED:
-        what = f"{used / GB:.1f} GB are swapped out: a run that does not fit into memory crawls"
-        yield ("warning", what, "end other programs; 'deltaw plan' says what a run needs")
-    if facts.model is None:
+        message = f"{used / GB:.1f} GB are swapped out: runs that do not fit into memory become very slow"
+        yield ("warning", message, "end other programs; 'deltaw plan' shows the memory that a run needs")
+    if diagnosis.model is None:
         return
-    sizes = {name: facts.model.parameters * size / GB for name, size in BYTES.items()}
-    fits = sizes[_precision(facts)] * GB < free
-    shown = ", ".join(f"{name} {size:.2f} GB" for name, size in sizes.items())
-    what = f"the weights of {facts.model.reference} ({facts.model.parameters / 1e6:,.0f} million) take: {shown}"
-    hint = "try precision: int8, or a smaller model; 'deltaw plan' says what a run needs"
-    yield ("ok", what, None) if fits else ("warning", what, hint)
+    sizes = {name: diagnosis.model.parameters * size / GB for name, size in BYTES.items()}
+    fits = sizes[_precision(diagnosis)] * GB < free
+    listing = ", ".join(f"{name} {size:.2f} GB" for name, size in sizes.items())
+    message = f"weights of {diagnosis.model.reference} ({diagnosis.model.parameters / 1e6:,.0f} million): {listing}"
+    hint = "try precision: int8, or a smaller model; 'deltaw plan' shows the memory that a run needs"
+    yield ("ok", message, None) if fits else ("warning", message, hint)
 
 
-def _disks(facts: Facts) -> Iterator[Said]:
-    for disk in facts.disks:
-        held = "" if disk.held_bytes is None else f", {disk.held_bytes / GB:.2f} GB in it"
-        what = f"{disk.purpose}: {disk.free_bytes / GB:.1f} GB free{held} ({disk.path})"
+def _disks(diagnosis: Diagnosis) -> Iterator[FindingParts]:
+    for disk in diagnosis.disks:
+        used = "" if disk.held_bytes is None else f", {disk.held_bytes / GB:.2f} GB in it"
+        message = f"{disk.purpose}: {disk.free_bytes / GB:.1f} GB free{used} ({disk.path})"
         severity: Severity = "problem" if disk.purpose == "runs" else "warning"
         if not disk.writable:
             variable = {"runs": "'output'", "cache": "DELTAW_CACHE"}.get(disk.purpose, "HF_HUB_CACHE")
-            what = f"the {disk.purpose} cannot be written to {disk.path}"
-            yield (severity, what, f"set {variable} to another folder")
+            message = f"the {disk.purpose} cannot be written to {disk.path}"
+            yield (severity, message, f"set {variable} to another folder")
         elif disk.free_bytes < FULL_DISK:
-            yield (severity, what, "the disk is full: free some space")
+            yield (severity, message, "the disk is full: free some space")
         elif disk.free_bytes < LOW_DISK:
-            yield ("note", what, "checkpoints and kept features take several GB for long runs")
+            yield ("note", message, "checkpoints and cached features take several GB for long runs")
         else:
-            yield ("ok", what, None)
+            yield ("ok", message, None)
 
 
-def _versions_fit(facts: Facts) -> Iterator[Said]:
-    needed = [package for package in facts.packages if package.extra is None]
-    if not facts.packages:
-        what = "this copy of deltaw is not installed, so the versions of its packages cannot be checked"
-        yield ("note", what, "pip install -e . in the checkout")
-    unfit = [p for p in facts.packages if not p.fits and (p in needed or p.installed is not None)]
+def _versions_fit(diagnosis: Diagnosis) -> Iterator[FindingParts]:
+    needed = [package for package in diagnosis.packages if package.extra is None]
+    if not diagnosis.packages:
+        message = "this copy of deltaw is not installed, so the versions of its packages cannot be checked"
+        yield ("note", message, "pip install -e . in the checkout")
+    unfit = [p for p in diagnosis.packages if not p.fits and (p in needed or p.installed is not None)]
     for package in unfit:
         severity: Severity = "problem" if package in needed else "warning"
-        wrong = f"{package.installed} does not fit: deltaw needs {package.wanted}"
-        what = f"{package.name} {wrong if package.installed is not None else 'is missing'}"
-        yield (severity, what, f'pip install "{package.name}{package.wanted}"')
+        problem = f"{package.installed} does not fit: deltaw needs {package.wanted}"
+        message = f"{package.name} {problem if package.installed is not None else 'is missing'}"
+        yield (severity, message, f'pip install "{package.name}{package.wanted}"')
     if needed and not unfit:
-        yield ("ok", f"all {len(needed)} packages that deltaw needs fit", None)
+        yield ("ok", f"all {len(needed)} required packages have compatible versions", None)
 
 
-def _extras(facts: Facts) -> Iterator[Said]:
-    there = [f"{name} {version}" for name, version in facts.optional.items() if version is not None]
-    if there:
-        yield ("ok", f"optional packages: {', '.join(there)}", None)
-    for name, version in facts.optional.items():
+def _extras(diagnosis: Diagnosis) -> Iterator[FindingParts]:
+    installed = [f"{name} {version}" for name, version in diagnosis.optional.items() if version is not None]
+    if installed:
+        yield ("ok", f"optional packages: {', '.join(installed)}", None)
+    for name, version in diagnosis.optional.items():
         if version is None:
-            extra = next((p.extra for p in facts.packages if p.name == name and p.extra), None)
+            extra = next((p.extra for p in diagnosis.packages if p.name == name and p.extra), None)
             install = f'"deltaw[{extra}]"' if extra else name
             yield ("ok", f"{name} is not installed", f"for {OPTIONAL[name]}: pip install {install}")
 
 
-def _gpu(facts: Facts) -> Iterator[Said]:
-    for index, gpu in enumerate(facts.gpus):
+def _gpu(diagnosis: Diagnosis) -> Iterator[FindingParts]:
+    for index, gpu in enumerate(diagnosis.gpus):
         major, minor = gpu.capability
         memory = f"{gpu.free / GB:.1f} of {gpu.total / GB:.1f} GB free"
         yield ("ok", f"cuda:{index}: {gpu.name}, {memory}, compute capability {major}.{minor}", None)
         if major < 8:
             yield ("note", f"cuda:{index} has no native bf16: runs use fp32 there", None)
-    if facts.gpus:
+    if diagnosis.gpus:
         return
-    if facts.nvidia_driver:
-        build = "is a build without CUDA" if facts.versions.get("cuda") == "none" else "does not see it"
-        what = f"there is an NVIDIA driver, but this torch {build}: runs use the processor"
+    if diagnosis.nvidia_driver:
+        build = "is a build without CUDA" if diagnosis.versions.get("cuda") == "none" else "does not see it"
+        message = f"there is an NVIDIA driver, but this torch {build}: runs use the CPU"
         hint = "install the CUDA build of torch (pytorch.org), and check CUDA_VISIBLE_DEVICES and nvidia-smi"
-        yield ("warning", what, hint)
-    elif facts.mps:
-        yield ("note", "Apple's GPU is used only when asked for", "set device: mps to try it")
+        yield ("warning", message, hint)
+    elif diagnosis.mps:
+        yield ("note", "Apple's GPU is used only if requested", "set device: mps to try it")
     else:
-        yield ("ok", "no GPU: runs use the processor", None)
+        yield ("ok", "no GPU: runs use the CPU", None)
 
 
-def _environment_findings(facts: Facts) -> Iterator[Said]:
-    for name in facts.environment:
+def _environment_findings(diagnosis: Diagnosis) -> Iterator[FindingParts]:
+    for name in diagnosis.environment:
         if not name.startswith("DELTAW_"):
             continue
         if name in VARIABLES:
             yield ("note", f"{name} is set: {VARIABLES[name]}", None)
             continue
-        near = nearest(name, VARIABLES, 1)
-        hint = f"did you mean {near[0]}?" if near else f"the variables are {', '.join(VARIABLES)}"
-        yield ("warning", f"{name} is set, and deltaw has no such variable", hint)
+        similar = nearest(name, VARIABLES, 1)
+        hint = f"did you mean {similar[0]}?" if similar else f"the variables are {', '.join(VARIABLES)}"
+        yield ("warning", f"{name} is set but is not a variable of deltaw", hint)
 
 
 _STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "red"}
@@ -563,90 +578,92 @@ _PROCESSOR = ("cores", "processors", "machine_processors", "quota", "load", "ope
 
 @dataclass(frozen=True)
 class Examination:
-    """A machine, and what is to be said about it."""
+    """A diagnosis with its findings."""
 
-    facts: Facts
-    findings: list[Finding]
+    diagnosis: Diagnosis
+    findings: list[DoctorFinding]
 
     @property
     def status(self) -> Severity:
-        """The worst of the findings."""
+        """Return the highest severity of the findings."""
         return max((finding.severity for finding in self.findings), key=SEVERITIES.index, default="ok")
 
     def as_dict(self) -> dict[str, object]:
-        """Plain values, ready for JSON."""
-        facts = self.facts
-        choice, now = facts.kernels, facts.measured
-        threads = {"threads": facts.threads.value, "threads_why": facts.threads.why}
-        limit = {"limit_bytes": facts.memory_limit.value, "limit_why": facts.memory_limit.why}
-        swap = dict(zip(("swap_used_bytes", "swap_total_bytes"), facts.swap, strict=True))
+        """Return plain values for JSON."""
+        diagnosis = self.diagnosis
+        choice, current_rates = diagnosis.kernels, diagnosis.measured
+        threads = {"threads": diagnosis.threads.value, "threads_why": diagnosis.threads.why}
+        limit = {"limit_bytes": diagnosis.memory_limit.value, "limit_why": diagnosis.memory_limit.why}
+        swap = dict(zip(("swap_used_bytes", "swap_total_bytes"), diagnosis.swap, strict=True))
+        cores = {key: getattr(diagnosis, key) for key in _PROCESSOR}
+        entries = [{"severity": f.severity, "topic": f.topic, "what": f.message, "hint": f.hint} for f in self.findings]
         return {
             "deltaw": __version__,
             "status": self.status,
-            "processor": {"name": facts.processor, **threads, **{name: getattr(facts, name) for name in _PROCESSOR}},
+            "processor": {"name": diagnosis.processor, **threads, **cores},
             "kernels": {
                 "chosen": choice.arithmetic.as_dict(),
-                "variants": [asdict(variant) | {"usable": variant.usable} for variant in facts.variants],
+                "variants": [asdict(variant) | {"usable": variant.usable} for variant in diagnosis.variants],
                 "sizes": asdict(choice.sizes),
                 "rates": choice.rates,
-                "rates_now": None if now is None else now.rates,
-                "disturbed": choice.disturbed or (now is not None and now.disturbed),
+                "rates_now": None if current_rates is None else current_rates.rates,
+                "disturbed": choice.disturbed or (current_rates is not None and current_rates.disturbed),
             },
-            "memory": {**limit, "free_bytes": facts.free_memory, **swap},
-            "disks": [asdict(disk) | {"path": str(disk.path)} for disk in facts.disks],
-            "packages": [package.as_dict() for package in facts.packages],
-            "gpus": [asdict(gpu) for gpu in facts.gpus],
-            "model": None if facts.model is None else asdict(facts.model),
-            "findings": [asdict(finding) for finding in self.findings],
-            **{name: dict(getattr(facts, name)) for name in ("versions", "cache_bytes", "optional", "environment")},
+            "memory": {**limit, "free_bytes": diagnosis.free_memory, **swap},
+            "disks": [asdict(disk) | {"path": str(disk.path)} for disk in diagnosis.disks],
+            "packages": [package.as_dict() for package in diagnosis.packages],
+            "gpus": [asdict(gpu) for gpu in diagnosis.gpus],
+            "model": None if diagnosis.model is None else asdict(diagnosis.model),
+            "findings": entries,
+            **{name: dict(getattr(diagnosis, name)) for name in ("versions", "cache_bytes", "optional", "environment")},
         }
 
     def render(self) -> RenderableType:
-        """A heading, the rates, and the findings."""
-        facts, choice, versions = self.facts, self.facts.kernels, self.facts.versions
+        """Return a header, the rates and the findings."""
+        diagnosis, choice, versions = self.diagnosis, self.diagnosis.kernels, self.diagnosis.versions
         program = f"deltaw {__version__}, Python {versions['python']}, torch {versions['torch']}, {versions['system']}"
-        machine = f"{facts.processor}: {facts.cores} cores, {facts.processors} processors"
-        how = f"with {choice.threads} threads, hidden size {choice.sizes.hidden}; * is used"
-        head, unit = Text(f"{program}\n{machine}\n"), Text(f"billion operations a second {how}\n")
+        machine = f"{diagnosis.processor}: {diagnosis.cores} cores, {diagnosis.processors} processors"
+        conditions = f"with {choice.threads} threads, hidden size {choice.sizes.hidden}; * is used"
+        head, unit = Text(f"{program}\n{machine}\n"), Text(f"billion operations per second {conditions}\n")
         return Group(head, self._rates(), unit, self._findings(), Text(f"\n{self._verdict()}"))
 
     def _rates(self) -> Table:
-        """Products by kernels and arithmetic, what runs use marked by a star."""
-        choice = self.facts.kernels
-        made = table(["products by", *STORED], box=None, padding=(0, 1))
-        names = dict.fromkeys(name for stored in STORED for name in choice.rates[stored])
+        """Return a table of products by kernel and type. Those that runs use are marked with a star."""
+        choice = self.diagnosis.kernels
+        result = table(["products by", *WEIGHT_TYPES], box=None, padding=(0, 1))
+        names = dict.fromkeys(name for stored in WEIGHT_TYPES for name in choice.rates[stored])
         for name in sorted(names, key=lambda name: name == TORCH):
             cells = []
-            for stored in STORED:
+            for stored in WEIGHT_TYPES:
                 rate = choice.rates[stored].get(name)
-                mark = "* " if name == _used(choice, stored) else ""
+                mark = "* " if name == _candidate(choice, stored) else ""
                 cells.append("" if rate is None else f"{mark}{rate:,.0f}")
-            add_row(made, ["the math library (torch)" if name == TORCH else name, *cells])
-        return made
+            add_row(result, ["the math library (torch)" if name == TORCH else name, *cells])
+        return result
 
     def _findings(self) -> Table:
-        made = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-        made.add_column(no_wrap=True)
-        made.add_column(no_wrap=True)
-        made.add_column(overflow="fold")
+        result = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+        result.add_column(no_wrap=True)
+        result.add_column(no_wrap=True)
+        result.add_column(overflow="fold")
         for finding in self.findings:
-            said = Text(finding.what)
+            text = Text(finding.message)
             if finding.hint:
-                said.append(f"\n{finding.hint}", style="dim")
-            made.add_row(Text(finding.severity, style=_STYLES[finding.severity]), finding.topic, said)
-        return made
+                text.append(f"\n{finding.hint}", style="dim")
+            result.add_row(Text(finding.severity, style=_STYLES[finding.severity]), finding.topic, text)
+        return result
 
     def _verdict(self) -> str:
         count = sum(finding.severity == self.status for finding in self.findings)
-        counted = f"{count} {self.status}{'' if count == 1 else 's'}"
+        summary = f"{count} {self.status}{'' if count == 1 else 's'}"
         if self.status == "problem":
-            return f"{counted}: training is not possible before that is solved"
+            return f"{summary}: training is not possible until this is fixed"
         if self.status == "warning":
-            return f"training works; {counted} above cost time or memory"
-        return "training works, and nothing holds it back"
+            return f"training works; {summary} above cost time or memory"
+        return "training works at full speed"
 
 
-def examine(model: str | None = None, output: str = "runs", say: Say = silent) -> Examination:
-    """Look at this machine, and say what it means for training; see :func:`deltaw.reports.doctor.gather`."""
-    facts = gather(model, output, say=say)
-    return Examination(facts, diagnose(facts))
+def examine(model: str | None = None, output: str = "runs", log: LogFunction = ignore_line) -> Examination:
+    """Diagnose this machine. The arguments are those of :func:`gather`."""
+    diagnosis = gather(model, output, log=log)
+    return Examination(diagnosis, diagnose(diagnosis))

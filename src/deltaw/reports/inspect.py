@@ -1,7 +1,6 @@
-"""What an adapter holds, and what its training has moved, on one page.
+"""Inspect and compare adapters: sizes, ranks, and the norm and spectrum of ΔW per module.
 
-Read from the adapter's files alone: the base model is not needed, so norms are those of ΔW itself and not
-relative to W. It does not know how the adapter was trained.
+Only the adapter's files are read. The base model is not needed, so norms are those of ΔW and not relative to W.
 """
 
 from __future__ import annotations
@@ -23,24 +22,23 @@ from torch import Tensor
 
 from deltaw.errors import first_names
 from deltaw.experiments.comparison import without_nan
-from deltaw.export.combine import angles, inner, norm
+from deltaw.export.combine import inner_product, norm, principal_angles
 from deltaw.hub.folders import adapter_folder
 from deltaw.lora import read_adapter
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, same_base
-from deltaw.lora.peft_updates import FileContent, FileUpdate, content_of
+from deltaw.lora.peft_updates import FileContent, FileUpdate, read_content
 from deltaw.reports.tables import table
 
-# A low-rank update is measured from its factors. ΔW = scaling · B·A is as large as the weight that it changes, its
-# factors are r columns wide. Everything here is computed from the factors, in float64, in O((n + m)·r²) for a weight
-# of n inputs and m outputs.
+# All measurements are computed from the factors of ΔW = scaling · B·A in float64, without forming ΔW. The cost is
+# O((n + m)·r²) for a weight of n inputs and m outputs.
 
 
 def factor_pairs(a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The factors as float64 matrices A (r, n) and B (m, r), one pair a group.
+    """Return the factors as float64 matrices A (r, n) and B (m, r), one pair per group.
 
-    Linear layers and embeddings have one pair. A convolution's A is (r, inputs, kernel…) and its B is
-    (outputs, r / groups, 1…); the groups' updates act on different channels, so that the singular values of
-    the whole are those of the groups together.
+    Linear layers and embeddings have one group. A convolution has A (r, inputs, kernel…) and B (outputs, r / groups,
+    1…). The updates of its groups act on disjoint channels, so the singular values of ΔW are the union of those of the
+    groups.
     """
     a, b = a.double().flatten(1), b.double().flatten(1)
     groups = max(1, a.shape[0] // max(1, b.shape[1]))
@@ -48,19 +46,19 @@ def factor_pairs(a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def singular_values(a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """The singular values of ΔW = scaling · B·A that can be other than zero, descending, float64.
+    """Return the r singular values of ΔW = scaling · B·A in descending order, as float64.
 
-    With B = Q_B·R_B and Aᵀ = Q_A·R_A, B·A = Q_B·(R_B·R_Aᵀ)·Q_Aᵀ: those of the r × r matrix in the middle.
+    With B = Q_B·R_B and Aᵀ = Q_A·R_A, B·A = Q_B·(R_B·R_Aᵀ)·Q_Aᵀ, so they are those of the r × r matrix R_B·R_Aᵀ.
     """
     values = []
-    for of_a, of_b in factor_pairs(a, b):
-        r_a, r_b = (torch.linalg.qr(matrix, mode="r").R for matrix in (of_a.T, of_b))
+    for group_a, group_b in factor_pairs(a, b):
+        r_a, r_b = (torch.linalg.qr(matrix, mode="r").R for matrix in (group_a.T, group_b))
         values.append(torch.linalg.svdvals(r_b @ r_a.T))
     return torch.cat(values).sort(descending=True).values * abs(scaling)
 
 
 def effective_rank(values: Tensor) -> float:
-    """exp of the entropy of σ / Σσ: from 1 (one direction) to the rank (all alike); 0 for ΔW = 0.
+    """Return exp of the entropy of σ / Σσ: from 1 (one direction) to the rank (equal singular values), or 0 if ΔW = 0.
 
     O. Roy and M. Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007, eq. 4.
     """
@@ -71,7 +69,7 @@ def effective_rank(values: Tensor) -> float:
 
 
 def stable_rank(values: Tensor) -> float:
-    """‖ΔW‖_F² / σ_max²: how many directions as strong as the strongest would carry it; 0 for ΔW = 0.
+    """Return ‖ΔW‖_F² / σ_max², or 0 if ΔW = 0.
 
     M. Rudelson and R. Vershynin, "Sampling from large matrices", J. ACM 54(4), 2007, section 1.
     """
@@ -79,25 +77,25 @@ def stable_rank(values: Tensor) -> float:
 
 
 _BARS = "▁▂▃▄▅▆▇█"
-_KINDS_SHOWN = 14
+_MAX_KINDS = 14
 _PLAIN: dict[str, Any] = {"box": None, "padding": (0, 1), "header_style": "bold"}
 
 
 @dataclass(frozen=True)
 class ModuleUpdate:
-    """ΔW of one module, or of one of its parameters.
+    """ΔW of a module, or of one of its parameters.
 
     Attributes:
-        module: its name in the base model; see :class:`~deltaw.lora.peft_updates.FileUpdate`.
-        rank: r, of one expert where there are several.
-        scaling: the factor of B·A.
-        parameters: trained numbers in A and B.
-        norm: ‖ΔW‖_F, over all experts; not a number where a factor is not finite.
-        largest: the largest singular value of ΔW, of any expert.
-        effective_rank: Roy and Vetterli's, the mean over experts.
-        stable_rank: ‖ΔW‖_F² / σ_max², the mean over experts.
-        untrained: B is zero throughout.
-        experts: how many matrices the weight stacks; None for one matrix.
+        module: Name in the base model (see :class:`~deltaw.lora.peft_updates.FileUpdate`).
+        rank: Rank r. For stacked experts, the rank of one expert.
+        scaling: Factor of B·A.
+        parameters: Number of trained parameters in A and B.
+        norm: ‖ΔW‖_F over all experts, or NaN if a factor is not finite.
+        largest: Largest singular value of ΔW over all experts.
+        effective_rank: Effective rank (Roy and Vetterli), averaged over experts.
+        stable_rank: ‖ΔW‖_F² / σ_max², averaged over experts.
+        untrained: True if B is zero.
+        experts: Number of matrices that are stacked in the weight, or None for a single matrix.
     """
 
     module: str
@@ -114,7 +112,7 @@ class ModuleUpdate:
 
 @dataclass(frozen=True)
 class KindUpdate:
-    """The modules of one kind (such as ``q_proj``) together: means, and the norm of all their ΔW."""
+    """Summary of the modules of one kind, such as ``q_proj``: mean ranks, and the norm over all ΔW."""
 
     kind: str
     count: int
@@ -127,24 +125,24 @@ class KindUpdate:
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What :func:`inspect_adapter` found.
+    """Result of :func:`inspect_adapter`.
 
     Attributes:
-        folder: the adapter's.
-        base_model: the name that the adapter gives it, or None.
-        alpha: its alpha; modules may have others, see their scaling.
-        ranks: the ranks there are, ascending.
-        scalings: the scalings there are, ascending.
-        size_bytes: its files on disk.
-        trained_parameters: all numbers that it holds.
-        other_parameters: those that are not in A or B: whole modules, biases, tokens.
-        other_tensors: the names of what holds them.
-        bias_parameters: those of biases on B (``lora_bias``).
-        bias_norm: the norm of all that these add to outputs, scaling · c.
-        token_rows: how many tokens' rows are trained, by embedding or head.
+        folder: Folder of the adapter.
+        base_model: Name of the base model in the adapter's metadata, or None.
+        alpha: Alpha of the adapter. Individual modules may differ, see their scaling.
+        ranks: Distinct ranks in ascending order.
+        scalings: Distinct scalings in ascending order.
+        size_bytes: Size of the files on disk.
+        trained_parameters: Number of parameters in the adapter.
+        other_parameters: Number of parameters outside of A and B: entire modules, biases, token rows.
+        other_tensors: Names of the tensors with these parameters.
+        bias_parameters: Number of parameters in biases of B (``lora_bias``).
+        bias_norm: Norm of everything that these biases add to outputs, scaling · c.
+        token_rows: Number of trained token rows by embedding or head.
         norm: ‖ΔW‖_F over all modules.
-        modules: every adapted module.
-        warnings: what a person should know before using the adapter.
+        modules: All adapted modules.
+        warnings: Problems to consider before using the adapter.
     """
 
     folder: str
@@ -164,9 +162,9 @@ class AdapterReport:
     warnings: list[str] = field(default_factory=list)
 
     def kinds(self) -> list[KindUpdate]:
-        """The modules by kind, the one that moved most first."""
+        """Return the modules grouped by kind, largest norm first."""
         grouped: dict[str, list[ModuleUpdate]] = defaultdict(list)
-        for module, kind in zip(self.modules, kinds_of([m.module for m in self.modules]), strict=True):
+        for module, kind in zip(self.modules, module_kinds([m.module for m in self.modules]), strict=True):
             grouped[kind].append(module)
         kinds = []
         for kind, group in grouped.items():
@@ -178,37 +176,37 @@ class AdapterReport:
         return sorted(kinds, key=lambda kind: (-kind.norm if math.isfinite(kind.norm) else 0.0, kind.kind))
 
     def layers(self) -> dict[str, float]:
-        """‖ΔW‖_F of each layer, in the order of the layers; without modules outside of layers."""
+        """Return ‖ΔW‖_F of each layer in order, without modules outside of layers."""
         norms: dict[str, list[float]] = defaultdict(list)
         for module in self.modules:
-            if of_layer := re.match(r"(?:.*?\.)?\d+(?=\.|$)", module.module):  # up to the first number
-                norms[of_layer[0]].append(module.norm)
-        return {layer: root_sum_of_squares(norms[layer]) for layer in sorted(norms, key=natural)}
+            if match := re.match(r"(?:.*?\.)?\d+(?=\.|$)", module.module):  # up to the first number
+                norms[match[0]].append(module.norm)
+        return {layer: root_sum_of_squares(norms[layer]) for layer in sorted(norms, key=natural_key)}
 
-    def most_moved(self) -> list[tuple[str, float]]:
-        """The five layers with the largest ‖ΔW‖_F, largest first; modules if there are no layers."""
+    def largest_changes(self) -> list[tuple[str, float]]:
+        """Return the five layers with the largest ‖ΔW‖_F, largest first, or modules if the model has no layers."""
         norms = self.layers() or {module.module: module.norm for module in self.modules}
-        moved = [(name, norm) for name, norm in norms.items() if norm > 0]
-        return sorted(moved, key=lambda entry: -entry[1])[:5]
+        changed = [(name, norm) for name, norm in norms.items() if norm > 0]
+        return sorted(changed, key=lambda entry: -entry[1])[:5]
 
     def as_dict(self) -> dict[str, object]:
-        """Plain values for JSON; a number that is not finite becomes None."""
+        """Return plain values for JSON. Non-finite numbers become None."""
         values = asdict(self)
         values["kinds"] = [asdict(kind) for kind in self.kinds()]
         values["layers"] = [{"layer": layer, "norm": norm} for layer, norm in self.layers().items()]
-        values["most_moved"] = [{"name": name, "norm": norm} for name, norm in self.most_moved()]
+        values["largest_changes"] = [{"name": name, "norm": norm} for name, norm in self.largest_changes()]
         return {key: without_nan(value) for key, value in values.items()}
 
     def render(self) -> RenderableType:
-        """One page for a terminal."""
+        """Return the report for a terminal."""
         parts: list[RenderableType] = [self._head()]
         if self.modules:
             parts += [Text(), self._table()]
         layers = self.layers()
         if len(layers) > 1:
             parts += [Text(), _sparkline(layers)]
-        if moved := self.most_moved():
-            parts.append(Text("moved most: " + ", ".join(f"{name} ({norm:.3g})" for name, norm in moved)))
+        if largest := self.largest_changes():
+            parts.append(Text("largest changes: " + ", ".join(f"{name} ({norm:.3g})" for name, norm in largest)))
         parts += [Text(f"warning: {warning}", style="yellow") for warning in self.warnings]
         return Group(*parts)
 
@@ -235,12 +233,12 @@ class AdapterReport:
 
     def _table(self) -> Table:
         kinds, rows = self.kinds(), []
-        for kind in kinds[:_KINDS_SHOWN]:
+        for kind in kinds[:_MAX_KINDS]:
             ranks = "–".join(map(str, sorted({kind.ranks[0], kind.ranks[-1]})))
-            measured = (f"{kind.norm:.4g}", f"{kind.effective_rank:.1f}", f"{kind.stable_rank:.1f}")
-            rows.append([kind.kind, str(kind.count), ranks, f"{kind.parameters:,}", *measured])
-        if len(kinds) > _KINDS_SHOWN:
-            rows.append([f"and {len(kinds) - _KINDS_SHOWN} more kinds"])
+            measurements = (f"{kind.norm:.4g}", f"{kind.effective_rank:.1f}", f"{kind.stable_rank:.1f}")
+            rows.append([kind.kind, str(kind.count), ranks, f"{kind.parameters:,}", *measurements])
+        if len(kinds) > _MAX_KINDS:
+            rows.append([f"and {len(kinds) - _MAX_KINDS} more kinds"])
         heads = ("module kind", "modules", "rank", "parameters", "‖ΔW‖", "effective rank", "stable rank")
         return table(heads, rows, **_PLAIN)
 
@@ -249,15 +247,15 @@ def inspect_adapter(folder: str | Path) -> AdapterReport:
     """Measure the adapter in ``folder``.
 
     Raises:
-        UserError: the folder holds no adapter, or a damaged one.
+        UserError: If the folder contains no adapter, or a damaged one.
     """
     folder = adapter_folder(folder)
     adapter = read_adapter(folder)
-    content = content_of(adapter)
-    modules = [_update(update) for update in sorted(content.updates, key=lambda one: natural(one.name))]
-    outside = {name: tensor.numel() for name, tensor in content.others.items()}
-    outside |= {f"{name}.lora_B.bias": tensor.numel() for name, tensor in content.biases.items()}
-    outside |= {f"{name} (token rows)": rows.numel() for name, rows in content.token_rows.items()}
+    content = read_content(adapter)
+    modules = [_update(update) for update in sorted(content.updates, key=lambda item: natural_key(item.name))]
+    other_sizes = {name: tensor.numel() for name, tensor in content.other_tensors.items()}
+    other_sizes |= {f"{name}.lora_B.bias": tensor.numel() for name, tensor in content.biases.items()}
+    other_sizes |= {f"{name} (token rows)": rows.numel() for name, rows in content.token_rows.items()}
     return AdapterReport(
         folder=str(folder),
         base_model=adapter.metadata.get("base_model_name_or_path") or None,
@@ -266,8 +264,8 @@ def inspect_adapter(folder: str | Path) -> AdapterReport:
         scalings=sorted({module.scaling for module in modules}),
         size_bytes=sum(file.stat().st_size for file in Path(folder).glob("adapter_*") if file.is_file()),
         trained_parameters=sum(tensor.numel() for tensor in adapter.tensors.values()),
-        other_parameters=sum(outside.values()),
-        other_tensors=sorted(outside, key=natural),
+        other_parameters=sum(other_sizes.values()),
+        other_tensors=sorted(other_sizes, key=natural_key),
         bias_parameters=sum(tensor.numel() for tensor in content.biases.values()),
         bias_norm=root_sum_of_squares(float(bias.norm()) for bias in content.biases.values()),
         token_rows={name: rows.shape[0] for name, rows in content.token_rows.items()},
@@ -277,8 +275,8 @@ def inspect_adapter(folder: str | Path) -> AdapterReport:
     )
 
 
-def values_of(update: FileUpdate) -> list[Tensor]:
-    """The singular values of each ΔW of an update whose factors are finite."""
+def update_singular_values(update: FileUpdate) -> list[Tensor]:
+    """Return the singular values of each finite ΔW of an update."""
     pairs = [pair for pair in update.pairs() if all(factor.isfinite().all() for factor in pair)]
     return [singular_values(*pair, update.scaling * update.times) for pair in pairs]
 
@@ -286,38 +284,38 @@ def values_of(update: FileUpdate) -> list[Tensor]:
 def _update(update: FileUpdate) -> ModuleUpdate:
     a, b = update.factor_A, update.factor_B
     if a.isfinite().all() and b.isfinite().all():
-        values = values_of(update)
-        norm = root_sum_of_squares(float(of_one.norm()) for of_one in values)
-        largest = max((float(of_one[0]) for of_one in values if of_one.numel()), default=0.0)
-        effective = sum(effective_rank(of_one) for of_one in values) / len(values)
-        stable = sum(stable_rank(of_one) for of_one in values) / len(values)
+        values = update_singular_values(update)
+        norm = root_sum_of_squares(float(matrix_values.norm()) for matrix_values in values)
+        largest = max((float(matrix_values[0]) for matrix_values in values if matrix_values.numel()), default=0.0)
+        effective = sum(effective_rank(matrix_values) for matrix_values in values) / len(values)
+        stable = sum(stable_rank(matrix_values) for matrix_values in values) / len(values)
     else:
         norm = largest = effective = stable = math.nan
-    untrained, measured = not (math.isnan(norm) or bool(b.any())), (norm, largest, effective, stable)
+    untrained, measurements = not (math.isnan(norm) or bool(b.any())), (norm, largest, effective, stable)
     parameters = a.numel() + b.numel()
-    return ModuleUpdate(update.name, update.rank, update.scaling, parameters, *measured, untrained, update.experts)
+    return ModuleUpdate(update.name, update.rank, update.scaling, parameters, *measurements, untrained, update.experts)
 
 
 def _warnings(modules: list[ModuleUpdate], content: FileContent, tensors: Mapping[str, Tensor]) -> list[str]:
-    found = []
+    messages = []
     untrained = [module.module for module in modules if module.untrained]
     if untrained and len(untrained) == len(modules):
-        others = content.others or content.biases or content.token_rows
-        left = "only what is outside A and B can change the model" if others else "the adapter is untrained"
-        found.append(f"B is zero in all modules: {left}")
+        has_other_tensors = content.other_tensors or content.biases or content.token_rows
+        consequence = "only its other tensors change the model" if has_other_tensors else "the adapter is untrained"
+        messages.append(f"B is zero in all modules: {consequence}")
     elif untrained:
-        found.append(f"B is zero in {len(untrained)} of {len(modules)} modules: {first_names(untrained)}")
+        messages.append(f"B is zero in {len(untrained)} of {len(modules)} modules: {first_names(untrained)}")
     if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        found.append(f"{len(broken)} tensors hold numbers that are not finite: {first_names(broken)}")
-    if content.halves:
-        found.append(f"{len(content.halves)} modules have one factor without the other: {first_names(content.halves)}")
+        messages.append(f"{len(broken)} tensors contain numbers that are not finite: {first_names(broken)}")
+    if content.incomplete:
+        messages.append(f"{len(content.incomplete)} modules have only one factor: {first_names(content.incomplete)}")
     if unsure := [update.name for update in content.updates if not update.certain]:
-        found.append(f"rank and norm are uncertain for {first_names(unsure)}: a pattern names single parameters")
-    return found
+        messages.append(f"rank and norm are uncertain for {first_names(unsure)}: a pattern names single parameters")
+    return messages
 
 
-def kinds_of(names: Sequence[str]) -> list[str]:
-    """What kind each module is: its name without numbers, cut to the last parts that tell kinds apart."""
+def module_kinds(names: Sequence[str]) -> list[str]:
+    """Return the kind of each module: its name without numbers, reduced to the last parts that distinguish kinds."""
     patterns = [tuple(part for part in name.split(".") if not part.isdigit()) for name in names]
     distinct = set(patterns)
     kinds: dict[tuple[str, ...], str] = {}
@@ -328,8 +326,8 @@ def kinds_of(names: Sequence[str]) -> list[str]:
     return [kinds[pattern] for pattern in patterns]
 
 
-def natural(name: str) -> list[tuple[int, str]]:
-    """A key that sorts layer 10 behind layer 9."""
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """Return a sort key that orders layer 10 after layer 9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
@@ -342,18 +340,13 @@ def _sparkline(layers: Mapping[str, float]) -> Text:
 
 
 def root_sum_of_squares(values: Iterable[float]) -> float:
-    """The norm of a whole from those of its parts."""
+    """Return the norm of a vector from the norms of its parts."""
     return math.sqrt(sum(value * value for value in values))
 
 
-# Two adapters side by side: what was set differently, and how alike their updates are, layer by layer.
-#
-# From the adapters' files alone, and from factors alone: no ΔW is formed and no base model is loaded. Modules
-# are compared by name, so that two adapters of different base models of one architecture can be compared too;
-# that they have different bases is said.
-
-
-_LAYERS_SHOWN = 40
+# Comparison of two adapters. Modules are matched by name, so adapters of different base models of one architecture can
+# be compared too.
+_MAX_LAYERS = 40
 
 
 @dataclass(frozen=True)
@@ -361,13 +354,14 @@ class LayerComparison:
     """ΔW of one module in both adapters.
 
     Attributes:
-        module: its name.
-        ranks, norms: in the first and the second adapter; norms are ‖ΔW‖_F.
-        cosine: ⟨ΔW₁, ΔW₂⟩ / (‖ΔW₁‖·‖ΔW₂‖), from −1 to 1; None where one of them is zero.
-        output_overlap: mean cos² of the principal angles between the spaces of outputs that the two reach:
-            1 where the smaller lies in the larger, about r/n for random spaces of n dimensions.
-        input_overlap: the same of the inputs that they read.
-        angle: the smallest principal angle between the outputs' spaces, in degrees.
+        module: Name of the module.
+        ranks: Ranks in the first and the second adapter.
+        norms: ‖ΔW‖_F in the first and the second adapter.
+        cosine: ⟨ΔW₁, ΔW₂⟩ / (‖ΔW₁‖·‖ΔW₂‖), from −1 to 1, or None if one of them is zero.
+        output_overlap: Mean cos² of the principal angles between the column spaces of both ΔW: 1 if one contains the
+            other, about r/n for random subspaces of n dimensions.
+        input_overlap: The same for the row spaces.
+        angle: Smallest principal angle between the column spaces in degrees.
     """
 
     module: str
@@ -381,17 +375,18 @@ class LayerComparison:
 
 @dataclass(frozen=True)
 class AdapterComparison:
-    """What :func:`compare_adapters` found.
+    """Result of :func:`compare_adapters`.
 
     Attributes:
-        folders: of the two. base_models: as they name them.
-        same_base: whether both were trained on the same weights; None where a file does not say.
-        settings: those that differ, by name.
-        layers: modules that both adapt.
-        only: modules, and other tensors, that only one has.
-        norms: ‖ΔW‖_F over all modules of each.
-        cosine: between the two over all modules, what only one has counted in; None where one is zero.
-        notes: what a person should know.
+        folders: Folders of both adapters.
+        base_models: Base models by their metadata.
+        same_base: True if both were trained on the same weights, or None if a file has no fingerprint.
+        settings: Settings that differ, by name.
+        layers: Modules that both adapt.
+        only: Modules and other tensors that only one of them has.
+        norms: ‖ΔW‖_F over all modules of each adapter.
+        cosine: Cosine over all modules, including those that only one has, or None if one adapter is zero.
+        notes: Remarks for the user.
     """
 
     folders: tuple[str, str]
@@ -405,15 +400,15 @@ class AdapterComparison:
     notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, object]:
-        """Plain values for JSON; a number that is not finite becomes None."""
+        """Return plain values for JSON. Non-finite numbers become None."""
         return {key: without_nan(value) for key, value in asdict(self).items()}
 
     def render(self) -> RenderableType:
-        """One page for a terminal."""
+        """Return the comparison for a terminal."""
         parts: list[RenderableType] = [self._head()]
         if self.settings:
             rows = [(name, *map(str, values)) for name, values in self.settings.items()]
-            parts += [Text(), table(("settings that differ", "A", "B"), rows, left=3, fold=True, **_PLAIN)]
+            parts += [Text(), table(("settings that differ", "A", "B"), rows, num_left=3, fold=True, **_PLAIN)]
         if self.layers:
             parts += [Text(), self._layers()]
         for letter, names in zip("AB", self.only, strict=True):
@@ -426,9 +421,9 @@ class AdapterComparison:
         head = Table.grid(padding=(0, 2))
         for letter, folder, base, size in zip("AB", self.folders, self.base_models, self.norms, strict=True):
             head.add_row(letter, folder, f"base {base or 'not named'}", f"‖ΔW‖ {size:.4g}")
-        same = {True: "the same", False: "different", None: "cannot be told from the files"}[self.same_base]
-        head.add_row("base", same)
-        head.add_row("cosine", _shown(self.cosine), "over all modules")
+        base_text = {True: "the same", False: "different", None: "unknown from the files"}[self.same_base]
+        head.add_row("base", base_text)
+        head.add_row("cosine", _format_cosine(self.cosine), "over all modules")
         return head
 
     def _layers(self) -> Table:
@@ -439,18 +434,18 @@ class AdapterComparison:
                 layer.module[len(shared) + 1 if shared else 0 :],
                 *(str(rank) for rank in layer.ranks),
                 *(f"{size:#.3g}" for size in layer.norms),
-                *(_shown(value) for value in (layer.cosine, layer.output_overlap, layer.input_overlap)),
+                *(_format_cosine(value) for value in (layer.cosine, layer.output_overlap, layer.input_overlap)),
             )
-            for layer in self.layers[:_LAYERS_SHOWN]
+            for layer in self.layers[:_MAX_LAYERS]
         ]
-        more = len(self.layers) - _LAYERS_SHOWN
-        caption = f"and {more} more; --json has all" if more > 0 else None
+        num_hidden = len(self.layers) - _MAX_LAYERS
+        caption = f"and {num_hidden} more; --json has all" if num_hidden > 0 else None
         first = f"module, in {shared}" if shared else "module"
         return table((first, *heads), rows, fold=True, caption=caption, caption_justify="left", **_PLAIN)
 
 
 def _shared_prefix(names: Sequence[str]) -> str:
-    """The modules that all of ``names`` lie in, as a name; '' where there are none."""
+    """Return the module path that all names have in common, or ''."""
     first, last = (name.split(".")[:-1] for name in (min(names), max(names)))
     length = next((i for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), None)
     return ".".join(first[: min(len(first), len(last)) if length is None else length])
@@ -460,36 +455,36 @@ def compare_adapters(first: str | Path, second: str | Path) -> AdapterComparison
     """Compare the LoRA adapters in two folders.
 
     Raises:
-        UserError: a folder holds no adapter, or a damaged one.
+        UserError: If a folder contains no adapter, or a damaged one.
     """
     adapters = [read_adapter(folder) for folder in (first, second)]
-    contents = [content_of(adapter) for adapter in adapters]
+    contents = [read_content(adapter) for adapter in adapters]
     updates = [{update.name: update for update in content.updates} for content in contents]
     layers, products, notes = [], [], []
-    for name in sorted(updates[0].keys() & updates[1].keys(), key=natural):
-        pairs = [_matrices(own[name]) for own in updates]
-        sizes = [[(left.shape[0], right.shape[1]) for left, right in of_one] for of_one in pairs]
+    for name in sorted(updates[0].keys() & updates[1].keys(), key=natural_key):
+        pairs = [_matrices(module_updates[name]) for module_updates in updates]
+        sizes = [[(factor_l.shape[0], factor_r.shape[1]) for factor_l, factor_r in matrices] for matrices in pairs]
         if sizes[0] != sizes[1]:
-            notes.append(f"'{name}' is of another size in B, and is not compared")
+            notes.append(f"'{name}' has a different size in B and is not compared")
             continue
-        layer, product = _compared_layer(name, (updates[0][name].rank, updates[1][name].rank), *pairs)
+        layer, product = _compare(name, (updates[0][name].rank, updates[1][name].rank), *pairs)
         layers.append(layer)
         products.append(product)
     compared = {layer.module for layer in layers}
     only = tuple(
-        sorted([*(set(own) - compared), *(set(content.others) - set(other.others))], key=natural)
-        for own, content, other in zip(updates, contents, contents[::-1], strict=True)
+        sorted([*(set(group) - compared), *(set(one.other_tensors) - set(other.other_tensors))], key=natural_key)
+        for group, one, other in zip(updates, contents, contents[::-1], strict=True)
     )
-    norms = [root_sum_of_squares(norm(*pair) for u in own.values() for pair in _matrices(u)) for own in updates]
-    if uncertain := {update.name for own in updates for update in own.values() if not update.certain}:
-        notes.append(f"rank and alpha of {first_names(sorted(uncertain))} cannot be told from the files")
+    norms = [root_sum_of_squares(norm(*pair) for u in m.values() for pair in _matrices(u)) for m in updates]
+    if uncertain := {update.name for group in updates for update in group.values() if not update.certain}:
+        notes.append(f"rank and alpha of {first_names(sorted(uncertain))} cannot be determined from the files")
     configs = [dataclasses.asdict(adapter.config) for adapter in adapters]
     metadata = [adapter.metadata for adapter in adapters]
-    bases = [known.get("base_model_name_or_path") or None for known in metadata]
+    bases = [values.get("base_model_name_or_path") or None for values in metadata]
     return AdapterComparison(
         (str(first), str(second)),
         (bases[0], bases[1]),
-        same_base(*(known.get(FINGERPRINT_KEY) for known in metadata)),
+        same_base(*(values.get(FINGERPRINT_KEY) for values in metadata)),
         {name: (value, configs[1][name]) for name, value in configs[0].items() if value != configs[1][name]},
         layers,
         (only[0], only[1]),
@@ -499,39 +494,37 @@ def compare_adapters(first: str | Path, second: str | Path) -> AdapterComparison
     )
 
 
-# L and R with ΔW = L·R, of each expert and group.
+# (L, R) with ΔW = L·R, for each expert and group.
 Matrices: TypeAlias = Sequence[tuple[Tensor, Tensor]]
 
 
-def _compared_layer(
-    name: str, ranks: tuple[int, int], ours: Matrices, theirs: Matrices
-) -> tuple[LayerComparison, float]:
-    """One module, and ⟨ΔW₁, ΔW₂⟩; experts count together, their angles as means."""
-    norms = (root_sum_of_squares(norm(*pair) for pair in ours), root_sum_of_squares(norm(*pair) for pair in theirs))
-    product = sum(inner(a, b) for a, b in zip(ours, theirs, strict=True))
+def _compare(name: str, ranks: tuple[int, int], first: Matrices, second: Matrices) -> tuple[LayerComparison, float]:
+    """Compare a module and return ⟨ΔW₁, ΔW₂⟩. Products are summed over experts and overlaps are averaged."""
+    norms = (root_sum_of_squares(norm(*pair) for pair in first), root_sum_of_squares(norm(*pair) for pair in second))
+    product = sum(inner_product(a, b) for a, b in zip(first, second, strict=True))
     outputs, inputs = [], []
-    for (left, right), (other_left, other_right) in zip(ours, theirs, strict=True):
-        outputs.append(angles(_reached(left, right), _reached(other_left, other_right)))
-        inputs.append(angles(_reached(right.T, left.T), _reached(other_right.T, other_left.T)))
-    cosines = [float(found[0]) for found in outputs if found.numel()]
+    for (first_l, first_r), (second_l, second_r) in zip(first, second, strict=True):
+        outputs.append(principal_angles(_column_space(first_l, first_r), _column_space(second_l, second_r)))
+        inputs.append(principal_angles(_column_space(first_r.T, first_l.T), _column_space(second_r.T, second_l.T)))
+    cosines = [float(angle_cosines[0]) for angle_cosines in outputs if angle_cosines.numel()]
     angle = math.degrees(math.acos(max(cosines))) if cosines else None
     overlaps = _overlap(outputs), _overlap(inputs)
     return LayerComparison(name, ranks, norms, _cosine(product, *norms), *overlaps, angle), product
 
 
 def _matrices(update: FileUpdate) -> Matrices:
-    """(L, R) with ΔW = L·R (outputs, inputs), of each expert; a kernel's inputs are flattened."""
+    """Return (L, R) with ΔW = L·R (outputs, inputs) for each expert. A kernel's inputs are flattened."""
     factor = update.scaling * update.times
     return [(b * factor, a) for pair in update.pairs() for a, b in factor_pairs(*pair)]
 
 
-def _reached(left: Tensor, right: Tensor) -> Tensor:
-    """Columns that span the column space of L·R: those of L, weighted as ΔW uses them."""
-    return left @ torch.linalg.qr(right.T, mode="r").R.T
+def _column_space(factor_l: Tensor, factor_r: Tensor) -> Tensor:
+    """Return a matrix with the column space of L·R: the columns of L, weighted as in ΔW."""
+    return factor_l @ torch.linalg.qr(factor_r.T, mode="r").R.T
 
 
 def _overlap(cosines: Sequence[Tensor]) -> float | None:
-    means = [float(found.square().mean()) for found in cosines if found.numel()]
+    means = [float(cosine.square().mean()) for cosine in cosines if cosine.numel()]
     return sum(means) / len(means) if means else None
 
 
@@ -541,5 +534,5 @@ def _cosine(product: float, first: float, second: float) -> float | None:
     return max(-1.0, min(1.0, product / (first * second)))
 
 
-def _shown(value: float | None) -> str:
+def _format_cosine(value: float | None) -> str:
     return "none" if value is None else f"{value:.3f}"

@@ -1,4 +1,4 @@
-"""What a run will need, for a person: a table of parts, bars side by side, a picture."""
+"""Format memory plans: a table of parts, bars, and a picture."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from deltaw import durable
+from deltaw import atomic_files
 from deltaw.errors import UserError
-from deltaw.memory.plan import Fitting, Plan
-from deltaw.reports.tables import WIDTH, add_row, folded, table
+from deltaw.memory.plan import FittingPlan, Plan
+from deltaw.reports.tables import WIDTH, add_row, table, wrap_line
 from deltaw.reports.wording import gigabytes
 
-# The parts of a plan in the order in which they are stacked, with a color for the terminal and one for the picture
-# (both from a palette that color-blind readers can tell apart).
+# Parts of a plan in stacking order: name, label, terminal color and picture color. The palette is distinguishable by
+# color-blind readers.
 PARTS = (
     ("weights", "the model's weights", "blue", "#0072b2"),
     ("trained", "trained parameters", "cyan", "#56b4e9"),
     ("gradients", "gradients", "yellow", "#f0e442"),
     ("optimizer", "optimizer state", "bright_red", "#d55e00"),
-    ("activations", "activations kept", "green", "#009e73"),
+    ("activations", "activations", "green", "#009e73"),
     ("logits", "logits", "magenta", "#cc79a7"),
     ("batch", "batch", "bright_black", "#999999"),
     ("workspace", "workspace", "bright_yellow", "#e69f00"),
@@ -30,31 +30,32 @@ PARTS = (
 )
 
 
-# A smaller share of the whole is not shown as a part of its own.
-LEAST = 0.05
+# Parts with a smaller share of the peak are summed as "the rest".
+MIN_SHARE = 0.05
 BAR = 56
-PICTURES = ("png", "svg", "pdf")
+PICTURE_FORMATS = ("png", "svg", "pdf")
 
 
-def parts_of(plan: Plan) -> dict[str, int]:
-    """The whole process's memory by part: the tensors' parts, and what is not tensors as ``process``."""
+def process_parts(plan: Plan) -> dict[str, int]:
+    """Return the peak memory of the process by part. Memory outside of tensors is ``process``."""
     return {**plan.parts, "process": plan.peak_resident_bytes - plan.peak_bytes}
 
 
-def plan_report(plans: Mapping[str, Plan], own: str, free: int, processes: int = 1) -> RenderableType:
-    """What the run's own method needs and whether it fits; where there are further methods, all side by side.
+def plan_report(plans: Mapping[str, Plan], method: str, free: int, processes: int = 1) -> RenderableType:
+    """Return the memory of the selected method and its verdict. Several methods are also shown side by side.
 
     Args:
-        plans: by method. own: the method that the settings name.
-        free: bytes of main memory that a process could take now.
-        processes: that train together.
+        plans: Plans by method.
+        method: Method in the settings.
+        free: Bytes of main memory that are available to a process.
+        processes: Number of processes that train together.
     """
-    more: list[RenderableType] = [Text(""), methods_table(plans, own), Text(""), plan_bars(plans)]
-    return Group(*plan_text(plans[own], free, processes), *(more if len(plans) > 1 else ()))
+    comparison: list[RenderableType] = [Text(""), methods_table(plans, method), Text(""), plan_bars(plans)]
+    return Group(*plan_text(plans[method], free, processes), *(comparison if len(plans) > 1 else ()))
 
 
 def plan_text(plan: Plan, free: int, processes: int = 1) -> list[Text]:
-    """One plan in lines: its sum and whether it fits, its parts, and where the peak falls."""
+    """Return the lines of a plan: total and verdict, parts, and the location of the peak."""
     total = processes * plan.peak_resident_bytes
     needs = f"needs {gigabytes(total)}"
     if processes > 1:
@@ -65,26 +66,26 @@ def plan_text(plan: Plan, free: int, processes: int = 1) -> list[Text]:
     lines = [Text(f"{needs} of the {gigabytes(free)} that are free: ") + verdict]
     if total > free:
         fitting = max(0.1, int(free / processes / 1e8) / 10)
-        lines.append(Text(f"settings that fit: the same command with --budget {fitting:g}GB"))
+        lines.append(Text(f"settings that fit: the same command with --fit-memory {fitting:g}GB"))
     lines.append(Text(f"method {plan.method}: {trained}" + (f", {plan.precision}" if plan.precision else "")))
     parts = list(_sized(plan))
-    shown = [part for part in parts if abs(part[1]) >= LEAST * plan.peak_resident_bytes]
-    rest = sum(size for _, size, _ in parts) - sum(size for _, size, _ in shown)
-    ends = [("the rest", rest, ""), ("in all", plan.peak_resident_bytes, "bold")]
-    for label, size, style in [*shown, *(ends if rest else ends[1:])]:
+    large_parts = [part for part in parts if abs(part[1]) >= MIN_SHARE * plan.peak_resident_bytes]
+    remainder = sum(size for _, size, _ in parts) - sum(size for _, size, _ in large_parts)
+    totals = [("other", remainder, ""), ("total", plan.peak_resident_bytes, "bold")]
+    for label, size, style in [*large_parts, *(totals if remainder else totals[1:])]:
         amount = f"-{gigabytes(-size)}" if size < 0 else gigabytes(size)
         lines.append(Text(f"  {label:<34}", style).append(f"{amount:>9}", style if style == "bold" else "default"))
     if plan.disk_bytes:
-        lines.append(Text(f"and features on the disk: {gigabytes(plan.disk_bytes)}"))
+        lines.append(Text(f"features on disk: {gigabytes(plan.disk_bytes)}"))
     if (rollouts := plan.phases.get("rollouts")) is not None:
-        lines.append(Text(f"while completions are written: {gigabytes(rollouts)}"))
-    where = f"at {plan.module}" if plan.module else "outside all modules"
-    lines.append(Text(folded(f"the peak falls in the {plan.phase}, {where}; microbatches of {plan.tokens:,} tokens")))
+        lines.append(Text(f"while completions are generated: {gigabytes(rollouts)}"))
+    location = f"at {plan.module}" if plan.module else "outside all modules"
+    lines.append(Text(wrap_line(f"peak in the {plan.phase}, {location}; microbatches of {plan.tokens:,} tokens")))
     return lines + [Text(line) for line in long_rows_lines(plan)]
 
 
 def _sized(plan: Plan) -> Iterator[tuple[str, int, str]]:
-    """Label, bytes and color of each part of the process, the kinds of its tensors first."""
+    """Yield label, bytes and color of each part of the process, tensors first."""
     for name, label, color, _ in PARTS[:-1]:
         if size := plan.parts.get(name, 0):
             yield label, size, color
@@ -96,70 +97,70 @@ def _sized(plan: Plan) -> Iterator[tuple[str, int, str]]:
 
 
 def long_rows_lines(plan: Plan) -> list[str]:
-    """What few long rows cost, and the settings that spare it; nothing where they cost little."""
+    """Return the memory cost of rare long rows and the settings that avoid it, or no lines if the cost is small."""
     if not plan.long_rows:
         return []
     rows, limit = plan.long_rows["rows"], plan.long_rows["max_length"]
-    are, set_it = ("is", "sets") if rows == 1 else ("are", "set")
-    less = gigabytes(plan.peak_resident_bytes - plan.long_rows["saves"])
+    verb, determine = ("is", "sets") if rows == 1 else ("are", "set")
+    remaining_size = gigabytes(plan.peak_resident_bytes - plan.long_rows["saves"])
     return [
-        f"{rows} of {plan.long_rows['of']:,} rows {are} longer than {limit:,} tokens and {set_it} the peak:",
-        f"  without them about {less} (data.max_length: {limit}, data.long_rows: drop)",
+        f"{rows} of {plan.long_rows['of']:,} rows {verb} longer than {limit:,} tokens and {determine} the peak:",
+        f"  without them about {remaining_size} (data.max_length: {limit}, data.long_rows: drop)",
     ]
 
 
-# What the optimizer needs for what is trained.
+# Parts that scale with the number of trained parameters.
 STATE = ("trained", "gradients", "optimizer")
 _RESIDENT = {
     "process": "interpreter, libraries, rows",
     "kernels": "kernels and their scratch",
-    "features": "of features on the disk, mapped",
-    "allocator": "held by the allocator",
-    "decoder": "the decoder's copies of weights",
-    "rollouts": "excess while completions are written",
+    "features": "features on disk, memory-mapped",
+    "allocator": "allocator overhead",
+    "decoder": "weight copies of the decoding engine",
+    "rollouts": "excess while completions are generated",
     "reading": "excess while tokenizer and rows are read",
     "loading": "excess while weights are converted",
     "saving": "excess while the tokenizer is saved",
 }
 
 
-def methods_table(plans: Mapping[str, Plan], own: str) -> Table:
-    """Methods side by side: what each trains and needs."""
+def methods_table(plans: Mapping[str, Plan], method: str) -> Table:
+    """Return a table of trained parameters and memory by method."""
     caption = "state: trained parameters, their gradients and the optimizer's moments"
     heads = ("method", "trained", "share", "state", "activations", "tensors", "process")
-    made = table(heads, caption=caption, caption_justify="left")
+    result = table(heads, caption=caption, caption_justify="left")
     for name, plan in plans.items():
         share = f"{plan.trained_parameters / plan.total_parameters:.2%}"
         state = sum(plan.parts[part] for part in STATE)
         sizes = (state, plan.parts["activations"], plan.peak_bytes, plan.peak_resident_bytes)
         cells = (name, f"{plan.trained_parameters:,}", share, *map(gigabytes, sizes))
-        add_row(made, cells, "bold" if name == own else "")
-    return made
+        add_row(result, cells, "bold" if name == method else "")
+    return result
 
 
 def plan_bars(plans: Mapping[str, Plan]) -> RenderableType:
-    """One bar a method, its parts in colors, and what the colors mean."""
-    most = max(plan.peak_resident_bytes for plan in plans.values())
+    """Return a bar of stacked parts per method, and the legend."""
+    largest = max(plan.peak_resident_bytes for plan in plans.values())
     lines = []
     for name, plan in plans.items():
         bar = Text(f"{name:>8} ")
-        parts = parts_of(plan)
-        drawn, sofar = 0, 0
+        parts = process_parts(plan)
+        filled, cumulative = 0, 0
         for part, _, color, _ in PARTS:
-            sofar += parts.get(part, 0)
-            end = round(BAR * sofar / most)
-            bar.append("█" * (end - drawn), style=color)
-            drawn = end
+            cumulative += parts.get(part, 0)
+            end = round(BAR * cumulative / largest)
+            bar.append("█" * (end - filled), style=color)
+            filled = end
         lines.append(bar.append(f" {gigabytes(plan.peak_resident_bytes)}"))
-    return Group(*lines, *_legend(plans.values(), at_least=most / BAR / 2))
+    return Group(*lines, *_legend(plans.values(), at_least=largest / BAR / 2))
 
 
 def _legend(plans: Collection[Plan], *, at_least: float) -> list[Text]:
-    """What the colors of the parts mean that any plan has ``at_least`` so many bytes of."""
+    """Return the legend of the parts that use more than ``at_least`` bytes in any plan."""
     margin = " " * 9
     lines = [Text(margin)]
     for part, label, color, _ in PARTS:
-        if not any(parts_of(plan).get(part, 0) > at_least for plan in plans):
+        if not any(process_parts(plan).get(part, 0) > at_least for plan in plans):
             continue
         entry = Text("█ ", style=color).append(f"{label}  ", style="default")
         if lines[-1].cell_len + entry.cell_len > WIDTH:
@@ -169,23 +170,23 @@ def _legend(plans: Collection[Plan], *, at_least: float) -> list[Text]:
 
 
 def picture_kind(path: Path) -> str:
-    """The kind of picture that a path's ending asks for.
+    """Return the picture format of a path's suffix.
 
     Raises:
-        UserError: it is none that can be drawn.
+        UserError: If the format is not supported.
     """
     kind = path.suffix.lstrip(".").lower()
-    if kind not in PICTURES:
-        hint = f"let it end with {', '.join('.' + known for known in PICTURES)}"
-        raise UserError(f"'{path.name}' names no picture that can be drawn", where="--picture", hint=hint)
+    if kind not in PICTURE_FORMATS:
+        hint = f"use a file name that ends with {', '.join('.' + suffix for suffix in PICTURE_FORMATS)}"
+        raise UserError(f"'{path.name}' has no supported picture format", location="--picture", hint=hint)
     return kind
 
 
 def draw_plans(plans: Mapping[str, Plan], path: Path) -> None:
-    """Stacked bars of every plan as a picture; its kind (:data:`PICTURES`) follows from the path's ending.
+    """Draw stacked bars of all plans as a picture. Its format (:data:`PICTURE_FORMATS`) follows from the path's suffix.
 
     Raises:
-        UserError: the ending is another, or the folder cannot be written to.
+        UserError: If the format is not supported or the folder cannot be written to.
     """
     kind = picture_kind(path)
     from matplotlib.figure import Figure
@@ -195,40 +196,40 @@ def draw_plans(plans: Mapping[str, Plan], path: Path) -> None:
     axes = figure.subplots()
     handles = {}
     for row, plan in enumerate(plans.values()):
-        left, sizes = 0.0, parts_of(plan)
+        offset, sizes = 0.0, process_parts(plan)
         for part, label, _, color in PARTS:
             if size := sizes.get(part, 0) / 1e9:
-                axes.barh(row, size, left=left, color=color, edgecolor="white", linewidth=0.4)
+                axes.barh(row, size, left=offset, color=color, edgecolor="white", linewidth=0.4)
                 handles[label] = Patch(color=color, label=label)
-            left += size
-        axes.text(left, row, f" {left:.2f} GB", va="center", fontsize=9)
+            offset += size
+        axes.text(offset, row, f" {offset:.2f} GB", va="center", fontsize=9)
     axes.set_yticks(range(len(plans)), list(plans))
     axes.invert_yaxis()
     axes.set_xlabel("peak memory of the process, GB")
     axes.margins(x=0.12)
     axes.spines[["top", "right"]].set_visible(False)
-    shown = [handles[label] for _, label, *_ in PARTS if label in handles]
-    figure.legend(handles=shown, loc="outside lower center", ncols=3, frameon=False)
-    with durable.replacing(path) as temporary:
+    legend_handles = [handles[label] for _, label, *_ in PARTS if label in handles]
+    figure.legend(handles=legend_handles, loc="outside lower center", ncols=3, frameon=False)
+    with atomic_files.atomic_path(path) as temporary:
         figure.savefig(temporary, format=kind, dpi=150)
 
 
 def plan_lines(plan: Plan, limit: int | None) -> list[str]:
-    """A plan in two lines, as a run begins with it."""
-    parts = sorted(parts_of(plan).items(), key=lambda item: -item[1])
+    """Return a plan in two lines, as printed at the start of a run."""
+    parts = sorted(process_parts(plan).items(), key=lambda item: -item[1])
     labels = {name: label for name, label, *_ in PARTS}
-    most = ", ".join(f"{labels[name]} {gigabytes(size)}" for name, size in parts[:4])
-    there = f" of {gigabytes(limit)}" if limit is not None else ""
+    largest = ", ".join(f"{labels[name]} {gigabytes(size)}" for name, size in parts[:4])
+    limit_text = f" of {gigabytes(limit)}" if limit is not None else ""
     tensors = f"{gigabytes(plan.peak_bytes)} of it tensors (peak in the {plan.phase})"
-    return [f"planned memory: {gigabytes(plan.peak_resident_bytes)}{there}, {tensors}", f"  most of it: {most}"]
+    return [f"planned memory: {gigabytes(plan.peak_resident_bytes)}{limit_text}, {tensors}", f"  mainly: {largest}"]
 
 
-def budget_table(found: Sequence[Fitting]) -> Table:
-    """Settings that fit a budget, the fastest first."""
+def budget_table(candidates: Sequence[FittingPlan]) -> Table:
+    """Return a table of settings that fit a budget, fastest first."""
     heads = ("method", "rank", "tokens per pass", "checkpointing", "precision", "process", "time")
-    made = table(heads)
-    for one in found:
-        how = (f"{one.tokens_per_pass:,}", "on" if one.checkpointing else "off", one.precision)
-        cost = (gigabytes(one.plan.peak_resident_bytes), f"{one.seconds / found[0].seconds:.2f} x")
-        add_row(made, (one.method, str(one.rank or ""), *how, *cost))
-    return made
+    result = table(heads)
+    for candidate in candidates:
+        execution = (f"{candidate.tokens_per_pass:,}", "on" if candidate.checkpointing else "off", candidate.precision)
+        cost = (gigabytes(candidate.plan.peak_resident_bytes), f"{candidate.seconds / candidates[0].seconds:.2f} x")
+        add_row(result, (candidate.method, str(candidate.rank or ""), *execution, *cost))
+    return result

@@ -1,7 +1,6 @@
-"""A run that leaves its page: :func:`deltaw.runs.fit.fit` with ``report.html`` written on the way.
+"""Train with a report: :func:`deltaw.runs.fit.fit` that also writes ``report.html`` during and after the run.
 
-This is what the command line and ``deltaw.fit`` call; training itself knows no reports. A page that cannot be
-written is told, and the run goes on.
+The command line and ``deltaw.fit`` use this function. A page that cannot be written does not stop the run.
 """
 
 from __future__ import annotations
@@ -14,39 +13,39 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.platforms import shell_word
+from deltaw.progress import track_progress
 from deltaw.reports.page.write import write_page
-from deltaw.reports.wording import count, metric_name, metric_value, when
-from deltaw.runs.fit import Decoding, Result
+from deltaw.reports.wording import count, format_time, metric_name, metric_value
+from deltaw.runs.fit import Backend, Result
 from deltaw.runs.fit import fit as train
 from deltaw.runs.folder import Run, number
-from deltaw.serving.opening import verified_writer
+from deltaw.serving.opening import verified_generator
 from deltaw.serving.rollouts import SessionSampler
 from deltaw.settings import SETTINGS, RunConfig
 from deltaw.training.callbacks import Callback, Callbacks, RunStart
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.parallel.reducer import ALONE, Reducer
+from deltaw.training.parallel.reducer import SINGLE_PROCESS, Reducer
 from deltaw.training.state import Step
-from deltaw.working import working
 
-# Seconds between two pages of a run that is not evaluated meanwhile.
+# Seconds between two updates of the page of a run without evaluations.
 INTERVAL = 120.0
-# A page takes at most this share of the time: after one that took long, the next one waits longer.
-SHARE = 0.01
+# Maximum share of the time spent on pages. A slow page increases the interval to the next one.
+MAX_TIME_SHARE = 0.01
 
-# What writes texts during a training.
-ENGINE = Decoding(verified_writer, SessionSampler)
+# Decoding backend for text generation during training.
+ENGINE = Backend(verified_generator, SessionSampler)
 
 
 class PageCallback(Callback):
-    """Writes a run's page when it is evaluated, at intervals, and once it is over.
+    """Write a run's page after evaluations, at intervals, and at the end.
 
     Args:
-        tell: told in one line where a page cannot be written, once.
-        clock: seconds; a test has its own.
+        log: Receives one line if a page cannot be written, once per run.
+        clock: Returns the time in seconds.
     """
 
-    def __init__(self, tell: Callback, clock: Callable[[], float] = time.monotonic) -> None:
-        self._tell, self._clock = tell, clock
+    def __init__(self, log: Callback, clock: Callable[[], float] = time.monotonic) -> None:
+        self._log, self._clock = log, clock
         self._folder: Path | None = None
         self._not_before = 0.0
         self._next = 0.0
@@ -65,37 +64,37 @@ class PageCallback(Callback):
             self._write()
 
     def close(self) -> None:
-        """Write the last page, if the run has a folder. Called once all other files are there."""
+        """Write the last page if the run has a folder. Call this after all other files have been written."""
         if self._folder is not None:
             self._write()
 
     def _write(self) -> None:
         assert self._folder is not None
-        begun = self._clock()
+        start = self._clock()
         try:
-            with working("writing the page"):
+            with track_progress("writing the page"):
                 write_page(self._folder)
-        except Exception as error:  # whatever is wrong with a page, it must not end the training
+        except Exception as error:  # an error in the report must not stop the training
             if not self._failed:
                 brief = (str(error).splitlines() or [""])[0]
-                self._tell.on_line(f"report.html: not written ({type(error).__name__}: {brief[:160]})")
+                self._log.on_line(f"report.html: not written ({type(error).__name__}: {brief[:160]})")
             self._failed = True
-        took = self._clock() - begun
-        self._not_before = self._clock() + took / SHARE
+        elapsed = self._clock() - start
+        self._not_before = self._clock() + elapsed / MAX_TIME_SHARE
         self._next = max(self._clock() + INTERVAL, self._not_before)
 
 
 def finished_lines(result: Result, settings: str | None) -> Iterator[str]:
-    """What to say of a run that was finished before, so that nothing was trained.
+    """Yield the lines to print for a run that is already finished, so that no training takes place.
 
     Args:
-        settings: the file that the command names; None where flags stand beside it.
+        settings: Settings file of the command, or None if the command also has flags.
     """
     run, output = Run(result.output), shell_word(result.output)
     score = f", {metric_name(run.score[0])} {metric_value(*run.score)}" if run.score else ""
-    ended = when(number(run.values.get("ended")) or run.changed)
-    yield f"{result.output} is finished: {ended}, {count(result.outcome.steps)} steps{score}"
-    yield "nothing is trained again; what would train:"
+    end_time = format_time(number(run.values.get("ended")) or run.changed)
+    yield f"{result.output} is finished: {end_time}, {count(result.outcome.steps)} steps{score}"
+    yield "the existing run is left unchanged; to train:"
     train = RunConfig.read(run.path / SETTINGS).train
     longer = f"--train.epochs {math.floor(train.epochs) + 1}"
     if train.max_steps is not None:
@@ -105,8 +104,8 @@ def finished_lines(result: Result, settings: str | None) -> Iterator[str]:
     if result.checkpoints and (train.early_stopping is None or not result.stopped_early):
         yield f"next: deltaw train --resume {output} {longer}  # train further"
     again = "the same command with" if settings is None else f"deltaw train {shell_word(settings)}"
-    yield f"next: {again} --fresh  # start anew; moves {result.output}"
-    yield f"next: {again} --output OTHER  # start anew elsewhere"
+    yield f"next: {again} --fresh  # start over; moves {result.output}"
+    yield f"next: {again} --output OTHER  # start over in another folder"
 
 
 def fit(
@@ -115,31 +114,31 @@ def fit(
     callback: Callback | None = None,
     resume: str | os.PathLike[str] | None = None,
     fresh: bool = False,
-    processes: Reducer = ALONE,
+    processes: Reducer = SINGLE_PROCESS,
 ) -> Result:
-    """Train as ``config`` says and write the run's folder, with a page about the run in it.
+    """Train with the given settings and write the run's folder, including its report.
 
-    A run in the same folder that was not done goes on from its last checkpoint; one that was is left as it is, and
-    the result is what it came to. The process is left as it was: its threads, random numbers, signal handlers and
-    garbage collector.
+    An unfinished run in the same folder is resumed from its last checkpoint. A finished run is left unchanged, and its
+    result is returned. Global state (threads, random number generators, signal handlers, garbage collector) is restored
+    on return.
 
     Args:
-        config: settings, a dictionary of them, or the path of a YAML file.
-        callback: told of everything on the way; without one, the run is silent.
-        resume: the folder of a run that goes on with its own settings, even if it was done; ``config`` is
-            then a dictionary of settings that change, or None.
-        fresh: begin with the first step, whatever is in the folder; it is moved.
-        processes: that train together, of which this is process 0.
+        config: Settings, a dictionary of settings, or the path of a YAML file.
+        callback: Receives all events of the run. Without a callback, the run is silent.
+        resume: Folder of a run to continue with its stored settings, even if it is finished. ``config`` is then a
+            dictionary of changed settings, or None.
+        fresh: Start over. An existing run in the folder is moved.
+        processes: Communication with the other processes of a distributed run. This is process 0.
 
     Raises:
-        UserError: something the user gave cannot be used; nothing was written then. Or the machine has no
-            memory or no room on the disk, or the training diverged: what was trained before is kept.
-        UntrainedParameterError: a parameter that the settings name is not trained; no adapter is written.
+        UserError: If an argument cannot be used; nothing is written in this case. Also if memory or disk space is
+            insufficient, or if the training diverged; everything trained before is saved.
+        UntrainedParameterError: If a parameter in the settings is not trained. No adapter is written.
     """
-    told = callback or Callback()
-    page = PageCallback(told)
+    user_callback = callback or Callback()
+    page = PageCallback(user_callback)
     try:
-        how: dict[str, Any] = {"resume": resume, "fresh": fresh, "processes": processes}
-        return train(config, callback=Callbacks(told, page), decoding=ENGINE, **how)
+        options: dict[str, Any] = {"resume": resume, "fresh": fresh, "processes": processes}
+        return train(config, callback=Callbacks(user_callback, page), decoding=ENGINE, **options)
     finally:
         page.close()

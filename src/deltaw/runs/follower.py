@@ -1,6 +1,6 @@
-"""A process from 1 on: it has the settings from process 0, and computes its part until the run is over.
+"""Worker processes (rank 1 and higher) of a distributed run.
 
-It writes nothing and shows nothing; what it trained is what process 0 saves.
+They receive the settings from process 0 and compute their share of each step. Only process 0 writes files and output.
 """
 
 from __future__ import annotations
@@ -9,60 +9,60 @@ import contextlib
 import warnings
 
 from deltaw.errors import UserError
-from deltaw.runs.fit import Decoding, load_for, sampler_of
-from deltaw.runs.resuming import assemble_alike, receive_settings
+from deltaw.runs.fit import Backend, load_model, make_sampler_factory
+from deltaw.runs.resuming import assemble_session, receive_settings
 from deltaw.runtime.sharded import sharded_blocks
 from deltaw.training.guarantee import UntrainedParameterError
 from deltaw.training.monitoring.rates import follow_rate
 from deltaw.training.parallel.group import Group, LostProcess
-from deltaw.training.process import guest
-from deltaw.training.session import read_data, take_part
+from deltaw.training.process import preserved_process_state
+from deltaw.training.session import compute_evaluation_share, read_data
 from deltaw.training.state import NotFiniteError
 
-# Its exit status where the run failed; process 0 says why.
+# Exit status of a failed run. Process 0 reports the error.
 FAILED = 2
 
 
-def follow(group: Group, decoding: Decoding | None = None) -> int:
-    """Take part in the run of process 0; the exit status.
+def follow(group: Group, decoding: Backend | None = None) -> int:
+    """Take part in the run of process 0 and return the exit status.
 
     Args:
-        decoding: as :func:`deltaw.runs.fit.fit` has it.
+        decoding: Decoding backend (see :func:`deltaw.runs.fit.fit`).
 
     Raises:
-        UserError: this process cannot take part, as where the model is not on its machine.
+        UserError: If this process cannot take part, for example because the model is not on its machine.
     """
     try:
-        with guest(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # process 0 shows its own
+        with preserved_process_state(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # process 0 shows the same warnings
             return _follow(group, decoding)
     except LostProcess:
         return FAILED
     except (NotFiniteError, UntrainedParameterError):
-        # Process 0 found the same. Were this process to end first, torchrun would end that one as it saves.
+        # Process 0 raises the same error. If this process exited first, torchrun would kill process 0 while it saves.
         with contextlib.suppress(LostProcess):
             group.obey()
         return FAILED
     except UserError as error:
-        what = f"process {group.rank} of {group.size}: {error.what}"
-        raise UserError(what, where=error.where, hint=error.hint) from error
+        message = f"process {group.rank} of {group.size}: {error.message}"
+        raise UserError(message, location=error.location, hint=error.hint) from error
 
 
-def _follow(group: Group, decoding: Decoding | None) -> int:
-    told = receive_settings(group)
-    if told is None:
+def _follow(group: Group, decoding: Backend | None) -> int:
+    received = receive_settings(group)
+    if received is None:
         return 0
-    # Process 0 alone adds the gradients of general answers.
-    config = told.with_train(keep_general=0.0)
+    # Only process 0 adds the gradients of general answers.
+    config = received.with_train(keep_general=0.0)
     task, data = read_data(config, check=False)
-    loaded = load_for(config, task, data, processes=group)
-    session = assemble_alike(
-        config, task, data, loaded, group, None, samples=sampler_of(decoding, loaded, config, task)
+    loaded = load_model(config, task, data, processes=group)
+    session = assemble_session(
+        config, task, data, loaded, group, None, make_sampler=make_sampler_factory(decoding, loaded, config, task)
     )
     sharded = sharded_blocks(loaded.model)
     if sharded is not None:
         group.gather = sharded.gather
-    group.evaluate = lambda number: take_part(session, number)
+    group.evaluate = lambda number: compute_evaluation_share(session, number)
     try:
         follow_rate(session, group)
         with session.running():

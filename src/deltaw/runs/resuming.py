@@ -1,10 +1,7 @@
-"""Whether a run goes on from a checkpoint, and with which settings.
+"""Decide if a run can be resumed from a checkpoint, and with which settings.
 
-A run that goes on must be the run that it was: a changed setting that would make it another one is refused by
-name. What was chosen automatically is taken from the checkpoint, since it decides the rounding: every later
-step is then equal to the bit.
-
-Knows settings, choices and rows; not models or tensors.
+Changed settings that would make it a different run are rejected by name. Automatic choices are restored from the
+checkpoint because they determine rounding, so a resumed run is bitwise equal to an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -21,140 +18,143 @@ from deltaw.data.row_store import digest_of_rows
 from deltaw.errors import UserError
 from deltaw.hub.loading import LoadedModel
 from deltaw.kernels import loader, variants
-from deltaw.kernels.arithmetic import STORED, Arithmetic
+from deltaw.kernels.arithmetic import WEIGHT_TYPES, Arithmetic
 from deltaw.machine.choices import Choice, choose_device
 from deltaw.methods import registry
 from deltaw.platforms import shell_word
+from deltaw.runs.checkpoints import JSONMap
 from deltaw.runs.folder import Run, mapping
 from deltaw.settings import RunConfig, flat, settings
-from deltaw.training.callbacks import Say
+from deltaw.training.callbacks import LogFunction
 from deltaw.training.parallel.group import Group
 from deltaw.training.parallel.reducer import Reducer
 from deltaw.training.session import Session, assemble
 from deltaw.training.tasks.base import RunData, Task
 
-# How long a training is; may change where the user says that it goes on.
-LENGTH = ("train.epochs", "train.max_steps", "train.time")
-# May change at any time, since no step depends on them.
-_WATCHING = ("eval_every", "eval_answers", "samples", "early_stopping", "adapter", "drift", "not_finite")
-_KEEPING = ("checkpoint_every", "checkpoint_minutes", "keep_checkpoints")
-FREE = {"output", "force", "track", "trust_remote_code", "data.cache"}
-FREE |= {f"train.{key}" for key in (*_WATCHING, *_KEEPING)}
-# No run chooses them itself: a checkpoint from somewhere else that says so is not believed.
+# Training length. May change if the user explicitly resumes the run.
+LENGTH_KEYS = ("train.epochs", "train.max_steps", "train.time")
+# May always change because no step depends on them.
+_EVALUATION_KEYS = ("eval_every", "eval_answers", "samples", "early_stopping", "adapter", "drift", "not_finite")
+_CHECKPOINT_KEYS = ("checkpoint_every", "checkpoint_minutes", "keep_checkpoints")
+FREE_KEYS = {"output", "force", "track", "trust_remote_code", "data.cache"}
+FREE_KEYS |= {f"train.{key}" for key in (*_EVALUATION_KEYS, *_CHECKPOINT_KEYS)}
+# Never chosen automatically. Such choices in an untrusted checkpoint are ignored.
 NEVER_CHOSEN = {"model", "data.train", "data.eval", "data.chat_template", "track", "trust_remote_code", "output"}
-# May change, but then the steps to come are rounded in another way.
-_COMPUTING = ("tokens_per_pass", "approximate", "share_prefixes", "checkpointing", "keep_features", "sharding")
-ROUNDING = {"device", "threads", "memory"} | {f"train.{key}" for key in _COMPUTING}
-# What a finished run's result does not depend on, but for rounding.
-_SAME_RESULT = (FREE | ROUNDING) - {f"train.{key}" for key in _WATCHING}
+# May change, but affect the rounding of later steps.
+_COMPUTE_KEYS = ("tokens_per_pass", "approximate", "share_prefixes", "checkpointing", "keep_features", "sharding")
+ROUNDING_KEYS = {"device", "threads", "memory"} | {f"train.{key}" for key in _COMPUTE_KEYS}
+# The result of a finished run depends on these settings only through rounding.
+_SAME_RESULT_KEYS = (FREE_KEYS | ROUNDING_KEYS) - {f"train.{key}" for key in _EVALUATION_KEYS}
 
 
 @dataclass(frozen=True)
-class Change:
-    """A setting that differs from what a run began with; ``before`` is what it was resolved to."""
+class SettingChange:
+    """Setting that differs from the run's. ``before`` is its resolved value at the start of the run."""
 
     key: str
     before: object
     now: object
 
     def __str__(self) -> str:
-        return f"'{self.key}' is {_shown(self.now)}, and the run began with {_shown(self.before)}"
+        return f"'{self.key}' is {_format_value(self.now)}, and the run started with {_format_value(self.before)}"
 
 
-def dumped(config: RunConfig) -> dict[str, Any]:
-    """Every setting as plain values, nested as in the file."""
+def dump_settings(config: RunConfig) -> dict[str, Any]:
+    """Return all settings as nested plain values, as in the file."""
     values: dict[str, Any] = config.model_dump(mode="json")
     return values
 
 
-def changes(before: Mapping[str, Any], now: RunConfig, choices: Mapping[str, object] | None = None) -> list[Change]:
-    """The settings that differ and matter to the run.
+def changed_settings(before: Mapping[str, Any], now: RunConfig, choices: JSONMap | None = None) -> list[SettingChange]:
+    """Return the settings that differ and matter to the run.
 
-    Sections of methods that are not used do not matter, nor does an ``auto`` that became its own choice, or
-    another way to write the same path. Rows are compared by what they are, not by where they lie.
+    Sections of unused methods are ignored, and so are ``auto`` values with the same resolved value and equivalent
+    paths. Rows are compared by content, not by path.
 
     Args:
-        before: as :func:`dumped`. choices: what was chosen automatically then, by dotted key.
+        before: Settings of the run (:func:`dump_settings`).
+        choices: Automatic choices of the run by dotted key.
     """
-    theirs, ours = flat(before), flat(dumped(now))
+    old_values, new_values = flat(before), flat(dump_settings(now))
     unused = {entry.name for entry in registry.registered()} - {now.method}
-    found = []
-    for key in sorted({*theirs, *ours}):
-        old, new = theirs.get(key), ours.get(key)
+    differing = []
+    for key in sorted({*old_values, *new_values}):
+        old, new = old_values.get(key), new_values.get(key)
         if old == new or key.partition(".")[0] in unused:
             continue
         chosen = (choices or {}).get(key)
         if chosen is not None and new == chosen:
             continue
-        if key in ("model", "output", "data.train", "data.eval") and _same_place(old, new):
+        if key in ("model", "output", "data.train", "data.eval") and _is_same_path(old, new):
             continue
-        found.append(Change(key, chosen if old == "auto" and chosen is not None else old, new))
-    return found
+        differing.append(SettingChange(key, chosen if old == "auto" and chosen is not None else old, new))
+    return differing
 
 
-def refusal(found: Sequence[Change], *, asked: bool) -> list[Change]:
-    """Those of the changes with which the run would be another one.
+def disallowed_changes(differing: Sequence[SettingChange], *, resume: bool) -> list[SettingChange]:
+    """Return the changes that would make the run a different one.
 
     Args:
-        asked: whether the user said that it goes on, so that it may become longer.
+        resume: The user explicitly resumes the run, so its length may change.
     """
-    allowed = FREE | ROUNDING | (set(LENGTH) if asked else set())
-    # The rows themselves are compared once they are read.
-    return [change for change in found if change.key not in {*allowed, "data.train"}]
+    allowed = FREE_KEYS | ROUNDING_KEYS | (set(LENGTH_KEYS) if resume else set())
+    # The rows are compared after they have been read.
+    return [change for change in differing if change.key not in {*allowed, "data.train"}]
 
 
-def require_same_result(run: Run, config: RunConfig, say: Say) -> None:
-    """Refuse settings with which a finished run would have come to something else.
+def require_same_result(run: Run, config: RunConfig, log: LogFunction) -> None:
+    """Reject settings with which a finished run would have a different result.
 
     Args:
-        say: told of those that would have rounded differently.
+        log: Receives messages about settings that would change only the rounding.
 
     Raises:
-        UserError: they differ; it names them, and what continues the run or starts anew.
+        UserError: If settings differ. Names them, and how to continue the run or start over.
     """
     before = {} if run.training is None else run.training["settings"]
     chosen = {key: mapping(choice).get("value") for key, choice in run.chosen.items()}
-    differing = changes(before, config, chosen)
-    found = [change for change in differing if change.key not in {*_SAME_RESULT, "data.train"}]
-    if found:
-        raise refused(run.path, DONE, found, asked=False)
+    differing = changed_settings(before, config, chosen)
+    conflicting = [change for change in differing if change.key not in {*_SAME_RESULT_KEYS, "data.train"}]
+    if conflicting:
+        raise changed_settings_error(run.path, DONE, conflicting, resume=False)
     for change in differing:
-        if change.key in ROUNDING:
-            say(f"{change}: no effect, the run is finished")
+        if change.key in ROUNDING_KEYS:
+            log(f"{change}: no effect, the run is finished")
 
 
-def with_choices(
-    config: RunConfig, before: Mapping[str, Any], choices: Mapping[str, object]
-) -> tuple[RunConfig, list[str]]:
-    """The settings with what was chosen automatically in place of every ``auto`` that the user has not
-    changed since, and lines about what cannot be chosen so again."""
-    theirs, ours = flat(before), flat(dumped(config))
-    said: list[str] = []
+def apply_choices(config: RunConfig, before: Mapping[str, Any], choices: JSONMap) -> tuple[RunConfig, list[str]]:
+    """Replace ``auto`` values that the user has not changed by the run's choices.
+
+    Returns:
+        The settings, and messages about choices that are not available here.
+    """
+    old_values, new_values = flat(before), flat(dump_settings(config))
+    messages: list[str] = []
     flags: dict[str, Any] = {}
     for key in (setting.key for setting in settings()):
-        if key not in choices or key in NEVER_CHOSEN or key not in ours or ours[key] != theirs.get(key):
+        if key not in choices or key in NEVER_CHOSEN or key not in new_values or new_values[key] != old_values.get(key):
             continue
         value = choices[key]
-        if key == "device" and not _is_there(str(value)):
-            said.append(f"the run began on {value}, which is not available here: its steps will be rounded differently")
+        if key == "device" and not _is_available(str(value)):
+            messages.append(f"the run started on {value}, which is not available: later steps are rounded differently")
             continue
         section, _, leaf = key.rpartition(".")
         (flags.setdefault(section, {}) if section else flags)[leaf] = value
-    return RunConfig.read(dumped(config), flags), said
+    return RunConfig.read(dump_settings(config), flags), messages
 
 
-def choices_of(session: Session, loaded: Mapping[str, Choice]) -> dict[str, object]:
-    """What a run chose itself, by dotted key: all that decides how its steps are rounded.
+def run_choices(session: Session, loaded: Mapping[str, Choice]) -> dict[str, object]:
+    """Return the automatic choices that determine the rounding of steps, by dotted key.
 
     Args:
-        loaded: the choices of :class:`deltaw.hub.loading.LoadedModel`.
+        loaded: Choices of :class:`deltaw.hub.loading.LoadedModel`.
     """
     keys = {setting.key for setting in settings()}
     chosen = {key: choice.value for key, choice in {**loaded, **session.chosen}.items() if key in keys}
-    kept = chosen.get("train.keep_features", "off")
+    feature_choice = chosen.get("train.keep_features", "off")
     return {
         **chosen,
-        "train.keep_features": kept not in ("off", "recomputed"),
+        "train.keep_features": feature_choice not in ("off", "recomputed"),
         "train.learning_rate": session.learning_rate,
         "train.checkpointing": session.config.train.checkpointing,
     }
@@ -167,34 +167,35 @@ def require_same_model(run_identity: str | None, session: Session, run: Path) ->
         run_identity: Identity of the weights that the run recorded, or None.
 
     Raises:
-        UserError: if they differ.
+        UserError: If they differ.
     """
     if run_identity is not None and session.identity is not None and run_identity != session.identity:
-        what = "the model's weights have changed since the run started, so it cannot be resumed"
-        hint = f"restore the model to resume, or {START_ANEW}".format(run=run)
-        raise UserError(what, where=f"model: {session.config.model}", hint=hint)
+        message = "the model's weights have changed since the run started, so it cannot be resumed"
+        hint = f"restore the model to resume, or {START_OVER_HINT}".format(run=run)
+        raise UserError(message, location=f"model: {session.config.model}", hint=hint)
 
 
-def compute_as(arithmetic: object) -> tuple[str, ...]:
-    """Compute products as a training did when its state was saved, where this machine can; whoever restores
-    the state warns where it cannot. ``DELTAW_KERNELS`` goes first.
+def use_saved_arithmetic(arithmetic: object) -> tuple[str, ...]:
+    """Select the arithmetic of a saved training state if this machine supports it. ``DELTAW_KERNELS`` takes precedence.
+
+    If it is not supported, a warning is issued when the state is restored.
 
     Returns:
-        what it computed approximately, but for what the environment leaves out.
+        Approximations of the saved state, except those disabled by environment variables.
     """
     try:
-        saved = Arithmetic.read(arithmetic if isinstance(arithmetic, Mapping) else {})
+        saved = Arithmetic.from_dict(arithmetic if isinstance(arithmetic, Mapping) else {})
     except ValueError:
         return ()
-    exact = saved.approximating(())
-    if variants.asked().kernels is None and exact != loader.arithmetic():
+    exact = saved.with_approximations(())
+    if variants.kernel_overrides().kernels is None and exact != loader.arithmetic():
         with contextlib.suppress(UserError, OSError, RuntimeError, ValueError):
-            loader.compute_with(exact)
-    return tuple(name for name in saved.approximations if variants.is_left_in(name))
+            loader.use_arithmetic(exact)
+    return tuple(name for name in saved.approximations if variants.is_approximation_enabled(name))
 
 
-def rows_facts(train: Sequence[Any], held_out: Sequence[Any]) -> dict[str, object]:
-    """What a checkpoint says of a run's rows."""
+def row_digests(train: Sequence[Any], held_out: Sequence[Any]) -> dict[str, object]:
+    """Return the number and digest of the training and held-out rows for checkpoints."""
     parts = {"train": train, "eval": held_out}
     return {name: {"count": len(rows), "digest": digest_of_rows(rows)} for name, rows in parts.items()}
 
@@ -202,66 +203,66 @@ def rows_facts(train: Sequence[Any], held_out: Sequence[Any]) -> dict[str, objec
 def require_same_rows(
     before: Mapping[str, Any], now: Mapping[str, Any], config: RunConfig, run: Path, *, done: bool = False
 ) -> None:
-    """Refuse rows that are not those that a run began with.
+    """Check that the rows are those the run started with.
 
     Args:
-        done: whether that run is finished.
+        done: True if the run is finished.
 
     Raises:
-        UserError: they differ; it names the setting that the rows come from.
+        UserError: If they differ. Names the setting of the rows.
     """
-    for part, what in (("train", "rows to train on"), ("eval", "held-out rows")):
-        theirs, ours = before.get(part), now[part]
-        if theirs == ours:
+    for part, rows_name in (("train", "rows to train on"), ("eval", "held-out rows")):
+        old_rows, new_rows = before.get(part), now[part]
+        if old_rows == new_rows:
             continue
-        counts = "" if not isinstance(theirs, Mapping) else f"{theirs.get('count', 0):,}"
-        count = f"{ours['count']:,} rows, and there were {counts}" if counts else "they differ"
-        if isinstance(theirs, Mapping) and theirs.get("count") == ours["count"]:
-            count = f"still {counts} rows, but not the same ones"
+        counts = "" if not isinstance(old_rows, Mapping) else f"{old_rows.get('count', 0):,}"
+        count = f"{new_rows['count']:,} rows instead of {counts}" if counts else "they differ"
+        if isinstance(old_rows, Mapping) and old_rows.get("count") == new_rows["count"]:
+            count = f"{counts} rows as before, but with different content"
         source = config.data.train if part == "train" or not isinstance(config.data.eval, str) else None
-        end = "and the run is finished" if done else "so the run cannot be resumed"
-        changed = f"the {what} have changed, {end}:\n  {count}"
-        hint = f"{'' if done else 'restore the data to resume, or '}{START_ANEW}".format(run=run)
-        raise UserError(changed, where=f"data.{part}: {source or config.data.eval}", hint=hint)
+        consequence = "and the run is finished" if done else "so the run cannot be resumed"
+        message = f"the {rows_name} have changed, {consequence}:\n  {count}"
+        hint = f"{'' if done else 'restore the data to resume, or '}{START_OVER_HINT}".format(run=run)
+        raise UserError(message, location=f"data.{part}: {source or config.data.eval}", hint=hint)
 
 
-START_ANEW = "start anew: --fresh (moves {run}), or --output OTHER"
-# How far a run came that is finished.
+START_OVER_HINT = "start over: --fresh (moves {run}), or --output OTHER"
+# Value of the ``done`` parameter for a finished run.
 DONE = "done"
 
 
-def refused(run: Path, done: str, found: Sequence[Change], *, asked: bool) -> UserError:
-    """The error for settings with which a run cannot go on, or would have come to something else.
+def changed_settings_error(run: Path, done: str, differing: Sequence[SettingChange], *, resume: bool) -> UserError:
+    """Return the error for settings with which a run cannot be resumed, or would have a different result.
 
     Args:
-        done: how far it came, in words; ``done`` if it is finished.
+        done: Progress of the run as text, or :data:`DONE` if it is finished.
     """
-    longer = [f"--{change.key} {_shown(change.now)}" for change in found if change.key in LENGTH and not _less(change)]
-    ways = [START_ANEW.format(run=run)]
-    if len(longer) == len(found) and not asked:
-        ways.insert(0, f"deltaw train --resume {shell_word(str(run))} {' '.join(longer)}")
+    flags = [f"--{c.key} {_format_value(c.now)}" for c in differing if c.key in LENGTH_KEYS and not _is_shorter(c)]
+    options = [START_OVER_HINT.format(run=run)]
+    if len(flags) == len(differing) and not resume:
+        options.insert(0, f"deltaw train --resume {shell_word(str(run))} {' '.join(flags)}")
     elif done != DONE:
-        ways.insert(0, "undo the change to resume")
-    shown = [*map(str, found[:4]), *([f"and {len(found) - 4} more"] if len(found) > 4 else [])]
-    what = f"the run in this folder is not finished ({done}), and cannot be resumed so:"
+        options.insert(0, "undo the change to resume")
+    lines = [*map(str, differing[:4]), *([f"and {len(differing) - 4} more"] if len(differing) > 4 else [])]
+    message = f"the run in this folder is not finished ({done}) and cannot be resumed with these settings:"
     if done == DONE:
-        what = "the run in this folder is finished, and was trained with other settings:"
-    return UserError("\n  ".join([what, *shown]), where=str(run), hint=", or\n".join(ways))
+        message = "the run in this folder is finished, and was trained with other settings:"
+    return UserError("\n  ".join([message, *lines]), location=str(run), hint=", or\n".join(options))
 
 
-def _less(change: Change) -> bool:
+def _is_shorter(change: SettingChange) -> bool:
     before, now = change.before, change.now
     return isinstance(before, int | float) and isinstance(now, int | float) and now < before
 
 
-def _same_place(first: object, second: object) -> bool:
+def _is_same_path(first: object, second: object) -> bool:
     if not isinstance(first, str) or not isinstance(second, str):
         return False
     paths = [os.path.normcase(os.path.realpath(os.path.expanduser(path))) for path in (first, second)]
     return paths[0] == paths[1] and os.path.exists(paths[0])
 
 
-def _is_there(device: str) -> bool:
+def _is_available(device: str) -> bool:
     try:
         choose_device(device)
     except UserError:
@@ -269,56 +270,55 @@ def _is_there(device: str) -> bool:
     return True
 
 
-def _shown(value: object) -> str:
+def _format_value(value: object) -> str:
     return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-# What all processes of a run must have alike: the settings travel; model, precision and rows are compared.
-#
-# Each process reads the model and the rows from its own machine's files, so that they may differ there.
+# Consistency between processes. Settings are sent by process 0. Each process reads the model and the rows from local
+# files, so their identities and the precision are compared.
 
-_ROWS = "give each machine the same files of rows, or a folder that all of them see"
+_ROWS = "use the same data files on each machine, or a shared folder"
 _HINTS = {
-    "precision": "set precision to one that all machines have",
+    "precision": "set precision to a value that all machines support",
     "rows": _ROWS,
     "evaluation sets": _ROWS,
-    "model": "give each machine the same model",
+    "model": "use the same model on each machine",
 }
 
 
 def send_settings(config: RunConfig | None, processes: Reducer) -> None:
-    """From process 0 to all others, where there are any; None: there is nothing to train."""
+    """Send the settings from process 0 to all other processes. None means that no training takes place."""
     if isinstance(processes, Group):
         processes.send_text("null" if config is None else config.model_dump_json())
 
 
 def receive_settings(group: Group) -> RunConfig | None:
-    """Those of process 0."""
-    told = json.loads(group.receive_text())
-    return None if told is None else RunConfig.read(told)
+    """Receive the settings of process 0."""
+    received = json.loads(group.receive_text())
+    return None if received is None else RunConfig.read(received)
 
 
-def assemble_alike(
+def assemble_session(
     config: RunConfig,
     task: Task,
     data: RunData,
     loaded: LoadedModel,
     processes: Reducer,
-    begun: Sequence[str] | None,
-    **how: Any,
+    approximations: Sequence[str] | None,
+    **options: Any,
 ) -> Session:
-    """The session of a run, in each process; what must be alike is compared with process 0.
+    """Create the session of a run, and check that it is consistent with process 0.
 
     Args:
-        begun: what a training that goes on computed approximately, as process 0 has it from its state.
-        how: further options of :func:`deltaw.training.session.assemble`.
+        approximations: Approximations of the resumed training, as restored by process 0.
+        options: Further options of :func:`deltaw.training.session.assemble`.
 
     Raises:
-        UserError: something differs.
+        UserError: If the processes are inconsistent.
     """
-    if isinstance(processes, Group):  # before anything is computed together
-        _compare(_facts_of_rows(data, loaded), processes)
-        begun = _compute_alike(begun, processes)
+    if isinstance(processes, Group):  # before the first joint computation
+        _compare(_data_identity(data, loaded), processes)
+        approximations = _share_arithmetic(approximations, processes)
     session = assemble(
         config,
         task,
@@ -326,71 +326,75 @@ def assemble_alike(
         loaded.model,
         device=str(loaded.choices["device"].value),
         new_modules=loaded.new_modules,
-        offered=() if loaded.kernels is None else loaded.kernels.approximations,
-        begun=begun,
+        candidates=() if loaded.kernels is None else loaded.kernels.approximations,
+        resumed=approximations,
         processes=processes,
-        **how,
+        **options,
     )
     if isinstance(processes, Group):
         _compare({"model": session.identity}, processes)
-        # From here on process 0 does things by itself.
-        processes.together = False
+        # From here on, process 0 also works independently.
+        processes.synchronized = False
     return session
 
 
-def _compute_alike(begun: Sequence[str] | None, group: Group) -> Sequence[str] | None:
-    """Let each process compute products as process 0 does.
+def _share_arithmetic(approximations: Sequence[str] | None, group: Group) -> Sequence[str] | None:
+    """Let all processes compute products with the arithmetic of process 0.
 
     Returns:
-        ``begun`` of process 0.
+        ``approximations`` of process 0.
 
     Raises:
-        UserError: one cannot, or is told not to.
+        UserError: If a process does not support it, or its environment forces another one.
     """
-    ours = loader.arithmetic()
+    local = loader.arithmetic()
     if group.rank == 0:
-        group.send_text(json.dumps([ours.as_dict(), begun]))
-        return begun
-    told, begun = json.loads(group.receive_text())
-    theirs = Arithmetic.read(told)
-    if theirs != ours:
-        forced = variants.asked()
-        reason = f"{forced.said} is set there" if forced.said else None
+        group.send_text(json.dumps([local.as_dict(), approximations]))
+        return approximations
+    received, approximations = json.loads(group.receive_text())
+    remote = Arithmetic.from_dict(received)
+    if remote != local:
+        forced = variants.kernel_overrides()
+        reason = f"{forced.source} is set there" if forced.source else None
         try:
             if reason is None:
-                loader.compute_with(theirs)
+                loader.use_arithmetic(remote)
         except (UserError, OSError, RuntimeError, ValueError) as error:
-            reason = error.what if isinstance(error, UserError) else str(error)
+            reason = error.message if isinstance(error, UserError) else str(error)
         if reason is not None:
-            what = f"it computes with {_named(ours)}, process 0 with {_named(theirs)}: {reason}"
-            hint = f"set {variants.VARIABLE} in every process to kernels that all processors have"
-            raise UserError(what, where=f"the processor of process {group.rank}", hint=hint)
-    return begun
+            message = f"it uses {_describe_arithmetic(local)}, process 0 uses {_describe_arithmetic(remote)}: {reason}"
+            hint = f"set {variants.VARIABLE} in every process to kernels that all CPUs support"
+            raise UserError(message, location=f"the CPU of process {group.rank}", hint=hint)
+    return approximations
 
 
-def _named(arithmetic: Arithmetic) -> str:
-    ways = ", ".join(f"{stored} {arithmetic.of(stored)}" for stored in STORED)
-    return f"{arithmetic.kernels or 'no'} kernels ({ways})"
+def _describe_arithmetic(arithmetic: Arithmetic) -> str:
+    products = ", ".join(f"{stored} {arithmetic.for_type(stored)}" for stored in WEIGHT_TYPES)
+    return f"{arithmetic.kernels or 'no'} kernels ({products})"
 
 
-def _facts_of_rows(data: RunData, loaded: LoadedModel) -> dict[str, Any]:
+def _data_identity(data: RunData, loaded: LoadedModel) -> dict[str, Any]:
     return {
         "precision": str(loaded.choices["precision"].value),
-        "rows": dict(rows_facts(data.train, data.held_out)),
+        "rows": dict(row_digests(data.train, data.held_out)),
         "evaluation sets": {name: digest_of_rows(rows) for name, rows in data.eval_sets.items()},
     }
 
 
-def _compare(facts: dict[str, Any], group: Group) -> None:
-    """Process 0 sends its facts, and the others compare them with their own."""
+def _compare(values: dict[str, Any], group: Group) -> None:
+    """Compare values with those of process 0, which sends them.
+
+    Raises:
+        UserError: If a value differs.
+    """
     if group.rank == 0:
-        group.send_text(json.dumps(facts))
+        group.send_text(json.dumps(values))
         return
-    theirs = json.loads(group.receive_text())
-    for name, ours in json.loads(json.dumps(facts)).items():
-        if ours != theirs[name]:
-            what = f"it does not have the same {name} as process 0"
-            raise UserError(what, where=f"{name}: {_brief(ours)} instead of {_brief(theirs[name])}", hint=_HINTS[name])
+    remote = json.loads(group.receive_text())
+    for name, value in json.loads(json.dumps(values)).items():
+        if value != (other := remote[name]):
+            message = f"it does not have the same {name} as process 0"
+            raise UserError(message, location=f"{name}: {_brief(value)} instead of {_brief(other)}", hint=_HINTS[name])
 
 
 def _brief(value: object) -> str:

@@ -1,8 +1,7 @@
-"""Metrics of a run sent to a tracker: TensorBoard, trackio or Weights & Biases, by the setting ``track``.
+"""Send the metrics of a run to TensorBoard, trackio or Weights & Biases (setting ``track``).
 
-A tracker is a :class:`~deltaw.training.callbacks.Callback` around the few calls that all of them share. It is
-looked for before anything is loaded. One that fails later does not end the run: it is told once, and the
-run's own ``metrics.jsonl`` has every number anyway.
+The tracker's package is checked before anything is loaded. A tracker that fails later is reported once and disabled;
+the run continues, and ``metrics.jsonl`` contains all metrics.
 """
 
 from __future__ import annotations
@@ -25,22 +24,22 @@ from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.state import Step, TrainState
 
 PROJECT = "deltaw"
-# What of a step is sent; the rest can be computed from it.
-STEP = ("loss", "learning_rate", "gradient_norm", "epoch", "general_loss")
+# Values of a step that are sent. Other values can be derived from them.
+STEP_METRICS = ("loss", "learning_rate", "gradient_norm", "epoch", "general_loss")
 
 
 class Tracker(Protocol):
-    """What every tracker takes. Each is made with the run's folder and its settings by dotted key."""
+    """Interface of trackers. They are created with the run's folder, its settings by dotted key, and its first step."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Numbers by name, after so many steps."""
+        """Send numbers by name for a step."""
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """Finish the tracked run."""
 
 
 class TensorBoard:
-    """Event files in the folder ``tensorboard`` of the run."""
+    """Writes event files to the folder ``tensorboard`` of the run."""
 
     def __init__(self, folder: Path, settings: Mapping[str, object], first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -59,14 +58,14 @@ class TensorBoard:
 
 
 class Trackio:
-    """A run of the project that ``TRACKIO_PROJECT`` names, kept on this machine by default."""
+    """Logs to a trackio run in the project ``TRACKIO_PROJECT``, which is stored locally by default."""
 
     def __init__(self, folder: Path, settings: Mapping[str, object], first_step: int) -> None:
         self._trackio: Any = importlib.import_module("trackio")
         project = os.environ.get("TRACKIO_PROJECT", PROJECT)
-        # Where this version has them: against what it would print and measure itself.
-        known = inspect.signature(self._trackio.init).parameters
-        quiet: dict[str, Any] = {name: False for name in ("embed", "auto_log_gpu") if name in known}
+        # Disable trackio's printing and GPU logging if this version supports these options.
+        parameters = inspect.signature(self._trackio.init).parameters
+        quiet: dict[str, Any] = {name: False for name in ("embed", "auto_log_gpu") if name in parameters}
         self._trackio.init(project=project, name=folder.name, config=_plain(settings), resume="allow", **quiet)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -77,7 +76,7 @@ class Trackio:
 
 
 class WandB:
-    """A run of the project that ``WANDB_PROJECT`` names; ``WANDB_MODE=offline`` keeps it on this machine."""
+    """Logs to a Weights & Biases run in the project ``WANDB_PROJECT``. ``WANDB_MODE=offline`` stores it locally."""
 
     def __init__(self, folder: Path, settings: Mapping[str, object], first_step: int) -> None:
         wandb: Any = importlib.import_module("wandb")
@@ -96,21 +95,21 @@ class WandB:
         self._run.finish()
 
 
-# Makes the tracker of a run, from its folder, its settings and its first step.
-Maker: TypeAlias = Callable[[Path, Mapping[str, object], int], Tracker]
-TRACKERS: dict[str, Maker] = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": WandB}
+# Creates a tracker from the run's folder, its settings and its first step.
+TrackerFactory: TypeAlias = Callable[[Path, Mapping[str, object], int], Tracker]
+TRACKERS: dict[str, TrackerFactory] = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": WandB}
 
 
 class TrackingCallback(Callback):
-    """Sends a run's settings, steps and evaluations to a tracker.
+    """Sends settings, steps and evaluations of a run to a tracker.
 
     Args:
-        name: of :data:`TRACKERS`.
-        tell: told where the tracker fails; nothing is sent from then on.
+        name: Key of :data:`TRACKERS`.
+        log: Receives a message if the tracker fails. The tracker is disabled then.
     """
 
-    def __init__(self, name: str, tell: Callback) -> None:
-        self._name, self._tell = name, tell
+    def __init__(self, name: str, callback: Callback) -> None:
+        self._name, self._callback = name, callback
         self._start: RunStart | None = None
         self._tracker: Tracker | None = None
 
@@ -121,15 +120,15 @@ class TrackingCallback(Callback):
         start = self._start
         if start is None:
             return
-        settings = settings_of(start)
+        settings = resolved_settings(start)
         self._try(lambda: self._open(start.folder, settings, state.step))
 
     def _open(self, folder: Path, settings: Mapping[str, object], first_step: int) -> None:
         self._tracker = TRACKERS[self._name](folder, settings, first_step)
 
     def on_step(self, step: Step) -> None:
-        told = step.as_dict()
-        values = {f"train/{name}": told[name] for name in STEP if name in told}
+        step_values = step.as_dict()
+        values = {f"train/{name}": step_values[name] for name in STEP_METRICS if name in step_values}
         values |= {f"train/{name.replace(' ', '/')}": value for name, value in step.metrics.items()}
         if step.seconds:
             values["train/tokens_per_second"] = step.tokens / step.seconds
@@ -139,7 +138,7 @@ class TrackingCallback(Callback):
         self._log({f"eval/{name.replace(' ', '/')}": value for name, value in evaluation.named_metrics().items()}, step)
 
     def close(self) -> None:
-        """Let the tracker write what it holds. Called once the run is over."""
+        """Flush and close the tracker at the end of the run."""
         tracker, self._tracker = self._tracker, None
         if tracker is not None:
             self._try(tracker.close)
@@ -151,22 +150,22 @@ class TrackingCallback(Callback):
             self._try(lambda: tracker.log(finite, step))
 
     def _try(self, call: Any) -> None:
-        """Whatever a foreign package raises, the run goes on without it; what it prints is not the run's."""
+        """Call the tracker with its output suppressed, and disable it if it raises."""
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 call()
         except Exception as error:
             self._tracker = None
             brief = [*str(error).strip().splitlines(), "no reason given"][0][:160]
-            what = f"failed and gets no more metrics ({type(error).__name__}: {brief})"
-            self._tell.on_line(f"track {self._name}: {what}")
+            message = f"failed and gets no more metrics ({type(error).__name__}: {brief})"
+            self._callback.on_line(f"track {self._name}: {message}")
 
 
-class Tracking:
-    """The callback of a run with its tracker, if the settings name one. A context manager.
+class TrackingContext:
+    """Context manager that adds the tracker in the settings to a run's callback.
 
     Raises:
-        UserError: the tracker's package is not installed.
+        UserError: If the tracker's package is not installed.
     """
 
     def __init__(self, config: RunConfig, callback: Callback) -> None:
@@ -186,28 +185,28 @@ class Tracking:
 
 
 def check_installed(name: str) -> None:
-    """Refuse a tracker whose package is not there.
+    """Check that the package of a tracker is installed.
 
     Raises:
-        UserError: it is not installed.
+        UserError: If it is not.
     """
-    if importlib.util.find_spec(name) is None:  # each module is called like its tracker and its package
+    if importlib.util.find_spec(name) is None:  # tracker, module and package have the same name
         extra = "" if name == "wandb" else ', or pip install "deltaw[track]"'
         hint = f"pip install {name}{extra}; without a tracker all metrics are in metrics.jsonl"
-        raise UserError(f"track: {name} needs the package {name}, which is not installed", where="track", hint=hint)
+        raise UserError(f"track: {name} needs the package {name}, which is not installed", location="track", hint=hint)
 
 
-def settings_of(start: RunStart) -> dict[str, object]:
-    """The settings by dotted key, with what the run chose itself for ``auto``."""
+def resolved_settings(start: RunStart) -> dict[str, object]:
+    """Return the settings by dotted key, with automatic choices in place of ``auto``."""
     chosen = {key: choice.value for key, choice in start.chosen.items()}
     counts = {"trained_parameters": start.trained_parameters, "total_steps": start.total_steps}
     return {**flat(start.config.model_dump(mode="json")), **chosen, **counts}
 
 
 def _plain(settings: Mapping[str, object]) -> dict[str, object]:
-    """Settings as trackers take them: numbers, texts, and lists and sections of these."""
-    kept = (bool, int, float, str, list, dict, type(None))
-    return {key: value if isinstance(value, kept) else str(value) for key, value in settings.items()}
+    """Convert settings to types that trackers accept: numbers, strings, lists and dictionaries."""
+    supported = (bool, int, float, str, list, dict, type(None))
+    return {key: value if isinstance(value, supported) else str(value) for key, value in settings.items()}
 
 
 def _cell(value: object) -> str:

@@ -1,1 +1,1 @@
-"""Running a model's blocks: packed and padded batches, fused blocks, virtual tokens, int8 weights."""
+"""Execution of model blocks: packed and padded batches, fused blocks, virtual tokens and int8 weights."""

@@ -1,14 +1,12 @@
-"""A fused, memory-efficient block: a block under its own name, run by its description.
+"""Fused, memory-efficient forward and backward of transformer blocks.
 
-``fused_halves`` describes what its halves compute and save. If the compiled kernels support all of a block
-and nothing observes torch's calls, forward and backward are one call each (``kernels.block``).
+A :class:`FusedBlock` replaces the forward method of a block, based on a description of its parts (``BlockRoles``). If
+the compiled kernels support the entire block and torch calls are not observed, forward and backward are one kernel call
+each (``kernels.block``).
 
-The parts are looked up through the block's description (``roles``) on every call. What was made of them is
-kept until one of them, or what hangs on them, is another. A block with anything trained in it but low-rank
-factors, with dropout that is drawn, with hooks inside, or called with what is not known here, runs the
-model's own code.
-
-Knows LoRA layers and kernels; not how a description is found (``recognition``), data or training.
+Parts are looked up on every call, and derived objects are cached until a part or its tensors change. The block runs the
+model's code if parameters other than low-rank factors are trained, dropout is active, hooks are registered inside, or
+the call has unsupported arguments.
 """
 
 from __future__ import annotations
@@ -26,34 +24,43 @@ from torch.utils.checkpoint import checkpoint
 from deltaw.kernels import rows
 from deltaw.kernels.attention import attend, attend_backward, spread_rows
 from deltaw.kernels.block import Block
-from deltaw.kernels.block import serves as serves_block
+from deltaw.kernels.block import supports as serves_block
 from deltaw.kernels.layout import Layout
-from deltaw.kernels.loader import serves as serves_compiled
-from deltaw.kernels.operators import ORDINARY, unwatched
+from deltaw.kernels.loader import supports as serves_compiled
+from deltaw.kernels.operators import PLAIN_TYPES, can_call_directly
 from deltaw.kernels.rows import HalfNorms, Norm
-from deltaw.kernels.torch_private import are_hooked, own_buffers, own_modules, own_parameters
+from deltaw.kernels.torch_private import are_hooked, direct_buffers, direct_modules, direct_parameters
 from deltaw.lora.layers import LoRAConv1D, LoRALinear
-from deltaw.runtime.partial import PartialLayout, number_of
-from deltaw.runtime.projections import Projection, Steps, at, can_project, factors_of, head_views, joined_heads, norm_of
-from deltaw.runtime.recognition import BlockRoles, Norms, Told, activation_kind, part, signature
+from deltaw.runtime.partial import PartialLayout, layer_index_of
+from deltaw.runtime.projections import (
+    Projection,
+    RoundedInput,
+    can_project,
+    factors_of,
+    head_views,
+    make_norm,
+    merge_heads,
+    select_rows,
+)
+from deltaw.runtime.recognition import AttentionConfig, BlockRoles, Norms, activation_kind, module_at, signature
 
-# The two halves of a block are functions, each with a backward of its own that keeps what it must.
+# The two halves of a block are autograd functions with a custom backward.
 #
 # attention:  stream + [after](output(attention(rotate(queries, keys), values))),    all of [before](x)
 # MLP:        stream + [after](output(f(gate)·up)), or output(f(inner)),             of [before](x)
 #
-# with [post] over the sum where there is one; see ``roles``. The stream is x itself, and in a parallel block
-# the attention's sum. Kept of the first half are its input, queries, keys, values and the attention's output;
-# of the second its input, gate and up. Norms and the activation are recomputed in the backward. Inputs that
-# layers share stand once, and with int8-quantized weights they are rounded once.
+# with [post] applied to the sum if the block has it (see ``roles``). The stream is x, or in a parallel block the sum of
+# the attention half. The first half saves its input, queries, keys, values and attention output, the second half its
+# input, gate and up. The backward recomputes norms and the activation. Inputs that layers share are saved once, and
+# rounded once for int8-quantized weights.
 #
-# Of the last block only some outputs may be asked for: those that predict a label. Then queries, the
-# attention's output and the second half are computed at these places alone, keys and values at all.
+# The last block may need outputs only at label positions. Then queries, attention outputs and the second half are
+# computed only for these positions, and keys and values for all tokens.
 
 
 @dataclass
 class Half:
-    """What a half of a block is made of: its norms, the projections of its input, and that of its output."""
+    """Parts of half a block: norms, input projections and output projection."""
 
     norms: HalfNorms
     inputs: Sequence[Projection]
@@ -66,11 +73,11 @@ class Half:
 
 @dataclass
 class AttentionHalf(Half):
-    """The first half of a block; its inputs are queries', keys' and values' projections, or one that gives all.
+    """Attention half of a block. Inputs are the projections of queries, keys and values, or one combined projection.
 
     Args:
-        grouped: how one projection holds them; see :func:`deltaw.runtime.projections.head_views`.
-        how: what attention is told: scaling, window, softcap, causal.
+        grouped: Layout of a combined projection, see :func:`deltaw.runtime.projections.head_views`.
+        options: Attention options: scaling, window, softcap, causal.
     """
 
     heads: int
@@ -79,15 +86,15 @@ class AttentionHalf(Half):
     grouped: bool
     query_norm: Norm | None
     key_norm: Norm | None
-    how: dict[str, Any]
+    options: dict[str, Any]
 
 
 @dataclass
 class MLPHalf(Half):
-    """The second half of a block; its inputs are gate and up, or one layer, which gives both where ``gated``.
+    """MLP half of a block. Inputs are gate and up projections, or one layer that computes both if ``gated``.
 
     Args:
-        kind: of the activation, a name of :data:`deltaw.kernels.rows.ACTIVATIONS`.
+        kind: Activation function, a name of :data:`deltaw.kernels.rows.ACTIVATIONS`.
     """
 
     gated: bool
@@ -95,74 +102,75 @@ class MLPHalf(Half):
 
 
 @dataclass
-class Around:
-    """What attention is told besides the tokens.
+class AttentionContext:
+    """Inputs of attention in addition to the hidden states.
 
     Args:
-        cosine, sine: (T, n) in fp32; None without rotary positions.
-        picked: (P), ascending: the places whose outputs are asked for; None for all.
-        partial: of a row whose other tokens' keys are known; then all T tokens here are those that run, and
-            ``number`` is the layer's.
+        cosine: (T, n) fp32 cosines of rotary positions, if used.
+        sine: (T, n) fp32 sines of rotary positions, if used.
+        output_indices: (P,) ascending indices of the needed outputs, or None for all.
+        partial: Layout of a row with available keys of other tokens. The T tokens here are those that run.
+        layer_index: Index of the layer, for ``partial``.
     """
 
     layout: Layout
     cosine: Tensor | None = None
     sine: Tensor | None = None
-    picked: Tensor | None = None
+    output_indices: Tensor | None = None
     partial: PartialLayout | None = None
-    number: int = 0
+    layer_index: int = 0
 
     @property
-    def queries(self) -> Tensor | None:
-        """Where in the layout the queries stand; None where each token asks."""
-        return self.picked if self.partial is None else self.partial.places
+    def query_indices(self) -> Tensor | None:
+        """Positions of the queries in the layout, or None if all tokens are queries."""
+        return self.output_indices if self.partial is None else self.partial.token_indices
 
-    def with_known(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of all tokens of the layout."""
-        return (key, value) if self.partial is None else self.partial.joined(self.number, key, value)
+    def all_keys(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of all tokens of the layout."""
+        return (key, value) if self.partial is None else self.partial.update_keys(self.layer_index, key, value)
 
-    def own(self, grad: Tensor) -> Tensor:
-        """Of the gradient of all keys, or values, that of the tokens which run."""
-        return grad if self.partial is None else grad.index_select(0, self.partial.places)
+    def local_gradient(self, grad: Tensor) -> Tensor:
+        """Return the part of a gradient of all keys or values that belongs to the tokens that run."""
+        return grad if self.partial is None else grad.index_select(0, self.partial.token_indices)
 
     @property
     def rotary(self) -> tuple[tuple[Tensor, Tensor], ...]:
-        """(cosine, sine) for queries and for keys; nothing without rotary positions."""
+        """(cosine, sine) for queries and for keys, or an empty tuple without rotary positions."""
         if self.cosine is None or self.sine is None:
             return ()
-        of_keys = self.cosine, self.sine
-        return (at(self.cosine, self.picked), at(self.sine, self.picked)), of_keys
+        key_tables = self.cosine, self.sine
+        return (select_rows(self.cosine, self.output_indices), select_rows(self.sine, self.output_indices)), key_tables
 
 
 def run_mlp(x: Tensor, stream: Tensor | None, half: MLPHalf) -> Tensor:
-    """The second half of a block over rows x (T, hidden), added to ``stream`` (T, hidden), or to x."""
+    """Run the second half of a block on rows x (T, hidden), and add it to ``stream`` (T, hidden) or to x."""
     return _MLP.apply(x, stream, half, *factors_of(half.projections))
 
 
 class _Attention(torch.autograd.Function):
-    """The first half; ``factors`` are A and B of each adapted layer, in order, for autograd to know them."""
+    """First half of a block. ``factors`` are A and B of each adapted layer, in order, as inputs of autograd."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, half: AttentionHalf, around: Around, *factors: Tensor) -> Tensor:
-        norms, picked = half.norms, around.picked
+    def forward(ctx: Any, x: Tensor, half: AttentionHalf, context: AttentionContext, *factors: Tensor) -> Tensor:
+        norms, output_indices = half.norms, context.output_indices
         n, stats = (x, None) if norms.before is None else norms.before(x)
-        (q, k, v), h = _queries_keys_values(n, half, picked)
+        (q, k, v), h = _queries_keys_values(n, half, output_indices)
         del n
         raw_q = raw_k = stats_q = stats_k = None
-        if len(half.inputs) == 1 and (around.rotary or half.query_norm is not None):
-            v = v.contiguous()  # queries and keys are made anew; a view would keep the wide output alive
+        if len(half.inputs) == 1 and (context.rotary or half.query_norm is not None):
+            v = v.contiguous()  # queries and keys are replaced below; a view would keep the combined output alive
         if half.query_norm is not None:
             raw_q, (q, stats_q) = q, half.query_norm.over_heads(q)
         if half.key_norm is not None:
             raw_k, (k, stats_k) = k, half.key_norm.over_heads(k)
-        if around.rotary:
-            q, k = (rows.rotate(t, *turn) for t, turn in zip((q, k), around.rotary, strict=True))
-        k, v = around.with_known(k, v)
-        out, kept = attend(q, k, v, around.layout, picked=around.queries, **half.how)
-        y, h_o, ends = _end_of_half(half.output, out.flatten(1), at(x, picked), norms)
-        ctx.half, ctx.around, ctx.count = half, around, len(h)
+        if context.rotary:
+            q, k = (rows.rotate(t, *tables) for t, tables in zip((q, k), context.rotary, strict=True))
+        k, v = context.all_keys(k, v)
+        out, saved = attend(q, k, v, context.layout, rows=context.query_indices, **half.options)
+        y, h_o, end_tensors = _finish_half(half.output, out.flatten(1), select_rows(x, output_indices), norms)
+        ctx.half, ctx.context, ctx.count = half, context, len(h)
         ctx.save_for_backward(
-            x, stats, *h, h_o, q, k, v, out, raw_q, raw_k, stats_q, stats_k, *ends, *kept
+            x, stats, *h, h_o, q, k, v, out, raw_q, raw_k, stats_q, stats_k, *end_tensors, *saved
         )  # fmt: skip
         return y
 
@@ -170,53 +178,52 @@ class _Attention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         half: AttentionHalf = ctx.half
-        around: Around = ctx.around
-        picked, norms = around.picked, half.norms
+        context: AttentionContext = ctx.context
+        output_indices, norms = context.output_indices, half.norms
         x, stats, *rest = ctx.saved_tensors
         h, rest = rest[: ctx.count], rest[ctx.count :]
-        h_o, q, k, v, out, raw_q, raw_k, stats_q, stats_k, *ends = rest
-        kept = ends[4:]
-        grad, above = _back_through_end(grads[0].contiguous(), ends[:4], norms)
-        d_out, narrow = half.output.backward(above, None, True)
-        of_output = half.output.factors_backward(out.flatten(1), h_o, above, narrow)
-        d_q, d_k, d_v = attend_backward(
-            d_out.view_as(out), q, k, v, out, kept, around.layout, picked=around.queries, **half.how
-        )
+        h_o, q, k, v, out, raw_q, raw_k, stats_q, stats_k, *end_tensors = rest
+        saved = end_tensors[4:]
+        grad, output_grad = _finish_half_backward(grads[0].contiguous(), end_tensors[:4], norms)
+        d_out, narrow = half.output.backward(output_grad, None, True)
+        output_factor_grads = half.output.factors_backward(out.flatten(1), h_o, output_grad, narrow)
+        options = {"rows": context.query_indices, **half.options}
+        d_q, d_k, d_v = attend_backward(d_out.view_as(out), q, k, v, out, saved, context.layout, **options)
         del d_out
-        d_k, d_v = around.own(d_k), around.own(d_v)
-        if around.rotary:
-            d_q, d_k = (rows.rotate(t, *turn, backward=True) for t, turn in zip((d_q, d_k), around.rotary, strict=True))
+        d_k, d_v = context.local_gradient(d_k), context.local_gradient(d_v)
+        if context.rotary:
+            pairs = zip((d_q, d_k), context.rotary, strict=True)
+            d_q, d_k = (rows.rotate(t, *tables, backward=True) for t, tables in pairs)
         if half.query_norm is not None:
             d_q = half.query_norm.over_heads_backward(d_q, raw_q, stats_q)
         if half.key_norm is not None:
             d_k = half.key_norm.over_heads_backward(d_k, raw_k, stats_k)
         need_x = ctx.needs_input_grad[0]
-        above = spread_rows(grad, picked, x.shape[0]) if need_x else grad
-        begun = above if need_x and norms.before is None else None
-        n = _input_again(x, half.inputs, norms.before)
-        d_n, of_inputs = _back_to_input(n, h, (d_q, d_k, d_v), half, picked, begun, need_x)
+        output_grad = spread_rows(grad, output_indices, x.shape[0]) if need_x else grad
+        initial = output_grad if need_x and norms.before is None else None
+        n = _recompute_input(x, half.inputs, norms.before)
+        d_n, input_factor_grads = _input_backward(n, h, (d_q, d_k, d_v), half, output_indices, initial, need_x)
         if d_n is not None and norms.before is not None:
-            d_n = norms.before.backward(d_n, x, stats, above)
-        return d_n, None, None, *_of_adapted(half.projections, [*of_inputs, *of_output])
+            d_n = norms.before.backward(d_n, x, stats, output_grad)
+        return d_n, None, None, *_adapted_only(half.projections, [*input_factor_grads, *output_factor_grads])
 
 
 class _MLP(torch.autograd.Function):
-    """The second half."""
+    """Second half of a block."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, stream: Tensor | None, half: MLPHalf, *factors: Tensor) -> Tensor:
         norms = half.norms
-        steps = Steps()
+        rounded = RoundedInput()
         n, stats = (x, None) if norms.before is None else norms.before(x)
-        inner, h = zip(*(layer(n, steps) for layer in half.inputs), strict=True)
-        del n, steps
+        inner, h = zip(*(layer(n, rounded) for layer in half.inputs), strict=True)
+        del n, rounded
         gate, up = _gate_and_up(inner, half)
-        ends: tuple[Tensor | None, ...]
-        y, h_o, ends = _end_of_half(
-            half.output, rows.activation(gate, up, half.kind), x if stream is None else stream, norms
-        )
-        ctx.half, ctx.apart, ctx.count = half, stream is not None, len(inner)
-        ctx.save_for_backward(x, stats, *inner, *h, h_o, *ends)
+        end_tensors: tuple[Tensor | None, ...]
+        residual = x if stream is None else stream
+        y, h_o, end_tensors = _finish_half(half.output, rows.activation(gate, up, half.kind), residual, norms)
+        ctx.half, ctx.has_stream, ctx.count = half, stream is not None, len(inner)
+        ctx.save_for_backward(x, stats, *inner, *h, h_o, *end_tensors)
         return y
 
     @staticmethod
@@ -225,79 +232,79 @@ class _MLP(torch.autograd.Function):
         half: MLPHalf = ctx.half
         norms = half.norms
         x, stats, *rest = ctx.saved_tensors
-        inner, h, (h_o, *ends) = rest[: ctx.count], rest[ctx.count : 2 * ctx.count], rest[2 * ctx.count :]
-        grad, above = _back_through_end(grads[0].contiguous(), ends, norms)
+        inner, h, (h_o, *end_tensors) = rest[: ctx.count], rest[ctx.count : 2 * ctx.count], rest[2 * ctx.count :]
+        grad, above = _finish_half_backward(grads[0].contiguous(), end_tensors, norms)
         d_y, narrow = half.output.backward(above, None, True)
         d_gate, d_up, y = rows.activation_backward(d_y, *_gate_and_up(inner, half), half.kind)
         del d_y
-        of_output = half.output.factors_backward(y, h_o, above, narrow)
+        output_factor_grads = half.output.factors_backward(y, h_o, above, narrow)
         del y
-        joined = half.gated and ctx.count == 1
-        d_inner = (torch.cat([d_gate, d_up], 1),) if joined else (d_gate, d_up)[: ctx.count]
+        is_combined = half.gated and ctx.count == 1
+        d_inner = (torch.cat([d_gate, d_up], 1),) if is_combined else (d_gate, d_up)[: ctx.count]
         del d_gate, d_up
-        n = _input_again(x, half.inputs, norms.before)
-        need_x, of_stream = ctx.needs_input_grad[0], None if ctx.apart else grad
-        d_n = of_stream if need_x and norms.before is None else None
-        of_inputs: list[Tensor | None] = []
+        n = _recompute_input(x, half.inputs, norms.before)
+        need_x, stream_grad = ctx.needs_input_grad[0], None if ctx.has_stream else grad
+        d_n = stream_grad if need_x and norms.before is None else None
+        input_factor_grads: list[Tensor | None] = []
         for layer, h_in, d in zip(half.inputs, h, d_inner, strict=True):
             d_n, narrow = layer.backward(d, d_n, need_x)
             d_n = d_n if need_x else None
-            of_inputs += layer.factors_backward(n, h_in, d, narrow) if n is not None else (None, None)
+            input_factor_grads += layer.factors_backward(n, h_in, d, narrow) if n is not None else (None, None)
         if d_n is not None and norms.before is not None:
-            d_n = norms.before.backward(d_n, x, stats, of_stream)
-        d_stream = grad if ctx.apart and ctx.needs_input_grad[1] else None
-        return d_n, d_stream, None, *_of_adapted(half.projections, [*of_inputs, *of_output])
+            d_n = norms.before.backward(d_n, x, stats, stream_grad)
+        d_stream = grad if ctx.has_stream and ctx.needs_input_grad[1] else None
+        return d_n, d_stream, None, *_adapted_only(half.projections, [*input_factor_grads, *output_factor_grads])
 
 
 def _queries_keys_values(
-    n: Tensor, half: AttentionHalf, picked: Tensor | None
+    n: Tensor, half: AttentionHalf, output_indices: Tensor | None
 ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
-    """Queries (P or T, heads, d), keys and values (T, key heads, d), and what each layer's update needs."""
-    steps = Steps()
+    """Return queries (P or T, heads, d), keys and values (T, key heads, d), and the x·A products of the layers."""
+    rounded = RoundedInput()
     if len(half.inputs) == 1:
-        y, h = half.inputs[0](n, steps)
+        y, h = half.inputs[0](n, rounded)
         q, k, v = head_views(y, half.heads, half.key_heads, half.grouped)
-        return (at(q, picked), k, v), [h]
+        return (select_rows(q, output_indices), k, v), [h]
     query, key, value = half.inputs
-    (k, h_k), (v, h_v) = (layer(n, steps) for layer in (key, value))
-    q, h_q = query(n, steps) if picked is None else query(at(n, picked), Steps())
+    (k, h_k), (v, h_v) = (layer(n, rounded) for layer in (key, value))
+    q, h_q = query(n, rounded) if output_indices is None else query(select_rows(n, output_indices), RoundedInput())
     q, k, v = (t.view(t.shape[0], -1, half.head_size) for t in (q, k, v))
     return (q, k, v), [h_q, h_k, h_v]
 
 
-def _back_to_input(
+def _input_backward(
     n: Tensor | None,
     h: Sequence[Tensor],
-    of_heads: tuple[Tensor, Tensor, Tensor],
+    head_grads: tuple[Tensor, Tensor, Tensor],
     half: AttentionHalf,
-    picked: Tensor | None,
-    begun: Tensor | None,
+    output_indices: Tensor | None,
+    initial: Tensor | None,
     need_x: bool,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """The gradient of attention's input, added to ``begun``, and those of its input layers' factors."""
-    length = of_heads[1].shape[0]
+    """Return the gradient of the attention input, added to ``initial``, and gradients of the input layers' factors."""
+    length = head_grads[1].shape[0]
     if len(half.inputs) == 1:
-        whole = joined_heads(spread_rows(of_heads[0], picked, length), *of_heads[1:], half.grouped)
-        d_n, narrow = half.inputs[0].backward(whole, begun, need_x)
-        found = (None, None) if n is None else half.inputs[0].factors_backward(n, h[0], whole, narrow)
-        return (d_n if need_x else None), list(found)
-    d_x = None if picked is not None else begun
-    of_layers: list[Tensor | None] = []
-    for layer, h_in, d, places in zip(half.inputs, h, of_heads, (picked, None, None), strict=True):
+        combined = merge_heads(spread_rows(head_grads[0], output_indices, length), *head_grads[1:], half.grouped)
+        d_n, narrow = half.inputs[0].backward(combined, initial, need_x)
+        factor_grads = (None, None) if n is None else half.inputs[0].factors_backward(n, h[0], combined, narrow)
+        return (d_n if need_x else None), list(factor_grads)
+    d_x = None if output_indices is not None else initial
+    grads: list[Tensor | None] = []
+    for layer, h_in, d, indices in zip(half.inputs, h, head_grads, (output_indices, None, None), strict=True):
         flat = d.reshape(d.shape[0], -1)
         d_x, narrow = layer.backward(flat, d_x, need_x)
-        d_x = spread_rows(d_x, places, length) if need_x else None
-        if places is not None and begun is not None and d_x is not None:
-            d_x = d_x + begun
-        of_layers += (None, None) if n is None else layer.factors_backward(at(n, places), h_in, flat, narrow)
-    return d_x, of_layers
+        d_x = spread_rows(d_x, indices, length) if need_x else None
+        if indices is not None and initial is not None and d_x is not None:
+            d_x = d_x + initial
+        grads += (None, None) if n is None else layer.factors_backward(select_rows(n, indices), h_in, flat, narrow)
+    return d_x, grads
 
 
-def _end_of_half(
+def _finish_half(
     output: Projection, x: Tensor, stream: Tensor, norms: HalfNorms
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-    """The half's result, what the output's update needs, and what :func:`_back_through_end` wants."""
-    y, h = output(x, Steps(), stream if norms.after is None else None)
+    """Return the result of the half, x·A of its output projection, and tensors for :func:`_finish_half_backward`."""
+    y, h = output(x, RoundedInput(), stream if norms.after is None else None)
     before_after = stats_after = total = stats_post = None
     if norms.after is not None:
         before_after = y
@@ -309,9 +316,9 @@ def _end_of_half(
     return y, h, (before_after, stats_after, total, stats_post)
 
 
-def _back_through_end(grad: Tensor, ends: Sequence[Tensor | None], norms: HalfNorms) -> tuple[Tensor, Tensor]:
-    """The gradients of the residual stream and of the output projection."""
-    before_after, stats_after, total, stats_post = ends
+def _finish_half_backward(grad: Tensor, tensors: Sequence[Tensor | None], norms: HalfNorms) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the residual stream and of the output projection."""
+    before_after, stats_after, total, stats_post = tensors
     if norms.post is not None and total is not None and stats_post is not None:
         grad = norms.post.backward(grad, total, stats_post)
     if norms.after is not None and before_after is not None and stats_after is not None:
@@ -319,8 +326,8 @@ def _back_through_end(grad: Tensor, ends: Sequence[Tensor | None], norms: HalfNo
     return grad, grad
 
 
-def _input_again(x: Tensor, inputs: Sequence[Projection], before: Norm | None) -> Tensor | None:
-    """What the input layers were given, recomputed; None where no factor wants it."""
+def _recompute_input(x: Tensor, inputs: Sequence[Projection], before: Norm | None) -> Tensor | None:
+    """Recompute the input of the input layers if a factor needs it."""
     if not any(layer.factors is not None for layer in inputs):
         return None
     return x if before is None else before(x)[0]
@@ -333,28 +340,31 @@ def _gate_and_up(inner: Sequence[Tensor], half: MLPHalf) -> tuple[Tensor, Tensor
     return gate, up
 
 
-def _of_adapted(layers: Sequence[Projection], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The gradients of those layers that have factors."""
+def _adapted_only(layers: Sequence[Projection], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return the gradients of layers with factors."""
     pairs = zip(grads[::2], grads[1::2], strict=True)
     return [grad for layer, pair in zip(layers, pairs, strict=True) if layer.factors is not None for grad in pair]
 
 
-# Outputs of a block are computed at the places that are asked for where these are at most this share of all.
-FEW = 0.9
-# What a block may be called with; anything else that is not None or False is left to its own code.
-_KNOWN = {"attention_mask", "position_ids", "position_embeddings", "packed_layout", "use_cache", "cache_position"}
-_TRAINED = attrgetter("requires_grad")
+Halves = tuple[AttentionHalf, MLPHalf]
+# Up to this share of outputs, only the needed outputs of a block are computed.
+MAX_OUTPUT_SHARE = 0.9
+# Supported arguments of a block. With any other argument, except None and False, the block runs the model's code.
+_SUPPORTED = {"attention_mask", "position_ids", "position_embeddings", "packed_layout", "use_cache", "cache_position"}
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
 
 class Layouts(Protocol):
-    """Finds the layout of a call of a block, by its hidden states and named arguments: the segments of all
-    rows laid end to end; None where the call asks for something else."""
+    """Returns the layout of a block's call from its hidden states and named arguments.
 
-    def __call__(self, hidden: Tensor, named: dict[str, Any], causal: bool) -> Layout | PartialLayout | None: ...
+    The layout contains the segments of all rows, concatenated. Unsupported calls have no layout.
+    """
+
+    def __call__(self, hidden: Tensor, kwargs: dict[str, Any], causal: bool) -> Layout | PartialLayout | None: ...
 
 
-class _Normed(torch.autograd.Function):
-    """A norm whose weight is frozen, keeping its input and two numbers a row."""
+class _NormFunction(torch.autograd.Function):
+    """A norm with frozen weight. Saves its input and two numbers per row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: Norm) -> Tensor:
@@ -371,76 +381,76 @@ class _Normed(torch.autograd.Function):
 
 
 class FusedNorm:
-    """A norm module's own forward with the kernels' inside, where its weight is frozen."""
+    """Replaces the forward of a norm module by the kernel if its weight is frozen."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.own = module.forward
-        self._made: tuple[list[int], Norm | None] = ([], None)
+        self.original_forward = module.forward
+        self._cached: tuple[list[int], Norm | None] = ([], None)
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
-        weight = own_parameters(self.module).get("weight")
-        trained = any(p is not None and p.requires_grad for p in own_parameters(self.module).values())
-        if trained or weight is None or weight.dtype != hidden_states.dtype or not _on_processor(hidden_states):
-            return self.own(hidden_states)
-        ids = [id(tensor) for tensor in own_parameters(self.module).values()]
-        if self._made[0] != ids:
-            self._made = ids, norm_of(self.module)
-        norm = self._made[1]
+        weight = direct_parameters(self.module).get("weight")
+        trained = any(p is not None and p.requires_grad for p in direct_parameters(self.module).values())
+        if trained or weight is None or weight.dtype != hidden_states.dtype or not _on_cpu(hidden_states):
+            return self.original_forward(hidden_states)
+        ids = [id(tensor) for tensor in direct_parameters(self.module).values()]
+        if self._cached[0] != ids:
+            self._cached = ids, make_norm(self.module)
+        norm = self._cached[1]
         if norm is None:
-            return self.own(hidden_states)
-        return _Normed.apply(hidden_states.flatten(0, -2), norm).view(hidden_states.shape)
+            return self.original_forward(hidden_states)
+        return _NormFunction.apply(hidden_states.flatten(0, -2), norm).view(hidden_states.shape)
 
 
-class _Whole(torch.autograd.Function):
-    """A block in one call each way, to the bit what its two halves give."""
+class _FullBlock(torch.autograd.Function):
+    """A block in one kernel call per direction. Results are bitwise equal to those of its halves."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, whole: Block, around: Around, *factors: Tensor) -> Tensor:
-        how = around.layout.segments(), around.cosine, around.sine, around.picked
-        y, kept = whole.forward(x, *how)
-        ctx.whole, ctx.how = whole, how
-        ctx.save_for_backward(x, kept)
+    def forward(ctx: Any, x: Tensor, compiled: Block, context: AttentionContext, *factors: Tensor) -> Tensor:
+        arguments = context.layout.segments(), context.cosine, context.sine, context.output_indices
+        y, saved = compiled.forward(x, *arguments)
+        ctx.compiled, ctx.arguments = compiled, arguments
+        ctx.save_for_backward(x, saved)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        x, kept = ctx.saved_tensors
+        x, saved = ctx.saved_tensors
         need_x, *_, need_factors = ctx.needs_input_grad
-        whole: Block = ctx.whole.settled()
-        segments, cosine, sine, picked = ctx.how
-        grad, needs = grads[0].contiguous(), (need_x, need_factors)
-        d_x, of_factors = whole.backward(grad, x, kept, segments, cosine, sine, picked, *needs)
-        return d_x, None, None, *of_factors
+        compiled: Block = ctx.compiled.refreshed()
+        segments, cosine, sine, output_indices = ctx.arguments
+        grad, needed = grads[0].contiguous(), (need_x, need_factors)
+        d_x, factor_grads = compiled.backward(grad, x, saved, segments, cosine, sine, output_indices, *needed)
+        return d_x, None, None, *factor_grads
 
 
 class FusedBlock:
-    """A block's own forward with another inside; called as the block is.
+    """Replacement of a block's forward, with the same signature.
 
     Args:
-        block: whose forward it stands for.
-        roles: its description.
-        told: what its attention is told.
-        layouts: finds a call's layout.
+        block: Block to replace.
+        roles: Description of the block.
+        config: Attention parameters of the block.
+        layouts: Returns the layout of a call.
 
-    The block must keep the signature that it has now; with another it runs its own code.
+    If the signature of the block changes, it runs the model's code.
 
     Attributes:
-        picked: the outputs (P, ascending) that are asked for of it, or None for all. Where they are few, the
-            others become 0.
+        output_indices: (P,) ascending indices of the needed outputs, or None for all. If they are a small share, other
+            outputs become 0.
     """
 
-    def __init__(self, block: nn.Module, roles: BlockRoles, told: Told, layouts: Layouts) -> None:
-        self.block, self.roles, self.told, self.layouts = block, roles, told, layouts
-        self.own: Callable[..., Any] = block.forward
-        self.picked: Tensor | None = None
+    def __init__(self, block: nn.Module, roles: BlockRoles, config: AttentionConfig, layouts: Layouts) -> None:
+        self.block, self.roles, self.config, self.layouts = block, roles, config, layouts
+        self.original_forward: Callable[..., Any] = block.forward
+        self.output_indices: Tensor | None = None
         self._signature = signature(block)
-        self._names = list(inspect.signature(type(block).forward).parameters)[2:]  # behind self and its input
-        self.forget()
+        self._names = list(inspect.signature(type(block).forward).parameters)[2:]  # after self and the hidden states
+        self.reset()
 
-    def forget(self) -> None:
-        """Let go of the modules and tensors that were noted."""
+    def reset(self) -> None:
+        """Release cached modules and tensors."""
         self._modules: list[nn.Module] = []
         self._classes: list[type] = []
         self._children: list[dict[str, nn.Module | None]] = []
@@ -449,85 +459,85 @@ class FusedBlock:
         self._layers: list[nn.Module] = []
         self._parameters: list[nn.Parameter] = []
         self._state: list[Any] = []
-        self._halves: tuple[AttentionHalf, MLPHalf] | None = None
-        self._whole: Block | None = None
+        self._halves: Halves | None = None
+        self._compiled: Block | None = None
         self._factors: list[Tensor] = []
 
     @property
     def checkpointing(self) -> bool:
-        """Whether the block is told to keep its input alone, as transformers tells it."""
+        """True if activation checkpointing is enabled for the block."""
         return bool(getattr(self.block, "gradient_checkpointing", False)) and self.block.training
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        named = {**kwargs, **dict(zip(self._names, args, strict=False))} if args else kwargs
-        layout = self._layout(hidden_states, named)
-        turns = named.get("position_embeddings")
+        arguments = {**kwargs, **dict(zip(self._names, args, strict=False))} if args else kwargs
+        layout = self._layout(hidden_states, arguments)
+        embeddings = arguments.get("position_embeddings")
         rotary = self.roles.attention.rotary
-        halves = None if layout is None or (rotary and turns is None) else self._found(hidden_states)
+        halves = None if layout is None or (rotary and embeddings is None) else self._current_halves(hidden_states)
         if halves is None or layout is None:
-            return self.own(hidden_states, *args, **kwargs)
-        cosine, sine = _wide_turns(turns, layout) if rotary and turns is not None else (None, None)
+            return self.original_forward(hidden_states, *args, **kwargs)
+        cosine, sine = _rotary_tables(embeddings, layout) if rotary and embeddings is not None else (None, None)
         if isinstance(layout, PartialLayout):
-            around = Around(layout.whole, cosine, sine, None, layout, number_of(self.block))
+            context = AttentionContext(layout.row_layout, cosine, sine, None, layout, layer_index_of(self.block))
         else:
-            few = self.picked is not None and 0 < len(self.picked) <= FEW * layout.length
-            picked = self.picked.contiguous() if few and self.picked is not None else None
-            around = Around(layout, cosine, sine, picked)
-        how = (hidden_states, halves, around)
+            indices = self.output_indices
+            is_small_share = indices is not None and 0 < len(indices) <= MAX_OUTPUT_SHARE * layout.length
+            output_indices = indices.contiguous() if is_small_share and indices is not None else None
+            context = AttentionContext(layout, cosine, sine, output_indices)
+        inputs = (hidden_states, halves, context)
         if self.checkpointing and torch.is_grad_enabled():
-            y = checkpoint(self._run, *how, True, use_reentrant=False)
+            y = checkpoint(self._run, *inputs, True, use_reentrant=False)
         else:
-            y = self._run(*how, False)
+            y = self._run(*inputs, False)
         extra = self.roles.extra_outputs
         return y if extra is None else (y, *[None] * extra)
 
-    def _layout(self, hidden: Tensor, named: dict[str, Any]) -> Layout | PartialLayout | None:
-        """The call's layout; None where it asks for what only the block's own code knows."""
-        other = (v is not None and v is not False and name not in _KNOWN for name, v in named.items())
-        if hidden.dim() != 3 or not _on_processor(hidden) or any(other):
+    def _layout(self, hidden: Tensor, arguments: dict[str, Any]) -> Layout | PartialLayout | None:
+        """Return the layout of a call, or None if the call is not supported."""
+        unsupported = (v is not None and v is not False and name not in _SUPPORTED for name, v in arguments.items())
+        if hidden.dim() != 3 or not _on_cpu(hidden) or any(unsupported):
             return None
-        return self.layouts(hidden, named, self.roles.attention.causal)
+        return self.layouts(hidden, arguments, self.roles.attention.causal)
 
-    def _found(self, hidden: Tensor) -> tuple[AttentionHalf, MLPHalf] | None:
-        """The block's halves made of its parts as they are now; None where it must run its own code."""
+    def _current_halves(self, hidden: Tensor) -> Halves | None:
+        """Return the halves for the block's current parts, or None to run the model's code."""
         if not self._has_same_modules():
             self._look_up()
-        state: list[Any] = [self.told, hidden.dtype]
+        state: list[Any] = [self.config, hidden.dtype]
         for layer in self._layers:
-            _note(layer, state)
-        _note_tensors([*self._norms, *self._layers], state)
-        state += map(_TRAINED, self._parameters)
+            _append_settings(layer, state)
+        _append_tensors([*self._norms, *self._layers], state)
+        state += map(_REQUIRES_GRAD, self._parameters)
         if state != self._state:
-            self._state, self._whole, self._factors = state, None, []
-            self._halves = self._made() if self._can_run(hidden) else None
-        return None if self._halves is None or self._watched() else self._halves
+            self._state, self._compiled, self._factors = state, None, []
+            self._halves = self._build_halves() if self._can_run(hidden) else None
+        return None if self._halves is None or self._is_observed() else self._halves
 
     def _has_same_modules(self) -> bool:
-        """Whether the block has the modules that were noted, each of the class that it had."""
+        """True if the block has the cached modules with the same classes."""
         if not self._modules or list(map(type, self._modules)) != self._classes:
             return False
-        return list(map(own_modules, self._modules)) == self._children
+        return list(map(direct_modules, self._modules)) == self._children
 
     def _look_up(self) -> None:
-        """Note the block's parts anew; none where its code is no longer the one that was verified."""
-        self.forget()
+        """Cache the block's parts. Caches no layers if the block's code differs from the verified code."""
+        self.reset()
         self._modules = list(self.block.modules())
         self._classes = list(map(type, self._modules))
-        self._children = [dict(own_modules(module)) for module in self._modules]
+        self._children = [dict(direct_modules(module)) for module in self._modules]
         self._tables = [vars(m) for m in self._modules if m is not self.block]
         self._parameters = list(self.block.parameters())
         if signature(self.block) == self._signature:
-            self._layers = [part(self.block, path) for path in self.roles.layers]
-            self._norms = [part(self.block, path) for path in self.roles.norms]
+            self._layers = [module_at(self.block, path) for path in self.roles.layers]
+            self._norms = [module_at(self.block, path) for path in self.roles.norms]
 
     def _can_run(self, hidden: Tensor) -> bool:
-        """Whether the fused form can run: every trained parameter is a factor of a known layer,
-        and norms are of the input's type."""
+        """True if all layers are supported, only their factors are trained, and norms have the type of the input."""
         if not self._layers or not all(can_project(layer) for layer in self._layers):
             return False
-        if any(own_parameters(norm)["weight"].dtype != hidden.dtype for norm in self._norms):  # type: ignore[union-attr]
+        if any(direct_parameters(norm)["weight"].dtype != hidden.dtype for norm in self._norms):  # type: ignore[union-attr]
             return False
-        # The compiled kernel alone lets tokens see both ways.
+        # Only the compiled kernel supports bidirectional attention.
         attention = self.roles.attention
         if not attention.causal and not (serves_compiled(hidden) and attention.head_size % 2 == 0):
             return False
@@ -535,49 +545,49 @@ class FusedBlock:
         factors = {id(factor) for layer in adapted for factor in (layer.lora_A, layer.lora_B)}
         return all(id(p) in factors for p in self._parameters if p.requires_grad)
 
-    def _made(self) -> tuple[AttentionHalf, MLPHalf] | None:
+    def _build_halves(self) -> Halves | None:
         attention, mlp = self.roles.attention, self.roles.mlp
-        norms = {p: norm_of(m) for p, m in zip(self.roles.norms, self._norms, strict=True)}
-        kind = activation_kind(part(self.block, mlp.activation))
+        norms = {p: make_norm(m) for p, m in zip(self.roles.norms, self._norms, strict=True)}
+        kind = activation_kind(module_at(self.block, mlp.activation))
         if kind is None or any(norm is None for norm in norms.values()):
             return None
         layers = [Projection(layer) for layer in self._layers]
         count = len(attention.inputs)
-        how = {**vars(self.told), "causal": attention.causal}
+        options = {**vars(self.config), "causal": attention.causal}
         heads = (*attention.heads(self.block), attention.head_size, attention.split == "grouped")
         query_norm, key_norm = (norms.get(path or "") for path in (attention.query_norm, attention.key_norm))
-        of_heads = (*heads, query_norm, key_norm, how)
-        first = AttentionHalf(_half_norms(attention.norms, norms), layers[:count], layers[count], *of_heads)
+        attention_arguments = (*heads, query_norm, key_norm, options)
+        first = AttentionHalf(_half_norms(attention.norms, norms), layers[:count], layers[count], *attention_arguments)
         second = MLPHalf(_half_norms(mlp.norms, norms), layers[count + 1 : -1], layers[-1], mlp.gated, kind)
         return first, second
 
-    def _watched(self) -> bool:
-        """Whether somebody looks at, or has changed, what goes on inside the block, or dropout is drawn."""
+    def _is_observed(self) -> bool:
+        """True if modules inside the block have hooks, a replaced forward or active dropout."""
         if are_hooked(self._tables):
             return True
         for table in self._tables:
-            if "forward" in table or (table["training"] and _drops(table)):
+            if "forward" in table or (table["training"] and _has_dropout(table)):
                 return True
-        return self.block.training and _drops(vars(self.block))
+        return self.block.training and _has_dropout(vars(self.block))
 
-    def _run(self, hidden: Tensor, halves: tuple[AttentionHalf, MLPHalf], around: Around, checkpointed: bool) -> Tensor:
-        x, picked = hidden.flatten(0, 1), around.picked
-        at_once = around.partial is None and unwatched(hidden) and hidden.is_contiguous()
-        whole = self._as_whole(x, halves, around) if at_once else None
-        if whole is not None:
-            if checkpointed:  # it may be running again, when its weights lie elsewhere
-                whole = whole.settled()
-            y = _Whole.apply(x, whole, around, *self._factors)
+    def _run(self, hidden: Tensor, halves: Halves, context: AttentionContext, checkpointed: bool) -> Tensor:
+        x, indices = hidden.flatten(0, 1), context.output_indices
+        use_compiled = context.partial is None and can_call_directly(hidden) and hidden.is_contiguous()
+        compiled = self._compiled_block(x, halves, context) if use_compiled else None
+        if compiled is not None:
+            if checkpointed:  # recomputation may run after the weights have moved
+                compiled = compiled.refreshed()
+            y = _FullBlock.apply(x, compiled, context, *self._factors)
         else:
-            y = _Attention.apply(x, halves[0], around, *factors_of(halves[0].projections))
-            y = run_mlp(at(x, picked), y, halves[1]) if self.roles.parallel else run_mlp(y, None, halves[1])
-        y = y if picked is None else y.new_zeros(x.shape).index_copy(0, picked, y)
+            y = _Attention.apply(x, halves[0], context, *factors_of(halves[0].projections))
+            y = run_mlp(select_rows(x, indices), y, halves[1]) if self.roles.parallel else run_mlp(y, None, halves[1])
+        y = y if indices is None else y.new_zeros(x.shape).index_copy(0, indices, y)
         return y.view(hidden.shape)
 
-    def _as_whole(self, hidden: Tensor, halves: tuple[AttentionHalf, MLPHalf], around: Around) -> Block | None:
-        """The block for one call, where it can be had so."""
-        if self._whole is not None:
-            return self._whole
+    def _compiled_block(self, hidden: Tensor, halves: Halves, context: AttentionContext) -> Block | None:
+        """Return the block as a single kernel call, if supported."""
+        if self._compiled is not None:
+            return self._compiled
         attention, mlp = halves
         parallel = self.roles.parallel
         if not serves_block(hidden, attention, mlp, parallel):
@@ -586,50 +596,50 @@ class FusedBlock:
         if len({layer.lora_A.requires_grad for layer in layers if layer.lora_A is not None}) > 1:
             return None
         self._factors = factors_of(layers)
-        turned = 0 if around.cosine is None else around.cosine.shape[-1]
-        self._whole = Block(attention, mlp, dtype=hidden.dtype, parallel=parallel, turned=turned)
-        return self._whole
+        rotary_dims = 0 if context.cosine is None else context.cosine.shape[-1]
+        self._compiled = Block(attention, mlp, dtype=hidden.dtype, parallel=parallel, rotary_dims=rotary_dims)
+        return self._compiled
 
 
-def _half_norms(places: Norms, norms: dict[str, Norm | None]) -> HalfNorms:
-    return HalfNorms(*(norms.get(path or "") for path in (places.before, places.after, places.post)))
+def _half_norms(paths: Norms, norms: dict[str, Norm | None]) -> HalfNorms:
+    return HalfNorms(*(norms.get(path or "") for path in (paths.before, paths.after, paths.post)))
 
 
-def _on_processor(hidden: Tensor) -> bool:
+def _on_cpu(hidden: Tensor) -> bool:
     return hidden.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 
 
-def _drops(table: dict[str, Any]) -> bool:
-    """Whether a module in training draws dropout: as ``nn.Dropout``, or by a rate among its own numbers."""
+def _has_dropout(table: dict[str, Any]) -> bool:
+    """True if a module in training applies dropout: as ``nn.Dropout``, or by an attribute with a dropout rate."""
     if table.get("p", 0.0) and "inplace" in table:
         return True
     return any(isinstance(value, float) and value > 0 for name, value in table.items() if "dropout" in name)
 
 
-def _note(layer: nn.Module, state: list[Any]) -> None:
-    """Note what a layer's part in a block depends on beside its tensors: who it is, and how it is set."""
-    of = vars(layer).get
-    state += (id(layer), of("training"), of("enabled"), of("merged"), of("scaling"), of("dropout"))
-    activation = of("activation")
+def _append_settings(layer: nn.Module, state: list[Any]) -> None:
+    """Append the identity and the settings of a layer that affect the fused block."""
+    get = vars(layer).get
+    state += (id(layer), get("training"), get("enabled"), get("merged"), get("scaling"), get("dropout"))
+    activation = get("activation")
     state.append(None if activation is None else activation.kind)
 
 
-def _note_tensors(modules: list[nn.Module], state: list[Any]) -> None:
-    """Note which tensors modules have, where their numbers lie, and whether they are trained."""
-    tables = [table for module in modules for table in (own_parameters(module), own_buffers(module))]
+def _append_tensors(modules: list[nn.Module], state: list[Any]) -> None:
+    """Append identity, address and trainability of the modules' tensors."""
+    tables = [table for module in modules for table in (direct_parameters(module), direct_buffers(module))]
     tensors = [tensor for table in tables for tensor in table.values() if tensor is not None]
     state += map(id, tensors)
-    state += [t.data_ptr() if type(t) in ORDINARY else 0 for t in tensors]
-    state += map(_TRAINED, tensors)
+    state += [t.data_ptr() if type(t) in PLAIN_TYPES else 0 for t in tensors]
+    state += map(_REQUIRES_GRAD, tensors)
 
 
-def _wide_turns(turns: tuple[Tensor, Tensor], layout: Layout | PartialLayout) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (T, n) in fp32 of all rows laid end to end, made once for all blocks of a forward."""
-    made = layout.made_of.get(id(turns[0]))
-    if made is None or made[0] is not turns[0]:
-        if len(layout.made_of) >= 8:  # a layout that is used again must not gather what it was used with
-            layout.made_of.clear()
-        length = turns[0].shape[1]
-        wide = tuple(t.expand(layout.length // length, -1, -1).flatten(0, 1).float().contiguous() for t in turns)
-        made = layout.made_of[id(turns[0])] = (turns[0], *wide)
-    return made[1], made[2]
+def _rotary_tables(embeddings: tuple[Tensor, Tensor], layout: Layout | PartialLayout) -> tuple[Tensor, Tensor]:
+    """Return fp32 cosines and sines (T, n) of all rows, concatenated. Computed once per forward pass for all blocks."""
+    cached = layout.cached_tensors.get(id(embeddings[0]))
+    if cached is None or cached[0] is not embeddings[0]:
+        if len(layout.cached_tensors) >= 8:  # bound the memory of reused layouts
+            layout.cached_tensors.clear()
+        length = embeddings[0].shape[1]
+        tables = tuple(t.expand(layout.length // length, -1, -1).flatten(0, 1).float().contiguous() for t in embeddings)
+        cached = layout.cached_tensors[id(embeddings[0])] = (embeddings[0], *tables)
+    return cached[1], cached[2]

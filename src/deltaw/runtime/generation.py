@@ -1,11 +1,8 @@
-"""Text from a model: many prompts in batches.
+"""Batched text generation with transformers' ``generate``.
 
-The decoding is transformers' own ``generate``. What is added is what callers get wrong: prompts of unequal
-length are padded on the left and masked by length, every terminator stops a text, settings that a model's
-generation configuration brings along (a repetition penalty, a temperature) do not leak in, and the model is
-left as it was found: its attention implementation, its training mode, torch's random state.
-
-It does not know how prompts are rendered from conversations.
+Prompts of unequal length are padded on the left and masked by length. All terminators stop a text. Settings of the
+model's generation configuration (repetition penalty, temperature) are not applied. The model is restored afterwards:
+attention implementation, training mode and torch's random state.
 """
 
 from __future__ import annotations
@@ -28,101 +25,99 @@ from transformers import (
 )
 
 from deltaw.errors import UserError
-from deltaw.hub.loading import attention_of, ordinary_attention
+from deltaw.hub.loading import default_attention, use_attention
 from deltaw.hub.quiet import quiet
 from deltaw.hub.terminators import terminators
-from deltaw.kernels.linear import Product, linear
+from deltaw.kernels.linear import LinearProduct, linear
 from deltaw.runtime.recognition import forward_replaced
 
-# The text of a model's tokens is given out as it becomes certain. Decoding each token alone would break characters of
-# several tokens and lose spaces, decoding everything each time would cost the square of the length. So a few tokens are
-# decoded together.
+# Incremental detokenization decodes a short suffix of tokens together. Decoding single tokens would break characters of
+# several tokens and lose spaces, and decoding all tokens each time would take quadratic time.
 
 
-# What a character decodes to that has begun and not ended, or is none.
-UNFINISHED = "\ufffd"
-_HELD = 16  # tokens that are decoded together, where all of them could be given out
-_MOST_HELD = 64  # and where none could: bytes that are no text
-# A character has at most four bytes. Tokenizers that decode a run of bytes as one write a mark for each byte
-# of an unfinished character, others one for all of them.
-_MOST_MARKS = 3
+# Incomplete or invalid characters decode to this one.
+REPLACEMENT_CHARACTER = "\ufffd"
+_MAX_BUFFERED = 16  # buffered tokens if all of their text can be emitted
+_MAX_UNDECODABLE = 64  # buffered tokens if none of their text can be emitted, because the bytes are not text
+# A character has at most four bytes. Some tokenizers emit one replacement character per byte of an incomplete
+# character, and some a single one.
+_MAX_MARKS = 3
 
 
-def text_of(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
-    """The tokens as text, special tokens left out."""
+def decode_text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    """Decode tokens without special tokens."""
     return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
 
-class TextPieces:
-    """Turns tokens into text, one at a time; the pieces together are the text of all the tokens.
+class IncrementalDetokenizer:
+    """Converts tokens to text one by one. The concatenated pieces equal the text of all tokens.
 
-    One exception: where a tokenizer falls back to bytes, and the model writes bytes that are no UTF-8 right
-    after ones that are, the tokenizer takes characters back that have been given out. They stay, and the
-    marks for them follow.
+    Exception: if a tokenizer falls back to bytes and the model generates invalid UTF-8 right after valid
+    bytes, the tokenizer would retract emitted characters. They remain, followed by replacement characters.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        # Tokens whose text is not all given out, and those before them that a tokenizer needs for context.
-        self._held: list[int] = []
-        self._given = ""  # the text of ``_held`` that has been given out
+        # Tokens with text that is not emitted yet, and preceding tokens that the tokenizer needs as context.
+        self._buffer: list[int] = []
+        self._emitted = ""  # emitted text of ``_buffer``
 
     def add(self, token: int) -> str:
-        """The text that this token makes certain, perhaps none."""
-        self._held.append(token)
-        text = text_of(self._tokenizer, self._held)
-        marks = len(text) - len(text.rstrip(UNFINISHED))
-        certain = text[: len(text) - min(marks, _MOST_MARKS)]
+        """Return the text that becomes final with this token, possibly empty."""
+        self._buffer.append(token)
+        text = decode_text(self._tokenizer, self._buffer)
+        marks = len(text) - len(text.rstrip(REPLACEMENT_CHARACTER))
+        certain = text[: len(text) - min(marks, _MAX_MARKS)]
         piece = ""
-        if not marks or certain.startswith(self._given):
-            piece, self._given = certain[_in_common(certain, self._given) :], certain
-        if len(self._held) > _HELD:
-            piece += self._let_go(text)
+        if not marks or certain.startswith(self._emitted):
+            piece, self._emitted = certain[_common_prefix_length(certain, self._emitted) :], certain
+        if len(self._buffer) > _MAX_BUFFERED:
+            piece += self._shrink_buffer(text)
         return piece
 
     def end(self) -> str:
-        """The rest of the text, where no more tokens come."""
-        text = text_of(self._tokenizer, self._held)
-        piece = text[_in_common(text, self._given) :]
-        self._held, self._given = [], ""
+        """Return the remaining text after the last token."""
+        text = decode_text(self._tokenizer, self._buffer)
+        piece = text[_common_prefix_length(text, self._emitted) :]
+        self._buffer, self._emitted = [], ""
         return piece
 
-    def _let_go(self, text: str) -> str:
-        """Go on with the last tokens alone, if they decode to the end of the text; what that gives out.
+    def _shrink_buffer(self, text: str) -> str:
+        """Shrink the buffer to its last tokens if they decode to the end of the text. Return text emitted by this.
 
         Args:
-            text: of all tokens that are held.
+            text: Text of all buffered tokens.
         """
-        # Where it does not begin with what was given, the last character of a run of bytes has not ended.
-        counts = (1, *range(8, 12)) if text.startswith(self._given) else ()
-        waiting = len(text) - len(self._given)
-        # A whole token may stand for itself. Marks may hide that a character began before the tail, so then
-        # there must be more characters than marks; of four lengths one begins where a character does.
+        # If the text does not start with the emitted text, the last character is incomplete.
+        counts = (1, *range(8, 12)) if text.startswith(self._emitted) else ()
+        num_pending = len(text) - len(self._emitted)
+        # A single token can be a complete character. Otherwise replacement characters may hide a character that starts
+        # before the tail, so the tail needs more characters than marks. One of four lengths starts at a character.
         for count in counts:
-            tail = text_of(self._tokenizer, self._held[-count:])
-            enough = UNFINISHED not in tail and tail if count == 1 else len(tail) > _MOST_MARKS
-            if enough and text.endswith(tail) and waiting <= len(tail):
-                self._held, self._given = self._held[-count:], tail[: len(tail) - waiting]
+            tail = decode_text(self._tokenizer, self._buffer[-count:])
+            is_sufficient = REPLACEMENT_CHARACTER not in tail and tail if count == 1 else len(tail) > _MAX_MARKS
+            if is_sufficient and text.endswith(tail) and num_pending <= len(tail):
+                self._buffer, self._emitted = self._buffer[-count:], tail[: len(tail) - num_pending]
                 return ""
-        return self.end() if len(self._held) > _MOST_HELD else ""
+        return self.end() if len(self._buffer) > _MAX_UNDECODABLE else ""
 
 
-def _in_common(one: str, other: str) -> int:
-    """How many characters both begin with."""
-    if one.startswith(other):
-        return len(other)
-    return next(n for n, (a, b) in enumerate(zip(one + "\0", other + "\1", strict=False)) if a != b)
+def _common_prefix_length(left: str, right: str) -> int:
+    """Return the length of the common prefix of two texts."""
+    if left.startswith(right):
+        return len(right)
+    return next(n for n, (a, b) in enumerate(zip(left + "\0", right + "\1", strict=False)) if a != b)
 
 
 @dataclass(frozen=True)
-class Completion:
-    """What a model wrote after one prompt.
+class GeneratedCompletion:
+    """Completion of a prompt.
 
     Attributes:
-        tokens: the new token ids, without the terminator.
-        text: the tokens as text, special tokens left out.
-        stopped: a terminator ended it; False where the limit of new tokens did.
-        terminator: the token that ended it; None where none did.
+        tokens: New token ids without the terminator.
+        text: Text of the tokens without special tokens.
+        stopped: True if a terminator stopped the completion, False if the token limit did.
+        terminator: Token that stopped the completion, or None.
     """
 
     tokens: np.ndarray
@@ -131,21 +126,24 @@ class Completion:
     terminator: int | None = None
 
 
-# Told how many of how many are done.
+# Receives the number of completed items and the total.
 Progress: TypeAlias = Callable[[int, int], None] | None
-# Writes greedy texts of a model without :func:`generate`: of prompts of token ids, virtual ones among them, the most
-# new tokens, the most tokens of a batch, and a progress; None where the model cannot be decoded so.
-Writer: TypeAlias = Callable[[Sequence[np.ndarray], int, int, Progress], "list[Completion] | None"]
+# Greedy decoding without :func:`generate`. Receives prompts (token ids, including virtual tokens), the maximum number
+# of new tokens, the maximum number of tokens per batch, and a progress callback. Returns None for unsupported models.
+Writer: TypeAlias = Callable[[Sequence[np.ndarray], int, int, Progress], "list[GeneratedCompletion] | None"]
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """How completions are drawn.
+class SamplingParams:
+    """Sampling parameters of completions.
 
     Attributes:
-        max_new_tokens: the most tokens of each. temperature: 0 takes the likeliest token.
-        top_p, top_k: as in :class:`deltaw.serving.request.Sampling`.
-        seeds: one for each completion. logprobs: whether those of the tokens are wanted.
+        max_new_tokens: Maximum number of tokens per completion.
+        temperature: Sampling temperature. 0 selects the most likely token.
+        top_p: See :class:`deltaw.serving.request.Sampling`.
+        top_k: See :class:`deltaw.serving.request.Sampling`.
+        seeds: A seed per completion.
+        logprobs: True to return log-probabilities of the tokens.
     """
 
     max_new_tokens: int
@@ -157,17 +155,18 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A completion that was drawn.
+class SampledCompletion:
+    """A sampled completion.
 
     Attributes:
-        tokens: int64, without the terminator. text: special tokens left out.
-        terminator: the token that ended it; None where the limit of new tokens did.
-        logprobs: fp32, of the tokens, in nats, before temperature and what else narrows the choice; None where they
-            were not asked for.
-        prompt, written, reward: of a completion of several turns what the model was asked, as token ids, which of
-            ``tokens`` it wrote itself, and the sum of what an environment gave; ``text`` is its last turn. None where
-            the prompt was as given and the model wrote all.
+        tokens: int64 token ids without the terminator.
+        text: Text without special tokens. With several turns, text of the last turn.
+        terminator: Token that stopped the completion, or None if the token limit did.
+        logprobs: fp32 log-probabilities of the tokens in nats, before temperature, top-p and top-k. None if not
+            requested.
+        prompt: Token ids of the prompt, if it differs from the given prompt.
+        is_generated: bool (tokens,) False for tokens of the environment. None if all tokens are generated.
+        reward: Sum of the environment's rewards.
     """
 
     tokens: np.ndarray
@@ -175,42 +174,42 @@ class Drawn:
     terminator: int | None
     logprobs: np.ndarray | None = None
     prompt: np.ndarray | None = None
-    written: np.ndarray | None = None
+    is_generated: np.ndarray | None = None
     reward: float = 0.0
 
     @property
     def ended(self) -> bool:
-        """Whether the model ended it."""
+        """True if a terminator stopped the completion."""
         return self.terminator is not None
 
     @property
     def length(self) -> int:
-        """How many tokens the model wrote, the terminator left out."""
-        return len(self.tokens) if self.written is None else int(self.written.sum())
+        """Number of generated tokens without the terminator."""
+        return len(self.tokens) if self.is_generated is None else int(self.is_generated.sum())
 
     def as_list(self) -> list[Any]:
-        """As JSON has it, without a bit lost."""
-        arrays = (self.logprobs, self.prompt, self.written)
-        known = [None if array is None else array.tolist() for array in arrays]
-        return [self.tokens.tolist(), self.text, self.terminator, *known, self.reward]
+        """Return lossless JSON values."""
+        arrays = (self.logprobs, self.prompt, self.is_generated)
+        optional_values = [None if array is None else array.tolist() for array in arrays]
+        return [self.tokens.tolist(), self.text, self.terminator, *optional_values, self.reward]
 
     @classmethod
-    def of_list(cls, values: Sequence[Any]) -> Drawn:
-        """From :meth:`as_list`."""
+    def from_list(cls, values: Sequence[Any]) -> SampledCompletion:
+        """Create a completion from :meth:`as_list`."""
         tokens, text, terminator, *arrays, reward = values
-        kinds = zip(arrays, (np.float32, np.int32, bool), strict=True)
-        logprobs, prompt, written = (None if array is None else np.array(array, kind) for array, kind in kinds)
-        return cls(np.array(tokens, np.int64), text, terminator, logprobs, prompt, written, reward)
+        typed = zip(arrays, (np.float32, np.int32, bool), strict=True)
+        logprobs, prompt, is_generated = (None if array is None else np.array(array, kind) for array, kind in typed)
+        return cls(np.array(tokens, np.int64), text, terminator, logprobs, prompt, is_generated, reward)
 
 
-# Completions that a training's sampler writes at once, at most.
-DRAWN_AT_ONCE = 64
-# Draws completions of a model as it is at the call: of prompts of token ids, virtual ones among them.
-Sampler: TypeAlias = Callable[[Sequence[np.ndarray], Drawing], "list[Drawn]"]
+# Maximum number of completions that training samples concurrently.
+MAX_CONCURRENT_SAMPLES = 64
+# Samples completions from the current model. Prompts are token ids, including virtual tokens.
+Sampler: TypeAlias = Callable[[Sequence[np.ndarray], SamplingParams], "list[SampledCompletion]"]
 
 
-def seed_of(*numbers: int) -> int:
-    """One number of several, which tells all of them apart."""
+def derive_seed(*numbers: int) -> int:
+    """Combine numbers into a seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
@@ -223,116 +222,116 @@ def generate(
     batch_tokens: int = 4096,
     stop_ids: Sequence[int] | None = None,
     on_progress: Progress = None,
-) -> list[Completion]:
-    """Continue every prompt; the answers stand in the order of the prompts.
+) -> list[GeneratedCompletion]:
+    """Generate greedy completions of prompts, in order.
 
-    Each token is the likeliest one. Prompts of like length share a batch, the longest first. In fp32 a prompt
-    gets the same answer in a batch as alone.
+    Prompts of similar length share a batch, longest first. In fp32, a completion does not depend on the batch.
 
     Args:
-        prompts: token ids, each (length,).
-        max_new_tokens: the most tokens to write; fewer where the model's positions end before.
-        batch_tokens: the most tokens that a batch holds in the end, rows × (longest prompt + new tokens).
-            It bounds the memory for keys and values; one prompt alone may exceed it.
-        stop_ids: the tokens that end a text instead of the model's own (:func:`terminators`).
-        on_progress: told (prompts done, prompts) after each batch.
+        prompts: Token ids, each (length,).
+        max_new_tokens: Maximum number of new tokens, also limited by the model's positions.
+        batch_tokens: Maximum number of tokens in a batch at the end: rows × (longest prompt + new tokens). It limits
+            the memory for keys and values. A single prompt may exceed it.
+        stop_ids: Tokens that end a text, instead of the model's terminators (:func:`terminators`).
+        on_progress: Receives (completed prompts, prompts) after each batch.
 
     Raises:
-        UserError: a prompt is empty or leaves no room for an answer, or ``max_new_tokens`` is below 1.
+        UserError: if a prompt is empty or too long, or ``max_new_tokens`` is below 1.
     """
     config = _config(model, tokenizer, stop_ids, max_new_tokens)
-    answers: list[Completion | None] = [None] * len(prompts)
+    answers: list[GeneratedCompletion | None] = [None] * len(prompts)
     done = 0
-    with _as_found(model, config):
-        for places, allowance in _batches(prompts, max_new_tokens, batch_tokens, position_limit(model)):
+    with _decoding_state(model, config):
+        for indices, allowance in _batches(prompts, max_new_tokens, batch_tokens, position_limit(model)):
             config.max_new_tokens = allowance
-            rows = [np.asarray(prompts[place], dtype=np.int64) for place in places]
+            rows = [np.asarray(prompts[index], dtype=np.int64) for index in indices]
             ids, mask = _padded(rows, config.pad_token_id, model.device)
-            written = _decoder(model).generate(ids, attention_mask=mask, generation_config=config)
-            for place, row in zip(places, written[:, ids.shape[1] :].cpu().numpy(), strict=True):
-                answers[place] = _completion(row, tokenizer, config.eos_token_id)
+            sequences = _decoder(model).generate(ids, attention_mask=mask, generation_config=config)
+            for index, row in zip(indices, sequences[:, ids.shape[1] :].cpu().numpy(), strict=True):
+                answers[index] = _completion(row, tokenizer, config.eos_token_id)
             done += len(rows)
             if on_progress is not None:
                 on_progress(done, len(prompts))
     return [answer for answer in answers if answer is not None]
 
 
-def decode_by(
+def decode_with_callback(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[np.ndarray],
     max_new_tokens: int,
     choose: Callable[[Tensor], Sequence[int | None]],
 ) -> None:
-    """Continue prompts together, each token chosen by the caller.
+    """Decode prompts together, with tokens chosen by the caller.
 
     Args:
-        prompts: token ids, each (length,); at least one token, and room for ``max_new_tokens`` behind it.
-        choose: given logits (prompts, vocabulary), in fp32, the next token of each; None where its text has
-            ended. Once all have ended, the decoding does.
+        prompts: Token ids, each (length,), nonempty and with ``max_new_tokens`` positions available after it.
+        choose: Receives fp32 logits (prompts, vocabulary), and returns the next token per prompt, or None if its text
+            has
+            ended. Decoding stops when all texts have ended.
 
     Raises:
-        UserError: the model does not generate.
+        UserError: if the model cannot generate.
     """
     config = _config(model, tokenizer, (), max_new_tokens)
-    ended = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
+    is_finished = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
 
     def chosen(input_ids: Tensor, scores: Tensor) -> Tensor:
         forced = torch.full_like(scores, float("-inf"))
         for row, token in enumerate(choose(scores.float())):
-            ended[row] = token is None
+            is_finished[row] = token is None
             forced[row, 0 if token is None else token] = 0.0
         return forced
 
     def stopped(input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
-        return ended
+        return is_finished
 
-    with _as_found(model, config):
+    with _decoding_state(model, config):
         ids, mask = _padded([np.asarray(p, np.int64) for p in prompts], config.pad_token_id, model.device)
-        choosing, ending = LogitsProcessorList([chosen]), StoppingCriteriaList([stopped])  # type: ignore[list-item]
-        how: dict[str, Any] = {"logits_processor": choosing, "stopping_criteria": ending}
-        _decoder(model).generate(ids, attention_mask=mask, generation_config=config, **how)
+        processors, criteria = LogitsProcessorList([chosen]), StoppingCriteriaList([stopped])  # type: ignore[list-item]
+        options: dict[str, Any] = {"logits_processor": processors, "stopping_criteria": criteria}
+        _decoder(model).generate(ids, attention_mask=mask, generation_config=config, **options)
 
 
 def _config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int] | None, max_new_tokens: int
 ) -> GenerationConfig:
-    """A generation configuration that holds these settings and nothing else."""
+    """Return a generation configuration with only these settings."""
     if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}", where="max_new_tokens", hint="at least 1")
-    ends = sorted(set(stop_ids)) if stop_ids is not None else terminators(model, tokenizer)
+        raise UserError(f"max_new_tokens is {max_new_tokens}", location="max_new_tokens", hint="at least 1")
+    stop_tokens = sorted(set(stop_ids)) if stop_ids is not None else terminators(model, tokenizer)
     pad = tokenizer.pad_token_id
-    if pad is None:  # padding is masked by length, so any id does
-        pad = ends[0] if ends else 0
-    tokens = {"eos_token_id": ends or None, "pad_token_id": pad, "bos_token_id": tokenizer.bos_token_id}
+    if pad is None:  # padding is masked by length, so any id is valid
+        pad = stop_tokens[0] if stop_tokens else 0
+    tokens = {"eos_token_id": stop_tokens or None, "pad_token_id": pad, "bos_token_id": tokenizer.bos_token_id}
     return GenerationConfig(do_sample=False, use_cache=True, max_new_tokens=max_new_tokens, **tokens)
 
 
 @contextlib.contextmanager
-def _as_found(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Ready the model for decoding within the block, and leave it as it was before."""
+def _decoding_state(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Context that prepares the model for decoding, and restores it on exit."""
     training = [module for module in model.modules() if module.training]
-    own_config = model.generation_config
+    original_config = model.generation_config
     devices = [model.device] if model.device.type == "cuda" else []
-    attention, random = attention_of(model, ordinary_attention(model)), torch.random.fork_rng(devices)
-    with attention, quiet(), random, _own_head_product(model):
+    attention, random = use_attention(model, default_attention(model)), torch.random.fork_rng(devices)
+    with attention, quiet(), random, _compiled_head(model):
         model.eval()
-        # transformers fills what a configuration leaves open from the model's own: an empty one brings none.
+        # transformers fills missing values from the model's configuration, so use an empty one.
         model.generation_config = GenerationConfig(pad_token_id=config.pad_token_id)
         try:
             yield
         finally:
-            model.generation_config = own_config
+            model.generation_config = original_config
             for module in training:
                 module.training = True
 
 
 @contextlib.contextmanager
-def _own_head_product(model: PreTrainedModel) -> Iterator[None]:
-    """While open, a plain output head is multiplied by deltaw's own kernel.
+def _compiled_head(model: PreTrainedModel) -> Iterator[None]:
+    """Context in which a linear output head uses deltaw's kernel.
 
-    On some processors torch's product of a few bf16 rows with a large vocabulary takes scratch memory of some
-    ten times the head's weight: 620 MB for 49,152 classes of 576, more than a step of training.
+    On some CPUs, torch's matmul of a small number of bf16 rows with a large vocabulary allocates about ten times the
+    size of the head's weight: 620 MB for 49,152 classes of width 576, more than a training step.
     """
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.weight.device.type != "cpu" or "forward" in vars(head):
@@ -340,7 +339,7 @@ def _own_head_product(model: PreTrainedModel) -> Iterator[None]:
         return
 
     def forward(hidden: Tensor) -> Tensor:
-        logits, _ = linear(hidden.flatten(0, -2), Product(head.weight, bias=head.bias))
+        logits, _ = linear(hidden.flatten(0, -2), LinearProduct(head.weight, bias=head.bias))
         return logits.unflatten(0, hidden.shape[:-1])
 
     with forward_replaced(head, forward):
@@ -348,19 +347,19 @@ def _own_head_product(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _decoder(model: PreTrainedModel) -> GenerationMixin:
-    """The model by its other base class, which has ``generate``.
+    """Return the model as its base class that implements ``generate``.
 
     Raises:
-        UserError: the model does not generate.
+        UserError: if the model cannot generate.
     """
     if not isinstance(model, GenerationMixin):
-        what = f"a {type(model).__name__} does not generate text"
-        raise UserError(what, where="model", hint="give a causal language model")
+        message = f"a {type(model).__name__} does not generate text"
+        raise UserError(message, location="model", hint="use a causal language model")
     return model
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
-    """How many positions the model has, where its configuration says so."""
+    """Return the model's number of positions, or None if the configuration does not specify it."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     limit = getattr(config, "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
@@ -369,46 +368,48 @@ def position_limit(model: PreTrainedModel) -> int | None:
 def _batches(
     prompts: Sequence[np.ndarray], max_new_tokens: int, batch_tokens: int, limit: int | None
 ) -> Iterator[tuple[list[int], int]]:
-    """The places of prompts that are decoded together, and for how many steps; the longest first, so that a lack of
-    memory shows at once."""
+    """Yield the indices of prompts per batch and the number of new tokens.
+
+    The longest come first, so memory errors occur early.
+    """
     lengths = [len(prompt) for prompt in prompts]
     allowances = []
-    for place, length in enumerate(lengths):
+    for index, length in enumerate(lengths):
         allowance = max_new_tokens if limit is None else min(max_new_tokens, limit - length)
         if length == 0:
-            raise UserError("the prompt is empty", where=f"prompt {place + 1}", hint="give it a token at least")
+            raise UserError("the prompt is empty", location=f"prompt {index + 1}", hint="it needs at least one token")
         if allowance < 1:
-            what = f"the prompt has {length} tokens, and the model {limit} positions"
-            raise UserError(what, where=f"prompt {place + 1}", hint="shorten the prompt")
+            message = f"the prompt has {length} tokens, and the model {limit} positions"
+            raise UserError(message, location=f"prompt {index + 1}", hint="shorten the prompt")
         allowances.append(allowance)
     open_batch: list[int] = []
-    for place in sorted(range(len(prompts)), key=lambda place: -lengths[place]):
+    for index in sorted(range(len(prompts)), key=lambda index: -lengths[index]):
         if open_batch:
             first = open_batch[0]
             tokens = (len(open_batch) + 1) * (lengths[first] + allowances[first])
-            # Rows near the end of the positions may write fewer tokens than others, as each does alone.
-            if tokens > batch_tokens or allowances[place] != allowances[first]:
+            # Rows near the position limit can generate fewer tokens.
+            if tokens > batch_tokens or allowances[index] != allowances[first]:
                 yield open_batch, allowances[first]
                 open_batch = []
-        open_batch.append(place)
+        open_batch.append(index)
     if open_batch:
         yield open_batch, allowances[open_batch[0]]
 
 
 def _padded(rows: Sequence[np.ndarray], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (rows, longest), padded on the left, and the mask of what is not padding."""
+    """Return token ids (rows, longest) padded on the left, and the attention mask."""
     longest = max(len(row) for row in rows)
     ids = torch.full((len(rows), longest), pad, dtype=torch.long)
     mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    for number, row in enumerate(rows):
-        ids[number, longest - len(row) :] = torch.from_numpy(row)
-        mask[number, longest - len(row) :] = 1
+    for index, row in enumerate(rows):
+        ids[index, longest - len(row) :] = torch.from_numpy(row)
+        mask[index, longest - len(row) :] = 1
     return ids.to(device), mask.to(device)
 
 
-def _completion(row: np.ndarray, tokenizer: PreTrainedTokenizerBase, ends: list[int] | None) -> Completion:
-    """Cut a row at its first terminator; what follows there is padding."""
-    at = np.flatnonzero(np.isin(row, ends)) if ends else np.empty(0, dtype=int)
-    tokens = row[: at[0]] if at.size else row
-    terminator = int(row[at[0]]) if at.size else None
-    return Completion(tokens, text_of(tokenizer, tokens.tolist()), bool(at.size), terminator)
+def _completion(row: np.ndarray, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int] | None) -> GeneratedCompletion:
+    """Truncate a row at its first terminator. The remaining tokens are padding."""
+    stop_positions = np.flatnonzero(np.isin(row, stop_ids)) if stop_ids else np.empty(0, dtype=int)
+    tokens = row[: stop_positions[0]] if stop_positions.size else row
+    terminator = int(row[stop_positions[0]]) if stop_positions.size else None
+    return GeneratedCompletion(tokens, decode_text(tokenizer, tokens.tolist()), bool(stop_positions.size), terminator)

@@ -1,11 +1,8 @@
-"""The frozen prefix of a model: what lies below the lowest module that is trained, and how to pass it over.
+"""Entry points into a model above its frozen layers, to skip them with stored outputs.
 
-A layer entry point has two sides. Stopping there, a forward computes the frozen part alone and hands out what
-comes out of it. Entering there, the model's own forward runs with the frozen part skipped and stored values
-in its place. Nothing is listed by architecture: forms are seen while the model runs, and whoever uses a layer
-entry point compares results with and without it before relying on it.
-
-Knows transformers' models; not data files, losses or where the values are kept.
+A forward pass can stop at an entry point, which computes only the frozen part and returns its output. It can also start
+at this point, which skips the frozen part and uses stored values. The form of a block's output is observed while the
+model runs, so callers must compare results with and without an entry point before relying on it.
 """
 
 from __future__ import annotations
@@ -26,17 +23,17 @@ from transformers.utils.generic import ModelOutput
 
 from deltaw.runtime.recognition import blocks_of, forward_replaced
 
-# Bytes of a weight that are hashed, and copied from a device, at a time.
-HASHED_AT_ONCE = 64 * 2**20
+# Bytes of a weight that are hashed at a time.
+HASH_CHUNK_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class Level:
-    """How far up a model is frozen.
+    """Level up to which a model is frozen.
 
     Args:
-        kind: ``block``: the blocks below ``index``, of ``count``, and all that stands before them; ``head``:
-            the whole backbone.
+        kind: ``block``: the blocks below ``index`` of ``count``, and everything before them. ``head``: the entire
+            backbone.
     """
 
     kind: Literal["block", "head"]
@@ -48,47 +45,47 @@ class Level:
 
 
 class LayerEntry(Protocol):
-    """A place in a model at which a forward pass can stop, and start."""
+    """A position in a model at which a forward pass can stop and start."""
 
     def outputs(self, run: Callable[[], object]) -> Tensor:
-        """What comes out of the frozen part in ``run``, which runs the model and is stopped here.
+        """Return the output of the frozen part in ``run``, which runs the model and is stopped here.
 
         Raises:
-            RuntimeError: the model does not come by here, or what comes by depends on what is trained.
+            RuntimeError: if the model does not reach this position, or the output depends on trainable parameters.
         """
 
-    def entering(self, hidden: Tensor) -> AbstractContextManager[None]:
-        """While open, the model's forward starts here with ``hidden``; :meth:`outputs` must have run once.
+    def enter(self, hidden: Tensor) -> AbstractContextManager[None]:
+        """Context in which the model's forward pass starts here with ``hidden``. :meth:`outputs` must have run before.
 
-        The backward may come after it is closed, with activation checkpointing or without.
+        The backward pass may run after the context is closed, with or without activation checkpointing.
         """
 
 
-def lowest_trained(model: PreTrainedModel, trained: Iterable[nn.Parameter]) -> Level | None:
-    """The level up to which ``model`` is frozen while ``trained`` are trained.
+def frozen_level(model: PreTrainedModel, trained: Iterable[nn.Parameter]) -> Level | None:
+    """Return the level up to which ``model`` is frozen if ``trained`` are trainable.
 
-    A parameter that stands in several places counts where it stands lowest.
+    A parameter with several positions counts at its lowest one.
 
     Returns:
-        None where nothing is frozen but perhaps the embeddings, or where the model has no list of blocks.
+        None if no block is frozen, or the model has no list of blocks.
     """
-    wanted = {id(p) for p in trained}
+    ids = {id(p) for p in trained}
     backbone = model.base_model
-    found = blocks_of(backbone)
-    name, count = (found[0], len(found[1])) if found is not None else ("", 0)
-    places: dict[int, int] = {}
-    passed = False
+    block_list = blocks_of(backbone)
+    name, count = (block_list[0], len(block_list[1])) if block_list is not None else ("", 0)
+    levels: dict[int, int] = {}
+    is_past_blocks = False
     for full, parameter in backbone.named_parameters(remove_duplicate=False):
-        if found is not None and full.startswith(f"{name}."):
-            passed = True
-            place = int(full[len(name) + 1 :].partition(".")[0])
+        if block_list is not None and full.startswith(f"{name}."):
+            is_past_blocks = True
+            level = int(full[len(name) + 1 :].partition(".")[0])
         else:
-            # Parts are made in the order that they are used in; a layer entry point notices if not.
-            place = count if passed else -1
-        places[id(parameter)] = min(place, places.get(id(parameter), place))
+            # Modules are usually defined in the order of their use. A layer entry point raises if not.
+            level = count if is_past_blocks else -1
+        levels[id(parameter)] = min(level, levels.get(id(parameter), level))
     above = count + 1
-    heights = {places.get(id(p), above) for _, p in model.named_parameters(remove_duplicate=False) if id(p) in wanted}
-    if not heights or len(wanted - {id(p) for p in model.parameters()}):
+    heights = {levels.get(id(p), above) for _, p in model.named_parameters(remove_duplicate=False) if id(p) in ids}
+    if not heights or len(ids - {id(p) for p in model.parameters()}):
         return None
     lowest = min(heights)
     if lowest == above:
@@ -97,87 +94,87 @@ def lowest_trained(model: PreTrainedModel, trained: Iterable[nn.Parameter]) -> L
 
 
 class BlockEntry:
-    """The way out of block ``index - 1``, which is the way into block ``index`` or to what follows the last.
+    """Position between block ``index - 1`` and the next block or final layers.
 
-    Values have the form that blocks hand on: (rows, tokens, d), one row where rows are packed.
+    Values have the form of block outputs: (rows, tokens, d), with one row if rows are packed.
     """
 
     def __init__(self, model: PreTrainedModel, index: int) -> None:
-        found = blocks_of(model.base_model)
-        if found is None or not 0 < index <= len(found[1]):
+        block_list = blocks_of(model.base_model)
+        if block_list is None or not 0 < index <= len(block_list[1]):
             raise RuntimeError("the model has no such block")
-        self._passed = list(found[1])[:index]
-        self._form: int | None = None  # entries of the tuple that a block returns; None for a bare tensor
+        self._skipped = list(block_list[1])[:index]
+        self._form: int | None = None  # length of the tuple that a block returns, if not a tensor
 
     def outputs(self, run: Callable[[], object]) -> Tensor:
-        output = _stopped_after(self._passed[-1], run)
+        output = _run_until(self._skipped[-1], run)
         self._form = len(output) if isinstance(output, tuple) else None
-        return _frozen(output[0] if isinstance(output, tuple) else output)
+        return _check_frozen(output[0] if isinstance(output, tuple) else output)
 
     @contextlib.contextmanager
-    def entering(self, hidden: Tensor) -> Iterator[None]:
-        # Values come out of the last block that is skipped, and do not go into the next by a hook: a
-        # checkpointed block gets the arguments that it had, but no hook by then.
+    def enter(self, hidden: Tensor) -> Iterator[None]:
+        # Replace the output of the last skipped block, not the input of the next one by a hook: a checkpointed block is
+        # recomputed with its original arguments and without hooks.
         form = self._form
         output = hidden if form is None else (hidden, *[None] * (form - 1))
 
-        def passed_over(*args: object, **kwargs: object) -> object:
+        def skip(*args: object, **kwargs: object) -> object:
             return output
 
         with contextlib.ExitStack() as stack:
-            for block in self._passed:
-                stack.enter_context(forward_replaced(block, passed_over))
+            for block in self._skipped:
+                stack.enter_context(forward_replaced(block, skip))
             yield
 
 
 class BackboneEntry:
-    """The way out of a causal model's backbone; values are (1, any number of outputs, d)."""
+    """Position after a causal model's backbone. Values are (1, any number of outputs, d)."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._backbone = model.base_model
 
     def outputs(self, run: Callable[[], object]) -> Tensor:
-        return _frozen(getattr(_stopped_after(self._backbone, run), "last_hidden_state", None))
+        return _check_frozen(getattr(_run_until(self._backbone, run), "last_hidden_state", None))
 
     @contextlib.contextmanager
-    def entering(self, hidden: Tensor) -> Iterator[None]:
+    def enter(self, hidden: Tensor) -> Iterator[None]:
         output = BaseModelOutput(last_hidden_state=hidden)
         with forward_replaced(self._backbone, lambda *args, **kwargs: output):
             yield
 
 
 class HeadEntry:
-    """The way into the first trained module beyond the backbone.
+    """Position before the first trainable module above the backbone.
 
-    Values are what that module is given, (rows, d). Entering, the backbone answers with zeros of one token a
-    row, which nobody sees; so the batch that the model is run with needs no more than one token a row either.
+    Values are the input of this module, (rows, d). On entry, the backbone returns unused zeros of one token per row, so
+    the batch needs only one token per row.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         inside = {id(m) for m in model.base_model.modules()}
         self._backbone = model.base_model
-        beyond = [module for module in model.modules() if id(module) not in inside]
-        self._candidates = [m for m in beyond if any(p.requires_grad for p in m.parameters(recurse=False))]
+        above = [module for module in model.modules() if id(module) not in inside]
+        self._candidates = [m for m in above if any(p.requires_grad for p in m.parameters(recurse=False))]
         self._module: nn.Module | None = None
-        self._answer: object = None  # the backbone's, of one row of zeros
+        self._answer: object = None  # backbone output for a row of zeros
 
     def outputs(self, run: Callable[[], object]) -> Tensor:
-        def answered(module: nn.Module, args: object, output: object) -> None:
-            self._answer = _answer_like(output, 1)
+        def record_answer(module: nn.Module, args: object, output: object) -> None:
+            self._answer = _zero_output(output, 1)
 
-        def arrived(module: nn.Module, args: tuple[object, ...]) -> NoReturn:
+        def stop(module: nn.Module, args: tuple[object, ...]) -> NoReturn:
             self._module = module
-            raise _Stop(args[0])
+            raise _StopForward(args[0])
 
-        hooks = [self._backbone.register_forward_hook(answered)]
-        hooks += [module.register_forward_pre_hook(arrived) for module in self._candidates]
-        return _frozen(_stopped(run, hooks))
+        hooks = [self._backbone.register_forward_hook(record_answer)]
+        hooks += [module.register_forward_pre_hook(stop) for module in self._candidates]
+        return _check_frozen(_run_until_hook(run, hooks))
 
     @contextlib.contextmanager
-    def entering(self, hidden: Tensor) -> Iterator[None]:
+    def enter(self, hidden: Tensor) -> Iterator[None]:
         if self._module is None:
-            raise RuntimeError("the layer entry point has not been found yet")
-        output = _answer_like(self._answer, hidden.shape[0])
+            raise RuntimeError("outputs() must run before enter()")
+        output = _zero_output(self._answer, hidden.shape[0])
         hook = self._module.register_forward_pre_hook(lambda module, args: (hidden, *args[1:]))
         try:
             with forward_replaced(self._backbone, lambda *args, **kwargs: output):
@@ -187,68 +184,68 @@ class HeadEntry:
 
 
 def frozen_digest(model: PreTrainedModel, level: Level) -> str:
-    """A hash of every frozen value below ``level``, to the last bit: about 1.7 GB a second on one thread."""
+    """Return a hash of all frozen values below ``level``, at about 1.7 GB per second on one thread."""
     above: set[int] = set()
-    found = blocks_of(model.base_model)
-    if level.kind == "block" and found is not None:
-        above = {id(t) for block in list(found[1])[level.index :] for t in (*block.parameters(), *block.buffers())}
-    named = [*model.named_parameters(), *model.named_buffers()]
-    below = [(name, t) for name, t in named if not t.requires_grad and id(t) not in above]
+    block_list = blocks_of(model.base_model)
+    if level.kind == "block" and block_list is not None:
+        above = {id(t) for block in list(block_list[1])[level.index :] for t in (*block.parameters(), *block.buffers())}
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    below = [(name, t) for name, t in tensors if not t.requires_grad and id(t) not in above]
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
         digests = pool.map(lambda pair: _digest(pair[1]), below)
-        whole = hashlib.sha256()
+        total = hashlib.sha256()
         for (name, _), digest in zip(below, digests, strict=True):
-            whole.update(name.encode() + digest)
-    return whole.hexdigest()
+            total.update(name.encode() + digest)
+    return total.hexdigest()
 
 
-class _Stop(Exception):
-    """Carries a value out of a forward pass that goes no further."""
+class _StopForward(Exception):
+    """Stops a forward pass and carries a value."""
 
     def __init__(self, value: object) -> None:
         super().__init__("stopped on purpose")
         self.value = value
 
 
-def _stopped_after(module: nn.Module, run: Callable[[], object]) -> object:
-    def arrived(module: nn.Module, args: object, output: object) -> NoReturn:
-        raise _Stop(output)
+def _run_until(module: nn.Module, run: Callable[[], object]) -> object:
+    def stop(module: nn.Module, args: object, output: object) -> NoReturn:
+        raise _StopForward(output)
 
-    return _stopped(run, [module.register_forward_hook(arrived)])
+    return _run_until_hook(run, [module.register_forward_hook(stop)])
 
 
-def _stopped(run: Callable[[], object], hooks: list[torch.utils.hooks.RemovableHandle]) -> object:
-    """The value with which ``run`` was stopped by one of ``hooks``, which are removed."""
+def _run_until_hook(run: Callable[[], object], hooks: list[torch.utils.hooks.RemovableHandle]) -> object:
+    """Return the value with which a hook stopped ``run``. Removes the hooks."""
     try:
-        # With gradients on, which costs nothing below what is trained, and shows if it is not.
+        # Enable gradients, which detects trainable parameters and is free in the frozen part.
         with torch.enable_grad():
             run()
-    except _Stop as stop:
+    except _StopForward as stop:
         return stop.value
     finally:
         for hook in hooks:
             hook.remove()
-    raise RuntimeError("the forward does not come by the layer entry point")
+    raise RuntimeError("the forward pass does not reach the layer entry point")
 
 
-def _frozen(value: object) -> Tensor:
-    """``value`` as it is, where nothing that is trained has a part in it."""
+def _check_frozen(value: object) -> Tensor:
+    """Return ``value`` after checking that it does not depend on trainable parameters."""
     if not isinstance(value, Tensor) or value.dim() < 2:
-        raise RuntimeError("what comes by the layer entry point is no tensor of rows")
+        raise RuntimeError("the value at the layer entry point is not a tensor of rows")
     if value.requires_grad:
-        raise RuntimeError("what comes by the layer entry point depends on what is trained")
+        raise RuntimeError("the value at the layer entry point depends on trainable parameters")
     return value.detach()
 
 
-def _answer_like(output: object, rows: int) -> object:
-    """A backbone's output for so many rows: zeros in the form of ``output``, one token a row, which take no memory."""
+def _zero_output(output: object, rows: int) -> object:
+    """Return zeros in the form of a backbone's output, with one token per row. They take no memory."""
     if isinstance(output, ModelOutput):
-        fields = {key: _answer_like(value, rows) for key, value in output.items() if isinstance(value, Tensor)}
+        fields = {key: _zero_output(value, rows) for key, value in output.items() if isinstance(value, Tensor)}
         return type(output)(**fields)
     if isinstance(output, tuple):
-        return tuple(_answer_like(value, rows) if isinstance(value, Tensor) else None for value in output)
+        return tuple(_zero_output(value, rows) if isinstance(value, Tensor) else None for value in output)
     if not isinstance(output, Tensor):
-        raise RuntimeError(f"the backbone answers with a {type(output).__name__}")
+        raise RuntimeError(f"the backbone returns a {type(output).__name__}")
     shape = (1, output.shape[2]) if output.dim() == 3 else output.shape[1:]
     return torch.zeros((), dtype=output.dtype, device=output.device).expand(rows, *shape)
 
@@ -258,6 +255,6 @@ def _digest(tensor: Tensor) -> bytes:
     flat = tensor.detach().reshape(-1)
     if flat.numel():
         flat = flat.view(torch.uint8)
-        for start in range(0, flat.numel(), HASHED_AT_ONCE):
-            digest.update(flat[start : start + HASHED_AT_ONCE].cpu().numpy().data)
+        for start in range(0, flat.numel(), HASH_CHUNK_BYTES):
+            digest.update(flat[start : start + HASH_CHUNK_BYTES].cpu().numpy().data)
     return digest.digest()

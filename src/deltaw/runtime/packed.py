@@ -1,10 +1,8 @@
-"""A transformers model run over packed rows without padding: its own code, with attention over a prefix tree.
+"""Run transformers models on packed and padded rows, with deltaw's attention kernels.
 
-The layout reaches attention as a keyword that the model passes down (transformers' ``AttentionInterface``),
-and no mask is made. Nothing of the model is patched. Whether a model can be run so is not read off a list of
-names: packed rows are compared with rows of their own.
-
-Knows transformers' models and layouts; not data, losses or training.
+Packed rows are concatenated without padding, and rows may share prefixes. The layout reaches the attention function as
+a keyword argument that the model passes on (transformers' ``AttentionInterface``). No mask is created and no model code
+is patched. Support for packed rows is tested by comparing their outputs with those of separate rows.
 """
 
 from __future__ import annotations
@@ -27,41 +25,50 @@ from deltaw.hub.transformers_private import attention_name, dispatches_attention
 from deltaw.kernels import loader
 from deltaw.kernels.attention import is_compiled, packed_attention
 from deltaw.kernels.layout import Layout
-from deltaw.lora.adapted import PLACES, Activation
+from deltaw.lora.adapted import ACTIVE_KEYWORD, Activation
 from deltaw.machine.choices import Choice
-from deltaw.runtime.fused_blocks import FusedBlocks, Mode, fused_in_mode, known_in_mode, note, noting
-from deltaw.runtime.partial import PartialLayout, number_of, partial_attention
-from deltaw.runtime.recognition import TOLERANCE, asked_once
-
-# Each module reads the name of its attention from the configuration object that it holds. These are all one,
-# unless a module was copied: a copy that is trained whole brings its own, which transformers does not know of.
+from deltaw.runtime.fused_blocks import (
+    FusedBlocks,
+    Mode,
+    cached_in_mode,
+    fused_in_mode,
+    record_config,
+    recording_configs,
+)
+from deltaw.runtime.partial import PartialLayout, layer_index_of, partial_attention
+from deltaw.runtime.recognition import TOLERANCE, measure_once
 
 
 def set_attention(model: PreTrainedModel, name: str, *, must: bool = True) -> None:
-    """Switch to another attention implementation, and check with ``must`` that the whole model followed.
+    """Switch the model to another attention implementation.
+
+    Configurations of copied modules, such as fully trained copies, are not shared with the model and are updated too.
+
+    Args:
+        must: True to check that the entire model uses the implementation.
 
     Raises:
-        RuntimeError: the model's own code does not take it.
+        RuntimeError: if the model does not support the implementation.
     """
     with quiet():
         model.set_attn_implementation(name)
     if must and attention_name(model.config.get_text_config()) != name:
-        raise RuntimeError(f"{type(model).__name__} does not take another attention implementation")
-    for config in _copied(model):
+        raise RuntimeError(f"{type(model).__name__} does not support another attention implementation")
+    for config in _copied_configs(model):
         set_attention_name(config, name)
 
 
 @contextlib.contextmanager
-def attending_by(model: PreTrainedModel, name: str, *, must: bool = True) -> Iterator[None]:
-    """While open, the model attends by the function of this name; afterwards as before.
+def use_attention(model: PreTrainedModel, name: str, *, must: bool = True) -> Iterator[None]:
+    """Context in which the model uses another attention implementation.
 
     Raises:
-        RuntimeError: with ``must``, where the model does not take it.
+        RuntimeError: if ``must`` is True and the model does not support the implementation.
     """
-    before = attention_name(model.config)
-    if before is None:
+    previous = attention_name(model.config)
+    if previous is None:
         if must:
-            raise RuntimeError(f"{type(model).__name__} does not tell by which function it attends")
+            raise RuntimeError(f"{type(model).__name__} does not specify its attention implementation")
         yield
         return
     try:
@@ -69,34 +76,33 @@ def attending_by(model: PreTrainedModel, name: str, *, must: bool = True) -> Ite
         yield
     finally:
         with quiet():
-            model.set_attn_implementation(before)
-        for config in _copied(model):
-            set_attention_name(config, before)
+            model.set_attn_implementation(previous)
+        for config in _copied_configs(model):
+            set_attention_name(config, previous)
 
 
-def _copied(model: nn.Module) -> list[PretrainedConfig]:
-    """Configurations within the model that are copies of those that transformers switches."""
-    known: set[int] = set()
-    found: dict[int, PretrainedConfig] = {}
+def _copied_configs(model: nn.Module) -> list[PretrainedConfig]:
+    """Return configurations of copied modules, which transformers does not update."""
+    shared_ids: set[int] = set()
+    configs: dict[int, PretrainedConfig] = {}
     for module in model.modules():
         config = vars(module).get("config")
         if isinstance(config, PretrainedConfig):
-            found[id(config)] = config
+            configs[id(config)] = config
         if isinstance(module, PreTrainedModel):
             parts = (getattr(config, name, None) for name in getattr(config, "sub_configs", {}))
-            known |= {id(config), *(id(part) for part in parts)}
-    return [config for key, config in found.items() if key not in known]
+            shared_ids |= {id(config), *(id(part) for part in parts)}
+    return [config for key, config in configs.items() if key not in shared_ids]
 
 
-# Padded rows of tokens or of an image's patches are for encoders, and decoders that cannot run packed rows. Attention
-# that sees both ways goes through the compiled kernel. Each row becomes two segments, its tokens and its padding, so
-# that nothing is computed across. It reaches a model as transformers' own attention does and leaves to torch's whatever
-# is asked beyond that: other masks, causal attention, dropout, processors without the kernel. So its results are the
-# model's own. Blocks that are recognized run fused (``fused_blocks``), those of decoders too.
+# Padded rows of tokens or image patches are used for encoders, and for decoders without support for packed rows.
+# Bidirectional attention uses the compiled kernel: each row becomes two segments, its tokens and its padding. Other
+# masks, causal attention, dropout, and CPUs without the kernel use torch's attention. Recognized blocks run fused
+# (``fused_blocks``), also in decoders.
 
 
 PADDED_ATTENTION = "deltaw_padded"
-# Rows and tokens a row of the sample on which blocks are verified, the last row shorter by some.
+# Shape (rows, tokens) of the sample for verifying blocks. The last row is shorter.
 SAMPLE = (3, 14)
 
 
@@ -111,92 +117,95 @@ def _attend_padded(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **others: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers calls it: query (rows, heads, length, d) in, (rows, length, heads, d) out."""
+    """Attention for transformers: query (rows, heads, length, d) to output (rows, length, heads, d)."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    told = query.shape[-1] ** -0.5 if scaling is None else scaling
-    note(module, told, sliding_window, softcap)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    record_config(module, scale, sliding_window, softcap)
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
     plain = query.shape[2] == key.shape[2] and sliding_window is None and softcap is None
-    known = plain and not causal and dropout == 0.0 and is_compiled(q, k, v)
-    layout = layout_of_mask(attention_mask, query.shape[0], query.shape[2], causal=False) if known else None
+    is_supported = plain and not causal and dropout == 0.0 and is_compiled(q, k, v)
+    layout = layout_of_mask(attention_mask, query.shape[0], query.shape[2], causal=False) if is_supported else None
     if layout is None:
-        others |= {"is_causal": is_causal, "sliding_window": sliding_window, "softcap": softcap}
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
-    out = packed_attention(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), layout, scaling=told, causal=False)
+        kwargs |= {"is_causal": is_causal, "sliding_window": sliding_window, "softcap": softcap}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    out = packed_attention(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), layout, scaling=scale, causal=False)
     return out.transpose(0, 1).unflatten(0, (query.shape[0], query.shape[2])), None
 
 
 AttentionInterface.register(PADDED_ATTENTION, _attend_padded)
 AttentionMaskInterface.register(PADDED_ATTENTION, sdpa_mask)
 
-# The layout of the last mask, and whether it is causal: all layers of a forward are given the same one.
-_LAST: list[tuple[weakref.ref[Tensor], bool, Layout | None]] = []
+# The last mask with its causality and layout. All layers of a forward pass receive the same mask.
+_last_mask: list[tuple[weakref.ref[Tensor], bool, Layout | None]] = []
 
 
 def layout_of_mask(mask: Tensor | None, rows: int, length: int, *, causal: bool) -> Layout | None:
-    """The segments that a mask stands for; None where it is more than padding at the end of rows.
+    """Return the layout of a mask, or None if it masks anything except padding at the end of rows.
 
     Args:
-        mask: True where a query sees a key, (rows, 1, length or 1, length); None where nothing is padded.
-        causal: whether queries see no later keys.
+        mask: True if a query attends to a key, (rows, 1, length or 1, length). None without padding.
+        causal: True if queries do not attend to later keys.
     """
     if mask is None:
-        return _whole_rows(rows, length)
-    if _LAST and _LAST[0][0]() is mask and _LAST[0][1] is causal:
-        return _LAST[0][2]
+        return _unpadded_layout(rows, length)
+    if _last_mask and _last_mask[0][0]() is mask and _last_mask[0][1] is causal:
+        return _last_mask[0][2]
     layout = None
     if mask.dtype == torch.bool and mask.shape in ((rows, 1, length, length), (rows, 1, 1, length)):
-        seen = mask[:, 0, -1]  # by the last query, which a causal mask lets see every key
-        counts = seen.sum(-1)
-        places = torch.arange(length)
-        expected = seen[:, None, None]
+        visible = mask[:, 0, -1]  # of the last query, which attends to all keys also in a causal mask
+        counts = visible.sum(-1)
+        positions = torch.arange(length)
+        expected = visible[:, None, None]
         if causal:
-            expected = expected & (places[:, None] >= places)
-        padded_at_end = seen == (places < counts[:, None])
-        same = (mask == expected).all() if mask.shape[2] == length or not causal else torch.tensor(False)
-        if bool(padded_at_end.all() & same & (counts > 0).all()):
+            expected = expected & (positions[:, None] >= positions)
+        padded_at_end = visible == (positions < counts[:, None])
+        is_equal = (mask == expected).all() if mask.shape[2] == length or not causal else torch.tensor(False)
+        if bool(padded_at_end.all() & is_equal & (counts > 0).all()):
             layout = Layout.of_lengths([part for n in counts.tolist() for part in (n, length - n) if part])
-    _LAST[:] = [(weakref.ref(mask), causal, layout)]
+    _last_mask[:] = [(weakref.ref(mask), causal, layout)]
     return layout
 
 
 @functools.lru_cache(maxsize=16)
-def _whole_rows(rows: int, length: int) -> Layout:
+def _unpadded_layout(rows: int, length: int) -> Layout:
     return Layout.of_lengths([length] * rows)
 
 
 @contextlib.contextmanager
 def padded_rows(model: PreTrainedModel, *, fused: bool = True) -> Iterator[None]:
-    """While open, attention both ways goes through the compiled kernel where it can, and with ``fused``
-    recognized blocks run fused."""
+    """Context in which bidirectional attention uses the compiled kernel if possible, and recognized blocks run fused.
+
+    Args:
+        fused: False to run unfused blocks.
+    """
     if attention_name(model.config) != "sdpa" or model.device.type != "cpu" or loader.library() is None:
         yield
         return
-    # Falcon and its like compute attention in their own code: blocks alone stand in for it.
+    # Falcon and similar models do not dispatch attention, so only their blocks can be replaced.
     dispatched = dispatches_attention(model)
     with contextlib.ExitStack() as stack:
         if dispatched:
-            stack.enter_context(attending_by(model, PADDED_ATTENTION, must=False))
+            stack.enter_context(use_attention(model, PADDED_ATTENTION, must=False))
         if fused:
             stack.enter_context(fused_padded_blocks(model).installed())
         yield
 
 
 def fused_padded_blocks(model: PreTrainedModel) -> FusedBlocks:
-    """The model's fused blocks for padded rows, recognized and verified once."""
+    """Return the model's fused blocks for padded rows. Recognition runs once per model."""
     return fused_in_mode(model, PADDED)
 
 
-def _padded_layout_of_call(hidden: Tensor, named: dict[str, Any], causal: bool) -> Layout | None:
-    if named.get("packed_layout") is not None:
+def _padded_layout_of_call(hidden: Tensor, kwargs: dict[str, Any], causal: bool) -> Layout | None:
+    if kwargs.get("packed_layout") is not None:
         return None
-    return layout_of_mask(named.get("attention_mask"), hidden.shape[0], hidden.shape[1], causal=causal)
+    return layout_of_mask(kwargs.get("attention_mask"), hidden.shape[0], hidden.shape[1], causal=causal)
 
 
 def _sample(model: PreTrainedModel) -> dict[str, Any]:
-    """Padded rows of random tokens, or random images, as a backbone's inputs."""
+    """Return padded rows of random tokens, or random images, as inputs of the backbone."""
     generator = torch.Generator().manual_seed(0)
     config = model.config
     if model.main_input_name == "pixel_values":
@@ -213,12 +222,12 @@ PADDED = Mode("padded", _padded_layout_of_call, functools.partial(padded_rows, f
 
 
 ATTENTION = "deltaw_packed"
-# Ways of attending that are told apart only far from each other, where a few tokens cannot show them.
+# Supported layer types. Other types may differ only at distances beyond the test sample.
 PLAIN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 SAMPLE_TOKENS = 24
 SAMPLE_VOCABULARY = 1024
-# Parents of the sample's segments: two rows that begin alike, and one on its own; or rows that share nothing.
-TREE, APART = (-1, 0, 0, -1), (-1, -1, -1, -1)
+# Parent segments of the sample: two rows with a common prefix and a separate row, or only separate rows.
+PREFIX_TREE, INDEPENDENT = (-1, 0, 0, -1), (-1, -1, -1, -1)
 
 
 def _attend_packed(
@@ -232,139 +241,143 @@ def _attend_packed(
     sliding_window: int | None = None,
     softcap: float | None = None,
     packed_layout: Layout | PartialLayout | None = None,
-    **others: object,
+    **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: query (1, heads, T, d) in, (1, T, heads, d) out."""
+    """Attention with the signature of transformers: query (1, heads, T, d) to output (1, T, heads, d)."""
     if packed_layout is None:
-        raise RuntimeError(f"{type(module).__name__} does not hand the layout down to its attention")
+        raise RuntimeError(f"{type(module).__name__} does not pass the layout to its attention")
     if query.shape[2] != packed_layout.length or key.shape[2] != packed_layout.length:
         raise RuntimeError("attention over a cache cannot run on packed rows")
     if dropout:
-        raise RuntimeError("attention dropout is not drawn on packed rows; put the model in eval mode")
-    told = query.shape[-1] ** -0.5 if scaling is None else scaling
-    note(module, told, sliding_window, softcap)
-    how: dict[str, Any] = {"scaling": told, "window": sliding_window, "softcap": softcap}
+        raise RuntimeError("attention dropout is not supported on packed rows. Put the model in eval mode")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    record_config(module, scale, sliding_window, softcap)
+    options: dict[str, Any] = {"scaling": scale, "window": sliding_window, "softcap": softcap}
     if not getattr(module, "is_causal", True):
-        how["causal"] = False
+        options["causal"] = False
     q, k, v = query[0], key[0], value[0]
     if isinstance(packed_layout, PartialLayout):
-        out = partial_attention(q, k, v, packed_layout, number_of(module), **how)
+        out = partial_attention(q, k, v, packed_layout, layer_index_of(module), **options)
     else:
-        out = packed_attention(q, k, v, packed_layout, **how)
+        out = packed_attention(q, k, v, packed_layout, **options)
     return out.transpose(0, 1)[None], None
 
 
-# No mask function is registered under this name, so that transformers makes no mask: the layout says who sees
-# whom. With one it would look among the positions for packed rows, and wait for the device to answer.
+# No mask function is registered under this name, because the layout replaces the mask. With a mask function,
+# transformers would search the positions for packed rows and synchronize with the device.
 AttentionInterface.register(ATTENTION, _attend_packed)
 
 
 def one_row(model: PreTrainedModel, tokens: Tensor) -> dict[str, object]:
-    """The model's inputs for one row of ``tokens`` (1, T), whichever attention is set at the moment."""
+    """Return the model's inputs for one row of ``tokens`` (1, T), for the current attention implementation."""
     if attention_name(model.config) != ATTENTION:
         return {"input_ids": tokens}
     layout = Layout.of_lengths([tokens.shape[1]])
     layout.device = tokens.device
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
     inputs = {"input_ids": tokens, "position_ids": positions, "packed_layout": layout}
-    return {**inputs, **_acting_everywhere(model)}
+    return {**inputs, **_fully_active(model)}
 
 
-def _acting_everywhere(model: nn.Module) -> dict[str, object]:
-    """For tokens that stand for no text: an activated adapter acts on all of them."""
+def _fully_active(model: nn.Module) -> dict[str, object]:
+    """Return the keyword that applies an activated adapter to all tokens, for tokens that do not represent text."""
     activated = any(isinstance(getattr(m, "activation", None), Activation) for m in model.modules())
-    return {PLACES: True} if activated else {}
+    return {ACTIVE_KEYWORD: True} if activated else {}
 
 
 def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The part of the model below its output head."""
+    """Return the model below its output head."""
     return model.base_model  # type: ignore[return-value]
 
 
 @contextlib.contextmanager
-def packed_rows(model: PreTrainedModel, *, fused: bool = True, apart: bool = False) -> Iterator[None]:
-    """While open, the model's attention runs over packed rows, and with ``fused`` its blocks run fused where
-    they can.
+def packed_rows(model: PreTrainedModel, *, fused: bool = True, independent: bool = False) -> Iterator[None]:
+    """Context in which the model runs packed rows.
 
     Args:
-        apart: whether the rows share nothing, as an encoder's.
+        fused: True to run supported blocks fused.
+        independent: True if rows have no shared prefixes, as for encoders.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(attending_by(model, ATTENTION))
+        stack.enter_context(use_attention(model, ATTENTION))
         if fused:
-            stack.enter_context(fused_in_mode(model, PACKED_APART if apart else PACKED).installed())
+            stack.enter_context(fused_in_mode(model, PACKED_INDEPENDENT if independent else PACKED).installed())
         yield
 
 
 def fused_blocks(model: PreTrainedModel) -> FusedBlocks:
-    """The model's fused blocks for packed rows, recognized and verified once."""
+    """Return the model's fused blocks for packed rows. Recognition runs once per model."""
     return fused_in_mode(model, PACKED)
 
 
 @contextlib.contextmanager
-def outputs_at(model: PreTrainedModel, places: Tensor | None) -> Iterator[None]:
-    """While open, only these outputs of the backbone on packed rows are asked for; others may be anything.
+def outputs_at(model: PreTrainedModel, indices: Tensor | None) -> Iterator[None]:
+    """Context in which only some outputs of the backbone on packed rows are needed.
 
-    A fused last block computes no others.
+    The values of other outputs are undefined.
+
+    A fused last block computes only these outputs.
 
     Args:
-        places: (P), ascending, each once; None for all.
+        indices: (P,) ascending, without duplicates, or None for all outputs.
     """
-    fused = known_in_mode(model, PACKED.name)
+    fused = cached_in_mode(model, PACKED.name)
     last = None if fused is None else fused.last
     if last is None:
         yield
         return
-    last.picked = places
+    last.output_indices = indices
     try:
         yield
     finally:
-        last.picked = None
+        last.output_indices = None
 
 
-def can_pack(model: PreTrainedModel, parents: Sequence[int] = TREE) -> Choice:
-    """Whether the model gives the same outputs on packed rows as on rows of their own, and how that is known.
+def can_pack(model: PreTrainedModel, parents: Sequence[int] = PREFIX_TREE) -> Choice:
+    """Return True with the reason if the model computes the same outputs on packed rows as on separate rows.
 
-    The model itself runs a packed row once, which shows that the layout reaches attention in all its layers.
-    That outputs are the same is verified in fp32 on a small copy of it. So the answer is the same in a dry
-    run on fake tensors, and does not hang on the precision of the weights.
+    The model runs one packed row, which shows that the layout reaches attention in all layers. Equality of outputs is
+    verified in fp32 on a small copy of the model. The result is therefore the same in a dry run on fake tensors, and
+    does not depend on the precision of the weights.
 
     Args:
-        parents: of the rows' segments. An encoder, whose tokens see what follows them, takes rows :data:`APART`.
+        parents: Parent segments of the sample. For an encoder, which attends to later tokens: :data:`INDEPENDENT`.
     """
     name = type(model).__name__
     types = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
     if types - PLAIN_LAYER_TYPES:
-        return Choice(False, f"{name} has layers of another kind: {', '.join(sorted(types - PLAIN_LAYER_TYPES))}")
+        return Choice(False, f"{name} has unsupported layer types: {', '.join(sorted(types - PLAIN_LAYER_TYPES))}")
     try:
-        reached = _reached(model, parents)
-    except Exception as error:  # whatever a foreign model raises here, the padded path is right for it
+        calls = _count_attention_calls(model, parents)
+    except Exception as error:  # any error of a third-party model means that it needs padded rows
         return Choice(False, f"{name} cannot run packed rows ({type(error).__name__}: {str(error)[:100]})")
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", 1)
-    if reached < layers:
-        return Choice(False, f"{name} hands the layout to {reached} of its {layers} layers")
+    if calls < layers:
+        return Choice(False, f"{name} passes the layout to {calls} of its {layers} layers")
     if "position_ids" not in inspect.signature(backbone_of(model).forward).parameters:
-        return Choice(False, f"{name} takes no positions")
-    ask = functools.partial(_packed_against_apart, parents=parents)
+        return Choice(False, f"{name} does not accept position_ids")
+    measure = functools.partial(_packing_error, parents=parents)
     try:
-        difference = asked_once(_DIFFERENCES, backbone_of(model), ask, str(parents))
+        difference = measure_once(_DIFFERENCES, backbone_of(model), measure, str(parents))
     except Exception as error:
         return Choice(False, f"{name} cannot be compared ({type(error).__name__}: {str(error)[:100]})")
     if not difference < TOLERANCE:
-        return Choice(False, f"{name} gives other outputs on packed rows (relative difference {difference:.1e})")
-    return Choice(True, f"{name} gives the same outputs on packed rows (relative difference {difference:.1e})")
+        return Choice(False, f"{name} has different outputs on packed rows (relative difference {difference:.1e})")
+    return Choice(True, f"{name} has the same outputs on packed rows (relative difference {difference:.1e})")
 
 
-def can_pack_apart(model: PreTrainedModel) -> Choice:
-    """:func:`can_pack` for an encoder's rows. Where tokens see only those near them, on either side, they are padded:
-    a few rows cannot show how far."""
+def can_pack_independent(model: PreTrainedModel) -> Choice:
+    """Return the result of :func:`can_pack` for rows of an encoder.
+
+    Encoders with bidirectional windows are padded, because a short sample cannot verify the window.
+    """
     if getattr(model.config.get_text_config(), "sliding_window", None) or hasattr(model.config, "local_attention"):
-        return Choice(False, f"{type(model).__name__} attends in windows both ways")
-    return can_pack(model, APART)
+        return Choice(False, f"{type(model).__name__} uses bidirectional sliding windows")
+    return can_pack(model, INDEPENDENT)
 
 
 def first_position(model: nn.Module) -> int:
-    """The position of a row's first token: RoBERTa and its kin count from behind the id of padding."""
+    """Return the position of a row's first token. RoBERTa and related models count from the padding index."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             return module.padding_idx + 1
@@ -372,29 +385,31 @@ def first_position(model: nn.Module) -> int:
 
 
 def sample_rows(model: PreTrainedModel, parents: Sequence[int]) -> tuple[Layout, dict[str, Any]]:
-    """A few tokens in a prefix tree of four segments, longer than a small window, as a backbone's inputs."""
+    """Return tokens in a prefix tree of four segments, longer than a small window, as a layout and inputs of the
+    backbone.
+    """
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     length = SAMPLE_TOKENS + (window if window is not None and window <= 64 else 0)
     layout = Layout.of_lengths([length - 5, 5, 7, 5], parents)
     layout.device = model.device
     generator = torch.Generator().manual_seed(0)
-    # Tokens near each other: an embedding in a mapped file comes into memory where it is read.
+    # Adjacent token ids, because pages of a memory-mapped embedding are loaded when they are read.
     vocabulary = min(model.config.get_text_config().vocab_size, SAMPLE_VOCABULARY)
     tokens = torch.randint(0, vocabulary, (1, layout.length), generator=generator).to(model.device)
     positions = torch.from_numpy(layout.positions())[None].to(model.device) + first_position(model)
     inputs = {"input_ids": tokens, "position_ids": positions, "packed_layout": layout, **without_cache(model)}
-    return layout, {**inputs, **_acting_everywhere(model)}
+    return layout, {**inputs, **_fully_active(model)}
 
 
 def without_cache(model: PreTrainedModel) -> dict[str, bool]:
-    """What tells a model to keep no keys and values, if it can keep any."""
+    """Return the argument that disables the KV cache, if the model has one."""
     return {"use_cache": False} if hasattr(model.config.get_text_config(), "use_cache") else {}
 
 
-def _reached(model: PreTrainedModel, parents: Sequence[int]) -> int:
-    """How many times attention ran over the layout of a packed row."""
+def _count_attention_calls(model: PreTrainedModel, parents: Sequence[int]) -> int:
+    """Return the number of attention calls for a packed row."""
     _, inputs = sample_rows(model, parents)
-    with torch.no_grad(), packed_rows(model, fused=False), noting() as notes:
+    with torch.no_grad(), packed_rows(model, fused=False), recording_configs() as notes:
         backbone_of(model)(**inputs)
     return len(notes)
 
@@ -403,30 +418,30 @@ _DIFFERENCES: dict[tuple[Any, ...], float] = {}
 
 
 @torch.no_grad()
-def _packed_against_apart(small: PreTrainedModel, parents: Sequence[int]) -> float:
-    """The relative difference (of norms) between segments in one packed row and their rows on their own."""
+def _packing_error(small: PreTrainedModel, parents: Sequence[int]) -> float:
+    """Return the relative difference of norms between outputs of a packed row and of separate rows."""
     layout, inputs = sample_rows(small, parents)
     parts = torch.split(inputs["input_ids"][0], (layout.stops - layout.starts).tolist())
-    apart = []
-    for place, part in enumerate(parts):
-        row = part if parents[place] < 0 else torch.cat([parts[parents[place]], part])
-        apart.append(small(input_ids=row[None], **without_cache(small)).last_hidden_state[0, -len(part) :])
+    separate = []
+    for index, part in enumerate(parts):
+        row = part if parents[index] < 0 else torch.cat([parts[parents[index]], part])
+        separate.append(small(input_ids=row[None], **without_cache(small)).last_hidden_state[0, -len(part) :])
     with packed_rows(small, fused=False):
         packed = small(**inputs).last_hidden_state[0]
-    expected = torch.cat(apart)
+    expected = torch.cat(separate)
     return float((packed - expected).norm() / expected.norm())
 
 
-def _packed_layout_of_call(hidden: Tensor, named: dict[str, Any], causal: bool) -> Layout | PartialLayout | None:
-    layout: Layout | PartialLayout | None = named.get("packed_layout")
+def _packed_layout_of_call(hidden: Tensor, kwargs: dict[str, Any], causal: bool) -> Layout | PartialLayout | None:
+    layout: Layout | PartialLayout | None = kwargs.get("packed_layout")
     return None if layout is None or hidden.shape[0] != 1 or layout.length != hidden.shape[1] else layout
 
 
-def _packed_sample(model: PreTrainedModel, parents: Sequence[int] = TREE) -> dict[str, Any]:
+def _tree_rows(model: PreTrainedModel, parents: Sequence[int] = PREFIX_TREE) -> dict[str, Any]:
     return sample_rows(model, parents)[1]
 
 
-PACKED, PACKED_APART = (
+PACKED, PACKED_INDEPENDENT = (
     Mode(name, _packed_layout_of_call, functools.partial(packed_rows, fused=False), sample)
-    for name, sample in (("packed", _packed_sample), ("packed apart", functools.partial(_packed_sample, parents=APART)))
+    for name, sample in (("packed", _tree_rows), ("packed apart", functools.partial(_tree_rows, parents=INDEPENDENT)))
 )

@@ -1,10 +1,7 @@
-"""Packed rows of which only some tokens run through a model: keys and values of the others are known.
+"""Packed rows of which only some tokens run, because the remaining keys and values are available.
 
-The tokens that run see the whole row's keys and values. Each layer puts those of its own tokens in their
-places, so that whoever runs a row part by part (parents before what hangs under them) has all of them in the
-end. The known ones are constants: no gradient flows into them.
-
-Knows layouts, attention and the numbers of layers; not where known keys come from, nor models.
+The tokens that run attend to keys and values of the entire row. Each layer stores theirs at their indices, so that a
+row can run in parts, parents before children. Available keys and values are constants without gradient.
 """
 
 from __future__ import annotations
@@ -24,76 +21,82 @@ class PartialLayout:
     """A packed row with T tokens, M of which run.
 
     Args:
-        whole: the row's layout. places: (M,) ascending, of the tokens that run.
-        keys: by layer, keys (T, key heads, d) and values (T, key heads, d_v), anything where nothing is
-            known yet; layers that are missing are added.
+        row_layout: Layout of the entire row.
+        token_indices: (M,) ascending indices of the tokens that run.
+        keys: Keys (T, key heads, d) and values (T, key heads, d_v) by layer, with undefined entries for tokens that
+            have
+            not run. Missing layers are added.
     """
 
-    whole: Layout
-    places: Tensor
+    row_layout: Layout
+    token_indices: Tensor
     keys: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    made_of: dict[int, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
+    cached_tensors: dict[int, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
 
     @property
     def length(self) -> int:
-        """Tokens that run."""
-        return int(self.places.shape[0])
+        """Number of tokens that run."""
+        return int(self.token_indices.shape[0])
 
-    def joined(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The whole row's keys and values in layer ``number``, with those of the tokens that run, (M, …)."""
-        if number not in self.keys:
-            empty = (t.new_zeros(self.whole.length, *t.shape[1:]) for t in (key, value))
-            self.keys[number] = tuple(empty)  # type: ignore[assignment]
-        for whole, own in zip(self.keys[number], (key, value), strict=True):
-            whole.index_copy_(0, self.places, own)
-        return self.keys[number]
+    def update_keys(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values (M, …) of the tokens that run in a layer, and return those of the entire row."""
+        if layer not in self.keys:
+            empty = (t.new_zeros(self.row_layout.length, *t.shape[1:]) for t in (key, value))
+            self.keys[layer] = tuple(empty)  # type: ignore[assignment]
+        for stored, current in zip(self.keys[layer], (key, value), strict=True):
+            stored.index_copy_(0, self.token_indices, current)
+        return self.keys[layer]
 
 
-def number_of(module: nn.Module) -> int:
-    """The number that a layer, or the attention in a block, has in its model.
+def layer_index_of(module: nn.Module) -> int:
+    """Return the index of a layer, or of the attention in a block.
 
     Raises:
-        RuntimeError: it has none.
+        RuntimeError: if the module has no index.
     """
     for part in module.modules():
-        number = getattr(part, "layer_idx", None)
-        if isinstance(number, int):
-            return number
-    raise RuntimeError(f"{type(module).__name__} does not say which layer it is")
+        index = getattr(part, "layer_idx", None)
+        if isinstance(index, int):
+            return index
+    raise RuntimeError(f"{type(module).__name__} has no layer index")
 
 
 def partial_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: PartialLayout, number: int, **how: Any
+    query: Tensor, key: Tensor, value: Tensor, layout: PartialLayout, layer: int, **options: Any
 ) -> Tensor:
-    """:func:`deltaw.kernels.attention.packed_attention` of the tokens that run, in layer ``number``.
+    """Return :func:`deltaw.kernels.attention.packed_attention` of the tokens that run.
 
     Args:
-        query: (heads, M, d). key, value: (key heads, M, d) and (key heads, M, d_v).
-        how: scaling, window and softcap.
+        query: (heads, M, d).
+        key: (key heads, M, d).
+        value: (key heads, M, d_v).
+        layer: Index of the layer.
+        options: ``scaling``, ``window`` and ``softcap``.
 
     Returns:
         (heads, M, d_v).
     """
     rows = (t.transpose(0, 1) for t in (query, key, value))
-    return _PartialAttention.apply(*rows, layout, number, {**how, "picked": layout.places}).transpose(0, 1)
+    options["rows"] = layout.token_indices
+    return _PartialAttention.apply(*rows, layout, layer, options).transpose(0, 1)
 
 
 class _PartialAttention(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: PartialLayout, number: int, how: dict[str, Any]
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: PartialLayout, layer: int, options: dict[str, Any]
     ) -> Tensor:
-        keys, values = layout.joined(number, key, value)
-        out, kept = attend(query, keys, values, layout.whole, **how)
+        keys, values = layout.update_keys(layer, key, value)
+        out, saved = attend(query, keys, values, layout.row_layout, **options)
         compiled = is_compiled(query, keys, values)
-        ctx.save_for_backward(query, keys, values, out if compiled else None, *kept)
-        ctx.layout, ctx.how = layout, how
+        ctx.save_for_backward(query, keys, values, out if compiled else None, *saved)
+        ctx.layout, ctx.options = layout, options
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        query, keys, values, out, *kept = ctx.saved_tensors
-        d_q, *others = attend_backward(grads[0], query, keys, values, out, kept, ctx.layout.whole, **ctx.how)
-        d_k, d_v = (t.index_select(0, ctx.layout.places) for t in others)
+        query, keys, values, out, *saved = ctx.saved_tensors
+        d_q, *rest = attend_backward(grads[0], query, keys, values, out, saved, ctx.layout.row_layout, **ctx.options)
+        d_k, d_v = (t.index_select(0, ctx.layout.token_indices) for t in rest)
         return d_q, d_k, d_v, None, None, None

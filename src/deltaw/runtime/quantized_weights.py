@@ -1,13 +1,10 @@
-"""Frozen weights kept as bytes: which layers, with what columns, and what it costs in loss.
+"""Quantization of frozen weights to int8 with calibration, or to NF4.
 
-The model's blocks are gone through once, on rows of the user's own. While a block still has its weights, the
-inputs of its linear layers are seen; for each input the columns are chosen that round best (SmoothQuant,
-arXiv 2211.10438: size moves from inputs with outliers into the weights), and a scale for each block of a row
-where that helps much. A layer whose outputs would still be off by more than LARGEST_ERROR keeps its weights.
-Then the block's weights are given back and the next block is reached, so that a model never stands whole in
-both forms.
-
-Knows modules; not data files or training.
+For int8, the blocks run once on rows of the user. Before a block's weights are replaced, the inputs of its linear
+layers are recorded. For each input, scales per column are chosen that minimize the rounding error (SmoothQuant, arXiv
+2211.10438: magnitude moves from inputs with outliers into the weights), and scales per block of a row if they reduce it
+considerably. A layer whose outputs would still differ by more than ``MAX_OUTPUT_ERROR`` keeps its weights. Then the
+memory of the block's weights is released before the next block runs, so the model never exists entirely in both forms.
 """
 
 from __future__ import annotations
@@ -26,33 +23,33 @@ from torch import Tensor, nn
 from deltaw.errors import first_names
 from deltaw.kernels import large_pages, loader
 from deltaw.kernels.block_linear import quantize_nf4 as rounded_nf4
-from deltaw.kernels.quantize import quantized, quantized_rows, spread_scales
+from deltaw.kernels.quantize import expand_scales, quantize_activations, quantize_rows
 from deltaw.lora.fingerprint import has_values
-from deltaw.lora.kinds import PLAIN_LINEAR_CLASSES, is_conv1d, own_embedding
+from deltaw.lora.kinds import PLAIN_LINEAR_CLASSES, get_input_embedding, is_conv1d
 from deltaw.lora.layers import LoRALinear
-from deltaw.lora.layers_quantized import Int8Conv1D, Int8Linear, can_be_nf4, in_nf4
+from deltaw.lora.layers_quantized import Int8Conv1D, Int8Linear, quantize_linear_nf4, supports_nf4
 from deltaw.machine.memory import free_memory_bytes
 from deltaw.runtime.recognition import blocks_of
 
-# A layer keeps its weights where rounding to bytes moves its outputs by more than this share of their norm.
-LARGEST_ERROR = 0.04
-# How much of the inputs' size is moved into the weights, tried in turn; 0 leaves both as they are.
-MOVED = (0.0, 0.5, 0.7)
-# A scale for each block of an input, not for each row, takes a little longer; it is for layers whose outputs
-# are then off by less than this share of what they were off by.
-WORTH_BLOCKS = 0.85
-# Tokens, and about as many outputs, that each layer is calibrated on.
-TOKENS, ROWS = 512, 256
+# Maximum relative output error of an int8 layer. With a larger error, the layer keeps its weights.
+MAX_OUTPUT_ERROR = 0.04
+# Candidate exponents of SmoothQuant. 0 disables smoothing.
+SMOOTHING_EXPONENTS = (0.0, 0.5, 0.7)
+# Scales per block of an input row are slower than scales per row. They are used if they reduce the error below this
+# share.
+MAX_BLOCK_ERROR_RATIO = 0.85
+# Number of tokens, and approximate number of outputs, for the calibration of a layer.
+CALIBRATION_TOKENS, CALIBRATION_OUTPUTS = 512, 256
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """How layers with one input are rounded.
+    """Rounding of layers with a common input.
 
     Attributes:
-        errors: of each layer by name, its outputs' relative error on the calibration rows.
-        columns: (in,) in fp32, what the input is multiplied with; None leaves it as it is.
-        in_blocks: whether each block of an input's row has a scale of its own.
+        errors: Relative output error on the calibration rows, by layer name.
+        columns: (in,) fp32 factors applied to the input, if any.
+        in_blocks: True if each block of an input row has a separate scale.
     """
 
     errors: dict[str, float]
@@ -60,23 +57,24 @@ class Rounding:
     in_blocks: bool
 
     def as_json(self) -> dict[str, Any]:
-        """Exact, as JSON can hold it."""
+        """Return lossless JSON values."""
         columns = self.columns if self.columns is None else b64encode(self.columns.numpy().tobytes()).decode()
         return {"errors": self.errors, "columns": columns, "in_blocks": self.in_blocks}
 
     @classmethod
-    def of_json(cls, kept: dict[str, Any]) -> Rounding:
-        """What :meth:`as_json` gave."""
-        columns = kept["columns"] and torch.frombuffer(bytearray(b64decode(kept["columns"])), dtype=torch.float32)
-        return cls(kept["errors"], columns, kept["in_blocks"])
+    def from_json(cls, values: dict[str, Any]) -> Rounding:
+        """Create a rounding from :meth:`as_json`."""
+        columns = values["columns"] and torch.frombuffer(bytearray(b64decode(values["columns"])), dtype=torch.float32)
+        return cls(values["errors"], columns, values["in_blocks"])
 
 
 @dataclass
 class Int8Report:
-    """What was done.
+    """Result of a quantization to int8.
 
     Attributes:
-        layers: how many layers the blocks have. roundings: how they are rounded, if that was calibrated.
+        layers: Number of linear layers in the blocks.
+        roundings: Roundings of the layers, if they were calibrated.
     """
 
     layers: int = 0
@@ -84,56 +82,56 @@ class Int8Report:
 
     @property
     def errors(self) -> dict[str, float]:
-        """Of every layer that was calibrated, its outputs' relative error on the calibration rows."""
+        """Relative output errors on the calibration rows, by layer."""
         return {name: error for rounding in self.roundings for name, error in rounding.errors.items()}
 
     @property
-    def kept(self) -> dict[str, float]:
-        """Names of the layers that keep their weights, with their error."""
-        return {name: error for name, error in self.errors.items() if error > LARGEST_ERROR}
+    def unquantized(self) -> dict[str, float]:
+        """Errors of the layers that keep their weights, by name."""
+        return {name: error for name, error in self.errors.items() if error > MAX_OUTPUT_ERROR}
 
     def __str__(self) -> str:
         if not self.layers:
-            return "no linear layer stands in the blocks, so no weight is int8-quantized"
-        said = f"{self.layers - len(self.kept)} of {self.layers} layers are int8-quantized"
+            return "the blocks have no linear layers, so no weight is int8-quantized"
+        summary = f"{self.layers - len(self.unquantized)} of {self.layers} layers are int8-quantized"
         if self.errors:
-            said += f", with outputs off by {sum(self.errors.values()) / len(self.errors):.1%} on average"
-        worst = sorted(self.kept, key=lambda name: -self.kept[name])
-        shown = first_names([f"{name} ({self.kept[name]:.0%})" for name in worst])
-        return f"{said}; off by more than {LARGEST_ERROR:.0%}, and so left as they were: {shown}" if worst else said
+            summary += f", with a mean output error of {sum(self.errors.values()) / len(self.errors):.1%}"
+        worst = sorted(self.unquantized, key=lambda name: -self.unquantized[name])
+        names = first_names([f"{name} ({self.unquantized[name]:.0%})" for name in worst])
+        return f"{summary}; not quantized because of errors above {MAX_OUTPUT_ERROR:.0%}: {names}" if worst else summary
 
 
 def quantize_int8(
-    model: nn.Module, run: Callable[[], object] | None = None, *, known: Sequence[Rounding] | None = None
+    model: nn.Module, run: Callable[[], object] | None = None, *, roundings: Sequence[Rounding] | None = None
 ) -> Int8Report:
-    """Put layers with weights in int8 in the place of the blocks' linear layers.
+    """Replace the linear layers of the blocks by int8 layers.
 
     Args:
-        model: frozen, without adapters.
-        run: runs the model on some rows; without it there is no calibration and every layer is taken.
-        known: what an earlier calibration found, which saves this one.
+        model: Frozen model without adapters.
+        run: Runs the model on calibration rows. Without it, all layers are quantized without calibration.
+        roundings: Results of an earlier calibration, which replace a new one.
     """
-    report = Int8Report(roundings=list(known or ()))
-    found = blocks_of(model)
-    if found is None:
+    report = Int8Report(roundings=list(roundings or ()))
+    block_list = blocks_of(model)
+    if block_list is None:
         return report
-    prefix, blocks = found
-    if run is None or known is not None:
-        of_name = {name: rounding for rounding in report.roundings for name in rounding.errors}
-        for held in _held(prefix, blocks, _can_be_int8):
-            if known is None:
-                held.replace(_in_int8(held.layer))
-            elif held.name in of_name:
-                held.round(of_name[held.name])
-            report.layers += known is None or held.name in of_name
+    prefix, blocks = block_list
+    if run is None or roundings is not None:
+        rounding_by_name = {name: rounding for rounding in report.roundings for name in rounding.errors}
+        for slot in _layer_slots(prefix, blocks, _can_be_int8):
+            if roundings is None:
+                slot.replace(_in_int8(slot.layer))
+            elif slot.name in rounding_by_name:
+                slot.round(rounding_by_name[slot.name])
+            report.layers += roundings is None or slot.name in rounding_by_name
         return report
     handles: list[Any] = []
-    for number, block in enumerate(blocks):
+    for index, block in enumerate(blocks):
         inputs: dict[int, Tensor] = {}
-        layers = _held(f"{prefix}.{number}", block, _can_be_int8)
-        for held in layers:
-            handles.append(held.layer.register_forward_pre_hook(functools.partial(_note, inputs)))
-        handles.append(block.register_forward_hook(functools.partial(_change, layers, inputs, report)))
+        layers = _layer_slots(f"{prefix}.{index}", block, _can_be_int8)
+        for slot in layers:
+            handles.append(slot.layer.register_forward_pre_hook(functools.partial(_record_input, inputs)))
+        handles.append(block.register_forward_hook(functools.partial(_quantize_block, layers, inputs, report)))
     try:
         with torch.no_grad():
             run()
@@ -143,8 +141,8 @@ def quantize_int8(
     return report
 
 
-class _Held(NamedTuple):
-    """A layer of the model, and who holds it: its name, its parent, and its name there."""
+class _LayerSlot(NamedTuple):
+    """A layer and its position in the model: full name, parent module and name in the parent."""
 
     name: str
     parent: nn.Module
@@ -152,23 +150,23 @@ class _Held(NamedTuple):
     layer: nn.Module
 
     def replace(self, other: nn.Module) -> None:
-        """Put another layer in its place."""
+        """Replace the layer."""
         setattr(self.parent, self.child, other)
 
     def round(self, rounding: Rounding) -> None:
-        """Put the layer in int8 in its place, unless that would be off by too much."""
-        if not rounding.errors[self.name] > LARGEST_ERROR:
+        """Replace the layer by an int8 layer, unless its error is too large."""
+        if not rounding.errors[self.name] > MAX_OUTPUT_ERROR:
             self.replace(_in_int8(self.layer, rounding.columns, rounding.in_blocks))
-            give_back(self.layer.get_parameter("weight"))
+            release_pages(self.layer.get_parameter("weight"))
 
 
-def _held(prefix: str, root: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[_Held]:
-    """The layers below ``root``, the module ``prefix`` of the model, that are wanted."""
+def _layer_slots(prefix: str, root: nn.Module, predicate: Callable[[nn.Module], bool]) -> list[_LayerSlot]:
+    """Return the layers below ``root``, the module ``prefix`` of the model, that match a predicate."""
     return [
-        _Held(".".join(filter(None, (prefix, name, child))), module, child, layer)
+        _LayerSlot(".".join(filter(None, (prefix, name, child))), module, child, layer)
         for name, module in root.named_modules()
         for child, layer in module.named_children()
-        if wanted(layer)
+        if predicate(layer)
     ]
 
 
@@ -188,85 +186,88 @@ def _in_int8(layer: nn.Module, columns: Tensor | None = None, in_blocks: bool = 
 
 
 def _rows(layer: nn.Module) -> Tensor:
-    """The weight of a linear layer as (out, in)."""
+    """Return the weight of a linear layer as (out, in)."""
     weight = layer.get_parameter("weight")
     return weight if isinstance(layer, nn.Linear) else weight.t()
 
 
-def _note(inputs: dict[int, Tensor], module: nn.Module, args: tuple[Tensor, ...]) -> None:
+def _record_input(inputs: dict[int, Tensor], module: nn.Module, args: tuple[Tensor, ...]) -> None:
     if id(module) not in inputs:
-        inputs[id(module)] = args[0].detach().flatten(0, -2)[:TOKENS]
+        inputs[id(module)] = args[0].detach().flatten(0, -2)[:CALIBRATION_TOKENS]
 
 
-def _change(layers: list[_Held], inputs: dict[int, Tensor], report: Int8Report, *_: object) -> None:
-    """After a block's own forward: its layers in int8, and its weights given back."""
-    together: dict[int, list[_Held]] = {}
-    for held in layers:
-        if id(held.layer) in inputs:
-            together.setdefault(inputs[id(held.layer)].data_ptr(), []).append(held)
-    for sharing in together.values():
-        x = inputs[id(sharing[0].layer)].float()
-        columns, in_blocks, errors = _best(x, [held.layer for held in sharing])
-        rounding = Rounding({held.name: error for held, error in zip(sharing, errors, strict=True)}, columns, in_blocks)
+def _quantize_block(layers: list[_LayerSlot], inputs: dict[int, Tensor], report: Int8Report, *_: object) -> None:
+    """Quantize the layers of a block after its forward pass, and release its weights."""
+    slots_by_input: dict[int, list[_LayerSlot]] = {}
+    for slot in layers:
+        if id(slot.layer) in inputs:
+            slots_by_input.setdefault(inputs[id(slot.layer)].data_ptr(), []).append(slot)
+    for group in slots_by_input.values():
+        x = inputs[id(group[0].layer)].float()
+        columns, in_blocks, errors = _choose_columns(x, [slot.layer for slot in group])
+        rounding = Rounding({slot.name: error for slot, error in zip(group, errors, strict=True)}, columns, in_blocks)
         report.roundings.append(rounding)
-        report.layers += len(sharing)
-        for held in sharing:
-            held.round(rounding)
+        report.layers += len(group)
+        for slot in group:
+            slot.round(rounding)
     inputs.clear()
 
 
-def _best(x: Tensor, linears: list[nn.Module]) -> tuple[Tensor | None, bool, list[float]]:
-    """The columns for layers with one input that give the least error in sum, whether the input is rounded
-    in blocks, and each layer's error."""
-    size = x.abs().amax(0)
-    every = [_rows(linear) for linear in linears]
-    reach = torch.stack([rows.abs().amax(0).float() for rows in every]).amax(0)
-    # Rows are rounded each by itself, so that some of them tell of all.
-    weights = [rows[:: max(1, len(rows) // ROWS)].float() for rows in every]
-    wanted = [x @ w.t() for w in weights]
-    # With a scale for each row, and for each block of it: the error, columns, and each layer's error.
+def _choose_columns(x: Tensor, linears: list[nn.Module]) -> tuple[Tensor | None, bool, list[float]]:
+    """Choose the rounding with the least total error for layers with a common input.
+
+    Returns:
+        Column factors, True for scales per block, and the error of each layer.
+    """
+    input_max = x.abs().amax(0)
+    layer_rows = [_rows(linear) for linear in linears]
+    weight_max = torch.stack([rows.abs().amax(0).float() for rows in layer_rows]).amax(0)
+    # Rows are rounded independently, so a sample of rows is representative.
+    weights = [rows[:: max(1, len(rows) // CALIBRATION_OUTPUTS)].float() for rows in layer_rows]
+    expected = [x @ w.t() for w in weights]
+    # Best (error, columns, error of each layer) for scales per row and for scales per block.
     best: list[tuple[float, Tensor | None, list[float]]] = [(math.inf, None, [])] * 2
-    for moved in MOVED:
+    for exponent in SMOOTHING_EXPONENTS:
         columns = None
-        if moved:
-            by = size.clamp_min(1e-5).pow(moved) / reach.clamp_min(1e-5).pow(1 - moved)
-            columns = 1.0 / (by / by.log().mean().exp())
-        rounded_weights = [quantized_rows(w if columns is None else w / columns) for w in weights]
+        if exponent:
+            factors = input_max.clamp_min(1e-5).pow(exponent) / weight_max.clamp_min(1e-5).pow(1 - exponent)
+            columns = 1.0 / (factors / factors.log().mean().exp())
+        rounded_weights = [quantize_rows(w if columns is None else w / columns) for w in weights]
         for in_blocks in (False, True):
-            steps, scales = quantized(x, columns, in_blocks)
-            rounded = (steps.float() - 128) * spread_scales(scales, x.shape[1])
+            int8_inputs, scales = quantize_activations(x, columns, in_blocks)
+            rounded = (int8_inputs.float() - 128) * expand_scales(scales, x.shape[1])
             errors = []
-            for (int8, scale), y in zip(rounded_weights, wanted, strict=True):
+            for (int8, scale), y in zip(rounded_weights, expected, strict=True):
                 error = (rounded @ int8.float().t()) * scale - y
                 errors.append(float(error.norm() / y.norm().clamp_min(1e-20)))
             if sum(errors) < best[in_blocks][0]:
                 best[in_blocks] = sum(errors), columns, errors
-    in_blocks = best[True][0] < WORTH_BLOCKS * best[False][0]
+    in_blocks = best[True][0] < MAX_BLOCK_ERROR_RATIO * best[False][0]
     return best[in_blocks][1], in_blocks, best[in_blocks][2]
 
 
-def give_back(weight: Tensor) -> None:
-    """Let the system take back the pages of a weight that is read from a mapped file and no longer used.
+def release_pages(weight: Tensor) -> None:
+    """Let the system reclaim memory-mapped pages of a weight that is no longer used.
 
-    They stay in the file; whoever reads them again gets them from there. In a dry run there are none.
+    Reading the weight again loads them from the file. No-op in a dry run.
     """
-    if not has_values(weight) or file_mapped_at(weight.data_ptr()) is None:
+    if not has_values(weight) or mapped_file(weight.data_ptr()) is None:
         return
     page = 4096
-    begin = -(-weight.data_ptr() // page) * page
-    end = (weight.data_ptr() + weight.nbytes) // page * page
-    if begin < end:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), 4)  # MADV_DONTNEED
+    start = -(-weight.data_ptr() // page) * page
+    stop = (weight.data_ptr() + weight.nbytes) // page * page
+    if start < stop:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), 4)  # MADV_DONTNEED
 
 
-def file_mapped_at(address: int) -> str | None:
-    """The file that is mapped at an address; None where it is memory of the process's own."""
+def mapped_file(address: int) -> str | None:
+    """Return the file that is mapped at an address, or None for anonymous memory."""
     try:
         with open("/proc/self/maps", encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 parts = line.split(maxsplit=5)
-                begin, _, end = parts[0].partition("-")
-                if int(begin, 16) <= address < int(end, 16):
+                start, _, stop = parts[0].partition("-")
+                if int(start, 16) <= address < int(stop, 16):
                     name = parts[5].strip() if len(parts) > 5 else ""
                     return name if name.startswith("/") else None
     except OSError:
@@ -274,92 +275,98 @@ def file_mapped_at(address: int) -> str | None:
     return None
 
 
-# Rounded to NF4 (arXiv 2305.14314), layers are taken one after another. The linear layers of the model's blocks are
-# taken; embeddings, norms and the head stay as they are. Each layer's own weight is given back as soon as its blocks
-# stand, so a model whose weights are mapped from its files never stands whole in both forms.
+# NF4 (arXiv 2305.14314) quantizes the linear layers of the blocks one by one. Embeddings, norms and the head are not
+# quantized. The memory of each original weight is released immediately, so a memory-mapped model never exists entirely
+# in both forms.
 
 
 @dataclass
 class Nf4Report:
-    """What was done: how many layers the blocks have, and the names of those that keep their weights."""
+    """Result of a quantization to NF4.
+
+    Attributes:
+        layers: Number of linear layers in the blocks.
+        unquantized: Names of layers that keep their weights.
+    """
 
     layers: int = 0
-    kept: list[str] = field(default_factory=list)
+    unquantized: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         if not self.layers:
-            return "no linear layer stands in the blocks, so no weight is rounded to NF4"
-        said = f"{self.layers - len(self.kept)} of {self.layers} layers are in NF4"
-        return f"{said}; their inputs are no multiple of 64: {first_names(self.kept)}" if self.kept else said
+            return "the blocks have no linear layers, so no weight is in NF4"
+        summary = f"{self.layers - len(self.unquantized)} of {self.layers} layers are in NF4"
+        if self.unquantized:
+            summary += f"; not in NF4 because their input size is not a multiple of 64: {first_names(self.unquantized)}"
+        return summary
 
 
 def quantize_nf4(model: nn.Module) -> Nf4Report:
-    """Put layers with weights in NF4 in the place of the blocks' linear layers.
+    """Replace the linear layers of the blocks by NF4 layers.
 
     Args:
-        model: frozen, without adapters.
+        model: Frozen model without adapters.
     """
     report = Nf4Report()
-    for held, layer in _linear_layers(model):
+    for slot, layer in _linear_layers(model):
         report.layers += 1
-        if not can_be_nf4(layer):
-            report.kept.append(held.name)
+        if not supports_nf4(layer):
+            report.unquantized.append(slot.name)
             continue
-        held.replace(in_nf4(layer))
-        give_back(layer.weight)
+        slot.replace(quantize_linear_nf4(layer))
+        release_pages(layer.weight)
     return report
 
 
 @torch.no_grad()
 def round_to_nf4(model: nn.Module) -> int:
-    """Give the blocks' linear layers, in place, the numbers that NF4 makes of their weights in bf16.
+    """Round the bf16 weights of the blocks' linear layers to NF4 values, in place.
 
     Args:
-        model: frozen; adapters on it stay as they are.
+        model: Frozen model. Adapters on it are not changed.
 
     Returns:
-        how many layers.
+        Number of layers.
     """
-    layers = [layer for _, layer in _linear_layers(model, adapted=True) if can_be_nf4(layer)]
+    layers = [layer for _, layer in _linear_layers(model, adapted=True) if supports_nf4(layer)]
     for layer in layers:
         layer.weight.copy_(rounded_nf4(layer.weight.to(torch.bfloat16)).dequantized(torch.bfloat16))
     return len(layers)
 
 
-def _linear_layers(model: nn.Module, adapted: bool = False) -> list[tuple[_Held, nn.Linear]]:
-    """The linear layers of the blocks, and with ``adapted`` those under an adapter."""
-    found = blocks_of(model)
-    if found is None:
+def _linear_layers(model: nn.Module, adapted: bool = False) -> list[tuple[_LayerSlot, nn.Linear]]:
+    """Return the linear layers of the blocks, and with ``adapted`` also base layers of adapted ones."""
+    block_list = blocks_of(model)
+    if block_list is None:
         return []
-    every = _held(*found, lambda layer: _is_plain(layer) or (adapted and type(layer) is LoRALinear))
-    return [(held, held.layer) for held in every if isinstance(held.layer, nn.Linear)]
+    slots = _layer_slots(*block_list, lambda layer: _is_plain(layer) or (adapted and type(layer) is LoRALinear))
+    return [(slot, slot.layer) for slot in slots if isinstance(slot.layer, nn.Linear)]
 
 
-# Large frozen weights of a training lie in large pages of memory. A product's right side is read in strips of a few
-# columns, so a product with the transposed weight reads a line of each row. Of a large weight each row is another page
-# of 4 KiB, more of them than the processor remembers the places of.
+# Training moves large frozen weights into huge pages. A matmul with a transposed weight reads strips across all rows.
+# With 4 KiB pages, each row of a large weight is on a different page, and the strips exceed the TLB.
 
 
-AT_ONCE = 16 << 20  # bytes that are there twice while a weight moves
-OF_FREE_MEMORY = 0.5  # weights that take more stay in their files, from where the system can drop them
+MOVE_CHUNK_BYTES = 16 << 20  # bytes that exist twice while a weight is moved
+MAX_FREE_MEMORY_SHARE = 0.5  # larger weights remain memory-mapped, so that the system can evict them
 
 
 @torch.no_grad()
 def use_large_pages(model: nn.Module) -> int:
-    """Move a model's large frozen weights out of their mapped files into large pages of memory.
+    """Move a model's large frozen weights from memory-mapped files into huge pages.
 
-    Values, parameters and who shares them stay; only where the numbers lie changes. Left out are weights
-    that torch has allocated, and an input embedding that no other layer shares: of its file the system reads
-    only the rows that occur. Comes once the weights have the values that a training starts from.
+    Values, parameters and weight sharing are preserved. Weights allocated by torch are not moved, nor is an input
+    embedding without tied weights, because the system reads only the rows of its file that occur. Call this after the
+    weights have their final values.
 
     Returns:
-        bytes that were moved; 0 where the system has no large pages, without compiled kernels, and where
-        memory is scarce.
+        Number of bytes moved. 0 if the system has no huge pages, the compiled kernels are unavailable, or memory is
+        scarce.
     """
-    if not large_pages.large_page_bytes() or loader.why_not():
+    if not large_pages.large_page_bytes() or loader.unavailable_reason():
         return 0
     weights = _large_weights(model)
-    if sum(weight.nbytes for weight in weights) > OF_FREE_MEMORY * free_memory_bytes():
+    if sum(weight.nbytes for weight in weights) > MAX_FREE_MEMORY_SHARE * free_memory_bytes():
         return 0
     for weight in weights:
         _move(weight)
@@ -367,28 +374,28 @@ def use_large_pages(model: nn.Module) -> int:
 
 
 def _large_weights(model: nn.Module) -> list[Tensor]:
-    """Each once, however many names it has."""
+    """Return the large weights without duplicates."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    rows = getattr(own_embedding(model), "weight", None)
-    if rows is not None and sum(tensor is rows for _, tensor in tensors) > 1:
-        rows = None
-    found = {id(tensor): tensor for _, tensor in tensors if tensor is not rows and _is_large(tensor)}
-    return list(found.values())
+    embedding = getattr(get_input_embedding(model), "weight", None)
+    if embedding is not None and sum(tensor is embedding for _, tensor in tensors) > 1:
+        embedding = None
+    weights_by_id = {id(tensor): tensor for _, tensor in tensors if tensor is not embedding and _is_large(tensor)}
+    return list(weights_by_id.values())
 
 
 def _is_large(tensor: Tensor) -> bool:
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
     frozen = plain and has_values(tensor) and tensor.device.type == "cpu" and not tensor.requires_grad
-    large = frozen and tensor.nbytes >= large_pages.WORTH and tensor.dim() >= 2 and tensor.is_contiguous()
-    return large and file_mapped_at(tensor.data_ptr()) is not None
+    large = frozen and tensor.nbytes >= large_pages.MIN_BYTES and tensor.dim() >= 2 and tensor.is_contiguous()
+    return large and mapped_file(tensor.data_ptr()) is not None
 
 
 def _move(weight: Tensor) -> None:
-    before = weight.data
-    moved = large_pages.large_empty(weight.numel(), weight.dtype).view(weight.shape)
-    rows = max(1, AT_ONCE // (before.nbytes // len(before)))
-    for row in range(0, len(before), rows):
-        moved[row : row + rows] = before[row : row + rows]
-        give_back(before[row : row + rows])
-    give_back(before)  # with the pages that two pieces shared
-    weight.data = moved
+    original = weight.data
+    target = large_pages.empty_in_large_pages(weight.numel(), weight.dtype).view(weight.shape)
+    rows = max(1, MOVE_CHUNK_BYTES // (original.nbytes // len(original)))
+    for start in range(0, len(original), rows):
+        target[start : start + rows] = original[start : start + rows]
+        release_pages(original[start : start + rows])
+    release_pages(original)  # including pages at chunk boundaries
+    weight.data = target

@@ -1,11 +1,8 @@
-"""A model computed in fp32 whatever type its weights are stored in, a block at a time.
+"""Run a model in fp32, independent of the storage type of its weights, one block at a time.
 
-What a training in bf16 rounds, and what it approximates, is measured against this. A block's weights are
-there in fp32 while the block runs: its forward keeps its input alone, and its backward runs it again. So this
-takes the memory of one block, and not that of a model in fp32.
-
-Weights that are quantized stay what they are; only numbers around them are wider. Knows models and their
-blocks; not rows, losses or what is compared.
+This is the reference for the rounding errors of bf16 training and of approximations. A block's fp32 weights exist only
+while the block runs. Its forward saves only its input, and its backward recomputes it, so the additional memory is that
+of one block. Quantized weights are not changed, only the computations around them use fp32.
 """
 
 from __future__ import annotations
@@ -18,32 +15,31 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deltaw.kernels.torch_private import own_parameters
-from deltaw.lora.stored import library_of_tensor
+from deltaw.kernels.torch_private import direct_parameters
+from deltaw.lora.stored import tensor_quantization_library
 from deltaw.runtime.fused import FusedBlock
 from deltaw.runtime.recognition import blocks_of, forward_replaced
 
-HALF = (torch.bfloat16, torch.float16)
-# How transformers calls what a block is given first.
+HALF_TYPES = (torch.bfloat16, torch.float16)
+# Name of a block's first argument in transformers.
 _NAMES = ("hidden_states",)
 
 
 @contextlib.contextmanager
-def widened(model: nn.Module, *, apart: Iterable[nn.Module] = ()) -> Iterator[None]:
-    """While open, the model computes in fp32, and gradients of its trained parameters come from that.
+def widened(model: nn.Module, *, excluded: Iterable[nn.Module] = ()) -> Iterator[None]:
+    """Context in which the model computes in fp32, including the gradients of its trainable parameters.
 
     Args:
-        apart: modules that the caller multiplies with itself, such as a large output head; they stay as they
-            are.
+        excluded: Modules that are not converted, such as a large output head that the caller multiplies itself.
     """
-    found = blocks_of(model)
-    blocks = [] if found is None else list(found[1])
-    inside = {id(module) for block in blocks for module in block.modules()} | {id(m) for m in apart}
+    block_list = blocks_of(model)
+    blocks = [] if block_list is None else list(block_list[1])
+    inside = {id(module) for block in blocks for module in block.modules()} | {id(m) for m in excluded}
     outside = [module for module in model.modules() if id(module) not in inside]
     with contextlib.ExitStack() as stack:
         for module in outside:
-            if isinstance(module, nn.Embedding):  # its rows are the same numbers in fp32
-                stack.enter_context(forward_replaced(module, _then_wide(module.forward)))
+            if isinstance(module, nn.Embedding):  # lookup is exact in 16 bits
+                stack.enter_context(forward_replaced(module, _with_wide_output(module.forward)))
         stack.enter_context(_wide_parameters([m for m in outside if not isinstance(m, nn.Embedding)]))
         for block in blocks:
             stack.enter_context(forward_replaced(block, _wide_block(block)))
@@ -51,21 +47,21 @@ def widened(model: nn.Module, *, apart: Iterable[nn.Module] = ()) -> Iterator[No
 
 
 def _wide_block(block: nn.Module) -> Callable[..., Any]:
-    own, modules = block.forward, list(block.modules())
-    fused = own if isinstance(own, FusedBlock) else None
+    original_forward, modules = block.forward, list(block.modules())
+    fused = original_forward if isinstance(original_forward, FusedBlock) else None
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        named = dict(zip(_NAMES, args[:1], strict=False)) | kwargs
-        hidden = _wide(named.pop(_NAMES[0]))
-        picked = None if fused is None else fused.picked
+        arguments = dict(zip(_NAMES, args[:1], strict=False)) | kwargs
+        hidden = _wide(arguments.pop(_NAMES[0]))
+        output_indices = None if fused is None else fused.output_indices
 
         def run(hidden: Tensor) -> Any:
-            with _wide_parameters(modules), _picking(fused, picked):
-                return own(hidden, *_wide(args[1:]), **_wide(named))
+            with _wide_parameters(modules), _fixed_output_indices(fused, output_indices):
+                return original_forward(hidden, *_wide(args[1:]), **_wide(arguments))
 
         if not hidden.requires_grad and not any(p.requires_grad for p in block.parameters()):
             return run(hidden)
-        # The kind of checkpointing that keeps nothing of a forward, with an input that a backward asks for.
+        # Reentrant checkpointing saves no tensors of the forward, but needs an input that requires a gradient.
         hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
         return checkpoint(run, hidden, use_reentrant=True, preserve_rng_state=False)
 
@@ -73,50 +69,51 @@ def _wide_block(block: nn.Module) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def _picking(fused: FusedBlock | None, picked: Tensor | None) -> Iterator[None]:
-    """While open, a fused block computes those of its outputs that it was told to, also when it runs again;
-    afterwards it has let go of the weights in fp32."""
+def _fixed_output_indices(fused: FusedBlock | None, output_indices: Tensor | None) -> Iterator[None]:
+    """Context that sets the needed outputs of a fused block, also for recomputation, and releases its fp32 weights on
+    exit.
+    """
     if fused is None:
         yield
         return
-    before, fused.picked = fused.picked, picked
+    previous, fused.output_indices = fused.output_indices, output_indices
     try:
         yield
     finally:
-        fused.picked = before
-        fused.forget()
+        fused.output_indices = previous
+        fused.reset()
 
 
 @contextlib.contextmanager
 def _wide_parameters(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """While open, parameters of 16 bits are fp32; the gradient of a trained one arrives at the original."""
+    """Context in which 16-bit parameters are fp32. Gradients flow to the original parameters."""
     changed: list[tuple[dict[str, Any], str, Tensor]] = []
-    made: dict[int, Tensor] = {}
+    wide_by_id: dict[int, Tensor] = {}
     try:
         for module in modules:
-            table: dict[str, Any] = own_parameters(module)
+            table: dict[str, Any] = direct_parameters(module)
             for name, parameter in table.items():
-                if parameter is None or parameter.dtype not in HALF or library_of_tensor(parameter):
+                if parameter is None or parameter.dtype not in HALF_TYPES or tensor_quantization_library(parameter):
                     continue
                 changed.append((table, name, parameter))
-                if id(parameter) not in made:
+                if id(parameter) not in wide_by_id:
                     wide = parameter.float()
-                    made[id(parameter)] = wide if parameter.requires_grad else nn.Parameter(wide, False)
-                table[name] = made[id(parameter)]
+                    wide_by_id[id(parameter)] = wide if parameter.requires_grad else nn.Parameter(wide, False)
+                table[name] = wide_by_id[id(parameter)]
         yield
     finally:
         for changed_table, name, parameter in changed:
             changed_table[name] = parameter
 
 
-def _then_wide(own: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args, **kwargs: _wide(own(*args, **kwargs))
+def _with_wide_output(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: _wide(forward(*args, **kwargs))
 
 
 def _wide(value: Any) -> Any:
-    """Tensors of 16 bits in fp32, in tuples and dictionaries too."""
+    """Convert 16-bit tensors to fp32, also in tuples, lists and dictionaries."""
     if isinstance(value, Tensor):
-        return value.float() if value.dtype in HALF else value
+        return value.float() if value.dtype in HALF_TYPES else value
     if type(value) in (tuple, list):
         return type(value)(map(_wide, value))
     if type(value) is dict:

@@ -1,1 +1,1 @@
-"""From a trained adapter to its use: a decoding engine, many adapters on one base, the OpenAI API."""
+"""Inference with trained adapters: decoding engine, multi-adapter serving and the OpenAI API."""

@@ -1,8 +1,4 @@
-"""Adapters that an engine writes with: what it asks of whoever keeps them, and how a folder becomes one.
-
-Knows packed adapters, folders and one base model, which it does not change; not which adapters are in memory, nor
-how a step computes.
-"""
+"""Adapters of a decoding engine: the interface that provides them, and the reader of adapter folders."""
 
 from __future__ import annotations
 
@@ -18,32 +14,32 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw import tasks
-from deltaw.contained import require_contained
 from deltaw.data.chat_template import read_chat_template
 from deltaw.errors import UserError, did_you_mean
 from deltaw.hub.terminators import terminators
 from deltaw.kernels.decode import PackedAdapter
-from deltaw.lora.attachment import attachment
+from deltaw.lora.attachment import get_attachment
 from deltaw.lora.factors import AdapterFactors, Factors, read_factors
 from deltaw.lora.files import PICKLED_NAME, read_settings
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, base_fingerprint, same_base
 from deltaw.lora.stored import weight_shape
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from deltaw.methods.files import metadata_of, method_of_folder, text_or_none
+from deltaw.methods.files import method_from_folder, read_metadata, text_or_none
 from deltaw.methods.prompt import read_prompt
 from deltaw.runtime.virtual_tokens import input_embedding
 from deltaw.serving.request import UnknownAdapterError
 from deltaw.settings import RunConfig
-from deltaw.training.origin import CHAT_TEMPLATE, read_folder
+from deltaw.training.open_run import CHAT_TEMPLATE, read_folder
+from deltaw.untrusted_paths import require_contained
 
 
 @dataclass(frozen=True)
 class FolderState:
-    """The two files of an adapter at one moment.
+    """State of an adapter's two files at one moment.
 
     Attributes:
-        stat: what the file system says of each: size, time of the last change, inode.
-        digest: of their content.
+        stat: Size, modification and change times, and inode of each file.
+        digest: SHA-256 digest of the contents.
     """
 
     stat: tuple[tuple[int, ...], ...] = ()
@@ -51,17 +47,18 @@ class FolderState:
 
 
 @dataclass(frozen=True, eq=False)
-class AdapterFacts:
-    """What is known of an adapter without its weights.
+class AdapterInfo:
+    """Description of an adapter, without its weights.
 
     Attributes:
-        virtual_tokens: positions that its soft prompt takes before each prompt.
-        invocation: tokens from whose last occurrence in a prompt on its update acts; None where it acts on
-            all tokens.
-        terminators: tokens that end its texts.
-        folder: where it was read, if it was. state: of its files then.
-        tokenizer: the base's, with the chat template that was saved with the adapter; None without one.
-        config: the run's settings; None where no run of deltaw's made it.
+        virtual_tokens: Number of positions that its soft prompt adds before each prompt.
+        invocation: Token sequence that activates the adapter. The update acts from the last occurrence in the prompt
+            on. None if it acts on all tokens.
+        terminators: Tokens that end completions.
+        folder: Folder from which it was read.
+        state: State of the folder's files when it was read.
+        tokenizer: Tokenizer of the base model with the adapter's chat template. None for a model without a tokenizer.
+        config: Settings of the run, or None if the adapter was not trained by deltaw.
     """
 
     virtual_tokens: int = 0
@@ -75,60 +72,60 @@ class AdapterFacts:
 
 @dataclass(frozen=True, eq=False)
 class ActiveAdapter:
-    """An adapter in memory.
+    """Adapter in memory.
 
     Attributes:
-        number: names these weights; at least 1, and no other ones ever get it.
-        packed: its low-rank update; None where it has none.
-        soft_prompt: (k, D) fp32, what stands in for embeddings of k tokens before each prompt; None without.
+        number: Unique number of these weights, at least 1. It is never reused.
+        info: Description of the adapter.
+        packed: Low-rank update, or None.
+        soft_prompt: (k, D) fp32 embeddings of virtual tokens before each prompt, or None.
     """
 
     number: int
-    facts: AdapterFacts
+    info: AdapterInfo
     packed: PackedAdapter | None = None
     soft_prompt: Tensor | None = field(default=None, repr=False)
 
     @property
     def bytes(self) -> int:
-        """Of its weights."""
+        """Size of the weights."""
         factors = 0 if self.packed is None else self.packed.bytes
         return factors + (0 if self.soft_prompt is None else self.soft_prompt.nbytes)
 
 
 class Adapters(Protocol):
-    """Keeps adapters by name. May be called from any thread."""
+    """Provides adapters by name. All methods are thread-safe."""
 
     @property
     def loaded(self) -> int:
-        """How many adapters are in memory."""
+        """Number of adapters in memory."""
 
     def names(self) -> tuple[str, ...]:
-        """The names that a request may give."""
+        """Return the names that requests may use."""
 
-    def facts(self, name: str) -> AdapterFacts:
-        """What is known of an adapter.
+    def info(self, name: str) -> AdapterInfo:
+        """Return the description of an adapter.
 
         Raises:
-            UserError: there is none of this name.
+            UserError: if no adapter has this name.
         """
 
     def acquire(self, name: str) -> ActiveAdapter | None:
-        """The adapter, which stays in memory until it is released; None where there is no room for it before
-        others are released.
+        """Pin an adapter in memory until it is released. Return None if it is not in memory yet.
 
         Raises:
-            UserError: there is none of this name, or it cannot be loaded.
+            UserError: if no adapter has this name, or it cannot be loaded.
         """
 
     def release(self, adapter: ActiveAdapter) -> None:
-        """Note that a text which :meth:`acquire` was called for does not need it any more."""
+        """Unpin an adapter that a request acquired."""
 
     def close(self) -> None:
-        """Load no more of them."""
+        """Stop loading adapters."""
 
 
 class FixedAdapters:
-    """Adapters that are in memory all the time, such as the one that a run was opened with."""
+    """Adapters that are always in memory, for example the adapter of a session."""
 
     def __init__(self, by_name: dict[str, ActiveAdapter] | None = None) -> None:
         self._by_name = dict(by_name or {})
@@ -137,135 +134,133 @@ class FixedAdapters:
     def names(self) -> tuple[str, ...]:
         return tuple(self._by_name)
 
-    def facts(self, name: str) -> AdapterFacts:
-        return self.acquire(name).facts
+    def info(self, name: str) -> AdapterInfo:
+        return self.acquire(name).info
 
     def acquire(self, name: str) -> ActiveAdapter:
         if name not in self._by_name:
-            raise no_adapter(name, self.names())
+            raise unknown_adapter_error(name, self.names())
         return self._by_name[name]
 
     def release(self, adapter: ActiveAdapter) -> None:
-        """Nothing to do: it stays."""
+        """Do nothing. The adapter remains in memory."""
 
     def close(self) -> None:
-        """Nothing to do: none is loaded."""
+        """Do nothing. No adapter is being loaded."""
 
 
-def no_adapter(name: str, names: Iterable[str]) -> UnknownAdapterError:
-    """The error of a name that no adapter has."""
-    return UnknownAdapterError(f"there is no adapter '{name}'", where=name, hint=did_you_mean(name, names))
+def unknown_adapter_error(name: str, names: Iterable[str]) -> UnknownAdapterError:
+    """Return the error for a name that no adapter has."""
+    return UnknownAdapterError(f"there is no adapter '{name}'", location=name, hint=did_you_mean(name, names))
 
 
-_OWN_BASE = "serve it on the base model that it was trained on"
+_BASE_HINT = "serve it on the base model that it was trained on"
 
 
 @dataclass(frozen=True)
 class AdapterParts:
-    """An adapter as it was read.
+    """Adapter as read from a folder.
 
     Attributes:
-        layers: factors by the names of the base's layers.
-        prompt: (k, D) fp32, rows put before each prompt, as the embedding's outputs; None without a soft
-            prompt.
+        info: Description of the adapter.
+        layers: Factors by the names of the base model's layers.
+        prompt: (k, D) fp32 soft prompt, as outputs of the embedding, or None.
     """
 
-    facts: AdapterFacts
+    info: AdapterInfo
     layers: Mapping[str, Factors]
     prompt: Tensor | None
 
 
 class FolderReader:
-    """Reads adapters for one base model.
+    """Reads adapters of one base model.
 
-    An adapter can be served on a base that others use as well if it leaves the base's weights alone: low-rank
-    factors of linear layers, with or without an invocation sequence, and soft prompts. Everything else is refused,
-    and the refusal names it. The chat template, the terminators and the settings that were saved with the adapter
-    come along.
+    Only adapters that leave the base model's weights unchanged can share it with other requests: low-rank factors of
+    linear layers, with or without an invocation sequence, and soft prompts. Other adapters are rejected with the
+    reason. The chat template, terminators and settings that were saved with the adapter are read too.
 
     Args:
-        model: the base; it is looked at and never changed.
-        tokenizer: of the base; None for a model without one.
+        model: Base model. It is not modified.
+        tokenizer: Tokenizer of the base model, or None.
 
     Raises:
-        UserError: an adapter is on the model.
+        UserError: if an adapter is attached to the model.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        if attachment(model) is not None:
-            raise UserError("the base model has an adapter on it", hint="detach it, and add its folder to the bank")
+        if get_attachment(model) is not None:
+            raise UserError("an adapter is attached to the base model", hint="detach it and add its folder to the bank")
         self._model, self._tokenizer = model, tokenizer
         self._fingerprint = base_fingerprint(model)
         self._terminators = terminators(model, tokenizer)
 
-    def read(self, folder: Path, known: FolderState | None = None) -> AdapterParts:
-        """The adapter in ``folder``.
+    def read(self, folder: Path, earlier: FolderState | None = None) -> AdapterParts:
+        """Read the adapter in ``folder``.
 
         Args:
-            known: the state of its files when they were read before. Where the file system says that they are
-                the same, their content is not gone through for a digest again.
+            folder: Folder of the adapter.
+            earlier: State of the files at an earlier read. If sizes, times and inodes are unchanged, the digest is
+                reused.
 
         Raises:
-            UserError: it is no adapter of this base, or more than what can be put on a row.
+            UserError: if the folder is not an adapter of this base model, or the adapter is more than factors or a soft
+                prompt.
         """
-        refuse_missing(folder)
-        before = known if known is not None and known.stat == stat_of(folder) else state_of(folder)
-        found = read_folder(folder, trust_remote_code=None)
-        as_a_model = f"serve it as a model of its own: deltaw serve {folder}"
-        if not tasks.entry_of(found.task).writes_text:
-            raise _unfit(folder, f"it is an adapter for {found.task}, and the base here writes text", as_a_model)
-        name = method_of_folder(folder, self._tokenizer).name
+        require_adapter_files(folder)
+        before = earlier if earlier is not None and earlier.stat == file_stats(folder) else read_folder_state(folder)
+        adapter_folder = read_folder(folder, trust_remote_code=None)
+        hint = f"serve it as a separate model: deltaw serve {folder}"
+        if not tasks.entry_of(adapter_folder.task).generates_text:
+            raise _adapter_error(folder, f"it is for {adapter_folder.task}, and this base model generates text", hint)
+        name = method_from_folder(folder, self._tokenizer).name
         if name not in ("lora", "prompt"):
-            what = f"its method '{name}' trains the base model's own weights, which other requests use as well"
-            raise _unfit(folder, what, as_a_model)
+            raise _adapter_error(folder, f"its method '{name}' changes weights that other requests use", hint)
         factors, prompt = (self._factors(folder), None) if name == "lora" else (None, self._prompt(folder))
-        if stat_of(folder) != before.stat:
-            raise _unfit(folder, "the adapter's files change while they are read", "add it again when they are written")
+        if file_stats(folder) != before.stat:
+            raise _adapter_error(folder, "the adapter's files change while they are read", "add it again later")
         invoked = None if factors is None else factors.config.invocation_tokens
         invocation = tuple(invoked) if isinstance(invoked, list) else None
-        tokenizer, virtual = self._own_tokenizer(folder), 0 if prompt is None else len(prompt)
-        ends = self._ends(folder, tokenizer)
-        facts = AdapterFacts(virtual, invocation, ends, folder, before, tokenizer, found.run)
-        return AdapterParts(facts, {} if factors is None else factors.layers, prompt)
+        tokenizer, virtual = self._adapter_tokenizer(folder), 0 if prompt is None else len(prompt)
+        terminator_ids = self._read_terminators(folder, tokenizer)
+        info = AdapterInfo(virtual, invocation, terminator_ids, folder, before, tokenizer, adapter_folder.run)
+        return AdapterParts(info, {} if factors is None else factors.layers, prompt)
 
     def _factors(self, folder: Path) -> AdapterFactors:
         factors = read_factors(self._model, folder)
-        self._refuse_base(folder, factors.metadata, factors.metadata.get("base_model_name_or_path"))
+        self._check_base(folder, factors.metadata, factors.metadata.get("base_model_name_or_path"))
         return factors
 
-    def _refuse_base(self, folder: Path, metadata: Mapping[str, str], named: str | None) -> None:
+    def _check_base(self, folder: Path, metadata: Mapping[str, str], named: str | None) -> None:
         if same_base(metadata.get(FINGERPRINT_KEY), self._fingerprint) is False:
-            raise _unfit(folder, "it was trained on another base model" + (f": {named}" if named else ""), _OWN_BASE)
+            raise _adapter_error(folder, "trained on another base model" + (f": {named}" if named else ""), _BASE_HINT)
 
     def _prompt(self, folder: Path) -> Tensor:
         file = read_prompt(folder)
-        if file.whole:
-            names = ", ".join(sorted(file.whole_modules or file.whole))
-            hint = "merge it into a model of its own: deltaw merge"
-            raise _unfit(folder, f"it has modules trained in full: {names}", hint)
+        if file.extra_tensors:
+            names = ", ".join(sorted(file.extra_modules or file.extra_tensors))
+            raise _adapter_error(folder, f"it has modules trained in full: {names}", "merge it with deltaw merge")
         width, shape = weight_shape(input_embedding(self._model))[1], tuple(file.prompt.shape)
         if len(shape) != 2 or shape[1] != width:
-            what = f"the soft prompt is {shape}, and the model's embedding is {width} wide"
-            raise _unfit(folder, what, _OWN_BASE)
+            raise _adapter_error(folder, f"the soft prompt is {shape}, but the embedding is {width} wide", _BASE_HINT)
         prompt = file.prompt.to(torch.float32, copy=True).contiguous()
         if not bool(torch.isfinite(prompt).all()):
-            raise _unfit(folder, "the soft prompt has values that are not finite", "take an earlier checkpoint of it")
-        self._refuse_base(folder, metadata_of(folder), file.base_model)
+            raise _adapter_error(folder, "the soft prompt has values that are not finite", "use an earlier checkpoint")
+        self._check_base(folder, read_metadata(folder), file.base_model)
         return prompt
 
-    def _own_tokenizer(self, folder: Path) -> PreTrainedTokenizerBase | None:
-        """The base's tokenizer with the chat template in the folder, where there is one."""
+    def _adapter_tokenizer(self, folder: Path) -> PreTrainedTokenizerBase | None:
+        """Return the base model's tokenizer, with the chat template from the folder if it has one."""
         if self._tokenizer is None:
             return None
-        template = _template_in(folder)
+        template = _read_template(folder)
         if template is None or template == self._tokenizer.chat_template:
             return self._tokenizer
         changed = copy.copy(self._tokenizer)
         changed.chat_template = template
         return changed
 
-    def _ends(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
-        """The terminators that a generation configuration in the folder declares, else the base's."""
+    def _read_terminators(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
+        """Return the terminators declared by a generation config in the folder, or the base model's."""
         path = folder / "generation_config.json"
         declared = read_settings(path).get("eos_token_id") if path.is_file() else None
         if declared is None:
@@ -273,34 +268,38 @@ class FolderReader:
         ids = declared if isinstance(declared, list) else [declared]
         rows = weight_shape(input_embedding(self._model))[0]
         if not all(isinstance(number, int) and 0 <= number < rows for number in ids):
-            raise _unfit(path, f"its terminators {ids} are no tokens of the base model", "correct eos_token_id")
+            raise _adapter_error(path, f"its terminators {ids} are not tokens of the base model", "fix eos_token_id")
         return tuple(sorted({*ids, *terminators(None, tokenizer)}))
 
 
-def _unfit(where: Path, what: str, hint: str) -> UserError:
-    return UserError(what, where=str(where), hint=hint)
+def _adapter_error(location: Path, message: str, hint: str) -> UserError:
+    return UserError(message, location=str(location), hint=hint)
 
 
-def refuse_missing(folder: Path) -> None:
-    """Raise a UserError where a folder is no adapter's: what is missing, pickled, or a link out of it."""
+def require_adapter_files(folder: Path) -> None:
+    """Check that a folder contains an adapter in safetensors format and no link that leads outside it.
+
+    Raises:
+        UserError: if the folder or a file is missing, the weights are pickled, or a link leads outside the folder.
+    """
     if not folder.is_dir():
-        raise UserError(f"there is no adapter folder '{folder}'", hint="name a folder on this machine")
+        raise UserError(f"there is no adapter folder '{folder}'", hint="specify a folder on this machine")
     require_contained(folder)
     config, weights = _files(folder)
     if not config.is_file():
-        raise _unfit(folder, f"the folder has no {ADAPTER_CONFIG}", "name the folder that an adapter was saved in")
+        raise _adapter_error(folder, f"the folder has no {ADAPTER_CONFIG}", "specify the folder of a saved adapter")
     if not weights.is_file() and (folder / PICKLED_NAME).exists():
-        what = f"the adapter is in {PICKLED_NAME}, a pickle, which could run any code and is not read"
-        raise _unfit(folder / PICKLED_NAME, what, f"ask its author to save it again as {ADAPTER_WEIGHTS}")
+        message = f"the adapter is in {PICKLED_NAME}, a pickle, which could run any code and is not read"
+        raise _adapter_error(folder / PICKLED_NAME, message, f"ask its author to save it again as {ADAPTER_WEIGHTS}")
     if not weights.is_file():
-        raise _unfit(folder, f"the folder has no {ADAPTER_WEIGHTS}", "copy or download it again")
+        raise _adapter_error(folder, f"the folder has no {ADAPTER_WEIGHTS}", "copy or download it again")
 
 
-def state_of(folder: Path) -> FolderState:
-    """The state of an adapter's files.
+def read_folder_state(folder: Path) -> FolderState:
+    """Return the state of an adapter's files.
 
     Raises:
-        UserError: the folder or a file is missing.
+        UserError: if the folder or a file is missing.
     """
     digest = hashlib.sha256()
     for path in _files(folder):
@@ -309,35 +308,35 @@ def state_of(folder: Path) -> FolderState:
                 while block := file.read(1 << 20):
                     digest.update(block)
         except OSError as error:
-            what = f"{path.name} cannot be read: {error.strerror or error}"
-            raise _unfit(folder, what, "save or copy the adapter again") from error
+            message = f"{path.name} cannot be read: {error.strerror or error}"
+            raise _adapter_error(folder, message, "save or copy the adapter again") from error
         digest.update(b"\0")
-    return FolderState(stat_of(folder), digest.hexdigest())
+    return FolderState(file_stats(folder), digest.hexdigest())
 
 
-def stat_of(folder: Path) -> tuple[tuple[int, ...], ...]:
-    """What the file system says of an adapter's files; nothing of a file that is not there."""
-    found = []
+def file_stats(folder: Path) -> tuple[tuple[int, ...], ...]:
+    """Return size, times and inode of an adapter's files, without missing files."""
+    stats = []
     for path in _files(folder):
         try:
             stat = path.stat()
         except OSError:
             continue
-        found.append((stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
-    return tuple(found)
+        stats.append((stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
+    return tuple(stats)
 
 
 def _files(folder: Path) -> tuple[Path, Path]:
     return folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS
 
 
-def _template_in(folder: Path) -> str | None:
-    """The chat template that stands in a folder, in a file of its own or among the tokenizer's settings."""
+def _read_template(folder: Path) -> str | None:
+    """Return the chat template in a folder, from its own file or from the tokenizer config."""
     if (folder / CHAT_TEMPLATE).is_file():
         return read_chat_template(str(folder / CHAT_TEMPLATE))
     settings = folder / "tokenizer_config.json"
     template = read_settings(settings).get("chat_template") if settings.is_file() else None
-    if isinstance(template, list):  # several, by name
+    if isinstance(template, list):  # named templates
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
     return text_or_none(template)

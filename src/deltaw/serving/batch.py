@@ -1,11 +1,10 @@
-"""Continuous batching: which tokens of which requests run in the next step, and what becomes of them.
+"""Continuous batching: selects the tokens of each step and samples the next tokens.
 
-A step takes one token of every text that is being written, and beside them chunks of prompts, shared out so
-that a long prompt holds up neither texts nor short prompts. Requests start in the order in which they came,
-as far as there are pages. A text that needs a page where none is left takes those of the request that
-started last, which waits and goes on later from its tokens.
+A step computes one token of every running completion plus chunks of prompts. Prompt tokens per step are limited and
+shared, so that a long prompt delays neither completions nor short prompts. Requests start in arrival order, as pages
+permit. If no page is left, the sequence that started last is preempted and resumes later from its tokens.
 
-Has no thread and no lock: whoever owns it calls it from one thread at a time.
+The batch has no thread and no lock. The engine must call it from one thread at a time.
 """
 
 from __future__ import annotations
@@ -24,280 +23,298 @@ from deltaw.serving.adapters import Adapters
 from deltaw.serving.decodable import Decodable
 from deltaw.serving.pages import PagePool
 from deltaw.serving.request import EngineLoad, FinishReason
-from deltaw.serving.running import Run, Work, next_tokens
 from deltaw.serving.sampling import logprob
+from deltaw.serving.sequences import SequenceScheduler, SequenceState, next_tokens
 
 
-class Part(NamedTuple):
-    """Tokens from ``start`` to ``stop`` of a request, in one step."""
+class ScheduledTokens(NamedTuple):
+    """Tokens ``start`` to ``stop`` (exclusive) of a sequence that run in one step."""
 
-    run: Run
+    sequence: SequenceState
     start: int
     stop: int
 
     @property
-    def wanted(self) -> range:
-        """The places whose logits are wanted: its last, where that is the request's last token, and all of a
-        prompt whose log-probabilities are asked for."""
-        run, start, stop = self
-        if run.wants_prompt:
-            return range(max(start, run.virtual), stop)
-        return range(stop - 1 if stop == run.length else stop, stop)
+    def output_positions(self) -> range:
+        """Positions whose logits are needed.
+
+        These are the last position, if it is the sequence's last token, or all positions of a prompt whose
+        log-probabilities are requested.
+        """
+        sequence, start, stop = self
+        if sequence.needs_prompt_logprobs:
+            return range(max(start, sequence.virtual), stop)
+        return range(stop - 1 if stop == sequence.length else stop, stop)
 
 
-# How often requests that wait are looked through for those that have ended.
+# Seconds between checks of the queue for cancelled and timed-out requests.
 _SWEEP_SECONDS = 0.05
-# Seconds that a step waits for constraints to say which tokens may come next. Where they do not, their texts
-# sit out steps until they do.
-_PATIENCE = 0.02
-_SLOW = 1.0  # seconds after which a constraint is not waited for where the engine is to end soon
+# Seconds that a step waits for constraints to compute the allowed tokens. Sequences with slower constraints skip steps.
+_CONSTRAINT_WAIT = 0.02
+_SLOW_CONSTRAINT = 1.0  # seconds after which a pending constraint is cancelled during shutdown
 
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """Bounds on a step.
+    """Limits of a step.
 
     Args:
-        running: texts that are written at once, at most.
-        prompt_rows: tokens of prompts in a step beside texts, at most: what a text waits for at each token.
-        alone_rows: tokens of prompts in a step without texts, at most.
-        least_rows: of one prompt, where several share a step.
+        running: Maximum number of running sequences.
+        prompt_rows: Maximum number of prompt tokens in a step that also decodes completions. It bounds the time between
+            two tokens of a completion.
+        prefill_rows: Maximum number of prompt tokens in a step without completions.
+        min_rows: Minimum number of tokens per prompt if several prompts share a step.
     """
 
     running: int = 64
     prompt_rows: int = 64
-    alone_rows: int = 256
-    least_rows: int = 16
+    prefill_rows: int = 256
+    min_rows: int = 16
 
 
-class Batch(Work):
-    """The requests in hand, for a decoder.
+class RunningBatch(SequenceScheduler):
+    """Scheduler that runs sequences on a paged decoder.
 
     Args:
-        model: what computes a step. pages: how many there are, each ``model.decoder.page_tokens`` long.
-        adapters: of the requests.
+        model: Model with its decoder.
+        pages: Number of pages, each of ``model.decoder.page_tokens`` tokens.
+        adapters: Adapters of the requests.
+        limits: Limits of a step.
     """
 
     def __init__(self, model: Decodable, pages: int, adapters: Adapters, limits: BatchLimits) -> None:
         decoder = model.decoder
-        super().__init__(model.entry.known, model.vocabulary, min(model.positions, pages * decoder.page_tokens))
+        super().__init__(model.entry.num_tokens, model.vocabulary, min(model.positions, pages * decoder.page_tokens))
         self.model, self.adapters, self.limits = model, adapters, limits
         self.memory = decoder.new_pages(pages)
         self.pool = PagePool(pages, decoder.page_tokens, self.memory.copy)
-        self._table = np.zeros((limits.running, -(-self.longest // decoder.page_tokens)), np.int32)
+        self._table = np.zeros((limits.running, -(-self.max_length // decoder.page_tokens)), np.int32)
         self._page_table = torch.from_numpy(self._table)  # the same memory
         self._slots = list(range(limits.running))
-        self._swept = 0.0
+        self._last_sweep = 0.0
 
     @property
     def load(self) -> EngineLoad:
         pool = self.pool
-        used = pool.count - pool.available
-        return replace(super().load, pages_used=used, pages=pool.count, reused=pool.reused)
+        return replace(super().load, pages_used=pool.count - pool.available, pages=pool.count, reused=pool.reused)
 
     def step(self) -> None:
-        """Compute one step, and hand out what it gave.
+        """Run one step and emit its results.
 
-        A request whose own part fails ends with that error; where the step itself fails, all that were in it.
+        An error of a single sequence finishes only that sequence. An error of the forward pass finishes all sequences
+        in it.
         """
-        self._hear_constraints()
+        self._wait_for_constraints()
         self._sweep()
         self._admit()
-        parts = self._parts()
-        if not parts:
-            if slow := next((run.matcher for run in self.running if not run.may_go_on), None):
-                slow.wait(_PATIENCE)  # nothing can go on before one of them is ready
+        scheduled = self._schedule()
+        if not scheduled:
+            if slow := next((sequence.matcher for sequence in self.running if not sequence.can_continue), None):
+                slow.wait(_CONSTRAINT_WAIT)  # no sequence can continue before a constraint is ready
             return
-        self.tokens += sum(stop - start for _, start, stop in parts)
+        self.tokens += sum(stop - start for _, start, stop in scheduled)
         try:
-            logits, owners = self._compute(parts)
-            for run, _, stop in parts:  # is written now
-                assert run.pages is not None
-                if self.pool.wrote(run.pages, run.keys, stop):
-                    self._table[run.slot, : len(run.pages.pages)] = run.pages.pages
-            self._hand_out(logits, owners)
-        except Exception as error:  # whatever it was, the requests of this step have no right result
-            for run, _, _ in parts:
-                if run.pages is not None:
-                    self.end(run, error)
+            logits, owners = self._compute(scheduled)
+            for sequence, _, stop in scheduled:
+                assert sequence.pages is not None
+                if self.pool.commit(sequence.pages, sequence.keys, stop):
+                    self._table[sequence.slot, : len(sequence.pages.pages)] = sequence.pages.pages
+            self._sample(logits, owners)
+        except Exception as error:  # any error leaves the sequences of this step without a valid result
+            for sequence, _, _ in scheduled:
+                if sequence.pages is not None:
+                    self.end(sequence, error)
 
-    def hurry(self) -> None:
-        for run in list(self.running):
-            if run.matcher is not None and run.matcher.pending > _SLOW:
-                self.end(run, "cancelled")
+    def cancel_slow(self) -> None:
+        for sequence in list(self.running):
+            if sequence.matcher is not None and sequence.matcher.pending > _SLOW_CONSTRAINT:
+                self.end(sequence, "cancelled")
 
-    def end(self, run: Run, why: FinishReason | BaseException | None) -> None:
-        if run.pages is not None:
-            self._take_out(run, keep=not isinstance(why, BaseException))
-        if run.adapter is not None:
-            self.adapters.release(run.adapter)
-            run.adapter = None
-        super().end(run, why)
+    def end(self, sequence: SequenceState, reason: FinishReason | BaseException | None) -> None:
+        if sequence.pages is not None:
+            self._remove_running(sequence, cache=not isinstance(reason, BaseException))
+        if sequence.adapter is not None:
+            self.adapters.release(sequence.adapter)
+            sequence.adapter = None
+        super().end(sequence, reason)
 
-    def _take_out(self, run: Run, keep: bool = True) -> None:
-        """Take a request out of those that run: its pages, and its row of the page table, are free."""
-        assert run.pages is not None
-        self.running.remove(run)
-        self.pool.release(run.pages, run.keys if keep else None)
-        self._slots.append(run.slot)
-        run.pages, run.slot = None, -1
+    def _remove_running(self, sequence: SequenceState, cache: bool = True) -> None:
+        """Remove a sequence from the running ones, and free its pages and its slot.
 
-    def _hear_constraints(self) -> None:
-        """Give constraints a moment to say what may come next; those that were late once get none."""
-        until = time.monotonic() + _PATIENCE
-        for run in self.running:
-            if run.matcher is not None and not run.matcher.late:
-                run.matcher.wait(until - time.monotonic())
+        Args:
+            sequence: The sequence.
+            cache: Keep its computed pages in the prefix cache.
+        """
+        assert sequence.pages is not None
+        self.running.remove(sequence)
+        self.pool.release(sequence.pages, sequence.keys if cache else None)
+        self._slots.append(sequence.slot)
+        sequence.pages, sequence.slot = None, -1
+
+    def _wait_for_constraints(self) -> None:
+        """Wait a moment for constraints. A constraint that was late before is not waited for."""
+        deadline = time.monotonic() + _CONSTRAINT_WAIT
+        for sequence in self.running:
+            if sequence.matcher is not None and not sequence.matcher.late:
+                sequence.matcher.wait(deadline - time.monotonic())
 
     def _sweep(self) -> None:
-        """End requests that were cancelled, or whose time is up."""
+        """Finish requests that were cancelled or have timed out."""
         now = time.monotonic()
-        for run in list(self.running):
-            if (reason := run.ended_by(now)) is not None:
-                self.end(run, reason)
-        if now - self._swept >= _SWEEP_SECONDS or not self.running:
-            self._swept = now
+        for sequence in list(self.running):
+            if (reason := sequence.stop_reason(now)) is not None:
+                self.end(sequence, reason)
+        if now - self._last_sweep >= _SWEEP_SECONDS or not self.running:
+            self._last_sweep = now
             self.sweep_waiting(now)
 
     def _admit(self) -> None:
-        """Start requests that wait, as long as there are pages for their prompts; those whose adapter is not
-        in memory let others pass."""
-        passed: list[Run] = []
-        while self.waiting and self._slots and len(passed) < self.limits.running:
-            run = self.waiting.popleft()
+        """Start queued requests while pages are available. Requests whose adapter is not loaded yet are skipped."""
+        skipped: list[SequenceState] = []
+        while self.waiting and self._slots and len(skipped) < self.limits.running:
+            sequence = self.waiting.popleft()
             try:
-                ready = self._has_adapter(run)
-            except Exception as error:  # its adapter cannot be loaded, say: it alone ends
-                self.end(run, error)
+                ready = self._acquire_adapter(sequence)
+            except Exception as error:  # for example the adapter cannot be loaded
+                self.end(sequence, error)
                 continue
             if not ready:
-                passed.append(run)
+                skipped.append(sequence)
                 continue
-            # Pages for what it has, and one for each that runs.
-            wanted = -(-run.length // self.pool.page_tokens) + len(self.running)
-            if self.running and self.pool.available < wanted:
-                self.waiting.appendleft(run)
+            # Pages for its tokens, and one page in reserve for each running sequence.
+            required = -(-sequence.length // self.pool.page_tokens) + len(self.running)
+            if self.running and self.pool.available < required:
+                self.waiting.appendleft(sequence)
                 break
             slot = self._slots.pop()
-            run.begin(self.pool.begin(run.reusable, run.request.owner), slot)
-            assert run.pages is not None
-            self._table[slot, : len(run.pages.pages)] = run.pages.pages
-            self.running.append(run)
-        self.waiting.extendleft(reversed(passed))
+            sequence.start(self.pool.start_sequence(sequence.reusable, sequence.request.owner), slot)
+            assert sequence.pages is not None
+            self._table[slot, : len(sequence.pages.pages)] = sequence.pages.pages
+            self.running.append(sequence)
+        self.waiting.extendleft(reversed(skipped))
 
-    def _has_adapter(self, run: Run) -> bool:
-        """Whether a request's adapter is in memory; it is held then."""
-        if run.placed:
+    def _acquire_adapter(self, sequence: SequenceState) -> bool:
+        """Acquire the adapter of a sequence. Return False if it is not loaded yet."""
+        if sequence.is_prepared:
             return True
-        adapter = None if run.request.adapter is None else self.adapters.acquire(run.request.adapter)
-        if adapter is None and run.request.adapter is not None:
+        adapter = None if sequence.request.adapter is None else self.adapters.acquire(sequence.request.adapter)
+        if adapter is None and sequence.request.adapter is not None:
             return False
-        run.place(adapter)
+        sequence.prepare(adapter)
         return True
 
-    def _parts(self) -> list[Part]:
-        """What runs in the next step: rows of texts, and chunks of prompts."""
-        going = [run for run in self.running if run.may_go_on]
-        missing = {run: run.length - run.pages.length for run in going if run.pages is not None}
-        prompts = [run for run in going if missing[run] > 1]
+    def _schedule(self) -> list[ScheduledTokens]:
+        """Select the tokens of the next step."""
+        ready = [sequence for sequence in self.running if sequence.can_continue]
+        missing = {s: s.length - s.pages.length for s in ready if s.pages is not None}
+        prompts = [sequence for sequence in ready if missing[sequence] > 1]
         limits = self.limits
-        left = limits.prompt_rows if len(prompts) < len(going) else limits.alone_rows
-        share = max(limits.least_rows, left // max(1, len(prompts)))
-        rows: dict[Run, int] = {}
-        for run in prompts:
-            rows[run] = max(0, min(missing[run], share, left))
-            left -= rows[run]
-        for run in prompts:  # what others did not want
-            more = min(missing[run] - rows[run], left)
-            rows[run] += more
-            left -= more
-        parts: list[Part] = []
-        for run in going:
-            if run.pages is None:
-                continue  # it lost them to one before
-            start = run.pages.length
-            stop = start + rows.get(run, 1)
-            if stop > start and self._reserve(run, stop):
-                parts.append(Part(run, start, stop))
-        return parts
+        remaining = limits.prompt_rows if len(prompts) < len(ready) else limits.prefill_rows
+        share = max(limits.min_rows, remaining // max(1, len(prompts)))
+        rows: dict[SequenceState, int] = {}
+        for sequence in prompts:
+            rows[sequence] = max(0, min(missing[sequence], share, remaining))
+            remaining -= rows[sequence]
+        for sequence in prompts:  # distribute the rest
+            extra = min(missing[sequence] - rows[sequence], remaining)
+            rows[sequence] += extra
+            remaining -= extra
+        scheduled: list[ScheduledTokens] = []
+        for sequence in ready:
+            if sequence.pages is None:
+                continue  # preempted by an earlier sequence
+            start = sequence.pages.length
+            stop = start + rows.get(sequence, 1)
+            if stop > start and self._reserve(sequence, stop):
+                scheduled.append(ScheduledTokens(sequence, start, stop))
+        return scheduled
 
-    def _reserve(self, run: Run, stop: int) -> bool:
-        """Get a request the pages for tokens up to ``stop``, from those that started last if need be."""
-        assert run.pages is not None
-        before = len(run.pages.pages)
-        while not self.pool.reserve(run.pages, stop):
+    def _reserve(self, sequence: SequenceState, stop: int) -> bool:
+        """Reserve pages for the tokens up to ``stop``. Preempts the sequences that started last if necessary.
+
+        Returns:
+            False if the sequence itself was preempted.
+        """
+        assert sequence.pages is not None
+        before = len(sequence.pages.pages)
+        while not self.pool.reserve(sequence.pages, stop):
             last = self.running[-1]
-            self._take_out(last)
-            self.waiting.appendleft(last)  # to go on later
-            if last is run:
+            self._remove_running(last)
+            self.waiting.appendleft(last)
+            if last is sequence:
                 return False
-        pages = run.pages.pages
+        pages = sequence.pages.pages
         if len(pages) > before:
-            self._table[run.slot, before : len(pages)] = pages[before:]
+            self._table[sequence.slot, before : len(pages)] = pages[before:]
         return True
 
-    def _compute(self, parts: list[Part]) -> tuple[Tensor, list[tuple[Run, int]]]:
-        """Logits (k, V), and whose they are: a request and the place of the token."""
+    def _compute(self, scheduled: list[ScheduledTokens]) -> tuple[Tensor, list[tuple[SequenceState, int]]]:
+        """Run the forward pass of a step.
+
+        Returns:
+            Logits (k, V), and for each row its sequence and the position of the token.
+        """
         entry = self.model.entry
-        total = sum(stop - start for _, start, stop in parts)
+        total = sum(stop - start for _, start, stop in scheduled)
         tokens = np.empty(total, np.int64)
-        places, sequence, adapter = np.empty(total, np.int32), np.empty(total, np.int32), np.full(total, -1, np.int32)
+        token_positions, slots = np.empty(total, np.int32), np.empty(total, np.int32)
+        adapter_rows = np.full(total, -1, np.int32)
         packed: list[PackedAdapter] = []
         numbers: dict[int, int] = {}
-        wanted: list[int] = []
-        owners: list[tuple[Run, int]] = []
+        output_rows: list[int] = []
+        owners: list[tuple[SequenceState, int]] = []
         soft: list[tuple[int, Tensor]] = []
-        at = 0
-        for part in parts:
-            run, start, stop = part
-            end = at + stop - start
-            tokens[at:end] = run.tokens[start:stop]
-            places[at:end] = start if stop - start == 1 else np.arange(start, stop)
-            sequence[at:end] = run.slot
-            own = None if run.adapter is None else run.adapter.packed
-            if own is not None and stop > run.acts_from:
-                number = numbers.setdefault(id(own), len(packed))
+        row = 0
+        for part in scheduled:
+            sequence, start, stop = part
+            end = row + stop - start
+            tokens[row:end] = sequence.tokens[start:stop]
+            token_positions[row:end] = start if stop - start == 1 else np.arange(start, stop)
+            slots[row:end] = sequence.slot
+            update = None if sequence.adapter is None else sequence.adapter.packed
+            if update is not None and stop > sequence.adapter_start:
+                number = numbers.setdefault(id(update), len(packed))
                 if number == len(packed):
-                    packed.append(own)
-                adapter[at + max(0, run.acts_from - start) : end] = number
-            if start < run.virtual and run.adapter is not None and run.adapter.soft_prompt is not None:
-                soft.append((at, run.adapter.soft_prompt[start : min(stop, run.virtual)]))
-            wanted += [at + place - start for place in part.wanted]
-            owners += [(run, place) for place in part.wanted]
-            at = end
+                    packed.append(update)
+                adapter_rows[row + max(0, sequence.adapter_start - start) : end] = number
+            if start < sequence.virtual and sequence.adapter is not None and sequence.adapter.soft_prompt is not None:
+                soft.append((row, sequence.adapter.soft_prompt[start : min(stop, sequence.virtual)]))
+            output_rows += [row + position - start for position in part.output_positions]
+            owners += [(sequence, position) for position in part.output_positions]
+            row = end
         hidden = entry.rows(torch.from_numpy(tokens))
         for first, prompt in soft:
             hidden[first : first + len(prompt)] = prompt.float() * entry.outer
-        positions, sequences, adapters = map(torch.from_numpy, (places, sequence, adapter))
+        positions, sequences, adapters = map(torch.from_numpy, (token_positions, slots, adapter_rows))
         if entry.positions is not None:
             hidden += entry.positions.index_select(0, positions)
-        outputs = torch.tensor(wanted, dtype=torch.int32)
+        outputs = torch.tensor(output_rows, dtype=torch.int32)
         rows = (hidden, positions, sequences, self._page_table, adapters)
         _, logits = self.model.decoder.step(self.memory, *rows, packed, outputs)
         return logits, owners
 
-    def _hand_out(self, logits: Tensor, owners: Sequence[tuple[Run, int]]) -> None:
-        """Choose the next token of each text, and end those that are done."""
+    def _sample(self, logits: Tensor, owners: Sequence[tuple[SequenceState, int]]) -> None:
+        """Sample the next tokens, and finish sequences that are complete."""
         values = logits.numpy()
         rows: list[int] = []
-        runs: list[Run] = []
-        for row, (run, place) in enumerate(owners):
-            if run.wants_prompt and place + 1 < run.length:
-                top = run.request.sampling.logprobs or 0
-                run.prompt_logprobs.append(logprob(values[row], int(run.tokens[place + 1]), top))
-            if place + 1 == run.length:
-                if run.allowance:
+        sequences: list[SequenceState] = []
+        for row, (sequence, position) in enumerate(owners):
+            if sequence.needs_prompt_logprobs and position + 1 < sequence.length:
+                top = sequence.request.sampling.logprobs or 0
+                sequence.prompt_logprobs.append(logprob(values[row], int(sequence.tokens[position + 1]), top))
+            if position + 1 == sequence.length:
+                if sequence.token_limit:
                     rows.append(row)
-                    runs.append(run)
+                    sequences.append(sequence)
                 else:
-                    self.end(run, "length")
-        if not runs:
+                    self.end(sequence, "length")
+        if not sequences:
             return
-        for run, token, told in next_tokens(runs, values if len(rows) == len(values) else values[rows]):
+        for sequence, token, score in next_tokens(sequences, values if len(rows) == len(values) else values[rows]):
             try:
-                ended = run.take(token, told)
-            except Exception as error:  # of this text alone
-                self.end(run, error)
+                finished = sequence.append_token(token, score)
+            except Exception as error:  # affects only this sequence
+                self.end(sequence, error)
                 continue
-            if ended:
-                self.end(run, None)
+            if finished:
+                self.end(sequence, None)

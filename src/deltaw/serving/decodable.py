@@ -1,15 +1,12 @@
-"""From a live model to a decoder over its own weights, and whether that decoder says what the model says.
+"""Build a decoder over a model's weights and verify it against the model.
 
-Blocks are recognized as for training (``runtime/fused_blocks``), what stands around them is found by
-running the model's code (``probes``). Then logits of some forty tokens, in chunks and one by one, are
-compared with the model's own: in fp32 on a small copy of the model, which verifies the code, and in the
-model's own precision on the model, which verifies the weights. A model that does not pass is decoded by
-transformers.
+The roles of the blocks' layers come from ``runtime/fused_blocks``, and the computation outside the blocks from
+``probes``. Verification compares logits of about forty tokens, in chunks and one by one: in fp32 with a small copy of
+the model, which checks the code, and in the model's precision with the model, which checks the weights. Transformers
+decodes a model that fails.
 
-Weights are read where they lie; only transposed layers (``Conv1D``) and a head in int8 are copies. A
-decoder is of the model as it is now: within a method's ``without``, of the base model.
-
-Knows models; not requests, adapters or pages.
+Weights are shared with the model. Only transposed layers (``Conv1D``) and an int8 head are copied. The decoder
+represents the model as it is when it is built, for example without a method's changes inside its ``without`` context.
 """
 
 from __future__ import annotations
@@ -24,43 +21,45 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deltaw.hub.loading import attention_of, ordinary_attention
+from deltaw.hub.loading import default_attention, use_attention
 from deltaw.kernels.decode import Decoder, PackedAdapter
 from deltaw.kernels.decode_reference import DecoderBlock, DecoderLinear
-from deltaw.kernels.quantize import quantized_rows
+from deltaw.kernels.quantize import quantize_rows
 from deltaw.kernels.rows import HalfNorms, Norm
-from deltaw.kernels.torch_private import own_parameters
+from deltaw.kernels.torch_private import direct_parameters
 from deltaw.runtime.fused import FusedBlock
-from deltaw.runtime.fused_blocks import last_norm, recognize
+from deltaw.runtime.fused_blocks import final_norm, recognize
 from deltaw.runtime.packed import PACKED, PADDED
 from deltaw.runtime.projections import Projection
-from deltaw.runtime.recognition import BlockRoles, Norms, activation_kind, blocks_of, norm_form, part, small_copy
+from deltaw.runtime.recognition import BlockRoles, Norms, activation_kind, blocks_of, module_at, norm_form, small_copy
 from deltaw.serving.adapters import ActiveAdapter
-from deltaw.serving.probes import Entry, NotDecodable, Prober
+from deltaw.serving.probes import InputProbe, NotDecodable, Prober
 
-# Tokens that are compared, and how many of them come one by one behind a first chunk.
+# Number of compared tokens, size of the first chunk, and number of single tokens after it.
 SAMPLE, CHUNK, SINGLE = 40, 17, 3
-# Relative difference of logits in fp32 that is rounding and no more.
+# Relative difference of fp32 logits that is explained by rounding.
 TOLERANCE = 1e-4
-# Cosines and sines are kept for every position, so there is a bound.
-MOST_POSITIONS = 1 << 17
-# Numbers of a head that are rounded to int8 at once.
-ROUNDED_AT_ONCE = 1 << 21
+# Limits the memory for cosines and sines, which are stored for every position.
+MAX_POSITIONS = 1 << 17
+# Elements of a head that are quantized to int8 at a time.
+QUANTIZE_CHUNK = 1 << 21
 
 
 @dataclass(frozen=True)
 class Decodable:
-    """A model as a decoder.
+    """Model with its decoder.
 
     Attributes:
-        decoder: over the model's weights. entry: how tokens become its rows.
-        blocks, roles: of the model, in order, with their descriptions.
-        vocabulary: how many logits there are.
-        why: how well it was verified, in a few words.
+        decoder: Decoder over the model's weights.
+        entry: Computes the input rows of tokens.
+        blocks: Blocks of the model, in order.
+        roles: Roles of the layers of each block.
+        vocabulary: Number of logits.
+        why: Result of the verification, as text.
     """
 
     decoder: Decoder
-    entry: Entry
+    entry: InputProbe
     blocks: tuple[nn.Module, ...]
     roles: tuple[BlockRoles, ...]
     vocabulary: int
@@ -68,7 +67,7 @@ class Decodable:
 
     @property
     def positions(self) -> int:
-        """How many positions a text may have."""
+        """Maximum number of positions of a sequence."""
         return self.entry.limit
 
 
@@ -77,46 +76,46 @@ def decodable(
     *,
     cache_bytes: int | None = None,
     fused: Sequence[FusedBlock] | None = None,
-    positions: int = MOST_POSITIONS,
+    positions: int = MAX_POSITIONS,
 ) -> Decodable:
-    """A verified decoder of the model as it is now, its low-rank factors left out.
+    """Build and verify a decoder of the model in its current state, without its low-rank factors.
 
-    Where the model's blocks are in int8, its head is decoded in int8 too, as a copy.
+    If the blocks of the model are in int8, the head is quantized to int8 as a copy.
 
     Args:
-        cache_bytes: memory for keys and values: what it has no room for, there are no positions for.
-        fused: what :func:`recognized_blocks` found; for a model with biases that its own code does not have,
-            what it found without them.
-        positions: the most that are wanted.
+        model: The model.
+        cache_bytes: Memory for keys and values. It limits the number of positions.
+        fused: Result of :func:`recognized_blocks`. For a model with added biases, the result without them.
+        positions: Maximum number of positions.
 
     Raises:
-        NotDecodable: the model cannot be decoded so; says why.
+        NotDecodable: if the model is not supported.
     """
     if model.device.type != "cpu":
-        raise NotDecodable("on this device the model's own code runs")
+        raise NotDecodable("the decoder supports only CPUs")
     int8_head = any(p.dtype == torch.int8 for p in model.parameters())
-    with evaluating(model):
+    with eval_mode(model):
         try:
-            small = small_copy(model)
-        except Exception as error:  # whatever foreign code raises for a small configuration
+            tiny = small_copy(model)
+        except Exception as error:  # model code may raise anything for a small configuration
             raise NotDecodable(f"{type(error).__name__}: {str(error)[:100]}") from error
-        exact = difference(_assembled(small, recognized_blocks(small), None, False, max(positions, SAMPLE)), small)
-        if not exact < TOLERANCE:
-            raise NotDecodable(f"a small copy's logits differ from its own by {exact:.1e}")
-        made = _assembled(model, fused or recognized_blocks(model), cache_bytes, int8_head, positions)
-        rough = difference(made, model)
-    if not rough < tolerance(model, int8_head):
-        raise NotDecodable(f"its logits differ from the model's own by {rough:.1e}")
-    why = f"logits equal the model's own (relative difference {rough:.1e}, in fp32 {exact:.1e})"
-    return replace(made, why=why)
+        tiny_error = logit_difference(_build(tiny, recognized_blocks(tiny), None, False, max(positions, SAMPLE)), tiny)
+        if not tiny_error < TOLERANCE:
+            raise NotDecodable(f"the decoder's logits of a small copy of the model differ by {tiny_error:.1e}")
+        result = _build(model, fused or recognized_blocks(model), cache_bytes, int8_head, positions)
+        model_error = logit_difference(result, model)
+    if not model_error < tolerance(model, int8_head):
+        raise NotDecodable(f"the decoder's logits differ from the model's by {model_error:.1e}")
+    description = f"logits equal the model's own (relative difference {model_error:.1e}, in fp32 {tiny_error:.1e})"
+    return replace(result, why=description)
 
 
 def tolerance(model: PreTrainedModel, int8_head: bool = False) -> float:
-    """How far logits may be from the model's own in the precision of its weights.
+    """Return the relative difference of logits that the precision of the weights allows.
 
-    Every half of a block rounds what it adds to the stream; errors of halves are independent, so their sum
-    grows with the root of their number. One rounding to bf16 errs by 2^-9, and a half rounds about ten
-    numbers on the way; int8 errs by about 1 % of a product (``runtime/int8_weights``).
+    Each half of a block rounds its contribution to the residual stream. These errors are independent, so their sum
+    grows with the square root of the number of halves. Rounding to bf16 has a relative error of 2^-9, and a half rounds
+    about ten times. int8 has an error of about 1 % of a product (``runtime/int8_weights``).
     """
     types = {p.dtype for p in model.parameters()}
     halves = 2 * int(getattr(model.config.get_text_config(), "num_hidden_layers", 1)) + 1
@@ -126,82 +125,79 @@ def tolerance(model: PreTrainedModel, int8_head: bool = False) -> float:
 
 
 @contextlib.contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """While open, the model is in evaluation mode, without graphs; afterwards as it was."""
+def eval_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Put the model into evaluation mode without gradients, and restore its mode afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad(), attention_of(model, ordinary_attention(model)):
+        with torch.no_grad(), use_attention(model, default_attention(model)):
             yield
     finally:
         for module in training:
             module.training = True
 
 
-def _assembled(
-    model: PreTrainedModel,
-    fused: Sequence[FusedBlock],
-    cache_bytes: int | None,
-    int8_head: bool,
-    most: int = MOST_POSITIONS,
+def _build(
+    model: PreTrainedModel, fused: Sequence[FusedBlock], cache_bytes: int | None, int8_head: bool, positions: int
 ) -> Decodable:
-    """A decoder of a model, not verified."""
-    listed = blocks_of(model.base_model)
-    if listed is None or [block.block for block in fused] != list(listed[1]):
-        raise NotDecodable("blocks were replaced since they were recognized")
+    """Build a decoder without verification."""
+    model_blocks = blocks_of(model.base_model)
+    if model_blocks is None or [block.block for block in fused] != list(model_blocks[1]):
+        raise NotDecodable("its blocks were replaced after they were recognized")
     types = {p.dtype for block in fused for p in block.block.parameters()}
     cache_dtype = torch.float32 if types == {torch.float32} else torch.bfloat16
     if cache_bytes is not None:
         heads = sum(block.roles.attention.heads(block.block)[1] * block.roles.attention.head_size for block in fused)
-        most = min(most, cache_bytes // (2 * heads * cache_dtype.itemsize))  # of a token's keys and values
+        token_bytes = 2 * heads * cache_dtype.itemsize  # keys and values
+        positions = min(positions, cache_bytes // token_bytes)
     roles = tuple(block.roles for block in fused)
     blocks = tuple(block.block for block in fused)
     prober = Prober(model, blocks, [r.extra_outputs for r in roles])
     head = model.get_output_embeddings()
-    final = last_norm(model.base_model)
+    final = final_norm(model.base_model)
     if final is None:
-        raise NotDecodable("no norm is known behind its blocks")
+        raise NotDecodable("the norm after its blocks is not recognized")
     try:
-        entry = prober.entry(most, [r.attention.rotary for r in roles])
-        form = prober.logits_form()
-        described = [_block(f, entry.tables, table) for f, table in zip(fused, entry.table_of, strict=True)]
+        entry = prober.entry(positions, [r.attention.rotary for r in roles])
+        transform = prober.logits_form()
+        decoder_blocks = [_block(f, entry.tables, table) for f, table in zip(fused, entry.table_of, strict=True)]
         linear = _linear(head, quantize=int8_head)
-        last: dict[str, Any] = {"logits_softcap": form.cap, "logits_scale": form.factor}
-        decoder = Decoder(described, _norm(final), linear, list(entry.tables), cache_dtype=cache_dtype, **last)
+        options: dict[str, Any] = {"logits_softcap": transform.cap, "logits_scale": transform.factor}
+        decoder = Decoder(decoder_blocks, _norm(final), linear, list(entry.tables), cache_dtype=cache_dtype, **options)
     except (ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
         raise NotDecodable(f"{type(error).__name__}: {str(error)[:120]}") from error
     return Decodable(decoder, entry, blocks, roles, linear.outputs)
 
 
 def recognized_blocks(model: PreTrainedModel) -> list[FusedBlock]:
-    """The model's blocks with their descriptions, in order.
+    """Return the recognized blocks of the model, in order.
 
     Raises:
-        NotDecodable: they are not known, or see later tokens.
+        NotDecodable: if the blocks are not recognized or attend to later tokens.
     """
-    why = ""
+    reason = ""
     for mode in (PACKED, PADDED):
-        found = recognize(model, mode)
-        if found.choice.value and found.blocks:
-            if not all(block.roles.attention.causal for block in found.blocks):
-                raise NotDecodable("its tokens see both ways")
-            return found.blocks
-        why = why or found.choice.why
-    raise NotDecodable(f"its blocks are not known: {why}")
+        result = recognize(model, mode)
+        if result.choice.value and result.blocks:
+            if not all(block.roles.attention.causal for block in result.blocks):
+                raise NotDecodable("its attention is bidirectional")
+            return result.blocks
+        reason = reason or result.choice.why
+    raise NotDecodable(f"its blocks are not recognized: {reason}")
 
 
 def _block(fused: FusedBlock, tables: Sequence[tuple[Tensor, Tensor]], table: int | None) -> DecoderBlock:
-    """A block by its description."""
-    block, roles, told = fused.block, fused.roles, fused.told
+    """Return the decoder's description of a block."""
+    block, roles, attention_config = fused.block, fused.roles, fused.config
     attention, mlp = roles.attention, roles.mlp
     heads, key_heads = attention.heads(block)
-    # One layer may give several parts; it stands for the first of them.
-    query, *others = (_linear(part(block, path)) for path in attention.inputs)
-    key, value = others or (None, None)
-    gate, *up = (_linear(part(block, path)) for path in mlp.inputs)
-    kind = activation_kind(part(block, mlp.activation))
+    # A fused layer is represented by its first part.
+    query, *key_value = (_linear(module_at(block, path)) for path in attention.inputs)
+    key, value = key_value or (None, None)
+    gate, *up = (_linear(module_at(block, path)) for path in mlp.inputs)
+    kind = activation_kind(module_at(block, mlp.activation))
     if kind is None:
-        raise NotDecodable("an activation that is not known")
+        raise NotDecodable("its activation function is not supported")
     return DecoderBlock(
         heads=heads,
         key_heads=key_heads,
@@ -209,43 +205,43 @@ def _block(fused: FusedBlock, tables: Sequence[tuple[Tensor, Tensor]], table: in
         query=query,
         key=key,
         value=value,
-        output=_linear(part(block, attention.output)),
+        output=_linear(module_at(block, attention.output)),
         gate=gate,
         up=up[0] if up else None,
-        down=_linear(part(block, mlp.output)),
-        first=_norms(block, attention.norms),
-        second=_norms(block, mlp.norms),
-        query_norm=None if attention.query_norm is None else _norm(part(block, attention.query_norm)),
-        key_norm=None if attention.key_norm is None else _norm(part(block, attention.key_norm)),
+        down=_linear(module_at(block, mlp.output)),
+        first=_half_norms(block, attention.norms),
+        second=_half_norms(block, mlp.norms),
+        query_norm=None if attention.query_norm is None else _norm(module_at(block, attention.query_norm)),
+        key_norm=None if attention.key_norm is None else _norm(module_at(block, attention.key_norm)),
         split=attention.split,
         gated=mlp.gated,
         parallel=roles.parallel,
         activation=kind,
-        scaling=told.scaling,
-        window=told.window,
-        softcap=told.softcap,
-        turned=0 if table is None else tables[table][0].shape[1],
+        scaling=attention_config.scaling,
+        window=attention_config.window,
+        softcap=attention_config.softcap,
+        rotary_dims=0 if table is None else tables[table][0].shape[1],
         table=table or 0,
     )
 
 
-def _norms(block: nn.Module, places: Norms) -> HalfNorms:
-    made = (None if path is None else _norm(part(block, path)) for path in (places.before, places.after, places.post))
-    return HalfNorms(*made)
+def _half_norms(block: nn.Module, norms: Norms) -> HalfNorms:
+    half_norms = (None if p is None else _norm(module_at(block, p)) for p in (norms.before, norms.after, norms.post))
+    return HalfNorms(*half_norms)
 
 
 def _norm(module: nn.Module) -> Norm:
     form = norm_form(module)
     if form is None:
-        raise NotDecodable(f"{type(module).__name__} is no norm that is known")
-    own = own_parameters(module)
-    weight, bias = (None if (t := own.get(n)) is None else t.detach().float().contiguous() for n in ("weight", "bias"))
+        raise NotDecodable(f"the norm {type(module).__name__} is not supported")
+    tensors = map(direct_parameters(module).get, ("weight", "bias"))
+    weight, bias = (None if t is None else t.detach().float().contiguous() for t in tensors)
     return Norm(weight, bias, form.eps, form.offset, form.centered)
 
 
 def _linear(module: nn.Module | None, quantize: bool = False) -> DecoderLinear:
-    """A linear layer's own weights, without factors."""
-    if module is None or not isinstance(own_parameters(module).get("weight"), Tensor):
+    """Return a linear layer without low-rank factors."""
+    if module is None or not isinstance(direct_parameters(module).get("weight"), Tensor):
         raise NotDecodable("a layer has no weight")
     layer = Projection(module).product
     bias = None if layer.bias is None else layer.bias.detach().float().contiguous()
@@ -255,50 +251,52 @@ def _linear(module: nn.Module | None, quantize: bool = False) -> DecoderLinear:
     if not layer.by_column:
         weight = weight.t()
     if quantize and weight.dtype != torch.int8:
-        # A vocabulary's matrix in parts, since rounding it takes eight bytes a number.
-        parts = [quantized_rows(part) for part in weight.split(max(1, ROUNDED_AT_ONCE // weight.shape[1]))]
+        # Quantize in parts, because quantization uses eight bytes per element.
+        parts = [quantize_rows(module_at) for module_at in weight.split(max(1, QUANTIZE_CHUNK // weight.shape[1]))]
         weight, scale = torch.cat([rows for rows, _ in parts]), torch.cat([scales for _, scales in parts])
     return DecoderLinear(weight.contiguous(), bias, scale, layer.smooth_scales)
 
 
-def difference(
-    made: Decodable, model: PreTrainedModel, *, adapter: ActiveAdapter | None = None, tokens: Tensor | None = None
+def logit_difference(
+    decodable: Decodable, model: PreTrainedModel, *, adapter: ActiveAdapter | None = None, tokens: Tensor | None = None
 ) -> float:
-    """The relative difference (of norms) between a decoder's logits and the model's own.
+    """Return the relative difference, in norm, between the logits of a decoder and its model.
 
     Args:
-        adapter: which acts on all tokens; the model must have it on.
-        tokens: (n) to compare on, without virtual ones; some of the vocabulary where they are not given.
+        decodable: The decoder.
+        model: The model.
+        adapter: Adapter that acts on all tokens. It must be attached to the model too.
+        tokens: (n,) token ids without virtual tokens, or None for random tokens.
     """
-    known = made.entry.known
+    num_tokens = decodable.entry.num_tokens
     if tokens is None:
-        count = min(SAMPLE, made.positions)
-        tokens = torch.randint(0, known, (count,), generator=torch.Generator().manual_seed(0))
+        count = min(SAMPLE, decodable.positions)
+        tokens = torch.randint(0, num_tokens, (count,), generator=torch.Generator().manual_seed(0))
     soft = None if adapter is None else adapter.soft_prompt
-    rows, seen = made.entry.rows(tokens), tokens
+    rows, model_tokens = decodable.entry.rows(tokens), tokens
     if soft is not None:
-        rows = torch.cat([soft.float() * made.entry.outer, rows])
-        seen = torch.cat([torch.arange(known, known + len(soft)), tokens])
-    own = model(input_ids=seen[None], use_cache=False).logits[0]
-    off = whole = torch.zeros((), dtype=torch.float64)
+        rows = torch.cat([soft.float() * decodable.entry.outer, rows])
+        model_tokens = torch.cat([torch.arange(num_tokens, num_tokens + len(soft)), tokens])
+    model_logits = model(input_ids=model_tokens[None], use_cache=False).logits[0]
+    error = total = torch.zeros((), dtype=torch.float64)
     packed = None if adapter is None else adapter.packed
-    # A chunk at a time: with a vocabulary of 262,144 the logits of all tokens take 42 MB in fp32.
-    for start, stop, logits in _logits(made, rows, packed):
-        expected = own[start:stop].float()
-        whole = whole + expected.norm().double().square()
-        off = off + expected.sub_(logits).norm().double().square()
-    return float((off / whole.clamp_min(1e-60)).sqrt())
+    # Chunks limit memory: with a vocabulary of 262,144, the fp32 logits of all tokens take 42 MB.
+    for start, stop, logits in _logits(decodable, rows, packed):
+        expected = model_logits[start:stop].float()
+        total = total + expected.norm().double().square()
+        error = error + expected.sub_(logits).norm().double().square()
+    return float((error / total.clamp_min(1e-60)).sqrt())
 
 
-def _logits(made: Decodable, rows: Tensor, adapter: PackedAdapter | None) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield the decoder's logits for rows (n, D) without positions: a chunk, some tokens one by one, then the rest.
+def _logits(decodable: Decodable, rows: Tensor, adapter: PackedAdapter | None) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield the decoder's logits for rows (n, D) without positions: a chunk, single tokens, then the rest.
 
     Yields:
         Index of the first row, index after the last row, and logits (rows, V).
     """
-    decoder, count = made.decoder, len(rows)
-    if made.entry.positions is not None:
-        rows = rows + made.entry.positions[:count]
+    decoder, count = decodable.decoder, len(rows)
+    if decodable.entry.positions is not None:
+        rows = rows + decodable.entry.positions[:count]
     pages = -(-count // decoder.page_tokens)
     memory = decoder.new_pages(pages)
     table = torch.arange(pages, dtype=torch.int32)[None]
@@ -306,10 +304,7 @@ def _logits(made: Decodable, rows: Tensor, adapter: PackedAdapter | None) -> Ite
     for start, stop in zip([0, *stops], stops, strict=False):
         positions = torch.arange(start, stop, dtype=torch.int32)
         zeros = torch.zeros_like(positions)
-        which = zeros if adapter is not None else zeros - 1
+        adapter_rows = zeros if adapter is not None else zeros - 1
         packed = [] if adapter is None else [adapter]
-        yield (
-            start,
-            stop,
-            decoder.step(memory, rows[start:stop].contiguous(), positions, zeros, table, which, packed)[1],
-        )
+        logits = decoder.step(memory, rows[start:stop].contiguous(), positions, zeros, table, adapter_rows, packed)[1]
+        yield start, stop, logits

@@ -1,8 +1,7 @@
-"""Models that read text and write none: encoders' vectors, and classes or scores of classifiers with their adapters.
+"""Models that read text without generating it: embedding models, classifiers and rerankers with their adapters.
 
-Rows of all callers that are waiting go through a model together, padded, by one thread: models are not made
-for several. A classifier's adapters each have a model of their own whose frozen weights are the same tensors.
-Knows tokens and models; not HTTP.
+One thread per server runs the models, because models are not thread-safe. It batches and pads the rows of concurrent
+requests. Each adapter of a classifier has a model of its own that shares the frozen weights.
 """
 
 from __future__ import annotations
@@ -29,32 +28,34 @@ from deltaw.data.reranking import PairEncoder
 from deltaw.errors import UserError
 from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import load, read_config
-from deltaw.hub.sentence_layout import SentenceLayout, pooling_named, read_layout, told_use
+from deltaw.hub.sentence_layout import SentenceLayout, detect_use, parse_pooling, read_layout
 from deltaw.machine.choices import choose_device, choose_precision
 from deltaw.runtime.packed import padded_rows
 from deltaw.settings import DEFAULT_TASK
-from deltaw.training.callbacks import Say
-from deltaw.training.embedding.pooling import layout_of, vectors_of
-from deltaw.training.origin import InferenceSession, is_adapter, open_run, read_folder
+from deltaw.training.callbacks import LogFunction
+from deltaw.training.embedding.pooling import choose_layout, vectors_of
+from deltaw.training.open_run import AdaptedModel, is_adapter, open_run, read_folder
 from deltaw.training.tasks.embedding import EmbeddingTask
-from deltaw.training.tasks.labels import LabelObjective, choose_label_batcher, own_outputs, text_positions
+from deltaw.training.tasks.labels import LabelObjective, choose_label_batcher, head_outputs, text_positions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# Rows that are taken together; more wait for the next round, so that a long request does not hold up others.
-ROWS_AT_ONCE = 256
+# Maximum number of rows of concurrent requests per round, so that a large request does not delay others.
+MAX_BATCH_ROWS = 256
 
 
-# Tokens, with what else a model reads of a pair of texts.
+# Token ids, or a text pair with its segments.
 Row: TypeAlias = "np.ndarray | LabeledExample"
 
 
 class RowModel:
-    """A model that gives each row of tokens a vector of fp32 numbers.
+    """Model that computes an fp32 vector for each row of tokens.
 
     Attributes:
-        limit: the most tokens of a row; None where there is no limit. vocabulary: token ids are below it.
+        limit: Maximum number of tokens of a row, or None.
+        vocabulary: Number of token ids.
+        width: Length of the output vector.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, width: int) -> None:
@@ -63,39 +64,39 @@ class RowModel:
         self._model, self._tokenizer, self.width = model, tokenizer, width
 
     def tokens(self, text: str) -> np.ndarray:
-        """A text as the model reads it, special tokens included: int32 (length,)."""
-        encoded = self._tokenizer(text, return_attention_mask=False, verbose=False)
-        return np.asarray(encoded["input_ids"], dtype=np.int32)
+        """Return the (length,) int32 token ids of a text, including special tokens."""
+        return np.asarray(self._tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"], np.int32)
 
     def outputs(self, rows: Sequence[Row]) -> Tensor:
-        """(rows, width) fp32, by padded microbatches whose attention and blocks run compiled."""
-        whole = [row if isinstance(row, LabeledExample) else LabeledExample(0, row, 0) for row in rows]
-        examples = [self.seen(replace(row, row=place)) for place, row in enumerate(whole)]
+        """Return (rows, width) fp32 outputs, computed in padded microbatches with compiled attention and blocks."""
+        labeled = [row if isinstance(row, LabeledExample) else LabeledExample(0, row, 0) for row in rows]
+        examples = [self.prepare(replace(row, row=index)) for index, row in enumerate(labeled)]
         model, tokenizer = self._model, self._tokenizer
         batcher, _ = choose_label_batcher(model, examples, device=str(model.device), tokenizer=tokenizer)
-        found = torch.empty(len(rows), self.width)
+        outputs = torch.empty(len(rows), self.width)
         with torch.no_grad(), padded_rows(model):
             for batch in batcher.batches(examples):
-                found[[example.row for example in batch.examples]] = self.of_batch(batch).cpu()
-        return found
+                outputs[[example.row for example in batch.examples]] = self.batch_outputs(batch).cpu()
+        return outputs
 
-    def seen(self, example: LabeledExample) -> Any:
-        """The example as the model sees it."""
+    def prepare(self, example: LabeledExample) -> Any:
+        """Convert an example to the model's input."""
         return example
 
-    def of_batch(self, batch: LabelBatch) -> Tensor:
-        """The outputs of a batch, in fp32."""
+    def batch_outputs(self, batch: LabelBatch) -> Tensor:
+        """Return the fp32 outputs of a batch."""
         raise NotImplementedError
 
 
 class Embedder(RowModel):
-    """Vectors of texts.
+    """Embedding model.
 
     Args:
-        model: without a head. tokenizer: its own. layout: how it embeds a text.
-
-    Attributes:
-        nested: lengths at which a vector's beginning is one too (Matryoshka training, arXiv 2205.13147).
+        model: Model without a head.
+        tokenizer: Its tokenizer.
+        layout: Pooling, normalization and prompts.
+        nested: Lengths to which vectors may be truncated (Matryoshka training, arXiv 2205.13147). By default those of
+            the model's configuration.
     """
 
     def __init__(
@@ -111,55 +112,56 @@ class Embedder(RowModel):
         self.nested = tuple(nested or getattr(config, "matryoshka_dimensions", None) or ())
 
     def tokens(self, text: str) -> np.ndarray:
-        """A text as the model reads it, truncated where the model's folder says so, as sentence-transformers does."""
-        return self._cut(text, self.layout.max_length)[0]
+        """Return the (length,) int32 token ids of a text, truncated to the maximum length of the model's folder."""
+        return self._truncate(text, self.layout.max_length)[0]
 
     def vectors(self, texts: Sequence[str]) -> tuple[Tensor, int]:
-        """(texts, width) fp32, and how many texts were truncated to the model's limit or to its folder's.
+        """Return (texts, width) fp32 vectors, and the number of texts that were truncated.
 
         Raises:
-            UserError: a text has no tokens.
+            UserError: if a text has no tokens.
         """
         limits = [limit for limit in (self.limit, self.layout.max_length) if limit is not None]
-        rows, cut = [], 0
+        rows, num_truncated = [], 0
         for text in texts:
-            row, was_cut = self._cut(text, min(limits, default=None))
+            row, truncated = self._truncate(text, min(limits, default=None))
             if not len(row):
-                raise UserError("the model's tokenizer reads no token in a text", where=quoted(text, 40))
+                raise UserError("a text has no tokens", location=quoted(text, 40))
             rows.append(row)
-            cut += was_cut
-        return self.outputs(rows), cut
+            num_truncated += truncated
+        return self.outputs(rows), num_truncated
 
-    def _cut(self, text: str, limit: int | None) -> tuple[np.ndarray, bool]:
-        """A text's tokens, at most ``limit``, and whether it has more."""
+    def _truncate(self, text: str, limit: int | None) -> tuple[np.ndarray, bool]:
+        """Return at most ``limit`` tokens of a text, and True if it was truncated."""
         row = super().tokens(text)
         if limit is None or len(row) <= limit:
             return row, False
-        how: Any = {"truncation": True, "max_length": limit, "return_attention_mask": False}
-        return np.asarray(self._tokenizer(text, **how)["input_ids"], np.int32), True
+        options: Any = {"truncation": True, "max_length": limit, "return_attention_mask": False}
+        return np.asarray(self._tokenizer(text, **options)["input_ids"], np.int32), True
 
-    def of_batch(self, batch: LabelBatch) -> Tensor:
+    def batch_outputs(self, batch: LabelBatch) -> Tensor:
         vectors = vectors_of(self._model, batch, self.layout.pooling or "mean")[1].float()
         return torch.nn.functional.normalize(vectors, dim=-1) if self.layout.normalize else vectors
 
 
-class OfSession(RowModel):
-    """What a model with a head gives, with or without an adapter.
+class SessionHead(RowModel):
+    """Outputs of a model with a head, with or without an adapter.
 
     Attributes:
-        task: of the models that it takes. gives: what these give.
+        task: Task of supported models.
+        output_name: Description of the outputs, for messages.
 
     Raises:
-        UserError: the model is for another task.
+        UserError: if the model is for another task.
     """
 
-    task, gives = "", ""
+    task, output_name = "", ""
 
-    def __init__(self, session: InferenceSession, width: int) -> None:
+    def __init__(self, session: AdaptedModel, width: int) -> None:
         name = session.task.name
         if name != self.task:
-            what = f"this is a model for {name}, which gives no {self.gives}"
-            raise UserError(what, where=session.loaded.reference, hint="use deltaw eval")
+            message = f"this is a model for {name}, which does not return {self.output_name}"
+            raise UserError(message, location=session.loaded.reference, hint="use deltaw eval")
         super().__init__(session.model, session.tokenizer, width)
         if self.limit is not None:
             self.limit -= session.virtual_tokens
@@ -169,259 +171,273 @@ class OfSession(RowModel):
     def _objective(self) -> LabelObjective:
         return self._session.task.objective(self._model)  # type: ignore[return-value]
 
-    def seen(self, example: LabeledExample) -> Any:
+    def prepare(self, example: LabeledExample) -> Any:
         return self._session.example(example)
 
 
-class Classifier(OfSession):
-    """Probabilities of classes by one classifier."""
+class Classifier(SessionHead):
+    """Class probabilities of one classifier."""
 
-    task, gives = "sequence-classification", "classes of texts"
+    task, output_name = "sequence-classification", "classes of texts"
 
-    def __init__(self, session: InferenceSession) -> None:
+    def __init__(self, session: AdaptedModel) -> None:
         self.classes = session.classes or ()
         super().__init__(session, len(self.classes))
 
-    def of_batch(self, batch: LabelBatch) -> Tensor:
+    def batch_outputs(self, batch: LabelBatch) -> Tensor:
         logits = self._objective.predictions(batch).float()
-        # One output is a reward, whose logistic is between 0 and 1.
+        # A single output is a reward. Its sigmoid is between 0 and 1.
         return logits.softmax(-1) if logits.shape[-1] > 1 else logits.sigmoid()
 
 
-class Reranker(OfSession):
-    """Scores of passages between 0 and 1, the logistic of what a reranker gives."""
+class Reranker(SessionHead):
+    """Relevance scores of passages between 0 and 1: the sigmoid of a reranker's output."""
 
-    task, gives = "reranking", "scores of passages"
+    task, output_name = "reranking", "scores of passages"
 
-    def __init__(self, session: InferenceSession) -> None:
+    def __init__(self, session: AdaptedModel) -> None:
         super().__init__(session, 1)
         self._encode = PairEncoder(session.tokenizer)
 
     def pair(self, query: str, passage: str) -> LabeledExample:
-        """A query and a passage as the model reads them."""
+        """Encode a query and a passage."""
         ((ids, segments),) = self._encode([(query, passage)])
         return LabeledExample(0, ids, 0, segments)
 
-    def of_batch(self, batch: LabelBatch) -> Tensor:
+    def batch_outputs(self, batch: LabelBatch) -> Tensor:
         return self._objective.predictions(batch).float().sigmoid()[:, None]
 
 
 @dataclass
-class _Waiting:
+class _QueuedRows:
     name: str
     rows: list[Row]
     answer: Future[Tensor] = field(default_factory=Future)
 
 
 class Encoders:
-    """Row models by name, computed by one thread.
+    """Row models by name, run by one thread.
 
     Args:
-        models: by the name that requests give.
-        most_rows: that may wait; more are refused.
+        models: Models by the names that requests use.
+        max_rows: Maximum number of queued rows. Further requests are rejected.
     """
 
-    def __init__(self, models: Mapping[str, RowModel], most_rows: int = 16_384) -> None:
+    def __init__(self, models: Mapping[str, RowModel], max_rows: int = 16_384) -> None:
         self.models = dict(models)
-        self._most = most_rows
-        self._waiting: deque[_Waiting] = deque()
+        self._max_rows = max_rows
+        self._waiting: deque[_QueuedRows] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="encoders", daemon=True)
         self._thread.start()
 
     def submit(self, name: str, rows: Sequence[Row]) -> Future[Tensor] | None:
-        """Queue rows; the future's result is (rows, width) fp32. None where too many are waiting.
+        """Queue rows. The future's result is (rows, width) in fp32.
+
+        Returns:
+            The future, or None if the queue is full.
 
         Raises:
-            UserError: a row is empty, too long, or has tokens that the model does not know.
+            UserError: if a row is empty, too long or contains an unknown token.
         """
         model = self.models[name]
-        for place, row in enumerate(rows):
+        for index, row in enumerate(rows):
             if not len(row) or (model.limit is not None and len(row) > model.limit):
-                most = "at least one" if not len(row) else f"at most {model.limit:,}"
-                raise UserError(f"a text has {len(row):,} tokens, and must have {most}", where=f"input {place}")
-            most_id = int((row if isinstance(row, np.ndarray) else row.tokens).max())
-            if most_id >= model.vocabulary:
-                raise UserError(f"there is no token {most_id}", where=f"input {place}")
-        one = _Waiting(name, list(rows))
+                allowed = "at least one" if not len(row) else f"at most {model.limit:,}"
+                raise UserError(f"a text has {len(row):,} tokens, and must have {allowed}", location=f"input {index}")
+            max_id = int((row if isinstance(row, np.ndarray) else row.tokens).max())
+            if max_id >= model.vocabulary:
+                raise UserError(f"there is no token {max_id}", location=f"input {index}")
+        request = _QueuedRows(name, list(rows))
         with self._changed:
-            if self._closed or sum(len(w.rows) for w in self._waiting) + len(rows) > self._most:
+            if self._closed or sum(len(w.rows) for w in self._waiting) + len(rows) > self._max_rows:
                 return None
-            self._waiting.append(one)
+            self._waiting.append(request)
             self._changed.notify()
-        return one.answer
+        return request.answer
 
     def close(self) -> None:
-        """Answer what waits, and end."""
+        """Process the queued requests, then stop the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify()
         self._thread.join()
 
     def _run(self) -> None:
-        while (round_ := self._next()) is not None:
+        while (round_ := self._next_batch()) is not None:
             name = round_[0].name
-            rows = [row for one in round_ for row in one.rows]
+            rows = [row for request in round_ for row in request.rows]
             try:
-                found = self.models[name].outputs(rows)
-            except Exception as error:  # told to those who asked
-                for one in round_:
-                    one.answer.set_exception(error)
+                outputs = self.models[name].outputs(rows)
+            except Exception as error:
+                for request in round_:
+                    request.answer.set_exception(error)
                 continue
-            for one, part in zip(round_, found.split([len(one.rows) for one in round_]), strict=True):
-                one.answer.set_result(part)
+            for request, part in zip(round_, outputs.split([len(request.rows) for request in round_]), strict=True):
+                request.answer.set_result(part)
 
-    def _next(self) -> list[_Waiting] | None:
-        """The longest waiting request and others for its model, as many as go together; None at the end."""
+    def _next_batch(self) -> list[_QueuedRows] | None:
+        """Wait for requests, and return the oldest with others for its model. None after :meth:`close`."""
         with self._changed:
             while True:
                 while self._waiting and not self._waiting[0].answer.set_running_or_notify_cancel():
-                    self._waiting.popleft()  # whoever asked went away
+                    self._waiting.popleft()  # cancelled
                 if self._waiting:
                     break
                 if self._closed:
                     return None
                 self._changed.wait()
-            taken = [self._waiting.popleft()]
-            rows = len(taken[0].rows)
-            for one in list(self._waiting):
-                if one.name == taken[0].name and rows + len(one.rows) <= ROWS_AT_ONCE:
-                    self._waiting.remove(one)
-                    if one.answer.set_running_or_notify_cancel():
-                        taken.append(one)
-                        rows += len(one.rows)
-            return taken
+            batch = [self._waiting.popleft()]
+            rows = len(batch[0].rows)
+            for request in list(self._waiting):
+                if request.name == batch[0].name and rows + len(request.rows) <= MAX_BATCH_ROWS:
+                    self._waiting.remove(request)
+                    if request.answer.set_running_or_notify_cancel():
+                        batch.append(request)
+                        rows += len(request.rows)
+            return batch
 
 
 def share_weights(models: Sequence[PreTrainedModel]) -> int:
-    """Let later models use the first one's tensors where theirs are equal to the bit.
+    """Replace tensors of later models by equal tensors of the first model.
 
     Returns:
-        bytes that are held once instead of several times.
+        Number of bytes saved.
     """
     first = dict(models[0].named_parameters()) | dict(models[0].named_buffers())
     saved = 0
     for model in models[1:]:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            kept = first.get(name)
-            if kept is None or kept is tensor or tensor.requires_grad or kept.dtype != tensor.dtype:
+            shared = first.get(name)
+            if shared is None or shared is tensor or tensor.requires_grad or shared.dtype != tensor.dtype:
                 continue
-            if kept.shape == tensor.shape and torch.equal(kept, tensor):
+            if shared.shape == tensor.shape and torch.equal(shared, tensor):
                 saved += tensor.untyped_storage().nbytes()
-                tensor.data = kept.data
+                tensor.data = shared.data
     return saved
 
 
-Serves = Literal["text", "vectors", "classes", "scores"]
-_SERVES: Mapping[str, Serves] = {EmbeddingTask.name: "vectors", Reranker.task: "scores"}
+OutputKind = Literal["text", "vectors", "classes", "scores"]
+_SERVES: Mapping[str, OutputKind] = {EmbeddingTask.name: "vectors", Reranker.task: "scores"}
 
 
-class How(TypedDict, total=False):
-    """How a model is loaded."""
+class EncoderOptions(TypedDict, total=False):
+    """Options of loading a model."""
 
     precision: str
     device: str
     trust_remote_code: bool
 
 
-def what_it_serves(reference: str, **how: Unpack[How]) -> Serves:
-    """What a run or a model gives: text, vectors of texts, classes of texts, or scores of passages.
+def detect_output_kind(reference: str, **options: Unpack[EncoderOptions]) -> OutputKind:
+    """Return the kind of outputs of a run or a model: text, vectors, classes or scores.
 
-    A run and an adapter say it by their task, a model by sentence-transformers' files in its folder, or else by the
-    name of its architecture: what has no head, or a head for filling in masked words, gives vectors.
+    Runs and adapters declare their task. A model is identified by the sentence-transformers files in its folder,
+    otherwise by its architecture: models without a head, or with a head for masked words, return vectors.
     """
     folder = Path(reference)
     if is_adapter(folder):
-        task = read_folder(folder, trust_remote_code=how.get("trust_remote_code", False)).task
-        if (serves := _SERVES.get(task)) is not None:
-            return serves
-        return "text" if tasks.entry_of(task).writes_text else "classes"
-    if (told := told_use(_folder(reference, **how))) is not None:
-        return told
-    config = _config(reference, **how)
-    named = str((getattr(config, "architectures", None) or [""])[0])
-    if named.endswith("ForSequenceClassification"):
+        task = read_folder(folder, trust_remote_code=options.get("trust_remote_code", False)).task
+        if (kind := _SERVES.get(task)) is not None:
+            return kind
+        return "text" if tasks.entry_of(task).generates_text else "classes"
+    if (declared := detect_use(_folder(reference, **options))) is not None:
+        return declared
+    architecture = str((getattr(_config(reference, **options), "architectures", None) or [""])[0])
+    if architecture.endswith("ForSequenceClassification"):
         return "classes"
-    return "vectors" if named.endswith(("Model", "ForMaskedLM", "ForPreTraining")) else "text"
+    return "vectors" if architecture.endswith(("Model", "ForMaskedLM", "ForPreTraining")) else "text"
 
 
 def read_embedder(
-    reference: str, *, pooling: str = "auto", normalize: bool = True, say: Say, **how: Unpack[How]
+    source: str, *, pooling: str = "auto", normalize: bool = True, log: LogFunction, **options: Unpack[EncoderOptions]
 ) -> Embedder:
-    """An encoder of texts.
+    """Load an embedding model.
 
     Raises:
-        UserError: it has no tokenizer, is an adapter for another task, or is a decoder and no pooling is asked for.
+        UserError: if it has no tokenizer, is an adapter for another task, or is a decoder without ``pooling``.
     """
-    if is_adapter(folder := Path(reference)):
-        session = open_run(reference, say=say, **how)
+    if is_adapter(folder := Path(source)):
+        session = open_run(source, log=log, **options)
         model, tokenizer, task = session.model, session.tokenizer, session.task
         if not isinstance(task, EmbeddingTask):
-            hint, what = "name the model that embeds texts", "which gives no vectors of texts"
-            raise UserError(f"this adapter is for {task.name}, {what}", where=str(folder), hint=hint)
-        layout, why, nested = task.layout(model), "as it was trained", task.settings.dimensions
+            hint, reason_text = "specify an embedding model", "which does not return vectors"
+            raise UserError(f"this adapter is for {task.name}, {reason_text}", location=str(folder), hint=hint)
+        layout, reason, nested = task.layout(model), "as it was trained", task.settings.dimensions
         if (saved := read_layout(folder)) is not None:
             layout = replace(layout, max_length=saved.max_length)
         if pooling != "auto":
-            layout, why = replace(layout, pooling=pooling_named(pooling)), "as asked"
+            layout, reason = replace(layout, pooling=parse_pooling(pooling)), "as requested"
         layout = layout if normalize else replace(layout, normalize=False)
     else:
-        loaded = load(reference, task="features", say=say, **how)
+        loaded = load(source, task="features", log=log, **options)
         if loaded.tokenizer is None:
-            raise UserError("the model's folder holds no tokenizer", where=reference)
+            raise UserError("the model's folder has no tokenizer", location=source)
         model, tokenizer, nested = loaded.model, loaded.tokenizer, []
-        layout, why = layout_of(model, loaded.folder, pooling=pooling, normalize="auto" if normalize else False)
+        layout, reason = choose_layout(model, loaded.folder, pooling=pooling, normalize="auto" if normalize else False)
     length = "of length 1" if layout.normalize else "not normalized"
-    say(f"vectors: {layout.pooling} of a row's tokens ({why}), {length}")
+    log(f"vectors: {layout.pooling} of a row's tokens ({reason}), {length}")
     return Embedder(model, tokenizer, layout, nested)
 
 
 def open_embedder(
-    reference: str, name: str, *, pooling: str = "auto", normalize: bool = True, say: Say, **how: Unpack[How]
+    reference: str,
+    name: str,
+    *,
+    pooling: str = "auto",
+    normalize: bool = True,
+    log: LogFunction,
+    **options: Unpack[EncoderOptions],
 ) -> Encoders:
-    """An encoder under its name, as :func:`read_embedder` reads it."""
-    return Encoders({name: read_embedder(reference, pooling=pooling, normalize=normalize, say=say, **how)})
+    """Load an embedding model with :func:`read_embedder` and serve it under a name."""
+    return Encoders({name: read_embedder(reference, pooling=pooling, normalize=normalize, log=log, **options)})
 
 
 def open_classifiers(
-    base: str, name: str, adapters: Mapping[str, str], *, model: str | None = None, say: Say, **how: Unpack[How]
+    base: str,
+    name: str,
+    adapters: Mapping[str, str],
+    *,
+    model: str | None = None,
+    log: LogFunction,
+    **options: Unpack[EncoderOptions],
 ) -> Encoders:
-    """A classifier or a reranker and its adapters, each under its name.
+    """Load a classifier or a reranker and its adapters, each under its name.
 
     Args:
-        base: a model or a run; a run's adapter is called ``name``, or as in ``adapters``.
-        adapters: folders by name, all for this base model.
-        model: the base model, where a run's folder does not name it.
+        base: A model or a run. The adapter of a run is named ``name``.
+        name: Name of the base model.
+        adapters: Adapter folders of this base model, by name.
+        model: Base model, if the folder of a run does not name it.
+        log: Receives one line per model.
 
     Raises:
-        UserError: nothing of it classifies texts: a model without a head needs an adapter that brings one; or an
-            adapter is for another task than the run.
+        UserError: if the model has no head for classes and no adapter with one, or an adapter is for another task.
     """
     is_run = is_adapter(Path(base))
     folders = {name: base, **adapters} if is_run else dict(adapters)
     model = model if is_run else base
     models: dict[str, RowModel] = {}
-    opened = {name: open_run(folder, model=model, say=say, **how) for name, folder in folders.items()}
-    scores = opened[name].task.name == Reranker.task if is_run else told_use(_folder(base, **how)) == "scores"
+    opened = {name: open_run(folder, model=model, log=log, **options) for name, folder in folders.items()}
+    scores = opened[name].task.name == Reranker.task if is_run else detect_use(_folder(base, **options)) == "scores"
     for adapter, session in opened.items():
         models[adapter] = Reranker(session) if scores else Classifier(session)
-        say(f"{adapter}: {'scores of passages' if scores else ', '.join(session.classes or ())}")
-    if not is_run and own_outputs(_config(base, **how)) is not None:
-        opened[name] = open_run(base, task=Reranker.task if scores else Classifier.task, say=say, **how)
+        log(f"{adapter}: {'scores of passages' if scores else ', '.join(session.classes or ())}")
+    if not is_run and head_outputs(_config(base, **options)) is not None:
+        opened[name] = open_run(base, task=Reranker.task if scores else Classifier.task, log=log, **options)
         models[name] = Reranker(opened[name]) if scores else Classifier(opened[name])
     if not models:
-        hint = "name an adapter with --adapter name=folder"
-        raise UserError("the model has no head for classes", where=base, hint=hint)
+        raise UserError("the model has no head for classes", location=base, hint="add an --adapter name=folder")
     if saved := share_weights([session.model for session in opened.values()]):
-        say(f"{len(opened)} classifiers share {saved / 2**20:,.0f} MB of weights")
+        log(f"{len(opened)} classifiers share {saved / 2**20:,.0f} MB of weights")
     return Encoders(models)
 
 
-def _config(reference: str, **how: Unpack[How]) -> PretrainedConfig:
-    return read_config(_folder(reference, **how), DEFAULT_TASK, None, how.get("trust_remote_code", False))
+def _config(reference: str, **options: Unpack[EncoderOptions]) -> PretrainedConfig:
+    return read_config(_folder(reference, **options), DEFAULT_TASK, None, options.get("trust_remote_code", False))
 
 
-def _folder(reference: str, **how: Unpack[How]) -> Path:
-    dtype = choose_precision(choose_device(how.get("device", "auto")).value, how.get("precision", "auto")).value
-    return config_folder(reference, dtype, how.get("trust_remote_code", False))
+def _folder(reference: str, **options: Unpack[EncoderOptions]) -> Path:
+    dtype = choose_precision(choose_device(options.get("device", "auto")).value, options.get("precision", "auto")).value
+    return config_folder(reference, dtype, options.get("trust_remote_code", False))

@@ -1,7 +1,7 @@
-"""Hard negatives: for each query, passages that a model takes for near and that do not answer it.
+"""Mine hard negatives: for each query, passages that a model ranks high but that do not answer it.
 
-Candidates are ranked by exact search. A passage that scores almost as high as the query's own is taken for another
-answer, and left out (Moreira et al. 2024, "NV-Retriever", arXiv 2407.15831). It knows texts and vectors; not files.
+Candidates come from exact search. Passages that score almost as high as the query's positive are assumed to be answers
+too and are excluded (Moreira et al. 2024, "NV-Retriever", arXiv 2407.15831).
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deltaw.atomic_files import atomic_path
 from deltaw.data.passages import text_key
-from deltaw.durable import replacing
 from deltaw.errors import UserError
 from deltaw.machine.memory import free_memory_bytes
+from deltaw.progress import track_progress
 from deltaw.serving.encoders import Embedder
-from deltaw.training.callbacks import Say
+from deltaw.training.callbacks import LogFunction
 from deltaw.training.evaluation.retrieval import nearest
-from deltaw.working import working
 
-# Passages up to which all of them are compared, also where faiss is installed.
-EXACT = 1_000_000
-# Texts embedded, and queries searched for, at once.
+# Maximum number of passages for exact search if faiss is installed.
+MAX_EXACT_PASSAGES = 1_000_000
+# Texts per embedding batch, and queries per search.
 _TEXTS, _QUERIES = 1024, 4096
-# Of faiss's lists of passages, the share that a query is compared with.
+# Fraction of faiss's inverted lists that a query searches.
 _PROBED = 1 / 16
 
 Pair = tuple[str, str]
@@ -41,18 +41,20 @@ Search = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class MiningSettings:
-    """Which passages are taken.
+    """Selection of negatives.
 
     Attributes:
-        negatives: wanted for each query.
-        from_rank, to_rank: the ranks that are considered, counted from 1 without the query's own passages.
-        absolute_margin: by how much a negative must score below the query's own passage; None for no such bound.
-        relative_margin: the same as a share of that passage's score. Of several own passages the lowest counts.
-        max_score: the highest score of a negative.
-        query_prompt, passage_prompt: put before each text; None: as the model says.
+        negatives: Number of negatives per query.
+        from_rank, to_rank: Range of candidate ranks, counted from 1 without the query's positives.
+        absolute_margin: Minimum difference between the scores of the positive and a negative, or None.
+        relative_margin: Minimum difference as a fraction of the positive's score, or None. If a query has several
+            positives, the lowest score counts.
+        max_score: Maximum score of a negative, or None.
+        query_prompt: Prompt before each query, or None for the model's.
+        passage_prompt: Prompt before each passage, or None for the model's.
 
     Raises:
-        UserError: fewer ranks are considered than negatives wanted.
+        UserError: if the range of ranks is smaller than the number of negatives.
     """
 
     negatives: int = 5
@@ -67,19 +69,23 @@ class MiningSettings:
     def __post_init__(self) -> None:
         if self.to_rank - self.from_rank + 1 < self.negatives:
             ranks = f"from rank {self.from_rank} to {self.to_rank}"
-            hint = "raise --to-rank, or ask for fewer --negatives"
+            hint = "increase --to-rank, or use fewer --negatives"
             raise UserError(f"{self.negatives} negatives cannot be found {ranks}", hint=hint)
 
-    def highest(self, own: float) -> tuple[float, float]:
-        """The most that a negative may score by the margins, if its query's own passage scores ``own``; and at all."""
-        margins = (self.absolute_margin, None if self.relative_margin is None else self.relative_margin * abs(own))
-        below = min((own - margin for margin in margins if margin is not None), default=math.inf)
-        return below, math.inf if self.max_score is None else self.max_score
+    def score_limits(self, score: float) -> tuple[float, float]:
+        """Return the maximum score of a negative by the margins, and the maximum score of any negative.
+
+        Args:
+            score: Score of the positive.
+        """
+        margins = (self.absolute_margin, None if self.relative_margin is None else self.relative_margin * abs(score))
+        margin_limit = min((score - margin for margin in margins if margin is not None), default=math.inf)
+        return margin_limit, math.inf if self.max_score is None else self.max_score
 
 
 @dataclass(frozen=True)
 class MinedRow:
-    """A query, its passage with its score, and negatives with theirs, the nearest first."""
+    """Query, positive passage with its score, and negatives with their scores, highest first."""
 
     anchor: str
     positive: str
@@ -87,24 +93,27 @@ class MinedRow:
     negatives: tuple[tuple[str, float], ...]
 
     def as_dict(self) -> dict[str, str]:
-        """The columns as sentence-transformers names them; fewer if there are fewer negatives."""
-        negatives = {f"negative_{number}": text for number, (text, _) in enumerate(self.negatives, start=1)}
+        """Return the columns in the format of sentence-transformers. Missing negatives have no column."""
+        negatives = {f"negative_{index}": text for index, (text, _) in enumerate(self.negatives, start=1)}
         return {"anchor": self.anchor, "positive": self.positive, **negatives}
 
 
 @dataclass(frozen=True)
-class Mined:
-    """What mining came to.
+class MiningResult:
+    """Result of mining.
 
     Attributes:
-        rows: one for each pair. wanted: negatives for each.
-        passages: that were searched, different ones. queries: different ones.
-        too_close: candidates that score too close to the query's own passage. too_high: above the highest score.
-        truncated: texts that were longer than the model takes.
+        rows: One row per pair.
+        num_negatives: Requested number of negatives per row.
+        passages: Number of distinct passages.
+        queries: Number of distinct queries.
+        too_close: Number of candidates excluded by the margins.
+        too_high: Number of candidates excluded by the maximum score.
+        truncated: Number of texts longer than the model's limit.
     """
 
     rows: Sequence[MinedRow]
-    wanted: int
+    num_negatives: int
     passages: int
     queries: int
     too_close: int
@@ -112,176 +121,183 @@ class Mined:
     truncated: int
 
     def complete(self) -> list[MinedRow]:
-        """The rows with all negatives that were wanted."""
-        return [row for row in self.rows if len(row.negatives) == self.wanted]
+        """Return the rows with the requested number of negatives."""
+        return [row for row in self.rows if len(row.negatives) == self.num_negatives]
 
-    def bare(self) -> int:
-        """Rows that got no negative."""
+    def num_without_negatives(self) -> int:
+        """Return the number of rows without negatives."""
         return sum(not row.negatives for row in self.rows)
 
     def as_dict(self) -> dict[str, object]:
-        """Counts and mean scores, ready for JSON."""
+        """Return counts and mean scores for JSON output."""
         counts = {name: getattr(self, name) for name in ("passages", "queries", "too_close", "too_high", "truncated")}
-        found: dict[str, object] = {"rows": len(self.rows), "complete": len(self.complete()), "bare": self.bare()}
+        totals = {"rows": len(self.rows), "complete": len(self.complete()), "bare": self.num_without_negatives()}
         means = {name: float(scores.mean()) if len(scores) else None for name, scores in self.scores().items()}
-        return {**found, **counts, "mean_scores": means}
+        return {**totals, **counts, "mean_scores": means}
 
     def scores(self) -> dict[str, np.ndarray]:
-        """Those of the rows' own passages (``positive``) and of their negatives."""
+        """Return the scores of positives and of negatives, by column."""
         negatives = [score for row in self.rows for _, score in row.negatives]
         return {"positive": np.array([row.score for row in self.rows]), "negative": np.array(negatives)}
 
 
 def mine(
-    pairs: Sequence[Pair], passages: Sequence[str], embedder: Embedder, settings: MiningSettings, say: Say
-) -> Mined:
-    """Find negatives for each pair of a query and its passage.
+    pairs: Sequence[Pair], passages: Sequence[str], embedder: Embedder, settings: MiningSettings, log: LogFunction
+) -> MiningResult:
+    """Find negatives for each pair of a query and its positive passage.
 
-    Texts that are the same but for case and spacing are one: a passage is never a negative of a query that it, or
-    an equal text, belongs to in any row, or that is itself the query.
+    Texts that differ only in case and spacing are treated as equal. A passage is never a negative of a query that it
+    equals or that it belongs to in any row.
 
     Args:
-        passages: to be searched.
+        pairs: Queries with their positives.
+        passages: Passages to search.
+        embedder: Embedding model.
+        settings: Selection of negatives.
+        log: Receives progress lines.
 
     Raises:
-        UserError: the vectors do not fit into memory.
+        UserError: if the vectors do not fit into memory.
     """
     corpus: dict[str, str] = {}
     for text in passages:
         corpus.setdefault(text_key(text), text)
-    places = {key: place for place, key in enumerate(corpus)}
+    corpus_index = {key: index for index, key in enumerate(corpus)}
     texts = list(corpus.values())
     layout = embedder.layout
-    before_query = layout.query_prompt if settings.query_prompt is None else settings.query_prompt
-    before = layout.passage_prompt if settings.passage_prompt is None else settings.passage_prompt
-    asked = [before_query + query for query, _ in pairs]
-    answers = [before + passage for _, passage in pairs]
-    unique = list(dict.fromkeys([*(before + text for text in texts), *answers, *asked]))
-    vectors, truncated = _embedded(unique, embedder)
-    at = {text: place for place, text in enumerate(unique)}
-    scores = _products(vectors, [at[text] for text in asked], [at[text] for text in answers])
-    own: dict[str, set[int]] = {}
+    query_prefix = layout.query_prompt if settings.query_prompt is None else settings.query_prompt
+    passage_prefix = layout.passage_prompt if settings.passage_prompt is None else settings.passage_prompt
+    query_texts = [query_prefix + query for query, _ in pairs]
+    positive_texts = [passage_prefix + passage for _, passage in pairs]
+    unique = list(dict.fromkeys([*(passage_prefix + text for text in texts), *positive_texts, *query_texts]))
+    vectors, truncated = _embed(unique, embedder)
+    index_by_text = {text: index for index, text in enumerate(unique)}
+    query_rows, positive_rows = ([index_by_text[text] for text in part] for part in (query_texts, positive_texts))
+    scores = _inner_products(vectors, query_rows, positive_rows)
+    positives: dict[str, set[int]] = {}
     lowest: dict[str, float] = {}
     for (query, passage), score in zip(pairs, scores, strict=True):
         key = text_key(query)
-        found = (places.get(text_key(text)) for text in (query, passage))
-        own.setdefault(key, set()).update(place for place in found if place is not None)
+        matches = (corpus_index.get(text_key(text)) for text in (query, passage))
+        positives.setdefault(key, set()).update(index for index in matches if index is not None)
         lowest[key] = min(score, lowest.get(key, math.inf))
-    queries = {at[text]: text_key(query) for (query, _), text in zip(pairs, asked, strict=True)}
-    ranked = _ranked(vectors, queries, own, len(texts), settings.to_rank, say)
+    queries = {row: text_key(query) for (query, _), row in zip(pairs, query_rows, strict=True)}
+    ranked = _rank_candidates(vectors, queries, positives, len(texts), settings.to_rank, log)
     too_close = too_high = 0
     negatives: dict[int, tuple[tuple[str, float], ...]] = {}
-    for place, candidates in ranked:
-        below, most = settings.highest(lowest[queries[place]])
-        kept: list[tuple[str, float]] = []
-        for found_at, score in candidates[settings.from_rank - 1 :]:
-            if len(kept) == settings.negatives:
+    for index, candidates in ranked:
+        margin_limit, score_limit = settings.score_limits(lowest[queries[index]])
+        selected: list[tuple[str, float]] = []
+        for candidate, score in candidates[settings.from_rank - 1 :]:
+            if len(selected) == settings.negatives:
                 break
-            if score > below or score > most:
-                too_close, too_high = too_close + (score > below), too_high + (score <= below)
+            if score > margin_limit or score > score_limit:
+                too_close, too_high = too_close + (score > margin_limit), too_high + (score <= margin_limit)
             else:
-                kept.append((texts[found_at], score))
-        negatives[place] = tuple(kept)
-    rows = [
-        MinedRow(query, passage, score, negatives[at[text]])
-        for (query, passage), score, text in zip(pairs, scores, asked, strict=True)
-    ]
-    return Mined(rows, settings.negatives, len(texts), len(queries), too_close, too_high, truncated)
+                selected.append((texts[candidate], score))
+        negatives[index] = tuple(selected)
+    row_data = zip(pairs, scores, query_rows, strict=True)
+    rows = [MinedRow(query, passage, score, negatives[row]) for (query, passage), score, row in row_data]
+    return MiningResult(rows, settings.negatives, len(texts), len(queries), too_close, too_high, truncated)
 
 
-def mined_file(file: str, output: Path | None, corpus: str | None, *, force: bool) -> Path:
-    """Where mined rows are written: ``output``, else beside the file, or here if that is not on this machine.
+def mining_output(file: str, output: Path | None, corpus: str | None, *, force: bool) -> Path:
+    """Return the output file: ``output``, or by default a file next to the input.
+
+    The default folder is the current one if the input is not a local file.
 
     Raises:
-        UserError: it is there, or is what is read.
+        UserError: if the output exists or is an input file.
     """
     if output is None:
         folder, name = (Path(file).parent if Path(file).exists() else Path()), re.sub(r"[^\w.-]+", "_", Path(file).stem)
         output = folder / f"{name}.mined.jsonl"
     if any(output.exists() and Path(read).exists() and output.samefile(read) for read in (file, corpus) if read):
-        raise UserError("the output is one of the files that are read", where=str(output), hint="name another --output")
+        raise UserError("the output is an input file", location=str(output), hint="use another --output")
     if output.is_dir() or (output.exists() and not force):
-        hint = "name another with --output, or overwrite it with --force"
-        raise UserError("the output exists", where=str(output), hint=hint)
+        raise UserError("the output exists", location=str(output), hint="use another --output or add --force")
     return output
 
 
 def write_mined(rows: Sequence[MinedRow], path: Path) -> None:
-    """Write rows as JSON Lines, completely or not at all."""
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+    """Write rows to a JSON Lines file atomically."""
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(row.as_dict(), ensure_ascii=False) + "\n" for row in rows)
 
 
-def _embedded(texts: Sequence[str], embedder: Embedder) -> tuple[Tensor, int]:
-    """(texts, width) fp32, and how many texts were truncated; each is computed once, those of like length together."""
+def _embed(texts: Sequence[str], embedder: Embedder) -> tuple[Tensor, int]:
+    """Return (texts, width) fp32 vectors and the number of truncated texts. Texts of similar length share a batch."""
     size, free = 4 * len(texts) * embedder.width, free_memory_bytes()
     if size > free:
-        what = f"the vectors of {len(texts):,} texts need {size / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free"
-        raise UserError(what, where="--corpus", hint="give fewer passages")
+        message = f"the vectors of {len(texts):,} texts need {size / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free"
+        raise UserError(message, location="--corpus", hint="use fewer passages")
     vectors = torch.empty(len(texts), embedder.width)
-    order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
     truncated = 0
-    with working(f"embedding {len(texts):,} texts", len(texts)) as advance:
+    with track_progress(f"embedding {len(texts):,} texts", len(texts)) as advance:
         for start in range(0, len(order), _TEXTS):
-            part = order[start : start + _TEXTS]
-            vectors[part], cut = embedder.vectors([texts[place] for place in part])
-            truncated += cut
-            advance(start + len(part))
+            indices = order[start : start + _TEXTS]
+            vectors[indices], num_truncated = embedder.vectors([texts[index] for index in indices])
+            truncated += num_truncated
+            advance(start + len(indices))
     return vectors, truncated
 
 
-def _products(vectors: Tensor, left: Sequence[int], right: Sequence[int]) -> list[float]:
-    """The inner products of pairs of vectors."""
-    found: list[float] = []
+def _inner_products(vectors: Tensor, left: Sequence[int], right: Sequence[int]) -> list[float]:
+    """Return the inner products of pairs of vectors."""
+    products: list[float] = []
     for start in range(0, len(left), _TEXTS):
         parts = (vectors[list(side[start : start + _TEXTS])] for side in (left, right))
-        found += torch.linalg.vecdot(*parts).tolist()
-    return found
+        products += torch.linalg.vecdot(*parts).tolist()
+    return products
 
 
-def _ranked(
-    vectors: Tensor, queries: Mapping[int, str], own: Mapping[str, set[int]], count: int, depth: int, say: Say
+def _rank_candidates(
+    vectors: Tensor, keys: Mapping[int, str], positives: Mapping[str, set[int]], count: int, top: int, log: LogFunction
 ) -> Iterator[tuple[int, list[tuple[int, float]]]]:
-    """For each query its ``depth`` nearest passages that are not its own, with their scores.
+    """Yield for each query the nearest ``top`` passages that are not its positives, with their scores.
 
     Args:
-        vectors: of all texts, those of the passages first. queries: the key of each, by its place in ``vectors``.
-        own: passages of each key. count: of all passages.
+        vectors: Vectors of all texts, those of passages first.
+        keys: Key of each query, by its index in ``vectors``.
+        positives: Positives of each key.
+        count: Number of passages.
+        top: Number of candidates per query.
+        log: Receives progress lines.
     """
-    search = _search(vectors[:count], say)
-    # Those with many passages of their own together, since as many more candidates are found for all.
-    several = sorted(queries, key=lambda place: len(own[queries[place]]))
-    with working(f"searching {count:,} passages", len(several)) as advance:
-        for start in range(0, len(several), _QUERIES):
-            part = several[start : start + _QUERIES]
-            most = depth + max(len(own[queries[place]]) for place in part)
-            scores, places = search(vectors[part], most)
-            for place, of_one, at in zip(part, scores.tolist(), places.tolist(), strict=True):
-                mine = own[queries[place]]
-                others = [found for found in zip(at, of_one, strict=True) if found[0] >= 0 and found[0] not in mine]
-                yield place, others[:depth]
-            advance(start + len(part))
+    search = _search(vectors[:count], log)
+    # Sorting by the number of positives minimizes the additional candidates per search.
+    order = sorted(keys, key=lambda query: len(positives[keys[query]]))
+    with track_progress(f"searching {count:,} passages", len(order)) as advance:
+        for start in range(0, len(order), _QUERIES):
+            batch = order[start : start + _QUERIES]
+            scores, passages = search(vectors[batch], top + max(len(positives[keys[query]]) for query in batch))
+            for query, query_scores, query_passages in zip(batch, scores.tolist(), passages.tolist(), strict=True):
+                excluded = positives[keys[query]]
+                pairs = zip(query_passages, query_scores, strict=True)
+                yield query, [pair for pair in pairs if pair[0] >= 0 and pair[0] not in excluded][:top]
+            advance(start + len(batch))
 
 
-def _search(passages: Tensor, say: Say) -> Search:
-    """Exact search; of very many passages approximate search, if faiss is installed."""
-    if len(passages) <= EXACT or find_spec("faiss") is None:
-        if len(passages) > EXACT:
-            say(f"all {len(passages):,} passages are compared with each query, which takes long:")
-            say("pip install 'deltaw[search]' finds almost the same ones faster")
+def _search(passages: Tensor, log: LogFunction) -> Search:
+    """Return an exact search, or an approximate one for many passages if faiss is installed."""
+    if len(passages) <= MAX_EXACT_PASSAGES or find_spec("faiss") is None:
+        if len(passages) > MAX_EXACT_PASSAGES:
+            log(f"exact search over {len(passages):,} passages is slow:")
+            log("pip install 'deltaw[search]' for a faster approximate search")
         return lambda queries, count: nearest(queries, passages, count)
     import faiss
 
     lists = 4 * math.isqrt(len(passages))
     index: Any = faiss.index_factory(passages.shape[1], f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
     index.nprobe = math.ceil(lists * _PROBED)
-    say(f"approximate search by faiss: {index.nprobe:,} of {lists:,} lists of {len(passages):,} passages")
-    with working("building an index"):
+    log(f"approximate search by faiss: {index.nprobe:,} of {lists:,} lists of {len(passages):,} passages")
+    with track_progress("building an index"):
         index.train(passages.numpy())
         index.add(passages.numpy())
 
-    def found(queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        scores, places = index.search(queries.numpy(), min(count, len(passages)))
-        return torch.from_numpy(scores), torch.from_numpy(places)
+    def search(queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        scores, indices = index.search(queries.numpy(), min(count, len(passages)))
+        return torch.from_numpy(scores), torch.from_numpy(indices)
 
-    return found
+    return search

@@ -1,21 +1,21 @@
-"""An engine for an inference session: the decoder where the model has one, transformers otherwise.
+"""Open a decoding engine for an inference session.
 
-Three ways, and each is said:
+Depending on the model and its adapter, the engine uses one of three backends:
 
-- a decoder of the base model, and the session's adapter beside it as factors or a soft prompt: a request
-  names
-  the adapter, or gets the base;
-- a decoder of the model as it is, where the method trained the model's own parameters;
-- transformers' ``generate``, where the model, or its adapter, is not one that a decoder computes.
+- a decoder of the base model, with the session's adapter as factors or a soft prompt. Requests select the adapter by
+  name or use the base model.
+- a decoder of the trained model, if the method trained the model's parameters.
+- transformers' ``generate``, if the decoder does not support the model or the adapter.
 
-Whether a decoder says what the model says is verified each time, with the adapter too.
+A decoder is verified against the model, including the adapter, each time it is built.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,360 +24,393 @@ from torch import Tensor
 
 from deltaw.hub.terminators import terminators
 from deltaw.machine.memory import free_memory_bytes, release_free_memory
+from deltaw.progress import track_progress
 from deltaw.runtime import virtual_tokens
-from deltaw.runtime.generation import Completion, Drawing, Drawn, Progress, Writer, decode_by, position_limit
-from deltaw.serving.adapters import ActiveAdapter, AdapterFacts, Adapters, FixedAdapters
-from deltaw.serving.bank import Packer, packed_from_model
-from deltaw.serving.batch import Batch, BatchLimits
-from deltaw.serving.decodable import Decodable, decodable, difference, evaluating, recognized_blocks, tolerance
+from deltaw.runtime.generation import (
+    GeneratedCompletion,
+    Progress,
+    SampledCompletion,
+    SamplingParams,
+    Writer,
+    decode_with_callback,
+    position_limit,
+)
+from deltaw.serving.adapters import ActiveAdapter, AdapterInfo, Adapters, FixedAdapters
+from deltaw.serving.bank import Packer, pack_attached_adapter
+from deltaw.serving.batch import BatchLimits, RunningBatch
+from deltaw.serving.decodable import Decodable, decodable, eval_mode, logit_difference, recognized_blocks, tolerance
 from deltaw.serving.engine import Engine
 from deltaw.serving.probes import NotDecodable
 from deltaw.serving.request import Request, Sampling
-from deltaw.serving.running import Run, Work, next_tokens
-from deltaw.training.origin import InferenceSession
-from deltaw.working import working
+from deltaw.serving.sequences import SequenceScheduler, SequenceState, next_tokens
+from deltaw.training.callbacks import LogFunction
+from deltaw.training.open_run import AdaptedModel
 
 _LIMITS = BatchLimits()
-# Positions of a model that does not say how many it has.
-_UNSAID = 1 << 17
-# Tokens of a batch's prompts and texts, at most, unless one request alone exceeds it; and its texts.
+# Number of positions if the model's configuration has no limit.
+_DEFAULT_POSITIONS = 1 << 17
+# Maximum number of padded tokens of a batch, unless a single request exceeds it, and maximum number of requests.
 _BATCH_TOKENS, _BATCH_ROWS = 4096, 16
 
 
-class FallbackWork(Work):
-    """Computes requests of a session by transformers' ``generate``: correct for any model, and slower.
+class FallbackScheduler(SequenceScheduler):
+    """Scheduler that decodes with transformers' ``generate``. It supports any model but is slower.
 
-    Requests that wait are decoded together, as many as their tokens allow; later ones wait for the next batch.
-    Tokens are chosen and texts cut as in the decoding engine, so that all settings of a request mean the same.
-    Prompts are computed anew each time.
+    Queued requests are decoded in batches limited by their tokens. Later requests wait for the next batch. Sampling and
+    stop strings behave as in the decoding engine. Prompts are computed again for each request.
 
     Args:
-        own_adapter: the name that a request gives to get the session's adapter.
+        session: The inference session.
+        session_adapter: Name by which requests select the session's adapter.
     """
 
-    scores_prompts = False  # ``generate`` gives no logits of them
+    scores_prompts = False  # ``generate`` does not return logits of the prompt
 
-    def __init__(self, session: InferenceSession, own_adapter: str | None) -> None:
-        self._session, self._own = session, own_adapter
-        known = int(session.model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr, index]
+    def __init__(self, session: AdaptedModel, session_adapter: str | None) -> None:
+        self._session, self._session_adapter = session, session_adapter
+        num_tokens = int(session.model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr, index]
         head = session.model.get_output_embeddings()
-        vocabulary = known if head is None else int(head.weight.shape[0])  # type: ignore[union-attr, index]
-        super().__init__(known, vocabulary, position_limit(session.model) or _UNSAID)
+        vocabulary = num_tokens if head is None else int(head.weight.shape[0])  # type: ignore[union-attr, index]
+        super().__init__(num_tokens, vocabulary, position_limit(session.model) or _DEFAULT_POSITIONS)
 
     def step(self) -> None:
-        """Write the texts of the next batch, to their ends."""
+        """Decode the next batch to completion."""
         self.sweep_waiting(time.monotonic())
-        self.running = self._next()
+        self.running = self._next_batch()
         try:
             if self.running:
-                self._write(self.running)
-        except Exception as error:  # whatever foreign code raises: these requests have no right result
-            for run in self.running:
-                self.end(run, error)
+                self._decode(self.running)
+        except Exception as error:  # model code may raise anything; these requests have no valid result
+            for sequence in self.running:
+                self.end(sequence, error)
         self.running = []
 
-    def _next(self) -> list[Run]:
-        """The requests of the next batch: those for the same model, in order, as far as they fit."""
-        chosen: list[Run] = []
-        longest = most = 0
-        for run in list(self.waiting):
-            if chosen and run.request.adapter != chosen[0].request.adapter:
+    def _next_batch(self) -> list[SequenceState]:
+        """Select the next batch: requests for the same model in arrival order, as far as they fit."""
+        chosen: list[SequenceState] = []
+        max_prompt = max_new = 0
+        for sequence in list(self.waiting):
+            if chosen and sequence.request.adapter != chosen[0].request.adapter:
                 continue
-            length, allowance = len(run.request.tokens), run.allowance
-            wide = (max(longest, length) + max(most, allowance)) * (len(chosen) + 1)
-            if chosen and (wide > _BATCH_TOKENS or len(chosen) == _BATCH_ROWS):
+            length, token_limit = len(sequence.request.tokens), sequence.token_limit
+            num_tokens = max(max_prompt, length) + max(max_new, token_limit)
+            if chosen and (num_tokens * (len(chosen) + 1) > _BATCH_TOKENS or len(chosen) == _BATCH_ROWS):
                 break
-            # Padding takes positions too, so that short prompts beside long ones could run out of them.
-            if chosen and max(longest, length) + max(most, allowance) + self._session.virtual_tokens > self.longest:
+            # Padding uses positions too, so a short prompt batched with a long one could exceed the limit.
+            if chosen and num_tokens + self._session.virtual_tokens > self.max_length:
                 continue
-            longest, most = max(longest, length), max(most, allowance)
-            self.waiting.remove(run)
-            if allowance:
-                chosen.append(run)
+            max_prompt, max_new = max(max_prompt, length), max(max_new, token_limit)
+            self.waiting.remove(sequence)
+            if token_limit:
+                chosen.append(sequence)
             else:
-                run.finish("length")
+                sequence.finish("length")
         return chosen
 
-    def _write(self, runs: list[Run]) -> None:
+    def _decode(self, sequences: list[SequenceState]) -> None:
         session = self._session
-        bare = session.adapter and runs[0].request.adapter is None and self._own is not None
-        for run in runs:
-            run.place(None)
-        with session.base() if bare else contextlib.nullcontext():
-            prompts = [session.prompt(np.asarray(run.request.tokens, np.int64)) for run in runs]
-            most = max(run.allowance for run in runs)
-            decode_by(session.model, session.tokenizer, prompts, most, lambda logits: self._chosen(runs, logits))
+        use_base = session.adapter and sequences[0].request.adapter is None and self._session_adapter is not None
+        for sequence in sequences:
+            sequence.prepare(None)
+        with session.base() if use_base else contextlib.nullcontext():
+            prompts = [session.prompt(np.asarray(sequence.request.tokens, np.int64)) for sequence in sequences]
+            max_new_tokens = max(sequence.token_limit for sequence in sequences)
+            sample = partial(self._sample_tokens, sequences)
+            decode_with_callback(session.model, session.tokenizer, prompts, max_new_tokens, sample)
 
-    def _chosen(self, runs: list[Run], logits: Tensor) -> list[int | None]:
-        """The next token of each text that goes on."""
-        rows = self._going(runs)
+    def _sample_tokens(self, sequences: list[SequenceState], logits: Tensor) -> list[int | None]:
+        """Sample the next token of each unfinished sequence."""
+        rows = self._unfinished_rows(sequences)
         self.tokens += len(rows)
         tokens: dict[int, int] = {}
         if rows:
-            chosen = next_tokens([runs[row] for row in rows], logits.numpy(force=True)[rows])
-            for row, (run, token, logprob) in zip(rows, chosen, strict=True):
+            chosen = next_tokens([sequences[row] for row in rows], logits.numpy(force=True)[rows])
+            for row, (sequence, token, logprob) in zip(rows, chosen, strict=True):
                 try:
-                    run.take(token, logprob)
+                    sequence.append_token(token, logprob)
                     tokens[row] = token
-                except Exception as error:  # of this text alone
-                    self.end(run, error)
-        going = self._going(runs)
-        return [tokens[row] if row in going else None for row in range(len(runs))]
+                except Exception as error:  # affects only this sequence
+                    self.end(sequence, error)
+        unfinished = self._unfinished_rows(sequences)
+        return [tokens[row] if row in unfinished else None for row in range(len(sequences))]
 
-    def _going(self, runs: list[Run]) -> list[int]:
-        """The rows of the texts that go on; those that end here are ended."""
+    def _unfinished_rows(self, sequences: list[SequenceState]) -> list[int]:
+        """Finish sequences that are complete, and return the rows of the others."""
         now = time.monotonic()
-        for run in runs:
-            if run.matcher is not None and not run.writing.done:
-                run.matcher.wait()
-            self.end(run, run.ended_by(now))
-        return [row for row, run in enumerate(runs) if not run.writing.done]
+        for sequence in sequences:
+            if sequence.matcher is not None and not sequence.handle.done:
+                sequence.matcher.wait()
+            self.end(sequence, sequence.stop_reason(now))
+        return [row for row, sequence in enumerate(sequences) if not sequence.handle.done]
 
 
-# The name of a session's own adapter.
-OWN = "adapter"
-# The share of free memory that keys and values may take, where nothing else is said.
+# Name of a session's adapter.
+SESSION_ADAPTER = "adapter"
+# Default fraction of free memory for keys and values.
 CACHE_SHARE = 0.25
-# Tokens on which a session's adapter is verified.
+# Number of tokens for the verification of a session's adapter.
 _SAMPLE = 24
-# Methods whose adapter stands beside the base model, which itself stays as it is.
-_BESIDE = ("lora", "prompt")
+# Methods whose adapters leave the base model's weights unchanged.
+_SEPARATE_METHODS = ("lora", "prompt")
 
 
-def open_engine(session: InferenceSession, *, cache_bytes: int | None = None, say: Callable[[str], None]) -> Engine:
-    """An engine that writes texts with a session's model and its adapter.
+def open_engine(session: AdaptedModel, *, cache_bytes: int | None = None, log: LogFunction) -> Engine:
+    """Open an engine over a session's model and adapter. The model must not change while the engine is open.
 
-    ``engine.own_adapter`` is the name by which requests ask for the session's adapter, and
-    ``engine.has_base`` says whether requests without a name get the base model. While the engine is open, the
-    model must not be changed.
+    ``engine.session_adapter`` is the name that selects the session's adapter. ``engine.has_base`` is True if requests
+    without a name use the base model.
 
     Args:
-        cache_bytes: memory for keys and values; None for a quarter of what is free.
-        say: told how texts are computed, where it is not by the decoder.
+        session: The inference session.
+        cache_bytes: Memory for keys and values, or None for a quarter of the free memory.
+        log: Receives the reason if transformers decodes.
 
     Raises:
-        UserError: the model writes no text.
+        UserError: if the model does not generate text.
     """
     session.require_generation()
-    own = OWN if session.adapter and not session.bare else None
-    room = cache_room(cache_bytes)
+    session_adapter = SESSION_ADAPTER if session.adapter and not session.is_base else None
+    cache_size = cache_budget(cache_bytes)
     try:
-        with working("preparing the decoder"):
-            made, adapter = _decoder(session, cache_bytes=room)
+        with track_progress("preparing the decoder"):
+            decodable, adapter = _decoder(session, cache_bytes=cache_size)
     except NotDecodable as reason:
-        return fallback_engine(session, own, reason, say)
-    how: dict[str, Any] = {"cache_bytes": room, "has_base": adapter is not None or own is None}
-    named = {} if adapter is None else {OWN: adapter}
-    return engine_over(made, session, FixedAdapters(named), own_adapter=OWN if named else None, **how)
+        return fallback_engine(session, session_adapter, reason, log)
+    options: dict[str, Any] = {"cache_bytes": cache_size, "has_base": adapter is not None or session_adapter is None}
+    by_name = {} if adapter is None else {SESSION_ADAPTER: adapter}
+    options["session_adapter"] = SESSION_ADAPTER if by_name else None
+    return build_engine(decodable, session, FixedAdapters(by_name), **options)
 
 
 @contextlib.contextmanager
-def base_engine(session: InferenceSession, engine: Engine, say: Callable[[str], None]) -> Iterator[Engine]:
-    """An engine whose requests without a name get the base model: ``engine`` itself where it can, else one
-    that is open within the block."""
+def base_engine(session: AdaptedModel, engine: Engine, log: LogFunction) -> Iterator[Engine]:
+    """Provide an engine whose requests without an adapter name use the base model.
+
+    This is ``engine`` itself if possible, otherwise an engine that is open within the context.
+    """
     if engine.has_base:
         yield engine
         return
     with session.base():
-        other = open_engine(session, say=say)
+        opened = open_engine(session, log=log)
         try:
-            yield other
+            yield opened
         finally:
-            other.close(drain=False)
+            opened.close(drain=False)
 
 
-class SessionWriter:
-    """Writes greedy texts of a session as it is at the moment: with its adapter, or as the base model.
+class SessionGenerator:
+    """Generates greedy completions with a session in its current state: with its adapter, or as the base model.
 
-    Implements :data:`deltaw.runtime.generation.Writer`; the engine is opened when it is first needed.
+    Implements :data:`deltaw.runtime.generation.Writer`. The engine is opened at the first use.
     """
 
-    def __init__(self, session: InferenceSession, say: Callable[[str], None]) -> None:
-        self._session, self._say = session, say
+    def __init__(self, session: AdaptedModel, log: LogFunction) -> None:
+        self._session, self._log = session, log
         self._engine: Engine | None = None
 
     def __call__(
         self, prompts: Sequence[np.ndarray], max_new_tokens: int, batch_tokens: int, on_progress: Progress
-    ) -> list[Completion]:
-        """The texts behind prompts (each (length,) token ids, virtual ones left out), in their order."""
-        return _written(*self._opened(), prompts, max_new_tokens, on_progress)
+    ) -> list[GeneratedCompletion]:
+        """Return completions of prompts (each (length,) token ids without virtual tokens), in their order."""
+        return _greedy_completions(*self._opened(), prompts, max_new_tokens, on_progress)
 
-    def draw(self, prompts: Sequence[np.ndarray], drawing: Drawing) -> list[Drawn]:
-        """Completions that are drawn: a :data:`deltaw.runtime.generation.Sampler`."""
-        return drawn(*self._opened(), prompts, drawing)
+    def sample(self, prompts: Sequence[np.ndarray], params: SamplingParams) -> list[SampledCompletion]:
+        """Sample completions. Implements :data:`deltaw.runtime.generation.Sampler`."""
+        return sample_completions(*self._opened(), prompts, params)
 
     def _opened(self) -> tuple[Engine, str | None]:
-        """The engine, and the name by which it has the session's adapter; None where the base model is to write."""
+        """Return the engine and the adapter name for requests, or None as the name for the base model."""
         session = self._session
         engine = self._engine
-        if engine is None or (session.bare and not engine.has_base):
-            engine = open_engine(session, say=self._say)
-            if not session.bare:  # an engine of the base model alone does not outlive this
+        if engine is None or (session.is_base and not engine.has_base):
+            engine = open_engine(session, log=self._log)
+            if not session.is_base:  # an engine of the base model is not reused
                 self._engine = engine
-        return engine, None if session.bare else engine.own_adapter
+        return engine, None if session.is_base else engine.session_adapter
 
 
-def verified_writer(session: InferenceSession) -> Writer:
-    """What writes greedy texts of a session as it is at each call, by a decoder that is verified each time; it gives
-    None where there is none. Without a method, the session's model writes as it is, within a method's ``without`` as
-    the base model."""
+def verified_generator(session: AdaptedModel) -> Writer:
+    """Return a function that generates greedy completions with a session, using a decoder verified at each call.
+
+    The function returns None if the decoder does not support the model. It uses the session in its current state, for
+    example the base model inside a method's ``without`` context.
+    """
     method = session.method
 
     def write(
         prompts: Sequence[np.ndarray], max_new_tokens: int, batch_tokens: int, on_progress: Progress
-    ) -> list[Completion] | None:
-        longest = max(map(len, prompts)) + max_new_tokens
-        beside = method is None or session.bare or method.name in _BESIDE
-        if not session.task.writes_text or not beside:
+    ) -> list[GeneratedCompletion] | None:
+        length = max(map(len, prompts)) + max_new_tokens
+        supported = method is None or session.is_base or method.name in _SEPARATE_METHODS
+        if not session.task.generates_text or not supported:
             return None
-        release_free_memory()  # of a training, which the decoder has no use for
+        release_free_memory()  # release memory cached during training
         try:
-            with working("preparing the decoder"):
-                made, adapter = _decoder(session, positions=longest)
+            with track_progress("preparing the decoder"):
+                decodable, adapter = _decoder(session, positions=length)
         except NotDecodable:
             return None
-        bank = FixedAdapters({} if adapter is None else {OWN: adapter})
-        pages = max(batch_tokens, longest) // made.decoder.page_tokens + 1
-        engine = Engine(Batch(made, pages, bank, _LIMITS), session.tokenizer, ends_of(session), bank)
+        adapters = FixedAdapters({} if adapter is None else {SESSION_ADAPTER: adapter})
+        pages = max(batch_tokens, length) // decodable.decoder.page_tokens + 1
+        scheduler = RunningBatch(decodable, pages, adapters, _LIMITS)
+        engine = Engine(scheduler, session.tokenizer, session_terminators(session), adapters)
+        name = None if adapter is None else SESSION_ADAPTER
         try:
-            return _written(engine, None if adapter is None else OWN, prompts, max_new_tokens, on_progress)
+            return _greedy_completions(engine, name, prompts, max_new_tokens, on_progress)
         finally:
             engine.close(drain=False)
 
     return write
 
 
-def _written(
+def _greedy_completions(
     engine: Engine, adapter: str | None, prompts: Sequence[np.ndarray], max_new_tokens: int, on_progress: Progress
-) -> list[Completion]:
-    """Greedy texts behind prompts, in their order."""
-    found = drawn(engine, adapter, prompts, Drawing(max_new_tokens), on_progress)
-    return [Completion(one.tokens, one.text, one.ended, one.terminator) for one in found]
+) -> list[GeneratedCompletion]:
+    """Return greedy completions of prompts, in their order."""
+    completions = sample_completions(engine, adapter, prompts, SamplingParams(max_new_tokens), on_progress)
+    return [GeneratedCompletion(c.tokens, c.text, c.ended, c.terminator) for c in completions]
 
 
-def drawn(
-    engine: Engine, adapter: str | None, prompts: Sequence[np.ndarray], drawing: Drawing, on_progress: Progress = None
-) -> list[Drawn]:
-    """Completions of prompts (each (length,) token ids, virtual ones left out), in their order."""
-    known, most = engine.work.known, drawing.max_new_tokens
-    how: dict[str, Any] = {name: getattr(drawing, name) for name in ("temperature", "top_k", "top_p")}
-    how["logprobs"] = 0 if drawing.logprobs else None
+def sample_completions(
+    engine: Engine, name: str | None, prompts: Sequence[np.ndarray], params: SamplingParams, progress: Progress = None
+) -> list[SampledCompletion]:
+    """Sample completions of prompts (each (length,) token ids without virtual tokens), in their order."""
+    num_tokens, max_new_tokens = engine.scheduler.num_tokens, params.max_new_tokens
+    options: dict[str, Any] = {key: getattr(params, key) for key in ("temperature", "top_k", "top_p")}
+    options["logprobs"] = 0 if params.logprobs else None
     requests = [
-        Request(prompt[prompt < known], adapter, Sampling(**how, seed=seed), max_new_tokens=most)
-        for prompt, seed in zip(prompts, drawing.seeds or (0,) * len(prompts), strict=True)
+        Request(prompt[prompt < num_tokens], name, Sampling(**options, seed=seed), max_new_tokens=max_new_tokens)
+        for prompt, seed in zip(prompts, params.seeds or (0,) * len(prompts), strict=True)
     ]
-    found = []
-    for one in engine.write_all(requests, on_progress):
-        logprobs = np.array([token.logprob for token in one.logprobs], np.float32) if drawing.logprobs else None
-        found.append(Drawn(np.asarray(one.tokens), one.text, one.terminator, logprobs))
-    return found
+    completions = []
+    for result in engine.generate_all(requests, progress):
+        logprobs = np.array([token.logprob for token in result.logprobs], np.float32) if params.logprobs else None
+        completions.append(SampledCompletion(np.asarray(result.tokens), result.text, result.terminator, logprobs))
+    return completions
 
 
-def engine_over(
-    made: Decodable,
-    session: InferenceSession,
+def build_engine(
+    decodable: Decodable,
+    session: AdaptedModel,
     adapters: Adapters,
     *,
     cache_bytes: int,
     limits: BatchLimits = _LIMITS,
-    **how: Any,
+    **options: Any,
 ) -> Engine:
-    """An engine over a decoder and any adapters.
+    """Build an engine over a decoder.
 
     Args:
-        cache_bytes: memory for keys and values. how: ``own_adapter`` and ``has_base`` of the engine.
+        decodable: The decoder.
+        session: Session of the model.
+        adapters: Adapters that requests may use.
+        cache_bytes: Memory for keys and values.
+        limits: Limits of a step.
+        **options: ``session_adapter`` and ``has_base`` of the engine.
     """
-    decoder = made.decoder
-    most = limits.running * -(-made.positions // decoder.page_tokens)
-    pages = max(1, min(most, cache_bytes // decoder.bytes_per_page))
-    work = Batch(made, pages, adapters, limits)
-    return Engine(work, session.tokenizer, ends_of(session), adapters, why=made.why, **how)
+    decoder = decodable.decoder
+    max_pages = limits.running * -(-decodable.positions // decoder.page_tokens)
+    pages = max(1, min(max_pages, cache_bytes // decoder.bytes_per_page))
+    scheduler = RunningBatch(decodable, pages, adapters, limits)
+    return Engine(scheduler, session.tokenizer, session_terminators(session), adapters, why=decodable.why, **options)
 
 
-def fallback_engine(
-    session: InferenceSession, own: str | None, reason: NotDecodable, say: Callable[[str], None]
-) -> Engine:
-    """An engine that writes by transformers, since there is no decoder; says so.
+def fallback_engine(session: AdaptedModel, adapter: str | None, reason: NotDecodable, log: LogFunction) -> Engine:
+    """Build an engine that decodes with transformers, and log the reason.
 
     Args:
-        own: the name that a request gives to get the session's adapter.
+        session: The inference session.
+        adapter: Name by which requests select the session's adapter, or None.
+        reason: Reason why the decoder does not support the model.
+        log: Receives the reason.
     """
-    why = f"transformers decodes: {reason}"
-    say(why)
-    ends = ends_of(session)
-    facts = AdapterFacts(session.virtual_tokens, None, tuple(ends))
-    bank = FixedAdapters({} if own is None else {own: ActiveAdapter(1, facts)})
-    return Engine(FallbackWork(session, own), session.tokenizer, ends, bank, own_adapter=own, why=why)
+    description = f"transformers decodes: {reason}"
+    log(description)
+    terminator_ids = session_terminators(session)
+    info = AdapterInfo(session.virtual_tokens, None, tuple(terminator_ids))
+    adapters = FixedAdapters({} if adapter is None else {adapter: ActiveAdapter(1, info)})
+    scheduler, tokenizer = FallbackScheduler(session, adapter), session.tokenizer
+    return Engine(scheduler, tokenizer, terminator_ids, adapters, session_adapter=adapter, why=description)
 
 
-def cache_room(cache_bytes: int | None) -> int:
-    """Memory for keys and values, as asked, or a share of what is free."""
+def cache_budget(cache_bytes: int | None) -> int:
+    """Return the memory for keys and values: ``cache_bytes``, or a fraction of the free memory."""
     return int(free_memory_bytes() * CACHE_SHARE) if cache_bytes is None else cache_bytes
 
 
-def ends_of(session: InferenceSession) -> list[int]:
+def session_terminators(session: AdaptedModel) -> list[int]:
     return terminators(session.model, session.tokenizer)
 
 
-def verified_decoder(session: InferenceSession, *, positions: int) -> Decodable:
-    """A verified decoder of a session's base model, beside which its adapter stands.
+def verified_decoder(session: AdaptedModel, *, positions: int) -> Decodable:
+    """Build a verified decoder of a session's base model.
 
     Raises:
-        NotDecodable: it cannot be had, or the method changes the base model itself.
+        NotDecodable: if the model is not supported, or the method changes the base model's weights.
     """
-    if session.method is None or session.method.name not in _BESIDE:
-        raise NotDecodable("the method trains the model's own parameters")
+    if session.method is None or session.method.name not in _SEPARATE_METHODS:
+        raise NotDecodable("the method trains the base model's parameters")
     with session.base():
         return decodable(session.model, positions=positions)
 
 
-def _decoder(session: InferenceSession, **how: Any) -> tuple[Decodable, ActiveAdapter | None]:
-    """A verified decoder, and the session's adapter beside it; None where there is none, or where the
-    decoder's weights hold it.
+def _decoder(session: AdaptedModel, **limits: Any) -> tuple[Decodable, ActiveAdapter | None]:
+    """Build a verified decoder for a session.
 
     Args:
-        how: bounds of :func:`deltaw.serving.decodable.decodable`.
+        session: The session.
+        **limits: Limits passed to :func:`deltaw.serving.decodable.decodable`.
+
+    Returns:
+        The decoder and the session's adapter. The adapter is None if there is none, or if the decoder's weights include
+        it.
 
     Raises:
-        NotDecodable: neither can be had.
+        NotDecodable: if the model or its adapter is not supported.
     """
     method, model = session.method, session.model
-    if method is None or session.bare:
-        return decodable(model, **how), None
-    if method.name not in _BESIDE:
-        with session.base():  # its own code knows nothing of biases that were added
+    if method is None or session.is_base:
+        return decodable(model, **limits), None
+    if method.name not in _SEPARATE_METHODS:
+        with session.base():  # recognition does not support added biases
             fused = recognized_blocks(model)
-        return decodable(model, fused=fused, **how), None
+        return decodable(model, fused=fused, **limits), None
     with session.base():
-        made = decodable(model, **how)
-    return made, own_adapter(session, made)
+        result = decodable(model, **limits)
+    return result, pack_session_adapter(session, result)
 
 
-def own_adapter(session: InferenceSession, made: Decodable, number: int = 1, *, verify: bool = True) -> ActiveAdapter:
-    """The session's adapter as it is now, for the decoder of its base model.
+def pack_session_adapter(
+    session: AdaptedModel, decodable: Decodable, number: int = 1, *, verify: bool = True
+) -> ActiveAdapter:
+    """Pack the session's current adapter for the decoder of its base model.
 
     Args:
-        number: that no other adapter of the decoder has. verify: whether its logits are compared with the model's.
+        session: The session.
+        decodable: Decoder of the base model.
+        number: Unique number of the adapter.
+        verify: Compare its logits with the model's.
 
     Raises:
-        NotDecodable: it does something else than factors and soft prompts do.
+        NotDecodable: if the adapter is more than factors or a soft prompt, or its logits differ.
     """
     model, method = session.model, session.method
     assert method is not None
-    packed = packed_from_model(model, Packer(model, made))
+    packed = pack_attached_adapter(model, Packer(model, decodable))
     if isinstance(packed, str):
         raise NotDecodable(packed)
     layer = virtual_tokens.attached(model)
     prompt = None if layer is None else layer.prompt.detach()
     invocation = None if method.invocation is None else tuple(method.invocation)
-    facts = AdapterFacts(session.virtual_tokens, invocation, tuple(ends_of(session)))
-    adapter = ActiveAdapter(number, facts, packed, prompt)
+    info = AdapterInfo(session.virtual_tokens, invocation, tuple(session_terminators(session)))
+    adapter = ActiveAdapter(number, info, packed, prompt)
     if not verify:
         return adapter
-    sample = torch.randint(0, made.entry.known, (_SAMPLE,), generator=torch.Generator().manual_seed(1))
-    tokens = torch.tensor([*(invocation or ()), *sample.tolist()])[: made.positions - session.virtual_tokens]
-    with evaluating(model):
-        off = difference(made, model, adapter=adapter, tokens=tokens)
-    if not off < tolerance(model):
-        raise NotDecodable(f"with its adapter, logits differ from the model's own by {off:.1e}")
+    sample = torch.randint(0, decodable.entry.num_tokens, (_SAMPLE,), generator=torch.Generator().manual_seed(1))
+    tokens = torch.tensor([*(invocation or ()), *sample.tolist()])[: decodable.positions - session.virtual_tokens]
+    with eval_mode(model):
+        error = logit_difference(decodable, model, adapter=adapter, tokens=tokens)
+    if not error < tolerance(model):
+        raise NotDecodable(f"with its adapter, the decoder's logits differ from the model's by {error:.1e}")
     return adapter

@@ -23,7 +23,7 @@ import pyarrow.parquet
 from filelock import FileLock, Timeout
 
 from deltaw import platforms
-from deltaw.durable import replacing, sync_folder, write_text
+from deltaw.atomic_files import atomic_path, sync_folder, write_text
 from deltaw.errors import UserError
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
@@ -34,14 +34,16 @@ _SURROGATE = re.compile(r"(?<!\\)((?:\\\\)*)\\ud[89a-f]..")
 
 
 @dataclass
-class Progress:
+class PredictionProgress:
     """Records written by this process and earlier ones.
 
     Attributes:
         identity: Identity of the run, the file and the settings, by name.
-        columns: Names of all columns; empty before the first record.
-        rows: Number of records. bytes: Length of the partial file.
-        errors: Number of rows without predictions by reason. first_error: Message of the first.
+        columns: Names of all columns. Empty before the first record.
+        rows: Number of records.
+        bytes: Length of the partial file.
+        errors: Number of rows without predictions, by reason.
+        first_error: Message of the first error.
     """
 
     identity: Mapping[str, Any] = field(default_factory=dict)
@@ -63,14 +65,14 @@ def check_output(output: Path, reference: str, *, force: bool) -> None:
     Raises:
         UserError: if its type is unknown, it exists, or it is the input file.
     """
-    platforms.refuse_names(output)
+    platforms.reject_reserved_names(output)
     if output.suffix.lower() not in SUFFIXES:
-        hint = f"name a file that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
-        raise UserError(f"predictions cannot be written as '{output.suffix}'", where=str(output), hint=hint)
+        hint = f"use a file name that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+        raise UserError(f"predictions cannot be written as '{output.suffix}'", location=str(output), hint=hint)
     if output.exists() and Path(reference).exists() and output.samefile(reference):
-        raise UserError("the output is the input file", where=str(output), hint="name another --output")
+        raise UserError("the output is the input file", location=str(output), hint="use another --output")
     if output.is_dir() or (output.exists() and not force):
-        raise UserError("the output exists", where=str(output), hint="name another --output, or overwrite with --force")
+        raise UserError("the output exists", location=str(output), hint="use another --output or add --force")
 
 
 class PredictionFile:
@@ -94,29 +96,29 @@ class PredictionFile:
             output.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise UserError("another process is writing this file", where=str(output)) from None
+            raise UserError("another process is writing this file", location=str(output)) from None
         except OSError as error:
-            what = f"cannot write '{output.name}': {error.strerror or error}"
-            raise UserError(what, where=str(output.parent), hint="choose a folder that you may write to") from error
+            message = f"cannot write '{output.name}': {error.strerror or error}"
+            raise UserError(message, location=str(output.parent), hint="choose a folder you may write to") from error
         identity = json.loads(json.dumps(identity, default=str))
-        self.progress = self._read_journal(identity, force) or Progress(identity)
+        self.progress = self._read_journal(identity, force) or PredictionProgress(identity)
         self._file = self._partial.open("r+b" if self.progress.rows else "wb")
         self._file.truncate(self.progress.bytes)
         self._file.seek(self.progress.bytes)
 
-    def _read_journal(self, identity: Mapping[str, Any], force: bool) -> Progress | None:
+    def _read_journal(self, identity: Mapping[str, Any], force: bool) -> PredictionProgress | None:
         """Return the progress of an unfinished file, or None if it cannot be resumed."""
         try:
-            progress = Progress(**json.loads(self._journal.read_text(encoding="utf-8")))
+            progress = PredictionProgress(**json.loads(self._journal.read_text(encoding="utf-8")))
             complete = self._partial.stat().st_size >= progress.bytes
             progress.errors = Counter(progress.errors)
         except (OSError, ValueError, TypeError):
             return None
         changed = [name for name in identity if identity[name] != progress.identity.get(name)]
         if changed and not force:
-            what = f"an unfinished file exists, and {' and '.join(changed)} changed since then"
-            hint = "repeat the command that began it to resume, or discard it with --force"
-            raise UserError(what, where=str(self._partial), hint=hint)
+            message = f"an unfinished file exists, and {' and '.join(changed)} changed since then"
+            hint = "repeat the original command to resume, or discard the file with --force"
+            raise UserError(message, location=str(self._partial), hint=hint)
         return progress if complete and not changed else None
 
     def write(self, lines: bytes) -> None:
@@ -132,16 +134,16 @@ class PredictionFile:
         self._file.close()
         convert = {".csv": to_csv, ".parquet": to_parquet}.get(self.output.suffix.lower())
         if convert is None:
-            platforms.renamed(self._partial, self.output)
+            platforms.rename_path(self._partial, self.output)
             sync_folder(self.output.parent)
         else:
-            with replacing(self.output) as temporary:
+            with atomic_path(self.output) as temporary:
                 convert(self._partial, temporary, self.progress.columns)
         self._discard()
 
     def _discard(self) -> None:
         for path in (self._journal, self._partial):
-            platforms.removed(path)
+            platforms.remove_path(path)
 
     def close(self) -> None:
         """Release the lock, and remove a file without predictions."""
@@ -149,18 +151,21 @@ class PredictionFile:
         if not self.progress.predicted:
             self._discard()
         self._lock.release()
-        platforms.removed(Path(self._lock.lock_file))
+        platforms.remove_path(Path(self._lock.lock_file))
 
 
 def json_lines(records: Iterable[Mapping[str, Any]]) -> bytes:
-    """Return records as JSON Lines. NaN and infinity become null, and bytes their number. An unpaired surrogate is
-    written as its JSON escape."""
+    """Return records as JSON Lines.
+
+    NaN and infinity become null. Byte strings are replaced by their length. An unpaired surrogate is written as its
+    JSON escape.
+    """
     # The copy is needed because JSON has no NaN, and parse_constant is the only hook for it.
-    copies = (json.loads(json.dumps(record, default=_shown), parse_constant=lambda _: None) for record in records)
+    copies = (json.loads(json.dumps(r, default=_display_value), parse_constant=lambda _: None) for r in records)
     return "".join(f"{json_text(copy)}\n" for copy in copies).encode("utf-8", "backslashreplace")
 
 
-def _shown(value: object) -> str:
+def _display_value(value: object) -> str:
     return f"<{len(value):,} bytes>" if isinstance(value, bytes) else re.sub(" at 0x[0-9a-fA-F]+", "", str(value))
 
 
@@ -198,7 +203,7 @@ def to_parquet(lines: Path, path: Path, columns: Sequence[str]) -> None:
 def _common_type(kind: Any, values: list[Any]) -> Any:
     """Return the Arrow type of values and of earlier values of type ``kind``."""
     try:
-        schemas = [pyarrow.schema({"": one}) for one in (kind, pyarrow.array(values).type)]
+        schemas = [pyarrow.schema({"": type_}) for type_ in (kind, pyarrow.array(values).type)]
         return pyarrow.unify_schemas(schemas, promote_options="permissive").field(0).type
     except (pyarrow.ArrowException, OverflowError):
         return pyarrow.string()

@@ -1,12 +1,10 @@
-"""What a model does before its first block and behind its last one, found by running the model's own code.
+"""Determine a model's computation before its first and after its last block by running the model's code.
 
-The blocks are replaced by recorders that hand on what they are given. Then the model's code shows, without
-any list of families: what a token's row at the first block is made of (embedding, scale, learned
-positions), the cosines and sines that each block is given, and how logits follow from the head's outputs.
+The blocks are replaced by recorders that pass their input on. The recorded values show how the input rows of the first
+block depend on tokens (embedding, scale, learned positions), the cosines and sines of each block, and how logits depend
+on the outputs of the head. No list of model families is needed.
 
     row = scale · E[token] + P[position],     logits = cap · tanh(factor · head(norm(row)) / cap)
-
-Knows transformers' models; not what a decoder makes of it.
 """
 
 from __future__ import annotations
@@ -26,30 +24,30 @@ from deltaw.lora.stored import block_weight
 from deltaw.runtime.generation import position_limit
 from deltaw.runtime.recognition import forward_replaced
 
-# Positions that one call of the model goes through; a mask for them is small.
+# Positions per forward pass. Attention masks of this size are small.
 CHUNK = 512
-# Positions of a model that does not say how many it has.
-UNSAID = 32768
-# Relative differences that are rounding: of sums in fp32, and of bf16 (2^-8) with some room.
+# Number of positions if the model's configuration has no limit.
+DEFAULT_POSITIONS = 32768
+# Relative differences that are explained by rounding: of fp32 sums, and of bf16 (2^-8) with a margin.
 _EXACT, _ROUNDED = 1e-5, 2.0**-6
 
 
 class NotDecodable(Exception):
-    """The model's code does something else than this module knows; says what."""
+    """The decoder does not support the model. The message is the reason."""
 
 
 @dataclass(frozen=True)
-class Entry:
-    """How tokens become rows at the first block, and how positions turn queries and keys.
+class InputProbe:
+    """Computation of the first block's input rows from tokens, and the rotary tables.
 
     Attributes:
-        weight: (V, D), the embedding's own; one in blocks stays so.
-        scale: what it is multiplied with.
-        outer: what embeddings that are given instead of tokens are multiplied with.
-        positions: (P, D) fp32, learned positions; None where there are none.
-        tables: (cosine, sine) in fp32, each (P, n), the different ones.
-        table_of: for each block the number of its table; None where it is given none.
-        limit: P, the positions that there are.
+        weight: (V, D) token embedding. Weights stored in blocks remain in blocks.
+        scale: Factor applied to token embeddings.
+        outer: Factor applied to embeddings that are passed instead of tokens.
+        positions: (P, D) fp32 learned position embeddings, or None.
+        tables: Distinct (cosine, sine) tables in fp32, each (P, n).
+        table_of: Index of the table of each block, or None for a block without rotary positions.
+        limit: Number of positions P.
     """
 
     weight: Tensor | BlockWeight
@@ -61,47 +59,49 @@ class Entry:
     limit: int
 
     @property
-    def known(self) -> int:
-        """V, the tokens that there are, virtual ones left out."""
+    def num_tokens(self) -> int:
+        """Number of tokens V, without virtual tokens."""
         return int(self.weight.shape[0])
 
     def rows(self, tokens: Tensor) -> Tensor:
-        """(n) token ids to (n, D) in fp32, without positions."""
+        """Return (n, D) fp32 rows of (n,) token ids, without position embeddings."""
         rows = _rows(self.weight, tokens).float()
         return rows if self.scale == 1.0 else rows.mul_(self.scale)
 
 
 @dataclass(frozen=True)
 class LogitsForm:
-    """How logits follow from the head's outputs: times ``factor``, then between -cap and cap."""
+    """Transformation of the head's outputs to logits: multiplication by ``factor``, then a soft cap at ±``cap``."""
 
     factor: float = 1.0
     cap: float | None = None
 
 
-class _Enough(Exception):
-    """Raised behind the last recorder, where what follows is of no interest."""
+class _StopProbe(Exception):
+    """Raised after the last recorder to skip the rest of the forward pass."""
 
 
 class _Recorders:
-    """Stand in for blocks: each hands on its input, and notes it and the cosines and sines that it is given.
+    """Replacements of blocks that record their input rows and rotary tables and pass the rows on.
 
     Attributes:
-        ending: whether the call ends behind the last of them, by an exception.
+        rows: Recorded input of each block.
+        rotary_tables: Recorded (cosine, sine) of each block.
+        stop_after_last: True if the forward pass stops after the last block.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], extra: Sequence[int | None]) -> None:
         self._blocks, self._extra = blocks, extra
         self._names = [list(inspect.signature(type(block).forward).parameters)[2:] for block in blocks]
         self.rows: list[Any] = []
-        self.turns: list[tuple[Tensor, Tensor] | None] = []
-        self.ending = False
+        self.rotary_tables: list[tuple[Tensor, Tensor] | None] = []
+        self.stop_after_last = False
 
-    def forget(self) -> None:
-        self.rows, self.turns = [None] * len(self._blocks), [None] * len(self._blocks)
+    def clear(self) -> None:
+        self.rows, self.rotary_tables = [None] * len(self._blocks), [None] * len(self._blocks)
 
     @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
+    def installed(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             for number, block in enumerate(self._blocks):
                 stack.enter_context(forward_replaced(block, self._recorder(number)))
@@ -111,9 +111,9 @@ class _Recorders:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             named = {**kwargs, **dict(zip(self._names[number], args, strict=False))}
             self.rows[number] = hidden_states
-            self.turns[number] = named.get("position_embeddings")
-            if self.ending and number == len(self._blocks) - 1:
-                raise _Enough
+            self.rotary_tables[number] = named.get("position_embeddings")
+            if self.stop_after_last and number == len(self._blocks) - 1:
+                raise _StopProbe
             extra = self._extra[number]
             return hidden_states if extra is None else (hidden_states, *[None] * extra)
 
@@ -121,160 +121,168 @@ class _Recorders:
 
 
 class Prober:
-    """Runs a model's code around its blocks.
+    """Runs a model's code with recorders in place of its blocks.
 
     Args:
-        model: a causal language model on the processor, in evaluation mode.
-        blocks: of its backbone. extra: how many values each returns behind its rows; see ``BlockRoles``.
+        model: Causal language model on the CPU, in evaluation mode.
+        blocks: Blocks of its backbone.
+        extra: Number of additional values that each block returns (see ``BlockRoles``).
 
     Raises:
-        NotDecodable: from every function, where the code is not of the form above.
+        NotDecodable: by every method, if the code does not have the form above.
     """
 
     def __init__(self, model: PreTrainedModel, blocks: Sequence[nn.Module], extra: Sequence[int | None]) -> None:
         self.model = model
         self.backbone: PreTrainedModel = model.base_model  # type: ignore[assignment]
-        self.seen = _Recorders(blocks, extra)
-        self._placed = "position_ids" in inspect.signature(self.backbone.forward).parameters
+        self.recorders = _Recorders(blocks, extra)
+        self._takes_positions = "position_ids" in inspect.signature(self.backbone.forward).parameters
 
-    def entry(self, most: int, rotary: Sequence[bool]) -> Entry:
-        """What enters the blocks.
+    def entry(self, max_positions: int, rotary: Sequence[bool]) -> InputProbe:
+        """Probe the computation of the first block's input.
 
         Args:
-            most: positions to look at, at most. rotary: whether each block uses the cosines it is given.
+            max_positions: Maximum number of positions to probe.
+            rotary: True for each block that uses rotary positions.
         """
         weight = _table(self.model.get_input_embeddings())
-        limit = min(position_limit(self.model) or UNSAID, most)
-        with torch.no_grad(), self.seen.in_place():
-            limit = self._steady(limit, weight.shape[1], rotary)
-            learned, tables, table_of = self._along(limit, weight.shape[1], rotary)
-            outer, scale = self._scales(weight, learned)
-        return Entry(weight, scale, outer, learned, tables, table_of, limit)
+        limit = min(position_limit(self.model) or DEFAULT_POSITIONS, max_positions)
+        with torch.no_grad(), self.recorders.installed():
+            limit = self._stable_limit(limit, weight.shape[1], rotary)
+            learned, tables, table_of = self._probe_positions(limit, weight.shape[1], rotary)
+            outer, scale = self._probe_scales(weight, learned)
+        return InputProbe(weight, scale, outer, learned, tables, table_of, limit)
 
     def _run(self, positions: Tensor, **inputs: Tensor) -> None:
-        """Call the backbone on one row at these positions (T)."""
-        self.seen.forget()
-        named: dict[str, Any] = {**inputs, "use_cache": False}
-        if self._placed:
-            named["position_ids"] = positions[None]
+        """Run the backbone on one sequence at these positions (T,)."""
+        self.recorders.clear()
+        arguments: dict[str, Any] = {**inputs, "use_cache": False}
+        if self._takes_positions:
+            arguments["position_ids"] = positions[None]
         elif int(positions[0]) != 0:
-            raise NotDecodable("it takes no positions")
-        self.seen.ending = True
-        with contextlib.suppress(_Enough):  # the rows that were asked for are noted
-            self.backbone(**named)
-        self.seen.ending = False
-        if any(rows is None for rows in self.seen.rows):
-            raise NotDecodable("not every block is called")
-        first = self.seen.rows[0]
-        if any(rows is not first and not torch.equal(rows, first) for rows in self.seen.rows):
-            raise NotDecodable("something happens between its blocks")
+            raise NotDecodable("its forward method has no position_ids")
+        self.recorders.stop_after_last = True
+        with contextlib.suppress(_StopProbe):
+            self.backbone(**arguments)
+        self.recorders.stop_after_last = False
+        if any(rows is None for rows in self.recorders.rows):
+            raise NotDecodable("some of its blocks are not called")
+        first = self.recorders.rows[0]
+        if any(rows is not first and not torch.equal(rows, first) for rows in self.recorders.rows):
+            raise NotDecodable("it computes something between its blocks")
 
     @property
-    def _first(self) -> Tensor:
-        """The rows (T, D) that entered the first block."""
-        return self.seen.rows[0][0].float()
+    def _first_rows(self) -> Tensor:
+        """(T, D) input rows of the first block."""
+        return self.recorders.rows[0][0].float()
 
-    def _turns(self, rotary: Sequence[bool]) -> tuple[list[tuple[Tensor, Tensor]], list[int | None]]:
-        """The cosines and sines (T, n) that were given, each once, and which of them each block uses."""
-        different: list[tuple[Tensor, Tensor]] = []
-        which: list[int | None] = []
-        for given, used in zip(self.seen.turns, rotary, strict=True):
-            if used and given is None:
-                raise NotDecodable("its blocks make rotary positions themselves")
-            if given is None or not used:
-                which.append(None)
+    def _distinct_tables(self, rotary: Sequence[bool]) -> tuple[list[tuple[Tensor, Tensor]], list[int | None]]:
+        """Return the distinct (T, n) cosine and sine tables, and the index of the table that each block uses."""
+        tables: list[tuple[Tensor, Tensor]] = []
+        indices: list[int | None] = []
+        for table, uses_rotary in zip(self.recorders.rotary_tables, rotary, strict=True):
+            if uses_rotary and table is None:
+                raise NotDecodable("its blocks compute rotary positions themselves")
+            if table is None or not uses_rotary:
+                indices.append(None)
                 continue
-            same = [n for n, one in enumerate(different) if all(map(torch.equal, one, given))]
+            same = [index for index, known in enumerate(tables) if all(map(torch.equal, known, table))]
             if not same:
-                different.append(given)
-            which.append(same[0] if same else len(different) - 1)
-        return [(cosine[0].float(), sine[0].float()) for cosine, sine in different], which
+                tables.append(table)
+            indices.append(same[0] if same else len(tables) - 1)
+        return [(cosine[0].float(), sine[0].float()) for cosine, sine in tables], indices
 
-    def _steady(self, limit: int, width: int, rotary: Sequence[bool]) -> int:
-        """The most positions at which the first ones' cosines do not hang on how many there are."""
-        if not any(rotary) or not self._placed:
+    def _stable_limit(self, limit: int, width: int, rotary: Sequence[bool]) -> int:
+        """Return the largest number of positions that does not change the cosines of the first positions.
+
+        Some rotary embeddings depend on the sequence length.
+        """
+        if not any(rotary) or not self._takes_positions:
             return limit
-        few = torch.arange(min(16, limit))
-        self._run(few, inputs_embeds=torch.zeros(1, len(few), width))
-        alone, _ = self._turns(rotary)
-        while limit > len(few):
-            far = torch.cat([few, torch.tensor([limit - 1])])
-            self._run(far, inputs_embeds=torch.zeros(1, len(far), width))
-            among, _ = self._turns(rotary)
-            same = [torch.equal(a[0], b[0][:-1]) for a, b in zip(alone, among, strict=False)]
-            if len(among) == len(alone) and all(same):
+        first = torch.arange(min(16, limit))
+        self._run(first, inputs_embeds=torch.zeros(1, len(first), width))
+        short_tables, _ = self._distinct_tables(rotary)
+        while limit > len(first):
+            extended = torch.cat([first, torch.tensor([limit - 1])])
+            self._run(extended, inputs_embeds=torch.zeros(1, len(extended), width))
+            long_tables, _ = self._distinct_tables(rotary)
+            same = [torch.equal(a[0], b[0][:-1]) for a, b in zip(short_tables, long_tables, strict=False)]
+            if len(long_tables) == len(short_tables) and all(same):
                 break
             limit //= 2
         return limit
 
-    def _along(
+    def _probe_positions(
         self, limit: int, width: int, rotary: Sequence[bool]
     ) -> tuple[Tensor | None, tuple[tuple[Tensor, Tensor], ...], tuple[int | None, ...]]:
-        """Learned positions, and the cosines and sines of all positions: embeddings of zeros show them."""
+        """Return learned position embeddings, rotary tables of all positions, and the table index of each block.
+
+        Embeddings of zeros reveal the position embeddings.
+        """
         learned: list[Tensor] = []
         parts: list[list[tuple[Tensor, Tensor]]] = []
-        which: list[int | None] = []
-        chunk = CHUNK if self._placed else limit
+        table_of: list[int | None] = []
+        chunk = CHUNK if self._takes_positions else limit
         for start in range(0, limit, chunk):
-            places = torch.arange(start, min(limit, start + chunk))
-            self._run(places, inputs_embeds=torch.zeros(1, len(places), width))
-            rows = self._first
+            positions = torch.arange(start, min(limit, start + chunk))
+            self._run(positions, inputs_embeds=torch.zeros(1, len(positions), width))
+            rows = self._first_rows
             learned.append(rows.clone() if bool(rows.any()) else rows[:0])
-            part, of_blocks = self._turns(rotary)
-            if parts and of_blocks != which:
-                raise NotDecodable("which positions a block uses hangs on how many there are")
+            part, indices = self._distinct_tables(rotary)
+            if parts and indices != table_of:
+                raise NotDecodable("the rotary positions of its blocks depend on the sequence length")
             parts.append(part)
-            which = of_blocks
+            table_of = indices
         tables = [
             (torch.cat([part[n][0] for part in parts]), torch.cat([part[n][1] for part in parts]))
             for n in range(len(parts[0]))
         ]
-        together = torch.cat(learned)
-        if 0 < len(together) < limit:
-            raise NotDecodable("some of its positions are zeros")
-        return (together if len(together) else None), tuple(tables), tuple(which)
+        position_rows = torch.cat(learned)
+        if 0 < len(position_rows) < limit:
+            raise NotDecodable("some of its position embeddings are zero")
+        return (position_rows if len(position_rows) else None), tuple(tables), tuple(table_of)
 
-    def _scales(self, weight: Tensor | BlockWeight, learned: Tensor | None) -> tuple[float, float]:
-        """What given embeddings, and what the table's rows, are multiplied with."""
+    def _probe_scales(self, weight: Tensor | BlockWeight, learned: Tensor | None) -> tuple[float, float]:
+        """Return the factors applied to passed embeddings and to token embeddings."""
         length = min(48, CHUNK if learned is None else len(learned))
         tokens = torch.arange(0, weight.shape[0], max(1, weight.shape[0] // length))[:length]
-        places = torch.arange(len(tokens))
+        positions = torch.arange(len(tokens))
         rows = _rows(weight, tokens)
-        taken = rows.float()
+        embeddings = rows.float()
         shift = 0.0 if learned is None else learned[: len(tokens)]
-        self._run(places, inputs_embeds=taken[None])
-        outer = _factor(self._first - shift, taken, _EXACT)
-        self._run(places, input_ids=tokens[None])
-        found = self._first
-        scale = _factor(found - shift, taken, _EXACT if rows.dtype == torch.float32 else _ROUNDED)
-        rounded = float(torch.tensor(scale).to(rows.dtype))  # a model in bf16 has its scale in bf16
-        if torch.equal((taken * rounded + shift).to(rows.dtype).float(), found):
+        self._run(positions, inputs_embeds=embeddings[None])
+        outer = _factor(self._first_rows - shift, embeddings, _EXACT)
+        self._run(positions, input_ids=tokens[None])
+        first_rows = self._first_rows
+        scale = _factor(first_rows - shift, embeddings, _EXACT if rows.dtype == torch.float32 else _ROUNDED)
+        rounded = float(torch.tensor(scale).to(rows.dtype))  # a bf16 model stores its scale in bf16
+        if torch.equal((embeddings * rounded + shift).to(rows.dtype).float(), first_rows):
             scale = rounded
         return outer, scale
 
     def logits_form(self) -> LogitsForm:
-        """How logits follow from the head's outputs: the head is replaced by numbers that are known."""
+        """Probe the transformation of the head's outputs to logits by replacing these outputs with known values."""
         head = self.model.get_output_embeddings()
         if head is None:
             raise NotDecodable("it has no output head")
-        wide = int(head.weight.shape[0])  # type: ignore[union-attr, index]
-        steps = torch.linspace(-40.0, 40.0, wide)
-        small = _factor(self._through(head, steps * 1e-4), steps * 1e-4, 1e-3)
-        if torch.allclose(self._through(head, steps), steps * small, rtol=1e-3, atol=1e-3):
+        num_outputs = int(head.weight.shape[0])  # type: ignore[union-attr, index]
+        steps = torch.linspace(-40.0, 40.0, num_outputs)
+        small = _factor(self._logits_of(head, steps * 1e-4), steps * 1e-4, 1e-3)
+        if torch.allclose(self._logits_of(head, steps), steps * small, rtol=1e-3, atol=1e-3):
             return LogitsForm(small)
-        cap = float(self._through(head, torch.full((wide,), 1e6)).mean())
+        cap = float(self._logits_of(head, torch.full((num_outputs,), 1e6)).mean())
         expected = cap * torch.tanh(steps * small / cap)
-        if not (cap > 0 and torch.allclose(self._through(head, steps), expected, rtol=1e-3, atol=1e-3)):
-            raise NotDecodable("it changes logits in a way that is not known")
+        if not (cap > 0 and torch.allclose(self._logits_of(head, steps), expected, rtol=1e-3, atol=1e-3)):
+            raise NotDecodable("it transforms logits in an unsupported way")
         return LogitsForm(small, cap)
 
-    def _through(self, head: nn.Module, values: Tensor) -> Tensor:
-        """The logits (V) of one token for these outputs (V) of the head."""
+    def _logits_of(self, head: nn.Module, values: Tensor) -> Tensor:
+        """Return the (V,) logits of one token if the head outputs ``values`` (V,)."""
         if "forward" in vars(head):
-            raise NotDecodable("its output head is not its own")
+            raise NotDecodable("the forward method of its output head is replaced")
         vars(head)["forward"] = lambda hidden: values.expand(*hidden.shape[:-1], -1)
         try:
-            with torch.no_grad(), self.seen.in_place():
+            with torch.no_grad(), self.recorders.installed():
                 logits = self.model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False).logits
         finally:
             del vars(head)["forward"]
@@ -282,7 +290,7 @@ class Prober:
 
 
 def _table(embedding: nn.Module | None) -> Tensor | BlockWeight:
-    """The rows of a token embedding."""
+    """Return the weights of a token embedding."""
     weight = getattr(embedding, "weight", None)
     if embedding is None or not isinstance(weight, Tensor) or weight.dim() != 2:
         raise NotDecodable("its token embedding is not a table")
@@ -290,15 +298,15 @@ def _table(embedding: nn.Module | None) -> Tensor | BlockWeight:
 
 
 def _rows(table: Tensor | BlockWeight, tokens: Tensor) -> Tensor:
-    """Rows (n, D) of a token embedding."""
+    """Return (n, D) rows of a token embedding."""
     if isinstance(table, BlockWeight):
         return table.rows_at(tokens, torch.bfloat16)
     return table.index_select(0, tokens)
 
 
-def _factor(found: Tensor, of: Tensor, tolerance: float) -> float:
-    """The number c of found = c · of, by least squares; 1 exactly where it is that."""
-    value = float((found * of).sum() / of.square().sum().clamp_min(1e-30))
-    if float((found - value * of).norm()) > tolerance * max(float(found.norm()), 1e-30):
-        raise NotDecodable("its rows are more than an embedding, a scale and a position")
-    return 1.0 if abs(value - 1.0) < 1e-6 else value
+def _factor(values: Tensor, reference: Tensor, tolerance: float) -> float:
+    """Return the factor c of ``values = c · reference`` by least squares, or exactly 1 if it is close to 1."""
+    factor = float((values * reference).sum() / reference.square().sum().clamp_min(1e-30))
+    if float((values - factor * reference).norm()) > tolerance * max(float(values.norm()), 1e-30):
+        raise NotDecodable("its input rows are not a scaled embedding plus a position embedding")
+    return 1.0 if abs(factor - 1.0) < 1e-6 else factor

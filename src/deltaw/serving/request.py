@@ -1,7 +1,4 @@
-"""What is asked of a model that writes text, what comes back, and the protocol between them.
-
-Knows neither models nor HTTP: an engine reads these values, and whoever serves or prints text makes them.
-"""
+"""Requests to a text generation engine, its results, and the engine protocol."""
 
 from __future__ import annotations
 
@@ -13,40 +10,42 @@ import numpy as np
 
 from deltaw.errors import UserError
 
-# Why a text ended: a terminator or a stop string; the limit of new tokens or of positions; its reader went
-# away or its time was up; the engine was shut down or failed.
+# "stop": a terminator or a stop string. "length": the limit of new tokens or of positions. "cancelled": by the caller
+# or by an engine shutdown. "timeout": the request's time limit. "error": the engine failed.
 FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
 
 
 class UnknownAdapterError(UserError):
-    """There is no adapter of the name that a request gives: there never was, or it has been removed."""
+    """The requested adapter does not exist or has been removed."""
 
 
 class UnsupportedError(UserError):
-    """What a request asks for is not possible with this model, or this installation."""
+    """The request needs a feature that this model or this installation does not support."""
 
 
 class BusyError(UserError):
-    """A request cannot be taken now; later it may be."""
+    """The request is rejected because of load. A retry may succeed."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen from the logits.
+    """Sampling parameters of one request.
 
     Args:
-        temperature: 0 takes the likeliest token; above it tokens are drawn.
-        top_k: draw from this many of the likeliest tokens; 0 is all of them.
-        top_p: draw from the likeliest tokens that together have this probability.
-        min_p: leave out tokens less likely than this share of the likeliest one.
-        repetition_penalty: divides positive logits of tokens seen in the prompt or the text and multiplies
-            negative ones (arXiv 1909.05858); 1 changes nothing.
-        presence_penalty, frequency_penalty: taken from the logits of tokens of the text, once, and once for
-            each time that they occurred, as in the OpenAI API.
-        logit_bias: added to the logits of single tokens.
-        seed: of the drawing; with the same seed a request gets the same text, whatever runs beside it.
-        logprobs: how many of the likeliest tokens' log-probabilities come with each token; None for none at
-            all, 0 for the chosen token's alone.
+        temperature: Softmax temperature. 0 selects greedy decoding.
+        top_k: Sample from the k most likely tokens. 0 disables the filter.
+        top_p: Sample from the smallest set of tokens with this total probability.
+        min_p: Remove tokens whose probability is below this fraction of the highest probability.
+        repetition_penalty: Divides positive and multiplies negative logits of all tokens in the prompt and the
+            completion
+            (arXiv 1909.05858). 1 disables it.
+        presence_penalty: Subtracted once from the logit of each token in the completion, as in the OpenAI API.
+        frequency_penalty: Subtracted from the logit of a token for each occurrence in the completion, as in the OpenAI
+            API.
+        logit_bias: Value added to the logit of a token, by token id.
+        seed: Seed of the request. The same seed produces the same text, independent of concurrent requests.
+        logprobs: Number of top log-probabilities to return with each token. 0 returns only the chosen token's. None
+            disables log-probabilities.
     """
 
     temperature: float = 0.0
@@ -63,10 +62,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Constraint:
-    """What a text must match: a JSON schema, any JSON object, a regular expression, or a Lark grammar.
+    """Constraint that a completion must match.
 
     Args:
-        kind: which of them. value: the schema as JSON text, the expression, or the grammar.
+        kind: JSON schema, arbitrary JSON object, regular expression or Lark grammar.
+        value: Schema as JSON text, regular expression or grammar. Empty for ``json_object``.
     """
 
     kind: Literal["json_schema", "json_object", "regex", "grammar"]
@@ -75,17 +75,17 @@ class Constraint:
 
 @dataclass(frozen=True)
 class Request:
-    """One text to be written.
+    """Request for one completion.
 
     Args:
-        tokens: (length,) token ids of the prompt, rendered and without virtual tokens.
-        adapter: the name of the adapter that writes it; None for the base model.
-        max_new_tokens: the most tokens to write; fewer where the model's positions end before.
-        stop: texts that end it; they are not part of it.
-        stop_ids: tokens that end it instead of the adapter's own terminators; None for those.
-        seconds: time from submission after which it ends with "timeout"; None for no limit.
-        prompt_logprobs: whether log-probabilities of the prompt's own tokens are wanted.
-        owner: whose request it is; what was computed for one owner is not used for another.
+        tokens: (length,) token ids of the rendered prompt, without virtual tokens.
+        adapter: Name of the adapter, or None for the base model.
+        max_new_tokens: Maximum number of tokens to generate. The model's positions limit it further.
+        stop: Stop strings. They are not part of the completion.
+        stop_ids: Terminator tokens that replace the adapter's terminators, or None for the adapter's.
+        seconds: Time limit, counted from submission. The completion then finishes with "timeout". None disables it.
+        prompt_logprobs: Return log-probabilities of the prompt tokens.
+        owner: Owner of the request. Cached keys and values are never shared between owners.
     """
 
     tokens: np.ndarray
@@ -102,7 +102,7 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token with its log-probability, and those of the likeliest tokens at its place (token id, value)."""
+    """Log-probability of a token, and (token id, log-probability) pairs of the most likely tokens at its position."""
 
     token: int
     logprob: float
@@ -110,15 +110,15 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """The next part of a text.
+class TextChunk:
+    """Increment of a completion.
 
     Attributes:
-        text: valid text, perhaps empty; the pieces together are the text.
-        tokens: the tokens that were chosen since the last piece, terminators left out.
-        logprobs: of these tokens, where they were asked for.
-        finish: why the text ended, with its last piece; None before.
-        reused: tokens of the prompt whose keys and values were already there; told with the first piece.
+        text: Valid Unicode text, possibly empty. The chunks concatenate to the completion.
+        tokens: Tokens generated since the previous chunk, without terminators.
+        logprobs: Log-probabilities of these tokens, if requested.
+        finish: Finish reason in the last chunk, otherwise None.
+        reused: Number of prompt tokens whose keys and values were cached. Set in the first chunk.
     """
 
     text: str
@@ -128,22 +128,22 @@ class Piece:
     reused: int = 0
 
     @staticmethod
-    def joined(pieces: Sequence[Piece]) -> Piece:
-        """Pieces of a text as one."""
-        return Piece(
-            "".join(piece.text for piece in pieces),
-            tuple(token for piece in pieces for token in piece.tokens),
-            tuple(one for piece in pieces for one in piece.logprobs),
-            pieces[-1].finish if pieces else None,
+    def join(chunks: Sequence[TextChunk]) -> TextChunk:
+        """Concatenate consecutive chunks of a completion."""
+        return TextChunk(
+            "".join(chunk.text for chunk in chunks),
+            tuple(token for chunk in chunks for token in chunk.tokens),
+            tuple(logprob for chunk in chunks for logprob in chunk.logprobs),
+            chunks[-1].finish if chunks else None,
         )
 
 
 @dataclass(frozen=True)
-class Written:
-    """A whole text: the sum of its pieces.
+class GenerationResult:
+    """Complete result of a request.
 
     Attributes:
-        terminator: the token that ended it; None where none did.
+        terminator: Token that ended the completion, or None.
     """
 
     text: str
@@ -153,19 +153,22 @@ class Written:
     terminator: int | None = None
 
 
-Listener = Callable[[Piece], None]
-"""Told each piece of a text as it comes."""
+Listener = Callable[[TextChunk], None]
+"""Callback for each chunk of a completion."""
 
 
 @dataclass(frozen=True)
 class EngineLoad:
-    """What an engine is doing, for those who watch it.
+    """Current load of an engine, for monitoring.
 
     Attributes:
-        running, waiting: texts that are being written, and that are not yet begun.
-        pages_used, pages: of keys and values.
-        reused, tokens: since the start, tokens of prompts that were found written, and tokens that ran.
-        adapters_loaded: adapters that are in memory.
+        running: Number of requests that are being decoded.
+        waiting: Number of queued requests.
+        pages_used: Pages of keys and values in use.
+        pages: Total number of pages.
+        reused: Prompt tokens that were served from the cache since the start.
+        tokens: Tokens computed since the start.
+        adapters_loaded: Number of adapters in memory.
     """
 
     running: int = 0
@@ -177,45 +180,55 @@ class EngineLoad:
     adapters_loaded: int = 0
 
 
-class Writing(Protocol):
-    """A text that is being written: iterate over its pieces, from any one thread."""
+class GenerationHandle(Protocol):
+    """Handle to a running generation. Iterate over its chunks from a single thread."""
 
-    def __iter__(self) -> Iterator[Piece]: ...
+    def __iter__(self) -> Iterator[TextChunk]: ...
 
     def cancel(self) -> None:
-        """End it, from any thread; the last piece then says "cancelled". Nothing where it has ended."""
+        """Cancel the generation, from any thread. Has no effect if it has finished.
 
-    def result(self) -> Written:
-        """Wait for its end.
+        The last chunk then has the finish reason "cancelled".
+        """
+
+    def result(self) -> GenerationResult:
+        """Wait for the complete result.
 
         Raises:
-            Exception: what the engine failed with.
+            Exception: if the engine failed.
         """
 
 
 class TextEngine(Protocol):
-    """Writes many texts at once. All functions may be called from any thread."""
+    """Generates completions of many requests concurrently. All methods are thread-safe."""
 
-    def submit(self, request: Request, listener: Listener | None = None) -> Writing:
-        """Queue a request; it starts when there is room.
+    def submit(self, request: Request, listener: Listener | None = None) -> GenerationHandle:
+        """Queue a request.
 
         Args:
-            listener: called with each piece, on another thread, which it must not hold up; without one, the
-                pieces wait for whoever iterates.
+            request: The request.
+            listener: Called with each chunk on the engine's thread. It must not block. If it is None, the chunks are
+                queued
+                for the iterator of the handle.
 
         Raises:
-            UnknownAdapterError: there is no such adapter.
-            UserError: the request cannot be served at all: an empty or over-long prompt, a token that
-                does not exist, a value out of range, a constraint that cannot be compiled.
-            UnsupportedError: a constraint, where there can be none.
-            BusyError: a constraint, and too many others are being compiled or in use.
+            UnknownAdapterError: if the adapter does not exist.
+            UserError: if the request is invalid: an empty or too long prompt, an unknown token, a value out of range,
+                or a
+                constraint that does not compile.
+            UnsupportedError: if the request has a constraint and constraints are not supported.
+            BusyError: if too many constraints are being compiled or are in use.
         """
 
     def adapters(self) -> tuple[str, ...]:
-        """The names that a request may give."""
+        """Return the adapter names that requests may use."""
 
-    def hurry(self) -> None:
-        """Cancel texts that take long for their own reasons, such as their constraints: the end is near."""
+    def cancel_slow(self) -> None:
+        """Cancel requests that wait long for their constraints, because the engine will shut down soon."""
 
     def close(self, *, drain: bool = True) -> None:
-        """Take no more requests; end when those in hand are written, or at once."""
+        """Stop accepting requests, and stop the engine.
+
+        Args:
+            drain: Finish pending requests first. Otherwise cancel them.
+        """

@@ -1,1 +1,1 @@
-"""Training an adapter: the loop and its state, losses, microbatches, callbacks. It prints nothing."""
+"""Training of adapters: loop, state, losses, microbatches and callbacks."""

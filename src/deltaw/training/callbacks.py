@@ -1,7 +1,7 @@
-"""What a caller wants to see of a run, or do while it goes on: one class whose methods all do nothing.
+"""Callbacks: receive the events of a run and control it.
 
-A run never prints. It tells its callback, and a caller overrides the methods that it needs. The command line
-has one that draws on a terminal (:mod:`deltaw.reports.progress`).
+A run does not print. It calls the methods of :class:`Callback`, which are empty by default. The command line uses
+:mod:`deltaw.reports.progress`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from deltaw.working import Detail
+from deltaw.progress import Detail
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,26 +22,29 @@ if TYPE_CHECKING:
     from deltaw.training.evaluation.base import Evaluation
     from deltaw.training.state import NotFinite, Outcome, Step, TrainState
 
-# Told one line of text that a person may want to read.
-Say: TypeAlias = Callable[[str], None]
+# Receives one line of text for the user.
+LogFunction: TypeAlias = Callable[[str], None]
 
 
-def silent(line: str) -> None:
-    """Tell nobody."""
+def ignore_line(line: str) -> None:
+    """Discard the line."""
 
 
 @dataclass(frozen=True)
 class RateSearch:
-    """What a range test came to.
+    """Result of a learning rate range test.
 
     Attributes:
-        rates, losses: of each step, until the loss ran away.
-        smoothed: the losses, smoothed over steps; those that run away count as much as they may fall.
-        lowest: the rate of the lowest smoothed loss. steepest: that where it falls fastest before. end: the
-            highest one at which it is still about as low.
-        chosen, why: the rate for the training.
-        usual: the method's usual rate, for comparison.
-        diverged: whether the loss ran away before the highest rate.
+        rates: Learning rate of each step until the loss diverged.
+        losses: Loss of each step until the loss diverged.
+        smoothed: Smoothed losses. A diverging loss is clipped to the largest possible decrease.
+        lowest: Rate with the lowest smoothed loss.
+        steepest: Rate below ``lowest`` at which the loss falls fastest.
+        end: Highest rate at which the loss is still about as low.
+        chosen: Rate used for training.
+        why: Reason for the choice.
+        usual: Usual rate of the method, for comparison.
+        diverged: True if the loss diverged before the highest rate.
     """
 
     rates: list[float]
@@ -56,17 +59,19 @@ class RateSearch:
     diverged: bool
 
     def as_dict(self) -> dict[str, object]:
-        """Ready for JSON."""
+        """Return a dictionary of JSON values."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One held-out prompt with its answer.
+    """Generated answer to a held-out prompt.
 
     Attributes:
-        row: its number in the file. prompt: its last turn. expected: the answer that the data has, if it has one.
-        answer: what the model wrote.
+        row: Number of the row in the file.
+        prompt: Last turn of the prompt.
+        expected: Answer in the data, if any.
+        answer: Answer of the model.
     """
 
     row: int
@@ -80,14 +85,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class RunStart:
-    """A run whose folder is there and of which everything is chosen.
+    """Run whose folder exists and whose settings are resolved.
 
     Attributes:
-        folder: of the run.
-        config: the settings.
-        chosen: by name or dotted key, what the run chose itself and why.
-        total_parameters, trained_parameters: N and M.
-        total_steps: optimizer steps that are planned.
+        folder: Folder of the run.
+        config: Settings of the run.
+        chosen: Automatically chosen values with their reasons, by name or dotted key.
+        total_parameters: Number of parameters of the model.
+        trained_parameters: Number of trained parameters.
+        total_steps: Planned number of optimizer steps.
     """
 
     folder: Path
@@ -99,76 +105,80 @@ class RunStart:
 
 
 class Callback:
-    """Told of what a run does, in the order of the methods below. An exception ends the run.
+    """Receives the events of a run in the order of these methods. An exception stops the run.
 
-    A training alone (:func:`deltaw.training.loop.train`) calls ``on_begin``, ``on_step``, ``on_skip``,
-    ``should_stop``, ``ended`` and ``diagnose``.
+    :func:`deltaw.training.loop.train` itself calls only ``on_begin``, ``on_step``, ``on_skip``, ``should_stop``,
+    ``should_finish`` and ``diagnose``.
     """
 
     def on_line(self, line: str) -> None:
-        """A choice, a note or an account of the rows, in words; a :class:`deltaw.working.Detail` only for whoever
-        wants to know more."""
+        """A message about a choice, the data or the run. A :class:`deltaw.progress.Detail` is for verbose output."""
 
     def on_choice(self, name: str, choice: Choice) -> None:
-        """The run chose a value itself. A line, unless overridden; ``on_start`` has them all."""
+        """A value was chosen automatically. Sends a line unless overridden. ``on_start`` receives all choices."""
         self.on_line(Detail(f"{name}: {choice}"))
 
     def on_plan(self, plan: Plan, limit_bytes: int) -> None:
-        """The memory that the run will need, and the bytes that the machine gives; not where no plan can be
-        made."""
+        """The memory plan of the run, with the available memory in bytes. Not called if no plan can be computed."""
 
     def on_start(self, start: RunStart) -> None:
-        """The run's folder is there, and everything is chosen; nothing is trained yet."""
+        """The run's folder exists and all values are chosen. Training has not started."""
 
     def on_rate_search(self, search: RateSearch, folder: Path) -> None:
-        """A learning rate was found by a range test; ``folder`` is the run's, which holds the numbers."""
+        """A range test chose the learning rate. The run's ``folder`` contains its measurements."""
 
     def on_begin(self, state: TrainState) -> None:
-        """The first step is about to begin. ``state`` stays current: ``state.state()`` is what a later run
-        continues from."""
+        """The first step is about to run.
+
+        ``state`` is updated in place. ``state.state()`` returns the values for a checkpoint.
+        """
 
     def on_step(self, step: Step) -> None:
-        """An optimizer step is done. The time that this takes is not counted as training."""
+        """An optimizer step is complete. The time spent here does not count as training time."""
 
-    def on_skip(self, found: NotFinite) -> None:
-        """A step was left out, since its loss or gradient is not finite (``train.not_finite: skip``)."""
+    def on_skip(self, event: NotFinite) -> None:
+        """A step was skipped because its loss or gradient is not finite (``train.not_finite: skip``)."""
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        """The held-out rows were evaluated after so many steps."""
+        """The held-out rows were evaluated after ``step`` steps."""
 
     def on_samples(self, step: int, samples: Sequence[Sample]) -> None:
-        """The model's answers to a few held-out prompts after so many steps; at step 0 the base model's."""
+        """The model's answers to held-out prompts after ``step`` steps. Those of step 0 are from the base model."""
 
     def should_stop(self) -> bool:
-        """Asked after each microbatch. True ends the run as Ctrl-C does: the adapter as of the last whole
-        step is saved."""
+        """Return True to interrupt the run as Ctrl-C does.
+
+        Called after each microbatch. The adapter of the last complete step is saved.
+        """
         return False
 
-    def ended(self) -> bool:
-        """Asked before each step. True ends the training as its last step does."""
+    def should_finish(self) -> bool:
+        """Return True to finish the training as after its last step. Called before each step."""
         return False
 
-    def diagnose(self, found: NotFinite) -> Sequence[str]:
-        """Asked, in lines, what is wrong with a step that ends the training, since its loss or gradient is not
-        finite. The model is as it was before the step."""
+    def diagnose(self, event: NotFinite) -> Sequence[str]:
+        """Return lines that explain a step whose loss or gradient is not finite, before it stops the training.
+
+        The model is in its state before the step.
+        """
         return ()
 
     def on_end(self, outcome: Outcome | None) -> None:
-        """No further step comes; ``outcome`` is None where an error ended the training."""
+        """The training has stopped. ``outcome`` is None after an error."""
 
 
-class Lines(Callback):
-    """Hands a run's lines to a function, such as ``print``; the plan is not among them."""
+class LineCallback(Callback):
+    """Passes a run's messages to a function such as ``print``. The memory plan is not included."""
 
-    def __init__(self, say: Say) -> None:
-        self._say = say
+    def __init__(self, log: LogFunction) -> None:
+        self._log = log
 
     def on_line(self, line: str) -> None:
-        self._say(line)
+        self._log(line)
 
 
-class Calling(Callback):
-    """A callback made of functions, by the names of the methods that they stand for."""
+class FunctionCallback(Callback):
+    """Callback built from functions, given by the names of the methods that they replace."""
 
     def __init__(self, **functions: Callable[..., Any] | None) -> None:
         for name, function in functions.items():
@@ -177,7 +187,7 @@ class Calling(Callback):
 
 
 class Callbacks(Callback):
-    """Several callbacks as one: each is told everything, in this order; any of them may stop the run."""
+    """Combines several callbacks. Each receives all events, in this order, and any of them can stop the run."""
 
     def __init__(self, *callbacks: Callback) -> None:
         self._callbacks = callbacks
@@ -185,23 +195,23 @@ class Callbacks(Callback):
     def should_stop(self) -> bool:
         return any(callback.should_stop() for callback in self._callbacks)
 
-    def ended(self) -> bool:
-        return any(callback.ended() for callback in self._callbacks)
+    def should_finish(self) -> bool:
+        return any(callback.should_finish() for callback in self._callbacks)
 
-    def diagnose(self, found: NotFinite) -> Sequence[str]:
-        return [line for callback in self._callbacks for line in callback.diagnose(found)]
+    def diagnose(self, event: NotFinite) -> Sequence[str]:
+        return [line for callback in self._callbacks for line in callback.diagnose(event)]
 
 
 def _to_each(name: str) -> Callable[..., None]:
-    def tell(self: Callbacks, *arguments: Any, **named: Any) -> None:
+    def forward(self: Callbacks, *arguments: Any, **keywords: Any) -> None:
         for callback in self._callbacks:
-            getattr(callback, name)(*arguments, **named)
+            getattr(callback, name)(*arguments, **keywords)
 
-    tell.__name__, tell.__doc__ = name, getattr(Callback, name).__doc__
-    return tell
+    forward.__name__, forward.__doc__ = name, getattr(Callback, name).__doc__
+    return forward
 
 
-# Whatever a callback is told, so that one that is added later is not forgotten here.
+# Forward all events, including ones that are added later.
 for _name in vars(Callback):
     if _name.startswith("on_"):
         setattr(Callbacks, _name, _to_each(_name))

@@ -1,8 +1,8 @@
-"""Drift: how far a fine-tuned model has moved away from the base model where it was not trained.
+"""Drift: how much fine-tuning changed the model's answers to general prompts.
 
-Measured on the base model's own answers to general prompts (:mod:`deltaw.training.evaluation.general`): the
-change of the loss on them, the Kullback-Leibler divergence from the base model, and the share of tokens that
-the fine-tuned model would still choose. Two forward passes over some 1,300 label tokens.
+Measured on the base model's own answers (:mod:`deltaw.training.evaluation.general`): change of their loss,
+Kullback-Leibler divergence from the base model, and share of tokens that the fine-tuned model still prefers. A
+measurement takes two forward passes over about 1,300 label tokens.
 """
 
 from __future__ import annotations
@@ -22,34 +22,40 @@ from transformers import PreTrainedModel
 from deltaw.data.example import Example
 from deltaw.data.prepare import encode_prompt
 from deltaw.hub.loading import has_values
-from deltaw.runtime.generation import Completion, Writer, generate
-from deltaw.training.evaluation.general import ANSWER_TOKENS, SHOWN, NoGeneralAnswers, check_size, general_answers
-from deltaw.training.evaluation.general_prompts import MEASURED
+from deltaw.progress import track_progress
+from deltaw.runtime.generation import GeneratedCompletion, Writer, generate
+from deltaw.training.evaluation.general import (
+    MAX_ANSWER_TOKENS,
+    NUM_STORED_ANSWERS,
+    NoGeneralAnswers,
+    check_size,
+    general_answers,
+)
+from deltaw.training.evaluation.general_prompts import DRIFT_PROMPTS
 from deltaw.training.microbatches import AnyBatcher
-from deltaw.training.origin import InferenceSession
-from deltaw.training.seen import as_seen
+from deltaw.training.open_run import AdaptedModel
+from deltaw.training.rendered_rows import render_example
 from deltaw.training.session import Session
 from deltaw.training.tasks.base import Task
 from deltaw.training.tasks.causal_objective import CausalObjective
-from deltaw.working import working
 
-# A change of the loss above this, in nats per token, is worth a warning. A model that answers every question
-# with its task's label differs from the base model mostly at the first token of an answer: some 4 nats there
-# are 0.1 nats per token over an answer of 40.
+# Warn if the loss rises by more than this, in nats per token. A model that answers every question with a label of its
+# task differs mostly at the first token. About 4 nats there are 0.1 nats per token of an answer with 40 tokens.
 LARGE = 0.1
 
 
 @dataclass(frozen=True)
 class Drift:
-    """What a fine-tuning did to general answers.
+    """Measured drift on general answers.
 
     Attributes:
-        base_loss, loss: mean cross-entropy of the base model's answers, in nats a token: of the base model
-            itself, and of the fine-tuned model.
-        divergence: mean KL(base model ‖ fine-tuned model) over the answers' tokens, in nats; None where the
-            base model was not kept beside the fine-tuned one.
-        same: share of the tokens for which both models choose the same next token.
-        answers, tokens: how many were measured.
+        base_loss: Mean cross-entropy of the base model on its own answers, in nats per token.
+        loss: Mean cross-entropy of the fine-tuned model on the same answers.
+        divergence: Mean KL(base model ‖ fine-tuned model) over the answers' tokens, in nats. None if the base model was
+            not available at the same time.
+        same: Share of the tokens for which both models prefer the same next token.
+        answers: Number of answers.
+        tokens: Number of tokens in the answers.
     """
 
     base_loss: float
@@ -61,43 +67,40 @@ class Drift:
 
     @property
     def change(self) -> float:
-        """By how much the loss rose, in nats a token."""
+        """Increase of the loss in nats per token."""
         return self.loss - self.base_loss
 
     @property
     def large(self) -> bool:
-        """Whether a person should be warned; a change that is not finite counts."""
+        """True if the drift is worth a warning, also if it is not finite."""
         return not self.change <= LARGE
 
     def as_dict(self) -> dict[str, object]:
-        """Ready for JSON."""
+        """Return JSON values, with None for numbers that are not finite."""
         numbers = {**asdict(self), "change": self.change}
         return {name: value if value is None or math.isfinite(value) else None for name, value in numbers.items()}
 
     def lines(self) -> list[str]:
-        """For a person: the change, and what to try where it is large."""
+        """Return a description of the drift, with advice if it is large."""
         divergence = "" if self.divergence is None else f", KL {self.divergence:.2f}"
-        said = [
-            f"drift: general answers' loss {self.base_loss:.2f} → {self.loss:.2f} nats/token "
-            f"({self.change:+.2f}{divergence}); {self.same:.0%} of {self.tokens:,} tokens unchanged"
-        ]
+        loss = f"loss {self.base_loss:.2f} → {self.loss:.2f} nats/token ({self.change:+.2f}{divergence})"
+        lines = [f"drift: general answers' {loss}; {self.same:.0%} of {self.tokens:,} tokens unchanged"]
         if self.large:
-            said.append(
-                "  this is large: the model may answer other questions worse than the base model. Try "
-                "train.keep_general: 1, a lower train.learning_rate, fewer train.epochs, or general rows in the data"
-            )
-        return said
+            effect = "the model may answer other questions worse than the base model"
+            advice = "a lower train.learning_rate, fewer train.epochs, or general rows in the data"
+            lines.append(f"  this is large: {effect}. Try train.keep_general: 1, {advice}")
+        return lines
 
 
 _BATCH_TOKENS = 4096
 
-# What changes a model while it is open.
-Open: TypeAlias = Callable[[], AbstractContextManager[None]]
+# Creates a context that changes the model.
+OpenContext: TypeAlias = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
 class BaseLosses:
-    """The base model on its own answers, for each label: its loss, and the token that it would choose."""
+    """Losses and preferred tokens of the base model for each label of its own answers."""
 
     answers: Sequence[Example]
     losses: Tensor
@@ -105,237 +108,249 @@ class BaseLosses:
 
 
 @torch.no_grad()
-def base_losses(model: PreTrainedModel, answers: Sequence[Example], batcher: AnyBatcher, running: Open) -> BaseLosses:
-    """What :func:`measure_drift` needs of a base model that will not be there any more.
+def base_losses(
+    model: PreTrainedModel, answers: Sequence[Example], batcher: AnyBatcher, running: OpenContext
+) -> BaseLosses:
+    """Measure the base model before a training that overwrites its parameters.
 
     Args:
-        model: the base model. running: while open, it takes the batches of ``batcher``.
+        model: Base model.
+        answers: Its answers to general prompts.
+        batcher: Batcher for the answers.
+        running: Context in which the model accepts the batches of ``batcher``.
     """
     with running():
-        side = _Side(model, answers, batcher)
+        drift_model = _DriftModel(model, answers, batcher)
     losses, choices = [], []
-    for part in side.parts():
-        _, loss, choice = side.of_labels(part)
+    for chunk in drift_model.parts():
+        _, loss, choice = drift_model.of_labels(chunk)
         losses.append(loss.cpu())
         choices.append(choice.cpu())
     return BaseLosses(answers, torch.cat(losses), torch.cat(choices))
 
 
 @torch.no_grad()
-@working("measuring drift")
+@track_progress("measuring drift")
 def measure_drift(
     model: PreTrainedModel,
     answers: Sequence[Example],
     batcher: AnyBatcher,
     *,
-    base: Open | BaseLosses,
-    running: Open,
-    as_trained: Callable[[Example], Example] = lambda example: example,
+    base: OpenContext | BaseLosses,
+    running: OpenContext,
+    render: Callable[[Example], Example] = lambda example: example,
 ) -> Drift:
     """Compare the fine-tuned model with its base model on the base model's answers.
 
     Args:
-        model: with what was trained on it.
-        answers: of the base model.
-        batcher: how rows go through the model.
-        base: while open, the model answers as the base model; or what was noted of the base model, which
-            gives no divergence.
-        running: while open, the model takes the batches of ``batcher``.
-        as_trained: a row as the fine-tuned model is to see it.
+        model: Fine-tuned model.
+        answers: Answers of the base model.
+        batcher: Batcher for the answers.
+        base: Context in which the model computes as the base model, or stored losses of the base model. The divergence
+            is not measured with stored losses.
+        running: Context in which the model accepts the batches of ``batcher``.
+        render: Renders an example for the fine-tuned model.
     """
-    before = None
+    base_model = None
     if not isinstance(base, BaseLosses):
         with base(), running():
-            before = _Side(model, answers, batcher)
-    if before is not None and not has_values(model):
-        after = before  # in a dry run on fake tensors one side takes what the other takes
+            base_model = _DriftModel(model, answers, batcher)
+    if base_model is not None and not has_values(model):
+        tuned_model = base_model  # in a dry run on fake tensors both need the same memory
     else:
         with running():
-            after = _Side(model, [as_trained(example) for example in answers], batcher, before)
+            tuned_model = _DriftModel(model, [render(example) for example in answers], batcher, base_model)
     sums = torch.zeros(4, dtype=torch.float64)
-    for part in after.parts():
-        tuned, loss, chosen = after.of_labels(part)
+    for chunk in tuned_model.parts():
+        log_probs, loss, chosen = tuned_model.of_labels(chunk)
         if isinstance(base, BaseLosses):
-            base_loss, choice = base.losses[part], base.choices[part]
+            base_loss, base_choice = base.losses[chunk], base.choices[chunk]
             divergence = base_loss.new_zeros(())
         else:
-            assert before is not None
+            assert base_model is not None
             with base():
-                own, base_loss, choice = before.of_labels(part)
-            divergence = nn.functional.kl_div(tuned, own, reduction="sum", log_target=True)
-        same = (choice.to(chosen.device) == chosen).sum()
-        parts = base_loss.double().sum(), loss.double().sum(), divergence, same
-        sums += torch.stack([value.double().cpu() for value in parts])
-    count = len(after.targets)
+                base_log_probs, base_loss, base_choice = base_model.of_labels(chunk)
+            divergence = nn.functional.kl_div(log_probs, base_log_probs, reduction="sum", log_target=True)
+        same = (base_choice.to(chosen.device) == chosen).sum()
+        chunk_sums = base_loss.double().sum(), loss.double().sum(), divergence, same
+        sums += torch.stack([value.double().cpu() for value in chunk_sums])
+    count = len(tuned_model.targets)
     base_mean, mean, divergence_mean, same_share = (sums / count).tolist()
-    return Drift(base_mean, mean, None if before is None else divergence_mean, same_share, len(answers), count)
+    return Drift(base_mean, mean, None if base_model is None else divergence_mean, same_share, len(answers), count)
 
 
-class _Side:
-    """One of the two models: what its head is applied to, for each label in the order of the rows."""
+class _DriftModel:
+    """Hidden states of one of the two models for each label, in row order."""
 
     def __init__(
-        self, model: PreTrainedModel, rows: Sequence[Example], batcher: AnyBatcher, other: _Side | None = None
+        self, model: PreTrainedModel, rows: Sequence[Example], batcher: AnyBatcher, other: _DriftModel | None = None
     ) -> None:
-        # An objective knows its head: one of the other side serves where both have the same.
-        same = other is not None and other.objective.head is model.get_output_embeddings()
-        self.objective: CausalObjective = other.objective if other is not None and same else CausalObjective(model)
+        # An objective is bound to a head. Share it if both models have the same head.
+        shares_head = other is not None and other.objective.head is model.get_output_embeddings()
+        self.objective: CausalObjective = other.objective if shares_head and other else CausalObjective(model)
         self._model = model
         outputs: dict[int, Tensor] = {}
         for batch in batcher.batches(rows):
-            picked = self.objective.label_outputs(batch)
-            where = [member.places[member.example.is_label] for member in batch.members]
-            labeled = np.unique(np.concatenate(where))
-            for member, places in zip(batch.members, where, strict=True):
-                at = torch.from_numpy(np.searchsorted(labeled, places)).to(picked.device)
-                outputs[member.example.row] = picked[at]
+            label_outputs = self.objective.label_outputs(batch)
+            label_positions = [member.indices[member.example.is_label] for member in batch.members]
+            unique_positions = np.unique(np.concatenate(label_positions))
+            for member, positions in zip(batch.members, label_positions, strict=True):
+                index = torch.from_numpy(np.searchsorted(unique_positions, positions)).to(label_outputs.device)
+                outputs[member.example.row] = label_outputs[index]
         self._outputs = torch.cat([outputs[row.row] for row in rows])
-        # (P,) the labels of all rows, in their order.
+        # (P,) labels of all rows, in row order
         self.targets = torch.from_numpy(np.concatenate([row.tokens[row.is_label] for row in rows])).long()
 
     def parts(self) -> list[slice]:
-        """The labels in chunks whose logits are small: some eight tensors of that size are there at once. In a
-        dry run on fake tensors one chunk tells what all of them take."""
-        chunk = max(1, self.objective.chunk // 8)
-        parts = [slice(start, start + chunk) for start in range(0, len(self.targets), chunk)]
-        return parts if has_values(self._model) else parts[:1]
+        """Return slices of labels whose logits fit in memory about eight times.
 
-    def of_labels(self, part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """For these labels fp32 log-probabilities (p, V), losses (p,), and the tokens that it would choose (p,)."""
-        found = nn.functional.log_softmax(self.objective.logits_of(self._outputs[part]).float(), -1)
-        return found, -found.gather(1, self.targets[part].to(found.device)[:, None])[:, 0], found.argmax(1)
+        In a dry run on fake tensors a single chunk suffices.
+        """
+        chunk_size = max(1, self.objective.chunk // 8)
+        chunks = [slice(start, start + chunk_size) for start in range(0, len(self.targets), chunk_size)]
+        return chunks if has_values(self._model) else chunks[:1]
+
+    def of_labels(self, chunk: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Return fp32 log-probabilities (p, V), losses (p,) and preferred tokens (p,) of these labels."""
+        log_probs = nn.functional.log_softmax(self.objective.logits_of(self._outputs[chunk]).float(), -1)
+        targets = self.targets[chunk].to(log_probs.device)[:, None]
+        return log_probs, -log_probs.gather(1, targets)[:, 0], log_probs.argmax(1)
 
 
-# Drift of a finished run, and its general answers beside the base model's.
-#
-# What :class:`DriftMeter` is to a run that trains, this is to one that is opened again.
+# Drift of a finished run. See DriftMeter for a run in training.
 
 
 @dataclass(frozen=True)
 class GeneralAnswer:
-    """One general prompt, answered by the base model and by the fine-tuned one."""
+    """General prompt with the answers of the base model and the fine-tuned model."""
 
     prompt: str
     base: str
     adapter: str
 
 
-def drift_of(opened: InferenceSession, writer: Writer | None = None) -> Drift | None:
-    """How far general answers have moved from the base model's; None without an adapter, where the model
-    writes no text, and where the run's ``train.drift`` is false.
+def measure_run_drift(opened: AdaptedModel, writer: Writer | None = None) -> Drift | None:
+    """Return the drift of a finished run.
 
     Args:
-        writer: writes the session's texts; None for transformers.
+        opened: Model of the run.
+        writer: Generates the answers. The default is transformers.
+
+    Returns:
+        None if the model has no adapter or generates no text, or if ``train.drift`` is false.
 
     Raises:
-        NoGeneralAnswers: the base model gives none that could be measured; the message says why.
+        NoGeneralAnswers: if the base model generates no answer that can be measured.
     """
-    asked = "auto" if opened.config is None else opened.config.train.drift
-    if opened.method is None or not _is_wanted(asked, opened.task):
+    setting = "auto" if opened.config is None else opened.config.train.drift
+    if opened.method is None or not _is_enabled(setting, opened.task):
         return None
-    if asked == "auto":
+    if setting == "auto":
         check_size(opened.model)
     answers = _base_answers(opened, writer)
     batcher = opened.batcher(answers, virtual_tokens=opened.method.virtual_tokens)
-    running = functools.partial(opened.task.running, opened.model, batcher)
-    how: dict[str, Any] = {"base": opened.base, "running": running, "as_trained": opened.example}
-    return measure_drift(opened.model, answers, batcher, **how)
+    running = functools.partial(opened.task.model_context, opened.model, batcher)
+    options: dict[str, Any] = {"base": opened.base, "running": running, "render": opened.example}
+    return measure_drift(opened.model, answers, batcher, **options)
 
 
-def _is_wanted(asked: bool | str, task: Task) -> bool:
-    """Whether drift is measured, by the setting ``train.drift`` and what the model writes."""
-    return asked is not False and task.tokenizer is not None and task.writes_text
+def _is_enabled(setting: bool | str, task: Task) -> bool:
+    """Return True if drift is measured with this value of ``train.drift``."""
+    return setting is not False and task.tokenizer is not None and task.generates_text
 
 
-def answers_side_by_side(opened: InferenceSession, count: int, writer: Writer | None = None) -> list[GeneralAnswer]:
-    """Greedy answers of both models to ``count`` of the general prompts, taken evenly from all kinds.
+def compare_answers(opened: AdaptedModel, count: int, writer: Writer | None = None) -> list[GeneralAnswer]:
+    """Return greedy answers of both models to ``count`` general prompts, evenly selected from all categories.
 
     Args:
-        writer: writes the session's texts; None for transformers.
+        opened: Model of the run.
+        count: Number of prompts.
+        writer: Generates the answers. The default is transformers.
 
     Raises:
-        NoGeneralAnswers: as :func:`drift_of`.
+        NoGeneralAnswers: if the base model generates no usable answer.
     """
-    chosen = _evenly(_base_answers(opened, writer), count)
-    prompts = [MEASURED[answer.row - 1] for answer in chosen]
+    selected = _select_evenly(_base_answers(opened, writer), count)
+    prompts = [DRIFT_PROMPTS[answer.row - 1] for answer in selected]
     encoded = [opened.prompt(encode_prompt(p, opened.data or "auto", opened.tokenizer)) for p in prompts]
-    written = None if writer is None else writer(encoded, ANSWER_TOKENS, _BATCH_TOKENS, None)
-    return _pairs(chosen, written or generate(opened.model, opened.tokenizer, encoded, max_new_tokens=ANSWER_TOKENS))
+    completions = None if writer is None else writer(encoded, MAX_ANSWER_TOKENS, _BATCH_TOKENS, None)
+    completions = completions or generate(opened.model, opened.tokenizer, encoded, max_new_tokens=MAX_ANSWER_TOKENS)
+    return _pair_answers(selected, completions)
 
 
-def _evenly(answers: Sequence[Example], count: int) -> Sequence[Example]:
-    """``count`` of the answers, from all kinds of prompts."""
+def _select_evenly(answers: Sequence[Example], count: int) -> Sequence[Example]:
+    """Return ``count`` of the answers, from all categories of prompts."""
     return answers[:: max(1, len(answers) // count)][:count]
 
 
-def _pairs(chosen: Sequence[Example], written: Sequence[Completion]) -> list[GeneralAnswer]:
-    answered = zip(chosen, written, strict=True)
-    return [GeneralAnswer(MEASURED[base.row - 1], base.answer or "", done.text) for base, done in answered]
+def _pair_answers(answers: Sequence[Example], completions: Sequence[GeneratedCompletion]) -> list[GeneralAnswer]:
+    pairs = zip(answers, completions, strict=True)
+    return [GeneralAnswer(DRIFT_PROMPTS[base.row - 1], base.answer or "", c.text) for base, c in pairs]
 
 
-def _base_answers(opened: InferenceSession, writer: Writer | None) -> list[Example]:
-    reserved = 0 if opened.method is None else opened.method.virtual_tokens
-    how: dict[str, Any] = {"identity": opened.identity, "reserved": reserved, "writer": writer}
+def _base_answers(opened: AdaptedModel, writer: Writer | None) -> list[Example]:
+    num_virtual_tokens = 0 if opened.method is None else opened.method.virtual_tokens
+    options: dict[str, Any] = {"identity": opened.identity, "reserved": num_virtual_tokens, "writer": writer}
     with opened.base():
-        return general_answers(opened.model, opened.tokenizer, MEASURED, opened.data or "auto", **how)
+        return general_answers(opened.model, opened.tokenizer, DRIFT_PROMPTS, opened.data or "auto", **options)
 
 
-# Drift of a run that trains: what is noted before the first step, and measured after the last.
-#
-# Most methods keep the base model, and everything is measured at the end. Methods that train the base model's
-# own parameters keep no copy of them: of those the base model's answers are evaluated before training.
+# Drift of a run in training. Most methods preserve the base model, so drift is measured after training. If a method
+# trains the base model's parameters, the base model is evaluated before training.
 
 
 class DriftMeter:
-    """Measures how far a session's training moves general answers. Made before the first step.
+    """Measures the drift caused by a session's training. Create it before the first step.
 
     Args:
-        session: ready to train. Nothing is measured where ``train.drift`` is false or the model writes no
-            text.
+        session: Session that is ready to train. Drift is not measured if ``train.drift`` is false or the model
+            generates no text.
     """
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        asked = session.config.train.drift
-        self._wanted = _is_wanted(asked, session.task)
-        self._noted: BaseLosses | None = None
+        setting = session.config.train.drift
+        self._enabled = _is_enabled(setting, session.task)
+        self._stored_losses: BaseLosses | None = None
         self._answers: Sequence[Example] = ()
         self._reason: NoGeneralAnswers | None = None
-        if not self._wanted:
+        if not self._enabled:
             return
         try:
-            if asked == "auto":
+            if setting == "auto":
                 check_size(session.model)
-            if not session.method.keeps_base(session.model):
-                answers = session.general_answers(MEASURED)
+            if not session.method.can_restore_base(session.model):
+                answers = session.general_answers(DRIFT_PROMPTS)
                 with session.method.evaluating(session.model):
-                    self._noted = base_losses(session.model, answers, session.batcher, session.running)
+                    self._stored_losses = base_losses(session.model, answers, session.batcher, session.running)
         except NoGeneralAnswers as reason:
             self._reason = reason
 
     def measure(self) -> Drift | None:
-        """The drift of the trained model; None where it is not wanted. Call outside of ``session.running``.
+        """Return the drift of the trained model, or None if it is disabled. Call it outside of ``session.running``.
 
         Raises:
-            NoGeneralAnswers: the base model gives none that could be measured; the message says why.
+            NoGeneralAnswers: if the base model generates no answer that can be measured.
         """
-        if not self._wanted:
+        if not self._enabled:
             return None
         if self._reason is not None:
             raise self._reason
         session, model = self._session, self._session.model
-        noted = self._noted
-        answers = session.general_answers(MEASURED) if noted is None else noted.answers
-        base = noted or functools.partial(session.method.without, model)
-        how: dict[str, Any] = {"base": base, "as_trained": functools.partial(as_seen, method=session.method)}
+        stored_losses = self._stored_losses
+        answers = session.general_answers(DRIFT_PROMPTS) if stored_losses is None else stored_losses.answers
+        base = stored_losses or functools.partial(session.method.base_model_active, model)
+        options: dict[str, Any] = {"base": base, "render": functools.partial(render_example, method=session.method)}
         self._answers = answers
         with session.method.evaluating(model):
-            return measure_drift(model, answers, session.batcher, running=session.running, **how)
+            return measure_drift(model, answers, session.batcher, running=session.running, **options)
 
-    def side_by_side(self, count: int = SHOWN) -> list[GeneralAnswer]:
-        """What the base model and the trained one answer to some of the prompts, once it is measured. Call outside of
-        ``session.running``."""
-        session, chosen = self._session, _evenly(self._answers, count)
-        seen = [as_seen(answer, session.method) for answer in chosen]
-        prompts = [one.tokens[: one.prompt_length] for one in seen]
-        return _pairs(chosen, session.complete(prompts, ANSWER_TOKENS))
+    def compare_answers(self, count: int = NUM_STORED_ANSWERS) -> list[GeneralAnswer]:
+        """Return the answers of both models to some of the prompts after :meth:`measure`.
+
+        Call it outside of ``session.running``.
+        """
+        session, selected = self._session, _select_evenly(self._answers, count)
+        rendered = [render_example(answer, session.method) for answer in selected]
+        prompts = [example.tokens[: example.prompt_length] for example in rendered]
+        return _pair_answers(selected, session.complete(prompts, MAX_ANSWER_TOKENS))

@@ -1,12 +1,9 @@
-"""The guarantee that what a run says it trains is trained: checked at its first two steps, by value.
+"""Verify that the parameters passed to the optimizer are trained.
 
-Every parameter that the optimizer was handed must have a gradient at the first step. At the first or the
-second step its gradient must be more than zeros (the factor A of a pair has none as long as B is zero), and
-the number with the largest gradient must have moved. A parameter that fails ends the run. Where a model may
-skip a parameter by design (an expert that no token was routed to, an embedding whose tokens did not occur),
-it is a warning.
-
-Knows parameters and their names; not what they belong to.
+The check covers the first two steps. Each parameter must have a gradient in the first step. In one of the two steps its
+gradient must not be all zeros, and the element with the largest gradient must change. (The factor A of a pair has a
+zero gradient as long as B is zero.) A parameter that fails raises an error. It is only a warning if the model may skip
+the parameter by design, such as an expert without tokens or an embedding whose tokens did not occur.
 """
 
 from __future__ import annotations
@@ -20,26 +17,26 @@ from torch import Tensor, nn
 from deltaw.errors import UserError, first_names
 from deltaw.lora.fingerprint import has_values
 
-# Steps that are checked.
-STEPS = 2
+# Number of checked steps.
+CHECKED_STEPS = 2
 
 
 class UntrainedParameterError(UserError):
-    """A parameter that is said to be trained is not."""
+    """A parameter that should be trained is not."""
 
 
 class UntrainedParameterWarning(UserWarning):
-    """A parameter was not trained in the first steps, as its model allows."""
+    """A parameter was not trained in the first steps, which its model allows."""
 
 
 class TrainedCheck:
-    """Watches the first steps of a training; free afterwards.
+    """Checks the first steps of a training. It has no cost afterwards.
 
     Args:
-        names: of the parameters, for the error.
-        parameters: as the optimizer has them: master weights where there are some.
-        may_skip: whether a model may leave the parameter of this name out by design.
-        steps_done: of a training that goes on.
+        names: Names of the parameters, for messages.
+        parameters: Parameters as passed to the optimizer, including fp32 master weights.
+        may_skip: Returns True if the model may skip the parameter of this name by design.
+        steps_done: Number of completed steps of a resumed training.
     """
 
     def __init__(
@@ -49,82 +46,82 @@ class TrainedCheck:
         may_skip: Callable[[str], bool] = lambda name: False,
         steps_done: int = 0,
     ) -> None:
-        self._watched = dict(zip(names, parameters, strict=True))
+        self._parameters = dict(zip(names, parameters, strict=True))
         self._may_skip = may_skip
-        self._still = {name for name, p in self._watched.items() if has_values(p.data) and p.numel()}
-        self._marks: dict[str, tuple[tuple[Tensor, ...], Tensor]] = {}
+        self._pending = {name for name, p in self._parameters.items() if has_values(p.data) and p.numel()}
+        self._snapshots: dict[str, tuple[tuple[Tensor, ...], Tensor]] = {}
         self._steps = steps_done
 
     @property
     def done(self) -> bool:
-        return self._steps >= STEPS or not self._still
+        return self._steps >= CHECKED_STEPS or not self._pending
 
     @torch.no_grad()
     def before_update(self) -> None:
-        """Call with the step's gradients in place.
+        """Record parameter values. Call it once the gradients of the step are computed.
 
         Raises:
-            UntrainedParameterError: at the first step, a parameter has none.
+            UntrainedParameterError: if a parameter has no gradient in the first step.
         """
-        self._marks = {}
+        self._snapshots = {}
         if self.done:
             return
-        missing = [name for name in self._watched if name in self._still and self._watched[name].grad is None]
+        missing = [name for name in self._parameters if name in self._pending and self._parameters[name].grad is None]
         if self._steps == 0:
-            self._refuse(missing, "received no gradient in the first step")
-        for name in self._still.difference(missing):
-            parameter = self._watched[name]
+            self._reject(missing, "received no gradient in the first step")
+        for name in self._pending.difference(missing):
+            parameter = self._parameters[name]
             assert parameter.grad is not None
-            at = _largest(parameter.grad)
-            if parameter.grad[at] != 0:
-                self._marks[name] = (at, parameter[at].clone())
+            index = _largest(parameter.grad)
+            if parameter.grad[index] != 0:
+                self._snapshots[name] = (index, parameter[index].clone())
 
     @torch.no_grad()
     def after_update(self) -> None:
-        """Call once the optimizer has changed the parameters.
+        """Compare parameter values. Call it after the optimizer step.
 
         Raises:
-            UntrainedParameterError: at the second step, a parameter has not moved yet.
+            UntrainedParameterError: if a parameter has not changed after the second step.
         """
         if self.done:
             return
-        for name, (at, before) in self._marks.items():
-            if self._watched[name][at] != before:
-                self._still.discard(name)
-        self._marks = {}
+        for name, (index, before) in self._snapshots.items():
+            if self._parameters[name][index] != before:
+                self._pending.discard(name)
+        self._snapshots = {}
         self._steps += 1
-        if self._steps == STEPS:
-            self._refuse([name for name in self._watched if name in self._still], "did not move in two steps")
+        if self._steps == CHECKED_STEPS:
+            self._reject([name for name in self._parameters if name in self._pending], "did not move in two steps")
 
-    def _refuse(self, names: Sequence[str], what: str) -> None:
+    def _reject(self, names: Sequence[str], problem: str) -> None:
         skipped = [name for name in names if self._may_skip(name)]
         if skipped:
-            text = f"{first_names([repr(name) for name in skipped])} {what}"
+            text = f"{first_names([repr(name) for name in skipped])} {problem}"
             warnings.warn(text, UntrainedParameterWarning, stacklevel=3)
-            self._still.difference_update(skipped)
+            self._pending.difference_update(skipped)
         failed = [name for name in names if name not in skipped]
         if failed:
-            raise UntrainedParameterError(
-                f"{first_names([repr(name) for name in failed])} {what}, though said to be trained",
-                where="the parameters handed to the optimizer",
-                hint="leave out what the model does not use; nothing was saved as trained",
-            )
+            message = f"{first_names([repr(name) for name in failed])} {problem}, but should be trained"
+            hint = "leave out parameters that the model does not use; no adapter was saved"
+            raise UntrainedParameterError(message, location="the parameters of the optimizer", hint=hint)
 
 
 def _largest(values: Tensor) -> tuple[Tensor, ...]:
-    """Where the largest magnitude is, found without a copy of the values: a gradient may be as large as the
-    model's largest weight, and all the training's memory is in use when it is there."""
+    """Return the index of the largest magnitude without copying the values.
+
+    A gradient can be as large as the model's largest weight, and memory use is at its peak at this point.
+    """
     if not values.dim():
         return ()
-    places = [torch.unravel_index(place, values.shape) for place in (values.argmax(), values.argmin())]
-    return max(places, key=lambda place: float(values[place].abs()))
+    indices = [torch.unravel_index(index, values.shape) for index in (values.argmax(), values.argmin())]
+    return max(indices, key=lambda index: float(values[index].abs()))
 
 
 def may_skip(model: nn.Module) -> Callable[[str], bool]:
-    """Which parameters of a model it may leave out of a step by design, by name.
+    """Return a predicate for parameters that the model may skip in a step by design.
 
-    These are embeddings, of which a step reads the rows of its own tokens, and members of a list inside of a
-    block (experts), of which a router picks some.
+    These are embeddings, which read only the rows of the tokens that occur, and members of a module list inside a
+    block, such as experts selected by a router.
     """
     skipped = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
@@ -133,4 +130,4 @@ def may_skip(model: nn.Module) -> Callable[[str], bool]:
         if any(name.startswith(prefix) for prefix in outer):
             skipped |= {id(p) for p in module.parameters()}
     names = tuple(name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in skipped)
-    return lambda name: bool(names) and name.startswith(names)  # a part of one is named after it
+    return lambda name: bool(names) and name.startswith(names)  # also matches parts of a parameter

@@ -1,9 +1,7 @@
-"""Losses of language models: functions of the log-probability of each label token, row by row.
+"""Losses of language models, computed from the log-probabilities of label tokens.
 
-An objective runs the model on a microbatch and hands over :class:`RowLogProbs`; a loss makes one number of
-them, and gradients flow back through it. Objectives over single rows and over pairs or groups of rows (DPO,
-ORPO, KTO and their like) are each one small class here or in a user's own file; neither the loop nor the
-model's side changes.
+An objective runs the model on a microbatch and passes :class:`RowLogProbs` to a loss. A loss is a small class for
+single rows, pairs or groups of rows (DPO, ORPO, KTO and similar), here or in a user's file.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from deltaw.data.example import Example
-from deltaw.data.packing import Batch
+from deltaw.data.packing import PackedBatch
 from deltaw.errors import UserError
 from deltaw.kernels.transfer import to_device
 from deltaw.task_settings import PreferenceSettings
@@ -28,16 +26,16 @@ from deltaw.task_settings import PreferenceSettings
 
 @dataclass(frozen=True, eq=False)
 class RowLogProbs:
-    """The log-probabilities of a microbatch's label tokens, and which rows they belong to.
+    """Log-probabilities of a microbatch's label tokens, assigned to rows.
 
-    What rows share is computed once, so that one value can belong to several rows.
+    Shared prefixes are computed once, so a value can belong to several rows.
 
     Attributes:
-        values: (P,) log p(token | tokens before it) in nats, differentiable, fp32 (fp64 for an fp64 model).
-        index: (E,) int64, for each label of each row its place in ``values``; rows one after another.
-        row: (E,) int64, the row of each entry of ``index``, a place in ``rows``.
-        rows: the rows of the microbatch.
-        groups: for each group of rows its rows' places in ``rows``; empty where rows come one by one.
+        values: (P,) log p(token | previous tokens) in nats, differentiable, fp32 (fp64 for an fp64 model).
+        index: (E,) int64, index into ``values`` for each label of each row, row by row.
+        row: (E,) int64, index into ``rows`` for each entry of ``index``.
+        rows: Rows of the microbatch.
+        groups: Indices of each group's rows. Empty if rows are not grouped.
     """
 
     values: Tensor
@@ -47,84 +45,85 @@ class RowLogProbs:
     groups: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
-    def of(cls, batch: Batch, values: Tensor) -> RowLogProbs:
-        """Of a batch, whose ``targets`` have these log-probabilities (P,)."""
-        index, row = (to_device(torch.from_numpy(places), values.device) for places in label_places(batch))
+    def of(cls, batch: PackedBatch, values: Tensor) -> RowLogProbs:
+        """Assign the log-probabilities (P,) of a batch's ``targets`` to its rows."""
+        index, row = (to_device(torch.from_numpy(indices), values.device) for indices in label_indices(batch))
         return cls(values, index, row, tuple(member.example for member in batch.members), batch.groups)
 
     def sums(self) -> Tensor:
-        """(rows,) the log-probability of each row's labels together."""
+        """Return (rows,) the summed log-probability of each row's labels."""
         zeros = self.values.new_zeros(len(self.rows))
         return zeros.index_add(0, self.row, self.values.index_select(0, self.index))
 
     def counts(self) -> Tensor:
-        """(rows,) labels of each row, in the type of ``values``."""
+        """Return (rows,) the number of labels of each row, in the dtype of ``values``."""
         zeros = self.values.new_zeros(len(self.rows))
         return zeros.index_add(0, self.row, zeros.new_ones(len(self.row)))
 
     def grouped(self, per_row: Tensor) -> Tensor:
-        """(rows,) to (groups, rows of a group), in each group's order.
+        """Reshape (rows,) to (groups, rows per group), in the order of each group.
 
         Raises:
-            ValueError: the groups are of different sizes, or there are none.
+            ValueError: if the groups differ in size or the rows are not grouped.
         """
         if not self.groups or len({len(group) for group in self.groups}) != 1:
             raise ValueError("the rows of this microbatch are not in groups of one size")
         return per_row[to_device(torch.tensor(self.groups), per_row.device)]
 
 
-def unrounded(loss: Tensor) -> Tensor:
-    """A loss without its graph, for adding many up: in fp64, where its device has that."""
+def detach_wide(loss: Tensor) -> Tensor:
+    """Detach a loss for accumulation, in fp64 if the device supports it."""
     return loss.detach() if loss.device.type == "mps" else loss.detach().double()
 
 
 class Loss(Protocol):
-    """What a training makes small."""
+    """Loss function of a training task."""
 
     def __call__(self, rows: RowLogProbs) -> Tensor:
-        """The sum of a microbatch's losses, a scalar; independent of how a step is cut."""
+        """Return the summed loss of a microbatch, a scalar. It does not depend on how a step is split."""
 
     def units(self, rows: Sequence[Any]) -> int:
-        """What the sum over these rows, or groups of rows, is divided by."""
+        """Return the divisor of the summed loss of these rows or groups of rows."""
 
 
-class Watched(abc.ABC):
-    """Sums that a loss keeps beside its own, over a step and on their device; no training depends on them.
+class MetricAccumulator(abc.ABC):
+    """Accumulates metrics of a step on the device, in addition to the loss.
 
     Attributes:
-        size: how many sums there are, whatever was counted, so that those of several processes can be added up.
+        size: Number of sums. It is constant, so that the sums of several processes can be added.
+        sums: (size,) the sums, or None at the start of a step.
     """
 
     size: int
     sums: Tensor | None = None
 
     def clear(self) -> None:
-        """Begin a step."""
+        """Start a step."""
         self.sums = None
 
     def totals(self) -> Tensor:
-        """(size,) the sums, 0 where nothing was counted."""
+        """Return (size,) the sums, or zeros if empty."""
         return torch.zeros(self.size, dtype=torch.float64) if self.sums is None else self.sums
 
     def count(self, totals: Tensor) -> None:
-        """Have these sums instead, those of all processes."""
+        """Replace the sums by those of all processes."""
         self.sums = totals
 
     @abc.abstractmethod
     def means(self) -> dict[str, float]:
-        """Metrics of the step by name, empty if nothing was counted; waits for the device."""
+        """Return the metrics of the step by name, possibly empty. Synchronizes with the device."""
 
     def _plus(self, parts: Sequence[Tensor]) -> None:
         """Add the sums of a microbatch."""
-        sums = unrounded(torch.stack(list(parts)))
+        sums = detach_wide(torch.stack(list(parts)))
         self.sums = sums if self.sums is None else self.sums + sums
 
 
 class CrossEntropy:
-    """−Σ log p over the labels of all rows; its unit is a label token.
+    """−Σ log p over the labels of all rows. The unit is a label token.
 
-    Each label's weight is known before the model runs, so that the objective takes the gradient while a
-    chunk's logits are there; this definition is what that is equal to.
+    The objective computes the same gradient chunk by chunk while the logits are in memory, because the weight of each
+    label is known in advance.
     """
 
     def __call__(self, rows: RowLogProbs) -> Tensor:
@@ -134,26 +133,26 @@ class CrossEntropy:
         return sum(row.label_count for row in rows)
 
 
-def label_places(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """For each label of each member: its place among the batch's ``targets``, and the member's number."""
-    places = [member.places[member.example.is_label] for member in batch.members]
-    every = np.concatenate(places)
-    # Targets stand in the order of their tokens in the batch.
-    index = np.searchsorted(np.unique(every), every)
-    return index, np.repeat(np.arange(len(places)), [len(own) for own in places])
+def label_indices(batch: PackedBatch) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each label of each member its index among the batch's ``targets``, and the index of the member."""
+    positions = [member.indices[member.example.is_label] for member in batch.members]
+    all_positions = np.concatenate(positions)
+    # Targets are sorted by token position in the batch.
+    index = np.searchsorted(np.unique(all_positions), all_positions)
+    return index, np.repeat(np.arange(len(positions)), [len(member_positions) for member_positions in positions])
 
 
-# Losses of pairs of answers, DPO, IPO, ORPO and SimPO, of log-probabilities of a chosen and a rejected one.
+# Losses of preference pairs: DPO, IPO, ORPO and SimPO.
 #
-# A group of rows is a pair: the chosen answer with its prompt, then the rejected one with the same prompt. What
-# a reference model gives them is a number that each row brings along. Knows no model and no data.
+# A group of rows is a pair: the chosen answer with its prompt, then the rejected answer with the same prompt. Each row
+# stores its log-probability under the reference model.
 #
-# With s the sum of an answer's log-probabilities, n its number of label tokens, s° the sum of the reference
-# model, and Δ the difference of chosen and rejected:
+# Let s be the sum of an answer's log-probabilities, n its number of label tokens, s° the sum under the reference
+# model, and Δ the difference between chosen and rejected:
 #
 # - DPO (arXiv 2305.18290, eq. 7), with label smoothing ε (conservative DPO, 2023):
 # −(1−ε) log σ(β Δ(s−s°)) − ε log σ(−β Δ(s−s°)).
-# - IPO (arXiv 2310.12036, eq. 17), over means, as its authors computed it: (Δ((s−s°)/n) − 1/(2β))².
+# - IPO (arXiv 2310.12036, eq. 17), over means as in its authors' code: (Δ((s−s°)/n) − 1/(2β))².
 # - ORPO (arXiv 2403.07691, eqs. 6 and 7): −s/n of the chosen − β log σ(Δ log odds), log odds = s/n − log(1 −
 # exp(s/n)).
 # - SimPO (arXiv 2405.14734, eq. 6): DPO's form of β Δ(s/n) − γ.
@@ -161,10 +160,11 @@ def label_places(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class PairLosses:
-    """What a loss makes of pairs.
+    """Losses and rewards of preference pairs.
 
     Attributes:
-        losses: (pairs,) differentiable. rewards: (pairs, 2) of chosen and rejected, without a graph.
+        losses: (pairs,) differentiable.
+        rewards: (pairs, 2) rewards of chosen and rejected, detached.
     """
 
     losses: Tensor
@@ -172,59 +172,60 @@ class PairLosses:
 
     @property
     def accuracies(self) -> Tensor:
-        """(pairs,) 1 where the chosen answer has the higher reward, 0.5 where both have the same."""
+        """(pairs,) 1 if the chosen answer has the higher reward, 0.5 if both are equal."""
         return (self.rewards[:, 0] - self.rewards[:, 1]).sign() / 2 + 0.5
 
 
-class StepMetrics(Watched):
-    """Of pairs: their accuracies, both rewards, and how many there are."""
+class StepMetrics(MetricAccumulator):
+    """Accumulates the accuracy and both rewards of pairs."""
 
     size = 4
 
-    def add(self, found: PairLosses) -> None:
+    def add(self, losses: PairLosses) -> None:
         """Add a microbatch."""
-        pairs = found.rewards.new_tensor(float(len(found.losses)))
-        self._plus([found.accuracies.sum(), *found.rewards.sum(0), pairs])
+        pairs = losses.rewards.new_tensor(float(len(losses.losses)))
+        self._plus([losses.accuracies.sum(), *losses.rewards.sum(0), pairs])
 
     def means(self) -> dict[str, float]:
         *sums, pairs = self.totals().tolist()
-        return named(*(value / pairs for value in sums)) if pairs else {}
+        return preference_metrics(*(value / pairs for value in sums)) if pairs else {}
 
 
 class PreferenceLoss:
-    """The loss of pairs that the settings name; its unit is a pair.
+    """Preference loss selected by the settings. The unit is a pair.
 
     Attributes:
-        watched: rewards of the pairs since it was last cleared.
+        accumulator: Rewards of the pairs since it was last cleared.
     """
 
     def __init__(self, settings: PreferenceSettings) -> None:
         self.settings = settings
-        self.watched = StepMetrics()
+        self.accumulator = StepMetrics()
 
     def __call__(self, rows: RowLogProbs) -> Tensor:
-        found = self.of_rows(rows)
-        self.watched.add(found)
-        return found.losses.sum()
+        losses = self.per_row_losses(rows)
+        self.accumulator.add(losses)
+        return losses.losses.sum()
 
     def units(self, rows: Sequence[Any]) -> int:
         return len(rows)
 
-    def of_rows(self, rows: RowLogProbs) -> PairLosses:
-        """The losses and rewards of a microbatch's pairs, in the order of ``rows.groups``."""
+    def per_row_losses(self, rows: RowLogProbs) -> PairLosses:
+        """Return the losses and rewards of a microbatch's pairs, in the order of ``rows.groups``."""
         sums, counts = rows.grouped(rows.sums()), rows.grouped(rows.counts())
         if not self.settings.has_reference:
-            return self.of_pairs(sums, counts)
-        return self.of_pairs(sums, counts, rows.grouped(references_of(rows, sums)))
+            return self.pair_losses(sums, counts)
+        return self.pair_losses(sums, counts, rows.grouped(reference_sums(rows, sums)))
 
-    def of_pairs(self, sums: Tensor, counts: Tensor, references: Tensor | None = None) -> PairLosses:
-        """Losses and rewards.
+    def pair_losses(self, sums: Tensor, counts: Tensor, references: Tensor | None = None) -> PairLosses:
+        """Return losses and rewards.
 
         Args:
-            sums, counts, references: (pairs, 2) of chosen and rejected: the sum of log-probabilities, the
-                number of labels, and the reference model's sum.
+            sums: (pairs, 2) sums of log-probabilities of chosen and rejected.
+            counts: (pairs, 2) numbers of labels.
+            references: (pairs, 2) sums under the reference model.
         """
-        settings, beta = self.settings, self.settings.strength
+        settings, beta = self.settings, self.settings.effective_beta
         scores = sums
         if settings.has_reference:
             assert references is not None
@@ -240,54 +241,56 @@ class PreferenceLoss:
             return PairLosses(-scores[:, 0] - beta * logsigmoid(odds[:, 0] - odds[:, 1]), rewards)
         logits = beta * margins
         if settings.loss == "simpo":
-            logits = logits - settings.target_margin
+            logits = logits - settings.effective_gamma
         smoothing = settings.label_smoothing
         return PairLosses(-(1 - smoothing) * logsigmoid(logits) - smoothing * logsigmoid(-logits), rewards)
 
 
-def named(accuracy: float, chosen: float, rejected: float) -> dict[str, float]:
-    """Metrics of rewards by their names."""
+def preference_metrics(accuracy: float, chosen: float, rejected: float) -> dict[str, float]:
+    """Return metrics of preference rewards by name."""
     return {"accuracy": accuracy, "margin": chosen - rejected, "chosen_reward": chosen, "rejected_reward": rejected}
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """log(1 − eˣ) of x < 0, without cancellation at either end; x nearer to 0 than rounding can tell counts
-    as that near."""
+    """Return log(1 − eˣ) of x < 0 without cancellation. Values closer to 0 than machine epsilon are clamped to it."""
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
     middle = -math.log(2)
-    # Each branch is given values that are in its range, so that the other's gradient is no nan.
+    # Clamp the input of each branch to its range, so that the unused branch has no NaN gradient.
     near, far = torch.log(-torch.expm1(x.clamp(min=middle))), torch.log1p(-torch.exp(x.clamp(max=middle)))
     return torch.where(x > middle, near, far)
 
 
-def references_of(rows: RowLogProbs, like: Tensor) -> Tensor:
-    """(rows,) the sums of the reference model.
+def reference_sums(rows: RowLogProbs, like: Tensor) -> Tensor:
+    """Return (rows,) the log-probabilities under the reference model.
 
     Raises:
-        UserError: a row has none.
+        UserError: if a row has no reference.
     """
     values = [row.reference for row in rows.rows]
     if None in values:
-        what, hint = "the rows have no log-probabilities of the reference model", "call the task's referenced() first"
-        raise UserError(what, where="preference.loss", hint=hint)
+        message = "the rows have no log-probabilities of the reference model"
+        hint = "call the task's add_reference_log_probs() first"
+        raise UserError(message, location="preference.loss", hint=hint)
     return to_device(torch.tensor(values, dtype=like.dtype), like.device)
 
 
-# KTO (arXiv 2402.01306, eqs. 7 and 8): a loss of single answers, desired or not, against a reference.
+# KTO (arXiv 2402.01306, eqs. 7 and 8): a loss of single desired or undesired answers with a reference model.
 #
-# With r = s − s°, an answer's log-probability less the reference model's, and z the mean of r over prompts with
-# other rows' answers, no less than 0 and taken as a constant, the loss is w (1 − σ(β (r − z))) of a desired
-# answer and w (1 − σ(β (z − r))) of another. z estimates how far the model is from the reference. As TRL's
-# KTOTrainer has it; z is one number for all rows of an optimizer step, however they are cut.
+# Let r = s − s° be the difference of an answer's log-probabilities under model and reference model. Let z be the mean
+# of r over prompts with answers of other rows, at least 0 and constant. It estimates the divergence from the reference
+# model. The loss is w (1 − σ(β (r − z))) for desired answers and w (1 − σ(β (z − r))) for undesired ones, as in TRL's
+# KTOTrainer. z is shared by all rows of an optimizer step.
 
 
 @dataclass(frozen=True)
 class AnswerLosses:
-    """What the loss makes of answers.
+    """Losses and rewards of single answers.
 
     Attributes:
-        losses: (rows,) differentiable. rewards: (rows,) β r, without a graph. desired: (rows,) bool.
-        accuracies: (rows,) 1 where the reward is on the right side of β z, 0.5 where it is on neither.
+        losses: (rows,) differentiable.
+        rewards: (rows,) β r, detached.
+        desired: (rows,) bool.
+        accuracies: (rows,) 1 if the reward is on the correct side of β z, 0.5 if it is equal.
     """
 
     losses: Tensor
@@ -296,81 +299,82 @@ class AnswerLosses:
     accuracies: Tensor
 
 
-class AnswerMetrics(Watched):
-    """Of answers: their accuracies, rewards of either kind, how many of either, and divergences."""
+class AnswerMetrics(MetricAccumulator):
+    """Accumulates accuracy, divergence, and rewards and counts of desired and undesired answers."""
 
     size = 6
 
-    def add(self, found: AnswerLosses, divergence: Tensor) -> None:
-        """Add a microbatch, whose answers count with the same divergence as the step's others."""
-        rewards, desired = found.rewards, found.desired.to(found.rewards.dtype)
-        parts = found.accuracies, rewards * desired, rewards * (1 - desired), desired, 1 - desired
+    def add(self, losses: AnswerLosses, divergence: Tensor) -> None:
+        """Add a microbatch. ``divergence`` is shared by all answers of the step."""
+        rewards, desired = losses.rewards, losses.desired.to(losses.rewards.dtype)
+        parts = losses.accuracies, rewards * desired, rewards * (1 - desired), desired, 1 - desired
         self._plus([*(part.sum() for part in parts), divergence.to(rewards.dtype) * len(rewards)])
 
     def means(self) -> dict[str, float]:
         sums = self.totals().tolist()
-        return named_answers(sums) if sums[3] + sums[4] else {}
+        return answer_metrics(sums) if sums[3] + sums[4] else {}
 
 
 class UnpairedLoss:
-    """KTO's loss; its unit is an answer.
+    """KTO loss. The unit is an answer.
 
     Attributes:
-        divergence: z, a scalar tensor, which :meth:`estimate` sets for the rows that come next.
-        watched: rewards of the answers since it was last cleared.
+        divergence: z, a scalar tensor. Set it for the next rows with :meth:`estimate`.
+        accumulator: Rewards of the answers since it was last cleared.
     """
 
     def __init__(self, settings: PreferenceSettings) -> None:
         self.settings = settings
         self.divergence = torch.zeros(())
-        self.watched = AnswerMetrics()
+        self.accumulator = AnswerMetrics()
 
     def estimate(self, sums: Tensor) -> None:
-        """Set z from (2,) the sum of r over prompts with other rows' answers, and their number."""
+        """Set z from (2,) the sum of r over mismatched answers and their number."""
         self.divergence = (sums[0] / sums[1]).clamp(min=0)
 
-    def distance(self, rows: RowLogProbs) -> Tensor:
-        """(2,) the sum of r over rows, and their number, without a graph: what :meth:`estimate` takes,
-        summed."""
-        ratios = unrounded(self.ratios(rows))
+    def divergence_sums(self, rows: RowLogProbs) -> Tensor:
+        """Return (2,) the sum of r over rows and their number, detached. :meth:`estimate` takes their total."""
+        ratios = detach_wide(self.ratios(rows))
         return torch.stack([ratios.sum(), ratios.new_tensor(float(len(ratios)))])
 
     def ratios(self, rows: RowLogProbs) -> Tensor:
-        """(rows,) r, differentiable."""
+        """Return (rows,) r, differentiable."""
         sums = rows.sums()
-        return sums - references_of(rows, sums)
+        return sums - reference_sums(rows, sums)
 
     def __call__(self, rows: RowLogProbs) -> Tensor:
-        found = self.of_rows(rows)
-        self.watched.add(found, self.divergence)
-        return found.losses.sum()
+        losses = self.per_row_losses(rows)
+        self.accumulator.add(losses, self.divergence)
+        return losses.losses.sum()
 
     def units(self, rows: Sequence[Any]) -> int:
         return len(rows)
 
-    def of_rows(self, rows: RowLogProbs) -> AnswerLosses:
-        """The losses and rewards of a microbatch's answers, in the order of ``rows.rows``."""
+    def per_row_losses(self, rows: RowLogProbs) -> AnswerLosses:
+        """Return the losses and rewards of a microbatch's answers, in the order of ``rows.rows``."""
         settings, ratios = self.settings, self.ratios(rows)
         desired = torch.tensor([bool(row.desired) for row in rows.rows], device=ratios.device)
-        # How far an answer is on the side of z that its label asks for.
+        # Positive if the answer is on the side of z that matches its label.
         signs = desired.to(ratios.dtype) * 2 - 1
-        sides = signs * (ratios - self.divergence.to(ratios.device, ratios.dtype))
+        margins = signs * (ratios - self.divergence.to(ratios.device, ratios.dtype))
         weights = torch.where(desired, settings.desirable_weight, settings.undesirable_weight)
-        losses = weights.to(ratios.dtype) * torch.sigmoid(-settings.strength * sides)
-        rewards = settings.strength * ratios.detach()
-        return AnswerLosses(losses, rewards, desired, sides.detach().sign() / 2 + 0.5)
+        losses = weights.to(ratios.dtype) * torch.sigmoid(-settings.effective_beta * margins)
+        rewards = settings.effective_beta * ratios.detach()
+        return AnswerLosses(losses, rewards, desired, margins.detach().sign() / 2 + 0.5)
 
 
-def named_answers(sums: Sequence[float]) -> dict[str, float]:
-    """Metrics by their names, from the sums of :class:`AnswerMetrics`; a kind of answers that is not there has
-    none."""
-    accuracies, desired, undesired, desired_count, others, kl = sums
-    count = desired_count + others
-    found = {"accuracy": accuracies / count, "kl": kl / count}
+def answer_metrics(sums: Sequence[float]) -> dict[str, float]:
+    """Return metrics by name from the sums of :class:`AnswerMetrics`.
+
+    A kind of answers that does not occur has no metric.
+    """
+    accuracies, desired_reward, undesired_reward, desired_count, undesired_count, kl = sums
+    count = desired_count + undesired_count
+    metrics = {"accuracy": accuracies / count, "kl": kl / count}
     if desired_count:
-        found["chosen_reward"] = desired / desired_count
-    if others:
-        found["rejected_reward"] = undesired / others
-    if desired_count and others:
-        found["margin"] = found["chosen_reward"] - found["rejected_reward"]
-    return found
+        metrics["chosen_reward"] = desired_reward / desired_count
+    if undesired_count:
+        metrics["rejected_reward"] = undesired_reward / undesired_count
+    if desired_count and undesired_count:
+        metrics["margin"] = metrics["chosen_reward"] - metrics["rejected_reward"]
+    return metrics

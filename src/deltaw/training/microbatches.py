@@ -1,7 +1,7 @@
-"""How rows reach a model: microbatches, the objective that turns one into a loss, and the feed of both.
+"""Interfaces between rows and models: batchers, objectives and feeds.
 
-These protocols are all that the loop knows of data and models. Batchers are in ``tasks/causal_batcher.py`` and
-``data/images.py``. Feeds that keep what frozen layers give are in ``features``.
+The loop uses data and models only through these protocols. Batchers are in ``tasks/causal_batcher.py`` and
+``data/images.py``. Feeds with cached outputs of frozen layers are in ``features``.
 """
 
 from __future__ import annotations
@@ -19,46 +19,48 @@ if TYPE_CHECKING:
 
 
 class AnyBatcher(Protocol):
-    """Cuts the rows of an optimizer step into microbatches. How it does so changes no result.
+    """Splits the rows of an optimizer step into microbatches. The split does not change results.
 
-    A row, or a group of rows that belong together, has ``label_count``: labels that it brings to the sum of losses.
-    A microbatch, which one forward and backward sees, has ``rows``: how many are in it, ``row_tokens``: tokens of all
-    of them, and ``tokens``: those that are computed, which sharing makes fewer and padding more.
+    A row or a group of rows has ``label_count``, the number of labels that it adds to the summed loss. A microbatch is
+    the input of one forward and backward pass. It has ``rows``, the number of its rows, ``row_tokens``, the number of
+    their tokens, and ``tokens``, the number of computed tokens. Shared prefixes reduce ``tokens``, padding increases
+    it.
 
-    One whose microbatches hold other rows than it is given also has ``costing(rows)``: by whose cost each of
-    them is dealt where several processes train together.
+    A batcher whose microbatches contain other rows than its input also has ``cost_rows(rows)``. These rows determine
+    the cost when rows are distributed to processes.
     """
 
     def batches(self, rows: Sequence[Any]) -> Iterator[Any]:
-        """The microbatches of these rows, each laid out only when its turn comes."""
+        """Yield the microbatches of these rows. Each is built when it is requested."""
 
     def shapes(self, rows: Sequence[Any]) -> list[tuple[int, int]]:
-        """(rows, length) of each microbatch, without laying any out."""
+        """Return (rows, length) of each microbatch without building it."""
 
 
 class AnyObjective(Protocol):
-    """A model together with what it is trained to make small.
+    """A model with its loss function.
 
-    One whose loss depends on a step's rows together also has ``begin(rows, batcher, processes)``, which is
-    called with them before their microbatches come; ``processes`` deal rows and add up numbers where several
-    train together (:class:`deltaw.training.parallel.reducer.Reducer`).
+    If the loss depends on all rows of a step, the objective also has ``start_step(rows, batcher, processes)``, which is
+    called with them before their microbatches. ``processes`` distributes rows and adds values over several processes
+    (:class:`deltaw.training.parallel.reducer.Reducer`).
     """
 
     def __call__(self, batch: Any) -> Tensor:
-        """The sum of a microbatch's losses: a scalar that gradients flow from."""
+        """Return the summed loss of a microbatch, a differentiable scalar."""
 
     def units(self, rows: Sequence[Any]) -> int:
-        """What the sum over these rows is divided by: labels of a cross-entropy, pairs of a loss of pairs."""
+        """Return the divisor of the summed loss, for example the number of labels or pairs."""
 
 
 class Feed:
-    """How the rows of a run reach its model; here from the first layer on.
+    """Supplies the rows of a run to its model. This class starts at the first layer.
 
-    A feed is a batcher too. Its microbatches may bring what frozen layers would compute (:func:`entered`).
+    A feed is also a batcher. Its microbatches can contain outputs of frozen layers (:func:`enter_batch`).
 
     Attributes:
-        objective: runs its microbatches. batcher: cuts rows into microbatches.
-        store: where outputs of frozen layers are kept; None where they are not.
+        objective: Computes the loss of its microbatches.
+        batcher: Splits rows into microbatches.
+        store: Stored outputs of frozen layers, if any.
     """
 
     def __init__(self, objective: AnyObjective, batcher: AnyBatcher, store: FeatureStore | None = None) -> None:
@@ -66,35 +68,37 @@ class Feed:
 
     @property
     def share(self) -> bool:
-        """Whether shared prefixes are computed once."""
+        """True if shared prefixes are computed once."""
         return bool(getattr(self.batcher, "share", False))
 
     def batches(self, rows: Sequence[Any]) -> Iterator[Any]:
-        """The microbatches of these rows, each laid out only when its turn comes."""
+        """Yield the microbatches of these rows. Each is built when it is requested."""
         return self.batcher.batches(rows)
 
     def shapes(self, rows: Sequence[Any]) -> list[tuple[int, int]]:
-        """(rows, length) of each microbatch, without laying any out."""
+        """Return (rows, length) of each microbatch without building it."""
         return self.batcher.shapes(rows)
 
-    def longest(self, rows: Sequence[Any]) -> Sequence[Any]:
-        """What the rows of a step are at most when they reach the model, for a dry run."""
+    def worst_case_rows(self, rows: Sequence[Any]) -> Sequence[Any]:
+        """Return the largest rows that the model can receive for these rows of a step, for a dry run."""
         return rows
 
-    def keep_in(self, folder: Path) -> None:
-        """Be told the run's folder, for what a run that is stopped must find again."""
+    def set_run_folder(self, folder: Path) -> None:
+        """Receive the run's folder, for files that a resumed run needs."""
 
-    def costing(self, rows: Sequence[Any]) -> Sequence[Any]:
-        """By whose cost each of the rows is dealt where several processes train together."""
-        return getattr(self.batcher, "costing", lambda given: given)(rows)
+    def cost_rows(self, rows: Sequence[Any]) -> Sequence[Any]:
+        """Return rows with the cost of the given ones, for distribution to processes."""
+        return getattr(self.batcher, "cost_rows", lambda same_rows: same_rows)(rows)
 
     def close(self) -> None:
-        """Bring what is kept to the disk, and let other runs have it."""
+        """Write stored outputs to disk and release them for other runs."""
         if self.store is not None:
             self.store.close()
 
 
-def entered(batch: Any) -> AbstractContextManager[Any]:
-    """The batch as the model runs it. While open, what is kept takes the place of the layers that would compute
-    it; where nothing is kept, the batch is as it was."""
+def enter_batch(batch: Any) -> AbstractContextManager[Any]:
+    """Enter the batch as the model runs it, with stored outputs in place of the layers that compute them.
+
+    If the batch has no stored outputs, it is unchanged.
+    """
     return contextlib.nullcontext(batch) if batch.enter is None else batch.enter()

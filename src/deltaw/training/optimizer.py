@@ -1,4 +1,4 @@
-"""AdamW over the trained parameters, and the learning rate at each step."""
+"""AdamW optimizer and learning rate schedules."""
 
 from __future__ import annotations
 
@@ -21,35 +21,38 @@ def adamw(
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) in torch's fused form, which updates every tensor in one call.
+    """Create torch's fused AdamW (arXiv 1711.05101).
 
     Args:
-        factors: what each parameter's learning rate is multiplied with; parameters of one factor are a group.
+        parameters: Parameters to optimize.
+        learning_rate: Base learning rate.
+        factors: Learning rate factor of each parameter. Parameters with equal factors form a parameter group.
+        weight_decay: Weight decay coefficient.
+        betas: Decay rates of the moments.
     """
     groups: dict[float, list[nn.Parameter]] = {}
     for parameter, factor in zip(parameters, factors or [1.0] * len(parameters), strict=True):
         groups.setdefault(factor, []).append(parameter)
-    given = [{"params": members, "factor": factor} for factor, members in groups.items()]
-    return torch.optim.AdamW(given, lr=learning_rate, weight_decay=weight_decay, betas=betas, fused=True)
+    param_groups = [{"params": members, "factor": factor} for factor, members in groups.items()]
+    return torch.optim.AdamW(param_groups, lr=learning_rate, weight_decay=weight_decay, betas=betas, fused=True)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """The learning rate of the next step, times each group's factor."""
+    """Set the learning rate of the next step, multiplied by the factor of each group."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["factor"]
 
 
 @contextlib.contextmanager
-def skipping(optimizer: torch.optim.Optimizer, unless: Tensor | None) -> Iterator[None]:
-    """While open, a step of a fused optimizer changes nothing where ``unless``, a bool scalar on the
-    parameters' device, is True. The device decides, so nobody waits for the answer.
+def skip_update_if(optimizer: torch.optim.Optimizer, condition: Tensor | None) -> Iterator[None]:
+    """Make a step of a fused optimizer a no-op if ``condition``, a bool scalar on the parameters' device, is True.
 
-    This is how torch's own scaler of gradients leaves steps out (``torch.amp.GradScaler``).
+    The device evaluates the condition without synchronization, as in ``torch.amp.GradScaler``.
     """
-    if unless is None:
+    if condition is None:
         yield
         return
-    optimizer.found_inf = unless.float()  # type: ignore[attr-defined]
+    optimizer.found_inf = condition.float()  # type: ignore[attr-defined]
     try:
         yield
     finally:
@@ -58,14 +61,16 @@ def skipping(optimizer: torch.optim.Optimizer, unless: Tensor | None) -> Iterato
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate over a training.
+    """Learning rate schedule.
 
     Attributes:
-        name: of :data:`SCHEDULES`. learning_rate: its peak. total_steps: of the training.
-        warmup: steps of linear warm-up, or a share of ``total_steps`` where below 1.
-        planned: whether ``total_steps`` was planned on the way (:meth:`replanned`).
-        since: the step that this was done at, after the warm-up; else 0. decayed: the share of the decay that
-            was done by then.
+        name: One of :data:`SCHEDULES`.
+        learning_rate: Peak learning rate.
+        total_steps: Number of steps of the training.
+        warmup: Number of linear warm-up steps, or a share of ``total_steps`` if below 1.
+        planned: True if ``total_steps`` was changed during the training (:meth:`replanned`).
+        since: Step after the warm-up at which it was changed, else 0.
+        decayed: Share of the decay that was complete at that step.
     """
 
     name: str
@@ -77,34 +82,34 @@ class Schedule:
     decayed: float = 0.0
 
     def rate(self, step: int) -> float:
-        """The learning rate of optimizer step ``step`` (from 0)."""
-        warm = warmup_steps(self.warmup, self.total_steps)
-        if step < warm or self.since <= warm:
-            return self.learning_rate * learning_rate_factor(step, self.total_steps, warm, self.name)
-        return self.learning_rate * decay_factor(self._decayed(step, warm), self.name)
+        """Return the learning rate of optimizer step ``step`` (from 0)."""
+        num_warmup = warmup_steps(self.warmup, self.total_steps)
+        if step < num_warmup or self.since <= num_warmup:
+            return self.learning_rate * learning_rate_factor(step, self.total_steps, num_warmup, self.name)
+        return self.learning_rate * decay_factor(self._decayed(step, num_warmup), self.name)
 
     def replanned(self, step: int, total_steps: int) -> Schedule:
-        """The schedule of a training that is to end after ``total_steps`` instead, with ``step`` steps done.
+        """Return the schedule for a new number of total steps after ``step`` completed steps.
 
-        The rate goes on from where it is and reaches zero at the new end. During the warm-up, a share of it
-        becomes that share of the new total, and no fewer steps than are done.
+        The rate continues from its current value and reaches zero at the new end. An incomplete warm-up is scaled to
+        the new total, but has at least ``step`` steps.
         """
-        warm, later = warmup_steps(self.warmup, self.total_steps), self
-        if step <= warm:
-            warm = max(step, warmup_steps(self.warmup, total_steps))
+        num_warmup, schedule = warmup_steps(self.warmup, self.total_steps), self
+        if step <= num_warmup:
+            num_warmup = max(step, warmup_steps(self.warmup, total_steps))
         else:
-            later = replace(self, since=step, decayed=self._decayed(step, warm))
-        return replace(later, total_steps=total_steps, warmup=float(warm), planned=True)
+            schedule = replace(self, since=step, decayed=self._decayed(step, num_warmup))
+        return replace(schedule, total_steps=total_steps, warmup=float(num_warmup), planned=True)
 
-    def _decayed(self, step: int, warm: int) -> float:
-        """The share of the decay that is done at ``step``, after the warm-up."""
-        begin, before = (self.since, self.decayed) if self.since > warm else (warm, 0.0)
-        return before + (1.0 - before) * (step - begin) / max(1, self.total_steps - begin)
+    def _decayed(self, step: int, num_warmup: int) -> float:
+        """Return the share of the decay that is complete at ``step``."""
+        start, initial = (self.since, self.decayed) if self.since > num_warmup else (num_warmup, 0.0)
+        return initial + (1.0 - initial) * (step - start) / max(1, self.total_steps - start)
 
 
 @dataclass(frozen=True)
 class RisingRates(Schedule):
-    """Rates that rise by the same factor from step to step, from ``lowest`` to ``learning_rate``."""
+    """Learning rates that rise exponentially from ``lowest`` to ``learning_rate``."""
 
     lowest: float = 0.0
 
@@ -114,38 +119,38 @@ class RisingRates(Schedule):
 
 
 def warmup_steps(warmup: float, total: int) -> int:
-    """Steps of warm-up: ``warmup`` itself, or that share of ``total`` where it is below 1."""
+    """Return the number of warm-up steps: ``warmup``, or that share of ``total`` if it is below 1."""
     return math.ceil(warmup * total) if warmup < 1 else int(warmup)
 
 
 def learning_rate_factor(step: int, total: int, warmup: int, schedule: str) -> float:
-    """Share of the peak learning rate that step ``step`` (from 0) of ``total`` uses.
+    """Return the factor of the peak learning rate at step ``step`` (from 0) of ``total``.
 
-    It rises linearly over ``warmup`` steps, none of which is zero, and then stays (``constant``), falls
-    linearly, or falls along half a cosine, toward zero after the last step.
+    It rises linearly over ``warmup`` steps, starting above zero. Then it is constant, or falls linearly or along half a
+    cosine, and would reach zero after the last step.
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return decay_factor((step - warmup) / max(1, total - warmup), schedule)
 
 
-def decay_factor(done: float, schedule: str) -> float:
-    """Share of the peak learning rate once the share ``done`` of the decay is behind."""
+def decay_factor(progress: float, schedule: str) -> float:
+    """Return the factor of the peak learning rate when the share ``progress`` of the decay is complete."""
     if schedule == "constant":
         return 1.0
-    return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def clipped_norm(parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
-    """The norm of all gradients together; they are scaled down to ``limit`` where it is larger."""
+    """Return the norm of all gradients, and scale them down to ``limit`` if it is larger."""
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    # On the processor looking is free, and saves going over all gradients; a device would be waited for.
+    # On the CPU the comparison is free and avoids a pass over all gradients. On a device it would synchronize.
     if limit is not None and (norm.device.type != "cpu" or norm > limit):
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm
 
 
 def count_steps(rows: int, batch_size: int, epochs: float, max_steps: int | None) -> int:
-    """Optimizer steps of a run: every epoch ends with a step of the rows that are left."""
+    """Return the number of optimizer steps of a run. The last step of an epoch has the remaining rows."""
     per_epoch = math.ceil(rows / batch_size)
     return max_steps if max_steps is not None else max(1, math.ceil(epochs * per_epoch))

@@ -1,9 +1,8 @@
-"""What a training changes in the process that it runs in, and how all of it is put back.
+"""Change global state of the process during training, and restore it.
 
-Somebody who imports the library has a process of their own: threads, random numbers, the way products are
-computed, signal handlers and the garbage collector are as before once a call returns. Only the command line,
-whose process is deltaw's, changes the allocator (:func:`deltaw.machine.memory.keep_freed_memory`), which cannot
-be put back.
+deltaw can be imported into other programs. Threads, random numbers, kernel arithmetic, signal handlers and the garbage
+collector are restored when a call returns. Only the command line changes the allocator
+(:func:`deltaw.machine.memory.retain_freed_memory`), which cannot be restored.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from deltaw.kernels import loader
 
 
 def random_state() -> dict[str, Tensor]:
-    """The states of torch's generators, by device: uint8 tensors. CUDA's only where CUDA is in use.
+    """Return the states of torch's generators by device, as uint8 tensors. CUDA is included only if it is in use.
 
-    Nothing in deltaw draws from the global generators of numpy or Python.
+    deltaw does not use the global generators of numpy or Python.
     """
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -34,7 +33,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 def set_random_state(states: Mapping[str, Tensor]) -> None:
-    """Put back what :func:`random_state` gave; devices that are not here are skipped."""
+    """Restore the result of :func:`random_state`. Devices that are not available are skipped."""
     for device, state in states.items():
         if device == "cpu":
             torch.set_rng_state(state)
@@ -43,45 +42,50 @@ def set_random_state(states: Mapping[str, Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def own_random_numbers(seed: int | None = None) -> Iterator[None]:
-    """While open, random numbers are the block's own, from ``seed`` where one is given; then as before."""
-    before = random_state()
+def isolated_random_state(seed: int | None = None) -> Iterator[None]:
+    """Seed torch's generators inside this context and restore their states afterwards.
+
+    Args:
+        seed: Seed, or None to start from the current state.
+    """
+    initial = random_state()
     try:
         if seed is not None:
             torch.manual_seed(seed)
         yield
     finally:
-        set_random_state(before)
+        set_random_state(initial)
 
 
 @contextlib.contextmanager
-def own_threads() -> Iterator[None]:
-    """While open, torch may compute with another number of threads; then with as many as before."""
-    before = torch.get_num_threads()
+def preserved_thread_count() -> Iterator[None]:
+    """Restore torch's number of threads on exit."""
+    initial = torch.get_num_threads()
     try:
         yield
     finally:
-        if torch.get_num_threads() != before:
-            torch.set_num_threads(before)
+        if torch.get_num_threads() != initial:
+            torch.set_num_threads(initial)
 
 
 @contextlib.contextmanager
-def guest() -> Iterator[None]:
-    """Around a whole call: the threads, the random numbers and the arithmetic of the process are its own
-    again afterwards."""
-    with own_threads(), own_random_numbers(), loader.computing():
+def preserved_process_state() -> Iterator[None]:
+    """Restore the thread count, the random numbers and the kernel arithmetic of the process on exit."""
+    with preserved_thread_count(), isolated_random_state(), loader.temporary_arithmetic():
         yield
 
 
-# Python 3.12 freezes some hundred objects of its own as it starts; a program that freezes its heap, many more.
+# Python 3.12 itself freezes several hundred objects at startup. A program that freezes its heap has far more.
 FROZEN_BY_PYTHON = 2000
 
 
 @contextlib.contextmanager
 def frozen_heap() -> Iterator[None]:
-    """While open, the garbage collector skips the objects that exist already: walking through all those of
-    the libraries takes as long as a step of short rows. Nothing happens where the process has frozen objects
-    itself, since they could not be told apart afterwards."""
+    """Exclude existing objects from garbage collection inside this context.
+
+    Scanning the objects of the libraries takes as long as a step of short rows. Does nothing if the program has frozen
+    objects itself, because they could not be distinguished afterwards.
+    """
     if gc.get_freeze_count() > FROZEN_BY_PYTHON:
         yield
         return
@@ -94,25 +98,27 @@ def frozen_heap() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """While open, the first Ctrl-C, Ctrl-Break or SIGTERM only asks to stop; a second one interrupts at once.
+    """Request a stop on the first Ctrl-C, Ctrl-Break or SIGTERM. A second signal interrupts immediately.
 
-    Signals can be caught in the main thread alone; elsewhere nothing changes. A handler that was not set from
-    Python could not be put back, and stays.
+    Yields:
+        A function that returns True after the first signal. Signals can be handled only in the main thread. In other
+        threads, handlers are not changed. A handler that was not installed from Python cannot be restored and is not
+        replaced.
     """
-    asked = threading.Event()
+    stop_requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield stop_requested.is_set
         return
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
+    def request_stop(number: int, frame: FrameType | None) -> None:
+        if stop_requested.is_set():
             raise KeyboardInterrupt
-        asked.set()
+        stop_requested.set()
 
     numbers = [n for n in platforms.stop_signals() if signal.getsignal(n) is not None]
-    before = {number: signal.signal(number, ask) for number in numbers}
+    previous_handlers = {number: signal.signal(number, request_stop) for number in numbers}
     try:
-        yield asked.is_set
+        yield stop_requested.is_set
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)

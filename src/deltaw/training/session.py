@@ -1,7 +1,7 @@
-"""Everything that a training needs, put together: model, method, rows, batcher, objective.
+"""Assemble everything that a training needs: model, method, rows, batcher, objective.
 
-A run, its plan and a comparison all begin here, so that what is planned is what is run. It knows no folders
-and shows nothing.
+Runs, plans and comparisons all start here, so that a plan matches its run. The module does not access run folders or
+print.
 """
 
 from __future__ import annotations
@@ -19,48 +19,49 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from deltaw.cache import recall, remember
+from deltaw.cache import load_result, store_result
 from deltaw.data.chat_template import read_chat_template
+from deltaw.data.distill_rows import max_example_length
 from deltaw.data.example import Example
-from deltaw.data.lessons import longest_lesson
 from deltaw.data.row_store import digest_of_rows
 from deltaw.errors import UserError
 from deltaw.hub.loading import has_values
 from deltaw.kernels import attention, loader
-from deltaw.lora.fingerprint import fingerprint_of, values_in_memory
+from deltaw.lora.fingerprint import combine_digests, digest_tensor
 from deltaw.machine.choices import Choice, choose_device, choose_precision
-from deltaw.machine.kernel_choice import computed_on
-from deltaw.machine.memory import PeakWatch, release_free_memory
+from deltaw.machine.kernel_choice import numerics_key
+from deltaw.machine.memory import PeakMemory, release_free_memory
 from deltaw.methods.base import Method
 from deltaw.methods.files import choose_method
-from deltaw.runtime.generation import Completion, Sampler, Writer, generate
+from deltaw.progress import Advance, Detail, track_progress
+from deltaw.runtime.generation import GeneratedCompletion, Sampler, Writer, generate
 from deltaw.runtime.packed import fused_blocks, packed_rows
 from deltaw.runtime.quantized_weights import Rounding, use_large_pages
 from deltaw.runtime.sharded import sharded_blocks
 from deltaw.settings import RunConfig
 from deltaw.training.approximations import (
-    CANDIDATES,
+    MAX_CANDIDATE_ROWS,
+    AllowedApproximations,
     Approximations,
-    Chosen,
     GradientCheck,
     applicable,
-    rows_to_look_at,
-    steps_between,
+    check_interval,
+    select_check_rows,
 )
-from deltaw.training.callbacks import Callback, Say, silent
-from deltaw.training.distillation.feed import LessonFeed
+from deltaw.training.callbacks import Callback, LogFunction, ignore_line
+from deltaw.training.distillation.feed import DistillFeed
 from deltaw.training.distillation.loss import DistillObjective
-from deltaw.training.distillation.teachers import base_as_teacher, other_teacher
+from deltaw.training.distillation.teachers import base_as_teacher, load_teacher
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.general import (
-    KeepGeneral,
+    GeneralRehearsal,
     NoGeneralAnswers,
-    as_rounded,
     base_answers,
     general_answers,
-    identity_of,
+    model_identity,
+    quantized_identity,
 )
-from deltaw.training.evaluation.general_prompts import KEPT
+from deltaw.training.evaluation.general_prompts import REHEARSAL_PROMPTS
 from deltaw.training.features.prefix_cache import Sharing, cached_prefix
 from deltaw.training.features.prompts import stored_prompts
 from deltaw.training.guarantee import may_skip
@@ -68,54 +69,55 @@ from deltaw.training.loop import train
 from deltaw.training.microbatches import AnyBatcher, AnyObjective, Feed
 from deltaw.training.optimizer import count_steps
 from deltaw.training.parallel.group import EVALUATE, Group
-from deltaw.training.parallel.reducer import ALONE, Reducer
-from deltaw.training.preparation import checkpoint_blocks, quantized
+from deltaw.training.parallel.reducer import SINGLE_PROCESS, Reducer
+from deltaw.training.preparation import checkpoint_blocks, quantize_weights
+from deltaw.training.rendered_rows import KEY as INVOCATION
+from deltaw.training.rendered_rows import render_example, render_rows, resolve_invocation
 from deltaw.training.rollouts.feed import RolloutFeed
-from deltaw.training.seen import KEY as INVOCATION
-from deltaw.training.seen import as_seen, resolve_invocation, rows_as_seen
 from deltaw.training.state import Outcome, RowOrder, SavedState, TrainOptions, TrainState
-from deltaw.training.tasks.base import SFT, RateFactor, RunData, Task, Written, read_run_data, task_of
+from deltaw.training.tasks.base import SFT, RateFactor, RunData, Task, TaskGeneration, read_run_data, task_of
 from deltaw.training.tasks.causal_objective import CausalObjective
 from deltaw.training.tasks.reward import RewardTask
-from deltaw.working import Advance, Detail, working
 
-# Rows that an initialization which depends on the data is calibrated on.
+# Number of rows for a data-dependent initialization.
 CALIBRATION_ROWS = 256
-# The width that methods' usual learning rates are given for.
+# Hidden size that the usual learning rates of methods refer to.
 WIDTH = 4096
-# Settings whose values a run may choose itself.
+# Settings with automatically chosen values.
 RATE, APPROXIMATE = "train.learning_rate", "train.approximate"
-# Settings that the loop has by the same names.
+# Settings with the same names in TrainOptions.
 _SETTINGS = ("batch_size", "seed", "schedule", "warmup", "weight_decay", "betas", "max_grad_norm")
-# Settings that change nothing about the gradient at the start, besides through rows and parameters.
+# Settings that affect the initial gradient only through rows and parameters.
 _WITHOUT_GRADIENT: dict[str, Any] = dict.fromkeys(("model", "data", "force", "memory", "track", "output"), True)
 _WITHOUT_GRADIENT["train"] = {
-    *("learning_rate", "b_rate", "epochs", "max_steps", "time", "schedule", "warmup", "weight_decay", "betas"),
+    *("learning_rate", "loraplus_lr_ratio", "epochs", "max_steps", "time", "schedule", "warmup", "weight_decay"),
     *("max_grad_norm", "eval_every", "eval_answers", "samples", "early_stopping", "adapter", "drift", "not_finite"),
-    *("keep_general", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints"),
+    *("betas", "keep_general", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints"),
 }
 
 
 @dataclass
 class Session:
-    """A model ready to be trained.
+    """A model that is ready for training.
 
     Attributes:
-        config: the settings.
-        model: with what is trained on it.
-        method, task: as named.
-        data: the rows, with the method's virtual tokens prepended.
-        chosen: by dotted key, what the run chose itself and why.
-        said: lines about what is trained.
-        feed: how the rows reach the model: from the first layer on, from kept outputs of the frozen layers below
-            the lowest trained module, or with prompts that run apart from answers.
-        identity: names the base model's weights and precision; None where they cannot be named.
-        roundings: how layers were calibrated to int8.
-        writes: makes what writes texts, of the model with the method's adapter or as it is; None for transformers.
-        samples: makes what draws completions with the method's adapter.
-        general: the base model's answers that ``train.keep_general`` keeps, as ``data`` holds rows.
-        processes: that train together.
-        approximations: what is computed approximately.
+        config: Settings of the run.
+        model: Model with the trainable parameters.
+        method: Training method.
+        task: Training task.
+        data: Rows, with the method's virtual tokens prepended.
+        feed: Supplies rows to the model: from the first layer on, from stored outputs of frozen layers, or with prompts
+            computed separately from answers.
+        chosen: Automatically chosen values with their reasons, by dotted key.
+        notes: Messages about the training.
+        identity: Identity of the base model's weights and precision, or None if it cannot be determined.
+        general_examples: Answers of the base model that ``train.keep_general`` rehearses, as in ``data``.
+        processes: Communication between processes that train together.
+        approximations: Approximations of the training.
+        roundings: int8 calibration of the layers.
+        make_generator: Creates a text generator with the method's adapter, or without it for None. If it is None,
+            transformers generates texts.
+        make_sampler: Creates a sampler of completions with the method's adapter.
     """
 
     config: RunConfig
@@ -125,58 +127,63 @@ class Session:
     data: RunData
     feed: Feed
     chosen: dict[str, Choice] = field(default_factory=dict)
-    said: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     identity: str | None = None
-    general: Sequence[Example] = ()
-    processes: Reducer = ALONE
+    general_examples: Sequence[Example] = ()
+    processes: Reducer = SINGLE_PROCESS
     approximations: Approximations = field(default_factory=Approximations)
     roundings: Sequence[Rounding] = ()
-    writes: Callable[[Method | None], Writer] | None = None
-    samples: Callable[[Method], Sampler] | None = None
+    make_generator: Callable[[Method | None], Writer] | None = None
+    make_sampler: Callable[[Method], Sampler] | None = None
 
     def writer(self, *, of_base: bool) -> Writer | None:
-        """What writes texts, with what is trained or, within ``without`` or before training, of the base model."""
-        if self.writes is None or self.processes.size > 1:
+        """Return the text generator of the trained model, or of the base model.
+
+        Args:
+            of_base: Generate without adapter. The model must compute as the base model: inside ``method.without`` or
+                before training.
+        """
+        if self.make_generator is None or self.processes.size > 1:
             return None
-        return self.writes(None if of_base else self.method)
+        return self.make_generator(None if of_base else self.method)
 
     @property
     def base_identity(self) -> str | None:
-        """Names the base model as it computes."""
-        return as_rounded(self.identity, self.roundings)
+        """Identity of the base model with the rounding of its weights."""
+        return quantized_identity(self.identity, self.roundings)
 
     @property
     def objective(self) -> AnyObjective:
-        """The model with what it is trained to make small."""
+        """Model with its loss function."""
         return self.feed.objective
 
     @property
-    def written(self) -> Written:
-        """What the model writes in this run."""
-        return self.task.written(self.data, self.config.train.batch_size)
+    def generation_limits(self) -> TaskGeneration:
+        """Limits of the texts that the model generates in this run."""
+        return self.task.generation_limits(self.data, self.config.train.batch_size)
 
     @property
     def batcher(self) -> AnyBatcher:
-        """Cuts rows into microbatches that run from the first layer on."""
+        """Splits rows into microbatches that start at the first layer."""
         return self.feed.batcher
 
     @property
-    def trained(self) -> Sequence[tuple[str, nn.Parameter]]:
-        """What :meth:`train` trains, by name."""
-        return self.task.trained(self.method.parameters(self.model), self.data.train)
+    def trainable_parameters(self) -> Sequence[tuple[str, nn.Parameter]]:
+        """Trained parameters with their names."""
+        return self.task.trainable_parameters(self.method.parameters(self.model), self.data.train)
 
     @property
     def learning_rate(self) -> float:
         rate = self.config.train.learning_rate
         if not isinstance(rate, str):
             return float(rate)
-        found = self.chosen.get(RATE)
-        return self.usual_rate.value if found is None else float(found.value)
+        choice = self.chosen.get(RATE)
+        return self.default_learning_rate.value if choice is None else float(choice.value)
 
     @property
-    def usual_rate(self) -> Choice[float]:
-        """Usual learning rate of the method for this task and model."""
-        return usual_rate_of(self.method, self.model.config, self.task.rate_factor(self.config.section))
+    def default_learning_rate(self) -> Choice[float]:
+        """Default learning rate of the method for this task and model."""
+        return default_rate_of(self.method, self.model.config, self.task.rate_factor(self.config.section))
 
     @property
     def total_steps(self) -> int:
@@ -184,9 +191,9 @@ class Session:
         return count_steps(len(self.data.train), settings.batch_size, settings.epochs, settings.max_steps)
 
     def lines(self) -> list[str]:
-        """How the rows go through the model, which code its blocks run, and what is slow about it."""
+        """Return messages about batching, the code that the blocks run, and slow settings."""
         batcher, objective = self.batcher, self.objective
-        total, size = self.total_steps, self.config.train.batch_size
+        num_steps, batch_size = self.total_steps, self.config.train.batch_size
         lines = [*loader.notes(), *map(Detail, attention.notes())]
         rows = "padded rows"
         if not (self.task.has_labels or getattr(batcher, "padded", False)):
@@ -196,20 +203,20 @@ class Session:
             kind = "fused" if fused.value else "the model's own code"
             lines.append(Detail(f"blocks: {kind} ({fused.why})"))
         shared = ", shared prefixes computed once" if self.feed.share else ""
-        whole = not getattr(objective, "chunked", True)
-        head = ", all logits at once (the model's head is not known here)" if whole else ""
+        has_all_logits = not getattr(objective, "chunked", True)
+        head = ", all logits at once (the model's head is not supported)" if has_all_logits else ""
         tokens = getattr(batcher, "tokens_per_pass", None)
-        steps = f"{total} step{'s' if total != 1 else ''} of {size} rows"
+        steps = f"{num_steps} step{'s' if num_steps != 1 else ''} of {batch_size} rows"
         return [*lines, Detail(f"{steps}, in microbatches of up to {tokens} tokens: {rows}{shared}{head}")]
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """While open, the model takes this session's batches, and the process computes as it trains."""
-        with self.approximations.on(), self.task.running(self.model, self.batcher):
+        """Enable the session's arithmetic, and let the model accept the session's batches, inside this context."""
+        with self.approximations.on(), self.task.model_context(self.model, self.batcher):
             yield
 
     def close(self) -> None:
-        """Release what is kept on disk."""
+        """Release stored features."""
         self.feed.close()
 
     def train(
@@ -218,206 +225,218 @@ class Session:
         *,
         rows: Sequence[Any] | None = None,
         batcher: AnyBatcher | None = None,
-        saved: SavedState | None = None,
-        **changed: Any,
+        checkpoint: SavedState | None = None,
+        **overrides: Any,
     ) -> Outcome:
-        """Train as the settings say; call within :meth:`running`.
+        """Train according to the settings. Call it inside :meth:`running`.
 
         Args:
-            callback: told of what happens. saved: what the training goes on from.
-            rows, batcher: others than those of the session.
-            changed: options of :class:`deltaw.training.state.TrainOptions` that differ from the settings.
+            callback: Receives training events.
+            rows: Rows that replace those of the session.
+            batcher: Batcher that replaces the session's feed.
+            checkpoint: State to resume from.
+            overrides: Options of :class:`deltaw.training.state.TrainOptions` that differ from the settings.
         """
-        settings, named = self.config.train, self.trained
+        settings, named_parameters = self.config.train, self.trainable_parameters
         options = TrainOptions(
             learning_rate=self.learning_rate,
             total_steps=self.total_steps,
-            rate_factors=[self.method.rate_factor(name) for name, _ in named],
-            names=[name for name, _ in named],
+            rate_factors=[self.method.rate_factor(name) for name, _ in named_parameters],
+            names=[name for name, _ in named_parameters],
             may_skip=may_skip(self.model),
-            before_step=self._look_again(changed.get("batch_size", settings.batch_size)),
+            before_step=self._recheck_approximations(overrides.get("batch_size", settings.batch_size)),
             after_step=lambda: self.method.after_step(self.model),
-            add_gradients=self._keep_general(),
+            add_gradients=self._rehearsal(),
             **{name: getattr(settings, name) for name in _SETTINGS},
         )
-        parameters = [parameter for _, parameter in named]
-        how: dict[str, Any] = {"callback": callback, "saved": saved, "reducer": self.processes, **changed}
+        parameters = [parameter for _, parameter in named_parameters]
+        keywords: dict[str, Any] = {"callback": callback, "checkpoint": checkpoint, "reducer": self.processes}
+        keywords |= overrides
         rows = self.data.train if rows is None else rows
-        return train(self.objective, parameters, rows, batcher or self.feed, options, **how)
+        return train(self.objective, parameters, rows, batcher or self.feed, options, **keywords)
 
-    def _look_again(self, batch_size: int) -> Callable[[TrainState, Sequence[Any]], None]:
-        """What verifies approximations before some of the steps."""
+    def _recheck_approximations(self, batch_size: int) -> Callable[[TrainState, Sequence[Any]], None]:
+        """Return a ``before_step`` function that repeats the check of approximations at intervals."""
         approximations, model = self.approximations, self.model
         first = self.data.train[:batch_size]
         if not approximations.names or not first:
             return lambda state, rows: None
-        looked_at = rows_to_look_at(first, self.batcher, self.objective)
-        tokens, step = (sum(b.tokens for b in self.batcher.batches(r)) for r in (looked_at, first))
-        every = steps_between(tokens, step)
+        check_rows = select_check_rows(first, self.batcher, self.objective)
+        check_tokens, step_tokens = (sum(b.tokens for b in self.batcher.batches(r)) for r in (check_rows, first))
+        interval = check_interval(check_tokens, step_tokens)
 
         def before_step(state: TrainState, rows: Sequence[Any]) -> None:
-            if not approximations.names or state.step % every or not state.step:
+            if not approximations.names or state.step % interval or not state.step:
                 return
-            few = rows_to_look_at(rows, self.batcher, self.objective)
+            rows_to_check = select_check_rows(rows, self.batcher, self.objective)
             with self.method.evaluating(model):
-                named = dict(zip(state.names, state.trained, strict=True))
-                check = GradientCheck(model, self.objective, self.batcher, named, few)
-                approximations.look_again(check, state.step + 1, self.processes)
+                parameters = dict(zip(state.names, state.trained, strict=True))
+                check = GradientCheck(model, self.objective, self.batcher, parameters, rows_to_check)
+                approximations.recheck(check, state.step + 1, self.processes)
 
         return before_step
 
-    def _keep_general(self) -> KeepGeneral | None:
-        """What adds the gradients of general answers; None where none are kept."""
+    def _rehearsal(self) -> GeneralRehearsal | None:
+        """Return the rehearsal of general answers, or None if it is disabled."""
         settings = self.config.train
-        if not self.general:
+        if not self.general_examples:
             return None
-        own = self.task.has_pairs or self.task.rolls_out
-        objective = CausalObjective(self.model) if own else self.objective
-        return KeepGeneral(objective, self.batcher, self.general, settings.keep_general, settings.seed)
+        needs_objective = self.task.has_pairs or self.task.uses_rollouts
+        objective = CausalObjective(self.model) if needs_objective else self.objective
+        return GeneralRehearsal(objective, self.batcher, self.general_examples, settings.keep_general, settings.seed)
 
     def evaluate(self, examples: Sequence[Any] | None = None) -> Evaluation:
-        """Evaluate the model on examples, by default those held out; call within :meth:`running`."""
-        chosen = self.data.held_out if examples is None else examples
-        if not chosen:
+        """Evaluate the model on examples, by default the held-out ones. Call it inside :meth:`running`."""
+        selected = self.data.held_out if examples is None else examples
+        if not selected:
             return Evaluation()
-        objective = _shared_objective(self, chosen)
-        with self.method.evaluating(self.model), working("evaluating"):
-            return self.task.evaluate(objective, chosen, self.feed, self.data.classes)
+        objective = _shared_objective(self, selected)
+        with self.method.evaluating(self.model), track_progress("evaluating"):
+            return self.task.evaluate(objective, selected, self.feed, self.data.classes)
 
-    def complete(self, prompts: Sequence[Any], max_new_tokens: int, *, of_base: bool = False) -> list[Completion]:
+    def complete(
+        self, prompts: Sequence[Any], max_new_tokens: int, *, of_base: bool = False
+    ) -> list[GeneratedCompletion]:
         """Complete prompts of token ids greedily.
 
-        A batch holds no more tokens than a microbatch of training, and only their keys and values, so it takes less
+        A batch has at most as many tokens as a training microbatch and stores only keys and values, so it needs less
         memory than a training step.
 
         Args:
-            of_base: the model computes as the base model, so its completions are cached on disk.
+            prompts: Prompts to complete.
+            max_new_tokens: Maximum length of a completion.
+            of_base: The model computes as the base model, so completions are cached on disk.
         """
-        model, tokenizer, most = self.model, self.task.tokenizer, getattr(self.batcher, "tokens_per_pass", 1024)
+        model, tokenizer, batch_tokens = self.model, self.task.tokenizer, getattr(self.batcher, "tokens_per_pass", 1024)
         assert tokenizer is not None
         writer = self.writer(of_base=of_base)
         with self.method.evaluating(model):
             if of_base:
-                cached: dict[str, Any] = {"identity": self.base_identity, "batch_tokens": most, "writer": writer}
-                return base_answers(model, tokenizer, prompts, max_new_tokens, **cached)
-            written = None if writer is None else writer(prompts, max_new_tokens, most, None)
-            return written or generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_tokens=most)
+                options: dict[str, Any] = {"identity": self.base_identity, "batch_tokens": batch_tokens}
+                return base_answers(model, tokenizer, prompts, max_new_tokens, writer=writer, **options)
+            completions = None if writer is None else writer(prompts, max_new_tokens, batch_tokens, None)
+            return completions or generate(
+                model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens
+            )
 
     def general_answers(self, prompts: Sequence[str]) -> list[Example]:
-        """The base model's own answers to general prompts, as the base model sees them.
+        """Return the base model's own answers to general prompts, rendered for the base model.
 
-        Where the method keeps no base model, this is for the time before training.
+        If the method does not preserve the base model, call it before training.
 
         Raises:
-            NoGeneralAnswers: it gives none that are of use.
+            NoGeneralAnswers: if the model generates no usable answer.
         """
         if self.task.tokenizer is None:
             raise NoGeneralAnswers("the model does not read text")
-        kept = self.method.keeps_base(self.model)
-        base = self.method.without(self.model) if kept else contextlib.nullcontext()
-        how: dict[str, Any] = {"identity": self.base_identity, "reserved": self.method.virtual_tokens}
-        # Keys and values alone take a small part of what a step keeps of a token, unless its blocks are checkpointed.
-        many = 1 if self.config.train.checkpointing else 4
-        how["batch_tokens"] = many * getattr(self.batcher, "tokens_per_pass", 1024)
-        how["writer"] = self.writer(of_base=True)
+        preserves_base = self.method.can_restore_base(self.model)
+        base = self.method.base_model_active(self.model) if preserves_base else contextlib.nullcontext()
+        options: dict[str, Any] = {"identity": self.base_identity, "reserved": self.method.virtual_tokens}
+        # Keys and values are a small part of a token's activations, unless blocks are checkpointed.
+        batch_factor = 1 if self.config.train.checkpointing else 4
+        options["batch_tokens"] = batch_factor * getattr(self.batcher, "tokens_per_pass", 1024)
+        options["writer"] = self.writer(of_base=True)
         with self.method.evaluating(self.model), base:
-            return general_answers(self.model, self.task.tokenizer, prompts, self.config.data, **how)
+            return general_answers(self.model, self.task.tokenizer, prompts, self.config.data, **options)
 
 
 def _shared_objective(session: Session, rows: Sequence[Any]) -> Any:
-    """In process 0: what an evaluation of these rows asks. The others are told to do their part where the
-    rows are one of the run's sets; else it is the objective itself, and they wait.
+    """Return an objective whose microbatches are computed by all processes, in process 0.
 
-    Where they take part, the one method that an evaluation asks (``Task.evaluation_asks``) is to be asked of each
-    microbatch once and in order.
+    The other processes take part if ``rows`` is one of the run's sets. Otherwise the objective itself is returned and
+    they wait. The method named by ``Task.evaluation_method`` must be called once per microbatch, in order.
     """
     group, objective = session.processes, session.objective
     if not isinstance(group, Group) or not session.task.shares_evaluation:
         return objective
     sets = enumerate(session.data.sets.values())
-    number = next((number for number, known in sets if known is rows), None)
+    number = next((number for number, candidate in sets if candidate is rows), None)
     if number is None:
         return objective
     group.order(EVALUATE, number)
     group.share_parameters([parameter for _, parameter in session.method.parameters(session.model)])
-    asked, turns = getattr(objective, session.task.evaluation_asks), itertools.count()
+    compute, counter = getattr(objective, session.task.evaluation_method), itertools.count()
 
-    def in_turn(batch: Any) -> Tensor | tuple[Tensor, ...]:
-        owner = next(turns) % group.size
+    def compute_shared(batch: Any) -> Tensor | tuple[Tensor, ...]:
+        owner = next(counter) % group.size
         if owner:
-            given = tuple(group.receive(owner) for _ in range(int(group.receive(owner))))
-            return given if len(given) > 1 else given[0]
-        group.together = True
+            outputs = tuple(group.receive(owner) for _ in range(int(group.receive(owner))))
+            return outputs if len(outputs) > 1 else outputs[0]
+        group.synchronized = True
         try:
-            return asked(batch)
+            return compute(batch)
         finally:
-            group.together = False
+            group.synchronized = False
 
     shared = copy.copy(objective)
-    setattr(shared, session.task.evaluation_asks, in_turn)
+    setattr(shared, session.task.evaluation_method, compute_shared)
     return shared
 
 
 @torch.no_grad()
-def take_part(session: Session, number: int) -> None:
-    """In a process from 1 on: compute the own microbatches of a set with the parameters of process 0, which
-    may be others than the last ones, and send what they gave."""
+def compute_evaluation_share(session: Session, set_index: int) -> None:
+    """Compute this process's microbatches of a set and send the outputs. Runs in processes from 1 on.
+
+    The parameters are received from process 0, because they can differ from the last ones of the training.
+    """
     group = session.processes
     assert isinstance(group, Group)
     group.share_parameters([parameter for _, parameter in session.method.parameters(session.model)])
     session.method.after_step(session.model)
-    rows = list(session.data.sets.values())[number]
-    asked = getattr(session.objective, session.task.evaluation_asks)
+    rows = list(session.data.sets.values())[set_index]
+    compute = getattr(session.objective, session.task.evaluation_method)
     with session.method.evaluating(session.model):
         count, batch = 0, None
-        for place, batch in enumerate(session.task.evaluation_batches(rows, session.feed)):
-            count = place + 1
-            if place % group.size == group.rank:
-                found = asked(batch)
-                given = found if isinstance(found, tuple) else (found,)
-                for tensor in (torch.tensor(len(given)), *given):
+        for index, batch in enumerate(session.task.evaluation_batches(rows, session.feed)):
+            count = index + 1
+            if index % group.size == group.rank:
+                result = compute(batch)
+                outputs = result if isinstance(result, tuple) else (result,)
+                for tensor in (torch.tensor(len(outputs)), *outputs):
                     group.send(tensor)
         if group.sharded and 0 < count % group.size <= group.rank:
-            asked(batch)  # the others compute one more, and need this one's rows
+            compute(batch)  # the remaining processes compute one more microbatch, which gathers this process's rows
 
 
-def read_data(config: RunConfig, say: Say = silent, *, check: bool = True) -> tuple[Task, RunData]:
+def read_data(config: RunConfig, log: LogFunction = ignore_line, *, check: bool = True) -> tuple[Task, RunData]:
     """Return the task of a run and its rows, before any weight is read.
 
     Args:
-        check: Refuse settings that do not fit the rows.
+        config: Settings of the run.
+        log: Receives messages.
+        check: Reject settings that do not fit the rows.
     """
     if config.data.chat_template is not None:
-        read_chat_template(config.data.chat_template)  # a fault in it shows before a model is converted
+        read_chat_template(config.data.chat_template)  # report errors in it before a model is converted
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
-    with PeakWatch() as watch, working("reading the rows"):
-        how: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "section": config.section}
-        task = task_of(config.task, config.model, dtype, say=say, **how)
-        data = read_run_data(task, config.data, seed=config.data_seed, say=say)
-    release_free_memory()  # before smaller objects occupy what reading the tokenizer and the rows left
-    data = replace(data, read_peak_bytes=watch.bytes)
+    with PeakMemory() as peak, track_progress("reading the rows"):
+        options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "section": config.section}
+        task = task_of(config.task, config.model, dtype, log=log, **options)
+        data = read_run_data(task, config.data, seed=config.data_seed, log=log)
+    release_free_memory()  # before smaller objects fragment the memory that was used for reading
+    data = replace(data, read_peak_bytes=peak.bytes)
     for line in data.report.lines():
-        say(line)
+        log(line)
     if check:
         task.check(data, call=False)
     return task, data
 
 
-def usual_rate_of(method: Method, architecture: PretrainedConfig, factor: RateFactor = SFT) -> Choice[float]:
-    """Return the method's usual learning rate for a model of this width, multiplied by the factor of the task.
+def default_rate_of(method: Method, architecture: PretrainedConfig, factor: RateFactor = SFT) -> Choice[float]:
+    """Return the method's default learning rate for a model of this width, multiplied by the factor of the task.
 
-    The best rates of LoRA and of full fine-tuning fall with the model's width to the power of 0.78 ("LoRA Without
-    Regret", 2025, over Llama models).
+    The best rates of LoRA and full fine-tuning fall with the model's width to the power of 0.78 ("LoRA Without Regret",
+    2025, over Llama models).
     """
-    rate, why = method.usual_rate, f"usual for method {method.name}"
+    rate, reason = method.default_learning_rate, f"usual for method {method.name}"
     width = getattr(architecture.get_text_config(), "hidden_size", None)
-    if method.falls_with_width and isinstance(width, int):
+    if method.rate_scales_with_width and isinstance(width, int):
         rate = float(f"{rate * (WIDTH / width) ** 0.78:.1e}")
-        why += " on a model this wide"
+        reason += " on a model this wide"
     if factor.value != 1:
-        why += f", {rate:g}, times {factor.value:g} for this task and loss ({factor.source})"
+        reason += f", {rate:g}, times {factor.value:g} for this task and loss ({factor.source})"
         rate = float(f"{rate * factor.value:.1e}")
-    return Choice(rate, why)
+    return Choice(rate, reason)
 
 
 def assemble(
@@ -428,278 +447,272 @@ def assemble(
     *,
     device: str,
     new_modules: Sequence[str] = (),
-    offered: Sequence[str] = (),
-    begun: Sequence[str] | None = None,
-    processes: Reducer = ALONE,
-    writes: Callable[[Method | None], Writer] | None = None,
-    samples: Callable[[Method], Sampler] | None = None,
+    candidates: Sequence[str] = (),
+    resumed: Sequence[str] | None = None,
+    processes: Reducer = SINGLE_PROCESS,
+    make_generator: Callable[[Method | None], Writer] | None = None,
+    make_sampler: Callable[[Method], Sampler] | None = None,
 ) -> Session:
-    """Put a freshly loaded model, a method and rows together.
+    """Combine a freshly loaded model, a method and rows.
 
     Args:
-        new_modules: names of modules that the model's files do not hold; every method trains them.
-        offered: what would be faster approximately, if that is verified.
-        begun: what a training that goes on computed approximately; None for a new one.
-        processes: that all assemble the same, and train together.
-        writes, samples: see :class:`Session`.
+        config: Settings of the run.
+        task: Training task.
+        data: Rows.
+        model: Loaded model.
+        device: Device of the model.
+        new_modules: Names of modules that the model's files do not contain. Each method trains them.
+        candidates: Approximations to use if they pass the check.
+        resumed: Approximations of the training to resume. None for a new training.
+        processes: Communication between processes. All of them assemble the same session.
+        make_generator: See :class:`Session`.
+        make_sampler: See :class:`Session`.
 
     Raises:
-        UserError: the method does not fit the model, or a row is too long for it.
+        UserError: if the method does not fit the model, or a row is too long.
     """
     method = method_for(task, config)
     invocation = resolve_invocation(method, task.tokenizer, data.train, chat=data.report.template == "chat")
     settings = config.train
     torch.manual_seed(settings.seed)
-    identity = identity_of(model, config.precision)
-    real = sharded_blocks(model) is not None or has_values(model)
-    said, roundings = quantized(model, config.precision, data.train, identity) if real else ([], [])
-    batcher, chosen = task.batcher(
-        model,
-        data.every,
-        device=device,
-        tokens_per_pass=settings.tokens_per_pass,
-        share=settings.share_prefixes,
-        method_shares=method.can_share_prefixes(),
-        virtual_tokens=method.virtual_tokens,
-    )
+    identity = model_identity(model, config.precision)
+    has_weights = sharded_blocks(model) is not None or has_values(model)
+    notes, roundings = quantize_weights(model, config.precision, data.train, identity) if has_weights else ([], [])
+    options: dict[str, Any] = {"device": device, "tokens_per_pass": settings.tokens_per_pass}
+    options |= {"share": settings.share_prefixes, "method_shares": method.can_share_prefixes()}
+    batcher, chosen = task.batcher(model, data.all_rows, virtual_tokens=method.virtual_tokens, **options)
     task.initialize_head(model, new_modules, data.train)
-    data = data.mapped(lambda rows: task.referenced(model, rows, batcher, processes))
+    data = data.map_rows(lambda rows: task.add_reference_log_probs(model, rows, batcher, processes))
     extra_modules = list(dict.fromkeys([*head_modules(model), *new_modules])) if task.has_labels else []
 
     calibrate = functools.partial(_calibrate, task, model, batcher, data.train[:CALIBRATION_ROWS])
-    with working(f"preparing method {method.name}"):
-        said += [method.prepare(model, seed=settings.seed, extra_modules=extra_modules, calibrate=calibrate)]
+    with track_progress(f"preparing method {method.name}"):
+        notes += [method.prepare(model, seed=settings.seed, extra_modules=extra_modules, calibrate=calibrate)]
     if settings.checkpointing:
         checkpoint_blocks(model, settings.checkpointing, [p for _, p in method.parameters(model)])
     if (sharded := sharded_blocks(model)) is not None:
-        sharded.rejoin()
-        with task.running(model, batcher):  # all processes find out now which blocks run fused
+        sharded.share_tables()
+        with task.model_context(model, batcher):  # all processes determine now which blocks run fused
             pass
-    elif real and processes.size == 1 and device == "cpu":  # several processes share the pages of a file
+    elif has_weights and processes.size == 1 and device == "cpu":  # several processes share the pages of a file
         use_large_pages(model)
-    chosen |= _further_choices(config, task, data, method, model, invocation)
-    data = data.mapped(lambda rows: rows_as_seen(rows, method))
+    chosen |= _resolved_choices(config, task, data, method, model, invocation)
+    data = data.map_rows(lambda rows: render_rows(rows, method))
     with method.evaluating(model):
         objective = task.objective(model)
     feed = Feed(objective, batcher)
-    known: dict[str, Any] = {"identity": identity, "roundings": roundings, "writes": writes, "processes": processes}
-    known["samples"] = samples
-    session = Session(config, model, method, task, data, feed, chosen, said, **known)
-    if task.rolls_out:
-        session.feed = _lessons(session) if isinstance(objective, DistillObjective) else _rollouts(session)
+    session_fields: dict[str, Any] = {"identity": identity, "roundings": roundings, "processes": processes}
+    session_fields |= {"make_generator": make_generator, "make_sampler": make_sampler}
+    session = Session(config, model, method, task, data, feed, chosen, notes, **session_fields)
+    if task.uses_rollouts:
+        session.feed = _distill_feed(session) if isinstance(objective, DistillObjective) else _rollout_feed(session)
     if settings.keep_general:
-        _take_general_answers(session)
-    if task.rolls_out or task.sees_steps:  # each step's rows are new, or no microbatch has a loss of its own
+        _generate_general_answers(session)
+    if task.uses_rollouts or task.has_step_loss:  # rows are new in each step, or losses depend on the entire step
         return session
-    _keep_features(session, invocation)
+    _cache_features(session, invocation)
     if settings.approximate == "auto":
-        _approximate(session, applicable(model, objective, offered), begun if real else offered)
+        _approximate(session, applicable(model, objective, candidates), resumed if has_weights else candidates)
     return session
 
 
 def _calibrate(task: Task, model: PreTrainedModel, batcher: AnyBatcher, rows: Sequence[Any]) -> None:
-    """Compute what the model makes of these rows, for a method that begins by what its layers see."""
+    """Compute these rows for a method whose initialization depends on layer inputs."""
     objective: Any = task.objective(model)
-    compute = objective.evaluate_rows if task.sees_steps else objective
-    with torch.no_grad(), task.running(model, batcher):
+    compute = objective.evaluate_rows if task.has_step_loss else objective
+    with torch.no_grad(), task.model_context(model, batcher):
         for batch in batcher.batches(rows):
             compute(batch)
 
 
-def _rollouts(session: Session) -> RolloutFeed:
-    """What writes and rewards completions before each step."""
+def _rollout_feed(session: Session) -> RolloutFeed:
+    """Return the feed that samples and scores completions before each step."""
     task, model, method, objective = session.task, session.model, session.method, session.objective
     assert isinstance(task, RewardTask) and isinstance(objective, CausalObjective)
     return RolloutFeed(
         objective,
         session.batcher,
-        None if session.samples is None else task.turns(session.samples(method)),
+        None if session.make_sampler is None else task.turns(session.make_sampler(method)),
         task.settings,
         seed=session.config.train.seed,
-        base=lambda: method.without(model),
+        base=lambda: method.base_model_active(model),
         processes=session.processes,
     )
 
 
-def _lessons(session: Session) -> LessonFeed:
-    """What asks teachers, and writes completions before each step.
+def _distill_feed(session: Session) -> DistillFeed:
+    """Return the feed that queries teachers and generates completions before each step.
 
     Raises:
-        UserError: a teacher cannot be had.
+        UserError: if a teacher cannot be loaded.
     """
-    config, task, data, method, objective = (
-        session.config,
-        session.task,
-        session.data,
-        session.method,
-        session.objective,
-    )
+    config, task, data, method = session.config, session.task, session.data, session.method
+    objective = session.objective
     assert task.tokenizer is not None and isinstance(objective, DistillObjective)
     settings, train = config.distill, config.train
-    longest = longest_lesson(data.every, settings.max_new_tokens)
+    longest = max_example_length(data.all_rows, settings.max_new_tokens)
     teachers = []
-    for one in settings.all_teachers:
-        if one.is_base and one.quantize is None:
+    for teacher in settings.all_teachers:
+        if teacher.is_base and teacher.quantize is None:
             writer = session.writer(of_base=True)
-            teachers.append(base_as_teacher(objective, session.batcher, method, one.weight, writer))
+            teachers.append(base_as_teacher(objective, session.batcher, method, teacher.weight, writer))
         else:
-            teachers.append(other_teacher(config, one, longest, session.model, session.said.append))
+            teachers.append(load_teacher(config, teacher, longest, session.model, session.notes.append))
     order = RowOrder(len(data.train), train.batch_size, train.seed)
     steps = range(min(session.total_steps, order.steps_per_epoch))
-    used = sorted({int(place) for step in steps for place in order.indices(step)})
-    return LessonFeed(
-        objective,
-        session.batcher,
-        teachers,
-        settings,
-        task.tokenizer,
-        rows=[data.train[place] for place in used],
-        held_out=[row for rows in data.sets.values() for row in rows],
-        seed=train.seed,
-        sampler=None if session.samples is None or not settings.on_policy else session.samples(method),
-        processes=session.processes,
-    )
+    used_indices = sorted({int(index) for step in steps for index in order.indices(step)})
+    rows = [data.train[index] for index in used_indices]
+    held_out = [row for rows in data.sets.values() for row in rows]
+    sampler = None if session.make_sampler is None or not settings.on_policy else session.make_sampler(method)
+    options: dict[str, Any] = {"rows": rows, "held_out": held_out, "sampler": sampler, "processes": session.processes}
+    return DistillFeed(objective, session.batcher, teachers, settings, task.tokenizer, seed=train.seed, **options)
 
 
-def _further_choices(
+def _resolved_choices(
     config: RunConfig, task: Task, data: RunData, method: Method, model: PreTrainedModel, invocation: Choice | None
 ) -> Iterator[tuple[str, Choice]]:
-    """What follows from the rows and the method."""
+    """Yield values that are chosen from the rows and the method."""
     if invocation is not None:
         yield INVOCATION, invocation
     if data.report.date is not None and config.data.date is None:
         yield "data.date", Choice(data.report.date, "the chat template writes the date of the run's start")
     if config.train.learning_rate == "auto":
-        yield RATE, usual_rate_of(method, model.config, task.rate_factor(config.section))
+        yield RATE, default_rate_of(method, model.config, task.rate_factor(config.section))
 
 
-def _approximate(session: Session, offered: Sequence[str], begun: Sequence[str] | None) -> None:
-    """Decide what is computed approximately, and say so.
+def _approximate(session: Session, candidates: Sequence[str], resumed: Sequence[str] | None) -> None:
+    """Select the approximations of the training and report them.
 
     Args:
-        begun: what is so without being verified here; None: what is offered is.
+        session: Session to change.
+        candidates: Approximations to check.
+        resumed: Approximations of a resumed training, which are not checked. None for a new training.
     """
     model = session.model
-    if begun is not None:
-        session.approximations = Approximations(begun)
+    if resumed is not None:
+        session.approximations = Approximations(resumed)
         return
-    if not offered:
+    if not candidates:
         return
     try:
-        comparing = working("comparing gradients with fp32; train.approximate: off skips this", 1.0)
-        with comparing as advance, session.running(), session.method.evaluating(model):
+        progress = track_progress("comparing gradients with fp32; train.approximate: off skips this", 1.0)
+        with progress as advance, session.running(), session.method.evaluating(model):
             check = gradient_check(session, advance)
-            key = _what_gradients_follow_from(session, check.rows, offered)
-            kept = None if key is None else recall("approximations", key, ("torch", "transformers", "deltaw"))
-            if isinstance(kept, dict):
-                chosen = Chosen.of_earlier_run(kept)
+            key = _gradient_cache_key(session, check.rows, candidates)
+            cached = None if key is None else load_result("approximations", key, ("torch", "transformers", "deltaw"))
+            if isinstance(cached, dict):
+                allowed = AllowedApproximations.from_cache(cached)
             else:
-                release_free_memory()  # left by loading and by the base model's log-probabilities
-                chosen = check.choose(offered)
+                release_free_memory()  # free memory from loading and from the reference log-probabilities
+                allowed = check.choose(candidates)
                 if key is not None:
-                    remember("approximations", key, asdict(chosen), ("torch", "transformers", "deltaw"))
-    except Exception as error:  # whatever a foreign model raises in fp32, it trains without
-        brief = f"{type(error).__name__}: {str(error)[:100]}"
-        chosen = Chosen((), None, dict.fromkeys(offered, f"it could not be compared with fp32 ({brief})"))
+                    store_result("approximations", key, asdict(allowed), ("torch", "transformers", "deltaw"))
+    except Exception as error:  # a third-party model can raise any error in fp32
+        reason = f"it could not be compared with fp32 ({type(error).__name__}: {str(error)[:100]})"
+        allowed = AllowedApproximations((), None, dict.fromkeys(candidates, reason))
     finally:
         model.zero_grad()
-    agreed = json.loads(session.processes.texts(json.dumps(chosen.names))[0])
-    session.approximations = Approximations(agreed, chosen.measured)
-    session.chosen[APPROXIMATE] = session.approximations.choice(chosen.refused)
-    session.said += session.approximations.lines(chosen.refused)
+    agreed = json.loads(session.processes.texts(json.dumps(allowed.names))[0])
+    session.approximations = Approximations(agreed, allowed.measured)
+    session.chosen[APPROXIMATE] = session.approximations.choice(allowed.refused)
+    session.notes += session.approximations.lines(allowed.refused)
 
 
 def gradient_check(session: Session, advance: Advance = lambda done: None) -> GradientCheck:
-    """Return the comparison of gradients on the first rows of a run. Call it within ``session.running()``."""
+    """Return a gradient check on the first rows of a run. Call it inside ``session.running()``."""
     settings = session.config.train
     order = RowOrder(len(session.data.train), settings.batch_size, settings.seed)
-    steps = range(-(-CANDIDATES // settings.batch_size))
+    steps = range(-(-MAX_CANDIDATE_ROWS // settings.batch_size))
     rows = (session.data.train[i] for step in steps for i in order.indices(step))
-    few = rows_to_look_at(rows, session.batcher, session.objective)
-    return GradientCheck(session.model, session.objective, session.batcher, dict(session.trained), few, advance)
+    check_rows = select_check_rows(rows, session.batcher, session.objective)
+    model, objective, parameters = session.model, session.objective, dict(session.trainable_parameters)
+    return GradientCheck(model, objective, session.batcher, parameters, check_rows, advance)
 
 
-def _what_gradients_follow_from(session: Session, rows: Sequence[Any], offered: Sequence[str]) -> object | None:
-    """All that the gradient at the start depends on besides versions; None where some of it has no name."""
+def _gradient_cache_key(session: Session, rows: Sequence[Any], candidates: Sequence[str]) -> object | None:
+    """Return a key of everything that the initial gradient depends on, except versions.
+
+    Returns None if part of it has no stable identity.
+    """
     config = session.config
-    ours = all(type(part).__module__.startswith("deltaw.") for part in (session.task, session.method))
-    if session.identity is None or not ours or config.trust_remote_code or session.processes.size > 1:
+    uses_only_deltaw_classes = all(type(p).__module__.startswith("deltaw.") for p in (session.task, session.method))
+    has_identity = session.identity is not None and session.processes.size == 1
+    if not has_identity or not uses_only_deltaw_classes or config.trust_remote_code:
         return None
-    start = fingerprint_of({name: values_in_memory(parameter) for name, parameter in session.trained})
+    parameters_digest = combine_digests({name: digest_tensor(p) for name, p in session.trainable_parameters})
     settings = config.model_dump(mode="json", exclude=_WITHOUT_GRADIENT)
-    computed = [computed_on(session.model.device), torch.get_num_threads(), *offered]
-    return [session.identity, settings, session.said, digest_of_rows(rows), start, computed]
+    execution = [numerics_key(session.model.device), torch.get_num_threads(), *candidates]
+    return [session.identity, settings, session.notes, digest_of_rows(rows), parameters_digest, execution]
 
 
-def _keep_features(session: Session, invocation: Choice | None) -> None:
-    """Decide what of the frozen layers' outputs is kept, and say so.
+def _cache_features(session: Session, invocation: Choice | None) -> None:
+    """Decide which outputs of the frozen layers are stored, and report it.
 
     Args:
-        invocation: from where on in a row the adapter acts; None where it acts everywhere.
+        session: Session to change.
+        invocation: Invocation sequence of an activated adapter, or None if the adapter is always active.
     """
-    model, method, settings, rows = session.model, session.method, session.config.train, session.data.every
-    plain = session.feed
-    seen_again = session.total_steps * settings.batch_size > len(session.data.train)
-    keep = settings.keep_features is True or (settings.keep_features == "auto" and seen_again)
+    model, method, settings, rows = session.model, session.method, session.config.train, session.data.all_rows
+    feed = session.feed
+    repeats_rows = session.total_steps * settings.batch_size > len(session.data.train)
+    store_features = settings.keep_features is True or (settings.keep_features == "auto" and repeats_rows)
     if invocation is not None:
         with session.running(), method.evaluating(model):
-            prompts, kept = stored_prompts(model, plain.objective, plain.batcher, rows, keep=keep)
-        session.feed = prompts or plain
-        session.chosen["train.keep_features"] = kept
-        session.said += [f"the adapter acts from {invocation} on", f"prompts: {kept}"]
-    elif keep:
+            prompts, choice = stored_prompts(model, feed.objective, feed.batcher, rows, store_keys=store_features)
+        session.feed = prompts or feed
+        session.chosen["train.keep_features"] = choice
+        session.notes += [f"the adapter is active from {invocation} on", f"prompts: {choice}"]
+    elif store_features:
         sharing = Sharing(session.processes)
 
-        def keep_now() -> None:
+        def cache_now() -> None:
             with session.running(), method.evaluating(model):
-                features, kept = cached_prefix(model, plain.objective, plain.batcher, rows, sharing=sharing)
-            session.chosen["train.keep_features"] = kept
+                features, choice = cached_prefix(model, feed.objective, feed.batcher, rows, sharing=sharing)
+            session.chosen["train.keep_features"] = choice
             if features is not None:
                 session.feed = features
-                session.said.append(f"features computed once for each row: {kept}")
+                session.notes.append(f"features computed once for each row: {choice}")
 
-        if sharing.leads:
-            keep_now()
-        if sharing.tell(keeps=session.feed is not plain) and not sharing.leads:
-            keep_now()
+        if sharing.is_leader:
+            cache_now()
+        if sharing.exchange(has_store=session.feed is not feed) and not sharing.is_leader:
+            cache_now()
 
 
-def _take_general_answers(session: Session) -> None:
-    """Let the base model write the answers that ``train.keep_general`` keeps, and say so.
+def _generate_general_answers(session: Session) -> None:
+    """Generate the answers that ``train.keep_general`` rehearses, and report it.
 
     Raises:
-        UserError: the model gives none.
+        UserError: if the model generates no usable answer.
     """
     weight = session.config.train.keep_general
     try:
-        if not session.task.writes_text:
-            raise NoGeneralAnswers(f"a model for {session.task.name} writes no text")
-        answers = session.general_answers(KEPT)
+        if not session.task.generates_text:
+            raise NoGeneralAnswers(f"a model for {session.task.name} generates no text")
+        answers = session.general_answers(REHEARSAL_PROMPTS)
     except NoGeneralAnswers as reason:
-        what = f"general answers cannot be kept: {reason}"
-        raise UserError(what, where="train.keep_general", hint="set train.keep_general: 0") from reason
-    session.general = [as_seen(answer, session.method) for answer in answers]
-    session.said.append(
-        f"keep_general {weight:g}: each step also learns one of {len(answers)} general answers of the base "
-        "model, which are not counted among the rows"
-    )
+        message = f"general answers cannot be rehearsed: {reason}"
+        raise UserError(message, location="train.keep_general", hint="set train.keep_general: 0") from reason
+    session.general_examples = [render_example(answer, session.method) for answer in answers]
+    rows = f"one of {len(answers)} general answers of the base model, which are not counted as rows"
+    session.notes.append(f"keep_general {weight:g}: each step also trains on {rows}")
 
 
 def method_for(task: Task, config: RunConfig) -> Method:
-    """The run's method.
+    """Return the training method of a run.
 
     Raises:
-        UserError: it does not fit the task.
+        UserError: if it does not fit the task.
     """
     method = choose_method(config, task.tokenizer)
-    if task.has_pairs and method.activates:
-        what = "an adapter with an invocation sequence cannot be trained on pairs"
-        raise UserError(what, where="lora.activation", hint="set lora.activation: always")
+    if task.has_pairs and method.is_activated:
+        message = "an adapter with an invocation sequence cannot be trained on pairs"
+        raise UserError(message, location="lora.active", hint="set lora.active: always")
     return method
 
 
 def head_modules(model: nn.Module) -> list[str]:
-    """The parts of a classifier above its backbone, and a pooler that its files do not hold."""
+    """Return the names of a classifier's modules above its backbone that have parameters."""
     base = getattr(model, "base_model_prefix", "")
     children = [(name, child) for name, child in model.named_children() if name != base]
     return [name for name, child in children if any(True for _ in child.parameters())]

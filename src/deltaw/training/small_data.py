@@ -1,7 +1,6 @@
-"""What few rows mean for a run: how far its scores vary, whether it has steps enough, and settings that suit.
+"""Recommendations for small data sets: warnings, and suitable settings.
 
-It knows numbers of rows alone. A settings file keeps its values: a run says what would suit it better, and
-``deltaw init`` writes that.
+A run does not change its settings. It reports better ones, and ``deltaw init`` writes them.
 """
 
 from __future__ import annotations
@@ -12,53 +11,58 @@ from deltaw.settings import TrainSettings
 from deltaw.training.evaluation.base import wilson_interval
 from deltaw.training.optimizer import count_steps
 
-# Below so many held-out rows, or steps, a run says so.
-HELD_OUT, STEPS = 50, 30
-# Rows per step that are tried, and the most passes over the rows.
-BATCH_SIZES, MOST_EPOCHS = (16, 8, 4), 10
-# From so many rows on, one pass over them is usual; else so many.
-MANY_ROWS, USUAL_EPOCHS = 1000, 3
+# A run warns below these numbers of held-out rows and steps.
+MIN_EVAL_ROWS, MIN_STEPS = 50, 30
+# Batch sizes to choose from, and the maximum number of epochs.
+BATCH_SIZES, MAX_EPOCHS = (16, 8, 4), 10
+# One epoch is usual from this number of rows on. Below, it is USUAL_EPOCHS.
+LARGE_DATASET_ROWS, USUAL_EPOCHS = 1000, 3
 
 
-def suited(rows: int) -> tuple[int, int]:
-    """Epochs and rows per step for so many rows to train on: the largest batch that leaves :data:`STEPS`, and
-    more epochs only where the smallest does not."""
-    epochs = 1 if rows >= MANY_ROWS else USUAL_EPOCHS
+def recommended_settings(num_rows: int) -> tuple[int, int]:
+    """Return epochs and batch size for this number of training rows.
+
+    This is the largest batch size with at least :data:`MIN_STEPS` steps. Epochs are added only if the smallest batch
+    size has fewer steps.
+    """
+    epochs = 1 if num_rows >= LARGE_DATASET_ROWS else USUAL_EPOCHS
     for batch_size in BATCH_SIZES:
-        if count_steps(rows, batch_size, epochs, None) >= STEPS:
+        if count_steps(num_rows, batch_size, epochs, None) >= MIN_STEPS:
             return epochs, batch_size
-    least = BATCH_SIZES[-1]
-    return min(MOST_EPOCHS, max(epochs, math.ceil(STEPS / math.ceil(max(1, rows) / least)))), least
+    min_batch_size = BATCH_SIZES[-1]
+    min_epochs = math.ceil(MIN_STEPS / math.ceil(max(1, num_rows) / min_batch_size))
+    return min(MAX_EPOCHS, max(epochs, min_epochs)), min_batch_size
 
 
-def held_out_share(rows: int) -> float | None:
-    """The share of so many rows to hold out: :data:`HELD_OUT` of them, but 5 to 20 %; None of less than 10."""
-    return None if rows < 10 else min(0.2, max(0.05, math.ceil(100 * HELD_OUT / rows) / 100))
+def eval_share(num_rows: int) -> float | None:
+    """Return the share of rows to hold out: :data:`MIN_EVAL_ROWS` rows, but 5 to 20 %. None below 10 rows."""
+    return None if num_rows < 10 else min(0.2, max(0.05, math.ceil(100 * MIN_EVAL_ROWS / num_rows) / 100))
 
 
-def held_out_line(rows: int) -> str | None:
-    """What is said of few held-out rows; None where they are enough."""
-    if not 0 < rows < HELD_OUT:
+def eval_size_warning(num_rows: int) -> str | None:
+    """Return a warning if the number of held-out rows is small."""
+    if not 0 < num_rows < MIN_EVAL_ROWS:
         return None
-    low, high = wilson_interval(0.5, rows)
-    few = "1 held-out row is" if rows == 1 else f"{rows} held-out rows are"
-    return f"{few} few: a score such as accuracy is known to ± {50 * (high - low):.0f} points"
+    low, high = wilson_interval(0.5, num_rows)
+    subject = "1 held-out row is" if num_rows == 1 else f"{num_rows} held-out rows are"
+    return f"{subject} few: a score such as accuracy is known to ± {50 * (high - low):.0f} points"
 
 
-def steps_line(rows: int, train: TrainSettings) -> str | None:
-    """What is said of few steps; None where they are enough, or asked for by number or time."""
-    steps = count_steps(rows, train.batch_size, train.epochs, None)
-    if steps >= STEPS or train.max_steps is not None or train.time is not None:
+def step_count_warning(num_rows: int, train: TrainSettings) -> str | None:
+    """Return a warning if the number of steps is small, unless the user set the number of steps or the time."""
+    steps = count_steps(num_rows, train.batch_size, train.epochs, None)
+    if steps >= MIN_STEPS or train.max_steps is not None or train.time is not None:
         return None
-    epochs, batch_size = suited(rows)
-    better, few = count_steps(rows, batch_size, epochs, None), "1 step is" if steps == 1 else f"{steps} steps are"
-    changed = [f"train.epochs: {epochs}"] * (epochs != train.epochs)
-    changed += [f"train.batch_size: {batch_size}"] * (batch_size != train.batch_size)
-    gives = "give" if len(changed) > 1 else "gives"
-    more = f"; {' and '.join(changed)} {gives} {better}" if better > steps else ""
-    return f"{few} few to learn from{more}"
+    epochs, batch_size = recommended_settings(num_rows)
+    recommended_steps = count_steps(num_rows, batch_size, epochs, None)
+    subject = "1 step is" if steps == 1 else f"{steps} steps are"
+    changes = [f"train.epochs: {epochs}"] * (epochs != train.epochs)
+    changes += [f"train.batch_size: {batch_size}"] * (batch_size != train.batch_size)
+    verb = "give" if len(changes) > 1 else "gives"
+    advice = f"; {' and '.join(changes)} {verb} {recommended_steps}" if recommended_steps > steps else ""
+    return f"{subject} few to learn from{advice}"
 
 
-def small_data_lines(rows: int, held_out: int, train: TrainSettings) -> list[str]:
-    """What a run says of few held-out rows, and of few steps over its ``rows`` to train on."""
-    return [line for line in (held_out_line(held_out), steps_line(rows, train)) if line is not None]
+def small_data_warnings(num_train: int, num_eval: int, train: TrainSettings) -> list[str]:
+    """Return the warnings about the numbers of held-out rows and steps."""
+    return [line for line in (eval_size_warning(num_eval), step_count_warning(num_train, train)) if line is not None]

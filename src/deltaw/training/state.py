@@ -1,8 +1,7 @@
-"""The state of a training: all that a continued run needs, as one object.
+"""State of a training.
 
-The loop works on it, and :meth:`TrainState.state` gives it as plain tensors and plain values, of which
-:meth:`TrainState.restore` makes the same training again in another process: every later step is equal to the
-bit. Nothing is pickled. Where it is written is somebody else's matter.
+:meth:`TrainState.state` returns plain tensors and plain values. :meth:`TrainState.restore` resumes the training from
+them in another process, and all later steps are bitwise equal. Pickle is not used. The caller stores the values.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from deltaw.data.packing import epoch_order
 from deltaw.errors import UserError
 from deltaw.kernels import loader
-from deltaw.training.optimizer import Schedule, adamw, set_rate, skipping
+from deltaw.training.optimizer import Schedule, adamw, set_rate, skip_update_if
 from deltaw.training.process import random_state, set_random_state
 
 Item = TypeVar("Item")
@@ -28,25 +27,25 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 class MasterWeights:
-    """The parameters as an optimizer sees them, while open: fp32 copies of those of lower precision.
+    """Context manager with fp32 copies of 16-bit parameters for the optimizer.
 
-    In bf16 a step of AdamW is mostly smaller than the distance to the next number and would vanish. The copy
-    takes the gradient as soon as it is there, in fp32, so that gradients of several microbatches add up without
-    loss and none is kept twice; after the optimizer's step the parameter is the copy, rounded.
+    In bf16 most AdamW updates are smaller than the spacing of the numbers and would be lost. The fp32 copy receives
+    each gradient as soon as it is computed, so that gradients of several microbatches are accumulated in fp32 and
+    stored once. After the optimizer step the parameter is set to the rounded copy.
 
     Attributes:
-        trained: for each parameter itself, or its fp32 copy where it is of lower precision.
+        trained: Each parameter, or its fp32 copy if it has 16 bits.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.trained: list[nn.Parameter] = []
         self._pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
         for parameter in parameters:
-            half = parameter.dtype in HALF
-            self.trained.append(nn.Parameter(parameter.detach().float()) if half else parameter)
-            if half:
+            is_half = parameter.dtype in HALF
+            self.trained.append(nn.Parameter(parameter.detach().float()) if is_half else parameter)
+            if is_half:
                 self._pairs.append((parameter, self.trained[-1]))
-        self._hooks = [own.register_post_accumulate_grad_hook(_into(master)) for own, master in self._pairs]
+        self._hooks = [p.register_post_accumulate_grad_hook(_into(master)) for p, master in self._pairs]
 
     @torch.no_grad()
     def write_back(self) -> None:
@@ -58,14 +57,14 @@ class MasterWeights:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let the parameters have their own gradients again."""
+        """Remove the hooks, so that gradients accumulate in the parameters again."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
 
 def _into(master: nn.Parameter) -> Callable[[Tensor], None]:
-    def take(parameter: Tensor) -> None:
+    def move_gradient(parameter: Tensor) -> None:
         grad = parameter.grad
         assert grad is not None
         parameter.grad = None
@@ -74,38 +73,43 @@ def _into(master: nn.Parameter) -> Callable[[Tensor], None]:
         else:
             master.grad.add_(grad)
 
-    return take
+    return move_gradient
 
 
-# Of the layout of a saved state; another number where an older one could not be read.
+# Version of the layout of a saved state. Increase it if older states can no longer be read.
 VERSION = 1
-# Torch's names for what AdamW keeps of a parameter.
+# Names of AdamW's state tensors in torch.
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class ArithmeticChangedWarning(UserWarning):
-    """A training continues with another rounding than it began with."""
+    """A training is resumed with different rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """How a training goes.
+    """Options of the training loop.
 
     Attributes:
-        learning_rate, total_steps, schedule, warmup: see :class:`deltaw.training.optimizer.Schedule`; a whole
-            schedule takes the place of the three others.
-        batch_size: rows per step. seed: of the order of rows, and of dropout.
-        weight_decay, betas: AdamW's. rate_factors: what each parameter's learning rate is multiplied with; None is
-            1 for all. max_grad_norm: gradients are scaled down to this norm; None: never.
-        names: of the parameters, for messages and for saved states.
-        may_skip: whether the model may leave the parameter of this name out of a step by design, which makes
-            it a warning. :func:`deltaw.training.guarantee.may_skip` answers for a model.
-        before_step, after_step: called with the state and a step's rows before it begins, and once the
-            optimizer has changed the parameters.
-        add_gradients: called with each step's number from 0 once its rows' gradients are there; adds those of
-            another loss and returns it (:class:`deltaw.training.evaluation.general.KeepGeneral`).
-        skip_not_finite: whether steps whose loss or gradient is not finite are left out, up to ``MOST_IN_ROW`` in a
-            row; else the first ends the training.
+        learning_rate: Peak learning rate. See :class:`deltaw.training.optimizer.Schedule`.
+        total_steps: Number of optimizer steps.
+        schedule: Name of the schedule, or a schedule that replaces rate, steps and warm-up.
+        warmup: Number or share of warm-up steps.
+        batch_size: Rows per step.
+        seed: Seed of the row order and of dropout.
+        weight_decay: Weight decay of AdamW.
+        betas: Betas of AdamW.
+        rate_factors: Learning rate factor of each parameter. None for 1.
+        max_grad_norm: Maximum gradient norm. None to disable clipping.
+        names: Names of the parameters, for messages and saved states.
+        may_skip: Returns True if the model may skip the parameter of this name by design, so that it is only a warning.
+            See :func:`deltaw.training.guarantee.may_skip`.
+        before_step: Called with the state and the rows before each step.
+        after_step: Called after each optimizer update.
+        add_gradients: Called with the index of the step after its gradients are computed. Adds the gradients of another
+            loss and returns the loss.
+        skip_not_finite: Skip steps whose loss or gradient is not finite, up to ``MAX_SKIPPED_IN_ROW`` in a row. If
+            False, the first one stops the training.
     """
 
     learning_rate: float
@@ -128,17 +132,21 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step did.
+    """Result of an optimizer step.
 
     Attributes:
-        step: its number, from 1. epoch: times that each row was seen by its end.
-        loss: the sum of losses over ``label_tokens``, the objective's units (nats per label token of a
-            language model).
-        learning_rate, gradient_norm: that the step used; the norm is that before clipping.
-        rows, tokens: of the data. computed_tokens: what went through the model. seconds: that it took.
-        general_loss: the mean loss of the general answers in it; None without ``train.keep_general``.
-        metrics: further numbers that the loss tells of the step, by name; they stand among the others in
-            :meth:`as_dict`.
+        step: Number of the step, from 1.
+        epoch: Number of completed epochs.
+        loss: Summed loss divided by ``label_tokens`` (nats per label token for a language model).
+        learning_rate: Learning rate of the step.
+        gradient_norm: Gradient norm before clipping.
+        rows: Number of rows.
+        tokens: Number of tokens in the rows.
+        computed_tokens: Number of tokens that the model computed.
+        label_tokens: Number of units of the objective.
+        seconds: Duration of the step.
+        general_loss: Mean loss of the general answers, or None without ``train.keep_general``.
+        metrics: Further metrics of the loss by name. :meth:`as_dict` merges them with the other values.
     """
 
     step: int
@@ -155,18 +163,21 @@ class Step:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, float]:
-        own = {name: value for name, value in asdict(self).items() if value is not None}
-        return own | own.pop("metrics")
+        values = {name: value for name, value in asdict(self).items() if value is not None}
+        return values | values.pop("metrics")
 
 
 @dataclass(frozen=True)
 class NotFinite:
-    """A step that changed nothing, since its loss or its gradient is infinite or not a number.
+    """Step without effect, because its loss or gradient is not finite.
 
     Attributes:
-        step: its number, from 1. total_steps: of the training.
-        rows: (n,) its rows by their place in the data.
-        loss, gradient_norm, learning_rate: as of :class:`deltaw.training.state.Step`.
+        step: Number of the step, from 1.
+        total_steps: Number of steps of the training.
+        rows: (n,) indices of the step's rows in the data.
+        loss: Loss of the step.
+        gradient_norm: Gradient norm of the step.
+        learning_rate: Learning rate of the step.
     """
 
     step: int
@@ -177,36 +188,38 @@ class NotFinite:
     learning_rate: float
 
     def as_dict(self) -> dict[str, object]:
-        """Its line of ``metrics.jsonl``; JSON has no infinite numbers, so they are texts."""
+        """Return the line of ``metrics.jsonl``. Values that are not finite are strings, because JSON cannot represent
+        them.
+        """
         skipped = {"loss": f"{self.loss:g}", "gradient_norm": f"{self.gradient_norm:g}"}
         return {"step": self.step, "skipped": skipped, "learning_rate": self.learning_rate}
 
 
 class NotFiniteError(UserError):
-    """A training has diverged. The trained parameters are those before the step.
+    """The training has diverged. The parameters have their values before the step.
 
     Args:
-        found: the step. lines: of the diagnosis. in_row: steps that were skipped just before.
+        event: Step that failed.
+        lines: Lines of the diagnosis.
+        in_row: Number of skipped steps directly before it.
     """
 
-    def __init__(self, found: NotFinite, lines: Sequence[str] = (), in_row: int = 0) -> None:
-        self.found = found
-        again = f", after {in_row} steps in a row that were skipped" if in_row else ""
-        what = f"training diverged: loss {found.loss:.3g}, gradient norm {found.gradient_norm:.3g}{again}"
-        super().__init__(
-            "\n".join([what, *(f"  {line}" for line in lines)]),
-            where=f"step {found.step} of {found.total_steps}",
-            hint="lower train.learning_rate, or lengthen train.warmup"
-            + ("" if in_row else "; train.not_finite: skip leaves such steps out"),
-        )
+    def __init__(self, event: NotFinite, lines: Sequence[str] = (), in_row: int = 0) -> None:
+        self.event = event
+        history = f", after {in_row} steps in a row that were skipped" if in_row else ""
+        message = f"training diverged: loss {event.loss:.3g}, gradient norm {event.gradient_norm:.3g}{history}"
+        text = "\n".join([message, *(f"  {line}" for line in lines)])
+        hint = "lower train.learning_rate, or lengthen train.warmup"
+        hint += "" if in_row else "; train.not_finite: skip leaves such steps out"
+        super().__init__(text, location=f"step {event.step} of {event.total_steps}", hint=hint)
 
 
 @dataclass
 class Outcome:
-    """Sums over a training's steps: ``loss`` is the mean over all units (label tokens) seen.
+    """Totals of a training. ``loss`` is the mean over all units (label tokens).
 
-    ``skipped`` of the ``steps`` changed nothing, since their loss or gradient was not finite; they are in no
-    other sum.
+    ``skipped`` of the ``steps`` had no effect because their loss or gradient was not finite. They are not included in
+    the other totals.
     """
 
     steps: int = 0
@@ -232,11 +245,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class RowOrder:
-    """Which rows each step sees: a function of three numbers and the step.
+    """Rows of each step, as a function of the attributes.
 
     Attributes:
-        rows: of the data. batch_size: rows of a step; the last step of an epoch has those that are left.
-        seed: of each epoch's permutation.
+        rows: Number of rows in the data.
+        batch_size: Rows per step. The last step of an epoch has the remaining rows.
+        seed: Seed of the permutation of each epoch.
     """
 
     rows: int
@@ -247,55 +261,60 @@ class RowOrder:
     def steps_per_epoch(self) -> int:
         return math.ceil(self.rows / self.batch_size)
 
-    def place(self, step: int) -> tuple[int, int]:
-        """The epoch (from 0) of step ``step`` (from 0), and where in its order of rows the step begins."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        return epoch, within * self.batch_size
+    def position(self, step: int) -> tuple[int, int]:
+        """Return the epoch (from 0) of step ``step`` (from 0) and the step's offset in the order of the epoch."""
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        return epoch, step_of_epoch * self.batch_size
 
     def indices(self, step: int) -> np.ndarray:
-        """The rows of step ``step`` (from 0), by their place in the data."""
-        epoch, position = self.place(step)
+        """Return the indices of the rows of step ``step`` (from 0)."""
+        epoch, position = self.position(step)
         return epoch_order(self.rows, epoch, self.seed)[position : position + self.batch_size]
 
 
 def rows_of_step(examples: Sequence[Item], step: int, batch_size: int, seed: int) -> list[Item]:
-    """The rows of optimizer step ``step`` (from 0): a function of its arguments alone."""
+    """Return the rows of optimizer step ``step`` (from 0)."""
     return [examples[i] for i in RowOrder(len(examples), batch_size, seed).indices(step)]
 
 
 @dataclass(frozen=True)
 class SavedState:
-    """A training's state without its objects.
+    """Serializable state of a training.
 
     Attributes:
-        values: plain values, ready for JSON. tensors: by name; they may be read from a file one by one.
+        values: JSON values.
+        tensors: Tensors by name, possibly loaded lazily from a file.
     """
 
     values: dict[str, Any]
     tensors: Mapping[str, Tensor] = field(repr=False)
 
-    def lasting(self, total_steps: int) -> SavedState:
-        """The same state for a training of another length. The steps to come have the learning rates that a
-        training of this length has at their place; those done keep what they had."""
+    def with_total_steps(self, total_steps: int) -> SavedState:
+        """Return the state for a training with another number of steps. This changes only later learning rates."""
         schedule = self.values["schedule"] | {"total_steps": total_steps}
         return replace(self, values=self.values | {"schedule": schedule})
 
 
 class TrainState:
-    """A training between two steps. A context manager: while open, gradients go to the master weights,
-    and the random numbers of the process belong to the training.
+    """State of a training between two steps.
+
+    As a context manager it redirects gradients to the master weights and uses the random numbers of the training.
 
     Args:
-        parameters: what is trained, by name.
-        schedule, order: of learning rates and of rows.
-        rate_factors: what each parameter's learning rate is multiplied with; None is 1 for all.
-        weight_decay, betas: AdamW's.
+        parameters: Parameters to train, by name.
+        schedule: Learning rate schedule.
+        order: Order of the rows.
+        rate_factors: Learning rate factor of each parameter. None for 1.
+        weight_decay: Weight decay of AdamW.
+        betas: Betas of AdamW.
 
     Attributes:
-        names, trained: the parameters as the optimizer has them: fp32 master weights of those in 16 bits.
-        sources: the same as the model has them.
-        optimizer: over ``trained``.
-        sums: over the steps so far. skipped_in_row: the last so many steps were skipped.
+        names: Names of the parameters.
+        trained: Parameters of the optimizer, with fp32 master weights of 16-bit parameters.
+        sources: Parameters of the model.
+        optimizer: Optimizer of ``trained``.
+        sums: Totals of all steps so far.
+        skipped_in_row: Number of skipped steps since the last one with effect.
     """
 
     def __init__(
@@ -316,13 +335,13 @@ class TrainState:
         self.sources = list(parameters.values())
         self._master_weights = MasterWeights(self.sources)
         self.trained = self._master_weights.trained
-        adam: dict[str, Any] = {"factors": rate_factors, "weight_decay": weight_decay, "betas": betas}
-        self.optimizer = adamw(self.trained, schedule.learning_rate, **adam)
+        adamw_options: dict[str, Any] = {"factors": rate_factors, "weight_decay": weight_decay, "betas": betas}
+        self.optimizer = adamw(self.trained, schedule.learning_rate, **adamw_options)
         self._random: dict[str, Tensor] = {}
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
+        """Number of completed optimizer steps."""
         return self.sums.steps
 
     @property
@@ -331,12 +350,11 @@ class TrainState:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next step."""
+        """Learning rate of the next step."""
         return self.schedule.rate(self.step)
 
     def replan(self, total_steps: int) -> None:
-        """Let the training end after so many steps instead; its schedule then reaches its end there. A saved
-        state brings the number that was planned."""
+        """Change the number of steps and adjust the schedule to end there. Saved states include the new number."""
         self.schedule = self.schedule.replanned(self.step, total_steps)
 
     def __enter__(self) -> TrainState:
@@ -347,37 +365,39 @@ class TrainState:
     def __exit__(self, *error: object) -> None:
         self._master_weights.__exit__(*error)
 
-    def begin_step(self) -> np.ndarray:
-        """The rows of the next step, by their place in the data. Whatever drew random numbers since the last
-        one changes nothing."""
+    def start_step(self) -> np.ndarray:
+        """Restore the random number state and return the indices of the next step's rows.
+
+        Random numbers generated between steps do not affect the training.
+        """
         set_random_state(self._random)
         return self.order.indices(self.step)
 
     def abandon_step(self) -> None:
-        """Forget a step that was begun: the state is that before it."""
+        """Discard the gradients of a step. The state is that before the step."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def update(self, unless: Tensor | None = None) -> None:
-        """Let the optimizer use the gradients, and bring the result into the parameters.
+        """Run the optimizer and write the result to the parameters.
 
         Args:
-            unless: a bool scalar on the parameters' device, which is not read here: where it is True, nothing
-                but the gradients changes.
+            unless: A bool scalar on the parameters' device, which is not synchronized. If it is True, parameters and
+                optimizer state are unchanged. Gradients are cleared in both cases.
         """
         set_rate(self.optimizer, self.learning_rate)
-        with skipping(self.optimizer, unless):
+        with skip_update_if(self.optimizer, unless):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._master_weights.write_back()
 
     def end_step(self, step: Step) -> None:
-        """Count a step that is done."""
+        """Record a completed step."""
         self.sums.add(step)
         self.skipped_in_row = 0
         self._random = random_state()
 
     def skip_step(self) -> None:
-        """Count a step that was begun and changes nothing; the schedule and the rows go on."""
+        """Record a step without effect. The schedule and the rows advance."""
         self.abandon_step()
         self.sums.steps += 1
         self.sums.skipped += 1
@@ -385,19 +405,19 @@ class TrainState:
         self._random = random_state()
 
     def state(self) -> SavedState:
-        """All of it, copied: between two steps, or once the training is over."""
-        seen = self.view()
-        return SavedState(seen.values, {name: t.detach().to("cpu", copy=True) for name, t in seen.tensors.items()})
+        """Return a copy of the state, between two steps or after the training."""
+        view = self.view()
+        return SavedState(view.values, {name: t.detach().to("cpu", copy=True) for name, t in view.tensors.items()})
 
     def view(self) -> SavedState:
-        """As :meth:`state`, with the training's own tensors, which the next step changes."""
+        """Return the state with the training's tensors, which the next step overwrites."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in zip(self.names, self.trained, strict=True):
             tensors[f"parameter/{name}"] = parameter.detach()
-            kept = self.optimizer.state.get(parameter, {})
-            tensors |= {f"{key}/{name}": kept[key] for key in MOMENTS if key in kept}
+            moments = self.optimizer.state.get(parameter, {})
+            tensors |= {f"{key}/{name}": moments[key] for key in MOMENTS if key in moments}
         tensors |= {f"random/{device}": state for device, state in self._random.items()}
-        epoch, position = self.order.place(self.step)
+        epoch, position = self.order.position(self.step)
         values: dict[str, Any] = {
             "version": VERSION,
             "step": self.step,
@@ -412,64 +432,63 @@ class TrainState:
         return SavedState(values, tensors)
 
     @torch.no_grad()
-    def restore(self, saved: SavedState) -> None:
-        """Continue from what :meth:`state` gave.
+    def restore(self, state: SavedState) -> None:
+        """Resume from the result of :meth:`state`.
 
-        Where products are computed in another way than then, they round differently: a warning says so, and
-        the steps to come are not equal to the bit.
+        If kernels now round differently, a warning is issued and the following steps are not bitwise equal.
 
         Raises:
-            UserError: it is the state of another training: of other parameters, rows or schedule.
+            UserError: if the state has other parameters, rows or another schedule.
         """
-        then = saved.values["schedule"]
-        if then.get("planned"):  # the number of steps was planned on the way
+        stored_schedule = state.values["schedule"]
+        if stored_schedule.get("planned"):  # total_steps was changed during the training
             planned = ("total_steps", "warmup", "since", "decayed", "planned")
-            self.schedule = replace(self.schedule, **{name: then[name] for name in planned})
-        self._require_same(saved)
-        _warn_of_other_arithmetic(saved.values.get("arithmetic"))
+            self.schedule = replace(self.schedule, **{name: stored_schedule[name] for name in planned})
+        self._require_same(state)
+        _warn_of_other_arithmetic(state.values.get("arithmetic"))
         for name, parameter in zip(self.names, self.trained, strict=True):
-            value = saved.tensors[f"parameter/{name}"]
+            value = state.tensors[f"parameter/{name}"]
             if value.shape != parameter.shape:
-                what = f"'{name}' has the shape {tuple(parameter.shape)}, and {tuple(value.shape)} in the saved state"
-                hint = "continue with the model and the settings that it began with"
-                raise UserError(what, where="the saved state", hint=hint)
+                message = f"'{name}' has shape {tuple(parameter.shape)}, and {tuple(value.shape)} in the saved state"
+                hint = "resume with the original model and settings"
+                raise UserError(message, location="the saved state", hint=hint)
             parameter.copy_(value)
-            kept = {key: saved.tensors.get(f"{key}/{name}") for key in MOMENTS}
-            on_device = {k: t.to(parameter.device, copy=True) for k, t in kept.items() if t is not None}
+            moments = {key: state.tensors.get(f"{key}/{name}") for key in MOMENTS}
+            on_device = {k: t.to(parameter.device, copy=True) for k, t in moments.items() if t is not None}
             if on_device:
                 self.optimizer.state[parameter] = on_device
         self._master_weights.write_back()
-        self.sums = Outcome(**saved.values["sums"])
-        self.skipped_in_row = saved.values["skipped_in_row"]
+        self.sums = Outcome(**state.values["sums"])
+        self.skipped_in_row = state.values["skipped_in_row"]
         prefix = "random/"
-        self._random = {key.removeprefix(prefix): saved.tensors[key] for key in saved.tensors if key.startswith(prefix)}
+        self._random = {key.removeprefix(prefix): state.tensors[key] for key in state.tensors if key.startswith(prefix)}
 
-    def _require_same(self, saved: SavedState) -> None:
-        if saved.values["version"] != VERSION:
-            hint = "continue with the version of deltaw that wrote it"
-            wrong = f"the saved state has version {saved.values['version']}, and this deltaw reads {VERSION}"
-            raise UserError(wrong, where="the saved state", hint=hint)
-        same = {
-            "the trained parameters": (saved.values["names"], self.names),
-            "the order of rows": (saved.values["order"], asdict(self.order)),
-            "the schedule": (saved.values["schedule"], asdict(self.schedule)),
+    def _require_same(self, state: SavedState) -> None:
+        if state.values["version"] != VERSION:
+            hint = "resume with the version of deltaw that wrote it"
+            message = f"the saved state has version {state.values['version']}, and this deltaw reads {VERSION}"
+            raise UserError(message, location="the saved state", hint=hint)
+        pairs = {
+            "the trained parameters": (state.values["names"], self.names),
+            "the order of rows": (state.values["order"], asdict(self.order)),
+            "the schedule": (state.values["schedule"], asdict(self.schedule)),
         }
-        for what, (theirs, ours) in same.items():
-            if theirs != ours:
-                hint = "continue with the settings and the data that it began with"
-                differs = f"{what} differs from that of the training to continue"
-                raise UserError(differs, where="the saved state", hint=hint)
+        for name, (stored, current) in pairs.items():
+            if stored != current:
+                hint = "resume with the original settings and data"
+                differs = f"{name} differs from that of the training to continue"
+                raise UserError(differs, location="the saved state", hint=hint)
 
 
-def _warn_of_other_arithmetic(saved: Mapping[str, str] | None) -> None:
-    """Say where this process computes products otherwise than the one that saved a state."""
-    if saved is None:
+def _warn_of_other_arithmetic(stored: Mapping[str, str] | None) -> None:
+    """Warn if this process computes matrix products differently from the process that saved a state."""
+    if stored is None:
         return
-    ours, theirs = loader.arithmetic().as_dict(), saved
-    differing = [name for name in ours if theirs.get(name) != ours[name]]
+    current, previous = loader.arithmetic().as_dict(), stored
+    differing = [name for name in current if previous.get(name) != current[name]]
     if not differing:
         return
-    changed = ", ".join(f"{name}: {ours[name]} instead of {theirs.get(name)}" for name in differing)
-    how = "so the training continues, but not equal to the bit"
-    text = f"products are computed differently than when the state was saved, {how} ({changed})"
+    changed = ", ".join(f"{name}: {current[name]} instead of {previous.get(name)}" for name in differing)
+    consequence = "so the training is resumed, but is not bitwise equal"
+    text = f"products are computed differently than when the state was saved, {consequence} ({changed})"
     warnings.warn(text, ArithmeticChangedWarning, stacklevel=3)

@@ -1,10 +1,10 @@
-// What the tests of the kernels in C++ share: buffers between pages that nobody may touch, numbers, and comparisons.
+// Helpers of the C++ kernel tests: buffers between guard pages, random numbers and comparisons.
 #pragma once
 #ifdef _WIN32
 #define NOMINMAX
 #define WIN32_LEAN_AND_MEAN
 #include <windows.h>
-#undef near  // words that it takes for itself
+#undef near  // macros defined by windows.h
 #undef far
 #else
 #include <sys/mman.h>
@@ -32,7 +32,7 @@ inline void expect(bool holds, const std::string &what) {
     printf("FAILED %s\n", what.c_str());
 }
 
-// Near in the norm, relative to the expected numbers, or to numbers of size `least` where those are smaller.
+// Checks the error in the norm, relative to the expected values or to values of size `least` if those are smaller.
 inline void expect_close(const Numbers &found, const Numbers &expected, double tolerance, const std::string &what, double least = 1e-15) {
     double off = 0, norm = 0;
     for (size_t i = 0; i < expected.size(); i++) off += std::pow(found[i] - expected[i], 2), norm += std::pow(expected[i], 2);
@@ -41,7 +41,7 @@ inline void expect_close(const Numbers &found, const Numbers &expected, double t
 }
 
 inline uint64_t seed = 1;
-inline double random_number() {  // about normal
+inline double random_number() {  // approximately normal
     double sum = 0;
     for (int i = 0; i < 4; i++) {
         seed = seed * 6364136223846793005ull + 1442695040888963407ull;
@@ -68,7 +68,7 @@ template <class T> int type_of();
 template <> inline int type_of<float>() { return 0; }
 template <> inline int type_of<bf16>() { return 1; }
 
-// Memory in whole pages, some of which nobody may touch.
+// Page-aligned memory with guard pages.
 #ifdef _WIN32
 inline int64_t page_size() { return 4096; }
 inline char *take_pages(int64_t bytes) {
@@ -92,8 +92,8 @@ inline void give_pages_back(char *at, int64_t bytes) { munmap(at, bytes); }
 inline void forbid_page(char *at) { mprotect(at, page_size(), PROT_NONE); }
 #endif
 
-// `count` values that end where a page begins that may not be touched; another such page stands in front. The sanitizers
-// do not see masked vector instructions, the processor does.
+// `count` values that end directly before a guard page, with another guard page in front. Guard pages also detect
+// out-of-bounds accesses of masked vector instructions, which sanitizers do not check.
 template <class T>
 class Buffer {
   public:
@@ -103,7 +103,7 @@ class Buffer {
         whole = take_pages(pages * page());
         forbid_page(whole);
         forbid_page(whole + (pages - 1) * page());
-        memset(whole + page(), 0xff, (pages - 2) * page());  // no number in any floating type
+        memset(whole + page(), 0xff, (pages - 2) * page());  // NaN in every floating-point type
     }
     Buffer(const Buffer &) = delete;
     Buffer &operator=(const Buffer &) = delete;
@@ -134,7 +134,7 @@ class Buffer {
     char *whole;
 };
 
-// C (M, N) += scale · A (M, K) · B (K, N), where B is (N, K) in memory if `across`.
+// C (M, N) += scale · A (M, K) · B (K, N). B is stored as (N, K) if `across`.
 inline void add_product(Numbers &c, const Numbers &a, const Numbers &b, int64_t M, int64_t N, int64_t K, double scale = 1, bool across = false) {
     for (int64_t m = 0; m < M; m++)
         for (int64_t k = 0; k < K; k++)

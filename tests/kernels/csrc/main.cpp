@@ -1,13 +1,13 @@
-// The kernels' tests in C++: everything on one thread, then on teams of two and three, with each arithmetic that the
-// variant has. Run under sanitizers (make sanitize) and under an emulator of another processor (make kernels-arm).
-// Names as arguments: those alone, of products, threads, blocks, attention, block, decode and rows, and nothing else.
+// C++ kernel tests with one, two and three threads and each arithmetic of the variant. They run under sanitizers
+// (make sanitize) and in an emulator of another CPU (make kernels-arm). Arguments select tests by name: products,
+// threads, blocks, attention, block, decode, rows.
 #include <algorithm>
 #include <string>
 #include <vector>
 
 #include "check.h"
 #include "kernels.h"
-#include "team.h"
+#include "thread_pool.h"
 #include "tests.h"
 
 #ifdef DW_OWN_THREADS
@@ -27,7 +27,7 @@ static int hand_over_threads() {
 
 namespace {
 
-// Sets arithmetic `which` for the types of numbers that have it; whether one has.
+// Selects arithmetic `which` for the types that support it. Returns true if a type does.
 bool choose(int which) {
     bool found = false;
     for (int type = 0; type < 3; type++)
@@ -42,11 +42,11 @@ struct Suite {
     const char *name;
     void (*run)();
 };
-// Those that are run with each arithmetic.
+// Tests that run with each arithmetic.
 const Suite SUITES[] = {
     {"products", test_products}, {"threads", test_threads}, {"blocks", test_blocks}, {"attention", test_attention},
     {"block", test_block},       {"decode", test_decode}};
-// Those in which nothing is multiplied by an arithmetic.
+// Tests that do not depend on the arithmetic.
 const Suite OTHERS[] = {{"rows", test_rows}};
 
 template <size_t COUNT>
@@ -64,7 +64,7 @@ int main(int count, char **arguments) {
             return 2;
         }
     auto wanted = [&](const char *name) { return names.empty() || std::find(names.begin(), names.end(), name) != names.end(); };
-    setvbuf(stdout, nullptr, _IOLBF, 0);  // what failed is seen even where a later test ends the program
+    setvbuf(stdout, nullptr, _IOLBF, 0);  // print failures even if a later test crashes
     if (dw_ready() != 0) {
         printf("skipped: the system does not let the kernels' instructions be used\n");
         return 0;
@@ -74,7 +74,7 @@ int main(int count, char **arguments) {
     for (int threads = 1; threads <= 3; threads++) {
         use_threads(threads);
         if (threads > 1) expect(hand_over_threads() == 0, "threads to work on");
-        dw_set_cache(threads == 2 ? 1 << 17 : 1 << 20);  // in the smaller one, rows go by in several parts
+        dw_set_cache(threads == 2 ? 1 << 17 : 1 << 20);  // with the smaller cache, rows are processed in several parts
         for (int which = 0; which < 3; which++)
             if (choose(which))
                 for (const Suite &suite : SUITES)

@@ -1,4 +1,4 @@
-// A weight in blocks of random bytes, and the numbers that the formats' description gives it, one at a time.
+// A weight in blocks of random bytes, with an elementwise reference implementation of dequantization.
 #pragma once
 #include <memory>
 
@@ -13,8 +13,8 @@ struct StoredBlocks {
     Buffer<float> group_scale, codes, offset;
     BlockData at;
 
-    static int64_t numbers(int format) { return deltaw::bytes_of_block(format) > 64 ? 256 : format == deltaw::NF4 ? 64 : 32; }
-    static int64_t bytes(int format) { return deltaw::bytes_of_block(format); }
+    static int64_t numbers(int format) { return deltaw::block_bytes(format) > 64 ? 256 : format == deltaw::NF4 ? 64 : 32; }
+    static int64_t bytes(int format) { return deltaw::block_bytes(format); }
 
     StoredBlocks(int format, int64_t rows, int64_t columns)
         : format(format), rows(rows), columns(columns), data(rows * columns / numbers(format) * bytes(format)),
@@ -25,7 +25,7 @@ struct StoredBlocks {
         for (int64_t i = 0; i < group_scale.count; i++) group_scale[i] = 0.03f + 0.01f * (float)(i % 3);
         for (int i = 0; i < 256; i++) codes[i] = (float)(i - 127) / 128.3f;
         offset[0] = 0.11f;
-        // fp16 numbers of some size instead of random bits; here and there one below the normal ones.
+        // Realistic fp16 scales instead of random bits, some of them subnormal.
         const int64_t size = bytes(format);
         for (int64_t b = 0; format != deltaw::NF4 && b < data.count; b += size) {
             const int64_t first = format == deltaw::Q6_K ? 208 : 0;
@@ -44,7 +44,7 @@ struct StoredBlocks {
         return h & 0x8000 ? -size : size;
     }
 
-    // Products of a scale and a code are exact, so each of these is rounded once, as fp32 has it.
+    // Products of a scale and a code are exact, so each value is rounded once to fp32.
     double value(int64_t row, int64_t k) const {
         using namespace deltaw;
         const int64_t block = (row * columns + k) / numbers(format);
@@ -63,7 +63,8 @@ struct StoredBlocks {
             return (float)(half(b) * scale * code - half(b + 2) * below);
         }
         if (format == Q6_K) {
-            const int code = nibble(b[64 * (unit / 4) + 32 * (unit % 2) + i], unit % 4 / 2) + 16 * (b[128 + 32 * (unit / 4) + i] >> 2 * (unit % 4) & 3);
+            const int code = nibble(b[64 * (unit / 4) + 32 * (unit % 2) + i], unit % 4 / 2) + 16 * (b[128 + 32 * (unit / 4) +
+                i] >> 2 * (unit % 4) & 3);
             return half(b + 208) * (int8_t)b[192 + n / 16] * (code - 32);
         }
         static const float values[16] = {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,

@@ -1,4 +1,4 @@
-// Attention over prefix trees against all scores at once in double, with gradients in closed form.
+// Tests of attention over prefix trees against a dense float64 reference with closed-form gradients.
 #include <algorithm>
 
 #include "check.h"
@@ -32,7 +32,7 @@ struct How {
     int64_t heads, key_heads, d, dv, window;
     double cap;
     int causal;
-    int64_t every;  // each so many tokens ask; 0 for all, without a list
+    int64_t every;  // stride of the tokens with a query; 0: every token, without a list of rows
 };
 
 bool sees(const std::vector<int64_t> &t, int64_t S, int64_t query, int64_t key, const How &how) {
@@ -65,7 +65,7 @@ void test_tree(const Tree &tree, const How &how) {
     Buffer<int64_t> picked(P);
     std::copy(places.begin(), places.end(), picked.data());
     const int64_t *const list = how.every ? picked.data() : nullptr;
-    // Heads with a gap between them, but none after the last.
+    // Heads are separated by a gap. The last head has no gap after it.
     auto size = [&](int64_t tokens, int64_t heads, int64_t n) { return tokens * heads * (n + gap) - gap; };
     Buffer<T> q(size(P, H, d)), k(size(L, how.key_heads, d)), v(size(L, how.key_heads, dv)), out(size(P, H, dv)), grad(out.count), dq(q.count),
         dk(k.count), dv_out(v.count);
@@ -76,7 +76,8 @@ void test_tree(const Tree &tree, const How &how) {
     const double scaling = 0.3;
     expect(dw_attention(type_of<T>(), table.data(), S, L, how.window, how.causal, H, how.key_heads, d, dv, (float)scaling, (float)how.cap, list, P,
                         q.data(), k.data(), v.data(), out.data(), strides, logs.data()) == 0, what);
-    expect(dw_attention_backward(type_of<T>(), table.data(), S, L, how.window, how.causal, H, how.key_heads, d, dv, (float)scaling, (float)how.cap, list,
+    expect(dw_attention_backward(type_of<T>(), table.data(), S, L, how.window, how.causal, H, how.key_heads, d, dv, (float)scaling, (float)how.cap,
+                                 list,
                                  P, q.data(), k.data(), v.data(), out.data(), grad.data(), dq.data(), dk.data(), dv_out.data(), strides,
                                  logs.data()) == 0, what + " backward");
     Numbers ours, exact, ours_q, exact_q, ours_k, ours_v, exact_k(L * how.key_heads * d), exact_v(L * how.key_heads * dv);
@@ -127,12 +128,12 @@ void test_tree(const Tree &tree, const How &how) {
     }
     const double near = sizeof(T) == 4 ? 2e-5 : 2e-2;
     expect_close(ours, exact, near, what + " out"), expect_close(ours_v, exact_v, near, what + " of values");
-    // Where a query sees one key alone, its weight has no slope: what is left of two equal sums of dv products, each
-    // about 2^-24 of the sum of their sizes, is compared with numbers of size 0.25.
+    // If a query sees only one key, the gradient of its score is zero. The rounding error of the difference between two
+    // equal sums of dv products (about 2^-24 of their magnitude) is compared with values of size 0.25.
     expect_close(ours_q, exact_q, near, what + " of queries", 0.25), expect_close(ours_k, exact_k, near, what + " of keys", 0.25);
 }
 
-// What lies outside is refused; nothing is written.
+// Out-of-range arguments are rejected before anything is written.
 void test_refusals() {
     Buffer<float> q(8 * 2 * 4), out(8 * 2 * 4), logs(16);
     q.fill(), out.fill();
@@ -161,7 +162,8 @@ void test_refusals() {
 void test_attention() {
     const Tree one{{1}, {-1}}, row{{70}, {-1}}, packed{{3, 1, 40, 17}, {-1, -1, -1, -1}}, tree{{40, 9, 1, 30, 12, 101}, {-1, 0, 0, 1, -1, 4}};
     for (const Tree &t : {one, row, packed, tree})
-        for (const How &how : {How{4, 2, 8, 8, 0, 0, 1, 0}, How{9, 3, 20, 20, 5, 0, 1, 0}, How{3, 3, 48, 34, 0, 20, 1, 0}, How{5, 1, 6, 6, 1, 0, 1, 0},
+        for (const How &how : {How{4, 2, 8, 8, 0, 0, 1, 0}, How{9, 3, 20, 20, 5, 0, 1, 0}, How{3, 3, 48, 34, 0, 20, 1, 0}, How{5, 1, 6, 6, 1, 0, 1,
+            0},
                                How{4, 2, 8, 8, 40, 0, 1, 3}, How{2, 1, 64, 64, 0, 0, 1, 7}, How{4, 4, 10, 12, 0, 0, 0, 0}})
             test_tree<float>(t, how), test_tree<bf16>(t, how);
     test_refusals();

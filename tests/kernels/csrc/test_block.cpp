@@ -1,4 +1,4 @@
-// A whole block in one call each way against the single kernels called one after another: the same bits.
+// Tests that a transformer block computed in one call is bit-identical to a sequence of single kernel calls.
 #include <memory>
 
 #include "block.h"
@@ -9,11 +9,11 @@
 
 namespace {
 
-// What a block is, beside the sizes that all of these tests share.
+// Configuration of a block. The sizes are the same for all tests.
 struct Form {
     const char *name;
     int64_t split = 0, gated = 1, joint_gate = 0, parallel = 0, causal = 1, centered = 0, by_column = 1;
-    bool before = true, after = false, post = false, head_norms = false, turned = true;
+    bool before = true, after = false, post = false, head_norms = false, rotary_dims = true;
 };
 
 template <class T>
@@ -21,12 +21,13 @@ struct Weights {  // of one layer
     const int64_t in, out, rank;
     Buffer<T> w, bias;
     Buffer<int8_t> w_int8;
-    Buffer<float> scale, A, B, of_A, of_B, A_again, B_again;
+    Buffer<float> scale, A, B, grad_A, grad_B, A_again, B_again;
     const bool int8;
-    std::unique_ptr<StoredBlocks> blocks;  // in the place of w, where there are
+    std::unique_ptr<StoredBlocks> blocks;  // replaces w if set
 
     Weights(int64_t in, int64_t out, int64_t rank, bool int8, int format)
-        : in(in), out(out), rank(rank), w(in * out), bias(out), w_int8(in * out), scale(out), A(in * rank), B(rank * out), of_A(A.count), of_B(B.count),
+        : in(in), out(out), rank(rank), w(in * out), bias(out), w_int8(in * out), scale(out), A(in * rank), B(rank * out), grad_A(A.count),
+            grad_B(B.count),
           A_again(A.count), B_again(B.count), int8(int8) {
         w.fill(0.2), bias.fill(0.1), A.fill(0.2), B.fill(0.2);
         for (int64_t i = 0; i < w_int8.count; i++) w_int8[i] = (int8_t)(random_number() * 40);
@@ -35,7 +36,8 @@ struct Weights {  // of one layer
     }
     Layer layer(int64_t by_column) const {
         if (blocks)
-            return Layer{&blocks->at, nullptr, nullptr, bias.data(), rank ? A.data() : nullptr, rank ? B.data() : nullptr, in, out, rank, blocks->format,
+            return Layer{&blocks->at, nullptr, nullptr, bias.data(), rank ? A.data() : nullptr, rank ? B.data() : nullptr, in, out, rank,
+                blocks->format,
                          1,           0,       0,       0.5f};
         return Layer{int8 ? (const void *)w_int8.data() : w.data(),
                      int8 ? scale.data() : nullptr,
@@ -49,17 +51,17 @@ struct Weights {  // of one layer
                      int8 ? 2 : type_of<T>(),
                      int8 ? 1 : by_column,
                      0,
-                     int8 && in > out,  // so that a block has layers of both kinds
+                     int8 && in > out,  // the block then has layers of both kinds
                      0.5f};
     }
 };
 
-// A block composed of single calls, each with tensors of its own.
+// A block composed of single calls with separate tensors.
 template <class T>
 struct Composed {
     const BlockParts &b;
     const int64_t M, P;
-    const int64_t *const picked, *const table, count;
+    const int64_t *const output_rows, *const table, count;
     const float *const cosine, *const sine;
     std::vector<std::unique_ptr<Weights<T>>> &w;
     std::vector<std::unique_ptr<Buffer<T>>> kept;
@@ -68,21 +70,21 @@ struct Composed {
     T *room(int64_t rows, int64_t width) { return (kept.push_back(std::make_unique<Buffer<T>>(rows * width)), kept.back()->data()); }
     float *numbers(int64_t n) { return (floats.push_back(std::make_unique<Buffer<float>>(n)), floats.back()->data()); }
 
-    // Rows at the picked places, and rows at their places among zeros.
+    // Gather the output rows, and scatter rows to their positions in a tensor of zeros.
     template <class N>
     const N *at(const N *x, int64_t width) {
-        if (!picked) return x;
+        if (!output_rows) return x;
         N *y;
         if constexpr (sizeof(N) == sizeof(T)) y = (N *)room(P, width);
         else y = (N *)numbers(P * width);
-        for (int64_t p = 0; p < P; p++) memcpy(y + p * width, x + picked[p] * width, width * sizeof(N));
+        for (int64_t p = 0; p < P; p++) memcpy(y + p * width, x + output_rows[p] * width, width * sizeof(N));
         return y;
     }
     const T *spread(const T *x, int64_t width) {
-        if (!picked) return x;
+        if (!output_rows) return x;
         T *y = room(M, width);
         memset(y, 0, M * width * sizeof(T));
-        for (int64_t p = 0; p < P; p++) memcpy(y + picked[p] * width, x + p * width, width * sizeof(T));
+        for (int64_t p = 0; p < P; p++) memcpy(y + output_rows[p] * width, x + p * width, width * sizeof(T));
         return y;
     }
     const T *sum(const T *x, const T *y, int64_t rows) {
@@ -91,7 +93,7 @@ struct Composed {
         return z;
     }
 
-    struct Linear {  // a layer's call and what its backward needs
+    struct Linear {  // call of a layer and the values needed by its backward pass
         const Layer *l;
         int64_t rows;
         const T *x;
@@ -111,7 +113,7 @@ struct Composed {
         Buffer<uint8_t> grad_int8(c.rows * l.out);
         Buffer<float> scales(c.rows * ((l.out + 127) / 128));
         expect(dw_linear_backward((int)b.type, c.rows, l.out, l.in, grad, (int)l.weight_type, l.weight, (int)l.by_column, l.scale, l.smooth, l.A, l.B,
-                                  l.rank, l.scaling, added, b.rounds_gradient(l) ? grad_int8.data() : nullptr, scales.data(), dx, c.g) == 0,
+                                  l.rank, l.scaling, added, b.has_int8_gradient(l) ? grad_int8.data() : nullptr, scales.data(), dx, c.g) == 0,
                "linear backward");
         for (auto &one : w)
             if (l.rank && one->A.data() == l.A)
@@ -120,7 +122,7 @@ struct Composed {
         return dx;
     }
 
-    struct Norm {  // a norm's call; without a norm y is x
+    struct Norm {  // call of a norm; y is x if the norm is absent
         const RowNorm *n;
         int64_t rows, D;
         const T *x, *y;
@@ -141,31 +143,31 @@ struct Composed {
         return dx;
     }
 
-    struct End {
+    struct HalfEndTensors {
         Linear layer;
         Norm after, post;
     };
-    End end(const Layer &l, const T *x, const T *stream, const HalfNorms &norms) {
+    HalfEndTensors end(const Layer &l, const T *x, const T *stream, const HalfNorms &norms) {
         Linear layer = linear(l, x, P, norms.after.used ? nullptr : stream);
         Norm after = norm(norms.after, layer.y, P, b.hidden());
-        return End{layer, after, norm(norms.post, norms.after.used ? sum(stream, after.y, P) : after.y, P, b.hidden())};
+        return HalfEndTensors{layer, after, norm(norms.post, norms.after.used ? sum(stream, after.y, P) : after.y, P, b.hidden())};
     }
 
     const T *rotated(const T *x, int64_t rows, int64_t heads, int backward) {
         const int64_t width = heads * b.head_size;
-        if (!b.turned) return x;
-        const float *c = rows == P ? at(cosine, b.turned) : cosine, *s = rows == P ? at(sine, b.turned) : sine;
+        if (!b.rotary_dims) return x;
+        const float *c = rows == P ? at(cosine, b.rotary_dims) : cosine, *s = rows == P ? at(sine, b.rotary_dims) : sine;
         T *y = room(rows, width);
-        expect(dw_rotate((int)b.type, rows, heads, b.head_size, b.turned, x, width, c, s, backward, y, width) == 0, "rotate");
+        expect(dw_rotate((int)b.type, rows, heads, b.head_size, b.rotary_dims, x, width, c, s, backward, y, width) == 0, "rotate");
         return y;
     }
-    // Heads of part 0 (queries), 1 (keys) or 2 (values) of rows that hold all.
+    // Heads of part 0 (queries), 1 (keys) or 2 (values) of rows that contain all three.
     int64_t head_at(int part, int64_t head) const {
         const int64_t group = b.heads / b.key_heads;
         if (b.split == GROUPED) return part ? head * (group + 2) + group + part - 1 : head / group * (group + 2) + head % group;
         return (part > 0) * b.heads + (part > 1) * b.key_heads + head;
     }
-    const T *part_of(const T *joint, int part) {
+    const T *split_range(const T *joint, int part) {
         const int64_t heads = part ? b.key_heads : b.heads, d = b.head_size;
         T *y = room(M, heads * d);
         for (int64_t m = 0; m < M; m++)
@@ -179,41 +181,43 @@ struct Composed {
     }
 
     void run(const T *x, const T *grad, T *y, T *dx) {
-        const int64_t d = b.head_size, W = b.wide(), N = b.narrow(), H = b.hidden(), I = b.inner();
+        const int64_t d = b.head_size, W = b.query_size(), N = b.key_size(), H = b.hidden(), I = b.inner();
         // forward
         const Norm n = norm(b.first.before, x, M, H);
         Linear of_q, of_k, of_v;
         const T *q, *k, *v;
-        if (b.split == APART) {
+        if (b.split == SEPARATE) {
             of_k = linear(b.key, n.y, M), of_v = linear(b.value, n.y, M), of_q = linear(b.query, at(n.y, H), P);
             q = of_q.y, k = of_k.y, v = of_v.y;
         } else {
             of_q = linear(b.query, n.y, M);
-            q = at(part_of(of_q.y, 0), W), k = part_of(of_q.y, 1), v = part_of(of_q.y, 2);
+            q = at(split_range(of_q.y, 0), W), k = split_range(of_q.y, 1), v = split_range(of_q.y, 2);
         }
-        const Norm n_q = norm(b.of_query, q, P * b.heads, d), n_k = norm(b.of_key, k, M * b.key_heads, d);
+        const Norm n_q = norm(b.query_norm, q, P * b.heads, d), n_k = norm(b.key_norm, k, M * b.key_heads, d);
         q = rotated(n_q.y, P, b.heads, 0), k = rotated(n_k.y, M, b.key_heads, 0);
         T *const o = room(P, W);
         float *const logs = numbers(P * b.heads);
         const int64_t s[16] = {W, d, N, d, N, d, W, d, W, d, W, d, N, d, N, d};
-        expect(dw_attention((int)b.type, table, count, M, b.window, (int)b.causal, b.heads, b.key_heads, d, d, b.scaling, b.softcap, picked, P, q, k, v, o,
+        expect(dw_attention((int)b.type, table, count, M, b.window, (int)b.causal, b.heads, b.key_heads, d, d, b.scaling, b.softcap, output_rows,
+                            P, q, k, v, o,
                             s, logs) == 0, "attention");
         const T *const x_p = at(x, H);
-        const End end1 = end(b.output, o, x_p, b.first);
-        const T *const x1 = end1.post.y, *const read = b.parallel ? x_p : x1;
+        const HalfEndTensors second_end = end(b.output, o, x_p, b.first);
+        const T *const x1 = second_end.post.y, *const read = b.parallel ? x_p : x1;
         const Norm n1 = norm(b.second.before, read, P, H);
         const Linear of_gate = linear(b.gate, n1.y, P);
         Linear of_up{};
         const T *gate = of_gate.y, *up = nullptr;
         if (b.up.weight) of_up = linear(b.up, n1.y, P), up = of_up.y;
-        if (b.gate_gives_up()) {
+        if (b.gate_has_up()) {
             T *const one = room(P, I), *const other = room(P, I);
-            for (int64_t p = 0; p < P; p++) memcpy(one + p * I, of_gate.y + 2 * p * I, I * sizeof(T)), memcpy(other + p * I, of_gate.y + (2 * p + 1) * I, I * sizeof(T));
+            for (int64_t p = 0; p < P; p++) memcpy(one + p * I, of_gate.y + 2 * p * I, I * sizeof(T)), memcpy(other + p * I,
+                of_gate.y + (2 * p + 1) * I, I * sizeof(T));
             gate = one, up = other;
         }
         T *const f = room(P, I);
         expect(dw_activation((int)b.type, (int)b.activation, P, I, gate, up, f) == 0, "activation");
-        const End end2 = end(b.down, f, x1, b.second);
+        const HalfEndTensors end2 = end(b.down, f, x1, b.second);
         memcpy(y, end2.post.y, P * H * sizeof(T));
 
         // backward
@@ -223,24 +227,27 @@ struct Composed {
         expect(dw_activation_backward((int)b.type, (int)b.activation, P, I, df, gate, up, dg, up ? du : nullptr, fa) == 0, "activation backward");
         const T *const of_stream = b.parallel ? nullptr : g2, *const begun1 = b.second.before.used ? nullptr : of_stream;
         const T *dn1;
-        if (b.gate_gives_up()) {
+        if (b.gate_has_up()) {
             T *const both = room(P, 2 * I);
-            for (int64_t p = 0; p < P; p++) memcpy(both + 2 * p * I, dg + p * I, I * sizeof(T)), memcpy(both + (2 * p + 1) * I, du + p * I, I * sizeof(T));
+            for (int64_t p = 0; p < P; p++) memcpy(both + 2 * p * I, dg + p * I, I * sizeof(T)), memcpy(both + (2 * p + 1) * I, du + p * I,
+                I * sizeof(T));
             dn1 = backward(of_gate, both, begun1);
         } else dn1 = backward(of_gate, dg, begun1);
         if (b.up.weight) dn1 = backward(of_up, du, dn1);
         const T *const d_read = backward(n1, dn1, of_stream), *const d_x1 = b.parallel ? g2 : d_read;
-        const T *const g1 = backward(end1.post, d_x1, nullptr);
-        const T *const d_o = backward(end1.layer, backward(end1.after, g1, nullptr), nullptr);
+        const T *const g1 = backward(second_end.post, d_x1, nullptr);
+        const T *const d_o = backward(second_end.layer, backward(second_end.after, g1, nullptr), nullptr);
         T *const dq = room(P, W), *const dk = room(M, N), *const dv = room(M, N);
-        expect(dw_attention_backward((int)b.type, table, count, M, b.window, (int)b.causal, b.heads, b.key_heads, d, d, b.scaling, b.softcap, picked, P, q,
+        expect(dw_attention_backward((int)b.type, table, count, M, b.window, (int)b.causal, b.heads, b.key_heads, d, d, b.scaling, b.softcap,
+                                     output_rows, P, q,
                                      k, v, o, d_o, dq, dk, dv, s, logs) == 0, "attention backward");
-        const T *const raw_q = backward(n_q, rotated(dq, P, b.heads, 1), nullptr), *const raw_k = backward(n_k, rotated(dk, M, b.key_heads, 1), nullptr);
+        const T *const raw_q = backward(n_q, rotated(dq, P, b.heads, 1), nullptr), *const raw_k = backward(n_k, rotated(dk, M, b.key_heads, 1),
+            nullptr);
         const T *const above = spread(g1, H), *const begun = b.first.before.used ? nullptr : above;
         const T *dn;
-        if (b.split == APART) {
-            dn = backward(of_q, raw_q, picked ? nullptr : begun);
-            if (picked) dn = spread(dn, H), dn = begun ? sum(dn, begun, M) : dn;
+        if (b.split == SEPARATE) {
+            dn = backward(of_q, raw_q, output_rows ? nullptr : begun);
+            if (output_rows) dn = spread(dn, H), dn = begun ? sum(dn, begun, M) : dn;
             dn = backward(of_v, dv, backward(of_k, raw_k, dn));
         } else {
             T *const joint = room(M, b.query.out);
@@ -258,7 +265,7 @@ void test_once(const Form &form, const std::vector<int64_t> &lengths, int64_t ra
                bool int8_gradients = false) {
     const std::string what = std::string("block ") + form.name + " type " + std::to_string(type_of<T>()) + " rank " + std::to_string(rank) +
                              (int8 ? " int8" : int8_gradients ? " int8 gradients" : "") + (pick ? " picked" : "") + (format ? " format " + std::to_string(format) : "");
-    // In blocks, all layers' inputs are a whole number of these.
+    // For block formats, the input sizes of all layers must be multiples of the block size.
     const int64_t hidden = format ? 64 : 36, heads = 4, key_heads = 2, d = format ? 16 : 12, inner = format ? 128 : 52, S = (int64_t)lengths.size();
     int64_t M = 0;
     Buffer<int64_t> table(4 * S);
@@ -266,7 +273,7 @@ void test_once(const Form &form, const std::vector<int64_t> &lengths, int64_t ra
     const int64_t P = pick ? (M + 2) / 3 : M;
     Buffer<int64_t> places(P);
     for (int64_t p = 0; p < P; p++) places[p] = 3 * p;
-    const int64_t *const picked = pick ? places.data() : nullptr;
+    const int64_t *const output_rows = pick ? places.data() : nullptr;
     const bool apart = form.split == 0;
     const int64_t sizes[7][2] = {{hidden, apart ? heads * d : (heads + 2 * key_heads) * d},
                                  {hidden, apart ? key_heads * d : 0},
@@ -281,7 +288,8 @@ void test_once(const Form &form, const std::vector<int64_t> &lengths, int64_t ra
     auto norm = [&](bool used, int64_t width) {
         for (int i = 0; i < 2; i++) of_norms.push_back(std::make_unique<Buffer<T>>(width)), of_norms.back()->fill();
         if (!used) return RowNorm{};
-        return RowNorm{of_norms[of_norms.size() - 2]->data(), form.centered ? of_norms.back()->data() : nullptr, 1e-5f, (float)!form.centered, form.centered, 1};
+        return RowNorm{of_norms[of_norms.size() - 2]->data(), form.centered ? of_norms.back()->data() : nullptr, 1e-5f, (float)!form.centered,
+            form.centered, 1};
     };
     auto half = [&] {
         const RowNorm before = norm(form.before, hidden), after = norm(form.after, hidden), post = norm(form.post, hidden);
@@ -293,31 +301,34 @@ void test_once(const Form &form, const std::vector<int64_t> &lengths, int64_t ra
     x.fill(), grad.fill(), cosine.fill(), sine.fill();
     const HalfNorms first = half(), second = half();
     const RowNorm of_query = norm(form.head_norms, d), of_key = norm(form.head_norms, d);
-    const BlockParts b{type_of<T>(), heads, key_heads, d, 1, 0, form.turned ? d : 0, form.causal, form.split, form.gated, form.parallel, int8_gradients, 0.3f,
+    const BlockParts b{type_of<T>(), heads, key_heads, d, 1, 0, form.rotary_dims ? d : 0, form.causal, form.split, form.gated, form.parallel,
+        int8_gradients, 0.3f,
                        0.0f, first, second, of_query, of_key, layer(0), layer(1), layer(2), layer(3), layer(4), layer(5), layer(6)};
     int64_t bytes[3];
     expect(dw_block_sizes(&b, M, pick ? P : 0, bytes) == 0, what + " sizes");
-    // Whole numbers of lines: what the caller gives begins on one.
+    // Multiples of a cache line, because the caller's memory must be aligned to cache lines.
     auto room = [](int64_t n) { return std::make_unique<Buffer<char>>((n + 63) / 64 * 64); };
     const auto kept = room(bytes[0]), scratch = room(bytes[1]), scratch_backward = room(bytes[2]);
-    const float *const c = form.turned ? cosine.data() : nullptr, *const s = form.turned ? sine.data() : nullptr;
-    expect(dw_block(&b, M, x.data(), table.data(), S, picked, pick ? P : 0, c, s, kept->data(), scratch->data(), y.data()) == 0, what);
+    const float *const c = form.rotary_dims ? cosine.data() : nullptr, *const s = form.rotary_dims ? sine.data() : nullptr;
+    expect(dw_block(&b, M, x.data(), table.data(), S, output_rows, pick ? P : 0, c, s, kept->data(), scratch->data(), y.data()) == 0, what);
     float *into[14];
-    for (int i = 0; i < 7; i++) into[2 * i] = w[i]->rank ? w[i]->of_A.data() : nullptr, into[2 * i + 1] = w[i]->rank ? w[i]->of_B.data() : nullptr;
+    for (int i = 0; i < 7; i++) into[2 * i] = w[i]->rank ? w[i]->grad_A.data() : nullptr, into[2 * i + 1] = w[i]->rank ? w[i]->grad_B.data() :
+        nullptr;
     auto back = [&](T *to) {
-        expect(dw_block_backward(&b, M, x.data(), table.data(), S, picked, pick ? P : 0, c, s, kept->data(), scratch_backward->data(), grad.data(), to,
+        expect(dw_block_backward(&b, M, x.data(), table.data(), S, output_rows, pick ? P : 0, c, s, kept->data(), scratch_backward->data(),
+                                 grad.data(), to,
                                  into) == 0, what + " backward");
     };
     back(dx.data());
-    Composed<T> composed{b, M, P, picked, table.data(), S, c, s, w, {}, {}};
+    Composed<T> composed{b, M, P, output_rows, table.data(), S, c, s, w, {}, {}};
     composed.run(x.data(), grad.data(), y_again.data(), dx_again.data());
     expect(y.same(y_again), what + " gives the same outputs"), expect(dx.same(dx_again), what + " gives the same gradient");
     for (int i = 0; i < 7; i++)
-        expect(w[i]->of_A.same(w[i]->A_again) && w[i]->of_B.same(w[i]->B_again), what + " gives the same gradients of factors " + std::to_string(i));
-    // Factors alone, where nobody needs dx.
+        expect(w[i]->grad_A.same(w[i]->A_again) && w[i]->grad_B.same(w[i]->B_again), what + " gives the same gradients of factors " + std::to_string(i));
+    // Gradients of the factors only, without dx.
     if (!rank) return;
     back(nullptr);
-    for (int i = 0; i < 7; i++) expect(w[i]->of_A.same(w[i]->A_again) && w[i]->of_B.same(w[i]->B_again), what + " gives the same factors without dx");
+    for (int i = 0; i < 7; i++) expect(w[i]->grad_A.same(w[i]->A_again) && w[i]->grad_B.same(w[i]->B_again), what + " gives the same factors without dx");
     if (!pick) return;
     for (int64_t bad : {M, (int64_t)-1, places[P - 1]}) {
         Buffer<int64_t> wrong(P);
@@ -345,9 +356,9 @@ void test_block() {
     forms[0].name = "Llama";
     forms[1].name = "Qwen 3", forms[1].head_norms = true;
     forms[2].name = "Gemma 3", forms[2].head_norms = forms[2].after = true;
-    forms[3].name = "BERT", forms[3].gated = forms[3].causal = 0, forms[3].centered = 1, forms[3].before = forms[3].turned = false, forms[3].post = true;
-    forms[4].name = "ViT", forms[4].gated = forms[4].causal = 0, forms[4].centered = 1, forms[4].turned = false;
-    forms[5].name = "GPT-2", forms[5].gated = forms[5].by_column = 0, forms[5].centered = forms[5].split = 1, forms[5].turned = false;
+    forms[3].name = "BERT", forms[3].gated = forms[3].causal = 0, forms[3].centered = 1, forms[3].before = forms[3].rotary_dims = false, forms[3].post = true;
+    forms[4].name = "ViT", forms[4].gated = forms[4].causal = 0, forms[4].centered = 1, forms[4].rotary_dims = false;
+    forms[5].name = "GPT-2", forms[5].gated = forms[5].by_column = 0, forms[5].centered = forms[5].split = 1, forms[5].rotary_dims = false;
     forms[6].name = "GPT-NeoX", forms[6].gated = 0, forms[6].centered = forms[6].parallel = 1, forms[6].split = 2;
     forms[7].name = "Phi 3", forms[7].split = forms[7].joint_gate = 1;
     forms[8].name = "stacked, with norms of heads", forms[8].split = 1, forms[8].head_norms = true;
@@ -366,5 +377,6 @@ void test_block() {
         for (int i : {0, 2, 3, 5}) test_once<bf16>(forms[i], {600, 700}, 4, int8, i == 2);
     for (int i : {0, 2, 5}) test_once<bf16>(forms[i], {600, 700}, 4, false, i == 2, 0, true);
     for (int format : {deltaw::Q4_1, deltaw::Q8_0, deltaw::NF4})
-        for (bool pick : {false, true}) test_once<bf16>(forms[0], {9, 1, 20}, 4, false, pick, format), test_once<float>(forms[7], {9, 1, 20}, 4, false, pick, format);
+        for (bool pick : {false, true}) test_once<bf16>(forms[0], {9, 1, 20}, 4, false, pick, format), test_once<float>(forms[7], {9, 1, 20}, 4,
+            false, pick, format);
 }

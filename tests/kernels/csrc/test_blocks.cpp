@@ -1,4 +1,4 @@
-// Weights in blocks: their numbers against the formats' description, a number at a time, and products with them.
+// Tests of block formats: dequantized values against an elementwise reference, and products.
 #include "blocks.h"
 
 #include <memory>
@@ -25,7 +25,8 @@ void test_products_of(int format, int64_t M, int64_t out, int64_t blocks, int64_
     const float *const a = rank ? A.data() : nullptr, *const b = rank ? B.data() : nullptr;
     Numbers values = w.values();
     for (double &value : values) value = to_double(from_double<bf16>(value));
-    expect(dw_linear(type_of<T>(), M, out, in, x.data(), format, &w.at, 1, nullptr, nullptr, nullptr, 0, a, b, rank, 0.5f, added.data(), nullptr, nullptr, 0,
+    expect(dw_linear(type_of<T>(), M, out, in, x.data(), format, &w.at, 1, nullptr, nullptr, nullptr, 0, a, b, rank, 0.5f, added.data(), nullptr,
+                     nullptr, 0,
                      0, y.data(), h.data()) == 0, what);
     Numbers expected = added.numbers();
     add_product(expected, x.numbers(), values, M, out, in, 1, true), add_product(expected, h.numbers(), B.numbers(), M, out, rank, 0.5);
@@ -35,7 +36,7 @@ void test_products_of(int format, int64_t M, int64_t out, int64_t blocks, int64_
     Numbers expected_dx = x.numbers();
     add_product(expected_dx, y.numbers(), values, M, in, out), add_product(expected_dx, narrow.numbers(), A.numbers(), M, in, rank, 1, true);
     expect_close(dx.numbers(), expected_dx, tolerance, what + " dx");
-    expect(dw_linear_room(type_of<T>(), M, out, in, format, 1, 0, 0, rank, 0, 0) > 0, what + " takes memory");
+    expect(dw_linear_scratch_size(type_of<T>(), M, out, in, format, 1, 0, 0, rank, 0, 0) > 0, what + " takes memory");
 }
 
 void test_numbers(int format) {
@@ -67,7 +68,7 @@ void test_numbers(int format) {
 void test_blocks() {
     for (int format = deltaw::Q4_0; format <= deltaw::NF4; format++) {
         test_numbers(format);
-        // Fewer columns than a panel, more groups than go by at a time, rows shared out and not.
+        // Fewer columns than a panel, more groups than one pass processes, rows split among threads or not.
         const int64_t few = StoredBlocks::numbers(format) < 256 ? 7 : 1, many = 1024 / StoredBlocks::numbers(format);
         test_products_of<float>(format, 3, 21, few, 0), test_products_of<bf16>(format, 13, 38, few, 4);
         test_products_of<float>(format, 26, 40, many, 2), test_products_of<bf16>(format, 5, 70, many, 0);

@@ -1,5 +1,5 @@
-// Steps of a decoder whose every tensor ends where a page begins that may not be touched: the head's product with its
-// update against float64, rows alone and in company to the bit, and what lies outside is refused.
+// Tests of decoding steps whose tensors end at guard pages: the head and its update against float64, bit-identical rows
+// in any batch, and rejection of out-of-range arguments.
 #include <memory>
 
 #include "check.h"
@@ -12,7 +12,7 @@ namespace {
 
 const int64_t TOKENS = 32;
 
-// A decoder of random numbers, and what owns them.
+// A decoder with random weights and the buffers that own them.
 struct Model {
     std::vector<std::unique_ptr<Buffer<float>>> floats;
     std::vector<std::unique_ptr<Buffer<bf16>>> halves;
@@ -60,9 +60,10 @@ struct Model {
     }
     RowNorm norm(int64_t size, bool used = true) { return {numbers(size, 0.1, 1), numbers(size, 0.1), 1e-5f, 0.0f, 1, used}; }
 
-    Model(int type, int count, int64_t split, int64_t heads, int64_t key_heads, int64_t size, int64_t hidden, int64_t inner, bool parallel) : type(type) {
+    Model(int type, int count, int64_t split, int64_t heads, int64_t key_heads, int64_t size, int64_t hidden, int64_t inner,
+          bool parallel) : type(type) {
         int64_t offset = 0;
-        const bool apart = split == APART;
+        const bool apart = split == SEPARATE;
         const int64_t wide = heads * size, narrow = key_heads * size, turned = size / 2 / 2 * 2;
         for (int i = 0; i < count; i++) {
             DecodeBlock b{heads, key_heads, size, i % 4, i ? 40 : 0, turned, 0, split, 1, parallel, offset, 0.3f, i ? 6.0f : 0.0f,
@@ -79,7 +80,8 @@ struct Model {
         }
         const int64_t positions = 400;
         cosines.push_back(numbers(positions * turned, 0.7)), sines.push_back(numbers(positions * turned, 0.7));
-        model = {blocks.data(), cosines.data(), sines.data(), count, 1, positions, hidden, type ? 1 : 0, TOKENS, offset, 0.5f, 0.0f, norm(hidden), linear(37, hidden)};
+        model = {blocks.data(), cosines.data(), sines.data(), count, 1, positions, hidden, type ? 1 : 0, TOKENS, offset, 0.5f, 0.0f, norm(hidden),
+            linear(37, hidden)};
         for (const DecodeBlock &b : blocks)
             for (const DecodeLinear *l : {&b.query, &b.key, &b.value, &b.output, &b.gate, &b.up, &b.down}) factors.push_back(update(*l, 5));
         factors.push_back(update(model.head, 19));
@@ -93,18 +95,20 @@ struct Model {
 
 struct Rows {
     Buffer<float> hidden, out, logits;
-    Buffer<int32_t> positions, sequence, adapter, table, wanted;
+    Buffer<int32_t> positions, sequence, adapter, table, output_rows;
     const int64_t rows, vocabulary;
 
-    Rows(const Model &m, int64_t rows) : hidden(rows * m.model.hidden), out(rows * m.model.hidden), logits(rows * m.model.head.out), positions(rows), sequence(rows),
-          adapter(rows), table(3 * 10), wanted(rows), rows(rows), vocabulary(m.model.head.out) {
+    Rows(const Model &m, int64_t rows) : hidden(rows * m.model.hidden), out(rows * m.model.hidden), logits(rows * m.model.head.out),
+        positions(rows), sequence(rows),
+          adapter(rows), table(3 * 10), output_rows(rows), rows(rows), vocabulary(m.model.head.out) {
         hidden.fill();
-        for (int64_t i = 0; i < rows; i++) wanted[i] = (int32_t)i, adapter[i] = i % 3 ? 0 : -1;
+        for (int64_t i = 0; i < rows; i++) output_rows[i] = (int32_t)i, adapter[i] = i % 3 ? 0 : -1;
         for (int64_t i = 0; i < 30; i++) table[i] = (int32_t)(i * 7 % 30);
     }
     int step(const Model &m, void *pages, int64_t from, int64_t count) {
         const DecodeFactors *const adapters[] = {m.factors.data()};
-        const DecodeStep s{hidden.data() + from * m.model.hidden, positions.data() + from, sequence.data() + from, adapter.data() + from, table.data(), wanted.data(),
+        const DecodeStep s{hidden.data() + from * m.model.hidden, positions.data() + from, sequence.data() + from, adapter.data() + from,
+            table.data(), output_rows.data(),
                            adapters, pages, out.data() + from * m.model.hidden, logits.data() + from * vocabulary, count, 3, 10, count, 1, 30};
         return dw_decode(&m.model, &s);
     }
@@ -117,7 +121,7 @@ void test_company(int type, int64_t split, bool parallel, int64_t heads, int64_t
     const int64_t counts[] = {290, 33, 3}, rows = 326;
     Rows together(m, rows), alone(m, rows);
     alone.hidden.copy(together.hidden);
-    Buffer<T> one(30 * m.model.page_numbers), two(30 * m.model.page_numbers);  // no numbers at first
+    Buffer<T> one(30 * m.model.page_numbers), two(30 * m.model.page_numbers);  // initialized with NaN
     for (int64_t s = 0, i = 0; s < 3; s++)
         for (int64_t p = 0; p < counts[s]; p++, i++)
             for (Rows *r : {&together, &alone}) r->sequence[i] = (int32_t)s, r->positions[i] = (int32_t)p;
@@ -135,7 +139,7 @@ void test_company(int type, int64_t split, bool parallel, int64_t heads, int64_t
 }
 
 void test_head(int type) {
-    const Model m(type, 0, APART, 1, 1, 4, deltaw::stored_in_blocks(type) ? 512 : 51, 4, false);
+    const Model m(type, 0, SEPARATE, 1, 1, 4, deltaw::stored_in_blocks(type) ? 512 : 51, 4, false);
     Rows r(m, 9);
     Buffer<float> pages(1);
     for (int64_t i = 0; i < 9; i++) r.sequence[i] = 0, r.positions[i] = (int32_t)i;
@@ -155,7 +159,8 @@ void test_head(int type) {
             for (int64_t j = 0; r.adapter[i] >= 0 && j < f.rank; j++) {
                 double h = 0;
                 for (int64_t k = 0; k < l.in; k++) h += r.out.at(i * l.in + k) * number(f.A, j * l.in + k, type ? 1 : 0);
-                const int64_t each = type ? 2 : 1, word = (n / FACTOR_PANEL * ((f.rank + each - 1) / each) + j / each) * FACTOR_PANEL + n % FACTOR_PANEL;
+                const int64_t each = type ? 2 : 1, word = (n / FACTOR_PANEL * ((f.rank + each - 1) / each) + j / each) * FACTOR_PANEL +
+                    n % FACTOR_PANEL;
                 y += h * number(f.B, word * each + j % each, type ? 1 : 0);
             }
             expected[i * l.out + n] = 0.5 * y;
@@ -164,7 +169,7 @@ void test_head(int type) {
 }
 
 void test_refusals() {
-    const Model m(0, 1, APART, 2, 1, 8, 24, 16, false);
+    const Model m(0, 1, SEPARATE, 2, 1, 8, 24, 16, false);
     Buffer<float> pages(30 * m.model.page_numbers);
     auto refused = [&](auto &&change) {
         Rows r(m, 2);
@@ -178,7 +183,7 @@ void test_refusals() {
     refused([](Rows &r) { r.sequence[0] = 3; });
     refused([](Rows &r) { r.adapter[1] = 1; });
     refused([](Rows &r) { r.table[10] = 30; });
-    refused([](Rows &r) { r.wanted[1] = 2; });
+    refused([](Rows &r) { r.output_rows[1] = 2; });
 }
 
 }  // namespace
@@ -186,15 +191,15 @@ void test_refusals() {
 void test_decode() {
     for (int type = 0; type < 3; type++) {
         test_head(type);
-        if (type == 0) test_company<float>(type, APART, false, 6, 2, 12, 40, 37);
-        else test_company<bf16>(type, APART, false, 6, 2, 12, 40, 37);
+        if (type == 0) test_company<float>(type, SEPARATE, false, 6, 2, 12, 40, 37);
+        else test_company<bf16>(type, SEPARATE, false, 6, 2, 12, 40, 37);
     }
     test_company<float>(0, STACKED, false, 3, 3, 20, 33, 70);
     test_company<bf16>(2, GROUPED, true, 18, 1, 8, 64, 29);
     for (int type = deltaw::Q4_0; type <= deltaw::NF4; type++) {
         test_head(type);
-        test_company<bf16>(type, type % 2 ? APART : STACKED, false, 4, 2, 64, 256, 512);
+        test_company<bf16>(type, type % 2 ? SEPARATE : STACKED, false, 4, 2, 64, 256, 512);
     }
-    test_company<bf16>(1, STACKED, false, 2, 1, 7, 33, 18);  // keys whose last number has no neighbor
+    test_company<bf16>(1, STACKED, false, 2, 1, 7, 33, 18);  // odd head size
     test_refusals();
 }

@@ -1,4 +1,4 @@
-// What a caller compares, memory that is not there, and memory that is given back.
+// Tests of interface checks, failing allocations and released memory.
 #include <fstream>
 
 #include "block.h"
@@ -7,11 +7,11 @@
 #include "kernels.h"
 #include "tests.h"
 
-// The words of an x86 processor: all of those that this program is compiled for, and on Linux what the system says.
+// CPU flags on x86: include those that this program was compiled for, and equal those reported by Linux.
 static void test_processor_words() {
     char found[512] = "unchanged";
-    expect(dw_processor_words(found, 0) > 0 && found[0] == 'u', "room for no words");
-    const int64_t bytes = dw_processor_words(found, sizeof(found));
+    expect(dw_processor_flags(found, 0) > 0 && found[0] == 'u', "room for no words");
+    const int64_t bytes = dw_processor_flags(found, sizeof(found));
     expect(bytes == (int64_t)strlen(found) + 1, "how many bytes the words have");
     const std::string words = " " + std::string(found) + " ";
     auto has = [&](const std::string &word) { return words.find(" " + word + " ") != std::string::npos; };
@@ -44,39 +44,40 @@ void test_interface() {
     test_processor_words();
     expect(dw_abi() == DW_ABI, "the ABI's number");
     int64_t found[64] = {};
-    expect(dw_layout_of(0, found, 64) == 15 && found[0] == sizeof(Layer), "a layer's layout");
-    expect(dw_layout_of(1, found, 64) == 7 && found[0] == sizeof(RowNorm), "a norm's layout");
-    expect(dw_layout_of(2, found, 64) == 4 && found[0] == sizeof(HalfNorms), "the layout of a half's norms");
-    expect(dw_layout_of(3, found, 64) == 26 && found[0] == sizeof(BlockParts), "a block's layout");
+    expect(dw_struct_layout(0, found, 64) == 15 && found[0] == sizeof(Layer), "a layer's layout");
+    expect(dw_struct_layout(1, found, 64) == 7 && found[0] == sizeof(RowNorm), "a norm's layout");
+    expect(dw_struct_layout(2, found, 64) == 4 && found[0] == sizeof(HalfNorms), "the layout of a half's norms");
+    expect(dw_struct_layout(3, found, 64) == 26 && found[0] == sizeof(BlockParts), "a block's layout");
     found[1] = 77;
-    expect(dw_layout_of(3, found, 1) == 26 && found[1] == 77, "no more than there is room for");
-    expect(dw_layout_of(4, found, 64) == 9, "the layout of a linear layer of a decoding step");
-    expect(dw_layout_of(9, found, 64) == 6 && found[0] == sizeof(BlockData), "the layout of a weight in blocks");
-    expect(dw_layout_of(10, found, 64) == 0, "no such struct");
+    expect(dw_struct_layout(3, found, 1) == 26 && found[1] == 77, "no more than there is room for");
+    expect(dw_struct_layout(4, found, 64) == 9, "the layout of a linear layer of a decoding step");
+    expect(dw_struct_layout(9, found, 64) == 6 && found[0] == sizeof(BlockData), "the layout of a weight in blocks");
+    expect(dw_struct_layout(10, found, 64) == 0, "no such struct");
 
-    // In the calling thread, and in each of a team: sizes that no memory holds are reported before anything is read.
+    // Allocation failures are reported in the calling thread and in pool threads, before anything is read.
     const int64_t huge = (int64_t)1 << 40;
     int64_t target = 0;
     float number = 0;
     expect(dw_class_gradient(1, 4, huge, &number, &target, nullptr, nullptr, nullptr, nullptr) == 1, "no memory for a class gradient");
     expect(dw_factors_backward(0, 1, 1, 1, huge, &number, nullptr, &number, nullptr, 1.0f, nullptr, nullptr) == 1, "no memory for factors");
 
-    // A call leaves its scratch memory for the next; released, none is held. It comes back when it is needed again.
+    // A call leaves its scratch memory allocated for the next call. After a release, it is allocated again on demand.
     auto attend = [] {
         const int64_t T = 64, table[4] = {0, T, -1, 0}, strides[8] = {8, 8, 8, 8, 8, 8, 8, 8};
         Buffer<float> q(T * 8), out(T * 8), logs(T);
         seed = 5;
         q.fill();
-        expect(dw_attention(0, table, 1, T, 0, 1, 1, 1, 8, 8, 0.3f, 0.0f, nullptr, T, q.data(), q.data(), q.data(), out.data(), strides, logs.data()) == 0,
+        expect(dw_attention(0, table, 1, T, 0, 1, 1, 1, 8, 8, 0.3f, 0.0f, nullptr, T, q.data(), q.data(), q.data(), out.data(), strides,
+                            logs.data()) == 0,
                "attention after memory was given back");
         return out.numbers();
     };
     dw_release();
-    attend();  // one call finds how much is needed, the next takes it at once
+    attend();  // the first call measures the size, the second allocates it at once
     const Numbers before = attend();
-    expect(dw_scratch_held(0) > 0, "scratch memory is kept");
-    expect(dw_release() == 0 && dw_scratch_held(0) == 0, "scratch memory is given back");
+    expect(dw_scratch_bytes(0) > 0, "scratch memory is kept");
+    expect(dw_release() == 0 && dw_scratch_bytes(0) == 0, "scratch memory is given back");
     expect_close(attend(), before, 0, "the same numbers after memory was given back");
-    expect(dw_scratch_held(1) >= dw_scratch_held(0), "the most that was held");
+    expect(dw_scratch_bytes(1) >= dw_scratch_bytes(0), "the most that was held");
     dw_release();
 }

@@ -1,6 +1,5 @@
-// The threads of the library's own, where it has some: calls from several threads and from inside of a call, more and
-// fewer threads than before, and a process that forks.
-#include "team.h"
+// Tests of the library's thread pool: calls from several threads, nested calls, changing thread counts, and forking.
+#include "thread_pool.h"
 
 #include "check.h"
 #include "tests.h"
@@ -14,10 +13,10 @@
 
 namespace {
 
-// body(i) for each i below count, on a team.
+// Call body(i) for each i below count on the pool.
 template <class Body>
 void on_a_team(int count, Body &&body) {
-    deltaw::run_own_team([](void *at, int i) { (*static_cast<std::remove_reference_t<Body> *>(at))(i); }, &body, count);
+    deltaw::run_on_pool([](void *at, int i) { (*static_cast<std::remove_reference_t<Body> *>(at))(i); }, &body, count);
 }
 
 bool each_once(int count) {

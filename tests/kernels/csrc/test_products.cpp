@@ -1,18 +1,18 @@
-// Products with their low-rank update, their gradients, int8, and the gradient of classes, against sums in double.
+// Tests of products with low-rank updates, their gradients, int8 products and class gradients against float64.
 #include "check.h"
 #include "kernels.h"
 #include "tests.h"
 
 namespace {
 
-const int64_t BLOCK = 128;  // numbers that are rounded with one scale
+const int64_t BLOCK = 128;  // values that share a scale
 
 template <class T>
 double tolerance() { return sizeof(T) == 4 ? 2e-6 : 6e-3; }
 
 struct Shape { int64_t M, in, out, rank; };
 
-// What is added to a product, beside its low-rank update.
+// Terms added to a product, in addition to its low-rank update.
 enum Parts { BIAS = 1, BIAS_IN_FP32 = 2, ADDED = 4, ALL_PARTS = BIAS | ADDED };
 
 template <class T>
@@ -31,7 +31,8 @@ void test_linear(const Shape &s, bool by_column, int parts = ALL_PARTS) {
     const void *const given_bias = parts & BIAS ? (const void *)bias.data() : parts & BIAS_IN_FP32 ? bias_f32.data() : nullptr;
     auto forward = [&](Buffer<T> &y, Buffer<T> &h) {
         expect(dw_linear(type_of<T>(), s.M, s.out, s.in, x.data(), type_of<T>(), w.data(), by_column, nullptr, nullptr, given_bias,
-                         (parts & BIAS_IN_FP32) > 0, a, b, s.rank, (float)scaling, parts & ADDED ? added.data() : nullptr, nullptr, nullptr, 0, 0, y.data(),
+                         (parts & BIAS_IN_FP32) > 0, a, b, s.rank, (float)scaling, parts & ADDED ? added.data() : nullptr, nullptr, nullptr, 0, 0,
+                             y.data(),
                          h.data()) == 0, what);
     };
     forward(y, h);
@@ -48,7 +49,8 @@ void test_linear(const Shape &s, bool by_column, int parts = ALL_PARTS) {
     expect(y_again.same(y) && h_again.same(h), what + " gives the same bits again");
 
     auto backward = [&](T *dx, Buffer<T> &narrow) {
-        expect(dw_linear_backward(type_of<T>(), s.M, s.out, s.in, grad.data(), type_of<T>(), w.data(), by_column, nullptr, nullptr, a, b, s.rank, (float)scaling,
+        expect(dw_linear_backward(type_of<T>(), s.M, s.out, s.in, grad.data(), type_of<T>(), w.data(), by_column, nullptr, nullptr, a, b, s.rank,
+                                  (float)scaling,
                                   parts & ADDED ? x.data() : nullptr, nullptr, nullptr, dx, narrow.data()) == 0, what);
     };
     backward(dx.data(), narrow);
@@ -64,21 +66,22 @@ void test_linear(const Shape &s, bool by_column, int parts = ALL_PARTS) {
     if (s.rank) backward(nullptr, h_again), expect(h_again.same(narrow), what + " narrow alone");
     if (!s.rank) return;
 
-    Buffer<float> of_A(A.count), of_B(B.count), of_A_again(A.count), of_B_again(B.count);
-    auto factors = [&](Buffer<float> &of_A, Buffer<float> &of_B) {
-        expect(dw_factors_backward(type_of<T>(), s.M, s.in, s.out, s.rank, x.data(), h.data(), grad.data(), narrow.data(), (float)scaling, of_A.data(),
-                                   of_B.data()) == 0, what);
+    Buffer<float> grad_A(A.count), grad_B(B.count), of_A_again(A.count), of_B_again(B.count);
+    auto factors = [&](Buffer<float> &grad_A, Buffer<float> &grad_B) {
+        expect(dw_factors_backward(type_of<T>(), s.M, s.in, s.out, s.rank, x.data(), h.data(), grad.data(), narrow.data(), (float)scaling,
+                                   grad_A.data(),
+                                   grad_B.data()) == 0, what);
     };
-    factors(of_A, of_B), factors(of_A_again, of_B_again);
+    factors(grad_A, grad_B), factors(of_A_again, of_B_again);
     Numbers expected_A(A.count), expected_B(B.count);
     add_product(expected_A, transposed(x.numbers(), s.M, s.in), narrow.numbers(), s.in, s.rank, s.M);
     add_product(expected_B, transposed(h.numbers(), s.M, s.rank), grad.numbers(), s.rank, s.out, s.M, scaling);
-    expect_close(of_A.numbers(), expected_A, 2e-6, what + " of A");
-    expect_close(of_B.numbers(), expected_B, 2e-6, what + " of B");
-    expect(of_A_again.same(of_A) && of_B_again.same(of_B), what + " gives the same factors again");
+    expect_close(grad_A.numbers(), expected_A, 2e-6, what + " of A");
+    expect_close(grad_B.numbers(), expected_B, 2e-6, what + " of B");
+    expect(of_A_again.same(grad_A) && of_B_again.same(grad_B), what + " gives the same factors again");
 }
 
-// The columns that a row's int8 numbers stand for, in blocks of `at_once` with a scale each.
+// Return the values represented by the int8 rows, with a scale per block of `at_once` columns.
 template <class T>
 Numbers rounded(const Buffer<T> &x, int64_t M, int64_t K, const Buffer<float> *smooth, int64_t at_once) {
     Numbers found(x.count);
@@ -111,7 +114,8 @@ void test_int8(const Shape &s, bool by_column, bool in_blocks) {
     for (int64_t i = 0; i < s.in; i++) smooth[i] = 0.5f + 0.1f * (float)(i % 11);
     const float *const a = s.rank ? A.data() : nullptr, *const b = s.rank ? B.data() : nullptr;
     auto forward = [&](Buffer<T> &y) {
-        expect(dw_linear(type_of<T>(), s.M, s.out, s.in, x.data(), 2, w.data(), by_column, scale.data(), smooth.data(), nullptr, 0, a, b, s.rank, 1.0f,
+        expect(dw_linear(type_of<T>(), s.M, s.out, s.in, x.data(), 2, w.data(), by_column, scale.data(), smooth.data(), nullptr, 0, a, b, s.rank,
+                         1.0f,
                          nullptr, x_int8.data(), x_scales.data(), in_blocks, 1, y.data(), h.data()) == 0, what);
     };
     forward(y);
@@ -129,7 +133,8 @@ void test_int8(const Shape &s, bool by_column, bool in_blocks) {
     expect(y_again.same(y), what + " gives the same bits again");
 
     auto backward = [&](Buffer<T> &dx) {
-        expect(dw_linear_backward(type_of<T>(), s.M, s.out, s.in, grad.data(), 2, w.data(), by_column, scale.data(), smooth.data(), a, b, s.rank, 1.0f,
+        expect(dw_linear_backward(type_of<T>(), s.M, s.out, s.in, grad.data(), 2, w.data(), by_column, scale.data(), smooth.data(), a, b, s.rank,
+                                  1.0f,
                                   nullptr, grad_int8.data(), grad_scales.data(), dx.data(), narrow.data()) == 0, what);
     };
     backward(dx);
@@ -143,7 +148,7 @@ void test_int8(const Shape &s, bool by_column, bool in_blocks) {
     expect(dx_again.same(dx), what + " gives the same bits again, backward");
 }
 
-// Sums of int8 products are whole numbers that fp32 holds: not one may be lost, at the largest numbers neither.
+// Sums of int8 products are integers that fp32 represents exactly, so the result must be exact for the largest values too.
 void test_int8_is_exact(int64_t M, int64_t in, int64_t out) {
     const std::string what = "exact int8 " + std::to_string(M) + "x" + std::to_string(in) + "x" + std::to_string(out);
     Buffer<uint8_t> x(M * in);
@@ -157,7 +162,8 @@ void test_int8_is_exact(int64_t M, int64_t in, int64_t out) {
             const int64_t column = by_column ? i / in : i % out;
             w[i] = (int8_t)(column < 5 ? right[column] : (int)(random_number() * 90) & 255);
         }
-        expect(dw_linear(0, M, out, in, nullptr, 2, w.data(), by_column, ones.data(), nullptr, nullptr, 0, nullptr, nullptr, 0, 1.0f, nullptr, x.data(),
+        expect(dw_linear(0, M, out, in, nullptr, 2, w.data(), by_column, ones.data(), nullptr, nullptr, 0, nullptr, nullptr, 0, 1.0f, nullptr,
+                         x.data(),
                          ones.data(), 0, 0, y.data(), nullptr) == 0, what);
         Numbers expected(y.count), signed_x(x.count);
         for (int64_t i = 0; i < x.count; i++) signed_x[i] = (double)x[i] - 128;
@@ -166,7 +172,7 @@ void test_int8_is_exact(int64_t M, int64_t in, int64_t out) {
     }
 }
 
-// Of each row the largest number becomes 127 steps, never 128, whatever its scale rounds to; rows of zeros stay zeros.
+// The largest value of a row becomes 127 steps and never 128, regardless of how its scale is rounded. Zero rows remain zero.
 template <class T>
 void test_quantize(int64_t M, int64_t K) {
     const std::string what = "quantize " + std::to_string(M) + "x" + std::to_string(K) + " type " + std::to_string(type_of<T>());
@@ -191,7 +197,7 @@ void test_quantize(int64_t M, int64_t K) {
     expect(most <= 0.501, what + " is off by no more than half a step, but by " + std::to_string(most));
 }
 
-// Each row of a bf16 matrix as signed int8 with a scale; rows of zeros stay zeros.
+// Quantize each row of a bf16 matrix to signed int8 with a scale. Zero rows remain zero.
 void round_rows(const Buffer<bf16> &w, int64_t rows, int64_t width, Buffer<int8_t> &w_int8, Buffer<float> &scale) {
     for (int64_t n = 0; n < rows; n++) {
         float top = 0;
@@ -203,7 +209,7 @@ void round_rows(const Buffer<bf16> &w, int64_t rows, int64_t width, Buffer<int8_
     }
 }
 
-// The gradient of a bf16 weight's input, rounded as it is read, gives what its rounded copy gives.
+// Quantizing a bf16 weight while it is read gives the same input gradient as a quantized copy.
 void test_gradient_rounded_on_the_way(const Shape &s, bool by_column) {
     const std::string what = "gradient rounded on the way " + std::to_string(s.M) + "x" + std::to_string(s.in) + "x" + std::to_string(s.out) +
                              (by_column ? "" : " by row");
@@ -230,7 +236,7 @@ void test_gradient_rounded_on_the_way(const Shape &s, bool by_column) {
     expect_close(dx.numbers(), expected, 2e-2, what + " is near the exact one");
 }
 
-// A bf16 weight that is rounded as it is read gives what its rounded copy gives.
+// Quantizing a bf16 weight while it is read gives the same product as a quantized copy.
 void test_rounded_on_the_way(const Shape &s) {
     Buffer<bf16> x(s.M * s.in), w(s.in * s.out), y(s.M * s.out), same(s.M * s.out);
     Buffer<int8_t> w_int8(w.count);
@@ -238,15 +244,17 @@ void test_rounded_on_the_way(const Shape &s) {
     Buffer<float> scale(s.out), x_scales(s.M);
     x.fill(), w.fill();
     round_rows(w, s.out, s.in, w_int8, scale);
-    expect(dw_linear(1, s.M, s.out, s.in, x.data(), 1, w.data(), 1, scale.data(), nullptr, nullptr, 0, nullptr, nullptr, 0, 1.0f, nullptr, x_int8.data(),
+    expect(dw_linear(1, s.M, s.out, s.in, x.data(), 1, w.data(), 1, scale.data(), nullptr, nullptr, 0, nullptr, nullptr, 0, 1.0f, nullptr,
+                     x_int8.data(),
                      x_scales.data(), 0, 1, y.data(), nullptr) == 0, "rounded on the way");
     expect(dw_linear(1, s.M, s.out, s.in, x.data(), 2, w_int8.data(), 1, scale.data(), nullptr, nullptr, 0, nullptr, nullptr, 0, 1.0f, nullptr,
                      x_int8.data(), x_scales.data(), 0, 0, same.data(), nullptr) == 0, "rounded before");
     expect(y.same(same), "rounding on the way gives the same bits");
 }
 
-// What dw_class_gradient computes, with the numbers that it rounds rounded here.
-Numbers class_gradient(const Buffer<bf16> &grad, const Buffer<int64_t> &targets, const Buffer<bf16> &w, const Buffer<float> &scales, int64_t M, int64_t V,
+// Reference implementation of dw_class_gradient with the same quantization.
+Numbers class_gradient(const Buffer<bf16> &grad, const Buffer<int64_t> &targets, const Buffer<bf16> &w, const Buffer<float> &scales, int64_t M,
+                       int64_t V,
                        int64_t D) {
     Numbers rest(M * V), w_int8(V * D), found(M * D);
     for (int64_t v = 0; v < V; v++)
@@ -286,7 +294,7 @@ void test_class_gradient(int64_t M, int64_t V, int64_t D, bool negative) {
         for (double &value : p) sum += value = std::exp(2 * random_number());
         for (int64_t v = 0; v < V; v++) grad[m * V + v] = from_double<bf16>((negative ? -1 : 1) * (p[v] / sum - (v == targets[m])));
     }
-    for (int64_t v = 0; v < V && M > 1; v++) grad[V + v] = 0;  // a row without a gradient
+    for (int64_t v = 0; v < V && M > 1; v++) grad[V + v] = 0;  // a zero row
     before.copy(grad);
     Numbers exact(M * D);
     add_product(exact, grad.numbers(), w.numbers(), M, D, V);
@@ -308,7 +316,8 @@ void test_class_gradient(int64_t M, int64_t V, int64_t D, bool negative) {
 }  // namespace
 
 void test_products() {
-    for (const Shape &s : {Shape{1, 4, 4, 2}, Shape{5, 12, 36, 4}, Shape{33, 100, 68, 18}, Shape{70, 64, 16, 32}, Shape{13, 3200, 36, 2}, Shape{26, 1600, 40, 16},
+    for (const Shape &s : {Shape{1, 4, 4, 2}, Shape{5, 12, 36, 4}, Shape{33, 100, 68, 18}, Shape{70, 64, 16, 32}, Shape{13, 3200, 36, 2}, Shape{26,
+        1600, 40, 16},
                            Shape{45, 160, 36, 6}, Shape{1300, 32, 48, 8}, Shape{11, 20, 52, 0}}) {
         for (bool by_column : {true, false}) test_linear<float>(s, by_column), test_linear<bf16>(s, by_column);
         test_int8<float>(s, s.M % 2, s.M % 3 == 0), test_int8<bf16>(s, true, false), test_int8<bf16>(s, false, false);
@@ -318,7 +327,7 @@ void test_products() {
     }
     for (int parts : {0, (int)BIAS, (int)BIAS_IN_FP32, (int)ADDED, (int)(BIAS_IN_FP32 | ADDED)})
         test_linear<float>(Shape{9, 28, 20, 6}, parts % 2, parts), test_linear<bf16>(Shape{9, 28, 20, 6}, parts % 2, parts);
-    // Rows a power of two apart, in several parts.
+    // Row stride of a power of two, processed in several parts.
     test_linear<bf16>(Shape{40, 4096, 64, 2}, true);
     for (bool in_blocks : {false, true}) test_int8<bf16>(Shape{9, 4096, 24, 4}, true, in_blocks);
     for (int64_t in : {4, 60, 128, 1000}) test_int8_is_exact(9, in, 37);
@@ -326,6 +335,7 @@ void test_products() {
     for (int64_t V : {2, 5, 129, 1001, 4100}) test_class_gradient(3, V, 20, V % 2), test_class_gradient(V > 2000 ? 19 : 67, V, 33, V % 2 == 0);
     Buffer<bf16> nothing(0), w(8 * 12);
     w.fill();
-    expect(dw_linear(1, 0, 12, 8, nothing.data(), 1, w.data(), 1, nullptr, nullptr, nullptr, 0, nullptr, nullptr, 0, 1.0f, nullptr, nullptr, nullptr, 0,
+    expect(dw_linear(1, 0, 12, 8, nothing.data(), 1, w.data(), 1, nullptr, nullptr, nullptr, 0, nullptr, nullptr, 0, 1.0f, nullptr, nullptr,
+                     nullptr, 0,
                      0, nothing.data(), nullptr) == 0, "no rows");
 }

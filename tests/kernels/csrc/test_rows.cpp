@@ -1,4 +1,4 @@
-// Norms, activations, rotary positions and cross-entropy against the same in double, their gradients against differences.
+// Tests of norms, activations, rotary positions and cross-entropy against float64, and of gradients against differences.
 #include "check.h"
 #include "kernels.h"
 #include "tests.h"
@@ -17,7 +17,7 @@ void test_norm(int64_t M, int64_t D, bool centered) {
     x.fill(1, 0.3), w.fill(), bias.fill(), dy.fill(), added.fill();
     const double offset = 1, eps = 1e-2;
     expect(dw_norm(type_of<T>(), M, D, x.data(), ld, w.data(), bias.data(), 1.0f, 1e-2f, centered, y.data(), stats.data()) == 0, what);
-    // dx needs rows of x as far apart as given, and dy close together.
+    // The rows of x have the given stride, those of dy are contiguous.
     expect(dw_norm_backward(type_of<T>(), M, D, dy.data(), x.data(), ld, w.data(), 1.0f, centered, stats.data(), added.data(), dx.data()) == 0, what);
     Numbers expected(M * D), expected_dx(M * D);
     for (int64_t m = 0; m < M; m++) {
@@ -38,7 +38,8 @@ void test_norm(int64_t M, int64_t D, bool centered) {
     }
     expect_close(y.numbers(), expected, tolerance<T>(), what);
     expect_close(dx.numbers(), expected_dx, tolerance<T>(), what + " backward");
-    expect(dw_norm_backward(type_of<T>(), M, D, dy.data(), x.data(), ld, w.data(), 1.0f, centered, stats.data(), added.data(), dy.data()) == 0 && dy.same(dx),
+    expect(dw_norm_backward(type_of<T>(), M, D, dy.data(), x.data(), ld, w.data(), 1.0f, centered, stats.data(), added.data(),
+                            dy.data()) == 0 && dy.same(dx),
            what + " backward in place gives the same bits");
 }
 
@@ -84,7 +85,7 @@ void test_rotate(int64_t M, int64_t heads, int64_t half, int64_t rest) {
         for (int64_t r = 0; r < M * heads; r++)
             for (int64_t i = 0; i < turned; i++) {
                 const int64_t m = r / heads, other = (i + half) % turned;
-                // Turned there by ±sine, and back by the transposed.
+                // The backward pass applies the transposed rotation.
                 const double by = backward ? (i < half ? 1 : -1) * sine.at(m * turned + other) : (i < half ? -1 : 1) * sine.at(m * turned + i);
                 expected[r * d + i] = x.at(r * d + i) * cosine.at(m * turned + i) + x.at(r * d + other) * by;
             }
@@ -110,7 +111,8 @@ void test_cross_entropy(int64_t M, int64_t V, double scale, double cap) {
     }
     expect(dw_cross_entropy(type_of<T>(), M, V, logits.data(), targets.data(), nullptr, (float)scale, (float)cap, 0, again.data()) == 0, what);
     expect(logits.same(before), what + " wrote where no gradient was asked for");
-    expect(dw_cross_entropy(type_of<T>(), M, V, logits.data(), targets.data(), weights.data(), (float)scale, (float)cap, 1, losses.data()) == 0, what);
+    expect(dw_cross_entropy(type_of<T>(), M, V, logits.data(), targets.data(), weights.data(), (float)scale, (float)cap, 1, losses.data()) == 0,
+           what);
     expect(losses.same(again), what + " gives one loss with and without a gradient");
     Numbers expected(M), slope(M * V);
     for (int64_t m = 0; m < M; m++) {
@@ -129,7 +131,7 @@ void test_cross_entropy(int64_t M, int64_t V, double scale, double cap) {
         }
     }
     expect_close(losses.numbers(), expected, cap > 0 ? 1e-4 : 4e-6, what, 1.0);
-    // Of a certain answer a probability less 1 is left, of which fp32 keeps few digits.
+    // If the target is nearly certain, p - 1 has few significant digits in fp32.
     expect_close(logits.numbers(), slope, sizeof(T) == 4 ? 1e-4 : 8e-3, what + " gradient", 1e-2);
 }
 
@@ -139,14 +141,14 @@ struct Found {
     Found(int64_t M, int64_t V, int64_t D, int64_t together) : losses(M), shares(M), slopes(M * D), unlikely((M + together - 1) / together * V) {}
 };
 
-// `flat`: all classes are about as likely. The logits that are given are off by `noise`.
+// `flat`: all classes have similar probabilities. `noise` is added to the logits.
 void test_head_gradient(int64_t M, int64_t V, int64_t D, double scale, double cap, bool biased, bool flat, double noise) {
     const std::string what = "head gradient " + std::to_string(M) + "x" + std::to_string(V) + "x" + std::to_string(D) + (biased ? " biased" : "");
     const int64_t together = 5, groups = (M + together - 1) / together;
     Buffer<bf16> logits(M * V), before(M * V), hidden(M * D), weight(V * D), bias(V);
     Buffer<int64_t> targets(M), bad(M);
     hidden.fill(), weight.fill(flat ? 1e-3 : 3 / std::sqrt((double)D)), bias.fill();
-    // Rows near each other are alike.
+    // Neighboring rows are correlated.
     for (int64_t m = 1; m < M; m++)
         for (int64_t d = 0; d < D; d++) hidden[m * D + d] = from_double<bf16>(0.8 * hidden.at((m - 1) * D + d) + 0.6 * hidden.at(m * D + d));
     Numbers raw(M * V), losses(M), slope(M * V), exact(M * D);
@@ -169,7 +171,8 @@ void test_head_gradient(int64_t M, int64_t V, int64_t D, double scale, double ca
     const void *const added = biased ? bias.data() : nullptr;
     Found found(M, V, D, together), again(M, V, D, together);
     auto run = [&](Found &into, int64_t rows, const int64_t *of) {
-        return dw_head_gradient(rows, V, D, logits.data(), of, hidden.data(), weight.data(), added, (float)scale, (float)cap, together, into.losses.data(),
+        return dw_head_gradient(rows, V, D, logits.data(), of, hidden.data(), weight.data(), added, (float)scale, (float)cap, together,
+                                into.losses.data(),
                                 into.slopes.data(), into.shares.data(), into.unlikely.data());
     };
     for (int64_t value : {V, (int64_t)-1, (int64_t)1 << 40}) {
@@ -189,11 +192,12 @@ void test_head_gradient(int64_t M, int64_t V, int64_t D, double scale, double ca
         }
     expect_close(whole, exact, 0.012 + 0.1 * noise, what, 1e-4);
     expect_close(sums, exact_sums, 0.006 + 0.1 * noise, what + " in sum", 1e-4);
-    // What a row's likely classes come to does not depend on the rows beside it.
+    // The result of a row's likely classes does not depend on other rows.
     logits.copy(before);
     const int64_t fewer = (M + 1) / 2;
     expect(run(again, fewer, targets.data()) == 0, what + " of fewer rows");
-    expect(!memcmp(found.slopes.data(), again.slopes.data(), fewer * D * sizeof(bf16)) && !memcmp(found.losses.data(), again.losses.data(), fewer * 4),
+    expect(!memcmp(found.slopes.data(), again.slopes.data(), fewer * D * sizeof(bf16)) && !memcmp(found.losses.data(), again.losses.data(),
+                                                                                                  fewer * 4),
            what + " of fewer rows gives the same bits");
 }
 
@@ -210,13 +214,15 @@ void test_type() {
 void test_rows() {
     test_type<float>(), test_type<bf16>();
     test_head_gradient(1, 7, 2, 1, 0, false, false, 0), test_head_gradient(3, 40, 34, 0.5, 0, true, false, 0);
-    for (double cap : {0.0, 6.0}) test_head_gradient(23, 3001, 64, 1, cap, cap > 0, false, 0), test_head_gradient(37, 2000, 30, 0.7, cap, cap == 0, false, 0.2);
-    // More classes than are counted as likely at most; and none of them likely but for the target.
+    for (double cap : {0.0, 6.0}) test_head_gradient(23, 3001, 64, 1, cap, cap > 0, false, 0), test_head_gradient(37, 2000, 30, 0.7, cap, cap == 0,
+        false, 0.2);
+    // More likely classes than the maximum, and only the target as a likely class.
     test_head_gradient(2, 6000, 32, 1, 0, false, true, 0), test_head_gradient(6, 9000, 16, 1, 0, false, true, 0);
     Buffer<bf16> numbers(40);
     Buffer<int64_t> target(1);
     Buffer<float> one(1);
     target[0] = 0;
-    expect(dw_head_gradient(1, 2, 3, numbers.data(), target.data(), numbers.data(), numbers.data(), nullptr, 1, 0, 1, one.data(), numbers.data(), one.data(),
+    expect(dw_head_gradient(1, 2, 3, numbers.data(), target.data(), numbers.data(), numbers.data(), nullptr, 1, 0, 1, one.data(), numbers.data(),
+                            one.data(),
                             numbers.data()) == 2, "head gradient refuses an odd width");
 }

@@ -1,4 +1,4 @@
-// Products in tiles: any number of rows, columns and groups, against sums in double, with nothing read or written beyond.
+// Tests of tile products with any number of rows, columns and groups against float64, with bounds checks.
 #include "check.h"
 #include "tests.h"
 
@@ -10,7 +10,7 @@ using namespace deltaw;
 
 namespace {
 
-// Numbers of an Op, how they are made, and what their sums are.
+// Element types of an Op, with random values and the conversion of sums.
 struct OfBF16 {
     typedef TilesBF16 Op;
     typedef bf16 Left;
@@ -34,7 +34,8 @@ struct OfInt8 {
     static constexpr double TOLERANCE = 0;
 };
 
-// `gap` bytes between rows of the left side, and whether the product is added to sums: of each row, or of one for all.
+// `gap`: bytes between rows of the left operand. `from_ld`: 0 starts from zero, a positive value adds to sums of each row, a
+// negative one adds the same sums to all rows.
 template <class Of>
 void test_product(int64_t rows, int vecs, int64_t groups, int64_t gap, int from_ld) {
     const std::string what = "tiles " + std::to_string(rows) + "x" + std::to_string(vecs) + "x" + std::to_string(groups) + " of " +
@@ -55,11 +56,12 @@ void test_product(int64_t rows, int vecs, int64_t groups, int64_t gap, int from_
             const int32_t start = (int32_t)i * 1001;
             memcpy(&from[i], &start, 4);
         }
-    const Ready<typename Of::Op> ready;
-    // Where sums are of each row, they stand where the product goes.
+    const ProductScope<typename Of::Op> product_scope;
+    // Sums of each row are in the output.
     if (from_ld > 0) tile.copy(from);
     if (from_ld)
-        products_onto<typename Of::Op>(rows, vecs, left.data(), stride, right.data(), groups, from_ld > 0 ? tile.data() : from.data(), from_ld > 0 ? ld : 0,
+        products_onto<typename Of::Op>(rows, vecs, left.data(), stride, right.data(), groups, from_ld > 0 ? tile.data() : from.data(),
+                                       from_ld > 0 ? ld : 0,
                                        tile.data(), ld);
     else products<typename Of::Op>(rows, vecs, left.data(), stride, right.data(), groups, tile.data(), ld);
     Numbers found, expected;
@@ -74,7 +76,7 @@ void test_product(int64_t rows, int vecs, int64_t groups, int64_t gap, int from_
         const std::string unwritten(4 * (ld - columns), (char)0xff);
         if (from_ld <= 0) expect(!memcmp(&tile[m * ld + columns], unwritten.data(), unwritten.size()), what + " writes beyond");
     }
-    // A row's bits do not depend on how many others there are.
+    // The bits of a row do not depend on the number of rows.
     if (from_ld > 0) return;
     for (int64_t m : {(int64_t)0, rows / 2, rows - 1}) {
         if (from_ld) products_onto<typename Of::Op>(1, vecs, (char *)a(m, 0), stride, right.data(), groups, from.data(), 0, again.data(), columns);
@@ -94,7 +96,7 @@ void test_tiles() {
                     test_product<OfBF16>(rows, vecs, groups, gap, from), test_product<OfInt8>(rows, vecs, groups, gap, from);
                 }
 #ifdef DW_AMX_EMULATED
-    expect(!tiles::state.ready, "tiles are released");
+    expect(!tiles::state.product_scope, "tiles are released");
 #endif
 }
 

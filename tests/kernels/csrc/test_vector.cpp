@@ -1,4 +1,4 @@
-// The vector layer by itself: what moves, cuts off or rounds numbers, to the bit.
+// Bit-exact tests of the vector layer: loads, stores, masks and rounding.
 #include "vector.h"
 
 #include "check.h"
@@ -8,7 +8,7 @@ using namespace deltaw;
 
 namespace {
 
-// Places that a kernel does not own, before and after n numbers of a row's end.
+// Returns true if only the first n of 16 values were written.
 template <class T>
 bool only_first_written(const T *numbers, int64_t n, T untouched) {
     for (int64_t i = n; i < 16; i++)
@@ -43,7 +43,7 @@ void test_rows_ends() {
         for (int64_t i = 0; i < n; i++) right = right && to_f[i] == 1.5f && to_h[i] == 0x3fc0 && to_u[i] == 7;
         expect(right && only_first_written(to_f, n, 0.0f) && only_first_written<bf16>(to_h, n, 0) && only_first_written<uint8_t>(to_u, n, 0),
                what + " are written, and no others");
-        store16(of_f, keep_first(m, set_f(2), set_f(3)));
+        store16(of_f, select_first(m, set_f(2), set_f(3)));
         for (int64_t i = 0; i < 16; i++) right = right && of_f[i] == (i < n ? 2 : 3);
         expect(right, what + " are kept");
     }
@@ -65,10 +65,11 @@ void test_transpose() {
 }
 
 void test_rounding() {
-    // To bf16: to nearest, ties to even, into infinity; NaN stays NaN.
+    // To bf16: round to nearest, ties to even, overflow to infinity. NaN remains NaN.
     const uint32_t given[16] = {0x3f808000, 0x3f818000, 0x3f808001, 0x3f817fff, 0xbf808000, 0x7f7fffff, 0x7f800000, 0xff800000,
                                 0x00000000, 0x80000000, 0x3f7f8000, 0x00800000, 0x7f7f7fff, 0x42f6e979, 0xc2f6e979, 0x01018000};
-    const bf16 expected[16] = {0x3f80, 0x3f82, 0x3f81, 0x3f81, 0xbf80, 0x7f80, 0x7f80, 0xff80, 0x0000, 0x8000, 0x3f80, 0x0080, 0x7f7f, 0x42f7, 0xc2f7, 0x0102};
+    const bf16 expected[16] = {0x3f80, 0x3f82, 0x3f81, 0x3f81, 0xbf80, 0x7f80, 0x7f80, 0xff80, 0x0000, 0x8000, 0x3f80, 0x0080, 0x7f7f, 0x42f7,
+        0xc2f7, 0x0102};
     bf16 found[16], lanes[16];
     store16(found, load16((const float *)given));
     store_u16(lanes, bf16_bits(load16((const float *)given)));
@@ -79,7 +80,7 @@ void test_rounding() {
     store16(found, set_f(NAN));
     expect((found[0] & 0x7f80) == 0x7f80 && (found[0] & 0x7f), "to bf16, NaN");
 
-    // To whole numbers: ties to even; to bytes: clamped.
+    // To integers: ties to even. To bytes: clamped.
     const float ties[16] = {0.5f, 1.5f, 2.5f, -0.5f, -1.5f, -2.5f, 126.5f, 127.5f, 300, -300, 1e6f, -1e6f, 0.49999997f, -128.5f, 255.5f, 0};
     const int whole[16] = {0, 2, 2, 0, -2, -2, 126, 128, 300, -300, 1000000, -1000000, 0, -128, 256, 0};
     int32_t ints[16];
@@ -100,11 +101,11 @@ void test_over_lanes() {
     double sum = 0;
     for (int i = 0; i < 16; i++) numbers[i] = (float)((i * 7 + 3) % 16 - 6), sum += numbers[i];
     const F16 a = load16(numbers);
-    expect(sum_of(a) == (float)sum && largest_of(a) == 9 && least_of(a) == -6, "sums and ends over lanes");
+    expect(sum_lanes(a) == (float)sum && max_lane(a) == 9 && min_lane(a) == -6, "sums and ends over lanes");
     for (int i = 0; i < 16; i++) {
         float one[16] = {};
         one[i] = 1;
-        expect(any(load16(one) > zero_f()) && sum_of(load16(one)) == 1 && largest_of(load16(one)) == 1, "lane " + std::to_string(i));
+        expect(any(load16(one) > zero_f()) && sum_lanes(load16(one)) == 1 && max_lane(load16(one)) == 1, "lane " + std::to_string(i));
     }
     expect(!any(zero_f() > zero_f()) && !any(no_lanes()), "no lane");
 }

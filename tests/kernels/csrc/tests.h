@@ -12,6 +12,6 @@ void test_tiles();
 void test_threads();
 void test_own_team();
 
-// The threads that kernels run on from now on, and how many those are.
+// Set and return the number of threads of the kernels.
 void use_threads(int count);
 int threads_in_use();

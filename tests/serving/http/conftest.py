@@ -1,4 +1,4 @@
-"""Servers for the tests, which are skipped where a package that the server needs is missing."""
+"""Fixtures that start servers. Tests are skipped if a required package is missing."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ def packages() -> None:
 
 
 @contextlib.contextmanager
-def starting() -> Iterator[Callable[..., Any]]:
-    """Starts servers with these adapters and settings, and ends them at the end."""
+def server_starter() -> Iterator[Callable[..., Any]]:
+    """Yield a function that starts a server with adapters and settings. All servers are stopped on exit."""
     from deltaw.serving.http.settings import ServerSettings
     from tests.serving.http.fake_engine import POSITIONS, fake_served
-    from tests.serving.http.running import running
+    from tests.serving.http.server_thread import run_server
 
     with contextlib.ExitStack() as stack:
 
         def start(*names: str, positions: int | None = POSITIONS, **settings: Any) -> Any:
             served = fake_served(*names, positions=positions)
-            return stack.enter_context(running(served, ServerSettings(port=0, **settings)))
+            return stack.enter_context(run_server(served, ServerSettings(port=0, **settings)))
 
         yield start
 
 
 @pytest.fixture
 def start(packages: None) -> Iterator[Callable[..., Any]]:
-    with starting() as start:
+    with server_starter() as start:
         yield start
 
 
 @pytest.fixture(scope="module")
 def shared(packages: None) -> Iterator[Any]:
-    """One server with adapters, for tests that leave it as it is."""
-    with starting() as start:
+    """Server with adapters for tests that do not change it."""
+    with server_starter() as start:
         yield start("poet", "clerk", "tools")

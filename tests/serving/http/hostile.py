@@ -1,4 +1,4 @@
-"""Requests that no client should send, of ten kinds, and the memory of the server that gets them."""
+"""Ten kinds of hostile requests, and the memory of the server that receives them."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from tests.serving.http.asking import CHAT, COMPLETIONS
+from tests.serving.http.api_requests import CHAT, COMPLETIONS
 
 SECONDS = 120
-# What the server may answer: a refusal, or a text where the request is only expensive; 0 is no answer.
-ANSWERS = {0, 200, 400, 408, 429}
+# Allowed statuses: an error, 200 if the request is only expensive, or 0 for no response.
+ALLOWED_STATUSES = {0, 200, 400, 408, 429}
 
 
-def explodes_at_once(number: int) -> str:
-    """A grammar whose compilation takes longer than anybody waits."""
+def slow_to_compile_grammar(number: int) -> str:
+    """Return a grammar that exceeds any time limit of compilation."""
     return f"start: A\nA: /[a-z]*a[a-z]{{{60 + number}}}/ & ~/.*b[a-z]{{{60 + number}}}.*/"
 
 
-def explodes_later(number: int, after: int = 5) -> str:
-    """A grammar that is compiled in no time, and whose token number ``after`` takes minutes."""
+def slow_to_match_grammar(number: int, after: int = 5) -> str:
+    """Return a grammar that compiles quickly, but takes minutes for token number ``after``."""
 
     def expression(seed: int) -> str:
         chance, choices, all_letters = random.Random(seed), [], string.ascii_lowercase[1:]
@@ -42,15 +42,15 @@ def explodes_later(number: int, after: int = 5) -> str:
 
 
 def nested(depth: int) -> dict[str, Any]:
-    """A JSON schema of lists within lists."""
+    """Return a JSON schema of nested arrays."""
     return {"type": "array", "items": nested(depth - 1), "minItems": 1} if depth else {"type": "string"}
 
 
-class Hostile:
-    """A client of a server.
+class HostileClient:
+    """Client that sends hostile requests.
 
     Args:
-        x: the token of the letter x.
+        x: Token id of the letter x.
     """
 
     def __init__(self, url: str, model: str, x: int, headers: dict[str, str]) -> None:
@@ -61,7 +61,7 @@ class Hostile:
 
     @property
     def kinds(self) -> dict[str, Callable[[int], int]]:
-        """Each sends its nth request and gives the status of the answer; 0 where there is none."""
+        """Functions that send their nth request and return the status, or 0 if the server does not respond."""
         return {
             "grammars with & and ~": self.grammar,
             "grammars that explode later": self.late_grammar,
@@ -71,22 +71,22 @@ class Hostile:
             "tools with hostile schemas": self.tools,
             "bodies of a million wrong elements": self.wrong_elements,
             "prompts of megabytes": self.long_prompt,
-            "clients that are slow to ask": self.slow_to_ask,
+            "clients that are slow to ask": self.slow_to_send,
             "clients that do not read": self.not_reading,
         }
 
     def grammar(self, number: int) -> int:
-        return self._ask(CHAT, self._chat, guided_grammar=explodes_at_once(number))
+        return self._request(CHAT, self._chat, guided_grammar=slow_to_compile_grammar(number))
 
     def late_grammar(self, number: int) -> int:
-        steered = {"logit_bias": {str(self._x): 100}, "temperature": 0}
-        return self._ask(CHAT, self._chat, guided_grammar=explodes_later(number), **steered)
+        sampling = {"logit_bias": {str(self._x): 100}, "temperature": 0}
+        return self._request(CHAT, self._chat, guided_grammar=slow_to_match_grammar(number), **sampling)
 
     def quantifiers(self, number: int) -> int:
         first = ("(a{1000}){1000}", "((a|b|ab){1,50}c?){1,50}z", "(.*a.{500}){20}")
         expressions = (*first, "(((x+x+)+y)+){300}z", "([a-z]{1,99}[0-9]?){1,99}q")
         expression = f"{number}{expressions[number % len(expressions)]}"
-        return self._ask(COMPLETIONS, self._completion, guided_regex=expression)
+        return self._request(COMPLETIONS, self._completion, guided_regex=expression)
 
     def deep_schema(self, number: int) -> int:
         pattern = "^[a-z]*a[a-z]{%d}$"
@@ -99,7 +99,7 @@ class Hostile:
             {"allOf": [{"anyOf": [{"required": [f"a{n}"]}, {"required": [f"b{n}"]}]} for n in range(20)]},
             {"type": "object", "patternProperties": {f"(a|b)*{n}": nested(3) for n in range(200)}},
         )
-        return self._ask(CHAT, self._chat, guided_json=schemas[number % len(schemas)])
+        return self._request(CHAT, self._chat, guided_json=schemas[number % len(schemas)])
 
     def huge_numbers(self, number: int) -> int:
         schemas = (
@@ -115,7 +115,9 @@ class Hostile:
     def tools(self, number: int) -> int:
         schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^(.*a.{300}){9}$"}}}
         function = {"name": f"f{number}", "parameters": schema | {"required": ["a"]}}
-        return self._ask(CHAT, self._chat, tools=[{"type": "function", "function": function}], tool_choice="required")
+        return self._request(
+            CHAT, self._chat, tools=[{"type": "function", "function": function}], tool_choice="required"
+        )
 
     def wrong_elements(self, number: int) -> int:
         wrong = ("{}", "[]", "1.5", "null", '"\\ud800"')[number % 5]
@@ -124,19 +126,19 @@ class Hostile:
 
     def long_prompt(self, number: int) -> int:
         text = ("1", "a", " ", "x y", "\u0300")[number % 5]
-        asked = {"prompt": text * (3_900_000 // len(text.encode()))}
-        return self._send(COMPLETIONS, json.dumps(self._completion | asked, ensure_ascii=False).encode())
+        fields = {"prompt": text * (3_900_000 // len(text.encode()))}
+        return self._send(COMPLETIONS, json.dumps(self._completion | fields, ensure_ascii=False).encode())
 
-    def slow_to_ask(self, number: int) -> int:
-        """A header, or a body, of a byte now and then."""
+    def slow_to_send(self, number: int) -> int:
+        """Send a header or a body slowly, byte by byte."""
         body = json.dumps(self._chat).encode()
-        whole = self._head(len(body)) + body
-        with self._connected() as client, contextlib.suppress(OSError):
-            at = 20 if number % 2 else len(whole) - 30
-            client.sendall(whole[:at])
+        message = self._head(len(body)) + body
+        with self._connect() as client, contextlib.suppress(OSError):
+            offset = 20 if number % 2 else len(message) - 30
+            client.sendall(message[:offset])
             client.settimeout(0.2)
-            ends = time.monotonic() + SECONDS
-            while time.monotonic() < ends:
+            deadline = time.monotonic() + SECONDS
+            while time.monotonic() < deadline:
                 with contextlib.suppress(TimeoutError):
                     answer = client.recv(4096)
                     return int(answer.split()[1]) if answer else 0
@@ -144,17 +146,17 @@ class Hostile:
         return 0
 
     def not_reading(self, number: int) -> int:
-        """A long answer that is asked for, and left where it is."""
-        asked = self._chat | {"stream": number % 2 == 0, "n": 4, "logprobs": True, "top_logprobs": 20}
-        body = json.dumps(asked).encode()
-        with self._connected() as client:
+        """Request a long response and never read it."""
+        fields = self._chat | {"stream": number % 2 == 0, "n": 4, "logprobs": True, "top_logprobs": 20}
+        body = json.dumps(fields).encode()
+        with self._connect() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.sendall(self._head(len(body)) + body)
             time.sleep(1)
         return 0
 
-    def _ask(self, path: str, asked: dict[str, Any], **more: Any) -> int:
-        return self._send(path, json.dumps(asked | more).encode())
+    def _request(self, path: str, body: dict[str, Any], **fields: Any) -> int:
+        return self._send(path, json.dumps(body | fields).encode())
 
     def _send(self, path: str, body: bytes) -> int:
         import httpx
@@ -163,20 +165,20 @@ class Hostile:
         with httpx.Client(base_url=self.url, timeout=SECONDS) as client:
             return client.post(path, content=body, headers=headers).status_code
 
-    def _connected(self) -> socket.socket:
+    def _connect(self) -> socket.socket:
         address = urlsplit(self.url)
         return socket.create_connection((str(address.hostname), int(address.port or 80)), timeout=SECONDS)
 
     def _head(self, length: int) -> bytes:
-        told = {"Host": "localhost", "Content-Type": "application/json", "Content-Length": length, **self.headers}
-        lines = [f"POST {CHAT} HTTP/1.1", *(f"{name}: {value}" for name, value in told.items())]
+        headers = {"Host": "localhost", "Content-Type": "application/json", "Content-Length": length, **self.headers}
+        lines = [f"POST {CHAT} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
         return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
 
 def memory(process: int) -> int:
-    """Bytes that a process and all that it started have in memory."""
-    found, parent = 0, psutil.Process(process)
-    for one in [parent, *parent.children(recursive=True)]:
+    """Return the resident memory of a process and its descendants in bytes."""
+    total, parent = 0, psutil.Process(process)
+    for member in [parent, *parent.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
-            found += one.memory_info().rss
-    return found
+            total += member.memory_info().rss
+    return total

@@ -1,4 +1,4 @@
-"""What those who run a server see of it: probes, metrics, logs, and how it ends."""
+"""Tests of server operation: probes, metrics, logs and shutdown."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import threading
 from typing import Any
 
 from deltaw.serving.http.settings import Limits
-from tests.serving.http.asking import CHAT, COMPLETIONS, GOOD, SLOW, refusal, said
-from tests.serving.http.waiting import until
+from tests.serving.http.api_requests import CHAT, COMPLETIONS, GOOD, SLOW, chat_body, expect_error
+from tests.serving.http.concurrency import wait_until
 
 
-def values(server) -> dict[str, float]:
-    """The metrics by name and labels."""
+def read_metrics(server) -> dict[str, float]:
+    """Return the metrics by name and labels."""
     response = server.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
     lines = [line.rpartition(" ") for line in response.text.splitlines() if not line.startswith("#")]
     return {name: float(value) for name, _, value in lines}
 
 
-def test_metrics_count_what_was_done(start):
+def test_metrics_count_requests_and_tokens(start):
     server = start("poet")
-    usage = server.post(CHAT, json=said(model="poet")).json()["usage"]
-    server.post(CHAT, json=said(model="poet", stream=True))
-    server.post(CHAT, json=said(model="x" * 100))
-    server.get("/a/path/that/nobody/knows")
-    found = values(server)
+    usage = server.post(CHAT, json=chat_body(model="poet")).json()["usage"]
+    server.post(CHAT, json=chat_body(model="poet", stream=True))
+    server.post(CHAT, json=chat_body(model="x" * 100))
+    server.get("/a/path/that/is/unknown")
+    metrics = read_metrics(server)
     expected = {
         'requests_total{model="poet",route="/v1/chat/completions",status="200"}': 2,
         'requests_total{model="",route="/v1/chat/completions",status="404"}': 1,
@@ -35,81 +35,81 @@ def test_metrics_count_what_was_done(start):
         'completion_tokens_total{model="poet"}': 2 * usage["completion_tokens"],
         'prompt_tokens_total{model="poet"}': 2 * usage["prompt_tokens"],
         'cached_prompt_tokens_total{model="poet"}': 2 * usage["prompt_tokens_details"]["cached_tokens"],
-        'texts_total{finish="stop",model="poet"}': 2,
-    } | {"first_token_seconds_count": 2, "token_seconds_count": 2, "pages": 10, "adapters_loaded": 1, "in_hand": 0}
-    assert {name: found.get(f"deltaw_{name}") for name in expected} == expected
-    # Names that clients make up are no labels.
-    assert not any("xxx" in name or "nobody" in name for name in found)
+        'completions_total{finish="stop",model="poet"}': 2,
+    } | {"first_token_seconds_count": 2, "token_seconds_count": 2, "pages": 10, "adapters_loaded": 1, "pending": 0}
+    assert {name: metrics.get(f"deltaw_{name}") for name in expected} == expected
+    # Unknown names from requests must not become labels.
+    assert not any("xxx" in name or "/unknown" in name for name in metrics)
 
 
-def test_texts_in_hand_are_seen(start):
+def test_running_generations_are_in_metrics(start):
     server = start()
     with server.http.stream("POST", CHAT, json=SLOW | {"stream": True}) as response:
         parts = response.iter_text()
         next(parts)
-        assert until(lambda: values(server)["deltaw_running"] == 1)
-        assert values(server)["deltaw_in_hand"] == 1
+        assert wait_until(lambda: read_metrics(server)["deltaw_running"] == 1)
+        assert read_metrics(server)["deltaw_pending"] == 1
 
 
-def logged(start, work, **settings: Any) -> list[dict[str, Any]]:
-    """The lines of the log while ``work`` asks a server."""
+def collect_log(start, work, **settings: Any) -> list[dict[str, Any]]:
+    """Return the log entries of a server while ``work`` sends requests to it."""
     from deltaw.serving.http.guard import request_log
 
     stream = io.StringIO()
     with request_log(stream):
         server = start("poet", **settings)
         work(server)
-        until(lambda: not server.server.server_state.tasks)
+        wait_until(lambda: not server.server.server_state.tasks)
     return [json.loads(line) for line in stream.getvalue().splitlines()]
 
 
-def test_each_request_is_one_line_of_json_without_its_prompt(start):
+def test_request_log_is_json_without_prompts_or_keys(start):
     key = "a-key-for-this"
 
     def work(server) -> None:
-        for asked, sent in (said("my secret", model="poet"), key), (GOOD, "wrong-key-of-mine"):
-            server.post(CHAT, json=asked, headers={"Authorization": f"Bearer {sent}"})
+        for body, sent_key in (chat_body("my secret", model="poet"), key), (GOOD, "wrong-key-of-mine"):
+            server.post(CHAT, json=body, headers={"Authorization": f"Bearer {sent_key}"})
         server.get("/health")
 
-    first, second, third = logged(start, work, keys=(key,))
+    first, second, third = collect_log(start, work, keys=(key,))
     expected = {"event": "request", "route": CHAT, "status": 200, "model": "poet", "finish": ["stop"]}
     assert {name: first[name] for name in expected} == expected and first["completion_tokens"] == 15
     assert first["seconds"] >= first["first_token_seconds"] > 0 and first["id"] and first["time"]
     assert second["status"] == 401 and third["route"] == "/health"
-    written = json.dumps([first, second, third]).lower()
-    assert "secret" not in written and key not in written and "wrong-key" not in written
+    log_text = json.dumps([first, second, third]).lower()
+    assert "secret" not in log_text and key not in log_text and "wrong-key" not in log_text
 
 
-def test_prompts_are_logged_where_that_is_asked_for_and_faults_with_their_traceback(start):
+def test_log_contains_prompts_if_enabled_and_tracebacks(start):
     def work(server) -> None:
         server.post(CHAT, json=GOOD)
         server.post(COMPLETIONS, json={"model": "base", "prompt": ["a", "b"]})
-        assert "Runtime" not in refusal(server.post(CHAT, json=said("fail")), 500)["message"]
-        server.post(CHAT, json=said("fail", stream=True))
+        assert "Runtime" not in expect_error(server.post(CHAT, json=chat_body("fail")), 500)["message"]
+        server.post(CHAT, json=chat_body("fail", stream=True))
 
-    chat, completion, *faults = logged(start, work, log_prompts=True)
+    chat, completion, *faults = collect_log(start, work, log_prompts=True)
     assert chat["asked"] == [{"role": "user", "content": "hi"}] and completion["asked"] == ["a", "b"]
     assert len(faults) == 2
     for line in faults:
         assert line["level"] == "error" and "a secret of the engine" in line["traceback"]
 
 
-def test_texts_in_hand_are_finished_at_shutdown(start):
+def test_shutdown_finishes_running_requests(start):
     server = start()
     answers: dict[bool, Any] = {}
 
-    def ask(stream: bool) -> None:
+    def send(stream: bool) -> None:
         answers[stream] = server.post(CHAT, json=SLOW | {"stream": stream, "max_tokens": 12})
 
-    threads = [threading.Thread(target=ask, args=(stream,)) for stream in (True, False)]
+    threads = [threading.Thread(target=send, args=(stream,)) for stream in (True, False)]
     for thread in threads:
         thread.start()
-    assert until(lambda: server.desk.in_hand == 2)
+    assert wait_until(lambda: server.request_queue.pending == 2)
     assert server.get("/ready").status_code == 200
-    server.desk.closing = True  # what a signal sets at once
+    server.request_queue.closing = True  # set immediately by a signal
     late = server.post(CHAT, json=GOOD)
-    for refused in (server.get("/ready"), late):
-        assert refusal(refused, 503)["code"] == "shutting_down"
+    for response in (server.get("/ready"), late):
+        assert expect_error(response, 503)["code"] == "shutting_down"
     assert late.headers["retry-after"]
     server.server.should_exit = True
     for thread in threads:
@@ -118,7 +118,7 @@ def test_texts_in_hand_are_finished_at_shutdown(start):
     assert answers[True].text.endswith("data: [DONE]\n\n")
 
 
-def test_what_takes_too_long_at_shutdown_is_cancelled_and_told(start):
+def test_shutdown_timeout_cancels_requests_with_error(start):
     server = start(limits=Limits(shutdown_seconds=0.2))
     with server.http.stream("POST", CHAT, json=SLOW | {"stream": True}) as response:
         parts = response.iter_text()
@@ -129,13 +129,13 @@ def test_what_takes_too_long_at_shutdown_is_cancelled_and_told(start):
     assert server.engine.cancelled == 1
 
 
-def test_a_second_signal_cancels_what_is_in_hand(start):
+def test_second_signal_cancels_running_requests(start):
     server = start(limits=Limits(shutdown_seconds=600))
     with server.http.stream("POST", CHAT, json=SLOW | {"stream": True}) as response:
         parts = response.iter_text()
         text = next(parts)
         server.server.handle_exit(signal.SIGTERM, None)
-        text += next(parts)  # the first signal leaves it to end
+        text += next(parts)  # the first signal lets it finish
         server.server.handle_exit(signal.SIGTERM, None)
         rest = "".join(parts)
     assert "shutting_down" not in text and "shutting_down" in rest

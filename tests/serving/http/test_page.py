@@ -1,4 +1,4 @@
-"""The chat page as a document: whole, without files from elsewhere, under a policy that names what runs."""
+"""Tests of the chat page as a document: self-contained, with a content security policy for its scripts."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from deltaw.serving.http.page.document import SCRIPTS, Document, chat_page, page_router, trial_page
+from deltaw.serving.http.page.document import SCRIPTS, HTMLPage, chat_page, page_router, trial_page
 
 
 @pytest.fixture(params=["", "classes", "vectors", "scores"])
-def document(request) -> Document:
-    """The chat page, and the pages on which a text is tried."""
+def document(request) -> HTMLPage:
+    """The chat page and the trial pages."""
     return trial_page(request.param) if request.param else chat_page()
 
 
@@ -28,32 +28,32 @@ def client(document) -> TestClient:
     return TestClient(app)
 
 
-def hashed(text: str) -> str:
+def csp_hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def test_the_page_comes_with_its_policy_and_is_not_sent_twice(client, document):
+def test_page_has_policy_and_is_cached_by_etag(client, document):
     first = client.get("/")
     assert first.status_code == 200 and first.headers["content-type"] == "text/html; charset=utf-8"
     policy = first.headers["content-security-policy"]
     assert policy == document.policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
-    again = client.get("/", headers={"If-None-Match": first.headers["etag"]})
-    assert again.status_code == 304 and not again.content
+    cached = client.get("/", headers={"If-None-Match": first.headers["etag"]})
+    assert cached.status_code == 304 and not cached.content
     assert client.get("/", headers={"If-None-Match": '"other"'}).status_code == 200
 
 
-def test_the_policy_names_the_inline_style_and_script(client, document):
+def test_policy_contains_hashes_of_style_and_script(client, document):
     page = client.get("/").text
     (style,) = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)
     (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
     policy = document.policy
-    assert f"style-src {hashed(style)};" in policy and f"script-src {hashed(script)};" in policy
+    assert f"style-src {csp_hash(style)};" in policy and f"script-src {csp_hash(script)};" in policy
     assert all(len(part) > 500 for part in (style, script))
     assert document != chat_page() or script.count("// ") >= len(SCRIPTS)
     assert "{{" not in page
 
 
-def test_nothing_comes_from_elsewhere_and_nothing_runs_inline(client):
+def test_page_loads_no_external_resources_or_inline_handlers(client):
     page = client.get("/").text
     assert not re.findall(r"(?:src|href)\s*=\s*[\"'](?!#|data:image/svg)", page)
     assert not re.findall(r"<[^>]*\son\w+\s*=", page) and not re.findall(r"<[^>]*\sstyle\s*=", page)
@@ -62,5 +62,5 @@ def test_nothing_comes_from_elsewhere_and_nothing_runs_inline(client):
     assert "innerHTML" not in page and "eval(" not in page
 
 
-def test_the_page_is_not_part_of_the_api(client):
+def test_page_is_not_in_openapi_schema(client):
     assert "/" not in client.get("/openapi.json").json()["paths"]

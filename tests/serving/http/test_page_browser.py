@@ -1,7 +1,7 @@
-"""The chat page in headless Chromium: what it shows, by pointer and by keyboard alone, at both widths.
+"""Tests of the chat page in headless Chromium, with mouse and keyboard, at narrow and wide window sizes.
 
-Needs Playwright's Python package and a Chromium or Chrome; axe-core comes with axe-playwright-python. Skipped
-where they are missing.
+Requires Playwright and Chromium or Chrome. axe-core is part of axe-playwright-python. Tests are skipped if a package is
+missing.
 """
 
 from __future__ import annotations
@@ -19,59 +19,59 @@ from playwright.sync_api import Browser, Page, expect  # noqa: E402
 
 from deltaw.training.prompting import Prompting  # noqa: E402
 from tests.reports.test_page_browser import AXE, BROWSER  # noqa: E402
-from tests.serving.http.page_server import ANSWERS, BASE, PageServer, served  # noqa: E402
+from tests.serving.http.page_server import ANSWERS, BASE, PageServer, serve_app  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed")]
 SIZES = {390: 844, 1440: 900}
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
-        yield started
-        started.close()
+        instance = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
+        yield instance
+        instance.close()
 
 
 @pytest.fixture
 def server() -> Iterator[PageServer]:
-    one = PageServer()
-    with served(one.app()) as url:
-        one.url = url
-        yield one
-        one.gate.set()
+    instance = PageServer()
+    with serve_app(instance.app()) as url:
+        instance.url = url
+        yield instance
+        instance.gate.set()
 
 
 @pytest.fixture
 def page(browser, server) -> Iterator[Page]:
-    """The page as it is sent, policy and all; it must not complain and must ask nobody else."""
-    opened = browser.new_page(viewport={"width": 1440, "height": 900})
-    opened.set_default_timeout(10_000)
-    complaints: list[str] = []
-    opened.on("console", lambda message: complaints.append(message.text))
-    opened.on("pageerror", lambda error: complaints.append(str(error)))
-    opened.on("request", lambda r: r.url.startswith((server.url, "data:")) or complaints.append(r.url))
-    opened.goto(server.url)
-    yield opened
-    opened.close()
-    refused = [c for c in complaints if "Failed to load resource" not in c]  # statuses 400 and 401, as asked
-    assert refused == []
+    """Page with its security policy. The test fails if it logs errors or sends requests to other servers."""
+    new_page = browser.new_page(viewport={"width": 1440, "height": 900})
+    new_page.set_default_timeout(10_000)
+    errors: list[str] = []
+    new_page.on("console", lambda message: errors.append(message.text))
+    new_page.on("pageerror", lambda error: errors.append(str(error)))
+    new_page.on("request", lambda r: r.url.startswith((server.url, "data:")) or errors.append(r.url))
+    new_page.goto(server.url)
+    yield new_page
+    new_page.close()
+    unexpected = [c for c in errors if "Failed to load resource" not in c]  # expected for status 400 and 401
+    assert unexpected == []
 
 
-def listed(page: Page) -> None:
+def wait_for_models(page: Page) -> None:
     """Wait for the list of models."""
     expect(page.locator("#model-list input")).to_have_count(3)
 
 
 def send(page: Page, text: str, answers: int = 0) -> None:
-    """Send a message, and wait until there are so many answers in all, if any."""
+    """Send a message and wait until the page contains ``answers`` answers in total, if nonzero."""
     page.get_by_label("Message", exact=True).fill(text)
     page.get_by_role("button", name="Send").click()
     if answers:
-        done(page, answers)
+        wait_for_answers(page, answers)
 
 
-def done(page: Page, answers: int = 2) -> None:
+def wait_for_answers(page: Page, answers: int = 2) -> None:
     expect(page.locator(".state")).to_have_count(answers)
     expect(page.get_by_role("button", name="Stop")).to_be_hidden()
 
@@ -84,7 +84,7 @@ def answer(page: Page, model: str) -> sync_api.Locator:
     return page.get_by_role("article", name=f"Answer of {model}")
 
 
-def finished(page: Page, model: str, text: str, tokens: int) -> None:
+def assert_finished(page: Page, model: str, text: str, tokens: int) -> None:
     assert answer(page, model).locator(".text").evaluate("e => e.textContent") == text
     expect(answer(page, model).locator(".state")).to_have_text("finished")
     expect(answer(page, model).locator(".count")).to_have_text(str(tokens))
@@ -94,23 +94,23 @@ def text_of(model: str) -> str:
     return b"".join(t if isinstance(t, bytes) else t.encode() for t in ANSWERS[model]).decode()
 
 
-def test_answers_of_all_chosen_models_stand_side_by_side(page, server):
+def test_answers_of_selected_models_are_side_by_side(page, server):
     page.get_by_label("pirate").check()
     send(page, "What is it?", 3)
     boxes = [answer(page, model).bounding_box() for model in ANSWERS]
     assert len({box["y"] for box in boxes}) == 1 and len({box["x"] for box in boxes}) == 3
     for model in ANSWERS:
-        finished(page, model, text_of(model), len(ANSWERS[model]))
+        assert_finished(page, model, text_of(model), len(ANSWERS[model]))
         assert re.fullmatch(r"\d+ ms", answer(page, model).locator(".first").inner_text())
         assert float(answer(page, model).locator(".rate").inner_text()) > 0
-    assert {body["model"] for body in server.asked} == set(ANSWERS)
-    for body in server.asked:
+    assert {body["model"] for body in server.chat_requests} == set(ANSWERS)
+    for body in server.chat_requests:
         assert body["messages"] == [{"role": "user", "content": "What is it?"}]
         assert body["stream"] and body["logprobs"] and body["top_logprobs"] == 5
         assert options(body) == (0, 1, 256, 0)
 
 
-def test_the_page_is_named_after_the_run_and_begins_as_its_rows_do(page, server):
+def test_page_shows_name_prompt_and_examples_of_run(page, server):
     server.names = ["/models/SmolLM2.gguf", "legal", "pirate"]
     server.prompting["legal"] = Prompting("You are a lawyer.", examples=("Is it legal?", "<b>May</b> I?"))
     page.goto(server.url)
@@ -121,121 +121,124 @@ def test_the_page_is_named_after_the_run_and_begins_as_its_rows_do(page, server)
     expect(system).to_have_value("You are a lawyer.")
     assert examples.all_inner_texts() == ["Is it legal?", "<b>May</b> I?"]
     page.get_by_label("pirate").check()
-    page.get_by_label("legal").uncheck()  # another run, whose rows have none
+    page.get_by_label("legal").uncheck()  # the other run has no system prompt
     expect(page.get_by_role("heading", level=1)).to_have_text("Chat with pirate")
     expect(system).to_have_value("")
     expect(examples).to_have_count(0)
     page.get_by_label("legal").check()
     expect(system).to_have_value("You are a lawyer.")
     examples.nth(1).click()
-    done(page, 3)
+    wait_for_answers(page, 3)
     expect(answer(page, "SmolLM2").locator(".name")).to_have_text("SmolLM2")
-    asked = [{"role": "system", "content": "You are a lawyer."}, {"role": "user", "content": "<b>May</b> I?"}]
-    assert [body["messages"] for body in server.asked] == [asked] * 3
-    assert {body["model"] for body in server.asked} == {*server.names}
+    expected_messages = [
+        {"role": "system", "content": "You are a lawyer."},
+        {"role": "user", "content": "<b>May</b> I?"},
+    ]
+    assert [body["messages"] for body in server.chat_requests] == [expected_messages] * 3
+    assert {body["model"] for body in server.chat_requests} == {*server.names}
     page.get_by_role("button", name="New chat").click()
-    system.fill("Mine.")  # what somebody wrote stays
+    system.fill("Mine.")  # text entered by the user is not replaced
     page.get_by_label("legal").uncheck()
     expect(page.get_by_role("heading", level=1)).to_have_text("Chat with pirate")
     expect(system).to_have_value("Mine.")
     system.fill("")
     send(page, "Go", 2)
-    assert server.asked[-1]["messages"] == [{"role": "user", "content": "Go"}]
+    assert server.chat_requests[-1]["messages"] == [{"role": "user", "content": "Go"}]
 
 
-def test_answers_that_differ_throughout_are_not_covered_with_marks(page, server):
+def test_completely_different_answers_are_not_marked(page, server):
     page.get_by_label("legal").uncheck()
     page.get_by_label("pirate").check()
-    ANSWERS["pirate"], whole = ["Arr"] * 9, ANSWERS["pirate"]
+    ANSWERS["pirate"], original = ["Arr"] * 9, ANSWERS["pirate"]
     send(page, "Go", 2)
-    ANSWERS["pirate"] = whole
+    ANSWERS["pirate"] = original
     first = answer(page, "pirate").locator(".differs").first
     assert first.evaluate("e => getComputedStyle(e).borderBottomWidth") == "0px"
     expect(answer(page, "pirate").locator(".difference")).to_contain_text("9 of 9 tokens differ")
 
 
-def test_settings_reach_the_server(page, server):
+def test_settings_are_sent_to_server(page, server):
     for label, value in {"Temperature": "0.7", "Top-p": "0.9", "Max tokens": "4", "Seed": "11"}.items():
         page.get_by_label(label).fill(value)
     page.get_by_label("System prompt").fill("Be brief.")
     send(page, "Go", 2)
-    assert options(server.asked[0]) == (0.7, 0.9, 4, 11)
-    assert server.asked[0]["messages"][0] == {"role": "system", "content": "Be brief."}
-    expect(answer(page, "legal").locator(".state")).to_have_text("at the limit")
+    assert options(server.chat_requests[0]) == (0.7, 0.9, 4, 11)
+    assert server.chat_requests[0]["messages"][0] == {"role": "system", "content": "Be brief."}
+    expect(answer(page, "legal").locator(".state")).to_have_text("token limit reached")
     page.get_by_label("Temperature").fill("-1")
     send(page, "Again")
     expect(page.get_by_role("alert")).to_contain_text("Temperature")
-    assert len(server.asked) == 2
+    assert len(server.chat_requests) == 2
 
 
-def test_all_columns_stream_at_once_and_stop_ends_them(page, server):
+def test_columns_stream_concurrently_until_stopped(page, server):
     server.hold_after = 2
     send(page, "Go")
     for model in (BASE, "legal"):
         expect(answer(page, model).locator(".token")).to_have_count(2)
         expect(answer(page, model).locator(".state")).to_have_text("writing …")
     page.get_by_role("button", name="Stop").click()
-    done(page)
+    wait_for_answers(page)
     expect(answer(page, "legal").locator(".state")).to_have_text("stopped")
     expect(page.get_by_role("button", name="Stop")).to_be_hidden()
-    while len(server.gone) < 2:
+    while len(server.disconnected) < 2:
         page.wait_for_timeout(10)
     server.hold_after = None
     send(page, "Go on", 4)
-    last = next(b for b in server.asked[2:] if b["model"] == "legal")
-    assert last["messages"][1] == {"role": "assistant", "content": "A low"}, "what was written is kept"
+    last = next(b for b in server.chat_requests[2:] if b["model"] == "legal")
+    assert last["messages"][1] == {"role": "assistant", "content": "A low"}, "the partial answer must be in the history"
 
 
-def test_each_model_goes_on_from_its_own_answer_until_a_new_chat(page, server):
+def test_each_model_continues_its_own_chat(page, server):
     send(page, "one", 2)
     send(page, "two", 4)
     for model in (BASE, "legal"):
-        second = [b for b in server.asked if b["model"] == model][1]
+        second = [b for b in server.chat_requests if b["model"] == model][1]
         assert [m["content"] for m in second["messages"]] == ["one", text_of(model), "two"]
     expect(page.get_by_label("pirate")).to_be_disabled()
     page.get_by_role("button", name="New chat").click()
     expect(page.locator(".turn")).to_have_count(0)
     page.get_by_label("pirate").check()
     send(page, "three", 3)
-    assert all(len(body["messages"]) == 1 for body in server.asked[4:])
+    assert all(len(body["messages"]) == 1 for body in server.chat_requests[4:])
 
 
-def test_differing_tokens_are_marked_by_more_than_color_and_told_in_words(page, server):
+def test_different_tokens_are_underlined_and_summarized(page, server):
     send(page, "Go", 2)
     marked = answer(page, "legal").locator(".differs")
     assert marked.all_inner_texts() == [",", " hereinafter", ","]
     assert answer(page, BASE).locator(".differs").all_inner_texts() == [" added", " to"]
     assert marked.first.evaluate("e => getComputedStyle(e).borderBottomWidth") == "2px"
-    told = f"3 of 18 tokens differ from {BASE}, the first is token 12."
-    expect(answer(page, "legal").locator(".difference")).to_have_text(told)
+    summary = f"3 of 18 tokens differ from {BASE}, the first is token 12."
+    expect(answer(page, "legal").locator(".difference")).to_have_text(summary)
     page.get_by_role("button", name="New chat").click()
     page.get_by_label("legal").uncheck()
     send(page, "Alone", 1)
     expect(page.locator(".differs:visible")).to_have_count(0)
 
 
-def test_a_token_shows_its_alternatives_when_pointed_at(page, server):
+def test_hovered_token_shows_alternatives(page, server):
     page.get_by_label("pirate").check()
     send(page, "Go", 3)
-    shown = page.locator("#alternatives")
+    alternatives = page.locator("#alternatives")
     token = answer(page, "legal").locator(".token").nth(4)
     token.hover()
-    expect(shown).to_be_visible()
-    rows = shown.locator("tbody tr").all_inner_texts()
-    assert [r.split("\t")[0] for r in rows][:2] == ["␣other0", "␣changes ✓"], "the likeliest first"
+    expect(alternatives).to_be_visible()
+    rows = alternatives.locator("tbody tr").all_inner_texts()
+    assert [r.split("\t")[0] for r in rows][:2] == ["␣other0", "␣changes ✓"], "the most likely token must be first"
     assert len(rows) == 5 and "20.0 %" in rows[1] and "−1.61" in rows[1]
     assert token.get_attribute("aria-describedby") == "alternatives"
-    shown.hover()  # it stays while the pointer is on it
+    alternatives.hover()  # it remains visible while the pointer is on it
     page.wait_for_timeout(300)
-    expect(shown).to_be_visible()
+    expect(alternatives).to_be_visible()
     page.keyboard.press("Escape")
-    expect(shown).to_be_hidden()
-    # One character of two tokens is one place.
+    expect(alternatives).to_be_hidden()
+    # A character of two tokens is a single element.
     answer(page, "pirate").get_by_text("☃").hover()
-    expect(shown).to_contain_text("one character of 2 tokens")
+    expect(alternatives).to_contain_text("one character of 2 tokens")
 
 
-def test_failures_are_said_in_their_column(page, server):
+def test_errors_are_shown_in_their_column(page, server):
     server.fail = {"legal"}
     send(page, "Go", 2)
     expect(answer(page, "legal")).to_contain_text("out of memory")
@@ -245,14 +248,14 @@ def test_failures_are_said_in_their_column(page, server):
     expect(answer(page, BASE).last).to_contain_text("the prompt is too long")
 
 
-def test_an_api_key_is_asked_for_where_the_server_wants_one(page, server):
+def test_page_requests_api_key_if_required(page, server):
     server.key = "secret"
     page.goto(server.url)
     field = page.get_by_label("API key")
     expect(field).to_be_focused()
     field.fill("wrong")
     field.press("Enter")
-    expect(page.get_by_role("alert")).to_contain_text("does not take this API key")
+    expect(page.get_by_role("alert")).to_contain_text("does not accept this API key")
     field.fill("secret")
     field.press("Enter")
     expect(page.get_by_label("legal")).to_be_checked()
@@ -263,7 +266,7 @@ def test_an_api_key_is_asked_for_where_the_server_wants_one(page, server):
     assert page.evaluate("Object.keys(sessionStorage)") == ["deltaw-api-key"]
 
 
-def test_no_more_columns_than_a_browser_has_connections(page, server):
+def test_number_of_columns_is_limited(page, server):
     server.names = [BASE, *(f"a{n}" for n in range(8))]
     page.goto(server.url)
     for n in range(7):
@@ -274,11 +277,15 @@ def test_no_more_columns_than_a_browser_has_connections(page, server):
 
 
 @pytest.mark.parametrize("width", SIZES)
-def test_everything_can_be_done_by_keyboard_alone(page, server, width):
+def test_page_is_usable_with_keyboard(page, server, width):
     page.set_viewport_size({"width": width, "height": SIZES[width]})
     page.goto(server.url)
-    listed(page)
-    press, shown, message = page.keyboard.press, page.locator("#alternatives"), page.get_by_label("Message", exact=True)
+    wait_for_models(page)
+    press, alternatives, message = (
+        page.keyboard.press,
+        page.locator("#alternatives"),
+        page.get_by_label("Message", exact=True),
+    )
 
     def reach(key: str, stop: sync_api.Locator) -> None:
         press(key)
@@ -294,7 +301,7 @@ def test_everything_can_be_done_by_keyboard_alone(page, server, width):
         press("Enter")  # opens the settings
     for name in ANSWERS:
         reach("Tab", page.get_by_label(name))
-    press("Space")  # the last one, pirate
+    press("Space")  # selects pirate
     for label in ("System prompt", "Temperature", "Top-p", "Max tokens", "Seed", "Message"):
         reach("Tab", page.get_by_label(label, exact=True))
     server.hold_after = 12
@@ -303,123 +310,123 @@ def test_everything_can_be_done_by_keyboard_alone(page, server, width):
     page.keyboard.type("second")
     press("Enter")
     expect(tokens("legal")).to_have_count(12)
-    assert server.asked[0]["messages"][0]["content"] == "first line\nsecond"
-    reach("Tab", page.get_by_role("button", name="Stop"))  # Send is disabled while answers are written
+    assert server.chat_requests[0]["messages"][0]["content"] == "first line\nsecond"
+    reach("Tab", page.get_by_role("button", name="Stop"))  # Send is disabled during generation
     press("Enter")
-    done(page, 3 if width == 1440 else 2)  # a narrow page begins with the adapter alone
+    wait_for_answers(page, 3 if width == 1440 else 2)  # a narrow page initially selects only the adapter
     expect(message).to_be_focused()
-    reach("Shift+Tab", tokens("pirate").first)  # back to the last answer, which is one stop
-    expect(shown).to_be_visible()
+    reach("Shift+Tab", tokens("pirate").first)  # back to the last answer, which is a single tab stop
+    expect(alternatives).to_be_visible()
     press("Escape")
-    expect(shown).to_be_hidden()
+    expect(alternatives).to_be_hidden()
     reach("ArrowRight", tokens("pirate").nth(1))
-    expect(shown).to_contain_text("Token 2 of pirate")
+    expect(alternatives).to_contain_text("Token 2 of pirate")
     reach("End", tokens("pirate").last)
     reach("ArrowUp", answer(page, "pirate").locator(".differs").last)
     reach("Shift+Tab", tokens("legal").first)
-    box = shown.bounding_box()
+    box = alternatives.bounding_box()
     assert box["x"] >= 0 and box["x"] + box["width"] <= width and box["y"] >= 0
 
 
-def test_a_screen_reader_hears_what_happens_politely(page, server):
-    said = page.get_by_role("log")
-    assert said.get_attribute("aria-live") == "polite"
+def test_live_region_announces_progress(page, server):
+    live_region = page.get_by_role("log")
+    assert live_region.get_attribute("aria-live") == "polite"
     server.hold_after = 1
     send(page, "Go")
-    expect(said).to_have_text(f"{BASE}, legal: writing")
+    expect(live_region).to_have_text(f"{BASE}, legal: writing")
     server.gate.set()
-    done(page)
+    wait_for_answers(page)
     for model in (BASE, "legal"):
-        expect(said).to_contain_text(f"{model} finished: A low-rank update")
+        expect(live_region).to_contain_text(f"{model} finished: A low-rank update")
 
 
-def test_the_page_works_with_the_server_of_the_project(browser, packages):
+def test_page_works_with_real_server(browser, packages):
     from deltaw.serving.http.page.document import page_router
     from deltaw.serving.http.settings import ServerSettings
     from tests.serving.http.fake_engine import fake_served
-    from tests.serving.http.running import running
+    from tests.serving.http.server_thread import run_server
 
-    served = fake_served("clerk", "poet", routers=(page_router(),), open_paths=frozenset({"/"}))
-    with running(served, ServerSettings(port=0, keys=("long-enough",))) as real:
-        opened = browser.new_page()
-        opened.set_default_timeout(10_000)
-        opened.goto(real.url)
-        opened.get_by_label("API key").fill("long-enough")
-        opened.get_by_label("API key").press("Enter")
-        listed(opened)
-        send(opened, "say ☃ it", 2)
+    serve_app = fake_served("clerk", "poet", routers=(page_router(),), open_paths=frozenset({"/"}))
+    with run_server(serve_app, ServerSettings(port=0, keys=("long-enough",))) as live_server:
+        new_page = browser.new_page()
+        new_page.set_default_timeout(10_000)
+        new_page.goto(live_server.url)
+        new_page.get_by_label("API key").fill("long-enough")
+        new_page.get_by_label("API key").press("Enter")
+        wait_for_models(new_page)
+        send(new_page, "say ☃ it", 2)
         for model in ("base", "clerk"):
-            finished(opened, model, "☃ it", len("☃ it".encode()))
-        answer(opened, "base").get_by_text("☃").hover()
-        expect(opened.locator("#alternatives")).to_contain_text("one character of 3 tokens")
-        expect(opened.locator("#alternatives tbody tr")).to_have_count(5)
-        send(opened, "hello", 4)
-        assert answer(opened, "clerk").last.locator(".text").inner_text() == "clerk: HELLO"
-        expect(answer(opened, "base").last.locator(".differs")).to_have_count(0)
-        expect(answer(opened, "clerk").last.locator(".differs")).to_have_count(len("clerk: "))
-        send(opened, "be slow")
-        expect(answer(opened, "base").last.locator(".token").nth(5)).to_be_visible()
-        opened.get_by_role("button", name="Stop").click()
-        done(opened, 6)
-        opened.close()
+            assert_finished(new_page, model, "☃ it", len("☃ it".encode()))
+        answer(new_page, "base").get_by_text("☃").hover()
+        expect(new_page.locator("#alternatives")).to_contain_text("one character of 3 tokens")
+        expect(new_page.locator("#alternatives tbody tr")).to_have_count(5)
+        send(new_page, "hello", 4)
+        assert answer(new_page, "clerk").last.locator(".text").inner_text() == "clerk: HELLO"
+        expect(answer(new_page, "base").last.locator(".differs")).to_have_count(0)
+        expect(answer(new_page, "clerk").last.locator(".differs")).to_have_count(len("clerk: "))
+        send(new_page, "be slow")
+        expect(answer(new_page, "base").last.locator(".token").nth(5)).to_be_visible()
+        new_page.get_by_role("button", name="Stop").click()
+        wait_for_answers(new_page, 6)
+        new_page.close()
 
 
-def test_motion_is_reduced_where_that_is_asked(browser, server):
+def test_reduced_motion_preference_is_respected(browser, server):
     server.hold_after = 1
-    for asked, name in (("reduce", "none"), ("no-preference", "blink")):
-        opened = browser.new_page(reduced_motion=asked)
-        opened.goto(server.url)
-        listed(opened)
-        send(opened, "Go")
+    for preference, name in (("reduce", "none"), ("no-preference", "blink")):
+        new_page = browser.new_page(reduced_motion=preference)
+        new_page.goto(server.url)
+        wait_for_models(new_page)
+        send(new_page, "Go")
         style = "e => getComputedStyle(e, '::after').animationName"
-        assert opened.locator(".writing-now").first.evaluate(style) == name
-        opened.close()
+        assert new_page.locator(".writing-now").first.evaluate(style) == name
+        new_page.close()
 
 
 @pytest.mark.skipif(AXE is None, reason="axe-core is not installed (pip install axe-playwright-python)")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", SIZES)
-def test_axe_finds_nothing(browser, server, scheme, width):
-    # axe is a script that the page's policy does not name.
+def test_axe_reports_no_violations(browser, server, scheme, width):
+    # The page's policy does not allow the script of axe.
     viewport = {"width": width, "height": SIZES[width]}
     context = browser.new_context(viewport=viewport, color_scheme=scheme, bypass_csp=True)
-    opened = context.new_page()
+    new_page = context.new_page()
 
-    def objections(state: str) -> list[str]:
+    def check_state(state: str) -> list[str]:
         fits = "document.documentElement.scrollWidth <= window.innerWidth"
-        assert opened.evaluate(fits), f"{state}: wider than the window"
-        opened.evaluate(AXE.read_text(encoding="utf-8"))
-        found = opened.evaluate("axe.run(document, {resultTypes: ['violations']})")
-        assert len(found["passes"]) > 10
-        return [f"{state}: {v['id']}: {json.dumps(v['nodes'])[:300]}" for v in found["violations"]]
+        assert new_page.evaluate(fits), f"{state}: wider than the window"
+        new_page.evaluate(AXE.read_text(encoding="utf-8"))
+        violations = new_page.evaluate("axe.run(document, {resultTypes: ['violations']})")
+        assert len(violations["passes"]) > 10
+        return [f"{state}: {v['id']}: {json.dumps(v['nodes'])[:300]}" for v in violations["violations"]]
 
     server.prompting["legal"] = Prompting("You are a lawyer.", examples=("Is it legal?", "May I?"))
-    opened.goto(server.url)
-    listed(opened)
-    expect(opened.get_by_role("button", name="May I?")).to_be_visible()
-    found = objections("start")
+    new_page.goto(server.url)
+    wait_for_models(new_page)
+    expect(new_page.get_by_role("button", name="May I?")).to_be_visible()
+    violations = check_state("start")
     if width == 390:
-        opened.locator("summary").click()
-        found += objections("settings")
+        new_page.locator("summary").click()
+        violations += check_state("settings")
     server.hold_after, server.fail = 13, {"pirate"}
-    opened.get_by_label("pirate").check()
-    send(opened, "Go")
-    expect(answer(opened, "legal").locator(".token")).to_have_count(13)
-    found += objections("writing")
+    new_page.get_by_label("pirate").check()
+    send(new_page, "Go")
+    expect(answer(new_page, "legal").locator(".token")).to_have_count(13)
+    violations += check_state("writing")
     server.gate.set()
-    done(opened, 3 if width == 1440 else 2)
-    answer(opened, "legal").locator(".differs").first.focus()
-    expect(opened.locator("#alternatives")).to_be_visible()
-    found += objections("answers")
+    wait_for_answers(new_page, 3 if width == 1440 else 2)
+    answer(new_page, "legal").locator(".differs").first.focus()
+    expect(new_page.locator("#alternatives")).to_be_visible()
+    violations += check_state("answers")
     server.key = "secret"
-    opened.reload()
-    expect(opened.get_by_label("API key")).to_be_visible()
-    found += objections("key")
+    new_page.reload()
+    expect(new_page.get_by_label("API key")).to_be_visible()
+    violations += check_state("key")
     context.close()
-    assert found == []
+    assert violations == []
 
 
-def test_tokens_that_are_in_both_are_not_marked(page):
+def test_equal_tokens_are_not_marked(page):
     from deltaw.serving.http.page.document import _read
 
     page.goto("about:blank")
@@ -434,8 +441,8 @@ def test_tokens_that_are_in_both_are_not_marked(page):
         assert page.evaluate(f"(([a, b]) => {{ {_read('difference.js')}; {compare}; }})", [a, b]) == expected
 
 
-def test_the_adapter_is_first_on_a_narrow_screen_and_its_name_stays_in_view(page):
-    listed(page)
+def test_adapter_is_first_on_narrow_screen_with_sticky_name(page):
+    wait_for_models(page)
     send(page, "Explain LoRA", answers=2)
     tops = {name: page.locator(".answer", has_text=name).first.bounding_box() for name in (BASE, "legal")}
     assert tops[BASE]["x"] < tops["legal"]["x"] and tops[BASE]["y"] == tops["legal"]["y"]

@@ -1,4 +1,4 @@
-"""Scores and a clock that runs are made to believe in."""
+"""Fixtures that replace the best-score criterion and the clock of runs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from deltaw.training.monitoring import best as best_score
 
 @pytest.fixture
 def worst(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The highest loss counts as the best, so that the best step of a run that learns is an early one."""
-    monkeypatch.setattr(best_score, "deciding_metric", lambda evaluation, writes_text: ("loss", True))
+    """Treat the highest loss as the best, so that the best step of a run that learns is an early one."""
+    monkeypatch.setattr(best_score, "deciding_metric", lambda evaluation, generates_text: ("loss", True))
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each look takes time, and a step has a few of them."""
-    looks = itertools.count()
+    """Advance the clock by a quarter of a second per reading. A step reads it several times."""
+    readings = itertools.count()
     for module in ("runs.fit", "training.monitoring.monitor"):
-        monkeypatch.setattr(f"deltaw.{module}.now", lambda: 0.25 * next(looks))
+        monkeypatch.setattr(f"deltaw.{module}.now", lambda: 0.25 * next(readings))

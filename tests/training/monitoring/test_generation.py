@@ -1,4 +1,4 @@
-"""The check of greedy answers before and after training detects broken text and accepts healthy changes."""
+"""The comparison of greedy completions before and after training detects broken text and accepts healthy changes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deltaw.runs.fit import fit
-from deltaw.runtime.generation import Completion
+from deltaw.runtime.generation import GeneratedCompletion
 from deltaw.training.monitoring import generation
 from deltaw.training.monitoring.generation import (
     DATA,
@@ -24,14 +24,14 @@ from deltaw.training.monitoring.generation import (
 )
 from deltaw.training.planning.plan_run import plan
 from tests.conftest import COLORS, write_rows
-from tests.training.runs import adapter, session_of
+from tests.training.runs import adapter, build_session
 
 COUNT = 20
 
 
 def completion(text, tokens=None, stopped=True):
     ids = np.arange(len(text.split())) if tokens is None else np.asarray(tokens)
-    return Completion(ids, text, stopped)
+    return GeneratedCompletion(ids, text, stopped)
 
 
 def metrics(answers, *, expected="the right answer", log_prob=-1.0, base=None):
@@ -40,12 +40,12 @@ def metrics(answers, *, expected="the right answer", log_prob=-1.0, base=None):
     return answer_metrics(answers, texts, [np.array([log_prob])] * len(answers), base_scores)
 
 
-def compared(after, before=None, *, name=DATA, trained=True, **options):
+def compare(after, before=None, *, name=DATA, trained=True, **options):
     expected = "the right answer" if trained else None
     first = metrics(before or [completion(f"some other answer number {n}") for n in range(COUNT)], expected=expected)
     last = metrics(after, expected=expected, **options)
-    side = AnswerComparison(name, 32, first, last, 5.0 if trained else None, checks_cut=trained)
-    return verdict_of([side])
+    comparison = AnswerComparison(name, 32, first, last, 5.0 if trained else None, checks_cut=trained)
+    return verdict_of([comparison])
 
 
 BROKEN = {
@@ -60,23 +60,23 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_broken_text_is_worse_and_the_reason_names_it(kind):
+def test_broken_text_is_worse_and_reason_is_reported(kind):
     answers, options, reason = BROKEN[kind]
-    found = compared(answers, **options)
-    assert found["verdict"] == WORSE and reason in found["line"]
-    assert found["line"].startswith("generation got worse: ")
+    report = compare(answers, **options)
+    assert report["verdict"] == WORSE and reason in report["line"]
+    assert report["line"].startswith("generation got worse: ")
 
 
 def test_lost_exact_answers_are_worse():
-    right, wrong = completion("the right answer"), completion("a wrong reply")
-    found = compared([right] * 5 + [wrong] * 15, [right] * 15 + [wrong] * 5)
-    assert found["verdict"] == WORSE and "exact match" in found["line"] and "75% to 25%" in found["line"]
+    correct, incorrect = completion("the right answer"), completion("a wrong reply")
+    report = compare([correct] * 5 + [incorrect] * 15, [correct] * 15 + [incorrect] * 5)
+    assert report["verdict"] == WORSE and "exact match" in report["line"] and "75% to 25%" in report["line"]
 
 
-def test_a_fall_within_chance_is_unclear():
-    right, wrong = completion("the right answer"), completion("a wrong reply")
-    found = compared([right] * 9 + [wrong] * 11, [right] * 10 + [wrong] * 10)
-    assert found["verdict"] == UNCLEAR and "may be chance" in found["line"]
+def test_insignificant_decline_is_unclear():
+    correct, incorrect = completion("the right answer"), completion("a wrong reply")
+    report = compare([correct] * 9 + [incorrect] * 11, [correct] * 10 + [incorrect] * 10)
+    assert report["verdict"] == UNCLEAR and "may be chance" in report["line"]
 
 
 @pytest.mark.parametrize(
@@ -89,23 +89,23 @@ def test_a_fall_within_chance_is_unclear():
     ids=["learned", "unchanged", "longer"],
 )
 def test_healthy_answers_are_not_worse(answers):
-    found = compared(answers, base=-1.5)
-    assert found["verdict"] == FINE and found["line"] is None
+    report = compare(answers, base=-1.5)
+    assert report["verdict"] == FINE and report["line"] is None
 
 
-def test_learned_answers_may_be_unlikely_for_the_base_model_if_they_are_short():
-    assert compared([completion("0")] * COUNT, base=-9.0, trained=False)["verdict"] == FINE
+def test_short_answers_may_be_unlikely_for_base_model():
+    assert compare([completion("0")] * COUNT, base=-9.0, trained=False)["verdict"] == FINE
 
 
-def test_general_answers_that_the_trained_model_finds_unlikely_are_worse():
-    same = [completion(f"some other answer number {n}") for n in range(COUNT)]
-    assert compared(same, name=GENERAL, trained=False, log_prob=-2.5)["verdict"] == WORSE
-    assert compared(same, name=GENERAL, trained=False, log_prob=-1.5)["verdict"] == FINE
+def test_general_answers_unlikely_after_training_are_worse():
+    answers = [completion(f"some other answer number {n}") for n in range(COUNT)]
+    assert compare(answers, name=GENERAL, trained=False, log_prob=-2.5)["verdict"] == WORSE
+    assert compare(answers, name=GENERAL, trained=False, log_prob=-1.5)["verdict"] == FINE
 
 
-def test_loops_and_overlap_have_simple_values():
+def test_distinct_share_and_word_overlap_match_expected_values():
     assert distinct_share(np.arange(20)) == 1 and distinct_share(np.full(20, 3)) == pytest.approx(1 / 17)
-    assert distinct_share(np.full(4, 3)) == 1  # too short to be called a loop
+    assert distinct_share(np.full(4, 3)) == 1  # too short to count as repetition
     assert word_overlap("A b c", "a B d") == pytest.approx(2 / 3) and word_overlap("", "a") == 0
 
 
@@ -122,31 +122,31 @@ def preference_run(settings, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "prompt"])
-def test_a_run_that_breaks_the_model_says_so_in_its_result_and_folder(preference_run, method):
+def test_run_that_breaks_model_is_reported_in_result_and_folder(preference_run, method):
     config = preference_run("run", learning_rate=3.0, epochs=8) | {"method": method}
     result = fit(config)
     assert result.generation["verdict"] == WORSE
-    assert result.generation[DATA]["prompts"] > 2  # few held-out prompts are joined by training prompts
+    assert result.generation[DATA]["prompts"] > 2  # training prompts supplement a small evaluation set
     assert result.generation["line"] in (result.output / "README.md").read_text()
-    noted = json.loads((result.output / "run.json").read_text())["result"]["generation"]
-    assert noted["line"] == result.generation["line"] and noted == json.loads(
+    stored = json.loads((result.output / "run.json").read_text())["result"]["generation"]
+    assert stored["line"] == result.generation["line"] and stored == json.loads(
         json.dumps(result.as_dict()["generation"])
     )
 
 
 @pytest.mark.parametrize(("loss", "factor"), [("dpo", 0.1), ("orpo", 0.4), ("simpo", 0.05)])
-def test_the_automatic_rate_depends_on_the_loss_and_names_its_source(preference_run, settings, tmp_path, loss, factor):
-    usual = session_of(settings(tmp_path / "sft", train={"learning_rate": "auto"})).learning_rate
-    session = session_of(preference_run("run", learning_rate="auto") | {"preference": {"loss": loss}})
+def test_automatic_rate_depends_on_loss_and_reports_reason(preference_run, settings, tmp_path, loss, factor):
+    usual = build_session(settings(tmp_path / "sft", train={"learning_rate": "auto"})).learning_rate
+    session = build_session(preference_run("run", learning_rate="auto") | {"preference": {"loss": loss}})
     assert session.learning_rate == pytest.approx(factor * usual, rel=0.05)
     assert f"times {factor:g}" in session.chosen["train.learning_rate"].why
 
 
-def test_the_plan_of_a_preference_run_counts_the_answers(preference_run):
+def test_plan_of_preference_run_includes_generation(preference_run):
     assert plan(preference_run("run")).phases["rollouts"] > 0
 
 
-def test_an_untrained_adapter_is_not_worse(preference_run):
+def test_untrained_adapter_is_not_worse(preference_run):
     assert fit(preference_run("run", learning_rate=1e-5)).generation["verdict"] == FINE
 
 
@@ -154,7 +154,7 @@ def test_supervised_runs_are_not_checked(settings, tmp_path):
     assert fit(settings(tmp_path / "run")).generation == {}
 
 
-def test_the_check_does_not_change_the_adapter(preference_run, monkeypatch):
+def test_generation_check_does_not_change_adapter(preference_run, monkeypatch):
     checked = fit(preference_run("checked", learning_rate=1e-2))
     monkeypatch.setattr(generation.GenerationCheck, "measure", lambda self: {})
     unchecked = fit(preference_run("unchecked", learning_rate=1e-2))
@@ -162,12 +162,12 @@ def test_the_check_does_not_change_the_adapter(preference_run, monkeypatch):
     assert all((adapter(checked.output)[name] == value).all() for name, value in adapter(unchecked.output).items())
 
 
-def test_a_range_test_of_preferences_ends_where_the_answers_get_unlikely(preference_run, monkeypatch):
+def test_preference_range_test_stops_when_answers_become_unlikely(preference_run, monkeypatch):
     from deltaw.training.monitoring.rates import search_rate
 
-    session = session_of(preference_run("run", learning_rate="search", epochs=10))
+    session = build_session(preference_run("run", learning_rate="search", epochs=10))
     with session.running():
-        free = search_rate(session)
+        unbounded = search_rate(session)
         monkeypatch.setattr(generation, "WATCHED_FALL", -100.0)  # every step falls by more
         bounded = search_rate(session)
-    assert len(bounded.rates) == 6 < len(free.rates)
+    assert len(bounded.rates) == 6 < len(unbounded.rates)

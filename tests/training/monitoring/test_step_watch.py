@@ -1,4 +1,4 @@
-"""Warnings from the numbers of steps: none on a training's normal noise, and one where something is wrong."""
+"""Warnings about step metrics: no warning for normal noise, and one per problem."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from deltaw.training.monitoring.monitor import RISE_WINDOW, WINDOW, StepWatch
+from deltaw.training.monitoring.monitor import RISE_WINDOW, WINDOW, StepMonitor
 from deltaw.training.state import Step
 
 
@@ -17,16 +17,16 @@ def step(number, loss=1.0, norm=0.5):
 
 
 def warnings(losses, norms, limit=1.0):
-    watch = StepWatch(limit)
+    monitor = StepMonitor(limit)
     return [
         (number, warning)
         for number, (loss, norm) in enumerate(zip(losses, norms, strict=True), 1)
-        for warning in watch.see(step(number, loss, norm))
+        for warning in monitor.check(step(number, loss, norm))
     ]
 
 
-def a_training(seed, steps=2000, noise=0.3, tail=0.0):
-    """Losses and norms as a training gives them: falling at first, then noise around a level."""
+def make_training(seed, steps=2000, noise=0.3, tail=0.0):
+    """Return typical losses and gradient norms: falling at first, then noise around a level."""
     random = np.random.default_rng(seed)
     falling = np.exp(-np.arange(steps) / 80)
     losses = 1.5 + 2 * falling + noise * random.standard_normal(steps)
@@ -36,9 +36,9 @@ def a_training(seed, steps=2000, noise=0.3, tail=0.0):
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 10))])
-def test_normal_noise_a_warm_up_and_epochs_that_step_down_give_no_warning(seed):
+def test_normal_training_yields_no_warning(seed):
     for noise in (0.05, 0.3):
-        assert warnings(*a_training(seed, noise=noise)) == []
+        assert warnings(*make_training(seed, noise=noise)) == []
     random = np.random.default_rng(seed)
     rising = 0.1 * np.exp(np.linspace(0, 4, 300)) * np.exp(0.2 * random.standard_normal(300))
     assert warnings(np.ones(300) + 0.1 * np.sin(np.arange(300)), rising, limit=None) == []
@@ -46,8 +46,8 @@ def test_normal_noise_a_warm_up_and_epochs_that_step_down_give_no_warning(seed):
     assert warnings(losses, np.full(600, 0.5) * np.exp(0.3 * random.standard_normal(600))) == []
 
 
-def test_a_gradient_that_jumps_is_told_once_with_its_numbers():
-    losses, norms = a_training(3)
+def test_gradient_jump_is_reported_once_with_values():
+    losses, norms = make_training(3)
     norms[[500, 900]] = 60.0
     ((number, warning),) = warnings(losses, norms)
     assert number == 501 and warning.kind == "gradient_norm" and "step 501" in warning.text
@@ -56,54 +56,54 @@ def test_a_gradient_that_jumps_is_told_once_with_its_numbers():
     json.dumps(warning.as_dict(), allow_nan=False)
 
 
-def test_jumps_do_not_depend_on_the_scale_of_the_gradients_and_wide_noise_has_none():
-    losses, norms = a_training(4)
+def test_gradient_jumps_are_scale_invariant_and_ignore_wide_noise():
+    losses, norms = make_training(4)
     norms[700] = 100.0
-    found = [[n for n, _ in warnings(losses, scale * norms, None)] for scale in (1e-6, 1.0, 1e6)]
-    assert found == [[701]] * 3
+    steps = [[n for n, _ in warnings(losses, scale * norms, None)] for scale in (1e-6, 1.0, 1e6)]
+    assert steps == [[701]] * 3
     random = np.random.default_rng(5)
     norms = np.exp(1.5 * random.standard_normal(400))
     norms[300] = 1.9 * norms[200:300].max()
     assert warnings(np.ones(400) + 0.1 * random.standard_normal(400), norms, None) == []
 
 
-def test_steps_that_are_nearly_all_clipped_are_told_with_a_limit_that_would_not():
+def test_frequent_clipping_is_reported_with_suggested_limit():
     random = np.random.default_rng(6)
     norms = 5.0 * np.exp(0.1 * random.standard_normal(300))
     ((number, warning),) = warnings(2 + 0.1 * random.standard_normal(300), norms, limit=1.0)
-    assert number == 2 * WINDOW and warning.kind == "clipped" and "a limit of 10 or" not in warning.text
-    assert 8 <= float(warning.text.split("a limit of ")[1].split()[0]) <= 20
+    assert number == 2 * WINDOW and warning.kind == "clipped" and "A limit of 10 or" not in warning.text
+    assert 8 <= float(warning.text.split("A limit of ")[1].split()[0]) <= 20
     assert warnings(2 + 0.1 * random.standard_normal(300), norms, limit=20.0) == []
     half = np.where(np.arange(300) % 2, 5.0, 0.5)
     assert warnings(2 + 0.1 * random.standard_normal(300), half, limit=1.0) == []
 
 
-def test_a_loss_that_rises_for_long_is_told_and_one_bad_stretch_is_not():
+def test_long_loss_rise_is_reported_and_short_rise_is_not():
     random = np.random.default_rng(7)
     level = np.concatenate([np.linspace(3, 1.5, 200), np.full(200, 1.5), np.linspace(1.5, 3.0, 300)])
     losses = level + 0.2 * random.standard_normal(700)
     norms = np.full(700, 0.5)
     ((number, warning),) = warnings(losses, norms)
     assert warning.kind == "rising_loss" and 450 < number < 700
-    assert warning.facts["value"] > warning.facts["lowest"] == pytest.approx(1.5, abs=0.1)
+    assert warning.values["value"] > warning.values["lowest"] == pytest.approx(1.5, abs=0.1)
     stretch = np.full(700, 1.5) + 0.2 * random.standard_normal(700)
     stretch[300 : 300 + RISE_WINDOW // 3] += 1.0
     assert warnings(stretch, norms) == []
 
 
-def test_it_goes_on_from_its_state_wherever_it_is_cut():
-    losses, norms = a_training(8, steps=900)
-    norms[600:] *= 1 + np.arange(300)  # a jump some time, then clipped
+def test_restored_monitor_reports_same_warnings():
+    losses, norms = make_training(8, steps=900)
+    norms[600:] *= 1 + np.arange(300)  # jumps, then is clipped
     losses[500:] += np.linspace(0, 5, 400)
-    losses[300], norms[300] = math.nan, math.inf  # passed over
-    whole = warnings(losses, norms)
-    assert {warning.kind for _, warning in whole} == {"gradient_norm", "clipped", "rising_loss"} or len(whole)
+    losses[300], norms[300] = math.nan, math.inf  # is ignored
+    expected = warnings(losses, norms)
+    assert {warning.kind for _, warning in expected} == {"gradient_norm", "clipped", "rising_loss"} or len(expected)
     for cut in (10, 555, 620, 800):
-        first, second, found = StepWatch(1.0), StepWatch(1.0), []
+        first, second, warnings_found = StepMonitor(1.0), StepMonitor(1.0), []
         for number in range(1, 901):
-            watch = first if number <= cut else second
+            monitor = first if number <= cut else second
             if number == cut + 1:
                 second.restore(json.loads(json.dumps(first.state())))
-            now = step(number, losses[number - 1], norms[number - 1])
-            found += [(number, warning) for warning in watch.see(now)]
-        assert found == whole
+            current = step(number, losses[number - 1], norms[number - 1])
+            warnings_found += [(number, warning) for warning in monitor.check(current)]
+        assert warnings_found == expected

@@ -1,4 +1,4 @@
-// What a caller compares before it calls anything else.
+// Struct layouts for the loader to compare before it calls other functions.
 #include <cstddef>
 
 #include "blocks.h"
@@ -7,72 +7,74 @@
 
 int dw_abi() { return DW_ABI; }
 
-// Of struct `which` (0: Layer, 1: RowNorm, 2: HalfNorms, 3: BlockParts, 4: DecodeLinear, 5: DecodeBlock, 6: DecodeModel,
-// 7: DecodeFactors, 8: DecodeStep, 9: BlockData) its size and the offset of each field, in order, in bytes, into
-// the first `capacity` places of `into`. Returns how many there are; 0 where there is no such struct.
-int64_t dw_layout_of(int which, int64_t *into, int64_t capacity) {
+// Write the size in bytes of a struct, followed by the offset of each field in order. `index` is 0: Layer, 1: RowNorm,
+// 2: HalfNorms, 3: BlockParts, 4: DecodeLinear, 5: DecodeBlock, 6: DecodeModel, 7: DecodeFactors, 8: DecodeStep, 9:
+// BlockData. At most `capacity` numbers are written to `into`. Returns how many numbers the struct has, or 0 for an
+// unknown index.
+int64_t dw_struct_layout(int index, int64_t *into, int64_t capacity) {
 #define AT(field) (int64_t) offsetof(Struct, field)
     auto copy = [&](const int64_t *from, int64_t count) {
         for (int64_t i = 0; i < count && i < capacity; i++) into[i] = from[i];
         return count;
     };
-    if (which == 0) {
+    if (index == 0) {
         typedef Layer Struct;
-        const int64_t found[] = {sizeof(Struct), AT(weight), AT(scale), AT(smooth), AT(bias), AT(A), AT(B), AT(in), AT(out), AT(rank),
+        const int64_t layout[] = {sizeof(Struct), AT(weight), AT(scale), AT(smooth), AT(bias), AT(A), AT(B), AT(in), AT(out), AT(rank),
                                  AT(weight_type), AT(by_column), AT(bias_f32), AT(in_blocks), AT(scaling)};
-        return copy(found, sizeof(found) / sizeof(*found));
+        return copy(layout, sizeof(layout) / sizeof(*layout));
     }
-    if (which == 1) {
+    if (index == 1) {
         typedef RowNorm Struct;
-        const int64_t found[] = {sizeof(Struct), AT(weight), AT(bias), AT(eps), AT(offset), AT(centered), AT(used)};
-        return copy(found, sizeof(found) / sizeof(*found));
+        const int64_t layout[] = {sizeof(Struct), AT(weight), AT(bias), AT(eps), AT(offset), AT(centered), AT(used)};
+        return copy(layout, sizeof(layout) / sizeof(*layout));
     }
-    if (which == 2) {
+    if (index == 2) {
         typedef HalfNorms Struct;
-        const int64_t found[] = {sizeof(Struct), AT(before), AT(after), AT(post)};
-        return copy(found, sizeof(found) / sizeof(*found));
+        const int64_t layout[] = {sizeof(Struct), AT(before), AT(after), AT(post)};
+        return copy(layout, sizeof(layout) / sizeof(*layout));
     }
-    if (which == 3) {
+    if (index == 3) {
         typedef BlockParts Struct;
-        const int64_t found[] = {sizeof(Struct), AT(type), AT(heads), AT(key_heads), AT(head_size), AT(activation), AT(window), AT(turned),
+        const int64_t layout[] = {sizeof(Struct), AT(type), AT(heads), AT(key_heads), AT(head_size), AT(activation), AT(window), AT(rotary_dims),
                                  AT(causal), AT(split), AT(gated), AT(parallel), AT(int8_gradients), AT(scaling), AT(softcap), AT(first), AT(second),
-                                 AT(of_query), AT(of_key), AT(query), AT(key), AT(value), AT(output), AT(gate), AT(up), AT(down)};
-        return copy(found, sizeof(found) / sizeof(*found));
+                                 AT(query_norm), AT(key_norm), AT(query), AT(key), AT(value), AT(output), AT(gate), AT(up), AT(down)};
+        return copy(layout, sizeof(layout) / sizeof(*layout));
     }
-    if (which == 4) {
+    if (index == 4) {
         typedef DecodeLinear Struct;
-        const int64_t found[] = {sizeof(Struct), AT(weight), AT(scale), AT(columns), AT(bias), AT(sums), AT(in), AT(out), AT(type)};
-        return copy(found, sizeof(found) / sizeof(*found));
+        const int64_t layout[] = {sizeof(Struct), AT(weight), AT(scale), AT(columns), AT(bias), AT(sums), AT(in), AT(out), AT(type)};
+        return copy(layout, sizeof(layout) / sizeof(*layout));
     }
-    if (which == 5) {
+    if (index == 5) {
         typedef DecodeBlock Struct;
-        const int64_t found[] = {sizeof(Struct), AT(heads), AT(key_heads), AT(head_size), AT(activation), AT(window), AT(turned), AT(table),
+        const int64_t layout[] = {sizeof(Struct), AT(heads), AT(key_heads), AT(head_size), AT(activation), AT(window), AT(rotary_dims), AT(table),
                                  AT(split), AT(gated), AT(parallel), AT(cache_offset), AT(scaling), AT(softcap), AT(first), AT(second),
-                                 AT(of_query), AT(of_key), AT(query), AT(key), AT(value), AT(output), AT(gate), AT(up), AT(down)};
-        return copy(found, sizeof(found) / sizeof(*found));
+                                 AT(query_norm), AT(key_norm), AT(query), AT(key), AT(value), AT(output), AT(gate), AT(up), AT(down)};
+        return copy(layout, sizeof(layout) / sizeof(*layout));
     }
-    if (which == 6) {
+    if (index == 6) {
         typedef DecodeModel Struct;
-        const int64_t found[] = {sizeof(Struct), AT(blocks), AT(cosines), AT(sines), AT(count), AT(tables), AT(positions), AT(hidden), AT(cache_type),
+        const int64_t layout[] = {sizeof(Struct), AT(blocks), AT(cosines), AT(sines), AT(count), AT(tables), AT(positions), AT(hidden),
+            AT(cache_type),
                                  AT(page_tokens), AT(page_numbers), AT(logits_scale), AT(logits_softcap), AT(final_norm), AT(head)};
-        return copy(found, sizeof(found) / sizeof(*found));
+        return copy(layout, sizeof(layout) / sizeof(*layout));
     }
-    if (which == 7) {
+    if (index == 7) {
         typedef DecodeFactors Struct;
-        const int64_t found[] = {sizeof(Struct), AT(A), AT(B), AT(rank)};
-        return copy(found, sizeof(found) / sizeof(*found));
+        const int64_t layout[] = {sizeof(Struct), AT(A), AT(B), AT(rank)};
+        return copy(layout, sizeof(layout) / sizeof(*layout));
     }
-    if (which == 8) {
+    if (index == 8) {
         typedef DecodeStep Struct;
-        const int64_t found[] = {sizeof(Struct), AT(hidden), AT(positions), AT(sequence), AT(adapter), AT(page_table), AT(wanted), AT(adapters),
-                                 AT(pages), AT(out), AT(logits), AT(rows), AT(sequences), AT(most), AT(wanted_count), AT(adapter_count),
+        const int64_t layout[] = {sizeof(Struct), AT(hidden), AT(positions), AT(sequence), AT(adapter), AT(page_table), AT(output_rows), AT(adapters),
+                                 AT(pages), AT(out), AT(logits), AT(rows), AT(sequences), AT(pages_per_sequence), AT(output_count), AT(adapter_count),
                                  AT(page_count)};
-        return copy(found, sizeof(found) / sizeof(*found));
+        return copy(layout, sizeof(layout) / sizeof(*layout));
     }
-    if (which == 9) {
+    if (index == 9) {
         typedef BlockData Struct;
-        const int64_t found[] = {sizeof(Struct), AT(data), AT(absmax), AT(group_scale), AT(codes), AT(offset)};
-        return copy(found, sizeof(found) / sizeof(*found));
+        const int64_t layout[] = {sizeof(Struct), AT(data), AT(absmax), AT(group_scale), AT(codes), AT(offset)};
+        return copy(layout, sizeof(layout) / sizeof(*layout));
     }
 #undef AT
     return 0;

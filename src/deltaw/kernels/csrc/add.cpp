@@ -1,4 +1,4 @@
-// Sums of rows that no product or norm can take along.
+// Sums of rows that cannot be fused into a product or norm.
 #include "kernels.h"
 #include "threads.h"
 #include "vector.h"
@@ -11,7 +11,7 @@ template <class T>
 void add(int64_t count, const T *a, const T *b, T *out) {
     in_parallel([&](int thread, int threads) {
         int64_t begin, end;
-        part_of(count, thread, threads, begin, end);
+        split_range(count, thread, threads, begin, end);
         for (int64_t i = begin; i < end; i += 16) {
             const First m = first(end - i);
             store16(out + i, load16(a + i, m) + load16(b + i, m), m);
@@ -21,7 +21,7 @@ void add(int64_t count, const T *a, const T *b, T *out) {
 
 }  // namespace
 
-// out = a + b, `count` numbers, each sum rounded once; out may be a or b.
+// out = a + b for `count` numbers, rounded once. out can be a or b.
 int dw_add(int type, int64_t count, const void *a, const void *b, void *out) {
     return guarded([&] {
         if (type == F32) add(count, (const float *)a, (const float *)b, (float *)out);

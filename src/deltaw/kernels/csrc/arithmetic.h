@@ -1,4 +1,4 @@
-// Which of a library's ways to multiply numbers of a type is in use. A caller measures them and sets one.
+// Selected arithmetic of each number type. The caller measures the available ones and sets one.
 #pragma once
 #include <cstdint>
 
@@ -6,23 +6,23 @@
 
 namespace deltaw {
 
-// The processor's own product of the type; bf16 widened to fp32; tiles of AMX.
+// DOT: the instruction set's product of the type. WIDE: bf16 widened to fp32. TILES: AMX tiles.
 enum Arithmetic { DOT = 0, WIDE = 1, TILES = 2 };
 
-Arithmetic arithmetic_of(int type);
+Arithmetic selected_arithmetic(int type);
 
-// Bytes of a left side that stay in the second-level cache beside panels and sums.
-int64_t left_at_once();
+// Bytes of the left side that fit in the second-level cache in addition to panels and sums.
+int64_t left_cache_bytes();
 
-// body(op) with the Op that multiplies numbers of `type`, which is F32 or BF16.
+// Call body(op) with the Op that multiplies numbers of `type`, F32 or BF16.
 template <class Body>
 inline void with_op(int type, Body &&body) {
     if (type == F32) return body(OpF32());
 #ifdef DW_AMX
-    if (arithmetic_of(BF16) == TILES) return body(TilesBF16());
+    if (selected_arithmetic(BF16) == TILES) return body(TilesBF16());
 #endif
 #ifdef DW_BF16_DOT
-    if (arithmetic_of(BF16) == DOT) return body(OpBF16());
+    if (selected_arithmetic(BF16) == DOT) return body(OpBF16());
 #endif
     body(OpWide());
 }

@@ -1,4 +1,4 @@
-// bf16 numbers as they lie in memory: the upper halves of fp32 numbers.
+// bf16 numbers in memory: the upper halves of fp32 numbers.
 #pragma once
 #include <cstdint>
 #include <cstring>

@@ -1,15 +1,16 @@
-// A transformer's block in one call forward and one backward, made of the other exported kernels.
+// A transformer block in one call forward and one backward, composed of the other exported kernels.
 //
-//   x1 = x + output(attention(rotate(queries, keys), values))     all of norm(x)
-//   y  = x1 + down(f(gate) · up), or down(f(gate))                 of norm(x1), or of norm(x) where halves are parallel
+//  x1 = x + output(attention(rotate(queries, keys), values))     all of norm(x)
+//  y  = x1 + down(f(gate) · up), or down(f(gate))                 of norm(x1), or of norm(x) if halves are parallel
 //
-// with norms where the block has them: before a half, after its last layer, over the sum (HalfNorms), over heads.
-// It does what the caller's own composition of the single kernels does, in the same order, and gives the same bits. It
-// exists because some thirty calls a block and direction, each with its tensors, take as long as the kernels themselves
-// where rows are short. What the backward needs lies in one piece of memory, `kept`; what only this call needs in
-// another, `scratch`. Both are the caller's.
+// Optional norms: before a half, after its last layer, over the sum (HalfNorms), and over heads.
 //
-// Of picked rows alone: queries, the attention's output and all that follows; of all rows: keys and values.
+// The operations and their order equal those of the Python composition of the individual kernels, and results are
+// bitwise equal. For short rows, about thirty calls per block and direction, each with its tensors, would take as long
+// as the kernels. The caller provides `saved` for tensors that the backward needs, and `scratch` for temporary ones.
+//
+// With output rows, only these rows are computed for queries, attention outputs and everything after. Keys and values
+// are computed for all rows.
 #include "block.h"
 
 #include <algorithm>
@@ -24,101 +25,106 @@ using namespace deltaw;
 
 namespace {
 
-// What both directions are told beside the block itself.
-struct Call : Sizes {
+// Arguments of both directions in addition to the block.
+struct BlockCall : RowCounts {
     const BlockParts &b;
-    const int64_t *const places;  // (P) of picked rows, null where all are asked for
+    const int64_t *const output_positions;  // (P) positions of output rows, null for all rows
     const int64_t *const segments, count;
     const float *const cosine, *const sine;
 
-    Call(const BlockParts &b, int64_t T, const int64_t *places, int64_t picks, const int64_t *segments, int64_t count, const float *cosine,
+    BlockCall(const BlockParts &b, int64_t T, const int64_t *output_positions, int64_t output_count, const int64_t *segments, int64_t count,
+              const float *cosine,
          const float *sine)
-        : Sizes(T, places ? picks : 0), b(b), places(places), segments(segments), count(count), cosine(cosine), sine(sine) {
-        for (int64_t p = 0; places && p < picks; p++) require_in_bounds(places[p] >= 0 && places[p] < T && (p == 0 || places[p - 1] < places[p]));
+        : RowCounts(T, output_positions ? output_count : 0), b(b), output_positions(output_positions), segments(segments), count(count),
+          cosine(cosine), sine(sine) {
+        for (int64_t p = 0; output_positions && p < output_count; p++)
+            require_in_bounds(output_positions[p] >= 0 && output_positions[p] < T && (p == 0 || output_positions[p - 1] < output_positions[p]));
     }
     Rows hidden(void *data) const { return Rows{(char *)data, b.hidden() * b.number()}; }
 };
 
-// Where in a row of all heads the queries (part 0), keys (1) or values (2) of a head begin, in numbers.
-int64_t place_of(const BlockParts &b, int part, int64_t head) {
+// Offset, in numbers, of a head's queries (part 0), keys (1) or values (2) in a joint row.
+int64_t joint_offset(const BlockParts &b, int part, int64_t head) {
     const int64_t group = b.heads / b.key_heads;
     if (b.split == GROUPED) return (part == 0 ? head / group * (group + 2) + head % group : head * (group + 2) + group + part - 1) * b.head_size;
     return ((part > 0 ? b.heads : 0) + (part > 1 ? b.key_heads : 0) + head) * b.head_size;
 }
 
-enum Way { OUT, IN };
+enum CopyDirection { OUT, IN };
 
-// One token's queries, keys or values out of the row that holds all of them, or into it; without `alone`, zeros go in.
-void copy_heads(const BlockParts &b, int part, void *joint, void *alone, Way way) {
+// Copy one token's queries, keys or values from the joint row or into it. If `separate` is null, zeros are written.
+void copy_heads(const BlockParts &b, int part, void *joint, void *separate, CopyDirection direction) {
     const int64_t size = b.head_size * b.number();
     for (int64_t head = 0; head < (part == 0 ? b.heads : b.key_heads); head++) {
-        char *const in_joint = (char *)joint + place_of(b, part, head) * b.number(), *const by_itself = (char *)alone + head * size;
-        if (way == OUT) memcpy(by_itself, in_joint, size);
-        else if (alone) memcpy(in_joint, by_itself, size);
+        char *const in_joint = (char *)joint + joint_offset(b, part, head) * b.number(), *const separate_head = (char *)separate + head * size;
+        if (direction == OUT) memcpy(separate_head, in_joint, size);
+        else if (separate) memcpy(in_joint, separate_head, size);
         else memset(in_joint, 0, size);
     }
 }
 
-// The kernels of a block on some of its rows. A failure of one ends the block's call.
-struct SomeRows {
-    const Call &call;
+// Runs the kernels of a block on a subset of its rows. A failure of a kernel aborts the block's call.
+struct RowKernels {
+    const BlockCall &call;
     const BlockParts &b;
     const int64_t first, rows;
     uint8_t *const int8;
     float *const scales;
-    const void *int8_of = nullptr;  // which rows stand in `int8`, with which SmoothQuant scales and how many scales
+    const void *int8_source = nullptr;  // cache key of `int8`: rows, SmoothQuant scales, and whether scales are per block
     const float *int8_smooth = nullptr;
     int int8_in_blocks = 0;
 
-    SomeRows(const Call &call, const Work &work, int64_t first, int64_t rows)
+    RowKernels(const BlockCall &call, const ScratchTensors &work, int64_t first, int64_t rows)
         : call(call), b(call.b), first(first), rows(rows), int8((uint8_t *)work.int8[first]), scales((float *)work.scales[first]) {}
 
     int type() const { return (int)b.type; }
-    void written(const Rows &y) {
-        if (int8_of == y.data) int8_of = nullptr;
+    void invalidate(const Rows &y) {
+        if (int8_source == y.data) int8_source = nullptr;
     }
 
     void norm(const RowNorm &norm, const Rows &x, const Rows &y, const Rows &stats) { norm_parts(norm, 1, b.hidden(), x, y, stats); }
-    void norm_backward(const RowNorm &norm, const Rows &dy, const Rows &x, const Rows &stats, const Rows *added, const Rows &dx) {
-        norm_parts_backward(norm, 1, b.hidden(), dy, x, stats, added, dx);
+    void norm_backward(const RowNorm &norm, const Rows &dy, const Rows &x, const Rows &stats, const Rows *addend, const Rows &dx) {
+        norm_parts_backward(norm, 1, b.hidden(), dy, x, stats, addend, dx);
     }
-    // Of each of `parts` parts of a row.
+    // Apply the norm to each of `parts` parts of a row.
     void norm_parts(const RowNorm &norm, int64_t parts, int64_t D, const Rows &x, const Rows &y, const Rows &stats) {
         check(dw_norm(type(), rows * parts, D, x[first], D, norm.weight, norm.bias, norm.offset, norm.eps, (int)norm.centered, y[first],
                       (float *)stats[first]));
-        written(y);
+        invalidate(y);
     }
-    void norm_parts_backward(const RowNorm &norm, int64_t parts, int64_t D, const Rows &dy, const Rows &x, const Rows &stats, const Rows *added,
+    void norm_parts_backward(const RowNorm &norm, int64_t parts, int64_t D, const Rows &dy, const Rows &x, const Rows &stats, const Rows *addend,
                              const Rows &dx) {
         check(dw_norm_backward(type(), rows * parts, D, dy[first], x[first], D, norm.weight, norm.offset, (int)norm.centered, (float *)stats[first],
-                               added ? (*added)[first] : nullptr, dx[first]));
+                               addend ? (*addend)[first] : nullptr, dx[first]));
     }
-    // Rows that several layers take as int8 are rounded once.
-    void linear(const Layer &l, const Rows &x, const Rows *added, const Rows &y, const Rows &h) {
+    // Rows that are the int8 input of several layers are quantized once.
+    void linear(const Layer &l, const Rows &x, const Rows *addend, const Rows &y, const Rows &h) {
         const int in_blocks = (int)l.in_blocks;
-        const bool quantize = l.scale && !(int8_of == x.data && int8_smooth == l.smooth && int8_in_blocks == in_blocks);
-        if (quantize) int8_of = x.data, int8_smooth = l.smooth, int8_in_blocks = in_blocks;
+        const bool quantize = l.scale && !(int8_source == x.data && int8_smooth == l.smooth && int8_in_blocks == in_blocks);
+        if (quantize) int8_source = x.data, int8_smooth = l.smooth, int8_in_blocks = in_blocks;
         check(dw_linear(type(), rows, l.out, l.in, x[first], (int)l.weight_type, l.weight, (int)l.by_column, l.scale, l.smooth, l.bias,
-                        (int)l.bias_f32, l.A, l.B, l.rank, l.scaling, added ? (*added)[first] : nullptr, int8, scales, in_blocks, quantize, y[first],
+                        (int)l.bias_f32, l.A, l.B, l.rank, l.scaling, addend ? (*addend)[first] : nullptr, int8, scales, in_blocks, quantize,
+                            y[first],
                         h[first]));
-        written(y);
+        invalidate(y);
     }
-    // dx = the gradient of the input + added, where dx is wanted, and g, which the factors' own gradients need.
-    void linear_backward(const Layer &l, const Rows &grad, const Rows *added, const Rows *dx, const Rows &g) {
+    // dx = gradient of the input + addend, if dx is not null, and g for the gradients of the factors.
+    void linear_backward(const Layer &l, const Rows &grad, const Rows *addend, const Rows *dx, const Rows &g) {
         check(dw_linear_backward(type(), rows, l.out, l.in, grad[first], (int)l.weight_type, l.weight, (int)l.by_column, l.scale, l.smooth, l.A, l.B,
-                                 l.rank, l.scaling, added ? (*added)[first] : nullptr, b.rounds_gradient(l) ? int8 : nullptr, scales,
+                                 l.rank, l.scaling, addend ? (*addend)[first] : nullptr, b.has_int8_gradient(l) ? int8 : nullptr, scales,
                                  dx ? (*dx)[first] : nullptr, g[first]));
-        int8_of = nullptr;
+        int8_source = nullptr;
     }
     void rotate(int64_t heads, const Rows &x, const Rows &cosine, const Rows &sine, int backward) {
-        if (!b.turned) return;
+        if (!b.rotary_dims) return;
         const int64_t ld = x.stride / b.number();
-        check(dw_rotate(type(), rows, heads, b.head_size, b.turned, x[first], ld, (const float *)cosine[first], (const float *)sine[first], backward,
+        check(dw_rotate(type(), rows, heads, b.head_size, b.rotary_dims, x[first], ld, (const float *)cosine[first], (const float *)sine[first],
+                        backward,
                         x[first], ld));
     }
     void activation(const Rows &gate, const Rows &up, const Rows &y) {
         check(dw_activation(type(), (int)b.activation, rows, b.inner(), gate[first], b.gated ? up[first] : nullptr, y[first]));
-        written(y);
+        invalidate(y);
     }
     void activation_backward(const Rows &dy, const Rows &gate, const Rows &up, const Rows &d_gate, const Rows &d_up, const Rows &y) {
         check(dw_activation_backward(type(), (int)b.activation, rows, b.inner(), dy[first], gate[first], b.gated ? up[first] : nullptr, d_gate[first],
@@ -126,11 +132,11 @@ struct SomeRows {
     }
     void add(const Rows &a, const Rows &c, const Rows &y) {
         check(dw_add(type(), rows * b.hidden(), a[first], c[first], y[first]));
-        written(y);
+        invalidate(y);
     }
 
-    // y = the sum of the stream and the half's last layer, normed where the half says so.
-    void end(const Layer &l, const Rows &x, const Rows &h, const Rows &stream, const HalfNorms &norms, const End &end, const Rows &y) {
+    // y = sum of the residual stream and the half's last layer, with the half's norms.
+    void end(const Layer &l, const Rows &x, const Rows &h, const Rows &stream, const HalfNorms &norms, const HalfEndTensors &end, const Rows &y) {
         const Rows &total = norms.post.used ? end.total : y;
         if (norms.after.used) {
             linear(l, x, nullptr, end.branch, h);
@@ -139,284 +145,295 @@ struct SomeRows {
         } else linear(l, x, &stream, total, h);
         if (norms.post.used) norm(norms.post, total, y, end.stats_post);
     }
-    // From grad to of_stream and of_layer, which are grad itself where no norm stands between.
-    void end_backward(const Rows &grad, const HalfNorms &norms, const End &end, const Rows &of_stream, const Rows &of_layer) {
-        if (norms.post.used) norm_backward(norms.post, grad, end.total, end.stats_post, nullptr, of_stream);
-        if (norms.after.used) norm_backward(norms.after, of_stream, end.branch, end.stats_after, nullptr, of_layer);
+    // Split grad into stream_grad and layer_grad, which equal grad if there is no norm.
+    void end_backward(const Rows &grad, const HalfNorms &norms, const HalfEndTensors &end, const Rows &stream_grad, const Rows &layer_grad) {
+        if (norms.post.used) norm_backward(norms.post, grad, end.total, end.stats_post, nullptr, stream_grad);
+        if (norms.after.used) norm_backward(norms.after, stream_grad, end.branch, end.stats_after, nullptr, layer_grad);
     }
 
-    // These are picked rows: `width` bytes of each.
+    // Gather output rows: `width` bytes each.
     void gather(const Rows &from, const Rows &to, int64_t width) {
-        for (int64_t p = first; p < first + rows; p++) memcpy(to[p], from[call.places[p]], width);
-        written(to);
+        for (int64_t p = first; p < first + rows; p++) memcpy(to[p], from[call.output_positions[p]], width);
+        invalidate(to);
     }
-    // These are all rows: body(row, its place among the picked, or -1).
+    // Call body(row, index among the output rows or -1) for each of all rows.
     template <class Body>
-    void each(Body &&body) {
-        if (!call.picked) {
+    void for_each_row(Body &&body) {
+        if (!call.has_output_rows) {
             for (int64_t t = first; t < first + rows; t++) body(t, t);
             return;
         }
-        const int64_t *const stop = call.places + call.P, *next = std::lower_bound(call.places, stop, first);
+        const int64_t *const stop = call.output_positions + call.P, *next = std::lower_bound(call.output_positions, stop, first);
         for (int64_t t = first; t < first + rows; t++) {
-            const bool found = next < stop && *next == t;
-            body(t, found ? next - call.places : -1);
-            next += found;
+            const bool is_output = next < stop && *next == t;
+            body(t, is_output ? next - call.output_positions : -1);
+            next += is_output;
         }
     }
-    // Picked rows at their places, zeros elsewhere.
-    void spread(const Rows &from, const Rows &to) {
+    // Scatter output rows to their positions, zeros elsewhere.
+    void scatter(const Rows &from, const Rows &to) {
         const int64_t width = b.hidden() * b.number();
-        each([&](int64_t t, int64_t p) { p < 0 ? memset(to[t], 0, width) : memcpy(to[t], from[p], width); });
+        for_each_row([&](int64_t t, int64_t p) { p < 0 ? memset(to[t], 0, width) : memcpy(to[t], from[p], width); });
     }
 };
 
-// The layers whose factors need gradients, collected to be computed at once.
+// Collects layers whose factors need gradients, to compute them together.
 struct FactorGradients {
     const BlockParts &b;
-    FactorsBackward of[7];
+    FactorsBackward layers[7];
     int count = 0;
 
     explicit FactorGradients(const BlockParts &b) : b(b) {}
 
     void add(int64_t rows, const Layer &l, const Rows &x, const Rows &h, const Rows &grad, const Rows &g, float *const *into) {
-        if (into[0]) of[count++] = FactorsBackward{rows, l.in, l.out, l.rank, x, h, grad, g, l.scaling, into[0], into[1]};
+        if (into[0]) layers[count++] = FactorsBackward{rows, l.in, l.out, l.rank, x, h, grad, g, l.scaling, into[0], into[1]};
     }
     void compute() {
-        factors_backward((int)b.type, of, count);
+        factors_backward((int)b.type, layers, count);
         count = 0;
     }
 };
 
-// The tables of rotary positions for all rows, and for those that ask.
-struct Turns {
+// Tables of rotary positions for all rows and for the output rows.
+struct RotaryTables {
     Rows cosine, sine, cosine_p, sine_p;
 
-    Turns(const Call &call, const Work &work)
-        : cosine{(char *)call.cosine, call.b.turned * 4}, sine{(char *)call.sine, call.b.turned * 4}, cosine_p(call.picked ? work.cosine : cosine),
-          sine_p(call.picked ? work.sine : sine) {}
-    void gather(const Call &call, SomeRows &some) const {
-        if (call.b.turned) some.gather(cosine, cosine_p, cosine.stride), some.gather(sine, sine_p, sine.stride);
+    RotaryTables(const BlockCall &call, const ScratchTensors &work)
+        : cosine{(char *)call.cosine, call.b.rotary_dims * 4}, sine{(char *)call.sine, call.b.rotary_dims * 4},
+          cosine_p(call.has_output_rows ? work.cosine : cosine), sine_p(call.has_output_rows ? work.sine : sine) {}
+    void gather(const BlockCall &call, RowKernels &kernels) const {
+        if (call.b.rotary_dims) kernels.gather(cosine, cosine_p, cosine.stride), kernels.gather(sine, sine_p, sine.stride);
     }
 };
 
 int64_t ld(const BlockParts &b, const Rows &rows) { return rows.stride / b.number(); }
 
-// Queries of the rows that ask, keys and values of all rows.
-void heads_forward(const Call &call, const Rows &x, const Kept &kept, const Work &work) {
+// Compute queries of the output rows, and keys and values of all rows.
+void heads_forward(const BlockCall &call, const Rows &x, const SavedTensors &saved, const ScratchTensors &work) {
     const BlockParts &b = call.b;
     const bool normed = b.first.before.used;
-    const Rows &n = normed ? work.n : x, &joint = call.views(b) ? kept.joint : work.joint;
-    const Turns turns(call, work);
-    auto finish_queries = [&](SomeRows &some) {
-        if (b.of_query.used) some.norm_parts(b.of_query, b.heads, b.head_size, kept.raw_q, kept.q, kept.stats_q);
-        some.rotate(b.heads, kept.q, turns.cosine_p, turns.sine_p, 0);
+    const Rows &n = normed ? work.n : x, &joint = call.uses_views(b) ? saved.joint : work.joint;
+    const RotaryTables rotary(call, work);
+    auto finish_queries = [&](RowKernels &kernels) {
+        if (b.query_norm.used) kernels.norm_parts(b.query_norm, b.heads, b.head_size, saved.raw_q, saved.q, saved.stats_q);
+        kernels.rotate(b.heads, saved.q, rotary.cosine_p, rotary.sine_p, 0);
     };
-    rows_apart(call.T, [&](int64_t first, int64_t rows) {
-        SomeRows some(call, work, first, rows);
-        if (normed) some.norm(b.first.before, x, work.n, kept.stats);
-        if (b.split == APART) {
-            some.linear(b.key, n, nullptr, kept.raw_k, kept.h_key);
-            some.linear(b.value, n, nullptr, kept.v, kept.h_value);
-            if (!call.picked) some.linear(b.query, n, nullptr, kept.raw_q, kept.h_query);
+    for_each_row_range(call.T, [&](int64_t first, int64_t rows) {
+        RowKernels kernels(call, work, first, rows);
+        if (normed) kernels.norm(b.first.before, x, work.n, saved.stats);
+        if (b.split == SEPARATE) {
+            kernels.linear(b.key, n, nullptr, saved.raw_k, saved.h_key);
+            kernels.linear(b.value, n, nullptr, saved.v, saved.h_value);
+            if (!call.has_output_rows) kernels.linear(b.query, n, nullptr, saved.raw_q, saved.h_query);
         } else {
-            some.linear(b.query, n, nullptr, joint, kept.h_query);
-            if (!call.views(b))
-                some.each([&](int64_t t, int64_t p) {
-                    if (p >= 0) copy_heads(b, 0, joint[t], kept.raw_q[p], OUT);
-                    copy_heads(b, 1, joint[t], kept.raw_k[t], OUT), copy_heads(b, 2, joint[t], kept.v[t], OUT);
+            kernels.linear(b.query, n, nullptr, joint, saved.h_query);
+            if (!call.uses_views(b))
+                kernels.for_each_row([&](int64_t t, int64_t p) {
+                    if (p >= 0) copy_heads(b, 0, joint[t], saved.raw_q[p], OUT);
+                    copy_heads(b, 1, joint[t], saved.raw_k[t], OUT), copy_heads(b, 2, joint[t], saved.v[t], OUT);
                 });
         }
-        if (b.of_key.used) some.norm_parts(b.of_key, b.key_heads, b.head_size, kept.raw_k, kept.k, kept.stats_k);
-        some.rotate(b.key_heads, kept.k, turns.cosine, turns.sine, 0);
-        if (!call.picked) finish_queries(some);
+        if (b.key_norm.used) kernels.norm_parts(b.key_norm, b.key_heads, b.head_size, saved.raw_k, saved.k, saved.stats_k);
+        kernels.rotate(b.key_heads, saved.k, rotary.cosine, rotary.sine, 0);
+        if (!call.has_output_rows) finish_queries(kernels);
     });
-    if (!call.picked) return;
-    rows_apart(call.P, [&](int64_t first, int64_t rows) {
-        SomeRows some(call, work, first, rows);
-        turns.gather(call, some);
-        if (b.split == APART) {
-            some.gather(n, work.n_p, n.stride);
-            some.linear(b.query, work.n_p, nullptr, kept.raw_q, kept.h_query);
+    if (!call.has_output_rows) return;
+    for_each_row_range(call.P, [&](int64_t first, int64_t rows) {
+        RowKernels kernels(call, work, first, rows);
+        rotary.gather(call, kernels);
+        if (b.split == SEPARATE) {
+            kernels.gather(n, work.n_p, n.stride);
+            kernels.linear(b.query, work.n_p, nullptr, saved.raw_q, saved.h_query);
         }
-        finish_queries(some);
+        finish_queries(kernels);
     });
 }
 
-void forward(const Call &call, const Rows &x, const Kept &kept, const Work &work, const Rows &y) {
+void forward(const BlockCall &call, const Rows &x, const SavedTensors &saved, const ScratchTensors &work, const Rows &y) {
     const BlockParts &b = call.b;
-    heads_forward(call, x, kept, work);
-    const int64_t d = b.head_size, strides[8] = {ld(b, kept.q), d, ld(b, kept.k), d, ld(b, kept.v), d, ld(b, kept.out), d};
+    heads_forward(call, x, saved, work);
+    const int64_t d = b.head_size, strides[8] = {ld(b, saved.q), d, ld(b, saved.k), d, ld(b, saved.v), d, ld(b, saved.out), d};
     check(dw_attention((int)b.type, call.segments, call.count, call.T, b.window, (int)b.causal, b.heads, b.key_heads, d, d, b.scaling, b.softcap,
-                       call.places, call.P, kept.q, kept.k, kept.v, kept.out, strides, (float *)kept.logs[0]));
-    const Rows &stream = call.picked ? work.x_p : x, &x1 = b.parallel ? y : kept.x1, &read = b.parallel ? stream : x1;
+                       call.output_positions, call.P, saved.q, saved.k, saved.v, saved.out, strides, (float *)saved.logs[0]));
+    const Rows &stream = call.has_output_rows ? work.x_p : x, &x1 = b.parallel ? y : saved.x1, &read = b.parallel ? stream : x1;
     const Rows &n = b.second.before.used ? work.n : read;
-    rows_apart(call.P, [&](int64_t first, int64_t rows) {
-        SomeRows some(call, work, first, rows);
-        if (call.picked) some.gather(x, work.x_p, x.stride);
-        some.end(b.output, kept.out, kept.h_output, stream, b.first, kept.end, x1);
-        if (b.second.before.used) some.norm(b.second.before, read, work.n, kept.stats1);
-        some.linear(b.gate, n, nullptr, b.gate_gives_up() ? work.gate_joint : kept.gate, kept.h_gate);
-        if (b.gate_gives_up())
+    for_each_row_range(call.P, [&](int64_t first, int64_t rows) {
+        RowKernels kernels(call, work, first, rows);
+        if (call.has_output_rows) kernels.gather(x, work.x_p, x.stride);
+        kernels.end(b.output, saved.out, saved.h_output, stream, b.first, saved.end, x1);
+        if (b.second.before.used) kernels.norm(b.second.before, read, work.n, saved.stats1);
+        kernels.linear(b.gate, n, nullptr, b.gate_has_up() ? work.gate_joint : saved.gate, saved.h_gate);
+        if (b.gate_has_up())
             for (int64_t t = first; t < first + rows; t++) {
-                memcpy(kept.gate[t], work.gate_joint[t], kept.gate.stride);
-                memcpy(kept.up[t], (char *)work.gate_joint[t] + kept.gate.stride, kept.up.stride);
+                memcpy(saved.gate[t], work.gate_joint[t], saved.gate.stride);
+                memcpy(saved.up[t], (char *)work.gate_joint[t] + saved.gate.stride, saved.up.stride);
             }
-        else if (b.gated) some.linear(b.up, n, nullptr, kept.up, kept.h_up);
-        some.activation(kept.gate, kept.up, work.inner);
-        some.end(b.down, work.inner, kept.h_down, x1, b.second, kept.end1, y);
+        else if (b.gated) kernels.linear(b.up, n, nullptr, saved.up, saved.h_up);
+        kernels.activation(saved.gate, saved.up, work.inner);
+        kernels.end(b.down, work.inner, saved.h_down, x1, b.second, saved.second_end, y);
     });
 }
 
-// From grad to work.d_x1, the gradient of what the half reads (unless that is parallel and nobody wants it); it holds that
-// of the stream too, unless halves are parallel. Returns the gradient of the stream. factors: of gate, up and down.
-Rows second_half_backward(const Call &call, const Rows &x, const Kept &kept, const Work &work, const Rows &grad, bool need_x, float *const *factors) {
+// Compute work.d_x1 from grad: the gradient of the half's input, including that of the residual stream unless halves
+// are parallel. It is skipped if halves are parallel and dx is not required. Returns the gradient of the residual
+// stream. factors: of gate, up and down.
+Rows second_half_backward(const BlockCall &call, const Rows &x, const SavedTensors &saved, const ScratchTensors &work, const Rows &grad,
+                          bool need_x, float *const *factors) {
     const BlockParts &b = call.b;
-    float *const *const of_gate = factors, *const *const of_up = factors + 2, *const *const of_down = factors + 4;
-    const bool normed = b.second.before.used, wanted = need_x || !b.parallel, joint = b.gate_gives_up();
-    const Rows &read = !b.parallel ? kept.x1 : call.picked ? work.x_p : x, &n = normed ? work.n : read;
-    const Rows of_stream = b.second.post.used ? work.d_sum : grad, of_down_layer = b.second.after.used ? work.d_branch : of_stream;
-    const Rows *const added = b.parallel ? nullptr : &of_stream, *const begun = normed ? nullptr : added;
-    const Rows *const d_n = wanted ? &work.d_x1 : nullptr;  // before its norm, in the place of what is behind it
+    float *const *const gate_grads = factors, *const *const up_grads = factors + 2, *const *const down_grads = factors + 4;
+    const bool normed = b.second.before.used, need_input_grad = need_x || !b.parallel, joint = b.gate_has_up();
+    const Rows &read = !b.parallel ? saved.x1 : call.has_output_rows ? work.x_p : x, &n = normed ? work.n : read;
+    const Rows stream_grad = b.second.post.used ? work.d_sum : grad, down_output_grad = b.second.after.used ? work.d_branch : stream_grad;
+    const Rows *const addend = b.parallel ? nullptr : &stream_grad, *const initial_addend = normed ? nullptr : addend;
+    const Rows *const d_n = need_input_grad ? &work.d_x1 : nullptr;  // gradient before the norm, shares memory with the gradient after it
     const Rows &d_gate = joint ? work.gate_joint : work.d_gate;
-    rows_apart(call.P, [&](int64_t first, int64_t rows) {
-        SomeRows some(call, work, first, rows);
-        some.end_backward(grad, b.second, kept.end1, of_stream, of_down_layer);
-        some.linear_backward(b.down, of_down_layer, nullptr, &work.d_gate, work.g_down);
-        some.activation_backward(work.d_gate, kept.gate, kept.up, work.d_gate, work.d_up, work.inner);
-        if (b.parallel && call.picked) some.gather(x, work.x_p, x.stride);
-        if (normed && (of_gate[0] || of_up[0])) some.norm(b.second.before, read, work.n, kept.stats1);
+    for_each_row_range(call.P, [&](int64_t first, int64_t rows) {
+        RowKernels kernels(call, work, first, rows);
+        kernels.end_backward(grad, b.second, saved.second_end, stream_grad, down_output_grad);
+        kernels.linear_backward(b.down, down_output_grad, nullptr, &work.d_gate, work.g_down);
+        kernels.activation_backward(work.d_gate, saved.gate, saved.up, work.d_gate, work.d_up, work.inner);
+        if (b.parallel && call.has_output_rows) kernels.gather(x, work.x_p, x.stride);
+        if (normed && (gate_grads[0] || up_grads[0])) kernels.norm(b.second.before, read, work.n, saved.stats1);
         for (int64_t t = first; joint && t < first + rows; t++) {
             memcpy(work.gate_joint[t], work.d_gate[t], work.d_gate.stride);
             memcpy((char *)work.gate_joint[t] + work.d_gate.stride, work.d_up[t], work.d_up.stride);
         }
-        some.linear_backward(b.gate, d_gate, begun, d_n, work.g_gate);
-        if (b.gated && !joint) some.linear_backward(b.up, work.d_up, d_n, d_n, work.g_up);
-        if (normed && wanted) some.norm_backward(b.second.before, work.d_x1, read, kept.stats1, added, work.d_x1);
+        kernels.linear_backward(b.gate, d_gate, initial_addend, d_n, work.g_gate);
+        if (b.gated && !joint) kernels.linear_backward(b.up, work.d_up, d_n, d_n, work.g_up);
+        if (normed && need_input_grad) kernels.norm_backward(b.second.before, work.d_x1, read, saved.stats1, addend, work.d_x1);
     });
     FactorGradients gradients(b);
-    gradients.add(call.P, b.down, work.inner, kept.h_down, of_down_layer, work.g_down, of_down);
-    gradients.add(call.P, b.gate, n, kept.h_gate, d_gate, work.g_gate, of_gate);
-    if (b.gated && !joint) gradients.add(call.P, b.up, n, kept.h_up, work.d_up, work.g_up, of_up);
+    gradients.add(call.P, b.down, work.inner, saved.h_down, down_output_grad, work.g_down, down_grads);
+    gradients.add(call.P, b.gate, n, saved.h_gate, d_gate, work.g_gate, gate_grads);
+    if (b.gated && !joint) gradients.add(call.P, b.up, n, saved.h_up, work.d_up, work.g_up, up_grads);
     gradients.compute();
-    return of_stream;
+    return stream_grad;
 }
 
-// From the gradient of attention's outputs, work.d_out, to those of turned queries and keys, and of values.
-void attention_backward(const Call &call, const Kept &kept, const Work &work) {
+// Compute the gradients of rotated queries and keys and of values from work.d_out, the gradient of attention's outputs.
+void attention_backward(const BlockCall &call, const SavedTensors &saved, const ScratchTensors &work) {
     const BlockParts &b = call.b;
     const int64_t d = b.head_size;
-    const int64_t strides[16] = {ld(b, kept.q),     d, ld(b, kept.k),   d, ld(b, kept.v),   d, ld(b, kept.out), d,
+    const int64_t strides[16] = {ld(b, saved.q),     d, ld(b, saved.k),   d, ld(b, saved.v),   d, ld(b, saved.out), d,
                                  ld(b, work.d_out), d, ld(b, work.d_q), d, ld(b, work.d_k), d, ld(b, work.d_v), d};
     check(dw_attention_backward((int)b.type, call.segments, call.count, call.T, b.window, (int)b.causal, b.heads, b.key_heads, d, d, b.scaling,
-                                b.softcap, call.places, call.P, kept.q, kept.k, kept.v, kept.out, work.d_out, work.d_q, work.d_k, work.d_v, strides,
-                                (float *)kept.logs[0]));
+                                b.softcap, call.output_positions, call.P, saved.q, saved.k, saved.v, saved.out, work.d_out, work.d_q, work.d_k,
+                                    work.d_v, strides,
+                                (float *)saved.logs[0]));
 }
 
-// From grad, of the half's outputs, to dx, or where that is null to the factors alone: of query, key, value and output.
-void first_half_backward(const Call &call, const Rows &x, const Kept &kept, const Work &work, const Rows &grad, const Rows *dx, float *const *factors) {
+// Compute dx from grad, the gradient of the half's outputs. If dx is null, only the gradients of the factors of query,
+// key, value and output are computed.
+void first_half_backward(const BlockCall &call, const Rows &x, const SavedTensors &saved, const ScratchTensors &work, const Rows &grad,
+                         const Rows *dx, float *const *factors) {
     const BlockParts &b = call.b;
-    float *const *const of_query = factors, *const *const of_key = factors + 2, *const *const of_value = factors + 4, *const *const of_output = factors + 6;
-    const bool normed = b.first.before.used, apart = b.split == APART;
+    float *const *const query_grads = factors, *const *const key_grads = factors + 2, *const *const value_grads = factors + 4,
+        *const *const output_grads = factors + 6;
+    const bool normed = b.first.before.used, is_separate = b.split == SEPARATE;
     const Rows &n = normed ? work.n : x;
-    const Rows of_stream = b.first.post.used ? work.d_sum : grad, of_output_layer = b.first.after.used ? work.d_branch : of_stream;
-    const Rows &of_x = call.picked ? work.above : of_stream;  // the stream's share of dx
-    const Rows *const begun = dx && !normed ? &of_x : nullptr;
-    const Turns turns(call, work);
-    rows_apart(call.P, [&](int64_t first, int64_t rows) {
-        SomeRows some(call, work, first, rows);
-        some.end_backward(grad, b.first, kept.end, of_stream, of_output_layer);
-        some.linear_backward(b.output, of_output_layer, nullptr, &work.d_out, work.g_output);
+    const Rows stream_grad = b.first.post.used ? work.d_sum : grad, output_layer_grad = b.first.after.used ? work.d_branch : stream_grad;
+    const Rows &residual_grad = call.has_output_rows ? work.above : stream_grad;  // contribution of the residual stream to dx
+    const Rows *const initial_addend = dx && !normed ? &residual_grad : nullptr;
+    const RotaryTables rotary(call, work);
+    for_each_row_range(call.P, [&](int64_t first, int64_t rows) {
+        RowKernels kernels(call, work, first, rows);
+        kernels.end_backward(grad, b.first, saved.end, stream_grad, output_layer_grad);
+        kernels.linear_backward(b.output, output_layer_grad, nullptr, &work.d_out, work.g_output);
     });
-    attention_backward(call, kept, work);
-    auto queries = [&](SomeRows &some) {
-        some.rotate(b.heads, work.d_q, turns.cosine_p, turns.sine_p, 1);
-        if (b.of_query.used) some.norm_parts_backward(b.of_query, b.heads, b.head_size, work.d_q, kept.raw_q, kept.stats_q, nullptr, work.d_q);
+    attention_backward(call, saved, work);
+    auto queries = [&](RowKernels &kernels) {
+        kernels.rotate(b.heads, work.d_q, rotary.cosine_p, rotary.sine_p, 1);
+        if (b.query_norm.used) kernels.norm_parts_backward(b.query_norm, b.heads, b.head_size, work.d_q, saved.raw_q, saved.stats_q, nullptr,
+                                                           work.d_q);
     };
-    if (call.picked)
-        rows_apart(call.P, [&](int64_t first, int64_t rows) {
-            SomeRows some(call, work, first, rows);
-            turns.gather(call, some);
-            queries(some);
-            if (apart) some.linear_backward(b.query, work.d_q, nullptr, dx ? &work.d_n_p : nullptr, work.g_query);
+    if (call.has_output_rows)
+        for_each_row_range(call.P, [&](int64_t first, int64_t rows) {
+            RowKernels kernels(call, work, first, rows);
+            rotary.gather(call, kernels);
+            queries(kernels);
+            if (is_separate) kernels.linear_backward(b.query, work.d_q, nullptr, dx ? &work.d_n_p : nullptr, work.g_query);
         });
-    rows_apart(call.T, [&](int64_t first, int64_t rows) {
-        SomeRows some(call, work, first, rows);
-        if (!call.picked) queries(some);
-        some.rotate(b.key_heads, work.d_k, turns.cosine, turns.sine, 1);
-        if (b.of_key.used) some.norm_parts_backward(b.of_key, b.key_heads, b.head_size, work.d_k, kept.raw_k, kept.stats_k, nullptr, work.d_k);
-        if (normed && (of_query[0] || of_key[0] || of_value[0])) some.norm(b.first.before, x, work.n, kept.stats);
-        if (dx && call.picked) some.spread(of_stream, work.above);
-        if (apart) {
-            if (!call.picked) some.linear_backward(b.query, work.d_q, begun, dx, work.g_query);
+    for_each_row_range(call.T, [&](int64_t first, int64_t rows) {
+        RowKernels kernels(call, work, first, rows);
+        if (!call.has_output_rows) queries(kernels);
+        kernels.rotate(b.key_heads, work.d_k, rotary.cosine, rotary.sine, 1);
+        if (b.key_norm.used) kernels.norm_parts_backward(b.key_norm, b.key_heads, b.head_size, work.d_k, saved.raw_k, saved.stats_k, nullptr,
+                                                         work.d_k);
+        if (normed && (query_grads[0] || key_grads[0] || value_grads[0])) kernels.norm(b.first.before, x, work.n, saved.stats);
+        if (dx && call.has_output_rows) kernels.scatter(stream_grad, work.above);
+        if (is_separate) {
+            if (!call.has_output_rows) kernels.linear_backward(b.query, work.d_q, initial_addend, dx, work.g_query);
             else if (dx) {
-                some.spread(work.d_n_p, *dx);
-                if (begun) some.add(*dx, *begun, *dx);
+                kernels.scatter(work.d_n_p, *dx);
+                if (initial_addend) kernels.add(*dx, *initial_addend, *dx);
             }
-            some.linear_backward(b.key, work.d_k, dx, dx, work.g_key);
-            some.linear_backward(b.value, work.d_v, dx, dx, work.g_value);
+            kernels.linear_backward(b.key, work.d_k, dx, dx, work.g_key);
+            kernels.linear_backward(b.value, work.d_v, dx, dx, work.g_value);
         } else {
-            if (!call.views(b))
-                some.each([&](int64_t t, int64_t p) {
+            if (!call.uses_views(b))
+                kernels.for_each_row([&](int64_t t, int64_t p) {
                     copy_heads(b, 0, work.joint[t], p < 0 ? nullptr : work.d_q[p], IN);
                     copy_heads(b, 1, work.joint[t], work.d_k[t], IN), copy_heads(b, 2, work.joint[t], work.d_v[t], IN);
                 });
-            some.linear_backward(b.query, work.joint, begun, dx, work.g_query);
+            kernels.linear_backward(b.query, work.joint, initial_addend, dx, work.g_query);
         }
         if (!dx) return;
-        if (normed) some.norm_backward(b.first.before, *dx, x, kept.stats, &of_x, *dx);
+        if (normed) kernels.norm_backward(b.first.before, *dx, x, saved.stats, &residual_grad, *dx);
         if (!b.parallel) return;
-        if (call.picked) some.spread(work.d_x1, work.above);
-        some.add(*dx, call.picked ? work.above : work.d_x1, *dx);
+        if (call.has_output_rows) kernels.scatter(work.d_x1, work.above);
+        kernels.add(*dx, call.has_output_rows ? work.above : work.d_x1, *dx);
     });
-    if (call.picked && apart && of_query[0])
-        rows_apart(call.P, [&](int64_t first, int64_t rows) { SomeRows(call, work, first, rows).gather(n, work.n_p, n.stride); });
+    if (call.has_output_rows && is_separate && query_grads[0])
+        for_each_row_range(call.P, [&](int64_t first, int64_t rows) { RowKernels(call, work, first, rows).gather(n, work.n_p, n.stride); });
     FactorGradients gradients(b);
-    const bool gathered = call.picked && apart;
-    gradients.add(gathered ? call.P : call.T, b.query, gathered ? work.n_p : n, kept.h_query, apart ? work.d_q : work.joint, work.g_query, of_query);
-    if (apart) gradients.add(call.T, b.key, n, kept.h_key, work.d_k, work.g_key, of_key);
-    if (apart) gradients.add(call.T, b.value, n, kept.h_value, work.d_v, work.g_value, of_value);
-    gradients.add(call.P, b.output, kept.out, kept.h_output, of_output_layer, work.g_output, of_output);
+    const bool gathered = call.has_output_rows && is_separate;
+    gradients.add(gathered ? call.P : call.T, b.query, gathered ? work.n_p : n, saved.h_query, is_separate ? work.d_q : work.joint, work.g_query,
+                  query_grads);
+    if (is_separate) gradients.add(call.T, b.key, n, saved.h_key, work.d_k, work.g_key, key_grads);
+    if (is_separate) gradients.add(call.T, b.value, n, saved.h_value, work.d_v, work.g_value, value_grads);
+    gradients.add(call.P, b.output, saved.out, saved.h_output, output_layer_grad, work.g_output, output_grads);
     gradients.compute();
 }
 
 }  // namespace
 
-// Bytes of `kept`, of the forward's scratch and of the backward's, for T tokens, of which `picks` are asked for (0: all).
-int dw_block_sizes(const BlockParts *block, int64_t T, int64_t picks, int64_t *sizes) {
+// Write the sizes in bytes of `saved`, the forward's scratch and the backward's scratch, for T tokens with
+// `output_count` output rows (0: all).
+int dw_block_sizes(const BlockParts *block, int64_t T, int64_t output_count, int64_t *sizes) {
     return guarded([&] {
-        const Sizes of(T, picks);
-        Room kept(nullptr), forward(nullptr), backward(nullptr);
-        Kept(*block, of, kept), Work(*block, of, false, forward), Work(*block, of, true, backward);
-        sizes[0] = kept.most, sizes[1] = forward.most, sizes[2] = backward.most;
+        const RowCounts counts(T, output_count);
+        BufferAllocator saved(nullptr), forward(nullptr), backward(nullptr);
+        SavedTensors(*block, counts, saved), ScratchTensors(*block, counts, false, forward), ScratchTensors(*block, counts, true, backward);
+        sizes[0] = saved.peak, sizes[1] = forward.peak, sizes[2] = backward.peak;
     });
 }
 
-// in (T, hidden); segments (4, count), see Segments; picked (picks), ascending, the rows whose outputs are asked for, or
-// null for all; cosine, sine (T, turned) in fp32; out (picks or T, hidden).
-int dw_block(const BlockParts *block, int64_t T, void *in, const int64_t *segments, int64_t count, const int64_t *picked, int64_t picks,
-             const float *cosine, const float *sine, void *kept_memory, void *scratch_memory, void *out) {
+// in (T, hidden); segments (4, count), see Segments; output_rows (output_count), ascending, or null for all; cosine,
+// sine (T, rotary_dims) in fp32; out (output_count or T, hidden).
+int dw_block(const BlockParts *block, int64_t T, void *in, const int64_t *segments, int64_t count, const int64_t *output_rows, int64_t output_count,
+             const float *cosine, const float *sine, void *saved_memory, void *scratch_memory, void *out) {
     return guarded([&] {
-        const Call call(*block, T, picked, picks, segments, count, cosine, sine);
-        Room kept_room(kept_memory), scratch_room(scratch_memory);
-        const Kept kept(*block, call, kept_room);
-        const Work work(*block, call, false, scratch_room);
-        forward(call, call.hidden(in), kept, work, call.hidden(out));
+        const BlockCall call(*block, T, output_rows, output_count, segments, count, cosine, sine);
+        BufferAllocator saved_allocator(saved_memory), scratch_allocator(scratch_memory);
+        const SavedTensors saved(*block, call, saved_allocator);
+        const ScratchTensors work(*block, call, false, scratch_allocator);
+        forward(call, call.hidden(in), saved, work, call.hidden(out));
     });
 }
 
-// grad (picks or T, hidden); dx (T, hidden), or null where nobody wants it. factors: where ∂L/∂A and ∂L/∂B of query, key,
-// value, output, gate, up and down go, null for a layer that wants none.
-int dw_block_backward(const BlockParts *block, int64_t T, void *in, const int64_t *segments, int64_t count, const int64_t *picked, int64_t picks,
-                      const float *cosine, const float *sine, void *kept_memory, void *scratch_memory, void *grad_memory, void *dx_memory,
+// grad (output_count or T, hidden); dx (T, hidden), or null to skip it. factors: destinations of ∂L/∂A and ∂L/∂B of
+// query, key, value, output, gate, up and down, null to skip a layer.
+int dw_block_backward(const BlockParts *block, int64_t T, void *in, const int64_t *segments, int64_t count, const int64_t *output_rows,
+                      int64_t output_count,
+                      const float *cosine, const float *sine, void *saved_memory, void *scratch_memory, void *grad_memory, void *dx_memory,
                       float *const *factors) {
     return guarded([&] {
-        const Call call(*block, T, picked, picks, segments, count, cosine, sine);
-        Room kept_room(kept_memory), scratch_room(scratch_memory);
-        const Kept kept(*block, call, kept_room);
-        const Work work(*block, call, true, scratch_room);
+        const BlockCall call(*block, T, output_rows, output_count, segments, count, cosine, sine);
+        BufferAllocator saved_allocator(saved_memory), scratch_allocator(scratch_memory);
+        const SavedTensors saved(*block, call, saved_allocator);
+        const ScratchTensors work(*block, call, true, scratch_allocator);
         const Rows x = call.hidden(in), grad = call.hidden(grad_memory), dx = call.hidden(dx_memory);
-        const Rows of_stream = second_half_backward(call, x, kept, work, grad, dx_memory != nullptr, factors + 8);
-        first_half_backward(call, x, kept, work, block->parallel ? of_stream : work.d_x1, dx_memory ? &dx : nullptr, factors);
+        const Rows stream_grad = second_half_backward(call, x, saved, work, grad, dx_memory != nullptr, factors + 8);
+        first_half_backward(call, x, saved, work, block->parallel ? stream_grad : work.d_x1, dx_memory ? &dx : nullptr, factors);
     });
 }

@@ -1,8 +1,8 @@
-// A transformer's block as the caller describes it; kernels/structs.py mirrors these structs, see dw_layout_of.
+// Description of a transformer block by the caller. kernels/structs.py mirrors these structs; see dw_struct_layout.
 #pragma once
 #include <cstdint>
 
-struct Layer {  // y (M, out) = x·Wᵀ + bias + scaling·(x·A)·B; see dw_linear. Without a weight there is no such layer.
+struct Layer {  // y (M, out) = x·Wᵀ + bias + scaling·(x·A)·B; see dw_linear. The layer is absent if weight is null.
     const void *weight;
     const float *scale, *smooth;
     const void *bias;
@@ -11,38 +11,38 @@ struct Layer {  // y (M, out) = x·Wᵀ + bias + scaling·(x·A)·B; see dw_line
     float scaling;
 };
 
-struct RowNorm {  // see dw_norm; where not `used`, there is no such norm
+struct RowNorm {  // see dw_norm; the norm is absent if `used` is 0
     const void *weight, *bias;
     float eps, offset;
     int64_t centered, used;
 };
 
-struct HalfNorms {  // before a half's first layers, after its last one, and over the sum with the residual stream
+struct HalfNorms {  // before the half's first layers, after its last layer, and over the sum with the residual stream
     RowNorm before, after, post;
 };
 
-// How queries, keys and values lie in the outputs of the layers that give them: each of its own layer; or all of `query`'s
-// layer, first all queries, then all keys, then all values, or for each key head its queries, its key and its value.
-enum Split { APART = 0, STACKED = 1, GROUPED = 2 };
+// Order of queries, keys and values in the outputs of their layers. SEPARATE: one layer each. STACKED: one layer with
+// all queries, then all keys, then all values. GROUPED: one layer with the queries, key and value of each key head.
+enum Split { SEPARATE = 0, STACKED = 1, GROUPED = 2 };
 
 struct BlockParts {
-    int64_t type, heads, key_heads, head_size, activation, window, turned;
-    int64_t causal, split, gated, parallel;  // gated without `up`: the gate's layer gives gates and then ups
-    int64_t int8_gradients;                  // bf16 weights are rounded to int8 in the backward, see dw_linear_backward
+    int64_t type, heads, key_heads, head_size, activation, window, rotary_dims;
+    int64_t causal, split, gated, parallel;  // if gated and `up` is absent, the gate's layer computes gates, then ups
+    int64_t int8_gradients;  // quantize bf16 weights to int8 in the backward; see dw_linear_backward
     float scaling, softcap;
     HalfNorms first, second;
-    RowNorm of_query, of_key;  // over each head
+    RowNorm query_norm, key_norm;  // over each head
     Layer query, key, value, output, gate, up, down;
 
     int64_t hidden() const { return query.in; }
-    int64_t wide() const { return heads * head_size; }
-    int64_t narrow() const { return key_heads * head_size; }
+    int64_t query_size() const { return heads * head_size; }
+    int64_t key_size() const { return key_heads * head_size; }
     int64_t inner() const { return down.in; }
     int64_t number() const { return type == 0 ? 4 : 2; }  // bytes
-    bool gate_gives_up() const { return gated && !up.weight; }
-    // Whether a layer's gradient is rounded to int8; groups of four numbers are multiplied at a time.
-    bool rounds_gradient(const Layer &l) const {
+    bool gate_has_up() const { return gated && !up.weight; }
+    // True if the gradient of a layer's input is computed in int8. Sizes must be multiples of four.
+    bool has_int8_gradient(const Layer &l) const {
         return l.scale || (int8_gradients && type == 1 && l.weight_type == 1 && l.in % 4 == 0 && l.out % 4 == 0);
     }
-    bool head_norms() const { return of_query.used || of_key.used; }
+    bool head_norms() const { return query_norm.used || key_norm.used; }
 };

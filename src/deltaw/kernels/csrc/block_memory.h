@@ -1,4 +1,4 @@
-// What a block's call keeps for its backward, what it needs beside, and where in one piece of memory each lies.
+// Layout of the memory of a block's call: tensors saved for the backward, and scratch tensors.
 #pragma once
 #include <algorithm>
 
@@ -7,142 +7,144 @@
 
 namespace deltaw {
 
-// Rows in memory, all as far apart.
+// Rows in memory with a constant stride.
 struct Rows {
     char *data = nullptr;
-    int64_t stride = 0;  // bytes
+    int64_t stride = 0;  // in bytes
 
     void *operator[](int64_t row) const { return data + row * stride; }
     operator void *() const { return data; }
-    // The same rows from a byte of theirs on.
-    Rows from(int64_t byte) const { return Rows{data + byte, stride}; }
+    // The same rows, starting at a byte offset within each row.
+    Rows at_byte(int64_t byte) const { return Rows{data + byte, stride}; }
 };
 
-// Memory given out piece by piece; without any, it is only counted.
-struct Room {
+// Assigns consecutive parts of a buffer. Without a buffer it only counts bytes.
+struct BufferAllocator {
     char *base;
-    int64_t used = 0, most = 0;
+    int64_t used = 0, peak = 0;
 
-    explicit Room(void *base) : base((char *)base) {}
+    explicit BufferAllocator(void *base) : base((char *)base) {}
     Rows take(int64_t rows, int64_t stride) {
         char *const at = base ? base + used : nullptr;
         used += (rows * stride + 63) / 64 * 64;
-        most = std::max(most, used);
+        peak = std::max(peak, used);
         return Rows{at, stride};
     }
 };
 
-// The rows of a call: all T, and the P of them whose outputs are asked for.
-struct Sizes {
+// Row counts of a call: T rows, P of which have outputs.
+struct RowCounts {
     const int64_t T, P;
-    const bool picked;
+    const bool has_output_rows;
 
-    Sizes(int64_t T, int64_t picks) : T(T), P(picks ? picks : T), picked(picks > 0) {}
-    // Whether queries, keys and values stay where one layer wrote them.
-    bool views(const BlockParts &b) const { return b.split == STACKED && !b.head_norms() && !picked; }
+    RowCounts(int64_t T, int64_t output_count) : T(T), P(output_count ? output_count : T), has_output_rows(output_count > 0) {}
+    // True if queries, keys and values are read in place from the output of their joint layer.
+    bool uses_views(const BlockParts &b) const { return b.split == STACKED && !b.head_norms() && !has_output_rows; }
 };
 
-// The end of a half: the output layer's own outputs, and their sum with the stream, where a norm follows on them.
-struct End {
+// Tensors at the end of a half that a norm needs: the output layer's result and its sum with the residual stream.
+struct HalfEndTensors {
     Rows branch, total, stats_after, stats_post;
 
-    End() {}
-    End(const HalfNorms &norms, int64_t rows, int64_t width, Room &from) {
-        if (norms.after.used) branch = from.take(rows, width), stats_after = from.take(rows, 8);
-        if (norms.post.used) total = from.take(rows, width), stats_post = from.take(rows, 8);
+    HalfEndTensors() {}
+    HalfEndTensors(const HalfNorms &norms, int64_t rows, int64_t width, BufferAllocator &allocator) {
+        if (norms.after.used) branch = allocator.take(rows, width), stats_after = allocator.take(rows, 8);
+        if (norms.post.used) total = allocator.take(rows, width), stats_post = allocator.take(rows, 8);
     }
 };
 
-// What the backward is given of the forward.
-struct Kept {
+// Tensors that the forward saves for the backward.
+struct SavedTensors {
     Rows stats, stats1, stats_q, stats_k, logs;
     Rows joint, raw_q, raw_k, q, k, v, out, x1, gate, up;  // raw: before norms over each head
-    End end, end1;
+    HalfEndTensors end, second_end;
     Rows h_query, h_key, h_value, h_output, h_gate, h_up, h_down;
 
-    Kept(const BlockParts &b, const Sizes &of, Room &from) {
-        const int64_t T = of.T, P = of.P, n = b.number();
-        if (b.first.before.used) stats = from.take(T, 8);
-        if (b.second.before.used) stats1 = from.take(P, 8);
-        logs = from.take(P, b.heads * 4);
-        if (of.views(b)) {
-            joint = from.take(T, b.query.out * n);
-            q = joint, k = joint.from(b.wide() * n), v = joint.from((b.wide() + b.narrow()) * n);
-        } else q = from.take(P, b.wide() * n), k = from.take(T, b.narrow() * n), v = from.take(T, b.narrow() * n);
+    SavedTensors(const BlockParts &b, const RowCounts &counts, BufferAllocator &allocator) {
+        const int64_t T = counts.T, P = counts.P, n = b.number();
+        if (b.first.before.used) stats = allocator.take(T, 8);
+        if (b.second.before.used) stats1 = allocator.take(P, 8);
+        logs = allocator.take(P, b.heads * 4);
+        if (counts.uses_views(b)) {
+            joint = allocator.take(T, b.query.out * n);
+            q = joint, k = joint.at_byte(b.query_size() * n), v = joint.at_byte((b.query_size() + b.key_size()) * n);
+        } else q = allocator.take(P, b.query_size() * n), k = allocator.take(T, b.key_size() * n), v = allocator.take(T, b.key_size() * n);
         raw_q = q, raw_k = k;
-        if (b.of_query.used) raw_q = from.take(P, b.wide() * n), stats_q = from.take(P, b.heads * 8);
-        if (b.of_key.used) raw_k = from.take(T, b.narrow() * n), stats_k = from.take(T, b.key_heads * 8);
-        out = from.take(P, b.wide() * n);
-        if (!b.parallel) x1 = from.take(P, b.hidden() * n);
-        gate = from.take(P, b.inner() * n);
-        if (b.gated) up = from.take(P, b.inner() * n);
-        end = End(b.first, P, b.hidden() * n, from), end1 = End(b.second, P, b.hidden() * n, from);
-        const int64_t asking = b.split == APART ? P : T;
-        h_query = from.take(asking, b.query.rank * n), h_key = from.take(T, b.key.rank * n), h_value = from.take(T, b.value.rank * n);
-        h_output = from.take(P, b.output.rank * n), h_gate = from.take(P, b.gate.rank * n), h_up = from.take(P, b.up.rank * n);
-        h_down = from.take(P, b.down.rank * n);
+        if (b.query_norm.used) raw_q = allocator.take(P, b.query_size() * n), stats_q = allocator.take(P, b.heads * 8);
+        if (b.key_norm.used) raw_k = allocator.take(T, b.key_size() * n), stats_k = allocator.take(T, b.key_heads * 8);
+        out = allocator.take(P, b.query_size() * n);
+        if (!b.parallel) x1 = allocator.take(P, b.hidden() * n);
+        gate = allocator.take(P, b.inner() * n);
+        if (b.gated) up = allocator.take(P, b.inner() * n);
+        end = HalfEndTensors(b.first, P, b.hidden() * n, allocator), second_end = HalfEndTensors(b.second, P, b.hidden() * n, allocator);
+        const int64_t num_queries = b.split == SEPARATE ? P : T;
+        h_query = allocator.take(num_queries, b.query.rank * n), h_key = allocator.take(T, b.key.rank * n), h_value = allocator.take(T,
+            b.value.rank * n);
+        h_output = allocator.take(P, b.output.rank * n), h_gate = allocator.take(P, b.gate.rank * n), h_up = allocator.take(P, b.up.rank * n);
+        h_down = allocator.take(P, b.down.rank * n);
     }
 };
 
-// What one call needs beside.
-struct Work {
+// Scratch tensors of one call.
+struct ScratchTensors {
     Rows n, int8, scales, joint, gate_joint;
-    Rows x_p, n_p, cosine, sine;  // of picked rows
+    Rows x_p, n_p, cosine, sine;  // of output rows
     Rows inner;
-    // Of the backward, where what one half alone needs lies in the same place.
+    // Scratch of the backward. Tensors that only one half uses share memory with those of the other half.
     Rows d_n_p, d_x1, d_sum, d_branch, above, d_gate, d_up, d_out, d_q, d_k, d_v;
     Rows g_query, g_key, g_value, g_output, g_gate, g_up, g_down;
 
-    Work(const BlockParts &b, const Sizes &of, bool backward, Room &from) {
-        const int64_t T = of.T, P = of.P, number = b.number(), hidden = b.hidden() * number, inside = b.inner() * number;
-        if (b.first.before.used || b.second.before.used) n = from.take(T, hidden);
-        if (of.picked) {
-            x_p = from.take(P, hidden), n_p = from.take(P, hidden);
-            cosine = from.take(P, b.turned * 4), sine = from.take(P, b.turned * 4);
+    ScratchTensors(const BlockParts &b, const RowCounts &counts, bool backward, BufferAllocator &allocator) {
+        const int64_t T = counts.T, P = counts.P, number = b.number(), hidden = b.hidden() * number, inside = b.inner() * number;
+        if (b.first.before.used || b.second.before.used) n = allocator.take(T, hidden);
+        if (counts.has_output_rows) {
+            x_p = allocator.take(P, hidden), n_p = allocator.take(P, hidden);
+            cosine = allocator.take(P, b.rotary_dims * 4), sine = allocator.take(P, b.rotary_dims * 4);
         }
-        take_int8(b, T, backward, from);
-        const bool copied = b.split != APART && !of.views(b);
+        take_int8(b, T, backward, allocator);
+        const bool copies_heads = b.split != SEPARATE && !counts.uses_views(b);
         if (!backward) {
-            const int64_t here = from.used;
-            if (copied) joint = from.take(T, b.query.out * number);
-            from.used = here;
-            inner = from.take(P, inside);
-            if (b.gate_gives_up()) gate_joint = from.take(P, 2 * inside);
+            const int64_t position = allocator.used;
+            if (copies_heads) joint = allocator.take(T, b.query.out * number);
+            allocator.used = position;
+            inner = allocator.take(P, inside);
+            if (b.gate_has_up()) gate_joint = allocator.take(P, 2 * inside);
             return;
         }
-        d_x1 = from.take(P, hidden);
-        if (of.picked) d_n_p = from.take(P, hidden), above = from.take(T, hidden);
-        if (b.first.post.used || b.second.post.used) d_sum = from.take(P, hidden);
-        if (b.first.after.used || b.second.after.used) d_branch = from.take(P, hidden);
-        g_query = from.take(b.split == APART ? P : T, b.query.rank * number), g_key = from.take(T, b.key.rank * number);
-        g_value = from.take(T, b.value.rank * number), g_output = from.take(P, b.output.rank * number);
-        g_gate = from.take(P, b.gate.rank * number), g_up = from.take(P, b.up.rank * number), g_down = from.take(P, b.down.rank * number);
-        const int64_t here = from.used;
-        d_gate = from.take(P, inside), inner = from.take(P, inside);
-        if (b.gated) d_up = from.take(P, inside);
-        if (b.gate_gives_up()) gate_joint = from.take(P, 2 * inside);
-        from.used = here;
-        take_heads(b, of, from);
+        d_x1 = allocator.take(P, hidden);
+        if (counts.has_output_rows) d_n_p = allocator.take(P, hidden), above = allocator.take(T, hidden);
+        if (b.first.post.used || b.second.post.used) d_sum = allocator.take(P, hidden);
+        if (b.first.after.used || b.second.after.used) d_branch = allocator.take(P, hidden);
+        g_query = allocator.take(b.split == SEPARATE ? P : T, b.query.rank * number), g_key = allocator.take(T, b.key.rank * number);
+        g_value = allocator.take(T, b.value.rank * number), g_output = allocator.take(P, b.output.rank * number);
+        g_gate = allocator.take(P, b.gate.rank * number), g_up = allocator.take(P, b.up.rank * number), g_down = allocator.take(P,
+            b.down.rank * number);
+        const int64_t position = allocator.used;
+        d_gate = allocator.take(P, inside), inner = allocator.take(P, inside);
+        if (b.gated) d_up = allocator.take(P, inside);
+        if (b.gate_has_up()) gate_joint = allocator.take(P, 2 * inside);
+        allocator.used = position;
+        take_heads(b, counts, allocator);
     }
 
   private:
-    void take_int8(const BlockParts &b, int64_t T, bool backward, Room &from) {
+    void take_int8(const BlockParts &b, int64_t T, bool backward, BufferAllocator &allocator) {
         int64_t widest = 0;
         bool any = false;
         for (const Layer *l : {&b.query, &b.key, &b.value, &b.output, &b.gate, &b.up, &b.down}) {
-            any |= backward ? b.rounds_gradient(*l) : l->scale != nullptr;
+            any |= backward ? b.has_int8_gradient(*l) : l->scale != nullptr;
             widest = std::max({widest, l->in, l->out});
         }
-        int8 = from.take(any ? T : 0, widest), scales = from.take(any ? T : 0, int8_blocks(widest) * 4);
+        int8 = allocator.take(any ? T : 0, widest), scales = allocator.take(any ? T : 0, int8_blocks(widest) * 4);
     }
-    void take_heads(const BlockParts &b, const Sizes &of, Room &from) {
-        const int64_t wide = b.wide() * b.number(), narrow = b.narrow() * b.number();
-        if (b.split != APART) joint = from.take(of.T, b.query.out * b.number());
-        // Heads are copied into `joint` when nobody needs d_out any more.
-        const bool copied = b.split != APART && !of.views(b);
-        d_out = copied ? Rows{joint.data, wide} : from.take(of.P, wide);
-        if (of.views(b)) d_q = joint, d_k = joint.from(wide), d_v = joint.from(wide + narrow);
-        else d_q = from.take(of.P, wide), d_k = from.take(of.T, narrow), d_v = from.take(of.T, narrow);
+    void take_heads(const BlockParts &b, const RowCounts &counts, BufferAllocator &allocator) {
+        const int64_t wide = b.query_size() * b.number(), narrow = b.key_size() * b.number();
+        if (b.split != SEPARATE) joint = allocator.take(counts.T, b.query.out * b.number());
+        // Head gradients are copied into `joint` when d_out is no longer used.
+        const bool copies_heads = b.split != SEPARATE && !counts.uses_views(b);
+        d_out = copies_heads ? Rows{joint.data, wide} : allocator.take(counts.P, wide);
+        if (counts.uses_views(b)) d_q = joint, d_k = joint.at_byte(wide), d_v = joint.at_byte(wide + narrow);
+        else d_q = allocator.take(counts.P, wide), d_k = allocator.take(counts.T, narrow), d_v = allocator.take(counts.T, narrow);
     }
 };
 

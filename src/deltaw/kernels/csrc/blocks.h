@@ -1,24 +1,25 @@
-// Weights in blocks of a few bits, 32 numbers at a time; kernels/block_linear.py says what the formats are and has the same
-// in torch, equal to the bit. A scale times a code is exact in fp32, so it makes no difference whether a compiler rounds
-// between a product and a sum; where it would (NF4's scales), it is kept from choosing.
+// Weights in block formats, decoded 32 numbers at a time. kernels/block_linear.py documents the formats and implements
+// the same in torch with bitwise equal results. The product of a scale and a code is exact in fp32, so results do not
+// depend on whether the compiler contracts a multiply and add. For NF4's scales, where they would, contraction is
+// prevented.
 #pragma once
 #include "vector.h"
 
-struct BlockData {  // of NF4 all, of other formats `data` alone; see BlockWeight
+struct BlockData {  // all fields for NF4, only `data` for other formats; see BlockWeight
     const uint8_t *data, *absmax;
     const float *group_scale, *codes, *offset;
 };
 
 namespace deltaw {
 
-enum BlockFormat { Q4_0 = 3, Q4_1 = 4, Q8_0 = 5, Q4_K = 6, Q5_K = 7, Q6_K = 8, NF4 = 9 };  // beside Type's, as the caller numbers them
+enum BlockFormat { Q4_0 = 3, Q4_1 = 4, Q8_0 = 5, Q4_K = 6, Q5_K = 7, Q6_K = 8, NF4 = 9 };  // type codes of the caller, continuing enum Type
 
 inline bool stored_in_blocks(int type) { return type >= Q4_0; }
 
-const int UNIT = 32;  // numbers that are read at a time; every block is a whole number of them
+const int UNIT = 32;  // numbers decoded at a time; every block size is a multiple
 
-// The fp16 number at p.
-inline float half_at(const uint8_t *p) {
+// Convert the fp16 number at p.
+inline float fp16_at(const uint8_t *p) {
     uint16_t h;
     memcpy(&h, p, 2);
 #if defined(__F16C__)
@@ -38,11 +39,11 @@ inline float half_at(const uint8_t *p) {
 #endif
 }
 
-// The lower or the upper four bits of 16 bytes.
-inline I16 lower4(const uint8_t *p) { return load_u8(p) & set_i(15); }
-inline I16 upper4(const uint8_t *p) { return load_u8(p) >> 4; }
+// The low or high nibbles of 16 bytes.
+inline I16 low_nibbles(const uint8_t *p) { return load_u8(p) & set_i(15); }
+inline I16 high_nibbles(const uint8_t *p) { return load_u8(p) >> 4; }
 
-// NUMBERS and BYTES of a block, and its `unit`-th 32 numbers.
+// NUMBERS and BYTES of a block, and a function to read its `unit`-th 32 numbers.
 template <int FORMAT>
 struct Blocks;
 
@@ -50,8 +51,8 @@ template <>
 struct Blocks<Q4_0> {
     static constexpr int NUMBERS = 32, BYTES = 18;
     static void read(const uint8_t *b, int, F16 (&x)[2]) {
-        const F16 d = set_f(half_at(b));
-        x[0] = to_f(lower4(b + 2) + set_i(-8)) * d, x[1] = to_f(upper4(b + 2) + set_i(-8)) * d;
+        const F16 d = set_f(fp16_at(b));
+        x[0] = to_f(low_nibbles(b + 2) + set_i(-8)) * d, x[1] = to_f(high_nibbles(b + 2) + set_i(-8)) * d;
     }
 };
 
@@ -59,8 +60,8 @@ template <>
 struct Blocks<Q4_1> {
     static constexpr int NUMBERS = 32, BYTES = 20;
     static void read(const uint8_t *b, int, F16 (&x)[2]) {
-        const F16 d = set_f(half_at(b)), least = set_f(half_at(b + 2));
-        x[0] = fma(to_f(lower4(b + 4)), d, least), x[1] = fma(to_f(upper4(b + 4)), d, least);
+        const F16 d = set_f(fp16_at(b)), minimum = set_f(fp16_at(b + 2));
+        x[0] = fma(to_f(low_nibbles(b + 4)), d, minimum), x[1] = fma(to_f(high_nibbles(b + 4)), d, minimum);
     }
 };
 
@@ -68,20 +69,20 @@ template <>
 struct Blocks<Q8_0> {
     static constexpr int NUMBERS = 32, BYTES = 34;
     static void read(const uint8_t *b, int, F16 (&x)[2]) {
-        const F16 d = set_f(half_at(b));
+        const F16 d = set_f(fp16_at(b));
         x[0] = to_f(load_s8((const int8_t *)b + 2)) * d, x[1] = to_f(load_s8((const int8_t *)b + 18)) * d;
     }
 };
 
-// Scales of 6 bits and what is subtracted, for 8 units.
-struct ScalesOf8 {
-    F16 scale, below;
+// 6-bit scales and minimums of 8 units.
+struct KScales {
+    F16 scale, minimum;
 
-    ScalesOf8(const uint8_t *b, int unit) {
+    KScales(const uint8_t *b, int unit) {
         const uint8_t *const s = b + 4;
-        const int of_scale = unit < 4 ? s[unit] & 63 : (s[unit + 4] & 15) | (s[unit - 4] >> 6) << 4;
-        const int of_below = unit < 4 ? s[unit + 4] & 63 : s[unit + 4] >> 4 | (s[unit] >> 6) << 4;
-        scale = set_f(half_at(b) * (float)of_scale), below = set_f(-half_at(b + 2) * (float)of_below);
+        const int scale_codes = unit < 4 ? s[unit] & 63 : (s[unit + 4] & 15) | (s[unit - 4] >> 6) << 4;
+        const int minimum_codes = unit < 4 ? s[unit + 4] & 63 : s[unit + 4] >> 4 | (s[unit] >> 6) << 4;
+        scale = set_f(fp16_at(b) * (float)scale_codes), minimum = set_f(-fp16_at(b + 2) * (float)minimum_codes);
     }
 };
 
@@ -89,9 +90,10 @@ template <>
 struct Blocks<Q4_K> {
     static constexpr int NUMBERS = 256, BYTES = 144;
     static void read(const uint8_t *b, int unit, F16 (&x)[2]) {
-        const ScalesOf8 of(b, unit);
+        const KScales scales(b, unit);
         const uint8_t *const codes = b + 16 + 32 * (unit / 2);
-        for (int i = 0; i < 2; i++) x[i] = fma(to_f(unit & 1 ? upper4(codes + 16 * i) : lower4(codes + 16 * i)), of.scale, of.below);
+        for (int i = 0; i < 2; i++)
+            x[i] = fma(to_f(unit & 1 ? high_nibbles(codes + 16 * i) : low_nibbles(codes + 16 * i)), scales.scale, scales.minimum);
     }
 };
 
@@ -99,11 +101,11 @@ template <>
 struct Blocks<Q5_K> {
     static constexpr int NUMBERS = 256, BYTES = 176;
     static void read(const uint8_t *b, int unit, F16 (&x)[2]) {
-        const ScalesOf8 of(b, unit);
+        const KScales scales(b, unit);
         const uint8_t *const codes = b + 48 + 32 * (unit / 2);
         for (int i = 0; i < 2; i++) {
-            const I16 low = unit & 1 ? upper4(codes + 16 * i) : lower4(codes + 16 * i), high = load_u8(b + 16 + 16 * i) >> unit & set_i(1);
-            x[i] = fma(to_f(low | high << 4), of.scale, of.below);
+            const I16 low = unit & 1 ? high_nibbles(codes + 16 * i) : low_nibbles(codes + 16 * i), high = load_u8(b + 16 + 16 * i) >> unit & set_i(1);
+            x[i] = fma(to_f(low | high << 4), scales.scale, scales.minimum);
         }
     }
 };
@@ -114,9 +116,9 @@ struct Blocks<Q6_K> {
     static void read(const uint8_t *b, int unit, F16 (&x)[2]) {
         const int line = unit & 3;
         const uint8_t *const low = b + 64 * (unit / 4) + 32 * (line & 1), *const high = b + 128 + 32 * (unit / 4);
-        const float d = half_at(b + 208);
+        const float d = fp16_at(b + 208);
         for (int i = 0; i < 2; i++) {
-            const I16 four = line & 2 ? upper4(low + 16 * i) : lower4(low + 16 * i), two = load_u8(high + 16 * i) >> 2 * line & set_i(3);
+            const I16 four = line & 2 ? high_nibbles(low + 16 * i) : low_nibbles(low + 16 * i), two = load_u8(high + 16 * i) >> 2 * line & set_i(3);
             x[i] = to_f((four | two << 4) + set_i(-32)) * set_f(d * (float)(int8_t)b[192 + 2 * unit + i]);
         }
     }
@@ -125,8 +127,8 @@ struct Blocks<Q6_K> {
 template <>
 struct Blocks<NF4> {
     static constexpr int NUMBERS = 64, BYTES = 32;
-    static constexpr int64_t GROUP = 256;  // blocks with one scale of scales
-    // Without the block's scale.
+    static constexpr int64_t GROUP = 256;  // blocks per group scale
+    // Decode without the block's scale.
     static void read(const uint8_t *b, int unit, F16 (&x)[2]) {
         alignas(64) static const float values[16] = {-1.0f,
                                                      -0.6961928009986877f,
@@ -144,42 +146,42 @@ struct Blocks<NF4> {
                                                      0.5626170039176941f,
                                                      0.7229568362236023f,
                                                      1.0f};
-        for (int i = 0; i < 2; i++) x[i] = one_of_16(values, unit & 1 ? upper4(b + 16 * i) : lower4(b + 16 * i));
+        for (int i = 0; i < 2; i++) x[i] = lookup_16(values, unit & 1 ? high_nibbles(b + 16 * i) : low_nibbles(b + 16 * i));
     }
     static float scale(const BlockData &w, int64_t block) {
-        volatile const float product = w.codes[w.absmax[block]] * w.group_scale[block / GROUP];  // rounded before the sum
+        volatile const float product = w.codes[w.absmax[block]] * w.group_scale[block / GROUP];  // rounded before the addition
         return product + *w.offset;
     }
 };
 
-// A matrix whose rows are `columns` numbers in blocks.
+// A matrix with rows of `columns` numbers in blocks.
 template <int FORMAT>
 class BlockRows {
   public:
-    typedef Blocks<FORMAT> Of;
+    typedef Blocks<FORMAT> BlockType;
 
-    BlockRows(const void *weight, int64_t columns) : w(*(const BlockData *)weight), blocks(columns / Of::NUMBERS) {}
+    BlockRows(const void *weight, int64_t columns) : w(*(const BlockData *)weight), blocks(columns / BlockType::NUMBERS) {}
 
-    // Numbers k … k+31 of a row, k a multiple of 32.
-    void read(int64_t row, int64_t k, F16 (&x)[2]) const { read_unit(row, k / Of::NUMBERS, (int)(k % Of::NUMBERS / UNIT), x); }
+    // Decode numbers k … k+31 of a row, k a multiple of 32.
+    void read(int64_t row, int64_t k, F16 (&x)[2]) const { read_unit(row, k / BlockType::NUMBERS, (int)(k % BlockType::NUMBERS / UNIT), x); }
 
-    // The `unit`-th 32 numbers of a row's block.
+    // Decode the `unit`-th 32 numbers of a row's block.
     void read_unit(int64_t row, int64_t block, int unit, F16 (&x)[2]) const {
         const int64_t number = row * blocks + block;
-        Of::read(w.data + number * Of::BYTES, unit, x);
+        BlockType::read(w.data + number * BlockType::BYTES, unit, x);
         if constexpr (FORMAT == NF4) {
-            const F16 scale = set_f(Of::scale(w, number));
+            const F16 scale = set_f(BlockType::scale(w, number));
             x[0] = x[0] * scale, x[1] = x[1] * scale;
         }
     }
-    const uint8_t *at(int64_t row, int64_t block) const { return w.data + (row * blocks + block) * Of::BYTES; }
+    const uint8_t *at(int64_t row, int64_t block) const { return w.data + (row * blocks + block) * BlockType::BYTES; }
 
   private:
     const BlockData &w;
     const int64_t blocks;
 };
 
-// body(format) with the number of a format as a constant, for a type that is stored_in_blocks.
+// Call body(format) with the format's code as a constant, for a type that is stored_in_blocks.
 template <int N>
 struct Format {
     static constexpr int value = N;
@@ -197,13 +199,13 @@ inline void with_format(int type, Body &&body) {
     }
 }
 
-// Where a row's block with number k begins, in bytes, and what a block takes.
-inline int64_t bytes_before(int type, int64_t k) {
+// Byte offset of number k of a row, and bytes of a block.
+inline int64_t block_byte_offset(int type, int64_t k) {
     int64_t bytes = 0;
     with_format(type, [&](auto format) { bytes = k / Blocks<decltype(format)::value>::NUMBERS * Blocks<decltype(format)::value>::BYTES; });
     return bytes;
 }
-inline int64_t bytes_of_block(int type) {
+inline int64_t block_bytes(int type) {
     int64_t bytes = 0;
     with_format(type, [&](auto format) { bytes = Blocks<decltype(format)::value>::BYTES; });
     return bytes;

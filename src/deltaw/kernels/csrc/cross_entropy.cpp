@@ -1,4 +1,4 @@
-// Cross-entropy of rows of logits, and its gradient in their place.
+// Cross-entropy of rows of logits, and its gradient in place.
 #include "kernels.h"
 #include "logits.h"
 #include "scratch.h"
@@ -8,58 +8,60 @@ using namespace deltaw;
 
 namespace {
 
-// The row's logits become weight · ∂loss/∂logits; `raised` holds e^(z - top), `total` their sum, z the target's value.
-template <class T, class Change>
-void to_gradient(int64_t V, T *row, int64_t target, float weight, const Change &change, const float *raised, float total, float top, float z) {
+// Overwrite the row's logits by weight · ∂loss/∂logits. `exponentials` contains e^(z - top), `total` their sum, and z is the
+// target's value.
+template <class T, class Transform>
+void to_gradient(int64_t V, T *row, int64_t target, float weight, const Transform &transform, const float *exponentials, float total, float top,
+                 float z) {
     const F16 w = set_f(weight / total);
-    const float at_target = weight * (__builtin_expf(z - top) / total - 1) * change.slope(z);
+    const float target_gradient = weight * (__builtin_expf(z - top) / total - 1) * transform.slope(z);
     for (int64_t v = 0; v < V; v += 16) {
-        const F16 slope = change.slope(change.value(logits_at(row, v, V)));
-        store16(row + v, (load16(raised + v) * w) * slope, first(V - v));
+        const F16 slope = transform.slope(transform.value(logits_at(row, v, V)));
+        store16(row + v, (load16(exponentials + v) * w) * slope, first(V - v));
     }
-    alignas(64) const float single[16] = {at_target};
+    alignas(64) const float single[16] = {target_gradient};
     store16(row + target, load16(single), first(1));
 }
 
-// raised: room for V numbers, rounded up to 16, or null where no gradient is wanted.
-template <class T, class Change>
-float loss_of_row(int64_t V, T *row, int64_t target, float weight, const Change &change, float *raised) {
-    F16 most = set_f(-3e38f);
-    for (int64_t v = 0; v < V; v += 16) most = max(most, change.value(logits_at(row, v, V)));
-    const float top = largest_of(most);
-    const F16 peak = set_f(top);
+// raised: buffer of V numbers, rounded up to 16, or null without a gradient.
+template <class T, class Transform>
+float row_loss(int64_t V, T *row, int64_t target, float weight, const Transform &transform, float *exponentials) {
+    F16 maxima = set_f(-3e38f);
+    for (int64_t v = 0; v < V; v += 16) maxima = max(maxima, transform.value(logits_at(row, v, V)));
+    const float top = max_lane(maxima);
+    const F16 maximum = set_f(top);
     F16 sum = zero_f();
     for (int64_t v = 0; v < V; v += 16) {
-        const F16 e = exp_16(change.value(logits_at(row, v, V)) - peak);
-        if (raised) store16(raised + v, e);
+        const F16 e = exp_16(transform.value(logits_at(row, v, V)) - maximum);
+        if (exponentials) store16(exponentials + v, e);
         sum = sum + e;
     }
-    const float total = sum_of(sum);
+    const float total = sum_lanes(sum);
     alignas(64) float lane[16];
-    const int64_t there = target / 16 * 16;
-    store16(lane, change.value(logits_at(row, there, V)));
+    const int64_t vector_start = target / 16 * 16;
+    store16(lane, transform.value(logits_at(row, vector_start, V)));
     const float z = lane[target % 16];
-    if (raised) to_gradient(V, row, target, weight, change, raised, total, top, z);
+    if (exponentials) to_gradient(V, row, target, weight, transform, exponentials, total, top, z);
     return __builtin_logf(total) + top - z;
 }
 
 template <class T>
 void cross_entropy(int64_t M, int64_t V, T *logits, const int64_t *targets, const float *weights, float scale, float cap, int grad, float *losses) {
-    with_change(scale, cap, [&](const auto &change) {
+    with_transform(scale, cap, [&](const auto &transform) {
         in_parallel([&](int thread, int threads) {
             int64_t begin, end;
-            part_of(M, thread, threads, begin, end);
+            split_range(M, thread, threads, begin, end);
             Scratch scratch;
-            float *const raised = grad && begin < end ? scratch.take<float>((V + 15) / 16 * 16) : nullptr;
+            float *const exponentials = grad && begin < end ? scratch.take<float>((V + 15) / 16 * 16) : nullptr;
             for (int64_t m = begin; m < end; m++)
-                losses[m] = loss_of_row(V, logits + m * V, targets[m], grad ? weights[m] : 0.0f, change, raised);
+                losses[m] = row_loss(V, logits + m * V, targets[m], grad ? weights[m] : 0.0f, transform, exponentials);
         });
     });
 }
 
 }  // namespace
 
-// losses[m] = log Σ exp z - z[target]; where `grad`, logits (M, V) become weights[m] · ∂loss/∂logits, in place.
+// losses[m] = log Σ exp z - z[target]. If `grad`, logits (M, V) are overwritten by weights[m] · ∂loss/∂logits.
 int dw_cross_entropy(int type, int64_t M, int64_t V, void *logits, const int64_t *targets, const float *weights, float scale, float cap, int grad,
                      float *losses) {
     return guarded([&] {

@@ -1,51 +1,53 @@
-// Sums over rows of a weight in blocks, whose numbers are rounded to bf16 and then multiplied as a bf16 weight's are, in the same
-// order: so they have the same bits as those of the weight that the blocks stand for.
+// Dot products with rows of a weight in blocks. Decoded numbers are rounded to bf16 and multiplied in the same order as
+// a bf16 weight, so results are bitwise equal to those of the decoded weight.
 //
-// One row of a step is multiplied with numbers as they come from the blocks. For more, some of the weight's rows become numbers
-// in memory first, once for all of them.
+// For a single row of a step, numbers are multiplied as they are decoded. For several rows, some rows of the weight are
+// first decoded into memory.
 #pragma once
 #include "blocks.h"
 #include "decode_dots.h"
 
 namespace deltaw {
 
-// Over the units of a block. Where vectors have no instructions of their own a unit is long, and longer to compile.
+// Unroll over the units of a block. With emulated vectors the code of a unit is long and slow to compile, so it is not
+// unrolled.
 #if defined(__AVX2__) || defined(__ARM_NEON)
-#define DW_EACH_UNIT(Of) _Pragma("GCC unroll 8") for (int unit = 0; unit < Of::NUMBERS / UNIT; unit++)
+#define DW_EACH_UNIT(BlockType) _Pragma("GCC unroll 8") for (int unit = 0; unit < BlockType::NUMBERS / UNIT; unit++)
 #else
-#define DW_EACH_UNIT(Of) _Pragma("GCC unroll 2") for (int unit = 0; unit < Of::NUMBERS / UNIT; unit++)
+#define DW_EACH_UNIT(BlockType) _Pragma("GCC unroll 2") for (int unit = 0; unit < BlockType::NUMBERS / UNIT; unit++)
 #endif
 
-// 32 numbers of a weight as a bf16 Dot's right side takes them.
+// 32 weights in the form of a bf16 Dot's right side.
 template <class Dot>
-struct UnitOf {
+struct UnitOperand {
     static constexpr int WORDS = UNIT / Dot::STEP;
     static_assert(WORDS == 1 || WORDS == 2, "a unit is 32 numbers");
     typename Dot::Word words[WORDS];
 
-    explicit UnitOf(const F16 (&x)[2]) {
-        if constexpr (WORDS == 1) words[0] = bf16_bits_of_both(x[0], x[1]);
+    explicit UnitOperand(const F16 (&x)[2]) {
+        if constexpr (WORDS == 1) words[0] = bf16_bits_concat(x[0], x[1]);
         else words[0] = rounded_to_bf16(x[0]), words[1] = rounded_to_bf16(x[1]);
     }
 };
 
-// COLS sums of the left row x and rows `row` … of the weight. Meanwhile the bytes of the rows behind them are asked for.
+// COLS dot products of the left row x with rows `row` … of the weight, while the next rows are prefetched.
 template <class Dot, int FORMAT, int COLS>
-inline __attribute__((always_inline)) void block_dots(const typename Dot::Left *x, const BlockRows<FORMAT> &w, int64_t row, int64_t depth, float *out) {
-    typedef Blocks<FORMAT> Of;
+inline __attribute__((always_inline)) void block_dots(const typename Dot::Left *x, const BlockRows<FORMAT> &w, int64_t row, int64_t depth,
+                                                      float *out) {
+    typedef Blocks<FORMAT> BlockType;
     typename Dot::Sum s[COLS];
 #pragma GCC unroll 4
     for (int c = 0; c < COLS; c++) s[c] = Dot::zero();
-    for (int64_t block = 0; block * Of::NUMBERS < depth; block++) {
-        const char *const ahead = (const char *)w.at(row + COLS, 0) + COLS * block * Of::BYTES;
-        for (int i = 0; i < COLS * Of::BYTES; i += 64) __builtin_prefetch(ahead + i, 0, 2);
-        const typename Dot::Left *const left = x + block * Of::NUMBERS;
+    for (int64_t block = 0; block * BlockType::NUMBERS < depth; block++) {
+        const char *const prefetch_bytes = (const char *)w.at(row + COLS, 0) + COLS * block * BlockType::BYTES;
+        for (int i = 0; i < COLS * BlockType::BYTES; i += 64) __builtin_prefetch(prefetch_bytes + i, 0, 2);
+        const typename Dot::Left *const left = x + block * BlockType::NUMBERS;
 #pragma GCC unroll 4
         for (int c = 0; c < COLS; c++)
-            DW_EACH_UNIT(Of) {
+            DW_EACH_UNIT(BlockType) {
                 F16 numbers[2];
                 w.read_unit(row + c, block, unit, numbers);
-                const UnitOf<Dot> right(numbers);
+                const UnitOperand<Dot> right(numbers);
                 for (int i = 0; i < right.WORDS; i++) Dot::add(s[c], Dot::left(left + unit * UNIT + i * Dot::STEP), right.words[i]);
             }
     }
@@ -54,31 +56,32 @@ inline __attribute__((always_inline)) void block_dots(const typename Dot::Left *
     memcpy(out, four, COLS * sizeof(float));
 }
 
-// One left row times `columns` rows of the weight from `first` on.
+// Multiply one left row by `columns` rows of the weight, starting at `first`.
 template <class Dot, int FORMAT>
-__attribute__((noinline)) void dots_of_one_row(const typename Dot::Left *x, const BlockRows<FORMAT> &w, int64_t first, int64_t depth, int64_t columns, float *out,
-                                               Ahead *other) {
+__attribute__((noinline)) void dot_one_row(const typename Dot::Left *x, const BlockRows<FORMAT> &w, int64_t first, int64_t depth, int64_t columns,
+                                           float *out,
+                                               PrefetchSource *other) {
     const int64_t lines = other ? other->lines / std::max<int64_t>(1, columns / 4) + 1 : 0;
     int64_t c = 0;
     for (; c + 4 <= columns; c += 4) {
-        if (other) other->ask(lines);
+        if (other) other->prefetch(lines);
         block_dots<Dot, FORMAT, 4>(x, w, first + c, depth, out + c);
     }
     for (; c < columns; c++) block_dots<Dot, FORMAT, 1>(x, w, first + c, depth, out + c);
 }
 
-// Rows first … of the weight, `columns` of them, as numbers into `room` (columns, depth).
+// Decode `columns` rows of the weight, starting at `first`, into `buffer` (columns, depth).
 template <int FORMAT>
-__attribute__((noinline)) void write_numbers(const BlockRows<FORMAT> &w, int64_t first, int64_t columns, int64_t depth, bf16 *room) {
-    typedef Blocks<FORMAT> Of;
+__attribute__((noinline)) void write_numbers(const BlockRows<FORMAT> &w, int64_t first, int64_t columns, int64_t depth, bf16 *buffer) {
+    typedef Blocks<FORMAT> BlockType;
     for (int64_t c = 0; c < columns; c++)
-        for (int64_t block = 0; block * Of::NUMBERS < depth; block++, room += Of::NUMBERS) {
-            const char *const ahead = (const char *)w.at(first + c, block) + 1024;
-            for (int i = 0; i < Of::BYTES; i += 64) __builtin_prefetch(ahead + i, 0, 2);
-            DW_EACH_UNIT(Of) {
+        for (int64_t block = 0; block * BlockType::NUMBERS < depth; block++, buffer += BlockType::NUMBERS) {
+            const char *const prefetch_bytes = (const char *)w.at(first + c, block) + 1024;
+            for (int i = 0; i < BlockType::BYTES; i += 64) __builtin_prefetch(prefetch_bytes + i, 0, 2);
+            DW_EACH_UNIT(BlockType) {
                 F16 numbers[2];
                 w.read_unit(first + c, block, unit, numbers);
-                store_i(room + unit * UNIT, bf16_bits_of_both(numbers[0], numbers[1]));
+                store_i(buffer + unit * UNIT, bf16_bits_concat(numbers[0], numbers[1]));
             }
         }
 }

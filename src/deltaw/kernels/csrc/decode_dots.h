@@ -1,14 +1,14 @@
-// Dot products along rows that lie in memory as they are, for products that read a weight once: some rows of the left
-// side times some rows of a weight (out, in). Each sum is made in the same order whatever is computed beside it.
+// Dot products of rows in memory, for products that read a weight once: rows of the left side times rows of a weight
+// (out, in). Each sum has a fixed order that does not depend on the other rows.
 //
-// What differs by instruction set is a Dot: how STEP numbers are multiplied, and how a left side is written for it.
+// A Dot is the part that depends on the instruction set: how STEP numbers are multiplied, and how a left row is stored.
 #pragma once
 #include "arithmetic.h"
 #include "blocks.h"
 
 namespace deltaw {
 
-// ---- four sums from the lanes of four vectors ------------------------------------------------------------------
+// ---- sums over the lanes of four vectors ------------------------------------------------------------------------
 #if defined(__AVX512F__)
 inline __m128 four_sums(F16 a, F16 b, F16 c, F16 d) {
     const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
@@ -30,7 +30,7 @@ inline void put_sums(Sum a, Sum b, Sum c, Sum d, float *out) {
     memcpy(out, &four, 16);
 }
 #else
-inline void put_sum(F16 s, float *out) { *out = sum_of(s); }
+inline void put_sum(F16 s, float *out) { *out = sum_lanes(s); }
 inline void put_sum(I16 s, float *out) {
     vi sum = s.p[0];
     for (int i = 1; i < PARTS; i++) sum += s.p[i];
@@ -45,16 +45,16 @@ inline void put_sums(Sum a, Sum b, Sum c, Sum d, float *out) {
 }
 #endif
 
-// ---- how numbers are multiplied --------------------------------------------------------------------------------
-struct SumsF { typedef F16 Sum; static constexpr bool WHOLE = false; static Sum zero() { return zero_f(); } };
-struct SumsI { typedef I16 Sum; static constexpr bool WHOLE = true; static Sum zero() { return zero_i(); } };
+// ---- multiplication of numbers ------------------------------------------------------------------------------------
+struct SumsF { typedef F16 Sum; static constexpr bool IS_INTEGER = false; static Sum zero() { return zero_f(); } };
+struct SumsI { typedef I16 Sum; static constexpr bool IS_INTEGER = true; static Sum zero() { return zero_i(); } };
 
-// Part by part: the compiler would keep a sum that is assigned as a whole in memory.
+// Part by part, because the compiler would spill a sum that is assigned as one struct.
 inline void add_product(F16 &s, F16 a, F16 b) {
 #if defined(__AVX512F__)
     s.v = _mm512_fmadd_ps(a.v, b.v, s.v);
 #else
-    for (int i = 0; i < PARTS; i++) s.p[i] = one_fma(a.p[i], b.p[i], s.p[i]);
+    for (int i = 0; i < PARTS; i++) s.p[i] = part_fma(a.p[i], b.p[i], s.p[i]);
 #endif
 }
 
@@ -97,7 +97,7 @@ struct DotBF16 : SumsF {
 };
 #endif
 
-// int8 weights; the left side is whole numbers of -127 … 127, OFFSET added.
+// int8 weights. The left side contains integers from -127 to 127 plus OFFSET.
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 struct DotInt8 : SumsI {
     typedef uint8_t Left; typedef int8_t Right; typedef I16 Word;
@@ -124,7 +124,8 @@ struct DotInt8 : SumsI {  // widened to 16 bits
 #if defined(__AVX512F__)
         return {_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p))};
 #else
-        return {{(vi)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p)), (vi)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(p + 16)))}};
+        return {{(vi)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p)),
+                 (vi)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(p + 16)))}};
 #endif
     }
     static void add(Sum &s, Word a, Word b) {
@@ -166,16 +167,16 @@ struct DotInt8 : SumsI {
 };
 #endif
 
-// The type in which a weight is multiplied: blocks as the bf16 numbers that they stand for.
+// The type that a weight is multiplied in. Blocks are decoded to bf16.
 inline int64_t multiplied_as(int64_t type) { return stored_in_blocks((int)type) ? (int64_t)BF16 : type; }
 
-// body(dot) with the Dot for weights of a type.
+// Call body(dot) with the Dot for weights of a type.
 template <class Body>
 inline void with_dot(int64_t type, Body &&body) {
     if (type == F32) return body(DotF32());
     if (type == INT8) return body(DotInt8());
 #ifdef DW_BF16_DOT
-    if (arithmetic_of(BF16) != WIDE) return body(DotBF16());
+    if (selected_arithmetic(BF16) != WIDE) return body(DotBF16());
 #endif
     body(DotWide());
 }
@@ -189,30 +190,32 @@ const int DOT_ROWS = 2;
 constexpr int dot_columns(int) { return 4; }
 #endif
 
-// sums (ROWS, COLS) of left rows and rows of the weight, `ld` numbers apart, of `depth` numbers each, raw as they are.
-// Left rows are filled up to whole steps. Meanwhile `ahead` bytes from `next` on are asked for.
+// Compute raw sums (ROWS, COLS) of left rows and weight rows, which are `ld` numbers apart and have `depth` numbers
+// each. Left rows are padded to complete steps. `prefetch_bytes` bytes from `next` are prefetched.
 template <class Dot, int ROWS, int COLS>
-inline __attribute__((always_inline)) void dots(const typename Dot::Left *const *x, const typename Dot::Right *w, int64_t ld, int64_t depth, float *out,
-                                                int64_t out_ld, const char *next, int64_t ahead) {
+inline __attribute__((always_inline)) void dots(const typename Dot::Left *const *x, const typename Dot::Right *w, int64_t ld, int64_t depth,
+                                                float *out,
+                                                int64_t out_ld, const char *next, int64_t prefetch_bytes) {
     typedef typename Dot::Right Right;
-    int64_t asked = 0;
-    const int64_t a_step = depth ? (ahead * Dot::STEP / depth + 63) / 64 * 64 : 0;
-    const int64_t whole = depth / Dot::STEP * Dot::STEP;
-    // What is left over goes through a buffer filled up with zeros, by the same loop. It is filled before sums are in
-    // registers, which a function's call would push out of them.
+    int64_t prefetched = 0;
+    const int64_t a_step = depth ? (prefetch_bytes * Dot::STEP / depth + 63) / 64 * 64 : 0;
+    const int64_t full_depth = depth / Dot::STEP * Dot::STEP;
+    // The remainder is copied to a zero-padded buffer and processed by the same loop. It is copied first, because a
+    // function call would spill sums from registers.
     Right ends[COLS * Dot::STEP];
-    if (whole < depth) {
+    if (full_depth < depth) {
         memset(ends, 0, sizeof(ends));
-        for (int c = 0; c < COLS; c++) memcpy(ends + c * Dot::STEP, w + c * ld + whole, (depth - whole) * sizeof(Right));
+        for (int c = 0; c < COLS; c++) memcpy(ends + c * Dot::STEP, w + c * ld + full_depth, (depth - full_depth) * sizeof(Right));
     }
     typename Dot::Sum s[ROWS][COLS];
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 16
         for (int c = 0; c < COLS; c++) s[r][c] = Dot::zero();
-    for (int64_t k = 0, to = whole;;) {
+    for (int64_t k = 0, to = full_depth;;) {
         for (; k < to; k += Dot::STEP, w += Dot::STEP) {
-            for (int64_t end = std::min(ahead, asked + a_step); asked < end; asked += 64) __builtin_prefetch(next + asked, 0, 2);
+            for (int64_t end = std::min(prefetch_bytes, prefetched + a_step); prefetched < end; prefetched += 64)
+                __builtin_prefetch(next + prefetched, 0, 2);
             if constexpr (COLS > 4) {
                 typename Dot::Word a[ROWS];
 #pragma GCC unroll 6
@@ -252,54 +255,55 @@ inline __attribute__((always_inline)) void dots(const typename Dot::Left *const 
     }
 }
 
-// Memory that is asked for while products run, beside the weight's own.
-struct Ahead {
-    int64_t lines = 0;  // of 64 bytes, in all
-    virtual void ask(int64_t count) = 0;
+// Additional memory to prefetch while products run.
+struct PrefetchSource {
+    int64_t lines = 0;  // total number of 64-byte lines
+    virtual void prefetch(int64_t count) = 0;
 
   protected:
-    ~Ahead() = default;
+    ~PrefetchSource() = default;
 };
 
-// A function of its own, so that sums stay in registers. After each tile `lines` of `other` are asked for.
+// A separate function, so that sums stay in registers. Prefetches `lines` of `other` after each tile.
 template <class Dot, int ROWS>
-__attribute__((noinline)) void dots_of_rows(const typename Dot::Left *const *x, const typename Dot::Right *w, int64_t ld, int64_t depth, int64_t columns,
-                                            float *out, int64_t out_ld, const char *next, int64_t ahead, Ahead *other, int64_t lines) {
+__attribute__((noinline)) void dot_rows(const typename Dot::Left *const *x, const typename Dot::Right *w, int64_t ld, int64_t depth, int64_t columns,
+                                            float *out, int64_t out_ld, const char *next, int64_t prefetch_bytes, PrefetchSource *other,
+                                                int64_t lines) {
     constexpr int COLS = dot_columns(ROWS);
-    const int64_t each = columns ? (ahead * COLS / columns + 63) / 64 * 64 : 0;
+    const int64_t each = columns ? (prefetch_bytes * COLS / columns + 63) / 64 * 64 : 0;
     int64_t c = 0;
-    for (; c + COLS <= columns; c += COLS, next += each, ahead -= each) {
-        if (other) other->ask(lines);
-        dots<Dot, ROWS, COLS>(x, w + c * ld, ld, depth, out + c, out_ld, next, std::max<int64_t>(0, std::min(each, ahead)));
+    for (; c + COLS <= columns; c += COLS, next += each, prefetch_bytes -= each) {
+        if (other) other->prefetch(lines);
+        dots<Dot, ROWS, COLS>(x, w + c * ld, ld, depth, out + c, out_ld, next, std::max<int64_t>(0, std::min(each, prefetch_bytes)));
     }
     if constexpr (COLS > 4)
         for (; c + 4 <= columns; c += 4) dots<Dot, ROWS, 4>(x, w + c * ld, ld, depth, out + c, out_ld, next, 0);
     for (; c < columns; c++) dots<Dot, ROWS, 1>(x, w + c * ld, ld, depth, out + c, out_ld, next, 0);
 }
 
-// All rows times `columns` rows of a weight, raw sums (int32 of int8 weights) to out; see dots. What `other`
-// asks for is spread over the tiles.
+// Multiply all rows by `columns` rows of a weight and write raw sums (int32 for int8 weights) to `out`; see dots.
+// Prefetching of `other` is spread over the tiles.
 template <class Dot>
 inline void all_dots(const typename Dot::Left *const *x, int64_t rows, const typename Dot::Right *w, int64_t ld, int64_t depth, int64_t columns,
-                     float *out, int64_t out_ld, const char *next, int64_t ahead, Ahead *other) {
+                     float *out, int64_t out_ld, const char *next, int64_t prefetch_bytes, PrefetchSource *other) {
     const int64_t groups = (rows + DOT_ROWS - 1) / DOT_ROWS;
-    const int64_t each = groups ? (ahead / groups + 63) / 64 * 64 : 0;
-    // Over all groups' tiles, of dot_columns(DOT_ROWS) columns at least.
+    const int64_t each = groups ? (prefetch_bytes / groups + 63) / 64 * 64 : 0;
+    // Lines per tile of all groups, assuming at least dot_columns(DOT_ROWS) columns per tile.
     const int64_t lines = other ? other->lines / std::max<int64_t>(1, groups * (columns / dot_columns(DOT_ROWS))) + 1 : 0;
     for (int64_t g = 0; g < groups; g++) {
         const int64_t from = rows * g / groups, n = rows * (g + 1) / groups - from;
         const char *const at = next + g * each;
-        const int64_t asked = std::max<int64_t>(0, std::min(each, ahead - g * each));
+        const int64_t prefetched = std::max<int64_t>(0, std::min(each, prefetch_bytes - g * each));
         float *const to = out + from * out_ld;
         switch (n) {
 #if defined(__AVX512F__)
-            case 6: dots_of_rows<Dot, 6>(x + from, w, ld, depth, columns, to, out_ld, at, asked, other, lines); break;
-            case 5: dots_of_rows<Dot, 5>(x + from, w, ld, depth, columns, to, out_ld, at, asked, other, lines); break;
-            case 4: dots_of_rows<Dot, 4>(x + from, w, ld, depth, columns, to, out_ld, at, asked, other, lines); break;
-            case 3: dots_of_rows<Dot, 3>(x + from, w, ld, depth, columns, to, out_ld, at, asked, other, lines); break;
+            case 6: dot_rows<Dot, 6>(x + from, w, ld, depth, columns, to, out_ld, at, prefetched, other, lines); break;
+            case 5: dot_rows<Dot, 5>(x + from, w, ld, depth, columns, to, out_ld, at, prefetched, other, lines); break;
+            case 4: dot_rows<Dot, 4>(x + from, w, ld, depth, columns, to, out_ld, at, prefetched, other, lines); break;
+            case 3: dot_rows<Dot, 3>(x + from, w, ld, depth, columns, to, out_ld, at, prefetched, other, lines); break;
 #endif
-            case 2: dots_of_rows<Dot, 2>(x + from, w, ld, depth, columns, to, out_ld, at, asked, other, lines); break;
-            default: dots_of_rows<Dot, 1>(x + from, w, ld, depth, columns, to, out_ld, at, asked, other, lines);
+            case 2: dot_rows<Dot, 2>(x + from, w, ld, depth, columns, to, out_ld, at, prefetched, other, lines); break;
+            default: dot_rows<Dot, 1>(x + from, w, ld, depth, columns, to, out_ld, at, prefetched, other, lines);
         }
     }
 }

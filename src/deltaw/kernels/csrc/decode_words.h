@@ -1,5 +1,5 @@
-// Products in which a word of the left side meets sixteen words of the right side at once. A word is one fp32 number, or
-// two bf16 numbers that are multiplied with two others and summed.
+// Products of one word of the left side with 16 words of the right side. A word is one fp32 number, or two bf16 numbers
+// that are multiplied with two others and summed.
 #pragma once
 #include "decode_dots.h"
 
@@ -13,7 +13,7 @@ inline int32_t word_at(const void *words, int64_t i) {
 inline int64_t words_of(int64_t type, int64_t numbers) { return type == F32 ? numbers : (numbers + 1) / 2; }
 
 struct WordsF32 {
-    static constexpr int EACH = 1;  // numbers of a word
+    static constexpr int EACH = 1;  // numbers per word
     static void add(F16 &s, I16 a, I16 b) { add_product(s, from_bits(a), from_bits(b)); }
 };
 struct WordsWide {  // bf16, widened to fp32
@@ -31,23 +31,24 @@ struct WordsDot {
 };
 #endif
 
-// body(words) with what multiplies numbers of a type, F32 or BF16.
+// Call body(words) with the Words for a type, F32 or BF16.
 template <class Body>
 inline void with_words(int64_t type, Body &&body) {
     if (type == F32) return body(WordsF32());
 #ifdef DW_BF16_DOT
-    if (arithmetic_of(BF16) != WIDE) return body(WordsDot());
+    if (selected_arithmetic(BF16) != WIDE) return body(WordsDot());
 #endif
     body(WordsWide());
 }
 
-// Numbers as words of a type; out: words_of(type, size) of them.
+// Write numbers as words of a type. out: words_of(type, size) words.
 inline void write_words(int64_t type, const float *numbers, int64_t size, void *out) {
     if (type == F32) {
         memcpy(out, numbers, size * sizeof(float));
         return;
     }
-    for (int64_t c = 0; c < size; c += 16) store_u16((bf16 *)out + c, bf16_bits(load16(numbers + c, first(size - c))), first(2 * words_of(BF16, size) - c));
+    for (int64_t c = 0; c < size; c += 16)
+        store_u16((bf16 *)out + c, bf16_bits(load16(numbers + c, first(size - c))), first(2 * words_of(BF16, size) - c));
 }
 
 }  // namespace deltaw

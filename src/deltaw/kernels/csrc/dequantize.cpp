@@ -1,4 +1,4 @@
-// Rows of a weight in blocks as numbers.
+// Dequantization of rows of a weight in blocks.
 #include "blocks.h"
 #include "kernels.h"
 #include "threads.h"
@@ -18,16 +18,18 @@ void dequantize(const BlockRows<FORMAT> &rows, int64_t row, int64_t columns, T *
 
 }  // namespace
 
-// out (M, columns), in fp32 or rounded to bf16: rows first … first+M-1 of a weight of `height` rows, or those at `places` (M).
-int dw_dequantize(int type, int weight_type, const BlockData *weight, int64_t height, int64_t columns, int64_t first, const int64_t *places, int64_t M,
+// out (M, columns), in fp32 or rounded to bf16: rows first … first+M-1 of a weight of `height` rows, or the rows
+// `indices` (M).
+int dw_dequantize(int type, int weight_type, const BlockData *weight, int64_t height, int64_t columns, int64_t first, const int64_t *indices,
+                  int64_t M,
                   void *out) {
     return guarded([&] {
-        require_in_bounds(places || (first >= 0 && first + M <= height));
-        for (int64_t m = 0; places && m < M; m++) require_in_bounds(places[m] >= 0 && places[m] < height);
+        require_in_bounds(indices || (first >= 0 && first + M <= height));
+        for (int64_t m = 0; indices && m < M; m++) require_in_bounds(indices[m] >= 0 && indices[m] < height);
         with_format(weight_type, [&](auto format) {
             const BlockRows<decltype(format)::value> rows(weight, columns);
             rows_in_parallel(M, [&](int64_t m) {
-                const int64_t row = places ? places[m] : first + m;
+                const int64_t row = indices ? indices[m] : first + m;
                 if (type == F32) dequantize(rows, row, columns, (float *)out + m * columns);
                 else dequantize(rows, row, columns, (bf16 *)out + m * columns);
             });

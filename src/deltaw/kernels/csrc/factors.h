@@ -1,4 +1,4 @@
-// The gradients of a layer's low-rank factors; see dw_factors_backward.
+// Gradients of a layer's low-rank factors; see dw_factors_backward.
 #pragma once
 #include <cstdint>
 
@@ -8,10 +8,10 @@ struct FactorsBackward {
     int64_t M, in, out, rank;
     const void *x, *h, *grad, *narrow;
     float scaling;
-    float *of_A, *of_B;
+    float *grad_A, *grad_B;
 };
 
-// Of several layers at once.
-void factors_backward(int type, const FactorsBackward *of, int count);
+// Process several layers in one parallel region.
+void factors_backward(int type, const FactorsBackward *layers, int count);
 
 }  // namespace deltaw

@@ -1,11 +1,11 @@
-// The loss of a language model's head and its gradient in the hidden vectors, from logits that need not be accurate.
+// Loss of a language model's head and its gradient with respect to the hidden vectors, from approximate logits.
 //
-// A row of the logits' gradient is the row's probabilities, less one at the target. Most of their sum is in few classes,
-// and the error of the gradient is in those. So the logits of a row's likely classes are computed once more, from the
-// weight's own numbers, and their part of the gradient is added from the same rows of the weight while the cache has
-// them. What is left of the probabilities is alike in rows near each other: it is summed over `together` rows, and each
-// of them gets a share of the sum's gradient, by how much of its own is in it. The sum of the gradient over these rows
-// is then that of the unlikely classes' own probabilities.
+// A row of the logits' gradient is the row's probabilities minus one at the target. Most of their sum, and so most of
+// the gradient's error, is in a small number of classes. The logits of a row's likely classes are therefore recomputed
+// from the exact weight, and their part of the gradient is added from the same weight rows while they are cached. The
+// remaining probabilities are similar in nearby rows. They are summed over `group_rows` rows, and each row gets a share
+// of the sum's gradient in proportion to its remaining probability. The sum of the gradient over these rows is exact
+// for the given probabilities.
 #include "kernels.h"
 #include "logits.h"
 #include "scratch.h"
@@ -15,228 +15,233 @@ using namespace deltaw;
 
 namespace {
 
-// A class is likely if it has this part of the probability beside the target's.
-const float LIKELY = 1.0f / 8192;
-const int64_t MOST_LIKELY = 4096;  // of a row; further ones count as unlikely
-// Rows whose likely classes a thread goes through side by side: many are likely in several of them, and their rows of the
-// weight are read from memory once.
-const int64_t SIDE_BY_SIDE = 16;
-const int64_t CACHED = 256 << 10;  // bytes of the weight's rows that one of them goes through before the next one's turn
-const int64_t AT_ONCE = 16;        // classes whose e^z are computed at once
-const int ROWS = 4;                // of the weight that are read at once
-const bf16 COUNTED = 0xff80;       // NO_LOGIT: this class is among the likely ones
+// A class is likely if it has at least this share of the probability outside the target.
+const float LIKELY_SHARE = 1.0f / 8192;
+const int64_t MAX_LIKELY = 4096;  // per row; further classes count as unlikely
+// Rows whose likely classes a thread processes together. Several of them share likely classes, whose weight rows are
+// then read from memory once.
+const int64_t CURSOR_ROWS = 16;
+const int64_t CACHED_BYTES = 256 << 10;  // bytes of weight rows that one row processes before the next row continues
+const int64_t BATCH = 16;  // classes whose e^z are computed together
+const int ROWS = 4;  // weight rows that are read together
+const bf16 LIKELY_MARK = 0xff80;  // marker in the logits: the class is a likely class
 
-int64_t up_to_32(int64_t D) { return (D + 31) / 32 * 32; }
+int64_t round_up_32(int64_t D) { return (D + 31) / 32 * 32; }
 
-template <class Change>
+template <class Transform>
 struct Head {
     int64_t V, D;
     const bf16 *weight;
     const bf16 *bias;  // or null
-    Change change;
+    Transform transform;
 
     float bias_of(int64_t v) const { return bias ? to_float(bias[v]) : 0; }
 };
 
-// Numbers of bf16 are read as pairs: the even ones of 32 are 16 words' lower halves, the odd ones their upper halves.
-// Vectors in fp32 that meet them have 16 even ones first, then 16 odd ones, and so on.
-DW_INLINE F16 even_of(I16 pairs) { return from_bits(pairs << 16); }
-DW_INLINE F16 odd_of(I16 pairs) { return from_bits(pairs & set_i((int32_t)0xffff0000)); }
+// bf16 numbers are read as pairs: of 32 numbers, the even ones are the lower halves of 16 words and the odd ones the
+// upper halves. The corresponding fp32 vectors contain 16 even numbers first, then 16 odd ones, and so on.
+DW_INLINE F16 even_numbers(I16 pairs) { return from_bits(pairs << 16); }
+DW_INLINE F16 odd_numbers(I16 pairs) { return from_bits(pairs & set_i((int32_t)0xffff0000)); }
 
-// body(number of 32, its words, which of them are there) for each 32 numbers of a row.
+// Call body(index of 32 numbers, their words, mask of valid words) for each 32 numbers of a row.
 template <class Body>
-DW_INLINE void each_32(int64_t D, Body &&body) {
+DW_INLINE void for_each_32(int64_t D, Body &&body) {
     int64_t d = 0;
     for (; d + 32 <= D; d += 32) body(d, first(16));
     if (d < D) body(d, first((D - d) / 2));
 }
 
-// into += the products of ROWS rows with h.
+// into += dot products of ROWS weight rows with h.
 void add_dots(int64_t D, const bf16 *const *w, const float *h, float *into) {
     F16 sum[ROWS] = {};
-    each_32(D, [&](int64_t d, First k) {
+    for_each_32(D, [&](int64_t d, First k) {
         const F16 even = load16(h + d), odd = load16(h + d + 16);
         for (int i = 0; i < ROWS; i++) {
             const I16 pairs = load_i(w[i] + d, k);
-            sum[i] = fma(odd_of(pairs), odd, fma(even_of(pairs), even, sum[i]));
+            sum[i] = fma(odd_numbers(pairs), odd, fma(even_numbers(pairs), even, sum[i]));
         }
     });
-    for (int i = 0; i < ROWS; i++) into[i] += sum_of(sum[i]);
+    for (int i = 0; i < ROWS; i++) into[i] += sum_lanes(sum[i]);
 }
 
 // to += Σ byᵢ · wᵢ over ROWS rows.
 void add_rows(int64_t D, const float *by, const bf16 *const *w, float *to) {
     F16 factor[ROWS];
     for (int i = 0; i < ROWS; i++) factor[i] = set_f(by[i]);
-    each_32(D, [&](int64_t d, First k) {
+    for_each_32(D, [&](int64_t d, First k) {
         F16 even = load16(to + d), odd = load16(to + d + 16);
         for (int i = 0; i < ROWS; i++) {
             const I16 pairs = load_i(w[i] + d, k);
-            even = fma(factor[i], even_of(pairs), even), odd = fma(factor[i], odd_of(pairs), odd);
+            even = fma(factor[i], even_numbers(pairs), even), odd = fma(factor[i], odd_numbers(pairs), odd);
         }
         store16(to + d, even), store16(to + d + 16, odd);
     });
 }
 
 // log Σ e^z of a row.
-template <class Change>
-float log_sum(const Head<Change> &head, const bf16 *row) {
-    F16 most = set_f(-3e38f), sum = zero_f();
-    for (int64_t v = 0; v < head.V; v += 16) most = max(most, head.change.value(logits_at(row, v, head.V)));
-    const float top = largest_of(most);
+template <class Transform>
+float log_sum(const Head<Transform> &head, const bf16 *row) {
+    F16 maxima = set_f(-3e38f), sum = zero_f();
+    for (int64_t v = 0; v < head.V; v += 16) maxima = max(maxima, head.transform.value(logits_at(row, v, head.V)));
+    const float top = max_lane(maxima);
     for (int64_t v = 0; v < head.V; v += 16)
-        sum = sum + exp2_16_for_bf16((head.change.value(logits_at(row, v, head.V)) - set_f(top)) * set_f(LOG2E));
-    return top + __builtin_logf(sum_of(sum));
+        sum = sum + exp2_16_for_bf16((head.transform.value(logits_at(row, v, head.V)) - set_f(top)) * set_f(LOG2E));
+    return top + __builtin_logf(sum_lanes(sum));
 }
 
-// The target and the classes whose z is above `least`, into `which` as they ascend; returns how many.
-template <class Change>
-int64_t likely_classes(const Head<Change> &head, const bf16 *row, int64_t target, float least, int32_t *which) {
-    int64_t count = 0, others = 0;
+// Find the target and the classes with z above `threshold`. Writes them to `classes` in ascending order and returns
+// their number.
+template <class Transform>
+int64_t likely_classes(const Head<Transform> &head, const bf16 *row, int64_t target, float threshold, int32_t *classes) {
+    int64_t count = 0, num_others = 0;
     for (int64_t v = 0; v < head.V; v += 16) {
-        uint32_t bits = bits_of(set_f(least) < head.change.value(logits_at(row, v, head.V)));
+        uint32_t bits = bits_of(set_f(threshold) < head.transform.value(logits_at(row, v, head.V)));
         if (target >= v && target < v + 16) bits |= 1u << (target - v);
         for (; bits; bits &= bits - 1) {
-            const int64_t found = v + __builtin_ctz(bits);
-            if (found != target && others++ >= MOST_LIKELY - 1) continue;  // there is room for the target
-            which[count++] = (int32_t)found;
+            const int64_t likely_class = v + __builtin_ctz(bits);
+            if (likely_class != target && num_others++ >= MAX_LIKELY - 1) continue;  // leave room for the target
+            classes[count++] = (int32_t)likely_class;
         }
     }
     return count;
 }
 
-// What is known of a row after its likely classes.
-struct Row {
-    float log_sum;   // log Σ e^z, with the likely classes' accurate logits
-    float unlikely;  // probability of the other classes
+// Results of a row after its likely classes.
+struct RowResult {
+    float log_sum;  // log Σ e^z, with exact logits of the likely classes
+    float unlikely;  // total probability of the other classes
 };
 
-// A row on its way through its likely classes.
-struct Walk {
+// Iterates over the likely classes of a row.
+struct LikelyClassCursor {
     bf16 *logits;
-    const float *hidden;   // (D, rounded up to 32)
-    float *slopes;         // the same: Σ e^z · ∂z/∂hidden of the classes gone through, divided as below
-    const int32_t *which;  // the likely classes ahead, as they ascend
-    int64_t left;          // how many
+    const float *hidden;  // (D, rounded up to 32)
+    float *slopes;  // (D, rounded up to 32): Σ e^z · ∂z/∂hidden of the processed classes, divided like the sums below
+    const int32_t *classes;  // remaining likely classes, ascending
+    int64_t remaining;  // number of remaining classes
     int64_t target;
-    float log_sum;                            // log Σ e^z of the given logits: what all sums of e^z are divided by
-    F16 rough = zero_f(), accurate = rough;   // Σ e^z of the classes gone through, with the given logits and with accurate ones
-    float at_target = 0;                      // the target's accurate z
+    float log_sum;  // log Σ e^z of the approximate logits: divisor of all sums of e^z
+    F16 rough = zero_f(), accurate = rough;  // Σ e^z of the processed classes, with approximate and with exact logits
+    float target_logit = 0;  // the target's exact z
 };
 
-// Goes through the next `count` classes; their logits become COUNTED. All but the last ones of a row come in whole
-// numbers of AT_ONCE, so that what is added to what does not depend on the other rows.
-template <class Change>
-void add_likely(const Head<Change> &head, Walk &walk, int64_t count) {
-    for (int64_t i = 0; i < count; i += AT_ONCE) {
-        const int64_t n = std::min(AT_ONCE, count - i);
-        const int32_t *const which = walk.which + i;
-        const bf16 *w[AT_ONCE];
-        alignas(64) float given[AT_ONCE], z[AT_ONCE], by[AT_ONCE];
-        int64_t at = AT_ONCE;
-        for (int64_t j = 0; j < AT_ONCE; j++) {  // beyond the last, the last again: it is left out below
-            const int64_t v = which[std::min(j, n - 1)];
-            w[j] = head.weight + v * head.D, given[j] = to_float(walk.logits[v]), z[j] = head.bias_of(v);
-            if (v == walk.target) at = std::min(at, j);
+// Process the next `count` classes. Their logits become LIKELY_MARK. All except the last classes of a row are processed
+// in multiples of BATCH, so the order of additions does not depend on other rows.
+template <class Transform>
+void add_likely(const Head<Transform> &head, LikelyClassCursor &cursor, int64_t count) {
+    for (int64_t i = 0; i < count; i += BATCH) {
+        const int64_t n = std::min(BATCH, count - i);
+        const int32_t *const classes = cursor.classes + i;
+        const bf16 *w[BATCH];
+        alignas(64) float approximate[BATCH], z[BATCH], by[BATCH];
+        int64_t at = BATCH;
+        for (int64_t j = 0; j < BATCH; j++) {  // pads with the last class, which is masked below
+            const int64_t v = classes[std::min(j, n - 1)];
+            w[j] = head.weight + v * head.D, approximate[j] = to_float(cursor.logits[v]), z[j] = head.bias_of(v);
+            if (v == cursor.target) at = std::min(at, j);
         }
-        for (int64_t j = 0; j < n; j += ROWS) add_dots(head.D, w + j, walk.hidden, z + j);
-        for (int64_t j = 0; j < n; j++) walk.logits[which[j]] = COUNTED;
+        for (int64_t j = 0; j < n; j += ROWS) add_dots(head.D, w + j, cursor.hidden, z + j);
+        for (int64_t j = 0; j < n; j++) cursor.logits[classes[j]] = LIKELY_MARK;
         const First k = first(n);
-        const F16 value = head.change.value(load16(z)), e = keep_first(k, exp_16(value - set_f(walk.log_sum)));
-        walk.rough = walk.rough + keep_first(k, exp_16(head.change.value(load16(given)) - set_f(walk.log_sum)));
-        walk.accurate = walk.accurate + e;
-        store16(by, e * head.change.slope(value));
-        for (int64_t j = 0; j < n; j += ROWS) add_rows(head.D, by + j, w + j, walk.slopes);
+        const F16 value = head.transform.value(load16(z)), e = select_first(k, exp_16(value - set_f(cursor.log_sum)));
+        cursor.rough = cursor.rough + select_first(k, exp_16(head.transform.value(load16(approximate)) - set_f(cursor.log_sum)));
+        cursor.accurate = cursor.accurate + e;
+        store16(by, e * head.transform.slope(value));
+        for (int64_t j = 0; j < n; j += ROWS) add_rows(head.D, by + j, w + j, cursor.slopes);
         store16(z, value);
-        if (at < AT_ONCE) walk.at_target = z[at];
+        if (at < BATCH) cursor.target_logit = z[at];
     }
-    walk.which += count, walk.left -= count;
+    cursor.classes += count, cursor.remaining -= count;
 }
 
-template <class Change>
-Walk begin_row(const Head<Change> &head, bf16 *logits, int64_t target, const bf16 *hidden, float *wide, float *slopes, int32_t *which) {
-    each_32(head.D, [&](int64_t d, First k) {
+template <class Transform>
+LikelyClassCursor init_cursor(const Head<Transform> &head, bf16 *logits, int64_t target, const bf16 *hidden, float *widened, float *slopes,
+                              int32_t *classes) {
+    for_each_32(head.D, [&](int64_t d, First k) {
         const I16 pairs = load_i(hidden + d, k);
-        store16(wide + d, even_of(pairs)), store16(wide + d + 16, odd_of(pairs));
+        store16(widened + d, even_numbers(pairs)), store16(widened + d + 16, odd_numbers(pairs));
         store16(slopes + d, zero_f()), store16(slopes + d + 16, zero_f());
     });
-    const float sum = log_sum(head, logits), beside = 1 - __builtin_expf(head.change.value(to_float(logits[target])) - sum);
-    const int64_t count = likely_classes(head, logits, target, sum + __builtin_logf(LIKELY * std::max(beside, 1e-6f)), which);
-    Walk walk;
-    walk.logits = logits, walk.hidden = wide, walk.slopes = slopes, walk.which = which, walk.left = count, walk.target = target, walk.log_sum = sum;
-    return walk;
+    const float sum = log_sum(head, logits), non_target = 1 - __builtin_expf(head.transform.value(to_float(logits[target])) - sum);
+    const int64_t count = likely_classes(head, logits, target, sum + __builtin_logf(LIKELY_SHARE * std::max(non_target, 1e-6f)), classes);
+    LikelyClassCursor cursor;
+    cursor.logits = logits, cursor.hidden = widened, cursor.slopes = slopes, cursor.classes = classes, cursor.remaining = count,
+        cursor.target = target, cursor.log_sum = sum;
+    return cursor;
 }
 
-// The loss of a row that went through its likely classes, and their part of the gradient (D).
-template <class Change>
-Row end_row(const Head<Change> &head, const Walk &walk, float *loss, bf16 *slope) {
-    const float unlikely = std::max(0.0f, 1 - sum_of(walk.rough)), total = unlikely + sum_of(walk.accurate), after = walk.log_sum + __builtin_logf(total);
-    const F16 by = set_f(1 / total), of_target = set_f(head.change.slope(walk.at_target));
-    const bf16 *const w = head.weight + walk.target * head.D;
-    each_32(head.D, [&](int64_t d, First k) {
+// Return the loss of a row after its likely classes, and write their part of the gradient (D).
+template <class Transform>
+RowResult finish_row(const Head<Transform> &head, const LikelyClassCursor &cursor, float *loss, bf16 *slope) {
+    const float unlikely = std::max(0.0f, 1 - sum_lanes(cursor.rough)), total = unlikely + sum_lanes(cursor.accurate),
+        exact_log_sum = cursor.log_sum + __builtin_logf(total);
+    const F16 by = set_f(1 / total), target_slope = set_f(head.transform.slope(cursor.target_logit));
+    const bf16 *const w = head.weight + cursor.target * head.D;
+    for_each_32(head.D, [&](int64_t d, First k) {
         const I16 pairs = load_i(w + d, k);
-        const F16 even = fnma(of_target, even_of(pairs), load16(walk.slopes + d) * by);
-        const F16 odd = fnma(of_target, odd_of(pairs), load16(walk.slopes + d + 16) * by);
-        store_i(slope + d, bf16_bits_in_turn(even, odd), k);
+        const F16 even = fnma(target_slope, even_numbers(pairs), load16(cursor.slopes + d) * by);
+        const F16 odd = fnma(target_slope, odd_numbers(pairs), load16(cursor.slopes + d + 16) * by);
+        store_i(slope + d, bf16_bits_interleaved(even, odd), k);
     });
-    *loss = after - walk.at_target;
-    return {after, unlikely / total};
+    *loss = exact_log_sum - cursor.target_logit;
+    return {exact_log_sum, unlikely / total};
 }
 
-// All of the rows, up to SIDE_BY_SIDE, go through their likely classes, in parts whose rows of the weight the cache holds.
-template <class Change>
-void walk_together(const Head<Change> &head, Walk *walks, int64_t rows) {
-    const int64_t step = std::max(AT_ONCE, CACHED / (head.D * (int64_t)sizeof(bf16)));
+// Process the likely classes of up to ROW_ALIGNMENT rows, in parts whose weight rows fit in the cache.
+template <class Transform>
+void process_likely_classes(const Head<Transform> &head, LikelyClassCursor *cursors, int64_t rows) {
+    const int64_t step = std::max(BATCH, CACHED_BYTES / (head.D * (int64_t)sizeof(bf16)));
     for (;;) {
-        const Walk *longest = walks;
+        const LikelyClassCursor *longest = cursors;
         for (int64_t r = 1; r < rows; r++)
-            if (walks[r].left > longest->left) longest = walks + r;
-        if (!longest->left) return;
-        const int32_t last = longest->which[std::min(step, longest->left) - 1];
+            if (cursors[r].remaining > longest->remaining) longest = cursors + r;
+        if (!longest->remaining) return;
+        const int32_t last = longest->classes[std::min(step, longest->remaining) - 1];
         for (int64_t r = 0; r < rows; r++) {
-            const int64_t up_to_last = std::upper_bound(walks[r].which, walks[r].which + walks[r].left, last) - walks[r].which;
-            add_likely(head, walks[r], std::min(walks[r].left, (up_to_last + AT_ONCE - 1) / AT_ONCE * AT_ONCE));
+            const int64_t num_classes = std::upper_bound(cursors[r].classes, cursors[r].classes + cursors[r].remaining, last) - cursors[r].classes;
+            add_likely(head, cursors[r], std::min(cursors[r].remaining, (num_classes + BATCH - 1) / BATCH * BATCH));
         }
     }
 }
 
-// The rows [begin, end): all that does not concern their unlikely classes.
-template <class Change>
-void likely_parts(const Head<Change> &head, int64_t begin, int64_t end, bf16 *logits, const int64_t *targets, const bf16 *hidden, Row *rows, float *losses,
+// Process everything of rows [begin, end) except for their unlikely classes.
+template <class Transform>
+void likely_parts(const Head<Transform> &head, int64_t begin, int64_t end, bf16 *logits, const int64_t *targets, const bf16 *hidden,
+                  RowResult *rows, float *losses,
                   bf16 *slopes) {
     if (begin == end) return;
-    const int64_t D = head.D, wide = up_to_32(D);
+    const int64_t D = head.D, padded_size = round_up_32(D);
     Scratch scratch;
-    float *const of_rows = scratch.take<float>(2 * SIDE_BY_SIDE * wide);
-    int32_t *const which = scratch.take<int32_t>(SIDE_BY_SIDE * MOST_LIKELY);
-    for (int64_t m = begin; m < end; m += SIDE_BY_SIDE) {
-        const int64_t count = std::min(SIDE_BY_SIDE, end - m);
-        Walk walks[SIDE_BY_SIDE];
+    float *const row_buffers = scratch.take<float>(2 * CURSOR_ROWS * padded_size);
+    int32_t *const classes = scratch.take<int32_t>(CURSOR_ROWS * MAX_LIKELY);
+    for (int64_t m = begin; m < end; m += CURSOR_ROWS) {
+        const int64_t count = std::min(CURSOR_ROWS, end - m);
+        LikelyClassCursor cursors[CURSOR_ROWS];
         for (int64_t r = 0; r < count; r++)
-            walks[r] = begin_row(head, logits + (m + r) * head.V, targets[m + r], hidden + (m + r) * D, of_rows + 2 * r * wide,
-                                 of_rows + (2 * r + 1) * wide, which + r * MOST_LIKELY);
-        walk_together(head, walks, count);
-        for (int64_t r = 0; r < count; r++) rows[m + r] = end_row(head, walks[r], losses + m + r, slopes + (m + r) * D);
+            cursors[r] = init_cursor(head, logits + (m + r) * head.V, targets[m + r], hidden + (m + r) * D, row_buffers + 2 * r * padded_size,
+                                 row_buffers + (2 * r + 1) * padded_size, classes + r * MAX_LIKELY);
+        process_likely_classes(head, cursors, count);
+        for (int64_t r = 0; r < count; r++) rows[m + r] = finish_row(head, cursors[r], losses + m + r, slopes + (m + r) * D);
     }
 }
 
-// Σ over `rows` rows of the unlikely classes' ∂loss/∂logit, for the classes [v0, v1).
-template <class Change>
-void unlikely_part(const Head<Change> &head, int64_t rows, const bf16 *logits, const Row *of, int64_t v0, int64_t v1, bf16 *sums) {
+// Sum ∂loss/∂logit of the unlikely classes [v0, v1) over `rows` rows.
+template <class Transform>
+void unlikely_part(const Head<Transform> &head, int64_t rows, const bf16 *logits, const RowResult *results, int64_t v0, int64_t v1, bf16 *sums) {
     for (int64_t v = v0; v < v1; v += 16) {
         F16 sum = zero_f();
         for (int64_t m = 0; m < rows; m++) {
-            const F16 z = head.change.value(logits_at(logits + m * head.V, v, head.V));
-            sum = fma(exp2_16_for_bf16((z - set_f(of[m].log_sum)) * set_f(LOG2E)), head.change.slope(z), sum);
+            const F16 z = head.transform.value(logits_at(logits + m * head.V, v, head.V));
+            sum = fma(exp2_16_for_bf16((z - set_f(results[m].log_sum)) * set_f(LOG2E)), head.transform.slope(z), sum);
         }
         store16(sums + v, sum, first(v1 - v));
     }
 }
 
-// shares[m]: the row's part of what is unlikely in the `together` rows that it belongs to.
-void share_out(int64_t M, int64_t together, const Row *rows, float *shares) {
-    for (int64_t from = 0; from < M; from += together) {
-        const int64_t to = std::min(M, from + together);
+// shares[m]: the row's share of the unlikely probability in its group of `group_rows` rows.
+void compute_shares(int64_t M, int64_t group_rows, const RowResult *rows, float *shares) {
+    for (int64_t from = 0; from < M; from += group_rows) {
+        const int64_t to = std::min(M, from + group_rows);
         float all = 0;
         for (int64_t m = from; m < to; m++) all += rows[m].unlikely;
         for (int64_t m = from; m < to; m++) shares[m] = all > 0 ? rows[m].unlikely / all : 0;
@@ -245,36 +250,37 @@ void share_out(int64_t M, int64_t together, const Row *rows, float *shares) {
 
 }  // namespace
 
-// losses (M) = log Σ e^z - z[target]. slopes (M, D): the likely classes' part of ∂loss/∂hidden. unlikely (M / together,
-// rounded up, V): sums over `together` rows of the other classes' ∂loss/∂logits, of which row m has the part shares[m].
-// logits (M, V), hidden (M, D), the weight (V, D) and the bias are in bf16; the logits are overwritten.
+// losses (M) = log Σ e^z - z[target]. slopes (M, D): likely classes' part of ∂loss/∂hidden. unlikely (⌈M / group_rows⌉,
+// V): sums of the other classes' ∂loss/∂logits over `group_rows` rows, of which row m has the share shares[m]. logits
+// (M, V), hidden (M, D), the weight (V, D) and the bias are bf16. Overwrites the logits.
 int dw_head_gradient(int64_t M, int64_t V, int64_t D, void *logits, const int64_t *targets, const void *hidden, const void *weight, const void *bias,
-                     float scale, float cap, int64_t together, float *losses, void *slopes, float *shares, void *unlikely) {
+                     float scale, float cap, int64_t group_rows, float *losses, void *slopes, float *shares, void *unlikely) {
     return guarded([&] {
-        require_in_bounds(together > 0 && V <= INT32_MAX && D % 2 == 0);
+        require_in_bounds(group_rows > 0 && V <= INT32_MAX && D % 2 == 0);
         for (int64_t m = 0; m < M; m++) require_in_bounds(targets[m] >= 0 && targets[m] < V);
         Scratch scratch;
-        Row *const rows = scratch.take<Row>(M);
-        bf16 *const of_all = (bf16 *)logits, *const summed = (bf16 *)unlikely;
-        with_change(scale, cap, [&](const auto &change) {
-            const Head<std::decay_t<decltype(change)>> head{V, D, (const bf16 *)weight, (const bf16 *)bias, change};
+        RowResult *const rows = scratch.take<RowResult>(M);
+        bf16 *const all_logits = (bf16 *)logits, *const summed = (bf16 *)unlikely;
+        with_transform(scale, cap, [&](const auto &transform) {
+            const Head<std::decay_t<decltype(transform)>> head{V, D, (const bf16 *)weight, (const bf16 *)bias, transform};
             in_parallel([&](int thread, int threads) {
                 int64_t begin, end;
-                part_of(M, thread, threads, begin, end);
-                likely_parts(head, begin, end, of_all, targets, (const bf16 *)hidden, rows, losses, (bf16 *)slopes);
+                split_range(M, thread, threads, begin, end);
+                likely_parts(head, begin, end, all_logits, targets, (const bf16 *)hidden, rows, losses, (bf16 *)slopes);
             });
             in_parallel([&](int thread, int threads) {
                 int64_t begin, end;
-                part_of((V + 31) / 32, thread, threads, begin, end);
-                for (int64_t m = 0; m < M; m += together)
-                    unlikely_part(head, std::min(together, M - m), of_all + m * V, rows + m, 32 * begin, std::min(V, 32 * end), summed + m / together * V);
+                split_range((V + 31) / 32, thread, threads, begin, end);
+                for (int64_t m = 0; m < M; m += group_rows)
+                    unlikely_part(head, std::min(group_rows, M - m), all_logits + m * V, rows + m, 32 * begin, std::min(V, 32 * end),
+                                  summed + m / group_rows * V);
             });
         });
-        share_out(M, together, rows, shares);
+        compute_shares(M, group_rows, rows, shares);
     });
 }
 
-// Bytes of the threads' arenas that dw_head_gradient takes at its peak.
-int64_t dw_head_gradient_room(int64_t M, int64_t D) {
-    return M * (int64_t)sizeof(Row) + std::min<int64_t>(M, thread_count()) * SIDE_BY_SIDE * (2 * up_to_32(D) + MOST_LIKELY) * 4;
+// Peak bytes that dw_head_gradient takes from the threads' arenas.
+int64_t dw_head_gradient_scratch_size(int64_t M, int64_t D) {
+    return M * (int64_t)sizeof(RowResult) + std::min<int64_t>(M, thread_count()) * CURSOR_ROWS * (2 * round_up_32(D) + MAX_LIKELY) * 4;
 }

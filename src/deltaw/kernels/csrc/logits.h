@@ -1,4 +1,4 @@
-// What a model makes of its head's outputs before the soft-max: one type for each of two forms.
+// Transformations of a head's outputs before the softmax. One type per form.
 #pragma once
 #include <cmath>
 
@@ -6,7 +6,7 @@
 
 namespace deltaw {
 
-const float NO_LOGIT = -INFINITY;  // a class that is left out: its e^z is 0
+const float NO_LOGIT = -INFINITY;  // excluded class: its e^z is 0
 
 // z = scale · logit.
 struct Scaled {
@@ -17,7 +17,7 @@ struct Scaled {
 
     DW_INLINE F16 value(F16 logit) const { return logit * by; }
     float value(float logit) const { return logit * scale; }
-    // ∂z/∂logit where the value is z.
+    // ∂z/∂logit at the value z.
     DW_INLINE F16 slope(F16) const { return by; }
     float slope(float) const { return scale; }
 };
@@ -40,18 +40,18 @@ struct Capped {
     float slope(float z) const { return scale * (1 - z / cap * (z / cap)); }
 };
 
-// body(Scaled or Capped): a cap of 0 is none.
+// Call body(Scaled or Capped). A cap of 0 means no cap.
 template <class Body>
-inline void with_change(float scale, float cap, Body &&body) {
+inline void with_transform(float scale, float cap, Body &&body) {
     if (cap > 0) body(Capped(scale, cap));
     else body(Scaled(scale));
 }
 
-// 16 logits of a row of V from v on; those beyond its end are left out.
+// Load 16 logits of a row of V, starting at v. Logits beyond the end become NO_LOGIT.
 template <class T>
 DW_INLINE F16 logits_at(const T *row, int64_t v, int64_t V) {
     if (v + 16 <= V) return load16(row + v);
-    return keep_first(first(V - v), load16(row + v, first(V - v)), set_f(NO_LOGIT));
+    return select_first(first(V - v), load16(row + v, first(V - v)), set_f(NO_LOGIT));
 }
 
 }  // namespace deltaw

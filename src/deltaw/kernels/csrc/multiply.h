@@ -1,23 +1,24 @@
-// Small products whose sums stay in registers: some rows of the left side times a right side that was laid out in groups
-// (see pack_rows16), 16 or 32 columns at a time. What differs by instruction set is an Op: how one group is multiplied.
+// Small products with sums in registers: some rows of the left side times a right side packed in groups (see
+// pack_rows16), 16 or 32 columns at a time. An Op is the part that depends on the instruction set: how one group is
+// multiplied.
 #pragma once
 #include "vector.h"
 
 namespace deltaw {
 
 #if defined(__AVX512F__)
-const int MOST_ROWS = 12, VECS_AT_ONCE = 2;  // 12 x 2 sums, 2 right and a few left vectors fill the 32 registers
-typedef I16 Word;                            // one group of the left side, in each lane
+const int MAX_ROWS = 12, VECS_PER_PASS = 2;  // 12 x 2 sums, 2 right and some left vectors fill the 32 registers
+typedef I16 Word;  // one group of the left side, broadcast to all lanes
 inline Word spread(int32_t x) { return set_i(x); }
 #else
 // 6 sums of 16 lanes, the right side's lanes and one of the left side fill 16 registers of AVX2, or 32 of NEON.
-const int MOST_ROWS = 6, VECS_AT_ONCE = 1;
+const int MAX_ROWS = 6, VECS_PER_PASS = 1;
 typedef vi Word;
-inline Word spread(int32_t x) { return one_i(x); }
+inline Word spread(int32_t x) { return part_i(x); }
 #endif
-// The group that lies at p.
+// Load the group at p.
 #if defined(__ARM_NEON)
-// In the first lane alone, which NEON multiplies by as it is: spreading it would take a place among the products.
+// Load into the first lane only. NEON multiplies by a single lane, so a broadcast would waste an instruction.
 inline Word word_at(const void *p) {
     typedef int32_t __attribute__((may_alias, aligned(1))) Group;
     Word word;
@@ -32,25 +33,25 @@ inline Word word_at(const void *p) {
 }
 #endif
 
-// ---- how a group is multiplied -------------------------------------------------------------------------------
+// ---- multiplication of a group --------------------------------------------------------------------------------
 
-// ROWS_OF_SUMS: 2 where the processor also multiplies two rows by two columns, with an add2 for it; else 1.
+// ROWS_PER_SUM: 2 if the processor can also multiply two rows by two columns, with add2; else 1.
 struct FloatSums {
     typedef F16 Sum;
-    static constexpr int ROWS_OF_SUMS = 1;
+    static constexpr int ROWS_PER_SUM = 1;
     static Sum zero() { return zero_f(); }
     static Sum load(const float *p) { return load16(p); }
     static void store(float *p, Sum s) { store16(p, s); }
 };
 struct IntSums {
     typedef I16 Sum;
-    static constexpr int ROWS_OF_SUMS = 1;
+    static constexpr int ROWS_PER_SUM = 1;
     static Sum zero() { return zero_i(); }
     static Sum load(const float *p) { return load_i(p); }
     static void store(float *p, Sum s) { store_i(p, s); }
 };
 
-// fp32 numbers, one a group.
+// fp32, one number per group.
 struct Fma : FloatSums {
     static constexpr int PER_GROUP = 1;
     static void add(Sum &s, Word a, const I16 &b) {
@@ -59,7 +60,7 @@ struct Fma : FloatSums {
 #elif defined(__ARM_NEON)
         for (int i = 0; i < PARTS; i++) s.p[i] = (vf)vfmaq_laneq_f32((float32x4_t)s.p[i], (float32x4_t)b.p[i], (float32x4_t)a, 0);
 #else
-        for (int i = 0; i < PARTS; i++) s.p[i] = one_fma((vf)a, (vf)b.p[i], s.p[i]);
+        for (int i = 0; i < PARTS; i++) s.p[i] = part_fma((vf)a, (vf)b.p[i], s.p[i]);
 #endif
     }
 };
@@ -68,14 +69,14 @@ struct Fma : FloatSums {
 #define DW_BF16_DOT 1
 struct Bf16Dot : FloatSums {
     static constexpr int PER_GROUP = 2;
-    // As assembly, since the compiler would copy sums to and fro between registers around its own form.
+    // Assembly, because the compiler would move sums between registers around its intrinsic.
     static void add(Sum &s, Word a, const I16 &b) { __asm__("vdpbf16ps %2, %1, %0" : "+v"(s.v) : "v"(a.v), "v"(b.v)); }
 };
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #define DW_BF16_DOT 1
 struct Bf16Dot : FloatSums {
-    static constexpr int PER_GROUP = 2, ROWS_OF_SUMS = 2;
-    // As assembly for the same reason.
+    static constexpr int PER_GROUP = 2, ROWS_PER_SUM = 2;
+    // Assembly for the same reason.
     static void add2(vf &s, vi a, vi b) { __asm__("bfmmla %0.4s, %1.8h, %2.8h" : "+w"(s) : "w"(a), "w"(b)); }
     static void add(Sum &s, Word a, const I16 &b) {
         for (int i = 0; i < PARTS; i++) s.p[i] = (vf)vbfdotq_laneq_f32((float32x4_t)s.p[i], (bfloat16x8_t)b.p[i], (bfloat16x8_t)a, 0);
@@ -83,7 +84,7 @@ struct Bf16Dot : FloatSums {
 };
 #endif
 
-// Four numbers a group: unsigned ones less LEFT_OFFSET on the left, signed ones on the right.
+// Four numbers per group: unsigned minus LEFT_OFFSET on the left, signed on the right.
 #if defined(__AVX512VNNI__)
 #define DW_INT8_DOT 1
 struct Int8Dot : IntSums {
@@ -101,7 +102,7 @@ struct Int8Dot : IntSums {
 #elif defined(__ARM_FEATURE_MATMUL_INT8)
 #define DW_INT8_DOT 1
 struct Int8Dot : IntSums {
-    static constexpr int PER_GROUP = 4, ONES = 0x01010101, LEFT_OFFSET = 0, ROWS_OF_SUMS = 2;
+    static constexpr int PER_GROUP = 4, ONES = 0x01010101, LEFT_OFFSET = 0, ROWS_PER_SUM = 2;
     static void add2(vi &s, vi a, vi b) { __asm__("usmmla %0.4s, %1.16b, %2.16b" : "+w"(s) : "w"(a), "w"(b)); }
     static void add(Sum &s, Word a, const I16 &b) {
         for (int i = 0; i < PARTS; i++) s.p[i] = (vi)vsudotq_laneq_s32((int32x4_t)s.p[i], (int8x16_t)b.p[i], (uint8x16_t)a, 0);
@@ -109,8 +110,8 @@ struct Int8Dot : IntSums {
 };
 #elif defined(__ARM_FEATURE_DOTPROD)
 #define DW_INT8_DOT 1
-#define DW_INT8_DOT_OF_SIGNED 1
-struct Int8Dot : IntSums {  // of signed numbers alone: the left side's less 128
+#define DW_INT8_DOT_SIGNED 1
+struct Int8Dot : IntSums {  // multiplies signed numbers only: the left side minus 128
     static constexpr int PER_GROUP = 4, ONES = 0x01010101, LEFT_OFFSET = 128;
     static void add(Sum &s, Word a, const I16 &b) {
         for (int i = 0; i < PARTS; i++) s.p[i] = (vi)vdotq_laneq_s32((int32x4_t)s.p[i], (int8x16_t)b.p[i], (int8x16_t)a, 0);
@@ -118,7 +119,7 @@ struct Int8Dot : IntSums {  // of signed numbers alone: the left side's less 128
 };
 #endif
 
-// Two numbers of 16 bits a group, which 8-bit ones are widened to: exact where the processor has no dot product of 8 bits.
+// Two 16-bit numbers per group, widened from 8 bits. Exact on processors without an 8-bit dot product.
 struct Int16Dot : IntSums {
     static constexpr int PER_GROUP = 2, ONES = 0x00010001, LEFT_OFFSET = 0;
     static void add(Sum &s, Word a, const I16 &b) {
@@ -127,10 +128,11 @@ struct Int16Dot : IntSums {
 #elif defined(__AVX2__)
         for (int i = 0; i < PARTS; i++) s.p[i] += (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b.p[i]);
 #elif defined(__ARM_NEON)
-        // Each column's first number in one half of a register, the second in the other: the same for all rows.
-        const uint8x16_t apart = {0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15};
+        // Moves each column's first number to one half of a register and the second to the other. The same for all
+        // rows.
+        const uint8x16_t shuffle = {0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15};
         for (int i = 0; i < PARTS; i++) {
-            const int16x8_t column = (int16x8_t)vqtbl1q_u8((uint8x16_t)b.p[i], apart);
+            const int16x8_t column = (int16x8_t)vqtbl1q_u8((uint8x16_t)b.p[i], shuffle);
             const int32x4_t sum = vmlal_laneq_s16((int32x4_t)s.p[i], vget_low_s16(column), (int16x8_t)a, 0);
             s.p[i] = (vi)vmlal_high_laneq_s16(sum, column, (int16x8_t)a, 1);
         }
@@ -140,45 +142,45 @@ struct Int16Dot : IntSums {
     }
 };
 
-// ---- what lies in memory on the left, and how it comes to be multiplied --------------------------------------
+// ---- left sides: stored and multiplied types ------------------------------------------------------------------
 
 template <class Dot>
-struct AsItLies : Dot {
+struct StoredOperand : Dot {
     static constexpr bool WIDENS = false;
 };
 
-struct OpF32 : AsItLies<Fma> {
+struct OpF32 : StoredOperand<Fma> {
     typedef float Left;
     static void widen(const Left *, int64_t, int64_t, void *) {}
 };
-// bf16 numbers, widened to fp32 on both sides: exact products, at the rate of fp32.
+// bf16 numbers widened to fp32 on both sides: exact products at the speed of fp32.
 struct OpWide : Fma {
     typedef bf16 Left;
     static constexpr bool WIDENS = true;
-    // `count` numbers, and zeros up to `room`, which is below count + 16.
-    static void widen(const Left *from, int64_t count, int64_t room, void *to) {
-        for (int64_t k = 0; k < room; k += 16) store16((float *)to + k, load16(from + k, first(count - k)), first(room - k));
+    // Widen `count` numbers and pad with zeros to `padded_count`, which is below count + 16.
+    static void widen(const Left *from, int64_t count, int64_t padded_count, void *to) {
+        for (int64_t k = 0; k < padded_count; k += 16) store16((float *)to + k, load16(from + k, first(count - k)), first(padded_count - k));
     }
 };
 #ifdef DW_BF16_DOT
-struct OpBF16 : AsItLies<Bf16Dot> {
+struct OpBF16 : StoredOperand<Bf16Dot> {
     typedef bf16 Left;
     static void widen(const Left *, int64_t, int64_t, void *) {}
 };
 #endif
-#ifdef DW_INT8_DOT_OF_SIGNED
+#ifdef DW_INT8_DOT_SIGNED
 struct OpInt8 : Int8Dot {
     typedef uint8_t Left;
     static constexpr bool WIDENS = true;
-    // Not wider, but signed.
-    static void widen(const Left *from, int64_t count, int64_t room, void *to) {
+    // Converts to signed numbers without widening.
+    static void widen(const Left *from, int64_t count, int64_t padded_count, void *to) {
         int64_t k = 0;
         for (; k + 16 <= count; k += 16) vst1q_u8((uint8_t *)to + k, veorq_u8(vld1q_u8(from + k), vdupq_n_u8(128)));
-        for (; k < room; k++) ((uint8_t *)to)[k] = k < count ? from[k] ^ 128 : 0;
+        for (; k < padded_count; k++) ((uint8_t *)to)[k] = k < count ? from[k] ^ 128 : 0;
     }
 };
 #elif defined(DW_INT8_DOT)
-struct OpInt8 : AsItLies<Int8Dot> {
+struct OpInt8 : StoredOperand<Int8Dot> {
     typedef uint8_t Left;
     static void widen(const Left *, int64_t, int64_t, void *) {}
 };
@@ -186,42 +188,43 @@ struct OpInt8 : AsItLies<Int8Dot> {
 struct OpInt8 : Int16Dot {
     typedef uint8_t Left;
     static constexpr bool WIDENS = true;
-    static void widen(const Left *from, int64_t count, int64_t room, void *to) {
-        for (int64_t k = 0; k < room; k += 16) store_u16((bf16 *)to + k, load_u8(from + k, first(count - k)), first(room - k));
+    static void widen(const Left *from, int64_t count, int64_t padded_count, void *to) {
+        for (int64_t k = 0; k < padded_count; k += 16) store_u16((bf16 *)to + k, load_u8(from + k, first(count - k)), first(padded_count - k));
     }
 };
 #endif
 
-// ---- what is known of products in tiles here (multiply_tiles.h) -----------------------------------------------
+// ---- traits for products in tiles (multiply_tiles.h) -----------------------------------------------------------
 
 template <class Op> struct InTiles : std::false_type {};
-// What a thread holds while it multiplies.
-template <class Op> struct Ready {
-    Ready() {}
+// RAII object that a thread needs while it multiplies.
+template <class Op> struct ProductScope {
+    ProductScope() {}
 };
-// The Op whose sums are in registers, for what is a part of something else there.
-template <class Op> struct InRegisters { typedef Op type; };
+// The Op with sums in registers, for small parts of a product in tiles.
+template <class Op> struct RegisterOp { typedef Op type; };
 
 template <class Op, bool ONTO>
 inline void products_in_tiles(int64_t rows, int vecs, const char *left, int64_t stride, const char *right, int64_t groups, const float *from,
                               int64_t from_ld, float *tile, int64_t ld);
 
-// ---- rows of the left side times a panel ---------------------------------------------------------------------
+// ---- rows of the left side times a panel ----------------------------------------------------------------------
 
 #if defined(__ARM_FEATURE_MATMUL_INT8) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-// The halves of two registers change places: four sums of each of two rows become two rows by two columns, twice, or back.
+// Exchange the halves of two registers. Converts four sums of each of two rows to two blocks of two rows by two
+// columns, and back.
 template <class V>
-inline void turn(V &a, V &b) {
+inline void swap_halves(V &a, V &b) {
     const int64x2_t one = (int64x2_t)a, two = (int64x2_t)b;
     a = (V)vtrn1q_s64(one, two), b = (V)vtrn2q_s64(one, two);
 }
-// add_products two rows and two groups at a time. Returns how many groups it took: the last may be left over.
+// Like add_products for two rows and two groups at a time. Returns the number of groups processed; the last may remain.
 template <class Op, int ROWS>
 inline __attribute__((always_inline)) int64_t add_in_twos(const char *left, int64_t stride, const char *right, int64_t groups,
                                                           typename Op::Sum (&s)[ROWS][1]) {
 #pragma GCC unroll 12
     for (int i = 0; i < ROWS; i += 2)
-        for (int p = 0; p < PARTS; p++) turn(s[i][0].p[p], s[i + 1][0].p[p]);
+        for (int p = 0; p < PARTS; p++) swap_halves(s[i][0].p[p], s[i + 1][0].p[p]);
     const int64_t twos = groups / 2 * 2;
     for (int64_t g = 0; g < twos; g += 2) {
         vi a[ROWS / 2];
@@ -240,12 +243,12 @@ inline __attribute__((always_inline)) int64_t add_in_twos(const char *left, int6
                 Op::add2(s[i][0].p[p], a[i / 2], b);
                 Op::add2(s[i + 1][0].p[p], a[i / 2], b2);
             }
-            __asm__ volatile("" ::: "memory");  // loads of the next columns before here would push sums out of registers
+            __asm__ volatile("" ::: "memory");  // keeps the next columns' loads below, since they would spill sums
         }
     }
 #pragma GCC unroll 12
     for (int i = 0; i < ROWS; i += 2)
-        for (int p = 0; p < PARTS; p++) turn(s[i][0].p[p], s[i + 1][0].p[p]);
+        for (int p = 0; p < PARTS; p++) swap_halves(s[i][0].p[p], s[i + 1][0].p[p]);
     return twos;
 }
 #else
@@ -260,7 +263,7 @@ template <class Op, int ROWS, int VECS>
 inline __attribute__((always_inline)) void add_products(const char *left, int64_t stride, const char *right, int64_t groups,
                                                         typename Op::Sum (&s)[ROWS][VECS]) {
     int64_t g = 0;
-    if constexpr (ROWS % 2 == 0 && Op::ROWS_OF_SUMS == 2) g = add_in_twos<Op>(left, stride, right, groups, s);
+    if constexpr (ROWS % 2 == 0 && Op::ROWS_PER_SUM == 2) g = add_in_twos<Op>(left, stride, right, groups, s);
     for (; g < groups; g++) {
         I16 b[VECS];
 #pragma GCC unroll 2
@@ -274,10 +277,11 @@ inline __attribute__((always_inline)) void add_products(const char *left, int64_
     }
 }
 
-// tile (ROWS, 16·VECS) = from + left · right; without ONTO, from nothing. `from_ld` 0: all rows begin alike.
-// A function of its own, since the compiler's loop takes more instructions where it is a part of another.
+// tile (ROWS, 16·VECS) = from + left · right, or left · right without ONTO. If `from_ld` is 0, all rows start with the
+// same sums. A separate function, because the compiler generates a longer loop if it is inlined.
 template <class Op, int ROWS, int VECS, bool ONTO>
-__attribute__((noinline)) void product(const char *left, int64_t stride, const char *right, int64_t groups, const float *from, int64_t from_ld, float *tile, int64_t ld) {
+__attribute__((noinline)) void product(const char *left, int64_t stride, const char *right, int64_t groups, const float *from, int64_t from_ld,
+                                       float *tile, int64_t ld) {
     typename Op::Sum s[ROWS][VECS];
 #pragma GCC unroll 12
     for (int i = 0; i < ROWS; i++)
@@ -290,7 +294,7 @@ __attribute__((noinline)) void product(const char *left, int64_t stride, const c
         for (int v = 0; v < VECS; v++) Op::store(tile + i * ld + 16 * v, s[i][v]);
 }
 
-// Calls body(number) with `rows` as a constant, which is one that rows_at_once gives.
+// Call body(number) with `rows` as a constant. `rows` must be a result of max_tile_rows.
 template <int N>
 struct Constant {
     static constexpr int value = N;
@@ -309,16 +313,16 @@ inline void with_rows(int rows, Body &&body) {
         default: body(Constant<1>());
     }
 }
-// The largest number of rows that is made for and that is not above `rows`.
-inline int rows_at_once(int64_t rows) {
-    if (rows >= MOST_ROWS) return MOST_ROWS;
-    if (MOST_ROWS > 8 && rows >= 8) return 8;
+// The largest supported number of rows that is not above `rows`.
+inline int max_tile_rows(int64_t rows) {
+    if (rows >= MAX_ROWS) return MAX_ROWS;
+    if (MAX_ROWS > 8 && rows >= 8) return 8;
     return rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
 }
-// body(Constant<vectors>, first) for the 16-column vectors of a panel, as many at a time as there are registers for.
+// Call body(Constant<vectors>, first) for the 16-column vectors of a panel, as many at a time as registers allow.
 template <class Body>
 inline void with_vecs(int vecs, Body &&body) {
-    if (VECS_AT_ONCE == 2 && vecs == 2) return body(Constant<VECS_AT_ONCE>(), 0);
+    if (VECS_PER_PASS == 2 && vecs == 2) return body(Constant<VECS_PER_PASS>(), 0);
     for (int v = 0; v < vecs; v++) body(Constant<1>(), v);
 }
 
@@ -327,7 +331,7 @@ inline void products_from(int64_t rows, int vecs, const char *left, int64_t stri
                           int64_t from_ld, float *tile, int64_t ld) {
     if constexpr (InTiles<Op>::value) return products_in_tiles<Op, ONTO>(rows, vecs, left, stride, right, groups, from, from_ld, tile, ld);
     for (int64_t i = 0; i < rows;) {
-        const int n = rows_at_once(rows - i);
+        const int n = max_tile_rows(rows - i);
         with_rows(n, [&](auto count) {
             with_vecs(vecs, [&](auto wide, int v) {
                 product<Op, decltype(count)::value, decltype(wide)::value, ONTO>(left + i * stride, stride, right + 64 * v, groups,
@@ -338,13 +342,13 @@ inline void products_from(int64_t rows, int vecs, const char *left, int64_t stri
     }
 }
 
-// All rows: tile (rows, 16·vecs) = left · right, `ld` floats from row to row.
+// Multiply all rows: tile (rows, 16·vecs) = left · right, with `ld` floats from row to row.
 template <class Op>
 inline void products(int64_t rows, int vecs, const char *left, int64_t stride, const char *right, int64_t groups, float *tile, int64_t ld) {
     products_from<Op, false>(rows, vecs, left, stride, right, groups, tile, ld, tile, ld);
 }
 
-// The same, added to `from`, which may be the tile.
+// Like multiply_rows, added to `from`, which can be the tile.
 template <class Op>
 inline void products_onto(int64_t rows, int vecs, const char *left, int64_t stride, const char *right, int64_t groups, const float *from,
                           int64_t from_ld, float *tile, int64_t ld) {

@@ -1,10 +1,10 @@
-// A matrix product with all that is done to its sums while they are in registers.
+// A matrix product and the operations on its sums while they are in registers.
 //
-//   C = out_scale · (row_scale ∘ (A · B) ∘ column_scale + H · L) + bias + added
+//  C = out_scale · (row_scale ∘ (A · B) ∘ column_scale + H · L) + bias + addend
 //
-// A is read as it lies, B is laid out panel by panel, H (M, r) and L (r, N) are the low-rank part. In int8, A holds
-// unsigned numbers around `left_zero` with a scale for each row, or for each INT8_BLOCK numbers of a row, and B signed
-// numbers with a scale for each column of C.
+// A is read in place, B is packed panel by panel, and H (M, r) and L (r, N) are the low-rank part. In int8, A contains
+// unsigned numbers with zero point `left_zero` and a scale per row or per INT8_BLOCK numbers of a row, and B contains
+// signed numbers with a scale per column of C.
 #pragma once
 #include "right_side.h"
 
@@ -14,23 +14,23 @@ struct Product {
     int64_t M, N, K;
     const void *left;                       // (M, K), `left_ld` numbers from row to row
     int64_t left_ld;
-    int left_zero;                          // of int8: which number stands for 0, 128 or 0
+    int left_zero;  // int8: the number that represents 0, either 128 or 0
     Right right;
-    const float *row_scale, *column_scale;  // (M), (N) or null
-    const float *block_scale;               // (M, blocks) of int8, one for each INT8_BLOCK numbers along K, or null
-    const void *low;                        // H (M, r) in the product's own type (fp32 where C is), or null
+    const float *row_scale, *column_scale;  // (M), (N), or null
+    const float *block_scale;  // (M, blocks) of int8, one per INT8_BLOCK numbers along K, or null
+    const void *low;  // H (M, r) in the product's type (fp32 if C is fp32), or null
     Right low_right;                        // L (r, N)
     int64_t rank;
-    const void *bias;                       // (N) or null; in the type of C unless bias_f32
-    const void *added;                      // (M, N) in the type of C, or null; may be C itself
-    int64_t added_ld;
-    void *out;                              // C (M, N), or (N, M) where `transposed`
+    const void *bias;  // (N) or null; in the type of C unless bias_f32
+    const void *addend;  // (M, N) in the type of C, or null; can be C itself
+    int64_t addend_ld;
+    void *out;  // C (M, N), or (N, M) if `transposed`
     int64_t out_ld;
     int out_type, transposed, bias_f32;
-    float out_scale;                        // of the whole product, before bias and added
+    float out_scale;  // of the product, before bias and addend
 };
 
-// A product whose left side has rows of K numbers and whose result has rows of N, in `type`, with nothing added.
+// A plain product in `type`: left rows of K contiguous numbers, result rows of N.
 inline Product plain_product(int type, int64_t M, int64_t N, int64_t K, const void *left, const Right &right, void *out) {
     Product p{};
     p.M = M, p.N = N, p.K = K;
@@ -39,9 +39,9 @@ inline Product plain_product(int type, int64_t M, int64_t N, int64_t K, const vo
     return p;
 }
 
-// `type` is that of the left side as it is multiplied.
+// `type` is the type in which the left side is multiplied.
 void run_product(const Product &product, int type);
-// Bytes of the threads' arenas that it takes.
-int64_t product_room(const Product &product, int type, int threads);
+// Bytes that the product takes from the threads' arenas.
+int64_t product_scratch_size(const Product &product, int type, int threads);
 
 }  // namespace deltaw

@@ -1,4 +1,4 @@
-// Sums of int8 products: where they begin, and how those of blocks with scales of their own are added up.
+// Initial values of int8 sums, and accumulation of sums of blocks with separate scales.
 #pragma once
 #include "multiply_tiles.h"
 #include "product.h"
@@ -6,9 +6,9 @@
 
 namespace deltaw {
 
-// Where the int32 sums of a panel's columns begin: minus what stands for zero on the left times the sum of each column.
+// Initial int32 sums of a panel's columns: minus the left zero point times the sum of each column.
 template <class Op>
-inline void starts_of_columns(const char *right, int64_t groups, int vecs, int left_zero, int32_t *starts) {
+inline void column_starts(const char *right, int64_t groups, int vecs, int left_zero, int32_t *starts) {
     const Word ones = spread(Op::ONES);
     for (int v = 0; v < vecs; v++) {
         I16 s = zero_i();
@@ -25,8 +25,8 @@ inline void add_starts(float *tile, int rows, int vecs, const int32_t *starts) {
         }
 }
 
-// tile (ROWS, 16·VECS) = or += starts + left · right, times a scale for each row. A function of its own, since the compiler would
-// not hold the sums in registers in another.
+// tile (ROWS, 16·VECS) = or += (starts + left · right) times a scale per row. A separate function, because the compiler
+// would not keep the sums in registers if it were inlined.
 template <class Op, int ROWS, int VECS, bool FRESH>
 __attribute__((noinline)) void scaled_product(const char *left, int64_t stride, const char *right, int64_t groups, const int32_t *starts,
                                               const float *scales, int64_t blocks, float *tile) {
@@ -47,19 +47,19 @@ __attribute__((noinline)) void scaled_product(const char *left, int64_t stride, 
     }
 }
 
-// tile (ROWS, 16·VECS) = or += for each block of the left side its int32 sums times the row's scale for that block.
+// tile (ROWS, 16·VECS) = or += the sum over blocks of the left side of int32 sums times the row's scale of the block.
 template <class Op, int ROWS, int VECS>
 inline void add_blocks(const char *left, int64_t stride, const char *right, int64_t groups, const int32_t *starts, const float *scales,
                        int64_t blocks, bool fresh, float *tile) {
-    const int64_t at_once = INT8_BLOCK / Op::PER_GROUP;
-    for (int64_t g = 0; g < groups; g += at_once, starts += PANEL, scales++, fresh = false) {
+    const int64_t groups_per_block = INT8_BLOCK / Op::PER_GROUP;
+    for (int64_t g = 0; g < groups; g += groups_per_block, starts += PANEL, scales++, fresh = false) {
         const auto add = fresh ? scaled_product<Op, ROWS, VECS, true> : scaled_product<Op, ROWS, VECS, false>;
-        add(left + 4 * g, stride, right + 128 * g, std::min(at_once, groups - g), starts, scales, blocks, tile);
+        add(left + 4 * g, stride, right + 128 * g, std::min(groups_per_block, groups - g), starts, scales, blocks, tile);
     }
 }
 
 #ifdef DW_AMX
-// tile (rows, 16·VECS) = or += int32 sums times a scale for each row, `blocks` numbers apart.
+// tile (rows, 16·VECS) = or += int32 sums times a scale per row; scales are `blocks` numbers apart.
 template <int VECS, bool FRESH>
 inline void add_scaled(int rows, const float *sums, const float *scales, int64_t blocks, float *tile) {
     for (int i = 0; i < rows; i++, sums += PANEL, tile += PANEL, scales += blocks) {
@@ -72,15 +72,16 @@ inline void add_scaled(int rows, const float *sums, const float *scales, int64_t
     }
 }
 
-// The same in tiles, of as many rows as they take at once.
-template <class Op, class Beside>
+// The same with AMX tiles.
+template <class Op, class StepWork>
 inline void add_blocks_in_tiles(int rows, int vecs, const char *left, int64_t stride, const char *right, int64_t groups, const int32_t *starts,
-                                const float *scales, int64_t blocks, bool fresh, float *tile, Beside &beside) {
-    const int64_t at_once = INT8_BLOCK / Op::PER_GROUP;
+                                const float *scales, int64_t blocks, bool fresh, float *tile, StepWork &step_work) {
+    const int64_t groups_per_block = INT8_BLOCK / Op::PER_GROUP;
     alignas(64) float sums[2 * tiles::ROWS * PANEL];
-    for (int64_t g = 0; g < groups; g += at_once, starts += PANEL, scales++, fresh = false) {
-        tiles::products_at_once<Op>(rows, vecs, left + 4 * g, stride, right + 128 * g, std::min(at_once, groups - g), (const float *)starts, 0, sums,
-                                    PANEL, {}, beside);
+    for (int64_t g = 0; g < groups; g += groups_per_block, starts += PANEL, scales++, fresh = false) {
+        tiles::multiply_rows_in_tiles<Op>(rows, vecs, left + 4 * g, stride, right + 128 * g, std::min(groups_per_block, groups - g),
+                                          (const float *)starts, 0, sums,
+                                    PANEL, {}, step_work);
         if (vecs == 2) fresh ? add_scaled<2, true>(rows, sums, scales, blocks, tile) : add_scaled<2, false>(rows, sums, scales, blocks, tile);
         else fresh ? add_scaled<1, true>(rows, sums, scales, blocks, tile) : add_scaled<1, false>(rows, sums, scales, blocks, tile);
     }
@@ -88,7 +89,7 @@ inline void add_blocks_in_tiles(int rows, int vecs, const char *left, int64_t st
 #endif
 
 template <class Op>
-inline void add_blocks_of(int rows, int vecs, const char *left, int64_t stride, const char *right, int64_t groups, const int32_t *starts,
+inline void add_int8_blocks(int rows, int vecs, const char *left, int64_t stride, const char *right, int64_t groups, const int32_t *starts,
                           const float *scales, int64_t blocks, bool fresh, float *tile) {
     with_rows(rows, [&](auto count) {
         with_vecs(vecs, [&](auto wide, int v) {

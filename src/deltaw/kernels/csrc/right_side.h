@@ -1,5 +1,5 @@
-// The right side of a product: where it lies, and how 32 of its columns are laid out for `products` to read.
-// It is laid out anew for each call, which costs 1 to 3 % of the product and needs no second copy of the weights.
+// Right side of a product: its storage, and the packing of 32 of its columns for `products`. It is packed again for
+// each call, which costs 1 to 3 % of the product and avoids a second copy of the weights.
 #pragma once
 #include "blocks.h"
 #include "multiply.h"
@@ -7,29 +7,29 @@
 
 namespace deltaw {
 
-const int PANEL = 32;  // columns that are laid out at a time
+const int PANEL = 32;  // columns packed at a time
 
-struct Right {  // (K, N): element (k, n) at n·ld + k where `by_column`, else at k·ld + n
-    const void *data;  // of a type in blocks a BlockData, whose rows are `ld` numbers
+struct Right {  // (K, N): element (k, n) at n·ld + k if `by_column`, else at k·ld + n
+    const void *data;  // for block types a BlockData with rows of `ld` numbers
     int64_t ld;
     int type;
     int by_column;
-    float scale;  // of fp32 data
-    // Of bf16 data that are rounded to int8 here: what they are divided by, (N) where `by_column`, else (K).
+    float scale;  // factor of fp32 data
+    // Scales for quantizing bf16 data to int8 while packing: (N) if `by_column`, else (K).
     const float *int8_scale = nullptr;
 
-    // Whether rows of bf16 data are rounded to int8, each by a scale of its own.
-    bool rounds_rows() const { return type == BF16 && !by_column && int8_scale; }
+    // True if rows of bf16 data are quantized to int8 with a scale per row.
+    bool quantizes_rows() const { return type == BF16 && !by_column && int8_scale; }
     int64_t number_size() const { return type == F32 ? 4 : type == BF16 ? 2 : 1; }
-    // Bytes in front of number k of a row, or of the block that it stands in.
-    int64_t bytes_to(int64_t k) const { return stored_in_blocks(type) ? bytes_before(type, k) : k * number_size(); }
+    // Byte offset of number k in a row, or of the block that contains it.
+    int64_t byte_offset(int64_t k) const { return stored_in_blocks(type) ? block_byte_offset(type, k) : k * number_size(); }
     const char *memory() const { return (const char *)(stored_in_blocks(type) ? ((const BlockData *)data)->data : data); }
 };
 
 namespace packing {
 
 inline F16 inverse(float scale) { return set_f(scale > 0 ? 1.0f / scale : 0.0f); }
-// Of `count` scales, in room for a multiple of 16.
+// Write the inverses of `count` scales to an array whose size is a multiple of 16.
 inline void inverses(const float *scales, int64_t count, float *to) {
     for (int64_t k = 0; k < count; k += 16) {
         const F16 x = load16(scales + k, first(count - k));
@@ -37,15 +37,16 @@ inline void inverses(const float *scales, int64_t count, float *to) {
     }
 }
 
-// How a group is made of PER_GROUP rows of numbers, and what a line of numbers becomes before it is cut into groups.
+// How a group is formed from PER_GROUP rows of numbers, and how a line of numbers is converted before it is split into
+// groups.
 template <class Op>
 struct Groups;
 
-// fp32, one a group.
+// fp32, one number per group.
 template <>
 struct Groups<Fma> {
     typedef float Number;
-    static I16 of_rows(const I16 *numbers) { return numbers[0]; }
+    static I16 pack_group(const I16 *numbers) { return numbers[0]; }
     static void store(float *to, I16 numbers) { store_i(to, numbers); }
     static void store(float *to, I16 numbers, First m) { store_i(to, numbers, m); }
     static I16 number(F16 x) { return bits_of(x); }
@@ -54,10 +55,10 @@ struct Groups<Fma> {
     static I16 number(const int8_t *p, First m) { return bits_of(to_f(load_s8(p, m))); }
 };
 
-// Two numbers of 16 bits.
+// Two 16-bit numbers per group.
 struct Pairs {
     typedef bf16 Number;
-    static I16 of_rows(const I16 *numbers) { return (numbers[0] & set_i(0xffff)) | (numbers[1] << 16); }
+    static I16 pack_group(const I16 *numbers) { return (numbers[0] & set_i(0xffff)) | (numbers[1] << 16); }
     static void store(bf16 *to, I16 numbers, First m) { store_u16(to, numbers, m); }
 };
 #ifdef DW_BF16_DOT
@@ -80,11 +81,11 @@ struct Groups<Int16Dot> : Pairs {
 template <>
 struct Groups<Int8Dot> {
     typedef int8_t Number;
-    static I16 of_rows(const I16 *numbers) {
+    static I16 pack_group(const I16 *numbers) {
         const I16 low = set_i(255);
         return (numbers[0] & low) | ((numbers[1] & low) << 8) | ((numbers[2] & low) << 16) | (numbers[3] << 24);
     }
-    // Into room for 16, whatever m is.
+    // Writes 16 numbers regardless of m.
     static void store(int8_t *to, I16 numbers, First) { store_s8(to, numbers); }
     static I16 number(F16 x) { return to_int(x); }
     static I16 number(const float *p, First m) { return to_int(load16(p, m)); }
@@ -93,9 +94,9 @@ struct Groups<Int8Dot> {
 };
 #endif
 
-// Which of Groups an Op has: that of its base, which says how it multiplies.
+// Selects the Groups of an Op from its base class, which defines the multiplication.
 template <class Op>
-struct KindOf {
+struct GroupsOf {
     static Fma of(const Fma *);
 #ifdef DW_BF16_DOT
     static Bf16Dot of(const Bf16Dot *);
@@ -107,14 +108,14 @@ struct KindOf {
     typedef Groups<decltype(of((const Op *)nullptr))> type;
 };
 
-// Numbers of one row or column times its scale.
+// Load numbers of one row or column times its scale.
 template <class G, class T>
 inline I16 scaled(const T *p, First m, F16 by) {
     return G::number(load16(p, m) * by);
 }
 
-// Where `by_column`: numbers that lie as they are multiplied.
-inline void columns_as_they_are(const Right &b, int64_t size, int64_t N, int64_t n0, int64_t k0, int64_t groups, int vecs, char *into) {
+// `by_column`: numbers stored in the form in which they are multiplied.
+inline void pack_columns_directly(const Right &b, int64_t size, int64_t N, int64_t n0, int64_t k0, int64_t groups, int vecs, char *into) {
     for (int v = 0; v < vecs; v++) {
         const char *rows[16];
         for (int i = 0; i < 16; i++) {
@@ -125,8 +126,8 @@ inline void columns_as_they_are(const Right &b, int64_t size, int64_t N, int64_t
     }
 }
 
-// Where `by_column`: bf16 numbers widened to fp32, one a group.
-inline void columns_widened(const Right &b, int64_t N, int64_t n0, int64_t k0, int64_t groups, int vecs, char *into) {
+// `by_column`: bf16 numbers widened to fp32, one per group.
+inline void pack_columns_widened(const Right &b, int64_t N, int64_t n0, int64_t k0, int64_t groups, int vecs, char *into) {
     for (int v = 0; v < vecs; v++)
         for (int64_t g = 0; g < groups; g += 16) {
             const First m = first(groups - g);
@@ -141,11 +142,13 @@ inline void columns_widened(const Right &b, int64_t N, int64_t n0, int64_t k0, i
         }
 }
 
-// Where `by_column`: numbers that are converted on the way, a line of each column at a time, by what `of_column` gives.
-template <class Op, class T, class OfColumn>
-inline void columns_converted(const T *data, const Right &b, int64_t N, int64_t n0, int64_t k0, int64_t depth, int64_t groups, int vecs, char *into,
-                              OfColumn &&of_column) {
-    typedef typename KindOf<Op>::type G;
+// `by_column`: numbers converted while packing, one line of each column at a time, with the converter returned by
+// `column_reader`.
+template <class Op, class T, class ColumnReader>
+inline void pack_columns_converted(const T *data, const Right &b, int64_t N, int64_t n0, int64_t k0, int64_t depth, int64_t groups, int vecs,
+                                   char *into,
+                              ColumnReader &&column_reader) {
+    typedef typename GroupsOf<Op>::type G;
     typedef typename G::Number Number;
     const int64_t line = groups * Op::PER_GROUP;
     Scratch scratch;
@@ -157,7 +160,7 @@ inline void columns_converted(const T *data, const Right &b, int64_t N, int64_t 
             Number *const to = lines + i * line;
             rows[i] = n < N ? (const char *)to : nullptr;
             if (n >= N) continue;
-            const auto convert = of_column(n);
+            const auto convert = column_reader(n);
             const T *const from = data + n * b.ld + k0;
             for (int64_t k = 0; k < line; k += 16) G::store(to + k, convert(from + k, first(depth - k)), first(line - k));
         }
@@ -165,10 +168,10 @@ inline void columns_converted(const T *data, const Right &b, int64_t N, int64_t 
     }
 }
 
-// Not `by_column`: 16 columns from n on, whose groups span rows. `by` is given a row.
+// Not `by_column`: 16 columns from n, with groups that span rows. `by` receives a row.
 template <class Op, class T, class Scale>
-inline void rows_converted(const T *data, const Right &b, int64_t n, int64_t k0, int64_t depth, int64_t groups, First m, char *to, Scale &&by) {
-    typedef typename KindOf<Op>::type G;
+inline void pack_rows_converted(const T *data, const Right &b, int64_t n, int64_t k0, int64_t depth, int64_t groups, First m, char *to, Scale &&by) {
+    typedef typename GroupsOf<Op>::type G;
     constexpr int PER = Op::PER_GROUP;
     for (int64_t g = 0; g < groups; g++, to += 128) {
         I16 numbers[PER];
@@ -176,13 +179,13 @@ inline void rows_converted(const T *data, const Right &b, int64_t n, int64_t k0,
             const int64_t k = PER * g + j;
             numbers[j] = k < depth ? by(data + (k0 + k) * b.ld + n, m, k0 + k) : zero_i();
         }
-        store_i(to, G::of_rows(numbers));
+        store_i(to, G::pack_group(numbers));
     }
 }
 
 #if defined(DW_INT8_DOT) && defined(__SSE2__)
-// Signed numbers of 8 bits as they lie, four rows to a group.
-inline void rows_of_int8(const Right &b, int64_t n, int64_t k0, int64_t depth, int64_t groups, int64_t columns, char *to) {
+// Signed 8-bit numbers, four rows per group.
+inline void pack_int8_rows(const Right &b, int64_t n, int64_t k0, int64_t depth, int64_t groups, int64_t columns, char *to) {
     const int8_t *q = (const int8_t *)b.data + k0 * b.ld + n;
     const size_t count = (size_t)std::min<int64_t>(16, columns);
     for (int64_t g = 0; g < groups; g++, q += 4 * b.ld, to += 128) {
@@ -201,9 +204,9 @@ inline void rows_of_int8(const Right &b, int64_t n, int64_t k0, int64_t depth, i
         _mm_store_si128((__m128i *)to + 3, _mm_unpackhi_epi16(high, high2));
     }
 }
-#define DW_ROWS_OF_INT8 1
+#define DW_PACKS_INT8_ROWS 1
 #elif defined(DW_INT8_DOT) && defined(__ARM_NEON)
-inline void rows_of_int8(const Right &b, int64_t n, int64_t k0, int64_t depth, int64_t groups, int64_t columns, char *to) {
+inline void pack_int8_rows(const Right &b, int64_t n, int64_t k0, int64_t depth, int64_t groups, int64_t columns, char *to) {
     const int8_t *q = (const int8_t *)b.data + k0 * b.ld + n;
     const size_t count = (size_t)std::min<int64_t>(16, columns);
     for (int64_t g = 0; g < groups; g++, q += 4 * b.ld, to += 128) {
@@ -215,15 +218,15 @@ inline void rows_of_int8(const Right &b, int64_t n, int64_t k0, int64_t depth, i
         vst4q_s8((int8_t *)to, r);
     }
 }
-#define DW_ROWS_OF_INT8 1
+#define DW_PACKS_INT8_ROWS 1
 #endif
 
-// Numbers in blocks go in as products of bf16 have them: rounded to bf16, and widened again where a group is of fp32.
-inline I16 wide_number(F16 x) { return bf16_bits(x) << 16; }
+// Numbers of block formats are rounded to bf16, and widened again if groups are fp32.
+inline I16 bf16_as_float_bits(F16 x) { return bf16_bits(x) << 16; }
 
-// Where `by_column`: 32 numbers of each of 16 rows of blocks at a time.
+// `by_column`: 32 numbers of each of 16 rows of blocks at a time.
 template <class Op, class Rows>
-inline void columns_of_blocks(const Rows &rows, int64_t N, int64_t n0, int64_t k0, int64_t depth, int vecs, char *into) {
+inline void pack_block_columns(const Rows &rows, int64_t N, int64_t n0, int64_t k0, int64_t depth, int vecs, char *into) {
     constexpr int PER = Op::PER_GROUP;
     for (int v = 0; v < vecs; v++)
         for (int64_t k = 0; k < depth; k += UNIT) {
@@ -232,8 +235,8 @@ inline void columns_of_blocks(const Rows &rows, int64_t N, int64_t n0, int64_t k
                 const int64_t n = n0 + 16 * v + i;
                 F16 x[2] = {zero_f(), zero_f()};
                 if (n < N) rows.read(n, k0 + k, x);
-                if constexpr (PER == 2) r[0][i] = bf16_bits_of_both(x[0], x[1]);
-                else r[0][i] = wide_number(x[0]), r[1][i] = wide_number(x[1]);
+                if constexpr (PER == 2) r[0][i] = bf16_bits_concat(x[0], x[1]);
+                else r[0][i] = bf16_as_float_bits(x[0]), r[1][i] = bf16_as_float_bits(x[1]);
             }
             for (int part = 0; part < 2 / PER; part++) {
                 transpose16(r[part]);
@@ -242,9 +245,9 @@ inline void columns_of_blocks(const Rows &rows, int64_t N, int64_t n0, int64_t k
         }
 }
 
-// Not `by_column`: both halves of a panel at once, which is a unit of each row.
+// Not `by_column`: both halves of a panel at a time, which is one unit of each row.
 template <class Op, class Rows>
-inline void rows_of_blocks(const Rows &rows, int64_t n0, int64_t k0, int64_t depth, int64_t groups, char *to) {
+inline void pack_block_rows(const Rows &rows, int64_t n0, int64_t k0, int64_t depth, int64_t groups, char *to) {
     constexpr int PER = Op::PER_GROUP;
     for (int64_t g = 0; g < groups; g++, to += 128) {
         F16 x[PER][2];
@@ -253,70 +256,70 @@ inline void rows_of_blocks(const Rows &rows, int64_t n0, int64_t k0, int64_t dep
             if (PER * g + j < depth) rows.read(k0 + PER * g + j, n0, x[j]);
         }
         for (int v = 0; v < 2; v++) {
-            if constexpr (PER == 2) store_i(to + 64 * v, bf16_bits_in_turn(x[0][v], x[1][v]));
-            else store_i(to + 64 * v, wide_number(x[0][v]));
+            if constexpr (PER == 2) store_i(to + 64 * v, bf16_bits_interleaved(x[0][v], x[1][v]));
+            else store_i(to + 64 * v, bf16_as_float_bits(x[0][v]));
         }
     }
 }
 
-// Of products of fp32 or bf16; none of int8 has its right side in blocks.
+// For products of fp32 or bf16. int8 products do not have a right side in blocks.
 template <class Op>
 inline void pack_blocks(const Right &b, int64_t N, int64_t n0, int64_t k0, int64_t depth, int64_t groups, int vecs, char *into) {
     if constexpr (!std::is_same<typename Op::Left, uint8_t>::value)
         with_format(b.type, [&](auto format) {
             const BlockRows<decltype(format)::value> rows(b.data, b.ld);
-            if (b.by_column) columns_of_blocks<Op>(rows, N, n0, k0, depth, vecs, into);
-            else rows_of_blocks<Op>(rows, n0, k0, depth, groups, into);
+            if (b.by_column) pack_block_columns<Op>(rows, N, n0, k0, depth, vecs, into);
+            else pack_block_rows<Op>(rows, n0, k0, depth, groups, into);
         });
 }
 
 template <class Op>
 inline void pack_columns(const Right &b, int64_t N, int64_t n0, int64_t k0, int64_t depth, int64_t groups, int vecs, char *into) {
-    typedef typename KindOf<Op>::type G;
+    typedef typename GroupsOf<Op>::type G;
     constexpr int64_t SIZE = 4 / Op::PER_GROUP;
     if (b.type == F32) {
-        if (Op::PER_GROUP == 1 && b.scale == 1.0f) return columns_as_they_are(b, SIZE, N, n0, k0, groups, vecs, into);
+        if (Op::PER_GROUP == 1 && b.scale == 1.0f) return pack_columns_directly(b, SIZE, N, n0, k0, groups, vecs, into);
         const F16 by = set_f(b.scale);
-        columns_converted<Op>((const float *)b.data, b, N, n0, k0, depth, groups, vecs, into,
+        pack_columns_converted<Op>((const float *)b.data, b, N, n0, k0, depth, groups, vecs, into,
                               [&](int64_t) { return [by](const float *p, First m) { return scaled<G>(p, m, by); }; });
     } else if (b.type == INT8) {
-        if (Op::PER_GROUP == 4) return columns_as_they_are(b, SIZE, N, n0, k0, groups, vecs, into);
-        columns_converted<Op>((const int8_t *)b.data, b, N, n0, k0, depth, groups, vecs, into,
+        if (Op::PER_GROUP == 4) return pack_columns_directly(b, SIZE, N, n0, k0, groups, vecs, into);
+        pack_columns_converted<Op>((const int8_t *)b.data, b, N, n0, k0, depth, groups, vecs, into,
                               [&](int64_t) { return [](const int8_t *p, First m) { return G::number(p, m); }; });
     } else if (b.int8_scale) {
-        columns_converted<Op>((const bf16 *)b.data, b, N, n0, k0, depth, groups, vecs, into, [&](int64_t n) {
+        pack_columns_converted<Op>((const bf16 *)b.data, b, N, n0, k0, depth, groups, vecs, into, [&](int64_t n) {
             return [by = inverse(b.int8_scale[n])](const bf16 *p, First m) { return scaled<G>(p, m, by); };
         });
-    } else if (Op::PER_GROUP == 1) columns_widened(b, N, n0, k0, groups, vecs, into);
-    else columns_as_they_are(b, SIZE, N, n0, k0, groups, vecs, into);
+    } else if (Op::PER_GROUP == 1) pack_columns_widened(b, N, n0, k0, groups, vecs, into);
+    else pack_columns_directly(b, SIZE, N, n0, k0, groups, vecs, into);
 }
 
-// `by`: what row k0 and the next ones are multiplied by, where they are rounded to int8.
+// `by`: factors of row k0 and following rows if they are quantized to int8.
 template <class Op>
 inline void pack_rows(const Right &b, int64_t N, int64_t n, int64_t k0, int64_t depth, int64_t groups, const float *by, char *to) {
-    typedef typename KindOf<Op>::type G;
+    typedef typename GroupsOf<Op>::type G;
     const First m = first(N - n);
     if (b.type == F32) {
         const F16 scale = set_f(b.scale);
-        rows_converted<Op>((const float *)b.data, b, n, k0, depth, groups, m, to,
+        pack_rows_converted<Op>((const float *)b.data, b, n, k0, depth, groups, m, to,
                            [&](const float *p, First some, int64_t) { return scaled<G>(p, some, scale); });
     } else if (b.type == INT8) {
-#if defined(DW_ROWS_OF_INT8)
-        if (Op::PER_GROUP == 4) return rows_of_int8(b, n, k0, depth, groups, N - n, to);
+#if defined(DW_PACKS_INT8_ROWS)
+        if (Op::PER_GROUP == 4) return pack_int8_rows(b, n, k0, depth, groups, N - n, to);
 #endif
-        rows_converted<Op>((const int8_t *)b.data, b, n, k0, depth, groups, m, to,
+        pack_rows_converted<Op>((const int8_t *)b.data, b, n, k0, depth, groups, m, to,
                            [&](const int8_t *p, First some, int64_t) { return G::number(p, some); });
     } else if (b.int8_scale) {
-        rows_converted<Op>((const bf16 *)b.data, b, n, k0, depth, groups, m, to,
+        pack_rows_converted<Op>((const bf16 *)b.data, b, n, k0, depth, groups, m, to,
                            [&](const bf16 *p, First some, int64_t k) { return scaled<G>(p, some, set_f(by[k - k0])); });
     } else
-        rows_converted<Op>((const bf16 *)b.data, b, n, k0, depth, groups, m, to,
+        pack_rows_converted<Op>((const bf16 *)b.data, b, n, k0, depth, groups, m, to,
                            [&](const bf16 *p, First some, int64_t) { return G::number(p, some); });
 }
 
 }  // namespace packing
 
-// Columns n0 … n0+31 and groups g0 … g0+groups-1 of the right side, as `products` reads them.
+// Pack columns n0 … n0+31 and groups g0 … g0+groups-1 of the right side for `products`.
 template <class Op>
 inline void pack(const Right &b, int64_t K, int64_t N, int64_t n0, int64_t g0, int64_t groups, char *into) {
     const int64_t k0 = g0 * Op::PER_GROUP, depth = std::min(K - k0, groups * Op::PER_GROUP);
@@ -325,15 +328,15 @@ inline void pack(const Right &b, int64_t K, int64_t N, int64_t n0, int64_t g0, i
     if (b.by_column) return packing::pack_columns<Op>(b, N, n0, k0, depth, groups, vecs, into);
     Scratch scratch;
     float *by = nullptr;
-    if (b.rounds_rows()) {
+    if (b.quantizes_rows()) {
         by = scratch.take<float>((depth + 15) / 16 * 16);
         packing::inverses(b.int8_scale + k0, depth, by);
     }
     for (int v = 0; v < vecs; v++) packing::pack_rows<Op>(b, N, n0 + 16 * v, k0, depth, groups, by, into + 64 * v);
 }
 
-// Fetches the memory that the next panel will be packed from, a few lines at a time while this one is worked on.
-struct Ahead {
+// Prefetches the memory of the next panel to pack, some lines at a time while the current panel is processed.
+struct Prefetcher {
     const char *base = nullptr;
     int64_t rows = 0, bytes = 0, stride = 0, row = 0, at = 0;
 
@@ -342,14 +345,15 @@ struct Ahead {
         const int64_t k0 = g0 * Op::PER_GROUP, deep = std::min(K - k0, groups * Op::PER_GROUP), wide = std::min<int64_t>(N - n0, PANEL);
         const int64_t row0 = b.by_column ? n0 : k0, from = b.by_column ? k0 : n0, count = b.by_column ? deep : wide;
         rows = b.by_column ? wide : deep;
-        stride = b.bytes_to(b.ld);
-        const int64_t begin = b.bytes_to(from);
-        bytes = stored_in_blocks(b.type) ? b.bytes_to(from + count - 1) + bytes_of_block(b.type) - begin : count * b.number_size();
+        stride = b.byte_offset(b.ld);
+        const int64_t begin = b.byte_offset(from);
+        bytes = stored_in_blocks(b.type) ? b.byte_offset(from + count - 1) + block_bytes(b.type) - begin : count * b.number_size();
         base = b.memory() + row0 * stride + begin;
         row = at = 0;
     }
     int64_t lines() const { return rows * ((bytes + 63) / 64); }
-    // Into the second-level cache: lines whose distance is a large power of two would push each other out of the first.
+    // Prefetch into the second-level cache. In the first-level cache, lines whose distance is a large power of two
+    // would evict each other.
     void fetch(int64_t count) {
         for (; count > 0 && row < rows; count--) {
             __builtin_prefetch(base + row * stride + at, 0, 2);

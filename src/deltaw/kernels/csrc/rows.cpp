@@ -1,5 +1,5 @@
-// What is done to each row of tokens between the products: norms, activations, rotary positions. Sums are in fp32,
-// results are rounded once; what a backward can compute again is not kept.
+// Row-wise operators between products: norms, activations, rotary positions. Sums are fp32, and results are rounded
+// once. Values that the backward can recompute are not saved.
 #include "activations.h"
 #include "kernels.h"
 #include "threads.h"
@@ -8,9 +8,10 @@ using namespace deltaw;
 
 namespace {
 
-// ---- norms -----------------------------------------------------------------------------------------------
-// y = (x - mean) · rstd · (w + offset) + bias; without `centered` the mean is 0 (RMSNorm, arXiv 1910.07467).
-// weight and bias may be null. stats (M, 2): mean and rstd.
+// ---- norms -----------------------------------------------------------------------------------------------------
+//
+// y = (x - mean) · rstd · (w + offset) + bias. Without `centered` the mean is 0 (RMSNorm, arXiv 1910.07467). weight and
+// bias can be null. stats (M, 2): mean and rstd.
 template <class T>
 void norm(int64_t M, int64_t D, const T *x, int64_t ld, const T *weight, const T *bias, float offset, float eps, int centered,
           T *y, float *stats) {
@@ -20,15 +21,15 @@ void norm(int64_t M, int64_t D, const T *x, int64_t ld, const T *weight, const T
         if (centered) {
             F16 sum = zero_f();
             for (int64_t d = 0; d < D; d += 16) sum = sum + load16(row + d, first(D - d));
-            mean = sum_of(sum) / D;
+            mean = sum_lanes(sum) / D;
         }
         F16 sum = zero_f(), mu = set_f(mean);
         for (int64_t d = 0; d < D; d += 16) {
             First k = first(D - d);
-            F16 v = keep_first(k, load16(row + d, k) - mu);
+            F16 v = select_first(k, load16(row + d, k) - mu);
             sum = fma(v, v, sum);
         }
-        const float rstd = 1.0f / __builtin_sqrtf(sum_of(sum) / D + eps);
+        const float rstd = 1.0f / __builtin_sqrtf(sum_lanes(sum) / D + eps);
         stats[2 * m] = mean;
         stats[2 * m + 1] = rstd;
         const F16 by = set_f(rstd), shift = set_f(offset);
@@ -42,10 +43,10 @@ void norm(int64_t M, int64_t D, const T *x, int64_t ld, const T *weight, const T
     });
 }
 
-// dx = rstd · (g - mean(g) - x̂ · mean(g · x̂)) + added, with g = dy · (w + offset); mean(g) only if centered.
+// dx = rstd · (g - mean(g) - x̂ · mean(g · x̂)) + addend, with g = dy · (w + offset). mean(g) only if centered.
 template <class T>
 void norm_backward(int64_t M, int64_t D, const T *dy, const T *x, int64_t ld, const T *weight, float offset, int centered,
-                   const float *stats, const T *added, T *dx) {
+                   const float *stats, const T *addend, T *dx) {
     rows_in_parallel(M, [&](int64_t m) {
         const T *row = x + m * ld, *grad = dy + m * D;
         const F16 mu = set_f(stats[2 * m]), by = set_f(stats[2 * m + 1]), shift = set_f(offset);
@@ -54,25 +55,26 @@ void norm_backward(int64_t M, int64_t D, const T *dy, const T *x, int64_t ld, co
             First k = first(D - d);
             F16 g = load16(grad + d, k);
             if (weight) g = g * (load16(weight + d, k) + shift);
-            sum = keep_first(k, sum + g, sum);
-            dot = keep_first(k, fma(g, (load16(row + d, k) - mu) * by, dot), dot);
+            sum = select_first(k, sum + g, sum);
+            dot = select_first(k, fma(g, (load16(row + d, k) - mu) * by, dot), dot);
         }
-        const F16 mean = set_f(centered ? sum_of(sum) / D : 0.0f);
-        const F16 slope = set_f(sum_of(dot) / D);
+        const F16 mean = set_f(centered ? sum_lanes(sum) / D : 0.0f);
+        const F16 slope = set_f(sum_lanes(dot) / D);
         for (int64_t d = 0; d < D; d += 16) {
             First k = first(D - d);
             F16 g = load16(grad + d, k);
             if (weight) g = g * (load16(weight + d, k) + shift);
             F16 hat = (load16(row + d, k) - mu) * by;
             F16 v = by * ((g - mean) - (hat * slope));
-            if (added) v = v + load16(added + m * D + d, k);
+            if (addend) v = v + load16(addend + m * D + d, k);
             store16(dx + m * D + d, v, k);
         }
     });
 }
 
-// ---- activations -----------------------------------------------------------------------------------------
-// y = f(gate) · up, or f(gate) where up is null; all (M, D) with rows `ld` apart on the left side.
+// ---- activations -----------------------------------------------------------------------------------------------
+//
+// y = f(gate) · up, or f(gate) if up is null. All are (M, D). Rows of gate and up are `ld` apart.
 template <class T>
 void activation(int kind, int64_t M, int64_t D, const T *gate, const T *up, T *y) {
     rows_in_parallel(M, [&](int64_t m) {
@@ -87,7 +89,7 @@ void activation(int kind, int64_t M, int64_t D, const T *gate, const T *up, T *y
     });
 }
 
-// From dy: d_gate = dy · up · f'(gate), d_up = dy · f(gate), and y again where wanted.
+// Compute d_gate = dy · up · f'(gate), d_up = dy · f(gate), and y again unless it is null.
 template <class T>
 void activation_backward(int kind, int64_t M, int64_t D, const T *dy, const T *gate, const T *up, T *d_gate, T *d_up, T *y) {
     rows_in_parallel(M, [&](int64_t m) {
@@ -109,16 +111,16 @@ void activation_backward(int kind, int64_t M, int64_t D, const T *dy, const T *g
     });
 }
 
-// ---- rotary positions (arXiv 2104.09864) ------------------------------------------------------------------
-// The two halves of a head's first `turned` numbers are turned against each other; the other d - turned stay.
-// x (M, heads, d), rows `ld` apart; cos, sin (M, turned) fp32; d - turned numbers of a head stay. In place if
-// out is x. Backward is the transposed turn.
+// ---- rotary positions (arXiv 2104.09864) -----------------------------------------------------------------------
+//
+// Rotate the two halves of a head's first `rotary_dims` numbers. The other numbers are copied. x (M, heads, d), rows
+// `ld` apart; cos, sin (M, rotary_dims) in fp32. out can be x. The backward applies the transposed rotation.
 template <class T>
-void rotate(int64_t M, int64_t heads, int64_t d, int64_t turned, const T *x, int64_t ld, const float *cosine, const float *sine,
+void rotate(int64_t M, int64_t heads, int64_t d, int64_t rotary_dims, const T *x, int64_t ld, const float *cosine, const float *sine,
             int backward, T *out, int64_t out_ld) {
-    const int64_t half = turned / 2;
+    const int64_t half = rotary_dims / 2;
     rows_in_parallel(M, [&](int64_t m) {
-        const float *c = cosine + m * turned, *s = sine + m * turned;
+        const float *c = cosine + m * rotary_dims, *s = sine + m * rotary_dims;
         for (int64_t h = 0; h < heads; h++) {
             const T *from = x + m * ld + h * d;
             T *to = out + m * out_ld + h * d;
@@ -138,7 +140,7 @@ void rotate(int64_t M, int64_t heads, int64_t d, int64_t turned, const T *x, int
                 store16(to + half + i, second_half, k);
             }
             if (to != from)
-                for (int64_t i = turned; i < d; i++) to[i] = from[i];
+                for (int64_t i = rotary_dims; i < d; i++) to[i] = from[i];
         }
     });
 }
@@ -153,12 +155,14 @@ int dw_norm(int type, int64_t M, int64_t D, const void *x, int64_t ld, const voi
     });
 }
 int dw_norm_backward(int type, int64_t M, int64_t D, const void *dy, const void *x, int64_t ld, const void *weight,
-                     float offset, int centered, const float *stats, const void *added, void *dx) {
+                     float offset, int centered, const float *stats, const void *addend, void *dx) {
     return guarded([&] {
         if (type == F32)
-            norm_backward(M, D, (const float *)dy, (const float *)x, ld, (const float *)weight, offset, centered, stats, (const float *)added, (float *)dx);
+            norm_backward(M, D, (const float *)dy, (const float *)x, ld, (const float *)weight, offset, centered, stats, (const float *)addend,
+                          (float *)dx);
         else
-            norm_backward(M, D, (const bf16 *)dy, (const bf16 *)x, ld, (const bf16 *)weight, offset, centered, stats, (const bf16 *)added, (bf16 *)dx);
+            norm_backward(M, D, (const bf16 *)dy, (const bf16 *)x, ld, (const bf16 *)weight, offset, centered, stats, (const bf16 *)addend,
+                          (bf16 *)dx);
     });
 }
 
@@ -178,10 +182,10 @@ int dw_activation_backward(int type, int kind, int64_t M, int64_t D, const void 
     });
 }
 
-int dw_rotate(int type, int64_t M, int64_t heads, int64_t d, int64_t turned, const void *x, int64_t ld, const float *cosine,
+int dw_rotate(int type, int64_t M, int64_t heads, int64_t d, int64_t rotary_dims, const void *x, int64_t ld, const float *cosine,
               const float *sine, int backward, void *out, int64_t out_ld) {
     return guarded([&] {
-        if (type == F32) rotate(M, heads, d, turned, (const float *)x, ld, cosine, sine, backward, (float *)out, out_ld);
-        else rotate(M, heads, d, turned, (const bf16 *)x, ld, cosine, sine, backward, (bf16 *)out, out_ld);
+        if (type == F32) rotate(M, heads, d, rotary_dims, (const float *)x, ld, cosine, sine, backward, (float *)out, out_ld);
+        else rotate(M, heads, d, rotary_dims, (const bf16 *)x, ld, cosine, sine, backward, (bf16 *)out, out_ld);
     });
 }

@@ -1,5 +1,5 @@
-// An arena is a list of pieces. One piece serves nearly always: where it turns out too small, further pieces are
-// added while the kernel runs, and the next call begins with one piece of the whole size.
+// An arena is a list of chunks, usually one. If it is too small, chunks are added while the kernel runs, and the next
+// call starts with one chunk of the total size.
 #include "scratch.h"
 
 #include <algorithm>
@@ -12,134 +12,134 @@
 
 namespace {
 
-const size_t LINE = 64, PAGE = 4096;
-const size_t KEPT_AT_MOST = 32 << 20;  // bytes that an arena keeps between calls; what is larger takes far longer to fill
-const size_t FURTHER_AT_LEAST = 256 << 10;  // of a piece beyond the first
-const size_t WORTH_SHRINKING = 1 << 20;
-const int CALLS_IN_A_ROW = 256;        // without need for a quarter of the arena, before it shrinks
+const size_t ALIGNMENT = 64, PAGE = 4096;
+const size_t MAX_CACHED_BYTES = 32 << 20;  // bytes that an arena keeps between calls; filling a larger one takes far longer than allocating it
+const size_t MIN_CHUNK_BYTES = 256 << 10;  // minimum size of chunks after the first
+const size_t MIN_SHRINK_BYTES = 1 << 20;
+const int SHRINK_INTERVAL = 256;  // the arena shrinks after this number of calls that used at most a quarter of it
 
-std::atomic<int64_t> held{0}, most_held{0};  // bytes of all arenas
+std::atomic<int64_t> allocated{0}, max_allocated{0};  // bytes of all arenas
 
-void note_held(int64_t change) {
-    const int64_t now = held.fetch_add(change) + change;
-    int64_t most = most_held.load();
-    while (now > most && !most_held.compare_exchange_weak(most, now)) {}
+void count_allocated(int64_t change) {
+    const int64_t now = allocated.fetch_add(change) + change;
+    int64_t peak = max_allocated.load();
+    while (now > peak && !max_allocated.compare_exchange_weak(peak, now)) {}
 }
 
 #ifdef _WIN32
-char *aligned_memory(size_t bytes) { return (char *)_aligned_malloc(bytes, LINE); }
+char *aligned_memory(size_t bytes) { return (char *)_aligned_malloc(bytes, ALIGNMENT); }
 void free_aligned(void *at) { _aligned_free(at); }
 #else
-char *aligned_memory(size_t bytes) { return (char *)aligned_alloc(LINE, bytes); }
+char *aligned_memory(size_t bytes) { return (char *)aligned_alloc(ALIGNMENT, bytes); }
 void free_aligned(void *at) { free(at); }
 #endif
 
-struct Piece {
+struct Chunk {
     char *at;
     size_t size;
 };
 
 class Arena {
   public:
-    size_t piece = 0, used = 0;  // of the piece that is taken from
-    size_t total = 0;            // of all pieces
+    size_t chunk = 0, used = 0;  // current chunk and bytes used in it
+    size_t total = 0;  // bytes used in all chunks
 
     ~Arena() { release(); }
 
     void enter() { depth++; }
 
     void *take(size_t bytes) {
-        const size_t size = std::max(LINE, (bytes + LINE - 1) / LINE * LINE);
-        if (pieces.empty()) add(std::max(size, next_size));
-        else if (pieces[piece].size - used < size) {
-            if (piece + 1 < pieces.size() && pieces[piece + 1].size < size) drop_from(piece + 1);
-            if (piece + 1 == pieces.size()) add(std::max(size, FURTHER_AT_LEAST));
-            piece++, used = 0;
+        const size_t size = std::max(ALIGNMENT, (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+        if (chunks.empty()) add(std::max(size, next_size));
+        else if (chunks[chunk].size - used < size) {
+            if (chunk + 1 < chunks.size() && chunks[chunk + 1].size < size) drop_from(chunk + 1);
+            if (chunk + 1 == chunks.size()) add(std::max(size, MIN_CHUNK_BYTES));
+            chunk++, used = 0;
         }
-        char *const at = pieces[piece].at + used;
+        char *const at = chunks[chunk].at + used;
         used += size, total += size;
-        needed = std::max(needed, total);
+        max_total = std::max(max_total, total);
         return at;
     }
 
-    void leave(size_t to_piece, size_t to_used, size_t to_total) noexcept {
-        piece = to_piece, used = to_used, total = to_total;
-        if (--depth == 0) settle();
+    void leave(size_t saved_chunk, size_t saved_used, size_t saved_total) noexcept {
+        chunk = saved_chunk, used = saved_used, total = saved_total;
+        if (--depth == 0) trim();
     }
 
     void release() noexcept {
         drop_from(0);
-        piece = used = total = 0;
+        chunk = used = total = 0;
     }
-    // Releases all and forgets what was needed, between calls; inside of one, nothing happens.
-    void forget() noexcept {
+    // Free all memory and reset the size statistics. Has no effect during a call.
+    void reset() noexcept {
         if (depth > 0) return;
         release();
-        needed = next_size = 0, calls = 0;
+        max_total = next_size = 0, calls = 0;
     }
 
   private:
-    std::vector<Piece> pieces;
+    std::vector<Chunk> chunks;
     int depth = 0, calls = 0;
-    size_t needed = 0;      // at most, since `calls` was 0
+    size_t max_total = 0;  // maximum total since `calls` was 0
     size_t next_size = 0;
 
     void add(size_t size) {
         if (size > SIZE_MAX / 2) throw std::bad_alloc();
         const size_t rounded = (size + PAGE - 1) / PAGE * PAGE;
-        pieces.reserve(pieces.size() + 1);
+        chunks.reserve(chunks.size() + 1);
         char *const at = aligned_memory(rounded);
         if (!at) throw std::bad_alloc();
-        pieces.push_back({at, rounded});
-        note_held((int64_t)rounded);
+        chunks.push_back({at, rounded});
+        count_allocated((int64_t)rounded);
     }
 
     void drop_from(size_t first) noexcept {
-        for (; pieces.size() > first; pieces.pop_back()) {
-            free_aligned(pieces.back().at);
-            note_held(-(int64_t)pieces.back().size);
+        for (; chunks.size() > first; chunks.pop_back()) {
+            free_aligned(chunks.back().at);
+            count_allocated(-(int64_t)chunks.back().size);
         }
     }
 
-    // After a call: one piece of the size that is needed, or none.
-    void settle() noexcept {
+    // After a call, keep one chunk of the required size, or none.
+    void trim() noexcept {
         size_t size = 0;
-        for (const Piece &p : pieces) size += p.size;
-        bool again = pieces.size() > 1 || size > KEPT_AT_MOST;
-        if (++calls == CALLS_IN_A_ROW) {
-            again = again || (size > WORTH_SHRINKING && needed < size / 4);
+        for (const Chunk &p : chunks) size += p.size;
+        bool reallocate = chunks.size() > 1 || size > MAX_CACHED_BYTES;
+        if (++calls == SHRINK_INTERVAL) {
+            reallocate = reallocate || (size > MIN_SHRINK_BYTES && max_total < size / 4);
             calls = 0;
         }
-        if (again) {
-            next_size = needed > KEPT_AT_MOST ? 0 : needed;
+        if (reallocate) {
+            next_size = max_total > MAX_CACHED_BYTES ? 0 : max_total;
             release();
         }
-        if (calls == 0) needed = 0;
+        if (calls == 0) max_total = 0;
     }
 };
 
 Arena &arena() {
-    static thread_local Arena of_this_thread;
-    return of_this_thread;
+    static thread_local Arena thread_arena;
+    return thread_arena;
 }
 
 }  // namespace
 
 namespace deltaw {
 
-Scratch::Scratch() : piece(arena().piece), used(arena().used), total(arena().total) { arena().enter(); }
-Scratch::~Scratch() { arena().leave(piece, used, total); }
+Scratch::Scratch() : chunk(arena().chunk), used(arena().used), total(arena().total) { arena().enter(); }
+Scratch::~Scratch() { arena().leave(chunk, used, total); }
 void *Scratch::take_bytes(size_t bytes) { return arena().take(bytes); }
 
 }  // namespace deltaw
 
 int dw_release() {
     return deltaw::guarded([] {
-        deltaw::in_parallel([](int, int) { arena().forget(); });
+        deltaw::in_parallel([](int, int) { arena().reset(); });
     });
 }
 
-int64_t dw_scratch_held(int most) {
-    if (!most) return held.load();
-    return most_held.exchange(held.load());
+int64_t dw_scratch_bytes(int peak) {
+    if (!peak) return allocated.load();
+    return max_allocated.exchange(allocated.load());
 }

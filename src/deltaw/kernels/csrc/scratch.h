@@ -1,5 +1,5 @@
-// Memory that a kernel needs while it runs. Each thread has one arena that its kernels take from and give back to in
-// the order of a stack; between calls the arena is kept, since fresh pages cost more than small kernels do.
+// Scratch memory of kernels. Each thread has an arena that is used as a stack. It is kept between calls, because
+// allocating fresh pages takes longer than small kernels.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace deltaw {
 
-// What one kernel, on one thread, takes from the thread's arena; given back at the end of the scope.
+// Allocates from the thread's arena within a scope. Everything is freed at the end of the scope.
 class Scratch {
   public:
     Scratch();
@@ -15,7 +15,7 @@ class Scratch {
     Scratch(const Scratch &) = delete;
     Scratch &operator=(const Scratch &) = delete;
 
-    // Room for `count` values, aligned to 64 bytes, not initialized; bad_alloc where there is none.
+    // Allocate `count` uninitialized values, aligned to 64 bytes. Throws bad_alloc if there is not enough memory.
     template <class T = char>
     T *take(int64_t count) {
         if (count < 0 || (uint64_t)count > SIZE_MAX / 2 / sizeof(T)) throw std::bad_alloc();
@@ -25,7 +25,7 @@ class Scratch {
   private:
     void *take_bytes(size_t bytes);
 
-    const size_t piece, used, total;  // where the arena stood
+    const size_t chunk, used, total;  // state of the arena at construction
 };
 
 }  // namespace deltaw

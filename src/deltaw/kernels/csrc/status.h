@@ -1,5 +1,5 @@
-// How a kernel reports a failure. Inside the library it is an exception. No exception leaves a team of threads or an
-// exported function: a team carries it over to the thread that called, an exported function turns it into a Status.
+// Errors of kernels. Within the library they are exceptions. Exceptions never leave a thread or an exported function:
+// threads pass them to the calling thread, and exported functions convert them to a Status.
 #pragma once
 #include <new>
 #include <stdexcept>
@@ -12,7 +12,7 @@ struct Failure {
     Status status;
 };
 
-// Of the exception that is being handled. The standard library throws length_error for sizes beyond the address space.
+// Convert the exception being handled. The standard library throws length_error for sizes beyond the address space.
 inline Status current_status() noexcept {
     try {
         throw;
@@ -27,7 +27,7 @@ inline Status current_status() noexcept {
     }
 }
 
-// The body of an exported function.
+// Run the body of an exported function and convert exceptions to a Status.
 template <class Body>
 inline int guarded(Body &&body) noexcept {
     try {
@@ -38,13 +38,13 @@ inline int guarded(Body &&body) noexcept {
     }
 }
 
-// For kernels that call other exported functions.
+// Throw if an exported function called by a kernel failed.
 inline void check(int status) {
     if (status != OK) throw Failure{(Status)status};
 }
 
-inline void require_in_bounds(bool holds) {
-    if (!holds) throw Failure{OUT_OF_BOUNDS};
+inline void require_in_bounds(bool is_in_bounds) {
+    if (!is_in_bounds) throw Failure{OUT_OF_BOUNDS};
 }
 
 }  // namespace deltaw

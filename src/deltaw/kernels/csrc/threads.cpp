@@ -6,51 +6,52 @@
 #include <thread>
 
 #include "kernels.h"
-#include "team.h"
+#include "thread_pool.h"
 
 namespace {
 
-// GOMP_parallel of GNU's OpenMP, and three functions of the standard. A team of the library's own needs the last alone.
+// GOMP_parallel of GNU's OpenMP library, and three standard OpenMP functions. The separate thread pool uses only the
+// last.
 typedef void (*ParallelFunction)(void (*)(void *), void *, unsigned, unsigned);
 typedef int (*CountFunction)();
 
-struct Team {
+struct OpenMPFunctions {
     ParallelFunction parallel = nullptr;
-    CountFunction thread_number = nullptr, size = nullptr, most_threads = nullptr;
-} team;
+    CountFunction thread_number = nullptr, size = nullptr, max_threads = nullptr;
+} openmp;
 
-thread_local bool working_alone = false;
-thread_local int64_t own_rows = 0, even_rows = 0;
+thread_local bool is_single_threaded = false;
+thread_local int64_t scope_rows = 0, scope_average = 0;
 
 }  // namespace
 
 namespace deltaw {
 
 int thread_count() {
-    if (working_alone || !team.most_threads) return 1;
-    return team.most_threads();
+    if (is_single_threaded || !openmp.max_threads) return 1;
+    return openmp.max_threads();
 }
 
 #ifdef DW_OWN_THREADS
-void run_team(void (*part)(void *, int), void *data, int count) { run_own_team(part, data, count); }
+void run_on_threads(void (*part)(void *, int), void *data, int count) { run_on_pool(part, data, count); }
 #else
-void run_team(void (*part)(void *, int), void *data, int count) {
+void run_on_threads(void (*part)(void *, int), void *data, int count) {
     struct Call {
         void (*part)(void *, int);
         void *data;
         int count;
     } call{part, data, count};
-    team.parallel([](void *at) {
+    openmp.parallel([](void *at) {
         const Call *call = static_cast<const Call *>(at);
-        // A team may come out smaller than asked for; every part is worked on all the same.
-        for (int i = team.thread_number(); i < call->count; i += team.size()) call->part(call->data, i);
+        // OpenMP can start fewer threads than requested, so each thread processes every size()-th part.
+        for (int i = openmp.thread_number(); i < call->count; i += openmp.size()) call->part(call->data, i);
     }, &call, (unsigned)count, 0);
 }
 #endif
 
-void Crew::wait(const Phase &phase, int64_t count) {
-    const int SPINS = 1000;  // about as long as a unit takes; then another thread may need the processor
-    for (int spins = 0; phase.done.load(std::memory_order_acquire) < count; spins++) {
+void Worker::wait(const ParallelLoop &loop, int64_t count) {
+    const int SPINS = 1000;  // about the duration of a unit; then yields to other threads
+    for (int spins = 0; loop.done.load(std::memory_order_acquire) < count; spins++) {
         if (spins >= SPINS) std::this_thread::yield();
 #if defined(__x86_64__) || defined(__i386__)
         else __builtin_ia32_pause();
@@ -60,87 +61,90 @@ void Crew::wait(const Phase &phase, int64_t count) {
     }
 }
 
-// Halves of a range that other threads see in one piece.
-static uint64_t joined(int64_t from, int64_t to) { return (uint64_t)to << 32 | (uint64_t)from; }
-static int64_t from_of(uint64_t range) { return (int64_t)(range & 0xffffffff); }
-static int64_t to_of(uint64_t range) { return (int64_t)(range >> 32); }
+// A range packed into one word, so that other threads read it atomically.
+static uint64_t pack_range(int64_t from, int64_t to) { return (uint64_t)to << 32 | (uint64_t)from; }
+static int64_t range_start(uint64_t range) { return (int64_t)(range & 0xffffffff); }
+static int64_t range_end(uint64_t range) { return (int64_t)(range >> 32); }
 
-Claims::Claims(Part *parts, int threads, int64_t units) : parts(parts), threads(threads) {
+StealableRanges::StealableRanges(Part *parts, int threads, int64_t units) : parts(parts), threads(threads) {
     for (int i = 0; i < threads; i++) {
         int64_t from, to;
-        part_of(units, i, threads, from, to);
-        new (&parts[i]) Part{{joined(from, to)}};
+        split_range(units, i, threads, from, to);
+        new (&parts[i]) Part{{pack_range(from, to)}};
     }
 }
 
-bool Claims::take(int thread, int64_t least, int64_t most, int64_t &from, int64_t &to) {
-    if (take_of(thread, false, least, most, from, to)) return true;
+bool StealableRanges::take(int thread, int64_t min_units, int64_t max_units, int64_t &from, int64_t &to) {
+    if (take_from(thread, false, min_units, max_units, from, to)) return true;
     for (;;) {
         int longest = -1;
         int64_t left = 0;
         for (int i = 0; i < threads; i++) {
             const uint64_t range = parts[i].range.load(std::memory_order_relaxed);
-            if (to_of(range) - from_of(range) > left) longest = i, left = to_of(range) - from_of(range);
+            if (range_end(range) - range_start(range) > left) longest = i, left = range_end(range) - range_start(range);
         }
         if (longest < 0) return false;
-        if (take_of(longest, true, least, most, from, to)) return true;
+        if (take_from(longest, true, min_units, max_units, from, to)) return true;
     }
 }
 
-// Half of what is left of a part, so that what is taken last is little; but a thread leaves no less than `least` of its own.
-bool Claims::take_of(int part, bool from_the_back, int64_t least, int64_t most, int64_t &from, int64_t &to) {
+// Take half of the remaining units, so that the last claims are small. The owner of a range never leaves less than
+// `min_units`.
+bool StealableRanges::take_from(int part, bool from_back, int64_t min_units, int64_t max_units, int64_t &from, int64_t &to) {
     uint64_t range = parts[part].range.load(std::memory_order_relaxed);
     for (;;) {
-        const int64_t first = from_of(range), end = to_of(range), left = end - first;
+        const int64_t first = range_start(range), end = range_end(range), left = end - first;
         if (left <= 0) return false;
-        int64_t count = std::min(left, std::max(least, std::min(most, left / 2)));
-        if (!from_the_back && left - count < least && left <= most) count = left;
-        from = from_the_back ? end - count : first, to = from + count;
-        const uint64_t rest = from_the_back ? joined(first, from) : joined(to, end);
-        if (parts[part].range.compare_exchange_weak(range, rest, std::memory_order_relaxed)) return true;
+        int64_t count = std::min(left, std::max(min_units, std::min(max_units, left / 2)));
+        if (!from_back && left - count < min_units && left <= max_units) count = left;
+        from = from_back ? end - count : first, to = from + count;
+        const uint64_t remaining = from_back ? pack_range(first, from) : pack_range(to, end);
+        if (parts[part].range.compare_exchange_weak(range, remaining, std::memory_order_relaxed)) return true;
     }
 }
 
-// Of the threads of this thread's team: rows a second, relative to their mean.
-static thread_local std::vector<double> paces;
+// Speed of each thread (rows per second), relative to their mean. Per calling thread.
+static thread_local std::vector<double> thread_speeds;
 
-RowShares::RowShares(int64_t rows, int threads) : ends(threads + 1), times(threads) {
-    if ((int)paces.size() != threads) paces.assign(threads, 1.0);
+RowPartition::RowPartition(int64_t rows, int threads) : ends(threads + 1), times(threads) {
+    if ((int)thread_speeds.size() != threads) thread_speeds.assign(threads, 1.0);
     double mean = 0, fastest = 0, before = 0;
-    for (double pace : paces) mean += pace / threads, fastest = std::max(fastest, pace);
-    const double leveled = std::min(1.0, (MOST_SHARE - 1) / std::max(fastest / mean - 1, 1e-9));
+    for (double speed : thread_speeds) mean += speed / threads, fastest = std::max(fastest, speed);
+    const double damping = std::min(1.0, (MAX_SHARE - 1) / std::max(fastest / mean - 1, 1e-9));
     for (int i = 0; i < threads; i++) {
-        ends[i] = std::min(rows, (int64_t)(rows * before / threads / ROWS_TOGETHER + 0.5) * ROWS_TOGETHER);
-        before += 1 + leveled * (paces[i] / mean - 1);
+        ends[i] = std::min(rows, (int64_t)(rows * before / threads / ROW_ALIGNMENT + 0.5) * ROW_ALIGNMENT);
+        before += 1 + damping * (thread_speeds[i] / mean - 1);
     }
     ends[threads] = rows;
 }
 
-void RowShares::remember() const {
-    const double WORTH_NOTING = 100e-6, WEIGHT = 0.3, LEAST = 0.25;  // seconds; of the newest; of the mean
+void RowPartition::update_speeds() const {
+    const double MIN_SECONDS = 100e-6, NEW_WEIGHT = 0.3, MIN_SPEED = 0.25;  // seconds; weight of the latest measurement; minimum relative to the mean
     auto rate = [&](size_t i) { return (ends[i + 1] - ends[i]) / times[i]; };
     double mean = 0;
     for (size_t i = 0; i < times.size(); i++) {
-        if (times[i] < WORTH_NOTING) return;
+        if (times[i] < MIN_SECONDS) return;
         mean += rate(i) / times.size();
     }
-    for (size_t i = 0; i < times.size(); i++) paces[i] += WEIGHT * (std::max(LEAST, rate(i) / mean) - paces[i]);
+    for (size_t i = 0; i < times.size(); i++) thread_speeds[i] += NEW_WEIGHT * (std::max(MIN_SPEED, rate(i) / mean) - thread_speeds[i]);
 }
 
 double seconds_now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-Alone::Alone(int64_t own, int64_t even) : before(working_alone) { working_alone = true, own_rows = own, even_rows = even; }
-Alone::~Alone() { working_alone = before, own_rows = even_rows = 0; }
+SingleThreadScope::SingleThreadScope(int64_t num_rows, int64_t average) : was_single_threaded(is_single_threaded) {
+    is_single_threaded = true, scope_rows = num_rows, scope_average = average;
+}
+SingleThreadScope::~SingleThreadScope() { is_single_threaded = was_single_threaded, scope_rows = scope_average = 0; }
 
-int64_t even_share(int64_t rows) { return rows == own_rows ? even_rows : rows; }
-int64_t most_share(int64_t rows) { return rows == own_rows ? (int64_t)(even_rows * MOST_SHARE) + ROWS_TOGETHER : rows; }
+int64_t average_rows(int64_t rows) { return rows == scope_rows ? scope_average : rows; }
+int64_t max_rows(int64_t rows) { return rows == scope_rows ? (int64_t)(scope_average * MAX_SHARE) + ROW_ALIGNMENT : rows; }
 
 }  // namespace deltaw
 
-int dw_threads(void *parallel, void *thread_number, void *team_size, void *most_threads) {
+int dw_threads(void *parallel, void *thread_number, void *num_threads, void *max_threads) {
 #ifndef DW_OWN_THREADS
-    if ((parallel || most_threads) && !(parallel && thread_number && team_size && most_threads)) return deltaw::FAILED;
+    if ((parallel || max_threads) && !(parallel && thread_number && num_threads && max_threads)) return deltaw::FAILED;
 #endif
-    team = Team{(ParallelFunction)parallel, (CountFunction)thread_number, (CountFunction)team_size, (CountFunction)most_threads};
+    openmp = OpenMPFunctions{(ParallelFunction)parallel, (CountFunction)thread_number, (CountFunction)num_threads, (CountFunction)max_threads};
     return deltaw::OK;
 }

@@ -1,6 +1,6 @@
-// Sharing work out among the threads of the OpenMP library that torch uses. The library has no threads of its own:
-// a second pool would fight the first one for the same cores. Only where torch's library is not GNU's, and so cannot be
-// called without its compiler, are there some (team.h).
+// Division of work among the threads of torch's OpenMP library. The kernels use these threads because a second thread
+// pool would compete for the cores. Only if torch's library is not GNU's, and so cannot be called without its compiler,
+// there is a separate pool (thread_pool.h).
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -10,84 +10,88 @@
 
 namespace deltaw {
 
-// How many parts work is cut into: the threads of a team, or 1 where this thread works alone.
+// Number of parts to divide work into: the number of threads, or 1 within a SingleThreadScope.
 int thread_count();
 
-// What this thread's share of rows would be if all had the same: `rows`, or where it works alone on so many, their average.
-int64_t even_share(int64_t rows);
-// The most that it may be.
-int64_t most_share(int64_t rows);
+// Average number of rows per thread: `rows`, or within a SingleThreadScope with this number of rows the average of all
+// threads.
+int64_t average_rows(int64_t rows);
+// Upper bound of the rows per thread.
+int64_t max_rows(int64_t rows);
 
-// Calls part(data, i) once for each i below count, on the threads of a team.
-void run_team(void (*part)(void *, int), void *data, int count);
+// Call part(data, i) once for each i below count on the OpenMP threads.
+void run_on_threads(void (*part)(void *, int), void *data, int count);
 
-// Work of one step that threads take in units, until all of it is done. A thread that the system lets run late finds it
-// done and goes on: nobody waits for a thread that does nothing.
-struct Phase {
+// A parallel loop whose iterations are claimed dynamically. A thread that starts late finds no iterations left and
+// proceeds, so the barrier never waits for an idle thread.
+struct ParallelLoop {
     alignas(64) std::atomic<int64_t> next{0};
     alignas(64) std::atomic<int64_t> done{0};
 };
 
-// A thread among those that work through the same phases in the same order. What one phase wrote, all see in the next.
-class Crew {
+// Handle of one worker thread. All workers run the same loops in the same order. Writes of a loop are visible in the
+// next.
+class Worker {
   public:
     const int threads;
 
-    Crew(Phase *phases, int threads) : threads(threads), phases(phases) {}
+    Worker(ParallelLoop *loops, int threads) : threads(threads), loops(loops) {}
 
-    // body(unit) for each of `count` units, by whoever takes it; returns when all are done.
+    // Run body(i) for i below count, divided among the workers. Returns when all iterations are done.
     template <class Body>
-    void share(int64_t count, Body &&body) {
+    void run_loop(int64_t count, Body &&body) {
         if (threads == 1) {
             for (int64_t i = 0; i < count; i++) body(i);
             return;
         }
-        Phase &phase = *phases++;
-        for (int64_t i; (i = phase.next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+        ParallelLoop &loop = *loops++;
+        for (int64_t i; (i = loop.next.fetch_add(1, std::memory_order_relaxed)) < count;) {
             body(i);
-            phase.done.fetch_add(1, std::memory_order_release);
+            loop.done.fetch_add(1, std::memory_order_release);
         }
-        wait(phase, count);
+        wait(loop, count);
     }
 
   private:
-    Phase *phases;
-    static void wait(const Phase &phase, int64_t count);
+    ParallelLoop *loops;
+    static void wait(const ParallelLoop &loop, int64_t count);
 };
 
-// Units of work in a row, of which each thread begins with its own part, from the front. One that is done with it takes
-// from the back of the part of which most is left: nobody waits long for a thread that another program slows down, and
-// on threads of the same speed each works on its own part alone.
-class Claims {
+// Work stealing over consecutive units. Each thread starts with its part, from the front. When it is done, it takes
+// units from the back of the part with the most units left. Threads of equal speed process only their parts, and no
+// thread waits long for one that is slowed down by another program.
+class StealableRanges {
   public:
     struct alignas(64) Part {
-        std::atomic<uint64_t> range;  // [low half, high half) is left
+        std::atomic<uint64_t> range;  // [low half, high half) is not claimed yet
     };
-    // `parts`: room for one of each thread. Before the threads begin.
-    Claims(Part *parts, int threads, int64_t units);
+    // `parts`: array with one element per thread. Must be constructed before the threads start.
+    StealableRanges(Part *parts, int threads, int64_t units);
 
-    // The next units [from, to) of `thread`, between `least` and `most` unless fewer are left; false when all are taken.
-    bool take(int thread, int64_t least, int64_t most, int64_t &from, int64_t &to);
+    // Claim units [from, to) for `thread`, between `min_units` and `max_units` unless fewer remain. Returns false when
+    // all are claimed.
+    bool take(int thread, int64_t min_units, int64_t max_units, int64_t &from, int64_t &to);
 
   private:
     Part *parts;
     int threads;
-    bool take_of(int part, bool from_the_back, int64_t least, int64_t most, int64_t &from, int64_t &to);
+    bool take_from(int part, bool from_back, int64_t min_units, int64_t max_units, int64_t &from, int64_t &to);
 };
 
-// While one lives, this thread works through kernels by itself, on `own` rows, where all have `even` rows on the average.
-class Alone {
+// Within its lifetime, this thread runs kernels on its share of the rows by itself: `num_rows`, with an average of
+// `average` per thread.
+class SingleThreadScope {
   public:
-    Alone(int64_t own, int64_t even);
-    ~Alone();
-    Alone(const Alone &) = delete;
-    Alone &operator=(const Alone &) = delete;
+    SingleThreadScope(int64_t num_rows, int64_t average);
+    ~SingleThreadScope();
+    SingleThreadScope(const SingleThreadScope &) = delete;
+    SingleThreadScope &operator=(const SingleThreadScope &) = delete;
 
   private:
-    const bool before;
+    const bool was_single_threaded;
 };
 
-// body(i, count) for each of count parts. The first failure of a part is thrown again here, after all parts ended.
+// Run body(i, count) for each of count parts. Rethrows the first failure after all parts have finished.
 template <class Body>
 inline void in_parallel(Body &&body) {
     const int count = thread_count();
@@ -100,7 +104,7 @@ inline void in_parallel(Body &&body) {
         int count;
         std::atomic<int> status;
     } job{&body, count, {OK}};
-    run_team([](void *data, int part) {
+    run_on_threads([](void *data, int part) {
         Job *job = static_cast<Job *>(data);
         try {
             (*job->body)(part, job->count);
@@ -112,36 +116,36 @@ inline void in_parallel(Body &&body) {
     check(job.status.load());
 }
 
-// [begin, end) of part `which` of `parts` of n things.
-inline void part_of(int64_t n, int which, int parts, int64_t &begin, int64_t &end) {
-    begin = n * which / parts;
-    end = n * (which + 1) / parts;
+// Compute the range [begin, end) of part `index` if n items are divided into `parts`.
+inline void split_range(int64_t n, int index, int parts, int64_t &begin, int64_t &end) {
+    begin = n * index / parts;
+    end = n * (index + 1) / parts;
 }
 
-// body(m) for each of `rows` rows.
+// Run body(m) for each row.
 template <class Body>
 inline void rows_in_parallel(int64_t rows, Body &&body) {
     in_parallel([&](int thread, int threads) {
         int64_t begin, end;
-        part_of(rows, thread, threads, begin, end);
+        split_range(rows, thread, threads, begin, end);
         for (int64_t m = begin; m < end; m++) body(m);
     });
 }
 
-const int64_t ROWS_FOR_EACH = 384;  // with so many rows for each thread, rows are shared out, not a product's columns
-const int64_t ROWS_TOGETHER = 32;   // of which shares are made: the most that any product takes at once
-const double MOST_SHARE = 1.5;      // of rows, of an even one
+const int64_t MIN_ROWS_PER_THREAD = 384;  // from this number of rows per thread, rows are divided instead of a product's columns
+const int64_t ROW_ALIGNMENT = 32;  // alignment of shares: the maximum number of rows that a product processes at a time
+const double MAX_SHARE = 1.5;  // maximum share of a thread relative to the average
 
-// Many rows shared out by how fast each thread of this one's team went through its rows lately: cores differ, and other
-// programs slow some of them down. What is computed of a row doesn't depend on who computes it, nor does the memory.
-class RowShares {
+// Partition of rows by the measured speeds of the threads, because cores differ and other programs slow some of them
+// down. Neither results nor memory depend on the partition.
+class RowPartition {
   public:
-    RowShares(int64_t rows, int threads);
-    // Rows [begin, end) of a thread, a multiple of ROWS_TOGETHER but for the last.
-    void of(int thread, int64_t &begin, int64_t &end) const { begin = ends[thread], end = ends[thread + 1]; }
-    void took(int thread, double seconds) { times[thread] = seconds; }
-    // Once all have said what they took.
-    void remember() const;
+    RowPartition(int64_t rows, int threads);
+    // The rows [begin, end) of a thread, a multiple of ROW_ALIGNMENT except for the last thread.
+    void rows_of(int thread, int64_t &begin, int64_t &end) const { begin = ends[thread], end = ends[thread + 1]; }
+    void set_time(int thread, double seconds) { times[thread] = seconds; }
+    // Update the measured speeds. Call after all threads have set their times.
+    void update_speeds() const;
 
   private:
     std::vector<int64_t> ends;
@@ -150,28 +154,28 @@ class RowShares {
 
 double seconds_now();
 
-// Whether the threads of a team share out so many rows, not the columns of each product.
-inline bool shares_rows(int64_t rows, int team) { return team > 1 && rows >= ROWS_FOR_EACH * team; }
+// True if threads divide this number of rows instead of the columns of each product.
+inline bool partitions_rows(int64_t rows, int num_threads) { return num_threads > 1 && rows >= MIN_ROWS_PER_THREAD * num_threads; }
 
-// body(first row, number of rows) of kernels that treat each row by itself. Many rows are shared out among the
-// threads, each of which runs all kernels on its own rows; of few rows, the kernels share out their columns.
+// Run body(first row, number of rows) of kernels that process rows independently. A large number of rows is divided
+// among the threads, and each thread runs all kernels on its rows. Otherwise each kernel divides its columns.
 template <class Body>
-inline void rows_apart(int64_t rows, Body &&body) {
+inline void for_each_row_range(int64_t rows, Body &&body) {
     const int count = thread_count();
-    if (!shares_rows(rows, count)) {
+    if (!partitions_rows(rows, count)) {
         body(0, rows);
         return;
     }
-    RowShares shares(rows, count);
+    RowPartition partition(rows, count);
     in_parallel([&](int thread, int) {
         int64_t begin, end;
-        shares.of(thread, begin, end);
-        const Alone alone(end - begin, (rows + count - 1) / count);
+        partition.rows_of(thread, begin, end);
+        const SingleThreadScope scope(end - begin, (rows + count - 1) / count);
         const double start = seconds_now();
         body(begin, end - begin);
-        shares.took(thread, seconds_now() - start);
+        partition.set_time(thread, seconds_now() - start);
     });
-    shares.remember();
+    partition.update_speeds();
 }
 
 }  // namespace deltaw

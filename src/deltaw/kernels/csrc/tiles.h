@@ -1,7 +1,7 @@
-// The tile registers of AMX: eight of 16 rows of 64 bytes. With DW_AMX_EMULATED arrays stand for them, so that what is
-// built over them can be tested on any processor: they stop the program where the processor would.
+// AMX tile registers: eight tiles of 16 rows of 64 bytes. DW_AMX_EMULATED replaces them by arrays, so that code using
+// them can be tested on any processor. The emulation aborts if real tiles would fault.
 //
-// Tiles 0 … 3 hold sums, 4 and 5 rows of a left side, 6 and 7 lines of a right side.
+// Tiles 0 … 3 contain sums, 4 and 5 rows of a left side, 6 and 7 lines of a right side.
 #pragma once
 #include <cstdint>
 
@@ -11,16 +11,16 @@
 namespace deltaw {
 namespace tiles {
 
-const int ROWS = 16, BYTES = 64;  // of a tile
+const int ROWS = 16, BYTES = 64;  // per tile
 
-// What the processor is told of the tiles' sizes, laid out as it reads it.
-struct Sizes {
+// Tile configuration in the memory format of the processor.
+struct TileConfig {
     uint8_t palette, start_row, reserved[14];
     uint16_t bytes[16];
     uint8_t rows[16];
 
-    // Left sides and sums of `count` rows; right sides are always full.
-    constexpr explicit Sizes(int count) : palette(1), start_row(0), reserved(), bytes(), rows() {
+    // Left sides and sums have `count` rows. Right sides always have 16.
+    constexpr explicit TileConfig(int count) : palette(1), start_row(0), reserved(), bytes(), rows() {
         for (int t = 0; t < 8; t++) bytes[t] = BYTES, rows[t] = (uint8_t)(t < 6 ? count : ROWS);
     }
 };
@@ -33,30 +33,31 @@ struct Sizes {
 namespace deltaw {
 namespace tiles {
 
-// Assembly, since the compilers' own forms want the number of a tile spelled out, and some of them do not say that
-// memory is read. A tile's number is a template argument.
-inline void configure(const Sizes &sizes) { __asm__ volatile("ldtilecfg %0" : : "m"(sizes)); }
+// Assembly, because the compilers' intrinsics require literal tile numbers, and some do not declare that memory is
+// read. Tile numbers are template arguments.
+inline void configure(const TileConfig &sizes) { __asm__ volatile("ldtilecfg %0" : : "m"(sizes)); }
 inline void release() { __asm__ volatile("tilerelease"); }
 
 template <int T>
 inline void clear() {
     __asm__ volatile("tilezero %%tmm%c0" : : "i"(T));
 }
-// Rows are `stride` bytes apart; 0 reads one row many times.
+// Rows are `stride` bytes apart. 0 reads the same row repeatedly.
 template <int T>
 inline void load(const void *at, int64_t stride) {
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(at), "r"(stride), "i"(T) : "memory");
 }
-// The same of what is not read again soon, which then pushes less out of the first-level cache.
+// Non-temporal load, for data that is not read again soon. It evicts less from the first-level cache.
 template <int T>
-inline void load_passing(const void *at, int64_t stride) {
+inline void load_streamed(const void *at, int64_t stride) {
     __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" : : "r"(at), "r"(stride), "i"(T) : "memory");
 }
 template <int T>
 inline void store(void *at, int64_t stride) {
     __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(at), "r"(stride), "i"(T) : "memory");
 }
-// Sums += left · right: of pairs of bf16 numbers in fp32, or of fours of unsigned and signed 8-bit numbers in int32.
+// Sums += left · right: pairs of bf16 numbers summed in fp32, or groups of four unsigned and signed 8-bit numbers in
+// int32.
 template <int SUMS, int LEFT, int RIGHT>
 inline void add_bf16() {
     __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUMS), "i"(LEFT), "i"(RIGHT));
@@ -80,29 +81,29 @@ namespace deltaw {
 namespace tiles {
 
 struct State {
-    Sizes sizes = Sizes(0);
-    bool ready = false;
+    TileConfig sizes = TileConfig(0);
+    bool is_configured = false;
     alignas(64) uint8_t data[8][ROWS * BYTES];
 };
 inline thread_local State state;
 
-inline void require(bool holds, const char *what) {
-    if (holds) return;
-    fprintf(stderr, "tiles: %s\n", what);
+inline void require(bool is_true, const char *message) {
+    if (is_true) return;
+    fprintf(stderr, "tiles: %s\n", message);
     abort();
 }
 inline State &ready_state() {
-    require(state.ready, "used before they are configured or after they are released");
+    require(state.is_configured, "used before they are configured or after they are released");
     return state;
 }
 
-inline void configure(const Sizes &sizes) {
+inline void configure(const TileConfig &sizes) {
     for (int t = 0; t < 8; t++) require(sizes.rows[t] > 0 && sizes.rows[t] <= ROWS && sizes.bytes[t] == BYTES, "sizes that there are not");
     state.sizes = sizes;
-    state.ready = true;
+    state.is_configured = true;
     memset(state.data, 0, sizeof(state.data));
 }
-inline void release() { state.ready = false; }
+inline void release() { state.is_configured = false; }
 
 template <int T>
 inline void clear() {
@@ -115,7 +116,7 @@ inline void load(const void *at, int64_t stride) {
     for (int i = 0; i < s.sizes.rows[T]; i++) memcpy(s.data[T] + i * BYTES, (const char *)at + i * stride, BYTES);
 }
 template <int T>
-inline void load_passing(const void *at, int64_t stride) {
+inline void load_streamed(const void *at, int64_t stride) {
     load<T>(at, stride);
 }
 template <int T>
@@ -124,7 +125,7 @@ inline void store(void *at, int64_t stride) {
     for (int i = 0; i < s.sizes.rows[T]; i++) memcpy((char *)at + i * stride, s.data[T] + i * BYTES, BYTES);
 }
 
-// A product takes as many rows as its sums have.
+// Process as many rows as the sums have.
 template <int SUMS, int LEFT, int RIGHT>
 inline State &for_product() {
     State &s = ready_state();
@@ -132,8 +133,7 @@ inline State &for_product() {
     return s;
 }
 
-// Even and odd numbers of a row have sums of their own, which are added to what was there at the end; what is too small
-// for a normal number counts as 0.
+// Even and odd numbers of a row have separate sums, which are combined at the end. Denormal numbers are flushed to 0.
 inline float normal(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.0f, x) : x; }
 
 template <int SUMS, int LEFT, int RIGHT>
@@ -187,26 +187,30 @@ inline void add_int8() {
 
 namespace deltaw {
 
-inline constexpr tiles::Sizes sizes_of_tiles[] = {
-    tiles::Sizes(16), tiles::Sizes(1),  tiles::Sizes(2),  tiles::Sizes(3),  tiles::Sizes(4),  tiles::Sizes(5),  tiles::Sizes(6),  tiles::Sizes(7),
-    tiles::Sizes(8),  tiles::Sizes(9),  tiles::Sizes(10), tiles::Sizes(11), tiles::Sizes(12), tiles::Sizes(13), tiles::Sizes(14), tiles::Sizes(15)};
+inline constexpr tiles::TileConfig tile_config[] = {
+    tiles::TileConfig(16), tiles::TileConfig(1),  tiles::TileConfig(2),  tiles::TileConfig(3),  tiles::TileConfig(4),  tiles::TileConfig(5),
+         tiles::TileConfig(6),  tiles::TileConfig(7),
+    tiles::TileConfig(8),  tiles::TileConfig(9),  tiles::TileConfig(10), tiles::TileConfig(11), tiles::TileConfig(12), tiles::TileConfig(13),
+        tiles::TileConfig(14), tiles::TileConfig(15)};
 
-// While one lives, this thread's tiles are full ones; after that the processor need not save them for it.
-class UseOfTiles {
+// Configures this thread's tiles with full size and releases them at the end of the scope, so that the system does not
+// save them.
+class TileScope {
   public:
-    UseOfTiles() { tiles::configure(sizes_of_tiles[0]); }
-    ~UseOfTiles() { tiles::release(); }
-    UseOfTiles(const UseOfTiles &) = delete;
-    UseOfTiles &operator=(const UseOfTiles &) = delete;
+    TileScope() { tiles::configure(tile_config[0]); }
+    ~TileScope() { tiles::release(); }
+    TileScope(const TileScope &) = delete;
+    TileScope &operator=(const TileScope &) = delete;
 };
 
-// While one lives inside of that, left sides and sums have fewer rows. What the tiles held is gone before and after.
-class FewRows {
+// Reduces left sides and sums to a smaller number of rows within a scope inside TileScope. The contents of tiles are
+// lost at the start and the end.
+class RowCountScope {
   public:
-    explicit FewRows(int rows) { tiles::configure(sizes_of_tiles[rows]); }
-    ~FewRows() { tiles::configure(sizes_of_tiles[0]); }
-    FewRows(const FewRows &) = delete;
-    FewRows &operator=(const FewRows &) = delete;
+    explicit RowCountScope(int rows) { tiles::configure(tile_config[rows]); }
+    ~RowCountScope() { tiles::configure(tile_config[0]); }
+    RowCountScope(const RowCountScope &) = delete;
+    RowCountScope &operator=(const RowCountScope &) = delete;
 };
 
 }  // namespace deltaw

@@ -1,5 +1,6 @@
-// Arithmetic on 16 lanes of 32 bits, in as many registers as the processor needs: what is not a product is written once
-// over it. F16 and I16 are 16 numbers of fp32 and int32, M16 is a choice of lanes, First the first lanes of a row's end.
+// Arithmetic on 16 lanes of 32 bits, in the number of registers that the processor needs. All code except products is
+// written with it. F16 and I16 are 16 numbers of fp32 and int32, M16 is a lane mask, First selects the first lanes at
+// the end of a row.
 #pragma once
 #if defined(__AVX512F__)
 #include "vector_avx512.h"
@@ -9,12 +10,12 @@
 
 namespace deltaw {
 
-enum Type { F32 = 0, BF16 = 1, INT8 = 2 };  // as the caller numbers them
+enum Type { F32 = 0, BF16 = 1, INT8 = 2 };  // type codes of the caller
 
 DW_INLINE F16 load16(const bf16 *p) { return from_bits(load_u16(p) << 16); }
 DW_INLINE F16 load16(const bf16 *p, First m) { return from_bits(load_u16(p, m) << 16); }
 
-// 2^x, to about 2 units in the last place of fp32; 0 below -126, infinity from 128 on, NaN stays NaN.
+// 2^x with an error of about 2 units in the last place of fp32. 0 below -126, infinity from 128, NaN stays NaN.
 DW_INLINE F16 exp2_16(F16 x) {
     const F16 n = nearest(x), f = x - n;  // f in [-0.5, 0.5]
     // Near-minimax polynomial of 2^f on [-0.5, 0.5].
@@ -27,7 +28,7 @@ DW_INLINE F16 exp2_16(F16 x) {
     p = fma(p, f, set_f(1.0f));
     return select(x < set_f(-126.0f), zero_f(), times_power_of_two(p, n));
 }
-// The same to 3e-6, which is far below what a bf16 number tells apart.
+// 2^x with a relative error of 3e-6, far below the precision of bf16.
 DW_INLINE F16 exp2_16_for_bf16(F16 x) {
     const F16 n = nearest(x), f = x - n;
     F16 p = set_f(9.57010002e-3f);
@@ -39,15 +40,15 @@ DW_INLINE F16 exp2_16_for_bf16(F16 x) {
 }
 const float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
 DW_INLINE F16 exp_16(F16 x) { return exp2_16(x * set_f(LOG2E)); }
-// 1 - 2 / (1 + e^2x): saturates cleanly on both sides.
+// 1 - 2 / (1 + e^2x), which saturates on both sides.
 DW_INLINE F16 tanh_16(F16 x) {
     const F16 one = set_f(1.0f);
     return one - set_f(2.0f) / (one + exp_16(x + x));
 }
 
-// A "group" is what one lane of a product takes at a time: one fp32 number, two numbers of 16 bits or four of 8.
-// 16 rows of `groups` groups each (a null row counts as zeros) become `groups` vectors of 16 lanes, `step` bytes
-// apart at `into`: the form in which a product reads its right side.
+// A group is the data that one lane multiplies in one operation: one fp32 number, two 16-bit numbers or four 8-bit
+// numbers. This transposes 16 rows of `groups` groups each (a null row is zeros) to `groups` vectors of 16 lanes,
+// `step` bytes apart, starting at `into`. Products read their right side in this layout.
 inline void pack_rows16(const char *const rows[16], int64_t groups, char *into, int64_t step) {
     for (int64_t g = 0; g < groups; g += 16) {
         const First m = first(groups - g);

@@ -1,4 +1,4 @@
-// Sixteen lanes of 32 bits in one register of AVX-512; see vector.h.
+// 16 lanes of 32 bits in one AVX-512 register; see vector.h.
 #pragma once
 #include <immintrin.h>
 
@@ -14,7 +14,7 @@
 
 namespace deltaw {
 
-typedef __mmask16 First;  // which lanes of a row's end are there
+typedef __mmask16 First;  // valid lanes at the end of a row
 typedef __mmask16 M16;
 struct F16 { __m512 v; };
 struct I16 { __m512i v; };
@@ -34,9 +34,9 @@ inline F16 min(F16 a, F16 b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline F16 abs(F16 a) { return {_mm512_abs_ps(a.v)}; }
 inline F16 nearest(F16 a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline F16 times_power_of_two(F16 a, F16 n) { return {_mm512_scalef_ps(a.v, n.v)}; }
-inline float sum_of(F16 a) { return _mm512_reduce_add_ps(a.v); }
-inline float largest_of(F16 a) { return _mm512_reduce_max_ps(a.v); }
-inline float least_of(F16 a) { return _mm512_reduce_min_ps(a.v); }
+inline float sum_lanes(F16 a) { return _mm512_reduce_add_ps(a.v); }
+inline float max_lane(F16 a) { return _mm512_reduce_max_ps(a.v); }
+inline float min_lane(F16 a) { return _mm512_reduce_min_ps(a.v); }
 
 inline I16 zero_i() { return {_mm512_setzero_si512()}; }
 inline I16 set_i(int32_t x) { return {_mm512_set1_epi32(x)}; }
@@ -45,7 +45,7 @@ inline I16 operator*(I16 a, I16 b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
 inline I16 operator&(I16 a, I16 b) { return {_mm512_and_si512(a.v, b.v)}; }
 inline I16 operator|(I16 a, I16 b) { return {_mm512_or_si512(a.v, b.v)}; }
 inline I16 operator<<(I16 a, int n) { return {_mm512_slli_epi32(a.v, n)}; }
-inline I16 operator>>(I16 a, int n) { return {(__m512i)((__v16su)a.v >> n)}; }  // of numbers that are not negative
+inline I16 operator>>(I16 a, int n) { return {(__m512i)((__v16su)a.v >> n)}; }  // for nonnegative numbers
 inline I16 max(I16 a, I16 b) { return {_mm512_max_epi32(a.v, b.v)}; }
 inline I16 min(I16 a, I16 b) { return {_mm512_min_epi32(a.v, b.v)}; }
 inline I16 to_int(F16 a) { return {_mm512_cvtps_epi32(a.v)}; }
@@ -63,18 +63,18 @@ inline M16 not_less(F16 a, F16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT
 inline M16 operator<(I16 a, I16 b) { return _mm512_cmplt_epi32_mask(a.v, b.v); }
 inline M16 operator>(I16 a, I16 b) { return _mm512_cmpgt_epi32_mask(a.v, b.v); }
 inline F16 select(M16 m, F16 yes, F16 no) { return {_mm512_mask_mov_ps(no.v, m, yes.v)}; }
-inline F16 keep_first(First m, F16 a, F16 otherwise = zero_f()) { return {_mm512_mask_mov_ps(otherwise.v, m, a.v)}; }
+inline F16 select_first(First m, F16 a, F16 otherwise = zero_f()) { return {_mm512_mask_mov_ps(otherwise.v, m, a.v)}; }
 
 inline I16 load_i(const void *p) { return {_mm512_loadu_si512(p)}; }
 inline I16 load_i(const void *p, First m) { return {_mm512_maskz_loadu_epi32(m, p)}; }
 inline void store_i(void *p, I16 a) { _mm512_storeu_si512(p, a.v); }
 inline void store_i(void *p, I16 a, First m) { _mm512_mask_storeu_epi32(p, m, a.v); }
-// Sixteen numbers of 16 bits, widened with zeros, and back by leaving the upper halves out.
+// 16-bit numbers: widen with zeros, and truncate to the lower halves.
 inline I16 load_u16(const bf16 *p) { return {_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p))}; }
 inline I16 load_u16(const bf16 *p, First m) { return {_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p))}; }
 inline void store_u16(bf16 *p, I16 a) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(a.v)); }
 inline void store_u16(bf16 *p, I16 a, First m) { _mm256_mask_storeu_epi16(p, m, _mm512_cvtepi32_epi16(a.v)); }
-// Numbers of 8 bits; stores clamp to their range.
+// 8-bit numbers. Stores saturate.
 inline I16 load_u8(const uint8_t *p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p))}; }
 inline I16 load_s8(const int8_t *p) { return {_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p))}; }
 inline I16 load_u8(const uint8_t *p, First m) { return {_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(m, p))}; }
@@ -88,12 +88,12 @@ inline void store16(float *p, F16 a) { _mm512_storeu_ps(p, a.v); }
 inline void store16(float *p, F16 a, First m) { _mm512_mask_storeu_ps(p, m, a.v); }
 
 #ifdef __AVX512BF16__
-// The bits of 16 numbers rounded to bf16, in the lower halves of the lanes.
+// Round 16 numbers to bf16 and return the bits in the lower halves of the lanes.
 inline I16 bf16_bits(F16 a) { return {_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(a.v))}; }
 inline void store16(bf16 *p, F16 a) { _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(a.v)); }
 inline void store16(bf16 *p, F16 a, First m) { _mm256_mask_storeu_epi16(p, m, (__m256i)_mm512_cvtneps_pbh(a.v)); }
 #else
-// To nearest, ties to even; NaN stays NaN.
+// Rounds to nearest, ties to even. NaN stays NaN.
 inline I16 bf16_bits(F16 a) {
     const __m512i x = _mm512_castps_si512(a.v), one = _mm512_set1_epi32(1);
     const __m512i tie = _mm512_and_si512(_mm512_srli_epi32(x, 16), one);
@@ -104,8 +104,8 @@ inline void store16(bf16 *p, F16 a) { store_u16(p, bf16_bits(a)); }
 inline void store16(bf16 *p, F16 a, First m) { store_u16(p, bf16_bits(a), m); }
 #endif
 
-// The bits of 32 numbers rounded to bf16, those of a first.
-inline I16 bf16_bits_of_both(F16 a, F16 b) {
+// Round 32 numbers to bf16 and return their bits, those of a first.
+inline I16 bf16_bits_concat(F16 a, F16 b) {
 #ifdef __AVX512BF16__
     return {(__m512i)_mm512_cvtne2ps_pbh(b.v, a.v)};
 #else
@@ -113,18 +113,18 @@ inline I16 bf16_bits_of_both(F16 a, F16 b) {
     return {_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1)};
 #endif
 }
-// The bits of pairs of numbers rounded to bf16: of a in the lower halves of the lanes, of b in the upper ones.
-inline I16 bf16_bits_in_turn(F16 a, F16 b) {
+// Round pairs of numbers to bf16: bits of a in the lower halves of the lanes, of b in the upper halves.
+inline I16 bf16_bits_interleaved(F16 a, F16 b) {
 #ifdef __AVX512BF16__
-    alignas(64) static const int16_t turn[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+    alignas(64) static const int16_t interleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    return {_mm512_permutexvar_epi16(_mm512_load_si512(turn), bf16_bits_of_both(a, b).v)};
+    return {_mm512_permutexvar_epi16(_mm512_load_si512(interleave), bf16_bits_concat(a, b).v)};
 #else
     return bf16_bits(a) | bf16_bits(b) << 16;
 #endif
 }
-// Those of the table that 16 numbers below 16 ask for.
-inline F16 one_of_16(const float *table, I16 which) { return {_mm512_permutexvar_ps(which.v, _mm512_loadu_ps(table))}; }
+// Look up 16 indices below 16 in a table.
+inline F16 lookup_16(const float *table, I16 indices) { return {_mm512_permutexvar_ps(indices.v, _mm512_loadu_ps(table))}; }
 
 inline void transpose16(I16 r[16]) {
     __m512i t[16];

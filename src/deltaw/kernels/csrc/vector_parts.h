@@ -1,5 +1,5 @@
-// Sixteen lanes of 32 bits in several registers of the compiler's own vectors (GCC, clang): two of AVX2, four of NEON or of
-// any other processor; see vector.h.
+// 16 lanes of 32 bits in several compiler vectors (GCC, clang): two AVX2 registers, four NEON registers, or generic
+// vectors; see vector.h.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -19,48 +19,48 @@
 #endif
 #endif
 
-// Arrays of registers that a function gives or takes go through memory where the compiler calls it.
+// Always inline, because arrays of registers are passed to functions through memory.
 #define DW_INLINE inline __attribute__((always_inline))
 
 namespace deltaw {
 
 typedef float vf __attribute__((vector_size(DW_VECTOR_BYTES)));
 typedef int32_t vi __attribute__((vector_size(DW_VECTOR_BYTES)));
-typedef uint32_t vu __attribute__((vector_size(DW_VECTOR_BYTES)));  // for sums that may wrap
+typedef uint32_t vu __attribute__((vector_size(DW_VECTOR_BYTES)));  // for sums that can wrap
 const int LANES = DW_VECTOR_BYTES / 4, PARTS = 16 / LANES;
 
 struct F16 { vf p[PARTS]; };
 struct I16 { vi p[PARTS]; };
-struct M16 { vi p[PARTS]; };    // a lane is all ones or all zeros
-struct First { int64_t n; };    // which lanes of a row's end are there
+struct M16 { vi p[PARTS]; };  // lanes are all ones or all zeros
+struct First { int64_t n; };  // valid lanes at the end of a row
 
 DW_INLINE First first(int64_t n) { return {n >= 16 ? 16 : n < 0 ? 0 : n}; }
 
 #define DW_EACH _Pragma("GCC unroll 4") for (int i = 0; i < PARTS; i++)
-// One value of `type` from one expression of the parts' number i.
+// Build a value of `type` from an expression of the part index i.
 #define DW_PARTS(type, expression) type r; DW_EACH r.p[i] = expression; return r
 
-DW_INLINE vf one_f(float x) { return x - (vf){}; }
-DW_INLINE vi one_i(int32_t x) { return x - (vi){}; }
+DW_INLINE vf part_f(float x) { return x - (vf){}; }
+DW_INLINE vi part_i(int32_t x) { return x - (vi){}; }
 #if DW_VECTOR_BYTES == 32
-DW_INLINE vf one_fma(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
-DW_INLINE vf one_fnma(vf a, vf b, vf c) { return (vf)_mm256_fnmadd_ps((__m256)a, (__m256)b, (__m256)c); }
-DW_INLINE vi one_to_int(vf a) { return (vi)_mm256_cvtps_epi32((__m256)a); }
-DW_INLINE vf one_nearest(vf a) { return (vf)_mm256_round_ps((__m256)a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+DW_INLINE vf part_fma(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+DW_INLINE vf part_fnma(vf a, vf b, vf c) { return (vf)_mm256_fnmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+DW_INLINE vi part_to_int(vf a) { return (vi)_mm256_cvtps_epi32((__m256)a); }
+DW_INLINE vf part_nearest(vf a) { return (vf)_mm256_round_ps((__m256)a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 #elif defined(__ARM_NEON)
-DW_INLINE vf one_fma(vf a, vf b, vf c) { return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
-DW_INLINE vf one_fnma(vf a, vf b, vf c) { return (vf)vfmsq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
-DW_INLINE vi one_to_int(vf a) { return (vi)vcvtnq_s32_f32((float32x4_t)a); }
-DW_INLINE vf one_nearest(vf a) { return (vf)vrndnq_f32((float32x4_t)a); }
+DW_INLINE vf part_fma(vf a, vf b, vf c) { return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+DW_INLINE vf part_fnma(vf a, vf b, vf c) { return (vf)vfmsq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+DW_INLINE vi part_to_int(vf a) { return (vi)vcvtnq_s32_f32((float32x4_t)a); }
+DW_INLINE vf part_nearest(vf a) { return (vf)vrndnq_f32((float32x4_t)a); }
 #else
-DW_INLINE vf one_fma(vf a, vf b, vf c) { return a * b + c; }
-DW_INLINE vf one_fnma(vf a, vf b, vf c) { return c - a * b; }
-DW_INLINE vi one_to_int(vf a) {
+DW_INLINE vf part_fma(vf a, vf b, vf c) { return a * b + c; }
+DW_INLINE vf part_fnma(vf a, vf b, vf c) { return c - a * b; }
+DW_INLINE vi part_to_int(vf a) {
     vi r;
     for (int i = 0; i < LANES; i++) r[i] = (int32_t)lrintf(a[i]);
     return r;
 }
-DW_INLINE vf one_nearest(vf a) {
+DW_INLINE vf part_nearest(vf a) {
     vf r;
     for (int i = 0; i < LANES; i++) r[i] = nearbyintf(a[i]);
     return r;
@@ -68,24 +68,24 @@ DW_INLINE vf one_nearest(vf a) {
 #endif
 
 DW_INLINE F16 zero_f() { return {}; }
-DW_INLINE F16 set_f(float x) { DW_PARTS(F16, one_f(x)); }
+DW_INLINE F16 set_f(float x) { DW_PARTS(F16, part_f(x)); }
 DW_INLINE F16 operator+(F16 a, F16 b) { DW_PARTS(F16, a.p[i] + b.p[i]); }
 DW_INLINE F16 operator-(F16 a, F16 b) { DW_PARTS(F16, a.p[i] - b.p[i]); }
 DW_INLINE F16 operator*(F16 a, F16 b) { DW_PARTS(F16, a.p[i] * b.p[i]); }
 DW_INLINE F16 operator/(F16 a, F16 b) { DW_PARTS(F16, a.p[i] / b.p[i]); }
-DW_INLINE F16 fma(F16 a, F16 b, F16 c) { DW_PARTS(F16, one_fma(a.p[i], b.p[i], c.p[i])); }
-DW_INLINE F16 fnma(F16 a, F16 b, F16 c) { DW_PARTS(F16, one_fnma(a.p[i], b.p[i], c.p[i])); }
-// Where one is NaN, the second, as x86 has it.
+DW_INLINE F16 fma(F16 a, F16 b, F16 c) { DW_PARTS(F16, part_fma(a.p[i], b.p[i], c.p[i])); }
+DW_INLINE F16 fnma(F16 a, F16 b, F16 c) { DW_PARTS(F16, part_fnma(a.p[i], b.p[i], c.p[i])); }
+// If one is NaN, returns the second, like x86.
 DW_INLINE F16 max(F16 a, F16 b) { DW_PARTS(F16, a.p[i] > b.p[i] ? a.p[i] : b.p[i]); }
 DW_INLINE F16 min(F16 a, F16 b) { DW_PARTS(F16, a.p[i] < b.p[i] ? a.p[i] : b.p[i]); }
-DW_INLINE F16 abs(F16 a) { DW_PARTS(F16, (vf)((vi)a.p[i] & one_i(0x7fffffff))); }
-DW_INLINE F16 nearest(F16 a) { DW_PARTS(F16, one_nearest(a.p[i])); }
-// a · 2^n for whole n from -126 to 128, a from 0.5 to 1.5; infinity from n = 128 on where a ≥ 1, NaN stays NaN.
+DW_INLINE F16 abs(F16 a) { DW_PARTS(F16, (vf)((vi)a.p[i] & part_i(0x7fffffff))); }
+DW_INLINE F16 nearest(F16 a) { DW_PARTS(F16, part_nearest(a.p[i])); }
+// a · 2^n for integers n from -126 to 128 and a from 0.5 to 1.5. Infinity for n = 128 and a ≥ 1. NaN stays NaN.
 DW_INLINE F16 times_power_of_two(F16 a, F16 n) {
-    DW_PARTS(F16, (n.p[i] > one_f(128) || (n.p[i] == one_f(128) && a.p[i] >= one_f(1))) ? one_f(INFINITY)
-             : n.p[i] != n.p[i] ? n.p[i] : (vf)((vu)a.p[i] + ((vu)one_to_int(n.p[i]) << 23)));
+    DW_PARTS(F16, (n.p[i] > part_f(128) || (n.p[i] == part_f(128) && a.p[i] >= part_f(1))) ? part_f(INFINITY)
+             : n.p[i] != n.p[i] ? n.p[i] : (vf)((vu)a.p[i] + ((vu)part_to_int(n.p[i]) << 23)));
 }
-DW_INLINE float sum_of(F16 a) {
+DW_INLINE float sum_lanes(F16 a) {
     vf s = a.p[0];
     for (int i = 1; i < PARTS; i++) s += a.p[i];
 #if defined(__ARM_NEON)
@@ -96,28 +96,28 @@ DW_INLINE float sum_of(F16 a) {
     return s[0];
 #endif
 }
-DW_INLINE float largest_of(F16 a) {
-    float most = a.p[0][0];
-    DW_EACH for (int j = 0; j < LANES; j++) most = most < a.p[i][j] ? a.p[i][j] : most;
-    return most;
+DW_INLINE float max_lane(F16 a) {
+    float highest = a.p[0][0];
+    DW_EACH for (int j = 0; j < LANES; j++) highest = highest < a.p[i][j] ? a.p[i][j] : highest;
+    return highest;
 }
-DW_INLINE float least_of(F16 a) {
-    float least = a.p[0][0];
-    DW_EACH for (int j = 0; j < LANES; j++) least = a.p[i][j] < least ? a.p[i][j] : least;
-    return least;
+DW_INLINE float min_lane(F16 a) {
+    float lowest = a.p[0][0];
+    DW_EACH for (int j = 0; j < LANES; j++) lowest = a.p[i][j] < lowest ? a.p[i][j] : lowest;
+    return lowest;
 }
 
 DW_INLINE I16 zero_i() { return {}; }
-DW_INLINE I16 set_i(int32_t x) { DW_PARTS(I16, one_i(x)); }
+DW_INLINE I16 set_i(int32_t x) { DW_PARTS(I16, part_i(x)); }
 DW_INLINE I16 operator+(I16 a, I16 b) { DW_PARTS(I16, a.p[i] + b.p[i]); }
 DW_INLINE I16 operator*(I16 a, I16 b) { DW_PARTS(I16, a.p[i] * b.p[i]); }
 DW_INLINE I16 operator&(I16 a, I16 b) { DW_PARTS(I16, a.p[i] & b.p[i]); }
 DW_INLINE I16 operator|(I16 a, I16 b) { DW_PARTS(I16, a.p[i] | b.p[i]); }
 DW_INLINE I16 operator<<(I16 a, int n) { DW_PARTS(I16, a.p[i] << n); }
-DW_INLINE I16 operator>>(I16 a, int n) { DW_PARTS(I16, a.p[i] >> n); }  // of numbers that are not negative
+DW_INLINE I16 operator>>(I16 a, int n) { DW_PARTS(I16, a.p[i] >> n); }  // for nonnegative numbers
 DW_INLINE I16 max(I16 a, I16 b) { DW_PARTS(I16, a.p[i] > b.p[i] ? a.p[i] : b.p[i]); }
 DW_INLINE I16 min(I16 a, I16 b) { DW_PARTS(I16, a.p[i] < b.p[i] ? a.p[i] : b.p[i]); }
-DW_INLINE I16 to_int(F16 a) { DW_PARTS(I16, one_to_int(a.p[i])); }
+DW_INLINE I16 to_int(F16 a) { DW_PARTS(I16, part_to_int(a.p[i])); }
 DW_INLINE F16 to_f(I16 a) { DW_PARTS(F16, __builtin_convertvector(a.p[i], vf)); }
 DW_INLINE I16 bits_of(F16 a) { DW_PARTS(I16, (vi)a.p[i]); }
 DW_INLINE F16 from_bits(I16 a) { DW_PARTS(F16, (vf)a.p[i]); }
@@ -132,7 +132,7 @@ DW_INLINE bool any(M16 m) {
     for (int64_t word : words) sum |= word;
     return sum != 0;
 }
-// Bit i says whether lane i is chosen.
+// Bit i is set if lane i is selected.
 DW_INLINE uint32_t bits_of(M16 m) {
     uint32_t bits = 0;
 #if DW_VECTOR_BYTES == 32
@@ -148,15 +148,15 @@ DW_INLINE M16 not_less(F16 a, F16 b) { DW_PARTS(M16, ~(vi)(a.p[i] < b.p[i])); }
 DW_INLINE M16 operator<(I16 a, I16 b) { DW_PARTS(M16, (vi)(a.p[i] < b.p[i])); }
 DW_INLINE M16 operator>(I16 a, I16 b) { DW_PARTS(M16, (vi)(a.p[i] > b.p[i])); }
 DW_INLINE F16 select(M16 m, F16 yes, F16 no) { DW_PARTS(F16, (vf)(((vi)yes.p[i] & m.p[i]) | ((vi)no.p[i] & ~m.p[i]))); }
-DW_INLINE M16 lanes_of(First f) {
+DW_INLINE M16 lane_mask(First f) {
     static const int32_t ones[32] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
     M16 m;
     memcpy(&m, ones + 16 - f.n, sizeof(m));
     return m;
 }
-DW_INLINE F16 keep_first(First f, F16 a, F16 otherwise = {}) { return f.n == 16 ? a : select(lanes_of(f), a, otherwise); }
+DW_INLINE F16 select_first(First f, F16 a, F16 otherwise = {}) { return f.n == 16 ? a : select(lane_mask(f), a, otherwise); }
 
-// Numbers of a row's end go through a buffer, so that nothing beyond them is touched.
+// The end of a row is copied through a buffer, so that memory beyond it is not accessed.
 template <class T>
 struct Buffered {
     T numbers[16];
@@ -168,7 +168,7 @@ struct Buffered {
     void write(T *p, First f) const { memcpy(p, numbers, f.n * sizeof(T)); }
 };
 
-// Part by part: a copy of the whole would keep the compiler from holding it in registers.
+// Part by part, because a copy of the struct would force it into memory.
 DW_INLINE I16 load_i(const void *p) {
     I16 a;
     DW_EACH memcpy(&a.p[i], (const char *)p + i * DW_VECTOR_BYTES, DW_VECTOR_BYTES);
@@ -180,7 +180,7 @@ DW_INLINE void store_i(void *p, I16 a, First f) {
     if (f.n == 16) store_i(p, a);
     else memcpy(p, &a, f.n * 4);
 }
-// 16 narrow numbers, by the compiler's own conversion.
+// Load 16 narrow numbers with the compiler's vector conversion.
 template <class T>
 DW_INLINE I16 widened(const T *p) {
     typedef T narrow __attribute__((vector_size(LANES * sizeof(T))));
@@ -200,8 +200,8 @@ DW_INLINE I16 load_u16(const bf16 *p) {
 }
 DW_INLINE void store_u16(bf16 *p, I16 a) {
     const __m256i low = _mm256_set1_epi32(0xffff);
-    const __m256i both = _mm256_packus_epi32(_mm256_and_si256((__m256i)a.p[0], low), _mm256_and_si256((__m256i)a.p[1], low));
-    _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(both, 0xd8));
+    const __m256i packed = _mm256_packus_epi32(_mm256_and_si256((__m256i)a.p[0], low), _mm256_and_si256((__m256i)a.p[1], low));
+    _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(packed, 0xd8));
 }
 #elif defined(__ARM_NEON)
 DW_INLINE I16 load_u16(const bf16 *p) {
@@ -249,7 +249,7 @@ DW_INLINE I16 load_u8(const uint8_t *p) { return load_bytes(p); }
 DW_INLINE I16 load_s8(const int8_t *p) { return load_bytes(p); }
 DW_INLINE I16 load_u8(const uint8_t *p, First f) { return load_bytes(f.n == 16 ? p : Buffered<uint8_t>(p, f).numbers); }
 DW_INLINE I16 load_s8(const int8_t *p, First f) { return load_bytes(f.n == 16 ? p : Buffered<int8_t>(p, f).numbers); }
-// Clamped to the range of T.
+// Saturates to the range of T.
 template <class T>
 DW_INLINE void store_bytes(T *p, I16 a) {
 #if DW_VECTOR_BYTES == 32
@@ -280,7 +280,7 @@ DW_INLINE F16 load16(const float *p, First f) { return from_bits(load_i(p, f)); 
 DW_INLINE void store16(float *p, F16 a) { store_i(p, bits_of(a)); }
 DW_INLINE void store16(float *p, F16 a, First f) { store_i(p, bits_of(a), f); }
 
-// The bits of 16 numbers rounded to bf16, in the lower halves of the lanes: to nearest, ties to even; NaN stays NaN.
+// Round 16 numbers to bf16 (nearest, ties to even; NaN stays NaN) and return the bits in the lower halves of the lanes.
 DW_INLINE I16 bf16_bits(F16 a) {
     I16 r;
 #if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
@@ -288,7 +288,7 @@ DW_INLINE I16 bf16_bits(F16 a) {
 #else
     DW_EACH {
         const vu x = (vu)a.p[i], rounded = (x + (((x >> 16) & 1) + 0x7fff)) >> 16;
-        r.p[i] = a.p[i] == a.p[i] ? (vi)rounded : one_i(0x7fc0);
+        r.p[i] = a.p[i] == a.p[i] ? (vi)rounded : part_i(0x7fc0);
     }
 #endif
     return r;
@@ -297,8 +297,8 @@ DW_INLINE I16 bf16_bits(F16 a) {
 DW_INLINE void store16(bf16 *p, F16 a) {
     for (int i = 0; i < PARTS; i += 2) {
         const bfloat16x8_t low = vcvtq_low_bf16_f32((float32x4_t)a.p[i]);
-        const uint16x8_t both = (uint16x8_t)vcvtq_high_bf16_f32(low, (float32x4_t)a.p[i + 1]);
-        vst1q_u16(p + 4 * i, both);
+        const uint16x8_t packed = (uint16x8_t)vcvtq_high_bf16_f32(low, (float32x4_t)a.p[i + 1]);
+        vst1q_u16(p + 4 * i, packed);
     }
 }
 #else
@@ -306,29 +306,29 @@ DW_INLINE void store16(bf16 *p, F16 a) { store_u16(p, bf16_bits(a)); }
 #endif
 DW_INLINE void store16(bf16 *p, F16 a, First f) { store_u16(p, bf16_bits(a), f); }
 
-// The bits of 32 numbers rounded to bf16, those of a first.
-DW_INLINE I16 bf16_bits_of_both(F16 a, F16 b) {
-    bf16 both[32];
-    store16(both, a), store16(both + 16, b);
-    return load_i(both);
+// Round 32 numbers to bf16 and return their bits, those of a first.
+DW_INLINE I16 bf16_bits_concat(F16 a, F16 b) {
+    bf16 packed[32];
+    store16(packed, a), store16(packed + 16, b);
+    return load_i(packed);
 }
-// The bits of pairs of numbers rounded to bf16: of a in the lower halves of the lanes, of b in the upper ones.
-DW_INLINE I16 bf16_bits_in_turn(F16 a, F16 b) { return bf16_bits(a) | bf16_bits(b) << 16; }
-// Those of the table that 16 numbers below 16 ask for.
-DW_INLINE F16 one_of_16(const float *table, I16 which) {
+// Round pairs of numbers to bf16: bits of a in the lower halves of the lanes, of b in the upper halves.
+DW_INLINE I16 bf16_bits_interleaved(F16 a, F16 b) { return bf16_bits(a) | bf16_bits(b) << 16; }
+// Look up 16 indices below 16 in a table.
+DW_INLINE F16 lookup_16(const float *table, I16 indices) {
 #if DW_VECTOR_BYTES == 32
     const __m256 low = _mm256_loadu_ps(table), high = _mm256_loadu_ps(table + 8);
-    // An index' bit 3, moved to where a choice of lanes is read.
-    DW_PARTS(F16, (vf)_mm256_blendv_ps(_mm256_permutevar8x32_ps(low, (__m256i)which.p[i]), _mm256_permutevar8x32_ps(high, (__m256i)which.p[i]),
-                                       (__m256)(which.p[i] << 28)));
+    // Bit 3 of an index, moved to the bit that blendv reads.
+    DW_PARTS(F16, (vf)_mm256_blendv_ps(_mm256_permutevar8x32_ps(low, (__m256i)indices.p[i]), _mm256_permutevar8x32_ps(high, (__m256i)indices.p[i]),
+                                       (__m256)(indices.p[i] << 28)));
 #elif defined(__ARM_NEON)
     // The four bytes of each number.
     const uint8x16x4_t bytes = {vld1q_u8((const uint8_t *)table), vld1q_u8((const uint8_t *)(table + 4)), vld1q_u8((const uint8_t *)(table + 8)),
                                 vld1q_u8((const uint8_t *)(table + 12))};
-    DW_PARTS(F16, (vf)vqtbl4q_u8(bytes, (uint8x16_t)(which.p[i] * 0x04040404 + 0x03020100)));
+    DW_PARTS(F16, (vf)vqtbl4q_u8(bytes, (uint8x16_t)(indices.p[i] * 0x04040404 + 0x03020100)));
 #else
     F16 r;
-    DW_EACH for (int j = 0; j < LANES; j++) r.p[i][j] = table[which.p[i][j]];
+    DW_EACH for (int j = 0; j < LANES; j++) r.p[i][j] = table[indices.p[i][j]];
     return r;
 #endif
 }

@@ -1,1 +1,1 @@
-"""A run as one page of HTML, and several runs side by side on one: made from the runs' folders alone."""
+"""HTML pages: the report of one run, and the comparison of several runs."""

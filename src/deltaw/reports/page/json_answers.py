@@ -13,7 +13,7 @@ from typing import Any
 
 # Characters of an answer, and lines of a pretty-printed answer, that are compared.
 MAX_LENGTH, MAX_LINES = 8_000, 400
-# Characters that reorder or hide text, and surrogates, which no file in UTF-8 can hold.
+# Characters that reorder or hide text, and surrogates, which cannot be encoded in UTF-8.
 _INVISIBLE = re.compile("[\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 
 

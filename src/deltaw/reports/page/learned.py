@@ -1,8 +1,7 @@
-"""Where a run learned: the size of what it saved, by layer and kind of module, from the adapter's files.
+"""Measure a run's adapter and plot the size of its changes by layer and kind of module.
 
-For factors A and B that is the norm of ΔW and its singular values, computed from the factors alone
-(:mod:`deltaw.reports.inspect`). Other methods save tensors, of which it gives the norms. It knows no
-page.
+For factors A and B, the norm of ΔW and its singular values are computed without forming ΔW
+(:mod:`deltaw.reports.inspect`). For methods that store other tensors, the norms of these tensors are reported.
 """
 
 from __future__ import annotations
@@ -24,36 +23,47 @@ from safetensors import SafetensorError, safe_open
 from deltaw.errors import UserError
 from deltaw.lora.files import open_adapter
 from deltaw.lora.peft_format import without_wrappers
-from deltaw.lora.peft_updates import FileUpdate, content_of
+from deltaw.lora.peft_updates import FileUpdate, read_content
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from deltaw.reports.inspect import effective_rank, kinds_of, root_sum_of_squares, values_of
-from deltaw.reports.page.svg import Curve, Figure, Numbers, Strip, evenly, heat_map, legend_of, line_chart, swatch
+from deltaw.reports.inspect import effective_rank, module_kinds, root_sum_of_squares, update_singular_values
+from deltaw.reports.page.svg import (
+    ChartSeries,
+    Figure,
+    FigureTable,
+    Strip,
+    build_legend,
+    evenly_spaced,
+    heat_map,
+    line_chart,
+    swatch,
+)
 from deltaw.reports.wording import short
 from deltaw.tensor_files import TensorFile
 
-# Bytes of weights above which their norms are not computed for a page.
-LARGEST = 4_000_000_000
-# In the names of factors and of what belongs to them.
+# Size in bytes above which an adapter is not measured for a page.
+MAX_BYTES = 4_000_000_000
+# Occurs in the names of LoRA factors and their additional tensors.
 _FACTOR = ".lora_"
-# Singular values that are kept of a module.
-VALUES = 64
-# Numbers that are widened to float64 at a time.
-_AT_ONCE = 1 << 20
-# The order in which a block computes its projections; files have them by name.
-COMPUTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Maximum number of singular values stored per module.
+MAX_SINGULAR_VALUES = 64
+# Elements converted to float64 at a time.
+_CHUNK_SIZE = 1 << 20
+# Display order of projections: the order of computation in a block. Files are sorted by name.
+PROJECTION_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one module, or one tensor, came to.
+class ModuleSummary:
+    """Size of the change of one module, or of one stored tensor.
 
     Attributes:
-        name: its name in the model. layer: its first number; None outside of layers. kind: its name without
-            numbers and what all names have in common.
-        norm: ‖ΔW‖_F, or of the saved tensor.
-        values: the singular values of ΔW, descending; empty for a tensor.
-        effective_rank: of ΔW; None for a tensor.
+        name: Name in the model.
+        layer: First number in the name, or None outside of layers.
+        kind: Name without numbers, reduced to the parts that distinguish kinds.
+        norm: ‖ΔW‖_F, or the norm of the stored tensor.
+        values: Singular values of ΔW in descending order, empty for a tensor.
+        effective_rank: Effective rank of ΔW, or None for a tensor.
     """
 
     name: str
@@ -65,61 +75,63 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Learned:
-    """What an adapter holds.
+class AdapterSummary:
+    """Measured contents of an adapter.
 
     Attributes:
-        parts: in the order of the model.
-        is_update: whether the norms are those of ΔW, and not of what was saved instead.
-        others: names and norms of what an adapter with factors holds besides them.
-        note: why there is less than usual; empty otherwise.
+        modules: Modules in the order of the model.
+        is_update: True if the norms are those of ΔW, False if they are those of stored tensors.
+        other_norms: Names and norms of tensors other than A and B in an adapter with factors.
+        note: Reason for missing measurements, empty otherwise.
     """
 
-    parts: Sequence[Part] = ()
+    modules: Sequence[ModuleSummary] = ()
     is_update: bool = True
-    others: Sequence[tuple[str, float]] = ()
+    other_norms: Sequence[tuple[str, float]] = ()
     note: str = ""
 
     def layers(self) -> list[int]:
-        return sorted({part.layer for part in self.parts if part.layer is not None})
+        return sorted({module.layer for module in self.modules if module.layer is not None})
 
     def kinds(self) -> list[str]:
-        """Kinds of modules: those of attention and MLP as a block computes them, others as they come."""
-        found = list(dict.fromkeys(part.kind for part in self.parts))
-        return sorted(found, key=lambda kind: COMPUTED.index(kind) if kind in COMPUTED else len(COMPUTED))
+        """Return the kinds of modules: projections in order of computation, then all other kinds."""
+        kinds = list(dict.fromkeys(module.kind for module in self.modules))
+        order = {kind: index for index, kind in enumerate(PROJECTION_ORDER)}
+        return sorted(kinds, key=lambda kind: order.get(kind, len(order)))
 
     def grid(self) -> dict[str, dict[int | None, float]]:
-        """By kind and layer, the norm of all parts there; parts outside of layers are at None."""
+        """Return the norm by kind and layer. Modules outside of layers have the key None."""
         grid: dict[str, dict[int | None, float]] = defaultdict(dict)
-        for part in self.parts:
-            grid[part.kind][part.layer] = math.hypot(grid[part.kind].get(part.layer, 0.0), part.norm)
+        for module in self.modules:
+            grid[module.kind][module.layer] = math.hypot(grid[module.kind].get(module.layer, 0.0), module.norm)
         return grid
 
-    def by_layer(self) -> list[tuple[int, float, list[float], Part]]:
-        """Each layer's norm, its three largest singular values, and the part that changed most."""
-        found = []
+    def by_layer(self) -> list[tuple[int, float, list[float], ModuleSummary]]:
+        """Return each layer's norm, its three largest singular values, and its module with the largest norm."""
+        summaries = []
         for layer in self.layers():
-            parts = [part for part in self.parts if part.layer == layer]
-            top = sorted((value for part in parts for value in part.values[:3]), reverse=True)[:3]
-            found.append((layer, root_sum_of_squares(p.norm for p in parts), top, max(parts, key=lambda p: p.norm)))
-        return found
+            modules = [module for module in self.modules if module.layer == layer]
+            top = sorted((value for module in modules for value in module.values[:3]), reverse=True)[:3]
+            largest = max(modules, key=lambda module: module.norm)
+            summaries.append((layer, root_sum_of_squares(module.norm for module in modules), top, largest))
+        return summaries
 
 
-def what_was_learned(folder: Path) -> Learned | None:
-    """Measure the adapter in a run's folder; None where it holds none yet."""
+def measure_adapter(folder: Path) -> AdapterSummary | None:
+    """Measure the adapter in a run's folder, or return None if it does not contain one yet."""
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file() or not (folder / ADAPTER_CONFIG).is_file():
         return None
     size = weights.stat().st_size
-    if size > LARGEST:
-        return Learned(note=f"The adapter has {size / 1e9:.1f} GB, too much to measure for a page.")
+    if size > MAX_BYTES:
+        return AdapterSummary(note=f"The adapter has {size / 1e9:.1f} GB, which is too large to measure for a page.")
     try:
         if _has_factors(weights):
-            return _of_factors(folder)
-        return _of_tensors(weights)
+            return _measure_factors(folder)
+        return _measure_tensors(weights)
     except (UserError, SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         brief = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return Learned(note=f"The adapter could not be measured: {brief}")
+        return AdapterSummary(note=f"The adapter could not be measured: {brief}")
 
 
 def _has_factors(weights: Path) -> bool:
@@ -127,152 +139,152 @@ def _has_factors(weights: Path) -> bool:
         return any(_FACTOR in name for name in file.keys())  # noqa: SIM118
 
 
-def _of_factors(folder: Path) -> Learned:
-    """Of the factors, those of one layer are in memory at a time, as in :func:`_of_tensors`."""
+def _measure_factors(folder: Path) -> AdapterSummary:
+    """Measure an adapter with factors, loading the factors of one layer at a time."""
     adapter, file = open_adapter(folder), TensorFile(folder / ADAPTER_WEIGHTS)
     layers: dict[int | None, list[str]] = defaultdict(list)
     for name in file:
         layers[layer_of(name)].append(name)
-    parts, others = [], []
+    modules, other_norms = [], []
     for names in layers.values():
-        tensors = {name: file[name] if _FACTOR in name else file.described(name) for name in names}
-        content = content_of(adapter._replace(tensors=tensors))
-        parts += [part for update in content.updates if (part := _of_update(update)) is not None]
+        tensors = {name: file[name] if _FACTOR in name else file.meta_tensor(name) for name in names}
+        content = read_content(adapter._replace(tensors=tensors))
+        modules += [module for update in content.updates if (module := _summarize_update(update)) is not None]
         stored = {without_wrappers(name): name for name in names}
-        others += [(name, _norm(file, stored[name])) for name in content.others]
-    kinds = kinds_of([part.name for part in parts])
-    parts = [dataclasses.replace(part, kind=kind) for part, kind in zip(parts, kinds, strict=True)]
-    return Learned(_in_order(parts), True, others)
+        other_norms += [(name, _norm(file, stored[name])) for name in content.other_tensors]
+    kinds = module_kinds([module.name for module in modules])
+    modules = [dataclasses.replace(module, kind=kind) for module, kind in zip(modules, kinds, strict=True)]
+    return AdapterSummary(_in_order(modules), True, other_norms)
 
 
-def _of_update(update: FileUpdate) -> Part | None:
-    """What it came to, its kind left open; None where no number of it is finite."""
-    values = values_of(update)
+def _summarize_update(update: FileUpdate) -> ModuleSummary | None:
+    """Summarize an update without its kind, or return None if all of its factors contain non-finite numbers."""
+    values = update_singular_values(update)
     if not values:
         return None
-    together = torch.cat(values).sort(descending=True).values
-    norm = float(together.square().sum().sqrt())
-    kept = [float(value) for value in together[:VALUES]]
-    rank = sum(effective_rank(one) for one in values) / len(values)
-    return Part(update.name, layer_of(update.name), "", norm, kept, rank)
+    all_values = torch.cat(values).sort(descending=True).values
+    norm = float(all_values.square().sum().sqrt())
+    largest = [float(value) for value in all_values[:MAX_SINGULAR_VALUES]]
+    rank = sum(effective_rank(matrix_values) for matrix_values in values) / len(values)
+    return ModuleSummary(update.name, layer_of(update.name), "", norm, largest, rank)
 
 
-def _of_tensors(weights: Path) -> Learned:
-    """The norms of saved tensors.
+def _measure_tensors(weights: Path) -> AdapterSummary:
+    """Measure the norms of stored tensors.
 
-    A part of one is in memory at a time, and none is mapped: beside a training that has just ended, mapped
-    weights would count as much as all that it trained.
+    A chunk is in memory at a time. Files are not memory-mapped, because mapped weights would count toward the peak
+    memory of the training process.
     """
     file = TensorFile(weights)
-    norms = {name: _norm(file, name) for name in file if file.described(name).is_floating_point()}
-    named = zip(norms.items(), kinds_of(list(norms)), strict=True)
-    parts = [Part(name, layer_of(name), kind, norm) for (name, norm), kind in named if math.isfinite(norm)]
-    return Learned(_in_order(parts), False, note=_meaning(weights.parent))
+    norms = {name: _norm(file, name) for name in file if file.meta_tensor(name).is_floating_point()}
+    named = zip(norms.items(), module_kinds(list(norms)), strict=True)
+    modules = [ModuleSummary(name, layer_of(name), kind, norm) for (name, norm), kind in named if math.isfinite(norm)]
+    return AdapterSummary(_in_order(modules), False, note=_explain_norms(weights.parent))
 
 
 def _norm(file: TensorFile, name: str) -> float:
-    """Of a stored tensor, in float64, a part at a time."""
-    return root_sum_of_squares(
-        float(part.double().norm()) for block in file.blocks(name) for part in block.flatten().split(_AT_ONCE)
-    )
+    """Return the norm of a stored tensor in float64, computed in chunks."""
+    chunks = (chunk for block in file.blocks(name) for chunk in block.flatten().split(_CHUNK_SIZE))
+    return root_sum_of_squares(float(chunk.double().norm()) for chunk in chunks)
 
 
-def _meaning(folder: Path) -> str:
-    """What the saved tensors of a method are."""
+def _explain_norms(folder: Path) -> str:
+    """Return the note that explains norms of stored tensors."""
     try:
         method = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("method")
     except (OSError, ValueError):
         method = None
     named = f"The method {method}" if method else "This method"
-    return f"{named} saves values, not the factors of a change: these are norms of what it saved, not of what changed."
+    return f"{named} stores parameter values instead of LoRA factors. The norms are those of the stored values."
 
 
 def layer_of(name: str) -> int | None:
-    """The first number in a module's name."""
-    found = _NUMBER.search(name)
-    return int(found[0]) if found else None
+    """Return the first number in a module's name."""
+    match = _NUMBER.search(name)
+    return int(match[0]) if match else None
 
 
-def _in_order(parts: list[Part]) -> list[Part]:
-    """By layer, those outside of layers last."""
-    return sorted(parts, key=lambda part: math.inf if part.layer is None else part.layer)
+def _in_order(modules: list[ModuleSummary]) -> list[ModuleSummary]:
+    """Sort by layer, with modules outside of layers last."""
+    return sorted(modules, key=lambda module: math.inf if module.layer is None else module.layer)
 
 
-# The most kinds, layers and modules that are drawn one by one.
+# Maximum number of kinds, layers and spectra that are plotted, and rows of a table.
 KINDS, LAYERS, SPECTRA, ROWS = 24, 200, 240, 60
 
 
-def learned_figures(learned: Learned) -> list[Figure]:
-    """None where nothing was measured."""
-    if not learned.parts:
+def learned_figures(summary: AdapterSummary) -> list[Figure]:
+    """Return the figures of an adapter, empty if it was not measured."""
+    if not summary.modules:
         return []
-    spectra = [part.values for part in learned.parts if len(part.values) > 1]
-    return [norm_figure(learned), *([spectrum_figure(learned)] if spectra else [])]
+    spectra = [module.values for module in summary.modules if len(module.values) > 1]
+    return [norm_figure(summary), *([spectrum_figure(summary)] if spectra else [])]
 
 
-def norm_figure(learned: Learned) -> Figure:
-    """A strip for each kind of module, a cell for each layer."""
-    grid, layers = learned.grid(), learned.layers()[:LAYERS]
+def norm_figure(summary: AdapterSummary) -> Figure:
+    """Plot the norms as a heat map with a row per kind of module and a cell per layer."""
+    grid, layers = summary.grid(), summary.layers()[:LAYERS]
     columns = [f"layer {layer}" for layer in layers] or ["all"]
     strips = []
-    ranked = learned.kinds()
-    shown = sorted(ranked, key=lambda kind: -sum(v * v for v in grid[kind].values()))[:KINDS]
-    for kind in (kind for kind in ranked if kind in shown):
+    ranked = summary.kinds()
+    largest_kinds = sorted(ranked, key=lambda kind: -sum(v * v for v in grid[kind].values()))[:KINDS]
+    for kind in (kind for kind in ranked if kind in largest_kinds):
         row = grid[kind]
-        inside = any(layer is not None for layer in row)
-        values = [row.get(layer) for layer in layers] if inside else [row[None], *[None] * (len(columns) - 1)]
+        in_layers = any(layer is not None for layer in row)
+        values = [row.get(layer) for layer in layers] if in_layers else [row[None], *[None] * (len(columns) - 1)]
         note = f"up to {short(max(v for v in values if v is not None))}"
-        strips.append(Strip(kind if inside else f"{kind} (outside of layers)", note, values))
-    what = "‖ΔW‖, the size of the change of each weight" if learned.is_update else "the norm of what was saved"
-    top = max(learned.parts, key=lambda part: part.norm)
-    text = f"The stronger the color, the larger is {what}. Largest: {top.name} ({short(top.norm)})."
-    head, rows = ["part", "norm", "name"], [[part.name, short(part.norm), part.name] for part in learned.parts]
+        strips.append(Strip(kind if in_layers else f"{kind} (outside of layers)", note, values))
+    quantity = "‖ΔW‖, the size of the change of each weight" if summary.is_update else "the norm of the stored values"
+    top = max(summary.modules, key=lambda module: module.norm)
+    text = f"A stronger color means a larger value of {quantity}. Largest: {top.name} ({short(top.norm)})."
+    head, rows = (["module", "norm", "name"], [[m.name, short(m.norm), m.name] for m in summary.modules])
     if layers:
-        head, rows = ["layer", "norm", "most in"], []
-        if learned.is_update:
+        head, rows = ["layer", "norm", "largest module"], []
+        if summary.is_update:
             head.insert(2, "largest singular values")
-        for layer, norm, singular, part in learned.by_layer():
-            largest = [", ".join(map(short, singular))] if learned.is_update else []
-            rows.append([str(layer), short(norm), *largest, part.name])
-    places = evenly(len(rows), ROWS)
-    note = f"{len(places)} of {len(rows)} layers" if len(places) < len(rows) else ""
-    title = "Where it learned" if learned.is_update else "Where the saved values are large"
-    drawn = heat_map("learned", "Norm by layer and kind of module", text, strips, columns)
-    return Figure("learned", title, text, drawn, Numbers("Norms by layer", head, [rows[i] for i in places], note))
+        for layer, norm, singular, module in summary.by_layer():
+            largest = [", ".join(map(short, singular))] if summary.is_update else []
+            rows.append([str(layer), short(norm), *largest, module.name])
+    indices = evenly_spaced(len(rows), ROWS)
+    note = f"{len(indices)} of {len(rows)} layers" if len(indices) < len(rows) else ""
+    title = "Norm of the change by layer" if summary.is_update else "Norm of the stored values by layer"
+    chart = heat_map("learned", "Norm by layer and kind of module", text, strips, columns)
+    return Figure("learned", title, text, chart, FigureTable("Norms by layer", head, [rows[i] for i in indices], note))
 
 
-def spectrum_figure(learned: Learned) -> Figure:
-    """The singular values of each ΔW, in relation to its largest: a thin line a module, and their median."""
-    parts = [part for part in learned.parts if len(part.values) > 1 and part.values[0] > 0]
-    longest = max((len(part.values) for part in parts), default=0)
-    text, legend = "B is zero in all modules: the adapter changes nothing.", []
-    curves: list[Curve] = []
+def spectrum_figure(summary: AdapterSummary) -> Figure:
+    """Plot the singular values of each ΔW relative to the largest: a thin line per module, and their median."""
+    modules = [module for module in summary.modules if len(module.values) > 1 and module.values[0] > 0]
+    longest = max((len(module.values) for module in modules), default=0)
+    text, legend = "B is zero in all modules: the adapter has no effect.", []
+    curves: list[ChartSeries] = []
     rows: list[tuple[str, ...]] = []
-    if parts:
-        shares = np.full((len(parts), longest), np.nan)
-        for row, part in enumerate(parts):
-            shares[row, : len(part.values)] = np.maximum(1e-4, np.array(part.values) / part.values[0])
-        lines = [(shares[row], "c1 thin", "") for row in evenly(len(parts), SPECTRA)]
+    if modules:
+        shares = np.full((len(modules), longest), np.nan)
+        for row, module in enumerate(modules):
+            shares[row, : len(module.values)] = np.maximum(1e-4, np.array(module.values) / module.values[0])
+        lines = [(shares[row], "c1 thin", "") for row in evenly_spaced(len(modules), SPECTRA)]
         for values, kind, name in [*lines, (np.nanmedian(shares, axis=0), "c2", "median of the modules")]:
-            curves.append(Curve([(n, float(v)) for n, v in enumerate(values, 1) if not math.isnan(v)], kind, name))
-        rank = _median_rank(parts)
+            points = [(n, float(value)) for n, value in enumerate(values, 1) if not math.isnan(value)]
+            curves.append(ChartSeries(points, kind, name))
+        rank = _median_rank(modules)
         text = (
-            "Singular values of each ΔW as shares of its largest. A line that falls early means that few of the "
+            "Singular values of each ΔW relative to its largest. A line that falls early means that only a few of the "
             f"{longest} directions carry the change: the median effective rank is {rank} out of {longest}."
         )
-        legend = [*legend_of(curves), (swatch("c1 thin"), "one module")]
-    for kind in learned.kinds():
-        if same := [part for part in parts if part.kind == kind]:
-            rows.append((kind, short(max(part.values[0] for part in same)), _median_rank(same)))
+        legend = [*build_legend(curves), (swatch("c1 thin"), "one module")]
+    for kind in summary.kinds():
+        if kind_modules := [module for module in modules if module.kind == kind]:
+            rows.append((kind, short(max(module.values[0] for module in kind_modules)), _median_rank(kind_modules)))
     axes: dict[str, Any] = {"x_format": "σ{:.0f}".format, "y_format": _percent, "log": True}
-    drawn = line_chart("spectrum", "Singular values of ΔW", text, curves, x_name="σ", **axes)
+    chart = line_chart("spectrum", "Singular values of ΔW", text, curves, x_name="σ", **axes)
     head = ("kind", "largest singular value", "effective rank, median")
-    table = Numbers("Singular values by kind of module", head, rows)
-    return Figure("spectrum", "How many directions it uses", text, drawn, table, legend)
+    table = FigureTable("Singular values by kind of module", head, rows)
+    return Figure("spectrum", "Singular values of the change", text, chart, table, legend)
 
 
-def _median_rank(parts: Sequence[Part]) -> str:
-    return f"{np.median([part.effective_rank or 0.0 for part in parts]):.1f}"
+def _median_rank(modules: Sequence[ModuleSummary]) -> str:
+    return f"{np.median([module.effective_rank or 0.0 for module in modules]):.1f}"
 
 
 def _percent(value: float) -> str:

@@ -1,9 +1,8 @@
-"""Small drawings as inline SVG: curves, a heat map, bars. Text keeps its size at every width of the page.
+"""Draw charts as inline SVG: lines, heat maps, bars and histograms.
 
-The numbers of a vertical axis stand at the left of the drawing, which leaves room for them (the style sheet's
-`.axes`). What is drawn lies in an inner SVG that is stretched; text and grid lines lie outside of it, so that the
-same drawing serves a phone and a wide screen. Colors are classes of the page's style sheet. Knows no run: shapes
-become markup in the template `drawings.html`.
+Text keeps its size at every page width: shapes are in an inner SVG that is stretched, text and grid lines are outside
+of it. The labels of a vertical axis are left of the drawing, in the margin that the style sheet reserves for ``.axes``.
+Colors are classes of the style sheet. The template ``drawings.html`` renders the markup.
 """
 
 from __future__ import annotations
@@ -26,12 +25,14 @@ from deltaw.reports.wording import short
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """A table: the first cell of each row names the row.
+class FigureTable:
+    """Table of texts. The first cell of each row is the row's header.
 
     Attributes:
-        caption: what it holds. head: of each column. rows: cells as texts.
-        note: below the table, such as which rows are left out.
+        caption: Title of the table.
+        head: Column headers.
+        rows: Cells.
+        note: Text shown after the caption, for example which rows are left out.
     """
 
     caption: str
@@ -40,116 +41,125 @@ class Numbers:
     note: str = ""
 
 
-# Sign and name of each thing that is drawn.
+# Swatch and name of each series.
 Legend: TypeAlias = Sequence[tuple[Markup, str]]
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure.
+    """Figure with its title, text and table of values.
 
     Attributes:
-        identity: unique on the page; an anchor. title: its heading. text: what it shows, in a sentence.
-        drawing: the SVG. numbers: behind it.
-        legend: sign and name of what is drawn, where it is more than one thing.
+        identity: Anchor of the figure, unique on the page.
+        title: Heading.
+        text: One sentence that describes the figure.
+        drawing: SVG markup.
+        numbers: Table of the plotted values.
+        legend: Swatches and names, empty for a single series.
     """
 
     identity: str
     title: str
     text: str
     drawing: Markup
-    numbers: Numbers
+    numbers: FigureTable
     legend: Legend = ()
 
 
-# Places along a curve; each keeps its lowest and its highest value.
-PLACES = 360
-# Largest over smallest value from which a logarithmic scale is easier to read.
-LOG_FROM = 25.0
+# Bins of a downsampled curve. Each bin contributes its minimum and its maximum.
+CURVE_BINS = 360
+# Ratio of largest to smallest value above which a logarithmic scale is used.
+MIN_LOG_RATIO = 25.0
 
 
-def thinned(x: np.ndarray, y: np.ndarray, places: int = PLACES) -> tuple[np.ndarray, np.ndarray]:
-    """At most two points for each place along the curve, its lowest and its highest, in their order; the
-    first and the last point stay."""
-    if len(x) <= 2 * places:
+def downsample(x: np.ndarray, y: np.ndarray, bins: int = CURVE_BINS) -> tuple[np.ndarray, np.ndarray]:
+    """Reduce a curve to the minimum and maximum of each of ``bins`` bins, in order, and its first and last point."""
+    if len(x) <= 2 * bins:
         return x, y
-    cuts = np.linspace(0, len(x), places + 1).astype(int)
-    kept = {0, len(x) - 1}
+    cuts = np.linspace(0, len(x), bins + 1).astype(int)
+    indices = {0, len(x) - 1}
     for start, end in itertools.pairwise(cuts.tolist()):
-        kept.add(start + int(np.argmin(y[start:end])))
-        kept.add(start + int(np.argmax(y[start:end])))
-    at = np.array(sorted(kept))
-    return x[at], y[at]
+        indices.add(start + int(np.argmin(y[start:end])))
+        indices.add(start + int(np.argmax(y[start:end])))
+    selected = np.array(sorted(indices))
+    return x[selected], y[selected]
 
 
-def smoothed(y: np.ndarray, share: float = 0.02) -> np.ndarray:
-    """A running mean whose memory is a share of the curve, at least four steps or an eighth of it, whichever
-    is less; unbiased at its beginning."""
+def running_mean(y: np.ndarray, share: float = 0.02) -> np.ndarray:
+    """Return an exponential moving average with bias correction.
+
+    Its window is ``share`` of the curve's length, but at least four steps, or an eighth of a short curve.
+    """
     if not len(y):
         return y
-    keep = 1 - 1 / max(1.0, min(4.0, len(y) / 8), share * len(y))
-    found = np.empty(len(y))
+    decay = 1 - 1 / max(1.0, min(4.0, len(y) / 8), share * len(y))
+    means = np.empty(len(y))
     mean = weight = 0.0
-    for place, value in enumerate(y.tolist()):
-        mean = keep * mean + (1 - keep) * value
-        weight = keep * weight + (1 - keep)
-        found[place] = mean / weight
-    return found
+    for index, value in enumerate(y.tolist()):
+        mean = decay * mean + (1 - decay) * value
+        weight = decay * weight + (1 - decay)
+        means[index] = mean / weight
+    return means
 
 
-def is_logarithmic(values: Sequence[float] | np.ndarray) -> bool:
-    """Whether all values are positive and spread over more than :data:`LOG_FROM`."""
-    found = np.asarray(values, dtype=float)
-    found = found[np.isfinite(found)]
-    return bool(len(found) and found.min() > 0 and found.max() / found.min() > LOG_FROM)
+def needs_log_scale(values: Sequence[float] | np.ndarray) -> bool:
+    """Return True if all values are positive and their ratio exceeds :data:`MIN_LOG_RATIO`."""
+    finite = np.asarray(values, dtype=float)
+    finite = finite[np.isfinite(finite)]
+    return bool(len(finite) and finite.min() > 0 and finite.max() / finite.min() > MIN_LOG_RATIO)
 
 
-def linear_ticks(low: float, high: float, most: int = 5, whole: bool = False) -> list[float]:
-    """Round numbers, or ``whole`` ones, from ``low`` to ``high``: at most ``most``, at least one where the range is
-    not empty."""
+def linear_ticks(low: float, high: float, max_ticks: int = 5, integers: bool = False) -> list[float]:
+    """Return at most ``max_ticks`` round numbers from ``low`` to ``high``, at least one if the range is not empty.
+
+    Args:
+        integers: Return only integers.
+    """
     if not high > low:
         return [low]
-    rough = max((high - low) / most, 1.0 if whole else 0.0)
+    rough = max((high - low) / max_ticks, 1.0 if integers else 0.0)
     power = 10.0 ** math.floor(math.log10(rough))
-    steps = (s * power for s in (1, 2, 2.5, 5, 10) if not whole or power > 1 or s != 2.5)
+    steps = (s * power for s in (1, 2, 2.5, 5, 10) if not integers or power > 1 or s != 2.5)
     step = next(step for step in steps if step >= rough * (1 - 1e-9))
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [round(number * step, 12) for number in range(first, last + 1)]
 
 
-def log_ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Powers of ten between two positive numbers; where they are few, also their double and fivefold."""
+def log_ticks(low: float, high: float, max_ticks: int = 5) -> list[float]:
+    """Return powers of ten between two positive numbers, with multiples of 2, 3 or 5 if they fit into ``max_ticks``."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1, 2, 5), (1, 3), (1,)):
         ticks = [f * 10.0**p for p in powers for f in factors if low <= f * 10.0**p * (1 + 1e-9) <= high * 1.001]
-        if len(ticks) <= most:
+        if len(ticks) <= max_ticks:
             break
     else:
-        ticks = ticks[:: math.ceil(len(ticks) / most)]
+        ticks = ticks[:: math.ceil(len(ticks) / max_ticks)]
     return ticks or [low]
 
 
-def evenly(count: int, most: int) -> list[int]:
-    """At most ``most`` places out of ``count``, with the first and the last."""
-    if count <= most:
+def evenly_spaced(count: int, limit: int) -> list[int]:
+    """Return at most ``limit`` indices below ``count``, evenly spaced, including the first and the last."""
+    if count <= limit:
         return list(range(count))
-    return sorted({round(place) for place in np.linspace(0, count - 1, most)})
+    return sorted({round(index) for index in np.linspace(0, count - 1, limit)})
 
 
-FEW = 2  # points of a chart that are shown as numbers instead
-READINGS = 50  # places of a chart that say their values
+MAX_UNPLOTTED_POINTS = 2  # a chart with at most this number of points is replaced by its table
+MAX_HOVER_STRIPS = 50  # positions of a chart that show their values on hover
 WIDTH = 1000  # of the stretched inner drawing
-TOP, BOTTOM = 22, 24  # pixels for the highest number, and for the numbers of the horizontal axis
+TOP, BOTTOM = 22, 24  # margins in pixels for the highest tick label and for the labels of the horizontal axis
 Point = tuple[float, float]
-# A text of a drawing: share of the width, height in pixels, what it says, and its class of the style sheet.
-Words = tuple[float, float, str, str]
+# Label of a drawing: x as a share of the width, y in pixels, text, and class of the style sheet.
+TextLabel = tuple[float, float, str, str]
 
 
 @lru_cache(maxsize=1)
 def templates() -> tuple[Environment, Markup]:
-    """The templates, which escape all text, and the style sheet that goes into each page. The one script of a page
-    is named by its digest, and the page allows no other."""
+    """Return the template environment, which escapes all text, and the style sheet.
+
+    The page's content security policy allows a single script, identified by ``script_digest``.
+    """
     folder = resources.files("deltaw.reports.page") / "templates"
     texts = {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir() if file.is_file()}
     style = Markup(texts.pop("style.css"))
@@ -160,29 +170,31 @@ def templates() -> tuple[Environment, Markup]:
     return environment, style
 
 
-def macro(name: str, *given: object, **named: object) -> Markup:
-    """A macro of ``drawings.html``."""
+def macro(name: str, *args: object, **kwargs: object) -> Markup:
+    """Render a macro of ``drawings.html``."""
     drawings: Any = templates()[0].get_template("drawings.html").module
-    return Markup(getattr(drawings, name)(*given, **named))
+    return Markup(getattr(drawings, name)(*args, **kwargs))
 
 
 def drawing(identity: str, title: str, description: str, height: int, **shapes: object) -> Markup:
-    """An SVG that fills the width, with a title and a description for whoever does not see it."""
+    """Return an SVG that fills the width, with a title and a description for screen readers."""
     return macro("drawing", identity, title, description, height, **shapes)
 
 
 def swatch(kind: str, *, area: bool = False) -> Markup:
-    """The sign of a curve, or of an area, in a legend."""
+    """Return the legend symbol of a line, or of an area."""
     return macro("swatch", kind, area)
 
 
 @dataclass(frozen=True)
-class Curve:
-    """One line.
+class ChartSeries:
+    """Line of a chart.
 
     Attributes:
-        points: x and y, by x. kind: a class of the style sheet, such as "c1" or "c1 raw".
-        name: in the legend, and where a pointer rests. dots: whether each point is marked.
+        points: x and y, sorted by x.
+        kind: Classes of the style sheet, such as "c1" or "c1 raw".
+        name: Name shown in the legend and on hover.
+        dots: Mark each point.
     """
 
     points: Sequence[Point]
@@ -191,8 +203,8 @@ class Curve:
     dots: bool = False
 
 
-def legend_of(curves: Sequence[Curve]) -> Legend:
-    """The sign and the name of each curve that has one."""
+def build_legend(curves: Sequence[ChartSeries]) -> Legend:
+    """Return the swatch and the name of each named curve."""
     return [(swatch(curve.kind), curve.name) for curve in curves if curve.name]
 
 
@@ -200,7 +212,7 @@ def line_chart(
     identity: str,
     title: str,
     description: str,
-    curves: Sequence[Curve],
+    curves: Sequence[ChartSeries],
     *,
     x_format: Callable[[float], str],
     y_format: Callable[[float], str],
@@ -211,65 +223,66 @@ def line_chart(
     from_zero: bool = False,
     height: int = 210,
 ) -> Markup:
-    """Curves over one horizontal axis; empty if there are too few points for a chart.
+    """Return a chart of curves over a common horizontal axis, or empty markup if there are too few points.
 
     Args:
-        log: a logarithmic vertical axis, which is said above it; None where that is easier to read.
-        log_x: a logarithmic horizontal axis; another one has whole numbers.
-        x_from: where it begins; None at the first point. x_name: goes before a place on it where a pointer rests.
-        from_zero: the vertical axis begins at zero, if it is not logarithmic.
+        log: Use a logarithmic vertical axis, labeled "log scale". None chooses by :func:`needs_log_scale`.
+        log_x: Use a logarithmic horizontal axis. Otherwise its ticks are integers.
+        x_from: Start of the horizontal axis, or None for the first point.
+        x_name: Prefix of the x value on hover.
+        from_zero: Start a linear vertical axis at zero.
     """
     points = [p for curve in curves for p in curve.points if math.isfinite(p[0]) and math.isfinite(p[1])]
     if not points:
-        return drawing(identity, title, description, 40, texts=[(0, 24, "nothing yet", "")])
-    if len({x for x, _ in points}) <= FEW:
+        return drawing(identity, title, description, 40, texts=[(0, 24, "no data yet", "")])
+    if len({x for x, _ in points}) <= MAX_UNPLOTTED_POINTS:
         return Markup()
     values = [y for _, y in points]
-    log = is_logarithmic(values) if log is None else log and min(values) > 0
+    log = needs_log_scale(values) if log is None else log and min(values) > 0
     low, high = _range(values, log, from_zero)
-    left = min(x for x, _ in points) if x_from is None else x_from
-    right = max(x for x, _ in points)
-    if right <= left:
-        left, right = left - 1, right + 1
+    x_min = min(x for x, _ in points) if x_from is None else x_from
+    x_max = max(x for x, _ in points)
+    if x_max <= x_min:
+        x_min, x_max = x_min - 1, x_max + 1
     plot = height - TOP - BOTTOM
 
     def down(value: float) -> float:
         return plot * (1 - _share(value, low, high, log))
 
     def along(value: float) -> float:
-        return _share(value, left, right, log_x)
+        return _share(value, x_min, x_max, log_x)
 
     paths = []
     for curve in curves:
         finite = [(x, y) for x, y in curve.points if math.isfinite(x) and math.isfinite(y)]
-        places = [f"{WIDTH * along(x):.1f} {down(y):.1f}" for x, y in finite]
-        if len(places) > 1:
-            paths.append((curve.kind, "M" + "L".join(places)))
-        if curve.dots or len(places) == 1:
-            # A line of no length with round ends is a dot, however the drawing is stretched.
-            paths.append((f"{curve.kind} dots", "".join(f"M{place}h0" for place in places)))
+        coordinates = [f"{WIDTH * along(x):.1f} {down(y):.1f}" for x, y in finite]
+        if len(coordinates) > 1:
+            paths.append((curve.kind, "M" + "L".join(coordinates)))
+        if curve.dots or len(coordinates) == 1:
+            # A zero-length line with round caps is rendered as a dot even if the drawing is stretched.
+            paths.append((f"{curve.kind} dots", "".join(f"M{coordinate}h0" for coordinate in coordinates)))
     heights = [(TOP + down(tick), tick) for tick in (log_ticks(low, high) if log else linear_ticks(low, high))]
-    across = log_ticks(left, right, 4) if log_x else linear_ticks(left, right, 4, whole=True)
-    texts: list[Words] = [(along(tick), height - 6, x_format(tick), "") for tick in across]
+    across = log_ticks(x_min, x_max, 4) if log_x else linear_ticks(x_min, x_max, 4, integers=True)
+    texts: list[TextLabel] = [(along(tick), height - 6, x_format(tick), "") for tick in across]
     texts += [(1, 11, "log scale", "")] if log else []
     labels = [(y + 4, y_format(tick)) for y, tick in heights]
     shapes = {"grid": [y for y, _ in heights], "plot": (TOP, plot), "paths": paths, "texts": texts, "labels": labels}
     return drawing(identity, title, description, height, **shapes, rects=_readings(curves, along, x_name, plot))
 
 
-def _readings(curves: Sequence[Curve], along: Callable[[float], float], x_name: str, plot: int) -> list[Rect]:
-    """Strips without color that say each curve's value where a pointer rests, at the points of the longest curve."""
-    told = [curve for curve in curves if curve.name or len(curves) == 1]
-    longest = max((curve.points for curve in told), key=len, default=())
-    places = [longest[place][0] for place in evenly(len(longest), READINGS)]
-    shares = [along(x) for x in places]
-    cuts = [0.0, *((one + other) / 2 for one, other in itertools.pairwise(shares)), 1.0]
-    values = [(curve.name, dict(curve.points)) for curve in told]
-    found = []
-    for x, start, end in zip(places, cuts, cuts[1:], strict=False):
-        said = ", ".join(f"{name} {short(points[x])}".strip() for name, points in values if x in points)
-        found.append(Rect("reading", start, TOP, end - start, plot, f"{x_name}{short(x)}: {said}"))
-    return found
+def _readings(curves: Sequence[ChartSeries], along: Callable[[float], float], x_name: str, plot: int) -> list[Rect]:
+    """Return transparent strips that show each curve's value on hover, at points of the longest curve."""
+    labeled = [curve for curve in curves if curve.name or len(curves) == 1]
+    longest = max((curve.points for curve in labeled), key=len, default=())
+    positions = [longest[index][0] for index in evenly_spaced(len(longest), MAX_HOVER_STRIPS)]
+    shares = [along(x) for x in positions]
+    cuts = [0.0, *((left + right) / 2 for left, right in itertools.pairwise(shares)), 1.0]
+    values = [(curve.name, dict(curve.points)) for curve in labeled]
+    strips = []
+    for x, start, end in zip(positions, cuts, cuts[1:], strict=False):
+        text = ", ".join(f"{name} {short(points[x])}".strip() for name, points in values if x in points)
+        strips.append(Rect("reading", start, TOP, end - start, plot, f"{x_name}{short(x)}: {text}"))
+    return strips
 
 
 def _range(values: Sequence[float], log: bool, from_zero: bool) -> tuple[float, float]:
@@ -293,10 +306,11 @@ def _share(value: float, low: float, high: float, log: bool) -> float:
 
 @dataclass(frozen=True)
 class Rect:
-    """A rectangle: ``x`` and ``width`` are shares of the drawing's width, ``y`` and ``height`` pixels.
+    """Rectangle. ``x`` and ``width`` are shares of the drawing's width, ``y`` and ``height`` are pixels.
 
     Attributes:
-        kind: classes of the style sheet. hover: what is shown where a pointer rests on it.
+        kind: Classes of the style sheet.
+        hover: Text shown on hover.
     """
 
     kind: str
@@ -310,7 +324,7 @@ class Rect:
 
 @dataclass(frozen=True)
 class Strip:
-    """One line of a heat map: its name, what stands at its right end, and a value for each column."""
+    """Row of a heat map: its name, a note at its right end, and a value per column."""
 
     name: str
     note: str
@@ -318,58 +332,58 @@ class Strip:
 
 
 def heat_map(identity: str, title: str, description: str, strips: Sequence[Strip], columns: Sequence[str]) -> Markup:
-    """Strips of cells below each other; the darker a cell, the larger its share of the largest value."""
+    """Return rows of cells with opacity proportional to the value, relative to the largest value."""
     top = max((v for strip in strips for v in strip.values if v is not None), default=0.0) or 1.0
     line, cell, wide = 36, 16, 1 / max(1, len(columns))
     rects: list[Rect] = []
-    texts: list[Words] = []
+    texts: list[TextLabel] = []
     for y, strip in zip(range(0, line * len(strips), line), strips, strict=True):
         texts += [(0, y + 13, strip.name, ""), (1, y + 13, strip.note, "quiet")]
-        for place, value in enumerate(strip.values):
+        for index, value in enumerate(strip.values):
             if value is not None:
-                hover = f"{columns[place]}: {short(value)}"
-                rects.append(Rect("cell", place * wide, y + 18, wide, cell, hover, 0.06 + 0.94 * value / top))
+                hover = f"{columns[index]}: {short(value)}"
+                rects.append(Rect("cell", index * wide, y + 18, wide, cell, hover, 0.06 + 0.94 * value / top))
     height = line * len(strips) + 18
-    ends = [(0.0, columns[0]), (1.0, columns[-1])] if len(columns) > 1 else [(0.0, name) for name in columns]
-    texts += [(share, height - 4, name, "quiet") for share, name in ends]
+    labels = [(0.0, columns[0]), (1.0, columns[-1])] if len(columns) > 1 else [(0.0, name) for name in columns]
+    texts += [(share, height - 4, name, "quiet") for share, name in labels]
     return drawing(identity, title, description, height, rects=rects, texts=texts)
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar of parts: its name and total, and the parts' kind (a class of the style sheet), name and size."""
+    """Stacked bar: name, total as text, and for each part its class of the style sheet, name and size."""
 
     name: str
     note: str
     parts: Sequence[tuple[str, str, float]]
 
 
-def bars(identity: str, title: str, description: str, given: Sequence[Bar]) -> Markup:
-    """Bars below each other on one scale."""
-    most = max(sum(size for *_, size in bar.parts) for bar in given) or 1.0
+def bars(identity: str, title: str, description: str, items: Sequence[Bar]) -> Markup:
+    """Return horizontal bars on a common scale."""
+    largest = max(sum(size for *_, size in bar.parts) for bar in items) or 1.0
     line, thick = 44, 20
     rects: list[Rect] = []
-    texts: list[Words] = []
-    for y, bar in zip(range(0, line * len(given), line), given, strict=True):
+    texts: list[TextLabel] = []
+    for y, bar in zip(range(0, line * len(items), line), items, strict=True):
         texts += [(0, y + 13, bar.name, ""), (1, y + 13, bar.note, "")]
-        sofar = 0.0
+        offset = 0.0
         for kind, name, size in bar.parts:
             if size > 0:
-                rects.append(Rect(f"part {kind}", sofar / most, y + 19, size / most, thick, name))
-                sofar += size
-    return drawing(identity, title, description, line * len(given) + 2, rects=rects, texts=texts)
+                rects.append(Rect(f"part {kind}", offset / largest, y + 19, size / largest, thick, name))
+                offset += size
+    return drawing(identity, title, description, line * len(items) + 2, rects=rects, texts=texts)
 
 
 def histogram(identity: str, title: str, description: str, edges: Sequence[float], counts: Sequence[int]) -> Markup:
-    """Upright bars over bins of numbers of tokens; empty if there are too few for a chart."""
-    if len(counts) <= FEW:
+    """Return a histogram of token counts, or empty markup for a small number of bins."""
+    if len(counts) <= MAX_UNPLOTTED_POINTS:
         return Markup()
-    most, height = max(counts, default=0) or 1, 130
+    largest, height = max(counts, default=0) or 1, 130
     low, span = edges[0], (edges[-1] - edges[0]) or 1
     plot = height - 10 - BOTTOM
     rects = []
     for (start, end), number in zip(itertools.pairwise(edges), counts, strict=True):
-        tall, wide = plot * number / most, max(0.004, (end - start) / span - 0.005)
+        tall, wide = plot * number / largest, max(0.004, (end - start) / span - 0.005)
         hover = f"{start:g} to {end - 1:g} tokens: {number:,}"
         rects.append(Rect("column", (start - low) / span, 10 + plot - tall, wide, tall, hover))
     texts = [(share, height - 6, f"{edge:,.0f} tokens", "") for share, edge in ((0, edges[0]), (1, edges[-1] - 1))]

@@ -1,9 +1,8 @@
-"""The OpenAI API over HTTP for any :class:`~deltaw.serving.request.TextEngine`.
+"""OpenAI-compatible HTTP API for any :class:`~deltaw.serving.request.TextEngine`.
 
-:mod:`served` says what the application is given: an engine, how prompts become tokens, and what else it may
-do, and :mod:`opening` makes it of models on disk. :mod:`app` puts the routes together, :mod:`server` runs
-them with uvicorn. The routes know no models and no kernels. FastAPI, uvicorn and prometheus-client come with
-the extra ``serve``; this file imports none of them, so that a command line can say what is missing.
+:mod:`opening` loads models, :mod:`served` describes a loaded model, :mod:`app` builds the application and :mod:`server`
+runs it with uvicorn. FastAPI, uvicorn and prometheus-client are in the extra ``serve``. This module imports none of
+them, so that :func:`require_packages` can report missing packages.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
 
 def require_packages() -> None:
-    """Raise a UserError where a package that the server needs is not installed."""
+    """Raise a UserError if a package that the server needs is not installed."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"serving needs {', '.join(missing)}", hint='pip install "deltaw[serve]"')

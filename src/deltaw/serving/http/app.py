@@ -1,4 +1,4 @@
-"""Puts the application together: routes over what is served, inside the layers that guard and observe."""
+"""Build the FastAPI application: routes, authentication and metrics."""
 
 from __future__ import annotations
 
@@ -12,73 +12,81 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from deltaw.errors import UserError
-from deltaw.serving.http.answers import texts_router
-from deltaw.serving.http.errors import TOLD, ApiError, answer, json_response, on_error, refusals
-from deltaw.serving.http.guard import Guard, Metrics, Observed
-from deltaw.serving.http.preparing import Desk
+from deltaw.serving.http.answers import generation_router
+from deltaw.serving.http.errors import (
+    COMMON_REFUSALS,
+    ApiError,
+    error_responses,
+    json_response,
+    on_error,
+    success_response,
+)
+from deltaw.serving.http.guard import Guard, RequestMetrics, RequestObserver
+from deltaw.serving.http.queue import RequestQueue
 from deltaw.serving.http.served import Served, adapters_router, models_router
 from deltaw.serving.http.settings import ServerSettings
 from deltaw.version import __version__
 
-# They answer without a key: probes have none, and learn nothing.
-OPEN = frozenset({"/health", "/ready"})
+# Health probes have no key, and these paths reveal no information.
+PUBLIC_PATHS = frozenset({"/health", "/ready"})
 
 
-def operations_router(desk: Desk | None, metrics: Metrics) -> APIRouter:
-    """For those who run the server: `/health` (it is there), `/ready` (it takes requests) and `/metrics`."""
+def operations_router(request_queue: RequestQueue | None, metrics: RequestMetrics) -> APIRouter:
+    """Return the operational routes: ``/health`` (liveness), ``/ready`` (readiness) and ``/metrics``."""
     router = APIRouter()
 
-    @router.get("/health", summary="Whether the process answers", responses=answer("It does"))
+    @router.get("/health", summary="Liveness check", responses=success_response("The process is running"))
     async def health() -> Response:
         return json_response({"status": "ok"})
 
-    @router.get("/ready", summary="Whether requests are taken", responses=answer("They are") | refusals(403, 503))
+    @router.get(
+        "/ready", summary="Readiness check", responses=success_response("Server is ready") | error_responses(403, 503)
+    )
     async def ready() -> Response:
-        if desk is not None and desk.closing:
+        if request_queue is not None and request_queue.closing:
             raise ApiError(503, "the server is shutting down", code="shutting_down")
         return json_response({"status": "ready"})
 
-    @router.get("/metrics", summary="Metrics for Prometheus", responses=answer("Metrics", "text/plain") | TOLD)
-    async def shown() -> Response:
+    @router.get(
+        "/metrics", summary="Prometheus metrics", responses=success_response("Metrics", "text/plain") | COMMON_REFUSALS
+    )
+    async def metrics_text() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     return router
 
 
-def create_app(served: Served, settings: ServerSettings) -> tuple[FastAPI, Desk | None]:
-    """The application, and the desk that holds its texts; None for the desk where no text is written.
+def create_app(served: Served, settings: ServerSettings) -> tuple[FastAPI, RequestQueue | None]:
+    """Build the application and the request queue, or None for the queue if the model does not generate text.
 
     Raises:
-        UserError: adapters are to be loaded by request, and what is served cannot load any.
+        UserError: if ``adapters_from`` is set and the model does not support loading adapters.
     """
-    desk = None if served.engine is None else Desk(served.engine, settings.limits)
-    metrics = Metrics(served.load, lambda: 0 if desk is None else desk.in_hand)
-    layers = [
-        Middleware(Observed, metrics=metrics),
-        Middleware(Guard, settings=settings, open_paths=OPEN | served.open_paths),
-    ]
+    request_queue = None if served.engine is None else RequestQueue(served.engine, settings.limits)
+    metrics = RequestMetrics(served.load, lambda: 0 if request_queue is None else request_queue.pending)
+    guard = Middleware(Guard, settings=settings, open_paths=PUBLIC_PATHS | served.open_paths)
+    layers = [Middleware(RequestObserver, metrics=metrics), guard]
     if settings.origins:
-        # Outside the guard, since a browser asks beforehand without a key.
+        # Outside the guard, because CORS preflight requests have no key.
         allowed: dict[str, Any] = {"allow_origins": list(settings.origins), "allow_methods": ["GET", "POST"]}
-        headers = ["Authorization", "Content-Type"]
-        layers.insert(1, Middleware(CORSMiddleware, allow_headers=headers, **allowed))
+        layers.insert(1, Middleware(CORSMiddleware, allow_headers=["Authorization", "Content-Type"], **allowed))
     app = FastAPI(
         title="deltaw",
         version=__version__,
         description="The OpenAI API for a base model and its adapters.",
         middleware=layers,
-        docs_url=None,  # these pages load scripts from elsewhere
+        docs_url=None,  # the documentation pages load scripts from a CDN
         redoc_url=None,
         exception_handlers=dict.fromkeys((ApiError, UserError, HTTPException), on_error),
     )
-    app.include_router(operations_router(desk, metrics))
+    app.include_router(operations_router(request_queue, metrics))
     app.include_router(models_router(served))
     if settings.adapters_from is not None:
-        if served.shelf is None:
-            raise UserError("adapters cannot be loaded for this model", where="--adapters-from")
-        app.include_router(adapters_router(served, served.shelf, settings))
-    if desk is not None:
-        app.include_router(texts_router(served, desk, settings))
+        if served.adapter_store is None:
+            raise UserError("adapters cannot be loaded for this model", location="--adapters-from")
+        app.include_router(adapters_router(served, served.adapter_store, settings))
+    if request_queue is not None:
+        app.include_router(generation_router(served, request_queue, settings))
     for router in served.routers:
         app.include_router(router)
-    return app, desk
+    return app, request_queue

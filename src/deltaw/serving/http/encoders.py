@@ -1,7 +1,4 @@
-"""`/v1/embeddings` as in the OpenAI API, `/v1/classify` and `/v1/rerank` as in vLLM, over models that read rows.
-
-Knows fields, counts and forms of numbers; not models.
-"""
+"""Routes of models without generation: ``/v1/embeddings`` (OpenAI API), ``/v1/classify`` and ``/v1/rerank`` (vLLM)."""
 
 from __future__ import annotations
 
@@ -21,26 +18,33 @@ from torch import Tensor
 
 from deltaw.errors import UserError
 from deltaw.serving.encoders import Classifier, Embedder, Encoders, Reranker, Row, RowModel
-from deltaw.serving.http.errors import ApiError, answer, concerning, json_response, no_model, refusals
-from deltaw.serving.http.preparing import surely_longer
-from deltaw.serving.http.requests import Fields, ModelName, Record, Tokens, described, read_json, record_of
-from deltaw.serving.http.served import Prompts, Served
+from deltaw.serving.http.errors import (
+    ApiError,
+    blame_field,
+    error_responses,
+    json_response,
+    success_response,
+    unknown_model_error,
+)
+from deltaw.serving.http.queue import far_exceeds
+from deltaw.serving.http.requests import Fields, ModelName, Record, Tokens, read_json, record_of, request_body_schema
+from deltaw.serving.http.served import Served, TokenizedPrompts
 from deltaw.serving.http.settings import Limits
 
-# As in the OpenAI API: texts of one request.
-MOST_INPUTS = 2048
+# Maximum number of texts per request, as in the OpenAI API.
+MAX_INPUTS = 2048
 Input = (
     str
-    | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MOST_INPUTS)]
+    | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS)]
     | Tokens
-    | Annotated[list[Tokens], Field(fail_fast=True, min_length=1, max_length=MOST_INPUTS)]
+    | Annotated[list[Tokens], Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS)]
 )
-_REFUSED = refusals(400, 401, 403, 404, 408, 413, 415, 429, 500, 503)
-Given = str | list[str] | list[int] | list[list[int]]
+_ERROR_RESPONSES = error_responses(400, 401, 403, 404, 408, 413, 415, 429, 500, 503)
+InputValue = str | list[str] | list[int] | list[list[int]]
 
 
 class InputRequest(Fields):
-    """What all bodies have."""
+    """Common fields of the request bodies."""
 
     model: ModelName
     input: Input
@@ -48,85 +52,88 @@ class InputRequest(Fields):
 
 
 class EmbeddingRequest(InputRequest):
-    """The body of ``/v1/embeddings``."""
+    """Body of ``/v1/embeddings``."""
 
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, ge=1, le=1 << 20)
 
 
 class ClassifyRequest(InputRequest):
-    """The body of ``/v1/classify``."""
+    """Body of ``/v1/classify``."""
 
 
-class Document(Fields):
-    """A document that is an object."""
+class RerankDocument(Fields):
+    """Document in object form."""
 
     text: str
 
 
 class RerankRequest(Fields):
-    """The body of ``/v1/rerank``."""
+    """Body of ``/v1/rerank``."""
 
     model: ModelName
     query: str
-    documents: Annotated[list[str | Document], Field(fail_fast=True, min_length=1, max_length=MOST_INPUTS)]
+    documents: Annotated[list[str | RerankDocument], Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS)]
     top_n: int | None = Field(None, ge=1)
     return_documents: bool = True
     user: str | None = Field(None, max_length=512)
 
 
-def encoders_served(encoders: Encoders, name: str, reference: str, limits: Limits) -> Served:
-    """What an application serves of row models: those that embed, those that classify, and those that rerank.
+def serve_encoders(encoders: Encoders, name: str, reference: str, limits: Limits) -> Served:
+    """Return the served model for embedding models, classifiers or rerankers.
 
     Args:
-        name: of the base model in requests; adapters are the other names.
+        encoders: The models.
+        name: Name of the base model. The other names are adapters.
+        reference: Model reference for the list of models.
+        limits: Limits of the server.
     """
     first = name if name in encoders.models else next(iter(encoders.models))
-    path, fields, what = _offered(encoders.models[first])
+    path, fields, output = _route_of(encoders.models[first])
     router = APIRouter()
 
     async def respond(request: Request) -> Response:
-        asked = await read_json(request, fields, limits)
+        body = await read_json(request, fields, limits)
         record = record_of(request.scope)
-        if asked.model not in encoders.models:
-            raise no_model(asked.model)
-        model = encoders.models[asked.model]
-        width = _width(model, asked.dimensions) if isinstance(asked, EmbeddingRequest) else 0
-        if isinstance(asked, RerankRequest):
-            found = await _computed(encoders, asked.model, partial(_pairs, model, asked), record, limits, "documents")
-            return json_response(_ranked(asked, found[:, 0], record))
-        found = await _computed(encoders, asked.model, partial(_rows, model, asked.input), record, limits, "input")
+        if body.model not in encoders.models:
+            raise unknown_model_error(body.model)
+        model = encoders.models[body.model]
+        width = _width(model, body.dimensions) if isinstance(body, EmbeddingRequest) else 0
+        if isinstance(body, RerankRequest):
+            outputs = await _compute(encoders, body.model, partial(_pairs, model, body), record, limits, "documents")
+            return json_response(_rerank_response(body, outputs[:, 0], record))
+        outputs = await _compute(encoders, body.model, partial(_rows, model, body.input), record, limits, "input")
         usage = {"prompt_tokens": record.prompt_tokens, "total_tokens": record.prompt_tokens}
-        told: dict[str, object] = {"object": "list", "model": asked.model, "usage": usage}
-        if isinstance(asked, EmbeddingRequest):
-            if width < found.shape[1]:
-                # The beginning of a vector of length 1 is shorter.
-                found = torch.nn.functional.normalize(found[:, :width], dim=-1)
-            told["data"] = [
-                {"object": "embedding", "index": index, "embedding": _form(vector, asked.encoding_format)}
-                for index, vector in enumerate(found.numpy())
+        response: dict[str, object] = {"object": "list", "model": body.model, "usage": usage}
+        if isinstance(body, EmbeddingRequest):
+            if width < outputs.shape[1]:
+                # A truncated unit vector must be normalized again.
+                outputs = torch.nn.functional.normalize(outputs[:, :width], dim=-1)
+            response["data"] = [
+                {"object": "embedding", "index": index, "embedding": _encode_vector(vector, body.encoding_format)}
+                for index, vector in enumerate(outputs.numpy())
             ]
-            return await asyncio.get_running_loop().run_in_executor(None, json_response, told)
+            return await asyncio.get_running_loop().run_in_executor(None, json_response, response)
         assert isinstance(model, Classifier)
         data, count = [], len(model.classes)
-        for index, row in enumerate(found):
+        for index, row in enumerate(outputs):
             label = model.classes[int(row.argmax())]
             probs = row.tolist()
-            named = dict(zip(model.classes, probs, strict=True))
-            told_row = {"index": index, "label": label, "probs": probs, "num_classes": count}
-            data.append(told_row | {"probabilities": named})
-        told["data"] = data
-        told |= {"id": f"classify-{record.id}", "created": int(time.time())}
-        return json_response(told | {"usage": {**usage, "completion_tokens": 0}})
+            item = {"index": index, "label": label, "probs": probs, "num_classes": count}
+            data.append(item | {"probabilities": dict(zip(model.classes, probs, strict=True))})
+        response["data"] = data
+        response |= {"id": f"classify-{record.id}", "created": int(time.time())}
+        return json_response(response | {"usage": {**usage, "completion_tokens": 0}})
 
-    how: dict[str, Any] = {"openapi_extra": described(fields), "responses": answer(f"The {what}") | _REFUSED}
-    router.post(path, name=path.removeprefix("/v1/"), summary=f"Give {what} of texts", **how)(respond)
-    others = tuple(other for other in encoders.models if other not in (name, first))
-    return Served(first, None, _no_prompts, reference, close=encoders.close, routers=(router,), others=others)
+    responses = success_response(f"The {output}") | _ERROR_RESPONSES
+    options: dict[str, Any] = {"openapi_extra": request_body_schema(fields), "responses": responses}
+    router.post(path, name=path.removeprefix("/v1/"), summary=f"Compute {output} of texts", **options)(respond)
+    other_names = tuple(adapter for adapter in encoders.models if adapter not in (name, first))
+    return Served(first, None, _no_prompts, reference, close=encoders.close, routers=(router,), other_names=other_names)
 
 
-def _offered(model: RowModel) -> tuple[str, type[EmbeddingRequest | ClassifyRequest | RerankRequest], str]:
-    """The route of a model, the body that it takes, and what it gives."""
+def _route_of(model: RowModel) -> tuple[str, type[EmbeddingRequest | ClassifyRequest | RerankRequest], str]:
+    """Return the route of a model, the class of its request body, and the name of its outputs."""
     if isinstance(model, Reranker):
         return "/v1/rerank", RerankRequest, "scores"
     if isinstance(model, Embedder):
@@ -134,97 +141,106 @@ def _offered(model: RowModel) -> tuple[str, type[EmbeddingRequest | ClassifyRequ
     return "/v1/classify", ClassifyRequest, "classes"
 
 
-async def _computed(
-    encoders: Encoders, name: str, make: Callable[[Limits], Sequence[Row]], record: Record, limits: Limits, param: str
+async def _compute(
+    encoders: Encoders, name: str, encode: Callable[[Limits], Sequence[Row]], record: Record, limits: Limits, param: str
 ) -> Tensor:
-    """The outputs of all texts of a request, (texts, width); ``make`` gives their rows, made of the field ``param``."""
+    """Return the (texts, width) outputs of a request.
+
+    Args:
+        encoders: The models.
+        name: Name of the model.
+        encode: Tokenizes the request.
+        record: Record of the request.
+        limits: Limits of the server.
+        param: Field that contains the texts.
+    """
     record.model = name
-    rows = await asyncio.get_running_loop().run_in_executor(None, make, limits)
+    rows = await asyncio.get_running_loop().run_in_executor(None, encode, limits)
     record.prompt_tokens = sum(len(row) for row in rows)
-    with concerning(param):
+    with blame_field(param):
         future = encoders.submit(name, rows)
     if future is None:
         raise ApiError(429, "too many texts are waiting", code="queue_full", retry_after=1)
     try:
         return await asyncio.wait_for(asyncio.wrap_future(future), limits.seconds)
     except asyncio.TimeoutError:
-        raise ApiError(504, f"not done within {limits.seconds:g} s", code="timeout") from None
+        raise ApiError(504, f"not finished within {limits.seconds:g} s", code="timeout") from None
 
 
-def _rows(model: RowModel, given: Given, limits: Limits) -> list[Row]:
-    """The texts of a request as tokens, as far as there may be so many.
+def _rows(model: RowModel, value: InputValue, limits: Limits) -> list[Row]:
+    """Tokenize the texts of a request.
 
     Raises:
-        ApiError: there are too many.
+        ApiError: if the texts have too many tokens.
     """
-    listed = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+    inputs = value if isinstance(value, list) and not isinstance(value[0], int) else [value]
 
-    def row(one: object) -> Row:
-        if not isinstance(one, str):
-            return np.asarray(one, dtype=np.int32)
-        _check_length(model, one, "input", limits)
-        return model.tokens(one)
+    def row(item: object) -> Row:
+        if not isinstance(item, str):
+            return np.asarray(item, dtype=np.int32)
+        _check_length(model, item, "input", limits)
+        return model.tokens(item)
 
-    return _few(map(row, listed), "input", limits)
+    return _limit_tokens(map(row, inputs), "input", limits)
 
 
-def _pairs(model: RowModel, asked: RerankRequest, limits: Limits) -> list[Row]:
-    """The query with each document of a request; raises as :func:`_rows` does."""
+def _pairs(model: RowModel, body: RerankRequest, limits: Limits) -> list[Row]:
+    """Tokenize the query with each document of a request. Raises as :func:`_rows`."""
     assert isinstance(model, Reranker)
-    _check_length(model, asked.query, "query", limits)
+    _check_length(model, body.query, "query", limits)
 
-    def row(document: str | Document) -> Row:
+    def row(document: str | RerankDocument) -> Row:
         text = document if isinstance(document, str) else document.text
         _check_length(model, text, "documents", limits)
-        return model.pair(asked.query, text)
+        return model.pair(body.query, text)
 
-    return _few(map(row, asked.documents), "documents", limits)
+    return _limit_tokens(map(row, body.documents), "documents", limits)
 
 
 def _check_length(model: RowModel, text: str, param: str, limits: Limits) -> None:
-    most = min(limits.prompt, model.limit or limits.prompt)
-    if surely_longer(text, most, model.tokens):
-        raise ApiError(400, f"a text has far more than {most:,} tokens", param=param)
+    max_tokens = min(limits.prompt, model.limit or limits.prompt)
+    if far_exceeds(text, max_tokens, model.tokens):
+        raise ApiError(400, f"a text has far more than {max_tokens:,} tokens", param=param)
 
 
-def _few(rows: Iterable[Row], param: str, limits: Limits) -> list[Row]:
-    """Rows that together have no more tokens than a request may."""
-    found: list[Row] = []
-    left = limits.prompt
+def _limit_tokens(rows: Iterable[Row], param: str, limits: Limits) -> list[Row]:
+    """Return the rows if their total number of tokens is within the limit of a request."""
+    accepted: list[Row] = []
+    remaining = limits.prompt
     for row in rows:
-        found.append(row)
-        left -= len(row)
-        if left < 0:
+        accepted.append(row)
+        remaining -= len(row)
+        if remaining < 0:
             raise ApiError(400, f"the texts have more than {limits.prompt:,} tokens", param=param)
-    return found
+    return accepted
 
 
-def _ranked(asked: RerankRequest, scores: Tensor, record: Record) -> dict[str, object]:
-    """The answer to a request for scores: the best documents first, of equal ones in their order."""
+def _rerank_response(body: RerankRequest, scores: Tensor, record: Record) -> dict[str, object]:
+    """Return the response of a rerank request. Documents are sorted by score, ties by their order."""
     results = []
-    for index in scores.argsort(descending=True, stable=True)[: asked.top_n].tolist():
-        document = asked.documents[index]
-        told = {"text": document if isinstance(document, str) else document.text}
-        shown = {"document": told} if asked.return_documents else {}
-        results.append({"index": index, "relevance_score": float(scores[index]), **shown})
+    for index in scores.argsort(descending=True, stable=True)[: body.top_n].tolist():
+        document = body.documents[index]
+        text_object = {"text": document if isinstance(document, str) else document.text}
+        extra = {"document": text_object} if body.return_documents else {}
+        results.append({"index": index, "relevance_score": float(scores[index]), **extra})
     usage = {"prompt_tokens": record.prompt_tokens, "total_tokens": record.prompt_tokens}
-    return {"id": f"rerank-{record.id}", "model": asked.model, "usage": usage, "results": results}
+    return {"id": f"rerank-{record.id}", "model": body.model, "usage": usage, "results": results}
 
 
-def _width(model: RowModel, asked: int | None) -> int:
+def _width(model: RowModel, requested: int | None) -> int:
     assert isinstance(model, Embedder)
     possible = sorted({*model.nested, model.width})
-    if asked is not None and asked not in possible:
-        shown = ", ".join(map(str, possible))
-        raise ApiError(400, f"the model's vectors have {shown} dimensions", param="dimensions")
-    return asked or model.width
+    if requested is not None and requested not in possible:
+        allowed = ", ".join(map(str, possible))
+        raise ApiError(400, f"the model's vectors have {allowed} dimensions", param="dimensions")
+    return requested or model.width
 
 
-def _form(vector: np.ndarray, form: str) -> list[float] | str:
-    if form == "base64":
+def _encode_vector(vector: np.ndarray, encoding: str) -> list[float] | str:
+    if encoding == "base64":
         return base64.b64encode(np.ascontiguousarray(vector, dtype="<f4").tobytes()).decode("ascii")
     return vector.tolist()  # type: ignore[no-any-return]
 
 
-def _no_prompts(adapter: str | None) -> Prompts:
-    raise UserError("this model writes no text")
+def _no_prompts(adapter: str | None) -> TokenizedPrompts:
+    raise UserError("this model does not generate text")

@@ -1,7 +1,4 @@
-"""Refusals as the OpenAI API words them: ``{"error": {"message", "type", "param", "code"}}`` with a status.
-
-Knows statuses and their words; not what was asked.
-"""
+"""Errors in the format of the OpenAI API: ``{"error": {"message", "type", "param", "code"}}`` with an HTTP status."""
 
 from __future__ import annotations
 
@@ -18,28 +15,29 @@ from starlette.exceptions import HTTPException
 from deltaw.errors import UserError, nearest
 from deltaw.serving.request import BusyError, UnknownAdapterError, UnsupportedError
 
-# Types of errors as clients know them; other 4xx are "invalid_request_error", other 5xx "server_error".
+# Error types of the OpenAI API. Other 4xx are "invalid_request_error", other 5xx "server_error".
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-# A client went away before its answer: in logs and metrics only, since nobody reads it.
-GONE = 499
+# The client disconnected before the response. Used only in logs and metrics.
+CLIENT_CLOSED_REQUEST = 499
 _CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
-# What a UserError of each class becomes; any other is a 400.
-_REFUSED: dict[type[UserError], tuple[int, str]] = {
-    UnknownAdapterError: (404, "model_not_found"),  # it was removed after the request came
+# Status and code by subclass of UserError. Other UserErrors are a 400.
+_USER_ERRORS: dict[type[UserError], tuple[int, str]] = {
+    UnknownAdapterError: (404, "model_not_found"),  # removed after the request was validated
     UnsupportedError: (501, "not_supported"),
     BusyError: (429, "busy"),
 }
 
 
 class ApiError(Exception):
-    """A request that gets no answer.
+    """Error response to a request.
 
     Args:
-        status: of HTTP. message: what is wrong, and what helps.
-        param: the field that it concerns, as ``messages.0.content``.
-        code: a word for programs; of a 400, "invalid_value" if none is given.
-        retry_after: seconds after which asking again may help.
-        close: whether the connection ends with the answer.
+        status: HTTP status.
+        message: Description of the error and its solution.
+        param: Field that caused the error, for example ``messages.0.content``.
+        code: Machine-readable code. "invalid_value" by default for status 400.
+        retry_after: Seconds after which a retry may succeed.
+        close: Close the connection after the response.
     """
 
     def __init__(
@@ -68,41 +66,41 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-def refused(error: UserError, *, param: str | None = None) -> ApiError:
-    """A user's mistake that code below HTTP found."""
-    text = f"{error.what} ({error.where})" if error.where else error.what
+def to_api_error(error: UserError, *, param: str | None = None) -> ApiError:
+    """Convert a UserError to an API error."""
+    text = f"{error.message} ({error.location})" if error.location else error.message
     text = f"{text}: {error.hint}" if error.hint else text
-    status, code = _REFUSED.get(type(error), (400, None))
+    status, code = _USER_ERRORS.get(type(error), (400, None))
     param = "model" if status == 404 else param
     return ApiError(status, text, param=param, code=code, retry_after=1 if status == 429 else None)
 
 
-def no_model(name: str) -> ApiError:
-    """The error of a name that no model has."""
-    message = f"there is no model '{name[:128]}': /v1/models lists those there are"
+def unknown_model_error(name: str) -> ApiError:
+    """Return the error for an unknown model name."""
+    message = f"there is no model '{name[:128]}': /v1/models lists the available models"
     return ApiError(404, message, param="model", code="model_not_found")
 
 
 @contextlib.contextmanager
-def concerning(param: str) -> Iterator[None]:
-    """While open, a user's mistake is one in this field of the request."""
+def blame_field(param: str) -> Iterator[None]:
+    """Convert UserErrors inside the context to API errors of this request field."""
     try:
         yield
     except UserError as error:
-        raise refused(error, param=param) from error
+        raise to_api_error(error, param=param) from error
 
 
-def wrong_field(error: ValidationError, known: Mapping[str, object]) -> ApiError:
-    """The first mistake that the check of a request's fields found."""
+def validation_error(error: ValidationError, fields: Mapping[str, object]) -> ApiError:
+    """Convert the first validation error of a request body."""
     first = error.errors(include_url=False, include_input=False)[0]
-    # Members of unions add names of types to the place; fields have plain names.
+    # Pydantic adds type names of union members to the location. Field names are identifiers.
     parts = [str(part) for part in first["loc"] if str(part).isdecimal() or str(part).isidentifier()]
     param = ".".join(parts) or first.get("ctx", {}).get("param")
     kind, message = first["type"], str(first["msg"])
     if kind == "extra_forbidden":
         name = str(first["loc"][-1])[:80]
-        near = nearest(name, known, 1)
-        message = f"unknown field '{name}'" + (f": did you mean '{near[0]}'?" if near else "")
+        suggestions = nearest(name, fields, 1)
+        message = f"unknown field '{name}'" + (f": did you mean '{suggestions[0]}'?" if suggestions else "")
     elif kind == "missing":
         message = f"the field '{param}' is missing"
     elif param and param not in message:
@@ -112,32 +110,29 @@ def wrong_field(error: ValidationError, known: Mapping[str, object]) -> ApiError
 
 
 def json_response(body: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A response with a JSON body."""
+    """Return a response with a JSON body."""
     return Response(as_json(body), status, dict(headers or {}), "application/json")
 
 
 def as_json(value: object) -> bytes:
-    """A value as JSON; it must hold no NaN."""
+    """Serialize a value as JSON. NaN is not allowed."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
 def error_response(error: ApiError) -> Response:
-    """The response that says what is wrong."""
+    """Return the response for an error."""
     return json_response(error.body, error.status, error.headers)
 
 
 async def on_error(request: Request, error: Exception) -> Response:
-    """FastAPI's way to answer a refusal, a user's mistake from below, and paths and methods that there are not."""
+    """Exception handler of FastAPI: API errors, UserErrors, and unknown paths and methods."""
     if isinstance(error, UserError):
-        error = refused(error)
+        error = to_api_error(error)
     elif isinstance(error, HTTPException):
         path = request.url.path[:200]
-        told = {
-            404: f"there is no {path}; the routes are listed in /openapi.json",
-            405: f"{request.method} is not possible on {path}",
-        }
+        messages = {404: f"no route {path}; see /openapi.json", 405: f"{request.method} is not allowed on {path}"}
         headers = error.headers or {}
-        error = ApiError(error.status_code, told.get(error.status_code, str(error.detail)))
+        error = ApiError(error.status_code, messages.get(error.status_code, str(error.detail)))
         error.headers.update(headers)
     assert isinstance(error, ApiError)
     return error_response(error)
@@ -147,37 +142,38 @@ def _object(properties: dict[str, Any]) -> dict[str, Any]:
     return {"type": "object", "required": list(properties), "properties": properties}
 
 
-# What the OpenAPI schema says of answers: the error object, and the statuses that routes give.
+# OpenAPI schema of responses: the error object and the statuses of the routes.
 _KINDS = {"message": "string", "type": "string", "param": ["string", "null"], "code": ["string", "null"]}
 ERROR = _object({"error": _object({name: {"type": kind} for name, kind in _KINDS.items()})})
-_TOLD = {
-    400: "The request is not understood, or a value is out of range",
+_DESCRIPTIONS = {
+    400: "The request is malformed, or a value is out of range",
     401: "The API key is missing or wrong",
-    403: "The request came by a name or from a place that may not ask",
-    404: "There is no such model",
+    403: "The host or origin of the request is not allowed",
+    404: "The model does not exist",
     408: "The body did not arrive in time",
     413: "The body is too large",
     415: "The body is not application/json",
-    429: "Too many texts are in hand, or constraints compiled: ask again after Retry-After",
-    500: "A fault of the server",
-    501: "The model or this installation cannot do what is asked",
+    429: "Too many pending requests or constraints: retry after the time in Retry-After",
+    500: "Internal server error",
+    501: "The model or this installation does not support the request",
     503: "The server is shutting down",
     504: "The text was not finished in time",
 }
 
 
-def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The answers with an error object that a route may give."""
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return the OpenAPI description of error responses with these statuses."""
     content = {"application/json": {"schema": ERROR}}
-    return {status: {"description": _TOLD[status], "content": content} for status in statuses}
+    return {status: {"description": _DESCRIPTIONS[status], "content": content} for status in statuses}
 
 
-def answer(description: str, *kinds: str) -> dict[int | str, dict[str, Any]]:
-    """The answer of a request that succeeds, by its media types."""
+def success_response(description: str, *kinds: str) -> dict[int | str, dict[str, Any]]:
+    """Return the OpenAPI description of a successful response with these media types."""
     return {200: {"description": description, "content": {kind: {} for kind in kinds or ("application/json",)}}}
 
 
-# Of the routes that write text.
-ANSWERS = answer("The text, at once or in events", "application/json", "text/event-stream") | refusals(*_TOLD)
-# Of the routes that only tell.
-TOLD = refusals(400, 401, 403, 503)
+# Responses of routes that generate text.
+_COMPLETION = success_response("The completion, or a stream of events", "application/json", "text/event-stream")
+GENERATION_RESPONSES = _COMPLETION | error_responses(*_DESCRIPTIONS)
+# Error responses of informational routes.
+COMMON_REFUSALS = error_responses(400, 401, 403, 503)

@@ -1,7 +1,7 @@
-"""The bodies of chats and completions: read within bounds, checked against their fields, and recorded.
+"""Request bodies of chat and text completions: limits, validation and records.
 
-Names, bounds and defaults are OpenAI's, with some of vLLM's beside them. Fields that would change an answer
-and are not supported are refused by name; those that change nothing are accepted.
+Names, limits and defaults follow the OpenAI API, with additions from vLLM. Unsupported fields that would change the
+response are rejected by name. Fields without an effect are accepted.
 """
 
 from __future__ import annotations
@@ -21,47 +21,47 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import PydanticCustomError
 from starlette.requests import ClientDisconnect
 
-from deltaw.serving.http.errors import GONE, ApiError, wrong_field
+from deltaw.serving.http.errors import CLIENT_CLOSED_REQUEST, ApiError, validation_error
 from deltaw.serving.http.settings import Limits
 from deltaw.serving.request import Constraint, Sampling
 
-# Names of models in requests.
+# Name of a model or an adapter.
 ModelName = Annotated[str, Field(min_length=1, max_length=512)]
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 Token = Annotated[int, Field(ge=0, lt=1 << 31)]
-# Lists are checked to their first error: a million wrong elements would take gigabytes.
+# fail_fast: the errors of a million invalid elements would take gigabytes.
 Tokens = Annotated[list[Token], Field(fail_fast=True, min_length=1)]
-# A token as the key of a JSON object.
+# Token id as a JSON key.
 TokenName = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
-# Tokens that one request may weigh by logit_bias.
-MOST_BIASES = 1024
-MOST_STOPS = 16
-# A constraint's text: it is compiled, which takes time that grows with it.
-LONGEST_CONSTRAINT = 64 << 10
+# Maximum number of tokens in logit_bias.
+MAX_BIASES = 1024
+MAX_STOPS = 16
+# Maximum number of characters of a constraint. Compile time grows with its length.
+MAX_CONSTRAINT_LENGTH = 64 << 10
 
 
 class Fields(BaseModel):
-    """A body's fields: none that is not named, each of its own type, no number that is not finite."""
+    """Base class of request bodies: strict types, no unknown fields, only finite numbers."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
 
 class StreamOptions(Fields):
-    """What else a stream says: its usage in a last event. Padding against guessing by length is not made."""
+    """Options of a stream. ``include_usage`` adds a last event with token counts. Obfuscation has no effect."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
-def wrong(message: str, param: str | None = None) -> PydanticCustomError:
-    """A mistake that is told as it stands, with the field that it concerns."""
-    # In the message itself, braces would be read as places for values.
-    return PydanticCustomError("invalid_value", "{told}", {"told": message, "param": param})
+def invalid_field(message: str, param: str | None = None) -> PydanticCustomError:
+    """Return a validation error with this message."""
+    # Passed as a value, because pydantic formats braces in the template.
+    return PydanticCustomError("invalid_value", "{message}", {"message": message, "param": param})
 
 
 class SchemaFormat(Fields):
-    """A JSON schema with the name that the client has for it."""
+    """JSON schema with a name."""
 
     name: str = Field(max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")
     description: str | None = None
@@ -70,7 +70,7 @@ class SchemaFormat(Fields):
 
 
 class ResponseFormat(Fields):
-    """What a text must be: any text, a JSON object, or what a JSON schema describes."""
+    """Format of the completion: text, a JSON object, or JSON that matches a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: SchemaFormat | None = None
@@ -78,14 +78,14 @@ class ResponseFormat(Fields):
     @model_validator(mode="after")
     def _complete(self) -> ResponseFormat:
         if (self.json_schema is not None) != (self.type == "json_schema"):
-            raise wrong("'json_schema' and the type 'json_schema' belong together")
+            raise invalid_field("'json_schema' must be set if and only if the type is 'json_schema'")
         return self
 
 
 class TextFields(Fields):
-    """How texts are written."""
+    """Fields common to chat and text completions."""
 
-    # Fields that would change the answer, with the only values that do not; null is accepted for all.
+    # Unsupported fields, with their values that have no effect and a hint. null is always accepted.
     unsupported: ClassVar[Mapping[str, tuple[tuple[object, ...], str]]] = {}
 
     model: ModelName
@@ -98,18 +98,18 @@ class TextFields(Fields):
     stop: Stop | Annotated[list[Stop], Field(fail_fast=True)] | None = None
     presence_penalty: float | None = Field(0.0, ge=-2, le=2)
     frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
-    logit_bias: dict[TokenName, Bias] | None = Field(None, max_length=MOST_BIASES)
+    logit_bias: dict[TokenName, Bias] | None = Field(None, max_length=MAX_BIASES)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     response_format: ResponseFormat | None = None
-    # Of vLLM.
+    # Extensions of vLLM.
     top_k: int | None = Field(None, ge=-1, le=1 << 30)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     guided_json: dict[str, Any] | str | None = None
-    guided_regex: str | None = Field(None, min_length=1, max_length=LONGEST_CONSTRAINT)
-    guided_grammar: str | None = Field(None, min_length=1, max_length=LONGEST_CONSTRAINT)
+    guided_regex: str | None = Field(None, min_length=1, max_length=MAX_CONSTRAINT_LENGTH)
+    guided_grammar: str | None = Field(None, min_length=1, max_length=MAX_CONSTRAINT_LENGTH)
     ignore_eos: bool | None = False
-    # These change no answer.
+    # These have no effect.
     user: str | None = None
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
@@ -120,55 +120,56 @@ class TextFields(Fields):
     def _without_unsupported(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        kept = {}
-        for key, given in value.items():
+        supported = {}
+        for key, field_value in value.items():
             if key not in cls.unsupported:
-                kept[key] = given
+                supported[key] = field_value
                 continue
             harmless, hint = cls.unsupported[key]
-            if given is not None and not any(given == h and type(given) is type(h) for h in harmless):
-                raise wrong(f"the field '{key}' is not supported" + (f": {hint}" if hint else ""), key)
-        return kept
+            if field_value is not None and not any(field_value == h and type(field_value) is type(h) for h in harmless):
+                raise invalid_field(f"the field '{key}' is not supported" + (f": {hint}" if hint else ""), key)
+        return supported
 
     @model_validator(mode="after")
     def _one_constraint(self) -> TextFields:
         formatted = self.response_format is not None and self.response_format.type != "text"
-        given = formatted + sum(g is not None for g in (self.guided_json, self.guided_regex, self.guided_grammar))
-        if given > 1:
-            raise wrong("give one of response_format, guided_json, guided_regex and guided_grammar")
-        if self.ignore_eos and given:
-            raise wrong("'ignore_eos' and a format do not go together: the format says where a text ends")
+        guides = self.guided_json, self.guided_regex, self.guided_grammar
+        num_constraints = formatted + sum(guide is not None for guide in guides)
+        if num_constraints > 1:
+            raise invalid_field("use only one of response_format, guided_json, guided_regex and guided_grammar")
+        if self.ignore_eos and num_constraints:
+            raise invalid_field("'ignore_eos' cannot be combined with a format")
         if self.stream_options is not None and not self.stream:
-            raise wrong("'stream_options' needs 'stream': true")
-        if isinstance(self.stop, list) and len(self.stop) > MOST_STOPS:
-            raise wrong(f"at most {MOST_STOPS} stop texts", "stop")
+            raise invalid_field("'stream_options' needs 'stream': true")
+        if isinstance(self.stop, list) and len(self.stop) > MAX_STOPS:
+            raise invalid_field(f"at most {MAX_STOPS} stop strings are allowed", "stop")
         return self
 
     @property
     def choices(self) -> int:
-        """Texts for each prompt."""
+        """Number of completions per prompt."""
         return self.n or 1
 
     @property
     def with_usage(self) -> bool:
-        """Whether a stream ends with its usage."""
+        """True if a stream ends with an event with token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     def sampling(self, logprobs: int | None) -> Sampling:
-        """How tokens are chosen; without a seed by one that nobody knows."""
+        """Return the sampling parameters. Without a seed, a random one is used."""
         named = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-        given = {name: value for name in named if (value := getattr(self, name)) is not None}
+        values = {name: value for name in named if (value := getattr(self, name)) is not None}
         return Sampling(
-            **{"temperature": 1.0, **given},
+            **{"temperature": 1.0, **values},
             top_k=max(0, self.top_k or 0),
             logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
-            # Engines take seeds as numpy does: not negative.
+            # Seeds must not be negative.
             seed=secrets.randbits(63) if self.seed is None else self.seed % (1 << 63),
             logprobs=logprobs,
         )
 
     def constraint(self) -> Constraint | None:
-        """What the text must match; None for any text."""
+        """Return the constraint of the completion, or None."""
         if self.guided_regex is not None:
             return Constraint("regex", self.guided_regex)
         if self.guided_grammar is not None:
@@ -183,55 +184,66 @@ class TextFields(Fields):
 
 
 def json_constraint(schema: dict[str, Any] | str, param: str) -> Constraint:
-    """A JSON schema as a constraint.
+    """Return a JSON schema as a constraint.
 
     Raises:
-        ApiError: its text is none of JSON, or too long.
+        ApiError: if the schema is not JSON or too long.
     """
     text = schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False)
-    if len(text) > LONGEST_CONSTRAINT:
-        raise ApiError(400, f"the schema has more than {LONGEST_CONSTRAINT:,} characters", param=param)
+    if len(text) > MAX_CONSTRAINT_LENGTH:
+        raise ApiError(400, f"the schema has more than {MAX_CONSTRAINT_LENGTH:,} characters", param=param)
     try:
-        known = isinstance(json.loads(text), dict)
+        is_object = isinstance(json.loads(text), dict)
     except (ValueError, RecursionError):
-        known = False
-    if not known:
+        is_object = False
+    if not is_object:
         raise ApiError(400, "a schema must be a JSON object", param=param)
     return Constraint("json_schema", text)
 
 
-# Where a request's record is, in the scope that ASGI hands on.
+# Key of the request's record in the ASGI scope.
 KEY = "deltaw.record"
-# Where a fault is that a stream met after its status was sent.
+# Key of an exception that occurred after the status was sent.
 FAILURE = "deltaw.failure"
 
 
 @dataclass
 class Bodies:
-    """The bodies of all requests that are in hand: how many bytes have arrived."""
+    """Total size of the bodies of all pending requests.
+
+    Attributes:
+        bytes: Number of bytes received.
+    """
 
     bytes: int = 0
 
 
 @dataclass
 class Record:
-    """What is known of one request when it has been answered: for its line in the log, and for the metrics.
+    """Record of one request for the log and the metrics.
 
     Attributes:
-        id: names it in the log and in the header ``x-request-id``.
-        model: the name that it gave, where there is such a model.
-        began, first_token: on the clock of :func:`time.perf_counter`.
-        prompt_tokens, cached_tokens, completion_tokens: counts over its texts.
-        finishes: why its texts ended. stream: whether it asked for a stream.
-        gone: whether its client went away. error: what it was refused for.
-        asked: the prompt, where the log shows it.
-        body: bytes of its body that have arrived. bodies: those of all requests in hand.
-        owner: the API key that it came with, by its number from 1; 0 where prompts are shared by all.
+        id: Id in the log and in the header ``x-request-id``.
+        model: Requested model, if it exists.
+        started_at: Time of arrival, from :func:`time.perf_counter`.
+        first_token: Time of the first token, or None.
+        last_token: Time of the last token, or None.
+        prompt_tokens: Number of prompt tokens.
+        cached_tokens: Number of prompt tokens served from the cache.
+        completion_tokens: Number of generated tokens.
+        finishes: Finish reasons of the completions.
+        stream: True if a stream is requested.
+        disconnected: True if the client disconnected.
+        error: Error message, or None.
+        asked: Prompt, if prompts are logged.
+        body: Number of bytes received of the body.
+        bodies: Total size of the bodies of all pending requests.
+        owner: Number of the API key, counted from 1. 0 if the prefix cache is shared.
     """
 
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     model: str = ""
-    began: float = field(default_factory=time.perf_counter)
+    started_at: float = field(default_factory=time.perf_counter)
     first_token: float | None = None
     last_token: float | None = None
     prompt_tokens: int = 0
@@ -239,7 +251,7 @@ class Record:
     completion_tokens: int = 0
     finishes: list[str] = field(default_factory=list)
     stream: bool = False
-    gone: bool = False
+    disconnected: bool = False
     error: str | None = None
     asked: object = None
     body: int = 0
@@ -247,7 +259,7 @@ class Record:
     owner: int = 0
 
     def usage(self) -> dict[str, object]:
-        """The counts as answers have them."""
+        """Return the token counts in the response format."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -257,46 +269,45 @@ class Record:
 
 
 def record_of(scope: Mapping[str, Any]) -> Record:
-    """The record of the request with this scope."""
+    """Return the record of the request with this ASGI scope."""
     return cast(Record, scope[KEY])
 
 
 Model = TypeVar("Model", bound=BaseModel)
 _ONE_THREAD = ThreadPoolExecutor(1, "deltaw-parse")
-# Bytes from which on parsing would keep the event loop from other requests.
+# Body size in bytes from which on the body is parsed on a worker thread.
 LARGE = 64 << 10
-# Those that keep it from them in any thread, by Python's lock: they are parsed one after another.
+# Body size from which on bodies are parsed one at a time, because parsing holds the GIL.
 HUGE = 1 << 20
-# Keys of one object: each that is wrong is an error of its own, which takes a kilobyte.
-MOST_KEYS = 4096
+# Maximum number of keys of an object. Each invalid key causes an error of about a kilobyte.
+MAX_KEYS = 4096
 
 
 async def read_json(request: Request, model: type[Model], limits: Limits) -> Model:
-    """The body of a request as the fields of ``model``.
+    """Read and validate the JSON body of a request.
 
     Raises:
-        ApiError: 400 it is not JSON, or not these fields; 408 it did not arrive in time; 413 it is too large;
-            415 it does not say that it is JSON, so that no other site's form can send it.
+        ApiError: 400 if the body is invalid, 408 if it does not arrive in time, 413 if it is too large, 415 if its
+            content type is not JSON. The content type prevents requests from HTML forms of other sites.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "send the header 'Content-Type: application/json'", code="unsupported_media_type")
     body = await read_body(request, limits)
     if len(body) < LARGE:
-        return _checked(body, model, limits)
+        return _validate(body, model, limits)
     threads = _ONE_THREAD if len(body) > HUGE else None
-    return await asyncio.get_running_loop().run_in_executor(threads, _checked, body, model, limits)
+    return await asyncio.get_running_loop().run_in_executor(threads, _validate, body, model, limits)
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
-    """All bytes of a body; nothing is parsed before all of it has arrived within its bounds.
+    """Read the entire body of a request.
 
     Raises:
-        ApiError: 408, 413, or 429 where those of all requests together are too large.
+        ApiError: 408 if it does not arrive in time, 413 if it is too large, 429 if all bodies together are too large.
     """
-    told, record = request.headers.get("content-length", "0"), record_of(request.scope)
+    declared, record = request.headers.get("content-length", "0"), record_of(request.scope)
     too_large = ApiError(413, f"the body has more than {limits.body:,} bytes", code="request_too_large", close=True)
-    if told.isdecimal() and (len(told) > 18 or int(told) > limits.body):
+    if declared.isdecimal() and (len(declared) > 18 or int(declared) > limits.body):
         raise too_large
 
     async def arrived() -> bytes:
@@ -314,29 +325,27 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     try:
         return await asyncio.wait_for(arrived(), limits.body_seconds)
     except ClientDisconnect:
-        record.gone = True
-        raise ApiError(GONE, "the client went away in its body", code="cancelled") from None
+        record.disconnected = True
+        raise ApiError(CLIENT_CLOSED_REQUEST, "the client disconnected in its body", code="cancelled") from None
     except asyncio.TimeoutError:
-        message = f"the body did not arrive within {limits.body_seconds:g} s"
-        raise ApiError(408, message, code="timeout", close=True) from None
+        raise ApiError(408, f"no complete body within {limits.body_seconds:g} s", code="timeout", close=True) from None
 
 
-def described(model: type[BaseModel]) -> dict[str, Any]:
-    """What OpenAPI says of a body: for FastAPI's ``openapi_extra``."""
-    schema = _inlined(model.model_json_schema())
+def request_body_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """Return the OpenAPI description of a request body, for FastAPI's ``openapi_extra``."""
+    schema = _inline_definitions(model.model_json_schema())
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-def _checked(body: bytes, model: type[Model], limits: Limits) -> Model:
-    """The fields of a body of JSON without NaN, without halves of surrogate pairs, and not deeper than allowed."""
+def _validate(body: bytes, model: type[Model], limits: Limits) -> Model:
+    """Parse and validate a JSON body. Reject NaN, unpaired surrogates and deep nesting."""
     try:
         value = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
         _check(value, limits)
     except RecursionError:
         raise ApiError(400, f"the JSON is nested more than {limits.depth} deep", code="invalid_json") from None
     except UnicodeError:
-        message = "the body is not UTF-8, or a text holds half of a surrogate pair"
-        raise ApiError(400, message, code="invalid_json") from None
+        raise ApiError(400, "the body is not UTF-8, or a text has half a surrogate pair", code="invalid_json") from None
     except ValueError as error:
         raise ApiError(400, f"the body is not JSON: {error}"[:300], code="invalid_json") from None
     if not isinstance(value, dict):
@@ -344,22 +353,28 @@ def _checked(body: bytes, model: type[Model], limits: Limits) -> Model:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        raise wrong_field(error, model.model_fields) from None
+        raise validation_error(error, model.model_fields) from None
 
 
 def _check(value: Any, limits: Limits) -> None:
-    """Raise an error where values are too deep, or have text that cannot be written as UTF-8."""
+    """Check the depth and size of values, and that all text can be encoded as UTF-8.
+
+    Raises:
+        RecursionError: if the values are nested too deeply.
+        UnicodeError: if a text contains half of a surrogate pair.
+        ApiError: if a number is infinite or an object has too many keys.
+    """
     level = [value]
     for _ in range(limits.depth + 1):
         below: list[Any] = []
         for part in level:
             if isinstance(part, str):
-                part.encode("utf-8")  # fails for half of a surrogate pair
+                part.encode("utf-8")  # raises UnicodeError for an unpaired surrogate
             elif isinstance(part, float) and not math.isfinite(part):
                 raise ApiError(400, "a number is too large")
             elif isinstance(part, dict):
-                if len(part) > MOST_KEYS:
-                    raise ApiError(400, f"an object has more than {MOST_KEYS:,} keys")
+                if len(part) > MAX_KEYS:
+                    raise ApiError(400, f"an object has more than {MAX_KEYS:,} keys")
                 below += part.keys()
                 below += part.values()
             elif isinstance(part, list):
@@ -371,11 +386,11 @@ def _check(value: Any, limits: Limits) -> None:
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
-def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema with its definitions where they are used, since a body has no place for them in OpenAPI."""
+def _inline_definitions(schema: dict[str, Any]) -> dict[str, Any]:
+    """Replace references by their definitions, because the schema is embedded in the OpenAPI document."""
     definitions = schema.pop("$defs", {})
 
     def put(part: Any) -> Any:
@@ -390,26 +405,26 @@ def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
     return cast(dict[str, Any], put(schema))
 
 
-MOST_MESSAGES = 4096
-MOST_TOOLS = 128
+MAX_MESSAGES = 4096
+MAX_TOOLS = 128
 
 
 class TextPart(Fields):
-    """A part of a message's content; images and sounds are not read."""
+    """Text part of a message. Images and audio are not supported."""
 
     type: Literal["text"]
     text: str
 
 
 class CalledFunction(Fields):
-    """The function that a message calls, its arguments as JSON text."""
+    """Function called in a message, with its arguments as JSON text."""
 
     name: str = Field(max_length=256)
     arguments: str
 
 
 class ToolCall(Fields):
-    """A call in a message of the assistant."""
+    """Tool call in an assistant message."""
 
     id: str | None = None
     type: Literal["function"] = "function"
@@ -418,15 +433,15 @@ class ToolCall(Fields):
 
 
 class Message(Fields):
-    """One turn of a conversation."""
+    """Message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = Field(None, max_length=256)
-    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = Field(None, max_length=MOST_TOOLS)
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = Field(None, max_length=MAX_TOOLS)
     tool_call_id: str | None = Field(None, max_length=256)
     reasoning_content: str | None = None
-    # What clients copy from an answer: without a value, or of no meaning to a template.
+    # Fields that clients copy from responses. They are empty or have no effect.
     refusal: str | None = None
     annotations: list[Any] | None = Field(None, max_length=0)
     audio: None = None
@@ -435,13 +450,13 @@ class Message(Fields):
     @model_validator(mode="after")
     def _has_content(self) -> Message:
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise wrong("the message has no content")
+            raise invalid_field("the message has no content")
         if self.tool_calls and self.role != "assistant":
-            raise wrong("only the assistant calls tools")
+            raise invalid_field("only the assistant calls tools")
         return self
 
     def as_turn(self) -> dict[str, object]:
-        """The message as chat templates take it."""
+        """Return the message in the format of chat templates."""
         parts = self.content if isinstance(self.content, list) else []
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
         turn: dict[str, object] = {"role": "system" if self.role == "developer" else self.role, "content": text}
@@ -454,7 +469,7 @@ class Message(Fields):
 
 
 class Function(Fields):
-    """A function that the model may call, with a JSON schema of its arguments."""
+    """Function that the model may call, with a JSON schema of its arguments."""
 
     name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
     description: str | None = None
@@ -463,92 +478,92 @@ class Function(Fields):
 
 
 class Tool(Fields):
-    """A tool that the model may use."""
+    """Tool that the model may use."""
 
     type: Literal["function"]
     function: Function
 
 
 class ChatRequest(TextFields):
-    """The body of ``/v1/chat/completions``."""
+    """Body of ``/v1/chat/completions``."""
 
     unsupported: ClassVar[Mapping[str, tuple[tuple[object, ...], str]]] = {
         **dict.fromkeys(("functions", "function_call"), ((), "use 'tools' and 'tool_choice'")),
         **dict.fromkeys(("audio", "prediction", "reasoning_effort", "web_search_options"), ((), "")),
-        "modalities": ((["text"],), "answers are text"),
+        "modalities": ((["text"],), "only text is supported"),
         "service_tier": (("auto", "default"), ""),
-        "store": ((False,), "nothing is stored"),
+        "store": ((False,), "requests are not stored"),
         "verbosity": (("medium",), ""),
         "prompt_cache_retention": (("in_memory", "in-memory"), ""),
     }
 
-    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1, max_length=MOST_MESSAGES)
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1, le=1 << 30)
     max_tokens: int | None = Field(None, ge=1, le=1 << 30)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = Field(None, max_length=MOST_TOOLS)
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | Tool | None = None
     parallel_tool_calls: bool | None = True
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
         if self.messages[-1].role == "assistant":
-            raise wrong("the last message must not be the assistant's", "messages")
+            raise invalid_field("the last message must not be the assistant's", "messages")
         if self.top_logprobs is not None and not self.logprobs:
-            raise wrong("'top_logprobs' needs 'logprobs': true")
+            raise invalid_field("'top_logprobs' needs 'logprobs': true")
         if None not in (self.max_tokens, self.max_completion_tokens):
-            raise wrong("give one of 'max_tokens' and 'max_completion_tokens'")
+            raise invalid_field("use only one of 'max_tokens' and 'max_completion_tokens'")
         names = [tool.function.name for tool in self.tools or ()]
         if len(set(names)) < len(names):
-            raise wrong("two tools have one name")
+            raise invalid_field("two tools have the same name")
         if self.tool_choice not in (None, "none", "auto") and not names:
-            raise wrong("'tool_choice' needs 'tools'")
+            raise invalid_field("'tool_choice' needs 'tools'")
         if isinstance(self.tool_choice, Tool) and self.tool_choice.function.name not in names:
-            raise wrong("'tool_choice' names a tool that is not in 'tools'")
-        if self.forced and self.constraint() is not None:
-            raise wrong("a forced tool call leaves no room for another format")
+            raise invalid_field("'tool_choice' names a tool that is not in 'tools'")
+        if self.forced_functions and self.constraint() is not None:
+            raise invalid_field("a forced tool call cannot be combined with another format")
         return self
 
     @property
-    def forced(self) -> list[Function]:
-        """The functions of which one must be called; empty where none must."""
+    def forced_functions(self) -> list[Function]:
+        """Functions of which one must be called. Empty if no call is forced."""
         functions = [tool.function for tool in self.tools or ()]
         if isinstance(self.tool_choice, Tool):
             return [function for function in functions if function.name == self.tool_choice.function.name]
         return functions if self.tool_choice == "required" else []
 
     @property
-    def offered(self) -> list[Tool]:
-        """The tools that the model is told of."""
+    def offered_tools(self) -> list[Tool]:
+        """Tools that the prompt contains."""
         return [] if self.tool_choice == "none" else list(self.tools or ())
 
     @property
     def prompts(self) -> list[list[Message]]:
-        """What is answered: one conversation."""
+        """The conversation as a list with one element."""
         return [self.messages]
 
     @property
-    def shown(self) -> object:
-        """What the log shows of it, where it does."""
+    def log_value(self) -> object:
+        """Prompt for the request log."""
         return [message.as_turn() for message in self.messages]
 
 
-MOST_PROMPTS = 1024
+MAX_PROMPTS = 1024
 
 
 class CompletionRequest(TextFields):
-    """The body of ``/v1/completions``."""
+    """Body of ``/v1/completions``."""
 
     unsupported: ClassVar[Mapping[str, tuple[tuple[object, ...], str]]] = {
-        "suffix": (("",), "texts are written at the end of a prompt")
+        "suffix": (("",), "text is only generated after the prompt")
     }
 
     prompt: (
         str
         | Tokens
-        | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MOST_PROMPTS)]
-        | Annotated[list[Tokens], Field(fail_fast=True, min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Tokens], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
     )
     max_tokens: int | None = Field(16, ge=0, le=1 << 30)
     echo: bool | None = False
@@ -558,16 +573,16 @@ class CompletionRequest(TextFields):
     @model_validator(mode="after")
     def _consistent(self) -> CompletionRequest:
         if self.best_of not in (None, self.choices):
-            raise wrong("'best_of' other than 'n' is not supported: ask for more texts with 'n', and choose")
+            raise invalid_field("'best_of' other than 'n' is not supported: increase 'n' and choose yourself")
         if self.max_tokens == 0 and not self.echo:
-            raise wrong("'max_tokens' of 0 needs 'echo': true")
+            raise invalid_field("'max_tokens' of 0 needs 'echo': true")
         if self.echo and self.constraint() is not None:
-            raise wrong("'echo' and a format do not go together")
+            raise invalid_field("'echo' cannot be combined with a format")
         return self
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """The prompts, each as text or token ids."""
+        """Prompts as text or token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
@@ -575,6 +590,6 @@ class CompletionRequest(TextFields):
         return list(self.prompt)  # type: ignore[arg-type]
 
     @property
-    def shown(self) -> object:
-        """What the log shows of it, where it does."""
+    def log_value(self) -> object:
+        """Prompt for the request log."""
         return self.prompt

@@ -1,7 +1,4 @@
-"""What an application serves: one value that holds the engine and what goes with it, and the routes that name it.
-
-It is the seam to the rest of deltaw: a test makes it of a toy, the command line of a real model.
-"""
+"""Description of a served model, and the routes that list models and load adapters."""
 
 from __future__ import annotations
 
@@ -18,191 +15,212 @@ from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
 from pydantic import Field
 
-from deltaw.contained import of_host
 from deltaw.errors import UserError
-from deltaw.serving.http.errors import TOLD, ApiError, answer, json_response, no_model, refusals, refused
-from deltaw.serving.http.requests import Fields, described, read_json, record_of
+from deltaw.serving.http.errors import (
+    COMMON_REFUSALS,
+    ApiError,
+    error_responses,
+    json_response,
+    success_response,
+    to_api_error,
+    unknown_model_error,
+)
+from deltaw.serving.http.requests import Fields, read_json, record_of, request_body_schema
 from deltaw.serving.http.settings import NAME, ServerSettings
 from deltaw.serving.http.tool_calls import CallForm
 from deltaw.serving.request import EngineLoad, TextEngine
+from deltaw.untrusted_paths import is_remote_path
 
 
-class Prompts(Protocol):
-    """Prompts of one adapter, or of the base model, as tokens; may be called from any thread."""
+class TokenizedPrompts(Protocol):
+    """Tokenizes prompts for one adapter or the base model. All methods are thread-safe."""
 
     @property
     def call_form(self) -> CallForm | None:
-        """How its chat template lets a model write calls of tools; None where it has no tools."""
+        """Tool call format of the chat template, or None if it does not support tools."""
 
     def chat(self, messages: Sequence[dict[str, object]], tools: Sequence[dict[str, object]]) -> np.ndarray:
-        """A conversation through what opens the assistant's turn: (length,) token ids.
+        """Return the (length,) token ids of a conversation, up to the start of the assistant's turn.
 
         Raises:
-            UserError: the template does not take it.
+            UserError: if the chat template rejects the messages.
         """
 
     def text(self, text: str) -> np.ndarray:
-        """Plain text with the tokens that open every text: (length,) token ids."""
+        """Return the (length,) token ids of a text, with initial special tokens."""
 
     def token_bytes(self, token: int) -> bytes:
-        """What a token stands for in a text."""
+        """Return the bytes of a token in a text."""
 
 
-class Shelf(Protocol):
-    """Adapters that come and go while an engine runs."""
+class AdapterStore(Protocol):
+    """Adapters that can be loaded and unloaded while an engine is running."""
 
     def add(self, name: str, folder: Path) -> object:
-        """Make an adapter known.
+        """Add an adapter.
 
         Raises:
-            UserError: the folder holds no adapter, or none for this model, or the name is taken.
+            UserError: if the folder is not an adapter of this model, or the name is taken.
         """
 
     def swap(self, name: str, folder: Path) -> object:
-        """Let a known name stand for another folder's adapter; texts in hand are written to their end.
+        """Replace the adapter of a name. Running requests finish with the previous one.
 
         Raises:
-            UserError: as ``add``; the adapter from before then stays.
+            UserError: as :meth:`add`. The previous adapter remains then.
         """
 
     def remove(self, name: str) -> object:
-        """Forget an adapter; texts in hand are written to their end.
+        """Remove an adapter. Running requests finish with it.
 
         Raises:
-            UserError: there is none of that name.
+            UserError: if no adapter has this name.
         """
 
 
 @dataclass(frozen=True)
 class Served:
-    """All that an application knows of what it serves.
+    """Model that an application serves.
 
     Args:
-        name: of the base model in requests. reference: what it was loaded from, as a person named it.
-        engine: writes texts; None where the model writes none, and only ``routers`` answer.
-        prompts: of an adapter by its name, or of the base model for None.
-        positions: the most tokens of a prompt and its text; None where the engine alone knows.
-        shelf: where adapters are added and removed; None where they are fixed.
-        load: what the engine is doing.
-        close: ends what is still being written, and lets go of what it took.
-        routers: more routes: embeddings, classes, a page. open_paths: those of them that need no key.
-        others: names besides the base model's where there is no engine, such as a classifier's adapters.
+        name: Name of the base model in requests.
+        engine: Engine that generates text, or None if only ``routers`` serve the model.
+        prompts: Returns the tokenizer of an adapter by name, or of the base model for None.
+        reference: Reference from which the model was loaded.
+        positions: Maximum number of tokens of a prompt and its completion, or None if unknown.
+        adapter_store: Loads and unloads adapters, or None if the adapters are fixed.
+        load: Returns the load of the engine.
+        close: Stops the engine and releases its resources.
+        routers: Additional routes, for example embeddings or a web page.
+        open_paths: Paths in ``routers`` that need no API key.
+        other_names: Names of adapters if there is no engine.
     """
 
     name: str
     engine: TextEngine | None
-    prompts: Callable[[str | None], Prompts]
+    prompts: Callable[[str | None], TokenizedPrompts]
     reference: str = ""
     positions: int | None = None
-    shelf: Shelf | None = None
+    adapter_store: AdapterStore | None = None
     load: Callable[[], EngineLoad] = EngineLoad
     close: Callable[[], None] = field(default=lambda: None)
     routers: tuple[APIRouter, ...] = ()
     open_paths: frozenset[str] = frozenset()
-    others: tuple[str, ...] = ()
+    other_names: tuple[str, ...] = ()
 
     def adapters(self) -> tuple[str, ...]:
-        """The names that requests may give besides the base model's."""
-        return self.others if self.engine is None else self.engine.adapters()
+        """Return the names of the adapters."""
+        return self.other_names if self.engine is None else self.engine.adapters()
 
 
-class UnloadAdapter(Fields):
-    """The body of ``/v1/unload_lora_adapter``."""
+class UnloadAdapterRequest(Fields):
+    """Body of ``/v1/unload_lora_adapter``."""
 
     lora_name: str = Field(pattern=f"^{NAME.pattern}$")
 
 
-class LoadAdapter(UnloadAdapter):
-    """The body of ``/v1/load_lora_adapter``."""
+class LoadAdapterRequest(UnloadAdapterRequest):
+    """Body of ``/v1/load_lora_adapter``."""
 
     lora_path: str = Field(min_length=1, max_length=1024)
-    load_inplace: bool = Field(default=False, description="take the place of the adapter of this name")
+    load_inplace: bool = Field(default=False, description="replace the adapter of this name")
 
 
 def models_router(served: Served) -> APIRouter:
-    """The routes that list models."""
+    """Return the routes that list models."""
     router = APIRouter()
     started = int(time.time())
 
     def entry(name: str) -> dict[str, object]:
-        told = {"id": name, "object": "model", "created": started, "owned_by": "deltaw"}
+        fields = {"id": name, "object": "model", "created": started, "owned_by": "deltaw"}
         if name == served.name:
-            return {**told, "root": served.reference or name, "parent": None}
-        return {**told, "root": name, "parent": served.name}
+            return {**fields, "root": served.reference or name, "parent": None}
+        return {**fields, "root": name, "parent": served.name}
 
-    @router.get("/v1/models", summary="List the base model and its adapters", responses=answer("Models") | TOLD)
+    @router.get(
+        "/v1/models", summary="List base model and adapters", responses=success_response("Models") | COMMON_REFUSALS
+    )
     async def models() -> Response:
         names = [served.name, *sorted(served.adapters())]
         return json_response({"object": "list", "data": [entry(name) for name in names]})
 
-    @router.get("/v1/models/{model:path}", summary="One model", responses=answer("The model") | TOLD | refusals(404))
+    @router.get(
+        "/v1/models/{model:path}",
+        summary="One model",
+        responses=success_response("The model") | COMMON_REFUSALS | error_responses(404),
+    )
     async def model(model: str) -> Response:
         if model != served.name and model not in served.adapters():
-            raise no_model(model)
+            raise unknown_model_error(model)
         return json_response(entry(model))
 
     return router
 
 
-def adapters_router(served: Served, shelf: Shelf, settings: ServerSettings) -> APIRouter:
-    """vLLM's routes that load and unload adapters, from below ``settings.adapters_from`` alone."""
+def adapters_router(served: Served, adapter_store: AdapterStore, settings: ServerSettings) -> APIRouter:
+    """Return vLLM's routes that load and unload adapters. Folders must be below ``settings.adapters_from``."""
     assert settings.adapters_from is not None
     root, limits = settings.adapters_from, settings.limits
-    told = answer("What was done", "text/plain") | TOLD | refusals(404, 408, 413, 415, 500)
-    router = APIRouter(responses=told, default_response_class=PlainTextResponse)
+    responses = success_response("Success", "text/plain") | COMMON_REFUSALS | error_responses(404, 408, 413, 415, 500)
+    router = APIRouter(responses=responses, default_response_class=PlainTextResponse)
     changing = asyncio.Lock()
 
-    @router.post("/v1/load_lora_adapter", summary="Load an adapter", openapi_extra=described(LoadAdapter))
+    @router.post(
+        "/v1/load_lora_adapter", summary="Load an adapter", openapi_extra=request_body_schema(LoadAdapterRequest)
+    )
     async def load(request: Request) -> Response:
-        asked = await read_json(request, LoadAdapter, limits)
-        name, folder = asked.lora_name, folder_below(root, asked.lora_path)
+        body = await read_json(request, LoadAdapterRequest, limits)
+        name, folder = body.lora_name, resolve_adapter_folder(root, body.lora_path)
         async with changing:
-            known = served.adapters()
+            names = served.adapters()
             if name == served.name:
                 raise ApiError(400, f"'{name}' is the base model", param="lora_name")
-            if name not in known and len(known) >= settings.max_adapters:
-                message = f"{len(known)} adapters are loaded, and {settings.max_adapters} may be: unload one first"
+            if name not in names and len(names) >= settings.max_adapters:
+                message = f"{len(names)} adapters are loaded, the maximum is {settings.max_adapters}: unload one first"
                 raise ApiError(400, message, param="lora_path")
-            put = shelf.swap if asked.load_inplace and name in known else shelf.add
+            load_adapter = adapter_store.swap if body.load_inplace and name in names else adapter_store.add
             try:
-                await asyncio.get_running_loop().run_in_executor(None, put, name, folder)
+                await asyncio.get_running_loop().run_in_executor(None, load_adapter, name, folder)
             except UserError as error:
-                # Where it lies on this machine is not for everybody.
-                raise refused(UserError(error.what, hint=error.hint), param="lora_path") from error
+                # Do not reveal paths of this machine.
+                raise to_api_error(UserError(error.message, hint=error.hint), param="lora_path") from error
         record_of(request.scope).model = name
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
-    @router.post("/v1/unload_lora_adapter", summary="Unload an adapter", openapi_extra=described(UnloadAdapter))
+    @router.post(
+        "/v1/unload_lora_adapter", summary="Unload an adapter", openapi_extra=request_body_schema(UnloadAdapterRequest)
+    )
     async def unload(request: Request) -> Response:
-        name = (await read_json(request, UnloadAdapter, limits)).lora_name
+        name = (await read_json(request, UnloadAdapterRequest, limits)).lora_name
         async with changing:
             if name not in served.adapters():
                 raise ApiError(404, f"there is no adapter '{name}'", param="lora_name", code="model_not_found")
-            await asyncio.get_running_loop().run_in_executor(None, shelf.remove, name)
+            await asyncio.get_running_loop().run_in_executor(None, adapter_store.remove, name)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
     return router
 
 
-def folder_below(root: Path, path: str) -> Path:
-    """The folder that a request names, which lies below ``root`` when all links are followed.
+def resolve_adapter_folder(root: Path, path: str) -> Path:
+    """Return the real path of a requested folder below ``root``.
 
-    What leads out of ``root`` is refused like what does not exist, so that nobody learns what lies elsewhere.
+    Paths outside ``root`` cause the same error as missing folders, so that requests cannot probe the file system.
 
     Args:
-        path: relative to ``root``, or absolute.
+        root: Folder of the adapters.
+        path: Path relative to ``root``, or absolute.
 
     Raises:
-        ApiError: 404, there is no such folder there.
+        ApiError: 404 if the folder does not exist below ``root``.
     """
-    missing = ApiError(404, "there is no such folder below the one for adapters", param="lora_path", code="not_found")
-    if not path.isprintable() or of_host(path):
+    missing = ApiError(404, "no such folder below the folder for adapters", param="lora_path", code="not_found")
+    if not path.isprintable() or is_remote_path(path):
         raise missing
     top = os.path.realpath(root)
     try:
-        found = os.path.realpath(os.path.join(top, path), strict=True)
+        resolved = os.path.realpath(os.path.join(top, path), strict=True)
     except (OSError, ValueError):
         raise missing from None
-    if found == top or not Path(found).is_relative_to(top) or not os.path.isdir(found):
+    if resolved == top or not Path(resolved).is_relative_to(top) or not os.path.isdir(resolved):
         raise missing
-    return Path(found)
+    return Path(resolved)

@@ -1,7 +1,4 @@
-"""What a server is told: where it listens, who may ask, and how much of everything one request may take.
-
-Knows values and their bounds; not HTTP.
-"""
+"""Settings of the HTTP server: address, authentication and limits."""
 
 from __future__ import annotations
 
@@ -12,33 +9,35 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltaw.errors import UserError, checked_key
+from deltaw.errors import UserError, validate_key
 from deltaw.hub.folders import resolve_hub_id
 
-# The names that adapters may have in requests: they stand in JSON, logs and metrics, never in paths.
+# Valid adapter names. Names appear in JSON, logs and metrics, but not in paths.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-# An API key, besides those of flags and files.
+# Environment variable with an API key.
 KEY_VARIABLE = "DELTAW_API_KEY"
-# The shortest key that is worth one.
-SHORTEST_KEY = 8
+# Minimum length of an API key.
+MIN_KEY_LENGTH = 8
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that requests may take.
+    """Limits of requests and connections.
 
     Args:
-        body: bytes of a request's body. bodies: of those of all requests in hand.
-        depth: JSON containers within one another.
-        prompt: tokens of one prompt. new_tokens: tokens of one text.
-        choices: texts of one request, over its prompts and ``n``.
-        queue: texts in hand at once, waiting or being written; more are refused with 429.
-        connections: open connections at once; more are answered 503.
-        seconds: for one request's texts, from the submission on.
-        body_seconds: for a request's header, and once more for its body, to arrive.
-        write_seconds: for a client to take what was written for it, before its connection is closed.
-        keep_alive: seconds that an idle connection stays open.
-        shutdown_seconds: for texts in hand to end at shutdown, before they are cancelled.
+        body: Maximum size of a request body in bytes.
+        bodies: Maximum total size of the bodies of pending requests in bytes.
+        depth: Maximum nesting depth of JSON.
+        prompt: Maximum number of tokens of a prompt.
+        new_tokens: Maximum number of tokens to generate per completion.
+        choices: Maximum number of completions per request, over all prompts and ``n``.
+        queue: Maximum number of pending completions. Further requests are answered with status 429.
+        connections: Maximum number of open connections. Further connections are answered with status 503.
+        seconds: Time limit for generation, from submission on.
+        body_seconds: Time limit for receiving a header, and for receiving a body.
+        write_seconds: Time limit for a client to read sent data, after which its connection is closed.
+        keep_alive: Seconds until an idle connection is closed.
+        shutdown_seconds: Seconds at shutdown until pending completions are cancelled.
     """
 
     body: int = 4 << 20
@@ -58,20 +57,22 @@ class Limits:
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """Where a server listens and whom it answers.
+    """Settings of a server.
 
     Args:
-        host: an address or a host's name. port: 0 for any free one.
-        keys: API keys, of which a request must bring one; none for anybody.
-        hosts: names that a request's Host header may have, besides those of the loopback interface; checked
-            where the server listens on the loopback interface, or where any are given. It keeps web pages
-            from reaching the server through a name that they made point to it (DNS rebinding).
-        origins: whose web pages may ask (CORS).
-        adapters_from: the folder below which adapters may be loaded by request; None: they may not.
-        share_cache: whether what was computed for the prompts of one key is used for those of others.
-        max_adapters: names of adapters that there may be at once.
-        log_prompts: whether the log shows what was asked.
-        certificate, certificate_key: files for TLS.
+        host: Address or host name to listen on.
+        port: Port to listen on. 0 for any free port.
+        keys: API keys, one of which a request must contain. Empty to disable authentication.
+        hosts: Permitted Host headers, in addition to names of the loopback interface. The header is checked on the
+            loopback interface, or if ``hosts`` is not empty. This prevents DNS rebinding attacks by web pages.
+        origins: Permitted origins of web pages (CORS).
+        adapters_from: Folder below which requests may load adapters, or None to disable loading.
+        share_cache: Share the prefix cache between API keys.
+        max_adapters: Maximum number of adapters.
+        log_prompts: Log prompts.
+        certificate: Certificate file for TLS, or None.
+        certificate_key: Key file of the certificate, or None.
+        limits: Limits of requests.
     """
 
     host: str = "127.0.0.1"
@@ -89,98 +90,98 @@ class ServerSettings:
 
     @property
     def loopback(self) -> bool:
-        """Whether only this machine reaches the server."""
+        """True if only this machine can connect to the server."""
         return is_loopback(self.host)
 
     def check(self, *, without_key: bool = False) -> None:
-        """Refuse settings that cannot be meant.
+        """Validate the settings.
 
         Args:
-            without_key: whether anybody who reaches the address may ask.
+            without_key: Allow other machines to connect without an API key.
 
         Raises:
-            UserError: a key that is too short, an address for others without keys, a folder that is none.
+            UserError: if a key is too short, an accessible address has no keys, or a file or folder does not exist.
         """
         for key in self.keys:
-            if len(key) < SHORTEST_KEY or not key.isascii() or not key.isprintable() or " " in key:
-                what = f"an API key must have {SHORTEST_KEY} or more printable ASCII characters and no spaces"
-                raise UserError(what, hint="make one: python -c 'import secrets; print(secrets.token_urlsafe(32))'")
+            if len(key) < MIN_KEY_LENGTH or not key.isascii() or not key.isprintable() or " " in key:
+                message = f"an API key must have {MIN_KEY_LENGTH} or more printable ASCII characters and no spaces"
+                raise UserError(message, hint="create it: python -c 'import secrets; print(secrets.token_urlsafe(32))'")
         if not self.loopback and not self.keys and not without_key:
-            hint = "set DELTAW_API_KEY or --api-key-file, or give --without-key if another program checks who asks"
-            raise UserError(f"others reach {self.host}, and there is no API key", where="--host", hint=hint)
+            hint = "set DELTAW_API_KEY or --api-key-file, or use --without-key if a proxy authenticates requests"
+            raise UserError(f"{self.host} accepts other machines without an API key", location="--host", hint=hint)
         if self.adapters_from is not None and not self.adapters_from.is_dir():
-            raise UserError("there is no such folder", where=f"--adapters-from {self.adapters_from}")
+            raise UserError("no such folder", location=f"--adapters-from {self.adapters_from}")
         if (self.certificate is None) != (self.certificate_key is None):
-            raise UserError("TLS needs a certificate and its key", hint="give --certificate and --certificate-key")
+            raise UserError("TLS needs a certificate and its key", hint="use --certificate and --certificate-key")
         for path in (self.certificate, self.certificate_key):
             if path is not None and not path.is_file():
-                raise UserError("there is no such file", where=str(path))
+                raise UserError("no such file", location=str(path))
 
-    def described(self) -> list[str]:
-        """The settings as lines for a person; keys are counted, not shown."""
+    def summary_lines(self) -> list[str]:
+        """Return a summary of the settings as text lines. Keys are only counted."""
         limits = self.limits
-        who = "an API key" if self.keys else ""
+        keys_text = "an API key" if self.keys else ""
         if len(self.keys) > 1:
-            cached = "one cache of prompts" if self.share_cache else "a cache of prompts for each"
-            who = f"one of {len(self.keys)} API keys, with {cached}"
+            cached = "a shared prompt cache" if self.share_cache else "separate prompt caches"
+            keys_text = f"one of {len(self.keys)} API keys, with {cached}"
         lines = [
-            f"requests need {who}" if who else "requests need no API key",
-            f"at most {limits.queue} texts in hand, {limits.new_tokens:,} new tokens a text, "
-            f"{limits.choices} texts and {limits.body:,} bytes a request, {limits.seconds:g} s for it",
+            f"requests need {keys_text}" if keys_text else "requests need no API key",
+            f"limits: {limits.queue} pending completions, {limits.new_tokens:,} new tokens per completion, "
+            f"{limits.choices} completions, {limits.body:,} bytes and {limits.seconds:g} s per request",
         ]
         if self.adapters_from is not None:
             lines.append(f"requests may load adapters from below {self.adapters_from}")
         if not self.loopback and self.certificate is None:
-            passing = "requests and keys pass unencrypted: use --certificate, or a proxy with TLS"
-            lines.append(f"warning: others reach {self.host}, and {passing}")
+            advice = "requests and keys are unencrypted: use --certificate, or a proxy with TLS"
+            lines.append(f"warning: {self.host} accepts other machines, and {advice}")
         if not self.loopback and not self.keys:
-            lines.append(f"warning: whoever reaches {self.host} may ask")
+            lines.append(f"warning: {self.host} accepts requests of other machines without an API key")
         return lines
 
 
-def read_keys(given: Sequence[str], file: Path | None) -> tuple[str, ...]:
-    """The API keys of flags, of a file with one a line, and of DELTAW_API_KEY.
+def read_keys(flag_keys: Sequence[str], file: Path | None) -> tuple[str, ...]:
+    """Return the API keys from command-line flags, a file with one key per line, and DELTAW_API_KEY.
 
     Raises:
-        UserError: the file cannot be read, or holds none.
+        UserError: if the file cannot be read or contains no key.
     """
-    keys = [*given]
+    keys = [*flag_keys]
     if file is not None:
         try:
             lines = file.read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"the keys cannot be read: {error}", where=str(file)) from error
-        of_file = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-        if not of_file:
-            raise UserError("there is no key in the file", where=str(file), hint="write one a line")
-        keys += of_file
+            raise UserError(f"the keys cannot be read: {error}", location=str(file)) from error
+        file_keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if not file_keys:
+            raise UserError("the file contains no key", location=str(file), hint="write one key per line")
+        keys += file_keys
     if os.environ.get(KEY_VARIABLE):
         keys.append(os.environ[KEY_VARIABLE])
-    return tuple(checked_key(key, "--api-key, its file or DELTAW_API_KEY") for key in dict.fromkeys(keys))
+    return tuple(validate_key(key, "--api-key, its file or DELTAW_API_KEY") for key in dict.fromkeys(keys))
 
 
-def named_folders(given: Sequence[str]) -> dict[str, Path]:
-    """Adapters as they are named on the command line: ``name=folder``, or a hub id in the folder's place.
+def read_adapter_folders(arguments: Sequence[str]) -> dict[str, Path]:
+    """Parse adapters from the command line: ``name=folder`` or ``name=HUB_ID``.
 
     Raises:
-        UserError: one is not written so, its name is none, or is given twice.
+        UserError: if an argument is malformed, or a name is invalid or used twice.
     """
     folders: dict[str, Path] = {}
-    for text in given:
+    for text in arguments:
         name, equals, folder = text.partition("=")
         if not equals or not folder:
-            raise UserError(f"'{text}' is no adapter", where="--adapter", hint="write --adapter name=folder")
+            raise UserError(f"'{text}' is not an adapter", location="--adapter", hint="use --adapter name=folder")
         check_name(name, "--adapter")
         if name in folders:
-            raise UserError(f"two adapters are named '{name}'", where="--adapter")
+            raise UserError(f"two adapters are named '{name}'", location="--adapter")
         if not Path(folder).is_dir() and resolve_hub_id(folder) is None:
-            raise UserError("there is no such folder", where=f"--adapter {text}")
+            raise UserError("no such folder", location=f"--adapter {text}")
         folders[name] = Path(folder)
     return folders
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address, or a host's name, is the loopback interface's."""
+    """True if an address or a host name is that of the loopback interface."""
     if host == "localhost":
         return True
     try:
@@ -189,13 +190,13 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def check_name(name: str, where: str) -> str:
-    """A name for an adapter.
+def check_name(name: str, location: str) -> str:
+    """Validate the name of an adapter, and return it.
 
     Raises:
-        UserError: it has other characters than letters, digits, ``.``, ``_`` and ``-``, or is too long.
+        UserError: if it contains characters other than letters, digits, ``.``, ``_`` and ``-``, or is too long.
     """
     if not NAME.fullmatch(name):
         hint = "use up to 128 letters, digits, '.', '_' and '-', the first a letter or a digit"
-        raise UserError(f"{name[:80]!r} is not a valid name of an adapter", where=where, hint=hint)
+        raise UserError(f"{name[:80]!r} is not a valid adapter name", location=location, hint=hint)
     return name

@@ -1,6 +1,6 @@
-"""Calls of tools in a text, in the forms that chat templates teach models, and the schema of a forced call.
+"""Parse tool calls in completions, in the formats of common chat templates, and build schemas of forced calls.
 
-A form is recognized by the template's own text. What is not a whole call of a tool that was offered stays
+The format is recognized by the text of the chat template. Text that is not a complete call of an offered tool remains
 text.
 """
 
@@ -20,13 +20,13 @@ _DECODER = json.JSONDecoder()
 
 @dataclass(frozen=True)
 class CallForm:
-    """How a model writes calls.
+    """Format in which a model writes tool calls.
 
     Attributes:
-        opening: the text before each call; empty where a call begins the answer itself, with a brace.
-        closing: the text after each call; may be empty.
-        arguments: the key of a call's arguments.
-        mark: the token that ``opening`` is, where it is a special one, which texts do not show.
+        opening: Text before each call. Empty if the completion itself is a JSON call.
+        closing: Text after each call, possibly empty.
+        arguments: JSON key of the arguments.
+        mark: Token id of ``opening`` if it is a special token, which is not part of the decoded text.
     """
 
     opening: str
@@ -34,15 +34,17 @@ class CallForm:
     arguments: str = "arguments"
     mark: int | None = None
 
-    def begins(self, text: str) -> int | None:
-        """Where a call may begin in a text that goes on: of its opening, or of the first part of it at the
-        text's end. None if nothing so far can become a call."""
+    def call_start(self, text: str) -> int | None:
+        """Return the index at which a call may start in an incomplete text, or None.
+
+        A prefix of ``opening`` at the end of the text counts as a possible start.
+        """
         if not self.opening:
             start = len(text) - len(text.lstrip())
             return start if start == len(text) or text[start] == "{" else None
-        at = text.find(self.opening)
-        if at >= 0:
-            return at
+        index = text.find(self.opening)
+        if index >= 0:
+            return index
         for length in range(min(len(self.opening) - 1, len(text)), 0, -1):
             if self.opening.startswith(text[-length:]):
                 return len(text) - length
@@ -50,27 +52,32 @@ class CallForm:
 
 
 @dataclass(frozen=True)
-class Call:
-    """A call: the tool's name, and its arguments as JSON text."""
+class ToolCallRequest:
+    """Tool call in a completion.
+
+    Attributes:
+        name: Name of the tool.
+        arguments: Arguments as JSON text.
+    """
 
     name: str
     arguments: str
 
     def as_dict(self) -> dict[str, object]:
-        """As an answer has it, with an id of its own."""
+        """Return the call in the response format, with a new id."""
         return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": asdict(self)}
 
 
 HERMES = CallForm("<tool_call>", "</tool_call>")
-PIPED = CallForm("<|tool_call|>", "<|/tool_call|>")  # of Phi-4-mini and Granite
+PIPED = CallForm("<|tool_call|>", "<|/tool_call|>")  # Phi-4-mini and Granite
 MISTRAL = CallForm("[TOOL_CALLS]")
 LLAMA = CallForm("", arguments="parameters")
-# A forced call: the text is the call, by its schema.
+# For a forced call, whose completion is a JSON call that matches a schema.
 FORCED = CallForm("")
 
 
 def form_of(template: str) -> CallForm | None:
-    """The form that a chat template teaches; None where it is not known."""
+    """Return the tool call format of a chat template, or None if it is unknown."""
     if "<tool_call>" in template and "<function=" not in template:
         return HERMES
     if PIPED.opening in template:
@@ -82,93 +89,99 @@ def form_of(template: str) -> CallForm | None:
     return None
 
 
-def parse_calls(text: str, form: CallForm, names: Sequence[str]) -> tuple[str, list[Call]]:
-    """A whole text as what was said besides calls, and the calls.
+def parse_calls(text: str, form: CallForm, names: Sequence[str]) -> tuple[str, list[ToolCallRequest]]:
+    """Split a complete text into its text outside of calls and the calls.
 
     Args:
-        names: of the tools that were offered.
+        text: The text.
+        form: Format of the calls.
+        names: Names of the offered tools.
 
     Returns:
-        the text itself and no call where any call in it is not one of these tools', or is not whole.
+        The text and the calls. If any call is incomplete or of another tool, the unchanged text and no calls.
     """
-    calls: list[Call] = []
-    said, *rest = text.split(form.opening) if form.opening else ("", text)
-    for part in rest:
+    calls: list[ToolCallRequest] = []
+    content, *parts = text.split(form.opening) if form.opening else ("", text)
+    for part in parts:
         body, _, after = part.partition(form.closing) if form.closing else (part, "", "")
-        found = _calls_in(body, form, names)
-        if not found:
+        part_calls = _calls_in(body, form, names)
+        if not part_calls:
             return text, []
-        calls += found
-        said += after if after.strip() else ""
-    return said.strip() if calls else text, calls
+        calls += part_calls
+        content += after if after.strip() else ""
+    return content.strip() if calls else text, calls
 
 
 class CallScan:
-    """Divides a text that is still being written into what is said and what may become calls.
+    """Streaming parser that withholds text that may become a tool call.
 
     Args:
-        form: of calls. names: of the tools that were offered.
+        form: Format of the calls.
+        names: Names of the offered tools.
     """
 
     def __init__(self, form: CallForm, names: Sequence[str]) -> None:
         self._form, self._names = form, names
-        self._held, self._spoke = "", False
+        self._withheld, self._has_text = "", False
 
     def feed(self, text: str, tokens: Sequence[int] = ()) -> str:
-        """The next part of the text, with its tokens: what of all so far can be said now."""
+        """Add text with its tokens. Return the text that can be emitted."""
         if self._form.mark is not None and self._form.mark in tokens:
             text = self._form.opening + text
-        self._held += text
-        at = None if self._spoke and not self._form.opening else self._form.begins(self._held)
-        said = self._held if at is None else self._held[:at]
-        self._held = self._held[len(said) :]
-        self._spoke = self._spoke or bool(said.strip())
-        return said
+        self._withheld += text
+        start = None if self._has_text and not self._form.opening else self._form.call_start(self._withheld)
+        emitted = self._withheld if start is None else self._withheld[:start]
+        self._withheld = self._withheld[len(emitted) :]
+        self._has_text = self._has_text or bool(emitted.strip())
+        return emitted
 
-    def end(self) -> tuple[str, list[Call]]:
-        """At the text's end: what is left to say, and the calls."""
-        return parse_calls(self._held, self._form, self._names) if self._held else ("", [])
+    def end(self) -> tuple[str, list[ToolCallRequest]]:
+        """Return the remaining text and the calls at the end of the completion."""
+        return parse_calls(self._withheld, self._form, self._names) if self._withheld else ("", [])
 
 
 def forced_schema(functions: Sequence[tuple[str, dict[str, Any] | None]]) -> dict[str, Any]:
-    """The JSON schema of one call of any of these functions, given with the schemas of their arguments.
+    """Return the JSON schema of one call of any of these functions.
+
+    Args:
+        functions: Names of the functions, with the JSON schemas of their arguments.
 
     Raises:
-        UserError: two functions' schemas define one name differently.
+        UserError: if the schemas of two functions define one name differently.
     """
     definitions: dict[str, dict[str, Any]] = {}
     options = []
     for name, parameters in functions:
         arguments = dict(parameters or {"type": "object"})
-        # References to definitions count from the root, where these move.
+        # References are resolved from the root, so definitions move to it.
         for key in ("$defs", "definitions"):
             for defined, schema in (arguments.pop(key, None) or {}).items():
                 if definitions.setdefault(key, {}).setdefault(defined, schema) != schema:
-                    raise UserError(f"two tools define '{defined}' differently", where="tools")
+                    raise UserError(f"two tools define '{defined}' differently", location="tools")
         properties = {"name": {"const": name}, "arguments": arguments}
         required = {"required": [*properties], "additionalProperties": False}
         options.append({"type": "object", "properties": properties, **required})
-    whole: dict[str, Any] = options[0] if len(options) == 1 else {"anyOf": options}
-    return {**whole, **definitions}
+    combined: dict[str, Any] = options[0] if len(options) == 1 else {"anyOf": options}
+    return {**combined, **definitions}
 
 
-def _calls_in(body: str, form: CallForm, names: Sequence[str]) -> list[Call]:
-    """The calls in what stands between the marks; none at all unless all of it is calls."""
-    if form.opening == MISTRAL.opening and (named := re.match(r"\s*([\w.-]+)\[ARGS\]", body)):
-        body = json.dumps({"name": named[1]})[:-1] + ', "arguments": ' + body[named.end() :] + "}"
-    found: list[Call] = []
+def _calls_in(body: str, form: CallForm, names: Sequence[str]) -> list[ToolCallRequest]:
+    """Return the calls in the text between the marks, or an empty list if it contains anything else."""
+    if form.opening == MISTRAL.opening and (mistral_name := re.match(r"\s*([\w.-]+)\[ARGS\]", body)):
+        body = json.dumps({"name": mistral_name[1]})[:-1] + ', "arguments": ' + body[mistral_name.end() :] + "}"
+    calls: list[ToolCallRequest] = []
     rest = body.strip()
     while rest:
         try:
             value, end = _DECODER.raw_decode(rest)
         except (ValueError, RecursionError):
             return []
-        for one in value if isinstance(value, list) else [value]:
-            if not isinstance(one, dict) or one.get("name") not in names:
+        for item in value if isinstance(value, list) else [value]:
+            if not isinstance(item, dict) or item.get("name") not in names:
                 return []
-            arguments = one.get(form.arguments, one.get("arguments", {}))
+            arguments = item.get(form.arguments, item.get("arguments", {}))
             if not isinstance(arguments, dict):
                 return []
-            found.append(Call(str(one["name"]), json.dumps(arguments, ensure_ascii=False)))
+            calls.append(ToolCallRequest(str(item["name"]), json.dumps(arguments, ensure_ascii=False)))
         rest = rest[end:].lstrip("; \n\t")
-    return found
+    return calls

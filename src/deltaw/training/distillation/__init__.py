@@ -1,1 +1,1 @@
-"""Learning the probabilities that a teacher gives each token."""
+"""Knowledge distillation from teacher models."""

@@ -1,8 +1,8 @@
-"""Lessons: before a step it is settled who writes the completion of each row, and what is kept of the teacher.
+"""Completions for distillation: generate and store teacher answers, and sample from the student.
 
-Which rows the student writes follows from the seed, the step and the row alone. What the teacher writes, and its
-likeliest tokens, are computed once, before the first step, and kept in files that appear whole: a run that was stopped
-finds them again. Knows no engine: what samples is handed in.
+Whether the student samples the completion of a row depends only on the seed, the step and the row. Answers and top
+tokens of the teacher are computed once, before the first step, and stored in atomically written files, which a resumed
+run reuses.
 """
 
 from __future__ import annotations
@@ -19,35 +19,40 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from deltaw.data.lessons import Lesson
+from deltaw.atomic_files import atomic_path, write_text
+from deltaw.data.distill_rows import DistillExample
 from deltaw.data.row_store import digest_of_rows, key_of
-from deltaw.durable import replacing, write_text
 from deltaw.errors import UserError
 from deltaw.hub.loading import has_values
-from deltaw.runtime.generation import Drawing, Drawn, Sampler
+from deltaw.progress import track_progress
+from deltaw.runtime.generation import SampledCompletion, Sampler, SamplingParams
 from deltaw.task_settings import DistillSettings
 from deltaw.training.distillation.loss import DistillObjective
 from deltaw.training.distillation.teachers import Teacher
 from deltaw.training.microbatches import AnyBatcher, Feed
-from deltaw.training.parallel.reducer import ALONE, Reducer
-from deltaw.working import working
+from deltaw.training.parallel.reducer import SINGLE_PROCESS, Reducer
 
-# Within a run's folder.
+# Subfolder of a run.
 FOLDER = "teacher"
-ANSWERS, LIKELIEST = "answers.json", "likeliest.npy"
-# Rows whose likeliest tokens are computed at once.
-_AT_ONCE = 64
+ANSWERS, TOP_TOKENS = "answers.json", "likeliest.npy"
+# Rows per computation of top tokens.
+_ROWS_PER_PASS = 64
 
 
-class LessonFeed(Feed):
+class DistillFeed(Feed):
     """Feeds rows with completions.
 
     Args:
-        objective, batcher: of the rows. teachers: in the settings' order, the first of which writes answers.
-        settings: the ``distill:`` section. tokenizer: of the model.
-        rows: that the run's steps take, each once. held_out: rows of evaluations.
-        seed: of the training. sampler: writes completions of the model as it is at each call; None: none are asked for.
-        processes: that train together.
+        objective: Objective of the rows.
+        batcher: Batcher of the rows.
+        teachers: Teachers in the order of the settings. The first one generates answers.
+        settings: The ``distill:`` section.
+        tokenizer: Tokenizer of the model.
+        rows: Rows of all steps, without repetition.
+        held_out: Rows of evaluations.
+        seed: Seed of the training.
+        sampler: Samples completions from the current model, or None if no completions are needed.
+        processes: Processes of the training.
     """
 
     objective: DistillObjective
@@ -60,11 +65,11 @@ class LessonFeed(Feed):
         settings: DistillSettings,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        rows: Sequence[Lesson] = (),
-        held_out: Sequence[Lesson] = (),
+        rows: Sequence[DistillExample] = (),
+        held_out: Sequence[DistillExample] = (),
         seed: int = 0,
         sampler: Sampler | None = None,
-        processes: Reducer = ALONE,
+        processes: Reducer = SINGLE_PROCESS,
     ) -> None:
         super().__init__(objective, batcher)
         objective.teachers = teachers
@@ -75,166 +80,170 @@ class LessonFeed(Feed):
         self._folder: Path | None = None
         self._closing = contextlib.ExitStack()
         self._answers: dict[str, tuple[list[int], str]] | None = None
-        self._kept: np.ndarray | None = None
-        self._alike = False  # the processes have the same answers
-        self._places: dict[bytes, int] = {}
+        self._top_tokens: np.ndarray | None = None
+        self._answers_synced = False  # True if all processes have the same answers
+        self._label_offsets: dict[bytes, int] = {}
 
-    def keep_in(self, folder: Path) -> None:
+    def set_run_folder(self, folder: Path) -> None:
         self._folder = folder / FOLDER
 
     def close(self) -> None:
-        self._kept = None
+        self._top_tokens = None
         self._closing.close()
         super().close()
 
-    def longest(self, rows: Sequence[Lesson]) -> list[Lesson]:
-        most = np.ones(self.settings.max_new_tokens, np.int32)
-        writes = self.settings.on_policy > 0 or self.settings.answers == "teacher"
+    def worst_case_rows(self, rows: Sequence[DistillExample]) -> list[DistillExample]:
+        longest = np.ones(self.settings.max_new_tokens, np.int32)
+        generates = self.settings.on_policy > 0 or self.settings.answers == "teacher"
 
-        def longer(row: Lesson) -> bool:
-            return not row.label_count or (writes and row.label_count < len(most))
+        def needs_max_completion(row: DistillExample) -> bool:
+            return not row.label_count or (generates and row.label_count < len(longest))
 
-        return [row.with_completion(most, "", own=False) if longer(row) else row for row in rows]
+        return [r.with_completion(longest, "", by_student=False) if needs_max_completion(r) else r for r in rows]
 
     def batches(self, rows: Sequence[Any]) -> Any:
-        return super().batches(self._imagined(rows))
+        return super().batches(self._worst_case(rows))
 
     def shapes(self, rows: Sequence[Any]) -> list[tuple[int, int]]:
-        return super().shapes(self._imagined(rows))
+        return super().shapes(self._worst_case(rows))
 
-    def _imagined(self, rows: Sequence[Any]) -> Sequence[Any]:
-        """Rows as they are, but for those without a completion, which a dry run asks for."""
-        return [row if row.label_count else self.longest([row])[0] for row in rows]
+    def _worst_case(self, rows: Sequence[Any]) -> Sequence[Any]:
+        """Give rows without a completion the longest possible one. Only dry runs have such rows."""
+        return [row if row.label_count else self.worst_case_rows([row])[0] for row in rows]
 
-    def expand(self, rows: Sequence[Lesson], step: int) -> tuple[list[Lesson], bool]:
-        """The rows of a step with their completions; all of them teach something.
+    def expand(self, rows: Sequence[DistillExample], step: int) -> tuple[list[DistillExample], bool]:
+        """Return the rows of a step with their completions, and True, because all of them contribute to the loss.
 
         Args:
-            rows: of the step. step: its number, from 0.
+            rows: Rows of the step.
+            step: Index of the step, from 0.
         """
         if not has_values(self.objective.model):
-            return self.longest(rows), True
-        if self._processes.size > 1 and not self._alike:
-            self._take_answers_of_first()
-        drawn = [np.random.default_rng([self._seed, step, row.row, place]) for place, row in enumerate(rows)]
-        own = [place for place, one in enumerate(drawn) if one.random() < self.settings.on_policy]
-        seeds = {place: int(drawn[place].integers(2**62)) for place in own}
-        found = dict(zip(own, self._written([rows[place] for place in own], list(seeds.values())), strict=True))
-        others = [place for place in range(len(rows)) if place not in seeds]
-        given = self.with_answers([rows[place] for place in others])
-        found |= dict(zip(others, map(self._with_likeliest, given), strict=True))
-        return [found[place] for place in range(len(rows))], True
+            return self.worst_case_rows(rows), True
+        if self._processes.size > 1 and not self._answers_synced:
+            self._sync_answers()
+        generators = [np.random.default_rng([self._seed, step, row.row, index]) for index, row in enumerate(rows)]
+        sampled = [index for index, generator in enumerate(generators) if generator.random() < self.settings.on_policy]
+        seeds = {index: int(generators[index].integers(2**62)) for index in sampled}
+        completed = dict(zip(sampled, self._sample([rows[i] for i in sampled], list(seeds.values())), strict=True))
+        remaining = [index for index in range(len(rows)) if index not in seeds]
+        answered = self.with_answers([rows[index] for index in remaining])
+        completed |= dict(zip(remaining, map(self._with_top_tokens, answered), strict=True))
+        return [completed[index] for index in range(len(rows))], True
 
-    def with_answers(self, rows: Sequence[Lesson]) -> list[Lesson]:
-        """Rows with the answers that are learned and evaluated: their own, or as the settings say, and where they have
-        none, the teacher's."""
-        asked = [row for row in rows if self._needs_answer(row)]
-        if not asked:
+    def with_answers(self, rows: Sequence[DistillExample]) -> list[DistillExample]:
+        """Return the rows with the answers to train and evaluate on: their given answers or the teacher's, as
+        configured.
+
+        Rows without a given answer always get the teacher's.
+        """
+        unanswered = [row for row in rows if self._needs_answer(row)]
+        if not unanswered:
             return list(rows)
-        known = self._prepared()
-        if missing := [row for row in asked if _key(row) not in known]:
-            known |= self._asked_teacher(missing)
-        wanted = set(map(id, asked))
-        return [_answered(row, *known[_key(row)]) if id(row) in wanted else row for row in rows]
+        answers = self._load_answers()
+        if missing := [row for row in unanswered if _key(row) not in answers]:
+            answers |= self._generate_answers(missing)
+        unanswered_ids = set(map(id, unanswered))
+        return [_with_answer(row, *answers[_key(row)]) if id(row) in unanswered_ids else row for row in rows]
 
-    def _take_answers_of_first(self) -> None:
-        """Let all processes learn from the answers that process 0 has: engines of two machines may round otherwise."""
-        known = self._prepared() if self._processes.rank == 0 else {}
-        first = self._processes.texts(json.dumps([[key, *answer] for key, answer in known.items()]))[0]
-        self._answers, self._alike = _answers_of(json.loads(first)), True
+    def _sync_answers(self) -> None:
+        """Distribute the answers of process 0, because engines on different machines may round differently."""
+        answers = self._load_answers() if self._processes.rank == 0 else {}
+        first = self._processes.texts(json.dumps([[key, *answer] for key, answer in answers.items()]))[0]
+        self._answers, self._answers_synced = _answers_from_json(json.loads(first)), True
 
-    def _needs_answer(self, row: Lesson) -> bool:
+    def _needs_answer(self, row: DistillExample) -> bool:
         return self.settings.answers == "teacher" or not row.label_count
 
-    def _written(self, rows: Sequence[Lesson], seeds: Sequence[int]) -> list[Lesson]:
-        """Rows with completions by the student: each process writes those of its rows, and all get all of them."""
+    def _sample(self, rows: Sequence[DistillExample], seeds: Sequence[int]) -> list[DistillExample]:
+        """Sample completions from the student.
+
+        Each process generates a part of them, and all processes get all of them.
+        """
         if not rows:
             return []
         if self._sampler is None:
-            what = "completions of the model that is trained are written by 'deltaw train' alone"
-            raise UserError(what, where="distill.on_policy", hint="set it to 0")
+            message = "only 'deltaw train' can sample completions from the trained model"
+            raise UserError(message, location="distill.on_policy", hint="set it to 0")
         rank, size, settings = self._processes.rank, self._processes.size, self.settings
-        prompts, drawn = [row.prompt for row in rows[rank::size]], []
-        drawing = Drawing(settings.max_new_tokens, settings.sampling_temperature, seeds=tuple(seeds[rank::size]))
-        with working("writing completions"):
-            drawn = self._sampler(prompts, drawing) if prompts else []
-        told = self._processes.texts(json.dumps([one.as_list() for one in drawn]))
-        parts = [[Drawn.of_list(one) for one in json.loads(text)] for text in told]
-        every = [parts[place % size][place // size] for place in range(len(rows))]
-        return [
-            row.with_completion(np.asarray(_ended(one.tokens, one.terminator)), one.text, own=True)
-            for row, one in zip(rows, every, strict=True)
-        ]
+        prompts, completions = [row.prompt for row in rows[rank::size]], []
+        params = SamplingParams(settings.max_new_tokens, settings.sampling_temperature, seeds=tuple(seeds[rank::size]))
+        with track_progress("generating completions"):
+            completions = self._sampler(prompts, params) if prompts else []
+        gathered = self._processes.texts(json.dumps([completion.as_list() for completion in completions]))
+        parts = [[SampledCompletion.from_list(completion) for completion in json.loads(text)] for text in gathered]
+        all_completions = [parts[index % size][index // size] for index in range(len(rows))]
+        tokens = [np.asarray(_with_terminator(c.tokens, c.terminator)) for c in all_completions]
+        items = zip(rows, tokens, all_completions, strict=True)
+        return [row.with_completion(row_tokens, c.text, by_student=True) for row, row_tokens, c in items]
 
-    def _asked_teacher(self, rows: Sequence[Lesson]) -> dict[str, tuple[list[int], str]]:
-        """The teacher's answers by row."""
+    def _generate_answers(self, rows: Sequence[DistillExample]) -> dict[str, tuple[list[int], str]]:
+        """Return the teacher's answers by row key."""
         prompts = [row.teacher_prompt for row in rows]
-        written = self.objective.teachers[0].write(self._tokenizer, prompts, self.settings.max_new_tokens)
-        return {
-            _key(row): (_ended(one.tokens, one.terminator), one.text) for row, one in zip(rows, written, strict=True)
-        }
+        answers = self.objective.teachers[0].generate(self._tokenizer, prompts, self.settings.max_new_tokens)
+        pairs = zip(rows, answers, strict=True)
+        return {_key(row): (_with_terminator(a.tokens, a.terminator), a.text) for row, a in pairs}
 
-    def _prepared(self) -> dict[str, tuple[list[int], str]]:
-        """The teacher's answers by row: of a run that was stopped, or all that are needed, written now."""
+    def _load_answers(self) -> dict[str, tuple[list[int], str]]:
+        """Return the teacher's answers by row key, from the file of an interrupted run or newly generated."""
         if self._answers is not None:
             return self._answers
         rows = {_key(row): row for row in [*self._rows, *self._held_out] if self._needs_answer(row)}
         identity = self._identity(list(rows.values()))
         file = self._file(ANSWERS)
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            kept = json.loads(file.read_text(encoding="utf-8"))
-            if kept["of"] == identity:
-                self._answers = _answers_of(kept["answers"])
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            if stored["of"] == identity:
+                self._answers = _answers_from_json(stored["answers"])
                 return self._answers
-        self._answers = self._asked_teacher(list(rows.values())) if rows else {}
+        self._answers = self._generate_answers(list(rows.values())) if rows else {}
         answers = [[key, *answer] for key, answer in self._answers.items()]
         write_text(file, json.dumps({"of": identity, "answers": answers}))
         return self._answers
 
-    def _with_likeliest(self, row: Lesson) -> Lesson:
-        """The row with the teacher's likeliest tokens, where they are kept."""
+    def _with_top_tokens(self, row: DistillExample) -> DistillExample:
+        """Return the row with the teacher's top tokens, if they are stored."""
         if self.settings.top_k is None:
             return row
-        if self._kept is None:
-            self._kept = self._keep_likeliest()
-        place = self._places.get(_whole_key(row))
-        if place is None:
+        if self._top_tokens is None:
+            self._top_tokens = self._store_top_tokens()
+        offset = self._label_offsets.get(_completion_key(row))
+        if offset is None:
             return row
-        kept = self._kept[place : place + row.label_count]
-        return replace(row, taught=(kept["token"].copy(), kept["logprob"].copy()))
+        top_tokens = self._top_tokens[offset : offset + row.label_count]
+        return replace(row, taught=(top_tokens["token"].copy(), top_tokens["logprob"].copy()))
 
-    def _keep_likeliest(self) -> np.ndarray:
-        """(labels of all rows, k) the likeliest tokens, a file on the disk: of a run that was stopped, or computed
-        now."""
-        given = self.with_answers(self._rows)
-        rows = list({_whole_key(row): row for row in given}.values())
+    def _store_top_tokens(self) -> np.ndarray:
+        """Return the top tokens (labels of all rows, k) as a memory-mapped file, computing it if necessary."""
+        answered = self.with_answers(self._rows)
+        rows = list({_completion_key(row): row for row in answered}.values())
         counts = [row.label_count for row in rows]
-        self._places = dict(zip(map(_whole_key, rows), np.cumsum([0, *counts[:-1]]).tolist(), strict=True))
+        self._label_offsets = dict(zip(map(_completion_key, rows), np.cumsum([0, *counts[:-1]]).tolist(), strict=True))
         shape = sum(counts), min(self.settings.top_k or 1, self.objective.width)
-        kind = np.dtype([("token", "<i4"), ("logprob", "<f4")])
-        file, told = self._file(LIKELIEST), self._file(f"{LIKELIEST}.json")
+        dtype = np.dtype([("token", "<i4"), ("logprob", "<f4")])
+        file, identity_file = self._file(TOP_TOKENS), self._file(f"{TOP_TOKENS}.json")
         identity = self._identity(rows)
         with contextlib.suppress(OSError, ValueError):
-            if json.loads(told.read_text(encoding="utf-8")) == identity:
-                found = np.load(file, mmap_mode="r", allow_pickle=False)
-                if found.shape == shape and found.dtype == kind:
-                    return found
-        with replacing(file) as path, working("asking the teacher", len(rows)) as advance:
-            written = np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
+            if json.loads(identity_file.read_text(encoding="utf-8")) == identity:
+                stored = np.load(file, mmap_mode="r", allow_pickle=False)
+                if stored.shape == shape and stored.dtype == dtype:
+                    return stored
+        with atomic_path(file) as path, track_progress("computing the teacher's probabilities", len(rows)) as advance:
+            array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
             start = 0
-            for first in range(0, len(rows), _AT_ONCE):
-                tokens, values = self.objective.likeliest(rows[first : first + _AT_ONCE])
-                part = written[start : start + len(tokens)]
+            for first in range(0, len(rows), _ROWS_PER_PASS):
+                tokens, values = self.objective.top_tokens(rows[first : first + _ROWS_PER_PASS])
+                part = array[start : start + len(tokens)]
                 part["token"], part["logprob"] = tokens.cpu().numpy(), values.float().cpu().numpy()
                 start += len(tokens)
-                advance(min(first + _AT_ONCE, len(rows)))
-            written.flush()
-            del written, part
-        write_text(told, json.dumps(identity))
+                advance(min(first + _ROWS_PER_PASS, len(rows)))
+            array.flush()
+            del array, part
+        write_text(identity_file, json.dumps(identity))
         return np.load(file, mmap_mode="r", allow_pickle=False)
 
-    def _identity(self, rows: Sequence[Lesson]) -> str:
-        """What a kept file is of."""
+    def _identity(self, rows: Sequence[DistillExample]) -> str:
+        """Return a text that identifies the inputs of a stored file."""
         return f"{digest_of_rows(rows)} {self.settings.model_dump_json()}"
 
     def _file(self, name: str) -> Path:
@@ -243,25 +252,25 @@ class LessonFeed(Feed):
         return self._folder / name
 
 
-def _key(row: Lesson) -> str:
-    """Names a row by the prompts that student and teacher get."""
+def _key(row: DistillExample) -> str:
+    """Return the identity of a row's prompts for student and teacher."""
     return hashlib.blake2b(row.teacher_prompt.tobytes() + b"|" + row.prompt.tobytes(), digest_size=16).hexdigest()
 
 
-def _whole_key(row: Lesson) -> bytes:
-    """Names a row by its prompts and its completion."""
+def _completion_key(row: DistillExample) -> bytes:
+    """Return the identity of a row's prompts and completion."""
     return key_of(row) + row.teacher_prompt.tobytes()
 
 
-def _answers_of(told: Sequence[Sequence[Any]]) -> dict[str, tuple[list[int], str]]:
-    """Answers by row, as JSON has them."""
-    return {str(key): (list(map(int, tokens)), str(text)) for key, tokens, text in told}
+def _answers_from_json(values: Sequence[Sequence[Any]]) -> dict[str, tuple[list[int], str]]:
+    """Parse answers by row key from JSON values."""
+    return {str(key): (list(map(int, tokens)), str(text)) for key, tokens, text in values}
 
 
-def _answered(row: Lesson, tokens: Sequence[int], text: str) -> Lesson:
-    return row.with_completion(np.asarray(tokens), text, own=False)
+def _with_answer(row: DistillExample, tokens: Sequence[int], text: str) -> DistillExample:
+    return row.with_completion(np.asarray(tokens), text, by_student=False)
 
 
-def _ended(tokens: np.ndarray, terminator: int | None) -> list[int]:
-    """A completion with the token that ended it, which is a label too."""
+def _with_terminator(tokens: np.ndarray, terminator: int | None) -> list[int]:
+    """Append the token that terminated a completion, because it is a label too."""
     return [*map(int, tokens), *([] if terminator is None else [int(terminator)])]

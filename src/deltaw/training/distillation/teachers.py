@@ -1,7 +1,7 @@
-"""Teachers: models that are asked how likely each token is, and never trained.
+"""Frozen teacher models for distillation.
 
-One is the base model under the student's adapter, which costs no second model; others are loaded as any model is. All
-have the student's vocabulary. Knows no loss, and not which rows are taught.
+A teacher is the base model of the student, without its adapter, or a model that is loaded separately. All teachers have
+the vocabulary of the student.
 """
 
 from __future__ import annotations
@@ -25,109 +25,115 @@ from deltaw.kernels import loader
 from deltaw.kernels.transfer import to_device
 from deltaw.machine.choices import QUANTIZED, choose_device, choose_precision
 from deltaw.methods.base import Method
-from deltaw.runtime.generation import Completion, Writer, generate
+from deltaw.progress import track_progress
+from deltaw.runtime.generation import GeneratedCompletion, Writer, generate
 from deltaw.runtime.packed import packed_rows, padded_rows
 from deltaw.runtime.quantized_weights import quantize_int8, quantize_nf4
 from deltaw.settings import RunConfig
 from deltaw.task_settings import TeacherSettings
-from deltaw.training.callbacks import Say
-from deltaw.training.losses import label_places
+from deltaw.training.callbacks import LogFunction
+from deltaw.training.losses import label_indices
 from deltaw.training.microbatches import AnyBatcher
-from deltaw.training.origin import open_run
+from deltaw.training.open_run import open_run
 from deltaw.training.tasks.causal_batcher import choose_causal_batcher
 from deltaw.training.tasks.causal_objective import CausalObjective
-from deltaw.working import working
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A model that is asked.
+    """A teacher model.
 
     Attributes:
-        objective: runs its microbatches. batcher: cuts rows into them.
-        weight: its share of the distribution of all teachers.
-        running: while open, the model is the teacher and takes microbatches.
-        with_head: while open, its output head is the teacher's.
-        writer: writes its answers; None for transformers.
+        objective: Runs microbatches of the teacher.
+        batcher: Cuts rows into microbatches.
+        weight: Weight of the teacher in the mixture.
+        model_context: Context in which the model is the teacher and accepts microbatches.
+        head_context: Context in which the model's output head is the teacher's.
+        writer: Generates the teacher's answers, or None to use transformers.
     """
 
     objective: CausalObjective
     batcher: AnyBatcher
     weight: float
-    running: Callable[[], AbstractContextManager[Any]]
-    with_head: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    model_context: Callable[[], AbstractContextManager[Any]]
+    head_context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     writer: Writer | None = None
 
     @torch.no_grad()
     def outputs(self, rows: Sequence[Example]) -> Tensor:
-        """(labels of all rows, d) what its head is applied to for each label, rows one after another."""
+        """Return the inputs (labels of all rows, d) of the head at each label, row by row."""
         parts: dict[int, Tensor] = {}
-        with self.running():
+        with self.model_context():
             for batch in self.batcher.batches(rows):
-                found = self.objective.label_outputs(batch)
-                index, owner = label_places(batch)
-                for number, member in enumerate(batch.members):
-                    places = to_device(torch.from_numpy(index[owner == number]), found.device)
-                    parts[id(member.example)] = found.index_select(0, places)
+                outputs = self.objective.label_outputs(batch)
+                index, member_indices = label_indices(batch)
+                for member_index, member in enumerate(batch.members):
+                    output_indices = to_device(torch.from_numpy(index[member_indices == member_index]), outputs.device)
+                    parts[id(member.example)] = outputs.index_select(0, output_indices)
         return torch.cat([parts[id(row)] for row in rows])
 
     @torch.no_grad()
     def logits(self, outputs: Tensor) -> Tensor:
-        """(P, vocabulary) of :meth:`outputs`."""
-        with self.with_head():
+        """Return logits (P, vocabulary) for :meth:`outputs`."""
+        with self.head_context():
             return self.objective.logits_of(outputs)
 
-    def write(
+    def generate(
         self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[np.ndarray], max_new_tokens: int
-    ) -> list[Completion]:
-        """Its likeliest completions of prompts (each (length,) token ids), in their order."""
-        most = getattr(self.batcher, "tokens_per_pass", 1024)
-        with self.running(), working("the teacher is writing answers", len(prompts)) as advance:
-            told = lambda done, count: advance(done)  # noqa: E731
-            written = None if self.writer is None else self.writer(prompts, max_new_tokens, most, told)
-            if written is not None:
-                return written
-            how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_tokens": most, "on_progress": told}
-            return generate(self.objective.model, tokenizer, prompts, **how)
+    ) -> list[GeneratedCompletion]:
+        """Return greedy completions of prompts (token ids), in order."""
+        batch_tokens = getattr(self.batcher, "tokens_per_pass", 1024)
+        with self.model_context(), track_progress("generating the teacher's answers", len(prompts)) as advance:
+            on_progress = lambda done, count: advance(done)  # noqa: E731
+            write = self.writer
+            completions = None if write is None else write(prompts, max_new_tokens, batch_tokens, on_progress)
+            if completions is not None:
+                return completions
+            options: dict[str, Any] = {"batch_tokens": batch_tokens, "on_progress": on_progress}
+            return generate(self.objective.model, tokenizer, prompts, max_new_tokens=max_new_tokens, **options)
 
 
 def base_as_teacher(
     objective: CausalObjective, batcher: AnyBatcher, method: Method, weight: float, writer: Writer | None
 ) -> Teacher:
-    """The model that ``objective`` trains, without what is trained on it.
+    """Return the base model of ``objective`` as a teacher, with the trained parameters disabled.
 
     Raises:
-        UserError: the method changes the base model itself.
+        UserError: if the method modifies the base model.
     """
     model = objective.model
-    if not method.keeps_base(model):
-        what = f"method '{method.name}' changes the base model, so that it cannot be the teacher"
-        hint = "choose method: lora, or name the model as another: distill.teachers: [{model: …}]"
-        raise UserError(what, where="method", hint=hint)
+    if not method.can_restore_base(model):
+        message = f"method '{method.name}' modifies the base model, so the base model cannot be the teacher"
+        hint = "use method: lora, or load the base model separately: distill.teachers: [{model: …}]"
+        raise UserError(message, location="method", hint=hint)
 
     @contextlib.contextmanager
-    def running():  # type: ignore[no-untyped-def]
-        with method.evaluating(model), method.without(model):
+    def model_context():  # type: ignore[no-untyped-def]
+        with method.evaluating(model), method.base_model_active(model):
             yield
 
     head = model.get_output_embeddings()
     is_trained = head is None or any(parameter.requires_grad for parameter in head.parameters())
-    return Teacher(objective, batcher, weight, running, running if is_trained else contextlib.nullcontext, writer)
+    trained_context = model_context if is_trained else contextlib.nullcontext
+    return Teacher(objective, batcher, weight, model_context, trained_context, writer)
 
 
-def other_teacher(config: RunConfig, one: TeacherSettings, longest: int, student: PreTrainedModel, say: Say) -> Teacher:
-    """A teacher that is loaded, frozen; in a dry run it is of fake tensors.
+def load_teacher(
+    config: RunConfig, settings: TeacherSettings, max_length: int, student: PreTrainedModel, log: LogFunction
+) -> Teacher:
+    """Load a frozen teacher. In a dry run its tensors are fake.
 
     Args:
-        longest: tokens of the longest row. student: the model that is trained, which computes as before.
+        max_length: Tokens of the longest row.
+        student: Model that is trained. Its thread and arithmetic settings are restored.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: if the teacher cannot be loaded.
     """
-    reference = one.model or config.model
-    precision = one.quantize or ("auto" if config.precision in QUANTIZED else config.precision)
+    reference = settings.model or config.model
+    precision = settings.quantize or ("auto" if config.precision in QUANTIZED else config.precision)
     if has_values(student):
-        model = _loaded(config, one, precision, say)
+        model = _load_model(config, settings, precision, log)
     else:
         dtype = choose_precision(choose_device(config.device).value, precision).value
         model = skeleton(reference, dtype=dtype, trust_remote_code=config.trust_remote_code)
@@ -135,58 +141,62 @@ def other_teacher(config: RunConfig, one: TeacherSettings, longest: int, student
             quantize_int8(model.base_model)
         if precision == "nf4":
             quantize_nf4(model.base_model)
-    rows = [Example(1, np.zeros(longest, np.int32), np.zeros(longest, bool), 0, None)]
+    rows = [Example(1, np.zeros(max_length, np.int32), np.zeros(max_length, bool), 0, None)]
     device = str(model.device)
     batcher, _ = choose_causal_batcher(model, rows, device=device, tokens_per_pass=config.train.tokens_per_pass)
-    running = padded_rows if batcher.padded else packed_rows
-    return Teacher(CausalObjective(model), batcher, one.weight, lambda: running(model))
+    model_context = padded_rows if batcher.padded else packed_rows
+    return Teacher(CausalObjective(model), batcher, settings.weight, lambda: model_context(model))
 
 
-def _loaded(config: RunConfig, one: TeacherSettings, precision: str, say: Say) -> PreTrainedModel:
+def _load_model(config: RunConfig, settings: TeacherSettings, precision: str, log: LogFunction) -> PreTrainedModel:
     threads, arithmetic = torch.get_num_threads(), loader.arithmetic()
-    how: dict[str, Any] = {"precision": precision, "trust_remote_code": config.trust_remote_code, "say": say}
-    model = one.model or config.model
-    reference = one.adapter or model
+    options: dict[str, Any] = {"precision": precision, "trust_remote_code": config.trust_remote_code, "log": log}
+    model = settings.model or config.model
+    reference = settings.adapter or model
     try:
-        with working("loading the teacher"):
-            opened = open_run(reference, model=model if one.adapter else None, device=config.device, **how)
+        with track_progress("loading the teacher"):
+            opened = open_run(reference, model=model if settings.adapter else None, device=config.device, **options)
     except UserError as error:
-        where = f"distill.teachers, {reference}" + (f": {error.where}" if error.where else "")
-        raise UserError(error.what, where=where, hint=error.hint) from error
-    finally:  # loading chooses threads and arithmetic for the model that is loaded
+        location = f"distill.teachers, {reference}" + (f": {error.location}" if error.location else "")
+        raise UserError(error.message, location=location, hint=error.hint) from error
+    finally:  # loading a model also changes the thread count and the arithmetic
         torch.set_num_threads(threads)
-        loader.compute_with(arithmetic)
-    found: nn.Module = opened.model.requires_grad_(False)
-    assert isinstance(found, PreTrainedModel)
+        loader.use_arithmetic(arithmetic)
+    teacher: nn.Module = opened.model.requires_grad_(False)
+    assert isinstance(teacher, PreTrainedModel)
     if opened.method is not None and opened.virtual_tokens:
-        what = "an adapter that puts tokens before a row cannot teach"
-        raise UserError(what, where=f"distill.teachers, {reference}", hint="name one of method lora")
-    return found.eval()
+        message = "an adapter with virtual tokens cannot be a teacher"
+        raise UserError(message, location=f"distill.teachers, {reference}", hint="use an adapter of method lora")
+    return teacher.eval()
 
 
 def require_same_vocabulary(
-    student: PreTrainedTokenizerBase, teachers: Sequence[TeacherSettings], *, trust_remote_code: bool, say: Say
+    student: PreTrainedTokenizerBase, teachers: Sequence[TeacherSettings], *, trust_remote_code: bool, log: LogFunction
 ) -> None:
-    """Refuse teachers whose tokens are others than the student's.
+    """Reject teachers with a different vocabulary than the student.
 
     Raises:
-        UserError: they are; it names the first token that differs.
+        UserError: if a vocabulary differs. The message contains the first different token.
     """
-    ours = student.get_vocab()
-    for reference in dict.fromkeys(one.model for one in teachers if one.model is not None):
-        tokenizer = load_tokenizer(reference, say=say, trust_remote_code=trust_remote_code)
-        different = first_difference(ours, tokenizer.get_vocab())
+    vocabulary = student.get_vocab()
+    for reference in dict.fromkeys(teacher.model for teacher in teachers if teacher.model is not None):
+        tokenizer = load_tokenizer(reference, log=log, trust_remote_code=trust_remote_code)
+        different = first_difference(vocabulary, tokenizer.get_vocab())
         if different is None:
             continue
-        number, own, theirs = different
-        what = f"the teacher has another tokenizer: token {number} is {theirs!r}, and the student's is {own!r}"
+        token_id, student_token, teacher_token = different
+        message = f"a different tokenizer: token {token_id} is {teacher_token!r}, the student's is {student_token!r}"
         hint = "choose a teacher of the same family, or let it write answers and train on these with task: causal-lm"
-        raise UserError(what, where=f"distill.teachers, {reference}", hint=hint)
+        raise UserError(message, location=f"distill.teachers, {reference}", hint=hint)
 
 
-def first_difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> tuple[int, str | None, str | None] | None:
-    """The lowest id whose token is not the same in two vocabularies, with both; None where they agree."""
-    own, other = ({number: token for token, number in known.items()} for known in (ours, theirs))
-    different = (number for number in sorted({*own, *other}) if own.get(number) != other.get(number))
-    number = next(different, None)
-    return None if number is None else (number, own.get(number), other.get(number))
+def first_difference(first: Mapping[str, int], second: Mapping[str, int]) -> tuple[int, str | None, str | None] | None:
+    """Return the lowest id with different tokens in two vocabularies, and both tokens.
+
+    None if the vocabularies are equal.
+    """
+    first_tokens, second_tokens = ({token_id: token for token, token_id in v.items()} for v in (first, second))
+    ids = sorted({*first_tokens, *second_tokens})
+    differences = (i for i in ids if first_tokens.get(i) != second_tokens.get(i))
+    token_id = next(differences, None)
+    return None if token_id is None else (token_id, first_tokens.get(token_id), second_tokens.get(token_id))

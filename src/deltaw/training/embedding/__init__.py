@@ -1,1 +1,1 @@
-"""Vectors of texts: pooling, losses of a whole step, and how its gradient is had in small memory."""
+"""Text embeddings: pooling, losses over a step, and memory-efficient gradients."""

@@ -1,1 +1,1 @@
-"""How good a model is on examples it was not trained on."""
+"""Evaluation of models on unseen examples."""

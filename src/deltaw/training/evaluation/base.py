@@ -1,4 +1,8 @@
-"""What an evaluation of held-out rows comes to: metrics, and the one that methods are compared by."""
+"""Evaluation results: metrics, confidence intervals, and rows for reports.
+
+Metrics are computed from arrays. A metric that is undefined for its input, for example a correlation with a constant,
+is nan.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +15,18 @@ import numpy as np
 
 from deltaw.errors import UserError
 
-# How good predictions are: accuracy, F1, errors, correlations, and confidence intervals of them.
-#
-# Arrays in, numbers out. A metric that is not defined for what it is given, such as a correlation with a
-# constant, is nan. It knows no models.
-
 Interval = tuple[float, float]
-Found = TypeVar("Found", bound="Evaluation")
-LEVEL = 0.95
-# Beyond so many degrees of freedom, t is the normal distribution for every purpose here.
-MANY = 1000.0
-# Metrics that are the share of rows with a property: a row has 1 or 0, a tie 0.5.
-SHARES = ("accuracy", "exact_match", "written_exact_match", "passed", "cut_share")
+EvaluationT = TypeVar("EvaluationT", bound="Evaluation")
+CONFIDENCE = 0.95
+# With more degrees of freedom, the t distribution is treated as the normal distribution.
+MAX_FREEDOM = 1000.0
+# Metrics that are the share of rows with a property. Each row counts 1 or 0, a tie 0.5.
+SHARE_METRICS = ("accuracy", "exact_match", "generated_exact_match", "passed", "truncated_share")
 
 
 def is_share(metric: str) -> bool:
-    """Whether a metric is shown in percent: a share of rows, or the chance that one of several answers passes."""
-    return metric in SHARES or metric.startswith("pass@")
+    """True if a metric is displayed in percent: a share of rows, or the probability that one of k answers passes."""
+    return metric in SHARE_METRICS or metric.startswith("pass@")
 
 
 def metric_format(metric: str) -> str:
@@ -35,29 +34,29 @@ def metric_format(metric: str) -> str:
     return ".1%" if is_share(metric) else ",.0f" if metric.startswith("passages_") else ".4f"
 
 
-def confusion(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """int64 (classes, classes): how many rows of class i were taken for class j."""
+def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """Return int64 (classes, classes): the number of rows of class i that were predicted as class j."""
     pairs = np.asarray(truth, np.int64) * classes + np.asarray(predicted, np.int64)
     return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
 
 
-def f1_of(counts: np.ndarray, index: int) -> float:
-    """F1 = 2·TP / (2·TP + FP + FN) of one class; nan where it neither occurs nor is predicted."""
+def f1(counts: np.ndarray, index: int) -> float:
+    """Return F1 = 2·TP / (2·TP + FP + FN) of a class, or nan if it neither occurs nor is predicted."""
     return _ratio(2 * counts[index, index], counts[index].sum() + counts[:, index].sum())
 
 
 def macro_f1(counts: np.ndarray) -> float:
-    """The mean of all classes' F1; without classes that neither occur nor are predicted."""
-    scores = np.array([f1_of(counts, index) for index in range(len(counts))])
+    """Return the mean F1 over classes that occur or are predicted."""
+    scores = np.array([f1(counts, index) for index in range(len(counts))])
     return float(np.nanmean(scores)) if not np.isnan(scores).all() else float("nan")
 
 
 def matthews(counts: np.ndarray) -> float:
-    """Matthews' correlation of true and predicted classes; nan where either is always the same.
+    """Return Matthews' correlation of true and predicted classes, or nan if either is constant.
 
-    For K classes by Gorodkin (2004, "Comparing two K-category assignments by a K-category correlation
-    coefficient", eq. 8): (c·s − Σ pₖ·tₖ) / √((s² − Σ pₖ²)·(s² − Σ tₖ²)) with s rows, c of them right, tₖ of
-    class k and pₖ taken for it.
+    Generalized to K classes by Gorodkin (2004, "Comparing two K-category assignments by a K-category correlation
+    coefficient", eq. 8): (c·s − Σ pₖ·tₖ) / √((s² − Σ pₖ²)·(s² − Σ tₖ²)) for s rows, of which c are correct, tₖ have
+    class k and pₖ are predicted as k.
     """
     counts = counts.astype(np.float64)
     s, c, t, p = counts.sum(), np.trace(counts), counts.sum(1), counts.sum(0)
@@ -65,65 +64,62 @@ def matthews(counts: np.ndarray) -> float:
 
 
 def classification_metrics(counts: np.ndarray) -> dict[str, float]:
-    """``accuracy``, ``macro_f1``, ``matthews`` and, of two classes, ``f1`` of the second."""
+    """Return ``accuracy``, ``macro_f1``, ``matthews``, and for two classes ``f1`` of the second one."""
     accuracy = _ratio(np.trace(counts), counts.sum())
     metrics = {"accuracy": accuracy, "macro_f1": macro_f1(counts), "matthews": matthews(counts)}
-    return metrics if len(counts) != 2 else {**metrics, "f1": f1_of(counts, 1)}
+    return metrics if len(counts) != 2 else {**metrics, "f1": f1(counts, 1)}
 
 
 def regression_metrics(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
-    """``mse``; ``rmse`` and ``mae`` in the labels' unit, ``pearson`` and ``spearman``."""
+    """Return ``mse``, ``rmse`` and ``mae`` in the unit of the labels, ``pearson`` and ``spearman``."""
     errors = np.asarray(predicted, np.float64) - np.asarray(truth, np.float64)
-    return {
-        "mse": float(np.mean(errors**2)),
-        "rmse": float(np.sqrt(np.mean(errors**2))),
-        "mae": float(np.mean(np.abs(errors))),
-        "pearson": pearson(truth, predicted),
-        "spearman": spearman(truth, predicted),
-    }
+    mse, mae = float(np.mean(errors**2)), float(np.mean(np.abs(errors)))
+    metrics = {"mse": mse, "rmse": float(np.sqrt(mse)), "mae": mae}
+    return metrics | {"pearson": pearson(truth, predicted), "spearman": spearman(truth, predicted)}
 
 
-def pearson(left: np.ndarray, right: np.ndarray) -> float:
-    """The linear correlation; nan where one side is constant or there are fewer than two rows."""
-    left, right = np.asarray(left, np.float64), np.asarray(right, np.float64)
-    if len(left) < 2 or (left == left[0]).all() or (right == right[0]).all():
-        return float("nan")  # their rounded variance may be a little above zero
-    left, right = left - left.mean(), right - right.mean()
-    value = _ratio(left @ right, np.sqrt(left @ left) * np.sqrt(right @ right))
+def pearson(x: np.ndarray, y: np.ndarray) -> float:
+    """Return the linear correlation, or nan if a side is constant or has fewer than two rows."""
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if len(x) < 2 or (x == x[0]).all() or (y == y[0]).all():
+        return float("nan")  # rounding could make the variance slightly positive
+    x, y = x - x.mean(), y - y.mean()
+    value = _ratio(x @ y, np.sqrt(x @ x) * np.sqrt(y @ y))
     return float(np.clip(value, -1.0, 1.0))
 
 
-def spearman(left: np.ndarray, right: np.ndarray) -> float:
-    """The correlation of ranks, equal values sharing the mean of theirs; nan as for :func:`pearson`."""
-    return pearson(ranks(left), ranks(right))
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Return the rank correlation, or nan as for :func:`pearson`. Equal values get their mean rank."""
+    return pearson(ranks(x), ranks(y))
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
-    """fp64 (n,): 1 for the smallest; equal values share the mean of the ranks that they take up."""
+    """Return fp64 (n,) ranks, starting at 1 for the smallest value. Equal values get the mean of their ranks."""
     _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2.0)[inverse.reshape(-1)]
 
 
 def t_quantile(level: float, freedom: float) -> float:
-    """The bound t with P(|T| < t) = ``level`` for Student's T; the degrees of freedom may be a fraction.
+    """Return t with P(|T| < t) = ``level`` for Student's T. Degrees of freedom may be fractional.
 
     With T = √ν·tan θ the density becomes cos^(ν−1) θ, which is summed over a grid of angles.
     """
-    freedom = min(freedom, MANY)
+    freedom = min(freedom, MAX_FREEDOM)
     angles = np.linspace(0.0, math.pi / 2, 20_001)
     density = np.cos(angles) ** (freedom - 1)
     below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
     return math.sqrt(freedom) * math.tan(float(np.interp(level * below[-1], below, angles)))
 
 
-def wilson_interval(share: float, count: float, *, level: float = LEVEL, freedom: float = MANY) -> Interval:
-    """Where the share of all rows of the kind lies that have a property, if ``share`` of ``count`` rows have it.
+def wilson_interval(share: float, count: float, *, level: float = CONFIDENCE, freedom: float = MAX_FREEDOM) -> Interval:
+    """Return the confidence interval of a population share, given that ``share`` of ``count`` rows have the property.
 
-    Wilson 1927, "Probable inference, the law of succession, and statistical inference". Unlike a bootstrap, it
-    leaves room for doubt where all rows have the property, or no row has it.
+    Wilson 1927, "Probable inference, the law of succession, and statistical inference". Unlike a bootstrap interval, it
+    has a positive width if all rows or no rows have the property.
 
     Args:
-        count: of independent rows; may be a fraction. freedom: of the estimate of ``count``.
+        count: Number of independent rows, may be fractional.
+        freedom: Degrees of freedom of the estimate of ``count``.
     """
     squared = t_quantile(level, freedom) ** 2
     middle = (share + squared / (2 * count)) / (1 + squared / count)
@@ -132,12 +128,13 @@ def wilson_interval(share: float, count: float, *, level: float = LEVEL, freedom
     return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
-def mean_interval(rows: np.ndarray, *, share: bool = False, level: float = LEVEL) -> Interval | None:
-    """Where the mean lies if other rows of the kind had been drawn; None where one row tells nothing of it.
+def mean_interval(rows: np.ndarray, *, share: bool = False, level: float = CONFIDENCE) -> Interval | None:
+    """Return the confidence interval of a population mean, if the rows determine one.
 
     Args:
-        rows: (n,) a row's part. share: whether the mean is the share of rows with a property, which get
-            Wilson's interval; others get Student's, which is wide for few rows.
+        rows: (n,) value of each row.
+        share: True if the mean is a share of rows with a property, for Wilson's interval. Other means get Student's
+            interval, which is wide for small n.
     """
     count, mean = len(rows), float(rows.mean())
     if share:
@@ -150,35 +147,34 @@ def mean_interval(rows: np.ndarray, *, share: bool = False, level: float = LEVEL
 
 
 def bootstrap_interval(
-    metric: Callable[..., float], *columns: np.ndarray, draws: int = 1000, seed: int = 0, level: float = LEVEL
+    metric: Callable[..., float], *columns: np.ndarray, draws: int = 1000, seed: int = 0, level: float = CONFIDENCE
 ) -> Interval | None:
-    """Where a metric lies that is no mean over rows, such as :func:`spearman`, if other rows had been drawn.
+    """Return the bootstrap percentile interval of a metric that is not a mean over rows, such as :func:`spearman`.
 
-    Rows are drawn with replacement, and the interval is that between two percentiles of the metric (Efron and
-    Tibshirani 1993, "An introduction to the bootstrap", section 13.3).
+    Efron and Tibshirani 1993, "An introduction to the bootstrap", section 13.3.
 
     Args:
-        columns: (n,) each, as the metric takes them; a row is an entry of each.
+        columns: Arrays (n,) that the metric receives. Row i consists of their i-th entries.
 
     Returns:
-        None if the metric is not defined for the rows, or for most of the draws.
+        The interval, or None if the metric is undefined for the rows or for at least half of the resamples.
     """
     if not math.isfinite(metric(*columns)):
         return None
     random, count = np.random.default_rng(seed), len(columns[0])
-    chosen = (random.integers(count, size=count) for _ in range(draws))
-    found = np.array([metric(*(column[rows] for column in columns)) for rows in chosen])
-    found = found[np.isfinite(found)]
-    if 2 * len(found) <= draws:
+    resamples = (random.integers(count, size=count) for _ in range(draws))
+    values = np.array([metric(*(column[rows] for column in columns)) for rows in resamples])
+    values = values[np.isfinite(values)]
+    if 2 * len(values) <= draws:
         return None
-    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def paired_difference(before: Evaluation, after: Evaluation) -> tuple[float, Interval] | None:
     """Return the mean change of the main metric over the same rows, with its 95 % interval.
 
-    None if the metric is not a mean over rows, or if there are fewer than two rows.
+    None if the metric is not a mean over rows, or with fewer than two rows.
     """
     if before.per_row is None or after.per_row is None or before.main != after.main:
         return None
@@ -187,30 +183,33 @@ def paired_difference(before: Evaluation, after: Evaluation) -> tuple[float, Int
     return None if bounds is None else (float(change.mean()), bounds)
 
 
-def _ratio(part: float, whole: float) -> float:
-    return float(part) / float(whole) if whole else float("nan")
+def _ratio(part: float, total: float) -> float:
+    return float(part) / float(total) if total else float("nan")
 
 
-def check_finite(what: str, values: np.ndarray | float) -> None:
-    """Refuse an evaluation of a model whose outputs overflow.
+def check_finite(subject: str, values: np.ndarray | float) -> None:
+    """Reject an evaluation with overflowing outputs.
+
+    Args:
+        subject: Subject and verb of the message.
 
     Raises:
-        UserError: a value is not finite.
+        UserError: if a value is not finite.
     """
     if not np.isfinite(values).all():
         hint = "if the adapter was trained, train it again with a lower train.learning_rate"
-        raise UserError(f"{what} not finite", hint=hint)
+        raise UserError(f"{subject} not finite", hint=hint)
 
 
-# Rows that an evaluation keeps for reports: those with the largest errors, and some evenly spread.
-MISTAKES, EXAMPLES = 20, 8
-# Classes up to which a report has the whole confusion matrix; of more, the most frequent confusions.
-MATRIX_CLASSES, CONFUSIONS = 20, 100
-# Characters of a text and of a class name in a report.
-TEXT, CLASS_NAME = 1000, 80
+# Rows that an evaluation stores for reports: rows with the largest errors, and evenly spread rows.
+MAX_MISTAKES, NUM_EXAMPLES = 20, 8
+# Up to this number of classes a report has the full confusion matrix, otherwise the top confusions.
+MAX_MATRIX_CLASSES, MAX_CONFUSIONS = 20, 100
+# Maximum number of characters of a text and of a class name in a report.
+MAX_TEXT_LENGTH, MAX_CLASS_NAME_LENGTH = 1000, 80
 
 
-# An example, its expected and its predicted class, number or text, and the score of the prediction.
+# An example, its expected and predicted class, number or text, and the score of the prediction.
 RowOutcome: TypeAlias = "tuple[Any, Any, Any, float]"
 
 
@@ -229,29 +228,32 @@ class Outcomes:
     examples: Sequence[RowOutcome]
 
     @classmethod
-    def of_errors(cls, score_name: str, errors: np.ndarray, of_row: Callable[[int], RowOutcome]) -> Outcomes:
-        """Select rows by their errors (n,). Rows without an error are no mistakes."""
-        order = [int(place) for place in np.argsort(-errors, kind="stable")[:MISTAKES] if errors[place] > 0]
-        spread = sorted({round(place) for place in np.linspace(0, len(errors) - 1, EXAMPLES)})
-        return cls(score_name, list(map(of_row, order)), list(map(of_row, spread)))
+    def of_errors(cls, score_name: str, errors: np.ndarray, outcome: Callable[[int], RowOutcome]) -> Outcomes:
+        """Select rows by their errors (n,). Rows without an error are not mistakes."""
+        order = [int(index) for index in np.argsort(-errors, kind="stable")[:MAX_MISTAKES] if errors[index] > 0]
+        spread = sorted({round(index) for index in np.linspace(0, len(errors) - 1, NUM_EXAMPLES)})
+        return cls(score_name, list(map(outcome, order)), list(map(outcome, spread)))
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result of one evaluation.
+    """Result of an evaluation.
 
     Attributes:
-        metrics: every metric by name; empty where there was nothing to evaluate.
-        main: the name of the one that counts; ``higher_is_better`` says which way.
-        per_row: (rows,) that metric row by row, so that its mean is the metric; None where it has no such
-            form (a correlation).
-        interval: of ``main`` at 95 %, over the choice of rows; None where too few rows tell it.
-        intervals: those of further metrics, by name.
-        classes: their names, where there are any; ``confusion`` counts (true, predicted) in their order.
-        predicted: for each row with an answer, as ``per_row`` has them, int64 (labels,) the likeliest token
-            at each of its labels, and the labels themselves; empty where the model writes no text.
-        outcomes: Rows for a report; None if the task has none.
-        name: of the set of rows, where it has one. others: the evaluations of further sets, by name.
+        metrics: All metrics by name. Empty if no rows were evaluated.
+        main: Name of the primary metric.
+        higher_is_better: Direction of the primary metric.
+        per_row: (rows,) primary metric of each row, if the metric is their mean. None for other metrics,
+            rows, for example a correlation.
+        interval: 95 % interval of ``main`` over the choice of rows, or None for too small samples.
+        intervals: Intervals of further metrics by name.
+        classes: Class names, if any.
+        confusion: Counts (true, predicted) in the order of ``classes``.
+        predicted: For each row with an answer, in the order of ``per_row``, int64 (labels,) predicted tokens and
+            labels. Empty if the model does not generate text.
+        outcomes: Rows for a report, if the task provides them.
+        name: Name of the evaluation set, or an empty string.
+        other_sets: Evaluations of further sets by name.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
@@ -265,57 +267,63 @@ class Evaluation:
     predicted: Sequence[tuple[np.ndarray, np.ndarray]] = field(default=(), repr=False)
     outcomes: Outcomes | None = field(default=None, repr=False)
     name: str = ""
-    others: Mapping[str, Evaluation] = field(default_factory=dict)
+    other_sets: Mapping[str, Evaluation] = field(default_factory=dict)
 
     @classmethod
-    def of_rows(cls: type[Found], metrics: dict[str, float], main: str, per_row: np.ndarray, **more: Any) -> Found:
-        """With the interval of the main metric, the mean of ``per_row`` (of a loss over tokens, about that)."""
-        interval = mean_interval(per_row, share=main in SHARES)
-        return cls(metrics, main, per_row=per_row, interval=interval, **more)
+    def of_rows(
+        cls: type[EvaluationT], metrics: dict[str, float], main: str, per_row: np.ndarray, **fields: Any
+    ) -> EvaluationT:
+        """Create an evaluation with the interval of the main metric, the mean of ``per_row``.
+
+        For a loss per token, the mean over rows differs slightly from the metric.
+        """
+        interval = mean_interval(per_row, share=main in SHARE_METRICS)
+        return cls(metrics, main, per_row=per_row, interval=interval, **fields)
 
     def as_dict(self) -> dict[str, object]:
-        """The metrics, ready for JSON, which has no nan: null. Of several sets, those of each by its name."""
-        own: dict[str, object] = {name: _finite(value) for name, value in self.metrics.items()}
+        """Return the metrics for JSON, with nan as null. With several sets, metrics are grouped by set name."""
+        metrics: dict[str, object] = {name: _finite(value) for name, value in self.metrics.items()}
         if not self.name:
-            return own
-        return {self.name: own, **{name: other.as_dict() for name, other in self.others.items()}}
+            return metrics
+        return {self.name: metrics, **{name: evaluation.as_dict() for name, evaluation in self.other_sets.items()}}
 
     def named_metrics(self) -> dict[str, float]:
-        """The metrics of all sets in one, for a person: those of a set with a name begin with it."""
+        """Return the metrics of all sets in a flat dict, prefixed with the name of the set."""
         prefix = f"{self.name} " if self.name else ""
         named = {f"{prefix}{key}": value for key, value in self.metrics.items()}
-        others = self.others.items()
-        return named | {f"{name} {key}": value for name, other in others for key, value in other.metrics.items()}
+        sets = self.other_sets.items()
+        return named | {f"{name} {key}": value for name, other in sets for key, value in other.metrics.items()}
 
     def named_intervals(self) -> dict[str, Interval]:
-        """The intervals of those metrics that have one, by their names in :meth:`named_metrics`."""
-        found: dict[str, Interval] = {}
-        for name, one in {self.name: self, **self.others}.items():
-            own = {**one.intervals, **({one.main: one.interval} if one.interval else {})}
-            found |= {f"{name} {metric}".strip(): bounds for metric, bounds in own.items()}
-        return found
+        """Return the available intervals, with the keys of :meth:`named_metrics`."""
+        intervals: dict[str, Interval] = {}
+        for name, evaluation in {self.name: self, **self.other_sets}.items():
+            main_interval = {evaluation.main: evaluation.interval} if evaluation.interval else {}
+            set_intervals = {**evaluation.intervals, **main_interval}
+            intervals |= {f"{name} {metric}".strip(): bounds for metric, bounds in set_intervals.items()}
+        return intervals
 
     def outcomes_as_dict(self, text_of: Callable[[Any], str]) -> dict[str, object]:
-        """Return the rows and the confusion of classes for a report, of bounded size; empty without outcomes."""
+        """Return rows and confusion matrix for a report, limited in size. Empty without outcomes."""
         if self.outcomes is None:
             return {}
-        kept: dict[str, object] = {"score_name": self.outcomes.score_name}
+        report: dict[str, object] = {"score_name": self.outcomes.score_name}
         for name in ("mistakes", "examples"):
-            rows = [(one[0].row, *map(text_of, one[:3]), _finite(one[3])) for one in getattr(self.outcomes, name)]
-            kept[name] = [
-                dict(zip(("row", "text", "expected", "predicted", "score"), row, strict=True)) for row in rows
-            ]
+            rows = [(o[0].row, *map(text_of, o[:3]), _finite(o[3])) for o in getattr(self.outcomes, name)]
+            keys = ("row", "text", "expected", "predicted", "score")
+            report[name] = [dict(zip(keys, row, strict=True)) for row in rows]
         if self.confusion is not None:
-            names = [str(name)[:CLASS_NAME] for name in self.classes] or list(map(str, range(len(self.confusion))))
-            counts, all_of_them = self.confusion, len(names) <= MATRIX_CLASSES
-            pairs = [(i, j) for i, j in np.argwhere(counts).tolist() if all_of_them or i != j]
-            pairs = sorted(pairs, key=lambda pair: -counts[pair])[: MATRIX_CLASSES**2 if all_of_them else CONFUSIONS]
-            kept["confusion"] = [[names[i], names[j], int(counts[i, j]), int(counts[i].sum())] for i, j in pairs]
-            kept["classes"] = names if all_of_them else []
-        return kept
+            names = [str(n)[:MAX_CLASS_NAME_LENGTH] for n in self.classes] or list(map(str, range(len(self.confusion))))
+            counts, is_full_matrix = self.confusion, len(names) <= MAX_MATRIX_CLASSES
+            pairs = [(i, j) for i, j in np.argwhere(counts).tolist() if is_full_matrix or i != j]
+            limit = MAX_MATRIX_CLASSES**2 if is_full_matrix else MAX_CONFUSIONS
+            pairs = sorted(pairs, key=lambda pair: -counts[pair])[:limit]
+            report["confusion"] = [[names[i], names[j], int(counts[i, j]), int(counts[i].sum())] for i, j in pairs]
+            report["classes"] = names if is_full_matrix else []
+        return report
 
     def score(self) -> dict[str, object] | None:
-        """The main metric with its interval, ready for JSON; None where nothing was evaluated."""
+        """Return the primary metric with its interval for JSON, or None if no rows were evaluated."""
         if not self.metrics:
             return None
         interval = None if self.interval is None else [float(bound) for bound in self.interval]

@@ -1,8 +1,8 @@
-"""The base model's own answers to general prompts: what drift is measured on and what is kept from changing.
+"""Answers of the base model to general prompts, used to measure drift and to rehearse general behavior.
 
-The base model writes them once by greedy decoding. They are kept on disk under a name that depends on
-everything that they follow from: the model's weights, its precision, the rendered prompts and the number of
-tokens. It knows no method and no run; whoever calls makes sure that the model answers as the base model does.
+The base model generates the answers once by greedy decoding. They are cached on disk under a key of the model's
+weights, its precision, the prompts and the number of tokens. Callers must pass a model that answers like the base
+model.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from deltaw.cache import recall, remember
+from deltaw.cache import load_result, store_result
 from deltaw.data.example import Example
 from deltaw.data.packing import epoch_order
 from deltaw.data.prepare import encode_prompt
@@ -28,40 +29,41 @@ from deltaw.data.templates import TemplateName
 from deltaw.errors import UserError
 from deltaw.hub.loading import has_values
 from deltaw.lora.fingerprint import base_fingerprint
-from deltaw.lora.stored import count_numbers
+from deltaw.lora.stored import count_logical_parameters
 from deltaw.machine.choices import QUANTIZED
-from deltaw.machine.kernel_choice import computed_on
-from deltaw.runtime.generation import Completion, Progress, Writer, generate, position_limit
+from deltaw.machine.kernel_choice import numerics_key
+from deltaw.progress import track_progress
+from deltaw.runtime.generation import GeneratedCompletion, Progress, Writer, generate, position_limit
 from deltaw.runtime.quantized_weights import Rounding
-from deltaw.training.losses import unrounded
+from deltaw.training.losses import detach_wide
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
-from deltaw.working import working
 
-# The most tokens of an answer. Longer answers cost time and say little more: a model that has drifted does so
-# from the first words on.
-ANSWER_TOKENS = 40
-# General answers that a run keeps beside the base model's, to be read.
-SHOWN = 4
-# Below this a model has learned no general answers: test models and toys.
-LEAST_PARAMETERS = 16_000_000
-# Fewer answers than this say little.
-LEAST_ANSWERS = 8
-MADE_BY = ("torch", "transformers", "tokenizers", "deltaw.kernels", "deltaw.lora", "deltaw.runtime", "deltaw.serving")
+# Maximum number of tokens of an answer. Longer answers add little information, because drift shows in the first words.
+MAX_ANSWER_TOKENS = 40
+# Number of general answers that a run stores for comparison with the base model's.
+NUM_STORED_ANSWERS = 4
+# Smaller models (tests, toys) have not learned general answers.
+MIN_PARAMETERS = 16_000_000
+# With fewer answers, drift is not meaningful.
+MIN_ANSWERS = 8
+CACHE_DEPENDENCIES = (
+    *("torch", "transformers", "tokenizers"),
+    *("deltaw.kernels", "deltaw.lora", "deltaw.runtime", "deltaw.serving"),
+)
 
 
 class NoGeneralAnswers(Exception):
-    """The model gives no answers that drift could be measured on; the message says why."""
+    """The model cannot answer general prompts, so drift cannot be measured. The message contains the reason."""
 
 
-def identity_of(model: PreTrainedModel, precision: str) -> str | None:
-    """A name for a freshly loaded model's weights and the precision that they are to be run in; None on fake
-    tensors."""
+def model_identity(model: PreTrainedModel, precision: str) -> str | None:
+    """Return an identifier of a loaded model's weights and compute precision. Fake tensors have no identifier."""
     weights = base_fingerprint(model)
     return None if weights is None else f"{weights}-{precision if precision in QUANTIZED else model.dtype}"
 
 
-def as_rounded(identity: str | None, roundings: Sequence[Rounding]) -> str | None:
-    """The name of a model as it computes: where its weights were calibrated to int8, with that calibration."""
+def quantized_identity(identity: str | None, roundings: Sequence[Rounding]) -> str | None:
+    """Return the identifier extended by the int8 calibration of the model's weights, if any."""
     if identity is None or not roundings:
         return identity
     calibration = json.dumps([rounding.as_json() for rounding in roundings])
@@ -69,13 +71,13 @@ def as_rounded(identity: str | None, roundings: Sequence[Rounding]) -> str | Non
 
 
 def check_size(model: PreTrainedModel) -> None:
-    """Refuse a model that is too small to have learned general answers.
+    """Reject a model that is too small to have learned general answers.
 
     Raises:
-        NoGeneralAnswers: it has fewer parameters than ``LEAST_PARAMETERS``.
+        NoGeneralAnswers: if the model has fewer parameters than ``MIN_PARAMETERS``.
     """
-    count = count_numbers(model)
-    if count < LEAST_PARAMETERS:
+    count = count_logical_parameters(model)
+    if count < MIN_PARAMETERS:
         raise NoGeneralAnswers(f"a model of {count:,} parameters has learned no general answers")
 
 
@@ -90,50 +92,48 @@ def general_answers(
     reserved: int = 0,
     writer: Writer | None = None,
 ) -> list[Example]:
-    """What the model answers to general prompts: rows whose labels are its own greedy tokens.
+    """Return the model's answers to general prompts as rows with the greedy tokens as labels.
 
     Args:
-        model: answers as the base model does.
-        data: how prompts are rendered: a run's data settings, or a template's name.
-        identity: names the base model as it computes (:func:`as_rounded`); None keeps nothing on disk.
-        batch_tokens: bounds the memory of decoding, as in :func:`deltaw.runtime.generation.generate`.
-        reserved: positions that a method puts before each row.
-        writer: writes the answers; None for transformers.
+        model: Model that answers like the base model.
+        data: Data settings of a run, or the name of a template, to render prompts with.
+        identity: Identifier of the base model (:func:`quantized_identity`), None disables caching.
+        batch_tokens: Limit of the memory for decoding, see :func:`deltaw.runtime.generation.generate`.
+        reserved: Positions that a method prepends to each row.
+        writer: Generates the answers. Default: transformers.
 
     Returns:
-        a row for each answer, with the terminator as its last label where the model ended the answer itself;
-        ``row`` is the number of its prompt, from 1. Prompts that leave no room for an answer, and empty
-        answers, are skipped.
+        A row per answer. Its last label is the terminator if the model terminated the answer. ``row`` is the number of
+        its prompt, from 1. Prompts without enough positions for an answer and empty answers are skipped.
 
     Raises:
-        NoGeneralAnswers: fewer than ``LEAST_ANSWERS`` are left, or the chat template takes no such prompt.
+        NoGeneralAnswers: if fewer than ``MIN_ANSWERS`` remain, or the chat template rejects the prompts.
     """
     limit = position_limit(model)
     try:
         rendered = [encode_prompt(prompt, data, tokenizer) for prompt in prompts]
     except UserError as error:
-        raise NoGeneralAnswers(str(error.what)) from error
-    fitting = {
-        number: tokens
-        for number, tokens in enumerate(rendered, start=1)
-        if len(tokens) and (limit is None or reserved + len(tokens) + ANSWER_TOKENS <= limit)
-    }
-    if len(fitting) < LEAST_ANSWERS:
+        raise NoGeneralAnswers(str(error.message)) from error
+    max_length = math.inf if limit is None else limit - reserved - MAX_ANSWER_TOKENS
+    fitting = {index: tokens for index, tokens in enumerate(rendered, start=1) if 0 < len(tokens) <= max_length}
+    if len(fitting) < MIN_ANSWERS:
         raise NoGeneralAnswers(f"the model has {limit} positions, too few for general prompts")
-    asked = list(fitting.values())
+    prompt_tokens = list(fitting.values())
     if has_values(model):
-        with working("letting the base model answer general questions", len(asked)) as advance:
-            how: dict[str, Any] = {"batch_tokens": batch_tokens, "on_progress": lambda done, _: advance(done)}
-            done = base_answers(model, tokenizer, asked, ANSWER_TOKENS, identity=identity, writer=writer, **how)
-        written = [[*one.tokens, *([] if one.terminator is None else [one.terminator])] for one in done]
-    else:  # in a dry run on fake tensors nothing can be decoded: answers of full length take the same memory
-        written = [[0] * ANSWER_TOKENS for _ in asked]
-    answered = zip(fitting, asked, written, strict=True)
-    answers = [_example(number, prompt, answer, tokenizer) for number, prompt, answer in answered]
+        with track_progress("generating the base model's general answers", len(prompt_tokens)) as advance:
+            options: dict[str, Any] = {"batch_tokens": batch_tokens, "on_progress": lambda count, _: advance(count)}
+            options |= {"identity": identity, "writer": writer}
+            completions = base_answers(model, tokenizer, prompt_tokens, MAX_ANSWER_TOKENS, **options)
+        terminators = [[] if c.terminator is None else [c.terminator] for c in completions]
+        answer_tokens = [[*c.tokens, *end] for c, end in zip(completions, terminators, strict=True)]
+    else:  # fake tensors cannot be decoded, but answers of maximum length need the same memory
+        answer_tokens = [[0] * MAX_ANSWER_TOKENS for _ in prompt_tokens]
+    items = zip(fitting, prompt_tokens, answer_tokens, strict=True)
+    answers = [_example(index, prompt, answer, tokenizer) for index, prompt, answer in items]
     if has_values(model):
         answers = [answer for answer in answers if (answer.answer or "").strip()]
-    if len(answers) < LEAST_ANSWERS:
-        raise NoGeneralAnswers(f"the base model gives {len(answers)} answers to {len(prompts)} prompts")
+    if len(answers) < MIN_ANSWERS:
+        raise NoGeneralAnswers(f"the base model answers only {len(answers)} of {len(prompts)} prompts")
     return answers
 
 
@@ -147,50 +147,54 @@ def base_answers(
     batch_tokens: int,
     on_progress: Progress = None,
     writer: Writer | None = None,
-) -> list[Completion]:
-    """The base model's greedy answers, each of at most ``count`` tokens; remembered.
+) -> list[GeneratedCompletion]:
+    """Return the base model's greedy answers of up to ``count`` tokens, cached on disk.
 
     Args:
-        identity: names the base model as it computes; None remembers nothing.
-        batch_tokens, on_progress: of :func:`generate`. writer: writes them; None for transformers.
+        identity: Identifier of the base model, None disables caching.
+        batch_tokens: See :func:`generate`.
+        on_progress: See :func:`generate`.
+        writer: Generates the answers. Default: transformers.
     """
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(len(prompt).to_bytes(4, "little") + prompt.astype("<i4").tobytes())
-    asked = [identity, count, digest.hexdigest(), computed_on(model.device)]
-    kept = None if identity is None else recall("general", asked, MADE_BY)
-    if isinstance(kept, list) and len(kept) == len(prompts):
-        with contextlib.suppress(TypeError, ValueError, OverflowError):  # somebody else wrote the file
-            return [Completion(np.array(ids, np.int32), str(text), end is not None, end) for ids, text, end in kept]
-    done = None if writer is None else writer(prompts, count, batch_tokens, on_progress)
-    if done is None:
-        how: dict[str, Any] = {"batch_tokens": batch_tokens, "on_progress": on_progress}
-        done = generate(model, tokenizer, prompts, max_new_tokens=count, **how)
+    key = [identity, count, digest.hexdigest(), numerics_key(model.device)]
+    stored = None if identity is None else load_result("general", key, CACHE_DEPENDENCIES)
+    if isinstance(stored, list) and len(stored) == len(prompts):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):  # invalid cache file
+            return [GeneratedCompletion(np.array(ids, np.int32), str(s), t is not None, t) for ids, s, t in stored]
+    completions = None if writer is None else writer(prompts, count, batch_tokens, on_progress)
+    if completions is None:
+        options: dict[str, Any] = {"batch_tokens": batch_tokens, "on_progress": on_progress}
+        completions = generate(model, tokenizer, prompts, max_new_tokens=count, **options)
     if identity is not None:
-        remember("general", asked, [[one.tokens.tolist(), one.text, one.terminator] for one in done], MADE_BY)
-    return done
+        values = [[c.tokens.tolist(), c.text, c.terminator] for c in completions]
+        store_result("general", key, values, CACHE_DEPENDENCIES)
+    return completions
 
 
-def _example(number: int, prompt: np.ndarray, answer: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Example:
+def _example(index: int, prompt: np.ndarray, answer: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Example:
     tokens = np.concatenate([prompt, np.asarray(answer, np.int32)]).astype(np.int32)
     is_label = np.arange(len(tokens)) >= len(prompt)
     text = str(tokenizer.decode(list(answer), skip_special_tokens=True))
-    return Example(number, tokens, is_label, len(prompt), text)
+    return Example(index, tokens, is_label, len(prompt), text)
 
 
 @dataclass(frozen=True)
-class KeepGeneral:
-    """Adds the gradients of weight · (mean cross-entropy of general answers) to those of a step
-    (``train.keep_general``).
+class GeneralRehearsal:
+    """Adds the gradients of weight · (mean cross-entropy of general answers) to a step (``train.keep_general``).
 
-    Self-distillation by rehearsal: the factors are pushed away from changes that general answers would pay for. The
-    prompts are others than those that drift is measured on.
+    Self-distillation by rehearsal penalizes updates that change the general answers. The prompts differ from the
+    prompts that drift is measured on.
 
     Attributes:
-        objective: the sum of a microbatch's losses. batcher: cuts rows into microbatches.
-        rows: general answers, as the model is to see them.
-        weight: what their mean loss is multiplied with; the data's mean loss has weight 1.
-        seed: of their order. per_step: how many of them a step takes.
+        objective: Computes the summed loss of a microbatch.
+        batcher: Cuts rows into microbatches.
+        rows: General answers in the form that the model receives.
+        weight: Weight of their mean loss, relative to weight 1 for the data's mean loss.
+        seed: Seed of their order.
+        per_step: Number of answers per step.
     """
 
     objective: AnyObjective
@@ -201,20 +205,23 @@ class KeepGeneral:
     per_step: int = 1
 
     def rows_of(self, step: int) -> list[Example]:
-        """The answers of step ``step`` (from 0), a function of its number: each once before any twice."""
+        """Return the answers of step ``step`` (from 0). Every answer is used once before any is repeated."""
         count = len(self.rows)
-        places = np.arange(step * self.per_step, (step + 1) * self.per_step)
-        orders = {epoch: epoch_order(count, epoch, self.seed) for epoch in set((places // count).tolist())}
-        return [self.rows[orders[place // count][place % count]] for place in places.tolist()]
+        positions = np.arange(step * self.per_step, (step + 1) * self.per_step)
+        orders = {epoch: epoch_order(count, epoch, self.seed) for epoch in set((positions // count).tolist())}
+        return [self.rows[orders[position // count][position % count]] for position in positions.tolist()]
 
     def __call__(self, step: int) -> Tensor:
-        """Add the gradients for step ``step``; the mean loss of its answers in nats a token, unweighted: a
-        scalar on the model's device, which is not waited for."""
+        """Add the gradients for a step.
+
+        Returns:
+            The unweighted mean loss in nats per token, a scalar on the model's device. The device is not synchronized.
+        """
         rows = self.rows_of(step)
         units = self.objective.units(rows)
         total = torch.zeros(())
         for batch in self.batcher.batches(rows):
             loss = self.objective(batch)
             (self.weight * loss / units).backward()
-            total = total + unrounded(loss)
+            total = total + detach_wide(loss)
         return total / units

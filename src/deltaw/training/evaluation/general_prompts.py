@@ -1,14 +1,13 @@
-"""General prompts: what people ask a language model that has nothing to do with a fine-tuning task.
+"""General prompts that are unrelated to a fine-tuning task: questions, instructions, small talk, arithmetic and code.
 
-``MEASURED`` are the ones that drift is measured on. ``KEPT`` are the ones that ``train.keep_general`` trains
-on. No prompt stands in both, so that keeping the answers to some is measured on the answers to others. Both
-hold questions, instructions, small talk, arithmetic, rewriting and code. Changing a prompt changes what drift
-means: figures of two versions of this file are not comparable.
+Drift is measured on ``DRIFT_PROMPTS``. ``train.keep_general`` trains on ``REHEARSAL_PROMPTS``. The two sets are
+disjoint, so drift is measured on prompts that were not rehearsed. Drift values are comparable only for the same
+prompts.
 """
 
 from __future__ import annotations
 
-MEASURED: tuple[str, ...] = (
+DRIFT_PROMPTS: tuple[str, ...] = (
     "What is the capital of Italy?",
     "Who painted the Mona Lisa?",
     "How many months does a year have?",
@@ -43,7 +42,7 @@ MEASURED: tuple[str, ...] = (
     "What is a variable in programming?",
 )
 
-KEPT: tuple[str, ...] = (
+REHEARSAL_PROMPTS: tuple[str, ...] = (
     "What is the capital of Canada?",
     "What is the capital of Brazil?",
     "Who wrote 'Don Quixote'?",

@@ -1,1 +1,1 @@
-"""Outputs of a model's frozen lower layers, computed once for each row and kept."""
+"""Stored outputs of frozen layers and prompts."""

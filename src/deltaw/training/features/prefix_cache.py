@@ -1,7 +1,7 @@
-"""Whether the frozen lower layers run only once for each row, and where their outputs are kept.
+"""Decide whether outputs of the frozen lower layers are stored, and where.
 
-This is verified first: a few of the user's own rows run with kept features and without. Loss and gradients
-must agree, or there is no cache and the run says why. Features of an earlier run are compared with new ones.
+The cache is verified first: a few rows of the user are run with and without it, and loss and gradients must agree.
+Otherwise it is not used, and the run reports the reason. Stored features of an earlier run are compared with new ones.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from deltaw.data.example import RowGroup
 from deltaw.data.sequences import lengths_of
 from deltaw.errors import UserError
 from deltaw.hub.loading import has_values
-from deltaw.hub.transformers_private import READ_FROM
+from deltaw.hub.transformers_private import NAME_OR_PATH
 from deltaw.kernels.transfer import to_device
 from deltaw.machine.choices import Choice
-from deltaw.machine.kernel_choice import computed_on
-from deltaw.runtime.layer_entry import BackboneEntry, BlockEntry, HeadEntry, Level, frozen_digest, lowest_trained
-from deltaw.training.features.cached import EveryToken, KeptFeatures, LabelTokens, RowIndex, WholeRows
+from deltaw.machine.kernel_choice import numerics_key
+from deltaw.runtime.layer_entry import BackboneEntry, BlockEntry, HeadEntry, Level, frozen_digest, frozen_level
+from deltaw.training.features.cached import AllTokenFeatures, FeatureCache, PooledFeatures, PredictorFeatures, RowIndex
 from deltaw.training.features.store import (
     LIMIT_BYTES,
     DiskStore,
@@ -38,221 +38,233 @@ from deltaw.training.features.store import (
     MemoryStore,
     Shape,
     ShapeStore,
-    StoreOver,
-    is_whole,
+    WrappedStore,
+    is_complete,
     open_store,
     size_text,
 )
 from deltaw.training.microbatches import AnyBatcher, AnyObjective, Feed
-from deltaw.training.parallel.reducer import ALONE, Reducer
+from deltaw.training.parallel.reducer import SINGLE_PROCESS, Reducer
 from deltaw.training.tasks.causal_objective import CausalObjective
 
-# Two ways to run the same rows are compared by the loss and gradients of a few of them.
-
-TRIED_ROWS = 3
-# Numbers of a gradient that are compared at a time.
-_AT_ONCE = 1 << 20
+NUM_PROBE_ROWS = 3
+# Number of gradient elements to compare at a time.
+_CHUNK_SIZE = 1 << 20
 
 
-def few_rows(examples: Sequence[Any]) -> list[Any]:
-    """A few rows of different lengths, none of them long."""
+def select_probe_rows(examples: Sequence[Any]) -> list[Any]:
+    """Return a few rows of different lengths, without very long ones."""
     ordered = np.argsort(lengths_of(examples), kind="stable").tolist()
-    places = sorted({0, len(ordered) // 4, len(ordered) // 2})
-    return [examples[ordered[place]] for place in places][:TRIED_ROWS]
+    indices = sorted({0, len(ordered) // 4, len(ordered) // 2})
+    return [examples[ordered[index]] for index in indices][:NUM_PROBE_ROWS]
 
 
-def loss_and_gradients(feed: Feed, few: Sequence[Any], trained: Sequence[nn.Parameter]) -> list[Tensor | None]:
-    """The sum of losses, and its gradient for each trained parameter, None where it has none."""
+def loss_and_gradients(feed: Feed, rows: Sequence[Any], trained: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    """Return the summed loss and its gradient for each trained parameter, or None for a parameter without gradient."""
     total: list[Tensor | None] = [None] * (1 + len(trained))
-    for batch in feed.batches(few):
+    for batch in feed.batches(rows):
         loss = feed.objective(batch)
         parts = [loss.detach(), *torch.autograd.grad(loss, trained, allow_unused=True)]
         for n, part in enumerate(parts):
-            before = total[n]
-            total[n] = part if before is None or part is None else before + part
+            partial_sum = total[n]
+            total[n] = part if partial_sum is None or part is None else partial_sum + part
     return total
 
 
-def difference_of(
-    usual: Feed,
-    ours: Feed,
-    few: Sequence[Any],
+def compare_feeds(
+    reference: Feed,
+    cached: Feed,
+    rows: Sequence[Any],
     trained: Sequence[nn.Parameter],
     *,
     loss: float | None,
     gradients: float | None = None,
 ) -> str | None:
-    """What differs between two ways to run rows, of which ours first computes what it keeps and then reads it; None
-    where nothing does.
+    """Compare the loss and gradients of two feeds.
+
+    The cached feed runs twice: it first computes its features and then reads them.
 
     Args:
-        loss, gradients: the relative differences that are allowed; without that of the loss nothing is compared,
-            but it must run. That of the gradients is the same unless given.
+        reference: Feed without a cache.
+        cached: Feed with a cache.
+        rows: Rows to run.
+        trained: Trained parameters.
+        loss: Maximum relative difference of the loss. If it is None, the feeds only have to run without an error.
+        gradients: Maximum relative difference of the gradients. The default is ``loss``.
+
+    Returns:
+        A description of the difference, or None.
     """
-    expected = loss_and_gradients(usual, few, trained)
+    expected = loss_and_gradients(reference, rows, trained)
     for _ in range(2):
-        found = loss_and_gradients(ours, few, trained)
-        if loss is not None and not near(expected[:1], found[:1], loss):
-            return "another loss"
-        if loss is not None and not near(expected[1:], found[1:], gradients or loss):
-            return "other gradients"
+        actual = loss_and_gradients(cached, rows, trained)
+        if loss is not None and not is_close(expected[:1], actual[:1], loss):
+            return "a different loss"
+        if loss is not None and not is_close(expected[1:], actual[1:], gradients or loss):
+            return "different gradients"
     return None
 
 
-def brief(error: Exception) -> str:
-    """An error of a foreign model, in part of a line."""
+def short_error(error: Exception) -> str:
+    """Return type and message of a third-party error, shortened for use in a sentence."""
     return f"{type(error).__name__}: {str(error)[:100]}"
 
 
-def near(expected: Sequence[Tensor | None], found: Sequence[Tensor | None], tolerance: float) -> bool:
-    """Whether all together differ by no more than ``tolerance`` of their norm."""
-    if [e is None for e in expected] != [f is None for f in found]:
+def is_close(expected: Sequence[Tensor | None], actual: Sequence[Tensor | None], tolerance: float) -> bool:
+    """Return True if the tensors together differ by at most ``tolerance``, relative to their norm."""
+    if [e is None for e in expected] != [f is None for f in actual]:
         return False
     difference = norm = 0.0
-    for e, f in zip(expected, found, strict=True):
+    for e, f in zip(expected, actual, strict=True):
         if e is None or f is None:
             continue
-        # A part at a time: a gradient may be as large as the model's largest weight.
-        for mine, other in zip(e.flatten().split(_AT_ONCE), f.flatten().split(_AT_ONCE), strict=True):
-            difference += float((mine.float() - other.float()).square().sum())
-            norm += float(mine.float().square().sum())
+        # Compare in chunks, because a gradient can be as large as the model's largest weight.
+        parts = (e.flatten().split(_CHUNK_SIZE), f.flatten().split(_CHUNK_SIZE))
+        for expected_chunk, actual_chunk in zip(*parts, strict=True):
+            difference += float((expected_chunk.float() - actual_chunk.float()).square().sum())
+            norm += float(expected_chunk.float().square().sum())
     return math.sqrt(difference) <= tolerance * math.sqrt(norm)
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
-    """The relative difference of norms that rounding in this type may make."""
+    """Return the relative difference of norms that rounding in this type can cause."""
     return 1e-3 if dtype in (torch.float32, torch.float64) else 6e-2
 
 
-# One store for all processes of a machine that train together: the first opens it, the others join.
+# The processes of a machine that train together share one store. The first process opens it, and the others join.
 #
-# Values and marks are mapped files, so what one process writes is there for the others. Which rows have their
-# values is told by a mapped file of its own, which lasts as long as the run: marks for later runs are written
-# once values are on the disk. Processes of a step have different rows; two that write the same row write equal
-# values up to rounding.
+# Values and completion flags are memory-mapped files, so writes of one process are visible in the others. The flags of
+# the running training are in a separate mapped file. The persistent flags are written after the values are on disk.
+# Processes have different rows in a step. Two processes that write the same row write equal values up to rounding.
 
-_SEEN = "seen-"
+_DONE_PREFIX = "seen-"
 
 
 class Sharing:
-    """How a process comes by its store.
+    """Shares a store between the processes of a machine.
 
     Args:
-        processes: that train together, each of which asks the same.
+        processes: Processes that train together. Each creates the same object.
 
     Attributes:
-        leads: whether this process opens the store of its machine.
+        is_leader: True if this process opens the store of its machine.
     """
 
-    def __init__(self, processes: Reducer = ALONE) -> None:
+    def __init__(self, processes: Reducer = SINGLE_PROCESS) -> None:
         self._processes = processes
-        self._place: tuple[str, str] | None = None
-        self.leads = processes.local_rank == 0
+        self._location: tuple[str, str] | None = None
+        self.is_leader = processes.local_rank == 0
 
-    def opened(self, store: DiskStore) -> None:
-        """Let the others join a store that this process opened."""
+    def publish(self, store: DiskStore) -> None:
+        """Make a store of this process available to the others."""
         if self._processes.local_size == 1:
             return
-        for old in store.folder.glob(f"{_SEEN}*"):  # of runs that were killed
-            platforms.removed(old)
-        name = f"{_SEEN}{os.getpid()}.bin"
+        for old in store.folder.glob(f"{_DONE_PREFIX}*"):  # from killed runs
+            platforms.remove_path(old)
+        name = f"{_DONE_PREFIX}{os.getpid()}.bin"
         (store.folder / name).write_bytes(store.done.astype(np.uint8).tobytes())
-        _use_seen(store, name)
-        store.of_run = store.folder / name
-        self._place = str(store.folder), name
+        _map_done(store, name)
+        store.run_file = store.folder / name
+        self._location = str(store.folder), name
 
-    def tell(self, *, keeps: bool) -> bool:
-        """Once by each process, the first of each machine after it opened its store: whether features are
-        kept on this machine."""
+    def exchange(self, *, has_store: bool) -> bool:
+        """Return True if this machine stores features.
+
+        Each process calls it once, the leader after it opened the store.
+        """
         processes = self._processes
-        told = processes.texts(json.dumps([keeps, self._place]))
-        keeps, self._place = json.loads(told[processes.rank - processes.local_rank])
-        return keeps
+        replies = processes.texts(json.dumps([has_store, self._location]))
+        has_store, self._location = json.loads(replies[processes.rank - processes.local_rank])
+        return has_store
 
     def join(self, shape: Shape) -> DiskStore | None:
-        """The store that the first process of this machine opened; None where it has none on the disk.
+        """Return the store of this machine's leader, or None if it has none on disk.
 
         Raises:
-            UserError: it is another one than this process would make.
+            UserError: if the store does not match the one that this process would create.
         """
-        if self._place is None:
+        if self._location is None:
             return None
-        folder, name = self._place
-        if not is_whole(Path(folder), shape):
-            what = "the features that the first process of this machine keeps are not those of this one"
+        folder, name = self._location
+        if not is_complete(Path(folder), shape):
+            message = "the features stored by the first process of this machine do not match those of this process"
             hint = "let all processes of a machine see the same folder, or set train.keep_features: false"
-            raise UserError(what, where=folder, hint=hint)
+            raise UserError(message, location=folder, hint=hint)
         store = DiskStore(Path(folder), shape, None)
-        _use_seen(store, name)
+        _map_done(store, name)
         return store
 
 
-def _use_seen(store: DiskStore, name: str) -> None:
+def _map_done(store: DiskStore, name: str) -> None:
     mapped = np.memmap(store.folder / name, np.uint8, "r+", shape=(store.shape.rows,))
     store.done = np.asarray(mapped).view(bool)
 
 
-# A store's vectors on the device that uses them, besides where they are kept.
-#
-# The first epoch writes them to both. Later epochs gather them on the device, so that a step neither copies
-# vectors nor waits for one. Vectors of an earlier run are brought over as they are asked for.
+# Vectors of a store can be mirrored on the device. The first epoch writes to both. Later epochs gather on the device
+# without copies or synchronization. Vectors of an earlier run are copied on first use.
 
-# Share of the device's free memory that vectors may take; the rest is for training.
-SHARE = 0.25
+# Maximum share of the device's free memory for vectors. The rest is for training.
+MAX_MEMORY_SHARE = 0.25
 
 
-class DeviceStore(StoreOver):
-    """``inner`` with a copy of its vectors on ``device``."""
+class DeviceStore(WrappedStore):
+    """Store with a copy of its vectors on ``device``."""
 
     def __init__(self, inner: FeatureStore, device: torch.device) -> None:
         super().__init__(inner)
         self.device, shape = device, inner.shape
         self._values = torch.empty(shape.units, shape.width, dtype=shape.torch_dtype, device=device)
-        self._there = np.zeros(shape.units, bool)
+        self._present = np.zeros(shape.units, bool)
 
-    def read(self, places: np.ndarray) -> Tensor:
-        """(n,) places to (n, width) on the device."""
-        missing = np.unique(places[~self._there[places]])
+    def read(self, indices: np.ndarray) -> Tensor:
+        """Return (n, width) the vectors at (n,) indices, on the device."""
+        missing = np.unique(indices[~self._present[indices]])
         if len(missing):
             self._put(missing, to_device(self.inner.read(missing), self.device))
-        return self._values.index_select(0, to_device(torch.from_numpy(places), self.device))
+        return self._values.index_select(0, to_device(torch.from_numpy(indices), self.device))
 
-    def write(self, rows: np.ndarray, places: np.ndarray, values: Tensor) -> None:
-        self._put(places, values.detach().to(self.device))
-        self.inner.write(rows, places, values)
+    def write(self, rows: np.ndarray, indices: np.ndarray, values: Tensor) -> None:
+        self._put(indices, values.detach().to(self.device))
+        self.inner.write(rows, indices, values)
 
-    def _put(self, places: np.ndarray, values: Tensor) -> None:
-        self._values.index_copy_(0, to_device(torch.from_numpy(places), self.device), values)
-        self._there[places] = True
+    def _put(self, indices: np.ndarray, values: Tensor) -> None:
+        self._values.index_copy_(0, to_device(torch.from_numpy(indices), self.device), values)
+        self._present[indices] = True
 
-    def forget(self) -> None:
-        self._there[:] = False
-        super().forget()
+    def clear(self) -> None:
+        self._present[:] = False
+        super().clear()
 
     def close(self) -> None:
-        """Let others have the inner store, and the device its memory."""
+        """Release the device memory and the inner store."""
         self._values = self._values[:0].clone()
-        self._there[:] = False
+        self._present[:] = False
         super().close()
 
 
-def on_device(store: FeatureStore, device: torch.device) -> FeatureStore:
-    """The store with its vectors on the device too, where that has memory of its own and room for them."""
-    fits = device.type == "cuda" and store.shape.bytes <= SHARE * torch.cuda.mem_get_info(device)[0]
+def with_device_copy(store: FeatureStore, device: torch.device) -> FeatureStore:
+    """Mirror the store on the device, if the device has its own memory and enough of it."""
+    fits = device.type == "cuda" and store.shape.bytes <= MAX_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
     return DeviceStore(store, device) if fits else store
 
 
-# Whether frozen layers run once for each row.
-
-# Below this share of the blocks, reading features saves less than keeping them costs.
-LEAST_FROZEN = 1 / 8
-# Features that find no room on the disk are kept in memory up to this size.
+# If a smaller share of the blocks is frozen, storing features costs more than it saves.
+MIN_FROZEN_SHARE = 1 / 8
+# Features that do not fit on disk are stored in memory up to this size.
 MEMORY_BYTES = 256 * 2**20
-# From so many rows on, their features are estimated before all are looked at.
-MANY_ROWS = 200_000
-MADE_BY = (*("torch", "transformers"), *("deltaw.kernels", "deltaw.lora", "deltaw.runtime", "deltaw.training.features"))
-# What a configuration says that no feature depends on.
-IRRELEVANT = {READ_FROM, "transformers_version", "architectures", "id2label", "label2id", "problem_type", "use_cache"}
+# From this number of rows on, the size of their features is estimated from a sample first.
+ESTIMATE_ROWS = 200_000
+CACHE_DEPENDENCIES = (
+    "torch",
+    "transformers",
+    "deltaw.kernels",
+    "deltaw.lora",
+    "deltaw.runtime",
+    "deltaw.training.features",
+)
+# Keys of a model configuration that do not affect features.
+IGNORED_CONFIG_KEYS = {NAME_OR_PATH, "transformers_version", "architectures", "id2label", "label2id"}
+IGNORED_CONFIG_KEYS |= {"problem_type", "use_cache"}
 
 
 def cached_prefix(
@@ -264,80 +276,90 @@ def cached_prefix(
     folder: Path | None = None,
     limit: int = LIMIT_BYTES,
     sharing: Sharing | None = None,
-) -> tuple[KeptFeatures | None, Choice[str]]:
-    """A training's frozen prefix, kept; to be called where the model can run these batches, nothing random.
+) -> tuple[FeatureCache | None, Choice[str]]:
+    """Create the feature cache of a training. Call it when the model accepts these batches, without dropout.
 
-    What is trained is read off the parameters that require a gradient. In a dry run on fake tensors the store
-    holds shapes alone, so that a plan sees the same steps.
+    The frozen layers are derived from the parameters that require a gradient. In a dry run on fake tensors the store
+    contains only shapes, so that a plan runs the same steps.
 
     Args:
-        objective, batcher: what the training would use otherwise.
-        examples: every row that will come, held-out ones too.
-        folder: where stores are. limit: bytes that all stores may take.
-        sharing: with the other processes of this machine; None where there are none.
+        model: Model to train.
+        objective: Objective of the training without a cache.
+        batcher: Batcher of the training without a cache.
+        examples: All rows, including held-out ones.
+        folder: Folder of the stores.
+        limit: Maximum total size of all stores in bytes.
+        sharing: Sharing with the other processes of this machine.
 
     Returns:
-        the prefix, which is to be closed in the end, and how far up it goes; None and why not.
+        The cache, which the caller closes, and the layers that it covers. Or None and the reason.
     """
     if any(isinstance(example, RowGroup) for example in examples[:1]):
         return None, Choice("off", "rows come in groups")
     trained = [p for p in model.parameters() if p.requires_grad]
-    level = lowest_trained(model, trained)
+    level = frozen_level(model, trained)
     if level is None:
         return None, Choice("off", "training reaches down to the first block")
-    if level.kind == "block" and level.index < LEAST_FROZEN * level.count:
+    if level.kind == "block" and level.index < MIN_FROZEN_SHARE * level.count:
         return None, Choice("off", f"only {level} are frozen")
-    few, real = few_rows(examples), has_values(model)
+    probe_rows, has_weights = select_probe_rows(examples), has_values(model)
     try:
         feed = _feed(model, level, objective, batcher)
-        vectors = feed.learn(next(iter(batcher.batches(few))))
-        rows = feed.indexed(few)
-        trial = feed.over(rows, MemoryStore(rows.shape(vectors)))
-        tolerance = tolerance_of(vectors.dtype) if real else None
-        difference = difference_of(Feed(objective, batcher), trial, few, trained, loss=tolerance)
-    except Exception as error:  # whatever a foreign model raises here, it can train without kept features
-        return None, Choice("off", f"{type(model).__name__} cannot be resumed there ({brief(error)})")
+        vectors = feed.inspect(next(iter(batcher.batches(probe_rows))))
+        rows = feed.index_rows(probe_rows)
+        trial = feed.with_store(rows, MemoryStore(rows.shape(vectors)))
+        tolerance = tolerance_of(vectors.dtype) if has_weights else None
+        difference = compare_feeds(Feed(objective, batcher), trial, probe_rows, trained, loss=tolerance)
+    except Exception as error:  # a third-party model can raise any error, and trains without stored features
+        return None, Choice("off", f"{type(model).__name__} cannot be resumed there ({short_error(error)})")
     if difference is not None:
         return None, Choice("off", f"{type(model).__name__} resumed there gives {difference}")
     if too_large := _too_large(feed, examples, vectors, limit):
         return None, Choice("off", f"features would take about {too_large}")
 
     sharing = sharing or Sharing()
-    rows = feed.indexed(examples)
+    rows = feed.index_rows(examples)
     shape = rows.shape(vectors)
-    store: FeatureStore | None = None if sharing.leads else sharing.join(shape)
+    store: FeatureStore | None = None if sharing.is_leader else sharing.join(shape)
     if isinstance(store, DiskStore):
-        kept = f"{size_text(shape.bytes)} in {store.folder}"
+        location = f"{size_text(shape.bytes)} in {store.folder}"
     else:
-        name = _name(model, level, feed, rows, shape) if real else ""
+        name = _store_key(model, level, feed, rows, shape) if has_weights else ""
         about = f"{type(model).__name__}, {level}, {shape.rows} rows"
         try:
-            store, kept = placed(name, shape, about=about, folder=folder, limit=limit)
+            store, location = create_store(name, shape, about=about, folder=folder, limit=limit)
         except UserError as error:
-            return None, Choice("off", error.what)
+            return None, Choice("off", error.message)
         if isinstance(store, DiskStore):
-            sharing.opened(store)
-    cached = feed.over(rows, on_device(store, feed.device) if real else store)
+            sharing.publish(store)
+    cached = feed.with_store(rows, with_device_copy(store, feed.device) if has_weights else store)
     try:
-        known = _still_right(cached)
+        num_stored = _verify_stored(cached)
     except BaseException:
         cached.close()
         raise
-    found = f", {known} of {shape.rows} rows there already" if known else ""
-    return cached, Choice(str(level), f"frozen below, so run once for each row: {kept}{found}")
+    suffix = f", {num_stored} of {shape.rows} rows already stored" if num_stored else ""
+    return cached, Choice(str(level), f"frozen below, so run once for each row: {location}{suffix}")
 
 
-def placed(
+def create_store(
     name: str, shape: Shape, *, about: str, folder: Path | None, limit: int, since: str = ""
 ) -> tuple[FeatureStore, str]:
-    """A store, and where it is, in words: on the disk, or in memory where that refuses.
+    """Create a store on disk, or in memory if the disk refuses.
 
     Args:
-        name: of all that the values depend on; '' on fake tensors, which have none: it holds shapes alone.
-        since: why the disk refused before, where it did.
+        name: Key of everything that the values depend on. An empty string on fake tensors creates a store of shapes.
+        shape: Shape of the store.
+        about: Description for the user.
+        folder: Folder of the stores.
+        limit: Maximum total size of all stores in bytes.
+        since: Reason why the disk refused a larger store before.
+
+    Returns:
+        The store and a description of its location.
 
     Raises:
-        UserError: the disk refuses, and it is too large for memory.
+        UserError: if the disk refuses and the store is too large for memory.
     """
     size = size_text(shape.bytes)
     if not name:
@@ -348,57 +370,56 @@ def placed(
     except UserError as error:
         if shape.bytes > MEMORY_BYTES:
             raise
-        return MemoryStore(shape), f"{size} in memory, since {since or error.what}"
+        return MemoryStore(shape), f"{size} in memory, since {since or error.message}"
 
 
-def _feed(model: PreTrainedModel, level: Level, objective: AnyObjective, batcher: AnyBatcher) -> KeptFeatures:
-    """What to keep at this level."""
+def _feed(model: PreTrainedModel, level: Level, objective: AnyObjective, batcher: AnyBatcher) -> FeatureCache:
+    """Return the cache for this level."""
     if level.kind == "block":
-        return EveryToken(objective, batcher, BlockEntry(model, level.index))
+        return AllTokenFeatures(objective, batcher, BlockEntry(model, level.index))
     if isinstance(objective, CausalObjective):
-        return LabelTokens(objective, batcher, BackboneEntry(model))
-    return WholeRows(objective, batcher, HeadEntry(model))
+        return PredictorFeatures(objective, batcher, BackboneEntry(model))
+    return PooledFeatures(objective, batcher, HeadEntry(model))
 
 
-def _too_large(feed: KeptFeatures, examples: Sequence[Any], vectors: Tensor, limit: int) -> str | None:
-    """Of very many rows, about what their features would take, where that is far more than the limit: they
-    are not even counted then."""
-    if len(examples) <= MANY_ROWS:
+def _too_large(feed: FeatureCache, examples: Sequence[Any], vectors: Tensor, limit: int) -> str | None:
+    """Return the approximate size of the features of very large data if it is far above the limit, else None."""
+    if len(examples) <= ESTIMATE_ROWS:
         return None
-    few = [examples[place] for place in range(0, len(examples), len(examples) // 256)]
-    units = sum(feed.units(example) for example in few) / len(few) * len(examples)
+    sampled = [examples[index] for index in range(0, len(examples), len(examples) // 256)]
+    units = sum(feed.units(example) for example in sampled) / len(sampled) * len(examples)
     size = int(units * vectors.shape[1] * vectors.element_size())
     return size_text(size) if size > 2 * limit else None
 
 
-def facts_of(model: PreTrainedModel, level: Level, device: torch.device) -> list[object]:
-    """What the values below a level depend on, besides rows."""
-    config = {k: v for k, v in model.config.to_dict().items() if k not in IRRELEVANT}
-    return [type(model.base_model).__name__, config, frozen_digest(model, level), computed_on(device)]
+def model_key(model: PreTrainedModel, level: Level, device: torch.device) -> list[object]:
+    """Return everything that the values below a level depend on, except rows."""
+    config = {k: v for k, v in model.config.to_dict().items() if k not in IGNORED_CONFIG_KEYS}
+    return [type(model.base_model).__name__, config, frozen_digest(model, level), numerics_key(device)]
 
 
-def _name(model: PreTrainedModel, level: Level, feed: KeptFeatures, rows: RowIndex, shape: Shape) -> str:
-    """A name for everything that stored values depend on."""
+def _store_key(model: PreTrainedModel, level: Level, feed: FeatureCache, rows: RowIndex, shape: Shape) -> str:
+    """Return a key of everything that the stored values depend on."""
     padded = bool(getattr(feed.batcher, "padded", True))
     contents = hashlib.sha256(b"".join(rows.contents)).hexdigest()
-    facts = [str(level), feed.kind, shape.width, shape.dtype, *facts_of(model, level, feed.device), padded, contents]
-    return key("features", facts, MADE_BY)
+    parts = [str(level), feed.kind, shape.width, shape.dtype, *model_key(model, level, feed.device), padded, contents]
+    return key("features", parts, CACHE_DEPENDENCIES)
 
 
-def _still_right(cached: KeptFeatures) -> int:
-    """Rows that the store has already; none, all forgotten, where some computed anew differ from it."""
+def _verify_stored(cached: FeatureCache) -> int:
+    """Return the number of stored rows. Clear the store and return 0 if recomputed rows differ."""
     done = np.flatnonzero(cached.store.done)
     if not len(done):
         return 0
-    slots = done[:: max(1, len(done) // TRIED_ROWS)][:TRIED_ROWS]
-    few = [cached.rows.distinct[slot] for slot in slots]
-    before = cached.store.read(cached.rows.places(slots))
-    again = cached.indexed(few)
-    fresh = cached.over(again, MemoryStore(again.shape(before)))
-    for batch in cached.batcher.batches(few):
-        fresh.keep(batch)
-    after = fresh.store.read(again.places(again.slots(few))).to(before.device)
-    if near([after], [before], tolerance_of(before.dtype)):
+    slots = done[:: max(1, len(done) // NUM_PROBE_ROWS)][:NUM_PROBE_ROWS]
+    probe_rows = [cached.rows.distinct[slot] for slot in slots]
+    stored = cached.store.read(cached.rows.vector_indices(slots))
+    index = cached.index_rows(probe_rows)
+    recomputed = cached.with_store(index, MemoryStore(index.shape(stored)))
+    for batch in cached.batcher.batches(probe_rows):
+        recomputed.store_batch(batch)
+    new_values = recomputed.store.read(index.vector_indices(index.slots(probe_rows))).to(stored.device)
+    if is_close([new_values], [stored], tolerance_of(stored.dtype)):
         return len(done)
-    cached.store.forget()
+    cached.store.clear()
     return 0

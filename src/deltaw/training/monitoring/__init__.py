@@ -1,1 +1,1 @@
-"""What a run watches while it trains: evaluations, the best of them, answers, warnings, the time left."""
+"""Monitoring of a run: evaluations, best score, generated answers, warnings and time budget."""

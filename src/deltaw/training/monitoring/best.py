@@ -1,8 +1,7 @@
-"""What is best, when to stop, and what evaluations cost: the best score with its parameters, and time budgets.
+"""Best evaluation, early stopping and time budgets.
 
-A run with a budget measures its first steps, which count, and plans the number of steps so that all ends in
-time, its evaluations and what follows the last step included; it plans again where the speed changes. Knows
-scores, parameters and seconds; not what a step or an evaluation does.
+A run with a time budget measures its first steps and plans the number of steps that fit, including evaluations and the
+work after the last step. The plan is revised if the speed changes.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from deltaw.errors import UserError
 from deltaw.machine.choices import Choice
 from deltaw.tensor_files import TensorFile, save_tensors
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.evaluation.general import ANSWER_TOKENS, SHOWN, NoGeneralAnswers, check_size
-from deltaw.training.evaluation.general_prompts import MEASURED
+from deltaw.training.evaluation.general import MAX_ANSWER_TOKENS, NUM_STORED_ANSWERS, NoGeneralAnswers, check_size
+from deltaw.training.evaluation.general_prompts import DRIFT_PROMPTS
 from deltaw.training.monitoring.generation import max_new_tokens
 from deltaw.training.session import Session
 from deltaw.training.state import Step, TrainState
@@ -36,43 +35,40 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-# The trained parameters as they were at the best evaluation, on disk until the run ends.
-#
-# Every method names its trained parameters, so they are kept as these, bit for bit, and the method writes its
-# adapter from them once they are back in the model. Knows no scores.
-
 FOLDER = "best"
 
 
 class BestParameters:
-    """Keeps the trained parameters of a session's best step in ``best/`` of the run's folder.
+    """Stores the trained parameters of the best step in ``best/`` of the run's folder until the run ends.
 
-    A run that goes on from a checkpoint needs those that were the best then, so they stay until a later
-    checkpoint is written.
+    Parameters are stored exactly and restored into the model before the method writes its adapter. A run that is
+    resumed from a checkpoint needs the best parameters of that checkpoint, so they are retained until the next
+    checkpoint.
 
     Args:
-        session: whose parameters. folder: the run's.
+        session: Session of the parameters.
+        folder: Folder of the run.
     """
 
     def __init__(self, session: Session, folder: Path) -> None:
         self._session = session
         self._folder = folder / FOLDER
-        self._needed: int | None = None  # by the last checkpoint
-        self._newest: int | None = None
+        self._checkpoint_step: int | None = None  # best step of the last checkpoint
+        self._newest_step: int | None = None
 
-    def keep(self, step: int) -> None:
-        """Write the parameters as they are now, whole or not at all."""
+    def save(self, step: int) -> None:
+        """Write the current parameters atomically."""
         save_tensors(self._file(step), self._parameters(), {"step": str(step)})
-        self._newest = step
-        self._remove_but({step, self._needed})
+        self._newest_step = step
+        self._remove_except({step, self._checkpoint_step})
 
-    def checkpointed(self, best_step: int | None) -> None:
-        """A checkpoint is on the disk, written when ``best_step`` was the best: earlier ones may go."""
-        self._needed = best_step
-        self._remove_but({best_step, self._newest})
+    def on_checkpoint(self, best_step: int | None) -> None:
+        """Remove parameters that a written checkpoint with this best step does not need."""
+        self._checkpoint_step = best_step
+        self._remove_except({best_step, self._newest_step})
 
     def has(self, step: int) -> bool:
-        """Whether the parameters of this step are there and whole."""
+        """Return True if the parameters of this step are complete on disk."""
         try:
             with safe_open(self._file(step), framework="pt") as file:
                 return set(file.keys()) == set(self._parameters())
@@ -80,26 +76,26 @@ class BestParameters:
             return False
 
     @torch.no_grad()
-    def put_back(self, step: int) -> None:
-        """Give the model the parameters of this step again. Not while it trains.
+    def restore(self, step: int) -> None:
+        """Load the parameters of this step into the model. Do not call it during training.
 
         Raises:
-            UserError: their file is not there, or damaged.
+            UserError: if their file is missing or damaged.
         """
         try:
             tensors = TensorFile(self._file(step))
             if missing := self._parameters().keys() - tensors.keys():
                 raise ValueError(f"it lacks '{min(missing)}'")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            what = f"the parameters of the best step, {step}, cannot be read: {error}"
+            message = f"the parameters of the best step, {step}, cannot be read: {error}"
             hint = "the adapter of the last step is in the run's folder"
-            raise UserError(what, where=str(self._file(step)), hint=hint) from error
+            raise UserError(message, location=str(self._file(step)), hint=hint) from error
         for name, parameter in self._parameters().items():
             parameter.copy_(tensors[name])
         self._session.method.after_step(self._session.model)
 
     def remove(self) -> None:
-        """Remove all of them: the run is over."""
+        """Remove all stored parameters."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _parameters(self) -> dict[str, nn.Parameter]:
@@ -108,54 +104,55 @@ class BestParameters:
     def _file(self, step: int) -> Path:
         return self._folder / f"step-{step:06d}.safetensors"
 
-    def _remove_but(self, steps: set[int | None]) -> None:
-        kept = {self._file(step) for step in steps if step is not None}
+    def _remove_except(self, steps: set[int | None]) -> None:
+        retained = {self._file(step) for step in steps if step is not None}
         for file in self._folder.glob("step-*.safetensors"):
-            if file not in kept:
-                platforms.removed(file)
+            if file not in retained:
+                platforms.remove_path(file)
 
 
-# Which evaluation was the best so far, and whether it has been too long since.
-
-# Evaluations over a run where nobody says how many: at most, and at least.
-MOST, FEWEST = 10, 4
-# So many training rows go between two evaluations for each row that is evaluated, where ``FEWEST`` allows.
+# Maximum and minimum number of evaluations of a run if it is not configured.
+MAX_EVALUATIONS, MIN_EVALUATIONS = 10, 4
+# Minimum number of training rows between two evaluations per evaluated row, if MIN_EVALUATIONS allows.
 ROWS_PER_HELD_OUT = 5
 
 
-def deciding_metric(evaluation: Evaluation, *, writes_text: bool) -> tuple[str, bool]:
-    """The metric that the best evaluation is chosen by, and whether higher is better.
+def deciding_metric(evaluation: Evaluation, *, generates_text: bool) -> tuple[str, bool]:
+    """Return the metric that selects the best evaluation, and True if higher is better.
 
-    For a model that writes text it is the loss, which changes with every step; the share of exact answers
-    moves in jumps of whole rows. Other tasks are decided by their main metric.
+    For a model that generates text it is the loss, which changes with each step. The share of exact answers changes in
+    coarse steps. Other tasks use their main metric.
     """
-    if writes_text and "loss" in evaluation.metrics:
+    if generates_text and "loss" in evaluation.metrics:
         return "loss", False
     return evaluation.main, evaluation.higher_is_better
 
 
-def decided(evaluation: Evaluation, *, writes_text: bool) -> Evaluation:
-    """The evaluation with the deciding metric as its main one."""
-    metric, higher = deciding_metric(evaluation, writes_text=writes_text)
-    return replace(evaluation, main=metric, higher_is_better=higher)
+def with_deciding_metric(evaluation: Evaluation, *, generates_text: bool) -> Evaluation:
+    """Return the evaluation with the deciding metric as its main metric."""
+    metric, higher_is_better = deciding_metric(evaluation, generates_text=generates_text)
+    return replace(evaluation, main=metric, higher_is_better=higher_is_better)
 
 
-def usual_eval_every(total_steps: int, batch_size: int, held_out: int) -> Choice[int]:
-    """Steps between evaluations where the best one is asked for and ``train.eval_every`` is null."""
-    often = math.ceil(total_steps / MOST)
-    cheap = math.ceil(ROWS_PER_HELD_OUT * held_out / batch_size)
-    every = max(1, min(max(often, cheap), math.ceil(total_steps / FEWEST)))
-    return Choice(every, f"{FEWEST} to {MOST} evaluations over {total_steps} steps, for {held_out} held-out rows")
+def default_eval_every(total_steps: int, batch_size: int, num_eval_rows: int) -> Choice[int]:
+    """Return the number of steps between evaluations if the best one is needed and ``train.eval_every`` is null."""
+    min_interval = math.ceil(total_steps / MAX_EVALUATIONS)
+    affordable_interval = math.ceil(ROWS_PER_HELD_OUT * num_eval_rows / batch_size)
+    every = max(1, min(max(min_interval, affordable_interval), math.ceil(total_steps / MIN_EVALUATIONS)))
+    reason = f"{MIN_EVALUATIONS} to {MAX_EVALUATIONS} evaluations over {total_steps} steps"
+    return Choice(every, f"{reason}, for {num_eval_rows} held-out rows")
 
 
 @dataclass
 class BestScore:
-    """The best evaluation of a run so far.
+    """Best evaluation of a run so far.
 
     Attributes:
-        patience: evaluations in a row without improvement after which a run is to stop; None for never.
-        step, value: of the best one; None before the first. metric: that it was chosen by.
-        waited: evaluations since without improvement.
+        patience: Number of consecutive evaluations without improvement after which the run stops, if any.
+        step: Step of the best evaluation, if any.
+        value: Value of the best evaluation, if any.
+        metric: Name of the deciding metric.
+        waited: Number of evaluations since the last improvement.
     """
 
     patience: int | None = None
@@ -164,35 +161,35 @@ class BestScore:
     metric: str = ""
     waited: int = 0
 
-    def see(self, step: int, evaluation: Evaluation, *, writes_text: bool) -> bool:
-        """Take note of an evaluation; whether it is the best so far.
+    def update(self, step: int, evaluation: Evaluation, *, generates_text: bool) -> bool:
+        """Record an evaluation and return True if it is the best so far.
 
-        One that is equal to the best, or not a finite number, is no improvement.
+        A value that is equal to the best or not finite is no improvement.
         """
-        metric, higher = deciding_metric(evaluation, writes_text=writes_text)
+        metric, higher_is_better = deciding_metric(evaluation, generates_text=generates_text)
         value = evaluation.metrics.get(metric, math.nan)
-        better = math.isfinite(value)
-        if better and self.value is not None:
-            better = value > self.value if higher else value < self.value
-        if better:
+        is_better = math.isfinite(value)
+        if is_better and self.value is not None:
+            is_better = value > self.value if higher_is_better else value < self.value
+        if is_better:
             self.step, self.value, self.metric, self.waited = step, float(value), metric, 0
         else:
             self.waited += 1
-        return better
+        return is_better
 
     @property
     def exhausted(self) -> bool:
-        """Whether it has been too long since the best."""
+        """True if the patience is exhausted."""
         return self.patience is not None and self.waited >= self.patience
 
-    def why(self) -> str:
-        """Why a run stops here, for a person."""
+    def reason(self) -> str:
+        """Return the reason for early stopping."""
         best = "" if self.step is None else f" since step {self.step} ({self.metric} {self.value:.4f})"
         times = "evaluation" if self.waited == 1 else "evaluations"
         return f"early stopping: no improvement in {self.waited} {times}{best}"
 
     def as_dict(self) -> dict[str, object] | None:
-        """The best one, ready for JSON; None before the first."""
+        """Return JSON values, or None before the first evaluation."""
         return None if self.step is None else {"step": self.step, "metric": self.metric, "value": self.value}
 
     def state(self) -> dict[str, Any]:
@@ -203,30 +200,30 @@ class BestScore:
             setattr(self, name, state[name])
 
 
-# Steps that are measured before the first plan; more of them, until this share of the budget is spent.
-FEWEST_MEASURED, MOST_MEASURED, MEASURING_SHARE = 3, 16, 0.02
-# The speed is that of so many last steps.
+# Minimum and maximum number of measured steps before the first plan, and the share of the budget to spend on them.
+MIN_MEASURED_STEPS, MAX_MEASURED_STEPS, MEASURED_TIME_SHARE = 3, 16, 0.02
+# Number of recent steps that determine the speed.
 WINDOW = 64
-# A plan is made anew where it misses by this share of the steps to come, by more standard errors of the speed
-# than these, and by more than ``SLACK`` steps.
-TOLERANCE, ERRORS, SLACK = 0.05, 3.0, 2
-# Kept back of the whole budget, for what no estimate knows.
+# A plan is revised if it is off by more than this share of the remaining steps, by more than this number of standard
+# errors of the speed, and by more than SLACK steps.
+TOLERANCE, NUM_STANDARD_ERRORS, SLACK = 0.05, 3.0, 2
+# Share of the budget that is reserved for unforeseen delays.
 MARGIN = 0.02
 
 
 def now() -> float:
-    """The clock of a run: seconds from some point on."""
+    """Return the time in seconds from a fixed, arbitrary point."""
     return time.monotonic()
 
 
 @dataclass
-class Ending:
-    """What comes beside the steps, in seconds.
+class OverheadSeconds:
+    """Time outside of steps in seconds.
 
     Attributes:
-        evaluation: of one evaluation, with the answers that it writes; estimated until one is measured.
-        after: all that follows the last step but the last evaluation: drift, saving.
-        measured: whether an evaluation was measured.
+        evaluation: Time of one evaluation with its generated answers. Estimated until one is measured.
+        after: Time after the last step except for the last evaluation: drift and saving.
+        measured: True if an evaluation was measured.
     """
 
     evaluation: float = 0.0
@@ -236,197 +233,199 @@ class Ending:
 
 @dataclass
 class TimeBudget:
-    """Plans the number of steps of a training so that the run ends in time.
+    """Plans the number of training steps so that the run finishes in time.
 
     Attributes:
-        seconds: of the whole run, from ``began``.
-        most_steps: the steps of the run if there were time enough.
-        began: when the run began, by ``clock``.
-        clock: gives the time in seconds.
-        ending: what comes beside the steps.
-        told: the text of the setting, for messages.
-        cycle: steps after which their durations repeat: a rollout takes time in the first of ``reward.updates`` alone.
-        planned: whether the number of steps was planned already.
+        seconds: Time of the entire run from ``started``.
+        max_steps: Number of steps without a time limit.
+        started: Start of the run, measured by ``clock``.
+        clock: Returns the time in seconds.
+        overhead: Time outside of steps.
+        label: Text of the setting, for messages.
+        cycle: Number of steps after which durations repeat. A rollout takes time only in the first of
+            ``reward.updates`` steps.
+        planned: True if the number of steps was planned.
     """
 
     seconds: float
-    most_steps: int
-    began: float
+    max_steps: int
+    started: float
     clock: Callable[[], float] = now
-    ending: Ending = field(default_factory=Ending)
-    told: str = ""
+    overhead: OverheadSeconds = field(default_factory=OverheadSeconds)
+    label: str = ""
     cycle: int = 1
-    _spent_before: float = 0.0  # by earlier processes of the same run
+    _spent_before: float = 0.0  # time of earlier processes of the same run
     planned: bool = False
-    _mark: float | None = None
+    _step_start: float | None = None
     _durations: list[float] = field(default_factory=list)
     _error_planned: float = 0.0
 
     def spent(self) -> float:
-        """Seconds since the run began, those of earlier processes included."""
-        return self._spent_before + self.clock() - self.began
+        """Return the seconds since the start of the run, including earlier processes."""
+        return self._spent_before + self.clock() - self.started
 
-    def begin(self) -> None:
-        """The first step of this process is about to begin.
+    def start(self) -> None:
+        """Check the budget before the first step of this process.
 
         Raises:
-            UserError: the time is over, and no step was ever done.
+            UserError: if the time is over and no step was ever completed.
         """
         if self.spent() >= self.seconds and not self._spent_before:
-            what = f"the time is over before the first step: reading the model and the rows took {self.spent():.0f} s"
-            raise UserError(what, where="train.time", hint="give more time")
+            message = f"the time is over before the first step: reading model and rows took {self.spent():.0f} s"
+            raise UserError(message, location="train.time", hint="give more time")
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Around an evaluation, whose time tells that of the ones to come."""
-        begun = self.clock()
+        """Measure an evaluation to estimate later ones."""
+        start = self.clock()
         yield
-        took = self.clock() - begun
-        self.ending.evaluation = max(took, self.ending.evaluation) if self.ending.measured else took
-        self.ending.measured = True
+        elapsed = self.clock() - start
+        self.overhead.evaluation = max(elapsed, self.overhead.evaluation) if self.overhead.measured else elapsed
+        self.overhead.measured = True
 
     def step_done(self) -> None:
-        """Measure the step that has just ended, unless it is the process's first, which prepares what later ones
-        use."""
-        if self._mark is not None:
-            self._durations = [*self._durations, self.clock() - self._mark][-WINDOW:]
+        """Measure the completed step. The first step of a process is skipped, because it includes initialization."""
+        if self._step_start is not None:
+            self._durations = [*self._durations, self.clock() - self._step_start][-WINDOW:]
 
     def plan(self, state: TrainState, every: int | None) -> str | None:
-        """Plan the number of steps where that is due.
+        """Plan the number of steps if it is due.
 
         Args:
-            state: of the training, which is given the number of steps.
-            every: steps between evaluations, if any.
+            state: State of the training. Its number of steps is updated.
+            every: Number of steps between evaluations, if any.
 
         Returns:
-            a line about a new plan.
+            A message about a new plan, or None.
         """
-        measured = len(self._durations)
-        due = self.planned or measured >= MOST_MEASURED or sum(self._durations) >= MEASURING_SHARE * self.seconds
-        return self._plan(state, every) if measured >= max(FEWEST_MEASURED, self.cycle) and due else None
+        num_measured = len(self._durations)
+        is_over = sum(self._durations) >= MEASURED_TIME_SHARE * self.seconds
+        is_due = self.planned or num_measured >= MAX_MEASURED_STEPS or is_over
+        return self._plan(state, every) if num_measured >= max(MIN_MEASURED_STEPS, self.cycle) and is_due else None
 
-    def go_on(self) -> None:
-        """All that follows a step is done; the next one begins."""
-        self._mark = self.clock()
+    def start_step(self) -> None:
+        """Start measuring the next step."""
+        self._step_start = self.clock()
 
-    def over(self, state: TrainState) -> bool:
-        """Whether another step would end too late."""
+    def is_over(self, state: TrainState) -> bool:
+        """Return True if another step would end too late."""
         if state.step == 0 or not self._durations:
             return self.spent() >= self.seconds
-        several = 1 < self.cycle <= len(self._durations)
-        return self._left() < (self._durations[-self.cycle] if several else self._step_seconds()) / 2
+        has_full_cycle = 1 < self.cycle <= len(self._durations)
+        return self._remaining() < (self._durations[-self.cycle] if has_full_cycle else self._step_seconds()) / 2
 
     def state(self) -> dict[str, Any]:
-        ending = {"evaluation": self.ending.evaluation, "evaluation_measured": self.ending.measured}
+        ending = {"evaluation": self.overhead.evaluation, "evaluation_measured": self.overhead.measured}
         return {"spent": self.spent(), "planned": self.planned, **ending}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._spent_before = float(state["spent"])
         self.planned = bool(state["planned"])
-        self.ending.evaluation = float(state["evaluation"])
-        self.ending.measured = bool(state["evaluation_measured"])
+        self.overhead.evaluation = float(state["evaluation"])
+        self.overhead.measured = bool(state["evaluation_measured"])
 
     def _step_seconds(self) -> float:
         times = self._durations[len(self._durations) % self.cycle :] or self._durations
         return sum(times) / len(times)
 
-    def _left(self) -> float:
-        """Seconds that are left for steps, and for evaluations between them."""
-        kept = self.ending.evaluation + self.ending.after + MARGIN * self.seconds
-        return self.seconds - self.spent() - kept
+    def _remaining(self) -> float:
+        """Return the seconds that remain for steps and the evaluations between them."""
+        reserved = self.overhead.evaluation + self.overhead.after + MARGIN * self.seconds
+        return self.seconds - self.spent() - reserved
 
     def _plan(self, state: TrainState, every: int | None) -> str | None:
-        each = self._step_seconds() + (self.ending.evaluation / every if every else 0.0)
-        fitting = max(0, math.floor(self._left() / each)) if each > 0 else self.most_steps
-        total = min(self.most_steps, state.step + fitting)
-        to_come = max(1, state.total_steps - state.step)
-        off = abs(total - state.total_steps)
+        step_seconds = self._step_seconds() + (self.overhead.evaluation / every if every else 0.0)
+        num_fitting = max(0, math.floor(self._remaining() / step_seconds)) if step_seconds > 0 else self.max_steps
+        total = min(self.max_steps, state.step + num_fitting)
+        remaining_steps = max(1, state.total_steps - state.step)
+        difference = abs(total - state.total_steps)
         times = self._durations
-        # The standard error of the mean step, as a share of it.
+        # standard error of the mean step duration, relative to the mean
         error = statistics.stdev(times) / math.sqrt(len(times)) / max(1e-9, statistics.fmean(times))
-        tolerance = max(TOLERANCE, ERRORS * math.hypot(error, self._error_planned))
-        if self.planned and (off <= SLACK or off <= tolerance * to_come):
+        tolerance = max(TOLERANCE, NUM_STANDARD_ERRORS * math.hypot(error, self._error_planned))
+        if self.planned and (difference <= SLACK or difference <= tolerance * remaining_steps):
             return None
-        again, self.planned, self._error_planned = self.planned, True, error
+        is_revision, self.planned, self._error_planned = self.planned, True, error
         changed = total != state.total_steps
         state.replan(total)
-        if again and not changed:
+        if is_revision and not changed:
             return None
-        what = ("planned anew" if again else "planned") + (" (all there are)" if total == self.most_steps else "")
-        kept = self.ending.evaluation + self.ending.after
-        return (
-            f"time {self.told or f'{self.seconds:g}s'}: {total} steps {what}, at {self._step_seconds():.3g} s a step, "
-            f"with {self.spent():.0f} s spent and {kept:.0f} s kept for what follows the last step"
-        )
+        status = ("planned again" if is_revision else "planned") + (" (all steps)" if total == self.max_steps else "")
+        reserved = self.overhead.evaluation + self.overhead.after
+        label, speed = self.label or f"{self.seconds:g}s", f"{self._step_seconds():.3g} s a step"
+        spent = f"{self.spent():.0f} s spent and {reserved:.0f} s reserved for the work after the last step"
+        return f"time {label}: {total} steps {status}, at {speed}, with {spent}"
 
 
-# What a run's evaluations and its end will take, estimated from the speed of its steps.
-#
-# Estimates are cautious, and give way to what is measured: a run with a time budget keeps so much time back.
+# Estimates of the time for evaluations and the end of a run, from the speed of its steps. They are conservative and are
+# replaced by measurements.
 
-# A token that is only evaluated, of one that is trained on: a forward without a backward.
-FORWARD = 0.5
-# A token that is written, of one that is trained on: the weights are read again for each.
-WRITTEN = 4.0
-# Tokens of a general prompt with its template.
+# Cost of an evaluated token relative to a trained token: a forward pass without a backward pass.
+EVALUATED_COST = 0.5
+# Cost of a generated token relative to a trained token: the weights are read again for each.
+GENERATED_COST = 4.0
+# Number of tokens in a general prompt with its template.
 PROMPT_TOKENS = 60
-# Writing files: seconds, and bytes per second.
+# Time to write files: fixed seconds, and bytes per second.
 SAVING_SECONDS, SAVING_RATE = 2.0, 50e6
 
 
-class Costs:
-    """Estimates of seconds for a session's evaluations and its end.
+class CostEstimates:
+    """Estimates the seconds for a session's evaluations and its end.
 
     Args:
-        answers: that each evaluation writes (``train.eval_answers``).
+        session: Session of the run.
+        answers: Number of answers that each evaluation generates (``train.eval_answers``).
 
     Attributes:
-        samples: seconds that the answers to the sample prompts took.
+        samples: Seconds that the answers to the sample prompts took.
     """
 
     def __init__(self, session: Session, answers: int) -> None:
         self.samples = 0.0
         self._tokens, self._seconds = 0, 0.0
-        rows = [row for part in evaluated_parts(session) for row in part]
-        longest = max((len(row) - getattr(row, "prompt_length", 0) for row in rows), default=0)
-        self._evaluation = FORWARD * sum(len(row) for row in rows) + WRITTEN * (
-            answers * longest + session.written.evaluation
-        )
-        self._drift = _drift_tokens(session) + WRITTEN * max_new_tokens(session)
-        trained = sum(p.numel() * p.element_size() for _, p in session.method.parameters(session.model))
-        self._saving = SAVING_SECONDS + trained / SAVING_RATE
-        self._keeps_best = session.config.train.adapter == "best"
+        rows = [row for part in evaluated_rows(session) for row in part]
+        max_answer_length = max((len(row) - getattr(row, "prompt_length", 0) for row in rows), default=0)
+        max_answer_tokens = answers * max_answer_length + session.generation_limits.evaluation_tokens
+        self._evaluation = EVALUATED_COST * sum(len(row) for row in rows) + GENERATED_COST * max_answer_tokens
+        self._drift = _drift_tokens(session) + GENERATED_COST * max_new_tokens(session)
+        parameter_bytes = sum(p.numel() * p.element_size() for _, p in session.method.parameters(session.model))
+        self._saving = SAVING_SECONDS + parameter_bytes / SAVING_RATE
+        self._keeps_best = session.config.train.saved_adapter == "best"
 
-    def see(self, step: Step) -> None:
-        """Take note of the speed of a step."""
-        written = round(step.rows * step.metrics.get("length", 0.0))  # of which few may have been trained on
-        self._tokens += max(step.computed_tokens, written)
+    def add_step(self, step: Step) -> None:
+        """Record the speed of a step."""
+        num_generated = round(step.rows * step.metrics.get("length", 0.0))  # possibly more than were trained on
+        self._tokens += max(step.computed_tokens, num_generated)
         self._seconds += step.seconds
 
-    def tell(self, ending: Ending) -> None:
-        """Estimate what was not measured yet."""
-        a_token = self._seconds / max(1, self._tokens)
+    def update(self, ending: OverheadSeconds) -> None:
+        """Update the estimates of values that were not measured yet."""
+        token_seconds = self._seconds / max(1, self._tokens)
         if not ending.measured:
-            ending.evaluation = self._evaluation * a_token + self.samples
-        ending.after = self._drift * a_token + self._saving
-        if self._keeps_best:  # it is put back, saved and evaluated again
+            ending.evaluation = self._evaluation * token_seconds + self.samples
+        ending.after = self._drift * token_seconds + self._saving
+        if self._keeps_best:  # it is restored, saved and evaluated again
             ending.after += ending.evaluation + 2 * self._saving
 
 
-def evaluated_parts(session: Session) -> list[Rows]:
-    """Return all rows that one evaluation of a run computes, in parts."""
+def evaluated_rows(session: Session) -> list[Rows]:
+    """Return all rows of one evaluation, in parts."""
     return [part for rows in session.data.sets.values() for part in session.task.evaluated_rows(rows)]
 
 
 def _drift_tokens(session: Session) -> float:
-    """What measuring drift takes, in tokens that are trained on: two models' forwards over general answers,
-    which the base model may have to write first."""
-    if session.config.train.drift is False or not session.task.writes_text:
+    """Return the cost of a drift measurement in trained tokens.
+
+    It consists of forward passes of two models over general answers, which the base model may have to generate first.
+    """
+    if session.config.train.drift is False or not session.task.generates_text:
         return 0.0
     try:
         if session.config.train.drift == "auto":
             check_size(session.model)
     except NoGeneralAnswers:
         return 0.0
-    read = len(MEASURED) * (PROMPT_TOKENS + ANSWER_TOKENS)
-    return 2 * FORWARD * read + WRITTEN * (len(MEASURED) + SHOWN) * ANSWER_TOKENS
+    num_read = len(DRIFT_PROMPTS) * (PROMPT_TOKENS + MAX_ANSWER_TOKENS)
+    num_generated = (len(DRIFT_PROMPTS) + NUM_STORED_ANSWERS) * MAX_ANSWER_TOKENS
+    return 2 * EVALUATED_COST * num_read + GENERATED_COST * num_generated

@@ -17,24 +17,24 @@ import numpy as np
 import torch
 
 from deltaw.data.example import Example, RowGroup
-from deltaw.runtime.generation import Completion, position_limit
-from deltaw.training.distillation.feed import LessonFeed
-from deltaw.training.evaluation.general import ANSWER_TOKENS, NoGeneralAnswers, check_size
-from deltaw.training.evaluation.general_prompts import MEASURED
+from deltaw.progress import track_progress
+from deltaw.runtime.generation import GeneratedCompletion, position_limit
+from deltaw.training.distillation.feed import DistillFeed
+from deltaw.training.evaluation.general import MAX_ANSWER_TOKENS, NoGeneralAnswers, check_size
+from deltaw.training.evaluation.general_prompts import DRIFT_PROMPTS
 from deltaw.training.losses import RowLogProbs
-from deltaw.training.seen import as_seen
+from deltaw.training.rendered_rows import render_example
 from deltaw.training.session import Session
 from deltaw.training.tasks.causal import has_prompt
 from deltaw.training.tasks.causal_objective import CausalObjective
-from deltaw.working import working
 
 # Prompts of the data that are answered, rows that they are drawn from, and the random stream that draws them.
 PROMPTS, POOL, _STREAM = 24, 4096, 13
 # Bounds of the token limit of an answer. In between it is twice the longest expected answer.
-LEAST_TOKENS, MOST_TOKENS = 16, 96
+MIN_ANSWER_TOKENS, MAX_DATA_ANSWER_TOKENS = 16, 96
 # Shortest answer, in tokens, that can be a loop or improbable text. An answer is a loop if fewer than this share of its
 # 4-grams are distinct. It is improbable if its median log-probability per token under the base model is below this one.
-LEAST_JUDGED, LEAST_DISTINCT, IMPROBABLE = 8, 0.5, -4.0
+MIN_JUDGED_TOKENS, MIN_DISTINCT_SHARE, IMPROBABLE = 8, 0.5, -4.0
 # Least changes that count, if they also exceed their 95 % interval over prompts: shares of prompts, and nats per token.
 BROKEN, CUT, OVERLAP, LOG_PROB, GENERAL_LOG_PROB = 0.1, 0.2, 0.05, 0.5, 1.0
 # Answers are too short or too long if they differ by this factor from those before training and from the expected ones.
@@ -66,7 +66,7 @@ def choose_rows(
 
 
 def answer_metrics(
-    answers: Sequence[Completion],
+    answers: Sequence[GeneratedCompletion],
     expected: Sequence[str | None],
     log_probs: Sequence[np.ndarray],
     base_log_probs: Sequence[np.ndarray] = (),
@@ -74,7 +74,8 @@ def answer_metrics(
     """Compute the metrics of greedy answers.
 
     Args:
-        expected: Text that was to be written, or None.
+        answers: Generated answers.
+        expected: Expected text, if any.
         log_probs: Log-probabilities of the tokens of each prompt's reference text; empty without one.
         base_log_probs: Log-probabilities of each answer's tokens under the base model; empty if they are not known.
 
@@ -88,8 +89,8 @@ def answer_metrics(
         "length": [len(answer.tokens) for answer in answers],
         "cut": [not answer.stopped for answer in answers],
         "empty": [not answer.text.strip() for answer in answers],
-        "loop": [distinct_share(answer.tokens) < LEAST_DISTINCT for answer in answers],
-        "improbable": [len(v) >= LEAST_JUDGED and np.median(v) < IMPROBABLE for v in base_log_probs]
+        "loop": [distinct_share(answer.tokens) < MIN_DISTINCT_SHARE for answer in answers],
+        "improbable": [len(v) >= MIN_JUDGED_TOKENS and np.median(v) < IMPROBABLE for v in base_log_probs]
         or [0] * len(pairs),
         "exact_match": [np.nan if right is None else text.strip() == right.strip() for text, right in pairs],
         "overlap": [np.nan if right is None else word_overlap(text, right) for text, right in pairs],
@@ -100,8 +101,8 @@ def answer_metrics(
 
 
 def distinct_share(tokens: np.ndarray, size: int = 4) -> float:
-    """Return the share of n-grams that are distinct; 1 for texts below ``LEAST_JUDGED`` tokens."""
-    if len(tokens) < LEAST_JUDGED:
+    """Return the share of n-grams that are distinct; 1 for texts below ``MIN_JUDGED_TOKENS`` tokens."""
+    if len(tokens) < MIN_JUDGED_TOKENS:
         return 1.0
     grams = np.lib.stride_tricks.sliding_window_view(tokens, size)
     return len(np.unique(grams, axis=0)) / len(grams)
@@ -109,8 +110,8 @@ def distinct_share(tokens: np.ndarray, size: int = 4) -> float:
 
 def word_overlap(text: str, expected: str) -> float:
     """Return the F1 of the words of two texts, case and order ignored."""
-    words, others = Counter(text.lower().split()), Counter(expected.lower().split())
-    return 2 * sum((words & others).values()) / max(1, sum(words.values()) + sum(others.values()))
+    words, expected_words = Counter(text.lower().split()), Counter(expected.lower().split())
+    return 2 * sum((words & expected_words).values()) / max(1, sum(words.values()) + sum(expected_words.values()))
 
 
 @dataclass(frozen=True)
@@ -135,12 +136,12 @@ class AnswerComparison:
         """True if the run trains on expected answers, so that missing them means a loss."""
         return self.expected_length is not None
 
-    def rises(self, metric: str, least: float, sign: int = 1) -> bool:
-        """Return True if a metric rises by at least ``least`` and beyond chance; with ``sign`` -1, if it falls."""
+    def rises(self, metric: str, min_change: float, sign: int = 1) -> bool:
+        """Return True if a metric rises by at least ``min_change`` and beyond chance; with ``sign`` -1, if it falls."""
         change = sign * (self.after[metric] - self.before[metric])
         change = change[np.isfinite(change)]
         interval = 1.96 * change.std(ddof=1) / len(change) ** 0.5 if len(change) > 1 else 0.0
-        return bool(len(change)) and bool(change.mean() >= least and change.mean() > interval)
+        return bool(len(change)) and bool(change.mean() >= min_change and change.mean() > interval)
 
     def means(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the means of the metrics before and after training; None for a metric that no prompt has."""
@@ -153,8 +154,8 @@ class AnswerComparison:
     def fall(self, metric: str) -> str:
         """Describe the fall of matches with the expected answers."""
         (before, after), text = self.means(), metric.replace("_", " ")
-        where = f"with the expected answers to {len(self.after['broken'])} {self.name}"
-        return f"{text} {where} fell from {before[metric]:.0%} to {after[metric]:.0%}"
+        location = f"with the expected answers to {len(self.after['broken'])} {self.name}"
+        return f"{text} {location} fell from {before[metric]:.0%} to {after[metric]:.0%}"
 
     def reasons(self) -> list[str]:
         """Return in which respects the answers got worse beyond chance, in words."""
@@ -170,13 +171,14 @@ class AnswerComparison:
             change = f"from {before['log_prob']:.2f} to {after['log_prob']:.2f} nats per token"
             reasons.append(f"the log-probability of {text} fell {change}")
         matches = {"exact_match": 0.0, "overlap": OVERLAP} if self.trained else {}
-        reasons += [self.fall(metric) for metric, least in matches.items() if self.rises(metric, least, -1)]
+        reasons += [self.fall(metric) for metric, min_change in matches.items() if self.rises(metric, min_change, -1)]
         if self.checks_cut and self.rises("cut", CUT):
             share = f"{after['cut']:.0%} of the answers to {self.name} do not end within {self.limit} tokens"
             reasons.append(f"{share}, {before['cut']:.0%} before")
         elif self.expected_length is not None:
-            usual = [max(1.0, min(length, self.limit)) for length in (before["length"], self.expected_length)]
-            if after["length"] > LENGTH * max(usual) or LENGTH * max(1.0, after["length"]) < min(usual):
+            reference_lengths = [max(1.0, min(n, self.limit)) for n in (before["length"], self.expected_length)]
+            shortest, longest = min(reference_lengths), max(reference_lengths)
+            if after["length"] > LENGTH * longest or LENGTH * max(1.0, after["length"]) < shortest:
                 lengths = f"{after['length']:.0f} tokens, {before['length']:.0f} before"
                 reasons.append(f"the answers to {self.name} have {lengths}")
         return reasons
@@ -185,21 +187,17 @@ class AnswerComparison:
 def verdict_of(comparisons: Sequence[AnswerComparison], hint: str = "") -> dict[str, object]:
     """Return the verdict over all prompts, a line that states it, and all metrics, ready for JSON."""
     reasons = [reason for comparison in comparisons for reason in comparison.reasons()]
-    matches = [one for one in comparisons if one.trained]
-    falls = [
-        one.fall("exact_match")
-        for one in matches
-        if np.nansum(one.after["exact_match"] - one.before["exact_match"]) < 0
-    ]
+    matches = [compared for compared in comparisons if compared.trained]
+    falls = [m.fall("exact_match") for m in matches if np.nansum(m.after["exact_match"] - m.before["exact_match"]) < 0]
     verdict, line = FINE, None
     if reasons:
         verdict, line = WORSE, f"generation got worse: {'; '.join(reasons)}"
     elif falls:
         verdict, line = UNCLEAR, f"answers may be worse: {falls[0]}, which may be chance"
     numbers = {
-        one.name: {"prompts": len(one.after["broken"]), "max_new_tokens": one.limit}
-        | dict(zip(("before", "after"), one.means(), strict=True))
-        for one in comparisons
+        compared.name: {"prompts": len(compared.after["broken"]), "max_new_tokens": compared.limit}
+        | dict(zip(("before", "after"), compared.means(), strict=True))
+        for compared in comparisons
     }
     return {"verdict": verdict, "line": line, "hint": hint if reasons else None, **numbers}
 
@@ -220,16 +218,18 @@ def prompts_of(session: Session) -> list[Example]:
 
 def answer_limit(session: Session, rows: Sequence[Example]) -> int:
     """Return the token limit of an answer to a prompt of the data."""
-    longest = max((row.label_count for row in rows), default=0)
-    limit = max(LEAST_TOKENS, 2 * longest) if longest else session.written.tokens or MOST_TOKENS
+    max_label_count = max((row.label_count for row in rows), default=0)
+    limit = max(MIN_ANSWER_TOKENS, 2 * max_label_count)
+    if not max_label_count:
+        limit = session.generation_limits.max_new_tokens or MAX_DATA_ANSWER_TOKENS
     room = (position_limit(session.model) or 1 << 31) - max((row.prompt_length for row in rows), default=0)
-    return max(1, min(MOST_TOKENS, limit, room))
+    return max(1, min(MAX_DATA_ANSWER_TOKENS, limit, room))
 
 
 def max_new_tokens(session: Session) -> int:
     """Return an upper bound of the tokens that both models generate in the check."""
     rows = prompts_of(session) if is_checked(session) else []
-    return 2 * len(rows) * answer_limit(session, rows) + (len(MEASURED) * ANSWER_TOKENS if rows else 0)
+    return 2 * len(rows) * answer_limit(session, rows) + (len(DRIFT_PROMPTS) * MAX_ANSWER_TOKENS if rows else 0)
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ class BaseAnswers:
     name: str
     limit: int
     rows: Sequence[Example]
-    answers: Sequence[Completion]
+    answers: Sequence[GeneratedCompletion]
     log_probs: Sequence[np.ndarray]
     checks_cut: bool = False
 
@@ -258,7 +258,7 @@ class GenerationCheck:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._keeps_base = session.method.keeps_base(session.model)
+        self._keeps_base = session.method.can_restore_base(session.model)
         self._references = [] if self._keeps_base else self._base_answers()
 
     def measure(self) -> dict[str, object]:
@@ -267,10 +267,10 @@ class GenerationCheck:
         Call it outside of ``session.running``.
         """
         session = self._session
-        with working("comparing answers before and after training"):
+        with track_progress("comparing answers before and after training"):
             if self._keeps_base:
                 self._references = self._base_answers()
-            rows = [as_seen(row, session.method) for reference in self._references for row in reference.rows]
+            rows = [render_example(row, session.method) for reference in self._references for row in reference.rows]
             if not rows:
                 return {}
             # One call, because a decoder is prepared and verified for each.
@@ -280,13 +280,13 @@ class GenerationCheck:
         rate = f"{session.learning_rate / 3:.1g}"
         return verdict_of(comparisons, f"lower train.learning_rate, for example to {rate}, or train fewer steps")
 
-    def _compared(self, reference: BaseAnswers, answers: Iterator[Completion]) -> AnswerComparison:
+    def _compared(self, reference: BaseAnswers, answers: Iterator[GeneratedCompletion]) -> AnswerComparison:
         """Compare the base model's answers with the trained model's, which are taken from ``answers``."""
         session, rows, of_data = self._session, reference.rows, reference.name == DATA
         after = [_truncated(next(answers), reference.limit) for _ in rows]
-        log_probs, base_scores = self._log_probs([as_seen(row, session.method) for row in rows]), []
+        log_probs, base_scores = self._log_probs([render_example(row, session.method) for row in rows]), []
         if self._keeps_base:
-            with session.method.without(session.model):
+            with session.method.base_model_active(session.model):
                 base_scores = self._log_probs(list(map(_with_answer, rows, after)))
         expected = [row.answer if of_data and row.desired is not False else None for row in rows]
         lengths = [row.label_count for row in rows if row.label_count and of_data]
@@ -302,11 +302,11 @@ class GenerationCheck:
             return []
         rows: list[Any] = prompts_of(session)
         if rows:
-            sets[DATA] = list(session.feed.with_answers(rows)) if isinstance(session.feed, LessonFeed) else rows
+            sets[DATA] = list(session.feed.with_answers(rows)) if isinstance(session.feed, DistillFeed) else rows
         with contextlib.suppress(NoGeneralAnswers):
             check_size(session.model)
-            sets[GENERAL] = session.general_answers(MEASURED)[::2]
-        with session.method.without(session.model) if self._keeps_base else contextlib.nullcontext():
+            sets[GENERAL] = session.general_answers(DRIFT_PROMPTS)[::2]
+        with session.method.base_model_active(session.model) if self._keeps_base else contextlib.nullcontext():
             return [self._answered_by_base(name, rows) for name, rows in sets.items()]
 
     def _answered_by_base(self, name: str, rows: Sequence[Example]) -> BaseAnswers:
@@ -314,12 +314,13 @@ class GenerationCheck:
         if name == GENERAL:  # their labels are the answers
             labels = [row.tokens[row.prompt_length :] for row in rows]
             texts = [row.answer or "" for row in rows]
-            answers = [Completion(t, text, len(t) < ANSWER_TOKENS) for t, text in zip(labels, texts, strict=True)]
-            return BaseAnswers(name, ANSWER_TOKENS, rows, answers, self._log_probs(rows))
+            pairs = zip(labels, texts, strict=True)
+            answers = [GeneratedCompletion(t, text, len(t) < MAX_ANSWER_TOKENS) for t, text in pairs]
+            return BaseAnswers(name, MAX_ANSWER_TOKENS, rows, answers, self._log_probs(rows))
         limit = answer_limit(session, rows)
-        rows = [_without_undesired(row.without_first(session.method.virtual_tokens)) for row in rows]
+        rows = [_without_undesired(row.without_prefix(session.method.virtual_tokens)) for row in rows]
         answers = session.complete([row.tokens[: row.prompt_length] for row in rows], limit, of_base=True)
-        checks_cut = any(row.label_count for row in rows) or limit == session.written.tokens
+        checks_cut = any(row.label_count for row in rows) or limit == session.generation_limits.max_new_tokens
         return BaseAnswers(name, limit, rows, answers, self._log_probs(rows), checks_cut)
 
     def _log_probs(self, rows: Sequence[Example]) -> list[np.ndarray]:
@@ -351,8 +352,8 @@ def text_watch(session: Session) -> Callable[[], bool]:
     sets = [prompts_of(session)[:WATCHED] if is_checked(session) else []]
     with contextlib.suppress(NoGeneralAnswers):
         check_size(session.model)
-        general = session.general_answers(MEASURED)[:: len(MEASURED) // WATCHED] if sets[0] else []
-        sets.append([as_seen(row, session.method) for row in general])
+        general = session.general_answers(DRIFT_PROMPTS)[:: len(DRIFT_PROMPTS) // WATCHED] if sets[0] else []
+        sets.append([render_example(row, session.method) for row in general])
 
     def means() -> list[float]:
         return [float(np.concatenate([*label_log_probs(session, rows), [0.0]]).mean()) for rows in sets if rows]
@@ -361,14 +362,14 @@ def text_watch(session: Session) -> Callable[[], bool]:
     return lambda: any(before - now > WATCHED_FALL for before, now in zip(start, means(), strict=True))
 
 
-def _truncated(answer: Completion, limit: int) -> Completion:
+def _truncated(answer: GeneratedCompletion, limit: int) -> GeneratedCompletion:
     """Return the first ``limit`` tokens of an answer."""
     if len(answer.tokens) <= limit:
         return answer
     return replace(answer, tokens=answer.tokens[:limit], stopped=False, terminator=None)
 
 
-def _with_answer(row: Example, answer: Completion) -> Example:
+def _with_answer(row: Example, answer: GeneratedCompletion) -> Example:
     """Return the row's prompt with this answer as its labels."""
     end = [] if answer.terminator is None else [answer.terminator]
     tokens = np.concatenate([row.tokens[: row.prompt_length], answer.tokens, end]).astype(np.int32)

@@ -1,8 +1,6 @@
-"""All that a run watches while it trains, as one object that the run tells of each step.
+"""Monitor of a run: it receives each step and evaluates, stores the best parameters, samples answers and warns.
 
-It evaluates when that is due, keeps the best parameters, lets the model answer, warns, and says when the run
-is to end before its last step. Between two steps :meth:`Monitor.state` gives all of it as plain values, from
-which a run that goes on restores it.
+It also stops the run early if required. Between two steps :meth:`Monitor.state` returns plain values for a checkpoint.
 """
 
 from __future__ import annotations
@@ -24,92 +22,92 @@ from transformers import PreTrainedTokenizerBase
 from deltaw.data.example import Example
 from deltaw.errors import UserError
 from deltaw.machine.choices import Choice
-from deltaw.runtime.generation import Completion
+from deltaw.progress import Detail, track_progress
+from deltaw.runtime.generation import GeneratedCompletion
 from deltaw.settings import RunConfig, duration_seconds
 from deltaw.training.callbacks import Callback, Sample
-from deltaw.training.evaluation.base import TEXT, Evaluation, wilson_interval
+from deltaw.training.evaluation.base import MAX_TEXT_LENGTH, Evaluation, wilson_interval
 from deltaw.training.evaluation.general import NoGeneralAnswers, check_size
 from deltaw.training.monitoring.best import (
     BestParameters,
     BestScore,
-    Costs,
+    CostEstimates,
     TimeBudget,
-    decided,
-    evaluated_parts,
+    default_eval_every,
+    evaluated_rows,
     now,
-    usual_eval_every,
+    with_deciding_metric,
 )
 from deltaw.training.monitoring.generation import choose_rows
 from deltaw.training.session import Session
 from deltaw.training.state import Outcome, Step, TrainState
 from deltaw.training.tasks.base import RunData, Task
-from deltaw.training.tasks.causal import Answer, answers
-from deltaw.working import Detail, working
+from deltaw.training.tasks.causal import EvaluatedAnswer, answers
 
-# Warnings from the numbers of the steps alone: gradients that jump, steps all clipped, a rising loss.
-#
-# Every rule compares a run with itself: with the median and the spread of its own last steps. So none depends
-# on a model, a loss or a batch size. Knows steps; not who is told.
+# Warnings about steps: gradient spikes, permanent clipping, and a rising loss. Each rule compares a step with recent
+# steps of the same run, so it does not depend on model, loss or batch size.
 
-# Steps that a rule looks back on, and that it needs before it says anything.
-WINDOW, FEWEST = 100, 20
-# A gradient norm is a jump where its logarithm is so many standard deviations above the median of the window
-# (estimated by the median absolute deviation, which the jumps themselves do not move), and where it is so
-# many times the largest norm of the window.
-DEVIATIONS, TIMES_LARGEST = 8.0, 2.0
-# 1 / the 75 % quantile of a normal distribution: makes the median absolute deviation a standard deviation.
-OF_NORMAL = 1.4826
-# The share of the window's steps that were clipped.
-CLIPPED = 0.95
-# The loss rises where the mean of the last steps is so many standard errors above the lowest mean of as many
-# steps before, for as many steps in a row. The lowest of many means is low by chance alone, by up to three
-# standard errors; this is twice that.
+# Number of recent steps that a rule considers, and the minimum number that it needs.
+WINDOW, MIN_STEPS = 100, 20
+# A gradient norm is a spike if its logarithm is this number of standard deviations above the median of the window, and
+# if it exceeds the largest norm of the window by this factor. The standard deviation is estimated by the median
+# absolute deviation, which spikes do not affect.
+DEVIATIONS, JUMP_FACTOR = 8.0, 2.0
+# 1 / the 75 % quantile of a normal distribution. It converts a median absolute deviation to a standard deviation.
+MAD_TO_STD = 1.4826
+# Warn if this share of the window's steps was clipped.
+CLIPPED_SHARE = 0.95
+# The loss is rising if, for RISE_WINDOW steps in a row, the mean of the last RISE_WINDOW steps is RISE_ERRORS standard
+# errors above the lowest previous mean. The lowest of several means is up to three standard errors low by chance. The
+# threshold is twice that.
 RISE_WINDOW, RISE_ERRORS = 50, 6.0
 
 
 @dataclass(frozen=True)
 class StepWarning:
-    """Something about a run's steps that a person should know.
+    """Warning about the steps of a run.
 
     Attributes:
-        kind: ``gradient_norm``, ``clipped`` or ``rising_loss``. text: it in words.
-        facts: the numbers behind it.
+        kind: ``gradient_norm``, ``clipped`` or ``rising_loss``.
+        text: Message for the user.
+        values: Values behind the warning.
     """
 
     kind: str
     text: str
-    facts: dict[str, float]
+    values: dict[str, float]
 
     def as_dict(self) -> dict[str, object]:
-        """Ready for JSON."""
-        return {"kind": self.kind, **self.facts}
+        """Return JSON values."""
+        return {"kind": self.kind, **self.values}
 
 
 @dataclass
-class StepWatch:
-    """Looks at each step once it is done. Each kind of warning comes once in a run.
+class StepMonitor:
+    """Checks each completed step. Each kind of warning is issued once per run.
 
     Attributes:
-        max_grad_norm: the norm that gradients are clipped to; None for never.
+        max_grad_norm: Gradient clipping norm, if any.
     """
 
     max_grad_norm: float | None
     _seen: int = 0
     _norms: list[float] = field(default_factory=list)
     _losses: list[float] = field(default_factory=list)
-    _lowest: Sequence[float] | None = None  # mean of the losses, and the squared error of that mean
+    _lowest: Sequence[float] | None = None  # mean of the losses, and its squared standard error
     _risen: int = 0
     _said: list[str] = field(default_factory=list)
 
-    def see(self, step: Step) -> list[StepWarning]:
-        """The warnings after this step, which are mostly none."""
-        found = []
+    def check(self, step: Step) -> list[StepWarning]:
+        """Return the warnings after this step."""
+        warnings = []
         self._seen += 1
         if math.isfinite(step.gradient_norm) and step.gradient_norm > 0:
-            found += [self._jump(step), self._clipped(step)]
-        if math.isfinite(step.loss) and "reward" not in step.metrics:  # the loss of rewarded completions means nothing
-            found.append(self._rising(step))
-        new = [warning for warning in found if warning is not None and warning.kind not in self._said]
+            warnings += [self._jump(step), self._clipped(step)]
+        # The loss of rewarded completions is no measure of progress.
+        if math.isfinite(step.loss) and "reward" not in step.metrics:
+            warnings.append(self._rising(step))
+        new = [warning for warning in warnings if warning is not None and warning.kind not in self._said]
         self._said += [warning.kind for warning in new]
         return new
 
@@ -121,449 +119,448 @@ class StepWatch:
             setattr(self, f"_{name}", copy.copy(state[name]))
 
     def _jump(self, step: Step) -> StepWarning | None:
-        """A norm far above those of the steps before."""
-        before, norm = self._norms[-WINDOW:], step.gradient_norm
-        self._norms = [*before, norm][-WINDOW:]
-        if len(before) < FEWEST or norm < TIMES_LARGEST * max(before):
+        """Warn about a norm far above those of the previous steps."""
+        previous_norms, norm = self._norms[-WINDOW:], step.gradient_norm
+        self._norms = [*previous_norms, norm][-WINDOW:]
+        if len(previous_norms) < MIN_STEPS or norm < JUMP_FACTOR * max(previous_norms):
             return None
-        logs = [math.log(other) for other in before]
+        logs = [math.log(previous_norm) for previous_norm in previous_norms]
         median = statistics.median(logs)
-        spread = OF_NORMAL * statistics.median(abs(value - median) for value in logs)
+        spread = MAD_TO_STD * statistics.median(abs(value - median) for value in logs)
         if math.log(norm) < median + DEVIATIONS * spread:
             return None
-        usual = math.exp(median)
-        text = (
-            f"step {step.step}: the gradient norm is {norm:.3g}, {norm / usual:.0f} times its median of the last "
-            f"{len(before)} steps. If that comes again, look at the rows of such a step, or lower train.learning_rate"
-        )
-        return StepWarning("gradient_norm", text, {"value": norm, "median": usual})
+        typical_norm = math.exp(median)
+        median_text = f"{norm / typical_norm:.0f} times its median of the last {len(previous_norms)} steps"
+        advice = "If it happens again, check the rows of that step or lower train.learning_rate"
+        text = f"step {step.step}: the gradient norm is {norm:.3g}, {median_text}. {advice}"
+        return StepWarning("gradient_norm", text, {"value": norm, "median": typical_norm})
 
     def _clipped(self, step: Step) -> StepWarning | None:
-        """Nearly all of the last steps were clipped, so that the limit sets the length of each."""
+        """Warn if nearly all recent steps were clipped, so that the limit determines the length of each step."""
         limit, norms = self.max_grad_norm, self._norms
-        if limit is None or self._seen < 2 * WINDOW:  # gradients are large at first in many trainings
+        if limit is None or self._seen < 2 * WINDOW:  # initial gradients are often large
             return None
         share = sum(norm > limit for norm in norms) / len(norms)
-        if share < CLIPPED:
+        if share < CLIPPED_SHARE:
             return None
         median = statistics.median(norms)
-        text = (
-            f"step {step.step}: {share:.0%} of the last {len(norms)} gradients were clipped to train.max_grad_norm "
-            f"{limit:g}; their median norm is {median:.3g}. Steps with large gradients weigh no more than others "
-            f"then; a limit of {_round_up(2 * median):g} clips only outliers"
-        )
+        clipped = f"{share:.0%} of the last {len(norms)} gradients were clipped to train.max_grad_norm {limit:g}"
+        length = f"their median norm is {median:.3g}. All steps then have the same length"
+        text = f"step {step.step}: {clipped}; {length}. A limit of {_round_up(2 * median):g} clips only outliers"
         return StepWarning("clipped", text, {"share": share, "median": median, "limit": limit})
 
     def _rising(self, step: Step) -> StepWarning | None:
-        """The mean of the last losses stays above the lowest mean before."""
+        """Warn if the mean of the last losses remains above the lowest previous mean."""
         self._losses = [*self._losses, step.loss][-2 * RISE_WINDOW :]
         if len(self._losses) < 2 * RISE_WINDOW:
             return None
         earlier = _mean_and_error(self._losses[:RISE_WINDOW])
         if self._lowest is None or earlier[0] < self._lowest[0]:
             self._lowest = earlier
-        now = _mean_and_error(self._losses[RISE_WINDOW:])
-        error = math.sqrt(self._lowest[1] + now[1])
-        rise = now[0] - self._lowest[0]
+        current = _mean_and_error(self._losses[RISE_WINDOW:])
+        error = math.sqrt(self._lowest[1] + current[1])
+        rise = current[0] - self._lowest[0]
         self._risen = self._risen + 1 if rise > RISE_ERRORS * error and rise > 0 else 0
         if self._risen < RISE_WINDOW:
             return None
-        text = (
-            f"step {step.step}: the training loss is rising: its mean of the last {RISE_WINDOW} steps is "
-            f"{now[0]:.4f}, and was {self._lowest[0]:.4f} before. Lower train.learning_rate"
-        )
-        return StepWarning("rising_loss", text, {"value": now[0], "lowest": self._lowest[0]})
+        means = f"{current[0]:.4f}, and was {self._lowest[0]:.4f} before. Lower train.learning_rate"
+        text = f"step {step.step}: the training loss is rising: its mean of the last {RISE_WINDOW} steps is {means}"
+        return StepWarning("rising_loss", text, {"value": current[0], "lowest": self._lowest[0]})
 
 
 def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and the squared standard error of it."""
+    """Return the mean and its squared standard error."""
     return statistics.fmean(values), statistics.variance(values) / len(values)
 
 
 def _round_up(value: float) -> float:
-    """To one digit, upwards."""
+    """Round up to one significant digit."""
     power = 10.0 ** math.floor(math.log10(value))
     return round(math.ceil(value / power) * power, 10)
 
 
-# What the model itself writes to held-out prompts while it trains: scored at evaluations, or shown.
-#
-# Decoding is greedy, draws no random numbers and leaves the model as it was found, so a training goes on as if
-# nothing had happened. Knows no folders and shows nothing.
+# Answers to held-out prompts during training, either scored or shown. Decoding is greedy, uses no random numbers and
+# does not change the model, so the training is not affected.
 
-# A sample's answer has at most so many tokens; where the rows' own answers are short, fewer.
-SAMPLE_TOKENS = 48
-FEWEST_TOKENS = 16
-# Of a model that is rewarded for whole answers.
-REWARDED_TOKENS = 256
-# Of the seed's random numbers, those that choose rows: for scores, and for samples.
-_SCORED, _SHOWN = 11, 12
-# The metric that answers give: the share that the model wrote exactly as the data says.
-WRITTEN = "written_exact_match"
+# Bounds of the maximum length of a sample answer. It is shorter if the expected answers are short.
+MAX_SAMPLE_TOKENS = 48
+MIN_SAMPLE_TOKENS = 16
+# Maximum length for a model that is trained with rewards.
+MAX_REWARD_SAMPLE_TOKENS = 256
+# Random streams that select rows for scored answers and for samples.
+_ANSWER_STREAM, _SAMPLE_STREAM = 11, 12
+# Metric of generated answers: share of exact matches with the data.
+ANSWER_METRIC = "generated_exact_match"
 
 
 class Samples:
-    """Answers to a few held-out prompts, of the base model and of the adapter as it trains
-    (``train.samples``).
+    """Answers to held-out prompts, by the base model and by the adapter during training (``train.samples``).
 
     Args:
-        session: whose model answers; nothing where it writes no text.
-        rows: held-out rows as the model sees them. count: how many of them.
+        session: Session of the run. No samples are generated if its model generates no text.
+        rows: Held-out rows as the model receives them.
+        count: Number of samples.
     """
 
     def __init__(self, session: Session, rows: Sequence[Any], count: int) -> None:
         self._session = session
-        wanted = session.task.tokenizer is not None and session.task.writes_text and count > 0
-        self._rows = choose_rows(rows, count, seed=session.config.train.seed, stream=_SHOWN) if wanted else []
-        longest = max((len(row) - row.prompt_length for row in self._rows), default=0)
-        self._max_new_tokens = min(SAMPLE_TOKENS, max(FEWEST_TOKENS, 2 * longest))
-        if written := session.written.tokens:
-            self._max_new_tokens = min(REWARDED_TOKENS, written)
+        is_enabled = session.task.tokenizer is not None and session.task.generates_text and count > 0
+        seed = session.config.train.seed
+        self._rows = choose_rows(rows, count, seed=seed, stream=_SAMPLE_STREAM) if is_enabled else []
+        max_answer_length = max((len(row) - row.prompt_length for row in self._rows), default=0)
+        self._max_new_tokens = min(MAX_SAMPLE_TOKENS, max(MIN_SAMPLE_TOKENS, 2 * max_answer_length))
+        if max_new_tokens := session.generation_limits.max_new_tokens:
+            self._max_new_tokens = min(MAX_REWARD_SAMPLE_TOKENS, max_new_tokens)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def of_base(self) -> list[Sample]:
-        """The base model's answers. Where the method keeps no base model, call it before the first step."""
+        """Return the base model's answers.
+
+        If the method does not preserve the base model, call it before the first step.
+        """
         method, model = self._session.method, self._session.model
-        if not method.keeps_base(model):
+        if not method.can_restore_base(model):
             return self.of_adapter()
-        with method.without(model):
-            asked = (row.without_first(method.virtual_tokens) for row in self._rows)
-            return self._written(list(asked), of_base=True)
+        with method.base_model_active(model):
+            base_rows = (row.without_prefix(method.virtual_tokens) for row in self._rows)
+            return self._written(list(base_rows), of_base=True)
 
     def of_adapter(self) -> list[Sample]:
-        """The model's answers as it is now."""
+        """Return the answers of the current model."""
         return self._written(self._rows)
 
     def _written(self, rows: Sequence[Example], of_base: bool = False) -> list[Sample]:
-        with working("answering sample prompts"):
-            given = write(self._session, rows, max_new_tokens=self._max_new_tokens, of_base=of_base)
-        return [Sample(a.row, a.question, a.expected or None, a.written) for a in given]
+        with track_progress("answering sample prompts"):
+            answers = generate_answers(self._session, rows, max_new_tokens=self._max_new_tokens, of_base=of_base)
+        return [Sample(a.row, a.question, a.expected or None, a.output) for a in answers]
 
 
-def write(
+def generate_answers(
     session: Session, rows: Sequence[Example], *, max_new_tokens: int | None, of_base: bool = False
-) -> list[Answer]:
-    """Return the model's greedy answers to rows as it sees them; see :meth:`Session.complete`."""
+) -> list[EvaluatedAnswer]:
+    """Return the model's greedy answers to rendered rows. See :meth:`Session.complete`."""
     tokenizer = session.task.tokenizer
     if not rows or not isinstance(tokenizer, PreTrainedTokenizerBase):
         return []
 
-    def complete(prompts: Sequence[np.ndarray], count: int, *_: object) -> list[Completion]:
+    def complete(prompts: Sequence[np.ndarray], count: int, *_: object) -> list[GeneratedCompletion]:
         return session.complete(prompts, count, of_base=of_base)
 
     return answers(session.model, tokenizer, rows, max_new_tokens=max_new_tokens, writer=complete)
 
 
 # Adds a line to a run's metrics.
-Write: TypeAlias = Callable[[Mapping[str, object]], None]
-# Beside the best adapter: that of the last step.
+WriteLine: TypeAlias = Callable[[Mapping[str, object]], None]
+# Subfolder for the adapter of the last step, if the best one is saved.
 LAST = "last"
 SAMPLES = 8
 # The held-out rows are also evaluated before the first step if that computes at most this share of the rows of all
 # steps. A forward pass takes about a third of a step, so this costs about a tenth of the training time.
-BASE_SHARE = 0.35
+MAX_BASE_SHARE = 0.35
 
 
-def check_monitored(config: RunConfig, task: Task, data: RunData) -> None:
-    """Refuse settings that ask for evaluations which there are no rows for.
+def check_evaluation_settings(config: RunConfig, task: Task, data: RunData) -> None:
+    """Reject settings for evaluations that have no rows.
 
     Raises:
-        UserError: they do.
+        UserError: if an evaluation has no held-out rows, or the task does not score generated answers.
     """
     train = config.train
-    asked = {
-        "train.early_stopping": train.early_stopping is not None,
-        "train.adapter": train.adapter == "best",
-        "train.eval_answers": train.eval_answers > 0,
-    }
-    for key, is_asked in asked.items():
-        if is_asked and not data.held_out:
+    requirements = {"train.early_stopping": train.early_stopping is not None}
+    requirements |= {"train.saved_adapter": train.saved_adapter == "best", "train.eval_answers": train.eval_answers > 0}
+    for key, is_required in requirements.items():
+        if is_required and not data.held_out:
             hint = "set data.eval to a share, a number of rows or a file"
-            raise UserError("no rows are held out to evaluate on", where=key, hint=hint)
-    if train.eval_answers and (task.has_pairs or not task.writes_text):
-        what = f"written answers are not scored for the task {task.name}"
-        raise UserError(what, where="train.eval_answers", hint="set it to 0")
+            raise UserError("no rows are held out to evaluate on", location=key, hint=hint)
+    if train.eval_answers and (task.has_pairs or not task.generates_text):
+        message = f"generated answers are not scored for the task {task.name}"
+        raise UserError(message, location="train.eval_answers", hint="set it to 0")
 
 
 class Monitor:
-    """Watches one run.
+    """Monitors one run.
 
     Args:
-        session: ready to train. folder: the run's.
-        callback: told of what a person should see. write: adds a line to the run's metrics.
-        began: when the run began, by :func:`deltaw.training.monitoring.best.now`.
+        session: Session that is ready for training.
+        folder: Folder of the run.
+        callback: Receives messages and results.
+        write: Appends a line to the run's metrics.
+        start: Start of the run, measured by :func:`deltaw.training.monitoring.best.now`.
 
     Attributes:
-        best: the best evaluation so far.
-        stopped: why the run ends before its last step; None where it does not.
+        best: Best evaluation so far.
+        stopped: Reason for stopping before the last step, if any.
+        budget: Time budget, if any.
     """
 
-    def __init__(self, session: Session, folder: Path, callback: Callback, write: Write, *, began: float) -> None:
+    def __init__(self, session: Session, folder: Path, callback: Callback, write: WriteLine, *, start: float) -> None:
         train = session.config.train
         self._session, self._folder, self._callback, self._write = session, folder, callback, write
         self.best = BestScore(train.early_stopping)
         self.stopped: str | None = None
-        self._kept = BestParameters(session, folder) if train.adapter == "best" else None
-        # By set, the rows whose answers are scored.
-        self._scored = {
-            name: choose_rows(rows, train.eval_answers, seed=train.seed, stream=_SCORED)
-            for name, rows in session.data.sets.items()
-            if train.eval_answers
-        }
+        self._best_parameters = BestParameters(session, folder) if train.saved_adapter == "best" else None
+        # rows with scored answers, by set
+        sets = session.data.sets.items() if train.eval_answers else ()
+        sampling: dict[str, Any] = {"seed": train.seed, "stream": _ANSWER_STREAM}
+        self._answer_rows = {name: choose_rows(rows, train.eval_answers, **sampling) for name, rows in sets}
         self._samples = Samples(session, session.data.held_out, self._sample_count())
-        self._base: list[Sample] | None = None
-        self._watch = StepWatch(train.max_grad_norm)
-        self._every = train.eval_every
+        self._base_samples: list[Sample] | None = None
+        self._step_monitor = StepMonitor(train.max_grad_norm)
+        self._eval_every = train.eval_every
         self._restored = False
-        self._evaluated: int | None = None
+        self._evaluated_step: int | None = None
         self._evaluation: Evaluation | None = None
         self._state: TrainState | None = None
-        self._written_best: int | None = None
-        self._costs = Costs(session, answers=sum(map(len, self._scored.values())))
+        self._saved_best_step: int | None = None
+        self._costs = CostEstimates(session, answers=sum(map(len, self._answer_rows.values())))
         self.budget: TimeBudget | None = None
         if train.time is not None:
-            cycle = session.config.reward.updates if session.task.rolls_out else 1
-            how: dict[str, Any] = {"told": train.time, "cycle": cycle}
-            self.budget = TimeBudget(duration_seconds(train.time), session.total_steps, began, now, **how)
+            cycle = session.config.reward.updates if session.task.uses_rollouts else 1
+            options: dict[str, Any] = {"label": train.time, "cycle": cycle}
+            self.budget = TimeBudget(duration_seconds(train.time), session.total_steps, start, now, **options)
         else:
-            self._settle_every(session.total_steps)
+            self._choose_eval_interval(session.total_steps)
 
-    def before(self) -> None:
-        """Evaluate the held-out rows and let the base model answer the samples, unless that was done in an earlier
-        process. Call it before the first step, outside of ``session.running()``."""
+    def prepare(self) -> None:
+        """Evaluate the base model and generate its sample answers, unless an earlier process did.
+
+        Call it before the first step, outside of ``session.running()``.
+        """
         if not self._restored and self._base_is_cheap():
-            # A model whose loss is not finite fails in its first step, which is diagnosed.
+            # A model whose loss is not finite fails in its first step with a diagnosis.
             with self._session.running(), contextlib.suppress(UserError):
                 self._write({"step": 0, "base": self._scores().as_dict()})
-        if not len(self._samples) or self._base is not None:
+        if not len(self._samples) or self._base_samples is not None:
             return
-        begun = time.perf_counter()
-        self._base = self._samples.of_base()
-        self._costs.samples = time.perf_counter() - begun
-        self._tell_samples(0, self._base)
+        start = time.perf_counter()
+        self._base_samples = self._samples.of_base()
+        self._costs.samples = time.perf_counter() - start
+        self._report_samples(0, self._base_samples)
 
-    def begin(self, state: TrainState) -> None:
-        """The first step of this process is about to begin."""
+    def start(self, state: TrainState) -> None:
+        """Record the training state and check the time budget before the first step of this process."""
         self._state = state
         if self.budget is not None:
-            self.budget.begin()
+            self.budget.start()
 
     def on_step(self, step: Step) -> Evaluation | None:
-        """A step is done. Call within ``session.running()``.
+        """Process a completed step. Call it inside ``session.running()``.
 
         Returns:
-            the evaluation that followed, with the deciding metric as its main one; None where none was due.
+            The evaluation after the step with the deciding metric as its main metric, or None if none was due.
         """
         if self.budget is not None:
             self.budget.step_done()
-        self._costs.see(step)
-        for warning in self._watch.see(step):
+        self._costs.add_step(step)
+        for warning in self._step_monitor.check(step):
             self._write({"step": step.step, "warning": warning.as_dict()})
             self._callback.on_line(warning.text)
         if extremes := getattr(self._session.feed, "extremes", None):
-            self._write({"step": step.step, "completions": [one.as_dict() for one in extremes]})
+            self._write({"step": step.step, "completions": [completion.as_dict() for completion in extremes]})
         return self._after(step.step)
 
     def on_skip(self, step: int) -> Evaluation | None:
-        """A step was left out. Else as :meth:`on_step`."""
+        """Process a skipped step. See :meth:`on_step`."""
         return self._after(step)
 
     def _after(self, step: int) -> Evaluation | None:
-        """What follows a step: an evaluation, and the plan of the steps to come."""
-        budget, state, found = self.budget, self._state, None
+        """Evaluate and revise the time budget after a step."""
+        budget, state, evaluation = self.budget, self._state, None
         assert state is not None
-        if self._every and step % self._every == 0 and step < state.total_steps:
-            found = self._evaluate(step)
+        if self._eval_every and step % self._eval_every == 0 and step < state.total_steps:
+            evaluation = self._evaluate(step)
         if budget is not None:
-            self._costs.tell(budget.ending)
-            line = budget.plan(state, self._every)
+            self._costs.update(budget.overhead)
+            line = budget.plan(state, self._eval_every)
             if line is not None:
                 self._callback.on_line(line)
-                self._settle_every(state.total_steps)
-            budget.go_on()
-        return found
+                self._choose_eval_interval(state.total_steps)
+            budget.start_step()
+        return evaluation
 
-    def ended(self) -> bool:
-        """Whether the run is to end here, before its last step."""
+    def should_finish(self) -> bool:
+        """Return True if the run stops here, before its last step."""
         if self.stopped is None and self._state is not None:
             if self.best.exhausted:
-                self.stopped = self.best.why()
-            elif self.budget is not None and self.budget.over(self._state):
+                self.stopped = self.best.reason()
+            elif self.budget is not None and self.budget.is_over(self._state):
                 done, planned = self._state.step, self._state.total_steps
-                self.stopped = f"time {self.budget.told}: stopped after {done} of {planned} planned steps"
+                self.stopped = f"time {self.budget.label}: stopped after {done} of {planned} planned steps"
             if self.stopped is not None:
                 self._callback.on_line(self.stopped)
         return self.stopped is not None
 
     def finish(self, step: int) -> Evaluation:
-        """The evaluation after the last step, with the deciding metric as its main one. Call within
-        ``session.running()``, after the training."""
-        if self._evaluated != step:
+        """Return the evaluation after the last step, with the deciding metric as its main metric.
+
+        Call it inside ``session.running()``, after the training.
+        """
+        if self._evaluated_step != step:
             self._evaluate(step)
-        elif self._evaluation is None:  # it was evaluated by an earlier process, and told then
-            self._evaluation = self._measured()
+        elif self._evaluation is None:  # it was evaluated and reported by an earlier process
+            self._evaluation = self._evaluate_sets()
         self._write_outcomes(step)
-        return decided(self.evaluation, writes_text=self._session.task.writes_text)
+        return with_deciding_metric(self.evaluation, generates_text=self._session.task.generates_text)
 
-    def put_best(self, step: int, save: Callable[[Path], None], *, evaluate: bool) -> None:
-        """Make the run's adapter the best one, with the last beside it; nothing where the last is asked for.
+    def save_best(self, step: int, save: Callable[[Path], None], *, evaluate: bool) -> None:
+        """Save the best adapter as the run's adapter and the last one in ``last/``.
 
-        Call within ``session.running()``, after the training.
+        Does nothing if the run is configured to save the last adapter. Call it inside ``session.running()``, after the
+        training.
 
         Args:
-            step: the last one. save: writes the adapter into a folder.
-            evaluate: whether the best one is to be evaluated for :attr:`evaluation`.
+            step: Last step.
+            save: Writes the adapter to a folder.
+            evaluate: Evaluate the best adapter for :attr:`evaluation`.
         """
         best = self.best.step
-        if self._kept is None or best is None:
+        if self._best_parameters is None or best is None:
             return
         save(self._folder / LAST)
         if best != step:
-            self._kept.put_back(best)
+            self._best_parameters.restore(best)
             save(self._folder)
-            self._callback.on_line(
-                f"the adapter is that of step {best}, which was the best ({self.best.metric} "
-                f"{self.best.value:.4f}); that of step {step} is in {self._folder / LAST}"
-            )
+            best_step = f"step {best}, which was the best ({self.best.metric} {self.best.value:.4f})"
+            last_step = f"step {step} is in {self._folder / LAST}"
+            self._callback.on_line(f"the adapter is that of {best_step}; that of {last_step}")
             if evaluate:
-                self._evaluation = self._measured()
+                self._evaluation = self._evaluate_sets()
                 self._write_outcomes(best)
 
-    def done(self, outcome: Outcome, *, goes_on: bool) -> None:
-        """The run is over, and all is written; what it kept goes, unless a later run can go on from here."""
-        if self._kept is not None and not goes_on and not outcome.interrupted:
-            self._kept.remove()
+    def close(self, outcome: Outcome, *, can_resume: bool) -> None:
+        """Remove temporary files after the run, unless it can be resumed."""
+        if self._best_parameters is not None and not can_resume and not outcome.interrupted:
+            self._best_parameters.remove()
 
     @property
     def evaluation(self) -> Evaluation:
-        """Of the adapter that the run keeps."""
+        """Evaluation of the saved adapter."""
         return self._evaluation or Evaluation()
 
-    def checkpointed(self) -> None:
-        """The checkpoint with what :meth:`state` gave last is on the disk."""
-        if self._kept is not None:
-            self._kept.checkpointed(self._written_best)
+    def on_checkpoint(self) -> None:
+        """The checkpoint with the last result of :meth:`state` is on disk."""
+        if self._best_parameters is not None:
+            self._best_parameters.on_checkpoint(self._saved_best_step)
 
     def state(self) -> dict[str, Any]:
-        """All of it as plain values, ready for JSON; between two steps."""
-        self._written_best = self.best.step
+        """Return JSON values for a checkpoint, between two steps."""
+        self._saved_best_step = self.best.step
         return {
             "best": self.best.state(),
-            "watch": self._watch.state(),
-            "samples": None if self._base is None else [sample.as_dict() for sample in self._base],
-            "evaluated": self._evaluated,
-            "every": self._every,
+            "watch": self._step_monitor.state(),
+            "samples": None if self._base_samples is None else [sample.as_dict() for sample in self._base_samples],
+            "evaluated": self._evaluated_step,
+            "every": self._eval_every,
             "budget": None if self.budget is None else self.budget.state(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state` gave, before :meth:`before`."""
+        """Restore the result of :meth:`state`, before :meth:`prepare`."""
         self._restored = True
         self.best.restore(state["best"])
-        self._watch.restore(state["watch"])
+        self._step_monitor.restore(state["watch"])
         if state["samples"] is not None:
-            self._base = [Sample(**sample) for sample in state["samples"]]
-        self._evaluated = state["evaluated"]
+            self._base_samples = [Sample(**sample) for sample in state["samples"]]
+        self._evaluated_step = state["evaluated"]
         if self._session.config.train.eval_every is None:
-            self._every = state["every"]
+            self._eval_every = state["every"]
         if self.budget is not None and state["budget"] is not None:
             self.budget.restore(state["budget"])
         step = self.best.step
-        if self._kept is not None and step is not None and not self._kept.has(step):
-            self._callback.on_line(f"the parameters of the best step, {step}, are gone: the best is sought anew")
+        if self._best_parameters is not None and step is not None and not self._best_parameters.has(step):
+            self._callback.on_line(f"the parameters of the best step, {step}, are missing: looking for a new one")
             self.best = BestScore(self.best.patience)
 
     def _sample_count(self) -> int:
-        """How many samples, and why where the run chose it."""
-        session, asked = self._session, self._session.config.train.samples
-        if asked != "auto":
-            return int(asked)
+        """Return the number of samples."""
+        session, setting = self._session, self._session.config.train.samples
+        if setting != "auto":
+            return int(setting)
         chosen = Choice(SAMPLES, "a language model")
         try:
-            if not session.task.writes_text:
-                raise NoGeneralAnswers(f"a model for {session.task.name} writes no text")
+            if not session.task.generates_text:
+                raise NoGeneralAnswers(f"a model for {session.task.name} generates no text")
             check_size(session.model)
         except NoGeneralAnswers as reason:
             chosen = Choice(0, str(reason))
         session.chosen["train.samples"] = chosen
         return chosen.value
 
-    def _settle_every(self, total_steps: int) -> None:
-        """Choose how often to evaluate, where something asks for the best evaluation and nothing says how
-        often."""
+    def _choose_eval_interval(self, total_steps: int) -> None:
+        """Choose the evaluation interval if the best evaluation is needed and the interval is not configured."""
         train = self._session.config.train
-        if self._every is not None or (train.early_stopping is None and train.adapter != "best"):
+        if self._eval_every is not None or (train.early_stopping is None and train.saved_adapter != "best"):
             return
-        evaluated = sum(map(len, evaluated_parts(self._session)))
-        chosen = usual_eval_every(total_steps, train.batch_size, evaluated)
-        self._every = chosen.value
+        num_rows = sum(map(len, evaluated_rows(self._session)))
+        chosen = default_eval_every(total_steps, train.batch_size, num_rows)
+        self._eval_every = chosen.value
         self._session.chosen["train.eval_every"] = chosen
         self._callback.on_line(Detail(f"evaluating every {chosen.value} steps: {chosen.why}"))
 
     def _base_is_cheap(self) -> bool:
-        """Whether to evaluate before the first step. Pairs are scored in relation to the base model itself, and a
-        budget's time is for its steps."""
-        session = self._session
-        most = BASE_SHARE * session.total_steps * session.config.train.batch_size
-        most *= session.written.each
-        return (
-            self.budget is None and not session.task.has_pairs and 0 < sum(map(len, evaluated_parts(session))) <= most
-        )
+        """Return True if the base model is evaluated before the first step.
 
-    def _measured(self) -> Evaluation:
-        """The evaluations of all sets, with the answers that are scored; the first one decides."""
-        return self._scores(self._scored)
+        It is not evaluated for pairs, which are scored relative to the base model, or with a time budget.
+        """
+        session = self._session
+        max_rows = MAX_BASE_SHARE * session.total_steps * session.config.train.batch_size
+        max_rows *= session.generation_limits.completions_per_row
+        may_check = self.budget is None and not session.task.has_pairs
+        return may_check and 0 < sum(map(len, evaluated_rows(session))) <= max_rows
+
+    def _evaluate_sets(self) -> Evaluation:
+        """Evaluate all sets, including scored answers. The first set decides."""
+        return self._scores(self._answer_rows)
 
     def _scores(self, scored: Mapping[str, Sequence[Example]] = MappingProxyType({})) -> Evaluation:
-        session, found = self._session, {}
+        session, evaluations = self._session, {}
         for name, rows in session.data.sets.items():
-            found[name] = session.evaluate(rows)
-            if asked := scored.get(name):
-                with working("answering held-out prompts"):
-                    share = statistics.fmean(one.exact for one in write(session, asked, max_new_tokens=None))
-                metrics, intervals = (
-                    {**found[name].metrics, WRITTEN: share},
-                    {WRITTEN: wilson_interval(share, len(asked))},
-                )
-                found[name] = replace(found[name], metrics=metrics, intervals=intervals)
+            evaluations[name] = session.evaluate(rows)
+            if answer_rows := scored.get(name):
+                with track_progress("answering held-out prompts"):
+                    answers = generate_answers(session, answer_rows, max_new_tokens=None)
+                share = statistics.fmean(answer.exact for answer in answers)
+                metrics = {**evaluations[name].metrics, ANSWER_METRIC: share}
+                intervals = {ANSWER_METRIC: wilson_interval(share, len(answer_rows))}
+                evaluations[name] = replace(evaluations[name], metrics=metrics, intervals=intervals)
         if not session.data.eval_sets:
-            return next(iter(found.values()), Evaluation())
-        name, *others = found
-        return replace(found[name], name=name, others={other: found[other] for other in others})
+            return next(iter(evaluations.values()), Evaluation())
+        name, *other_names = evaluations
+        return replace(evaluations[name], name=name, other_sets={other: evaluations[other] for other in other_names})
 
     def _evaluate(self, step: int) -> Evaluation | None:
-        """Evaluate, tell it, and note whether it is the best so far."""
-        timed = contextlib.nullcontext() if self.budget is None else self.budget.evaluating()
-        with timed:
-            measured = self._measured()
-            self._evaluated, self._evaluation = step, measured
+        """Evaluate, report the result, and update the best score."""
+        timer = contextlib.nullcontext() if self.budget is None else self.budget.evaluating()
+        with timer:
+            measured = self._evaluate_sets()
+            self._evaluated_step, self._evaluation = step, measured
             if not measured.metrics:
                 return None
             self._write({"step": step, "eval": measured.as_dict()})
             self._callback.on_evaluation(step, measured)
             if len(self._samples):
-                self._tell_samples(step, self._samples.of_adapter())
-            writes_text = self._session.task.writes_text
-            if self.best.see(step, measured, writes_text=writes_text) and self._kept:
-                self._kept.keep(step)
-            return decided(measured, writes_text=writes_text)
+                self._report_samples(step, self._samples.of_adapter())
+            generates_text = self._session.task.generates_text
+            if self.best.update(step, measured, generates_text=generates_text) and self._best_parameters:
+                self._best_parameters.save(step)
+            return with_deciding_metric(measured, generates_text=generates_text)
 
     def _write_outcomes(self, step: int) -> None:
         """Record the predictions of the last evaluation for the report."""
-        sets = {self.evaluation.name: self.evaluation, **self.evaluation.others}
-        kept = {name: one.outcomes_as_dict(self._text_of) for name, one in sets.items()}
-        if any(kept.values()):
-            self._write({"step": step, "predictions": kept})
+        sets = {self.evaluation.name: self.evaluation, **self.evaluation.other_sets}
+        outcomes = {name: evaluation.outcomes_as_dict(self._text_of) for name, evaluation in sets.items()}
+        if any(outcomes.values()):
+            self._write({"step": step, "predictions": outcomes})
 
     def _text_of(self, value: Any) -> str:
         """Return an example's text as the model reads it, or the name of its image file."""
         tokenizer, image = self._session.task.tokenizer, getattr(value, "image", value)
         if tokenizer is None or not hasattr(value, "tokens"):
             return image.name if isinstance(image, Path) else image if isinstance(image, str) else ""
-        return str(tokenizer.decode(value.tokens[:TEXT], skip_special_tokens=True))[:TEXT]
+        return str(tokenizer.decode(value.tokens[:MAX_TEXT_LENGTH], skip_special_tokens=True))[:MAX_TEXT_LENGTH]
 
-    def _tell_samples(self, step: int, samples: list[Sample]) -> None:
+    def _report_samples(self, step: int, samples: list[Sample]) -> None:
         self._write({"step": step, "samples": [sample.as_dict() for sample in samples]})
         self._callback.on_samples(step, samples)

@@ -1,7 +1,4 @@
-"""Drift of an embedding model: how much of each general sentence's neighborhood is still that of the base model.
-
-Knows a session; shows nothing.
-"""
+"""Drift of an embedding model: share of each general sentence's nearest neighbors that did not change."""
 
 from __future__ import annotations
 
@@ -15,24 +12,25 @@ from torch import Tensor
 from torch.nn import functional
 
 from deltaw.data.example import LabeledExample
-from deltaw.training.embedding.objective import EmbeddingObjective, key_of_text, texts_of
-from deltaw.training.evaluation.general_prompts import KEPT, MEASURED
+from deltaw.progress import track_progress
+from deltaw.training.embedding.objective import EmbeddingObjective, text_key, texts_of
+from deltaw.training.evaluation.general_prompts import DRIFT_PROMPTS, REHEARSAL_PROMPTS
 from deltaw.training.evaluation.retrieval import neighbor_agreement
-from deltaw.training.seen import as_seen
+from deltaw.training.rendered_rows import render_example
 from deltaw.training.session import Session
 from deltaw.training.tasks.labels import text_positions
-from deltaw.working import working
 
 NEIGHBORS = 10
 
 
 @dataclass(frozen=True)
 class NeighborDrift:
-    """What a training did to general sentences.
+    """Drift on general sentences.
 
     Attributes:
-        agreement: the mean share of each sentence's nearest others that are the same as the base model's.
-        neighbors: how many are nearest. sentences: that were compared.
+        agreement: Mean share of each sentence's nearest neighbors that are the same as for the base model.
+        neighbors: Number of nearest neighbors.
+        sentences: Number of compared sentences.
     """
 
     agreement: float
@@ -40,39 +38,40 @@ class NeighborDrift:
     sentences: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """Return JSON values."""
         return asdict(self)
 
     def __str__(self) -> str:
-        return (
-            f"drift: of {self.sentences} general sentences' {self.neighbors} nearest others, {self.agreement:.0%} are "
-            "those of the base model"
-        )
+        nearest = f"the {self.neighbors} nearest neighbors of {self.sentences} general sentences"
+        return f"drift: of {nearest}, {self.agreement:.0%} are those of the base model"
 
 
 @torch.no_grad()
 def neighbor_drift(session: Session) -> NeighborDrift | None:
-    """The drift of a run's adapter; None for a run that embeds nothing, or whose base model is not kept."""
+    """Return the drift of a run's adapter.
+
+    Returns None if the run does not train embeddings, drift is disabled, or the base model cannot be restored.
+    """
     objective, method, model = session.objective, session.method, session.model
     tokenizer = session.task.tokenizer
-    if not isinstance(objective, EmbeddingObjective) or tokenizer is None or not method.keeps_base(model):
+    if not isinstance(objective, EmbeddingObjective) or tokenizer is None or not method.can_restore_base(model):
         return None
     if session.config.train.drift is False:
         return None
     limit = text_positions(model)
-    cut = {} if limit is None else {"truncation": True, "max_length": limit - method.virtual_tokens}
-    ids = tokenizer([*MEASURED, *KEPT], return_attention_mask=False, **cut)["input_ids"]
-    rows = [LabeledExample(number, np.asarray(one, np.int32), 0) for number, one in enumerate(ids)]
-    with session.running(), method.evaluating(model), working("comparing general sentences"):
-        after = _vectors(session, objective, [as_seen(row, method) for row in rows])
-        with method.without(model):
+    truncation = {} if limit is None else {"truncation": True, "max_length": limit - method.virtual_tokens}
+    ids = tokenizer([*DRIFT_PROMPTS, *REHEARSAL_PROMPTS], return_attention_mask=False, **truncation)["input_ids"]
+    rows = [LabeledExample(number, np.asarray(token_ids, np.int32), 0) for number, token_ids in enumerate(ids)]
+    with session.running(), method.evaluating(model), track_progress("comparing general sentences"):
+        after = _vectors(session, objective, [render_example(row, method) for row in rows])
+        with method.base_model_active(model):
             before = _vectors(session, objective, rows)
     return NeighborDrift(neighbor_agreement(before, after, NEIGHBORS), NEIGHBORS, len(rows))
 
 
 def _vectors(session: Session, objective: EmbeddingObjective, rows: Sequence[Any]) -> Tensor:
-    """(rows, width) of length 1."""
-    found: dict[bytes, Tensor] = {}
+    """Return (rows, width) normalized vectors."""
+    vectors: dict[bytes, Tensor] = {}
     for batch in session.batcher.batches(rows):
-        found.update(zip(map(key_of_text, texts_of(batch)), objective.evaluate_rows(batch).cpu(), strict=True))
-    return functional.normalize(torch.stack([found[key_of_text(row)] for row in rows]).float(), dim=1)
+        vectors.update(zip(map(text_key, texts_of(batch)), objective.evaluate_rows(batch).cpu(), strict=True))
+    return functional.normalize(torch.stack([vectors[text_key(row)] for row in rows]).float(), dim=1)

@@ -1,1 +1,1 @@
-"""A training over several processes, as ``torchrun`` starts them: who they are, and what travels."""
+"""Training over several processes started by ``torchrun``: connection, communication and gradient sums."""

@@ -1,7 +1,7 @@
-"""How processes find each other: from the environment that ``torchrun`` sets, within a time limit.
+"""Connect the processes that ``torchrun`` started.
 
-Before anything else travels, each tells how many processes it was told there are. One that never comes, a
-number that differs, and a port in use become errors in words. Knows no training.
+The processes first compare their expected number of processes. A missing process, a different number, or a port in use
+raises an error with a description within the time limit.
 """
 
 from __future__ import annotations
@@ -13,352 +13,346 @@ import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from deltaw.errors import UserError, first_line
-from deltaw.hub.loading import Weights
+from deltaw.hub.loading import WeightLoader
 from deltaw.machine.choices import choose_device, choose_threads
-from deltaw.machine.memory import give_large_blocks_back
+from deltaw.machine.memory import return_large_blocks
 from deltaw.settings import RunConfig
-from deltaw.training.callbacks import Say
-from deltaw.training.parallel.group import Group, LostProcess, Told, unprinted
-from deltaw.training.parallel.reducer import ALONE, Reducer
+from deltaw.training.callbacks import LogFunction
+from deltaw.training.parallel.group import Group, LaunchEnvironment, LostProcess, suppress_native_stdout
+from deltaw.training.parallel.reducer import SINGLE_PROCESS, Reducer
 
 
-def as_sharded(config: RunConfig, say: Say) -> RunConfig:
-    """The settings of a run whose base model is divided; what reads text of its own is off unless asked for.
+def apply_sharding(config: RunConfig, log: LogFunction) -> RunConfig:
+    """Return the settings of a run with a sharded base model. Automatic generation of text is disabled.
 
     Raises:
-        UserError: they ask for what a divided base model cannot do.
+        UserError: if the settings need something that a sharded base model does not support.
     """
     train, lora = config.train, config.lora
-    needs_whole = lora.init not in ("uniform", "gaussian", "orthogonal")
-    blocks, device = config.precision in ("gguf", "nf4"), choose_device(config.device).value
-    for wrong, what, key, instead in (
+    needs_full_weights = lora.init not in ("uniform", "gaussian", "orthogonal")
+    has_block_format, device = config.precision in ("gguf", "nf4"), choose_device(config.device).value
+    for is_unsupported, feature, key, replacement in (
         (config.method != "lora", f"method {config.method}", "method", "lora"),
         (config.task != "causal-lm", f"task {config.task}", "task", "causal-lm"),
-        (lora.dora, "DoRA, which needs the norms of whole weights", "lora.dora", "false"),
-        (needs_whole, f"init {lora.init}, which needs whole weights or many rows of inputs", "lora.init", "uniform"),
+        (lora.dora, "DoRA, which needs the norms of full weights", "lora.dora", "false"),
+        (needs_full_weights, f"init {lora.init}, which needs full weights or many rows", "lora.init", "uniform"),
         (lora.bias != "none", "trained biases of the base model", "lora.bias", "none"),
         (lora.target_parameters, "adapted parameters of modules", "lora.target_parameters", "null"),
         (lora.train_modules, "copies of modules", "lora.train_modules", "[]"),
         (lora.trainable_token_indices, "trained rows of embeddings", "lora.trainable_token_indices", "null"),
-        (lora.activation != "always", "an adapter with an invocation sequence", "lora.activation", "always"),
+        (lora.active != "always", "an adapter with an invocation sequence", "lora.active", "always"),
         (train.keep_features is True, "kept features", "train.keep_features", "false"),
         (train.keep_general > 0, "general answers", "train.keep_general", "0"),
-        (blocks, f"precision {config.precision}, whose blocks are not divided", "precision", "bf16 or int8"),
+        (has_block_format, f"precision {config.precision}, whose blocks are not divided", "precision", "bf16 or int8"),
         (device != "cpu", f"device {config.device}", "device", "cpu"),
     ):
-        if wrong:
-            refused = f"a base model that is sharded over processes cannot be used with {what}"
-            hint = f"set train.sharding: none, or {key}: {instead}"
-            raise UserError(refused, where=f"{key} (train.sharding: base)", hint=hint)
+        if is_unsupported:
+            message = f"a base model that is sharded over processes cannot be used with {feature}"
+            hint = f"set train.sharding: none, or {key}: {replacement}"
+            raise UserError(message, location=f"{key} (train.sharding: base)", hint=hint)
     from torch.distributed.fsdp import FSDPModule
 
     if not hasattr(FSDPModule, "set_custom_all_gather"):
-        old = f"sharding a base model needs a newer torch than {torch.__version__}"
+        version_error = f"sharding a base model needs a newer torch than {torch.__version__}"
         hint = "pip install --upgrade torch, or set train.sharding: none"
-        raise UserError(old, where="train.sharding", hint=hint)
-    answers = {"drift": False, "samples": 0}
-    off = {key: value for key, value in answers.items() if getattr(train, key) == "auto"}
-    if off:
-        said = " and ".join(f"train.{key}: {str(value).lower()}" for key, value in off.items())
-        say(f"{said}: each token of an answer would gather every block of the divided model")
-    return config.with_train(**off, keep_features=False)
+        raise UserError(version_error, location="train.sharding", hint=hint)
+    disabled_values = {"drift": False, "samples": 0}
+    overrides = {key: value for key, value in disabled_values.items() if getattr(train, key) == "auto"}
+    if overrides:
+        disabled = " and ".join(f"train.{key}: {str(value).lower()}" for key, value in overrides.items())
+        log(f"{disabled}: each token of an answer would gather every block of the sharded model")
+    return config.with_train(**overrides, keep_features=False)
 
 
-def divided(config: RunConfig, processes: Reducer) -> Weights | None:
-    """What loads the run's model with its blocks divided; None where each process holds it whole."""
+def sharded_loader(config: RunConfig, processes: Reducer) -> WeightLoader | None:
+    """Return the loader that shards the blocks of the run's model, or None if the model is not sharded."""
     if config.train.sharding != "base" or not isinstance(processes, Group):
         return None
     from deltaw.runtime.sharded import ShardedLoader
 
-    give_large_blocks_back()
-    return ShardedLoader(processes.divide(), processes.gathering, rounded=config.precision == "int8")
+    return_large_blocks()
+    return ShardedLoader(processes.shard(), processes.gather_block, rounded=config.precision == "int8")
 
 
 _ONE_PROCESS = "train in one process, without torchrun, or "
 
 
-def as_parallel(config: RunConfig, processes: Reducer, say: Say) -> RunConfig:
-    """The settings that all processes train with; those given where one trains alone.
+def apply_parallelism(config: RunConfig, processes: Reducer, log: LogFunction) -> RunConfig:
+    """Return the settings that all processes train with. They are unchanged for a single process.
 
     Raises:
-        UserError: they ask for what several processes cannot do.
+        UserError: if the settings need something that several processes do not support.
     """
     sharded = config.train.sharding == "base"
     if processes.size == 1:
         if sharded:
-            say("train.sharding: base: one process alone holds the whole base model")
+            log("train.sharding: base has no effect with a single process")
         return config
     if sharded:
-        config = as_sharded(config, say)
+        config = apply_sharding(config, log)
     train = config.train
-    whole = sharded or config.lora.activation == "always"
-    if train.keep_features is True and not whole:
-        raise _refused("kept keys and values of prompts", "train.keep_features", "set it to false")
+    runs_full_rows = sharded or config.lora.active == "always"
+    if train.keep_features is True and not runs_full_rows:
+        raise _unsupported_error("stored keys and values of prompts", "train.keep_features", "set it to false")
     check_device(config, processes)
-    say(f"{processes.size} processes, {processes.local_size} of them here: they share the rows of a step")
-    if train.keep_features == "auto" and not whole:
-        say("train.keep_features: false: several processes keep no keys and values of prompts")
+    log(f"{processes.size} processes, {processes.local_size} of them here: they share the rows of a step")
+    if train.keep_features == "auto" and not runs_full_rows:
+        log("train.keep_features: false: several processes store no keys and values of prompts")
         return config.with_train(keep_features=False)
     return config
 
 
 def check_device(config: RunConfig, processes: Reducer) -> None:
-    """Refuse more processes on this machine than it has CUDA devices, where they compute on these.
+    """Check that this machine has a CUDA device for each of its processes.
 
     Raises:
-        UserError: there are too few, or one device is named for all.
+        UserError: if it has too few devices, or one device is configured for all processes.
     """
     kind, _, index = choose_device(config.device).value.partition(":")
     if kind == "cpu":
         return
     if index:
-        raise _refused(f"the one device {config.device}", "device", "set device: cuda")
-    there = torch.cuda.device_count() if kind == "cuda" else 1
-    if processes.local_size > there:
-        what = f"{processes.local_size} processes cannot share {there} {kind} devices of this machine"
+        raise _unsupported_error(f"the one device {config.device}", "device", "set device: cuda")
+    num_devices = torch.cuda.device_count() if kind == "cuda" else 1
+    if processes.local_size > num_devices:
+        message = f"{processes.local_size} processes cannot share {num_devices} {kind} devices of this machine"
         hint = "start as many processes on a node as it has devices, or set device: cpu"
-        raise UserError(what, where="device", hint=hint)
+        raise UserError(message, location="device", hint=hint)
 
 
 def threads_of(config: RunConfig, processes: Reducer) -> str | int:
-    """Threads of a process: its part of those that the machine gives, where the settings name no number."""
+    """Return the number of threads of a process: an equal share of the machine's, unless configured."""
     if processes.local_size == 1 or config.threads != "auto" or os.environ.get("OMP_NUM_THREADS"):
         return config.threads
     return max(1, choose_threads("auto").value // processes.local_size)
 
 
-def _refused(what: str, where: str, instead: str) -> UserError:
-    return UserError(f"several processes cannot use {what}", where=where, hint=_ONE_PROCESS + instead)
+def _unsupported_error(feature: str, location: str, advice: str) -> UserError:
+    return UserError(f"several processes cannot use {feature}", location=location, hint=_ONE_PROCESS + advice)
 
 
-# Seconds that a process waits for the others: to come, and to answer in a step.
-VARIABLE, SECONDS = "DELTAW_PEER_SECONDS", 300.0
-# What waits while process 0 evaluates, writes samples or saves; a process that dies is noticed at once.
+# Seconds that a process waits for other processes to connect and to answer in a step.
+VARIABLE, DEFAULT_SECONDS = "DELTAW_PEER_SECONDS", 300.0
+# Time limit while process 0 evaluates, generates samples or saves. A process that exits is detected immediately.
 ORDERS_SECONDS = 86400.0
 _POLL = 0.05
 
 
-def told_size(environment: Mapping[str, str] | None = None) -> int:
-    """How many processes the environment speaks of; 1 where it does not.
+def launch_size(environment: Mapping[str, str] | None = None) -> int:
+    """Return the number of processes in the environment, or 1 by default.
 
     Raises:
-        UserError: it speaks of no whole number.
+        UserError: if it is not an integer.
     """
-    found = os.environ if environment is None else environment
-    return _number(found, "WORLD_SIZE", 1, least=1)
+    variables = os.environ if environment is None else environment
+    return _read_int(variables, "WORLD_SIZE", 1, minimum=1)
 
 
-def told(environment: Mapping[str, str] | None = None) -> Told | None:
-    """What the environment says; None where one process trains alone.
+def read_launch_environment(environment: Mapping[str, str] | None = None) -> LaunchEnvironment | None:
+    """Return the settings in the environment, or None for a single process.
 
     Raises:
-        UserError: something is missing or no number.
+        UserError: if a variable is missing or invalid.
     """
-    found = os.environ if environment is None else environment
-    size = told_size(found)
+    variables = os.environ if environment is None else environment
+    size = launch_size(variables)
     if size == 1:
         return None
-    rank = _number(found, "RANK", None, least=0)
+    rank = _read_int(variables, "RANK", None, minimum=0)
     if rank >= size:
-        what = f"there is no process {rank} among {size} processes"
-        raise UserError(what, where="the environment: RANK and WORLD_SIZE", hint="processes are counted from 0")
-    if not found.get("MASTER_ADDR"):
+        message = f"rank {rank} is out of range for {size} processes"
+        raise UserError(message, location="the environment: RANK and WORLD_SIZE", hint="processes are counted from 0")
+    if not variables.get("MASTER_ADDR"):
         raise _missing("MASTER_ADDR")
-    return Told(
-        rank,
-        size,
-        _number(found, "LOCAL_RANK", rank, least=0),
-        _number(found, "LOCAL_WORLD_SIZE", 1, least=1),
-        found["MASTER_ADDR"],
-        _number(found, "MASTER_PORT", None, least=1),
-        found.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-        found.get("TORCHELASTIC_RESTART_COUNT", "0"),
-        _seconds(found),
-    )
+    local_rank = _read_int(variables, "LOCAL_RANK", rank, minimum=0)
+    local_size = _read_int(variables, "LOCAL_WORLD_SIZE", 1, minimum=1)
+    address, port = variables["MASTER_ADDR"], _read_int(variables, "MASTER_PORT", None, minimum=1)
+    agent = variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    restarts, seconds = variables.get("TORCHELASTIC_RESTART_COUNT", "0"), _read_seconds(variables)
+    return LaunchEnvironment(rank, size, local_rank, local_size, address, port, agent, restarts, seconds)
 
 
-def refuse_alone() -> None:
-    """Refuse a training by a call in Python where ``torchrun`` started several processes: it takes part with
-    no others, so that all would train the same, into one folder.
+def require_single_process() -> None:
+    """Reject a training in Python code that ``torchrun`` started with several processes.
+
+    Each process would run the same training in the same folder.
 
     Raises:
-        UserError: the environment is that of one process among several.
+        UserError: if the environment defines several processes.
     """
-    if told_size() > 1 and os.environ.get("RANK"):
-        raise UserError(
-            f"deltaw.fit trains in one process, but the environment sets {told_size()}",
-            where="the environment: RANK and WORLD_SIZE",
-            hint="train together with torchrun --nproc-per-node N -m deltaw train run.yaml; to train alone, "
-            "take RANK and WORLD_SIZE out of the environment",
-        )
+    if launch_size() > 1 and os.environ.get("RANK"):
+        message = f"deltaw.fit trains in one process, but the environment sets {launch_size()}"
+        hint = "run torchrun --nproc-per-node N -m deltaw train run.yaml, or remove RANK and WORLD_SIZE"
+        raise UserError(message, location="the environment: RANK and WORLD_SIZE", hint=hint)
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[Reducer]:
-    """While open, this process belongs to those of the environment; alone where it speaks of none.
+def join_processes() -> Iterator[Reducer]:
+    """Connect to the processes in the environment and yield the communication object.
 
-    SIGTERM, with which ``torchrun`` ends the others when one process fails, does not keep process 0 from
-    saving.
+    ``torchrun`` sends SIGTERM to all processes if one of them fails. The signal does not prevent process 0 from saving.
 
     Raises:
-        UserError: they do not come together.
-        LostProcess: a process ended.
+        UserError: if the processes cannot connect.
+        LostProcess: if a process exits.
     """
-    who = told()
-    if who is None:
-        yield ALONE
+    launch = read_launch_environment()
+    if launch is None:
+        yield SINGLE_PROCESS
         return
-    group = _join(who)
+    group = _connect(launch)
 
-    def ask(number: int, frame: FrameType | None) -> None:
+    def on_terminate(number: int, frame: FrameType | None) -> None:
         if not group.lost:
             raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, ask)
+    previous_handler = signal.signal(signal.SIGTERM, on_terminate)
     try:
         yield group
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous_handler)
         dist.destroy_process_group()
 
 
-def _join(who: Told) -> Group:
-    store = dist.PrefixStore(f"deltaw/{who.attempt}", _store(who))
-    _agree(store, who)
+def _connect(launch: LaunchEnvironment) -> Group:
+    store = dist.PrefixStore(f"deltaw/{launch.attempt}", _store(launch))
+    _verify_size(store, launch)
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
-    if cuda and who.local_rank < torch.cuda.device_count():
-        torch.cuda.set_device(who.local_rank)
-    backend, limit = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(seconds=who.seconds)
+    if cuda and launch.local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(launch.local_rank)
+    backend, limit = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(seconds=launch.seconds)
     try:
-        with unprinted():
-            dist.init_process_group(backend, store=store, rank=who.rank, world_size=who.size, timeout=limit)
+        with suppress_native_stdout():
+            dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=limit)
             orders = dist.new_group(backend="gloo", timeout=timedelta(seconds=ORDERS_SECONDS))
-            # Gradients leave when they are there, which each process sees at another time: not among what else
-            # is asked of all in one order.
+            # Gradients are sent when they are computed, at a different time in each process. They need a separate
+            # group, because other collectives run in a fixed order.
             gradients = dist.new_group(timeout=limit)
     except RuntimeError as error:
-        what = f"the processes cannot connect to each other: {first_line(error)}"
+        message = f"the processes cannot connect to each other: {first_line(error)}"
         hint = "let GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) name the interface between the nodes"
-        raise UserError(what, where=f"process {who.rank} of {who.size}", hint=hint) from error
+        raise UserError(message, location=f"process {launch.rank} of {launch.size}", hint=hint) from error
     assert orders is not None and gradients is not None
-    return Group(who, orders, gradients)
+    return Group(launch, orders, gradients)
 
 
-def _store(who: Told) -> dist.Store:
-    """The table that all write to; process 0 has it, or torchrun's own agent."""
-    serves = who.rank == 0 and not who.agent
-    limit = timedelta(seconds=who.seconds)
-    place = f"MASTER_ADDR={who.address} MASTER_PORT={who.port}"
+def _store(launch: LaunchEnvironment) -> dist.Store:
+    """Open the key-value store, which process 0 or torchrun's agent provides."""
+    is_server = launch.rank == 0 and not launch.agent
+    limit = timedelta(seconds=launch.seconds)
+    location = f"MASTER_ADDR={launch.address} MASTER_PORT={launch.port}"
     try:
-        return dist.TCPStore(
-            who.address, who.port, is_master=serves, timeout=limit, wait_for_workers=False, multi_tenant=False
-        )
+        options: Any = {"timeout": limit, "wait_for_workers": False, "multi_tenant": False}
+        return dist.TCPStore(launch.address, launch.port, is_master=is_server, **options)
     except (dist.DistError, RuntimeError, ValueError) as error:
         if "EADDRINUSE" in str(error) or "in use" in str(error):
             hint = "give torchrun another one with --master-port, or --standalone on one machine"
-            raise UserError(f"port {who.port} is in use", where=place, hint=hint) from error
-        if serves:
+            raise UserError(f"port {launch.port} is in use", location=location, hint=hint) from error
+        if is_server:
             hint = "MASTER_ADDR must be a name or address of the machine that process 0 runs on"
-            raise UserError(f"process 0 cannot listen there: {first_line(error)}", where=place, hint=hint) from error
+            raise UserError(f"process 0 cannot listen: {first_line(error)}", location=location, hint=hint) from error
         hint = f"start all processes, and open the port in the firewall; {VARIABLE} is the time limit"
-        raise UserError(f"process 0 did not answer within {who.seconds:g} seconds", where=place, hint=hint) from error
+        message = f"process 0 did not answer within {launch.seconds:g} seconds"
+        raise UserError(message, location=location, hint=hint) from error
 
 
-def _agree(store: dist.Store, who: Told) -> None:
-    """Wait until all are there and were told the same number.
+def _verify_size(store: dist.Store, launch: LaunchEnvironment) -> None:
+    """Wait for all processes and verify that they expect the same number of processes.
 
     Raises:
-        UserError: one does not come in time, comes twice, or was told another number.
+        UserError: if a process is late, has a duplicate rank, or expects another number.
     """
-    if store.add(f"came/{who.rank}", 1) > 1:
-        hint = "each process has a number of its own; torchrun sets it by --node-rank"
-        raise UserError(f"two processes are both process {who.rank}", where="the environment: RANK", hint=hint)
-    store.set(f"size/{who.rank}", str(who.size))
-    if who.rank == 0:
-        verdict = _verdict(store, who)
+    if store.add(f"came/{launch.rank}", 1) > 1:
+        hint = "each process needs a unique rank; torchrun sets it by --node-rank"
+        raise UserError(f"two processes are both process {launch.rank}", location="the environment: RANK", hint=hint)
+    store.set(f"size/{launch.rank}", str(launch.size))
+    if launch.rank == 0:
+        verdict = _verdict(store, launch)
         store.set("verdict", verdict)
-        if verdict != str(who.size):
-            _await_readers(store, who)
+        if verdict != str(launch.size):
+            _wait_for_readers(store, launch)
     else:
-        verdict = _read_verdict(store, who)
+        verdict = _read_verdict(store, launch)
         store.add("read", 1)
-    if verdict == str(who.size):
+    if verdict == str(launch.size):
         return
     if verdict.isdigit():
-        verdict = f"process {who.rank} was told that there are {who.size} processes, and process 0 {verdict}"
+        verdict = f"process {launch.rank} expects {launch.size} processes, and process 0 {verdict}"
     hint = f"start all nodes with the same --nnodes and --nproc-per-node; {VARIABLE} is the time limit in seconds"
-    raise UserError(verdict, where=f"process {who.rank}: WORLD_SIZE={who.size}", hint=hint)
+    raise UserError(verdict, location=f"process {launch.rank}: WORLD_SIZE={launch.size}", hint=hint)
 
 
-def _verdict(store: dist.Store, who: Told) -> str:
-    """What process 0 finds: the number of processes, or what is wrong."""
-    missing = set(range(1, who.size))
-    until = time.monotonic() + who.seconds
+def _verdict(store: dist.Store, launch: LaunchEnvironment) -> str:
+    """Return the number of processes, or a description of the problem. Runs in process 0."""
+    missing = set(range(1, launch.size))
+    deadline = time.monotonic() + launch.seconds
     while missing:
         for rank in sorted(missing):
             if store.check([f"size/{rank}"]):
                 size = int(store.get(f"size/{rank}"))
-                if size != who.size:
-                    return f"process {rank} was told that there are {size} processes, and process 0 {who.size}"
+                if size != launch.size:
+                    return f"process {rank} expects {size} processes, and process 0 {launch.size}"
                 missing.discard(rank)
-        if missing and time.monotonic() > until:
-            shown = ", ".join(str(rank) for rank in sorted(missing)[:8])
+        if missing and time.monotonic() > deadline:
+            ranks = ", ".join(str(rank) for rank in sorted(missing)[:8])
             more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-            return f"of {who.size} processes, {shown}{more} did not come within {who.seconds:g} seconds"
+            return f"of {launch.size} processes, {ranks}{more} did not connect within {launch.seconds:g} seconds"
         time.sleep(_POLL)
-    return str(who.size)
+    return str(launch.size)
 
 
-def _read_verdict(store: dist.Store, who: Told) -> str:
+def _read_verdict(store: dist.Store, launch: LaunchEnvironment) -> str:
     try:
-        # Process 0 waits as long for the others, from when it came itself.
-        store.wait(["verdict"], timedelta(seconds=2 * who.seconds + 5))
+        # Process 0 may have started later, and waits for the same time.
+        store.wait(["verdict"], timedelta(seconds=2 * launch.seconds + 5))
         return store.get("verdict").decode()
     except (dist.DistError, RuntimeError) as error:
-        what = "process 0 ended before all processes were there"
-        hint = "what process 0 printed says why"
-        raise UserError(what, where=f"process {who.rank} of {who.size}", hint=hint) from error
+        message = "process 0 ended before all processes were connected"
+        hint = "see the output of process 0 for the reason"
+        raise UserError(message, location=f"process {launch.rank} of {launch.size}", hint=hint) from error
 
 
-def _await_readers(store: dist.Store, who: Told) -> None:
-    """The table goes with process 0: let those that are there read the verdict first."""
-    there = sum(store.check([f"size/{rank}"]) for rank in range(1, who.size))
-    until = time.monotonic() + 5.0
-    while time.monotonic() < until and store.add("read", 0) < there:
+def _wait_for_readers(store: dist.Store, launch: LaunchEnvironment) -> None:
+    """Wait until the connected processes have read the verdict, because the store exits with process 0."""
+    num_connected = sum(store.check([f"size/{rank}"]) for rank in range(1, launch.size))
+    deadline = time.monotonic() + 5.0
+    while time.monotonic() < deadline and store.add("read", 0) < num_connected:
         time.sleep(_POLL)
 
 
-def _number(found: Mapping[str, str], name: str, default: int | None, *, least: int) -> int:
-    text = found.get(name, "")
+def _read_int(variables: Mapping[str, str], name: str, default: int | None, *, minimum: int) -> int:
+    text = variables.get(name, "")
     if not text:
         if default is None:
             raise _missing(name)
         return default
-    if not text.isdigit() or int(text) < least:
-        what = f"{name}={text} is not a whole number from {least} up"
-        raise UserError(what, where="the environment", hint="let torchrun set it")
+    if not text.isdigit() or int(text) < minimum:
+        message = f"{name}={text} is not a whole number from {minimum} up"
+        raise UserError(message, location="the environment", hint="let torchrun set it")
     return int(text)
 
 
-def _seconds(found: Mapping[str, str]) -> float:
-    text = found.get(VARIABLE, "")
+def _read_seconds(variables: Mapping[str, str]) -> float:
+    text = variables.get(VARIABLE, "")
     try:
-        seconds = float(text) if text else SECONDS
+        seconds = float(text) if text else DEFAULT_SECONDS
     except ValueError:
         seconds = 0.0
     if not 0 < seconds <= ORDERS_SECONDS:
-        raise UserError(f"{VARIABLE}={text} is not a number of seconds", where="the environment", hint="such as 300")
+        raise UserError(f"{VARIABLE}={text} is not a number of seconds", location="the environment", hint="such as 300")
     return seconds
 
 
 def _missing(name: str) -> UserError:
     hint = "start them with torchrun --nproc-per-node N -m deltaw train …, or unset WORLD_SIZE"
-    return UserError(f"WORLD_SIZE sets several processes, but {name} is not set", where="the environment", hint=hint)
+    return UserError(f"WORLD_SIZE sets several processes, but {name} is not set", location="the environment", hint=hint)
 
 
-__all__ = ["LostProcess", "Told", "joined", "refuse_alone", "told", "told_size"]
+__all__ = ["LaunchEnvironment", "LostProcess", "join_processes", "launch_size", "read_launch_environment"]
+__all__ += ["require_single_process"]

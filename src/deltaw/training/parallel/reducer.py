@@ -1,7 +1,7 @@
-"""What the loop asks of the processes that train together; one process alone has nothing to ask.
+"""Interface between the training loop and the processes that train together.
 
-The loop calls the same methods at the same places whatever their number, so it is read without thinking of
-any. :class:`deltaw.training.parallel.group.Group` is the one for several processes.
+:class:`Reducer` is the implementation for one process. :class:`deltaw.training.parallel.group.Group` is the one for
+several processes. The loop is the same for both.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from deltaw.training.losses import Watched, unrounded
+from deltaw.training.losses import MetricAccumulator, detach_wide
 from deltaw.training.microbatches import AnyBatcher
 from deltaw.training.state import TrainState
 
@@ -21,32 +21,34 @@ Parameters: TypeAlias = Sequence[nn.Parameter]
 
 @dataclass
 class StepSums:
-    """Over the microbatches of a step: losses (on their device), tokens of the rows, tokens computed."""
+    """Totals over the microbatches of a step: losses (on their device), tokens of the rows, computed tokens."""
 
     loss: Tensor
     row_tokens: int = 0
     tokens: int = 0
 
     def add(self, loss: Tensor, row_tokens: int, tokens: int) -> None:
-        """Count one microbatch."""
-        self.loss = self.loss + unrounded(loss)
+        """Add a microbatch."""
+        self.loss = self.loss + detach_wide(loss)
         self.row_tokens += row_tokens
         self.tokens += tokens
 
 
 @dataclass(frozen=True)
-class Spare:
-    """A microbatch that is computed without an effect, so that this process runs as many as the others."""
+class SpareBatch:
+    """Microbatch that is computed without an effect, so that all processes run the same number of microbatches."""
 
     of: Any
 
 
 class Reducer:
-    """One process: every answer is its own.
+    """Implementation for a single process.
 
     Attributes:
-        rank: this process's number, from 0. size: how many there are. local_rank, local_size: the same of
-            this machine's, whose numbers follow each other.
+        rank: Rank of this process, from 0.
+        size: Number of processes.
+        local_rank: Rank on this machine. Ranks of a machine are consecutive.
+        local_size: Number of processes on this machine.
     """
 
     rank = 0
@@ -54,64 +56,75 @@ class Reducer:
     local_rank = 0
     local_size = 1
 
-    def begin(self, state: TrainState) -> bool:
-        """Let all begin with the state of process 0; whether that changed this one's."""
+    def broadcast_state(self, state: TrainState) -> bool:
+        """Copy the state of process 0 to all processes. Returns True if this process's state changed."""
         return False
 
-    def goes_on(self, state: TrainState, wanted: Callable[[], bool]) -> bool:
-        """Whether there is another step: what ``wanted`` says in process 0."""
-        return wanted()
+    def should_continue(self, state: TrainState, has_next_step: Callable[[], bool]) -> bool:
+        """Return the result of ``has_next_step`` in process 0."""
+        return has_next_step()
 
-    def deal(self, rows: Sequence[Any], batcher: AnyBatcher) -> Sequence[Any]:
-        """This process's rows of a step, as ``batcher`` would cut them."""
+    def local_rows(self, rows: Sequence[Any], batcher: AnyBatcher) -> Sequence[Any]:
+        """Return this process's rows of a step."""
         return rows
 
-    def add(self, numbers: Tensor, *, patient: bool = False) -> Tensor:
-        """Numbers summed over all processes; all ask for the same sums in the same order.
+    def add(self, numbers: Tensor, *, long_wait: bool = False) -> Tensor:
+        """Return the sum over all processes. All processes call it in the same order.
 
         Args:
-            patient: whether the others may come much later, as before the first step.
+            numbers: Values of this process.
+            long_wait: True if processes can arrive much later, as before the first step.
         """
         return numbers
 
-    def own_random_numbers(self, seed: int, step: int) -> None:
-        """Called before each step's forward: process 0 keeps the random numbers of the training."""
+    def seed_random_numbers(self, seed: int, step: int) -> None:
+        """Seed each process differently before the forward passes of a step.
 
-    def stops(self, stopped: Callable[[], bool]) -> Callable[[], bool]:
-        """What tells within a step whether it was asked to stop, from what tells it in this process."""
-        return stopped
+        Process 0 retains the training's random numbers.
+        """
 
-    def batches(self, batcher: AnyBatcher, own: Sequence[Any], rows: Sequence[Any]) -> Iterable[Any]:
-        """The microbatches that this process computes in a step, some of which may be :class:`Spare`.
+    def agree_on_stop(self, should_stop: Callable[[], bool]) -> Callable[[], bool]:
+        """Return a function that is True within a step if the training was stopped, given the one of this process."""
+        return should_stop
+
+    def batches(self, batcher: AnyBatcher, local_rows: Sequence[Any], rows: Sequence[Any]) -> Iterable[Any]:
+        """Return the microbatches that this process computes in a step, possibly with :class:`SpareBatch`.
 
         Args:
-            own: the rows that it was dealt, of all ``rows`` of the step.
+            batcher: Splits rows into microbatches.
+            local_rows: Rows of this process.
+            rows: All rows of the step.
         """
-        return batcher.batches(own)
+        return batcher.batches(local_rows)
 
     def microbatches(self, batches: Iterable[Any]) -> Iterable[Any]:
-        """The microbatches of a step, for one that no other backward follows: gradients may travel while the
-        last of them is computed."""
+        """Return the microbatches of a step that no other backward pass follows.
+
+        Gradients can be sent during the backward pass of the last one.
+        """
         return batches
 
     def texts(self, text: str) -> list[str]:
-        """One text of each process, by their numbers; all ask for it together."""
+        """Return the texts of all processes by rank. All processes call it together."""
         return [text]
 
-    def total(self, parameters: Parameters, sums: StepSums | None, watched: Watched | None = None) -> StepSums | None:
-        """Add up gradients and sums over all processes; each has them afterwards.
+    def total(
+        self, parameters: Parameters, sums: StepSums | None, accumulator: MetricAccumulator | None = None
+    ) -> StepSums | None:
+        """Sum gradients and totals over all processes. Each process receives the result.
 
         Args:
-            sums: this process's; None where it was asked to stop.
-            watched: what counts beside the loss; afterwards it has counted the whole step.
+            parameters: Trained parameters with gradients.
+            sums: Totals of this process, or None if it was stopped.
+            accumulator: Metrics of this process. It is updated to the metrics of the entire step.
 
         Returns:
-            those of the whole step; None where any was asked to stop.
+            Totals of the entire step, or None if any process was stopped.
         """
         return sums
 
     def dismiss(self) -> None:
-        """The run needs the others no more; in process 0."""
+        """Let the remaining processes exit. Called in process 0."""
 
 
-ALONE = Reducer()
+SINGLE_PROCESS = Reducer()

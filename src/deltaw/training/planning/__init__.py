@@ -1,1 +1,1 @@
-"""What a run will cost, before it starts: a dry run on fake tensors."""
+"""Prediction of a run's memory by a dry run on fake tensors."""

@@ -1,4 +1,4 @@
-"""A search for settings under a memory budget: which of them fit, and which of those is fastest."""
+"""Search for settings that fit into a memory budget."""
 
 from __future__ import annotations
 
@@ -7,40 +7,41 @@ import math
 from collections.abc import Sequence
 
 from deltaw.errors import UserError
-from deltaw.machine.kernel_choice import measured_rates
-from deltaw.memory.plan import Fitting, Plan
+from deltaw.machine.kernel_choice import planning_rates
+from deltaw.memory.plan import FittingPlan, Plan
 from deltaw.settings import RunConfig
-from deltaw.training.callbacks import Say, silent
-from deltaw.training.planning.asked import parse_bytes
+from deltaw.training.callbacks import LogFunction, ignore_line
+from deltaw.training.planning.arguments import parse_bytes
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.tasks.base import RunData, Task
 
-# The share of a budget that is left free for what a plan may be off by.
-LEFT_FREE = 0.04
-TOKENS = (1024, 512, 256, 128)
+# Share of a budget that is reserved for errors of the plan.
+FREE_SHARE = 0.04
+TOKENS_PER_PASS = (1024, 512, 256, 128)
 RANKS = (16, 8, 4)
 
 
 def memory_budget(memory: str | None, device: str) -> int | None:
-    """The setting ``memory`` in bytes; None where it is not set.
+    """Return the setting ``memory`` in bytes, or None if it is not set.
 
     Raises:
-        UserError: it is not a size, or the run is not on the processor: what a run takes of another device's
-            memory is not planned, so the limit could not be enforced.
+        UserError: if it is not a size, or the run is not on the CPU. Device memory is not planned, so the limit could
+            not be enforced.
     """
     if memory is None:
         return None
-    size = parse_bytes(memory, where="memory")
+    size = parse_bytes(memory, location="memory")
     if device != "cpu":
         hint = "leave memory out and set train.checkpointing or train.tokens_per_pass, or use device: cpu"
-        raise UserError(f"memory limits main memory, and this run is on {device}", where="memory", hint=hint)
+        raise UserError(f"memory limits main memory, and this run is on {device}", location="memory", hint=hint)
     return size
 
 
-def no_plan_to_keep(why: str) -> UserError:
-    """The refusal of a run that is to keep within ``memory`` and that cannot be planned."""
-    what = f"memory cannot be enforced: the dry run on fake tensors failed, so there is no plan ({why})"
-    return UserError(what, where="memory", hint="leave memory out and set train.checkpointing or train.tokens_per_pass")
+def memory_limit_error(reason: str) -> UserError:
+    """Return the error for a run with a ``memory`` limit that cannot be planned."""
+    message = f"memory cannot be enforced: the dry run on fake tensors failed, so there is no plan ({reason})"
+    hint = "leave memory out and set train.checkpointing or train.tokens_per_pass"
+    return UserError(message, location="memory", hint=hint)
 
 
 def fitting_settings(
@@ -50,107 +51,121 @@ def fitting_settings(
     budget: int,
     methods: Sequence[str],
     *,
-    say: Say = silent,
+    log: LogFunction = ignore_line,
     processes: int = 1,
-) -> list[Fitting]:
-    """Settings whose process stays within ``budget`` bytes, the fastest first.
+) -> list[FittingPlan]:
+    """Return settings that need at most ``budget`` bytes, the fastest first.
 
-    For each method (and, for LoRA, each rank) microbatches become shorter until one fits, without and with
-    activation checkpointing: what is shorter still would only be slower.
+    For each method and LoRA rank, the microbatch size is reduced until the run fits, without and with activation
+    checkpointing. Smaller sizes would only be slower.
+
+    Args:
+        config: Settings of the run.
+        task: Training task.
+        data: Rows.
+        budget: Maximum memory in bytes.
+        methods: Methods to try.
+        log: Receives messages.
+        processes: Number of processes.
 
     Raises:
-        UserError: nothing fits; the message says what the least would need.
+        UserError: if no settings fit. The message states the minimum that was found.
     """
-    found: list[Fitting] = []
-    smallest: list[Plan] = []
+    plans_that_fit: list[FittingPlan] = []
+    all_plans: list[Plan] = []
 
-    def planned(settings: RunConfig, tokens: int) -> Fitting | None:
+    def planned(settings: RunConfig, tokens: int) -> FittingPlan | None:
         trial = settings.with_train(tokens_per_pass=tokens)
         plan = plan_run(trial, task, data, processes=processes)
-        smallest.append(plan)
-        return _fitting(trial, plan) if plan.peak_resident_bytes <= budget else None
+        all_plans.append(plan)
+        return _fitting_plan(trial, plan) if plan.peak_resident_bytes <= budget else None
 
-    def try_out(settings: RunConfig) -> Fitting | None:
-        longest, *between, shortest = TOKENS
-        if (best := planned(settings, longest)) is not None:
+    def try_out(settings: RunConfig) -> FittingPlan | None:
+        largest, *between, shortest = TOKENS_PER_PASS
+        if (best := planned(settings, largest)) is not None:
             return best
-        if (least := planned(settings, shortest)) is None:
-            return None  # nor would anything between
-        return next(filter(None, (planned(settings, tokens) for tokens in between)), least)
+        if (minimum := planned(settings, shortest)) is None:
+            return None  # larger sizes need more
+        return next(filter(None, (planned(settings, tokens) for tokens in between)), minimum)
 
     for method in methods:
-        say(f"planning {method}")
+        log(f"planning {method}")
         try:
-            for rank in _ranks(config, method):
+            for rank in _candidate_ranks(config, method):
                 lora = dataclasses.replace(config.lora, rank=rank)
                 settings = config.model_copy(update={"method": method, "lora": lora})
                 plain = try_out(settings.with_train(checkpointing=False))
-                found += [plain] if plain is not None else []
-                if plain is not None and plain.tokens_per_pass == TOKENS[0]:
-                    break  # checkpointing, or a smaller rank, saves memory that is there
+                plans_that_fit += [plain] if plain is not None else []
+                if plain is not None and plain.tokens_per_pass == TOKENS_PER_PASS[0]:
+                    break  # saving more memory is not necessary
                 recomputed = try_out(settings.with_train(checkpointing=True))
-                found += [recomputed] if recomputed is not None else []
+                plans_that_fit += [recomputed] if recomputed is not None else []
                 if plain is not None or recomputed is not None:
                     break
         except UserError as error:
-            say(f"{method}: {error.what}")
-        except Exception as error:  # whatever a foreign model raises when it is run on fake tensors
-            brief = f"{type(error).__name__}: {str(error)[:100]}"
-            say(f"{method}: the model cannot be run on fake tensors ({brief})")
-    if not found:
-        least = min((plan.peak_resident_bytes for plan in smallest), default=None)
-        need = "nothing can be planned" if least is None else f"the least needs {least:,} bytes"
+            log(f"{method}: {error.message}")
+        except Exception as error:  # a third-party model can raise any error on fake tensors
+            error_text = f"{type(error).__name__}: {str(error)[:100]}"
+            log(f"{method}: the model cannot be run on fake tensors ({error_text})")
+    if not plans_that_fit:
+        least = min((plan.peak_resident_bytes for plan in all_plans), default=None)
+        need = "no plan could be computed" if least is None else f"the minimum is {least:,} bytes"
         hint = "allow more memory, try other methods with --methods, or take a smaller model"
-        raise UserError(f"no settings fit into {budget:,} bytes: {need}", where="--budget", hint=hint)
-    return sorted(found, key=lambda fitting: fitting.seconds)
+        raise UserError(f"no settings fit into {budget:,} bytes: {need}", location="--fit-memory", hint=hint)
+    return sorted(plans_that_fit, key=lambda fitting: fitting.seconds)
 
 
 def within_memory(
     config: RunConfig, task: Task, data: RunData, plan: Plan, budget: int, blocks: int, processes: int = 1
 ) -> tuple[RunConfig, Plan]:
-    """Settings under which the run stays within ``budget`` bytes, with activation checkpointing in as few
-    blocks as will do.
+    """Return settings that need at most ``budget`` bytes, with the smallest number of checkpointed blocks.
 
-    Plans are right to a few per cent: where something has to be given up, some of the budget is left free for
-    that, as far as checkpointing all blocks allows.
+    Plans are accurate to a few percent. If checkpointing is necessary, part of the budget is reserved for errors, as
+    far as checkpointing of all blocks allows.
 
     Args:
-        plan: of the settings as they are. blocks: how many the model has. processes: that train together.
+        config: Settings of the run.
+        task: Training task.
+        data: Rows.
+        plan: Plan of these settings.
+        budget: Maximum memory in bytes.
+        blocks: Number of blocks in the model.
+        processes: Number of processes.
 
     Raises:
-        UserError: checkpointing all of them does not suffice.
+        UserError: if checkpointing all blocks does not suffice.
     """
-    if plan.peak_resident_bytes <= budget * (1 - LEFT_FREE):
+    if plan.peak_resident_bytes <= budget * (1 - FREE_SHARE):
         return config, plan
 
     def planned(count: bool | int) -> tuple[RunConfig, Plan]:
         settings = config.with_train(checkpointing=count)
         return settings, plan_run(settings, task, data, processes=processes)
 
-    least = planned(True)
-    if least[1].peak_resident_bytes > budget:
-        need = f"{least[1].peak_resident_bytes:,} bytes with activation checkpointing in every block"
+    minimum = planned(True)
+    if minimum[1].peak_resident_bytes > budget:
+        need = f"{minimum[1].peak_resident_bytes:,} bytes with activation checkpointing in every block"
         hint = "allow more, lower train.tokens_per_pass or lora.rank, or take precision int8 or nf4"
-        raise UserError(f"the run needs {need}, and memory allows {budget:,}", where="memory", hint=hint)
-    budget = max(int(budget * (1 - LEFT_FREE)), least[1].peak_resident_bytes)
-    saved = (plan.peak_resident_bytes - least[1].peak_resident_bytes) / blocks
+        raise UserError(f"the run needs {need}, and memory allows {budget:,}", location="memory", hint=hint)
+    budget = max(int(budget * (1 - FREE_SHARE)), minimum[1].peak_resident_bytes)
+    saved = (plan.peak_resident_bytes - minimum[1].peak_resident_bytes) / blocks
     count = max(1, math.ceil((plan.peak_resident_bytes - budget) / max(1.0, saved)))
-    for more in range(count, blocks):
-        settings, plan = planned(more)
+    for num_blocks in range(count, blocks):
+        settings, plan = planned(num_blocks)
         if plan.peak_resident_bytes <= budget:
             return settings, plan
-    return least
+    return minimum
 
 
-def _ranks(config: RunConfig, method: str) -> list[int]:
-    """The rank asked for, and smaller ones where the method has a rank."""
-    own = config.lora.rank
-    return [own, *(rank for rank in RANKS if rank < own)] if method == "lora" else [own]
+def _candidate_ranks(config: RunConfig, method: str) -> list[int]:
+    """Return the configured rank, and smaller ones if the method has a rank."""
+    configured = config.lora.rank
+    return [configured, *(rank for rank in RANKS if rank < configured)] if method == "lora" else [configured]
 
 
-def _fitting(config: RunConfig, plan: Plan) -> Fitting:
-    rates = measured_rates(plan.precision)
-    return Fitting(
+def _fitting_plan(config: RunConfig, plan: Plan) -> FittingPlan:
+    rates = planning_rates(plan.precision)
+    return FittingPlan(
         method=config.method,
         rank=config.lora.rank if config.method == "lora" else None,
         tokens_per_pass=int(config.train.tokens_per_pass),

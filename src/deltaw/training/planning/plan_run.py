@@ -1,8 +1,7 @@
-"""A run's plan: the run itself, on fake tensors, for the largest of its steps.
+"""Plan a run: predict its memory by running its largest steps on fake tensors.
 
-The same code assembles and trains here and in the run, so that what is planned is what is run: a change to
-the loop, a method or the packing changes the plan with it. A plan that was made before, from the same
-settings, files, rows, versions and machine, is remembered (:mod:`deltaw.training.planning.remembered`).
+The plan uses the same code as the run, so that changes of the loop, a method or the packing are included. Plans are
+cached (:mod:`deltaw.training.planning.plan_cache`).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from deltaw.data.example import RowGroup
-from deltaw.data.sequences import joined, lengths_of, used_tokens
+from deltaw.data.sequences import concat_rows, lengths_of, used_tokens
 from deltaw.errors import UserError
 from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import converted_bytes, new_modules, require_head, skeleton
@@ -32,63 +31,61 @@ from deltaw.kernels import loader
 from deltaw.kernels.decode import PAGE_TOKENS
 from deltaw.kernels.layout import Layout
 from deltaw.lora.layers_quantized import BlockEmbedding
-from deltaw.lora.stored import count_numbers
+from deltaw.lora.stored import count_logical_parameters
 from deltaw.machine.choices import choose_device, choose_precision, choose_threads, dtype_of
-from deltaw.machine.kernel_choice import settle_kernels
+from deltaw.machine.kernel_choice import activate_kernels
 from deltaw.machine.memory import release_free_memory, resident_bytes, trim_memory
-from deltaw.machine.product_rates import basis
+from deltaw.machine.product_rates import provenance
 from deltaw.memory.plan import Plan, resident_parts
 from deltaw.memory.simulation import fake_tensors, simulate
 from deltaw.memory.work import WorkCounter, kernel_bytes, warm_up
-from deltaw.runtime.generation import DRAWN_AT_ONCE
-from deltaw.runtime.quantized_weights import AT_ONCE as MOVED_AT_ONCE
+from deltaw.progress import track_progress, use_listener
+from deltaw.runtime.generation import MAX_CONCURRENT_SAMPLES
+from deltaw.runtime.quantized_weights import MOVE_CHUNK_BYTES as MOVED_AT_ONCE
 from deltaw.runtime.quantized_weights import quantize_int8, quantize_nf4
 from deltaw.runtime.recognition import blocks_of
 from deltaw.settings import RunConfig
 from deltaw.tensor_files import StoredTensor, read_header
 from deltaw.training.approximations import applicable
-from deltaw.training.callbacks import Say, silent
+from deltaw.training.callbacks import LogFunction, ignore_line
 from deltaw.training.drift import DriftMeter
 from deltaw.training.embedding.objective import EmbeddingObjective
-from deltaw.training.evaluation.general import ANSWER_TOKENS, NoGeneralAnswers
-from deltaw.training.evaluation.general_prompts import MEASURED
+from deltaw.training.evaluation.general import MAX_ANSWER_TOKENS, NoGeneralAnswers
+from deltaw.training.evaluation.general_prompts import DRIFT_PROMPTS
 from deltaw.training.features.prompts import StoredPrompts
-from deltaw.training.monitoring.generation import MOST_TOKENS, PROMPTS, is_checked
+from deltaw.training.monitoring.generation import MAX_DATA_ANSWER_TOKENS, PROMPTS, is_checked
 from deltaw.training.monitoring.monitor import SAMPLES
-from deltaw.training.monitoring.rates import as_it_was
-from deltaw.training.parallel.group import deal
-from deltaw.training.planning.asked import of_each
-from deltaw.training.planning.remembered import Remembered
-from deltaw.training.process import guest
+from deltaw.training.monitoring.rates import restored_parameters
+from deltaw.training.parallel.group import distribute_rows
+from deltaw.training.planning.arguments import plan_per_process
+from deltaw.training.planning.plan_cache import CachedPlan
+from deltaw.training.process import preserved_process_state
 from deltaw.training.session import Session, assemble, gradient_check, read_data
 from deltaw.training.state import rows_of_step
 from deltaw.training.tasks.base import RunData, Task
-from deltaw.training.tasks.causal_batcher import ROWS_AT_ONCE, CausalMicroBatcher, choose_tokens_per_pass
-from deltaw.working import listening, working
+from deltaw.training.tasks.causal_batcher import MAX_BUFFERED_ROWS, CausalMicroBatcher, choose_tokens_per_pass
 
-# Weights that a run never reads: rows of an embedding whose tokens do not occur in the data.
-#
-# Weights of the type that they are stored in are mapped from their file, and the system brings in what is
-# touched. Of a large vocabulary that is often little. Knows a session and its rows; not how much a run needs.
+# Rows of an embedding whose tokens do not occur are never read. Weights that are not converted are mapped from their
+# file, and the system loads only touched pages. With a large vocabulary this is often a small part.
 
-# What Linux maps around a touched page of a file that it holds in memory, at least: 16 pages of 4 KiB.
-REGION = 64 * 1024
-# Pages that are touched to see what comes with them, and how far they lie apart: twice the largest page.
-TOUCHED, APART = 8, 4 << 20
-# Tokens of general prompts and their answers, which drift is measured on: an upper bound. Tokens that run at once.
+# Minimum number of bytes that Linux maps around a touched page of a cached file: 16 pages of 4 KiB.
+MIN_REGION_BYTES = 64 * 1024
+# Number of pages to touch in order to measure the mapped size, and their distance: twice the largest page.
+NUM_TOUCHES, TOUCH_DISTANCE = 8, 4 << 20
+# Upper bound of the number of tokens in general prompts and answers, and of the tokens in one batch of them.
 GENERAL_TOKENS, GENERAL_BATCH = 2048, 1024
 
 
 def unread_bytes(session: Session, *, dtype: str, converted: int) -> int:
-    """Bytes of the input embedding that stay on the disk.
+    """Return the bytes of the input embedding that are never read from disk.
 
     Args:
-        session: put together on fake tensors.
-        dtype: what the weights are loaded as.
-        converted: bytes of files whose weights have another type; these are read as a whole.
+        session: Session on fake tensors.
+        dtype: Data type of the loaded weights.
+        converted: Bytes of files with weights of another type. They are read completely.
 
     Returns:
-        0 where the embedding is read as a whole: it is trained, tied to another layer, or not mapped.
+        0 if the embedding is read completely: it is trained, tied to another layer, or not mapped.
     """
     embedding = session.model.get_input_embeddings()
     if not isinstance(embedding, nn.Embedding) or embedding.weight.requires_grad or converted:
@@ -100,78 +97,77 @@ def unread_bytes(session: Session, *, dtype: str, converted: int) -> int:
     folder = config_folder(session.config.model, dtype, session.config.trust_remote_code)
     if sum(parameter is weight for _, parameter in named) != 1 or not any(folder.glob("*.safetensors")):
         return 0
-    tokens = used_tokens(session.data.every).astype(np.int64)
+    tokens = used_tokens(session.data.all_rows).astype(np.int64)
     if not len(tokens):
         return 0
     row_bytes = weight.shape[1] * weight.element_size()
     region = _region(folder, weight)
     first, last = tokens * row_bytes // region, ((tokens + 1) * row_bytes - 1) // region
     touched = len(np.unique(np.concatenate([first, last]))) * max(region, row_bytes)
-    if is_checked(session) or (session.task.writes_text and session.config.train.drift is not False):
+    if is_checked(session) or (session.task.generates_text and session.config.train.drift is not False):
         touched += GENERAL_TOKENS * max(region, row_bytes)
     # Generated answers and completions may contain any token.
-    touched += _answer_count(session) * ANSWER_TOKENS * max(region, row_bytes)
-    touched += session.total_steps * session.written.at_once * session.written.longest * max(region, row_bytes)
+    touched += _num_answers(session) * MAX_ANSWER_TOKENS * max(region, row_bytes)
+    limits = session.generation_limits
+    touched += session.total_steps * limits.num_concurrent * limits.max_length * max(region, row_bytes)
     return max(0, weight.numel() * weight.element_size() - touched)
 
 
 def _region(folder: Path, weight: torch.Tensor) -> int:
-    """Bytes that come into memory with a page of the file that holds a weight like this one."""
+    """Return the bytes that are mapped with a page of the file that contains a weight of this shape."""
     for path in sorted(folder.glob("*.safetensors")):
         for stored in read_header(path).values():
             if stored.shape == tuple(weight.shape) and stored.is_float:
-                return mapped_around(stored)
-    return REGION
+                return mapped_page_bytes(stored)
+    return MIN_REGION_BYTES
 
 
-def mapped_around(stored: StoredTensor) -> int:
-    """Bytes that the system maps, on average, for one page of a stored tensor that is touched.
+def mapped_page_bytes(stored: StoredTensor) -> int:
+    """Return the average number of bytes that the system maps for one touched page of a stored tensor.
 
-    A system that holds files in pages of several sizes maps all of the one that it finds, up to 2 MiB; which
-    they are depends on the file system, and on how the file was read before. So a few pages are touched.
+    A system with page cache folios of several sizes maps an entire folio, up to 2 MiB. Their size depends on the file
+    system and on previous reads, so it is measured on a few pages.
     """
-    begin, end = stored.start, stored.start + stored.bytes
-    touches = min(TOUCHED, (end - begin) // APART)
+    start, end = stored.start, stored.start + stored.bytes
+    touches = min(NUM_TOUCHES, (end - start) // TOUCH_DISTANCE)
     if sys.platform != "linux" or not touches:
-        return REGION
-    with (
-        stored.file.open("rb") as file,
-        mmap.mmap(file.fileno(), end, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE) as mapped,
-    ):
+        return MIN_REGION_BYTES
+    access = mmap.PROT_READ | mmap.PROT_WRITE
+    with stored.file.open("rb") as file, mmap.mmap(file.fileno(), end, flags=mmap.MAP_PRIVATE, prot=access) as mapped:
         view = torch.frombuffer(mapped, dtype=torch.uint8)
         address = view.data_ptr()
         del view
-        for place in np.linspace(begin, end - 1, touches + 2, dtype=np.int64)[1:-1]:
-            mapped[int(place)]
-        return max(REGION, _resident_at(address) // touches)
+        for offset in np.linspace(start, end - 1, touches + 2, dtype=np.int64)[1:-1]:
+            mapped[int(offset)]
+        return max(MIN_REGION_BYTES, _resident_at(address) // touches)
 
 
 def _resident_at(address: int) -> int:
-    """Bytes in memory of the mapping that begins at an address; 0 where the system does not tell."""
+    """Return the resident bytes of the mapping at an address, or 0 if the system does not report it."""
     try:
         maps = Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return 0
-    found = re.search(rf"(?m)^{address:x}-[0-9a-f]+ (?:.*\n)(?:[A-Z].*\n)*?Rss:\s+(\d+) kB", maps)
-    return 1024 * int(found[1]) if found else 0
+    match = re.search(rf"(?m)^{address:x}-[0-9a-f]+ (?:.*\n)(?:[A-Z].*\n)*?Rss:\s+(\d+) kB", maps)
+    return 1024 * int(match[1]) if match else 0
 
 
-# Bytes that a run adds to the process and keeps, beside tensors: code of libraries that is first used after the plan is
-# made, and objects of the model, the method and the decoder: 17 to 40 MB on Linux. The upper
-# end is taken, since a plan may be high and not low.
-LASTING = 40 << 20
-# Tokens on which a decoder's logits are compared with the model's own: the model's are computed in its data type, and
-# half of them and of the decoder's are in fp32 at the same time.
+# Memory that a run adds to the process except tensors: library code that is loaded after the plan, and objects of the
+# model, the method and the decoder. It is 17 to 40 MB on Linux. The maximum is used, because a plan must not be low.
+LASTING_BYTES = 40 << 20
+# Number of tokens on which a decoder's logits are compared with the model's. The model's logits are in its data type.
+# Half of them and of the decoder's are in fp32 at the same time.
 COMPARED_TOKENS = 40
 
 
-def decoding_bytes(session: Session, texts: int, longest: int, batch_tokens: int | None = None) -> tuple[int, int]:
+def decoding_bytes(session: Session, texts: int, max_length: int, batch_tokens: int | None = None) -> tuple[int, int]:
     """Return the memory of generating texts with a session's model.
 
     Args:
-        texts: number of texts that are generated together.
-        longest: tokens of the longest text and its prompt.
-        batch_tokens: most tokens of all texts that run at once. None for no limit.
+        session: Session on fake tensors.
+        texts: Number of texts that are generated together.
+        max_length: Maximum number of tokens in a text with its prompt.
+        batch_tokens: Maximum number of tokens of all running texts. None for no limit.
 
     Returns:
         Bytes of weights that the decoder copies, and bytes of keys, values and logits.
@@ -182,10 +178,10 @@ def decoding_bytes(session: Session, texts: int, longest: int, batch_tokens: int
     heads, width = config.num_attention_heads, config.hidden_size
     size = getattr(config, "head_dim", None) or width // heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
-    running = min(DRAWN_AT_ONCE, texts)
-    pages = running * (-(-(longest + session.method.virtual_tokens) // PAGE_TOKENS) + 1)
+    running = min(MAX_CONCURRENT_SAMPLES, texts)
+    pages = running * (-(-(max_length + session.method.virtual_tokens) // PAGE_TOKENS) + 1)
     if batch_tokens is not None:
-        pages = min(pages, max(batch_tokens, longest) // PAGE_TOKENS + 1)
+        pages = min(pages, max(batch_tokens, max_length) // PAGE_TOKENS + 1)
     running = min(running, pages)
     number = 4 if session.model.dtype == torch.float32 else 2
     cache = pages * PAGE_TOKENS * 2 * key_heads * size * config.num_hidden_layers * number
@@ -194,70 +190,73 @@ def decoding_bytes(session: Session, texts: int, longest: int, batch_tokens: int
     return config.vocab_size * width if has_int8 else 0, cache + logits
 
 
-def _answer_count(session: Session) -> int:
+def _num_answers(session: Session) -> int:
     """Return the largest number of answers that a run generates at one time, besides completions to train on."""
     train, checked = session.config.train, is_checked(session)
-    if not (session.task.writes_text or checked):
+    if not (session.task.generates_text or checked):
         return 0
     samples = SAMPLES if train.samples == "auto" else int(train.samples)
-    general = len(MEASURED) if checked or train.drift is not False or train.keep_general else 0
-    return max(min(samples, len(session.data.held_out)), train.eval_answers, general, PROMPTS if checked else 0)
+    num_general = len(DRIFT_PROMPTS) if checked or train.drift is not False or train.keep_general else 0
+    return max(min(samples, len(session.data.held_out)), train.eval_answers, num_general, PROMPTS if checked else 0)
 
 
 def generation_bytes(session: Session) -> tuple[int, int]:
-    """Return the bytes that a decoder keeps during training, and those that it takes while it generates.
+    """Return the persistent bytes of a decoder during training, and the additional bytes while it generates.
 
     Texts are completions to train on, sample answers, scored answers, answers to general prompts, and the answers that
     are compared before and after training.
     """
-    written = session.written
-    kept, rollouts = decoding_bytes(session, written.at_once, written.longest)
-    checked, texts = is_checked(session), _answer_count(session)
+    limits = session.generation_limits
+    decoder_bytes, rollout_bytes = decoding_bytes(session, limits.num_concurrent, limits.max_length)
+    checked, texts = is_checked(session), _num_answers(session)
     if not texts:
-        return kept, rollouts
-    longest = max(map(_longest, session.data.every)) + (max(ANSWER_TOKENS, MOST_TOKENS) if checked else ANSWER_TOKENS)
-    most = max(GENERAL_BATCH, getattr(session.batcher, "tokens_per_pass", GENERAL_BATCH))
-    copied, answers = decoding_bytes(session, texts, longest, most)
-    return kept, max(rollouts, answers if kept else copied + answers)
+        return decoder_bytes, rollout_bytes
+    max_answer = max(MAX_ANSWER_TOKENS, MAX_DATA_ANSWER_TOKENS) if checked else MAX_ANSWER_TOKENS
+    max_length = max(map(_row_length, session.data.all_rows)) + max_answer
+    batch_tokens = max(GENERAL_BATCH, getattr(session.batcher, "tokens_per_pass", GENERAL_BATCH))
+    copied_bytes, answer_bytes = decoding_bytes(session, texts, max_length, batch_tokens)
+    return decoder_bytes, max(rollout_bytes, answer_bytes if decoder_bytes else copied_bytes + answer_bytes)
 
 
-# Which step of a run is its heaviest, and which of its microbatches show its peak.
-#
-# Found by the batcher's own arithmetic, without running the model. Knows batchers and layouts; no memory.
+# Selection of the step and the microbatches with the largest memory, from the sizes that the batcher computes, without
+# running the model.
 
-# Tiles of one shape: how many, queries, keys.
+# Attention tiles of one shape: count, queries, keys.
 TileShape: TypeAlias = tuple[int, int, int]
-# Steps that are searched for the largest microbatch; of a longer run, so many of them, spread evenly.
-STEPS_SEARCHED = 400
-# The share of rows that are few.
-FEW = 0.05
-# Two steps: from the second on, the optimizer's state is there while a forward and a backward run.
+# Maximum number of steps that are searched for the largest microbatch, evenly spaced over the run.
+MAX_SEARCHED_STEPS = 400
+# Maximum share of rows that count as exceptionally long.
+LONG_ROW_SHARE = 0.05
+# The second step runs with an allocated optimizer state.
 DRY_RUN_STEPS = 2
-# Steps whose microbatches are laid out, to see in how many shapes attention comes.
-STEPS_LAID_OUT = 100
-# Vectors of the model's width that a token keeps in each block, roughly; one with activation checkpointing.
-# Bytes for each entry of the logits beside the entry itself: two fp32 copies. Both only choose a step.
-KEPT_VECTORS, LOGIT_COPIES = 20, 8
+# Maximum number of steps whose layouts are built in order to count attention tile shapes.
+MAX_LAID_OUT_STEPS = 100
+# Approximate number of hidden-size vectors that each block stores per token, without activation checkpointing.
+# Additional bytes per logit: two fp32 copies. Both are used only to select a step.
+STORED_VECTORS, LOGIT_COPIES = 20, 8
 
 
 @dataclass(frozen=True)
-class Heaviest:
-    """The step with the largest microbatch.
+class HeaviestStep:
+    """Step with the largest microbatch.
 
     Attributes:
-        rows: of that step, or of one process in it. shapes: (rows, length) of its microbatches.
-        every: the shapes of all steps that were searched. evaluated: those of evaluations.
-        rows_of_heads: numbers of rows that a head is applied to, in these steps and in evaluations.
-        labeled: rows of another step, which has a shorter microbatch with so many labels that it may take
-            more; empty where there is no such step.
-        tiles, evaluated_tiles: as ``every`` and ``evaluated``, of attention's tiles.
-        long: a limit that few rows to train on exceed, how many, and the most tokens of a microbatch of the
-            others; empty where there are no such rows.
+        rows: Rows of the step, or of one process in it.
+        shapes: (rows, length) of its microbatches.
+        all_shapes: Shapes of all steps that were searched.
+        evaluated: Shapes of evaluations.
+        rows_of_heads: Numbers of rows that a head is applied to, in these steps and in evaluations.
+        labeled: Rows of another step with a shorter microbatch whose labels may need more memory. Empty if there is
+            none.
+        tiles: Attention tile shapes of the steps.
+        evaluated_tiles: Attention tile shapes of evaluations.
+        long: Length limit that a few training rows exceed, number of these rows, and maximum microbatch tokens of the
+            remaining rows. Empty if there are none.
     """
 
     rows: Sequence[Any]
     shapes: list[tuple[int, int]]
-    every: set[tuple[int, int]]
+    all_shapes: set[tuple[int, int]]
     evaluated: set[tuple[int, int]]
     rows_of_heads: tuple[set[int], set[int]]
     labeled: Sequence[Any] = ()
@@ -267,94 +266,100 @@ class Heaviest:
 
     @property
     def token_counts(self) -> float:
-        """Different numbers of tokens that kernels are built for; an evaluation's, which has no backward,
-        counts a third."""
-        return _kinds(token_counts(self.every), token_counts(self.evaluated))
+        """Number of different microbatch sizes in tokens, for which kernels are prepared.
+
+        Sizes of evaluations count a third, because they have no backward pass.
+        """
+        return _weighted_count(token_counts(self.all_shapes), token_counts(self.evaluated))
 
     @property
     def row_counts(self) -> float:
-        """The same of numbers of rows, which a classifier's head is applied to."""
-        return _kinds(*self.rows_of_heads)
+        """Number of different row counts of a classifier's head, weighted in the same way."""
+        return _weighted_count(*self.rows_of_heads)
 
     @property
     def tile_shapes(self) -> float:
-        """The same of the shapes of attention's tiles."""
-        return _kinds(self.tiles, self.evaluated_tiles)
+        """Number of different attention tile shapes, weighted in the same way."""
+        return _weighted_count(self.tiles, self.evaluated_tiles)
 
 
-def heaviest_step(session: Session, processes: int = 1) -> Heaviest:
-    """Find the step with the largest microbatch, among equals the one with the most labels; and another step
-    where labels may outweigh tokens.
+def heaviest_step(session: Session, processes: int = 1) -> HeaviestStep:
+    """Find the step with the largest microbatch, and another step if its labels may outweigh tokens.
 
     Args:
-        processes: that share the rows of a step; its rows are then those of one of them.
+        session: Session on fake tensors.
+        processes: Number of processes that share the rows of a step. The result is for one process.
     """
     settings, feed = session.config.train, session.feed
-    cut = feed.batcher if isinstance(feed.batcher, CausalMicroBatcher) and not isinstance(feed, StoredPrompts) else None
+    causal_batcher = feed.batcher if isinstance(feed.batcher, CausalMicroBatcher) else None
+    causal_batcher = None if isinstance(feed, StoredPrompts) else causal_batcher
     total = session.total_steps
     if feed.store is not None:
-        # What is kept is computed in the first epoch alone.
+        # Stored features are computed only in the first epoch.
         total = min(total, -(-len(session.data.train) // settings.batch_size))
-    steps = range(0, total, max(1, -(-total // STEPS_SEARCHED)))
-    laid_out = set(steps[:: max(1, -(-len(steps) // STEPS_LAID_OUT))])
-    every: set[tuple[int, int]] = set()
-    headed: set[int] = set()
+    steps = range(0, total, max(1, -(-total // MAX_SEARCHED_STEPS)))
+    laid_out_steps = set(steps[:: max(1, -(-len(steps) // MAX_LAID_OUT_STEPS))])
+    all_shapes: set[tuple[int, int]] = set()
+    head_row_counts: set[int] = set()
     tiles: set[TileShape] = set()
-    found: list[tuple[int, int, tuple[int, int]]] = []
-    limit, long, others = *_few_long(session), 0
+    microbatches: list[tuple[int, int, tuple[int, int]]] = []
+    limit, long, other_tokens = *_long_row_limit(session), 0
 
     def shares_of(step: int) -> list[Sequence[Any]]:
-        rows = feed.longest(rows_of_step(session.data.train, step, settings.batch_size, settings.seed))
+        rows = feed.worst_case_rows(rows_of_step(session.data.train, step, settings.batch_size, settings.seed))
         if processes == 1:
             return [rows]
-        dealt = deal(rows, processes, share=feed.share)
-        return [[rows[place] for place in places] for places in dealt]
+        assigned = distribute_rows(rows, processes, share=feed.share)
+        return [[rows[index] for index in indices] for indices in assigned]
 
-    def rows_of(place: tuple[int, int]) -> Sequence[Any]:
-        return shares_of(place[0])[place[1]]
+    def rows_of(location: tuple[int, int]) -> Sequence[Any]:
+        return shares_of(location[0])[location[1]]
 
     for step in steps:
         for process, rows in enumerate(shares_of(step)):
             if not rows:
                 continue
             shapes = feed.shapes(rows)
-            every.update(shapes)
-            headed.update(_head_rows(feed.batcher, rows, shapes))
+            all_shapes.update(shapes)
+            head_row_counts.update(_head_rows(feed.batcher, rows, shapes))
             if long:
-                short = [length for length in map(_longest, rows) if length <= limit]
-                others = max(others, min(limit, len(short) * max(short, default=0)))
-            labels = [0] * len(shapes) if cut is None else cut.labels(rows)
+                short = [length for length in map(_row_length, rows) if length <= limit]
+                other_tokens = max(other_tokens, min(limit, len(short) * max(short, default=0)))
+            labels = [0] * len(shapes) if causal_batcher is None else causal_batcher.labels(rows)
             if isinstance(objective := session.objective, EmbeddingObjective):
-                kept = shapes[: objective.kept_passes(shapes)]
-                found.append((sum(c * n for c, n in kept) + max(c * n for c, n in shapes), 0, (step, process)))
+                cached_shapes = shapes[: objective.cached_passes(shapes)]
+                tokens = sum(c * n for c, n in cached_shapes) + max(c * n for c, n in shapes)
+                microbatches.append((tokens, 0, (step, process)))
                 continue
-            found += [(c * n, many, (step, process)) for (c, n), many in zip(shapes, labels, strict=True)]
-            if step in laid_out:
+            counts = zip(shapes, labels, strict=True)
+            microbatches += [(c * n, num_labels, (step, process)) for (c, n), num_labels in counts]
+            if step in laid_out_steps:
                 tiles |= _tile_shapes(session, rows)
-    largest = max(found)
+    largest = max(microbatches)
     labeled: Sequence[Any] = ()
-    if cut is not None and feed.store is None:
-        weigh = _weigher(session)
-        heavy = max(found, key=weigh)
-        if weigh(heavy) > 1.01 * weigh(largest):
+    if causal_batcher is not None and feed.store is None:
+        weight = _weight_function(session)
+        heavy = max(microbatches, key=weight)
+        if weight(heavy) > 1.01 * weight(largest):
             labeled = rows_of(heavy[2])
-    # Of a large evaluation, the first rows show what shapes there are.
-    sets = () if session.task.rolls_out else session.data.sets.values()
-    held_out = [row for rows in sets for row in rows[:ROWS_AT_ONCE]]
+    # The first rows of a large evaluation contain its typical shapes.
+    sets = () if session.task.uses_rollouts else session.data.sets.values()
+    held_out = [row for rows in sets for row in rows[:MAX_BUFFERED_ROWS]]
     evaluated = (set(feed.shapes(held_out)), _tile_shapes(session, held_out)) if held_out else (set(), set())
-    heads = headed, set(_head_rows(feed.batcher, held_out, list(evaluated[0]))) if held_out else set()
+    heads = head_row_counts, set(_head_rows(feed.batcher, held_out, list(evaluated[0]))) if held_out else set()
     heaviest = rows_of(largest[2])
-    if session.task.rolls_out and not labeled:
-        labeled = _fullest(session, heaviest)
+    if session.task.uses_rollouts and not labeled:
+        labeled = _fullest_batch(session, heaviest)
     limit -= session.method.virtual_tokens
-    told = (limit, long, others) if long else ()
-    return Heaviest(heaviest, feed.shapes(heaviest), every, evaluated[0], heads, labeled, tiles, evaluated[1], told)
+    long_rows = (limit, long, other_tokens) if long else ()
+    sizes, held_out_sizes = feed.shapes(heaviest), evaluated[0]
+    return HeaviestStep(heaviest, sizes, all_shapes, held_out_sizes, heads, labeled, tiles, evaluated[1], long_rows)
 
 
-def _fullest(session: Session, rows: Sequence[Any]) -> Sequence[Any]:
-    """Of completions at their longest, so many that a microbatch is as full as can be; empty where all of them are.
+def _fullest_batch(session: Session, rows: Sequence[Any]) -> Sequence[Any]:
+    """Return the maximum-length completions that fill a microbatch best, or an empty sequence if these are all rows.
 
-    Shorter ones, or fewer, may come to any number of tokens, and so to microbatches that are fuller than those of all.
+    Shorter or fewer completions can have any number of tokens, and so fill a microbatch better than all rows.
     """
 
     def largest(count: int) -> int:
@@ -365,43 +370,46 @@ def _fullest(session: Session, rows: Sequence[Any]) -> Sequence[Any]:
 
 
 def _head_rows(batcher: Any, rows: Sequence[Any], shapes: Sequence[tuple[int, int]]) -> list[int]:
-    """How many rows a head is applied to in each microbatch of these rows, which have these shapes."""
-    told = getattr(batcher, "head_rows", None)
-    return [count for count, _ in shapes] if told is None else told(rows)
+    """Return the number of rows that a head is applied to in each microbatch."""
+    count_head_rows = getattr(batcher, "head_rows", None)
+    return [count for count, _ in shapes] if count_head_rows is None else count_head_rows(rows)
 
 
-def _few_long(session: Session) -> tuple[int, int]:
-    """A limit on the tokens of a row that only :data:`FEW` of the training rows exceed, and how many; no row
-    counts as long that goes into a usual microbatch."""
+def _long_row_limit(session: Session) -> tuple[int, int]:
+    """Return a length limit that only exceptionally long training rows exceed, and the number of these rows.
+
+    At most a share of :data:`LONG_ROW_SHARE` of the rows exceeds it. A row that fits into a default microbatch does not
+    count.
+    """
     rows = session.data.train
-    few = int(FEW * len(rows))
-    if not few or session.task.tokenizer is None:
+    max_long_rows = int(LONG_ROW_SHARE * len(rows))
+    if not max_long_rows or session.task.tokenizer is None:
         return 0, 0
     is_group = isinstance(rows[0], RowGroup)
-    lengths = np.array([_longest(row) for row in rows]) if is_group else lengths_of(rows)
-    limit = -(-int(np.partition(lengths, -few - 1)[-few - 1]) // 64) * 64
+    lengths = np.array([_row_length(row) for row in rows]) if is_group else lengths_of(rows)
+    limit = -(-int(np.partition(lengths, -max_long_rows - 1)[-max_long_rows - 1]) // 64) * 64
     limit = max(limit, choose_tokens_per_pass(session.config.train.tokens_per_pass, limit, "cpu").value)
     return limit, int((lengths > limit).sum())
 
 
-def _longest(row: Any) -> int:
-    """Tokens of a row, or of the longest of a group."""
+def _row_length(row: Any) -> int:
+    """Return the number of tokens of a row, or of the longest row of a group."""
     return max(map(len, row.rows)) if isinstance(row, RowGroup) else len(row)
 
 
-def _weigher(session: Session) -> Callable[[tuple[int, int, Any]], float]:
-    """Roughly the bytes that come with the tokens and the labels of a microbatch."""
+def _weight_function(session: Session) -> Callable[[tuple[int, int, Any]], float]:
+    """Return a function that estimates the bytes for the tokens and labels of a microbatch."""
     config = session.model.config.get_text_config()
     size = session.model.dtype.itemsize
-    vectors = 1 if session.config.train.checkpointing else KEPT_VECTORS
+    vectors = 1 if session.config.train.checkpointing else STORED_VECTORS
     blocks, width = (getattr(config, name, 0) or 0 for name in ("num_hidden_layers", "hidden_size"))
     token, label = vectors * blocks * width * size, config.vocab_size * (LOGIT_COPIES + size)
-    most = getattr(session.objective, "chunk", 1)
+    max_labels = getattr(session.objective, "chunk", 1)
 
-    def weigh(one: tuple[int, int, Any]) -> float:
-        return one[0] * token + min(one[1], most) * label
+    def weight(candidate: tuple[int, int, Any]) -> float:
+        return candidate[0] * token + min(candidate[1], max_labels) * label
 
-    return weigh
+    return weight
 
 
 def _tile_shapes(session: Session, rows: Sequence[Any]) -> set[TileShape]:
@@ -413,20 +421,23 @@ def _tile_shapes(session: Session, rows: Sequence[Any]) -> set[TileShape]:
 
 def _tiles_of(session: Session, layout: Layout) -> set[TileShape]:
     window = getattr(session.model.config.get_text_config(), "sliding_window", None)
-    found = (batch for width in {None, window} for batch in layout.tiles(width).batches)
-    return {(batch.count, batch.queries, batch.keys.shape[1]) for batch in found}
+    tile_batches = (batch for width in {None, window} for batch in layout.tiles(width).batches)
+    return {(batch.count, batch.queries, batch.keys.shape[1]) for batch in tile_batches}
 
 
-class TellingBatcher:
-    """Of a step's microbatches those that show its peak: the smallest, which leaves gradients behind, and
-    then the largest. The first step, which is there for the optimizer's state alone, has the smallest only; a
-    third is made of the microbatches of ``labeled`` rows, its largest being the one with the most labels.
+class PeakBatcher:
+    """Batcher that yields only the microbatches of a step that determine its peak memory.
+
+    These are the smallest, which leaves gradients behind, and then the largest. The first step only allocates the
+    optimizer state and has the smallest microbatch only. A third step has the microbatches of ``labeled`` rows, with
+    the one with the most labels as the largest.
 
     Attributes:
-        tokens: of the microbatches of the second step.
-        sizes, rows, tiles: different numbers of tokens, of rows, and shapes of attention's tiles in all of
-            them.
-        made: how many microbatches there were.
+        tokens: Tokens of the microbatches in the second step.
+        num_batches: Number of microbatches in all steps.
+        sizes: Different microbatch sizes in tokens.
+        rows: Different row counts of a head.
+        tiles: Different attention tile shapes.
     """
 
     def __init__(self, session: Session, labeled: Sequence[Any] = ()) -> None:
@@ -434,7 +445,7 @@ class TellingBatcher:
         self._inner = session.feed
         self._labeled = labeled
         self._steps = 0
-        self.tokens = self.made = 0
+        self.tokens = self.num_batches = 0
         self.sizes: set[int] = set()
         self.rows: set[int] = set()
         self.tiles: set[TileShape] = set()
@@ -448,33 +459,34 @@ class TellingBatcher:
         shapes = self._inner.shapes(rows)
         sizes = [count * length for count, length in shapes]
         weights = sizes
-        cut = self._inner.batcher
-        if self._steps > DRY_RUN_STEPS and isinstance(cut, CausalMicroBatcher):
-            weigh = _weigher(self._session)
-            weights = [int(weigh((size, labels, 0))) for size, labels in zip(sizes, cut.labels(rows), strict=True)]
+        causal_batcher = self._inner.batcher
+        if self._steps > DRY_RUN_STEPS and isinstance(causal_batcher, CausalMicroBatcher):
+            weight = _weight_function(self._session)
+            counts = zip(sizes, causal_batcher.labels(rows), strict=True)
+            weights = [int(weight((size, labels, 0))) for size, labels in counts]
         smallest, largest = sizes.index(min(sizes)), len(sizes) - 1 - weights[::-1].index(max(weights))
         if self._steps == 1:
             largest = smallest
-        wanted = {smallest, largest}
+        selected = {smallest, largest}
         if isinstance(objective := self._session.objective, EmbeddingObjective):
-            # Its step computes these before its first microbatch, so that each is there for its backward.
-            wanted |= set(range(objective.kept_passes(shapes)))
+            # The step computes these before its first microbatch and stores them for the backward pass.
+            selected |= set(range(objective.cached_passes(shapes)))
         if self._steps <= DRY_RUN_STEPS:
-            self.tokens = sum(sizes[number] for number in wanted)
+            self.tokens = sum(sizes[number] for number in selected)
         self.sizes.update(sizes[number] for number in (smallest, largest))
-        headed = _head_rows(cut, rows, shapes)
-        self.rows.update(headed[number] for number in (smallest, largest))
-        self.made += len(wanted)
-        kept = None
+        head_rows = _head_rows(causal_batcher, rows, shapes)
+        self.rows.update(head_rows[number] for number in (smallest, largest))
+        self.num_batches += len(selected)
+        last_batch = None
         for number, batch in enumerate(self._inner.batches(rows)):
             if number == largest and number != smallest and smallest > largest:
-                kept = batch  # it comes last, when gradients are there
-            elif number in wanted or number >= len(sizes):
-                yield self._seen(batch)
-        if kept is not None:
-            yield self._seen(kept)
+                last_batch = batch  # run it last, when gradients are allocated
+            elif number in selected or number >= len(sizes):
+                yield self._record(batch)
+        if last_batch is not None:
+            yield self._record(last_batch)
 
-    def _seen(self, batch: Any) -> Any:
+    def _record(self, batch: Any) -> Any:
         layout = getattr(batch, "inputs", {}).get("packed_layout")
         if isinstance(layout, Layout):
             self.tiles |= _tiles_of(self._session, layout)
@@ -482,129 +494,134 @@ class TellingBatcher:
 
 
 def longest_rows(session: Session) -> Sequence[Any]:
-    """Return the longest rows that are computed without a gradient, as many as fill two microbatches.
+    """Return the longest rows that are computed without a gradient, enough to fill two microbatches.
 
     These are the held-out rows. The base model also computes the training rows if the loss has a reference model.
     """
     has_reference = getattr(getattr(session.task, "settings", None), "has_reference", False)
-    computed = session.data.every if has_reference else joined(*session.data.sets.values())
+    computed = session.data.all_rows if has_reference else concat_rows(*session.data.sets.values())
     ordered = np.argsort(-lengths_of(computed), kind="stable")
-    most = getattr(session.batcher, "tokens_per_pass", 0)
+    batch_tokens = getattr(session.batcher, "tokens_per_pass", 0)
     total, rows = 0, []
-    for place in ordered.tolist():
-        rows.append(computed[place])
+    for index in ordered.tolist():
+        rows.append(computed[index])
         total += sum(token_counts(session.batcher.shapes(rows[-1:])))
-        if total >= 2 * most:
+        if total >= 2 * batch_tokens:
             break
     return rows
 
 
-def _kinds(trained: set[Any], evaluated: set[Any]) -> float:
+def _weighted_count(trained: set[Any], evaluated: set[Any]) -> float:
     return len(trained) + len(evaluated - trained) / 3
 
 
 def token_counts(shapes: Iterable[tuple[int, int]]) -> set[int]:
-    """Tokens of each microbatch: the one size of matrix products that changes."""
+    """Return the number of tokens of each microbatch, which determines the shapes of matrix products."""
     return {rows * length for rows, length in shapes}
 
 
-def plan(config: RunConfig | Mapping | str | os.PathLike[str], *, say: Say = silent) -> Plan:
-    """What a run will need, from the model's configuration and the rows alone.
+def plan(config: RunConfig | Mapping | str | os.PathLike[str], *, log: LogFunction = ignore_line) -> Plan:
+    """Predict the resources of a run from the model's configuration and the rows.
 
     Args:
-        config: settings, a dictionary of them, or the path of a YAML file.
-        say: told what becomes of the rows, in lines.
+        config: Settings, a dictionary, or the path of a YAML file.
+        log: Receives messages about the rows.
 
     Raises:
-        UserError: something the user gave cannot be used.
+        UserError: if the settings, the model or the data cannot be used.
     """
     settings = RunConfig.read(config)
-    with guest():
-        task, data = read_data(settings, say)
+    with preserved_process_state():
+        task, data = read_data(settings, log)
         return plan_run(settings, task, data)
 
 
 def plan_run(
     config: RunConfig, task: Task, data: RunData, *, process_bytes: int | None = None, processes: int = 1
 ) -> Plan:
-    """What a run of ``config`` on these rows will need; remembered where it was planned before.
+    """Predict the resources of a run on these rows, with caching.
 
     Args:
-        process_bytes: what the process holds before the model is loaded; None is what it holds now.
-        processes: that train together; the plan is that of each of them.
+        config: Settings of the run.
+        task: Training task.
+        data: Rows.
+        process_bytes: Memory of the process before the model is loaded. None for its current memory.
+        processes: Number of processes. The plan is for one of them.
 
     Raises:
-        UserError: the method does not fit the model, or a row is too long for it.
+        UserError: if the method does not fit the model, or a row is too long.
     """
-    remembered = Remembered.of(config, processes=processes)
-    known = None if remembered is None else remembered.plan(data.every)
-    if known is not None:
-        return of_each(known, config.train.sharding, processes)
+    cached = CachedPlan.of(config, processes=processes)
+    cached_plan = None if cached is None else cached.plan(data.all_rows)
+    if cached_plan is not None:
+        return plan_per_process(cached_plan, config.train.sharding, processes)
     try:
-        # The steps of the dry run are not told one by one: nothing is measured or evaluated.
-        with working(f"planning the memory of method {config.method}"), listening(None):
-            made = _planned(config, task, data, process_bytes, processes)
+        # Progress of the steps in the dry run is not reported.
+        with track_progress(f"planning the memory of method {config.method}"), use_listener(None):
+            new_plan = _compute_plan(config, task, data, process_bytes, processes)
     except UserError as error:
-        if remembered is not None:
-            remembered.keep_refusal(error, data.every)
+        if cached is not None:
+            cached.store_refusal(error, data.all_rows)
         raise
-    if remembered is not None:
-        remembered.keep(made, data.every, data.report.lines(), basis())
-    return of_each(made, config.train.sharding, processes)
+    if cached is not None:
+        cached.store(new_plan, data.all_rows, data.report.lines(), provenance())
+    return plan_per_process(new_plan, config.train.sharding, processes)
 
 
-def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | None, processes: int) -> Plan:
-    """The plan of a process with its rows, made by a dry run."""
+def _compute_plan(config: RunConfig, task: Task, data: RunData, process_bytes: int | None, processes: int) -> Plan:
+    """Compute the plan of a process with a dry run."""
     threads = choose_threads(config.threads).value
-    torch.set_num_threads(threads)  # what some operators take besides their results depends on it
+    torch.set_num_threads(threads)  # workspace sizes of some operators depend on it
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
-    how: dict[str, Any] = {"dtype": dtype, "trust_remote_code": config.trust_remote_code}
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": config.trust_remote_code}
     with fake_tensors():  # the run's model, before the method is applied
-        model = skeleton(config.model, task=config.task, num_labels=task.outputs(data), **how)
-    require_head(model, config.model, config.task, **how)
-    kernels = settle_kernels(model.config, threads)
+        model = skeleton(config.model, task=config.task, num_labels=task.num_outputs(data), **options)
+    require_head(model, config.model, config.task, **options)
+    kernels = activate_kernels(model.config, threads)
     warm_up(dtype_of(dtype))
-    total = count_numbers(model)
+    total = count_logical_parameters(model)
     with fake_tensors():
         if config.precision == "int8":
             quantize_int8(model.base_model)
         if config.precision == "nf4":
             quantize_nf4(model.base_model)
-    new = new_modules(model, config.model, **how) if task.has_labels else []
+    new_module_names = new_modules(model, config.model, **options) if task.has_labels else []
     vocabularies = [model.config.get_text_config().vocab_size] if task.tokenizer is not None else []
-    made: list[_DryRun] = []
+    dry_runs: list[_DryRun] = []
     models = [model]
 
     def run() -> None:
-        session = assemble(config, task, data, models[0], device="cpu", new_modules=new, offered=kernels.approximations)
-        made.append(_dry_run(session, processes))
+        keywords: dict[str, Any] = {"new_modules": new_module_names, "candidates": kernels.approximations}
+        session = assemble(config, task, data, models[0], device="cpu", **keywords)
+        dry_runs.append(_dry_run(session, processes))
 
     footprint = simulate(run, models=models, vocabularies=vocabularies)
-    (done,) = made
-    store = done.session.feed.store
+    (dry_run,) = dry_runs
+    store = dry_run.session.feed.store
     with fake_tensors():
-        trained = sum(p.numel() for _, p in done.session.method.parameters(model))
-    converted = converted_bytes(model, config.model, **how)
+        trained = sum(p.numel() for _, p in dry_run.session.method.parameters(model))
+    converted = converted_bytes(model, config.model, **options)
     folder = config_folder(config.model, dtype, config.trust_remote_code)
-    decoder_bytes, rollout_bytes = generation_bytes(done.session)
+    decoder_bytes, rollout_bytes = generation_bytes(dry_run.session)
     parts = {
-        "kernel_bytes": done.kernel_bytes(),
+        "kernel_bytes": dry_run.kernel_bytes(),
         "feature_bytes": 0 if store is None else store.resident_bytes,
         "reading_bytes": data.read_peak_bytes,
         "mapped_bytes": converted + MOVED_AT_ONCE,
         "saving_bytes": 0 if task.tokenizer is None else saving_bytes(folder),
-        "unread_bytes": unread_bytes(done.session, dtype=dtype, converted=converted),
+        "unread_bytes": unread_bytes(dry_run.session, dtype=dtype, converted=converted),
         "decoder_bytes": decoder_bytes,
         "rollout_bytes": rollout_bytes,
     }
     block_bytes, disk_bytes = _block_bytes(model), 0 if store is None else store.shape.bytes
-    heaviest, operations, operators = done.heaviest, done.operations, done.operators
-    del model, store, done
-    made.clear()
+    heaviest, operations, operators = dry_run.heaviest, dry_run.operations, dry_run.operators
+    del model, store, dry_run
+    dry_runs.clear()
     models.clear()
-    release_free_memory()  # the run has none of the objects of its simulation
-    resident, phases = resident_parts(footprint, process_bytes=process_bytes or resident_bytes() + LASTING, **parts)
-    found = Plan(
+    release_free_memory()  # a run does not hold the objects of its simulation
+    process_bytes = process_bytes or resident_bytes() + LASTING_BYTES
+    resident, phases = resident_parts(footprint, process_bytes=process_bytes, **parts)
+    plan = Plan(
         method=config.method,
         total_parameters=total,
         trained_parameters=trained,
@@ -627,112 +644,116 @@ def _planned(config: RunConfig, task: Task, data: RunData, process_bytes: int | 
         block_bytes=block_bytes,
     )
     if not heaviest.long:
-        return found
+        return plan
     limit, long, tokens = heaviest.long
-    return found.without_long_rows(limit, long, len(data.train), tokens)
+    return plan.without_long_rows(limit, long, len(data.train), tokens)
 
 
 def _block_bytes(model: PreTrainedModel) -> tuple[int, int]:
-    """Of the weights of all blocks, and of the largest; 0 where the model has no list of blocks."""
-    found = blocks_of(model)
-    if found is None:
+    """Return the weight bytes of all blocks and of the largest block, or 0 if the model has no list of blocks."""
+    blocks = blocks_of(model)
+    if blocks is None:
         return 0, 0
-    sizes = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in found[1]]
+    sizes = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks[1]]
     return sum(sizes), max(sizes)
 
 
 @dataclass(frozen=True)
 class _DryRun:
-    """What a run on fake tensors shows; ``operations`` and ``operators`` are those of its heaviest step."""
+    """Result of a dry run. ``operations`` and ``operators`` are those of the heaviest step."""
 
     session: Session
-    heaviest: Heaviest
+    heaviest: HeaviestStep
     work: WorkCounter
-    telling: TellingBatcher
+    batcher: PeakBatcher
     operations: int
     operators: int
 
     def kernel_bytes(self) -> int:
-        """What the matrix library keeps over the run."""
-        heaviest, telling = self.heaviest, self.telling
+        """Return the memory that the matrix library caches during the run."""
+        heaviest, telling = self.heaviest, self.batcher
         return kernel_bytes(
             self.work,
             varying=[(telling.sizes, heaviest.token_counts), (telling.rows, heaviest.row_counts)],
-            lengths=len({length for _, length in heaviest.every}),
+            lengths=len({length for _, length in heaviest.all_shapes}),
             tiles=max(1.0, heaviest.tile_shapes / max(1, len(telling.tiles))),
-            repeats=self.session.total_steps * len(heaviest.shapes) / max(1, telling.made),
+            repeats=self.session.total_steps * len(heaviest.shapes) / max(1, telling.num_batches),
         )
 
 
 def _dry_run(session: Session, processes: int) -> _DryRun:
-    """A few of the heaviest steps of the process with most to do, an evaluation of the longest rows, and the
-    measurement of drift."""
+    """Run the heaviest steps of the most loaded process, an evaluation of the longest rows, and a drift measurement."""
     heaviest = heaviest_step(session, processes)
     trim_memory()  # as before the first step of a run
-    telling, marks = TellingBatcher(session, heaviest.labeled), [(0, 0)]
+    batcher, marks = PeakBatcher(session, heaviest.labeled), [(0, 0)]
     meter = DriftMeter(session)
-    # A search for the learning rate trains as the run does, beside a copy of what is trained.
-    searches = session.config.train.learning_rate == "search"
-    copied = as_it_was(session) if searches else contextlib.nullcontext()
-    offered = applicable(session.model, session.objective, session.approximations.names)
-    if offered and session.config.train.approximate == "auto":
-        # The run also continues if a model's own code fails in fp32.
+    # A learning rate search trains like the run, with an additional copy of the trained parameters.
+    searches_rate = session.config.train.learning_rate == "search"
+    parameter_copy = restored_parameters(session) if searches_rate else contextlib.nullcontext()
+    candidates = applicable(session.model, session.objective, session.approximations.names)
+    if candidates and session.config.train.approximate == "auto":
+        # The run also continues if the model fails in fp32.
         with contextlib.suppress(Exception), session.running(), session.method.evaluating(session.model):
-            gradient_check(session).choose(offered)
+            gradient_check(session).choose(candidates)
         session.model.zero_grad()
-    with session.running(), copied, WorkCounter() as work:
-        session.train(
-            rows=heaviest.rows,
-            batch_size=len(heaviest.rows),
-            total_steps=DRY_RUN_STEPS + (1 if heaviest.labeled else 0),
-            batcher=telling,
-            on_step=lambda step: marks.append((work.operations, work.operators)),
-        )
-    if not session.task.rolls_out and (rows := longest_rows(session)):
+    with session.running(), parameter_copy, WorkCounter() as work:
+        options: dict[str, Any] = {"rows": heaviest.rows, "batch_size": len(heaviest.rows), "batcher": batcher}
+        options["total_steps"] = DRY_RUN_STEPS + (1 if heaviest.labeled else 0)
+        session.train(on_step=lambda step: marks.append((work.operations, work.operators)), **options)
+    if not session.task.uses_rollouts and (rows := longest_rows(session)):
         with session.running():
             evaluate_rows(session, rows)
-    with contextlib.suppress(NoGeneralAnswers):  # nor does the run measure its drift then
+    with contextlib.suppress(NoGeneralAnswers):  # the run does not measure drift in this case
         meter.measure()
-    share = sum(c * n for c, n in heaviest.shapes) / max(1, telling.tokens)
+    share = sum(c * n for c, n in heaviest.shapes) / max(1, batcher.tokens)
     operations, operators = (int((b - a) * share) for a, b in zip(*marks[1:3], strict=True))
-    return _DryRun(session, heaviest, work, telling, operations, operators)
+    return _DryRun(session, heaviest, work, batcher, operations, operators)
 
 
-def plan_each(
+def plan_methods(
     config: RunConfig,
     task: Task,
     data: RunData,
     methods: Sequence[str],
     *,
-    refused: Callable[[str, UserError], None],
+    on_error: Callable[[str, UserError], None],
     processes: int = 1,
 ) -> dict[str, Plan]:
-    """The plan of each method on the same model and rows; ``refused`` is told of those that do not fit."""
+    """Return the plan of each method on the same model and rows.
+
+    Args:
+        config: Settings of the run.
+        task: Training task.
+        data: Rows.
+        methods: Methods to plan.
+        on_error: Receives methods that do not fit, with the error.
+        processes: Number of processes.
+    """
     plans: dict[str, Plan] = {}
     for method in methods:
         try:
-            # Each plan leaves something behind, which a run that makes one plan does not have.
-            before = next((plan.resident["process"] for plan in plans.values()), None)
+            # A plan increases the memory of the process. Use the value before the first one.
+            process_bytes = next((plan.resident["process"] for plan in plans.values()), None)
             settings = config.model_copy(update={"method": method})
-            plans[method] = plan_run(settings, task, data, process_bytes=before, processes=processes)
+            plans[method] = plan_run(settings, task, data, process_bytes=process_bytes, processes=processes)
         except UserError as error:
             if method == config.method:
                 raise
-            refused(method, error)
-        except Exception as error:  # whatever a foreign model raises when it is run on fake tensors
+            on_error(method, error)
+        except Exception as error:  # a third-party model can raise any error on fake tensors
             if method == config.method:
-                raise _no_dry_run(error) from error
-            refused(method, _no_dry_run(error))
+                raise _dry_run_error(error) from error
+            on_error(method, _dry_run_error(error))
     return plans
 
 
-def _no_dry_run(error: Exception) -> UserError:
-    what = f"no plan: the model cannot be run on fake tensors ({type(error).__name__}: {str(error)[:100]})"
-    return UserError(what, where="the plan", hint="train it anyway: deltaw train then runs without a plan")
+def _dry_run_error(error: Exception) -> UserError:
+    message = f"no plan: the model cannot be run on fake tensors ({type(error).__name__}: {str(error)[:100]})"
+    return UserError(message, location="the plan", hint="train it anyway: deltaw train then runs without a plan")
 
 
 def evaluate_rows(session: Session, rows: Sequence[Any]) -> None:
-    """What an evaluation of these rows computes, without the metrics, which need values."""
+    """Compute an evaluation of these rows without the metrics, which need values."""
     objective: Any = session.objective
     outputs = objective.predictions if session.task.has_labels else objective.evaluate_rows
     with session.method.evaluating(session.model), torch.no_grad():

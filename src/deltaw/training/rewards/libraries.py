@@ -1,4 +1,4 @@
-"""Rewards that optional packages compute: mathematics by math-verify, problems of reasoning-gym."""
+"""Rewards based on optional packages: math-verify and reasoning-gym."""
 
 from __future__ import annotations
 
@@ -10,60 +10,63 @@ from typing import Any
 
 from deltaw.errors import UserError, did_you_mean
 from deltaw.task_settings import RewardFunction
-from deltaw.training.rewards.base import Scored, needs_extra, place_of, right_answer
+from deltaw.training.rewards.base import Completion, expected_answer, missing_package_error, settings_location
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
-def math_answer(settings: RewardFunction, given: Sequence[Scored]) -> list[float | None]:
-    """1 where the last mathematical expression of a completion equals the right answer's, as ``\\frac12`` and 0.5.
+def math_answer(settings: RewardFunction, completions: Sequence[Completion]) -> list[float | None]:
+    r"""Return 1 if the last mathematical expression of a completion equals the expected answer, like ``\\frac12`` and
+    0.5.
 
     Raises:
-        UserError: the package is missing.
+        UserError: if the package is not installed.
     """
     try:
         from math_verify import parse, verify
     except ImportError as error:
-        raise needs_extra("math-verify", error, place_of(settings)) from error
-    found: list[float | None] = []
-    for one in given:
-        right = right_answer(settings, one)
-        # An answer alone, such as \sqrt{2}, is not marked as mathematics.
-        gold = [] if right is None else parse(f"${right}$") or parse(right)
-        found.append(float(verify(gold, parse(one.text))) if gold else None)
-    return found
+        raise missing_package_error("math-verify", error, settings_location(settings)) from error
+    rewards: list[float | None] = []
+    for completion in completions:
+        expected = expected_answer(settings, completion)
+        # A bare answer such as \sqrt{2} has no math delimiters.
+        gold = [] if expected is None else parse(f"${expected}$") or parse(expected)
+        rewards.append(float(verify(gold, parse(completion.text))) if gold else None)
+    return rewards
 
 
-def reasoning_gym(settings: RewardFunction, given: Sequence[Scored]) -> list[float | None]:
-    """What the package gives an answer, from 0 to 1: the text between ``<answer>`` tags, or all of it.
+def reasoning_gym(settings: RewardFunction, completions: Sequence[Completion]) -> list[float | None]:
+    """Return the score of the package, from 0 to 1, for the text in ``<answer>`` tags or else the entire completion.
 
-    The rows need ``answer`` and ``metadata``, as rows of ``reasoning-gym:NAME`` have them.
+    The rows need the columns ``answer`` and ``metadata`` of ``reasoning-gym:NAME``.
 
     Raises:
-        UserError: the package or a data set is missing, or a row has no metadata.
+        UserError: if the package or the data set is missing, or a row has no metadata.
     """
-    return [_scored(settings, one) for one in given]
+    return [_score(settings, completion) for completion in completions]
 
 
-def _scored(settings: RewardFunction, one: Scored) -> float:
-    metadata = one.columns.get("metadata")
+def _score(settings: RewardFunction, completion: Completion) -> float:
+    metadata = completion.columns.get("metadata")
     metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
     name = settings.dataset or (metadata.get("source_dataset") if isinstance(metadata, dict) else None)
     if not isinstance(metadata, dict) or name is None:
         hint = "train on reasoning-gym:NAME, or name the data set in 'dataset'"
-        raise UserError(f"row {one.row} has no metadata of reasoning-gym", where=place_of(settings), hint=hint)
-    tagged = _TAGGED.findall(one.text)
-    entry = {"question": one.prompt, "answer": one.answer, "metadata": metadata}
-    return float(_scorer(name, place_of(settings)).score_answer((tagged or [one.text])[-1].strip(), entry))
+        message = f"row {completion.row} has no metadata of reasoning-gym"
+        raise UserError(message, location=settings_location(settings), hint=hint)
+    tagged = _TAGGED.findall(completion.text)
+    entry = {"question": completion.prompt, "answer": completion.answer, "metadata": metadata}
+    answer = (tagged or [completion.text])[-1].strip()
+    return float(_scorer(name, settings_location(settings)).score_answer(answer, entry))
 
 
 @functools.cache
-def _scorer(name: str, where: str) -> Any:
+def _scorer(name: str, location: str) -> Any:
     try:
         from reasoning_gym import create_dataset
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
-        raise needs_extra("reasoning-gym", error, where) from error
+        raise missing_package_error("reasoning-gym", error, location) from error
     if name not in DATASETS:
-        raise UserError(f"there is no data set '{name}'", where=where, hint=did_you_mean(name, sorted(DATASETS)))
+        raise UserError(f"there is no data set '{name}'", location=location, hint=did_you_mean(name, sorted(DATASETS)))
     return create_dataset(name)

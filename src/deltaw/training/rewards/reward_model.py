@@ -1,7 +1,6 @@
-"""The reward ``model``: what a reward model gives each completion, one that ``task: sequence-classification`` trained
-on pairs of answers.
+"""The reward ``model``: scores of a reward model that ``task: sequence-classification`` trained on pairs of answers.
 
-It is loaded in the reward's own process, beside the model that is trained.
+The model is loaded in the worker process of the reward, in addition to the model being trained.
 """
 
 from __future__ import annotations
@@ -13,60 +12,63 @@ import numpy as np
 import torch
 
 from deltaw.data.example import Example
-from deltaw.data.prompts import answered
-from deltaw.data.report import refuse
-from deltaw.data.reward_pairs import RewardReader, labeled
+from deltaw.data.prompts import with_answer
+from deltaw.data.report import raise_error
+from deltaw.data.reward_pairs import RewardReader, to_labeled_example
 from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.runtime.packed import padded_rows
 from deltaw.task_settings import RewardFunction
-from deltaw.training.callbacks import silent
-from deltaw.training.origin import open_run
-from deltaw.training.rewards.base import Scored, place_of
+from deltaw.training.callbacks import ignore_line
+from deltaw.training.open_run import open_run
+from deltaw.training.rewards.base import Completion, settings_location
 from deltaw.training.tasks.labels import LabelObjective, choose_label_batcher, text_positions
 
 
 class RewardModel:
-    """Scores completions with the model that the settings name.
+    """Scores completions with the configured model.
 
     Raises:
-        UserError: it cannot be loaded, or is no reward model.
+        UserError: if the model cannot be loaded, or is not a reward model.
     """
 
     def __init__(self, settings: RewardFunction) -> None:
-        self._session = session = open_run(str(settings.model), say=silent)
+        self._session = session = open_run(str(settings.model), log=ignore_line)
         if session.task.name != "sequence-classification" or len(session.classes or ()) != 1:
             hint = "train one with task: sequence-classification on rows with chosen and rejected"
-            raise UserError(f"'{settings.model}' is no reward model", where=place_of(settings), hint=hint)
-        run = None if session.found is None else session.found.run
+            message = f"'{settings.model}' is not a reward model"
+            raise UserError(message, location=settings_location(settings), hint=hint)
+        run = None if session.adapter_folder is None else session.adapter_folder.run
         self._reader = RewardReader(DataSettings(train="") if run is None else run.data, session.tokenizer)
         self._objective = LabelObjective(session.model, session.task.name)
         limit = text_positions(session.model)
         self._limit = None if limit is None else limit - session.virtual_tokens
 
-    def __call__(self, given: Sequence[Scored]) -> list[float | None]:
-        """The head's output for each completion behind its prompt; None for one without text.
+    def __call__(self, completions: Sequence[Completion]) -> list[float | None]:
+        """Return the head's output for each prompt and completion, or None for an empty completion.
 
         Raises:
-            BadRowError: a row's prompt cannot be rendered.
+            BadRowError: if the prompt of a row cannot be rendered.
         """
-        places = [f"row {one.row}" for one in given]
-        records = [answered(dict(one.columns), one.text, where) for one, where in zip(given, places, strict=True)]
+        locations = [f"row {completion.row}" for completion in completions]
+        pairs = zip(completions, locations, strict=True)
+        records = [with_answer(dict(c.columns), c.text, location) for c, location in pairs]
         examples = []
-        for place, encoded in enumerate(self._reader.encode(records, places, refuse)):
-            if given[place].text.strip() and encoded:
-                tokens, begin = np.asarray(encoded[-1].tokens[: self._limit], np.int32), encoded[-1].prompt_length
-                row = Example(place, tokens, np.arange(len(tokens)) >= begin, begin, None)
-                examples.append(self._session.example(labeled(row, 0.0)))
-        found: list[float | None] = [None] * len(given)
+        for index, encoded in enumerate(self._reader.encode(records, locations, raise_error)):
+            if completions[index].text.strip() and encoded:
+                prompt_length = encoded[-1].prompt_length
+                tokens = np.asarray(encoded[-1].tokens[: self._limit], np.int32)
+                row = Example(index, tokens, np.arange(len(tokens)) >= prompt_length, prompt_length, None)
+                examples.append(self._session.example(to_labeled_example(row, 0.0)))
+        rewards: list[float | None] = [None] * len(completions)
         if not examples:
-            return found
+            return rewards
         session = self._session
-        how: dict[str, Any] = {"device": str(session.model.device), "tokenizer": session.tokenizer}
-        batcher, _ = choose_label_batcher(session.model, examples, **how)
+        options: dict[str, Any] = {"device": str(session.model.device), "tokenizer": session.tokenizer}
+        batcher, _ = choose_label_batcher(session.model, examples, **options)
         with torch.no_grad(), padded_rows(session.model):
             for batch in batcher.batches(examples):
                 values = self._objective.predictions(batch).float().reshape(-1).tolist()
                 for example, value in zip(batch.examples, values, strict=True):
-                    found[example.row] = value
-        return found
+                    rewards[example.row] = value
+        return rewards

@@ -1,7 +1,7 @@
-"""A reward function in a process of its own, which another process asks and may end at any time.
+"""Reward functions in worker processes that can be killed at any time.
 
-The asking side is :class:`Rewarder`; this module run as a program is the answering side
-(:mod:`deltaw.training.rewards.worker`). It imports neither torch nor transformers, unless a reward is a model.
+:class:`Rewarder` sends the requests. Run as a program, this module is the worker
+(:mod:`deltaw.training.rewards.worker`). It imports torch and transformers only for reward models.
 """
 
 from __future__ import annotations
@@ -14,142 +14,139 @@ from typing import Any
 
 from deltaw.errors import UserError
 from deltaw.task_settings import RewardFunction
-from deltaw.training.rewards import Reward, required_columns, reward_of
-from deltaw.training.rewards.base import Scored, place_of
-from deltaw.training.rewards.worker import Answering, Worker, answer_requests, as_number, described
+from deltaw.training.rewards import Reward, load_reward, required_columns
+from deltaw.training.rewards.base import Completion, settings_location
+from deltaw.training.rewards.worker import RequestHandler, RewardWorker, answer_requests, as_number, describe_error
 
 
 class Rewarder:
-    """One reward function, in a worker process that starts when it is first asked.
+    """A reward function in a worker process, which starts with the first request.
 
     Args:
-        settings: which function, and what it may take.
-
-    Attributes:
-        settings: as given.
+        settings: Settings of the function.
     """
 
     def __init__(self, settings: RewardFunction) -> None:
         self.settings = settings
-        self._worker = Worker(
-            __name__, settings.model_dump_json(by_alias=True, exclude_defaults=True), settings.seconds
-        )
+        values = settings.model_dump_json(by_alias=True, exclude_defaults=True)
+        self._worker = RewardWorker(__name__, values, settings.seconds)
 
-    def __call__(self, given: Sequence[Scored]) -> list[float]:
-        """The reward of each completion, None as 0.
+    def __call__(self, completions: Sequence[Completion]) -> list[float]:
+        """Return the reward of each completion, with None as 0.
 
         Raises:
-            UserError: the function raises, ends its process, takes longer than ``seconds`` or gives what is no
-                finite number; with the row.
+            UserError: if the function raises, exits, exceeds ``seconds``, or returns a value that is not a finite
+                number.
+                The error names the row.
         """
-        if not given:
+        if not completions:
             return []
-        answer = self._asked(given)
-        if answer is None and len(given) > 1:  # one of them is to blame
-            for one in given:
-                if self._asked([one]) is None:
-                    raise self._late(one.row)
+        answer = self._request(completions)
+        if answer is None and len(completions) > 1:  # find the row that causes the failure
+            for completion in completions:
+                if self._request([completion]) is None:
+                    raise self._timeout_error(completion.row)
         if answer is None:
-            raise self._late(given[0].row)
-        self._refuse(answer)
-        return self._numbers(answer["rewards"], given)
+            raise self._timeout_error(completions[0].row)
+        self._raise_error(answer)
+        return self._validated(answer["rewards"], completions)
 
-    def check(self, rows: Iterable[Scored], *, call: bool) -> None:
+    def check(self, rows: Iterable[Completion], *, call: bool) -> None:
         """Check, before a model is loaded, that the rows have the columns that the function needs.
 
         Args:
             rows: Rows of the run with plausible completions.
-            call: Also call the function, with the first row that has all of these columns.
+            call: True to also call the function with the first row that has all of these columns.
 
         Raises:
-            UserError: if a column is missing or if the function cannot be used, as in :meth:`__call__`.
+            UserError: if a column is missing, or the function fails as in :meth:`__call__`.
         """
-        answer = self._worker.ask(None, self.settings.seconds)
+        answer = self._worker.request(None, self.settings.seconds)
         if answer is None:
-            raise self._late(None)
-        self._refuse(answer)
-        needs, known, given = set(answer["needs"]), set[str](), list[Scored]()
-        for one in rows:
-            provided = one.columns.keys() | ({"answer"} if one.answer is not None else set())
-            known |= provided
-            given = given or [one]
-            if needs <= provided:
-                given = [one]
+            raise self._timeout_error(None)
+        self._raise_error(answer)
+        required, available, sample = set(answer["needs"]), set[str](), list[Completion]()
+        for completion in rows:
+            provided = completion.columns.keys() | ({"answer"} if completion.answer is not None else set())
+            available |= provided
+            sample = sample or [completion]
+            if required <= provided:
+                sample = [completion]
                 break
-        if missing := sorted(needs - known):
-            hint = f"the rows have: {', '.join(sorted(known))}"
-            raise UserError(f"the reward needs '{missing[0]}', which no row has", where=self._place(None), hint=hint)
+        if missing := sorted(required - available):
+            hint = f"the rows have: {', '.join(sorted(available))}"
+            message = f"the reward needs '{missing[0]}', which no row has"
+            raise UserError(message, location=self._location(None), hint=hint)
         if call:
-            self(given)
+            self(sample)
 
     def close(self) -> None:
-        """End the worker."""
+        """Stop the worker."""
         self._worker.close()
 
-    def _asked(self, given: Sequence[Scored]) -> dict[str, Any] | None:
-        """What the worker answers; None where it does not within its time, or has ended."""
-        return self._worker.ask([asdict(one) for one in given], self.settings.seconds_for(len(given)))
+    def _request(self, completions: Sequence[Completion]) -> dict[str, Any] | None:
+        """Return the worker's answer, or None if it exits or exceeds its time limit."""
+        return self._worker.request([asdict(c) for c in completions], self.settings.timeout_for(len(completions)))
 
-    def _refuse(self, answer: dict[str, Any]) -> None:
-        """Raise the error that an answer contains, if there is one."""
+    def _raise_error(self, answer: dict[str, Any]) -> None:
+        """Raise the error of an answer, if any."""
         if "error" in answer:
-            raise UserError(answer["error"], where=self._place(answer.get("row")), hint=answer.get("hint"))
+            raise UserError(answer["error"], location=self._location(answer.get("row")), hint=answer.get("hint"))
 
-    def _late(self, row: int | None) -> UserError:
+    def _timeout_error(self, row: int | None) -> UserError:
         hint = "correct the function, or raise its 'seconds'"
-        return UserError(f"the reward {self._worker.failure}", where=self._place(row), hint=hint)
+        return UserError(f"the reward {self._worker.failure}", location=self._location(row), hint=hint)
 
-    def _place(self, row: int | None) -> str:
-        return place_of(self.settings) + ("" if row is None else f", row {row}")
+    def _location(self, row: int | None) -> str:
+        return settings_location(self.settings) + ("" if row is None else f", row {row}")
 
-    def _numbers(self, rewards: Any, given: Sequence[Scored]) -> list[float]:
-        """Rewards that are as many as they should be, and numbers.
+    def _validated(self, rewards: Any, completions: Sequence[Completion]) -> list[float]:
+        """Return the rewards after checking their number and values.
 
         Raises:
-            UserError: they are not.
+            UserError: if they are invalid.
         """
-        if not isinstance(rewards, list) or len(rewards) != len(given):
-            what = (
-                f"the reward gave {len(rewards) if isinstance(rewards, list) else 'no'} numbers for {len(given)} rows"
-            )
-            raise UserError(what, where=self._place(None), hint="give one number for each completion")
-        for value, one in zip(rewards, given, strict=True):
+        if not isinstance(rewards, list) or len(rewards) != len(completions):
+            count = len(rewards) if isinstance(rewards, list) else "no"
+            message = f"the reward returned {count} numbers for {len(completions)} rows"
+            raise UserError(message, location=self._location(None), hint="return one number for each completion")
+        for value, completion in zip(rewards, completions, strict=True):
             if value is not None and (not isinstance(value, int | float) or not math.isfinite(value)):
-                hint = "give a finite number, or None where it does not apply"
-                raise UserError(f"the reward is {value!r}", where=self._place(one.row), hint=hint)
+                hint = "return a finite number, or None if the reward does not apply"
+                raise UserError(f"the reward is {value!r}", location=self._location(completion.row), hint=hint)
         return [0.0 if value is None else float(value) for value in rewards]
 
 
-def _answer(reward: Reward, given: list[Scored]) -> dict[str, Any]:
-    """Rewards, or what the function raised and for which row."""
+def _answer(reward: Reward, completions: list[Completion]) -> dict[str, Any]:
+    """Return the rewards, or the error of the function and the row that causes it."""
     try:
-        found = list(reward(given))
-        return {"rewards": [None if value is None else as_number(value) for value in found]}
+        rewards = list(reward(completions))
+        return {"rewards": [None if value is None else as_number(value) for value in rewards]}
     except UserError as error:
-        return {"error": error.what, "hint": error.hint}
+        return {"error": error.message, "hint": error.hint}
     except Exception as error:
-        for one in given if len(given) > 1 else []:
-            alone = _answer(reward, [one])
-            if "error" in alone:
-                return {**alone, "row": one.row}
-        row = given[0].row if len(given) == 1 else None
-        return {"error": f"the reward raised {described(error)}", "row": row}
+        for completion in completions if len(completions) > 1 else []:
+            single = _answer(reward, [completion])
+            if "error" in single:
+                return {**single, "row": completion.row}
+        row = completions[0].row if len(completions) == 1 else None
+        return {"error": f"the reward raised {describe_error(error)}", "row": row}
 
 
-def _answering() -> Answering:
+def _make_handler() -> RequestHandler:
     settings = RewardFunction.model_validate_json(sys.argv[1])
-    reward = reward_of(settings)
+    reward = load_reward(settings)
 
-    def answering(given: Any) -> dict[str, Any]:
-        if given is not None:
-            return _answer(reward, [Scored(**one) for one in given])
+    def handler(completions: Any) -> dict[str, Any]:
+        if completions is not None:
+            return _answer(reward, [Completion(**completion) for completion in completions])
         try:
             return {"needs": required_columns(settings, reward)}
         except UserError as error:
-            return {"error": error.what, "hint": error.hint}
+            return {"error": error.message, "hint": error.hint}
 
-    return answering
+    return handler
 
 
 if __name__ == "__main__":
-    answer_requests(_answering)
+    answer_requests(_make_handler)

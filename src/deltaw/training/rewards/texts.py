@@ -1,4 +1,4 @@
-"""Rewards that texts alone decide: the right answer, a number, a pattern, a schema, the case, the length."""
+"""Rewards that depend only on texts: expected answer, number, pattern, JSON schema, case and length."""
 
 from __future__ import annotations
 
@@ -10,62 +10,60 @@ from typing import Any
 
 from deltaw.errors import UserError, first_line
 from deltaw.task_settings import RewardFunction, refuse_remote_references
-from deltaw.training.rewards.base import Scored, needs_extra, place_of, right_answer
+from deltaw.training.rewards.base import Completion, expected_answer, missing_package_error, settings_location
 
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 
 
-def exact(settings: RewardFunction, given: Sequence[Scored]) -> list[float | None]:
-    """1 where a completion is the right answer, but for white space at both ends."""
-    wanted = [right_answer(settings, one) for one in given]
-    return [
-        None if right is None else float(one.text.strip() == right.strip())
-        for one, right in zip(given, wanted, strict=True)
-    ]
+def exact(settings: RewardFunction, completions: Sequence[Completion]) -> list[float | None]:
+    """Return 1 if a completion equals the expected answer, ignoring surrounding white space."""
+    answers = [expected_answer(settings, completion) for completion in completions]
+    pairs = zip(completions, answers, strict=True)
+    return [None if answer is None else float(c.text.strip() == answer.strip()) for c, answer in pairs]
 
 
-def contains(settings: RewardFunction, given: Sequence[Scored]) -> list[float | None]:
-    """1 where the right answer stands in a completion as a word."""
-    found: list[float | None] = []
-    for one in given:
-        right = right_answer(settings, one)
-        pattern = None if right is None else rf"(?<!\w){re.escape(right.strip())}(?!\w)"
-        found.append(None if pattern is None else float(re.search(pattern, one.text) is not None))
-    return found
+def contains(settings: RewardFunction, completions: Sequence[Completion]) -> list[float | None]:
+    """Return 1 if a completion contains the expected answer as a word."""
+    rewards: list[float | None] = []
+    for completion in completions:
+        answer = expected_answer(settings, completion)
+        pattern = None if answer is None else rf"(?<!\w){re.escape(answer.strip())}(?!\w)"
+        rewards.append(None if pattern is None else float(re.search(pattern, completion.text) is not None))
+    return rewards
 
 
-def regex(settings: RewardFunction, given: Sequence[Scored]) -> list[float | None]:
-    """1 where the whole completion matches ``pattern``."""
+def regex(settings: RewardFunction, completions: Sequence[Completion]) -> list[float | None]:
+    """Return 1 if the entire completion matches ``pattern``."""
     pattern = re.compile(settings.pattern or "", re.DOTALL)
-    return [float(pattern.fullmatch(one.text.strip()) is not None) for one in given]
+    return [float(pattern.fullmatch(completion.text.strip()) is not None) for completion in completions]
 
 
-def lower_case(settings: RewardFunction, given: Sequence[Scored]) -> list[float | None]:
-    """The share of a completion's letters that are in lower case; 0 where it has none."""
-    letters = [[c for c in one.text if c.isupper() or c.islower()] for one in given]
-    return [sum(map(str.islower, each)) / max(1, len(each)) for each in letters]
+def lower_case(settings: RewardFunction, completions: Sequence[Completion]) -> list[float | None]:
+    """Return the share of lower-case letters of a completion, or 0 if it has no letters."""
+    letters = [[c for c in completion.text if c.isupper() or c.islower()] for completion in completions]
+    return [sum(map(str.islower, row_letters)) / max(1, len(row_letters)) for row_letters in letters]
 
 
-def number(settings: RewardFunction, given: Sequence[Scored]) -> list[float | None]:
-    """1 where the last number of a completion is the right answer's last one, within ``tolerance``."""
-    found: list[float | None] = []
-    for one in given:
-        right, said = last_number(right_answer(settings, one)), last_number(one.text)
-        if right is None:
-            found.append(None)
+def number(settings: RewardFunction, completions: Sequence[Completion]) -> list[float | None]:
+    """Return 1 if the last numbers of completion and expected answer are equal within ``tolerance``."""
+    rewards: list[float | None] = []
+    for completion in completions:
+        expected, actual = last_number(expected_answer(settings, completion)), last_number(completion.text)
+        if expected is None:
+            rewards.append(None)
         else:
-            found.append(float(said is not None and abs(said - right) <= settings.tolerance))
-    return found
+            rewards.append(float(actual is not None and abs(actual - expected) <= settings.tolerance))
+    return rewards
 
 
-def json_schema(settings: RewardFunction, given: Sequence[Scored]) -> list[float | None]:
-    """Return 1 for each completion that is JSON of the schema, 0.5 for other JSON.
+def json_schema(settings: RewardFunction, completions: Sequence[Completion]) -> list[float | None]:
+    """Return 1 if a completion is JSON that conforms to the schema, 0.5 for other JSON, and 0 otherwise.
 
     Raises:
-        UserError: if the package is missing, or if the schema cannot be used.
+        UserError: if the package is missing, or the schema is unusable.
     """
     validator = schema_validator(settings)
-    return [_schema_reward(validator, one.text) for one in given]
+    return [_schema_reward(validator, completion.text) for completion in completions]
 
 
 def _schema_reward(validator: Any, text: str) -> float:
@@ -75,15 +73,15 @@ def _schema_reward(validator: Any, text: str) -> float:
         return 0.0
     try:
         return 1.0 if validator.is_valid(value) else 0.5
-    except (RecursionError, ArithmeticError):  # of a value that is nested too deeply, or infinite
+    except (RecursionError, ArithmeticError):  # deeply nested or infinite value
         return 0.5
 
 
 def schema_validator(settings: RewardFunction) -> Any:
-    """Return the validator of a json-schema reward. It fetches nothing: references lead into the schema itself.
+    """Return the validator of a json-schema reward. It does not fetch remote references.
 
     Raises:
-        UserError: if the package is missing, or if the schema cannot be read, is not valid or refers to others.
+        UserError: if the package is missing, or the schema is unreadable, invalid or has remote references.
     """
     try:
         from jsonschema import Draft202012Validator, SchemaError
@@ -91,45 +89,45 @@ def schema_validator(settings: RewardFunction) -> Any:
         from referencing import Registry
         from referencing.exceptions import Unresolvable
     except ImportError as error:
-        raise needs_extra("jsonschema", error, place_of(settings)) from error
+        raise missing_package_error("jsonschema", error, settings_location(settings)) from error
     schema = _schema(settings)
-    refuse_remote_references(schema, place_of(settings))
-    kind: Any = validator_for(schema, default=Draft202012Validator)
+    refuse_remote_references(schema, settings_location(settings))
+    validator_class: Any = validator_for(schema, default=Draft202012Validator)
     try:
-        kind.check_schema(schema)
+        validator_class.check_schema(schema)
     except SchemaError as error:
-        what = f"the schema is not valid at {error.json_path}: {error.message[:200]}"
-        raise UserError(what, where=place_of(settings), hint="correct the schema") from error
-    validator = kind(schema, registry=Registry())
+        message = f"the schema is not valid at {error.json_path}: {error.message[:200]}"
+        raise UserError(message, location=settings_location(settings), hint="correct the schema") from error
+    validator = validator_class(schema, registry=Registry())
     try:
         examples: tuple[object, ...] = (None, True, 0, "", [], {})
-        for example in examples:  # a reference that leads nowhere, or to itself, fails for any value
+        for example in examples:  # an unresolvable or circular reference fails for any value
             validator.is_valid(example)
     except (RecursionError, Unresolvable) as error:
-        what = f"the schema refers to nothing, or to itself: {first_line(error)}"
-        raise UserError(what, where=place_of(settings), hint="correct its $ref") from error
+        message = f"the schema has an unresolvable or circular reference: {first_line(error)}"
+        raise UserError(message, location=settings_location(settings), hint="correct its $ref") from error
     return validator
 
 
-def length(settings: RewardFunction, given: Sequence[Scored]) -> list[float | None]:
-    """The completion's words as a share of ``target``, at most 1; beyond it falls again."""
+def length(settings: RewardFunction, completions: Sequence[Completion]) -> list[float | None]:
+    """Return the number of words as a share of ``target``. Beyond the target, the reward decreases to 0."""
     target = settings.target or 1
-    return [max(0.0, 1 - abs(len(one.text.split()) - target) / target) for one in given]
+    return [max(0.0, 1 - abs(len(completion.text.split()) - target) / target) for completion in completions]
 
 
 def last_number(text: str | None) -> float | None:
-    """The last number that stands in a text; None where there is none."""
-    found = _NUMBER.findall(text or "")
-    return float(found[-1].replace(",", "")) if found else None
+    """Return the last number of a text, or None."""
+    numbers = _NUMBER.findall(text or "")
+    return float(numbers[-1].replace(",", "")) if numbers else None
 
 
 def _schema(settings: RewardFunction) -> Any:
-    """The schema that the settings name or hold."""
-    given = settings.schema_
-    if isinstance(given, Mapping):
-        return given
+    """Return the schema, either inline or from a file."""
+    source = settings.schema_
+    if isinstance(source, Mapping):
+        return source
     try:
-        return json.loads(Path(str(given)).read_text(encoding="utf-8"))
+        return json.loads(Path(str(source)).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        what = f"the schema cannot be read: {error}"
-        raise UserError(what, where=place_of(settings), hint="name a JSON file") from error
+        message = f"the schema cannot be read: {error}"
+        raise UserError(message, location=settings_location(settings), hint="use a JSON file") from error

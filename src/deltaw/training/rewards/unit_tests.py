@@ -1,8 +1,8 @@
-"""The reward ``unit-tests``: the share of a row's tests that a completion's code passes.
+"""The reward ``unit-tests``: the share of a row's tests that the code of a completion passes.
 
-The tests run in a process with limits (``unit_tests_runner.py``), and the code in another one
-(``unit_tests_child.py``), so that it has neither the tests nor a way to report results. :func:`missing_isolation` says
-what the system does not prevent.
+The tests run in a process with limits (``unit_tests_runner.py``), and the code in a second process
+(``unit_tests_child.py``) that can neither access the tests nor report results. :func:`missing_isolation` lists the
+protections that the system does not provide.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.task_settings import RewardFunction
-from deltaw.training.rewards.base import Scored
+from deltaw.training.rewards.base import Completion
 from deltaw.training.rewards.unit_test_cases import Case, cases
 from deltaw.training.rewards.unit_tests_child import landlock_version
-from deltaw.training.rewards.worker import end
+from deltaw.training.rewards.worker import kill_process_tree
 
 _FENCED = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 _RUNNER = Path(__file__).with_name("unit_tests_runner.py")
 _COLUMN, _ENTRY_POINT = "tests", "entry_point"
 _MAX_BYTES = 1 << 20
-# Seconds in which the runner ends its processes by itself, before it is killed.
+# Seconds for the runner to stop its processes before it is killed.
 _GRACE = 5.0
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 _UNSHARE = ("--pid", "--fork", "--mount-proc", "--net", "--ipc", "--uts", "--kill-child")
@@ -43,7 +43,7 @@ _logger = logging.getLogger(__name__)
 _warned: set[str] = set()
 
 
-def unit_tests(settings: RewardFunction, completions: Sequence[Scored]) -> list[float | None]:
+def unit_tests(settings: RewardFunction, completions: Sequence[Completion]) -> list[float | None]:
     """Return the share of a row's tests that pass, or 1 if all do and 0 otherwise; None for a row without tests.
 
     Raises:
@@ -60,9 +60,9 @@ def unit_tests(settings: RewardFunction, completions: Sequence[Scored]) -> list[
 
 
 def code_of(text: str) -> str:
-    """Return the last block of code of a text that defines something, or its last block, or all of it without blocks.
+    """Return the last code block that defines something, else the last block, else the entire text.
 
-    What a model thinks aloud before ``</think>`` is not part of the text.
+    Reasoning before ``</think>`` is not part of the text.
     """
     text = text.rpartition("</think>")[2]
     blocks = _FENCED.findall(text)
@@ -86,20 +86,17 @@ def program(prompt: str, completion: str) -> str:
 
 
 def missing_isolation() -> str:
-    """Return what the tested code can do on this machine for lack of isolation; empty if nothing."""
+    """Return a list of actions that the system does not prevent for the tested code, or an empty string."""
     version = landlock_version()
-    dangers = {
-        "read your files": version < 1,
-        "write your files": version < 1,
-        "use the network": not _namespaces(),
-        "signal your processes": not _namespaces() and version < 6,
-    }
+    can_access_files, can_use_network = version < 1, not _namespaces()
+    dangers = {"read your files": can_access_files, "write your files": can_access_files}
+    dangers |= {"use the network": can_use_network, "signal your processes": can_use_network and version < 6}
     return ", ".join(danger for danger, possible in dangers.items() if possible)
 
 
 @functools.cache
 def _namespaces() -> list[str]:
-    """Return the command that runs a program in namespaces of its own; empty if the system does not allow that."""
+    """Return the command that runs a program in separate namespaces, or an empty list if not permitted."""
     for user in (["--map-root-user"], []):
         command = ["unshare", *user, *_UNSHARE]
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
@@ -108,27 +105,24 @@ def _namespaces() -> list[str]:
     return []
 
 
-def _share(settings: RewardFunction, completion: Scored, tests: list[Case] | None) -> float | None:
-    """Return the share of tests that pass. Tests after one that ends the process fail."""
+def _share(settings: RewardFunction, completion: Completion, tests: list[Case] | None) -> float | None:
+    """Return the share of tests that pass. If a test ends the process, it and all later tests fail."""
     if tests is None:
         return None
     code = program(completion.prompt, completion.text)
     names = [name for name in _defined(code) if not name.startswith("_")]
     request: dict[str, Any] = {name: getattr(settings, name) for name in ("cpu_seconds", "wall_seconds", "megabytes")}
-    request |= {
-        "code": code,
-        "cases": [{"source": case.source, "kind": case.kind} for case in tests],
-        "isolated": bool(_namespaces()),
-    }
+    cases = [{"source": case.source, "kind": case.kind} for case in tests]
+    request |= {"code": code, "cases": cases, "isolated": bool(_namespaces())}
     request["entry_point"] = completion.columns.get(_ENTRY_POINT) or (names or [""])[-1]
-    # A function that is named like a builtin may be the one to test, or replace one that the tests use: both must pass.
+    # A function with the name of a builtin may be the tested one, or replace one that the tests use: both must pass.
     hiding = [name for name in names if name in dir(builtins) and any(name in case.source for case in tests)]
     variants: list[list[str]] = [names] if len(names) == 1 else [[], names] if hiding else [[]]
     return min(_variant_share(request | {"defined": defined}, tests, completion.row) for defined in variants)
 
 
 def _variant_share(request: dict[str, Any], tests: list[Case], row: int) -> float:
-    """Return the share of tests that pass in one run of the code; 0 if the results are not those of the runner."""
+    """Return the share of tests that pass in one run of the code, or 0 if the results are not from the runner."""
     results = _results(json.dumps(request).encode(), request["wall_seconds"] + _GRACE)
     for result in results:
         if result.get("reason"):
@@ -150,7 +144,7 @@ def _results(request: bytes, seconds: float) -> list[dict[str, Any]]:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.communicate(request, timeout=seconds)
         finally:
-            end(process)
+            kill_process_tree(process)
         output.seek(0)
         lines = output.read(_MAX_BYTES).decode("utf-8", "replace").split("\n")[:-1]
     if not lines:
@@ -162,16 +156,14 @@ def _results(request: bytes, seconds: float) -> list[dict[str, Any]]:
 
 
 def _parsed(code: str) -> list[ast.stmt]:
-    """Return the statements of code; empty if it is not Python."""
+    """Return the statements of code, or an empty list if it is not valid Python."""
     with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
         return ast.parse(code).body
     return []
 
 
-def _is_empty(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.Pass) or (
-        isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
-    )
+def _is_empty(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
 
 
 def _defined(code: str) -> list[str]:

@@ -40,9 +40,8 @@ SPECIAL = GUARDED_OPERATORS | _dunder(
     "ceil str repr format hash bytes aiter anext await fspath"
 )
 # Methods that return a bool about plain data, such as ``startswith``. An untrusted object could always return True.
-PREDICATE_METHODS = {
-    name for kind in (str, set, float) for name in dir(kind) if name.startswith(("is", "startswith", "endswith"))
-}
+_PREDICATE_PREFIXES = ("is", "startswith", "endswith")
+PREDICATE_METHODS = {name for t in (str, set, float) for name in dir(t) if name.startswith(_PREDICATE_PREFIXES)}
 SEQUENCES: Any = list, tuple, set, frozenset, bytearray, deque
 MAPPINGS: Any = dict, OrderedDict, Counter, defaultdict
 MUTABLE: Any = list, set, bytearray, deque, dict, OrderedDict, Counter
@@ -59,21 +58,9 @@ ERROR_MODULES = {"json", "decimal", "asyncio", "re", "struct", "queue", "subproc
 
 
 # Modules that may be sent by name. Importing another one could run code: unittest.__main__ runs tests of the folder.
-MODULES = {
-    "math",
-    "cmath",
-    "random",
-    "re",
-    "string",
-    "itertools",
-    "functools",
-    "operator",
-    "statistics",
-    "heapq",
-    "json",
-}
+MODULES = {"math", "cmath", "random", "re", "string", "itertools", "functools", "operator", "statistics", "heapq"}
 MODULES |= {"bisect", "collections", "collections.abc", "copy", "datetime", "time", "decimal", "fractions", "numpy"}
-MODULES |= {"typing", "dataclasses", "enum"}
+MODULES |= {"typing", "dataclasses", "enum", "json"}
 
 
 class Remote:
@@ -252,10 +239,10 @@ class Peer:
                 return self._awaited(handle) if "__await__" in special else handle
         raise ValueError("unknown value encoding")
 
-    def _adopt(self, key, make):
+    def _adopt(self, key, create):
         """Return the local object that represents an object of the other process."""
         if key not in self._imported_handles:
-            self._imported_handles[key] = make()
+            self._imported_handles[key] = create()
             self._imported_keys[id(self._imported_handles[key])] = key
         return self._imported_handles[key]
 
@@ -264,7 +251,7 @@ class Peer:
 
 
 def landlock_version():
-    """Return the version of Landlock's interface, or 0 or less if the system has none."""
+    """Return the version of Landlock's interface, or a number below 1 if the system has no Landlock."""
     # landlock_create_ruleset(LANDLOCK_CREATE_RULESET_VERSION)
     return ctypes.CDLL(None).syscall(444, None, 0, 1) if sys.platform.startswith("linux") else 0
 

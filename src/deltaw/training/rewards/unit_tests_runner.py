@@ -1,7 +1,7 @@
-"""Runs the tests of one row for the reward ``unit-tests``, and reports each result to the process that started it.
+"""Runs the tests of one row for the reward ``unit-tests``, and reports the results to the parent process.
 
-The code of the completion runs in another process (``unit_tests_child.py``), which has neither the tests nor the pipe
-with the results. This process compares what the functions return. It imports nothing of deltaw.
+The code of the completion runs in another process (``unit_tests_child.py``), which has access to neither the tests nor
+the results. This process compares the values that the functions return. It imports nothing of deltaw.
 """
 
 import ast
@@ -38,11 +38,11 @@ PYTEST_OPTIONS = "-q -p no:cacheprovider --noconftest --rootdir . --confcutdir .
 
 
 class Runner:
-    """Runs tests against the names of a completion. It is a plugin of pytest, too.
+    """Runs tests against the names of a completion. It is also a plugin of pytest.
 
     Args:
-        results: Binary stream for the results, a line of JSON each.
-        request: Request of the process that started this one.
+        results: Binary stream for the results, one line of JSON each.
+        request: Request of the parent process.
     """
 
     def __init__(self, results, request):
@@ -62,9 +62,9 @@ class Runner:
         try:
             names = peer.request("load", self._request["code"])
         except BaseException as error:  # exits included
-            self.lost(f"the code does not run: {type(error).__name__}: {error}")
+            self.abort(f"the code does not run: {type(error).__name__}: {error}")
         sources = "\n".join(case["source"] for case in self._request["cases"])
-        self._names = exported(names, sources, self._request["defined"])
+        self._names = visible_names(names, sources, self._request["defined"])
         self._names["candidate"] = names.get(self._request["entry_point"])
         sys.modules[TESTS] = self._module
         vars(self._module).update(self._names, _count_assertion=self._count, _failed_assertion=self._fail)
@@ -82,10 +82,10 @@ class Runner:
         reason = self._failure or ("" if self._assertions else "no assertion ran")
         self.write(passed=not reason, reason=reason[-500:])
 
-    def lost(self, reason):
-        """Report the current test as failed for a reason, and end. All later tests fail."""
+    def abort(self, reason):
+        """Report the current test as failed and exit. All later tests fail."""
         self.write(passed=False, reason=reason)
-        end(0)
+        kill_and_exit(0)
 
     def write(self, **result):
         """Write a line of results."""
@@ -100,7 +100,7 @@ class Runner:
         return message
 
     def _run_statements(self, source):
-        """Execute source in the module of the tests. Imported modules that do not exist are the completion."""
+        """Execute source in the module of the tests. Imports of modules that do not exist resolve to the completion."""
         tree = ast.parse(source)
         for node in ast.walk(tree):
             imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -123,7 +123,7 @@ class Runner:
             self._failure = output.getvalue()
 
     def _run_pytest(self, source):
-        """Let pytest collect and run a module that exists only in memory."""
+        """Run pytest on a module that exists only in memory."""
         import pytest
 
         self._run_statements(source)
@@ -143,7 +143,7 @@ class Runner:
         self.write(total=len(session.items))
 
     def pytest_runtest_logstart(self):
-        """Begin a test."""
+        """Reset the state before a test."""
         self._assertions, self._failure = 0, ""
 
     def pytest_pyfunc_call(self, pyfuncitem):
@@ -163,10 +163,10 @@ class Runner:
 
 
 def serve_completion(peer, operation, target, name="", /, *values, **kwargs):
-    """Serve a request of the completion, which is not trusted: it may use the objects that tests passed to it.
+    """Serve a request of the untrusted completion, which may use objects that tests passed to it.
 
-    Functions can be called, and other objects be read with operators. Public attributes exist only for objects of
-    classes that the tests define, and of in-memory files.
+    Functions can be called, and other objects can be read with operators. Public attributes are accessible only for
+    objects of classes that the tests define, and for in-memory files.
     """
     passed = peer.owns(target) and not isinstance(target, unittest.TestCase)
     is_defined_by_tests = passed and type(target).__module__ in (TESTS, "_io")
@@ -178,27 +178,27 @@ def serve_completion(peer, operation, target, name="", /, *values, **kwargs):
     raise PermissionError(f"the completion may not use '{name}' of {type(target).__name__}")
 
 
-def exported(names, sources, defined):
-    """Return the names that tests see: of names of builtins and modules of the tests, only those in ``defined``."""
+def visible_names(names, sources, defined):
+    """Return the names visible to tests. Names of builtins and of modules of the tests must be in ``defined``."""
     hidden = set(dir(builtins)) | {name for name in [*sys.stdlib_module_names, "np", "pytest"] if f"{name}." in sources}
     hidden -= set(defined)
     visible = [key for key, value in names.items() if key not in hidden or isinstance(value, types.ModuleType)]
     return {key: names[key] for key in visible if not key.startswith(RESERVED)}
 
 
-def watch(seconds, megabytes, isolated):
-    """End this process and its descendants after some time, or if they exceed the limits together."""
+def enforce_limits(seconds, megabytes, isolated):
+    """Exit with all descendants after a timeout, or if together they exceed the limits."""
     deadline, runner, exceeded = time.monotonic() + seconds, psutil.Process(), False
     while time.monotonic() < deadline and not exceeded:
         time.sleep(0.05)
         sizes = []
         for process in (runner, *runner.children(recursive=True)):
             with contextlib.suppress(psutil.Error):
-                sizes.append(process.memory_info().rss)  # 0 if it has ended
+                sizes.append(process.memory_info().rss)  # 0 if it has exited
         files = [] if isolated else list(_file_sizes("."))  # its file system has the limits
         exceeded = sum(map(bool, sizes)) > MAX_PROCESSES or sum(sizes) > megabytes << 20
         exceeded |= len(files) > MAX_FILES or sum(files) > MAX_TOTAL_BYTES
-    end(1)
+    kill_and_exit(1)
 
 
 def _file_sizes(folder):
@@ -208,8 +208,8 @@ def _file_sizes(folder):
                 yield os.lstat(os.path.join(parent, name)).st_size
 
 
-def end(status):
-    """Kill all descendants, also those in sessions of their own, and exit. The kernel does it for process 1."""
+def kill_and_exit(status):
+    """Kill all descendants, including those in separate sessions, and exit. For process 1 the kernel kills them."""
     while os.getpid() != 1 and (children := psutil.Process().children(recursive=True)):
         for child in children:
             with contextlib.suppress(psutil.Error):
@@ -249,14 +249,14 @@ def main():
         isolate(folder)
     confine(folder, request["cpu_seconds"] + 10, megabytes + RUNNER_MEGABYTES)
     limits = request["wall_seconds"], megabytes + 256, isolated
-    threading.Thread(target=watch, args=limits, daemon=True).start()
+    threading.Thread(target=enforce_limits, args=limits, daemon=True).start()
     child = os.path.join(os.path.dirname(__file__), "unit_tests_child.py")
     words = [sys.executable, "-I", "-B", "-X", "utf8", child, folder, str(request["cpu_seconds"]), str(megabytes)]
     process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     try:
-        runner.run(Peer(process.stdout, process.stdin, serve_completion, runner.lost, is_untrusted=True))
+        runner.run(Peer(process.stdout, process.stdin, serve_completion, runner.abort, is_untrusted=True))
     finally:
-        end(0)
+        kill_and_exit(0)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Completions that the model writes itself: drawn, rewarded, and learned from."""
+"""Rollouts: sampling completions from the policy, scoring them, and policy losses."""

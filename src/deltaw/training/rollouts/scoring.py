@@ -1,37 +1,41 @@
-"""What a run's reward functions give completions: by function, as one weighted number, and who was best and worst.
-
-Knows prompts and completions; no model, and nothing of who wrote them.
-"""
+"""Scores of completions: rewards by function, their weighted sum, and the best and worst completions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import comb
+from typing import TypeAlias
 
 import numpy as np
 
-from deltaw.data.prompts import Prompt, last_asked
+from deltaw.data.prompts import TokenizedPrompt, last_prompt_text
 from deltaw.errors import UserError
-from deltaw.runtime.generation import Drawn
+from deltaw.runtime.generation import SampledCompletion
 from deltaw.task_settings import RewardSettings
 from deltaw.training.evaluation.base import Interval, mean_interval
-from deltaw.training.rewards import Scored
+from deltaw.training.rewards import Completion
 from deltaw.training.rewards.rewarder import Rewarder
 
-# Characters of a prompt and of a completion that are kept to be looked at, and how many of the best and the worst.
-SHOWN_TEXT, SHOWN = 600, 2
-# The largest weighted reward: sums, squares and gradients of larger ones may not be finite.
-_LARGEST = 1e12
+# Maximum number of characters of a logged text, and number of best and of worst completions to log.
+MAX_TEXT_LENGTH, NUM_EXTREMES = 600, 2
+# Maximum weighted reward. Sums, squares and gradients of larger rewards might overflow.
+_MAX_REWARD = 1e12
+
+Prompts: TypeAlias = Sequence[TokenizedPrompt]
+Completions: TypeAlias = Sequence[SampledCompletion]
 
 
 @dataclass(frozen=True)
-class Rewarded:
-    """A completion with what it was given, for a person.
+class ScoredCompletion:
+    """A completion with its rewards.
 
     Attributes:
-        row: of its prompt. prompt: its last turn, as text. text: the completion. reward: the weighted sum.
-        parts: the reward of each function, by name; empty where there is one.
+        row: Number of the prompt's row.
+        prompt: Text of the prompt's last turn.
+        text: Text of the completion.
+        reward: Weighted sum of rewards.
+        parts: Reward of each function by name. Empty for a single function.
     """
 
     row: int
@@ -41,106 +45,110 @@ class Rewarded:
     parts: dict[str, float]
 
     def as_dict(self) -> dict[str, object]:
-        """Ready for JSON, long texts cut: the end of a prompt and the beginning of a completion stay."""
-        return asdict(self) | {"prompt": self.prompt[-SHOWN_TEXT:], "text": self.text[:SHOWN_TEXT]}
+        """Return values for JSON, with the start of a long prompt and the end of a long completion truncated."""
+        return asdict(self) | {"prompt": self.prompt[-MAX_TEXT_LENGTH:], "text": self.text[:MAX_TEXT_LENGTH]}
 
 
 class Scorer:
-    """Scores completions with the functions of ``reward.functions``, each in a worker process of its own, and with what
-    an environment gave them.
+    """Scores completions with the functions of ``reward.functions``, in worker processes, and with rewards of an
+    environment.
 
     Attributes:
-        names: one for each function and the environment, as metrics have them: ``reward`` and the function's own name.
-        highest: the weighted reward of a completion to which each function gives 1, or of negative weight 0.
+        names: Metric name of each function and of the environment: ``reward`` and the function's name.
+        highest: Weighted reward of a completion if each function returns its best value: 1, or 0 for negative weights.
     """
 
     def __init__(self, settings: RewardSettings) -> None:
         self._rewarders = [Rewarder(function) for function in settings.functions]
         weights, names = [function.weight for function in settings.functions], [f.name for f in settings.functions]
-        if settings.environment is not None:  # its rewards count as they are
+        if settings.environment is not None:  # rewards of an environment have weight 1
             weights, names = [*weights, 1.0], [*names, settings.environment]
         self._weights = np.array(weights)
         self.highest = float(np.maximum(self._weights, 0.0).sum())
-        own = [name.rpartition(":")[2] for name in names]
-        told = [name if own.count(name) == 1 else f"{name} {own[: n + 1].count(name)}" for n, name in enumerate(own)]
-        self.names = [f"reward {name}" for name in told]
+        short_names = [name.rpartition(":")[2] for name in names]
+        counts = [(short_names.count(name), short_names[: n + 1].count(name)) for n, name in enumerate(short_names)]
+        pairs = zip(short_names, counts, strict=True)
+        self.names = [f"reward {name}" if total == 1 else f"reward {name} {number}" for name, (total, number) in pairs]
 
-    def check(self, prompts: Sequence[Prompt], *, call: bool) -> None:
+    def check(self, prompts: Prompts, *, call: bool) -> None:
         """Check the functions against the rows before a model is loaded.
 
         Args:
-            call: Also call each function with the answer of a row, or with its prompt if it has no answer.
+            call: True to also call each function with the answer of a row, or with its prompt if it has no answer.
 
         Raises:
-            UserError: if a function cannot be used, or if it needs a column that no row has.
+            UserError: if a function fails, or needs a column that no row has.
         """
         for rewarder in self._rewarders:
-            rewarder.check(
-                (_scored_text(prompt, prompt.answer or last_asked(prompt.columns)) for prompt in prompts), call=call
-            )
+            rewarder.check((_completion(p, p.answer or last_prompt_text(p.columns)) for p in prompts), call=call)
 
-    def __call__(self, prompts: Sequence[Prompt], drawn: Sequence[Drawn]) -> np.ndarray:
+    def __call__(self, prompts: Prompts, completions: Completions) -> np.ndarray:
         """Return the unweighted rewards, fp64 (names, completions).
 
         Raises:
-            UserError: if a function fails, or if a weighted reward is too large to compute with.
+            UserError: if a function fails, or a weighted reward is too large.
         """
-        given = [_scored_text(prompt, one.text, one.ended) for prompt, one in zip(prompts, drawn, strict=True)]
-        found = [rewarder(given) for rewarder in self._rewarders]
-        if len(self.names) > len(found):
-            found.append([one.reward for one in drawn])
-        rewards = np.array(found, np.float64).reshape(len(self.names), -1)
+        pairs = zip(prompts, completions, strict=True)
+        inputs = [_completion(prompt, c.text, c.ended) for prompt, c in pairs]
+        results = [rewarder(inputs) for rewarder in self._rewarders]
+        if len(self.names) > len(results):
+            results.append([completion.reward for completion in completions])
+        rewards = np.array(results, np.float64).reshape(len(self.names), -1)
         with np.errstate(over="ignore"):
             weighted = self._weights[:, None] * rewards
-        if not (np.abs(weighted) <= _LARGEST).all():
-            name, index = np.argwhere(~(np.abs(weighted) <= _LARGEST))[0]
-            what = f"{self._weights[name]:g} × {rewards[name, index]:g}, weight × reward, is beyond ±{_LARGEST:g}"
-            where = f"{self.names[name].replace('reward', 'reward function', 1)}, row {prompts[index].row}"
-            raise UserError(what, where=where, hint="lower the weight, or return smaller rewards")
+        if not (np.abs(weighted) <= _MAX_REWARD).all():
+            name, index = np.argwhere(~(np.abs(weighted) <= _MAX_REWARD))[0]
+            message = f"{self._weights[name]:g} × {rewards[name, index]:g} (weight × reward) exceeds ±{_MAX_REWARD:g}"
+            location = f"{self.names[name].replace('reward', 'reward function', 1)}, row {prompts[index].row}"
+            raise UserError(message, location=location, hint="lower the weight, or return smaller rewards")
         return rewards
 
-    def weighted(self, rewards: np.ndarray) -> np.ndarray:
-        """fp64 (completions,): the functions' rewards with their weights."""
+    def total(self, rewards: np.ndarray) -> np.ndarray:
+        """Return the weighted sums of rewards, fp64 (completions,)."""
         return self._weights @ rewards
 
-    def named(self, rewards: np.ndarray) -> dict[str, np.ndarray]:
-        """The weighted reward and, where there are several functions, that of each: fp64 (completions,) by name."""
-        several = zip(self.names, rewards, strict=True) if len(self.names) > 1 else ()
-        return {"reward": self.weighted(rewards), **dict(several)}
+    def by_name(self, rewards: np.ndarray) -> dict[str, np.ndarray]:
+        """Return fp64 (completions,) arrays by name: the weighted reward, and each function's reward if there are
+        several.
+        """
+        function_rewards = zip(self.names, rewards, strict=True) if len(self.names) > 1 else ()
+        return {"reward": self.total(rewards), **dict(function_rewards)}
 
-    def each(self, prompts: Sequence[Prompt], drawn: Sequence[Drawn], rewards: np.ndarray) -> list[Rewarded]:
-        """The completions as a person reads them."""
-        totals, *parts = self.named(rewards).values()
-        named = [dict(zip(self.names, map(float, column), strict=True)) for column in zip(*parts, strict=True)]
-        of_each = zip(prompts, drawn, totals, named or [{}] * len(drawn), strict=True)
-        return [Rewarded(p.row, last_asked(p.columns), one.text, float(total), told) for p, one, total, told in of_each]
+    def describe(self, prompts: Prompts, completions: Completions, rewards: np.ndarray) -> list[ScoredCompletion]:
+        """Return the completions with texts and rewards."""
+        totals, *parts = self.by_name(rewards).values()
+        rewards_by_name = [dict(zip(self.names, map(float, c), strict=True)) for c in zip(*parts, strict=True)]
+        items = zip(prompts, completions, totals, rewards_by_name or [{}] * len(completions), strict=True)
+        return [ScoredCompletion(p.row, last_prompt_text(p.columns), c.text, float(t), r) for p, c, t, r in items]
 
-    def extremes(self, prompts: Sequence[Prompt], drawn: Sequence[Drawn], rewards: np.ndarray) -> list[Rewarded]:
-        """The best completions and the worst ones, the best first."""
-        order = np.argsort(-self.weighted(rewards), kind="stable")
-        places = order if len(order) <= 2 * SHOWN else np.concatenate([order[:SHOWN], order[-SHOWN:]])
-        return self.each([prompts[n] for n in places], [drawn[n] for n in places], rewards[:, places])
+    def extremes(self, prompts: Prompts, completions: Completions, rewards: np.ndarray) -> list[ScoredCompletion]:
+        """Return the best and the worst completions, best first."""
+        order = np.argsort(-self.total(rewards), kind="stable")
+        ends = np.concatenate([order[:NUM_EXTREMES], order[-NUM_EXTREMES:]])
+        indices = order if len(order) <= 2 * NUM_EXTREMES else ends
+        return self.describe([prompts[n] for n in indices], [completions[n] for n in indices], rewards[:, indices])
 
     def close(self) -> None:
         for rewarder in self._rewarders:
             rewarder.close()
 
 
-def _scored_text(prompt: Prompt, text: str, ended: bool = True) -> Scored:
-    return Scored(last_asked(prompt.columns), text, prompt.answer, prompt.row, prompt.columns, ended)
+def _completion(prompt: TokenizedPrompt, text: str, ended: bool = True) -> Completion:
+    return Completion(last_prompt_text(prompt.columns), text, prompt.answer, prompt.row, prompt.columns, ended)
 
 
 def interval_of(values: np.ndarray) -> Interval | None:
-    """The 95 % interval of the mean of (n,) values; of a share, where all of them are 0 or 1."""
+    """Return the 95 % interval of the mean of (n,) values, treated as a share if all values are 0 or 1."""
     return mean_interval(values, share=bool(np.isin(values, (0.0, 1.0)).all()))
 
 
 def pass_at(passed: np.ndarray, k: int) -> np.ndarray:
-    """fp64 (prompts,): the probability that at least one of ``k`` completions of a prompt passes, without bias:
-    1 − C(n − c, k) / C(n, k) with c of n completions that pass (arXiv 2107.03374, eq. 1).
+    """Return fp64 (prompts,): unbiased estimates of the probability that at least one of ``k`` completions passes.
+
+    1 − C(n − c, k) / C(n, k) for c passing completions of n (arXiv 2107.03374, eq. 1).
 
     Args:
         passed: bool (prompts, n) with n ≥ k.
     """
     count = passed.shape[1]
-    return np.array([1 - comb(count - int(right), k) / comb(count, k) for right in passed.sum(1)])
+    return np.array([1 - comb(count - int(num_passed), k) / comb(count, k) for num_passed in passed.sum(1)])

@@ -1,154 +1,171 @@
-"""Completions of several turns: the model and an environment write by turns, all conversations at once.
+"""Sampling of completions, in one response or in alternation with an environment.
 
-The tokens that the model wrote stay as they are; what the environment says is rendered by the chat template behind
-them, and is no label. Knows no engine and no loss.
+Generated tokens are used unchanged. Messages of the environment are rendered by the chat template and are not labels.
+All conversations of a rollout run at the same time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import numpy as np
 
 from deltaw.data.messages import Message
-from deltaw.data.prompts import Prompt, asked
+from deltaw.data.prompts import TokenizedPrompt, prompt_messages
 from deltaw.data.templates import Encoder
 from deltaw.errors import UserError
-from deltaw.runtime.generation import Drawing, Drawn, Sampler, seed_of
+from deltaw.runtime.generation import SampledCompletion, Sampler, SamplingParams, derive_seed
 from deltaw.task_settings import RewardSettings
 from deltaw.training.rollouts.environments import Environments
 
 
 @dataclass
 class _Conversation:
-    """One that is going on.
+    """A conversation in progress.
 
     Attributes:
-        number: its own. prompt: of the row. messages, tools: what the model was asked first.
-        tokens: int ids of that. limit: the most tokens of all.
-        behind, written, logprobs: the tokens that follow, whether the model wrote each, and its log-probability, NaN
-            where the engine gave none.
-        text, terminator: of the model's last turn. reward: the sum so far. goes_on: whether the model is to write.
+        index: Index of the conversation.
+        prompt: Prompt of the row.
+        messages: Messages of the prompt.
+        tools: Tools of the prompt.
+        tokens: Token ids of the prompt.
+        limit: Maximum number of tokens in total.
+        response: Tokens after the prompt.
+        is_generated: True for each response token that the model generated.
+        logprobs: Log-probability of each response token, NaN if not generated.
+        text: Text of the model's last turn.
+        terminator: Terminator of the model's last turn.
+        reward: Sum of the rewards.
+        is_active: True if the model generates another turn.
     """
 
-    number: int
-    prompt: Prompt
+    index: int
+    prompt: TokenizedPrompt
     messages: list[Message]
     tools: tuple[Message, ...]
     tokens: np.ndarray
     limit: int
-    behind: list[int] = field(default_factory=list)
-    written: list[bool] = field(default_factory=list)
+    response: list[int] = field(default_factory=list)
+    is_generated: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     text: str = ""
     terminator: int | None = None
     reward: float = 0.0
-    goes_on: bool = True
+    is_active: bool = True
 
-    def add(self, tokens: Sequence[int], written: bool, logprobs: np.ndarray | None = None) -> None:
-        self.behind += map(int, tokens)
-        self.written += [written] * len(tokens)
+    def add(self, tokens: Sequence[int], is_generated: bool, logprobs: np.ndarray | None = None) -> None:
+        self.response += map(int, tokens)
+        self.is_generated += [is_generated] * len(tokens)
         self.logprobs += [np.nan] * len(tokens) if logprobs is None else logprobs.tolist()
 
-    def drawn(self) -> Drawn:
-        behind, logprobs = np.array(self.behind, np.int64), np.array(self.logprobs, np.float32)
-        turns = {"prompt": self.tokens, "written": np.array(self.written, bool), "reward": self.reward}
-        return Drawn(behind, self.text, self.terminator, logprobs, **turns)  # type: ignore[arg-type]
+    def completion(self) -> SampledCompletion:
+        response, logprobs = np.array(self.response, np.int64), np.array(self.logprobs, np.float32)
+        turns = {"prompt": self.tokens, "is_generated": np.array(self.is_generated, bool), "reward": self.reward}
+        return SampledCompletion(response, self.text, self.terminator, logprobs, **turns)  # type: ignore[arg-type]
 
 
-class OneTurn:
-    """Draws completions of prompts as ``sampler`` writes them."""
+class SingleTurnSampler:
+    """Samples one completion per prompt."""
 
     def __init__(self, sampler: Sampler) -> None:
         self._sampler = sampler
 
-    def __call__(self, prompts: Sequence[Prompt], drawing: Drawing) -> list[Drawn]:
-        """A completion of each prompt, in their order."""
-        return self._sampler([prompt.tokens for prompt in prompts], drawing)
+    def __call__(self, prompts: Sequence[TokenizedPrompt], params: SamplingParams) -> list[SampledCompletion]:
+        """Return a completion of each prompt, in order."""
+        return self._sampler([prompt.tokens for prompt in prompts], params)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """No-op, because no resources are held."""
 
 
-class Turns:
-    """Draws completions of prompts in an environment.
+class MultiTurnSampler:
+    """Samples completions of prompts in an environment.
 
     Args:
-        settings: the ``reward:`` section, with an environment. sampler: writes a turn of each conversation.
-        encoder: renders messages as for training. known: token ids are below it, except virtual ones.
+        settings: The ``reward:`` section, with an environment.
+        sampler: Samples a turn of each conversation.
+        encoder: Renders messages as in training.
+        vocab_size: Upper bound of token ids, except for ids of virtual tokens.
     """
 
-    def __init__(self, settings: RewardSettings, sampler: Sampler, encoder: Encoder, known: int) -> None:
-        self._settings, self._sampler, self._encoder, self._known = settings, sampler, encoder, known
+    def __init__(self, settings: RewardSettings, sampler: Sampler, encoder: Encoder, vocab_size: int) -> None:
+        self._settings, self._sampler, self._encoder, self._known = settings, sampler, encoder, vocab_size
         self._environments = Environments(settings)
 
-    def __call__(self, prompts: Sequence[Prompt], drawing: Drawing) -> list[Drawn]:
-        """A completion of each prompt, through its last turn, in their order.
+    def __call__(self, prompts: Sequence[TokenizedPrompt], params: SamplingParams) -> list[SampledCompletion]:
+        """Return a completion of each prompt including all turns, in order.
 
         Raises:
-            UserError: the environment fails, or the chat template does not accept what it says.
+            UserError: if the environment fails, or the chat template rejects a message.
         """
-        every = [self._begun(number, prompt) for number, prompt in enumerate(prompts)]
+        conversations = [self._start(index, prompt) for index, prompt in enumerate(prompts)]
         for turn in range(self._settings.turns):
-            going = [one for one in every if one.goes_on]
-            if not going:
+            active = [conversation for conversation in conversations if conversation.is_active]
+            if not active:
                 break
-            seeds = tuple(seed_of(drawing.seeds[one.number], turn) for one in going) if drawing.seeds else ()
-            contexts = [np.append(one.tokens, one.behind).astype(np.int32) for one in going]
-            for one, drawn in zip(going, self._sampler(contexts, replace(drawing, seeds=seeds)), strict=True):
-                self._took(one, drawn, last=turn == self._settings.turns - 1)
-        return [one.drawn() for one in every]
+            seeds = tuple(derive_seed(params.seeds[c.index], turn) for c in active) if params.seeds else ()
+            contexts = [np.append(c.tokens, c.response).astype(np.int32) for c in active]
+            completions = self._sampler(contexts, replace(params, seeds=seeds))
+            for conversation, completion in zip(active, completions, strict=True):
+                self._advance(conversation, completion, last=turn == self._settings.turns - 1)
+        return [conversation.completion() for conversation in conversations]
 
     def close(self) -> None:
-        """End the environments."""
+        """Close the environments."""
         self._environments.close()
 
-    def _begun(self, number: int, prompt: Prompt) -> _Conversation:
-        where = f"row {prompt.row}"
+    def _start(self, index: int, prompt: TokenizedPrompt) -> _Conversation:
+        location = f"row {prompt.row}"
         if prompt.active_from is not None:
-            what = "an activated adapter would begin anew in each turn"
-            raise UserError(what, where="reward.environment", hint="train another method, or without an environment")
-        begun = self._environments.reset(number, prompt.row, prompt.columns)
-        messages, tools = asked(dict(prompt.columns), where)
-        tokens, limit = prompt.tokens, len(prompt.tokens) + self._settings.most_tokens
-        if begun.text or begun.tools:
-            if begun.text:
-                messages[-1] = {"role": "user", "content": begun.text}
-            tools = (*tools, *begun.tools)
+            message = "activated adapters do not support multi-turn sampling"
+            hint = "use another method, or remove the environment"
+            raise UserError(message, location="reward.environment", hint=hint)
+        start = self._environments.reset(index, prompt.row, prompt.columns)
+        messages, tools = prompt_messages(dict(prompt.columns), location)
+        tokens, limit = prompt.tokens, len(prompt.tokens) + self._settings.max_response_tokens
+        if start.text or start.tools:
+            if start.text:
+                messages[-1] = {"role": "user", "content": start.text}
+            tools = (*tools, *start.tools)
             virtual = tokens[tokens >= self._known]
             tokens = np.append(virtual, self._encoder.prompt(messages, tools)).astype(tokens.dtype)
         if len(tokens) + self._settings.max_new_tokens > limit:
-            what = f"what the environment asks first takes {len(tokens)} tokens, more than there is room for"
-            raise UserError(what, where=where, hint="raise reward.environment_tokens")
-        return _Conversation(number, prompt, messages, tools, tokens, limit)
+            message = f"the environment's first message needs {len(tokens)} tokens, which exceeds the limit"
+            raise UserError(message, location=location, hint="raise reward.environment_tokens")
+        return _Conversation(index, prompt, messages, tools, tokens, limit)
 
-    def _took(self, one: _Conversation, drawn: Drawn, *, last: bool) -> None:
-        """Add what the model wrote, and what the environment says of it."""
-        one.add(drawn.tokens.tolist(), True, drawn.logprobs)
-        one.text, one.terminator = drawn.text, drawn.terminator
-        said = self._environments.step(one.number, one.prompt.row, drawn.text)
-        one.reward += said.reward
-        one.goes_on = not (last or said.done or drawn.terminator is None)
-        if not one.goes_on:
+    def _advance(self, conversation: _Conversation, completion: SampledCompletion, *, last: bool) -> None:
+        """Add the model's turn and the response of the environment."""
+        conversation.add(completion.tokens.tolist(), True, completion.logprobs)
+        conversation.text, conversation.terminator = completion.text, completion.terminator
+        response = self._environments.step(conversation.index, conversation.prompt.row, completion.text)
+        conversation.reward += response.reward
+        conversation.is_active = not (last or response.done or completion.terminator is None)
+        if not conversation.is_active:
             return
-        reply = self._encoder.after_answer(one.messages, said.message, one.tools)
-        length = len(one.tokens) + len(one.behind) + 1 + len(reply)
-        if length + self._settings.max_new_tokens > one.limit:  # no room for another turn
-            one.goes_on = False
+        reply = self._encoder.encode_reply(conversation.messages, response.message, conversation.tools)
+        length = len(conversation.tokens) + len(conversation.response) + 1 + len(reply)
+        if length + self._settings.max_new_tokens > conversation.limit:  # another response would exceed the limit
+            conversation.is_active = False
             return
-        assert drawn.terminator is not None
-        one.add([drawn.terminator], True)
-        one.add(reply, False)
+        assert completion.terminator is not None
+        conversation.add([completion.terminator], True)
+        conversation.add(reply, False)
 
 
-def turns_of(settings: RewardSettings, sampler: Sampler, encoder: Encoder | None, known: int) -> OneTurn | Turns:
-    """What writes completions: with the environment of the ``reward:`` section, if it names one.
+TurnSampler: TypeAlias = SingleTurnSampler | MultiTurnSampler
+
+
+def make_sampler(settings: RewardSettings, sampler: Sampler, encoder: Encoder | None, vocab_size: int) -> TurnSampler:
+    """Return the sampler of completions, with the environment of the ``reward:`` section if it has one.
 
     Args:
-        encoder, known: see :class:`Turns`.
+        encoder: See :class:`MultiTurnSampler`.
+        vocab_size: See :class:`MultiTurnSampler`.
     """
     if settings.environment is None:
-        return OneTurn(sampler)
+        return SingleTurnSampler(sampler)
     assert encoder is not None
-    return Turns(settings, sampler, encoder, known)
+    return MultiTurnSampler(settings, sampler, encoder, vocab_size)

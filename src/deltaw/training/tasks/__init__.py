@@ -1,1 +1,1 @@
-"""What a model is trained to do: how rows are read, batched, turned into a loss, and evaluated."""
+"""Training tasks: reading rows, batching, objectives and evaluation."""

@@ -1,4 +1,4 @@
-"""The task ``causal-lm``: predict the next token wherever a label is."""
+"""The tasks ``causal-lm`` and ``preference``: next-token prediction, and training on preferred answers."""
 
 from __future__ import annotations
 
@@ -16,84 +16,88 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.data.chat_template import with_chat_template
 from deltaw.data.example import Example, Item, RowGroup, rows_of
-from deltaw.data.packing import Batch
+from deltaw.data.packing import PackedBatch
 from deltaw.data.preferences import PairReader, UnpairedReader
 from deltaw.data.prepare import TextReader
-from deltaw.data.prompts import Prompt, QuestionReader
+from deltaw.data.prompts import QuestionReader, TokenizedPrompt
 from deltaw.data.row_reader import Reader, RunData
 from deltaw.data.settings import DataSettings
 from deltaw.hub.loading import has_values
 from deltaw.machine.choices import Choice
+from deltaw.progress import track_progress
 from deltaw.runtime.generation import Progress, Writer, generate
 from deltaw.runtime.packed import packed_rows, padded_rows
 from deltaw.task_settings import PreferenceSettings
-from deltaw.training.callbacks import Say, silent
+from deltaw.training.callbacks import LogFunction, ignore_line
 from deltaw.training.evaluation.base import Evaluation, check_finite
-from deltaw.training.losses import PairLosses, PreferenceLoss, RowLogProbs, UnpairedLoss, label_places, named_answers
+from deltaw.training.losses import PairLosses, PreferenceLoss, RowLogProbs, UnpairedLoss, answer_metrics, label_indices
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
-from deltaw.training.parallel.reducer import ALONE, Reducer
-from deltaw.training.tasks.base import Batched, Classes, ModelFiles, RateFactor, Rows, Task, evaluate_pairs
-from deltaw.training.tasks.causal_batcher import ROWS_AT_ONCE, CausalMicroBatcher, choose_causal_batcher
+from deltaw.training.parallel.reducer import SINGLE_PROCESS, Reducer
+from deltaw.training.tasks.base import BatcherChoice, Classes, ModelFiles, RateFactor, Rows, Task, evaluate_pairs
+from deltaw.training.tasks.causal_batcher import MAX_BUFFERED_ROWS, CausalMicroBatcher, choose_causal_batcher
 from deltaw.training.tasks.causal_objective import CausalObjective
-from deltaw.working import working
 
-# Columns that hold a prompt; without them the column ``text`` is a text to continue.
+# Columns that contain a prompt. Without any of them, the column ``text`` is a text to continue.
 _PROMPTS = {"prompt", "messages", "conversations", "instruction", "input", "chosen"}
 
 
-# How well a model does on examples: loss, perplexity, and the share that it would write exactly.
-
-
 @dataclass(frozen=True)
-class Answer:
-    """What the model wrote where ``expected`` stands in the data."""
+class EvaluatedAnswer:
+    """A generated answer and the expected one.
+
+    Attributes:
+        row: Number of the row.
+        question: Last user turn of the prompt.
+        expected: Answer in the data, or an empty string.
+        output: Generated answer.
+    """
 
     row: int
     question: str
     expected: str
-    written: str
+    output: str
 
     @property
     def exact(self) -> bool:
-        """Equal but for white space at both ends."""
-        return self.written.strip() == self.expected.strip()
+        """True if the answers are equal, ignoring leading and trailing white space."""
+        return self.output.strip() == self.expected.strip()
 
     @property
-    def shown(self) -> str:
-        """What was written, in a table."""
-        return self.written
+    def display_text(self) -> str:
+        """Text of the answer in a table."""
+        return self.output
 
 
 def evaluate_causal(objective: CausalObjective, examples: Sequence[Item], batcher: AnyBatcher) -> Evaluation:
-    """Loss and perplexity over all label tokens, and, where rows have answers, the share of exact ones.
+    """Return loss and perplexity over all label tokens, and the share of exact answers if rows have answers.
 
-    A row's answer counts as exact where every label of it, its end mark too, is the likeliest token after
-    the ones before: greedy decoding would then write it, and no other. That takes one forward pass and no
-    decoding.
+    An answer is exact if each of its labels, including the end token, is the argmax prediction given the preceding
+    ones. Greedy decoding would generate exactly this answer, so one forward pass replaces decoding.
 
     Raises:
-        UserError: the loss is not finite.
+        UserError: if the loss is not finite.
     """
     total, labels = 0.0, 0
     losses: list[float] = []
     predicted: list[tuple[np.ndarray, np.ndarray]] = []
-    with working("evaluating", len(examples)) as advance:
-        for start in range(0, len(examples), ROWS_AT_ONCE):
-            part = list(examples[start : start + ROWS_AT_ONCE])
-            found: dict[int, tuple[float, tuple[np.ndarray, np.ndarray]]] = {}
+    with track_progress("evaluating", len(examples)) as advance:
+        for start in range(0, len(examples), MAX_BUFFERED_ROWS):
+            part = list(examples[start : start + MAX_BUFFERED_ROWS])
+            results: dict[int, tuple[float, tuple[np.ndarray, np.ndarray]]] = {}
             for batch in batcher.batches(part):
-                each, likeliest = (tensor.cpu().numpy() for tensor in objective.evaluate_rows(batch))
+                token_losses, likeliest = (tensor.cpu().numpy() for tensor in objective.evaluate_rows(batch))
                 targets = batch.targets.cpu().numpy()
-                index, owner = label_places(batch)
+                index, member_indices = label_indices(batch)
                 for number, member in enumerate(batch.members):
-                    at = index[owner == number]
-                    found[id(member.example)] = float(each[at].mean()), (likeliest[at], targets[at])
-                    total += float(each[at].sum())
-                    labels += len(at)
-                advance(len(losses) + len(found))
-            rows_alone = [row for item in part for row in rows_of(item)]
-            losses += [found[id(row)][0] for row in rows_alone]
-            predicted += [found[id(row)][1] for row in rows_alone if row.answer is not None]
+                    member_labels = index[member_indices == number]
+                    mean_loss = float(token_losses[member_labels].mean())
+                    results[id(member.example)] = mean_loss, (likeliest[member_labels], targets[member_labels])
+                    total += float(token_losses[member_labels].sum())
+                    labels += len(member_labels)
+                advance(len(losses) + len(results))
+            part_rows = [row for item in part for row in rows_of(item)]
+            losses += [results[id(row)][0] for row in part_rows]
+            predicted += [results[id(row)][1] for row in part_rows if row.answer is not None]
     loss = total / labels
     check_finite("the loss of the evaluated rows is", loss)
     metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
@@ -113,34 +117,37 @@ def answers(
     batch_tokens: int = 4096,
     on_progress: Progress = None,
     writer: Writer | None = None,
-) -> list[Answer]:
-    """Greedy completions of the examples that have an answer, or are a prompt alone, in their order.
+) -> list[EvaluatedAnswer]:
+    """Generate greedy completions of the examples that have a prompt, in order.
 
     Args:
-        max_new_tokens: by default as many as the longest answer has, and a few more.
-        batch_tokens: the most tokens that are decoded together.
-        writer: writes them; None for transformers.
+        max_new_tokens: By default slightly more than the longest expected answer.
+        batch_tokens: Maximum number of tokens in a decoding batch.
+        writer: Generates the completions. By default, or if it returns None, transformers is used.
     """
-    asked = [e for e in examples if has_prompt(e)]
-    if not asked:
+    prompted = [e for e in examples if has_prompt(e)]
+    if not prompted:
         return []
-    prompts = [e.tokens[: e.prompt_length] for e in asked]
-    count = max_new_tokens or 4 + max(len(e.tokens) - e.prompt_length for e in asked)
-    written = None if writer is None else writer(prompts, count, batch_tokens, on_progress)
-    if written is None:
-        how: dict[str, Any] = {"batch_tokens": batch_tokens, "on_progress": on_progress}
-        written = generate(model, tokenizer, prompts, max_new_tokens=count, **how)
-    answered = zip(asked, written, strict=True)
-    return [Answer(e.row, question_of(tokenizer, e), e.answer or "", done.text) for e, done in answered]
+    prompts = [e.tokens[: e.prompt_length] for e in prompted]
+    count = max_new_tokens or 4 + max(len(e.tokens) - e.prompt_length for e in prompted)
+    completions = None if writer is None else writer(prompts, count, batch_tokens, on_progress)
+    if completions is None:
+        options: dict[str, Any] = {"batch_tokens": batch_tokens, "on_progress": on_progress}
+        completions = generate(model, tokenizer, prompts, max_new_tokens=count, **options)
+    pairs = zip(prompted, completions, strict=True)
+    return [EvaluatedAnswer(e.row, question_of(tokenizer, e), e.answer or "", c.text) for e, c in pairs]
 
 
 def has_prompt(row: Example) -> bool:
-    """Whether a row has a prompt that a model can be asked to answer."""
-    return row.prompt_length > 0 and (row.answer is not None or isinstance(row, Prompt))
+    """True if a row has a prompt that a model can answer."""
+    return row.prompt_length > 0 and (row.answer is not None or isinstance(row, TokenizedPrompt))
 
 
 def question_of(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
-    """The last turn of the prompt as a person would read it: templates put each speaker's name on a line."""
+    """Return the last user turn of the prompt as plain text.
+
+    Chat templates put the speaker's name on a line by itself.
+    """
     prompt = example.tokens[: example.prompt_length]
     prompt = prompt[prompt < len(tokenizer)]  # a soft prompt has no text
     text = str(tokenizer.decode(prompt, skip_special_tokens=True)).rstrip()
@@ -150,11 +157,11 @@ def question_of(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
 
 
 @dataclass(frozen=True)
-class Score:
-    """What a model came to on examples, and the answers that it wrote to some of them."""
+class EvaluationScore:
+    """Evaluation of a model, and its answers to some of the examples."""
 
     evaluation: Evaluation
-    answers: list[Answer] = field(default_factory=list)
+    answers: list[EvaluatedAnswer] = field(default_factory=list)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -162,20 +169,20 @@ class Score:
 
 
 class CausalTask(Task):
-    """Predict the next token wherever a label is."""
+    """Predict the next token at each label position."""
 
     name = "causal-lm"
-    writes_text = True
+    generates_text = True
     shares_evaluation = True
     folder: Path | None = None
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, say: Say = silent) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, log: LogFunction = ignore_line) -> None:
         self.tokenizer: PreTrainedTokenizerBase = tokenizer
-        self._say = say
+        self._log = log
 
     @classmethod
     def open(cls, name: str, files: ModelFiles) -> CausalTask:
-        task = cls(files.tokenizer(), files.say)
+        task = cls(files.tokenizer(), files.log)
         task.folder = files.folder
         return task
 
@@ -184,130 +191,127 @@ class CausalTask(Task):
         return super().read(settings, seed=seed)
 
     def reader(self, settings: DataSettings, classes: Classes = None) -> Reader:
-        return TextReader(settings, self.tokenizer, folder=self.folder, say=self._say)
+        return TextReader(settings, self.tokenizer, folder=self.folder, log=self._log)
 
     def input_reader(self, settings: DataSettings, columns: Sequence[str], classes: Classes) -> QuestionReader:
         continues = "text" in columns and not _PROMPTS & {*columns}
         return QuestionReader(settings, self.tokenizer, continues=continues)
 
-    def batcher(self, model: PreTrainedModel, examples: Rows, **how: Any) -> Batched:
-        return choose_causal_batcher(model, examples, **how)
+    def batcher(self, model: PreTrainedModel, examples: Rows, **options: Any) -> BatcherChoice:
+        return choose_causal_batcher(model, examples, **options)
 
     def objective(self, model: PreTrainedModel) -> CausalObjective:
         return CausalObjective(model)
 
-    def running(self, model: PreTrainedModel, batcher: AnyBatcher) -> AbstractContextManager[None]:
+    def model_context(self, model: PreTrainedModel, batcher: AnyBatcher) -> AbstractContextManager[None]:
         return padded_rows(model) if getattr(batcher, "padded", False) else packed_rows(model)
 
     def evaluate(self, objective: AnyObjective, rows: Rows, batcher: AnyBatcher, classes: Classes = None) -> Evaluation:
         return evaluate_causal(objective, rows, batcher)  # type: ignore[arg-type]
 
 
-# How single answers are trained: their own rows with gradients, and before each step those of mismatched
-# answers without, which tell how far the model has moved.
-#
-# An item of the data is a group of two rows (:mod:`deltaw.data.preferences`); microbatches hold the first of each.
+# Unpaired preferences: answers run with gradients. Before each step, mismatched answers run without gradients to
+# estimate the divergence from the reference model. An item is a group of two rows (:mod:`deltaw.data.preferences`):
+# the answer, which microbatches contain, and the mismatched answer.
 
 
 @dataclass(frozen=True)
 class UnpairedMicroBatcher(CausalMicroBatcher):
-    """Lays out the first row of each group; rows that come alone as they are."""
+    """Microbatches of the first row of each group. Rows outside of groups are used unchanged."""
 
-    def costing(self, rows: Sequence[Any]) -> list[Any]:
-        """What a microbatch holds of each row."""
+    def cost_rows(self, rows: Sequence[Any]) -> list[Any]:
+        """Return the rows that microbatches contain."""
         return [row.rows[0] if isinstance(row, RowGroup) else row for row in rows]
 
     def batches(self, rows: Sequence[Any]) -> Iterator[Any]:
-        return super().batches(self.costing(rows))
+        return super().batches(self.cost_rows(rows))
 
     def split(self, rows: Sequence[Any]) -> Iterator[list[Any]]:
-        return super().split(self.costing(rows))
+        return super().split(self.cost_rows(rows))
 
-    def whole(self, rows: Sequence[Any]) -> Iterator[Any]:
-        """The microbatches of both rows of each group, their prompt computed once."""
+    def full_batches(self, rows: Sequence[Any]) -> Iterator[Any]:
+        """Yield microbatches of both rows of each group, which share the computation of their prompt."""
         return super().batches(rows)
 
 
 class UnpairedObjective(CausalObjective):
-    """The loss of single answers."""
+    """Loss of unpaired answers."""
 
     def __init__(self, model: PreTrainedModel, settings: PreferenceSettings) -> None:
         self.unpaired = UnpairedLoss(settings)
         super().__init__(model, self.unpaired)
 
     @torch.no_grad()
-    def begin(self, rows: Sequence[RowGroup], batcher: AnyBatcher, processes: Reducer = ALONE) -> None:
-        """Run the model on the mismatched answers of a step, without gradients, and estimate its distance
-        from the reference: each process on its own part of them, the estimate of all."""
+    def start_step(self, rows: Sequence[RowGroup], batcher: AnyBatcher, processes: Reducer = SINGLE_PROCESS) -> None:
+        """Estimate the divergence from the reference model on the mismatched answers of a step, without gradients.
+
+        Each process runs a part of the answers, and all processes get the estimate over all of them.
+        """
         if not has_values(self.model):
-            return  # a dry run sees what a step needs at most: the microbatches with gradients
-        own = processes.deal(mismatched(rows), batcher)
-        self.unpaired.estimate(processes.add(distance(self, batcher.batches(own))))
+            return  # a dry run measures peak memory, which the microbatches with gradients determine
+        local_rows = processes.local_rows(mismatched(rows), batcher)
+        self.unpaired.estimate(processes.add(distance(self, batcher.batches(local_rows))))
 
 
 def distance(objective: UnpairedObjective, batches: Iterable[Any]) -> Tensor:
-    """(2,) the sum of r over the rows of microbatches, and their number
-    (:meth:`deltaw.training.losses.UnpairedLoss.distance`)."""
-    found = torch.zeros(2, dtype=torch.float64)
+    """Return (2,): the sum of log-ratios r over the rows of the microbatches, and the number of rows.
+
+    See :meth:`deltaw.training.losses.UnpairedLoss.divergence_sums`.
+    """
+    totals = torch.zeros(2, dtype=torch.float64)
     for batch in batches:
-        found += objective.unpaired.distance(RowLogProbs.of(batch, objective.token_log_probs(batch))).cpu()
-    return found
+        totals += objective.unpaired.divergence_sums(RowLogProbs.of(batch, objective.token_log_probs(batch))).cpu()
+    return totals
 
 
 def mismatched(rows: Sequence[RowGroup]) -> list[Any]:
-    """The second row of each group."""
+    """Return the second row of each group."""
     return [group.rows[1] for group in rows]
 
 
 def evaluate_preferences(objective: CausalObjective, pairs: Sequence[RowGroup], batcher: AnyBatcher) -> Evaluation:
-    """The loss and the rewards of pairs of answers (:func:`deltaw.training.tasks.base.evaluate_pairs`).
+    """Return loss and rewards of answer pairs (:func:`deltaw.training.tasks.base.evaluate_pairs`).
 
     Raises:
-        UserError: the loss is not finite, or rows lack what their loss needs of the reference model.
+        UserError: if the loss is not finite, or rows lack log-probabilities of the reference model.
     """
     loss = objective.loss
     assert isinstance(loss, PreferenceLoss)
 
-    def of_batch(batch: Batch) -> tuple[Sequence[Any], PairLosses]:
+    def of_batch(batch: PackedBatch) -> tuple[Sequence[Any], PairLosses]:
         rows = RowLogProbs.of(batch, objective.token_log_probs(batch))
-        return [rows.rows[group[0]] for group in rows.groups], loss.of_rows(rows)
+        return [rows.rows[group[0]] for group in rows.groups], loss.per_row_losses(rows)
 
     return evaluate_pairs(pairs, batcher, of_batch)[0]
 
 
 @torch.no_grad()
 def evaluate_unpaired(objective: UnpairedObjective, answers: Sequence[RowGroup], batcher: AnyBatcher) -> Evaluation:
-    """The mean loss of single answers, the share whose reward is on the right side of the model's distance
-    from the reference (half where it is on neither), that distance, and the mean rewards of either kind.
+    """Evaluate unpaired answers.
 
-    The distance is one number of all these answers.
+    The metrics are the mean loss, the accuracy, the divergence from the reference model and the mean rewards of
+    desirable and undesirable answers. An answer counts as accurate if its reward is on the correct side of the
+    divergence, and half if it equals the divergence, which is one number for all answers.
 
     Raises:
-        UserError: the loss is not finite, or rows lack what their loss needs of the reference model.
+        UserError: if the loss is not finite, or rows lack log-probabilities of the reference model.
     """
     loss = objective.unpaired
     loss.estimate(distance(objective, batcher.batches(mismatched(answers))))
-    place = {id(answer.rows[0]): number for number, answer in enumerate(answers)}
-    table = np.empty((len(answers), 4))  # loss, accuracy, reward, whether it is desired
+    indices = {id(answer.rows[0]): index for index, answer in enumerate(answers)}
+    table = np.empty((len(answers), 4))  # loss, accuracy, reward, 1 if desirable
     for batch in batcher.batches(answers):
         rows = RowLogProbs.of(batch, objective.token_log_probs(batch))
-        found = loss.of_rows(rows)
-        columns = [found.losses, found.accuracies, found.rewards, found.desired.to(found.rewards.dtype)]
-        table[[place[id(row)] for row in rows.rows]] = torch.stack(columns, 1).cpu().double().numpy()
+        row_losses = loss.per_row_losses(rows)
+        is_desired = row_losses.desired.to(row_losses.rewards.dtype)
+        columns = [row_losses.losses, row_losses.accuracies, row_losses.rewards, is_desired]
+        table[[indices[id(row)] for row in rows.rows]] = torch.stack(columns, 1).cpu().double().numpy()
     losses, accuracies, rewards, desired = table.T
     check_finite("the losses of the evaluated answers are", losses)
     sums = accuracies, rewards * desired, rewards * (1 - desired), desired, 1 - desired
     divergence = float(loss.divergence) * len(answers)
-    metrics = named_answers([*(float(numbers.sum()) for numbers in sums), divergence])
+    metrics = answer_metrics([*(float(numbers.sum()) for numbers in sums), divergence])
     return Evaluation.of_rows({"loss": float(losses.mean()), **metrics}, "accuracy", accuracies.copy())
-
-
-# The task ``preference``: of two answers to a prompt, make the chosen one likelier than the rejected one; or
-# of single answers, make those likelier that are desired.
-#
-# The reference of losses that have one is the base model itself: its log-probabilities are computed once,
-# before an adapter is put on it or with the adapter disabled, in microbatches of the size that training uses,
-# and each row carries its own.
 
 
 # Learning rates of preference losses relative to SFT, which takes 5e-6 in Tulu 3 and 2e-5 in TRL and Zephyr. Tulu 3
@@ -323,26 +327,32 @@ PREFERENCE_RATES = {
 
 
 class PreferenceTask(CausalTask):
-    """Prefer chosen answers to rejected ones.
+    """Train a model to prefer chosen to rejected answers, or desirable to undesirable ones.
+
+    The reference model of the losses is the base model. Its log-probabilities are computed once, before the adapter is
+    added or with the adapter disabled, in microbatches of the training size, and stored in the rows.
 
     Args:
-        settings: the ``preference:`` section.
+        settings: The ``preference:`` section.
     """
 
     name = "preference"
     has_pairs = True
     checks_generation = True
-    evaluation_asks = "token_log_probs"
+    evaluation_method = "token_log_probs"
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, say: Say = silent, settings: PreferenceSettings | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        log: LogFunction = ignore_line,
+        settings: PreferenceSettings | None = None,
     ) -> None:
-        super().__init__(tokenizer, say)
+        super().__init__(tokenizer, log)
         self.settings = settings or PreferenceSettings.model_validate({})
 
     @classmethod
     def open(cls, name: str, files: ModelFiles) -> PreferenceTask:
-        return cls(files.tokenizer(), files.say, files.section)
+        return cls(files.tokenizer(), files.log, files.section)
 
     @classmethod
     def rate_factor(cls, section: PreferenceSettings | None) -> RateFactor:
@@ -350,42 +360,44 @@ class PreferenceTask(CausalTask):
 
     def reader(self, settings: DataSettings, classes: Classes = None) -> Reader:
         if not self.settings.is_unpaired:
-            return PairReader(settings, self.tokenizer, say=self._say)
+            return PairReader(settings, self.tokenizer, log=self._log)
         weights = self.settings.desirable_weight, self.settings.undesirable_weight
-        return UnpairedReader(settings, self.tokenizer, say=self._say, weights=weights)
+        return UnpairedReader(settings, self.tokenizer, log=self._log, weights=weights)
 
-    def batcher(self, model: PreTrainedModel, examples: Rows, **how: Any) -> Batched:
-        batcher, chosen = super().batcher(model, examples, **how)
+    def batcher(self, model: PreTrainedModel, examples: Rows, **options: Any) -> BatcherChoice:
+        batcher, choices = super().batcher(model, examples, **options)
         if self.settings.is_unpaired:
             assert isinstance(batcher, CausalMicroBatcher)
             batcher = UnpairedMicroBatcher(**{f.name: getattr(batcher, f.name) for f in fields(batcher)})
         if self.settings.beta == "auto":
-            beta = Choice(self.settings.strength, f"usual for {self.settings.loss}")
-            chosen = {**chosen, "preference.beta": beta}
-        return batcher, chosen
+            beta = Choice(self.settings.effective_beta, f"usual for {self.settings.loss}")
+            choices = {**choices, "preference.beta": beta}
+        return batcher, choices
 
-    def referenced(self, model: PreTrainedModel, rows: Rows, batcher: AnyBatcher, processes: Reducer = ALONE) -> Rows:
+    def add_reference_log_probs(
+        self, model: PreTrainedModel, rows: Rows, batcher: AnyBatcher, processes: Reducer = SINGLE_PROCESS
+    ) -> Rows:
         if not self.settings.has_reference or not len(rows):
             return rows
-        if not has_values(model):  # a dry run: no value is known, and none is needed
+        if not has_values(model):  # a dry run needs no actual values
             return [RowGroup(tuple(replace(row, reference=0.0) for row in pair.rows)) for pair in rows]
         objective = CausalObjective(model)
-        place = {id(row): n for n, row in enumerate(row for pair in rows for row in pair.rows)}
-        found = torch.zeros(len(place), dtype=torch.float64)
-        batches = batcher.whole if isinstance(batcher, UnpairedMicroBatcher) else batcher.batches
-        told = working("computing the base model's log-probabilities", len(rows))
-        with told as advance, torch.no_grad(), self.running(model, batcher):
+        indices = {id(row): n for n, row in enumerate(row for pair in rows for row in pair.rows)}
+        log_probs = torch.zeros(len(indices), dtype=torch.float64)
+        batches = batcher.full_batches if isinstance(batcher, UnpairedMicroBatcher) else batcher.batches
+        progress = track_progress("computing the base model's log-probabilities", len(rows))
+        with progress as advance, torch.no_grad(), self.model_context(model, batcher):
             done = 0
-            # All lay out the same microbatches and compute them in turn, so that each value is the one that
-            # a process alone gives it.
-            for number, batch in enumerate(batches(rows)):
-                if number % processes.size == processes.rank:
+            # All processes form the same microbatches and take turns, so values do not depend on the number of
+            # processes.
+            for index, batch in enumerate(batches(rows)):
+                if index % processes.size == processes.rank:
                     of_batch = RowLogProbs.of(batch, objective.token_log_probs(batch))
                     sums = of_batch.sums().cpu().double()
-                    found[[place[id(row)] for row in of_batch.rows]] = sums
+                    log_probs[[indices[id(row)] for row in of_batch.rows]] = sums
                 done += len(batch.groups)
                 advance(done)
-            values = iter(processes.add(found, patient=True).tolist())
+            values = iter(processes.add(log_probs, long_wait=True).tolist())
         return [RowGroup(tuple(replace(row, reference=next(values)) for row in pair.rows)) for pair in rows]
 
     def evaluation_batches(self, examples: Sequence[Any], batcher: AnyBatcher) -> Iterator[Any]:

@@ -34,7 +34,7 @@ int main(int count, char **arguments) {
     library = count > 1 ? LoadLibraryA(arguments[1]) : 0;
     if (!library) return printf("FAILED: it cannot be loaded (error %lu)\n", GetLastError()), 1;
     char words[512] = "";
-    ((int64_t(*)(char *, int64_t))function("dw_processor_words"))(words, sizeof(words));
+    ((int64_t(*)(char *, int64_t))function("dw_processor_flags"))(words, sizeof(words));
     expect(((int (*)(void))function("dw_abi"))() > 0, "the ABI's number");
     expect(((int (*)(void))function("dw_ready"))() == 0, "it is ready");
     expect(((int (*)(void *, void *, void *, void *))function("dw_threads"))(0, 0, 0, 0) == 0, "no threads");

@@ -1,17 +1,17 @@
-// Gives each command a button that copies it. Without scripts, a click on a command selects it.
+// Add a copy button to each command. Without scripts, clicking a command selects it.
 for (const code of document.querySelectorAll(".commands code")) {
   const button = document.createElement("button");
-  const say = (word) => {
-    button.textContent = word;
-    button.setAttribute("aria-label", word + ": " + code.textContent);
+  const setLabel = (label) => {
+    button.textContent = label;
+    button.setAttribute("aria-label", label + ": " + code.textContent);
   };
   button.type = "button";
-  say("Copy");
+  setLabel("Copy");
   button.onclick = async () => {
     getSelection().selectAllChildren(code);
     try { await navigator.clipboard.writeText(code.textContent); } catch { document.execCommand("copy"); }
-    say("Copied");
-    setTimeout(say, 2000, "Copy");
+    setLabel("Copied");
+    setTimeout(setLabel, 2000, "Copy");
   };
   code.after(button);
 }

@@ -1,1 +1,1 @@
-"""The chat page: base and adapters side by side, token by token, in one document."""
+"""Chat page that compares a base model and its adapters token by token, as a single HTML document."""

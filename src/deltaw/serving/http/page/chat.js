@@ -1,20 +1,20 @@
-// The page: which models, which settings, and the turns of the chat.
+// Chat page: models, settings and turns.
 
 const KEY = "deltaw-api-key";
-// Browsers open six connections to one server; a seventh answer would wait for an earlier one to end.
-const MOST_COLUMNS = 6;
+// Browsers open at most six connections to a server, so a seventh answer would have to wait.
+const MAX_COLUMNS = 6;
 const TOP = 5;
-const at = (id) => document.getElementById(id);
+const byId = (id) => document.getElementById(id);
 const key = () => sessionStorage.getItem(KEY) ?? "";
-// Lines are added, not replaced, so that a screen reader comes to read each of several that come at once.
-const say = (text) => {
+// Lines are appended, not replaced, so that screen readers read all of them.
+const announce = (text) => {
   const line = document.createElement("p");
   line.textContent = text;
-  at("said").append(line);
+  byId("log").append(line);
 };
-const problem = (text) => (at("problem").textContent = text);
+const problem = (text) => (byId("problem").textContent = text);
 
-// One history for each model: its own answers follow one another.
+// Conversation by model. Each model continues from its own answers.
 let histories = new Map();
 let turns = 0;
 let running = null;
@@ -23,19 +23,19 @@ const wide = window.matchMedia("(min-width: 56.01rem)");
 
 // Models
 
-// What a model is called on the page: of a path or reference, its last part without version and file type.
+// Display names: last part of a path or reference, without version and file type.
 let names = new Map();
 const nameOf = (model) => names.get(model) ?? model;
 
 function shortNames(models) {
   const short = models.map(({ id }) => id.replace(/^pypi:/, "").split("/").pop().replace(/==.*$|\.gguf$/i, "") || id);
-  const twice = (name) => short.indexOf(name) !== short.lastIndexOf(name);
-  names = new Map(models.map(({ id }, place) => [id, twice(short[place]) ? id : short[place]]));
+  const isDuplicate = (name) => short.indexOf(name) !== short.lastIndexOf(name);
+  names = new Map(models.map(({ id }, index) => [id, isDuplicate(short[index]) ? id : short[index]]));
 }
 
 const boxes = () => [...at("model-list").querySelectorAll("input")];
 const kindOf = (model) => boxes().find((box) => box.value === model)?.dataset.kind ?? "";
-const chosen = () => boxes().filter((box) => box.checked).map((box) => box.value);
+const selectedModels = () => boxes().filter((box) => box.checked).map((box) => box.value);
 
 function modelChoice(model, checked) {
   const label = document.createElement("label");
@@ -54,54 +54,54 @@ function modelChoice(model, checked) {
 }
 
 function showModels(models) {
-  const kept = new Set(chosen());
+  const previous = new Set(selectedModels());
   const sorted = [...models.filter((model) => !model.parent), ...models.filter((model) => model.parent)];
   shortNames(sorted);
-  // Base and adapter side by side; where there is room for one answer, the adapter's.
+  // Select base model and adapter, or only the adapter if the window is narrow.
   const first = sorted.find((model) => model.parent) ?? sorted[0];
-  at("model-list").replaceChildren(
-    ...sorted.map((model, place) => modelChoice(model, model === first || (wide.matches && place < 2))),
+  byId("model-list").replaceChildren(
+    ...sorted.map((model, index) => modelChoice(model, model === first || (wide.matches && index < 2))),
   );
-  if (kept.size) for (const box of boxes()) box.checked = kept.has(box.value);
+  if (previous.size) for (const box of boxes()) box.checked = previous.has(box.value);
   const adapters = models.filter((model) => model.parent).length;
-  const many = adapters === 1 ? "an adapter" : `${adapters} adapters`;
-  at("serving").textContent = adapters ? `${many} for ${nameOf(sorted[0].id)}` : "";
-  if (!models.length) at("serving").textContent = "The server has no models.";
+  const adaptersText = adapters === 1 ? "an adapter" : `${adapters} adapters`;
+  byId("serving").textContent = adapters ? `${adaptersText} for ${nameOf(sorted[0].id)}` : "";
+  if (!models.length) byId("serving").textContent = "The server has no models.";
 }
 
 async function loadModels() {
   try {
     showModels(await listModels(key()));
     await showPrompting();
-    at("key-field").hidden = !key();
+    byId("key-field").hidden = !key();
     problem("");
     refresh();
     return true;
   } catch (error) {
-    refused(error);
+    showError(error);
     return false;
   }
 }
 
-// How the run behind a model is prompted, and whose prompts the page shows at the moment.
-let shownFor = null;
+// Model whose training prompts the page shows, with its system prompt.
+let currentPrompting = null;
 
-// The adapter that was chosen first, or the base: the page is named after it, and begins with its rows' prompts.
+// Show the title and the training prompts of the first selected adapter, or of the base model.
 async function showPrompting() {
-  const picked = boxes().filter((box) => box.checked);
-  const model = (picked.find((box) => box.dataset.kind === "adapter") ?? picked[0])?.value;
-  at("title").textContent = model ? `Chat with ${nameOf(model)}` : "Chat";
-  document.title = `${at("title").textContent} · deltaw`;
-  if (!model || model === shownFor?.model) return;
-  const known = shownFor;
-  shownFor = { model, system: known?.system ?? "" };
-  const { system, examples } = await promptingOf(model, key());
-  if (shownFor.model !== model) return;
-  if (at("system").value === shownFor.system) at("system").value = system; // unless somebody wrote there
-  shownFor.system = system;
-  at("system-note").textContent = system ? `As in the rows of ${nameOf(model)}. Empty it to leave it out.` : "";
-  at("example-list").replaceChildren(...examples.map(exampleElement));
-  at("examples").hidden = !examples.length;
+  const checked = boxes().filter((box) => box.checked);
+  const model = (checked.find((box) => box.dataset.kind === "adapter") ?? checked[0])?.value;
+  byId("title").textContent = model ? `Chat with ${nameOf(model)}` : "Chat";
+  document.title = `${byId("title").textContent} · deltaw`;
+  if (!model || model === currentPrompting?.model) return;
+  const earlier = currentPrompting;
+  currentPrompting = { model, system: earlier?.system ?? "" };
+  const { system, examples } = await fetchPrompting(model, key());
+  if (currentPrompting.model !== model) return;
+  if (byId("system").value === currentPrompting.system) byId("system").value = system; // keep the user's text
+  currentPrompting.system = system;
+  byId("system-note").textContent = system ? `From the training rows of ${nameOf(model)}. Clear it to use no system prompt.` : "";
+  byId("example-list").replaceChildren(...examples.map(exampleElement));
+  byId("examples").hidden = !examples.length;
 }
 
 function exampleElement(text) {
@@ -109,24 +109,24 @@ function exampleElement(text) {
   const button = document.createElement("button");
   Object.assign(button, { type: "button", textContent: text, dir: "auto" });
   button.addEventListener("click", () => {
-    at("message").value = text;
+    byId("message").value = text;
     refresh();
-    at("message").focus();
-    if (!at("send").disabled) send();
+    byId("message").focus();
+    if (!byId("send").disabled) send();
   });
   item.append(button);
   return item;
 }
 
-function refused(error) {
+function showError(error) {
   if (error.status === 401 || error.status === 403) {
-    at("key-field").hidden = false;
-    at("setup").open = true;
-    at("serving").textContent = "The server asks for an API key.";
-    if (key()) problem("The server does not take this API key.");
-    at("key").focus();
+    byId("key-field").hidden = false;
+    byId("setup").open = true;
+    byId("serving").textContent = "The server requires an API key.";
+    if (key()) problem("The server does not accept this API key.");
+    byId("key").focus();
   } else {
-    at("serving").textContent = "No models.";
+    byId("serving").textContent = "No models.";
     problem(error.message);
   }
 }
@@ -134,9 +134,9 @@ function refused(error) {
 // Settings
 
 function number(id) {
-  const field = at(id);
+  const field = byId(id);
   if (!field.checkValidity()) {
-    at("setup").open = true;
+    byId("setup").open = true;
     field.reportValidity();
     throw new RangeError(`${field.labels[0].textContent}: ${field.validationMessage}`);
   }
@@ -157,26 +157,26 @@ function settings() {
 // Turns
 
 function newTurn(question, answers) {
-  const made = at("turn").content.cloneNode(true);
+  const fragment = byId("turn").content.cloneNode(true);
   turns += 1;
-  made.querySelector(".asked-title").textContent = `Message ${turns}`;
-  made.querySelector(".asked").textContent = question;
-  made.querySelector(".answers").append(...answers.map((answer) => answer.element));
-  const element = made.querySelector(".turn");
-  at("turns").append(made);
+  fragment.querySelector(".question-title").textContent = `Message ${turns}`;
+  fragment.querySelector(".question").textContent = question;
+  fragment.querySelector(".answers").append(...answers.map((answer) => answer.element));
+  const element = fragment.querySelector(".turn");
+  byId("turns").append(fragment);
   return element;
 }
 
 function compare(answers, growing) {
   if (answers.length < 2) return;
   const marks = differences(answers.map((answer) => answer.spans.map((span) => span.textContent)), growing);
-  answers.forEach((answer, place) => {
-    answer.mark(marks[place]);
-    if (!growing) answer.tell([...marks[place]], place ? answers[0].name : "");
+  answers.forEach((answer, index) => {
+    answer.mark(marks[index]);
+    if (!growing) answer.summarize([...marks[index]], index ? answers[0].name : "");
   });
 }
 
-// Marks follow the text, but not more often than they can be seen.
+// Compare growing answers at most every 150 ms.
 function comparer(answers) {
   let waiting = 0;
   return () => {
@@ -187,36 +187,36 @@ function comparer(answers) {
   };
 }
 
-async function write(answer, question, body, signal, onPiece) {
-  const own = histories; // a new chat takes other ones
-  const before = own.get(answer.model) ?? [];
-  const asked = [...before, { role: "user", content: question }];
-  const system = at("system").value.trim();
-  const messages = system ? [{ role: "system", content: system }, ...asked] : asked;
+async function write(answer, question, body, signal, onChunk) {
+  const conversations = histories; // a new chat replaces the map
+  const pastMessages = conversations.get(answer.model) ?? [];
+  const conversation = [...pastMessages, { role: "user", content: question }];
+  const system = byId("system").value.trim();
+  const messages = system ? [{ role: "system", content: system }, ...conversation] : conversation;
   try {
-    await stream({ model: answer.model, messages, ...body }, key(), signal, (piece) => {
-      answer.take(piece);
-      onPiece();
+    await stream({ model: answer.model, messages, ...body }, key(), signal, (chunk) => {
+      answer.addChunk(chunk);
+      onChunk();
     });
-    answer.end();
+    answer.finish();
   } catch (error) {
-    answer.end(error);
-    if (error.status === 401) refused(error);
+    answer.finish(error);
+    if (error.status === 401) showError(error);
   }
-  if (answer.content) own.set(answer.model, [...asked, { role: "assistant", content: answer.content }]);
-  if (own !== histories) return;
+  if (answer.content) conversations.set(answer.model, [...conversation, { role: "assistant", content: answer.content }]);
+  if (conversations !== histories) return;
   const text = answer.content.length > 600 ? `${answer.content.slice(0, 600)} …` : answer.content;
-  say(`${answer.name} ${answer.part("state").textContent}: ${text}`);
+  announce(`${answer.name} ${answer.part("state").textContent}: ${text}`);
 }
 
-function follow() {
-  const room = document.documentElement.scrollHeight - window.innerHeight - window.scrollY;
-  return room < 80;
+function isNearBottom() {
+  const distance = document.documentElement.scrollHeight - window.innerHeight - window.scrollY;
+  return distance < 80;
 }
 
 async function send() {
-  const question = at("message").value.trim();
-  const models = chosen();
+  const question = byId("message").value.trim();
+  const models = selectedModels();
   let body;
   try {
     body = settings();
@@ -225,42 +225,42 @@ async function send() {
     return;
   }
   problem("");
-  at("message").value = "";
-  at("start").hidden = true;
+  byId("message").value = "";
+  byId("start").hidden = true;
   const answers = models.map((model) => new Answer(model, nameOf(model), kindOf(model)));
   const turn = newTurn(question, answers);
   turn.scrollIntoView({ block: "start" });
-  at("said").replaceChildren();
-  say(`${models.map(nameOf).join(", ")}: writing`);
+  byId("log").replaceChildren();
+  announce(`${models.map(nameOf).join(", ")}: writing`);
   const control = new AbortController();
   running = control;
   refresh();
-  const again = comparer(answers);
-  const onPiece = () => {
-    again();
-    // Stacked answers are not followed: the adapter's is at the top, and the others would push it out of view.
-    if (follow() && (wide.matches || answers.length === 1)) window.scrollTo(0, document.documentElement.scrollHeight);
+  const scheduleComparison = comparer(answers);
+  const onChunk = () => {
+    scheduleComparison();
+    // Stacked answers are not scrolled, because the adapter's answer at the top would leave the view.
+    if (isNearBottom() && (wide.matches || answers.length === 1)) window.scrollTo(0, document.documentElement.scrollHeight);
   };
-  await Promise.all(answers.map((answer) => write(answer, question, body, control.signal, onPiece)));
+  await Promise.all(answers.map((answer) => write(answer, question, body, control.signal, onChunk)));
   compare(answers, false);
   if (running === control) running = null;
   refresh();
 }
 
 function refresh() {
-  const models = chosen();
+  const models = selectedModels();
   const busy = running !== null;
-  at("models").disabled = turns > 0;
-  at("setup-chosen").textContent = models.map(nameOf).join(", ");
-  at("models-note").textContent = turns
-    ? "New chat lets you choose again."
-    : models.length > MOST_COLUMNS
-      ? `At most ${MOST_COLUMNS}: a browser opens no more connections to one server.`
-      : "Two or more are compared; the first chosen one is what the others are compared with.";
-  at("send").disabled = busy || !models.length || models.length > MOST_COLUMNS || !at("message").value.trim();
-  const focused = document.activeElement === at("stop");
-  at("stop").hidden = !busy;
-  if (focused && !busy) at("message").focus();
+  byId("models").disabled = turns > 0;
+  byId("setup-selected").textContent = models.map(nameOf).join(", ");
+  byId("models-note").textContent = turns
+    ? "Start a new chat to change the models."
+    : models.length > MAX_COLUMNS
+      ? `At most ${MAX_COLUMNS} models: browsers limit the connections to a server.`
+      : "Select two or more models to compare them with the first.";
+  byId("send").disabled = busy || !models.length || models.length > MAX_COLUMNS || !byId("message").value.trim();
+  const focused = document.activeElement === byId("stop");
+  byId("stop").hidden = !busy;
+  if (focused && !busy) byId("message").focus();
 }
 
 function newChat() {
@@ -269,41 +269,41 @@ function newChat() {
   histories = new Map();
   turns = 0;
   hideAlternatives();
-  at("turns").replaceChildren();
-  at("start").hidden = false;
+  byId("turns").replaceChildren();
+  byId("start").hidden = false;
   problem("");
-  at("said").replaceChildren();
-  say("New chat");
+  byId("log").replaceChildren();
+  announce("New chat");
   refresh();
-  at("message").focus();
+  byId("message").focus();
 }
 
-at("composer").addEventListener("submit", (event) => {
+byId("composer").addEventListener("submit", (event) => {
   event.preventDefault();
-  if (!at("send").disabled) send();
+  if (!byId("send").disabled) send();
 });
-at("message").addEventListener("input", refresh);
-at("message").addEventListener("keydown", (event) => {
+byId("message").addEventListener("input", refresh);
+byId("message").addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
-  if (!at("send").disabled) send();
+  if (!byId("send").disabled) send();
 });
-at("stop").addEventListener("click", () => running?.abort());
-at("new-chat").addEventListener("click", newChat);
-at("models").addEventListener("change", () => {
+byId("stop").addEventListener("click", () => running?.abort());
+byId("new-chat").addEventListener("click", newChat);
+byId("models").addEventListener("change", () => {
   refresh();
   showPrompting();
 });
-at("settings").addEventListener("submit", async (event) => {
+byId("settings").addEventListener("submit", async (event) => {
   event.preventDefault();
-  if (at("key-field").hidden || !at("key").value) return;
-  sessionStorage.setItem(KEY, at("key").value.trim());
+  if (byId("key-field").hidden || !byId("key").value) return;
+  sessionStorage.setItem(KEY, byId("key").value.trim());
   if (await loadModels()) {
-    at("key").value = "";
-    at("message").focus();
+    byId("key").value = "";
+    byId("message").focus();
   }
 });
-// Narrow windows begin with the settings closed; the wide ones have room beside the chat.
-at("setup").open = wide.matches;
-wide.addEventListener("change", () => (at("setup").open = wide.matches));
+// In narrow windows the settings are initially closed.
+byId("setup").open = wide.matches;
+wide.addEventListener("change", () => (byId("setup").open = wide.matches));
 loadModels();

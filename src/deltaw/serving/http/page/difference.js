@@ -1,11 +1,10 @@
-// Which tokens of two texts belong together: the longest common subsequence. Knows only lists of texts.
+// Compare token lists by their longest common subsequence.
 
-// A table of more cells than this is not made; what lies between the common beginning and end then counts as
-// different.
-const MOST_CELLS = 1 << 24;
+// Maximum size of the table. For longer lists, everything between the common prefix and suffix counts as different.
+const MAX_CELLS = 1 << 24;
 
-// For lists of texts a and b: which places of each have a partner in the other, as two arrays of 0 and 1.
-function matched(a, b) {
+// Return two arrays that are 1 at the indices of a and b that belong to the common subsequence, otherwise 0.
+function matchTokens(a, b) {
   const inA = new Uint8Array(a.length);
   const inB = new Uint8Array(b.length);
   let start = 0;
@@ -20,16 +19,16 @@ function matched(a, b) {
   inB.fill(1, 0, start).fill(1, endB);
   const rows = endA - start;
   const width = endB - start + 1;
-  if (!rows || width === 1 || (rows + 1) * width > MOST_CELLS) return [inA, inB];
-  // longest[i * width + j]: the length of the longest common subsequence of a[start + i ..] and b[start + j ..].
-  const longest = new Uint16Array((rows + 1) * width);
+  if (!rows || width === 1 || (rows + 1) * width > MAX_CELLS) return [inA, inB];
+  // lengths[i * width + j]: length of the longest common subsequence of a[start + i ..] and b[start + j ..].
+  const lengths = new Uint16Array((rows + 1) * width);
   for (let i = rows - 1; i >= 0; i -= 1) {
     for (let j = width - 2; j >= 0; j -= 1) {
-      const here = i * width + j;
-      longest[here] =
+      const cell = i * width + j;
+      lengths[cell] =
         a[start + i] === b[start + j]
-          ? longest[here + width + 1] + 1
-          : Math.max(longest[here + width], longest[here + 1]);
+          ? lengths[cell + width + 1] + 1
+          : Math.max(lengths[cell + width], lengths[cell + 1]);
     }
   }
   for (let i = 0, j = 0; i < rows && j < width - 1; ) {
@@ -37,22 +36,22 @@ function matched(a, b) {
       inA[start + i] = inB[start + j] = 1;
       i += 1;
       j += 1;
-    } else if (longest[(i + 1) * width + j] >= longest[i * width + j + 1]) i += 1;
+    } else if (lengths[(i + 1) * width + j] >= lengths[i * width + j + 1]) i += 1;
     else j += 1;
   }
   return [inA, inB];
 }
 
-// For the lists of several columns: which places differ, each column against the first, and the first against
-// all others. While answers are being written, only as much is compared as all of them have.
+// Mark the tokens of each column that differ from the first column, and those of the first that differ from any other.
+// While answers are growing, only their common length is compared.
 function differences(columns, growing) {
   const shared = growing ? Math.min(...columns.map((column) => column.length)) : Infinity;
-  const [first, ...others] = columns.map((column) => column.slice(0, shared));
+  const [first, ...rest] = columns.map((column) => column.slice(0, shared));
   const marks = columns.map((column) => new Uint8Array(column.length));
-  others.forEach((other, number) => {
-    const [inFirst, inOther] = matched(first, other);
-    inFirst.forEach((same, place) => (marks[0][place] |= 1 - same));
-    inOther.forEach((same, place) => (marks[number + 1][place] = 1 - same));
+  rest.forEach((other, restIndex) => {
+    const [inFirst, inOther] = matchTokens(first, other);
+    inFirst.forEach((same, index) => (marks[0][index] |= 1 - same));
+    inOther.forEach((same, index) => (marks[restIndex + 1][index] = 1 - same));
   });
   return marks;
 }

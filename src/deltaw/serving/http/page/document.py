@@ -1,7 +1,7 @@
-"""The chat page as one document, and the policy under which a browser runs it.
+"""Build the HTML pages as single documents with a strict Content-Security-Policy.
 
-The parts lie beside this module: a page, its style and its scripts. The policy names the style and the script
-by their hashes and lets the page talk to its own server alone. Knows nothing of models or engines.
+HTML, styles and scripts are files next to this module. The policy permits only the style and script with these hashes,
+and connections to the same server.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from fastapi import APIRouter, Request, Response
 from deltaw.serving.http.errors import json_response
 from deltaw.training.prompting import Prompting
 
-# In this order: each uses what those before it define.
+# In dependency order.
 SCRIPTS = ("stream.js", "difference.js", "tokens.js", "answers.js", "chat.js")
-# What only a header can say; browsers pass over it in a document.
-FRAMES = "frame-ancestors 'none'"
-FORBIDDEN = "base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'"
+# Supported only in a header. Browsers ignore it in a document.
+FRAME_POLICY = "frame-ancestors 'none'"
+BASE_POLICY = "base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'"
 
 
 HEADERS = {
@@ -33,12 +33,13 @@ HEADERS = {
 }
 
 
-class Document(NamedTuple):
-    """The page as it is sent.
+class HTMLPage(NamedTuple):
+    """Complete page.
 
     Attributes:
-        content: HTML in UTF-8. policy: the value of the header Content-Security-Policy.
-        tag: an entity tag; another one for every other content.
+        content: HTML in UTF-8.
+        policy: Value of the header Content-Security-Policy.
+        tag: Entity tag of the content.
     """
 
     content: bytes
@@ -51,17 +52,17 @@ def _read(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """As a policy names an inline style or script (Content Security Policy Level 3, section 2.3.1)."""
+    """Return the hash source of an inline style or script (Content Security Policy Level 3, section 2.3.1)."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def chat_page() -> Document:
-    """The chat page."""
+def chat_page() -> HTMLPage:
+    """Return the chat page."""
     return _document("page.html", ("style.css",), SCRIPTS)
 
 
-def trial_page(kind: str) -> Document:
-    """The page on which a text is tried, of a server that gives classes, vectors or scores.
+def trial_page(kind: str) -> HTMLPage:
+    """Return the page to try texts with a classifier, an embedding model or a reranker.
 
     Args:
         kind: "classes", "vectors" or "scores".
@@ -70,36 +71,37 @@ def trial_page(kind: str) -> Document:
 
 
 @functools.cache
-def _document(html: str, styles_of: tuple[str, ...], scripts: tuple[str, ...], kind: str = "") -> Document:
-    """A page, put together once."""
-    style = "".join(map(_read, styles_of))
-    script = "".join(['"use strict";\n(() => {\n', *map(_read, scripts), "})();\n"])
-    styles = f"style-src {_hash(style)}; script-src {_hash(script)}"
-    policy = f"default-src 'none'; {styles}; connect-src 'self'; img-src data:; {FORBIDDEN}"
+def _document(html: str, style_files: tuple[str, ...], script_files: tuple[str, ...], kind: str = "") -> HTMLPage:
+    """Build a page."""
+    style = "".join(map(_read, style_files))
+    script = "".join(['"use strict";\n(() => {\n', *map(_read, script_files), "})();\n"])
+    sources = f"style-src {_hash(style)}; script-src {_hash(script)}"
+    policy = f"default-src 'none'; {sources}; connect-src 'self'; img-src data:; {BASE_POLICY}"
     page = _read(html)
     for name, text in (("policy", policy), ("kind", kind), ("style", style), ("script", script)):
         page = page.replace("{{ " + name + " }}", text, 1)
     content = page.encode()
-    return Document(content, f"{policy}; {FRAMES}", f'"{hashlib.sha256(content).hexdigest()[:32]}"')
+    return HTMLPage(content, f"{policy}; {FRAME_POLICY}", f'"{hashlib.sha256(content).hexdigest()[:32]}"')
 
 
 def page_router(
-    prompting: Callable[[str], Prompting] = lambda model: Prompting(), document: Document | None = None
+    prompting: Callable[[str], Prompting] = lambda model: Prompting(), document: HTMLPage | None = None
 ) -> APIRouter:
-    """``GET /``: the page, which needs no API key and asks for one where the server wants it; and
-    ``GET /prompting/NAME``, what it begins with.
+    """Return the routes of a page: ``GET /`` and ``GET /prompting/NAME``, the initial prompt of a model.
+
+    ``GET /`` needs no API key. The page asks the user for it if the server requires one.
 
     Args:
-        prompting: how the rows of a model's run are prompted, by the name of the model.
-        document: The page; None for the chat page.
+        prompting: Returns the prompting of a model's training rows by the name of the model.
+        document: The page, or None for the chat page.
     """
     router = APIRouter()
     document = document or chat_page()
 
     @router.get("/prompting/{model:path}", include_in_schema=False)
     def of_model(model: str) -> Response:
-        found = prompting(model)
-        return json_response({"system": found.system, "examples": list(found.examples)})
+        initial = prompting(model)
+        return json_response({"system": initial.system, "examples": list(initial.examples)})
 
     @router.get("/", include_in_schema=False)
     def page(request: Request) -> Response:

@@ -1,6 +1,6 @@
-// What goes to the server and what comes back. Knows nothing of the page.
+// Client of the HTTP API.
 
-class Refused extends Error {
+class RequestError extends Error {
   constructor(message, status) {
     super(message);
     this.status = status;
@@ -11,47 +11,47 @@ function withKey(key) {
   return key ? { Authorization: `Bearer ${key}` } : {};
 }
 
-// The reason that an answer gives for its status, or the status.
-async function reasonOf(response) {
+// Error message of a response, or its status.
+async function errorMessage(response) {
   const text = await response.text();
   try {
-    const told = JSON.parse(text);
-    return told.error?.message ?? told.detail ?? `status ${response.status}`;
+    const details = JSON.parse(text);
+    return details.error?.message ?? details.detail ?? `status ${response.status}`;
   } catch {
     return text.slice(0, 300) || `status ${response.status}`;
   }
 }
 
-async function ask(path, key, options = {}) {
+async function request(path, key, options = {}) {
   let response;
   try {
     response = await fetch(path, { ...options, headers: { ...options.headers, ...withKey(key) } });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Refused("The server cannot be reached.", 0);
+    throw new RequestError("The server cannot be reached.", 0);
   }
-  if (!response.ok) throw new Refused(await reasonOf(response), response.status);
+  if (!response.ok) throw new RequestError(await errorMessage(response), response.status);
   return response;
 }
 
 async function listModels(key) {
-  return (await (await ask("v1/models", key)).json()).data;
+  return (await (await request("v1/models", key)).json()).data;
 }
 
-// How the rows of a model's run are prompted: {system, examples}; nothing where the server does not know.
-async function promptingOf(model, key) {
+// Prompting of a model's training rows: {system, examples}. Empty if the server does not know it.
+async function fetchPrompting(model, key) {
   try {
-    return await (await ask(`prompting/${encodeURIComponent(model)}`, key)).json();
+    return await (await request(`prompting/${encodeURIComponent(model)}`, key)).json();
   } catch {
     return { system: "", examples: [] };
   }
 }
 
-// The events of a stream as they come: each `data:` line's JSON, until "[DONE]".
-async function* eventsOf(response) {
+// Server-sent events of a response: the JSON of each `data:` line until "[DONE]".
+async function* readEvents(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
-  let ended = false;
+  let complete = false;
   for (;;) {
     const { done, value } = await reader.read();
     if (done) break;
@@ -60,25 +60,25 @@ async function* eventsOf(response) {
     for (const line of lines) {
       if (!line.startsWith("data:")) continue;
       const data = line.slice(5).trim();
-      if (data === "[DONE]") ended = true;
+      if (data === "[DONE]") complete = true;
       else if (data) yield JSON.parse(data);
     }
   }
-  if (!ended) throw new Refused("The server ended the answer before its end.", 0);
+  if (!complete) throw new RequestError("The connection was closed before the answer was complete.", 0);
 }
 
-// One answer, streamed: `onPiece({text, tokens, finish, usage})` for each event.
-async function stream(body, key, signal, onPiece) {
-  const response = await ask("v1/chat/completions", key, {
+// Stream a completion. Calls `onChunk({text, tokens, finish, usage})` for each event.
+async function stream(body, key, signal, onChunk) {
+  const response = await request("v1/chat/completions", key, {
     method: "POST",
     headers: { "Content-Type": "application/json" },
     body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
     signal,
   });
-  for await (const event of eventsOf(response)) {
-    if (event.error) throw new Refused(event.error.message ?? "The server failed.", 0);
+  for await (const event of readEvents(response)) {
+    if (event.error) throw new RequestError(event.error.message ?? "The server failed.", 0);
     const choice = event.choices?.[0];
-    onPiece({
+    onChunk({
       text: choice?.delta?.content ?? "",
       tokens: choice?.logprobs?.content ?? null,
       finish: choice?.finish_reason ?? null,

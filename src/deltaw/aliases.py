@@ -1,7 +1,7 @@
-"""Short names of settings, what other tools call our settings, flags, tasks and verbs, and what a name means.
+"""Aliases of settings, flags, tasks and commands: short flags, names from other tools, and hints for common values.
 
-The names are those of PEFT, TRL, transformers, Axolotl, Unsloth, LLaMA-Factory, torchtune, mlx-lm, vLLM and
-OpenAI's API. It knows words only: the caller says which of our names exist where the word was written.
+Other tools are PEFT, TRL, transformers, Axolotl, Unsloth, LLaMA-Factory, torchtune, mlx-lm, vLLM and OpenAI's API.
+Callers pass the canonical names that are valid in their context.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 
-# Flags that work as they are, beside the setting's own name.
+# Short flags that are accepted in addition to the full name of the setting.
 SHORT = {
     "data.train": ("data",),
     "data.max_length": ("max-length",),
@@ -21,16 +21,17 @@ SHORT = {
     "train.batch_size": ("batch-size",),
     "train.seed": ("seed",),
 }
-# Words for a task that are understood in its place: the task, and the loss of preferences that they say.
+# Aliases of tasks: the task, and the preference loss that the alias implies.
 TASKS: dict[str, tuple[str, str | None]] = {
     **dict.fromkeys(("sft", "clm", "causal_lm", "instruction", "text-generation"), ("causal-lm", None)),
     **dict.fromkeys(("classification", "text-classification", "seq_cls"), ("sequence-classification", None)),
+    **dict.fromkeys(("reward", "grpo"), ("rl", None)),
     **dict.fromkeys(("gkd", "distillation"), ("distill", None)),
     **dict.fromkeys(("reranker", "rerank", "cross-encoder", "cross_encoder"), ("reranking", None)),
     **{loss: ("preference", loss) for loss in ("dpo", "ipo", "orpo", "simpo", "kto")},
 }
-# Our verb: other words for it.
-_VERBS = {
+# Command: aliases that are suggested as that command.
+_COMMANDS = {
     "train": "finetune fine-tune fit sft dpo lora",
     "plan": "memory estimate dry-run vram",
     "eval": "evaluate test score benchmark",
@@ -50,8 +51,8 @@ _VERBS = {
     "doctor": "env diagnose",
     "init": "new create setup config configure wizard",
 }
-# Our setting, flag or argument, or a whole answer: other names for it, apart from "lora_" and "use_" before one.
-# Behind a colon is what is different.
+# Setting, flag or argument, or a complete sentence: names in other tools, without the prefixes "lora_" and "use_".
+# The text after the colon is appended to the hint as a note.
 _NAMES = {
     "run": "adapter adapter_path adapter_name_or_path lora lora_path checkpoint run_dir run_name",
     "settings": "config config_file config_path cfg yaml c f file",
@@ -59,13 +60,13 @@ _NAMES = {
     "model": "base base_model model_name model_name_or_path model_path model_id pretrained_model_name_or_path hf_model",
     "data.train": "dataset datasets dataset_name dataset_path data_path data_files train_file train_data train_dataset "
     "training_data training_file input",
-    "data.eval: a file, a number of rows or a share": "eval val validation eval_file eval_data eval_dataset val_file "
+    "data.eval: a file, a row count or a fraction": "eval val validation eval_file eval_data eval_dataset val_file "
     "val_data valid_data validation_file validation_split val_size val_set_size val_batches test_file test_size",
     "data.max_length": "max_seq_length max_seq_len max_sequence_length max_len max_tokens cutoff_len sequence_len "
     "seq_len seq_length model_max_length block_size context_length n_ctx",
     "data.rows": "max_samples max_train_samples num_samples limit",
-    "data.columns: names by ours, as in {prompt: question}": "dataset_text_field text_column text_field prompt_column "
-    "completion_column label_column",
+    "data.columns: deltaw's names mapped to yours, as in {prompt: question}": "dataset_text_field text_column "
+    "text_field prompt_column completion_column label_column",
     "data.labels": "train_on_inputs mask_prompt completion_only_loss assistant_only_loss train_on_responses_only",
     "method": "adapter finetuning_type fine_tune_type train_type peft_method",
     "lora.rank": "r rank lora_dim",
@@ -74,15 +75,14 @@ _NAMES = {
     "lora.layers": "num_layers layers_to_transform",
     "lora.train_modules": "modules_to_save additional_target",
     "train.learning_rate": "learn_rate step_size",
-    "train.b_rate": "loraplus_lr_ratio",
     "train.epochs": "num_train_epochs num_epochs n_epochs epoch max_epochs",
     "train.max_steps": "iters num_steps steps max_iters iterations num_train_steps total_steps",
-    "train.batch_size: the rows of a whole optimizer step, accumulated over microbatches": "bs "
+    "train.batch_size: rows per optimizer step, accumulated over microbatches": "bs "
     "per_device_train_batch_size micro_batch_size global_batch_size train_batch_size per_device_batch_size "
     "gradient_accumulation_steps grad_accum accumulation_steps",
     "train.tokens_per_pass": "per_device_eval_batch_size eval_batch_size",
     "train.schedule": "lr_scheduler lr_scheduler_type scheduler lr_schedule",
-    "train.warmup: steps, or below 1 a share of all": "warmup_steps warmup_ratio num_warmup_steps lr_warmup_steps",
+    "train.warmup: steps, or below 1 a fraction of all": "warmup_steps warmup_ratio num_warmup_steps lr_warmup_steps",
     "train.betas": "adam_beta1 adam_beta2",
     "train.max_grad_norm": "grad_clip clip_grad_norm gradient_clipping gradient_clip_val",
     "train.checkpointing": "gradient_checkpointing grad_checkpoint activation_checkpointing",
@@ -91,7 +91,7 @@ _NAMES = {
     "train.checkpoint_every": "save_steps save_every save_strategy saves_per_epoch",
     "train.keep_checkpoints": "save_total_limit",
     "train.early_stopping": "early_stopping_patience patience",
-    "train.adapter: best or last": "load_best_model_at_end",
+    "train.saved_adapter: best or last": "load_best_model_at_end",
     "train.seed": "random_state random_seed data_seed",
     "preference.loss": "loss_type pref_loss rl",
     "preference.beta": "dpo_beta pref_beta",
@@ -113,77 +113,78 @@ _NAMES = {
     "type": "outtype quant quantization quantization_method q",
     "rows are always packed without padding": "packing sample_packing pad_to_sequence_len group_by_length",
     "the optimizer is always AdamW": "optim optimizer adam_epsilon",
-    "attention and kernels are chosen by themselves: see 'deltaw doctor'": "flash_attention attn_implementation "
+    "attention and kernels are selected automatically: see 'deltaw doctor'": "flash_attention attn_implementation "
     "flash_attn xformers torch_compile liger_kernel",
     "every step is logged to metrics.jsonl in the run's folder": "logging_steps logging_dir steps_per_report",
-    "an adapter is always trained; 'method' says of what kind": "peft lora do_train",
-    "nothing is sent to a hub": "push_to_hub hub_model_id",
+    "deltaw always trains an adapter; set its type with 'method'": "peft lora do_train",
+    "training does not upload to a hub: use 'deltaw push'": "push_to_hub hub_model_id",
 }
 _VALUES = {
     "method qlora": "QLoRA is method: lora with precision: nf4",
     "method dora": "DoRA is method: lora with lora.dora: true",
     "method rslora": "rsLoRA is method: lora with lora.rslora: true",
     "task reward-model reward_model rm": "a reward model is task: sequence-classification with rows of two answers",
-    "task grpo dapo rloo gspo cispo dr_grpo rl rlvr": "rewards are task: reward; reward.loss names the loss",
+    "task dapo rloo gspo cispo dr_grpo rlvr": "use task: rl; reward.loss names the loss",
     "precision 4bit q4 int4 4": "4-bit weights are precision: nf4",
     "precision 8bit q8 fp8 8": "8-bit weights are precision: int8",
     "precision fp16 float16 half bfloat16 16": "16-bit weights are precision: bf16",
-    "format ollama llama.cpp": "for Ollama and llama.cpp: gguf, or gguf-adapter for the adapter alone",
+    "format ollama llama.cpp": "for Ollama and llama.cpp: gguf, or gguf-adapter for only the adapter",
     "format safetensors hf transformers": "for transformers: 'deltaw merge', or the format peft",
     "data.long_rows truncate": "long_rows: cut truncates them",
-    "data.bad_rows drop ignore": "bad_rows: skip leaves them out",
+    "data.bad_rows drop ignore": "bad_rows: skip drops them",
 }
 
 
-def plain(name: str) -> str:
-    """A name as names are compared: without the dashes before it, with underscores and in lower case."""
+def normalize(name: str) -> str:
+    """Return a name in canonical form for comparison: lower case, underscores, no leading dashes."""
     return name.lstrip("-").replace("-", "_").lower()
 
 
 def value_hint(key: str, value: object) -> str | None:
-    """What somebody means who gives a setting or a flag this value; None where nothing is known."""
-    words = {told: about.split() for about, told in _VALUES.items()}
-    return next((told for told, (of, *given) in words.items() if of == key and str(value).lower() in given), None)
+    """Return a hint for a value that is valid in another tool, or None."""
+    hints = {hint: pattern.split() for pattern, hint in _VALUES.items()}
+    return next((hint for hint, (name, *values) in hints.items() if name == key and str(value).lower() in values), None)
 
 
-def meaning(name: str, known: Mapping[str, str]) -> str | None:
-    """What another tool's name, or a setting's without its section, stands for; None where nothing is known.
+def alias_hint(name: str, spellings: Mapping[str, str]) -> str | None:
+    """Return a hint that maps a name to the canonical name, or None if the name is unknown.
 
     Args:
-        known: what exists there, with the way to write it.
+        name: Name from another tool, or a setting without its section.
+        spellings: Canonical names that are valid in this context, mapped to their spelling.
     """
-    leaf = plain(name).rpartition(".")[2]
+    leaf = normalize(name).rpartition(".")[2]
     bare = leaf.removeprefix("lora_").removeprefix("use_")
-    for ours, theirs in _NAMES.items():
-        key, _, note = ours.partition(": ")
-        if {leaf, bare} & set(theirs.split()) and (key in known or " " in key):
-            return f"deltaw calls it {known[key]}" + (f" ({note})" if note else "") if key in known else ours
-    for key, how in known.items():
-        if {leaf, bare} & {plain(key).rpartition(".")[2], *map(plain, SHORT.get(key, ()))}:
-            return f"deltaw calls it {how}"
+    for entry, alternatives in _NAMES.items():
+        key, _, note = entry.partition(": ")
+        if {leaf, bare} & set(alternatives.split()) and (key in spellings or " " in key):
+            return f"deltaw calls it {spellings[key]}" + (f" ({note})" if note else "") if key in spellings else entry
+    for key, spelling in spellings.items():
+        if {leaf, bare} & {normalize(key).rpartition(".")[2], *map(normalize, SHORT.get(key, ()))}:
+            return f"deltaw calls it {spelling}"
     return None
 
 
-def hint_for(name: str, known: Mapping[str, str]) -> str | None:
-    """What to write instead of an unknown name: by its meaning, else the most similar; None if nothing is."""
-    if found := meaning(name, known):
-        return found
-    spellings = {spelling: how for key, how in known.items() for spelling in _spellings(key)}
-    near = difflib.get_close_matches(plain(name), spellings, n=3, cutoff=0.6)
-    found_names = list(dict.fromkeys(spellings[spelling] for spelling in near))[:2]
-    return f"did you mean {' or '.join(found_names)}?" if found_names else None
+def unknown_name_hint(name: str, names: Mapping[str, str]) -> str | None:
+    """Return a hint for an unknown name: its canonical name or the most similar names, or None."""
+    if hint := alias_hint(name, names):
+        return hint
+    spellings = {spelling: name_to_write for key, name_to_write in names.items() for spelling in _spellings(key)}
+    matches = difflib.get_close_matches(normalize(name), spellings, n=3, cutoff=0.6)
+    suggestions = list(dict.fromkeys(spellings[spelling] for spelling in matches))[:2]
+    return f"did you mean {' or '.join(suggestions)}?" if suggestions else None
 
 
-def verb_hint(name: str, verbs: Mapping[str, str]) -> str | None:
-    """The verb that a word means, or the most similar ones."""
-    for ours, theirs in _VERBS.items():
-        if name.lower() in theirs.split():
-            return f"did you mean 'deltaw {ours}'?"
-    near = difflib.get_close_matches(name.lower(), verbs, n=2, cutoff=0.5)
-    return "did you mean " + " or ".join(f"'deltaw {verb}'" for verb in near) + "?" if near else None
+def command_hint(name: str, commands: Mapping[str, str]) -> str | None:
+    """Return a hint for an unknown command: the command that an alias refers to, or the most similar ones."""
+    for command, words in _COMMANDS.items():
+        if name.lower() in words.split():
+            return f"did you mean 'deltaw {command}'?"
+    matches = difflib.get_close_matches(name.lower(), commands, n=2, cutoff=0.5)
+    return "did you mean " + " or ".join(f"'deltaw {match}'" for match in matches) + "?" if matches else None
 
 
 def _spellings(key: str) -> list[str]:
-    """All ways to write a name: whole, without its section, short, and as other tools do."""
-    theirs = [name for ours, names in _NAMES.items() if ours.partition(":")[0] == key for name in names.split()]
-    return [plain(key), plain(key).rpartition(".")[2], *map(plain, SHORT.get(key, ())), *theirs]
+    """Return all normalized spellings of a name: with and without section, short flags, and names in other tools."""
+    alternatives = [name for entry, names in _NAMES.items() if entry.partition(":")[0] == key for name in names.split()]
+    return [normalize(key), normalize(key).rpartition(".")[2], *map(normalize, SHORT.get(key, ())), *alternatives]

@@ -1,4 +1,4 @@
-"""A file is written completely or not at all."""
+"""Atomic file writes."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ import stat
 
 import pytest
 
-from deltaw.durable import replacing, write_text
+from deltaw.atomic_files import atomic_path, write_text
 from deltaw.errors import UserError
 
 
-def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_failed_write_keeps_previous_file_and_leaves_no_temporary(tmp_path):
     path = tmp_path / "file"
     write_text(path, "old")
-    with pytest.raises(RuntimeError), replacing(path) as temporary:
+    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
         temporary.write_text("half of the n")
         raise RuntimeError
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_a_file_and_its_folder_are_made(tmp_path):
+def test_write_creates_file_and_parent_folders(tmp_path):
     write_text(tmp_path / "a" / "b" / "file", "naïve → ok")
     assert (tmp_path / "a" / "b" / "file").read_bytes().decode("utf-8") == "naïve → ok"
 
 
-@pytest.mark.skipif(os.name != "posix", reason="permissions of another kind")
-def test_a_file_has_the_permissions_of_any_new_file(tmp_path):
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX permissions")
+def test_new_file_permissions_follow_umask(tmp_path):
     before = os.umask(0o027)
     try:
         write_text(tmp_path / "file", "")
@@ -36,8 +36,8 @@ def test_a_file_has_the_permissions_of_any_new_file(tmp_path):
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
 
 
-def test_a_place_that_cannot_be_written_is_a_users_error(tmp_path):
+def test_unwritable_path_raises_user_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write 'inside'") as refused:
+    with pytest.raises(UserError, match="cannot write 'inside'") as error:
         write_text(tmp_path / "file" / "inside", "")
-    assert refused.value.where == str(tmp_path / "file") and refused.value.hint
+    assert error.value.location == str(tmp_path / "file") and error.value.hint

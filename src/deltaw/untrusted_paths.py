@@ -1,0 +1,131 @@
+"""Checks for folders from untrusted sources: links that leave the folder, and references the user has confirmed.
+
+A link out of a model or adapter folder could make deltaw read any file of this machine, so it is rejected. The cache
+layout of the Hugging Face hub, with links to files of the same model, is recognized and allowed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from deltaw import cache
+from deltaw.errors import UserError
+
+# Subfolders that transformers reads with a tokenizer.
+_READ_INSIDE = ("additional_chat_templates",)
+
+
+def require_contained(folder: Path, *, recursive: bool = False, only: Iterable[Path] | None = None) -> None:
+    """Raise an error if ``folder`` contains links to paths outside of it.
+
+    Args:
+        folder: Folder to check. It may itself be a link. A missing folder passes.
+        recursive: Check all subfolders, not only the files that are loaded.
+        only: Check only these paths.
+
+    Raises:
+        UserError: if a link leaves the folder.
+    """
+    paths = _everything(folder) if recursive else _files(folder)
+    for path in paths if only is None else only:
+        if path.is_symlink() and not _leads_into(path, _roots(folder)):
+            message = f"'{path.relative_to(folder)}' is a link that leads out of the folder, and is not followed"
+            hint = "if you created the link, replace it by a copy of the file; otherwise do not use this folder"
+            raise UserError(message, location=str(folder), hint=hint)
+
+
+def is_inside(folder: Path, name: str) -> bool:
+    """Return True if ``name``, a path from a file in ``folder``, is inside the folder. The path need not exist."""
+    if os.path.isabs(name) or ".." in Path(name).parts:
+        return False
+    return _leads_into(folder / name, _roots(folder))
+
+
+def is_remote_path(path: str) -> bool:
+    """Return True if a path may name another host. On Windows, checking its existence would contact that host."""
+    return path.startswith(("//", "\\\\", "/\\", "\\/"))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield the files that are loaded from a folder, including those of subfolders that transformers reads."""
+    for path in _entries(folder):
+        if path.name in _READ_INSIDE:
+            yield path
+            yield from _entries(path)
+        elif not path.is_dir():
+            yield path
+
+
+def _everything(folder: Path) -> Iterator[Path]:
+    for parent, folders, files in os.walk(folder):
+        yield from (Path(parent, name) for name in (*folders, *files))
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _roots(folder: Path) -> list[Path]:
+    """Return the allowed targets of links in a folder.
+
+    These are the folder itself and, for a hub cache (``models--owner--name/snapshots/revision``), the ``blobs`` folder
+    of the same model.
+    """
+    resolved = folder.resolve()
+    caches = (parent.parent for parent in resolved.parents if parent.name == "snapshots")
+    return [resolved, *(cache / "blobs" for cache in caches if cache.name.startswith(("models--", "datasets--")))]
+
+
+def _leads_into(path: Path, roots: list[Path]) -> bool:
+    try:
+        target = path.resolve(strict=False)
+    except (OSError, RuntimeError):  # a link to itself
+        return False
+    return any(target.is_relative_to(root) for root in roots)
+
+
+# References that the user passed to deltaw on this machine: base models, rows, templates
+#
+# Untrusted adapter folders contain such references, too. The record is in the cache, outside of any adapter folder, so
+# that a folder cannot add to it. Only hashes are stored.
+
+
+def record_reference(kind: str, value: object) -> None:
+    """Record that the user passed ``value`` as a ``kind``, such as ``model``."""
+    record, line = _record_path(), _line(kind, value)
+    # If the cache is not writable, the user has to confirm again.
+    with contextlib.suppress(OSError):
+        if line in _lines(record):
+            return
+        record.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(record, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "wb", buffering=0) as file:
+            file.write(f"{line}\n".encode())
+
+
+def was_referenced(kind: str, value: object) -> bool:
+    """Return True if the user passed ``value`` before, in any spelling of its path."""
+    return _line(kind, value) in _lines(_record_path())
+
+
+def _record_path() -> Path:
+    return cache.root() / "named"
+
+
+def _lines(file: Path) -> set[str]:
+    try:
+        return set(file.read_text(encoding="ascii", errors="replace").splitlines())
+    except OSError:
+        return set()
+
+
+def _line(kind: str, value: object) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    if isinstance(value, str):
+        path = os.path.expanduser(value)
+        text = os.path.realpath(path) if not is_remote_path(path) and os.path.exists(path) else value
+    return hashlib.sha256(f"{kind}\0{text}".encode("utf-8", "surrogatepass")).hexdigest()
