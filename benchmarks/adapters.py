@@ -32,7 +32,7 @@ from deltaw.hub.loading import load
 from deltaw.lora import LoRAConfig, adapter_parameters, attach, detach, save_adapter
 from deltaw.serving.bank import AdapterBank, Packer
 from deltaw.serving.batch import BatchLimits
-from deltaw.serving.decodable import decodable
+from deltaw.serving.decodable import build_decodable
 from deltaw.serving.engine import Engine
 from deltaw.serving.opening import build_engine
 from deltaw.serving.request import Request
@@ -104,7 +104,7 @@ def random_prompts(rows: int, vocabulary: int) -> list[np.ndarray]:
 
 def open_serving_engine(session, folders: dict[str, Path]) -> tuple[Engine, AdapterBank, dict[str, float]]:
     """Return an engine, a bank with all adapters, and the milliseconds of changes to the bank."""
-    decodable_model = decodable(session.model, cache_bytes=CACHE_BYTES)
+    decodable_model = build_decodable(session.model, cache_bytes=CACHE_BYTES)
     packer = Packer(session.model, decodable_model)
     bank = AdapterBank(session.model, session.tokenizer, packer, budget_bytes=8 << 30)
     add_times = [timed(lambda n=name, f=folder: bank.add(n, f)) for name, folder in folders.items()]

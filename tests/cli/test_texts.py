@@ -45,7 +45,7 @@ def transformers_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise NotDecodable("its blocks are made of glass")
 
-    monkeypatch.setattr(opening, "decodable", refuse)
+    monkeypatch.setattr(opening, "build_decodable", refuse)
 
 
 def generate_naively(folder: Path, prompts: tuple[str, ...], count: int, *, base: bool = False) -> list[str]:

@@ -1,7 +1,7 @@
 """Chat templates that behave like those of published models, and tokenizers with their special tokens.
 
-The texts were written for these tests. What each template renders, trims, inserts, rejects and rewrites matches the
-model it is named after. The templates are in ``templates``, one file per family that has one.
+The templates were written for these tests. Each one renders, trims, inserts, rejects and rewrites messages like the
+template of the model that it is named after. They are in ``templates``, one file per family with a template.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Family:
         special: Special tokens.
         eos: End-of-sequence token.
         bos: Beginning-of-sequence token, or None.
-        adds_bos: True if the tokenizer puts BOS before every text.
+        adds_bos: True if the tokenizer prepends BOS to every text.
         plain: Added tokens that are not special.
-        pieces: True if it works on pieces with spaces inside, like SentencePiece. Otherwise it works on bytes.
-        prefixed: True if it puts a space before each text.
+        pieces: True for a tokenizer like SentencePiece, with ▁ for spaces. False for a byte-level tokenizer.
+        prefixed: True if the tokenizer prepends a space to every text.
     """
 
     special: tuple[str, ...]
@@ -70,7 +70,7 @@ FAMILIES = {
 
 
 def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
-    """Return the tokenizer of a family: special tokens, and bytes or single characters for all other text."""
+    """Return the tokenizer of a family. All text except special and added tokens is split into bytes or characters."""
     family = FAMILIES[name]
     backend = _pieces(family.special, family.prefixed) if family.pieces else _bytes(family.special)
     backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in family.special])
@@ -96,7 +96,9 @@ def _bytes(special: Iterable[str]) -> Tokenizer:
 
 
 def _pieces(special: Iterable[str], prefixed: bool) -> Tokenizer:
-    """Create a tokenizer of pieces with ▁ for a space (Gemma). ``prefixed`` adds a ▁ to each text (Llama 2)."""
+    """Create a tokenizer like SentencePiece, with ▁ for a space (Gemma). ``prefixed`` prepends ▁ to every text (Llama
+    2).
+    """
     letters = ["▁", *(chr(code) for code in range(33, 127))]
     tokens = [*dict.fromkeys([*special, *(f"<0x{byte:02X}>" for byte in range(256)), *letters])]
     merges = [("▁", "L"), ("▁", "S"), ("L", "i")]

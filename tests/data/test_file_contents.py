@@ -1,4 +1,4 @@
-"""Files with contents that do not match their names, and line numbers of rows."""
+"""Files whose contents do not match their names, and line numbers of rows."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def test_missing_or_shared_columns_are_rejected(tmp_path):
     with pytest.raises(UserError, match="no column 'anwser'") as error:
         read_pairs(file, BadRows(), columns=(None, "anwser"))
     assert error.value.hint == "did you mean 'answer'?"
-    with pytest.raises(UserError, match="cannot be query and passage"):
+    with pytest.raises(UserError, match="is both query and passage"):
         read_pairs(file, BadRows(), columns=(None, "question"))
     with pytest.raises(UserError, match="no column with the query"):
         read_pairs(str(write_rows(tmp_path / "e.jsonl", [{"answer": "Lima."}])), BadRows())

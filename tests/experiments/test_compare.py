@@ -323,7 +323,7 @@ def test_unrelated_folder_is_rejected(local_worker, study_settings, finished_run
 def test_worker_process_inherits_rates_and_reports_errors(study_settings, tmp_path, monkeypatch):
     monkeypatch.delenv("DELTAW_MEASURED")
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
-    for name in ("_used", "_learned"):
+    for name in ("_used", "_imported_rates"):
         monkeypatch.setattr(product_rates, name, {})
     candidates = product_rates.candidates()
     rates = {candidate.weight_type: {} for candidate in candidates}
@@ -334,7 +334,7 @@ def test_worker_process_inherits_rates_and_reports_errors(study_settings, tmp_pa
     plain = RunConfig.read(study_settings(tmp_path / "run", method="head")).model_dump(mode="json")
     with WorkerProcess(tmp_path / "log") as child:
         child.ask("usual", config={**plain, "precision": "auto"})
-        assert product_rates._learned == product_rates.used_rates(), "it measured nothing itself"
+        assert product_rates._imported_rates == product_rates.used_rates(), "it measured nothing itself"
         assert not (tmp_path / "cache" / "remembered" / product_rates.KIND).exists()
         with pytest.raises(UserError, match=r"no model"):
             child.ask("rate", config={**plain, "model": str(tmp_path / "none")})

@@ -46,7 +46,7 @@ def measurements(monkeypatch, tmp_path):
     monkeypatch.delenv(variants.VARIABLE, raising=False)
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(product_rates, "_used", {})
-    monkeypatch.setattr(product_rates, "_learned", {})
+    monkeypatch.setattr(product_rates, "_imported_rates", {})
     calls = []
 
     def measure(sizes, threads):

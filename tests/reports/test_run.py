@@ -109,8 +109,8 @@ def test_later_evaluation_equals_evaluation_of_run(precision, settings, tmp_path
 
 def test_run_generates_answers_with_decoding_engine(settings, tmp_path, monkeypatch):
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
-    decoded = Mock(wraps=opening.decodable)
-    monkeypatch.setattr(opening, "decodable", decoded)
+    decoded = Mock(wraps=opening.build_decodable)
+    monkeypatch.setattr(opening, "build_decodable", decoded)
     monkeypatch.setattr("deltaw.runtime.generation._decoder", Mock(side_effect=AssertionError("transformers decodes")))
     train = {"max_steps": 2, "eval_every": 1, "samples": 1, "keep_general": 1.0}
     callback = Mock(spec=Callback, should_stop=lambda: False, should_finish=lambda: False, diagnose=lambda report: [])

@@ -25,7 +25,7 @@ def random_prompts(count: int = 7, max_length: int = 40, seed: int = 0) -> list[
 
 @torch.no_grad()
 def without_cache(model: PreTrainedModel, prompt: np.ndarray, steps: int, stop_ids: Sequence[int] = ()) -> list[int]:
-    """Decode greedily without a cache: each step processes the entire sequence."""
+    """Decode greedily without a KV cache: each step processes the entire sequence."""
     generated: list[int] = []
     while len(generated) < steps:
         ids = torch.tensor([[*prompt, *generated]])
@@ -87,8 +87,8 @@ def test_terminators_combine_all_sources(tokenizer) -> None:
 
 def test_generation_config_of_model_is_ignored(tokenizer) -> None:
     model, results = tiny_llama(), []
-    leaking = {"do_sample": True, "temperature": 3.0, "repetition_penalty": 5.0, "no_repeat_ngram_size": 1}
-    for config in (model.generation_config, GenerationConfig(**leaking, eos_token_id=0)):
+    sampling_options = {"do_sample": True, "temperature": 3.0, "repetition_penalty": 5.0, "no_repeat_ngram_size": 1}
+    for config in (model.generation_config, GenerationConfig(**sampling_options, eos_token_id=0)):
         model.generation_config = config
         with warnings.catch_warnings():
             warnings.simplefilter("error")

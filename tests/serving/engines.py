@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from deltaw.serving.adapters import Adapters, FixedAdapters
 from deltaw.serving.batch import BatchLimits, RunningBatch
-from deltaw.serving.decodable import Decodable, decodable
+from deltaw.serving.decodable import Decodable, build_decodable
 from deltaw.serving.engine import Engine
 from tests.byte_models import byte_tokenizer, tiny_llama
 
@@ -28,7 +28,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @functools.cache
 def llama() -> tuple[PreTrainedModel, Decodable]:
     model = tiny_llama().requires_grad_(False)
-    return model, decodable(model)
+    return model, build_decodable(model)
 
 
 def engine(pages: int = 64, **changes: object) -> Engine:
@@ -37,7 +37,7 @@ def engine(pages: int = 64, **changes: object) -> Engine:
 
 
 def engine_of(model: PreTrainedModel, pages: int = 64, **changes: object) -> Engine:
-    return make_engine(decodable(model), pages, **changes)
+    return make_engine(build_decodable(model), pages, **changes)
 
 
 def make_engine(

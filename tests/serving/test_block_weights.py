@@ -15,7 +15,7 @@ from deltaw.kernels import loader
 from deltaw.kernels.block_linear import FORMATS, BlockWeight
 from deltaw.lora.layers_quantized import BlockEmbedding, BlockLinear
 from deltaw.runtime.quantized_weights import quantize_nf4
-from deltaw.serving.decodable import decodable, tolerance
+from deltaw.serving.decodable import build_decodable, tolerance
 from tests.byte_models import tiny_llama
 from tests.kernels.test_decode_blocks import scaled_random_blocks
 from tests.runtime.families import VOCABULARY, model_of
@@ -45,7 +45,7 @@ def quantize_to_blocks(name: str) -> tuple[nn.Module, nn.Module]:
 def served(request, tmp_path_factory):
     """Quantized model with its decoder, the dequantized model, and two adapters, as folders and packed."""
     quantized, plain = quantize_to_blocks(request.param)
-    decoder, root = decodable(quantized), tmp_path_factory.mktemp("adapters")
+    decoder, root = build_decodable(quantized), tmp_path_factory.mktemp("adapters")
     folders = [write_lora(plain, root / str(n), seed=n, rank=4 + 5 * n, size=0.05) for n in range(2)]
     return quantized, plain, decoder, packed_adapters(make_bank(quantized, decoder, *folders)), folders
 
@@ -93,7 +93,7 @@ def test_decoder_shares_block_weights_with_model(served):
 def test_nf4_families_match_dequantized_model(family):
     model = model_of(family, torch.bfloat16, intermediate_size=128)
     assert not quantize_nf4(model.base_model).unquantized
-    decoder = decodable(model)
+    decoder = build_decodable(model)
     plain = model_of(family, torch.bfloat16, intermediate_size=128)
     for name, module in model.named_modules():
         if isinstance(module, BlockLinear):
@@ -102,7 +102,7 @@ def test_nf4_families_match_dequantized_model(family):
     prompts = random_prompts(3, VOCABULARY)
     logits = Rows(decoder, [], [-1] * 3).step(prompts)
     if loader.library() is not None:
-        assert torch.equal(Rows(decodable(plain), [], [-1] * 3).step(prompts), logits)
+        assert torch.equal(Rows(build_decodable(plain), [], [-1] * 3).step(prompts), logits)
     plain.float()
     for row, prompt in zip(logits, prompts, strict=True):
         assert relative_error(row, last_logits(plain, prompt)[0]) < tolerance(model)

@@ -26,13 +26,13 @@ def test_verification_computes_only_requested_positions(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Prober, "entry", recorded)
     model = tiny_llama(max_position_embeddings=100_000).requires_grad_(False)
-    module.decodable(model, positions=64)
+    module.build_decodable(model, positions=64)
     assert counts == [64, 64]
 
 
 def test_logit_comparison_needs_memory_of_two_copies() -> None:
     model = tiny_llama(vocab_size=VOCABULARY).requires_grad_(False)
-    decoder = module.decodable(model, positions=64)
+    decoder = module.build_decodable(model, positions=64)
     with module.eval_mode(model):
         peak = peak_tensor_bytes(lambda: module.logit_difference(decoder, model))
     assert peak < 2.3 * module.SAMPLE * VOCABULARY * 4
@@ -40,7 +40,7 @@ def test_logit_comparison_needs_memory_of_two_copies() -> None:
 
 def test_logit_difference_is_relative_norm() -> None:
     model, other = (tiny_llama(seed).requires_grad_(False) for seed in (0, 1))
-    decoder = module.decodable(other, positions=64)
+    decoder = module.build_decodable(other, positions=64)
     tokens = torch.arange(module.SAMPLE)
     with module.eval_mode(model), module.eval_mode(other):
         expected, decoded = (network(input_ids=tokens[None]).logits[0] for network in (model, other))

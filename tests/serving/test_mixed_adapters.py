@@ -14,7 +14,7 @@ from deltaw.kernels import loader
 from deltaw.lora import load_adapter
 from deltaw.runtime.quantized_weights import quantize_int8
 from deltaw.serving.bank import Packer, pack_attached_adapter
-from deltaw.serving.decodable import decodable, tolerance
+from deltaw.serving.decodable import build_decodable, tolerance
 from tests.runtime.families import VOCABULARY, model_of
 from tests.serving.adapter_folders import write_lora
 from tests.serving.mixed_rows import Rows, decode_greedily, last_logits, make_bank, packed_adapters, random_prompts
@@ -47,7 +47,7 @@ def family_params(quick: str, slow: str) -> list:
 def served(request, tmp_path_factory):
     """Model with its decoder, the packed adapters of a bank, and their folders."""
     model, root = model_of(request.param), tmp_path_factory.mktemp("adapters")
-    decoder = decodable(model)
+    decoder = build_decodable(model)
     folders = [write_lora(model, root / str(n), seed=n, **random_settings(n)) for n in range(ADAPTERS)]
     return model, decoder, packed_adapters(make_bank(model, decoder, *folders)), folders
 
@@ -113,7 +113,7 @@ def test_adapters_match_model_in_other_precisions(family, precision, tmp_path):
     folder = write_lora(model, tmp_path, rank=5, size=0.2)
     if precision == "int8":
         quantize_int8(model.base_model)
-    decoder = decodable(model)
+    decoder = build_decodable(model)
     adapter_indices = [0, -1, 0, 0, -1, 0]
     prompts = random_prompts(len(adapter_indices), VOCABULARY)
     logits = Rows(decoder, packed_adapters(make_bank(model, decoder, folder)), adapter_indices).step(prompts)
@@ -128,7 +128,7 @@ def test_adapters_match_model_in_other_precisions(family, precision, tmp_path):
 
 def test_logits_with_adapted_head_match_peft(tmp_path):
     model = model_of("Llama")
-    decoder = decodable(model)
+    decoder = build_decodable(model)
     config = peft.LoraConfig(
         r=6, lora_alpha=9, target_modules=["q_proj", "v_proj", "down_proj", "lm_head"], task_type="CAUSAL_LM",
         rank_pattern={"v_proj": 11}, alpha_pattern={"lm_head": 3}, init_lora_weights=False,

@@ -191,7 +191,7 @@ def test_conversation_ends_at_turn_token_or_completion_limit(play):
     [
         ("Raises", "raised ZeroDivisionError"),
         ("Hangs", "no answer within 1 seconds"),
-        ("Dies", "ended its process"),
+        ("Dies", "its process exited"),
         ("Nan", "the reward is nan"),
         ("Few", "raised ValueError"),
         ("Number", "step must return a text"),

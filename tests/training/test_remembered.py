@@ -24,7 +24,7 @@ from deltaw.training.approximations import AllowedApproximations, GradientCheck
 from deltaw.training.evaluation import general
 from deltaw.training.monitoring.monitor import Samples
 from deltaw.training.planning import plan_run as planning
-from deltaw.training.planning.arguments import refuse_memory
+from deltaw.training.planning.arguments import reject_memory_setting
 from deltaw.training.planning.budget import memory_budget, memory_limit_error
 from deltaw.training.planning.plan_cache import CachedPlan, load_cached_plans
 from deltaw.training.session import read_data
@@ -151,12 +151,15 @@ def test_cached_plan_is_printed_without_importing_torch(settings, tmp_path, cach
 
 def test_unsupported_memory_limit_raises():
     assert memory_budget("2GB", "cpu") == 2 * 10**9 and memory_budget(None, "cuda") is None
-    for refuse, target in [(refuse_memory, "tune"), *((memory_budget, device) for device in ("cuda", "cuda:1", "mps"))]:
+    for refuse, target in [
+        (reject_memory_setting, "tune"),
+        *((memory_budget, device) for device in ("cuda", "cuda:1", "mps")),
+    ]:
         with pytest.raises(UserError) as error:
             refuse("2GB", target)
         assert error.value.location == "memory"
     assert memory_limit_error("why").location == "memory"
-    refuse_memory(None, "tune")
+    reject_memory_setting(None, "tune")
 
 
 @compiled_only

@@ -129,7 +129,7 @@ def test_user_function_receives_columns_in_batches_or_per_row(rewarder):
     ("name", "message", "row"),
     [
         ("raises", "raised ZeroDivisionError", 7),
-        ("dies", "ended its process", 4),
+        ("dies", "its process exited", 4),
         ("nan", "the reward is nan", 7),
         ("few", "returned 1 numbers for 2 rows", None),
         ("text", "the reward is \"'good'\"", 4),

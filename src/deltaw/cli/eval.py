@@ -19,7 +19,7 @@ from deltaw.progress import track_progress
 
 if TYPE_CHECKING:
     from deltaw.reports.tables import TerminalOutput
-    from deltaw.runtime.generation import Writer
+    from deltaw.runtime.generation import TextGenerator
     from deltaw.training.drift import Drift
     from deltaw.training.open_run import AdaptedModel
     from deltaw.training.tasks.causal import EvaluationScore
@@ -247,7 +247,7 @@ def _as_json(by_model: Mapping[str, Mapping[str, EvaluationScore]], rows: Mappin
     return result
 
 
-def _drift(session: AdaptedModel, out: TerminalOutput, general: int, writer: Writer) -> Drift | None:
+def _drift(session: AdaptedModel, out: TerminalOutput, general: int, writer: TextGenerator) -> Drift | None:
     """Measure and print the drift of general answers, with ``general`` answers of both models side by side."""
     from deltaw.reports.scores import general_table
     from deltaw.training.drift import compare_answers, measure_run_drift

@@ -9,14 +9,14 @@ from deltaw.cli.options import console, json_flag, print_json, print_json_line
 
 @click.command("runs")
 @click.argument("names", nargs=-1, type=click.Path())
-@click.option("--output", type=click.Path(), help="output file of an HTML page that compares two or more runs")
+@click.option("--output", type=click.Path(), help="write an HTML page that compares two or more runs to this file")
 @click.option("--report", is_flag=True, help="regenerate report.html of each run")
-@click.option("--watch", "watching_runs", is_flag=True, help="display the progress until all runs start and finish")
+@click.option("--watch", "watching_runs", is_flag=True, help="show live progress until all runs have finished")
 @json_flag
 def command(names: tuple[str, ...], output: str | None, report: bool, watching_runs: bool, as_json: bool) -> int:
-    """List the runs in a folder, by default in `runs`, or compare the runs NAMES.
+    """List the runs in a folder, by default `runs`, or compare the runs NAMES.
 
-    A name is the path of a run, or its name in the folder `runs`.
+    A name is the path of a run, or the name of a run in the folder `runs`.
     """
     from deltaw.errors import UserError
     from deltaw.reports.page.write import comparison_page, write_page
@@ -27,7 +27,7 @@ def command(names: tuple[str, ...], output: str | None, report: bool, watching_r
         from deltaw.reports.live_table import watch
 
         if output is not None or report:
-            hint = "remove the other flags, and write pages after the runs have finished"
+            hint = "write the pages without --watch after the runs have finished"
             raise UserError("--watch cannot be combined with --output or --report", location="--watch", hint=hint)
         return watch(names, out, print_json_line if as_json else None)
     selection = select_runs(names)
@@ -35,7 +35,7 @@ def command(names: tuple[str, ...], output: str | None, report: bool, watching_r
     if output is not None:
         if len(records) < 2:
             hint = "give two or more runs: deltaw runs FIRST SECOND"
-            raise UserError("a comparison requires two runs", location="--output", hint=hint)
+            raise UserError("a comparison requires at least two runs", location="--output", hint=hint)
         from deltaw.atomic_files import write_text
 
         write_text(output, comparison_page(records))

@@ -16,7 +16,7 @@ from deltaw.progress import track_progress, use_listener
 @click.command("train", cls=GroupedCommand)
 @click.argument("settings", required=False, type=SettingsFile())
 @click.option("--resume", metavar="RUN", help="folder of a run to resume, even if finished; flags change its settings")
-@click.option("--fresh", is_flag=True, help="start from the first step, and move an existing run in the output folder")
+@click.option("--fresh", is_flag=True, help="start from the first step and rename an existing run")
 @settings_flags
 @json_flag
 def command(settings: str | None, resume: str | None, fresh: bool, as_json: bool, **arguments: str | None) -> int:
@@ -41,7 +41,7 @@ def command(settings: str | None, resume: str | None, fresh: bool, as_json: bool
             from deltaw.reports.run import finished_lines, fit
             from deltaw.settings import RunConfig
         if resume is not None and settings is not None:
-            message, hint = "a resumed run uses its stored settings", "change settings with flags instead of a file"
+            message, hint = "a resumed run uses its stored settings", "replace the settings file with flags"
             raise UserError(message, location=f"--resume {resume}", hint=hint)
         retain_freed_memory()
         flags = nested_settings(arguments)

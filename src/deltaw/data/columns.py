@@ -1,4 +1,7 @@
-"""Columns of the rows of each task, used by ``deltaw init``, error messages and the table in ``docs/data.md``."""
+"""Columns of the rows of each task, used by ``deltaw init``, error messages and the table in ``docs/data.md``.
+
+Only names are defined here. Readers validate the values.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from dataclasses import dataclass
 
 from deltaw.errors import UserError
 
-# Columns of pairs of answers, and of single answers that are desired or not (see deltaw.data.preferences).
+# Columns of paired preferences, and of unpaired preferences with a label (see deltaw.data.preferences).
 PAIR_COLUMNS = ("chosen", "rejected")
 JUDGED_COLUMNS = ("prompt", "completion", "label")
 # Columns of rows for retrieval (see deltaw.data.retrieval).
@@ -26,7 +29,7 @@ LABELS = ("label", "labels", "target", "class", "category")
 IMAGES = ("image", "img", "images", "picture")
 # Columns that may contain the answer to a prompt, in order of preference.
 PROMPT_ANSWERS = ("completion", "answer", "ideal", "output", "label")
-# Names of retrieval columns in ``data.columns``.
+# Names of retrieval columns in ``data.columns``, if they differ from the first alternative of ``RowKind.inferred``.
 _MAPPED = {"query": "anchor", "passage": "positive"}
 _PROMPTED = ("rl", "distill")
 _CLASSIFIERS = ("sequence-classification", "regression")
@@ -34,15 +37,17 @@ _CLASSIFIERS = ("sequence-classification", "regression")
 
 @dataclass(frozen=True)
 class RowKind:
-    """One kind of rows.
+    """A set of columns that the rows of a task can have.
 
     Attributes:
         name: Noun phrase for messages and the docs.
         tasks: Tasks that accept these rows. ``deltaw init`` infers the first one.
         required: Alternative names of each required column.
-        optional: Names of further columns that a reader uses.
-        inferred: Narrower names from which ``deltaw init`` infers the task; empty if it also needs the values.
-        unless: Names that rule out the inference.
+        optional: Names of other columns that a reader uses.
+        inferred: Stricter version of ``required`` from which ``deltaw init`` infers the task. Empty if column names are
+            not
+            sufficient to infer it.
+        unless: Column names that prevent the inference.
     """
 
     name: str
@@ -53,7 +58,7 @@ class RowKind:
     unless: tuple[str, ...] = ()
 
     def missing(self, columns: Collection[str]) -> list[tuple[str, ...]]:
-        """Return the required columns, each with its alternative names, that ``columns`` lack."""
+        """Return the alternative names of each required column that is missing from ``columns``."""
         return [names for names in self.required if not any(name in columns for name in names)]
 
     def fits(self, columns: Collection[str]) -> bool:
@@ -61,7 +66,11 @@ class RowKind:
         return not self.missing(columns)
 
     def infer(self, columns: Collection[str]) -> dict[str, str] | None:
-        """Return ``data.columns`` if the task follows from the names, regardless of case, else None."""
+        """Infer the task from column names, ignoring case.
+
+        Returns:
+            The mapping for ``data.columns`` (empty if no column must be renamed), or None if the names do not fit.
+        """
         by_name = {column.strip().lower(): column for column in reversed(list(columns))}
         if not self.inferred or by_name.keys() & set(self.unless):
             return None
@@ -79,7 +88,7 @@ class RowKind:
 
 
 def _format(name: str, columns: str, optional: str = "") -> RowKind:
-    """Return a format of :mod:`deltaw.data.formats` with a prompt and an answer."""
+    """Return the row kind of a format in :mod:`deltaw.data.formats` that has a prompt and an answer."""
     required = tuple((column,) for column in columns.split())
     return RowKind(name, ("causal-lm", *_PROMPTED), required, tuple(optional.split()), required)
 
@@ -118,7 +127,7 @@ def kinds_of(task: str) -> tuple[RowKind, ...]:
 
 
 def mapped_columns(columns: Collection[str], mapped: Mapping[str, str]) -> list[str]:
-    """Return the columns of a file, renamed by ``data.columns``."""
+    """Return the columns of a file as named after ``data.columns`` is applied."""
     return [*mapped, *(column for column in columns if column not in mapped.values())]
 
 
@@ -135,7 +144,7 @@ def require_columns(task: str, columns: Collection[str], file: str, mapped: Mapp
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return the first twenty names in quotes for a message."""
+    """Return the first 20 names in quotes, for a message."""
     quoted_names = ", ".join(f"'{name}'" for name in names[:20])
     return quoted_names + (", …" if len(names) > 20 else "") if quoted_names else "none"
 
@@ -157,10 +166,10 @@ def wrong_columns(task: str, columns: Collection[str], file: str) -> UserError:
     missing = [absent[0] for kind in kinds if len(absent := kind.missing(columns)) == 1 < len(kind.required)]
     hint = ""
     if missing:
-        hint = f"is one of them {_alternatives(missing[0])}? Write data.columns: {{{missing[0][0]}: its name}}. "
-    hint += f"For {other_kinds[0].name} set task: {other_kinds[0].tasks[0]}. " if other_kinds else ""
+        hint = f"if one of them is {_alternatives(missing[0])}, set data.columns: {{{missing[0][0]}: NAME}}. "
+    hint += f"For {other_kinds[0].name}, set task: {other_kinds[0].tasks[0]}. " if other_kinds else ""
     if task == "reranking" and other_kinds and other_kinds[0].tasks[0] == "embedding":
-        hint += "deltaw data mine finds negatives. "
+        hint += "Use deltaw data mine to find negatives. "
     hint += f"{task} accepts {'; '.join(map(str, kinds))}. Map other names with data.columns: "
     hint += f"{{{kinds[0].required[0][0]}: …}}" if kinds else "{…}"
     location = f"{file}, whose columns are {listed(list(columns))}"

@@ -24,24 +24,26 @@ def read_pairs(
     """Read queries and their passages, in row order.
 
     Args:
+        reference: File or data set.
         bad: Collects unusable rows.
-        columns: Columns of query and passage, or None to use columns with common names.
+        columns: Columns of query and passage. None selects the first column with a common name.
         max_bytes: Maximum size of a row in its file.
 
     Raises:
         UserError: if the file cannot be read, lacks a column, or has no usable row.
     """
     roles = (("query", columns[0], QUERIES), ("positive", columns[1], POSITIVES))
-    return [(of_row[0], of_row[1]) for of_row in _read(reference, roles, bad, max_bytes)]
+    return [(texts[0], texts[1]) for texts in _read(reference, roles, bad, max_bytes)]
 
 
 @row_errors()
 def read_passages(
     reference: str, bad: BadRows, *, column: str | None = None, max_bytes: int = MAX_ROW_BYTES
 ) -> list[str]:
-    """Read passages in row order. In a ``.txt`` file, each nonblank line is a passage.
+    """Read passages in row order. In a ``.txt`` file, which may be compressed, each nonblank line is a passage.
 
-    Arguments and errors are those of :func:`read_pairs`.
+    ``column`` is the column of the passage, or None to select the first column with a common name. The other arguments
+    and the errors are those of :func:`read_pairs`.
     """
     suffixes = [suffix.lower() for suffix in Path(reference).suffixes if suffix.lower() not in COMPRESSED]
     if suffixes[-1:] == [".txt"] and Path(reference).is_file():
@@ -49,7 +51,7 @@ def read_passages(
         if not passages:
             raise UserError("the file has no passages", location=reference)
         return passages
-    return [of_row[0] for of_row in _read(reference, (("passage", column, PASSAGES),), bad, max_bytes)]
+    return [texts[0] for texts in _read(reference, (("passage", column, PASSAGES),), bad, max_bytes)]
 
 
 def text_key(text: str) -> str:
@@ -64,24 +66,24 @@ def _read(
     """Read columns of each usable row.
 
     Args:
-        roles: For each column, its role, its name if the user named it, and its common names.
+        roles: For each column, its role, its name or None, and its common names.
     """
     stream = open_source(reference, bad.add if bad.mode == "skip" else None, max_bytes=max_bytes)
     stream.scan()
     columns = [_column(reference, stream.columns, *role) for role in roles]
     if len(set(columns)) < len(columns):
-        raise UserError(f"'{columns[0]}' cannot be query and passage", location=reference, hint="name two columns")
+        raise UserError(f"'{columns[0]}' is both query and passage", location=reference, hint="name different columns")
     texts: list[list[str]] = []
     for rows in stream.chunks():
         for index, (_, row) in enumerate(rows):
             location = rows.row_location(index)
             try:
-                require(row, columns, location, f"every row has {listed(columns)}")
+                require(row, columns, location, f"every row needs {listed(columns)}")
                 texts.append([cell_text(row[column], column, location) for column in columns])
             except BadRowError as error:
                 bad.add(error, row)
     if not texts:
-        raise UserError("the file has no usable row", location=reference, hint=f"every row has {listed(columns)}")
+        raise UserError("the file has no usable row", location=reference, hint=f"every row needs {listed(columns)}")
     return texts
 
 

@@ -38,7 +38,7 @@ from deltaw.methods import registry
 from deltaw.settings import RunConfig, parse_yaml, settings
 from deltaw.training.callbacks import LogFunction, ignore_line
 from deltaw.training.evaluation.base import ranks
-from deltaw.training.planning.arguments import refuse_memory
+from deltaw.training.planning.arguments import reject_memory_setting
 
 if TYPE_CHECKING:
     import optuna
@@ -49,19 +49,21 @@ MIN_TRIALS = 6
 
 
 def setting_importance(values: Sequence[object], losses: Sequence[float]) -> float | None:
-    """Return the share of the variation between trials that a setting explains: the adjusted R² of a regression of loss
-    ranks.
+    """Return the fraction of the variation between trials that a setting explains.
 
-    Ranks reduce the influence of outliers. A numeric setting enters with its square, because the best value is often in
-    the middle of its range, and on a logarithmic scale if all values are positive. Other settings enter as the mean
-    rank of each value. For n trials and p terms, the adjusted R² is R² − (1 − R²)·p / (n − p − 1) (Theil 1961).
+    This is the adjusted R² of a regression of the loss ranks on the setting: for n trials and p terms,
+    R² − (1 − R²)·p / (n − p − 1) (Theil 1961).
+
+    Ranks reduce the influence of outliers. A numeric setting contributes a linear and a quadratic term, because the
+    best value is often in the middle of its range. It is log-transformed if all values are positive. Other settings are
+    one-hot encoded.
 
     Args:
         values: Value of the setting in each trial.
         losses: Loss of each trial, in the same order.
 
     Returns:
-        A share between 0 and 1, or None if there are too few trials.
+        A fraction between 0 and 1. None if there are too few trials, or the values or losses do not vary.
     """
     count = len(losses)
     if count < MIN_TRIALS or len(set(map(str, values))) < 2:
@@ -79,11 +81,11 @@ def setting_importance(values: Sequence[object], losses: Sequence[float]) -> flo
     if count - terms - 1 < 2:
         return None
     y = ranks(np.asarray(losses))
-    spread = float(((y - y.mean()) ** 2).sum())
-    if spread == 0:
+    total_squares = float(((y - y.mean()) ** 2).sum())
+    if total_squares == 0:
         return None
     residuals = y - design @ np.linalg.lstsq(design, y, rcond=None)[0]
-    r_square = 1 - float((residuals**2).sum()) / spread
+    r_square = 1 - float((residuals**2).sum()) / total_squares
     return max(0.0, r_square - (1 - r_square) * terms / (count - terms - 1))
 
 
@@ -176,10 +178,10 @@ def parse_space(texts: Iterable[str]) -> dict[str, Range | CategoricalValues]:
             raise _search_error(f"unknown setting '{key}'", did_you_mean(key, keys))
         if key in _UNSEARCHABLE or key.startswith("data."):
             message = f"'{key}' cannot be searched: trials are compared on the same rows, model and machine"
-            raise _search_error(message, "set it in the settings")
+            raise _search_error(message, "set it in the settings file")
         space[key] = _domain(key, value, text)
     if {"lora.alpha", ALPHA_PER_RANK} <= set(space):
-        raise _search_error(f"lora.alpha and {ALPHA_PER_RANK} exclude each other", "remove one of them")
+        raise _search_error(f"lora.alpha and {ALPHA_PER_RANK} cannot be searched together", "remove one of them")
     return space
 
 
@@ -193,7 +195,7 @@ def _domain(key: str, value: str, text: str) -> Range | CategoricalValues:
         if not isinstance(values, list) or not values:
             raise _search_error(f"'{text}' is not a list of values")
         if any(isinstance(v, list | dict) for v in values) or len(set(map(str, values))) < len(values):
-            raise _search_error(f"'{text}' contains a nested list or a duplicate value", "list plain, distinct values")
+            raise _search_error(f"'{text}' contains a nested list or a duplicate value", "use distinct scalar values")
         return CategoricalValues(tuple(values))
     log = value.endswith(":log")
     lower, dots, higher = value.removesuffix(":log").partition("..")
@@ -201,8 +203,8 @@ def _domain(key: str, value: str, text: str) -> Range | CategoricalValues:
     if not dots or low is None or high is None:
         raise _search_error(f"'{text}' is neither a range nor a list")
     if not low < high or (log and low <= 0):
-        problem = "is an empty range" if low >= high else "has no logarithm at its low end"
-        raise _search_error(f"'{text}' {problem}", "write the lower end first, above 0 with :log")
+        problem = "is an empty range" if low >= high else "needs a low end above 0 for a logarithmic scale"
+        raise _search_error(f"'{text}' {problem}", "write KEY=LOW..HIGH with LOW < HIGH, and LOW > 0 for :log")
     fractions = [ALPHA_PER_RANK, *(setting.key for setting in settings() if "float" in str(setting.annotation))]
     return Range(low, high, log, integers=isinstance(low, int) and isinstance(high, int) and key not in fractions)
 
@@ -253,7 +255,7 @@ def nested_values(config: RunConfig, values: Mapping[str, object]) -> dict[str, 
 
 
 def current_values(config: RunConfig, space: Space, default_learning_rate: float) -> dict[str, object] | None:
-    """Return the current values of the searched settings, or None if one is outside of the search space."""
+    """Return the current values of the searched settings, or None if one of them is outside the search space."""
     dumped = config.model_dump(mode="json")
     values: dict[str, object] = {}
     for key, domain in space.items():
@@ -273,7 +275,7 @@ def current_values(config: RunConfig, space: Space, default_learning_rate: float
 
 # Results of a search.
 
-# Trials with a loss within this share of the best are considered equivalent.
+# Trials whose loss exceeds the best by at most this fraction are considered equivalent.
 SIMILAR_LOSS = 0.01
 
 
@@ -284,10 +286,10 @@ class TrialResult:
     Attributes:
         number: Number of the trial, from 0.
         values: Values by dotted key.
-        loss: Validation loss, or None.
-        end: ``done``, ``ended early``, ``diverged`` or ``failed``.
-        note: Error of a failed trial.
-        seconds: Duration.
+        loss: Validation loss. None unless ``end`` is ``done``.
+        end: ``done``, ``ended early`` (pruned), ``diverged`` or ``failed``.
+        note: Error message of a failed trial.
+        seconds: Duration in seconds.
     """
 
     number: int
@@ -307,8 +309,8 @@ class Tuning:
         method: Tuned method.
         space: Search space as text, by dotted key.
         trials: Trials in order.
-        first: Number of the trial with the original settings, or None.
-        weights: Importance by key, or None if it is unknown.
+        first: Number of the trial with the original settings, or None if they are outside the search space.
+        weights: :func:`setting_importance` by key, or None if there are too few trials.
         edges: ``low`` or ``high`` by key if the best value is at that end of the search space.
         best_settings: Values of the best trial as nested settings.
         training_rows: Number of training rows of a trial.
@@ -360,17 +362,17 @@ def tuning_findings(tuning: Tuning) -> list[str]:
         lines.append(f"The original settings: {original:.4f}. The best loss is {1 - best.loss / original:.1%} lower.")
     similar = [t for t in other_trials if t.loss is not None and t.loss <= best.loss * (1 + SIMILAR_LOSS)]
     if similar:
-        within = f"{len(similar)} of the other {len(other_trials)} finished trials are within {SIMILAR_LOSS:.0%} of it"
-        lines.append(f"{within}; their order is not meaningful.")
+        clause = f"{len(similar)} of the other {len(other_trials)} finished trials are within {SIMILAR_LOSS:.0%} of it"
+        lines.append(f"{clause}; their order is not meaningful.")
     weights = {key: weight for key, weight in tuning.weights.items() if weight is not None}
     text = ", ".join(f"{key} {weights[key]:.0%}" for key in sorted(weights, key=lambda key: -weights[key]))
-    accounts = f"Share of the differences between trials that each setting explains: {text}."
-    lines.append(accounts if weights else "There are too few finished trials to rank the settings by importance.")
+    importance = f"Share of the differences between trials that each setting explains: {text}."
+    lines.append(importance if weights else "There are too few finished trials to rank the settings by importance.")
     for key, end in tuning.edges.items():
         position = f"is at the {end} end of the search space ({tuning.space[key]})"
         lines.append(f"The best {key}, {_value(best.values[key])}, {position}: widen it with --search.")
     rows = f"The loss is measured on {tuning.validation_rows} rows split off the training rows"
-    return [*lines, *_outcome_lines(tuning), f"{rows}; the held-out rows are not used and can score the best settings."]
+    return [*lines, *_outcome_lines(tuning), f"{rows}. Evaluate the best settings on the held-out rows (unused)."]
 
 
 def _outcome_lines(tuning: Tuning) -> list[str]:
@@ -428,12 +430,12 @@ def tune(
     """Search the settings of one method for the lowest validation loss.
 
     Args:
-        config: Current settings. They are the first trial if they are inside of the search space.
+        config: Current settings. They are the first trial if they are inside the search space.
         trials: Total number of trials, including those of an earlier call.
         folder: Output folder. An existing search is resumed.
-        search: Search space, for example ``lora.rank=[4,8]``. By default, that of the method.
-        storage: SQLite file of the trials, by default in the folder.
-        share: Share of a run's steps per trial.
+        search: Search space, for example ``["lora.rank=[4,8]"]``. By default, the search space of the method.
+        storage: SQLite file of the trials. By default, ``trials.db`` in ``folder``.
+        share: Fraction of a run's steps that each trial trains for.
         cluster: Cluster for parallel trials. By default, trials run locally, one after another.
         log: Receives messages for the user.
 
@@ -443,7 +445,7 @@ def tune(
     _require_optuna()
     if cluster is not None:
         check_cluster(cluster)
-    refuse_memory(config.memory, "tune")
+    reject_memory_setting(config.memory, "tune")
     requested_space = parse_space(search)
     check_space(config, requested_space)
     with ExperimentFolder(Path(os.path.expanduser(folder)), "tuning") as experiment, contextlib.ExitStack() as stack:
@@ -452,8 +454,8 @@ def tune(
             default_rate = float(str(child.ask("usual", config=config.model_dump(mode="json"))["usual_rate"]))
             space = requested_space or default_space(config, default_rate)
             file = experiment.path / STORAGE if storage is None else Path(os.path.expanduser(storage))
-            study = _open_store(config, space, share, experiment, file, log, stack)
-            first = _first_trial(study, current_values(config, space, default_rate), trials, log)
+            study = _open_study(config, space, share, experiment, file, log, stack)
+            first = _enqueue_first_trial(study, current_values(config, space, default_rate), trials, log)
             pace = ProgressLog(log, max(0, trials - len(_finished_trials(study))))
             jobs = _OptunaJobs(study, config, space, share, trials, log_file, pace)
             try:
@@ -480,7 +482,7 @@ def _require_optuna() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def _open_store(
+def _open_study(
     config: RunConfig,
     space: Space,
     share: float,
@@ -489,9 +491,9 @@ def _open_store(
     log: LogFunction,
     exit_stack: contextlib.ExitStack,
 ) -> optuna.Study:
-    """Open the Optuna study for these settings and this space, or create one if either has changed.
+    """Open the Optuna study for these settings and this space, or create one if the settings or the space changed.
 
-    ``exit_stack`` closes its file, because Windows cannot delete open files.
+    ``exit_stack`` closes the SQLite file, because Windows cannot delete open files.
     """
     import optuna
     from sqlalchemy.exc import SQLAlchemyError
@@ -501,7 +503,7 @@ def _open_store(
     settings |= {"what is searched": space_texts, "share of steps": share}
     stored_settings = experiment.piece(_SETTINGS)
     if stored_settings and (lines := describe_changes(stored_settings, settings)):
-        log(f"the search starts over; earlier trials stay in the file: {'; '.join(lines[:4])}")
+        log(f"the settings changed, so the search starts over (earlier trials are kept): {'; '.join(lines[:4])}")
     name = f"{config.method}-{sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]}"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -510,7 +512,7 @@ def _open_store(
         exit_stack.callback(storage.remove_session)
         study = optuna.create_study(storage=storage, study_name=name, direction="minimize", load_if_exists=True)
     except (SQLAlchemyError, OSError, RuntimeError) as error:
-        message = f"the trials cannot be stored there: {str(error).splitlines()[0]}"
+        message = f"cannot store the trials in this file: {str(error).splitlines()[0]}"
         hint = "use an existing SQLite file or a new file for --storage"
         raise UserError(message, location=str(file), hint=hint) from error
     experiment.write_piece(_SETTINGS, settings)
@@ -521,7 +523,9 @@ def _open_store(
     return study
 
 
-def _first_trial(study: optuna.Study, values: Mapping[str, object] | None, trials: int, log: LogFunction) -> int | None:
+def _enqueue_first_trial(
+    study: optuna.Study, values: Mapping[str, object] | None, trials: int, log: LogFunction
+) -> int | None:
     """Fail interrupted trials, enqueue the current settings as the first trial, and return its number."""
     from optuna.trial import TrialState
 
@@ -539,17 +543,20 @@ def _first_trial(study: optuna.Study, values: Mapping[str, object] | None, trial
 
 
 def _finished_trials(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    """Return the finished trials, without interrupted ones."""
+    """Return the trials that have a result. Interrupted trials are excluded."""
     return [t for t in study.get_trials(deepcopy=False) if "end" in t.user_attrs]
 
 
 @dataclass
 class _OptunaJobs:
-    """Trials as jobs: Optuna proposes values, and receives and stores reports and results.
+    """Trials as jobs. Optuna proposes their values and receives their losses.
 
     Attributes:
+        share: Fraction of a run's steps that each trial trains for.
         trials: Total number of trials.
-        active: Running trials with their values, by key.
+        log: Log file of the worker processes.
+        pace: Reports finished trials and the remaining time.
+        active: Running trials with their values, by trial number.
     """
 
     study: optuna.Study

@@ -16,7 +16,7 @@ from deltaw.export.programs import Program, ServerUnreachable
 from deltaw.hub.folders import adapter_folder, short_name
 from deltaw.hub.terminators import terminators_in
 from deltaw.progress import track_progress
-from deltaw.runtime.generation import Writer, generate
+from deltaw.runtime.generation import TextGenerator, generate
 from deltaw.training.evaluation.general_prompts import DRIFT_PROMPTS
 from deltaw.training.open_run import AdaptedModel, open_run
 from deltaw.training.prompting import prompt_of, read_prompting, with_system
@@ -93,7 +93,7 @@ def deploy(
     overwrite: bool = False,
     precision: str = "auto",
     questions: int = DEFAULT_QUESTIONS,
-    make_writer: Callable[[AdaptedModel], Writer] = lambda session: lambda *question_texts: None,
+    make_writer: Callable[[AdaptedModel], TextGenerator] = lambda session: lambda *question_texts: None,
     log: LogFunction = lambda line: None,
 ) -> DeploymentResult:
     """Merge and export a run, import it into ``program``, and compare the answers of both.

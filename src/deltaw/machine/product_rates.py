@@ -1,10 +1,10 @@
-"""Measure the speed of every way to compute a matrix product on this processor.
+"""Measure how fast this processor computes matrix products with each kernel variant and arithmetic, and with torch.
 
 Two products with a model's sizes are timed, each with a low-rank update: an MLP layer forward and an attention
-projection backward. The candidates are all kernel variants with all their arithmetics, and torch.
+projection backward.
 
-Weights rotate through a set larger than the second-level cache. Candidates are timed in alternation, and the fastest
-time of each counts, because other load only adds time. A measurement takes about 0.3 s.
+Weights rotate through a set larger than the L2 cache. Candidates are timed in alternation. The fastest time of each
+counts, because other load only adds time. A measurement takes about 0.3 s.
 """
 
 from __future__ import annotations
@@ -32,21 +32,23 @@ from deltaw.progress import track_progress
 
 
 KIND = "products"
-# Key of the environment's rates that applies to every cache key.
+# Wildcard key: rates stored under it in the environment variable apply to every cache key.
 ANY_KEY = "*"
 
-# By hash of the cache key: the key and the value that this process uses, and values measured by other processes.
+# Cache key and value that this process uses, and values measured by other processes. Both by hash of the cache key.
 _used: dict[str, tuple[object, object]] = {}
-_learned: dict[str, object] = {}
+_imported_rates: dict[str, object] = {}
 
 
 def forced_rates() -> object:
-    """Return the rates that the environment sets for every key, or None."""
+    """Return the rates that the environment variable sets for every cache key, or None."""
     return _environment_rates().get(ANY_KEY)
 
 
 def lookup(key: object, usable: Callable[[object], bool]) -> object | None:
-    """Return the value for ``key`` used before in this process, or from the environment, other processes, or the cache.
+    """Return the first usable value for ``key``.
+
+    Sources in order: values that this process already uses, the environment variable, other processes, the disk cache.
 
     Args:
         key: Cache key, JSON-serializable.
@@ -57,8 +59,8 @@ def lookup(key: object, usable: Callable[[object], bool]) -> object | None:
     """
     name = _name(key)
     if name not in _used or not usable(_used[name][1]):
-        candidates = (v for v in (_environment_rates().get(name), _learned.get(name)) if v is not None and usable(v))
-        value = next(candidates, None) or load_result(KIND, key)
+        shared = (v for v in (_environment_rates().get(name), _imported_rates.get(name)) if v is not None and usable(v))
+        value = next(shared, None) or load_result(KIND, key)
         if value is None or not usable(value):
             return None
         _used[name] = (key, value)
@@ -79,24 +81,26 @@ def store(key: object, value: object, persistent: bool) -> None:
 
 
 def used_rates() -> dict[str, object]:
-    """Return the rates that this process uses, ready for JSON. :func:`import_rates` reads them in another process."""
+    """Return the JSON-serializable rates that this process uses, for :func:`import_rates` in another process."""
     return {name: value for name, (_, value) in _used.items()}
 
 
 def import_rates(rates: object) -> None:
     """Add rates of another process. They are passed to child processes that start later."""
     if isinstance(rates, Mapping):
-        _learned.update(rates)
+        _imported_rates.update(rates)
 
 
 def child_environment() -> dict[str, str]:
     """Return environment variables that cause a child process to make the same choices as this process."""
-    rates = {**_environment_rates(), **_learned, **used_rates()}
+    rates = {**_environment_rates(), **_imported_rates, **used_rates()}
     return {MEASURED: json.dumps(rates)} if rates else {}
 
 
 def provenance() -> list[list[object]]:
-    """Return kind, key and state of each cached result that the choices of this process are based on."""
+    """Return [kind, key, digest] of each cached result that the choices of this process are based on. The digest is
+    None if the result is not stored on disk.
+    """
     return [[KIND, key, result_digest(KIND, key)] for key, _ in _used.values()]
 
 
@@ -124,7 +128,7 @@ MIN_ROUNDS, MAX_ROUNDS = 3, 8
 PROBE_SLOW_FACTOR, SLOW_FACTOR = 8.0, 1.8
 # Maximum ratio of the second fastest to the fastest time in an undisturbed measurement.
 STEADY_RATIO = 1.15
-# Size of the second-level cache if the system does not report it.
+# Size of the L2 cache in bytes if the system does not report it.
 _CACHE = 2 << 20
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
 
@@ -202,7 +206,7 @@ def candidate_variants() -> list[str]:
 
 @dataclass(frozen=True)
 class ProductRates:
-    """Measured rates.
+    """Result of a measurement.
 
     Attributes:
         rates: GFLOP/s by storage type and candidate.
@@ -221,24 +225,24 @@ class _Disturbed(Exception):
 def measure(sizes: Sizes, threads: int) -> ProductRates:
     """Measure the rates of all candidates with this number of threads.
 
-    Candidates far from the best get the rate of the probe. If other programs delay the threads, the rates are those of
-    one thread's CPU time, multiplied by the number of threads.
+    A candidate that is dropped after the probe gets the rate measured in the probe. If other programs delay the
+    threads, one thread's CPU time is measured instead, and its rate is multiplied by the number of threads.
     """
     try:
-        with _undisturbed(threads), loader.temporary_arithmetic():
+        with _measurement_context(threads), loader.temporary_arithmetic():
             clock = time.thread_time if threads == 1 else time.perf_counter
-            trials = _timed(sizes, clock)
+            trials = _time_candidates(sizes, clock)
             # The result counts as undisturbed if the best candidate of each type was.
             return ProductRates(_rates(trials), disturbed=not all(t.is_steady() for t in _best(trials).values()))
     except _Disturbed:
-        with _undisturbed(1), loader.temporary_arithmetic():
-            trials = _timed(sizes, time.thread_time)
+        with _measurement_context(1), loader.temporary_arithmetic():
+            trials = _time_candidates(sizes, time.thread_time)
             return ProductRates(_rates(trials, threads), disturbed=True)
     finally:
         loader.release_scratch()
 
 
-def _timed(sizes: Sizes, clock: Callable[[], float]) -> list[_Trial]:
+def _time_candidates(sizes: Sizes, clock: Callable[[], float]) -> list[_Trial]:
     """Time all candidates in alternation.
 
     Raises:
@@ -270,15 +274,16 @@ def _timed(sizes: Sizes, clock: Callable[[], float]) -> list[_Trial]:
     return trials
 
 
-def _rates(trials: list[_Trial], times: int = 1) -> Rates:
+def _rates(trials: list[_Trial], num_threads: int = 1) -> Rates:
+    """Return the rates of trials, multiplied by ``num_threads`` if one thread was timed."""
     rates: Rates = {weight_type: {} for weight_type in WEIGHT_TYPES}
     for trial in trials:
-        rates[trial.candidate.weight_type][trial.candidate.name] = round(times * trial.rate(), 1)
+        rates[trial.candidate.weight_type][trial.candidate.name] = round(num_threads * trial.rate(), 1)
     return rates
 
 
 class _Operands:
-    """Copies of a weight, together larger than a core's second-level cache, with inputs for their products."""
+    """Inputs and several copies of a weight. Together, the copies are larger than a core's L2 cache."""
 
     def __init__(self, weight_type: str, outputs: int, inputs: int, generator: torch.Generator) -> None:
         dtype = _DTYPES[weight_type]
@@ -312,7 +317,7 @@ class _Trial:
 
     Attributes:
         candidate: Candidate that is timed.
-        products: Function of the number of rows, and number of weights, of each product.
+        products: For each product, a function that computes it for a number of rows, and its number of weights.
         timings: Seconds of each product in each round, by number of rows.
     """
 
@@ -337,9 +342,9 @@ class _Trial:
 
     def is_steady(self) -> bool:
         """True if the two fastest times of each product are close to each other."""
-        turns = self.timings[max(self.timings)]
-        fastest_time = [sorted(seconds)[:2] for seconds in zip(*turns, strict=True)]
-        return len(turns) > 1 and all(second <= first * STEADY_RATIO for first, second in fastest_time)
+        rounds = self.timings[max(self.timings)]
+        two_fastest = [sorted(seconds)[:2] for seconds in zip(*rounds, strict=True)]
+        return len(rounds) > 1 and all(second <= first * STEADY_RATIO for first, second in two_fastest)
 
 
 def _best(trials: Iterable[_Trial], rows: int | None = None) -> dict[str, _Trial]:
@@ -354,25 +359,33 @@ def _competitive(trials: list[_Trial], rows: int, factor: float) -> list[_Trial]
     return [t for t in trials if t.rate(rows) * factor >= best[t.candidate.weight_type].rate(rows)]
 
 
-def _trials(sizes: Sizes, timed: list[Candidate]) -> tuple[int, list[_Trial]]:
+def _trials(sizes: Sizes, all_candidates: list[Candidate]) -> tuple[int, list[_Trial]]:
     """Return the number of rows, and a trial per candidate with products that take about ``SECONDS_PER_PRODUCT``."""
     generator = torch.Generator().manual_seed(0)
     operand = torch.ones(256, 256)
-    budget = 256**3 / fastest_time(lambda: operand @ operand, MIN_ROUNDS) * SECONDS_PER_PRODUCT
+    max_multiply_adds = 256**3 / fastest_time(lambda: operand @ operand, MIN_ROUNDS) * SECONDS_PER_PRODUCT
     # Reduce the outputs first if a product would take too long, then the rows.
-    outputs = int(min(max(budget / ROWS / sizes.hidden // 64 * 64, 256), 1 << 16))
-    rows = int(min(max(budget / outputs / sizes.hidden // 64 * 64, 64), ROWS))
+    outputs = int(min(max(max_multiply_adds / ROWS / sizes.hidden // 64 * 64, 256), 1 << 16))
+    rows = int(min(max(max_multiply_adds / outputs / sizes.hidden // 64 * 64, 64), ROWS))
     by_type: dict[str, list[tuple[Callable[[int], None], int]]] = {}
     for weight_type in WEIGHT_TYPES:
         widths = (min(_padded_size(size), outputs) for size in (sizes.mlp, sizes.attention))
         mlp, attention = (_Operands(weight_type, width, _padded_size(sizes.hidden), generator) for width in widths)
-        sizes_of_both = (mlp.outputs * mlp.inputs, attention.outputs * attention.inputs)
-        by_type[weight_type] = list(zip((mlp.forward, attention.backward), sizes_of_both, strict=True))
-    return rows, [_Trial(candidate, by_type[candidate.weight_type]) for candidate in timed]
+        weight_counts = (mlp.outputs * mlp.inputs, attention.outputs * attention.inputs)
+        by_type[weight_type] = list(zip((mlp.forward, attention.backward), weight_counts, strict=True))
+    return rows, [_Trial(candidate, by_type[candidate.weight_type]) for candidate in all_candidates]
 
 
 def fastest_time(call: Callable[[], object], trials: int, repeats: int = 1) -> float:
-    """Return the seconds of one call in the fastest of several trials, since other load only adds time."""
+    """Return the fastest measured time of one call, in seconds, after one warm-up call.
+
+    The minimum is used because other load only adds time.
+
+    Args:
+        call: Function to time.
+        trials: Number of measurements.
+        repeats: Number of calls per measurement.
+    """
     call()
     seconds = []
     for _ in range(trials):
@@ -389,7 +402,7 @@ def _padded_size(size: int) -> int:
 
 
 @contextlib.contextmanager
-def _undisturbed(threads: int) -> Iterator[None]:
+def _measurement_context(threads: int) -> Iterator[None]:
     """Disable dispatch modes (such as fake tensors) and gradients, and set the number of threads, for a measurement."""
     original_threads = torch.get_num_threads()
     with without_dispatch(), torch.no_grad(), contextlib.ExitStack() as stack:
@@ -431,10 +444,10 @@ def _number(config: object, *names: str) -> int | None:
     return None
 
 
-def valid_rates(rates: object, timed: Iterable[Candidate]) -> Rates | None:
+def valid_rates(rates: object, candidate_list: Iterable[Candidate]) -> Rates | None:
     """Return ``rates`` as floats if they belong to exactly these candidates and are plausible, else None."""
-    timed = list(timed)
-    names = {w: {candidate.name for candidate in timed if candidate.weight_type == w} for w in WEIGHT_TYPES}
+    candidate_list = list(candidate_list)
+    names = {w: {candidate.name for candidate in candidate_list if candidate.weight_type == w} for w in WEIGHT_TYPES}
     if not isinstance(rates, Mapping) or set(rates) != set(names):
         return None
     for weight_type, expected in names.items():

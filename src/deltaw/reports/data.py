@@ -76,13 +76,12 @@ def _bar(share: float) -> str:
     return "█" * full + (_EIGHTHS[eighths] if eighths else "")
 
 
-# Rendered rows. Tokens that are trained on are colored, or enclosed in marks without color.
+# Rendered rows. Text that the loss is computed on is green, or enclosed in marks in output without color.
 
 
-# Enclose tokens that are trained on in output without color.
 MARKS = ("«", "»")
-LEGEND = "trained text is green, special tokens are inverted"
-PLAIN_LEGEND = f"trained text is between {MARKS[0]} and {MARKS[1]}"
+LEGEND = "text that is trained on is green, special tokens are inverted"
+PLAIN_LEGEND = f"text that is trained on is between {MARKS[0]} and {MARKS[1]}"
 
 
 def row_lines(row: RowPreview, *, color: bool) -> Iterator[Text]:
@@ -117,19 +116,19 @@ def _heading(example: ExamplePreview, number: int, count: int) -> str:
 
 def _colored(example: ExamplePreview) -> Text:
     text = Text()
-    for piece in example.spans:
-        style = "green" if piece.label else "default"
-        text.append(piece.text, style=f"{style} reverse" if piece.special else style)
+    for span in example.spans:
+        style = "green" if span.label else "default"
+        text.append(span.text, style=f"{style} reverse" if span.special else style)
     return text
 
 
-def _marked(pieces: tuple[TokenSpan, ...]) -> str:
+def _marked(spans: tuple[TokenSpan, ...]) -> str:
     text, is_open = "", False
-    for piece in pieces:
-        if piece.label is not is_open:
-            text += MARKS[0] if piece.label else MARKS[1]
-            is_open = piece.label
-        text += piece.text
+    for span in spans:
+        if span.label is not is_open:
+            text += MARKS[0] if span.label else MARKS[1]
+            is_open = span.label
+        text += span.text
     return text + (MARKS[1] if is_open else "")
 
 
@@ -154,7 +153,7 @@ def mined_lines(mined: MiningResult, num_output_rows: int, bad: BadRows, num_exa
         yield Text(wrap_line(f"{text}; increase --to-rank to find more"), style="yellow")
     if mined.too_close or mined.too_high:
         explanation = "their score is close to that of the row's passage, so they may also be positives"
-        high = f"; {mined.too_high:,} score above the highest allowed" if mined.too_high else ""
+        high = f"; {mined.too_high:,} more exceed the maximum score" if mined.too_high else ""
         yield Text(wrap_line(f"{count_of(mined.too_close, 'candidate')} excluded: {explanation}{high}"))
     if mined.truncated:
         yield Text(f"{count_of(mined.truncated, 'text')} truncated to the model's maximum length")

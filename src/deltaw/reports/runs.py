@@ -60,7 +60,7 @@ class RunSelection:
 
 
 def select_runs(names: Sequence[str]) -> RunSelection:
-    """Return the runs with the given names, or all runs below ``runs`` without names.
+    """Return the runs with the given names, or all runs in the folder ``runs`` if no names are given.
 
     A folder of runs is listed. Two or more individual runs are compared.
 
@@ -78,10 +78,10 @@ def select_runs(names: Sequence[str]) -> RunSelection:
 
 
 def find_folder(name: str) -> Path:
-    """Return the folder with the given path, or with the given name below ``runs``.
+    """Return the folder with this path, or the folder with this name in ``runs``.
 
     Raises:
-        UserError: If it does not exist.
+        UserError: If neither exists.
     """
     path = Path(os.path.expanduser(name))
     if path.is_dir():
@@ -96,7 +96,7 @@ def find_folder(name: str) -> Path:
 
 
 def unique_names(records: Sequence[Run]) -> list[str]:
-    """Return the shortest unique path suffix of each run."""
+    """Return the shortest unique path suffix of each run. A number is appended to names that are not unique."""
     paths = [record.path.resolve().parts for record in records]
     names = []
     for path in paths:
@@ -157,21 +157,21 @@ def same_prompts(records: Sequence[Run], limit: int = 8) -> list[dict[str, Any]]
     answers: dict[str, dict[str, Any]] = {}
     for name, record in zip(names, records, strict=True):
         for sample in sorted(record.metrics.samples, key=lambda sample: sample.step):
-            entry = answers.setdefault(sample.prompt, {"expected": sample.expected, "row": sample.row, "of": {}})
-            entry["of"][name] = sample.answer
-    shared = [(prompt, entry) for prompt, entry in answers.items() if len(entry["of"]) > 1]
+            entry = answers.setdefault(sample.prompt, {"expected": sample.expected, "row": sample.row, "by_run": {}})
+            entry["by_run"][name] = sample.answer
+    shared = [(prompt, entry) for prompt, entry in answers.items() if len(entry["by_run"]) > 1]
     return [
         {
             "name": f"Row {entry['row']}" if entry["row"] is not None else f"Prompt {number}",
             "prompt": prompt[:2000],
             "expected": entry["expected"],
-            "answers": [(run, text[:2000] or "(nothing)") for run, text in entry["of"].items()],
+            "answers": [(run, text[:2000] or "(empty)") for run, text in entry["by_run"].items()],
         }
         for number, (prompt, entry) in enumerate(shared[:limit], 1)
     ]
 
 
-# Attributes of a run that are copied to JSON.
+# Attributes of a run that are copied to JSON unchanged.
 _RECORD_FIELDS = (
     *("state", "reason", "model", "task", "method", "steps", "total_steps"),
     *("seconds", "rows_per_second", "started", "changed"),
@@ -203,7 +203,7 @@ def runs_as_dicts(records: Sequence[Run]) -> list[dict[str, Any]]:
 
 STYLES = {FINISHED: "green", RUNNING: "cyan", INTERRUPTED: "yellow"}
 # Maximum width of run names and model names, and the gap between columns.
-NAME, MODEL, GAP = 34, 26, 3
+MAX_NAME_WIDTH, MAX_MODEL_WIDTH, COLUMN_GAP = 34, 26, 3
 
 
 @dataclass(frozen=True)
@@ -213,13 +213,13 @@ class Column:
     Attributes:
         title: Header.
         text: Formats a run's cell.
-        importance: Columns with the highest importance value are dropped first. 0 is never dropped.
-        right: Align to the right.
+        drop_order: Order in which columns are dropped from a narrow table, highest first. 0 is never dropped.
+        right: True to right-align the cells.
     """
 
     title: str
     text: Callable[[Run], str]
-    importance: int
+    drop_order: int
     right: bool = True
 
 
@@ -238,7 +238,7 @@ def _score(record: Run) -> str:
 def _model(record: Run) -> str:
     reference = record.model.rstrip("/")
     last = reference if reference.startswith("pypi:") else reference.rpartition("/")[2]
-    return one_line(last.removeprefix("pypi:"), MODEL, end=True)
+    return one_line(last.removeprefix("pypi:"), MAX_MODEL_WIDTH, end=True)
 
 
 COLUMNS = (
@@ -256,21 +256,21 @@ COLUMNS = (
 
 
 def runs_table(records: Sequence[Run], width: int, columns: Sequence[Column] = COLUMNS) -> RenderableType:
-    """Return a table with a line per run, latest last, followed by the reasons of failed runs.
+    """Return a table with a line per run, sorted by start time, followed by the reasons of failed runs.
 
     Columns are dropped until the table fits ``width`` characters, if possible.
     """
     all_columns = columns
     records = sorted(records, key=lambda record: record.started)
-    names = [one_line(name, NAME, end=True) for name in unique_names(records)]
+    names = [one_line(name, MAX_NAME_WIDTH, end=True) for name in unique_names(records)]
     cells = {column.title: [column.text(record) for record in records] for column in all_columns}
     columns = [column for column in all_columns if any(cells[column.title])]
     while True:
         needed = _width("run", names) + sum(_width(c.title, cells[c.title]) for c in columns)
-        if needed - GAP <= width or all(column.importance == 0 for column in columns):
+        if needed - COLUMN_GAP <= width or all(column.drop_order == 0 for column in columns):
             break
-        last = max(column.importance for column in columns)
-        columns = [column for column in columns if column.importance != last]
+        last = max(column.drop_order for column in columns)
+        columns = [column for column in columns if column.drop_order != last]
     result = table(["run", *(column.title for column in columns)])
     for column, table_column in zip(columns, result.columns[1:], strict=True):
         table_column.justify = "right" if column.right else "left"
@@ -287,7 +287,7 @@ def runs_table(records: Sequence[Run], width: int, columns: Sequence[Column] = C
 
 def comparison_tables(records: Sequence[Run], width: int) -> list[RenderableType]:
     """Return tables of results and differing settings with a column per run, split to fit ``width`` characters."""
-    names = [one_line(name, NAME, end=True) for name in unique_names(records)]
+    names = [one_line(name, MAX_NAME_WIDTH, end=True) for name in unique_names(records)]
     longest = max(len(name) for name in names) + 3
     runs_per_table = max(1, (width - 26) // max(14, longest))
     parts: list[RenderableType] = []
@@ -299,9 +299,9 @@ def comparison_tables(records: Sequence[Run], width: int) -> list[RenderableType
                 rows = [(first, *cells[selected]) for first, *cells in numbers.rows]
                 parts.append(table([title, *names[selected]], rows, fold=True))
     if not differences.rows:
-        parts.append(Text("all settings except the folder are equal"))
+        parts.append(Text("the settings are identical except for the output folder"))
     return parts
 
 
 def _width(title: str, cells: Sequence[str]) -> int:
-    return max(len(title), *(len(cell) for cell in cells)) + GAP
+    return max(len(title), *(len(cell) for cell in cells)) + COLUMN_GAP

@@ -45,7 +45,7 @@ from deltaw.runs.resuming import (
 )
 from deltaw.runs.summary import write_card
 from deltaw.runs.tracking import TrackingContext
-from deltaw.runtime.generation import Sampler, Writer
+from deltaw.runtime.generation import Sampler, TextGenerator
 from deltaw.settings import RunConfig
 from deltaw.training.callbacks import Callback, LogFunction, RunStart, ignore_line
 from deltaw.training.drift import Drift, DriftMeter
@@ -76,7 +76,7 @@ from deltaw.training.tasks.base import RunData, Task
 class Backend:
     """Creates generators for greedy decoding and samplers for a model and its adapter."""
 
-    writer: Callable[[AdaptedModel], Writer]
+    writer: Callable[[AdaptedModel], TextGenerator]
     sampler: Callable[[AdaptedModel], Sampler]
 
 
@@ -271,7 +271,9 @@ def _assemble(
     return loaded, session
 
 
-def _writer(decoding: Backend, loaded: LoadedModel, config: RunConfig, task: Task, method: Method | None) -> Writer:
+def _writer(
+    decoding: Backend, loaded: LoadedModel, config: RunConfig, task: Task, method: Method | None
+) -> TextGenerator:
     return decoding.writer(AdaptedModel(loaded, config, method, task))
 
 

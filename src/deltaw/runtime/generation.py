@@ -130,7 +130,7 @@ class GeneratedCompletion:
 Progress: TypeAlias = Callable[[int, int], None] | None
 # Greedy decoding without :func:`generate`. Receives prompts (token ids, including virtual tokens), the maximum number
 # of new tokens, the maximum number of tokens per batch, and a progress callback. Returns None for unsupported models.
-Writer: TypeAlias = Callable[[Sequence[np.ndarray], int, int, Progress], "list[GeneratedCompletion] | None"]
+TextGenerator: TypeAlias = Callable[[Sequence[np.ndarray], int, int, Progress], "list[GeneratedCompletion] | None"]
 
 
 @dataclass(frozen=True)

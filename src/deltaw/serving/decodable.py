@@ -71,7 +71,7 @@ class Decodable:
         return self.entry.limit
 
 
-def decodable(
+def build_decodable(
     model: PreTrainedModel,
     *,
     cache_bytes: int | None = None,

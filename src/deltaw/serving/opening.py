@@ -31,14 +31,21 @@ from deltaw.runtime.generation import (
     Progress,
     SampledCompletion,
     SamplingParams,
-    Writer,
+    TextGenerator,
     decode_with_callback,
     position_limit,
 )
 from deltaw.serving.adapters import ActiveAdapter, AdapterInfo, Adapters, FixedAdapters
 from deltaw.serving.bank import Packer, pack_attached_adapter
 from deltaw.serving.batch import BatchLimits, RunningBatch
-from deltaw.serving.decodable import Decodable, decodable, eval_mode, logit_difference, recognized_blocks, tolerance
+from deltaw.serving.decodable import (
+    Decodable,
+    build_decodable,
+    eval_mode,
+    logit_difference,
+    recognized_blocks,
+    tolerance,
+)
 from deltaw.serving.engine import Engine
 from deltaw.serving.probes import NotDecodable
 from deltaw.serving.request import Request, Sampling
@@ -49,7 +56,7 @@ from deltaw.training.open_run import AdaptedModel
 _LIMITS = BatchLimits()
 # Number of positions if the model's configuration has no limit.
 _DEFAULT_POSITIONS = 1 << 17
-# Maximum number of padded tokens of a batch, unless a single request exceeds it, and maximum number of requests.
+# Maximum number of padded tokens and of requests in a batch. A single request may exceed the former.
 _BATCH_TOKENS, _BATCH_ROWS = 4096, 16
 
 
@@ -57,7 +64,8 @@ class FallbackScheduler(SequenceScheduler):
     """Scheduler that decodes with transformers' ``generate``. It supports any model but is slower.
 
     Queued requests are decoded in batches limited by their tokens. Later requests wait for the next batch. Sampling and
-    stop strings behave as in the decoding engine. Prompts are computed again for each request.
+    stop strings behave as in the decoding engine, so all request parameters have the same effect. Prefixes are not
+    cached: each prompt is computed from scratch.
 
     Args:
         session: The inference session.
@@ -86,20 +94,20 @@ class FallbackScheduler(SequenceScheduler):
         self.running = []
 
     def _next_batch(self) -> list[SequenceState]:
-        """Select the next batch: requests for the same model in arrival order, as far as they fit."""
+        """Dequeue the next batch: requests for the same adapter in arrival order, up to the batch limits."""
         chosen: list[SequenceState] = []
-        max_prompt = max_new = 0
+        max_prompt = max_new_tokens = 0
         for sequence in list(self.waiting):
             if chosen and sequence.request.adapter != chosen[0].request.adapter:
                 continue
             length, token_limit = len(sequence.request.tokens), sequence.token_limit
-            num_tokens = max(max_prompt, length) + max(max_new, token_limit)
-            if chosen and (num_tokens * (len(chosen) + 1) > _BATCH_TOKENS or len(chosen) == _BATCH_ROWS):
+            padded_length = max(max_prompt, length) + max(max_new_tokens, token_limit)
+            if chosen and (padded_length * (len(chosen) + 1) > _BATCH_TOKENS or len(chosen) == _BATCH_ROWS):
                 break
             # Padding uses positions too, so a short prompt batched with a long one could exceed the limit.
-            if chosen and num_tokens + self._session.virtual_tokens > self.max_length:
+            if chosen and padded_length + self._session.virtual_tokens > self.max_length:
                 continue
-            max_prompt, max_new = max(max_prompt, length), max(max_new, token_limit)
+            max_prompt, max_new_tokens = max(max_prompt, length), max(max_new_tokens, token_limit)
             self.waiting.remove(sequence)
             if token_limit:
                 chosen.append(sequence)
@@ -186,7 +194,7 @@ def open_engine(session: AdaptedModel, *, cache_bytes: int | None = None, log: L
 def base_engine(session: AdaptedModel, engine: Engine, log: LogFunction) -> Iterator[Engine]:
     """Provide an engine whose requests without an adapter name use the base model.
 
-    This is ``engine`` itself if possible, otherwise an engine that is open within the context.
+    This is ``engine`` itself if it has the base model, otherwise a new engine that is closed on exit.
     """
     if engine.has_base:
         yield engine
@@ -202,7 +210,7 @@ def base_engine(session: AdaptedModel, engine: Engine, log: LogFunction) -> Iter
 class SessionGenerator:
     """Generates greedy completions with a session in its current state: with its adapter, or as the base model.
 
-    Implements :data:`deltaw.runtime.generation.Writer`. The engine is opened at the first use.
+    Implements :data:`deltaw.runtime.generation.TextGenerator`. The engine is opened at the first use.
     """
 
     def __init__(self, session: AdaptedModel, log: LogFunction) -> None:
@@ -212,7 +220,14 @@ class SessionGenerator:
     def __call__(
         self, prompts: Sequence[np.ndarray], max_new_tokens: int, batch_tokens: int, on_progress: Progress
     ) -> list[GeneratedCompletion]:
-        """Return completions of prompts (each (length,) token ids without virtual tokens), in their order."""
+        """Return a greedy completion per prompt, in order.
+
+        Args:
+            prompts: (length,) token ids each. Virtual tokens are removed, because the engine adds them.
+            max_new_tokens: Maximum number of new tokens per completion.
+            batch_tokens: Ignored. The engine limits its batches itself.
+            on_progress: Receives the number of completed prompts and the total.
+        """
         return _greedy_completions(*self._opened(), prompts, max_new_tokens, on_progress)
 
     def sample(self, prompts: Sequence[np.ndarray], params: SamplingParams) -> list[SampledCompletion]:
@@ -220,21 +235,22 @@ class SessionGenerator:
         return sample_completions(*self._opened(), prompts, params)
 
     def _opened(self) -> tuple[Engine, str | None]:
-        """Return the engine and the adapter name for requests, or None as the name for the base model."""
+        """Return the engine, and the adapter name for requests (None selects the base model)."""
         session = self._session
         engine = self._engine
         if engine is None or (session.is_base and not engine.has_base):
             engine = open_engine(session, log=self._log)
-            if not session.is_base:  # an engine of the base model is not reused
+            if not session.is_base:  # an engine opened for the base model has no adapter and is not reused
                 self._engine = engine
         return engine, None if session.is_base else engine.session_adapter
 
 
-def verified_generator(session: AdaptedModel) -> Writer:
+def verified_generator(session: AdaptedModel) -> TextGenerator:
     """Return a function that generates greedy completions with a session, using a decoder verified at each call.
 
-    The function returns None if the decoder does not support the model. It uses the session in its current state, for
-    example the base model inside a method's ``without`` context.
+    The function returns None if the task does not generate text, the decoder does not support the model, or the method
+    trains the base model's parameters. It uses the session in its current state, for example the base model inside a
+    method's ``without`` context.
     """
     method = session.method
 
@@ -254,7 +270,7 @@ def verified_generator(session: AdaptedModel) -> Writer:
         adapters = FixedAdapters({} if adapter is None else {SESSION_ADAPTER: adapter})
         pages = max(batch_tokens, length) // decodable.decoder.page_tokens + 1
         scheduler = RunningBatch(decodable, pages, adapters, _LIMITS)
-        engine = Engine(scheduler, session.tokenizer, session_terminators(session), adapters)
+        engine = Engine(scheduler, session.tokenizer, session_terminator_ids(session), adapters)
         name = None if adapter is None else SESSION_ADAPTER
         try:
             return _greedy_completions(engine, name, prompts, max_new_tokens, on_progress)
@@ -275,7 +291,15 @@ def _greedy_completions(
 def sample_completions(
     engine: Engine, name: str | None, prompts: Sequence[np.ndarray], params: SamplingParams, progress: Progress = None
 ) -> list[SampledCompletion]:
-    """Sample completions of prompts (each (length,) token ids without virtual tokens), in their order."""
+    """Sample a completion per prompt, in order.
+
+    Args:
+        engine: Engine that generates the completions.
+        name: Adapter of the requests, or None for the base model.
+        prompts: (length,) token ids each. Virtual tokens are removed, because the engine adds them.
+        params: Sampling parameters.
+        progress: Receives the number of completed prompts and the total.
+    """
     num_tokens, max_new_tokens = engine.scheduler.num_tokens, params.max_new_tokens
     options: dict[str, Any] = {key: getattr(params, key) for key in ("temperature", "top_k", "top_p")}
     options["logprobs"] = 0 if params.logprobs else None
@@ -302,18 +326,18 @@ def build_engine(
     """Build an engine over a decoder.
 
     Args:
-        decodable: The decoder.
+        decodable: Model with its decoder.
         session: Session of the model.
         adapters: Adapters that requests may use.
         cache_bytes: Memory for keys and values.
         limits: Limits of a step.
-        **options: ``session_adapter`` and ``has_base`` of the engine.
+        **options: ``session_adapter`` and ``has_base`` of :class:`Engine`.
     """
     decoder = decodable.decoder
     max_pages = limits.running * -(-decodable.positions // decoder.page_tokens)
     pages = max(1, min(max_pages, cache_bytes // decoder.bytes_per_page))
     scheduler = RunningBatch(decodable, pages, adapters, limits)
-    return Engine(scheduler, session.tokenizer, session_terminators(session), adapters, why=decodable.why, **options)
+    return Engine(scheduler, session.tokenizer, session_terminator_ids(session), adapters, why=decodable.why, **options)
 
 
 def fallback_engine(session: AdaptedModel, adapter: str | None, reason: NotDecodable, log: LogFunction) -> Engine:
@@ -322,12 +346,12 @@ def fallback_engine(session: AdaptedModel, adapter: str | None, reason: NotDecod
     Args:
         session: The inference session.
         adapter: Name by which requests select the session's adapter, or None.
-        reason: Reason why the decoder does not support the model.
-        log: Receives the reason.
+        reason: Explains why the decoder does not support the model.
+        log: Receives the reason as a message.
     """
     description = f"transformers decodes: {reason}"
     log(description)
-    terminator_ids = session_terminators(session)
+    terminator_ids = session_terminator_ids(session)
     info = AdapterInfo(session.virtual_tokens, None, tuple(terminator_ids))
     adapters = FixedAdapters({} if adapter is None else {adapter: ActiveAdapter(1, info)})
     scheduler, tokenizer = FallbackScheduler(session, adapter), session.tokenizer
@@ -339,7 +363,7 @@ def cache_budget(cache_bytes: int | None) -> int:
     return int(free_memory_bytes() * CACHE_SHARE) if cache_bytes is None else cache_bytes
 
 
-def session_terminators(session: AdaptedModel) -> list[int]:
+def session_terminator_ids(session: AdaptedModel) -> list[int]:
     return terminators(session.model, session.tokenizer)
 
 
@@ -352,7 +376,7 @@ def verified_decoder(session: AdaptedModel, *, positions: int) -> Decodable:
     if session.method is None or session.method.name not in _SEPARATE_METHODS:
         raise NotDecodable("the method trains the base model's parameters")
     with session.base():
-        return decodable(session.model, positions=positions)
+        return build_decodable(session.model, positions=positions)
 
 
 def _decoder(session: AdaptedModel, **limits: Any) -> tuple[Decodable, ActiveAdapter | None]:
@@ -360,7 +384,7 @@ def _decoder(session: AdaptedModel, **limits: Any) -> tuple[Decodable, ActiveAda
 
     Args:
         session: The session.
-        **limits: Limits passed to :func:`deltaw.serving.decodable.decodable`.
+        **limits: Limits passed to :func:`deltaw.serving.decodable.build_decodable`.
 
     Returns:
         The decoder and the session's adapter. The adapter is None if there is none, or if the decoder's weights include
@@ -371,13 +395,13 @@ def _decoder(session: AdaptedModel, **limits: Any) -> tuple[Decodable, ActiveAda
     """
     method, model = session.method, session.model
     if method is None or session.is_base:
-        return decodable(model, **limits), None
+        return build_decodable(model, **limits), None
     if method.name not in _SEPARATE_METHODS:
         with session.base():  # recognition does not support added biases
             fused = recognized_blocks(model)
-        return decodable(model, fused=fused, **limits), None
+        return build_decodable(model, fused=fused, **limits), None
     with session.base():
-        result = decodable(model, **limits)
+        result = build_decodable(model, **limits)
     return result, pack_session_adapter(session, result)
 
 
@@ -390,10 +414,11 @@ def pack_session_adapter(
         session: The session.
         decodable: Decoder of the base model.
         number: Unique number of the adapter.
-        verify: Compare its logits with the model's.
+        verify: Compare the decoder's logits with the model's.
 
     Raises:
-        NotDecodable: if the adapter is more than factors or a soft prompt, or its logits differ.
+        NotDecodable: if the adapter contains anything other than low-rank factors or a soft prompt, or the decoder's
+            logits differ from the model's.
     """
     model, method = session.model, session.method
     assert method is not None
@@ -403,7 +428,7 @@ def pack_session_adapter(
     layer = virtual_tokens.attached(model)
     prompt = None if layer is None else layer.prompt.detach()
     invocation = None if method.invocation is None else tuple(method.invocation)
-    info = AdapterInfo(session.virtual_tokens, invocation, tuple(session_terminators(session)))
+    info = AdapterInfo(session.virtual_tokens, invocation, tuple(session_terminator_ids(session)))
     adapter = ActiveAdapter(number, info, packed, prompt)
     if not verify:
         return adapter

@@ -21,7 +21,7 @@ from deltaw.serving.opening import (
     FallbackScheduler,
     pack_session_adapter,
     sample_completions,
-    session_terminators,
+    session_terminator_ids,
     verified_decoder,
 )
 from deltaw.serving.probes import NotDecodable
@@ -59,7 +59,7 @@ class SessionSampler:
     def _engine(self, max_length: int, count: int) -> Engine:
         """Build an engine over the current weights, for sequences of at most ``max_length`` tokens."""
         session = self._session
-        method, ids = session.method, session_terminators(session)
+        method, ids = session.method, session_terminator_ids(session)
         try:
             if self._decodable is None or self._decodable.positions < max_length:
                 self._decodable = verified_decoder(session, positions=max_length)

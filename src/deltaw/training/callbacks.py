@@ -37,13 +37,14 @@ class RateSearch:
     Attributes:
         rates: Learning rate of each step until the loss diverged.
         losses: Loss of each step until the loss diverged.
-        smoothed: Smoothed losses. A diverging loss is clipped to the largest possible decrease.
-        lowest: Rate with the lowest smoothed loss.
-        steepest: Rate below ``lowest`` at which the loss falls fastest.
-        end: Highest rate at which the loss is still about as low.
+        smoothed: Smoothed losses. Before smoothing, losses are clipped so that the rise above the first losses is at
+            most as large as the decrease below them.
+        lowest: Rate with the lowest smoothed loss, or None if the loss did not decrease by more than its noise.
+        steepest: Rate below ``lowest`` at which the loss decreases fastest, or None.
+        end: Highest rate at which the loss is still about as low as at ``lowest``, or None.
         chosen: Rate used for training.
         why: Reason for the choice.
-        usual: Usual rate of the method, for comparison.
+        usual: Default rate of the method, for comparison.
         diverged: True if the loss diverged before the highest rate.
     """
 
@@ -85,7 +86,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class RunStart:
-    """Run whose folder exists and whose settings are resolved.
+    """Information about a run that is about to start: its folder exists and all automatic settings are chosen.
 
     Attributes:
         folder: Folder of the run.
@@ -105,66 +106,74 @@ class RunStart:
 
 
 class Callback:
-    """Receives the events of a run in the order of these methods. An exception stops the run.
+    """Base class of callbacks. The methods are listed in the order in which they are called.
 
-    :func:`deltaw.training.loop.train` itself calls only ``on_begin``, ``on_step``, ``on_skip``, ``should_stop``,
-    ``should_finish`` and ``diagnose``.
+    An exception in a method stops the run. :func:`deltaw.training.loop.train`, if called directly, uses only
+    ``on_begin``, ``on_step``, ``on_skip``, ``should_stop``, ``should_finish`` and ``diagnose``.
     """
 
     def on_line(self, line: str) -> None:
-        """A message about a choice, the data or the run. A :class:`deltaw.progress.Detail` is for verbose output."""
+        """Called with a message for the user. :class:`deltaw.progress.Detail` marks messages for verbose output."""
 
     def on_choice(self, name: str, choice: Choice) -> None:
-        """A value was chosen automatically. Sends a line unless overridden. ``on_start`` receives all choices."""
+        """Called when a value was chosen automatically. By default, passes a message to ``on_line``.
+
+        ``on_start`` receives all choices.
+        """
         self.on_line(Detail(f"{name}: {choice}"))
 
     def on_plan(self, plan: Plan, limit_bytes: int) -> None:
-        """The memory plan of the run, with the available memory in bytes. Not called if no plan can be computed."""
+        """Called with the memory plan of the run and the available memory. Not called if no plan can be computed."""
 
     def on_start(self, start: RunStart) -> None:
-        """The run's folder exists and all values are chosen. Training has not started."""
+        """Called when the run's folder exists and all values are chosen, before training starts."""
 
     def on_rate_search(self, search: RateSearch, folder: Path) -> None:
-        """A range test chose the learning rate. The run's ``folder`` contains its measurements."""
+        """Called when a range test has chosen the learning rate.
+
+        Args:
+            search: Result of the range test.
+            folder: Folder of the run. The measurements are stored in it.
+        """
 
     def on_begin(self, state: TrainState) -> None:
-        """The first step is about to run.
+        """Called before the first step.
 
-        ``state`` is updated in place. ``state.state()`` returns the values for a checkpoint.
+        ``state`` is updated in place during training. ``state.state()`` returns the values for a checkpoint.
         """
 
     def on_step(self, step: Step) -> None:
-        """An optimizer step is complete. The time spent here does not count as training time."""
+        """Called after an optimizer step. Time spent here does not count as training time."""
 
     def on_skip(self, event: NotFinite) -> None:
-        """A step was skipped because its loss or gradient is not finite (``train.not_finite: skip``)."""
+        """Called after a step was skipped because its loss or gradient is not finite (``train.not_finite: skip``)."""
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        """The held-out rows were evaluated after ``step`` steps."""
+        """Called when the held-out rows were evaluated after ``step`` steps."""
 
     def on_samples(self, step: int, samples: Sequence[Sample]) -> None:
-        """The model's answers to held-out prompts after ``step`` steps. Those of step 0 are from the base model."""
+        """Called with the model's answers to held-out prompts after ``step`` steps. Step 0 is the base model."""
 
     def should_stop(self) -> bool:
-        """Return True to interrupt the run as Ctrl-C does.
+        """Return True to interrupt the run like Ctrl-C does.
 
         Called after each microbatch. The adapter of the last complete step is saved.
         """
         return False
 
     def should_finish(self) -> bool:
-        """Return True to finish the training as after its last step. Called before each step."""
+        """Return True to finish the training early as if the last step were done. Called before each step."""
         return False
 
     def diagnose(self, event: NotFinite) -> Sequence[str]:
-        """Return lines that explain a step whose loss or gradient is not finite, before it stops the training.
+        """Return lines that explain why the loss or gradient of a step is not finite.
 
-        The model is in its state before the step.
+        Called before the training stops at this step. The model is in its state before the step.
         """
         return ()
 
     def on_end(self, outcome: Outcome | None) -> None:
-        """The training has stopped. ``outcome`` is None after an error."""
+        """Called when training has stopped. ``outcome`` is None if an error stopped it."""
 
 
 class LineCallback(Callback):
@@ -178,7 +187,9 @@ class LineCallback(Callback):
 
 
 class FunctionCallback(Callback):
-    """Callback built from functions, given by the names of the methods that they replace."""
+    """Callback whose methods are functions, passed by method name: ``FunctionCallback(on_line=print)``. None is
+    ignored.
+    """
 
     def __init__(self, **functions: Callable[..., Any] | None) -> None:
         for name, function in functions.items():
@@ -187,7 +198,7 @@ class FunctionCallback(Callback):
 
 
 class Callbacks(Callback):
-    """Combines several callbacks. Each receives all events, in this order, and any of them can stop the run."""
+    """Several callbacks combined into one. Each receives all events, in order. Any of them can stop the run."""
 
     def __init__(self, *callbacks: Callback) -> None:
         self._callbacks = callbacks
@@ -211,7 +222,7 @@ def _to_each(name: str) -> Callable[..., None]:
     return forward
 
 
-# Forward all events, including ones that are added later.
+# Forward all ``on_`` methods of Callback, so that new events need no change here.
 for _name in vars(Callback):
     if _name.startswith("on_"):
         setattr(Callbacks, _name, _to_each(_name))

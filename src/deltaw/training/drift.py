@@ -23,7 +23,7 @@ from deltaw.data.example import Example
 from deltaw.data.prepare import encode_prompt
 from deltaw.hub.loading import has_values
 from deltaw.progress import track_progress
-from deltaw.runtime.generation import GeneratedCompletion, Writer, generate
+from deltaw.runtime.generation import GeneratedCompletion, TextGenerator, generate
 from deltaw.training.evaluation.general import (
     MAX_ANSWER_TOKENS,
     NUM_STORED_ANSWERS,
@@ -229,7 +229,7 @@ class GeneralAnswer:
     adapter: str
 
 
-def measure_run_drift(opened: AdaptedModel, writer: Writer | None = None) -> Drift | None:
+def measure_run_drift(opened: AdaptedModel, writer: TextGenerator | None = None) -> Drift | None:
     """Return the drift of a finished run.
 
     Args:
@@ -259,7 +259,7 @@ def _is_enabled(setting: bool | str, task: Task) -> bool:
     return setting is not False and task.tokenizer is not None and task.generates_text
 
 
-def compare_answers(opened: AdaptedModel, count: int, writer: Writer | None = None) -> list[GeneralAnswer]:
+def compare_answers(opened: AdaptedModel, count: int, writer: TextGenerator | None = None) -> list[GeneralAnswer]:
     """Return greedy answers of both models to ``count`` general prompts, evenly selected from all categories.
 
     Args:
@@ -288,7 +288,7 @@ def _pair_answers(answers: Sequence[Example], completions: Sequence[GeneratedCom
     return [GeneralAnswer(DRIFT_PROMPTS[base.row - 1], base.answer or "", c.text) for base, c in pairs]
 
 
-def _base_answers(opened: AdaptedModel, writer: Writer | None) -> list[Example]:
+def _base_answers(opened: AdaptedModel, writer: TextGenerator | None) -> list[Example]:
     num_virtual_tokens = 0 if opened.method is None else opened.method.virtual_tokens
     options: dict[str, Any] = {"identity": opened.identity, "reserved": num_virtual_tokens, "writer": writer}
     with opened.base():

@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 
 
 class AnyBatcher(Protocol):
-    """Splits the rows of an optimizer step into microbatches. The split does not change results.
+    """Splits the rows of an optimizer step into microbatches. The split does not affect results.
 
     A row or a group of rows has ``label_count``, the number of labels that it adds to the summed loss. A microbatch is
-    the input of one forward and backward pass. It has ``rows``, the number of its rows, ``row_tokens``, the number of
-    their tokens, and ``tokens``, the number of computed tokens. Shared prefixes reduce ``tokens``, padding increases
-    it.
+    the input of one forward and backward pass. Its attributes are ``rows``, the number of rows, ``row_tokens``, the
+    number of tokens of these rows, and ``tokens``, the number of tokens that are computed. Shared prefixes reduce
+    ``tokens``, and padding increases it.
 
-    A batcher whose microbatches contain other rows than its input also has ``cost_rows(rows)``. These rows determine
-    the cost when rows are distributed to processes.
+    If microbatches contain other rows than the input, the batcher also has ``cost_rows(rows)``. It returns the rows
+    whose cost is used to distribute work over processes.
     """
 
     def batches(self, rows: Sequence[Any]) -> Iterator[Any]:
-        """Yield the microbatches of these rows. Each is built when it is requested."""
+        """Yield the microbatches of these rows, built lazily."""
 
     def shapes(self, rows: Sequence[Any]) -> list[tuple[int, int]]:
         """Return (rows, length) of each microbatch without building it."""
@@ -53,14 +53,14 @@ class AnyObjective(Protocol):
 
 
 class Feed:
-    """Supplies the rows of a run to its model. This class starts at the first layer.
+    """Supplies the rows of a run to its model. This class feeds the first layer; subclasses can skip frozen layers.
 
     A feed is also a batcher. Its microbatches can contain outputs of frozen layers (:func:`enter_batch`).
 
     Attributes:
         objective: Computes the loss of its microbatches.
         batcher: Splits rows into microbatches.
-        store: Stored outputs of frozen layers, if any.
+        store: Stored outputs of frozen layers, or None.
     """
 
     def __init__(self, objective: AnyObjective, batcher: AnyBatcher, store: FeatureStore | None = None) -> None:
@@ -72,7 +72,7 @@ class Feed:
         return bool(getattr(self.batcher, "share", False))
 
     def batches(self, rows: Sequence[Any]) -> Iterator[Any]:
-        """Yield the microbatches of these rows. Each is built when it is requested."""
+        """Yield the microbatches of these rows, built lazily."""
         return self.batcher.batches(rows)
 
     def shapes(self, rows: Sequence[Any]) -> list[tuple[int, int]]:
@@ -80,25 +80,26 @@ class Feed:
         return self.batcher.shapes(rows)
 
     def worst_case_rows(self, rows: Sequence[Any]) -> Sequence[Any]:
-        """Return the largest rows that the model can receive for these rows of a step, for a dry run."""
+        """Return the largest rows that can reach the model for these rows of a step, for a dry run."""
         return rows
 
     def set_run_folder(self, folder: Path) -> None:
-        """Receive the run's folder, for files that a resumed run needs."""
+        """Set the run's folder, in which the feed stores files that a resumed run needs."""
 
     def cost_rows(self, rows: Sequence[Any]) -> Sequence[Any]:
-        """Return rows with the cost of the given ones, for distribution to processes."""
+        """Return the rows whose cost is used to distribute these rows over processes."""
         return getattr(self.batcher, "cost_rows", lambda same_rows: same_rows)(rows)
 
     def close(self) -> None:
-        """Write stored outputs to disk and release them for other runs."""
+        """Write stored outputs to disk and unlock the store for other runs."""
         if self.store is not None:
             self.store.close()
 
 
 def enter_batch(batch: Any) -> AbstractContextManager[Any]:
-    """Enter the batch as the model runs it, with stored outputs in place of the layers that compute them.
+    """Return a context manager that provides the batch for the model.
 
-    If the batch has no stored outputs, it is unchanged.
+    Within the context, stored outputs replace the layers that would compute them. A batch without stored outputs is
+    returned unchanged.
     """
     return contextlib.nullcontext(batch) if batch.enter is None else batch.enter()

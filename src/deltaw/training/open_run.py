@@ -35,7 +35,7 @@ from deltaw.methods.base import ADAPTER_CONFIG, Method
 from deltaw.methods.files import method_from_folder, read_classes, read_config, read_num_outputs
 from deltaw.platforms import shell_word
 from deltaw.progress import Detail, track_progress
-from deltaw.runtime.generation import Sampler, Writer
+from deltaw.runtime.generation import Sampler, TextGenerator
 from deltaw.runtime.quantized_weights import quantize_int8
 from deltaw.settings import DEFAULT_TASK, SETTINGS, RunConfig
 from deltaw.task_settings import DistillSettings, EmbeddingSettings, TextSource
@@ -482,7 +482,7 @@ def score_run(
     *,
     num_answers: int = 0,
     max_new_tokens: int | None = None,
-    writer: Writer | None = None,
+    writer: TextGenerator | None = None,
     sampler: Sampler | None = None,
     reward_evaluation: RewardEvaluation = GREEDY,
 ) -> EvaluationScore:

@@ -34,7 +34,7 @@ from deltaw.machine.memory import PeakMemory, release_free_memory
 from deltaw.methods.base import Method
 from deltaw.methods.files import choose_method
 from deltaw.progress import Advance, Detail, track_progress
-from deltaw.runtime.generation import GeneratedCompletion, Sampler, Writer, generate
+from deltaw.runtime.generation import GeneratedCompletion, Sampler, TextGenerator, generate
 from deltaw.runtime.packed import fused_blocks, packed_rows
 from deltaw.runtime.quantized_weights import Rounding, use_large_pages
 from deltaw.runtime.sharded import sharded_blocks
@@ -133,10 +133,10 @@ class Session:
     processes: Reducer = SINGLE_PROCESS
     approximations: Approximations = field(default_factory=Approximations)
     roundings: Sequence[Rounding] = ()
-    make_generator: Callable[[Method | None], Writer] | None = None
+    make_generator: Callable[[Method | None], TextGenerator] | None = None
     make_sampler: Callable[[Method], Sampler] | None = None
 
-    def writer(self, *, of_base: bool) -> Writer | None:
+    def writer(self, *, of_base: bool) -> TextGenerator | None:
         """Return the text generator of the trained model, or of the base model.
 
         Args:
@@ -450,7 +450,7 @@ def assemble(
     candidates: Sequence[str] = (),
     resumed: Sequence[str] | None = None,
     processes: Reducer = SINGLE_PROCESS,
-    make_generator: Callable[[Method | None], Writer] | None = None,
+    make_generator: Callable[[Method | None], TextGenerator] | None = None,
     make_sampler: Callable[[Method], Sampler] | None = None,
 ) -> Session:
     """Combine a freshly loaded model, a method and rows.

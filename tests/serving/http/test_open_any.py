@@ -56,7 +56,7 @@ def test_prompt_format_of_run_is_available_with_key(finished_run, tmp_path, serv
         raise NotDecodable("simulated unsupported blocks")
 
     if not decoder:
-        monkeypatch.setattr(opening, "decodable", raise_not_decodable)
+        monkeypatch.setattr(opening, "build_decodable", raise_not_decodable)
     run = shutil.copytree(finished_run, tmp_path / "mine")
     client = serve(run, name="base")
     body = {"model": "mine", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}

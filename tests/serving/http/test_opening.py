@@ -169,7 +169,7 @@ def test_unsupported_model_is_decoded_by_transformers(folders, packages, expecte
     def raise_not_decodable(*_: object, **__: object) -> None:
         raise NotDecodable("simulated unsupported model")
 
-    monkeypatch.setattr("deltaw.serving.http.opening.decodable", raise_not_decodable)
+    monkeypatch.setattr("deltaw.serving.http.opening.build_decodable", raise_not_decodable)
     lines: list[str] = []
     with serve_model(folders, lines.append) as server:
         assert any("simulated unsupported model" in line for line in lines)

@@ -21,7 +21,7 @@ void add(int64_t count, const T *a, const T *b, T *out) {
 
 }  // namespace
 
-// out = a + b for `count` numbers, rounded once. out can be a or b.
+// out = a + b for `count` elements, each rounded once. out may alias a or b.
 int dw_add(int type, int64_t count, const void *a, const void *b, void *out) {
     return guarded([&] {
         if (type == F32) add(count, (const float *)a, (const float *)b, (float *)out);

@@ -1,8 +1,9 @@
 // Gradient of a classifier's input from the gradient of its logits, in int8.
 //
-// Except for its target, a row of the gradient of a cross-entropy has one sign. The target's part is added exactly. The
-// others are quantized in place with a scale per row and INT8_BLOCK classes, because a single scale per row would round
-// almost all of them to 0. The bf16 weight (V, D) is quantized to int8 as it is read.
+// In each row of a cross-entropy gradient, all entries but the target's have the same sign, so they fit uint8. They are
+// quantized in place with one scale per row and INT8_BLOCK classes, because a single scale per row would round most of
+// them to 0. The target's contribution is added in floating point. The bf16 weight (V, D) is quantized to int8 as it is
+// read.
 #include "kernels.h"
 #include "product.h"
 #include "quantize.h"
@@ -12,8 +13,8 @@ using namespace deltaw;
 
 namespace {
 
-// Quantize the classes of one row, times `scales`, to uint8. The target becomes 0. Works in place because writes never
-// overtake reads.
+// Multiply the gradient of one row by the weight's scale of each class, and quantize it to uint8. The target becomes 0.
+// Works in place because writes never overtake reads.
 void quantize_classes(int64_t V, bf16 *row, int64_t target, const float *scales, float *block_scales) {
     uint8_t *const out = (uint8_t *)row;
     row[target] = 0;
@@ -48,13 +49,14 @@ Product class_product(int64_t M, int64_t V, int64_t D, const void *grad, const v
 
 }  // namespace
 
-// Peak bytes that dw_class_gradient takes from the threads' arenas.
+// Peak number of bytes that dw_class_gradient allocates from the threads' arenas.
 int64_t dw_class_gradient_scratch_size(int64_t M, int64_t V, int64_t D) {
     const float unit = 1.0f;
     return M * (D + 1) * 4 + product_scratch_size(class_product(M, V, D, nullptr, nullptr, &unit, &unit, nullptr), INT8, thread_count());
 }
 
-// dh (M, D) = grad (M, V) · weight, both in bf16. Overwrites grad. block_scales (M, ⌈V / INT8_BLOCK⌉).
+// dh (M, D) = grad (M, V) · weight (V, D), all bf16. Overwrites grad. scales (V) are the int8 scales of the weight's
+// rows. block_scales (M, ⌈V / INT8_BLOCK⌉) is scratch space.
 int dw_class_gradient(int64_t M, int64_t V, int64_t D, void *grad, const int64_t *targets, const void *weight, const float *scales,
                       float *block_scales, void *dh) {
     return guarded([&] {

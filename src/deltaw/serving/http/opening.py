@@ -18,7 +18,7 @@ from deltaw.progress import track_progress
 from deltaw.serving.adapters import AdapterInfo, unknown_adapter_error
 from deltaw.serving.bank import AdapterBank, Packer
 from deltaw.serving.batch import BatchLimits
-from deltaw.serving.decodable import decodable
+from deltaw.serving.decodable import build_decodable
 from deltaw.serving.encoders import EncoderOptions, detect_output_kind, open_classifiers, open_embedder
 from deltaw.serving.engine import Engine
 from deltaw.serving.http.encoders import serve_encoders
@@ -145,7 +145,7 @@ def open_served(base: str, folders: Mapping[str, Path], options: OpenOptions, *,
     bank: AdapterBank | None = None
     try:
         with track_progress("preparing the decoder"):
-            result = decodable(session.model, cache_bytes=budget)
+            result = build_decodable(session.model, cache_bytes=budget)
     except NotDecodable as reason:
         engine, prompts = _by_transformers(base, folders, session, options, reason, log)
     else:

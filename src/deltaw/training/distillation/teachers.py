@@ -26,7 +26,7 @@ from deltaw.kernels.transfer import to_device
 from deltaw.machine.choices import QUANTIZED, choose_device, choose_precision
 from deltaw.methods.base import Method
 from deltaw.progress import track_progress
-from deltaw.runtime.generation import GeneratedCompletion, Writer, generate
+from deltaw.runtime.generation import GeneratedCompletion, TextGenerator, generate
 from deltaw.runtime.packed import packed_rows, padded_rows
 from deltaw.runtime.quantized_weights import quantize_int8, quantize_nf4
 from deltaw.settings import RunConfig
@@ -57,7 +57,7 @@ class Teacher:
     weight: float
     model_context: Callable[[], AbstractContextManager[Any]]
     head_context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
-    writer: Writer | None = None
+    writer: TextGenerator | None = None
 
     @torch.no_grad()
     def outputs(self, rows: Sequence[Example]) -> Tensor:
@@ -94,7 +94,7 @@ class Teacher:
 
 
 def base_as_teacher(
-    objective: CausalObjective, batcher: AnyBatcher, method: Method, weight: float, writer: Writer | None
+    objective: CausalObjective, batcher: AnyBatcher, method: Method, weight: float, writer: TextGenerator | None
 ) -> Teacher:
     """Return the base model of ``objective`` as a teacher, with the trained parameters disabled.
 

@@ -33,7 +33,7 @@ from deltaw.lora.stored import count_logical_parameters
 from deltaw.machine.choices import QUANTIZED
 from deltaw.machine.kernel_choice import numerics_key
 from deltaw.progress import track_progress
-from deltaw.runtime.generation import GeneratedCompletion, Progress, Writer, generate, position_limit
+from deltaw.runtime.generation import GeneratedCompletion, Progress, TextGenerator, generate, position_limit
 from deltaw.runtime.quantized_weights import Rounding
 from deltaw.training.losses import detach_wide
 from deltaw.training.microbatches import AnyBatcher, AnyObjective
@@ -90,7 +90,7 @@ def general_answers(
     identity: str | None,
     batch_tokens: int = 1024,
     reserved: int = 0,
-    writer: Writer | None = None,
+    writer: TextGenerator | None = None,
 ) -> list[Example]:
     """Return the model's answers to general prompts as rows with the greedy tokens as labels.
 
@@ -146,7 +146,7 @@ def base_answers(
     identity: str | None,
     batch_tokens: int,
     on_progress: Progress = None,
-    writer: Writer | None = None,
+    writer: TextGenerator | None = None,
 ) -> list[GeneratedCompletion]:
     """Return the base model's greedy answers of up to ``count`` tokens, cached on disk.
 

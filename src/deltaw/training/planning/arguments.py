@@ -33,7 +33,7 @@ def plan_per_process(plan: Plan, sharding: str, processes: int) -> Plan:
     return plan.per_process(processes, sharded=sharding == "base" and plan.method == "lora")
 
 
-def refuse_memory(memory: str | None, verb: str) -> None:
+def reject_memory_setting(memory: str | None, verb: str) -> None:
     """Reject the setting ``memory`` for a command that does not enforce it.
 
     Raises:

@@ -27,32 +27,39 @@ RequestHandler = Callable[[Any], dict[str, Any]]
 _MAX_ANSWER_BYTES = 1 << 24
 # Maximum number of characters of an exception's text.
 _MAX_TEXT_LENGTH = 2000
-# Seconds for a worker to start on a busy machine.
+# Default time limit for the start of a worker, long enough for a busy machine.
 _START_SECONDS = 60.0
 
 
 class RewardWorker:
-    """A worker process, started by the first request, and by the first request after it was killed.
+    """A worker process. It starts at the first request, and again at the first request after it was killed.
 
     Args:
         module: Module to run.
-        settings: JSON, the only argument of the module.
-        seconds: Time allowed for the start, in addition to the default.
+        settings: JSON text, passed to the module as its only command-line argument.
+        extra_start_seconds: Time allowed for the start, in addition to the default.
 
     Attributes:
-        failure: Reason that the last request has no answer, as the predicate of a sentence about the worker's code.
+        failure: Why the last request has no answer, as a verb phrase: "gave an answer that cannot be read".
     """
 
-    def __init__(self, module: str, settings: str, seconds: float) -> None:
+    def __init__(self, module: str, settings: str, extra_start_seconds: float) -> None:
         self._words = [sys.executable, "-m", module, settings]
-        self._seconds = seconds
+        self._seconds = extra_start_seconds
         self._process: subprocess.Popen[bytes] | None = None
         self._answers: queue.Queue[bytes] = queue.Queue()
         self.failure = ""
 
     def request(self, request: Any, seconds: float) -> dict[str, Any] | None:
-        """Return the worker's answer. If it is missing or invalid, kill the worker and return None."""
-        self.failure = f"gave no answer within {seconds:g} seconds, or ended its process"
+        """Send a request and return the worker's answer.
+
+        If the answer is missing or invalid, set ``failure``, kill the worker and return None.
+
+        Args:
+            request: JSON-serializable value. Other objects are converted with ``str``.
+            seconds: Time limit for the answer.
+        """
+        self.failure = f"gave no answer within {seconds:g} seconds, or its process exited"
         process = self._process or self._start()
         if process is None:
             return None
@@ -76,7 +83,7 @@ class RewardWorker:
             kill_process_tree(process)
 
     def _start(self) -> subprocess.Popen[bytes] | None:
-        """Return a worker that is ready, or None if the start fails."""
+        """Start a worker and wait until it is ready. Return None if it does not become ready in time."""
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self._process = subprocess.Popen(self._words, start_new_session=os.name != "nt", **pipes)
         self._answers = queue.Queue()
@@ -108,22 +115,22 @@ def _read(pipe: IO[bytes], answers: queue.Queue[bytes]) -> None:
 
 def kill_process_tree(process: subprocess.Popen[bytes]) -> None:
     """Kill a process and its descendants, including those in separate sessions."""
-    family: list[psutil.Process] = []
+    processes: list[psutil.Process] = []
     with contextlib.suppress(psutil.Error):
         parent = psutil.Process(process.pid)
-        family = [parent, *parent.children(recursive=True)]
-    for member in family:
+        processes = [parent, *parent.children(recursive=True)]
+    for member_process in processes:
         with contextlib.suppress(psutil.Error):
-            member.kill()
+            member_process.kill()
     if os.name != "nt":
-        with contextlib.suppress(OSError):  # processes started since the listing
+        with contextlib.suppress(OSError):  # also kill processes that were started after the listing
             os.killpg(process.pid, 9)
     process.wait()
-    psutil.wait_procs(family, timeout=5)
+    psutil.wait_procs(processes, timeout=5)
 
 
 def answer_requests(make_handler: Callable[[], RequestHandler]) -> None:
-    """Answer requests until standard input is closed.
+    """Answer requests from standard input until it is closed. Standard output is redirected to standard error.
 
     Args:
         make_handler: Returns the handler of requests. If it raises UserError, the error is the answer to every request.
@@ -150,7 +157,7 @@ def answer_requests(make_handler: Callable[[], RequestHandler]) -> None:
 
 
 def as_number(value: Any) -> Any:
-    """Return the value as a float, or its text if it is not a number."""
+    """Return the value as a float, or a truncated ``repr`` if it is not a number."""
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError):
@@ -158,5 +165,5 @@ def as_number(value: Any) -> Any:
 
 
 def describe_error(error: Exception) -> str:
-    """Return type and text of an exception in user code, truncated and without secrets."""
+    """Return the type and message of an exception raised by user code, truncated and with secrets redacted."""
     return redact(f"{type(error).__name__}: {str(error)[:_MAX_TEXT_LENGTH]}")

@@ -25,7 +25,7 @@ from deltaw.data.settings import DataSettings
 from deltaw.hub.loading import has_values
 from deltaw.machine.choices import Choice
 from deltaw.progress import track_progress
-from deltaw.runtime.generation import Progress, Writer, generate
+from deltaw.runtime.generation import Progress, TextGenerator, generate
 from deltaw.runtime.packed import packed_rows, padded_rows
 from deltaw.task_settings import PreferenceSettings
 from deltaw.training.callbacks import LogFunction, ignore_line
@@ -116,7 +116,7 @@ def answers(
     max_new_tokens: int | None = None,
     batch_tokens: int = 4096,
     on_progress: Progress = None,
-    writer: Writer | None = None,
+    writer: TextGenerator | None = None,
 ) -> list[EvaluatedAnswer]:
     """Generate greedy completions of the examples that have a prompt, in order.
 
