@@ -61,7 +61,7 @@ def test_invalid_values_are_rejected_before_first_trial(config):
     for texts, message in (
         (["lora.rank=0..4"], r"lora\.rank"),
         (["train.schedule=[linear, cosin]"], r"train\.schedule"),
-        (["lora.alpha=[4]", "lora.alpha/rank=[1]"], "exclude"),
+        (["lora.alpha=[4]", "lora.alpha/rank=[1]"], "cannot be searched together"),
     ):
         with pytest.raises(UserError, match=message):
             check_space(config, parse_space(texts))
