@@ -97,7 +97,7 @@ def _show(plans: Mapping[str, Plan], method: str, processes: int, rows: Sequence
 
     out.print(plan_report(plans, method, free_memory_bytes(), processes))
     if len(plans) == 1:
-        out.print("compare methods with --methods all; find settings for less memory with --fit-memory 2GB")
+        out.print("other methods: --methods all; settings for less memory: --fit-memory 2GB")
     for line in rows:
         out.print_line(Detail(line) if len(plans) == 1 else line)  # for a single plan, the run reports the rows
 
