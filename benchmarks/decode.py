@@ -171,8 +171,8 @@ def prompt(reference: str, number: int) -> list[int]:
 def deltaw_side(reference: str, options: argparse.Namespace) -> tuple[str, Run]:
     import numpy as np
 
-    from deltaw.serving.opening import open_engine
-    from deltaw.serving.request import Request
+    from deltaw.decoding.opening import open_engine
+    from deltaw.decoding.request import Request
     from deltaw.training.open_run import open_run
 
     log_lines: list[str] = []

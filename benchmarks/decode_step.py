@@ -21,8 +21,8 @@ from torch import Tensor
 
 from deltaw.kernels import linear as products
 from deltaw.kernels import loader, quantize
-from deltaw.kernels.decode import Decoder, DecoderBlock, DecoderLinear, PackedAdapter
-from deltaw.kernels.decode_reference import HEAD
+from deltaw.kernels.decode import Decoder, PackedAdapter
+from deltaw.kernels.decode_reference import HEAD, DecoderBlock, DecoderLinear
 from deltaw.kernels.rows import HalfNorms, Norm
 
 

@@ -21,13 +21,13 @@ from machine import print_machine
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from deltaw.data.packing import PackedBatch
+from deltaw.data.packing import MicroBatch
 from deltaw.kernels import loader
 from deltaw.kernels.layout import Layout
 from deltaw.lora import LoRAConfig, attach
 from deltaw.machine.choices import choose_threads
 from deltaw.runtime.packed import packed_rows, padded_rows
-from deltaw.training.tasks.causal_objective import CausalObjective
+from deltaw.training.causal_objective import CausalObjective
 
 RANK, ALPHA = 16, 32
 HEADS = {"num_attention_heads": 12, "hidden_size": 768, "intermediate_size": 2048}
@@ -110,7 +110,7 @@ def deltaw_step(model: nn.Module, tokens: Tensor) -> Callable[[], None]:
     predictors, targets = indices[:, :-1].flatten(), tokens[:, 1:].flatten()
     weights = torch.full((len(targets),), 1 / len(targets))
     count = tokens.numel()
-    batch = PackedBatch(inputs, predictors, targets, weights, len(tokens), count, count, ())
+    batch = MicroBatch(inputs, targets, (), count, predictors=predictors, weights=weights)
 
     def step() -> None:
         with packed_rows(model):

@@ -22,7 +22,7 @@ from typing import Any
 
 from machine import machine_lines
 
-from deltaw.machine.processor import processor_name
+from deltaw.kernels.processor import processor_name
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "performance.md"

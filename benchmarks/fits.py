@@ -20,7 +20,7 @@ from pathlib import Path
 
 from machine import print_machine
 
-from deltaw.settings import RunConfig
+from deltaw.settings.config import RunConfig
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.session import read_data
 

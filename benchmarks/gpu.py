@@ -118,16 +118,16 @@ def deltaw_seconds(job: dict[str, Any], tokens: torch.Tensor) -> tuple[list[floa
     from deltaw.kernels import attention
     from deltaw.lora import LoRAConfig, adapter_parameters, attach
     from deltaw.runtime.packed import packed_rows
+    from deltaw.training.batchers import BatcherOptions, choose_causal_batcher
+    from deltaw.training.causal_objective import CausalObjective
     from deltaw.training.loop import train
-    from deltaw.training.tasks.causal_batcher import choose_causal_batcher
-    from deltaw.training.tasks.causal_objective import CausalObjective
 
     if job.get("tiles"):
         attention.DEVICES = ()
     model = load(job["reference"], precision="bf16", device=job["device"], log=lambda line: None).model
     labels = np.ones(tokens.shape[1], bool)
     rows = [Example(n, row.numpy().astype(np.int32), labels, 0, None) for n, row in enumerate(tokens)]
-    batcher, _ = choose_causal_batcher(model, rows, device=job["device"], share=job["prefix"] > 0)
+    batcher, _ = choose_causal_batcher(model, rows, BatcherOptions(job["device"], share=job["prefix"] > 0))
     attach(model, LoRAConfig(rank=RANK, alpha=ALPHA), seed=0)
     objective, seconds = CausalObjective(model), []
     with packed_rows(model):

@@ -107,7 +107,7 @@ def write_model(folder: Path) -> None:
 
 def load_deltaw_side(folder: Path, precision: str, limit: int | None = None) -> Side:
     """Return a function that computes the metrics of a task with deltaw's model class."""
-    from deltaw.serving.harness import evaluate_tasks
+    from deltaw.evaluation.harness import evaluate_tasks
     from deltaw.training.open_run import open_run
 
     session = open_run(SMOLLM2, precision=precision, log=lambda line: None)

@@ -11,7 +11,8 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-from deltaw.machine.processor import physical_cores, processor_flags, processor_name, usable_processors
+from deltaw.kernels.processor import processor_flags, processor_name
+from deltaw.machine.choices import physical_cores, usable_processors
 
 # CPU flags that affect the speed of matrix products, for x86 and then for ARM.
 FLAGS = (

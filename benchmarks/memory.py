@@ -341,11 +341,11 @@ def child(measurement: str, settings: dict) -> dict:
 
 def tensors(settings: dict) -> dict:
     """Return the planned peak of all tensors and the peak according to allocator events."""
-    from deltaw.memory.measure import peak_tensor_bytes
     from deltaw.runs.fit import load_model
-    from deltaw.settings import RunConfig
+    from deltaw.settings.config import RunConfig
     from deltaw.training.planning.plan_run import plan_run
     from deltaw.training.session import Session, assemble, read_data
+    from tests.peak_memory import peak_tensor_bytes
 
     # Only training is measured. Drift contributes to the peak of the process only.
     config = RunConfig.read({**settings, "train": {**settings["train"], "drift": False}})
@@ -396,11 +396,11 @@ def phases(settings: dict) -> dict:
     """Run ``deltaw train`` in this process and measure the peak of each phase of the plan. Requires Linux."""
     import functools
 
+    import deltaw.decoding.opening as opening
+    import deltaw.decoding.opening as rollouts
     import deltaw.runs.fit as fit
-    import deltaw.serving.opening as opening
-    import deltaw.serving.rollouts as rollouts
     from deltaw.machine.memory import peak_resident_bytes, retain_freed_memory
-    from deltaw.reports.run import fit as train
+    from deltaw.runs.fit import fit as train
     from deltaw.training import session
     from deltaw.training.planning.plan_cache import CachedPlan
     from deltaw.training.session import Session

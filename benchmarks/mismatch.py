@@ -23,8 +23,8 @@ from rewards import ALPHA, MODEL, RANK, rows_of
 import deltaw
 from deltaw.hub.loading import load
 from deltaw.machine.choices import choose_threads
-from deltaw.training.rollouts.losses import Rollout
-from deltaw.training.rollouts.store import parse_rollouts
+from deltaw.tasks.reward.feed import parse_rollouts
+from deltaw.tasks.reward.losses import Rollout
 
 
 def main() -> None:

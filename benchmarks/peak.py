@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltaw.machine.processor import processor_flags
+from deltaw.kernels.processor import processor_flags
 
 # By number type, fastest first: CPU flag, loop function, operations of an iteration with twelve instructions.
 LOOPS = {

@@ -1,6 +1,6 @@
 """Draw `docs/sft.png` from the results of `benchmarks/sft.py --json results.json`.
 
-python benchmarks/plot_sft.py results.json docs/sft.png
+python benchmarks/plot_sft.py results.json docs/sft.png  # needs deltaw[bench]
 """
 
 from __future__ import annotations

@@ -16,10 +16,10 @@ import argparse
 import numpy as np
 from machine import print_machine
 
-from deltaw.serving.opening import SessionGenerator
+from deltaw.decoding.opening import SessionGenerator
 from deltaw.training.drift import measure_run_drift
 from deltaw.training.evaluation.base import mean_interval
-from deltaw.training.open_run import open_run, score_run
+from deltaw.training.open_run import open_run
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
         print(f"answers of the {name} in lower case: {share(values)}")
     wins = ((lower["adapter"] > lower["base"]).sum(), (lower["adapter"] < lower["base"]).sum())
     print(f"of {len(prompts)} prompts {wins[0]} go to the adapter, {wins[1]} to the base model")
-    score = score_run(adapted_model, held_out).evaluation
+    score = adapted_model.score(held_out).evaluation
     print(f"held-out pairs whose chosen answer the adapter prefers: {share(score.per_row)}")
     print(f"margin {score.metrics['margin']:.2f}, loss {score.metrics['loss']:.3f} (0.693 of the base model)")
     drift = measure_run_drift(adapted_model)

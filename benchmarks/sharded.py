@@ -137,7 +137,7 @@ def train_in_worker(settings: str) -> None:
     """
     from deltaw.cli import main as command
     from deltaw.memory.plan import Plan
-    from deltaw.runs import fit, follower
+    from deltaw.runs import fit
     from deltaw.training import process  #  noqa: F401
 
     path = Path(json.loads(settings)["output"]).parent / f"run-{os.environ['RANK']}.json"
@@ -155,7 +155,7 @@ def train_in_worker(settings: str) -> None:
         measurements.update(planned=memory_plan.peak_resident_bytes / 1e6, trained=memory_plan.trained_parameters)
         return memory_plan
 
-    fit.load_model = follower.load_model = load_for
+    fit.load_model = load_for
     fit.plan_run = plan_run
     try:
         command(["train", str(path), "--fresh"])

@@ -177,16 +177,16 @@ def train_deltaw(model: Any, job: dict[str, Any], tokens: Any, candidates: tuple
     from deltaw.runtime.packed import packed_rows
     from deltaw.runtime.quantized_weights import use_large_pages
     from deltaw.training.approximations import Approximations, GradientCheck, applicable
+    from deltaw.training.batchers import BatcherOptions, choose_causal_batcher
+    from deltaw.training.causal_objective import CausalObjective
     from deltaw.training.loop import train
     from deltaw.training.preparation import checkpoint_blocks
-    from deltaw.training.tasks.causal_batcher import choose_causal_batcher
-    from deltaw.training.tasks.causal_objective import CausalObjective
 
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     resident = loaded_bytes(model)
     labels = np.ones(tokens.shape[1], bool)
     examples = [Example(n, row.numpy().astype(np.int32), labels, 0, None) for n, row in enumerate(tokens)]
-    batcher, _ = choose_causal_batcher(model, examples, device="cpu", share=False)
+    batcher, _ = choose_causal_batcher(model, examples, BatcherOptions("cpu", share=False))
     attach(model, LoRAConfig(rank=RANK, alpha=ALPHA), seed=0)
     if job.get("checkpointing"):
         checkpoint_blocks(model)

@@ -38,18 +38,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    settings = {
-        "vocab_size": 259,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "eos_token_id": 0,
-        "bos_token_id": None,
-        "initializer_range": 0.5,  # large, so that argmax has no ties
-    }
+    settings: dict[str, object] = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 48}
+    settings |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    settings |= {"max_position_embeddings": 128, "eos_token_id": 0, "bos_token_id": None}
+    settings |= {"initializer_range": 0.5}  # large, so that argmax has no ties
     return LlamaForCausalLM(LlamaConfig(**settings | changes)).eval()
 
 

@@ -20,10 +20,12 @@ import pytest
 import torch
 from hypothesis import settings
 
+from deltaw.data.row_reader import RunData
+from deltaw.errors import UserError
 from deltaw.memory.plan import Plan
-from deltaw.settings import RunConfig
+from deltaw.settings.config import RunConfig
 from deltaw.training.planning.plan_run import plan_run
-from deltaw.training.tasks.base import RunData, Task
+from deltaw.training.task import Task
 from tests.byte_models import save_model, tiny_gpt2, tiny_llama
 
 # Deterministic examples make failures reproducible.
@@ -33,11 +35,8 @@ settings.load_profile("repeatable")
 Settings = Callable[..., dict]
 # GFLOP/s by stored type and arithmetic. The native arithmetic of each variant is the fastest, and bf16 is no slower
 # than fp32.
-RATES = {
-    "fp32": {"dot": 200.0, "torch": 100.0},
-    "bf16": {"dot": 200.0, "tiles": 150.0, "wide": 120.0, "torch": 90.0},
-    "int8": {"dot": 800.0, "tiles": 700.0, "torch": 50.0},
-}
+RATES = {"fp32": {"dot": 200.0, "torch": 100.0}, "bf16": {"dot": 200.0, "tiles": 150.0, "wide": 120.0, "torch": 90.0}}
+RATES |= {"int8": {"dot": 800.0, "tiles": 700.0, "torch": 50.0}}
 # Threads of runs in tests. `make test-variants` repeats all tests with two.
 THREADS = int(os.environ.get("DELTAW_TEST_THREADS", "1"))
 COLORS = ("red", "blue", "green", "black", "white", "pink", "gray", "teal", "cyan", "gold")
@@ -78,8 +77,10 @@ _PLANS: dict[tuple[object, ...], Plan] = {}
 
 
 def shared_plan(config: RunConfig, task: Task, data: RunData, *, processes: int = 1) -> Plan:
-    """Return the plan of the first run with the same model, task, method and precision."""
-    key = (config.model, config.task, config.method, config.precision, processes)
+    """Return the plan of the first run with the same model configuration, task, method and precision."""
+    file = Path(config.model, "config.json")
+    model = file.read_text(encoding="utf-8") if file.is_file() else config.model
+    key = (model, config.task, config.method, config.precision, processes)
     if config.memory is not None or key not in _PLANS:
         _PLANS[key] = plan_run(config, task, data, processes=processes)
     return _PLANS[key]
@@ -147,6 +148,13 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> Path:
     """Write rows as JSON Lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def refusal(work: Callable[..., object], *args: object, match: str | None = None, **kwargs: object) -> UserError:
+    """Call ``work`` and return the UserError that it raises."""
+    with pytest.raises(UserError, match=match) as error:
+        work(*args, **kwargs)
+    return error.value
 
 
 def deep_merge(below: Mapping[str, object], above: Mapping[str, object]) -> dict:

@@ -22,7 +22,7 @@ import torch.distributed.tensor  # noqa: F401
 import transformers.conversion_mapping
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-from deltaw import private_apis
+from deltaw import errors as private_apis
 
 
 def without(names: list[str]) -> None:

@@ -30,7 +30,6 @@ PRELOADED = (
     "deltaw.cli.generate",
     "deltaw.cli.train",
     "deltaw.runs.fit",
-    "deltaw.runs.follower",
     "tests.byte_models",
     "torch.distributed",
     "transformers.models.llama.modeling_llama",

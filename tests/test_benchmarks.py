@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from deltaw.hub.loading import load
-from deltaw.machine.processor import processor_name
+from deltaw.kernels.processor import processor_name
 
 pytest.importorskip("psutil")
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -73,9 +73,8 @@ def test_random_weights_are_written_once_and_load_equally(tmp_path, monkeypatch)
     ours = load(reference, precision="bf16", device="cpu", log=lambda line: None).model
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     our_parameters, their_parameters = dict(ours.named_parameters()), dict(theirs.named_parameters())
-    assert our_parameters.keys() == their_parameters.keys() and all(
-        torch.equal(our_parameters[n], their_parameters[n]) for n in our_parameters
-    )
+    assert our_parameters.keys() == their_parameters.keys()
+    assert all(torch.equal(our_parameters[n], their_parameters[n]) for n in our_parameters)
     assert all(p.abs().max() > 0 for n, p in our_parameters.items() if n.endswith("bias"))
 
 
@@ -103,19 +102,6 @@ def test_default_sides_exist_and_have_avx2_variants():
     assert not [name for name in step.DEFAULT_AVX2_SIDES if "bf16" in name]  # emulated there
     compiled = {name for name, side in step.SIDES.items() if side.get("compiled")}
     assert compiled and compiled <= set(step.DEFAULT_SIDES)
-
-
-def test_side_that_exceeds_memory_is_skipped_with_a_message(monkeypatch, capsys):
-    import step
-
-    monkeypatch.setattr(step.psutil, "virtual_memory", lambda: type("M", (), {"available": 9e9})())
-    assert step.fits("deltaw-int8", "llama-3.2-3b") and step.fits("floor-fp32", "llama-3.2-3b")
-    assert not step.fits("peft-fp32", "llama-3.2-3b")
-    assert "peft-fp32 is skipped" in capsys.readouterr().out
-    # 3.2 billion values of 2 bytes plus overhead: one such side fits into 9 GB, two do not.
-    two = ["deltaw-int8", "peft-bf16"]
-    assert not step.fits("deltaw-int8", "llama-3.2-3b", two)
-    assert "17 GB are needed" in capsys.readouterr().out
 
 
 SIDE = """
@@ -188,33 +174,6 @@ def test_peaks_are_measured_for_supported_instructions():
     for kind, measurement in peak.peaks(1).items():
         is_supported = any(flag in flags for flag, _, _ in peak.LOOPS[kind]) and peak.TILES.get(kind) not in flags
         assert (measurement.rate > 0) == is_supported, measurement.why
-
-
-def test_communication_model_matches_training_ranges_and_lora_parameters():
-    import communication
-
-    from deltaw.training.parallel.group import _ranges
-
-    for processes, count in [(2, 1000), (8, 400), (64, 3000), (1024, 50)]:
-        cut = _ranges([65536] * count, processes, 4)
-        assert len(cut) == communication.ranges(processes, 65536 * count * 4)
-    assert {base.name: base.factors(16) for base in communication.BASES}["Llama 3.1 8B"] == 41_943_040
-
-
-def test_reductions_overlap_backward_except_one_range():
-    import communication
-
-    size, latency, bandwidth = 8e8, 1e-5, 1e10
-    each = communication.ring(4, size / 8, latency, bandwidth)
-    assert communication.ring(4, size, 0.0, bandwidth) == pytest.approx(2 * 3 / 4 * size / bandwidth)
-    assert communication.reduction_times(4, size, 10.0, latency, bandwidth) == pytest.approx((8 * each, each))
-    assert communication.reduction_times(4, size, 0.0, latency, bandwidth) == pytest.approx((8 * each, 8 * each))
-    assert communication.reduction_times(1, size, 1.0, latency, bandwidth) == (0.0, 0.0)
-    # All processes of a machine share its bandwidth.
-    assert communication.ring(4, size, 0.0, bandwidth, shared=True) == pytest.approx(6 * size / bandwidth)
-    # Gathering the base twice takes as long as computing this number of tokens, regardless of its size.
-    tokens = communication.min_tokens(2.0, 4e14, bandwidth)
-    assert 4 * 7e9 * tokens / 4e14 == pytest.approx(2 * 2.0 * 7e9 / bandwidth)
 
 
 SFT = ("rows_per_second", "peak_bytes", "held_out_loss")

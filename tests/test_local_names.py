@@ -9,8 +9,8 @@ import pytest
 from pydantic import BaseModel
 
 from deltaw.export.hub_card import PublicBase, local_paths, public_settings
-from deltaw.local_names import _fields, _sections, replace_names
-from deltaw.settings import RunConfig, load_plugins
+from deltaw.settings.config import RunConfig, load_plugins
+from deltaw.settings.local_names import _fields, _sections, replace_names
 
 SECRET = "/outside/private place/file"
 # Settings whose text is not a local file name.
@@ -53,9 +53,8 @@ def accepts_list(annotation: Any) -> bool:
 def keys_with(value: Any, key: str = "") -> set[str]:
     """Return the keys of all texts that are still the path."""
     if isinstance(value, dict):
-        return {
-            nested_key for name, part in value.items() for nested_key in keys_with(part, f"{key}.{name}".lstrip("."))
-        }
+        entries = ((f"{key}.{name}".lstrip("."), part) for name, part in value.items())
+        return {nested_key for name, part in entries for nested_key in keys_with(part, name)}
     if isinstance(value, list):
         return {nested_key for part in value for nested_key in keys_with(part, key)}
     return {key} if value == SECRET else set()
@@ -64,12 +63,9 @@ def keys_with(value: Any, key: str = "") -> set[str]:
 def test_every_text_setting_is_a_name_or_plain_text():
     load_plugins()
     remaining = keys_with(replace_names(filled(RunConfig), RunConfig, lambda text, kind, key: "changed"))
-    assert remaining <= TEXTS, (
-        f"{remaining - TEXTS}: mark it as LocalPath, Reference or CodeName, or list it among TEXTS"
-    )
-    assert {"model", "output", "data.train", "reward.functions.schema_", "distill.prompt.file"} <= keys_with(
-        filled(RunConfig)
-    )
+    assert remaining <= TEXTS, "mark them as LocalPath, Reference or CodeName, or list them among TEXTS"
+    names = {"model", "output", "data.train", "reward.functions.schema_", "distill.prompt.file"}
+    assert names <= keys_with(filled(RunConfig))
 
 
 def test_names_in_lists_and_sections_are_replaced():
@@ -84,11 +80,8 @@ def test_names_in_lists_and_sections_are_replaced():
 def test_published_settings_contain_only_the_last_path_component(path):
     functions = [f"{path}.py:polite", {"name": "model", "model": path}, {"name": "json-schema", "schema": path}]
     reward = {"functions": [*functions, "exact"], "environment": f"{path}.py:World"}
-    common = {
-        "model": path,
-        "data": {"train": [path, {"from": path, "weight": 2}], "eval": {"a": path}},
-        "output": path,
-    }
+    common = {"model": path, "data": {"train": [path, {"from": path, "weight": 2}], "eval": {"a": path}}}
+    common |= {"output": path}
     distill = {"prompt": {"file": path}, "teachers": [{"model": path, "adapter": path}]}
     for changes in ({"task": "rl", "reward": reward}, {"task": "distill", "distill": distill}):
         config = RunConfig.read({**common, **changes})
@@ -110,7 +103,5 @@ def test_evaluation_set_named_from_does_not_hide_references():
     values = {"data": {"train": ["a.jsonl", {"from": "b.jsonl", "weight": 2}], "eval": {"from": "c", "b": "d"}}}
     changed = replace_names(values, RunConfig, lambda text, kind, key: visited.append(text) or f"/x/{text}")
     assert sorted(visited) == ["a.jsonl", "b.jsonl", "c", "d"]
-    assert changed["data"] == {
-        "train": ["/x/a.jsonl", {"from": "/x/b.jsonl", "weight": 2}],
-        "eval": {"from": "/x/c", "b": "/x/d"},
-    }
+    assert changed["data"]["train"] == ["/x/a.jsonl", {"from": "/x/b.jsonl", "weight": 2}]
+    assert changed["data"]["eval"] == {"from": "/x/c", "b": "/x/d"}

@@ -37,9 +37,8 @@ def notebook_of(script: str) -> dict:
 def test_notebook_matches_the_script() -> None:
     script = SCRIPT.read_text(encoding="utf-8")
     expected_notebook = notebook_of(script)
-    assert json.loads(NOTEBOOK.read_text(encoding="utf-8")) == expected_notebook, (
-        "regenerate it: python -m tests.test_notebook"
-    )
+    command = "python -m tests.test_notebook"
+    assert json.loads(NOTEBOOK.read_text(encoding="utf-8")) == expected_notebook, f"regenerate it: {command}"
     code = ["".join(cell["source"]) for cell in expected_notebook["cells"] if cell["cell_type"] == "code"]
     assert len(code) == 6
     for cell in code:

@@ -25,12 +25,12 @@ import deltaw.cli
 from deltaw import platforms
 from deltaw.atomic_files import atomic_path, write_text
 from deltaw.data.chat_template import with_date
-from deltaw.data.rendering import format_date
+from deltaw.data.template_worker import format_date
 from deltaw.errors import UserError, escape_control_characters
 from deltaw.hub.packages import _check_inside
 from deltaw.lora.files import read_tensors
 from deltaw.machine import memory
-from deltaw.machine.processor import usable_processors
+from deltaw.machine.choices import usable_processors
 from deltaw.serving.http.errors import ApiError
 from deltaw.serving.http.served import resolve_adapter_folder
 from deltaw.serving.http.server import listening_socket
@@ -242,18 +242,11 @@ def test_adapter_on_a_network_share_is_rejected_without_access(tmp_path, monkeyp
 # Shells and streams
 
 
-@pytest.mark.parametrize(
-    "text, quoted",
-    {
-        "runs\\mine": "runs\\mine",
-        "C:/a/b.jsonl": "C:/a/b.jsonl",
-        "a b": '"a b"',
-        "a&b": '"a&b"',
-        "a b\\": '"a b\\\\"',
-        'say "hi"': '"say \\"hi\\""',
-        "": '""',
-    }.items(),
-)
+QUOTED = {"runs\\mine": "runs\\mine", "C:/a/b.jsonl": "C:/a/b.jsonl", "a b": '"a b"', "a&b": '"a&b"', "": '""'}
+QUOTED |= {"a b\\": '"a b\\\\"', 'say "hi"': '"say \\"hi\\""'}
+
+
+@pytest.mark.parametrize("text, quoted", QUOTED.items())
 def test_commands_are_quoted_for_windows_shells(windows, text, quoted):
     assert platforms.shell_word(text) == quoted
 
@@ -333,9 +326,8 @@ def test_unsupported_date_format_is_a_template_error(monkeypatch):
     day = mock.Mock(strftime=mock.Mock(side_effect=ValueError("Invalid format string")))
     with pytest.raises(jinja2.TemplateError, match="'%Q' cannot be used"):
         format_date(day, "%Q")
-    monkeypatch.setattr(
-        "deltaw.data.chat_template.datetime", SimpleNamespace(datetime=mock.Mock(fromisoformat=lambda _: day))
-    )
+    fake = SimpleNamespace(datetime=mock.Mock(fromisoformat=lambda _: day))
+    monkeypatch.setattr("deltaw.data.chat_template.datetime", fake)
     with pytest.raises(UserError, match="'%Q' cannot be used"):
         with_date("{{ strftime_now('%Q') }}", "2026-01-31")
 
@@ -358,7 +350,7 @@ def test_memory_is_measured_without_proc(tmp_path, monkeypatch):
 def test_processors_are_counted_without_affinity(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     bound = mock.Mock(spec=["cpu_affinity"], cpu_affinity=lambda: [1, 3])
-    monkeypatch.setattr("deltaw.machine.processor.psutil.Process", lambda: bound)
+    monkeypatch.setattr("deltaw.machine.choices.psutil.Process", lambda: bound)
     assert usable_processors() == {1, 3}
-    monkeypatch.setattr("deltaw.machine.processor.psutil.Process", lambda: mock.Mock(spec=[]))
+    monkeypatch.setattr("deltaw.machine.choices.psutil.Process", lambda: mock.Mock(spec=[]))
     assert usable_processors() == set(range(os.cpu_count() or 1))

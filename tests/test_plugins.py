@@ -13,8 +13,8 @@ from transformers import AutoConfig
 
 from deltaw.errors import UserError
 from deltaw.experiments.jobs import WorkerProcess
-from deltaw.methods.registry import MethodEntry
-from deltaw.registry import Registry
+from deltaw.settings.method_registry import MethodEntry
+from deltaw.settings.registry import Registry
 from deltaw.training.session import default_rate_of
 from tests.methods.toy_method import Norms
 
@@ -22,14 +22,14 @@ ROOT = Path(__file__).parent.parent
 # Classes are named by strings, so that the command line can describe them without torch.
 METHOD = """
 from dataclasses import dataclass, field
-from deltaw.methods.registry import MethodEntry
+from deltaw.settings.method_registry import MethodEntry
 @dataclass(frozen=True)
 class Section:
     above: int = field(default=0, metadata={"description": "the lowest block whose norms are trained"})
 ENTRY = MethodEntry("norms", "tests.methods.toy_method:Norms", Section, "the norms of the blocks")
 """
 TASK = """
-from deltaw.tasks import TaskEntry
+from deltaw.settings.task_registry import TaskEntry
 ENTRY = TaskEntry("toy-preference", "tests.training.toy_task:PreferenceTask", "AutoModelForCausalLM", "generate text")
 """
 
@@ -87,7 +87,7 @@ def test_package_that_registers_itself_is_not_duplicated(site):
         del sys.modules["registry_of_test"]
 
 
-TWICE = "from deltaw.methods.registry import MethodEntry\nENTRY = MethodEntry('lora', 'x:Y')"
+TWICE = "from deltaw.settings.method_registry import MethodEntry\nENTRY = MethodEntry('lora', 'x:Y')"
 BROKEN = [
     ("raise OSError('no such library')", "toy_plugin", "OSError: no such library"),
     ("", "toy_plugin", "AttributeError"),
@@ -135,10 +135,10 @@ def test_package_task_is_selectable_and_settings_import_is_lazy(site):
 import importlib.metadata as metadata
 from unittest.mock import patch
 with patch.object(metadata, "entry_points", wraps=metadata.entry_points) as lookup:
-    import deltaw.settings, deltaw.tasks
+    import deltaw.settings.config, deltaw.settings.task_registry
 print([call for call in lookup.mock_calls if "deltaw" in str(call)])
-config = deltaw.settings.RunConfig.read({"model": "m", "data": "d", "task": "toy-preference"})
-print(config.task, deltaw.tasks.names()[-1])
+config = deltaw.settings.config.RunConfig.read({"model": "m", "data": "d", "task": "toy-preference"})
+print(config.task, deltaw.settings.task_registry.names()[-1])
 """
     result = python("-c", code)
     assert result.stdout.split() == ["[]", "toy-preference", "toy-preference"], result.stderr

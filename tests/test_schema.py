@@ -10,8 +10,8 @@ import yaml
 
 from deltaw.errors import UserError
 from deltaw.lora.config import PEFT_NAMES
-from deltaw.schema import allowed_values, run_schema, schema_text
-from deltaw.settings import RunConfig, parse_yaml, settings
+from deltaw.settings.config import RunConfig, parse_yaml, settings
+from deltaw.settings.schema import allowed_values, run_schema, schema_text
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ROOT / "docs" / "run.schema.json"
@@ -26,9 +26,8 @@ def validator() -> jsonschema.Draft202012Validator:
 
 
 def test_published_schema_is_current() -> None:
-    assert PUBLISHED.read_text(encoding="utf-8") == schema_text(), (
-        "regenerate it: deltaw schema --output docs/run.schema.json"
-    )
+    command = "deltaw schema --output docs/run.schema.json"
+    assert PUBLISHED.read_text(encoding="utf-8") == schema_text(), f"regenerate it: {command}"
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

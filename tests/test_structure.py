@@ -1,8 +1,8 @@
 """The package layout described in docs/architecture.md, checked on the source text.
 
 Imports between packages run downward, modules have no circular imports, and `training` and `runs` do not print.
-`lora` and `kernels` are independent of the other packages, and files and functions are short. Imports inside functions
-and under TYPE_CHECKING count too. No code is imported or executed.
+`lora` and `kernels` are independent of the other packages, and files and functions are short. Code outside of `tasks`
+names no task. Imports inside functions, under TYPE_CHECKING and as strings ("package.module:Name") count too.
 """
 
 from __future__ import annotations
@@ -17,43 +17,49 @@ from typing import NamedTuple
 
 import pytest
 
+from deltaw.settings import task_registry
+
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src"
 PACKAGE = SOURCE / "deltaw"
 
 # From bottom to top. A package may import earlier packages only, including imports for the type checker.
 ORDER = (
-    *("errors", "aliases", "version", "private_apis", "platforms", "atomic_files", "registry", "progress", "cache"),
+    *("errors", "version", "platforms", "worker_process", "atomic_files", "progress", "cache"),
     *(
-        "local_names",
         "untrusted_paths",
         "tensor_files",
-        "tasks",
+        "settings",
         "kernels",
         "lora",
         "machine",
         "hub",
         "runtime",
+        "methods",
         "data",
         "memory",
     ),
-    *(
-        "methods",
-        "task_settings",
-        "settings",
-        "schema",
-        "training",
-        "runs",
-        "export",
-        "serving",
-        "experiments",
-        "reports",
-        "cli",
-    ),
+    *("decoding", "training", "tasks", "runs", "experiments", "export", "serving", "evaluation", "reports", "cli"),
     *("", "__main__"),  # the public face
 )
 LEVEL = {package: level for level, package in enumerate(ORDER)}
 FOUNDATION = {"torch", "safetensors", "numpy"}
+# Names of entry-point groups, which are also names of packages.
+ENTRY_POINT_GROUPS = {
+    "deltaw.methods": "deltaw.settings.method_registry",
+    "deltaw.tasks": "deltaw.settings.task_registry",
+}
+# Strings that are equal to the name of a task but have another meaning.
+OTHER_MEANINGS = {
+    ("evaluation/predicting.py", "embedding"),  # end of the name of a column
+    ("hub/sentence_layout.py", "sequence-classification"),  # value in a file of sentence-transformers
+    ("serving/http/encoders.py", "embedding"),  # keys and values of the OpenAI API
+}
+# Imports of a task's modules by other packages.
+TASK_IMPORTS = {
+    ("deltaw.evaluation.predicting", "deltaw.tasks.classification.task"),
+    ("deltaw.serving.encoders", "deltaw.tasks.classification.task"),
+}
 MAX_FILE_LINES = 900
 MAX_FUNCTION_LINES = 80
 
@@ -75,6 +81,14 @@ def tree_of(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"))
 
 
+def strings_of(file: Path) -> list[tuple[str, int]]:
+    """Return the strings of a file that are not docstrings, with their lines."""
+    nodes = list(ast.walk(tree_of(file)))
+    docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    constants = [node for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return [(node.value, node.lineno) for node in constants if id(node) not in docstrings]
+
+
 def _module_name(file: Path, source: Path) -> str:
     parts = file.relative_to(source).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -86,9 +100,17 @@ def _package_of(module: str) -> str:
 
 
 def imports_of(file: Path, source: Path, modules: set[str]) -> list[Import]:
-    """Return all imports of a file. ``from package import name`` targets ``package.name`` if that is a module."""
+    """Return all imports of a file. ``from package import name`` targets ``package.name`` if that is a module.
+
+    Strings outside of docstrings that name a module, or an attribute of a module, are imports too.
+    """
     module = _module_name(file, source)
     imports: list[Import] = []
+    for text, line in strings_of(file):
+        target = text.partition(":")[0]
+        contains_module = f"{module}.".startswith(f"{target}.")
+        if target in modules and not contains_module and ENTRY_POINT_GROUPS.get(target) != module:
+            imports.append(Import(module, target, line))
     for node in ast.walk(tree_of(file)):
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
@@ -161,23 +183,29 @@ def test_training_does_not_print(imports: list[Import]) -> None:
     assert [f"{file}, line {f.lineno}" for file, f in calls if getattr(f, "id", "") == "print"] == []
 
 
+def task_modules_imported(imports: list[Import]) -> list[str]:
+    """Return imports of the modules of tasks by other packages."""
+    from_outside = [i for i in imports if i.target.startswith("deltaw.tasks.") and _package_of(i.module) != "tasks"]
+    return [str(i) for i in from_outside if (i.module, i.target) not in TASK_IMPORTS]
+
+
+def test_only_task_packages_know_the_tasks(imports: list[Import]) -> None:
+    files = [file for file in PACKAGE.rglob("*.py") if "tasks" not in file.relative_to(PACKAGE).parts]
+    strings = [(str(file.relative_to(PACKAGE)), text) for file in files for text, _ in strings_of(file)]
+    names = {*task_registry.names()}
+    assert [pair for pair in strings if pair[1] in names and pair not in OTHER_MEANINGS] == []
+    assert task_modules_imported(imports) == []
+
+
 @pytest.mark.parametrize("package", ["kernels", "lora"])
 def test_foundation_imports_only_torch_safetensors_and_numpy(package: str, imports: list[Import]) -> None:
-    below = (
-        "errors",
-        "private_apis",
-        "platforms",
-        "untrusted_paths",
-        "atomic_files",
-        "named",
-        "tensor_files",
-        "kernels",
-        package,
-    )
+    below = ("errors", "platforms", "untrusted_paths", "atomic_files", "tensor_files", "kernels", package)
     allowed = {f"deltaw.{name}" for name in below} | FOUNDATION | sys.stdlib_module_names
     lines = [str(i) for i in imports if _package_of(i.module) == package]
+    allowed.add("deltaw.settings.dataclass_fields")  # requires only the standard library
     bare = {str(i): i.target.split(".")[: 2 if i.target.startswith("deltaw.") else 1] for i in imports}
-    assert [line for line in lines if ".".join(bare[line]) not in allowed] == []
+    full = {str(i): i.target for i in imports}
+    assert [line for line in lines if not {".".join(bare[line]), full[line]} & allowed] == []
 
 
 def test_files_are_short() -> None:
@@ -200,13 +228,21 @@ def test_structure_checks_detect_violations(tmp_path: Path) -> None:
         "runs/__init__.py": "",
         "runs/fit.py": "from deltaw.runs import loop",
         "runs/loop.py": "import typing\nif typing.TYPE_CHECKING:\n    from . import fit",
+        "tasks/__init__.py": "ENTRIES = ['deltaw.tasks.toy:Toy', 'deltaw.cli']",
+        "tasks/toy.py": '"""deltaw.runs.fit"""',
+        "cli/__init__.py": "from deltaw.tasks.toy import Toy",
     }
     for name, text in files.items():
         file = tmp_path / "deltaw" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
     _, imports = all_imports(tmp_path)
-    assert upward(imports) == ["deltaw.lora.layers, line 2: imports deltaw.runs.fit"]
+    assert upward(imports) == [
+        "deltaw.lora.layers, line 2: imports deltaw.runs.fit",
+        "deltaw.tasks, line 1: imports deltaw.cli",
+    ]
+    assert ("deltaw.tasks", "deltaw.tasks.toy", 1) in imports
+    assert task_modules_imported(imports) == ["deltaw.cli, line 1: imports deltaw.tasks.toy"]
     assert set(find_cycle(imports)) == {"deltaw.runs.fit", "deltaw.runs.loop"}
     assert ("deltaw.lora", "deltaw.lora.layers", 1) in imports
 

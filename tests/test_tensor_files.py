@@ -18,15 +18,9 @@ from safetensors.torch import load_file, save_file
 from deltaw.errors import UserError
 from deltaw.tensor_files import CODES, TensorEntry, TensorFile, TensorWriter, read_header, save_tensors, write_tensors
 
-TENSORS = {
-    "wide": torch.randn(5, 3),
-    "scalar": torch.tensor(2.5),
-    "narrow": torch.randn(7, 2).bfloat16(),
-    "empty": torch.zeros(0, 4, dtype=torch.bfloat16),
-    "numbers": torch.arange(3, dtype=torch.int8),
-    "trained": torch.nn.Parameter(torch.randn(2, 2)),
-    "transposed": torch.randn(4, 6).t(),
-}
+TENSORS = {"wide": torch.randn(5, 3), "scalar": torch.tensor(2.5), "narrow": torch.randn(7, 2).bfloat16()}
+TENSORS |= {"empty": torch.zeros(0, 4, dtype=torch.bfloat16), "numbers": torch.arange(3, dtype=torch.int8)}
+TENSORS |= {"trained": torch.nn.Parameter(torch.randn(2, 2)), "transposed": torch.randn(4, 6).t()}
 
 
 def test_library_reads_saved_files(tmp_path: Path) -> None:

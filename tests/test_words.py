@@ -42,17 +42,10 @@ REPLACED = {
     r"\b(?:put|left|laid) aside\b": "skipped, dropped, stored",
 }
 # Maps British to American spellings. Words used by Python (`cancelled`, `afterwards`) are allowed.
-BRITISH = {
-    r"(?:\b|_)labell(?:ed|ing)(?:\b|_)": "labeled, labeling",
-    r"colour\w*": "color",
-    r"\bcentred?\b": "center, centered",
-    r"\bgrey\w*": "gray",
-    r"\b(?:mis)?spelt\b": "spelled",
-    r"\blicences?\b": "license",
-    r"\btowards\b": "toward",
-    r"\bbehaviours?\b": "behavior",
-    r"(?:ormal|nitial|ptim|uant|oken|erial|ummar|ecogn|organ|inim|axim)is(?:e[ds]?|ing|ation)\b": "-ize",
-}
+BRITISH = {r"(?:\b|_)labell(?:ed|ing)(?:\b|_)": "labeled, labeling", r"colour\w*": "color"}
+BRITISH |= {r"\bcentred?\b": "center, centered", r"\bgrey\w*": "gray", r"\b(?:mis)?spelt\b": "spelled"}
+BRITISH |= {r"\blicences?\b": "license", r"\btowards\b": "toward", r"\bbehaviours?\b": "behavior"}
+BRITISH |= {r"(?:ormal|nitial|ptim|uant|oken|erial|ummar|ecogn|organ|inim|axim)is(?:e[ds]?|ing|ation)\b": "-ize"}
 PATTERNS = {re.compile(p.replace(" ", r"[\s#/*]+"), re.IGNORECASE): term for p, term in (REPLACED | BRITISH).items()}
 
 

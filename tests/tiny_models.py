@@ -11,22 +11,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 VOCABULARY = 97
 WINDOW = 6
 
-_SHAPE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-}
+_SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+_SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
 _IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def _gemma3() -> transformers.PretrainedConfig:
-    return transformers.Gemma3TextConfig(
-        **_SHAPE, **_IDS, head_dim=8, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]
-    )
+    layer_types = ["sliding_attention", "full_attention"]
+    return transformers.Gemma3TextConfig(**_SHAPE, **_IDS, head_dim=8, sliding_window=WINDOW, layer_types=layer_types)
 
 
 CAUSAL = {

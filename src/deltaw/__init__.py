@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from deltaw.errors import UserError
+from deltaw.settings import registry as _registry
 from deltaw.version import __version__
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
         save_adapter,
         unmerge,
     )
-    from deltaw.reports.run import fit
-    from deltaw.settings import RunConfig
+    from deltaw.runs.fit import fit
+    from deltaw.settings.config import RunConfig
     from deltaw.training.loop import train
     from deltaw.training.planning.plan_run import plan
 
@@ -65,11 +66,16 @@ __all__ = [
 
 # Modules of the names that are not defined in deltaw.lora.
 _MODULES = {
-    "fit": "deltaw.reports.run",
+    "fit": "deltaw.runs.fit",
     "plan": "deltaw.training.planning.plan_run",
     "train": "deltaw.training.loop",
-    "RunConfig": "deltaw.settings",
+    "RunConfig": "deltaw.settings.config",
 }
+
+
+# The built-in methods and tasks are registered when settings are first read.
+_registry.built_in_packages = ("deltaw.methods", "deltaw.tasks")
+_registry.default_callbacks = ("deltaw.reports.run:PageCallback",)
 
 
 def __getattr__(name: str) -> object:

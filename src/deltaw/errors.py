@@ -168,3 +168,14 @@ def validate_key(value: str, source: str, location: str | None = None) -> str:
 def first_names(names: Sequence[str]) -> str:
     """Return the first three names and the number of remaining ones."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def look_up(owner: object, path: str) -> Any:
+    """Return an attribute by its dotted path, for example ``look_up(torch, "_C._DisableTorchDispatch")``.
+
+    Returns None if this version of the library does not have it.
+    """
+    value: Any = owner
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return value

@@ -14,6 +14,12 @@ from typing import Protocol
 
 # Receives the completed amount, in the unit of the total.
 Advance = Callable[[float], None]
+# Receives a line for the user.
+LogFunction = Callable[[str], None]
+
+
+def ignore_line(line: str) -> None:
+    """Discard a line. The default of functions that report lines."""
 
 
 class Detail(str):

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from deltaw import cache
@@ -124,8 +124,24 @@ def _lines(file: Path) -> set[str]:
 
 
 def _line(kind: str, value: object) -> str:
-    text = json.dumps(value, sort_keys=True, default=str)
-    if isinstance(value, str):
-        path = os.path.expanduser(value)
-        text = os.path.realpath(path) if not is_remote_path(path) and os.path.exists(path) else value
+    resolved = _resolved(value)
+    text = resolved if isinstance(resolved, str) else json.dumps(resolved, sort_keys=True, default=str)
     return hashlib.sha256(f"{kind}\0{text}".encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _resolved(value: object) -> object:
+    """Return a reference with absolute paths of existing files, also in lists, sections and ``FILE.py:NAME``.
+
+    The same relative path is another reference in another working directory.
+    """
+    if isinstance(value, Mapping):
+        return {key: _resolved(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_resolved(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    stem, is_code, name = value.partition(".py:")
+    path = os.path.expanduser(f"{stem}.py" if is_code else value)
+    if is_remote_path(path) or not os.path.exists(path):
+        return value
+    return os.path.realpath(path) + (f":{name}" if is_code else "")

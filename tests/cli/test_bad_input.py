@@ -7,6 +7,7 @@ folder is unchanged.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -30,9 +31,8 @@ def assert_train_rejects(call, flags, tmp_path):
     def check(*words, settings=None, **overrides):
         existing = sorted(tmp_path.iterdir())
         settings_arguments = [] if settings is None else [settings]
-        assert_refused(
-            call("train", *settings_arguments, *flags(tmp_path / "new" / "run", **overrides)), *words, "  hint:  "
-        )
+        result = call("train", *settings_arguments, *flags(tmp_path / "new" / "run", **overrides))
+        assert_refused(result, *words, "  hint:  ")
         assert sorted(tmp_path.iterdir()) == existing
 
     return check
@@ -64,6 +64,9 @@ def test_missing_and_unreadable_data_files_are_rejected(assert_train_rejects, tm
     (tmp_path / "folder").mkdir()
     assert_train_rejects("no data file", data=tmp_path / "folder")
     assert_train_rejects("eval.jsonl", data__eval=tmp_path / "eval.jsonl")
+    for reference in ("pypi:", "pypi:x==1/../../y", "no such thing", "http://x/y.jsonl", "a\nb.jsonl"):
+        assert_train_rejects(data=reference)
+    assert_train_rejects("caf", data=tmp_path / os.fsdecode(b"caf\xe9.jsonl"))  # not UTF-8
 
 
 def test_error_for_long_row_suggests_sufficient_max_length(assert_train_rejects, tmp_path):
@@ -133,12 +136,8 @@ def test_unavailable_device_is_rejected(assert_train_rejects, call, finished_run
     assert_refused(call("generate", finished_run, "--prompt", "x", "--device", "cuda"), "CUDA")
 
 
-BAD_SETTINGS = {
-    "trian: {epochs: 1}": ["unknown key 'trian'", "'train'"],
-    "lora: 4": ["'lora'", "section"],
-    "model: m\n  data: [\n": ["not YAML", "line 2"],
-    "1: 2": ["'1'"],
-}
+BAD_SETTINGS = {"trian: {epochs: 1}": ["unknown key 'trian'", "'train'"], "lora: 4": ["'lora'", "section"]}
+BAD_SETTINGS |= {"model: m\n  data: [\n": ["not YAML", "line 2"], "1: 2": ["'1'"]}
 
 
 def test_invalid_settings_are_rejected(assert_train_rejects, tmp_path):
@@ -179,6 +178,12 @@ def test_unusable_models_are_rejected(assert_train_rejects, model_folder, tmp_pa
         shutil.copy(model_folder / "config.json", tmp_path / "odd")
         update_file(tmp_path / "odd" / "config.json", **changes)
         assert_train_rejects(word, tmp_path / "odd", model=tmp_path / "odd")
+    shutil.copy(model_folder / "config.json", tmp_path / "odd")
+    for name in ("tokenizer.json", "model.safetensors", "config.json"):
+        for content in (b"\x00" * 64, b"null"):
+            (tmp_path / "odd" / name).write_bytes(content)
+            assert_train_rejects(tmp_path / "odd", model=tmp_path / "odd")
+        shutil.copy(model_folder / name, tmp_path / "odd")
 
 
 @pytest.fixture
@@ -193,11 +198,16 @@ def test_run_without_adapter_is_reported(call, run_copy):
     assert_refused(call("inspect", run_copy), "adapter_config.json")
 
 
+def test_damaged_settings_of_run_are_reported(call, run_copy):
+    for text in ("{", "- a", "model: 5", "modl: m", "data: {form: novel}"):
+        (run_copy / "run.yaml").write_text(text)
+        for verb in (["eval", run_copy], ["train", "--resume", run_copy]):
+            assert_refused(call(*verb), "run.yaml")
+
+
 def test_base_model_with_other_shapes_fails_and_other_weights_warn(call, finished_run, tmp_path):
-    wide, other = (
-        save_model(tiny_llama(hidden_size=64), tmp_path / "wide"),
-        save_model(tiny_llama(seed=1), tmp_path / "other"),
-    )
+    folders = (tmp_path / "wide", tmp_path / "other")
+    wide, other = map(save_model, (tiny_llama(hidden_size=64), tiny_llama(seed=1)), folders)
     generate = ["generate", finished_run, "--prompt", "x", "--max-new-tokens", 2]
     for verb in (["eval", finished_run], generate):
         assert_refused(call(*verb, "--model", wide), WEIGHTS, "trained on")

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from deltaw.reports.starter import MODELS
+from deltaw.data import starter
 from tests.byte_models import tiny_llama
 from tests.cli.conftest import assert_refused
 from tests.conftest import write_rows
@@ -113,7 +113,7 @@ def test_show_json_is_single_object(call, qwen_model, file):
 
 
 def test_show_infers_task_and_model_from_columns(call, qwen_model, file, monkeypatch):
-    monkeypatch.setitem(MODELS, "causal-lm", str(qwen_model))
+    monkeypatch.setitem(starter._MODELS, "AutoModelForCausalLM", str(qwen_model))
     output = f"task causal-lm, tokenizer of {qwen_model}; change them with --task and --model"
     text = call("data", "show", file, status=0).out
     assert " ".join(text.split()).startswith(output) and "«" in text
@@ -184,11 +184,8 @@ def test_missing_end_of_turn_labels_are_an_error(call, check, tmp_path):
 
 
 def test_overlap_with_each_evaluation_file_is_reported(check, tmp_path):
-    eval_rows = [
-        CLEAN_ROWS[4],
-        {"prompt": "What is 5?", "completion": "Five."},
-        {"prompt": "New?", "completion": "Yes."},
-    ]
+    eval_rows = [CLEAN_ROWS[4], {"prompt": "What is 5?", "completion": "Five."}]
+    eval_rows += [{"prompt": "New?", "completion": "Yes."}]
     files = {"d": CLEAN_ROWS, "t": eval_rows, "u": CLEAN_ROWS[5:7]}
     train, first, second = (write_rows(tmp_path / f"{name}.jsonl", rows) for name, rows in files.items())
     out = check(train, "--data.eval", f"{{one: {first}, two: {second}, drawn: 0.1}}")
@@ -197,14 +194,10 @@ def test_overlap_with_each_evaluation_file_is_reported(check, tmp_path):
     assert f"2 examples of {second} that are also" in out
 
 
-ODD_TEXTS = {
-    "1 row with an answer that has no letter or digit": ("Odd?", "..."),
-    "2 rows with an empty answer at the end": ("Even?", " "),
-    "1 row with only white space": (" ", ""),
-    "1 row with �": ("Caf\ufffd?", "Yes."),
-    "1 row with a special token in the text": ("<|im_end|>", "Yes."),
-    "1 row with the text of an earlier one except for case": ("what is 7", "IT IS 7!"),
-}
+ODD_TEXTS = {"1 row with an answer that has no letter or digit": ("Odd?", "...")}
+ODD_TEXTS |= {"2 rows with an empty answer at the end": ("Even?", " "), "1 row with only white space": (" ", "")}
+ODD_TEXTS |= {"1 row with �": ("Caf\ufffd?", "Yes."), "1 row with a special token in the text": ("<|im_end|>", "Yes.")}
+ODD_TEXTS |= {"1 row with the text of an earlier one except for case": ("what is 7", "IT IS 7!")}
 
 
 def test_unusual_text_is_reported_without_false_positives(check, tmp_path):

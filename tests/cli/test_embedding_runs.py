@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModel, AutoTokenizer
 
-from deltaw.reports.run import fit
+from deltaw.runs.fit import fit
 from deltaw.serving.encoders import read_embedder
 from tests.byte_models import save_model, tiny_llama
 from tests.conftest import write_rows
@@ -23,13 +23,8 @@ from tests.serving.encoder_models import train_embedder, write_bert
 
 TEXTS = ["a", "question 3", "some longer text", "x" * 40, "snow ☃"]
 PROMPTS = {"query_prompt": "ask: ", "passage_prompt": "say: "}
-ENCODER_FILES = {
-    "modules.json",
-    "config_sentence_transformers.json",
-    "sentence_bert_config.json",
-    "1_Pooling",
-    "2_Normalize",
-}
+ENCODER_FILES = {"modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "1_Pooling"}
+ENCODER_FILES |= {"2_Normalize"}
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +42,8 @@ def runs(bases, tmp_path_factory) -> dict[str, Path]:
 
 
 def embed(folder: Path, **options: str) -> torch.Tensor:
-    return read_embedder(
-        str(folder), log=lambda line: None, **{"precision": "fp32", "device": "cpu", **options}
-    ).vectors(TEXTS)[0]
+    options = {"precision": "fp32", "device": "cpu", **options}
+    return read_embedder(str(folder), log=lambda line: None, **options).vectors(TEXTS)[0]
 
 
 def min_similarity(left, right) -> float:
@@ -164,20 +158,6 @@ def test_adapter_without_run_files_embeds_with_stored_options(bases, tmp_path, f
     assert torch.equal(embed(adapter), embed(run))
     layout = read_embedder(str(adapter), log=lambda line: None, precision="fp32", device="cpu").layout
     assert (layout.pooling, layout.query_prompt, layout.passage_prompt) == ("weighted", "ask: ", "say: ")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["bert", "llama"])
-def test_compare_supports_embedding_runs(call, bases, runs, tmp_path, family):
-    config = yaml.safe_load((runs[family] / "run.yaml").read_text())
-    config |= {"output": str(tmp_path / "run")}
-    config["train"] |= {"learning_rate": "auto"}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    output = json.loads(
-        call("compare", tmp_path / "run.yaml", "--methods", "lora,bias", "--share", "1", "--json", status=0).out
-    )
-    assert {entry["method"] for entry in output["methods"]} == {"lora", "bias"}
-    assert "ndcg@10" in json.dumps(output)
 
 
 def test_data_verbs_support_retrieval_rows(call, bases, tmp_path):

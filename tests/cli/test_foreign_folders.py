@@ -55,7 +55,7 @@ def outside(tmp_path: Path, model_folder: Path, finished_run: Path, monkeypatch:
     (folder / "text").write_text(CANARY)
     write_rows(folder / "rows.jsonl", [{"prompt": "a", "completion": CANARY}] * 4)
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(rendering, "STEPS", 1 << 14)
+    monkeypatch.setattr(rendering, "SECONDS", 0.3)
     monkeypatch.setattr(expressions, "SECONDS", 0.05)
     monkeypatch.setattr(packages, "_download", lambda package: pytest.fail(f"{package} was fetched"))
     _opened_paths.clear()
@@ -232,17 +232,11 @@ def _template_outside(run: Path, outside: Path) -> str:
     return "chat_template"
 
 
-REFERENCES = {
-    "code": _trusted_code,
-    "a path in run.yaml": _base_of_run,
-    "a path": partial(_base, "{outside}/model"),
-    "a GGUF file": partial(_base, "{outside}/model.gguf"),
-    "a hub id": partial(_base, "somebody/base"),
-    "another revision": partial(_base, "somebody/base@../../../outside"),
-    "a package": partial(_base, "pypi:some-base==1.0"),
-    "a host": partial(_base, "//somebody/share"),
-    "a template": _template_outside,
-}
+REFERENCES = {"code": _trusted_code, "a path in run.yaml": _base_of_run, "a path": partial(_base, "{outside}/model")}
+REFERENCES |= {"a GGUF file": partial(_base, "{outside}/model.gguf"), "a hub id": partial(_base, "somebody/base")}
+REFERENCES |= {"another revision": partial(_base, "somebody/base@../../../outside")}
+REFERENCES |= {"a package": partial(_base, "pypi:some-base==1.0"), "a host": partial(_base, "//somebody/share")}
+REFERENCES |= {"a template": _template_outside}
 RUN_FILES = ("run.yaml", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "metrics.jsonl")
 LINKS = {name: f"run/{name}" for name in RUN_FILES} | dict.fromkeys(("chat_template.jinja", "README.md"), "text")
 

@@ -15,10 +15,8 @@ from tests.cli.conftest import assert_refused
 from tests.conftest import write_rows
 
 pytest_plugins = ["tests.other_systems"]
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="open and mapped files are read from /proc"),
-    pytest.mark.usefixtures("like_windows"),
-]
+pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="open and mapped files are read from /proc")]
+pytestmark += [pytest.mark.usefixtures("like_windows")]
 
 
 def test_train_resume_and_fresh_work(call, flags, tmp_path):

@@ -56,17 +56,13 @@ def test_negatives_come_from_corpus_and_missing_ones_are_reported(mine_rows, tmp
     result, mined_rows = mine_rows(ROWS, *flags, "--json")
     output = json.loads(result.out)
     assert (output["rows"], output["complete"], output["bare"], output["written"]) == (20, 0, 20, 20)
-    assert output["passages"] == 3 and output["too_close"] == 59, (
-        "one of the three passages is the positive of the first row"
-    )
+    assert output["passages"] == 3 and output["too_close"] == 59, "one passage is the positive of the first row"
     assert "20 rows with fewer, 20 of them with none: written with fewer negatives" in " ".join(result.err.split())
     assert all(set(row) == {"anchor", "positive"} for row in mined_rows)
-    result, mined_rows = mine_rows(
-        ROWS, *flags[:2], "--negatives", 3, "--relative-margin", 0, "--max-score", 1, "--force"
-    )
-    assert {text for row in mined_rows for name, text in row.items() if name[:3] == "neg"} <= set(
-        corpus.read_text().splitlines()
-    )
+    margins = ("--negatives", 3, "--relative-margin", 0, "--max-score", 1)
+    result, mined_rows = mine_rows(ROWS, *flags[:2], *margins, "--force")
+    mined = {text for row in mined_rows for name, text in row.items() if name[:3] == "neg"}
+    assert mined <= set(corpus.read_text().splitlines())
 
 
 def test_incomplete_rows_are_dropped_on_request(mine_rows, tmp_path):
@@ -97,12 +93,9 @@ def test_invalid_arguments_are_rejected_before_model_load(call, mine_rows, tmp_p
     assert mined_rows == [{}]
     missing = tmp_path / "none"
     file = write_rows(tmp_path / "e.jsonl", ROWS)
-    cases = {
-        "fewer --negatives": ("--to-rank", 3),
-        "no column 'quest'": ("--query-column", "quest"),
-        "there is no file": ("--corpus", missing / "x.jsonl"),
-        "the output is an input file": ("--output", file, "--force"),
-    }
+    cases = {"fewer --negatives": ("--to-rank", 3), "no column 'quest'": ("--query-column", "quest")}
+    cases |= {"there is no file": ("--corpus", missing / "x.jsonl")}
+    cases |= {"the output is an input file": ("--output", file, "--force")}
     for message, flags in cases.items():
         assert_refused(call("data", "mine", file, "--model", missing, *flags), message)
     assert_refused(call("data", "mine", tmp_path / "none.jsonl", "--model", missing), "there is no file")
@@ -110,7 +103,7 @@ def test_invalid_arguments_are_rejected_before_model_load(call, mine_rows, tmp_p
 
 
 def test_interrupted_write_leaves_no_file(mine_rows, monkeypatch):
-    from deltaw.serving import mining
+    from deltaw.evaluation import mining
 
     def interrupt(self):
         raise KeyboardInterrupt

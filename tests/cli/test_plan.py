@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import xml.etree.ElementTree as ElementTree
 from unittest.mock import Mock
 
 import pytest
 import yaml
-from PIL import Image
 from transformers import ViTConfig, ViTModel
 
 from deltaw.memory.plan import KINDS, PHASES
-from deltaw.methods import registry
+from deltaw.reports.tables import gigabytes
+from deltaw.settings import method_registry
 from tests.cli.conftest import assert_refused
 
 METHOD_FLAGS = ("--prompt.length", 4, "--random.weights", 0.05, "--last.blocks", 1)
@@ -26,10 +27,10 @@ def settings_file(settings, tmp_path):
 
 
 def test_json_and_picture_contain_plan_of_every_method(call, settings_file, tmp_path):
-    picture = tmp_path / "new" / "plans.png"
+    picture = tmp_path / "new" / "plans.svg"
     result = call("plan", settings_file, *METHOD_FLAGS, "--json", "--picture", picture, status=0)
     output = json.loads(result.out)
-    assert set(output) == set(registry.names()) and next(iter(output)) == "lora"
+    assert set(output) == set(method_registry.names()) and next(iter(output)) == "lora"
     for plan in output.values():
         assert set(plan["parts"]) == set(KINDS) and sum(plan["parts"].values()) == plan["peak_bytes"]
         assert sum(plan["resident"].values()) == plan["peak_resident_bytes"] > plan["peak_bytes"]
@@ -39,9 +40,9 @@ def test_json_and_picture_contain_plan_of_every_method(call, settings_file, tmp_
     assert output["full"]["parts"]["optimizer"] > output["lora"]["parts"]["optimizer"]
     assert "planned" not in result.out and "\nneeds " in f"\n{result.err}"
     assert f"chart: {picture}" in result.err
-    with Image.open(picture) as image:
-        assert image.format == "PNG"
-    assert [p.name for p in tmp_path.rglob("*.*")] == ["run.yaml", "plans.png"]
+    texts = [text.text for text in ElementTree.parse(picture).iter("{http://www.w3.org/2000/svg}text")]
+    assert {*output, *(gigabytes(plan["peak_resident_bytes"]) for plan in output.values())} < set(texts)
+    assert [p.name for p in tmp_path.rglob("*.*")] == ["run.yaml", "plans.svg"]
 
 
 def test_table_lists_requested_methods_and_own_method(call, settings_file):
@@ -54,12 +55,8 @@ def test_table_lists_requested_methods_and_own_method(call, settings_file):
     assert max(map(len, (line.rstrip() for line in result.out.splitlines()))) <= 80 + len(str(settings_file))
 
     single_plan = call("plan", settings_file).out
-    assert (
-        "\nneeds " in f"\n{single_plan}"
-        and ": fits\n" in single_plan
-        and "head" not in single_plan
-        and "--methods all" in single_plan
-    )
+    assert "\nneeds " in f"\n{single_plan}" and ": fits\n" in single_plan and "head" not in single_plan
+    assert "--methods all" in single_plan
     assert "10 read from" not in single_plan and "rows: 10 read from" in call("plan", settings_file, "--verbose").out
     assert max(map(len, single_plan.splitlines())) <= 80 + len(str(settings_file))
 
@@ -99,7 +96,7 @@ def test_invalid_flags_are_rejected_before_reading_rows(call, settings_file, mon
     for flag, value, words in (
         ("--methods", "lora,hed", ["'hed'", "did you mean 'head'"]),
         ("--fit-memory", "much", ["'much'", "6GB"]),
-        ("--picture", "plans.xyz", ["plans.xyz", ".png"]),
+        ("--picture", "plans.png", ["plans.png", "hint: charts are SVG files"]),
     ):
         result = call("plan", settings_file, flag, value, "--json")
         assert_refused(result, flag, *words)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +13,11 @@ import pytest
 import torch
 from transformers import BertForSequenceClassification, ViTConfig, ViTForImageClassification
 
+from deltaw.evaluation import predicting
+from deltaw.evaluation.predicting import PredictionFile
 from deltaw.runs.fit import fit
-from deltaw.serving import predicting
-from deltaw.serving.prediction_file import PredictionFile
 from tests.byte_models import save_model
-from tests.cli.conftest import assert_refused, start
+from tests.cli.conftest import assert_refused
 from tests.conftest import deep_merge, write_rows
 from tests.serving.encoder_models import bert_config, train_classifier, train_embedder, write_bert
 
@@ -29,13 +27,8 @@ CLASSES = ("cat", "dog", "bird")
 def train(model: Path, output: Path, task: str, rows, **overrides) -> Path:
     """Train a run of two steps."""
     file = rows if isinstance(rows, Path) else write_rows(output.parent / f"{output.name}.jsonl", rows)
-    settings = {
-        "model": str(model),
-        "task": task,
-        "data": {"train": str(file)},
-        "lora": {"rank": 2, "alpha": 4},
-        "train": {"learning_rate": 1e-2, "batch_size": 4, "max_steps": 2, "drift": False},
-    }
+    settings = {"model": str(model), "task": task, "data": {"train": str(file)}, "lora": {"rank": 2, "alpha": 4}}
+    settings |= {"train": {"learning_rate": 1e-2, "batch_size": 4, "max_steps": 2, "drift": False}}
     run_settings = {"precision": "fp32", "device": "cpu", "threads": 1, "output": str(output)}
     return Path(fit(deep_merge(settings | run_settings, overrides)).output)
 
@@ -171,9 +164,8 @@ def test_unrepresentable_values_are_replaced(predict, classifier, tmp_path, suff
 
 
 def test_conflicting_column_names_get_prefix(predict, classifier):
-    (predictions,) = predict(
-        classifier, [{"text": "cat", "prediction": "mine", "row": 9, "error": "e"}], suffix=".parquet"
-    )
+    row = {"text": "cat", "prediction": "mine", "row": 9, "error": "e"}
+    (predictions,) = predict(classifier, [row], suffix=".parquet")
     assert (predictions["prediction"], predictions["row"], predictions["error"]) == ("mine", 9, "e")
     assert predictions["predicted_prediction"] in CLASSES and predictions["predicted_row"] == 1
     assert predictions["predicted_error"] is None
@@ -205,9 +197,8 @@ def test_output_is_not_overwritten_without_force(call, predict, classifier, tmp_
     assert_refused(call("predict", classifier, tmp_path / "rows.jsonl", "--json", status=2), "--output")
     below_file = call("predict", classifier, tmp_path / "rows.jsonl", "-o", tmp_path / "rows.jsonl" / "o.csv", status=2)
     assert_refused(below_file, "cannot write 'o.csv'")
-    assert_refused(
-        predict(classifier, labeled_rows(2), "--temperature", 1, suffix=".csv", status=2), "does not generate text"
-    )
+    sampled = predict(classifier, labeled_rows(2), "--temperature", 1, suffix=".csv", status=2)
+    assert_refused(sampled, "does not generate text")
 
 
 def test_limit_restricts_rows_and_json_counts_them(call, classifier, tmp_path):
@@ -267,9 +258,8 @@ def test_reward_model_accuracy_equals_eval(call, predict, bert, folder, tmp_path
     assert accuracy == eval_metrics(call, run, tmp_path / "rows.jsonl")["accuracy"]
     single = predict(run, [{"prompt": r["prompt"], "completion": r["chosen"]} for r in rows], "--force")
     assert [r["score"] for r in single] == pytest.approx([r["score_chosen"] for r in predictions], abs=1e-4)
-    without = predict(
-        run, [{"prompt": "q"}, {"prompt": "q", "response": ""}, {"prompt": "q", "answer": "y"}], "--force"
-    )
+    incomplete = [{"prompt": "q"}, {"prompt": "q", "response": ""}, {"prompt": "q", "answer": "y"}]
+    without = predict(run, incomplete, "--force")
     assert ["answer" in (row["error"] or "") for row in without] == [True, True, False]
 
 
@@ -412,21 +402,6 @@ def test_changed_rows_or_settings_do_not_resume(call, predict_killed, classifier
     assert (tmp_path / "out.jsonl.partial").read_bytes() == before
     call(*command, "--force", status=0)
     assert len(read(output)) == 101
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.name != "posix", reason="requires POSIX signals")
-def test_killed_process_resumes_to_same_bytes(call, classifier, tmp_path):
-    file = write_rows(tmp_path / "rows.jsonl", labeled_rows(12_000))
-    output, partial = tmp_path / "out.csv", tmp_path / "out.csv.partial.json"
-    with start("predict", classifier, file, "-o", output) as process:
-        process.wait_for(lambda: partial.exists())
-        process.send_signal(signal.SIGKILL)
-        process.wait(60)
-    assert partial.exists() and not output.exists()
-    assert "resuming after" in call("predict", classifier, file, "-o", output, status=0).err
-    call("predict", classifier, file, "-o", tmp_path / "whole.csv", status=0)
-    assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
 def test_concurrent_writer_is_rejected(call, classifier, tmp_path):

@@ -14,25 +14,26 @@ import pytest
 
 import deltaw
 from deltaw.data.prompts import TokenizedPrompt
+from deltaw.decoding.generation import SampledCompletion, SamplingParams
+from deltaw.decoding.opening import SessionSampler
 from deltaw.errors import UserError
 from deltaw.hub.tokenizers import load_tokenizer
 from deltaw.reports.live_table import progress_values
 from deltaw.reports.page.write import comparison_page, run_page
 from deltaw.reports.progress import LiveLine, summary_rows
 from deltaw.reports.runs import result_rows, runs_as_dicts
-from deltaw.reports.wording import short
+from deltaw.reports.tables import short
 from deltaw.runs.folder import Run
-from deltaw.runtime.generation import SampledCompletion, SamplingParams
-from deltaw.serving.rollouts import SessionSampler
-from deltaw.settings import RunConfig
-from deltaw.task_settings import RewardSettings
+from deltaw.settings.config import RunConfig
+from deltaw.tasks.reward.feed import SingleTurnSampler
+from deltaw.tasks.reward.scoring import Scorer, interval_of, pass_at
+from deltaw.tasks.reward.settings import RewardSettings
+from deltaw.tasks.reward.task import RewardTask
+from deltaw.training.answers import ScoreOptions
 from deltaw.training.evaluation.base import mean_interval
 from deltaw.training.monitoring.best import EVALUATED_COST, GENERATED_COST, CostEstimates, OverheadSeconds
 from deltaw.training.planning.plan_run import plan
-from deltaw.training.rollouts.scoring import Scorer, interval_of, pass_at
-from deltaw.training.rollouts.turns import SingleTurnSampler
 from deltaw.training.state import Step
-from deltaw.training.tasks.reward import RewardEvaluation, RewardTask
 from tests.cli.conftest import assert_refused
 from tests.conftest import write_rows
 
@@ -60,15 +61,10 @@ def finished_run_and_config(tmp_path_factory, model_folder):
     (folder / "own.py").write_text(FUNCTIONS)
     rows = write_rows(folder / "prompts.jsonl", [{"prompt": f"say {n}"} for n in range(10)])
     functions = [f"{folder / 'own.py'}:vowels", {"name": f"{folder / 'own.py'}:short", "weight": 0.5}]
-    config = {
-        "model": str(model_folder),
-        "task": "rl",
-        "data": {"train": str(rows), "eval": 4},
-        "reward": {"functions": functions, "group": 4, "max_new_tokens": 8, "loss": "grpo", "beta": 0.01},
-        "train": {"max_steps": 3, "batch_size": 3, "learning_rate": 0.02, "samples": 2, "drift": False},
-        "precision": "fp32",
-        "output": str(folder / "run"),
-    }
+    config = {"model": str(model_folder), "task": "rl", "data": {"train": str(rows), "eval": 4}}
+    config |= {"reward": {"functions": functions, "group": 4, "max_new_tokens": 8, "loss": "grpo", "beta": 0.01}}
+    config |= {"train": {"max_steps": 3, "batch_size": 3, "learning_rate": 0.02, "samples": 2, "drift": False}}
+    config |= {"precision": "fp32", "output": str(folder / "run")}
     return deltaw.fit(config), config
 
 
@@ -138,18 +134,12 @@ def test_greedy_and_sampled_completions_are_scored(model_folder):
         return [make_completion(text) for text in ("yes", "x", "x", "yes", "no", "x", "x", "x")]
 
     with closing(Scorer(settings)) as scorer:
-        score = task.score_completions(
-            rows, SingleTurnSampler(sampler), scorer, RewardEvaluation(samples=4, temperature=0.7)
-        )
-        lenient = task.score_completions(
-            rows, SingleTurnSampler(sampler), scorer, RewardEvaluation(threshold=0.0)
-        ).metrics
+        options = ScoreOptions(samples=4, temperature=0.7)
+        score = task.score_completions(rows, SingleTurnSampler(sampler), scorer, options)
+        lenient = task.score_completions(rows, SingleTurnSampler(sampler), scorer, ScoreOptions(threshold=0.0)).metrics
     greedy, several = requests[0], requests[1]
-    assert (
-        greedy == SamplingParams(4)
-        and (several.temperature, several.top_k) == (0.7, 7)
-        and len(set(several.seeds)) == 8
-    )
+    assert greedy == SamplingParams(4) and (several.temperature, several.top_k) == (0.7, 7)
+    assert len(set(several.seeds)) == 8
     metrics = score.metrics
     assert metrics["reward"] == metrics["passed"] == 0.5
     assert (metrics["length"], metrics["truncated_share"]) == (4.5, 0.5)  # includes the end token of "yes"
@@ -170,9 +160,8 @@ def test_eval_equals_evaluation_of_run(finished_run_and_config, evaluate_run):
     assert output["eval"] == pytest.approx(result.evaluation.metrics)
     assert output["score"]["metric"] == "reward" and output["rows"] == 4
     assert {"reward vowels", "reward short", "passed", "length", "truncated_share"} < set(output["eval"])
-    assert output["eval"]["reward"] == pytest.approx(
-        output["eval"]["reward vowels"] + 0.5 * output["eval"]["reward short"]
-    )
+    vowels, brief = (output["eval"][f"reward {name}"] for name in ("vowels", "short"))
+    assert output["eval"]["reward"] == pytest.approx(vowels + 0.5 * brief)
     low, high = output["intervals"]["reward vowels"]
     assert low <= output["eval"]["reward vowels"] <= high
 
@@ -201,12 +190,12 @@ def test_eval_shows_best_and_worst_completions(finished_run_and_config, call):
 def test_reward_flags_are_rejected_for_other_tasks(model_folder, tmp_path, call):
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
     result = call("eval", model_folder, "--data", rows, "--samples", 2, "--no-drift")
-    assert_refused(result, "applies only to task: rl", "--samples")
+    assert_refused(result, "applies only to tasks that sample completions", "--samples")
 
 
 def test_reward_code_of_untrusted_run_is_not_executed(finished_run_and_config, evaluate_run, call, monkeypatch):
     result, _ = finished_run_and_config
-    monkeypatch.setattr("deltaw.training.open_run.was_referenced", lambda kind, value: kind != "reward")
+    monkeypatch.setattr("deltaw.methods.trust.was_referenced", lambda kind, value: kind != "reward")
     message = "reward.functions", "own.py", "--trust-remote-code"
     assert_refused(call("eval", result.output, "--no-drift"), *message)
     with pytest.raises(UserError, match=r"reward\.functions"):
@@ -220,16 +209,8 @@ def test_reward_code_of_untrusted_run_is_not_executed(finished_run_and_config, e
 def test_steps_log_rewards_with_errors_over_groups(finished_run_and_config):
     result, _ = finished_run_and_config
     metrics = Run(result.output).metrics
-    for name in (
-        "reward",
-        "reward_error",
-        "groups_with_advantage",
-        "length",
-        "truncated_share",
-        "clip_share",
-        "kl",
-        "mismatch",
-    ):
+    names = "reward reward_error groups_with_advantage length truncated_share clip_share kl mismatch"
+    for name in names.split():
         assert len(metrics.column(name)[1]) == 3, name
     assert metrics.rewards() == ["reward vowels", "reward short"]
     total, vowels, brief = (metrics.column(name)[1] for name in ("reward", "reward vowels", "reward short"))
@@ -239,13 +220,6 @@ def test_steps_log_rewards_with_errors_over_groups(finished_run_and_config):
     rewards = [completion["reward"] for completion in metrics.completions]
     assert metrics.completed == 3 and len(rewards) == 4 and rewards == sorted(rewards, reverse=True)
     assert rewards[0] >= total[-1] >= rewards[-1] and metrics.completions[0]["prompt"].startswith("say")
-
-
-def test_kl_is_not_logged_without_reference_model(finished_run_and_config, tmp_path):
-    _, config = finished_run_and_config
-    config = {**config, "output": str(tmp_path / "run"), "reward": {**config["reward"], "beta": 0.0}}
-    run = Run(deltaw.fit({**config, "train": {**config["train"], "max_steps": 1}}).output)
-    assert not len(run.metrics.column("kl")[1]) and len(run.metrics.column("clip_share")[1])
 
 
 def test_prompts_without_answers_are_sampled_before_and_after_training(finished_run_and_config):
@@ -269,19 +243,11 @@ def test_progress_and_run_list_show_reward(finished_run_and_config):
     assert {"held-out reward", "training reward, mean of the last steps"} < {row[0] for row in result_rows([run]).rows}
 
 
-def test_page_shows_rewards_completions_and_samples(finished_run_and_config, tmp_path):
-    result, config = finished_run_and_config
+def test_page_shows_rewards_completions_and_samples(finished_run_and_config):
+    result, _ = finished_run_and_config
     text = run_page(Run(result.output))
-    for identity in (
-        "reward",
-        "functions",
-        "length",
-        "groups-with-advantage",
-        "truncated-share",
-        "kl",
-        "clip-share",
-        "mismatch",
-    ):
+    figures = "reward functions length groups-with-advantage truncated-share kl clip-share mismatch"
+    for identity in figures.split():
         assert f'id="{identity}-figure"' in text, identity
     assert "95 % interval over groups" in text and "training reward" in text
     completions = Run(result.output).metrics.completions
@@ -289,14 +255,15 @@ def test_page_shows_rewards_completions_and_samples(finished_run_and_config, tmp
     assert section.count("<tr>") == 1 + len(completions) and short(completions[0]["reward"]) in section
     assert "expected</th>" not in text, "no prompt has an answer"
 
-    other_config = {
-        **config,
-        "reward": {**config["reward"], "functions": ["lower-case"]},
-        "output": str(tmp_path / "run"),
-    }
-    other_run = deltaw.fit({**other_config, "train": {**config["train"], "max_steps": 1}}).output
-    assert 'id="functions-figure"' not in run_page(Run(other_run))
-    assert "Training reward" in comparison_page([Run(other_run), Run(result.output)])
+
+def test_run_with_one_function_and_without_reference_model(finished_run_and_config, tmp_path):
+    result, config = finished_run_and_config
+    reward = {**config["reward"], "functions": ["lower-case"], "beta": 0.0}
+    train = {**config["train"], "max_steps": 1}
+    other_run = Run(deltaw.fit({**config, "reward": reward, "train": train, "output": str(tmp_path / "run")}).output)
+    assert not len(other_run.metrics.column("kl")[1]) and len(other_run.metrics.column("clip_share")[1])
+    assert 'id="functions-figure"' not in run_page(other_run)
+    assert "Training reward" in comparison_page([other_run, Run(result.output)])
 
 
 # The plan, and time
@@ -311,14 +278,15 @@ def test_step_time_includes_rollout(finished_run_and_config, tmp_path, monkeypat
         started = time.perf_counter()
         output = original_call(self, prompts, params)
         if params.seeds:
-            time.sleep(0.3)
+            time.sleep(0.1)
             rollout_seconds.append(time.perf_counter() - started)
         return output
 
     monkeypatch.setattr(SessionSampler, "__call__", call_slowly)
-    run = Run(deltaw.fit({**config, "output": str(tmp_path / "run")}).output)
+    train = {**config["train"], "max_steps": 2}
+    run = Run(deltaw.fit({**config, "train": train, "output": str(tmp_path / "run")}).output)
     seconds = run.metrics.column("seconds")[1]
-    assert len(rollout_seconds) == 3 and all(seconds > rollout_seconds)
+    assert len(rollout_seconds) == 2 and all(seconds > rollout_seconds)
 
 
 def test_evaluation_estimate_includes_generated_tokens(finished_run_and_config):
@@ -350,9 +318,8 @@ def test_plan_includes_rollout_memory(finished_run_and_config, tmp_path):
     _, config = finished_run_and_config
 
     def plan_with(**reward: object):
-        return plan(
-            RunConfig.read({**config, "reward": {**config["reward"], **reward}, "output": str(tmp_path / "new")})
-        )
+        reward = {**config["reward"], **reward}
+        return plan(RunConfig.read({**config, "reward": reward, "output": str(tmp_path / "new")}))
 
     default_plan, long_plan, large_group_plan = plan_with(), plan_with(max_new_tokens=72), plan_with(group=8)
     default_bytes, long_bytes, large_group_bytes = (
@@ -363,6 +330,3 @@ def test_plan_includes_rollout_memory(finished_run_and_config, tmp_path):
     # Each step has three prompts of about six tokens with four completions. They share no prefix.
     assert default_plan.tokens >= 3 * 4 * 8 and default_plan.rows == 12
     assert long_bytes > default_bytes > 0 and large_group_bytes > default_bytes
-    others = {k: v for k, v in config.items() if k != "reward"}
-    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}] * 8)
-    assert "rollouts" not in plan({**others, "task": "causal-lm", "data": {"train": str(rows)}}).phases

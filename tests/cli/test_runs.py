@@ -44,11 +44,8 @@ def test_runs_json_has_state_and_metrics(call, folder):
     runs = {run["name"]: run for run in output["runs"]}
     assert runs.keys() == {"one", "two", "broken", "old"}
     first_run = runs["one"]
-    assert (
-        first_run["state"] == "finished"
-        and first_run["steps"] == first_run["total_steps"] == 60
-        and first_run["rows"] == 960
-    )
+    assert first_run["state"] == "finished" and first_run["steps"] == first_run["total_steps"] == 60
+    assert first_run["rows"] == 960
     assert first_run["score"] == {"metric": "exact_match", "value": 0.8}
     assert first_run["peak_memory_bytes"] == 1_010_000_000 and 0.4 < first_run["held_out_loss"] < 0.6
     assert runs["old"]["peak_memory_bytes"] is None and runs["two"]["total_steps"] == 120

@@ -38,9 +38,8 @@ def start_server(base: Path, *arguments: str) -> processes.Process:
 
 def url_of(server: processes.Process) -> str:
     """Wait until the server listens and return its URL."""
-    match = server.wait_for(
-        lambda: re.match(r"serving tiny at (http://127\.0\.0\.1:\d+)\n", server.current_output()[0]), SECONDS
-    )
+    pattern = r"serving tiny at (http://127\.0\.0\.1:\d+)\n"
+    match = server.wait_for(lambda: re.match(pattern, server.current_output()[0]), SECONDS)
     return str(match[1])
 
 

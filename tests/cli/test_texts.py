@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from deltaw.decoding import opening
+from deltaw.decoding.probes import NotDecodable
 from deltaw.runs.fit import fit
-from deltaw.serving import opening
-from deltaw.serving.probes import NotDecodable
-from deltaw.training.open_run import open_run, score_run
+from deltaw.training.answers import ScoreOptions
+from deltaw.training.open_run import open_run
 from tests.byte_models import byte_tokenizer
 from tests.cli.conftest import Call, CommandResult, assert_refused
 from tests.conftest import write_rows
@@ -50,7 +51,7 @@ def transformers_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def generate_naively(folder: Path, prompts: tuple[str, ...], count: int, *, base: bool = False) -> list[str]:
     """Generate greedily with a full forward pass per token, without a cache."""
-    from deltaw.data import encode_prompt
+    from deltaw.data.prepare import encode_prompt
     from deltaw.training.open_run import open_run
 
     session = open_run(str(folder), precision="fp32", log=lambda line: None)
@@ -152,10 +153,7 @@ def test_eval_rows_without_system_prompt_get_stored_one(call: Call, prompted_run
         result = call("eval", prompted_run, "--no-drift", "--json", "--precision", "fp32", *flags, status=0)
         return json.loads(result.out)["eval"]["loss"], "system prompt of the rows" in result.err
 
-    bare_data, own_data = (
-        ("--data", prompted_run.parent / "bare.jsonl"),
-        ("--data", prompted_run.parent / "rows.jsonl"),
-    )
+    bare_data, own_data = (("--data", prompted_run.parent / f"{name}.jsonl") for name in ("bare", "rows"))
     assert loss(*bare_data) == (loss(*own_data)[0], True)
     assert loss(*bare_data, "--system", "Be\nbrief.") == loss(*own_data) == (loss(*own_data)[0], False)
     assert loss(*bare_data, "--system", "")[0] != loss(*own_data)[0]
@@ -248,7 +246,7 @@ def test_evaluation_of_prompt_run_uses_engine_without_virtual_tokens(settings, t
     data = write_rows(tmp_path / "rows.jsonl", rows)
     session = open_run(str(run), precision="fp32", device="cpu", log=str)
     examples, _ = session.task.read_file(str(data), session.data, None)
-    score = score_run(session, examples, num_answers=4, max_new_tokens=5, writer=opening.SessionGenerator(session, str))
+    score = session.score(examples, ScoreOptions(num_answers=4, max_new_tokens=5))
     assert len(score.answers) == 4 and all(answer.exact for answer in score.answers)
 
 

@@ -78,9 +78,8 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
     if family.adds_bos and family.bos:
         bos_special = (family.bos, backend.token_to_id(family.bos))
         backend.post_processor = processors.TemplateProcessing(single=f"{family.bos} $A", special_tokens=[bos_special])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=family.bos, eos_token=family.eos, pad_token=family.eos
-    )
+    special = {"bos_token": family.bos, "eos_token": family.eos, "pad_token": family.eos}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
     template = Path(__file__).with_name("templates") / f"{name}.jinja"
     tokenizer.chat_template = template.read_text(encoding="utf-8") if template.is_file() else None
     return tokenizer
@@ -107,7 +106,6 @@ def _pieces(special: Iterable[str], prefixed: bool) -> Tokenizer:
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, fuse_unk=True))
     space = normalizers.Replace(" ", "▁")
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), space]) if prefixed else space
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
     return backend

@@ -10,22 +10,16 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from deltaw.data import PreparationReport
-from deltaw.errors import UserError
+from deltaw.data.report import PreparationReport
+from tests.conftest import refusal  # noqa: F401 (used by the tests)
 
 SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|end|>")
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+CHATML += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 
 
 def make_tokenizer(
-    template: str | None = CHATML,
-    *,
-    bos: bool = False,
-    merges: Iterable[tuple[str, str]] = (),
-    eos: str | None = "<|im_end|>",
+    template: str | None = CHATML, *, bos=False, merges: Iterable[tuple[str, str]] = (), eos: str | None = "<|im_end|>"
 ) -> PreTrainedTokenizerFast:
     """Create a byte-level BPE tokenizer with special tokens, the 256 bytes, and ``merges``.
 
@@ -39,13 +33,9 @@ def make_tokenizer(
     backend.decoder = decoders.ByteLevel()
     if bos:
         backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<s>",
-        eos_token=eos,
-        pad_token=eos,
-        additional_special_tokens=[token for token in SPECIAL if token != eos],
-    )
+    special = {"bos_token": "<s>", "eos_token": eos, "pad_token": eos}
+    special["additional_special_tokens"] = [token for token in SPECIAL if token != eos]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
     tokenizer.chat_template = template
     return tokenizer
 
@@ -76,13 +66,6 @@ def user(content: object) -> dict[str, object]:
 
 def assistant(content: object, **fields: object) -> dict[str, object]:
     return {"role": "assistant", "content": content, **fields}
-
-
-def refusal(work: Callable[..., object], *args: object, **kwargs: object) -> UserError:
-    """Call ``work`` and return the UserError that it raises."""
-    with pytest.raises(UserError) as error:
-        work(*args, **kwargs)
-    return error.value
 
 
 def accounted(report: PreparationReport) -> int:

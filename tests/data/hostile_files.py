@@ -56,11 +56,12 @@ def write_arrow(
         file.write_table(table, **more)
 
 
-def _table(make: Callable[[], object], **more: object) -> Callable[[Path], None]:
-    """Return a writer of a table whose column is returned by ``make``, in the format of the file extension."""
+def _table(make: Callable[[], object], columns: int = 1, **more: object) -> Callable[[Path], None]:
+    """Return a writer of a table whose columns are returned by ``make``, in the format of the file extension."""
 
     def write(path: Path) -> None:
-        (write_parquet if path.suffix == ".parquet" else write_arrow)(path, pyarrow.table({"text": make()}), **more)
+        table = pyarrow.table(dict.fromkeys(["text", *map(str, range(1, columns))], make()))
+        (write_parquet if path.suffix == ".parquet" else write_arrow)(path, table, **more)
 
     return write
 
@@ -108,6 +109,7 @@ def _wide_window(path: Path) -> None:
 _LINE = _text(b'{"text": "b"}\n{"text": "', _BLOCK, b'"}\n{"text": "c"}\n')
 _OBJECTS = _text(b'{"text": [', b"{}," * 2**18, b"{}]}\n")
 _SECOND = "row 2 has more than"
+_TOO_LARGE = "bytes of the file become more than 268,435,456 in memory"
 _PREFIX_ENCODING = {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}}
 # Maps each file name to its writer, the expected message or number of rows, and the expected location.
 HOSTILE: dict[str, tuple[Callable[[Path], None], str | int, str]] = {
@@ -130,9 +132,11 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str | int, str]] = {
     "texts.parquet": (_table(_list_of_one_text), "row 2001 has", "row 2001"),
     # Each value is stored as equal to the previous one.
     "beginnings.parquet": (_table(lambda: ["a" * 2**19] * 400, **_PREFIX_ENCODING), 400, ""),
+    "lists.parquet": (_table(_zeros_in_one_list, 25, use_dictionary=False), _TOO_LARGE, "group 1 of rows"),
     "text.arrow": (_table(_long_text, compression="zstd"), "row 2 has 33,554,432 bytes", "row 2"),
     "repeated.arrow": (_table(_repeated), "row 1 has 2,097,152 bytes", "row 1"),
     "views.arrow": (_table(_views), 500, ""),
     "nulls.arrow": (_table(lambda: _in_one_list(pyarrow.nulls(LARGE // 8))), "row 2001 has", "row 2001"),
+    "texts.arrow": (_table(_long_text, 20, compression="zstd"), _TOO_LARGE, "message 1"),
     "lists.arrow": (_table(_list_of_one_text), "row 2001 has", "row 2001"),
 }

@@ -14,16 +14,9 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {word: number for number, word in enumerate((*SPECIAL, *WORDS))}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS]:0 $A:0 [SEP]:0",
-        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-    )
+    single, special = "[CLS]:0 $A:0 [SEP]:0", [("[CLS]", 2), ("[SEP]", 3)]
+    pair = f"{single} $B:1 [SEP]:1"
+    backend.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=special)
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep")}
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names, model_input_names=inputs)

@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from deltaw.data import DataSettings, RunData
-from deltaw.data.labels import LabelReader
 from deltaw.data.report import similar_classes
+from deltaw.data.row_reader import RunData
+from deltaw.settings.data import DataSettings
+from deltaw.tasks.classification.rows import LabelReader
 from tests.data.chat_templates import tokenizer_of
 from tests.data.conftest import refusal
 
@@ -22,16 +23,13 @@ def good_rows(count: int = 6) -> list[dict[str, object]]:
     return [{"text": f"film {n}", "label": "ab"[n % 2]} for n in range(count)]
 
 
-def prepare_skipping(
-    source: str, tokenizer: PreTrainedTokenizerBase | None = TOKENIZER, task: str = CLASSES
-) -> RunData:
+def prepare_skipping(source: str, tokenizer: PreTrainedTokenizerBase | None = TOKENIZER, task=CLASSES) -> RunData:
     """Return the data without its bad row, which raises an error by default."""
     error = refusal(LabelReader(DataSettings(source), tokenizer, task).prepare)
     prepared = LabelReader(DataSettings(source, bad_rows="skip", eval=None), tokenizer, task).prepare()
     (line,) = prepared.skipped.lines()
-    assert line["where"] == str(error.location).partition(" (line")[0] and (line["reason"],) == tuple(
-        prepared.report.bad_rows
-    )
+    assert line["where"] == str(error.location).partition(" (line")[0]
+    assert [line["reason"]] == list(prepared.report.bad_rows)
     return prepared
 
 
@@ -66,8 +64,7 @@ def test_missing_cells_and_broken_images_are_skipped(tmp_path, write) -> None:
         (tmp_path / "images" / name).mkdir(exist_ok=True)
         Image.new("L", (4, 4), number * 40 + ord(name)).save(tmp_path / "images" / name / f"{number}.png")
     prepared = prepare_skipping(str(tmp_path / "images"), None, "image-classification")
-    assert len(prepared.train) == 6
-    assert prepared.report.bad_rows == {"an image that cannot be read": 1}
+    assert len(prepared.train) == 6 and prepared.report.bad_rows == {"an image that cannot be read": 1}
 
 
 def test_evaluation_file_is_counted_separately(write) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from deltaw.data import DataSettings, prepare
 from deltaw.data.chat_template import read_chat_template, with_chat_template, with_date
 from deltaw.data.formats import Pair
+from deltaw.data.prepare import prepare
 from deltaw.data.templates import Encoder
+from deltaw.settings.data import DataSettings
 from tests.data.chat_templates import tokenizer_of
 from tests.data.conftest import refusal
 
@@ -33,9 +34,8 @@ def test_template_file_replaces_the_template_in_a_copy(tmp_path: Path, write) ->
     changed.save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / "chat_template.jinja").read_text(encoding="utf-8") == CUSTOM
     # A base model without a template gets this one.
-    template = (
-        "Q: {{ messages[0].content }}\nA:{% if messages[1] %} {{ messages[1].content }}{{ eos_token }}{% endif %}"
-    )
+    template = "Q: {{ messages[0].content }}\n"
+    template += "A:{% if messages[1] %} {{ messages[1].content }}{{ eos_token }}{% endif %}"
     base = with_chat_template(tokenizer_of("base"), write(template, "base.jinja"))
     assert render_exchange(base) == ("Q: Hi\nA: Ho<|endoftext|>", " Ho<|endoftext|>")
 
@@ -71,10 +71,8 @@ def test_date_defaults_to_today_and_can_be_set(write) -> None:
     tokenizer = tokenizer_of("llama3.2")
     encoder = Encoder(tokenizer, date="2026-01-31")
     assert "Today Date: 31 Jan 2026\n" in tokenizer.decode(encoder.prompt("Hi"))
-    assert (encoder.template_date, Encoder(tokenizer_of("llama3"), date="2026-01-31").template_date) == (
-        "2026-01-31",
-        None,
-    )
+    assert encoder.template_date == "2026-01-31"
+    assert Encoder(tokenizer_of("llama3"), date="2026-01-31").template_date is None
     theirs = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
     assert Encoder(tokenizer).prompt("Hi") == theirs["input_ids"]
     # The rest of the template is unchanged.
@@ -82,7 +80,6 @@ def test_date_defaults_to_today_and_can_be_set(write) -> None:
         assert with_date(template, "2026-01-31").endswith(template)
     rows = write([{"prompt": "a", "completion": "b"}] * 2)
     prepared = prepare(DataSettings(rows, eval=None, date="2026-02-28"), tokenizer)
-    assert "28 Feb 2026" in tokenizer.decode(prepared.train[0].tokens)
-    assert prepared.report.date == "2026-02-28"
+    assert "28 Feb 2026" in tokenizer.decode(prepared.train[0].tokens) and prepared.report.date == "2026-02-28"
     assert "the date into each row: 2026-02-28" in "\n".join(prepared.report.lines())
     assert prepare(DataSettings(rows, eval=None, template="plain"), tokenizer).report.date is None

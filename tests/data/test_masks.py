@@ -12,19 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from deltaw.data.formats import Conversation, Pair, Record, Text
-from deltaw.data.messages import Message, conversation
+from deltaw.data.formats import Pair, Record, Text
+from deltaw.data.messages import Conversation, Message, conversation
 from deltaw.data.report import BadRowError
 from deltaw.data.templates import Encoded, Encoder
 from tests.data.chat_templates import tokenizer_of
 from tests.data.conftest import assistant, refusal, user
+from tests.training.runs import slow_except
 
 DATE = "2026-01-31"
 QUESTIONS, ANSWERS = ("Capital of Peru?", "Chile?"), ("Lima.", "Santiago.")
 THOUGHTS = ("<think>\nSouth.\n</think>\n\nLima.", "<think>\nFar south.\n</think>\n\nSantiago.")
-TOOLS: tuple[Message, ...] = (
-    {"type": "function", "function": {"name": "clock", "description": "the time", "parameters": {}}},
-)
+CLOCK = {"name": "clock", "description": "the time", "parameters": {}}
+TOOLS: tuple[Message, ...] = ({"type": "function", "function": CLOCK},)
 
 
 def exchange(*turns: tuple[str, str], system: str | None = None) -> Conversation:
@@ -177,12 +177,6 @@ def test_thoughts_are_labels_in_their_original_context(family: str) -> None:
         assert [text.partition("«")[2] for text in rendered] == [text.partition("«")[2] for text in THINKING[family]]
 
 
-def test_unchanged_turns_share_an_example() -> None:
-    """After the last question, Qwen 3 renders thoughts, so a tool call and the following turn are one example."""
-    (rendered,) = examples("qwen3", call(reasoning_content="Ask."))
-    assert rendered.count("«<think>\nAsk.\n</think>\n\n") == 2
-
-
 # With a tool.
 CALL = '{"name": "clock", "arguments": {"zone": "PET"}}'
 TRAINED_CALLS = {
@@ -257,19 +251,14 @@ def test_mask_matches_generation_blocks_of_the_template() -> None:
     mask = [0] * len(theirs["input_ids"])
     for start, stop in ours.spans:
         mask[start:stop] = [1] * (stop - start)
-    assert theirs["input_ids"][: len(ours.tokens)] == ours.tokens
-    assert theirs["assistant_masks"] == mask
+    assert theirs["input_ids"][: len(ours.tokens)] == ours.tokens and theirs["assistant_masks"] == mask
 
 
 # Any text without names of special tokens, which would be tokenized as such.
 ANY_TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="<>[]|"), min_size=1, max_size=30)
 
 
-QUICK = ("llama2", "llama3.2", "qwen3", "gemma3")
-SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in TWO_TURNS if family not in QUICK]
-
-
-@pytest.mark.parametrize("family", [*QUICK, *SLOW])
+@pytest.mark.parametrize("family", slow_except("llama2", "llama3.2", "qwen3", "gemma3", names=TWO_TURNS))
 @settings(max_examples=15, deadline=None)
 @given(question=ANY_TEXT, answers=st.lists(ANY_TEXT, min_size=1, max_size=3))
 def test_only_answers_and_their_ends_are_labels_for_any_text(family, question, answers):

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.network
 SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
 
 
+BRIEF = "<|im_start|>system\nBe brief.<|im_end|>\n"
 FIRST_PROMPT, SECOND_PROMPT = (f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n" for q in QUESTIONS)
 
 
@@ -33,10 +34,7 @@ def tokenizer(monkeypatch: pytest.MonkeyPatch):
     ("record", "expected"),
     [
         (talk(*ANSWERS), SYSTEM + FIRST_PROMPT + "«Lima.<|im_end|>»\n" + SECOND_PROMPT + "«Santiago.<|im_end|>»"),
-        (
-            talk("Lima.", system="Be brief."),
-            "<|im_start|>system\nBe brief.<|im_end|>\n" + FIRST_PROMPT + "«Lima.<|im_end|>»",
-        ),
+        (talk("Lima.", system="Be brief."), BRIEF + FIRST_PROMPT + "«Lima.<|im_end|>»"),
         (Pair(QUESTIONS[0], "\n\nOui, “é” 🙂\n"), SYSTEM + FIRST_PROMPT + "«\n\nOui, “é” 🙂\n<|im_end|>»"),
         (Text("Lima is old."), "L«ima is old.<|im_end|>»"),
     ],

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaw.data import DataSettings, prepare
-from deltaw.data.labels import LabelReader
-from deltaw.data.mixture import apply_weights, format_sources
-from deltaw.settings import RunConfig
+from deltaw.data.prepare import apply_weights, prepare
+from deltaw.settings.config import RunConfig
+from deltaw.settings.data import DataSettings
+from deltaw.settings.mixture import format_sources
+from deltaw.tasks.classification.rows import LabelReader
 from tests.data.conftest import refusal
 from tests.data.label_models import word_tokenizer
 
@@ -96,22 +97,17 @@ def test_labeled_rows_can_have_several_sources(write):
     assert "its own weight" in refusal(reader.prepare).message
 
 
-@pytest.mark.parametrize(
-    ("train", "message"),
-    [
-        ([], "empty list"),
-        ([3], "with 'from'"),
-        ([{"weight": 2}], "with 'from'"),
-        ([{"from": "a", "wieght": 2}], "unknown key 'wieght'"),
-        ([{"from": "a", "weight": 0}], "the weight is 0"),
-        ([{"from": "a", "weight": "2"}], "the weight is '2'"),
-        ([{"from": "a", "weight": True}], "the weight is True"),
-        ([{"from": "a", "weight": float("nan")}], "the weight is nan"),
-        ([{"from": "a", "form": "txt"}], "no format 'txt'"),
-        ([{"from": "a", "columns": {"promt": "b"}}], "unknown column 'promt'"),
-        (["a", {"from": "b", "columns": ["c"]}], "'columns' must map"),
-    ],
-)
+INVALID = [([], "empty list"), ([3], "with 'from'"), ([{"weight": 2}], "with 'from'")]
+INVALID += [([{"from": "a", "wieght": 2}], "unknown key 'wieght'"), ([{"from": "a", "weight": 0}], "the weight is 0")]
+INVALID += [([{"from": "a", "weight": "2"}], "the weight is '2'")]
+INVALID += [([{"from": "a", "weight": True}], "the weight is True")]
+INVALID += [([{"from": "a", "weight": float("nan")}], "the weight is nan")]
+INVALID += [([{"from": "a", "form": "txt"}], "no format 'txt'")]
+INVALID += [([{"from": "a", "columns": {"promt": "b"}}], "unknown column 'promt'")]
+INVALID += [(["a", {"from": "b", "columns": ["c"]}], "'columns' must map")]
+
+
+@pytest.mark.parametrize(("train", "message"), INVALID)
 def test_invalid_source_is_rejected_with_its_entry(train, message):
     assert message in refusal(DataSettings, train).message
 

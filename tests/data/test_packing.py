@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaw.data.example import Example
-from deltaw.data.packing import MIN_SHARED_TOKENS, epoch_order, microbatch_shapes, pack, pad, split_into_microbatches
+from deltaw.data.packing import MIN_SHARED_TOKENS, epoch_order, pack, packed_length, pad, split_into_microbatches
 
 
 def example(tokens, labels=None, row=1):
@@ -30,10 +30,8 @@ def rows(draw):
             start = earlier[: draw(st.integers(0, len(earlier)))]
         tail = draw(st.lists(st.integers(0, 2), min_size=0 if len(start) > 1 else 2, max_size=12))
         sequences.append(start + tail)
-    return [
-        example(r, [False, *draw(st.lists(st.booleans(), min_size=len(r) - 1, max_size=len(r) - 1))], row=i)
-        for i, r in enumerate(sequences)
-    ]
+    labels = [draw(st.lists(st.booleans(), min_size=len(r) - 1, max_size=len(r) - 1)) for r in sequences]
+    return [example(r, [False, *after], row=i) for i, (r, after) in enumerate(zip(sequences, labels, strict=True))]
 
 
 def visible_contexts(batch):
@@ -59,21 +57,19 @@ def test_each_label_is_predicted_from_its_preceding_tokens(batch_rows, share):
     for predictor, target, weight in zip(batch.predictors, batch.targets, batch.weights, strict=True):
         key = (context[predictor], int(target))
         actual[key] = actual.get(key, 0) + float(weight)
-    assert actual == expected
-    assert batch.tokens <= batch.row_tokens == sum(map(len, batch_rows))
+    assert actual == expected and batch.tokens <= batch.row_tokens == sum(map(len, batch_rows))
     assert share or batch.tokens == batch.row_tokens
-    assert batch.label_tokens == sum(int(r.is_label.sum()) for r in batch_rows)
+    assert batch.weights.sum() == sum(int(r.is_label.sum()) for r in batch_rows)
 
 
 def test_shared_prefixes_are_stored_once_and_nested():
     stem, middle = list(range(10, 20)), list(range(30, 36))
     batch = pack([example([*stem, 1, 2]), example([*stem, 3]), example([*stem, 1, 2, *range(30, 40)])])
     assert (batch.tokens, batch.row_tokens) == (10 + 2 + 1 + 10, 12 + 11 + 22)
-    left, right = batch.members[0].indices, batch.members[-1].indices
+    left, right = batch.members[0].indices, batch.members[1].indices
     assert (left[:10] == right[:10]).all() and not set(left[10:]) & set(right[10:])
     batch = pack([example([*stem, *middle, 1, 2]), example([*stem, *middle, 3, 4]), example([*stem, 5, 6])])
-    assert batch.tokens == 10 + 6 + 6
-    assert max(batch.inputs["packed_layout"].offsets()) == 16
+    assert batch.tokens == 10 + 6 + 6 and max(batch.inputs["packed_layout"].offsets()) == 16
     # A short shared prefix is not worth a segment.
     assert MIN_SHARED_TOKENS > 1
     batch = pack([example([7, 1, 2]), example([7, 3, 4])])
@@ -91,21 +87,20 @@ def test_microbatches_contain_each_row_once_within_the_budget(rows, budget, shar
     for part in parts:
         tokens = pad(part).tokens if padded else pack(part, share=share).tokens
         assert tokens <= budget or len(part) == 1
-    shapes = microbatch_shapes(parts, share=share, fill=fill)  # computed without packing
-    assert shapes == [tuple(pack(part, share=share, fill=fill).inputs["input_ids"].shape) for part in parts]
+    for part in parts:
+        packed = pack(part, share=share, fill=fill).inputs["input_ids"]
+        assert packed.shape == (1, packed_length(part, share=share, fill=fill))
 
 
 def test_padding_is_masked_by_length_if_its_id_is_a_label():
     batch = pad([example([5, 0, 0], [False, True, True]), example([5, 0], [False, True])])
-    assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert batch.targets.tolist() == [0, 0, 0]
+    assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]] and batch.targets.tolist() == [0, 0, 0]
     assert batch.predictors.tolist() == [0, 1, 3]
 
 
 def test_epoch_order_is_a_deterministic_permutation():
     first, again, later, other = (epoch_order(50, *of).tolist() for of in ((3, 7), (3, 7), (4, 7), (3, 8)))
-    assert sorted(first) == list(range(50))
-    assert first == again and first != later and first != other
+    assert sorted(first) == list(range(50)) and first == again and first != later and first != other
 
 
 @settings(max_examples=25, deadline=None)

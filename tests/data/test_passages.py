@@ -7,10 +7,10 @@ import gzip
 import pandas
 import pytest
 
-from deltaw.data.passages import read_pairs, read_passages, text_key
 from deltaw.data.report import BadRowError, BadRows
 from deltaw.errors import UserError
-from tests.conftest import write_rows
+from deltaw.evaluation.mining import read_pairs, read_passages, text_key
+from tests.conftest import refusal, write_rows
 
 
 @pytest.mark.parametrize(
@@ -44,18 +44,15 @@ def test_single_column_contains_the_passages(tmp_path):
     assert read_passages(str(file), BadRows()) == ["Lima."]
     file = write_rows(tmp_path / "d.jsonl", [{"odd": "Lima.", "more": "Quito."}])
     assert read_passages(str(file), BadRows(), column="more") == ["Quito."]
-    with pytest.raises(UserError, match="no column with the passage was found") as error:
-        read_passages(str(file), BadRows())
-    assert "--passage-column" in error.value.hint and "'odd', 'more'" in error.value.location
+    error = refusal(read_passages, str(file), BadRows(), match="no column with the passage was found")
+    assert "--passage-column" in error.hint and "'odd', 'more'" in error.location
 
 
 def test_missing_or_shared_columns_are_rejected(tmp_path):
     file = str(write_rows(tmp_path / "d.jsonl", [{"question": "Peru?", "answer": "Lima."}]))
-    with pytest.raises(UserError, match="no column 'anwser'") as error:
-        read_pairs(file, BadRows(), columns=(None, "anwser"))
-    assert error.value.hint == "did you mean 'answer'?"
-    with pytest.raises(UserError, match="is both query and passage"):
-        read_pairs(file, BadRows(), columns=(None, "question"))
+    error = refusal(read_pairs, file, BadRows(), columns=(None, "anwser"), match="no column 'anwser'")
+    assert error.hint == "did you mean 'answer'?"
+    refusal(read_pairs, file, BadRows(), columns=(None, "question"), match="is both query and passage")
     with pytest.raises(UserError, match="no column with the query"):
         read_pairs(str(write_rows(tmp_path / "e.jsonl", [{"answer": "Lima."}])), BadRows())
 
@@ -98,11 +95,9 @@ def test_text_lines_have_a_size_limit_and_must_be_utf8(tmp_path):
     bad = BadRows("skip")
     assert read_passages(str(file), bad) == ["good", "more"] and len(bad) == 1
     file.write_bytes(b"x" * 100)
-    with pytest.raises(UserError, match="more than the 50 bytes"):
-        read_passages(str(file), bad, max_bytes=50)
+    refusal(read_passages, str(file), bad, max_bytes=50, match="more than the 50 bytes")
     file.write_bytes(b"\n\n")
-    with pytest.raises(UserError, match="the file has no passages"):
-        read_passages(str(file), bad)
+    refusal(read_passages, str(file), bad, match="the file has no passages")
 
 
 def test_case_and_spacing_do_not_change_the_key():

@@ -7,8 +7,8 @@ import itertools
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from deltaw.data.example import TokenSpan, token_spans
 from deltaw.data.templates import Encoded, Encoder
-from deltaw.data.token_spans import TokenSpan, token_spans
 from tests.data.chat_templates import FAMILIES, tokenizer_of
 from tests.data.test_masks import ANSWERS, QUESTIONS, marked, talk
 

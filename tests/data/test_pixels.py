@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from transformers import ViTConfig
 
-from deltaw.data import DataSettings
 from deltaw.data.images import ImageEncoder
-from deltaw.data.labels import LabelReader
+from deltaw.settings.data import DataSettings
+from deltaw.tasks.classification.rows import LabelReader
 from tests.data.conftest import refusal
 from tests.data.hostile_files import write_arrow, write_parquet
 
@@ -51,16 +51,10 @@ def vit(folder: Path, channels: int = 3, **preprocessor: object) -> Path:
     ViTConfig(image_size=8, patch_size=4, num_channels=channels).save_pretrained(folder)
     if preprocessor:
         steps = dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True)
-        normalization = {
-            "image_mean": [0.5] * channels,
-            "image_std": [0.5] * channels,
-            "rescale_factor": 1 / 255,
-            "resample": 2,
-        }
-        processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8}}
-        (folder / "preprocessor_config.json").write_text(
-            json.dumps({**processor, **steps, **normalization, **preprocessor})
-        )
+        normalization = {"image_mean": [0.5] * channels, "image_std": [0.5] * channels, "rescale_factor": 1 / 255}
+        processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8}, "resample": 2}
+        config = {**processor, **steps, **normalization, **preprocessor}
+        (folder / "preprocessor_config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -73,8 +67,7 @@ def test_class_folders_provide_paths_and_classes(tree: Path):
     (tree / "cat" / "notes.txt").write_text("-")
     (tree / ".hidden").mkdir()
     data = prepared(tree)
-    assert data.classes == ("cat", "dog")
-    assert [e.label for e in data.train] == [0, 0, 0, 1, 1, 1]
+    assert data.classes == ("cat", "dog") and [e.label for e in data.train] == [0, 0, 0, 1, 1, 1]
     assert data.train[3].image == tree / "dog" / "0.png" and data.train[3].size == (5, 6)
     assert "1 file that is not an image skipped" in data.report.lines()
 
@@ -92,10 +85,8 @@ def test_empty_class_folders_and_loose_images_are_rejected(tmp_path: Path, tree:
 def test_broken_image_is_reported_before_and_during_training(tmp_path: Path, tree: Path):
     path = tree / "dog" / "1.png"
     original, examples = path.read_bytes(), prepared(tree).train
-    for content, message in (
-        (original[: len(original) // 2], "cannot be decoded"),
-        (b"no image", "unknown image format"),
-    ):
+    half = original[: len(original) // 2]
+    for content, message in ((half, "cannot be decoded"), (b"no image", "unknown image format")):
         path.write_bytes(content)
         error = refusal(prepared, tree)
         assert message in error.message and error.location == str(path)

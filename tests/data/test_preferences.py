@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from deltaw.data.example import RowGroup
-from deltaw.data.preferences import PairReader
-from deltaw.data.settings import DataSettings
-from deltaw.settings import RunConfig
-from deltaw.training.data_view import check_data, preview_rows
+from deltaw.runs.checks import check_data, preview_rows
+from deltaw.settings.config import RunConfig
+from deltaw.settings.data import DataSettings
+from deltaw.tasks.preference.rows import PairReader
 from tests.byte_models import byte_tokenizer
 from tests.conftest import COLORS, write_rows
 from tests.data.conftest import assistant, refusal, user

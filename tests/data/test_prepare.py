@@ -13,7 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from deltaw.data import DataSettings, Example, RunData, encode_prompt, prepare, prepare_file
+from deltaw.data.example import Example
+from deltaw.data.prepare import encode_prompt, prepare, prepare_file
+from deltaw.data.row_reader import RunData
+from deltaw.settings.data import DataSettings
 from tests.conftest import write_rows
 from tests.data.conftest import accounted, make_tokenizer, refusal
 
@@ -178,18 +181,13 @@ def test_text_format_uses_raw_prompts_and_prompts_end_with_a_user_turn() -> None
 # Settings
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"max_length": 1}, "data.max_length is 1"),
-        ({"rows": 0}, "data.rows is 0"),
-        ({"max_row_bytes": 0}, "data.max_row_bytes is 0"),
-        ({"eval": -1}, "data.eval is -1"),
-        ({"eval": 1.5}, "data.eval is 1.5"),
-        ({"eval": float("nan")}, "data.eval is nan"),
-        ({"columns": {"promt": "a"}}, "unknown column 'promt'"),
-    ],
-)
+OUT_OF_RANGE = [({"max_length": 1}, "data.max_length is 1"), ({"rows": 0}, "data.rows is 0")]
+OUT_OF_RANGE += [({"max_row_bytes": 0}, "data.max_row_bytes is 0"), ({"eval": -1}, "data.eval is -1")]
+OUT_OF_RANGE += [({"eval": 1.5}, "data.eval is 1.5"), ({"eval": float("nan")}, "data.eval is nan")]
+OUT_OF_RANGE += [({"columns": {"promt": "a"}}, "unknown column 'promt'")]
+
+
+@pytest.mark.parametrize(("values", "message"), OUT_OF_RANGE)
 def test_out_of_range_values_are_rejected(values: dict[str, object], message: str) -> None:
     assert message in refusal(DataSettings, "x", **values).message
 

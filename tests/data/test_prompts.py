@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 
 from deltaw.data.prompts import PromptReader, prompt_messages
-from deltaw.data.settings import DataSettings
-from deltaw.errors import UserError
+from deltaw.settings.data import DataSettings
 from tests.byte_models import byte_tokenizer
-from tests.conftest import write_rows
+from tests.conftest import refusal, write_rows
 
 PROMPT = "<|im_start|>user\npaint it<|im_end|>\n<|im_start|>assistant\n"
 USER = {"role": "user", "content": "paint it"}
@@ -49,9 +48,8 @@ def test_rewards_can_read_every_column(read):
 
 
 def test_row_without_a_prompt_is_rejected(read):
-    with pytest.raises(UserError, match="no prompt") as error:
-        read([{"prompt": "paint it"}, {"prompt": None, "answer": "red"}])
-    assert "line 2" in str(error.value) or "row 2" in str(error.value)
+    error = refusal(read, [{"prompt": "paint it"}, {"prompt": None, "answer": "red"}], match="no prompt")
+    assert "line 2" in str(error) or "row 2" in str(error)
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,37 @@
-"""Chat templates render as in transformers, and endless templates are stopped."""
+"""Chat templates render as in transformers, and expensive templates are stopped."""
 
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
+import psutil
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from deltaw import platforms
 from deltaw.data import rendering
 from deltaw.data.messages import Conversation
-from deltaw.data.rendering import FAULTS, MAX_TEMPLATE_CHARS, TemplateLimitError, render_conversation
+from deltaw.data.rendering import (
+    FAULTS,
+    MAX_TEMPLATE_CHARS,
+    ConversationPrefixes,
+    TemplateLimitError,
+    render_batch,
+    render_conversation,
+)
+from deltaw.data.template_worker import MEMORY_BYTES
 from deltaw.data.templates import Encoder
 from tests.byte_models import byte_tokenizer
 from tests.data.chat_templates import FAMILIES, tokenizer_of
 from tests.data.conftest import assistant, refusal, user
+from tests.serving.http.concurrency import wait_until
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOL = {"type": "function", "function": {"name": "weather", "description": "The weather.", "parameters": CITY}}
@@ -26,7 +43,6 @@ CONVERSATIONS = {
     "tools": [QUESTION, assistant("", tool_calls=[CALL]), {"role": "tool", "name": "weather", "content": "sun"}],
     "thought": [QUESTION, assistant("<think>\nhm\n</think>\n\n4."), QUESTION],
     "reasoning": [QUESTION, assistant("4.", reasoning="two and two")],
-    "parts": [user([{"type": "text", "text": "Hello"}, {"type": "image"}])],
 }
 
 
@@ -37,11 +53,11 @@ def _theirs(template: str, messages: list, tools: list, special: dict, generatio
     return rendered[0][0]
 
 
-def _text_or_fault(render: Callable[..., str], *args: object, **kwargs: object) -> str | type[Exception]:
+def _text_or_fault(render: Callable[..., str], *args: object, **kwargs: object) -> str:
     try:
         return render(*args, **kwargs)
     except FAULTS as error:
-        return type(error)
+        return f"fault: {error}"
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if tokenizer_of(family).chat_template])
@@ -102,6 +118,11 @@ ENDLESS = {
     "a text in a filter": "{% filter upper %}" + LOOPS + "abc" + END_LOOPS + "{% endfilter %}",
     "the assistant's text": "{% generation %}" + LOOPS + "abc" + END_LOOPS + "{% endgeneration %}",
     "calls": LOOPS + "{{ ''.strip() }}" + END_LOOPS,
+    "a loop without an end": "{% for i in range(99999) %}{% for j in messages * 10**8 %}{% endfor %}{% endfor %}",
+    "a deep power": "{{ 10 ** (10 ** 10) }}",
+    "text without end": "{% macro m(n) %}{{ 'word ' * 1000 }}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}"
+    "{% endmacro %}{{ m(60) }}",
+    "filler text": "{{ lipsum(10 ** 6) }}",
     "macros": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
     "a product": "{{ 'a' * 10**9 }}",
     "a product with a list": "{{ ([1] * 10**9) | length }}",
@@ -112,13 +133,9 @@ ENDLESS = {
     "texts joined": REPEAT + "{% set ns.y = ns.y ~ ns.y %}{% endfor %}",
     "lists added": REPEAT + "{% set ns.z = ns.z + ns.z %}{% endfor %}",
     "lists within lists": REPEAT + "{% set ns.z = [ns.z, ns.z] %}{% endfor %}{{ ns.z }}",
-    "pairs within pairs": REPEAT + "{% set ns.z = (ns.z, ns.z) %}{% endfor %}{{ ns.z == ns.z }}",
     "dictionaries": REPEAT + "{% set ns.z = {'a': ns.z, 'b': ns.z} %}{% endfor %}{{ ns.z | tojson }}",
     "dictionaries called": REPEAT + "{% set ns.z = dict(a=ns.z, b=ns.z) %}{% endfor %}{{ ns.z }}",
     "keys": REPEAT + "{% set ns.z = dict.fromkeys([1, 2], ns.z) %}{% endfor %}{{ ns.z }}",
-    "namespaces": "{% set a = namespace() %}{% set b = namespace(a=a, b=a) %}{{ b }}",
-    "long numbers": REPEAT.replace("100", "9999") + "{% set ns.x = ns.x - (0 - ns.x) %}{% endfor %}",
-    "numbers read": "{{ ('f' * 100000) | int(0, 16) }}",
     "a rounding": "{{ 1.5 | round(10**9, 'floor') }}",
     "a width": "{{ 'a'.ljust(10**10) }}",
     "zeros": "{{ '1'.zfill(10**10) }}",
@@ -137,15 +154,10 @@ ENDLESS = {
     "JSON": "{{ [[[1]]] | tojson(indent=10**9) }}",
     "JSON with much between": "{% set s = 'a' * 10000 %}{{ range(1000) | list | tojson(separators=(s, s)) }}",
     "splitting": "{% set a = 'a b ' * 100000 %}{{ a.split() }}{{ a.split('b') }}",
-    "a date": "{{ strftime_now('%Y' * 10000) }}",
-    "reading": LONG_TEXT + "{% if 'b' in a %}{% endif %}{% endfor %}",
     "comparing": LONG_TEXT + "{% if a + 'b' == a + 'c' %}{% endif %}{% endfor %}",
-    "comparing twice": LONG_TEXT + "{% if 'a' < a < a[1:] %}{% endif %}{% endfor %}",
-    "looking through lists": "{% set a = range(10000) | list %}" + LONG_TEXT + "{{ 'x' in a }}{% endfor %}",
     "tests": "{% set a = 'a' * 100000 %}{{ range(100000) | map('string') | select('in', a) | list }}",
     "tests of case": LONG_TEXT + "{% if a is lower %}{% endif %}{% endfor %}",
     "counting": LONG_TEXT + "{{ a.count('b') }}{% endfor %}",
-    "parts": LONG_TEXT + "{% set b = a[1:] %}{% endfor %}",
     "generators": "{% for i in range(100000) %}{{ range(100000) | select('none') | list }}{% endfor %}",
     "sorting": "{% set a = range(10000) | list %}" + LONG_TEXT + "{% set b = a | sort %}{% endfor %}",
     "a very long template": " " * (MAX_TEMPLATE_CHARS + 1),
@@ -154,10 +166,12 @@ ENDLESS = {
 
 @pytest.mark.parametrize("name", ENDLESS)
 def test_expensive_template_is_stopped(name, monkeypatch):
-    monkeypatch.setattr(rendering, "STEPS", 1 << 15)
+    monkeypatch.setattr(rendering, "SECONDS", 0.3)
+    begin = time.monotonic()
     error = refusal(render_conversation, ENDLESS[name], [QUESTION], generation=True, variables={})
-    assert isinstance(error, TemplateLimitError)
+    assert isinstance(error, TemplateLimitError) and time.monotonic() - begin < 10
     assert "the chat template was stopped: it" in str(error) and "data.chat_template" in str(error)
+    assert render_conversation("{{ messages | length }}", [QUESTION], generation=True, variables={}) == "1"
 
 
 @pytest.mark.parametrize(
@@ -169,14 +183,12 @@ def test_expensive_template_is_stopped(name, monkeypatch):
         "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
         "{{ [1]" + " | list" * 4000 + " }}",
         "{% for i in [1] %}" * 25 + "{% endfor %}" * 25,
-        "{{ 'a' | center(10) }}",
-        "{{ lipsum(10**6) }}",
-        "{{ 'a'.encode() }}",
-        "{{ (1).from_bytes([255], 'big') }}",
-        "{% macro m(n) %}{{ varargs }}{% endmacro %}{{ m(1, 2) }}",
         "{{ ''.__class__.__mro__ }}",
         "{{ namespace(__class__=1) }}",
         "{% include 'other' %}",
+        "{{ messages.append(1) }}",
+        "{{ strftime_now.__globals__.json }}",
+        "{{ ('f' * 100000) | int(0, 16) }}",
     ],
     ids=lambda template: template[:20],
 )
@@ -194,7 +206,7 @@ def test_long_conversations_are_not_stopped():
 
 
 def test_endless_template_stops_reading_rows(monkeypatch):
-    monkeypatch.setattr(rendering, "STEPS", 1 << 14)
+    monkeypatch.setattr(rendering, "SECONDS", 0.3)
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% if messages[0].content == 'go' %}" + LOOPS + END_LOOPS + "{% endif %}x"
     encoder = Encoder(tokenizer, "chat")
@@ -203,3 +215,96 @@ def test_endless_template_stops_reading_rows(monkeypatch):
     error = refusal(encoder.encode, [row], ["row 1"], on_bad=lambda location, bad_row: reported.append(bad_row))
     assert "the chat template was stopped" in error.message and not reported
     assert "the chat template was stopped" in refusal(encoder.prompt, "go").message
+
+
+# The worker process
+
+
+def _render(template: str) -> str:
+    return render_conversation(template, [QUESTION], generation=True, variables={})
+
+
+@pytest.fixture
+def process() -> subprocess.Popen[bytes]:
+    """Worker process of this process, after a rendering."""
+    _render("a")
+    process = rendering._worker()._process
+    assert process is not None
+    return process
+
+
+def test_worker_is_reused_and_restarts_after_it_was_killed(process, monkeypatch):
+    assert _render("b") == "b" and rendering._worker()._process is process
+    process.kill()
+    process.wait()
+    assert _render("c") == "c"
+    monkeypatch.setattr(rendering, "SECONDS", 0.1)
+    with pytest.raises(TemplateLimitError):
+        _render(LOOPS + END_LOOPS)
+    assert _render("d") == "d"
+
+
+def test_worker_has_limited_memory_and_no_secrets(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "a secret")
+    monkeypatch.setattr(rendering, "_workers", {})
+    _render("a")
+    process = psutil.Process(rendering._worker()._process.pid)
+    assert process.environ().keys() <= {*rendering._VARIABLES, "LC_CTYPE"}
+    if hasattr(process, "rlimit"):
+        assert process.rlimit(psutil.RLIMIT_AS) == (MEMORY_BYTES, MEMORY_BYTES)
+    rendering._worker().close()
+
+
+def test_worker_exits_with_its_parent():
+    code = "from deltaw.data import rendering as r; r.render_conversation('a', [], generation=True, variables={});"
+    code += "import os; print(r._worker()._process.pid, flush=True); os.kill(os.getpid(), 9)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    pid = int(result.stdout)
+    assert wait_until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_forked_process_starts_its_own_worker(process):
+    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
+        assert list(pool.map(_render, map(str, range(20)))) == [str(n) for n in range(20)]
+        pids = set(pool.map(_worker_pid, range(20)))
+    assert process.pid not in pids and _render("e") == "e" and rendering._worker()._process is process
+
+
+def _worker_pid(number: int) -> int:
+    _render("a")
+    return rendering._worker()._process.pid
+
+
+def test_threads_share_the_worker():
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(_render, map(str, range(200)))) == [str(n) for n in range(200)]
+
+
+def test_batch_returns_texts_and_errors_in_order():
+    template = "{{ messages | length }}{% if not tools %}{{ 1 // (messages | length - 1) }}{% endif %}"
+    messages = [QUESTION, assistant("4."), QUESTION]
+    conversations = [
+        ConversationPrefixes(messages, [(1, True), (2, False)]),
+        ConversationPrefixes([QUESTION, "text"], [(1, True)]),
+        ConversationPrefixes(messages, [(3, False)], [TOOL]),
+    ]
+    (fault, first), (rejected,), (last,) = render_batch(template, conversations, {})
+    assert "division" in str(fault) and isinstance(rejected, TypeError) and (first, last) == ("21", "3")
+
+
+def test_timer_stops_the_worker_without_poll(monkeypatch):
+    monkeypatch.setattr(platforms, "WINDOWS", True)
+    monkeypatch.setattr(rendering, "_workers", {})
+    assert _render("a") == "a"
+    monkeypatch.setattr(rendering, "TIMEOUT", 0.1)
+    with pytest.raises(TemplateLimitError):
+        _render(LOOPS + END_LOOPS)
+    monkeypatch.setattr(rendering, "TIMEOUT", 30.0)
+    assert _render("b") == "b"
+    rendering._worker().close()
+
+
+def test_long_output_is_received_completely():
+    text = "é\n" * 500_000
+    assert render_conversation("{{ messages[0].content }}", [user(text)], generation=True, variables={}) == text

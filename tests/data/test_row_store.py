@@ -97,8 +97,7 @@ def test_damaged_row_raises(location: str, tmp_path: Path) -> None:
     with path.open("r+b") as file:
         file.seek(offset)
         file.write(b"\x03")
-    assert "damaged" in refusal(rows.example, 0).message
-    assert damage and rows.example(1).tokens.tolist() == [1] * 9
+    assert "damaged" in refusal(rows.example, 0).message and damage and rows.example(1).tokens.tolist() == [1] * 9
 
 
 @pytest.mark.parametrize("kind", ["cut", "empty", "no Arrow", "other columns"])

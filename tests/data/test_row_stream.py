@@ -57,8 +57,7 @@ def test_chunks_contain_the_rows_of_the_file(name: str, tmp_path: Path, small_ch
     chunks, expected = list(stream.chunks()), read_rows(str(tmp_path / name))
     assert [row for chunk in chunks for row in chunk] == list(expected)
     assert (stream.rows, stream.columns) == (len(expected), expected.columns)
-    assert max(len(chunk) for chunk in chunks) == 5
-    assert chunks[1].row_location(2) == expected.row_location(7)
+    assert max(len(chunk) for chunk in chunks) == 5 and chunks[1].row_location(2) == expected.row_location(7)
 
 
 def test_small_file_is_read_once(tmp_path: Path) -> None:
@@ -103,9 +102,8 @@ def test_unreadable_lines_are_skipped_and_reported_once(memory_bytes, write, mon
     assert [row for chunk in stream.chunks() for row in chunk] == [(1, {"text": "a"}), (5, {"text": "b"})]
     assert (stream.rows, stream.bad) == (2, 3)
     reasons = ("not JSON", "not a JSON object", "not UTF-8")
-    assert [entry[:2] for entry in reported] == [
-        (reason, f"{path}, line {n}") for n, reason in enumerate(reasons, start=2)
-    ]
+    assert [reason for reason, *_ in reported] == list(reasons)
+    assert [location for _, location, _ in reported] == [f"{path}, line {n}" for n in (2, 3, 4)]
     assert reported[0][2] == "{bad\n"
 
 
@@ -168,8 +166,7 @@ def test_unreadable_rows_can_be_included_in_order(tmp_path):
     file.write_text('no\n{"a": 1}\n\n[2]\n{"a": 3}\nend\n')
     stream = open_source(str(file), lambda error, row: None)
     stream.scan()
-    rows_read = [
-        (number, isinstance(row, UnreadableRow)) for rows in stream.chunks(unreadable=True) for number, row in rows
-    ]
+    rows_read = [pair for rows in stream.chunks(unreadable=True) for pair in rows]
+    rows_read = [(number, isinstance(row, UnreadableRow)) for number, row in rows_read]
     assert rows_read == [(1, True), (2, False), (4, True), (5, False), (6, True)]
     assert [number for rows in stream.chunks() for number, _ in rows] == [2, 5]

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaw.data.sequences import ConcatSequence, IndexedSequence, concat_rows, lengths_of, select_rows, used_tokens
+from deltaw.data.example import ConcatSequence, IndexedSequence, concat_rows, lengths_of, select_rows, used_tokens
 
 
 class StoredRows(tuple):
@@ -27,10 +27,8 @@ def test_concatenated_sequences_behave_like_one(parts, cut):
     flat = [row for part in parts for row in part]
     joined = concat_rows(*map(StoredRows, parts))
     assert list(joined) == flat and len(joined) == len(flat)
-    assert [joined[n] for n in range(-len(flat), len(flat))] == flat + flat
-    assert list(joined[cut]) == flat[cut]
-    assert lengths_of(joined).tolist() == [len(row) for row in flat]
-    assert concat_rows(*parts) == flat
+    assert [joined[n] for n in range(-len(flat), len(flat))] == flat + flat and list(joined[cut]) == flat[cut]
+    assert lengths_of(joined).tolist() == [len(row) for row in flat] and concat_rows(*parts) == flat
 
 
 def test_selected_rows_are_a_list_or_a_view():

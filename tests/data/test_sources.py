@@ -57,10 +57,8 @@ NAMES = ["r.jsonl", "r.json", "r.csv", "r.tsv", "r.parquet", "r.csv.gz", "r.json
 def test_every_file_type_returns_equal_rows(name: str, write: Write) -> None:
     _, kind, *pack = name.lower().split(".")
     rows = read_rows(write(COMPRESSORS[pack[0]](content(kind)) if pack else content(kind), name))
-    assert list(rows) == [(1, ROWS[0]), (2, ROWS[1])]
-    assert rows.columns == ["prompt", "completion"]
-    assert rows[1] == rows[-1] == (2, ROWS[1])
-    assert rows[0:2] == list(rows)
+    assert list(rows) == [(1, ROWS[0]), (2, ROWS[1])] and rows.columns == ["prompt", "completion"]
+    assert rows[1] == rows[-1] == (2, ROWS[1]) and rows[0:2] == list(rows)
 
 
 def test_json_lines_skip_blank_lines_in_numbering(write: Write) -> None:
@@ -84,20 +82,16 @@ JUNK = b"not what the name says"
     ("name", "data", "message"),
     [
         ("d.jsonl", b'{"text": "a"}\n\n["a"]', "line 3 is not a JSON object"),
-        ("d.jsonl", b'{"text": "a"}\n\nnull', "line 3 is not a JSON object"),
         ("d.jsonl", b'{"text": "a"}\n\n{"text": }', "column 10"),
         ("d.jsonl", b"[" * 200_000, "line 1 is not JSON"),  # nested too deeply to parse
         *((f"d.{kind}", NOT_UTF8, "line 2 is not UTF-8 (byte 0xe9)") for kind in ("jsonl", "csv", "json")),
         ("d.jsonl", b"\n\n", "empty"),
         ("d.json", b"", "empty"),
-        ("d.json", b"[]", "empty"),
         ("d.csv", b"", "empty"),
-        ("d.csv", b"text\n", "empty"),
         ("d.json", b'{"text": "a"}\n{"text": "b"}\n', ".jsonl"),
         ("d.json", b'{"data": [{"text": "a"}]}', "'data'"),
         ("d.json", b'[{"text": "a"}, 3]', ", row 2"),
         ("d.csv", b'prompt,completion\n"a\nb",c\nd,e,f\n', "row 2 has 3 cells, the header has 2"),
-        ("d.csv", b'prompt,completion\n"a\nb",c\nd,e,f\n', "line 4"),
         ("d.csv", b'prompt,completion\na,"b\n', ", row 1"),
         ("d.csv", b"text,text\na,b\n", "'text' appears twice"),
         *((f"d.{kind}", JUNK, "") for kind in ("csv.gz", "jsonl.bz2", "jsonl.xz", "jsonl.zst", "parquet")),
@@ -125,14 +119,12 @@ def test_empty_mixed_or_evaluation_folders_are_rejected(tmp_path: Path, write: W
     assert "no data file" in refusal(read_rows, folder).message
     write([{"text": "1"}], "train/a.jsonl")
     write([{"text": "1"}], "validation/a.jsonl")
-    assert "('validation/a.jsonl')" in refusal(read_rows, folder).message
-    assert len(read_rows(f"{folder}/train")) == 1
+    assert "('validation/a.jsonl')" in refusal(read_rows, folder).message and len(read_rows(f"{folder}/train")) == 1
     write([{"text": "1"}], "train/test-00.jsonl")
     assert "also has evaluation data ('test-00.jsonl')" in refusal(read_rows, f"{folder}/train").message
     write("text\na\n", "train/c.csv")
     error = refusal(read_rows, f"{folder}/train")
-    assert "several types (csv, jsonl)" in error.message
-    assert "a list" in str(error.hint) and "c.csv" in str(error.hint)
+    assert "several types (csv, jsonl)" in error.message and "a list" in str(error.hint) and "c.csv" in str(error.hint)
 
 
 def test_nested_folders_are_read(tmp_path: Path, write: Write) -> None:
@@ -141,8 +133,7 @@ def test_nested_folders_are_read(tmp_path: Path, write: Write) -> None:
         line = json.dumps({"text": name}).encode()
         write(gzip.compress(line) if name.endswith(".gz") else line, name)
     rows = read_rows(str(tmp_path))
-    assert [row["text"] for _, row in rows] == read
-    assert rows.row_location(1) == f"{tmp_path}/en/1.jsonl.gz, row 1"
+    assert [row["text"] for _, row in rows] == read and rows.row_location(1) == f"{tmp_path}/en/1.jsonl.gz, row 1"
 
 
 def test_package_member_is_read_like_a_file(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,8 +163,7 @@ def test_hub_id_can_have_configuration_and_revision(reference, requested, monkey
         return datasets.Dataset.from_dict({"text": ["a"]})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert list(read_rows(reference)) == [(1, {"text": "a"})]
-    assert calls == [("owner/name", requested)]
+    assert list(read_rows(reference)) == [(1, {"text": "a"})] and calls == [("owner/name", requested)]
 
 
 def test_unreachable_hub_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,5 +172,4 @@ def test_unreachable_hub_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     error = refusal(read_rows, "owner/name")
-    assert error.message.endswith("Couldn't reach the hub")
-    assert "file" in str(error.hint)
+    assert error.message.endswith("Couldn't reach the hub") and "file" in str(error.hint)

@@ -9,10 +9,11 @@ from typing import ClassVar
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaw.data import DataSettings, prepare
+from deltaw.data.prepare import prepare
 from deltaw.data.report import PreparationReport
 from deltaw.data.sources import group_keys, keys_of, split_rows
 from deltaw.errors import UserError
+from deltaw.settings.data import DataSettings
 from tests.data.conftest import refusal
 
 
@@ -34,10 +35,8 @@ class Row:
 def split_examples(rows: list[Row], *, seed: int = 3, **settings):
     report = PreparationReport("f", "text", "plain", rows_read=len(rows), rows_kept=len(rows))
     keys, groups = keys_of(rows, Row.key), group_keys([row.group for row in rows])
-    eval_data = [], keys[:0], report
-    return split_rows(
-        rows, keys, groups, report, DataSettings("f", **settings), seed=seed, read_eval=lambda name: eval_data
-    )
+    options = {"seed": seed, "read_eval": lambda name: ([], keys[:0], report)}
+    return split_rows(rows, keys, groups, report, DataSettings("f", **settings), **options)
 
 
 @given(
@@ -83,8 +82,7 @@ def test_groups_apply_to_text_rows_and_missing_columns_suggest_names(write, toke
     path = write([{"text": f"line {i}", "film": i // 4} for i in range(40)])
     prepared = prepare(DataSettings(train=path, eval=0.25, group="film"), tokenizer)
     sides = [{(example.row - 1) // 4 for example in side} for side in (prepared.train, prepared.held_out)]
-    assert not sides[0] & sides[1] and len(prepared.held_out) in (8, 12)
-    assert prepared.report.unused_columns == ()
+    assert not sides[0] & sides[1] and len(prepared.held_out) in (8, 12) and prepared.report.unused_columns == ()
     error = refusal(prepare, DataSettings(train=path, group="films"), tokenizer)
     assert "no column 'films'" in error.message and "'film'" in str(error.hint)
 

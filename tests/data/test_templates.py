@@ -9,29 +9,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaw.data.formats import Conversation, Pair, Record, Text
+from deltaw.data.formats import Pair, Record, Text
+from deltaw.data.messages import Conversation
 from deltaw.data.templates import Encoded, Encoder, group_by_prefix
 from tests.data.conftest import CHATML, assistant, make_tokenizer, refusal, user
 from tests.data.test_masks import marked
 
 STRIPS_THOUGHT = CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
 STRIPS_HISTORY = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last else m.content.split('</think>')[-1] }}")
-NO_END = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
+NO_END = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+NO_END += "{% if add_generation_prompt %}assistant:{% endif %}"
 CLOSES = CHATML.replace("{{ m.content }}<|im_end|>", "{{ m.content }}<|end|><s><|im_end|></s>")
 OPENS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think></think>"
     "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
+NO_SYSTEM = CHATML.replace("messages %}", "messages if m.role != 'system' %}")
 STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + CHATML
 JOINS = "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name + c.function.arguments }}{% endfor %}"
-WRITES_END = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }} ###\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
+WRITES_END = NO_END.replace("{{ m.content }}", "{{ m.content }} ###")
 HARMONY = (
     "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'assistant' %}<s>final{% endif %}\n"
     "{{ m.content }}{% if loop.last and m.role == 'assistant' %}</s>{% else %}<|end|>{% endif %}{% endfor %}"
@@ -46,9 +43,7 @@ def talk(*contents: str, system: str | None = None, learned: tuple[bool, ...] | 
     return Conversation(tuple(messages), learned or tuple(message["role"] == "assistant" for message in messages))
 
 
-def encode_all(
-    record: Record, template: str | None = CHATML, labels: str = "all-turns", **kind: object
-) -> list[Encoded]:
+def encode_all(record: Record, template: str | None = CHATML, labels: str = "all-turns", **kind) -> list[Encoded]:
     """Return the examples of a record."""
     tokenizer = make_tokenizer(template, **kind)  # type: ignore[arg-type]
     return Encoder(tokenizer, "auto", labels).encode([record], ["data.jsonl, row 7"])[0]  # type: ignore[arg-type]
@@ -131,8 +126,7 @@ def test_answers_changed_by_later_turns_are_separate_examples() -> None:
     conversation = talk("a", "final", "c", "final")
     first, second = encode_all(conversation, HARMONY)
     assert label_texts(render_labels(conversation, HARMONY)) == [["<s>finalfinal</s>"]] * 2
-    assert first.turns == (1,) and second.turns == (3,)
-    assert encode_all(conversation, HARMONY, labels="last") == [second]
+    assert first.turns == (1,) and second.turns == (3,) and encode_all(conversation, HARMONY, labels="last") == [second]
     # The prompt for generating each answer equals the tokens before its label.
     for example, turn in ((first, 1), (second, 3)):
         prompt = Encoder(make_tokenizer(HARMONY)).prompt(conversation.messages[:turn])
@@ -170,11 +164,7 @@ CALLED = Conversation((user("time?"), assistant("", tool_calls=[CLOCK])), (False
     ("record", "template", "message"),
     [
         (talk("a", "b"), CHATML.partition("{% if")[0] + "<|im_start|>assistant\n", "adds text after the answer"),
-        (
-            talk("a", "b", system="Speak French."),
-            CHATML.replace("messages %}", "messages if m.role != 'system' %}"),
-            "omits the content of turn 1 ('system')",
-        ),
+        (talk("a", "b", system="Speak French."), NO_SYSTEM, "omits the content of turn 1 ('system')"),
         (talk("a", "b"), CHATML.replace("<|im_start|>assistant", "<|im_start|>bot"), "is not found in the rendered"),
         (talk("a", "b", system="s"), STRICT, "no system here"),
         (CALLED, CHATML, "changes the answer in turn 2"),
@@ -235,8 +225,7 @@ def test_plain_text_labels_are_all_tokens_but_the_first() -> None:
     encoded = encode(Text("abc"))
     assert render_labels(Text("abc")) == ["a«bc<|im_end|>»"] and (encoded.prompt_length, encoded.answer) == (0, None)
     assert encode(Text("abc<|im_end|>")) == encoded
-    assert render_labels(Text("<s>abc"), bos=True) == ["<s>«abc<|im_end|>»"]
-    assert encode(Text(" \n")).spans == []
+    assert render_labels(Text("<s>abc"), bos=True) == ["<s>«abc<|im_end|>»"] and encode(Text(" \n")).spans == []
 
 
 def test_plain_conversation_answers_end_with_eos() -> None:
@@ -246,8 +235,7 @@ def test_plain_conversation_answers_end_with_eos() -> None:
     conversation = talk("a", "b", "c", "d", system="s")
     ((encoded,),) = Encoder(tokenizer).encode([conversation], ["row 1"])
     prompt = Encoder(tokenizer).prompt(conversation.messages[:-1])
-    assert tokenizer.decode(prompt) == "<s>s\na\nb<|im_end|>c\n"
-    assert encoded.tokens[: encoded.prompt_length] == prompt
+    assert tokenizer.decode(prompt) == "<s>s\na\nb<|im_end|>c\n" and encoded.tokens[: encoded.prompt_length] == prompt
 
 
 def test_mixed_chat_and_plain_rows_remain_in_order() -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from deltaw.data import DataSettings
-from deltaw.data.preferences import UnpairedReader
-from deltaw.settings import RunConfig
-from deltaw.training.data_view import check_data, preview_rows
+from deltaw.runs.checks import check_data, preview_rows
+from deltaw.settings.config import RunConfig
+from deltaw.settings.data import DataSettings
+from deltaw.tasks.preference.rows import UnpairedReader
 from tests.byte_models import byte_tokenizer
 from tests.conftest import COLORS, write_rows
 from tests.data.conftest import refusal

@@ -10,9 +10,11 @@ import time
 
 import pytest
 
-from deltaw.data import DataSettings, prepare, stored_rows
+from deltaw.data import stored_rows
+from deltaw.data.prepare import prepare
 from deltaw.data.report import BadRowError
 from deltaw.data.stored_rows import RowWriter, in_order, num_processes
+from deltaw.settings.data import DataSettings
 from tests.data.conftest import make_tokenizer, refusal
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
@@ -83,12 +85,10 @@ def test_parallel_rows_equal_sequential_rows(write, monkeypatch):
     add = RowWriter.add
     monkeypatch.setattr(RowWriter, "add", lambda self, *args: added.append(len(args[0])) or add(self, *args))
     parallel = prepare(settings, make_tokenizer())
-    assert len(added) > 3
-    assert parallel.report == single.report and parallel.report.bad_rows["not JSON"] == 1
+    assert len(added) > 3 and parallel.report == single.report and parallel.report.bad_rows["not JSON"] == 1
     assert list(parallel.skipped.lines()) == list(single.skipped.lines())
     for actual, expected in ((parallel.train, single.train), (parallel.held_out, single.held_out)):
-        assert [e.row for e in actual] == [e.row for e in expected]
-        assert actual.digest() == expected.digest()
+        assert [e.row for e in actual] == [e.row for e in expected] and actual.digest() == expected.digest()
 
 
 def test_long_rows_are_counted_across_processes(write, monkeypatch: pytest.MonkeyPatch) -> None:

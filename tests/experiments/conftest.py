@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from deltaw.experiments.worker import Trial, TrialWorker
-from deltaw.settings import RunConfig
-from deltaw.training.callbacks import ignore_line
+from deltaw.progress import ignore_line
+from deltaw.settings.config import RunConfig
 from tests.conftest import COLORS, Settings, deep_merge, write_rows
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from deltaw.experiments.worker import best_constant_answer, single_answer
+from deltaw.tasks.classification.task import _evaluate_classes, _evaluate_numbers
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.tasks.labels import _evaluate_classes, _evaluate_numbers
 
 
 def make_classified(truth, predicted):
@@ -30,26 +30,22 @@ def make_generated(expected, predicted):
     return Evaluation({"exact_match": scores.mean()}, "exact_match", True, scores, predicted=pairs), rows
 
 
-@pytest.mark.parametrize(
-    ("kind", "truth", "predicted", "expected"),
-    [
-        (make_classified, [0, 1, 2, 1], [1, 1, 1, 1], "b"),
-        (make_classified, [0, 1, 2, 1], [1, 1, 0, 1], None),
-        (make_classified, [1, 1, 1], [1, 1, 1], None),  # not detectable if all rows have one class
-        (make_generated, [[5, 2], [5, 2]], [[5, 2], [5, 2]], None),
-        (make_generated, [[5, 2], [6, 2], [5, 2]], [[5, 2]] * 3, "5-2"),
-        (
-            make_generated,
-            [[5, 2], [6, 7, 2]],
-            [[5, 2], [5, 2, 9]],
-            "5-2",
-        ),  # compared up to the length of the expected answer
-        (make_generated, [[5, 2], [6, 2]], [[5, 2], [6, 2]], None),
-        (make_measured, [1.0, 2.0, 3.0, 4.0], [2.5, 2.5, 2.501, 2.5], "2.5"),
-        (make_measured, [1.0, 2.0, 3.0, 4.0], [2.0, 2.2, 2.6, 3.0], None),
-        (make_measured, [2.0, 2.0], [2.0, 2.0], None),
-    ],
-)
+CONSTANT_ANSWERS = [
+    (make_classified, [0, 1, 2, 1], [1, 1, 1, 1], "b"),
+    (make_classified, [0, 1, 2, 1], [1, 1, 0, 1], None),
+    (make_classified, [1, 1, 1], [1, 1, 1], None),  # not detectable if all rows have one class
+    (make_generated, [[5, 2], [5, 2]], [[5, 2], [5, 2]], None),
+    (make_generated, [[5, 2], [6, 2], [5, 2]], [[5, 2]] * 3, "5-2"),
+    # Compared up to the length of the expected answer.
+    (make_generated, [[5, 2], [6, 7, 2]], [[5, 2], [5, 2, 9]], "5-2"),
+    (make_generated, [[5, 2], [6, 2]], [[5, 2], [6, 2]], None),
+    (make_measured, [1.0, 2.0, 3.0, 4.0], [2.5, 2.5, 2.501, 2.5], "2.5"),
+    (make_measured, [1.0, 2.0, 3.0, 4.0], [2.0, 2.2, 2.6, 3.0], None),
+    (make_measured, [2.0, 2.0], [2.0, 2.0], None),
+]
+
+
+@pytest.mark.parametrize(("kind", "truth", "predicted", "expected"), CONSTANT_ANSWERS)
 def test_constant_answer_is_detected(kind, truth, predicted, expected):
     assert single_answer(*kind(truth, predicted), lambda tokens: "-".join(map(str, tokens))) == expected
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from deltaw.experiments.folder import Budget, budget_from_settings
-from deltaw.settings import TrainSettings
+from deltaw.settings.config import TrainSettings
 
 
 def test_steps_follow_epochs_without_time_limit():

@@ -12,7 +12,7 @@ from deltaw.errors import UserError
 from deltaw.experiments.compare import compare
 from deltaw.experiments.jobs import Cluster, Job, WorkerExited, run_on_cluster
 from deltaw.experiments.tune import tune
-from deltaw.settings import RunConfig
+from deltaw.settings.config import RunConfig
 
 with_ray = pytest.mark.skipif(find_spec("ray") is None, reason="the extra 'ray' is not installed")
 SEARCH = ["train.learning_rate=1e-4..1e-1:log", "lora.rank=[2,4]"]
@@ -57,9 +57,8 @@ def test_cluster_comparison_equals_local_comparison(study_settings, tmp_path):
     expected = compare(config, folder=tmp_path / "here", **options)
     result = compare(config, folder=tmp_path / "there", cluster=Cluster("local", cpus=1), **options)
     for cluster_result, local_result in zip(result.results, expected.results, strict=True):
-        assert (
-            cluster_result.method == local_result.method and cluster_result.learning_rate == local_result.learning_rate
-        )
+        assert cluster_result.method == local_result.method
+        assert cluster_result.learning_rate == local_result.learning_rate
         assert cluster_result.rates == local_result.rates and cluster_result.error is None
     assert scores(tmp_path / "there") == scores(tmp_path / "here")
     lines = []

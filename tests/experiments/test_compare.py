@@ -18,7 +18,7 @@ from deltaw.experiments.jobs import WorkerExited, WorkerProcess
 from deltaw.machine import kernel_choice, product_rates
 from deltaw.machine.memory import peak_resident_bytes
 from deltaw.reports.comparison import comparison_tables, draw_comparison
-from deltaw.settings import RunConfig
+from deltaw.settings.config import RunConfig
 from deltaw.training.session import read_data
 from tests.conftest import deep_merge, write_rows
 from tests.experiments.conftest import LocalWorker, use_local_worker
@@ -109,7 +109,7 @@ class TestThreeMethods:
             assert f"{result.trained_parameters:,}" in page and f"{result.trained_parameters:,}" in out.getvalue()
         assert "- last: " in page and "| untrained |" in page
         assert json.loads((study.folder / "comparison.json").read_text())["methods"][0]["method"] in METHODS
-        assert (study.folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+        assert (study.folder / "comparison.svg").read_text().startswith("<svg ")
         assert study.output.count("validation loss") >= 6 and study.output.count(": trained at ") == 2
         assert "not flattened in 6 steps" in study.output and " so far, about " in study.output
 
@@ -293,17 +293,14 @@ def test_divergence_at_all_rates_is_reported(intercept_requests, study_settings,
         run_compare(study_settings(tmp_path / "run"), tmp_path / "out", ["head"])
 
 
-@pytest.mark.parametrize(
-    ("changes", "options", "message"),
-    [
-        ({}, {"methods": ["lra"]}, "did you mean 'lora'"),
-        ({}, {"methods": []}, "no method is given"),
-        ({}, {"methods": ["head"], "reference": "lora"}, "--reference"),
-        ({"data": {"eval": None}}, {"methods": ["lora"]}, "no rows are held out"),
-        ({"data": {"train": "no.jsonl"}}, {"methods": ["lora", "head"]}, r"no\.jsonl"),
-        ({"train": {"time": "soon"}}, {"methods": ["head"]}, r"train\.time"),
-    ],
-)
+INVALID_COMPARISONS = [({}, {"methods": ["lra"]}, "did you mean 'lora'"), ({}, {"methods": []}, "no method is given")]
+INVALID_COMPARISONS += [({}, {"methods": ["head"], "reference": "lora"}, "--reference")]
+INVALID_COMPARISONS += [({"data": {"eval": None}}, {"methods": ["lora"]}, "no rows are held out")]
+INVALID_COMPARISONS += [({"data": {"train": "no.jsonl"}}, {"methods": ["lora", "head"]}, r"no\.jsonl")]
+INVALID_COMPARISONS += [({"train": {"time": "soon"}}, {"methods": ["head"]}, r"train\.time")]
+
+
+@pytest.mark.parametrize(("changes", "options", "message"), INVALID_COMPARISONS)
 def test_invalid_comparison_is_rejected_without_files(
     changes, options, message, local_worker, study_settings, tmp_path
 ):

@@ -20,22 +20,22 @@ LATE = [2.0, 1.0, 0.8, 0.75, 0.72, 0.70] + [0.699] * 4 + [0.6, 0.5, 0.45]
 UNLEARNED = [0.69, 0.68, 0.69, 0.67] * 10
 
 
-@pytest.mark.parametrize(
-    ("losses", "untrained", "earliest", "latest"),
-    [
-        ([0.95**n for n in range(60)], 4.0, None, None),
-        ([2.0 / (n + 1) for n in range(60)], 4.0, None, None),
-        (FALLING + [FALLING[-1]] * 20, 4.0, 20, 20),
-        ([0.5 + 0.02 * (n - 6) ** 2 for n in range(30)], 4.0, 10, 14),  # rises again
-        (LATE[:10], 4.0, None, None),  # the plateau is not yet long enough
-        (UNLEARNED, 0.7, None, None),
-        ([*UNLEARNED, 0.5, 0.4, *[0.39] * 60], 0.7, 41, 102),
-        (UNLEARNED, 2.0, MIN_EVALUATIONS, MIN_EVALUATIONS),
-        ([0.5] * MIN_EVALUATIONS, 4.0, MIN_EVALUATIONS, MIN_EVALUATIONS),
-        ([0.5**n for n in range(100)], 1.0, 18, 24),  # converges to zero
-        ([0.1, *[0.0] * 20], 1.0, MIN_EVALUATIONS, 21),
-    ],
-)
+LOSS_CURVES = [
+    ([0.95**n for n in range(60)], 4.0, None, None),
+    ([2.0 / (n + 1) for n in range(60)], 4.0, None, None),
+    (FALLING + [FALLING[-1]] * 20, 4.0, 20, 20),
+    ([0.5 + 0.02 * (n - 6) ** 2 for n in range(30)], 4.0, 10, 14),  # rises again
+    (LATE[:10], 4.0, None, None),  # the plateau is not yet long enough
+    (UNLEARNED, 0.7, None, None),
+    ([*UNLEARNED, 0.5, 0.4, *[0.39] * 60], 0.7, 41, 102),
+    (UNLEARNED, 2.0, MIN_EVALUATIONS, MIN_EVALUATIONS),
+    ([0.5] * MIN_EVALUATIONS, 4.0, MIN_EVALUATIONS, MIN_EVALUATIONS),
+    ([0.5**n for n in range(100)], 1.0, 18, 24),  # converges to zero
+    ([0.1, *[0.0] * 20], 1.0, MIN_EVALUATIONS, 21),
+]
+
+
+@pytest.mark.parametrize(("losses", "untrained", "earliest", "latest"), LOSS_CURVES)
 def test_loss_is_flat_if_second_half_has_no_improvement(losses, untrained, earliest, latest):
     count = evaluations_until_flat(losses, untrained)
     assert count is None if earliest is None else earliest <= count <= latest

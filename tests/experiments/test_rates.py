@@ -54,17 +54,11 @@ def test_rates_are_parsed_by_method():
     assert parse_rates(["lora=1e-4, 3e-4", "head=0.01"], ["lora", "head"]) == {"lora": [1e-4, 3e-4], "head": [0.01]}
 
 
-@pytest.mark.parametrize(
-    ("text", "word"),
-    [
-        ("lora", "METHOD=RATE"),
-        ("lora=", "METHOD=RATE"),
-        ("lra=1e-4", "'lora'"),
-        ("lora=fast", "'fast'"),
-        ("lora=1e-4,-1", "'-1'"),
-        ("lora=nan", "'nan'"),
-    ],
-)
+INVALID_RATES = [("lora", "METHOD=RATE"), ("lora=", "METHOD=RATE"), ("lra=1e-4", "'lora'"), ("lora=fast", "'fast'")]
+INVALID_RATES += [("lora=1e-4,-1", "'-1'"), ("lora=nan", "'nan'")]
+
+
+@pytest.mark.parametrize(("text", "word"), INVALID_RATES)
 def test_invalid_rates_are_rejected(text, word):
     with pytest.raises(UserError, match=word):
         parse_rates([text], ["lora", "head"])

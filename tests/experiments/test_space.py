@@ -14,7 +14,7 @@ from deltaw.experiments.tune import (
     default_space,
     parse_space,
 )
-from deltaw.settings import RunConfig
+from deltaw.settings.config import RunConfig
 
 
 @pytest.fixture
@@ -22,36 +22,25 @@ def config(study_settings, tmp_path):
     return RunConfig.read(study_settings(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("text", "domain"),
-    [
-        ("train.learning_rate=1e-5..1e-2:log", Range(1e-5, 1e-2, log=True)),
-        ("lora.rank=4..32", Range(4, 32, integers=True)),
-        ("train.epochs=1..3", Range(1, 3)),
-        ("lora.dropout=0..0.2", Range(0, 0.2)),
-        ("lora.rank=[4, 8,16]", CategoricalValues((4, 8, 16))),
-        ("train.schedule=[linear, cosine]", CategoricalValues(("linear", "cosine"))),
-    ],
-)
+RANGES_AND_LISTS = [("train.learning_rate=1e-5..1e-2:log", Range(1e-5, 1e-2, log=True))]
+RANGES_AND_LISTS += [("lora.rank=4..32", Range(4, 32, integers=True)), ("train.epochs=1..3", Range(1, 3))]
+RANGES_AND_LISTS += [("lora.dropout=0..0.2", Range(0, 0.2)), ("lora.rank=[4, 8,16]", CategoricalValues((4, 8, 16)))]
+RANGES_AND_LISTS += [("train.schedule=[linear, cosine]", CategoricalValues(("linear", "cosine")))]
+
+
+@pytest.mark.parametrize(("text", "domain"), RANGES_AND_LISTS)
 def test_ranges_and_lists_are_parsed(text, domain):
     assert parse_space([text]) == {text.partition("=")[0]: domain}
 
 
-@pytest.mark.parametrize(
-    ("text", "word"),
-    [
-        ("lora.rank", "does not name a setting"),
-        ("lora.rnk=[4]", "did you mean 'lora.rank'"),
-        ("lora.rank=4", "neither a range nor a list"),
-        ("lora.rank=[4", "not a list"),
-        ("lora.rank=[4,4]", "duplicate"),
-        ("lora.rank=8..4", "empty range"),
-        ("lora.rank=a..b", "neither"),
-        ("train.learning_rate=0..1:log", "logarithm"),
-        ("data.max_length=[9]", "same rows"),
-        ("train.seed=[1,2]", "same rows"),
-    ],
-)
+INVALID_SEARCH_SPACES = [("lora.rank", "does not name a setting"), ("lora.rnk=[4]", "did you mean 'lora.rank'")]
+INVALID_SEARCH_SPACES += [("lora.rank=4", "neither a range nor a list"), ("lora.rank=[4", "not a list")]
+INVALID_SEARCH_SPACES += [("lora.rank=[4,4]", "duplicate"), ("lora.rank=8..4", "empty range")]
+INVALID_SEARCH_SPACES += [("lora.rank=a..b", "neither"), ("train.learning_rate=0..1:log", "logarithm")]
+INVALID_SEARCH_SPACES += [("data.max_length=[9]", "same rows"), ("train.seed=[1,2]", "same rows")]
+
+
+@pytest.mark.parametrize(("text", "word"), INVALID_SEARCH_SPACES)
 def test_invalid_search_space_is_rejected(text, word):
     with pytest.raises(UserError, match=word):
         parse_space([text])

@@ -12,7 +12,7 @@ from deltaw.errors import UserError
 from deltaw.experiments.jobs import WorkerExited
 from deltaw.experiments.tune import TrialResult, Tuning, tune, tuning_findings
 from deltaw.reports.comparison import tuning_table
-from deltaw.settings import RunConfig
+from deltaw.settings.config import RunConfig
 
 SEARCH = ["train.learning_rate=1e-4..1e-1:log", "lora.rank=[2,4]"]
 

@@ -32,9 +32,8 @@ def test_training_stops_when_loss_is_flat(make_trial, method, rate):
     num_warmup = math.ceil(0.03 * 400)
     assert rates[:num_warmup] == sorted(rates[:num_warmup]) and set(rates[num_warmup:cooldown_start]) == {rate}
     num_cooldown = len(rates) - cooldown_start
-    assert rates[cooldown_start:] == pytest.approx(
-        [rate * (num_cooldown - n) / (num_cooldown + 1) for n in range(num_cooldown)]
-    )
+    expected = [rate * (num_cooldown - n) / (num_cooldown + 1) for n in range(num_cooldown)]
+    assert rates[cooldown_start:] == pytest.approx(expected)
     assert Cooldown("constant", rate, total_steps=14, warmup=2, cooldown_start=10).rate(9) == rate
 
 
@@ -78,15 +77,13 @@ def test_cooldown_starts_from_lowest_loss(make_trial, monkeypatch):
         return torch.cat([p.detach().flatten() for _, p in named_parameters])
 
     monkeypatch.setattr(trial.session, "evaluate", lambda rows: SimpleNamespace(metrics={"loss": next(losses)}))
-    curve = trial.until_flat(
-        1e-2, Budget(24), on_step=lambda step: parameters_by_step.__setitem__(step.step, parameters().clone())
-    )
+    store = parameters_by_step.__setitem__
+    curve = trial.until_flat(1e-2, Budget(24), on_step=lambda step: store(step.step, parameters().clone()))
     assert curve.best_step == 4
     assert torch.equal(parameters(), parameters_by_step[4])
     # The first cooldown step is close to step 4 and far from step 20.
-    assert (parameters_by_step[21] - parameters_by_step[4]).norm() < (
-        parameters_by_step[21] - parameters_by_step[20]
-    ).norm()
+    early, late, last = (parameters_by_step[step] for step in (4, 20, 21))
+    assert (last - early).norm() < (last - late).norm()
 
 
 def test_seeds_differ_on_equal_rows(make_trial):

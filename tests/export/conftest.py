@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from deltaw.hub.gguf import convert_in_process
+from tests.cli.conftest import call  # noqa: F401
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -38,12 +38,9 @@ _QWEN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
-SPLITTINGS: dict[str, pre_tokenizers.PreTokenizer] = {
-    "gpt-2": _WORDS,
-    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _WORDS]),
-    "qwen2": _split_by(_QWEN),
-    "llama-bpe": _split_by(_QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")),
-}
+SPLITTINGS: dict[str, pre_tokenizers.PreTokenizer] = {"gpt-2": _WORDS}
+SPLITTINGS |= {"smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _WORDS])}
+SPLITTINGS |= {"qwen2": _split_by(_QWEN), "llama-bpe": _split_by(_QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|"))}
 
 
 def byte_bpe(splitting: str, size: int = VOCABULARY) -> PreTrainedTokenizerFast:

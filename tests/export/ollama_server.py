@@ -120,11 +120,8 @@ class LlamaCpp:
         with self._lock:
             if self._process is None:
                 command = [sys.executable, __file__, str(file)]
-                pipes: dict[str, Any] = {
-                    "stdin": subprocess.PIPE,
-                    "stdout": subprocess.PIPE,
-                    "stderr": subprocess.DEVNULL,
-                }
+                pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+                pipes |= {"stderr": subprocess.DEVNULL}
                 self._process = subprocess.Popen(command, text=True, **pipes)
             assert self._process.stdin is not None and self._process.stdout is not None
             self._process.stdin.write(json.dumps({"prompt": prompt, "options": options, "stops": stops}) + "\n")

@@ -10,7 +10,7 @@ import pytest
 
 from deltaw.export.deploy import DeploymentResult, deploy
 from deltaw.export.programs import LMStudio, Ollama
-from deltaw.training.prompting import Prompting, write_prompting
+from deltaw.training.answers import Prompting, write_prompting
 from tests.cli.conftest import assert_refused, call
 from tests.data.conftest import refusal
 from tests.export import models, ollama_server
@@ -41,15 +41,13 @@ def test_ollama_receives_file_template_stops_and_system_prompt(run: Path, ollama
     assert ollama.blobs[blob].read_bytes()[:4] == b"GGUF"
     assert model["system"] == "Be brief." and "<|im_end|>" in model["parameters"]["stop"]
     # The fake server returns the rendered prompt, which must equal the run's own prompt.
-    assert [answer.program for answer in result.asked] == [
-        RENDERED_PROMPT.format(answer.question) for answer in result.asked
-    ]
+    expected = [RENDERED_PROMPT.format(answer.question) for answer in result.asked]
+    assert [answer.program for answer in result.asked] == expected
     payloads = [value for path, value in ollama.requests if path == "/v1/chat/completions"]
     assert len(payloads) == 2 and all(answer["temperature"] == 0 for answer in payloads)
     assert model["parameters"]["repeat_penalty"] == 1
-    assert (
-        result.held_out == 0 and not any(answer.exact for answer in result.asked) and "rounding" in result.lines()[-1]
-    )
+    assert result.held_out == 0 and not any(answer.exact for answer in result.asked)
+    assert "rounding" in result.lines()[-1]
 
 
 def test_model_is_replaced_only_with_overwrite_and_uploaded_once(run: Path, ollama: Models) -> None:
@@ -68,9 +66,8 @@ def test_command_output_fits_80_columns(run: Path, ollama: Models, call) -> None
     result = call("deploy", "ollama", run, "--server", ollama.url, "--questions", 3, status=0)
     assert "3 questions (0 held-out prompts): 0 equal answers" in result.out and "q8_0" in result.out
     assert max(map(len, result.out.splitlines())) <= 80
-    output = json.loads(
-        call("deploy", "ollama", run, "--server", ollama.url, "--name", "x", "--questions", 1, "--json").out
-    )
+    flags = ("--server", ollama.url, "--name", "x", "--questions", 1, "--json")
+    output = json.loads(call("deploy", "ollama", run, *flags).out)
     assert output["name"] == "x" and output["asked"][0]["exact"] is False
 
 
@@ -80,9 +77,8 @@ def test_unreachable_programs_and_unsupported_exports_are_rejected(run: Path, tm
     assert_refused(result, "Ollama does not respond at http://127.0.0.1:9", "hint")
     assert_refused(call("deploy", "ollama", run, "--server", "ftp://x"), "is not an address")
     assert_refused(call("deploy", "ollama", run, "--server", address, "--name", "../x"), "is not a valid model name")
-    assert_refused(
-        call("deploy", "lmstudio", run, "--models", tmp_path / "none"), "model folder does not exist", "lmstudio.ai"
-    )
+    result = call("deploy", "lmstudio", run, "--models", tmp_path / "none")
+    assert_refused(result, "model folder does not exist", "lmstudio.ai")
     assert_refused(call("deploy"), "ollama", "RUN")
     assert_refused(call("deploy", "lmstudio", run, "--models", tmp_path, "--type", "q3_k"), "q3_k")
     assert not list(tmp_path.iterdir())  # no partial output remains
@@ -99,9 +95,8 @@ def test_lm_studio_receives_folder_and_answers_if_server_runs(run: Path, ollama:
     ollama.created["deltaw/brief"] = {"files": {"": "b"}, "template": chatml_template(), "model": "deltaw/brief"}
     ollama.blobs["b"] = file
     result = deploy(str(run), program, name="brief", questions=1, overwrite=True)
-    assert [answer.program for answer in result.asked] == [
-        RENDERED_PROMPT.format(answer.question) for answer in result.asked
-    ]
+    expected = [RENDERED_PROMPT.format(answer.question) for answer in result.asked]
+    assert [answer.program for answer in result.asked] == expected
 
 
 def chatml_template() -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deltaw.cli import main
-from deltaw.training.prompting import Prompting, write_prompting
+from deltaw.training.answers import Prompting, write_prompting
 from tests.export import models
 
 
@@ -58,16 +58,13 @@ def test_folder_formats_write_the_listed_files(
     assert all(Path(file).is_file() for file in output["files"]) and output["rank"] == 4
 
 
-@pytest.mark.parametrize(
-    ("source", "flags", "message"),
-    [
-        ("run", "--format onnx", "optimum-cli"),
-        ("run", "--format gguf --type q3_k", "q3_k"),
-        ("run", "--format gguf-adapter --type q8_0", "q8_0"),
-        ("run", "--format peft --type f16", "--type applies only to GGUF"),
-        ("base", "--format gguf", "adapter"),
-    ],
-)
+UNSUPPORTED_EXPORTS = [("run", "--format onnx", "optimum-cli"), ("run", "--format gguf --type q3_k", "q3_k")]
+UNSUPPORTED_EXPORTS += [("run", "--format gguf-adapter --type q8_0", "q8_0")]
+UNSUPPORTED_EXPORTS += [("run", "--format peft --type f16", "--type applies only to GGUF")]
+UNSUPPORTED_EXPORTS += [("base", "--format gguf", "adapter")]
+
+
+@pytest.mark.parametrize(("source", "flags", "message"), UNSUPPORTED_EXPORTS)
 def test_unsupported_exports_are_rejected(run, tmp_path, source, flags, message, capsys):
     assert run_cli("export", run.parent / source, *flags.split(), "--output", tmp_path / "out") == 2
     assert message in capsys.readouterr().err

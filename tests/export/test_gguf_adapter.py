@@ -18,7 +18,7 @@ from deltaw.errors import UserError
 from deltaw.export.base import MergeOptions
 from deltaw.export.gguf_architectures import adjacent_pairs, find_architecture
 from deltaw.export.gguf_model import export_gguf_adapter, unify_alpha
-from deltaw.export.plain_adapter import PlainUpdate
+from deltaw.export.portable import PlainUpdate
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, same_base
 from tests.export import models
 

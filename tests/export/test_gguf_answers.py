@@ -47,14 +47,12 @@ def base_file(run: Path) -> Path:
 HEAD = ("llama", {"target_modules": ["q_proj", "lm_head"]})  # untied head
 
 
-@pytest.mark.parametrize(
-    ("family", "settings"),
-    [
-        *((family, {"rank_pattern": {"down_proj": 2}}) for family in FAST),
-        *(pytest.param(family, {}, marks=pytest.mark.slow) for family in SLOW),
-        pytest.param(*HEAD, marks=pytest.mark.slow, id="head"),
-    ],
-)
+LLAMA_CPP_CASES = [*((family, {"rank_pattern": {"down_proj": 2}}) for family in FAST)]
+LLAMA_CPP_CASES += [*(pytest.param(family, {}, marks=pytest.mark.slow) for family in SLOW)]
+LLAMA_CPP_CASES += [pytest.param(*HEAD, marks=pytest.mark.slow, id="head")]
+
+
+@pytest.mark.parametrize(("family", "settings"), LLAMA_CPP_CASES)
 def test_llama_cpp_matches_adapted_model_token_by_token(
     tmp_path: Path, family: str, settings: dict[str, object]
 ) -> None:

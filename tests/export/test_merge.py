@@ -17,8 +17,8 @@ from deltaw.export.base import MergeOptions
 from deltaw.export.merge import merge_run
 from deltaw.lora import LoRAConfig, attach, save_adapter
 from deltaw.methods.files import method_from_folder
-from deltaw.methods.registry import entry_of
 from deltaw.runtime.quantized_weights import quantize_int8
+from deltaw.settings.method_registry import entry_of
 from tests.export.merge_cases import (
     TOKENS,
     adapter_folder,
@@ -36,7 +36,6 @@ from tests.export.merge_cases import (
 from tests.tiny_models import CAUSAL
 
 LORA_VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
-    "dora": ("llama", {"dora": True}),
     "dora on Conv1D": ("gpt2", {"dora": True}),
     "patterns, rslora": ("llama", {"rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 3}}),
     "embedding, tied": ("gpt2", {"target_modules": ["wte"]}),
@@ -45,9 +44,7 @@ LORA_VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "tied head": ("gpt2", {"target_modules": ["c_attn", "lm_head"]}),
     "token rows": ("gemma3", {"trainable_token_indices": [3, 4]}),
     "extra module, tied": ("gemma3", {"train_modules": ["lm_head"]}),
-    "extra module": ("llama", {"train_modules": ["embed_tokens"]}),
     "biases": ("gpt2", {"bias": "all"}),
-    "bias on B": ("gpt2", {"lora_bias": True}),
     "bias on B, base without bias": ("llama", {"lora_bias": True}),
     "fused experts": ("mixtral", {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
     "pissa": ("llama", {"init": "pissa"}),

@@ -192,10 +192,8 @@ def test_unsupported_combinations_are_rejected(adapter_pair: tuple[Path, Path, P
     merge_run(first, tmp_path / "linear", combine_options(dora, "linear"))
     with pytest.raises(UserError, match="is not a low-rank update"):
         merge_run(first, out, combine_options(dora, "concat"))
-    as_adapters = [
-        (combine_options(dora, "linear"), None, "an adapter cannot contain it"),
-        (defaults, None, "needs no conversion"),
-    ]
+    as_adapters = [(combine_options(dora, "linear"), None, "an adapter cannot contain it")]
+    as_adapters += [(defaults, None, "needs no conversion")]
     for merge_options, rank, message in (*as_adapters, (defaults, 4, "is not lower")):
         with pytest.raises(UserError, match=message):
             write_adapter(first, out, merge_options, rank=rank)

@@ -14,10 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from deltaw.errors import UserError
-from deltaw.export import output_folder
-from deltaw.export.base import MergeOptions
+from deltaw.export import base as output_folder
+from deltaw.export.base import MergeOptions, atomic_folder
 from deltaw.export.merge import merge_run
-from deltaw.export.output_folder import atomic_folder
 from tests.export.merge_cases import adapter_folder, assert_merged, base_folder, load_model, text_base
 
 
@@ -122,9 +121,8 @@ print(peak_resident_bytes() - before)
 def program_output(program: str, *arguments: object) -> list[str]:
     """Run a program in a single-threaded process and return its output lines."""
     environment, command = {**os.environ, "OMP_NUM_THREADS": "1"}, [sys.executable, "-c", program]
-    process = subprocess.run(
-        [*command, *map(str, arguments)], capture_output=True, text=True, env=environment, check=True
-    )
+    command += map(str, arguments)
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     return process.stdout.splitlines()
 
 

@@ -81,9 +81,8 @@ def test_combination_is_verified_against_unrounded_sum(run: Path, tmp_path: Path
 def test_result_near_bound_is_verified_on_more_rows(monkeypatch, run: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     monkeypatch.setattr("deltaw.export.verify.NEAR_BOUND", 1e-3)
-    verification = merge_run(
-        run, tmp_path / "out", MergeOptions(precision="bf16"), verify=MergeVerifier(lines.append)
-    ).verification
+    options = MergeOptions(precision="bf16")
+    verification = merge_run(run, tmp_path / "out", options, verify=MergeVerifier(lines.append)).verification
     assert isinstance(verification, Verification) and verification.passed
     assert verification.count == 12 and verification.positions > SMALL_SAMPLE.rows * SMALL_SAMPLE.positions / 2
     assert len(set(lines)) == len(lines)  # no line is logged twice

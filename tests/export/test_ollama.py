@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from deltaw.export.formats import detect_chat_format, modelfile
+from deltaw.export.formats import detect_chat_format, modelfile, ollama_template
 from tests.export import models
 
 LLAMA3 = (
@@ -52,7 +52,8 @@ def test_go_template_renders_same_conversation(template: str) -> None:
 def test_default_system_message_is_written_as_system_command() -> None:
     tokenizer = models.byte_bpe("qwen2")
     tokenizer.chat_template = DEFAULT_SYSTEM
-    text, notes = modelfile("./m.gguf", None, tokenizer, [0, 2])
+    chat, notes = ollama_template(tokenizer, [0, 2])
+    text = modelfile("./m.gguf", None, chat)
     assert notes == [] and 'SYSTEM """You are helpful."""' in text
     assert 'PARAMETER stop "<|im_end|>"' in text and text.startswith("FROM ./m.gguf\nTEMPLATE ")
 
@@ -60,7 +61,8 @@ def test_default_system_message_is_written_as_system_command() -> None:
 def test_unknown_template_is_omitted_with_note() -> None:
     tokenizer = models.byte_bpe("qwen2")
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
-    text, (note,) = modelfile("/models/base model.gguf", "./a.gguf", tokenizer, [0])
+    chat, (note,) = ollama_template(tokenizer, [0])
+    text = modelfile("/models/base model.gguf", "./a.gguf", chat)
     assert "no equivalent for Ollama" in note and "TEMPLATE" not in text
     assert text.startswith('FROM "/models/base model.gguf"\nADAPTER ./a.gguf\n')
 
@@ -76,23 +78,23 @@ def parse_modelfile(text: str) -> list[tuple[str, str]]:
     return parsed
 
 
-@pytest.mark.parametrize(
-    "system",
-    [
-        "You are the bot.",
-        "Two lines:\nTICKET: x\n\nREPLY: y",
-        'Say "hi"',
-        '"Quoted" all "over"',
-        'x"""\nADAPTER /etc/passwd',
-        '"""\nFROM evil\nSYSTEM """x',
-        "{{ .System }}\\n# no comment",
-    ],
-)
+SYSTEM_PROMPTS = [
+    "You are the bot.",
+    "Two lines:\nTICKET: x\n\nREPLY: y",
+    'Say "hi"',
+    '"Quoted" all "over"',
+    'x"""\nADAPTER /etc/passwd',
+    '"""\nFROM evil\nSYSTEM """x',
+    "{{ .System }}\\n# no comment",
+]
+
+
+@pytest.mark.parametrize("system", SYSTEM_PROMPTS)
 def test_system_prompt_of_rows_overrides_template_default(system: str) -> None:
     tokenizer = models.byte_bpe("qwen2")
     tokenizer.chat_template = DEFAULT_SYSTEM
-    text, notes = modelfile("./m.gguf", None, tokenizer, [0, 2], system)
-    parsed = parse_modelfile(text)
+    chat, notes = ollama_template(tokenizer, [0, 2], system)
+    parsed = parse_modelfile(modelfile("./m.gguf", None, chat))
     assert {name for name, _ in parsed} == {"FROM", "TEMPLATE", "PARAMETER", "SYSTEM"}
     assert [value for name, value in parsed if name == "SYSTEM"] == [system.replace('"""', "'''")]
     assert len(notes) == ('"""' in system)

@@ -86,23 +86,23 @@ EMBEDDING = {"target_modules": ["q_proj", "embed_tokens"]}
 INVOKED = {"active": "completion", "invocation_tokens": [5]}
 
 
-@pytest.mark.parametrize(
-    ("format_name", "family", "settings", "message"),
-    [
-        ("gguf-adapter", "qwen2", {"dora": True}, "DoRA"),
-        ("gguf-adapter", "qwen2", {"lora_bias": True}, "a bias on B"),
-        ("gguf-adapter", "qwen2", {"train_modules": ["input_layernorm"]}, "trained in full"),
-        ("gguf-adapter", "qwen2", {"trainable_token_indices": [5, 6]}, "rows of tokens"),
-        ("gguf-adapter", "qwen2", EMBEDDING, "embedding 'model.embed_tokens'"),
-        ("gguf-adapter", "qwen2", LAYERS, "tied"),
-        ("peft", "llama", {"dora": True}, "DoRA"),
-        ("vllm", "llama", EMBEDDING, "embed_tokens"),
-        ("vllm", "llama", LAYERS, "lm_head"),
-        ("vllm", "llama", INVOKED, "invocation"),
-        ("mlx", "llama", INVOKED, "invocation"),
-        ("mlx", "gpt2", {}, "'gpt2' models"),
-    ],
-)
+UNSUPPORTED_FEATURES = [
+    ("gguf-adapter", "qwen2", {"dora": True}, "DoRA"),
+    ("gguf-adapter", "qwen2", {"lora_bias": True}, "a bias on B"),
+    ("gguf-adapter", "qwen2", {"train_modules": ["input_layernorm"]}, "trained in full"),
+    ("gguf-adapter", "qwen2", {"trainable_token_indices": [5, 6]}, "rows of tokens"),
+    ("gguf-adapter", "qwen2", EMBEDDING, "embedding 'model.embed_tokens'"),
+    ("gguf-adapter", "qwen2", LAYERS, "tied"),
+    ("peft", "llama", {"dora": True}, "DoRA"),
+    ("vllm", "llama", EMBEDDING, "embed_tokens"),
+    ("vllm", "llama", LAYERS, "lm_head"),
+    ("vllm", "llama", INVOKED, "invocation"),
+    ("mlx", "llama", INVOKED, "invocation"),
+    ("mlx", "gpt2", {}, "'gpt2' models"),
+]
+
+
+@pytest.mark.parametrize(("format_name", "family", "settings", "message"), UNSUPPORTED_FEATURES)
 def test_features_unsupported_by_a_reader_are_rejected(tmp_path, format_name, family, settings, message):
     _, run = models.saved_run(tmp_path, family, **settings)
     with pytest.raises(UserError, match=message):

@@ -13,13 +13,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from deltaw.cli import main
+from deltaw.decoding.opening import open_engine
 from deltaw.hub.loading import load
 from deltaw.lora.layers_quantized import BlockLinear
 from deltaw.runtime.quantized_weights import quantize_nf4, round_to_nf4
-from deltaw.serving.opening import open_engine
-from deltaw.training.open_run import AdaptedModel, open_run
+from deltaw.training.open_run import open_run
+from deltaw.training.task import OpenedRun
 from tests.byte_models import save_model, tiny_llama
-from tests.cli.conftest import call  # noqa: F401
 from tests.conftest import write_rows
 from tests.export import llama_cpp
 from tests.hub.test_gguf import write_gguf
@@ -66,7 +66,7 @@ def run(precision, bases, rows, tmp_path_factory) -> Path:
     return output
 
 
-def open_session(run: Path, precision: str = "auto") -> AdaptedModel:
+def open_session(run: Path, precision: str = "auto") -> OpenedRun:
     return open_run(str(run), precision=precision, device="cpu", log=lambda line: None)
 
 
@@ -79,7 +79,7 @@ def relative_difference(ours: torch.Tensor, reference: torch.Tensor) -> float:
     return float((ours - reference).norm() / reference.norm())
 
 
-def test_quantized_run_generates_evaluates_and_merges(run, precision, call, tmp_path):  # noqa: F811
+def test_quantized_run_generates_evaluates_and_merges(run, precision, call, tmp_path):
     for command in (
         ("generate", run, "--prompt", "paint it red ", "--max-new-tokens", 6),
         ("eval", run, "--answers", 2, "--no-drift"),
@@ -103,14 +103,13 @@ def test_quantized_run_generates_evaluates_and_merges(run, precision, call, tmp_
         assert "independent of the merge, the adapter was trained on NF4" in merge_result.err
         assert round_to_nf4(plain.model.base_model) == 14
         rounded = compute_logits(plain.model)
-        assert (
-            relative_difference(rounded, compute_logits(open_session(run).model)) < BF16
-        )  # equal to the trained model
+        trained = compute_logits(open_session(run).model)
+        assert relative_difference(rounded, trained) < BF16
         assert relative_difference(rounded, compute_logits(merged)) > 2 * BF16  # but different from the merged model
         assert verification["nf4"]["mean"] > 5 * verification["merged"]["mean"]
 
 
-def test_peft_loads_adapter_over_dequantized_model(run, precision, bases, call, tmp_path):  # noqa: F811
+def test_peft_loads_adapter_over_dequantized_model(run, precision, bases, call, tmp_path):
     result = call("export", run, "--format", "peft", "--output", tmp_path / "peft")
     assert result.status == 0, result.err
     base = load(str(bases[precision]), precision="bf16", device="cpu", threads=1).model
@@ -129,12 +128,11 @@ def test_peft_loads_adapter_over_dequantized_model(run, precision, bases, call, 
     if precision == "nf4":
         round_to_nf4(ours.model.base_model)
     assert relative_difference(compute_logits(ours.model), theirs) < 1e-5
-    assert (
-        relative_difference(compute_logits(open_session(run).model), theirs) < BF16 < relative_difference(bare, theirs)
-    )
+    quantized = compute_logits(open_session(run).model)
+    assert relative_difference(quantized, theirs) < BF16 < relative_difference(bare, theirs)
 
 
-def test_llama_cpp_applies_adapter_to_the_same_file(run, precision, bases, call, tmp_path):  # noqa: F811
+def test_llama_cpp_applies_adapter_to_the_same_file(run, precision, bases, call, tmp_path):
     if precision != "gguf":
         pytest.skip("applies only to GGUF files")
     pytest.importorskip("xllamacpp", reason="requires llama.cpp from the package xllamacpp")

@@ -126,9 +126,8 @@ def test_selected_queries_match_full_attention(dtype, window):
     grad = torch.randn(selected_out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     full_grad = torch.zeros_like(out).index_copy(0, selected, grad)
     query_grad, *expected = attention.attend_backward(full_grad, *exact, out, saved, layout, **options)
-    actual_grads = attention.attend_backward(
-        grad.to(dtype), *inputs, selected_out, selected_saved, layout, rows=selected, **options
-    )
+    outputs = (selected_out, selected_saved)
+    actual_grads = attention.attend_backward(grad.to(dtype), *inputs, *outputs, layout, rows=selected, **options)
     for actual, expected_grad in zip(actual_grads, (query_grad[selected], *expected), strict=True):
         assert_close(actual, expected_grad, dtype)
 

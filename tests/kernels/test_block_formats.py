@@ -15,7 +15,6 @@ from deltaw.kernels.block_linear import (
     nf4_levels,
     quantize_nf4,
     reference_dequantize,
-    reorder_rows,
 )
 
 VARIANTS = "none"
@@ -32,9 +31,8 @@ def random_blocks(name: str, rows: int, columns: int, seed: int = 0) -> BlockWei
     generator = torch.Generator().manual_seed(seed)
     if name == "NF4":
         return quantize_nf4(torch.randn(rows, columns, generator=generator) * 0.1)
-    data = torch.randint(
-        0, 256, (rows * columns // block_format.block, block_format.bytes), generator=generator, dtype=torch.uint8
-    )
+    shape = (rows * columns // block_format.block, block_format.bytes)
+    data = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     for offset in SCALES_AT[name]:
         scale = torch.randn(len(data), 1, generator=generator) * 0.02
         scale[::7] *= 1e-4
@@ -52,13 +50,6 @@ def test_dequantized_values_match_gguf(name: str) -> None:
     assert np.array_equal(actual.numpy(), expected)
     assert actual.shape == weight.shape == (5, 512)
     assert actual.std() > 0
-
-
-def test_reordered_rows_have_unchanged_values() -> None:
-    weight, order = random_blocks("Q5_K", 4, 256), torch.tensor([2, 0, 3, 1])
-    assert torch.equal(reorder_rows(weight, order).dequantized(torch.float32), weight.dequantized(torch.float32)[order])
-    with pytest.raises(ValueError, match="they share scales"):
-        reorder_rows(random_blocks("NF4", 4, 256), order)
 
 
 def test_nf4_rounds_to_nearest_level() -> None:
@@ -86,16 +77,13 @@ def test_scale_codes_are_256_ascending_values() -> None:
 BYTES = torch.zeros(2, 20, dtype=torch.uint8)
 
 
-@pytest.mark.parametrize(
-    ("data", "name", "columns", "message"),
-    [
-        (BYTES[:, :18], "Q9", 32, "unknown block format"),
-        (BYTES[:, :18], "Q4_0", 33, "not a multiple"),
-        (BYTES, "Q4_0", 32, "blocks must be"),
-        (BYTES[:, :18].float(), "Q4_0", 32, "blocks must be"),
-        (torch.zeros(2, 32, dtype=torch.uint8), "NF4", 64, "NF4's scales"),
-    ],
-)
+INVALID_BLOCK_MATRICES = [(BYTES[:, :18], "Q9", 32, "unknown block format")]
+INVALID_BLOCK_MATRICES += [(BYTES[:, :18], "Q4_0", 33, "not a multiple"), (BYTES, "Q4_0", 32, "blocks must be")]
+INVALID_BLOCK_MATRICES += [(BYTES[:, :18].float(), "Q4_0", 32, "blocks must be")]
+INVALID_BLOCK_MATRICES += [(torch.zeros(2, 32, dtype=torch.uint8), "NF4", 64, "NF4's scales")]
+
+
+@pytest.mark.parametrize(("data", "name", "columns", "message"), INVALID_BLOCK_MATRICES)
 def test_invalid_block_matrix_raises(data: Tensor, name: str, columns: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BlockWeight(data, name, columns)

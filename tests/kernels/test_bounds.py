@@ -77,58 +77,58 @@ def rotary(cosines: tuple[int, int], sines: tuple[int, int]) -> None:
 K, INDICES = ones(5, 2, 8), torch.zeros(2, dtype=torch.long)
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: cross_entropy(INDICES.int(), torch.ones(2)), r"targets are torch\.int32, not torch\.int64"),
-        (lambda: cross_entropy(INDICES[[0, 0, 0]], torch.ones(2)), r"the targets is \(3,\), not \(2,\)"),
-        (lambda: cross_entropy(INDICES, torch.ones(1)), r"the weights is \(1,\), not \(2,\)"),
-        (lambda: class_gradient([1, 40]), "^target 40 is out of bounds for 40 classes$"),
-        (lambda: class_gradient([1, 2], 39), "the weight's scales"),
-        (lambda: head_gradient(40, head.num_groups(20)), "target 40"),
-        (lambda: head_gradient(1, head.num_groups(20) - 1), "the sums of the unlikely classes"),
-        (lambda: attention(ones(5, 4, 8), K[:4], K), "4 keys, but the layout has 5 tokens"),
-        (lambda: attention(ones(3, 4, 8), K, K), "the queries"),
-        (lambda: attention(ones(5, 4, 8), K, K[:4]), "the values"),
-        (lambda: attention(ones(5, 4, 6), K, K), "the queries"),
-        (lambda: attention(ones(5, 3, 8), K, K), "3 heads cannot share 2 key heads"),
-        (lambda: attention(ones(2, 4, 8), K, K, [0, 5]), "selected position 5 is out of bounds for 5 tokens"),
-        (lambda: attention(ones(2, 4, 8), K, K, [-1, 2]), "selected position -1 is out of bounds"),
-        (lambda: attention(ones(2, 4, 8), K, K, [2, 1]), "must ascend"),
-        (lambda: attention(ones(2, 4, 8), K, K, [2, 2]), "must ascend"),
-        (attention_backward, "the gradient"),
-        (lambda: norm(ones(7)), "the norm's weight"),
-        (lambda: norm(ones(8), 2), "the norm's statistics"),
-        (lambda: rows.activation(ones(3, 8), ones(3, 7), "silu"), "up is"),
-        (lambda: rows.activation_backward(ones(2, 8), ones(3, 8), ones(3, 8), "silu"), "the gradient"),
-        *(
-            (functools.partial(rotary, *shapes), "cosines|sines|rotary dimensions must be even")
-            for shapes in INVALID_ROTARY_SHAPES
-        ),
-    ],
-)
+MISMATCHED_ARGUMENTS = [
+    (lambda: cross_entropy(INDICES.int(), torch.ones(2)), r"targets are torch\.int32, not torch\.int64"),
+    (lambda: cross_entropy(INDICES[[0, 0, 0]], torch.ones(2)), r"the targets is \(3,\), not \(2,\)"),
+    (lambda: cross_entropy(INDICES, torch.ones(1)), r"the weights is \(1,\), not \(2,\)"),
+    (lambda: class_gradient([1, 40]), "^target 40 is out of bounds for 40 classes$"),
+    (lambda: class_gradient([1, 2], 39), "the weight's scales"),
+    (lambda: head_gradient(40, head.num_groups(20)), "target 40"),
+    (lambda: head_gradient(1, head.num_groups(20) - 1), "the sums of the unlikely classes"),
+    (lambda: attention(ones(5, 4, 8), K[:4], K), "4 keys, but the layout has 5 tokens"),
+    (lambda: attention(ones(3, 4, 8), K, K), "the queries"),
+    (lambda: attention(ones(5, 4, 8), K, K[:4]), "the values"),
+    (lambda: attention(ones(5, 4, 6), K, K), "the queries"),
+    (lambda: attention(ones(5, 3, 8), K, K), "3 heads cannot share 2 key heads"),
+    (lambda: attention(ones(2, 4, 8), K, K, [0, 5]), "selected position 5 is out of bounds for 5 tokens"),
+    (lambda: attention(ones(2, 4, 8), K, K, [-1, 2]), "selected position -1 is out of bounds"),
+    (lambda: attention(ones(2, 4, 8), K, K, [2, 1]), "must ascend"),
+    (lambda: attention(ones(2, 4, 8), K, K, [2, 2]), "must ascend"),
+    (attention_backward, "the gradient"),
+    (lambda: norm(ones(7)), "the norm's weight"),
+    (lambda: norm(ones(8), 2), "the norm's statistics"),
+    (lambda: rows.activation(ones(3, 8), ones(3, 7), "silu"), "up is"),
+    (lambda: rows.activation_backward(ones(2, 8), ones(3, 8), ones(3, 8), "silu"), "the gradient"),
+    *(
+        (functools.partial(rotary, *shapes), "cosines|sines|rotary dimensions must be even")
+        for shapes in INVALID_ROTARY_SHAPES
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), MISMATCHED_ARGUMENTS)
 def test_mismatched_arguments_raise(call, message):
     with pytest.raises((ValueError, TypeError, IndexError), match=message):
         call()
 
 
-@pytest.mark.parametrize(
-    ("starts", "stops", "parents", "message"),
-    [
-        ([0, 3], [3, 5], [-1], "2 starts and 1 parents"),
-        ([0, 3], [3], [-1, 0], "2 starts and 1 stops"),
-        ([], [], [], "without gaps"),
-        ([1, 3], [3, 5], [-1, 0], "without gaps"),
-        ([0, 4], [3, 5], [-1, 0], "without gaps"),
-        ([0, 2], [3, 5], [-1, 0], "without gaps"),
-        ([0, 3], [3, 2], [-1, 0], "end before it starts"),
-        ([0, 3], [3, 5], [1, -1], "must precede"),
-        ([0, 3], [3, 5], [-1, 1], "must precede"),
-        ([0, 3], [3, 5], [-1, -2], "-1 for none"),
-        ([0.0], [3], [-1], "starts must be a one-dimensional integer array"),
-        ([0], [3], [[-1]], "parents must be a one-dimensional integer array"),
-    ],
-)
+INVALID_PREFIX_TREES = [
+    ([0, 3], [3, 5], [-1], "2 starts and 1 parents"),
+    ([0, 3], [3], [-1, 0], "2 starts and 1 stops"),
+    ([], [], [], "without gaps"),
+    ([1, 3], [3, 5], [-1, 0], "without gaps"),
+    ([0, 4], [3, 5], [-1, 0], "without gaps"),
+    ([0, 2], [3, 5], [-1, 0], "without gaps"),
+    ([0, 3], [3, 2], [-1, 0], "end before it starts"),
+    ([0, 3], [3, 5], [1, -1], "must precede"),
+    ([0, 3], [3, 5], [-1, 1], "must precede"),
+    ([0, 3], [3, 5], [-1, -2], "-1 for none"),
+    ([0.0], [3], [-1], "starts must be a one-dimensional integer array"),
+    ([0], [3], [[-1]], "parents must be a one-dimensional integer array"),
+]
+
+
+@pytest.mark.parametrize(("starts", "stops", "parents", "message"), INVALID_PREFIX_TREES)
 def test_invalid_prefix_tree_raises(starts, stops, parents, message):
     with pytest.raises(ValueError, match=message):
         Layout(*(np.array(table, dtype=None if table else np.int64) for table in (starts, stops, parents)))
@@ -154,10 +154,8 @@ def test_product_with_mismatched_shapes_raises(bad_shape):
 def test_int8_product_with_mismatched_scales_raises():
     x, grad, (weight, scale) = ones(5, 8), ones(5, 12), quantize.quantize_rows(ones(12, 8))
     x_int8, x_scales = quantize.quantize_activations(x, None)
-    product, without_lora_a = (
-        products.LinearProduct(weight, scale=scale),
-        products.LinearProduct(ones(12, 8), lora_B=torch.ones(2, 12)),
-    )
+    product = products.LinearProduct(weight, scale=scale)
+    without_lora_a = products.LinearProduct(ones(12, 8), lora_B=torch.ones(2, 12))
     bad_shape = [{"scale": scale[:8]}, {"smooth_scales": torch.ones(12)}]
     forward = [(product._replace(**m), x_int8, x_scales, "scales") for m in (*bad_shape, {"in_blocks": True})]
     forward += [(product, x_int8[:4], x_scales, "int8"), (product, x_int8, x_scales[:4], "int8")]
@@ -194,7 +192,6 @@ def test_library_checks_indices_itself(monkeypatch):
     monkeypatch.undo()
     logits, targets = torch.zeros(1, 8), torch.tensor([8])
     with pytest.raises(IndexError, match="dw_cross_entropy received an index out of bounds"):
-        loader.kernels().dw_cross_entropy(
-            0, 1, 8, logits.data_ptr(), targets.data_ptr(), torch.ones(1).data_ptr(), 1.0, 0.0, 1, None
-        )
+        pointers = [tensor.data_ptr() for tensor in (logits, targets, torch.ones(1))]
+        loader.kernels().dw_cross_entropy(0, 1, 8, *pointers, 1.0, 0.0, 1, None)
     assert not logits.any()

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from deltaw.kernels import decode, decode_reference
-from deltaw.kernels.decode import Decoder, DecoderBlock, DecoderLinear, PackedAdapter, Pages, reference_step
+from deltaw.kernels.decode import Decoder, PackedAdapter, Pages, reference_step
+from deltaw.kernels.decode_reference import DecoderBlock, DecoderLinear
 from deltaw.kernels.quantize import quantize_rows
 from deltaw.kernels.rows import HalfNorms, Norm
 from tests.kernels.conftest import compiled_only, relative_error, same_bits
@@ -27,15 +28,8 @@ TOLERANCE = {"fp32": 2e-5, "bf16": 1.5e-2, "int8": 2.5e-2}
 # Default configuration of a random decoder: arguments of DecoderBlock, then the other settings.
 BLOCK_OPTIONS = {"heads": 4, "key_heads": 2, "head_size": 12, "split": "apart", "gated": True, "parallel": False}
 BLOCK_OPTIONS |= {"activation": "silu", "window": None, "softcap": None, "rotary_dims": 12}
-OTHER_OPTIONS = {
-    "kind": "fp32",
-    "hidden": 48,
-    "inner": 80,
-    "vocabulary": 101,
-    "blocks": 2,
-    "joint_gate": False,
-    "bias": False,
-}
+OTHER_OPTIONS = {"kind": "fp32", "hidden": 48, "inner": 80, "vocabulary": 101, "blocks": 2, "joint_gate": False}
+OTHER_OPTIONS |= {"bias": False}
 OTHER_OPTIONS |= {"centered": False, "offset": 0.0, "places": ("before",), "head_norms": False, "columns": False}
 OTHER_OPTIONS |= {"cache": torch.float32, "logits": (None, 1.0)}
 BF16 = torch.bfloat16
@@ -243,24 +237,15 @@ def test_step_returns_only_selected_rows(kernels):
     all_outputs = rows.step(model, pages, table, adapters)
     for actual, full in zip(rows.step(model, pages, table, adapters, selected), all_outputs, strict=True):
         torch.testing.assert_close(actual, full[selected.long()])
-    assert [tuple(empty.shape) for empty in rows.step(model, pages, table, adapters, selected[:0])] == [
-        (0, 48),
-        (0, 101),
-    ]
+    none_selected = rows.step(model, pages, table, adapters, selected[:0])
+    assert [tuple(empty.shape) for empty in none_selected] == [(0, 48), (0, 101)]
 
 
-@pytest.mark.parametrize(
-    ("changed", "value"),
-    [
-        ("positions", 64),
-        ("positions", -1),
-        ("sequence", 2),
-        ("adapter", 1),
-        ("adapter", -2),
-        ("page", 4),
-        ("selected", 6),
-    ],
-)
+INVALID_INDICES = [("positions", 64), ("positions", -1), ("sequence", 2), ("adapter", 1), ("adapter", -2), ("page", 4)]
+INVALID_INDICES += [("selected", 6)]
+
+
+@pytest.mark.parametrize(("changed", "value"), INVALID_INDICES)
 def test_out_of_range_index_raises(kernels, changed, value):
     model = decoder()
     pages, rows, adapters = new_pages(model, 4), Rows.of(48, (0, 0, 3, 0), (1, 0, 3, -1)), adapters_of(model, 0)

@@ -9,7 +9,8 @@ import torch
 
 from deltaw.kernels import decode, loader
 from deltaw.kernels.block_linear import FORMATS, BlockWeight
-from deltaw.kernels.decode import Decoder, DecoderLinear
+from deltaw.kernels.decode import Decoder
+from deltaw.kernels.decode_reference import DecoderLinear
 from tests.kernels.conftest import compiled_only, relative_error, same_bits
 from tests.kernels.test_block_formats import SCALES_AT, random_blocks
 from tests.kernels.test_decode import (
@@ -26,11 +27,9 @@ VARIANTS = "all"
 
 # Row sizes are multiples of every block size. Head outputs and the vocabulary are not multiples of a vector.
 WIDE = {"kind": "bf16", "hidden": 256, "head_size": 64, "inner": 512, "rotary_dims": 32, "cache": torch.bfloat16}
-BLOCK_CONFIGS = {
-    "llama": WIDE,
-    "grouped, with biases": {**WIDE, "split": "grouped", "parallel": True, "gated": False, "bias": True},
-    "joint gate": {**WIDE, "split": "stacked", "joint_gate": True},
-}
+BLOCK_CONFIGS = {"llama": WIDE}
+BLOCK_CONFIGS |= {"grouped, with biases": {**WIDE, "split": "grouped", "parallel": True, "gated": False, "bias": True}}
+BLOCK_CONFIGS |= {"joint gate": {**WIDE, "split": "stacked", "joint_gate": True}}
 
 
 def scaled_random_blocks(name: str, rows: int, columns: int, seed: int) -> BlockWeight:
@@ -63,12 +62,8 @@ def in_blocks(model: Decoder, *names: str) -> tuple[Decoder, Decoder]:
 
 
 # Prompts with more rows than a tile, then single rows, then a batch.
-CHUNKS = [
-    [(0, 0, 140, 0), (2, 0, 33, -1), (1, 0, 7, 2)],
-    [(1, 7, 1, 2)],
-    [(2, 33, 1, -1)],
-    [(0, 140, 1, 0), (1, 8, 1, 1), (2, 34, 1, -1)],
-]
+CHUNKS = [[(0, 0, 140, 0), (2, 0, 33, -1), (1, 0, 7, 2)], [(1, 7, 1, 2)], [(2, 33, 1, -1)]]
+CHUNKS += [[(0, 140, 1, 0), (1, 8, 1, 1), (2, 34, 1, -1)]]
 STEPS = [Rows.of(WIDE["hidden"], *chunks, seed=seed) for seed, chunks in enumerate(CHUNKS)]
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from deltaw.kernels import head_gradient as heads
 from deltaw.kernels import loader
 from deltaw.kernels.quantize import row_scales
-from deltaw.training.tasks import causal_objective
-from deltaw.training.tasks.causal_objective import frozen_head_log_probs
+from deltaw.training import causal_objective
+from deltaw.training.causal_objective import frozen_head_log_probs
 from tests.kernels.conftest import assert_close, compiled_only, examples, same_bits
 from tests.kernels.test_linear import numbers
 

@@ -49,10 +49,8 @@ def test_forward_and_backward_match_reference(size, dtype, rank, by_column):
     assert products.can_multiply(t["x"], product)
     y, h = products.linear(t["x"], product, t["added"])
     dx, grad_h = products.linear_backward(t["grad"], product, t["x"])
-    expected = [
-        *products.linear_reference(exact["x"], exact_product, exact["added"]),
-        *products.linear_backward_reference(exact["grad"], exact_product, exact["x"]),
-    ]
+    expected = [*products.linear_reference(exact["x"], exact_product, exact["added"])]
+    expected += [*products.linear_backward_reference(exact["grad"], exact_product, exact["x"])]
     for actual, exact_value in zip((y, h, dx, grad_h), expected, strict=True):
         assert_close(actual, exact_value, dtype)
     factors = products.factors_backward(t["x"], h, t["grad"], grad_h, 0.5)
@@ -108,9 +106,8 @@ def test_int8_products_are_exact_up_to_final_rounding(size, with_columns, in_blo
     assert_close(y, base_product + h.double() @ (2.0 * t["lora_B"].double()), torch.bfloat16)
     if dtype == torch.bfloat16:  # quantizing on read gives the same int8 values
         row_scales = quantize.row_scales(t["weight"])
-        quantized_on_read, _ = products.linear(
-            t["x"], LinearProduct(t["weight"], scale=row_scales, in_blocks=in_blocks)
-        )
+        on_read = LinearProduct(t["weight"], scale=row_scales, in_blocks=in_blocks)
+        quantized_on_read, _ = products.linear(t["x"], on_read)
         quantized_before, _ = products.linear(t["x"], LinearProduct(int8, scale=row_scales, in_blocks=in_blocks))
         assert_close(quantized_on_read, quantized_before, torch.bfloat16)
     dx, _ = products.linear_backward(t["grad"], LinearProduct(int8, True, scale, columns))
@@ -189,9 +186,8 @@ def test_int8_gradient_with_outliers_preserves_small_values(threads, outputs):
     assert_close(actual, expected, torch.bfloat16)
     block_size = quantize.INT8_BLOCK
     exact = (grad * scale)[:, block_size:] @ weight.double()[block_size:]
-    outlier_part, _ = products.linear_backward(
-        grad.float() * (torch.arange(outputs) < block_size), LinearProduct(weight, scale=scale)
-    )
+    first_block = grad.float() * (torch.arange(outputs) < block_size)
+    outlier_part, _ = products.linear_backward(first_block, LinearProduct(weight, scale=scale))
     assert (actual.double() - outlier_part.double() - exact).norm() < 0.02 * exact.norm()
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from deltaw.errors import UserError
-from deltaw.kernels import loader, structs, variants
+from deltaw.kernels import loader, variants
 from deltaw.kernels.linear import LinearProduct, linear
 from tests.kernels.conftest import compiled_only
 
@@ -119,9 +119,9 @@ def test_struct_with_other_layout_is_reported(unloaded, monkeypatch):
     class RowNorm(ctypes.Structure):
         _fields_ = [("weight", ctypes.c_void_p), ("eps", ctypes.c_float), ("bias", ctypes.c_void_p)]
 
-    assert structs.mismatched_struct(loader.kernels()) is None
-    monkeypatch.setattr(structs, "MIRRORED_STRUCTS", (structs.Layer, RowNorm, structs.BlockParts))
-    assert structs.mismatched_struct(loader.kernels()) == "RowNorm"
+    assert loader.mismatched_struct(loader.kernels()) is None
+    monkeypatch.setattr(loader, "MIRRORED_STRUCTS", (loader.Layer, RowNorm, loader.BlockParts))
+    assert loader.mismatched_struct(loader.kernels()) == "RowNorm"
     reset_loader(monkeypatch)
     assert loader.library() is None and "RowNorm" in str(loader.unavailable_reason())
 

@@ -51,9 +51,8 @@ def test_nonfinite_input_becomes_nan_in_int8(kernels, bad, index, dtype, in_bloc
 def test_nonfinite_values_in_products_of_int8_weights(kernels, bad, dtype, in_blocks):
     int8, scale = quantize.quantize_rows(numbers(64, 260).to(dtype))
     x, grad = numbers(6, 260, seed=1).to(dtype), numbers(6, 64, seed=2).to(dtype)
-    assert_only_row_is_nan(
-        linear(with_bad(x, bad, 2, 131), LinearProduct(int8, scale=scale, in_blocks=in_blocks))[0], 2
-    )
+    product = LinearProduct(int8, scale=scale, in_blocks=in_blocks)
+    assert_only_row_is_nan(linear(with_bad(x, bad, 2, 131), product)[0], 2)
     assert_only_row_is_nan(linear_backward(with_bad(grad, bad, 3, 63), LinearProduct(int8, scale=scale))[0], 3)
 
 
@@ -70,9 +69,8 @@ def test_nonfinite_values_in_int8_gradients_of_bf16_weights(kernels, bad, by_col
 
 def test_nonfinite_values_in_int8_logits(kernels, bad):
     hidden, weight = numbers(6, 64, seed=1).bfloat16(), numbers(300, 64).bfloat16()
-    assert_only_row_is_nan(
-        linear(with_bad(hidden, bad, 2, 63), LinearProduct(weight, scale=quantize.row_scales(weight)))[0], 2
-    )
+    product = LinearProduct(weight, scale=quantize.row_scales(weight))
+    assert_only_row_is_nan(linear(with_bad(hidden, bad, 2, 63), product)[0], 2)
     spoiled = with_bad(weight, bad, 7, 5)
     assert_only_row_is_nan(linear(hidden, LinearProduct(spoiled, scale=quantize.row_scales(spoiled)))[0].t(), 7)
 

@@ -21,11 +21,9 @@ VARIANTS = "none"
 ROOT = Path(__file__).parents[2]
 SUITE = ("test_linear.py", "test_attention.py", "test_rows.py", "test_decode.py")
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(sys.platform != "linux", reason="on other systems all tests use the thread pool"),
-    pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler"),
-]
+pytestmark = [pytest.mark.slow]
+pytestmark += [pytest.mark.skipif(sys.platform != "linux", reason="on other systems all tests use the thread pool")]
+pytestmark += [pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler")]
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from deltaw.kernels import head_gradient as head
 from deltaw.kernels import linear as products
 from deltaw.kernels import loader, variants
 from deltaw.kernels.processor import processor_flags
 from tests.kernels import with_library
 from tests.kernels.conftest import assert_close, same_bits
-from tests.kernels.test_linear import adapted, class_gradients, inputs, numbers
+from tests.kernels.test_linear import adapted, inputs, numbers
 
 VARIANTS = "none"
 
@@ -89,17 +88,6 @@ def test_int8_products_are_bit_identical_to_dot_products(in_tiles, threads, rows
         product = products.LinearProduct(weight, scale=scale)
         results.append((products.linear(x, product)[0], products.linear_backward(grad, product)[0]))
     assert same_bits(*results)
-
-
-@pytest.mark.parametrize("classes", [5, 129, 1001, 4100])
-def test_class_gradients_are_bit_identical_to_dot_products(in_tiles, threads, classes):
-    weight, (grad, targets) = numbers(classes, 52).bfloat16(), class_gradients(67, classes, 4.0, 7)
-    scales = weight.float().abs().amax(1) / 127
-    gradients = []
-    for arithmetic in (DOT, TILES):
-        in_tiles.dw_set_arithmetic(INT8, arithmetic)
-        gradients.append(head.class_gradient_(grad.bfloat16(), targets, weight, scales))
-    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("size", [(1, 4, 4), (70, 64, 132), (45, 160, 36), (200, 1600, 68)])

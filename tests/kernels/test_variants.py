@@ -22,23 +22,23 @@ ZEN_4 = f"{SKYLAKE_SERVER} avx512_vnni avx512_bf16"
 SAPPHIRE_RAPIDS = f"{ZEN_4} avx_vnni amx_tile amx_bf16 amx_int8"
 
 
-@pytest.mark.parametrize(
-    ("flags", "machine", "best", "built"),
-    [
-        ("sse2", "x86_64", "generic", "generic"),
-        (HASWELL, "AMD64", "avx2", "avx2 generic"),
-        (f"{HASWELL} avx_vnni", "x86_64", "avx2_vnni", None),
-        (SKYLAKE_SERVER, "x86_64", "avx512", None),
-        (f"{SKYLAKE_SERVER} avx512_vnni", "x86_64", "avx512_vnni", None),
-        (ZEN_4, "x86_64", "avx512_bf16", "avx512_bf16 avx2 generic"),
-        (SAPPHIRE_RAPIDS, "x86_64", "amx", "amx avx2_vnni generic"),
-        (SAPPHIRE_RAPIDS.replace(" amx_int8", ""), "x86_64", "avx512_bf16", None),
-        ("asimd", "aarch64", "neon", None),
-        ("asimd asimddp", "arm64", "neon_dotprod", "neon_dotprod generic"),
-        ("asimd asimddp bf16 i8mm", "aarch64", "neon_bf16", None),
-        ("", "riscv64", "generic", "generic"),
-    ],
-)
+PROCESSORS = [
+    ("sse2", "x86_64", "generic", "generic"),
+    (HASWELL, "AMD64", "avx2", "avx2 generic"),
+    (f"{HASWELL} avx_vnni", "x86_64", "avx2_vnni", None),
+    (SKYLAKE_SERVER, "x86_64", "avx512", None),
+    (f"{SKYLAKE_SERVER} avx512_vnni", "x86_64", "avx512_vnni", None),
+    (ZEN_4, "x86_64", "avx512_bf16", "avx512_bf16 avx2 generic"),
+    (SAPPHIRE_RAPIDS, "x86_64", "amx", "amx avx2_vnni generic"),
+    (SAPPHIRE_RAPIDS.replace(" amx_int8", ""), "x86_64", "avx512_bf16", None),
+    ("asimd", "aarch64", "neon", None),
+    ("asimd asimddp", "arm64", "neon_dotprod", "neon_dotprod generic"),
+    ("asimd asimddp bf16 i8mm", "aarch64", "neon_bf16", None),
+    ("", "riscv64", "generic", "generic"),
+]
+
+
+@pytest.mark.parametrize(("flags", "machine", "best", "built"), PROCESSORS)
 def test_best_variant_and_built_variants_of_a_processor(flags, machine, best, built):
     allowed = variants.allowed(flags.split(), machine)
     assert allowed[0].name == best and allowed[-1].name == "generic"
@@ -65,32 +65,28 @@ def test_missing_column_raises(tmp_path):
         variants.all_variants(file)
 
 
-@pytest.mark.parametrize(
-    ("value", "off", "kernels", "arithmetic"),
-    [
-        ("avx2", "", "avx2", None),
-        ("avx512_bf16:wide", "", "avx512_bf16", "wide"),
-        ("auto:torch", "", None, "torch"),
-        ("none", "", "none", None),
-        ("none", "0", "none", None),  # disabled twice, not a contradiction
-        ("torch:torch", "", "none", "torch"),
-        ("", "", None, None),
-    ],
-)
+OVERRIDES = [
+    ("avx2", "", "avx2", None),
+    ("avx512_bf16:wide", "", "avx512_bf16", "wide"),
+    ("auto:torch", "", None, "torch"),
+    ("none", "", "none", None),
+    ("none", "0", "none", None),  # disabled twice, not a contradiction
+    ("torch:torch", "", "none", "torch"),
+    ("", "", None, None),
+]
+
+
+@pytest.mark.parametrize(("value", "off", "kernels", "arithmetic"), OVERRIDES)
 def test_overrides_are_parsed_from_environment(value, off, kernels, arithmetic):
     overrides = variants.kernel_overrides({variants.VARIABLE: value, variants.OFF: off})
     assert (overrides.kernels, overrides.arithmetic) == (kernels, arithmetic)
 
 
-@pytest.mark.parametrize(
-    ("value", "off", "message"),
-    [
-        ("avx3", "", "'avx2'"),
-        ("avx2:widest", "", "'wide'"),
-        ("none:wide", "", "requires compiled kernels"),
-        ("avx2", "0", "contradict"),
-    ],
-)
+INVALID_OVERRIDES = [("avx3", "", "'avx2'"), ("avx2:widest", "", "'wide'")]
+INVALID_OVERRIDES += [("none:wide", "", "requires compiled kernels"), ("avx2", "0", "contradict")]
+
+
+@pytest.mark.parametrize(("value", "off", "message"), INVALID_OVERRIDES)
 def test_invalid_override_raises(value, off, message):
     with pytest.raises(UserError, match=message):
         variants.kernel_overrides({variants.VARIABLE: value, variants.OFF: off})

@@ -123,20 +123,20 @@ def test_packed_rows_require_active_mask(ids):
     torch.testing.assert_close(packed.view_as(separate), separate, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"dora": True}, "completion and dora"),
-        ({"lora_bias": True}, "completion and lora_bias"),
-        ({"bias": "all"}, "completion and bias 'all'"),
-        ({"init": "pissa"}, "completion and init 'pissa'"),
-        ({"target_parameters": ["experts.up"]}, "completion and target_parameters"),
-        ({"trainable_token_indices": [3]}, "completion and trainable_token_indices"),
-        ({"train_modules": ["lm_head"]}, "completion and train_modules"),
-        ({"target_modules": ["lm_head"]}, "linear layers of blocks"),
-        ({"target_modules": ["embed_tokens"]}, "linear layers of blocks"),
-    ],
-)
+_REJECTED_SETTINGS = [
+    ({"dora": True}, "completion and dora"),
+    ({"lora_bias": True}, "completion and lora_bias"),
+    ({"bias": "all"}, "completion and bias 'all'"),
+    ({"init": "pissa"}, "completion and init 'pissa'"),
+    ({"target_parameters": ["experts.up"]}, "completion and target_parameters"),
+    ({"trainable_token_indices": [3]}, "completion and trainable_token_indices"),
+    ({"train_modules": ["lm_head"]}, "completion and train_modules"),
+    ({"target_modules": ["lm_head"]}, "linear layers of blocks"),
+    ({"target_modules": ["embed_tokens"]}, "linear layers of blocks"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), _REJECTED_SETTINGS)
 def test_settings_that_change_the_prompt_are_rejected(changes, message):
     with pytest.raises(UserError, match=message):
         activated("llama", **changes)

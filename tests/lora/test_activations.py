@@ -76,9 +76,8 @@ def test_directions_match_peft():
     eva = EvaConfig(rho=1.0, tau=0.999)
     theirs = with_peft(base, r=4, target_modules=["0"], init_lora_weights="eva", eva_config=eva)
     plain = dict.fromkeys(("prepare_model_inputs_fn", "prepare_layer_inputs_fn"))
-    initialize_lora_eva_weights(
-        theirs, [rows] * 4, forward_fn=lambda model, batch: model(batch), show_progress_bar=False, **plain
-    )
+    plain |= {"forward_fn": lambda model, batch: model(batch), "show_progress_bar": False}
+    initialize_lora_eva_weights(theirs, [rows] * 4, **plain)
     assert _subspace_cosine(ours[0].lora_A.detach(), peft_factors(theirs)["0"][0].detach().t()) > 0.999
 
 

@@ -15,22 +15,11 @@ from deltaw.errors import UserError
 from deltaw.lora import LoRAConfig
 from deltaw.lora.config import parse_layers, scaling
 
-_INVALID = {
-    "rank": [0, 2.5, True],
-    "alpha": [-1.0, float("nan"), "32"],
-    "dropout": [1.0, -0.1],
-    "init": ["kaiming"],
-    "bias": ["some"],
-    "rslora": ["yes"],
-    "dora": ["yes"],
-    "target_modules": [[], ["q_proj", ""], "("],
-    "exclude_modules": [3],
-    "layers": ["7-3", "a", [-1]],
-    "rank_pattern": [{"q_proj": 0}],
-    "alpha_pattern": [{"(": 1.0}],
-    "train_modules": [[1]],
-    "trainable_token_indices": [[3, 3], [-1], {"embed": ["a"]}, [True]],
-}
+_INVALID = {"rank": [0, 2.5, True], "alpha": [-1.0, float("nan"), "32"], "dropout": [1.0, -0.1], "init": ["kaiming"]}
+_INVALID |= {"bias": ["some"], "rslora": ["yes"], "dora": ["yes"], "target_modules": [[], ["q_proj", ""], "("]}
+_INVALID |= {"exclude_modules": [3], "layers": ["7-3", "a", [-1]], "rank_pattern": [{"q_proj": 0}]}
+_INVALID |= {"alpha_pattern": [{"(": 1.0}], "train_modules": [[1]]}
+_INVALID |= {"trainable_token_indices": [[3, 3], [-1], {"embed": ["a"]}, [True]]}
 _INVALID_COMBINATIONS = [
     ({"lora_bias": True, "dora": True}, "lora_bias"),
     ({"lora_bias": True, "init": "gaussian"}, "lora_bias"),
@@ -53,9 +42,8 @@ def test_invalid_settings_are_rejected_by_key(settings, location):
 
 def test_peft_names_are_accepted():
     kind = {"init_lora_weights": True, "use_rslora": True, "use_dora": False, "exclude_modules": None}
-    config = LoRAConfig.from_dict(
-        {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "layers_to_transform": 3, "modules_to_save": ["lm_head"], **kind}
-    )
+    peft = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "layers_to_transform": 3, "modules_to_save": ["lm_head"]}
+    config = LoRAConfig.from_dict({**peft, **kind})
     expected = LoRAConfig(rank=4, alpha=8.0, dropout=0.1, rslora=True, layers=[3], train_modules=["lm_head"])
     assert config == expected
 

@@ -100,9 +100,8 @@ def test_bf16_model_matches_and_changed_model_does_not(family):
 @pytest.mark.parametrize("added", [0.0, 2.0**-12, 2.0**-40])
 def test_model_matches_itself_in_every_precision(added):
     exact = nn.ParameterDict({"scale": nn.Parameter(torch.tensor([1.0 + added], dtype=torch.float64))})
-    fingerprints = [
-        base_fingerprint(copy.deepcopy(exact).to(d)) for d in (torch.float64, torch.float32, torch.bfloat16)
-    ]
+    dtypes = (torch.float64, torch.float32, torch.bfloat16)
+    fingerprints = [base_fingerprint(copy.deepcopy(exact).to(dtype)) for dtype in dtypes]
     assert all(same_base(first, second) for first in fingerprints for second in fingerprints)
     plain = nn.ParameterDict({"scale": nn.Parameter(torch.ones(1, dtype=torch.float64))})
     assert same_base(base_fingerprint(plain), fingerprints[0]) is (added == 0.0)

@@ -34,16 +34,14 @@ def test_factors_and_magnitudes_are_fp32_unless_the_weight_is_fp64(dtype):
     assert layer.lora_A.dtype == layer.lora_B.dtype == layer.lora_magnitude.dtype == wide
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: LoRALinear(4, 3, rank=0), "rank"),
-        (lambda: LoRALinear(4, 3, rank=2, dropout=1.0), "dropout"),
-        (lambda: LoRALinear(4, 3, rank=2, init="none"), "init"),
-        (lambda: LoRAConv2d(4, 4, 3, 3, groups=2), "groups"),
-        (lambda: LoRAEmbedding.from_embedding(nn.Embedding(4, 3, max_norm=1.0), 2), "max_norm"),
-    ],
-)
+_INVALID_SETTINGS = [(lambda: LoRALinear(4, 3, rank=0), "rank")]
+_INVALID_SETTINGS += [(lambda: LoRALinear(4, 3, rank=2, dropout=1.0), "dropout")]
+_INVALID_SETTINGS += [(lambda: LoRALinear(4, 3, rank=2, init="none"), "init")]
+_INVALID_SETTINGS += [(lambda: LoRAConv2d(4, 4, 3, 3, groups=2), "groups")]
+_INVALID_SETTINGS += [(lambda: LoRAEmbedding.from_embedding(nn.Embedding(4, 3, max_norm=1.0), 2), "max_norm")]
+
+
+@pytest.mark.parametrize(("make", "message"), _INVALID_SETTINGS)
 def test_invalid_settings_are_rejected(make, message):
     with pytest.raises(UserError, match=message):
         make()
@@ -75,7 +73,7 @@ def test_scale_that_base_layer_ignores_is_ignored():
     base = nn.Embedding(7, 4)
     base.embed_scale = 5.0
     ids = torch.tensor([1, 2])
-    assert torch.equal(adapter_for(base)(base, 2)(ids), base(ids))
+    assert torch.equal(adapter_for(base).from_module(base, 2)(ids), base(ids))
 
 
 _CONVS = [
@@ -156,19 +154,19 @@ def _quantized() -> nn.Linear:
     return linear
 
 
-@pytest.mark.parametrize(
-    ("module", "reason"),
-    [
-        (nn.LayerNorm(3), "a LayerNorm, neither"),
-        (nn.ConvTranspose1d(2, 2, 2), "a ConvTranspose1d, neither"),
-        (nn.MultiheadAttention(4, 2, kdim=3), ""),
-        (LoRALinear(2, 2, 1), "already"),
-        (nn.LazyLinear(3), ""),
-        (_OddEmbedding(4, 3), "_OddEmbedding overrides forward"),
-        (nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), "parametrization"),
-        (_patched(), "replaced"),
-        (_quantized(), "int8"),
-    ],
-)
+_UNSUPPORTED_MODULES = [
+    (nn.LayerNorm(3), "a LayerNorm, neither"),
+    (nn.ConvTranspose1d(2, 2, 2), "a ConvTranspose1d, neither"),
+    (nn.MultiheadAttention(4, 2, kdim=3), ""),
+    (LoRALinear(2, 2, 1), "already"),
+    (nn.LazyLinear(3), ""),
+    (_OddEmbedding(4, 3), "_OddEmbedding overrides forward"),
+    (nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), "parametrization"),
+    (_patched(), "replaced"),
+    (_quantized(), "int8"),
+]
+
+
+@pytest.mark.parametrize(("module", "reason"), _UNSUPPORTED_MODULES)
 def test_unsupported_modules_have_a_reason(module, reason):
     assert reason in str(refusal(module)) and refusal(module)

@@ -126,10 +126,8 @@ def test_embedding_matches_reference(scale, padding_idx, by_frequency):
     ids = torch.tensor([[1, 2, 3], [3, 3, 0]])
     weight = torch.randn(6, 5)
     lora_A, lora_B = torch.randn(6, 2, requires_grad=True), torch.randn(2, 5, requires_grad=True)
-    results = [
-        call(ids, weight, lora_A, lora_B, 0.7, Lookup(scale, padding_idx, by_frequency))
-        for call in (embedding, embedding_reference)
-    ]
+    lookup = Lookup(scale, padding_idx, by_frequency)
+    results = [call(ids, weight, lora_A, lora_B, 0.7, lookup) for call in (embedding, embedding_reference)]
     torch.testing.assert_close(*results)
     grads = [torch.autograd.grad(y.pow(2).sum(), (lora_A, lora_B)) for y in results]
     torch.testing.assert_close(*grads)

@@ -13,26 +13,20 @@ from tests.tiny_models import causal_model
 
 _EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 # The trained tokens depend on the tokenizer, so the test fills in an empty list.
-_RUNS = {
-    "experts": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": _EXPERTS}),
-    "a fused block's weight": ("llama", {"target_modules": [], "target_parameters": ["up_proj.weight"]}),
-    "tokens of a tied head": ("gemma3", {"target_modules": ["q_proj"], "trainable_token_indices": []}),
-    "bias on B": ("gpt2", {"lora_bias": True}),
-}
-_SLOW_RUNS = {
-    "tokens alone": ("llama", {"target_modules": [], "trainable_token_indices": []}),
-    "bias on B alone": ("llama", {"target_modules": ["v_proj"], "lora_bias": True}),
-}
+_RUNS = {"experts": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": _EXPERTS})}
+_RUNS |= {"tokens of a tied head": ("gemma3", {"target_modules": ["q_proj"], "trainable_token_indices": []})}
+_SLOW_RUNS = {"a fused block's weight": ("llama", {"target_modules": [], "target_parameters": ["up_proj.weight"]})}
+_SLOW_RUNS |= {"bias on B": ("gpt2", {"lora_bias": True})}
+_SLOW_RUNS |= {"tokens alone": ("llama", {"target_modules": [], "trainable_token_indices": []})}
+_SLOW_RUNS |= {"bias on B alone": ("llama", {"target_modules": ["v_proj"], "lora_bias": True})}
+
+
+_RUN_CASES = [*(pytest.param(*run, id=name) for name, run in _RUNS.items())]
+_RUN_CASES += [*(pytest.param(*run, id=name, marks=pytest.mark.slow) for name, run in _SLOW_RUNS.items())]
 
 
 @pytest.mark.each_value
-@pytest.mark.parametrize(
-    ("family", "lora"),
-    [
-        *(pytest.param(*run, id=name) for name, run in _RUNS.items()),
-        *(pytest.param(*run, id=name, marks=pytest.mark.slow) for name, run in _SLOW_RUNS.items()),
-    ],
-)
+@pytest.mark.parametrize(("family", "lora"), _RUN_CASES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.planned
 def test_run_trains_and_saves_every_tensor(family, lora, precision, settings, model_folder, tmp_path):

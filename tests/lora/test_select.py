@@ -36,19 +36,19 @@ def test_all_linear_matches_peft_and_excludes_classifier(family):
     assert _names(model) == list(peft_factors(with_peft(model, r=2, target_modules="all-linear", **task)))
 
 
-@pytest.mark.parametrize(
-    ("family", "attention", "mlp"),
-    [
-        ("llama", {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}),
-        ("gpt2", {"c_attn", "c_proj"}, {"c_fc", "c_proj"}),
-        ("neox", {"query_key_value", "dense"}, {"dense_h_to_4h", "dense_4h_to_h"}),
-        ("phi3", {"qkv_proj", "o_proj"}, {"gate_up_proj", "down_proj"}),
-        ("bert", {"query", "key", "value", "dense"}, {"dense"}),
-        ("albert", {"query", "key", "value", "dense"}, {"ffn", "ffn_output"}),
-        ("t5", {"q", "k", "v", "o"}, {"wi", "wo"}),
-        ("vit", {"q_proj", "k_proj", "v_proj", "o_proj"}, {"fc1", "fc2"}),
-    ],
-)
+_ATTENTION_AND_MLP = [
+    ("llama", {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}),
+    ("gpt2", {"c_attn", "c_proj"}, {"c_fc", "c_proj"}),
+    ("neox", {"query_key_value", "dense"}, {"dense_h_to_4h", "dense_4h_to_h"}),
+    ("phi3", {"qkv_proj", "o_proj"}, {"gate_up_proj", "down_proj"}),
+    ("bert", {"query", "key", "value", "dense"}, {"dense"}),
+    ("albert", {"query", "key", "value", "dense"}, {"ffn", "ffn_output"}),
+    ("t5", {"q", "k", "v", "o"}, {"wi", "wo"}),
+    ("vit", {"q_proj", "k_proj", "v_proj", "o_proj"}, {"fc1", "fc2"}),
+]
+
+
+@pytest.mark.parametrize(("family", "attention", "mlp"), _ATTENTION_AND_MLP)
 def test_attention_and_mlp_select_by_name(family, attention, mlp):
     model = tiny(family)
     assert _last_components(model, target_modules="attention") == attention
@@ -102,9 +102,8 @@ _HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
 def test_mamba_step_projection_is_rejected_by_name(model_type, overrides):
     model = _make_model(model_type, **overrides)
     for targets in (["dt_proj"], ["in_proj", "dt_proj"], r".*\.dt_proj", "all-linear"):
-        assert re.search(
-            r"dt_proj' cannot be adapted: .*without calling", _rejection_message(model, target_modules=targets)
-        )
+        message = _rejection_message(model, target_modules=targets)
+        assert re.search(r"dt_proj' cannot be adapted: .*without calling", message)
     message = _rejection_message(model, target_modules=[], target_parameters=["dt_proj.weight"])
     assert re.search(r"dt_proj\.weight' cannot be adapted: .*without calling", message)
     attach(model, LoRAConfig(rank=2, target_modules=["in_proj", "x_proj"]))
@@ -203,50 +202,46 @@ def _rejection_message(model: nn.Module, **settings: object) -> str:
 _LIN, _NO_MODULES = {"target_modules": ["lin"]}, {"target_modules": []}
 
 
-@pytest.mark.parametrize(
-    ("make", "settings", "pattern"),
-    [
-        (_llama, {"target_modules": ["q_proj", "v_porj"]}, "target_modules.*v_proj"),
-        (_llama, {"target_modules": ["proj"]}, "matches no module"),
-        (_llama, {"target_modules": "q_proj"}, r"\['q_proj'\]"),
-        (_llama, {"target_modules": ["mlp"]}, "gate_proj"),
-        (_llama, {"target_modules": ["up_proj"], "exclude_modules": ["mlp"]}, "leaves nothing"),
-        (_llama, {"exclude_modules": ["up_prj"]}, "exclude_modules.*up_proj"),
-        (_llama, {"rank_pattern": {"k_prj": 2}}, "rank_pattern.*k_proj"),
-        (_llama, {"alpha_pattern": {"down": 2.0}}, "alpha_pattern.*down_proj"),
-        (_llama, {"train_modules": ["lm_heat"]}, "train_modules.*lm_head"),
-        (_llama, {"layers": "1-7"}, "layers.*0 to 1"),
-        (_llama, {"layers": [5]}, "layers.*0 to 1"),
-        (_llama, {"target_modules": ["all-linear"]}, "target_modules.*without a list"),
-        (_llama, {"target_modules": ["q_proj"], "rank_pattern": {"up_proj": 2}}, "rank_pattern.*q_proj"),
-        (lambda: causal_model("mixtral"), {"target_modules": ["experts"]}, "MixtralExperts"),
-        (lambda: causal_model("mamba"), {"target_modules": ["out_proj"]}, "fused kernels"),
-        (lambda: nn.Linear(3, 3), {}, "from_linear"),
-        (_module_dict(norm=nn.LayerNorm(4), lin=nn.Linear(4, 4)), {"target_modules": ["norm"]}, "LayerNorm"),
-        (_module_dict(layer=_encoder()), {"target_modules": ["out_proj"]}, r"as a whole: 'layer\.self_attn'"),
-        (
-            _module_dict(layer=_encoder()),
-            {**_NO_MODULES, "target_parameters": ["out_proj.weight"]},
-            "without calling it",
-        ),
-        (_encoder, {"dora": True}, r"nn\.MultiheadAttention has no dora"),
-        (_Parts, {**_LIN, "target_parameters": ["holder.frist"]}, "'holder.frist' matches no parameter.*holder.first"),
-        (_Parts, {**_LIN, "target_parameters": ["direct"]}, "a parameter of the model itself"),
-        (_Parts, {**_LIN, "target_parameters": ["first"]}, "has no forward that uses it"),
-        (_Parts, {**_LIN, "target_parameters": ["flat"]}, "1 dimensions"),
-        (_Parts, {**_LIN, "target_parameters": ["integers"]}, "int64"),
-        (_Parts, {**_LIN, "target_parameters": ["lin.weight"]}, "target_modules adapts its module"),
-        (_Parts, {**_NO_MODULES, "target_parameters": ["lin.weight"], "train_modules": ["lin"]}, "in full"),
-        (_Parts, {**_NO_MODULES, "target_parameters": ["embed.weight"], "init": "pissa"}, "init 'pissa'"),
-        (_Parts, {**_LIN, "trainable_token_indices": [7]}, "token 7 is not in 'embed', which has 7 rows"),
-        (_Parts, {**_LIN, "trainable_token_indices": [1]}, "padding"),
-        (_Parts, {**_LIN, "trainable_token_indices": {"embedd": [2]}}, "matches no module.*embed"),
-        (_Parts, {**_LIN, "trainable_token_indices": {"holder": [2]}}, "neither an embedding nor a linear head"),
-        (_Parts, {"trainable_token_indices": [2], "target_modules": ["embed"]}, "adapts it already"),
-        (_Parts, {"trainable_token_indices": [2], "target_modules": ["tied"]}, "'embed' is tied to 'tied'"),
-        (_Parts, {**_LIN, "trainable_token_indices": [2], "train_modules": ["embed"]}, "trains it in full"),
-        (_Parts, {"target_modules": ["embed"], "lora_bias": True}, "lora_bias does not support embeddings"),
-    ],
-)
+_UNSUPPORTED_TARGETS = [
+    (_llama, {"target_modules": ["q_proj", "v_porj"]}, "target_modules.*v_proj"),
+    (_llama, {"target_modules": ["proj"]}, "matches no module"),
+    (_llama, {"target_modules": "q_proj"}, r"\['q_proj'\]"),
+    (_llama, {"target_modules": ["mlp"]}, "gate_proj"),
+    (_llama, {"target_modules": ["up_proj"], "exclude_modules": ["mlp"]}, "leaves nothing"),
+    (_llama, {"exclude_modules": ["up_prj"]}, "exclude_modules.*up_proj"),
+    (_llama, {"rank_pattern": {"k_prj": 2}}, "rank_pattern.*k_proj"),
+    (_llama, {"alpha_pattern": {"down": 2.0}}, "alpha_pattern.*down_proj"),
+    (_llama, {"train_modules": ["lm_heat"]}, "train_modules.*lm_head"),
+    (_llama, {"layers": "1-7"}, "layers.*0 to 1"),
+    (_llama, {"layers": [5]}, "layers.*0 to 1"),
+    (_llama, {"target_modules": ["all-linear"]}, "target_modules.*without a list"),
+    (_llama, {"target_modules": ["q_proj"], "rank_pattern": {"up_proj": 2}}, "rank_pattern.*q_proj"),
+    (lambda: causal_model("mixtral"), {"target_modules": ["experts"]}, "MixtralExperts"),
+    (lambda: causal_model("mamba"), {"target_modules": ["out_proj"]}, "fused kernels"),
+    (lambda: nn.Linear(3, 3), {}, "from_linear"),
+    (_module_dict(norm=nn.LayerNorm(4), lin=nn.Linear(4, 4)), {"target_modules": ["norm"]}, "LayerNorm"),
+    (_module_dict(layer=_encoder()), {"target_modules": ["out_proj"]}, r"as a whole: 'layer\.self_attn'"),
+    (_module_dict(layer=_encoder()), {**_NO_MODULES, "target_parameters": ["out_proj.weight"]}, "without calling it"),
+    (_encoder, {"dora": True}, r"nn\.MultiheadAttention has no dora"),
+    (_Parts, {**_LIN, "target_parameters": ["holder.frist"]}, "'holder.frist' matches no parameter.*holder.first"),
+    (_Parts, {**_LIN, "target_parameters": ["direct"]}, "a parameter of the model itself"),
+    (_Parts, {**_LIN, "target_parameters": ["first"]}, "has no forward that uses it"),
+    (_Parts, {**_LIN, "target_parameters": ["flat"]}, "1 dimensions"),
+    (_Parts, {**_LIN, "target_parameters": ["integers"]}, "int64"),
+    (_Parts, {**_LIN, "target_parameters": ["lin.weight"]}, "target_modules adapts its module"),
+    (_Parts, {**_NO_MODULES, "target_parameters": ["lin.weight"], "train_modules": ["lin"]}, "in full"),
+    (_Parts, {**_NO_MODULES, "target_parameters": ["embed.weight"], "init": "pissa"}, "init 'pissa'"),
+    (_Parts, {**_LIN, "trainable_token_indices": [7]}, "token 7 is not in 'embed', which has 7 rows"),
+    (_Parts, {**_LIN, "trainable_token_indices": [1]}, "padding"),
+    (_Parts, {**_LIN, "trainable_token_indices": {"embedd": [2]}}, "matches no module.*embed"),
+    (_Parts, {**_LIN, "trainable_token_indices": {"holder": [2]}}, "neither an embedding nor a linear head"),
+    (_Parts, {"trainable_token_indices": [2], "target_modules": ["embed"]}, "adapts it already"),
+    (_Parts, {"trainable_token_indices": [2], "target_modules": ["tied"]}, "'embed' is tied to 'tied'"),
+    (_Parts, {**_LIN, "trainable_token_indices": [2], "train_modules": ["embed"]}, "trains it in full"),
+    (_Parts, {"target_modules": ["embed"], "lora_bias": True}, "lora_bias does not support embeddings"),
+]
+
+
+@pytest.mark.parametrize(("make", "settings", "pattern"), _UNSUPPORTED_TARGETS)
 def test_unsupported_target_error_names_closest_match(make, settings, pattern):
     assert re.search(pattern, message := _rejection_message(make(), **settings), re.DOTALL), message

@@ -110,17 +110,17 @@ CONTAINER = {GROUP: "5:cpu,cpuacct:/docker/abc\n4:memory:/docker/abc\n0::/"}
 CGROUP_V1 = {**CONTAINER, f"{CGROUP}/cpu,cpuacct/cpu.cfs_period_us": 100000}
 
 
-@pytest.mark.parametrize(
-    ("files", "threads"),
-    [
-        ({GROUP: "0::/", f"{CGROUP}/cpu.max": "250000 100000"}, 2),
-        ({GROUP: "0::/", f"{CGROUP}/cpu.max": "50000 100000"}, 1),
-        ({GROUP: "0::/", f"{CGROUP}/cpu.max": "max 100000"}, 8),
-        ({**SESSION, f"{CGROUP}/user.slice/cpu.max": "300000 100000"}, 3),
-        ({**CGROUP_V1, f"{CGROUP}/cpu,cpuacct/cpu.cfs_quota_us": 400000}, 4),
-        ({**CGROUP_V1, f"{CGROUP}/cpu,cpuacct/cpu.cfs_quota_us": -1}, 8),
-    ],
-)
+CPU_QUOTAS = [
+    ({GROUP: "0::/", f"{CGROUP}/cpu.max": "250000 100000"}, 2),
+    ({GROUP: "0::/", f"{CGROUP}/cpu.max": "50000 100000"}, 1),
+    ({GROUP: "0::/", f"{CGROUP}/cpu.max": "max 100000"}, 8),
+    ({**SESSION, f"{CGROUP}/user.slice/cpu.max": "300000 100000"}, 3),
+    ({**CGROUP_V1, f"{CGROUP}/cpu,cpuacct/cpu.cfs_quota_us": 400000}, 4),
+    ({**CGROUP_V1, f"{CGROUP}/cpu,cpuacct/cpu.cfs_quota_us": -1}, 8),
+]
+
+
+@pytest.mark.parametrize(("files", "threads"), CPU_QUOTAS)
 def test_cpu_quota_of_any_group_limits_threads(fake: FakeMachine, files: dict[str, object], threads: int) -> None:
     fake.write(files)
     chosen = choices.choose_threads(root=fake.root)
@@ -136,20 +136,20 @@ def test_requested_thread_count_is_used(fake: FakeMachine, monkeypatch: pytest.M
     assert choices.choose_threads(root=fake.root) == choices.Choice(3, "OMP_NUM_THREADS")
 
 
-@pytest.mark.parametrize(
-    ("files", "limit"),
-    [
-        ({}, None),
-        ({GROUP: "0::/a/b", f"{CGROUP}/a/b/memory.max": "max", f"{CGROUP}/a/memory.max": 3 * GIB}, 3 * GIB),
-        ({GROUP: "0::/a/b", f"{CGROUP}/a/b/memory.max": "max", f"{CGROUP}/a/memory.high": 3 * GIB}, 3 * GIB),
-        ({GROUP: "4:memory:/jobs/7", f"{CGROUP}/memory/jobs/7/memory.limit_in_bytes": 2 * GIB}, 2 * GIB),
-        ({GROUP: "4:memory:/jobs/7", f"{CGROUP}/memory/jobs/7/memory.limit_in_bytes": 9223372036854771712}, None),
-        (
-            {GROUP: "0::/../../elsewhere", f"{CGROUP}/memory.max": GIB},
-            GIB,
-        ),  # outside the namespace: the limit of the mount applies
-    ],
-)
+MEMORY_LIMITS = [
+    ({}, None),
+    ({GROUP: "0::/a/b", f"{CGROUP}/a/b/memory.max": "max", f"{CGROUP}/a/memory.max": 3 * GIB}, 3 * GIB),
+    ({GROUP: "0::/a/b", f"{CGROUP}/a/b/memory.max": "max", f"{CGROUP}/a/memory.high": 3 * GIB}, 3 * GIB),
+    ({GROUP: "4:memory:/jobs/7", f"{CGROUP}/memory/jobs/7/memory.limit_in_bytes": 2 * GIB}, 2 * GIB),
+    ({GROUP: "4:memory:/jobs/7", f"{CGROUP}/memory/jobs/7/memory.limit_in_bytes": 9223372036854771712}, None),
+    (
+        {GROUP: "0::/../../elsewhere", f"{CGROUP}/memory.max": GIB},
+        GIB,
+    ),  # outside the namespace: the limit of the mount applies
+]
+
+
+@pytest.mark.parametrize(("files", "limit"), MEMORY_LIMITS)
 def test_memory_limit_is_physical_or_of_any_group(fake, files, limit):
     fake.write(files)
     expected = (16 * GIB, "physical memory") if limit is None else (limit, "control group limit")

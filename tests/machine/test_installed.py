@@ -6,8 +6,8 @@ import importlib.metadata
 
 import pytest
 
-from deltaw.machine import installed
-from deltaw.machine.installed import packages
+from deltaw.reports import doctor as installed
+from deltaw.reports.doctor import packages
 
 
 @pytest.fixture(autouse=True)

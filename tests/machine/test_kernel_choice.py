@@ -63,16 +63,16 @@ def measurements(monkeypatch, tmp_path):
 CLOSE, FAR = ({"high:dot": 100, "low:dot": low, "torch": 50} for low in (105, 150))
 
 
-@pytest.mark.parametrize(
-    ("rates", "expected"),
-    [
-        ([{"a:dot": 9, "torch": 8}, {"a:dot": 5, "a:wide": 9}, {"a:dot": 9, "a:tiles": 20}], "a dot wide tiles"),
-        ([{"a:dot": 100, "torch": 104}, {"a:dot": 100, "torch": 900}, {"a:dot": 900, "torch": 50}], "a dot torch dot"),
-        # A process uses one variant for all types. A lower one is chosen only if it is clearly faster.
-        ([CLOSE] * 3, "high dot dot dot"),
-        ([FAR] * 3, "low dot dot dot"),
-    ],
-)
+FASTEST_ARITHMETIC = [
+    ([{"a:dot": 9, "torch": 8}, {"a:dot": 5, "a:wide": 9}, {"a:dot": 9, "a:tiles": 20}], "a dot wide tiles"),
+    ([{"a:dot": 100, "torch": 104}, {"a:dot": 100, "torch": 900}, {"a:dot": 900, "torch": 50}], "a dot torch dot"),
+    # A process uses one variant for all types. A lower one is chosen only if it is clearly faster.
+    ([CLOSE] * 3, "high dot dot dot"),
+    ([FAR] * 3, "low dot dot dot"),
+]
+
+
+@pytest.mark.parametrize(("rates", "expected"), FASTEST_ARITHMETIC)
 def test_fastest_arithmetic_is_chosen_per_type(rates, expected):
     kernels, fp32, bf16, int8 = expected.split()
     assert choice_of(*rates).arithmetic == Arithmetic(kernels, fp32=fp32, bf16=bf16, int8=int8)
@@ -85,20 +85,20 @@ def test_torch_is_chosen_without_kernels():
 BOTH, SUMS = ("int8_logits", "int8_gradients"), "summed_classes"
 
 
-@pytest.mark.parametrize(
-    ("bf16", "int8", "approximations"),
-    [
-        ({"a:dot": 300}, {"a:dot": 600}, {*BOTH, SUMS}),
-        ({"a:dot": 300}, {"a:dot": 310}, {SUMS}),
-        ({"a:dot": 600}, {"a:dot": 500}, {SUMS}),
-        ({"a:dot": 100}, {"a:dot": 100, "torch": 900}, {SUMS}),  # int8 approximations need compiled kernels
-        (
-            {"a:dot": 100, "torch": 300},
-            {"a:dot": 900, "torch": 50},
-            {"int8_logits", SUMS},
-        ),  # gradients are computed by torch
-    ],
-)
+ENABLED_APPROXIMATIONS = [
+    ({"a:dot": 300}, {"a:dot": 600}, {*BOTH, SUMS}),
+    ({"a:dot": 300}, {"a:dot": 310}, {SUMS}),
+    ({"a:dot": 600}, {"a:dot": 500}, {SUMS}),
+    ({"a:dot": 100}, {"a:dot": 100, "torch": 900}, {SUMS}),  # int8 approximations need compiled kernels
+    (
+        {"a:dot": 100, "torch": 300},
+        {"a:dot": 900, "torch": 50},
+        {"int8_logits", SUMS},
+    ),  # gradients are computed by torch
+]
+
+
+@pytest.mark.parametrize(("bf16", "int8", "approximations"), ENABLED_APPROXIMATIONS)
 def test_approximations_are_enabled_if_clearly_faster(bf16, int8, approximations, monkeypatch):
     rates = KERNELS, {"torch": 10, **bf16}, {"torch": 10, **int8}
     assert set(choice_of(*rates).approximations) == approximations
@@ -122,12 +122,9 @@ def test_rates_are_measured_once_and_cached(measurements):
     assert choose_kernels(SIZES, 1).rates == first.rates and len(measurements) == 1
 
 
-MACHINE_CHANGES = {
-    "processor": ("processor_name", lambda: "another"),
-    "flags": ("processor_flags", lambda: {"another"}),
-    "cache": ("second_level_cache", lambda: 1),
-    "kernels": ("_libraries", lambda names: [["another", "build"]]),
-}
+MACHINE_CHANGES = {"processor": ("processor_name", lambda: "another")}
+MACHINE_CHANGES |= {"flags": ("processor_flags", lambda: {"another"}), "cache": ("second_level_cache", lambda: 1)}
+MACHINE_CHANGES |= {"kernels": ("_libraries", lambda names: [["another", "build"]])}
 
 
 @pytest.mark.parametrize("change", ["threads", "sizes", "torch", "code", "variable", *MACHINE_CHANGES])
@@ -168,9 +165,8 @@ def test_implausible_rates_are_rejected(rate):
 
 def test_disturbed_measurement_is_not_cached(measurements, monkeypatch):
     real = product_rates.measure
-    monkeypatch.setattr(
-        product_rates, "measure", lambda *arguments: ProductRates(real(*arguments).rates, disturbed=True)
-    )
+    disturbed = lambda *arguments: ProductRates(real(*arguments).rates, disturbed=True)  # noqa: E731
+    monkeypatch.setattr(product_rates, "measure", disturbed)
     assert "busy" in choose_kernels(SIZES, 1).why("bf16")
     ((key, _),) = product_rates._used.values()
     assert load_result(product_rates.KIND, key) is None
@@ -237,15 +233,15 @@ def test_choice_reports_reason_and_faster_precision(monkeypatch):
     assert KernelChoice(choice.arithmetic, SIZES, 2, slower).faster_precision("bf16") is None
 
 
-@pytest.mark.parametrize(
-    ("config", "sizes"),
-    [
-        (LlamaConfig(hidden_size=576, intermediate_size=1536, num_attention_heads=9), (576, 1536, 576)),
-        (LlamaConfig(hidden_size=64, intermediate_size=96, num_attention_heads=4, head_dim=32), (64, 96, 128)),
-        (GPT2Config(n_embd=48, n_head=4), (48, 192, 48)),
-        (object(), (1024, 4096, 1024)),
-    ],
-)
+CONFIG_SIZES = [
+    (LlamaConfig(hidden_size=576, intermediate_size=1536, num_attention_heads=9), (576, 1536, 576)),
+    (LlamaConfig(hidden_size=64, intermediate_size=96, num_attention_heads=4, head_dim=32), (64, 96, 128)),
+    (GPT2Config(n_embd=48, n_head=4), (48, 192, 48)),
+    (object(), (1024, 4096, 1024)),
+]
+
+
+@pytest.mark.parametrize(("config", "sizes"), CONFIG_SIZES)
 def test_sizes_are_derived_from_model_config(config, sizes):
     assert sizes_of(config) == Sizes(*sizes)
 
@@ -264,6 +260,4 @@ def test_override_none_measures_only_torch(monkeypatch):
     with loader.temporary_arithmetic():
         loader.use_arithmetic(None)
         rates = product_rates.measure(Sizes(64, 64, 64), 1).rates
-    assert {stored: list(by_name) for stored, by_name in rates.items()} == {
-        stored: ["torch"] for stored in WEIGHT_TYPES
-    }
+    assert all(list(by_name) == ["torch"] for by_name in rates.values()) and rates.keys() == set(WEIGHT_TYPES)

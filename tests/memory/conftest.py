@@ -15,19 +15,17 @@ from transformers import PreTrainedModel
 from deltaw.lora import LoRAConfig, LoRALayer, attach
 
 VOCABULARY = 2000
-IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+END = {"bos_token_id": 1, "eos_token_id": 2}
+IDS = {"pad_token_id": 0, **END}
+GEMMA = {"num_key_value_heads": 2, "head_dim": 32, "sliding_window": 32}
 LAYERS = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3, "num_attention_heads": 4}
 SHAPE = {**LAYERS, "vocab_size": VOCABULARY, "max_position_embeddings": 512}
 
 CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "llama": lambda: transformers.LlamaConfig(**SHAPE, **IDS, num_key_value_heads=2),
     "tied llama": lambda: transformers.LlamaConfig(**SHAPE, **IDS, tie_word_embeddings=True),
-    "gemma": lambda: transformers.Gemma3TextConfig(
-        **SHAPE, **IDS, num_key_value_heads=2, head_dim=32, sliding_window=32
-    ),
-    "gpt2": lambda: transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_embd=128, n_layer=3, n_head=4, bos_token_id=1, eos_token_id=2
-    ),
+    "gemma": lambda: transformers.Gemma3TextConfig(**SHAPE, **IDS, **GEMMA),
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=128, n_layer=3, n_head=4, **END),
     "bert": lambda: transformers.BertConfig(**SHAPE, num_labels=5),
     "vit": lambda: transformers.ViTConfig(**LAYERS, image_size=64, patch_size=8, num_labels=5),
 }

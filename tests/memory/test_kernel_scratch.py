@@ -12,9 +12,9 @@ from deltaw.kernels.layout import Layout
 from deltaw.kernels.linear import LinearProduct
 from deltaw.kernels.processor import second_level_cache
 from deltaw.kernels.quantize import quantize_rows
-from deltaw.memory.measure import peak_tensor_bytes
 from deltaw.memory.scratch import arena_bytes, scratch_bytes
 from tests.kernels.conftest import compiled_only, threads  # noqa: F401
+from tests.peak_memory import peak_tensor_bytes
 
 pytestmark = [compiled_only, pytest.mark.usefixtures("threads")]
 ops = torch.ops.deltaw
@@ -154,9 +154,8 @@ def test_torch_products_match_plan(dtype, int8, in_blocks):
     A, B = random_factors(576, 1536)
     alive = [t for t in (x, grad, weight, scale, A, B) if t is not None]
     with loader.temporary_arithmetic(Arithmetic(loader.variant())):
-        for operator, args in product_calls(
-            LinearProduct(weight, True, scale, None, None, A, B, 1.0, in_blocks), x, grad
-        ):
+        product = LinearProduct(weight, True, scale, None, None, A, B, 1.0, in_blocks)
+        for operator, args in product_calls(product, x, grad):
             results = bytes_of(*operator(*args))
             peak = peak_tensor_bytes(lambda operator=operator, args=args: operator(*args), alive=alive)
             planned, measured = scratch_bytes(operator.default, args), peak - bytes_of(*alive) - results

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deltaw.memory.measure import peak_tensor_bytes
 from deltaw.runtime.packed import fused_blocks
 from deltaw.runtime.quantized_weights import quantize_int8
 from tests.kernels.conftest import compiled_only
+from tests.peak_memory import peak_tensor_bytes
 from tests.runtime.families import attach_adapter, model_of
 from tests.runtime.test_fused import outputs_and_gradients, record_calls
 
@@ -38,5 +38,4 @@ def test_one_call_peak_is_close_to_that_of_halves(family, int8, monkeypatch):
     monkeypatch.setattr("deltaw.runtime.fused.can_call_directly", lambda *args: True)
     with record_calls(monkeypatch) as calls:
         one_call = peak()
-    assert calls.count("forward") == calls.count("backward") == BLOCKS
-    assert one_call == pytest.approx(halves, rel=0.06)
+    assert calls.count("forward") == calls.count("backward") == BLOCKS and one_call == pytest.approx(halves, rel=0.06)

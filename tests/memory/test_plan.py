@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from deltaw.memory.plan import KINDS, FittingPlan, Footprint, Plan, resident_parts
+from deltaw.memory.plan import KINDS, FittingPlan, Footprint, OtherBytes, Plan, resident_parts
 
 MB = 10**6
 
@@ -18,38 +18,33 @@ def footprint(**parts: int) -> Footprint:
 
 
 def resident_bytes(tensors: Footprint, *, process: int = 300 * MB, kernels: int = 0) -> dict[str, int]:
-    return resident_parts(tensors, process_bytes=process, kernel_bytes=kernels)[0]
+    return resident_parts(tensors, process, OtherBytes(kernels=kernels))[0]
 
 
 def test_process_includes_tensors_and_kernels() -> None:
     tensors = footprint(weights=100 * MB, workspace=20 * MB)
     parts = resident_bytes(tensors)
     assert parts["tensors"] == tensors.peak_bytes and parts["process"] == 300 * MB
-    assert sum(parts.values()) > tensors.peak_bytes + 300 * MB
-    assert all(size >= 0 for size in parts.values())
+    assert sum(parts.values()) > tensors.peak_bytes + 300 * MB and all(size >= 0 for size in parts.values())
     assert resident_bytes(tensors, kernels=7 * MB)["kernels"] == parts["kernels"] + 7 * MB
 
 
-@pytest.mark.parametrize(
-    ("phase", "argument", "size", "expected"),
-    [
-        ("reading", "reading_bytes", 900 * MB, 900 * MB),
-        ("loading", "mapped_bytes", 500 * MB, 900 * MB),
-        ("saving", "saving_bytes", 500 * MB, 910 * MB),
-    ],
-)
+PEAKS = [("reading", "reading", 900 * MB, 900 * MB), ("loading", "mapped", 500 * MB, 900 * MB)]
+PEAKS += [("saving", "saving", 500 * MB, 910 * MB)]
+
+
+@pytest.mark.parametrize(("phase", "argument", "size", "expected"), PEAKS)
 def test_largest_phase_is_peak_and_equals_sum_of_parts(phase, argument, size, expected) -> None:
     tensors = footprint(weights=100 * MB, trained=10 * MB, activations=50 * MB)
-    parts, phases = resident_parts(tensors, process_bytes=300 * MB, **{argument: size})
-    assert max(phases, key=lambda name: phases[name]) == phase
-    assert sum(parts.values()) == phases[phase] == expected
+    parts, phases = resident_parts(tensors, 300 * MB, OtherBytes(**{argument: size}))
+    assert max(phases, key=lambda name: phases[name]) == phase and sum(parts.values()) == phases[phase] == expected
     assert parts[phase] == expected - phases["training"]
-    smaller, phases = resident_parts(tensors, process_bytes=300 * MB, **{argument: 40 * MB})
+    smaller, phases = resident_parts(tensors, 300 * MB, OtherBytes(**{argument: 40 * MB}))
     assert sum(smaller.values()) == phases["training"] == max(phases.values()) and smaller[phase] == 0
 
 
 def test_mapped_file_counts_for_process_but_not_for_tensors() -> None:
-    parts, _ = resident_parts(footprint(weights=MB), process_bytes=0, feature_bytes=5 * MB)
+    parts, _ = resident_parts(footprint(weights=MB), 0, OtherBytes(features=5 * MB))
     assert parts["tensors"] == MB and parts["features"] == 5 * MB
 
 
@@ -76,13 +71,11 @@ def test_plan_and_fitting_plan_convert_to_json() -> None:
 
 def test_retained_memory_of_allocator_counts_for_process() -> None:
     tensors = footprint(weights=100 * MB, activations=20 * MB)
-    assert (
-        resident_bytes(replace(tensors, retained_bytes=7 * MB))["allocator"]
-        == resident_bytes(tensors)["allocator"] + 7 * MB
-    )
+    more = resident_bytes(replace(tensors, retained_bytes=7 * MB))["allocator"]
+    assert more == resident_bytes(tensors)["allocator"] + 7 * MB
 
 
 def test_rollouts_are_a_phase_in_addition_to_persistent_tensors() -> None:
     tensors = footprint(weights=100 * MB, trained=10 * MB, activations=50 * MB)
-    _, phases = resident_parts(tensors, process_bytes=300 * MB, rollout_bytes=100 * MB)
+    _, phases = resident_parts(tensors, 300 * MB, OtherBytes(rollouts=100 * MB))
     assert 510 * MB < phases["rollouts"] < 520 * MB

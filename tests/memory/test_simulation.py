@@ -9,28 +9,20 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from deltaw.memory.measure import peak_tensor_bytes
 from deltaw.memory.plan import KINDS
 from deltaw.memory.simulation import fake_tensors, simulate
 from tests.memory.conftest import CONFIGS, VOCABULARY, prepare_model, two_steps
+from tests.peak_memory import peak_tensor_bytes
+from tests.training.runs import slow_except
 
 LORA = [(family, dtype, "lora", False) for family in CONFIGS for dtype in ("fp32", "bf16")]
-QUICK = [
-    ("llama", "fp32", "lora", True),
-    ("llama", "bf16", "lora with dropout", True),
-    ("tied llama", "fp32", "lora", False),
-    ("gemma", "bf16", "lora", False),
-    ("gpt2", "fp32", "full", False),
-    ("bert", "bf16", "full", False),
-    ("vit", "fp32", "lora", True),
-]
-SLOW = [*(case for case in LORA if case not in QUICK), ("bert", "fp32", "lora", True)]
+QUICK = [("llama", "fp32", "lora", True), ("llama", "bf16", "lora with dropout", True)]
+QUICK += [("tied llama", "fp32", "lora", False), ("gemma", "bf16", "lora", False), ("gpt2", "fp32", "full", False)]
+QUICK += [("bert", "bf16", "full", False), ("vit", "fp32", "lora", True)]
+CASES = [*QUICK, *(case for case in LORA if case not in QUICK), ("bert", "fp32", "lora", True)]
 
 
-@pytest.mark.parametrize(
-    ("family", "dtype", "method", "checkpointing"),
-    [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
-)
+@pytest.mark.parametrize(("family", "dtype", "method", "checkpointing"), slow_except(*QUICK, names=CASES))
 def test_predicted_peak_matches_allocator(family: str, dtype: str, method: str, checkpointing: bool) -> None:
     with fake_tensors():
         model = prepare_model(family, dtype, method, checkpointing)
@@ -50,23 +42,19 @@ def test_parts_sum_to_peak_and_checkpointing_lowers_it() -> None:
         footprints.append(simulate(two_steps(model), models=[model], vocabularies=[VOCABULARY]))
     footprint = footprints[0]
     assert footprints[1].peak_bytes < footprint.peak_bytes
-    assert tuple(footprint.parts) == KINDS
-    assert sum(footprint.parts.values()) == footprint.peak_bytes
+    assert tuple(footprint.parts) == KINDS and sum(footprint.parts.values()) == footprint.peak_bytes
     trained = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
     # Two moments per parameter and one step count per tensor.
     tensors = sum(p.requires_grad for p in model.parameters())
-    assert footprint.parts["trained"] == trained
-    assert footprint.parts["optimizer"] in (0, 2 * trained + 4 * tensors)
-    assert footprint.parts["logits"] >= 6 * 70 * VOCABULARY * 4
-    assert footprint.parts["activations"] > 0
+    assert footprint.parts["trained"] == trained and footprint.parts["optimizer"] in (0, 2 * trained + 4 * tensors)
+    assert footprint.parts["logits"] >= 6 * 70 * VOCABULARY * 4 and footprint.parts["activations"] > 0
     assert max(size for _, size in footprint.timeline) <= footprint.peak_bytes
 
 
 def test_integers_are_real_and_fake_scalars_are_one() -> None:
     with fake_tensors():
         mask = torch.arange(6)[None] < torch.tensor([[2], [6]])
-        assert type(mask) is torch.Tensor
-        assert mask.sum().item() == 8 and not mask.all()
+        assert type(mask) is torch.Tensor and mask.sum().item() == 8 and not mask.all()
         assert mask.nonzero().shape == (8, 2)
         assert torch.zeros(6, 3)[torch.tensor([True, False, True, False, False, False])].shape == (2, 3)
         values = torch.randn(3)

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from deltaw.machine.memory import MAX_RETAINED_BYTES, trim_memory
-from deltaw.memory.measure import peak_tensor_bytes, storage_bytes
 from deltaw.memory.simulation import MemoryTracker
 from deltaw.memory.work import WorkCounter
+from tests.peak_memory import peak_tensor_bytes, storage_bytes
 
 
 def test_storage_counts_until_last_view_is_freed() -> None:
@@ -21,8 +21,7 @@ def test_storage_counts_until_last_view_is_freed() -> None:
         del values
         assert tracker.footprint().steady_bytes == 4000
         del view
-        assert tracker.footprint().steady_bytes == 0
-        assert tracker.footprint().peak_bytes == 4000
+        assert tracker.footprint().steady_bytes == 0 and tracker.footprint().peak_bytes == 4000
 
 
 def test_existing_tensors_count_after_track() -> None:
@@ -55,9 +54,7 @@ def test_gradients_and_optimizer_state_are_distinguished() -> None:
         model(torch.zeros(1, 200)).sum().backward()
         optimizer.step()
     parts = tracker.footprint().parts
-    assert parts["trained"] == size
-    assert parts["gradients"] == size
-    assert 2 * size <= parts["optimizer"] <= 2 * size + 64
+    assert parts["trained"] == parts["gradients"] == size and 2 * size <= parts["optimizer"] <= 2 * size + 64
 
 
 def test_peak_counts_only_simultaneous_tensors() -> None:
@@ -94,20 +91,14 @@ def test_freed_small_blocks_remain_resident_before_large_block(small_first: bool
         torch.zeros(64 << 20, dtype=torch.uint8)
         if not small_first:
             torch.zeros(20 << 20, dtype=torch.uint8)
-    assert tracker.footprint().peak_bytes == 64 << 20
-    assert tracker.footprint().retained_bytes == retained
+    assert tracker.footprint().peak_bytes == 64 << 20 and tracker.footprint().retained_bytes == retained
 
 
-def test_block_at_allocator_limit_does_not_reuse_freed_blocks() -> None:
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_freed_blocks_are_retained_at_allocator_limit_until_trimmed(trimmed: bool) -> None:
     with MemoryTracker() as tracker:
         torch.zeros(MAX_RETAINED_BYTES // 2, dtype=torch.uint8)
+        if trimmed:
+            trim_memory()
         torch.zeros(MAX_RETAINED_BYTES, dtype=torch.uint8)
-    assert tracker.footprint().retained_bytes == MAX_RETAINED_BYTES // 2
-
-
-def test_trimmed_memory_is_not_counted_as_retained() -> None:
-    with MemoryTracker() as tracker:
-        torch.zeros(MAX_RETAINED_BYTES // 2, dtype=torch.uint8)
-        trim_memory()
-        torch.zeros(MAX_RETAINED_BYTES, dtype=torch.uint8)
-    assert tracker.footprint().retained_bytes == 0
+    assert tracker.footprint().retained_bytes == (0 if trimmed else MAX_RETAINED_BYTES // 2)

@@ -92,9 +92,8 @@ def count_product(rows: int, dtype: torch.dtype = torch.bfloat16) -> WorkCounter
 
 def test_kernel_bytes_grow_with_token_counts_up_to_capacity() -> None:
     half, full = count_product(2), count_product(2, torch.float32)
-    single, tenfold, at_capacity, above_capacity = (
-        kernel_bytes(half, varying=[({2}, n)]) for n in (1, 10, 2 * DEFAULT_CAPACITY, 3 * DEFAULT_CAPACITY)
-    )
+    counts = (1, 10, 2 * DEFAULT_CAPACITY, 3 * DEFAULT_CAPACITY)
+    single, tenfold, at_capacity, above_capacity = (kernel_bytes(half, varying=[({2}, n)]) for n in counts)
     assert tenfold == pytest.approx(10 * single) and single > kernel_bytes(full, varying=[({2}, 1)])
     assert 100 * single < at_capacity == above_capacity < 2 * DEFAULT_CAPACITY * single
     assert kernel_bytes(count_work(lambda: None), varying=[({2}, 5)], lengths=3) == 0

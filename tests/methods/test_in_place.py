@@ -12,13 +12,13 @@ import torch
 from transformers import PreTrainedModel
 
 from deltaw.data.packing import pad
-from deltaw.errors import UserError
 from deltaw.lora import OtherBaseModelWarning
 from deltaw.methods.base import Method
 from deltaw.methods.files import method_from_folder
 from deltaw.methods.in_place import Bias, Full, Head, Last, Random
 from deltaw.methods.settings import HeadSettings, LastSettings, RandomSettings
-from deltaw.training.tasks.causal_objective import CausalObjective
+from deltaw.training.causal_objective import CausalObjective
+from tests.conftest import refusal
 from tests.methods.rows import random_rows
 from tests.methods.test_trained_exactly import METHODS, run
 from tests.tiny_models import causal_model
@@ -39,9 +39,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("lora", "prompt")])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_saved_adapter_restores_trained_model_and_base(
-    family: str, name: str, dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_saved_adapter_restores_trained_model_and_base(family: str, name: str, dtype: torch.dtype, tmp_path) -> None:
     base, method = causal_model(family).to(dtype), METHODS[name]()
     model = train_model(copy.deepcopy(base), method)
     assert not torch.equal(logits(model), logits(base))
@@ -53,8 +51,7 @@ def test_saved_adapter_restores_trained_model_and_base(
     with pytest.raises(ZeroDivisionError), restored.base_model_active(loaded):
         assert torch.equal(logits(loaded), logits(base))
         raise ZeroDivisionError
-    assert torch.equal(logits(loaded), logits(model))
-    assert not any(p.requires_grad for p in loaded.parameters())
+    assert torch.equal(logits(loaded), logits(model)) and not any(p.requires_grad for p in loaded.parameters())
     with restored.base_model_active(loaded.double()):
         assert {p.dtype for p in loaded.parameters()} == {torch.float64}
 
@@ -96,8 +93,7 @@ def test_training_tied_head_leaves_embedding_unchanged() -> None:
     assert model.lm_head.weight is model.transformer.wte.weight
     before = model.transformer.wte.weight.detach().clone()
     train_model(model, Head(HeadSettings()))
-    assert torch.equal(model.transformer.wte.weight, before)
-    assert not torch.equal(model.lm_head.weight, before)
+    assert torch.equal(model.transformer.wte.weight, before) and not torch.equal(model.lm_head.weight, before)
 
 
 @pytest.mark.parametrize("method", [Head(HeadSettings()), Full()], ids=["head", "full"])
@@ -127,8 +123,7 @@ def test_bias_method_adds_zero_biases_to_model_without_biases() -> None:
     base = causal_model("llama")
     model = copy.deepcopy(base)
     method = Bias()
-    assert "zero bias was added" in method.prepare(model, seed=0)
-    assert torch.equal(logits(model), logits(base))
+    assert "zero bias was added" in method.prepare(model, seed=0) and torch.equal(logits(model), logits(base))
     assert all(name.endswith(".bias") for name, _ in method.parameters(model))
 
 
@@ -148,12 +143,9 @@ def test_invalid_settings_and_adapters_raise(tmp_path: Path) -> None:
         (Head(HeadSettings(modules=["lm_heat"])), "the model has no module"),
         (Random(RandomSettings(weights=10**9)), "weights, but the model has"),
     ):
-        with pytest.raises(UserError, match=message):
-            invalid.prepare(model, seed=0)
+        refusal(invalid.prepare, model, seed=0, match=message)
     method = Full()
     method.prepare(model, seed=0)
     method.save(model, tmp_path, base_model="tiny")
-    with pytest.raises(UserError, match=r"does not have|in the adapter and"):
-        Full().load(causal_model("gpt2"), tmp_path)
-    with pytest.raises(UserError, match="its method is 'full'"):
-        Last(LastSettings()).load(model, tmp_path)
+    refusal(Full().load, causal_model("gpt2"), tmp_path, match=r"does not have|in the adapter and")
+    refusal(Last(LastSettings()).load, model, tmp_path, match="its method is 'full'")

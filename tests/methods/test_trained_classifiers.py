@@ -11,12 +11,12 @@ import torch
 from transformers import PreTrainedModel
 
 from deltaw.data.example import LabeledExample
-from deltaw.data.images import LabelMicroBatcher
 from deltaw.methods.base import Method
 from deltaw.methods.files import method_from_folder
 from deltaw.runtime.packed import padded_rows
+from deltaw.tasks.classification.objective import LabelObjective
+from deltaw.training.batchers import LabelMicroBatcher
 from deltaw.training.rendered_rows import render_example
-from deltaw.training.tasks.labels import LabelObjective
 from tests.methods.rows import classifier
 from tests.methods.test_trained_exactly import METHODS, changed_names, check_moved, run, values_of
 
@@ -47,7 +47,7 @@ def test_head_is_trained_with_every_method_and_restored_from_file(family: str, n
     base, heads = classifier(family), HEADS[family]
     model, before, method = copy.deepcopy(base), values_of(base), METHODS[name]()
     with padded_rows(model):
-        start = run(model, method, objective, LabelMicroBatcher(1024, "cpu"), rows(), extra_modules=heads)
+        start = run(model, method, objective, LabelMicroBatcher(1024), rows(), extra_modules=heads)
     check_moved(model, method, start)
     moved = changed_names(model, before)
     head_names = {n for n in before if n.startswith(tuple(f"{head}." for head in heads))}

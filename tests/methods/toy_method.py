@@ -10,7 +10,7 @@ from torch import nn
 
 from deltaw.errors import UserError
 from deltaw.methods.in_place import InPlace
-from deltaw.methods.registry import MethodEntry
+from deltaw.settings.method_registry import MethodEntry
 
 
 @dataclass(frozen=True)

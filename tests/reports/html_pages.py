@@ -9,7 +9,7 @@ import hashlib
 import re
 from html.parser import HTMLParser
 
-from deltaw.reports.page.svg import templates
+from deltaw.reports.svg import templates
 
 OWN_SCRIPT = templates()[0].globals["script"]
 VOID = {"meta", "br", "hr", "img", "input", "link", "line", "rect", "path"}

@@ -81,20 +81,13 @@ def _sample(text: str, answer: str) -> dict[str, object]:
 
 def _summary(folder: Path, steps: int, state: str, text: str, drift: dict) -> dict[str, object]:
     finished = state == "finished"
-    record: dict[str, object] = {
-        "version": 1,
-        "state": state,
-        "started": 1_790_000_000.0,
-        "process": process_identity(),
-    }
+    record: dict[str, object] = {"version": 1, "state": state, "started": 1_790_000_000.0}
+    record |= {"process": process_identity()}
     record |= {"model": SETTINGS["model"], "task": "causal-lm", "method": "lora", "writes_text": True, "notes": []}
     record |= {"total_steps": steps if finished else 2 * steps, "versions": {"deltaw": "0.0", "torch": "2.9"}}
     lengths = {"edges": [10, 20, 30, 40], "rows": [5, 80, 10], "sampled": 95, "of": 95, "median": 26.0}
-    pieces = [
-        {"text": f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n", "trained": False},
-        {"text": "the answer", "trained": True},
-        {"text": "<|im_end|>", "trained": True, "special": True},
-    ]
+    pieces = [{"text": f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n", "trained": False}]
+    pieces += [{"text": "the answer", "trained": True}, {"text": "<|im_end|>", "trained": True, "special": True}]
     record["data"] = {
         "counts": {"held_out": 5},
         "lines": [f"rows.jsonl: 100 rows read as messages (chat template) {text}", "95 rows kept"],

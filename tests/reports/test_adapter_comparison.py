@@ -35,9 +35,7 @@ def test_norms_cosines_and_overlaps_equal_dense_matrices(folders: tuple[Path, Pa
             bases = [torch.linalg.svd(m)[0][:, :r] for m, r in zip(matrices, layer.ranks, strict=True)]
             expected = torch.linalg.svdvals(bases[0].T @ bases[1]).square().mean()
             assert overlap == pytest.approx(float(expected), abs=1e-6)
-    total = [
-        sum(float(d.square().sum()) for d in deltas_of_adapter.values()) ** 0.5 for deltas_of_adapter in (first, second)
-    ]
+    total = [sum(float(d.square().sum()) for d in deltas.values()) ** 0.5 for deltas in (first, second)]
     assert comparison.norms == pytest.approx(tuple(total))
     product = sum(float((first[name] * second[name]).sum()) for name in first.keys() & second.keys())
     assert comparison.cosine == pytest.approx(product / total[0] / total[1])

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 
 import pytest
-from PIL import Image
 
 from deltaw.experiments.comparison import (
     Comparison,
     MethodResult,
     SeedResult,
-    as_json,
     comparison_markdown,
     duration,
     findings,
@@ -21,6 +21,8 @@ from deltaw.experiments.comparison import (
 )
 from deltaw.reports.comparison import comparison_tables, draw_comparison
 from tests.reports.consoles import render_text
+
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 def make_result(method, score, *, difference_interval=(-0.5, -0.1), trained=1000, **overrides):
@@ -78,14 +80,14 @@ def test_rate_at_edge_of_grid_is_reported(rate, word):
     assert (word is None) == (len(text) == 1) and (word is None or word in text[1])
 
 
-def test_failed_methods_are_listed_in_page_and_json(tmp_path):
+def test_failed_methods_are_listed_in_page_and_json():
     failed = MethodResult("prompt", error="images have no tokens")
     comparison = make_comparison(BEST, failed)
     assert "- prompt: images have no tokens" in comparison_markdown(comparison)
-    assert json.dumps(as_json(comparison), allow_nan=False)
+    assert json.dumps(comparison.as_dict(), allow_nan=False)
     failed_only = make_comparison(failed)
     assert findings(failed_only) == [] and "- prompt: images" in comparison_markdown(failed_only)
-    draw_comparison(failed_only, tmp_path / "figure.png")
+    assert "No method has a score." in figure_texts(failed_only)[0]
 
 
 def test_sizes_and_durations_are_formatted_briefly():
@@ -96,9 +98,8 @@ def test_sizes_and_durations_are_formatted_briefly():
 
 def test_single_seed_is_reported_as_weak_evidence():
     assert not any("weak evidence" in line for line in findings(make_comparison(BEST)))
-    text = "\n".join(
-        findings(make_comparison(BEST, make_result("bias", 0.75, difference_interval=(-0.2, 0.1)), seeds=(0,)))
-    )
+    near = make_result("bias", 0.75, difference_interval=(-0.2, 0.1))
+    text = "\n".join(findings(make_comparison(BEST, near, seeds=(0,))))
     assert "One seed is weak evidence" in text and "No clear difference to bias on these rows" in text
 
 
@@ -111,7 +112,7 @@ def test_constant_answer_is_neither_ranked_nor_reference():
     assert comparison.ranked == [BEST, NEAR] and "difference to bias" not in text
     line = next(row for row in comparison_markdown(comparison).splitlines() if row.startswith("| bias"))
     assert line.endswith("| constant answer |")
-    assert as_json(comparison)["methods"][-1]["learned_nothing"] is True
+    assert comparison.as_dict()["methods"][-1]["learned_nothing"] is True
 
 
 def test_constant_answer_of_some_seeds_is_reported_and_ranked():
@@ -130,9 +131,8 @@ def test_score_near_best_constant_answer_is_reported():
 def test_methods_that_did_not_flatten_are_reported():
     mixed_seeds = seeds(0.8, 0.8, flattened=False) + seeds(0.8)
     slow = make_result("bias", 0.5, seeds=seeds(0.5, 0.5, 0.5, flattened=False))
-    comparison = make_comparison(
-        replace(BEST, seeds=mixed_seeds), slow, make_result("head", 0.4, seeds=seeds(0.4, 0.4, 0.4))
-    )
+    flat = make_result("head", 0.4, seeds=seeds(0.4, 0.4, 0.4))
+    comparison = make_comparison(replace(BEST, seeds=mixed_seeds), slow, flat)
     text = "\n".join(findings(comparison))
     assert "Not flattened when the budget ended: lora (2 of 3 seeds) and bias." in text
     page = comparison_markdown(comparison)
@@ -171,14 +171,51 @@ def test_columns_fit_terminal_width():
         assert "…" not in output and "flattened" in output
 
 
-def test_figure_shows_seeds_and_unflattened_methods(tmp_path):
-    """The pixels differ with several seeds, if not flattened, for constant answers and with eight methods."""
-    eight_results = [make_result(f"method{n}", 0.8 - n / 20, trained=10 ** (n % 4 + 3)) for n in range(8)]
-    figures = set()
-    cases = ({}, {"flattened": False}, {"single_answer": (0, 1, 2)})
-    for results in (*([replace(BEST, seeds=seeds(0.7, 0.8, 0.9, **options))] for options in cases), eight_results):
-        draw_comparison(make_comparison(*results), tmp_path / "figure.png")
-        with Image.open(tmp_path / "figure.png") as image:
-            assert image.format == "PNG" and image.width == 1800
-            figures.add(image.convert("L").resize((360, 160)).tobytes())
-    assert len(figures) == 4 and all(len(set(pixels)) > 20 for pixels in figures)
+def figure_texts(comparison):
+    """Return the visible texts of the figure, and the texts shown on hover."""
+    root = ElementTree.fromstring(draw_comparison(comparison))
+    texts = [text.text or "" for text in root.iter(SVG + "text")]
+    return texts, [title.text for rect in root.iter(SVG + "rect") for title in rect]
+
+
+def test_figure_shows_score_memory_and_state_of_each_method():
+    results = (
+        replace(BEST, seeds=seeds(0.7, 0.8, 0.9)),
+        replace(NEAR, seeds=seeds(0.7, 0.8, 0.75, flattened=False), peak_bytes=None),
+        make_result("<b>&'\x00", 0.5, seeds=seeds(0.5, 0.5, 0.5, single_answer=(0, 1, 2)), trained=22_713_986),
+    )
+    base = MethodResult("untrained", score=0.25)
+    texts, hovers = figure_texts(make_comparison(*results, base=base, constant_score=0.5))
+    assert {
+        "80.0 % (70.0–90.0), 1,000 trained",
+        "75.0 % (65.0–85.0), 10 trained, not flattened",
+        "50.0 % (40.0–60.0), 22.71 M trained, one answer to every row",
+        "1.10 GB planned, 1.00 GB measured",
+        "1.10 GB planned",
+    } < set(texts)
+    assert texts.count("lora") == texts.count("prompt") == texts.count("<b>&'\ufffd") == 2  # score and memory
+    assert {"seed 0: 70.0 %", "untrained: 25.0 %", "one answer to every row: 50.0 %", "95 % interval"} < set(hovers)
+
+
+def test_figure_leaves_out_unknown_values():
+    unknown = replace(make_result("bias", math.nan), peak_bytes=None, planned_bytes=None)
+    texts, hovers = figure_texts(make_comparison(unknown, replace(BEST, interval=None)))
+    assert {"–, 1,000 trained", "80.0 %, 1,000 trained", "–"} < set(texts)
+    assert not any("nan" in text for text in [*texts, *hovers]) and "95 % interval" not in hovers
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_figure_grows_with_number_of_methods(count):
+    results = [make_result(f"method-{n}", 0.8 - n / 80) for n in range(count)]
+    svg = draw_comparison(make_comparison(*results))
+    assert "nan" not in svg
+    root = ElementTree.fromstring(svg)
+    names = [text for text in root.iter(SVG + "text") if text.get("class") == "name"]
+    assert [text.text for text in names] == 2 * [result.method for result in results]
+    assert int(root.get("height")) > 2 * max(float(text.get("y")) for text in names)
+
+
+def test_figure_of_loss_has_axis_around_values():
+    comparison = replace(make_comparison(make_result("lora", 2.35)), metric="loss", higher_is_better=False)
+    texts, _ = figure_texts(comparison)
+    assert "Lower is better." in texts and "2.3500 (2.2500–2.4500), 1,000 trained" in texts and "2.3000" in texts

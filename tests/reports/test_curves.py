@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaw.reports.page.svg import linear_ticks, log_ticks, needs_log_scale, running_mean
+from deltaw.reports.svg import linear_ticks, log_ticks, needs_log_scale, running_mean
 
 
 def test_running_mean_keeps_constants_and_follows_steps():

@@ -13,7 +13,6 @@ import pytest
 from deltaw.errors import UserError
 from deltaw.kernels.arithmetic import Arithmetic
 from deltaw.machine.choices import Choice
-from deltaw.machine.installed import Package
 from deltaw.machine.kernel_choice import KernelChoice
 from deltaw.machine.product_rates import GENERIC, ProductRates
 from deltaw.reports.doctor import (
@@ -25,6 +24,7 @@ from deltaw.reports.doctor import (
     Gpu,
     Kernels,
     ModelSizes,
+    Package,
     diagnose,
     folder_bytes,
     gather,
@@ -32,19 +32,12 @@ from deltaw.reports.doctor import (
 from tests.reports.consoles import render_text
 
 ROOT = Path(__file__).parents[2]
-RATES = {
-    "fp32": {"avx2:dot": 200.0, "torch": 150.0},
-    "bf16": {"avx2:wide": 190.0, "torch": 60.0},
-    "int8": {"avx2:dot": 400.0, "torch": 30.0},
-}
+RATES = {"fp32": {"avx2:dot": 200.0, "torch": 150.0}, "bf16": {"avx2:wide": 190.0, "torch": 60.0}}
+RATES |= {"int8": {"avx2:dot": 400.0, "torch": 30.0}}
 MACHINE = {"processor": "A processor", "machine_processors": 8, "processors": 8, "cores": 4, "free_memory": 12 * 10**9}
 IDLE = {"quota": None, "load": 0.5, "swap": (0, 0), "openmp": ["libgomp.so.1"], "nvidia_driver": False, "mps": False}
 HEALTHY = Diagnosis(
-    **MACHINE,
-    **IDLE,
-    notes=[],
-    gpus=[],
-    environment={},
+    **(MACHINE | IDLE | {"notes": [], "gpus": [], "environment": {}}),
     governor=("powersave", "intel_pstate"),
     threads=Choice(4, "physical cores"),
     variants=[Kernels("avx512", ("avx512f",), True), Kernels("avx2", (), True), Kernels("generic", (), True)],
@@ -133,9 +126,8 @@ def test_problem_is_reported_with_hint(case: str) -> None:
 
 
 def test_unused_and_disabled_kernels_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    (finding,) = [
-        f for f in diagnose_with(variants=[Kernels("avx512", (), True), NOT_BUILT]) if "not built" in f.message
-    ]
+    found = diagnose_with(variants=[Kernels("avx512", (), True), NOT_BUILT])
+    (finding,) = [f for f in found if "not built" in f.message]
     assert finding.severity == "ok" and finding.message.endswith("avx2")
     monkeypatch.setenv("DELTAW_NATIVE", "0")
     (finding,) = [f for f in diagnose_with(kernels=WITHOUT_KERNELS, measured=None) if f.topic == "kernels"]
@@ -189,9 +181,8 @@ def test_sparse_files_count_allocated_bytes(tmp_path: Path) -> None:
 def test_report_fits_80_columns_and_json_is_plain() -> None:
     for severity, changes in (("problem", {"packages": []}), ("ok", {})):
         diagnosis = dataclasses.replace(HEALTHY, **changes)
-        examination = Examination(
-            diagnosis, [*diagnose(diagnosis), DoctorFinding(severity, "disk", "long words " * 20, "do this")]
-        )
+        finding = DoctorFinding(severity, "disk", "long words " * 20, "do this")
+        examination = Examination(diagnosis, [*diagnose(diagnosis), finding])
         text = render_text(examination.render())
         assert max(map(len, text.splitlines())) <= 80
         assert all(expected in text for expected in ("* 190", "avx2:wide", "do this"))

@@ -137,9 +137,8 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 @pytest.mark.parametrize("rslora", [False, True])
 def test_experts_are_measured_per_matrix(tmp_path, kind, rslora):
     base = mixture(kind)
-    save_random_adapter(
-        mixture(kind), tmp_path, r=4, use_rslora=rslora, target_modules=["q_proj"], target_parameters=EXPERTS
-    )
+    options = {"r": 4, "use_rslora": rslora, "target_modules": ["q_proj"], "target_parameters": EXPERTS}
+    save_random_adapter(mixture(kind), tmp_path, **options)
     report = inspect_adapter(tmp_path)
     assert report.ranks == [4] and report.scalings == [6 / math.sqrt(4) if rslora else 6 / 4]
     assert not report.warnings
@@ -166,9 +165,8 @@ def save_own_adapter(model: nn.Module, folder: Path, **changes: object) -> list[
 
 def test_parameter_patterns_are_applied_or_reported_as_uncertain(tmp_path):
     experts = {"target_modules": [], "target_parameters": EXPERTS}
-    expected = save_own_adapter(
-        mixture("mixtral"), tmp_path / "ranks", rank_pattern={r"experts.down_proj": 2}, **experts
-    )
+    ranks = {r"experts.down_proj": 2}
+    expected = save_own_adapter(mixture("mixtral"), tmp_path / "ranks", rank_pattern=ranks, **experts)
     report = inspect_adapter(tmp_path / "ranks")
     assert report.ranks == [2, 4] and report.scalings == [1.5, 3] and not report.warnings
     assert sorted(m.norm for m in report.modules) == pytest.approx(sorted(expected), rel=1e-5)
@@ -177,9 +175,8 @@ def test_parameter_patterns_are_applied_or_reported_as_uncertain(tmp_path):
 
 
 def test_single_parameter_has_full_name(tmp_path):
-    expected = save_own_adapter(
-        tiny("llama"), tmp_path, target_modules=["q_proj"], target_parameters=["mlp.up_proj.weight"]
-    )
+    parameters = ["mlp.up_proj.weight"]
+    expected = save_own_adapter(tiny("llama"), tmp_path, target_modules=["q_proj"], target_parameters=parameters)
     by_name = {module.module: module.norm for module in inspect_adapter(tmp_path).modules}
     norms = [by_name[f"model.layers.{number}.mlp.up_proj.weight"] for number in range(len(expected))]
     assert norms == pytest.approx(expected, rel=1e-5)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from deltaw.reports.page.json_answers import MAX_LENGTH, marked_lines, pretty_json
+from deltaw.reports.page.learned import MAX_LENGTH, marked_lines, pretty_json
 
 
 def test_object_has_line_per_key():
@@ -18,12 +18,7 @@ def test_object_has_line_per_key():
     [
         *(None, "", "plain text", '{"a": 1} and more', "12", '"text"', "null", "{'a': 1}", "[1, 2"),
         *('{"a": NaN}', "[Infinity]", "[1e999]", '{"a": 1, "a": 2}', "9" * 5000, f"[{'9' * 5000}]"),
-        *(
-            "[" * 900 + "]" * 900,
-            "[" * 100_000,
-            '{"a":' * 700 + "1" + "}" * 700,
-            "[" * 300 + "1," * 300 + "1" + "]" * 300,
-        ),
+        *("[" * 900 + "]" * 900, "[" * 100_000, '{"a":' * 700 + "1" + "}" * 700),
         f'["{"x" * MAX_LENGTH}"]',
         "[" + "1," * 3000 + "1]",
     ],

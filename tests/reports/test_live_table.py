@@ -74,14 +74,12 @@ def test_watch_waits_follows_and_prints_result(follow, tmp_path):
     assert max(map(len, lines)) <= 80
 
 
-@pytest.mark.parametrize(
-    ("state", "values", "word"),
-    [
-        ("failed", {"error": {"what": "the disk is full\nin the folder"}}, "failed after 5 steps"),
-        ("running", {"process": {**process_identity(), "id": 2**22 + 1}}, "killed after 5 steps"),
-        ("interrupted", {}, "interrupted after 5 steps"),
-    ],
-)
+UNFINISHED_RUNS = [("failed", {"error": {"what": "the disk is full\nin the folder"}}, "failed after 5 steps")]
+UNFINISHED_RUNS += [("running", {"process": {**process_identity(), "id": 2**22 + 1}}, "killed after 5 steps")]
+UNFINISHED_RUNS += [("interrupted", {}, "interrupted after 5 steps")]
+
+
+@pytest.mark.parametrize(("state", "values", "word"), UNFINISHED_RUNS)
 def test_unfinished_run_prints_reason(follow, tmp_path, state, values, word):
     demo = tmp_path / "demo"
     rewrite_run(demo, "running", 5)
@@ -98,9 +96,8 @@ def test_terminal_shows_line_for_one_run_and_table_for_several(follow, tmp_path)
     assert status == 0 and "step 20/60" in output and "held-out loss" in output
     for run in (first, second):
         rewrite_run(run, "running", 20)
-    status, output = follow(
-        events=[write_later(first, "finished", 60), write_later(second, "failed", 30)], force_terminal=True
-    )
+    events = [write_later(first, "finished", 60), write_later(second, "failed", 30)]
+    status, output = follow(events=events, force_terminal=True)
     plain = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", output)
     assert status == 1 and re.search(r"other +20/60 +running", plain) and "one: finished after 60 steps" in plain
     assert max(map(len, plain.replace("\r", "\n").splitlines())) <= 80
@@ -147,8 +144,7 @@ def test_watch_prints_json_lines_and_rejects_report(tmp_path):
     rewrite_run(tmp_path / "demo", "finished", 60)
     command = [sys.executable, "-m", "deltaw", "runs", "--watch", str(tmp_path / "demo")]
     result = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False, env=os.environ)
-    assert (
-        result.returncode == 0 and json.loads(result.stdout)["state"] == "finished" and result.stdout.count("\n") == 1
-    )
+    assert result.returncode == 0 and json.loads(result.stdout)["state"] == "finished"
+    assert result.stdout.count("\n") == 1
     result = subprocess.run([*command, "--report"], capture_output=True, text=True, check=False, env=os.environ)
     assert result.returncode == 2 and "--watch cannot be combined" in result.stderr and not result.stdout

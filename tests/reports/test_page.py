@@ -63,10 +63,8 @@ def test_page_of_finished_run_is_complete(tmp_path):
     assert page.tags["caption"] == page.tags["table"] >= page.tags["figure"]
     assert page.text.index("held-out rows") < page.text.index("drift small") < page.text.index("training loss")
     text = run_page(read_run(tmp_path / "one"))
-    assert (
-        "<summary>Automatically chosen settings and their reasons</summary>" in text
-        and f"deltaw chat {tmp_path / 'one'}" in text
-    )
+    assert "<summary>Automatically chosen settings and their reasons</summary>" in text
+    assert f"deltaw chat {tmp_path / 'one'}" in text
     # Labels of the vertical axis are outside of the plot area.
     assert re.findall(r'<text class="label" x="-8"[^>]*>([^<]+)</text>', text) and "halo" not in text
     assert page.tags["main"] == page.tags["h1"] == page.tags["nav"] == page.tags["footer"] == 1
@@ -76,9 +74,8 @@ def test_page_of_finished_run_is_complete(tmp_path):
 def test_text_of_users_is_escaped(tmp_path, state):
     settings = {"data": {"train": MALICIOUS}, "model": MALICIOUS}
     folder = write_run(tmp_path / "<b>odd & name", state=state, text=MALICIOUS, settings=settings)
-    page = page_of(
-        append_metrics(folder, {"step": 61, "eval": {MALICIOUS: 0.5}}, {"step": 62, "eval": {MALICIOUS: 0.6}})
-    )
+    losses = ({"step": 61, "eval": {MALICIOUS: 0.5}}, {"step": 62, "eval": {MALICIOUS: 0.6}})
+    page = page_of(append_metrics(folder, *losses))
     assert page.tags["script"] == 1 and "img" not in page.tags, "the page's own, which its policy names"
     assert page.text.count("alert('x')") >= 3
     assert "{{ 7*7 }}" in page.text and "49" not in page.headings

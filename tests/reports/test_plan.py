@@ -1,32 +1,32 @@
-"""Plans are readable in 80 columns, with proportional bars and atomically written pictures."""
+"""Plans are readable in 80 columns, with proportional bars in the terminal and in the figure."""
 
 from __future__ import annotations
 
 import re
+import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from PIL import Image
 from rich.console import RenderableType
 
 from deltaw.memory.plan import KINDS, FittingPlan, Plan
+from deltaw.reports.comparison import draw_plans
 from deltaw.reports.plan import (
     BAR,
     MIN_SHARE,
     PARTS,
     budget_table,
-    draw_plans,
-    gigabytes,
     long_rows_lines,
     plan_bars,
     plan_lines,
     plan_report,
     process_parts,
 )
+from deltaw.reports.tables import gigabytes
 from tests.reports.consoles import render_text
 
 MB = 10**6
+SVG = "{http://www.w3.org/2000/svg}"
 SIZES = dict(zip(KINDS, (2698, 1234, 2345, 4680, 1912, 49, 1, 312), strict=True))
 
 
@@ -46,12 +46,8 @@ def make_plan(method: str, trained: int, scale: float = 1.0) -> Plan:
     )
 
 
-PLANS = {
-    "lora": make_plan("lora", 11_272_192),
-    "prompt": make_plan("prompt", 40_960, 0.5),
-    "random": make_plan("random", 12_358_144, 1.1),
-    "full": make_plan("full", 1_235_814_400, 6.3),
-}
+PLANS = {"lora": make_plan("lora", 11_272_192), "prompt": make_plan("prompt", 40_960, 0.5)}
+PLANS |= {"random": make_plan("random", 12_358_144, 1.1), "full": make_plan("full", 1_235_814_400, 6.3)}
 
 
 def render_lines(renderable: RenderableType, *, soft_wrap: bool = True) -> list[str]:
@@ -87,14 +83,12 @@ def test_parts_of_own_method_sum_to_process_memory():
     assert "method  " not in text and "█" not in text  # no comparison for a single method
 
 
-@pytest.mark.parametrize(
-    ("free", "processes", "first"),
-    [
-        (16, 1, "needs 13.98 GB of the 16.00 GB that are free: fits"),
-        (13, 1, "needs 13.98 GB of the 13.00 GB that are free: does not fit"),
-        (30, 2, "2 processes need 13.98 GB each, 27.96 GB of the 30.00 GB that are free: fits"),
-    ],
-)
+REPORT_CASES = [(16, 1, "needs 13.98 GB of the 16.00 GB that are free: fits")]
+REPORT_CASES += [(13, 1, "needs 13.98 GB of the 13.00 GB that are free: does not fit")]
+REPORT_CASES += [(30, 2, "2 processes need 13.98 GB each, 27.96 GB of the 30.00 GB that are free: fits")]
+
+
+@pytest.mark.parametrize(("free", "processes", "first"), REPORT_CASES)
 def test_report_starts_with_total_and_fit(free, processes, first):
     lines = render_lines(plan_report({"lora": PLANS["lora"]}, "lora", free * 10**9, processes))
     assert lines[0].rstrip() == first
@@ -125,10 +119,8 @@ def test_bars_are_proportional_with_legend():
 
 
 def test_budget_table_fits_80_columns_with_relative_times():
-    fitting = [
-        FittingPlan("lora", 16, 1024, False, "bf16", PLANS["lora"], 0.5),
-        FittingPlan("random", None, 128, True, "bf16", PLANS["full"], 1.25),
-    ]
+    fitting = [FittingPlan("lora", 16, 1024, False, "bf16", PLANS["lora"], 0.5)]
+    fitting += [FittingPlan("random", None, 128, True, "bf16", PLANS["full"], 1.25)]
     for soft_wrap in (True, False):
         lines = render_lines(budget_table(fitting), soft_wrap=soft_wrap)
         text = "\n".join(lines)
@@ -153,25 +145,25 @@ def test_sizes_have_three_digits_and_unit():
     assert [gigabytes(size) for size in sizes] == list(sizes.values())
 
 
-def test_picture_format_follows_file_name(tmp_path):
-    draw_plans(PLANS, tmp_path / "plans.png")
-    with Image.open(tmp_path / "plans.png") as image:
-        assert image.format == "PNG"
-        assert len(set(image.convert("RGB").resize((200, 80)).getdata())) > len(PARTS)
-    draw_plans(PLANS, tmp_path / "new" / "plans.SVG")
-    assert "<svg" in (tmp_path / "new" / "plans.SVG").read_text()
-    assert sorted(p.name for p in tmp_path.rglob("*.*")) == ["plans.SVG", "plans.png"]
+def test_figure_shows_bar_and_total_of_each_method():
+    name = "<b>&\"'\x00\ud800" + 40 * "W"
+    root = ElementTree.fromstring(draw_plans({**PLANS, name: PLANS["lora"]}))
+    texts = [text.text for text in root.iter(SVG + "text")]
+    assert {*PLANS, "<b>&\"'\ufffd\ufffd" + 17 * "W" + "…"} <= set(texts)
+    assert {gigabytes(plan.peak_resident_bytes) for plan in PLANS.values()} <= set(texts)
+    widths: dict[str, list[float]] = {}
+    for rect in root.iter(SVG + "rect"):
+        if rect.get("width").endswith("%") and rect.get("y"):
+            widths.setdefault(rect.get("y"), []).append(float(rect.get("width").rstrip("%")))
+    largest = max(plan.peak_resident_bytes for plan in PLANS.values())
+    shares = [100 * plan.peak_resident_bytes / largest for plan in [*PLANS.values(), PLANS["lora"]]]
+    assert [sum(parts) for parts in widths.values()] == pytest.approx(shares, abs=0.02)
+    labels = {label for part, label, _ in PARTS if part not in ("logits", "batch")}
+    assert labels < set(texts) and not {"logits", "batch"} & set(texts)  # too small for the legend
 
 
-def test_picture_is_written_atomically(tmp_path, monkeypatch):
-    path = tmp_path / "plans.png"
-    path.write_bytes(b"the one before")
-
-    def stop(figure: object, target: Path, **_: object) -> None:
-        target.write_bytes(b"half of")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", stop)
-    with pytest.raises(KeyboardInterrupt):
-        draw_plans(PLANS, path)
-    assert path.read_bytes() == b"the one before" and list(tmp_path.iterdir()) == [path]
+@pytest.mark.parametrize("count", [1, 40])
+def test_figure_grows_with_number_of_methods(count):
+    root = ElementTree.fromstring(draw_plans({f"method-{n}": PLANS["lora"] for n in range(count)}))
+    heights = {float(text.get("y")) for text in root.iter(SVG + "text") if text.get("class") == "name"}
+    assert len(heights) == count and max(heights) < int(root.get("height"))

@@ -82,23 +82,16 @@ def test_recorded_predictions_are_bounded():
     assert max(len(pair[0]) for pair in record["confusion"]) <= 80
 
 
-@pytest.mark.parametrize(
-    "predictions",
-    [
-        *({"": None}, {"": []}, {"": {"mistakes": 3, "classes": 4, "confusion": "x"}}, [], 7, {"": {"classes": ["a"]}}),
-        {"": {"mistakes": [None, 1, {"score": "x"}, {"row": {}, "score": 1}], "confusion": [[1], [[], {}, "x", None]]}},
-        {"": {"score_name": HOSTILE, "classes": [HOSTILE, "b"], "confusion": [[HOSTILE, "b", 3, 0]]}},
-        {HOSTILE: {"mistakes": [{"row": HOSTILE, "text": HOSTILE, "expected": HOSTILE, "predicted": 1, "score": 2.0}]}},
-        {
-            "": {
-                "examples": [
-                    {"row": 1, "text": "x" * 10**6, "score": float("nan")},
-                    {"text": "y" * 10**6, "score": 0.1},
-                ]
-            }
-        },
-    ],
-)
+HOSTILE_PREDICTIONS = [
+    *({"": None}, {"": []}, {"": {"mistakes": 3, "classes": 4, "confusion": "x"}}, [], 7, {"": {"classes": ["a"]}}),
+    {"": {"mistakes": [None, 1, {"score": "x"}, {"row": {}, "score": 1}], "confusion": [[1], [[], {}, "x", None]]}},
+    {"": {"score_name": HOSTILE, "classes": [HOSTILE, "b"], "confusion": [[HOSTILE, "b", 3, 0]]}},
+    {HOSTILE: {"mistakes": [{"row": HOSTILE, "text": HOSTILE, "expected": HOSTILE, "predicted": 1, "score": 2.0}]}},
+    {"": {"examples": [{"row": 1, "text": "x" * 10**6, "score": float("nan")}, {"text": "y" * 10**6, "score": 0.1}]}},
+]
+
+
+@pytest.mark.parametrize("predictions", HOSTILE_PREDICTIONS)
 def test_damaged_or_hostile_predictions_are_harmless(tmp_path, predictions):
     folder = write_run(tmp_path / "one")
     add_line(folder, {"step": 60, "predictions": predictions})
@@ -114,9 +107,8 @@ def page_with_sample(folder, base: str, adapter: str, expected: str | None, prom
 
 
 def test_json_answers_are_diffed_with_expected(tmp_path):
-    page = page_with_sample(
-        write_run(tmp_path / "one"), "no JSON", '{"film":"x","good":true}', '{"film": "x", "good": false}'
-    )
+    answers = ("no JSON", '{"film":"x","good":true}', '{"film": "x", "good": false}')
+    page = page_with_sample(write_run(tmp_path / "one"), *answers)
     assert "<ins>  &#34;good&#34;: true</ins>" in page.source and "<del>  &#34;good&#34;: false</del>" in page.source
     assert page.text.count("✗ not valid JSON") == 1
 
@@ -156,15 +148,12 @@ def test_long_texts_expand_without_script(tmp_path):
 
 def test_chart_needs_three_evaluations(tmp_path):
     two_evaluations = page_of(write_run(tmp_path / "two", steps=60, every=60))
-    assert (
-        not re.search(r'id="metric-1-t"', two_evaluations.source) and 'id="metric-1-numbers"' in two_evaluations.source
-    )
+    assert not re.search(r'id="metric-1-t"', two_evaluations.source)
+    assert 'id="metric-1-numbers"' in two_evaluations.source
     assert "<summary>Values: Exact match" not in two_evaluations.source
     three_evaluations = page_of(write_run(tmp_path / "three", steps=60, every=30))
-    assert (
-        re.search(r'id="metric-1-t"', three_evaluations.source)
-        and "<summary>Values: Exact match" in three_evaluations.source
-    )
+    assert re.search(r'id="metric-1-t"', three_evaluations.source)
+    assert "<summary>Values: Exact match" in three_evaluations.source
 
 
 def test_single_step_run_has_no_chart(tmp_path):

@@ -13,8 +13,8 @@ import pytest
 from deltaw.machine.choices import Choice
 from deltaw.reports.progress import LiveLine, TerminalCallback, print_summary
 from deltaw.reports.tables import TerminalOutput
-from deltaw.runs.fit import Result
-from deltaw.settings import RunConfig
+from deltaw.runs.record import Result
+from deltaw.settings.config import RunConfig
 from deltaw.training.callbacks import RunStart, Sample
 from deltaw.training.drift import Drift
 from deltaw.training.evaluation.base import Evaluation
@@ -81,9 +81,8 @@ def test_run_prints_short_header_and_all_choices_if_verbose(terminal):
 def test_lines_wrap_at_80_columns_without_splitting_words():
     out = make_console(100)
     folder = "x" * 200
-    make_started_callback(out, RunStart(Path(folder), make_run_start().config, CHOICES, 1, 1, 1)).on_line(
-        "  " + "word " * 40
-    )
+    started = RunStart(Path(folder), make_run_start().config, CHOICES, 1, 1, 1)
+    make_started_callback(out, started).on_line("  " + "word " * 40)
     lines = output_lines(out)
     assert [line for line in lines if len(line) > 80] == [f"  {folder}"]
     assert lines[-2].startswith("    word")
@@ -110,10 +109,8 @@ def test_final_answers_are_printed_below_each_other():
     first, *last = output_lines(out)[before:]
     assert first.startswith('step 50, row 7: "What is the') and first.endswith('…"')
     assert last[0].startswith('row 7: "What is the capital of France?')
-    assert last[1].startswith("  base model: I do not know. ") and last[2:] == [
-        "  adapter:    Paris",
-        "  expected:   Paris",
-    ]
+    assert last[1].startswith("  base model: I do not know. ")
+    assert last[2:] == ["  adapter:    Paris", "  expected:   Paris"]
     assert all(len(line) <= 80 for line in [first, *last])
 
 
@@ -146,12 +143,8 @@ def test_terminal_shows_live_line():
     callback.on_step(make_step(1, loss=2.0))
     callback.on_step(make_step(2, loss=1.0))
     live_line = callback._line.text(80).plain
-    assert (
-        "step 2/125" in live_line
-        and "mean 1.9000" in live_line
-        and "1,800 tokens/s" in live_line
-        and "1:02 left" in live_line
-    )
+    assert "step 2/125" in live_line and "mean 1.9000" in live_line and "1,800 tokens/s" in live_line
+    assert "1:02 left" in live_line
     callback.on_evaluation(2, Evaluation({"loss": 0.7}))
     callback.on_end(None)
     assert "held-out loss 0.7000" in "\n".join(output_lines(out))

@@ -8,13 +8,14 @@ from unittest.mock import Mock
 import pytest
 
 import deltaw
+from deltaw.decoding import opening
 from deltaw.errors import UserError
 from deltaw.reports import run as reports_run
 from deltaw.runs.folder import read_run
-from deltaw.serving import opening
+from deltaw.training.answers import ScoreOptions
 from deltaw.training.callbacks import Callback, LineCallback
 from deltaw.training.drift import measure_run_drift
-from deltaw.training.open_run import open_run, score_run
+from deltaw.training.open_run import open_run
 from tests.reports.html_pages import Page
 from tests.training.runs import load_eval_rows
 
@@ -93,7 +94,7 @@ def test_page_writing_takes_small_share_of_time(monkeypatch, tmp_path):
     assert page_times[-1] == pytest.approx(now[0] - 5.0)
 
 
-@pytest.mark.parametrize("precision", ["int8", "bf16", "fp32"])
+@pytest.mark.parametrize("precision", ["int8", *(pytest.param(p, marks=pytest.mark.slow) for p in ("bf16", "fp32"))])
 def test_later_evaluation_equals_evaluation_of_run(precision, settings, tmp_path, monkeypatch):
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))  # no cached answers of other tests
     train = {"epochs": 4, "drift": True, "samples": 2, "tokens_per_pass": 64}
@@ -101,7 +102,7 @@ def test_later_evaluation_equals_evaluation_of_run(precision, settings, tmp_path
     result = deltaw.fit(settings(tmp_path / "run", train=train, **changes))
     session = open_run(str(result.output), device="cpu", log=str)
     assert measure_run_drift(session) == result.drift
-    score = score_run(session, load_eval_rows(session), num_answers=2)
+    score = session.score(load_eval_rows(session), ScoreOptions(num_answers=2))
     assert score.evaluation.metrics == result.evaluation.metrics
     assert score.evaluation.per_row.tolist() == result.evaluation.per_row.tolist()
     assert [answer.exact for answer in score.answers] == [bool(is_exact) for is_exact in result.evaluation.per_row[:2]]
@@ -111,7 +112,7 @@ def test_run_generates_answers_with_decoding_engine(settings, tmp_path, monkeypa
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
     decoded = Mock(wraps=opening.build_decodable)
     monkeypatch.setattr(opening, "build_decodable", decoded)
-    monkeypatch.setattr("deltaw.runtime.generation._decoder", Mock(side_effect=AssertionError("transformers decodes")))
+    monkeypatch.setattr("deltaw.decoding.generation._decoder", Mock(side_effect=AssertionError("transformers decodes")))
     train = {"max_steps": 2, "eval_every": 1, "samples": 1, "keep_general": 1.0}
     callback = Mock(spec=Callback, should_stop=lambda: False, should_finish=lambda: False, diagnose=lambda report: [])
     result = deltaw.fit(settings(tmp_path / "run", train=train), callback=callback)

@@ -9,6 +9,7 @@ import pytest
 
 from deltaw.runs.fit import fit
 from tests.conftest import Settings
+from tests.training.conftest import _fast_runs  # noqa: F401 (an automatic fixture)
 from tests.training.runs import TRAIN, stopped_run
 
 

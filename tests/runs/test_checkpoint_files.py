@@ -17,15 +17,10 @@ from deltaw.runs import checkpoints as files
 from deltaw.runs.checkpoints import DamagedCheckpoint
 from deltaw.tensor_files import CODES
 
-TENSORS = {
-    "a scalar": torch.tensor(3.5),
-    "bf16": torch.randn(3, 5, dtype=torch.bfloat16),
-    "fp32, transposed": torch.randn(4, 6).t(),
-    "bytes": torch.arange(7, dtype=torch.uint8),
-    "none": torch.zeros(0, 4),
-    "whole numbers": torch.tensor([[1, -(2**40)]]),
-    "truths": torch.tensor([True, False]),
-}
+TENSORS = {"a scalar": torch.tensor(3.5), "bf16": torch.randn(3, 5, dtype=torch.bfloat16)}
+TENSORS |= {"fp32, transposed": torch.randn(4, 6).t(), "bytes": torch.arange(7, dtype=torch.uint8)}
+TENSORS |= {"none": torch.zeros(0, 4), "whole numbers": torch.tensor([[1, -(2**40)]])}
+TENSORS |= {"truths": torch.tensor([True, False])}
 
 
 def write_test_checkpoint(parent, step=7, tensors=TENSORS, **values):
@@ -110,8 +105,7 @@ def test_full_disk_keeps_earlier_checkpoints(tmp_path, monkeypatch):
             patch.setattr(os, "fsync", mock.Mock(side_effect=errors))
             with pytest.raises(OSError, match="No space"):
                 write_test_checkpoint(tmp_path, step=2)
-        assert [p.name for p in tmp_path.iterdir()] == [before.name]
-        assert files.read_checkpoint(before).step == 1
+        assert [p.name for p in tmp_path.iterdir()] == [before.name] and files.read_checkpoint(before).step == 1
     assert files.read_checkpoint(write_test_checkpoint(tmp_path, step=2)).step == 2
 
 
@@ -122,8 +116,7 @@ def test_leftovers_are_deleted_and_checkpoints_kept(tmp_path, monkeypatch):
     hidden.mkdir()
     (hidden / files.VALUES).write_text("{}")
     files.clear_leftovers(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    assert files.read_checkpoint(path).step == 7
+    assert [p.name for p in tmp_path.iterdir()] == [path.name] and files.read_checkpoint(path).step == 7
     monkeypatch.setattr(shutil, "rmtree", lambda *a, **k: None)  # killed before the files are deleted
     files.delete_checkpoint(path)  # renames the folder first
     assert not path.exists() and all(p.name.startswith(files.DELETED) for p in tmp_path.iterdir())
@@ -136,7 +129,5 @@ def test_non_json_values_are_rejected(tmp_path):
 
 
 def test_step_is_parsed_from_folder_name():
-    assert (
-        files.parse_step(files.folder_name(12)) == 12 and files.parse_step(files.folder_name(12_345_678)) == 12_345_678
-    )
+    assert all(files.parse_step(files.folder_name(step)) == step for step in (12, 12_345_678))
     assert [files.parse_step(n) for n in ("step-", "step-x", "other", ".partial-step-000001-a", "step-٣")] == [None] * 5

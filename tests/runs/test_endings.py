@@ -19,6 +19,7 @@ from deltaw.runs.fit import fit
 from deltaw.runs.folder import Run, RunFolder
 from deltaw.training.callbacks import FunctionCallback
 from deltaw.training.loop import MAX_SKIPPED_IN_ROW
+from tests.conftest import refusal
 from tests.training.runs import TRAIN, RecordingCallback, adapter, assert_same_run, metrics
 
 SKIP = {**TRAIN, "not_finite": "skip", "eval_every": None}
@@ -49,9 +50,8 @@ def test_machine_errors_have_hint_and_allow_resume(settings, tmp_path, complete_
         (OSError(errno.EROFS, os.strerror(errno.EROFS)), "read-only"),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/run/metrics.jsonl"), "the disk is full"),
     ):
-        with pytest.raises(UserError, match=message) as exc_info:
-            fit(config, callback=raise_after(5, error))
-        assert "resume from step-000004" in exc_info.value.hint and Run(tmp_path / "run").state == "failed"
+        exc_info = refusal(fit, config, callback=raise_after(5, error), match=message)
+        assert "resume from step-000004" in exc_info.hint and Run(tmp_path / "run").state == "failed"
     assert fit(config).resumed_from_step == 4
     assert_same_run(tmp_path / "run", complete_run)
 
@@ -80,9 +80,8 @@ def test_full_disk_keeps_checkpoint_and_allows_resume(settings, tmp_path, comple
 
     with monkeypatch.context() as patch:
         patch.setattr(*PARTS[part], fail_when_full)
-        with pytest.raises(UserError, match=r"No space left|disk is full") as exc_info:
-            fit(settings(run, train=TRAIN))
-        assert "step-000004" in str(exc_info.value) and re.search("make room|free some space", exc_info.value.hint)
+        exc_info = refusal(fit, settings(run, train=TRAIN), match=r"No space left|disk is full")
+        assert "step-000004" in str(exc_info) and re.search("make room|free some space", exc_info.hint)
     assert list_checkpoints(run / "checkpoints")[-1].name == "step-000004"
     # If publishing fails, the next run deletes the partial checkpoint.
     assert part == "flushing" or not partial_checkpoints()
@@ -129,16 +128,14 @@ def broken_model(model_folder, tmp_path_factory):
 
 def test_divergence_names_first_module_and_saves_rows(settings, tmp_path, broken_model):
     run = tmp_path / "run"
-    with pytest.raises(UserError, match="diverged") as exc_info:
-        fit(settings(run, model=broken_model, train=TRAIN))
+    exc_info = refusal(fit, settings(run, model=broken_model, train=TRAIN), match="diverged")
     # The first module whose output overflows is reported. The outputs of its submodules are finite.
-    assert "first not finite: the output of 'model.layers.1.mlp.down_proj'" in exc_info.value.message
-    assert (exc_info.value.location or "").startswith("step 1 of")
+    assert "first not finite: the output of 'model.layers.1.mlp.down_proj'" in exc_info.message
+    assert (exc_info.location or "").startswith("step 1 of")
     report = json.loads((run / "failed_step-000001.json").read_text())
-    assert report["step"] == 1 and len(report["rows"]) == 3 and str(report["rows"][0]) in exc_info.value.message
+    assert report["step"] == 1 and len(report["rows"]) == 3 and str(report["rows"][0]) in exc_info.message
     tensors = load_file(run / "failed_step-000001.safetensors")
-    assert {"0/tokens", "1/tokens", "2/tokens", "0/is_label"} <= tensors.keys()
-    assert Run(run).state == "diverged"
+    assert {"0/tokens", "1/tokens", "2/tokens", "0/is_label"} <= tensors.keys() and Run(run).state == "diverged"
     factors = adapter(run)
     assert are_all_finite(factors) and not any(t.any() for name, t in factors.items() if "lora_B" in name)
 
@@ -155,8 +152,7 @@ def test_skipped_steps_change_nothing_and_are_counted(settings, tmp_path):
 
 def test_run_stops_after_consecutive_skipped_steps(settings, tmp_path, broken_model):
     # Applies to the first steps too, which verify the trained parameters.
-    with pytest.raises(UserError, match="steps in a row"):
-        fit(settings(tmp_path / "broken", model=broken_model, train=SKIP))
+    refusal(fit, settings(tmp_path / "broken", model=broken_model, train=SKIP), match="steps in a row")
     recorder = WeightBreaker(1)
     with pytest.raises(UserError, match=f"after {MAX_SKIPPED_IN_ROW - 1} steps in a row") as exc_info:
         fit(settings(tmp_path / "run", train={**SKIP, "epochs": 8}), callback=recorder)

@@ -14,10 +14,10 @@ from transformers import BloomConfig, BloomForCausalLM
 from deltaw.errors import UserError
 from deltaw.runs.fit import PartTimer, fit
 from deltaw.runtime.packed import packed_rows
-from deltaw.settings import RunConfig
+from deltaw.settings.config import RunConfig
+from deltaw.training.batchers import CausalMicroBatcher
+from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.preparation import checkpoint_blocks
-from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
-from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.byte_models import save_model
 from tests.conftest import write_rows
 from tests.training.loops import examples
@@ -96,9 +96,8 @@ def test_dropout_disables_prefix_sharing_by_default(settings, tmp_path):
     result, output = fit_with_output(settings(tmp_path / "run", lora={"dropout": 0.1}))
     assert "common beginnings" not in output
     assert "share_prefixes: auto  # False: dropout would" in (result.output / "run.yaml").read_text()
-    shared, output = fit_with_output(
-        settings(tmp_path / "shared", lora={"dropout": 0.1}, train={"share_prefixes": True})
-    )
+    changes = {"lora": {"dropout": 0.1}, "train": {"share_prefixes": True}}
+    shared, output = fit_with_output(settings(tmp_path / "shared", **changes))
     assert "shared prefixes computed once" in output
     assert shared.outcome.computed_tokens < result.outcome.computed_tokens == result.outcome.tokens
 

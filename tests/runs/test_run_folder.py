@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 
-import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaw.errors import UserError
-from deltaw.runs.folder import METRICS, SETTINGS, RunFolder, check_output, settings_text
-from deltaw.settings import RunConfig
+from deltaw.runs.folder import METRICS, RunFolder, check_output, settings_text
+from deltaw.settings.config import SETTINGS, RunConfig
+from tests.conftest import refusal
 
 texts = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1, max_size=20)
 
@@ -68,9 +67,8 @@ def test_check_output_creates_nothing_and_empty_folder_is_used(tmp_path):
 def test_unrelated_folder_is_rejected_unchanged(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     for function in (check_output, RunFolder):
-        with pytest.raises(UserError, match=r"thesis\.tex") as exc_info:
-            function(tmp_path)
-        assert exc_info.value.location == str(tmp_path) and exc_info.value.hint
+        exc_info = refusal(function, tmp_path, match=r"thesis\.tex")
+        assert exc_info.location == str(tmp_path) and exc_info.hint
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -80,9 +78,8 @@ def test_unwritable_path_is_rejected(tmp_path):
     if os.path.isdir("/proc"):
         paths.append("/proc/run")
     for path in paths:
-        with pytest.raises(UserError, match="cannot write") as exc_info:
-            RunFolder(path)
-        assert exc_info.value.location == str(path) and exc_info.value.hint
+        exc_info = refusal(RunFolder, path, match="cannot write")
+        assert exc_info.location == str(path) and exc_info.hint
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
@@ -91,14 +88,12 @@ def test_working_directory_is_not_renamed(tmp_path, monkeypatch):
     (tmp_path / "below").mkdir()
     for path, folder in ((".", tmp_path), ("..", tmp_path / "below"), (str(tmp_path), tmp_path / "below")):
         monkeypatch.chdir(folder)
-        with pytest.raises(UserError, match=r"cannot be renamed|cannot rename"):
-            RunFolder(path)
+        refusal(RunFolder, path, match=r"cannot be renamed|cannot rename")
     assert (tmp_path / SETTINGS).exists()
 
 
 def test_read_only_folder_is_rejected_even_for_root(tmp_path):
     (tmp_path / "kept").mkdir(mode=0o555)
     for path in ("kept", "kept/run"):
-        with pytest.raises(UserError, match="read-only"):
-            check_output(tmp_path / path)
+        refusal(check_output, tmp_path / path, match="read-only")
     assert list((tmp_path / "kept").iterdir()) == []

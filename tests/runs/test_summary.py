@@ -42,8 +42,7 @@ def test_running_run_records_state_and_process(settings, tmp_path):
     assert record["versions"]["torch"] and record["machine"]["processors"] >= 1
     last = read_record(run)
     assert last["state"] == "finished" and last["result"] == result.as_dict()
-    assert last["ended"] >= last["started"] == record["started"]
-    assert (run / NAME).stat().st_size < 200_000
+    assert last["ended"] >= last["started"] == record["started"] and (run / NAME).stat().st_size < 200_000
 
 
 @pytest.mark.parametrize(
@@ -67,10 +66,10 @@ def test_error_is_recorded_as_state(settings, tmp_path, error, state, message):
 def test_unwritable_result_is_a_warning(settings, tmp_path, monkeypatch):
     note = RunFolder.note
 
-    def fail_with_result(folder, **values):
+    def fail_with_result(folder, values):
         if "result" in values:
             raise OSError("no room")
-        note(folder, **values)
+        note(folder, values)
 
     monkeypatch.setattr(RunFolder, "note", fail_with_result)
     with pytest.warns(UserWarning, match="could not be written"):
@@ -86,14 +85,11 @@ def test_example_rows_contain_label_mask():
     first, second = example_rows(rows, tokenizer, None)
     assert (first["row"], first["tokens"], first["label_tokens"]) == (3, len(tokens), 4)
     assert "".join(piece["text"] for piece in first["pieces"]) == text
-    assert [p for p in first["pieces"] if p["trained"]] == [
-        {"text": "yes", "trained": True},
-        {"text": "<|im_end|>", "trained": True, "special": True},
-    ]
+    end = {"text": "<|im_end|>", "trained": True, "special": True}
+    assert [p for p in first["pieces"] if p["trained"]] == [{"text": "yes", "trained": True}, end]
     assert first["pieces"][0] == {"text": "<|im_start|>", "trained": False, "special": True}
     assert second["pieces"][0] == {"text": "[2 virtual tokens]", "trained": False, "special": True}
-    assert second["why"] == "the longest row"
-    assert len(example_rows([RowGroup(tuple(rows))], tokenizer, None)) == 2
+    assert second["why"] == "the longest row" and len(example_rows([RowGroup(tuple(rows))], tokenizer, None)) == 2
     assert example_rows([], tokenizer, None) == []
 
 
@@ -152,16 +148,11 @@ def test_ended_process_is_detected():
 
 
 def test_next_commands_quote_folder(tmp_path):
-    commands = [
-        entry["command"]
-        for entry in next_commands(tmp_path / "a b", "finished", "lora", "causal-lm", generates_text=True)
-    ]
+    finished = (tmp_path / "a b", "finished", "lora", "causal-lm")
+    commands = [entry["command"] for entry in next_commands(*finished, generates_text=True)]
     assert f"deltaw chat '{tmp_path}/a b'" in commands and f"deltaw serve '{tmp_path}/a b'" in commands
     assert f"deltaw merge '{tmp_path}/a b' --output '{tmp_path}/a b-merged'" in commands
-    commands = [
-        entry["command"]
-        for entry in next_commands(tmp_path / "a b", "finished", "lora", "causal-lm", generates_text=True, every=True)
-    ]
+    commands = [entry["command"] for entry in next_commands(*finished, generates_text=True, every=True)]
     assert f"deltaw export '{tmp_path}/a b' --format gguf --type q8_0 --output '{tmp_path}/a b-gguf'" in commands
     assert "chat" not in str(next_commands(tmp_path, "failed", "lora", "causal-lm", generates_text=True))
     for task, is_served in (("reranking", True), ("image-classification", False)):

@@ -15,26 +15,13 @@ from deltaw.runtime.recognition import blocks_of
 VOCABULARY = 120
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-PACKED = {
-    "Llama": {},
-    "Mistral": {"sliding_window": 8},
-    "Qwen2": {},
-    "Qwen3": {"head_dim": 32},
-    "Gemma": {"head_dim": 16},
-    "Gemma2": {"head_dim": 16, "sliding_window": 8},
-    "Gemma3": {"head_dim": 16, "sliding_window": 8},
-    "SmolLM3": {"no_rope_layers": [1, 0, 1]},
-    "Phi": {"partial_rotary_factor": 0.5},
-    "Phi3": {},
-    "GPTNeoX": {"rotary_pct": 0.25},
-    "GPTNeoX, halves in turn": {"use_parallel_residual": False},
-    "GPT2": {},
-}
-FALCON = {
-    "Falcon": {},
-    "Falcon, grouped": {"new_decoder_architecture": True, "num_kv_heads": 2},
-    "Falcon, halves in turn": {"parallel_attn": False, "multi_query": False, "bias": True},
-}
+PACKED = {"Llama": {}, "Mistral": {"sliding_window": 8}, "Qwen2": {}, "Qwen3": {"head_dim": 32}}
+PACKED |= {"Gemma": {"head_dim": 16}, "Gemma2": {"head_dim": 16, "sliding_window": 8}}
+PACKED |= {"Gemma3": {"head_dim": 16, "sliding_window": 8}, "SmolLM3": {"no_rope_layers": [1, 0, 1]}}
+PACKED |= {"Phi": {"partial_rotary_factor": 0.5}, "Phi3": {}, "GPTNeoX": {"rotary_pct": 0.25}}
+PACKED |= {"GPTNeoX, halves in turn": {"use_parallel_residual": False}, "GPT2": {}}
+FALCON = {"Falcon": {}, "Falcon, grouped": {"new_decoder_architecture": True, "num_kv_heads": 2}}
+FALCON |= {"Falcon, halves in turn": {"parallel_attn": False, "multi_query": False, "bias": True}}
 ENCODERS = ("Bert", "Roberta", "DistilBert", "ViT")
 
 
@@ -130,14 +117,12 @@ def assert_as_accurate(samples: list[tuple[BlockResult, BlockResult, BlockResult
     Args:
         samples: Tuples of the fused, the model's own, and the exact result.
     """
-    distances = torch.tensor(
-        [[_distances(result, exact) for result in (actual, reference)] for actual, reference, exact in samples]
-    )
+    pairs = [[_distances(result, exact) for result in (actual, reference)] for actual, reference, exact in samples]
+    distances = torch.tensor(pairs)
     ours, reference = distances.sum(0)
     assert (ours < 1.2 * reference).all(), distances
 
 
 def _distances(actual: BlockResult, exact: BlockResult) -> tuple[float, float]:
-    return relative_error(actual[0], exact[0]), sum(
-        relative_error(ours, theirs) for ours, theirs in zip(actual[1], exact[1], strict=True)
-    )
+    pairs = zip(actual[1], exact[1], strict=True)
+    return relative_error(actual[0], exact[0]), sum(relative_error(ours, theirs) for ours, theirs in pairs)

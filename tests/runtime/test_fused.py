@@ -69,9 +69,8 @@ def outputs_and_gradients(model: nn.Module, fused: bool, lengths: tuple[int, ...
     with packed_rows(model, fused=fused):
         out = model.base_model(**inputs_of(lengths)).last_hidden_state
         output_weights = torch.linspace(-1, 1, out.numel()).view(out.shape)
-        grads = torch.autograd.grad(
-            (out.float() * output_weights).sum(), factors, allow_unused=True, materialize_grads=True
-        )
+        loss, options = (out.float() * output_weights).sum(), {"allow_unused": True, "materialize_grads": True}
+        grads = torch.autograd.grad(loss, factors, **options)
     return out.detach(), list(grads)
 
 

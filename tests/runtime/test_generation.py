@@ -12,9 +12,9 @@ import torch
 from transformers import AttentionInterface, GenerationConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from deltaw.decoding.generation import generate
 from deltaw.errors import UserError
 from deltaw.hub.terminators import terminators
-from deltaw.runtime.generation import generate
 from tests.byte_models import tiny_gpt2, tiny_llama
 
 
@@ -61,15 +61,15 @@ def test_stop_token_stops_only_its_row(tokenizer) -> None:
     assert stopped[0].stopped
 
 
-@pytest.mark.parametrize(
-    ("make", "prompts", "lengths"),
-    [
-        # Padding is eos here. A real eos in a prompt must be attended to, with and without padding.
-        (tiny_llama, ([0, 5, 0, 7, 0], [9, 0], [0, 0, 0, 11, 12, 13, 14]), [6, 6, 6]),
-        # Generation stops at the last position of the model.
-        (tiny_gpt2, ([5] * 125, [6] * 124, [7] * 3), [3, 4, 6]),
-    ],
-)
+PADDED_PROMPTS = [
+    # Padding is eos here. A real eos in a prompt must be attended to, with and without padding.
+    (tiny_llama, ([0, 5, 0, 7, 0], [9, 0], [0, 0, 0, 11, 12, 13, 14]), [6, 6, 6]),
+    # Generation stops at the last position of the model.
+    (tiny_gpt2, ([5] * 125, [6] * 124, [7] * 3), [3, 4, 6]),
+]
+
+
+@pytest.mark.parametrize(("make", "prompts", "lengths"), PADDED_PROMPTS)
 def test_prompts_with_padding_tokens_or_full_context_decode_correctly(make, prompts, lengths, tokenizer) -> None:
     model, prompts = make(), [np.array(prompt) for prompt in prompts]
     answers = generate(model, tokenizer, prompts, max_new_tokens=6, stop_ids=[])

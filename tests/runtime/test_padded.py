@@ -28,9 +28,8 @@ def test_encoder_outputs_and_gradients_match():
         for context in (contextlib.nullcontext, unfused_padded_rows):
             with context(model):
                 out = model(input_ids=tokens, attention_mask=mask).last_hidden_state
-                results.append(
-                    [out[mask.bool()], *torch.autograd.grad((out * output_weights * mask[..., None]).sum(), [table])]
-                )
+                loss = (out * output_weights * mask[..., None]).sum()
+                results.append([out[mask.bool()], *torch.autograd.grad(loss, [table])])
         for ours, theirs in zip(*results, strict=True):
             # Sums of some hundred fp32 products in different order, on any CPU.
             assert relative_error(ours, theirs) < 1e-5

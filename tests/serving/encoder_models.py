@@ -28,13 +28,10 @@ def write_bert(folder: Path, **changes: object) -> Path:
 def train_classifier(model: Path, output: Path, classes: tuple[str, ...], **overrides: object) -> Path:
     """Train for a few steps on generated rows."""
     rows = [{"text": f"{name} number {n}", "label": name} for n in range(4) for name in classes]
-    settings = {
-        "model": str(model),
-        "task": "sequence-classification",
-        "data": {"train": str(write_rows(output.parent / f"{output.name}.jsonl", rows))},
-        "lora": {"rank": 2, "alpha": 4},
-        "train": {"learning_rate": 1e-2, "batch_size": 4, "max_steps": 2, "drift": False},
-    }
+    settings = {"model": str(model), "task": "sequence-classification"}
+    settings |= {"data": {"train": str(write_rows(output.parent / f"{output.name}.jsonl", rows))}}
+    settings |= {"lora": {"rank": 2, "alpha": 4}}
+    settings |= {"train": {"learning_rate": 1e-2, "batch_size": 4, "max_steps": 2, "drift": False}}
     fixed = {"precision": "fp32", "device": "cpu", "threads": 1, "output": str(output)}
     return Path(fit(deep_merge(settings | fixed, overrides)).output)
 
@@ -42,12 +39,9 @@ def train_classifier(model: Path, output: Path, classes: tuple[str, ...], **over
 def train_embedder(model: Path, output: Path, **overrides: object) -> Path:
     """Train for a few steps on generated pairs, with a large change of the vectors."""
     rows = [{"anchor": f"question {n} {'x' * (n % 7)}", "positive": f"answer {'y' * (n % 5)} {n}"} for n in range(20)]
-    settings = {
-        "model": str(model),
-        "task": "embedding",
-        "data": {"train": str(write_rows(output.parent / f"{output.name}.jsonl", rows)), "eval": 0.3},
-        "lora": {"rank": 2, "alpha": 4},
-        "train": {"learning_rate": 3e-2, "batch_size": 5, "epochs": 3, "drift": False},
-    }
+    settings = {"model": str(model), "task": "embedding"}
+    settings |= {"data": {"train": str(write_rows(output.parent / f"{output.name}.jsonl", rows)), "eval": 0.3}}
+    settings |= {"lora": {"rank": 2, "alpha": 4}}
+    settings |= {"train": {"learning_rate": 3e-2, "batch_size": 5, "epochs": 3, "drift": False}}
     fixed = {"precision": "fp32", "device": "cpu", "threads": 1, "output": str(output)}
     return Path(fit(deep_merge(settings | fixed, overrides)).output)

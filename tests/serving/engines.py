@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from deltaw.serving.adapters import Adapters, FixedAdapters
-from deltaw.serving.batch import BatchLimits, RunningBatch
-from deltaw.serving.decodable import Decodable, build_decodable
-from deltaw.serving.engine import Engine
+from deltaw.decoding.adapters import Adapters, FixedAdapters
+from deltaw.decoding.batch import BatchLimits, RunningBatch
+from deltaw.decoding.decodable import Decodable, build_decodable
+from deltaw.decoding.engine import Engine
 from tests.byte_models import byte_tokenizer, tiny_llama
 
 # Engines that are closed after the test.
@@ -62,12 +62,8 @@ def prompts(count: int, max_length: int = 40, vocabulary: int = 259, seed: int =
 def greedy(model: PreTrainedModel, prompt: np.ndarray, count: int, terminators: tuple[int, ...] = ()) -> list[int]:
     """Return transformers' greedy completion, without a terminator."""
     ids = torch.from_numpy(np.asarray(prompt, np.int64))[None]
-    options = {
-        "max_new_tokens": count,
-        "do_sample": False,
-        "eos_token_id": list(terminators) or None,
-        "pad_token_id": 0,
-    }
+    options = {"max_new_tokens": count, "do_sample": False, "eos_token_id": list(terminators) or None}
+    options |= {"pad_token_id": 0}
     with torch.no_grad():
         out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     return truncate_at(out[0, len(prompt) :].tolist(), terminators)

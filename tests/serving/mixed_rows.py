@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deltaw.serving.bank import AdapterBank, Packer
-from deltaw.serving.decodable import Decodable
+from deltaw.decoding.bank import AdapterBank, Packer
+from deltaw.decoding.decodable import Decodable
 
 
 def random_prompts(count: int, vocabulary: int, *, seed: int = 0) -> list[np.ndarray]:
@@ -53,9 +53,8 @@ class Rows:
         self._adapter_indices = torch.tensor(adapter_indices, dtype=torch.int32)
         pages_per_sequence = -(-max_tokens // model.decoder.page_tokens)
         self._pages = model.decoder.new_pages(pages_per_sequence * len(adapter_indices))
-        self._table = torch.arange(pages_per_sequence * len(adapter_indices), dtype=torch.int32).view(
-            len(adapter_indices), pages_per_sequence
-        )
+        pages = torch.arange(pages_per_sequence * len(adapter_indices), dtype=torch.int32)
+        self._table = pages.view(len(adapter_indices), pages_per_sequence)
         self._lengths = [0] * len(adapter_indices)
 
     def step(self, tokens: Sequence[np.ndarray]) -> Tensor:

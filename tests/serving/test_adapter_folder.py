@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from deltaw.decoding.adapters import FolderReader
 from deltaw.errors import UserError
 from deltaw.lora import OtherBaseModelWarning, load_adapter
 from deltaw.methods.files import SavedConfig, write_trained_parameters
 from deltaw.methods.prompt import PromptFile, SoftPrompt, write_prompt
 from deltaw.methods.settings import PromptSettings
 from deltaw.runtime.quantized_weights import quantize_int8
-from deltaw.serving.adapters import FolderReader
 from tests.byte_models import byte_tokenizer, tiny_gpt2, tiny_llama
 from tests.serving.adapter_folders import write_lora, write_soft_prompt
 
@@ -85,17 +85,17 @@ def test_template_terminators_and_invocation_are_read_from_folder(model, reader,
     assert "im_start" in info.tokenizer.apply_chat_template(messages, tokenize=False)
 
 
-@pytest.mark.parametrize(
-    ("settings", "feature"),
-    [
-        ({"dora": True}, "DoRA"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"train_modules": ["lm_head"]}, "lm_head"),
-        ({"trainable_token_indices": [4, 5]}, "trainable_token_indices"),
-        ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
-        ({"target_modules": ["q_proj"], "target_parameters": ["gate_proj.weight"]}, "gate_proj.weight"),
-    ],
-)
+ADAPTERS_BEYOND_LINEAR = [
+    ({"dora": True}, "DoRA"),
+    ({"lora_bias": True}, "lora_bias"),
+    ({"train_modules": ["lm_head"]}, "lm_head"),
+    ({"trainable_token_indices": [4, 5]}, "trainable_token_indices"),
+    ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
+    ({"target_modules": ["q_proj"], "target_parameters": ["gate_proj.weight"]}, "gate_proj.weight"),
+]
+
+
+@pytest.mark.parametrize(("settings", "feature"), ADAPTERS_BEYOND_LINEAR)
 def test_adapters_beyond_linear_factors_are_rejected(model, reader, tmp_path, settings, feature):
     assert_rejected(reader, write_lora(model, tmp_path, **settings), re.escape(feature))
 

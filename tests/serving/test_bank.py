@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from deltaw.decoding import bank as bank_module
+from deltaw.decoding.adapters import ActiveAdapter
+from deltaw.decoding.bank import AdapterBank
 from deltaw.errors import UserError
-from deltaw.serving import bank as bank_module
-from deltaw.serving.adapters import ActiveAdapter
-from deltaw.serving.bank import AdapterBank
 from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.serving.adapter_folders import write_lora, write_soft_prompt
 from tests.serving.http.concurrency import run_in_threads, wait_until

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from transformers import PreTrainedModel
 
+from deltaw.decoding.adapters import ActiveAdapter, AdapterInfo, FixedAdapters
+from deltaw.decoding.bank import AdapterBank, Packer
+from deltaw.decoding.request import Request
 from deltaw.errors import UserError
 from deltaw.methods.base import Method
 from deltaw.methods.files import method_from_folder
-from deltaw.serving.adapters import ActiveAdapter, AdapterInfo, FixedAdapters
-from deltaw.serving.bank import AdapterBank, Packer
-from deltaw.serving.request import Request
 from tests.serving.adapter_folders import write_lora, write_soft_prompt
 from tests.serving.engines import greedy, llama, make_engine, prompts, tokenizer, truncate_at
 

@@ -20,10 +20,10 @@ from transformers import PreTrainedTokenizerFast
 
 pytest.importorskip("llguidance", reason="the extra serve is not installed")
 
+from deltaw.decoding.constraints import ConstraintLimits, Grammars, Matcher, ProcessLimits
+from deltaw.decoding.request import BusyError, Constraint, Sampling, UnsupportedError
+from deltaw.decoding.sampling import SamplingState, choose
 from deltaw.errors import UserError
-from deltaw.serving.constraints import ConstraintLimits, Grammars, Matcher, ProcessLimits
-from deltaw.serving.request import BusyError, Constraint, Sampling, UnsupportedError
-from deltaw.serving.sampling import SamplingState, choose
 from tests.byte_models import byte_tokenizer
 from tests.serving.http.concurrency import wait_until
 from tests.serving.http.hostile import slow_to_compile_grammar, slow_to_match_grammar
@@ -110,10 +110,8 @@ def test_sampled_texts_match_expression_and_grammar(grammars):
         ("regex", "[é漢]{3}/x", "[é漢]{3}/x"),
         ("grammar", 'start: "a" b\nb: "(" b ")" | "x"', r"a\(*x\)*"),
     ):
-        assert all(
-            re.fullmatch(pattern, text)
-            for text in sample_texts([start_matcher(grammars, value, kind) for _ in range(8)])
-        )
+        texts = sample_texts([start_matcher(grammars, value, kind) for _ in range(8)])
+        assert all(re.fullmatch(pattern, text) for text in texts)
 
 
 def test_json_object_is_complete_and_on_one_line(grammars):
@@ -234,10 +232,8 @@ def test_slow_matching_fails_only_texts_of_its_process(grammars):
 
 
 def test_texts_of_busy_process_do_not_block(grammars):
-    matchers = [
-        slow_matcher(grammars, 1),
-        *(start_matcher(grammars, slow_to_match_grammar(1), "grammar") for _ in range(300)),
-    ]
+    matchers = [slow_matcher(grammars, 1)]
+    matchers += [*(start_matcher(grammars, slow_to_match_grammar(1), "grammar") for _ in range(300))]
     for matcher in matchers:
         follow(matcher, "x")  # the first one computes until its time limit
     assert not matchers[0].ready and not matchers[0].wait(0.0) and matchers[0].late
@@ -356,7 +352,7 @@ def test_unsupported_tokenizer_is_reported():
 
 
 def test_missing_package_error_names_extra(monkeypatch):
-    monkeypatch.setattr("deltaw.serving.constraints.find_spec", lambda name: None)
+    monkeypatch.setattr("deltaw.decoding.constraints.find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match="llguidance") as error:
         start_matcher(Grammars(TOKENIZER, V), "a")
     assert "serve" in str(error.value.hint)

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from deltaw.memory.measure import peak_tensor_bytes
-from deltaw.serving import decodable as module
-from deltaw.serving.probes import Prober
+from deltaw.decoding import decodable as module
+from deltaw.decoding.probes import Prober
 from tests.byte_models import tiny_llama
+from tests.peak_memory import peak_tensor_bytes
 
 VOCABULARY = 60_000
 

@@ -13,9 +13,9 @@ from peft import PeftModel
 from transformers import AutoModel, AutoModelForSequenceClassification, BertForSequenceClassification
 
 from deltaw.errors import UserError
-from deltaw.serving.encoders import Encoders, detect_output_kind, open_classifiers, open_embedder
-from deltaw.training.embedding.pooling import is_bidirectional, pool
+from deltaw.serving.encoders import Encoders, detect_output_kind, open_classifiers, read_embedder
 from deltaw.training.open_run import open_run
+from deltaw.training.pooling import is_bidirectional, pool
 from tests.byte_models import byte_tokenizer, save_model
 from tests.serving.encoder_models import TEXTS, bert_config, train_classifier, write_bert
 from tests.serving.http.concurrency import run_in_threads
@@ -30,7 +30,7 @@ def embedder():
     with contextlib.ExitStack() as stack:
 
         def open_encoder(folder, name="bert", log=print, **options):
-            encoders = open_embedder(str(folder), name, log=log, **LOAD_OPTIONS, **options)
+            encoders = Encoders({name: read_embedder(str(folder), log=log, **LOAD_OPTIONS, **options)})
             return stack.enter_context(contextlib.closing(encoders))
 
         yield open_encoder
@@ -112,8 +112,8 @@ def test_decoder_is_rejected_unless_pooling_is_set(model_folder, embedder):
 
 
 def test_pooling_ignores_padding():
-    hidden, mask = torch.tensor([[[1.0], [3.0], [float("nan")]]]), torch.tensor([[1, 1, 0]])
-    assert [pool(hidden, mask, pooling).tolist() for pooling in ("mean", "last")] == [[[2.0]], [[3.0]]]
+    hidden, rows = torch.tensor([[1.0], [3.0], [float("nan")]]), [np.arange(2)]
+    assert [pool(hidden, rows, pooling).tolist() for pooling in ("mean", "last")] == [[[2.0]], [[3.0]]]
 
 
 def test_classifiers_share_base_and_match_separate_models(bert, runs):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from deltaw.decoding.batch import BatchLimits
+from deltaw.decoding.constraints import ConstraintLimits, ProcessLimits
+from deltaw.decoding.request import Constraint, Request, Sampling
 from deltaw.errors import UserError
-from deltaw.serving.batch import BatchLimits
-from deltaw.serving.constraints import ConstraintLimits, ProcessLimits
-from deltaw.serving.request import Constraint, Request, Sampling
 from tests.serving.engines import SMALL_STEPS, engine, engine_of, greedy, llama, prompts, tokenizer, truncate_at
 from tests.serving.http.concurrency import wait_until
 from tests.serving.http.hostile import slow_to_match_grammar
@@ -166,9 +166,8 @@ def test_slow_constraint_does_not_block_other_requests():
     pytest.importorskip("llguidance", reason="constraints require llguidance")
     instance = engine(constraints=ConstraintLimits(ProcessLimits(seconds=600, memory=8 << 30)))
     sampling = Sampling(logit_bias={tokenizer()("x")["input_ids"][0]: 100.0})
-    stuck = instance.submit(
-        Request(SHORT, None, sampling, Constraint("grammar", slow_to_match_grammar(0)), max_new_tokens=50)
-    )
+    constraint = Constraint("grammar", slow_to_match_grammar(0))
+    stuck = instance.submit(Request(SHORT, None, sampling, constraint, max_new_tokens=50))
     chunks = iter(stuck)
     assert "".join(next(chunks).text for _ in range(5)) == "xxxxx"  # the next mask takes minutes to compute
     for request in (long_text(12), Request(SHORT, max_new_tokens=12, constraint=PAIRS)):

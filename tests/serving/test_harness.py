@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,13 +12,12 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'de
 
 import datasets
 from lm_eval.api.instance import Instance
-from lm_eval.models.api_models import JsonChatStr
 from lm_eval.models.huggingface import HFLM
 
-from deltaw.serving import harness
-from deltaw.serving.harness import FILE, SessionLM, evaluate_tasks
+from deltaw.evaluation import harness
+from deltaw.evaluation.harness import FILE, SessionLM, evaluate_tasks
+from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.open_run import open_run
-from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.cli.conftest import assert_refused, call, start  # noqa: F401
 from tests.conftest import COLORS, write_rows
 
@@ -116,50 +113,14 @@ def test_sampling_tasks_are_sampled_deterministically(model_folder: Path) -> Non
     ours.close()
 
 
-@pytest.mark.slow  # starts a server process
-def test_harness_scores_served_model_over_http(model_folder: Path) -> None:
-    reason = "lm-eval's models over HTTP need tenacity: it is in the extra 'dev'"
-    pytest.importorskip("tenacity", reason=reason)
-    pytest.importorskip("fastapi", reason="the server needs FastAPI: it is in the extra 'dev'")
-    from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
-
-    ours, _ = load_both_backends(model_folder)
-    pairs = [pair for pair in PAIRS if len(pair[0]) < 100]
-    cases = [(f"paint it {color}: ", dict(STOPS)) for color in COLORS]
-    with start("serve", model_folder, "--port", "0", "--name", "tiny", "--precision", "fp32") as server:
-        url = server.wait_for(
-            lambda: re.match(r"serving tiny at (http://127\.0\.0\.1:\d+)\n", server.current_output()[0]), 120
-        )[1]
-        options = {"model": "tiny", "tokenizer": str(model_folder), "tokenizer_backend": "huggingface"}
-        served = LocalCompletionsAPI(base_url=f"{url}/v1/completions", max_length=128, **options)
-        actual = served.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
-        texts = served.generate_until(requests("generate_until", cases), disable_tqdm=True)
-        chat = LocalChatCompletion(base_url=f"{url}/v1/chat/completions", model="tiny")
-        turns = JsonChatStr(json.dumps([{"role": "user", "content": "paint it red"}]))
-        answer = chat.generate_until(requests("generate_until", [(turns, {"max_gen_toks": 12})]), disable_tqdm=True)
-    expected = ours.loglikelihood(requests("loglikelihood", pairs))
-    assert [result[0] for result in actual] == pytest.approx([result[0] for result in expected], abs=1e-3)
-    assert [result[1] for result in actual] == [result[1] for result in expected]
-    assert texts == ours.generate_until(requests("generate_until", cases))
-    prompt = ours.apply_chat_template([{"role": "user", "content": "paint it red"}])
-    assert answer == ours.generate_until(requests("generate_until", [(prompt, {"max_gen_toks": 12})]))
-    ours.close()
-
-
 def write_task(folder: Path, name: str, **changes: object) -> None:
     """Write a task file that checks the color of an answer."""
     rows = write_rows(folder / "colors.jsonl", ({"color": c, "right": c[0]} for c in COLORS))
-    task = {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(rows)}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "paint it {{color}}\n",
-        "doc_to_choice": ["r", "b", "g", "w", "p", "t", "c"],
-        "doc_to_target": "{{['r', 'b', 'g', 'w', 'p', 't', 'c'].index(right)}}",
-        "metric_list": [{"metric": "acc"}],
-    }
+    task = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(rows)}}}
+    task |= {"test_split": "test", "output_type": "multiple_choice", "doc_to_text": "paint it {{color}}\n"}
+    task |= {"doc_to_choice": ["r", "b", "g", "w", "p", "t", "c"]}
+    task |= {"doc_to_target": "{{['r', 'b', 'g', 'w', 'p', 't', 'c'].index(right)}}"}
+    task |= {"metric_list": [{"metric": "acc"}]}
     (folder / f"{name}.yaml").write_text(yaml.safe_dump({**task, **changes}), encoding="utf-8")
 
 
@@ -168,16 +129,8 @@ def test_eval_prints_and_stores_scores_of_base_and_adapter(call, finished_run, t
     changes = {"output_type": "generate_until", "doc_to_choice": None, "generation_kwargs": STOPS}
     changes |= {"doc_to_target": "{{right}}", "metric_list": [{"metric": "exact_match"}]}
     write_task(tmp_path, "written", **changes, num_fewshot=0)
-    arguments = [
-        "eval",
-        finished_run,
-        "--benchmarks",
-        "colors,written",
-        "--include-path",
-        tmp_path,
-        "--precision",
-        "fp32",
-    ]
+    arguments = ["eval", finished_run, "--benchmarks", "colors,written", "--include-path", tmp_path, "--precision"]
+    arguments += ["fp32"]
     result = call(*arguments, "--with-base", "--limit", 8, "--fewshot", 1, status=0)
     assert max(map(len, result.out.splitlines())) <= 80
     assert "colors" in result.out and "±" in result.out and "exact_match" in result.out
@@ -207,14 +160,14 @@ def test_chat_option_renders_prompts_with_template(model_folder, tmp_path, monke
     assert context.count("<|im_start|>user") == 2 and context.endswith("<|im_start|>assistant\n")
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"doc_to_text": "{{''.__class__.__mro__[1].__subclasses__()}}"}, ["harness fails", "SecurityError"]),
-        ({"dataset_kwargs": {"data_files": {"test": "missing.jsonl"}}}, ["harness fails", "missing.jsonl"]),
-        ({"include": "../other.yaml"}, ["outside the folder", "--trust-remote-code"]),
-    ],
-)
+TASK_FILES = [
+    ({"doc_to_text": "{{''.__class__.__mro__[1].__subclasses__()}}"}, ["harness fails", "SecurityError"]),
+    ({"dataset_kwargs": {"data_files": {"test": "missing.jsonl"}}}, ["harness fails", "missing.jsonl"]),
+    ({"include": "../other.yaml"}, ["outside the folder", "--trust-remote-code"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), TASK_FILES)
 def test_task_file_with_external_access_is_rejected(call, model_folder, tmp_path, changes, words) -> None:  # noqa: F811
     folder = tmp_path / "tasks"
     folder.mkdir()
@@ -239,14 +192,12 @@ def test_invalid_option_combinations_are_rejected(call, model_folder, rows_file,
     arguments = ["eval", model_folder, "--benchmarks", "colours", "--include-path", tmp_path]
     monkeypatch.setattr(harness, "TaskManager", _without_defaults(harness.TaskManager))
     assert_refused(call(*arguments), "no task 'colours'", "did you mean colors?")
-    assert_refused(
-        call(*arguments, "--data", rows_file), "benchmarks have their own rows", "--data", "remove it or --benchmarks"
-    )
+    result = call(*arguments, "--data", rows_file)
+    assert_refused(result, "benchmarks have their own rows", "--data", "remove it or --benchmarks")
     assert_refused(call("eval", model_folder, "--benchmarks", ","), "no task is given")
     assert_refused(call("eval", model_folder, "--fewshot", 3), "--fewshot", "add --benchmarks")
-    assert_refused(
-        call("eval", model_folder, "--benchmarks", "a", "--include-path", tmp_path / "none"), "no such folder"
-    )
+    result = call("eval", model_folder, "--benchmarks", "a", "--include-path", tmp_path / "none")
+    assert_refused(result, "no such folder")
     (tmp_path / "broken.yaml").write_text("a: [")
     assert_refused(call(*arguments), "not YAML", "broken.yaml")
 
@@ -254,22 +205,3 @@ def test_invalid_option_combinations_are_rejected(call, model_folder, rows_file,
 def _without_defaults(manager):
     """Skip the harness's own task files, which take seconds to list."""
     return lambda include_path, include_defaults: manager(include_path=include_path, include_defaults=False)
-
-
-@pytest.mark.slow
-@pytest.mark.network
-def test_real_model_scores_match_hf_backend(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("DELTAW_CACHE", str(Path.home() / ".cache" / "deltaw"))
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    import harness as benchmark
-
-    benchmark.write_tasks(tmp_path, 200)
-    benchmark.write_model(tmp_path)
-    ours, theirs = benchmark.load_deltaw_side(tmp_path, "fp32"), benchmark.load_hf_side(tmp_path, "float32", 8)
-    for task in benchmark.TASKS:
-        actual, expected = ours(task), theirs(task)
-        assert actual == pytest.approx({name: expected[name] for name in actual}, rel=2e-4), task
-        if task != "plots":  # the scores are fractions of rows
-            assert actual == {name: expected[name] for name in actual}
-    for name in ("harness", "machine"):
-        sys.modules.pop(name, None)

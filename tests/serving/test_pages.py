@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaw.serving.pages import PagePool, SequencePages, token_keys
+from deltaw.decoding.pages import PagePool, SequencePages, token_keys
 
 SIZE = 8
 

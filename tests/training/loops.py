@@ -13,19 +13,15 @@ from deltaw.methods.in_place import Bias, Full, Random
 from deltaw.methods.lora import LoRA
 from deltaw.methods.settings import RandomSettings
 from deltaw.runtime.packed import packed_rows
+from deltaw.training.batchers import CausalMicroBatcher
+from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.loop import train
-from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
-from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.tiny_models import VOCABULARY, causal_model
 
-METHODS = {
-    "lora": lambda: LoRA(LoRAConfig(rank=4, alpha=8)),
-    "lora with dropout": lambda: LoRA(LoRAConfig(rank=4, alpha=8, dropout=0.3)),
-    "lora plus": lambda: LoRA(LoRAConfig(rank=4, alpha=8), loraplus_lr_ratio=4.0),
-    "bias": lambda: Bias(None),
-    "full": lambda: Full(None),
-    "random": lambda: Random(RandomSettings(weights=0.05)),
-}
+METHODS = {"lora": lambda: LoRA(LoRAConfig(rank=4, alpha=8))}
+METHODS |= {"lora with dropout": lambda: LoRA(LoRAConfig(rank=4, alpha=8, dropout=0.3))}
+METHODS |= {"lora plus": lambda: LoRA(LoRAConfig(rank=4, alpha=8), loraplus_lr_ratio=4.0), "bias": lambda: Bias(None)}
+METHODS |= {"full": lambda: Full(None), "random": lambda: Random(RandomSettings(weights=0.05))}
 SPLIT = CausalMicroBatcher(40, True, False, "cpu")
 SETTINGS = {"learning_rate": 1e-2, "total_steps": 10, "batch_size": 4, "seed": 5, "schedule": "cosine", "warmup": 0.2}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,9 +15,8 @@ from deltaw.runs.fit import fit
 from tests import processes
 from tests.training.runs import adapter, metrics
 
-needs_gloo = pytest.mark.skipif(
-    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="this torch has no gloo"
-)
+HAS_GLOO = torch.distributed.is_available() and torch.distributed.is_gloo_available()
+needs_gloo = pytest.mark.skipif(not HAS_GLOO, reason="this torch has no gloo")
 
 
 def free_port() -> int:
@@ -102,9 +101,7 @@ def assert_same_run(run: Path, other: Path, counts: Sequence[str] = ("step", "ro
     assert difference <= 1e-5 * norm
 
 
-def assert_same_as_one_process(
-    single: dict, several: dict, size: int = 2, compare: Callable[[Path, Path], None] = assert_same_run, **extra: str
-) -> str:
+def assert_same_as_one_process(single: dict, several: dict, size=2, compare=assert_same_run, **extra: str) -> str:
     """Check that one process and several produce the same run, and return the output of rank 0."""
     fit(single)
     outputs = train_all(several, size, **extra)

@@ -21,13 +21,15 @@ from safetensors.torch import load_file
 from deltaw.reports.progress import TerminalCallback
 from deltaw.reports.tables import TerminalOutput
 from deltaw.runs import checkpoints
-from deltaw.runs.fit import Result, fit, load_model
-from deltaw.settings import RunConfig
+from deltaw.runs.fit import fit, load_model
+from deltaw.runs.record import Result
+from deltaw.settings.config import RunConfig
 from deltaw.training.callbacks import Callback
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.open_run import AdaptedModel, open_run
+from deltaw.training.open_run import open_run
 from deltaw.training.session import Session, assemble, read_data
 from deltaw.training.state import Step
+from deltaw.training.task import OpenedRun
 
 ADAPTER = "adapter_model.safetensors"
 # Eight training rows with a batch size of 3: three steps per epoch.
@@ -41,9 +43,10 @@ METHODS: dict[str, dict] = {
 }
 
 
-def slow_except(*quick: str, names: Iterable[str] = METHODS) -> list:
-    """Return all names as parameters of a test, with those not in ``quick`` marked slow."""
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+def slow_except(*quick: object, names: Iterable[object] = METHODS) -> list:
+    """Return all names as parameters of a test, those not in ``quick`` marked slow. Tuples are several parameters."""
+    slow = (name if isinstance(name, tuple) else (name,) for name in names)
+    return [pytest.param(*n, marks=() if n in quick or n[0] in quick else pytest.mark.slow) for n in slow]
 
 
 class RecordingCallback(Callback):
@@ -126,6 +129,12 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in metrics(run, "learning_rate")]
 
 
+def assert_learns(run: Path, factor: float = 1.0) -> None:
+    """Check that the mean loss of a run's last steps is below ``factor`` times that of its first steps."""
+    values = losses(run)
+    assert sum(values[-4:]) < factor * sum(values[:4])
+
+
 def adapter(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / ADAPTER)
 
@@ -141,7 +150,7 @@ def assert_same_run(run: Path, other: Path) -> None:
     assert outcome(run) == outcome(other)
 
 
-def open_on_cpu(run: Path | str, **options: Any) -> AdaptedModel:
+def open_on_cpu(run: Path | str, **options: Any) -> OpenedRun:
     """Load a run's adapter onto its model, in fp32 on the CPU."""
     return open_run(str(run), **{"precision": "fp32", "device": "cpu", "log": lambda line: None, **options})
 
@@ -160,7 +169,7 @@ def build_session(settings: Mapping[str, Any], **options: Any) -> Session:
     return assemble(config, task, data, loaded.model, device="cpu", new_modules=loaded.new_modules, **options)
 
 
-def load_eval_rows(run: AdaptedModel) -> Sequence[Any]:
+def load_eval_rows(run: OpenedRun) -> Sequence[Any]:
     """Return the evaluation rows of an opened run's training."""
     assert run.config is not None
     return run.task.read(run.config.data, seed=run.config.data_seed).held_out

@@ -15,24 +15,24 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from deltaw.data.chat_template import with_activation
 from deltaw.data.example import Example, RowGroup
-from deltaw.data.invocation import with_activation
-from deltaw.errors import UserError
 from deltaw.lora import LoRAConfig, adapter_parameters, attach
 from deltaw.machine.choices import Choice
 from deltaw.runs.fit import fit
-from deltaw.runtime import partial_check
+from deltaw.runtime import packed as partial_check
 from deltaw.runtime.packed import backbone_of, packed_rows
+from deltaw.tasks.language.task import evaluate_causal
+from deltaw.training.batchers import BatcherOptions, choose_causal_batcher
+from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.features import prefix_cache, store
 from deltaw.training.features.prompts import PromptIndex, StoredPrompts, stored_prompts
+from deltaw.training.features.store import StoreLocation
 from deltaw.training.losses import RowLogProbs
-from deltaw.training.open_run import score_run
+from deltaw.training.microbatches import Feed
 from deltaw.training.preparation import checkpoint_blocks
-from deltaw.training.tasks.causal import evaluate_causal
-from deltaw.training.tasks.causal_batcher import choose_causal_batcher
-from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.byte_models import byte_tokenizer
-from tests.conftest import COLORS, deep_merge, write_rows
+from tests.conftest import COLORS, deep_merge, refusal, write_rows
 from tests.tiny_models import causal_model
 from tests.training.loops import example, randomize_lora_b
 from tests.training.runs import build_session, metrics, open_on_cpu, slow_except
@@ -69,17 +69,18 @@ def factors(model: nn.Module) -> list[nn.Parameter]:
 
 
 @contextlib.contextmanager
-def choose_prompts(model: nn.Module, examples: list, tokens: int = 40, **options: object) -> Iterator[tuple]:
+def choose_prompts(
+    model: nn.Module, examples: list, tokens: int = 40, store_keys: bool = True, **options: object
+) -> Iterator[tuple]:
     """Yield the stored prompts, or None, and the choice of how they are stored."""
-    batcher, _ = choose_causal_batcher(model, examples, device="cpu", tokens_per_pass=tokens)
+    batcher, _ = choose_causal_batcher(model, examples, BatcherOptions("cpu", tokens_per_pass=tokens))
     with contextlib.nullcontext() if batcher.padded else packed_rows(model):
-        yield stored_prompts(model, CausalObjective(model), batcher, examples, **options)
+        feed, location = Feed(CausalObjective(model), batcher), StoreLocation(**options)
+        yield stored_prompts(model, feed, examples, location, store_keys=store_keys)
 
 
 @contextlib.contextmanager
-def open_stored_prompts(
-    model: nn.Module, examples: list, folder: Path | None, **options: object
-) -> Iterator[StoredPrompts]:
+def open_stored_prompts(model: nn.Module, examples: list, folder: Path | None, **options) -> Iterator[StoredPrompts]:
     with choose_prompts(model, examples, folder=folder, **options) as (prompts, choice):
         assert prompts is not None, choice.why
         prompts.choice = choice
@@ -126,16 +127,15 @@ class Case:
     def check(self, feed: StoredPrompts) -> int:
         """Return the number of tokens that the backbone processed."""
         token_counts: list[int] = []
-        with backbone_of(self.model).register_forward_pre_hook(
-            lambda module, args, kwargs: token_counts.append(kwargs["input_ids"].numel()), with_kwargs=True
-        ):
+        count = lambda module, args, kwargs: token_counts.append(kwargs["input_ids"].numel())  # noqa: E731
+        with backbone_of(self.model).register_forward_pre_hook(count, with_kwargs=True):
             loss, gradients = loss_and_gradients(self.model, feed.objective, feed, self.examples)
         assert loss == pytest.approx(self.loss, rel=self.rounding[0])
         assert relative_error(gradients, self.gradients) < self.rounding[1]
         return sum(token_counts)
 
 
-@pytest.mark.parametrize("kind", slow_except("llama", "gpt2", "gemma3", "neox", EXACT[0], names=(*FAMILIES, *EXACT)))
+@pytest.mark.parametrize("kind", slow_except("llama", "gemma3", EXACT[0], names=(*FAMILIES, *EXACT)))
 def test_loss_and_gradients_equal_masked_rows(kind, tmp_path):
     case = Case(kind)
     with case.open(tmp_path) as prompts:
@@ -144,7 +144,7 @@ def test_loss_and_gradients_equal_masked_rows(kind, tmp_path):
             case.check(prompts)
         reference = loss_and_gradients(case.model, prompts.objective, prompts.batcher, case.examples)
     always_active = [replace(row, active_from=0) for row in case.examples]
-    batcher, _ = choose_causal_batcher(case.model, always_active, device="cpu")
+    batcher, _ = choose_causal_batcher(case.model, always_active, BatcherOptions("cpu"))
     with packed_rows(case.model):
         active_everywhere = loss_and_gradients(case.model, CausalObjective(case.model), batcher, always_active)
     assert relative_error(reference[1], case.gradients) < 5e-5
@@ -183,10 +183,8 @@ def test_prompts_store_no_activations(tmp_path):
         units = prompts.units_of(batch)
     # Only the row's keys and values are as long as the row.
     row_length_count = saved_lengths.count(len(units))
-    assert (
-        row_length_count == 2 * model.config.num_hidden_layers
-        and saved_lengths.count(int((units < 0).sum())) > row_length_count
-    )
+    assert row_length_count == 2 * model.config.num_hidden_layers
+    assert saved_lengths.count(int((units < 0).sum())) > row_length_count
 
 
 def test_store_with_stale_weights_or_corrupt_values_is_ignored(tmp_path):
@@ -250,7 +248,7 @@ def test_per_row_losses_of_groups_cover_completions(tmp_path):
         for batch in prompts.batches(groups):
             per_row = RowLogProbs.of(batch, prompts.objective.token_log_probs(batch))
             sums.update(zip(map(id, per_row.rows), per_row.sums().tolist(), strict=True))
-            assert len(batch.groups) == batch.rows / 2
+            assert len(batch.sizes) == batch.rows / 2
     expected = [-reference_gradients(model, [row])[0] for row in examples]
     assert [sums[id(row)] for row in examples] == pytest.approx(expected, rel=1e-5)
 
@@ -267,7 +265,7 @@ def test_unknown_rows_run_without_stored_prompts(tmp_path):
 
 def test_model_without_packing_uses_masked_padded_rows():
     model, examples = adapted("bloom"), rows()
-    batcher, _ = choose_causal_batcher(model, examples, device="cpu")
+    batcher, _ = choose_causal_batcher(model, examples, BatcherOptions("cpu"))
     with choose_prompts(model, examples) as (prompts, choice):
         assert prompts is None and choice.value == "masked" and "padded" in choice.why
     actual = loss_and_gradients(model, CausalObjective(model), batcher, examples)
@@ -288,7 +286,7 @@ def test_model_with_different_split_outputs_runs_entire_rows(monkeypatch):
 def make_config(settings, tmp_path):
     def make(**changes: object) -> dict:
         defaults = {"data": {"eval": 3}, "lora": {"active": "completion"}}
-        train = {"epochs": 4, "batch_size": 4, "learning_rate": 0.02}
+        train = {"epochs": 3, "batch_size": 4, "learning_rate": 0.02}
         return deep_merge(settings(tmp_path / "run", **defaults, train=train), changes)
 
     return make
@@ -317,15 +315,15 @@ def test_run_trains_saves_and_evaluates_activated_adapter(make_config, model_fol
             ours, peft = (m(input_ids=ids).logits for m in (run.model, theirs))
             torch.testing.assert_close(ours, peft, rtol=1e-4, atol=1e-4)
         adapted_loss, bare_loss = (-float(sum(log_prob(m, row) for row in examples)) / labels for m in (theirs, base))
-    score = score_run(run, examples)
-    batcher, _ = choose_causal_batcher(run.model, examples, device="cpu")
+    score = run.score(examples)
+    batcher, _ = choose_causal_batcher(run.model, examples, BatcherOptions("cpu"))
     assert not batcher.padded  # rows can be packed although the model has an adapter
     assert score.metrics["loss"] == pytest.approx(adapted_loss, rel=1e-4)
     prompt = examples[0].tokens[: examples[0].prompt_length]
     assert run.invocation_warning([prompt]) is None
     assert "1 of 2 prompts do not have '<|im_start|>assistant" in run.invocation_warning([prompt, prompt[:3]])
     with run.base():
-        bare_score = score_run(run, examples)
+        bare_score = run.score(examples)
     assert bare_score.metrics["loss"] == pytest.approx(bare_loss, rel=1e-4)
 
 
@@ -335,9 +333,8 @@ def test_single_epoch_writes_no_store_and_equals_masked_training(make_config, tm
     result = fit(make_config(**one_epoch))
     assert "recomputed: prompts run without the adapter" in (result.output / "run.yaml").read_text()
     assert not (tmp_path / "cache" / "features").exists()
-    monkeypatch.setattr(
-        "deltaw.training.session.stored_prompts", lambda *args, **kwargs: (None, Choice("masked", "a test"))
-    )
+    masked = (None, Choice("masked", "a test"))
+    monkeypatch.setattr("deltaw.training.session.stored_prompts", lambda *args, **kwargs: masked)
     masked_run = fit(make_config(output=str(tmp_path / "whole"), **one_epoch))
     assert result.outcome.loss == pytest.approx(masked_run.outcome.loss, rel=1e-3)
 
@@ -368,7 +365,6 @@ def test_unsupported_data_and_tasks_are_rejected(make_config, tmp_path):
         ({"data": conversations}, "labels before the last", "data.labels: last"),
         ({"data": labels, "task": "sequence-classification"}, "models that generate an answer", ""),
     ):
-        with pytest.raises(UserError, match=words) as error:
-            fit(make_config(**changes))
-        assert hint in (error.value.hint or "")
-    fit(make_config(data={**conversations, "labels": "last"}, train={"max_steps": 1}))
+        error = refusal(fit, make_config(**changes), match=words)
+        assert hint in (error.hint or "")
+    build_session(make_config(data={**conversations, "labels": "last"})).close()

@@ -27,7 +27,7 @@ from deltaw.methods.base import ADAPTER_WEIGHTS
 from deltaw.runs.fit import fit, load_model
 from deltaw.runtime.packed import packed_rows
 from deltaw.runtime.widened import widened
-from deltaw.settings import RunConfig
+from deltaw.settings.config import RunConfig
 from deltaw.training import approximations
 from deltaw.training import session as sessions
 from deltaw.training.approximations import (
@@ -49,6 +49,7 @@ from tests.training.loops import randomize_lora_b
 from tests.training.runs import RecordingCallback, build_session, metrics, slow_except, stopped_run
 
 GRADIENTS = "int8_gradients"
+FACTORS = [(1, True), (8, False), (32, False), (128, False)]
 COLUMNS = 8  # number of rescaled columns, of 256
 
 
@@ -95,12 +96,9 @@ def bf16_run(settings, make_base_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bf16")
     products = ((f"{n} times {n % 7}", n * (n % 7)) for n in range(40))
     rows = [{"prompt": f"say {question}", "completion": f"{question} is {product}"} for question, product in products]
-    defaults = {
-        "data": {"train": str(write_rows(folder / "long.jsonl", rows)), "eval": 4},
-        "lora": {"rank": 8, "alpha": 16},
-        "train": {"batch_size": 8, "max_steps": 2, "drift": False, "samples": 0},
-        "precision": "bf16",
-    }
+    defaults = {"data": {"train": str(write_rows(folder / "long.jsonl", rows)), "eval": 4}, "precision": "bf16"}
+    defaults |= {"lora": {"rank": 8, "alpha": 16}}
+    defaults["train"] = {"batch_size": 8, "max_steps": 2, "drift": False, "samples": 0}
 
     def make(name: str, *, factor: float = 1, **changes: object) -> dict:
         return settings(folder / name, **deep_merge({"model": str(make_base_folder(factor)), **defaults}, changes))
@@ -129,9 +127,7 @@ def gradient(session: Session, rows) -> torch.Tensor:
 
 
 @compiled_only
-@pytest.mark.parametrize(
-    ("factor", "used"), [(1, True), *(pytest.param(n, False, marks=pytest.mark.slow) for n in (8, 32)), (128, False)]
-)
+@pytest.mark.parametrize(("factor", "used"), slow_except((1, True), (128, False), names=FACTORS))
 def test_int8_gradients_are_used_if_they_add_little_error(factor, used, bf16_run):
     """Errors are measured against the fp32 model, which the run itself does not have."""
     with preserved_process_state():
@@ -161,7 +157,7 @@ def test_int8_gradients_are_used_if_they_add_little_error(factor, used, bf16_run
 ROUNDED_EMBEDDINGS = ("gemma2", "gemma3")
 
 
-@pytest.mark.parametrize("family", [*CAUSAL, "bloom"])
+@pytest.mark.parametrize("family", slow_except("llama", "gemma2", "mixtral", "gpt2", "bloom", names=[*CAUSAL, "bloom"]))
 def test_bf16_model_can_be_computed_in_fp32(family):
     """Compares each family's own code, block by block, with the same model with all weights in fp32."""
     gradients = []
@@ -299,9 +295,10 @@ def test_resumed_run_uses_the_same_approximations_unless_disabled(approximate_ru
         assert GRADIENTS not in resumed().approximations["used"]
 
 
-def test_memory_is_released_before_gradients_are_compared(bf16_run, monkeypatch):
-    """Loading and the base model's log-probabilities fragment memory, and the fp32 copies do not fit into the holes."""
-    calls: list[str] = []
+def test_memory_is_released_before_gradients_and_each_pass_are_compared(bf16_run, monkeypatch):
+    """Loading, log-probabilities and fp32 blocks fragment memory, and later tensors do not fit into the holes."""
+    calls, trims = [], []
+    monkeypatch.setattr(approximations, "trim_memory", lambda: trims.append(1))
 
     def recorded(name: str, run):
         return lambda *args: calls.append(name) or run(*args)
@@ -311,7 +308,7 @@ def test_memory_is_released_before_gradients_are_compared(bf16_run, monkeypatch)
     monkeypatch.setattr(GradientCheck, "choose", recorded("compare", GradientCheck.choose))
     with preserved_process_state():
         build_session(bf16_run("released"), candidates=APPROXIMATIONS)
-    assert calls[-3:] == ["rows", "release", "compare"]
+    assert calls[-3:] == ["rows", "release", "compare"] and len(trims) >= 3
 
 
 def test_model_that_cannot_be_compared_trains_exactly(bf16_run, monkeypatch):
@@ -404,21 +401,13 @@ def test_summed_classes_need_a_peaked_head(spread, used, bf16_run, tmp_path):
     assert (session.approximations.names == ("summed_classes",)) == used, session.notes
 
 
-def test_each_pass_of_a_comparison_starts_without_freed_memory(bf16_run, monkeypatch):
-    """Holes left by fp32 blocks would otherwise remain while bf16 gradients are computed."""
-    trims = []
-    monkeypatch.setattr(approximations, "trim_memory", lambda: trims.append(1))
-    with preserved_process_state():
-        build_session(bf16_run("trimmed"), candidates=APPROXIMATIONS)
-    assert len(trims) >= 3
-
-
 def test_gradient_comparison_reports_progress():
     model, progress = torch.nn.Linear(2, 1), []
     batches = [SimpleNamespace(tokens=3, inputs=torch.ones(3, 2)) for _ in range(2)]
     batcher = SimpleNamespace(batches=lambda rows: iter(batches))
     named = dict(model.named_parameters())
-    check = GradientCheck(model, lambda batch: model(batch.inputs).sum(), batcher, named, [1, 2], progress.append)
+    objective = mock.Mock(side_effect=lambda batch: model(batch.inputs).sum())
+    check = GradientCheck(model, objective, batcher, named, [1, 2], progress.append)
     for _ in range(3):
         assert dict(check.gradients(())).keys() == named.keys()
     assert progress == pytest.approx([1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 0.99])

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from deltaw.errors import UserError
-from deltaw.memory.plan import KINDS, FittingPlan, Plan
-from deltaw.settings import RunConfig
-from deltaw.training.callbacks import LogFunction, ignore_line
-from deltaw.training.planning.arguments import parse_bytes
+from deltaw.memory.plan import KINDS, FittingPlan, Plan, parse_bytes
+from deltaw.progress import LogFunction, ignore_line
+from deltaw.settings.config import RunConfig
 from deltaw.training.planning.budget import TOKENS_PER_PASS, fitting_settings
 from deltaw.training.session import read_data
+from tests.conftest import refusal
 
 RANKS = (16, 8, 4)
 
@@ -63,9 +63,8 @@ def test_sizes_accept_decimal_and_binary_units_only():
     sizes |= {" 64 KiB ": 65_536, ".5TB": 5 * 10**11, "1000": 1000, "7B": 7}
     assert {text: parse_bytes(text) for text in sizes} == sizes
     for text in ("", "much", "GB", "6 gigabytes", "-1GB", "0", "0.0MB", "1e9", "6,5GB", "nan", "6GB8", "1.2.3GB"):
-        with pytest.raises(UserError, match="not a valid size") as error:
-            parse_bytes(text)
-        assert error.value.location == "--fit-memory" and "6GB" in error.value.hint
+        error = refusal(parse_bytes, text, match="not a valid size")
+        assert error.location == "--fit-memory" and "6GB" in error.hint
 
 
 def expected_settings(budget: int) -> set[tuple[int, int, bool]]:
@@ -75,10 +74,8 @@ def expected_settings(budget: int) -> set[tuple[int, int, bool]]:
     included only if the longest pass does not fit without it.
     """
     for rank in RANKS:
-        fitting = {
-            checkpointing: [t for t in TOKENS_PER_PASS if size_of(rank, t, checkpointing) <= budget]
-            for checkpointing in (False, True)
-        }
+        sizes = {saves: [(t, size_of(rank, t, saves)) for t in TOKENS_PER_PASS] for saves in (False, True)}
+        fitting = {saves: [t for t, size in options if size <= budget] for saves, options in sizes.items()}
         if TOKENS_PER_PASS[0] in fitting[False]:
             return {(rank, TOKENS_PER_PASS[0], False)}
         best = {(rank, max(tokens), checkpointing) for checkpointing, tokens in fitting.items() if tokens}
@@ -91,8 +88,7 @@ def test_search_finds_every_setting_that_fits(planner, find):
     for budget in range(2_000, 12_500, 500):
         expected = expected_settings(budget)
         if not expected:
-            with pytest.raises(UserError):
-                find(budget, "lora")
+            refusal(find, budget, "lora")
             continue
         results = find(budget, "lora")
         assert {(f.rank, f.tokens_per_pass, f.checkpointing) for f in results} == expected
@@ -115,11 +111,9 @@ def test_large_budget_needs_one_plan_per_method(planner, find):
 
 
 def test_budget_error_reports_minimum_with_two_plans_per_setting(planner, find):
-    with pytest.raises(UserError) as error:
-        find(100, "lora", "bias")
+    error = refusal(find, 100, "lora", "bias")
     minimum = size_of(2, TOKENS_PER_PASS[-1], True)
-    assert f"{minimum:,} bytes" in error.value.message and "100 bytes" in error.value.message
-    assert "--methods" in error.value.hint
+    assert f"{minimum:,} bytes" in error.message and "100 bytes" in error.message and "--methods" in error.hint
     configs = [call.args[0] for call in planner.call_args_list]
     tried = {(c.method, c.lora.rank, c.train.checkpointing) for c in configs}
     assert tried == {*itertools.product(["lora"], RANKS, [False, True]), ("bias", 16, False), ("bias", 16, True)}
@@ -130,8 +124,7 @@ def test_incompatible_method_is_reported_and_skipped(planner, find):
     lines = []
     assert [f.method for f in find(10**9, "prompt", "bias", log=lines.append)] == ["bias"]
     assert "prompt: images have no prompt" in lines
-    with pytest.raises(UserError, match="no plan could be computed"):
-        find(10**9, "prompt")
+    refusal(find, 10**9, "prompt", match="no plan could be computed")
 
 
 def test_real_plans_fit_the_requested_budget(settings, tmp_path):

@@ -8,21 +8,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file
 
 import deltaw
 from deltaw.errors import UserError
 from deltaw.memory.plan import Plan
-from deltaw.settings import RunConfig
-from deltaw.task_settings import DistillSettings
-from deltaw.training.distillation.feed import ANSWERS, FOLDER, TOP_TOKENS
-from deltaw.training.distillation.loss import DistillObjective
-from deltaw.training.distillation.teachers import first_difference
-from deltaw.training.open_run import score_run
+from deltaw.settings.config import RunConfig
+from deltaw.tasks.distill.feed import ANSWERS, FOLDER, TOP_TOKENS
+from deltaw.tasks.distill.loss import DistillObjective
+from deltaw.tasks.distill.settings import DistillSettings
+from deltaw.tasks.distill.teachers import first_difference
 from deltaw.training.planning.plan_run import plan
-from tests.conftest import deep_merge, write_rows
+from tests.conftest import deep_merge, refusal, write_rows
 from tests.training.parallel_runs import distance, needs_gloo, train_all
-from tests.training.runs import ADAPTER, RecordingCallback, load_eval_rows, metrics, open_on_cpu
+from tests.training.runs import (
+    ADAPTER,
+    RecordingCallback,
+    load_eval_rows,
+    losses,
+    metrics,
+    open_on_cpu,
+    slow_except,
+    stopped_run,
+)
 
 PROMPT = "Answer as a poet would, in rhymes"
 
@@ -30,36 +37,25 @@ PROMPT = "Answer as a poet would, in rhymes"
 @pytest.fixture
 def distill_run(tmp_path, long_context_folder):
     """Return a factory of settings of a run that trains a prompt into the adapter."""
-    rows = write_rows(
-        tmp_path / "rows.jsonl", [{"prompt": f"say {n}", "completion": f"it is {n * n}"} for n in range(12)]
-    )
+    rows = ({"prompt": f"say {n}", "completion": f"it is {n * n}"} for n in range(12))
+    rows = write_rows(tmp_path / "rows.jsonl", rows)
 
     def make(output: str, **changes: object) -> dict:
-        defaults = {
-            "model": str(long_context_folder),
-            "task": "distill",
-            "data": {"train": str(rows), "eval": 3},
-            "distill": {"prompt": PROMPT, "max_new_tokens": 6},
-            "train": {"max_steps": 4, "batch_size": 3, "learning_rate": 0.01, "checkpoint_every": 1, "drift": False},
-            "precision": "fp32",
-            "output": str(tmp_path / output),
-        }
+        train = {"max_steps": 4, "batch_size": 3, "learning_rate": 0.01, "checkpoint_every": 1, "drift": False}
+        defaults = {"model": str(long_context_folder), "task": "distill", "data": {"train": str(rows), "eval": 3}}
+        defaults |= {"distill": {"prompt": PROMPT, "max_new_tokens": 6}, "train": train, "precision": "fp32"}
+        defaults["output"] = str(tmp_path / output)
         return deep_merge(defaults, changes)
 
     return make
 
 
-def equal_adapters(first, second) -> bool:
-    ours, theirs = (load_file(folder / ADAPTER) for folder in (first, second))
-    return ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in ours)
-
-
 def test_run_distills_prompt_and_reports_saved_tokens(distill_run):
     output = RecordingCallback()
-    result = deltaw.fit(distill_run("run", train={"max_steps": 40}), callback=output)
-    steps = [line["loss"] for line in metrics(result.output, "learning_rate")]
-    assert np.mean(steps[-3:]) < 0.6 * steps[0]
-    assert result.evaluation.main == "exact_match" and result.evaluation.metrics["loss"] < 0.8 * steps[0]
+    result = deltaw.fit(distill_run("run", train={"max_steps": 25}), callback=output)
+    steps = losses(result.output)
+    assert np.mean(steps[-3:]) < 0.8 * steps[0]
+    assert result.evaluation.main == "exact_match" and result.evaluation.metrics["loss"] < 0.9 * steps[0]
     (line,) = metrics(result.output, "distilled")
     report = line["distilled"]
     assert report["prompt_tokens_saved"] == 1 + len("system\n") + len(PROMPT) + 1 + len("\n")
@@ -82,7 +78,7 @@ def test_student_learns_from_teacher_with_adapter(distill_run, tmp_path, long_co
     teacher = deltaw.fit(distill_run("teacher", **config)).output
     distill = {"prompt": None, "teachers": [{"adapter": str(teacher)}], "divergence": "jsd"}
     result = deltaw.fit(distill_run("run", distill=distill, train={"max_steps": 40}))
-    steps = [line["loss"] for line in metrics(result.output, "learning_rate")]
+    steps = losses(result.output)
     assert np.mean(steps[-3:]) < 0.5 * steps[0]
 
 
@@ -93,19 +89,13 @@ SOURCES = {
 }
 
 
-@pytest.mark.parametrize(
-    "source", ["likeliest", *(pytest.param(source, marks=pytest.mark.slow) for source in ("own", "teacher's"))]
-)
+@pytest.mark.parametrize("source", slow_except("likeliest", names=SOURCES))
 def test_resumed_run_is_bit_identical(distill_run, source):
     uninterrupted = deltaw.fit(distill_run("whole", distill=SOURCES[source]))
-    stopped = distill_run("part", distill=SOURCES[source])
-    deltaw.fit(stopped, callback=RecordingCallback(stop_after=2))
-    resumed = deltaw.fit(resume=stopped["output"])
-    assert equal_adapters(uninterrupted.output, resumed.output)
-    losses = [
-        [line["loss"] for line in metrics(run, "learning_rate")] for run in (uninterrupted.output, resumed.output)
-    ]
-    assert losses[0] == losses[1] and len(losses[0]) == 4
+    resumed = deltaw.fit(resume=stopped_run(distill_run("part", distill=SOURCES[source]), 2))
+    ours, theirs = losses(uninterrupted.output), losses(resumed.output)
+    assert ours == theirs and len(ours) == 4
+    assert (uninterrupted.output / ADAPTER).read_bytes() == (resumed.output / ADAPTER).read_bytes()
 
 
 @needs_gloo
@@ -116,8 +106,8 @@ def test_two_processes_match_one(distill_run, source):
     one, two = (distill_run(name, distill=SOURCES[source], train={"learning_rate": 1e-3}) for name in ("one", "two"))
     deltaw.fit(one)
     train_all(two)
-    losses = [[line["loss"] for line in metrics(Path(settings["output"]), "learning_rate")] for settings in (two, one)]
-    assert len(losses[1]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-5)
+    ours, theirs = (losses(Path(settings["output"])) for settings in (two, one))
+    assert len(theirs) == 4 and ours == pytest.approx(theirs, rel=1e-5)
     difference, norm = distance(Path(two["output"]), Path(one["output"]))
     assert norm > 0 and difference <= 1e-5 * norm
 
@@ -131,9 +121,7 @@ def test_teacher_outputs_are_stored_once_and_reused(distill_run, monkeypatch):
     assert len(answers) == 12 and top_tokens.shape[1] == 5  # answers to all rows, tokens of only the training rows
     assert top_tokens.shape[0] == sum(len(tokens) for _, tokens, _ in answers[:9])
     assert (np.diff(top_tokens["logprob"], axis=1) <= 0).all() and (top_tokens["logprob"] < 0).all()
-    monkeypatch.setattr(
-        "deltaw.training.distillation.teachers.Teacher.generate", lambda *args: pytest.fail("generated again")
-    )
+    monkeypatch.setattr("deltaw.tasks.distill.teachers.Teacher.generate", lambda *args: pytest.fail("generated again"))
     monkeypatch.setattr(DistillObjective, "top_tokens", _limit_rows(DistillObjective.top_tokens, 3))
     assert not deltaw.fit(resume=settings["output"]).interrupted
 
@@ -172,18 +160,13 @@ def test_virtual_tokens_count_as_student_prompt_tokens_only(distill_run):
     result = deltaw.fit(distill_run("run", method="prompt", prompt={"length": 3}, distill=SOURCES["own"], train=short))
     (line,) = metrics(result.output, "distilled")
     assert line["distilled"]["prompt_tokens_saved"] == 43 - 3
-    plain = deltaw.fit(distill_run("plain", train=short))
-    (other,) = metrics(plain.output, "distilled")
-    for model in ("base", "base_with_prompt"):
-        assert line["distilled"][model] == other["distilled"][model]
 
 
 def test_base_teacher_requires_an_unmodified_base_model(distill_run, long_context_folder):
-    with pytest.raises(UserError, match="modifies the base model"):
-        deltaw.fit(distill_run("run", method="full"))
+    refusal(deltaw.fit, distill_run("run", method="full"), match="modifies the base model")
     other = {"teachers": [{"model": str(long_context_folder)}]}
-    result = deltaw.fit(distill_run("other", method="full", distill=other, train={"max_steps": 15}))
-    steps = [line["loss"] for line in metrics(result.output, "learning_rate")]
+    result = deltaw.fit(distill_run("other", method="full", distill=other, train={"max_steps": 10}))
+    steps = losses(result.output)
     assert np.mean(steps[-3:]) < 0.9 * steps[0]
 
 
@@ -193,7 +176,7 @@ def test_finished_run_is_evaluated_without_teachers(distill_run, tmp_path):
     result = deltaw.fit(distill_run("run", distill={"prompt": str(prompt)}))
     prompt.unlink()
     run = open_on_cpu(result.output)
-    score = score_run(run, load_eval_rows(run)).metrics
+    score = run.score(load_eval_rows(run)).metrics
     assert score["exact_match"] == result.evaluation.metrics["exact_match"]
     assert score["cross_entropy"] == pytest.approx(result.evaluation.metrics["cross_entropy"], rel=1e-5)
 
@@ -235,13 +218,11 @@ def test_teacher_with_different_tokenizer_is_rejected(distill_run, tmp_path, lon
     ],
 )
 def test_invalid_settings_are_rejected(distill, message):
-    with pytest.raises(UserError, match=message):
-        RunConfig.read({"model": "m", "data": "d.jsonl", "task": "distill", "distill": distill})
+    refusal(RunConfig.read, {"model": "m", "data": "d.jsonl", "task": "distill", "distill": distill}, match=message)
 
 
 def test_distill_section_requires_its_task_and_existing_prompt_file(tmp_path):
-    with pytest.raises(UserError, match="section 'distill'"):
-        RunConfig.read({"model": "m", "data": "d.jsonl", "distill": {"prompt": "p"}})
+    refusal(RunConfig.read, {"model": "m", "data": "d.jsonl", "distill": {"prompt": "p"}}, match="section 'distill'")
     path = tmp_path / "prompts.txt"
     path.write_text("Be brief.\n")
     assert DistillSettings(prompt=str(path)).prompt_text == "Be brief."

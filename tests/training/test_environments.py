@@ -6,23 +6,18 @@ import json
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file
 
 import deltaw
 from deltaw.data.prompts import PromptReader
-from deltaw.data.settings import DataSettings
 from deltaw.data.templates import Encoder
-from deltaw.errors import UserError
-from deltaw.runtime.generation import SampledCompletion, SamplingParams
-from deltaw.serving.rollouts import SessionSampler
-from deltaw.task_settings import RewardSettings
-from deltaw.training.open_run import score_run
-from deltaw.training.rollouts.feed import _rollout
-from deltaw.training.rollouts.turns import MultiTurnSampler
+from deltaw.decoding.generation import SampledCompletion, SamplingParams
+from deltaw.settings.data import DataSettings
+from deltaw.tasks.reward.feed import MultiTurnSampler, RewardFeed
+from deltaw.tasks.reward.settings import RewardSettings
 from tests.byte_models import byte_tokenizer
-from tests.conftest import write_rows
+from tests.conftest import refusal, write_rows
 from tests.data.chat_templates import tokenizer_of
-from tests.training.runs import ADAPTER, RecordingCallback, load_eval_rows, open_on_cpu
+from tests.training.runs import ADAPTER, load_eval_rows, metrics, open_on_cpu, stopped_run
 
 ENVIRONMENTS = '''
 import os, time
@@ -121,6 +116,11 @@ def texts(tokenizer, tokens) -> str:
     return tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
 
 
+def rollout_of(prompt, completion):
+    """Return the row that the training gets for a completion."""
+    return RewardFeed.complete(object.__new__(RewardFeed), prompt, completion)
+
+
 def test_model_and_environment_alternate(play):
     rows = [{"prompt": "play", "wanted": 3}, {"prompt": "play on", "wanted": 5}]
     script, prompts, completions = play("Guess", rows, ["7", "5"], ["3"])
@@ -130,19 +130,15 @@ def test_model_and_environment_alternate(play):
     assert [texts(tokenizer, prompt) for prompt in script.prompts[0]] == [first, first.replace("12", "14")]
     assert [texts(tokenizer, prompt) for prompt in script.prompts[1]] == [f"{first}7{reply}"]
     assert [completion.reward for completion in completions] == pytest.approx([0.9, 1.0])
-    assert [completion.text for completion in completions] == ["3", "5"] and [
-        completion.length for completion in completions
-    ] == [3, 1]
+    assert [(completion.text, completion.length) for completion in completions] == [("3", 3), ("5", 1)]
     assert script.seeds[0] != script.seeds[1] and len(script.seeds[1]) == 1
-    rollout = _rollout(prompts[0], completions[0])
+    rollout = rollout_of(prompts[0], completions[0])
     assert texts(tokenizer, rollout.tokens) == f"{first}7{reply}3<|im_end|>"
     assert texts(tokenizer, rollout.tokens[rollout.is_label]) == "7<|im_end|>3<|im_end|>"
     assert rollout.engine_logprobs.tolist() == pytest.approx([-1, np.nan, -1], nan_ok=True)
     restored = SampledCompletion.from_list(json.loads(json.dumps(completions[0].as_list())))
-    assert (
-        _rollout(prompts[0], restored).is_label.tolist() == rollout.is_label.tolist()
-        and restored.reward == completions[0].reward
-    )
+    assert rollout_of(prompts[0], restored).is_label.tolist() == rollout.is_label.tolist()
+    assert restored.reward == completions[0].reward
 
 
 def test_environment_without_text_uses_the_row_prompt(play):
@@ -156,20 +152,19 @@ def test_environment_without_text_uses_the_row_prompt(play):
 
 def test_tools_and_tool_replies_are_rendered_by_the_template(play):
     tokenizer = tokenizer_of("qwen2.5")
-    script, prompts, completions = play(
-        "Calls", [{"prompt": "play", "wanted": 3}], ["a"], ["b"], tokenizer=tokenizer, turns=2
-    )
+    rows = [{"prompt": "play", "wanted": 3}]
+    script, prompts, completions = play("Calls", rows, ["a"], ["b"], tokenizer=tokenizer, turns=2)
     first, second = (texts(tokenizer, requests[0]) for requests in script.prompts)
     assert '"name": "add"' in first and second.startswith(f"{first}a<|im_end|>\n")
     assert "<tool_response>\nsum a\n</tool_response>" in second and second.endswith("<|im_start|>assistant\n")
-    rollout = _rollout(prompts[0], completions[0])
+    rollout = rollout_of(prompts[0], completions[0])
     assert texts(tokenizer, rollout.tokens[rollout.is_label]) == "a<|im_end|>b<|im_end|>" and completions[0].reward == 1
 
 
 def test_plain_text_continues_after_the_end_token(play):
     script, prompts, completions = play("Plain", [{"prompt": "play", "wanted": 3}], ["7"], ["3"], template="plain")
     end = script.tokenizer.eos_token
-    assert texts(script.tokenizer, _rollout(prompts[0], completions[0]).tokens) == f"play7{end}not 7\n3{end}"
+    assert texts(script.tokenizer, rollout_of(prompts[0], completions[0]).tokens) == f"play7{end}not 7\n3{end}"
 
 
 def test_conversation_ends_at_turn_token_or_completion_limit(play):
@@ -177,34 +172,24 @@ def test_conversation_ends_at_turn_token_or_completion_limit(play):
     script, _, completions = play("Guess", row, ["1"], ["2"], turns=2)
     assert len(script.prompts) == 2 and completions[0].text == "2" and completions[0].ended
     script, _, completions = play("Plain", row, *[["1" * 16]] * 3, turns=3, environment_tokens=20)
-    assert (
-        len(script.prompts) == 1 and completions[0].ended and completions[0].length == 16
-    )  # a reply takes more than 20 tokens
+    # A reply takes more than 20 tokens.
+    assert len(script.prompts) == 1 and completions[0].ended and completions[0].length == 16
     script, _, completions = play("Guess", row, ["1"], turns=3, end_token=False)
     assert len(script.prompts) == 1 and not completions[0].ended and completions[0].reward == pytest.approx(-0.1)
-    with pytest.raises(UserError, match="exceeds the limit"):
-        play("Guess", row, turns=1, environment_tokens=1)
+    refusal(play, "Guess", row, turns=1, environment_tokens=1, match="exceeds the limit")
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("Raises", "raised ZeroDivisionError"),
-        ("Hangs", "no answer within 1 seconds"),
-        ("Dies", "its process exited"),
-        ("Nan", "the reward is nan"),
-        ("Few", "raised ValueError"),
-        ("Number", "step must return a text"),
-        ("Long", "gave an answer longer than 16 MiB"),
-        ("Bytes", "step must return a text"),
-        ("Nothere", "no function 'Nothere'"),
-    ],
-)
+FAULTS = [("Raises", "raised ZeroDivisionError"), ("Hangs", "no answer within 1 seconds")]
+FAULTS += [("Dies", "its process exited"), ("Nan", "the reward is nan"), ("Few", "raised ValueError")]
+FAULTS += [("Number", "step must return a text"), ("Long", "gave an answer longer than 16 MiB")]
+FAULTS += [("Bytes", "step must return a text"), ("Nothere", "no function 'Nothere'")]
+
+
+@pytest.mark.parametrize(("name", "message"), FAULTS)
 def test_environment_errors_name_the_row(play, name, message):
     rows = [{"prompt": f"play {n}", "wanted": 3} for n in range(2)]
-    with pytest.raises(UserError, match=message) as error:
-        play(name, rows, ["7", "5"], seconds=1)
-    assert "own.py" in str(error.value.location) and "row 1" in str(error.value.location)
+    error = refusal(play, name, rows, ["7", "5"], seconds=1, match=message)
+    assert "own.py" in str(error.location) and "row 1" in str(error.location)
 
 
 @pytest.mark.parametrize("family", ["chatml", "llama3", "qwen2.5", "qwen3", "gemma3", "mistral3", "phi4", "zephyr"])
@@ -224,53 +209,34 @@ def test_environment_run_trains_and_resumes_bit_identically(tmp_path, long_conte
     (tmp_path / "own.py").write_text(ENVIRONMENTS)
     rows = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"say {n}"} for n in range(6)])
     environment = {"environment": f"{tmp_path / 'own.py'}:Vowels", "turns": 2, "environment_tokens": 60}
-    functions = [{"name": "length", "target": 3, "weight": 0.5}]
-
-    def config(output):
-        return {
-            "model": str(long_context_folder),
-            "task": "rl",
-            "data": {"train": str(rows), "eval": 2},
-            "reward": {**environment, "functions": functions, "group": 3, "max_new_tokens": 6},
-            "train": {"max_steps": 2, "batch_size": 2, "learning_rate": 0.02, "checkpoint_every": 1},
-            "precision": "fp32",
-            "output": str(tmp_path / output),
-        }
-
-    result = deltaw.fit(config("run"))
-    lines = [json.loads(line) for line in (result.output / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "loss" in line]
+    reward = {"functions": [{"name": "length", "target": 3, "weight": 0.5}], "group": 3, "max_new_tokens": 6}
+    train = {"max_steps": 2, "batch_size": 2, "learning_rate": 0.02, "checkpoint_every": 1, "drift": False}
+    config = {"model": str(long_context_folder), "task": "rl", "data": {"train": str(rows), "eval": 2}}
+    config |= {"reward": {**environment, **reward}, "train": train, "precision": "fp32"}
+    result = deltaw.fit({**config, "output": str(tmp_path / "run")})
+    steps = metrics(result.output, "loss")
     assert {"reward Vowels", "reward length"} <= steps[0].keys() and steps[0]["mismatch"] < 1e-5
     for step in steps:
         assert step["reward"] == pytest.approx(step["reward Vowels"] + 0.5 * step["reward length"])
     assert {"reward Vowels", "reward length"} <= result.evaluation.metrics.keys()
-    deltaw.fit(config("part"), callback=RecordingCallback(stop_after=1))
-    resumed = deltaw.fit(resume=str(tmp_path / "part"))
-    tensors, resumed_tensors = (load_file(folder / ADAPTER) for folder in (result.output, resumed.output))
-    assert all((tensors[name] == resumed_tensors[name]).all() for name in tensors)
+    resumed = deltaw.fit(resume=stopped_run({**config, "output": str(tmp_path / "part")}, 1))
+    assert (result.output / ADAPTER).read_bytes() == (resumed.output / ADAPTER).read_bytes()
 
 
 def test_untrusted_folder_cannot_name_reward_functions(tmp_path, model_folder):
     code = tmp_path / "own.py"
     code.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n{ENVIRONMENTS}")
     rows = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"say {n}"} for n in range(6)])
-    config = {
-        "model": str(model_folder),
-        "task": "rl",
-        "data": {"train": str(rows), "eval": 2},
-        "reward": {"functions": ["lower-case"], "group": 2, "max_new_tokens": 4},
-        "train": {"max_steps": 1, "batch_size": 2},
-        "output": str(tmp_path / "run"),
-    }
+    config = {"model": str(model_folder), "task": "rl", "data": {"train": str(rows), "eval": 2}}
+    config |= {"reward": {"functions": ["lower-case"], "group": 2, "max_new_tokens": 4}, "precision": "fp32"}
+    config |= {"train": {"max_steps": 1, "batch_size": 2}, "output": str(tmp_path / "run")}
     output = deltaw.fit(config).output
     run = open_on_cpu(output)
-    assert score_run(run, load_eval_rows(run), sampler=SessionSampler(run)).evaluation.main == "reward"
+    assert run.score(load_eval_rows(run)).evaluation.main == "reward"
     saved = (output / "run.yaml").read_text()
     assert "lower-case" in saved
     (output / "run.yaml").write_text(saved.replace("name: lower-case", f"name: {code}:Vowels"))
     run = open_on_cpu(output)
-    with pytest.raises(UserError, match=r"reward\.functions.*not named"):
-        score_run(run, load_eval_rows(run))
-    with pytest.raises(UserError, match=r"reward\.functions.*not named"):
-        deltaw.fit(resume=str(output))
+    refusal(run.score, load_eval_rows(run), match=r"reward\.functions.*not named")
+    refusal(deltaw.fit, resume=str(output), match=r"reward\.functions.*not named")
     assert not (tmp_path / "ran").exists()

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from deltaw.errors import UserError
 from deltaw.training.features import store as feature_store
 from deltaw.training.features.store import DESCRIPTION, MemoryStore, Shape, open_store
 from tests import processes
+from tests.conftest import refusal
 
 SHAPE = Shape.of(rows=4, units=10, width=3, dtype=torch.float32)
 
@@ -57,21 +57,17 @@ def test_least_recently_used_store_is_evicted_unless_in_use(tmp_path):
     size = sum(file.stat().st_size for file in in_use.folder.iterdir())
     new = open_store("new", SHAPE, folder=tmp_path, limit=2 * size + SHAPE.bytes)
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"kept", "old", "new"}
-    with pytest.raises(UserError, match="other runs"):
-        open_store("more", SHAPE, folder=tmp_path, limit=2 * size)
+    refusal(open_store, "more", SHAPE, folder=tmp_path, limit=2 * size, match="other runs")
     new.close()
     in_use.close()
 
 
 def test_store_without_space_is_rejected_with_its_size(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="would take 1 KB"):
-        open_store("a", SHAPE, folder=tmp_path, limit=100)
+    refusal(open_store, "a", SHAPE, folder=tmp_path, limit=100, match="would take 1 KB")
     monkeypatch.setattr(feature_store, "MIN_FREE_BYTES", 2**60)
-    with pytest.raises(UserError, match="free on the disk"):
-        open_store("a", SHAPE, folder=tmp_path)
+    refusal(open_store, "a", SHAPE, folder=tmp_path, match="free on the disk")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be stored"):
-        open_store("a", SHAPE, folder=tmp_path / "file")
+    refusal(open_store, "a", SHAPE, folder=tmp_path / "file", match="cannot be stored")
 
 
 def test_killed_process_leaves_flushed_rows_without_lock(tmp_path):

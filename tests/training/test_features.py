@@ -13,19 +13,20 @@ import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from deltaw.data.images import LabelMicroBatcher
 from deltaw.data.pixels import ImageExample
 from deltaw.kernels import loader
 from deltaw.lora import LoRAConfig, attach
 from deltaw.methods.parameters import make_trainable
 from deltaw.runtime.packed import packed_rows
+from deltaw.tasks.classification.objective import LabelObjective
+from deltaw.training.batchers import CausalMicroBatcher, ImageMicroBatcher, LabelMicroBatcher
+from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.features import store as feature_store
-from deltaw.training.features.prefix_cache import cached_prefix
+from deltaw.training.features.prefix_cache import Sharing, cached_prefix
+from deltaw.training.features.store import StoreLocation
 from deltaw.training.loop import train
+from deltaw.training.microbatches import Feed
 from deltaw.training.preparation import checkpoint_blocks
-from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
-from deltaw.training.tasks.causal_objective import CausalObjective
-from deltaw.training.tasks.labels import LabelObjective
 from tests.caches import fake_version, modify_source
 from tests.tiny_models import VOCABULARY, causal_model
 from tests.training.loops import example
@@ -76,7 +77,8 @@ def run(model, objective, batcher, rows, *, steps=6):
 @contextlib.contextmanager
 def open_cache(model, rows, folder, **options):
     with packed_rows(model):
-        cached, choice = cached_prefix(model, CausalObjective(model), SHARED, rows, folder=folder, **options)
+        feed = Feed(CausalObjective(model), SHARED)
+        cached, choice = cached_prefix(model, feed, rows, StoreLocation(folder, **options), Sharing())
         assert cached is not None, choice
         cached.choice = choice
         yield cached
@@ -86,7 +88,8 @@ def open_cache(model, rows, folder, **options):
 def reason_without_cache(model, folder, **options):
     """Return the reason for the missing cache."""
     with packed_rows(model):
-        cached, choice = cached_prefix(model, CausalObjective(model), SHARED, causal_rows(), folder=folder, **options)
+        feed = Feed(CausalObjective(model), SHARED)
+        cached, choice = cached_prefix(model, feed, causal_rows(), StoreLocation(folder, **options), Sharing())
     assert cached is None
     return choice
 
@@ -99,7 +102,8 @@ def train_both_ways(model, objective_of, batcher, rows, folder):
     with attention(model):
         uncached_result = run(model, objective_of(model), batcher, rows)
     with attention(reference):
-        cached, choice = cached_prefix(reference, objective_of(reference), batcher, rows, folder=folder)
+        feed = Feed(objective_of(reference), batcher)
+        cached, choice = cached_prefix(reference, feed, rows, StoreLocation(folder), Sharing())
         assert cached is not None, choice
         cached_result = run(reference, cached.objective, cached, rows)
         cached.close()
@@ -144,7 +148,7 @@ def test_classifiers_and_regression_train_identically(trained, tmp_path):
     family, _, number = kind.partition("-")
     model = train_head(model_of(family, outputs=1 if number else 3, pad=0), *modules)
     task, rows = number or "sequence-classification", examples_of(LENGTHS, number=bool(number))
-    batcher = LabelMicroBatcher(64, "cpu", segments=False)
+    batcher = LabelMicroBatcher(64)
     cached, _ = train_both_ways(model, lambda m: LabelObjective(m, task), batcher, rows, tmp_path)
     assert cached.store.shape.units == (12 if trained in HEADS else sum(LENGTHS))
 
@@ -156,7 +160,7 @@ def test_image_classifier_trains_identically(modules, tmp_path):
     images = np.random.default_rng(0).integers(0, 255, (12, 16, 16, 3)).astype(np.uint8)
     rows = [ImageExample(n, image, n % 3, digest=bytes([n])) for n, image in enumerate(images)]
     pixels = lambda rows: torch.from_numpy(np.stack([r.image for r in rows])).permute(0, 3, 1, 2) / 255  # noqa: E731
-    batcher = LabelMicroBatcher(20, "cpu", encoder=SimpleNamespace(encode=pixels), tokens_per_image=5)
+    batcher = ImageMicroBatcher(20, encoder=SimpleNamespace(encode=pixels), tokens_per_image=5)
     cached, _ = train_both_ways(model, lambda m: LabelObjective(m, "image-classification"), batcher, rows, tmp_path)
     assert cached.store.shape.units == (12 if len(modules) == 1 else 12 * 5)
 

@@ -125,9 +125,7 @@ def test_process_without_rows_contributes_zeros():
     (local_gradients, zero), (_, other) = run_ranks(2, work)
     assert zero[1] is None and other[1] is None
     for number in (0, 2, 3):
-        assert torch.equal(zero[number], local_gradients[number]) and torch.equal(
-            other[number], local_gradients[number]
-        )
+        assert all(torch.equal(reduced[number], local_gradients[number]) for reduced in (zero, other))
 
 
 def test_partial_gradients_are_reduced_after_backward():
@@ -150,6 +148,5 @@ def test_ranges_partition_parameters_by_minimum_size(monkeypatch):
     ranges = _ranges(counts, 2, 4)
     assert [n for indices in ranges for n in indices] == list(reversed(range(8)))
     assert all(sum(counts[n] for n in indices) * 4 >= 2000 for indices in ranges)
-    assert 1 < len(ranges) <= gradient_sum.MAX_RANGES
-    assert _ranges([100] * 50, 1000, 4) == [list(reversed(range(50)))]
+    assert 1 < len(ranges) <= gradient_sum.MAX_RANGES and _ranges([100] * 50, 1000, 4) == [list(reversed(range(50)))]
     assert _ranges([], 2, 4) == []

@@ -12,10 +12,14 @@ import transformers
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
 from deltaw.data.example import LabeledExample
-from deltaw.data.images import ImageEncoder, LabelBatch, LabelMicroBatcher
+from deltaw.data.images import ImageEncoder
+from deltaw.data.packing import MicroBatch, Padding
 from deltaw.data.pixels import ImageExample
 from deltaw.errors import UserError
-from deltaw.training.tasks.labels import LabelObjective, choose_label_batcher, evaluate_labels, start_at_mean
+from deltaw.tasks.classification.objective import LabelObjective, start_at_mean
+from deltaw.tasks.classification.task import evaluate_labels
+from deltaw.training.batchers import BatcherOptions, LabelMicroBatcher, choose_label_batcher
+from tests.conftest import refusal
 from tests.tiny_models import CAUSAL
 from tests.training.test_losses import gradients
 
@@ -42,10 +46,8 @@ def model_of(family: str, outputs: int = 3, pad: int | None = None):
 
 def examples_of(lengths=LENGTHS, *, number: bool = False) -> list[LabeledExample]:
     generator = np.random.default_rng(0)
-    return [
-        LabeledExample(i + 1, generator.integers(3, 97, length).astype(np.int32), float(i) if number else i % 3)
-        for i, length in enumerate(lengths)
-    ]
+    texts = enumerate(generator.integers(3, 97, length).astype(np.int32) for length in lengths)
+    return [LabeledExample(i + 1, tokens, float(i) if number else i % 3) for i, tokens in texts]
 
 
 def unpadded_logits(model, example: LabeledExample) -> torch.Tensor:
@@ -64,7 +66,7 @@ def test_loss_equals_sum_over_unpadded_rows(family: str, budget: int):
     model, rows = model_of(family), examples_of()
     objective = LabelObjective(model, "sequence-classification")
     assert objective.pooled == (family in DECODERS)
-    loss = sum(objective(batch) for batch in LabelMicroBatcher(budget, "cpu", segments=False).batches(rows))
+    loss = sum(objective(batch) for batch in LabelMicroBatcher(budget).batches(rows))
     expected = unpadded_losses(model, rows).sum()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradients(model, loss), gradients(model, expected), rtol=1e-3, atol=1e-5)
@@ -76,15 +78,15 @@ def test_padding_id_may_occur_in_rows(family: str):
     objective = LabelObjective(model, "sequence-classification")
     tokens = ([5, 2, 9, 2], [7, 8, 9, 2, 2, 11])
     rows = [LabeledExample(n, np.array(row, np.int32), n) for n, row in enumerate(tokens)]
-    (batch,) = LabelMicroBatcher(100, "cpu", pad_id=2).batches(rows)
+    (batch,) = LabelMicroBatcher(100, padding=Padding(2)).batches(rows)
     model.config.pad_token_id = None
     for index, row in enumerate(rows):
         torch.testing.assert_close(objective.predictions(batch)[index], unpadded_logits(model, row))
 
 
-def single_batch(rows: list[LabeledExample]) -> LabelBatch:
+def single_batch(rows: list[LabeledExample]) -> MicroBatch:
     """Return all rows in one batch."""
-    return LabelMicroBatcher(1000, "cpu", segments=False)._texts(sorted(rows, key=len), 16)
+    return LabelMicroBatcher(1000, padding=Padding(multiple=16)).build(sorted(rows, key=len))
 
 
 def test_model_that_attends_to_padding_is_rejected():
@@ -124,8 +126,7 @@ def test_16_bit_encoder_tolerates_rounding_but_not_attention_to_padding():
     model.share = 0.07
     LabelObjective(model, "sequence-classification")
     model.share = 0.5
-    with pytest.raises(UserError, match="change when padding follows"):
-        LabelObjective(model, "sequence-classification")
+    refusal(LabelObjective, model, "sequence-classification", match="change when padding follows")
 
 
 HEADS = {"bert": ["classifier"], "roberta": ["classifier.dense", "classifier.out_proj"], "llama": ["score"]}
@@ -143,13 +144,12 @@ def test_regression_starts_at_the_mean_if_head_has_bias(family: str):
 def test_rows_longer_than_the_context_are_rejected(family: str, limit: int):
     model = model_of(family)
     longest = examples_of([limit])
-    batcher, choices = choose_label_batcher(model, longest, device="cpu")
+    batcher, choices = choose_label_batcher(model, longest, BatcherOptions("cpu"))
     assert choices["train.tokens_per_pass"].value == 1024
     (batch,) = batcher.batches(longest)
     LabelObjective(model, "sequence-classification")(batch)
-    with pytest.raises(UserError) as error:
-        choose_label_batcher(model, longest, device="cpu", virtual_tokens=4)
-    assert f"data.max_length: {limit - 4}" in str(error.value.hint)
+    error = refusal(choose_label_batcher, model, longest, BatcherOptions("cpu", virtual_tokens=4))
+    assert f"data.max_length: {limit - 4}" in str(error.hint)
 
 
 def image_model(folder):
@@ -167,7 +167,9 @@ def images_of(count: int) -> list[ImageExample]:
 def test_images_are_split_into_microbatches(tmp_path, dtype):
     model = image_model(tmp_path).to(dtype)
     rows = images_of(7)
-    batcher, _ = choose_label_batcher(model, rows, device="cpu", tokens_per_pass=16, encoder=ImageEncoder(tmp_path))
+    batcher, _ = choose_label_batcher(
+        model, rows, BatcherOptions("cpu", tokens_per_pass=16), encoder=ImageEncoder(tmp_path)
+    )
     batches = list(batcher.batches(rows))
     assert [batch.rows for batch in batches] == [3, 2, 2]
     objective = LabelObjective(model, "image-classification")
@@ -182,37 +184,31 @@ def test_images_of_wrong_size_are_rejected(tmp_path):
     model = image_model(tmp_path / "model")
     transformers.ViTConfig(image_size=12, patch_size=4).save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match="rejects the prepared images"):
-        choose_label_batcher(model, images_of(2), device="cpu", encoder=ImageEncoder(tmp_path / "other"))
+        choose_label_batcher(model, images_of(2), BatcherOptions("cpu"), encoder=ImageEncoder(tmp_path / "other"))
 
 
 def test_evaluation_preserves_row_order_and_rejects_nonfinite_outputs():
     model, rows = model_of("bert"), examples_of()
     objective = LabelObjective(model, "sequence-classification")
-    evaluation = evaluate_labels(objective, rows, LabelMicroBatcher(20, "cpu"), ("a", "b", "c"))
+    evaluation = evaluate_labels(objective, rows, LabelMicroBatcher(20), ("a", "b", "c"))
     expected = torch.stack([unpadded_logits(model, row) for row in rows]).detach()
     np.testing.assert_allclose(evaluation.predictions, expected.numpy(), rtol=1e-4, atol=1e-5)
     assert evaluation.metrics["loss"] == pytest.approx(unpadded_losses(model, rows).mean().item(), rel=1e-4)
-    assert evaluation.per_row.tolist() == [
-        float(logits.argmax() == row.label) for logits, row in zip(expected, rows, strict=True)
-    ]
+    assert evaluation.per_row.tolist() == (expected.argmax(1) == torch.tensor([row.label for row in rows])).tolist()
     assert evaluation.confusion.sum() == len(rows) and evaluation.confusion.trace() == evaluation.per_row.sum()
     assert (evaluation.main, evaluation.metrics["accuracy"]) == ("accuracy", evaluation.per_row.mean())
     assert evaluation.interval[0] <= evaluation.metrics["accuracy"] <= evaluation.interval[1]
     torch.nn.init.constant_(model.classifier.bias, float("nan"))
-    with pytest.raises(UserError, match="not finite"):
-        evaluate_labels(objective, rows, LabelMicroBatcher(20, "cpu"))
+    refusal(evaluate_labels, objective, rows, LabelMicroBatcher(20), match="not finite")
 
 
 def test_regression_loss_is_summed_squared_error():
     model, rows = model_of("bert", outputs=1), examples_of(number=True)
     objective = LabelObjective(model, "regression")
-    loss = sum(objective(batch) for batch in LabelMicroBatcher(30, "cpu").batches(rows))
+    loss = sum(objective(batch) for batch in LabelMicroBatcher(30).batches(rows))
     torch.testing.assert_close(loss, unpadded_losses(model, rows, lambda output, label: (output[0] - label) ** 2).sum())
-    with pytest.raises(UserError, match="a regression has one"):
-        LabelObjective(model_of("bert"), "regression")
-    evaluation = evaluate_labels(objective, rows, LabelMicroBatcher(20, "cpu"))
+    refusal(LabelObjective, model_of("bert"), "regression", match="a regression has one")
+    evaluation = evaluate_labels(objective, rows, LabelMicroBatcher(20))
     assert evaluation.metrics["rmse"] ** 2 == pytest.approx(evaluation.per_row.mean())
-    assert (
-        evaluation.metrics[evaluation.main] == pytest.approx(evaluation.per_row.mean())
-        and not evaluation.higher_is_better
-    )
+    assert evaluation.metrics[evaluation.main] == pytest.approx(evaluation.per_row.mean())
+    assert not evaluation.higher_is_better

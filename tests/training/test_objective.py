@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from deltaw.data.packing import batches
 from deltaw.runtime.packed import can_pack, packed_rows
-from deltaw.training.tasks import causal_objective as objective_module
-from deltaw.training.tasks.causal_objective import CausalObjective, chunked_cross_entropy
+from deltaw.training import causal_objective as objective_module
+from deltaw.training.batchers import CausalMicroBatcher
+from deltaw.training.causal_objective import CausalObjective, chunked_cross_entropy
 from tests.tiny_models import CAUSAL, PADDED, VOCABULARY, causal_model
 from tests.training.loops import example
 from tests.training.test_losses import assert_gradients, gradients, log_prob
@@ -22,9 +22,8 @@ def rows(seed=0):
     random = np.random.default_rng(seed)
 
     lengths = (9, 6, 4, 3, 5, 17, 2)
-    stem, middle, end_a, end_b, end_c, long_row, short_row = (
-        random.integers(3, VOCABULARY, n).tolist() for n in lengths
-    )
+    texts = [random.integers(3, VOCABULARY, n).tolist() for n in lengths]
+    stem, middle, end_a, end_b, end_c, long_row, short_row = texts
     nested = [stem + end_a, stem + middle + end_b, stem + middle + end_c, stem + middle, stem]
     token_lists = [*nested, long_row, short_row, nested[0]]
     return [example(number, tokens, max(1, len(tokens) // 2)) for number, tokens in enumerate(token_lists, 1)]
@@ -44,7 +43,7 @@ def row_by_row(model, examples):
 def in_passes(model, examples, tokens_per_pass, *, share, padded=False):
     objective = CausalObjective(model)
     with contextlib.nullcontext() if padded else packed_rows(model):
-        loss = sum(objective(batch) for batch in batches(examples, tokens_per_pass, share=share, padded=padded))
+        loss = sum(objective(batch) for batch in CausalMicroBatcher(tokens_per_pass, share, padded).batches(examples))
         return loss.item(), gradients(model, loss)
 
 

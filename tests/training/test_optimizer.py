@@ -33,8 +33,7 @@ def test_rate_is_positive_rises_in_warmup_then_never_rises(total, warmup, schedu
     rates = [learning_rate_factor(step, total, warmup, schedule) for step in range(total)]
     assert all(0 < rate <= 1 for rate in rates)
     rising, after = rates[:warmup], rates[warmup:]
-    assert rising == sorted(rising)
-    assert after == sorted(after, reverse=True)
+    assert rising == sorted(rising) and after == sorted(after, reverse=True)
     assert not after or after[0] == 1
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from deltaw.data.example import LabeledExample
+from deltaw.tasks.classification import task as labels
+from deltaw.tasks.classification.task import evaluate_labels
 from deltaw.training.evaluation.base import MAX_MISTAKES, NUM_EXAMPLES, Outcomes
-from deltaw.training.tasks import labels
-from deltaw.training.tasks.labels import evaluate_labels
-
-
-class Objective:
-    def __init__(self, task: str) -> None:
-        self.task = task
 
 
 @pytest.fixture
@@ -23,7 +20,7 @@ def evaluated(monkeypatch):
     def evaluate(task: str, truth, predictions, classes=()):
         monkeypatch.setattr(labels, "predict_rows", lambda *_: np.asarray(predictions, np.float32))
         rows = [LabeledExample(10 + n, np.array([n]), label) for n, label in enumerate(truth)]
-        return evaluate_labels(Objective(task), rows, None, classes).outcomes
+        return evaluate_labels(SimpleNamespace(task=task), rows, None, classes).outcomes
 
     return evaluate
 
@@ -31,9 +28,8 @@ def evaluated(monkeypatch):
 def test_mistakes_are_sorted_by_confidence(evaluated):
     logits = [[4.0, 0.0], [1.0, 0.0], [0.0, 3.0], [0.0, 9.0]]
     outcomes = evaluated("sequence-classification", [1, 1, 0, 1], logits, ("no", "yes"))
-    assert [(row.row, expected, predicted) for row, expected, predicted, _ in outcomes.mistakes] == [
-        *((10, "yes", "no"), (12, "no", "yes"), (11, "yes", "no"))
-    ]
+    mistakes = [(row.row, expected, predicted) for row, expected, predicted, _ in outcomes.mistakes]
+    assert mistakes == [(10, "yes", "no"), (12, "no", "yes"), (11, "yes", "no")]
     assert outcomes.mistakes[0][3] == pytest.approx(1 / (1 + np.exp(-4.0)))
     assert [row.row for row, *_ in outcomes.examples] == [10, 11, 12, 13]
 
@@ -45,9 +41,8 @@ def test_unnamed_classes_are_numbered(evaluated):
 
 def test_regression_mistakes_are_sorted_by_error(evaluated):
     outcomes = evaluated("regression", [1.0, 2.0, 3.0], [1.0, 4.5, 2.0])
-    assert [(row.row, expected, predicted, score) for row, expected, predicted, score in outcomes.mistakes] == [
-        *((11, "2", "4.5", 2.5), (12, "3", "2", 1.0))
-    ]
+    mistakes = [(row.row, *more) for row, *more in outcomes.mistakes]
+    assert mistakes == [(11, "2", "4.5", 2.5), (12, "3", "2", 1.0)]
 
 
 @pytest.mark.parametrize("rows", [1, 2, NUM_EXAMPLES, 10_000])

@@ -12,40 +12,21 @@ from transformers import AutoModelForSequenceClassification
 
 from deltaw.data.example import LabeledExample, RowGroup
 from deltaw.runtime.packed import packed_rows
-from deltaw.training.tasks.labels import LabelObjective, LabelTask
-from deltaw.training.tasks.packed_labels import PackedLabelBatcher, uses_first_token
-from deltaw.training.tasks.reranking import RerankingTask
+from deltaw.tasks.classification.objective import LabelObjective, uses_first_token
+from deltaw.tasks.classification.task import LabelTask
+from deltaw.tasks.reranking.task import RerankingTask
+from deltaw.training.batchers import BatcherOptions, LabelMicroBatcher
 
-SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 99,
-    "num_labels": 1,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.4,
-}
+COMMON = {"vocab_size": 99, "num_labels": 1, "initializer_range": 0.4}
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPE |= {**COMMON, "max_position_embeddings": 64}
 PACKED = {
     "bert": lambda: transformers.BertConfig(**SHAPE),
     "roberta": lambda: transformers.RobertaConfig(pad_token_id=1, type_vocab_size=1, **SHAPE),
     "electra": lambda: transformers.ElectraConfig(embedding_size=16, **SHAPE),
-    "distilbert": lambda: transformers.DistilBertConfig(
-        **{key: SHAPE[key] for key in ("vocab_size", "num_labels", "max_position_embeddings", "initializer_range")},
-        dim=32,
-        hidden_dim=48,
-        n_layers=2,
-        n_heads=4,
-    ),
+    "distilbert": lambda: transformers.DistilBertConfig(dim=32, hidden_dim=48, n_layers=2, n_heads=4, **COMMON),
     "llama": lambda: transformers.LlamaConfig(num_key_value_heads=2, pad_token_id=0, **SHAPE),
-    "gpt2": lambda: transformers.GPT2Config(
-        **{key: SHAPE[key] for key in ("vocab_size", "num_labels", "initializer_range")},
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        n_positions=64,
-        pad_token_id=0,
-    ),
+    "gpt2": lambda: transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, pad_token_id=0, **COMMON),
 }
 
 
@@ -69,9 +50,9 @@ def make_groups(*, segments: bool) -> list[RowGroup]:
     return groups
 
 
-def build_batcher(model: transformers.PreTrainedModel, groups: list[RowGroup], budget: int = 100) -> PackedLabelBatcher:
+def build_batcher(model: transformers.PreTrainedModel, groups: list[RowGroup], budget: int = 100) -> LabelMicroBatcher:
     task = LabelTask("sequence-classification")
-    return task.batcher(model, groups, device="cpu", tokens_per_pass=budget)[0]  # type: ignore[return-value]
+    return task.batcher(model, groups, BatcherOptions("cpu", tokens_per_pass=budget))[0]  # type: ignore[return-value]
 
 
 @pytest.mark.each_value
@@ -92,7 +73,7 @@ def test_losses_and_gradients_match_single_rows(family, budget):
         expected = expected - torch.stack(scores).log_softmax(0)[0]
     expected.backward()
     batcher = build_batcher(model, groups, budget)
-    assert isinstance(batcher, PackedLabelBatcher) and batcher.independent == (family not in ("llama", "gpt2"))
+    assert not batcher.padded and batcher.independent == (family not in ("llama", "gpt2"))
     batches = list(batcher.batches(groups))
     assert batcher.shapes(groups) == [tuple(batch.inputs["input_ids"].shape) for batch in batches]
     assert (len(batches) > 1) == (budget == 60)
@@ -109,10 +90,8 @@ def test_losses_and_gradients_match_single_rows(family, budget):
             loss = loss - sum(part.log_softmax(0)[0] for part in parts)
         loss.backward()
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
-    ours, theirs = (
-        torch.cat([p.grad.double().flatten() for p in network.parameters() if p.grad is not None])
-        for network in (model, exact)
-    )
+    gradients = ([p.grad.double().flatten() for p in m.parameters() if p.grad is not None] for m in (model, exact))
+    ours, theirs = map(torch.cat, gradients)
     assert ours.shape == theirs.shape and (ours - theirs).norm() <= 2e-5 * theirs.norm()
 
 
@@ -131,12 +110,12 @@ def test_head_with_mean_pooling_uses_padded_rows():
     model = AutoModelForSequenceClassification.from_config(config).eval()
     assert not uses_first_token(model)
     groups = make_groups(segments=False)
-    assert not isinstance(build_batcher(model, groups), PackedLabelBatcher)
+    assert build_batcher(model, groups).padded
     assert uses_first_token(build_model("bert")) and not uses_first_token(build_model("llama"))
 
 
 def test_virtual_tokens_use_padded_rows():
     groups = make_groups(segments=False)
     task = RerankingTask("reranking")
-    batcher, _ = task.batcher(build_model("bert"), groups, device="cpu", virtual_tokens=4)
-    assert not isinstance(batcher, PackedLabelBatcher)
+    batcher, _ = task.batcher(build_model("bert"), groups, BatcherOptions("cpu", virtual_tokens=4))
+    assert batcher.padded

@@ -16,11 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deltaw.errors import UserError
 from deltaw.runs.fit import fit
 from deltaw.training.parallel.group import distribute_rows
 from deltaw.training.parallel.joining import read_launch_environment
-from tests.conftest import RATES, write_rows
+from tests.conftest import RATES, refusal, write_rows
 from tests.kernels.conftest import compiled_only
 from tests.training.loops import example
 from tests.training.parallel_runs import (
@@ -57,24 +56,21 @@ def test_incomplete_launch_environment_raises():
         (two_processes | {"RANK": "2"}, "rank 2 is out of range for 2"),
         (two_processes | {"RANK": "0", "MASTER_ADDR": "a"}, "MASTER_PORT is not set"),
     ]:
-        with pytest.raises(UserError, match=message):
-            read_launch_environment(environment)
+        refusal(read_launch_environment, environment, match=message)
     assert read_launch_environment({}) is None and read_launch_environment({"WORLD_SIZE": "1", "RANK": "0"}) is None
 
 
 def test_fit_in_python_rejects_multiprocess_environment(settings, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(UserError, match="trains in one process, but the environment sets"):
-        fit(settings(tmp_path / "run"))
+    refusal(fit, settings(tmp_path / "run"), match="trains in one process, but the environment sets")
     assert not (tmp_path / "run").exists()
 
 
 def test_two_processes_match_one_and_transfer_only_factors(make_config, tmp_path):
     sums_file = tmp_path / "counted"
-    output = assert_same_as_one_process(
-        make_config(tmp_path / "one"), make_config(tmp_path / "two"), COUNTED=str(sums_file)
-    )
+    single, several = (make_config(tmp_path / name) for name in ("one", "two"))
+    output = assert_same_as_one_process(single, several, COUNTED=str(sums_file))
     assert "2 processes" in output
     sums = [json.loads(line) for line in sums_file.read_text().splitlines()]
     factors = sum(t.numel() * 4 for t in adapter(tmp_path / "one").values())
@@ -152,8 +148,7 @@ def test_run_with_killed_process_resumes_with_another_process_count(make_config,
     fit(make_config(tmp_path / "whole"))
     config = make_config(tmp_path / "run", train={"checkpoint_every": 1000})  # no checkpoint is due before the kill
     train_until_killed(config, 3)
-    assert newest_step(tmp_path / "run") == 3
-    assert fit(config).resumed_from_step == 3
+    assert newest_step(tmp_path / "run") == 3 and fit(config).resumed_from_step == 3
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     assert "finished" in train_all(config)[0]  # all processes exit without training
 

@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from deltaw.errors import UserError
 from deltaw.runs.fit import fit
 from deltaw.training.features import store as stores
 from deltaw.training.features.prefix_cache import Sharing
 from deltaw.training.features.store import Shape, open_store
 from deltaw.training.parallel.group import Group, LaunchEnvironment
-from tests.conftest import deep_merge, write_rows
+from tests.conftest import deep_merge, refusal, write_rows
 from tests.training.parallel_runs import assert_same_run, needs_gloo, train_all
 
 pytestmark = needs_gloo
@@ -35,9 +34,8 @@ def test_two_processes_share_features_and_match_one(make_config, tmp_path, kind,
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "of two"))
     assert "features computed once for each row" in train_all(config | {"output": str(tmp_path / "two")})[0]
     assert_same_run(tmp_path / "two", tmp_path / "one")
-    (single,), (pair,) = (
-        [p for p in (tmp_path / n / "features").iterdir() if p.is_dir()] for n in ("of one", "of two")
-    )
+    folders = (tmp_path / name / "features" for name in ("of one", "of two"))
+    (single,), (pair,) = ([path for path in folder.iterdir() if path.is_dir()] for folder in folders)
     assert sorted(p.name for p in pair.iterdir()) == sorted(p.name for p in single.iterdir())
     assert np.fromfile(pair / stores.DONE, np.uint8).all()  # including rows computed only by the other process
     assert single.name == pair.name
@@ -68,8 +66,7 @@ def test_processes_read_features_stored_by_each_other(tmp_path):
     second = follower.join(shape)
     values = torch.arange(6.0).view(2, 3)
     second.write(np.array([1]), np.array([2, 3]), values)
-    assert first.done.tolist() == [False, True, False, False]
-    assert torch.equal(first.read(np.array([2, 3])), values)
+    assert first.done.tolist() == [False, True, False, False] and torch.equal(first.read(np.array([2, 3])), values)
     first.write(np.array([3]), np.array([6, 7]), values + 1)
     assert second.done.tolist() == [False, True, False, True]
     first.close()
@@ -77,5 +74,4 @@ def test_processes_read_features_stored_by_each_other(tmp_path):
     reopened = open_store("a", shape, folder=tmp_path)
     assert reopened.done.tolist() == [False, True, False, True] and not list(reopened.folder.glob("seen*"))
     reopened.close()
-    with pytest.raises(UserError, match="do not match those of this process"):
-        follower.join(Shape.of(4, 9, 3, torch.float32))
+    refusal(follower.join, Shape.of(4, 9, 3, torch.float32), match="do not match those of this process")

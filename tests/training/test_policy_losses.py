@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from deltaw.task_settings import RewardSettings
+from deltaw.tasks.reward.losses import PolicyLoss, Rollout, advantages
+from deltaw.tasks.reward.settings import RewardSettings
 from deltaw.training.losses import RowLogProbs
-from deltaw.training.rollouts.losses import PolicyLoss, Rollout, advantages
 
 LOSSES = ("grpo", "dr_grpo", "dapo", "cispo", "gspo", "rloo")
 LENGTHS = (3, 7, 1, 5)
@@ -50,7 +51,7 @@ def mean_loss(loss: PolicyLoss, values: torch.Tensor, rows: list[Rollout]) -> to
 
 
 def reference_loss(settings: RewardSettings, values: torch.Tensor, rows: list[Rollout]) -> torch.Tensor:
-    """Evaluate the formulas in the docstring of ``deltaw.training.rollouts.losses``, one token at a time."""
+    """Evaluate the formulas in the docstring of ``deltaw.tasks.reward.losses``, one token at a time."""
     start, sums, tokens = 0, [], 0
     for row in rows:
         count = row.label_count
@@ -121,21 +122,13 @@ def test_loss_is_independent_of_microbatches(loss: str):
 def test_clip_share_and_engine_mismatch_are_recorded():
     values, rows = make_rollouts()
     rows[0] = Rollout(0, rows[0].tokens, rows[0].is_label, 2, "", advantage=1.0, old_logprobs=np.full(3, -50.0))
-    rows[1] = Rollout(
-        1,
-        rows[1].tokens,
-        rows[1].is_label,
-        2,
-        "",
-        advantage=1.0,
-        old_logprobs=values[3:10].detach().numpy(),
-        engine_logprobs=values[3:9].detach().numpy() - 0.01,  # without the end token
-    )
+    logprobs = values[3:10].detach().numpy()
+    options = {"old_logprobs": logprobs, "engine_logprobs": logprobs[:-1] - 0.01}  # without the end token
+    rows[1] = Rollout(1, rows[1].tokens, rows[1].is_label, 2, "", advantage=1.0, **options)
     loss = PolicyLoss(settings_of("dapo"))
     loss(row_log_probs(values[:10], rows[:2]))
     metrics = loss.accumulator.means()
-    assert metrics["clip_share"] == pytest.approx(0.3)
-    assert metrics["mismatch"] == pytest.approx(0.01, rel=1e-6)
+    assert metrics["clip_share"] == pytest.approx(0.3) and metrics["mismatch"] == pytest.approx(0.01, rel=1e-6)
 
 
 def test_advantages_are_computed_per_group():
@@ -172,40 +165,23 @@ def test_loss_and_gradient_match_trl(loss: str, beta: float):
         base[number, :count] = torch.tensor(row.base_logprobs)
         start += count
     padded.requires_grad_()
-    accelerator = SimpleNamespace(
-        num_processes=1, reduce=lambda x, **_: x, gather=lambda x: x, gather_for_metrics=lambda x: x
-    )
-    fake = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *a, **k: (padded, torch.zeros_like(padded), None),
-        aux_loss_enabled=False,
-        top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
-        importance_sampling_level="sequence" if loss == "gspo" else "token",
-        beta=beta,
-        args=SimpleNamespace(use_bias_correction_kl=True, delta=None, steps_per_generation=1),
-        loss_type={"gspo": "grpo"}.get(loss, loss),
-        epsilon_low=settings.epsilon,
-        epsilon_high=settings.upper_epsilon,
-        use_vllm=False,
-        model=SimpleNamespace(training=True),
-        current_gradient_accumulation_steps=1,
-        max_completion_length=MAX_LENGTH,
-        accelerator=accelerator,
-        _entropy_bonus_enabled=False,
-        _metrics={"train": __import__("collections").defaultdict(list)},
-    )
+    same = lambda x, **_: x  # noqa: E731
+    accelerator = SimpleNamespace(num_processes=1, reduce=same, gather=same, gather_for_metrics=same)
+    arguments = SimpleNamespace(use_bias_correction_kl=True, delta=None, steps_per_generation=1)
+    options = {"aux_loss_enabled": False, "top_entropy_quantile": 1.0, "off_policy_mask_threshold": None, "beta": beta}
+    options |= {"importance_sampling_level": "sequence" if loss == "gspo" else "token", "args": arguments}
+    options |= {"loss_type": {"gspo": "grpo"}.get(loss, loss), "accelerator": accelerator}
+    options |= {"epsilon_low": settings.epsilon, "epsilon_high": settings.upper_epsilon, "use_vllm": False}
+    options |= {"model": SimpleNamespace(training=True), "current_gradient_accumulation_steps": 1}
+    options |= {"max_completion_length": MAX_LENGTH, "_entropy_bonus_enabled": False}
+    log_probs = lambda *a, **k: (padded, torch.zeros_like(padded), None)  # noqa: E731
+    fake = SimpleNamespace(**options, _get_per_token_logps_and_entropies=log_probs)
+    fake._metrics = {"train": defaultdict(list)}
     ids = torch.zeros_like(mask, dtype=torch.int64)
-    inputs = {
-        "prompt_ids": ids,
-        "prompt_mask": ids,
-        "completion_ids": ids,
-        "completion_mask": mask,
-        "advantages": torch.tensor([row.advantage for row in rows], dtype=torch.float64),
-        "old_per_token_logps": old,
-        "old_logps": old.sum(1),
-        "ref_per_token_logps": base,
-        "num_items_in_batch": mask.sum(),
-    }
+    inputs = {"prompt_ids": ids, "prompt_mask": ids, "completion_ids": ids, "completion_mask": mask}
+    inputs["advantages"] = torch.tensor([row.advantage for row in rows], dtype=torch.float64)
+    inputs |= {"old_per_token_logps": old, "old_logps": old.sum(1)}
+    inputs |= {"ref_per_token_logps": base, "num_items_in_batch": mask.sum()}
     theirs = trainer._compute_loss(fake, None, inputs)
     (expected_gradient,) = torch.autograd.grad(theirs, padded)
     torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-7, atol=1e-9)

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from deltaw.data import DataSettings, prepare
-from deltaw.errors import UserError
+from deltaw.data.chunk import MAX_SYSTEM_CHARS
+from deltaw.data.prepare import prepare
 from deltaw.runs.fit import fit
 from deltaw.runs.folder import METRICS
-from deltaw.training.open_run import open_run
-from deltaw.training.prompting import (
+from deltaw.settings.data import DataSettings
+from deltaw.training.answers import (
     FILE,
     MAX_EXAMPLES,
     MAX_PROMPT_LENGTH,
-    MAX_SYSTEM_CHARS,
     Prompting,
     prompting_of,
     read_prompting,
     with_system,
     write_prompting,
 )
-from tests.conftest import write_rows
+from deltaw.training.open_run import open_run
+from tests.conftest import refusal, write_rows
 from tests.data.chat_templates import tokenizer_of
 
 SYSTEM = "You are the bot.\nAnswer in one word."
@@ -40,29 +39,21 @@ def turns(system: str | None, *texts: str) -> list[dict[str, str]]:
 
 def rows_of_form(form: str, system: str | None = SYSTEM) -> list[dict[str, Any]]:
     """Return rows with one question and answer each in one of the formats."""
-    system_column = {"system": system} if system else {}
-    return [
-        {
-            "messages": {"messages": turns(system, f"paint it {c}", c)},
-            "evals": {"input": turns(system, f"paint it {c}"), "ideal": c},
-            "pairs": {"prompt": f"paint it {c}", "completion": c} | system_column,
-            "alpaca": {"instruction": f"paint it {c}", "output": c} | system_column,
-        }[form]
-        for c in COLORS
-    ]
+    pairs, column = [(f"paint it {c}", c) for c in COLORS], {"system": system} if system else {}
+    rows = {"messages": [{"messages": turns(system, *pair)} for pair in pairs]}
+    rows["evals"] = [{"input": turns(system, question), "ideal": answer} for question, answer in pairs]
+    rows["pairs"] = [{"prompt": question, "completion": answer, **column} for question, answer in pairs]
+    rows["alpaca"] = [{"instruction": question, "output": answer, **column} for question, answer in pairs]
+    return rows[form]
 
 
-def prompting_of_rows(
-    tmp_path: Path, rows: list[dict[str, Any]], family: str = "chatml", **values: object
-) -> Prompting:
+def prompting_of_rows(tmp_path: Path, rows: list[dict[str, Any]], family: str = "chatml", **values) -> Prompting:
     """Return the prompting derived from rows with a family's tokenizer."""
     settings = DataSettings(str(write_rows(tmp_path / "rows.jsonl", rows)), eval=1, **values)  # type: ignore[arg-type]
     tokenizer = tokenizer_of(family)
-    task = SimpleNamespace(tokenizer=tokenizer, generates_text=True)
-    session: Any = SimpleNamespace(task=task, data=prepare(settings, tokenizer), config=SimpleNamespace(data=settings))
-    prompting = prompting_of(session.task, session.data, session.config.data)
+    data = prepare(settings, tokenizer)
+    prompting = prompting_of(tokenizer, data, settings)
     # Encoding the prompts again reproduces tokens of the rows.
-    data = session.data
     prompts = [row.tokens[: row.prompt_length].tolist() for row in (*data.train, *data.held_out)]
     for text in prompting.examples:
         assert prompting.prompt(with_system(prompting.system, text), settings, tokenizer).tolist() in prompts
@@ -73,8 +64,7 @@ def prompting_of_rows(
 @pytest.mark.parametrize("family", ["chatml", "llama3", "qwen2.5", "phi3", "base", "base-bos"])
 def test_system_prompt_and_prompts_are_detected(tmp_path: Path, form: str, family: str) -> None:
     prompting = prompting_of_rows(tmp_path, rows_of_form(form), family)
-    assert prompting.system == SYSTEM
-    assert sorted(prompting.examples) == sorted(f"paint it {c}" for c in COLORS)
+    assert prompting.system == SYSTEM and sorted(prompting.examples) == sorted(f"paint it {c}" for c in COLORS)
     # Without a chat template, a pair's system prompt and prompt are one text.
     assert prompting.joined == (form == "pairs" and family.startswith("base"))
 
@@ -100,11 +90,8 @@ def test_long_prompts_and_multi_turn_rows_are_not_examples(tmp_path: Path) -> No
 
 
 def test_prompting_survives_write_and_read(tmp_path: Path) -> None:
-    for prompting in (
-        Prompting("S" * MAX_SYSTEM_CHARS, True, ("“é”\n\t‌",) * 4),
-        Prompting("", False, ("a",)),
-        Prompting(),
-    ):
+    longest = Prompting("S" * MAX_SYSTEM_CHARS, True, ("“é”\n\t‌",) * 4)
+    for prompting in (longest, Prompting("", False, ("a",)), Prompting()):
         write_prompting(tmp_path, prompting)
         assert read_prompting(tmp_path) == prompting
     assert not (tmp_path / FILE).exists() and read_prompting(tmp_path / "none") == Prompting()
@@ -131,8 +118,7 @@ def test_symlink_out_of_folder_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text('{"system": "secret"}')
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / FILE).symlink_to(tmp_path / "secret")
-    with pytest.raises(UserError, match="leads out of the folder"):
-        read_prompting(tmp_path / "run")
+    refusal(read_prompting, tmp_path / "run", match="leads out of the folder")
 
 
 def test_run_saves_prompting_also_when_resumed(settings: Any, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from deltaw.runs.fit import fit
 from deltaw.runtime.quantized_weights import quantize_nf4
 from deltaw.training.open_run import open_run
 from tests.byte_models import save_model, tiny_llama
+from tests.conftest import refusal
 from tests.hub.test_gguf import write_gguf
 from tests.training.runs import losses
 
@@ -84,20 +85,17 @@ def test_gguf_weights_equal_dequantized_weights(gguf_file):
 def test_gguf_run_trains_resumes_and_merges(gguf_file, settings, tmp_path):
     result, plain = (fit(short_run(settings, tmp_path / p, gguf_file, p)) for p in ("gguf", "bf16"))
     run, (ours, plain_losses) = result.output, (losses(outcome.output) for outcome in (result, plain))
-    assert ours[-1] < 0.98 * ours[0]
-    assert ours == pytest.approx(plain_losses, rel=1e-2)
+    assert ours[-1] < 0.98 * ours[0] and ours == pytest.approx(plain_losses, rel=1e-2)
 
     resumed = fit({"train": {"epochs": 4}}, resume=run).output
     assert losses(resumed)[: len(ours)] == ours and len(losses(resumed)) > len(ours)
-    with pytest.raises(UserError, match="precision"):
-        fit({"precision": "bf16", "train": {"epochs": 5}}, resume=run)
+    refusal(fit, {"precision": "bf16", "train": {"epochs": 5}}, resume=run, match="precision")
 
     opened = open_run(str(run), device="cpu", log=str)
     assert isinstance(opened.model.lm_head, BlockLinear)
     layer = opened.model.model.layers[0].self_attn.q_proj
     assert block_weight(layer).format == "Q8_0" and float(layer.lora_B.norm()) > 0
-    with pytest.raises(UserError, match="stored in blocks of Q8_0"):
-        merge(opened.model)
+    refusal(merge, opened.model, match="stored in blocks of Q8_0")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # no warning about a different base model
         open_run(str(run), precision="bf16", device="cpu", log=str)
@@ -134,8 +132,7 @@ def test_nf4_run_matches_run_on_rounded_weights(wide_folder, settings, tmp_path)
     assert result.plan.total_parameters == plain_result.plan.total_parameters
     assert result.plan.parts["weights"] < plain_result.plan.parts["weights"]
     ours, theirs = result.output, plain_result.output
-    assert losses(ours) == pytest.approx(losses(theirs), rel=1e-2)
-    assert losses(ours)[-1] < losses(ours)[0]
+    assert losses(ours) == pytest.approx(losses(theirs), rel=1e-2) and losses(ours)[-1] < losses(ours)[0]
     opened = open_run(str(ours), device="cpu", log=str)
     assert block_weight(opened.model.model.layers[0].mlp.up_proj).format == "NF4"
     with prepare_merge(ours, MergeOptions(), str) as job:
@@ -151,8 +148,7 @@ def test_unsupported_methods_on_blocks_are_rejected_by_name(gguf_file, settings,
         "rows are stored in blocks of Q8_0": {"lora": {"target_modules": ["embed_tokens"]}},
         "stored in blocks": {"lora": {"trainable_token_indices": [3]}},
     }.items():
-        with pytest.raises(UserError, match=match):
-            fit(short_run(settings, tmp_path / "refused", gguf_file, "gguf", **changes))
+        refusal(fit, short_run(settings, tmp_path / "refused", gguf_file, "gguf", **changes), match=match)
 
 
 @pytest.mark.slow
@@ -168,8 +164,7 @@ def test_unquantized_model_and_truncated_file_are_rejected(wide_folder, gguf_fil
     loaded = load(str(gguf_file), precision="gguf", device="cpu", threads=1)
     short_file = tmp_path / "short.gguf"
     short_file.write_bytes(gguf_file.read_bytes()[:-4000])
-    with pytest.raises(UserError, match="the file is truncated"):
-        gguf.fill_from_blocks(tiny_llama(), loaded.folder, short_file)
+    refusal(gguf.fill_from_blocks, tiny_llama(), loaded.folder, short_file, match="the file is truncated")
 
 
 class Packed(nn.Parameter):
@@ -190,8 +185,7 @@ def check_foreign(model, x, library):
     torch.testing.assert_close(y, base_output + 2 * (x @ layer.lora_A) @ layer.lora_B, rtol=1e-5, atol=1e-5)
     y.sum().backward()
     assert float(layer.lora_A.grad.norm()) > 0
-    with pytest.raises(UserError, match=f"quantized by {library}"):
-        merge(model)
+    refusal(merge, model, match=f"quantized by {library}")
     with pytest.raises(UserError, match="DoRA needs the norms"):
         attach(nn.ModuleDict({"q_proj": make_foreign_linear()}), LoRAConfig(dora=True, target_modules=["q_proj"]))
 
@@ -242,7 +236,6 @@ def test_torchao_layer_is_adapted_with_its_product():
 def test_torchao_product_without_gradient_raises_if_gradient_is_needed():
     model = make_torchao_model("Int8DynamicActivationInt8WeightConfig")
     check_foreign(model, torch.randn(5, 64), "torchao")  # the input of the lowest layer needs no gradient
-    with pytest.raises(UserError, match="Int8Tensor gives its input no gradient"):
-        model["q_proj"](torch.randn(5, 64, requires_grad=True))
+    refusal(model["q_proj"], torch.randn(5, 64, requires_grad=True), match="Int8Tensor gives its input no gradient")
     with torch.no_grad():
         model["q_proj"](torch.randn(5, 64, requires_grad=True))

@@ -10,30 +10,25 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, BertModel
 
-from deltaw.data import DataSettings
 from deltaw.data.example import LabeledExample
-from deltaw.data.reranking import PairEncoder, as_chat_template, prompt_of
 from deltaw.errors import UserError
 from deltaw.export.merge import merge_run
 from deltaw.export.push import push
 from deltaw.hub.loading import load
 from deltaw.runs.fit import fit
-from deltaw.task_settings import RerankingSettings
-from deltaw.training.open_run import open_run, score_run
-from deltaw.training.tasks.base import task_of
-from deltaw.training.tasks.labels import predict_rows
-from deltaw.training.tasks.reranking import evaluate_scores
+from deltaw.settings.data import DataSettings
+from deltaw.tasks.classification.task import predict_rows
+from deltaw.tasks.reranking.rows import PairEncoder, as_chat_template, prompt_of
+from deltaw.tasks.reranking.settings import RerankingSettings
+from deltaw.tasks.reranking.task import evaluate_scores
+from deltaw.training.batchers import BatcherOptions
+from deltaw.training.open_run import open_run
+from deltaw.training.task import task_of
 from tests.byte_models import byte_tokenizer, save_model, tiny_gpt2, tiny_llama
-from tests.conftest import write_rows
+from tests.conftest import refusal, write_rows
 from tests.data.label_models import WORDS, word_tokenizer
-from tests.training.parallel_runs import (
-    assert_same_as_one_process,
-    assert_same_run,
-    needs_gloo,
-    train_all,
-    train_until_killed,
-)
-from tests.training.runs import Snapshots, load_eval_rows, metrics, open_on_cpu
+from tests.training.parallel_runs import assert_same_as_one_process, needs_gloo
+from tests.training.runs import Snapshots, load_eval_rows, losses, metrics, open_on_cpu, slow_except
 from tests.training.runs import assert_same_run as assert_equal_run
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -95,11 +90,8 @@ def test_loss_and_gradients_match_sentence_transformers(kind, budget, scorer, tm
     cross_encoder = pytest.importorskip("sentence_transformers.cross_encoder", reason=reason)
     rows = passage_lists()
     if kind == "binary":
-        rows = [
-            {"query": row["query"], "passage": passage, "label": label}
-            for row in rows
-            for passage, label in zip(row["passages"], row["labels"], strict=True)
-        ]
+        graded = ((row["query"], zip(row["passages"], row["labels"], strict=True)) for row in rows)
+        rows = [{"query": query, "passage": p, "label": label} for query, pairs in graded for p, label in pairs]
     task, data = read(scorer, write_rows(tmp_path / "rows.jsonl", rows), loss=kind)
     assert task.loss == kind and len(data.train) == len(rows)
     theirs = cross_encoder.CrossEncoder(str(scorer), device="cpu")
@@ -113,7 +105,7 @@ def test_loss_and_gradients_match_sentence_transformers(kind, budget, scorer, tm
     their_parameters = dict(theirs.model.named_parameters())
     gradients = torch.autograd.grad(expected, list(their_parameters.values()), allow_unused=True)
     model = AutoModelForSequenceClassification.from_pretrained(scorer).eval()
-    batcher, _ = task.batcher(model, data.train, device="cpu", tokens_per_pass=budget)
+    batcher, _ = task.batcher(model, data.train, BatcherOptions("cpu", tokens_per_pass=budget))
     assert (len(batcher.shapes(data.train)) > 3) == (budget == 40)
     objective = task.objective(model)
     with task.model_context(model, batcher):
@@ -150,22 +142,22 @@ def test_group_losses_match_formulas_for_any_microbatch_size(kind, scorer, tmp_p
     objective = task.objective(model)
     assert objective.units(data.train) == units
     for budget in (16, 64, 10_000):
-        batcher, _ = task.batcher(model, data.train, device="cpu", tokens_per_pass=budget)
+        batcher, _ = task.batcher(model, data.train, BatcherOptions("cpu", tokens_per_pass=budget))
         with torch.no_grad(), task.model_context(model, batcher):
             actual = sum(float(objective(batch)) for batch in batcher.batches(data.train))
         assert actual == pytest.approx(expected, rel=1e-5)
 
 
 def test_scores_of_other_range_are_scaled_to_unit_interval(scorer, tmp_path):
-    losses = []
+    totals = []
     for labels, high in ([0.0, 0.5, 1.0], 1.0), ([0.0, 2.5, 5.0], 5.0):
         rows = [{"query": "a", "passage": text, "label": y} for text, y in zip(WORDS[:3], labels, strict=True)]
         task, data = read(scorer, write_rows(tmp_path / "rows.jsonl", rows), score_range=(0.0, high))
         model = AutoModelForSequenceClassification.from_pretrained(scorer).eval()
-        objective, (batcher, _) = task.objective(model), task.batcher(model, data.train, device="cpu")
+        objective, (batcher, _) = task.objective(model), task.batcher(model, data.train, BatcherOptions("cpu"))
         with torch.no_grad(), task.model_context(model, batcher):
-            losses.append(sum(float(objective(batch)) for batch in batcher.batches(data.train)))
-    assert losses[0] == pytest.approx(losses[1]) and losses[0] > 0
+            totals.append(sum(float(objective(batch)) for batch in batcher.batches(data.train)))
+    assert totals[0] == pytest.approx(totals[1]) and totals[0] > 0
 
 
 def test_invalid_rows_are_reported(encoder, tmp_path):
@@ -184,12 +176,10 @@ def test_invalid_rows_are_reported(encoder, tmp_path):
     assert len(data.train) == 2 and data.report.bad_rows == {reason: 1 for _, reason in invalid_rows}
     negative = {"anchor": "a film", "positive": "good", "negative": "good"}
     path = write_rows(tmp_path / "own.jsonl", [negative])
-    with pytest.raises(UserError, match="own passage"):
-        task.read(DataSettings(train=str(path), eval=None), seed=0)
+    refusal(task.read, DataSettings(train=str(path), eval=None), seed=0, match="own passage")
     for rows in [{"anchor": "a", "positive": "b"}], [{"text": "a", "label": "b"}]:
         path = write_rows(tmp_path / "lacking.jsonl", rows)
-        with pytest.raises(UserError, match="do not fit the task reranking"):
-            task.read(DataSettings(train=str(path), eval=None), seed=0)
+        refusal(task.read, DataSettings(train=str(path), eval=None), seed=0, match="do not fit the task reranking")
 
 
 def test_auto_selects_loss_by_row_format(encoder, tmp_path):
@@ -209,7 +199,7 @@ def test_metrics_cover_all_rows_of_query_and_ties_count_against(scorer, tmp_path
     task, data = read(scorer, write_rows(tmp_path / "rows.jsonl", rows), loss="binary")
     model = AutoModelForSequenceClassification.from_pretrained(scorer).eval()
     objective = task.objective(model)
-    batcher, _ = task.batcher(model, data.train, device="cpu")
+    batcher, _ = task.batcher(model, data.train, BatcherOptions("cpu"))
     discount = 1 / np.log2(np.arange(2, 6))
     best = discount[0] + 0.5 * discount[1]
     scores = {"film": [3.0, 1.0, 0.0, 2.0], "plot": [1.0, 1.0, 4.0, 1.0]}
@@ -234,25 +224,20 @@ def test_accuracy_of_single_pairs_is_sign_of_score(scorer, tmp_path):
     rows = [{"query": w, "passage": "film", "label": n % 2} for n, w in enumerate(WORDS)]
     task, data = read(scorer, write_rows(tmp_path / "rows.jsonl", rows))
     model = AutoModelForSequenceClassification.from_pretrained(scorer).eval()
-    objective, (batcher, _) = task.objective(model), task.batcher(model, data.train, device="cpu")
+    objective, (batcher, _) = task.objective(model), task.batcher(model, data.train, BatcherOptions("cpu"))
     with task.model_context(model, batcher):
         evaluation = task.evaluate(objective, data.train, batcher)
     tokenizer = word_tokenizer()
     positive = [float(model(**tokenizer(w, "film", return_tensors="pt")).logits.detach()) > 0 for w in WORDS]
-    assert evaluation.metrics["accuracy"] == np.mean(
-        [(n % 2 == 1) == is_positive for n, is_positive in enumerate(positive)]
-    )
+    assert evaluation.metrics["accuracy"] == np.mean([(n % 2 == 1) == sign for n, sign in enumerate(positive)])
     assert evaluation.main == "accuracy" and evaluation.metrics["loss"] > 0 and "ndcg@10" not in evaluation.metrics
 
 
-@pytest.mark.parametrize("form", ["binary", "pairwise", "listwise"])
+@pytest.mark.parametrize("form", slow_except("listwise", names=("binary", "pairwise", "listwise")))
 def test_encoder_run_learns_and_can_be_opened(form, encoder, settings, tmp_path):
-    rows = [
-        {"query": f"{word} film", "passages": [f"so {word}", f"it {other_word}", "the plot"], "labels": [1, 0, 0]}
-        for word in WORDS
-        for other_word in WORDS[:3]
-        if word != other_word
-    ]
+    pairs = ((word, other) for word in WORDS for other in WORDS[:3] if word != other)
+    passages = [(word, [f"so {word}", f"it {other}", "the plot"]) for word, other in pairs]
+    rows = [{"query": f"{word} film", "passages": texts, "labels": [1, 0, 0]} for word, texts in passages]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     changes = {"model": str(encoder), "task": "reranking", "reranking": {"loss": form}}
     changes["data"] = {"train": str(path), "eval": 6}
@@ -261,12 +246,10 @@ def test_encoder_run_learns_and_can_be_opened(form, encoder, settings, tmp_path)
     assert evals[-1]["loss"] < evals[0]["loss"] and evals[-1]["ndcg@10"] > 0.9
     run = open_on_cpu(result.output)
     assert run.task.name == "reranking"
-    score = score_run(run, load_eval_rows(run)).evaluation
+    score = run.score(load_eval_rows(run)).evaluation
     assert score.metrics == pytest.approx(result.evaluation.metrics, rel=1e-4)
     layout = {"modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"}
     assert layout <= set(push(result.output, "me/ranker", base="some/bert", dry_run=True).files)
-    file = run.task.read_file(str(path), run.config.data, run.classes)
-    assert len(file[0]) == len(rows)
 
 
 # Decoders that answer yes or no
@@ -299,13 +282,12 @@ def test_language_model_score_is_logit_difference_of_answers(kind, prompt, tmp_p
     question = "Query: {query}\n\nPassage: {passage}\n\nDoes the passage answer the query? Answer yes or no."
     chat = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
     template = prompt or (f"{question}\n" if kind == "gpt2" else chat)
-    batcher, _ = task.batcher(loaded.model, data.train, device="cpu")
+    batcher, _ = task.batcher(loaded.model, data.train, BatcherOptions("cpu"))
     objective = task.objective(loaded.model)
     with torch.no_grad(), task.model_context(loaded.model, batcher):
         batches = list(batcher.batches(data.train))
-        actual = {
-            row.row: float(s) for b in batches for row, s in zip(b.examples, objective.predictions(b), strict=True)
-        }
+        scored = (pair for b in batches for pair in zip(b.examples, objective.predictions(b), strict=True))
+        actual = {row.row: float(score) for row, score in scored}
     for number, (query, passage) in enumerate(texts, start=1):
         before, between, after = template.replace("{query}", "{passage}").split("{passage}")
         text = before + query + between + passage + after
@@ -330,14 +312,13 @@ def test_language_model_run_starts_from_its_answer_scores(settings, tmp_path):
         texts = [PROMPT.replace("{query}", row["query"]).replace("{passage}", p) for p in row["passages"]]
         scores = torch.tensor([answer_score(causal, tokenizer, text) for text in texts])
         expected.append(-(torch.tensor([1.0, 0.0]).softmax(0) * scores.log_softmax(0)).sum())
-    losses = [line["loss"] for line in metrics(result.output, "learning_rate")]
-    assert losses[0] == pytest.approx(float(torch.stack(expected).mean()), rel=1e-4)
-    assert losses[-1] < losses[0]
+    first, *_, last = losses(result.output)
+    assert first == pytest.approx(float(torch.stack(expected).mean()), rel=1e-4) and last < first
     run = open_on_cpu(result.output)
     assert prompt_of(run.task.tokenizer) == prompt_of(PairEncoder(run.task.tokenizer)._tokenizer) == PROMPT
     with run.base():  # its head also scores the answers
-        base = score_run(run, run.task.read_file(str(path), run.config.data, None)[0]).evaluation
-    assert base.metrics["loss"] == pytest.approx(losses[0], rel=1e-4)
+        base = run.score(run.task.read_file(str(path), run.config.data, None)[0]).evaluation
+    assert base.metrics["loss"] == pytest.approx(first, rel=1e-4)
 
 
 def test_long_passage_is_truncated_and_prompt_end_preserved():
@@ -347,8 +328,7 @@ def test_long_passage_is_truncated_and_prompt_end_preserved():
     (short, _), (long, _) = encode([("q", "p"), ("q", "p" * 50)], 30)
     assert tokenizer.decode(short) == "Q: q\nP: p\nfits:"
     assert len(long) == 30 and tokenizer.decode(long) == "Q: q\nP: " + "p" * 16 + "\nfits:"
-    with pytest.raises(UserError, match=r"data\.max_length is 6"):
-        encode([("q", "p")], 6)
+    refusal(encode, [("q", "p")], 6, match=r"data\.max_length is 6")
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, 'say "{passage}"\\ {% if %} {{ 1 }} ☃\t{query}{query}'])
@@ -404,32 +384,18 @@ def run_of(scorer: Path, kind: str, folder: Path, settings, dropout: float = 0.0
     return settings(folder, **changes, train={"batch_size": 5, "epochs": 2, "eval_every": 2, **train})
 
 
-@pytest.mark.parametrize("kind", ["listwise", "contrastive"])
+@pytest.mark.parametrize("kind", slow_except("contrastive", names=("listwise", "contrastive")))
 def test_resumed_run_is_bit_identical(kind, scorer, settings, tmp_path):
     def make_config(folder: Path) -> dict:
         return run_of(scorer, kind, folder, settings, dropout=0.2, checkpoint_every=2)
 
-    full, run = tmp_path / "whole", tmp_path / "run"
-    fit(make_config(full))
-    snapshots = Snapshots(run, tmp_path, ["step 3", "evaluation 4"])
-    result = fit(make_config(run), callback=snapshots)
-    assert_equal_run(run, full)
-    assert len(snapshots.copies) == 2
-    for copy in snapshots.copies.values():
-        assert fit(make_config(copy)).resumed_from_step in (2, 4)
-        assert_equal_run(copy, full)
+    snapshots = Snapshots(tmp_path / "run", tmp_path, ["evaluation 4"])
+    result = fit(make_config(tmp_path / "run"), callback=snapshots)
+    (copy,) = snapshots.copies.values()
+    assert fit(make_config(copy)).resumed_from_step in (2, 4)
+    assert_equal_run(copy, result.output)
     summary = json.loads((result.output / "run.json").read_text())
     assert any(entry["command"].startswith("deltaw serve") for entry in summary["commands"])
-
-
-@needs_gloo
-@pytest.mark.slow
-def test_run_with_killed_process_resumes(scorer, settings, tmp_path):
-    full, run = (run_of(scorer, "contrastive", tmp_path / n, settings, checkpoint_every=1) for n in ("whole", "run"))
-    fit(full)
-    train_until_killed(run, 3)
-    train_all(run)
-    assert_same_run(tmp_path / "run", tmp_path / "whole", counts=("step", "rows", "label_tokens"))
 
 
 @needs_gloo

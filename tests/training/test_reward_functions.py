@@ -17,12 +17,11 @@ import pytest
 from deltaw.data.sources import read_rows
 from deltaw.errors import UserError
 from deltaw.runs.fit import fit
-from deltaw.task_settings import RewardFunction
-from deltaw.training.open_run import score_run
-from deltaw.training.rewards import Completion, load_reward
-from deltaw.training.rewards.judge import judge, score_in
-from deltaw.training.rewards.rewarder import Rewarder
-from tests.conftest import COLORS, write_rows
+from deltaw.tasks.reward.rewards import Completion, load_reward
+from deltaw.tasks.reward.rewards.judge import judge, score_in
+from deltaw.tasks.reward.rewards.rewarder import Rewarder
+from deltaw.tasks.reward.settings import RewardFunction
+from tests.conftest import COLORS, refusal, write_rows
 from tests.training.runs import load_eval_rows, open_on_cpu
 
 
@@ -32,6 +31,11 @@ def completion_of(text: str, answer: str | None = None, row: int = 1, **columns:
 
 def settings_of(name: str, **options: object) -> RewardFunction:
     return RewardFunction.model_validate({"name": name, **options})
+
+
+def compute_rewards(settings: RewardFunction, completions: list[Completion]) -> list[float]:
+    with closing(Rewarder(settings)) as rewarder:
+        return rewarder(completions)
 
 
 class _JudgeHandler(BaseHTTPRequestHandler):
@@ -76,9 +80,7 @@ def test_judge_score_is_normalized_by_scale(judge_server):
     assert score(reply, completions[:1], template=template, scale=[5, 9]) == [0.5]
     path, key, request = server.requests[0]
     assert path == "/v1/chat/completions" and key is None and request["model"] == "m" and request["temperature"] == 0
-    assert "asked | 7 {answer} | gold | {other}" in [
-        request["messages"][0]["content"] for _, _, request in server.requests
-    ]
+    assert any(r["messages"][0]["content"] == "asked | 7 {answer} | gold | {other}" for *_, r in server.requests)
     with pytest.raises(UserError, match="row 5 no score: it gives no clear number from 0 to 10: it says 'no idea'"):
         score(reply, completions[1:2], retries=0)
 
@@ -123,22 +125,15 @@ _REPLY = json.dumps({"choices": [{"message": {"content": "7"}}]}).encode()
 _HEAD = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
 
 
-@pytest.mark.parametrize(
-    "broken",
-    [
-        b"",
-        b"nonsense\r\n\r\n",
-        _HEAD % len(_REPLY) + _REPLY[:20],
-        _HEAD % 20 + _REPLY,
-        _HEAD % 2 + b"{}",
-        _HEAD % 4 + b"null",
-        _HEAD % 15 + b'{"choices": []}',
-        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n99\r\n" + _REPLY,
-        b"HTTP/1.1 500 no\r\nContent-Length: 99\r\n\r\nbusy",
-    ],
-    ids=["nothing", "status", "cut", "short", "empty", "null", "choices", "chunk", "error"],
-)
-def test_broken_judge_response_is_retried(broken):
+_BROKEN = {"nothing": b"", "status": b"nonsense\r\n\r\n", "cut": _HEAD % len(_REPLY) + _REPLY[:20]}
+_BROKEN |= {"short": _HEAD % 20 + _REPLY, "null": _HEAD % 4 + b"null", "choices": _HEAD % 15 + b'{"choices": []}'}
+_BROKEN["chunk"] = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n99\r\n" + _REPLY
+_BROKEN["error"] = b"HTTP/1.1 500 no\r\nContent-Length: 99\r\n\r\nbusy"
+
+
+@pytest.mark.parametrize("name", _BROKEN)
+def test_broken_judge_response_is_retried(name):
+    broken = _BROKEN[name]
     answers = [broken, _HEAD % len(_REPLY) + _REPLY]
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -152,8 +147,7 @@ def test_broken_judge_response_is_retried(broken):
         threading.Thread(target=serve, daemon=True).start()
         settings = settings_of("judge", url=f"http://127.0.0.1:{server.getsockname()[1]}", model="m", retries=1)
         assert judge(settings, [completion_of("x")]) == [0.7]
-        with pytest.raises(UserError, match="row 6 no score"):
-            judge(settings, [completion_of("x", row=6)])
+        refusal(judge, settings, [completion_of("x", row=6)], match="row 6 no score")
 
 
 @pytest.mark.parametrize("ending", ["\r\n", "\n", "\r", " ", "\t", "\0", "ü", "\r\nX-Other: 1"])
@@ -162,34 +156,25 @@ def test_invalid_key_is_rejected_and_never_printed(ending, monkeypatch):
     with pytest.raises(UserError, match="the key in JUDGE") as error:
         judge(settings_of("judge", url="http://127.0.0.1:9", model="m", key_from="JUDGE"), [completion_of("x")])
     assert "quite-long" not in str(error.value)
-    for text in (
-        "b'Bearer quite-long-key-1234\\r'",
-        "quite-long-key-1",
-        "https://me:pass@host/v1?key=quite-long-key-1234",
-    ):
+    address = "https://me:pass@host/v1?key=quite-long-key-1234"
+    for text in ("b'Bearer quite-long-key-1234\\r'", "quite-long-key-1", address):
         assert not any(word in str(UserError(text)) for word in ("quite", "1234", "pass")), text
     for text in ("https://host/v1?mail=me@host", "://a b@c", 'see "http://", not "x@y"'):
         assert str(UserError(text)) == text
 
 
-@pytest.mark.parametrize(
-    "schema",
-    [
-        {"$ref": "http://127.0.0.1:9/schema.json"},
-        {"$ref": "file:///etc/hostname"},
-        {"$defs": {"a": {"items": [{"$ref": "other.json#/a"}]}}},
-        {"$dynamicRef": "https://example.org/schema#here"},
-        {"$id": "http://example.org/schemas/", "properties": {"a": {"$ref": "next"}}},
-    ],
-)
+EXTERNAL = [{"$ref": "http://127.0.0.1:9/schema.json"}, {"$ref": "file:///etc/hostname"}]
+EXTERNAL += [{"$defs": {"a": {"items": [{"$ref": "other.json#/a"}]}}}, {"$dynamicRef": "https://example.org/schema#a"}]
+EXTERNAL += [{"$id": "http://example.org/schemas/", "properties": {"a": {"$ref": "next"}}}]
+
+
+@pytest.mark.parametrize("schema", EXTERNAL)
 def test_schema_with_external_reference_is_rejected(schema, tmp_path):
-    with pytest.raises(UserError, match="not fetched"):
-        settings_of("json-schema", schema=schema)
+    refusal(settings_of, "json-schema", schema=schema, match="not fetched")
     pytest.importorskip("jsonschema", reason="the extra reward is not installed")
     file = tmp_path / "schema.json"
     file.write_text(json.dumps(schema))
-    with pytest.raises(UserError, match="not fetched"):
-        load_reward(settings_of("json-schema", schema=str(file)))([completion_of("{}")])
+    refusal(load_reward(settings_of("json-schema", schema=str(file))), [completion_of("{}")], match="not fetched")
 
 
 @pytest.mark.parametrize("schema", [{"$ref": "#"}, {"$ref": "#/$defs/none"}, {"$defs": {"a": {"$ref": "#/$defs/a"}}}])
@@ -214,24 +199,21 @@ def test_schema_may_reference_itself_and_must_be_valid():
     inner = {"$defs": {"n": {"type": "integer"}, "b": {"$id": "b.json"}}, "properties": {"a": {"$ref": "#/$defs/n"}}}
     inner["properties"] |= {"b": {"$ref": "b.json"}, "c": {"$ref": "https://json-schema.org/draft/2020-12/schema"}}
     reward = load_reward(settings_of("json-schema", schema=inner))
-    assert reward(
-        [completion_of('{"a": 1, "b": 2, "c": {}}'), completion_of('{"a": "1"}'), completion_of('{"c": {"type": 5}}')]
-    ) == [1, 0.5, 0.5]
+    texts = ('{"a": 1, "b": 2, "c": {}}', '{"a": "1"}', '{"c": {"type": 5}}')
+    assert reward([completion_of(text) for text in texts]) == [1, 0.5, 0.5]
     with pytest.raises(UserError, match=r"not valid at \$.type"):
         load_reward(settings_of("json-schema", schema={"type": "objekt"}))([completion_of("{}")])
     unknown = {"$ref": "https://json-schema.org/draft/unknown"}
-    with closing(Rewarder(settings_of("json-schema", schema=unknown))) as rewarder, pytest.raises(UserError) as error:
-        rewarder([completion_of("{}", row=3)])
-    assert "Unresolvable: https://json-schema.org/draft/unknown" in error.value.message
+    error = refusal(compute_rewards, settings_of("json-schema", schema=unknown), [completion_of("{}", row=3)])
+    assert "Unresolvable: https://json-schema.org/draft/unknown" in error.message
 
 
 def test_failing_judge_is_retried_then_reported_without_key(judge_server, monkeypatch):
     server, score = judge_server
     monkeypatch.setenv("JUDGE_KEY", "sk-secret")
     options = {"key_from": "JUDGE_KEY", "retries": 1}
-    assert score(
-        lambda content, count: (503, "busy") if count == 1 else (200, "5"), [completion_of("x")], **options
-    ) == [0.5]
+    busy_once = lambda content, count: (503, "busy") if count == 1 else (200, "5")  # noqa: E731
+    assert score(busy_once, [completion_of("x")], **options) == [0.5]
     assert [key for _, key, _ in server.requests] == ["Bearer sk-secret"] * 2
     server.requests.clear()
     with pytest.raises(UserError, match="row 3 no score: status 401: wrong key …") as error:
@@ -243,8 +225,7 @@ def test_failing_judge_is_retried_then_reported_without_key(judge_server, monkey
         score(lambda content, count: (200, "5"), [completion_of("x")], key_from="NO_KEY")
     start_time = time.monotonic()
     slow = lambda content, count: time.sleep(3) or (200, "5")  # noqa: E731
-    with pytest.raises(UserError, match="row 1 no score"):
-        score(slow, [completion_of("x")], seconds=1)
+    refusal(score, slow, [completion_of("x")], seconds=1, match="row 1 no score")
     assert time.monotonic() - start_time < 2.5
 
 
@@ -255,68 +236,41 @@ def test_reward_model_scores_match_its_evaluation(settings, tmp_path):
     output = fit(settings(tmp_path / "run", **changes, train={"epochs": 1})).output
     run = open_on_cpu(output)
     pairs = load_eval_rows(run)
-    expected = score_run(run, pairs).evaluation.predictions
-    completions = [
-        completion_of(
-            rows[pair.rows[0].row - 1][column], row=pair.rows[0].row, prompt=rows[pair.rows[0].row - 1]["prompt"]
-        )
-        for pair in pairs
-        for column in ("chosen", "rejected")
-    ]
-    rewarder = Rewarder(settings_of("model", model=str(output), seconds=60))
-    try:
-        rewards = rewarder([*completions, completion_of("  ", prompt="paint it")])
-    finally:
-        rewarder.close()
+    expected = run.score(pairs).evaluation.predictions
+    numbers = [(pair.rows[0].row, column) for pair in pairs for column in ("chosen", "rejected")]
+    completions = [completion_of(rows[n - 1][column], row=n, prompt=rows[n - 1]["prompt"]) for n, column in numbers]
+    completions.append(completion_of("  ", prompt="paint it"))
+    rewards = compute_rewards(settings_of("model", model=str(output), seconds=60), completions)
     assert rewards[:-1] == pytest.approx(np.ravel(expected).tolist(), abs=1e-5) and rewards[-1] == 0
     assert np.ptp(rewards[:-1]) > 1e-3
 
 
 @pytest.mark.slow
 def test_model_that_is_not_a_reward_model_is_rejected(model_folder):
-    rewarder = Rewarder(settings_of("model", model=str(model_folder), seconds=60))
-    try:
-        with pytest.raises(UserError, match="is not a reward model"):
-            rewarder([completion_of("x", prompt="y")])
-    finally:
-        rewarder.close()
-
-
-def compute_rewards(settings: RewardFunction, completions: list[Completion]) -> list[float]:
-    rewarder = Rewarder(settings)
-    try:
-        return rewarder(completions)
-    finally:
-        rewarder.close()
+    with pytest.raises(UserError, match="is not a reward model"):
+        compute_rewards(settings_of("model", model=str(model_folder), seconds=60), [completion_of("x", prompt="y")])
 
 
 def test_math_answers_are_compared_by_value():
     pytest.importorskip("math_verify", reason="the extra reward is not installed")
-    completions = [
-        completion_of("so it is $\\boxed{\\frac{1}{2}}$", "0.5"),
-        completion_of("the answer is 12", "12"),
-        completion_of("the answer is $2\\sqrt{2}$", "\\sqrt{8}"),
-        completion_of("it is 13", "12"),
-        completion_of("", "12"),
-        completion_of("12"),
+    pairs = [
+        ("so it is $\\boxed{\\frac{1}{2}}$", "0.5"),
+        ("the answer is $2\\sqrt{2}$", "\\sqrt{8}"),
+        ("it is 13", "12"),
     ]
-    assert compute_rewards(settings_of("math"), completions) == [1, 1, 1, 0, 0, 0]
+    completions = [completion_of(*pair) for pair in [*pairs, ("", "12"), ("12",)]]
+    assert compute_rewards(settings_of("math"), completions) == [1, 1, 0, 0, 0]
 
 
 def test_reasoning_gym_problems_are_scored_from_rows():
     pytest.importorskip("reasoning_gym", reason="the extra reward is not installed")
     rows = [row for _, row in read_rows("reasoning-gym:leg_counting?size=3&seed=4")]
-    completions = [completion_of(row["answer"], row["answer"], metadata=row["metadata"]) for row in rows]
-    completions.append(completion_of("<answer>1</answer>", rows[0]["answer"], metadata=rows[0]["metadata"]))
-    completions.append(
-        completion_of(
-            f"I think <answer> {rows[0]['answer']} </answer>", rows[0]["answer"], metadata=rows[0]["metadata"]
-        )
-    )
+    answers = [(row["answer"], row) for row in rows]
+    answers += [("<answer>1</answer>", rows[0]), (f"I think <answer> {rows[0]['answer']} </answer>", rows[0])]
+    completions = [completion_of(text, row["answer"], metadata=row["metadata"]) for text, row in answers]
     rewards = compute_rewards(settings_of("reasoning-gym"), completions)
     assert rewards[:3] == [1, 1, 1] and rewards[3] < 0.5 and rewards[4] == 1
-    with pytest.raises(UserError, match="row 1 has no metadata"):
-        compute_rewards(settings_of("reasoning-gym"), [completion_of("1", "1")])
+    refusal(compute_rewards, settings_of("reasoning-gym"), [completion_of("1", "1")], match="row 1 has no metadata")
 
 
 @pytest.mark.parametrize("name", ["math", "reasoning-gym", "json-schema"])
@@ -330,14 +284,11 @@ def test_missing_package_is_reported_with_extra(name, monkeypatch):
 
 
 def test_settings_are_checked_and_saved_per_function():
-    with pytest.raises(UserError, match="'exact' has no setting 'pattern'"):
-        settings_of("exact", pattern="a")
-    with pytest.raises(UserError, match="'judge' needs 'model'"):
-        settings_of("judge", url="http://localhost")
+    refusal(settings_of, "exact", pattern="a", match="'exact' has no setting 'pattern'")
+    refusal(settings_of, "judge", url="http://localhost", match="'judge' needs 'model'")
     with pytest.raises(ValueError, match="url"):
         settings_of("judge", url="file:///etc/passwd", model="m")
-    with pytest.raises(UserError, match="scale is empty"):
-        settings_of("judge", url="http://localhost", model="m", scale=[1, 1])
+    refusal(settings_of, "judge", url="http://localhost", model="m", scale=[1, 1], match="scale is empty")
     function = settings_of("json-schema", schema={"type": "object"}, weight=2)
     saved = function.model_dump()
     assert set(saved) == {"name", "weight", "seconds", "schema_"} and RewardFunction.model_validate(saved) == function

@@ -11,17 +11,16 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
 
-from deltaw.data import DataSettings
 from deltaw.data.example import LabeledExample
-from deltaw.data.images import LabelMicroBatcher
-from deltaw.data.reward_pairs import RewardPair, RewardReader
-from deltaw.errors import UserError
 from deltaw.runs.fit import fit
 from deltaw.runtime.packed import padded_rows
-from deltaw.training.open_run import score_run
-from deltaw.training.tasks.labels import LabelObjective, evaluate_labels
+from deltaw.settings.data import DataSettings
+from deltaw.tasks.classification.objective import LabelObjective
+from deltaw.tasks.classification.rows import RewardPair, RewardReader
+from deltaw.tasks.classification.task import evaluate_labels
+from deltaw.training.batchers import LabelMicroBatcher
 from tests.byte_models import byte_tokenizer
-from tests.conftest import COLORS, write_rows
+from tests.conftest import COLORS, refusal, write_rows
 from tests.training.runs import load_eval_rows, metrics, open_on_cpu
 from tests.training.test_label_objective import model_of
 from tests.training.test_losses import assert_gradients, gradients
@@ -57,12 +56,12 @@ def test_losses_gradients_and_scores_match_unbatched_rows(family, budget):
     rewards = np.array([[float(score.detach()) for score in pair] for pair in rewards])
     expected = gradients(exact, loss_alone)
     objective = LabelObjective(model, "sequence-classification")
-    batcher = LabelMicroBatcher(budget, "cpu")
+    batcher = LabelMicroBatcher(budget, segments=True)
     shapes = batcher.shapes(groups)
     batches = list(batcher.batches(groups))
     assert shapes == [tuple(batch.inputs["input_ids"].shape) for batch in batches]
     assert all(batch.rows % 2 == 0 for batch in batches) and (len(batches) > 1) == (budget == 30)
-    assert objective.units(groups) == len(groups) == sum(batch.label_tokens for batch in batches)
+    assert objective.units(groups) == len(groups) == sum(len(batch.sizes) for batch in batches)
     with padded_rows(model):
         loss = sum(objective(batch) for batch in batches)
         actual = gradients(model, loss)
@@ -79,15 +78,13 @@ def test_losses_gradients_and_scores_match_unbatched_rows(family, budget):
 def test_loss_matches_trl_trainer(tmp_path):
     model = model_of("llama", outputs=1, pad=0)
     groups = make_pairs()
-    pair_columns = ((*(row.tokens.tolist() for row in pair.rows), pair.margin) for pair in groups)
-    columns = [
-        {"chosen_ids": chosen, "rejected_ids": rejected, "margin": margin} for chosen, rejected, margin in pair_columns
-    ]
+    ids = [[row.tokens.tolist() for row in pair.rows] for pair in groups]
+    columns = [{"chosen_ids": c, "rejected_ids": r, "margin": p.margin} for (c, r), p in zip(ids, groups, strict=True)]
     end = "<|endoftext|>"
     _, _, theirs, expected = trl_step("Reward", model, columns, tmp_path, eos_token=end, pad_token=end)
     objective = LabelObjective(model, "sequence-classification")
     with padded_rows(model):
-        batches = LabelMicroBatcher(40, "cpu").batches(groups)
+        batches = LabelMicroBatcher(40, segments=True).batches(groups)
         ours = sum(objective(batch) for batch in batches) / objective.units(groups)
         actual = gradients(model, ours)
     assert float(ours.detach()) == pytest.approx(theirs, rel=1e-4)
@@ -124,7 +121,7 @@ def test_run_learns_preference_and_can_be_opened(kind, settings, tmp_path, encod
     assert adapter_config["task_type"] == "SEQ_CLS" and adapter_config["modules_to_save"]
     run = open_on_cpu(result.output)
     eval_pairs = load_eval_rows(run)
-    score = score_run(run, eval_pairs).evaluation
+    score = run.score(eval_pairs).evaluation
     assert score.metrics == pytest.approx(result.evaluation.metrics, rel=1e-5)
     all_rows, report = run.task.read_file(str(path), run.config.data, run.classes)
     assert len(all_rows) == len(COLORS) and report.form == "preference pairs"
@@ -146,10 +143,8 @@ def test_encoder_texts_have_segments_and_margins_are_numbers(tmp_path):
     (first, second), margin = prepared.train[0].rows, prepared.train[0].margin
     assert margin == first.label == second.label == 0.5
     texts = [tokenizer.decode(first.tokens[first.segments == side]) for side in (0, 1)]
-    assert texts == [f"paint it {COLORS[0]}", COLORS[0][0] * 3]
-    assert prepared.report.unused_columns == ()
+    assert texts == [f"paint it {COLORS[0]}", COLORS[0][0] * 3] and prepared.report.unused_columns == ()
     bad = write_rows(tmp_path / "bad.jsonl", [*rows_with(margin=0.5), *rows_with(margin="much")[:1]])
-    with pytest.raises(UserError, match="'margin' must be a number"):
-        RewardReader(DataSettings(train=str(bad)), tokenizer).file(str(bad))
+    refusal(RewardReader(DataSettings(train=str(bad)), tokenizer).file, str(bad), match="'margin' must be a number")
     prepared_rows, report = RewardReader(DataSettings(train=str(bad), bad_rows="skip"), tokenizer).file(str(bad))
     assert len(prepared_rows) == len(COLORS) and report.skipped == 1

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from safetensors.torch import load_file
 
 import deltaw
 from tests.cli.conftest import start
@@ -34,26 +33,22 @@ def make_settings(tmp_path, model_folder):
     (tmp_path / "prompts.jsonl").write_text(rows)
 
     def make(output: str, **train: object) -> dict:
-        return {
-            "model": str(model_folder),
-            "task": "rl",
-            "data": {"train": str(tmp_path / "prompts.jsonl"), "eval": 2},
-            "reward": {"functions": [f"{tmp_path / 'own.py'}:letters"], "group": 4, "max_new_tokens": 8},
-            "train": {"max_steps": 4, "batch_size": 3, "learning_rate": 0.02, "checkpoint_every": 1, **train},
-            "precision": "fp32",
-            "output": str(tmp_path / output),
-        }
+        data = {"train": str(tmp_path / "prompts.jsonl"), "eval": 2}
+        config = {"model": str(model_folder), "task": "rl", "data": data, "output": str(tmp_path / output)}
+        reward = {"functions": [f"{tmp_path / 'own.py'}:letters"], "group": 4, "max_new_tokens": 8}
+        train = {"max_steps": 4, "batch_size": 3, "learning_rate": 0.02, "checkpoint_every": 1, **train}
+        return config | {"reward": reward, "train": train, "precision": "fp32"}
 
     return make
 
 
 @needs_gloo
 def test_two_processes_match_one(make_settings):
-    single, parallel = make_settings("one"), make_settings("two")
+    single, parallel = (make_settings(name, max_steps=3, drift=False) for name in ("one", "two"))
     deltaw.fit(single)
     train_all(parallel)
-    ours, theirs = ([line for line in metrics(Path(c["output"])) if "loss" in line] for c in (parallel, single))
-    assert len(ours) == 4 and any(line["groups_with_advantage"] for line in theirs)
+    ours, theirs = (metrics(Path(config["output"]), "loss") for config in (parallel, single))
+    assert len(ours) == 3 and any(line["groups_with_advantage"] for line in theirs)
     for a, b in zip(ours, theirs, strict=True):
         for key in ("reward", "length", "groups_with_advantage", "label_tokens", "rows"):
             assert a[key] == b[key], key
@@ -83,5 +78,4 @@ def test_run_killed_at_twelve_moments_matches_uninterrupted_run(make_settings, t
             process.communicate(timeout=60)
             assert process.returncode == -signal.SIGKILL
     resumed = deltaw.fit(resume=config["output"])
-    expected, actual = (load_file(folder / ADAPTER) for folder in (uninterrupted.output, resumed.output))
-    assert all((expected[name] == actual[name]).all() for name in expected)
+    assert (uninterrupted.output / ADAPTER).read_bytes() == (resumed.output / ADAPTER).read_bytes()

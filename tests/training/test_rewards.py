@@ -7,9 +7,10 @@ import os
 import pytest
 
 from deltaw.errors import UserError
-from deltaw.task_settings import RewardFunction
-from deltaw.training.rewards import Completion
-from deltaw.training.rewards.rewarder import Rewarder
+from deltaw.tasks.reward.rewards import Completion
+from deltaw.tasks.reward.rewards.rewarder import Rewarder
+from deltaw.tasks.reward.settings import RewardFunction
+from tests.conftest import refusal
 
 FUNCTIONS = """
 import os, sys, time
@@ -60,6 +61,7 @@ def completion_of(text: str, answer: str | None = None, row: int = 1, **columns:
     return Completion("asked", text, answer, row, columns)
 
 
+SCHEMA = {"type": "object", "required": ["a"]}
 COMPLETIONS = [completion_of("one", row=4, per_word=2), completion_of("two words", row=7, per_word=3)]
 
 
@@ -82,33 +84,17 @@ def rewarder(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "completions", "expected"),
     [
+        ({"name": "exact"}, [(" red\n", "red"), ("Red", "red"), ("red",)], [1, 0, 0]),
+        ({"name": "exact", "column": "gold"}, [("7", "8"), ("8", "8")], [1, 0]),
+        ({"name": "contains"}, [("it is red.", "red"), ("reddish", "red")], [1, 0]),
+        ({"name": "number"}, [("2 + 2 = 1,004.0", "1004"), ("4", "5"), ("none", "5")], [1, 0, 0]),
+        ({"name": "number", "tolerance": 1}, [("4", "5"), ("3", "5")], [1, 0]),
+        ({"name": "regex", "pattern": r"\d+"}, [("12",), ("12 a",)], [1, 0]),
+        ({"name": "lower-case"}, [("abc, d",), ("Abcd",), ("12",)], [1, 0.75, 0]),
+        ({"name": "length", "target": 4}, [("a b c d",), ("a b",), ("a " * 9,)], [1, 0.5, 0]),
         (
-            {"name": "exact"},
-            [completion_of(" red\n", "red"), completion_of("Red", "red"), completion_of("red")],
-            [1, 0, 0],
-        ),
-        (
-            {"name": "exact", "column": "gold"},
-            [completion_of("7", "8", gold=7), completion_of("8", "8", gold=7)],
-            [1, 0],
-        ),
-        ({"name": "contains"}, [completion_of("it is red.", "red"), completion_of("reddish", "red")], [1, 0]),
-        (
-            {"name": "number"},
-            [completion_of("2 + 2 = 1,004.0", "1004"), completion_of("4", "5"), completion_of("none", "5")],
-            [1, 0, 0],
-        ),
-        ({"name": "number", "tolerance": 1}, [completion_of("4", "5"), completion_of("3", "5")], [1, 0]),
-        ({"name": "regex", "pattern": r"\d+"}, [completion_of("12"), completion_of("12 a")], [1, 0]),
-        ({"name": "lower-case"}, [completion_of("abc, d"), completion_of("Abcd"), completion_of("12")], [1, 0.75, 0]),
-        (
-            {"name": "length", "target": 4},
-            [completion_of("a b c d"), completion_of("a b"), completion_of("a " * 9)],
-            [1, 0.5, 0],
-        ),
-        (
-            {"name": "json-schema", "schema": {"type": "object", "required": ["a"]}},
-            [completion_of('{"a": 1}'), completion_of('{"b": 1}'), completion_of("{"), completion_of("[" * 9999)],
+            {"name": "json-schema", "schema": SCHEMA},
+            [('{"a": 1}',), ('{"b": 1}',), ("{",), ("[" * 9999,)],
             [1, 0.5, 0, 0],
         ),
     ],
@@ -116,52 +102,39 @@ def rewarder(tmp_path):
 def test_built_in_rewards(rewarder, settings, completions, expected):
     if settings["name"] == "json-schema":
         pytest.importorskip("jsonschema", reason="the extra reward is not installed")
-    assert rewarder(**settings)(completions) == expected
+    assert rewarder(**settings)([completion_of(*texts, gold=7) for texts in completions]) == expected
 
 
 def test_user_function_receives_columns_in_batches_or_per_row(rewarder):
-    assert rewarder("words")(COMPLETIONS) == [2, 6]
-    assert rewarder("one")(COMPLETIONS) == [5, 0]
+    assert rewarder("words")(COMPLETIONS) == [2, 6] and rewarder("one")(COMPLETIONS) == [5, 0]
     assert rewarder("loud")(COMPLETIONS) == [1, 1]
 
 
-@pytest.mark.parametrize(
-    ("name", "message", "row"),
-    [
-        ("raises", "raised ZeroDivisionError", 7),
-        ("dies", "its process exited", 4),
-        ("nan", "the reward is nan", 7),
-        ("few", "returned 1 numbers for 2 rows", None),
-        ("text", "the reward is \"'good'\"", 4),
-        ("nothere", "no function 'nothere'", None),
-        ("long", "an answer longer than 16 MiB", 7),
-        ("wordy", "raised ValueError: xxx", 4),
-        ("huge", "the reward is '1000", 4),
-    ],
-)
+FAULTS = [("raises", "raised ZeroDivisionError", 7), ("dies", "its process exited", 4), ("nan", "the reward is nan", 7)]
+FAULTS += [("few", "returned 1 numbers for 2 rows", None), ("text", "the reward is \"'good'\"", 4)]
+FAULTS += [("nothere", "no function 'nothere'", None), ("long", "an answer longer than 16 MiB", 7)]
+FAULTS += [("wordy", "raised ValueError: xxx", 4), ("huge", "the reward is '1000", 4)]
+
+
+@pytest.mark.parametrize(("name", "message", "row"), FAULTS)
 def test_error_is_reported_with_row(rewarder, tmp_path, name, message, row):
     (tmp_path / "own.py").write_text(FUNCTIONS)
-    with pytest.raises(UserError) as error:
-        rewarder(f"{tmp_path / 'own.py'}:{name}")(COMPLETIONS)
-    assert message in error.value.message and "own.py" in str(error.value.location)
-    assert row is None or f"row {row}" in str(error.value.location)
+    error = refusal(rewarder(f"{tmp_path / 'own.py'}:{name}"), COMPLETIONS)
+    assert message in error.message and "own.py" in str(error.location)
+    assert row is None or f"row {row}" in str(error.location)
 
 
 def test_hanging_function_is_stopped_and_reported_with_row(rewarder, tmp_path):
     (tmp_path / "own.py").write_text(FUNCTIONS)
     slow = rewarder(f"{tmp_path / 'own.py'}:hangs", seconds=1)
-    with pytest.raises(UserError, match="within 1 seconds") as error:
-        slow(COMPLETIONS)
-    assert "row 7" in str(error.value.location)
+    error = refusal(slow, COMPLETIONS, match="within 1 seconds")
+    assert "row 7" in str(error.location)
     assert slow([COMPLETIONS[0]]) == [1]  # a new worker is started
 
 
 def test_functions_receive_answer_of_row_if_requested(rewarder):
-    completions = [
-        completion_of("a", "gold", per_word=1),
-        completion_of("b", None),
-        Completion("asked", "c", "gold", 1, {"answer": "its column"}),
-    ]
+    completions = [completion_of("a", "gold", per_word=1), completion_of("b", None)]
+    completions.append(Completion("asked", "c", "gold", 1, {"answer": "its column"}))
     assert rewarder("answers")(completions) == rewarder("each")(completions) == [4, 0, 10]
 
 
@@ -180,19 +153,14 @@ def test_functions_receive_answer_of_row_if_requested(rewarder):
         ({"name": "reasoning-gym"}, [completion_of("x", "7")], "needs 'metadata'"),
         ({"name": "needs"}, [completion_of("x", wanted=1), completion_of("x", wanted=1, other=2)], None),
         ({"name": "exact"}, [completion_of("x"), completion_of("x", "7")], None),
-        (
-            {"name": "judge", "url": "http://127.0.0.1:9", "model": "m", "key_from": "NO_KEY"},
-            [completion_of("x")],
-            "not set",
-        ),
+        ({"name": "judge", "url": "http://a", "model": "m", "key_from": "NO_KEY"}, [completion_of("x")], "not set"),
     ],
 )
 def test_check_rejects_functions_unsuitable_for_rows(rewarder, settings, completions, message):
     if message is None:
         rewarder(**settings).check(completions, call=True)
         return
-    with pytest.raises(UserError, match=message):
-        rewarder(**settings).check(completions, call=True)
+    refusal(rewarder(**settings).check, completions, call=True, match=message)
 
 
 def test_missing_column_error_lists_available_columns(rewarder):
@@ -210,14 +178,12 @@ def test_forking_function_returns_one_result(rewarder):
 def test_close_stops_worker(rewarder):
     lower_case = rewarder("lower-case")
     lower_case(COMPLETIONS)
-    process = lower_case._worker._process
+    process = lower_case._worker.process._process
     lower_case.close()
     assert process is not None and process.poll() is not None
 
 
 def test_unknown_rewards_and_missing_settings_are_rejected(rewarder):
-    with pytest.raises(UserError, match="no reward 'exactly'") as error:
-        rewarder("exactly")(COMPLETIONS)
-    assert "did you mean 'exact'" in str(error.value.hint)
-    with pytest.raises(UserError, match="needs 'pattern'"):
-        RewardFunction.model_validate({"name": "regex"})
+    error = refusal(rewarder("exactly"), COMPLETIONS, match="no reward 'exactly'")
+    assert "did you mean 'exact'" in str(error.hint)
+    refusal(RewardFunction.model_validate, {"name": "regex"}, match="needs 'pattern'")

@@ -10,14 +10,9 @@ from torch import Tensor
 
 from deltaw.kernels import loader
 from deltaw.kernels.head_gradient import MIN_CLASSES
-from deltaw.training.tasks import causal_objective
-from deltaw.training.tasks.causal_objective import (
-    MIN_OUTLIER_ROWS,
-    OUTLIER_COLUMNS,
-    RoughHead,
-    RoughLogits,
-    frozen_head_log_probs,
-)
+from deltaw.runtime.rough_head import MIN_OUTLIER_ROWS, OUTLIER_COLUMNS, RoughHead, RoughLogits
+from deltaw.training import causal_objective
+from deltaw.training.causal_objective import frozen_head_log_probs
 
 compiled_only = pytest.mark.skipif(loader.library() is None, reason="needs compiled kernels")
 ROWS, WIDTH, HEAD = 160, 192, MIN_CLASSES + 300
@@ -118,8 +113,7 @@ def test_head_uses_rough_logits_if_accurate(monkeypatch):
             assert (hidden.grad.double() - float64_hidden.grad).norm() < 0.03 * float64_hidden.grad.norm()
             assert not torch.equal(values, expected)
         else:
-            assert torch.equal(values, expected)
-            assert torch.equal(hidden.grad, exact_hidden.grad)
+            assert torch.equal(values, expected) and torch.equal(hidden.grad, exact_hidden.grad)
         with torch.no_grad():
             without_grad = frozen_head_log_probs(hidden, targets, weight, rough=RoughHead.of(weight))
         assert torch.equal(without_grad, values.detach())
@@ -128,7 +122,7 @@ def test_head_uses_rough_logits_if_accurate(monkeypatch):
 @compiled_only
 def test_small_batches_of_bf16_head_are_not_rounded(monkeypatch):
     monkeypatch.setattr(causal_objective, "RoughLogits", mock.Mock(side_effect=AssertionError("few rows were rounded")))
-    hidden, weight = rows_with_outliers(1, rows=causal_objective.MIN_OUTLIER_ROWS - 1)
+    hidden, weight = rows_with_outliers(1, rows=MIN_OUTLIER_ROWS - 1)
     frozen_head_log_probs(hidden, torch.arange(len(hidden)), weight, rough=RoughHead.of(weight))
 
 

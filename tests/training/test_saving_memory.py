@@ -17,7 +17,7 @@ from torch import nn
 import deltaw
 from deltaw.machine.memory import peak_resident_bytes, resident_bytes
 from deltaw.reports.page.learned import measure_adapter
-from deltaw.training.guarantee import TrainedCheck
+from deltaw.training.loop import TrainedCheck
 
 def added(call):
     before = resident_bytes()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from deltaw.settings import TrainSettings
-from deltaw.training.optimizer import count_steps
-from deltaw.training.small_data import (
+from deltaw.settings.config import TrainSettings
+from deltaw.training.optimizer import (
     MIN_STEPS,
+    count_steps,
     eval_share,
     eval_size_warning,
     recommended_settings,
@@ -23,14 +23,8 @@ def test_recommended_settings_give_enough_steps(rows):
 
 
 def test_fewer_rows_reduce_batch_size_before_adding_epochs():
-    assert [recommended_settings(rows) for rows in (1, 12, 48, 90, 200, 2000)] == [
-        (10, 4),
-        (10, 4),
-        (3, 4),
-        (3, 8),
-        (3, 16),
-        (1, 16),
-    ]
+    expected = {1: (10, 4), 12: (10, 4), 48: (3, 4), 90: (3, 8), 200: (3, 16), 2000: (1, 16)}
+    assert {rows: recommended_settings(rows) for rows in expected} == expected
     shares = {9: None, 10: 0.2, 60: 0.2, 400: 0.13, 1000: 0.05, 10**6: 0.05}
     assert {rows: eval_share(rows) for rows in shares} == shares
 
@@ -44,10 +38,7 @@ def test_small_evaluation_set_is_reported_with_its_uncertainty():
 def test_low_step_count_is_reported_unless_requested():
     warning = step_count_warning(48, TrainSettings())
     assert warning == "3 steps are few to learn from; train.epochs: 3 and train.batch_size: 4 give 36"
-    assert (
-        step_count_warning(48, TrainSettings(batch_size=4))
-        == "12 steps are few to learn from; train.epochs: 3 gives 36"
-    )
-    assert (
-        step_count_warning(48, TrainSettings(max_steps=2)) is step_count_warning(48, TrainSettings(time="1m")) is None
-    )
+    warning = step_count_warning(48, TrainSettings(batch_size=4))
+    assert warning == "12 steps are few to learn from; train.epochs: 3 gives 36"
+    assert step_count_warning(48, TrainSettings(max_steps=2)) is None
+    assert step_count_warning(48, TrainSettings(time="1m")) is None

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from deltaw.errors import UserError
 from deltaw.kernels import loader
 from deltaw.training.state import ArithmeticChangedWarning, SavedState
+from tests.conftest import refusal
 from tests.training.loops import Training
 
 
@@ -106,6 +106,5 @@ def test_state_of_another_run_is_rejected(full_run):
         ("trained parameters", Training("full"), saved),
         ("shape", Training(), SavedState(saved.values, sliced)),
     ]:
-        with pytest.raises(UserError, match=message):
-            training.run(checkpoint=state)
+        refusal(training.run, checkpoint=state, match=message)
         assert all(torch.equal(weight, training.initial_weights[name]) for name, weight in training.weights().items())

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from deltaw.data import encode_prompt
+from deltaw.data.prepare import encode_prompt
 from deltaw.data.report import SKIPPED_ROWS
+from deltaw.decoding.generation import generate
 from deltaw.errors import UserError
+from deltaw.methods.trust import read_run_settings
+from deltaw.runs.checks import preview_rows
 from deltaw.runs.fit import fit
-from deltaw.runtime.generation import generate
-from deltaw.training.data_view import preview_rows
-from deltaw.training.open_run import open_run, read_run_settings
+from deltaw.training.open_run import open_run
 from tests.byte_models import tiny_llama
 from tests.conftest import COLORS, write_rows
 from tests.data.chat_templates import tokenizer_of
@@ -51,10 +52,8 @@ def test_trained_model_generates_end_token(tmp_path: Path, settings, family: str
 
 def test_run_saves_its_template_and_prompts_use_it(tmp_path: Path, settings, model_folder) -> None:
     template = tmp_path / "own.jinja"
-    template.write_text(
-        "{% for m in messages %}{{ m.role }} says {{ m.content }}<|im_end|>{% endfor %}"
-        "{% if add_generation_prompt %}assistant says {% endif %}"
-    )
+    text = "{% for m in messages %}{{ m.role }} says {{ m.content }}<|im_end|>{% endfor %}"
+    template.write_text(text + "{% if add_generation_prompt %}assistant says {% endif %}")
     output = fit(settings(tmp_path / "run", data={"chat_template": str(template)}, train={"max_steps": 1})).output
     assert (output / "chat_template.jinja").read_text() == template.read_text()
     assert fit({"train": {"max_steps": 2}}, resume=output).outcome.steps == 2
@@ -74,8 +73,7 @@ def test_invalid_template_is_rejected_first(tmp_path: Path, settings) -> None:
     template.write_text("fine\n{% for m in messages %}")
     with pytest.raises(UserError, match="is not Jinja") as error:
         fit(settings(tmp_path / "run", model=str(tmp_path / "no model"), data={"chat_template": str(template)}))
-    assert error.value.location == f"{template}, line 2"
-    assert not (tmp_path / "run").exists()
+    assert error.value.location == f"{template}, line 2" and not (tmp_path / "run").exists()
 
 
 def test_run_folder_lists_skipped_rows(tmp_path: Path, settings) -> None:
@@ -84,10 +82,8 @@ def test_run_folder_lists_skipped_rows(tmp_path: Path, settings) -> None:
     data = {"train": str(rows), "bad_rows": "skip"}
     output = fit(settings(tmp_path / "run", data=data, train={"max_steps": 1})).output
     lines = [json.loads(line) for line in (output / SKIPPED_ROWS).read_text().splitlines()]
-    assert {(line["where"], line["reason"]) for line in lines} == {
-        (f"{rows}, row 11", "a value of the wrong type"),
-        (f"{rows}, line 12", "not JSON"),
-    }
+    reasons = {line["where"]: line["reason"] for line in lines}
+    assert reasons == {f"{rows}, row 11": "a value of the wrong type", f"{rows}, line 12": "not JSON"}
 
 
 def test_date_used_by_template_is_recorded_in_settings(tmp_path: Path, settings, model_folder) -> None:

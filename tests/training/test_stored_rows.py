@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from deltaw.data import stored_rows
+from deltaw.data.example import lengths_of
 from deltaw.data.row_store import DiskRows, MemoryRows, digest_of_rows
-from deltaw.data.sequences import lengths_of
 from deltaw.experiments.worker import split_validation
 from deltaw.runs.fit import fit
-from deltaw.settings import RunConfig
+from deltaw.settings.config import RunConfig
+from deltaw.training import batchers
 from deltaw.training.session import read_data
-from deltaw.training.tasks import causal_batcher
 from tests.conftest import deep_merge
 from tests.training.runs import outcome
 
@@ -28,7 +28,7 @@ def test_rows_on_disk_train_identically(settings, tmp_path, kind, monkeypatch):
     changes = deep_merge({"train": {"epochs": 2}}, KINDS[kind])
     in_memory = fit(settings(tmp_path / "small", **changes))
     monkeypatch.setattr(stored_rows, "SPILL_BYTES", 0)
-    monkeypatch.setattr(causal_batcher, "MAX_BUFFERED_ROWS", 10**9)
+    monkeypatch.setattr(batchers, "MAX_BUFFERED_ROWS", 10**9)
     on_disk = fit(settings(tmp_path / "large", **changes))
     assert in_memory.evaluation.metrics == on_disk.evaluation.metrics
     ((lines, weights), (other_lines, other_weights)) = (outcome(run.output) for run in (in_memory, on_disk))
@@ -40,8 +40,8 @@ def test_rows_on_disk_train_identically(settings, tmp_path, kind, monkeypatch):
 def test_evaluation_in_parts_returns_same_metrics(settings, tmp_path, monkeypatch):
     changes = {"data": {"eval": 5}, "train": {"max_steps": 1}}
     full = fit(settings(tmp_path / "whole", **changes)).evaluation
-    monkeypatch.setattr(causal_batcher, "MAX_BUFFERED_ROWS", 2)
-    monkeypatch.setattr("deltaw.training.tasks.causal.MAX_BUFFERED_ROWS", 2)
+    monkeypatch.setattr(batchers, "MAX_BUFFERED_ROWS", 2)
+    monkeypatch.setattr("deltaw.tasks.language.task.MAX_BUFFERED_ROWS", 2)
     parts = fit(settings(tmp_path / "parts", **changes)).evaluation
     assert len(parts.per_row) == 5
     np.testing.assert_array_equal(parts.per_row, full.per_row)
@@ -61,5 +61,4 @@ def test_row_statistics_construct_no_examples(settings, tmp_path, monkeypatch):
     on_disk = digest_of_rows(data.all_rows)
     monkeypatch.undo()
     _, data = read_data(config)
-    assert isinstance(data.train.store, MemoryRows)
-    assert digest_of_rows(data.all_rows) == on_disk
+    assert isinstance(data.train.store, MemoryRows) and digest_of_rows(data.all_rows) == on_disk

@@ -9,18 +9,20 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from deltaw.errors import UserError
-from deltaw.task_settings import RewardFunction
-from deltaw.training.rewards import Completion
-from deltaw.training.rewards.rewarder import Rewarder
-from deltaw.training.rewards.unit_test_cases import cases
-from deltaw.training.rewards.unit_tests import code_of, program, unit_tests
-from deltaw.training.rewards.worker import kill_process_tree
+from deltaw.tasks.reward.rewards import Completion
+from deltaw.tasks.reward.rewards.rewarder import Rewarder
+from deltaw.tasks.reward.rewards.unit_tests import cases, code_of, program, unit_tests
+from deltaw.tasks.reward.settings import RewardFunction
+from deltaw.worker_process import kill_process_tree
+from tests.training.runs import slow_except
 
+MODULE = sys.modules["deltaw.tasks.reward.rewards.unit_tests"]
 ADD = "def add(a, b):\n    return a + b\n"
 WRONG = "def add(a, b):\n    return a - b\n"
 STACK = """
@@ -122,7 +124,6 @@ Always.__ne__ = lambda self, other: False
 """
 FORGING = {
     "always equal": f"{ALWAYS}\ndef add(a, b): return Always()",
-    "always equal int": "class I(int):\n    __eq__ = lambda s, o: True\n    __hash__ = int.__hash__\ndef add(a, b): return I(7)",
     "always equal class": f"{ALWAYS}\nclass add(Always):\n    def __init__(self, *a): pass",
     "frames": """
 import sys, gc
@@ -158,7 +159,6 @@ for fd in range(64):
 """
     + WRONG,
     "raises skip": "import unittest\ndef add(a, b): raise unittest.SkipTest('x')",
-    "raises stop": "import unittest.case\ndef add(a, b): raise unittest.case._ShouldStop()",
     "conftest": "open('conftest.py', 'w').write('import os; os._exit(0)')\nopen('pytest.ini', 'w').write('[pytest]')\n"
     "open('unittest.py', 'w').write('')\nopen('sitecustomize.py', 'w').write('')\n" + WRONG,
     "atexit": "import atexit, os\natexit.register(os._exit, 0)\n" + WRONG,
@@ -172,38 +172,28 @@ found = any(b'candidate(1, 2)' in text or b'add(1, 2)' in text for text in seen)
 def add(a, b): return 3 if found else 0
 """,
 }
-SUITES = {
-    "statements": ASSERT_LIST,
-    "function text": FUNCTIONS,
-    "HumanEval": CHECK,
-    "unittest": UNITTEST,
-    "class": CLASS,
-    "pytest": PYTEST,
-    "doctest": DOCTEST,
-    "main": MAIN,
-}
+SUITES = {"statements": ASSERT_LIST, "function text": FUNCTIONS, "HumanEval": CHECK, "unittest": UNITTEST}
+SUITES |= {"class": CLASS, "pytest": PYTEST, "doctest": DOCTEST, "main": MAIN}
 
 
 def completion_of(text: str, row: int = 1, prompt: str = "asked", **columns: object) -> Completion:
     return Completion(prompt, text, None, row, columns)
 
 
+def settings_of(**options: object) -> RewardFunction:
+    return RewardFunction.model_validate({"name": "unit-tests", **options})
+
+
 def reward(code: str, tests: object, cpu_seconds: int = 1, all_tests: bool = False, **columns: object) -> float | None:
-    settings = RewardFunction.model_validate(
-        {"name": "unit-tests", "cpu_seconds": cpu_seconds, "all_tests": all_tests, "megabytes": 512}
-    )
+    settings = settings_of(cpu_seconds=cpu_seconds, all_tests=all_tests, megabytes=512)
     return unit_tests(settings, [completion_of(code, tests=tests, **columns)])[0]
 
 
 @pytest.mark.parametrize("suite", SUITES)
-def test_correct_code_passes_all_tests_in_each_format(suite):
+def test_correct_code_passes_and_wrong_code_fails_in_each_format(suite):
     assert reward(ADD, SUITES[suite], cpu_seconds=5) == 1
-
-
-@pytest.mark.parametrize("suite", SUITES)
-def test_wrong_code_fails_tests_that_compare_results(suite):
-    expected = {"unittest": 1 / 3, "pytest": 0}  # the unittest for an exception passes
-    assert reward(WRONG, SUITES[suite], cpu_seconds=5) == pytest.approx(expected.get(suite, 0))
+    expected = 1 / 3 if suite == "unittest" else 0  # its test for an exception passes
+    assert reward(WRONG, SUITES[suite], cpu_seconds=5) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("attack", FORGING)
@@ -232,10 +222,6 @@ SHADOWING = {
         f"{ALWAYS}\nclass Split(Always):\n    def __init__(self, *a): pass",
         ["assert Split([1, 2]) == [1]"],
     ),
-    "class without entry point": (
-        f"{ALWAYS}\ndef add(a, b): return 0\nclass Add(Always):\n    def __init__(self, *a): pass",
-        CHECK,
-    ),
     "namespace of the builtins": (
         f"{WRONG}\n{CONNECTED}\nnames = {{**vars(__import__('builtins')), 'abs': lambda x: 0}}\n"
         "peer._send('result', {'add': add, '__builtins__': names})\nwhile True: peer.receive()",
@@ -262,10 +248,6 @@ BEHAVIOR = {
     "sorts in place": (
         "def sort(values):\n    values.sort()\ndef turn(m):\n    for row in m: row.reverse()",
         "v = [3, 1, 2]\nsort(v)\nassert v == [1, 2, 3]\nm = [[1, 2], [3, 4]]\nturn(m=m)\nassert m == [[2, 1], [4, 3]]",
-    ),
-    "large matrix in place": (
-        "def clear(m):\n    for row in m: row[:] = [0] * len(row)\n    m.append([])",
-        "m = [[1] * 5 for _ in range(500)]\nclear(m)\nassert sum(map(sum, m)) == 0 and len(m) == 501",
     ),
     "generator": (
         "def count(n):\n    for i in range(n):\n        yield i",
@@ -338,19 +320,10 @@ BEHAVIOR = {
         "def test_equal(a, b): return a == b",
         ["assert test_equal(1, 1)", "assert test_equal(1, 2) == False"],
     ),
-    "async unittest": (
-        "import asyncio\nasync def fetch(n):\n    await asyncio.sleep(0)\n    return n * 2",
-        "import unittest\nclass T(unittest.IsolatedAsyncioTestCase):\n    async def test_it(self):\n        self.assertEqual(await fetch(2), 4)\n",
-    ),
     "context manager": (
         "class Open:\n    def __enter__(self):\n        self.on = True\n        return self\n    def __exit__(self, *e):\n        self.on = False\n        return True",
         "o = Open()\nwith o as p:\n    assert p.on\n    raise ValueError\nassert not o.on",
     ),
-    "list subclass": (
-        "class Row(list):\n    def total(self): return sum(self)\ndef row(): return Row([1, 2])",
-        "assert row().total() == 3\nassert list(row()) == [1, 2]",
-    ),
-    "named like a builtin": ("def sum(a, b): return a + b", "assert sum(10, 15) == 25"),
     "numpy": (
         "import numpy as np\ndef double(x): return np.asarray(x) * 2\ndef mean(x): return np.mean(x)",
         "import numpy as np\nassert np.array_equal(double([1, 2]), np.array([2, 4]))\nassert (double(np.ones((2, 2))) == 2).all()\n"
@@ -364,17 +337,11 @@ BEHAVIOR = {
         "def third(): return 1 / 3",
         "assert abs(third() - 0.333) < 1e-2\nimport math\nassert math.isclose(third(), 1/3)",
     ),
-    "modules of the code": (
-        "import math\ndef root(x): return math.sqrt(x)",
-        "assert math.isclose(root(2), 1.41421356, rel_tol=1e-6)",
-    ),
     "raises by hand": (
         ADD,
         "try:\n    add(1, None)\n    assert False, 'no error'\nexcept TypeError:\n    pass\nif add(1, 1) != 2:\n    raise Exception('wrong')",
     ),
     "list with helper": (ADD, ["def check(f):\n    assert f(1, 2) == 3", "check(add)"]),
-    "check with call": (ADD, CHECK + "\ncheck(add)\n"),
-    "list with setup": (ADD, ["import math", "x = add(1, 1)", "assert x == math.sqrt(4)"]),
     "long loop": ("def f(x): return x + 1", "x = 0\nfor _ in range(500):\n    x = f([x][0])\nassert x == 500"),
     "property": (
         "class A:\n    count = 0\n    @property\n    def x(self): return 3\n    @classmethod\n    def make(cls): return cls()\n    @staticmethod\n    def s(): return 1",
@@ -395,7 +362,11 @@ BEHAVIOR = {
 }
 
 
-@pytest.mark.parametrize("name", BEHAVIOR)
+QUICK = ["class", "generator", "types", "dataclass", "enum", "errors", "callbacks", "nodes of the tests", "Solution"]
+QUICK += ["imports", "async pytest", "context manager", "numpy", "files", "long loop", "multiprocessing"]
+
+
+@pytest.mark.parametrize("name", slow_except(*QUICK, names=BEHAVIOR))
 def test_correct_code_passes_with_all_types_of_values(name):
     code, tests = BEHAVIOR[name]
     assert reward(code, tests, cpu_seconds=5) == 1
@@ -429,19 +400,12 @@ EXCESSIVE = {
 }
 
 
-UNTIL_THE_LIMIT = {
-    "sleeps",
-    "loops at load",
-    "ignores signals",
-    "endless result",
-    "memory of many",
-    "fork bomb in sessions",
-}
+# Code that runs until its time limit, or that is similar to other code.
+UNTIL_THE_LIMIT = ["sleeps", "loops at load", "ignores signals", "endless result", "memory of many"]
+UNTIL_THE_LIMIT += ["fork bomb in sessions", "many processes", "bytes of files", "follows a link", "threads"]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in UNTIL_THE_LIMIT)) for name in EXCESSIVE]
-)
+@pytest.mark.parametrize("name", slow_except(*EXCESSIVE.keys() - UNTIL_THE_LIMIT, names=EXCESSIVE))
 def test_excessive_code_earns_no_reward_and_is_stopped(name, tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET", "much")
     file = tmp_path / "rows.jsonl"
@@ -449,40 +413,29 @@ def test_excessive_code_earns_no_reward_and_is_stopped(name, tmp_path, monkeypat
     with socket.create_server(("127.0.0.1", 0)) as server:
         code = EXCESSIVE[name].replace("FILE", os.fspath(file)).replace("PORT", str(server.getsockname()[1]))
         start_time = time.monotonic()
-        assert (
-            reward(code, "total = add(1, 2)\nassert len(list(total)) if not isinstance(total, int) else total == 3")
-            == 0
-        )
-    assert time.monotonic() - start_time < 12
-    assert file.read_text() == "secret"
+        tests = "total = add(1, 2)\nassert len(list(total)) if not isinstance(total, int) else total == 3"
+        assert reward(code, tests) == 0
+    assert time.monotonic() - start_time < 12 and file.read_text() == "secret"
 
 
 REFUSED = {
     "empty": "",
-    "white space": "\n  \n",
     "comment": "# add(1, 2) is 3",
-    "comments in a list": ["# one", ""],
     "empty list": [],
     "no assertion": "add(1, 2)",
-    "print": "print(add(1, 2) == 3)",
     "comparison": "add(1, 2) == 3",
     "constant": "assert True",
     "function without": "def test_add():\n    add(1, 2)\n",
-    "helper only": "def helper():\n    return 3\n",
     "class without": "class TestAdd:\n    def test_it(self):\n        add(1, 2)\n",
     "unittest without": "import unittest\nclass T(unittest.TestCase):\n    def test_it(self):\n        add(1, 2)\n",
     "check without": "def check(candidate):\n    candidate(1, 2)\n    assert True\n",
     "generator": "def test_add():\n    yield\n    assert add(1, 2) == 3\n",
-    "generator method": "class TestAdd:\n    def test_add(self):\n        assert add(1, 2) == 3\n        yield\n",
     "helper never called": "def helper():\n    assert add(1, 2) == 3\n",
-    "lambda": "check = lambda f: f(1, 2) == 3",
     "list of text": "['assert add(1, 2) == 3']",
     "not Python": "assert add(1, 2) = 3",
     "not Python in a list": ["assert add(1, 2) == 3", "def ("],
     "doctest without": ">>> x = add(1, 2)\n",
-    "main without": "if __name__ == '__main__':\n    print(add(1, 2))",
     "number": 3,
-    "list of numbers": [3],
     "mapping": {"inputs": ["1"], "outputs": ["2"]},
     "unittest import alone": "import unittest\nunittest.main()",
 }
@@ -555,8 +508,7 @@ def test_module_of_code_is_not_imported_into_test_process(line):
 
 
 def test_results_not_from_runner_earn_no_reward(monkeypatch):
-    module = sys.modules["deltaw.training.rewards.unit_tests"]
-    monkeypatch.setattr(module, "_results", lambda *args: [{"passed": True}] * 20)
+    monkeypatch.setattr(MODULE, "_results", lambda *args: [{"passed": True}] * 20)
     assert reward(ADD, ASSERT_LIST) == 0
 
 
@@ -569,33 +521,34 @@ def test_function_named_like_builtin_is_tested(body, share):
 def test_code_is_last_block_with_definition():
     text = f"<think>\n```python\n{WRONG}```\n</think>\n```python\n{ADD}```\nUse it:\n```python\nprint(add(1, 2))\n```"
     assert code_of(text) == ADD and code_of(f"<think>```\nx = 1\n```</think>\n{ADD}") == f"\n{ADD}"
+    assert code_of("```py\na\n```\n```\nb\n```") == "b\n" and code_of("plain") == "plain"
 
 
 def test_rejected_tests_are_reported_with_row():
-    rewarder = Rewarder(RewardFunction.model_validate({"name": "unit-tests", "cpu_seconds": 1}))
-    try:
-        with pytest.raises(UserError, match="no assertion") as error:
-            rewarder([completion_of(ADD, tests=ASSERT_LIST), completion_of(ADD, row=7, tests="# nothing")])
-        assert "row 7" in str(error.value.location)
-    finally:
-        rewarder.close()
+    completions = [completion_of(ADD, tests=ASSERT_LIST), completion_of(ADD, row=7, tests="# nothing")]
+    with (
+        closing(Rewarder(settings_of(cpu_seconds=1))) as rewarder,
+        pytest.raises(UserError, match="no assert") as error,
+    ):
+        rewarder(completions)
+    assert "row 7" in str(error.value.location)
 
 
 STUB = 'from typing import List\n\nLIMIT = 3\n\ndef add(a: int, b: int) -> int:\n    """ Add.\n    >>> add(1, 2)\n    3\n    """\n'
 
 
-@pytest.mark.parametrize(
-    "completion",
-    [
-        "    return a + b\n",
-        "return a + b",
-        "    c = a + b\n    return c\n",
-        "c = a + b\n    return c",
-        STUB + "    return a + b",
-        "def add(a: List, b): return a + b",
-        "```python\ndef helper(a, b):\n    return a + b\n\ndef add(a, b):\n    return helper(a, b) if LIMIT else 0\n```",
-    ],
-)
+ANSWERS = [
+    "    return a + b\n",
+    "c = a + b\n    return c",
+    STUB + "    return a + b",
+    "def add(a: List, b): return a + b",
+]
+ANSWERS += [
+    "```python\ndef help(a, b):\n    return a + b\n\ndef add(a, b):\n    return help(a, b) if LIMIT else 0\n```"
+]
+
+
+@pytest.mark.parametrize("completion", ANSWERS)
 def test_completion_may_be_body_or_function(completion):
     assert reward(completion, CHECK, prompt=STUB, entry_point="add") == 1
     assert reward(completion, CHECK, prompt=f"Complete:\n```python\n{STUB}```") == 1
@@ -604,8 +557,7 @@ def test_completion_may_be_body_or_function(completion):
 @pytest.mark.parametrize("completion", ["", "    ", "# done", "I cannot.", "    pass"])
 def test_solution_in_prompt_earns_no_reward(completion):
     solved = f"Improve this:\n```python\n{ADD}```"
-    assert reward(completion, CHECK, prompt=solved) == 0
-    assert reward(completion, CHECK, prompt=STUB) == 0
+    assert reward(completion, CHECK, prompt=solved) == 0 and reward(completion, CHECK, prompt=STUB) == 0
 
 
 PROTOCOL = {
@@ -650,14 +602,9 @@ def apply(f, x): return Liar()
 @pytest.mark.parametrize("name", PROTOCOL)
 def test_connection_exposes_neither_tests_nor_results(name):
     tests = "import random\nSECRET = random.random()\ndef test_it():\n    assert apply(lambda v: v, SECRET / 2) == SECRET + 1\n"
-    honest = "def apply(f, x): return f(x) * 2 + 1"
-    assert reward(honest, tests) == 1
     assert reward(CONNECTED + PROTOCOL[name], tests) == 0
-    # The code runs up to the attack, so the attack did not fail for another reason.
-    assert reward(CONNECTED + honest, tests) == 1
-
-
-MODULE = sys.modules["deltaw.training.rewards.unit_tests"]
+    if name == "module":  # an honest answer runs up to the attack, so no attack failed for another reason
+        assert reward(CONNECTED + "def apply(f, x): return f(x) * 2 + 1", tests) == 1
 
 
 @pytest.fixture(params=["namespaces", "without"])
@@ -681,14 +628,10 @@ ESCAPES = {
 @pytest.mark.parametrize("escape", ESCAPES)
 def test_processes_started_by_code_are_killed(escape, namespaces):
     mark = f"time.sleep(61.{os.getpid()}{len(escape)})"
-    code = (
-        f"import os, subprocess, sys, time\nwords = [sys.executable, '-c', 'import time; {mark}']\n{ESCAPES[escape]}\n"
-    )
-    running = "assert subprocess_count() > 2"
-    count = (
-        "def subprocess_count():\n    time.sleep(0.2)\n    return len([n for n in os.listdir('/proc') if n.isdigit()])"
-    )
-    assert reward(code + count, running) == 1
+    code = f"import os, subprocess, sys, time\nwords = [sys.executable, '-c', 'import time; {mark}']\n"
+    code += f"{ESCAPES[escape]}\n"
+    code += "def count():\n    time.sleep(0.2)\n    return len([n for n in os.listdir('/proc') if n.isdigit()])"
+    assert reward(code, "assert count() > 2") == 1
     commands = [path for path in Path("/proc").glob("[0-9]*/cmdline") if mark in _text(path)]
     assert commands == []
 
@@ -701,15 +644,15 @@ def _text(path: Path) -> str:
 
 
 @pytest.mark.parametrize("attack", ["kills parent", "reads tests", "frames", "always equal"])
-def test_forging_code_earns_no_reward_with_and_without_namespaces(attack, namespaces):
+def test_forging_code_earns_no_reward_without_namespaces(attack, monkeypatch):
+    monkeypatch.setattr(MODULE, "_namespaces", list)
     assert reward(FORGING[attack], CHECK.replace("(1, 2) == 3", "(2, 2) == 4"), entry_point="add") == 0
 
 
 def test_working_folder_of_code_is_removed(tmp_path, monkeypatch, namespaces):
     monkeypatch.setattr(MODULE.tempfile, "tempdir", os.fspath(tmp_path))
     code = "import os\nos.makedirs('a/b')\nopen('a/b/c', 'w').close()\nos.chmod('a/b', 0)\ndef f(): return os.getcwd()"
-    assert reward(code, f"assert f().startswith({os.fspath(tmp_path)!r})") == 1
-    assert list(tmp_path.iterdir()) == []
+    assert reward(code, f"assert f().startswith({os.fspath(tmp_path)!r})") == 1 and list(tmp_path.iterdir()) == []
 
 
 def test_missing_isolation_is_logged(monkeypatch, caplog):
@@ -729,9 +672,8 @@ def test_reason_of_failed_test_is_logged(caplog):
 
 
 def test_each_completion_gets_its_reward():
-    settings = RewardFunction.model_validate({"name": "unit-tests", "cpu_seconds": 2})
     completions = [completion_of(code, tests=ASSERT_LIST) for code in (ADD, WRONG, ADD, "def add(a, b): return 3", "")]
-    assert unit_tests(settings, completions) == [1, 0, 1, 0.5, 0]
+    assert unit_tests(settings_of(cpu_seconds=2), completions) == [1, 0, 1, 0.5, 0]
 
 
 def test_program_returns_self_contained_completion_unchanged():
@@ -746,13 +688,12 @@ def test_reward_is_share_of_passed_tests_or_requires_all():
     code = "So:\n```python\ndef double(x):\n    return 2 * x\n```\nDone."
     assert reward(code, DOUBLE) == pytest.approx(2 / 3)
     assert reward(code, DOUBLE, all_tests=True) == 0 and reward(code, DOUBLE[:2], all_tests=True) == 1
-    assert reward("def double(x: return", DOUBLE) == 0
-    assert reward(code, None) is None
+    assert reward("def double(x: return", DOUBLE) == 0 and reward(code, None) is None
 
 
 def test_tests_in_settings_apply_to_all_rows():
-    settings = RewardFunction.model_validate({"name": "unit-tests", "tests": DOUBLE[0]})
-    assert unit_tests(settings, [completion_of("def double(x): return 2 * x"), completion_of("x = 1")]) == [1, 0]
+    completions = [completion_of("def double(x): return 2 * x"), completion_of("x = 1")]
+    assert unit_tests(settings_of(tests=DOUBLE[0]), completions) == [1, 0]
 
 
 def test_tests_in_one_text_are_counted_individually():
@@ -762,20 +703,11 @@ def test_tests_in_one_text_are_counted_individually():
     assert reward("def double(x): return 2 * x", statements) == 0.5
 
 
-def test_code_is_last_fenced_block():
-    assert code_of("```py\na\n```\n```\nb\n```") == "b\n" and code_of("plain") == "plain"
-
-
 def test_endless_loop_does_not_affect_other_completions():
-    rewarder = Rewarder(RewardFunction.model_validate({"name": "unit-tests", "seconds": 1, "cpu_seconds": 1}))
-    try:
-        completions = [
-            completion_of("while True: pass", tests=ASSERT_LIST),
-            completion_of("x = 1", tests=["assert x == 1"], row=2),
-        ]
+    completions = [completion_of("while True: pass", tests=ASSERT_LIST)]
+    completions.append(completion_of("x = 1", tests=["assert x == 1"], row=2))
+    with closing(Rewarder(settings_of(seconds=1, cpu_seconds=1))) as rewarder:
         assert rewarder(completions) == [0, 1]
-    finally:
-        rewarder.close()
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="lists processes in /proc")

@@ -9,13 +9,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from deltaw.data import BadRowError, Example, RowReader
-from deltaw.data.example import RowGroup
-from deltaw.tasks import TaskEntry
+from deltaw.data.example import Example, RowGroup
+from deltaw.data.report import BadRowError
+from deltaw.data.row_reader import RowReader
+from deltaw.settings.task_registry import TaskEntry
+from deltaw.tasks.language.task import CausalTask
+from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.evaluation.base import Evaluation, mean_interval
 from deltaw.training.losses import RowLogProbs
-from deltaw.training.tasks.causal import CausalTask
-from deltaw.training.tasks.causal_objective import CausalObjective
 from tests.training.toy_preference import Preference
 
 
@@ -40,7 +41,6 @@ class PreferenceTask(CausalTask):
     """Preference task, evaluated by the share of pairs whose chosen answer is more likely."""
 
     name = "toy-preference"
-    has_pairs = True
 
     def reader(self, settings, classes=None):
         return PairReader(settings, self.tokenizer)

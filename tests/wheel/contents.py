@@ -15,14 +15,9 @@ from pathlib import Path
 from deltaw.kernels import variants
 
 # Platform tag → format and machine number of object files, their extension, and the processor type.
-PLATFORMS = {
-    "manylinux_2_28_x86_64": ("ELF 62", ".so", "x86_64"),
-    "linux_x86_64": ("ELF 62", ".so", "x86_64"),
-    "manylinux_2_28_aarch64": ("ELF 183", ".so", "aarch64"),
-    "linux_aarch64": ("ELF 183", ".so", "aarch64"),
-    "macosx_11_0_arm64": ("Mach-O 16777228", ".so", "aarch64"),
-    "win_amd64": ("PE 34404", ".dll", "x86_64"),
-}
+PLATFORMS = {"manylinux_2_28_x86_64": ("ELF 62", ".so", "x86_64"), "linux_x86_64": ("ELF 62", ".so", "x86_64")}
+PLATFORMS |= {"manylinux_2_28_aarch64": ("ELF 183", ".so", "aarch64"), "linux_aarch64": ("ELF 183", ".so", "aarch64")}
+PLATFORMS |= {"macosx_11_0_arm64": ("Mach-O 16777228", ".so", "aarch64"), "win_amd64": ("PE 34404", ".dll", "x86_64")}
 OBJECT_EXTENSIONS = (".so", ".dll", ".dylib", ".pyd", ".o", ".cpp", ".h")
 MAX_GLIBC = (2, 28)
 

@@ -39,10 +39,9 @@ packages = ["deltaw", "deltaw.kernels"]
 include-package-data = false
 """
 
-pytestmark = [
-    pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="no source tree"),
-    pytest.mark.skipif(sys.platform != "linux", reason="the compiler is a script for Linux"),
-]
+slow = pytest.mark.slow
+pytestmark = [pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="no source tree")]
+pytestmark += [pytest.mark.skipif(sys.platform != "linux", reason="the compiler is a script for Linux")]
 
 
 class Tree:
@@ -62,12 +61,8 @@ class Tree:
         """Build and return the compiled and linked files as ``variant/file``."""
         for name in ("calls", "arguments"):
             (self.folder / name).write_text("")
-        full_environment = {
-            **os.environ,
-            "CXX": str(self.folder / "c++"),
-            "DELTAW_VARIANTS": variant_names or "",
-            **environment,
-        }
+        full_environment = {**os.environ, "CXX": str(self.folder / "c++"), "DELTAW_VARIANTS": variant_names or ""}
+        full_environment |= environment
         program = [sys.executable, "setup.py", "--quiet", *(command or ("build_ext", "--inplace"))]
         subprocess.run(program, cwd=self.folder, env=full_environment, check=True, capture_output=True, text=True)
         calls = (self.folder / "calls").read_text().split()
@@ -127,15 +122,15 @@ def test_earlier_variants_remain_while_up_to_date(tree):
     assert tree.built() == {f"_native_{second}.so"}
 
 
-@pytest.mark.parametrize(
-    ("target", "zig", "tag", "flags"),
-    [
-        ("windows-x86_64", "x86_64-windows-gnu", "win_amd64", "-mavx512bf16 "),
-        ("macos-aarch64", "aarch64-macos.11.0", "macosx_11_0_arm64", "-mcpu=generic+v8_2a+dotprod+bf16+i8mm "),
-        ("linux-x86_64", "x86_64-linux-gnu.2.28", "manylinux_2_28_x86_64", "-mamx-tile "),
-        ("linux-aarch64", "aarch64-linux-gnu.2.28", "manylinux_2_28_aarch64", "-mcpu=generic+v8_2a+dotprod "),
-    ],
-)
+CROSS_BUILDS = [
+    ("windows-x86_64", "x86_64-windows-gnu", "win_amd64", "-mavx512bf16 "),
+    ("linux-aarch64", "aarch64-linux-gnu.2.28", "manylinux_2_28_aarch64", "-mcpu=generic+v8_2a+dotprod "),
+    pytest.param("linux-x86_64", "x86_64-linux-gnu.2.28", "manylinux_2_28_x86_64", "-mamx-tile ", marks=slow),
+    pytest.param("macos-aarch64", "aarch64-macos.11.0", "macosx_11_0_arm64", "+dotprod+bf16+i8mm ", marks=slow),
+]
+
+
+@pytest.mark.parametrize(("target", "zig", "tag", "flags"), CROSS_BUILDS)
 def test_cross_build_passes_target_and_tags_wheel(tree, target, zig, tag, flags):
     """The wheel has the platform's tag and contains no object file of an earlier build."""
     (tree.kernels / "_native_generic.so").write_text("from an earlier in-place build")

@@ -20,11 +20,8 @@ from tests.wheel.contents import wheel_errors
 ROOT = Path(__file__).parents[2]
 COMPILER = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None)
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"),
-    pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="no source tree"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")]
+pytestmark += [pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="no source tree")]
 
 
 def run(*command: object, cwd: Path = ROOT, **environment: str) -> str:

@@ -105,9 +105,7 @@ class _LazyGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in COMMANDS:
-            return None
-        return importlib.import_module(f"deltaw.cli.{name}").command
+        return None if name not in COMMANDS else importlib.import_module(f"deltaw.cli.{name}").command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -16,8 +16,8 @@ from deltaw.errors import UserError
 from deltaw.progress import track_progress
 
 if TYPE_CHECKING:
-    from deltaw.serving.engine import Engine
-    from deltaw.training.open_run import AdaptedModel
+    from deltaw.decoding.engine import Engine
+    from deltaw.training.task import OpenedRun
 
 
 @click.command("chat")
@@ -35,7 +35,7 @@ def command(run: str, system: str | None, with_base: bool, text_settings: TextSe
     with track_progress("starting"):
         import numpy as np
 
-        from deltaw.serving.opening import base_engine
+        from deltaw.decoding.opening import base_engine
         from deltaw.training.open_run import open_run
     session = open_run(run, log=notes.print_line, **opening)
     session.require_generation()
@@ -69,12 +69,11 @@ def _read_line() -> str | None:
     """Return the next line of the user, or None at the end of the input."""
     if sys.stdin.isatty():
         click.echo("you: ", nl=False)
-    line = sys.stdin.readline()
-    return line.strip() or None
+    return sys.stdin.readline().strip() or None
 
 
 def _answer(
-    session: AdaptedModel, engine: Engine, adapter: str | None, messages: list[dict], settings: TextSettings, name: str
+    session: OpenedRun, engine: Engine, adapter: str | None, messages: list[dict], settings: TextSettings, name: str
 ) -> str:
     """Generate and print the next answer."""
     # The seed depends on the question number, so that answers use different random numbers.

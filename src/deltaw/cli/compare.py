@@ -41,20 +41,21 @@ def command(
     -compare, or to the folder given by --output. Run the same command again to resume an interrupted comparison.
     """
     from deltaw.experiments.compare import check_methods, compare
-    from deltaw.experiments.comparison import as_json as as_plain
     from deltaw.experiments.comparison import failures, findings
     from deltaw.experiments.entry import parse_rates
-    from deltaw.methods import registry
     from deltaw.reports.comparison import comparison_tables, draw_comparison
     from deltaw.reports.page.write import write_pages
-    from deltaw.settings import RunConfig
+    from deltaw.settings import method_registry
+    from deltaw.settings.config import RunConfig
 
     out = console(as_json)
     flags = nested_settings(arguments)
     if time is not None:
         flags.setdefault("train", {})["time"] = time
     config = RunConfig.read(settings, flags)
-    requested = registry.compared_names() if methods is None else filter(None, map(str.strip, methods.split(",")))
+    requested = (
+        method_registry.compared_names() if methods is None else filter(None, map(str.strip, methods.split(",")))
+    )
     selected = check_methods(list(requested))
     folder = config.output if "output" in flags else f"{config.output}-compare"
     options = {name: arguments[name] for name in ("share", "seeds", "reference", "cluster")}
@@ -71,7 +72,7 @@ def command(
     for line in [*findings(comparison), *failures(comparison)]:
         out.print_line(line)
     write_pages(folder)
-    out.print_line(f"results are in {folder}: comparison.md, .json, .png, .html")
+    out.print_line(f"results are in {folder}: comparison.md, .json, .svg, .html")
     if as_json:
-        print_json(as_plain(comparison))
+        print_json(comparison.as_dict())
     return 0

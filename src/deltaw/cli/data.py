@@ -22,7 +22,7 @@ from deltaw.cli.options import (
 from deltaw.errors import UserError
 
 if TYPE_CHECKING:
-    from deltaw.settings import RunConfig
+    from deltaw.settings.config import RunConfig
 
 
 MINING = {
@@ -53,7 +53,7 @@ def show(
     FILE is a data file, a run's YAML file, or a run's folder. --model selects the tokenizer.
     """
     from deltaw.reports.data import LEGEND, PLAIN_LEGEND, row_as_dict, row_lines
-    from deltaw.training.data_view import preview_rows
+    from deltaw.runs.checks import preview_rows
 
     out = console(as_json)
     config = _config(file, settings, arguments, out.print_line)
@@ -80,7 +80,7 @@ def check(file: str | None, settings: str | None, as_json: bool, **arguments: st
     training would fail or be pointless.
     """
     from deltaw.reports.data import check_lines
-    from deltaw.training.data_view import check_data
+    from deltaw.runs.checks import check_data
 
     out = console(as_json)
     config = _config(file, settings, arguments, out.print_line)
@@ -138,12 +138,12 @@ def mine(
     Negatives are passages of --corpus that the embedding model ranks high but that do not answer the query. Passages
     with almost the score of the positive are excluded.
     """
-    from deltaw.data.passages import read_pairs, read_passages
-    from deltaw.data.report import MAX_ROW_BYTES, BadRows
+    from deltaw.data.report import BadRows
+    from deltaw.data.starter import EMBEDDER
+    from deltaw.evaluation.mining import MiningSettings, mine, mining_output, read_pairs, read_passages, write_mined
     from deltaw.reports.data import mined_lines
-    from deltaw.reports.starter import EMBEDDER
     from deltaw.serving.encoders import read_embedder
-    from deltaw.serving.mining import MiningSettings, mine, mining_output, write_mined
+    from deltaw.settings.data import MAX_ROW_BYTES
 
     out = console(as_json)
     mining_options = {name: flags.pop(name) for name in MiningSettings.__dataclass_fields__}
@@ -175,8 +175,8 @@ def _config(
 
     For a data file without settings, the task and the columns are detected as in `deltaw init`.
     """
-    from deltaw.settings import SETTINGS, RunConfig
-    from deltaw.training.open_run import read_run_settings
+    from deltaw.methods.trust import read_run_settings
+    from deltaw.settings.config import SETTINGS, RunConfig
 
     flags = nested_settings(arguments)
     if file is None:
@@ -189,10 +189,11 @@ def _config(
         return read_run_settings(path, flags) if is_folder else RunConfig.read(path, flags)
     flags["data"] = {**flags.get("data", {}), "train": file}
     if settings is None:
-        from deltaw.reports.starter import MODELS, is_local, settings_for_rows
+        from deltaw.data.starter import default_model
+        from deltaw.reports.starter import is_local, settings_for_rows
 
         task, has_columns = flags.get("task"), "columns" in flags["data"]
-        detected: dict[str, Any] = {"task": task, "model": MODELS.get(task)} if task in MODELS else {}
+        detected: dict[str, Any] = {"task": task, "model": model} if (model := default_model(task)) else {}
         with contextlib.suppress(*([UserError] if has_columns else [])):  # detection may fail if flags give the columns
             detected = settings_for_rows(file, flags.get("model"), task) if is_local(file) else detected
         if detected.get("model") and "model" not in flags:

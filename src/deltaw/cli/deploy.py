@@ -54,9 +54,9 @@ def lmstudio(run: str, url: str | None, models: str | None, **options: Any) -> N
 def _deploy(run: str, program: Any, as_json: bool, **options: Any) -> None:
     out, log = console(as_json), console(True).print_line
     with track_progress("starting"):
+        from deltaw.decoding.opening import SessionGenerator
         from deltaw.export.deploy import deploy
-        from deltaw.reports.scores import agreement_table
-        from deltaw.serving.opening import SessionGenerator
+        from deltaw.reports.comparison import agreement_table
     result = deploy(run, program, make_writer=lambda session: SessionGenerator(session, log), log=log, **options)
     if as_json:
         print_json(result.as_dict())

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltaw import tasks
 from deltaw.cli.options import console, json_flag, model_flags, print_json
 from deltaw.cli.suggestions import RunArgument, TaskName
 from deltaw.cli.text_options import SYSTEM_HELP
 from deltaw.errors import UserError
 from deltaw.progress import track_progress
+from deltaw.settings import task_registry
 
 if TYPE_CHECKING:
+    from deltaw.decoding.generation import TextGenerator
     from deltaw.reports.tables import TerminalOutput
-    from deltaw.runtime.generation import TextGenerator
+    from deltaw.training.answers import EvaluationScore
     from deltaw.training.drift import Drift
-    from deltaw.training.open_run import AdaptedModel
-    from deltaw.training.tasks.causal import EvaluationScore
+    from deltaw.training.task import OpenedRun
 
 
 # Parameters for tasks of lm-evaluation-harness, and flags that apply only to rows.
@@ -48,7 +48,7 @@ ROWS |= {name: f"--{name}" for name in REWARD}
 @click.option("--drift/--no-drift", "with_drift", default=True, help="measure the drift of answers from the base model")
 @click.option("--system", metavar="TEXT", help=SYSTEM_HELP)
 @click.option("--general", default=0, type=click.IntRange(0), help="number of general answers of both models to print")
-@click.option("--task", type=TaskName(tasks.names()), help="task of a model without an adapter")
+@click.option("--task", type=TaskName(task_registry.names()), help="task of a model without an adapter")
 @click.option("--benchmarks", "benchmarks", help="tasks of lm-evaluation-harness to evaluate instead of rows: a,b,c")
 @click.option("--include-path", type=click.Path(path_type=Path), help="folder with task files, for --benchmarks")
 @click.option("--fewshot", type=click.IntRange(0), help="number of few-shot examples, for --benchmarks")
@@ -74,30 +74,30 @@ def command(
         flag = f"--{required[0].replace('_', '-')}"
         raise UserError("the flag requires --benchmarks", location=flag, hint="add --benchmarks")
     general, with_drift, system = (flags.pop(name) for name in ("general", "with_drift", "system"))
-    scoring: dict[str, Any] = {name: flags.pop(name) for name in ("max_new_tokens", "num_answers")}
     reward_options = {name: flags.pop(name) for name in REWARD}
+    num_answers, max_new_tokens = flags.pop("num_answers"), flags.pop("max_new_tokens")
     out = console(as_json)
     with track_progress("starting"):
-        from deltaw.serving.opening import SessionGenerator
-        from deltaw.training.open_run import open_run, score_run
-        from deltaw.training.tasks.reward import RewardEvaluation
+        from deltaw.decoding.opening import SessionGenerator
+        from deltaw.training.answers import ScoreOptions
+        from deltaw.training.open_run import open_run
     if data is not None and names:
         raise UserError("--set selects sets of the run, not of --data", location="--data", hint="remove one of the two")
     if data is None and system is not None:
         hint = "add --data with a file whose rows have no system prompt"
         raise UserError("--system does not apply to the run's own rows", location="--system", hint=hint)
     session = open_run(run, log=out.print_line, **flags)
-    if not session.task.uses_rollouts and (required := [name for name, value in reward_options.items() if value]):
-        message = f"the flag applies only to task: rl, and the run's task is {session.task.name}"
+    if not session.task.samples_completions and (required := [name for name, value in reward_options.items() if value]):
+        message = f"the flag applies only to tasks that sample completions, and the run's task is {session.task.name}"
         raise UserError(message, location=f"--{required[0]}", hint=f"remove --{required[0]}")
     sets = {name: result[:limit] for name, result in _rows_by_set(session, run, data, names, system, out).items()}
     _warn_not_invoked(session, sets, out)
     writer = SessionGenerator(session, out.print_line)
-    scoring |= {"writer": writer, "sampler": writer.sample, "reward_evaluation": RewardEvaluation(**reward_options)}
+    options = ScoreOptions(num_answers, max_new_tokens, **reward_options)
 
     def scored() -> dict[str, EvaluationScore]:
         """Each set's score, as the model is now."""
-        return {name: score_run(session, examples, **scoring) for name, examples in sets.items()}
+        return {name: session.score(examples, options, writer) for name, examples in sets.items()}
 
     by_model: dict[str, dict[str, EvaluationScore]] = {}
     if with_base:
@@ -108,7 +108,7 @@ def command(
         if name:
             count = "1 row" if len(examples) == 1 else f"{len(examples):,} rows"
             out.print(f"\n{name}: {count}")
-        _print_scores({model: result[name] for model, result in by_model.items()}, out, scoring["num_answers"])
+        _print_scores({model: result[name] for model, result in by_model.items()}, out, num_answers)
     drift = _drift(session, out, general, writer) if with_drift else None
     if as_json:
         result = _as_json(by_model, {name: len(examples) for name, examples in sets.items()})
@@ -123,8 +123,8 @@ def _evaluate_tasks(run: str, benchmarks: str, with_base: bool, as_json: bool, h
         raise UserError("no task is given", location="--benchmarks", hint="for example --benchmarks hellaswag,gsm8k")
     out = console(as_json)
     with track_progress("starting"):
-        from deltaw.reports.scores import task_table
-        from deltaw.serving.harness import evaluate_tasks, save_scores
+        from deltaw.evaluation.harness import evaluate_tasks, save_scores
+        from deltaw.reports.comparison import task_table
         from deltaw.training.open_run import open_run
     options = {**harness, "folder": harness["include_path"], "trust_remote_code": opening["trust_remote_code"]}
     del options["include_path"]
@@ -142,14 +142,14 @@ def _evaluate_tasks(run: str, benchmarks: str, with_base: bool, as_json: bool, h
 
 
 def _rows_by_set(
-    session: AdaptedModel, run: str, data: str | None, names: Sequence[str], system: str | None, out: TerminalOutput
+    session: OpenedRun, run: str, data: str | None, names: Sequence[str], system: str | None, out: TerminalOutput
 ) -> dict[str, Sequence[Any]]:
     """Return the rows to evaluate by set name. A single unnamed set has an empty name.
 
     Raises:
         UserError: if there are no rows, or a set does not exist.
     """
-    from deltaw.training.tasks.base import read_run_data
+    from deltaw.training.task import read_run_data
 
     sets: dict[str, Sequence[Any]]
     if data is not None:
@@ -174,12 +174,12 @@ def _rows_by_set(
     return sets
 
 
-def _rows_of_file(session: AdaptedModel, data: str, system: str | None) -> tuple[Sequence[Any], list[str]]:
+def _rows_of_file(session: OpenedRun, data: str, system: str | None) -> tuple[Sequence[Any], list[str]]:
     """Read the rows of a file, and return them with lines for the user.
 
     If no row has a system prompt, the rows get the given one or that of the training rows.
     """
-    from deltaw.data.settings import DataSettings
+    from deltaw.settings.data import DataSettings
 
     settings = session.data or DataSettings(train=data)
     if system is not None:
@@ -192,7 +192,7 @@ def _rows_of_file(session: AdaptedModel, data: str, system: str | None) -> tuple
     return examples, [*report.lines(), *([line] if line and report.system_rows else [])]
 
 
-def _warn_not_invoked(session: AdaptedModel, sets: Mapping[str, Sequence[Any]], out: TerminalOutput) -> None:
+def _warn_not_invoked(session: OpenedRun, sets: Mapping[str, Sequence[Any]], out: TerminalOutput) -> None:
     """Print a warning if prompts lack the invocation sequence of an activated adapter."""
     from deltaw.data.example import Example
 
@@ -206,7 +206,7 @@ def _print_scores(scores: Mapping[str, EvaluationScore], out: TerminalOutput, nu
     """Print the metrics of a set by model, and the requested answers. Of rewarded answers, print the best and the
     worst.
     """
-    from deltaw.reports.scores import answer_table, confusion_table, difference_line, score_table
+    from deltaw.reports.comparison import answer_table, confusion_table, difference_line, score_table
 
     intervals = {name: s.evaluation.named_intervals() for name, s in scores.items()}
     out.print(score_table({name: s.metrics for name, s in scores.items()}, intervals))
@@ -247,9 +247,9 @@ def _as_json(by_model: Mapping[str, Mapping[str, EvaluationScore]], rows: Mappin
     return result
 
 
-def _drift(session: AdaptedModel, out: TerminalOutput, general: int, writer: TextGenerator) -> Drift | None:
+def _drift(session: OpenedRun, out: TerminalOutput, general: int, writer: TextGenerator) -> Drift | None:
     """Measure and print the drift of general answers, with ``general`` answers of both models side by side."""
-    from deltaw.reports.scores import general_table
+    from deltaw.reports.comparison import general_table
     from deltaw.training.drift import compare_answers, measure_run_drift
     from deltaw.training.evaluation.general import NoGeneralAnswers
 
@@ -269,11 +269,9 @@ def _answers(scores: Mapping[str, EvaluationScore], limit: int) -> list[tuple[st
     """Return questions with the answers of all models. Of rewarded answers, return the best and worst of the last
     model.
     """
-    from deltaw.training.tasks.reward import RewardedAnswer
-
     table = []
     rows = list(zip(*(score.answers for score in scores.values()), strict=True))
-    if rows and isinstance(rows[0][-1], RewardedAnswer):
+    if rows and rows[0][-1].reward is not None:
         rows.sort(key=lambda row: -row[-1].reward)
         rows = rows if len(rows) <= limit else rows[: -(-limit // 2)] + rows[len(rows) - limit // 2 :]
     for answers in rows:

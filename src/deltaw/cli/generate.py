@@ -17,8 +17,8 @@ from deltaw.progress import track_progress
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from deltaw.serving.engine import Engine
-    from deltaw.serving.request import GenerationResult, TokenLogprob
+    from deltaw.decoding.engine import Engine
+    from deltaw.decoding.request import GenerationResult, TokenLogprob
 
 LOGPROBS_HELP = "number of most likely tokens whose log-probabilities are reported per token, with --json"
 
@@ -50,9 +50,9 @@ def command(
     if logprobs is not None and not as_json:
         raise UserError("log-probabilities require JSON output", location="--logprobs", hint="add --json")
     with track_progress("starting"):
-        from deltaw.serving.opening import base_engine
+        from deltaw.decoding.opening import base_engine
+        from deltaw.training.answers import with_system
         from deltaw.training.open_run import open_run
-        from deltaw.training.prompting import with_system
     prompt_texts = [*filter(None, [text]), *prompts] or [line for line in sys.stdin.read().splitlines() if line.strip()]
     prompt_texts = [require_utf8(prompt, "the prompt") for prompt in prompt_texts]
     if not prompt_texts:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from deltaw import tasks
 from deltaw.cli.options import complete_setting, console
 from deltaw.cli.suggestions import SettingsFile, TaskName
 from deltaw.errors import UserError
 from deltaw.platforms import shell_word
+from deltaw.settings import task_registry
 
 if TYPE_CHECKING:
     from deltaw.reports.starter import DataPreview
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.argument("file", default="train.yaml", type=SettingsFile())
 @click.option("--model", help="base model", shell_complete=complete_setting("model"))
 @click.option("--data", help="training rows", shell_complete=complete_setting("data.train"))
-@click.option("--task", type=TaskName(tasks.names()), help="training task")
+@click.option("--task", type=TaskName(task_registry.names()), help="training task")
 @click.option("--yes", is_flag=True, help="do not ask questions; use the flags and defaults")
 @click.option("--force", is_flag=True, help="overwrite FILE")
 def command(file: str, model: str | None, data: str | None, task: str | None, yes: bool, force: bool) -> None:
@@ -31,7 +31,8 @@ def command(file: str, model: str | None, data: str | None, task: str | None, ye
     Without a terminal, no questions are asked and unusable rows are skipped.
     """
     from deltaw.atomic_files import write_text
-    from deltaw.reports.starter import MODELS, preview_data, settings_text
+    from deltaw.data.starter import default_model
+    from deltaw.reports.starter import preview_data, settings_text
 
     if Path(file).exists() and not force:
         raise UserError("the file already exists", location=file, hint="choose another name, or overwrite with --force")
@@ -47,17 +48,17 @@ def command(file: str, model: str | None, data: str | None, task: str | None, ye
             note = "they will be skipped:" if skip else "training will stop with an error, unless you set"
             out.print(f"{note} data.bad_rows: skip")
     if task is None:
-        task = "causal-lm" if preview is None else preview.task
+        task = task_registry.default_task() if preview is None else preview.task
         if interactive:
-            task = click.prompt("Which task?", default=task, type=click.Choice(tasks.names()))
+            task = click.prompt("Which task?", default=task, type=click.Choice(task_registry.names()))
     requested_model = model
     if model is None:
-        model = MODELS.get(task)
+        model = default_model(task)
         if interactive:
             model = click.prompt("Which model? A folder, a hub id, a .gguf file", default=model)
         elif model is None:
             raise UserError(f"there is no default model for {task}", hint="set --model")
-    if preview is not None and (preview.task != task or (requested_model or MODELS.get(preview.task)) != model):
+    if preview is not None and (preview.task != task or (requested_model or default_model(preview.task)) != model):
         preview = preview_data(data, model, task)  # token counts depend on the model's tokenizer
         out.print_line(preview.lines()[0])
     write_text(file, settings_text(model, data, task, preview, file, skip=skip))
@@ -87,7 +88,7 @@ def _data(data: str | None, model: str | None, task: str | None, interactive: bo
 
 
 def _preview(data: str, model: str | None, task: str | None) -> DataPreview | None:
-    from deltaw.data.sources import KINDS
+    from deltaw.data.row_files import KINDS
     from deltaw.hub.packages import is_package_reference
     from deltaw.reports.starter import is_local, preview_data
 

@@ -23,6 +23,6 @@ def command(folders: tuple[Path, ...], allow_models: bool, seconds: int) -> None
     """
     if find_spec("mcp") is None:
         raise UserError("the server requires the package mcp", hint="pip install 'deltaw[mcp]'")
-    from deltaw.serving.mcp_server import AgentPermissions, serve
+    from deltaw.cli.mcp_server import AgentPermissions, serve
 
     serve(AgentPermissions(folders, allow_models), seconds)

@@ -49,13 +49,12 @@ def command(
         from deltaw.export.combine import Recipe
         from deltaw.export.merge import merge_run
         from deltaw.export.verify import MergeVerifier
-        from deltaw.reports.merging import adapter_lines, as_dict, merge_lines
-        from deltaw.training.planning.arguments import parse_bytes
+        from deltaw.memory.plan import parse_bytes
+        from deltaw.reports.inspect import adapter_lines, as_dict, merge_lines
     additional = [_weighted(text) for text in others]
     recipe = None
     if additional or weight != 1.0:
-        weights = (weight, *(w for _, w in additional))
-        recipe = Recipe(method, weights, rank if method == "svd" else None, density, seed)
+        recipe = Recipe(method, (weight, *(w for _, w in additional)), rank if method == "svd" else None, density, seed)
     options = MergeOptions(
         **arguments,
         shard_size=None if shard_size is None else parse_bytes(shard_size, "--shard-size"),

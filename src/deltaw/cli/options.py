@@ -11,13 +11,13 @@ import click
 import yaml
 from click.shell_completion import CompletionItem
 
-from deltaw.aliases import SHORT
 from deltaw.cli.suggestions import unknown_subcommand_error
 from deltaw.errors import UserError
 from deltaw.progress import set_listener
 from deltaw.reports.tables import TerminalOutput
 from deltaw.reports.work_display import WorkingDisplay
-from deltaw.settings import RunConfig, Setting, parse_yaml, settings
+from deltaw.settings.aliases import SHORT
+from deltaw.settings.config import RunConfig, Setting, parse_yaml, settings
 
 Command = TypeVar("Command", bound=Callable)
 SHARE = click.FloatRange(0, 1, min_open=True)
@@ -60,7 +60,7 @@ class GroupedCommand(click.Command):
         show_all, groups = bool(ctx.meta.get(ALL)), self.groups or {COMMON_TITLE: tuple(map(_argument_name, COMMON))}
         kinds: dict[str, str] = {}
         if self.groups is None:
-            from deltaw.schema import value_types
+            from deltaw.settings.schema import value_types
 
             settings_of = {option.setting.key: name for name, option in options.items() if hasattr(option, "setting")}
             kinds = value_types(settings_of if show_all else COMMON)
@@ -95,8 +95,7 @@ def _by_section(flags: Mapping[str, str]) -> dict[str, Sequence[str]]:
     for key, name in flags.items():
         section = key.rpartition(".")[0]
         description = str(RunConfig.model_fields[section].description).partition(";")[0] if section else ""
-        title = f"{section} ({description})" if section else "General"
-        groups.setdefault(title, []).append(name)
+        groups.setdefault(f"{section} ({description})" if section else "General", []).append(name)
     return {**groups}
 
 
@@ -119,7 +118,7 @@ class SettingFlag(click.Option):
         self.setting = setting
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
-        from deltaw.schema import value_types
+        from deltaw.settings.schema import value_types
 
         return self.record(value_types([self.setting.key]), show_all=False)
 
@@ -153,7 +152,7 @@ def complete_setting(key: str) -> Callable[[click.Context, click.Parameter, str]
     """Return a function for the shell completion of a setting: its choices, or files."""
 
     def complete(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        from deltaw.schema import allowed_values
+        from deltaw.settings.schema import allowed_values
 
         values = [CompletionItem(value) for value in allowed_values(key) if value.startswith(incomplete)]
         files = [CompletionItem(incomplete, type=FILES[key])] if key in FILES else []

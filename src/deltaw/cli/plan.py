@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.command("plan", cls=GroupedCommand)
 @click.argument("settings", required=False, type=SettingsFile())
 @click.option("--methods", help="methods to plan: a,b,c or all  [default with --json, --picture and --fit-memory: all]")
-@click.option("--picture", type=click.Path(), help="output file (.png, .svg or .pdf) for a stacked bar chart")
+@click.option("--picture", type=click.Path(), help="output file (.svg) for a stacked bar chart")
 @click.option("--fit-memory", "budget", help="memory limit, such as 6GB; search for settings that fit")
 @click.option("--processes", default=1, show_default=True, type=click.IntRange(1), help="processes; plans one of them")
 @settings_flags
@@ -38,24 +38,26 @@ def command(
     """Predict the memory of a run by part, and check if it fits. Reads the model's configuration and the rows, but no
     weights.
     """
-    from deltaw.reports.plan import budget_table, picture_kind
-    from deltaw.settings import RunConfig
-    from deltaw.training.planning.arguments import parse_bytes, parse_methods, plan_per_process
-    from deltaw.training.planning.plan_cache import load_cached_plans
+    from deltaw.memory.plan import parse_bytes
+    from deltaw.reports.plan import budget_table
+    from deltaw.settings.config import RunConfig
+    from deltaw.training.planning.plan_cache import load_cached_plans, parse_methods
 
     out = console(as_json)
     config = RunConfig.read(settings, nested_settings(arguments))
     all_methods = as_json or picture is not None or budget is not None
     names = parse_methods(methods or ("all" if all_methods else config.method), config.method)
     size = None if budget is None else parse_bytes(budget)
-    if picture is not None:
-        picture_kind(Path(picture))
+    if picture is not None and Path(picture).suffix.lower() != ".svg":
+        hint = "charts are SVG files: use a file name that ends with .svg"
+        raise UserError(f"'{Path(picture).name}' does not end with .svg", location="--picture", hint=hint)
     cached = load_cached_plans(config, names, processes) if size is None else None
     if cached is not None:
-        plans = {name: plan_per_process(plan, config.train.sharding, processes) for name, plan in cached.plans.items()}
+        plans = {name: plan.per_process(processes, config.train.sharding) for name, plan in cached.plans.items()}
         _show(plans, config.method, processes, cached.lines, out)
         _end(plans, picture, out, as_json)
-        if not (config.track or config.memory or config.task == "rl" or Path(config.output).expanduser().exists()):
+        names_code = getattr(config.section, "code_keys", ())
+        if not (config.track or config.memory or names_code or Path(config.output).expanduser().exists()):
             return  # all checks are done, without importing torch
 
     from deltaw.runs.checks import check_folder, check_rows, check_settings
@@ -103,10 +105,11 @@ def _show(plans: Mapping[str, Plan], method: str, processes: int, rows: Sequence
 
 
 def _end(plans: Mapping[str, Plan], picture: str | None, out: TerminalOutput, as_json: bool) -> None:
-    from deltaw.reports.plan import draw_plans
-
     if picture is not None:
-        draw_plans(plans, Path(picture))
+        from deltaw.atomic_files import write_text
+        from deltaw.reports.comparison import draw_plans
+
+        write_text(picture, draw_plans(plans))
         out.print(f"chart: {picture}")
     if as_json:
         print_json({name: plan.as_dict() for name, plan in plans.items()})

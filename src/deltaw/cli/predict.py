@@ -11,12 +11,12 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from deltaw import tasks
 from deltaw.cli.options import console, json_flag, model_flags, nested_settings, print_json
 from deltaw.cli.suggestions import RunArgument, TaskName
 from deltaw.cli.text_options import SAMPLING, TextSettings, resolve_system_prompt, system_flag, text_flags
 from deltaw.errors import UserError
 from deltaw.progress import track_progress
+from deltaw.settings import task_registry
 
 OUTPUT_HELP = "output file (.jsonl, .csv or .parquet)  [default: JSON Lines on standard output]"
 COLUMNS_HELP = "mapping of deltaw's column names to the file's, as in {text: review}  [default: as in training]"
@@ -36,7 +36,7 @@ TEXT = {*SAMPLING, "max_new_tokens", "stop", "json_schema", "regex", "system"}
 @click.option("--data.long_rows", "long_rows", type=click.Choice(["error", "cut", "drop"]), help=LONG_HELP)
 @system_flag
 @text_flags(max_new_tokens=256)
-@click.option("--task", type=TaskName(tasks.names()), help="task of a model without an adapter")
+@click.option("--task", type=TaskName(task_registry.names()), help="task of a model without an adapter")
 @model_flags
 @json_flag
 def command(run: str, file: str, output: Path | None, force: bool, limit: int | None, **options: Any) -> None:
@@ -51,11 +51,19 @@ def command(run: str, file: str, output: Path | None, force: bool, limit: int | 
     system, columns = options.pop("system"), _columns(options.pop("columns"))
     overrides = {name: options.pop(name) for name in ("max_length", "long_rows")} | {"columns": columns}
     with track_progress("starting"):
-        from deltaw.data.report import MAX_ROW_BYTES, count_of
+        from deltaw.data.report import count_of
         from deltaw.data.sources import open_source
+        from deltaw.evaluation.predicting import (
+            InputRows,
+            PredictionFile,
+            PredictionProgress,
+            Predictor,
+            check_output,
+            identity_of_run,
+            input_settings,
+        )
         from deltaw.hub.packages import local_path
-        from deltaw.serving.predicting import InputRows, Predictor, identity_of_run, input_settings
-        from deltaw.serving.prediction_file import PredictionFile, PredictionProgress, check_output
+        from deltaw.settings.data import MAX_ROW_BYTES
         from deltaw.training.open_run import open_run
     if output is not None:
         check_output(output, file, force=force)

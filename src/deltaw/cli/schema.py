@@ -10,7 +10,7 @@ import click
 def command(output: str | None) -> None:
     """Print the JSON schema of the settings file, for completion and validation in editors."""
     from deltaw.atomic_files import write_text
-    from deltaw.schema import schema_text
+    from deltaw.settings.schema import schema_text
 
     if output is None:
         click.echo(schema_text(), nl=False)

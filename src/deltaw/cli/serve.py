@@ -89,8 +89,8 @@ def command(base: str, adapters: tuple[str, ...], name: str | None, log: str, wi
     the name of the base model or an adapter. Encoders serve embeddings, classifiers serve classes. Ctrl-C or SIGTERM
     finishes running texts before exiting.
     """
+    from deltaw.memory.plan import parse_bytes
     from deltaw.serving.http import require_packages
-    from deltaw.training.planning.arguments import parse_bytes
 
     require_packages()
     names = ("model", "trust_remote_code", "precision", "device", "pooling", "running")
@@ -100,8 +100,7 @@ def command(base: str, adapters: tuple[str, ...], name: str | None, log: str, wi
         memory = flags.pop(f"{kind}_memory")
         open_options[f"{kind}_bytes"] = None if memory is None else parse_bytes(memory, f"--{kind}-memory")
     limits = Limits(**{key: flags.pop(key) for key in LIMITS})
-    keys = read_keys(flags.pop("keys"), flags.pop("api_key_file"))
-    settings = ServerSettings(keys=keys, limits=limits, **flags)
+    settings = ServerSettings(keys=read_keys(flags.pop("keys"), flags.pop("api_key_file")), limits=limits, **flags)
     settings.check(without_key=without_key)
     folders = read_adapter_folders(adapters)
     notes = console(True)

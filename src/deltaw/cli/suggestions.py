@@ -16,10 +16,10 @@ from typing import Any
 
 import click
 
-from deltaw import aliases
-from deltaw.aliases import normalize
 from deltaw.errors import UserError, did_you_mean, find_similar_files, nearest
 from deltaw.platforms import shell_word
+from deltaw.settings import aliases, task_registry
+from deltaw.settings.aliases import normalize
 
 # Default folder of runs.
 RUNS = "runs"
@@ -140,11 +140,15 @@ class TaskName(click.Choice):
     """Task or an alias of a task."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        task, loss = aliases.TASKS.get(str(value).lower(), (value, None))
-        if loss not in (None, "dpo"):
-            hint = f"use task: {task} with preference.loss: {loss}"
-            raise UserError(f"'{value}' is a loss of the task '{task}'", location="--task", hint=hint)
-        return super().convert(value if value in self.choices else task, param, ctx)
+        entry, implied = task_registry.aliases().get(str(value).lower(), (None, {}))
+        if value in self.choices or entry is None:
+            return super().convert(value, param, ctx)
+        defaults = {} if entry.settings is None else entry.settings().model_dump()
+        for key, implied_value in implied.items():
+            if defaults[key] != implied_value:
+                hint = f"use task: {entry.name} with {entry.section_name}.{key}: {implied_value}"
+                raise UserError(f"'{value}' is a {key} of the task '{entry.name}'", location="--task", hint=hint)
+        return super().convert(entry.name, param, ctx)
 
 
 def _missing_run_error(name: str) -> UserError:
@@ -163,7 +167,7 @@ def _not_a_run_error(path: Path, value: str, command: str, parameters: Mapping[s
     from yaml import YAMLError
 
     from deltaw.data.row_files import kind_of
-    from deltaw.settings import SETTINGS, parse_yaml
+    from deltaw.settings.config import SETTINGS, parse_yaml
 
     kind, folder = "", str(path.parent)
     rows = kind_of(path) is not None and path.name not in ("adapter_config.json", "run.json", "config.json")

@@ -18,9 +18,9 @@ from deltaw.progress import Detail
 if TYPE_CHECKING:
     import numpy as np
 
-    from deltaw.serving.engine import Engine
-    from deltaw.serving.request import Constraint, Request, Sampling
-    from deltaw.training.open_run import AdaptedModel
+    from deltaw.decoding.engine import Engine
+    from deltaw.decoding.request import Constraint, Request, Sampling
+    from deltaw.training.task import OpenedRun
 
 PENALTY, FACTOR = click.FloatRange(-2, 2), click.FloatRange(0, 100, min_open=True)
 # Sampling flags by field name of Sampling: default, type and description.
@@ -38,7 +38,7 @@ SAMPLING: dict[str, tuple[float, click.ParamType, str]] = {
 
 @dataclass(frozen=True)
 class TextSettings:
-    """Values of the text flags; see :class:`deltaw.serving.request.Sampling`."""
+    """Values of the text flags; see :class:`deltaw.decoding.request.Sampling`."""
 
     max_new_tokens: int
     sampling: Sampling
@@ -66,7 +66,7 @@ class TextSettings:
         Raises:
             UserError: if the schema cannot be read, or both constraints are given.
         """
-        from deltaw.serving.request import Constraint
+        from deltaw.decoding.request import Constraint
 
         if self.json_schema is not None and self.regex is not None:
             raise UserError("only one constraint is supported", hint="use either --json-schema or --regex")
@@ -92,7 +92,7 @@ class TextSettings:
             number: Index of the prompt, added to the seed.
             logprobs: Number of top log-probabilities to return per token, if any.
         """
-        from deltaw.serving.request import Request
+        from deltaw.decoding.request import Request
 
         sampling = replace(self.sampling, seed=self.sampling.seed + number, logprobs=logprobs)
         limits: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "stop": self.stop}
@@ -116,7 +116,7 @@ def text_flags(max_new_tokens: int) -> Callable[[Command], Command]:
     def decorate(command: Command) -> Command:
         @functools.wraps(command)
         def wrapper(*args: object, **arguments: Any) -> object:
-            from deltaw.serving.request import Sampling
+            from deltaw.decoding.request import Sampling
 
             sampling = Sampling(**{name: arguments.pop(name) for name in SAMPLING})
             settings = {name: arguments.pop(name) for name in ("max_new_tokens", "stop", "json_schema", "regex")}
@@ -131,14 +131,14 @@ SYSTEM_HELP = 'system prompt for prompts without one; "": none  [default: the on
 system_flag = click.option("--system", metavar="TEXT", help=SYSTEM_HELP)
 
 
-def resolve_system_prompt(session: AdaptedModel, requested: str | None, log: Callable[[str], None]) -> str:
+def resolve_system_prompt(session: OpenedRun, requested: str | None, log: Callable[[str], None]) -> str:
     """Return the system prompt, which may be empty. Logs a message if it differs from the given one."""
     if (line := session.prompting.line(requested)) is not None:
         log(line)
     return session.prompting.system_for(None if requested is None else require_utf8(requested, "--system"))
 
 
-def create_engine(session: AdaptedModel, log: Callable[[str], None]) -> Engine:
+def create_engine(session: OpenedRun, log: Callable[[str], None]) -> Engine:
     """Create the engine of a command that generates text.
 
     Args:
@@ -148,7 +148,7 @@ def create_engine(session: AdaptedModel, log: Callable[[str], None]) -> Engine:
     Raises:
         UserError: if the model does not generate text.
     """
-    from deltaw.serving.opening import open_engine
+    from deltaw.decoding.opening import open_engine
 
     messages: list[str] = []
     engine = open_engine(session, log=messages.append)

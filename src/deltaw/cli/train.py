@@ -28,18 +28,18 @@ def command(settings: str | None, resume: str | None, fresh: bool, as_json: bool
         from deltaw.training.parallel.joining import join_processes
     with join_processes() as processes:
         if processes.rank:
-            from deltaw.reports.run import ENGINE
-            from deltaw.runs.follower import follow
+            from deltaw.runs.fit import follow
             from deltaw.training.parallel.group import Group
 
             assert isinstance(processes, Group)
             with use_listener(None):
-                return follow(processes, ENGINE)
+                return follow(processes)
         with track_progress("starting"):
             from deltaw.machine.memory import retain_freed_memory
             from deltaw.reports.progress import TerminalCallback, print_summary
-            from deltaw.reports.run import finished_lines, fit
-            from deltaw.settings import RunConfig
+            from deltaw.reports.run import finished_lines
+            from deltaw.runs.fit import fit
+            from deltaw.settings.config import RunConfig
         if resume is not None and settings is not None:
             message, hint = "a resumed run uses its stored settings", "replace the settings file with flags"
             raise UserError(message, location=f"--resume {resume}", hint=hint)

@@ -38,7 +38,7 @@ def command(settings: str | None, as_json: bool, **arguments: Any) -> int:
     """
     from deltaw.experiments.tune import best_yaml, tune, tuning_findings
     from deltaw.reports.comparison import tuning_table
-    from deltaw.settings import RunConfig
+    from deltaw.settings.config import RunConfig
 
     out = console(as_json)
     flags = nested_settings(arguments)

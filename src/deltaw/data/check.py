@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from deltaw.data.chunk import example_of
-from deltaw.data.example import Example
+from deltaw.data.example import Example, special_tokens
 from deltaw.data.formats import Pair, Record, RowFormat, Text, choose_form, read_records, with_system
-from deltaw.data.mixture import Train, sources_of
 from deltaw.data.report import BadRowError, BadRows, count_of
 from deltaw.data.rows import NumberedRows
-from deltaw.data.settings import DataSettings
 from deltaw.data.sources import open_source
 from deltaw.data.templates import Encoder
-from deltaw.data.token_spans import special_tokens
+from deltaw.settings.data import DataSettings
+from deltaw.settings.mixture import Train, sources_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,17 +106,10 @@ class DataStatistics:
             self._files.append(file)
         tokens, labels = example.tokens, np.flatnonzero(example.is_label)
         prompt, answer = tokens[: example.prompt_length], tokens[example.prompt_length :]
-        numbers = (
-            example.row,
-            len(example),
-            len(labels),
-            int((labels >= max_length).sum()),
-            digest_of(tokens.tobytes(), np.packbits(example.is_label).tobytes()),
-            digest_of(prompt.tobytes()) if len(prompt) else 0,
-            digest_of(answer.tobytes()),
-            text,
-        )
-        self._numbers += np.array(numbers, _NUMBERS).tobytes()
+        lengths = len(example), len(labels), int((labels >= max_length).sum())
+        key = digest_of(tokens.tobytes(), np.packbits(example.is_label).tobytes())
+        hashes = key, digest_of(prompt.tobytes()) if len(prompt) else 0, digest_of(answer.tobytes()), text
+        self._numbers += np.array((example.row, *lengths, *hashes), _NUMBERS).tobytes()
         last = int(tokens[labels[-1]]) if len(labels) else -1
         if last in end_tokens:
             self.num_terminated += 1
@@ -353,18 +345,10 @@ def build_check(
         findings += _long_row_findings(eval_statistics, settings, f" of {name}")
         findings += _overlap_findings(statistics, eval_statistics, name)
     findings += _proportion_findings(statistics, lengths, labels)
-    return DataCheck(
-        source,
-        statistics.form,
-        statistics.template,
-        statistics.rows + len(statistics.bad),
-        len(examples),
-        int(lengths.sum()),
-        int(labels.sum()),
-        summarize_lengths(lengths),
-        sort_findings(findings),
-        ends={end_names[token]: count for token, count in statistics.end_tokens.most_common()},
-    )
+    counts = statistics.rows + len(statistics.bad), len(examples), int(lengths.sum()), int(labels.sum())
+    results = summarize_lengths(lengths), sort_findings(findings)
+    ends = {end_names[token]: count for token, count in statistics.end_tokens.most_common()}
+    return DataCheck(source, statistics.form, statistics.template, *counts, *results, ends=ends)
 
 
 def summarize_lengths(lengths: np.ndarray) -> Lengths | None:
@@ -434,16 +418,15 @@ def _long_row_findings(statistics: DataStatistics, settings: DataSettings, locat
         return []
     text = f"{count_of(len(indices))}{location} longer than data.max_length ({settings.max_length:,} tokens)"
     hint = f"data.max_length: {examples['length'].max()} fits all"
-    levels: dict[str, Level] = {"error": "error", "split": "note"}
-    text += {
-        "error": "",
-        "drop": f": dropped, with {examples['labels'][indices].sum():,} labels",
-        "cut": f": truncated, {examples['lost'][indices].sum():,} labels lost",
-        "split": ": divided, no label lost",
-    }[settings.long_rows]
     hint += "; data.long_rows: cut, drop or split" if settings.long_rows == "error" else ""
-    level = levels.get(settings.long_rows, "warning")
-    return [DataFinding("long_rows", level, len(indices), text, hint, statistics.locations(indices))]
+    results: dict[str, tuple[Level, str]] = {
+        "error": ("error", ""),
+        "drop": ("warning", f": dropped, with {examples['labels'][indices].sum():,} labels"),
+        "cut": ("warning", f": truncated, {examples['lost'][indices].sum():,} labels lost"),
+        "split": ("note", ": divided, no label lost"),
+    }
+    level, result = results[settings.long_rows]
+    return [DataFinding("long_rows", level, len(indices), text + result, hint, statistics.locations(indices))]
 
 
 def _unlabeled_findings(statistics: DataStatistics, labels: np.ndarray) -> list[DataFinding]:
@@ -518,16 +501,13 @@ def _overlap_findings(statistics: DataStatistics, eval_statistics: DataStatistic
     ]
 
 
+_SPECIAL_TOKENS = "with a special token in the text, which the tokenizer encodes as the special token"
 _TEXTS: dict[str, tuple[Level, str, str | None]] = {
     "blank": ("warning", "with only white space", "remove them"),
     "empty_answer": ("warning", "with an empty answer at the end", "write the answers, or remove the rows"),
     "answer_without_letters": ("warning", "with an answer that has no letter or digit", None),
     "lost_characters": ("warning", "with �, which replaces a lost character", "decode the original text again"),
-    "special_tokens_in_text": (
-        "warning",
-        "with a special token in the text, which the tokenizer encodes as the special token",
-        "remove it from the text unless it is intended",
-    ),
+    "special_tokens_in_text": ("warning", _SPECIAL_TOKENS, "remove it from the text unless it is intended"),
 }
 
 

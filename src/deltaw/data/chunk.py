@@ -15,9 +15,9 @@ from deltaw.data.messages import Conversation, unlabel_blank_answers
 from deltaw.data.report import BadRowError, BadRows
 from deltaw.data.row_store import key_of
 from deltaw.data.rows import NumberedRows
-from deltaw.data.settings import DataSettings
 from deltaw.data.templates import Encoded, Encoder
 from deltaw.errors import UserError
+from deltaw.settings.data import DataSettings
 
 # Division of rows longer than ``data.max_length``. Every label occurs in exactly one part.
 #
@@ -226,10 +226,7 @@ class ChunkReader:
     def __init__(self, encoder: Encoder, form: RowFormat, settings: DataSettings, bad: BadRows) -> None:
         self.account, self.systems = Account(), Systems()
         self.long = LongRows()
-        self._encoder = encoder
-        self._form = form
-        self._settings = settings
-        self._bad = bad
+        self._encoder, self._form, self._settings, self._bad = encoder, form, settings, bad
 
     def read(self, rows: NumberedRows, indices: Sequence[int]) -> list[list[Example]]:
         """Return the list of examples of each row at ``indices``.

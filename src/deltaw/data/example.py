@@ -1,12 +1,16 @@
-"""Tokenized examples with their labels, and groups of them."""
+"""Tokenized examples with their labels, groups and sequences of them, and their tokens as spans of text."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +41,8 @@ class Example:
     active_from: int | None = None
     reference: float | None = None
     desired: bool | None = None
+
+    segments: ClassVar[None] = None
 
     @property
     def shareable_length(self) -> int:
@@ -90,10 +96,10 @@ class RowGroup:
     A group counts as one row: an epoch shuffles groups, and microbatches do not divide them.
 
     Attributes:
-        rows: Examples, in the order that the loss requires.
+        rows: :class:`Example` or :class:`LabeledExample`, in the order that the loss requires.
     """
 
-    rows: tuple[Example, ...]
+    rows: tuple[Any, ...]
 
     @property
     def row(self) -> int:
@@ -113,7 +119,7 @@ class RowGroup:
 Item: TypeAlias = Example | RowGroup
 
 
-def rows_of(item: Item) -> tuple[Example, ...]:
+def rows_of(item: Any) -> tuple[Any, ...]:
     """Return the rows of a group, or the row itself."""
     return item.rows if isinstance(item, RowGroup) else (item,)
 
@@ -135,7 +141,13 @@ class LabeledExample:
     label: int | float
     segments: np.ndarray | None = None
 
+    active_from: ClassVar[None] = None
+
     def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def shareable_length(self) -> int:
         return len(self.tokens)
 
     @property
@@ -149,3 +161,146 @@ class LabeledExample:
         if self.segments is not None:
             digest.update(self.segments.tobytes())
         return digest.digest()
+
+
+@dataclass(frozen=True)
+class TokenSpan:
+    """Consecutive tokens that are all labels, or all unlabeled.
+
+    Attributes:
+        text: Decoded text, or the name of a special token.
+        label: True if the tokens are labels.
+        special: True if the span is one special token.
+        tokens: Number of tokens.
+    """
+
+    text: str
+    label: bool
+    special: bool
+    tokens: int
+
+
+def token_spans(
+    tokens: np.ndarray | Sequence[int], is_label: np.ndarray | Sequence[bool], tokenizer: PreTrainedTokenizerBase
+) -> list[TokenSpan]:
+    """Divide tokens into spans. The concatenated span texts are the decoded text.
+
+    Each special token is a separate span.
+
+    Args:
+        tokens: (length,) token ids.
+        is_label: (length,) bool.
+    """
+    ids = [int(token) for token in tokens]
+    special = special_tokens(tokenizer)
+    spans: list[TokenSpan] = []
+    start, previous = 0, ""
+    while start < len(ids):
+        label, is_special = bool(is_label[start]), ids[start] in special
+        stop = start + 1
+        while stop < len(ids) and not is_special and ids[stop] not in special and bool(is_label[stop]) is label:
+            stop += 1
+        # Decode from the start of the row: a span that is decoded separately may lose its leading space.
+        decoded = _decoded(ids[:stop], tokenizer)
+        text = decoded[len(previous) :] if decoded.startswith(previous) else _decoded(ids[start:stop], tokenizer)
+        spans.append(TokenSpan(special.get(ids[start], text) if is_special else text, label, is_special, stop - start))
+        start, previous = stop, decoded
+    return spans
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Return the tokenizer's special token ids with their names."""
+    ids = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids |= set(tokenizer.all_special_ids)
+    ordered = sorted(ids)
+    return dict(zip(ordered, map(str, tokenizer.convert_ids_to_tokens(ordered)), strict=True))
+
+
+def _decoded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+class ConcatSequence(Sequence[Any]):
+    """Concatenation of sequences without copying them."""
+
+    def __init__(self, parts: Sequence[Sequence[Any]]) -> None:
+        self._parts = list(parts)
+        self._stops = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._stops[-1])
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        if isinstance(index, slice):
+            return select_rows(self, np.arange(len(self))[index])
+        position = range(len(self))[index]
+        part = int(np.searchsorted(self._stops, position, side="right"))
+        return self._parts[part][position - int(self._stops[part]) + len(self._parts[part])]
+
+    def __iter__(self) -> Iterator[Any]:
+        for part in self._parts:
+            yield from part
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Return (n,) row lengths."""
+        return np.concatenate([lengths_of(part) for part in self._parts])
+
+    def used_tokens(self) -> np.ndarray:
+        """Return distinct token ids in ascending order: a superset of those in the rows."""
+        return np.unique(np.concatenate([used_tokens(part) for part in self._parts]))
+
+    def digest(self) -> bytes:
+        """Return a hash of the rows' content."""
+        digest = hashlib.blake2b(digest_size=16)
+        for part in self._parts:
+            digest.update(part.digest() if hasattr(part, "digest") else repr(len(part)).encode())
+        return digest.digest()
+
+
+class IndexedSequence(Sequence[Any]):
+    """View of the rows of a sequence at given indices."""
+
+    def __init__(self, rows: Sequence[Any], indices: np.ndarray) -> None:
+        self._rows, self._indices = rows, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        if isinstance(index, slice):
+            return IndexedSequence(self._rows, self._indices[index])
+        return self._rows[int(self._indices[index])]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Return (n,) row lengths."""
+        return lengths_of(self._rows)[self._indices]
+
+
+def concat_rows(*parts: Sequence[Any]) -> Sequence[Any]:
+    """Concatenate row sequences: lists into a list, other sequences into a view."""
+    if all(isinstance(part, list) for part in parts):
+        return [row for part in parts for row in part]
+    return ConcatSequence([part for part in parts if len(part)] or parts[:1])
+
+
+def select_rows(rows: Sequence[Any], indices: np.ndarray) -> Sequence[Any]:
+    """Return the rows at ``indices``: a list for a list, a view for other sequences."""
+    if isinstance(rows, list):
+        return [rows[index] for index in indices.tolist()]
+    return rows.select(indices) if hasattr(rows, "select") else IndexedSequence(rows, indices)
+
+
+def lengths_of(rows: Sequence[Any]) -> np.ndarray:
+    """Return (n,) row lengths without loading stored rows."""
+    lengths = getattr(rows, "lengths", None)
+    return np.fromiter(map(len, rows), np.int64, len(rows)) if lengths is None else lengths
+
+
+def used_tokens(rows: Sequence[Any]) -> np.ndarray:
+    """Return the distinct tokens of rows and of the rows of groups, in ascending order."""
+    if hasattr(rows, "used_tokens"):
+        return rows.used_tokens()
+    tokens = [row.tokens for group in rows for row in getattr(group, "rows", (group,)) if hasattr(row, "tokens")]
+    return np.unique(np.concatenate(tokens)) if tokens else np.zeros(0, np.int32)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from deltaw.data.columns import all_column_names, kinds_of, listed, wrong_columns
 from deltaw.data.messages import (
     MALFORMED,
     ROLES,
@@ -23,13 +22,12 @@ from deltaw.data.messages import (
 from deltaw.data.report import BadRowError, OnBadRow, raise_error
 from deltaw.data.rows import NumberedRows, Row
 from deltaw.errors import UserError, did_you_mean
+from deltaw.settings import task_registry
+from deltaw.settings.columns import all_columns, listed, wrong_columns
+from deltaw.settings.row_kinds import PLAIN_TEXT, PROMPTED_FORMATS
 
 if TYPE_CHECKING:
     from deltaw.data.row_stream import RowStream
-
-FormName = Literal["auto", "messages", "prompt-completion", "text", "alpaca", "sharegpt", "evals"]
-# Columns of labeled rows besides 'text' (see deltaw.data.classes).
-LABELED_COLUMNS = ("label", "text_pair", "image")
 
 
 @dataclass(frozen=True)
@@ -89,12 +87,6 @@ class RowFormat:
     needs: tuple[str, ...]
     can_use: tuple[str, ...]
     read: Callable[[Row, str], Record]
-
-
-def all_columns() -> tuple[str, ...]:
-    """Return all column names that a format or another task reads."""
-    format_columns = [column for form in FORMS for column in form.needs + form.can_use]
-    return tuple(dict.fromkeys([*format_columns, *LABELED_COLUMNS, *all_column_names()]))
 
 
 def check_columns(rows: NumberedRows | RowStream, columns: Mapping[str, str]) -> None:
@@ -196,7 +188,7 @@ def require(
 
 
 def _format_error(rows: NumberedRows | RowStream, message: str, missing: str | None) -> UserError:
-    error = wrong_columns("causal-lm", rows.columns, rows.name)
+    error = wrong_columns(task_registry.default_task(), rows.columns, rows.name)
     hint = f"did you mean data.columns: {{{missing}: …}}? " if missing else ""
     if not hint:
         near = [(column, did_you_mean(column, all_columns())) for column in rows.columns]
@@ -302,5 +294,5 @@ _READ: tuple[_Reader, ...] = (_read_messages, _read_sharegpt, read_pair, _read_a
 # All formats, in order of preference.
 FORMS = tuple(
     RowFormat(kind.name, tuple(column for (column,) in kind.required), kind.optional, read)
-    for kind, read in zip(kinds_of("causal-lm"), _READ, strict=True)
+    for kind, read in zip((*PROMPTED_FORMATS, PLAIN_TEXT), _READ, strict=True)
 )

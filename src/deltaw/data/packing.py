@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltaw.data.example import Example, Item, RowGroup, rows_of
-from deltaw.kernels.layout import Layout
-from deltaw.kernels.transfer import to_device
+from deltaw.data.example import Example, Item, LabeledExample, RowGroup, rows_of
+from deltaw.kernels.layout import Layout, to_device
 
 # Padded batches of language model rows and labeled texts. Padding is masked by length, so that any token id is valid.
 
@@ -67,19 +66,28 @@ def cut_by_length(
     return [(start, stop) for stop, start in itertools.pairwise(cuts)][::-1]
 
 
-def pad_rows(rows: Sequence[np.ndarray], longest: int | None = None, fill: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Return (rows, longest) int64 token ids and mask, padded on the right with ``fill``.
+@dataclass(frozen=True)
+class Padding:
+    """Padding of rows.
 
-    Args:
-        longest: Length of a padded row, by default that of the longest row.
+    Attributes:
+        token: Padding token. Padding is masked by length, so that any token is valid.
+        multiple: Rows are padded to a multiple of this length.
+        limit: Maximum length of padding, the number of positions of the model. None for no limit.
     """
-    longest = max(len(row) for row in rows) if longest is None else longest
-    tokens = np.full((len(rows), longest), fill, np.int64)
-    mask = np.zeros((len(rows), longest), np.int64)
-    for index, row in enumerate(rows):
-        tokens[index, : len(row)] = row
-        mask[index, : len(row)] = 1
-    return tokens, mask
+
+    token: int = 0
+    multiple: int = 1
+    limit: int | None = None
+
+    def length(self, items: Sequence[Any]) -> int:
+        """Return the padded length of rows or groups."""
+        longest = max(map(longest_of, items))
+        padded = -(-longest // self.multiple) * self.multiple
+        return padded if self.limit is None else max(longest, min(padded, self.limit))
+
+
+PLAIN_PADDING = Padding()
 
 
 # Prefix tree of rows.
@@ -185,9 +193,12 @@ def added_tokens(ordered: Sequence[np.ndarray], share: bool, shareable: Sequence
 FILL = 16
 
 
+NO_LABELS = torch.zeros(0, dtype=torch.int64)
+
+
 @dataclass(frozen=True, eq=False)
 class Member:
-    """Row of a batch.
+    """Row of a microbatch.
 
     Attributes:
         example: The row.
@@ -195,47 +206,58 @@ class Member:
             rows.
     """
 
-    example: Example
+    example: Any
     indices: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
-class PackedBatch:
-    """Microbatch of a language model.
+class MicroBatch:
+    """Input of one forward pass, with its targets: packed or padded texts, or images.
+
+    A language model predicts the label tokens of its rows. Other models predict one target per row, or rank the rows
+    of a group.
 
     Attributes:
-        inputs: Keyword arguments of the model: ``input_ids`` and ``position_ids`` (1, T) with ``packed_layout``, or
-            ``input_ids`` and ``attention_mask`` (rows, longest) if padded. With an activated adapter also
-            ``adapter_active``, the mask of tokens that it changes.
-        predictors: (P,) flattened index of the token whose output predicts each target.
-        targets: (P,) token ids.
-        weights: (P,) fp32 number of rows with this label.
-        rows: Number of rows.
-        row_tokens: Number of tokens of all rows, before sharing.
-        tokens: Number of computed tokens.
-        members: Rows with the indices of their tokens.
+        inputs: Keyword arguments of the model: ``input_ids`` and ``position_ids`` (1, T) with ``packed_layout`` for
+            packed rows; ``input_ids`` and ``attention_mask`` (rows, longest) for padded rows; or ``pixel_values``
+            (rows, channels, height, width) in fp32. Texts may also have ``token_type_ids``, and
+            ``adapter_active``, the mask of tokens that an activated adapter changes.
+        targets: (P,) token ids of all label tokens; or (rows,) int64 class indices or fp32 numbers.
+        members: Rows with the indices of their tokens. The rows of a group are consecutive.
+        tokens: Number of computed tokens, including padding between rows.
+        sizes: Number of rows of each group. Empty without groups. In a preference pair the preferred row is first.
+        predictors: (P,) flattened index of the token whose output predicts each label token. Empty if rows have one
+            target.
+        weights: (P,) fp32 number of rows with this label token. Empty if rows have one target.
         predictor_indices: Distinct values of ``predictors``, ascending, for a packed row. None if padded.
-        groups: For each group, the indices of its rows in ``members``, in group order. Empty without groups.
         enter: Context manager that provides a batch for the stored outputs of frozen layers, to be used instead of this
             one. None to use this batch.
     """
 
-    inputs: dict[str, object]
-    predictors: Tensor
+    inputs: dict[str, Any]
     targets: Tensor
-    weights: Tensor
-    rows: int
-    row_tokens: int
-    tokens: int
     members: tuple[Member, ...]
+    tokens: int
+    sizes: tuple[int, ...] = ()
+    predictors: Tensor = NO_LABELS
+    weights: Tensor = NO_LABELS
     predictor_indices: Tensor | None = None
-    groups: tuple[tuple[int, ...], ...] = ()
-    enter: Callable[[], AbstractContextManager[PackedBatch]] | None = None
+    enter: Callable[[], AbstractContextManager[MicroBatch]] | None = None
 
     @property
-    def label_tokens(self) -> int:
-        """Return the number of labels of all rows, by which the summed cross-entropy is divided."""
-        return int(self.weights.sum().item())
+    def examples(self) -> list[Any]:
+        """Return the rows in batch order."""
+        return [member.example for member in self.members]
+
+    @property
+    def rows(self) -> int:
+        """Return the number of rows."""
+        return len(self.members)
+
+    @property
+    def row_tokens(self) -> int:
+        """Return the number of tokens of all rows, before sharing."""
+        return sum(len(member.indices) for member in self.members)
 
 
 @functools.lru_cache(maxsize=2)
@@ -254,6 +276,7 @@ def split_into_microbatches(
     padded: bool = False,
     cost: int = 0,
     inactive_cost: float = 1.0,
+    padding: Padding = PLAIN_PADDING,
 ) -> list[list[Item]]:
     """Divide the rows of a step into microbatches of at most ``tokens_per_pass`` tokens, unless one row or group is
     longer.
@@ -264,12 +287,14 @@ def split_into_microbatches(
 
     Args:
         inactive_cost: Relative cost of a packed token that an activated adapter does not change.
+        padding: Lengths of padded rows.
     """
     if padded:
         by_length = sorted(examples, key=longest_of)
+        lengths = [padding.length([example]) for example in by_length]
         counts = [len(rows_of(example)) for example in by_length]
-        cuts = cut_by_length([*map(longest_of, by_length)], tokens_per_pass, cost, counts)
-        cuts.sort(key=lambda cut: -sum(counts[slice(*cut)]) * longest_of(by_length[cut[1] - 1]))
+        cuts = cut_by_length(lengths, tokens_per_pass, cost, counts)
+        cuts.sort(key=lambda cut: -sum(counts[slice(*cut)]) * lengths[cut[1] - 1])
         return [by_length[start:stop] for start, stop in cuts]
     ordered = sorted(examples, key=lambda e: sort_key(rows_of(e)[0].tokens))
     sizes = [sum(_added(rows_of(example), share, inactive_cost)) for example in ordered]
@@ -288,39 +313,30 @@ def split_into_microbatches(
     return [parts[index] for index in sorted(range(len(parts)), key=lambda index: -filled[index])]
 
 
-def microbatch_shapes(
-    parts: Sequence[Sequence[Item]],
-    *,
-    share: bool = True,
-    padded: bool = False,
-    fill: bool = True,
-    inactive_cost: float = 1.0,
-) -> list[tuple[int, int]]:
-    """Return (rows, length) of each microbatch without building it. A packed microbatch has one row."""
-    shapes = []
-    for part in parts:
-        rows = [row for item in part for row in rows_of(item)]
-        if padded:
-            shapes.append((len(rows), max(len(row.tokens) for row in rows)))
-        else:
-            size = sum(_added(sorted(rows, key=lambda row: sort_key(row.tokens)), share, inactive_cost))
-            shapes.append((1, size + (_filler(size) if fill else 0)))
-    return shapes
+def packed_length(items: Sequence[Any], *, share: bool = True, fill: bool = True, inactive_cost: float = 1.0) -> int:
+    """Return the length of the row that :func:`pack` builds, without building it."""
+    rows = sorted((row for item in items for row in rows_of(item)), key=lambda row: sort_key(row.tokens))
+    length = sum(_added(rows, share, inactive_cost))
+    return length + (_filler(length) if fill else 0)
 
 
 def pack(
-    examples: Sequence[Item],
+    examples: Sequence[Any],
     *,
     share: bool = True,
     fill: bool = True,
     fill_active: bool = False,
     device: str | torch.device = "cpu",
-) -> PackedBatch:
+    first_position: int = 0,
+    segments: bool = False,
+) -> MicroBatch:
     """Pack examples into one row as a prefix tree, or as one segment per row if ``share`` is False.
 
     Args:
         fill: Add an unlabeled last segment that pads the row to a recurring length (see :data:`FILL`).
         fill_active: Choose the padding by the number of tokens that an activated adapter changes.
+        first_position: Position of the first token of a row.
+        segments: Add ``token_type_ids`` for text pairs.
     """
     rows = [row for item in examples for row in rows_of(item)]
     order = sorted(range(len(rows)), key=lambda n: sort_key(rows[n].tokens))
@@ -339,100 +355,113 @@ def pack(
     for n, parent in enumerate(parents):
         segment = np.arange(layout.starts[n], layout.stops[n])
         paths.append(segment if parent < 0 else np.concatenate([paths[parent], segment]))
-    members = tuple(Member(rows[n], paths[node_index[id(leaf)]]) for n, leaf in zip(order, tree.leaves, strict=True))
-    weights = np.zeros(layout.length, np.float32)
-    for member in members:
-        weights[member.indices] += member.example.is_label
+    leaves = dict(zip(order, tree.leaves, strict=True))
+    members = tuple(Member(row, paths[node_index[id(leaves[n])]]) for n, row in enumerate(rows))
     tokens = np.concatenate([*(n.tokens for n in nodes), np.zeros(filler, np.int32)])
-    active = np.zeros(layout.length, bool)
-    for member in members:
-        active[member.indices[member.example.shareable_length :]] = True
+    inputs = {
+        "input_ids": _tensor(tokens, device)[None],
+        "position_ids": _tensor(layout.positions() + first_position, device)[None],
+        "packed_layout": layout,
+        **_token_inputs(members, (1, layout.length), segments, device),
+    }
     preceding = np.arange(layout.length) - 1
     for start, parent in zip(layout.starts, layout.parents, strict=True):
         preceding[start] = layout.stops[parent] - 1 if parent >= 0 else -1
-    labeled = np.flatnonzero((weights > 0) & (preceding >= 0))
-    return PackedBatch(
-        inputs={
-            "input_ids": _tensor(tokens, device)[None],
-            "position_ids": _tensor(layout.positions(), device)[None],
-            "packed_layout": layout,
-            **_active(rows, active[None], device),
-        },
-        predictors=_tensor(preceding[labeled], device),
-        targets=_tensor(tokens[labeled], device),
-        weights=to_device(torch.from_numpy(weights[labeled]), device),
-        rows=len(rows),
-        row_tokens=sum(len(row.tokens) for row in rows),
-        tokens=layout.length - filler,
-        members=members,
-        predictor_indices=_tensor(np.unique(preceding[labeled]), device),
-        groups=_groups(examples, order),
-    )
+    return _with_targets(examples, inputs, members, tokens, preceding, layout.length - filler, device)
 
 
-def pad(examples: Sequence[Item], *, device: str | torch.device = "cpu") -> PackedBatch:
-    """Build a batch of rows padded on the right. Padding is masked by length."""
-    rows = [row for item in examples for row in rows_of(item)]
-    tokens, mask = pad_rows([row.tokens for row in rows])
-    longest = tokens.shape[1]
-    predictors, targets, members = [], [], []
-    active = np.zeros(tokens.shape, bool)
-    for index, row in enumerate(rows):
-        active[index, row.shareable_length : len(row.tokens)] = True
-        start = index * longest
-        members.append(Member(row, np.arange(start, start + len(row.tokens))))
-        labeled = np.flatnonzero(row.is_label[1:]) + 1
-        predictors.append(start + labeled - 1)
-        targets.append(row.tokens[labeled])
-    all_predictors = np.concatenate(predictors)
-    inputs = {"input_ids": _tensor(tokens, device), "attention_mask": _tensor(mask, device)}
-    return PackedBatch(
-        inputs={**inputs, **_active(rows, active, device)},
-        predictors=_tensor(all_predictors, device),
-        targets=_tensor(np.concatenate(targets), device),
-        weights=torch.ones(len(all_predictors), device=device),
-        rows=len(rows),
-        row_tokens=int(mask.sum()),
-        tokens=tokens.size,
-        members=tuple(members),
-        groups=_groups(examples, range(len(rows))),
-    )
-
-
-def batches(
-    examples: Sequence[Item],
-    tokens_per_pass: int,
+def pad(
+    examples: Sequence[Any],
     *,
-    share: bool = True,
-    padded: bool = False,
-    fill: bool = True,
     device: str | torch.device = "cpu",
-    cost: int = 0,
-    inactive_cost: float = 1.0,
-) -> Iterator[PackedBatch]:
-    """Yield the microbatches of the rows, each built on demand."""
-    for part in split_into_microbatches(
-        examples, tokens_per_pass, share=share, padded=padded, cost=cost, inactive_cost=inactive_cost
-    ):
-        if padded:
-            yield pad(part, device=device)
-        else:
-            yield pack(part, share=share, fill=fill, fill_active=inactive_cost != 1.0, device=device)
+    padding: Padding = PLAIN_PADDING,
+    segments: bool = False,
+) -> MicroBatch:
+    """Build a batch of rows padded on the right. Padding is masked by length.
+
+    Args:
+        segments: Add ``token_type_ids`` for text pairs.
+    """
+    rows = [row for item in examples for row in rows_of(item)]
+    longest = padding.length(rows)
+    members = tuple(Member(row, np.arange(n * longest, n * longest + len(row.tokens))) for n, row in enumerate(rows))
+    tokens = np.full((len(rows), longest), padding.token, np.int64)
+    mask = np.zeros(tokens.shape, np.int64)
+    for member in members:
+        tokens.reshape(-1)[member.indices] = member.example.tokens
+        mask.reshape(-1)[member.indices] = 1
+    inputs = {"input_ids": _tensor(tokens, device), "attention_mask": _tensor(mask, device)}
+    inputs |= _token_inputs(members, tokens.shape, segments, device)
+    preceding = np.arange(tokens.size) - 1
+    preceding[::longest] = -1
+    return _with_targets(examples, inputs, members, tokens.reshape(-1), preceding, tokens.size, device)
 
 
-def _active(rows: Sequence[Example], active: np.ndarray, device: str | torch.device) -> dict[str, Tensor]:
-    """Return the model argument with the mask of active tokens, or an empty dict without an activated adapter."""
-    if all(row.active_from is None for row in rows):
-        return {}
-    return {"adapter_active": to_device(torch.from_numpy(active), device)}
+def _with_targets(
+    items: Sequence[Any],
+    inputs: dict[str, Any],
+    members: tuple[Member, ...],
+    tokens: np.ndarray,
+    preceding: np.ndarray,
+    num_computed: int,
+    device: str | torch.device,
+) -> MicroBatch:
+    """Return the microbatch with the targets of its rows.
+
+    Args:
+        tokens: (T,) token ids of the flattened batch.
+        preceding: (T,) index of the token before each token, or -1 if it is the first token of a row.
+        num_computed: Number of computed tokens.
+    """
+    sizes = tuple(len(rows_of(item)) for item in items) if any(isinstance(i, RowGroup) for i in items) else ()
+    if isinstance(members[0].example, LabeledExample):
+        targets = row_targets([member.example for member in members], device)
+        return MicroBatch(inputs, targets, members, num_computed, sizes)
+    weights = np.zeros(len(tokens), np.float32)
+    for member in members:
+        weights[member.indices] += member.example.is_label
+    labeled = np.flatnonzero((weights > 0) & (preceding >= 0))
+    return MicroBatch(
+        inputs,
+        _tensor(tokens[labeled], device),
+        members,
+        num_computed,
+        sizes,
+        predictors=_tensor(preceding[labeled], device),
+        weights=to_device(torch.from_numpy(weights[labeled]), device),
+        predictor_indices=_tensor(np.unique(preceding[labeled]), device) if "packed_layout" in inputs else None,
+    )
 
 
-def _groups(items: Sequence[Item], order: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Return the indices of each group's rows in ``order``, a permutation of all rows."""
-    if not any(isinstance(item, RowGroup) for item in items):
-        return ()
-    positions = iter(np.argsort(order).tolist())
-    return tuple(tuple(next(positions) for _ in rows_of(item)) for item in items)
+def row_targets(rows: Sequence[Any], device: str | torch.device) -> Tensor:
+    """Return the labels (rows,) of rows: int64 class indices, or fp32 numbers."""
+    labels = [row.label for row in rows]
+    dtype = torch.float32 if isinstance(labels[0], float) else torch.int64
+    return to_device(torch.tensor(labels, dtype=dtype), device)
+
+
+def _token_inputs(
+    members: Sequence[Member], shape: tuple[int, ...], segments: bool, device: str | torch.device
+) -> dict[str, Tensor]:
+    """Return the model arguments that depend on the kind of each token.
+
+    ``adapter_active`` is the mask of tokens that an activated adapter changes. ``token_type_ids`` is the index of the
+    text that each token belongs to, in batches with text pairs.
+    """
+    inputs: dict[str, Tensor] = {}
+    if any(member.example.active_from is not None for member in members):
+        active = np.zeros(shape, bool)
+        for member in members:
+            active.reshape(-1)[member.indices[member.example.shareable_length :]] = True
+        inputs["adapter_active"] = to_device(torch.from_numpy(active), device)
+    if segments and any(member.example.segments is not None for member in members):
+        kinds = np.zeros(shape, np.int64)
+        for member in members:
+            if (row_segments := member.example.segments) is not None:
+                # Virtual tokens that a method prepends belong to the row's first text.
+                kinds.reshape(-1)[member.indices[len(member.indices) - len(row_segments) :]] = row_segments
+        inputs["token_type_ids"] = _tensor(kinds, device)
+    return inputs
 
 
 def longest_of(item: Any) -> int:

@@ -18,13 +18,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from deltaw.data.classes import LabelColumns
 from deltaw.data.example import LabeledExample
-from deltaw.data.report import MAX_ROW_BYTES, BadRowError, OnBadRow, raise_error
-from deltaw.data.row_files import OnBad
-from deltaw.data.sources import KINDS, NumberedRows, read_rows, walk
+from deltaw.data.report import BadRowError, OnBadRow, raise_error
+from deltaw.data.row_files import KINDS, OnBad
+from deltaw.data.rows import NumberedRows
+from deltaw.data.sources import read_rows, walk
 from deltaw.errors import UserError
 from deltaw.hub import packages
+from deltaw.settings.data import MAX_ROW_BYTES
 
 IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
 _PARTS = frozenset(("train", "training", "test", "val", "valid", "validation", "dev", "eval"))
@@ -35,6 +36,21 @@ _FORMATS = frozenset(
 # Maximum size of an image file: about three times the number of pixels that Pillow accepts.
 _MAX_IMAGE_BYTES = 2**29
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class LabelColumns:
+    """Columns of labeled rows. Either ``text``, ``image`` or ``pixels`` (one column per pixel) is set."""
+
+    label: str
+    text: str | None = None
+    text_pair: str | None = None
+    image: str | None = None
+    pixels: tuple[str, ...] = ()
+
+    def used(self) -> set[str]:
+        columns = (self.label, self.text, self.text_pair, self.image, *self.pixels)
+        return {column for column in columns if column is not None}
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ skipped, truncated or dropped.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,19 +17,20 @@ import numpy as np
 
 from deltaw.data.check import DataCheck, build_check, collect_statistics
 from deltaw.data.chunk import Account, ChunkReader
+from deltaw.data.example import token_spans
 from deltaw.data.formats import RowFormat, choose_form
 from deltaw.data.messages import read_prompt
-from deltaw.data.mixture import MixtureSource, apply_weights, format_sources, sources_of
-from deltaw.data.report import BadRows, LogFunction, PreparationReport, quiet
+from deltaw.data.report import BadRows, PreparationReport
 from deltaw.data.row_reader import UNLIMITED, ExamplePreview, RowPreview, RunData
 from deltaw.data.row_store import RowView
 from deltaw.data.rows import NumberedRows
-from deltaw.data.settings import DataSettings
 from deltaw.data.sources import open_source, row_errors, split_rows, with_eval_counts
 from deltaw.data.stored_rows import read_stored
-from deltaw.data.templates import Encoder, TemplateName
-from deltaw.data.token_spans import token_spans
+from deltaw.data.templates import Encoder
 from deltaw.hub.terminators import terminators_in
+from deltaw.progress import LogFunction, ignore_line
+from deltaw.settings.data import DataSettings, TemplateName
+from deltaw.settings.mixture import MixtureSource, format_sources, sources_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 
 @row_errors()
 def prepare(
-    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, log: LogFunction = quiet
+    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, log: LogFunction = ignore_line
 ) -> RunData:
     """Read and tokenize the data of a run.
 
@@ -87,7 +89,7 @@ def prepare_file(
     tokenizer: PreTrainedTokenizerBase,
     bad: BadRows | None = None,
     *,
-    log: LogFunction = quiet,
+    log: LogFunction = ignore_line,
 ) -> tuple[RowView, PreparationReport]:
     """Read and tokenize one file as evaluation data, with all rows including duplicates.
 
@@ -112,18 +114,20 @@ class TextReader:
 
     Attributes:
         folder: Model folder, which defines the tokens that end a text.
+        bad: Collects the unusable rows of :meth:`file`, or None.
     """
 
     settings: DataSettings
     tokenizer: PreTrainedTokenizerBase
     folder: Path | None = None
-    log: LogFunction = quiet
+    log: LogFunction = ignore_line
+    bad: BadRows | None = None
 
     def prepare(self, seed: int = 0) -> RunData:
         return prepare(self.settings, self.tokenizer, seed=seed, log=self.log)
 
     def file(self, reference: str) -> tuple[RowView, PreparationReport]:
-        return prepare_file(reference, self.settings, self.tokenizer, log=self.log)
+        return prepare_file(reference, self.settings, self.tokenizer, self.bad, log=self.log)
 
     def check(self, eval_files: Sequence[str]) -> DataCheck:
         settings, tokenizer = self.settings, self.tokenizer
@@ -197,3 +201,30 @@ def _notes_of(account: Account, limit: int) -> list[str]:
     }
     counts = Counter({**account, "limit": limit})
     return [note.format_map(counts) for name, note in notes.items() if account[name]]
+
+
+_WEIGHING = 3  # selects a random stream of the data seed
+
+
+def apply_weights(rows: np.ndarray, source_of: np.ndarray, weights: Sequence[float], seed: int) -> np.ndarray:
+    """Return the rows of an epoch: rows of a source with weight 2 twice, half of the rows of a source with weight 0.5.
+
+    Args:
+        rows: (n,) indices of the training rows, ascending.
+        source_of: (n,) source of each row.
+        weights: Weight of each source.
+        seed: Seed for sampling fractions. The sample is the same in all epochs.
+
+    Returns:
+        Ascending indices, repeated as often as they occur in an epoch.
+    """
+    if all(weight == 1 for weight in weights):
+        return rows
+    random = np.random.default_rng([seed % 2**64, _WEIGHING])
+    parts = []
+    for number, weight in enumerate(weights):
+        source_rows = rows[source_of == number]
+        repeats = math.floor(weight)
+        num_sampled = round((weight - repeats) * len(source_rows))
+        parts += [np.repeat(source_rows, repeats), random.choice(source_rows, size=num_sampled, replace=False)]
+    return np.sort(np.concatenate(parts))

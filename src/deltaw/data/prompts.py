@@ -1,6 +1,6 @@
-"""Rows with a prompt that the model answers, and any columns that rewards read.
+"""Readers of rows with a prompt: with one or several answers, or for completions that the model generates.
 
-Row formats are those of :mod:`deltaw.data.formats`. Answers are optional and never trained on.
+Row formats are those of :mod:`deltaw.data.formats`. Generated completions do not use the answers of the rows.
 """
 
 from __future__ import annotations
@@ -11,17 +11,187 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deltaw.data.columns import PAIR_COLUMNS, PROMPT_ANSWERS
 from deltaw.data.example import Example, RowGroup
 from deltaw.data.formats import FORMS, Pair, Record
 from deltaw.data.messages import Conversation, Message, empty_text, is_blank
-from deltaw.data.preferences import AnswerReader, records_of
-from deltaw.data.report import BadRowError, LogFunction, PreparationReport, quiet
+from deltaw.data.report import BadRowError, PreparationReport
 from deltaw.data.rows import Row
-from deltaw.data.settings import DataSettings
+from deltaw.progress import LogFunction, ignore_line
+from deltaw.settings.data import DataSettings
+from deltaw.settings.row_kinds import PAIR_COLUMNS, PROMPT_ANSWERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+import abc
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar
+
+from deltaw.data.chunk import count_system, differ, example_of, frequent
+from deltaw.data.formats import read_pair, require, with_system
+from deltaw.data.messages import WRONG_TYPE
+from deltaw.data.report import OnBadRow
+from deltaw.data.row_reader import RowReader
+from deltaw.data.rows import NumberedRows
+from deltaw.data.templates import Encoded, Encoder
+from deltaw.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CHUNK = 1024  # rows per tokenizer call
+
+
+class AnswerReader(RowReader[RowGroup]):
+    """Reads files with a prompt and one or several answers per row.
+
+    Attributes:
+        answers: Names of the columns with answers.
+    """
+
+    answers: ClassVar[tuple[str, ...]]
+    can_use: tuple[str, ...] = ("prompt", "system", "tools")
+    too_long_text = "with an answer that is, with its prompt, longer than"
+
+    def __init__(
+        self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, log: LogFunction = ignore_line
+    ) -> None:
+        super().__init__(settings, tokenizer, log=log)
+        if settings.form != "auto":
+            raise UserError(f"{self.noun} has one form", location="data.form", hint="set it to auto")
+        self.encoder = Encoder(tokenizer, settings.template, settings.labels, settings.date)
+        self.template, self.date = self.encoder.template, self.encoder.template_date
+
+    @abc.abstractmethod
+    def records(self, row: Row, location: str) -> tuple[Record, ...]:
+        """Return each answer of a row with its prompt.
+
+        Raises:
+            BadRowError: if a value is missing or has the wrong type.
+        """
+
+    def encode(
+        self, records: Sequence[Record | None], locations: Sequence[str], on_bad: OnBadRow
+    ) -> list[list[Encoded]]:
+        """Tokenize records, see :meth:`deltaw.data.templates.Encoder.encode`."""
+        return self.encoder.encode(records, locations, on_bad)
+
+    def group(self, examples: tuple[Example, ...], row: Row, location: str) -> RowGroup:
+        """Build the row group of the loss."""
+        return RowGroup(examples)
+
+    def groups(self, items: Sequence[RowGroup]) -> list[Hashable]:
+        """Return the prompt of each row, so that rows with one prompt are on the same side of the split. Return None
+        for all rows if they have the same prompt.
+        """
+        prompts: list[Hashable] = [prompt_key(item.rows[0]) for item in items]
+        return prompts if len(set(prompts)) > 1 else [None] * len(items)
+
+    def examples(self, rows: NumberedRows, indices: Sequence[int]) -> Iterator[RowGroup | None]:
+        for start in range(0, len(indices), _CHUNK):
+            part = indices[start : start + _CHUNK]
+            for index, encoded in zip(part, self._encoded(rows, part), strict=True):
+                try:
+                    group = None if encoded is None else self._group(rows, index, encoded)
+                except BadRowError as error:
+                    self.skip(rows, index, error)
+                    group = None
+                yield group
+
+    def _encoded(self, rows: NumberedRows, indices: Sequence[int]) -> list[list[list[Encoded]] | None]:
+        """Return the tokens of each row's answers, or None if the row is unusable."""
+        count = len(self.answers)
+        records: list[Record | None] = []
+        locations: list[str] = []
+        bad: set[int] = set()
+
+        def on_bad(position: int, error: BadRowError) -> None:
+            if position // count not in bad:
+                bad.add(position // count)
+                self.skip(rows, indices[position // count], error)
+
+        for number, index in enumerate(indices):
+            location = rows.row_location(index)
+            answers: tuple[Record | None, ...] = (None,) * count
+            try:
+                answers = self.records(self.row(rows, index), location)
+            except BadRowError as error:
+                on_bad(count * number, error)
+            answers = tuple(with_system(record, self.settings.system) for record in answers)
+            records += answers
+            locations += [f"{location}, {column}" for column in self.answers]
+        encoded = self.encode(records, locations, on_bad)
+        for record in records[::count]:
+            if record is not None:
+                count_system(self.systems, record)
+        self.systems = frequent(self.systems)
+        return [None if n in bad else encoded[count * n : count * (n + 1)] for n in range(len(indices))]
+
+    def _group(self, rows: NumberedRows, index: int, encoded: list[list[Encoded]]) -> RowGroup | None:
+        """Build the group of a row, or return None if the row is dropped (and counted).
+
+        Raises:
+            BadRowError: if the row is unusable.
+        """
+        location = rows.row_location(index)
+        if max(map(len, encoded)) > 1:
+            message = "the template rewrites earlier turns of an answer of several turns, which would be several rows"
+            hint = "use answers of one turn, or set data.labels: last"
+            raise BadRowError(message, reason="a rewritten answer of several turns", location=location, hint=hint)
+        if not all(encoded):
+            self.account["without_label"] += 1
+            return None
+        examples = tuple(example_of(rows.number(index), parts[0]) for parts in encoded)
+        if not differ(examples):
+            raise _identical_answers(location)
+        group = self.limit_length(RowGroup(examples), location)
+        return group and self.group(group.rows, self.row(rows, index), location)
+
+
+def prompt_key(row: Example) -> bytes:
+    """Return a key that is equal for rows with the same prompt."""
+    return row.tokens[: row.prompt_length].tobytes()
+
+
+def records_of(row: Row, location: str) -> tuple[Record, Record]:
+    """Return the chosen and the rejected answer of a row, each with the prompt.
+
+    Raises:
+        BadRowError: if a value is missing or has the wrong type, or if the answers are identical.
+    """
+    require(row, PAIR_COLUMNS, location, "every row has 'chosen' and 'rejected'")
+    if row["chosen"] == row["rejected"]:
+        raise _identical_answers(location)
+    if row.get("prompt") is None:
+        row = {**row, **_split_prompt(row["chosen"], row["rejected"], location)}
+    chosen, rejected = (read_pair({**row, "completion": row[column]}, location) for column in PAIR_COLUMNS)
+    return chosen, rejected
+
+
+def _split_prompt(chosen: object, rejected: object, location: str) -> dict[str, object]:
+    """Split a row without a prompt into the common prefix of both answers, and the remainder of each.
+
+    Raises:
+        BadRowError: if the answers have different types or no common prefix.
+    """
+    texts = isinstance(chosen, str) and isinstance(rejected, str)
+    if not texts and not (isinstance(chosen, list) and isinstance(rejected, list)):
+        message = "'chosen' and 'rejected' must both be text, or both lists of messages"
+        raise BadRowError(message, reason=WRONG_TYPE, location=location, hint="or give their prompt as 'prompt'")
+    assert isinstance(chosen, str | list) and isinstance(rejected, str | list)
+    shorter, pairs = min(len(chosen), len(rejected)), enumerate(zip(chosen, rejected, strict=False))
+    shared = next((position for position, (left, right) in pairs if left != right), shorter)
+    if texts and shared and chosen[shared - 1] == " ":
+        shared -= 1  # a space belongs to the word that follows it
+    if not shared:
+        message = "'chosen' and 'rejected' have nothing in common at the start, and the row has no prompt"
+        raise BadRowError(message, reason="no prompt", location=location, hint="give the prompt in a column 'prompt'")
+    return {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+
+
+def _identical_answers(location: str) -> BadRowError:
+    hint = "remove the row, which expresses no preference"
+    return BadRowError("both answers are the same", reason="the same answer twice", location=location, hint=hint)
+
 
 # Placeholder for a missing answer, because prompts are rendered together with an answer.
 _PLACEHOLDER = "."
@@ -43,13 +213,14 @@ class PromptReader(AnswerReader):
     """Reads files of prompts."""
 
     answers = ("answer",)
-    columns_task = "rl"
     form = "prompts"
     noun = "a prompt"
     duplicate_text = "with the prompt of an earlier one"
     too_long_text = "that are, with an answer, longer than"
 
-    def __init__(self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, log: LogFunction = quiet) -> None:
+    def __init__(
+        self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, log: LogFunction = ignore_line
+    ) -> None:
         super().__init__(replace(settings, labels="last"), tokenizer, log=log)
 
     def records(self, row: Row, location: str) -> tuple[Record, ...]:
@@ -80,7 +251,12 @@ class QuestionReader(PromptReader):
     predicts = ("completion", "finish")
 
     def __init__(
-        self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, continues: bool, log: LogFunction = quiet
+        self,
+        settings: DataSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        continues: bool,
+        log: LogFunction = ignore_line,
     ) -> None:
         overrides = {"template": "plain", "system": None} if continues else {}
         super().__init__(replace(settings, form="auto", **overrides), tokenizer, log=log)  # type: ignore[arg-type]

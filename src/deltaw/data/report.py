@@ -15,16 +15,10 @@ from typing import IO, Literal
 
 from deltaw.atomic_files import atomic_path
 from deltaw.errors import UserError
-from deltaw.progress import Detail
+from deltaw.progress import Detail, LogFunction
 
 # Seconds until the first progress line, and limits on the interval between lines, which grows with elapsed time.
 FIRST_LINE_SECONDS, LINE_INTERVAL_SECONDS, MAX_LINE_INTERVAL_SECONDS = 3.0, 5.0, 30.0
-
-LogFunction = Callable[[str], None]
-
-
-def quiet(line: str) -> None:
-    """Discard a line."""
 
 
 class ReadProgress:
@@ -39,9 +33,7 @@ class ReadProgress:
     """
 
     def __init__(self, log: LogFunction, action: str, total: int, *, rows: int = 0, done: int = 0) -> None:
-        self._rows, self._done = rows, done
-        self._log = log
-        self._action = action
+        self._rows, self._done, self._log, self._action = rows, done, log, action
         self._total = total
         self._start = time.monotonic()
         self._next = self._start + FIRST_LINE_SECONDS
@@ -92,8 +84,6 @@ def format_duration(seconds: float) -> str:
 # Rows that cannot be used.
 
 SKIPPED_ROWS = "skipped_rows.jsonl"
-# Default of ``data.max_row_bytes``. Tokenizing needs up to 160 times this amount of memory.
-MAX_ROW_BYTES = 16 * 2**20
 TOO_LONG = "longer than data.max_row_bytes"
 SKIP_HINT = "or leave such rows out with data.bad_rows: skip"
 # Maximum number of characters of a skipped row in the list, and of its error message, which may quote the row.

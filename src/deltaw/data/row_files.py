@@ -21,9 +21,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from deltaw.data.report import MAX_ROW_BYTES, BadRowError, too_long_error
+from deltaw.data.report import BadRowError, too_long_error
 from deltaw.data.rows import Row
 from deltaw.errors import UserError
+from deltaw.settings.data import MAX_ROW_BYTES
 
 # Maximum nesting depth of JSON values, so that later code can use recursion. Rows with tools have about a dozen levels.
 LEVELS = 100
@@ -328,9 +329,7 @@ class TableReader:
         self, file: IO[bytes], name: str, delimiter: str, on_bad: OnBad | None = None, *, max_bytes: int = MAX_ROW_BYTES
     ) -> None:
         csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-        self._name = name
-        self._delimiter = delimiter
-        self._on_bad = on_bad
+        self._name, self._delimiter, self._on_bad = name, delimiter, on_bad
         self._text = _TextLines(file, name, max_bytes)
         self._reader = csv.reader(self._text, delimiter=delimiter, strict=True)
         self.has_header = True

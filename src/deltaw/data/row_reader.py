@@ -1,7 +1,7 @@
 """Base class of readers that convert file rows to examples in memory.
 
 Rows are opened, chosen, skipped with a reason, counted, deduplicated, split, checked and displayed in the same way for
-all tasks. :mod:`deltaw.data.prepare` streams text from files of any size instead.
+all tasks. :mod:`deltaw.data.prepare.prepare` streams text from files of any size instead.
 """
 
 from __future__ import annotations
@@ -16,17 +16,13 @@ import numpy as np
 
 from deltaw.data.check import DataCheck, DataFinding, bad_row_findings, sort_findings, summarize_lengths
 from deltaw.data.chunk import Account, LongRows, Systems, limit_length, no_rows_error, shared_system
-from deltaw.data.columns import require_columns
-from deltaw.data.example import RowGroup, rows_of
+from deltaw.data.example import RowGroup, TokenSpan, concat_rows, rows_of, token_spans
 from deltaw.data.formats import check_columns, require
 from deltaw.data.messages import drop_nulls
-from deltaw.data.mixture import Train, format_sources, sources_of
-from deltaw.data.report import BadRowError, BadRows, LogFunction, PreparationReport, ReadProgress, count_of, quiet
+from deltaw.data.report import BadRowError, BadRows, PreparationReport, ReadProgress, count_of
 from deltaw.data.row_files import OnBad
 from deltaw.data.row_store import key_of
 from deltaw.data.rows import NumberedRows, Row
-from deltaw.data.sequences import concat_rows
-from deltaw.data.settings import DataSettings
 from deltaw.data.sources import (
     check_group,
     choose_rows,
@@ -38,8 +34,11 @@ from deltaw.data.sources import (
     split_rows,
     with_eval_counts,
 )
-from deltaw.data.token_spans import TokenSpan, token_spans
 from deltaw.errors import UserError, did_you_mean
+from deltaw.progress import LogFunction, ignore_line
+from deltaw.settings.columns import require_columns
+from deltaw.settings.data import DataSettings
+from deltaw.settings.mixture import Train, format_sources, sources_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -174,7 +173,7 @@ class RowReader(abc.ABC, Generic[Item]):
         log: Receives progress lines.
 
     Attributes:
-        columns_task: Task whose columns (:mod:`deltaw.data.columns`) the rows must have. Empty to accept any columns.
+        columns_task: Task whose columns (:mod:`deltaw.settings.columns`) the rows must have, or empty for any columns.
         form: Description of the rows, for reports.
         noun: Description of one row, for messages.
         template: "chat", "plain" or an empty string, for the report.
@@ -211,12 +210,15 @@ class RowReader(abc.ABC, Generic[Item]):
     date: str | None = None
 
     def __init__(
-        self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase | None = None, *, log: LogFunction = quiet
+        self,
+        settings: DataSettings,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        log: LogFunction = ignore_line,
     ) -> None:
         if settings.long_rows == "split":
             raise UserError(f"{self.noun} cannot be divided", location="data.long_rows: split", hint="set cut or drop")
-        self.settings = settings
-        self.tokenizer = tokenizer
+        self.settings, self.tokenizer = settings, tokenizer
         self.bad = BadRows(settings.bad_rows)
         self.errors: dict[int, BadRowError] = {}
         self.account, self.long, self.systems = Account(), LongRows(), Systems()
@@ -397,7 +399,8 @@ class RowReader(abc.ABC, Generic[Item]):
     def _check_columns(self, rows: NumberedRows) -> None:
         columns = self.settings.columns
         check_columns(rows, columns)
-        require_columns(self.columns_task, rows.columns, rows.name, columns)
+        if self.columns_task:
+            require_columns(self.columns_task, rows.columns, rows.name, columns)
         available = (set(rows.columns) - set(columns.values())) | set(columns)
         missing = [column for column in self.needs if column not in available]
         if missing:
@@ -491,18 +494,10 @@ class RowReader(abc.ABC, Generic[Item]):
             text = f"of {name} with the content of a training row and another label"
             findings.append(_finding("prompt_overlap", contradicting, name, text))
         lengths = np.array(self._lengths(items))
-        return DataCheck(
-            source,
-            report.form,
-            report.template,
-            report.rows_read,
-            len(lengths) or len(items),
-            int(lengths.sum()),
-            report.label_tokens if report.template else None,
-            summarize_lengths(lengths),
-            sort_findings(findings),
-            class_counts=report.class_counts,
-        )
+        label_tokens = report.label_tokens if report.template else None
+        counts = report.rows_read, len(lengths) or len(items), int(lengths.sum()), label_tokens
+        results = summarize_lengths(lengths), sort_findings(findings), report.class_counts
+        return DataCheck(source, report.form, report.template, *counts, *results)
 
     def rows(self, bad: BadRows) -> Iterator[RowPreview]:
         reader, limit, source = self._without_limits(), self.settings.max_length, format_sources(self.settings.train)

@@ -18,8 +18,7 @@ from typing import IO, TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from deltaw.data.example import Example, RowGroup
-from deltaw.data.sequences import ConcatSequence
+from deltaw.data.example import ConcatSequence, Example, RowGroup
 from deltaw.data.sources import KEY_BYTES, as_keys
 from deltaw.errors import UserError
 
@@ -41,8 +40,7 @@ class RowView(Sequence[Example]):
     """
 
     def __init__(self, store: RowStore, indices: np.ndarray) -> None:
-        self.store = store
-        self.indices = indices
+        self.store, self.indices = store, indices
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -256,10 +254,7 @@ class DiskRows:
     def __init__(
         self, file: IO[bytes], name: str, *, grouped: bool, on_damage: Callable[[], object] = lambda: None
     ) -> None:
-        self._file = file
-        self._name = name
-        self._grouped = grouped
-        self._on_damage = on_damage
+        self._file, self._name, self._grouped, self._on_damage = file, name, grouped, on_damage
         self._lock = threading.Lock()
         self._size = os.fstat(file.fileno()).st_size
         # Per column, the file offset of the values in each batch, and of the list offsets in each batch.

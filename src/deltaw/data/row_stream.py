@@ -15,8 +15,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltaw.data.arrow_rows import ArrowRows, rows_of
-from deltaw.data.report import MAX_ROW_BYTES, BadRowError
+from deltaw.data.arrow_rows import parquet_metadata, read_arrow, rows_of
+from deltaw.data.report import BadRowError
 from deltaw.data.row_files import (
     TYPED,
     DecompressedFile,
@@ -31,6 +31,7 @@ from deltaw.data.row_files import (
 )
 from deltaw.data.rows import NumberedRows, Row
 from deltaw.errors import UserError
+from deltaw.settings.data import MAX_ROW_BYTES
 
 if TYPE_CHECKING:
     import datasets
@@ -72,8 +73,7 @@ class FilePart:
     """
 
     def __init__(self, path: Path, name: str, *, max_bytes: int = MAX_ROW_BYTES) -> None:
-        self.name = name
-        self._max_bytes = max_bytes
+        self.name, self._max_bytes = name, max_bytes
         self.position = 0
         self._path = path
         self._kind = str(kind_of(path))
@@ -83,14 +83,13 @@ class FilePart:
 
     def metadata(self) -> tuple[list[str], int] | None:
         """Return columns and number of rows if they are available without reading the rows, else None."""
-        rows = self._arrow() if self._kind == "parquet" else None
-        return None if rows is None or rows.rows is None else (rows.columns, rows.rows)
+        return parquet_metadata(self._path, self.name) if self._kind == "parquet" else None
 
     def read(self, on_bad: OnBad | None) -> Iterator[NumberedRow]:
         """Yield all rows."""
         if self.fills_nulls:
             bytes_read = 0
-            for row in self._arrow().read(on_bad):
+            for row in read_arrow(self._path, self.name, self._kind, on_bad, max_bytes=self._max_bytes):
                 bytes_read += row[2]
                 self.position = min(self.bytes, bytes_read)
                 yield row
@@ -99,9 +98,6 @@ class FilePart:
             for row in self._read_text(opened, on_bad):
                 self.position = opened.position
                 yield row
-
-    def _arrow(self) -> ArrowRows:
-        return ArrowRows(self._path, self.name, self._kind, max_bytes=self._max_bytes)
 
     def _read_text(self, opened: DecompressedFile, on_bad: OnBad | None) -> Iterator[NumberedRow]:
         if self._kind == "jsonl":
@@ -215,8 +211,7 @@ class RowStream:
         self.files = len(parts)
         self.fills_nulls = any(part.fills_nulls for part in parts)
         self._parts = list(parts)
-        self._max_bytes = max_bytes
-        self._on_bad = on_bad
+        self._max_bytes, self._on_bad = max_bytes, on_bad
         self._first_bad: UserError | None = None
         self._stamps = [part.stamp() for part in parts]
         self._buffered: list[list[NumberedRow]] | None = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -17,19 +18,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from deltaw.data import reasoning_gym
-from deltaw.data.example import rows_of
-from deltaw.data.report import MAX_ROW_BYTES, SKIP_HINT, BadRowError, PreparationReport
+from deltaw.data.example import lengths_of, rows_of, select_rows
+from deltaw.data.report import SKIP_HINT, BadRowError, PreparationReport
 from deltaw.data.row_files import KINDS, SUPPORTED_FORMATS, TYPED, DecompressedFile, OnBad, kind_of, reading
 from deltaw.data.row_stream import FilePart, HubPart, RowStream, empty_file
 from deltaw.data.rows import NumberedRows, Row, Table
-from deltaw.data.sequences import lengths_of, select_rows
-from deltaw.data.settings import DataSettings, EvalSets, eval_reference, eval_size
 from deltaw.errors import UserError, did_you_mean, find_similar_files
 from deltaw.hub import packages
-from deltaw.hub.refusals import fetch_error
+from deltaw.hub.folders import fetch_error
 from deltaw.machine.memory import free_memory_bytes, memory_limit_bytes
+from deltaw.settings.data import MAX_ROW_BYTES, DataSettings, EvalSets, eval_reference, eval_size
 from deltaw.untrusted_paths import require_contained
+
+if TYPE_CHECKING:
+    import datasets
 
 if TYPE_CHECKING:
     import datasets
@@ -113,8 +115,8 @@ def open_source(reference: str, on_bad: OnBad | None = None, *, max_bytes: int =
 
 def _resolve(reference: str) -> list[tuple[Path, str]] | datasets.Dataset:
     """Return files with their names for messages, or a hub data set."""
-    if reasoning_gym.is_reference(reference):
-        return reasoning_gym.load(reference)
+    if is_generated(reference):
+        return load_generated(reference)
     if packages.is_package_reference(reference):
         return _files(packages.member(reference), reference)
     path = Path(os.path.expanduser(reference))
@@ -532,8 +534,7 @@ def first_occurrences(keys: np.ndarray) -> np.ndarray:
 
 def count_overlap(train: np.ndarray, evaluation: np.ndarray) -> int:
     """Return the number of evaluation keys that are also training keys."""
-    first = first_occurrences(np.concatenate([train, evaluation]))
-    return int((first[len(train) :] < len(train)).sum())
+    return int((first_occurrences(np.concatenate([train, evaluation]))[len(train) :] < len(train)).sum())
 
 
 def keys_of(items: Sequence[T], key: Callable[[T], bytes]) -> np.ndarray:
@@ -620,3 +621,83 @@ def _num_eval_rows(share: EvalSets, distinct: int) -> int:
 
 def _random(seed: int, stream: int) -> np.random.Generator:
     return np.random.default_rng([seed % 2**64, stream])
+
+
+_PREFIX = "reasoning-gym:"
+_SIZE, _SEED, _MAX_SIZE = 1000, 0, 1_000_000
+
+
+def is_generated(reference: str) -> bool:
+    """Return True if a reference names one of these data sets."""
+    return reference.startswith(_PREFIX)
+
+
+def load_generated(reference: str) -> datasets.Dataset:
+    """Return the rows of a data set.
+
+    Raises:
+        UserError: if the package is missing, the data set does not exist, the configuration is invalid, or the scorer
+            cannot read the metadata after conversion to JSON.
+    """
+    import datasets
+
+    name, _, config = reference.removeprefix(_PREFIX).partition("?")
+    values = {"size": _SIZE, "seed": _SEED, **_values(config, reference)}
+    size = values["size"]
+    if not isinstance(size, int) or not 0 < size <= _MAX_SIZE:
+        raise UserError(f"size must be an integer from 1 to {_MAX_SIZE}", location=reference, hint="write ?size=500")
+    if not isinstance(values["seed"], int) or values["seed"] < 0:
+        raise UserError("seed must be a whole number from 0", location=reference, hint="write ?seed=1")
+    dataset = _create(name, values | {"seed": values["seed"] * _MAX_SIZE}, reference)
+    rows = [_row(dataset, index) for index in range(size)]
+    first = dataset[0]
+    if dataset.score_answer(first["answer"], first) != dataset.score_answer(first["answer"], _json_round_trip(first)):
+        message = f"the scorer of '{name}' cannot read the metadata of a row"
+        raise UserError(message, location=reference, hint="choose another data set")
+    return datasets.Dataset.from_list(rows)
+
+
+def _create(name: str, values: dict[str, Any], reference: str) -> Any:
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError as error:
+        message = f"the package 'reasoning-gym' cannot be imported: {error}"
+        raise UserError(message, location=reference, hint="pip install 'deltaw[reward]'") from error
+    if name not in DATASETS:
+        raise UserError(f"no data set '{name}' exists", location=reference, hint=did_you_mean(name, sorted(DATASETS)))
+    try:
+        return reasoning_gym.create_dataset(name, **values)
+    except (TypeError, ValueError, AssertionError) as error:
+        message = f"the configuration does not fit: {error or 'a value is out of range'}"
+        raise UserError(message, location=reference, hint=f"see reasoning-gym's configuration of {name}") from error
+
+
+def _row(dataset: Any, index: int) -> dict[str, str | None]:
+    entry = dataset[index]
+    answer = entry["answer"]
+    metadata = json.dumps(entry["metadata"], default=str)
+    return {"prompt": entry["question"], "answer": None if answer is None else str(answer), "metadata": metadata}
+
+
+def _json_round_trip(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return a problem after conversion of its metadata to JSON and back."""
+    return {**entry, "metadata": json.loads(json.dumps(entry["metadata"], default=str))}
+
+
+def _values(text: str, reference: str) -> dict[str, Any]:
+    """Parse ``key=value&key=value`` with values in JSON or plain text.
+
+    Raises:
+        UserError: if a part has another form.
+    """
+    values: dict[str, Any] = {}
+    for part in filter(None, text.split("&")):
+        key, equals, value = part.partition("=")
+        if not equals or not key:
+            raise UserError(f"'{part}' is no key=value", location=reference, hint="write ?size=500&seed=1")
+        try:
+            values[key] = json.loads(value)
+        except ValueError:
+            values[key] = value
+    return values

@@ -21,7 +21,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -30,16 +30,17 @@ from deltaw.cache import Cache, versions
 from deltaw.data.chunk import Account, ChunkReader, LongRows, Systems, frequent, no_rows_error, shared_system
 from deltaw.data.example import Example
 from deltaw.data.formats import RowFormat, choose_form, unused_columns
-from deltaw.data.mixture import MixtureSource
-from deltaw.data.report import BadRows, LogFunction, PreparationReport, ReadProgress
+from deltaw.data.report import BadRows, PreparationReport, ReadProgress
 from deltaw.data.row_store import FORMAT, DamagedRowsError, DiskRows, MemoryRows, RowStore, schema
 from deltaw.data.row_stream import RowStream, sample
 from deltaw.data.rows import NumberedRows
-from deltaw.data.settings import DataSettings
 from deltaw.data.sources import check_group, choose_rows, group_digest, groups_of, open_source
 from deltaw.data.templates import Encoder
 from deltaw.errors import UserError
-from deltaw.machine.processor import usable_processors
+from deltaw.machine.choices import usable_processors
+from deltaw.progress import LogFunction
+from deltaw.settings.data import DataSettings
+from deltaw.settings.mixture import MixtureSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +51,8 @@ if TYPE_CHECKING:
 # Settings that do not affect the tokens of a row. All other settings are part of the cache key.
 _IGNORED_SETTINGS = ("train", "eval", "duplicates", "cache", "rows", "columns", "form", "classes", "other_classes")
 _PACKAGES = ("transformers", "tokenizers", "jinja2", "datasets", "pyarrow", "numpy")
-CACHE_DEPENDENCIES = (*_PACKAGES, "deltaw.data", "deltaw.hub.terminators")
+_SETTINGS = tuple(f"deltaw.settings.{name}" for name in ("columns", "data", "mixture", "row_kinds"))
+CACHE_DEPENDENCIES = (*_PACKAGES, *_SETTINGS, "deltaw.data", "deltaw.hub.terminators")
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -112,8 +114,7 @@ class RowCache:
         self._cache = Cache("rows", LIMIT_BYTES)
         self.folder = self._cache.folder
         self.path, self.skipped = self.folder / f"{key}{_ROWS}", self.folder / f"{key}{_SKIPPED}"
-        self._key = key
-        self._log = log
+        self._key, self._log = key, log
         self._opened = contextlib.ExitStack()
 
     def __enter__(self) -> RowCache:
@@ -576,26 +577,25 @@ class _SourceReader:
             for chunk in stream.chunks():
                 indices = _chosen_in_chunk(chosen, start, len(chunk))
                 if len(indices):
-                    yield _RowRange(source, chunk, indices, start)
+                    yield source, chunk, indices, start
                 start += len(chunk)
 
     def _read_part(self, forms: Sequence[RowFormat], part: _RowRange) -> _RowRangeResult:
         """Tokenize a range of rows."""
-        settings = replace(self.settings, columns=self._columns(self.sources[part.source]))
+        source, chunk, indices, start = part
+        settings = replace(self.settings, columns=self._columns(self.sources[source]))
         bad = BadRows(settings.bad_rows)
-        reader = ChunkReader(self.encoder, forms[part.source], settings, bad)
-        lists = reader.read(part.chunk, part.indices)
-        values = groups_of(part.chunk, part.indices, settings.group)
+        reader = ChunkReader(self.encoder, forms[source], settings, bad)
+        values = groups_of(chunk, indices, settings.group)
         examples: list[Example] = []
         ordinals: list[int] = []
         groups: list[bytes] = []
-        for index, value, row_examples in zip(part.indices, values, lists, strict=True):
+        for index, value, row_examples in zip(indices, values, reader.read(chunk, indices), strict=True):
             examples += row_examples
-            ordinals += [part.start + index] * len(row_examples)
+            ordinals += [start + index] * len(row_examples)
             groups += [group_digest(value)] * len(row_examples) if settings.group is not None else []
-        end = part.start + len(part.chunk)
         counted = reader.account, frequent(reader.systems), reader.long
-        return _RowRangeResult(examples, ordinals, groups, *counted, list(bad.lines()), end)
+        return _RowRangeResult(examples, ordinals, groups, *counted, list(bad.lines()), start + len(chunk))
 
     def _report(self, forms: Sequence[RowFormat], account: Account, chosen: int, num_kept: int) -> PreparationReport:
         """Return the report of all rows.
@@ -627,21 +627,9 @@ class _SourceReader:
         )
 
 
-@dataclass(frozen=True)
-class _RowRange:
-    """Rows to read.
-
-    Attributes:
-        source: Index of the source.
-        chunk: Rows of a chunk.
-        indices: Indices of the rows in the chunk.
-        start: Number of the chunk's first row over all sources.
-    """
-
-    source: int
-    chunk: NumberedRows
-    indices: Sequence[int]
-    start: int
+# Index of a source, rows of a chunk, indices of the rows to read in the chunk, and number of the chunk's first row over
+# all sources.
+_RowRange: TypeAlias = tuple[int, NumberedRows, Sequence[int], int]
 
 
 @dataclass(frozen=True)

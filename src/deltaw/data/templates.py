@@ -10,18 +10,19 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from deltaw.data.chat_template import asks_for_date, todays_date, with_date
+from deltaw.data.example import special_tokens
 from deltaw.data.formats import Pair, Record, Text
 from deltaw.data.messages import Conversation, Message, reasoning, unlabel_blank_answers
-from deltaw.data.rendering import FAULTS, render_conversation
+from deltaw.data.rendering import FAULTS, ConversationPrefixes, render_batch
 from deltaw.data.report import BadRowError, OnBadRow, raise_error
-from deltaw.data.token_spans import special_tokens
 from deltaw.errors import UserError
 from deltaw.hub.terminators import turn_ends
+from deltaw.settings.data import LabelsName, TemplateName
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,9 +75,7 @@ class ChatRenderer:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, marks: tuple[str, ...], end_marks: frozenset[str], date: str
     ) -> None:
-        self._tokenizer = tokenizer
-        self._marks = marks
-        self._end_marks = end_marks
+        self._tokenizer, self._marks, self._end_marks = tokenizer, marks, end_marks
         self._special: dict[str, Any] = dict(tokenizer.special_tokens_map)
         self._date = date
         self._templates: dict[bool, str] = {}
@@ -105,37 +104,73 @@ class ChatRenderer:
             BadRowError: if the template does not accept the messages.
             TemplateLimitError: if the template exceeds a limit. This error is not limited to one row.
         """
-        try:
-            return self._rendered(messages, generation, tools)
-        except FAULTS as error:
-            if any(turn.get("tool_calls") for turn in messages):
+        conversation = ConversationPrefixes(messages, [(len(messages), generation)], tools)
+        (texts,) = self._render_batch([conversation])
+        return next(self._accepted(conversation, texts, location))
+
+    def _render_batch(self, conversations: Sequence[ConversationPrefixes]) -> list[list[str | Exception]]:
+        # Equivalent to apply_chat_template, which looks up the special tokens in each call.
+        rendered: dict[int, list[str | Exception]] = {}
+        for with_tools in (False, True):
+            group = [index for index, item in enumerate(conversations) if bool(item.tools) is with_tools]
+            if group:
+                items = [conversations[index] for index in group]
+                rendered |= zip(group, render_batch(self.template(with_tools), items, self._special), strict=True)
+        return [rendered[index] for index in range(len(conversations))]
+
+    def _accepted(
+        self, conversation: ConversationPrefixes, texts: Sequence[str | Exception], location: str
+    ) -> Iterator[str]:
+        """Yield the rendered prefixes, and raise a BadRowError for the first one that the template rejects."""
+        for (count, generation), text in zip(conversation.prefixes, texts, strict=True):
+            messages = conversation.messages[:count]
+            if isinstance(text, Exception) and any(turn.get("tool_calls") for turn in messages):
                 # Some templates expect the arguments of calls as JSON text.
                 with contextlib.suppress(*FAULTS):
-                    return self._rendered([_with_text_arguments(m) for m in messages], generation, tools)
-            message = f"the model's chat template does not accept this conversation: {error}"
-            hint = "change the conversation, or set data.template: plain"
-            raise BadRowError(message, reason="refused by the chat template", location=location, hint=hint) from error
+                    changed = [_with_text_arguments(message) for message in messages]
+                    retry = ConversationPrefixes(changed, [(count, generation)], conversation.tools)
+                    ((new_text,),) = self._render_batch([retry])
+                    text = text if isinstance(new_text, Exception) else new_text
+            if isinstance(text, Exception):
+                message = f"the model's chat template does not accept this conversation: {text}"
+                hint = "change the conversation, or set data.template: plain"
+                reason = "refused by the chat template"
+                raise BadRowError(message, reason=reason, location=location, hint=hint) from text
+            yield text
 
-    def _rendered(self, messages: Sequence[Message], generation: bool, tools: Sequence[Message]) -> str:
-        # Equivalent to apply_chat_template, which looks up the special tokens in each call.
-        template = self.template(bool(tools))
-        text = render_conversation(template, messages, generation=generation, tools=tools, variables=self._special)
-        text.encode("utf-8")  # raises for lone surrogates, which tokenizers do not accept
-        return text
-
-    def answers(self, conversation: Conversation, location: str, *, only_last: bool) -> list[AssistantTurn]:
+    def answers(
+        self, conversations: Mapping[int, Conversation], locations: Sequence[str], on_bad: OnBadRow, *, only_last: bool
+    ) -> dict[int, list[AssistantTurn]]:
         """Return the answers that are labels, each with its prompt. If no answer is a label, return the last one.
 
-        Raises:
-            BadRowError: if the template rejects the conversation, or changes an answer.
+        Args:
+            conversations: Conversations by the index of their record.
+            locations: Location of each record.
+            on_bad: Receives the errors of conversations that the template rejects, or whose answers it changes.
         """
-        last = len(conversation.messages) - 1
-        turns = [n for n, may in enumerate(conversation.learned) if may and (n == last or not only_last)]
-        answers = [self._answer(conversation, turn, location) for turn in turns]
+        turns = {index: _label_turns(conversation, only_last) for index, conversation in conversations.items()}
+        batch = [
+            ConversationPrefixes(conversation.messages, _prefixes(conversation, turns[index]), conversation.tools)
+            for index, conversation in conversations.items()
+        ]
+        answers: dict[int, list[AssistantTurn]] = {}
+        for index, item, texts in zip(conversations, batch, self._render_batch(batch), strict=True):
+            location = locations[index]
+            try:
+                accepted = self._accepted(item, texts, location)
+                answers[index] = self._answers(conversations[index], turns[index], accepted, location)
+            except BadRowError as error:
+                on_bad(index, error)
+        return answers
+
+    def _answers(
+        self, conversation: Conversation, turns: Sequence[int], texts: Iterator[str], location: str
+    ) -> list[AssistantTurn]:
+        answers = [self._answer(conversation, turn, next(texts), next(texts), location) for turn in turns]
         if not answers:
-            prompt = self.render(conversation.messages[:last], location, generation=True, tools=conversation.tools)
+            last = len(conversation.messages) - 1
             content = str(conversation.messages[last]["content"])
-            answers = [AssistantTurn(last, prompt, "", True, False, self.strip_end_marks(content))]
+            answers = [AssistantTurn(last, next(texts), "", True, False, self.strip_end_marks(content))]
         self.check_context(answers[-1], conversation, location)
         return answers
 
@@ -169,11 +204,15 @@ class ChatRenderer:
         body, end_of_turn = self._peel(text)
         return text if end_of_turn is None else body
 
-    def _answer(self, conversation: Conversation, turn: int, location: str) -> AssistantTurn:
+    def _answer(self, conversation: Conversation, turn: int, prompt: str, end: str, location: str) -> AssistantTurn:
+        """Return the answer of a turn.
+
+        Args:
+            prompt: Rendered prompt.
+            end: Rendered messages through the answer.
+        """
         messages, tools = conversation.messages, conversation.tools
         message = messages[turn]
-        prompt = self.render(messages[:turn], location, generation=True, tools=tools)
-        end = self.render(messages[: turn + 1], location, generation=False, tools=tools)
         completion = _text_after_prompt(prompt, end, str(messages[turn - 1]["content"]))
         if completion is None:
             raise _label_error(f"the prompt before turn {turn + 1} is not found in the rendered turn", location)
@@ -244,6 +283,20 @@ class ChatRenderer:
             stop = len(text[: stop - len(mark)].rstrip())
 
 
+def _label_turns(conversation: Conversation, only_last: bool) -> list[int]:
+    """Return the indices of the messages that are labels."""
+    last = len(conversation.messages) - 1
+    return [n for n, may in enumerate(conversation.learned) if may and (n == last or not only_last)]
+
+
+def _prefixes(conversation: Conversation, turns: Sequence[int]) -> list[tuple[int, bool]]:
+    """Return the prefixes to render: for each label the prompt, and the messages through the answer. Without labels,
+    the prompt of the last message.
+    """
+    prefixes = [prefix for turn in turns for prefix in ((turn, True), (turn + 1, False))]
+    return prefixes or [(len(conversation.messages) - 1, True)]
+
+
 def _text_after_prompt(prompt: str, end: str, last_message: str) -> str | None:
     """Return the text after the prompt in the rendered turn, or None if the prompt is not found.
 
@@ -261,9 +314,7 @@ def _text_after_prompt(prompt: str, end: str, last_message: str) -> str | None:
         return end[at + len(ending) :]
     unopened = _OPEN_THOUGHT.sub("", ending)
     at = end.rfind(unopened)
-    if at < 0 or not unopened:
-        return None
-    return _THOUGHT_BEGINS.sub("", end[at + len(unopened) :])
+    return None if at < 0 or not unopened else _THOUGHT_BEGINS.sub("", end[at + len(unopened) :])
 
 
 def _squeeze(text: str) -> str:
@@ -289,7 +340,7 @@ def _shows_calls(text: str, message: Message) -> bool:
     return _shows(text, str(message["content"])) and bool(names) and all(name and name in text for name in names)
 
 
-def _with_text_arguments(message: Message) -> Message:
+def _with_text_arguments(message: Mapping[str, object]) -> Mapping[str, object]:
     calls = []
     for call in message.get("tool_calls") or ():  # type: ignore[attr-defined]
         function = dict(call.get("function", call))
@@ -389,10 +440,6 @@ def group_by_prefix(turns: Sequence[Sequence[int]]) -> list[list[int]]:
     return groups[::-1]
 
 
-TemplateName = Literal["auto", "chat", "plain"]
-LabelsName = Literal["all-turns", "last"]
-
-
 @dataclass(frozen=True)
 class Encoded:
     """Tokens of a record, or of some of its turns.
@@ -443,8 +490,7 @@ class Encoder:
             raise UserError("the model's tokenizer has no chat template", location="data.template: chat", hint=hint)
         self.chat = has_template if template == "auto" else template == "chat"
         self.template = "chat" if self.chat else "plain"
-        self.labels = labels
-        self._tokenizer = tokenizer
+        self.labels, self._tokenizer = labels, tokenizer
         end_ids = {*turn_ends(tokenizer), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
         special_ids = end_ids | special_tokens(tokenizer).keys()
         self._special_ids = frozenset(special_ids)
@@ -484,28 +530,28 @@ class Encoder:
         Raises:
             BadRowError: if the template rejects a record, or its labels cannot be located.
         """
-        drafts: dict[int, tuple[Conversation, list[AssistantTurn]]] = {}
+        conversations: dict[int, Conversation] = {}
         parts: dict[int, list[TextSpan]] = {}
         for index, (record, location) in enumerate(zip(records, locations, strict=True)):
-            try:
-                if isinstance(record, Pair) and self.chat:
-                    record = record.conversation()
-                if isinstance(record, Conversation) and self.chat:
-                    record = unlabel_blank_answers(record)
-                    drafts[index] = record, self._renderer.answers(record, location, only_last=self.labels == "last")
-                elif record is not None:
+            if isinstance(record, Pair) and self.chat:
+                record = record.conversation()
+            if isinstance(record, Conversation) and self.chat:
+                conversations[index] = unlabel_blank_answers(record)
+            elif record is not None:
+                try:
                     parts[index] = plain_parts(record, location)
-            except BadRowError as error:
-                on_bad(index, error)
+                except BadRowError as error:
+                    on_bad(index, error)
+        drafts = self._renderer.answers(conversations, locations, on_bad, only_last=self.labels == "last")
         # Tokenize each prompt twice, without and with its answer.
-        texts = [text for _, items in drafts.values() for a in items for text in (a.prompt, a.prompt + a.completion)]
+        texts = [text for items in drafts.values() for a in items for text in (a.prompt, a.prompt + a.completion)]
         texts += [part.text for items in parts.values() for part in items]
         tokens = iter(self._tokenize(texts))
         encoded: list[list[Encoded]] = [[] for _ in records]
-        for index, (conversation, answers) in drafts.items():
+        for index, answers in drafts.items():
             token_pairs = [(next(tokens), next(tokens)) for _ in answers]
             try:
-                encoded[index] = self._finish(conversation, answers, token_pairs, locations[index])
+                encoded[index] = self._finish(conversations[index], answers, token_pairs, locations[index])
             except BadRowError as error:
                 on_bad(index, error)
         for index, items in parts.items():
@@ -547,8 +593,7 @@ class Encoder:
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
-        tokenizer = self._tokenizer
-        return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        return self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
     def _finish(
         self,

@@ -15,11 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from deltaw import tasks
-from deltaw.atomic_files import atomic_path, write_text
+from deltaw.atomic_files import write_text
 from deltaw.errors import UserError, did_you_mean
-from deltaw.experiments.comparison import BASE, Comparison, as_json, build_comparison, comparison_markdown
-from deltaw.experiments.entry import ComparedMethod
+from deltaw.experiments.comparison import BASE, Comparison, build_comparison, comparison_markdown
+from deltaw.experiments.entry import ComparedMethod, Message
 from deltaw.experiments.folder import ExperimentFolder, describe_changes, require_held_out, result_settings
 from deltaw.experiments.jobs import (
     Cluster,
@@ -32,17 +31,17 @@ from deltaw.experiments.jobs import (
     run_on_cluster,
 )
 from deltaw.experiments.until_flat import ProgressLog
-from deltaw.methods import registry
+from deltaw.progress import LogFunction, ignore_line
 from deltaw.runs.folder import remember_settings
-from deltaw.settings import RunConfig
-from deltaw.training.callbacks import LogFunction, ignore_line
+from deltaw.settings import method_registry, task_registry
+from deltaw.settings.config import RunConfig
 
 # Share of the budget for trying a learning rate.
 RATE_BUDGET_SHARE = 0.3
 SEEDS = 1
 # Version of the training and scoring procedure. Increased if older results are not comparable.
 PROCEDURE = 2
-PAGE, FIGURE, NUMBERS = "comparison.md", "comparison.png", "comparison.json"
+PAGE, FIGURE, NUMBERS = "comparison.md", "comparison.svg", "comparison.json"
 # Settings controlled by the comparison. Results with a different learning rate are identified by the rate.
 CONTROLLED_SETTINGS = ("train.learning_rate", "train.schedule")
 # Cost of evaluating the untrained model in units of one training, for time estimates.
@@ -77,12 +76,9 @@ class ComparisonJobs:
 
     def request_default_rates(self, child: WorkerProcess) -> None:
         """Request the default rates of the tuned methods, which depend on the model's shape."""
-        for entry in self.entries:
-            if entry.planned is not None:
-                continue
+        for entry in (entry for entry in self.entries if entry.planned is None):
             try:
-                answer = child.ask("usual", config=entry.config.model_dump(mode="json"))
-                entry.piece["usual_rate"] = answer["usual_rate"]
+                entry.piece |= child.ask("usual", config=entry.config.model_dump(mode="json"))
             except (UserError, WorkerExited) as error:
                 self._no_rate(entry, error)
 
@@ -102,7 +98,7 @@ class ComparisonJobs:
                     return run
         return None
 
-    def report(self, key: str, report: Mapping[str, object]) -> bool:
+    def report(self, key: str, report: Message) -> bool:
         """Continue: these jobs have no intermediate results."""
         return True
 
@@ -131,12 +127,12 @@ class ComparisonJobs:
         return dataclasses.replace(job, separate_process=True)
 
     def _base_scored(self, base: ComparedMethod, result: JobResult) -> None:
-        if isinstance(result, UserError | WorkerExited):
-            self.pace.report_done(f"{BASE}: {result}", BASE_WORK)
-            return
-        base.piece |= result
-        self.experiment.write_piece(BASE, base.piece)
-        self.pace.report_done(f"{BASE}: {_score_text(base.piece)}", BASE_WORK)
+        text = str(result)
+        if not isinstance(result, UserError | WorkerExited):
+            base.piece |= result
+            self.experiment.write_piece(BASE, base.piece)
+            text = _score_text(base.piece)
+        self.pace.report_done(f"{BASE}: {text}", BASE_WORK)
 
     def _rate_tried(self, entry: ComparedMethod, rate: float, result: JobResult) -> None:
         if isinstance(result, UserError | WorkerExited):
@@ -151,9 +147,9 @@ class ComparisonJobs:
         outcome = f"validation loss {loss:.4f}" if math.isfinite(loss) else "diverged"
         self.pace.report_done(f"{entry.method}: learning rate {rate:g}: {outcome}", self.share)
         if entry.next_rate() is None and entry.chosen() is None:
-            lowest = min(entry.losses)
-            message = f"training diverged at every learning rate tried, down to {lowest:g}"
-            self._no_rate(entry, UserError(message, hint=f"try lower ones: --rates {entry.method}={lowest / 10:.1g}"))
+            message = f"training diverged at every learning rate tried, down to {min(entry.losses):g}"
+            hint = f"try lower ones: --rates {entry.method}={min(entry.losses) / 10:.1g}"
+            self._no_rate(entry, UserError(message, hint=hint))
 
     def _no_rate(self, entry: ComparedMethod, error: UserError | WorkerExited) -> None:
         untried = 0 if entry.fixed else max(0, 3 - len(entry.losses))
@@ -162,8 +158,7 @@ class ComparisonJobs:
     def _trained(self, entry: ComparedMethod, seed: int, rate: float, result: JobResult) -> None:
         seed_text = "" if len(self.seeds) == 1 else f"seed {seed}"
         if isinstance(result, UserError | WorkerExited):
-            remaining_seeds = [number for number in self.seeds if number >= seed]
-            self._failed(entry, result, float(len(remaining_seeds)), seed_text and f"{seed_text}: ")
+            self._failed(entry, result, sum(number >= seed for number in self.seeds), seed_text and f"{seed_text}: ")
         else:
             entry.store(seed, {"learning_rate": rate, **result})
             remember_settings(entry.config)  # the run may have been trained on another machine
@@ -205,7 +200,7 @@ def check_methods(methods: Sequence[str]) -> list[str]:
         UserError: If no method is given, or one is unknown.
     """
     for method in methods:
-        registry.entry_of(method, location="--methods")
+        method_registry.entry_of(method, location="--methods")
     if not methods:
         raise UserError("no method is given", location="--methods", hint="for example --methods lora,head")
     return list(dict.fromkeys(methods))
@@ -222,7 +217,7 @@ def compare(
     reference: str | None = None,
     cluster: Cluster | None = None,
     log: LogFunction = ignore_line,
-    draw: Callable[[Comparison, Path], None] | None = None,
+    draw: Callable[[Comparison], str] | None = None,
 ) -> Comparison:
     """Train each method on the same rows and score all of them on the same held-out rows.
 
@@ -240,7 +235,7 @@ def compare(
         reference: Reference method of the differences, by default the best one.
         cluster: Cluster for parallel trainings. By default, trainings run locally, one after another.
         log: Receives messages for the user.
-        draw: Writes the figure of the finished comparison to a path. None writes no figure.
+        draw: Returns the figure of the finished comparison as SVG. None writes no figure.
 
     Raises:
         UserError: If the input cannot be used, or no method could run. If only some methods cannot run, the result
@@ -258,12 +253,17 @@ def compare(
         base = _base_entry(config, experiment)
         pace = ProgressLog(log, _work(entries, base, share, numbers))
 
-        def update(draw: Callable[[Comparison, Path], None] | None = None) -> Comparison:
+        def update(draw: Callable[[Comparison], str] | None = None) -> Comparison:
             experiment.has_results = any(entry.runs(numbers) for entry in entries)
-            done = _done(entries, numbers)
+            # The seeds that are trained for every method that can run, at least the first one.
+            runnable = [entry for entry in entries if entry.error is None]
+            done = [seed for seed in numbers if all(entry.run(seed) for entry in runnable)] or numbers[:1]
             path = str(experiment.path)
             comparison = build_comparison(config, entries, base, seeds=done, reference=reference, folder=path)
-            _write(comparison, experiment, draw)
+            experiment.write_json(NUMBERS, comparison.as_dict())
+            if draw is not None:
+                write_text(experiment.path / FIGURE, draw(comparison))
+            write_text(experiment.path / PAGE, comparison_markdown(comparison, None if draw is None else FIGURE))
             return comparison
 
         jobs = ComparisonJobs(entries, base, experiment, pace, share=share, seeds=numbers, on_update=update)
@@ -299,10 +299,8 @@ def _entry(
     log: LogFunction,
 ) -> ComparedMethod:
     """Return a method with its stored results, unless they were created with other settings."""
-    user_rates = list(rates[method]) if method in rates else None
     fixed = config.train.learning_rate
-    if user_rates is None and not isinstance(fixed, str):
-        user_rates = [float(fixed)]
+    user_rates = list(rates[method]) if method in rates else None if isinstance(fixed, str) else [float(fixed)]
     config = config.model_copy(update={"method": method, "output": str(experiment.path / method)})
     settings = result_settings(config, without=CONTROLLED_SETTINGS)
     settings |= {"share of the budget for tuning": share, "procedure": PROCEDURE}
@@ -323,7 +321,7 @@ def _entry(
 
 def _base_entry(config: RunConfig, experiment: ExperimentFolder) -> ComparedMethod | None:
     """Return the untrained model if it can be scored, that is, if it needs no new head."""
-    if tasks.entry_of(config.task).new_head:
+    if task_registry.entry_of(config.task).new_head:
         return None
     settings = {k: v for k, v in result_settings(config).items() if not k.startswith(("train.", "method", "lora."))}
     settings |= {"train.seed": config.train.seed, "procedure": PROCEDURE}
@@ -341,18 +339,3 @@ def _work(entries: Sequence[ComparedMethod], base: ComparedMethod | None, share:
             work += share * (3 if entry.planned is None else len(set(entry.planned) - set(entry.losses)))
         work += len(seeds) - len(entry.runs(seeds))
     return work
-
-
-def _done(entries: Sequence[ComparedMethod], seeds: Sequence[int]) -> list[int]:
-    """Return the seeds that are trained for every method that can run, at least the first one."""
-    runnable = [entry for entry in entries if entry.error is None]
-    done = [seed for seed in seeds if all(entry.run(seed) is not None for entry in runnable)]
-    return done or list(seeds[:1])
-
-
-def _write(comparison: Comparison, folder: ExperimentFolder, draw: Callable[[Comparison, Path], None] | None) -> None:
-    folder.write_json(NUMBERS, as_json(comparison))
-    if draw is not None:
-        with atomic_path(folder.path / FIGURE) as temporary:
-            draw(comparison, temporary)
-    write_text(folder.path / PAGE, comparison_markdown(comparison, None if draw is None else FIGURE))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,7 +12,7 @@ import numpy as np
 
 from deltaw.experiments.entry import ComparedMethod
 from deltaw.runs.folder import mapping
-from deltaw.settings import RunConfig
+from deltaw.settings.config import RunConfig
 from deltaw.training.evaluation.base import (
     CONFIDENCE,
     MAX_FREEDOM,
@@ -247,28 +248,18 @@ class Comparison:
         return [*self.results, *([self.base] if self.base is not None else [])]
 
     def as_dict(self) -> dict[str, object]:
-        """Return plain values for JSON."""
+        """Return all values and findings for JSON."""
         values = asdict(self)
         values["methods"] = values.pop("results")
         for result, method in zip(self.results, values["methods"], strict=True):
             flat = result.flattened == len(result.seeds) if result.seeds else None
             method |= {"learned_nothing": result.gives_constant_answer, "flattened": flat}
-        return {key: without_nan(value) for key, value in values.items()}
+        return {key: without_nan(value) for key, value in values.items()} | {"findings": findings(self)}
 
 
 COLUMNS = (
-    "method",
-    "learning rate",
-    "trained",
-    "of N",
-    "on disk",
-    "memory planned",
-    "measured",
-    "time",
-    "steps",
-    "flattened",
-    "score (95 % interval)",
-    "to the best (95 % interval)",
+    *("method", "learning rate", "trained", "of N", "on disk", "memory planned", "measured", "time", "steps"),
+    *("flattened", "score (95 % interval)", "to the best (95 % interval)"),
 )
 
 
@@ -311,7 +302,9 @@ def _relation(comparison: Comparison, result: MethodResult) -> str:
         return "constant answer"
     if result.method == comparison.reference:
         return "reference" if comparison.requested_reference else "best"
-    return _with_interval(comparison, result.difference, result.difference_interval, "+", " to ")
+    if result.difference is None:
+        return ""
+    return _with_interval(comparison, result.difference, result.difference_interval, is_difference=True)
 
 
 def column_titles(comparison: Comparison) -> list[str]:
@@ -323,16 +316,13 @@ def column_titles(comparison: Comparison) -> list[str]:
 
 def score_text(comparison: Comparison, result: MethodResult) -> str:
     """Return a score with its interval, or ''."""
-    return _with_interval(comparison, result.score, result.interval, "", "–", unit(comparison))
+    return "" if result.score is None else _with_interval(comparison, result.score, result.interval)
 
 
-def _with_interval(
-    comparison: Comparison, value: float | None, bounds: Interval | None, sign: str, between: str, unit: str = ""
-) -> str:
-    if value is None:
-        return ""
-    interval_text = "" if bounds is None else between.join(number_text(comparison, bound, sign) for bound in bounds)
-    return number_text(comparison, value, sign) + unit + (f" ({interval_text})" if interval_text else "")
+def _with_interval(comparison: Comparison, value: float, bounds: Interval | None, is_difference: bool = False) -> str:
+    sign, between, after = ("+", " to ", "") if is_difference else ("", "–", unit(comparison))
+    interval = "" if bounds is None else f" ({between.join(number_text(comparison, b, sign) for b in bounds)})"
+    return f"{number_text(comparison, value, sign)}{after}{interval}"
 
 
 def unit(comparison: Comparison) -> str:
@@ -374,14 +364,8 @@ def join_words(parts: Sequence[str]) -> str:
 
 
 def without_nan(value: object) -> object:
-    """Replace non-finite numbers by None, for JSON."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: without_nan(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(entry) for entry in value]
-    return value
+    """Convert a value to plain JSON values. Non-finite numbers become None."""
+    return json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)
 
 
 # Comparisons are computed from the stored results only.
@@ -530,24 +514,14 @@ def _compare(
 # Findings and the Markdown page. Statements are limited to differences that are supported by the intervals.
 
 
-def as_json(comparison: Comparison) -> dict[str, object]:
-    """Return all values and findings for JSON."""
-    return {**comparison.as_dict(), "findings": findings(comparison)}
-
-
 def findings(comparison: Comparison) -> list[str]:
     """Return the conclusions of a comparison as sentences."""
     if not comparison.scored:
         return []
-    lines = [
-        *[f"{r.method}, seed {seed.seed}: {seed.worse}" for r in comparison.scored for seed in r.seeds if seed.worse],
-        *_ranking(comparison),
-        *_against_reference(comparison),
-        *_untrained(comparison),
-        *[line for result in comparison.scored for line in _learned(comparison, result)],
-        *_flattening(comparison),
-        *[line for result in comparison.scored for line in _edge(result)],
-    ]
+    lines = [f"{r.method}, seed {seed.seed}: {seed.worse}" for r in comparison.scored for seed in r.seeds if seed.worse]
+    lines += [*_ranking(comparison), *_against_reference(comparison), *_untrained(comparison)]
+    lines += [line for result in comparison.scored for line in _learned(comparison, result)]
+    lines += [*_flattening(comparison), *(line for result in comparison.scored for line in _edge(result))]
     if len(comparison.seeds) == 1:
         lines.append("One seed is weak evidence: other initializations and orders of rows differ (--seeds 3).")
     return lines
@@ -638,16 +612,13 @@ def _flattening(comparison: Comparison) -> list[str]:
 
 def _cheapest(equals: Sequence[MethodResult]) -> list[str]:
     """Report the cheapest of several equivalent methods."""
-    costs: dict[str, tuple[str, Callable[[Any], str]]] = {
-        "trained_parameters": ("the fewest parameters", "{:,}".format),
-        "peak_bytes": ("the least memory", size),
-        "seconds": ("the least time", duration),
-    }
+    costs = {"trained_parameters": "fewest parameters", "peak_bytes": "least memory", "seconds": "least time"}
+    formats: tuple[Callable[[Any], str], ...] = ("{:,}".format, size, duration)
     claims: dict[str, list[str]] = {}
-    for name, (label, text) in costs.items():
+    for (name, label), text in zip(costs.items(), formats, strict=True):
         cheapest = min(equals, key=lambda r: getattr(r, name) or math.inf)
         if cost := getattr(cheapest, name):
-            claims.setdefault(cheapest.method, []).append(f"{label} ({text(cost)})")
+            claims.setdefault(cheapest.method, []).append(f"the {label} ({text(cost)})")
     parts = [f"{method} needs {join_words(label)}" for method, label in claims.items()]
     return [f"Of these, {', '.join(parts)}."] if parts else []
 
@@ -682,19 +653,13 @@ def comparison_markdown(comparison: Comparison, figure: str | None = None) -> st
     trained = or_empty(comparison.training_rows, "trained on {:,} rows, ".format)
     scored = f"{trained}{seeds}, scored on {comparison.held_out_rows:,} held-out rows that were not used for any choice"
     cells = [method_cells(comparison, r) for r in comparison.lines if r.error is None]
-    lines = [
-        "# Methods compared",
-        "",
-        f"Model `{comparison.model}`, task {comparison.task}: the same rows and seeds for each method; {scored}. "
-        "Each training continued until its validation loss flattened or the budget ended.",
-        "",
-        *markdown_table(column_titles(comparison), cells),
-        *[f"- {line}" for line in findings(comparison)],
-        *[f"- {line}" for line in failures(comparison)],
-        "",
-    ]
+    setup = f"Model `{comparison.model}`, task {comparison.task}: the same rows and seeds for each method; {scored}."
+    length = "Each training continued until its validation loss flattened or the budget ended."
+    table = markdown_table(column_titles(comparison), cells)
+    points = [f"- {line}" for line in [*findings(comparison), *failures(comparison)]]
+    lines = ["# Methods compared", "", f"{setup} {length}", "", *table, *points, ""]
     if figure is not None:
-        lines += [f"![score over trained parameters, and peak memory]({figure})", ""]
+        lines += [f"![score and peak memory by method]({figure})", ""]
     return "\n".join([*lines, *_seed_table(comparison), *_rate_table(comparison)])
 
 
@@ -703,7 +668,7 @@ def _seed_table(comparison: Comparison) -> list[str]:
     rows = []
     for result in comparison.results if len(comparison.seeds) > 1 else ():
         for seed in result.seeds:
-            score = _with_interval(comparison, seed.score, None, "", "", unit(comparison))
+            score = "" if seed.score is None else _with_interval(comparison, seed.score, None)
             steps, flat = [f"{seed.steps:,}", f"{seed.best_step:,}"], "yes" if seed.flattened else "no"
             rows.append([result.method, str(seed.seed), score, *steps, flat, f"{seed.validation_loss:.4f}"])
     metric = comparison.metric.replace("_", " ")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from deltaw.errors import UserError, did_you_mean
 from deltaw.runs.folder import mapping, sequence
-from deltaw.settings import RunConfig
+from deltaw.settings.config import RunConfig
+
+# Request to a worker process, or its answer.
+Message: TypeAlias = Mapping[str, object]
 
 # Learning-rate search: the grid is the method's default rate and its two neighbors. If the best rate is at an end of
 # the grid, one more rate is tried beyond that end.

@@ -5,6 +5,7 @@ Each result is an atomically written JSON file, so an interrupted experiment can
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,12 +19,13 @@ from filelock import FileLock, Timeout
 from deltaw import platforms
 from deltaw.atomic_files import write_text
 from deltaw.cache import file_digest
-from deltaw.data.mixture import references
-from deltaw.data.settings import eval_reference, eval_sets, eval_size
 from deltaw.errors import UserError
-from deltaw.methods import registry
+from deltaw.hub.folders import read_json_object
 from deltaw.runs.folder import mapping, not_writable_error
-from deltaw.settings import RunConfig, TrainSettings, duration_seconds
+from deltaw.settings import method_registry
+from deltaw.settings.config import RunConfig, TrainSettings, duration_seconds
+from deltaw.settings.data import eval_reference, eval_sets, eval_size
+from deltaw.settings.mixture import references
 from deltaw.training.optimizer import count_steps
 from deltaw.untrusted_paths import is_inside
 
@@ -63,7 +65,7 @@ PIECES, LOGS, LOCK = "pieces", "logs", ".lock"
 _IRRELEVANT = ("output", "force")
 
 
-class ExperimentFolder:
+class ExperimentFolder(contextlib.AbstractContextManager["ExperimentFolder"]):
     """Folder of an experiment with an exclusive lock. A context manager.
 
     Args:
@@ -100,11 +102,7 @@ class ExperimentFolder:
 
     def piece(self, name: str) -> dict[str, object]:
         """Return a stored result, or an empty dictionary if it does not exist or cannot be read."""
-        try:
-            content = json.loads((self.path / PIECES / f"{name}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return content if isinstance(content, dict) else {}
+        return read_json_object(self.path / PIECES / f"{name}.json")
 
     def write_piece(self, name: str, content: Mapping[str, object]) -> None:
         """Store a result on disk."""
@@ -117,9 +115,6 @@ class ExperimentFolder:
         """Delete an incomplete run inside this folder."""
         if run.is_dir() and self.path in run.parents:
             platforms.remove_path(run)
-
-    def __enter__(self) -> ExperimentFolder:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._lock.release()
@@ -136,12 +131,9 @@ def check_folder(path: Path, kind: str) -> None:
     platforms.reject_reserved_names(path)
     try:
         names = sorted(p.name for p in path.iterdir() if p.name != LOCK) if path.exists() else []
-        mark = json.loads((path / MARK).read_text(encoding="utf-8")) if MARK in names else {}
     except OSError as error:
         raise not_writable_error(path, error) from error
-    except ValueError:
-        mark = {}
-    if names and mapping(mark).get("kind") != kind:
+    if names and read_json_object(path / MARK).get("kind") != kind:
         message = f"the output folder contains files that are not a {kind}'s, such as '{names[0]}'"
         raise UserError(message, location=str(path), hint="set 'output' to a new or empty folder")
 
@@ -160,7 +152,7 @@ def result_settings(config: RunConfig, *, without: Collection[str] = ()) -> dict
         without: Keys to omit.
     """
     flat: dict[str, object] = {}
-    sections = registry.section_names()
+    sections = method_registry.section_names()
     for name, value in config.model_dump(mode="json").items():
         if name in _IRRELEVANT or (name in sections and name != config.method):
             continue

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from deltaw.errors import UserError
+from deltaw.experiments.entry import Message
 from deltaw.machine import product_rates
 from deltaw.machine.product_rates import child_environment, import_rates
 
@@ -30,7 +31,7 @@ class WorkerExited(Exception):
     """Raised if the worker process exited before it answered, with the reason."""
 
 
-class WorkerProcess:
+class WorkerProcess(contextlib.AbstractContextManager["WorkerProcess"]):
     """Handle to a worker process (:mod:`deltaw.experiments.worker`), which is started by the first request.
 
     The worker exits when this process exits for any reason. Only this process receives Ctrl-C.
@@ -43,15 +44,10 @@ class WorkerProcess:
         self._log = log
         self._process: subprocess.Popen[str] | None = None
 
-    def __enter__(self) -> WorkerProcess:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def ask(
-        self, do: str, on_report: Callable[[Mapping[str, object]], bool] | None = None, **request: object
-    ) -> dict[str, object]:
+    def ask(self, do: str, on_report: Callable[[Message], bool] | None = None, **request: object) -> dict[str, object]:
         """Send a request and return the worker's answer.
 
         Args:
@@ -125,7 +121,7 @@ class WorkerProcess:
 
 
 # Answer of a job, or its error.
-JobResult: TypeAlias = Mapping[str, object] | UserError | WorkerExited
+JobResult: TypeAlias = Message | UserError | WorkerExited
 
 
 @dataclass(frozen=True)
@@ -143,7 +139,7 @@ class Job:
     key: str
     do: str
     log: Path
-    request: Mapping[str, object] = field(default_factory=dict)
+    request: Message = field(default_factory=dict)
     separate_process: bool = False
 
 
@@ -152,11 +148,9 @@ class Jobs(Protocol):
 
     def next(self) -> Job | None:
         """Return the next job, or None if all remaining jobs are running."""
-        ...
 
-    def report(self, key: str, report: Mapping[str, object]) -> bool:
+    def report(self, key: str, report: Message) -> bool:
         """Receive an intermediate result. Returns True to continue the job."""
-        ...
 
     def complete(self, key: str, result: JobResult) -> None:
         """Receive a job's answer or error.
@@ -164,7 +158,6 @@ class Jobs(Protocol):
         Raises:
             UserError: To stop the experiment.
         """
-        ...
 
 
 def run_locally(jobs: Jobs, worker: WorkerProcess) -> None:
@@ -193,14 +186,9 @@ def run_locally(jobs: Jobs, worker: WorkerProcess) -> None:
 REPORT, DONE, ERROR, EXITED = "report", "answer", "refused", "process_ended"
 _THREADS = "OMP_NUM_THREADS"
 # Disable Ray's telemetry, logger files, SIGINT handler and change of working directory.
-_QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
+_OFF = ("USAGE_STATS_ENABLED", "AIR_NEW_OUTPUT", "CHDIR_TO_TRIAL_DIR", "ACCEL_ENV_VAR_OVERRIDE_ON_ZERO")
+_QUIET = {f"RAY_{name}": "0" for name in _OFF}
+_QUIET |= dict.fromkeys(("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "TUNE_DISABLE_SIGINT_HANDLER"), "1")
 
 
 @dataclass(frozen=True)
@@ -264,7 +252,7 @@ def run_job(config: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
         os.environ[_THREADS] = str(environment["threads"])
     job = Job(**{**config["job"], "log": Path(config["job"]["log"])})
 
-    def report(result: Mapping[str, object]) -> bool:
+    def report(result: Message) -> bool:
         tune.report({REPORT: json.dumps(dict(result))})
         return True  # Ray Tune kills this process to stop the job
 
@@ -359,9 +347,8 @@ def _connected(cluster: Cluster) -> Iterator[tuple[int, int, int]]:
     import ray
 
     dashboard = False if cluster.address == "local" else None
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        ray.init(address=cluster.address, include_dashboard=dashboard, **quiet)
+        ray.init(address=cluster.address, include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         message = f"cannot connect to a Ray cluster: {str(error).strip().splitlines()[0][:200]}"
         hint = "run 'ray start --head' here and 'ray start --address HOST:6379' elsewhere, or use --ray local"

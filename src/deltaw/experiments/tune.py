@@ -22,6 +22,7 @@ import yaml
 from deltaw.atomic_files import write_text
 from deltaw.errors import UserError, did_you_mean
 from deltaw.experiments.comparison import duration, markdown_table
+from deltaw.experiments.entry import Message
 from deltaw.experiments.folder import ExperimentFolder, describe_changes, result_settings
 from deltaw.experiments.jobs import (
     Cluster,
@@ -34,11 +35,11 @@ from deltaw.experiments.jobs import (
     run_on_cluster,
 )
 from deltaw.experiments.until_flat import ProgressLog
-from deltaw.methods import registry
-from deltaw.settings import RunConfig, parse_yaml, settings
-from deltaw.training.callbacks import LogFunction, ignore_line
+from deltaw.progress import LogFunction, ignore_line
+from deltaw.settings import method_registry
+from deltaw.settings.config import RunConfig, parse_yaml, settings
 from deltaw.training.evaluation.base import ranks
-from deltaw.training.planning.arguments import reject_memory_setting
+from deltaw.training.planning.plan_cache import reject_memory_setting
 
 if TYPE_CHECKING:
     import optuna
@@ -159,7 +160,7 @@ def default_space(config: RunConfig, default_learning_rate: float) -> dict[str, 
         default_learning_rate: The method's default learning rate, the middle of the range.
     """
     rate = Range(float(f"{default_learning_rate / 10:.2g}"), float(f"{default_learning_rate * 10:.2g}"), log=True)
-    return {"train.learning_rate": rate, **parse_space(registry.entry_of(config.method).search)}
+    return {"train.learning_rate": rate, **parse_space(method_registry.entry_of(config.method).search)}
 
 
 def parse_space(texts: Iterable[str]) -> dict[str, Range | CategoricalValues]:
@@ -371,16 +372,13 @@ def tuning_findings(tuning: Tuning) -> list[str]:
     for key, end in tuning.edges.items():
         position = f"is at the {end} end of the search space ({tuning.space[key]})"
         lines.append(f"The best {key}, {_value(best.values[key])}, {position}: widen it with --search.")
-    rows = f"The loss is measured on {tuning.validation_rows} rows split off the training rows"
-    return [*lines, *_outcome_lines(tuning), f"{rows}. Evaluate the best settings on the held-out rows (unused)."]
-
-
-def _outcome_lines(tuning: Tuning) -> list[str]:
     counts = {end: sum(t.end == end for t in tuning.trials) for end in ("ended early", "diverged", "failed")}
     texts = [f"{count} {end}" for end, count in counts.items() if count]
-    lines = [f"Of {len(tuning.trials)} trials, {', '.join(texts)}."] if texts else []
+    lines += [f"Of {len(tuning.trials)} trials, {', '.join(texts)}."] if texts else []
     notes = dict.fromkeys(t.note for t in tuning.trials if t.end == "failed" and t.note)
-    return lines + [f"Failed: {note}" for note in list(notes)[:3]]
+    lines += [f"Failed: {note}" for note in list(notes)[:3]]
+    rows = f"The loss is measured on {tuning.validation_rows} rows split off the training rows"
+    return [*lines, f"{rows}. Evaluate the best settings on the held-out rows (unused)."]
 
 
 def tuning_markdown(tuning: Tuning) -> str:
@@ -455,7 +453,7 @@ def tune(
             space = requested_space or default_space(config, default_rate)
             file = experiment.path / STORAGE if storage is None else Path(os.path.expanduser(storage))
             study = _open_study(config, space, share, experiment, file, log, stack)
-            first = _enqueue_first_trial(study, current_values(config, space, default_rate), trials, log)
+            first = _enqueue_first(study, current_values(config, space, default_rate), trials, log)
             pace = ProgressLog(log, max(0, trials - len(_finished_trials(study))))
             jobs = _OptunaJobs(study, config, space, share, trials, log_file, pace)
             try:
@@ -465,12 +463,15 @@ def tune(
                     run_on_cluster(jobs, cluster, experiment.path, gpu=config.device != "cpu")
             finally:
                 experiment.has_results = any(trial.user_attrs["end"] != "failed" for trial in _finished_trials(study))
-        tuning = _collect_results(study, config, space, first, experiment)
+        tuning = _collect_results(study, config, space, first, experiment.path)
         if not tuning.ranked:
             cause = next((trial.note for trial in tuning.trials if trial.note), "all diverged")
             message = f"none of {len(tuning.trials)} trials finished: {cause}"
             raise UserError(message, hint="search other values (--search), or correct the settings")
-        _write(tuning, config, experiment)
+        experiment.write_json(NUMBERS, tuning.as_dict())
+        write_text(experiment.path / PAGE, tuning_markdown(tuning))
+        best = apply_values(config, tuning.ranked[0].values).model_dump(mode="json")
+        write_text(experiment.path / BEST, yaml.safe_dump(best, sort_keys=False, allow_unicode=True))
         return tuning
 
 
@@ -498,9 +499,8 @@ def _open_study(
     import optuna
     from sqlalchemy.exc import SQLAlchemyError
 
-    space_texts = {key: str(domain) for key, domain in space.items()}
     settings = result_settings(config, without=tuple(space))
-    settings |= {"what is searched": space_texts, "share of steps": share}
+    settings |= {"what is searched": {key: str(domain) for key, domain in space.items()}, "share of steps": share}
     stored_settings = experiment.piece(_SETTINGS)
     if stored_settings and (lines := describe_changes(stored_settings, settings)):
         log(f"the settings changed, so the search starts over (earlier trials are kept): {'; '.join(lines[:4])}")
@@ -523,9 +523,7 @@ def _open_study(
     return study
 
 
-def _enqueue_first_trial(
-    study: optuna.Study, values: Mapping[str, object] | None, trials: int, log: LogFunction
-) -> int | None:
+def _enqueue_first(study: optuna.Study, values: dict[str, object] | None, trials: int, log: LogFunction) -> int | None:
     """Fail interrupted trials, enqueue the current settings as the first trial, and return its number."""
     from optuna.trial import TrialState
 
@@ -538,7 +536,7 @@ def _enqueue_first_trial(
     if values is None:
         return None
     if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-        study.enqueue_trial(dict(values))
+        study.enqueue_trial(values)
     return len(study.trials) - 1
 
 
@@ -578,12 +576,11 @@ class _OptunaJobs:
                 config = apply_values(self.config, values).model_dump(mode="json")
             except UserError as error:
                 self.complete(key, error)
-                continue
-            request = {"config": config, "share": self.share, "evaluations": EVALUATIONS}
-            return Job(key, "trial", self.log, request)
+            else:
+                return Job(key, "trial", self.log, {"config": config, "share": self.share, "evaluations": EVALUATIONS})
         return None
 
-    def report(self, key: str, report: Mapping[str, object]) -> bool:
+    def report(self, key: str, report: Message) -> bool:
         trial, _ = self.active[key]
         trial.report(float(str(report["loss"])), int(str(report["evaluation"])))
         return not trial.should_prune()
@@ -629,14 +626,12 @@ def _short(value: object) -> object:
     return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
-def _collect_results(
-    study: optuna.Study, config: RunConfig, space: Space, first: int | None, folder: ExperimentFolder
-) -> Tuning:
+def _collect_results(study: optuna.Study, config: RunConfig, space: Space, first: int | None, folder: Path) -> Tuning:
     finished, results = _finished_trials(study), []
     for trial in finished:
-        end, duration = trial.user_attrs["end"], trial.duration
+        end, note = trial.user_attrs["end"], trial.user_attrs.get("note", "")
         values = {key: _short(trial.params.get(key)) for key in space}
-        note, seconds = (trial.user_attrs.get("note", ""), 0.0 if duration is None else duration.total_seconds())
+        seconds = 0.0 if trial.duration is None else trial.duration.total_seconds()
         results.append(TrialResult(trial.number, values, trial.value if end == "done" else None, end, note, seconds))
     # Diverged trials get the worst rank.
     ranked = [r for r in results if r.end in ("done", "diverged")]
@@ -645,16 +640,9 @@ def _collect_results(
     attributes = next((t.user_attrs for t in reversed(finished) if "steps" in t.user_attrs), {})
     counts = {name: attributes.get(name, 0) for name in ("training_rows", "validation_rows", "steps")}
     space_texts = {key: str(domain) for key, domain in space.items()}
-    tuning = Tuning(str(folder.path), config.method, space_texts, results, first, weights, {}, **counts)
+    tuning = Tuning(str(folder), config.method, space_texts, results, first, weights, {}, **counts)
     if not tuning.ranked:
         return tuning
     best = tuning.ranked[0].values
     edges = {key: end for key, domain in space.items() if (end := domain.edge(best[key]))}
     return replace(tuning, edges=edges, best_settings=nested_values(config, best))
-
-
-def _write(tuning: Tuning, config: RunConfig, folder: ExperimentFolder) -> None:
-    folder.write_json(NUMBERS, tuning.as_dict())
-    write_text(folder.path / PAGE, tuning_markdown(tuning))
-    best = apply_values(config, tuning.ranked[0].values)
-    write_text(folder.path / BEST, yaml.safe_dump(best.model_dump(mode="json"), sort_keys=False, allow_unicode=True))

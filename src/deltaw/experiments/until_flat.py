@@ -11,6 +11,7 @@ al. 2024, "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durat
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tempfile
 import time
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from deltaw.experiments.comparison import duration
 from deltaw.experiments.folder import Budget
-from deltaw.training.callbacks import LogFunction
+from deltaw.progress import LogFunction
 from deltaw.training.optimizer import Schedule, warmup_steps
 from deltaw.training.session import Session
 from deltaw.training.state import Outcome, Step, TrainState
@@ -33,7 +34,7 @@ from deltaw.training.state import Outcome, Step, TrainState
 # parameter to the peak of a full fine-tuning.
 
 
-class BestPoint:
+class BestPoint(contextlib.AbstractContextManager["BestPoint"]):
     """Copy of parameters on disk. A context manager.
 
     Attributes:
@@ -42,13 +43,9 @@ class BestPoint:
     """
 
     def __init__(self) -> None:
-        self.step = 0
-        self.loss = float("inf")
+        self.step, self.loss = 0, math.inf
         self._file: Any = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
         self._dtypes: list[torch.dtype] = []
-
-    def __enter__(self) -> BestPoint:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
@@ -58,8 +55,7 @@ class BestPoint:
         """Replace the stored parameters."""
         self._file.seek(0)
         for parameter in parameters:
-            flat = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            self._file.write(flat.numpy().data)
+            self._file.write(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         self._file.truncate()
         self._dtypes = [parameter.dtype for parameter in parameters]
         self.step, self.loss = step, loss
@@ -69,11 +65,10 @@ class BestPoint:
         """Copy the stored values into parameters of the same shapes, rounded to their types, one at a time."""
         self._file.seek(0)
         for parameter, dtype in zip(parameters, self._dtypes, strict=True):
-            if not parameter.numel():
-                continue
-            buffer = np.empty(parameter.numel() * dtype.itemsize, dtype=np.uint8)
-            self._file.readinto(buffer.data)
-            parameter.copy_(torch.from_numpy(buffer).view(dtype).reshape(parameter.shape))
+            if parameter.numel():
+                buffer = np.empty(parameter.numel() * dtype.itemsize, dtype=np.uint8)
+                self._file.readinto(buffer.data)
+                parameter.copy_(torch.from_numpy(buffer).view(dtype).reshape(parameter.shape))
 
 
 # Rule for a flattened validation loss.
@@ -144,8 +139,7 @@ class ProgressLog:
         estimate = ""
         if self._remaining > 1e-9 and self._done > MIN_PROGRESS * self._remaining:
             estimate = f", about {duration((now - self._start) / self._done * self._remaining)} left"
-        elapsed = duration(now - self._last)
-        self._log(f"{message}  [{elapsed}; {duration(now - self._start)} so far{estimate}]")
+        self._log(f"{message}  [{duration(now - self._last)}; {duration(now - self._start)} so far{estimate}]")
         self._last = now
 
 

@@ -22,11 +22,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from deltaw import tasks
-from deltaw.data.example import rows_of
-from deltaw.data.sequences import select_rows
-from deltaw.data.settings import DataSettings
+from deltaw.data.example import rows_of, select_rows
+from deltaw.data.row_reader import RunData
 from deltaw.errors import UserError
+from deltaw.experiments.entry import Message
 from deltaw.experiments.folder import Budget, budget_from_settings
 from deltaw.experiments.until_flat import TrainingCurve, until_flat, validation_loss
 from deltaw.hub.folders import config_folder
@@ -37,23 +36,22 @@ from deltaw.machine.choices import choose_device, choose_precision
 from deltaw.machine.memory import peak_resident_bytes, release_free_memory, retain_freed_memory
 from deltaw.memory.plan import Plan
 from deltaw.memory.simulation import fake_tensors
-from deltaw.methods.base import Method
 from deltaw.methods.files import choose_method, read_classes
+from deltaw.progress import LogFunction, ignore_line
 from deltaw.runs.fit import load_model, plan_memory, save_adapter
 from deltaw.runs.folder import RunFolder, check_output
 from deltaw.runs.summary import write_card
-from deltaw.serving.opening import verified_generator
-from deltaw.serving.rollouts import SessionSampler
-from deltaw.settings import RunConfig
-from deltaw.training.callbacks import LineCallback, LogFunction, ignore_line
+from deltaw.settings import task_registry
+from deltaw.settings.config import RunConfig
+from deltaw.settings.data import DataSettings
+from deltaw.training.batchers import BatcherOptions
+from deltaw.training.callbacks import LineCallback
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.monitoring.generation import GenerationCheck
-from deltaw.training.open_run import AdaptedModel
 from deltaw.training.process import preserved_process_state
 from deltaw.training.session import Session, assemble, default_rate_of, read_data
 from deltaw.training.state import Step
-from deltaw.training.tasks.base import RunData, Task
-from deltaw.training.tasks.labels import LabelEvaluation
+from deltaw.training.task import Task
 
 # Detection of constant answers, and the score of the best constant answer.
 
@@ -71,7 +69,7 @@ def single_answer(result: Evaluation, examples: Sequence[Any], decode: Callable[
     Args:
         decode: Converts tokens to text.
     """
-    if isinstance(result, LabelEvaluation):
+    if result.predictions is not None:
         truth = np.array([example.label for example in examples])
         if result.confusion is None:
             close = np.ptp(result.predictions) <= MAX_RELATIVE_SPREAD * np.std(truth)
@@ -92,7 +90,7 @@ def best_constant_answer(evaluation: Evaluation, examples: Sequence[Any]) -> tup
 
     It is the most frequent class or answer of these rows, or the mean of their numbers, so it uses the labels.
     """
-    if isinstance(evaluation, LabelEvaluation):
+    if evaluation.predictions is not None:
         truth = np.array([example.label for example in examples])
         if evaluation.confusion is None:
             return f"{truth.mean():.4g}", (truth - truth.mean()) ** 2
@@ -149,8 +147,8 @@ class Trial:
     def __init__(
         self, config: RunConfig, log: LogFunction = ignore_line, loaded: TaskData | None = None, *, once: bool = False
     ) -> None:
-        # Store features of frozen layers, so that they are computed once for all repetitions.
-        self.config = with_features(config)
+        # Store features of frozen layers, because rows are used repeatedly.
+        self.config = config.with_train(keep_features=True)
         self._log, self._once = log, once
         self.task, self.data = loaded or read_data(self.config, log)
         self._needs_reload = False
@@ -159,17 +157,10 @@ class Trial:
     def _open(self) -> None:
         loaded = load_model(self.config, self.task, self.data, self._log)
         offered = () if loaded.kernels is None else loaded.kernels.approximations
-        device = str(loaded.choices["device"].value)
-        options: dict[str, Any] = {"device": device, "new_modules": loaded.new_modules, "candidates": offered}
-
-        def adapted_model(method: Method | None) -> AdaptedModel:
-            return AdaptedModel(loaded, self.config, method, self.task)
-
-        options |= {
-            "make_generator": lambda method: verified_generator(adapted_model(method)),
-            "make_sampler": lambda method: SessionSampler(adapted_model(method)),
-        }
-        self.session: Session = assemble(self.config, self.task, self.data, loaded.model, **options)
+        model, device = loaded.model, str(loaded.choices["device"].value)
+        self.session: Session = assemble(
+            self.config, self.task, self.data, model, device=device, new_modules=loaded.new_modules, candidates=offered
+        )
         self.chosen = {**loaded.choices, **self.session.chosen}
         for line in [*self.session.notes, *self.session.lines()]:
             self._log(line)
@@ -258,11 +249,6 @@ class Trial:
             gc.collect()
 
 
-def with_features(config: RunConfig) -> RunConfig:
-    """Return the settings with stored features of frozen layers, because rows are used repeatedly."""
-    return config.with_train(keep_features=True)
-
-
 def split_validation(rows: Sequence[Any], seed: int) -> tuple[Sequence[Any], Sequence[Any]]:
     """Split off a tenth of the rows, at most 256, as validation rows by the seed.
 
@@ -299,7 +285,7 @@ def final_run(config: RunConfig, log: LogFunction, *, plan: bool) -> dict[str, o
         UserError: If the input cannot be used, training diverged, or a signal stopped it.
     """
     check_output(Path(os.path.expanduser(config.output)))
-    config = with_features(config)
+    config = config.with_train(keep_features=True)
     task, data = read_data(config, log)
     memory_plan: Plan | None = None
     if plan:
@@ -312,7 +298,16 @@ def final_run(config: RunConfig, log: LogFunction, *, plan: bool) -> dict[str, o
         if task.tokenizer is not None:
             folder.write_tokenizer(task.tokenizer)
         check = GenerationCheck(session)
-        curve = _train(trial, folder)
+        release_free_memory()
+        try:
+            curve = trial.until_flat(
+                session.learning_rate,
+                budget_from_settings(trial.config.train, len(trial.training)),
+                on_step=lambda step: folder.write_metrics(step.as_dict()),
+                on_validation=lambda step, loss: folder.write_metrics({"step": step, "validation": {"loss": loss}}),
+            )
+        except TrainingStopped as error:
+            raise UserError("the training was stopped by a signal", hint="start the comparison again") from error
         save_adapter(session, folder.path)
         generation = check.measure()
         with session.running():
@@ -326,16 +321,13 @@ def final_run(config: RunConfig, log: LogFunction, *, plan: bool) -> dict[str, o
     outcome, on_gpu = curve.outcome, choose_device(config.device).value.startswith("cuda")
     return {
         "output": str(folder.path),
-        "steps": outcome.steps,
+        **{name: getattr(outcome, name) for name in ("steps", "rows", "tokens", "seconds")},
         "best_step": curve.best_step,
         "flattened": curve.flattened,
         "generation": generation or None,
         "validation": [[step, loss] for step, loss in curve.points],
         "validation_loss": curve.best_loss,
         "training_rows": len(trial.training),
-        "rows": outcome.rows,
-        "tokens": outcome.tokens,
-        "seconds": outcome.seconds,
         "train_loss": outcome.loss,
         "trained_parameters": trained,
         "adapter_bytes": sum(file.stat().st_size for file in folder.path.glob(ADAPTER_FILES)),
@@ -343,19 +335,6 @@ def final_run(config: RunConfig, log: LogFunction, *, plan: bool) -> dict[str, o
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_resident_bytes(),
         **scores(task, session.data.held_out, evaluation),
     }
-
-
-def _train(trial: Trial, folder: RunFolder) -> TrainingCurve:
-    release_free_memory()
-    try:
-        return trial.until_flat(
-            trial.session.learning_rate,
-            budget_from_settings(trial.config.train, len(trial.training)),
-            on_step=lambda step: folder.write_metrics(step.as_dict()),
-            on_validation=lambda step, loss: folder.write_metrics({"step": step, "validation": {"loss": loss}}),
-        )
-    except TrainingStopped as error:
-        raise UserError("the training was stopped by a signal", hint="start the comparison again") from error
 
 
 def scores(task: Task, held_out: Sequence[Any], evaluation: Evaluation) -> dict[str, object]:
@@ -375,9 +354,6 @@ def scores(task: Task, held_out: Sequence[Any], evaluation: Evaluation) -> dict[
         "single_answer": single_answer(evaluation, rows, decode),
         "constant": None if constant is None else {"answer": constant[0], "per_row": constant[1].tolist()},
     }
-
-
-Message = Mapping[str, object]
 
 
 class TrialWorker:
@@ -403,7 +379,7 @@ class TrialWorker:
         dtype = choose_precision(choose_device(config.device).value, config.precision).value
         folder = config_folder(config.model, dtype, config.trust_remote_code)
         architecture = check_architecture(folder, config.task, config.trust_remote_code)
-        factor = tasks.entry_of(config.task).load().rate_factor(config.section)
+        factor = task_registry.entry_of(config.task).load().rate_factor(config.section)
         return {"usual_rate": default_rate_of(choose_method(config, None), architecture, factor).value}
 
     def rate(self, request: Message) -> Message:
@@ -411,7 +387,7 @@ class TrialWorker:
         settings.
         """
         config, trial = _config(request), self._trial
-        if trial is None or trial.config != with_features(config):
+        if trial is None or trial.config != config.with_train(keep_features=True):
             trial = self._open_trial(config)
         rate, share = float(str(request["rate"])), float(str(request["share"]))
         budget = budget_from_settings(trial.config.train, len(trial.training)).times(share)
@@ -425,13 +401,12 @@ class TrialWorker:
     def trial(self, request: Message) -> Message:
         """Train with new settings and report intermediate evaluations. The parent process may stop the trial."""
         trial = self._open_trial(_config(request))
-        steps = trial.steps(float(str(request["share"])))
+        steps, rate = trial.steps(float(str(request["share"]))), trial.session.learning_rate
         every = trial.config.train.eval_every or math.ceil(steps / int(str(request["evaluations"])))
 
         def on_evaluation(number: int, loss: float) -> bool:
             return self._report({"evaluation": number, "loss": loss})
 
-        rate = trial.session.learning_rate
         rows = {"training_rows": len(trial.training), "validation_rows": len(trial.validation)}
         summary = {**rows, "learning_rate": rate, "steps": steps}
         try:
@@ -447,7 +422,7 @@ class TrialWorker:
         self._close()
         config = _config(request)
         task, data = read_data(config, self._log)
-        if task.uses_rollouts:
+        if task.needs_session:
             # Rollouts need a session. A model with newly initialized factors equals the base model.
             trial = Trial(config.model_copy(update={"method": "lora"}), self._log, (task, data), once=True)
             try:
@@ -457,9 +432,9 @@ class TrialWorker:
                 trial.close()
             return scores(task, data.held_out, evaluation)
         loaded = load_model(config, task, data, self._log)
-        device, max_tokens = str(loaded.choices["device"].value), config.train.tokens_per_pass
-        options: dict[str, Any] = {"share": config.train.share_prefixes, "method_shares": True, "virtual_tokens": 0}
-        batcher, _ = task.batcher(loaded.model, data.held_out, device=device, tokens_per_pass=max_tokens, **options)
+        device, train = str(loaded.choices["device"].value), config.train
+        options = BatcherOptions(device, train.tokens_per_pass, train.share_prefixes)
+        batcher, _ = task.batcher(loaded.model, data.held_out, options)
         held_out = task.add_reference_log_probs(loaded.model, data.held_out, batcher)
         objective = task.objective(loaded.model)
         with task.model_context(loaded.model, batcher):
@@ -471,7 +446,14 @@ class TrialWorker:
         self._close()
         config = _config(request)
         result = final_run(config, self._log, plan=bool(request.get("plan", True)))
-        return {**result, "total_parameters": _total_parameters(config, Path(str(result["output"])))}
+        classes = read_classes(Path(str(result["output"])))
+        labels = len(classes) if classes is not None else task_registry.entry_of(config.task).outputs
+        dtype = choose_precision(choose_device(config.device).value, config.precision).value
+        named: Any = {"task": config.task, "num_labels": labels, "trust_remote_code": config.trust_remote_code}
+        # Count the model's parameters with the run's head, without loading weights.
+        with fake_tensors() if MISSING_NAME is None else torch.device("meta"):
+            parameters = skeleton(config.model, dtype=dtype, **named).parameters()
+            return {**result, "total_parameters": sum(parameter.numel() for parameter in parameters)}
 
     def _open_trial(self, config: RunConfig) -> Trial:
         self._close()
@@ -489,17 +471,6 @@ class TrialWorker:
 
 def _config(request: Message) -> RunConfig:
     return RunConfig.read(cast("Mapping[str, object]", request["config"]))
-
-
-def _total_parameters(config: RunConfig, output: Path) -> int:
-    """Return the number of parameters of the model with the run's head, without loading weights."""
-    classes = read_classes(output)
-    labels = len(classes) if classes is not None else tasks.entry_of(config.task).outputs
-    dtype = choose_precision(choose_device(config.device).value, config.precision).value
-    options: dict[str, Any] = {"task": config.task, "num_labels": labels, "trust_remote_code": config.trust_remote_code}
-    with fake_tensors() if MISSING_NAME is None else torch.device("meta"):
-        model = skeleton(config.model, dtype=dtype, **options)
-        return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _read_requests(requests: queue.SimpleQueue[str]) -> None:

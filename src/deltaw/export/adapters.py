@@ -24,11 +24,11 @@ from deltaw.lora.files import read_adapter
 from deltaw.lora.fingerprint import FINGERPRINT_KEY
 from deltaw.lora.layers import DoRALayer, LoRABias, LoRAConv, LoRAConv1D, LoRAEmbedding, LoRALayer
 from deltaw.lora.layers_parts import LoRAParameter, TrainedTokens
-from deltaw.methods import registry
 from deltaw.methods.base import ADAPTER_CONFIG, REPLACED_KEY
 from deltaw.methods.files import read_config, read_metadata, read_trained_parameters
 from deltaw.methods.in_place import INDICES, VALUES
 from deltaw.methods.parameters import parameters_by_name
+from deltaw.settings import method_registry
 
 # A change maps rows of W to rows of W' = W + ΔW, in fp32 (fp64 for an fp64 weight). Low-rank updates are stored as
 # ΔW = L·R in the layout of the weight, so that a block of rows of ΔW needs only the same rows of L, and the full ΔW is
@@ -241,7 +241,7 @@ def load_changes(folder: Path, model: PreTrainedModel) -> AdapterChanges:
     """
     config = read_config(folder)
     kind = config.get("peft_type") or config.get("method")
-    entry = registry.entry_of_adapter(kind)
+    entry = method_registry.entry_of_adapter(kind)
     name = str(kind) if entry is None else entry.name
     if name == "prompt":
         hint = "serve it with the base model, or train with method lora"
@@ -290,7 +290,8 @@ def _lora_changes(folder: Path, model: PreTrainedModel) -> AdapterChanges:
     load_adapter(model, folder)
     record = require_attachment(model)
     for name, layer in record.updated():
-        if (reason := _refusal(layer)) is not None:
+        reason = AdaptedLayer.merge_refusal(layer) if isinstance(layer, LoRABias) else layer.merge_refusal()
+        if reason is not None:
             raise UserError(f"'{name}' cannot be merged: {reason}", location=str(folder), hint="keep it separate")
     changes: list[ParameterChange] = []
     for replacement in record.layers:
@@ -305,21 +306,13 @@ def _lora_changes(folder: Path, model: PreTrainedModel) -> AdapterChanges:
     for bias in record.biases:
         value = bias.parameter.detach()
         changes.append(ParameterChange((bias.name,), ReplacedTensor(value), tuple(value.shape)))
-    replaced: list[str] = []
     for extra in record.extra_modules:
         for key, value in extra.current.state_dict().items():
             names = tuple(f"{name}.{key}" for name in extra.names)
-            replaced += names
             changes.append(ParameterChange(names, ReplacedTensor(value.detach()), tuple(value.shape), new=True))
-    metadata = read_adapter(folder).metadata
-    fingerprint, copies = metadata.get(FINGERPRINT_KEY), dict(record.copies)
-    return AdapterChanges(folder, "lora", changes, fingerprint, frozenset(replaced), copies)
-
-
-def _refusal(layer: AdaptedLayer) -> str | None:
-    if isinstance(layer, LoRABias):
-        return None if layer.activation is None else AdaptedLayer.merge_refusal(layer)
-    return layer.merge_refusal()
+    replaced = frozenset(name for change in changes if change.new for name in change.names)
+    fingerprint = read_adapter(folder).metadata.get(FINGERPRINT_KEY)
+    return AdapterChanges(folder, "lora", changes, fingerprint, replaced, dict(record.copies))
 
 
 def _layer_changes(names: Sequence[str], layer: LoRALayer) -> list[ParameterChange]:
@@ -327,8 +320,7 @@ def _layer_changes(names: Sequence[str], layer: LoRALayer) -> list[ParameterChan
     factors = factors_of(layer)
     change: WeightChange = LowRankChange(factors)
     if isinstance(layer, DoRALayer):
-        columns = isinstance(layer, LoRAConv1D | LoRAEmbedding)
-        change = DoRAChange(factors, layer.lora_magnitude.detach(), not columns)
+        change = DoRAChange(factors, layer.lora_magnitude.detach(), not isinstance(layer, LoRAConv1D | LoRAEmbedding))
     changes = [ParameterChange(tuple(f"{name}.weight" for name in names), change, tuple(layer.weight.shape))]
     if isinstance(layer, LoRABias):
         values = layer.lora_bias.detach() * layer.scaling

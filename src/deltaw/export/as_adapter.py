@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,19 +16,18 @@ from torch import nn
 
 from deltaw.errors import UserError
 from deltaw.export.adapters import LowRankChange, ParameterChange, WeightFactors, factors_of, has_input_rows
-from deltaw.export.base import LogFunction, MergeOptions, MergePlan, prepare_merge
+from deltaw.export.base import MergeOptions, MergePlan, atomic_folder, check_target, prepare_merge
 from deltaw.export.combine import (
     CombinedChange,
     ReducedFactors,
     concatenate_factors,
     reduce_rank,
-    relative_error,
+    relative_errors,
     require_rank,
     stack_factors,
     truncate_dense,
 )
 from deltaw.export.merged import RUN_TOKENIZER_FILES
-from deltaw.export.output_folder import atomic_folder, check_target
 from deltaw.lora import LoRAConfig, load_adapter, read_adapter, save_adapter
 from deltaw.lora.adapt import attach_selected
 from deltaw.lora.attachment import require_attachment
@@ -37,10 +35,10 @@ from deltaw.lora.fingerprint import same_base
 from deltaw.lora.kinds import refusal
 from deltaw.lora.layers import LoRABias, LoRAConv, LoRALayer
 from deltaw.lora.select import Selection, Target
-from deltaw.progress import track_progress
-from deltaw.settings import SETTINGS
+from deltaw.progress import LogFunction, ignore_line, track_progress
+from deltaw.settings.config import SETTINGS
 from deltaw.tensor_files import row_blocks
-from deltaw.training.prompting import copy_system
+from deltaw.training.answers import copy_system
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class AdapterResult:
 
 
 def write_adapter(
-    run: str | Path, output: str | Path, options: MergeOptions, *, rank: int | None, log: LogFunction = lambda _: None
+    run: str | Path, output: str | Path, options: MergeOptions, *, rank: int | None, log: LogFunction = ignore_line
 ) -> AdapterResult:
     """Write one adapter that replaces one or several.
 
@@ -102,15 +100,17 @@ def write_adapter(
             reduced = _reduce_in_place(job, folder, rank)
         else:
             reduced = _combine_adapters(job, folder, rank)
-        _copy_run_files(job, folder)
+        # Copy the run's tokenizer, chat template and prompt settings, and for a single run its settings.
+        copy_system(job.run, folder)
+        for name in [*RUN_TOKENIZER_FILES, *([SETTINGS] if job.combination is None else [])]:
+            if (job.run / name).is_file():
+                shutil.copyfile(job.run / name, folder / name)
         size = (folder / "adapter_model.safetensors").stat().st_size
-    items = reduced.values()
-    squared_error, squared_norm = sum(item.squared_error for item in items), sum(item.squared_norm for item in items)
     num_parameters = sum(item.factors.factor_L.numel() + item.factors.factor_R.numel() for item in reduced.values())
     max_rank = max((item.factors.rank for item in reduced.values()), default=0)
-    errors = {name: relative_error(item.squared_error, item.squared_norm) for name, item in reduced.items()}
-    error, seconds = relative_error(squared_error, squared_norm), time.perf_counter() - start_time
-    return AdapterResult(target, job.base.reference, max_rank, size, num_parameters, errors, error, seconds)
+    errors = relative_errors({name: (item.squared_error, item.squared_norm) for name, item in reduced.items()})
+    seconds = time.perf_counter() - start_time
+    return AdapterResult(target, job.base.reference, max_rank, size, num_parameters, *errors, seconds)
 
 
 def _reduce_in_place(job: MergePlan, folder: Path, rank: int) -> dict[str, ReducedFactors]:
@@ -132,7 +132,9 @@ def _reduce_in_place(job: MergePlan, folder: Path, rank: int) -> dict[str, Reduc
             layer.lora_bias = nn.Parameter(layer.lora_bias * layer.scaling, requires_grad=False)
         _set_factors(layer, reduced_layers[name].factors, rank)
     record.config = replace(record.config, rank=rank, alpha=rank, rank_pattern={}, alpha_pattern={}, rslora=False)
-    _save(model, job, folder, source)
+    metadata = read_adapter(source).metadata
+    kept = {key: value for key, value in metadata.items() if key.startswith("deltaw.")}
+    save_adapter(model, folder, base_model=job.base.reference, task_type=metadata.get("task_type"), metadata=kept)
     return reduced_layers
 
 
@@ -167,7 +169,7 @@ def _combine_adapters(job: MergePlan, folder: Path, rank: int | None) -> dict[st
     fingerprints = [adapter.fingerprint for adapter in job.adapters]
     shortest = min(fingerprints, key=lambda name: len(name or ""))  # the shortest is that of weights rounded to bf16
     record.fingerprint = shortest if all(same_base(shortest, name) for name in fingerprints) else None
-    _save(model, job, folder, None)
+    save_adapter(model, folder, base_model=job.base.reference)
     return combined
 
 
@@ -225,21 +227,3 @@ def _set_factors(layer: LoRALayer, factors: WeightFactors, rank: int) -> None:
     layer.lora_A = nn.Parameter(factor_A.contiguous(), requires_grad=False)
     layer.lora_B = nn.Parameter(factor_B.contiguous(), requires_grad=False)
     vars(layer).update(rank=rank, alpha=float(rank), scaling=1.0, rslora=False)
-
-
-def _save(model: nn.Module, job: MergePlan, folder: Path, source: Path | None) -> None:
-    metadata: Mapping[str, str] = {}
-    task: str | None = "auto"
-    if source is not None:
-        source_metadata = read_adapter(source).metadata
-        metadata = {key: value for key, value in source_metadata.items() if key.startswith("deltaw.")}
-        task = source_metadata.get("task_type")
-    save_adapter(model, folder, base_model=job.base.reference, task_type=task, metadata=metadata)
-
-
-def _copy_run_files(job: MergePlan, folder: Path) -> None:
-    """Copy the run's tokenizer, chat template and prompt settings, and for a single run its settings."""
-    copy_system(job.run, folder)
-    for name in [*RUN_TOKENIZER_FILES, *([SETTINGS] if job.combination is None else [])]:
-        if (job.run / name).is_file():
-            shutil.copyfile(job.run / name, folder / name)

@@ -253,23 +253,24 @@ class Combination:
     changes: list[ParameterChange]
     known_errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
-    def errors(self) -> dict[str, float]:
-        """Return ‖combined − Σ wᵢ·ΔWᵢ‖_F / ‖Σ wᵢ·ΔWᵢ‖_F by parameter. Call this after the weights were written."""
-        return {name: relative_error(*squares) for name, squares in self._squares().items()}
+    def errors(self) -> tuple[dict[str, float], float]:
+        """Return ‖combined − Σ wᵢ·ΔWᵢ‖_F / ‖Σ wᵢ·ΔWᵢ‖_F by parameter, and over all parameters together.
 
-    def total_error(self) -> float:
-        """Return the same error over all parameters together."""
-        squares = list(self._squares().values())
-        return relative_error(sum(error for error, _ in squares), sum(norm for _, norm in squares))
-
-    def _squares(self) -> dict[str, tuple[float, float]]:
+        Call this after the weights were written.
+        """
         combined = [(p.names[0], p.change) for p in self.changes if isinstance(p.change, CombinedChange)]
-        return {**self.known_errors, **{name: (change.squared_error, change.squared_norm) for name, change in combined}}
+        squares = {name: (change.squared_error, change.squared_norm) for name, change in combined}
+        return relative_errors({**self.known_errors, **squares})
 
 
-def relative_error(squared_error: float, squared_norm: float) -> float:
-    """Return the square root of a ratio of sums of squares."""
-    return (squared_error / squared_norm) ** 0.5 if squared_norm > 0 else 0.0
+def relative_errors(squares: Mapping[str, tuple[float, float]]) -> tuple[dict[str, float], float]:
+    """Return the root of (squared error / squared norm) by parameter, and over all parameters together."""
+
+    def ratio(error: float, norm: float) -> float:
+        return (error / norm) ** 0.5 if norm > 0 else 0.0
+
+    total = ratio(sum(error for error, _ in squares.values()), sum(norm for _, norm in squares.values()))
+    return {name: ratio(*values) for name, values in squares.items()}, total
 
 
 def combine(adapters: Sequence[AdapterChanges], recipe: Recipe) -> Combination:

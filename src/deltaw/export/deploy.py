@@ -9,18 +9,18 @@ from difflib import SequenceMatcher
 from pathlib import Path
 
 from deltaw.data.example import Example, rows_of
+from deltaw.decoding.generation import TextGenerator, generate
 from deltaw.errors import UserError
-from deltaw.export.base import LogFunction, MergeOptions, resolve_base
+from deltaw.export.base import MergeOptions, resolve_base
 from deltaw.export.formats import export, ollama_template
 from deltaw.export.programs import Program, ServerUnreachable
 from deltaw.hub.folders import adapter_folder, short_name
 from deltaw.hub.terminators import terminators_in
-from deltaw.progress import track_progress
-from deltaw.runtime.generation import TextGenerator, generate
+from deltaw.progress import LogFunction, ignore_line, track_progress
+from deltaw.training.answers import prompt_of, read_prompting, with_system
 from deltaw.training.evaluation.general_prompts import DRIFT_PROMPTS
-from deltaw.training.open_run import AdaptedModel, open_run
-from deltaw.training.prompting import prompt_of, read_prompting, with_system
-from deltaw.training.tasks.base import read_run_data
+from deltaw.training.open_run import open_run
+from deltaw.training.task import OpenedRun, read_run_data
 
 DEFAULT_QUESTIONS, MAX_ANSWER_TOKENS = 20, 64
 
@@ -93,8 +93,8 @@ def deploy(
     overwrite: bool = False,
     precision: str = "auto",
     questions: int = DEFAULT_QUESTIONS,
-    make_writer: Callable[[AdaptedModel], TextGenerator] = lambda session: lambda *question_texts: None,
-    log: LogFunction = lambda line: None,
+    make_writer: Callable[[OpenedRun], TextGenerator] = lambda session: lambda *question_texts: None,
+    log: LogFunction = ignore_line,
 ) -> DeploymentResult:
     """Merge and export a run, import it into ``program``, and compare the answers of both.
 
@@ -156,11 +156,10 @@ def deploy(
             run_answers = generate(session.model, session.tokenizer, prompts, max_new_tokens=MAX_ANSWER_TOKENS)
     answers = zip(question_texts, run_answers, program_answers, strict=True)
     rows = tuple(DeploymentCheck(q, answer.text, program_answer) for q, answer, program_answer in answers)
-    run_precision = str(session.loaded.choices["precision"].value)
-    return replace(deployed, precision=run_precision, asked=rows, held_out=held_out)
+    return replace(deployed, precision=str(session.loaded.choices["precision"].value), asked=rows, held_out=held_out)
 
 
-def select_questions(session: AdaptedModel, count: int) -> tuple[list[str], int]:
+def select_questions(session: OpenedRun, count: int) -> tuple[list[str], int]:
     """Return held-out prompts of a run, filled up with general prompts, and the number of held-out ones."""
     held_out: dict[str, None] = {}
     if session.config is not None and session.adapter_folder is not None and session.data is not None:

@@ -14,14 +14,15 @@ from deltaw.atomic_files import write_text
 from deltaw.data.rendering import FAULTS, render_with_tokenizer
 from deltaw.data.report import quoted
 from deltaw.errors import UserError, did_you_mean
-from deltaw.export.base import LogFunction, MergeOptions, resolve_base
+from deltaw.export.base import MergeOptions, resolve_base
 from deltaw.export.gguf_file import ADAPTER_KINDS, KINDS
 from deltaw.export.gguf_model import export_gguf, export_gguf_adapter
 from deltaw.export.portable import export_folder, file_names
 from deltaw.hub.folders import adapter_folder, short_name
 from deltaw.hub.terminators import terminators_in
 from deltaw.platforms import shell_word
-from deltaw.training.prompting import read_prompting
+from deltaw.progress import LogFunction, ignore_line
+from deltaw.training.answers import read_prompting
 
 # Ollama uses Go templates instead of Jinja. Three published formats are supported: ChatML, Llama 3 and Gemma. A chat
 # template is recognized by rendering conversations and comparing the texts. Otherwise, TEMPLATE is omitted.
@@ -70,41 +71,27 @@ _CHAT_FORMATS = (
 # Delimiter of multiline texts in a Modelfile, which cannot be escaped, and its replacement.
 _QUOTES, _OTHER_QUOTES = '"""', "'''"
 _SYSTEM: Message = {"role": "system", "content": "Answer briefly."}
-_CONVERSATION: list[Message] = [
-    {"role": "user", "content": "What is 2 + 2?"},
-    {"role": "assistant", "content": "4."},
-    {"role": "user", "content": "And 3 + 3?"},
-]
+_TURNS = (("user", "What is 2 + 2?"), ("assistant", "4."), ("user", "And 3 + 3?"))
+_CONVERSATION: list[Message] = [{"role": role, "content": content} for role, content in _TURNS]
 
 
-def modelfile(
-    source: str,
-    adapter: str | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-    terminators: Iterable[int],
-    system: str = "",
-) -> tuple[str, list[str]]:
-    """Return the text of a Modelfile, and notes for the user.
+def modelfile(source: str, adapter: str | None, chat: OllamaTemplate) -> str:
+    """Return the text of a Modelfile.
 
     Args:
         source: Base or merged model, as in Ollama's FROM.
         adapter: File of the adapter, or None for a merged model.
-        tokenizer: Tokenizer with the chat template, if any.
-        terminators: Ids of the tokens that end an answer.
-        system: System prompt of the training rows, or empty to use the one of the chat template.
+        chat: Chat settings.
     """
     lines = [f"FROM {_path(source)}"]
     if adapter is not None:
         lines.append(f"ADAPTER {_path(adapter)}")
-    chat, notes = ollama_template(tokenizer, terminators, system)
     if chat.template:
         lines.append(f'TEMPLATE """{chat.template}"""')
     lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in chat.stops]
-    if _QUOTES in chat.system:
-        notes.append(f"the system prompt contains {_QUOTES}, invalid in a Modelfile: replaced by {_OTHER_QUOTES}")
     if chat.system:
         lines.append(f"SYSTEM {_QUOTES}{chat.system.replace(_QUOTES, _OTHER_QUOTES)}{_QUOTES}")
-    return "\n".join(lines) + "\n", notes
+    return "\n".join(lines) + "\n"
 
 
 @dataclass(frozen=True)
@@ -119,11 +106,18 @@ class OllamaTemplate:
 def ollama_template(
     tokenizer: PreTrainedTokenizerBase | None, terminators: Iterable[int], system: str = ""
 ) -> tuple[OllamaTemplate, list[str]]:
-    """Return the chat settings for Ollama, and notes for the user. The arguments are those of :func:`modelfile`."""
+    """Return the chat settings for Ollama, and notes for the user.
+
+    Args:
+        tokenizer: Tokenizer with the chat template, if any.
+        terminators: Ids of the tokens that end an answer.
+        system: System prompt of the training rows, or empty to use the one of the chat template.
+    """
+    replaced = f"the system prompt contains {_QUOTES}, invalid in a Modelfile: replaced by {_OTHER_QUOTES}"
+    notes = [replaced] if _QUOTES in system else []
     if tokenizer is None:
-        return OllamaTemplate(system=system), []
+        return OllamaTemplate(system=system), notes
     chat_format, template_system = detect_chat_format(tokenizer) or (None, None)
-    notes = []
     if chat_format is None and tokenizer.chat_template:
         notes.append("the chat template has no equivalent for Ollama: add a TEMPLATE to the Modelfile")
     texts = dict.fromkeys(str(tokenizer.decode([token])) for token in sorted(terminators))
@@ -213,7 +207,7 @@ def export(
     model: str | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
-    log: LogFunction = lambda line: None,
+    log: LogFunction = ignore_line,
 ) -> ExportedFiles:
     """Write the adapter of a run in the format of another program.
 
@@ -234,8 +228,7 @@ def export(
     if format_name in _UNSUPPORTED:
         raise UserError(f"deltaw does not export '{format_name}'", location="--format", hint=_UNSUPPORTED[format_name])
     if format_name not in FORMATS:
-        hint = did_you_mean(format_name, FORMATS)
-        raise UserError(f"unknown format '{format_name}'", location="--format", hint=hint)
+        raise UserError(f"unknown format '{format_name}'", location="--format", hint=did_you_mean(format_name, FORMATS))
     options = MergeOptions(model, trust_remote_code, "fp32", overwrite=overwrite)
     if format_name in _KINDS:
         return _gguf(run, format_name, output, kind or _KINDS[format_name][0], options, log)
@@ -265,8 +258,8 @@ def _gguf(run: Path, name: str, output: Path, kind: str, options: MergeOptions, 
     file_name = f"./{path.name}"
     source, adapter = (os.path.abspath(base.gguf or base.folder), file_name) if is_adapter else (file_name, None)
     system = read_prompting(run).system
-    text, notes = modelfile(source, adapter, tokenizer, terminators, system)
-    write_text(modelfile_path, text)
+    chat, notes = ollama_template(tokenizer, terminators, system)
+    write_text(modelfile_path, modelfile(source, adapter, chat))
     for note in notes:
         log(f"note: {note}")
     hints = [f"system prompt of the training rows, SYSTEM in the Modelfile: {quoted(system, 22)}"] if system else []

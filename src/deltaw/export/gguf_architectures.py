@@ -57,10 +57,9 @@ class Architecture:
 
 
 def _check_gpt2(config: PretrainedConfig) -> None:
-    if config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights:
-        raise _unsupported(config, "custom scaling of attention scores")
-    if config.add_cross_attention:
-        raise _unsupported(config, "cross-attention")
+    is_scaled = config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights
+    _refuse_if(is_scaled, config, "custom scaling of attention scores")
+    _refuse_if(config.add_cross_attention, config, "cross-attention")
 
 
 def _check_gemma2(config: PretrainedConfig) -> None:
@@ -71,32 +70,30 @@ def _check_gemma2(config: PretrainedConfig) -> None:
 def _check_gemma3(config: PretrainedConfig) -> None:
     _check_score_scale(config, large=62)
     _check_windows(config, [(i + 1) % 6 != 0 for i in range(config.num_hidden_layers)])
-    if getattr(config, "use_bidirectional_attention", False):
-        raise _unsupported(config, "attention to later tokens")
+    _refuse_if(getattr(config, "use_bidirectional_attention", False), config, "attention to later tokens")
 
 
 def _check_smollm3(config: PretrainedConfig) -> None:
-    expected = [int((i + 1) % 4 != 0) for i in range(config.num_hidden_layers)]
-    if list(config.no_rope_layers) != expected:
-        raise _unsupported(config, f"layers without rotary embeddings ({config.no_rope_layers}); it takes every fourth")
+    layers = list(config.no_rope_layers)
+    feature = f"layers without rotary embeddings ({layers}); it takes every fourth"
+    _refuse_if(layers != [int((i + 1) % 4 != 0) for i in range(config.num_hidden_layers)], config, feature)
 
 
 def _check_qwen(config: PretrainedConfig) -> None:
-    if getattr(config, "use_sliding_window", False) and "sliding_attention" in (config.layer_types or []):
-        raise _unsupported(config, "sliding windows in some layers")
+    windowed = getattr(config, "use_sliding_window", False) and "sliding_attention" in (config.layer_types or [])
+    _refuse_if(windowed, config, "sliding windows in some layers")
 
 
 def _check_score_scale(config: PretrainedConfig, *, large: int) -> None:
     """Check the score scale: llama.cpp uses the head size, and width / heads for the model with ``large`` layers."""
     by_width = config.hidden_size / config.num_attention_heads
-    expected = by_width if config.num_hidden_layers == large else config.head_dim
-    if config.query_pre_attn_scalar != expected:
-        raise _unsupported(config, f"query_pre_attn_scalar {config.query_pre_attn_scalar} (it takes {expected:g})")
+    expected, scalar = by_width if config.num_hidden_layers == large else config.head_dim, config.query_pre_attn_scalar
+    _refuse_if(scalar != expected, config, f"query_pre_attn_scalar {scalar} (it takes {expected:g})")
 
 
 def _check_windows(config: PretrainedConfig, windowed: list[bool]) -> None:
-    if [kind == "sliding_attention" for kind in config.layer_types] != windowed:
-        raise _unsupported(config, "order of sliding-window and full-attention layers, unlike the published models")
+    differs = [kind == "sliding_attention" for kind in config.layer_types] != windowed
+    _refuse_if(differs, config, "order of sliding-window and full-attention layers, unlike the published models")
 
 
 _FAMILIES: dict[str, Architecture] = {
@@ -126,8 +123,8 @@ def find_architecture(config: PretrainedConfig) -> Architecture:
     keys = ("hidden_activation", "hidden_act", "activation_function")
     configured = [value for key in keys if (value := getattr(config, key, None)) is not None]
     activation = configured[0] if configured else architecture.activations[0]
-    if activation not in architecture.activations:
-        raise _unsupported(config, f"the activation '{activation}' (it computes {architecture.activations[0]})")
+    feature = f"the activation '{activation}' (it computes {architecture.activations[0]})"
+    _refuse_if(activation not in architecture.activations, config, feature)
     if architecture.check is not None:
         architecture.check(config)
     return architecture
@@ -195,7 +192,8 @@ def adjacent_pairs(rows: Tensor, heads: int) -> Tensor:
     return torch.movedim(halves, 1, 2).reshape(rows.shape)
 
 
-def _unsupported(config: PretrainedConfig, feature: str) -> UserError:
-    hint = "serve it with deltaw serve, or merge it (deltaw merge) for another program"
-    message = f"llama.cpp does not support this {config.model_type} model's {feature}"
-    return UserError(message, location="model", hint=hint)
+def _refuse_if(is_unsupported: bool, config: PretrainedConfig, feature: str) -> None:
+    if is_unsupported:
+        hint = "serve it with deltaw serve, or merge it (deltaw merge) for another program"
+        message = f"llama.cpp does not support this {config.model_type} model's {feature}"
+        raise UserError(message, location="model", hint=hint)

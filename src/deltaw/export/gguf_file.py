@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -65,8 +66,7 @@ def storage_type(name: str, shape: tuple[int, ...], kind: str) -> Q:
     if len(shape) < 2 or name in _ALWAYS_F32 or name.endswith("_norm.weight"):
         return Q.F32
     matrices, outer, _ = KINDS[kind]
-    requested = outer if name in _OUTER else matrices
-    for candidate in (requested, Q.Q8_0):
+    for candidate in (outer if name in _OUTER else matrices, Q.Q8_0):
         if shape[-1] % gguf.GGML_QUANT_SIZES[candidate][0] == 0:
             return candidate
         if candidate not in _K_QUANTS:
@@ -135,7 +135,7 @@ Tensors = Iterable[tuple[str, np.ndarray]]
 """(name, fp32 values) in any order, each name once."""
 
 
-def write_gguf(path: Path, arch: str, metadata: Callable[[GGUFWriter], None], shapes: Shapes, tensors: Tensors) -> int:
+def write_gguf(path: Path, arch: str, metadata: Callable[[GGUFWriter], None], shapes: Shapes, tensors: Tensors) -> None:
     """Write a GGUF file atomically.
 
     Args:
@@ -144,9 +144,6 @@ def write_gguf(path: Path, arch: str, metadata: Callable[[GGUFWriter], None], sh
         metadata: Function that adds the other metadata.
         shapes: Shapes of all tensors, in file order.
         tensors: Values of the tensors.
-
-    Returns:
-        Size of the file in bytes.
 
     Raises:
         UserError: if the folder is not writable.
@@ -183,7 +180,12 @@ def write_gguf(path: Path, arch: str, metadata: Callable[[GGUFWriter], None], sh
             file.truncate(data + end)
         finally:
             out.close()
-    return path.stat().st_size
+
+
+def add_optional(add: Callable[[Any], object], value: object) -> None:
+    """Write a value that is not None."""
+    if value is not None:
+        add(value)
 
 
 def open_gguf(path: Path) -> GGUFReader:
@@ -204,9 +206,6 @@ def copy_metadata(reader: GGUFReader, out: GGUFWriter, *, include: Callable[[str
     for key, field in reader.fields.items():
         if key.startswith("GGUF.") or key == gguf.Keys.General.ARCHITECTURE or not include(key):
             continue
-        kind = field.types[0]
-        item_type = field.types[-1] if kind == GGUFValueType.ARRAY else None
-        value = field.contents()
-        if kind == GGUFValueType.ARRAY and not value:
-            continue  # GGUF does not support empty arrays
-        out.add_key_value(key, value, kind, item_type)
+        value, is_array = field.contents(), field.types[0] == GGUFValueType.ARRAY
+        if value or not is_array:  # GGUF does not support empty arrays
+            out.add_key_value(key, value, field.types[0], field.types[-1] if is_array else None)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from gguf import MODEL_ARCH, GGUFReader, GGUFType, GGUFValueType, GGUFWriter, Ro
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from deltaw.errors import UserError
-from deltaw.export.base import AdapterBase, ExportResult, LogFunction, MergeOptions, prepare_merge
+from deltaw.export.base import AdapterBase, ExportResult, MergeOptions, prepare_merge
 from deltaw.export.gguf_architectures import (
     CONVERTER_HINT,
     Architecture,
@@ -27,13 +28,22 @@ from deltaw.export.gguf_architectures import (
     head_size,
     key_heads,
 )
-from deltaw.export.gguf_file import KINDS, Shapes, copy_metadata, open_gguf, require_kind, storage_type, write_gguf
+from deltaw.export.gguf_file import (
+    KINDS,
+    Shapes,
+    add_optional,
+    copy_metadata,
+    open_gguf,
+    require_kind,
+    storage_type,
+    write_gguf,
+)
 from deltaw.export.gguf_tokenizer import add_chat_template, add_tokenizer, extract_vocabulary
 from deltaw.export.merged import MergedModel, MergedTensor, NeedsMemoryMerge, assemble
-from deltaw.export.plain_adapter import PlainUpdate
-from deltaw.export.portable import folded_lines, read_pair, require_same_base, require_text
+from deltaw.export.portable import PlainUpdate, folded_lines, read_pair, require_same_base, require_text
 from deltaw.hub.terminators import terminators_in
 from deltaw.lora.fingerprint import FINGERPRINT_KEY
+from deltaw.progress import LogFunction, ignore_line
 
 Rope = Mapping[str, Any]
 
@@ -73,14 +83,9 @@ def add_hyperparameters(out: GGUFWriter, architecture: Architecture, config: Pre
         out.add_sliding_window(0)  # 0 disables the sliding window in llama.cpp
     elif architecture.arch in (MODEL_ARCH.GEMMA2, MODEL_ARCH.GEMMA3):
         out.add_sliding_window(config.sliding_window)
-        _add_optional(out.add_attn_logit_softcapping, config.attn_logit_softcapping)
-        _add_optional(out.add_final_logit_softcapping, config.final_logit_softcapping)
+        add_optional(out.add_attn_logit_softcapping, config.attn_logit_softcapping)
+        add_optional(out.add_final_logit_softcapping, config.final_logit_softcapping)
     return notes
-
-
-def _add_optional(add: Callable[[float], None], value: float | None) -> None:
-    if value is not None:
-        add(value)
 
 
 def rope_tensors(config: PretrainedConfig) -> dict[str, np.ndarray]:
@@ -113,8 +118,7 @@ def _add_positions(out: GGUFWriter, architecture: Architecture, config: Pretrain
     rope = _rope(config)
     out.add_rope_dimension_count(int(head_size * rope.get("partial_rotary_factor", 1.0)))
     out.add_rope_freq_base(float(rope["rope_theta"]))
-    local = config.rope_parameters.get("sliding_attention")
-    if local is not None:
+    if (local := config.rope_parameters.get("sliding_attention")) is not None:
         if local.get("rope_type", "default") != "default":
             raise _unknown(f"{local['rope_type']} in windowed layers")
         out.add_rope_freq_base_swa(float(local["rope_theta"]))
@@ -124,9 +128,9 @@ def _add_positions(out: GGUFWriter, architecture: Architecture, config: Pretrain
         out.add_rope_scaling_factor(rope["factor"])
     if kind == "yarn":
         out.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-        _add_optional(out.add_rope_scaling_yarn_attn_factor, rope.get("attention_factor"))
-        _add_optional(out.add_rope_scaling_yarn_beta_fast, rope.get("beta_fast"))
-        _add_optional(out.add_rope_scaling_yarn_beta_slow, rope.get("beta_slow"))
+        add_optional(out.add_rope_scaling_yarn_attn_factor, rope.get("attention_factor"))
+        add_optional(out.add_rope_scaling_yarn_beta_fast, rope.get("beta_fast"))
+        add_optional(out.add_rope_scaling_yarn_beta_slow, rope.get("beta_slow"))
     elif kind == "longrope" and architecture.arch == MODEL_ARCH.PHI3:
         out.add_rope_scaling_attn_factors(_long_attention(rope, config))
     elif kind not in ("default", "linear") and (kind != "llama3" or architecture.arch != MODEL_ARCH.LLAMA):
@@ -163,7 +167,7 @@ _NOT_COPIED = ("general.", "split.", "quantize.", "deltaw.")
 
 
 def export_gguf(
-    run: Path, path: Path, kind: str = "f16", options: MergeOptions | None = None, log: LogFunction = lambda line: None
+    run: Path, path: Path, kind: str = "f16", options: MergeOptions | None = None, log: LogFunction = ignore_line
 ) -> ExportResult:
     """Merge the adapter of a run into its base model and write a GGUF file.
 
@@ -222,21 +226,20 @@ def export_gguf(
         tensor_shapes = {name: numbers.shape for name, numbers in extra_tensors.items()}
         tensor_shapes |= {name: names.shape(output.name, output.shape) for name, output in outputs.items()}
         shapes: Shapes = {name: (shape, storage_type(name, shape, kind)) for name, shape in tensor_shapes.items()}
-        size = write_gguf(path, architecture.name, metadata, shapes, tensors())
+        write_gguf(path, architecture.name, metadata, shapes, tensors())
     for note in notes:
         log(note)
     types = Counter(stored.name for _, stored in shapes.values())
     type_counts = ", ".join(f"{count} {name}" for name, count in sorted(types.items()))
-    details: dict[str, object] = {"kind": kind, "types": dict(types), "notes": notes}
-    return _export_result(path, size, len(shapes), architecture, details, f"{len(shapes)} tensors ({type_counts})")
+    summary = f"{len(shapes)} tensors ({type_counts})"
+    return _export_result(path, architecture, summary, tensors=len(shapes), kind=kind, types=dict(types), notes=notes)
 
 
-def _export_result(
-    path: Path, size: int, tensors: int, architecture: Architecture, details: dict[str, object], summary: str
-) -> ExportResult:
-    """Return the result for a file of ``size`` bytes."""
-    details = {"path": str(path), "size": size, "tensors": tensors, "architecture": architecture.name, **details}
-    return ExportResult(details, [f"architecture {architecture.name}", summary, f"{size / 1e6:.1f} MB"])
+def _export_result(path: Path, architecture: Architecture, summary: str, **details: object) -> ExportResult:
+    """Return the result for a written file."""
+    size = path.stat().st_size
+    lines = [f"architecture {architecture.name}", summary, f"{size / 1e6:.1f} MB"]
+    return ExportResult({"path": str(path), "size": size, "architecture": architecture.name, **details}, lines)
 
 
 def _add_origin(out: GGUFWriter, run: Path, base: AdapterBase, kind: str) -> None:
@@ -299,7 +302,7 @@ _MERGE = "merge it instead: --format gguf"
 
 
 def export_gguf_adapter(
-    run: Path, path: Path, kind: str = "f32", options: MergeOptions | None = None, log: LogFunction = lambda line: None
+    run: Path, path: Path, kind: str = "f32", options: MergeOptions | None = None, log: LogFunction = ignore_line
 ) -> ExportResult:
     """Write the adapter of a run to a GGUF file.
 
@@ -339,18 +342,15 @@ def export_gguf_adapter(
         if fingerprint is not None:
             out.add_string(FINGERPRINT_KEY, fingerprint)
 
-    storage = KINDS[kind][0]
-    shapes = {
-        f"{name}.lora_{letter}": (tuple(factor.shape), storage)
-        for name, update in named_updates
-        for letter, factor in (("a", update.factor_A), ("b", update.factor_B))
-    }
-    size = write_gguf(path, architecture.name, metadata, shapes, tensors())
-    num_folded = sum(factor != 1 for factor in factors)
-    details: dict[str, object] = {"alpha": alpha, "folded": num_folded}
-    count = len(named_updates)
-    result = _export_result(path, size, count, architecture, details, f"{count} modules, alpha {alpha:g}")
-    return ExportResult(result.details, result.lines + folded_lines(num_folded))
+    shapes: dict[str, tuple[tuple[int, ...], gguf.GGMLQuantizationType]] = {}
+    for name, update in named_updates:
+        shapes[f"{name}.lora_a"] = tuple(update.factor_A.shape), KINDS[kind][0]
+        shapes[f"{name}.lora_b"] = tuple(update.factor_B.shape), KINDS[kind][0]
+    write_gguf(path, architecture.name, metadata, shapes, tensors())
+    folded, count = sum(factor != 1 for factor in factors), len(named_updates)
+    summary = f"{count} modules, alpha {alpha:g}"
+    result = _export_result(path, architecture, summary, tensors=count, alpha=alpha, folded=folded)
+    return replace(result, lines=result.lines + folded_lines(folded))
 
 
 def unify_alpha(updates: Sequence[PlainUpdate]) -> tuple[float, list[float]]:

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from deltaw.errors import UserError
 from deltaw.export.gguf_architectures import CONVERTER_HINT
+from deltaw.export.gguf_file import add_optional
 from deltaw.hub.terminators import turn_ends
 
 # A GGUF file contains only the name of a byte-level pre-tokenizer (``tokenizer.ggml.pre``). The name is determined by
@@ -129,21 +130,15 @@ def add_tokenizer(out: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int
     out.add_tokenizer_model(vocabulary.model)
     out.add_tokenizer_pre(vocabulary.pre)
     out.add_token_list(vocabulary.tokens)
-    if vocabulary.scores is not None:
-        out.add_token_scores(vocabulary.scores)
+    add_optional(out.add_token_scores, vocabulary.scores)
     out.add_token_types(vocabulary.types)
-    if vocabulary.merges is not None:
-        out.add_token_merges(vocabulary.merges)
-    if vocabulary.space_prefix is not None:
-        out.add_add_space_prefix(vocabulary.space_prefix)
+    add_optional(out.add_token_merges, vocabulary.merges)
+    add_optional(out.add_add_space_prefix, vocabulary.space_prefix)
     for name in ("bos", "eos", "unk", "pad"):
-        token = getattr(tokenizer, f"{name}_token_id")
-        if token is not None:
-            getattr(out, f"add_{name}_token_id")(int(token))
-    turn_terminators = [token for token in turn_ends(tokenizer) if token in set(terminators)]
-    other_terminators = [token for token in turn_terminators if token != tokenizer.eos_token_id]
-    if other_terminators:
-        out.add_eot_token_id(other_terminators[-1])
+        add_optional(getattr(out, f"add_{name}_token_id"), getattr(tokenizer, f"{name}_token_id"))
+    turn_terminators = [token for token in turn_ends(tokenizer) if token in {*terminators} - {tokenizer.eos_token_id}]
+    if turn_terminators:
+        out.add_eot_token_id(turn_terminators[-1])
     added = list(tokenizer("a")["input_ids"])
     out.add_add_bos_token(tokenizer.bos_token_id is not None and added[0] == tokenizer.bos_token_id)
     out.add_add_eos_token(tokenizer.eos_token_id is not None and added[-1] == tokenizer.eos_token_id)
@@ -175,13 +170,12 @@ def extract_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabul
     if max(tokenizer.get_vocab().values()) >= size:
         message = f"the tokenizer has more tokens than the model's embedding has rows ({size})"
         raise UserError(message, location="tokenizer.json", hint="use the tokenizer of the model")
-    tokens, types = _tokens(tokenizer, model["vocab"], size, bytes_as_tokens=bool(model["byte_fallback"]))
+    tokens, types = _tokens(tokenizer, model, size)
     pairs = [merge.split(" ") if isinstance(merge, str) else list(merge) for merge in model["merges"]]
     if not pairs:
         raise _unknown("BPE without merges")
     if not model["byte_fallback"]:
-        merges = [" ".join(pair) for pair in pairs]
-        return Vocabulary("gpt2", pre_tokenizer_name(backend), tokens, types, merges=merges)
+        return Vocabulary("gpt2", pre_tokenizer_name(backend), tokens, types, merges=[" ".join(pair) for pair in pairs])
     if model["dropout"] or not any(_SPACE in token for token in model["vocab"]):
         raise _unknown("byte-fallback BPE other than SentencePiece")
     ranks: dict[str, int] = {}
@@ -198,25 +192,21 @@ _SPECIAL = re.compile(r"<pad>|<mask>|\[@BOS@\]|<2mass>|<\|(.*\|)?>|<unused.*>", 
 _BYTE = re.compile(r"<0x..>", re.DOTALL)
 
 
-def _tokens(
-    tokenizer: PreTrainedTokenizerFast, vocabulary: dict[str, int], size: int, *, bytes_as_tokens: bool
-) -> tuple[list[str], list[int]]:
-    by_id = {number: token for token, number in vocabulary.items()}
+def _tokens(tokenizer: PreTrainedTokenizerFast, model: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
+    by_id, bytes_as_tokens = {number: token for token, number in model["vocab"].items()}, bool(model["byte_fallback"])
     tokens, types = [], []
     added = tokenizer.added_tokens_decoder
     for number in range(size):
+        token, kind = by_id.get(number, f"[PAD{number}]"), TokenType.UNUSED
         if number in added:
-            entry = added[number]
-            special = entry.special or _SPECIAL.fullmatch(entry.content)
-            tokens.append(entry.content if special else entry.content.replace(_SPACE, " "))
-            types.append(TokenType.CONTROL if special else TokenType.USER_DEFINED)
+            token = added[number].content
+            is_special = added[number].special or _SPECIAL.fullmatch(token)
+            kind = TokenType.CONTROL if is_special else TokenType.USER_DEFINED
+            token = token if is_special else token.replace(_SPACE, " ")
         elif number in by_id:
-            tokens.append(by_id[number])
-            is_byte = bytes_as_tokens and _BYTE.fullmatch(by_id[number])
-            types.append(TokenType.BYTE if is_byte else TokenType.NORMAL)
-        else:
-            tokens.append(f"[PAD{number}]")
-            types.append(TokenType.UNUSED)
+            kind = TokenType.BYTE if bytes_as_tokens and _BYTE.fullmatch(token) else TokenType.NORMAL
+        tokens.append(token)
+        types.append(kind)
     if bytes_as_tokens and tokenizer.unk_token_id is not None:
         types[tokenizer.unk_token_id] = TokenType.UNKNOWN
     return tokens, [int(kind) for kind in types]
@@ -224,5 +214,4 @@ def _tokens(
 
 def _unknown(kind: str) -> UserError:
     hint = f"supported are byte-level BPE and SentencePiece BPE; otherwise {CONVERTER_HINT}"
-    message = f"deltaw does not export tokenizers of type '{kind}' to GGUF"
-    return UserError(message, location="tokenizer.json", hint=hint)
+    return UserError(f"deltaw does not export '{kind}' tokenizers to GGUF", location="tokenizer.json", hint=hint)

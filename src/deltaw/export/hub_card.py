@@ -5,7 +5,9 @@ Only counts and hashes of the rows are published, never rows.
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath, PureWindowsPath
@@ -13,25 +15,20 @@ from typing import Any
 
 import yaml
 
-from deltaw.data.mixture import references
 from deltaw.data.sources import is_on_hub
+from deltaw.errors import redact
 from deltaw.hub import packages
 from deltaw.hub.folders import resolve_hub_id
-from deltaw.local_names import Kind, replace_names
+from deltaw.methods.trust import CHAT_TEMPLATE
 from deltaw.runs.folder import Run, mapping
 from deltaw.runs.summary import PEFT_METHODS
-from deltaw.settings import RunConfig
+from deltaw.settings import task_registry
+from deltaw.settings.config import RunConfig
+from deltaw.settings.local_names import Kind, replace_names
+from deltaw.settings.mixture import references
 from deltaw.training.drift import Drift
 from deltaw.training.evaluation.base import metric_format
-from deltaw.training.open_run import CHAT_TEMPLATE
 
-_PIPELINES = {
-    "causal-lm": "text-generation",
-    "preference": "text-generation",
-    "sequence-classification": "text-classification",
-    "image-classification": "image-classification",
-    "reranking": "text-ranking",
-}
 _DROP_REASONS = {
     "not_selected": "not used: more than the requested number of rows",
     "duplicates": "dropped: duplicate of an earlier row",
@@ -113,9 +110,9 @@ def model_card(run: Run, config: RunConfig, base: PublicBase, repo: str, *, merg
     header: dict[str, object] = {}
     if resolve_hub_id(base.name) is not None:  # the hub rejects other names
         header = {"base_model": base.name, "base_model_relation": "finetune" if merged else "adapter"}
-    header |= {"library_name": "peft"} if method in PEFT_METHODS and not merged else {}
-    header |= {"library_name": "transformers"} if merged else {}
-    header |= {"pipeline_tag": _PIPELINES[task]} if task in _PIPELINES else {}
+    library = "transformers" if merged else "peft" if method in PEFT_METHODS else None
+    optional = {"library_name": library, "pipeline_tag": task_registry.entry_of(task).pipeline}
+    header |= {key: value for key, value in optional.items() if value is not None}
     revision = f" at revision `{base.revision}`" if base.revision else ""
     subject, relation = ("A model: the base model", "with its adapter merged, ") if merged else ("An adapter", "for ")
     kind = f"{method}, {task}" + (f", rank {config.lora.rank}, alpha {config.lora.alpha:g}" if method == "lora" else "")
@@ -125,7 +122,10 @@ def model_card(run: Run, config: RunConfig, base: PublicBase, repo: str, *, merg
     warning = mapping(run.result.get("generation")).get("line")
     lines += ["", f"**{warning}**"] if warning else []
     lines += ["", "## Scores on held-out rows", "", *_scores(run), "", "## Data", "", *_data(run, config), ""]
-    lines += ["## Use", "", "```bash", *_use(run, repo, base, merged), "```", ""]
+    reference = repo if merged else f"{repo} --model {base.reference}"
+    commands = [f"deltaw chat {reference}", f"deltaw serve {reference}"]
+    commands = commands if run.values.get("writes_text") else [f"deltaw eval {reference} --data FILE"]
+    lines += ["## Use", "", "```bash", *commands, "```", ""]
     seed, steps = config.train.seed, run.result.get("steps")
     lines += ["## Reproduce the training", "", "```bash", f"hf download {repo} run.yaml --local-dir ."]
     rows = ", ".join(_code(public_name(reference)) for reference in references(config.data.train))
@@ -138,8 +138,7 @@ def model_card(run: Run, config: RunConfig, base: PublicBase, repo: str, *, merg
 def _scores(run: Run) -> Iterator[str]:
     """Yield a table of every metric before and after training, and the drift."""
     yield from ("| | base model | trained |", "| --- | --- | --- |")
-    trained = dict(_flat(mapping(run.result.get("eval"))))
-    for name, value in trained.items():
+    for name, value in _flat(mapping(run.result.get("eval"))):
         yield f"| {name.replace('_', ' ')} | {_value(name, run.base.get(name))} | {_value(name, value)} |"
     score = mapping(run.result.get("score"))
     if isinstance(interval := score.get("interval"), list):
@@ -185,12 +184,69 @@ def _data(run: Run, config: RunConfig) -> Iterator[str]:
             yield f"- content hash of the {description}: `{digest}`"
 
 
-def _use(run: Run, repo: str, base: PublicBase, merged: bool) -> list[str]:
-    model = "" if merged else f" --model {base.reference}"
-    commands = ("chat", "serve") if run.values.get("writes_text") else ("eval",)
-    return [f"deltaw {command} {repo}{model}" + (" --data FILE" if command == "eval" else "") for command in commands]
-
-
 def _code(text: str) -> str:
     """Format untrusted text as inline code that cannot be escaped by Markdown."""
     return f"`{' '.join(text.replace('`', chr(39)).split())}`"
+
+
+# Removal of secrets from published texts, with the patterns of detect-secrets and additional ones. Only patterns of
+# known secret types are used. Keywords such as "password" and entropy checks are not, because settings and cards
+# contain hashes.
+
+
+MARK = "REMOVED"
+# Secret types that detect-secrets does not detect or detects only partially.
+_PATTERNS = {
+    "private key": r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----"
+    r"(?:(?s:.{0,20000}?)-----END [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----|(?:[\s\\rn]*[A-Za-z0-9+/=]{20,})*)",
+    "Hugging Face token": r"\bhf_[A-Za-z0-9]{16,}",
+    "GitHub token": r"\b(?:gh[pousr]_\w{16,}|github_pat_\w{16,})",
+    "AWS secret key": r"(?i:aws.{0,40}?[\s:=\"'])[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+=])",
+    "Google API key": r"\bAIza[\w-]{30,}",
+    "Stripe key": r"\b(?:[sr]k|whsec)_(?:live|test)_\w{16,}",
+    "Slack token": r"\bxox[a-z]-[\w-]{10,}|\bxapp-[\w-]{10,}",
+    "npm token": r"\bnpm_[A-Za-z0-9]{30,}|(?<=_authToken=)[^\s\"']{8,}",
+    "JSON web token": r"\beyJ[\w=-]{8,}\.[\w=-]{8,}(?:\.[\w.+/=-]*)?",
+    "bearer token": r"(?i:\bbearer\s+)[\w.~+/-]{20,}=*",
+    "API key": r"\b(?:sk-|gsk_|r8_|xai-|pplx-|nvapi-|tvly-|dop_v1_|dapi|hvs\.|glpat-)[\w-]{16,}",
+}
+_TOP_FOLDERS = "home|Users|root|srv|mnt|media|data|opt|var|tmp|private|Volumes|work"
+_PATH = re.compile(rf"(?<![\w.:/~-])(?:~/|/(?:{_TOP_FOLDERS})/|[A-Za-z]:\\)[\w./\\-]+")
+# Detectors of other information, or of secrets covered above.
+_IGNORED = ("Public IP (ipv4)", "Basic Auth Credentials")
+
+
+def remove_secrets(text: str) -> tuple[str, list[str]]:
+    """Replace each secret by :data:`MARK`, and return the text and the types of the secrets.
+
+    Values of environment variables such as HF_TOKEN, and user information in URLs, also count as secrets.
+    """
+    redacted = redact(text, MARK)
+    kinds: list[str] = ["key or password from this machine's environment or a URL"] * (redacted != text)
+    text = redacted
+    for kind, pattern in _patterns():
+        text, count = pattern.subn(_replacement, text)
+        kinds += [kind] * bool(count)
+    return text, list(dict.fromkeys(kinds))
+
+
+def path_in(text: str) -> str | None:
+    """Return the first text that looks like a path in a user's file system, or None."""
+    match = _PATH.search(text)
+    return None if match is None else match[0].rstrip()
+
+
+def _replacement(match: re.Match[str]) -> str:
+    """Return the replacement of a match. Leading and trailing quotes and white space are retained."""
+    return re.sub(r"(?s)\A([\s:=\"']*).*?([\s\"']*)\Z", rf"\1{MARK}\2", match[0])
+
+
+@functools.cache
+def _patterns() -> list[tuple[str, re.Pattern[str]]]:
+    from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
+    from detect_secrets.plugins.base import RegexBasedDetector
+
+    kinds: Any = get_mapping_from_secret_type_to_class().items()
+    detectors = {kind: cls for kind, cls in kinds if issubclass(cls, RegexBasedDetector) and kind not in _IGNORED}
+    patterns = [(kind, re.compile(pattern)) for kind, pattern in _PATTERNS.items()]
+    return patterns + [(kind, pattern) for kind, cls in detectors.items() for pattern in cls.denylist]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from deltaw.errors import UserError
 from deltaw.export.adapters import ParameterChange, WeightChange
-from deltaw.export.base import LogFunction, MergeOptions, MergePlan, prepare_merge
+from deltaw.export.base import MergeOptions, MergePlan, atomic_folder, check_target, prepare_merge
 from deltaw.export.merged import (
     PRECISIONS,
     MergedModel,
@@ -28,13 +28,13 @@ from deltaw.export.merged import (
     write_metadata_files,
     write_weights,
 )
-from deltaw.export.output_folder import atomic_folder, check_target
 from deltaw.hub.checkpoint import read_checkpoint
-from deltaw.hub.quiet import quiet
+from deltaw.hub.transformers_private import quiet
 from deltaw.kernels.torch_private import direct_parameters
+from deltaw.lora.attachment import find_spots
 from deltaw.lora.fingerprint import base_fingerprint, same_base
-from deltaw.lora.replaced_modules import find_spots
 from deltaw.methods.parameters import parameters_by_name
+from deltaw.progress import LogFunction, ignore_line
 from deltaw.tensor_files import row_blocks
 
 # Changes of a loaded model are not rounded to a narrower type. Weights tied to an unchanged weight are untied, and
@@ -183,7 +183,7 @@ def merge_run(
     *,
     verify: Callable[[MergePlan, Path], object] | None = None,
     keep: bool = False,
-    log: LogFunction = lambda line: None,
+    log: LogFunction = ignore_line,
 ) -> MergeResult:
     """Merge the adapter of ``run`` into its base model and write the folder ``output``.
 
@@ -221,6 +221,7 @@ def merge_run(
             for note in merged.notes:
                 log(note)
             write_metadata_files(merged, folder)
+            errors, error = ({}, None) if job.combination is None else job.combination.errors()
             result = MergeResult(
                 output=target,
                 base=job.base.reference,
@@ -236,8 +237,8 @@ def merge_run(
                 in_memory=reason_to_load,
                 seconds=time.perf_counter() - start_time,
                 notes=list(merged.notes),
-                errors={} if job.combination is None else job.combination.errors(),
-                error=None if job.combination is None else job.combination.total_error(),
+                errors=errors,
+                error=error,
             )
             if verify is not None:
                 try:

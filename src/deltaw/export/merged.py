@@ -6,7 +6,6 @@ in the base model's files. :class:`NeedsMemoryMerge` is raised if tensors cannot
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
 import shutil
@@ -15,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,13 +34,13 @@ from deltaw.hub.checkpoint import (
 )
 from deltaw.hub.sentence_layout import copy_layout
 from deltaw.hub.terminators import terminators_in
-from deltaw.hub.tokenizers import TOKENIZER_FILES, tokenizer_in
+from deltaw.hub.tokenizers import CONFIG_FILES, TOKENIZER_FILES, tokenizer_in
 from deltaw.hub.transformers_private import FOLLOWS_MODEL
 from deltaw.methods.parameters import parameters_by_name
 from deltaw.progress import track_progress
-from deltaw.tasks import entry_of
+from deltaw.settings.task_registry import entry_of
 from deltaw.tensor_files import StoredTensor, TensorEntry, TensorWriter, row_blocks
-from deltaw.training.prompting import copy_system
+from deltaw.training.answers import copy_system
 from deltaw.version import __version__
 
 # The merge changes config.json only if required: untied weights, added biases, a classification head with its classes,
@@ -122,27 +122,21 @@ def read_settings(folder: Path) -> dict[str, object]:
 
 
 def merged_config(
-    base: AdapterBase,
-    skeleton: PreTrainedModel,
-    settings: Mapping[str, object],
-    untied: Sequence[str],
-    added: Mapping[str, object],
-    dtype: torch.dtype | None,
+    job: MergePlan, skeleton: PreTrainedModel, merged: dict[str, Any], untied: Sequence[str], added: Sequence[str]
 ) -> MergedConfig:
     """Return the configuration of the merged model.
 
     Args:
-        base: Base model.
+        job: Plan of the merge.
         skeleton: Base model for the adapter's task, on the meta device.
-        settings: Base model's config.json.
+        merged: Base model's config.json, which is modified.
         untied: Names of weights that are no longer tied.
         added: Names of trained biases that the base model lacks.
-        dtype: Type of all weights, or None to retain their types.
 
     Raises:
         UserError: if the architecture does not support a bias.
     """
-    merged = copy.deepcopy(dict(settings))
+    base, dtype = job.base, PRECISIONS.get(job.options.precision)
     name = type(skeleton).__name__
     model_classes = merged.get("architectures") or [name]
     other_class = name not in (model_classes if isinstance(model_classes, list) else [model_classes])
@@ -150,11 +144,10 @@ def merged_config(
         merged["architectures"] = [name]
     if base.outputs is not None:
         labels = base.classes or tuple(f"LABEL_{number}" for number in range(base.outputs))
+        merged |= entry_of(base.task).config
         merged.pop("num_labels", None)
         merged["id2label"] = {str(number): label for number, label in enumerate(labels)}
         merged["label2id"] = {label: number for number, label in enumerate(labels)}
-        if base.task == "regression":
-            merged["problem_type"] = "regression"
     # The configuration, and the nested configuration of the text model in a multimodal model.
     text_config = merged.get("text_config")
     for section in [merged, text_config] if isinstance(text_config, dict) else [merged]:
@@ -163,7 +156,7 @@ def merged_config(
         for key in ("dtype", "torch_dtype"):
             if dtype is not None and (key in section or (section is merged and key == "dtype")):
                 section[key] = str(dtype).removeprefix("torch.")
-    zeros = _with_biases(base, skeleton, merged, list(added)) if added else {}
+    zeros = _with_biases(base, skeleton, merged, added) if added else {}
     return MergedConfig(base, merged, other_class, tuple(untied), zeros)
 
 
@@ -235,8 +228,7 @@ class MergedTensor:
         """
         for change in self.changes:
             change.prepare(self._base_blocks)
-        single_block = any(change.needs_all_rows for change in self.changes)
-        for start, rows in self._base_blocks(single_block):
+        for start, rows in self._base_blocks(any(change.needs_all_rows for change in self.changes)):
             for change in self.changes:
                 rows = change.apply(rows, start)
             converted = rows.to(self.dtype)
@@ -294,14 +286,14 @@ def assemble(job: MergePlan) -> MergedModel:
         UserError: if the adapters cannot be merged.
         NeedsMemoryMerge: if the base model's files do not store its parameters individually.
     """
-    base, dtype = job.base, PRECISIONS.get(job.options.precision)
+    base = job.base
     skeleton = base.skeleton()
     checkpoint = read_checkpoint(base.folder)
     names = match_names(skeleton, checkpoint.tensors)
     settings = read_settings(base.folder)
-    is_same_base = job.same_base(check_base(base, skeleton, checkpoint, names, item) for item in job.adapters)
+    is_same_base = job.same_base(check_base(skeleton, checkpoint, names, item) for item in job.adapters)
     plan = _TensorPlan(job, skeleton, checkpoint, names)
-    config = merged_config(base, skeleton, settings, plan.untied, plan.added, dtype)
+    config = merged_config(job, skeleton, settings, plan.untied, list(plan.added))
     drop = names.unused if config.other_class else ()
     outputs = plan.outputs(set(drop), config.zeros)
     config.check(outputs)
@@ -440,15 +432,7 @@ GENERATION = "generation_config.json"
 # Metadata files to copy from the base model.
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
 _NOT_COPIED = (CONFIG, "*.index.json", "adapter_config.json", "run.yaml", "run.json", "summary.json")
-RUN_TOKENIZER_FILES = (
-    *TOKENIZER_FILES,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+RUN_TOKENIZER_FILES = (*TOKENIZER_FILES, *CONFIG_FILES[1:], "chat_template.jinja", "chat_template.json")
 
 
 def write_weights(model: MergedModel, folder: Path, shard_size: int | None) -> list[str]:
@@ -507,8 +491,11 @@ def write_metadata_files(model: MergedModel, folder: Path) -> None:
     """
     job, base, run = model.job, model.job.base, model.job.run
     has_tokenizer = any((run / name).is_file() for name in TOKENIZER_FILES)
-    for source in _metadata_files(base, has_tokenizer):
-        shutil.copyfile(source, folder / source.name)
+    patterns = [*_COPIED, "*.py"] if base.trust_remote_code else _COPIED
+    for source in {path for pattern in patterns for path in base.folder.glob(pattern) if path.is_file()}:
+        is_replaced = has_tokenizer and source.name in RUN_TOKENIZER_FILES
+        if not is_replaced and not any(source.match(pattern) for pattern in _NOT_COPIED):
+            shutil.copyfile(source, folder / source.name)
     copy_system(run, folder)
     copy_layout(run, folder)
     for name in RUN_TOKENIZER_FILES if has_tokenizer else ("chat_template.jinja",):
@@ -529,23 +516,12 @@ def write_metadata_files(model: MergedModel, folder: Path) -> None:
     (folder / "README.md").write_text(f"{header}\n{title}\n\n| | |\n| --- | --- |\n{table}", encoding="utf-8")
 
 
-def _metadata_files(base: AdapterBase, skip_tokenizer: bool) -> list[Path]:
-    """Return the files of the base model that the merged model needs."""
-    patterns = [*_COPIED, "*.py"] if base.trust_remote_code else list(_COPIED)
-    candidates = {path for pattern in patterns for path in base.folder.glob(pattern) if path.is_file()}
-    excluded = {path for pattern in _NOT_COPIED for path in candidates if path.match(pattern)}
-    if skip_tokenizer:
-        excluded |= {path for path in candidates if path.name in RUN_TOKENIZER_FILES}
-    return sorted(candidates - excluded)
-
-
 def _write_terminators(base: AdapterBase, folder: Path) -> None:
     """Add all tokens that end a text of this model to its generation configuration."""
-    tokenizer = tokenizer_in(folder, base.trust_remote_code)
+    tokenizer, path = tokenizer_in(folder, base.trust_remote_code), folder / GENERATION
     if tokenizer is None:
         return
     terminators = terminators_in(folder, tokenizer)
-    path = folder / GENERATION
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if terminators and isinstance(settings, dict):
         settings["eos_token_id"] = terminators if len(terminators) > 1 else terminators[0]

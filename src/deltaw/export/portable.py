@@ -6,13 +6,17 @@ largest rank, and other scalings than alpha / r are folded into B.
 mlx-lm adds an update to every module named in ``keys`` in the last ``num_layers`` layers, with one rank and one scale,
 and then loads the file. Modules without tensors in the file have B = 0 and no effect. In its format, A is (in, r) and B
 is (r, out).
+
+Adapters may consist only of plain low-rank updates, the common subset of these formats and GGUF adapters. A plain
+update is ΔW = scaling · B·A of one weight matrix. Other contents (DoRA magnitudes, fully trained modules, token rows,
+soft prompts) are rejected with a specific message before an export writes files.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,20 +27,150 @@ from deltaw.errors import UserError
 from deltaw.export.base import (
     AdapterBase,
     ExportResult,
-    LogFunction,
     MergeOptions,
+    atomic_folder,
+    check_target,
     plain_adapter,
     resolve_base,
     wrong_base_error,
 )
 from deltaw.export.merged import write_json
-from deltaw.export.output_folder import atomic_folder, check_target
-from deltaw.export.plain_adapter import PlainAdapter, PlainUpdate, read_plain, require_lora
-from deltaw.lora.files import CONFIG_NAME, WEIGHTS_NAME
+from deltaw.lora.config import CHANGING_INITS
+from deltaw.lora.files import CONFIG_NAME, WEIGHTS_NAME, AdapterFile, read_adapter
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, same_base
 from deltaw.lora.peft_format import DEFAULTS, PREFIX, base_settings, target_entries
-from deltaw.tasks import entry_of
+from deltaw.lora.peft_updates import FileUpdate, read_content
+from deltaw.methods.files import read_config
+from deltaw.progress import LogFunction, ignore_line
+from deltaw.settings.task_registry import entry_of
 from deltaw.tensor_files import save_tensors
+
+_MERGE = "merge it into its base instead: --format gguf, or deltaw merge"
+
+
+@dataclass(frozen=True)
+class PlainUpdate:
+    """Update ΔW = scaling · B·A of shape (out, in). For an embedding (vocabulary, dim) it is (scaling · B·A)ᵀ.
+
+    Attributes:
+        module: Name of the adapted module in the base model.
+        factor_A: (r, in) fp32 factor, or (r, vocabulary) for an embedding.
+        factor_B: (out, r) fp32 factor, or (dim, r) for an embedding.
+        scaling: Factor of B·A.
+        embedding: True if the module is an embedding.
+    """
+
+    module: str
+    factor_A: Tensor
+    factor_B: Tensor
+    scaling: float
+    embedding: bool = False
+
+    @property
+    def rank(self) -> int:
+        return self.factor_A.shape[0]
+
+
+@dataclass(frozen=True)
+class PlainAdapter:
+    """Adapter that consists only of plain updates.
+
+    Attributes:
+        updates: Updates in file order.
+        invocation: Token ids that activate the adapter, or None if it is always active.
+        fingerprint: Fingerprint of the base model used in training, or None if unknown.
+        task_type: PEFT's name of the task.
+    """
+
+    updates: list[PlainUpdate]
+    invocation: tuple[int, ...] | None
+    fingerprint: str | None
+    task_type: str | None
+
+
+def read_plain(folder: Path, format_name: str) -> PlainAdapter:
+    """Read the plain updates of an adapter.
+
+    Args:
+        folder: Folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        format_name: Name of the export format for error messages.
+
+    Raises:
+        UserError: if the folder contains no adapter or an adapter with other changes.
+    """
+    require_lora(folder, format_name)
+    adapter = read_adapter(folder)
+    content, config, metadata = read_content(adapter), adapter.config, adapter.metadata
+    config_file, weights = folder / CONFIG_NAME, folder / WEIGHTS_NAME
+    if config.dora:
+        raise _refusal("DoRA's magnitudes", config_file, format_name)
+    if config.init in CHANGING_INITS:
+        message = f"the initialization '{config.init}' changed the base weights, and the file lacks this change"
+        hint = "load it on its base model and save it again with deltaw.save_adapter"
+        raise UserError(message, location=str(config_file), hint=hint)
+    for names, feature in (
+        (content.biases, "a bias on B (of {})"),
+        (content.token_rows, "trained rows of tokens (of {})"),
+        (content.other_tensors, "tensors trained in full ({})"),
+    ):
+        if names:
+            raise _refusal(feature.format(_first_names(names)), weights, format_name)
+    if content.incomplete or not content.updates:
+        halves = f"the file has only one of two factors for {_first_names(content.incomplete)}"
+        message = halves if content.incomplete else "the file contains no LoRA factors"
+        raise UserError(message, location=str(weights), hint="save the adapter again")
+    updates = [_plain(update, adapter, weights, format_name) for update in content.updates]
+    invocation = None
+    if config.active == "completion":
+        if not isinstance(config.invocation_tokens, list):
+            message = f"the activated adapter has no invocation tokens, which {format_name} requires"
+            raise UserError(message, location=str(config_file), hint="set alora_invocation_tokens in this file")
+        invocation = tuple(config.invocation_tokens)
+    return PlainAdapter(updates, invocation, metadata.get(FINGERPRINT_KEY), metadata.get("task_type"))
+
+
+def require_lora(folder: Path, format_name: str) -> None:
+    """Raise a UserError if the folder does not contain a LoRA adapter."""
+    if not folder.is_dir():
+        raise UserError(f"the folder '{folder}' does not exist", location=str(folder), hint="give the folder of a run")
+    if not (folder / CONFIG_NAME).is_file():
+        hint = "give the folder of a finished run or of a PEFT adapter"
+        raise UserError(f"the folder has no {CONFIG_NAME}", location=str(folder), hint=hint)
+    settings = read_config(folder)
+    kind = str(settings.get("peft_type") or settings.get("method"))
+    if kind != "LORA":
+        input_hint = "it changes the model's input, which cannot be merged: use deltaw serve or generate"
+        hint = input_hint if kind.lower() in ("prompt", "prompt_tuning", "input") else _MERGE
+        message = f"{format_name} supports only LoRA, not adapters of method '{kind}'"
+        raise UserError(message, location=str(folder / CONFIG_NAME), hint=hint)
+
+
+def _plain(update: FileUpdate, adapter: AdapterFile, location: Path, format_name: str) -> PlainUpdate:
+    for is_unsupported, message in (
+        (update.experts is not None or not update.certain, "updates of stacked experts"),
+        (update.factor_A.dim() != 2 or update.factor_B.dim() != 2, "an update of a convolution"),
+        (update.name in adapter.config.target_parameters, "an update of a single parameter"),
+    ):
+        if is_unsupported:
+            raise _refusal(f"{message} ({update.name})", location, format_name)
+    embedding = f"{update.path}.lora_embedding_A" in adapter.tensors
+    factor_A, factor_B = update.factor_A.float(), update.factor_B.float()
+    for letter, factor in (("A", factor_A), ("B", factor_B)):
+        if not bool(factor.isfinite().all()):
+            message = f"{letter} of '{update.name}' contains values that are not finite"
+            raise UserError(message, location=str(location), hint="train the adapter again")
+    return PlainUpdate(update.name, factor_A, factor_B, update.scaling * update.times, embedding)
+
+
+def _refusal(feature: str, location: Path, format_name: str) -> UserError:
+    message = f"the adapter contains {feature}, which {format_name} does not support"
+    return UserError(message, location=str(location), hint=_MERGE)
+
+
+def _first_names(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(f"'{name}'" for name in names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+
 
 MLX_WEIGHTS = "adapters.safetensors"
 _LAYER = re.compile(r"model\.layers\.(?P<number>\d+)\.(?P<inside>.+)")
@@ -136,11 +270,7 @@ def make_uniform(updates: Sequence[PlainUpdate]) -> UniformUpdates:
 
 
 def export_folder(
-    run: Path,
-    folder: Path,
-    reader: str = "peft",
-    options: MergeOptions | None = None,
-    log: LogFunction = lambda line: None,
+    run: Path, folder: Path, reader: str = "peft", options: MergeOptions | None = None, log: LogFunction = ignore_line
 ) -> ExportResult:
     """Write an adapter in a portable form of PEFT's format, or for mlx-lm's ``--adapter-path``.
 

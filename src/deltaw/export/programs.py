@@ -5,7 +5,6 @@ Responses are limited in size and validated. Proxies are not used, because the p
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from deltaw.cache import file_digest
 from deltaw.errors import UserError, first_line
 from deltaw.export.formats import OllamaTemplate
 
@@ -90,8 +90,42 @@ class Program:
         request["messages"] = [*system, {"role": "user", "content": prompt}]
         return _text(self._call("/v1/chat/completions", request), "choices", 0, "message", "content")
 
-    def _call(self, path: str, value: object = None, **options: Any) -> dict[str, Any] | None:
-        return _call(f"{self.url}{path}", value, title=self.title, **options)
+    def _call(
+        self, path: str, value: object = None, *, method: str | None = None, file: Path | None = None, absent: int = 0
+    ) -> dict[str, Any] | None:
+        """Send a request and return the JSON object of the response, which is empty without content.
+
+        Args:
+            path: Path of the endpoint.
+            value: Value to send as JSON.
+            method: HTTP method.
+            file: File to send instead of a value.
+            absent: Status for which None is returned.
+
+        Raises:
+            UserError: if the program rejects the request.
+            ServerUnreachable: if the program does not respond.
+        """
+        url = f"{self.url}{path}"
+        headers = {"Content-Type": "application/json" if file is None else "application/octet-stream"}
+        data: Any = None if value is None else json.dumps(value).encode()
+        try:
+            with file.open("rb") if file is not None else open(os.devnull, "rb") as stream:
+                if file is not None:
+                    data, headers["Content-Length"] = stream, str(file.stat().st_size)
+                request = urllib.request.Request(url, data, headers, method=method)
+                with _OPENER.open(request, timeout=_SECONDS) as response:
+                    content = response.read(_MAX_RESPONSE_BYTES + 1)
+            parsed = json.loads(content) if content.strip() and len(content) <= _MAX_RESPONSE_BYTES else {}
+        except urllib.error.HTTPError as error:
+            if error.code == absent:
+                return None
+            detail = " ".join(error.read(2000).decode("utf-8", "replace").split())[:300]
+            message = f"{self.title} rejected the request (status {error.code}): {detail}"
+            raise UserError(message, location=url, hint=f"see {self.title}'s log") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise ServerUnreachable(first_line(error)) from error
+        return parsed if isinstance(parsed, dict) else {}
 
 
 class Ollama(Program):
@@ -109,24 +143,20 @@ class Ollama(Program):
 
     def has(self, name: str) -> bool:
         try:
-            return self._call("/api/show", {"model": name}, missing_status=404) is not None
+            return self._call("/api/show", {"model": name}, absent=404) is not None
         except ServerUnreachable as error:
             is_installed = shutil.which("ollama") is not None
             hint = "start it: ollama serve" if is_installed else "install it from ollama.com/download, or set --server"
             raise UserError(f"Ollama does not respond at {self.url}: {error}", location="ollama", hint=hint) from error
 
     def create(self, name: str, file: Path, chat: OllamaTemplate) -> str:
-        digest = hashlib.sha256()
-        with file.open("rb") as stream:
-            for block in iter(lambda: stream.read(1 << 20), b""):
-                digest.update(block)
-        blob = f"sha256:{digest.hexdigest()}"
+        blob = f"sha256:{file_digest(file)}"
         # Ollama's default penalizes repetition, unlike training.
         parameters = {"repeat_penalty": 1.0, **({"stop": list(chat.stops)} if chat.stops else {})}
         texts = {key: text for key, text in (("template", chat.template), ("system", chat.system)) if text}
         request = {"model": name, "files": {file.name: blob}, "parameters": parameters, "stream": False, **texts}
         try:
-            if self._call(f"/api/blobs/{blob}", method="HEAD", missing_status=404) is None:
+            if self._call(f"/api/blobs/{blob}", method="HEAD", absent=404) is None:
                 self._call(f"/api/blobs/{blob}", file=file)
             self._call("/api/create", request)
         except ServerUnreachable as error:
@@ -186,50 +216,6 @@ def _address(address: str, port: int) -> str:
     except ValueError as error:
         hint = f"use host:port, for example 127.0.0.1:{port}"
         raise UserError(f"'{address}' is not an address: {error}", location="--server", hint=hint) from error
-
-
-def _call(
-    url: str,
-    value: object = None,
-    *,
-    title: str,
-    method: str | None = None,
-    file: Path | None = None,
-    missing_status: int | None = None,
-) -> dict[str, Any] | None:
-    """Send a request and return the JSON object of the response, which is empty without content.
-
-    Args:
-        url: URL of the endpoint.
-        value: Value to send as JSON.
-        title: Name of the program for error messages.
-        method: HTTP method.
-        file: File to send instead of a value.
-        none_if: Status for which None is returned.
-
-    Raises:
-        UserError: if the program rejects the request.
-        ServerUnreachable: if the program does not respond.
-    """
-    headers = {"Content-Type": "application/json" if file is None else "application/octet-stream"}
-    data: Any = None if value is None else json.dumps(value).encode()
-    try:
-        with file.open("rb") if file is not None else open(os.devnull, "rb") as stream:
-            if file is not None:
-                data, headers["Content-Length"] = stream, str(file.stat().st_size)
-            request = urllib.request.Request(url, data, headers, method=method)
-            with _OPENER.open(request, timeout=_SECONDS) as response:
-                content = response.read(_MAX_RESPONSE_BYTES + 1)
-        parsed = json.loads(content) if content.strip() and len(content) <= _MAX_RESPONSE_BYTES else {}
-    except urllib.error.HTTPError as error:
-        if error.code == missing_status:
-            return None
-        detail = " ".join(error.read(2000).decode("utf-8", "replace").split())[:300]
-        message = f"{title} rejected the request (status {error.code}): {detail}"
-        raise UserError(message, location=url, hint=f"see {title}'s log") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ServerUnreachable(first_line(error)) from error
-    return parsed if isinstance(parsed, dict) else {}
 
 
 def _text(value: Any, *path: str | int) -> str:

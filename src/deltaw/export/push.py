@@ -15,23 +15,37 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltaw.errors import UserError, validate_key
-from deltaw.export.base import LogFunction, MergeOptions, resolve_base
-from deltaw.export.hub_card import PublicBase, local_paths, model_card, public_name, public_settings
-from deltaw.export.secret_scan import path_in, remove_secrets
-from deltaw.hub.folders import find_cached, read_json_object, require_own_files, resolve, resolve_hub_id
-from deltaw.hub.refusals import LOGIN, push_error
+from deltaw.export.base import MergeOptions, resolve_base
+from deltaw.export.hub_card import (
+    PublicBase,
+    local_paths,
+    model_card,
+    path_in,
+    public_name,
+    public_settings,
+    remove_secrets,
+)
+from deltaw.hub.folders import (
+    LOGIN,
+    find_cached,
+    push_error,
+    read_json_object,
+    require_own_files,
+    resolve,
+    resolve_hub_id,
+)
 from deltaw.hub.sentence_layout import layout_files
 from deltaw.hub.tokenizers import CONFIG_FILES, TOKENIZER_FILES
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, same_base
 from deltaw.lora.peft_format import base_settings
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from deltaw.methods.files import read_metadata
-from deltaw.progress import track_progress
+from deltaw.methods.trust import CHAT_TEMPLATE, read_folder
+from deltaw.progress import LogFunction, ignore_line, track_progress
 from deltaw.runs.folder import FINISHED, Run, mapping, read_run, settings_text
-from deltaw.settings import SETTINGS, RunConfig
-from deltaw.training.open_run import CHAT_TEMPLATE, read_folder
-from deltaw.training.prompting import FILE as PROMPTS
-from deltaw.training.prompting import copy_system, read_prompting
+from deltaw.settings.config import SETTINGS, RunConfig
+from deltaw.training.answers import FILE as PROMPTS
+from deltaw.training.answers import copy_system, read_prompting
 from deltaw.untrusted_paths import require_contained
 from deltaw.version import __version__
 
@@ -40,7 +54,7 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 # Files of a run's folder in addition to the adapter. config.json belongs to the base model.
-_TOKENIZER = (*TOKENIZER_FILES, *(name for name in CONFIG_FILES if name != "config.json"), CHAT_TEMPLATE)
+_TOKENIZER = (*TOKENIZER_FILES, *CONFIG_FILES[1:], CHAT_TEMPLATE)
 # Suffixes of files of a merged model.
 _OF_MODEL = (".json", ".safetensors", ".txt", ".model", ".jinja")
 _REPOSITORY = re.compile(r"(?=.{3,96}\Z)[A-Za-z0-9][\w-]*(?:\.[\w-]+)*/[A-Za-z0-9][\w-]*(?:\.[\w-]+)*")
@@ -83,7 +97,7 @@ def push(
     merged: str | Path | None = None,
     base: str | None = None,
     dry_run: bool = False,
-    log: LogFunction = lambda line: None,
+    log: LogFunction = ignore_line,
 ) -> PushResult:
     """Upload a finished run to a hub repository, which is created if it does not exist.
 
@@ -106,7 +120,11 @@ def push(
         hint = "use user/name: your user name or organization on the hub, then letters, digits, '-', '_' and '.'"
         raise UserError(f"'{repository}' is not a valid repository name", location="push", hint=hint)
     run = read_run(folder)
-    config = _finished_settings(run)
+    if run.state != FINISHED or not (run.path / ADAPTER_WEIGHTS).is_file() or not run.result:
+        hint = f"finish it: deltaw train --resume {run.path}"
+        raise UserError(f"the run is not finished ({run.state})", location=str(run.path), hint=hint)
+    config = read_folder(run.path, trust_remote_code=None).run
+    assert config is not None
     public_model = public_base(run, config, base, log)
     files = collect_files(run, config, public_model, repository, None if merged is None else Path(merged), log)
     sizes = {name: len(f) if isinstance(f, bytes) else f.stat().st_size for name, f in files.items()}
@@ -120,21 +138,11 @@ def push(
         raise UserError("no token for the hub is configured", location=repository, hint=LOGIN)
     validate_key(token, "the hub's token", repository)
     try:
-        return _send(result, files, revision, token, public, merged is not None, log)
+        return _send(result, files, revision, token, log)
     except UserError:
         raise
     except Exception as error:  # the client does not convert errors of its transport
         raise push_error(error, repository, token) from None
-
-
-def _finished_settings(run: Run) -> RunConfig:
-    """Return the settings of a finished run."""
-    if run.state != FINISHED or not (run.path / ADAPTER_WEIGHTS).is_file() or not run.result:
-        hint = f"finish it: deltaw train --resume {run.path}"
-        raise UserError(f"the run is not finished ({run.state})", location=str(run.path), hint=hint)
-    config = read_folder(run.path, trust_remote_code=None).run
-    assert config is not None
-    return config
 
 
 def public_base(run: Run, config: RunConfig, hub_id: str | None, log: LogFunction) -> PublicBase:
@@ -148,10 +156,8 @@ def public_base(run: Run, config: RunConfig, hub_id: str | None, log: LogFunctio
         raise UserError(f"'{hub_id}' is not a hub id", location="--base-model", hint="write owner/name[@revision]")
     if source is None:
         name = public_name(config.model)
-        log(
-            f"warning: other users cannot load this adapter: its base model '{name}' is not on the hub. If a copy "
-            "of it is, set --base-model owner/name"
-        )
+        reason = f"its base model '{name}' is not on the hub. If a copy of it is, set --base-model owner/name"
+        log(f"warning: other users cannot load this adapter: {reason}")
         return PublicBase(name, note=f"The base model `{name}` is not on the hub. Set your copy of it with `--model`.")
     public_model = PublicBase(str(source.location), source.revision)
     if hub_id is None or hub_id == config.model:
@@ -171,10 +177,9 @@ def public_base(run: Run, config: RunConfig, hub_id: str | None, log: LogFunctio
         raise UserError(f"'{hub_id}' has other weights than the run was trained on", location="--base-model", hint=hint)
     if is_same:
         return public_model
+    note = f"Trained on '{public_name(config.model)}'; the weights of `{public_model.name}` were not compared."
     if is_same is False:
         note = f"Trained on '{public_name(config.model)}', whose weights differ from those of `{public_model.name}`."
-    else:
-        note = f"Trained on '{public_name(config.model)}'; the weights of `{public_model.name}` were not compared."
     log(f"warning: {note.replace('`', chr(39))}" + ("" if cached else " It is not in the local hub cache."))
     return replace(public_model, note=note)
 
@@ -193,13 +198,9 @@ def collect_files(
     require_contained(run.path)
     public = public_settings(config, base)
     private_paths = [str(run.path.resolve()), str(Path.home()), *local_paths(config)]
-    public_choices = {
-        key: (choice["value"], choice.get("why", ""))
-        for key, choice in run.chosen.items()
-        if isinstance(choice, Mapping)
-        and not any(path in str(choice) for path in private_paths)
-        and not path_in(str(choice))
-    }
+    choices = {k: c for k, c in run.chosen.items() if isinstance(c, Mapping) and not path_in(str(c))}
+    choices = {k: c for k, c in choices.items() if not any(path in str(c) for path in private_paths)}
+    public_choices = {k: (c["value"], c.get("why", "")) for k, c in choices.items()}
     card = model_card(run, config, base, repository, merged=merged is not None)
     texts = {CARD: card, SETTINGS: settings_text(public, public_choices)}
     files: dict[str, bytes | Path] = {}
@@ -240,24 +241,19 @@ def collect_files(
 
 
 def _send(
-    result: PushResult,
-    files: Mapping[str, bytes | Path],
-    revision: str | None,
-    token: str,
-    public: bool,
-    is_model: bool,
-    log: LogFunction,
+    result: PushResult, files: Mapping[str, bytes | Path], revision: str | None, token: str, log: LogFunction
 ) -> PushResult:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
+    is_model = ADAPTER_CONFIG not in files
     api = HfApi(token=token, library_name="deltaw", library_version=__version__)
     with track_progress("contacting the hub"):
-        existing, private = _existing(api, result, public, is_model, revision)
+        existing, private = _existing(api, result, is_model, revision)
         if private is not None and private != result.private:
             log(f"{result.repository} remains private: change its visibility on the hub")
-        api.create_repo(result.repository, private=not public, exist_ok=True)
+        api.create_repo(result.repository, private=result.private, exist_ok=True)
         if revision is not None and revision != "main":
             api.create_branch(result.repository, branch=revision, exist_ok=True)
     own_files = {*_TOKENIZER, PROMPTS}  # files of an earlier push that this push may lack
@@ -270,13 +266,11 @@ def _send(
     return replace(result, url=url, commit=commit.oid, private=result.private if private is None else private)
 
 
-def _existing(
-    api: HfApi, result: PushResult, public: bool, is_model: bool, revision: str | None
-) -> tuple[set[str], bool | None]:
+def _existing(api: HfApi, result: PushResult, is_model: bool, revision: str | None) -> tuple[set[str], bool | None]:
     """Return the file names of an existing repository and whether it is private, or None if it does not exist.
 
     Raises:
-        UserError: if the repository is public without ``public``, or contains an incompatible model or adapter.
+        UserError: if the repository is public, but not the push, or it contains an incompatible model or adapter.
     """
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
@@ -289,7 +283,7 @@ def _existing(
         return set(), None
     names = {file.rfilename for file in info.siblings or ()}
     problem, hint = "", "push to another name"
-    if info.private is False and not public:
+    if info.private is False and result.private:
         problem = "the repository is public, but pushes are private by default"
         hint = "add --public, or push to another name"
     elif (ADAPTER_CONFIG if is_model else "config.json") in names:

@@ -30,21 +30,22 @@ from transformers import PreTrainedModel
 
 from deltaw.data.prepare import encode_prompt
 from deltaw.errors import UserError
-from deltaw.export.base import LogFunction, MergePlan
+from deltaw.export.base import MergePlan
 from deltaw.export.merge import apply_changes
 from deltaw.export.merged import dominant_dtype
 from deltaw.hub.checkpoint import read_checkpoint
 from deltaw.lora import merge
 from deltaw.machine.memory import free_memory_bytes, release_free_memory
 from deltaw.methods.parameters import parameters_by_name
-from deltaw.progress import track_progress
+from deltaw.progress import LogFunction, ignore_line, track_progress
 from deltaw.runtime.quantized_weights import round_to_nf4
 from deltaw.tensor_files import CODES
-from deltaw.training.embedding.pooling import text_encoder
+from deltaw.training.batchers import BatcherOptions
 from deltaw.training.evaluation.general_prompts import DRIFT_PROMPTS
-from deltaw.training.open_run import AdaptedModel, open_run
+from deltaw.training.open_run import open_run
+from deltaw.training.pooling import text_encoder
 from deltaw.training.process import isolated_random_state
-from deltaw.training.tasks.base import read_run_data
+from deltaw.training.task import OpenedRun, read_run_data
 
 MEAN_FACTOR, MAX_FACTOR, SHARE = 2.0, 4.0, 0.5
 # Share of the adapter's effect above which the user is notified.
@@ -87,9 +88,6 @@ class Movement:
 
     def __str__(self) -> str:
         return f"{self.mean:.2g} (largest {self.largest:.2g})"
-
-    def format_choices(self, verb: str) -> str:
-        return f"KL {self.divergence:.2g} nats, and {verb} {self.changed:.2%} of the choices"
 
 
 @dataclass(frozen=True)
@@ -163,7 +161,8 @@ class Verification:
         merged, rounding, outputs = self.merged, self.rounding, self.outputs
 
         def choices(movement: Movement, verb: str) -> str:
-            return f", {movement.format_choices(verb)}" if outputs == "logits" else ""
+            text = f", KL {movement.divergence:.2g} nats, and {verb} {movement.changed:.2%} of the choices"
+            return text if outputs == "logits" else ""
 
         summary = [
             f"verified on {self.rows}: {self.count} rows, {self.positions:,} positions, computed in {self.computed_in}",
@@ -174,22 +173,18 @@ class Verification:
         if self.adapter is not None:
             summary.append(f"  the adapter moves them by {self.adapter.mean:.2g}{choices(self.adapter, 'changes')}")
             if self.passed and self.lost_share > NOTE_SHARE:
-                summary.append(
-                    f"  note: rounding to {self.stored_in} moves {outputs} by {self.lost_share:.0%} of what the "
-                    "adapter does; use --precision fp32 to avoid this"
-                )
+                note = f"rounding to {self.stored_in} moves {outputs} by {self.lost_share:.0%} of what the adapter does"
+                summary.append(f"  note: {note}; use --precision fp32 to avoid this")
         if self.nf4 is not None:
-            summary.append(
-                "  independent of the merge, the adapter was trained on NF4 weights, whose rounding moves "
-                f"{outputs} by {self.nf4}{choices(self.nf4, 'changes')}"
-            )
+            effect = f"whose rounding moves {outputs} by {self.nf4}{choices(self.nf4, 'changes')}"
+            summary.append(f"  independent of the merge, the adapter was trained on NF4 weights, {effect}")
         return summary
 
 
 class MergeVerifier:
     """Compares a merged model with base model and adapter, for :func:`deltaw.export.merge.merge_run`."""
 
-    def __init__(self, log: LogFunction = lambda line: None) -> None:
+    def __init__(self, log: LogFunction = ignore_line) -> None:
         self._log = log
 
     def __call__(self, job: MergePlan, folder: Path) -> Verification:
@@ -218,7 +213,10 @@ class MergeVerifier:
 
 
 def _compare(job: MergePlan, folder: Path, sample_size: SampleSize, log: LogFunction) -> Verification:
-    stored, narrowed = _stored_type(job, folder)
+    # The dominant types of the merged weights and of the base model's.
+    stored, base = (dominant_dtype(read_checkpoint(f).tensors.values()) for f in (folder, job.base.folder))
+    assert stored is not None and base is not None
+    narrowed = UNIT_ROUNDOFF[stored] > UNIT_ROUNDOFF[base]
     parameters = sum(tensor.numel for tensor in read_checkpoint(folder).tensors.values())
     fits = parameters * 4 * _MEMORY_FACTOR < free_memory_bytes()
     precision = "fp32" if fits else "bf16"
@@ -254,8 +252,7 @@ def _compare(job: MergePlan, folder: Path, sample_size: SampleSize, log: LogFunc
     floor = 1e-6 * max(float(logits.abs().max()) for logits in reference)
     allowed = max(MEAN_FACTOR * rounding.mean, floor), max(MAX_FACTOR * rounding.largest, 10 * floor)
     positions, types = sum(len(logits) for logits in reference), (precision, CODES[stored].lower())
-    outputs = "vectors" if session.task.has_step_loss else "logits"
-    count = len(reference)
+    count, outputs = len(reference), session.task.outputs
     return Verification(rows, count, positions, *types, merged, rounding, adapter, narrowed, *allowed, nf4, outputs)
 
 
@@ -269,20 +266,10 @@ def _measure_nf4(job: MergePlan, reference: Sequence[Tensor], samples: _SampleRo
     return _measure_movement(reference, samples.logits(rounded.model))
 
 
-def _open_unmerged(job: MergePlan, precision: str) -> AdaptedModel:
+def _open_unmerged(job: MergePlan, precision: str) -> OpenedRun:
     """Load the base model with its adapter, unmerged."""
-    base, trust = str(job.base.folder), job.base.trust_remote_code
-    return open_run(
-        str(job.run), model=base, precision=precision, device="cpu", trust_remote_code=trust, log=lambda line: None
-    )
-
-
-def _stored_type(job: MergePlan, folder: Path) -> tuple[torch.dtype, bool]:
-    """Return the dominant type of the merged weights, and True if it is narrower than the base model's."""
-
-    merged, base = (dominant_dtype(read_checkpoint(f).tensors.values()) for f in (folder, job.base.folder))
-    assert merged is not None and base is not None
-    return merged, UNIT_ROUNDOFF[merged] > UNIT_ROUNDOFF[base]
+    run, base, trust = str(job.run), str(job.base.folder), job.base.trust_remote_code
+    return open_run(run, model=base, precision=precision, device="cpu", trust_remote_code=trust, log=ignore_line)
 
 
 @torch.no_grad()
@@ -297,8 +284,7 @@ def _perturb(model: PreTrainedModel, names: set[str] | None, step: float, stored
     """
     visited: set[int] = set()
     for name, parameter in parameters_by_name(model).items():
-        is_selected = names is None or name in names
-        if is_selected and parameter.is_floating_point() and id(parameter) not in visited:
+        if (names is None or name in names) and parameter.is_floating_point() and id(parameter) not in visited:
             visited.add(id(parameter))
             parameter.data.copy_(parameter.data.to(stored))
             parameter.data.mul_(torch.rand_like(parameter).mul_(2 * step).add_(1 - step))
@@ -327,7 +313,7 @@ def _measure_movement(reference: Sequence[Tensor], moved: Iterator[Tensor]) -> M
 class _SampleRows:
     """Rows of the verification, and computation of their logits."""
 
-    def __init__(self, session: AdaptedModel, rows: Sequence[Any], positions: int, *, labeled: bool) -> None:
+    def __init__(self, session: OpenedRun, rows: Sequence[Any], positions: int, *, labeled: bool) -> None:
         self._opened, self._rows, self._positions, self._labeled = session, rows, positions, labeled
 
     def logits(self, model: PreTrainedModel) -> Iterator[Tensor]:
@@ -335,7 +321,7 @@ class _SampleRows:
         if self._labeled:
             yield from self._of_labels(model)
             return
-        if self._opened.task.has_step_loss:
+        if self._opened.task.outputs == "vectors":
             for tokens in self._rows:
                 encoded = text_encoder(model)(input_ids=torch.as_tensor(tokens).long()[None, :MAX_ROW_TOKENS])
                 yield encoded.last_hidden_state[0, -self._positions :].float()
@@ -355,7 +341,7 @@ class _SampleRows:
 
     def _of_labels(self, model: PreTrainedModel) -> Iterator[Tensor]:
         task = self._opened.task
-        batcher, _ = task.batcher(model, self._rows, device="cpu")
+        batcher, _ = task.batcher(model, self._rows, BatcherOptions("cpu"))
         objective = task.objective(model)
         with task.model_context(model, batcher):
             for batch in batcher.batches(self._rows):
@@ -363,7 +349,7 @@ class _SampleRows:
                 yield predictions[:, None] if predictions.dim() == 1 else predictions
 
 
-def _select_rows(session: AdaptedModel, sample_size: SampleSize, log: LogFunction) -> tuple[_SampleRows, str]:
+def _select_rows(session: OpenedRun, sample_size: SampleSize, log: LogFunction) -> tuple[_SampleRows, str]:
     """Select held-out rows of the run, otherwise training rows, otherwise general prompts."""
     rows: Sequence[Any] = ()
     location = ""
@@ -379,9 +365,9 @@ def _select_rows(session: AdaptedModel, sample_size: SampleSize, log: LogFunctio
             reason = f"the run's data cannot be read ({error.message})"
     if len(rows):
         selected = _pick_evenly(rows, sample_size.rows)
-        if session.task.has_labels:
+        if session.task.trains_head:
             return _SampleRows(session, selected, sample_size.positions, labeled=True), location
-        tokens = [row.tokens for row in _flatten_groups(selected)]
+        tokens = [row.tokens for item in selected for row in getattr(item, "rows", (item,))]
         return _SampleRows(session, tokens, sample_size.positions, labeled=False), location
     if session.task.tokenizer is None:
         message = f"{reason}, so images for the verification are not available"
@@ -394,9 +380,3 @@ def _select_rows(session: AdaptedModel, sample_size: SampleSize, log: LogFunctio
 
 def _pick_evenly(rows: Sequence[Any], count: int) -> list[Any]:
     return [rows[index] for index in range(0, len(rows), max(1, len(rows) // count))][:count]
-
-
-def _flatten_groups(rows: Sequence[Any]) -> Iterator[Any]:
-    """Yield single rows, including the rows of groups."""
-    for row in rows:
-        yield from getattr(row, "rows", (row,))

@@ -128,8 +128,7 @@ def find_stored_name(model: PreTrainedModel, parameter: str, names: ParameterNam
         return names.stored[parameter]
     rename = _renaming(model, dict(model.state_dict()))
     used_names = {*names.stored.values(), *names.unused, *(n for some in names.converted.values() for n in some)}
-    prefix = f"{model.base_model_prefix}."
-    candidates = [parameter, parameter.removeprefix(prefix)]
+    candidates = [parameter, parameter.removeprefix(f"{model.base_model_prefix}.")]
     module, _, attribute = parameter.rpartition(".")
     for sibling, name in names.stored.items():
         if sibling.rpartition(".")[0] == module:  # a bias has the same prefix as its weight

@@ -9,14 +9,14 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from deltaw.errors import UserError, nearest
 from deltaw.hub import packages
-from deltaw.hub.refusals import fetch_error
+from deltaw.progress import LogFunction
 from deltaw.untrusted_paths import is_inside, require_contained
 
 # Checks for references out of a model's folder.
@@ -248,17 +248,12 @@ def _resolve_in_package(reference: str) -> ModelSource:
     if len(list(path.glob("*.dist-info"))) > 1:  # site-packages, which also contains models of other packages
         hint = "add the model's path inside the package"
         raise UserError(f"package '{package}' has no single top-level folder", location=reference, hint=hint)
-    candidates = sorted(path.rglob("*.gguf")) + sorted(
-        file.parent
-        for file in path.rglob("config.json")
-        # A config.json without weights belongs to something else, such as a pooling layer.
-        if any(file.parent.glob("*.safetensors"))
-    )
+    # A config.json without weights belongs to something else, such as a pooling layer.
+    folders = [file.parent for file in path.rglob("config.json") if any(file.parent.glob("*.safetensors"))]
+    candidates = sorted(path.rglob("*.gguf")) + sorted(folders)
     if len(candidates) == 1:
-        (candidate,) = candidates
-        if candidate.is_dir():
-            return ModelSource("folder", _folder(candidate, package).location, package)
-        return _file(candidate)
+        is_folder = candidates[0].is_dir()
+        return replace(_folder(candidates[0], package), name=package) if is_folder else _file(candidates[0])
     inside = ", ".join(f"'{entry.relative_to(path).as_posix()}'" for entry in candidates[:8])
     if not candidates:
         hint = "a model is a .gguf file, or a folder with config.json and safetensors weights"
@@ -278,9 +273,7 @@ def log_to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def config_folder(
-    reference: str, dtype: str, trust_remote_code: bool, *, log: Callable[[str], None] = log_to_stderr
-) -> Path:
+def config_folder(reference: str, dtype: str, trust_remote_code: bool, *, log: LogFunction = log_to_stderr) -> Path:
     """Return the local folder with the model's config.json. The folder need not contain weights.
 
     Raises:
@@ -325,17 +318,15 @@ def find_cached(reference: str) -> str | None:
 def require_gguf_source(source: ModelSource) -> None:
     """Raise a UserError if the model is not a ``.gguf`` file, as precision gguf requires."""
     if source.kind != "gguf":
-        message = "precision: gguf requires a .gguf file as the model"
         hint = "use a .gguf file as the model, or precision: nf4, which quantizes any model"
-        raise UserError(message, location=str(source.location), hint=hint)
+        raise UserError("precision: gguf requires a .gguf file", location=str(source.location), hint=hint)
 
 
 def _download(model_id: str, revision: str | None, trust_remote_code: bool) -> Path:
     """Download a hub id into the hub's cache. A complete cached commit is used without contacting the hub."""
-    if not trust_remote_code and _COMMIT.fullmatch(revision or ""):  # a commit never changes
-        cached = _complete_snapshot(model_id, revision)
-        if cached is not None:
-            return cached
+    is_fixed = not trust_remote_code and _COMMIT.fullmatch(revision or "")  # a commit never changes
+    if is_fixed and (cached := _complete_snapshot(model_id, revision)) is not None:
+        return cached
     try:
         folder = _snapshot(model_id, revision, [*_FETCHED, "*.py"] if trust_remote_code else _FETCHED)
     except Exception as error:  # the client does not convert errors of its transport
@@ -420,3 +411,85 @@ def remote_code_error(folder: Path) -> UserError:
     hint = "read the code; if you trust it, add --trust-remote-code, or trust_remote_code: true to your settings"
     message = "the model requires its own Python code, which does not run without permission"
     return UserError(message, location=str(folder), hint=hint)
+
+
+# Errors for exceptions of the hub's client. Messages never contain the request or its headers, which include the token.
+
+LOGIN = "log in ('hf auth login') or set HF_TOKEN"
+_AGAIN = "run the same command again: completed large files are not uploaded again"
+
+
+def fetch_error(error: Exception, reference: str, kind: str = "model", revision: str | None = None) -> UserError:
+    """Return the error for a failed download.
+
+    Args:
+        error: Exception of the hub's client or its transport.
+        reference: Hub id.
+        kind: ``model``, ``adapter`` or ``data set``.
+        revision: Requested revision.
+    """
+    from huggingface_hub import errors as hub
+
+    refusals = {
+        hub.GatedRepoError: (f"access to the {kind} is restricted", f"accept its license on the hub, and {LOGIN}"),
+        hub.RevisionNotFoundError: (
+            f"the {kind} has no revision '{revision}'",
+            f"use an existing branch, tag or commit, or no revision for the latest version of the {kind}",
+        ),
+        hub.RepositoryNotFoundError: (f"the hub has no such {kind}", f"check the spelling; if private, {LOGIN}"),
+        hub.RemoteEntryNotFoundError: (f"the {kind} has no such file", "check the path, and the revision"),
+        hub.HFValidationError: ("this is not a hub id", "hub ids have the form owner/name"),
+        Exception: (
+            f"the {kind} is not a local folder or in the hub's cache, and the hub cannot be reached ({_brief(error)})",
+            "check the connection and HF_HUB_OFFLINE, or use a local folder, .gguf file or pypi:package==version",
+        ),
+    }
+    message, hint = next(texts for error_class, texts in refusals.items() if isinstance(error, error_class))
+    return UserError(message, location=reference, hint=hint)
+
+
+def push_error(error: Exception, reference: str, token: str) -> UserError:
+    """Return the error for a failed upload to the repository ``reference``."""
+    status = status_of(error)
+    by_status = {
+        401: ("the hub does not accept the token", f"create a new token with write permission, and {LOGIN}"),
+        403: (
+            f"the token may not write to '{reference}'",
+            "use a token with write permission, and your own user name or your organization's",
+        ),
+        404: ("the hub has no such repository, or the token has no access to it", "check the name and the revision"),
+        409: ("another client is changing the repository, or the name is taken", _AGAIN),
+        413: ("the file or commit exceeds the hub's size limit", "push an adapter of a lower rank, or a merge"),
+        429: ("too many requests to the hub", _AGAIN),
+    }
+    if status is None:
+        message, hint = f"the connection to the hub failed ({_brief(error)})", _AGAIN
+    elif status >= 500:
+        message, hint = f"the hub failed with an internal error (status {status})", _AGAIN
+    else:
+        detail = next((s for e in _chain(error) if (s := getattr(e, "server_message", None))), "")
+        detail = " ".join(str(detail).replace(token, "…").split())[:200] if token else ""
+        rejected = f"the hub rejected the upload (status {status})" + (f": {detail}" if detail else "")
+        message, hint = by_status.get(status, (rejected, "check the name and the revision"))
+    return UserError(message, location=reference, hint=hint)
+
+
+def status_of(error: BaseException) -> int | None:
+    """Return the HTTP status that caused an error, or None if there was no response."""
+    statuses = (getattr(getattr(cause, "response", None), "status_code", None) for cause in _chain(error))
+    return next((status for status in statuses if isinstance(status, int)), None)
+
+
+def _brief(error: BaseException) -> str:
+    """Return the class name of the root cause, with the HTTP status if there was a response."""
+    *_, root_cause = _chain(error)
+    status = status_of(error)
+    return type(root_cause if status is None else error).__name__ + ("" if status is None else f", status {status}")
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    visited: set[int] = set()
+    while error is not None and id(error) not in visited:
+        visited.add(id(error))
+        yield error
+        error = error.__cause__

@@ -41,9 +41,8 @@ from deltaw import atomic_files, platforms
 from deltaw.cache import Cache, compute_for_files, file_digest, key
 from deltaw.errors import UserError, first_line
 from deltaw.hub import packages
-from deltaw.hub.quiet import quiet
 from deltaw.hub.terminators import terminators
-from deltaw.hub.transformers_private import detach_from_model_config, forget_origin
+from deltaw.hub.transformers_private import detach_from_model_config, forget_origin, quiet
 from deltaw.kernels.block_linear import FORMATS, BlockWeight
 from deltaw.kernels.torch_private import direct_parameters
 from deltaw.lora.fingerprint import TensorDigest, digest_blocks, record_digest
@@ -140,8 +139,7 @@ def index_parameters(path: Path, model: PreTrainedModel, dtype: torch.dtype) -> 
             key = orders.setdefault(order.tobytes(), f"order{len(orders)}")
             index.orders[key] = torch.from_numpy(order)
         rows, columns = _shape(tensor)
-        entry = GGUFBlockTensor(name, tensor.tensor_type.name, rows, columns, int(tensor.data_offset), key)
-        index.entries.append(entry)
+        index.entries.append(GGUFBlockTensor(name, kind, rows, columns, int(tensor.data_offset), key))
     if not index.entries:
         found_formats = ", ".join(sorted(formats)) or "no matrices"
         message = f"the file contains no matrices in a supported block format, only {found_formats}"
@@ -172,9 +170,8 @@ class _ModelFamily:
     def _processed(self, tensor: ReaderTensor, weights: np.ndarray) -> tuple[str | None, Any, dict[str, Any]]:
         """Return the processed name and values of a tensor, and additional tensors created from it."""
         parsed: dict[str, Any] = {"config": self.config, "tensors": {}}
-        result = self.processor.process(
-            weights=weights, name=tensor.name, tensor_key_mapping=self.names, parsed_parameters=parsed
-        )
+        options = {"tensor_key_mapping": self.names, "parsed_parameters": parsed}
+        result = self.processor.process(weights=weights, name=tensor.name, **options)
         return result.name, result.weights, parsed["tensors"]
 
     def row_order(self, tensor: ReaderTensor) -> np.ndarray | None:
@@ -302,7 +299,9 @@ def insert_block_layers(
             module = modules[path]
             data = torch.empty(entry.rows, entry.width, dtype=torch.uint8) if read is None else read(entry)
             stored = BlockWeight(data, entry.format, entry.columns)
-            tied = _tied_to(modules, module)
+            weight = direct_parameters(module)["weight"]
+            linear = [(n, m) for n, m in modules.items() if isinstance(m, nn.Linear) and m is not module]
+            tied = [(n, m) for n, m in linear if direct_parameters(m).get("weight") is weight]
             is_embedding = isinstance(module, nn.Embedding)
             layer = BlockEmbedding.of(module, stored) if is_embedding else BlockLinear.of(module, stored)
             model.set_submodule(path, layer)
@@ -316,16 +315,6 @@ def insert_block_layers(
 def block_bytes(folder: Path) -> int:
     """Return the total size of the blocks in a folder's index in bytes."""
     return sum(entry.bytes for entry in read_block_index(folder))
-
-
-def _tied_to(modules: dict[str, nn.Module], module: nn.Module) -> list[tuple[str, nn.Linear]]:
-    """Return other linear layers that share the module's weight."""
-    weight = direct_parameters(module)["weight"]
-    return [
-        (name, other)
-        for name, other in modules.items()
-        if other is not module and isinstance(other, nn.Linear) and direct_parameters(other).get("weight") is weight
-    ]
 
 
 def _names_in(model: PreTrainedModel, name: str, known: Container[str]) -> list[str]:
@@ -374,10 +363,8 @@ _SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codes
 _GPT2_SPLITTING = frozenset({"gpt-2", "phi-2", "olmo", "mpt", "default", "jina-es", "jina-de", "roberta-bpe"})
 
 # The child process gets this process's sys.path, so that its working directory cannot shadow packages.
-_CHILD = (
-    "import sys; sys.path[:] = sys.argv[4:]; "
-    "from deltaw.hub.gguf import convert_in_process; sys.exit(convert_in_process(*sys.argv[1:4]))"
-)
+_IMPORT = "import sys; sys.path[:] = sys.argv[4:]; from deltaw.hub.gguf import convert_in_process"
+_CHILD = f"{_IMPORT}; sys.exit(convert_in_process(*sys.argv[1:4]))"
 
 
 def converted_folder(gguf_path: Path, dtype: str, log: Callable[[str], None] = print) -> Path:
@@ -409,7 +396,14 @@ def converted_folder(gguf_path: Path, dtype: str, log: Callable[[str], None] = p
 
 def _cache_entry(path: Path, dtype: str) -> tuple[Cache, str, str]:
     """Return the cache, the key of a converted file, and the type of its tensors."""
-    _require_gguf(path)
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        message, hint = f"the file cannot be read: {error.strerror or error}", "check its path and permissions"
+        raise UserError(message, location=str(path), hint=hint) from error
+    if magic != b"GGUF":
+        raise UserError("the file is not a .gguf file", location=str(path), hint="download the file again")
     cache = Cache("gguf", LIMIT_BYTES, mark="{}", folder=packages.cache_folder() / "gguf")
     if dtype in ("int8", "nf4"):
         dtype = "bf16"  # quantized after loading
@@ -432,17 +426,24 @@ def tokenizer_of(path: Path, dtype: str) -> Path | PreTrainedTokenizerFast:
 
 
 def _convert(path: Path, dtype: str, cache: Cache, name: str, log: Callable[[str], None]) -> None:
-    """Create the entry ``name``, unless another process creates it concurrently."""
-    lock = cache.lock(name)
-    try:
-        if (cache.folder / name).is_dir():
+    """Create the entry ``name`` in a temporary folder, unless another process creates it concurrently."""
+    target = cache.folder / name
+    with contextlib.ExitStack() as stack:
+        stack.callback(cache.lock(name).release)
+        if target.is_dir():
             return
         action, suffix = ("reading the index of", "") if dtype == "gguf" else ("converting", f" to {dtype}")
-        log(f"{action} {path.name} ({path.stat().st_size / 1e6:.0f} MB){suffix}, once, into {cache.folder / name}")
+        log(f"{action} {path.name} ({path.stat().st_size / 1e6:.0f} MB){suffix}, once, into {target}")
         cache.evict(exclude=name)
-        _build(path, dtype, cache.folder / name, log)
-    finally:
-        lock.release()
+        partial = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".part", dir=cache.folder))
+        stack.callback(shutil.rmtree, partial, ignore_errors=True)
+        with track_progress(f"converting {path.name}"):
+            _convert_in_child(path, dtype, partial, log)
+        for file in partial.iterdir():
+            file.chmod(0o644)
+            atomic_files.sync_file(file)
+        partial.chmod(0o755)
+        platforms.rename_path(partial, target)
 
 
 def restore_digit_splitting(tokenizer: PreTrainedTokenizerFast, pre: str | None) -> bool:
@@ -460,21 +461,6 @@ def restore_digit_splitting(tokenizer: PreTrainedTokenizerFast, pre: str | None)
     # transformers uses a Sequence for known names, and a plain ByteLevel as its fallback.
     is_fallback = isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel)
     return not is_fallback or pre is None or pre in _GPT2_SPLITTING
-
-
-def _build(path: Path, dtype: str, target: Path, log: Callable[[str], None]) -> None:
-    """Convert into a temporary folder and rename it to ``target``."""
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
-    try:
-        with track_progress(f"converting {path.name}"):
-            _convert_in_child(path, dtype, partial, log)
-        for file in partial.iterdir():
-            file.chmod(0o644)
-            atomic_files.sync_file(file)
-        partial.chmod(0o755)
-        platforms.rename_path(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _convert_in_child(path: Path, dtype: str, target: Path, log: Callable[[str], None]) -> None:
@@ -508,8 +494,13 @@ def convert_in_process(path: str, dtype: str, target: str) -> int:
         sink = io.StringIO()
         with quiet(), _cached_parsing(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
             model = _meta_model(Path(path)) if dtype == "gguf" else _model(Path(path), dtype_of(dtype))
+            _clean_config(model)
             tokenizer, note = _tokenizer(Path(path))
-            _set_terminators(model, tokenizer)
+            terminator_ids = terminators(model, tokenizer)
+            if model.generation_config is not None and terminator_ids:
+                model.generation_config.eos_token_id = terminator_ids if len(terminator_ids) > 1 else terminator_ids[0]
+                # Otherwise transformers regenerates it from the model's configuration, which has only one terminator.
+                detach_from_model_config(model.generation_config)
             if dtype == "gguf":
                 _save_index(Path(path), model, Path(target))
             else:
@@ -541,13 +532,10 @@ def _cached_parsing() -> Iterator[None]:
 def _model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     # Newer versions of transformers do not dequantize blocks by default.
     packed = getattr(transformers, "GgufConfig", None)
-    extra = {} if packed is None else {"quantization_config": packed(dequantize=True)}
+    options = {} if packed is None else {"quantization_config": packed(dequantize=True)}
+    options |= {"gguf_file": path.name, "dtype": dtype, "local_files_only": True}
     with _report_damage(path, "converted"):
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=dtype, local_files_only=True, **extra
-        )
-    _clean_config(model)
-    return model
+        return AutoModelForCausalLM.from_pretrained(path.parent, **options)
 
 
 def _meta_model(path: Path) -> PreTrainedModel:
@@ -555,9 +543,7 @@ def _meta_model(path: Path) -> PreTrainedModel:
     with _report_damage(path, "read"):
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    _clean_config(model)
-    return model
+            return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
 @contextlib.contextmanager
@@ -624,28 +610,6 @@ def _tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast, str | None]:
     if kind == "gpt2":
         tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()  # transformers 5.11 drops a leading space
     if kind == "gpt2" and not restore_digit_splitting(tokenizer, pre):
-        return tokenizer, (
-            f"note: the file's pre-tokenizer '{pre}' is not supported and replaced by GPT-2's, so some texts have "
-            "other tokens than in training. The model's safetensors folder contains the exact tokenizer."
-        )
+        effect = "so some texts have other tokens than in training. The safetensors folder has the exact tokenizer."
+        return tokenizer, f"note: the file's pre-tokenizer '{pre}' is not supported and replaced by GPT-2's, {effect}"
     return tokenizer, None
-
-
-def _set_terminators(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Add all terminators to the generation configuration."""
-    terminator_ids = terminators(model, tokenizer)
-    if model.generation_config is not None and terminator_ids:
-        model.generation_config.eos_token_id = terminator_ids if len(terminator_ids) > 1 else terminator_ids[0]
-        # Otherwise transformers regenerates it from the model's configuration, which has only one terminator.
-        detach_from_model_config(model.generation_config)
-
-
-def _require_gguf(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        hint = "check its path and permissions"
-        raise UserError(f"the file cannot be read: {error.strerror or error}", location=str(path), hint=hint) from error
-    if magic != b"GGUF":
-        raise UserError("the file is not a .gguf file", location=str(path), hint="download the file again")

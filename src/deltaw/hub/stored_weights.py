@@ -20,6 +20,7 @@ from deltaw.hub.checkpoint import folder_digests, match_names, record_stored_dig
 from deltaw.hub.loading import skeleton
 from deltaw.kernels.torch_private import direct_parameters
 from deltaw.lora.fingerprint import record_base_digest
+from deltaw.tensor_files import read_header
 
 # Range of rows (start, stop), or None for all rows.
 Rows = tuple[int, int] | None
@@ -44,10 +45,8 @@ class StoredWeights:
         self._file_of: dict[str, Path] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    self._file_of[name] = path
-                    shapes[name] = tuple(file.get_slice(name).get_shape())
+            for name, tensor in read_header(path).items():
+                self._file_of[name], shapes[name] = path, tensor.shape
         names = match_names(model, self._file_of)
         if names.converted:
             message = f"'{next(iter(names.converted))}' is assembled from several tensors, so its rows cannot be read"
@@ -76,7 +75,10 @@ class StoredWeights:
     def read(self, rows_by_name: Mapping[str, Rows]) -> dict[str, Tensor]:
         """Read rows of parameters by name, in the type of the model."""
         tensors: dict[str, Tensor] = {}
-        for path, names in self._by_file(rows_by_name).items():
+        groups: dict[Path, list[str]] = {}
+        for name in rows_by_name:
+            groups.setdefault(self._file_of[self._stored[name]], []).append(name)
+        for path, names in groups.items():
             with safe_open(path, framework="pt") as file:
                 for name in names:
                     rows = rows_by_name[name]
@@ -89,13 +91,6 @@ class StoredWeights:
                         values = file.get_slice(self._stored[name])[rows[0] : rows[1]].clone()
                     tensors[name] = values.to(self._dtypes[name])
         return tensors
-
-    def _by_file(self, names: Mapping[str, object]) -> dict[Path, list[str]]:
-        """Group parameter names by file."""
-        groups: dict[Path, list[str]] = {}
-        for name in names:
-            groups.setdefault(self._file_of[self._stored[name]], []).append(name)
-        return groups
 
 
 def meta_model(folder: Path, *, dtype: str, task: str, attention: str, trust_remote_code: bool) -> PreTrainedModel:

@@ -15,18 +15,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # End-of-turn and end-of-document tokens of published chat models.
-_END_TOKENS = [
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<end_of_turn>",
-    "<turn|>",
-    "<|end|>",
-    "<|return|>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<|END_OF_TURN_TOKEN|>",
-]
+_END_TOKENS = (
+    *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|return|>"),
+    *("<|endoftext|>", "<|end_of_text|>", "<|END_OF_TURN_TOKEN|>"),
+)
 
 
 def terminators(model: nn.Module | None, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:

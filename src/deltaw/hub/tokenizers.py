@@ -24,7 +24,7 @@ from deltaw.hub.folders import (
     resolve,
     tokenizer_files,
 )
-from deltaw.hub.quiet import quiet
+from deltaw.hub.transformers_private import quiet
 from deltaw.machine.choices import choose_precision
 from deltaw.machine.memory import trim_memory
 
@@ -98,7 +98,9 @@ def tokenizer_in(folder: Path, trust_remote_code: bool = False) -> PreTrainedTok
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     require_own_files(folder)
-    key = (folder.resolve(), trust_remote_code, *_file_states(folder))
+    files = [folder / name for name in (*TOKENIZER_FILES, *CONFIG_FILES)] + sorted(folder.glob("*.jinja"))
+    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    key = (folder.resolve(), trust_remote_code, *states)
     tokenizer = _CACHE.get(key)
     if tokenizer is None:
         _CACHE[key] = tokenizer = _load(folder, trust_remote_code)
@@ -125,13 +127,6 @@ def saving_bytes(folder: Path) -> int:
 
 
 _FOUR_BYTES = (b"\xf0", b"\xf1", b"\xf2", b"\xf3", b"\xf4")
-
-
-def _file_states(folder: Path) -> list[tuple[str, int, int]]:
-    """Return name, size and modification time of each file that affects the tokenizer."""
-    files = [folder / name for name in (*TOKENIZER_FILES, *CONFIG_FILES)] + sorted(folder.glob("*.jinja"))
-    statuses = [(file.name, file.stat()) for file in files if file.is_file()]
-    return [(name, status.st_size, status.st_mtime_ns) for name, status in statuses]
 
 
 def _load(folder: Path, trust: bool) -> PreTrainedTokenizerBase:

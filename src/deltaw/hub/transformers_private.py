@@ -6,16 +6,36 @@ implementation is used (padded rows, eager attention), or an error names the mis
 
 from __future__ import annotations
 
-from collections.abc import Container
+import contextlib
+import warnings
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
-from deltaw.errors import UserError
-from deltaw.private_apis import look_up
+from deltaw.errors import UserError, look_up
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Within the block, transformers reports only errors and displays no progress bars."""
+    verbosity = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
 
 _NAMES_ATTENTION = look_up(PretrainedConfig, "_attn_implementation") is not None
 # Keys of configuration files: source of the configuration, and flag for generation settings derived from it.

@@ -29,11 +29,9 @@ import torch
 from torch import Tensor
 
 from deltaw.kernels import loader
-from deltaw.kernels.bounds import check_positions, check_shape
-from deltaw.kernels.layout import Layout, TileBatch, Tiles
-from deltaw.kernels.operators import accumulation_dtype, define
+from deltaw.kernels.layout import Layout, TileBatch, Tiles, to_device
+from deltaw.kernels.operators import accumulation_dtype, check_positions, check_shape, define
 from deltaw.kernels.torch_private import compile_errors, in_dispatch_mode, softmax_backward
-from deltaw.kernels.transfer import to_device
 
 if TYPE_CHECKING:
     from typing import Unpack  # not available at runtime in Python 3.10
@@ -284,8 +282,7 @@ def _run_trial(
         actual = _with_gradients(tree_attention, [t.to(dtype) for t in leaves], layout, options)
     except Exception as error:  # compilers raise many types; tiles remain as fallback
         return _failure_message(error)
-    expected = _with_gradients(reference, leaves, layout, options)
-    for result, reference_result in zip(actual, expected, strict=True):
+    for result, reference_result in zip(actual, _with_gradients(reference, leaves, layout, options), strict=True):
         difference = float((result.float() - reference_result).norm() / reference_result.norm())
         if not difference <= TOLERANCE[dtype]:
             return f"FlexAttention returned a different result (relative difference {difference:.1e})"
@@ -356,8 +353,7 @@ def packed_reference(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     visible = torch.from_numpy(layout.visible(options.get("window"))).to(query.device)
-    weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
-    return weights.to(value.dtype) @ values
+    return scores.masked_fill(~visible, float("-inf")).softmax(dim=-1).to(value.dtype) @ values
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -492,37 +488,6 @@ def _strides(*tensors: Tensor) -> Tensor:
     return torch.tensor([step for t in tensors for step in t.stride()[:2]], dtype=torch.int64)
 
 
-def _compute_attention(query, key, value, segments, window, causal, scaling, softcap, output_rows):  # type: ignore[no-untyped-def]
-    queries, heads, size = query.shape
-    length, key_heads, value_size = value.shape
-    out = query.new_empty(queries, heads, value_size)
-    logs = torch.empty(heads, queries)
-    strides = _strides(query, key, value, out)
-    loader.kernels().dw_attention(
-        loader.dtype_code(query.dtype), segments.data_ptr(), segments.shape[1], length, window, causal, heads,
-        key_heads, size, value_size, scaling, softcap, loader.address(output_rows), queries,
-        *(t.data_ptr() for t in (query, key, value, out, strides, logs)),
-    )  # fmt: skip
-    return out, logs
-
-
-def _compute_attention_backward(  # type: ignore[no-untyped-def]
-    grad, query, key, value, out, logs, segments, window, causal, scaling, softcap, output_rows
-):
-    queries, heads, size = query.shape
-    length, key_heads, value_size = value.shape
-    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    grads = [t.new_empty(t.shape) for t in (query, key, value)]
-    strides = _strides(query, key, value, out, grad, *grads)
-    loader.kernels().dw_attention_backward(
-        loader.dtype_code(query.dtype), segments.data_ptr(), segments.shape[1], length, window, causal, heads,
-        key_heads, size, value_size, scaling, softcap, loader.address(output_rows), queries,
-        *(t.data_ptr() for t in (query, key, value, out, grad, *grads)),
-        strides.data_ptr(), logs.data_ptr(),
-    )  # fmt: skip
-    return tuple(grads)
-
-
 def _pairs(segments: Tensor, window: int, causal: bool, output_rows: Tensor | None) -> int:
     """Return the number of visible (query, key) pairs."""
     starts, stops, _, offsets = segments.tolist()
@@ -541,10 +506,9 @@ def _pairs(segments: Tensor, window: int, causal: bool, output_rows: Tensor | No
     return total
 
 
-_attention = define(
+@define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor segments, int window, bool causal, "
     "float scaling, float softcap, Tensor? output_rows) -> (Tensor, Tensor)",
-    _compute_attention,
     lambda query, key, value, *_: (
         query.new_empty(*query.shape[:2], value.shape[-1]),
         query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32),
@@ -553,16 +517,44 @@ _attention = define(
         2 * _pairs(segments, window, causal, output_rows) * query.shape[1] * (query.shape[2] + value.shape[2])
     ),
 )
-_attention_backward = define(
+def _attention(query, key, value, segments, window, causal, scaling, softcap, output_rows):  # type: ignore[no-untyped-def]
+    queries, heads, size = query.shape
+    length, key_heads, value_size = value.shape
+    out = query.new_empty(queries, heads, value_size)
+    logs = torch.empty(heads, queries)
+    strides = _strides(query, key, value, out)
+    loader.kernels().dw_attention(
+        loader.dtype_code(query.dtype), segments.data_ptr(), segments.shape[1], length, window, causal, heads,
+        key_heads, size, value_size, scaling, softcap, loader.address(output_rows), queries,
+        *(t.data_ptr() for t in (query, key, value, out, strides, logs)),
+    )  # fmt: skip
+    return out, logs
+
+
+@define(
     "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logs, "
     "Tensor segments, int window, bool causal, float scaling, float softcap, Tensor? output_rows) "
     "-> (Tensor, Tensor, Tensor)",
-    _compute_attention_backward,
     lambda grad, query, key, value, *_: tuple(t.new_empty(t.shape) for t in (query, key, value)),
     lambda grad, query, key, value, out, logs, segments, window, causal, scaling, softcap, output_rows: (
         2 * _pairs(segments, window, causal, output_rows) * query.shape[1] * (3 * query.shape[2] + 2 * value.shape[2])
     ),
 )
+def _attention_backward(  # type: ignore[no-untyped-def]
+    grad, query, key, value, out, logs, segments, window, causal, scaling, softcap, output_rows
+):
+    queries, heads, size = query.shape
+    length, key_heads, value_size = value.shape
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    grads = [t.new_empty(t.shape) for t in (query, key, value)]
+    strides = _strides(query, key, value, out, grad, *grads)
+    loader.kernels().dw_attention_backward(
+        loader.dtype_code(query.dtype), segments.data_ptr(), segments.shape[1], length, window, causal, heads,
+        key_heads, size, value_size, scaling, softcap, loader.address(output_rows), queries,
+        *(t.data_ptr() for t in (query, key, value, out, grad, *grads)),
+        strides.data_ptr(), logs.data_ptr(),
+    )  # fmt: skip
+    return tuple(grads)
 
 
 def _forward(
@@ -580,8 +572,7 @@ def _forward(
     for batch in tiles.batches:
         rows = _folded(queries[:, start : start + batch.count * batch.queries], key_heads, batch)
         weights, _ = _weights(rows, _gathered(cast_key, batch), batch, softcap)
-        product = torch.bmm(weights.to(value.dtype), _gathered(value, batch))
-        products.append(_unfolded(product, key_heads, batch))
+        products.append(_unfolded(torch.bmm(weights.to(value.dtype), _gathered(value, batch)), key_heads, batch))
         if save_weights:
             saved.append(weights)
         start += batch.count * batch.queries
@@ -616,8 +607,7 @@ def _backward(
             weights, slope = _weights(rows.to(dtype).mul(scaling), keys.to(dtype), batch, softcap)
         key_indices = _key_indices(batch, key_heads, key.shape[1])
         _scatter(grad_value, key_indices, torch.bmm(weights.to(value.dtype).transpose(1, 2), grad))
-        grad_weights = torch.bmm(grad, values.transpose(1, 2)).to(dtype)
-        grad_scores = softmax_backward(grad_weights, weights, -1, dtype)
+        grad_scores = softmax_backward(torch.bmm(grad, values.transpose(1, 2)).to(dtype), weights, -1, dtype)
         if slope is not None:
             grad_scores.mul_(slope)
         grad_scores = grad_scores.mul_(scaling).to(query.dtype)
@@ -649,8 +639,7 @@ def _gathered(per_key: Tensor, batch: TileBatch) -> Tensor:
 
 def _key_indices(batch: TileBatch, key_heads: int, length: int) -> Tensor:
     """Return the row of each gathered key in (key heads · T, d)."""
-    heads = torch.arange(key_heads, device=batch.keys.device)[:, None] * length
-    return (heads + batch.keys.flatten()).flatten()
+    return (torch.arange(key_heads, device=batch.keys.device)[:, None] * length + batch.keys.flatten()).flatten()
 
 
 def _scatter(target: Tensor, indices: Tensor, values: Tensor) -> None:

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from deltaw.kernels import loader
-from deltaw.kernels.bounds import check_positions
 from deltaw.kernels.linear import LinearProduct, can_multiply
+from deltaw.kernels.loader import BlockData, BlockParts, Layer
+from deltaw.kernels.operators import check_positions
 from deltaw.kernels.rows import ACTIVATIONS, HalfNorms, Norm, norm_struct
-from deltaw.kernels.structs import BlockData, BlockParts, Layer
 
 SEPARATE, STACKED, GROUPED = range(3)  # see csrc/block.h
 

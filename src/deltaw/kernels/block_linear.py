@@ -14,16 +14,15 @@ Each format has a reference implementation in torch.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from deltaw.kernels import loader
+from deltaw.kernels.loader import BlockData
 from deltaw.kernels.operators import can_call_directly
-from deltaw.kernels.structs import BlockData
 from deltaw.kernels.torch_private import without_dispatch
 
 # Consecutive NF4 blocks of a matrix, row by row, whose 8-bit scales share a group scale.
@@ -125,11 +124,6 @@ class BlockWeight:
         return torch.Size((len(self.data), self.columns))
 
     @property
-    def number(self) -> int:
-        """The kernels' code of the format."""
-        return self.block_format.number
-
-    @property
     def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """All tensors of the weight, the blocks first."""
         return self.data, self.absmax, self.group_scale, self.offset
@@ -170,8 +164,8 @@ class BlockWeight:
     def _compiled(self, dtype: torch.dtype, count: int, first: int, indices: Tensor | None) -> Tensor:
         out, block_data = torch.empty(count, self.columns, dtype=dtype), self.as_struct()
         loader.kernels().dw_dequantize(
-            loader.dtype_code(dtype), self.number, ctypes.addressof(block_data), len(self.data), self.columns,
-            first, loader.address(indices), count, out.data_ptr(),
+            loader.dtype_code(dtype), self.block_format.number, ctypes.addressof(block_data), len(self.data),
+            self.columns, first, loader.address(indices), count, out.data_ptr(),
         )  # fmt: skip
         return out
 
@@ -231,8 +225,7 @@ def _k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 def _q4_k(blocks: Tensor) -> Tensor:
     scale, minimum = _k_scales(blocks)
-    codes = _split_nibbles(blocks[:, 16:].unflatten(1, (4, 32))).flatten(1, 2)
-    return (codes.float() * scale - minimum).flatten(1)
+    return (_split_nibbles(blocks[:, 16:].unflatten(1, (4, 32))).flatten(1, 2).float() * scale - minimum).flatten(1)
 
 
 def _q5_k(blocks: Tensor) -> Tensor:
@@ -252,14 +245,7 @@ def _q6_k(blocks: Tensor) -> Tensor:
     return (((low | (high << 4)).float() - 32).reshape(-1, 16, 16) * scale[..., None]).flatten(1)
 
 
-_READERS: dict[str, Callable[[Tensor], Tensor]] = {
-    "Q4_0": _q4_0,
-    "Q4_1": _q4_1,
-    "Q8_0": _q8_0,
-    "Q4_K": _q4_k,
-    "Q5_K": _q5_k,
-    "Q6_K": _q6_k,
-}
+_READERS = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q8_0": _q8_0, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k}
 
 
 @cache
@@ -337,14 +323,3 @@ def _nf4_scales(weight: BlockWeight) -> Tensor:
     assert absmax is not None and group_scale is not None and offset is not None
     groups = group_scale.repeat_interleave(NF4_GROUP)[: absmax.numel()].view(absmax.shape)
     return dynamic_codes().to(absmax.device)[absmax.int()] * groups + offset
-
-
-def reorder_rows(weight: BlockWeight, order: Tensor) -> BlockWeight:
-    """Select rows of a weight in a GGUF format by index.
-
-    Raises:
-        ValueError: for NF4, whose groups of scales span rows.
-    """
-    if weight.format == "NF4":
-        raise ValueError("rows of an NF4 weight cannot be reordered because they share scales")
-    return replace(weight, data=weight.data.index_select(0, order))

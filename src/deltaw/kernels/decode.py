@@ -19,7 +19,6 @@ from torch import Tensor
 
 from deltaw.kernels import loader
 from deltaw.kernels.block_linear import BlockWeight
-from deltaw.kernels.bounds import check_shape
 from deltaw.kernels.decode_reference import (
     HEAD,
     LAYERS,
@@ -36,8 +35,9 @@ from deltaw.kernels.decode_reference import (
     pack_panels,
 )
 from deltaw.kernels.large_pages import copy_contiguous, empty_in_large_pages
+from deltaw.kernels.loader import DecodeBlock, DecodeFactors, DecodeLinear, DecodeModel, DecodeStep
+from deltaw.kernels.operators import check_shape
 from deltaw.kernels.rows import ACTIVATIONS, Norm, norm_struct
-from deltaw.kernels.structs import DecodeBlock, DecodeFactors, DecodeLinear, DecodeModel, DecodeStep
 
 _SPLITS = ("apart", "stacked", "grouped")  # in the order of the constants in csrc/block.h
 # Factors of an adapter: LAYERS of each block, then the head.
@@ -179,7 +179,7 @@ class Decoder:
         if isinstance(weight, BlockWeight):
             block_data = weight.as_struct()
             self._alive.append(block_data)
-            address, type_code = ctypes.addressof(block_data), weight.number
+            address, type_code = ctypes.addressof(block_data), weight.block_format.number
         else:
             address, type_code = weight.data_ptr(), loader.dtype_code(weight.dtype)
             if layer.scale is not None:
@@ -338,8 +338,7 @@ def reference_step(
         ("output row", output_rows, 0, len(positions)),
     ):
         _check_range(name, values, low, end)
-    new_pages = page_table[sequence.long(), (positions // decoder.page_tokens).long()]
-    _check_range("page", new_pages, 0, pages.count)
+    _check_range("page", page_table[sequence.long(), (positions // decoder.page_tokens).long()], 0, pages.count)
     factors = [packed.factors for packed in adapters]
     tokens = Tokens(positions, sequence, page_table, adapter, factors, decoder.page_tokens)
     x = hidden

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from deltaw.kernels import linear as products
 from deltaw.kernels.block_linear import BlockWeight
-from deltaw.kernels.bounds import check_vector
+from deltaw.kernels.operators import check_vector
 from deltaw.kernels.quantize import MAX_SUM_LENGTH, quantize_activations_reference
 from deltaw.kernels.rows import ACTIVATIONS, HalfNorms, Norm, activation_reference, rotate_reference
 

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deltaw.kernels import loader
-from deltaw.kernels.bounds import check_shape, check_targets
-from deltaw.kernels.operators import accumulation_dtype, define
+from deltaw.kernels.operators import accumulation_dtype, check_shape, check_targets, define
 from deltaw.kernels.quantize import INT8_BLOCK, round_rows
 
 # Minimum number of rows for which int8 products save more time than quantizing the weight takes.
@@ -70,7 +69,12 @@ def _supports_class_gradient(grad: Tensor, weight: Tensor) -> bool:
     return grad.is_contiguous() and weight.is_contiguous()
 
 
-def _compute_class_gradient(grad: Tensor, targets: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+@define(
+    "class_gradient_(Tensor(a!) grad, Tensor targets, Tensor weight, Tensor scale) -> Tensor",
+    lambda grad, targets, weight, scale: grad.new_empty(grad.shape[0], weight.shape[1]),
+    lambda grad, targets, weight, scale: 2 * grad.shape[0] * weight.numel(),
+)
+def _class_gradient(grad: Tensor, targets: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     check_targets(targets, grad.shape[1])
     if not _supports_class_gradient(grad, weight) or scale.dtype != torch.float32:
         return class_gradient_reference(grad, targets, weight, scale)
@@ -82,14 +86,6 @@ def _compute_class_gradient(grad: Tensor, targets: Tensor, weight: Tensor, scale
         block_scales.data_ptr(), out.data_ptr(),
     )  # fmt: skip
     return out
-
-
-_class_gradient = define(
-    "class_gradient_(Tensor(a!) grad, Tensor targets, Tensor weight, Tensor scale) -> Tensor",
-    _compute_class_gradient,
-    lambda grad, targets, weight, scale: grad.new_empty(grad.shape[0], weight.shape[1]),
-    lambda grad, targets, weight, scale: 2 * grad.shape[0] * weight.numel(),
-)
 
 
 # Rows over which unlikely classes are summed. A larger group is faster and less accurate.
@@ -209,7 +205,12 @@ def head_gradient_reference_(
     return z.logsumexp(-1) - z[rows, targets]
 
 
-def _compute_head_gradient(  # type: ignore[no-untyped-def]
+@define(
+    "head_gradient_(Tensor(a!) logits, Tensor targets, Tensor hidden, Tensor weight, Tensor? bias, "
+    "float scale, float softcap, Tensor(b!) slopes, Tensor(c!) shares, Tensor(d!) unlikely) -> Tensor",
+    lambda logits, *_: logits.new_empty(logits.shape[0], dtype=accumulation_dtype(logits)),
+)
+def _head_gradient(  # type: ignore[no-untyped-def]
     logits, targets, hidden, weight, bias, scale, softcap, slopes, shares, unlikely
 ):
     check_targets(targets, logits.shape[1])
@@ -232,11 +233,3 @@ def _compute_head_gradient(  # type: ignore[no-untyped-def]
         slopes.data_ptr(), shares.data_ptr(), unlikely.data_ptr(),
     )  # fmt: skip
     return losses
-
-
-_head_gradient = define(
-    "head_gradient_(Tensor(a!) logits, Tensor targets, Tensor hidden, Tensor weight, Tensor? bias, "
-    "float scale, float softcap, Tensor(b!) slopes, Tensor(c!) shares, Tensor(d!) unlikely) -> Tensor",
-    _compute_head_gradient,
-    lambda logits, *_: logits.new_empty(logits.shape[0], dtype=accumulation_dtype(logits)),
-)

@@ -51,6 +51,5 @@ def empty_in_large_pages(count: int, dtype: torch.dtype) -> Tensor:
 def copy_contiguous(parts: Sequence[Tensor]) -> list[Tensor]:
     """Copy tensors into one contiguous allocation. Each copy starts at a cache line."""
     sizes = [-(-part.nbytes // CACHE_LINE_BYTES) * CACHE_LINE_BYTES for part in parts]
-    buffer = empty_in_large_pages(sum(sizes), torch.uint8)
-    slices = zip(parts, buffer.split(sizes), strict=True)
+    slices = zip(parts, empty_in_large_pages(sum(sizes), torch.uint8).split(sizes), strict=True)
     return [target[: part.nbytes].view(part.dtype).view(part.shape).copy_(part) for part, target in slices]

@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltaw.kernels.transfer import to_device
-
 # Overhead of a tile within a batch, in (query, key) pairs over all heads of a small model. Measured on a 2-core AVX-512
 # machine. Padding pairs count as pairs.
 PAIRS_PER_TILE = 1500
@@ -122,8 +120,7 @@ class Layout:
         return cls(starts, stops, above.astype(np.int64))
 
     def __post_init__(self) -> None:
-        tables = {"starts": self.starts, "stops": self.stops, "parents": self.parents}
-        for name, table in tables.items():
+        for name, table in {"starts": self.starts, "stops": self.stops, "parents": self.parents}.items():
             if table.ndim != 1 or not np.issubdtype(table.dtype, np.integer):
                 raise ValueError(f"{name} must be a one-dimensional integer array")
             if len(table) != len(self.starts):
@@ -319,3 +316,14 @@ class _Atom:
     start: int
     stop: int
     spans: dict[int, tuple[int, int]]
+
+
+def to_device(tensor: Tensor, device: str | torch.device) -> Tensor:
+    """Return ``tensor`` on ``device``. Copies from the CPU to a CUDA device are asynchronous.
+
+    torch's pinned-memory allocator reuses the pinned buffer only after the device has read it.
+    """
+    target = torch.device(device)
+    if target.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(target)
+    return tensor.pin_memory().to(target, non_blocking=True)

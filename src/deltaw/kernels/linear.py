@@ -30,8 +30,8 @@ from torch import Tensor
 
 from deltaw.kernels import loader
 from deltaw.kernels.block_linear import FORMATS, BlockWeight
-from deltaw.kernels.bounds import check_shape
-from deltaw.kernels.operators import accumulation_dtype, define
+from deltaw.kernels.loader import BlockData
+from deltaw.kernels.operators import accumulation_dtype, check_shape, define
 from deltaw.kernels.quantize import (
     INT8,
     MAX_SUM_LENGTH,
@@ -43,7 +43,6 @@ from deltaw.kernels.quantize import (
     round_rows,
     scales_shape,
 )
-from deltaw.kernels.structs import BlockData
 
 # Bytes of dequantized rows per chunk in the reference implementation.
 REFERENCE_BYTES = 4 << 20
@@ -188,8 +187,7 @@ def linear(
     if product.scale is not None:
         check_shape("x in int8", x_int8, *x.shape)
         check_shape("the scales of x in int8", x_scales, *scales_shape(x, product.in_blocks))
-    y, h = _linear(x, *product, addend, x_int8, x_scales)
-    return y, h
+    return _linear(x, *product, addend, x_int8, x_scales)
 
 
 def linear_reference(
@@ -263,8 +261,7 @@ def linear_backward(
     inputs, outputs = product.sizes
     _check_shapes(grad, product, outputs, (inputs, outputs))
     check_shape("the addend", addend, grad.shape[0], inputs)
-    dx, narrow = _linear_backward(grad, *product, addend, need_x, in_int8)
-    return dx, narrow
+    return _linear_backward(grad, *product, addend, need_x, in_int8)
 
 
 def uses_int8_gradients(grad: Tensor, product: LinearProduct) -> bool:
@@ -388,70 +385,6 @@ def _contiguous_tensors(product: LinearProduct) -> LinearProduct:
     return LinearProduct._make(t.contiguous() if isinstance(t, Tensor) else t for t in product)
 
 
-def _compute_linear(*args: Any) -> tuple[Tensor, Tensor]:
-    x, (product, (addend, x_int8, x_scales)) = args[0], split_arguments(args)
-    bias_fits = _have_dtype(x.dtype, product.bias) or _have_dtype(torch.float32, product.bias)
-    compiled = _compiled(x, product, addend, x_scales) and bias_fits
-    compiled = compiled and (product.scale is None or product.in_blocks or x.shape[1] <= MAX_SUM_LENGTH)
-    if not compiled or not _have_dtype(torch.uint8, x_int8):
-        return linear_reference(x, product, addend, x_int8, x_scales)
-    x, product = x.contiguous(), _contiguous_tensors(product)
-    addend = None if addend is None else addend.contiguous()
-    if x_int8 is not None and x_scales is not None:
-        x_int8, x_scales = x_int8.contiguous(), x_scales.contiguous()
-    (rows, width), (_, out) = x.shape, product.sizes
-    y, h = torch.empty(rows, out, dtype=x.dtype), _empty_rank_rows(x, product)
-    quantize = product.scale is not None and x_int8 is None
-    if quantize:
-        x_int8, x_scales = empty_int8(x, product.in_blocks)
-    block_data = product.as_struct()
-    loader.kernels().dw_linear(
-        loader.dtype_code(x.dtype), rows, out, width, x.data_ptr(), product.number, product.address(block_data),
-        product.by_column, loader.address(product.scale), loader.address(product.smooth_scales),
-        loader.address(product.bias), product.bias is not None and product.bias.dtype == torch.float32,
-        loader.address(product.lora_A), loader.address(product.lora_B), h.shape[-1], product.scaling,
-        loader.address(addend), loader.address(x_int8), loader.address(x_scales), product.in_blocks, quantize,
-        y.data_ptr(), h.data_ptr(),
-    )  # fmt: skip
-    return y, h
-
-
-def _compute_linear_backward(*args: Any) -> tuple[Tensor, Tensor]:
-    grad, (product, (addend, need_x, in_int8)) = args[0], split_arguments(args)
-    if not _compiled(grad, product, addend) or (in_int8 and not _can_use_int8(grad, product)):
-        return linear_backward_reference(grad, product, addend, need_x, in_int8)
-    grad, product = grad.contiguous(), _contiguous_tensors(product)
-    addend = None if addend is None else addend.contiguous()
-    (rows, out), (width, _) = grad.shape, product.sizes
-    narrow = _empty_rank_rows(grad, product)
-    dx = torch.empty((rows, width) if need_x else (0,), dtype=grad.dtype)
-    quantized = scales = None
-    if (product.scale is not None or in_int8) and need_x:
-        quantized, scales = empty_int8(grad, True)
-    block_data = product.as_struct()
-    loader.kernels().dw_linear_backward(
-        loader.dtype_code(grad.dtype), rows, out, width, grad.data_ptr(), product.number, product.address(block_data),
-        product.by_column, loader.address(product.scale), loader.address(product.smooth_scales),
-        loader.address(product.lora_A), loader.address(product.lora_B), narrow.shape[-1], product.scaling,
-        loader.address(addend), loader.address(quantized), loader.address(scales), dx.data_ptr() if need_x else None,
-        narrow.data_ptr(),
-    )  # fmt: skip
-    return dx, narrow
-
-
-def _compute_factors(x: Tensor, h: Tensor, grad: Tensor, narrow: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    if not loader.supports(x, h, grad, narrow):
-        return factors_backward_reference(x, h, grad, narrow, scaling)
-    x, h, grad, narrow = x.contiguous(), h.contiguous(), grad.contiguous(), narrow.contiguous()
-    rows, width, out, rank = *x.shape, grad.shape[1], h.shape[1]
-    grad_A, grad_B = torch.empty(width, rank), torch.empty(rank, out)
-    loader.kernels().dw_factors_backward(
-        loader.dtype_code(x.dtype), rows, width, out, rank, x.data_ptr(), h.data_ptr(), grad.data_ptr(),
-        narrow.data_ptr(), scaling, grad_A.data_ptr(), grad_B.data_ptr(),
-    )  # fmt: skip
-    return grad_A, grad_B
-
-
 def _empty_rank_rows(x: Tensor, product: LinearProduct) -> Tensor:
     """Return an uninitialized tensor for x·A or its gradient."""
     return x.new_empty(0) if product.lora_A is None else x.new_empty(x.shape[0], product.lora_A.shape[1])
@@ -483,24 +416,85 @@ _PRODUCT = (
     "Tensor? lora_B, float scaling, bool in_blocks, str? format, int columns, Tensor? absmax, "
     "Tensor? group_scale, Tensor? offset"
 )
-_linear = define(
+
+
+@define(
     f"linear(Tensor x, {_PRODUCT}, Tensor? addend, Tensor? x_int8, Tensor? x_scales) -> (Tensor, Tensor)",
-    _compute_linear,
     _shapes,
     _operations,
 )
-_linear_backward = define(
+def _linear(*args: Any) -> tuple[Tensor, Tensor]:
+    x, (product, (addend, x_int8, x_scales)) = args[0], split_arguments(args)
+    bias_fits = _have_dtype(x.dtype, product.bias) or _have_dtype(torch.float32, product.bias)
+    compiled = _compiled(x, product, addend, x_scales) and bias_fits
+    compiled = compiled and (product.scale is None or product.in_blocks or x.shape[1] <= MAX_SUM_LENGTH)
+    if not compiled or not _have_dtype(torch.uint8, x_int8):
+        return linear_reference(x, product, addend, x_int8, x_scales)
+    x, product = x.contiguous(), _contiguous_tensors(product)
+    addend = None if addend is None else addend.contiguous()
+    if x_int8 is not None and x_scales is not None:
+        x_int8, x_scales = x_int8.contiguous(), x_scales.contiguous()
+    (rows, width), (_, out) = x.shape, product.sizes
+    y, h = torch.empty(rows, out, dtype=x.dtype), _empty_rank_rows(x, product)
+    quantize = product.scale is not None and x_int8 is None
+    if quantize:
+        x_int8, x_scales = empty_int8(x, product.in_blocks)
+    block_data = product.as_struct()
+    loader.kernels().dw_linear(
+        loader.dtype_code(x.dtype), rows, out, width, x.data_ptr(), product.number, product.address(block_data),
+        product.by_column, loader.address(product.scale), loader.address(product.smooth_scales),
+        loader.address(product.bias), product.bias is not None and product.bias.dtype == torch.float32,
+        loader.address(product.lora_A), loader.address(product.lora_B), h.shape[-1], product.scaling,
+        loader.address(addend), loader.address(x_int8), loader.address(x_scales), product.in_blocks, quantize,
+        y.data_ptr(), h.data_ptr(),
+    )  # fmt: skip
+    return y, h
+
+
+@define(
     f"linear_backward(Tensor grad, {_PRODUCT}, Tensor? addend, bool need_x, bool in_int8) -> (Tensor, Tensor)",
-    _compute_linear_backward,
     _shapes_backward,
     _operations_backward,
 )
-_factors_backward = define(
+def _linear_backward(*args: Any) -> tuple[Tensor, Tensor]:
+    grad, (product, (addend, need_x, in_int8)) = args[0], split_arguments(args)
+    if not _compiled(grad, product, addend) or (in_int8 and not _can_use_int8(grad, product)):
+        return linear_backward_reference(grad, product, addend, need_x, in_int8)
+    grad, product = grad.contiguous(), _contiguous_tensors(product)
+    addend = None if addend is None else addend.contiguous()
+    (rows, out), (width, _) = grad.shape, product.sizes
+    narrow = _empty_rank_rows(grad, product)
+    dx = torch.empty((rows, width) if need_x else (0,), dtype=grad.dtype)
+    quantized = scales = None
+    if (product.scale is not None or in_int8) and need_x:
+        quantized, scales = empty_int8(grad, True)
+    block_data = product.as_struct()
+    loader.kernels().dw_linear_backward(
+        loader.dtype_code(grad.dtype), rows, out, width, grad.data_ptr(), product.number, product.address(block_data),
+        product.by_column, loader.address(product.scale), loader.address(product.smooth_scales),
+        loader.address(product.lora_A), loader.address(product.lora_B), narrow.shape[-1], product.scaling,
+        loader.address(addend), loader.address(quantized), loader.address(scales), dx.data_ptr() if need_x else None,
+        narrow.data_ptr(),
+    )  # fmt: skip
+    return dx, narrow
+
+
+@define(
     "factors_backward(Tensor x, Tensor h, Tensor grad, Tensor narrow, float scaling) -> (Tensor, Tensor)",
-    _compute_factors,
     lambda x, h, grad, narrow, scaling: (
         x.new_empty(x.shape[1], narrow.shape[1], dtype=torch.float32),
         x.new_empty(h.shape[1], grad.shape[1], dtype=torch.float32),
     ),
     lambda x, h, grad, narrow, scaling: 2 * x.shape[0] * (narrow.shape[1] * x.shape[1] + h.shape[1] * grad.shape[1]),
 )
+def _factors_backward(x: Tensor, h: Tensor, grad: Tensor, narrow: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    if not loader.supports(x, h, grad, narrow):
+        return factors_backward_reference(x, h, grad, narrow, scaling)
+    x, h, grad, narrow = x.contiguous(), h.contiguous(), grad.contiguous(), narrow.contiguous()
+    rows, width, out, rank = *x.shape, grad.shape[1], h.shape[1]
+    grad_A, grad_B = torch.empty(width, rank), torch.empty(rank, out)
+    loader.kernels().dw_factors_backward(
+        loader.dtype_code(x.dtype), rows, width, out, rank, x.data_ptr(), h.data_ptr(), grad.data_ptr(),
+        narrow.data_ptr(), scaling, grad_A.data_ptr(), grad_B.data_ptr(),
+    )  # fmt: skip
+    return grad_A, grad_B

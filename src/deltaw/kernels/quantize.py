@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deltaw.kernels import loader
-from deltaw.kernels.bounds import check_shape
-from deltaw.kernels.operators import define
+from deltaw.kernels.operators import check_shape, define
 
 INT8 = torch.int8
 # Numbers of a row that share a scale. The C++ kernels use the same constant.
@@ -91,7 +90,19 @@ def fake_quantize_blocks(grad: Tensor) -> Tensor:
     return (torch.round(signed) * scale).flatten(1)[:, : grad.shape[1]]
 
 
-def _compute_quantized(x: Tensor, smooth_scales: Tensor | None, in_blocks: bool) -> tuple[Tensor, Tensor]:
+def empty_int8(x: Tensor, in_blocks: bool) -> tuple[Tensor, Tensor]:
+    """Return uninitialized tensors for quantized rows x (M, K) and their scales."""
+    return torch.empty(x.shape, dtype=torch.uint8), torch.empty(scales_shape(x, in_blocks))
+
+
+@define(
+    "quantized(Tensor x, Tensor? smooth_scales, bool in_blocks) -> (Tensor, Tensor)",
+    lambda x, smooth_scales, in_blocks: (
+        x.new_empty(x.shape, dtype=torch.uint8),
+        x.new_empty(scales_shape(x, in_blocks), dtype=torch.float32),
+    ),
+)
+def _quantized(x: Tensor, smooth_scales: Tensor | None, in_blocks: bool) -> tuple[Tensor, Tensor]:
     if not loader.supports(x) or not (smooth_scales is None or smooth_scales.dtype == torch.float32):
         return quantize_activations_reference(x, smooth_scales, in_blocks)
     x, smooth_scales = x.contiguous(), None if smooth_scales is None else smooth_scales.contiguous()
@@ -101,18 +112,3 @@ def _compute_quantized(x: Tensor, smooth_scales: Tensor | None, in_blocks: bool)
         rounded.data_ptr(), scales.data_ptr(),
     )  # fmt: skip
     return rounded, scales
-
-
-def empty_int8(x: Tensor, in_blocks: bool) -> tuple[Tensor, Tensor]:
-    """Return uninitialized tensors for quantized rows x (M, K) and their scales."""
-    return torch.empty(x.shape, dtype=torch.uint8), torch.empty(scales_shape(x, in_blocks))
-
-
-_quantized = define(
-    "quantized(Tensor x, Tensor? smooth_scales, bool in_blocks) -> (Tensor, Tensor)",
-    _compute_quantized,
-    lambda x, smooth_scales, in_blocks: (
-        x.new_empty(x.shape, dtype=torch.uint8),
-        x.new_empty(scales_shape(x, in_blocks), dtype=torch.float32),
-    ),
-)

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deltaw.kernels import loader, structs
-from deltaw.kernels.bounds import check_shape, check_targets
-from deltaw.kernels.operators import accumulation_dtype, define
+from deltaw.kernels import loader
+from deltaw.kernels.operators import accumulation_dtype, check_shape, check_targets, define
 
 # Activation functions of gated and plain MLPs, in the order of the kernels' codes.
 _GELU_TANH = partial(F.gelu, approximate="tanh")
@@ -71,16 +70,16 @@ class HalfNorms:
     after: Norm | None = None
     post: Norm | None = None
 
-    def as_struct(self) -> structs.HalfNormsStruct:
+    def as_struct(self) -> loader.HalfNormsStruct:
         """Return the kernels' struct of the norms."""
-        return structs.HalfNormsStruct(*map(norm_struct, (self.before, self.after, self.post)))
+        return loader.HalfNormsStruct(*map(norm_struct, (self.before, self.after, self.post)))
 
 
-def norm_struct(norm: Norm | None) -> structs.RowNorm:
+def norm_struct(norm: Norm | None) -> loader.RowNorm:
     """Return the kernels' struct of a norm. None gives an unused struct."""
     if norm is None:
-        return structs.RowNorm()
-    return structs.RowNorm(*map(loader.address, (norm.weight, norm.bias)), norm.eps, norm.offset, norm.centered, True)
+        return loader.RowNorm()
+    return loader.RowNorm(*map(loader.address, (norm.weight, norm.bias)), norm.eps, norm.offset, norm.centered, True)
 
 
 def norm(
@@ -252,7 +251,11 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _compute_norm(x, weight, bias, offset, eps, centered):  # type: ignore[no-untyped-def]
+@define(
+    "norm(Tensor x, Tensor? weight, Tensor? bias, float offset, float eps, bool centered) -> (Tensor, Tensor)",
+    lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape[0], 2, dtype=accumulation_dtype(x))),
+)
+def _norm(x, weight, bias, offset, eps, centered):  # type: ignore[no-untyped-def]
     if not loader.supports(x, weight, bias):
         return norm_reference(x, weight, bias, offset=offset, eps=eps, centered=centered)
     x = x.contiguous()
@@ -265,7 +268,12 @@ def _compute_norm(x, weight, bias, offset, eps, centered):  # type: ignore[no-un
     return y, stats
 
 
-def _compute_norm_backward(grad, x, weight, stats, offset, centered, addend):  # type: ignore[no-untyped-def]
+@define(
+    "norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor stats, float offset, bool centered, "
+    "Tensor? addend) -> Tensor",
+    lambda grad, x, *_: x.new_empty(x.shape),
+)
+def _norm_backward(grad, x, weight, stats, offset, centered, addend):  # type: ignore[no-untyped-def]
     if not loader.supports(grad, x, weight, addend):
         return norm_backward_reference(grad, x, weight, stats, offset=offset, centered=centered, addend=addend)
     x, grad = x.contiguous(), grad.contiguous()
@@ -279,7 +287,8 @@ def _compute_norm_backward(grad, x, weight, stats, offset, centered, addend):  #
     return dx
 
 
-def _compute_activation(gate, up, kind):  # type: ignore[no-untyped-def]
+@define("activation(Tensor gate, Tensor? up, int kind) -> Tensor", lambda gate, *_: gate.new_empty(gate.shape))
+def _activation(gate, up, kind):  # type: ignore[no-untyped-def]
     if not loader.supports(gate, up):
         return activation_reference(gate, up, ACTIVATIONS[kind])
     gate, up = gate.contiguous(), None if up is None else up.contiguous()
@@ -290,7 +299,15 @@ def _compute_activation(gate, up, kind):  # type: ignore[no-untyped-def]
     return y
 
 
-def _compute_activation_backward(grad, gate, up, kind):  # type: ignore[no-untyped-def]
+@define(
+    "activation_backward(Tensor grad, Tensor gate, Tensor? up, int kind) -> (Tensor, Tensor, Tensor)",
+    lambda grad, gate, up, kind: (
+        gate.new_empty(gate.shape),
+        gate.new_empty(0 if up is None else gate.shape),
+        gate.new_empty(gate.shape),
+    ),
+)
+def _activation_backward(grad, gate, up, kind):  # type: ignore[no-untyped-def]
     if not loader.supports(grad, gate, up):
         return activation_backward_reference(grad, gate, up, ACTIVATIONS[kind])
     grad, gate, up = grad.contiguous(), gate.contiguous(), None if up is None else up.contiguous()
@@ -303,7 +320,8 @@ def _compute_activation_backward(grad, gate, up, kind):  # type: ignore[no-untyp
     return d_gate, d_up, y
 
 
-def _compute_rotate(x, cosine, sine, backward):  # type: ignore[no-untyped-def]
+@define("rotate(Tensor x, Tensor cosine, Tensor sine, bool backward) -> Tensor", lambda x, *_: x.new_empty(x.shape))
+def _rotate(x, cosine, sine, backward):  # type: ignore[no-untyped-def]
     if not loader.supports(x) or not cosine.dtype == sine.dtype == torch.float32:
         return rotate_reference(x, cosine, sine, backward=backward)
     x, cosine, sine = x.contiguous(), cosine.contiguous(), sine.contiguous()
@@ -315,7 +333,12 @@ def _compute_rotate(x, cosine, sine, backward):  # type: ignore[no-untyped-def]
     return out
 
 
-def _compute_cross_entropy(logits, targets, weights, scale, softcap, grad):  # type: ignore[no-untyped-def]
+@define(
+    "cross_entropy_(Tensor(a!) logits, Tensor targets, Tensor weights, float scale, float softcap, "
+    "bool grad) -> Tensor",
+    lambda logits, *_: logits.new_empty(logits.shape[0], dtype=accumulation_dtype(logits)),
+)
+def _cross_entropy(logits, targets, weights, scale, softcap, grad):  # type: ignore[no-untyped-def]
     check_targets(targets, logits.shape[1])
     if not loader.supports(logits) or not logits.is_contiguous():
         return cross_entropy_reference_(logits, targets, weights, scale=scale, softcap=softcap, grad=grad)
@@ -326,41 +349,3 @@ def _compute_cross_entropy(logits, targets, weights, scale, softcap, grad):  # t
         scale, softcap, grad, losses.data_ptr(),
     )  # fmt: skip
     return losses
-
-
-_norm = define(
-    "norm(Tensor x, Tensor? weight, Tensor? bias, float offset, float eps, bool centered) -> (Tensor, Tensor)",
-    _compute_norm,
-    lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape[0], 2, dtype=accumulation_dtype(x))),
-)
-_norm_backward = define(
-    "norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor stats, float offset, bool centered, "
-    "Tensor? addend) -> Tensor",
-    _compute_norm_backward,
-    lambda grad, x, *_: x.new_empty(x.shape),
-)
-_activation = define(
-    "activation(Tensor gate, Tensor? up, int kind) -> Tensor",
-    _compute_activation,
-    lambda gate, *_: gate.new_empty(gate.shape),
-)
-_activation_backward = define(
-    "activation_backward(Tensor grad, Tensor gate, Tensor? up, int kind) -> (Tensor, Tensor, Tensor)",
-    _compute_activation_backward,
-    lambda grad, gate, up, kind: (
-        gate.new_empty(gate.shape),
-        gate.new_empty(0 if up is None else gate.shape),
-        gate.new_empty(gate.shape),
-    ),
-)
-_rotate = define(
-    "rotate(Tensor x, Tensor cosine, Tensor sine, bool backward) -> Tensor",
-    _compute_rotate,
-    lambda x, *_: x.new_empty(x.shape),
-)
-_cross_entropy = define(
-    "cross_entropy_(Tensor(a!) logits, Tensor targets, Tensor weights, float scale, float softcap, "
-    "bool grad) -> Tensor",
-    _compute_cross_entropy,
-    lambda logits, *_: logits.new_empty(logits.shape[0], dtype=accumulation_dtype(logits)),
-)

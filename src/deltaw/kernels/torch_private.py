@@ -18,8 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from deltaw.errors import UserError
-from deltaw.private_apis import look_up
+from deltaw.errors import UserError, look_up
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -49,9 +48,7 @@ in_dispatch_mode, is_observed = _observer_checks()
 """True if a dispatch mode observes this thread's operators; and true if a dispatch mode or a profiler does. Without the
 private names both always return True, and kernels are called through torch's slower dispatcher."""
 
-without_dispatch: Callable[[], contextlib.AbstractContextManager[Any]] = (
-    look_up(torch, "_C._DisableTorchDispatch") or contextlib.nullcontext
-)
+without_dispatch = look_up(torch, "_C._DisableTorchDispatch") or contextlib.nullcontext
 """Context manager that disables dispatch modes, so that new tensors have values. Only dry runs use such modes, and they
 also require this name."""
 
@@ -159,8 +156,7 @@ if look_up(torch.ones(0), "_version") is None:
 
 
 def _unsafe_view() -> Callable[[Tensor, Any], Tensor]:
-    operator = look_up(torch.ops.aten, "_unsafe_view.default")
-    return operator or (lambda tensor, shape: tensor.reshape(shape).clone())
+    return look_up(torch.ops.aten, "_unsafe_view.default") or (lambda tensor, shape: tensor.reshape(shape).clone())
 
 
 unrecorded_view = _unsafe_view()

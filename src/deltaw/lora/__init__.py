@@ -9,85 +9,50 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from deltaw.lora.activations import ActivationInit, initialize_from_activations
-    from deltaw.lora.adapt import Summary, attach, detach, disabled
-    from deltaw.lora.attachment import ParameterCount, adapter_parameters, count_parameters, is_factor_B, merge, unmerge
-    from deltaw.lora.config import LoRAConfig
-    from deltaw.lora.files import load_adapter, read_adapter, save_adapter
-    from deltaw.lora.fingerprint import OtherBaseModelWarning
-    from deltaw.lora.layers import (
-        DoRAConv,
-        DoRAConv1D,
-        DoRAConv1d,
-        DoRAConv2d,
-        DoRAConv3d,
-        DoRAEmbedding,
-        DoRALayer,
-        DoRALinear,
-        LoRABias,
-        LoRABiasConv,
-        LoRABiasConv1D,
-        LoRABiasConv1d,
-        LoRABiasConv2d,
-        LoRABiasConv3d,
-        LoRABiasLinear,
-        LoRAConv,
-        LoRAConv1D,
-        LoRAConv1d,
-        LoRAConv2d,
-        LoRAConv3d,
-        LoRAEmbedding,
-        LoRALayer,
-        LoRALinear,
-    )
-    from deltaw.lora.layers_parts import LoRAParameter, TrainedTokens, TrainedTokensEmbedding, TrainedTokensLinear
-
-__all__ = [
-    "ActivationInit",
-    "DoRAConv",
-    "DoRAConv1D",
-    "DoRAConv1d",
-    "DoRAConv2d",
-    "DoRAConv3d",
-    "DoRAEmbedding",
-    "DoRALayer",
-    "DoRALinear",
-    "LoRABias",
-    "LoRABiasConv",
-    "LoRABiasConv1D",
-    "LoRABiasConv1d",
-    "LoRABiasConv2d",
-    "LoRABiasConv3d",
-    "LoRABiasLinear",
-    "LoRAConfig",
-    "LoRAConv",
-    "LoRAConv1D",
-    "LoRAConv1d",
-    "LoRAConv2d",
-    "LoRAConv3d",
-    "LoRAEmbedding",
-    "LoRALayer",
-    "LoRALinear",
-    "LoRAParameter",
-    "OtherBaseModelWarning",
-    "ParameterCount",
-    "Summary",
-    "TrainedTokens",
-    "TrainedTokensEmbedding",
-    "TrainedTokensLinear",
-    "adapter_parameters",
-    "attach",
-    "count_parameters",
-    "detach",
-    "disabled",
-    "initialize_from_activations",
-    "is_factor_B",
-    "load_adapter",
-    "merge",
-    "read_adapter",
-    "save_adapter",
-    "unmerge",
-]
+    from deltaw.lora.activations import ActivationInit as ActivationInit
+    from deltaw.lora.activations import initialize_from_activations as initialize_from_activations
+    from deltaw.lora.adapt import Summary as Summary
+    from deltaw.lora.adapt import attach as attach
+    from deltaw.lora.adapt import detach as detach
+    from deltaw.lora.adapt import disabled as disabled
+    from deltaw.lora.attachment import ParameterCount as ParameterCount
+    from deltaw.lora.attachment import adapter_parameters as adapter_parameters
+    from deltaw.lora.attachment import count_parameters as count_parameters
+    from deltaw.lora.attachment import is_factor_B as is_factor_B
+    from deltaw.lora.attachment import merge as merge
+    from deltaw.lora.attachment import unmerge as unmerge
+    from deltaw.lora.config import LoRAConfig as LoRAConfig
+    from deltaw.lora.files import load_adapter as load_adapter
+    from deltaw.lora.files import read_adapter as read_adapter
+    from deltaw.lora.files import save_adapter as save_adapter
+    from deltaw.lora.fingerprint import OtherBaseModelWarning as OtherBaseModelWarning
+    from deltaw.lora.layers import DoRAConv as DoRAConv
+    from deltaw.lora.layers import DoRAConv1D as DoRAConv1D
+    from deltaw.lora.layers import DoRAConv1d as DoRAConv1d
+    from deltaw.lora.layers import DoRAConv2d as DoRAConv2d
+    from deltaw.lora.layers import DoRAConv3d as DoRAConv3d
+    from deltaw.lora.layers import DoRAEmbedding as DoRAEmbedding
+    from deltaw.lora.layers import DoRALayer as DoRALayer
+    from deltaw.lora.layers import DoRALinear as DoRALinear
+    from deltaw.lora.layers import LoRABias as LoRABias
+    from deltaw.lora.layers import LoRABiasConv as LoRABiasConv
+    from deltaw.lora.layers import LoRABiasConv1D as LoRABiasConv1D
+    from deltaw.lora.layers import LoRABiasConv1d as LoRABiasConv1d
+    from deltaw.lora.layers import LoRABiasConv2d as LoRABiasConv2d
+    from deltaw.lora.layers import LoRABiasConv3d as LoRABiasConv3d
+    from deltaw.lora.layers import LoRABiasLinear as LoRABiasLinear
+    from deltaw.lora.layers import LoRAConv as LoRAConv
+    from deltaw.lora.layers import LoRAConv1D as LoRAConv1D
+    from deltaw.lora.layers import LoRAConv1d as LoRAConv1d
+    from deltaw.lora.layers import LoRAConv2d as LoRAConv2d
+    from deltaw.lora.layers import LoRAConv3d as LoRAConv3d
+    from deltaw.lora.layers import LoRAEmbedding as LoRAEmbedding
+    from deltaw.lora.layers import LoRALayer as LoRALayer
+    from deltaw.lora.layers import LoRALinear as LoRALinear
+    from deltaw.lora.layers_parts import LoRAParameter as LoRAParameter
+    from deltaw.lora.layers_parts import TrainedTokens as TrainedTokens
+    from deltaw.lora.layers_parts import TrainedTokensEmbedding as TrainedTokensEmbedding
+    from deltaw.lora.layers_parts import TrainedTokensLinear as TrainedTokensLinear
 
 # Public names by module.
 _MODULES = {
@@ -105,6 +70,7 @@ _MODULES = {
     "layers_parts": "LoRAParameter TrainedTokens TrainedTokensEmbedding TrainedTokensLinear",
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> object:

@@ -83,8 +83,7 @@ def initialize_from_activations(model: nn.Module, run_batches: Callable[[], None
         if not bool((layer.lora_B == 0).all()):
             hint = "call initialize_from_activations right after attach"
             raise UserError(f"'{name}' is trained already", location="init", hint=hint)
-    width = 2 * max(layer.rank for _, layer in layers) + 8
-    recorder = _ActivationRecorder(width, torch.Generator().manual_seed(seed))
+    recorder = _ActivationRecorder(2 * max(layer.rank for _, layer in layers) + 8, torch.Generator().manual_seed(seed))
     hooks = [layer.register_forward_pre_hook(recorder.record, with_kwargs=True) for _, layer in layers]
     try:
         with torch.no_grad():
@@ -101,7 +100,6 @@ def _fill_layers(layers: list[tuple[str, LoRALayer]], recorder: _ActivationRecor
     recorded = [(name, layer, recorder.inputs[id(layer)]) for name, layer in layers if id(layer) in recorder.inputs]
     if not recorded:
         raise UserError("run_batches ran none of the adapted layers", hint="call the model passed to this function")
-    explained: list[Tensor] = []
     for name, _, statistics in recorded:
         if not torch.isfinite(statistics.total):
             hint = "check the data for values that are not finite, or load the model in bf16 or fp32"
@@ -109,13 +107,12 @@ def _fill_layers(layers: list[tuple[str, LoRALayer]], recorder: _ActivationRecor
     for _, layer, statistics in recorded:
         directions = statistics.directions[:, : layer.rank]
         layer.lora_A[:, : directions.shape[1]] = directions.to(layer.lora_A)
-        explained.append(statistics.explained(layer.rank))
         layer.initialized()
     tokens = [statistics.tokens for _, _, statistics in recorded]
     return ActivationInit(
         initialized=len(recorded),
         tokens=(min(tokens), max(tokens)),
-        explained=float(torch.stack([share.cpu() for share in explained]).mean()),
+        explained=float(torch.stack([stats.explained(layer.rank).cpu() for _, layer, stats in recorded]).mean()),
         short=tuple(n for n, layer, stats in recorded if layer.rank > min(stats.tokens - 1, layer.lora_A.shape[0])),
         unseen=tuple(name for name, layer in layers if id(layer) not in recorder.inputs),
     )

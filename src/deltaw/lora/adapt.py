@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import nn
@@ -22,10 +22,13 @@ from deltaw.kernels.torch_private import direct_buffers, direct_parameters
 from deltaw.lora.adapted import Activation, AdaptedLayer
 from deltaw.lora.attachment import (
     Attachment,
+    ParameterCount,
     ParameterUpdate,
+    Replacement,
     TrainedBias,
     base_model_active,
     count_parameters,
+    find_spots,
     get_attachment,
     require_attachment,
     set_attachment,
@@ -36,37 +39,26 @@ from deltaw.lora.config import CHANGING_INITS, LoRAConfig
 from deltaw.lora.fingerprint import base_fingerprint, has_values
 from deltaw.lora.initialize import init_refusal, initialize
 from deltaw.lora.kinds import adapter_for, get_output_head, is_linear
-from deltaw.lora.layers_parts import ATTENTION_KEYS, LoRAParameter, adapt_attention, trained_tokens_of
-from deltaw.lora.replaced_modules import Replacement, find_spots
+from deltaw.lora.layers_parts import LoRAParameter, trained_tokens_of
 from deltaw.lora.select import Selection, Target, TokenTarget, select
 
 
 @dataclass(frozen=True)
-class Summary:
-    """Result of :func:`attach`.
+class Summary(ParameterCount):
+    """Result of :func:`attach`: the parameter counts of the adapted model, and a description of the adapted layers.
 
     Attributes:
         matches: Matched names by entry of the config, for example ``"target_modules 'q_proj'"``.
         adapted: Number of adapted layers.
-        trained: Number of trainable parameters.
-        total: Number of parameters of the base model.
         notes: Notes for the user, for example about weights that were untied.
     """
 
     matches: dict[str, tuple[str, ...]]
     adapted: int
-    trained: int
-    total: int
     notes: tuple[str, ...] = ()
 
-    @property
-    def share(self) -> float:
-        """Trainable parameters relative to the total."""
-        return self.trained / self.total if self.total else 0.0
-
     def __str__(self) -> str:
-        counts = f"{self.trained:,} of {self.total:,} parameters trained ({self.share:.2%})"
-        lines = [f"{self.adapted} adapted layers; {counts}"]
+        lines = [f"{self.adapted} adapted layers; {super().__str__()}"]
         for entry, names in self.matches.items():
             example = f", such as {names[0]}" if len(names) > 1 else f": {names[0]}" if names else ""
             lines.append(f"  {entry}: {len(names)} module{'s' if len(names) != 1 else ''}{example}")
@@ -107,23 +99,19 @@ def attach_selected(
         seed: Seed of the factors.
         init_factors: If False, factors are zero, to be loaded from a file.
     """
-    parameters = list(model.named_parameters())
     replaced = [p for extra in selection.extra_modules for p in extra.module.parameters()]
     if config.active == "completion":
         _check_activation(model, config, selection)
     record = Attachment(config, base_fingerprint(model, replaced))
-    record.trainable_before = [(p, p.requires_grad) for _, p in parameters]
+    record.trainable_before = [(p, p.requires_grad) for p in model.parameters()]
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     notes: list[str] = []
     try:
         # Initializations that change weights run last, after all checks.
         changing = config.init in CHANGING_INITS
         init = config.init if init_factors and not changing else None
-        options = {"rslora": config.rslora, "init": init, "generator": generator}
-        for target in selection.targets:
-            _adapt(model, target, record, options)
-        for parameter_target in selection.parameters:
-            _adapt_parameter(parameter_target, record, options)
+        for target in (*selection.targets, *selection.parameters):
+            _adapt(model, target, record, init, generator)
         for token_target in selection.tokens:
             _train_tokens(model, token_target, record)
         if changing:
@@ -149,9 +137,8 @@ def attach_selected(
     if init_factors and config.init == "eva":
         notes.append("initialize_from_activations must initialize A from the first batches")
     set_attachment(model, record)
-    count = count_parameters(model)
-    adapted = len(record.layers) + len(record.parameters)
-    return Summary(selection.matches, adapted, count.trained, count.total, tuple(notes))
+    count, adapted = count_parameters(model), len(record.layers) + len(record.parameters)
+    return Summary(count.total, count.trained, count.per_module, selection.matches, adapted, tuple(notes))
 
 
 def detach(model: nn.Module) -> None:
@@ -198,34 +185,30 @@ def require_unadapted(model: nn.Module) -> None:
         raise UserError("the model has an adapter already", hint="call detach on it first, or merge it")
 
 
-def _adapt(model: nn.Module, target: Target, record: Attachment, options: Mapping[str, Any]) -> None:
-    """Create the adapted layer for ``target``, or both updates of an attention. Errors include the module's name."""
-    config = record.config
-    arguments = (target.module, target.rank, target.alpha)
+def _adapt(
+    model: nn.Module, target: Target, record: Attachment, init: str | None, generator: torch.Generator | None
+) -> None:
+    """Create the adapted layer or the updates for ``target``. Errors include its name."""
+    config, module, name = record.config, target.module, target.names[0]
+    rank, alpha, rslora = target.rank, target.alpha, config.rslora
+    update = partial(LoRAParameter, rank=rank, alpha=alpha, rslora=rslora, init=init, generator=generator)
+    updates: dict[str, LoRAParameter] = {}
     try:
-        if isinstance(target.module, nn.MultiheadAttention):
-            updates = adapt_attention(*arguments, **options)  # type: ignore[arg-type]
-            for key, update in zip(ATTENTION_KEYS, updates, strict=True):
-                record.parameters.append(ParameterUpdate(target.names, target.module, key, update, True))
-            return
-        layer = adapter_for(target.module, config.dora, config.lora_bias)(*arguments, dropout=config.dropout, **options)
+        if key := target.attribute:
+            name, is_in_out = f"{name}.{key}", bool(getattr(module, "is_transposed", False))
+            updates[f"lora_{key}"] = update(module, key, is_in_out=is_in_out)
+        elif isinstance(module, nn.MultiheadAttention):
+            update(module.out_proj, "weight")  # PEFT samples these factors twice, which changes all later ones
+            updates["lora_in_proj_weight"] = update(module, "in_proj_weight")
+            updates["lora_out_proj_weight"] = update(module.out_proj, "weight")
+        else:
+            create = partial(adapter_for(module, config.dora, config.lora_bias).from_module, module, rank, alpha)
+            layer = create(dropout=config.dropout, rslora=rslora, init=init, generator=generator)
+            record.layers.append(_replacement(model, target.names, module, layer))
     except UserError as error:
-        raise _with_name(target.names[0], error) from error
-    record.layers.append(_replacement(model, target.names, target.module, layer))
-
-
-def _adapt_parameter(target: Target, record: Attachment, options: Mapping[str, Any]) -> None:
-    """Create the update of a parameter. Errors include the parameter's name."""
-    try:
-        arguments = (target.module, target.attribute, target.rank, target.alpha)
-        layer = LoRAParameter(*arguments, **options, is_in_out=bool(getattr(target.module, "is_transposed", False)))
-    except UserError as error:
-        raise _with_name(f"{target.names[0]}.{target.attribute}", error) from error
-    record.parameters.append(ParameterUpdate(target.names, target.module, f"lora_{target.attribute}", layer))
-
-
-def _with_name(name: str, error: UserError) -> UserError:
-    return UserError(f"'{name}': {error.message}", location=error.location, hint=error.hint)
+        raise UserError(f"'{name}': {error.message}", location=error.location, hint=error.hint) from error
+    for key, layer in updates.items():
+        record.parameters.append(ParameterUpdate(target.names, module, key, layer, not target.attribute))
 
 
 def _check_activation(model: nn.Module, config: LoRAConfig, selection: Selection) -> None:

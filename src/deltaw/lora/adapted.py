@@ -10,7 +10,7 @@ import contextlib
 import inspect
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -127,8 +127,7 @@ def find_invocation_starts(ids: Tensor, tokens: Sequence[int]) -> Tensor:
     length, size = ids.shape[1], len(tokens)
     if length < size:
         return torch.full((ids.shape[0],), length, device=ids.device)
-    sequence = torch.tensor(tokens, dtype=ids.dtype, device=ids.device)
-    matches = (ids.unfold(1, size, 1) == sequence).all(-1)
+    matches = (ids.unfold(1, size, 1) == torch.tensor(tokens, dtype=ids.dtype, device=ids.device)).all(-1)
     last = torch.where(matches, torch.arange(matches.shape[1], device=ids.device), -1).amax(1)
     return torch.where(last < 0, length, last)
 
@@ -144,9 +143,6 @@ def _cache_has_tokens(cache: Any) -> bool:
         return int(cache.get_seq_length()) > 0
     except (AttributeError, ValueError):  # a cache that contains only states, of layers without attention
         return True
-
-
-_Layer = TypeVar("_Layer", bound=nn.Module)
 
 
 class AdaptedLayer(nn.Module):
@@ -183,8 +179,8 @@ class AdaptedLayer(nn.Module):
     @property
     def adapting(self) -> bool:
         """True if ``forward`` adds the update."""
-        is_active = self.activation is None or self.activation.active_mask is not False
-        return self.enabled and not self.merged and is_active
+        active = self.activation is None or self.activation.active_mask is not False
+        return self.enabled and not self.merged and active
 
     @property
     def is_partially_active(self) -> bool:

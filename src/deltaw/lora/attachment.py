@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +21,113 @@ from deltaw.lora.config import LoRAConfig
 from deltaw.lora.fingerprint import has_values
 from deltaw.lora.layers import LoRALayer
 from deltaw.lora.layers_parts import LoRAParameter
-from deltaw.lora.replaced_modules import Replacement
 from deltaw.lora.stored import weight_shape
 
 _ATTRIBUTE = "_deltaw_attachment"
+
+
+# Replaced modules and parameters, and restoring the originals. Used for adapted layers, copies of extra trainable
+# modules, untied parameters, and the embedding with a soft prompt.
+
+Original = TypeVar("Original", bound="nn.Module | nn.Parameter | None")
+Current = TypeVar("Current", bound="nn.Module | nn.Parameter")
+Spot = tuple[nn.Module, str]
+"""A parent module and the attribute name of its child module or parameter."""
+
+
+@dataclass
+class ReplacedModule(Generic[Original, Current]):
+    """A module or parameter that is replaced by another.
+
+    Attributes:
+        names: All full names. Files use the first.
+        spots: (parent, attribute) for each name.
+        original: The original, or None if it did not exist (an added bias).
+        current: The replacement. It is ``original`` itself if that is trained in place.
+    """
+
+    names: tuple[str, ...]
+    spots: list[Spot]
+    original: Original
+    current: Current
+
+    @property
+    def name(self) -> str:
+        """Name used in files."""
+        return self.names[0]
+
+    def put(self, part: nn.Module | nn.Parameter | None) -> None:
+        """Assign ``part`` at all spots."""
+        for parent, attribute in self.spots:
+            setattr(parent, attribute, part)
+
+    def put_current(self) -> None:
+        """Assign the replacement at all spots."""
+        self.put(self.current)
+
+    def put_original(self, model: nn.Module) -> None:
+        """Restore the original with the replacement's device and dtype.
+
+        ``model`` may have been moved or cast in the meantime, which does not affect parameters that only ``original``
+        contains.
+        """
+        self._put_original({id(p) for p in model.parameters()})
+
+    def _put_original(self, present: Container[int]) -> None:
+        original, current = self.original, self.current
+        if isinstance(original, nn.Parameter) and isinstance(current, nn.Parameter):
+            if original is not current and id(original) not in present:
+                _match_device_and_dtype(original, current)
+        elif isinstance(original, nn.Module) and isinstance(current, nn.Module):
+            for name, parameter in original.named_parameters(remove_duplicate=False):
+                if id(parameter) not in present:
+                    _match_device_and_dtype(parameter, current.get_parameter(name))
+            for name, buffer in original.named_buffers(remove_duplicate=False):
+                _match_device_and_dtype(buffer, current.get_buffer(name))
+            original.train(current.training)
+        self.put(original)
+
+
+Replacement = ReplacedModule[nn.Module, nn.Module]
+"""A replaced module."""
+
+ReplacedParameter = ReplacedModule["nn.Parameter | None", nn.Parameter]
+"""A replaced parameter."""
+
+
+@contextlib.contextmanager
+def originals_restored(model: nn.Module, replacements: Iterable[ReplacedModule[Original, Current]]) -> Iterator[None]:
+    """Context manager in which the model has its original modules and parameters."""
+    replaced = list(replacements)
+    present = {id(p) for p in model.parameters()}
+    try:
+        for replacement in replaced:
+            replacement._put_original(present)
+        yield
+    finally:
+        for replacement in replaced:
+            replacement.put_current()
+
+
+def find_spots(model: nn.Module, names: Sequence[str]) -> list[Spot]:
+    """Return the spots with these full names of modules or parameters.
+
+    Raises:
+        AttributeError: if a parent is not a module of the model.
+    """
+    split = [name.rpartition(".") for name in names]
+    return [(model.get_submodule(parent), attribute) for parent, _, attribute in split]
+
+
+def find_module_spots(model: nn.Module, module: nn.Module) -> list[Spot]:
+    """Return every spot of ``model`` that contains this ``module``."""
+    return [(owner, key) for owner in model.modules() for key, part in direct_modules(owner).items() if part is module]
+
+
+def _match_device_and_dtype(tensor: Tensor, reference: Tensor) -> None:
+    """Move ``tensor`` to the device and dtype of ``reference``."""
+    if tensor.device != reference.device or tensor.dtype != reference.dtype:
+        tensor.data = tensor.data.to(device=reference.device, dtype=reference.dtype)
 
 
 @dataclass
@@ -126,8 +230,7 @@ def unwrap_model(model: nn.Module) -> nn.Module:
 
 def get_attachment(model: nn.Module) -> Attachment | None:
     """Return the record on ``model``, or None."""
-    record: Attachment | None = vars(model).get(_ATTRIBUTE)
-    return record
+    return cast("Attachment | None", vars(model).get(_ATTRIBUTE))
 
 
 def require_attachment(model: nn.Module) -> Attachment:
@@ -233,8 +336,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
             visited.add(id(parameter))
             trained += parameter.numel() if parameter.requires_grad else 0
             if key not in adapter_keys and id(parameter) not in copies:
-                shape = weight_shape(module) if key == "weight" else parameter.shape
-                base[id(parameter)] = math.prod(shape)
+                base[id(parameter)] = math.prod(weight_shape(module) if key == "weight" else parameter.shape)
         if trained:
             per_module[name] = trained
     return ParameterCount(sum(base.values()), sum(per_module.values()), per_module)
@@ -314,8 +416,7 @@ def unmerge(model: nn.Module) -> None:
     Raises:
         UserError: if the adapter is not merged, or the original weights were not kept.
     """
-    layers = adapted_layers(unwrap_model(model))
-    if not (merged := [(name, layer) for name, layer in layers if layer.merged]):
+    if not (merged := [(name, layer) for name, layer in adapted_layers(unwrap_model(model)) if layer.merged]):
         raise UserError("the adapter is not merged", hint="call merge first")
     for name, layer in merged:
         if layer._unmerged_weight is None:

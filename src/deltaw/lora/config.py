@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
 from deltaw.errors import UserError, did_you_mean
 from deltaw.lora.expressions import check_expressions
+from deltaw.settings.dataclass_fields import dataclass_setting as setting
 
 Number = TypeVar("Number", int, float)
 
@@ -46,20 +47,6 @@ PEFT_NAMES = {
 def scaling(rank: int, alpha: float, rslora: bool = False) -> float:
     """Return the factor of A·B in ΔW: alpha / rank, or alpha / √rank with rsLoRA (arXiv 2312.03732, eq. 4)."""
     return alpha / math.sqrt(rank) if rslora else alpha / rank
-
-
-def setting(default: Any, description: str, **schema: Any) -> Any:
-    """Return a dataclass field of a settings class.
-
-    Args:
-        default: Default value, or ``dict`` or ``list`` for an empty one.
-        description: Description for ``--help``.
-        schema: Additions to the JSON schema that the type does not imply.
-    """
-    metadata = {"description": description, **({"json_schema_extra": schema} if schema else {})}
-    if isinstance(default, type):
-        return field(default_factory=default, metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -165,11 +152,10 @@ class LoRAConfig:
 
     def _check_activation(self) -> None:
         """Reject settings that would change the base model's part of a row, which activated LoRA must not do."""
-        harmless = {"none", *INITS} - {*CHANGING_INITS}
         unsupported = ("target_parameters", "trainable_token_indices", "train_modules")
         for key in ("dora", "lora_bias", "bias", "init", *unsupported):
             value = getattr(self, key)
-            if value and not (isinstance(value, str) and value in harmless):
+            if value and not (isinstance(value, str) and value in {"none", *INITS} - {*CHANGING_INITS}):
                 description = f"{key} '{value}'" if isinstance(value, str) else key
                 reason = "it supports only plain updates of linear layers"
                 message = f"active: completion and {description} cannot be combined: {reason}"
@@ -287,7 +273,7 @@ def _invocation(value: object) -> list[int] | str | None:
 
 
 def _ids(value: object) -> list[int]:
-    ids: list[int] = list(value) if isinstance(value, list | tuple | set | range) else [value]  # type: ignore[list-item]
+    ids: list[Any] = list(value) if isinstance(value, list | tuple | set | range) else [value]
     key = "trainable_token_indices"
     if not all(map(_is_number, ids)):
         raise _invalid_value(key, value, "use a list of token ids, or a list per embedding: {embed_tokens: [5, 6]}")

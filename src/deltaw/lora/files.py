@@ -7,8 +7,10 @@ rejected before the model is changed.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -23,12 +25,11 @@ from deltaw.lora import peft_format
 from deltaw.lora.adapt import Summary, attach_selected, detach, require_unadapted
 from deltaw.lora.adapted import AdaptedLayer
 from deltaw.lora.attachment import Attachment, adapter_parameters, count_parameters, require_attachment, unwrap_model
-from deltaw.lora.config import CHANGING_INITS, LoRAConfig
+from deltaw.lora.config import CHANGING_INITS, LoRAConfig, scaling
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, warn_other_base
 from deltaw.lora.kinds import is_linear, linear_sizes
-from deltaw.lora.matching import NamedModule, unique_modules, values_by_pattern
 from deltaw.lora.peft_format import PREFIX, FilePaths, without_wrappers
-from deltaw.lora.select import Selection, Target, select
+from deltaw.lora.select import NamedModule, Selection, Target, select, unique_modules, values_by_pattern
 from deltaw.tensor_files import TensorFile, save_tensors
 from deltaw.untrusted_paths import record_reference, require_contained
 
@@ -38,6 +39,7 @@ PICKLED_NAME = "adapter_model.bin"
 
 _MAX_NAME_LENGTH = 2000  # since names are split at every dot
 _COPY_AGAIN = "copy or download the adapter again"
+_MERGE = "merge it into a separate model: deltaw merge"
 _BASE_HINT = "load it on the base model that it was trained on"
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -62,6 +64,38 @@ class AdapterFile(NamedTuple):
     config: LoRAConfig
     tensors: Mapping[str, Tensor]
     metadata: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The update of one linear layer: y += scaling · (x·A)·B.
+
+    The tensors may be views of a file's or a layer's memory.
+
+    Attributes:
+        lora_A: (in, r) fp32.
+        lora_B: (r, out) fp32.
+        scaling: Factor of A·B.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+
+
+@dataclass(frozen=True)
+class AdapterFactors:
+    """The factors of an adapter.
+
+    Attributes:
+        config: Settings of the adapter.
+        layers: Factors by the layer's name in the model, in model order.
+        metadata: See :class:`AdapterFile`.
+    """
+
+    config: LoRAConfig
+    layers: Mapping[str, Factors]
+    metadata: Mapping[str, str]
 
 
 class AdapterTensors(Mapping[str, Tensor]):
@@ -180,30 +214,15 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
     base_name = adapter.metadata.get("base_model_name_or_path")
     warn_other_base("the adapter", adapter.metadata, record.fingerprint, folder, base_name)
     count = count_parameters(model)
-    return Summary(summary.matches, summary.adapted, count.trained, count.total, summary.notes)
+    return replace(summary, total=count.total, trained=count.trained, per_module=count.per_module)
 
 
-def read_adapter(folder: str | Path) -> AdapterFile:
-    """Read the adapter in ``folder`` without a model.
-
-    Raises:
-        UserError: if files are missing or damaged, or the adapter uses unsupported features.
-    """
-    return _read_adapter_with(folder, read_tensors)
-
-
-def open_adapter(folder: str | Path) -> AdapterFile:
-    """Open the adapter in ``folder`` without a model. Each access reads a tensor from the file.
+def read_adapter(folder: str | Path, *, lazy: bool = False) -> AdapterFile:
+    """Read the adapter in ``folder`` without a model. With ``lazy``, each access reads a tensor from the file.
 
     Raises:
         UserError: if files are missing or damaged, or the adapter uses unsupported features.
     """
-    return _read_adapter_with(folder, _open_tensors)
-
-
-def _read_adapter_with(
-    folder: str | Path, load_tensors: Callable[[Path], tuple[Mapping[str, Tensor], dict[str, str]]]
-) -> AdapterFile:
     folder = Path(folder)
     if not folder.is_dir():
         hint = "use a local folder; an adapter on a hub must be downloaded first"
@@ -211,7 +230,7 @@ def _read_adapter_with(
     require_contained(folder)
     settings = read_settings(folder / CONFIG_NAME)
     config = peft_format.parse_config(settings, str(folder / CONFIG_NAME))
-    tensors, metadata = load_tensors(folder)
+    tensors, metadata = _open_tensors(folder) if lazy else read_tensors(folder)
     if (longest := max(map(len, tensors), default=0)) > _MAX_NAME_LENGTH:
         raise _damaged_error(folder / WEIGHTS_NAME, f"a tensor's name has {longest:,} characters")
     for key in ("base_model_name_or_path", "task_type", "peft_version"):
@@ -220,34 +239,57 @@ def _read_adapter_with(
     return AdapterFile(config, tensors, metadata)
 
 
-def factor_tensors(model: nn.Module, adapter: AdapterFile, location: str) -> list[tuple[Target, Tensor, Tensor]]:
-    """Return the targets of an adapter with their A and B in the file's orientation. The model is not changed.
+def read_factors(model: nn.Module, folder: str | Path) -> AdapterFactors:
+    """Read the factors in ``folder`` for ``model``, which has no adapter and is not changed.
 
-    The adapter must contain only factors of linear layers.
-
-    Args:
-        model: Base model.
-        adapter: Adapter to read.
-        location: File name for error messages.
+    Used to serve several adapters on one model. Names and shapes are checked as in :func:`load_adapter`.
 
     Raises:
-        UserError: as in :func:`load_adapter`, or if the adapter contains other tensors.
+        UserError: if files are missing or damaged, a tensor is missing or does not fit, or a value is not finite. Also
+            if the adapter has more than low-rank factors of linear layers.
     """
+    adapter, location = read_adapter(folder), str(Path(folder) / WEIGHTS_NAME)
+    if (reason := unsupported_reason(adapter.config)) is not None:
+        raise UserError(reason, location=str(folder), hint=_MERGE)
     remaining = dict(adapter.tensors)
-    factors = []
+    layers: dict[str, Factors] = {}
     for target in _selection(model, adapter, location).targets:
-        path = next((PREFIX + n for n in target.names if f"{PREFIX}{n}.lora_A.weight" in remaining), None)
-        path = path or PREFIX + target.names[0]
+        name, rank = target.names[0], target.rank
+        path = PREFIX + next((n for n in target.names if f"{PREFIX}{n}.lora_A.weight" in remaining), name)
         if not is_linear(target.module):
-            message = f"it adapts '{target.names[0]}', which is a {type(target.module).__name__}, not a linear layer"
-            raise UserError(message, location=location, hint="merge it into a separate model: deltaw merge")
+            message = f"it adapts '{name}', which is a {type(target.module).__name__}, not a linear layer"
+            raise UserError(message, location=location, hint=_MERGE)
         inputs, outputs = linear_sizes(target.module)
-        lora_A = _pop_tensor(remaining, f"{path}.lora_A.weight", torch.Size((target.rank, inputs)), location)
-        lora_B = _pop_tensor(remaining, f"{path}.lora_B.weight", torch.Size((outputs, target.rank)), location)
-        factors.append((target, lora_A, lora_B))
-    for key, tensor in remaining.items():
-        _check_leftover(model, Attachment(adapter.config, None), key, tensor, location)
-    return factors
+        lora_A = _pop_tensor(remaining, f"{path}.lora_A.weight", (rank, inputs), location).t().float()
+        lora_B = _pop_tensor(remaining, f"{path}.lora_B.weight", (outputs, rank), location).t().float()
+        layers[name] = Factors(lora_A, lora_B, scaling(rank, target.alpha, adapter.config.rslora))
+    _check_leftovers(model, Attachment(adapter.config, None), remaining, location)
+    for name, factors in layers.items():
+        # min and max are NaN if any value is. NumPy uses one thread, so that it does not slow down generation.
+        values = [factor.numpy() for factor in (factors.lora_A, factors.lora_B) if factor.numel()]
+        if not all(math.isfinite(array.min()) and math.isfinite(array.max()) for array in values):
+            hint = "use an earlier checkpoint of the adapter"
+            raise UserError(f"the factors of '{name}' have values that are not finite", location=location, hint=hint)
+    return AdapterFactors(adapter.config, layers, adapter.metadata)
+
+
+def unsupported_reason(config: LoRAConfig) -> str | None:
+    """Return a sentence about parts of an adapter other than factors, or None if it has none."""
+    if config.dora:
+        return "it is a DoRA adapter (use_dora), whose magnitudes change the base weights"
+    if config.bias != "none":
+        return f"it has trained biases of the base model (bias: {config.bias})"
+    if config.lora_bias:
+        return "it has biases on its factors (lora_bias)"
+    if config.train_modules:
+        return f"it has modules trained in full (modules_to_save): {', '.join(config.train_modules)}"
+    if config.target_parameters:
+        return f"it adapts parameters (target_parameters): {', '.join(config.target_parameters)}"
+    if config.trainable_token_indices:
+        return "it has trained rows of token embeddings (trainable_token_indices)"
+    if config.init in CHANGING_INITS:
+        return f"its initialization '{config.init}' changed the base weights"
+    return None
 
 
 def read_settings(path: Path) -> dict[str, object]:
@@ -398,8 +440,7 @@ def _fill(model: nn.Module, record: Attachment, adapter: AdapterFile, location: 
                 state[key] = _fill_tensor(value, _pop_tensor(unread, full, value.shape, location))
             if any(state_tensor.is_meta for state_tensor in extra.current.state_dict().values()):
                 extra.current.load_state_dict(state, assign=True)
-    for key, tensor in unread.items():
-        _check_leftover(model, record, key, tensor, location)
+    _check_leftovers(model, record, unread, location)
 
 
 TensorT = TypeVar("TensorT", bound=Tensor)
@@ -414,7 +455,7 @@ def _fill_tensor(target: TensorT, values: Tensor) -> TensorT:
     return target
 
 
-def _pop_tensor(remaining: dict[str, Tensor], key: str, shape: torch.Size, location: str) -> Tensor:
+def _pop_tensor(remaining: dict[str, Tensor], key: str, shape: tuple[int, ...], location: str) -> Tensor:
     if key not in remaining:
         raise UserError(f"tensor '{key}' is missing", location=location, hint=f"{_BASE_HINT}, or save it again")
     tensor = remaining.pop(key)
@@ -424,29 +465,29 @@ def _pop_tensor(remaining: dict[str, Tensor], key: str, shape: torch.Size, locat
     return tensor
 
 
-def _check_leftover(model: nn.Module, record: Attachment, key: str, tensor: Tensor, location: str) -> None:
+def _check_leftovers(model: nn.Module, record: Attachment, tensors: Mapping[str, Tensor], location: str) -> None:
     """Raise UserError for a tensor of the file that the adapter does not use, with two exceptions.
 
     PEFT also writes some base weights, which are ignored if they are equal to the model's. With bias 'all' it writes
     the biases of extra trainable modules a second time under the names of its wrappers.
     """
-    name = key.removeprefix(PREFIX)
-    wrapped = ((f"{extra.name}.original_module.", f"{extra.name}.modules_to_save.") for extra in record.extra_modules)
-    if any(map(name.startswith, wrapped)):
-        return
-    path, _, attribute = without_wrappers(key).rpartition(".")
-    base_weight = getattr(dict(model.named_modules()).get(path), attribute, None)
-    if isinstance(base_weight, Tensor) and base_weight.shape == tensor.shape:
-        if base_weight.is_meta:
+    modules = dict(model.named_modules()) if tensors else {}
+    names = [extra.name for extra in record.extra_modules]
+    wrapped = tuple(f"{name}.{part}." for name in names for part in ("original_module", "modules_to_save"))
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        path, _, attribute = without_wrappers(key).rpartition(".")
+        base_weight = getattr(modules.get(path), attribute, None)
+        if name.startswith(wrapped):
+            continue
+        if not isinstance(base_weight, Tensor):
+            raise UserError(f"tensor '{key}' matches no parameter of the model", location=location, hint=_BASE_HINT)
+        if base_weight.shape == tensor.shape and base_weight.is_meta:
             record.copies[f"{path}.{attribute}"] = tensor  # a meta tensor has no values to compare
-            return
-        if torch.equal(tensor.to(base_weight), base_weight):
-            return
-    if isinstance(base_weight, Tensor):
-        sizes = f"{tuple(tensor.shape)} is not the model's {tuple(base_weight.shape)}"
-        hint = f"{_BASE_HINT}, with the same vocabulary size"
-        raise UserError(f"the file's copy of the base weight '{name}' {sizes}", location=location, hint=hint)
-    raise UserError(f"tensor '{key}' matches no parameter of the model", location=location, hint=_BASE_HINT)
+        elif base_weight.shape != tensor.shape or not torch.equal(tensor.to(base_weight), base_weight):
+            sizes = f"{tuple(tensor.shape)} is not the model's {tuple(base_weight.shape)}"
+            message = f"the file's copy of the base weight '{name}' {sizes}"
+            raise UserError(message, location=location, hint=f"{_BASE_HINT}, with the same vocabulary size")
 
 
 def task_type_of(model: nn.Module) -> str | None:

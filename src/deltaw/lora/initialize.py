@@ -172,10 +172,8 @@ def _init_orthogonal(layer: FactoredLayer, generator: torch.Generator | None) ->
     """Initialize A from the odd and B from the even rows of one orthogonal matrix, so that A·B = 0."""
     half = layer.rank // 2
     rows, _ = torch.linalg.qr(_normal((layer.rank, layer.rank), generator))
-    wide_A = _normal((layer.lora_A.shape[0], half), generator)
-    wide_B = _normal((half, layer.lora_B.shape[1]), generator)
-    layer.lora_A.copy_(wide_A @ rows[0::2] / 10)
-    layer.lora_B.copy_(rows[1::2].t() @ wide_B / 10)
+    layer.lora_A.copy_(_normal((layer.lora_A.shape[0], half), generator) @ rows[0::2] / 10)
+    layer.lora_B.copy_(rows[1::2].t() @ _normal((half, layer.lora_B.shape[1]), generator) / 10)
 
 
 def _init_from_weight(layer: FactoredLayer, method: str) -> None:
@@ -200,8 +198,7 @@ def _init_from_weight(layer: FactoredLayer, method: str) -> None:
 
 
 def _empty(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
-    device = generator.device if generator is not None else "cpu"
-    return torch.empty(shape, dtype=torch.float32, device=device)
+    return torch.empty(shape, dtype=torch.float32, device="cpu" if generator is None else generator.device)
 
 
 def _normal(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:

@@ -7,8 +7,6 @@ instead of being skipped silently.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -164,14 +162,13 @@ def direct_read_reason(model: nn.Module, name: str, parent: nn.Module) -> str | 
     if child_name == STEP_PROJECTION and isinstance(getattr(parent, "A_log", None), nn.Parameter):
         return f"{type(parent).__name__} multiplies by this weight without calling the layer"
     model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
-    mamba = "mamba" in model_type or model_type in ("falcon_h1", "nemotron_h")
-    if mamba and child_name in KERNEL_READ_MODULES:
+    if child_name in KERNEL_READ_MODULES and ("mamba" in model_type or model_type in ("falcon_h1", "nemotron_h")):
         return f"{model_type}'s fused kernels read this weight directly"
     return None
 
 
-def adapter_for(module: nn.Module, dora: bool = False, lora_bias: bool = False) -> Callable[..., LoRALayer]:
-    """Return the constructor of the adapted layer for ``module``, for which :func:`refusal` returned None.
+def adapter_for(module: nn.Module, dora: bool = False, lora_bias: bool = False) -> type[LoRALayer]:
+    """Return the class of the adapted layer for ``module``, for which :func:`refusal` returned None.
 
     Not for ``nn.MultiheadAttention``, which has two parameter updates and no adapted layer.
     """
@@ -183,14 +180,14 @@ def adapter_for(module: nn.Module, dora: bool = False, lora_bias: bool = False) 
         if lora_bias:
             message = f"lora_bias does not support weights that are {quantization}"
             raise UserError(message, location="lora_bias", hint="remove it")
-        return LoRAForeignLinear.from_linear
+        return LoRAForeignLinear
     if isinstance(module, nn.Linear):
-        return (LoRABiasLinear if lora_bias else DoRALinear if dora else LoRALinear).from_linear
+        return LoRABiasLinear if lora_bias else DoRALinear if dora else LoRALinear
     if isinstance(module, nn.Embedding):
         if lora_bias:
             message = "lora_bias does not support embeddings, whose update has no bias in PEFT's files"
             raise UserError(message, location="lora_bias", hint="remove the embedding from target_modules")
-        return (DoRAEmbedding if dora else LoRAEmbedding).from_embedding
+        return DoRAEmbedding if dora else LoRAEmbedding
     if isinstance(module, Convolution):
-        return (LoRABiasConv if lora_bias else DoRAConv if dora else LoRAConv).from_conv
-    return (LoRABiasConv1D if lora_bias else DoRAConv1D if dora else LoRAConv1D).from_conv1d
+        return LoRABiasConv if lora_bias else DoRAConv if dora else LoRAConv
+    return LoRABiasConv1D if lora_bias else DoRAConv1D if dora else LoRAConv1D

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +117,7 @@ class LoRALayer(AdaptedLayer):
 
     def output_bias(self) -> Tensor | None:
         """Return the bias added to every output while adapting."""
-        return self.bias  # type: ignore[return-value]
+        return cast("Tensor | None", self.bias)
 
     def initialized(self) -> None:
         """Called when the factors (and the weight) have their initial values."""
@@ -128,9 +128,8 @@ class LoRALayer(AdaptedLayer):
 
         ΔW is scaling · A·B of shape (in, out), or its transpose, for each expert.
         """
-        if self.weight_is_in_out:
-            return (self.lora_A @ self.lora_B).mul_(self.scaling)
-        return (self.lora_B.transpose(-1, -2) @ self.lora_A.transpose(-1, -2)).mul_(self.scaling)
+        delta = self.lora_A @ self.lora_B if self.weight_is_in_out else self.lora_B.mT @ self.lora_A.mT
+        return delta.mul_(self.scaling)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
@@ -242,20 +241,10 @@ class LoRAConv1D(_LinearUpdate):
     nf: int
     nx: int
 
-    @property
-    def in_features(self) -> int:  # type: ignore[override]
-        """Size of x."""
-        return int(self.weight.shape[0 if self.weight_is_in_out else 1])
-
-    @property
-    def out_features(self) -> int:  # type: ignore[override]
-        """Size of y."""
-        return int(self.weight.shape[1 if self.weight_is_in_out else 0])
-
-    @property
-    def weight_is_in_out(self) -> bool:  # type: ignore[override]
-        """True if the weight is (in, out), as in ``Conv1D``. False if it is (out, in)."""
-        return weight_scales(self) is None
+    def _init_from(self, module: nn.Module) -> None:
+        in_out, (rows, columns) = weight_scales(self) is None, self.weight.shape
+        inputs, outputs = (rows, columns) if in_out else (columns, rows)
+        vars(self).update(weight_is_in_out=in_out, in_features=inputs, out_features=outputs)
 
     def _base(self, input: Tensor) -> Tensor:
         flat = torch.addmm(self.bias, input.reshape(-1, input.shape[-1]), self.weight)
@@ -295,9 +284,9 @@ class LoRAForeignLinear(LoRALayer):
         if not self.adapting:
             return y
         dropout = self.dropout if self.training else 0.0
-        factors = self.lora_A, self.lora_B
         if (mask := self.active_mask) is not None:
-            return y + closed_form.masked_update(input, mask, *factors, self.scaling, dropout).to(y.dtype)
+            factors = self.lora_A, self.lora_B, self.scaling
+            return y + closed_form.masked_update(input, mask, *factors, dropout).to(y.dtype)
         adapter_input = F.dropout(input, dropout) if dropout > 0.0 else input
         update = (adapter_input @ self.lora_A.to(input.dtype)) @ (self.lora_B * self.scaling).to(input.dtype)
         return y + update.to(y.dtype)
@@ -425,7 +414,7 @@ class LoRAConv(LoRALayer):
     ) -> None:
         # LoRAConv is never instantiated directly: the next class in the MRO is the subclass's torch convolution.
         options = (stride, padding, dilation, groups, bias, padding_mode, device, dtype)
-        super().__init__(in_channels, out_channels, kernel_size, *options)  # type: ignore[arg-type]
+        super().__init__(in_channels, out_channels, kernel_size, *options)
         self._setup(rank, alpha, dropout, rslora, init, None)
 
     @classmethod
@@ -444,8 +433,7 @@ class LoRAConv(LoRALayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """(batch, in_channels, …) to (batch, out_channels, …). The batch dimension is optional."""
-        bias = self.output_bias() if self.adapting else self.bias
-        y = self._convolve(input, self.weight, bias, self.groups)
+        y = self._convolve(input, self.weight, self.output_bias() if self.adapting else self.bias, self.groups)
         if not self.adapting:
             return y
         return y + self._update(F.dropout(input, self.dropout, self.training) if self.dropout else input)
@@ -454,8 +442,7 @@ class LoRAConv(LoRALayer):
         """Return scaling · conv1(conv(x, A), B)."""
         # Without autocast, which casts the factors itself, they are cast to the input's dtype.
         autocast = closed_form.is_autocast_enabled(x.device.type)
-        factor_A = self.lora_A if autocast else self.lora_A.to(x.dtype)
-        factor_B = self.lora_B if autocast else self.lora_B.to(x.dtype)
+        factor_A, factor_B = (f if autocast else f.to(x.dtype) for f in (self.lora_A, self.lora_B))
         h = self._convolve(x, factor_A, None, 1) * self.scaling
         return _CONVOLVE[len(self.kernel_size)](h, factor_B, groups=self.groups)
 
@@ -654,11 +641,9 @@ class DoRALayer(LoRALayer):
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """Return m∘(W + ΔW) / ‖W + ΔW‖, computed in fp32 (fp64 for an fp64 weight) and rounded once."""
-        delta = self.delta_weight()
-        total = delta.add_(self.weight.to(delta.dtype))
-        gain = self.gain()
+        delta, gain = self.delta_weight(), self.gain()
         gain = gain if self.weight_is_in_out else gain.view(-1, *(1 for _ in self.weight.shape[1:]))
-        return total.mul_(gain).to(self.weight.dtype)
+        return delta.add_(self.weight.to(delta.dtype)).mul_(gain).to(self.weight.dtype)
 
     def _matrix(self, weight: Tensor) -> Tensor:
         """Return ``weight`` as a view (out, in)."""
@@ -680,15 +665,14 @@ class DoRALayer(LoRALayer):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DoRALayer:
         """Recompute cached norms after the module is moved or cast."""
-        super()._apply(fn, recurse)
+        nn.Module._apply(self, fn, recurse)
         self._update_squares()
         return self
 
 
 def _tensor_state(tensor: Tensor) -> tuple[object, ...]:
     """Return a key that changes if the tensor is replaced, modified in place, moved or cast."""
-    version = -1 if tensor.is_inference() else version_of(tensor)
-    return id(tensor), version, tensor.dtype, tensor.device
+    return id(tensor), -1 if tensor.is_inference() else version_of(tensor), tensor.dtype, tensor.device
 
 
 class _DoRALinearBase(DoRALayer, _LinearUpdate):
@@ -699,9 +683,8 @@ class _DoRALinearBase(DoRALayer, _LinearUpdate):
         if not self.adapting:
             return super().forward(input)
         dropout = self.dropout if self.training else 0.0
-        trained = self.lora_A, self.lora_B, self.lora_magnitude, self.weight_norm()
-        options = self.scaling, dropout, self.weight_is_in_out
-        return math_dora.dora_linear(input, self.weight, self.bias, *trained, *options)
+        trained = self.lora_A, self.lora_B, self.lora_magnitude, self.weight_norm(), self.scaling
+        return math_dora.dora_linear(input, self.weight, self.bias, *trained, dropout, self.weight_is_in_out)
 
 
 class DoRALinear(_DoRALinearBase, LoRALinear):

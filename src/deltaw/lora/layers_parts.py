@@ -23,7 +23,7 @@ The rows are PEFT's ``trainable_token_indices``: values, not differences.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +35,6 @@ from deltaw.lora.layers import LoRALayer, ScaledEmbedding
 from deltaw.lora.math_dora import without_autocast
 
 _Tokens = TypeVar("_Tokens", bound="TrainedTokens")
-
-ATTENTION_KEYS = ("lora_in_proj_weight", "lora_out_proj_weight")
-"""Child names of the updates of an ``nn.MultiheadAttention``."""
 
 
 class LoRAParameter(LoRALayer):
@@ -107,8 +104,7 @@ class LoRAParameter(LoRALayer):
         with without_autocast(weight.device.type):
             factor_A, factor_B = self.lora_A.to(dtype), self.lora_B.to(dtype)
             left, right = (factor_A, factor_B) if self.weight_is_in_out else (factor_B.mT, factor_A.mT)
-            add = torch.baddbmm if weight.dim() == 3 else torch.addmm
-            return add(weight, left, right, alpha=self.scaling)
+            return (torch.baddbmm if weight.dim() == 3 else torch.addmm)(weight, left, right, alpha=self.scaling)
 
     def register_hooks(self, runner: nn.Module) -> None:
         """Make ``runner``, whose forward reads the parameter, compute with W + ΔW."""
@@ -124,14 +120,14 @@ class LoRAParameter(LoRALayer):
         vars(self._owner).pop(self.attribute, None)
         vars(self).update(_runner=None, _hooks=())
 
-    def _pre_hook(self, module: nn.Module, inputs: Any) -> None:
+    def _pre_hook(self, module: nn.Module, inputs: object) -> None:
         # An instance attribute takes precedence over the registered parameter with the same name.
         if self.adapting:
             vars(self._owner)[self.attribute] = self.effective_weight()
         else:
             vars(self._owner).pop(self.attribute, None)
 
-    def _post_hook(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _post_hook(self, module: nn.Module, inputs: object, output: object) -> None:
         vars(self._owner).pop(self.attribute, None)
 
     def extra_repr(self) -> str:
@@ -163,21 +159,6 @@ def attention_refusal(attention: nn.MultiheadAttention) -> str | None:
     return None
 
 
-def adapt_attention(
-    attention: nn.MultiheadAttention, rank: int, alpha: float, **options: Any
-) -> tuple[LoRAParameter, LoRAParameter]:
-    """Return the updates of ``in_proj_weight`` (3·dim, dim) and of the weight of ``out_proj`` (dim, dim).
-
-    ``options`` are the arguments ``rslora``, ``init`` and ``generator`` of :class:`LoRAParameter`.
-    """
-    out_update = LoRAParameter(attention.out_proj, "weight", rank, alpha, **options)
-    in_update = LoRAParameter(attention, "in_proj_weight", rank, alpha, **options)
-    if options["init"] is not None:
-        # PEFT samples the output projection's factors twice. Repeat it, so that a seed gives the same factors.
-        out_update = LoRAParameter(attention.out_proj, "weight", rank, alpha, **options)
-    return in_update, out_update
-
-
 class TrainedTokens(AdaptedLayer):
     """Base class of embeddings and heads with trained token rows.
 
@@ -200,8 +181,6 @@ class TrainedTokens(AdaptedLayer):
         layer._init_from(module)
         layer._setup(tokens, tied_to)
         return layer
-
-    from_embedding = from_linear = from_module
 
     def _setup(self, tokens: Sequence[int], tied_to: TrainedTokens | None) -> None:
         """Initialize the trained rows from W, or share those of ``tied_to``."""

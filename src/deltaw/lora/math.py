@@ -12,6 +12,7 @@ reference is used if W is trained too and under ``torch.func`` transforms. Convo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +62,8 @@ def linear(
         scaling = scaling / (1.0 - dropout)
     if needs_reference(weight):
         return linear_reference(x, weight, bias, lora_A, lora_B, scaling, mask, weight_is_in_out)
-    return _Linear.apply(x, weight, bias, lora_A, lora_B, scaling, mask, weight_is_in_out, stored)
+    apply: Callable[..., Tensor] = _Linear.apply
+    return apply(x, weight, bias, lora_A, lora_B, scaling, mask, weight_is_in_out, stored)
 
 
 def linear_reference(
@@ -80,9 +82,7 @@ def linear_reference(
     return base + (adapter_input @ lora_A.to(x.dtype)) @ (lora_B * scaling).to(x.dtype)
 
 
-def masked_update(
-    x: Tensor, mask: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float = 0.0
-) -> Tensor:
+def masked_update(x: Tensor, mask: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float) -> Tensor:
     """Return scaling · dropout(x)·A·B at the active tokens, and 0 at the others. Uses autograd.
 
     Args:
@@ -105,11 +105,9 @@ def masked_update(
     return narrow @ (lora_B * scaling).to(x.dtype)
 
 
-def linear_with_update(
-    update: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, weight_is_in_out: bool = False
-) -> Tensor:
+def linear_with_update(update: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, is_in_out: bool) -> Tensor:
     """Return x·Wᵀ + b + update, with the update (..., out) added in the sums of the product. Uses autograd."""
-    matrix = weight if weight_is_in_out else weight.t()
+    matrix = weight if is_in_out else weight.t()
     y = torch.addmm(update.reshape(-1, update.shape[-1]), x.reshape(-1, x.shape[-1]), matrix)
     return reshape_output(y if bias is None else y + bias, x.shape[:-1])
 
@@ -164,8 +162,7 @@ class _Linear(torch.autograd.Function):
             linear_product = product(base_weight, stored, not ctx.weight_is_in_out, None, lora_A, lora_B, ctx.scaling)
             grad_x, narrow = multiply_backward(grad_y, linear_product, None, needs_x)
             if needs_A or needs_B:
-                flat = x.reshape(rows, x.shape[-1])
-                grad_A, grad_B = kernels.factors_backward(flat, h, grad_y, narrow, ctx.scaling)
+                grad_A, grad_B = kernels.factors_backward(x.reshape(rows, x.shape[-1]), h, grad_y, narrow, ctx.scaling)
             grad_x = grad_x.view(*grad.shape[:-1], grad_x.shape[-1]) if needs_x else None
             return grad_x, None, grad_bias, grad_A, grad_B, None, None, None, None
         narrow = grad_y @ scaled(lora_B, ctx.scaling, dtype).t() if needs_x or needs_A else None
@@ -218,12 +215,7 @@ class Lookup(NamedTuple):
         return values if scale is None else values * scale
 
 
-PLAIN_LOOKUP = Lookup()
-
-
-def embedding(
-    ids: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, lookup: Lookup = PLAIN_LOOKUP
-) -> Tensor:
+def embedding(ids: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, lookup: Lookup) -> Tensor:
     """Return y = c · (W[ids] + scaling · A[ids]·B), where c is the lookup's scale or 1.
 
     Args:
@@ -242,7 +234,7 @@ def embedding(
 
 
 def embedding_reference(
-    ids: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, lookup: Lookup = PLAIN_LOOKUP
+    ids: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, lookup: Lookup
 ) -> Tensor:
     """Reference implementation of :func:`embedding`."""
     base = lookup.scaled(lookup(ids, weight))
@@ -254,36 +246,31 @@ class _Embedding(torch.autograd.Function):
     """Closed form of :func:`embedding`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, ids: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, lookup: Lookup
-    ) -> Tensor:
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float, lookup: Lookup) -> Tensor:
         flat = ids.reshape(-1)
         y = lookup.scaled(F.embedding(flat, weight))
-        h = F.embedding(flat, lora_A).to(y.dtype)
-        y.addmm_(h, lookup.scaled(lora_B * scaling).to(y.dtype))
-        ctx.save_for_backward(ids, h if ctx.needs_input_grad[3] else None, lora_A, lora_B)
+        h = F.embedding(flat, A).to(y.dtype)
+        y.addmm_(h, lookup.scaled(B * scaling).to(y.dtype))
+        ctx.save_for_backward(ids, h if ctx.needs_input_grad[3] else None, A, B)
         ctx.scaling, ctx.lookup = scaling, lookup
         return reshape_output(y, ids.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        ids, h, lora_A, lora_B = ctx.saved_tensors
+        ids, h, A, B = ctx.saved_tensors
         lookup: Lookup = ctx.lookup
         grad_y = grads[0].reshape(ids.numel(), grads[0].shape[-1])
         grad_A = grad_B = None
         flat = ids.reshape(-1)
         if ctx.needs_input_grad[2]:
-            factor = lookup.scaled(lora_B * ctx.scaling)
-            narrow = (grad_y @ factor.to(grad_y.dtype).t()).to(lora_A.dtype)
-            padding_idx = -1 if lookup.padding_idx is None else lookup.padding_idx
-            grad_A = torch.ops.aten.embedding_dense_backward(
-                narrow, flat, lora_A.shape[0], padding_idx, lookup.by_frequency
-            )
+            narrow = (grad_y @ lookup.scaled(B * ctx.scaling).to(grad_y.dtype).t()).to(A.dtype)
+            padding = -1 if lookup.padding_idx is None else lookup.padding_idx
+            grad_A = torch.ops.aten.embedding_dense_backward(narrow, flat, A.shape[0], padding, lookup.by_frequency)
         if ctx.needs_input_grad[3]:
             if torch.is_grad_enabled():
                 # As in _Linear, second-order gradients need h as a function of A.
-                h = F.embedding(flat, lora_A, lookup.padding_idx).to(grad_y.dtype)
-            grad_B = lookup.scaled((h.t() @ grad_y).to(lora_B.dtype) * ctx.scaling)
+                h = F.embedding(flat, A, lookup.padding_idx).to(grad_y.dtype)
+            grad_B = lookup.scaled((h.t() @ grad_y).to(B.dtype) * ctx.scaling)
         return None, None, grad_A, grad_B, None, None
 
 
@@ -327,6 +314,4 @@ def needs_reference(weight: Tensor) -> bool:
     """True if the reference implementation is needed: W is trained too, or a torch.func transform is active."""
     if weight.requires_grad and torch.is_grad_enabled():
         return True
-    if torch.compiler.is_compiling():
-        return False
-    return functorch_is_active()
+    return not torch.compiler.is_compiling() and functorch_is_active()

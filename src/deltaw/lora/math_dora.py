@@ -51,8 +51,7 @@ def weight_norm(weight: Tensor, squares: Tensor, lora_A: Tensor, lora_B: Tensor,
         else:
             crossed = torch.cat([block.to(factor_A.dtype) @ factor_A for block in _row_blocks(weight)])
         slope = 2 * scaling * crossed.t() + scaling**2 * ((factor_A.t() @ factor_A) @ factor_B)
-        square = squares + (slope * factor_B).sum(0)
-    return square.clamp(min=0).sqrt()
+        return (squares + (slope * factor_B).sum(0)).clamp(min=0).sqrt()
 
 
 def without_autocast(device: str) -> AbstractContextManager[None]:
@@ -99,8 +98,7 @@ def dora_linear(
     x = autocast_input(x)
     mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - dropout) if dropout > 0.0 else None
     call = dora_linear_reference if needs_reference(weight) else _DoRALinear.apply
-    keep_share = 1.0 - dropout
-    return call(x, weight, bias, lora_A, lora_B, magnitude, norm, scaling, mask, keep_share, weight_is_in_out)
+    return call(x, weight, bias, lora_A, lora_B, magnitude, norm, scaling, mask, 1.0 - dropout, weight_is_in_out)
 
 
 def dora_linear_reference(
@@ -130,8 +128,7 @@ class _DoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, lora_A, lora_B, magnitude, norm, scaling, mask, keep_share, weight_is_in_out):  # type: ignore
-        autocast = is_autocast_enabled(x.device.type)
-        base_weight = weight.to(x.dtype) if autocast else weight
+        base_weight = weight.to(x.dtype) if is_autocast_enabled(x.device.type) else weight
         matrix = base_weight.t() if weight_is_in_out else base_weight
         flat = x.reshape(num_rows(x), x.shape[-1])
         adapter_input = flat if mask is None else flat * mask.reshape(flat.shape)
@@ -163,8 +160,7 @@ class _DoRALinear(torch.autograd.Function):
         rows = num_rows(grad)
         grad_y = grad.reshape(rows, grad.shape[-1])
         grad_x = grad_bias = grad_A = grad_B = grad_m = adapter_input = narrow = None
-        g = gain(magnitude, norm) / ctx.keep
-        create_graph = torch.is_grad_enabled()
+        g, create_graph = gain(magnitude, norm) / ctx.keep, torch.is_grad_enabled()
         if needs_A or needs_B or (needs_m and create_graph):
             adapter_input = x if mask is None else x * mask
             adapter_input = adapter_input.reshape(rows, adapter_input.shape[-1])
@@ -183,27 +179,23 @@ class _DoRALinear(torch.autograd.Function):
             grad_m = _from_output(grad_y, saved.reshape(grad_y.shape), bias, magnitude)
         elif needs_m:
             if create_graph and adapter_input is not None:
-                matrix = (weight.t() if ctx.weight_is_in_out else weight).to(adapter_input.dtype)
+                matrix = (weight.t() if ctx.weight_is_in_out else weight).to(dtype)
                 saved = F.linear(adapter_input, matrix) + h @ scaled(lora_B, ctx.scaling, dtype)
             grad_m = gain(_column_dots(grad_y, saved, magnitude.dtype) / ctx.keep, norm)
         if needs_x and narrow is not None:
-            grad_x = _input_gradient(ctx, grad_y, weight, g, narrow, lora_A, mask)
+            matrix = (weight.t() if ctx.weight_is_in_out else weight).to(dtype)
+            grad_x = _input_grad(grad_y, matrix, g, narrow @ lora_A.to(dtype).t(), mask, ctx.keep)
             grad_x = grad_x.view(*grad.shape[:-1], grad_x.shape[-1])
         return grad_x, None, grad_bias, grad_A, grad_B, grad_m, None, None, None, None, None
 
 
-def _input_gradient(
-    ctx: Any, grad_y: Tensor, weight: Tensor, g: Tensor, narrow: Tensor, lora_A: Tensor, mask: Tensor | None
-) -> Tensor:
+def _input_grad(grad_y: Tensor, matrix: Tensor, g: Tensor, update: Tensor, mask: Tensor | None, keep: float) -> Tensor:
     """Return ∂L/∂x (rows, in): (Y∘g)·W + (Y∘g)·(s·B)ᵀ·Aᵀ, and with dropout also the path Y·W minus the share of x̃."""
-    matrix = weight.to(grad_y.dtype)
-    matrix = matrix.t() if ctx.weight_is_in_out else matrix
-    update = narrow @ lora_A.to(grad_y.dtype).t()
     scaled_gradient = plus_product(update, grad_y * g.to(grad_y.dtype), matrix)
     if mask is None:
         return scaled_gradient
     base = grad_y @ matrix
-    return base + (scaled_gradient - base / ctx.keep) * mask.reshape(base.shape)
+    return base + (scaled_gradient - base / keep) * mask.reshape(base.shape)
 
 
 def _from_output(grad_y: Tensor, y: Tensor, bias: Tensor | None, magnitude: Tensor) -> Tensor:
@@ -226,4 +218,4 @@ def _column_dots(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _row_blocks(matrix: Tensor) -> tuple[Tensor, ...]:
     """Split ``matrix`` into blocks of rows of about :data:`BLOCK` elements."""
-    return matrix.split(max(1, BLOCK // max(1, matrix.shape[1])))
+    return torch.split(matrix, max(1, BLOCK // max(1, matrix.shape[1])))

@@ -21,7 +21,7 @@ from deltaw.lora.attachment import Attachment
 from deltaw.lora.config import CHANGING_INITS, PEFT_NAMES, LoRAConfig
 from deltaw.lora.initialize import from_peft, to_peft
 from deltaw.lora.layers import LoRAConv1D, LoRALayer
-from deltaw.lora.matching import endings
+from deltaw.lora.select import endings
 
 # Tensor names in PEFT's files. PEFT nests wrappers, and each adds a part to the names below it.
 #
@@ -148,9 +148,7 @@ _READABLE_INITS = ("gaussian", "orthogonal", "eva", *CHANGING_INITS)
 """Initializations that do not change W, and those whose W can be recomputed."""
 
 
-def adapter_settings(
-    model: nn.Module, record: Attachment, base_model: str | None, task_type: str | None
-) -> dict[str, object]:
+def adapter_settings(model: nn.Module, record: Attachment, base: str | None, task: str | None) -> dict[str, object]:
     """Return the content of ``adapter_config.json`` for the adapter on ``model``.
 
     An adapter whose initialization changed W is saved as a plain adapter of twice the rank (see :func:`file_tensors`).
@@ -169,7 +167,7 @@ def adapter_settings(
     settings = DEFAULTS | {
         "alora_invocation_tokens": config.invocation_tokens,
         "alpha_pattern": {key: _integer_if_whole(value * alpha_factor) for key, value in config.alpha_pattern.items()},
-        **base_settings(base_model),
+        **base_settings(base),
         "bias": config.bias,
         "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for _, layer in record.adapted()),
         "init_lora_weights": config.init if config.init in ("gaussian", "orthogonal") else True,
@@ -181,12 +179,12 @@ def adapter_settings(
         "rank_pattern": {key: value * rank_factor for key, value in config.rank_pattern.items()},
         "target_modules": target_entries(names, list(dict.fromkeys(targets))),
         "target_parameters": config.target_parameters or None,
-        "task_type": task_type,
+        "task_type": task,
         "trainable_token_indices": config.trainable_token_indices,
         "use_dora": config.dora,
         "use_rslora": config.rslora,
     }
-    if task_type is None:
+    if task is None:
         kind = type(model)
         settings["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     return settings

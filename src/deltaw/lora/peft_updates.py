@@ -11,8 +11,7 @@ import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -20,8 +19,8 @@ from deltaw.lora.config import LoRAConfig, scaling
 from deltaw.lora.expressions import matches
 from deltaw.lora.files import AdapterFile
 from deltaw.lora.initialize import from_peft
-from deltaw.lora.matching import endings, values_by_pattern
 from deltaw.lora.peft_format import attention_counts_twice, without_wrappers
+from deltaw.lora.select import endings, values_by_pattern
 
 _FACTOR = re.compile(r"(?P<path>.+)\.lora_(?:embedding_)?(?P<factor>[AB])(?:\.weight)?")
 _INNER = ".base_layer"
@@ -102,8 +101,7 @@ def read_content(adapter: AdapterFile) -> FileContent:
         else:
             other_tensors[plain] = tensor
     complete = {path: pair for path, pair in factors.items() if len(pair) == 2}
-    doubled = attention_counts_twice(adapter.metadata.get("peft_version"))
-    updates = list(_updates(complete, config, doubled))
+    updates = list(_updates(complete, config, attention_counts_twice(adapter.metadata.get("peft_version"))))
     scalings = {update.name: update.scaling for update in updates}
     biases = {name: c.double() * scalings.get(name, 1.0) for name, c in biases.items()}
     incomplete = [without_wrappers(path) for path, pair in factors.items() if len(pair) != 2]
@@ -124,7 +122,7 @@ def _updates(factors: Mapping[str, Factors], config: LoRAConfig, doubled: bool) 
             # PEFT gives the output projection the rank and the alpha of its attention.
             owner = module if attention is None else without_wrappers(attention)
             rank, times = factors[path]["A"].shape[0], 2 if doubled and attention is not None else 1
-            yield patterns.update(module, path, factors[path], rank, patterns.alpha(owner), times=times)
+            yield patterns.update(module, path, factors[path], rank, patterns.alpha(owner), times)
 
 
 def _parameter_updates(
@@ -144,15 +142,15 @@ def _parameter_updates(
     best = [fit for fit, count in zip(fitting, counts, strict=True) if count == min(counts)]
     if not best:
         for path, row in zip(paths, rows, strict=True):
-            yield patterns.update(module, path, factors[path], row, patterns.config.alpha, certain=False)
+            yield replace(patterns.update(module, path, factors[path], row, patterns.config.alpha), certain=False)
         return
     order, ranks, alphas = best[0]
     certain = all(fit[1:] == (ranks, alphas) for fit in best)
     for number, (path, rank, alpha) in enumerate(zip(paths, ranks, alphas, strict=True)):
         name = order[0] if len(best) == 1 and len(order) == 1 else f"{module} #{number + 1}"
-        count = factors[path]["A"].shape[0] // rank
-        experts = count if count > 1 else None
-        yield patterns.update(name, path, factors[path], rank, alpha, experts=experts, certain=certain)
+        update = patterns.update(name, path, factors[path], rank, alpha)
+        count = update.factor_A.shape[0] // rank
+        yield replace(update, experts=count if count > 1 else None, certain=certain)
 
 
 class _ResolvedPatterns:
@@ -173,10 +171,9 @@ class _ResolvedPatterns:
             excluded = _match_modules("exclude_modules", config.exclude_modules or [], modules)
             self._adapted_modules = _match_modules("target_modules", config.target_modules, modules) - excluded
 
-    def update(self, name: str, path: str, pair: Factors, rank: int, alpha: float, **options: Any) -> FileUpdate:
+    def update(self, name: str, path: str, pair: Factors, rank: int, alpha: float, times: int = 1) -> FileUpdate:
         """Return the update of a pair of factors."""
-        factor = scaling(rank, alpha, self.config.rslora)
-        return FileUpdate(name, path, rank, factor, pair["A"], pair["B"], **options)
+        return FileUpdate(name, path, rank, scaling(rank, alpha, self.config.rslora), pair["A"], pair["B"], times)
 
     def rank(self, name: str) -> int:
         """Return the rank of a module or a parameter."""

@@ -1,25 +1,27 @@
 """Select the modules, parameters and tokens to adapt, and the modules to train in full.
 
-Entries match by PEFT's rules (``matching``). In addition, 'all-linear', 'attention' and 'mlp' select modules by type
-and common names. An entry without a match is an error, whereas PEFT ignores it. As in PEFT, ``layers`` and
-``exclude_modules`` do not affect parameters (``target_parameters``) and token rows (``trainable_token_indices``).
+Entries match by PEFT's rules. An entry of a list matches a full name, or the end of a name after a dot. A string is a
+regular expression for the full name. A key of a pattern is a regular expression for the end of a name. In addition,
+'all-linear', 'attention' and 'mlp' select modules by type and common names. An entry without a match is an error that
+suggests similar names, whereas PEFT ignores it. As in PEFT, ``layers`` and ``exclude_modules`` do not affect parameters
+(``target_parameters``) and token rows (``trainable_token_indices``).
 
 Selection uses only names, types and shapes, changes nothing, and takes linear time in the number of modules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from deltaw.errors import UserError
+from deltaw.errors import UserError, did_you_mean, nearest
 from deltaw.kernels.torch_private import direct_parameters
 from deltaw.lora.config import KEYWORDS, LoRAConfig, parse_layers
+from deltaw.lora.expressions import matches as names_matching
 from deltaw.lora.kinds import direct_read_reason, get_input_embedding, get_output_head, is_conv1d, is_linear, refusal
 from deltaw.lora.layers_parts import parameter_refusal
-from deltaw.lora.matching import NamedModule, format_names, match_entries, match_patterns, unique_modules
 from deltaw.lora.stored import describe_quantization
 
 HEAD_NAMES = frozenset({"lm_head", "score", "classifier", "classification_head", "qa_outputs", "embed_out", "head"})
@@ -41,6 +43,53 @@ _MLP_WORDS = ("mlp", "ffn", "feed_forward", "feedforward", "expert", "denserelud
 
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
 """Names of expert routers, which 'mlp' does not include."""
+
+
+@dataclass(frozen=True)
+class NamedModule:
+    """A module and all of its names."""
+
+    names: tuple[str, ...]
+    module: nn.Module
+
+
+def unique_modules(model: nn.Module) -> list[NamedModule]:
+    """Return every module once with all its names, without the root."""
+    names_by_id: dict[int, tuple[nn.Module, list[str]]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name:
+            names_by_id.setdefault(id(module), (module, []))[1].append(name)
+    return [NamedModule(tuple(names), module) for module, names in names_by_id.values()]
+
+
+def endings(name: str) -> Iterator[str]:
+    """Yield ``a.b.c``, ``b.c``, ``c``."""
+    yield name
+    position = name.find(".")
+    while position >= 0:
+        yield name[position + 1 :]
+        position = name.find(".", position + 1)
+
+
+def values_by_pattern(key: str, pattern: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
+    """Return the value of the first matching key of ``pattern`` for each name whose ending matches a key.
+
+    Args:
+        key: Name of the setting.
+        pattern: Values by regular expression.
+        names: Names to match.
+    """
+    values: dict[str, float] = {}
+    matches = names_matching(key, pattern, names, endings=True) if pattern else ()
+    for entry, matched in zip(pattern, matches, strict=True):
+        for name in matched:
+            values.setdefault(name, pattern[entry])
+    return values
+
+
+def format_names(names: list[str], count: int = 6) -> str:
+    listed = ", ".join(f"'{name}'" for name in names[:count])
+    return listed + (f", … ({len(names)} in all)" if len(names) > count else "")
 
 
 @dataclass(frozen=True)
@@ -147,8 +196,8 @@ class _TargetSelector:
             hint = "use 'all-linear', 'attention', 'mlp', or a list of module names"
             raise UserError("target_modules is empty", location="target_modules", hint=hint)
         patterned = [*targeted, *(full for full, _, _ in parameters)]
-        ranks = match_patterns("rank_pattern", config.rank_pattern, patterned, self.matches, self.strict)
-        alphas = match_patterns("alpha_pattern", config.alpha_pattern, patterned, self.matches, self.strict)
+        ranks = self._match_pattern("rank_pattern", config.rank_pattern, patterned)
+        alphas = self._match_pattern("alpha_pattern", config.alpha_pattern, patterned)
 
         def target(named_module: NamedModule, name: str, attribute: str = "") -> Target:
             rank, alpha = int(ranks.get(name, config.rank)), alphas.get(name, config.alpha)
@@ -163,9 +212,41 @@ class _TargetSelector:
         )
 
     def _match(self, key: str, value: str | Iterable[str], pool: list[NamedModule] | None = None) -> list[NamedModule]:
-        """Return the modules, or the given candidates, that match the entries of a setting."""
-        kind = "module" if pool is None else "parameter"
-        return match_entries(key, value, self.modules if pool is None else pool, self.matches, self.strict, kind)
+        """Return the modules, or the given candidates, that match a string (full expression) or a list (name endings).
+
+        An entry without a match is an error if ``strict`` is True.
+        """
+        modules, kind = (self.modules, "module") if pool is None else (pool, "parameter")
+        if isinstance(value, str):
+            (matched_names,) = names_matching(key, [value], (name for m in modules for name in m.names))
+            matched = [m for m in modules if not matched_names.isdisjoint(m.names)]
+            if not matched and self.strict:
+                is_ending = any(value in endings(name) for m in modules for name in m.names)
+                raise _no_match(key, value, modules, as_list=is_ending)
+            self.matches[f"{key} '{value}'"] = tuple(m.names[0] for m in matched)
+            return matched
+        names_by_entry: dict[str, list[str]] = {entry: [] for entry in value}
+        matched = []
+        for candidate in modules:
+            entries = {end for name in candidate.names for end in endings(name) if end in names_by_entry}
+            for entry in entries:
+                names_by_entry[entry].append(candidate.names[0])
+            if entries:
+                matched.append(candidate)
+        for entry, names in names_by_entry.items():
+            if not names and self.strict:
+                raise _no_match(key, entry, modules, kind=kind)
+            self.matches[f"{key} '{entry}'"] = tuple(names)
+        return matched
+
+    def _match_pattern(self, key: str, pattern: Mapping[str, float], modules: list[NamedModule]) -> dict[str, float]:
+        """Return the value of the first matching key of ``pattern`` for each matched name."""
+        names = [named_module.names[0] for named_module in modules]
+        for entry, matched in zip(pattern, names_matching(key, pattern, names, endings=True), strict=True):
+            if not matched and self.strict:
+                raise _no_match(key, entry, modules)
+            self.matches[f"{key} '{entry}'"] = tuple(name for name in names if name in matched)
+        return values_by_pattern(key, pattern, names)
 
     def _extra_modules(self) -> list[NamedModule]:
         """Return the outermost modules matched by train_modules, which must have parameters to train."""
@@ -421,3 +502,18 @@ def _role(named_module: NamedModule) -> str | None:
     # In BERT-like models, layer.N.intermediate.dense and layer.N.output.dense are the two halves of the MLP.
     bert = len(parts) >= 3 and child_name == "dense" and parts[-2] in ("intermediate", "output")
     return "mlp" if bert and parts[-3].isdigit() else None
+
+
+def _no_match(key: str, entry: str, pool: list[NamedModule], as_list: bool = False, kind: str = "module") -> UserError:
+    """Return the error for an entry without a match, with a hint that suggests similar names."""
+    names = [name for m in pool for name in m.names]
+    if as_list:
+        hint = f"a string must match full names; to match name endings, use a list: ['{entry}']"
+    elif entry in KEYWORDS:
+        hint = f"use it without a list: {key}: {entry}"
+    else:
+        last_parts = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+        last_parts = [last for last in last_parts if not last.isdigit()]
+        full = nearest(entry, names[:2000]) if "." in entry else []
+        hint = did_you_mean(entry, full or last_parts)
+    return UserError(f"{key}: '{entry}' matches no {kind}", location=key, hint=hint)

@@ -8,6 +8,7 @@ describes a weight to the kernels.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -103,8 +104,7 @@ def count_logical_parameters(model: nn.Module) -> int:
     for module in model.modules():
         for name, parameter in direct_parameters(module).items():
             if parameter is not None:
-                shape = weight_shape(module) if name == "weight" else parameter.shape
-                counts[id(parameter)] = math.prod(shape)
+                counts[id(parameter)] = math.prod(weight_shape(module) if name == "weight" else parameter.shape)
     return sum(counts.values())
 
 
@@ -134,7 +134,8 @@ def multiply_backward(
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, stored: StoredWeight) -> Tensor:
     """Return x·Wᵀ + b for a quantized weight; (..., in) to (..., out)."""
-    return _FrozenLinear.apply(x, weight, bias, stored)
+    apply: Callable[..., Tensor] = _FrozenLinear.apply
+    return apply(x, weight, bias, stored)
 
 
 class _FrozenLinear(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Choose the device, the precision of the frozen weights, and the number of threads.
+"""Choose the device, the precision of the frozen weights, and the number of threads for a machine's processors.
 
 Each :class:`Choice` contains its reason, so that a run can print both. Values that the user sets are used if the
 machine supports them, and rejected with a hint otherwise.
@@ -15,11 +15,44 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+import psutil
+
 from deltaw.errors import UserError, did_you_mean
-from deltaw.machine.processor import native_bf16, physical_cores, usable_processors
 
 if TYPE_CHECKING:
     import torch
+
+
+def native_bf16(device: str) -> str | None:
+    """Return the reason why bf16 is fast on a GPU, or None if it is not."""
+    if device.partition(":")[0] != "cuda":
+        return None
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"compute capability {major}.{minor}" if major >= 8 else None
+
+
+def usable_processors() -> set[int]:
+    """Return the numbers of the processors that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return set(os.sched_getaffinity(0))
+    process = psutil.Process()
+    # Windows has a separate affinity API, and macOS has no affinity.
+    return set(process.cpu_affinity() if hasattr(process, "cpu_affinity") else range(os.cpu_count() or 1))
+
+
+def physical_cores(usable: set[int], root: Path) -> int:
+    """Return the number of physical cores of the ``usable`` processors. Hyperthreads of one core count once."""
+    cores = set()
+    for number in usable:
+        topology = root / f"sys/devices/system/cpu/cpu{number}/topology"
+        files = [topology / name for name in ("core_cpus_list", "thread_siblings_list")]
+        siblings = [file.read_text(encoding="ascii").strip() for file in files if file.is_file()]
+        cores.add(siblings[0] if siblings else f"processor {number}")
+    if any(not core.startswith("processor ") for core in cores) or root != Path("/"):
+        return len(cores)
+    return min(len(usable), psutil.cpu_count(logical=False) or len(usable))
 
 
 # Containers and batch systems limit a process through control groups, which neither torch nor ``/proc/meminfo``
@@ -41,8 +74,7 @@ def processor_quota(root: Path = Path("/")) -> float | None:
     for folder in _group_folders(root, "cpu"):
         # Version 2 has both numbers in one file, version 1 has a file for each.
         unified = _words(folder / "cpu.max")
-        legacy = [*_words(folder / "cpu.cfs_quota_us")[:1], *_words(folder / "cpu.cfs_period_us")[:1]]
-        for quota in (unified, legacy):
+        for quota in (unified, [*_words(folder / "cpu.cfs_quota_us")[:1], *_words(folder / "cpu.cfs_period_us")[:1]]):
             if len(quota) == 2 and all(word.isdigit() and int(word) > 0 for word in quota):
                 quotas.append(int(quota[0]) / int(quota[1]))
     return min(quotas, default=None)
@@ -86,8 +118,7 @@ def _group_folders(root: Path, controller: str) -> Iterator[Path]:
         if not controllers:
             mounts = [root / mount for mount in _UNIFIED_MOUNTS]
         elif controller in controllers.split(","):
-            names = dict.fromkeys((controllers, controller))
-            mounts = [root / _CONTROLLER_MOUNT / name for name in names]
+            mounts = [root / _CONTROLLER_MOUNT / name for name in dict.fromkeys((controllers, controller))]
         else:
             continue
         parts = PurePosixPath(group).parts[1:]
@@ -147,8 +178,7 @@ def dtype_of(precision: str) -> torch.dtype:
     """Return the dtype that a model is loaded in for one of :data:`PRECISIONS`."""
     import torch
 
-    types = {"fp16": torch.float16, "fp32": torch.float32}
-    return types.get(precision, torch.bfloat16)
+    return {"fp16": torch.float16, "fp32": torch.float32}.get(precision, torch.bfloat16)
 
 
 def choose_device(requested: str = "auto") -> Choice[str]:

@@ -19,9 +19,8 @@ import torch
 from deltaw.cache import load_result, store_result, versions
 from deltaw.kernels import loader, variants
 from deltaw.kernels.arithmetic import APPROXIMATIONS, TORCH, WEIGHT_TYPES, Arithmetic
-from deltaw.kernels.processor import second_level_cache
+from deltaw.kernels.processor import processor_flags, processor_name, second_level_cache
 from deltaw.machine import product_rates
-from deltaw.machine.processor import processor_flags, processor_name
 from deltaw.machine.product_rates import GENERIC, Candidate, ProductRates, Rates, Sizes, sizes_of, valid_rates
 
 # TORCH_MARGIN: minimum speedup of torch's product over a kernel, since it cannot be fused with other operations.
@@ -73,8 +72,7 @@ class KernelChoice:
     def rate(self, weight_type: str) -> float:
         """Return the GFLOP/s of the chosen arithmetic for weights with this storage type."""
         arithmetic = self.arithmetic.for_type(weight_type)
-        name = TORCH if arithmetic == TORCH else f"{self.arithmetic.kernels}:{arithmetic}"
-        return self.rates[weight_type][name]
+        return self.rates[weight_type][TORCH if arithmetic == TORCH else f"{self.arithmetic.kernels}:{arithmetic}"]
 
     def value(self, precision: str) -> str:
         """Describe the choice for a run in ``precision`` in a few words."""
@@ -185,18 +183,11 @@ def _measured_rates(sizes: Sizes, threads: int, candidates: Sequence[Candidate])
 def _key(sizes: Sizes, threads: int, candidates: Sequence[Candidate]) -> list[object]:
     """Return the cache key: everything that the rates depend on."""
     names = sorted({c.kernels for c in candidates if c.kernels is not None})
-    return [
-        processor_name(),
-        sorted(processor_flags()),
-        second_level_cache(),
-        threads,
-        versions(("torch", "deltaw.machine.product_rates")),
-        _libraries(tuple(names)),
-        [f"{c.weight_type} {c.name}" for c in candidates],
-        list(astuple(sizes)),
-        # Settings of torch's math libraries.
-        sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith(LIBRARY_VARIABLES)),
-    ]
+    machine = processor_name(), sorted(processor_flags()), second_level_cache(), threads
+    code = versions(("torch", "deltaw.machine.product_rates")), _libraries(tuple(names))
+    # Settings of torch's math libraries.
+    variables = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith(LIBRARY_VARIABLES))
+    return [*machine, *code, [f"{c.weight_type} {c.name}" for c in candidates], list(astuple(sizes)), variables]
 
 
 @functools.cache

@@ -230,8 +230,7 @@ def measure(sizes: Sizes, threads: int) -> ProductRates:
     """
     try:
         with _measurement_context(threads), loader.temporary_arithmetic():
-            clock = time.thread_time if threads == 1 else time.perf_counter
-            trials = _time_candidates(sizes, clock)
+            trials = _time_candidates(sizes, time.thread_time if threads == 1 else time.perf_counter)
             # The result counts as undisturbed if the best candidate of each type was.
             return ProductRates(_rates(trials), disturbed=not all(t.is_steady() for t in _best(trials).values()))
     except _Disturbed:
@@ -294,8 +293,7 @@ class _Operands:
             weight, self.scale = quantize.quantize_rows(weight)
         else:
             weight = weight.to(dtype)
-        cache = second_level_cache() or _CACHE
-        copies = max(2, -(-2 * cache // (weight.numel() * weight.element_size())))
+        copies = max(2, -(-2 * (second_level_cache() or _CACHE) // (weight.numel() * weight.element_size())))
         self.weights = weight.repeat(copies, 1, 1)
         self.lora_A, self.lora_B = torch.zeros(inputs, RANK), torch.zeros(RANK, outputs)
         self.operands = {width: torch.rand(ROWS, width, generator=generator).to(dtype) for width in (inputs, outputs)}
@@ -349,8 +347,7 @@ class _Trial:
 
 def _best(trials: Iterable[_Trial], rows: int | None = None) -> dict[str, _Trial]:
     """Return the fastest trial of each storage type."""
-    by_rate = sorted(trials, key=lambda trial: trial.rate(rows))
-    return {trial.candidate.weight_type: trial for trial in by_rate}
+    return {trial.candidate.weight_type: trial for trial in sorted(trials, key=lambda trial: trial.rate(rows))}
 
 
 def _competitive(trials: list[_Trial], rows: int, factor: float) -> list[_Trial]:

@@ -8,8 +8,11 @@ return. A run has several phases (see :data:`PROCESS_PHASES`), and its peak is t
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from deltaw.errors import UserError
 
 KINDS = (
     "weights",  # frozen parameters and buffers
@@ -144,15 +147,19 @@ class Plan:
         long_rows = {"max_length": max_length, "rows": rows, "of": of, "saves": saves}
         return dataclasses.replace(self, long_rows=long_rows)
 
-    def per_process(self, processes: int, *, sharded: bool) -> Plan:
-        """Return the plan of one of several processes that train together.
+    def per_process(self, processes: int, sharding: str) -> Plan:
+        """Return the plan of one of several processes that train together, given the plan of one with its rows.
 
         In addition to the memory of a process that trains alone, each has a vector in which gradients are summed.
 
         Args:
             processes: Number of processes.
-            sharded: True if the blocks' weights are sharded. Each process then stores its shard and one complete block.
+            sharding: Value of ``train.sharding``. With ``base``, each process stores its shard of the blocks' weights
+                and one complete block.
         """
+        if processes == 1:
+            return self
+        sharded = sharding == "base" and self.method == "lora"
         blocks, largest = self.block_bytes
         saved = blocks - min(blocks, -(-blocks // processes) + largest) if sharded else 0
         vector = 4 * self.trained_parameters
@@ -224,33 +231,40 @@ class FittingPlan:
         return {**values, **figures, "estimated_seconds_per_step": self.seconds}
 
 
+@dataclass(frozen=True)
+class OtherBytes:
+    """Memory of a run in bytes, in addition to its tensors and its process before the model is loaded.
+
+    Attributes:
+        kernels: Kernels that the matrix library compiles. Arenas of the compiled kernels are added from the footprint.
+        features: Mapped file of stored features that the run reads. The system can reclaim this memory.
+        reading: Peak of the process while tokenizer and rows are read.
+        mapped: Files that stay mapped while their weights are converted to another type.
+        saving: Temporary memory for writing the tokenizer, with the model loaded.
+        unread: Mapped weights that are never read.
+        decoder: Copies of weights that the decoding engine needs during training.
+        rollouts: Memory for generating completions between steps, or 0 without rollouts.
+    """
+
+    kernels: int = 0
+    features: int = 0
+    reading: int = 0
+    mapped: int = 0
+    saving: int = 0
+    unread: int = 0
+    decoder: int = 0
+    rollouts: int = 0
+
+
 def resident_parts(
-    footprint: Footprint,
-    *,
-    process_bytes: int,
-    kernel_bytes: int = 0,
-    feature_bytes: int = 0,
-    reading_bytes: int = 0,
-    mapped_bytes: int = 0,
-    saving_bytes: int = 0,
-    unread_bytes: int = 0,
-    decoder_bytes: int = 0,
-    rollout_bytes: int = 0,
+    footprint: Footprint, process_bytes: int, other: OtherBytes
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Return the process's main memory by part at its peak, and the peak of each phase.
 
     Args:
         footprint: Footprint of the run's tensors.
         process_bytes: Memory of the process before the model is loaded.
-        kernel_bytes: Kernels that the matrix library compiles. Arenas of the compiled kernels are added from the
-            footprint.
-        feature_bytes: Mapped file of stored features that the run reads. The system can reclaim this memory.
-        reading_bytes: Peak of the process while tokenizer and rows are read.
-        mapped_bytes: Files that stay mapped while their weights are converted to another type.
-        saving_bytes: Temporary memory for writing the tokenizer, with the model loaded.
-        unread_bytes: Mapped weights that are never read.
-        decoder_bytes: Copies of weights that the decoding engine needs during training.
-        rollout_bytes: Memory for generating completions between steps, or 0 without rollouts.
+        other: Further memory.
 
     Returns:
         Bytes by part, which add up to the peak, and bytes by phase.
@@ -259,23 +273,23 @@ def resident_parts(
     permanent = sum(kinds[kind] for kind in ("weights", "trained", "optimizer", "gradients"))
     training = {
         "process": process_bytes,
-        "tensors": footprint.peak_bytes - unread_bytes,
-        "kernels": kernel_bytes + footprint.arena_bytes,
-        "features": feature_bytes,
+        "tensors": footprint.peak_bytes - other.unread,
+        "kernels": other.kernels + footprint.arena_bytes,
+        "features": other.features,
         "allocator": footprint.retained_bytes + int(ALLOCATOR_SLACK * (footprint.peak_bytes - permanent)),
-        "decoder": decoder_bytes,
+        "decoder": other.decoder,
     }
-    weights = kinds["weights"] - unread_bytes
+    weights = kinds["weights"] - other.unread
     phases = {
-        "reading": max(reading_bytes, process_bytes),
-        "loading": process_bytes + weights + mapped_bytes,
+        "reading": max(other.reading, process_bytes),
+        "loading": process_bytes + weights + other.mapped,
         "training": sum(training.values()),
-        "saving": process_bytes + weights + kinds["trained"] + saving_bytes,
+        "saving": process_bytes + weights + kinds["trained"] + other.saving,
     }
-    if rollout_bytes:
+    if other.rollouts:
         # Gradients are freed after a step, before text is generated.
-        base_bytes = process_bytes + permanent - kinds["gradients"] - unread_bytes + training["kernels"] + decoder_bytes
-        phases["rollouts"] = base_bytes + int((1 + ALLOCATOR_SLACK) * rollout_bytes)
+        base_bytes = process_bytes + permanent - kinds["gradients"] - other.unread + training["kernels"] + other.decoder
+        phases["rollouts"] = base_bytes + int((1 + ALLOCATOR_SLACK) * other.rollouts)
     return _with_excess(training, phases), phases
 
 
@@ -286,3 +300,21 @@ def _with_excess(training: Mapping[str, int], phases: Mapping[str, int]) -> dict
     if highest != "training":
         excess[highest] = phases[highest] - phases["training"]
     return {**training, **excess}
+
+
+_PREFIXES = "kmgt"
+_UNITS = {"": 1, "b": 1}
+_UNITS |= {f"{prefix}b": 1000**power for power, prefix in enumerate(_PREFIXES, 1)}
+_UNITS |= {f"{prefix}ib": 1024**power for power, prefix in enumerate(_PREFIXES, 1)}
+
+
+def parse_bytes(text: str, location: str = "--fit-memory") -> int:
+    """Parse ``6GB``, ``512 MiB`` or a plain number of bytes.
+
+    Raises:
+        UserError: if the text is not a size.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", text.lower())
+    if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
+        raise UserError(f"'{text}' is not a valid size", location=location, hint="write 6GB, 512MB or 8GiB")
+    return int(float(match[1]) * _UNITS[match[2]])

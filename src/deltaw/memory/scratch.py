@@ -105,8 +105,8 @@ def _linear_tensors(args: Arguments) -> int:
     """Return the bytes of the quantized input, or of the reference implementation if torch computes the product."""
     x, (product, (added, x_int8, _)) = args[0], split_arguments(args)
     if _uses_compiled_product(x, product.scale):
-        quantizes = product.scale is not None and x_int8 is None  # the caller did not pass the input in int8
-        return _int8_bytes(x, product.in_blocks) if quantizes else 0
+        # 0 if the caller passed the input in int8
+        return _int8_bytes(x, product.in_blocks) if product.scale is not None and x_int8 is None else 0
     result = _reference_bytes(x, product, product.sizes[1], product.bias is not None or added is not None)
     if product.format is None:
         return result

@@ -12,7 +12,7 @@ import functools
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NamedTuple
@@ -123,8 +123,7 @@ class OperatorCache:
         count = tensor.storage_offset() + reach + 1
         with without_dispatch():
             base = torch.empty(count, dtype=tensor.dtype, device="meta")
-            meta = base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-            return self._as_fake(meta.detach())
+            return self._as_fake(base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).detach())
 
     def _materialize(self, output: _Output, tensors: list[Tensor]) -> Tensor | None:
         if not isinstance(output, _NewTensor):
@@ -273,9 +272,7 @@ class MemoryTracker(DispatchMode):
         self._phase = _FORWARD
         self._peak_phase, self._peak_module = _FORWARD, ""
         self._stack: list[str] = []
-        self._backward_module = ""
-        self._forward_start = 0
-        self._optimizing = False
+        self._backward_module, self._forward_start, self._optimizing = "", 0, False
         self._timeline: list[tuple[int, int]] = []
         self._pending: tuple[_StorageLifetime | None, int] | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -289,8 +286,7 @@ class MemoryTracker(DispatchMode):
         if kind not in KINDS:
             raise ValueError(f"'{kind}' is not a kind of tensor: {', '.join(KINDS)}")
         for tensor in tensors:
-            life = self._lifetime_of(tensor) or self._add_storage(tensor)
-            life.kind = kind
+            (self._lifetime_of(tensor) or self._add_storage(tensor)).kind = kind
             if kind == "trained":
                 self._trainable.append(weakref.ref(tensor))
 
@@ -352,8 +348,7 @@ class MemoryTracker(DispatchMode):
         entry = self._alive.get(id(storage))
         if entry is None or entry[0]() is not storage:
             return None
-        life = entry[1]
-        size = storage.nbytes()
+        life, size = entry[1], storage.nbytes()
         if size != life.bytes:
             self._add_bytes(-life.bytes)
             self._add_bytes(size)
@@ -369,10 +364,8 @@ class MemoryTracker(DispatchMode):
 
     def _add_storage(self, tensor: Tensor) -> _StorageLifetime:
         storage = tensor.untyped_storage()
-        key = id(storage)
-        kind = "workspace"
-        if self._vocabularies and tensor.dim() and tensor.shape[-1] in self._vocabularies:
-            kind = "logits" if tensor.is_floating_point() else kind
+        key, has_classes = id(storage), tensor.dim() and tensor.shape[-1] in self._vocabularies
+        kind = "logits" if has_classes and tensor.is_floating_point() else "workspace"
         recomputed = bool(self._stack) and self._phase == _BACKWARD
         life = _StorageLifetime(storage.nbytes(), self._operator_index, self._phase, self._module(), kind, recomputed)
 
@@ -474,17 +467,9 @@ class MemoryTracker(DispatchMode):
                 saved[life.module] = saved.get(life.module, 0) + life.bytes
             parts[kind] += life.bytes
         parts["workspace"] += self._scratch_at_peak
-        return Footprint(
-            peak_bytes=self._peak,
-            parts=parts,
-            phase=PHASES[self._peak_phase],
-            module=self._peak_module,
-            activations_by_module=dict(sorted(saved.items(), key=lambda item: -item[1])),
-            timeline=downsample(self._timeline),
-            steady_bytes=self._current_bytes,
-            arena_bytes=self._arenas,
-            retained_bytes=self._resident_peak - self._peak,
-        )
+        phase, by_module = PHASES[self._peak_phase], dict(sorted(saved.items(), key=lambda item: -item[1]))
+        others = self._current_bytes, self._arenas, self._resident_peak - self._peak
+        return Footprint(self._peak, parts, phase, self._peak_module, by_module, downsample(self._timeline), *others)
 
 
 def _tensors(result: object) -> Iterable[Tensor]:
@@ -500,10 +485,8 @@ def _called_by_engine(frame: FrameType | None) -> bool:
 
     Frames of dispatch modes in between are skipped.
     """
-    while frame is not None and (
-        frame.f_code.co_name == "__torch_dispatch__"
-        or frame.f_code.co_filename.endswith(("_python_dispatch.py", "_ops.py"))
-    ):
+    modes = "_python_dispatch.py", "_ops.py"
+    while frame and (frame.f_code.co_name == "__torch_dispatch__" or frame.f_code.co_filename.endswith(modes)):
         frame = frame.f_back
     return frame is not None and frame.f_code.co_name == ENGINE
 
@@ -556,8 +539,7 @@ class _FakeTensorRouter(DispatchMode):
 
     def __init__(self, fake: FakeTensorMode) -> None:
         super().__init__()
-        self.fake = fake
-        self.answers = OperatorCache(fake)
+        self.fake, self.answers = fake, OperatorCache(fake)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
@@ -636,8 +618,7 @@ class _FakeTensorRouter(DispatchMode):
 
     def _grouped_product(self, args: tuple, kwargs: dict) -> Tensor:
         """Run the grouped product of experts in bf16, the only type that torch infers shapes for."""
-        half = [t.to(torch.bfloat16) for t in args[:2]]
-        result = self.answers(_GROUPED, (*half, *args[2:]), kwargs)
+        result = self.answers(_GROUPED, (*(t.to(torch.bfloat16) for t in args[:2]), *args[2:]), kwargs)
         return torch.empty_strided(result.shape, result.stride(), dtype=args[0].dtype)
 
     def _to_fake(self, result: Any) -> Any:
@@ -711,19 +692,13 @@ def fake_tensors() -> Iterator[None]:
 
 
 def simulate(
-    run: Callable[[], object],
-    *,
-    tensors_by_kind: Mapping[str, Iterable[Tensor]] | None = None,
-    models: Iterable[torch.nn.Module] = (),
-    vocabularies: Iterable[int] = (),
+    run: Callable[[], object], *, models: Iterable[nn.Module] = (), vocabularies: Iterable[int] = ()
 ) -> Footprint:
     """Run ``run`` on fake tensors and return its footprint.
 
     Args:
         run: Function that is called once, under :func:`fake_tensors`. Create its models under it too
             (:func:`deltaw.hub.loading.skeleton`).
-        tensors_by_kind: Existing tensors by kind (:data:`deltaw.memory.plan.KINDS`). If a tensor occurs in several
-            kinds, the last one counts.
         models: Existing models. Their parameters and buffers count as weights or trainable parameters, and modules are
             reported by their names in them.
         vocabularies: Floating-point tensors whose last dimension has one of these sizes count as logits.
@@ -731,7 +706,5 @@ def simulate(
     with fake_tensors(), MemoryTracker(vocabularies=vocabularies) as tracker:
         for model in models:
             tracker.track_model(model)
-        for kind, tensors in (tensors_by_kind or {}).items():
-            tracker.track(tensors, kind)
         run()
     return tracker.footprint()

@@ -19,9 +19,9 @@ from torch.nn import functional
 from torch.utils.flop_counter import flop_registry
 
 from deltaw.cache import load_result, store_result
+from deltaw.kernels.processor import processor_flags, processor_name
 from deltaw.kernels.torch_private import FLASH_BACKWARD, GROUPED_PRODUCT, DispatchMode
 from deltaw.machine.memory import resident_bytes, trim_memory
-from deltaw.machine.processor import processor_flags, processor_name
 
 # torch's libraries use two kinds of memory in addition to tensors. At its first use, a library loads code and tables
 # and starts threads: :func:`warm_up` triggers this, so that it is included in the measured size of the process. And a
@@ -48,8 +48,7 @@ def warm_up(dtype: torch.dtype) -> None:
         mixed = functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
         normal = functional.layer_norm(mixed.transpose(1, 2).reshape(rows, width), (width,))
         logits = functional.silu(normal) @ torch.ones(width, classes, dtype=dtype)
-        target = torch.arange(rows) % classes
-        functional.cross_entropy(logits.float(), target, reduction="sum").backward()
+        functional.cross_entropy(logits.float(), torch.arange(rows) % classes, reduction="sum").backward()
         optimizer = torch.optim.AdamW([factor], fused=True)
         torch.nn.utils.clip_grad_norm_([factor], 1.0)
         optimizer.step()
@@ -148,8 +147,7 @@ class WorkCounter(DispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.operators = 0
-        self.operations = 0
+        self.operators = self.operations = 0
         self.lengths: set[int] = set()
         self._seen_products: set[tuple[object, ...]] = set()
         self.products: list[ProductShape] = []

@@ -3,4 +3,48 @@
 Importing the package registers the built-in methods without importing their implementations.
 """
 
-from deltaw.methods import settings as _built_in  # noqa: F401
+from __future__ import annotations
+
+from deltaw.lora.config import PEFT_NAMES, LoRAConfig
+from deltaw.methods.settings import HeadSettings, InputSettings, LastSettings, PromptSettings, RandomSettings
+from deltaw.settings.method_registry import MethodEntry, register
+
+for _entry in (
+    MethodEntry(
+        "lora",
+        "deltaw.methods.lora:LoRA",
+        LoRAConfig,
+        "rank, alpha and targets of the low-rank update",
+        peft_type="LORA",
+        aliases=PEFT_NAMES,
+        search=("lora.rank=[4, 8, 16, 32]", "lora.alpha/rank=[1, 2, 4]"),
+        compared_by_default=True,
+    ),
+    MethodEntry(
+        "head", "deltaw.methods.in_place:Head", HeadSettings, "only the output layer", compared_by_default=True
+    ),
+    MethodEntry("input", "deltaw.methods.in_place:Input", InputSettings, "the input layer"),
+    MethodEntry(
+        "prompt",
+        "deltaw.methods.prompt:SoftPrompt",
+        PromptSettings,
+        "a soft prompt",
+        peft_type="PROMPT_TUNING",
+        search=("prompt.length=[5, 10, 20, 50]",),
+        compared_by_default=True,
+    ),
+    MethodEntry("bias", "deltaw.methods.in_place:Bias", compared_by_default=True),
+    MethodEntry(
+        "random",
+        "deltaw.methods.in_place:Random",
+        RandomSettings,
+        "a random subset of weights",
+        search=("random.weights=0.001..0.05:log",),
+        compared_by_default=True,
+    ),
+    MethodEntry(
+        "last", "deltaw.methods.in_place:Last", LastSettings, "the last blocks", search=("last.blocks=[1, 2, 4]",)
+    ),
+    MethodEntry("full", "deltaw.methods.in_place:Full", compared_by_default=True),
+):
+    register(_entry)

@@ -10,7 +10,7 @@ import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+    from typing_extensions import Self
 
 
 class MethodOptions(Protocol):
@@ -27,11 +28,11 @@ class MethodOptions(Protocol):
     def loraplus_lr_ratio(self) -> float: ...
 
 
-MethodT = TypeVar("MethodT", bound="Method")
 Folder: TypeAlias = str | os.PathLike[str]
 Metadata: TypeAlias = Mapping[str, str]
 Tensors: TypeAlias = Mapping[str, torch.Tensor]
-Calibration: TypeAlias = Callable[[], None]
+Names: TypeAlias = Sequence[str]
+Calibration: TypeAlias = Callable[[], None] | None
 """Runs the model on a sample of the user's rows."""
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -74,9 +75,7 @@ class Method(abc.ABC):
         self.settings: Any = self.section() if settings is None and self.section is not None else settings
 
     @classmethod
-    def from_run(
-        cls: type[MethodT], section: object, *, train: MethodOptions | None, tokenizer: PreTrainedTokenizerBase | None
-    ) -> MethodT:
+    def from_run(cls, section: object, train: MethodOptions | None, tokenizer: PreTrainedTokenizerBase | None) -> Self:
         """Create the method from its section of a run's settings.
 
         Args:
@@ -92,9 +91,7 @@ class Method(abc.ABC):
         """Set the invocation sequence. Called before :meth:`prepare`."""
 
     @abc.abstractmethod
-    def prepare(
-        self, model: nn.Module, *, seed: int, extra_modules: Sequence[str] = (), calibrate: Calibration | None = None
-    ) -> str:
+    def prepare(self, model: nn.Module, *, seed: int, extra_modules: Names = (), calibrate: Calibration = None) -> str:
         """Freeze the model, create the trainable parameters, and return a summary of a few lines.
 
         Args:

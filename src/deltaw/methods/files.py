@@ -18,8 +18,8 @@ from torch import Tensor
 
 from deltaw.errors import UserError
 from deltaw.lora import files as lora_files
-from deltaw.methods import registry
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CLASSES_KEY, Method, MethodOptions, Tensors
+from deltaw.settings import method_registry
 from deltaw.untrusted_paths import require_contained
 from deltaw.version import __version__
 
@@ -180,9 +180,10 @@ class RunSettings(Protocol):
 
 def choose_method(settings: RunSettings, tokenizer: PreTrainedTokenizerBase | None) -> Method:
     """Create the method named by ``settings.method``, with its section."""
-    entry = registry.entry_of(settings.method)
+    entry = method_registry.entry_of(settings.method)
     section = None if entry.settings is None else getattr(settings, entry.name)
-    return entry.load().from_run(section, train=settings.train, tokenizer=tokenizer)
+    method: type[Method] = entry.load()
+    return method.from_run(section, settings.train, tokenizer)
 
 
 def method_from_folder(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> Method:
@@ -193,7 +194,8 @@ def method_from_folder(folder: Path, tokenizer: PreTrainedTokenizerBase | None) 
     """
     config = read_config(folder)
     kind = config.get("peft_type") or config.get("method")
-    if (entry := registry.entry_of_adapter(kind)) is None:
+    if (entry := method_registry.entry_of_adapter(kind)) is None:
         hint = "use a LoRA or prompt-tuning adapter, or an adapter of a deltaw method"
         raise UserError(f"the adapter has the unknown type {kind!r}", location=str(folder / ADAPTER_CONFIG), hint=hint)
-    return entry.load().from_run(None, train=None, tokenizer=tokenizer)
+    method: type[Method] = entry.load()
+    return method.from_run(None, None, tokenizer)

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from deltaw.errors import UserError, did_you_mean
 from deltaw.lora.adapted import factor_dtype
+from deltaw.lora.attachment import ReplacedParameter
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, base_fingerprint, warn_other_base
 from deltaw.lora.kinds import get_input_embedding, get_output_head, is_linear
-from deltaw.lora.replaced_modules import ReplacedParameter
 from deltaw.lora.stored import count_logical_parameters
-from deltaw.methods.base import REPLACED_KEY, Calibration, Folder, Metadata, Method, Tensors
+from deltaw.methods.base import REPLACED_KEY, Calibration, Folder, Metadata, Method, Names, Tensors
 from deltaw.methods.files import SavedConfig, read_metadata, read_trained_parameters, write_trained_parameters
 from deltaw.methods.parameters import (
     add_biases,
@@ -57,13 +57,11 @@ class InPlace(Method):
         self._base_fingerprint: str | None = None
         self._replaced: list[str] = []
 
-    def parameter_names(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
+    def parameter_names(self, model: nn.Module, extra_modules: Names) -> list[str]:
         """Return the names of the parameters to train, except those of the extra trainable modules."""
         raise NotImplementedError(f"{type(self).__name__} does not implement parameter_names")
 
-    def prepare(
-        self, model: nn.Module, *, seed: int, extra_modules: Sequence[str] = (), calibrate: Calibration | None = None
-    ) -> str:
+    def prepare(self, model: nn.Module, *, seed: int, extra_modules: Names = (), calibrate: Calibration = None) -> str:
         total, parameters = count_logical_parameters(model), parameters_by_name(model)
         # The fingerprint must be computed before training changes the parameters.
         self._replaced = names_inside(extra_modules, parameters)
@@ -74,12 +72,12 @@ class InPlace(Method):
             raise UserError(message, location="method", hint="choose another method")
         return self.summary(model, total, extra_modules)
 
-    def enable_training(self, model: nn.Module, extra_modules: Sequence[str], seed: int) -> list[ReplacedParameter]:
+    def enable_training(self, model: nn.Module, extra_modules: Names, seed: int) -> list[ReplacedParameter]:
         """Freeze the model, enable gradients of the selected parameters, and return those that are trained in full."""
         names = [*self.parameter_names(model, extra_modules), *names_inside(extra_modules, parameters_by_name(model))]
         return make_trainable(model, names)
 
-    def summary(self, model: nn.Module, total: int, extra_modules: Sequence[str]) -> str:
+    def summary(self, model: nn.Module, total: int, extra_modules: Names) -> str:
         """Describe the trainable parameters and their share of the model's ``total`` parameters."""
         trained = sum(p.numel() for _, p in self.parameters(model))
         names = [replacement.name for replacement in self._replacements]
@@ -157,8 +155,7 @@ class _TrainedPositions:
     @torch.no_grad()
     def write(self, values: Tensor) -> None:
         """Set weight.flatten()[indices] = values, rounded to the weight's dtype."""
-        rounded = values.detach().to(self.weight.dtype)
-        self.weight.data.view(-1).index_copy_(0, self.indices.long(), rounded)
+        self.weight.data.view(-1).index_copy_(0, self.indices.long(), values.detach().to(self.weight.dtype))
 
 
 def _positions_are_valid(weight: Tensor, indices: Tensor, values: Tensor) -> bool:
@@ -246,10 +243,10 @@ class Bias(InPlace):
     default_learning_rate = 5e-4
     _num_added = 0
 
-    def parameter_names(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
+    def parameter_names(self, model: nn.Module, extra_modules: Names) -> list[str]:
         return [name for name in _outside(extra_modules, model) if name.rpartition(".")[2] == "bias"]
 
-    def enable_training(self, model: nn.Module, extra_modules: Sequence[str], seed: int) -> list[ReplacedParameter]:
+    def enable_training(self, model: nn.Module, extra_modules: Names, seed: int) -> list[ReplacedParameter]:
         if self.parameter_names(model, extra_modules):
             return super().enable_training(model, extra_modules, seed)
         replacements = make_trainable(model, names_inside(extra_modules, parameters_by_name(model)))
@@ -257,13 +254,13 @@ class Bias(InPlace):
         self._num_added = len(biases)
         return [*replacements, *biases]
 
-    def summary(self, model: nn.Module, total: int, extra_modules: Sequence[str]) -> str:
+    def summary(self, model: nn.Module, total: int, extra_modules: Names) -> str:
         text = super().summary(model, total, extra_modules)
         note = f"\n  note: the model has no biases; a zero bias was added to {self._num_added} linear layers"
         return text + note if self._num_added else text
 
 
-def _linear_layers(model: nn.Module, extra_modules: Sequence[str]) -> list[tuple[str, nn.Module]]:
+def _linear_layers(model: nn.Module, extra_modules: Names) -> list[tuple[str, nn.Module]]:
     """Return the linear layers without the output head and the excluded modules."""
     head, excluded = get_output_head(model), tuple(f"{module_name}." for module_name in extra_modules)
     linear = [(name, module) for name, module in model.named_modules() if is_linear(module) and module is not head]
@@ -279,7 +276,7 @@ class Full(InPlace):
     name = "full"
     default_learning_rate = 2e-5
 
-    def parameter_names(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
+    def parameter_names(self, model: nn.Module, extra_modules: Names) -> list[str]:
         return list(parameters_by_name(model))
 
 
@@ -294,7 +291,7 @@ class Head(InPlace):
     default_learning_rate = 1e-3
     settings: HeadSettings
 
-    def parameter_names(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
+    def parameter_names(self, model: nn.Module, extra_modules: Names) -> list[str]:
         modules: list[str] = []
         if self.settings.modules:
             modules = find_modules(model, self.settings.modules, "head.modules")
@@ -311,7 +308,7 @@ class Last(InPlace):
     default_learning_rate = 5e-5
     settings: LastSettings
 
-    def parameter_names(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
+    def parameter_names(self, model: nn.Module, extra_modules: Names) -> list[str]:
         if (blocks_entry := blocks_of(model)) is None:
             message = f"a {type(model).__name__} has no list of blocks"
             raise UserError(message, location="method", hint="choose another method")
@@ -334,10 +331,10 @@ class Random(SubsetInPlace):
     default_learning_rate = 5e-4
     settings: RandomSettings
 
-    def parameter_names(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
+    def parameter_names(self, model: nn.Module, extra_modules: Names) -> list[str]:
         return _outside(extra_modules, model)
 
-    def enable_training(self, model: nn.Module, extra_modules: Sequence[str], seed: int) -> list[ReplacedParameter]:
+    def enable_training(self, model: nn.Module, extra_modules: Names, seed: int) -> list[ReplacedParameter]:
         extra = names_inside(extra_modules, parameters_by_name(model))
         replacements = make_trainable(model, [*self.parameter_names(model, extra_modules), *extra])
         selected = [replacement for replacement in replacements if replacement.name not in extra]
@@ -351,7 +348,7 @@ class Random(SubsetInPlace):
                 replacement.current.requires_grad_(False)
         return [replacement for replacement in replacements if replacement.name in extra]
 
-    def summary(self, model: nn.Module, total: int, extra_modules: Sequence[str]) -> str:
+    def summary(self, model: nn.Module, total: int, extra_modules: Names) -> str:
         count = sum(entry.indices.numel() for entry in self._trained_positions)
         extra = sum(replacement.current.numel() for replacement in self._replacements)
         text = f"random: {count:,} of {total:,} weights trained ({count / total:.2%})"
@@ -380,13 +377,13 @@ class Input(SubsetInPlace):
     default_learning_rate = 5e-4
     settings: InputSettings
 
-    def parameter_names(self, model: nn.Module, extra_modules: Sequence[str]) -> list[str]:
+    def parameter_names(self, model: nn.Module, extra_modules: Names) -> list[str]:
         if self.settings.tokens:
             return []
         modules = find_modules(model, self.settings.modules, "input.modules") if self.settings.modules else None
         return names_inside(modules or [_input_layer(model)], parameters_by_name(model))
 
-    def enable_training(self, model: nn.Module, extra_modules: Sequence[str], seed: int) -> list[ReplacedParameter]:
+    def enable_training(self, model: nn.Module, extra_modules: Names, seed: int) -> list[ReplacedParameter]:
         if not self.settings.tokens:
             return super().enable_training(model, extra_modules, seed)
         rows = torch.tensor(sorted({self._token_id(token) for token in self.settings.tokens}), dtype=torch.int32)
@@ -398,7 +395,7 @@ class Input(SubsetInPlace):
         self._train_entries(embedding, (rows[:, None] * width + torch.arange(width)).flatten())
         return [replacement for replacement in replacements if replacement is not embedding]
 
-    def summary(self, model: nn.Module, total: int, extra_modules: Sequence[str]) -> str:
+    def summary(self, model: nn.Module, total: int, extra_modules: Names) -> str:
         if not self.settings.tokens:
             return super().summary(model, total, extra_modules)
         count = len(set(self.settings.tokens))
@@ -429,6 +426,6 @@ def _input_layer(model: nn.Module) -> str:
     layer = get_input_embedding(model)
     for name, module in model.named_modules():
         if module is layer and name:
-            return name
+            return str(name)
     message = f"a {type(model).__name__} does not define its input layer"
     raise UserError(message, location="input.modules", hint="name the modules to train")

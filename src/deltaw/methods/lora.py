@@ -23,7 +23,7 @@ from deltaw.lora import (
     save_adapter,
 )
 from deltaw.lora.attachment import require_attachment
-from deltaw.methods.base import Calibration, Folder, Metadata, Method, MethodOptions
+from deltaw.methods.base import Calibration, Folder, Metadata, Method, MethodOptions, Names
 
 
 class LoRA(Method):
@@ -38,39 +38,23 @@ class LoRA(Method):
     default_learning_rate = 2e-4
 
     def __init__(self, config: LoRAConfig | None = None, loraplus_lr_ratio: float = 1.0) -> None:
-        self.config = config or LoRAConfig()
+        self._set_config(config or LoRAConfig())
         super().__init__(self.config)
         self.loraplus_lr_ratio = loraplus_lr_ratio
 
     @classmethod
-    def from_run(
-        cls, section: object, *, train: MethodOptions | None, tokenizer: PreTrainedTokenizerBase | None
-    ) -> LoRA:
+    def from_run(cls, section: object, train: MethodOptions | None, tokenizer: PreTrainedTokenizerBase | None) -> LoRA:
         config = section if isinstance(section, LoRAConfig) else None
         return cls(config, 1.0 if train is None else train.loraplus_lr_ratio)
 
-    @property
-    def is_activated(self) -> bool:  # type: ignore[override]
-        """True if the adapter acts only after an invocation sequence (arXiv 2504.12397)."""
-        return self.config.active == "completion"
-
-    @property
-    def requested_invocation(self) -> Sequence[int] | str | None:  # type: ignore[override]
-        """Invocation sequence from the settings."""
-        return self.config.invocation_tokens
-
-    @property
-    def invocation(self) -> Sequence[int] | None:  # type: ignore[override]
-        """Token ids of the invocation sequence, or None until they are known."""
-        tokens = self.config.invocation_tokens
-        return tokens if isinstance(tokens, list) else None
+    def _set_config(self, config: LoRAConfig) -> None:
+        self.config, self.is_activated, tokens = config, config.active == "completion", config.invocation_tokens
+        self.requested_invocation, self.invocation = tokens, tokens if isinstance(tokens, list) else None
 
     def set_invocation(self, tokens: Sequence[int]) -> None:
-        self.config = dataclasses.replace(self.config, invocation_tokens=list(tokens))
+        self._set_config(dataclasses.replace(self.config, invocation_tokens=list(tokens)))
 
-    def prepare(
-        self, model: nn.Module, *, seed: int, extra_modules: Sequence[str] = (), calibrate: Calibration | None = None
-    ) -> str:
+    def prepare(self, model: nn.Module, *, seed: int, extra_modules: Names = (), calibrate: Calibration = None) -> str:
         config = self.config
         if extra := [name for name in extra_modules if name not in config.train_modules]:
             config = dataclasses.replace(config, train_modules=[*config.train_modules, *extra])
@@ -105,9 +89,9 @@ class LoRA(Method):
 
     def load(self, model: nn.Module, folder: Folder) -> str:
         adapted = load_adapter(model, Path(folder)).adapted
-        self.config = require_attachment(model).config
-        summary = f"{adapted} layers are adapted by {folder}"
-        return f"{summary}, active from {list(self.invocation)} on" if self.invocation is not None else summary
+        self._set_config(require_attachment(model).config)
+        active = "" if self.invocation is None else f", active from {list(self.invocation)} on"
+        return f"{adapted} layers are adapted by {folder}{active}"
 
     def can_share_prefixes(self) -> bool:
         """True without dropout, since rows that share tokens would share their dropout masks.

@@ -10,7 +10,7 @@ from torch import nn
 
 from deltaw.errors import UserError, did_you_mean
 from deltaw.kernels.torch_private import direct_parameters
-from deltaw.lora.replaced_modules import ReplacedParameter, find_spots, originals_restored
+from deltaw.lora.attachment import ReplacedParameter, find_spots, originals_restored
 from deltaw.lora.stored import block_weight, describe_quantization
 
 

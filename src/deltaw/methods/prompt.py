@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from deltaw.errors import UserError
+from deltaw.lora.attachment import ReplacedParameter
 from deltaw.lora.files import read_tensors, task_type_of
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, base_fingerprint, warn_other_base
 from deltaw.lora.peft_format import PEFT_FORMAT, base_reference, base_settings
-from deltaw.lora.replaced_modules import ReplacedParameter
 from deltaw.lora.stored import count_logical_parameters
-from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Calibration, Folder, Metadata, Method
+from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Calibration, Folder, Metadata, Method, Names
 from deltaw.methods.files import read_config, read_metadata, text_or_none, write_adapter
 from deltaw.methods.parameters import (
     base_restored,
@@ -160,8 +160,7 @@ class SoftPrompt(Method):
     """Train ``settings.length`` vectors prepended to every row.
 
     Args:
-        settings: Settings for training. A loaded prompt replaces them.
-        tokenizer: Tokenizer of the model, required only for ``settings.text``.
+        settings: Settings for training. A loaded prompt replaces them. With ``text``, :attr:`tokenizer` must be set.
     """
 
     name = "prompt"
@@ -170,19 +169,14 @@ class SoftPrompt(Method):
     default_learning_rate = 0.03
     rate_scales_with_width = False
 
-    def __init__(
-        self, settings: PromptSettings | None = None, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> None:
+    def __init__(self, settings: PromptSettings | None = None) -> None:
         super().__init__(settings)
-        self.tokenizer = tokenizer
         self.virtual_tokens = self.settings.length
         self._replacements: list[ReplacedParameter] = []
         self._virtual_ids: np.ndarray | None = None
         self._base_fingerprint: str | None = None
 
-    def prepare(
-        self, model: nn.Module, *, seed: int, extra_modules: Sequence[str] = (), calibrate: Calibration | None = None
-    ) -> str:
+    def prepare(self, model: nn.Module, *, seed: int, extra_modules: Names = (), calibrate: Calibration = None) -> str:
         embedding = input_embedding(model)
         weight = embedding_weight(embedding)
         tokens, init_summary = self._initial_tokens(int(weight.shape[0]), seed)
@@ -248,8 +242,7 @@ class SoftPrompt(Method):
         parameters = parameters_by_name(model)
         replaced = [parameters[name] for name in file.extra_tensors if name in parameters]
         self._base_fingerprint = base_fingerprint(model, replaced)
-        metadata = read_metadata(Path(folder))
-        warn_other_base("the soft prompt", metadata, self._base_fingerprint, folder, file.base_model)
+        warn_other_base("the soft prompt", read_metadata(Path(folder)), self._base_fingerprint, folder, file.base_model)
         model.requires_grad_(False)
         layer = attach(model, file.prompt)
         try:
@@ -293,8 +286,7 @@ class SoftPrompt(Method):
             description = f"initialized with the first {length} of prompt.text's {len(ids)} tokens"
         else:
             description = f"initialized with prompt.text's {len(ids)} tokens, repeated"
-        repeated = ids * -(-length // len(ids))
-        return torch.tensor(repeated[:length]), description
+        return torch.tensor((ids * -(-length // len(ids)))[:length]), description
 
 
 def _layer(model: nn.Module) -> VirtualTokens:

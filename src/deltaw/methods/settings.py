@@ -1,4 +1,4 @@
-"""Settings and registration of the built-in methods."""
+"""Settings of the built-in methods."""
 
 from __future__ import annotations
 
@@ -6,41 +6,25 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from deltaw.errors import UserError
-from deltaw.lora.config import LoRAConfig, setting
-from deltaw.methods.registry import MethodEntry, register
+from deltaw.settings.dataclass_fields import dataclass_setting as setting
 
-register(
-    MethodEntry(
-        "lora",
-        "deltaw.methods.lora:LoRA",
-        LoRAConfig,
-        "rank, alpha and targets of the low-rank update",
-        peft_type="LORA",
-        search=("lora.rank=[4, 8, 16, 32]", "lora.alpha/rank=[1, 2, 4]"),
-        compared_by_default=True,
-    )
-)
+
+class _Section:
+    """Base class of the methods' sections, which reject unknown keys."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
 
 @dataclass(frozen=True)
-class HeadSettings:
+class HeadSettings(_Section):
     """The ``head:`` section."""
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     modules: list[str] | None = setting(None, "modules trained by method head; null: the model's output layer")
 
 
-register(
-    MethodEntry("head", "deltaw.methods.in_place:Head", HeadSettings, "only the output layer", compared_by_default=True)
-)
-
-
 @dataclass(frozen=True)
-class InputSettings:
+class InputSettings(_Section):
     """The ``input:`` section."""
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     modules: list[str] | None = setting(None, "modules trained by method input; null: the model's input layer")
     tokens: list[str] | None = setting(None, "train the embeddings of these tokens only, and no other rows")
@@ -50,18 +34,13 @@ class InputSettings:
             raise UserError("input.modules and input.tokens cannot be combined", hint="remove one of them")
 
 
-register(MethodEntry("input", "deltaw.methods.in_place:Input", InputSettings, "the input layer"))
-
-
 @dataclass(frozen=True)
-class PromptSettings:
+class PromptSettings(_Section):
     """The ``prompt:`` section.
 
     Raises:
         UserError: if a value is out of range, or ``init`` and ``text`` contradict each other.
     """
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     length: int = setting(20, "virtual tokens prepended to every row", minimum=1)
     init: Literal["random", "text"] = setting(
@@ -79,26 +58,9 @@ class PromptSettings:
             raise UserError(message, location="prompt.text", hint="set both, or neither")
 
 
-register(
-    MethodEntry(
-        "prompt",
-        "deltaw.methods.prompt:SoftPrompt",
-        PromptSettings,
-        "a soft prompt",
-        peft_type="PROMPT_TUNING",
-        search=("prompt.length=[5, 10, 20, 50]",),
-        compared_by_default=True,
-    )
-)
-
-register(MethodEntry("bias", "deltaw.methods.in_place:Bias", compared_by_default=True))
-
-
 @dataclass(frozen=True)
-class RandomSettings:
+class RandomSettings(_Section):
     """The ``random:`` section."""
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     weights: float = setting(
         0.01, "weights trained by method random: a share (below 1), or a number of them", exclusiveMinimum=0
@@ -110,35 +72,12 @@ class RandomSettings:
             raise UserError(f"random.weights is {self.weights}", hint=hint)
 
 
-register(
-    MethodEntry(
-        "random",
-        "deltaw.methods.in_place:Random",
-        RandomSettings,
-        "a random subset of weights",
-        search=("random.weights=0.001..0.05:log",),
-        compared_by_default=True,
-    )
-)
-
-
 @dataclass(frozen=True)
-class LastSettings:
+class LastSettings(_Section):
     """The ``last:`` section."""
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     blocks: int = setting(2, "blocks trained by method last, from the top", minimum=1)
 
     def __post_init__(self) -> None:
         if self.blocks < 1:
             raise UserError(f"last.blocks is {self.blocks}", hint="use at least 1")
-
-
-register(
-    MethodEntry(
-        "last", "deltaw.methods.in_place:Last", LastSettings, "the last blocks", search=("last.blocks=[1, 2, 4]",)
-    )
-)
-
-register(MethodEntry("full", "deltaw.methods.in_place:Full", compared_by_default=True))

@@ -1,218 +1,36 @@
-"""Tables and figures of method comparisons and settings searches."""
+"""Tables of method comparisons and settings searches."""
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
+import numpy as np
 from rich.table import Table
+from rich.text import Text
 
-from deltaw.experiments.comparison import COLUMNS, Comparison, MethodResult, column_titles, method_cells
+from deltaw.experiments.comparison import (
+    COLUMNS,
+    Comparison,
+    MethodResult,
+    column_titles,
+    method_cells,
+    number_text,
+    score_text,
+    unit,
+)
 from deltaw.experiments.tune import Tuning, trial_cells
-from deltaw.reports.tables import add_row, table
-from deltaw.training.evaluation.base import SHARE_METRICS
+from deltaw.export.deploy import DeploymentResult
+from deltaw.memory.plan import Plan
+from deltaw.reports.plan import PARTS, process_parts
+from deltaw.reports.svg import Bar, Figure, Legend, bars, stack, standalone, swatch
+from deltaw.reports.tables import MISSING, Cell, add_row, count, gigabytes, metric_name, one_line, table
+from deltaw.training.drift import GeneralAnswer
+from deltaw.training.evaluation.base import Evaluation, Interval, is_share, metric_format, paired_difference
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.transforms import Bbox
-
-
-# Figure of a comparison: score over trained parameters, and peak memory by method. A point is a method's score with
-# its interval; small marks are its seeds. Points are filled if every training flattened and hollow otherwise. A gray
-# cross marks a method with the same answer for every row. The colors (Okabe and Ito) are distinguishable by color-blind
-# readers, and each point is labeled.
-SCORE, SEED, PLANNED, MEASURED = "#0072B2", "#56B4E9", "#E69F00", "#0072B2"
-INK, GRAY, GRID = "#222222", "#666666", "#DDDDDD"
-_STYLE: dict[Any, object] = {
-    "font.size": 11,
-    "figure.facecolor": "white",
-    "axes.edgecolor": GRAY,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
-    **dict.fromkeys(("axes.labelcolor", "text.color", "xtick.color", "ytick.color"), INK),
-}
-_MARK: dict[str, Any] = {"markersize": 7, "elinewidth": 1.4, "capsize": 3, "zorder": 3}
-# Candidate offsets of a label from its point, in typographic points, nearest first.
-_LABEL_OFFSETS: list[tuple[float, float]] = [
-    (distance * x, distance * y)
-    for distance in (8, 14, 22, 32, 44, 58)
-    for x, y in ((1, 0.35), (-1, 0.35), (1, -0.9), (-1, -0.9), (0, 1), (0, -1.4))
-]
-
-
-def draw_comparison(comparison: Comparison, path: str | os.PathLike[str]) -> None:
-    """Write the figure to ``path`` as PNG, regardless of its suffix."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    results = comparison.scored
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(12, max(4.6, 1.6 + 0.52 * len(results))), dpi=150, layout="constrained")
-        canvas = FigureCanvasAgg(figure)
-        score_axes, memory_axes = figure.subplots(1, 2, width_ratios=(1.25, 1))
-        _draw_scores(score_axes, comparison)
-        _draw_memory(memory_axes, results)
-        figure.align_titles()
-        _label_points(score_axes, canvas, comparison)
-        figure.savefig(path, format="png")
-
-
-def _draw_scores(axes: Axes, comparison: Comparison) -> None:
-    """Plot scores with intervals over the number of trained parameters (log scale), with baselines as lines."""
-    from matplotlib.ticker import FuncFormatter
-
-    points = _points(comparison)
-    for point in points:
-        marker, color = ("x", GRAY) if point.kind == "same" else ("o", SCORE)
-        bars = [[point.value - point.low], [point.high - point.value]]
-        face_color = "white" if point.kind == "unfinished" else None
-        axes.errorbar(point.x, point.value, bars, fmt=marker, color=color, markerfacecolor=face_color, **_MARK)
-        if len(point.seeds) > 1:
-            axes.plot([point.x] * len(point.seeds), point.seeds, "_", color=SEED, markersize=11, zorder=2)
-    axes.set_xscale("log")
-    axes.margins(x=0.16, y=0.12)
-    factor = 100 if comparison.metric in SHARE_METRICS else 1
-    levels = {} if comparison.base is None else {"untrained": comparison.base.score}
-    levels["one answer to every row"] = comparison.constant_score
-    for text, level in levels.items():
-        if level is None:
-            continue
-        axes.axhline(factor * level, color=GRAY, linestyle="--", linewidth=1.2, zorder=0)
-        edge: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "xytext": (-4, 4), "textcoords": "offset points"}
-        axes.annotate(text, (1, factor * level), ha="right", color=GRAY, **edge)
-    name = comparison.metric.replace("_", " ")
-    better = "higher is better" if comparison.higher_is_better else "lower is better"
-    axes.set_ylabel(f"{name}{', %' if factor == 100 else ''} ({better})")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
-    seeds = f", {len(comparison.seeds)} seeds" if len(comparison.seeds) > 1 else ""
-    axes.set_title(f"{name.capitalize()} on {comparison.held_out_rows} held-out rows{seeds}, 95 % intervals")
-    notes = {
-        "short lines: seeds": any(len(point.seeds) > 1 for point in points),
-        "hollow: not flattened": any(point.kind == "unfinished" for point in points),
-        "cross: one answer to every row": any(point.kind == "same" for point in points),
-    }
-    legend = "; ".join(note for note, applies in notes.items() if applies)
-    axes.set_xlabel(f"trained parameters\n{legend}".rstrip())
-    axes.grid(True, which="major", color=GRID, linewidth=0.7)
-    axes.set_axisbelow(True)
-
-
-def _draw_memory(axes: Axes, results: Sequence[MethodResult]) -> None:
-    """Plot horizontal bars of planned and measured memory, in the order of the table."""
-    largest = max((b or 0 for r in results for b in (r.planned_bytes, r.peak_bytes)), default=0)
-    unit, factor = ("GB", 1e9) if largest >= 1e9 else ("MB", 1e6)
-    planned, measured = [r.planned_bytes for r in results], [r.peak_bytes for r in results]
-    kinds = [kind for kind in (("planned", PLANNED, planned), ("measured", MEASURED, measured)) if any(kind[2])]
-    height = 0.76 / max(1, len(kinds))
-    for number, (name, color, values) in enumerate(kinds):
-        offset = (number - (len(kinds) - 1) / 2) * height
-        positions = [position + offset for position in range(len(results))]
-        lengths = [(value or 0) / factor for value in values]
-        axes.barh(positions, lengths, height * 0.92, color=color, label=name)
-        for position, value in zip(positions, values, strict=True):
-            if value is not None:
-                text, anchor = f" {value / factor:.{2 if factor == 1e9 else 0}f}", (value / factor, position)
-                axes.annotate(text, anchor, va="center", fontsize=9)
-    axes.set_yticks(range(len(results)), [result.method for result in results])
-    axes.tick_params(axis="y", length=0)
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.set_xlabel(f"peak memory, {unit}")
-    axes.set_title("Peak memory of a run")
-    axes.grid(True, axis="x", color=GRID, linewidth=0.7)
-    axes.set_axisbelow(True)
-    if len(kinds) > 1:
-        axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower right", ncols=2, frameon=False)
-
-
-def _label_points(axes: Axes, canvas: FigureCanvasAgg, comparison: Comparison) -> None:
-    """Place each label without overlapping points, intervals or other labels."""
-    from matplotlib.transforms import Bbox
-
-    canvas.draw()
-    renderer = canvas.get_renderer()
-    occupied: list[Bbox] = []
-    points = _points(comparison)
-    for point in points:
-        (left, bottom), (_, top) = axes.transData.transform([(point.x, point.low), (point.x, point.high)])
-        middle = axes.transData.transform((point.x, point.value))[1]
-        occupied.append(Bbox([[left - 3, bottom - 3], [left + 3, top + 3]]))
-        occupied.append(Bbox([[left - 9, middle - 9], [left + 9, middle + 9]]))
-    occupied += [text.get_window_extent(renderer) for text in axes.texts]
-    plot_area = axes.get_window_extent(renderer)
-    for point in points:
-        candidates = []
-        for offset in _LABEL_OFFSETS:
-            label: dict[str, Any] = {"xytext": offset, "textcoords": "offset points", "ha": _alignment(offset)}
-            text = axes.annotate(point.name, (point.x, point.value), **label)
-            box = text.get_window_extent(renderer).padded(2)
-            text.remove()
-            outside = box.width * box.height - _overlap_area(box, plot_area)
-            candidates.append((outside + sum(_overlap_area(box, other) for other in occupied), box, label))
-            if candidates[-1][0] == 0:
-                break
-        _, box, label = min(candidates, key=lambda entry: entry[0])
-        if max(map(abs, label["xytext"])) > 14:
-            label["arrowprops"] = {"arrowstyle": "-", "color": GRAY, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 4}
-        axes.annotate(point.name, (point.x, point.value), **label)
-        occupied.append(box)
-
-
-@dataclass(frozen=True)
-class _Point:
-    name: str
-    x: float
-    value: float
-    low: float
-    high: float
-    seeds: tuple[float, ...]
-    kind: str
-
-
-def _points(comparison: Comparison) -> list[_Point]:
-    """Return the points of the methods. Points with equal numbers of parameters are spread so that all intervals are
-    visible.
-    """
-    factor = 100 if comparison.metric in SHARE_METRICS else 1
-    by_size = sorted((r for r in comparison.scored if r.trained_parameters), key=lambda r: r.trained_parameters or 0)
-    logs = [math.log10(r.trained_parameters or 1) for r in by_size]
-    gap = 0.02 * (max(logs, default=0.0) - min(logs, default=0.0))
-    points = []
-    last = -math.inf
-    for result, log in zip(by_size, logs, strict=True):
-        last = max(log, last + gap)
-        value = factor * (result.score or 0.0)
-        low, high = result.interval or (result.score or 0.0, result.score or 0.0)
-        low, high = min(value, factor * low), max(value, factor * high)
-        seeds = tuple(factor * seed.score for seed in result.seeds if seed.score is not None)
-        kind = "unfinished" if result.flattened < len(result.seeds) else "finished"
-        kind = "same" if result.gives_constant_answer else kind
-        points.append(_Point(result.method, 10**last, value, low, high, seeds, kind))
-    return points
-
-
-def _alignment(offset: tuple[float, float]) -> str:
-    return "center" if offset[0] == 0 else "left" if offset[0] > 0 else "right"
-
-
-def _overlap_area(first: Bbox, second: Bbox) -> float:
-    width = min(first.x1, second.x1) - max(first.x0, second.x0)
-    height = min(first.y1, second.y1) - max(first.y0, second.y0)
-    return max(0.0, width) * max(0.0, height)
-
-
-def _count(value: float) -> str:
-    for unit, factor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= factor:
-            return f"{value / factor:g}{unit}"
-    return f"{value:g}"
+    from deltaw.evaluation.harness import TaskScore
 
 
 def tuning_table(tuning: Tuning) -> Table:
@@ -249,3 +67,186 @@ def comparison_tables(comparison: Comparison, width: int) -> list[Table]:
                 add_row(target, [texts[column] for column in columns], style)
         tables.append(target)
     return tables
+
+
+def memory_parts(sizes: Mapping[str, float]) -> list[tuple[str, str, float]]:
+    """Return the style sheet class, label and size of the parts of a plan, in stacking order."""
+    parts = ((f"p{n}", label, sizes.get(name, 0.0)) for n, (name, label, _) in enumerate(PARTS, 1))
+    return [part for part in parts if part[2] > 0]
+
+
+def memory_legend(items: Sequence[Bar]) -> Legend:
+    """Return the parts that are at least 0.5 % of the largest bar."""
+    spans = [span for bar in items for span in bar.spans]
+    largest = max((end for *_, end in spans), default=0.0)
+    shown = {(kind, label) for kind, label, start, end in spans if end - start > 0.005 * largest}
+    return [(swatch(kind, area=True), label) for kind, label in sorted(shown)]
+
+
+def draw_plans(plans: Mapping[str, Plan]) -> str:
+    """Return an SVG file with a bar of stacked parts per method."""
+    items = [
+        Bar(name, gigabytes(plan.peak_resident_bytes), stack(memory_parts(process_parts(plan))))
+        for name, plan in plans.items()
+    ]
+    title, text = "Peak memory of the process", "; ".join(f"{bar.name}: {bar.note}" for bar in items)
+    return standalone([Figure("plan", title, "", bars("plan", title, text, items), legend=memory_legend(items))])
+
+
+def draw_comparison(comparison: Comparison) -> str:
+    """Return an SVG file with the score of each method, its interval and seeds, and its peak memory."""
+    memory = [_memory_figure(comparison.scored)] if comparison.scored else []
+    return standalone([_score_figure(comparison), *memory])
+
+
+def _score_figure(comparison: Comparison) -> Figure:
+    def format_score(value: float) -> str:
+        return number_text(comparison, value) + unit(comparison)
+
+    untrained = None if comparison.base is None else comparison.base.score
+    levels = (("p7", "untrained", untrained), ("p4", "one answer to every row", comparison.constant_score))
+    baselines = [(kind, name, level) for kind, name, level in levels if level is not None]
+    lines = [(kind, f"{name}: {format_score(level)}", level, level) for kind, name, level in baselines]
+    items = []
+    for result in comparison.scored:
+        score = math.nan if result.score is None else result.score
+        interval = [("p2", "95 % interval", *result.interval)] if result.interval is not None else []
+        scores = [(seed.seed, seed.score) for seed in result.seeds if seed.score is not None and len(result.seeds) > 1]
+        seeds = [("p1", f"seed {number}: {format_score(value)}", value, value) for number, value in scores]
+        spans = [*interval, *lines, *seeds, ("ink", format_score(score), score, score)]
+        items.append(Bar(result.method, _score_note(comparison, result), spans))
+    legend = [("ink", "mean of the seeds"), ("p1", "seeds")] if len(comparison.seeds) > 1 else [("ink", "score")]
+    legend += [("p2", "95 % interval"), *((kind, name) for kind, name, _ in baselines)]
+    name = metric_name(comparison.metric) or "score"
+    title = f"{name[0].upper()}{name[1:]} on {comparison.held_out_rows:,} held-out rows"
+    text = f"{'Higher' if comparison.higher_is_better else 'Lower'} is better." if items else "No method has a score."
+    chart = bars("score", title, "; ".join(f"{bar.name}: {bar.note}" for bar in items), items, format_score)
+    return Figure("score", title, text, chart, legend=[(swatch(kind, area=True), label) for kind, label in legend])
+
+
+def _score_note(comparison: Comparison, result: MethodResult) -> str:
+    """Return the score, the number of trained parameters and if the trainings flattened."""
+    notes = [score_text(comparison, result) if math.isfinite(result.score or 0.0) else MISSING]
+    if result.trained_parameters is not None:
+        notes.append(f"{count(result.trained_parameters)} trained")
+    if result.gives_constant_answer:
+        notes.append("one answer to every row")
+    elif result.flattened < len(result.seeds):
+        notes.append(f"{result.flattened} of {len(result.seeds)} flattened" if result.flattened else "not flattened")
+    return ", ".join(notes)
+
+
+def _memory_figure(results: Sequence[MethodResult]) -> Figure:
+    items = []
+    for result in results:
+        sizes = {"planned": result.planned_bytes, "measured": result.peak_bytes}
+        note = ", ".join(f"{gigabytes(size)} {name}" for name, size in sizes.items() if size) or MISSING
+        planned, peak = result.planned_bytes or 0, result.peak_bytes or math.nan
+        items.append(Bar(result.method, note, [*stack([("p2", "planned", planned)]), ("ink", "measured", peak, peak)]))
+    title, text = "Peak memory of a run", "; ".join(f"{bar.name}: {bar.note}" for bar in items)
+    legend = [(swatch(kind, area=True), label) for kind, label in (("p2", "planned"), ("ink", "measured"))]
+    return Figure("memory", title, "", bars("memory", title, text, items), legend=legend)
+
+
+# Maximum characters of a question and of an answer in a table. Questions are truncated at the start.
+MAX_QUESTION, MAX_ANSWER = 72, 40
+# Maximum characters of a general answer.
+MAX_GENERAL = 160
+
+
+def score_table(
+    scores: Mapping[str, Mapping[str, float]], intervals: Mapping[str, Mapping[str, Interval]] | None = None
+) -> Table:
+    """Return a table with a row per metric and a column per model.
+
+    Args:
+        scores: Metrics by model name. Missing metrics are left empty.
+        intervals: 95 % intervals by model name and metric.
+    """
+    rows: list[list[str]] = []
+    for metric in dict.fromkeys(m for metrics in scores.values() for m in metrics):
+        rows.append([metric_name(metric), *(_number(metric, metrics.get(metric)) for metrics in scores.values())])
+        bounds = [(intervals or {}).get(name, {}).get(metric) for name in scores]
+        if any(bound is not None for bound in bounds):
+            ranges = [b and f"{_number(metric, b[0])} – {_number(metric, b[1])}" for b in bounds]
+            rows.append(["  95 % interval", *[text or "" for text in ranges]])
+    return table(["", *scores], rows, fold=True)
+
+
+def difference_line(before: Evaluation, after: Evaluation) -> str | None:
+    """Describe the difference of adapter and base model on the same rows, or return None if it cannot be computed."""
+    if (difference := paired_difference(before, after)) is None:
+        return None
+    change, bounds = difference
+    share = is_share(after.main)
+    change_text, low, high = (f"{100 * value:+.1f}" if share else f"{value:+.4f}" for value in (change, *bounds))
+    text = f"{metric_name(after.main)} {change_text}{' points' if share else ''} (95 % interval {low} to {high})"
+    no_difference = bounds[0] <= 0 <= bounds[1]
+    return f"base and adapter do not differ: {text}" if no_difference else f"difference of adapter and base: {text}"
+
+
+def task_table(scores: Mapping[str, Sequence[TaskScore]]) -> Table:
+    """Return a table of lm-evaluation-harness metrics with standard errors, a column per model.
+
+    Args:
+        scores: Scores of the same tasks by model.
+    """
+    rows: list[list[Cell]] = []
+    previous_task = ""
+    for task_scores in zip(*scores.values(), strict=True):
+        first, direction = task_scores[0], {True: " ↑", False: " ↓", None: ""}[task_scores[0].higher_is_better]
+        task, previous_task = "" if first.task == previous_task else first.task, first.task
+        values = [f"{s.value:.4f}" + ("" if s.stderr is None else f" ± {s.stderr:.4f}") for s in task_scores]
+        counts = ["" if number is None else f"{number:,}" for number in (first.rows, first.fewshot)]
+        rows.append([task, first.metric + direction, *counts, *values])
+    return table(["task", "metric", "rows", "shots", *scores], rows, num_left=2, fold=True)
+
+
+def confusion_table(classes: Sequence[str], counts: np.ndarray) -> Table:
+    """Return a table of the number of rows by true class (down) and predicted class (across). Correct ones are green.
+
+    Args:
+        counts: (classes, classes).
+    """
+    names = [one_line(name, MAX_ANSWER) for name in classes]
+    rows: list[list[Cell]] = []
+    for true, row in enumerate(counts):
+        styles = ["green" if predicted == true else "red" if count else "" for predicted, count in enumerate(row)]
+        rows.append([names[true], *(Text(f"{n:,}", style=style) for n, style in zip(row, styles, strict=True))])
+    return table(["", *names], rows, fold=True, title="true class (down), predicted class (across)")
+
+
+def answer_table(rows: Sequence[tuple[str, str, Mapping[str, tuple[str, bool]]]]) -> Table:
+    """Return a table of the answers of each model. Correct answers are green.
+
+    Args:
+        rows: Question, expected answer, and by model name the answer and True if it is correct.
+    """
+    heads = ["question", "expected", *(rows[0][2] if rows else ())]
+    lines: list[list[Cell]] = [
+        [one_line(question, MAX_QUESTION, end=True), one_line(expected, MAX_ANSWER)]
+        + [Text(one_line(text, MAX_ANSWER), style="green" if correct else "red") for text, correct in answers.values()]
+        for question, expected, answers in rows
+    ]
+    return table(heads, lines, num_left=len(heads), fold=True)
+
+
+def agreement_table(deployed: DeploymentResult) -> Table:
+    """Return a table of answers of a run and of the program it was deployed to. Equal answers are green."""
+    lines: list[list[Cell]] = []
+    for check in deployed.asked:
+        style = "green" if check.exact else ""
+        answers = [Text(one_line(text, MAX_ANSWER), style=style) for text in (check.run, check.program)]
+        similarity = Text(f"{check.similarity:.0%}", style=style)
+        lines.append([one_line(check.question, MAX_ANSWER, end=True), *answers, similarity])
+    return table(["question", "run", deployed.program, "similar"], lines, num_left=3, fold=True)
+
+
+def general_table(rows: Sequence[GeneralAnswer]) -> Table:
+    """Return a table of general prompts with the answers of both models."""
+    lines = [[one_line(text, MAX_GENERAL) for text in (row.prompt, row.base, row.adapter)] for row in rows]
+    return table(["general question", "base", "adapter"], lines, num_left=3, fold=True)
+
+
+def _number(metric: str, value: float | None) -> str:
+    return "" if value is None else format(value, metric_format(metric))

@@ -10,13 +10,13 @@ import numpy as np
 from rich.text import Text
 
 from deltaw.data.check import DataCheck, Lengths
+from deltaw.data.example import TokenSpan
 from deltaw.data.report import BadRows, class_counts_line, count_of, quoted
 from deltaw.data.row_reader import ExamplePreview, RowPreview
-from deltaw.data.token_spans import TokenSpan
 from deltaw.reports.tables import wrap_line
 
 if TYPE_CHECKING:
-    from deltaw.serving.mining import MiningResult
+    from deltaw.evaluation.mining import MiningResult
 
 # Width of the longest bar in characters, and the last character of a bar by eighths.
 _WIDTH = 36
@@ -34,8 +34,7 @@ def check_lines(check: DataCheck) -> Iterator[Text]:
     template = f" ({check.template} template)" if check.template else ""
     yield Text(f"{check.source}: {check.rows:,} rows read as {check.form}{template}")
     if check.label_tokens is not None and check.tokens:
-        share = check.label_tokens / check.tokens
-        labels = f"{check.label_tokens:,} of them labels ({share:.1%})"
+        labels = f"{check.label_tokens:,} of them labels ({check.label_tokens / check.tokens:.1%})"
         yield Text(f"{check.examples:,} examples: {check.tokens:,} tokens, {labels}")
     if check.class_counts:
         yield Text(wrap_line(class_counts_line(check.class_counts)))
@@ -110,8 +109,7 @@ def _heading(example: ExamplePreview, number: int, count: int) -> str:
     tokens = f"{example.tokens:,} token{'s' if example.tokens != 1 else ''}"
     if example.label is not None:
         return f"{prefix}{tokens}, label '{example.label}'"
-    share = example.labels / max(1, example.tokens)
-    return f"{prefix}{tokens}, {example.labels:,} of them labels ({share:.0%})"
+    return f"{prefix}{tokens}, {example.labels:,} of them labels ({example.labels / max(1, example.tokens):.0%})"
 
 
 def _colored(example: ExamplePreview) -> Text:

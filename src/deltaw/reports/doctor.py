@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,6 +14,8 @@ from typing import Literal, TypeAlias
 
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.version import InvalidVersion
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -22,7 +26,7 @@ from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import read_config
 from deltaw.kernels import loader, variants
 from deltaw.kernels.arithmetic import TORCH, WEIGHT_TYPES
-from deltaw.kernels.processor import processor_flags
+from deltaw.kernels.processor import processor_flags, processor_name
 from deltaw.kernels.variants import (
     APPROXIMATION_SWITCHES,
     EMULATED_TILES,
@@ -34,16 +38,102 @@ from deltaw.kernels.variants import (
 )
 from deltaw.machine import choices, product_rates
 from deltaw.machine import product_rates as measurements
-from deltaw.machine.choices import SLOW_RATE_SHARE, Choice, choose_precision, choose_threads
-from deltaw.machine.installed import Package, openmp_libraries, packages, version_of
+from deltaw.machine.choices import (
+    SLOW_RATE_SHARE,
+    Choice,
+    choose_precision,
+    choose_threads,
+    physical_cores,
+    read_lines,
+    usable_processors,
+)
 from deltaw.machine.kernel_choice import KernelChoice, choose_kernels
 from deltaw.machine.memory import free_memory_bytes, memory_limit_bytes, swap_bytes
-from deltaw.machine.processor import physical_cores, processor_name, usable_processors
 from deltaw.machine.product_rates import GENERIC, ProductRates, Sizes, sizes_of
+from deltaw.progress import LogFunction, ignore_line
 from deltaw.reports.tables import add_row, table
+from deltaw.settings import task_registry
 from deltaw.tensor_files import TensorFile
-from deltaw.training.callbacks import LogFunction, ignore_line
 from deltaw.version import __version__
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package that deltaw depends on.
+
+    Attributes:
+        name: Name of the distribution.
+        wanted: Required version range, for example ``>=2.6,<3``. Empty if any version is accepted.
+        installed: Installed version, or None if the package is not installed.
+        extra: Extra that requires the package, or None if it is mandatory.
+    """
+
+    name: str
+    wanted: str
+    installed: str | None
+    extra: str | None = None
+
+    @property
+    def fits(self) -> bool:
+        """True if the installed version is in the required range."""
+        if self.installed is None:
+            return False
+        try:
+            return Requirement(f"{self.name}{self.wanted}").specifier.contains(self.installed, prereleases=True)
+        except (InvalidRequirement, InvalidVersion):
+            return True  # a version that cannot be parsed is not reported as wrong
+
+    def as_dict(self) -> dict[str, object]:
+        return {**asdict(self), "wanted": self.wanted or None, "fits": self.fits}
+
+
+def version_of(name: str) -> str | None:
+    """Return the installed version of a package, or None if it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def packages(requirements: list[str] | None = None) -> list[Package]:
+    """Return the dependencies of deltaw, each once, without those of the ``dev`` extra.
+
+    Args:
+        requirements: Requirement strings in the format of package metadata. None reads deltaw's metadata, and the
+            result is empty if deltaw is not installed.
+    """
+    if requirements is None:
+        try:
+            requirements = importlib.metadata.requires("deltaw") or []
+        except importlib.metadata.PackageNotFoundError:
+            return []
+    by_name: dict[str, Package] = {}
+    for text in requirements:
+        try:
+            requirement = Requirement(text)
+        except InvalidRequirement:
+            continue
+        _, separator, rest = str(requirement.marker or "").partition('extra == "')
+        extra = rest.partition('"')[0] if separator else None
+        if extra == "dev" or (extra is None and requirement.marker is not None and not requirement.marker.evaluate()):
+            continue
+        package = Package(requirement.name, str(requirement.specifier), version_of(requirement.name), extra)
+        if requirement.name not in by_name or by_name[requirement.name].extra is not None:
+            by_name[requirement.name] = package
+    return list(by_name.values())
+
+
+_LIBRARY = re.compile(r"/(lib(?:gomp|iomp5|omp)[^/]*\.so[^/]*)$")
+
+
+def openmp_libraries(root: Path = Path("/")) -> list[str]:
+    """Return the sorted file names of the OpenMP libraries loaded in this process.
+
+    More than one library means more than one thread pool. The list is empty if the system has no ``/proc/self/maps``.
+    """
+    matches = (_LIBRARY.search(line.rstrip()) for line in read_lines(root / "proc/self/maps"))
+    return sorted({match[1] for match in matches if match})
+
 
 # Collecting the properties takes seconds and needs no network. The root of the file system is a parameter, so tests can
 # describe a machine in a folder.
@@ -246,7 +336,7 @@ def folder_bytes(folder: Path) -> int:
 
 def _model(reference: str, log: LogFunction) -> ModelSizes:
     folder = config_folder(reference, "bf16", False, log=log)
-    config = read_config(folder, "causal-lm", None, False)
+    config = read_config(folder, task_registry.default_task(), None, False)
     parameters = 0
     for file in sorted(folder.glob("*.safetensors")):
         try:

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from deltaw.errors import first_names
 from deltaw.experiments.comparison import without_nan
+from deltaw.export.as_adapter import AdapterResult
 from deltaw.export.combine import inner_product, norm, principal_angles
+from deltaw.export.merge import MergeResult
 from deltaw.hub.folders import adapter_folder
 from deltaw.lora import read_adapter
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, same_base
@@ -186,8 +188,7 @@ class AdapterReport:
     def largest_changes(self) -> list[tuple[str, float]]:
         """Return the five layers with the largest ‖ΔW‖_F, largest first, or modules if the model has no layers."""
         norms = self.layers() or {module.module: module.norm for module in self.modules}
-        changed = [(name, norm) for name, norm in norms.items() if norm > 0]
-        return sorted(changed, key=lambda entry: -entry[1])[:5]
+        return sorted([(name, norm) for name, norm in norms.items() if norm > 0], key=lambda entry: -entry[1])[:5]
 
     def as_dict(self) -> dict[str, object]:
         """Return plain values for JSON. Non-finite numbers become None."""
@@ -222,8 +223,7 @@ class AdapterReport:
         if self.bias_parameters:
             head.add_row("bias on B", f"norm {self.bias_norm:.4g}, {self.bias_parameters:,} parameters")
         if self.token_rows:
-            rows = [f"{count} of {name}" for name, count in self.token_rows.items()]
-            head.add_row("token rows", first_names(rows))
+            head.add_row("token rows", first_names([f"{count} of {name}" for name, count in self.token_rows.items()]))
         trained = f"{self.trained_parameters:,} parameters"
         if self.other_parameters:
             trained += f", {self.other_parameters:,} of them outside A and B ({first_names(self.other_tensors)})"
@@ -421,8 +421,7 @@ class AdapterComparison:
         head = Table.grid(padding=(0, 2))
         for letter, folder, base, size in zip("AB", self.folders, self.base_models, self.norms, strict=True):
             head.add_row(letter, folder, f"base {base or 'not named'}", f"‖ΔW‖ {size:.4g}")
-        base_text = {True: "the same", False: "different", None: "unknown from the files"}[self.same_base]
-        head.add_row("base", base_text)
+        head.add_row("base", {True: "the same", False: "different", None: "unknown from the files"}[self.same_base])
         head.add_row("cosine", _format_cosine(self.cosine), "over all modules")
         return head
 
@@ -481,17 +480,11 @@ def compare_adapters(first: str | Path, second: str | Path) -> AdapterComparison
     configs = [dataclasses.asdict(adapter.config) for adapter in adapters]
     metadata = [adapter.metadata for adapter in adapters]
     bases = [values.get("base_model_name_or_path") or None for values in metadata]
-    return AdapterComparison(
-        (str(first), str(second)),
-        (bases[0], bases[1]),
-        same_base(*(values.get(FINGERPRINT_KEY) for values in metadata)),
-        {name: (value, configs[1][name]) for name, value in configs[0].items() if value != configs[1][name]},
-        layers,
-        (only[0], only[1]),
-        (norms[0], norms[1]),
-        _cosine(sum(products), *norms),
-        notes,
-    )
+    is_same = same_base(*(values.get(FINGERPRINT_KEY) for values in metadata))
+    settings = {name: (value, configs[1][name]) for name, value in configs[0].items() if value != configs[1][name]}
+    folders, measured = (str(first), str(second)), ((norms[0], norms[1]), _cosine(sum(products), *norms))
+    only_one = (only[0], only[1])
+    return AdapterComparison(folders, (bases[0], bases[1]), is_same, settings, layers, only_one, *measured, notes)
 
 
 # (L, R) with ΔW = L·R, for each expert and group.
@@ -529,10 +522,51 @@ def _overlap(cosines: Sequence[Tensor]) -> float | None:
 
 
 def _cosine(product: float, first: float, second: float) -> float | None:
-    if not (first > 0 and second > 0):
-        return None
-    return max(-1.0, min(1.0, product / (first * second)))
+    return None if not (first > 0 and second > 0) else max(-1.0, min(1.0, product / (first * second)))
 
 
 def _format_cosine(value: float | None) -> str:
     return "none" if value is None else f"{value:.3f}"
+
+
+_MAX_ERRORS = 5
+
+
+def merge_lines(result: MergeResult) -> list[str]:
+    """Return the lines about a merged model."""
+    lines = []
+    if result.error is not None:
+        lines += _error_lines(result.errors, result.error)
+    if result.dropped:
+        example = f"such as '{result.dropped[0]}'"
+        lines.append(f"dropped {len(result.dropped)} tensors of the base that this model does not use, {example}")
+    size, seconds = result.bytes / 1e9, result.seconds
+    files = "1 file" if len(result.files) == 1 else f"{len(result.files)} files"
+    cost = f"{size:.2f} GB in {files}, {seconds:.1f} s ({size / max(seconds, 1e-9):.2f} GB/s)"
+    return [*lines, f"merged {len(result.changed)} of {result.tensors} tensors into {result.output}: {cost}"]
+
+
+def adapter_lines(result: AdapterResult) -> list[str]:
+    """Return the lines about a written adapter."""
+    size = f"{result.parameters:,} parameters, {result.bytes / 1e6:.2f} MB"
+    summary = f"wrote an adapter of rank {result.rank} into {result.output}: {size}"
+    return [*_error_lines(result.errors, result.error), summary]
+
+
+def as_dict(result: MergeResult | AdapterResult) -> dict[str, object]:
+    """Return plain values for JSON. Non-finite numbers become None."""
+    return {field.name: _plain(getattr(result, field.name)) for field in dataclasses.fields(result)}
+
+
+def _error_lines(errors: dict[str, float], total: float) -> list[str]:
+    lines = [f"relative error of ΔW: {total:.3g} over all layers"]
+    worst = sorted(errors.items(), key=lambda entry: -entry[1])[:_MAX_ERRORS]
+    if worst and worst[0][1] > 0:
+        lines.append("  largest: " + ", ".join(f"{name} {error:.3g}" for name, error in worst))
+    return lines
+
+
+def _plain(value: object) -> object:
+    if hasattr(value, "as_dict"):
+        return _plain(value.as_dict())
+    return str(value) if isinstance(value, Path) else without_nan(value)

@@ -22,8 +22,7 @@ from deltaw.errors import UserError
 from deltaw.machine.memory import resident_bytes
 from deltaw.reports.progress import LiveLine, clock, update_mean
 from deltaw.reports.runs import COLUMNS, DEFAULT_FOLDER, Column, find_folder, runs_table, unique_names
-from deltaw.reports.tables import WIDTH, TerminalOutput
-from deltaw.reports.wording import count, duration, gigabytes, metric_name, metric_value, short
+from deltaw.reports.tables import WIDTH, TerminalOutput, count, duration, gigabytes, metric_name, metric_value, short
 from deltaw.reports.work_display import NEXT_LINE
 from deltaw.runs.folder import FINISHED, KILLED, RUNNING, STATES, Run, find_runs, is_alive, is_run
 
@@ -96,25 +95,15 @@ def live_line(run: Run) -> LiveLine:
         mean = update_mean(mean, value)
     tokens, seconds = (float(np.nansum(columns[n][-RECENT_STEPS:])) if columns else 0.0 for n in ("tokens", "seconds"))
     total = run.total_steps or run.steps
-    return LiveLine(
-        total,
-        run.steps,
-        value=values[-1] if values else None,
-        mean=mean,
-        tokens_per_second=tokens / seconds if seconds else None,
-        memory=_memory(run),
-        planned=run.planned_bytes,
-        remaining_seconds=seconds / steps * (total - run.steps) if steps and run.state == RUNNING else None,
-        metric=run.progress,
-        length=lengths[-1] if lengths else None,
-    )
+    value, length = (numbers[-1] if numbers else None for numbers in (values, lengths))
+    remaining = seconds / steps * (total - run.steps) if steps and run.state == RUNNING else None
+    measured = (value, mean, tokens / seconds if seconds else None, _memory(run), run.planned_bytes, remaining)
+    return LiveLine(total, run.steps, *measured, metric=run.progress, length=length)
 
 
 def _memory(run: Run) -> int:
     process = run.part("process")
-    if run.state == RUNNING and is_alive(process):
-        return resident_bytes(int(process["id"]))
-    return run.peak_bytes or 0
+    return resident_bytes(int(process["id"])) if run.state == RUNNING and is_alive(process) else run.peak_bytes or 0
 
 
 def evaluation_text(run: Run) -> str:

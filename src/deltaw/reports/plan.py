@@ -1,39 +1,33 @@
-"""Format memory plans: a table of parts, bars, and a picture."""
+"""Format memory plans: a table of parts, and bars."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from deltaw import atomic_files
-from deltaw.errors import UserError
 from deltaw.memory.plan import FittingPlan, Plan
-from deltaw.reports.tables import WIDTH, add_row, table, wrap_line
-from deltaw.reports.wording import gigabytes
+from deltaw.reports.tables import WIDTH, add_row, gigabytes, table, wrap_line
 
-# Parts of a plan in stacking order: name, label, terminal color and picture color. The palette is distinguishable by
-# color-blind readers.
+# Parts of a plan in stacking order: name, label and terminal color. Figures color them by position (``p1`` to ``p9``).
 PARTS = (
-    ("weights", "the model's weights", "blue", "#0072b2"),
-    ("trained", "trained parameters", "cyan", "#56b4e9"),
-    ("gradients", "gradients", "yellow", "#f0e442"),
-    ("optimizer", "optimizer state", "bright_red", "#d55e00"),
-    ("activations", "activations", "green", "#009e73"),
-    ("logits", "logits", "magenta", "#cc79a7"),
-    ("batch", "batch", "bright_black", "#999999"),
-    ("workspace", "workspace", "bright_yellow", "#e69f00"),
-    ("process", "process, rows, kernels", "white", "#dddddd"),
+    ("weights", "the model's weights", "blue"),
+    ("trained", "trained parameters", "cyan"),
+    ("gradients", "gradients", "yellow"),
+    ("optimizer", "optimizer state", "bright_red"),
+    ("activations", "activations", "green"),
+    ("logits", "logits", "magenta"),
+    ("batch", "batch", "bright_black"),
+    ("workspace", "workspace", "bright_yellow"),
+    ("process", "process, rows, kernels", "white"),
 )
 
 
 # Parts with a smaller share of the peak are summed as "the rest".
 MIN_SHARE = 0.05
 BAR = 56
-PICTURE_FORMATS = ("png", "svg", "pdf")
 
 
 def process_parts(plan: Plan) -> dict[str, int]:
@@ -86,7 +80,7 @@ def plan_text(plan: Plan, free: int, processes: int = 1) -> list[Text]:
 
 def _sized(plan: Plan) -> Iterator[tuple[str, int, str]]:
     """Yield label, bytes and color of each part of the process, tensors first."""
-    for name, label, color, _ in PARTS[:-1]:
+    for name, label, color in PARTS[:-1]:
         if size := plan.parts.get(name, 0):
             yield label, size, color
     if unread := plan.resident["tensors"] - plan.peak_bytes:
@@ -146,7 +140,7 @@ def plan_bars(plans: Mapping[str, Plan]) -> RenderableType:
         bar = Text(f"{name:>8} ")
         parts = process_parts(plan)
         filled, cumulative = 0, 0
-        for part, _, color, _ in PARTS:
+        for part, _, color in PARTS:
             cumulative += parts.get(part, 0)
             end = round(BAR * cumulative / largest)
             bar.append("█" * (end - filled), style=color)
@@ -159,7 +153,7 @@ def _legend(plans: Collection[Plan], *, at_least: float) -> list[Text]:
     """Return the legend of the parts that use more than ``at_least`` bytes in any plan."""
     margin = " " * 9
     lines = [Text(margin)]
-    for part, label, color, _ in PARTS:
+    for part, label, color in PARTS:
         if not any(process_parts(plan).get(part, 0) > at_least for plan in plans):
             continue
         entry = Text("█ ", style=color).append(f"{label}  ", style="default")
@@ -167,51 +161,6 @@ def _legend(plans: Collection[Plan], *, at_least: float) -> list[Text]:
             lines.append(Text(margin))
         lines[-1].append_text(entry)
     return lines
-
-
-def picture_kind(path: Path) -> str:
-    """Return the picture format of a path's suffix.
-
-    Raises:
-        UserError: If the format is not supported.
-    """
-    kind = path.suffix.lstrip(".").lower()
-    if kind not in PICTURE_FORMATS:
-        hint = f"use a file name that ends with {', '.join('.' + suffix for suffix in PICTURE_FORMATS)}"
-        raise UserError(f"'{path.name}' has no supported picture format", location="--picture", hint=hint)
-    return kind
-
-
-def draw_plans(plans: Mapping[str, Plan], path: Path) -> None:
-    """Draw stacked bars of all plans as a picture. Its format (:data:`PICTURE_FORMATS`) follows from the path's suffix.
-
-    Raises:
-        UserError: If the format is not supported or the folder cannot be written to.
-    """
-    kind = picture_kind(path)
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    figure = Figure(figsize=(8, 0.9 + 0.5 * len(plans)), layout="constrained")
-    axes = figure.subplots()
-    handles = {}
-    for row, plan in enumerate(plans.values()):
-        offset, sizes = 0.0, process_parts(plan)
-        for part, label, _, color in PARTS:
-            if size := sizes.get(part, 0) / 1e9:
-                axes.barh(row, size, left=offset, color=color, edgecolor="white", linewidth=0.4)
-                handles[label] = Patch(color=color, label=label)
-            offset += size
-        axes.text(offset, row, f" {offset:.2f} GB", va="center", fontsize=9)
-    axes.set_yticks(range(len(plans)), list(plans))
-    axes.invert_yaxis()
-    axes.set_xlabel("peak memory of the process, GB")
-    axes.margins(x=0.12)
-    axes.spines[["top", "right"]].set_visible(False)
-    legend_handles = [handles[label] for _, label, *_ in PARTS if label in handles]
-    figure.legend(handles=legend_handles, loc="outside lower center", ncols=3, frameon=False)
-    with atomic_files.atomic_path(path) as temporary:
-        figure.savefig(temporary, format=kind, dpi=150)
 
 
 def plan_lines(plan: Plan, limit: int | None) -> list[str]:
@@ -226,8 +175,7 @@ def plan_lines(plan: Plan, limit: int | None) -> list[str]:
 
 def budget_table(candidates: Sequence[FittingPlan]) -> Table:
     """Return a table of settings that fit a budget, fastest first."""
-    heads = ("method", "rank", "tokens per pass", "checkpointing", "precision", "process", "time")
-    result = table(heads)
+    result = table(("method", "rank", "tokens per pass", "checkpointing", "precision", "process", "time"))
     for candidate in candidates:
         execution = (f"{candidate.tokens_per_pass:,}", "on" if candidate.checkpointing else "off", candidate.precision)
         cost = (gigabytes(candidate.plan.peak_resident_bytes), f"{candidate.seconds / candidates[0].seconds:.2f} x")

@@ -18,24 +18,26 @@ from deltaw.machine.memory import resident_bytes
 from deltaw.memory.plan import Plan
 from deltaw.progress import Detail, track_progress
 from deltaw.reports.page.run_view import score_warnings
-from deltaw.reports.page.svg import running_mean
 from deltaw.reports.page.write import PAGE_FILE as REPORT
 from deltaw.reports.page.write import write_rate_figure
 from deltaw.reports.plan import long_rows_lines, plan_lines
-from deltaw.reports.tables import WIDTH, TerminalOutput, one_line
-from deltaw.reports.wording import (
+from deltaw.reports.svg import running_mean
+from deltaw.reports.tables import (
+    WIDTH,
+    TerminalOutput,
     count,
     duration,
     format_value,
     gigabytes,
     metric_name,
     metric_value,
+    one_line,
     rate,
     time_by_part,
 )
 from deltaw.reports.work_display import FIRST_LINE, NEXT_LINE
-from deltaw.runs.fit import Result
 from deltaw.runs.folder import FINISHED, INTERRUPTED, Run
+from deltaw.runs.record import Result
 from deltaw.runs.summary import next_commands
 from deltaw.training.callbacks import Callback, RateSearch, RunStart, Sample
 from deltaw.training.evaluation.base import Evaluation

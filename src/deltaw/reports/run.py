@@ -1,39 +1,30 @@
-"""Train with a report: :func:`deltaw.runs.fit.fit` that also writes ``report.html`` during and after the run.
+"""The report of a run: a callback that writes ``report.html`` during and after the run.
 
-The command line and ``deltaw.fit`` use this function. A page that cannot be written does not stop the run.
+A page that cannot be written does not stop the run.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from deltaw.platforms import shell_word
 from deltaw.progress import track_progress
 from deltaw.reports.page.write import write_page
-from deltaw.reports.wording import count, format_time, metric_name, metric_value
-from deltaw.runs.fit import Backend, Result
-from deltaw.runs.fit import fit as train
+from deltaw.reports.tables import count, format_time, metric_name, metric_value
 from deltaw.runs.folder import Run, number
-from deltaw.serving.opening import verified_generator
-from deltaw.serving.rollouts import SessionSampler
-from deltaw.settings import SETTINGS, RunConfig
-from deltaw.training.callbacks import Callback, Callbacks, RunStart
+from deltaw.runs.record import Result
+from deltaw.settings.config import SETTINGS, RunConfig
+from deltaw.training.callbacks import Callback, RunStart
 from deltaw.training.evaluation.base import Evaluation
-from deltaw.training.parallel.reducer import SINGLE_PROCESS, Reducer
 from deltaw.training.state import Step
 
 # Seconds between two updates of the page of a run without evaluations.
 INTERVAL = 120.0
 # Maximum share of the time spent on pages. A slow page increases the interval to the next one.
 MAX_TIME_SHARE = 0.01
-
-# Decoding backend for text generation during training.
-ENGINE = Backend(verified_generator, SessionSampler)
 
 
 class PageCallback(Callback):
@@ -106,39 +97,3 @@ def finished_lines(result: Result, settings: str | None) -> Iterator[str]:
     again = "the same command with" if settings is None else f"deltaw train {shell_word(settings)}"
     yield f"next: {again} --fresh  # start over; moves {result.output}"
     yield f"next: {again} --output OTHER  # start over in another folder"
-
-
-def fit(
-    config: RunConfig | Mapping | str | os.PathLike[str] | None = None,
-    *,
-    callback: Callback | None = None,
-    resume: str | os.PathLike[str] | None = None,
-    fresh: bool = False,
-    processes: Reducer = SINGLE_PROCESS,
-) -> Result:
-    """Train with the given settings and write the run's folder, including its report.
-
-    An unfinished run in the same folder is resumed from its last checkpoint. A finished run is left unchanged, and its
-    result is returned. Global state (threads, random number generators, signal handlers, garbage collector) is restored
-    on return.
-
-    Args:
-        config: Settings, a dictionary of settings, or the path of a YAML file.
-        callback: Receives all events of the run. Without a callback, the run is silent.
-        resume: Folder of a run to continue with its stored settings, even if it is finished. ``config`` is then a
-            dictionary of changed settings, or None.
-        fresh: Start over. An existing run in the folder is moved.
-        processes: Communication with the other processes of a distributed run. This is process 0.
-
-    Raises:
-        UserError: If an argument cannot be used; nothing is written in this case. Also if memory or disk space is
-            insufficient, or if the training diverged; everything trained before is saved.
-        UntrainedParameterError: If a parameter in the settings is not trained. No adapter is written.
-    """
-    user_callback = callback or Callback()
-    page = PageCallback(user_callback)
-    try:
-        options: dict[str, Any] = {"resume": resume, "fresh": fresh, "processes": processes}
-        return train(config, callback=Callbacks(user_callback, page), decoding=ENGINE, **options)
-    finally:
-        page.close()

@@ -13,9 +13,9 @@ from rich.text import Text
 
 from deltaw.errors import UserError, did_you_mean
 from deltaw.experiments.comparison import or_empty
-from deltaw.reports.page.svg import FigureTable, running_mean
-from deltaw.reports.tables import add_row, one_line, table
-from deltaw.reports.wording import (
+from deltaw.reports.svg import FigureTable, running_mean
+from deltaw.reports.tables import (
+    add_row,
     count,
     duration,
     format_time,
@@ -23,8 +23,10 @@ from deltaw.reports.wording import (
     gigabytes,
     metric_name,
     metric_value,
+    one_line,
     rate,
     short,
+    table,
 )
 from deltaw.runs.folder import (
     DIVERGED,
@@ -230,9 +232,7 @@ def _steps(record: Run) -> str:
 
 def _score(record: Run) -> str:
     score = record.score
-    if score is None or score[0] == record.loss_metric:
-        return ""
-    return f"{metric_name(score[0])} {metric_value(*score)}"
+    return "" if score is None or score[0] == record.loss_metric else f"{metric_name(score[0])} {metric_value(*score)}"
 
 
 def _model(record: Run) -> str:
@@ -288,8 +288,7 @@ def runs_table(records: Sequence[Run], width: int, columns: Sequence[Column] = C
 def comparison_tables(records: Sequence[Run], width: int) -> list[RenderableType]:
     """Return tables of results and differing settings with a column per run, split to fit ``width`` characters."""
     names = [one_line(name, MAX_NAME_WIDTH, end=True) for name in unique_names(records)]
-    longest = max(len(name) for name in names) + 3
-    runs_per_table = max(1, (width - 26) // max(14, longest))
+    runs_per_table = max(1, (width - 26) // max(14, max(len(name) for name in names) + 3))
     parts: list[RenderableType] = []
     results, differences = result_rows(records), differing_settings(records)
     for start in range(0, len(records), runs_per_table):

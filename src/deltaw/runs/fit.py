@@ -1,7 +1,7 @@
 """Run a training: from settings to a folder with an adapter.
 
 :func:`fit` defines the order of the steps and other modules implement them. Nothing is printed: events go to a
-:class:`deltaw.training.callbacks.Callback`.
+:class:`deltaw.training.callbacks.Callback`, and to the default callbacks, which write the report.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ import functools
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
+from deltaw.data.row_reader import RunData
 from deltaw.errors import UserError
 from deltaw.hub.folders import config_folder, resolve
 from deltaw.hub.loading import LoadedModel, check_architecture, load
@@ -28,14 +31,15 @@ from deltaw.lora.attachment import count_parameters
 from deltaw.machine.choices import Choice, choose_device, choose_precision
 from deltaw.machine.memory import memory_limit_bytes, peak_resident_bytes, release_free_memory
 from deltaw.memory.plan import Plan
-from deltaw.methods.base import CLASSES_KEY, Method
-from deltaw.progress import Detail, track_progress
+from deltaw.methods.base import CLASSES_KEY
+from deltaw.progress import Detail, LogFunction, ignore_line, track_progress
 from deltaw.runs.checkpoints import list_checkpoints
 from deltaw.runs.checks import check_rows, check_settings
 from deltaw.runs.folder import CHECKPOINT_FOLDER, Run, RunFolder, check_output
 from deltaw.runs.record import Decision, Result, RunRecord, decide_and_lock, settings_to_resume, translate_errors
 from deltaw.runs.resuming import (
     assemble_session,
+    receive_settings,
     require_same_model,
     require_same_rows,
     row_digests,
@@ -44,60 +48,77 @@ from deltaw.runs.resuming import (
     use_saved_arithmetic,
 )
 from deltaw.runs.summary import write_card
-from deltaw.runs.tracking import TrackingContext
-from deltaw.runtime.generation import Sampler, TextGenerator
-from deltaw.settings import RunConfig
-from deltaw.training.callbacks import Callback, LogFunction, RunStart, ignore_line
+from deltaw.runs.tracking import tracked
+from deltaw.runtime.sharded import sharded_blocks
+from deltaw.settings import registry
+from deltaw.settings.config import RunConfig
+from deltaw.settings.registry import import_object
+from deltaw.training.answers import Prompting, prompting_of, write_prompting
+from deltaw.training.callbacks import Callback, Callbacks, RunStart
 from deltaw.training.drift import Drift, DriftMeter
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.general import NoGeneralAnswers
-from deltaw.training.guarantee import UntrainedParameterError
+from deltaw.training.loop import UntrainedParameterError
+from deltaw.training.microbatches import SINGLE_PROCESS, Reducer
 from deltaw.training.monitoring.best import now
-from deltaw.training.monitoring.distilled import compare_with_prompt
 from deltaw.training.monitoring.generation import GenerationCheck
 from deltaw.training.monitoring.monitor import Monitor
-from deltaw.training.monitoring.neighbors import neighbor_drift
-from deltaw.training.monitoring.rates import choose_rate
-from deltaw.training.open_run import AdaptedModel
+from deltaw.training.monitoring.rates import choose_rate, follow_rate
+from deltaw.training.optimizer import small_data_warnings
+from deltaw.training.parallel.group import Group, LostProcess
 from deltaw.training.parallel.joining import apply_parallelism, require_single_process, sharded_loader, threads_of
-from deltaw.training.parallel.reducer import SINGLE_PROCESS, Reducer
 from deltaw.training.planning.budget import memory_budget, memory_limit_error, within_memory
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.preparation import save_calibration
 from deltaw.training.process import preserved_process_state
-from deltaw.training.prompting import prompting_of, write_prompting
-from deltaw.training.session import APPROXIMATE, Session, read_data
-from deltaw.training.small_data import small_data_warnings
-from deltaw.training.state import NotFinite, Outcome, Step, TrainState
-from deltaw.training.tasks.base import RunData, Task
-
-
-@dataclass(frozen=True)
-class Backend:
-    """Creates generators for greedy decoding and samplers for a model and its adapter."""
-
-    writer: Callable[[AdaptedModel], TextGenerator]
-    sampler: Callable[[AdaptedModel], Sampler]
+from deltaw.training.session import APPROXIMATE, Session, compute_evaluation_share, read_data
+from deltaw.training.state import NotFinite, NotFiniteError, Outcome, Step, TrainState
+from deltaw.training.task import Task
 
 
 def fit(
-    config: RunConfig | Mapping | str | os.PathLike[str] | None = None,
+    config: RunConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     *,
     callback: Callback | None = None,
     resume: str | os.PathLike[str] | None = None,
     fresh: bool = False,
     processes: Reducer = SINGLE_PROCESS,
-    decoding: Backend | None = None,
 ) -> Result:
-    """Train with the given settings and write the run's folder, except its report.
+    """Train with the given settings and write the run's folder, including its report.
 
-    :func:`deltaw.reports.run.fit` adds the report and documents the other arguments, the result and the errors.
+    An unfinished run in the same folder is resumed from its last checkpoint. A finished run is left unchanged, and its
+    result is returned. Global state (threads, random number generators, signal handlers, garbage collector) is restored
+    on return.
 
     Args:
-        processes: Communication with the other processes of a distributed run. This is process 0. All other processes
-            call :func:`deltaw.runs.follower.follow`.
-        decoding: Decoding backend. None uses transformers, which does not support sampling.
+        config: Settings, a dictionary of settings, or the path of a YAML file.
+        callback: Receives all events of the run. Without a callback, the run is silent.
+        resume: Folder of a run to continue with its stored settings, even if it is finished. ``config`` is then a
+            dictionary of changed settings, or None.
+        fresh: Start over. An existing run in the folder is moved.
+        processes: Communication with the other processes of a distributed run. This is process 0.
+
+    Raises:
+        UserError: If an argument cannot be used; nothing is written in this case. Also if memory or disk space is
+            insufficient, or if the training diverged; everything trained before is saved.
+        UntrainedParameterError: If a parameter in the settings is not trained. No adapter is written.
     """
+    user_callback = callback or Callback()
+    defaults = [import_object(name)(user_callback) for name in registry.default_callbacks]
+    try:
+        return _fit_or_resume(config, Callbacks(user_callback, *defaults), resume, fresh, processes)
+    finally:
+        for default in defaults:
+            default.close()
+
+
+def _fit_or_resume(
+    config: RunConfig | Mapping[str, Any] | str | os.PathLike[str] | None,
+    callback: Callback,
+    resume: str | os.PathLike[str] | None,
+    fresh: bool,
+    processes: Reducer,
+) -> Result:
     if resume is not None:
         if fresh or not (config is None or isinstance(config, Mapping)) or "output" in (config or {}):
             hint = "pass only the settings to change: no settings file, no 'output', no fresh"
@@ -108,12 +129,12 @@ def fit(
     output = Path(os.path.expanduser(config.output))
     if processes is SINGLE_PROCESS:
         require_single_process()
-    with preserved_process_state(), TrackingContext(config, callback or Callback()) as run_callback:
+    with preserved_process_state(), tracked(config, callback) as run_callback:
         check_settings(config)
         check_output(output, is_resumed=not fresh and (resume is not None or Run(output).training is not None))
         start = decide_and_lock(output, config, resume=resume is not None, fresh=fresh, log=run_callback.on_line)
         try:
-            return _fit(start, output, run_callback, processes, decoding)
+            return _fit(start, output, run_callback, processes)
         finally:
             if start.lock is not None:
                 start.lock.release()
@@ -144,7 +165,7 @@ class PartTimer:
         return {name: round(seconds, 3) for name, seconds in {**self._seconds, "other": max(other, 0.0)}.items()}
 
 
-def _fit(start: Decision, output: Path, callback: Callback, processes: Reducer, backend: Backend | None) -> Result:
+def _fit(start: Decision, output: Path, callback: Callback, processes: Reducer) -> Result:
     started_at, clock = now(), PartTimer()
     start.config = apply_parallelism(start.config, processes, callback.on_line)
     with clock.part("loading"):
@@ -155,7 +176,7 @@ def _fit(start: Decision, output: Path, callback: Callback, processes: Reducer, 
     with clock.part("planning"):
         config, plan = plan_memory(start.config, task, data, callback, processes=processes)
     with clock.part("loading"):
-        loaded, session = _assemble(start, config, task, data, callback, processes, backend)
+        loaded, session = _assemble(start, config, task, data, callback, processes)
     device = str(loaded.choices["device"].value)
     folder = RunFolder(output, lock=start.lock, num_metrics_lines=start.num_metrics_lines if start.is_resumed else None)
     if folder.moved is not None:
@@ -226,7 +247,7 @@ def _fit(start: Decision, output: Path, callback: Callback, processes: Reducer, 
     return record.record_result(result)
 
 
-def _read(start: Decision, log: LogFunction) -> tuple[Task, RunData, dict[str, object]]:
+def _read(start: Decision, log: LogFunction) -> tuple[Task[Any], RunData, dict[str, object]]:
     """Read the rows and their digests, and check that they match those of the run in the folder."""
     task, data = read_data(start.config, log, check=False)
     check_rows(start.config, task, data)
@@ -239,13 +260,7 @@ def _read(start: Decision, log: LogFunction) -> tuple[Task, RunData, dict[str, o
 
 
 def _assemble(
-    start: Decision,
-    config: RunConfig,
-    task: Task,
-    data: RunData,
-    callback: Callback,
-    processes: Reducer,
-    decoding: Backend | None,
+    start: Decision, config: RunConfig, task: Task[Any], data: RunData, callback: Callback, processes: Reducer
 ) -> tuple[LoadedModel, Session]:
     """Load the model and create the session, and check that the model matches that of the checkpoint."""
     for line in [] if start.checkpoint else small_data_warnings(len(data.train), len(data.held_out), config.train):
@@ -255,12 +270,8 @@ def _assemble(
     arithmetic = None
     if start.checkpoint is not None:
         arithmetic = use_saved_arithmetic(start.checkpoint.values["training"].get("arithmetic"))
-    make_generator = None if decoding is None else functools.partial(_writer, decoding, loaded, config, task)
-    make_sampler = make_sampler_factory(decoding, loaded, config, task)
     with track_progress("preparing the training"):
-        session = assemble_session(
-            config, task, data, loaded, processes, arithmetic, make_generator=make_generator, make_sampler=make_sampler
-        )
+        session = assemble_session(config, task, data, loaded, processes, arithmetic)
         lines = session.lines()
     for line in [*map(Detail, session.notes), *lines]:
         callback.on_line(line)
@@ -271,23 +282,8 @@ def _assemble(
     return loaded, session
 
 
-def _writer(
-    decoding: Backend, loaded: LoadedModel, config: RunConfig, task: Task, method: Method | None
-) -> TextGenerator:
-    return decoding.writer(AdaptedModel(loaded, config, method, task))
-
-
-def make_sampler_factory(
-    decoding: Backend | None, loaded: LoadedModel, config: RunConfig, task: Task
-) -> Callable[[Method], Sampler] | None:
-    """Return a function that creates the sampler of the model with a method's adapter."""
-    if decoding is None:
-        return None
-    return lambda method: decoding.sampler(AdaptedModel(loaded, config, method, task))
-
-
 def plan_memory(
-    config: RunConfig, task: Task, data: RunData, callback: Callback, *, processes: Reducer = SINGLE_PROCESS
+    config: RunConfig, task: Task[Any], data: RunData, callback: Callback, *, processes: Reducer = SINGLE_PROCESS
 ) -> tuple[RunConfig, Plan | None]:
     """Plan the memory of a run and return its settings, which ``memory`` may have changed.
 
@@ -308,8 +304,7 @@ def plan_memory(
         if budget is not None:
             blocks = count_blocks(config, task, callback.on_line)
             config, plan = within_memory(config, task, data, plan, budget, blocks, processes.size)
-            checkpointed = config.train.checkpointing
-            if checkpointed:
+            if checkpointed := config.train.checkpointing:
                 num_checkpointed = f"all {blocks}" if checkpointed is True else f"{checkpointed} of {blocks}"
                 callback.on_line(f"memory {config.memory}: activation checkpointing in {num_checkpointed} blocks")
     except UserError:
@@ -328,7 +323,7 @@ def plan_memory(
     return config, plan
 
 
-def count_blocks(config: RunConfig, task: Task, log: LogFunction) -> int:
+def count_blocks(config: RunConfig, task: Task[Any], log: LogFunction) -> int:
     """Return the number of transformer blocks in the model's configuration."""
     dtype = choose_precision("cpu", config.precision).value
     folder = config_folder(config.model, dtype, config.trust_remote_code, log=log)
@@ -338,10 +333,10 @@ def count_blocks(config: RunConfig, task: Task, log: LogFunction) -> int:
 
 def load_model(
     config: RunConfig,
-    task: Task,
+    task: Task[Any],
     data: RunData,
     log: LogFunction = ignore_line,
-    choose: Callable[[str, Choice], None] | None = None,
+    choose: Callable[[str, Choice[Any]], None] | None = None,
     *,
     processes: Reducer = SINGLE_PROCESS,
 ) -> LoadedModel:
@@ -358,35 +353,29 @@ def load_model(
         log=log,
         weights=sharded_loader(config, processes),
     )
+    choose = choose or (lambda name, choice: log(Detail(f"{name}: {choice}")))
     for name, choice in loaded.choices.items():
-        if choose is None:
-            log(Detail(f"{name}: {choice}"))
-        else:
-            choose(name, choice)
+        choose(name, choice)
     if loaded.kernels is not None and (faster := loaded.kernels.faster_precision(config.precision)) is not None:
         log(faster)
     return loaded
 
 
+@dataclass(eq=False)
 class _RunCallback(Callback):
     """Callback that records metrics, evaluates, writes checkpoints and forwards events to the user's callback.
 
-    Args:
-        go_on: If False, the training stops before its first step.
+    Attributes:
+        should_train: If False, the training stops before its first step.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        folder: RunFolder,
-        record: RunRecord,
-        monitor: Monitor,
-        callback: Callback,
-        should_train: bool,
-        clock: PartTimer,
-    ) -> None:
-        self.session, self.folder, self.record, self.monitor = session, folder, record, monitor
-        self.callback, self._should_train, self.clock = callback, should_train, clock
+    session: Session
+    folder: RunFolder
+    record: RunRecord
+    monitor: Monitor
+    callback: Callback
+    should_train: bool
+    clock: PartTimer
 
     def on_begin(self, state: TrainState) -> None:
         self.record.start(state)
@@ -417,7 +406,7 @@ class _RunCallback(Callback):
         self.callback.on_line(f"approximation disabled from step {step}: {line}")
 
     def should_stop(self) -> bool:
-        return not self._should_train or self.callback.should_stop()
+        return not self.should_train or self.callback.should_stop()
 
     def should_finish(self) -> bool:
         return self.monitor.should_finish() or self.callback.should_finish()
@@ -432,7 +421,7 @@ class _RunCallback(Callback):
 
 def _train(run: _RunCallback) -> Outcome:
     """Train and evaluate. The adapter is saved even if the training fails, unless its parameters are inconsistent."""
-    session, folder, monitor, callback = (run.session, run.folder, run.monitor, run.callback)
+    session, folder, monitor, callback = run.session, run.folder, run.monitor, run.callback
     record, checkpoints, clock = run.record, run.record.checkpoints, run.clock
     release_free_memory()
     session.approximations.on_change = run.on_approximations
@@ -490,13 +479,12 @@ def _drift(meter: DriftMeter, folder: RunFolder, step: int, callback: Callback) 
 
 
 def _compare_base(session: Session, folder: RunFolder, outcome: Outcome, after: Evaluation, callback: Callback) -> None:
-    """Record and log the comparison with a distilled prompt, and the drift of general sentences' neighbors."""
+    """Record and log the measurements of the task after training, such as the comparison with a distilled prompt."""
     if outcome.interrupted:
         return
-    for name, result in (("distilled", compare_with_prompt(session, after)), ("drift", neighbor_drift(session))):
-        if result is not None:
-            folder.write_metrics({"step": outcome.steps, name: result.as_dict()})
-            callback.on_line(str(result))
+    for name, result in session.task.final_measurements(session, after):
+        folder.write_metrics({"step": outcome.steps, name: result.as_dict()})
+        callback.on_line(str(result))
 
 
 def save_adapter(session: Session, folder: Path) -> None:
@@ -513,10 +501,63 @@ def save_adapter(session: Session, folder: Path) -> None:
     if layout_files(folder) and is_package_reference(base):
         base = str(resolve(base).path)
     session.method.save(session.model, folder, base_model=base, metadata=metadata)
-    write_prompting(folder, prompting_of(session.task, session.data, session.config.data))
+    tokenizer, writes = session.task.tokenizer, session.task.generates_text
+    prompting = prompting_of(tokenizer, session.data, session.config.data) if tokenizer and writes else Prompting()
+    write_prompting(folder, prompting)
     save_calibration(folder, session.identity, session.roundings)
 
 
 def _arithmetic(session: Session) -> dict[str, str]:
     with session.approximations.on():
         return loader.arithmetic().as_dict()
+
+
+# Worker processes (rank 1 and higher) of a distributed run. They receive the settings from process 0 and compute their
+# share of each step. Only process 0 writes files and output.
+
+
+# Exit status of a worker of a failed run. Process 0 reports the error.
+WORKER_FAILED = 2
+
+
+def follow(group: Group) -> int:
+    """Take part in the run of process 0 and return the exit status.
+
+    Raises:
+        UserError: If this process cannot take part, for example because the model is not on its machine.
+    """
+    try:
+        with preserved_process_state(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # process 0 shows the same warnings
+            return _follow(group)
+    except LostProcess:
+        return WORKER_FAILED
+    except (NotFiniteError, UntrainedParameterError):
+        # Process 0 raises the same error. If this process exited first, torchrun would kill process 0 while it saves.
+        with contextlib.suppress(LostProcess):
+            group.obey()
+        return WORKER_FAILED
+    except UserError as error:
+        message = f"process {group.rank} of {group.size}: {error.message}"
+        raise UserError(message, location=error.location, hint=error.hint) from error
+
+
+def _follow(group: Group) -> int:
+    if (received := receive_settings(group)) is None:
+        return 0
+    # Only process 0 adds the gradients of general answers.
+    config = received.with_train(keep_general=0.0)
+    task, data = read_data(config, check=False)
+    loaded = load_model(config, task, data, processes=group)
+    session = assemble_session(config, task, data, loaded, group, None)
+    if (sharded := sharded_blocks(loaded.model)) is not None:
+        group.gather = sharded.gather
+    group.evaluate = lambda number: compute_evaluation_share(session, number)
+    try:
+        follow_rate(session, group)
+        with session.running():
+            session.train(skip_not_finite=config.train.not_finite == "skip")
+            group.obey()
+    finally:
+        session.close()
+    return 0

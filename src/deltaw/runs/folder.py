@@ -31,7 +31,8 @@ from deltaw import platforms
 from deltaw.atomic_files import atomic_path, write_text
 from deltaw.data.report import SKIPPED_ROWS, BadRows
 from deltaw.errors import UserError, nearest
-from deltaw.settings import SETTINGS, RunConfig, flat, parse_yaml
+from deltaw.settings import task_registry
+from deltaw.settings.config import SETTINGS, RunConfig, flat, parse_yaml
 from deltaw.untrusted_paths import record_reference, require_contained
 
 if TYPE_CHECKING:
@@ -161,7 +162,13 @@ class Run:
 
     @property
     def task(self) -> str:
-        return self.named("task", "causal-lm")
+        return self.named("task", task_registry.default_task())
+
+    @property
+    def generates_text(self) -> bool:
+        """True if the model generates text."""
+        entry = task_registry.find(self.task)
+        return self.values.get("writes_text", entry is not None and entry.generates_text) is True
 
     @property
     def result(self) -> Mapping[str, Any]:
@@ -245,8 +252,7 @@ class Run:
     @property
     def loss_metric(self) -> str | None:
         """Held-out metric that is a loss, or None. With several evaluation sets, that of the first set."""
-        names = self.metrics.metric_names()
-        return next((n for loss in LOSSES for n in names if n.rpartition("/")[2] == loss), None)
+        return next((n for loss in LOSSES for n in self.metrics.metric_names() if n.rpartition("/")[2] == loss), None)
 
     @property
     def progress(self) -> str:
@@ -326,9 +332,8 @@ def is_alive(process: Mapping[str, object]) -> bool | None:
     if not isinstance(number, int) or not isinstance(created, float):
         return None
     try:
-        process_info = psutil.Process(number)
-        is_same = abs(process_info.create_time() - created) < 1.0
-        return is_same and process_info.status() != psutil.STATUS_ZOMBIE
+        info = psutil.Process(number)
+        return abs(info.create_time() - created) < 1.0 and info.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
 
@@ -368,7 +373,7 @@ class RunMetrics:
         samples: Sample answers.
         general: Last general answers, each with ``prompt``, ``base`` and ``adapter``.
         completions: Best and worst completions of the last rollout, as
-            :class:`deltaw.training.rollouts.scoring.ScoredCompletion`.
+            :class:`deltaw.tasks.reward.scoring.ScoredCompletion`.
         completed: Step of ``completions``.
         predictions: Last recorded predictions by evaluation set
             (:meth:`deltaw.training.evaluation.base.Evaluation.outcomes_as_dict`).
@@ -437,7 +442,7 @@ def read_metrics(path: Path) -> RunMetrics:
     return metrics
 
 
-def _read_line(line: str, columns: dict[str, array], metrics: RunMetrics) -> None:
+def _read_line(line: str, columns: dict[str, array[float]], metrics: RunMetrics) -> None:
     if not line.strip():
         return
     try:
@@ -448,11 +453,8 @@ def _read_line(line: str, columns: dict[str, array], metrics: RunMetrics) -> Non
         return
     if "loss" in values:
         for name in values:
-            if (
-                name.startswith(REWARD_PREFIXES)
-                and name not in columns
-                and len(columns) < len(COLUMNS) + MAX_REWARD_COLUMNS
-            ):
+            is_new = name.startswith(REWARD_PREFIXES) and name not in columns
+            if is_new and len(columns) < len(COLUMNS) + MAX_REWARD_COLUMNS:
                 columns[name] = array("d", [math.nan] * len(columns["step"]))
         for name, column in columns.items():
             column.append(_number(values.get(name)))
@@ -597,8 +599,7 @@ class RunFolder(Run):
 
     def __init__(self, path: Path, *, lock: RunLock | None = None, num_metrics_lines: int | None = None) -> None:
         super().__init__(path)
-        is_resumed = num_metrics_lines is not None
-        self._lock = lock
+        is_resumed, self._lock = num_metrics_lines is not None, lock
         check_output(self.path, is_resumed=is_resumed)
         self.values = {"version": VERSION, "started": self.started if is_resumed else time.time()}
         self.moved = None if is_resumed else self._rename_earlier()
@@ -613,17 +614,14 @@ class RunFolder(Run):
                 self._lock.release()
             self._lock = new_lock
         try:
-            self._clear_leftovers()
+            for file in [file for file in self.path.iterdir() if _is_leftover(file)]:
+                platforms.remove_path(file)
             self.lines = self._cut_metrics(num_metrics_lines or 0)
             # Unbuffered, so that a failed write to a full disk is not repeated when the file is closed.
             self._metrics = (self.path / METRICS).open("ab", buffering=0)
         except OSError as error:
             self._lock.release()
             raise not_writable_error(self.path, error) from error
-
-    def _clear_leftovers(self) -> None:
-        for file in [file for file in self.path.iterdir() if _is_leftover(file)]:
-            platforms.remove_path(file)
 
     def _cut_metrics(self, num_lines: int) -> int:
         """Truncate the metrics to the first ``num_lines`` complete lines and return their number."""
@@ -649,7 +647,7 @@ class RunFolder(Run):
             raise UserError(message, location=str(self.path), hint="set 'output' to another folder") from error
         return renamed
 
-    def note(self, **values: Any) -> None:
+    def note(self, values: Mapping[str, object]) -> None:
         """Add values to ``run.json`` and flush it to disk.
 
         Raises:
@@ -761,9 +759,7 @@ def settings_text(config: RunConfig, chosen: Mapping[str, tuple[object, str]]) -
 
     Choices without a setting, such as ``kernels``, are separate comment lines.
     """
-    lines = []
-    commented = set()
-    section = ""
+    lines, commented, section = [], set(), ""
     for line in yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=1000).splitlines():
         key = line.partition(":")[0]
         if not line.startswith(" "):

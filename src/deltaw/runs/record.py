@@ -25,7 +25,9 @@ from deltaw.atomic_files import write_text
 from deltaw.data.example import rows_of
 from deltaw.errors import UserError, clean, first_line, first_names
 from deltaw.methods.base import ADAPTER_CONFIG
+from deltaw.methods.trust import read_run_settings
 from deltaw.platforms import shell_word
+from deltaw.progress import LogFunction
 from deltaw.runs.checkpoints import Checkpoint, Checkpoints, JSONMap, Stateful, list_checkpoints, newest_checkpoint
 from deltaw.runs.folder import (
     CHECKPOINT_FOLDER,
@@ -35,7 +37,6 @@ from deltaw.runs.folder import (
     INTERRUPTED,
     KILLED,
     RUNNING,
-    SETTINGS,
     Run,
     RunFolder,
     RunLock,
@@ -55,13 +56,11 @@ from deltaw.runs.resuming import (
     require_same_result,
 )
 from deltaw.runs.summary import choices_as_dict, describe_run, next_commands, to_plain
-from deltaw.settings import RunConfig, flat
+from deltaw.settings.config import SETTINGS, RunConfig, flat
 from deltaw.tensor_files import save_tensors
-from deltaw.training.callbacks import LogFunction
 from deltaw.training.drift import Drift
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.features.store import FeatureRecord
-from deltaw.training.open_run import read_run_settings
 from deltaw.training.parallel.group import LostProcess
 from deltaw.training.session import Session
 from deltaw.training.state import NotFinite, NotFiniteError, Outcome, SavedState, TrainState
@@ -86,8 +85,7 @@ class StepDiagnosis:
     """
 
     def __init__(self, session: Session, folder: Path) -> None:
-        self._session = session
-        self._folder = folder
+        self._session, self._folder = session, folder
 
     def __call__(self, event: NotFinite) -> list[str]:
         """Return the lines that describe the failed step."""
@@ -126,9 +124,8 @@ class StepDiagnosis:
             failing = [name for (name, _), g in pairs if g is not None and not _is_finite(g)]
             if failing:
                 # The backward pass computes gradients of the last layers first.
-                return f"the loss is finite, but the gradient of '{failing[-1]}' is not" + (
-                    f" ({len(failing)} of {len(trained)} parameters)" if len(failing) > 1 else ""
-                )
+                count = f" ({len(failing)} of {len(trained)} parameters)" if len(failing) > 1 else ""
+                return f"the loss is finite, but the gradient of '{failing[-1]}' is not{count}"
         return "each microbatch is finite when run again, so only their sum overflows"
 
     def _save(self, name: str, event: NotFinite, rows: Sequence[Any], lines: Sequence[str]) -> None:
@@ -325,8 +322,7 @@ def decide_start(output: Path, config: RunConfig, resume: bool, log: LogFunction
         return Decision(config, config, checkpoint=checkpoint, run=run, is_finished=True)
     if checkpoint is None:
         return _start_from_first_step(run, config, resume, log)
-    choices = checkpoint.values["choices"]
-    before = checkpoint.values["settings"]
+    choices, before = checkpoint.values["choices"], checkpoint.values["settings"]
     differing = changed_settings(before, config, choices)
     disallowed = disallowed_changes(differing, resume=resume)
     position = f"step {checkpoint.step} of {run.total_steps}"
@@ -443,8 +439,7 @@ class Result:
         return self.outcome.interrupted
 
     def as_dict(self) -> dict[str, object]:
-        outcome = self.outcome
-        seconds = outcome.seconds or math.inf
+        outcome, seconds = self.outcome, self.outcome.seconds or math.inf
         values = {
             **{name: getattr(outcome, name) for name in SUM_FIELDS},
             "rows_per_second": outcome.rows / seconds,
@@ -516,11 +511,11 @@ class RunRecord:
             extras=self.extras,
             sync=folder.sync_metrics,
         )
-        self._write(RUNNING, process=process_identity(), ended=None)
+        self._write(RUNNING, {"process": process_identity(), "ended": None})
 
-    def describe(self, plan: Plan | None, chosen: Mapping[str, Choice], limit: int) -> None:
+    def describe(self, plan: Plan | None, chosen: Mapping[str, Choice[Any]], limit: int) -> None:
         """Record the description of the run before the first step (:func:`deltaw.runs.summary.describe_run`)."""
-        self._folder.note(**describe_run(self._session, plan, chosen, limit))
+        self._folder.note(describe_run(self._session, plan, chosen, limit))
 
     def add(self, name: str, extra: Stateful, *, durable: Callable[[], None]) -> None:
         """Store additional state with every checkpoint. Call this before :meth:`restore`.
@@ -583,7 +578,7 @@ class RunRecord:
         Raises:
             UserError, OSError: If it cannot be written.
         """
-        self._write(INTERRUPTED if outcome.interrupted else FINISHED)
+        self._write(INTERRUPTED if outcome.interrupted else FINISHED, {})
 
     def record_result(self, result: Result) -> Result:
         """Record the result of a finished run and return it. A failure to write it is only a warning."""
@@ -591,7 +586,7 @@ class RunRecord:
         if not result.interrupted and result.stopped_early is None:  # a time budget changes the planned steps
             values["total_steps"] = result.outcome.steps
         try:
-            self._folder.note(**self._at_the_end(INTERRUPTED if result.interrupted else FINISHED), **values)
+            self._folder.note(self._at_the_end(INTERRUPTED if result.interrupted else FINISHED) | values)
         except (OSError, UserError) as error:
             warnings.warn(f"the result could not be written: {error}", stacklevel=2)
         return result
@@ -611,7 +606,7 @@ class RunRecord:
         elif state == FAILED:
             values = {"error": to_plain({"what": clean(f"{type(error).__name__}: {error}")})}
         try:
-            self._write(state, **self._at_the_end(state), **values)
+            self._write(state, self._at_the_end(state) | values)
         except (UserError, OSError) as write_error:
             self._log(f"the run's state could not be written: {write_error}")
 
@@ -623,8 +618,7 @@ class RunRecord:
         except (UserError, OSError) as write_error:
             self._log(f"no checkpoint could be written: {write_error}")
             return
-        last = self.checkpoints.last
-        if last is not None:
+        if (last := self.checkpoints.last) is not None:
             self._log(f"all completed steps are in {last}: repeat the command to resume there")
 
     def _at_the_end(self, state: str) -> dict[str, Any]:
@@ -637,12 +631,11 @@ class RunRecord:
         if "chosen" not in recorded:
             return end_time
         chosen = {**recorded["chosen"], **choices_as_dict(self._session.chosen)}
-        commands = next_commands(
-            self._folder.path, state, recorded["method"], recorded["task"], generates_text=recorded["writes_text"]
-        )
+        method, task, generates_text = (recorded[name] for name in ("method", "task", "writes_text"))
+        commands = next_commands(self._folder.path, state, method, task, generates_text=generates_text)
         return {**end_time, "chosen": to_plain(chosen), "commands": commands}
 
-    def _write(self, state: str, **values: Any) -> None:
+    def _write(self, state: str, values: Mapping[str, object]) -> None:
         steps = (self._start.step or 0) if self._state is None else self._state.step
         finished = self._start.training.get("finished")
         if state == FINISHED:
@@ -650,7 +643,7 @@ class RunRecord:
         training = {"steps": steps, "settings": self._settings, "features": self._features, "finished": finished}
         training["rows"] = self.checkpoints.common_values["rows"]
         total = {} if "total_steps" in self._folder.values else {"total_steps": self._session.total_steps}
-        self._folder.note(state=state, training=training, **total, **values)
+        self._folder.note({"state": state, "training": training, **total, **values})
 
 
 _DISK_ERRORS = {

@@ -14,22 +14,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deltaw.data.row_reader import RunData
 from deltaw.data.row_store import digest_of_rows
 from deltaw.errors import UserError
 from deltaw.hub.loading import LoadedModel
 from deltaw.kernels import loader, variants
 from deltaw.kernels.arithmetic import WEIGHT_TYPES, Arithmetic
 from deltaw.machine.choices import Choice, choose_device
-from deltaw.methods import registry
 from deltaw.platforms import shell_word
+from deltaw.progress import LogFunction
 from deltaw.runs.checkpoints import JSONMap
 from deltaw.runs.folder import Run, mapping
-from deltaw.settings import RunConfig, flat, settings
-from deltaw.training.callbacks import LogFunction
+from deltaw.settings import method_registry
+from deltaw.settings.config import RunConfig, flat, settings
+from deltaw.training.microbatches import Reducer
 from deltaw.training.parallel.group import Group
-from deltaw.training.parallel.reducer import Reducer
 from deltaw.training.session import Session, assemble
-from deltaw.training.tasks.base import RunData, Task
+from deltaw.training.task import Task
 
 # Training length. May change if the user explicitly resumes the run.
 LENGTH_KEYS = ("train.epochs", "train.max_steps", "train.time")
@@ -76,7 +77,7 @@ def changed_settings(before: Mapping[str, Any], now: RunConfig, choices: JSONMap
         choices: Automatic choices of the run by dotted key.
     """
     old_values, new_values = flat(before), flat(dump_settings(now))
-    unused = {entry.name for entry in registry.registered()} - {now.method}
+    unused = {entry.name for entry in method_registry.registered()} - {now.method}
     differing = []
     for key in sorted({*old_values, *new_values}):
         old, new = old_values.get(key), new_values.get(key)
@@ -143,7 +144,7 @@ def apply_choices(config: RunConfig, before: Mapping[str, Any], choices: JSONMap
     return RunConfig.read(dump_settings(config), flags), messages
 
 
-def run_choices(session: Session, loaded: Mapping[str, Choice]) -> dict[str, object]:
+def run_choices(session: Session, loaded: Mapping[str, Choice[Any]]) -> dict[str, object]:
     """Return the automatic choices that determine the rounding of steps, by dotted key.
 
     Args:
@@ -277,13 +278,9 @@ def _format_value(value: object) -> str:
 # Consistency between processes. Settings are sent by process 0. Each process reads the model and the rows from local
 # files, so their identities and the precision are compared.
 
-_ROWS = "use the same data files on each machine, or a shared folder"
-_HINTS = {
-    "precision": "set precision to a value that all machines support",
-    "rows": _ROWS,
-    "evaluation sets": _ROWS,
-    "model": "use the same model on each machine",
-}
+_HINTS = dict.fromkeys(("rows", "evaluation sets"), "use the same data files on each machine, or a shared folder")
+_HINTS["precision"] = "set precision to a value that all machines support"
+_HINTS["model"] = "use the same model on each machine"
 
 
 def send_settings(config: RunConfig | None, processes: Reducer) -> None:
@@ -300,25 +297,25 @@ def receive_settings(group: Group) -> RunConfig | None:
 
 def assemble_session(
     config: RunConfig,
-    task: Task,
+    task: Task[Any],
     data: RunData,
     loaded: LoadedModel,
     processes: Reducer,
-    approximations: Sequence[str] | None,
-    **options: Any,
+    resumed: Sequence[str] | None,
 ) -> Session:
     """Create the session of a run, and check that it is consistent with process 0.
 
     Args:
-        approximations: Approximations of the resumed training, as restored by process 0.
-        options: Further options of :func:`deltaw.training.session.assemble`.
+        resumed: Approximations of the resumed training, as restored by process 0.
 
     Raises:
         UserError: If the processes are inconsistent.
     """
     if isinstance(processes, Group):  # before the first joint computation
-        _compare(_data_identity(data, loaded), processes)
-        approximations = _share_arithmetic(approximations, processes)
+        sets = {name: digest_of_rows(rows) for name, rows in data.eval_sets.items()}
+        rows, precision = row_digests(data.train, data.held_out), str(loaded.choices["precision"].value)
+        _compare({"precision": precision, "rows": rows, "evaluation sets": sets}, processes)
+        resumed = _share_arithmetic(resumed, processes)
     session = assemble(
         config,
         task,
@@ -327,9 +324,8 @@ def assemble_session(
         device=str(loaded.choices["device"].value),
         new_modules=loaded.new_modules,
         candidates=() if loaded.kernels is None else loaded.kernels.approximations,
-        resumed=approximations,
+        resumed=resumed,
         processes=processes,
-        **options,
     )
     if isinstance(processes, Group):
         _compare({"model": session.identity}, processes)
@@ -371,14 +367,6 @@ def _share_arithmetic(approximations: Sequence[str] | None, group: Group) -> Seq
 def _describe_arithmetic(arithmetic: Arithmetic) -> str:
     products = ", ".join(f"{stored} {arithmetic.for_type(stored)}" for stored in WEIGHT_TYPES)
     return f"{arithmetic.kernels or 'no'} kernels ({products})"
-
-
-def _data_identity(data: RunData, loaded: LoadedModel) -> dict[str, Any]:
-    return {
-        "precision": str(loaded.choices["precision"].value),
-        "rows": dict(row_digests(data.train, data.held_out)),
-        "evaluation sets": {name: digest_of_rows(rows) for name, rows in data.eval_sets.items()},
-    }
 
 
 def _compare(values: dict[str, Any], group: Group) -> None:

@@ -22,17 +22,18 @@ import numpy as np
 import psutil
 
 from deltaw.atomic_files import write_text
-from deltaw.data.example import Example, rows_of
-from deltaw.data.mixture import format_sources, references
-from deltaw.data.settings import eval_sets
+from deltaw.data.example import Example, rows_of, token_spans
 from deltaw.data.sources import commit_of
-from deltaw.data.token_spans import token_spans
 from deltaw.errors import escape_control_characters
 from deltaw.hub.folders import find_cached, resolve_hub_id
-from deltaw.machine.processor import processor_name, usable_processors
+from deltaw.kernels.processor import processor_name
+from deltaw.machine.choices import usable_processors
 from deltaw.platforms import shell_word
 from deltaw.runs.folder import CHECKPOINT_FOLDER, FINISHED
-from deltaw.settings import RunConfig
+from deltaw.settings import task_registry
+from deltaw.settings.config import RunConfig
+from deltaw.settings.data import eval_sets
+from deltaw.settings.mixture import format_sources, references
 from deltaw.training.drift import Drift
 from deltaw.training.evaluation.base import Evaluation, metric_format
 from deltaw.training.session import Session
@@ -48,8 +49,6 @@ if TYPE_CHECKING:
 
 # Methods with PEFT-compatible files.
 PEFT_METHODS = ("lora", "prompt")
-# Tasks without text generation that can be served.
-_SERVED_TASKS = ("sequence-classification", "embedding", "reranking")
 
 
 def write_card(
@@ -92,12 +91,8 @@ def write_card(
     lines += ["| | |", "| --- | --- |", *[f"| {name} | {_cell(value)} |" for name, value in card_rows.items()], ""]
     lines += ["## Data", "", *[f"- {_cell(line)}" for line in session.data.report.lines()], "", "## Use", "", "```bash"]
     lines += [f"deltaw chat {folder}", f'deltaw generate {folder} --prompt "..."'] if generates_text else []
-    lines += [
-        f"deltaw eval {folder}",
-        *([f"deltaw serve {folder}"] if generates_text or config.task in _SERVED_TASKS else []),
-        "```",
-        "",
-    ]
+    served = [f"deltaw serve {folder}"] if generates_text or task_registry.entry_of(config.task).serves else []
+    lines += [f"deltaw eval {folder}", *served, "```", ""]
     if is_peft:
         lines += ["The adapter is in PEFT's format: `PeftModel.from_pretrained(model, folder)` loads it too.", ""]
     write_text(folder / "README.md", "\n".join(lines))
@@ -167,8 +162,7 @@ def length_counts(rows: Sequence[Any]) -> dict[str, object] | None:
     """
     if not len(rows):
         return None
-    indices = _sample_indices(len(rows))
-    sampled = [rows[int(index)] for index in indices]
+    sampled = [rows[int(index)] for index in _sample_indices(len(rows))]
     lengths = np.array([len(row) for row in sampled])
     if lengths.max() <= 1:
         return None
@@ -211,8 +205,7 @@ def _describe(row: Any, tokenizer: PreTrainedTokenizerBase | None, classes: Sequ
 
 def _pieces(tokens: np.ndarray, mask: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, object]]:
     """Split tokens into text spans with the same mask. A special token is a separate span."""
-    vocabulary_size = len(tokenizer)
-    virtual = tokens >= vocabulary_size  # virtual tokens of a method have no text
+    virtual = tokens >= len(tokenizer)  # virtual tokens of a method have no text
     cuts = [0, *(np.flatnonzero(np.diff(virtual)) + 1).tolist(), len(tokens)]
     pieces: list[dict[str, object]] = []
     for start, end in itertools.pairwise(cuts):
@@ -250,7 +243,7 @@ MAX_ENTRIES, MAX_CHARACTERS = 64, 4000
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy")
 
 
-def describe_run(session: Session, plan: Plan | None, chosen: Mapping[str, Choice], limit: int) -> dict[str, Any]:
+def describe_run(session: Session, plan: Plan | None, chosen: Mapping[str, Choice[Any]], limit: int) -> dict[str, Any]:
     """Return the description of a run for ``run.json`` before its first step.
 
     Args:
@@ -297,7 +290,7 @@ def revisions(config: RunConfig) -> dict[str, str]:
     return {name: commit for name, commit in commits.items() if commit is not None}
 
 
-def choices_as_dict(chosen: Mapping[str, Choice]) -> dict[str, object]:
+def choices_as_dict(chosen: Mapping[str, Choice[Any]]) -> dict[str, object]:
     """Return choices as plain values."""
     return {key: {"value": choice.value, "why": choice.why} for key, choice in chosen.items()}
 
@@ -316,7 +309,7 @@ def next_commands(
         commands.append((f"deltaw eval {run} --with-base", "compare it with the base model"))
         if method == "lora":
             commands.append((f"deltaw inspect {run}", "show the changes by layer"))
-        if generates_text or task in _SERVED_TASKS:
+        if generates_text or ((entry := task_registry.find(task)) is not None and entry.serves):
             commands.append((f"deltaw serve {run}", "serve it with the OpenAI API"))
         if method == "lora":
             merged, exported = (shell_word(f"{os.fspath(folder)}-{kind}") for kind in ("merged", "gguf"))

@@ -13,12 +13,12 @@ import inspect
 import io
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from deltaw.errors import UserError
-from deltaw.settings import RunConfig, flat
+from deltaw.settings.config import RunConfig, flat
 from deltaw.training.callbacks import Callback, Callbacks, RunStart
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.state import Step, TrainState
@@ -117,11 +117,9 @@ class TrackingCallback(Callback):
         self._start = start
 
     def on_begin(self, state: TrainState) -> None:
-        start = self._start
-        if start is None:
-            return
-        settings = resolved_settings(start)
-        self._try(lambda: self._open(start.folder, settings, state.step))
+        if (start := self._start) is not None:
+            settings = resolved_settings(start)
+            self._try(lambda: self._open(start.folder, settings, state.step))
 
     def _open(self, folder: Path, settings: Mapping[str, object], first_step: int) -> None:
         self._tracker = TRACKERS[self._name](folder, settings, first_step)
@@ -149,7 +147,7 @@ class TrackingCallback(Callback):
         if tracker is not None and finite:
             self._try(lambda: tracker.log(finite, step))
 
-    def _try(self, call: Any) -> None:
+    def _try(self, call: Callable[[], None]) -> None:
         """Call the tracker with its output suppressed, and disable it if it raises."""
         try:
             with contextlib.redirect_stdout(io.StringIO()):
@@ -161,27 +159,19 @@ class TrackingCallback(Callback):
             self._callback.on_line(f"track {self._name}: {message}")
 
 
-class TrackingContext:
-    """Context manager that adds the tracker in the settings to a run's callback.
+@contextlib.contextmanager
+def tracked(config: RunConfig, callback: Callback) -> Iterator[Callback]:
+    """Add the tracker in the settings to a run's callback.
 
     Raises:
         UserError: If the tracker's package is not installed.
     """
-
-    def __init__(self, config: RunConfig, callback: Callback) -> None:
-        self.callback = callback
-        self._tracking: TrackingCallback | None = None
-        if config.track is not None:
-            check_installed(config.track)
-            self._tracking = TrackingCallback(config.track, callback)
-            self.callback = Callbacks(callback, self._tracking)
-
-    def __enter__(self) -> Callback:
-        return self.callback
-
-    def __exit__(self, *error: object) -> None:
-        if self._tracking is not None:
-            self._tracking.close()
+    if config.track is None:
+        yield callback
+        return
+    check_installed(config.track)
+    with contextlib.closing(TrackingCallback(config.track, callback)) as tracking:
+        yield Callbacks(callback, tracking)
 
 
 def check_installed(name: str) -> None:

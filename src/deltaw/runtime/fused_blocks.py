@@ -191,8 +191,7 @@ def recognize(model: PreTrainedModel, mode: Mode) -> FusedBlocks:
         config = configs.get(index)
         roles = recognized.kinds.get((signature(block), (config or AttentionConfig(1.0)).kind))
         if roles is None or (notes and config is None):
-            why = f"block {index} ({type(block).__name__}) has an unverified kind"
-            return FusedBlocks([], Choice(False, why))
+            return FusedBlocks([], Choice(False, f"block {index} ({type(block).__name__}) has an unverified kind"))
         config = config or AttentionConfig(roles.attention.head_size**-0.5)
         blocks.append(FusedBlock(block, roles, config, mode.layouts))
     norm = final_norm(backbone)

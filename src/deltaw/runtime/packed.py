@@ -20,11 +20,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from deltaw.hub.quiet import quiet
-from deltaw.hub.transformers_private import attention_name, dispatches_attention, set_attention_name
+from deltaw.hub.transformers_private import attention_name, dispatches_attention, quiet, set_attention_name
 from deltaw.kernels import loader
 from deltaw.kernels.attention import is_compiled, packed_attention
 from deltaw.kernels.layout import Layout
+from deltaw.lora import LoRAConfig, adapter_parameters, attach
 from deltaw.lora.adapted import ACTIVE_KEYWORD, Activation
 from deltaw.machine.choices import Choice
 from deltaw.runtime.fused_blocks import (
@@ -183,10 +183,9 @@ def padded_rows(model: PreTrainedModel, *, fused: bool = True) -> Iterator[None]
     if attention_name(model.config) != "sdpa" or model.device.type != "cpu" or loader.library() is None:
         yield
         return
-    # Falcon and similar models do not dispatch attention, so only their blocks can be replaced.
-    dispatched = dispatches_attention(model)
     with contextlib.ExitStack() as stack:
-        if dispatched:
+        # Falcon and similar models do not dispatch attention, so only their blocks can be replaced.
+        if dispatches_attention(model):
             stack.enter_context(use_attention(model, PADDED_ATTENTION, must=False))
         if fused:
             stack.enter_context(fused_padded_blocks(model).installed())
@@ -214,8 +213,7 @@ def _sample(model: PreTrainedModel) -> dict[str, Any]:
     tokens = torch.randint(3, config.get_text_config().vocab_size, SAMPLE, generator=generator)
     lengths = torch.tensor([SAMPLE[1]] * (SAMPLE[0] - 1) + [SAMPLE[1] - 5])
     inputs = {"input_ids": tokens, "attention_mask": (torch.arange(SAMPLE[1]) < lengths[:, None]).long()}
-    cached = "use_cache" in inspect.signature(model.forward).parameters
-    return {**inputs, "use_cache": False} if cached else inputs
+    return {**inputs, "use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else inputs
 
 
 PADDED = Mode("padded", _padded_layout_of_call, functools.partial(padded_rows, fused=False), _sample)
@@ -275,8 +273,7 @@ def one_row(model: PreTrainedModel, tokens: Tensor) -> dict[str, object]:
     layout = Layout.of_lengths([tokens.shape[1]])
     layout.device = tokens.device
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    inputs = {"input_ids": tokens, "position_ids": positions, "packed_layout": layout}
-    return {**inputs, **_fully_active(model)}
+    return {"input_ids": tokens, "position_ids": positions, "packed_layout": layout, **_fully_active(model)}
 
 
 def _fully_active(model: nn.Module) -> dict[str, object]:
@@ -445,3 +442,63 @@ PACKED, PACKED_INDEPENDENT = (
     Mode(name, _packed_layout_of_call, functools.partial(packed_rows, fused=False), sample)
     for name, sample in (("packed", _tree_rows), ("packed apart", functools.partial(_tree_rows, parents=INDEPENDENT)))
 )
+
+
+# Number of tokens at the end of a sample row on which the adapter is active.
+ACTIVE_TOKENS = 3
+
+
+def can_run_separately(model: PreTrainedModel) -> Choice[bool]:
+    """Return True with the reason if tokens before an activated adapter can run first and be replaced by their keys and
+    values.
+    """
+    name = type(model).__name__
+    try:
+        error_norm = measure_once(_DIFFERENCES, backbone_of(model), _separate_run_error)
+    except Exception as error:  # any error of a third-party model means that it needs complete rows
+        return Choice(False, f"{name} cannot run prompts separately ({type(error).__name__}: {str(error)[:100]})")
+    difference = f"relative difference {error_norm:.1e}"
+    if not error_norm < TOLERANCE:
+        return Choice(False, f"{name} has different outputs if prompts run separately ({difference})")
+    return Choice(True, f"{name} has the same outputs if prompts run separately ({difference})")
+
+
+def _separate_run_error(small: PreTrainedModel) -> float:
+    """Return the maximum relative difference of outputs and gradients."""
+    attach(small, LoRAConfig(rank=4, alpha=8, active="completion", invocation_tokens=[0]), seed=0)
+    factors = [p for _, p in adapter_parameters(small)]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in factors:
+            p.copy_(torch.randn(p.shape, generator=generator) * p.shape[0] ** -0.5)
+    layout, inputs = sample_rows(small, PREFIX_TREE)
+    active = torch.zeros(layout.length, dtype=torch.bool)
+    for n, stop in enumerate(layout.stops.tolist()):
+        active[stop - ACTIVE_TOKENS : stop] = n not in PREFIX_TREE
+    slopes = torch.randn(int(active.sum()), small.config.get_text_config().hidden_size, generator=generator)
+    with packed_rows(small, fused=False):
+        expected_outputs = small(**{**inputs, ACTIVE_KEYWORD: active[None]}).last_hidden_state[0][active]
+        expected_grads = torch.autograd.grad((expected_outputs * slopes).sum(), factors)
+    keys: dict[int, tuple[Tensor, Tensor]] = {}
+    with packed_rows(small):
+        with torch.no_grad():
+            _run(small, inputs, ~active, keys, acting=False)
+        outputs = _run(small, inputs, active, keys, acting=True)
+        grads = torch.autograd.grad((outputs * slopes).sum(), factors)
+    differences = []
+    for computed, references in (((outputs,), (expected_outputs,)), (grads, expected_grads)):
+        flat, expected = (torch.cat([tensor.detach().flatten() for tensor in t]) for t in (computed, references))
+        differences.append(float((flat - expected).norm() / expected.norm()))
+    return max(differences)
+
+
+def _run(
+    small: PreTrainedModel, inputs: dict[str, Any], mask: Tensor, keys: dict[int, tuple[Tensor, Tensor]], acting: bool
+) -> Tensor:
+    """Return the outputs (M, hidden) of the selected tokens."""
+    indices = mask.nonzero()[:, 0]
+    layout = PartialLayout(inputs["packed_layout"], indices, keys)
+    part = {name: inputs[name][:, indices] for name in ("input_ids", "position_ids")}
+    options = {"packed_layout": layout, ACTIVE_KEYWORD: acting, "use_cache": False}
+    outputs: Tensor = small(**part, **options).last_hidden_state[0]
+    return outputs

@@ -88,8 +88,7 @@ class _PartialAttention(torch.autograd.Function):
     ) -> Tensor:
         keys, values = layout.update_keys(layer, key, value)
         out, saved = attend(query, keys, values, layout.row_layout, **options)
-        compiled = is_compiled(query, keys, values)
-        ctx.save_for_backward(query, keys, values, out if compiled else None, *saved)
+        ctx.save_for_backward(query, keys, values, out if is_compiled(query, keys, values) else None, *saved)
         ctx.layout, ctx.options = layout, options
         return out
 

@@ -203,8 +203,7 @@ def _quantize_block(layers: list[_LayerSlot], inputs: dict[int, Tensor], report:
         if id(slot.layer) in inputs:
             slots_by_input.setdefault(inputs[id(slot.layer)].data_ptr(), []).append(slot)
     for group in slots_by_input.values():
-        x = inputs[id(group[0].layer)].float()
-        columns, in_blocks, errors = _choose_columns(x, [slot.layer for slot in group])
+        columns, in_blocks, errors = _choose_columns(inputs[id(group[0].layer)].float(), [slot.layer for slot in group])
         rounding = Rounding({slot.name: error for slot, error in zip(group, errors, strict=True)}, columns, in_blocks)
         report.roundings.append(rounding)
         report.layers += len(group)
@@ -238,8 +237,7 @@ def _choose_columns(x: Tensor, linears: list[nn.Module]) -> tuple[Tensor | None,
             rounded = (int8_inputs.float() - 128) * expand_scales(scales, x.shape[1])
             errors = []
             for (int8, scale), y in zip(rounded_weights, expected, strict=True):
-                error = (rounded @ int8.float().t()) * scale - y
-                errors.append(float(error.norm() / y.norm().clamp_min(1e-20)))
+                errors.append(float(((rounded @ int8.float().t()) * scale - y).norm() / y.norm().clamp_min(1e-20)))
             if sum(errors) < best[in_blocks][0]:
                 best[in_blocks] = sum(errors), columns, errors
     in_blocks = best[True][0] < MAX_BLOCK_ERROR_RATIO * best[False][0]
@@ -379,8 +377,7 @@ def _large_weights(model: nn.Module) -> list[Tensor]:
     embedding = getattr(get_input_embedding(model), "weight", None)
     if embedding is not None and sum(tensor is embedding for _, tensor in tensors) > 1:
         embedding = None
-    weights_by_id = {id(tensor): tensor for _, tensor in tensors if tensor is not embedding and _is_large(tensor)}
-    return list(weights_by_id.values())
+    return list({id(tensor): tensor for _, tensor in tensors if tensor is not embedding and _is_large(tensor)}.values())
 
 
 def _is_large(tensor: Tensor) -> bool:

@@ -25,8 +25,7 @@ from transformers import PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
 from transformers.initialization import no_init_weights
 
-from deltaw.hub.quiet import quiet
-from deltaw.hub.transformers_private import build_from_config
+from deltaw.hub.transformers_private import build_from_config, quiet
 from deltaw.kernels import loader
 from deltaw.kernels.torch_private import direct_modules, direct_parameters, with_tensors, without_dispatch
 from deltaw.lora.kinds import is_conv1d
@@ -227,7 +226,7 @@ def norm_form(module: nn.Module) -> NormForm | None:
         return NormForm(eps, 0.0, True) if weight.shape == tuple(module.normalized_shape) else None
     bias = direct_parameters(module).get("bias")
     size = weight.numel()
-    with torch.no_grad(), real_tensors():
+    with torch.no_grad(), without_dispatch():
         x = torch.linspace(-1.5, 2.0, size, dtype=torch.float32)[None]
         values = {"weight": torch.linspace(0.3, 0.7, size), "bias": torch.linspace(-0.2, 0.1, size)}
         used = [name for name, tensor in (("weight", weight), ("bias", bias)) if tensor is not None]
@@ -259,13 +258,6 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             table["forward"] = previous
 
 
-@contextlib.contextmanager
-def real_tensors() -> Iterator[None]:
-    """Context in which new tensors have values, also in a dry run on fake tensors."""
-    with without_dispatch():
-        yield
-
-
 # A small fp32 copy of a model has the same classes and settings, with a small number of narrow blocks and random
 # weights. The function that a model's code computes does not depend on its sizes and weights, so its properties are
 # tested on such a copy. This is exact in fp32, takes milliseconds, and works in a dry run on fake tensors. The copy
@@ -273,9 +265,7 @@ def real_tensors() -> Iterator[None]:
 # layouts.
 
 
-VOCABULARY = 97
-HIDDEN = 64
-INNER = 96
+VOCABULARY, HIDDEN, INNER = 97, 64, 96
 # Sliding window of the copy, smaller than the sample.
 WINDOW = 8
 # Maximum number of layers of the copy.
@@ -289,7 +279,7 @@ def small_copy(model: PreTrainedModel) -> PreTrainedModel:
     Torch's random state is preserved. Errors of third-party code for the small configuration propagate.
     """
     config = small_config(model.config)
-    with real_tensors(), quiet(), torch.random.fork_rng(devices=[]):
+    with without_dispatch(), quiet(), torch.random.fork_rng(devices=[]):
         with no_init_weights():
             copied = build_from_config(type(model), config, torch.float32)
         generator = torch.Generator().manual_seed(0)
@@ -309,7 +299,7 @@ def measure_once(
     arithmetic = loader.library() is not None, loader.arithmetic().with_approximations(())
     key = (type(model), model.config.to_json_string(use_diff=False), variant, *arithmetic)
     if key not in cache:
-        with real_tensors():
+        with without_dispatch():
             cache[key] = measure(small_copy(model))
     return cache[key]
 
@@ -349,8 +339,7 @@ def _heads(config: PretrainedConfig) -> tuple[int, int, int]:
     keys = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or heads
     if not isinstance(keys, int) or keys < 1 or heads % keys:
         raise ValueError("heads are not a multiple of key heads")
-    size = getattr(config, "head_dim", None) or int(config.hidden_size) // heads
-    return heads, keys, int(size)
+    return heads, keys, int(getattr(config, "head_dim", None) or int(config.hidden_size) // heads)
 
 
 def _reduce_layers(small: PretrainedConfig, config: PretrainedConfig) -> None:
@@ -381,8 +370,7 @@ def _fill(name: str, values: torch.Tensor, generator: torch.Generator) -> None:
     """
     noise = torch.randn(values.shape, generator=generator)
     if values.dim() > 1:
-        fan_in = values[0].numel() if "embed" not in name else 1
-        values.copy_(noise / math.sqrt(fan_in))
+        values.copy_(noise / math.sqrt(values[0].numel() if "embed" not in name else 1))
     elif name.endswith("bias"):
         values.copy_(0.2 * noise)
     else:
@@ -609,8 +597,7 @@ def _with_gradient(function: Callable[..., Any], call: BlockCall) -> tuple[Tenso
         output = output[0] if isinstance(output, tuple) else output
         if call.token_mask is not None:
             output = output * call.token_mask[..., None]
-        weights = torch.linspace(-1, 1, output.numel()).view(output.shape)
-        (grad,) = torch.autograd.grad((output * weights).sum(), leaf)
+        (grad,) = torch.autograd.grad((output * torch.linspace(-1, 1, output.numel()).view(output.shape)).sum(), leaf)
     return output.detach(), grad
 
 

@@ -78,8 +78,7 @@ class ShardedLoader:
         prefix, blocks = block_list
         inside = {id(parameter) for parameter in blocks.parameters()}
         outside = [name for name, p in model.named_parameters() if id(p) not in inside]
-        parameters = list(model.named_parameters(remove_duplicate=False))
-        names = [name for name, p in parameters if id(p) in inside]
+        names = [name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in inside]
         if len(set(blocks)) != len(blocks) or len(names) != len(inside):
             raise _no_blocks(folder, "its blocks share weights")
         assign_values(model, weights.read(dict.fromkeys(outside)))
@@ -358,5 +357,4 @@ def gather_rows(rows: Sequence[Tensor], out: Sequence[Tensor], group: dist.Proce
 
 
 def _no_blocks(folder: Path, reason: str) -> UserError:
-    message = f"the model cannot be sharded: {reason}"
-    return UserError(message, location=str(folder), hint="set train.sharding: none")
+    return UserError(f"the model cannot be sharded: {reason}", location=str(folder), hint="set train.sharding: none")

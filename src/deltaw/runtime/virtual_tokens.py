@@ -18,7 +18,7 @@ from deltaw.errors import UserError
 from deltaw.kernels.torch_private import cast_module
 from deltaw.lora import kinds
 from deltaw.lora.adapted import factor_dtype
-from deltaw.lora.replaced_modules import ReplacedModule, Replacement, find_module_spots, originals_restored
+from deltaw.lora.attachment import ReplacedModule, Replacement, find_module_spots, originals_restored
 from deltaw.lora.stored import weight_shape
 
 _RECORD = "_deltaw_virtual_tokens"

@@ -116,6 +116,4 @@ def _wide(value: Any) -> Any:
         return value.float() if value.dtype in HALF_TYPES else value
     if type(value) in (tuple, list):
         return type(value)(map(_wide, value))
-    if type(value) is dict:
-        return {key: _wide(inner) for key, inner in value.items()}
-    return value
+    return {key: _wide(inner) for key, inner in value.items()} if type(value) is dict else value

@@ -20,23 +20,22 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from deltaw import tasks
 from deltaw.data.example import LabeledExample
-from deltaw.data.images import LabelBatch
+from deltaw.data.packing import MicroBatch
 from deltaw.data.report import quoted
-from deltaw.data.reranking import PairEncoder
 from deltaw.errors import UserError
 from deltaw.hub.folders import config_folder
-from deltaw.hub.loading import load, read_config
+from deltaw.hub.loading import head_outputs, load, read_config
 from deltaw.hub.sentence_layout import SentenceLayout, detect_use, parse_pooling, read_layout
 from deltaw.machine.choices import choose_device, choose_precision
+from deltaw.methods.trust import is_adapter, read_folder
+from deltaw.progress import LogFunction
 from deltaw.runtime.packed import padded_rows
-from deltaw.settings import DEFAULT_TASK
-from deltaw.training.callbacks import LogFunction
-from deltaw.training.embedding.pooling import choose_layout, vectors_of
-from deltaw.training.open_run import AdaptedModel, is_adapter, open_run, read_folder
-from deltaw.training.tasks.embedding import EmbeddingTask
-from deltaw.training.tasks.labels import LabelObjective, choose_label_batcher, head_outputs, text_positions
+from deltaw.settings import task_registry
+from deltaw.training.batchers import BatcherOptions, choose_label_batcher, text_positions
+from deltaw.training.open_run import open_run
+from deltaw.training.pooling import choose_layout, vectors_of
+from deltaw.training.task import OpenedRun
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -47,6 +46,7 @@ MAX_BATCH_ROWS = 256
 
 # Token ids, or a text pair with its segments.
 Row: TypeAlias = "np.ndarray | LabeledExample"
+OutputKind = Literal["text", "vectors", "classes", "scores"]
 
 
 class RowModel:
@@ -72,7 +72,7 @@ class RowModel:
         labeled = [row if isinstance(row, LabeledExample) else LabeledExample(0, row, 0) for row in rows]
         examples = [self.prepare(replace(row, row=index)) for index, row in enumerate(labeled)]
         model, tokenizer = self._model, self._tokenizer
-        batcher, _ = choose_label_batcher(model, examples, device=str(model.device), tokenizer=tokenizer)
+        batcher, _ = choose_label_batcher(model, examples, BatcherOptions(str(model.device)), tokenizer)
         outputs = torch.empty(len(rows), self.width)
         with torch.no_grad(), padded_rows(model):
             for batch in batcher.batches(examples):
@@ -83,7 +83,7 @@ class RowModel:
         """Convert an example to the model's input."""
         return example
 
-    def batch_outputs(self, batch: LabelBatch) -> Tensor:
+    def batch_outputs(self, batch: MicroBatch) -> Tensor:
         """Return the fp32 outputs of a batch."""
         raise NotImplementedError
 
@@ -100,16 +100,11 @@ class Embedder(RowModel):
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        layout: SentenceLayout,
-        nested: Sequence[int] = (),
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layout: SentenceLayout, nested: Sequence[int]
     ) -> None:
-        config = model.config
-        super().__init__(model, tokenizer, int(config.get_text_config().hidden_size))
+        super().__init__(model, tokenizer, int(model.config.get_text_config().hidden_size))
         self.layout = layout
-        self.nested = tuple(nested or getattr(config, "matryoshka_dimensions", None) or ())
+        self.nested = tuple(nested or getattr(model.config, "matryoshka_dimensions", None) or ())
 
     def tokens(self, text: str) -> np.ndarray:
         """Return the (length,) int32 token ids of a text, truncated to the maximum length of the model's folder."""
@@ -139,8 +134,8 @@ class Embedder(RowModel):
         options: Any = {"truncation": True, "max_length": limit, "return_attention_mask": False}
         return np.asarray(self._tokenizer(text, **options)["input_ids"], np.int32), True
 
-    def batch_outputs(self, batch: LabelBatch) -> Tensor:
-        vectors = vectors_of(self._model, batch, self.layout.pooling or "mean")[1].float()
+    def batch_outputs(self, batch: MicroBatch) -> Tensor:
+        vectors = vectors_of(self._model, batch, self.layout.pooling or "mean").float()
         return torch.nn.functional.normalize(vectors, dim=-1) if self.layout.normalize else vectors
 
 
@@ -148,18 +143,19 @@ class SessionHead(RowModel):
     """Outputs of a model with a head, with or without an adapter.
 
     Attributes:
-        task: Task of supported models.
+        kind: Outputs of supported models.
         output_name: Description of the outputs, for messages.
 
     Raises:
         UserError: if the model is for another task.
     """
 
-    task, output_name = "", ""
+    kind: OutputKind
+    output_name = ""
 
-    def __init__(self, session: AdaptedModel, width: int) -> None:
+    def __init__(self, session: OpenedRun, width: int) -> None:
         name = session.task.name
-        if name != self.task:
+        if task_registry.entry_of(name).serves != self.kind:
             message = f"this is a model for {name}, which does not return {self.output_name}"
             raise UserError(message, location=session.loaded.reference, hint="use deltaw eval")
         super().__init__(session.model, session.tokenizer, width)
@@ -168,8 +164,8 @@ class SessionHead(RowModel):
         self._session = session
 
     @functools.cached_property
-    def _objective(self) -> LabelObjective:
-        return self._session.task.objective(self._model)  # type: ignore[return-value]
+    def _objective(self) -> Any:
+        return self._session.task.objective(self._model)
 
     def prepare(self, example: LabeledExample) -> Any:
         return self._session.example(example)
@@ -178,13 +174,13 @@ class SessionHead(RowModel):
 class Classifier(SessionHead):
     """Class probabilities of one classifier."""
 
-    task, output_name = "sequence-classification", "classes of texts"
+    kind, output_name = "classes", "classes of texts"
 
-    def __init__(self, session: AdaptedModel) -> None:
+    def __init__(self, session: OpenedRun) -> None:
         self.classes = session.classes or ()
         super().__init__(session, len(self.classes))
 
-    def batch_outputs(self, batch: LabelBatch) -> Tensor:
+    def batch_outputs(self, batch: MicroBatch) -> Tensor:
         logits = self._objective.predictions(batch).float()
         # A single output is a reward. Its sigmoid is between 0 and 1.
         return logits.softmax(-1) if logits.shape[-1] > 1 else logits.sigmoid()
@@ -193,18 +189,16 @@ class Classifier(SessionHead):
 class Reranker(SessionHead):
     """Relevance scores of passages between 0 and 1: the sigmoid of a reranker's output."""
 
-    task, output_name = "reranking", "scores of passages"
+    kind, output_name = "scores", "scores of passages"
 
-    def __init__(self, session: AdaptedModel) -> None:
+    def __init__(self, session: OpenedRun) -> None:
         super().__init__(session, 1)
-        self._encode = PairEncoder(session.tokenizer)
 
     def pair(self, query: str, passage: str) -> LabeledExample:
         """Encode a query and a passage."""
-        ((ids, segments),) = self._encode([(query, passage)])
-        return LabeledExample(0, ids, 0, segments)
+        return self._session.task.encode_pair(query, passage)
 
-    def batch_outputs(self, batch: LabelBatch) -> Tensor:
+    def batch_outputs(self, batch: MicroBatch) -> Tensor:
         return self._objective.predictions(batch).float().sigmoid()[:, None]
 
 
@@ -309,17 +303,12 @@ def share_weights(models: Sequence[PreTrainedModel]) -> int:
     saved = 0
     for model in models[1:]:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            shared = first.get(name)
-            if shared is None or shared is tensor or tensor.requires_grad or shared.dtype != tensor.dtype:
-                continue
-            if shared.shape == tensor.shape and torch.equal(shared, tensor):
+            shared = first.get(name, tensor)
+            can_share = shared is not tensor and not tensor.requires_grad and shared.dtype == tensor.dtype
+            if can_share and shared.shape == tensor.shape and torch.equal(shared, tensor):
                 saved += tensor.untyped_storage().nbytes()
                 tensor.data = shared.data
     return saved
-
-
-OutputKind = Literal["text", "vectors", "classes", "scores"]
-_SERVES: Mapping[str, OutputKind] = {EmbeddingTask.name: "vectors", Reranker.task: "scores"}
 
 
 class EncoderOptions(TypedDict, total=False):
@@ -338,10 +327,9 @@ def detect_output_kind(reference: str, **options: Unpack[EncoderOptions]) -> Out
     """
     folder = Path(reference)
     if is_adapter(folder):
-        task = read_folder(folder, trust_remote_code=options.get("trust_remote_code", False)).task
-        if (kind := _SERVES.get(task)) is not None:
-            return kind
-        return "text" if tasks.entry_of(task).generates_text else "classes"
+        adapter_folder = read_folder(folder, trust_remote_code=options.get("trust_remote_code", False))
+        entry = task_registry.entry_of(adapter_folder.task)
+        return "text" if entry.generates_text else entry.serves or "classes"
     if (declared := detect_use(_folder(reference, **options))) is not None:
         return declared
     architecture = str((getattr(_config(reference, **options), "architectures", None) or [""])[0])
@@ -361,17 +349,17 @@ def read_embedder(
     if is_adapter(folder := Path(source)):
         session = open_run(source, log=log, **options)
         model, tokenizer, task = session.model, session.tokenizer, session.task
-        if not isinstance(task, EmbeddingTask):
+        if task_registry.entry_of(task.name).serves != "vectors":
             hint, reason_text = "specify an embedding model", "which does not return vectors"
             raise UserError(f"this adapter is for {task.name}, {reason_text}", location=str(folder), hint=hint)
-        layout, reason, nested = task.layout(model), "as it was trained", task.settings.dimensions
+        layout, reason, nested = task.layout(model), "as it was trained", task.vector_lengths
         if (saved := read_layout(folder)) is not None:
             layout = replace(layout, max_length=saved.max_length)
         if pooling != "auto":
             layout, reason = replace(layout, pooling=parse_pooling(pooling)), "as requested"
         layout = layout if normalize else replace(layout, normalize=False)
     else:
-        loaded = load(source, task="features", log=log, **options)
+        loaded = load(source, task=task_registry.feature_task(), log=log, **options)
         if loaded.tokenizer is None:
             raise UserError("the model's folder has no tokenizer", location=source)
         model, tokenizer, nested = loaded.model, loaded.tokenizer, []
@@ -379,19 +367,6 @@ def read_embedder(
     length = "of length 1" if layout.normalize else "not normalized"
     log(f"vectors: {layout.pooling} of a row's tokens ({reason}), {length}")
     return Embedder(model, tokenizer, layout, nested)
-
-
-def open_embedder(
-    reference: str,
-    name: str,
-    *,
-    pooling: str = "auto",
-    normalize: bool = True,
-    log: LogFunction,
-    **options: Unpack[EncoderOptions],
-) -> Encoders:
-    """Load an embedding model with :func:`read_embedder` and serve it under a name."""
-    return Encoders({name: read_embedder(reference, pooling=pooling, normalize=normalize, log=log, **options)})
 
 
 def open_classifiers(
@@ -416,16 +391,17 @@ def open_classifiers(
         UserError: if the model has no head for classes and no adapter with one, or an adapter is for another task.
     """
     is_run = is_adapter(Path(base))
-    folders = {name: base, **adapters} if is_run else dict(adapters)
-    model = model if is_run else base
+    folders, model = ({name: base, **adapters}, model) if is_run else (dict(adapters), base)
     models: dict[str, RowModel] = {}
     opened = {name: open_run(folder, model=model, log=log, **options) for name, folder in folders.items()}
-    scores = opened[name].task.name == Reranker.task if is_run else detect_use(_folder(base, **options)) == "scores"
+    kind: OutputKind | None = None if is_run else detect_use(_folder(base, **options))
+    scores = (task_registry.entry_of(opened[name].task.name).serves if is_run else kind) == "scores"
     for adapter, session in opened.items():
         models[adapter] = Reranker(session) if scores else Classifier(session)
         log(f"{adapter}: {'scores of passages' if scores else ', '.join(session.classes or ())}")
     if not is_run and head_outputs(_config(base, **options)) is not None:
-        opened[name] = open_run(base, task=Reranker.task if scores else Classifier.task, log=log, **options)
+        task = task_registry.task_serving("scores" if scores else "classes")
+        opened[name] = open_run(base, task=task, log=log, **options)
         models[name] = Reranker(opened[name]) if scores else Classifier(opened[name])
     if not models:
         raise UserError("the model has no head for classes", location=base, hint="add an --adapter name=folder")
@@ -435,7 +411,8 @@ def open_classifiers(
 
 
 def _config(reference: str, **options: Unpack[EncoderOptions]) -> PretrainedConfig:
-    return read_config(_folder(reference, **options), DEFAULT_TASK, None, options.get("trust_remote_code", False))
+    folder, trust = _folder(reference, **options), options.get("trust_remote_code", False)
+    return read_config(folder, task_registry.default_task(), None, trust)
 
 
 def _folder(reference: str, **options: Unpack[EncoderOptions]) -> Path:

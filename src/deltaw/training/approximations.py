@@ -31,8 +31,7 @@ from deltaw.machine.memory import trim_memory
 from deltaw.progress import Advance
 from deltaw.runtime.recognition import blocks_of
 from deltaw.runtime.widened import widened
-from deltaw.training.microbatches import AnyBatcher, AnyObjective
-from deltaw.training.parallel.reducer import SINGLE_PROCESS, Reducer
+from deltaw.training.microbatches import SINGLE_PROCESS, Batcher, Objective, Reducer
 
 # Descriptions for messages.
 NAMES = {
@@ -108,8 +107,7 @@ class ApproximationErrors:
     def from_dict(cls, plain: Mapping[str, Any]) -> ApproximationErrors:
         """Restore from the result of ``asdict``, possibly read from JSON."""
         blocks = {name: Errors(**errors) for name, errors in plain["blocks"].items()}
-        changed = {"names": tuple(plain["names"]), "whole": Errors(**plain["whole"]), "blocks": blocks}
-        return cls(**{**plain, **changed})
+        return cls(tuple(plain["names"]), Errors(**plain["whole"]), blocks, plain["tokens"], plain["seconds"])
 
     def failing(self, margin: float = 1.0) -> str | None:
         """Describe the first error above the limit, if any."""
@@ -164,8 +162,8 @@ class GradientCheck:
     """
 
     model: nn.Module
-    objective: AnyObjective
-    batcher: AnyBatcher
+    objective: Objective
+    batcher: Batcher
     named: Mapping[str, nn.Parameter]
     rows: Sequence[Any]
     advance: Advance = lambda done: None
@@ -208,15 +206,10 @@ class GradientCheck:
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
         excluded = [head] if head is not None and not any(p.requires_grad for p in head.parameters()) else []
         exact = widened(self.model, excluded=excluded) if wide else contextlib.nullcontext()
+        random, arithmetic = torch.random.fork_rng(devices=[]), _compute_with(approximations)
         trim_memory()  # fp32 and bf16 blocks fragment the heap
-        with (
-            torch.random.fork_rng(devices=[]),
-            _compute_with(approximations),
-            _force_rough_logits(self.objective),
-            exact,
-        ):
-            if (start_step := getattr(self.objective, "start_step", None)) is not None:
-                start_step(self.rows, self.batcher, SINGLE_PROCESS)
+        with random, arithmetic, _force_rough_logits(self.objective), exact:
+            self.objective.start_step(self.rows, self.batcher, SINGLE_PROCESS)
             for batch in self.batcher.batches(self.rows):
                 self.objective(batch).backward()
                 self._passes += 1 / self._batches
@@ -269,13 +262,13 @@ def _errors_of(sums: Tensor) -> Errors:
 
 
 @contextlib.contextmanager
-def _force_rough_logits(objective: AnyObjective) -> Iterator[None]:
+def _force_rough_logits(objective: Objective) -> Iterator[None]:
     """Make an objective use its code path for large numbers of labels."""
-    with contextlib.ExitStack() as stack:
-        if (rows := getattr(objective, "min_rough_rows", None)) is not None:
-            stack.callback(setattr, objective, "min_rough_rows", rows)
-            objective.min_rough_rows = 1  # type: ignore[attr-defined]
+    rows, objective.min_rough_rows = objective.min_rough_rows, 1
+    try:
         yield
+    finally:
+        objective.min_rough_rows = rows
 
 
 class Approximations:
@@ -367,16 +360,16 @@ def _combine_errors(initial: Errors, current: Errors) -> Errors:
     return Errors(initial.own, math.hypot(initial.own, current.error), current.cosine)
 
 
-def applicable(model: nn.Module, objective: AnyObjective, candidates: Iterable[str]) -> tuple[str, ...]:
+def applicable(model: nn.Module, objective: Objective, candidates: Iterable[str]) -> tuple[str, ...]:
     """Return the candidates that have an effect on this model and objective."""
     blocks = blocks_of(model)
     block_root = model if blocks is None else blocks[1]
     has_bf16_matrices = any(p.dtype == torch.bfloat16 and p.dim() == 2 for p in block_root.parameters())
-    supported = {*getattr(objective, "approximable", ()), *(["int8_gradients"] if has_bf16_matrices else [])}
+    supported = {*objective.approximable, *(["int8_gradients"] if has_bf16_matrices else [])}
     return tuple(name for name in candidates if name in supported)
 
 
-def select_check_rows(rows: Iterable[Any], batcher: AnyBatcher, objective: AnyObjective) -> list[Any]:
+def select_check_rows(rows: Iterable[Any], batcher: Batcher, objective: Objective) -> list[Any]:
     """Return the first rows with enough tokens and labels for a check, without very long ones if possible."""
     selected: list[Any] = []
     longer: list[tuple[int, Any]] = []
@@ -392,7 +385,7 @@ def select_check_rows(rows: Iterable[Any], batcher: AnyBatcher, objective: AnyOb
     return selected or [min(longer, key=operator.itemgetter(0))[1]]
 
 
-def tokens_of(batcher: AnyBatcher, rows: Sequence[Any]) -> int:
+def tokens_of(batcher: Batcher, rows: Sequence[Any]) -> int:
     """Return the number of tokens that are computed for these rows."""
     return sum(batch.tokens for batch in batcher.batches(rows))
 

@@ -9,25 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-from deltaw.progress import Detail
+from deltaw.progress import Detail, LogFunction
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from deltaw.machine.choices import Choice
     from deltaw.memory.plan import Plan
-    from deltaw.settings import RunConfig
+    from deltaw.settings.config import RunConfig
     from deltaw.training.evaluation.base import Evaluation
     from deltaw.training.state import NotFinite, Outcome, Step, TrainState
-
-# Receives one line of text for the user.
-LogFunction: TypeAlias = Callable[[str], None]
-
-
-def ignore_line(line: str) -> None:
-    """Discard the line."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +92,7 @@ class RunStart:
 
     folder: Path
     config: RunConfig
-    chosen: Mapping[str, Choice]
+    chosen: Mapping[str, Choice[Any]]
     total_parameters: int
     trained_parameters: int
     total_steps: int
@@ -115,7 +108,7 @@ class Callback:
     def on_line(self, line: str) -> None:
         """Called with a message for the user. :class:`deltaw.progress.Detail` marks messages for verbose output."""
 
-    def on_choice(self, name: str, choice: Choice) -> None:
+    def on_choice(self, name: str, choice: Choice[Any]) -> None:
         """Called when a value was chosen automatically. By default, passes a message to ``on_line``.
 
         ``on_start`` receives all choices.

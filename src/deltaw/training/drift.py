@@ -21,23 +21,23 @@ from transformers import PreTrainedModel
 
 from deltaw.data.example import Example
 from deltaw.data.prepare import encode_prompt
+from deltaw.decoding.generation import GeneratedCompletion, TextGenerator
 from deltaw.hub.loading import has_values
 from deltaw.progress import track_progress
-from deltaw.runtime.generation import GeneratedCompletion, TextGenerator, generate
+from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.evaluation.general import (
     MAX_ANSWER_TOKENS,
     NUM_STORED_ANSWERS,
+    GreedyDecoder,
     NoGeneralAnswers,
     check_size,
     general_answers,
 )
 from deltaw.training.evaluation.general_prompts import DRIFT_PROMPTS
-from deltaw.training.microbatches import AnyBatcher
-from deltaw.training.open_run import AdaptedModel
+from deltaw.training.microbatches import Batcher
 from deltaw.training.rendered_rows import render_example
 from deltaw.training.session import Session
-from deltaw.training.tasks.base import Task
-from deltaw.training.tasks.causal_objective import CausalObjective
+from deltaw.training.task import OpenedRun, Task
 
 # Warn if the loss rises by more than this, in nats per token. A model that answers every question with a label of its
 # task differs mostly at the first token. About 4 nats there are 0.1 nats per token of an answer with 40 tokens.
@@ -109,7 +109,7 @@ class BaseLosses:
 
 @torch.no_grad()
 def base_losses(
-    model: PreTrainedModel, answers: Sequence[Example], batcher: AnyBatcher, running: OpenContext
+    model: PreTrainedModel, answers: Sequence[Example], batcher: Batcher, running: OpenContext
 ) -> BaseLosses:
     """Measure the base model before a training that overwrites its parameters.
 
@@ -134,7 +134,7 @@ def base_losses(
 def measure_drift(
     model: PreTrainedModel,
     answers: Sequence[Example],
-    batcher: AnyBatcher,
+    batcher: Batcher,
     *,
     base: OpenContext | BaseLosses,
     running: OpenContext,
@@ -183,7 +183,7 @@ class _DriftModel:
     """Hidden states of one of the two models for each label, in row order."""
 
     def __init__(
-        self, model: PreTrainedModel, rows: Sequence[Example], batcher: AnyBatcher, other: _DriftModel | None = None
+        self, model: PreTrainedModel, rows: Sequence[Example], batcher: Batcher, other: _DriftModel | None = None
     ) -> None:
         # An objective is bound to a head. Share it if both models have the same head.
         shares_head = other is not None and other.objective.head is model.get_output_embeddings()
@@ -229,7 +229,7 @@ class GeneralAnswer:
     adapter: str
 
 
-def measure_run_drift(opened: AdaptedModel, writer: TextGenerator | None = None) -> Drift | None:
+def measure_run_drift(opened: OpenedRun, writer: TextGenerator | None = None) -> Drift | None:
     """Return the drift of a finished run.
 
     Args:
@@ -248,18 +248,17 @@ def measure_run_drift(opened: AdaptedModel, writer: TextGenerator | None = None)
     if setting == "auto":
         check_size(opened.model)
     answers = _base_answers(opened, writer)
-    batcher = opened.batcher(answers, virtual_tokens=opened.method.virtual_tokens)
+    batcher = opened.batcher(answers, opened.method.virtual_tokens)
     running = functools.partial(opened.task.model_context, opened.model, batcher)
-    options: dict[str, Any] = {"base": opened.base, "running": running, "render": opened.example}
-    return measure_drift(opened.model, answers, batcher, **options)
+    return measure_drift(opened.model, answers, batcher, base=opened.base, running=running, render=opened.example)
 
 
-def _is_enabled(setting: bool | str, task: Task) -> bool:
+def _is_enabled(setting: bool | str, task: Task[Any]) -> bool:
     """Return True if drift is measured with this value of ``train.drift``."""
     return setting is not False and task.tokenizer is not None and task.generates_text
 
 
-def compare_answers(opened: AdaptedModel, count: int, writer: TextGenerator | None = None) -> list[GeneralAnswer]:
+def compare_answers(opened: OpenedRun, count: int, writer: TextGenerator | None = None) -> list[GeneralAnswer]:
     """Return greedy answers of both models to ``count`` general prompts, evenly selected from all categories.
 
     Args:
@@ -273,9 +272,8 @@ def compare_answers(opened: AdaptedModel, count: int, writer: TextGenerator | No
     selected = _select_evenly(_base_answers(opened, writer), count)
     prompts = [DRIFT_PROMPTS[answer.row - 1] for answer in selected]
     encoded = [opened.prompt(encode_prompt(p, opened.data or "auto", opened.tokenizer)) for p in prompts]
-    completions = None if writer is None else writer(encoded, MAX_ANSWER_TOKENS, _BATCH_TOKENS, None)
-    completions = completions or generate(opened.model, opened.tokenizer, encoded, max_new_tokens=MAX_ANSWER_TOKENS)
-    return _pair_answers(selected, completions)
+    decoder = GreedyDecoder(opened.model, opened.tokenizer, None, writer, _BATCH_TOKENS)
+    return _pair_answers(selected, decoder.complete(encoded, MAX_ANSWER_TOKENS))
 
 
 def _select_evenly(answers: Sequence[Example], count: int) -> Sequence[Example]:
@@ -288,11 +286,11 @@ def _pair_answers(answers: Sequence[Example], completions: Sequence[GeneratedCom
     return [GeneralAnswer(DRIFT_PROMPTS[base.row - 1], base.answer or "", c.text) for base, c in pairs]
 
 
-def _base_answers(opened: AdaptedModel, writer: TextGenerator | None) -> list[Example]:
-    num_virtual_tokens = 0 if opened.method is None else opened.method.virtual_tokens
-    options: dict[str, Any] = {"identity": opened.identity, "reserved": num_virtual_tokens, "writer": writer}
+def _base_answers(opened: OpenedRun, writer: TextGenerator | None) -> list[Example]:
+    decoder = GreedyDecoder(opened.model, opened.tokenizer, opened.identity, writer)
+    reserved = opened.virtual_tokens
     with opened.base():
-        return general_answers(opened.model, opened.tokenizer, DRIFT_PROMPTS, opened.data or "auto", **options)
+        return general_answers(decoder, DRIFT_PROMPTS, opened.data or "auto", reserved=reserved)
 
 
 # Drift of a run in training. Most methods preserve the base model, so drift is measured after training. If a method
@@ -308,8 +306,7 @@ class DriftMeter:
     """
 
     def __init__(self, session: Session) -> None:
-        self._session = session
-        setting = session.config.train.drift
+        self._session, setting = session, session.config.train.drift
         self._enabled = _is_enabled(setting, session.task)
         self._stored_losses: BaseLosses | None = None
         self._answers: Sequence[Example] = ()
@@ -340,10 +337,10 @@ class DriftMeter:
         stored_losses = self._stored_losses
         answers = session.general_answers(DRIFT_PROMPTS) if stored_losses is None else stored_losses.answers
         base = stored_losses or functools.partial(session.method.base_model_active, model)
-        options: dict[str, Any] = {"base": base, "render": functools.partial(render_example, method=session.method)}
+        render = functools.partial(render_example, method=session.method)
         self._answers = answers
         with session.method.evaluating(model):
-            return measure_drift(model, answers, session.batcher, running=session.running, **options)
+            return measure_drift(model, answers, session.batcher, base=base, running=session.running, render=render)
 
     def compare_answers(self, count: int = NUM_STORED_ANSWERS) -> list[GeneralAnswer]:
         """Return the answers of both models to some of the prompts after :meth:`measure`.

@@ -8,32 +8,159 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deltaw.errors import UserError, first_names
+from deltaw.lora.fingerprint import has_values
 from deltaw.machine.memory import trim_memory
 from deltaw.training.callbacks import Callback, FunctionCallback
-from deltaw.training.guarantee import TrainedCheck
-from deltaw.training.losses import MetricAccumulator
-from deltaw.training.microbatches import AnyBatcher, AnyObjective
-from deltaw.training.optimizer import Schedule, clipped_norm
-from deltaw.training.parallel.reducer import SINGLE_PROCESS, Reducer, SpareBatch, StepSums
+from deltaw.training.microbatches import SINGLE_PROCESS, Batcher, Objective, Reducer, SpareBatch, StepSums
+from deltaw.training.optimizer import clipped_norm
 from deltaw.training.process import frozen_heap, isolated_random_state, stop_signals
 from deltaw.training.state import (
     NotFinite,
     NotFiniteError,
     Outcome,
-    RowOrder,
     SavedState,
     Step,
     TrainOptions,
+    TrainOverrides,
     TrainState,
 )
+
+if TYPE_CHECKING:
+    from typing import Unpack  # not available at runtime in Python 3.10
+
+# Verification that the parameters passed to the optimizer are trained.
+#
+# The check covers the first two steps. Each parameter must have a gradient in the first step. In one of the two steps
+# its gradient must not be all zeros, and the element with the largest gradient must change. (The factor A of a pair has
+# a zero gradient as long as B is zero.) A parameter that fails raises an error. It is only a warning if the model may
+# skip the parameter by design, such as an expert without tokens or an embedding whose tokens did not occur.
+
+
+# Number of checked steps.
+CHECKED_STEPS = 2
+
+
+class UntrainedParameterError(UserError):
+    """A parameter that should be trained is not."""
+
+
+class UntrainedParameterWarning(UserWarning):
+    """A parameter was not trained in the first steps, which its model allows."""
+
+
+class TrainedCheck:
+    """Checks the first steps of a training. It has no cost afterwards.
+
+    Args:
+        names: Names of the parameters, for messages.
+        parameters: Parameters as passed to the optimizer, including fp32 master weights.
+        may_skip: Returns True if the model may skip the parameter of this name by design.
+        steps_done: Number of completed steps of a resumed training.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        parameters: Sequence[nn.Parameter],
+        may_skip: Callable[[str], bool] = lambda name: False,
+        steps_done: int = 0,
+    ) -> None:
+        self._parameters = dict(zip(names, parameters, strict=True))
+        self._may_skip = may_skip
+        self._pending = {name for name, p in self._parameters.items() if has_values(p.data) and p.numel()}
+        self._snapshots: dict[str, tuple[tuple[Tensor, ...], Tensor]] = {}
+        self._steps = steps_done
+
+    @property
+    def done(self) -> bool:
+        return self._steps >= CHECKED_STEPS or not self._pending
+
+    @torch.no_grad()
+    def before_update(self) -> None:
+        """Record parameter values. Call it once the gradients of the step are computed.
+
+        Raises:
+            UntrainedParameterError: if a parameter has no gradient in the first step.
+        """
+        self._snapshots = {}
+        if self.done:
+            return
+        missing = [name for name in self._parameters if name in self._pending and self._parameters[name].grad is None]
+        if self._steps == 0:
+            self._reject(missing, "received no gradient in the first step")
+        for name in self._pending.difference(missing):
+            parameter = self._parameters[name]
+            assert parameter.grad is not None
+            index = _largest(parameter.grad)
+            if parameter.grad[index] != 0:
+                self._snapshots[name] = (index, parameter[index].clone())
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        """Compare parameter values. Call it after the optimizer step.
+
+        Raises:
+            UntrainedParameterError: if a parameter has not changed after the second step.
+        """
+        if self.done:
+            return
+        for name, (index, before) in self._snapshots.items():
+            if self._parameters[name][index] != before:
+                self._pending.discard(name)
+        self._snapshots = {}
+        self._steps += 1
+        if self._steps == CHECKED_STEPS:
+            self._reject([name for name in self._parameters if name in self._pending], "did not move in two steps")
+
+    def _reject(self, names: Sequence[str], problem: str) -> None:
+        skipped = [name for name in names if self._may_skip(name)]
+        if skipped:
+            text = f"{first_names([repr(name) for name in skipped])} {problem}"
+            warnings.warn(text, UntrainedParameterWarning, stacklevel=3)
+            self._pending.difference_update(skipped)
+        failed = [name for name in names if name not in skipped]
+        if failed:
+            message = f"{first_names([repr(name) for name in failed])} {problem}, but should be trained"
+            hint = "leave out parameters that the model does not use; no adapter was saved"
+            raise UntrainedParameterError(message, location="the parameters of the optimizer", hint=hint)
+
+
+def _largest(values: Tensor) -> tuple[Tensor, ...]:
+    """Return the index of the largest magnitude without copying the values.
+
+    A gradient can be as large as the model's largest weight, and memory use is at its peak at this point.
+    """
+    if not values.dim():
+        return ()
+    indices = [torch.unravel_index(index, values.shape) for index in (values.argmax(), values.argmin())]
+    return max(indices, key=lambda index: float(values[index].abs()))
+
+
+def may_skip(model: nn.Module) -> Callable[[str], bool]:
+    """Return a predicate for parameters that the model may skip in a step by design.
+
+    These are embeddings, which read only the rows of the tokens that occur, and members of a module list inside a
+    block, such as experts selected by a router.
+    """
+    skipped = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    outer = [f"{name}." for name, _ in lists]
+    for name, module in lists:
+        if any(name.startswith(prefix) for prefix in outer):
+            skipped |= {id(p) for p in module.parameters()}
+    names = tuple(name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in skipped)
+    return lambda name: bool(names) and name.startswith(names)  # also matches parts of a parameter
+
 
 # The command line's allocator does not return freed memory to the system. Trim it at this interval, because rows of
 # different lengths fragment the heap.
@@ -45,16 +172,16 @@ _CALLBACK_METHODS = ("on_begin", "on_step", "on_skip", "should_stop", "should_fi
 
 
 def train(
-    objective: AnyObjective,
+    objective: Objective,
     parameters: Sequence[nn.Parameter],
     examples: Sequence[Any],
-    batcher: AnyBatcher,
+    batcher: Batcher,
     options: TrainOptions | None = None,
     *,
     callback: Callback | None = None,
     checkpoint: SavedState | None = None,
     reducer: Reducer = SINGLE_PROCESS,
-    **overrides: Any,
+    **overrides: Unpack[TrainOverrides],
 ) -> Outcome:
     """Optimize ``parameters`` with AdamW for ``total_steps`` steps.
 
@@ -62,7 +189,7 @@ def train(
     of the step. It does not depend on the microbatch size. The result is deterministic: it depends only on the
     arguments, including ``seed``. Global state (random number generators, thread count, signal handlers, garbage
     collector) is restored on return. The first two steps verify that each parameter is trained
-    (:mod:`deltaw.training.guarantee`). Each later step synchronizes with the device once, at its end.
+    (:class:`TrainedCheck`). Each later step synchronizes with the device once, at its end.
 
     Args:
         objective: Computes the summed loss of a microbatch.
@@ -87,21 +214,11 @@ def train(
             the step.
         UntrainedParameterError: if a parameter has no gradient in the first step, or does not change in two steps.
     """
-    functions = {name: overrides.pop(name) for name in _CALLBACK_METHODS if name in overrides}
-    options = TrainOptions(**overrides) if options is None else replace(options, **overrides)
-    state = _first_state(parameters, len(examples), options)
-    callback = callback or FunctionCallback(**functions)
+    changes: dict[str, Any] = {**overrides}
+    functions = {name: changes.pop(name) for name in _CALLBACK_METHODS if name in changes}
+    options = TrainOptions(**changes) if options is None else replace(options, **changes)
+    state, callback = TrainState(parameters, len(examples), options), callback or FunctionCallback(**functions)
     return _Loop(state, objective, examples, batcher, options, callback, reducer).run(checkpoint)
-
-
-def _first_state(parameters: Sequence[nn.Parameter], num_rows: int, options: TrainOptions) -> TrainState:
-    names = options.names or [f"parameter {n}" for n in range(len(parameters))]
-    schedule = options.schedule
-    if isinstance(schedule, str):
-        schedule = Schedule(schedule, options.learning_rate, options.total_steps, options.warmup)
-    order = RowOrder(num_rows, options.batch_size, options.seed)
-    adamw_options: dict[str, Any] = {name: getattr(options, name) for name in ("rate_factors", "weight_decay", "betas")}
-    return TrainState(dict(zip(names, parameters, strict=True)), schedule, order, **adamw_options)
 
 
 @dataclass
@@ -109,9 +226,9 @@ class _Loop:
     """State and inputs of a training."""
 
     state: TrainState
-    objective: AnyObjective
+    objective: Objective
     examples: Sequence[Any]
-    batcher: AnyBatcher
+    batcher: Batcher
     options: TrainOptions
     callback: Callback
     reducer: Reducer
@@ -150,15 +267,13 @@ class _Loop:
         state, options, start = self.state, self.options, time.perf_counter()
         if state.step % STEPS_BETWEEN_TRIMS == 0:
             trim_memory()
-        rows = [self.examples[i] for i in state.order.indices(state.step)]
-        check_step = not check.done
-        if (expand := getattr(self.batcher, "expand", None)) is not None:
-            rows, has_gradient = expand(rows, state.step)
-            check_step = check_step and has_gradient
+        step_rows = [self.examples[i] for i in state.order.indices(state.step)]
+        rows, has_gradient = self.batcher.expand(step_rows, state.step)
+        check_step = has_gradient and not check.done
         options.before_step(state, rows)
         indices = state.start_step()
         units = self.objective.units(rows)
-        accumulator: MetricAccumulator | None = getattr(self.objective, "accumulator", None)
+        accumulator = self.objective.accumulator
         if accumulator is not None:
             accumulator.clear()
         sums, added_loss = self.local_gradients(rows, units, should_stop)
@@ -193,7 +308,7 @@ class _Loop:
             label_tokens=units,
             seconds=time.perf_counter() - start,
             general_loss=None if options.add_gradients is None else added_loss_value,
-            metrics={} if accumulator is None else accumulator.means(),
+            metrics={**self.batcher.step_metrics, **({} if accumulator is None else accumulator.means())},
         )
         state.end_step(step)
         return step
@@ -209,9 +324,7 @@ class _Loop:
         state, reducer, add_gradients = self.state, self.reducer, self.options.add_gradients
         local_rows = reducer.local_rows(rows, self.batcher)
         reducer.seed_random_numbers(state.order.seed, state.step)
-        start_step = getattr(self.objective, "start_step", None)
-        if start_step is not None:
-            start_step(rows, self.batcher, reducer)
+        self.objective.start_step(rows, self.batcher, reducer)
         should_stop = reducer.agree_on_stop(should_stop)
         batches = reducer.batches(self.batcher, local_rows, rows)
         if add_gradients is None:
@@ -240,7 +353,7 @@ class _Loop:
 
 
 def _gradients(
-    objective: AnyObjective, batches: Iterable[Any], units: int, should_stop: Callable[[], bool]
+    objective: Objective, batches: Iterable[Any], units: int, should_stop: Callable[[], bool]
 ) -> StepSums | None:
     """Accumulate the gradients of a step's mean loss over its microbatches.
 

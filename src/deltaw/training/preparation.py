@@ -19,16 +19,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from deltaw.atomic_files import write_text
 from deltaw.cache import load_result, store_result
 from deltaw.data.example import Example, RowGroup
+from deltaw.decoding.generation import position_limit
 from deltaw.errors import UserError
-from deltaw.hub.quiet import quiet
+from deltaw.hub.transformers_private import quiet
 from deltaw.machine.kernel_choice import numerics_key
 from deltaw.machine.memory import release_free_memory, trim_memory
 from deltaw.progress import track_progress
-from deltaw.runtime.generation import position_limit
 from deltaw.runtime.layer_entry import frozen_level
 from deltaw.runtime.quantized_weights import Rounding, quantize_int8, quantize_nf4
 from deltaw.runtime.sharded import sharded_blocks
-from deltaw.training.tasks.causal_objective import loss_of_outputs
+from deltaw.training.causal_objective import loss_of_outputs
 
 # Number of calibration tokens for int8.
 CALIBRATION_TOKENS = 512

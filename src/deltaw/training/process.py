@@ -58,21 +58,15 @@ def isolated_random_state(seed: int | None = None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def preserved_thread_count() -> Iterator[None]:
-    """Restore torch's number of threads on exit."""
-    initial = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        if torch.get_num_threads() != initial:
-            torch.set_num_threads(initial)
-
-
-@contextlib.contextmanager
 def preserved_process_state() -> Iterator[None]:
     """Restore the thread count, the random numbers and the kernel arithmetic of the process on exit."""
-    with preserved_thread_count(), isolated_random_state(), loader.temporary_arithmetic():
-        yield
+    threads = torch.get_num_threads()
+    try:
+        with isolated_random_state(), loader.temporary_arithmetic():
+            yield
+    finally:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
 
 
 # Python 3.12 itself freezes several hundred objects at startup. A program that freezes its heap has far more.

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from deltaw.data.example import Example, RowGroup, rows_of
-from deltaw.data.invocation import acts_before_labels, ending_of_prompts, opening_of_answer, with_activation
-from deltaw.data.sequences import lengths_of, select_rows
+from deltaw.data.chat_template import acts_before_labels, ending_of_prompts, opening_of_answer, with_activation
+from deltaw.data.example import Example, RowGroup, lengths_of, rows_of, select_rows
 from deltaw.errors import UserError
 from deltaw.machine.choices import Choice
 from deltaw.methods.base import Method
@@ -38,9 +37,8 @@ def render_example(example: Any, method: Method) -> Any:
         return replace(example, tokens=method.with_virtual_tokens(example.tokens))
     if invocation is not None:
         raise _task_error()
-    hint = "choose another method"
     message = f"method '{method.name}' prepends tokens to a row, and images have none"
-    raise UserError(message, location="method", hint=hint)
+    raise UserError(message, location="method", hint="choose another method")
 
 
 def render_rows(rows: Sequence[Any], method: Method) -> Sequence[Any]:
@@ -58,13 +56,12 @@ class RenderedRows(Sequence[Any]):
     """View of stored rows that renders each row on access."""
 
     def __init__(self, rows: Sequence[Any], method: Method) -> None:
-        self._rows = rows
-        self._method = method
+        self._rows, self._method = rows, method
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return RenderedRows(self._rows[index], self._method)
         return render_example(self._rows[index], self._method)

@@ -13,7 +13,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from deltaw.cache import load_result, store_result
 from deltaw.data.chat_template import read_chat_template
-from deltaw.data.distill_rows import max_example_length
 from deltaw.data.example import Example
+from deltaw.data.row_reader import RunData
 from deltaw.data.row_store import digest_of_rows
+from deltaw.decoding.generation import GeneratedCompletion, Sampler, TextGenerator
+from deltaw.decoding.model import AdaptedModel
+from deltaw.decoding.opening import SessionSampler, verified_generator
 from deltaw.errors import UserError
 from deltaw.hub.loading import has_values
 from deltaw.kernels import attention, loader
@@ -33,12 +36,11 @@ from deltaw.machine.kernel_choice import numerics_key
 from deltaw.machine.memory import PeakMemory, release_free_memory
 from deltaw.methods.base import Method
 from deltaw.methods.files import choose_method
-from deltaw.progress import Advance, Detail, track_progress
-from deltaw.runtime.generation import GeneratedCompletion, Sampler, TextGenerator, generate
+from deltaw.progress import Advance, Detail, LogFunction, ignore_line, track_progress
 from deltaw.runtime.packed import fused_blocks, packed_rows
 from deltaw.runtime.quantized_weights import Rounding, use_large_pages
 from deltaw.runtime.sharded import sharded_blocks
-from deltaw.settings import RunConfig
+from deltaw.settings.config import RunConfig
 from deltaw.training.approximations import (
     MAX_CANDIDATE_ROWS,
     AllowedApproximations,
@@ -48,15 +50,13 @@ from deltaw.training.approximations import (
     check_interval,
     select_check_rows,
 )
-from deltaw.training.callbacks import Callback, LogFunction, ignore_line
-from deltaw.training.distillation.feed import DistillFeed
-from deltaw.training.distillation.loss import DistillObjective
-from deltaw.training.distillation.teachers import base_as_teacher, load_teacher
+from deltaw.training.batchers import BatcherOptions
+from deltaw.training.callbacks import Callback
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.evaluation.general import (
     GeneralRehearsal,
+    GreedyDecoder,
     NoGeneralAnswers,
-    base_answers,
     general_answers,
     model_identity,
     quantized_identity,
@@ -64,20 +64,19 @@ from deltaw.training.evaluation.general import (
 from deltaw.training.evaluation.general_prompts import REHEARSAL_PROMPTS
 from deltaw.training.features.prefix_cache import Sharing, cached_prefix
 from deltaw.training.features.prompts import stored_prompts
-from deltaw.training.guarantee import may_skip
-from deltaw.training.loop import train
-from deltaw.training.microbatches import AnyBatcher, AnyObjective, Feed
+from deltaw.training.features.store import StoreLocation
+from deltaw.training.loop import may_skip, train
+from deltaw.training.microbatches import SINGLE_PROCESS, Batcher, Feed, Objective, Reducer
 from deltaw.training.optimizer import count_steps
 from deltaw.training.parallel.group import EVALUATE, Group
-from deltaw.training.parallel.reducer import SINGLE_PROCESS, Reducer
 from deltaw.training.preparation import checkpoint_blocks, quantize_weights
 from deltaw.training.rendered_rows import KEY as INVOCATION
 from deltaw.training.rendered_rows import render_example, render_rows, resolve_invocation
-from deltaw.training.rollouts.feed import RolloutFeed
-from deltaw.training.state import Outcome, RowOrder, SavedState, TrainOptions, TrainState
-from deltaw.training.tasks.base import SFT, RateFactor, RunData, Task, TaskGeneration, read_run_data, task_of
-from deltaw.training.tasks.causal_objective import CausalObjective
-from deltaw.training.tasks.reward import RewardTask
+from deltaw.training.state import Outcome, RowOrder, SavedState, TrainOptions, TrainOverrides, TrainState
+from deltaw.training.task import SFT, RateFactor, Task, TaskGeneration, read_run_data, task_of
+
+if TYPE_CHECKING:
+    from typing import Unpack  # not available at runtime in Python 3.10
 
 # Number of rows for a data-dependent initialization.
 CALIBRATION_ROWS = 256
@@ -115,37 +114,40 @@ class Session:
         processes: Communication between processes that train together.
         approximations: Approximations of the training.
         roundings: int8 calibration of the layers.
-        make_generator: Creates a text generator with the method's adapter, or without it for None. If it is None,
-            transformers generates texts.
-        make_sampler: Creates a sampler of completions with the method's adapter.
     """
 
     config: RunConfig
     model: PreTrainedModel
     method: Method
-    task: Task
+    task: Task[Any]
     data: RunData
     feed: Feed
-    chosen: dict[str, Choice] = field(default_factory=dict)
+    chosen: dict[str, Choice[Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     identity: str | None = None
     general_examples: Sequence[Example] = ()
     processes: Reducer = SINGLE_PROCESS
     approximations: Approximations = field(default_factory=Approximations)
     roundings: Sequence[Rounding] = ()
-    make_generator: Callable[[Method | None], TextGenerator] | None = None
-    make_sampler: Callable[[Method], Sampler] | None = None
 
-    def writer(self, *, of_base: bool) -> TextGenerator | None:
-        """Return the text generator of the trained model, or of the base model.
+    def _adapted(self, method: Method | None) -> AdaptedModel:
+        task = self.task
+        return AdaptedModel(self.model, method, task.tokenizer, self.config.model, task.name, task.generates_text)
+
+    def generator(self, *, of_base: bool) -> TextGenerator | None:
+        """Return the text generator of the trained model, or of the base model. None if transformers generates.
 
         Args:
             of_base: Generate without adapter. The model must compute as the base model: inside ``method.without`` or
                 before training.
         """
-        if self.make_generator is None or self.processes.size > 1:
+        if self.processes.size > 1 or not has_values(self.model):
             return None
-        return self.make_generator(None if of_base else self.method)
+        return verified_generator(self._adapted(None if of_base else self.method))
+
+    def sampler(self) -> Sampler | None:
+        """Return the sampler of completions with the current adapter, or None in a dry run."""
+        return SessionSampler(self._adapted(self.method)) if has_values(self.model) else None
 
     @property
     def base_identity(self) -> str | None:
@@ -153,7 +155,7 @@ class Session:
         return quantized_identity(self.identity, self.roundings)
 
     @property
-    def objective(self) -> AnyObjective:
+    def objective(self) -> Objective:
         """Model with its loss function."""
         return self.feed.objective
 
@@ -163,7 +165,7 @@ class Session:
         return self.task.generation_limits(self.data, self.config.train.batch_size)
 
     @property
-    def batcher(self) -> AnyBatcher:
+    def batcher(self) -> Batcher:
         """Splits rows into microbatches that start at the first layer."""
         return self.feed.batcher
 
@@ -192,22 +194,19 @@ class Session:
 
     def lines(self) -> list[str]:
         """Return messages about batching, the code that the blocks run, and slow settings."""
-        batcher, objective = self.batcher, self.objective
-        num_steps, batch_size = self.total_steps, self.config.train.batch_size
+        batcher, rows, num_steps = self.batcher, "padded rows", self.total_steps
         lines = [*loader.notes(), *map(Detail, attention.notes())]
-        rows = "padded rows"
-        if not (self.task.has_labels or getattr(batcher, "padded", False)):
+        if not batcher.padded:
             rows = "padding-free packing"
             with packed_rows(self.model):
                 fused = fused_blocks(self.model).choice
             kind = "fused" if fused.value else "the model's own code"
             lines.append(Detail(f"blocks: {kind} ({fused.why})"))
         shared = ", shared prefixes computed once" if self.feed.share else ""
-        has_all_logits = not getattr(objective, "chunked", True)
-        head = ", all logits at once (the model's head is not supported)" if has_all_logits else ""
-        tokens = getattr(batcher, "tokens_per_pass", None)
-        steps = f"{num_steps} step{'s' if num_steps != 1 else ''} of {batch_size} rows"
-        return [*lines, Detail(f"{steps}, in microbatches of up to {tokens} tokens: {rows}{shared}{head}")]
+        head = "" if self.objective.chunked else ", all logits at once (the model's head is not supported)"
+        tokens, steps = batcher.tokens_per_pass, f"{num_steps} step{'s' if num_steps != 1 else ''}"
+        microbatches = f"in microbatches of up to {tokens} tokens: {rows}{shared}{head}"
+        return [*lines, Detail(f"{steps} of {self.config.train.batch_size} rows, {microbatches}")]
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -224,9 +223,9 @@ class Session:
         callback: Callback | None = None,
         *,
         rows: Sequence[Any] | None = None,
-        batcher: AnyBatcher | None = None,
+        batcher: Batcher | None = None,
         checkpoint: SavedState | None = None,
-        **overrides: Any,
+        **overrides: Unpack[TrainOverrides],
     ) -> Outcome:
         """Train according to the settings. Call it inside :meth:`running`.
 
@@ -249,16 +248,21 @@ class Session:
             add_gradients=self._rehearsal(),
             **{name: getattr(settings, name) for name in _SETTINGS},
         )
-        parameters = [parameter for _, parameter in named_parameters]
-        keywords: dict[str, Any] = {"callback": callback, "checkpoint": checkpoint, "reducer": self.processes}
-        keywords |= overrides
-        rows = self.data.train if rows is None else rows
-        return train(self.objective, parameters, rows, batcher or self.feed, options, **keywords)
+        return train(
+            self.objective,
+            [parameter for _, parameter in named_parameters],
+            self.data.train if rows is None else rows,
+            batcher or self.feed,
+            options,
+            callback=callback,
+            checkpoint=checkpoint,
+            reducer=self.processes,
+            **overrides,
+        )
 
     def _recheck_approximations(self, batch_size: int) -> Callable[[TrainState, Sequence[Any]], None]:
         """Return a ``before_step`` function that repeats the check of approximations at intervals."""
-        approximations, model = self.approximations, self.model
-        first = self.data.train[:batch_size]
+        approximations, model, first = self.approximations, self.model, self.data.train[:batch_size]
         if not approximations.names or not first:
             return lambda state, rows: None
         check_rows = select_check_rows(first, self.batcher, self.objective)
@@ -278,12 +282,10 @@ class Session:
 
     def _rehearsal(self) -> GeneralRehearsal | None:
         """Return the rehearsal of general answers, or None if it is disabled."""
-        settings = self.config.train
         if not self.general_examples:
             return None
-        needs_objective = self.task.has_pairs or self.task.uses_rollouts
-        objective = CausalObjective(self.model) if needs_objective else self.objective
-        return GeneralRehearsal(objective, self.batcher, self.general_examples, settings.keep_general, settings.seed)
+        objective, train = self.task.token_objective(self.objective), self.config.train
+        return GeneralRehearsal(objective, self.batcher, self.general_examples, train.keep_general, train.seed)
 
     def evaluate(self, examples: Sequence[Any] | None = None) -> Evaluation:
         """Evaluate the model on examples, by default the held-out ones. Call it inside :meth:`running`."""
@@ -307,17 +309,14 @@ class Session:
             max_new_tokens: Maximum length of a completion.
             of_base: The model computes as the base model, so completions are cached on disk.
         """
-        model, tokenizer, batch_tokens = self.model, self.task.tokenizer, getattr(self.batcher, "tokens_per_pass", 1024)
-        assert tokenizer is not None
-        writer = self.writer(of_base=of_base)
-        with self.method.evaluating(model):
-            if of_base:
-                options: dict[str, Any] = {"identity": self.base_identity, "batch_tokens": batch_tokens}
-                return base_answers(model, tokenizer, prompts, max_new_tokens, writer=writer, **options)
-            completions = None if writer is None else writer(prompts, max_new_tokens, batch_tokens, None)
-            return completions or generate(
-                model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens
-            )
+        decoder = self._decoder(of_base=of_base, batch_tokens=self.batcher.tokens_per_pass)
+        with self.method.evaluating(self.model):
+            return (decoder.cached if of_base else decoder.complete)(prompts, max_new_tokens)
+
+    def _decoder(self, *, of_base: bool, batch_tokens: int) -> GreedyDecoder:
+        assert self.task.tokenizer is not None
+        writer = self.generator(of_base=of_base)
+        return GreedyDecoder(self.model, self.task.tokenizer, self.base_identity, writer, batch_tokens)
 
     def general_answers(self, prompts: Sequence[str]) -> list[Example]:
         """Return the base model's own answers to general prompts, rendered for the base model.
@@ -331,16 +330,18 @@ class Session:
             raise NoGeneralAnswers("the model does not read text")
         preserves_base = self.method.can_restore_base(self.model)
         base = self.method.base_model_active(self.model) if preserves_base else contextlib.nullcontext()
-        options: dict[str, Any] = {"identity": self.base_identity, "reserved": self.method.virtual_tokens}
         # Keys and values are a small part of a token's activations, unless blocks are checkpointed.
-        batch_factor = 1 if self.config.train.checkpointing else 4
-        options["batch_tokens"] = batch_factor * getattr(self.batcher, "tokens_per_pass", 1024)
-        options["writer"] = self.writer(of_base=True)
+        batch_tokens = (1 if self.config.train.checkpointing else 4) * self.batcher.tokens_per_pass
+        decoder = self._decoder(of_base=True, batch_tokens=batch_tokens)
         with self.method.evaluating(self.model), base:
-            return general_answers(self.model, self.task.tokenizer, prompts, self.config.data, **options)
+            return general_answers(decoder, prompts, self.config.data, reserved=self.method.virtual_tokens)
 
 
-def _shared_objective(session: Session, rows: Sequence[Any]) -> Any:
+# Evaluates a microbatch.
+ComputeBatch: TypeAlias = Callable[[Any], "Tensor | tuple[Tensor, ...]"]
+
+
+def _shared_objective(session: Session, rows: Sequence[Any]) -> Objective:
     """Return an objective whose microbatches are computed by all processes, in process 0.
 
     The other processes take part if ``rows`` is one of the run's sets. Otherwise the objective itself is returned and
@@ -349,13 +350,13 @@ def _shared_objective(session: Session, rows: Sequence[Any]) -> Any:
     group, objective = session.processes, session.objective
     if not isinstance(group, Group) or not session.task.shares_evaluation:
         return objective
-    sets = enumerate(session.data.sets.values())
-    number = next((number for number, candidate in sets if candidate is rows), None)
+    number = next((number for number, candidate in enumerate(session.data.sets.values()) if candidate is rows), None)
     if number is None:
         return objective
     group.order(EVALUATE, number)
     group.share_parameters([parameter for _, parameter in session.method.parameters(session.model)])
-    compute, counter = getattr(objective, session.task.evaluation_method), itertools.count()
+    compute: ComputeBatch = getattr(objective, session.task.evaluation_method)
+    counter = itertools.count()
 
     def compute_shared(batch: Any) -> Tensor | tuple[Tensor, ...]:
         owner = next(counter) % group.size
@@ -384,7 +385,7 @@ def compute_evaluation_share(session: Session, set_index: int) -> None:
     group.share_parameters([parameter for _, parameter in session.method.parameters(session.model)])
     session.method.after_step(session.model)
     rows = list(session.data.sets.values())[set_index]
-    compute = getattr(session.objective, session.task.evaluation_method)
+    compute: ComputeBatch = getattr(session.objective, session.task.evaluation_method)
     with session.method.evaluating(session.model):
         count, batch = 0, None
         for index, batch in enumerate(session.task.evaluation_batches(rows, session.feed)):
@@ -398,7 +399,7 @@ def compute_evaluation_share(session: Session, set_index: int) -> None:
             compute(batch)  # the remaining processes compute one more microbatch, which gathers this process's rows
 
 
-def read_data(config: RunConfig, log: LogFunction = ignore_line, *, check: bool = True) -> tuple[Task, RunData]:
+def read_data(config: RunConfig, log: LogFunction = ignore_line, *, check: bool = True) -> tuple[Task[Any], RunData]:
     """Return the task of a run and its rows, before any weight is read.
 
     Args:
@@ -409,9 +410,9 @@ def read_data(config: RunConfig, log: LogFunction = ignore_line, *, check: bool 
     if config.data.chat_template is not None:
         read_chat_template(config.data.chat_template)  # report errors in it before a model is converted
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
+    code, section = config.trust_remote_code, config.section
     with PeakMemory() as peak, track_progress("reading the rows"):
-        options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "section": config.section}
-        task = task_of(config.task, config.model, dtype, log=log, **options)
+        task = task_of(config.task, config.model, dtype, trust_remote_code=code, log=log, section=section)
         data = read_run_data(task, config.data, seed=config.data_seed, log=log)
     release_free_memory()  # before smaller objects fragment the memory that was used for reading
     data = replace(data, read_peak_bytes=peak.bytes)
@@ -441,7 +442,7 @@ def default_rate_of(method: Method, architecture: PretrainedConfig, factor: Rate
 
 def assemble(
     config: RunConfig,
-    task: Task,
+    task: Task[Any],
     data: RunData,
     model: PreTrainedModel,
     *,
@@ -450,8 +451,6 @@ def assemble(
     candidates: Sequence[str] = (),
     resumed: Sequence[str] | None = None,
     processes: Reducer = SINGLE_PROCESS,
-    make_generator: Callable[[Method | None], TextGenerator] | None = None,
-    make_sampler: Callable[[Method], Sampler] | None = None,
 ) -> Session:
     """Combine a freshly loaded model, a method and rows.
 
@@ -465,8 +464,6 @@ def assemble(
         candidates: Approximations to use if they pass the check.
         resumed: Approximations of the training to resume. None for a new training.
         processes: Communication between processes. All of them assemble the same session.
-        make_generator: See :class:`Session`.
-        make_sampler: See :class:`Session`.
 
     Raises:
         UserError: if the method does not fit the model, or a row is too long.
@@ -478,12 +475,12 @@ def assemble(
     identity = model_identity(model, config.precision)
     has_weights = sharded_blocks(model) is not None or has_values(model)
     notes, roundings = quantize_weights(model, config.precision, data.train, identity) if has_weights else ([], [])
-    options: dict[str, Any] = {"device": device, "tokens_per_pass": settings.tokens_per_pass}
-    options |= {"share": settings.share_prefixes, "method_shares": method.can_share_prefixes()}
-    batcher, chosen = task.batcher(model, data.all_rows, virtual_tokens=method.virtual_tokens, **options)
+    shares = settings.share_prefixes, method.can_share_prefixes()
+    options = BatcherOptions(device, settings.tokens_per_pass, *shares, method.virtual_tokens)
+    batcher, chosen = task.batcher(model, data.all_rows, options)
     task.initialize_head(model, new_modules, data.train)
     data = data.map_rows(lambda rows: task.add_reference_log_probs(model, rows, batcher, processes))
-    extra_modules = list(dict.fromkeys([*head_modules(model), *new_modules])) if task.has_labels else []
+    extra_modules = task.extra_modules(model, new_modules)
 
     calibrate = functools.partial(_calibrate, task, model, batcher, data.train[:CALIBRATION_ROWS])
     with track_progress(f"preparing method {method.name}"):
@@ -500,15 +497,12 @@ def assemble(
     data = data.map_rows(lambda rows: render_rows(rows, method))
     with method.evaluating(model):
         objective = task.objective(model)
-    feed = Feed(objective, batcher)
-    session_fields: dict[str, Any] = {"identity": identity, "roundings": roundings, "processes": processes}
-    session_fields |= {"make_generator": make_generator, "make_sampler": make_sampler}
-    session = Session(config, model, method, task, data, feed, chosen, notes, **session_fields)
-    if task.uses_rollouts:
-        session.feed = _distill_feed(session) if isinstance(objective, DistillObjective) else _rollout_feed(session)
+    session = Session(config, model, method, task, data, Feed(objective, batcher), chosen, notes, identity)
+    session.roundings, session.processes = roundings, processes
+    session.feed = task.feed(session)
     if settings.keep_general:
         _generate_general_answers(session)
-    if task.uses_rollouts or task.has_step_loss:  # rows are new in each step, or losses depend on the entire step
+    if not task.caches_features:
         return session
     _cache_features(session, invocation)
     if settings.approximate == "auto":
@@ -516,61 +510,22 @@ def assemble(
     return session
 
 
-def _calibrate(task: Task, model: PreTrainedModel, batcher: AnyBatcher, rows: Sequence[Any]) -> None:
+def _calibrate(task: Task[Any], model: PreTrainedModel, batcher: Batcher, rows: Sequence[Any]) -> None:
     """Compute these rows for a method whose initialization depends on layer inputs."""
-    objective: Any = task.objective(model)
-    compute = objective.evaluate_rows if task.has_step_loss else objective
+    objective = task.objective(model)
     with torch.no_grad(), task.model_context(model, batcher):
         for batch in batcher.batches(rows):
-            compute(batch)
-
-
-def _rollout_feed(session: Session) -> RolloutFeed:
-    """Return the feed that samples and scores completions before each step."""
-    task, model, method, objective = session.task, session.model, session.method, session.objective
-    assert isinstance(task, RewardTask) and isinstance(objective, CausalObjective)
-    return RolloutFeed(
-        objective,
-        session.batcher,
-        None if session.make_sampler is None else task.turns(session.make_sampler(method)),
-        task.settings,
-        seed=session.config.train.seed,
-        base=lambda: method.base_model_active(model),
-        processes=session.processes,
-    )
-
-
-def _distill_feed(session: Session) -> DistillFeed:
-    """Return the feed that queries teachers and generates completions before each step.
-
-    Raises:
-        UserError: if a teacher cannot be loaded.
-    """
-    config, task, data, method = session.config, session.task, session.data, session.method
-    objective = session.objective
-    assert task.tokenizer is not None and isinstance(objective, DistillObjective)
-    settings, train = config.distill, config.train
-    longest = max_example_length(data.all_rows, settings.max_new_tokens)
-    teachers = []
-    for teacher in settings.all_teachers:
-        if teacher.is_base and teacher.quantize is None:
-            writer = session.writer(of_base=True)
-            teachers.append(base_as_teacher(objective, session.batcher, method, teacher.weight, writer))
-        else:
-            teachers.append(load_teacher(config, teacher, longest, session.model, session.notes.append))
-    order = RowOrder(len(data.train), train.batch_size, train.seed)
-    steps = range(min(session.total_steps, order.steps_per_epoch))
-    used_indices = sorted({int(index) for step in steps for index in order.indices(step)})
-    rows = [data.train[index] for index in used_indices]
-    held_out = [row for rows in data.sets.values() for row in rows]
-    sampler = None if session.make_sampler is None or not settings.on_policy else session.make_sampler(method)
-    options: dict[str, Any] = {"rows": rows, "held_out": held_out, "sampler": sampler, "processes": session.processes}
-    return DistillFeed(objective, session.batcher, teachers, settings, task.tokenizer, seed=train.seed, **options)
+            task.forward(objective, batch)
 
 
 def _resolved_choices(
-    config: RunConfig, task: Task, data: RunData, method: Method, model: PreTrainedModel, invocation: Choice | None
-) -> Iterator[tuple[str, Choice]]:
+    config: RunConfig,
+    task: Task[Any],
+    data: RunData,
+    method: Method,
+    model: PreTrainedModel,
+    invocation: Choice[Any] | None,
+) -> Iterator[tuple[str, Choice[Any]]]:
     """Yield values that are chosen from the rows and the method."""
     if invocation is not None:
         yield INVOCATION, invocation
@@ -645,7 +600,7 @@ def _gradient_cache_key(session: Session, rows: Sequence[Any], candidates: Seque
     return [session.identity, settings, session.notes, digest_of_rows(rows), parameters_digest, execution]
 
 
-def _cache_features(session: Session, invocation: Choice | None) -> None:
+def _cache_features(session: Session, invocation: Choice[Any] | None) -> None:
     """Decide which outputs of the frozen layers are stored, and report it.
 
     Args:
@@ -658,7 +613,7 @@ def _cache_features(session: Session, invocation: Choice | None) -> None:
     store_features = settings.keep_features is True or (settings.keep_features == "auto" and repeats_rows)
     if invocation is not None:
         with session.running(), method.evaluating(model):
-            prompts, choice = stored_prompts(model, feed.objective, feed.batcher, rows, store_keys=store_features)
+            prompts, choice = stored_prompts(model, feed, rows, StoreLocation(), store_keys=store_features)
         session.feed = prompts or feed
         session.chosen["train.keep_features"] = choice
         session.notes += [f"the adapter is active from {invocation} on", f"prompts: {choice}"]
@@ -667,7 +622,7 @@ def _cache_features(session: Session, invocation: Choice | None) -> None:
 
         def cache_now() -> None:
             with session.running(), method.evaluating(model):
-                features, choice = cached_prefix(model, feed.objective, feed.batcher, rows, sharing=sharing)
+                features, choice = cached_prefix(model, feed, rows, StoreLocation(), sharing)
             session.chosen["train.keep_features"] = choice
             if features is not None:
                 session.feed = features
@@ -698,21 +653,12 @@ def _generate_general_answers(session: Session) -> None:
     session.notes.append(f"keep_general {weight:g}: each step also trains on {rows}")
 
 
-def method_for(task: Task, config: RunConfig) -> Method:
+def method_for(task: Task[Any], config: RunConfig) -> Method:
     """Return the training method of a run.
 
     Raises:
         UserError: if it does not fit the task.
     """
     method = choose_method(config, task.tokenizer)
-    if task.has_pairs and method.is_activated:
-        message = "an adapter with an invocation sequence cannot be trained on pairs"
-        raise UserError(message, location="lora.active", hint="set lora.active: always")
+    task.check_method(method)
     return method
-
-
-def head_modules(model: nn.Module) -> list[str]:
-    """Return the names of a classifier's modules above its backbone that have parameters."""
-    base = getattr(model, "base_model_prefix", "")
-    children = [(name, child) for name, child in model.named_children() if name != base]
-    return [name for name, child in children if any(True for _ in child.parameters())]

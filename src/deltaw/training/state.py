@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -103,7 +103,7 @@ class TrainOptions:
         max_grad_norm: Maximum gradient norm. None to disable clipping.
         names: Names of the parameters, for messages and saved states.
         may_skip: Returns True if the model may skip the parameter of this name by design, so that it is only a warning.
-            See :func:`deltaw.training.guarantee.may_skip`.
+            See :func:`deltaw.training.loop.may_skip`.
         before_step: Called with the state and the rows before each step.
         after_step: Called after each optimizer update.
         add_gradients: Called with the index of the step after its gradients are computed. Adds the gradients of another
@@ -128,6 +128,33 @@ class TrainOptions:
     after_step: Callable[[], None] = lambda: None
     add_gradients: Callable[[int], Tensor | float] | None = None
     skip_not_finite: bool = False
+
+
+class TrainOverrides(TypedDict, total=False):
+    """Options of :class:`TrainOptions`, and functions by the names of the methods of a callback."""
+
+    learning_rate: float
+    total_steps: int
+    schedule: str | Schedule
+    warmup: float
+    batch_size: int
+    seed: int
+    weight_decay: float
+    betas: tuple[float, float]
+    rate_factors: Sequence[float] | None
+    max_grad_norm: float | None
+    names: Sequence[str] | None
+    may_skip: Callable[[str], bool]
+    before_step: Callable[[TrainState, Sequence[Any]], None]
+    after_step: Callable[[], None]
+    add_gradients: Callable[[int], Tensor | float] | None
+    skip_not_finite: bool
+    on_begin: Callable[[TrainState], object]
+    on_step: Callable[[Step], object]
+    on_skip: Callable[[NotFinite], object]
+    should_stop: Callable[[], bool]
+    should_finish: Callable[[], bool]
+    diagnose: Callable[[NotFinite], Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -163,8 +190,8 @@ class Step:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, float]:
-        values = {name: value for name, value in asdict(self).items() if value is not None}
-        return values | values.pop("metrics")
+        values = {name: value for name, value in vars(self).items() if value is not None and name != "metrics"}
+        return {**values, **self.metrics}
 
 
 @dataclass(frozen=True)
@@ -301,14 +328,13 @@ class TrainState:
     As a context manager it redirects gradients to the master weights and uses the random numbers of the training.
 
     Args:
-        parameters: Parameters to train, by name.
-        schedule: Learning rate schedule.
-        order: Order of the rows.
-        rate_factors: Learning rate factor of each parameter. None for 1.
-        weight_decay: Weight decay of AdamW.
-        betas: Betas of AdamW.
+        parameters: Parameters to train.
+        num_rows: Number of rows in the data.
+        options: Options of the training.
 
     Attributes:
+        schedule: Learning rate schedule.
+        order: Order of the rows.
         names: Names of the parameters.
         trained: Parameters of the optimizer, with fp32 master weights of 16-bit parameters.
         sources: Parameters of the model.
@@ -317,26 +343,18 @@ class TrainState:
         skipped_in_row: Number of skipped steps since the last one with effect.
     """
 
-    def __init__(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        schedule: Schedule,
-        order: RowOrder,
-        *,
-        rate_factors: Sequence[float] | None = None,
-        weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.999),
-    ) -> None:
-        self.names = list(parameters)
-        self.schedule = schedule
-        self.order = order
-        self.sums = Outcome()
-        self.skipped_in_row = 0
-        self.sources = list(parameters.values())
+    def __init__(self, parameters: Sequence[nn.Parameter], num_rows: int, options: TrainOptions) -> None:
+        schedule = options.schedule
+        if isinstance(schedule, str):
+            schedule = Schedule(schedule, options.learning_rate, options.total_steps, options.warmup)
+        self.schedule, self.order = schedule, RowOrder(num_rows, options.batch_size, options.seed)
+        self.sums, self.skipped_in_row = Outcome(), 0
+        names = options.names or [f"parameter {n}" for n in range(len(parameters))]
+        named = dict(zip(names, parameters, strict=True))
+        self.names, self.sources = list(named), list(named.values())
         self._master_weights = MasterWeights(self.sources)
-        self.trained = self._master_weights.trained
-        adamw_options: dict[str, Any] = {"factors": rate_factors, "weight_decay": weight_decay, "betas": betas}
-        self.optimizer = adamw(self.trained, schedule.learning_rate, **adamw_options)
+        self.trained, factors = self._master_weights.trained, options.rate_factors
+        self.optimizer = adamw(self.trained, schedule.learning_rate, factors, options.weight_decay, options.betas)
         self._random: dict[str, Tensor] = {}
 
     @property

@@ -16,10 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deltaw.errors import UserError
-from deltaw.serving.http.queue import TokenizerPrompts
-from deltaw.serving.http.served import Served
-from deltaw.serving.request import (
+from deltaw.decoding.request import (
     EngineLoad,
     FinishReason,
     GenerationResult,
@@ -29,6 +26,9 @@ from deltaw.serving.request import (
     TokenLogprob,
     UnknownAdapterError,
 )
+from deltaw.errors import UserError
+from deltaw.serving.http.queue import TokenizerPrompts
+from deltaw.serving.http.served import Served
 from tests.byte_models import TEMPLATE, byte_tokenizer
 
 POSITIONS = 4096

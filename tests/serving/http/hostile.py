@@ -115,9 +115,8 @@ class HostileClient:
     def tools(self, number: int) -> int:
         schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^(.*a.{300}){9}$"}}}
         function = {"name": f"f{number}", "parameters": schema | {"required": ["a"]}}
-        return self._request(
-            CHAT, self._chat, tools=[{"type": "function", "function": function}], tool_choice="required"
-        )
+        tools = [{"type": "function", "function": function}]
+        return self._request(CHAT, self._chat, tools=tools, tool_choice="required")
 
     def wrong_elements(self, number: int) -> int:
         wrong = ("{}", "[]", "1.5", "null", '"\\ud800"')[number % 5]

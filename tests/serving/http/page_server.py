@@ -21,8 +21,8 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from deltaw.serving.http.page.document import page_router
-from deltaw.training.prompting import Prompting
+from deltaw.serving.http.page import page_router
+from deltaw.training.answers import Prompting
 
 COMMON = ["A", " low", "-rank", " update", " changes", " few", " numbers", ".", "\n\n", "It", " is"]
 SNOWMAN = "☃".encode()
@@ -82,10 +82,8 @@ class PageServer:
 
         @app.get("/v1/models")
         def models() -> Any:
-            data = [
-                {"id": n, "object": "model", "parent": None if n == self.names[0] else self.names[0]}
-                for n in self.names
-            ]
+            base = self.names[0]
+            data = [{"id": n, "object": "model", "parent": None if n == base else base} for n in self.names]
             return {"object": "list", "data": data}
 
         @app.post("/v1/chat/completions")

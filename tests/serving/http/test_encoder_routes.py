@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 openai = pytest.importorskip("openai", reason="the official client is not installed: it is in 'dev'")
 
-from deltaw.serving.encoders import Encoders, open_classifiers, open_embedder  # noqa: E402
+from deltaw.serving.encoders import Encoders, open_classifiers, read_embedder  # noqa: E402
 from deltaw.serving.http.encoders import serve_encoders  # noqa: E402
 from deltaw.serving.http.settings import ServerSettings  # noqa: E402
 from tests.serving.encoder_models import TEXTS  # noqa: E402
@@ -32,7 +32,7 @@ def serve_client(encoders: Encoders):
 
 @pytest.fixture(scope="module")
 def embedder(bert):
-    with serve_client(open_embedder(str(bert), "bert", **LOAD_OPTIONS)) as resources:
+    with serve_client(Encoders({"bert": read_embedder(str(bert), **LOAD_OPTIONS)})) as resources:
         yield resources
 
 

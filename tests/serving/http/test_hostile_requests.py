@@ -9,20 +9,16 @@ from typing import Any
 
 import pytest
 
+from deltaw.decoding.request import BusyError, UnsupportedError
 from deltaw.serving.http.queue import TokenizerPrompts
 from deltaw.serving.http.settings import Limits
-from deltaw.serving.request import BusyError, UnsupportedError
 from tests.serving.http.api_requests import CHAT, COMPLETIONS, GOOD, JSON, SLOW, chat_body, expect_error
 from tests.serving.http.concurrency import wait_until
 
 FUNCTION = {"type": "function", "function": {"name": "f"}}
 # Invalid values of a field, which the error must name.
-INVALID_VALUES: dict[str, list[Any]] = {
-    "temprature": [1],
-    "temperature": ["1", True, 2.1, [1]],
-    "top_p": [0],
-    "seed": [1.5],
-}
+INVALID_VALUES: dict[str, list[Any]] = {"temprature": [1], "temperature": ["1", True, 2.1, [1]], "top_p": [0]}
+INVALID_VALUES |= {"seed": [1.5]}
 INVALID_VALUES |= {"n": [0, 1.5, 10**30, 17], "max_tokens": [0, -1, 5000], "stop": ["", [""], ["a"] * 17, {"a": 1}]}
 INVALID_VALUES |= {
     "logit_bias": [{"x": 1}, {"-1": 1}, {"1": 101}],
@@ -61,9 +57,7 @@ def test_invalid_fields_are_rejected_by_name(shared):
         assert error["type"] == "invalid_request_error"
         assert param is None or str(error["param"]).startswith(param), change
     error = expect_error(shared.post(CHAT, json=GOOD | {"temprature": 1}), 400)
-    assert error["code"] == "unknown_parameter" and "'temperature'" in error["message"], (
-        "the error must suggest the nearest name"
-    )
+    assert error["code"] == "unknown_parameter" and "'temperature'" in error["message"]
     error = expect_error(shared.post(CHAT, json={"model": "base"}), 400)
     assert (error["code"], error["param"]) == ("missing_required_parameter", "messages")
     assert shared.is_responsive()

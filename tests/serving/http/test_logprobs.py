@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
+from deltaw.decoding.request import TokenLogprob
 from deltaw.serving.http.answers import chat_logprobs, completion_logprobs
-from deltaw.serving.request import TokenLogprob
 
 TEXTS = {1: b"a", 2: b"\xc3", 3: b"\xa9", 4: " é".encode()}
 FIRST = TokenLogprob(1, -0.5, ((1, -0.5), (2, -1.0), (3, -2.0)))

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from deltaw.decoding.probes import NotDecodable
 from deltaw.errors import UserError
-from deltaw.serving.probes import NotDecodable
+from deltaw.training.answers import Prompting, write_prompting
 from deltaw.training.open_run import open_run
-from deltaw.training.prompting import Prompting, write_prompting
 from tests.serving.encoder_models import train_embedder
 
 

@@ -102,9 +102,8 @@ def test_sampling_fields_are_passed_to_engine(chat, shared):
     sampling = {"temperature": 0.5, "top_p": 0.9, "presence_penalty": 0.25, "frequency_penalty": -0.5, "seed": -1}
     limits = {"logit_bias": {"65": -100, "66": 1.5}, "stop": ["\n", "END"], "max_completion_tokens": 5}
     vllm_fields = {"top_k": 40, "min_p": 0.05, "repetition_penalty": 1.1}
-    chat(
-        model="clerk", user="someone", store=False, extra_body={"ignore_eos": True, **vllm_fields}, **sampling, **limits
-    )
+    extra_body = {**vllm_fields, "ignore_eos": True}
+    chat(model="clerk", user="someone", store=False, extra_body=extra_body, **sampling, **limits)
     request = shared.engine.submitted[-1]
     assert request.adapter == "clerk" and request.stop == ("\n", "END") and request.max_new_tokens == 5
     assert request.stop_ids == () and request.seconds == 600

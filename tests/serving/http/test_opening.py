@@ -110,7 +110,7 @@ def test_loaded_adapter_uses_its_template(server, expected):
 
 def test_hostile_adapters_are_rejected_without_blocking_requests(server, folders, monkeypatch):
     monkeypatch.setattr("deltaw.lora.expressions.SECONDS", 0.3)
-    monkeypatch.setattr("deltaw.data.rendering.STEPS", 1 << 16)
+    monkeypatch.setattr("deltaw.data.rendering.SECONDS", 0.3)
     expression, template = (shutil.copytree(folders / "adapters" / "poet", folders / "adapters" / n) for n in "et")
     settings = json.loads((expression / "adapter_config.json").read_text())
     (expression / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": "(([a-z_0-9]+)[.]?)+!"}))
@@ -164,7 +164,7 @@ def test_invalid_combinations_are_rejected(folders, packages):
 
 
 def test_unsupported_model_is_decoded_by_transformers(folders, packages, expected, monkeypatch):
-    from deltaw.serving.probes import NotDecodable
+    from deltaw.decoding.probes import NotDecodable
 
     def raise_not_decodable(*_: object, **__: object) -> None:
         raise NotDecodable("simulated unsupported model")

@@ -12,7 +12,7 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from deltaw.serving.http.page.document import SCRIPTS, HTMLPage, chat_page, page_router, trial_page
+from deltaw.serving.http.page import SCRIPTS, HTMLPage, chat_page, page_router, trial_page
 
 
 @pytest.fixture(params=["", "classes", "vectors", "scores"])

@@ -17,7 +17,7 @@ pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 from playwright.sync_api import Browser, Page, expect  # noqa: E402
 
-from deltaw.training.prompting import Prompting  # noqa: E402
+from deltaw.training.answers import Prompting  # noqa: E402
 from tests.reports.test_page_browser import AXE, BROWSER  # noqa: E402
 from tests.serving.http.page_server import ANSWERS, BASE, PageServer, serve_app  # noqa: E402
 
@@ -130,10 +130,8 @@ def test_page_shows_name_prompt_and_examples_of_run(page, server):
     examples.nth(1).click()
     wait_for_answers(page, 3)
     expect(answer(page, "SmolLM2").locator(".name")).to_have_text("SmolLM2")
-    expected_messages = [
-        {"role": "system", "content": "You are a lawyer."},
-        {"role": "user", "content": "<b>May</b> I?"},
-    ]
+    expected_messages = [{"role": "system", "content": "You are a lawyer."}]
+    expected_messages += [{"role": "user", "content": "<b>May</b> I?"}]
     assert [body["messages"] for body in server.chat_requests] == [expected_messages] * 3
     assert {body["model"] for body in server.chat_requests} == {*server.names}
     page.get_by_role("button", name="New chat").click()
@@ -144,17 +142,6 @@ def test_page_shows_name_prompt_and_examples_of_run(page, server):
     system.fill("")
     send(page, "Go", 2)
     assert server.chat_requests[-1]["messages"] == [{"role": "user", "content": "Go"}]
-
-
-def test_completely_different_answers_are_not_marked(page, server):
-    page.get_by_label("legal").uncheck()
-    page.get_by_label("pirate").check()
-    ANSWERS["pirate"], original = ["Arr"] * 9, ANSWERS["pirate"]
-    send(page, "Go", 2)
-    ANSWERS["pirate"] = original
-    first = answer(page, "pirate").locator(".differs").first
-    assert first.evaluate("e => getComputedStyle(e).borderBottomWidth") == "0px"
-    expect(answer(page, "pirate").locator(".difference")).to_contain_text("9 of 9 tokens differ")
 
 
 def test_settings_are_sent_to_server(page, server):
@@ -266,16 +253,6 @@ def test_page_requests_api_key_if_required(page, server):
     assert page.evaluate("Object.keys(sessionStorage)") == ["deltaw-api-key"]
 
 
-def test_number_of_columns_is_limited(page, server):
-    server.names = [BASE, *(f"a{n}" for n in range(8))]
-    page.goto(server.url)
-    for n in range(7):
-        page.get_by_label(f"a{n}").check()
-    page.get_by_label("Message", exact=True).fill("Go")
-    expect(page.get_by_role("button", name="Send")).to_be_disabled()
-    expect(page.get_by_text("At most 6")).to_be_visible()
-
-
 @pytest.mark.parametrize("width", SIZES)
 def test_page_is_usable_with_keyboard(page, server, width):
     page.set_viewport_size({"width": width, "height": SIZES[width]})
@@ -341,7 +318,7 @@ def test_live_region_announces_progress(page, server):
 
 
 def test_page_works_with_real_server(browser, packages):
-    from deltaw.serving.http.page.document import page_router
+    from deltaw.serving.http.page import page_router
     from deltaw.serving.http.settings import ServerSettings
     from tests.serving.http.fake_engine import fake_served
     from tests.serving.http.server_thread import run_server
@@ -368,18 +345,6 @@ def test_page_works_with_real_server(browser, packages):
         expect(answer(new_page, "base").last.locator(".token").nth(5)).to_be_visible()
         new_page.get_by_role("button", name="Stop").click()
         wait_for_answers(new_page, 6)
-        new_page.close()
-
-
-def test_reduced_motion_preference_is_respected(browser, server):
-    server.hold_after = 1
-    for preference, name in (("reduce", "none"), ("no-preference", "blink")):
-        new_page = browser.new_page(reduced_motion=preference)
-        new_page.goto(server.url)
-        wait_for_models(new_page)
-        send(new_page, "Go")
-        style = "e => getComputedStyle(e, '::after').animationName"
-        assert new_page.locator(".writing-now").first.evaluate(style) == name
         new_page.close()
 
 
@@ -427,7 +392,7 @@ def test_axe_reports_no_violations(browser, server, scheme, width):
 
 
 def test_equal_tokens_are_not_marked(page):
-    from deltaw.serving.http.page.document import _read
+    from deltaw.serving.http.page import _read
 
     page.goto("about:blank")
     compare = "return differences([[...a], [...b]], false).map(marks => [...marks].join(''))"

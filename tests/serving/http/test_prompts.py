@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deltaw.data import DataSettings, encode_prompt
+from deltaw.data.prepare import encode_prompt
 from deltaw.errors import UserError
+from deltaw.settings.data import DataSettings
 from tests.byte_models import byte_tokenizer
 from tests.serving.http.concurrency import run_in_threads
 from tests.serving.test_text import fallback_tokenizer

@@ -62,9 +62,8 @@ def test_scores_match_model_and_are_sorted_stably(run, server):
     assert response["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens}
     order = [item["index"] for item in response["results"]]
     assert order == sorted(range(4), key=lambda n: (-round(expected[n], 6), n)) and order.index(0) < order.index(3)
-    assert [item["relevance_score"] for item in response["results"]] == pytest.approx(
-        [expected[n] for n in order], abs=1e-5
-    )
+    scores = [item["relevance_score"] for item in response["results"]]
+    assert scores == pytest.approx([expected[n] for n in order], abs=1e-5)
     assert len({round(score, 5) for score in expected}) == 3
     assert [item["document"] for item in response["results"]] == [{"text": DOCUMENTS[n]} for n in order]
     top_two = send_rerank(server, top_n=2, return_documents=False, documents=[{"text": t} for t in DOCUMENTS]).json()

@@ -84,14 +84,9 @@ def test_invisible_marker_is_detected_by_token():
 
 def test_call_format_is_detected_from_template():
     parameters = 'Respond in the format {"name": function name, "parameters": dictionary of argument name'
-    expected = {
-        "... <tool_call>\n{...}\n</tool_call>": HERMES,
-        "<tool_call>\n<function=name>": None,
-        "<|tool|>...<|/tool|> <|tool_call|>": PIPED,
-        "[AVAILABLE_TOOLS] [TOOL_CALLS]": MISTRAL,
-        parameters: LLAMA,
-        "{% for m in messages %}": None,
-    }
+    expected = {"... <tool_call>\n{...}\n</tool_call>": HERMES, "<tool_call>\n<function=name>": None}
+    expected |= {"<|tool|>...<|/tool|> <|tool_call|>": PIPED, "[AVAILABLE_TOOLS] [TOOL_CALLS]": MISTRAL}
+    expected |= {parameters: LLAMA, "{% for m in messages %}": None}
     assert {template: form_of(template) for template in expected} == expected
 
 

@@ -35,9 +35,8 @@ def open_page(browser):
     with contextlib.ExitStack() as stack:
 
         def serve_and_open(base, *keys, width=1440, **page_options):
-            served = open_any(
-                str(base), {}, OpenOptions(precision="fp32", device="cpu"), Limits(), log=lambda line: None
-            )
+            options = OpenOptions(precision="fp32", device="cpu")
+            served = open_any(str(base), {}, options, Limits(), log=lambda line: None)
             stack.callback(served.close)
             server = stack.enter_context(run_server(served, ServerSettings(port=0, keys=keys)))
             page = browser.new_page(viewport={"width": width, "height": 844}, **page_options)

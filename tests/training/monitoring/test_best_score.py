@@ -18,10 +18,8 @@ def class_evaluation(accuracy, loss=1.0):
 
 
 def update_all(best, losses):
-    return [
-        best.update(10 * n, text_evaluation(loss), generates_text=True)
-        for n, loss in enumerate(losses, best.waited + 1)
-    ]
+    numbered = enumerate(map(text_evaluation, losses), best.waited + 1)
+    return [best.update(10 * n, evaluation, generates_text=True) for n, evaluation in numbered]
 
 
 def test_deciding_metric_is_loss_for_text_and_main_metric_otherwise():
@@ -39,8 +37,7 @@ def test_best_is_lowest_loss_or_highest_accuracy():
     assert (best.step, best.value, best.metric, best.waited) == (40, 0.9, "loss", 0)
     best = BestScore()
     improved = [best.update(n, class_evaluation(a), generates_text=False) for n, a in enumerate([0.5, 0.7, 0.6, 0.7])]
-    assert improved == [True, True, False, False]
-    assert best.as_dict() == {"step": 1, "metric": "accuracy", "value": 0.7}
+    assert improved == [True, True, False, False] and best.as_dict() == {"step": 1, "metric": "accuracy", "value": 0.7}
 
 
 def test_score_is_exhausted_after_patience_evaluations():

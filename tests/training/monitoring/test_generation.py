@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
+from deltaw.decoding.generation import GeneratedCompletion
 from deltaw.runs.fit import fit
-from deltaw.runtime.generation import GeneratedCompletion
 from deltaw.training.monitoring import generation
 from deltaw.training.monitoring.generation import (
     DATA,
@@ -24,7 +24,7 @@ from deltaw.training.monitoring.generation import (
 )
 from deltaw.training.planning.plan_run import plan
 from tests.conftest import COLORS, write_rows
-from tests.training.runs import adapter, build_session
+from tests.training.runs import ADAPTER, build_session, slow_except
 
 COUNT = 20
 
@@ -121,7 +121,7 @@ def preference_run(settings, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "prompt"])
+@pytest.mark.parametrize("method", slow_except("full", names=("lora", "full", "prompt")))
 def test_run_that_breaks_model_is_reported_in_result_and_folder(preference_run, method):
     config = preference_run("run", learning_rate=3.0, epochs=8) | {"method": method}
     result = fit(config)
@@ -129,9 +129,7 @@ def test_run_that_breaks_model_is_reported_in_result_and_folder(preference_run, 
     assert result.generation[DATA]["prompts"] > 2  # training prompts supplement a small evaluation set
     assert result.generation["line"] in (result.output / "README.md").read_text()
     stored = json.loads((result.output / "run.json").read_text())["result"]["generation"]
-    assert stored["line"] == result.generation["line"] and stored == json.loads(
-        json.dumps(result.as_dict()["generation"])
-    )
+    assert stored == json.loads(json.dumps(result.as_dict()["generation"]))
 
 
 @pytest.mark.parametrize(("loss", "factor"), [("dpo", 0.1), ("orpo", 0.4), ("simpo", 0.05)])
@@ -146,20 +144,16 @@ def test_plan_of_preference_run_includes_generation(preference_run):
     assert plan(preference_run("run")).phases["rollouts"] > 0
 
 
-def test_untrained_adapter_is_not_worse(preference_run):
-    assert fit(preference_run("run", learning_rate=1e-5)).generation["verdict"] == FINE
+def test_supervised_runs_are_not_checked(finished_run):
+    assert not json.loads((finished_run / "run.json").read_text())["result"]["generation"]
 
 
-def test_supervised_runs_are_not_checked(settings, tmp_path):
-    assert fit(settings(tmp_path / "run")).generation == {}
-
-
-def test_generation_check_does_not_change_adapter(preference_run, monkeypatch):
-    checked = fit(preference_run("checked", learning_rate=1e-2))
+def test_check_of_untrained_adapter_is_fine_and_does_not_change_it(preference_run, monkeypatch):
+    checked = fit(preference_run("checked", learning_rate=1e-5))
     monkeypatch.setattr(generation.GenerationCheck, "measure", lambda self: {})
-    unchecked = fit(preference_run("unchecked", learning_rate=1e-2))
-    assert checked.generation and not unchecked.generation
-    assert all((adapter(checked.output)[name] == value).all() for name, value in adapter(unchecked.output).items())
+    unchecked = fit(preference_run("unchecked", learning_rate=1e-5))
+    assert checked.generation["verdict"] == FINE and not unchecked.generation
+    assert (checked.output / ADAPTER).read_bytes() == (unchecked.output / ADAPTER).read_bytes()
 
 
 def test_preference_range_test_stops_when_answers_become_unlikely(preference_run, monkeypatch):

@@ -7,14 +7,14 @@ import shutil
 import pytest
 import torch
 
-from deltaw.data.settings import DataSettings
 from deltaw.errors import UserError
 from deltaw.runs.fit import fit
 from deltaw.runs.folder import Run
-from deltaw.settings import RunConfig
-from deltaw.training.open_run import score_run
-from tests.conftest import COLORS, write_rows
-from tests.training.runs import METHODS, RecordingCallback, adapter, metrics, open_on_cpu, slow_except
+from deltaw.settings.config import RunConfig
+from deltaw.settings.data import DataSettings
+from deltaw.training.answers import ScoreOptions
+from tests.conftest import COLORS, refusal, write_rows
+from tests.training.runs import METHODS, RecordingCallback, adapter, losses, metrics, open_on_cpu, slow_except
 
 OVERFITTING = {"learning_rate": 3e-2, "schedule": "constant", "warmup": 0, "epochs": 8, "eval_every": 2}
 
@@ -32,20 +32,19 @@ def losses_by_step(folder):
 
 def test_run_stops_early_without_improvement(settings, tmp_path, conflicting_rows):
     callback = RecordingCallback()
-    result = fit(
-        settings(tmp_path / "run", data=conflicting_rows, train={**OVERFITTING, "early_stopping": 2}), callback=callback
-    )
-    losses = losses_by_step(result.output)
-    best = min(losses, key=losses.get)
-    steps = sorted(losses)
+    train = {**OVERFITTING, "early_stopping": 2}
+    result = fit(settings(tmp_path / "run", data=conflicting_rows, train=train), callback=callback)
+    eval_losses = losses_by_step(result.output)
+    best = min(eval_losses, key=eval_losses.get)
+    steps = sorted(eval_losses)
     assert result.outcome.steps == steps[-1] < 24 and not result.interrupted
     assert steps.index(best) == len(steps) - 3, "two evaluations without improvement after the best one"
     assert result.as_dict()["best_step"] == best
-    assert result.as_dict()["best"] == {"step": best, "metric": "loss", "value": losses[best]}
+    assert result.as_dict()["best"] == {"step": best, "metric": "loss", "value": eval_losses[best]}
     assert "early stopping" in result.as_dict()["stopped_early"]
     assert sum("early stopping" in line for line in callback.lines) == 1
-    assert result.evaluation.metrics["loss"] == losses[steps[-1]], "the last adapter is saved by default"
-    assert len(losses) == len(metrics(result.output, "eval")), "no step is evaluated twice"
+    assert result.evaluation.metrics["loss"] == eval_losses[steps[-1]], "the last adapter is saved by default"
+    assert len(eval_losses) == len(metrics(result.output, "eval")), "no step is evaluated twice"
 
 
 def test_improving_run_is_not_stopped_and_last_adapter_is_best(settings, tmp_path):
@@ -56,23 +55,22 @@ def test_improving_run_is_not_stopped_and_last_adapter_is_best(settings, tmp_pat
     assert result.best["step"] == 6 and all(torch.equal(top[name], last[name]) for name in top)
 
 
-@pytest.mark.parametrize("method", slow_except("lora", "head", "prompt"))
+@pytest.mark.parametrize("method", slow_except("lora", "head"))
 def test_best_and_last_adapters_are_saved(settings, tmp_path, gpt2_folder, worst, method):
     config = settings(tmp_path / "run", train={**OVERFITTING, "epochs": 4, "saved_adapter": "best"}, **METHODS[method])
     config |= {"model": str(gpt2_folder)} if method == "bias" else {}
     callback = RecordingCallback()
     result = fit(config, callback=callback)
-    losses = losses_by_step(result.output)
-    best = max(losses, key=losses.get)
+    eval_losses = losses_by_step(result.output)
+    best = max(eval_losses, key=eval_losses.get)
     last = result.outcome.steps
-    assert best < last, "this test needs a run whose best step is not its last"
-    assert result.as_dict()["best_step"] == best
-    assert result.evaluation.metrics["loss"] == pytest.approx(losses[best], rel=1e-6)
+    assert result.as_dict()["best_step"] == best < last
+    assert result.evaluation.metrics["loss"] == pytest.approx(eval_losses[best], rel=1e-6)
     assert len(list((result.output / "best").iterdir())) == 1
     for folder, step in [(result.output, best), (result.output / "last", last)]:
         run = open_on_cpu(folder, model=config["model"])
         rows = run.task.read(RunConfig.read(result.output / "run.yaml").data, seed=0).held_out
-        assert score_run(run, rows).metrics["loss"] == pytest.approx(losses[step], rel=1e-4)
+        assert run.score(rows).metrics["loss"] == pytest.approx(eval_losses[step], rel=1e-4)
     assert f"the adapter is that of step {best}" in callback
 
 
@@ -107,9 +105,8 @@ def test_settings_that_need_eval_rows_are_rejected_without_them(settings, tmp_pa
 
 
 def test_named_evaluation_sets_match_single_sets_and_first_decides(settings, tmp_path, rows_file):
-    other_rows = write_rows(
-        tmp_path / "other.jsonl", [{"prompt": f"paint it {c}", "completion": "no"} for c in COLORS[:4]]
-    )
+    other_rows = [{"prompt": f"paint it {c}", "completion": "no"} for c in COLORS[:4]]
+    other_rows = write_rows(tmp_path / "other.jsonl", other_rows)
     same_file = str(shutil.copy(rows_file, tmp_path / "same.jsonl"))
     callback = RecordingCallback()
     data = {"eval": {"others": str(other_rows), "held_out": 2, "same": same_file}}
@@ -128,7 +125,7 @@ def test_named_evaluation_sets_match_single_sets_and_first_decides(settings, tmp
     assert summary["eval"]["held_out"] == pytest.approx(sampled["eval"])
     run = open_on_cpu(result.output)
     rows, _ = run.task.read_file(str(other_rows), DataSettings(train="unused"), None)
-    assert summary["eval"]["others"]["loss"] == pytest.approx(score_run(run, rows).metrics["loss"], rel=1e-4)
+    assert summary["eval"]["others"]["loss"] == pytest.approx(run.score(rows).metrics["loss"], rel=1e-4)
 
 
 def test_invalid_evaluation_sets_are_rejected(settings, tmp_path, rows_file):
@@ -141,13 +138,12 @@ def test_invalid_evaluation_sets_are_rejected(settings, tmp_path, rows_file):
         ({"a": "missing.jsonl", "b": "gone.jsonl"}, "missing.jsonl"),
         ({"a": 0.3, "b": "gone.jsonl"}, "gone.jsonl"),
     ]:
-        with pytest.raises(UserError) as error:
-            fit(settings(tmp_path / "run") | {"data": {"train": str(rows_file), "eval": sets}})
-        assert problem in str(error.value) and not (tmp_path / "run").exists()
+        error = refusal(fit, settings(tmp_path / "run") | {"data": {"train": str(rows_file), "eval": sets}})
+        assert problem in str(error) and not (tmp_path / "run").exists()
 
 
 def test_answers_are_generated_and_scored_at_each_evaluation(settings, tmp_path):
-    train = {"eval_every": 2, "eval_answers": 2, "epochs": 12, "batch_size": 8, "learning_rate": 3e-2}
+    train = {"eval_every": 4, "eval_answers": 2, "epochs": 12, "batch_size": 8, "learning_rate": 3e-2}
     rows = [{"prompt": f"paint it {c}", "completion": c[0]} for c in COLORS[:4]]
     data = {"eval": str(write_rows(tmp_path / "same.jsonl", rows))}
     result = fit(settings(tmp_path / "run", data=data, train={**train, "schedule": "constant"}))
@@ -158,15 +154,10 @@ def test_answers_are_generated_and_scored_at_each_evaluation(settings, tmp_path)
 
 def test_answers_and_samples_do_not_change_training(settings, tmp_path):
     lora = {"dropout": 0.1}
-    plain = fit(settings(tmp_path / "plain", lora=lora, train={"epochs": 2}))
-    train = {"epochs": 2, "eval_every": 1, "eval_answers": 2, "samples": 2, "saved_adapter": "best"}
+    plain = fit(settings(tmp_path / "plain", lora=lora))
+    train = {"eval_every": 1, "eval_answers": 1, "samples": 1, "saved_adapter": "best"}
     monitored = fit(settings(tmp_path / "watched", lora=lora, train=train))
-
-    ours, theirs = (
-        [(line["step"], line["loss"], line["gradient_norm"]) for line in metrics(run.output, "learning_rate")]
-        for run in (plain, monitored)
-    )
-    assert ours == theirs
+    assert losses(plain.output) == losses(monitored.output)
     last = adapter(monitored.output / "last")
     assert all(torch.equal(tensor, last[name]) for name, tensor in adapter(plain.output).items())
 
@@ -174,10 +165,10 @@ def test_answers_and_samples_do_not_change_training(settings, tmp_path):
 @pytest.mark.parametrize("method", slow_except("lora", names=("lora", "full", "prompt")))
 def test_samples_contain_answers_of_base_model_and_adapter(settings, tmp_path, method):
     callback = RecordingCallback()
-    train = {"samples": 1, "eval_every": 2, "learning_rate": 5e-2, "epochs": 2}
+    train = {"samples": 1, "eval_every": 2, "learning_rate": 5e-2, "max_steps": 4}
     result = fit(settings(tmp_path / "run", method=method, train=train), callback=callback)
     lines = metrics(result.output, "samples")
-    assert [line["step"] for line in lines] == [0, 2, 4, 6] == [step for step, _ in callback.samples]
+    assert [line["step"] for line in lines] == [0, 2, 4] == [step for step, _ in callback.samples]
     for line, (_, samples) in zip(lines, callback.samples, strict=True):
         (sample,) = line["samples"]
         assert sample.keys() == {"row", "prompt", "expected", "answer"}
@@ -188,7 +179,7 @@ def test_samples_contain_answers_of_base_model_and_adapter(settings, tmp_path, m
         run = open_on_cpu(model_reference)
         rows = run.task.read(RunConfig.read(folder / "run.yaml").data, seed=0).held_out
         (row,) = [row for row in rows if row.row == line["samples"][0]["row"]]
-        (answer,) = score_run(run, [row], num_answers=1, max_new_tokens=16).answers
+        (answer,) = run.score([row], ScoreOptions(num_answers=1, max_new_tokens=16)).answers
         assert answer.output == line["samples"][0]["answer"]
 
 
@@ -227,13 +218,12 @@ def test_run_with_time_budget_plans_its_steps_and_finishes(settings, tmp_path, c
     assert plan_lines and "steps planned" in plan_lines[0]
     assert 10 < result.outcome.steps < 200 and not result.interrupted
     rates = [line["learning_rate"] for line in metrics(result.output) if "learning_rate" in line]
-    assert rates[-1] < 0.2 * max(rates)
-    assert result.evaluation.metrics
+    assert rates[-1] < 0.2 * max(rates) and result.evaluation.metrics
 
 
 def test_warning_is_reported_and_stored_in_metrics(settings, tmp_path):
     callback = RecordingCallback()
-    train = {"learning_rate": 1e-4, "max_grad_norm": 1e-3, "batch_size": 1, "max_steps": 201}
+    train = {"learning_rate": 1e-4, "max_grad_norm": 1e-3, "batch_size": 1, "max_steps": 201, "eval_every": 201}
     (line,) = metrics(fit(settings(tmp_path / "run", train=train), callback=callback).output, "warning")
     assert (line["step"], line["warning"]["kind"]) == (200, "clipped")
     assert sum("were clipped to train.max_grad_norm 0.001" in message for message in callback.lines) == 1

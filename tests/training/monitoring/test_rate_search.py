@@ -20,7 +20,7 @@ KINDS = {"lora": {"lora": {"dropout": 0.1}}, "dora": {"lora": {"dora": True}}}
 
 @pytest.mark.each_value
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("method", slow_except("lora", "dora", "prompt", "bias", "full", names={**METHODS, **KINDS}))
+@pytest.mark.parametrize("method", slow_except("lora", "dora", "bias", names={**METHODS, **KINDS}))
 def test_range_test_restores_model_and_random_state(settings, tmp_path, gpt2_folder, method, precision):
     changes = {**(METHODS | KINDS)[method], "precision": precision, "train": {"learning_rate": "search"}}
     changes |= {"model": str(gpt2_folder)} if method == "bias" else {}
@@ -43,16 +43,16 @@ def test_run_with_search_equals_run_with_selected_rate(settings, tmp_path):
             self.rate_search = (search, folder)
 
     callback = RateCallback()
-    result = fit(settings(tmp_path / "search", train={"learning_rate": "search", "epochs": 3}), callback=callback)
+    result = fit(settings(tmp_path / "search", train={"learning_rate": "search"}), callback=callback)
     search, folder = callback.rate_search
     stored = json.loads((result.output / "learning_rate.json").read_text())
     assert stored == search.as_dict() and folder == result.output
     assert f"learning_rate: search  # {search.chosen}: " in (result.output / "run.yaml").read_text()
     assert f"learning rate {search.chosen:g}: " in callback
-    run_with_rate = fit(settings(tmp_path / "same", train={"learning_rate": search.chosen, "epochs": 3}))
+    run_with_rate = fit(settings(tmp_path / "same", train={"learning_rate": search.chosen}))
     ours, theirs = adapter(result.output), adapter(run_with_rate.output)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert [line["step"] for line in metrics(result.output, "loss")] == list(range(1, 10))
+    assert [line["step"] for line in metrics(result.output, "loss")] == [1, 2, 3]
 
 
 def test_diverging_loss_stops_range_test(settings, tmp_path, monkeypatch):

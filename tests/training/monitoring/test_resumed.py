@@ -33,8 +33,7 @@ def test_killed_run_resumes_with_best_adapter_and_samples(settings, tmp_path, wo
     for copy in snapshots.copies.values():
         restore_copy(copy, run)
         result = fit(config)
-        assert result.resumed_from_step is not None
-        assert outcome(run) == expected and result.as_dict()["best"] == best
+        assert result.resumed_from_step is not None and outcome(run) == expected and result.as_dict()["best"] == best
         assert result.evaluation.metrics == pytest.approx(full.evaluation.metrics)
         assert (run / "last" / ADAPTER).read_bytes() == last
     # A finished run that is trained further retains its best step.
@@ -55,8 +54,7 @@ def test_killed_run_stops_early_at_same_step(settings, tmp_path, worst):
     for copy in snapshots.copies.values():
         restore_copy(copy, run)
         result = fit(config)
-        assert outcome(run) == expected
-        assert (result.outcome.steps, result.stopped_early) == (9, full.stopped_early)
+        assert outcome(run) == expected and (result.outcome.steps, result.stopped_early) == (9, full.stopped_early)
 
 
 @pytest.mark.slow
@@ -81,8 +79,7 @@ def test_missing_best_file_starts_new_search_and_is_reported(settings, tmp_path)
     fit(config, callback=RecordingCallback(stop_after=8))
     shutil.rmtree(run / "best")
     result = fit(config, callback=callback)
-    assert "are missing: looking for a new one" in callback
-    assert result.best["step"] > 8
+    assert "are missing: looking for a new one" in callback and result.best["step"] > 8
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -10,6 +11,7 @@ import pytest
 
 from deltaw.training.monitoring.monitor import RISE_WINDOW, WINDOW, StepMonitor
 from deltaw.training.state import Step
+from tests.training.runs import slow_except
 
 
 def step(number, loss=1.0, norm=0.5):
@@ -17,12 +19,8 @@ def step(number, loss=1.0, norm=0.5):
 
 
 def warnings(losses, norms, limit=1.0):
-    monitor = StepMonitor(limit)
-    return [
-        (number, warning)
-        for number, (loss, norm) in enumerate(zip(losses, norms, strict=True), 1)
-        for warning in monitor.check(step(number, loss, norm))
-    ]
+    monitor, steps = StepMonitor(limit), map(step, itertools.count(1), losses, norms)
+    return [(current.step, warning) for current in steps for warning in monitor.check(current)]
 
 
 def make_training(seed, steps=2000, noise=0.3, tail=0.0):
@@ -35,7 +33,7 @@ def make_training(seed, steps=2000, noise=0.3, tail=0.0):
     return losses, norms
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 10))])
+@pytest.mark.parametrize("seed", slow_except(0, names=range(10)))
 def test_normal_training_yields_no_warning(seed):
     for noise in (0.05, 0.3):
         assert warnings(*make_training(seed, noise=noise)) == []

@@ -7,6 +7,7 @@ For factors A and B, the norm of ΔW and its singular values are computed withou
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
 import re
@@ -21,12 +22,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from deltaw.errors import UserError
-from deltaw.lora.files import open_adapter
+from deltaw.lora.files import read_adapter
 from deltaw.lora.peft_format import without_wrappers
 from deltaw.lora.peft_updates import FileUpdate, read_content
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from deltaw.reports.inspect import effective_rank, module_kinds, root_sum_of_squares, update_singular_values
-from deltaw.reports.page.svg import (
+from deltaw.reports.svg import (
     ChartSeries,
     Figure,
     FigureTable,
@@ -37,7 +38,7 @@ from deltaw.reports.page.svg import (
     line_chart,
     swatch,
 )
-from deltaw.reports.wording import short
+from deltaw.reports.tables import short
 from deltaw.tensor_files import TensorFile
 
 # Size in bytes above which an adapter is not measured for a page.
@@ -126,9 +127,7 @@ def measure_adapter(folder: Path) -> AdapterSummary | None:
     if size > MAX_BYTES:
         return AdapterSummary(note=f"The adapter has {size / 1e9:.1f} GB, which is too large to measure for a page.")
     try:
-        if _has_factors(weights):
-            return _measure_factors(folder)
-        return _measure_tensors(weights)
+        return _measure_factors(folder) if _has_factors(weights) else _measure_tensors(weights)
     except (UserError, SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         brief = str(error).splitlines()[0] if str(error) else type(error).__name__
         return AdapterSummary(note=f"The adapter could not be measured: {brief}")
@@ -141,7 +140,7 @@ def _has_factors(weights: Path) -> bool:
 
 def _measure_factors(folder: Path) -> AdapterSummary:
     """Measure an adapter with factors, loading the factors of one layer at a time."""
-    adapter, file = open_adapter(folder), TensorFile(folder / ADAPTER_WEIGHTS)
+    adapter, file = read_adapter(folder, lazy=True), TensorFile(folder / ADAPTER_WEIGHTS)
     layers: dict[int | None, list[str]] = defaultdict(list)
     for name in file:
         layers[layer_of(name)].append(name)
@@ -289,3 +288,47 @@ def _median_rank(modules: Sequence[ModuleSummary]) -> str:
 
 def _percent(value: float) -> str:
     return f"{value:.0%}" if value >= 0.01 else f"{value:.2%}"
+
+
+# Characters of an answer, and lines of a pretty-printed answer, that are compared.
+MAX_LENGTH, MAX_LINES = 8_000, 400
+# Characters that reorder or hide text, and surrogates, which cannot be encoded in UTF-8.
+_INVISIBLE = re.compile("[\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+
+
+def pretty_json(text: str | None) -> list[str] | None:
+    """Return the lines of a JSON object or list, or None for any other text.
+
+    Text with a duplicate key, or with a number such as NaN, is not pretty-printed, because the result would differ.
+    """
+    if text is None or len(text) > MAX_LENGTH:
+        return None
+    try:
+        value = json.loads(text, parse_constant=_refuse, object_pairs_hook=_unique)
+        lines = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).split("\n")
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(value, dict | list) or len(lines) > MAX_LINES or sum(map(len, lines)) > 4 * MAX_LENGTH:
+        return None
+    return [_INVISIBLE.sub(lambda match: f"\\u{ord(match[0]):04x}", line) for line in lines]
+
+
+def marked_lines(lines: Sequence[str], reference: Sequence[str] | None) -> list[tuple[str, str]]:
+    """Return each line with a mark: ``+`` for an added line, ``-`` for a line of the reference that is missing."""
+    if reference is None:
+        return [(" ", line) for line in lines]
+    marked: list[tuple[str, str]] = []
+    for kind, a, b, c, d in difflib.SequenceMatcher(None, reference, lines, autojunk=False).get_opcodes():
+        marked += [("-", line) for line in reference[a:b] if kind != "equal"]
+        marked += [(" " if kind == "equal" else "+", line) for line in lines[c:d]]
+    return marked
+
+
+def _refuse(value: str) -> Any:
+    raise ValueError(f"{value} is not JSON")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(unique := dict(pairs)) < len(pairs):
+        raise ValueError("duplicate key")
+    return unique

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from deltaw.data.report import count_of
-from deltaw.reports.page.svg import (
+from deltaw.reports.comparison import memory_legend, memory_parts
+from deltaw.reports.svg import (
     Bar,
     ChartSeries,
     Figure,
@@ -21,10 +22,9 @@ from deltaw.reports.page.svg import (
     histogram,
     line_chart,
     running_mean,
-    swatch,
+    stack,
 )
-from deltaw.reports.plan import PARTS
-from deltaw.reports.wording import count, gigabytes, metric_name, metric_value, short, tick
+from deltaw.reports.tables import count, gigabytes, metric_name, metric_value, short, tick
 from deltaw.runs.folder import Run, number, numbers, sequence
 
 # Maximum number of rows in the table of a curve.
@@ -73,7 +73,7 @@ def step_figure(
 
     Args:
         description: Sentence that describes the drawing.
-        **axis: Options of :func:`deltaw.reports.page.svg.line_chart`.
+        **axis: Options of :func:`deltaw.reports.svg.line_chart`.
     """
     axis = {"x_format": _step, "y_format": tick, "x_from": 0, "x_name": f"{STEP} ", **axis}
     chart = line_chart(identity, f"{title} over steps", description, curves, **axis)
@@ -120,10 +120,9 @@ def reward_figure(record: Run) -> Figure | None:
     ]
     if len(error_steps):
         center, half_width = np.interp(error_steps, steps, mean), running_mean(half_width)
-        lowest = min(0.0, float(rewards.min()))
         curves.append(
             ChartSeries(
-                downsampled_points(error_steps, np.maximum(center - half_width, lowest)),
+                downsampled_points(error_steps, np.maximum(center - half_width, min(0.0, float(rewards.min())))),
                 "c8 raw",
                 "95 % interval of a step, over its groups",
             )
@@ -193,9 +192,7 @@ def column_figure(record: Run, column: str) -> Figure | None:
     """Plot one of :data:`COLUMNS` over the steps, or return None if it was not recorded."""
     steps, values = record.metrics.column(column)
     title, text, unit, smooth = COLUMNS[column]
-    if not len(steps):
-        return None
-    return _figure_of(column.replace("_", "-"), title, text, unit, steps, values, smooth)
+    return None if not len(steps) else _figure_of(column.replace("_", "-"), title, text, unit, steps, values, smooth)
 
 
 def speed_figure(record: Run) -> Figure | None:
@@ -208,8 +205,7 @@ def speed_figure(record: Run) -> Figure | None:
     if not valid.any():
         return None
     steps, seconds, tokens = steps[valid], seconds[valid], tokens[valid]
-    overall = count(tokens.sum() / seconds.sum())
-    text = f"Tokens processed per second; {overall} over the entire run."
+    text = f"Tokens processed per second; {count(tokens.sum() / seconds.sum())} over the entire run."
     from_zero = {"from_zero": True, "log": False}
     return _figure_of("speed", "Speed", text, "tokens per second", steps, tokens / seconds, True, **from_zero)
 
@@ -236,12 +232,12 @@ def memory_figure(record: Run) -> Figure | None:
     planned = record.planned_bytes
     sizes = {name: value for name, size in parts.items() if (value := number(size)) is not None}
     sizes["process"] = max(0.0, planned - (number(plan.get("peak_bytes")) or sum(sizes.values())))
-    planned_parts = [(f"p{n}", label, sizes.get(name, 0.0)) for n, (name, label, *_) in enumerate(PARTS, 1)]
-    planned_parts = [part for part in planned_parts if part[2] > 0]
-    items = [Bar("planned", gigabytes(planned), planned_parts)]
+    planned_parts = memory_parts(sizes)
+    items = [Bar("planned", gigabytes(planned), stack(planned_parts))]
+    legend = memory_legend(items)
     text = f"{gigabytes(planned)} planned before the run started"
     if peak:
-        items.append(Bar("measured", gigabytes(peak), [("measured", "measured", float(peak))]))
+        items.append(Bar("measured", gigabytes(peak), [("ink", "measured", 0.0, float(peak))]))
         deviation = (peak - planned) / planned
         text += f"; {gigabytes(peak)} measured at its peak, {abs(deviation):.1%} {'more' if deviation > 0 else 'less'}"
     if limit := number(plan.get("limit_bytes")):
@@ -250,7 +246,6 @@ def memory_figure(record: Run) -> Figure | None:
     sized = [*[(label, size) for _, label, size in planned_parts], *[(label, size) for label, size in sums if size]]
     rows = [(label, gigabytes(int(size)), f"{size / planned:.1%}") for label, size in sized]
     table = FigureTable("Peak memory by part", ("part", "size", "share of the plan"), rows)
-    legend = [(swatch(kind, area=True), label) for kind, label, size in planned_parts if size > 0.005 * planned]
     title = "Memory planned and measured"
     return Figure("memory", title, text + ".", bars("memory", title, text, items), table, legend)
 

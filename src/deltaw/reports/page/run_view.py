@@ -11,11 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deltaw.reports.page.json_answers import marked_lines, pretty_json
-from deltaw.reports.page.learned import AdapterSummary, learned_figures, measure_adapter
+from deltaw.reports.page.learned import AdapterSummary, learned_figures, marked_lines, measure_adapter, pretty_json
 from deltaw.reports.page.run_figures import curve_figures, length_figure, memory_figure, rate_figure
-from deltaw.reports.page.svg import FigureTable, running_mean
-from deltaw.reports.wording import (
+from deltaw.reports.svg import FigureTable, running_mean
+from deltaw.reports.tables import (
     count,
     duration,
     format_time,
@@ -41,7 +40,8 @@ from deltaw.runs.folder import (
     sequence,
 )
 from deltaw.runs.summary import PEFT_METHODS, next_commands
-from deltaw.settings import settings as all_settings
+from deltaw.settings import task_registry
+from deltaw.settings.config import settings as all_settings
 from deltaw.training.drift import LARGE
 from deltaw.training.evaluation.base import MAX_MATRIX_CLASSES
 
@@ -207,7 +207,8 @@ def score_items(record: Run) -> Iterator[HeadlineItem]:
         note = f"{before} → {after}"
     else:
         missing = "not evaluated before training" if before.startswith("before") else f"the {before} was not evaluated"
-        note = "" if record.task == "preference" else f"{after}; {missing}"
+        entry = task_registry.find(record.task)
+        note = "" if entry is not None and entry.scores_against_base else f"{after}; {missing}"
     if bounds:
         note += f"; 95 % interval {metric_value(name, bounds[0])} to {metric_value(name, bounds[1])}"
     title = f"{metric_name(name)} of {rows:,} held-out rows" if rows else f"held-out {metric_name(name)}"
@@ -312,6 +313,7 @@ def sample_answers(samples: Sequence[SampleAnswer], task: str) -> tuple[list[dic
 
     An answer is marked as right or wrong if it can be compared with an expected answer.
     """
+    entry = task_registry.find(task)
     grouped: dict[tuple[int | None, str], list[SampleAnswer]] = {}
     for sample in samples:
         grouped.setdefault((sample.row, sample.prompt), []).append(sample)
@@ -319,7 +321,7 @@ def sample_answers(samples: Sequence[SampleAnswer], task: str) -> tuple[list[dic
     between: list[dict[str, Any]] = []
     for (row, prompt), answers in list(grouped.items())[:PROMPTS]:
         answers = sorted(answers, key=lambda sample: sample.step)
-        exact = task == "causal-lm" and len(answers[-1].expected or "") <= MAX_EXACT_LENGTH
+        exact = entry is not None and entry.trains_on_answers and len(answers[-1].expected or "") <= MAX_EXACT_LENGTH
         expected = None if answers[-1].expected is None else _cut(answers[-1].expected)
         name = f"row {row}" if row is not None else f"prompt {len(prompts) + 1}"
         lines = pretty_json(answers[-1].expected)
@@ -431,8 +433,7 @@ def suggested_commands(record: Run) -> list[dict[str, str]]:
     """Return the commands that are useful in the run's state. Commands stored in ``run.json`` are untrusted and not
     used.
     """
-    writes = record.values.get("writes_text", record.task in ("causal-lm", "preference", "rl")) is True
-    path = record.path.absolute()
+    path, writes = record.path.absolute(), record.generates_text
     return next_commands(path, record.state, record.method, record.task, generates_text=writes, every=True)
 
 

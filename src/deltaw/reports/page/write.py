@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from deltaw.atomic_files import write_text
 from deltaw.reports.page.run_figures import downsampled_points, rate_figure, step_figure, value_format
 from deltaw.reports.page.run_view import run_view
-from deltaw.reports.page.svg import ChartSeries, Figure, FigureTable, Point, drawing, macro, running_mean, templates
 from deltaw.reports.runs import differing_settings, result_rows, same_prompts, unique_names
-from deltaw.reports.wording import format_time, metric_name, metric_value
+from deltaw.reports.svg import ChartSeries, Figure, FigureTable, Point, running_mean, standalone, templates
+from deltaw.reports.tables import format_time, metric_name, metric_value
 from deltaw.runs.folder import Run, find_runs, read_run
 from deltaw.training.callbacks import RateSearch
 
@@ -124,9 +125,7 @@ def _render(template: str, view: Mapping[str, Any]) -> str:
 def rate_drawing(search: RateSearch) -> str:
     """Render a learning-rate range test as a standalone SVG."""
     figure = rate_figure(search.as_dict())
-    if figure is None or not figure.drawing:
-        return str(drawing("rate-search", "Loss over learning rate", search.why, 40))
-    return str(macro("standalone", figure, templates()[1]))
+    return standalone([figure or Figure("rate-search", "Search of the learning rate", search.why, Markup())])
 
 
 def write_rate_figure(search: RateSearch, folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""OpenAI-compatible HTTP API for any :class:`~deltaw.serving.request.TextEngine`.
+"""OpenAI-compatible HTTP API for any :class:`~deltaw.decoding.request.TextEngine`.
 
 :mod:`opening` loads models, :mod:`served` describes a loaded model, :mod:`app` builds the application and :mod:`server`
 runs it with uvicorn. FastAPI, uvicorn and prometheus-client are in the extra ``serve``. This module imports none of

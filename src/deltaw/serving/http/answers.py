@@ -6,12 +6,15 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, Generic, TypeVar
+from dataclasses import dataclass, field
+from typing import ClassVar, Generic, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from deltaw.decoding.request import Request as TextRequest
+from deltaw.decoding.request import TextChunk, TokenLogprob
 from deltaw.errors import UserError
 from deltaw.serving.http.errors import (
     CLIENT_CLOSED_REQUEST,
@@ -34,8 +37,6 @@ from deltaw.serving.http.requests import (
 from deltaw.serving.http.served import Served, TokenizedPrompts
 from deltaw.serving.http.settings import ServerSettings
 from deltaw.serving.http.tool_calls import FORCED, CallScan
-from deltaw.serving.request import Request as TextRequest
-from deltaw.serving.request import TextChunk, TokenLogprob
 
 # Replaces the logarithm of a zero probability, which JSON cannot represent.
 MIN_LOGPROB = -9999.0
@@ -50,10 +51,7 @@ def chat_logprobs(logprobs: Sequence[TokenLogprob], token_bytes: TokenBytes) -> 
         raw = token_bytes(token)
         return {"token": raw.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(raw)}
 
-    content = []
-    for item in logprobs:
-        top = [entry(token, logprob) for token, logprob in item.top]
-        content.append({**entry(item.token, item.logprob), "top_logprobs": top})
+    content = [{**entry(i.token, i.logprob), "top_logprobs": [entry(*top) for top in i.top]} for i in logprobs]
     return {"content": content, "refusal": None}
 
 
@@ -73,24 +71,20 @@ def completion_logprobs(
     tops: list[dict[str, float] | None] = []
     offsets: list[int] = []
 
-    def add_token(token: int) -> str:
+    def add_token(token: int, value: float | None, top: dict[str, float] | None) -> None:
         nonlocal offset
-        name = _token_name(token_bytes(token))
-        tokens.append(name)
+        tokens.append(_token_name(token_bytes(token)))
+        values.append(value)
+        tops.append(top)
         offsets.append(offset)
         offset += len(token_bytes(token).decode("utf-8", "ignore"))
-        return name
 
     if first is not None:
-        add_token(first)
-        values.append(None)
-        tops.append(None)
+        add_token(first, None, None)
     for item in logprobs:
-        text = add_token(item.token)
-        values.append(_finite(item.logprob))
         likely = {_token_name(token_bytes(t)): _finite(value) for t, value in item.top}
-        likely.setdefault(text, _finite(item.logprob))
-        tops.append(likely if item.top else None)
+        likely.setdefault(_token_name(token_bytes(item.token)), _finite(item.logprob))
+        add_token(item.token, _finite(item.logprob), likely if item.top else None)
     return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 
 
@@ -117,6 +111,7 @@ _FAILURES = {
 }
 
 
+@dataclass
 class CompletionResponse(Generic[RequestFields]):
     """Response to one API request. Subclasses implement the format of their API.
 
@@ -136,12 +131,14 @@ class CompletionResponse(Generic[RequestFields]):
     response_type: ClassVar[str]
     chunk_type: ClassVar[str]
 
-    def __init__(
-        self, fields: RequestFields, requests: Sequence[TextRequest], prompts: TokenizedPrompts, record: Record
-    ) -> None:
-        self.fields: RequestFields = fields
-        self.requests, self.prompts, self.record = requests, prompts, record
-        self.created = int(time.time())
+    fields: RequestFields
+    requests: Sequence[TextRequest]
+    prompts: TokenizedPrompts
+    record: Record
+    created: int = field(init=False, default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        """Initialize the state of a subclass."""
 
     def initial_choices(self) -> Iterable[Object]:
         """Return the choices of events before the first chunk."""
@@ -281,8 +278,7 @@ class CompletionEndpoint(CompletionResponse[CompletionRequest]):
 
     prefix, response_type, chunk_type = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __post_init__(self) -> None:
         self._lengths: dict[int, int] = {}  # emitted characters by completion
 
     def chunk_choices(self, index: int, chunk: TextChunk) -> Iterator[Object]:
@@ -301,9 +297,7 @@ class CompletionEndpoint(CompletionResponse[CompletionRequest]):
 
     def _echo_text(self, index: int) -> str:
         """Return the prompt if ``echo`` is requested, otherwise an empty string."""
-        if not self.fields.echo:
-            return ""
-        prompt = self.fields.prompts[index // self.fields.choices]
+        prompt = self.fields.prompts[index // self.fields.choices] if self.fields.echo else ""
         if isinstance(prompt, str):
             return prompt
         return b"".join(map(self.prompts.token_bytes, prompt)).decode("utf-8", "replace")
@@ -323,8 +317,7 @@ class ChatEndpoint(CompletionResponse[ChatRequest]):
 
     prefix, response_type, chunk_type = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __post_init__(self) -> None:
         names = [tool.function.name for tool in self.fields.offered_tools]
         form = FORCED if self.fields.forced_functions else self.prompts.call_form if names else None
         self._scans = [None if form is None else CallScan(form, names) for _ in self.requests]

@@ -39,17 +39,13 @@ def operations_router(request_queue: RequestQueue | None, metrics: RequestMetric
     async def health() -> Response:
         return json_response({"status": "ok"})
 
-    @router.get(
-        "/ready", summary="Readiness check", responses=success_response("Server is ready") | error_responses(403, 503)
-    )
+    @router.get("/ready", summary="Readiness check", responses=success_response("Ready") | error_responses(403, 503))
     async def ready() -> Response:
         if request_queue is not None and request_queue.closing:
             raise ApiError(503, "the server is shutting down", code="shutting_down")
         return json_response({"status": "ready"})
 
-    @router.get(
-        "/metrics", summary="Prometheus metrics", responses=success_response("Metrics", "text/plain") | COMMON_REFUSALS
-    )
+    @router.get("/metrics", summary="Metrics", responses=success_response("Metrics", "text/plain") | COMMON_REFUSALS)
     async def metrics_text() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 

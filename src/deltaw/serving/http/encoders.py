@@ -78,6 +78,19 @@ class RerankRequest(Fields):
     return_documents: bool = True
     user: str | None = Field(None, max_length=512)
 
+    @property
+    def texts(self) -> list[str]:
+        """Texts of the documents."""
+        return [document if isinstance(document, str) else document.text for document in self.documents]
+
+
+# Route, class of the request body, and name of the outputs, by class of the model.
+_ROUTES: dict[type[RowModel], tuple[str, type[EmbeddingRequest | ClassifyRequest | RerankRequest], str]] = {
+    Reranker: ("/v1/rerank", RerankRequest, "scores"),
+    Embedder: ("/v1/embeddings", EmbeddingRequest, "vectors"),
+    Classifier: ("/v1/classify", ClassifyRequest, "classes"),
+}
+
 
 def serve_encoders(encoders: Encoders, name: str, reference: str, limits: Limits) -> Served:
     """Return the served model for embedding models, classifiers or rerankers.
@@ -89,7 +102,7 @@ def serve_encoders(encoders: Encoders, name: str, reference: str, limits: Limits
         limits: Limits of the server.
     """
     first = name if name in encoders.models else next(iter(encoders.models))
-    path, fields, output = _route_of(encoders.models[first])
+    path, fields, output = _ROUTES[type(encoders.models[first])]
     router = APIRouter()
 
     async def respond(request: Request) -> Response:
@@ -103,25 +116,23 @@ def serve_encoders(encoders: Encoders, name: str, reference: str, limits: Limits
             outputs = await _compute(encoders, body.model, partial(_pairs, model, body), record, limits, "documents")
             return json_response(_rerank_response(body, outputs[:, 0], record))
         outputs = await _compute(encoders, body.model, partial(_rows, model, body.input), record, limits, "input")
+        data: list[dict[str, object]] = []
         usage = {"prompt_tokens": record.prompt_tokens, "total_tokens": record.prompt_tokens}
-        response: dict[str, object] = {"object": "list", "model": body.model, "usage": usage}
+        response: dict[str, object] = {"object": "list", "model": body.model, "usage": usage, "data": data}
         if isinstance(body, EmbeddingRequest):
             if width < outputs.shape[1]:
                 # A truncated unit vector must be normalized again.
                 outputs = torch.nn.functional.normalize(outputs[:, :width], dim=-1)
-            response["data"] = [
-                {"object": "embedding", "index": index, "embedding": _encode_vector(vector, body.encoding_format)}
-                for index, vector in enumerate(outputs.numpy())
-            ]
+            for index, vector in enumerate(outputs.numpy()):
+                text = base64.b64encode(np.ascontiguousarray(vector, dtype="<f4").tobytes()).decode("ascii")
+                embedding = text if body.encoding_format == "base64" else vector.tolist()
+                data.append({"object": "embedding", "index": index, "embedding": embedding})
             return await asyncio.get_running_loop().run_in_executor(None, json_response, response)
         assert isinstance(model, Classifier)
-        data, count = [], len(model.classes)
         for index, row in enumerate(outputs):
-            label = model.classes[int(row.argmax())]
-            probs = row.tolist()
-            item = {"index": index, "label": label, "probs": probs, "num_classes": count}
+            label, probs = model.classes[int(row.argmax())], row.tolist()
+            item = {"index": index, "label": label, "probs": probs, "num_classes": len(model.classes)}
             data.append(item | {"probabilities": dict(zip(model.classes, probs, strict=True))})
-        response["data"] = data
         response |= {"id": f"classify-{record.id}", "created": int(time.time())}
         return json_response(response | {"usage": {**usage, "completion_tokens": 0}})
 
@@ -130,15 +141,6 @@ def serve_encoders(encoders: Encoders, name: str, reference: str, limits: Limits
     router.post(path, name=path.removeprefix("/v1/"), summary=f"Compute {output} of texts", **options)(respond)
     other_names = tuple(adapter for adapter in encoders.models if adapter not in (name, first))
     return Served(first, None, _no_prompts, reference, close=encoders.close, routers=(router,), other_names=other_names)
-
-
-def _route_of(model: RowModel) -> tuple[str, type[EmbeddingRequest | ClassifyRequest | RerankRequest], str]:
-    """Return the route of a model, the class of its request body, and the name of its outputs."""
-    if isinstance(model, Reranker):
-        return "/v1/rerank", RerankRequest, "scores"
-    if isinstance(model, Embedder):
-        return "/v1/embeddings", EmbeddingRequest, "vectors"
-    return "/v1/classify", ClassifyRequest, "classes"
 
 
 async def _compute(
@@ -189,12 +191,11 @@ def _pairs(model: RowModel, body: RerankRequest, limits: Limits) -> list[Row]:
     assert isinstance(model, Reranker)
     _check_length(model, body.query, "query", limits)
 
-    def row(document: str | RerankDocument) -> Row:
-        text = document if isinstance(document, str) else document.text
+    def row(text: str) -> Row:
         _check_length(model, text, "documents", limits)
         return model.pair(body.query, text)
 
-    return _limit_tokens(map(row, body.documents), "documents", limits)
+    return _limit_tokens(map(row, body.texts), "documents", limits)
 
 
 def _check_length(model: RowModel, text: str, param: str, limits: Limits) -> None:
@@ -219,9 +220,7 @@ def _rerank_response(body: RerankRequest, scores: Tensor, record: Record) -> dic
     """Return the response of a rerank request. Documents are sorted by score, ties by their order."""
     results = []
     for index in scores.argsort(descending=True, stable=True)[: body.top_n].tolist():
-        document = body.documents[index]
-        text_object = {"text": document if isinstance(document, str) else document.text}
-        extra = {"document": text_object} if body.return_documents else {}
+        extra = {"document": {"text": body.texts[index]}} if body.return_documents else {}
         results.append({"index": index, "relevance_score": float(scores[index]), **extra})
     usage = {"prompt_tokens": record.prompt_tokens, "total_tokens": record.prompt_tokens}
     return {"id": f"rerank-{record.id}", "model": body.model, "usage": usage, "results": results}
@@ -234,12 +233,6 @@ def _width(model: RowModel, requested: int | None) -> int:
         allowed = ", ".join(map(str, possible))
         raise ApiError(400, f"the model's vectors have {allowed} dimensions", param="dimensions")
     return requested or model.width
-
-
-def _encode_vector(vector: np.ndarray, encoding: str) -> list[float] | str:
-    if encoding == "base64":
-        return base64.b64encode(np.ascontiguousarray(vector, dtype="<f4").tobytes()).decode("ascii")
-    return vector.tolist()  # type: ignore[no-any-return]
 
 
 def _no_prompts(adapter: str | None) -> TokenizedPrompts:

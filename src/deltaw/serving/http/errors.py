@@ -12,8 +12,8 @@ from fastapi.responses import Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
+from deltaw.decoding.request import BusyError, UnknownAdapterError, UnsupportedError
 from deltaw.errors import UserError, nearest
-from deltaw.serving.request import BusyError, UnknownAdapterError, UnsupportedError
 
 # Error types of the OpenAI API. Other 4xx are "invalid_request_error", other 5xx "server_error".
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}

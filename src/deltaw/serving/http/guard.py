@@ -23,11 +23,11 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deltaw.decoding.request import EngineLoad
 from deltaw.machine.memory import trim_memory
 from deltaw.serving.http.errors import CLIENT_CLOSED_REQUEST, ApiError, error_response
 from deltaw.serving.http.requests import FAILURE, KEY, LARGE, Bodies, Record, record_of
 from deltaw.serving.http.settings import ServerSettings, is_loopback
-from deltaw.serving.request import EngineLoad
 
 # Histogram buckets in seconds: per token, to the first token, and per request.
 _TOKEN_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
@@ -40,10 +40,6 @@ _GAUGES = {
     "pages": "Total pages of keys and values",
     "adapters_loaded": "Adapters in memory",
 }
-
-
-def _number(load: Callable[[], EngineLoad], name: str) -> float:
-    return float(getattr(load(), name))
 
 
 class RequestMetrics:
@@ -71,7 +67,8 @@ class RequestMetrics:
         self._token = histogram("deltaw_token_seconds", f"{token}, over its completions", buckets=_TOKEN_BUCKETS)
         Gauge("deltaw_pending", "Completions that are queued or running", registry=registry).set_function(pending)
         for name, description in _GAUGES.items():
-            Gauge(f"deltaw_{name}", description, registry=registry).set_function(functools.partial(_number, load, name))
+            gauge = Gauge(f"deltaw_{name}", description, registry=registry)
+            gauge.set_function(lambda name=name: float(getattr(load(), name)))  # type: ignore[misc]
 
     def count(self, record: Record, route: str, status: int, seconds: float) -> None:
         """Record a completed request."""
@@ -174,9 +171,7 @@ class RequestObserver:
     """
 
     def __init__(self, app: ASGIApp, metrics: RequestMetrics) -> None:
-        self._app = app
-        self._metrics = metrics
-        self._bodies = Bodies()
+        self._app, self._metrics, self._bodies = app, metrics, Bodies()
         self._trimming: asyncio.TimerHandle | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -263,14 +258,13 @@ class Guard:
             await self._app(scope, receive, send)
             return
         refusal = self._refusal(scope)
-        answering = self._app if refusal is None else error_response(refusal)
-        await answering(scope, receive, send)
+        await (self._app if refusal is None else error_response(refusal))(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)
         if self._check_hosts and not self._known_host(headers.get("host", "")):
-            hint = "start the server with --allow-host"
-            return ApiError(403, f"the Host header names another host: {hint}", code="wrong_host")
+            message = "the Host header names another host: start the server with --allow-host"
+            return ApiError(403, message, code="wrong_host")
         if self._keys and scope["path"] not in self._open:
             number = self._key_of(headers)
             if not number:

@@ -9,31 +9,28 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from deltaw.data.report import quoted
+from deltaw.decoding.adapters import AdapterInfo, unknown_adapter_error
+from deltaw.decoding.bank import AdapterBank, Packer
+from deltaw.decoding.decodable import build_decodable
+from deltaw.decoding.opening import build_engine, cache_budget, fallback_engine
+from deltaw.decoding.probes import NotDecodable
 from deltaw.errors import UserError
 from deltaw.hub.folders import adapter_folder, short_name
-from deltaw.progress import track_progress
-from deltaw.serving.adapters import AdapterInfo, unknown_adapter_error
-from deltaw.serving.bank import AdapterBank, Packer
-from deltaw.serving.batch import BatchLimits
-from deltaw.serving.decodable import build_decodable
-from deltaw.serving.encoders import EncoderOptions, detect_output_kind, open_classifiers, open_embedder
-from deltaw.serving.engine import Engine
+from deltaw.methods.trust import is_adapter, read_folder
+from deltaw.progress import LogFunction, track_progress
+from deltaw.serving.encoders import EncoderOptions, Encoders, detect_output_kind, open_classifiers, read_embedder
 from deltaw.serving.http.encoders import serve_encoders
-from deltaw.serving.http.page.document import page_router, trial_page
+from deltaw.serving.http.page import page_router, trial_page
 from deltaw.serving.http.queue import TokenizerPrompts
 from deltaw.serving.http.served import Served, TokenizedPrompts
 from deltaw.serving.http.settings import Limits, check_name
-from deltaw.serving.opening import build_engine, cache_budget, fallback_engine
-from deltaw.serving.probes import NotDecodable
-from deltaw.training.callbacks import LogFunction
-from deltaw.training.open_run import AdaptedModel, is_adapter, open_run, read_folder
-from deltaw.training.prompting import Prompting, read_prompting
+from deltaw.training.answers import Prompting, read_prompting
+from deltaw.training.open_run import open_run
+from deltaw.training.task import OpenedRun
 
-# Returns the tokenizer of an adapter by name, or of the base model for None.
-AllPrompts: TypeAlias = Callable[[str | None], TokenizedPrompts]
 # Number of tokenizers to cache. Each is small, but adapters can be replaced any number of times.
 MAX_CACHED_PROMPTS = 1024
 
@@ -74,9 +71,7 @@ class OpenOptions:
         return {"precision": self.precision, "device": self.device, "trust_remote_code": self.trust_remote_code}
 
 
-def open_any(
-    base: str, folders: Mapping[str, Path], options: OpenOptions, limits: Limits, *, log: LogFunction
-) -> Served:
+def open_any(base: str, folders: Mapping[str, Path], options: OpenOptions, limits: Limits, log: LogFunction) -> Served:
     """Open a model of any kind: text generation, embedding, classification or reranking.
 
     Args:
@@ -99,8 +94,8 @@ def open_any(
     if kind == "vectors":
         if folders:
             raise UserError("an embedding model cannot be served with adapters", location="--adapter")
-        embedding_options: dict[str, Any] = {"pooling": options.pooling, "normalize": options.normalize}
-        encoders = open_embedder(base, name, log=log, **embedding_options, **options.loading_options)
+        loading: Any = {"pooling": options.pooling, "normalize": options.normalize, **options.loading_options}
+        encoders = Encoders({name: read_embedder(base, log=log, **loading)})
     else:
         if name in folders:
             raise UserError(f"two models are named '{name}'", location="--adapter", hint="use --name")
@@ -143,11 +138,20 @@ def open_served(base: str, folders: Mapping[str, Path], options: OpenOptions, *,
     session.require_generation()
     budget = cache_budget(options.cache_bytes)
     bank: AdapterBank | None = None
+    prompts: Callable[[str | None], TokenizedPrompts]
     try:
         with track_progress("preparing the decoder"):
             result = build_decodable(session.model, cache_bytes=budget)
     except NotDecodable as reason:
-        engine, prompts = _by_transformers(base, folders, session, options, reason, log)
+        if len(folders) > 1:
+            message = f"the decoder does not support it, and transformers serves one adapter, not {len(folders)}"
+            hint = "start one server per adapter, on different ports"
+            raise UserError(message, location="--adapter", hint=hint) from reason
+        data: dict[str | None, TokenizerPrompts] = {None: TokenizerPrompts(session.tokenizer, session.data)}
+        for adapter, folder in folders.items():
+            session = open_run(str(folder), model=base, log=log, **options.loading_options)
+            data[adapter] = TokenizerPrompts(session.tokenizer, session.data)
+        engine, prompts = fallback_engine(session, next(iter(folders), None), reason, log), data.__getitem__
     else:
         packer = Packer(session.model, result)
         bank = AdapterBank(session.model, session.tokenizer, packer, budget_bytes=options.adapter_bytes)
@@ -155,10 +159,10 @@ def open_served(base: str, folders: Mapping[str, Path], options: OpenOptions, *,
             for done, (adapter, folder) in enumerate(folders.items(), start=1):
                 bank.add(adapter, folder)
                 advance(done)
-        engine = build_engine(result, session, bank, cache_bytes=budget, limits=BatchLimits(running=options.running))
+        engine = build_engine(result, session, bank, cache_bytes=budget, running=options.running)
         prompts = _prompts_of_bank(session, bank)
     close = functools.partial(engine.close, drain=False)
-    served = Served(name, engine, prompts, base, engine.positions, bank, lambda: engine.load, close=close)
+    served = Served(name, engine, prompts, base, engine.positions, bank, lambda: engine.load, close)
     if not options.page:
         return served
 
@@ -170,32 +174,12 @@ def open_served(base: str, folders: Mapping[str, Path], options: OpenOptions, *,
         return read_prompting(folders[model] if bank is None else bank.info(model).folder)
 
     if (with_prompt := next((model for model in [name, *folders] if prompting(model).system), None)) is not None:
-        quoted_prompt = quoted(prompting(with_prompt).system, 24)
-        log(f"system prompt of the rows: {quoted_prompt} (used by the page, not added by the API)")
-
+        text = quoted(prompting(with_prompt).system, 24)
+        log(f"system prompt of the rows: {text} (used by the page, not added by the API)")
     return replace(served, routers=(page_router(prompting),), open_paths=frozenset({"/"}))
 
 
-def _by_transformers(
-    base: str,
-    folders: Mapping[str, Path],
-    session: AdaptedModel,
-    options: OpenOptions,
-    reason: NotDecodable,
-    log: LogFunction,
-) -> tuple[Engine, AllPrompts]:
-    if len(folders) > 1:
-        message = f"the decoder does not support this model, and transformers serves one adapter, not {len(folders)}"
-        raise UserError(message, location="--adapter", hint="start one server per adapter, on different ports")
-    adapter_name = next(iter(folders), None)
-    data: dict[str | None, TokenizerPrompts] = {None: TokenizerPrompts(session.tokenizer, session.data)}
-    if adapter_name is not None:
-        session = open_run(str(folders[adapter_name]), model=base, log=log, **options.loading_options)
-        data[adapter_name] = TokenizerPrompts(session.tokenizer, session.data)
-    return fallback_engine(session, adapter_name, reason, log), data.__getitem__
-
-
-def _prompts_of_bank(session: AdaptedModel, bank: AdapterBank) -> AllPrompts:
+def _prompts_of_bank(session: OpenedRun, bank: AdapterBank) -> Callable[[str | None], TokenizedPrompts]:
     """Return the tokenizers of a bank's adapters. Each uses its own chat template and renders as its training rows."""
     base_prompts = TokenizerPrompts(session.tokenizer, session.data)
 

@@ -17,15 +17,15 @@ import numpy as np
 
 from deltaw.data.chat_template import todays_date
 from deltaw.data.messages import read_messages
-from deltaw.data.settings import DataSettings
-from deltaw.data.templates import Encoder, TemplateName
+from deltaw.data.templates import Encoder
+from deltaw.decoding.request import Constraint, GenerationHandle, Request, TextChunk, TextEngine
 from deltaw.errors import UserError
 from deltaw.serving.http.errors import ApiError, blame_field
 from deltaw.serving.http.requests import ChatRequest, CompletionRequest, json_constraint
 from deltaw.serving.http.served import Served, TokenizedPrompts
 from deltaw.serving.http.settings import Limits
 from deltaw.serving.http.tool_calls import CallForm, forced_schema, form_of
-from deltaw.serving.request import Constraint, GenerationHandle, Request, TextChunk, TextEngine
+from deltaw.settings.data import DataSettings, TemplateName
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -340,7 +340,7 @@ def build_requests(
         adapter: Name of the adapter, or None for the base model.
         served: The served model.
         limits: Limits of the server.
-        owner: Owner of the request (see :class:`deltaw.serving.request.Request`).
+        owner: Owner of the request (see :class:`deltaw.decoding.request.Request`).
 
     Raises:
         ApiError: if a prompt is empty or too long, or a conversation cannot be rendered.

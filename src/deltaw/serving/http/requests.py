@@ -21,9 +21,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import PydanticCustomError
 from starlette.requests import ClientDisconnect
 
+from deltaw.decoding.request import Constraint, Sampling
 from deltaw.serving.http.errors import CLIENT_CLOSED_REQUEST, ApiError, validation_error
 from deltaw.serving.http.settings import Limits
-from deltaw.serving.request import Constraint, Sampling
 
 # Name of a model or an adapter.
 ModelName = Annotated[str, Field(min_length=1, max_length=512)]
@@ -82,11 +82,14 @@ class ResponseFormat(Fields):
         return self
 
 
+# Unsupported fields, with their values that have no effect and a hint. null is always accepted.
+Unsupported = Mapping[str, tuple[tuple[object, ...], str]]
+
+
 class TextFields(Fields):
     """Fields common to chat and text completions."""
 
-    # Unsupported fields, with their values that have no effect and a hint. null is always accepted.
-    unsupported: ClassVar[Mapping[str, tuple[tuple[object, ...], str]]] = {}
+    unsupported: ClassVar[Unsupported] = {}
 
     model: ModelName
     max_tokens: int | None = Field(None, ge=0, le=1 << 30)
@@ -158,15 +161,11 @@ class TextFields(Fields):
     def sampling(self, logprobs: int | None) -> Sampling:
         """Return the sampling parameters. Without a seed, a random one is used."""
         named = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-        values = {name: value for name in named if (value := getattr(self, name)) is not None}
-        return Sampling(
-            **{"temperature": 1.0, **values},
-            top_k=max(0, self.top_k or 0),
-            logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
-            # Seeds must not be negative.
-            seed=secrets.randbits(63) if self.seed is None else self.seed % (1 << 63),
-            logprobs=logprobs,
-        )
+        values = {"temperature": 1.0} | {name: x for name in named if (x := getattr(self, name)) is not None}
+        bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
+        # Seeds must not be negative.
+        seed = secrets.randbits(63) if self.seed is None else self.seed % (1 << 63)
+        return Sampling(**values, top_k=max(0, self.top_k or 0), logit_bias=bias, seed=seed, logprobs=logprobs)
 
     def constraint(self) -> Constraint | None:
         """Return the constraint of the completion, or None."""
@@ -193,10 +192,10 @@ def json_constraint(schema: dict[str, Any] | str, param: str) -> Constraint:
     if len(text) > MAX_CONSTRAINT_LENGTH:
         raise ApiError(400, f"the schema has more than {MAX_CONSTRAINT_LENGTH:,} characters", param=param)
     try:
-        is_object = isinstance(json.loads(text), dict)
+        parsed = json.loads(text)
     except (ValueError, RecursionError):
-        is_object = False
-    if not is_object:
+        parsed = None
+    if not isinstance(parsed, dict):
         raise ApiError(400, "a schema must be a JSON object", param=param)
     return Constraint("json_schema", text)
 
@@ -260,12 +259,9 @@ class Record:
 
     def usage(self) -> dict[str, object]:
         """Return the token counts in the response format."""
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-        }
+        prompt, completion = self.prompt_tokens, self.completion_tokens
+        counts = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return {**counts, "prompt_tokens_details": {"cached_tokens": self.cached_tokens}}
 
 
 def record_of(scope: Mapping[str, Any]) -> Record:
@@ -375,8 +371,7 @@ def _check(value: Any, limits: Limits) -> None:
             elif isinstance(part, dict):
                 if len(part) > MAX_KEYS:
                     raise ApiError(400, f"an object has more than {MAX_KEYS:,} keys")
-                below += part.keys()
-                below += part.values()
+                below += [*part, *part.values()]
             elif isinstance(part, list):
                 below += part
         if not below:
@@ -460,9 +455,8 @@ class Message(Fields):
         parts = self.content if isinstance(self.content, list) else []
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
         turn: dict[str, object] = {"role": "system" if self.role == "developer" else self.role, "content": text}
-        for key in ("name", "tool_call_id", "reasoning_content"):
-            if getattr(self, key) is not None:
-                turn[key] = getattr(self, key)
+        keys = ("name", "tool_call_id", "reasoning_content")
+        turn |= {key: value for key in keys if (value := getattr(self, key)) is not None}
         if self.tool_calls:
             turn["tool_calls"] = [c.model_dump(exclude={"index"}, exclude_none=True) for c in self.tool_calls]
         return turn
@@ -487,7 +481,7 @@ class Tool(Fields):
 class ChatRequest(TextFields):
     """Body of ``/v1/chat/completions``."""
 
-    unsupported: ClassVar[Mapping[str, tuple[tuple[object, ...], str]]] = {
+    unsupported: ClassVar[Unsupported] = {
         **dict.fromkeys(("functions", "function_call"), ((), "use 'tools' and 'tool_choice'")),
         **dict.fromkeys(("audio", "prediction", "reasoning_effort", "web_search_options"), ((), "")),
         "modalities": ((["text"],), "only text is supported"),
@@ -555,9 +549,7 @@ MAX_PROMPTS = 1024
 class CompletionRequest(TextFields):
     """Body of ``/v1/completions``."""
 
-    unsupported: ClassVar[Mapping[str, tuple[tuple[object, ...], str]]] = {
-        "suffix": (("",), "text is only generated after the prompt")
-    }
+    unsupported: ClassVar[Unsupported] = {"suffix": (("",), "text is only generated after the prompt")}
 
     prompt: (
         str
@@ -583,11 +575,8 @@ class CompletionRequest(TextFields):
     @property
     def prompts(self) -> list[str | list[int]]:
         """Prompts as text or token ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
+        is_single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return [self.prompt] if is_single else list(self.prompt)  # type: ignore[arg-type, list-item]
 
     @property
     def log_value(self) -> object:

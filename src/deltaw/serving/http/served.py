@@ -15,6 +15,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
 from pydantic import Field
 
+from deltaw.decoding.request import EngineLoad, TextEngine
 from deltaw.errors import UserError
 from deltaw.serving.http.errors import (
     COMMON_REFUSALS,
@@ -28,7 +29,6 @@ from deltaw.serving.http.errors import (
 from deltaw.serving.http.requests import Fields, read_json, record_of, request_body_schema
 from deltaw.serving.http.settings import NAME, ServerSettings
 from deltaw.serving.http.tool_calls import CallForm
-from deltaw.serving.request import EngineLoad, TextEngine
 from deltaw.untrusted_paths import is_remote_path
 
 
@@ -113,13 +113,13 @@ class Served:
         return self.other_names if self.engine is None else self.engine.adapters()
 
 
-class UnloadAdapterRequest(Fields):
+class UnloadRequest(Fields):
     """Body of ``/v1/unload_lora_adapter``."""
 
     lora_name: str = Field(pattern=f"^{NAME.pattern}$")
 
 
-class LoadAdapterRequest(UnloadAdapterRequest):
+class LoadRequest(UnloadRequest):
     """Body of ``/v1/load_lora_adapter``."""
 
     lora_path: str = Field(min_length=1, max_length=1024)
@@ -132,23 +132,18 @@ def models_router(served: Served) -> APIRouter:
     started = int(time.time())
 
     def entry(name: str) -> dict[str, object]:
+        origin = (served.reference or name, None) if name == served.name else (name, served.name)
         fields = {"id": name, "object": "model", "created": started, "owned_by": "deltaw"}
-        if name == served.name:
-            return {**fields, "root": served.reference or name, "parent": None}
-        return {**fields, "root": name, "parent": served.name}
+        return {**fields, "root": origin[0], "parent": origin[1]}
 
-    @router.get(
-        "/v1/models", summary="List base model and adapters", responses=success_response("Models") | COMMON_REFUSALS
-    )
+    responses = success_response("Models") | COMMON_REFUSALS
+
+    @router.get("/v1/models", summary="List base model and adapters", responses=responses)
     async def models() -> Response:
         names = [served.name, *sorted(served.adapters())]
         return json_response({"object": "list", "data": [entry(name) for name in names]})
 
-    @router.get(
-        "/v1/models/{model:path}",
-        summary="One model",
-        responses=success_response("The model") | COMMON_REFUSALS | error_responses(404),
-    )
+    @router.get("/v1/models/{model:path}", summary="One model", responses=responses | error_responses(404))
     async def model(model: str) -> Response:
         if model != served.name and model not in served.adapters():
             raise unknown_model_error(model)
@@ -165,11 +160,9 @@ def adapters_router(served: Served, adapter_store: AdapterStore, settings: Serve
     router = APIRouter(responses=responses, default_response_class=PlainTextResponse)
     changing = asyncio.Lock()
 
-    @router.post(
-        "/v1/load_lora_adapter", summary="Load an adapter", openapi_extra=request_body_schema(LoadAdapterRequest)
-    )
+    @router.post("/v1/load_lora_adapter", summary="Load an adapter", openapi_extra=request_body_schema(LoadRequest))
     async def load(request: Request) -> Response:
-        body = await read_json(request, LoadAdapterRequest, limits)
+        body = await read_json(request, LoadRequest, limits)
         name, folder = body.lora_name, resolve_adapter_folder(root, body.lora_path)
         async with changing:
             names = served.adapters()
@@ -188,10 +181,10 @@ def adapters_router(served: Served, adapter_store: AdapterStore, settings: Serve
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
     @router.post(
-        "/v1/unload_lora_adapter", summary="Unload an adapter", openapi_extra=request_body_schema(UnloadAdapterRequest)
+        "/v1/unload_lora_adapter", summary="Unload an adapter", openapi_extra=request_body_schema(UnloadRequest)
     )
     async def unload(request: Request) -> Response:
-        name = (await read_json(request, UnloadAdapterRequest, limits)).lora_name
+        name = (await read_json(request, UnloadRequest, limits)).lora_name
         async with changing:
             if name not in served.adapters():
                 raise ApiError(404, f"there is no adapter '{name}'", param="lora_name", code="model_not_found")

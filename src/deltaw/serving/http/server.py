@@ -28,6 +28,7 @@ from deltaw.serving.http.errors import ApiError
 from deltaw.serving.http.queue import RequestQueue
 from deltaw.serving.http.settings import Limits, ServerSettings
 
+Ready = Callable[[], None]
 # Seconds at shutdown for a client to read sent data.
 SHUTDOWN_WRITE_SECONDS = 2.0
 
@@ -103,8 +104,7 @@ class _LimitedConnection(H11Protocol):
             self._write_timer = self.loop.call_later(self._write_seconds, self._abort_if_unread)
 
     def _abort_if_unread(self) -> None:
-        unread = self.flow.write_paused or self.cycle.response_complete
-        if unread and self.transport.get_write_buffer_size():
+        if (self.flow.write_paused or self.cycle.response_complete) and self.transport.get_write_buffer_size():
             self.transport.abort()
 
     def _reject(self, error: ApiError) -> None:
@@ -168,9 +168,7 @@ class Server(uvicorn.Server):
         ready: Called once when the server accepts requests.
     """
 
-    def __init__(
-        self, app: FastAPI, queue: RequestQueue | None, settings: ServerSettings, ready: Callable[[], None]
-    ) -> None:
+    def __init__(self, app: FastAPI, queue: RequestQueue | None, settings: ServerSettings, ready: Ready) -> None:
         limits = settings.limits
         options: dict[str, Any] = {"ws": "none", "lifespan": "off", "log_config": None}
         options |= dict.fromkeys(("access_log", "proxy_headers", "server_header"), False)
@@ -226,9 +224,7 @@ class Server(uvicorn.Server):
         self.force_exit = self._signals > 2
 
 
-def run(
-    app: FastAPI, queue: RequestQueue | None, settings: ServerSettings, bound: socket.socket, ready: Callable[[], None]
-) -> bool:
+def run(app: FastAPI, queue: RequestQueue | None, settings: ServerSettings, bound: socket.socket, ready: Ready) -> bool:
     """Serve until a signal arrives.
 
     Returns:

@@ -155,8 +155,7 @@ def read_keys(flag_keys: Sequence[str], file: Path | None) -> tuple[str, ...]:
         if not file_keys:
             raise UserError("the file contains no key", location=str(file), hint="write one key per line")
         keys += file_keys
-    if os.environ.get(KEY_VARIABLE):
-        keys.append(os.environ[KEY_VARIABLE])
+    keys += filter(None, [os.environ.get(KEY_VARIABLE)])
     return tuple(validate_key(key, "--api-key, its file or DELTAW_API_KEY") for key in dict.fromkeys(keys))
 
 

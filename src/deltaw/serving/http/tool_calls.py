@@ -78,14 +78,11 @@ FORCED = CallForm("")
 
 def form_of(template: str) -> CallForm | None:
     """Return the tool call format of a chat template, or None if it is unknown."""
-    if "<tool_call>" in template and "<function=" not in template:
+    if HERMES.opening in template and "<function=" not in template:
         return HERMES
-    if PIPED.opening in template:
-        return PIPED
-    if "[TOOL_CALLS]" in template:
-        return MISTRAL
-    if '"parameters": dictionary' in template:
-        return LLAMA
+    for form, mark in ((PIPED, PIPED.opening), (MISTRAL, MISTRAL.opening), (LLAMA, '"parameters": dictionary')):
+        if mark in template:
+            return form
     return None
 
 

@@ -84,8 +84,7 @@ def pearson(x: np.ndarray, y: np.ndarray) -> float:
     if len(x) < 2 or (x == x[0]).all() or (y == y[0]).all():
         return float("nan")  # rounding could make the variance slightly positive
     x, y = x - x.mean(), y - y.mean()
-    value = _ratio(x @ y, np.sqrt(x @ x) * np.sqrt(y @ y))
-    return float(np.clip(value, -1.0, 1.0))
+    return float(np.clip(_ratio(x @ y, np.sqrt(x @ x) * np.sqrt(y @ y)), -1.0, 1.0))
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
@@ -251,6 +250,7 @@ class Evaluation:
         confusion: Counts (true, predicted) in the order of ``classes``.
         predicted: For each row with an answer, in the order of ``per_row``, int64 (labels,) predicted tokens and
             labels. Empty if the model does not generate text.
+        predictions: (rows, classes) logits or (rows,) numbers in the order of the examples, if rows have labels.
         outcomes: Rows for a report, if the task provides them.
         name: Name of the evaluation set, or an empty string.
         other_sets: Evaluations of further sets by name.
@@ -265,20 +265,20 @@ class Evaluation:
     classes: Sequence[str] = ()
     confusion: np.ndarray | None = None
     predicted: Sequence[tuple[np.ndarray, np.ndarray]] = field(default=(), repr=False)
+    predictions: np.ndarray | None = field(default=None, repr=False)
     outcomes: Outcomes | None = field(default=None, repr=False)
     name: str = ""
     other_sets: Mapping[str, Evaluation] = field(default_factory=dict)
 
     @classmethod
     def of_rows(
-        cls: type[EvaluationT], metrics: dict[str, float], main: str, per_row: np.ndarray, **fields: Any
+        cls: type[EvaluationT], metrics: dict[str, float], main: str, per_row: np.ndarray, higher_is_better: bool = True
     ) -> EvaluationT:
         """Create an evaluation with the interval of the main metric, the mean of ``per_row``.
 
         For a loss per token, the mean over rows differs slightly from the metric.
         """
-        interval = mean_interval(per_row, share=main in SHARE_METRICS)
-        return cls(metrics, main, per_row=per_row, interval=interval, **fields)
+        return cls(metrics, main, higher_is_better, per_row, mean_interval(per_row, share=main in SHARE_METRICS))
 
     def as_dict(self) -> dict[str, object]:
         """Return the metrics for JSON, with nan as null. With several sets, metrics are grouped by set name."""

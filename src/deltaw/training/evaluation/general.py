@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -24,8 +24,7 @@ from deltaw.cache import load_result, store_result
 from deltaw.data.example import Example
 from deltaw.data.packing import epoch_order
 from deltaw.data.prepare import encode_prompt
-from deltaw.data.settings import DataSettings
-from deltaw.data.templates import TemplateName
+from deltaw.decoding.generation import GeneratedCompletion, Progress, TextGenerator, generate, position_limit
 from deltaw.errors import UserError
 from deltaw.hub.loading import has_values
 from deltaw.lora.fingerprint import base_fingerprint
@@ -33,10 +32,10 @@ from deltaw.lora.stored import count_logical_parameters
 from deltaw.machine.choices import QUANTIZED
 from deltaw.machine.kernel_choice import numerics_key
 from deltaw.progress import track_progress
-from deltaw.runtime.generation import GeneratedCompletion, Progress, TextGenerator, generate, position_limit
 from deltaw.runtime.quantized_weights import Rounding
+from deltaw.settings.data import DataSettings, TemplateName
 from deltaw.training.losses import detach_wide
-from deltaw.training.microbatches import AnyBatcher, AnyObjective
+from deltaw.training.microbatches import Batcher, Objective
 
 # Maximum number of tokens of an answer. Longer answers add little information, because drift shows in the first words.
 MAX_ANSWER_TOKENS = 40
@@ -48,7 +47,7 @@ MIN_PARAMETERS = 16_000_000
 MIN_ANSWERS = 8
 CACHE_DEPENDENCIES = (
     *("torch", "transformers", "tokenizers"),
-    *("deltaw.kernels", "deltaw.lora", "deltaw.runtime", "deltaw.serving"),
+    *("deltaw.kernels", "deltaw.lora", "deltaw.runtime", "deltaw.decoding"),
 )
 
 
@@ -81,37 +80,73 @@ def check_size(model: PreTrainedModel) -> None:
         raise NoGeneralAnswers(f"a model of {count:,} parameters has learned no general answers")
 
 
+# Token ids of prompts, each (length,).
+PromptTokens: TypeAlias = Sequence[np.ndarray]
+
+
+@dataclass(frozen=True)
+class GreedyDecoder:
+    """Completes prompts greedily.
+
+    Attributes:
+        model: Model that completes the prompts.
+        tokenizer: Tokenizer of the model.
+        identity: Identifier of the base model (:func:`quantized_identity`) for the cache. None disables caching.
+        writer: Generates the completions. By default, or if it returns None, transformers is used.
+        batch_tokens: Limit of the memory for decoding, see :func:`deltaw.decoding.generation.generate`.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    identity: str | None = None
+    writer: TextGenerator | None = None
+    batch_tokens: int = 1024
+
+    def complete(self, prompts: PromptTokens, count: int, on_progress: Progress = None) -> list[GeneratedCompletion]:
+        """Return completions of up to ``count`` tokens."""
+        tokens = self.batch_tokens
+        completions = None if self.writer is None else self.writer(prompts, count, tokens, on_progress)
+        if completions is not None:
+            return completions
+        model, tokenizer = self.model, self.tokenizer
+        return generate(model, tokenizer, prompts, max_new_tokens=count, batch_tokens=tokens, on_progress=on_progress)
+
+    def cached(self, prompts: PromptTokens, count: int, on_progress: Progress = None) -> list[GeneratedCompletion]:
+        """Return the result of :meth:`complete`, cached on disk. The model must compute as the base model."""
+        digest = hashlib.sha256()
+        for prompt in prompts:
+            digest.update(len(prompt).to_bytes(4, "little") + prompt.astype("<i4").tobytes())
+        key = [self.identity, count, digest.hexdigest(), numerics_key(self.model.device)]
+        stored = None if self.identity is None else load_result("general", key, CACHE_DEPENDENCIES)
+        if isinstance(stored, list) and len(stored) == len(prompts):
+            with contextlib.suppress(TypeError, ValueError, OverflowError):  # invalid cache file
+                return [GeneratedCompletion(np.array(ids, np.int32), str(s), t is not None, t) for ids, s, t in stored]
+        completions = self.complete(prompts, count, on_progress)
+        if self.identity is not None:
+            values = [[c.tokens.tolist(), c.text, c.terminator] for c in completions]
+            store_result("general", key, values, CACHE_DEPENDENCIES)
+        return completions
+
+
 def general_answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    data: DataSettings | TemplateName = "auto",
-    *,
-    identity: str | None,
-    batch_tokens: int = 1024,
-    reserved: int = 0,
-    writer: TextGenerator | None = None,
+    base: GreedyDecoder, prompts: Sequence[str], data: DataSettings | TemplateName = "auto", *, reserved: int = 0
 ) -> list[Example]:
-    """Return the model's answers to general prompts as rows with the greedy tokens as labels.
+    """Return the base model's answers to general prompts as rows with the greedy tokens as labels.
 
     Args:
-        model: Model that answers like the base model.
         data: Data settings of a run, or the name of a template, to render prompts with.
-        identity: Identifier of the base model (:func:`quantized_identity`), None disables caching.
-        batch_tokens: Limit of the memory for decoding, see :func:`deltaw.runtime.generation.generate`.
         reserved: Positions that a method prepends to each row.
-        writer: Generates the answers. Default: transformers.
 
     Returns:
         A row per answer. Its last label is the terminator if the model terminated the answer. ``row`` is the number of
-        its prompt, from 1. Prompts without enough positions for an answer and empty answers are skipped.
+        its prompt, from 1. PromptTokens without enough positions for an answer and empty answers are skipped.
 
     Raises:
         NoGeneralAnswers: if fewer than ``MIN_ANSWERS`` remain, or the chat template rejects the prompts.
     """
-    limit = position_limit(model)
+    limit = position_limit(base.model)
     try:
-        rendered = [encode_prompt(prompt, data, tokenizer) for prompt in prompts]
+        rendered = [encode_prompt(prompt, data, base.tokenizer) for prompt in prompts]
     except UserError as error:
         raise NoGeneralAnswers(str(error.message)) from error
     max_length = math.inf if limit is None else limit - reserved - MAX_ANSWER_TOKENS
@@ -119,66 +154,26 @@ def general_answers(
     if len(fitting) < MIN_ANSWERS:
         raise NoGeneralAnswers(f"the model has {limit} positions, too few for general prompts")
     prompt_tokens = list(fitting.values())
-    if has_values(model):
+    if has_values(base.model):
         with track_progress("generating the base model's general answers", len(prompt_tokens)) as advance:
-            options: dict[str, Any] = {"batch_tokens": batch_tokens, "on_progress": lambda count, _: advance(count)}
-            options |= {"identity": identity, "writer": writer}
-            completions = base_answers(model, tokenizer, prompt_tokens, MAX_ANSWER_TOKENS, **options)
+            completions = base.cached(prompt_tokens, MAX_ANSWER_TOKENS, lambda count, _: advance(count))
         terminators = [[] if c.terminator is None else [c.terminator] for c in completions]
         answer_tokens = [[*c.tokens, *end] for c, end in zip(completions, terminators, strict=True)]
     else:  # fake tensors cannot be decoded, but answers of maximum length need the same memory
         answer_tokens = [[0] * MAX_ANSWER_TOKENS for _ in prompt_tokens]
     items = zip(fitting, prompt_tokens, answer_tokens, strict=True)
-    answers = [_example(index, prompt, answer, tokenizer) for index, prompt, answer in items]
-    if has_values(model):
+    answers = [_example(index, prompt, answer, base.tokenizer) for index, prompt, answer in items]
+    if has_values(base.model):
         answers = [answer for answer in answers if (answer.answer or "").strip()]
     if len(answers) < MIN_ANSWERS:
         raise NoGeneralAnswers(f"the base model answers only {len(answers)} of {len(prompts)} prompts")
     return answers
 
 
-def base_answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[np.ndarray],
-    count: int,
-    *,
-    identity: str | None,
-    batch_tokens: int,
-    on_progress: Progress = None,
-    writer: TextGenerator | None = None,
-) -> list[GeneratedCompletion]:
-    """Return the base model's greedy answers of up to ``count`` tokens, cached on disk.
-
-    Args:
-        identity: Identifier of the base model, None disables caching.
-        batch_tokens: See :func:`generate`.
-        on_progress: See :func:`generate`.
-        writer: Generates the answers. Default: transformers.
-    """
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(len(prompt).to_bytes(4, "little") + prompt.astype("<i4").tobytes())
-    key = [identity, count, digest.hexdigest(), numerics_key(model.device)]
-    stored = None if identity is None else load_result("general", key, CACHE_DEPENDENCIES)
-    if isinstance(stored, list) and len(stored) == len(prompts):
-        with contextlib.suppress(TypeError, ValueError, OverflowError):  # invalid cache file
-            return [GeneratedCompletion(np.array(ids, np.int32), str(s), t is not None, t) for ids, s, t in stored]
-    completions = None if writer is None else writer(prompts, count, batch_tokens, on_progress)
-    if completions is None:
-        options: dict[str, Any] = {"batch_tokens": batch_tokens, "on_progress": on_progress}
-        completions = generate(model, tokenizer, prompts, max_new_tokens=count, **options)
-    if identity is not None:
-        values = [[c.tokens.tolist(), c.text, c.terminator] for c in completions]
-        store_result("general", key, values, CACHE_DEPENDENCIES)
-    return completions
-
-
 def _example(index: int, prompt: np.ndarray, answer: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Example:
     tokens = np.concatenate([prompt, np.asarray(answer, np.int32)]).astype(np.int32)
     is_label = np.arange(len(tokens)) >= len(prompt)
-    text = str(tokenizer.decode(list(answer), skip_special_tokens=True))
-    return Example(index, tokens, is_label, len(prompt), text)
+    return Example(index, tokens, is_label, len(prompt), str(tokenizer.decode(list(answer), skip_special_tokens=True)))
 
 
 @dataclass(frozen=True)
@@ -197,8 +192,8 @@ class GeneralRehearsal:
         per_step: Number of answers per step.
     """
 
-    objective: AnyObjective
-    batcher: AnyBatcher
+    objective: Objective
+    batcher: Batcher
     rows: Sequence[Example]
     weight: float
     seed: int

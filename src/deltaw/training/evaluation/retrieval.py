@@ -174,7 +174,7 @@ def pair_accuracy(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
     check_finite("a score is", positive)
     check_finite("a score is", negative)
     difference = np.asarray(positive, np.float64)[:, None] - np.asarray(negative, np.float64).reshape(len(positive), -1)
-    return ((np.sign(difference) + 1) / 2).mean(1)
+    return np.asarray(((np.sign(difference) + 1) / 2).mean(1))
 
 
 def neighbor_agreement(before: Tensor, after: Tensor, count: int = 10) -> float:

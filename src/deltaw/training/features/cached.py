@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltaw.data.packing import Member, PackedBatch
-from deltaw.kernels.transfer import to_device
+from deltaw.data.packing import Member, MicroBatch, row_targets
+from deltaw.kernels.layout import to_device
 from deltaw.runtime.layer_entry import LayerEntry
 from deltaw.training.features.store import FeatureStore, Shape
-from deltaw.training.microbatches import AnyBatcher, AnyObjective, Feed
+from deltaw.training.microbatches import Feed
 
 # Number of vectors in a batch that only a head processes.
 VECTORS_PER_BATCH = 4096
@@ -82,7 +82,8 @@ class RowIndex:
         """Return the indices of all vectors of the stored rows, row by row."""
         counts = self.counts[slots]
         stops = np.cumsum(counts)
-        return np.arange(stops[-1]) + np.repeat(self.starts[slots] - stops + counts, counts)
+        indices: np.ndarray = np.arange(stops[-1]) + np.repeat(self.starts[slots] - stops + counts, counts)
+        return indices
 
 
 class FeatureCache(Feed):
@@ -91,8 +92,7 @@ class FeatureCache(Feed):
     Call :meth:`inspect` first, then :meth:`with_store`, which returns the feed for the training.
 
     Args:
-        objective: Objective of the training without a cache.
-        batcher: Batcher of the training without a cache.
+        reference: Feed of the training without a cache.
         entry: Layer at which the model is resumed.
 
     Attributes:
@@ -105,10 +105,9 @@ class FeatureCache(Feed):
     rows: RowIndex
     store: FeatureStore
 
-    def __init__(self, objective: AnyObjective, batcher: AnyBatcher, entry: LayerEntry) -> None:
-        super().__init__(objective, batcher)
-        self.entry = entry
-        self.device = torch.device("cpu")
+    def __init__(self, reference: Feed, entry: LayerEntry) -> None:
+        super().__init__(reference.objective, reference.batcher)
+        self.entry, self.device = entry, torch.device("cpu")
 
     def inspect(self, batch: Any) -> Tensor:
         """Run the frozen layers once to determine the shape of their output. Returns it as (n, width)."""
@@ -187,8 +186,7 @@ class FeatureCache(Feed):
     def _read(self, rows: Sequence[Any], indices: np.ndarray) -> Tensor:
         """Return the vectors at these indices, which belong to ``rows``. Missing vectors are computed."""
         slots = self.rows.slots(rows)
-        done = self.store.done[slots]
-        if not done.all():
+        if not (done := self.store.done[slots]).all():
             missing = {slot: row for slot, row, is_stored in zip(slots, rows, done, strict=True) if not is_stored}
             for batch in self.batcher.batches(list(missing.values())):
                 self.store_batch(batch)
@@ -199,8 +197,7 @@ class FeatureCache(Feed):
         counts = self.rows.counts[self.rows.slots(rows)]
         start = 0
         while start < len(rows):
-            num_rows = int(np.searchsorted(np.cumsum(counts[start:]), VECTORS_PER_BATCH, side="right"))
-            stop = start + max(1, num_rows)
+            stop = start + max(1, int(np.searchsorted(np.cumsum(counts[start:]), VECTORS_PER_BATCH, side="right")))
             yield rows[start:stop]
             start = stop
 
@@ -211,9 +208,7 @@ class AllTokenFeatures(FeatureCache):
     kind = "every token"
 
     def _inspect_output(self, batch: Any, hidden: Tensor) -> None:
-        self._is_text = "input_ids" in batch.inputs
-        self._patches = hidden.shape[1]
-        self._tail = hidden.shape[2:]
+        self._is_text, self._patches, self._tail = "input_ids" in batch.inputs, hidden.shape[1], hidden.shape[2:]
 
     def units(self, example: Any) -> int:
         return len(example.tokens) if self._is_text else self._patches
@@ -234,11 +229,10 @@ class AllTokenFeatures(FeatureCache):
         return to_device(self.store.read(indices), self.device).view(*leading_shape, *self._tail)
 
     def _vector_positions(self, batch: Any) -> list[tuple[Any, np.ndarray]]:
-        if isinstance(batch, PackedBatch):
+        if self._is_text:
             return [(member.example, member.indices) for member in batch.members]
-        row_length = batch.inputs["input_ids"].shape[1] if self._is_text else self._patches
-        positions = [np.arange(self.units(example)) + row * row_length for row, example in enumerate(batch.examples)]
-        return list(zip(batch.examples, positions, strict=True))
+        indices = np.arange(batch.rows * self._patches).reshape(batch.rows, -1)
+        return list(zip(batch.examples, indices, strict=True))
 
 
 class PredictorFeatures(FeatureCache):
@@ -260,15 +254,13 @@ class PredictorFeatures(FeatureCache):
         for part in self._parts(rows):
             indices = self.rows.vector_indices(self.rows.slots(part))
             count = len(indices)
-            batch = PackedBatch(
+            batch = MicroBatch(
                 inputs={},
-                predictors=torch.arange(count, device=self.device),
                 targets=to_device(self._targets.index_select(0, torch.from_numpy(indices)), self.device),
-                weights=torch.ones(count, device=self.device),
-                rows=len(part),
-                row_tokens=sum(len(example.tokens) for example in part),
-                tokens=count,
                 members=_members(part),
+                tokens=count,
+                predictors=torch.arange(count, device=self.device),
+                weights=torch.ones(count, device=self.device),
             )
             yield self._resume_from(batch, functools.partial(self._hidden, part, indices))
 
@@ -287,8 +279,7 @@ class PooledFeatures(FeatureCache):
     def _inspect_output(self, batch: Any, hidden: Tensor) -> None:
         if hidden.dim() != 2:
             raise RuntimeError("the head reads several vectors per row")
-        self._template = batch
-        self._is_text = "input_ids" in batch.inputs
+        self._template, self._is_text = batch, "input_ids" in batch.inputs
 
     def units(self, example: Any) -> int:
         return 1
@@ -300,16 +291,12 @@ class PooledFeatures(FeatureCache):
 
     def _batch(self, rows: Sequence[Any]) -> Any:
         """Return a batch with one token per row, because modules above the backbone do not read the other inputs."""
-        template, count = self._template, len(rows)
-        targets = torch.tensor([row.label for row in rows], dtype=template.targets.dtype)
-        row_tokens = template.row_tokens // template.rows * count
-        return dataclasses.replace(
-            template,
-            inputs={key: value[:1, :1].expand(count, 1, *value.shape[2:]) for key, value in template.inputs.items()},
-            targets=to_device(targets, self.device),
-            examples=tuple(rows),
-            rows=count,
-            row_tokens=sum(len(row.tokens) for row in rows) if self._is_text else row_tokens,
+        count, inputs = len(rows), self._template.inputs
+        lengths = [len(row.tokens) if self._is_text else len(self._template.members[0].indices) for row in rows]
+        return MicroBatch(
+            inputs={key: value[:1, :1].expand(count, 1, *value.shape[2:]) for key, value in inputs.items()},
+            targets=row_targets(rows, self.device),
+            members=tuple(Member(row, np.full(lengths[index], index)) for index, row in enumerate(rows)),
             tokens=count,
         )
 
@@ -322,7 +309,7 @@ def content_of(example: Any, *more: np.ndarray) -> bytes:
     if not hasattr(example, "tokens"):
         if not example.digest:
             raise RuntimeError("an image has no digest to distinguish it by")
-        return example.digest
+        return bytes(example.digest)
     digest = hashlib.blake2b(digest_size=16)
     for value in (example.tokens, getattr(example, "segments", None), *more):
         digest.update(b"-" if value is None else value.tobytes())

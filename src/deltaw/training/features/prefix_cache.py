@@ -21,31 +21,29 @@ from transformers import PreTrainedModel
 
 from deltaw import platforms
 from deltaw.cache import key
-from deltaw.data.example import RowGroup
-from deltaw.data.sequences import lengths_of
+from deltaw.data.example import RowGroup, lengths_of
 from deltaw.errors import UserError
 from deltaw.hub.loading import has_values
 from deltaw.hub.transformers_private import NAME_OR_PATH
-from deltaw.kernels.transfer import to_device
+from deltaw.kernels.layout import to_device
 from deltaw.machine.choices import Choice
 from deltaw.machine.kernel_choice import numerics_key
 from deltaw.runtime.layer_entry import BackboneEntry, BlockEntry, HeadEntry, Level, frozen_digest, frozen_level
+from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.features.cached import AllTokenFeatures, FeatureCache, PooledFeatures, PredictorFeatures, RowIndex
 from deltaw.training.features.store import (
-    LIMIT_BYTES,
     DiskStore,
     FeatureStore,
     MemoryStore,
     Shape,
     ShapeStore,
+    StoreLocation,
     WrappedStore,
     is_complete,
     open_store,
     size_text,
 )
-from deltaw.training.microbatches import AnyBatcher, AnyObjective, Feed
-from deltaw.training.parallel.reducer import SINGLE_PROCESS, Reducer
-from deltaw.training.tasks.causal_objective import CausalObjective
+from deltaw.training.microbatches import SINGLE_PROCESS, Feed, Reducer
 
 NUM_PROBE_ROWS = 3
 # Number of gradient elements to compare at a time.
@@ -55,8 +53,7 @@ _CHUNK_SIZE = 1 << 20
 def select_probe_rows(examples: Sequence[Any]) -> list[Any]:
     """Return a few rows of different lengths, without very long ones."""
     ordered = np.argsort(lengths_of(examples), kind="stable").tolist()
-    indices = sorted({0, len(ordered) // 4, len(ordered) // 2})
-    return [examples[ordered[index]] for index in indices][:NUM_PROBE_ROWS]
+    return [examples[ordered[index]] for index in sorted({0, len(ordered) // 4, len(ordered) // 2})][:NUM_PROBE_ROWS]
 
 
 def loss_and_gradients(feed: Feed, rows: Sequence[Any], trained: Sequence[nn.Parameter]) -> list[Tensor | None]:
@@ -72,15 +69,9 @@ def loss_and_gradients(feed: Feed, rows: Sequence[Any], trained: Sequence[nn.Par
 
 
 def compare_feeds(
-    reference: Feed,
-    cached: Feed,
-    rows: Sequence[Any],
-    trained: Sequence[nn.Parameter],
-    *,
-    loss: float | None,
-    gradients: float | None = None,
+    model: nn.Module, reference: Feed, cached: Feed, rows: Sequence[Any], *, loss: float | None, gradients: float = 0.0
 ) -> str | None:
-    """Compare the loss and gradients of two feeds.
+    """Compare the loss and gradients of two feeds of a model.
 
     The cached feed runs twice: it first computes its features and then reads them.
 
@@ -88,13 +79,13 @@ def compare_feeds(
         reference: Feed without a cache.
         cached: Feed with a cache.
         rows: Rows to run.
-        trained: Trained parameters.
         loss: Maximum relative difference of the loss. If it is None, the feeds only have to run without an error.
-        gradients: Maximum relative difference of the gradients. The default is ``loss``.
+        gradients: Maximum relative difference of the gradients. The default 0 is for that of the loss.
 
     Returns:
         A description of the difference, or None.
     """
+    trained = [p for p in model.parameters() if p.requires_grad]
     expected = loss_and_gradients(reference, rows, trained)
     for _ in range(2):
         actual = loss_and_gradients(cached, rows, trained)
@@ -196,8 +187,7 @@ class Sharing:
 
 
 def _map_done(store: DiskStore, name: str) -> None:
-    mapped = np.memmap(store.folder / name, np.uint8, "r+", shape=(store.shape.rows,))
-    store.done = np.asarray(mapped).view(bool)
+    store.done = np.asarray(np.memmap(store.folder / name, np.uint8, "r+", shape=(store.shape.rows,))).view(bool)
 
 
 # Vectors of a store can be mirrored on the device. The first epoch writes to both. Later epochs gather on the device
@@ -268,14 +258,7 @@ IGNORED_CONFIG_KEYS |= {"problem_type", "use_cache"}
 
 
 def cached_prefix(
-    model: PreTrainedModel,
-    objective: AnyObjective,
-    batcher: AnyBatcher,
-    examples: Sequence[Any],
-    *,
-    folder: Path | None = None,
-    limit: int = LIMIT_BYTES,
-    sharing: Sharing | None = None,
+    model: PreTrainedModel, reference: Feed, examples: Sequence[Any], location: StoreLocation, sharing: Sharing
 ) -> tuple[FeatureCache | None, Choice[str]]:
     """Create the feature cache of a training. Call it when the model accepts these batches, without dropout.
 
@@ -284,11 +267,9 @@ def cached_prefix(
 
     Args:
         model: Model to train.
-        objective: Objective of the training without a cache.
-        batcher: Batcher of the training without a cache.
+        reference: Feed of the training without a cache.
         examples: All rows, including held-out ones.
-        folder: Folder of the stores.
-        limit: Maximum total size of all stores in bytes.
+        location: Location of the stores.
         sharing: Sharing with the other processes of this machine.
 
     Returns:
@@ -296,38 +277,36 @@ def cached_prefix(
     """
     if any(isinstance(example, RowGroup) for example in examples[:1]):
         return None, Choice("off", "rows come in groups")
-    trained = [p for p in model.parameters() if p.requires_grad]
-    level = frozen_level(model, trained)
+    level = frozen_level(model, [p for p in model.parameters() if p.requires_grad])
     if level is None:
         return None, Choice("off", "training reaches down to the first block")
     if level.kind == "block" and level.index < MIN_FROZEN_SHARE * level.count:
         return None, Choice("off", f"only {level} are frozen")
     probe_rows, has_weights = select_probe_rows(examples), has_values(model)
     try:
-        feed = _feed(model, level, objective, batcher)
-        vectors = feed.inspect(next(iter(batcher.batches(probe_rows))))
+        feed = _feed(model, level, reference)
+        vectors = feed.inspect(next(iter(reference.batcher.batches(probe_rows))))
         rows = feed.index_rows(probe_rows)
         trial = feed.with_store(rows, MemoryStore(rows.shape(vectors)))
         tolerance = tolerance_of(vectors.dtype) if has_weights else None
-        difference = compare_feeds(Feed(objective, batcher), trial, probe_rows, trained, loss=tolerance)
+        difference = compare_feeds(model, reference, trial, probe_rows, loss=tolerance)
     except Exception as error:  # a third-party model can raise any error, and trains without stored features
         return None, Choice("off", f"{type(model).__name__} cannot be resumed there ({short_error(error)})")
     if difference is not None:
         return None, Choice("off", f"{type(model).__name__} resumed there gives {difference}")
-    if too_large := _too_large(feed, examples, vectors, limit):
+    if too_large := _too_large(feed, examples, vectors, location.limit):
         return None, Choice("off", f"features would take about {too_large}")
 
-    sharing = sharing or Sharing()
     rows = feed.index_rows(examples)
     shape = rows.shape(vectors)
     store: FeatureStore | None = None if sharing.is_leader else sharing.join(shape)
     if isinstance(store, DiskStore):
-        location = f"{size_text(shape.bytes)} in {store.folder}"
+        position = f"{size_text(shape.bytes)} in {store.folder}"
     else:
         name = _store_key(model, level, feed, rows, shape) if has_weights else ""
         about = f"{type(model).__name__}, {level}, {shape.rows} rows"
         try:
-            store, location = create_store(name, shape, about=about, folder=folder, limit=limit)
+            store, position = create_store(name, shape, about, location)
         except UserError as error:
             return None, Choice("off", error.message)
         if isinstance(store, DiskStore):
@@ -339,11 +318,11 @@ def cached_prefix(
         cached.close()
         raise
     suffix = f", {num_stored} of {shape.rows} rows already stored" if num_stored else ""
-    return cached, Choice(str(level), f"frozen below, so run once for each row: {location}{suffix}")
+    return cached, Choice(str(level), f"frozen below, so run once for each row: {position}{suffix}")
 
 
 def create_store(
-    name: str, shape: Shape, *, about: str, folder: Path | None, limit: int, since: str = ""
+    name: str, shape: Shape, about: str, location: StoreLocation, since: str = ""
 ) -> tuple[FeatureStore, str]:
     """Create a store on disk, or in memory if the disk refuses.
 
@@ -351,8 +330,7 @@ def create_store(
         name: Key of everything that the values depend on. An empty string on fake tensors creates a store of shapes.
         shape: Shape of the store.
         about: Description for the user.
-        folder: Folder of the stores.
-        limit: Maximum total size of all stores in bytes.
+        location: Location of the stores.
         since: Reason why the disk refused a larger store before.
 
     Returns:
@@ -365,7 +343,7 @@ def create_store(
     if not name:
         return ShapeStore(shape), f"{size} on the disk"
     try:
-        store = open_store(name, shape, about=about, folder=folder, limit=limit)
+        store = open_store(name, shape, about=about, folder=location.folder, limit=location.limit)
         return store, f"{size} in {store.folder}"
     except UserError as error:
         if shape.bytes > MEMORY_BYTES:
@@ -373,13 +351,13 @@ def create_store(
         return MemoryStore(shape), f"{size} in memory, since {since or error.message}"
 
 
-def _feed(model: PreTrainedModel, level: Level, objective: AnyObjective, batcher: AnyBatcher) -> FeatureCache:
+def _feed(model: PreTrainedModel, level: Level, reference: Feed) -> FeatureCache:
     """Return the cache for this level."""
     if level.kind == "block":
-        return AllTokenFeatures(objective, batcher, BlockEntry(model, level.index))
-    if isinstance(objective, CausalObjective):
-        return PredictorFeatures(objective, batcher, BackboneEntry(model))
-    return PooledFeatures(objective, batcher, HeadEntry(model))
+        return AllTokenFeatures(reference, BlockEntry(model, level.index))
+    if isinstance(reference.objective, CausalObjective):
+        return PredictorFeatures(reference, BackboneEntry(model))
+    return PooledFeatures(reference, HeadEntry(model))
 
 
 def _too_large(feed: FeatureCache, examples: Sequence[Any], vectors: Tensor, limit: int) -> str | None:
@@ -400,10 +378,9 @@ def model_key(model: PreTrainedModel, level: Level, device: torch.device) -> lis
 
 def _store_key(model: PreTrainedModel, level: Level, feed: FeatureCache, rows: RowIndex, shape: Shape) -> str:
     """Return a key of everything that the stored values depend on."""
-    padded = bool(getattr(feed.batcher, "padded", True))
     contents = hashlib.sha256(b"".join(rows.contents)).hexdigest()
-    parts = [str(level), feed.kind, shape.width, shape.dtype, *model_key(model, level, feed.device), padded, contents]
-    return key("features", parts, CACHE_DEPENDENCIES)
+    parts = [str(level), feed.kind, shape.width, shape.dtype, *model_key(model, level, feed.device)]
+    return key("features", [*parts, feed.batcher.padded, contents], CACHE_DEPENDENCIES)
 
 
 def _verify_stored(cached: FeatureCache) -> int:

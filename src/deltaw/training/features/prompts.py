@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,20 +22,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltaw.cache import key
-from deltaw.data.example import Example, Item, rows_of
-from deltaw.data.invocation import acts_before_labels
-from deltaw.data.packing import Node, PackedBatch, PrefixTree, sort_key
-from deltaw.data.sequences import lengths_of
+from deltaw.data.chat_template import acts_before_labels
+from deltaw.data.example import Example, Item, lengths_of, rows_of
+from deltaw.data.packing import MicroBatch, Node, PrefixTree, sort_key
 from deltaw.errors import UserError
 from deltaw.hub.loading import has_values
-from deltaw.kernels.transfer import to_device
+from deltaw.kernels.layout import Layout, to_device
 from deltaw.lora import adapter_parameters, is_factor_B
 from deltaw.lora.adapted import ACTIVE_KEYWORD
 from deltaw.machine.choices import Choice
 from deltaw.runtime.layer_entry import Level
-from deltaw.runtime.packed import backbone_of
+from deltaw.runtime.packed import backbone_of, can_run_separately
 from deltaw.runtime.partial import PartialLayout
-from deltaw.runtime.partial_check import can_run_separately
+from deltaw.training.batchers import CausalMicroBatcher
+from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.features.prefix_cache import (
     CACHE_DEPENDENCIES,
     NUM_PROBE_ROWS,
@@ -49,10 +48,8 @@ from deltaw.training.features.prefix_cache import (
     tolerance_of,
     with_device_copy,
 )
-from deltaw.training.features.store import LIMIT_BYTES, FeatureStore, MemoryStore, NoStore, PartialStore, Shape
-from deltaw.training.microbatches import AnyBatcher, AnyObjective, Feed
-from deltaw.training.tasks.causal_batcher import CausalMicroBatcher
-from deltaw.training.tasks.causal_objective import CausalObjective
+from deltaw.training.features.store import FeatureStore, MemoryStore, NoStore, PartialStore, Shape, StoreLocation
+from deltaw.training.microbatches import Feed
 
 # Shapes of one token's key and value by layer: (key heads, d).
 KeyShapes = dict[int, tuple[torch.Size, torch.Size]]
@@ -120,8 +117,7 @@ class StoredPrompts(Feed):
     Its microbatches run only answer tokens, over the keys of all tokens.
 
     Args:
-        objective: Objective of the training without stored prompts.
-        batcher: Batcher of the training without stored prompts.
+        reference: Feed of the training without stored prompts.
         index: Units of the rows. Other rows run in one part.
         store: Store of keys and values. Its rows are units.
         key_shapes: Shapes of the keys, or None if they are not known yet.
@@ -133,21 +129,19 @@ class StoredPrompts(Feed):
 
     def __init__(
         self,
-        objective: CausalObjective,
-        batcher: CausalMicroBatcher,
+        reference: Feed,
         index: PromptIndex,
         store: FeatureStore,
         key_shapes: KeyShapes | None = None,
         inactive_cost: float = 1.0,
     ) -> None:
-        super().__init__(objective, batcher, store)
-        self.index = index
-        self.key_shapes = key_shapes
-        self.max_tokens = batcher.tokens_per_pass
-        self.backbone = backbone_of(objective.model)
-        self._split_batcher = dataclasses.replace(batcher, inactive_cost=inactive_cost)
+        super().__init__(reference.objective, reference.batcher, store)
+        assert isinstance(reference.batcher, CausalMicroBatcher)
+        self.index, self.key_shapes, self.max_tokens = index, key_shapes, reference.tokens_per_pass
+        self.backbone = backbone_of(reference.objective.model)
+        self._split_batcher = dataclasses.replace(reference.batcher, inactive_cost=inactive_cost)
 
-    def batches(self, rows: Sequence[Item]) -> Iterator[PackedBatch]:
+    def batches(self, rows: Sequence[Item]) -> Iterator[MicroBatch]:
         if not self.index.contains(rows):
             yield from self.batcher.batches(rows)
             return
@@ -161,14 +155,14 @@ class StoredPrompts(Feed):
         """Return (1, cost in tokens) of each microbatch."""
         return (self._split_batcher if self.index.contains(rows) else self.batcher).shapes(rows)
 
-    def units_of(self, batch: PackedBatch) -> np.ndarray:
+    def units_of(self, batch: MicroBatch) -> np.ndarray:
         """Return (T,) the unit of each prompt token, and -1 for other tokens."""
-        units = np.full(batch.inputs["packed_layout"].length, -1)  # type: ignore[attr-defined]
+        units = np.full(_length(batch), -1)
         for member in batch.members:
             units[member.indices[: member.example.active_from]] = self.index.row_units(member.example)
         return units
 
-    def prompt_keys(self, batch: PackedBatch, all_units: np.ndarray) -> dict[int, tuple[Tensor, Tensor]]:
+    def prompt_keys(self, batch: MicroBatch, all_units: np.ndarray) -> dict[int, tuple[Tensor, Tensor]]:
         """Return keys and values of the packed row by layer, filled in for prompt tokens."""
         prompt = np.flatnonzero(all_units >= 0)
         units = all_units[prompt]
@@ -187,20 +181,19 @@ class StoredPrompts(Feed):
         return keys
 
     @contextlib.contextmanager
-    def _enter_answers(self, batch: PackedBatch, units: np.ndarray) -> Iterator[PackedBatch]:
+    def _enter_answers(self, batch: MicroBatch, units: np.ndarray) -> Iterator[MicroBatch]:
         """Yield the batch reduced to tokens with an active adapter, over the keys of all tokens."""
         keys = self.prompt_keys(batch, units)
-        positions = _tensor(np.flatnonzero(units < 0), batch)
         predictors = _tensor(np.cumsum(units < 0) - 1, batch).index_select(0, batch.predictors)
-        inputs = {**_partial_inputs(batch, positions, keys), ACTIVE_KEYWORD: True}
+        inputs = {**_partial_inputs(batch, _tensor(np.flatnonzero(units < 0), batch), keys), ACTIVE_KEYWORD: True}
         yield dataclasses.replace(batch, inputs=inputs, predictors=predictors, predictor_indices=None)
 
-    def _read(self, batch: PackedBatch, positions: np.ndarray, units: np.ndarray) -> dict[int, tuple[Tensor, Tensor]]:
+    def _read(self, batch: MicroBatch, positions: np.ndarray, units: np.ndarray) -> dict[int, tuple[Tensor, Tensor]]:
         """Return keys and values (T, key heads, d) by layer, filled in from the store at these positions."""
         assert self.key_shapes is not None
         target_positions = _tensor(positions, batch)
         values = to_device(self.store.read(units), target_positions.device)
-        length, column = batch.inputs["packed_layout"].length, 0  # type: ignore[attr-defined]
+        length, column = _length(batch), 0
         tensors: dict[int, list[Tensor]] = {}
         for number in sorted(self.key_shapes):
             for shape in self.key_shapes[number]:
@@ -211,24 +204,30 @@ class StoredPrompts(Feed):
         return {number: (k, v) for number, (k, v) in tensors.items()}
 
     @torch.no_grad()
-    def _run(self, batch: PackedBatch, positions: np.ndarray, keys: dict[int, tuple[Tensor, Tensor]]) -> None:
+    def _run(self, batch: MicroBatch, positions: np.ndarray, keys: dict[int, tuple[Tensor, Tensor]]) -> None:
         """Run prompt tokens as the base model does, and add their keys and values to ``keys``."""
         inputs = _partial_inputs(batch, _tensor(positions, batch), keys)
         self.backbone(**inputs, **{ACTIVE_KEYWORD: False}, use_cache=False)
 
 
-def _partial_inputs(batch: PackedBatch, positions: Tensor, keys: dict[int, tuple[Tensor, Tensor]]) -> dict[str, object]:
+def _partial_inputs(batch: MicroBatch, positions: Tensor, keys: dict[int, tuple[Tensor, Tensor]]) -> dict[str, object]:
     """Return the model's inputs for the tokens at these positions."""
     inputs: Any = batch.inputs
     selected = {name: inputs[name].index_select(1, positions) for name in ("input_ids", "position_ids")}
     return {**selected, "packed_layout": PartialLayout(inputs["packed_layout"], positions, keys)}
 
 
-def _tensor(positions: np.ndarray, batch: PackedBatch) -> Tensor:
+def _length(batch: MicroBatch) -> int:
+    layout = batch.inputs["packed_layout"]
+    assert isinstance(layout, Layout)
+    return layout.length
+
+
+def _tensor(positions: np.ndarray, batch: MicroBatch) -> Tensor:
     return to_device(torch.from_numpy(positions), batch.predictors.device)
 
 
-# Separate prompts are verified first, on a small copy of the model (``runtime.partial_check``) and on the model itself.
+# Separate prompts are verified first, on a small copy of the model and on the model itself.
 # A few rows of the user run in two parts, with computed and with stored keys, and in one part with the adapter masked
 # before the invocation sequence. Loss and gradients must agree. Otherwise rows run in one part and the run reports the
 # reason. Stored keys of an earlier run are compared with new ones.
@@ -245,14 +244,7 @@ GRADIENT_TOLERANCE = 0.5
 
 
 def stored_prompts(
-    model: PreTrainedModel,
-    objective: AnyObjective,
-    batcher: AnyBatcher,
-    examples: Sequence[Item],
-    *,
-    store_keys: bool = True,
-    folder: Path | None = None,
-    limit: int = LIMIT_BYTES,
+    model: PreTrainedModel, reference: Feed, examples: Sequence[Item], location: StoreLocation, *, store_keys: bool
 ) -> tuple[StoredPrompts | None, Choice[str]]:
     """Create the feed with separately computed prompts. Call it when the model accepts these batches, without dropout.
 
@@ -260,12 +252,10 @@ def stored_prompts(
 
     Args:
         model: Model to train.
-        objective: Objective of the training without stored prompts.
-        batcher: Batcher of the training without stored prompts.
+        reference: Feed of the training without stored prompts.
         examples: All rows, including held-out ones.
+        location: Location of the stores.
         store_keys: Store keys and values. If False, they are computed in each step.
-        folder: Folder of the stores.
-        limit: Maximum total size of all stores in bytes.
 
     Returns:
         The feed, which the caller closes, and a description. Or None and the reason.
@@ -274,7 +264,8 @@ def stored_prompts(
     def masked(reason: str) -> tuple[None, Choice[str]]:
         return None, Choice("masked", f"whole rows, the adapter masked before the invocation sequence: {reason}")
 
-    if not isinstance(batcher, CausalMicroBatcher) or not isinstance(objective, CausalObjective):
+    batcher = reference.batcher
+    if not isinstance(batcher, CausalMicroBatcher) or not isinstance(reference.objective, CausalObjective):
         return masked("the task has a different batcher")
     if batcher.padded:
         return masked("rows are padded")
@@ -289,8 +280,8 @@ def stored_prompts(
     indexed_rows = [row for item in examples for row in rows_of(item) if index.contains([row])]
     probe_rows: list[Example] = select_probe_rows(indexed_rows)
     try:
-        key_shapes, dtype = _detect_key_shapes(objective, batcher, probe_rows)
-        difference = _difference(model, Feed(objective, batcher), probe_rows, key_shapes, dtype)
+        key_shapes, dtype = _detect_key_shapes(reference, probe_rows)
+        difference = _difference(model, reference, probe_rows, key_shapes, dtype)
     except Exception as error:  # a third-party model can raise any error, and runs rows in one part
         return masked(f"{type(model).__name__} cannot run prompts separately ({short_error(error)})")
     if difference is not None:
@@ -299,9 +290,9 @@ def stored_prompts(
     store: FeatureStore = NoStore(index.units)
     choice = Choice("recomputed", f"{description}, again in each step: rows occur once")
     if store_keys:
-        width, limits = _width(key_shapes), dict[str, Any](folder=folder, limit=limit)
-        store, choice = _create_prompt_store(model, index, batcher, width, dtype, description, **limits)
-    prompts = StoredPrompts(objective, batcher, index, store, key_shapes, _inactive_cost(model, key_shapes))
+        shape = Shape.of(index.units, index.units, _width(key_shapes), dtype)
+        store, choice = _create_prompt_store(model, index, torch.device(batcher.device), shape, description, location)
+    prompts = StoredPrompts(reference, index, store, key_shapes, _inactive_cost(model, key_shapes))
     try:
         num_stored = _verify_stored(prompts, indexed_rows)
     except BaseException:
@@ -311,13 +302,11 @@ def stored_prompts(
     return prompts, Choice(choice.value, choice.why + suffix)
 
 
-def _detect_key_shapes(
-    objective: CausalObjective, batcher: CausalMicroBatcher, rows: Sequence[Example]
-) -> tuple[KeyShapes, torch.dtype]:
+def _detect_key_shapes(reference: Feed, rows: Sequence[Example]) -> tuple[KeyShapes, torch.dtype]:
     """Return shapes and dtype of a token's keys and values, from running a few rows."""
     index = PromptIndex(rows)
-    prompts = StoredPrompts(objective, batcher, index, NoStore(index.units))
-    for batch in batcher.batches(rows):
+    prompts = StoredPrompts(reference, index, NoStore(index.units))
+    for batch in reference.batcher.batches(rows):
         keys = prompts.prompt_keys(batch, prompts.units_of(batch))
         if keys and prompts.key_shapes:
             return prompts.key_shapes, next(iter(keys.values()))[0].dtype
@@ -359,51 +348,42 @@ def _difference(
 
     Fake tensors are run but not compared.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
     index, is_wide = PromptIndex(rows), dtype in (torch.float32, torch.float64)
     store = MemoryStore(Shape.of(index.units, index.units, _width(key_shapes), dtype))
-    prompts = StoredPrompts(reference.objective, reference.batcher, index, store, key_shapes)  # type: ignore[arg-type]
+    prompts = StoredPrompts(reference, index, store, key_shapes)
     if not has_values(model):
-        return compare_feeds(reference, prompts, rows, trained, loss=None)
+        return compare_feeds(model, reference, prompts, rows, loss=None)
     with _random_adapter(model):
-        gradients = None if is_wide else GRADIENT_TOLERANCE
-        return compare_feeds(reference, prompts, rows, trained, loss=tolerance_of(dtype), gradients=gradients)
+        gradients = 0.0 if is_wide else GRADIENT_TOLERANCE
+        return compare_feeds(model, reference, prompts, rows, loss=tolerance_of(dtype), gradients=gradients)
 
 
 def _create_prompt_store(
-    model: PreTrainedModel,
-    index: PromptIndex,
-    batcher: CausalMicroBatcher,
-    width: int,
-    dtype: torch.dtype,
-    description: str,
-    *,
-    folder: Path | None,
-    limit: int,
+    model: PreTrainedModel, index: PromptIndex, device: torch.device, full: Shape, summary: str, location: StoreLocation
 ) -> tuple[FeatureStore, Choice[str]]:
     """Return a store for the keys and values of all prompt tokens, or of as many as fit, with a description."""
     has_weights, name, refusal = has_values(model), "", ""
     if has_weights:
-        model_parts = model_key(model, Level("head"), torch.device(batcher.device))
-        name = key("features", ["prompts", str(dtype), *model_parts, index.digest().hex()], CACHE_DEPENDENCIES)
+        parts = ["prompts", str(full.torch_dtype), *model_key(model, Level("head"), device), index.digest().hex()]
+        name = key("features", parts, CACHE_DEPENDENCIES)
     for share in SHARES:
         units = int(index.units * share)
-        shape = Shape.of(units, units, width, dtype)
-        if not has_weights and shape.bytes > limit:
+        shape = dataclasses.replace(full, rows=units, units=units)
+        if not has_weights and shape.bytes > location.limit:
             continue
         about = f"{type(model).__name__}, keys and values of {units:,} tokens of prompts"
         numbered = f"{name}-{units}" if has_weights else ""
         try:
-            store, location = create_store(numbered, shape, about=about, folder=folder, limit=limit, since=refusal)
+            store, position = create_store(numbered, shape, about, location, refusal)
         except UserError as error:
             refusal = refusal or error.message
             continue
         if share == 1:
-            return with_device_copy(store, model.device), Choice("kept", f"{description}, once per row: {location}")
-        part = f"once for {share:.0%} of their tokens and again in each step for the rest: {location}"
-        reason = f"{description}, {part}" + (f", since {refusal}" if refusal not in location else "")
+            return with_device_copy(store, model.device), Choice("kept", f"{summary}, once per row: {position}")
+        part = f"once for {share:.0%} of their tokens and again in each step for the rest: {position}"
+        reason = f"{summary}, {part}" + (f", since {refusal}" if refusal not in position else "")
         return PartialStore(store, index.units), Choice("kept", reason)
-    return NoStore(index.units), Choice("recomputed", f"{description}, again in each step, since {refusal}")
+    return NoStore(index.units), Choice("recomputed", f"{summary}, again in each step, since {refusal}")
 
 
 def _verify_stored(prompts: StoredPrompts, rows: Sequence[Example]) -> int:
@@ -416,7 +396,7 @@ def _verify_stored(prompts: StoredPrompts, rows: Sequence[Example]) -> int:
     probes = complete_rows[:: max(1, len(complete_rows) // NUM_PROBE_ROWS)][:NUM_PROBE_ROWS]
     probe_index = PromptIndex(probes)
     memory_store = MemoryStore(dataclasses.replace(store.shape, rows=probe_index.units, units=probe_index.units))
-    recomputed = StoredPrompts(prompts.objective, prompts.batcher, probe_index, memory_store, prompts.key_shapes)  # type: ignore[arg-type]
+    recomputed = StoredPrompts(prompts, probe_index, memory_store, prompts.key_shapes)
     for batch in prompts.batcher.batches(probes):
         recomputed.prompt_keys(batch, recomputed.units_of(batch))
     pairs = ((store.read(index.row_units(row)), recomputed.store.read(probe_index.row_units(row))) for row in probes)

@@ -75,6 +75,19 @@ class Shape:
         return self.units * self.width * self.torch_dtype.itemsize
 
 
+@dataclass(frozen=True)
+class StoreLocation:
+    """Location of stores on disk.
+
+    Attributes:
+        folder: Folder of the stores. None for the cache folder.
+        limit: Maximum total size of all stores in bytes.
+    """
+
+    folder: Path | None = None
+    limit: int = LIMIT_BYTES
+
+
 class FeatureStore:
     """Vectors by index, with a completion flag per row. This base class stores no values and reads zeros.
 

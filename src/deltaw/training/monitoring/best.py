@@ -29,7 +29,7 @@ from deltaw.training.evaluation.general_prompts import DRIFT_PROMPTS
 from deltaw.training.monitoring.generation import max_new_tokens
 from deltaw.training.session import Session
 from deltaw.training.state import Step, TrainState
-from deltaw.training.tasks.base import Rows
+from deltaw.training.task import Rows
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,8 +51,7 @@ class BestParameters:
     """
 
     def __init__(self, session: Session, folder: Path) -> None:
-        self._session = session
-        self._folder = folder / FOLDER
+        self._session, self._folder = session, folder / FOLDER
         self._checkpoint_step: int | None = None  # best step of the last checkpoint
         self._newest_step: int | None = None
 
@@ -337,8 +336,7 @@ class TimeBudget:
         step_seconds = self._step_seconds() + (self.overhead.evaluation / every if every else 0.0)
         num_fitting = max(0, math.floor(self._remaining() / step_seconds)) if step_seconds > 0 else self.max_steps
         total = min(self.max_steps, state.step + num_fitting)
-        remaining_steps = max(1, state.total_steps - state.step)
-        difference = abs(total - state.total_steps)
+        remaining_steps, difference = max(1, state.total_steps - state.step), abs(total - state.total_steps)
         times = self._durations
         # standard error of the mean step duration, relative to the mean
         error = statistics.stdev(times) / math.sqrt(len(times)) / max(1e-9, statistics.fmean(times))
@@ -395,8 +393,8 @@ class CostEstimates:
 
     def add_step(self, step: Step) -> None:
         """Record the speed of a step."""
-        num_generated = round(step.rows * step.metrics.get("length", 0.0))  # possibly more than were trained on
-        self._tokens += max(step.computed_tokens, num_generated)
+        # Possibly more tokens were generated than trained on.
+        self._tokens += max(step.computed_tokens, round(step.rows * step.metrics.get("length", 0.0)))
         self._seconds += step.seconds
 
     def update(self, ending: OverheadSeconds) -> None:

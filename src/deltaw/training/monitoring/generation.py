@@ -17,16 +17,15 @@ import numpy as np
 import torch
 
 from deltaw.data.example import Example, RowGroup
+from deltaw.decoding.generation import GeneratedCompletion, position_limit
 from deltaw.progress import track_progress
-from deltaw.runtime.generation import GeneratedCompletion, position_limit
-from deltaw.training.distillation.feed import DistillFeed
+from deltaw.training.answers import has_prompt
+from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.evaluation.general import MAX_ANSWER_TOKENS, NoGeneralAnswers, check_size
 from deltaw.training.evaluation.general_prompts import DRIFT_PROMPTS
 from deltaw.training.losses import RowLogProbs
 from deltaw.training.rendered_rows import render_example
 from deltaw.training.session import Session
-from deltaw.training.tasks.causal import has_prompt
-from deltaw.training.tasks.causal_objective import CausalObjective
 
 # Prompts of the data that are answered, rows that they are drawn from, and the random stream that draws them.
 PROMPTS, POOL, _STREAM = 24, 4096, 13
@@ -51,9 +50,9 @@ Metrics: TypeAlias = dict[str, np.ndarray]
 
 
 def choose_rows(
-    rows: Sequence[Any], count: int, *, seed: int, stream: int, is_usable: Callable[[Example], bool] = has_prompt
+    rows: Sequence[Any], count: int, seed: tuple[int, int], is_usable: Callable[[Example], bool] = has_prompt
 ) -> list[Example]:
-    """Return ``count`` rows that have a prompt, drawn by the seed, in the order of ``rows``.
+    """Return ``count`` rows that have a prompt, drawn by the seed and its stream, in the order of ``rows``.
 
     A pair is represented by its chosen answer.
     """
@@ -61,7 +60,7 @@ def choose_rows(
     prompts = [row for row in first if isinstance(row, Example) and is_usable(row)]
     if count >= len(prompts):
         return prompts
-    indices = np.random.default_rng([seed % 2**64, stream]).choice(len(prompts), size=count, replace=False)
+    indices = np.random.default_rng([seed[0] % 2**64, seed[1]]).choice(len(prompts), size=count, replace=False)
     return [prompts[index] for index in sorted(indices.tolist())]
 
 
@@ -209,10 +208,9 @@ def is_checked(session: Session) -> bool:
 
 def prompts_of(session: Session) -> list[Example]:
     """Return held-out prompts of the data, with training prompts added up to ``PROMPTS``."""
-    rows: list[Example] = []
-    options: dict[str, Any] = {"seed": session.config.train.seed, "stream": _STREAM}
+    rows, seed = list[Example](), (session.config.train.seed, _STREAM)
     for part in (session.data.held_out, session.data.train):
-        rows += choose_rows(part[:POOL], PROMPTS - len(rows), is_usable=lambda row: row.prompt_length > 0, **options)
+        rows += choose_rows(part[:POOL], PROMPTS - len(rows), seed, lambda row: row.prompt_length > 0)
     return rows
 
 
@@ -302,7 +300,7 @@ class GenerationCheck:
             return []
         rows: list[Any] = prompts_of(session)
         if rows:
-            sets[DATA] = list(session.feed.with_answers(rows)) if isinstance(session.feed, DistillFeed) else rows
+            sets[DATA] = list(session.feed.with_answers(rows))
         with contextlib.suppress(NoGeneralAnswers):
             check_size(session.model)
             sets[GENERAL] = session.general_answers(DRIFT_PROMPTS)[::2]
@@ -312,9 +310,7 @@ class GenerationCheck:
     def _answered_by_base(self, name: str, rows: Sequence[Example]) -> BaseAnswers:
         session = self._session
         if name == GENERAL:  # their labels are the answers
-            labels = [row.tokens[row.prompt_length :] for row in rows]
-            texts = [row.answer or "" for row in rows]
-            pairs = zip(labels, texts, strict=True)
+            pairs = [(row.tokens[row.prompt_length :], row.answer or "") for row in rows]
             answers = [GeneratedCompletion(t, text, len(t) < MAX_ANSWER_TOKENS) for t, text in pairs]
             return BaseAnswers(name, MAX_ANSWER_TOKENS, rows, answers, self._log_probs(rows))
         limit = answer_limit(session, rows)

@@ -13,18 +13,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from deltaw.data.example import Example
+from deltaw.data.row_reader import RunData
+from deltaw.decoding.generation import GeneratedCompletion
 from deltaw.errors import UserError
 from deltaw.machine.choices import Choice
 from deltaw.progress import Detail, track_progress
-from deltaw.runtime.generation import GeneratedCompletion
-from deltaw.settings import RunConfig, duration_seconds
+from deltaw.settings import task_registry
+from deltaw.settings.config import RunConfig, duration_seconds
+from deltaw.training.answers import EvaluatedAnswer, answers
 from deltaw.training.callbacks import Callback, Sample
 from deltaw.training.evaluation.base import MAX_TEXT_LENGTH, Evaluation, wilson_interval
 from deltaw.training.evaluation.general import NoGeneralAnswers, check_size
@@ -41,8 +43,7 @@ from deltaw.training.monitoring.best import (
 from deltaw.training.monitoring.generation import choose_rows
 from deltaw.training.session import Session
 from deltaw.training.state import Outcome, Step, TrainState
-from deltaw.training.tasks.base import RunData, Task
-from deltaw.training.tasks.causal import EvaluatedAnswer, answers
+from deltaw.training.task import Task
 
 # Warnings about steps: gradient spikes, permanent clipping, and a rising loss. Each rule compares a step with recent
 # steps of the same run, so it does not depend on model, loss or batch size.
@@ -205,8 +206,7 @@ class Samples:
     def __init__(self, session: Session, rows: Sequence[Any], count: int) -> None:
         self._session = session
         is_enabled = session.task.tokenizer is not None and session.task.generates_text and count > 0
-        seed = session.config.train.seed
-        self._rows = choose_rows(rows, count, seed=seed, stream=_SAMPLE_STREAM) if is_enabled else []
+        self._rows = choose_rows(rows, count, (session.config.train.seed, _SAMPLE_STREAM)) if is_enabled else []
         max_answer_length = max((len(row) - row.prompt_length for row in self._rows), default=0)
         self._max_new_tokens = min(MAX_SAMPLE_TOKENS, max(MIN_SAMPLE_TOKENS, 2 * max_answer_length))
         if max_new_tokens := session.generation_limits.max_new_tokens:
@@ -224,8 +224,7 @@ class Samples:
         if not method.can_restore_base(model):
             return self.of_adapter()
         with method.base_model_active(model):
-            base_rows = (row.without_prefix(method.virtual_tokens) for row in self._rows)
-            return self._written(list(base_rows), of_base=True)
+            return self._written([row.without_prefix(method.virtual_tokens) for row in self._rows], of_base=True)
 
     def of_adapter(self) -> list[Sample]:
         """Return the answers of the current model."""
@@ -261,7 +260,7 @@ SAMPLES = 8
 MAX_BASE_SHARE = 0.35
 
 
-def check_evaluation_settings(config: RunConfig, task: Task, data: RunData) -> None:
+def check_evaluation_settings(config: RunConfig, task: Task[Any], data: RunData) -> None:
     """Reject settings for evaluations that have no rows.
 
     Raises:
@@ -274,7 +273,7 @@ def check_evaluation_settings(config: RunConfig, task: Task, data: RunData) -> N
         if is_required and not data.held_out:
             hint = "set data.eval to a share, a number of rows or a file"
             raise UserError("no rows are held out to evaluate on", location=key, hint=hint)
-    if train.eval_answers and (task.has_pairs or not task.generates_text):
+    if train.eval_answers and not task.answers_rows:
         message = f"generated answers are not scored for the task {task.name}"
         raise UserError(message, location="train.eval_answers", hint="set it to 0")
 
@@ -303,8 +302,8 @@ class Monitor:
         self._best_parameters = BestParameters(session, folder) if train.saved_adapter == "best" else None
         # rows with scored answers, by set
         sets = session.data.sets.items() if train.eval_answers else ()
-        sampling: dict[str, Any] = {"seed": train.seed, "stream": _ANSWER_STREAM}
-        self._answer_rows = {name: choose_rows(rows, train.eval_answers, **sampling) for name, rows in sets}
+        count, seed = train.eval_answers, (train.seed, _ANSWER_STREAM)
+        self._answer_rows = {name: choose_rows(rows, count, seed) for name, rows in sets}
         self._samples = Samples(session, session.data.held_out, self._sample_count())
         self._base_samples: list[Sample] | None = None
         self._step_monitor = StepMonitor(train.max_grad_norm)
@@ -317,9 +316,8 @@ class Monitor:
         self._costs = CostEstimates(session, answers=sum(map(len, self._answer_rows.values())))
         self.budget: TimeBudget | None = None
         if train.time is not None:
-            cycle = session.config.reward.updates if session.task.uses_rollouts else 1
-            options: dict[str, Any] = {"label": train.time, "cycle": cycle}
-            self.budget = TimeBudget(duration_seconds(train.time), session.total_steps, start, now, **options)
+            seconds, cycle = duration_seconds(train.time), session.feed.steps_per_round
+            self.budget = TimeBudget(seconds, session.total_steps, start, now, label=train.time, cycle=cycle)
         else:
             self._choose_eval_interval(session.total_steps)
 
@@ -331,7 +329,7 @@ class Monitor:
         if not self._restored and self._base_is_cheap():
             # A model whose loss is not finite fails in its first step with a diagnosis.
             with self._session.running(), contextlib.suppress(UserError):
-                self._write({"step": 0, "base": self._scores().as_dict()})
+                self._write({"step": 0, "base": self._evaluate_sets(scores_answers=False).as_dict()})
         if not len(self._samples) or self._base_samples is not None:
             return
         start = time.perf_counter()
@@ -357,7 +355,7 @@ class Monitor:
         for warning in self._step_monitor.check(step):
             self._write({"step": step.step, "warning": warning.as_dict()})
             self._callback.on_line(warning.text)
-        if extremes := getattr(self._session.feed, "extremes", None):
+        if extremes := self._session.feed.extremes:
             self._write({"step": step.step, "completions": [completion.as_dict() for completion in extremes]})
         return self._after(step.step)
 
@@ -493,8 +491,7 @@ class Monitor:
         train = self._session.config.train
         if self._eval_every is not None or (train.early_stopping is None and train.saved_adapter != "best"):
             return
-        num_rows = sum(map(len, evaluated_rows(self._session)))
-        chosen = default_eval_every(total_steps, train.batch_size, num_rows)
+        chosen = default_eval_every(total_steps, train.batch_size, sum(map(len, evaluated_rows(self._session))))
         self._eval_every = chosen.value
         self._session.chosen["train.eval_every"] = chosen
         self._callback.on_line(Detail(f"evaluating every {chosen.value} steps: {chosen.why}"))
@@ -507,14 +504,12 @@ class Monitor:
         session = self._session
         max_rows = MAX_BASE_SHARE * session.total_steps * session.config.train.batch_size
         max_rows *= session.generation_limits.completions_per_row
-        may_check = self.budget is None and not session.task.has_pairs
+        may_check = self.budget is None and not task_registry.entry_of(session.task.name).scores_against_base
         return may_check and 0 < sum(map(len, evaluated_rows(session))) <= max_rows
 
-    def _evaluate_sets(self) -> Evaluation:
-        """Evaluate all sets, including scored answers. The first set decides."""
-        return self._scores(self._answer_rows)
-
-    def _scores(self, scored: Mapping[str, Sequence[Example]] = MappingProxyType({})) -> Evaluation:
+    def _evaluate_sets(self, *, scores_answers: bool = True) -> Evaluation:
+        """Evaluate all sets, by default including scored answers. The first set decides."""
+        scored = self._answer_rows if scores_answers else {}
         session, evaluations = self._session, {}
         for name, rows in session.data.sets.items():
             evaluations[name] = session.evaluate(rows)
@@ -532,8 +527,7 @@ class Monitor:
 
     def _evaluate(self, step: int) -> Evaluation | None:
         """Evaluate, report the result, and update the best score."""
-        timer = contextlib.nullcontext() if self.budget is None else self.budget.evaluating()
-        with timer:
+        with contextlib.nullcontext() if self.budget is None else self.budget.evaluating():
             measured = self._evaluate_sets()
             self._evaluated_step, self._evaluation = step, measured
             if not measured.metrics:

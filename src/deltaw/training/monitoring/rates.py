@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,12 +22,12 @@ import torch
 from deltaw.atomic_files import write_text
 from deltaw.machine.choices import Choice
 from deltaw.progress import track_progress
-from deltaw.training.callbacks import Callback, RateSearch
-from deltaw.training.guarantee import UntrainedParameterWarning
+from deltaw.training.callbacks import Callback, FunctionCallback, RateSearch
+from deltaw.training.loop import UntrainedParameterWarning
+from deltaw.training.microbatches import Reducer
 from deltaw.training.monitoring.generation import text_watch
 from deltaw.training.optimizer import RisingRates
 from deltaw.training.parallel.group import Group
-from deltaw.training.parallel.reducer import Reducer
 from deltaw.training.session import RATE, Session
 from deltaw.training.state import NotFiniteError, Step
 
@@ -68,8 +67,7 @@ def read_curve(rates: Sequence[float], losses: Sequence[float], *, usual: float,
     if lowest_index < NUM_FIRST or fall <= NUM_DEVIATIONS * _noise(bounded, smoothed):
         reason = "the method's usual rate: in the range test the loss fell by no more than its noise"
         return result(lowest=None, steepest=None, end=None, chosen=usual, why=reason)
-    logs = np.log(np.asarray(rates))
-    slopes = np.gradient(np.asarray(smoothed), logs)
+    slopes = np.gradient(np.asarray(smoothed), np.log(np.asarray(rates)))
     steepest = float(rates[int(np.argmin(slopes[: lowest_index + 1]))])
     flat_limit = smoothed[lowest_index] + MAX_RISE * fall
     end = next((n - 1 for n in range(lowest_index, len(smoothed)) if smoothed[n] > flat_limit), len(smoothed) - 1)
@@ -208,10 +206,8 @@ def search_rate(session: Session, *, should_stop: Callable[[], bool] = lambda: F
     with restored_parameters(session), warnings.catch_warnings():
         warnings.simplefilter("ignore", UntrainedParameterWarning)  # the training itself repeats the warning
         try:
-            options: dict[str, Any] = {"should_stop": should_stop, "should_finish": should_finish}
-            options |= {"schedule": schedule, "total_steps": steps, "on_step": steps_done.append}
-            outcome = session.train(**options)
-            if outcome.interrupted:
+            stops = FunctionCallback(on_step=steps_done.append, should_stop=should_stop, should_finish=should_finish)
+            if session.train(stops, schedule=schedule, total_steps=steps).interrupted:
                 return None
         except NotFiniteError:
             if len(steps_done) < NUM_FIRST:

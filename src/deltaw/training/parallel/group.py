@@ -26,8 +26,7 @@ from deltaw.data.example import rows_of
 from deltaw.data.packing import common_prefix, sort_key
 from deltaw.errors import UserError
 from deltaw.training.losses import MetricAccumulator
-from deltaw.training.microbatches import AnyBatcher
-from deltaw.training.parallel.reducer import Parameters, Reducer, SpareBatch, StepSums
+from deltaw.training.microbatches import Batcher, Parameters, Reducer, SpareBatch, StepSums
 from deltaw.training.state import SavedState, TrainState
 
 # Gradients are summed over processes as one flat vector in ranges, overlapped with the backward pass.
@@ -156,9 +155,7 @@ class GradientSum:
             raise RuntimeError(f"the gradient of parameter {number} changed after its sum was started")
         if calls == 1:
             self._missing[range_index] -= 1
-        while self._can_send_early and len(self._pending) < len(self._ranges):
-            if self._missing[len(self._pending)]:
-                break
+        while self._can_send_early and (sent := len(self._pending)) < len(self._ranges) and not self._missing[sent]:
             self._send()
 
     @torch.no_grad()
@@ -188,9 +185,7 @@ class GradientSum:
 def _ranges(counts: Sequence[int], size: int, bytes_each: int) -> list[list[int]]:
     """Return the parameter indices of each range, from the last parameter on. Equal in all processes."""
     min_bytes = max(PART_BYTES * size, sum(counts) * bytes_each / MAX_RANGES)
-    ranges: list[list[int]] = []
-    is_full = True
-    num_bytes = 0
+    ranges, is_full, num_bytes = list[list[int]](), True, 0
     for number in reversed(range(len(counts))):
         if is_full:
             ranges.append([])
@@ -228,10 +223,12 @@ def distribute_rows(rows: Sequence[Any], parts: int, *, share: bool) -> list[lis
         return balanced
     order = sorted(range(len(rows)), key=lambda index: sort_key(firsts[index].tokens))
     saved = [0] + [_shared_tokens(firsts[a], firsts[b]) for a, b in itertools.pairwise(order)]
-    runs = _split_into_runs([costs[index] for index in order], saved, parts)
-    contiguous = [sorted(order[i] for i in run) for run in runs]
-    max_cost = max(sum(costs[index] for index in part) for part in balanced)
-    return contiguous if _max_load(runs, [costs[index] for index in order], saved) <= max_cost else balanced
+    ordered = [costs[index] for index in order]
+    runs = _split_into_runs(ordered, saved, parts)
+    max_load = max(sum(ordered[i] - (saved[i] if n else 0) for n, i in enumerate(run)) for run in runs)
+    if max_load > max(sum(costs[index] for index in part) for part in balanced):
+        return balanced
+    return [sorted(order[i] for i in run) for run in runs]
 
 
 def _cost(row: Any, share: bool) -> int:
@@ -282,8 +279,7 @@ def _split_into_runs(costs: Sequence[int], saved: Sequence[int], parts: int) -> 
 
 def _cut_runs(costs: Sequence[int], saved: Sequence[int], max_cost: int) -> list[list[int]]:
     """Return runs of at most this cost, each as long as possible."""
-    runs: list[list[int]] = []
-    load = 0
+    runs, load = list[list[int]](), 0
     for index, cost in enumerate(costs):
         added = cost - saved[index]
         if runs and load + added <= max_cost:
@@ -293,10 +289,6 @@ def _cut_runs(costs: Sequence[int], saved: Sequence[int], max_cost: int) -> list
             runs.append([index])
             load = cost
     return runs
-
-
-def _max_load(runs: Sequence[Sequence[int]], costs: Sequence[int], saved: Sequence[int]) -> int:
-    return max(sum(costs[i] - (saved[i] if n else 0) for n, i in enumerate(run)) for run in runs)
 
 
 # Orders: run a step, stop the training loop, evaluate a set of rows, exit, receive a text, gather a block's rows.
@@ -414,9 +406,10 @@ class Group(Reducer):
                 self._broadcast(tensor.detach().cpu().contiguous())
         else:
             message = json.loads(self.receive_text())
-            shapes = message["tensors"].items()
-            empty = {name: torch.zeros(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in shapes}
-            tensors = {name: self._broadcast(tensor) for name, tensor in empty.items()}
+            tensors = {
+                name: self._broadcast(torch.zeros(shape, dtype=getattr(torch, dtype)))
+                for name, (dtype, shape) in message["tensors"].items()
+            }
             state.restore(SavedState(message["values"], tensors))
         self._gradients = GradientSum(state.trained, state.sources, self._start_sum, size=self.size)
         self.wait()
@@ -437,17 +430,13 @@ class Group(Reducer):
             state.replan(total)
         return True
 
-    def local_rows(self, rows: Sequence[Any], batcher: AnyBatcher) -> Sequence[Any]:
-        cost_rows = getattr(batcher, "cost_rows", lambda same_rows: same_rows)(rows)
-        share = bool(getattr(batcher, "share", False))
-        return [rows[index] for index in distribute_rows(cost_rows, self.size, share=share)[self.rank]]
+    def local_rows(self, rows: Sequence[Any], batcher: Batcher) -> Sequence[Any]:
+        indices = distribute_rows(batcher.cost_rows(rows), self.size, share=batcher.share)[self.rank]
+        return [rows[index] for index in indices]
 
     @torch.no_grad()
     def add(self, numbers: Tensor, *, long_wait: bool = False) -> Tensor:
-        local = numbers.detach().cpu()
-        total = local.clone() if local is numbers else local
-        with self._wire():
-            dist.all_reduce(total, group=self._orders if long_wait else None)
+        total = self._reduce(numbers.detach().cpu().clone(), group=self._orders if long_wait else None)
         return total.to(numbers.device)
 
     def seed_random_numbers(self, seed: int, step: int) -> None:
@@ -460,7 +449,7 @@ class Group(Reducer):
         agreed = self._max(int(should_stop())) > 0  # all processes must stop together, because they share gathers
         return lambda: agreed
 
-    def batches(self, batcher: AnyBatcher, local_rows: Sequence[Any], rows: Sequence[Any]) -> Iterable[Any]:
+    def batches(self, batcher: Batcher, local_rows: Sequence[Any], rows: Sequence[Any]) -> Iterable[Any]:
         if not self.sharded:
             return batcher.batches(local_rows)
         local_batches = list(batcher.batches(local_rows))
@@ -480,23 +469,20 @@ class Group(Reducer):
         self.synchronized = False
         gradients = self._gradients
         assert gradients is not None, "broadcast_state() was not called"
-        has_gradient = [p.grad is not None for p in parameters]
+        is_used = has_gradient = [p.grad is not None for p in parameters]
         gradients.send_all()
-        numbers = [0.0, 0.0, 1.0, 0.0]
-        loss = 0.0
+        numbers = [0.0, 0.0, 0.0, 1.0, 0.0]
         if sums is not None:
-            loss = float(sums.loss)
-            numbers = [float(sums.row_tokens), float(sums.tokens), 0.0, float(sum(has_gradient))]
+            numbers = [float(sums.loss), float(sums.row_tokens), float(sums.tokens), 0.0, float(sum(has_gradient))]
         counts = torch.zeros(0) if accumulator is None else accumulator.totals().cpu()
-        summed = self._add(torch.cat([torch.tensor([loss, *numbers], dtype=torch.float64), counts.double()]))
+        summed = self._reduce(torch.cat([torch.tensor(numbers, dtype=torch.float64), counts.double()]))
         totals = summed[:5].tolist()
         with self._wire():
             gradients.wait()
         if totals[3]:
             return None
-        is_used = has_gradient
         if totals[4] != self.size * len(has_gradient):  # a parameter has no gradient in some process
-            is_used = (self._add(torch.tensor(has_gradient, dtype=torch.int32)) > 0).tolist()
+            is_used = (self._reduce(torch.tensor(has_gradient, dtype=torch.int32)) > 0).tolist()
         gradients.assign(is_used)
         if accumulator is not None:
             accumulator.count(summed[5:])
@@ -515,7 +501,7 @@ class Group(Reducer):
         self.sharded = True
         with suppress_native_stdout():
             group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._seconds))
-        assert group is not None
+        assert isinstance(group, dist.ProcessGroup)
         return group
 
     def gather_block(self, number: int, gather: Callable[[], Any]) -> Any:
@@ -527,10 +513,7 @@ class Group(Reducer):
 
     def _max(self, value: int) -> int:
         """Return the maximum over all processes."""
-        maximum = torch.tensor([value])
-        with self._wire():
-            dist.all_reduce(maximum, dist.ReduceOp.MAX)
-        return int(maximum)
+        return int(self._reduce(torch.tensor([value]), dist.ReduceOp.MAX))
 
     # Transport
 
@@ -568,15 +551,18 @@ class Group(Reducer):
             dist.broadcast(tensor, 0, group=self._orders)
         return tensor
 
-    def _add(self, tensor: Tensor) -> Tensor:
+    def _reduce(
+        self, tensor: Tensor, operation: Any = dist.ReduceOp.SUM, group: dist.ProcessGroup | None = None
+    ) -> Tensor:
+        """Reduce a tensor in place over all processes."""
         with self._wire():
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, operation, group=group)
         return tensor
 
     def _start_sum(self, tensor: Tensor) -> dist.Work:
         with self._wire():
             work = dist.all_reduce(tensor, group=self._gradient_group, async_op=True)
-        assert work is not None
+        assert isinstance(work, dist.Work)
         return work
 
     @contextlib.contextmanager

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,10 +21,10 @@ from deltaw.errors import UserError, first_line
 from deltaw.hub.loading import WeightLoader
 from deltaw.machine.choices import choose_device, choose_threads
 from deltaw.machine.memory import return_large_blocks
-from deltaw.settings import RunConfig
-from deltaw.training.callbacks import LogFunction
-from deltaw.training.parallel.group import Group, LaunchEnvironment, LostProcess, suppress_native_stdout
-from deltaw.training.parallel.reducer import SINGLE_PROCESS, Reducer
+from deltaw.progress import LogFunction
+from deltaw.settings.config import RunConfig
+from deltaw.training.microbatches import SINGLE_PROCESS, Reducer
+from deltaw.training.parallel.group import Group, LaunchEnvironment, suppress_native_stdout
 
 
 def apply_sharding(config: RunConfig, log: LogFunction) -> RunConfig:
@@ -39,7 +38,6 @@ def apply_sharding(config: RunConfig, log: LogFunction) -> RunConfig:
     has_block_format, device = config.precision in ("gguf", "nf4"), choose_device(config.device).value
     for is_unsupported, feature, key, replacement in (
         (config.method != "lora", f"method {config.method}", "method", "lora"),
-        (config.task != "causal-lm", f"task {config.task}", "task", "causal-lm"),
         (lora.dora, "DoRA, which needs the norms of full weights", "lora.dora", "false"),
         (needs_full_weights, f"init {lora.init}, which needs full weights or many rows", "lora.init", "uniform"),
         (lora.bias != "none", "trained biases of the base model", "lora.bias", "none"),
@@ -62,9 +60,7 @@ def apply_sharding(config: RunConfig, log: LogFunction) -> RunConfig:
         version_error = f"sharding a base model needs a newer torch than {torch.__version__}"
         hint = "pip install --upgrade torch, or set train.sharding: none"
         raise UserError(version_error, location="train.sharding", hint=hint)
-    disabled_values = {"drift": False, "samples": 0}
-    overrides = {key: value for key, value in disabled_values.items() if getattr(train, key) == "auto"}
-    if overrides:
+    if overrides := {key: value for key, value in (("drift", False), ("samples", 0)) if getattr(train, key) == "auto"}:
         disabled = " and ".join(f"train.{key}: {str(value).lower()}" for key, value in overrides.items())
         log(f"{disabled}: each token of an answer would gather every block of the sharded model")
     return config.with_train(**overrides, keep_features=False)
@@ -150,8 +146,7 @@ def launch_size(environment: Mapping[str, str] | None = None) -> int:
     Raises:
         UserError: if it is not an integer.
     """
-    variables = os.environ if environment is None else environment
-    return _read_int(variables, "WORLD_SIZE", 1, minimum=1)
+    return _read_int(os.environ if environment is None else environment, "WORLD_SIZE", 1, minimum=1)
 
 
 def read_launch_environment(environment: Mapping[str, str] | None = None) -> LaunchEnvironment | None:
@@ -244,12 +239,11 @@ def _connect(launch: LaunchEnvironment) -> Group:
 
 def _store(launch: LaunchEnvironment) -> dist.Store:
     """Open the key-value store, which process 0 or torchrun's agent provides."""
-    is_server = launch.rank == 0 and not launch.agent
-    limit = timedelta(seconds=launch.seconds)
+    is_server, limit = launch.rank == 0 and not launch.agent, timedelta(seconds=launch.seconds)
     location = f"MASTER_ADDR={launch.address} MASTER_PORT={launch.port}"
     try:
-        options: Any = {"timeout": limit, "wait_for_workers": False, "multi_tenant": False}
-        return dist.TCPStore(launch.address, launch.port, is_master=is_server, **options)
+        address, port = launch.address, launch.port
+        return dist.TCPStore(address, port, None, is_server, limit, wait_for_workers=False, multi_tenant=False)
     except (dist.DistError, RuntimeError, ValueError) as error:
         if "EADDRINUSE" in str(error) or "in use" in str(error):
             hint = "give torchrun another one with --master-port, or --standalone on one machine"
@@ -352,7 +346,3 @@ def _read_seconds(variables: Mapping[str, str]) -> float:
 def _missing(name: str) -> UserError:
     hint = "start them with torchrun --nproc-per-node N -m deltaw train …, or unset WORLD_SIZE"
     return UserError(f"WORLD_SIZE sets several processes, but {name} is not set", location="the environment", hint=hint)
-
-
-__all__ = ["LaunchEnvironment", "LostProcess", "join_processes", "launch_size", "read_launch_environment"]
-__all__ += ["require_single_process"]

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
+from deltaw.data.row_reader import RunData
 from deltaw.errors import UserError
 from deltaw.machine.kernel_choice import planning_rates
-from deltaw.memory.plan import FittingPlan, Plan
-from deltaw.settings import RunConfig
-from deltaw.training.callbacks import LogFunction, ignore_line
-from deltaw.training.planning.arguments import parse_bytes
+from deltaw.memory.plan import FittingPlan, Plan, parse_bytes
+from deltaw.progress import LogFunction, ignore_line
+from deltaw.settings.config import RunConfig
 from deltaw.training.planning.plan_run import plan_run
-from deltaw.training.tasks.base import RunData, Task
+from deltaw.training.task import Task
 
 # Share of a budget that is reserved for errors of the plan.
 FREE_SHARE = 0.04
@@ -46,7 +47,7 @@ def memory_limit_error(reason: str) -> UserError:
 
 def fitting_settings(
     config: RunConfig,
-    task: Task,
+    task: Task[Any],
     data: RunData,
     budget: int,
     methods: Sequence[str],
@@ -91,7 +92,9 @@ def fitting_settings(
     for method in methods:
         log(f"planning {method}")
         try:
-            for rank in _candidate_ranks(config, method):
+            configured = config.lora.rank
+            # smaller ranks, if the method has a rank
+            for rank in (configured, *(r for r in RANKS if r < configured and method == "lora")):
                 lora = dataclasses.replace(config.lora, rank=rank)
                 settings = config.model_copy(update={"method": method, "lora": lora})
                 plain = try_out(settings.with_train(checkpointing=False))
@@ -105,8 +108,7 @@ def fitting_settings(
         except UserError as error:
             log(f"{method}: {error.message}")
         except Exception as error:  # a third-party model can raise any error on fake tensors
-            error_text = f"{type(error).__name__}: {str(error)[:100]}"
-            log(f"{method}: the model cannot be run on fake tensors ({error_text})")
+            log(f"{method}: the model cannot be run on fake tensors ({type(error).__name__}: {str(error)[:100]})")
     if not plans_that_fit:
         least = min((plan.peak_resident_bytes for plan in all_plans), default=None)
         need = "no plan could be computed" if least is None else f"the minimum is {least:,} bytes"
@@ -116,7 +118,7 @@ def fitting_settings(
 
 
 def within_memory(
-    config: RunConfig, task: Task, data: RunData, plan: Plan, budget: int, blocks: int, processes: int = 1
+    config: RunConfig, task: Task[Any], data: RunData, plan: Plan, budget: int, blocks: int, processes: int = 1
 ) -> tuple[RunConfig, Plan]:
     """Return settings that need at most ``budget`` bytes, with the smallest number of checkpointed blocks.
 
@@ -155,12 +157,6 @@ def within_memory(
         if plan.peak_resident_bytes <= budget:
             return settings, plan
     return minimum
-
-
-def _candidate_ranks(config: RunConfig, method: str) -> list[int]:
-    """Return the configured rank, and smaller ones if the method has a rank."""
-    configured = config.lora.rank
-    return [configured, *(rank for rank in RANKS if rank < configured)] if method == "lora" else [configured]
 
 
 def _fitting_plan(config: RunConfig, plan: Plan) -> FittingPlan:

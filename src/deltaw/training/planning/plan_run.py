@@ -21,8 +21,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from deltaw.data.example import RowGroup
-from deltaw.data.sequences import concat_rows, lengths_of, used_tokens
+from deltaw.data.example import RowGroup, concat_rows, lengths_of, used_tokens
+from deltaw.data.row_reader import RunData
+from deltaw.decoding.generation import MAX_CONCURRENT_SAMPLES
 from deltaw.errors import UserError
 from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import converted_bytes, new_modules, require_head, skeleton
@@ -36,34 +37,32 @@ from deltaw.machine.choices import choose_device, choose_precision, choose_threa
 from deltaw.machine.kernel_choice import activate_kernels
 from deltaw.machine.memory import release_free_memory, resident_bytes, trim_memory
 from deltaw.machine.product_rates import provenance
-from deltaw.memory.plan import Plan, resident_parts
+from deltaw.memory.plan import OtherBytes, Plan, resident_parts
 from deltaw.memory.simulation import fake_tensors, simulate
 from deltaw.memory.work import WorkCounter, kernel_bytes, warm_up
-from deltaw.progress import track_progress, use_listener
-from deltaw.runtime.generation import MAX_CONCURRENT_SAMPLES
+from deltaw.progress import LogFunction, ignore_line, track_progress, use_listener
 from deltaw.runtime.quantized_weights import MOVE_CHUNK_BYTES as MOVED_AT_ONCE
 from deltaw.runtime.quantized_weights import quantize_int8, quantize_nf4
 from deltaw.runtime.recognition import blocks_of
-from deltaw.settings import RunConfig
+from deltaw.settings.config import RunConfig
 from deltaw.tensor_files import StoredTensor, read_header
 from deltaw.training.approximations import applicable
-from deltaw.training.callbacks import LogFunction, ignore_line
+from deltaw.training.batchers import MAX_BUFFERED_ROWS, CausalMicroBatcher, choose_tokens_per_pass
+from deltaw.training.callbacks import FunctionCallback
 from deltaw.training.drift import DriftMeter
-from deltaw.training.embedding.objective import EmbeddingObjective
 from deltaw.training.evaluation.general import MAX_ANSWER_TOKENS, NoGeneralAnswers
 from deltaw.training.evaluation.general_prompts import DRIFT_PROMPTS
 from deltaw.training.features.prompts import StoredPrompts
+from deltaw.training.microbatches import Batcher
 from deltaw.training.monitoring.generation import MAX_DATA_ANSWER_TOKENS, PROMPTS, is_checked
 from deltaw.training.monitoring.monitor import SAMPLES
 from deltaw.training.monitoring.rates import restored_parameters
 from deltaw.training.parallel.group import distribute_rows
-from deltaw.training.planning.arguments import plan_per_process
 from deltaw.training.planning.plan_cache import CachedPlan
 from deltaw.training.process import preserved_process_state
 from deltaw.training.session import Session, assemble, gradient_check, read_data
 from deltaw.training.state import rows_of_step
-from deltaw.training.tasks.base import RunData, Task
-from deltaw.training.tasks.causal_batcher import MAX_BUFFERED_ROWS, CausalMicroBatcher, choose_tokens_per_pass
+from deltaw.training.task import Task
 
 # Rows of an embedding whose tokens do not occur are never read. Weights that are not converted are mapped from their
 # file, and the system loads only touched pages. With a large vocabulary this is often a small part.
@@ -213,7 +212,7 @@ def generation_bytes(session: Session) -> tuple[int, int]:
         return decoder_bytes, rollout_bytes
     max_answer = max(MAX_ANSWER_TOKENS, MAX_DATA_ANSWER_TOKENS) if checked else MAX_ANSWER_TOKENS
     max_length = max(map(_row_length, session.data.all_rows)) + max_answer
-    batch_tokens = max(GENERAL_BATCH, getattr(session.batcher, "tokens_per_pass", GENERAL_BATCH))
+    batch_tokens = max(GENERAL_BATCH, session.batcher.tokens_per_pass)
     copied_bytes, answer_bytes = decoding_bytes(session, texts, max_length, batch_tokens)
     return decoder_bytes, max(rollout_bytes, answer_bytes if decoder_bytes else copied_bytes + answer_bytes)
 
@@ -299,9 +298,7 @@ def heaviest_step(session: Session, processes: int = 1) -> HeaviestStep:
         total = min(total, -(-len(session.data.train) // settings.batch_size))
     steps = range(0, total, max(1, -(-total // MAX_SEARCHED_STEPS)))
     laid_out_steps = set(steps[:: max(1, -(-len(steps) // MAX_LAID_OUT_STEPS))])
-    all_shapes: set[tuple[int, int]] = set()
-    head_row_counts: set[int] = set()
-    tiles: set[TileShape] = set()
+    all_shapes, head_row_counts, tiles = set[tuple[int, int]](), set[int](), set[TileShape]()
     microbatches: list[tuple[int, int, tuple[int, int]]] = []
     limit, long, other_tokens = *_long_row_limit(session), 0
 
@@ -309,8 +306,7 @@ def heaviest_step(session: Session, processes: int = 1) -> HeaviestStep:
         rows = feed.worst_case_rows(rows_of_step(session.data.train, step, settings.batch_size, settings.seed))
         if processes == 1:
             return [rows]
-        assigned = distribute_rows(rows, processes, share=feed.share)
-        return [[rows[index] for index in indices] for indices in assigned]
+        return [[rows[index] for index in indices] for indices in distribute_rows(rows, processes, share=feed.share)]
 
     def rows_of(location: tuple[int, int]) -> Sequence[Any]:
         return shares_of(location[0])[location[1]]
@@ -321,14 +317,13 @@ def heaviest_step(session: Session, processes: int = 1) -> HeaviestStep:
                 continue
             shapes = feed.shapes(rows)
             all_shapes.update(shapes)
-            head_row_counts.update(_head_rows(feed.batcher, rows, shapes))
+            head_row_counts.update(feed.batcher.head_rows(rows, shapes))
             if long:
                 short = [length for length in map(_row_length, rows) if length <= limit]
                 other_tokens = max(other_tokens, min(limit, len(short) * max(short, default=0)))
             labels = [0] * len(shapes) if causal_batcher is None else causal_batcher.labels(rows)
-            if isinstance(objective := session.objective, EmbeddingObjective):
-                cached_shapes = shapes[: objective.cached_passes(shapes)]
-                tokens = sum(c * n for c, n in cached_shapes) + max(c * n for c, n in shapes)
+            if (cached := session.objective.cached_passes(shapes)) is not None:
+                tokens = sum(c * n for c, n in shapes[:cached]) + max(c * n for c, n in shapes)
                 microbatches.append((tokens, 0, (step, process)))
                 continue
             counts = zip(shapes, labels, strict=True)
@@ -343,12 +338,12 @@ def heaviest_step(session: Session, processes: int = 1) -> HeaviestStep:
         if weight(heavy) > 1.01 * weight(largest):
             labeled = rows_of(heavy[2])
     # The first rows of a large evaluation contain its typical shapes.
-    sets = () if session.task.uses_rollouts else session.data.sets.values()
+    sets = () if session.feed.generates_rows else session.data.sets.values()
     held_out = [row for rows in sets for row in rows[:MAX_BUFFERED_ROWS]]
     evaluated = (set(feed.shapes(held_out)), _tile_shapes(session, held_out)) if held_out else (set(), set())
-    heads = head_row_counts, set(_head_rows(feed.batcher, held_out, list(evaluated[0]))) if held_out else set()
+    heads = head_row_counts, set(feed.batcher.head_rows(held_out, list(evaluated[0]))) if held_out else set()
     heaviest = rows_of(largest[2])
-    if session.task.uses_rollouts and not labeled:
+    if session.feed.generates_rows and not labeled:
         labeled = _fullest_batch(session, heaviest)
     limit -= session.method.virtual_tokens
     long_rows = (limit, long, other_tokens) if long else ()
@@ -369,12 +364,6 @@ def _fullest_batch(session: Session, rows: Sequence[Any]) -> Sequence[Any]:
     return () if best == len(rows) else rows[:best]
 
 
-def _head_rows(batcher: Any, rows: Sequence[Any], shapes: Sequence[tuple[int, int]]) -> list[int]:
-    """Return the number of rows that a head is applied to in each microbatch."""
-    count_head_rows = getattr(batcher, "head_rows", None)
-    return [count for count, _ in shapes] if count_head_rows is None else count_head_rows(rows)
-
-
 def _long_row_limit(session: Session) -> tuple[int, int]:
     """Return a length limit that only exceptionally long training rows exceed, and the number of these rows.
 
@@ -385,8 +374,7 @@ def _long_row_limit(session: Session) -> tuple[int, int]:
     max_long_rows = int(LONG_ROW_SHARE * len(rows))
     if not max_long_rows or session.task.tokenizer is None:
         return 0, 0
-    is_group = isinstance(rows[0], RowGroup)
-    lengths = np.array([_row_length(row) for row in rows]) if is_group else lengths_of(rows)
+    lengths = np.array([_row_length(row) for row in rows]) if isinstance(rows[0], RowGroup) else lengths_of(rows)
     limit = -(-int(np.partition(lengths, -max_long_rows - 1)[-max_long_rows - 1]) // 64) * 64
     limit = max(limit, choose_tokens_per_pass(session.config.train.tokens_per_pass, limit, "cpu").value)
     return limit, int((lengths > limit).sum())
@@ -404,12 +392,8 @@ def _weight_function(session: Session) -> Callable[[tuple[int, int, Any]], float
     vectors = 1 if session.config.train.checkpointing else STORED_VECTORS
     blocks, width = (getattr(config, name, 0) or 0 for name in ("num_hidden_layers", "hidden_size"))
     token, label = vectors * blocks * width * size, config.vocab_size * (LOGIT_COPIES + size)
-    max_labels = getattr(session.objective, "chunk", 1)
-
-    def weight(candidate: tuple[int, int, Any]) -> float:
-        return candidate[0] * token + min(candidate[1], max_labels) * label
-
-    return weight
+    max_labels = session.objective.chunk
+    return lambda candidate: float(candidate[0] * token + min(candidate[1], max_labels) * label)
 
 
 def _tile_shapes(session: Session, rows: Sequence[Any]) -> set[TileShape]:
@@ -425,7 +409,7 @@ def _tiles_of(session: Session, layout: Layout) -> set[TileShape]:
     return {(batch.count, batch.queries, batch.keys.shape[1]) for batch in tile_batches}
 
 
-class PeakBatcher:
+class PeakBatcher(Batcher):
     """Batcher that yields only the microbatches of a step that determine its peak memory.
 
     These are the smallest, which leaves gradients behind, and then the largest. The first step only allocates the
@@ -441,40 +425,31 @@ class PeakBatcher:
     """
 
     def __init__(self, session: Session, labeled: Sequence[Any] = ()) -> None:
-        self._session = session
-        self._inner = session.feed
-        self._labeled = labeled
-        self._steps = 0
-        self.tokens = self.num_batches = 0
-        self.sizes: set[int] = set()
-        self.rows: set[int] = set()
-        self.tiles: set[TileShape] = set()
+        self._session, self._inner, self._labeled = session, session.feed, labeled
+        self._steps = self.tokens = self.num_batches = 0
+        self.sizes, self.rows, self.tiles = set[int](), set[int](), set[TileShape]()
 
     def shapes(self, rows: Sequence[Any]) -> list[tuple[int, int]]:
         return self._inner.shapes(rows)
 
     def batches(self, rows: Sequence[Any]) -> Iterator[Any]:
         self._steps += 1
-        rows = self._labeled if self._steps > DRY_RUN_STEPS else rows
+        rows, batcher = self._labeled if self._steps > DRY_RUN_STEPS else rows, self._inner.batcher
         shapes = self._inner.shapes(rows)
-        sizes = [count * length for count, length in shapes]
-        weights = sizes
-        causal_batcher = self._inner.batcher
-        if self._steps > DRY_RUN_STEPS and isinstance(causal_batcher, CausalMicroBatcher):
-            weight = _weight_function(self._session)
-            counts = zip(sizes, causal_batcher.labels(rows), strict=True)
-            weights = [int(weight((size, labels, 0))) for size, labels in counts]
+        weights = sizes = [count * length for count, length in shapes]
+        if self._steps > DRY_RUN_STEPS and isinstance(batcher, CausalMicroBatcher):
+            weight, labels = _weight_function(self._session), batcher.labels(rows)
+            weights = [int(weight((size, count, 0))) for size, count in zip(sizes, labels, strict=True)]
         smallest, largest = sizes.index(min(sizes)), len(sizes) - 1 - weights[::-1].index(max(weights))
         if self._steps == 1:
             largest = smallest
         selected = {smallest, largest}
-        if isinstance(objective := self._session.objective, EmbeddingObjective):
-            # The step computes these before its first microbatch and stores them for the backward pass.
-            selected |= set(range(objective.cached_passes(shapes)))
+        # The step computes these before its first microbatch and stores them for the backward pass.
+        selected |= set(range(self._session.objective.cached_passes(shapes) or 0))
         if self._steps <= DRY_RUN_STEPS:
             self.tokens = sum(sizes[number] for number in selected)
         self.sizes.update(sizes[number] for number in (smallest, largest))
-        head_rows = _head_rows(causal_batcher, rows, shapes)
+        head_rows = batcher.head_rows(rows, shapes)
         self.rows.update(head_rows[number] for number in (smallest, largest))
         self.num_batches += len(selected)
         last_batch = None
@@ -500,10 +475,9 @@ def longest_rows(session: Session) -> Sequence[Any]:
     """
     has_reference = getattr(getattr(session.task, "settings", None), "has_reference", False)
     computed = session.data.all_rows if has_reference else concat_rows(*session.data.sets.values())
-    ordered = np.argsort(-lengths_of(computed), kind="stable")
-    batch_tokens = getattr(session.batcher, "tokens_per_pass", 0)
+    batch_tokens = session.batcher.tokens_per_pass
     total, rows = 0, []
-    for index in ordered.tolist():
+    for index in np.argsort(-lengths_of(computed), kind="stable").tolist():
         rows.append(computed[index])
         total += sum(token_counts(session.batcher.shapes(rows[-1:])))
         if total >= 2 * batch_tokens:
@@ -520,7 +494,7 @@ def token_counts(shapes: Iterable[tuple[int, int]]) -> set[int]:
     return {rows * length for rows, length in shapes}
 
 
-def plan(config: RunConfig | Mapping | str | os.PathLike[str], *, log: LogFunction = ignore_line) -> Plan:
+def plan(config: RunConfig | Mapping[str, Any] | str | os.PathLike[str], *, log: LogFunction = ignore_line) -> Plan:
     """Predict the resources of a run from the model's configuration and the rows.
 
     Args:
@@ -537,7 +511,7 @@ def plan(config: RunConfig | Mapping | str | os.PathLike[str], *, log: LogFuncti
 
 
 def plan_run(
-    config: RunConfig, task: Task, data: RunData, *, process_bytes: int | None = None, processes: int = 1
+    config: RunConfig, task: Task[Any], data: RunData, *, process_bytes: int | None = None, processes: int = 1
 ) -> Plan:
     """Predict the resources of a run on these rows, with caching.
 
@@ -554,7 +528,7 @@ def plan_run(
     cached = CachedPlan.of(config, processes=processes)
     cached_plan = None if cached is None else cached.plan(data.all_rows)
     if cached_plan is not None:
-        return plan_per_process(cached_plan, config.train.sharding, processes)
+        return cached_plan.per_process(processes, config.train.sharding)
     try:
         # Progress of the steps in the dry run is not reported.
         with track_progress(f"planning the memory of method {config.method}"), use_listener(None):
@@ -565,18 +539,18 @@ def plan_run(
         raise
     if cached is not None:
         cached.store(new_plan, data.all_rows, data.report.lines(), provenance())
-    return plan_per_process(new_plan, config.train.sharding, processes)
+    return new_plan.per_process(processes, config.train.sharding)
 
 
-def _compute_plan(config: RunConfig, task: Task, data: RunData, process_bytes: int | None, processes: int) -> Plan:
+def _compute_plan(config: RunConfig, task: Task[Any], data: RunData, process_bytes: int | None, processes: int) -> Plan:
     """Compute the plan of a process with a dry run."""
     threads = choose_threads(config.threads).value
     torch.set_num_threads(threads)  # workspace sizes of some operators depend on it
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": config.trust_remote_code}
+    name, code, outputs = config.model, config.trust_remote_code, task.num_outputs(data)
     with fake_tensors():  # the run's model, before the method is applied
-        model = skeleton(config.model, task=config.task, num_labels=task.num_outputs(data), **options)
-    require_head(model, config.model, config.task, **options)
+        model = skeleton(name, dtype=dtype, task=config.task, num_labels=outputs, trust_remote_code=code)
+    require_head(model, name, config.task, dtype=dtype, trust_remote_code=code)
     kernels = activate_kernels(model.config, threads)
     warm_up(dtype_of(dtype))
     total = count_logical_parameters(model)
@@ -585,14 +559,14 @@ def _compute_plan(config: RunConfig, task: Task, data: RunData, process_bytes: i
             quantize_int8(model.base_model)
         if config.precision == "nf4":
             quantize_nf4(model.base_model)
-    new_module_names = new_modules(model, config.model, **options) if task.has_labels else []
+    added = new_modules(model, name, dtype=dtype, trust_remote_code=code) if task.trains_head else []
     vocabularies = [model.config.get_text_config().vocab_size] if task.tokenizer is not None else []
     dry_runs: list[_DryRun] = []
     models = [model]
 
     def run() -> None:
-        keywords: dict[str, Any] = {"new_modules": new_module_names, "candidates": kernels.approximations}
-        session = assemble(config, task, data, models[0], device="cpu", **keywords)
+        names = kernels.approximations
+        session = assemble(config, task, data, models[0], device="cpu", new_modules=added, candidates=names)
         dry_runs.append(_dry_run(session, processes))
 
     footprint = simulate(run, models=models, vocabularies=vocabularies)
@@ -600,19 +574,19 @@ def _compute_plan(config: RunConfig, task: Task, data: RunData, process_bytes: i
     store = dry_run.session.feed.store
     with fake_tensors():
         trained = sum(p.numel() for _, p in dry_run.session.method.parameters(model))
-    converted = converted_bytes(model, config.model, **options)
-    folder = config_folder(config.model, dtype, config.trust_remote_code)
+    converted = converted_bytes(model, name, dtype=dtype, trust_remote_code=code)
+    folder = config_folder(name, dtype, code)
     decoder_bytes, rollout_bytes = generation_bytes(dry_run.session)
-    parts = {
-        "kernel_bytes": dry_run.kernel_bytes(),
-        "feature_bytes": 0 if store is None else store.resident_bytes,
-        "reading_bytes": data.read_peak_bytes,
-        "mapped_bytes": converted + MOVED_AT_ONCE,
-        "saving_bytes": 0 if task.tokenizer is None else saving_bytes(folder),
-        "unread_bytes": unread_bytes(dry_run.session, dtype=dtype, converted=converted),
-        "decoder_bytes": decoder_bytes,
-        "rollout_bytes": rollout_bytes,
-    }
+    parts = OtherBytes(
+        kernels=dry_run.kernel_bytes(),
+        features=0 if store is None else store.resident_bytes,
+        reading=data.read_peak_bytes,
+        mapped=converted + MOVED_AT_ONCE,
+        saving=0 if task.tokenizer is None else saving_bytes(folder),
+        unread=unread_bytes(dry_run.session, dtype=dtype, converted=converted),
+        decoder=decoder_bytes,
+        rollouts=rollout_bytes,
+    )
     block_bytes, disk_bytes = _block_bytes(model), 0 if store is None else store.shape.bytes
     heaviest, operations, operators = dry_run.heaviest, dry_run.operations, dry_run.operators
     del model, store, dry_run
@@ -620,7 +594,7 @@ def _compute_plan(config: RunConfig, task: Task, data: RunData, process_bytes: i
     models.clear()
     release_free_memory()  # a run does not hold the objects of its simulation
     process_bytes = process_bytes or resident_bytes() + LASTING_BYTES
-    resident, phases = resident_parts(footprint, process_bytes=process_bytes, **parts)
+    resident, phases = resident_parts(footprint, process_bytes, parts)
     plan = Plan(
         method=config.method,
         total_parameters=total,
@@ -671,14 +645,12 @@ class _DryRun:
 
     def kernel_bytes(self) -> int:
         """Return the memory that the matrix library caches during the run."""
-        heaviest, telling = self.heaviest, self.batcher
-        return kernel_bytes(
-            self.work,
-            varying=[(telling.sizes, heaviest.token_counts), (telling.rows, heaviest.row_counts)],
-            lengths=len({length for _, length in heaviest.all_shapes}),
-            tiles=max(1.0, heaviest.tile_shapes / max(1, len(telling.tiles))),
-            repeats=self.session.total_steps * len(heaviest.shapes) / max(1, telling.num_batches),
-        )
+        heaviest, batcher = self.heaviest, self.batcher
+        varying = [(batcher.sizes, heaviest.token_counts), (batcher.rows, heaviest.row_counts)]
+        lengths = len({length for _, length in heaviest.all_shapes})
+        tiles = max(1.0, heaviest.tile_shapes / max(1, len(batcher.tiles)))
+        repeats = self.session.total_steps * len(heaviest.shapes) / max(1, batcher.num_batches)
+        return kernel_bytes(self.work, varying=varying, lengths=lengths, tiles=tiles, repeats=repeats)
 
 
 def _dry_run(session: Session, processes: int) -> _DryRun:
@@ -697,12 +669,12 @@ def _dry_run(session: Session, processes: int) -> _DryRun:
             gradient_check(session).choose(candidates)
         session.model.zero_grad()
     with session.running(), parameter_copy, WorkCounter() as work:
-        options: dict[str, Any] = {"rows": heaviest.rows, "batch_size": len(heaviest.rows), "batcher": batcher}
-        options["total_steps"] = DRY_RUN_STEPS + (1 if heaviest.labeled else 0)
-        session.train(on_step=lambda step: marks.append((work.operations, work.operators)), **options)
-    if not session.task.uses_rollouts and (rows := longest_rows(session)):
+        callback = FunctionCallback(on_step=lambda step: marks.append((work.operations, work.operators)))
+        rows, steps = heaviest.rows, DRY_RUN_STEPS + bool(heaviest.labeled)
+        session.train(callback, rows=rows, batcher=batcher, batch_size=len(rows), total_steps=steps)
+    if not session.feed.generates_rows and (longest := longest_rows(session)):
         with session.running():
-            evaluate_rows(session, rows)
+            evaluate_rows(session, longest)
     with contextlib.suppress(NoGeneralAnswers):  # the run does not measure drift in this case
         meter.measure()
     share = sum(c * n for c, n in heaviest.shapes) / max(1, batcher.tokens)
@@ -712,7 +684,7 @@ def _dry_run(session: Session, processes: int) -> _DryRun:
 
 def plan_methods(
     config: RunConfig,
-    task: Task,
+    task: Task[Any],
     data: RunData,
     methods: Sequence[str],
     *,
@@ -754,8 +726,7 @@ def _dry_run_error(error: Exception) -> UserError:
 
 def evaluate_rows(session: Session, rows: Sequence[Any]) -> None:
     """Compute an evaluation of these rows without the metrics, which need values."""
-    objective: Any = session.objective
-    outputs = objective.predictions if session.task.has_labels else objective.evaluate_rows
+    task, objective = session.task, session.objective
     with session.method.evaluating(session.model), torch.no_grad():
         for batch in session.feed.batches(rows):
-            outputs(batch)
+            task.evaluate_batch(objective, batch)

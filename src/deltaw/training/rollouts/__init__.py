@@ -1,1 +1,0 @@
-"""Rollouts: sampling completions from the policy, scoring them, and policy losses."""

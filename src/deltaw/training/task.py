@@ -1,0 +1,541 @@
+"""Interface of a training task: reading rows, batching, the objective and evaluation.
+
+Code above this package uses every task through this interface. To add a task, write a subclass of :class:`Task` and
+register it in :mod:`deltaw.settings.task_registry`.
+"""
+
+from __future__ import annotations
+
+import abc
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
+
+import numpy as np
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from deltaw.data.example import LabeledExample
+from deltaw.data.messages import Message
+from deltaw.data.report import PreparationReport
+from deltaw.data.row_reader import Reader, RowReader, RunData
+from deltaw.decoding.generation import Sampler, TextGenerator
+from deltaw.decoding.model import AdaptedModel
+from deltaw.decoding.opening import SessionGenerator
+from deltaw.errors import UserError
+from deltaw.hub.folders import config_folder
+from deltaw.hub.loading import LoadedModel, check_architecture
+from deltaw.hub.sentence_layout import SentenceLayout
+from deltaw.hub.tokenizers import load_tokenizer
+from deltaw.machine.choices import Choice
+from deltaw.methods.base import Method
+from deltaw.methods.trust import AdapterFolder
+from deltaw.progress import LogFunction, ignore_line, track_progress
+from deltaw.runtime.packed import packed_rows, padded_rows
+from deltaw.settings import task_registry
+from deltaw.settings.config import RunConfig
+from deltaw.settings.data import DataSettings, eval_sets, sampled_eval_set
+from deltaw.training.answers import EvaluationScore, Prompting, ScoreOptions, answers
+from deltaw.training.batchers import BatcherOptions
+from deltaw.training.evaluation.base import Evaluation
+from deltaw.training.microbatches import SINGLE_PROCESS, Batcher, Feed, Objective, Reducer
+from deltaw.training.rendered_rows import render_example
+
+# Names of a model's outputs, by output index.
+Classes: TypeAlias = Sequence[str] | None
+# Rows of a data set, or row groups.
+Rows: TypeAlias = Sequence[Any]
+NamedParameters: TypeAlias = Sequence[tuple[str, nn.Parameter]]
+# For each prediction named by the reader, a value per row.
+Predictions: TypeAlias = Sequence[Sequence[Any]]
+# A batcher, and the chosen value of each setting with its reason.
+BatcherChoice: TypeAlias = tuple[Batcher, dict[str, Choice[Any]]]
+
+
+# Objective of a task.
+ObjectiveType = TypeVar("ObjectiveType", bound=Objective)
+
+DEFAULT_SCORE = ScoreOptions()
+# Maximum number of passages that an evaluation during a run searches. `deltaw eval` searches all.
+MAX_SEARCHED_PASSAGES = 10_000
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model before its weights are loaded.
+
+    Attributes:
+        reference: Model reference as the user wrote it.
+        folder: Folder that contains config.json.
+        config: Model configuration, already checked against the task.
+        trust_remote_code: Value of the setting.
+        log: Receives a line about slow operations.
+        section: Settings section of the task. None uses its defaults.
+    """
+
+    reference: str
+    folder: Path
+    config: PretrainedConfig
+    trust_remote_code: bool
+    log: LogFunction
+    section: Any = None
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the model's tokenizer.
+
+        Raises:
+            UserError: if the model has no tokenizer.
+        """
+        return load_tokenizer(str(self.folder), log=self.log, trust_remote_code=self.trust_remote_code)
+
+
+@dataclass(frozen=True)
+class RateFactor:
+    """Learning rate of a task relative to supervised fine-tuning with the same method.
+
+    Attributes:
+        value: Factor applied to the method's usual rate.
+        source: Publication or default that the factor follows. Empty for supervised fine-tuning.
+    """
+
+    value: float = 1.0
+    source: str = ""
+
+
+SFT = RateFactor()
+
+
+@dataclass(frozen=True)
+class TaskGeneration:
+    """Size of the generations of a run.
+
+    Attributes:
+        num_concurrent: Number of sequences that may be generated at once.
+        max_length: Maximum length of a sequence in tokens, including its prompt.
+        evaluation_tokens: Maximum number of tokens that one evaluation generates.
+        completions_per_row: Completions per row of a step.
+        max_new_tokens: Maximum length of a completion in tokens. 0 if the task does not generate.
+    """
+
+    num_concurrent: int = 0
+    max_length: int = 0
+    evaluation_tokens: int = 0
+    completions_per_row: int = 1
+    max_new_tokens: int = 0
+
+
+class Measurement(Protocol):
+    """A measurement after training. Its text is a line for the user."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+
+
+class TrainingSession(Protocol):
+    """Parts of :class:`deltaw.training.session.Session` that tasks use."""
+
+    config: RunConfig
+    model: PreTrainedModel
+    method: Method
+    data: RunData
+    feed: Any
+    notes: list[str]
+    processes: Reducer
+
+    @property
+    def objective(self) -> Any: ...
+    @property
+    def batcher(self) -> Batcher: ...
+    @property
+    def total_steps(self) -> int: ...
+    def running(self) -> AbstractContextManager[None]:
+        """Return a context in which the model accepts the session's batches."""
+
+    def generator(self, *, of_base: bool) -> TextGenerator | None:
+        """Return the text generator of the trained model, or of the base model."""
+
+    def sampler(self) -> Sampler | None:
+        """Return the sampler of completions, or None in a dry run."""
+
+
+class Task(abc.ABC, Generic[ObjectiveType]):
+    """A training task: defines rows, batches, objective and evaluation.
+
+    Attributes:
+        name: Value of the setting ``task``.
+        generates_text: True if the model generates text, as ``generate`` and ``chat`` require.
+        tokenizer: Tokenizer of the model, or None for images.
+        trains_head: True if a classification or regression head predicts one label per row. Each method trains it.
+        uses_chat_template: True if the tokenizer's chat template renders rows.
+        answers_rows: True if generated answers can be compared with the answers of the rows.
+        samples_completions: True if an evaluation samples completions of each prompt.
+        needs_session: True if an evaluation during training needs the session's feed.
+        caches_features: False if stored outputs of frozen layers cannot be reused, because the rows of each step are
+            new or the loss depends on all rows of a step.
+        outputs: "vectors" if the model is used for the vectors of its tokens, or "logits".
+        vector_lengths: Lengths to which vectors may be truncated.
+        shares_evaluation: True if several processes can share :meth:`evaluate`. This requires that it calls only
+            ``evaluation_method`` of the objective, once per microbatch of :meth:`evaluation_batches`, in order. A
+            subclass
+            that overrides :meth:`evaluate` must set this itself.
+        evaluation_method: Name of the method of the objective that evaluates a microbatch.
+        max_searched_passages: Passages of a file that a retrieval evaluation searches, or None for all. A limited
+            evaluation reports the number of passages that it searched.
+        checks_generation: True if a run compares greedy answers before and after training, because the training
+            loss does not show whether the model still generates text.
+    """
+
+    name = ""
+    generates_text = False
+    trains_head = False
+    uses_chat_template = True
+    answers_rows = False
+    samples_completions = False
+    needs_session = False
+    caches_features = True
+    outputs: Literal["logits", "vectors"] = "logits"
+    vector_lengths: Sequence[int] = ()
+    shares_evaluation = False
+    checks_generation = False
+    evaluation_method = "evaluate_rows"
+    max_searched_passages: int | None = MAX_SEARCHED_PASSAGES
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    @classmethod
+    @abc.abstractmethod
+    def open(cls, name: str, files: ModelFiles) -> Task[Any]:
+        """Create the task for a model.
+
+        Raises:
+            UserError: if the model does not support the task.
+        """
+
+    @classmethod
+    def check_settings(cls, section: Any) -> None:
+        """Check everything that ``section``, the settings of this task, refers to and that needs neither rows nor a
+        model.
+
+        Raises:
+            UserError: if for example a file or a package is missing.
+        """
+
+    @classmethod
+    def rate_factor(cls, section: Any) -> RateFactor:
+        """Return the factor on the method's usual learning rate for the settings ``section`` of this task."""
+        return SFT
+
+    @abc.abstractmethod
+    def reader(self, settings: DataSettings, classes: Classes = None) -> Reader:
+        """Return the reader of ``settings.train``, for example a :class:`deltaw.data.row_reader.RowReader`.
+
+        Args:
+            classes: Class names of the trained adapter.
+        """
+
+    def read(self, settings: DataSettings, *, seed: int) -> RunData:
+        """Read the rows of a run."""
+        return self.reader(settings).prepare(seed)
+
+    def read_file(self, file: str, settings: DataSettings, classes: Classes) -> tuple[Sequence[Any], PreparationReport]:
+        """Read a file to evaluate on.
+
+        Args:
+            classes: Class names of the trained adapter.
+        """
+        return self.reader(replace(settings, train=file), classes).file(file)
+
+    def input_reader(self, settings: DataSettings, columns: Sequence[str], classes: Classes) -> RowReader[Any]:
+        """Return the reader of rows to predict, which need no labels.
+
+        Args:
+            columns: Columns of the rows, with the names of ``settings.columns``.
+
+        Raises:
+            UserError: if the task has no predictions.
+        """
+        raise UserError(f"the task {self.name} has no predictions", hint="use deltaw eval")
+
+    def predict(self, objective: ObjectiveType, rows: Rows, batcher: Batcher, classes: Classes) -> Predictions:
+        """Return a list of values for each prediction in the reader's ``predicts``.
+
+        Tasks that generate text do not implement this method, because their predictions are completions.
+        """
+        raise NotImplementedError
+
+    def layout(self, model: PreTrainedModel) -> SentenceLayout:
+        """Return pooling, normalization and prompts of the vectors of a model, if its outputs are vectors."""
+        raise NotImplementedError
+
+    def encode_pair(self, query: str, passage: str) -> LabeledExample:
+        """Return the input of a model that scores a passage for a query, without a label."""
+        raise NotImplementedError
+
+    def num_outputs(self, data: RunData) -> int | None:
+        """Return the required number of outputs of the model's head, or None to use the model's configuration."""
+        return None
+
+    @abc.abstractmethod
+    def batcher(self, model: PreTrainedModel, examples: Rows, options: BatcherOptions) -> BatcherChoice:
+        """Create the batcher that cuts rows into microbatches.
+
+        Returns:
+            The batcher, and the chosen value of each setting with its reason.
+        """
+
+    def initialize_head(self, model: PreTrainedModel, new_modules: Sequence[str], rows: Rows) -> None:
+        """Initialize modules that the model's files do not contain, using the rows."""
+
+    def trainable_parameters(self, parameters: NamedParameters, rows: Rows) -> NamedParameters:
+        """Return the parameters of a method that the loss of these rows depends on. By default all of them."""
+        return parameters
+
+    def add_reference_log_probs(
+        self, model: PreTrainedModel, rows: Rows, batcher: Batcher, processes: Reducer = SINGLE_PROCESS
+    ) -> Rows:
+        """Return the rows with the values of the base model that their loss needs, if any.
+
+        Args:
+            model: Base model, or a model with its adapter disabled.
+            rows: Rows as the base model receives them.
+            batcher: Batcher that training uses.
+            processes: Processes that share the work. All call this method with the same rows.
+        """
+        return rows
+
+    def save_extra_files(self, model: PreTrainedModel, folder: Path) -> None:
+        """Write the files that other programs need to use the adapter in ``folder`` for this task.
+
+        A merged model gets the same files (:data:`deltaw.hub.sentence_layout.LAYOUT_FILES`).
+        """
+
+    def check(self, data: RunData, *, call: bool) -> None:
+        """Reject settings that do not fit the rows, before a model is loaded.
+
+        Args:
+            call: True to also call user functions and other slow checks.
+        """
+
+    def generation_limits(self, data: RunData, batch_size: int) -> TaskGeneration:
+        """Return the size of the generations of a run on these rows. Empty by default."""
+        return TaskGeneration()
+
+    def evaluated_rows(self, rows: Rows) -> Iterator[Rows]:
+        """Yield the rows that :meth:`evaluate` computes for ``rows``, in order and in parts."""
+        yield rows
+
+    def evaluation_batches(self, examples: Sequence[Any], batcher: Batcher) -> Iterator[Any]:
+        """Yield the microbatches that :meth:`evaluate` runs, in order."""
+        return itertools.chain.from_iterable(batcher.batches(part) for part in self.evaluated_rows(examples))
+
+    @abc.abstractmethod
+    def objective(self, model: PreTrainedModel) -> ObjectiveType:
+        """Return the objective, which computes the summed loss of a microbatch."""
+
+    def feed(self, session: TrainingSession) -> Feed:
+        """Return the feed of a run, which supplies rows to the model."""
+        return Feed(session.objective, session.batcher)
+
+    def check_method(self, method: Method) -> None:
+        """Reject a method that does not fit the task.
+
+        Raises:
+            UserError: if the method does not fit.
+        """
+
+    def extra_modules(self, model: PreTrainedModel, new_modules: Sequence[str]) -> list[str]:
+        """Return the names of the modules that each method trains in addition to its own parameters.
+
+        Args:
+            new_modules: Names of modules that the model's files do not contain.
+        """
+        return list(dict.fromkeys([*head_modules(model), *new_modules])) if self.trains_head else []
+
+    def token_objective(self, objective: Objective) -> Objective:
+        """Return the objective for plain text, which the rehearsal of general answers uses."""
+        return objective
+
+    def forward(self, objective: Any, batch: Any) -> None:
+        """Run the model on a microbatch outside of a step, for example to record the inputs of layers."""
+        objective(batch)
+
+    def evaluate_batch(self, objective: Any, batch: Any) -> Any:
+        """Run the forward pass of an evaluation on a microbatch, for the memory plan."""
+        return objective.evaluate_rows(batch)
+
+    def final_measurements(self, session: TrainingSession, evaluation: Evaluation) -> Iterator[tuple[str, Measurement]]:
+        """Yield measurements after training, with their names in the metrics file.
+
+        Args:
+            evaluation: Evaluation of the saved adapter on the first set of held-out rows.
+        """
+        return iter(())
+
+    def score(
+        self, opened: OpenedRun, examples: Rows, options: ScoreOptions, generator: SessionGenerator | None = None
+    ) -> EvaluationScore:
+        """Evaluate a loaded model on examples without virtual tokens, as a run evaluates its held-out rows.
+
+        Args:
+            generator: Generates answers and samples. By default transformers.
+
+        Raises:
+            UserError: if the settings name code that was not named on this machine before.
+        """
+        model, self.max_searched_passages = opened.model, None
+        batcher = opened.batcher([opened.example(example) for example in examples])
+        with opened.base():
+            examples = self.add_reference_log_probs(model, examples, batcher)
+        rows = [opened.example(example) for example in examples]
+        objective = self.objective(model)  # may run the model on padded rows
+        with self.model_context(model, batcher), track_progress("evaluating"):
+            evaluation = self.evaluate(objective, rows, batcher, opened.classes)
+        if not options.num_answers or not self.answers_rows:
+            return EvaluationScore(evaluation)
+        answered, limit = rows[: options.num_answers], options.max_new_tokens
+        return EvaluationScore(
+            evaluation, answers(model, opened.tokenizer, answered, max_new_tokens=limit, writer=generator)
+        )
+
+    def model_context(self, model: PreTrainedModel, batcher: Batcher) -> AbstractContextManager[None]:
+        """Return a context in which the model accepts the batches of ``batcher``."""
+        return padded_rows(model) if batcher.padded else packed_rows(model, independent=batcher.independent)
+
+    @abc.abstractmethod
+    def evaluate(self, objective: ObjectiveType, rows: Rows, batcher: Batcher, classes: Classes = None) -> Evaluation:
+        """Evaluate the model on rows.
+
+        Comparisons and searches minimize the metric ``loss``, or ``mse`` if the task has no ``loss``.
+
+        Args:
+            classes: Names of the model's outputs.
+        """
+
+
+@dataclass
+class OpenedRun(AdaptedModel):
+    """Model loaded for evaluation, generation or chat, with or without an adapter.
+
+    Attributes:
+        loaded: The loaded model.
+        config: Settings of the run, or None if the reference is not a deltaw run.
+        task: Task of the model.
+        classes: Names of a classifier's outputs.
+        identity: Identity of the base model and its precision, used in cache keys.
+        adapter_folder: The opened folder, or None for a base model.
+        prompting: Prompt format of the training rows, as stored in the folder.
+    """
+
+    loaded: LoadedModel
+    config: RunConfig | None
+    task: Task[Any]
+    classes: tuple[str, ...] | None = None
+    identity: str | None = None
+    adapter_folder: AdapterFolder | None = None
+    prompting: Prompting = field(default_factory=Prompting)
+
+    def score(
+        self, examples: Rows, options: ScoreOptions = DEFAULT_SCORE, generator: SessionGenerator | None = None
+    ) -> EvaluationScore:
+        """Evaluate the model on examples, see :meth:`Task.score`."""
+        return self.task.score(self, examples, options, generator)
+
+    @property
+    def data(self) -> DataSettings | None:
+        """Data settings of the run, or None if unknown."""
+        return self.config.data if self.config is not None else None
+
+    def encode(self, prompt: str | Sequence[Message]) -> np.ndarray:
+        """Tokenize a prompt or a conversation as the training rows were rendered: int32 (length,).
+
+        Raises:
+            UserError: if the chat template rejects it.
+        """
+        return self.prompting.prompt(prompt, self.data, self.tokenizer)
+
+    def example(self, example: Any) -> Any:
+        """Render an example for the current state of the model."""
+        return example if self.method is None or self.is_base else render_example(example, self.method)
+
+    def batcher(self, rows: Sequence[Any], virtual_tokens: int = 0) -> Batcher:
+        """Return the batcher for these rows, with the run's settings if there is a run."""
+        shares = self.method is None or self.method.can_share_prefixes()
+        device = str(self.loaded.choices["device"].value)
+        options = BatcherOptions(device, method_shares=shares, virtual_tokens=virtual_tokens)
+        if (train := None if self.config is None else self.config.train) is not None:
+            options = replace(options, tokens_per_pass=train.tokens_per_pass, share=train.share_prefixes)
+        return self.task.batcher(self.model, rows, options)[0]
+
+
+def task_of(
+    name: str, model: str, dtype: str, *, trust_remote_code: bool = False, log: LogFunction = ignore_line, section: Any
+) -> Task[Any]:
+    """Create the named task for a model.
+
+    Args:
+        model: Model reference.
+        dtype: Type that the weights will be loaded in, for example ``bf16``. A file that needs conversion is converted
+            to
+            it.
+        section: Settings section of the task. None uses its defaults.
+
+    Raises:
+        UserError: if the task does not exist, the reference cannot be resolved, the architecture does not support
+            the task, or the model has no tokenizer.
+    """
+    entry = task_registry.entry_of(name)
+    folder = config_folder(model, dtype, trust_remote_code, log=log)
+    config = check_architecture(folder, name, trust_remote_code)
+    task: Task[Any] = entry.load().open(name, ModelFiles(model, folder, config, trust_remote_code, log, section))
+    return task
+
+
+def read_run_data(task: Task[Any], settings: DataSettings, *, seed: int, log: LogFunction = ignore_line) -> RunData:
+    """Read the rows of a run, including all evaluation sets (``data.eval``).
+
+    The task itself reads the training rows and one evaluation set: the one that is split off the training rows, or a
+    file. The remaining files are read here with the same task.
+
+    Args:
+        log: Receives a line per additional evaluation set, including its overlap with the training rows.
+
+    Raises:
+        UserError: if the data cannot be used.
+    """
+    if not isinstance(settings.eval, dict):
+        return task.read(settings, seed=seed)
+    sets = eval_sets(settings.eval)
+    first = sampled_eval_set(settings.eval) or next(iter(sets))
+    data = task.read(replace(settings, eval=sets[first]), seed=seed)
+    eval_rows: dict[str, Sequence[Any]] = {}
+    for name, reference in sets.items():
+        if name == first:
+            eval_rows[name] = data.held_out
+            continue
+        try:
+            rows, report = task.read_file(str(reference), settings, data.classes)
+        except UserError as error:
+            location = f"data.eval.{name}" + (f": {error.location}" if error.location else "")
+            raise UserError(error.message, location=location, hint=error.hint) from error
+        eval_rows[name] = rows
+        log(f"evaluation set '{name}': {report.rows_kept:,} rows of {reference}{_overlap(data.train, rows)}")
+    return replace(data, held_out=next(iter(eval_rows.values())), eval_sets=eval_rows)
+
+
+def _overlap(train: Sequence[Any], rows: Sequence[Any]) -> str:
+    """Return a note about rows that are also training rows. Rows without tokens are not compared."""
+    if not all(hasattr(row, "tokens") for row in rows):
+        return ""
+    row_tokens = {row.tokens.tobytes() for row in rows}
+    shared_tokens = row_tokens.intersection(row.tokens.tobytes() for row in train if hasattr(row, "tokens"))
+    count = sum(row.tokens.tobytes() in shared_tokens for row in rows)
+    return f"; {count:,} of them are also training rows, which inflates its scores" if count else ""
+
+
+def head_modules(model: nn.Module) -> list[str]:
+    """Return the names of a classifier's modules above its backbone that have parameters."""
+    base = getattr(model, "base_model_prefix", "")
+    children = [(name, child) for name, child in model.named_children() if name != base]
+    return [name for name, child in children if any(True for _ in child.parameters())]

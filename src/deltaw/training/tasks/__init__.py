@@ -1,1 +1,0 @@
-"""Training tasks: reading rows, batching, objectives and evaluation."""
