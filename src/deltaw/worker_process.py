@@ -102,8 +102,9 @@ class PipeWorker:
 
     def _start(self) -> subprocess.Popen[bytes]:
         """Start a worker and wait until it is ready."""
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
-        process = subprocess.Popen(self._command, env=self._environment, start_new_session=os.name != "nt", **pipes)
+        options: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+        options["start_new_session"] = not platforms.WINDOWS
+        process = subprocess.Popen(self._command, env=self._environment, **options)
         self._process = process
         for pipe in (process.stdin, process.stdout):
             if not platforms.WINDOWS and pipe is not None:
@@ -164,7 +165,7 @@ def kill_process_tree(process: subprocess.Popen[bytes]) -> None:
     for member_process in processes:
         with contextlib.suppress(psutil.Error):
             member_process.kill()
-    if os.name != "nt":
+    if not platforms.WINDOWS:
         with contextlib.suppress(OSError):  # also kill processes that were started after the listing
             os.killpg(process.pid, 9)
     process.wait()

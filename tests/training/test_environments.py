@@ -176,7 +176,7 @@ def test_conversation_ends_at_turn_token_or_completion_limit(play):
     assert len(script.prompts) == 1 and completions[0].ended and completions[0].length == 16
     script, _, completions = play("Guess", row, ["1"], turns=3, end_token=False)
     assert len(script.prompts) == 1 and not completions[0].ended and completions[0].reward == pytest.approx(-0.1)
-    refusal(play, "Guess", row, turns=1, environment_tokens=1, match="exceeds the limit")
+    refusal(play, "Guess", row, turns=1, environment_tokens=1, match="leaves too few")
 
 
 FAULTS = [("Raises", "raised ZeroDivisionError"), ("Hangs", "no answer within 1 seconds")]

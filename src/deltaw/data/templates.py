@@ -280,7 +280,9 @@ class ChatRenderer:
                 return text[:stop], end
             if mark in self._end_marks or not is_end:
                 end, is_end = stop, mark in self._end_marks
-            stop = len(text[: stop - len(mark)].rstrip())
+            stop -= len(mark)
+            while stop and text[stop - 1].isspace():
+                stop -= 1
 
 
 def _label_turns(conversation: Conversation, only_last: bool) -> list[int]:
