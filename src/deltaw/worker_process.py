@@ -56,6 +56,7 @@ class PipeWorker:
         self._environment = environment
         self._start_seconds = _START_SECONDS + extra_start_seconds
         self._process: subprocess.Popen[bytes] | None = None
+        self._can_poll = True
         self._deadline = 0.0
         self._buffer = bytearray()  # received bytes
         self.lock = threading.RLock()
@@ -105,9 +106,9 @@ class PipeWorker:
         options: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
         options["start_new_session"] = not platforms.WINDOWS
         process = subprocess.Popen(self._command, env=self._environment, **options)
-        self._process = process
+        self._process, self._can_poll = process, not platforms.WINDOWS
         for pipe in (process.stdin, process.stdout):
-            if not platforms.WINDOWS and pipe is not None:
+            if self._can_poll and pipe is not None:
                 os.set_blocking(pipe.fileno(), False)
         self._buffer.clear()
         self._read_frame(process, self._start_seconds, 0)
@@ -142,7 +143,7 @@ class PipeWorker:
     ) -> T:
         """Call ``os.read`` or ``os.write``. Pipes of Windows have no timeout, so a timer kills the worker."""
         left = max(self._deadline - time.monotonic(), 0)
-        if platforms.WINDOWS:
+        if not self._can_poll:
             timer = threading.Timer(left, kill_process_tree, [process])
             timer.start()
             try:
