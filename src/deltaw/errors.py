@@ -1,4 +1,4 @@
-"""UserError, the error for invalid user input, and helpers for messages.
+"""UserError, the error for invalid user input, helpers for messages, and lookup of private names.
 
 All code that rejects user input raises :class:`UserError`. The command line prints its message and exits with status
 2. Any other exception is a bug in deltaw.

@@ -1,4 +1,4 @@
-"""Mine hard negatives: for each query, passages that a model ranks high but that do not answer it.
+"""Read passages and mine hard negatives: passages that a model ranks high for a query but that do not answer it.
 
 Candidates come from exact search. Passages that score almost as high as the query's positive are assumed to be answers
 too and are excluded (Moreira et al. 2024, "NV-Retriever", arXiv 2407.15831).

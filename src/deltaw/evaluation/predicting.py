@@ -1,4 +1,4 @@
-"""Predict rows without labels for any task: labels, numbers, scores, vectors or completions.
+"""Predict rows without labels for any task, and write the predictions to a file that can be resumed.
 
 Rows are read, computed and written in chunks, in their order, so memory does not grow with the number of rows. Each row
 produces one record: its number, its columns, the predictions, and an error if it cannot be used. Predictions equal

@@ -1,4 +1,4 @@
-"""Access to private names of transformers, with fallbacks.
+"""Private names of transformers, with fallbacks, and a context that silences its messages.
 
 Like :mod:`deltaw.kernels.torch_private`, for model and configuration classes. If a name is missing, a slower
 implementation is used (padded rows, eager attention), or an error names the missing feature.

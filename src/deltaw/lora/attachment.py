@@ -1,4 +1,4 @@
-"""The record of an attached adapter, which contains everything that is needed to restore the model exactly.
+"""The record of an attached adapter: replaced modules and everything else that restores the model exactly.
 
 The record is a plain attribute of the model, so that it is copied together with the model.
 """

@@ -1,4 +1,4 @@
-"""Save and load adapters in PEFT's format, compatible with PEFT and vLLM in both directions.
+"""Save and load adapters in PEFT's format, compatible with PEFT and vLLM in both directions, or read only A and B.
 
 Only safetensors files are read, never pickles, and no hub is contacted. A file with a tensor that does not fit is
 rejected before the model is changed.

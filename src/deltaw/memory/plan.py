@@ -1,4 +1,4 @@
-"""Predicted memory of a run by part: its tensors, and the rest of the process.
+"""Predicted memory of a run by part: its tensors, and the rest of the process. Arguments of plans.
 
 Tensors are known from a dry run on fake tensors (:mod:`deltaw.memory.simulation`). The process also contains the
 interpreter with its libraries, the rows, kernels compiled by the matrix library, and memory that the allocator cannot

@@ -1,4 +1,4 @@
-"""Tables of method comparisons and settings searches."""
+"""Tables and figures of method comparisons, settings searches, plans and scores."""
 
 from __future__ import annotations
 

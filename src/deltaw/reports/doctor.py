@@ -1,4 +1,4 @@
-"""Diagnose a machine for `deltaw doctor`: collect its properties, derive findings, and format them."""
+"""Diagnose a machine for `deltaw doctor`: properties, installed libraries, findings, and their format."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Inspect and compare adapters: sizes, ranks, and the norm and spectrum of ΔW per module.
+"""Inspect, compare and merge adapters: sizes, ranks, norm and spectrum of ΔW per module, and results of merges.
 
-Only the adapter's files are read. The base model is not needed, so norms are those of ΔW and not relative to W.
+For inspection, only the adapter's files are read. The base model is not needed, so norms are those of ΔW and not
+relative to W.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checks of a run before its weights are loaded.
+"""Checks of a run and its rows before weights are loaded, and previews of rows.
 
 ``deltaw train`` runs them first. ``deltaw plan`` and ``deltaw data check`` run the same ones, so that all three reject
 the same settings.

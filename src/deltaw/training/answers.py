@@ -1,4 +1,4 @@
-"""Generated answers to the prompts of examples, and the options and result of an evaluation."""
+"""Prompts of a run and generated answers to them, and the options and result of an evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training loop.
+"""The training loop, and the check that every parameter is trained.
 
 It trains the parameters of a model with an objective and rows. It does not depend on files, settings or the user
 interface.

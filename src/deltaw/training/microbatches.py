@@ -1,4 +1,4 @@
-"""Interfaces between rows and models: batchers, objectives and feeds.
+"""Interfaces between rows and models: batchers, objectives, feeds, and the reducer that combines processes.
 
 The loop uses data and models only through these classes. Batchers are in ``training/batchers.py``, and feeds with
 cached outputs of frozen layers in ``features``.

@@ -1,4 +1,4 @@
-"""AdamW optimizer and learning rate schedules."""
+"""AdamW optimizer, learning rate schedules, and recommended numbers of steps and held-out rows for small data."""
 
 from __future__ import annotations
 

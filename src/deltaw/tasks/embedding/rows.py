@@ -132,6 +132,7 @@ class RetrievalReader(RowReader[TextGroup], abc.ABC):
     Args:
         score_range: Minimum and maximum score.
         labeled: False to read rows for prediction and ignore scores and classes.
+        prompts: Prefixes of queries and passages, for embedding models.
     """
 
     noun = "a row of texts"
@@ -148,10 +149,10 @@ class RetrievalReader(RowReader[TextGroup], abc.ABC):
         log: LogFunction = ignore_line,
         score_range: tuple[float, float] = (-math.inf, math.inf),
         labeled: bool = True,
+        prompts: tuple[str, str] = ("", ""),
     ) -> None:
         super().__init__(settings, tokenizer, log=log)
-        self.labeled = labeled
-        self.score_range = score_range
+        self.labeled, self.score_range, self._prompts = labeled, score_range, prompts
         self._columns = Columns(None, None, (), None, None)
         self._names: dict[str, int] = {}
         self._file_rows: list[TextGroup] = []
@@ -322,26 +323,9 @@ def _texts(value: object, column: str, location: str) -> tuple[str, ...]:
 
 
 class EmbeddingReader(RetrievalReader):
-    """Reads files for an embedding model.
-
-    Args:
-        prompts: Prefixes of queries and passages. Symmetric rows (scored pairs, texts with classes) get no prefix.
-    """
+    """Reads files for an embedding model. Symmetric rows (scored pairs, texts with classes) get no prefix."""
 
     columns_task = "embedding"
-
-    def __init__(
-        self,
-        settings: DataSettings,
-        tokenizer: PreTrainedTokenizerBase | None,
-        *,
-        log: LogFunction = ignore_line,
-        score_range: tuple[float, float] = (-math.inf, math.inf),
-        labeled: bool = True,
-        prompts: tuple[str, str] = ("", ""),
-    ) -> None:
-        super().__init__(settings, tokenizer, log=log, score_range=score_range, labeled=labeled)
-        self._prompts = prompts
 
     @property
     def predicts(self) -> tuple[str, ...]:  # type: ignore[override]
