@@ -205,6 +205,7 @@ def test_concurrent_clients_receive_correct_answers_during_reloads(server, expec
     def reload_adapter() -> None:
         while not stopped.is_set():
             loaded = load(server, "poet", "poet")
+            wait_until(lambda: "poet" in completed_names or stopped.is_set())
             stopped.wait(0.02)
             unloaded = unload(server, "poet")
             if (loaded.status_code, unloaded.status_code) != (200, 200):
