@@ -1,36 +1,41 @@
-# What a person types. Each target sets up its own virtual environment where none stands.
-#   make demo      fine-tune a real model on a real task and show what it learned
-#   make reward    teach the same model by rewards alone (`make distill`: to answer as with a prompt, without the prompt)
-#   make embedding  teach a small encoder to find functions by what they do
-#   make test      the tests (`make test-slow`: the rest of what docs/development.md lists; `make test-variants`: with each
-#                  variant of the kernels that this machine runs, with tiles emulated, and without kernels, with one
-#                  and two threads, which takes hours)
-#   make test-oldest  the tests with the oldest version of each library that pyproject.toml allows (`make test-newest`: with
-#                  the newest; `make test-nightly`: with transformers and PEFT as they are developed)
-#   make versions  write the table of tested versions into docs/development.md
-#   make lint      style and types (`make lint-workflows`: the workflows in .github, where npm is installed)
-#   make check-wheel  install the wheel in dist/ that fits this machine, and run the tests with it
-#   make sanitize  the kernels' own tests in C++, under AddressSanitizer and UndefinedBehaviorSanitizer: those of the
-#                  best variant that runs here, or of VARIANT=avx2 (`make sanitize-all`: of each that runs here;
-#                  `make sanitize-tiles`: of products in tiles, emulated)
-#   make kernels-arm  the same tests of the variants for ARM, under an emulator of such a processor (Debian's packages
-#                  g++-aarch64-linux-gnu and qemu-user); on an ARM machine `make sanitize-all` needs none
-#   make wheels    into dist/, one for each system and type of processor (or WHEELS="linux-x86_64 windows-x86_64"), on any
-#                  machine, with a compiler from PyPI
-#   make kernels-windows  the same tests for Windows, compiled as the wheel's, under an emulator (Debian's package wine64)
-#   make bench     real rows, compared with TRL and PEFT
-#   make site      the documentation as a site, in build/site, from docs/ and README.md; a dead link is an error
-#   make figures   measure this machine, and write the table into docs/performance.md
+# Development targets. Each target creates the virtual environment that it needs.
+#   make demo             fine-tune a model on example rows and print the results
+#   make reward           train the same model with rewards
+#   make distill          train it to answer without a prompt as it does with the prompt
+#   make embedding        train a small encoder for code search
+#   make test             quick tests
+#   make test-slow        slow tests (see docs/development.md)
+#   make test-variants    quick tests with each kernel variant of this machine, with emulated tiles and without kernels,
+#                         with one and two threads; takes hours
+#   make test-oldest      tests with the oldest versions of the libraries that pyproject.toml allows
+#   make test-newest      tests with the newest versions
+#   make test-nightly     tests with the development versions of transformers and PEFT
+#   make versions         write the table of tested versions in docs/development.md
+#   make lint             check style and types
+#   make lint-workflows   check the workflows in .github; needs npm
+#   make check-wheel      install the wheel in dist/ for this machine and run the tests with it
+#   make sanitize         C++ tests of the kernels with AddressSanitizer and UndefinedBehaviorSanitizer, for the best
+#                         variant of this machine or VARIANT=avx2
+#   make sanitize-all     the same for each variant of this machine
+#   make sanitize-tiles   the same for AMX products with emulated tiles
+#   make kernels-arm      C++ tests of the ARM variants in an emulator (Debian packages g++-aarch64-linux-gnu and
+#                         qemu-user). On an ARM machine, use make sanitize-all.
+#   make kernels-windows  C++ tests for Windows in an emulator (Debian package wine64), with the wheel's compiler
+#   make wheels           build wheels into dist/ with a compiler from PyPI, for all platforms or
+#                         WHEELS="linux-x86_64 windows-x86_64"
+#   make bench            compare with TRL and PEFT on real rows
+#   make figures          measure this machine and write its table in docs/performance.md
+#   make site             build the documentation site in build/site; dead links are errors
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# Two processes with two threads each share two cores: threads that wait must not spin. Each starts others, so that
-# compiled modules are kept also where the environment says that they are not.
+# Waiting threads must not spin, because two test processes with two threads each share two cores. Bytecode is always
+# cached, because the tests start other processes.
 PYTEST  = OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 
-# What the compiled kernels are made of: a change of one makes the next target install again, which compiles what it
-# concerns. Only the variants that this machine chooses from are built (setup.py).
+# Inputs of the compiled kernels. If one changes, the next target reinstalls deltaw and recompiles the affected files.
+# setup.py builds only the variants that this machine can select.
 CSRC    := src/deltaw/kernels/csrc
 KERNELS := setup.py $(wildcard $(CSRC)/*)
 
@@ -57,7 +62,7 @@ embedding: $(VENV)/.run
 	$(BIN)/deltaw eval runs/embedding --with-base
 
 test: $(VENV)/.dev
-	test -z "$$DELTAW_KERNELS" || $(BIN)/python setup.py --quiet build_ext --inplace  # the variant that it names, too
+	test -z "$$DELTAW_KERNELS" || $(BIN)/python setup.py --quiet build_ext --inplace  # also build the selected variant
 	$(PYTEST) -n 2 --dist worksteal
 
 test-slow: $(VENV)/.dev
@@ -72,10 +77,10 @@ test-variants: $(VENV)/.dev
 	  DELTAW_EMULATED_TILES=$$emulated DELTAW_KERNELS=$$kernels DELTAW_TEST_THREADS=$$threads $(PYTEST) -n 2 --dist worksteal; \
 	done; done
 
-# ---- the versions at the ends of what pyproject.toml allows, each in an environment of its own
+# ---- Oldest and newest versions that pyproject.toml allows, in separate environments
 .PHONY: test-oldest test-newest test-nightly versions lint-workflows check-wheel
 UV := build/uv/bin/uv
-# The first Python that answers: a name may stand for one that is not installed.
+# The first Python that runs. A command can exist without a working Python.
 first_python = $(shell for name in $(1) $(PYTHON); do if $$name -c '' 2> /dev/null; then echo $$name; break; fi; done)
 OLDEST_PYTHON ?= $(call first_python,python3.10 python3.11 python3.12 python3.13)
 NEWEST_PYTHON ?= $(call first_python,python3.14 python3.13 python3.12 python3.11)
@@ -104,7 +109,7 @@ $(UV):
 versions: .venv-oldest/.dev .venv-newest/.dev
 	.venv-newest/bin/python benchmarks/versions.py .venv-oldest .venv-newest
 
-# ---- a wheel as a user has it: nothing of the sources is imported. Windows keeps programs in another folder.
+# ---- Test of an installed wheel, without importing from src/. Windows uses the folder Scripts.
 CHECKED := build/checked-wheel
 CHECKED_PYTHON = $(firstword $(wildcard $(CHECKED)/bin/python $(CHECKED)/Scripts/python.exe))
 
@@ -134,7 +139,7 @@ bench: $(VENV)/.bench
 figures: $(VENV)/.bench
 	$(BIN)/python benchmarks/figures.py
 
-# Pages are copied to one folder, README.md as its index, and links between them follow.
+# Pages are copied to one folder with README.md as the index, and links are rewritten.
 PAGES := build/site-pages
 
 site: $(VENV)/.site
@@ -144,11 +149,11 @@ site: $(VENV)/.site
 	  -e 's#\]\(((\.\./)*)\.\./README\.md#](\1index.md#g; s#\]\(((\.\./)*)(\.\./)?CHANGELOG\.md#](\1changelog.md#g' {} +
 	$(BIN)/zensical build --strict --clean
 
-# ---- the kernels under sanitizers: those of one variant and their tests as one program
+# ---- Kernels with sanitizers: one variant and its tests in one program
 VARIANTS  := PYTHONPATH=src $(PYTHON) -m deltaw.kernels.variants
 VARIANT   ?= $(shell $(VARIANTS) best)
 RUN       ?=
-# Of which tests, as in ONLY="products attention"; without it, of all.
+# Tests to run, for example ONLY="products attention". Default: all.
 ONLY      ?=
 CHECKS    ?= -fsanitize=address,undefined -fno-sanitize-recover=undefined
 OPTIMIZE  ?= -O1
@@ -166,12 +171,12 @@ sanitize: $(SANITIZED)/test_kernels
 sanitize-all:
 	set -e; for variant in $$($(VARIANTS) allowed); do $(MAKE) sanitize VARIANT=$$variant; done
 
-# The variant amx with arrays for the processor's tiles, on any processor that has the rest.
+# Variant amx with arrays instead of tile registers, for CPUs with AVX-512 BF16.
 sanitize-tiles:
 	$(MAKE) sanitize VARIANT=avx512_bf16 DEFINES=-DDW_AMX_EMULATED
 
-# The emulator's processor has all that the variants need. It does not run AddressSanitizer's programs; what is read or
-# written beyond a buffer's end is still found, since the tests' buffers end where a page begins that may not be touched.
+# The emulated CPU supports all ARM variants but not AddressSanitizer. Out-of-bounds accesses are still detected,
+# because a protected page follows each test buffer.
 ARM_CXX      ?= aarch64-linux-gnu-g++
 ARM_RUN      ?= qemu-aarch64 -cpu max -L /usr/aarch64-linux-gnu
 ARM_VARIANTS ?= $(filter-out generic,$(shell $(VARIANTS) all --machine aarch64))
@@ -185,7 +190,7 @@ kernels-arm:
 	  $(MAKE) sanitize VARIANT=$$variant CXX="$(ARM_CXX)" RUN="$(ARM_RUN)" OPTIMIZE=-O2 CHECKS= SANITIZED=build/arm/$$variant; \
 	done
 
-# ---- wheels, each with every variant of a type of processor, from any machine: zig's compiler knows all systems
+# ---- Wheels with all variants of a CPU architecture, cross-compiled with zig
 WHEELS      ?= linux-x86_64 linux-aarch64 macos-aarch64 windows-x86_64
 ZIG_VERSION := 0.17.0
 ZIG         := build/zig
@@ -201,9 +206,8 @@ wheels: $(ZIG_READY)
 	done
 	PYTHONPATH=src $(ZIG)/bin/python tests/wheel/contents.py dist/*.whl
 
-# The tests of the kernels as a program for Windows, of the very objects that its wheel is linked from, and a program
-# that loads each library as Python would. Under an emulator of that system (Debian's package wine64), where there is
-# one; the processor is the one at hand.
+# Kernel tests for Windows, linked from the object files of the wheel, and a program that loads each library as Python
+# does. Both run in wine64 if it is installed, on the CPU of this machine.
 WINE             ?= $(firstword $(shell command -v wine64 wine) $(wildcard /usr/lib/wine/wine64))
 WINDOWS_VARIANTS ?= $(filter-out amx,$(shell $(VARIANTS) allowed))
 WINDOWS          := build/windows
@@ -247,7 +251,7 @@ $(SANITIZED)/%.o: %.cpp $(wildcard $(CSRC)/*.h) $(wildcard $(CTESTS)/*.h) $(wild
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# Of what pip says, the large downloads and the stages are shown; its errors go past the filter.
+# Show only large downloads and stages of pip's output. Errors are not filtered.
 SHOWN := r' *(Downloading|Using cached) .*\(\d\d[\d.]* MB|(Building|Installing|Successfully inst)'
 SHOW  := import re, sys; [print(line[:78].rstrip(), flush=True) for line in sys.stdin if re.match($(SHOWN), line)]
 install = @echo "installing deltaw into $(VENV): packages to download, kernels to compile; 1 to 4 minutes"; rm -f $@; \

@@ -1,9 +1,16 @@
-"""Measure this machine and write a table into docs/performance.md (`make figures`).
+"""Measure this machine, and insert the measured figures into README and the pages in docs.
 
-    python benchmarks/figures.py [--only step sft decode]
+    python benchmarks/figures.py                # measure everything, then insert: about two hours on 2 cores
+    python benchmarks/figures.py step sft       # measure only these
+    python benchmarks/figures.py --insert       # measure nothing
+    python benchmarks/figures.py --check        # exit with status 1 if a page differs from the files
 
-Runs ``step.py``, ``sft.py`` and ``decode.py`` with ``--json``. The section of a processor is enclosed in markers with
-its name. Another run on the same processor replaces it. A run on another processor adds a section.
+A measurement is stored as ``docs/figures/NAME.json`` with its command, CPU, versions, commit and date, and replaces the
+previous one. Pages refer to it by comments. The text between them is generated::
+
+    <!-- figures: step -->                      a table of the whole file
+    <!-- /figures -->
+    <!-- figure: step deltaw-auto -->2.06×<!-- /figure -->      one value
 """
 
 from __future__ import annotations
@@ -11,47 +18,77 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import operator
+import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from machine import machine_lines
-
-from deltaw.kernels.processor import processor_name
-
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "performance.md"
-COMMANDS = {
-    "step": ("step.py",),
-    "sft": ("sft.py", "--data", "sarcasm", "--repeats", "1"),
+FOLDER = ROOT / "docs" / "figures"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "step": ("step.py", "--in-turns", "--steps", "16"),
+    "sft": ("sft.py", "--repeats", "1", "--batch-sizes", "16"),
     "decode": ("decode.py", "--rounds", "3"),
-}
-INSERTION_MARKER = "<!-- more figures -->"  # the section of a new processor is inserted before this marker
-HEAD = ("benchmark", "side", "speed", "times the peer's best", "peak memory", "held-out loss")
+    "preferences": ("preferences.py", "--data", "headlines", "--pairs", "32", "--repeats", "1"),
+    "rewards": ("rewards.py", "--steps", "2", "--repeats", "1"),
+    "quantized": ("quantized.py", "--repeats", "2", "--sides", "deltaw-gguf", "deltaw-nf4", "deltaw-bf16",
+                  "bitsandbytes-bf16", "bitsandbytes-fp32"),
+    "embeddings": ("embeddings.py", "--repeats", "1", "--rows", "1024"),
+    "memory": ("memory.py", "--set", "tasks"),
+    "fits": ("fits.py",),
+}  # fmt: skip
+TABLE = re.compile(r"<!-- figures: (\S+) -->\n.*?<!-- /figures -->", re.DOTALL)
+VALUE = re.compile(r"<!-- figure: (\S+) (.+?) -->.*?<!-- /figure -->")
+Rows = Iterator[Sequence[str]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(COMMANDS), default=list(COMMANDS))
+    parser.add_argument("names", nargs="*", choices=[*COMMANDS, []], metavar="NAME")
+    parser.add_argument("--insert", action="store_true", help="only insert the stored figures")
+    parser.add_argument("--check", action="store_true", help="only compare the pages with the stored figures")
     args = parser.parse_args()
-    results = {name: measure(name) for name in args.only}
-    text = section(results, str(datetime.date.today()))
-    PAGE.write_text(with_section(PAGE.read_text(encoding="utf-8"), processor_name(), text), encoding="utf-8")
-    print(text)
+    if not (args.insert or args.check):
+        for name in args.names or COMMANDS:
+            measure(name)
+    outdated = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        filled = with_figures(text)
+        if filled != text:
+            outdated.append(str(page.relative_to(ROOT)))
+            if not args.check:
+                page.write_text(filled, encoding="utf-8")
+    if args.check and outdated:
+        sys.exit(f"outdated: {', '.join(outdated)}; run python benchmarks/figures.py --insert")
 
 
-def measure(name: str) -> Any:
-    """Run a benchmark, show its output and return its JSON results."""
+def measure(name: str) -> None:
+    """Run a benchmark, show its output and store its results."""
+    from machine import machine_lines
+
     script, *flags = COMMANDS[name]
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "found.json"
+        file = Path(folder) / "results.json"
         subprocess.run([sys.executable, str(ROOT / "benchmarks" / script), *flags, "--json", str(file)], check=True)
-        return json.loads(file.read_text(encoding="utf-8"))
+        results = json.loads(file.read_text(encoding="utf-8"))
+    record = {
+        "command": f"benchmarks/{' '.join(COMMANDS[name])}",
+        "machine": machine_lines(),
+        "commit": commit(),
+        "date": str(datetime.date.today()),
+        "results": results,
+    }
+    FOLDER.mkdir(exist_ok=True)
+    temporary = FOLDER / f".{name}.json"
+    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, FOLDER / f"{name}.json")
 
 
 def commit() -> str:
@@ -59,61 +96,153 @@ def commit() -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
-def section(results: dict[str, Any], date: str) -> str:
-    """Return the table of all results, with date, commit, machine and commands."""
-    rows = [HEAD, ("---", "---", *["---:"] * 4), *(row for name in results for row in ROWS[name](results[name]))]
-    commands = ", ".join(f"`benchmarks/{' '.join(COMMANDS[name])}`" for name in results)
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    description = f"{date}, commit {commit()}; {commands}; medians."
-    return "\n".join([*lines, "", description, "", *(f"- {line}" for line in machine_lines())])
+def stored(name: str) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    return record
 
 
-def with_section(page: str, processor: str, text: str) -> str:
-    """Return the page with the section of this processor inserted or replaced."""
-    start_marker, end_marker = f"<!-- figures: {processor} -->", f"<!-- /figures: {processor} -->"
-    section_text = f"{start_marker}\n### {processor}\n\n{text}\n{end_marker}"
-    if start_marker in page:
-        return page.partition(start_marker)[0] + section_text + page.partition(end_marker)[2]
-    return page.replace(INSERTION_MARKER, f"{section_text}\n\n{INSERTION_MARKER}")
+def with_figures(page: str) -> str:
+    """Return a page with its tables and values replaced by those of the stored figures."""
+    page = TABLE.sub(lambda match: f"<!-- figures: {match[1]} -->\n{table(match[1])}\n<!-- /figures -->", page)
+    return VALUE.sub(lambda m: f"<!-- figure: {m[1]} {m[2]} -->{value(m[1], m[2])}<!-- /figure -->", page)
 
 
-def step_rows(results: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, ...]]:
+def table(name: str) -> str:
+    """Return the Markdown table of a file in docs/figures, with its command, commit, date and machine."""
+    record = stored(name)
+    if "tables" in record:  # copied from older measurements
+        parts = [f"**{t['title']}**\n\n{markdown([t['columns'], *t['rows']])}" for t in record["tables"]]
+        return "\n\n".join([*parts, f"{record['source']}; {record['date']}; {record['cpu']}."])
+    lines = markdown(list(TABLES[name](record["results"])))
+    origin = f"`{record['command']}`, {record['date']}, commit {record['commit']}. {' '.join(record['machine'])}"
+    return f"{lines}\n\n<small>{origin}</small>"
+
+
+def markdown(rows: Sequence[Sequence[Any]]) -> str:
+    """Return rows, of which the first is the head, as a Markdown table."""
+    texts = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    return "\n".join([texts[0], f"| --- |{' ---: |' * (len(rows[0]) - 1)}", *texts[1:]])
+
+
+def value(name: str, key: str) -> str:
+    """Return one figure of a file: "cpu", or the ratio, speed or memory of a side as ``SIDE[, COLUMN]``.
+
+    The default column is the ratio to the peer's fastest side.
+    """
+    record = stored(name)
+    if key == "cpu":
+        return re.sub(r".*processor: (.*?) \(.*", r"\1", record["machine"][0])
+    if key == "date":
+        return str(record["date"])
+    head, *rows = list(TABLES[name](record["results"]))
+    side, _, column = key.partition("; ")
+    row = next((row for row in rows if row[0] == side), None)
+    index = head.index(column) if column else next(n for n, title in enumerate(head) if "times" in title)
+    if row is None:
+        raise ValueError(f"docs/figures/{name}.json has no side '{side}', only {[row[0] for row in rows]}")
+    return f"{float(row[index]):.1f}×" if not column else row[index]
+
+
+# ---- tables
+
+
+def step_table(results: dict[str, list[dict[str, Any]]]) -> Rows:
+    yield "side", "tokens/s", "times PEFT's fastest", "peak memory"
     rates = {name: [run["tokens_per_second"] for run in runs] for name, runs in results.items()}
     for name, runs in results.items():
-        peak = _gigabytes(runs) if "peak_bytes" in runs[0] else ""  # the floor has no peak
-        yield "step", name, f"{statistics.median(rates[name]):.0f} tokens/s", _times(rates, name, "peft"), peak, ""
+        peak = _gigabytes(runs, "peak_bytes") if "peak_bytes" in runs[0] else ""  # the floor has no peak
+        yield name, f"{statistics.median(rates[name]):.0f}", times(rates, name, "peft"), peak
 
 
-def sft_rows(all_results: dict[str, dict[str, list[dict[str, Any]]]]) -> Iterator[tuple[str, ...]]:
+def sft_table(all_results: dict[str, dict[str, list[dict[str, Any]]]]) -> Rows:
+    yield "rows, side", "rows/s", "times TRL's fastest", "peak memory", "evaluation loss"
     for data, data_results in all_results.items():
-        for size in dict.fromkeys(key.split("|")[0] for key in data_results):
-            sides = {key.split("|")[1]: runs for key, runs in data_results.items() if key.split("|")[0] == size}
-            rates = {name: [run["rows_per_second"] for run in runs] for name, runs in sides.items()}
-            for name, runs in sides.items():
-                speed = f"{statistics.median(rates[name]):.1f} rows/s"
-                loss = f"{statistics.median(run['held_out_loss'] for run in runs):.4f}"
-                times = _times(rates, name, "TRL")
-                yield f"{data}, {size} rows per step", name, speed, times, _gigabytes(runs), loss
+        sides = {key.split("|")[1]: runs for key, runs in data_results.items()}
+        rates = {name: [run["rows_per_second"] for run in runs] for name, runs in sides.items()}
+        for name, runs in sides.items():
+            loss, speed = _median(runs, "held_out_loss"), statistics.median(rates[name])
+            peak = _gigabytes(runs, "peak_bytes")
+            yield f"{data}, {name}", f"{speed:.1f}", times(rates, name, "TRL"), peak, f"{loss:.4f}"
 
 
-def decode_rows(results: dict[str, dict[str, list[float]]]) -> Iterator[tuple[str, ...]]:
+def decode_table(results: dict[str, dict[str, list[float]]]) -> Rows:
+    yield "prompts at once, side", "tokens/s", "times llama.cpp"
     for count, rates in results.items():
         for name in rates:
-            speed, times = f"{statistics.median(rates[name]):.0f} tokens/s", _times(rates, name, "llama.cpp")
-            yield f"decoding, prompts at once: {count}", name, speed, times, "", ""
+            yield f"{count}, {name}", f"{statistics.median(rates[name]):.0f}", times(rates, name, "llama.cpp")
 
 
-def _times(rates: dict[str, list[float]], name: str, peer: str) -> str:
+def preferences_table(all_results: dict[str, dict[str, list[dict[str, Any]]]]) -> Rows:
+    yield "side", "pairs/s, steps only", "times TRL's fastest", "pairs/s with the reference", "peak memory"
+    for results in all_results.values():
+        rates = {name: [run["steps"] for run in runs] for name, runs in results.items()}
+        for name, runs in results.items():
+            speeds = (f"{statistics.median(rates[name]):.2f}", times(rates, name, "TRL"))
+            yield name, *speeds, f"{_median(runs, 'whole'):.2f}", _gigabytes(runs, "peak_bytes")
+
+
+def rewards_table(results: dict[str, list[dict[str, Any]]]) -> Rows:
+    yield "side", "seconds per step", "times TRL's fastest", "sampled tokens", "peak memory"
+    rates = {name: [1 / run["seconds"] for run in runs] for name, runs in results.items()}
+    for name, runs in results.items():
+        cells = (f"{_median(runs, 'seconds'):.1f}", times(rates, name, "TRL"), f"{_median(runs, 'tokens'):.0f}")
+        yield name, *cells, _gigabytes(runs, "peak")
+
+
+def quantized_table(results: dict[str, list[dict[str, Any]]]) -> Rows:
+    yield "side", "tokens/s", "times PEFT over bitsandbytes", "peak memory", "loss"
+    rates = {name: [run["tokens_per_second"] for run in runs] for name, runs in results.items()}
+    for name, runs in results.items():
+        cells = (f"{statistics.median(rates[name]):.0f}", times(rates, name, "bitsandbytes"))
+        yield name, *cells, _gigabytes(runs, "peak_bytes"), f"{_median(runs, 'loss'):.4f}"
+
+
+def embeddings_table(results: dict[str, list[dict[str, Any]]]) -> Rows:
+    yield "side", "rows/s", "times the fastest of sentence-transformers", "peak memory"
+    rates = {name: [run["rows"] / run["seconds"] for run in runs] for name, runs in results.items()}
+    for name, runs in results.items():
+        speed = f"{statistics.median(rates[name]):.0f}"
+        yield name, speed, times(rates, name, "sentence-transformers"), _gigabytes(runs, "peak")
+
+
+def memory_table(rows: list[dict[str, Any]]) -> Rows:
+    yield "run", "planned", "measured", "error"
+    errors = []
+    for row in rows:
+        changes = ", ".join(f"{key.rpartition('.')[2]}={text}" for key, text in row["settings"].items())
+        planned, measured = row["planned_resident"], row["resident"]
+        errors.append(planned / measured - 1)
+        name = f"{row['model']}, {row['method']}{', ' if changes else ''}{changes}"
+        yield name, f"{planned / 1e9:.2f} GB", f"{measured / 1e9:.2f} GB", f"{errors[-1]:+.1%}"
+    mean, worst = statistics.fmean(map(abs, errors)), max(errors, key=abs)
+    yield "mean of the absolute errors", "", "", f"{mean:.1%}"
+    yield "largest error", "", "", f"{worst:+.1%}"
+
+
+def fits_table(rows: list[list[str]]) -> Rows:
+    yield from rows
+
+
+TABLES: dict[str, Callable[[Any], Rows]] = {
+    name.removesuffix("_table"): function for name, function in list(globals().items()) if name.endswith("_table")
+}
+
+
+def times(rates: dict[str, list[float]], name: str, peer: str) -> str:
     """Return the median ratio of a side to the peer's fastest side, round by round."""
     best = max((n for n in rates if n.startswith(peer)), key=lambda n: statistics.median(rates[n]), default=None)
-    return f"{statistics.median(map(operator.truediv, rates[name], rates[best])):.2f}" if best else ""
+    if best is None:
+        return ""
+    return f"{statistics.median(a / b for a, b in zip(rates[name], rates[best], strict=True)):.2f}"
 
 
-def _gigabytes(runs: Sequence[dict[str, Any]]) -> str:
-    return f"{statistics.median(run['peak_bytes'] for run in runs) / 1e9:.2f} GB"
+def _median(runs: Sequence[dict[str, Any]], key: str) -> float:
+    return statistics.median(run[key] for run in runs)
 
 
-ROWS = {"step": step_rows, "sft": sft_rows, "decode": decode_rows}
+def _gigabytes(runs: Sequence[dict[str, Any]], key: str) -> str:
+    return f"{_median(runs, key) / 1e9:.2f} GB"
+
 
 if __name__ == "__main__":
     main()

@@ -97,8 +97,11 @@ def settings(model: Path, rows: Path, precision: str, checkpointing: bool) -> Ru
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="only models whose name contains this text")
-    only = parser.parse_args().only.lower()
-    print("|", " | ".join(["model", *PRECISIONS, *(f"{size} GB" for size in SIZES)]), "|")
+    parser.add_argument("--json", type=Path, default=None)
+    args = parser.parse_args()
+    only = args.only.lower()
+    table = [["model", *PRECISIONS, *(f"{size} GB" for size in SIZES)]]
+    print("|", " | ".join(table[0]), "|")
     print("| --- |", " | ".join(["---:"] * len(PRECISIONS) + ["---"] * len(SIZES)), "|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         rows = write_rows(Path(folder) / "rows.jsonl")
@@ -118,8 +121,11 @@ def main() -> None:
                 smallest[precision] = needs[1]
             for size in SIZES:
                 cells.append(next((p for p in PRECISIONS if MARGIN * smallest[p] <= size), ""))
-            print("|", " | ".join([name, *cells]), "|", flush=True)
+            table.append([name, *cells])
+            print("|", " | ".join(table[-1]), "|", flush=True)
     print_machine()
+    if args.json:
+        args.json.write_text(json.dumps(table, indent=1))
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="number of measured steps, after a warm-up step")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--sides", nargs="+", default=DEFAULT_SIDES, choices=list(SIDES), metavar="SIDE")
+    parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job is not None:
@@ -71,6 +72,8 @@ def main() -> None:
             )
     report(results)
     print_machine(threads)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1))
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ No speed is measured here: the benchmarks are run manually.
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections import Counter
@@ -179,11 +180,11 @@ def test_peaks_are_measured_for_supported_instructions():
 SFT = ("rows_per_second", "peak_bytes", "held_out_loss")
 
 
-def test_new_run_replaces_the_table_of_its_processor():
+def test_stored_figures_are_inserted_as_tables_and_values(monkeypatch, tmp_path):
     import figures
 
     step = {"deltaw-auto": (80.0, 1.5e9), "peft-fp32": (20.0, 3e9), "peft-bf16": (40.0, 2e9)}
-    sft = {"8|deltaw auto": (30.0, 1e9, 0.341), "8|TRL fp32": (3.0, 4e9, 0.342)}
+    sft = {"16|deltaw auto": (30.0, 1e9, 0.341), "16|TRL fp32": (3.0, 4e9, 0.342)}
     results = {
         "step": {
             "floor-bf16": [{"tokens_per_second": 90.0}],
@@ -192,17 +193,32 @@ def test_new_run_replaces_the_table_of_its_processor():
         "sft": {"sarcasm": {n: [dict(zip(SFT, values, strict=True))] for n, values in sft.items()}},
         "decode": {"16": {"deltaw": [800.0, 900.0], "llama.cpp": [200.0, 300.0]}},
     }
-    text = figures.section(results, "2026-11-28")
-    assert "| step | deltaw-auto | 80 tokens/s | 2.00 | 1.50 GB |  |" in text
-    assert "| sarcasm, 8 rows per step | deltaw auto | 30.0 rows/s | 10.00 | 1.00 GB | 0.3410 |" in text
-    assert "| decoding, prompts at once: 16 | deltaw | 850 tokens/s | 3.50 |  |  |" in text
-    assert f"2026-11-28, commit {figures.commit()}; `benchmarks/step.py`" in text and processor_name() in text
-    page = figures.PAGE.read_text(encoding="utf-8")
-    single = figures.with_section(page, "a processor", "old")
-    combined = figures.with_section(figures.with_section(single, "another", "other"), "a processor", text)
-    assert "old\n" not in combined and combined.count(text) == combined.count("other\n<!--") == 1
-    marker = figures.INSERTION_MARKER
-    assert combined.startswith(page.partition(marker)[0]) and combined.count(marker) == 1
+    monkeypatch.setattr(figures, "FOLDER", tmp_path)
+    record = {"command": "benchmarks/a.py", "machine": ["processor: A CPU (x86_64, Linux); avx2", "versions: torch 2"]}
+    for name, result in results.items():
+        text = json.dumps(record | {"commit": "abc", "date": "2026-11-28", "results": result})
+        (tmp_path / f"{name}.json").write_text(text)
+    page = "".join(f"<!-- figures: {name} -->\nold\n<!-- /figures -->\n" for name in results)
+    filled = figures.with_figures(page)
+    assert "| deltaw-auto | 80 | 2.00 | 1.50 GB |" in filled and "old" not in filled
+    assert "| sarcasm, deltaw auto | 30.0 | 10.00 | 1.00 GB | 0.3410 |" in filled
+    assert "| 16, deltaw | 850 | 3.50 |" in filled and "`benchmarks/a.py`, 2026-11-28, commit abc." in filled
+    assert figures.with_figures(filled) == filled
+    values = [figures.value("step", key) for key in ("cpu", "date", "deltaw-auto", "deltaw-auto; peak memory")]
+    assert values == ["A CPU", "2026-11-28", "2.0×", "1.50 GB"]
+    line = "<!-- figure: sft sarcasm, deltaw auto -->1×<!-- /figure -->"
+    assert figures.with_figures(line) == line.replace("1×", "10.0×")
+    with pytest.raises(ValueError, match="has no side 'nobody'"):
+        figures.value("step", "nobody")
+
+
+def test_pages_show_the_stored_figures():
+    import figures
+
+    assert len({name for page in figures.PAGES for name in figures.TABLE.findall(page.read_text("utf-8"))}) > 3
+    for page in figures.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert figures.with_figures(text) == text, f"{page.name}: run python benchmarks/figures.py --insert"
 
 
 def test_figures_use_existing_benchmark_flags():

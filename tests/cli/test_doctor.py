@@ -10,6 +10,7 @@ from tests.cli.conftest import assert_refused, start
 def test_json_report_without_compiled_kernels(tmp_path, monkeypatch, model_folder):
     monkeypatch.setenv("DELTAW_NATIVE", "0")
     monkeypatch.setenv("DELTAW_KERNEL", "avx2")  # misspelled
+    monkeypatch.setenv("DELTAW_API_KEY", "sk-5EcReT")
     process = start("doctor", "--output", tmp_path / "runs", "--model", model_folder, "--json")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
@@ -18,6 +19,7 @@ def test_json_report_without_compiled_kernels(tmp_path, monkeypatch, model_folde
     assert output.keys() >= set(keys.split())
     assert output["model"]["reference"] == str(model_folder)
     assert output["environment"]["DELTAW_NATIVE"] == "0"
+    assert "5EcReT" not in out and "DELTAW_API_KEY" in output["environment"]
     findings = output["findings"]
     assert {f["severity"] for f in findings} <= {"ok", "note", "warning"}
     assert any("DELTAW_KERNEL " in f["what"] and "DELTAW_KERNELS" in f["hint"] for f in findings)

@@ -146,7 +146,7 @@ def test_incompatible_settings_are_rejected_by_name(settings, tmp_path, stopped_
 
 
 def test_irrelevant_settings_and_data_path_may_change(settings, tmp_path, stopped_copy, complete_run, rows_file):
-    train = {**TRAIN, "checkpoint_every": 1, "keep_checkpoints": 5, "learning_rate": 1e-2}
+    train = {**TRAIN, "checkpoint_every": 1, "keep_checkpoints": 5, "learning_rate": 1e-2, "saved_adapter": "best"}
     data = {"train": str(shutil.copy(rows_file, tmp_path / "elsewhere.jsonl"))}
     result = deltaw.fit(settings(stopped_copy, train=train, data=data, force=True, prompt={"length": 7}))
     # The last five, and the best one if it is older.

@@ -29,28 +29,69 @@ if TYPE_CHECKING:
 
 TRACEBACK = "--traceback"
 
-COMMANDS = {
-    "train": "fine-tune a model on a file of rows and save an adapter",
-    "plan": "predict the memory that a run needs, for every method",
-    "eval": "evaluate a run: loss, perplexity and exact match",
-    "predict": "predict labels, numbers, scores, vectors or completions for the rows of a file",
-    "generate": "complete prompts",
-    "chat": "chat with a model and its adapter",
-    "serve": "serve a model and its adapters with the OpenAI API",
-    "data": "display and check training rows, and mine hard negatives",
-    "compare": "train with several methods and compare cost and score",
-    "tune": "search for the best settings",
-    "runs": "list the runs in a folder, or compare runs",
-    "inspect": "describe an adapter: rank, size, targets and norms; or compare two adapters",
-    "merge": "merge a run into its base model, or several adapters into one",
-    "export": "export an adapter for llama.cpp, Ollama, vLLM, mlx-lm or PEFT",
-    "push": "upload a run's adapter to a model hub, with a model card",
-    "deploy": "import a run into Ollama or LM Studio and compare the answers",
-    "doctor": "diagnose this machine and report causes of slow training",
-    "init": "create a commented settings file from three questions",
-    "mcp": "serve tools for agents with the Model Context Protocol",
-    "schema": "print the JSON schema of the settings file for editors",
-    "completion": "print the shell completion script for bash, zsh or fish",
+GROUPS = {
+    "Prepare": {
+        "init": "create a commented settings file from three questions",
+        "data": "display and check training rows, and mine hard negatives",
+        "plan": "predict the memory that a run needs, for every method",
+        "doctor": "diagnose this machine and report causes of slow training",
+    },
+    "Train": {
+        "train": "fine-tune a model on a file of rows and save an adapter",
+        "compare": "train with several methods and compare cost and score",
+        "tune": "search for the best settings",
+        "runs": "list the runs in a folder, or compare runs",
+    },
+    "Check": {
+        "eval": "evaluate a run: loss, perplexity and exact match",
+        "predict": "predict labels, numbers, scores, vectors or completions for the rows of a file",
+        "generate": "complete prompts",
+        "chat": "chat with a model and its adapter",
+        "inspect": "describe an adapter: rank, size, targets and norms; or compare two adapters",
+    },
+    "Ship": {
+        "serve": "serve a model and its adapters with the OpenAI API",
+        "merge": "merge a run into its base model, or several adapters into one",
+        "export": "export an adapter for llama.cpp, Ollama, vLLM, mlx-lm or PEFT",
+        "push": "upload a run's adapter to a model hub, with a model card",
+        "deploy": "import a run into Ollama or LM Studio and compare the answers",
+    },
+    "Tools": {
+        "mcp": "serve tools for agents with the Model Context Protocol",
+        "schema": "print the JSON schema of the settings file for editors",
+        "completion": "print the shell completion script for bash, zsh or fish",
+    },
+}
+COMMANDS = {name: text for commands in GROUPS.values() for name, text in commands.items()}
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# Example in the help of each command. A subcommand follows its group after a space.
+EXAMPLES = {
+    "init": f"deltaw init --model {MODEL} --data rows.jsonl",
+    "data": "deltaw data check rows.jsonl",
+    "data check": f"deltaw data check rows.jsonl --model {MODEL}",
+    "data show": f"deltaw data show rows.jsonl --model {MODEL} --row 1",
+    "data mine": "deltaw data mine pairs.jsonl --model sentence-transformers/all-MiniLM-L6-v2",
+    "plan": "deltaw plan train.yaml --fit-memory 4GB",
+    "doctor": f"deltaw doctor --model {MODEL}",
+    "train": f"deltaw train --model {MODEL} --data rows.jsonl --output runs/first",
+    "compare": "deltaw compare train.yaml --methods lora,bias,full",
+    "tune": "deltaw tune train.yaml --trials 20",
+    "runs": "deltaw runs first second --output comparison.html",
+    "eval": "deltaw eval runs/first --with-base --answers 5",
+    "predict": "deltaw predict runs/first unlabeled.csv -o predicted.csv",
+    "generate": 'deltaw generate runs/first --with-base "Where is my parcel?"',
+    "chat": "deltaw chat runs/first --with-base",
+    "inspect": "deltaw inspect runs/first runs/second",
+    "serve": f"deltaw serve {MODEL} --adapter first=runs/first --port 8000",
+    "merge": "deltaw merge runs/first --output merged",
+    "export": "deltaw export runs/first --format gguf --type q8_0 --output first.gguf",
+    "push": "deltaw push runs/first USER/NAME --dry-run",
+    "deploy": "deltaw deploy ollama runs/first",
+    "deploy ollama": "deltaw deploy ollama runs/first",
+    "deploy lmstudio": "deltaw deploy lmstudio runs/first",
+    "mcp": "deltaw mcp --allow . --allow-models",
+    "schema": "deltaw schema --output run.schema.json",
+    "completion": "deltaw completion fish > ~/.config/fish/completions/deltaw.fish",
 }
 
 
@@ -105,7 +146,14 @@ class _LazyGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        return None if name not in COMMANDS else importlib.import_module(f"deltaw.cli.{name}").command
+        if name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"deltaw.cli.{name}").command
+        subcommands = command.commands if isinstance(command, click.Group) else {}
+        for path, documented in {name: command, **{f"{name} {n}": c for n, c in subcommands.items()}}.items():
+            if path in EXAMPLES:
+                documented.epilog = f"\b\nExample:\n  {EXAMPLES[path]}"
+        return command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -116,8 +164,10 @@ class _LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+        column = max(map(len, COMMANDS)) + 2
+        for title, commands in GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name.ljust(column - 2), text) for name, text in commands.items()])
 
 
 def _normalize_flag(name: str) -> str:

@@ -76,6 +76,7 @@ class GroupedCommand(click.Command):
                 formatter.write_dl([row for row in rows if row])
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_epilog(ctx, formatter)
         if not ctx.meta.get(ALL):
             count = sum(isinstance(param, click.Option) for param in self.params)
             formatter.write_paragraph()

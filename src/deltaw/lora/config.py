@@ -60,52 +60,56 @@ class LoRAConfig:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     rank: int = setting(16, "rank r of ΔW = scaling · A·B", minimum=1)
-    alpha: float = setting(32.0, "scaling is alpha / rank, or alpha / √rank with rslora", exclusiveMinimum=0)
+    alpha: float = setting(
+        32.0,
+        "scaling numerator: the update is scaled by alpha / rank, or alpha / √rank with rslora",
+        exclusiveMinimum=0,
+    )
     dropout: float = setting(
-        0.0, "share of the adapter's inputs set to zero while training, 0 ≤ p < 1", minimum=0, exclusiveMaximum=1
+        0.0, "dropout probability of the adapter's inputs, 0 ≤ p < 1", minimum=0, exclusiveMaximum=1
     )
     target_modules: str | list[str] = setting(
-        "all-linear", "'all-linear', 'attention', 'mlp', a list of name endings, or a regular expression for full names"
+        "all-linear",
+        "modules to adapt: 'all-linear', 'attention', 'mlp', a list of name suffixes, or a regular expression",
     )
     exclude_modules: str | list[str] | None = setting(
-        None, "name endings (with all below them) or a regular expression, not adapted"
+        None, "modules to exclude: name suffixes (including their submodules) or a regular expression"
     )
     layers: str | list[int] | None = setting(
         None,
         "layers to adapt, such as '16-', '0-7', '3' or [1, 2]",
         anyOf=[{"type": "string"}, _NUMBER, {"type": "array", "items": _NUMBER}, {"type": "null"}],
     )
-    rank_pattern: dict[str, int] = setting(dict, "other ranks, by an expression for the ending of a module's name")
-    alpha_pattern: dict[str, float] = setting(dict, "other alphas, by an expression for the ending of a module's name")
+    rank_pattern: dict[str, int] = setting(
+        dict, "ranks of individual modules, by a regular expression for a name suffix"
+    )
+    alpha_pattern: dict[str, float] = setting(
+        dict, "alphas of individual modules, by a regular expression for a name suffix"
+    )
     init: str = setting(
         "uniform", "initialization of A and B: uniform, gaussian, orthogonal, pissa, olora or eva", enum=list(INITS)
     )
     rslora: bool = setting(False, "scale by alpha / √rank instead of alpha / rank")
     dora: bool = setting(False, "train magnitude and direction of the weights separately (DoRA)")
-    bias: str = setting("none", "biases trained as well: none, all, or lora_only", enum=list(BIASES))
-    lora_bias: bool = setting(False, "train a bias on B as well, added to each adapted layer's output")
+    bias: str = setting("none", "biases to train: none, all, or lora_only (adapted layers)", enum=list(BIASES))
+    lora_bias: bool = setting(False, "train a bias of B, which is added to the output of each adapted layer")
     target_parameters: list[str] = setting(
-        list,
-        "parameters of two or three dimensions to adapt, by the ending of their full name, such as "
-        "'experts.gate_up_proj'",
-        **_TEXT_OR_LIST,
+        list, "2-D or 3-D parameters to adapt, by name suffix, such as 'experts.gate_up_proj'", **_TEXT_OR_LIST
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = setting(
-        None, "ids of tokens whose embeddings are trained, or such lists by the ending of a module's name"
+        None, "ids of tokens whose embeddings are trained, or such lists by module name suffix"
     )
-    train_modules: list[str] = setting(
-        list, "extra trainable modules, trained in full, by the ending of their name", **_TEXT_OR_LIST
-    )
+    train_modules: list[str] = setting(list, "additional modules to train in full, by name suffix", **_TEXT_OR_LIST)
     active: str = setting(
         "always",
-        "tokens on which the adapter acts: always (all), or completion (from the invocation sequence on, the "
-        "start of the answer; Activated LoRA)",
+        "tokens that the adapter changes: always (all), or completion (from the invocation sequence on; Activated "
+        "LoRA)",
         enum=list(ACTIVATIONS),
     )
     invocation_tokens: list[int] | str | None = setting(
         None,
-        "the sequence that switches an activated adapter on, as token ids or text; null: what opens the answer "
-        "in the chat template, or ends all prompts",
+        "token ids or text that activate an activated adapter; null: the start of an assistant turn in the chat "
+        "template, or the common end of all prompts",
     )
 
     def __post_init__(self) -> None:

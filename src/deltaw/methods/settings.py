@@ -27,7 +27,7 @@ class InputSettings(_Section):
     """The ``input:`` section."""
 
     modules: list[str] | None = setting(None, "modules trained by method input; null: the model's input layer")
-    tokens: list[str] | None = setting(None, "train the embeddings of these tokens only, and no other rows")
+    tokens: list[str] | None = setting(None, "tokens whose embeddings are trained; null: all")
 
     def __post_init__(self) -> None:
         if self.modules and self.tokens:
@@ -42,9 +42,9 @@ class PromptSettings(_Section):
         UserError: if a value is out of range, or ``init`` and ``text`` contradict each other.
     """
 
-    length: int = setting(20, "virtual tokens prepended to every row", minimum=1)
+    length: int = setting(20, "number of virtual tokens prepended to every row", minimum=1)
     init: Literal["random", "text"] = setting(
-        "random", "the vectors are initialized with token embeddings: of random tokens, or of prompt.text"
+        "random", "initialization with the embeddings of random tokens, or of the tokens of prompt.text"
     )
     text: str | None = setting(None, "text for init: text; repeated or truncated to prompt.length tokens")
 
@@ -63,7 +63,7 @@ class RandomSettings(_Section):
     """The ``random:`` section."""
 
     weights: float = setting(
-        0.01, "weights trained by method random: a share (below 1), or a number of them", exclusiveMinimum=0
+        0.01, "weights to train: a fraction (below 1), or a number of weights (from 1)", exclusiveMinimum=0
     )
 
     def __post_init__(self) -> None:
@@ -76,7 +76,7 @@ class RandomSettings(_Section):
 class LastSettings(_Section):
     """The ``last:`` section."""
 
-    blocks: int = setting(2, "blocks trained by method last, from the top", minimum=1)
+    blocks: int = setting(2, "number of blocks to train, from the top", minimum=1)
 
     def __post_init__(self) -> None:
         if self.blocks < 1:

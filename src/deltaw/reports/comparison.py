@@ -181,8 +181,9 @@ def difference_line(before: Evaluation, after: Evaluation) -> str | None:
     share = is_share(after.main)
     change_text, low, high = (f"{100 * value:+.1f}" if share else f"{value:+.4f}" for value in (change, *bounds))
     text = f"{metric_name(after.main)} {change_text}{' points' if share else ''} (95 % interval {low} to {high})"
-    no_difference = bounds[0] <= 0 <= bounds[1]
-    return f"base and adapter do not differ: {text}" if no_difference else f"difference of adapter and base: {text}"
+    if bounds[0] <= 0 <= bounds[1]:
+        return f"adapter and base: no significant difference: {text}"
+    return f"difference of adapter and base: {text}"
 
 
 def task_table(scores: Mapping[str, Sequence[TaskScore]]) -> Table:

@@ -314,7 +314,7 @@ def gather(
         gpus=[_gpu_of(index) for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)],
         nvidia_driver=(root / "proc/driver/nvidia/version").exists(),
         mps=torch.backends.mps.is_available(),
-        environment={name: value for name, value in sorted(os.environ.items()) if matters(name)},
+        environment={n: HIDDEN_VALUE if n in SECRETS else v for n, v in sorted(os.environ.items()) if matters(n)},
         versions={"python": platform.python_version(), "system": system, **torch_versions},
         model=model_summary,
         cache_bytes=cache_bytes,
@@ -419,6 +419,10 @@ VARIABLES = {
     "DELTAW_VARIANTS": "which kernels are compiled at installation",
     EMULATED_TILES: "1: emulates AMX tiles with arrays, for tests of the kernels",
 }
+
+
+# Variables whose values are not printed.
+SECRETS, HIDDEN_VALUE = {"DELTAW_API_KEY"}, "(hidden)"
 
 
 @dataclass(frozen=True)

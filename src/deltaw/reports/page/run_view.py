@@ -288,7 +288,7 @@ def score_warnings(record: Run) -> Iterator[str]:
     if base is None or not bounds:
         return
     if value == base:
-        yield f"Base and adapter do not differ: the {metric_name(name)} is the same as before training."
+        yield f"The score did not change: the {metric_name(name)} is the same as before training."
         return
     sign = -1 if name.rpartition("/")[2] in LOWER_IS_BETTER else 1
     if sign * value <= sign * base:
