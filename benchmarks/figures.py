@@ -33,6 +33,10 @@ FOLDER = ROOT / "docs" / "figures"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMMANDS: dict[str, tuple[str, ...]] = {
     "step": ("step.py", "--in-turns", "--steps", "16"),
+    **{
+        f"step-{model}": ("step.py", "--model", model, "--sides", "deltaw-auto", "--repeats", "1")
+        for model in ("qwen2.5-0.5b", "llama-3.2-1b", "llama-3.2-3b")
+    },
     "sft": ("sft.py", "--repeats", "1", "--batch-sizes", "16"),
     "decode": ("decode.py", "--rounds", "3"),
     "preferences": ("preferences.py", "--data", "headlines", "--pairs", "32", "--repeats", "1"),
@@ -43,6 +47,14 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "memory": ("memory.py", "--set", "tasks"),
     "fits": ("fits.py",),
 }  # fmt: skip
+# Models of the table "sizes" by the file with their speed.
+SIZES = {
+    "SmolLM2-135M": "step",
+    "Qwen2.5-0.5B": "step-qwen2.5-0.5b",
+    "Llama-3.2-1B": "step-llama-3.2-1b",
+    "Llama-3.2-3B": "step-llama-3.2-3b",
+    "Qwen3-8B": "",
+}
 TABLE = re.compile(r"<!-- figures: (\S+) -->\n.*?<!-- /figures -->", re.DOTALL)
 VALUE = re.compile(r"<!-- figure: (\S+) (.+?) -->.*?<!-- /figure -->")
 Rows = Iterator[Sequence[str]]
@@ -109,6 +121,8 @@ def with_figures(page: str) -> str:
 
 def table(name: str) -> str:
     """Return the Markdown table of a file in docs/figures, with its command, commit, date and machine."""
+    if name == "sizes":
+        return sizes()
     record = stored(name)
     if "tables" in record:  # copied from older measurements
         parts = [f"**{t['title']}**\n\n{markdown([t['columns'], *t['rows']])}" for t in record["tables"]]
@@ -116,6 +130,17 @@ def table(name: str) -> str:
     lines = markdown(list(TABLES[name](record["results"])))
     origin = f"`{record['command']}`, {record['date']}, commit {record['commit']}. {' '.join(record['machine'])}"
     return f"{lines}\n\n<small>{origin}</small>"
+
+
+def sizes() -> str:
+    """Return a table of the planned memory and the training time of some models, from several files."""
+    plans = {row[0]: row[1:] for row in stored("fits")["results"]}
+    rows = [["model", "bf16", "nf4", "1,000 rows of 256 tokens"]]
+    for model, file in SIZES.items():
+        speed = _median(stored(file)["results"]["deltaw-auto"], "tokens_per_second") if file else 0
+        time = f"{256_000 / speed / 60:,.0f} min" if speed else "not measured"
+        rows.append([model, *plans[model][:2], time])
+    return markdown(rows)
 
 
 def markdown(rows: Sequence[Sequence[Any]]) -> str:
@@ -223,7 +248,7 @@ def fits_table(rows: list[list[str]]) -> Rows:
     yield from rows
 
 
-TABLES: dict[str, Callable[[Any], Rows]] = {
+TABLES: dict[str, Callable[[Any], Rows]] = dict.fromkeys(filter(None, SIZES.values()), step_table) | {
     name.removesuffix("_table"): function for name, function in list(globals().items()) if name.endswith("_table")
 }
 

@@ -1,6 +1,6 @@
 """Retrieval on real texts: nDCG@10 of a base encoder, of the trained encoder, and with a reranker.
 
-    python benchmarks/retrieval.py [--sets docstrings questions] [--seeds 3] [--rerank] [--plot docs/embedding.png]
+    python benchmarks/retrieval.py [--sets docstrings questions] [--seeds 3] [--rerank] [--plot embedding.png]
 
 There are two sets: docstrings of Python's standard library with the functions they describe (entire files are held
 out), and the questions and answers of chatterbot-corpus. all-MiniLM-L6-v2 is trained with LoRA of rank 16, once per

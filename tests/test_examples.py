@@ -130,8 +130,8 @@ def test_page_links_have_targets(page: Path) -> None:
         assert not anchor or anchor in _anchors(file), f"{target}#{anchor}"
 
 
-def test_guide_page_loss_trains_on_pairs() -> None:
-    page = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+def test_own_loss_of_the_page_trains_on_pairs() -> None:
+    page = (ROOT / "docs" / "goals" / "own-loss.md").read_text(encoding="utf-8")
     (code,) = (c for c in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "class Preference" in c)
     model = causal_model("llama")
     namespace = {"deltaw": deltaw, "model": model, "groups": _pairs()}

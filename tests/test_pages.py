@@ -126,26 +126,17 @@ def test_settings_page_is_current() -> None:
     assert all(f"| `{setting.key}`" in settings_page.page() for setting in settings())
 
 
-def test_links_between_pages_lead_to_existing_sections() -> None:
-    def anchors(page: Path) -> set[str]:
-        heads = re.findall(r"(?m)^#+ (.*)", re.sub(r"(?s)```.*?```", "", page.read_text(encoding="utf-8")))
-        return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
-
-    broken = []
-    for page in (ROOT / "README.md", ROOT / "CHANGELOG.md", *DOCS):
-        text = re.sub(r"(?s)```.*?```", "", page.read_text(encoding="utf-8"))
-        for path, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", text):
-            target = (page.parent / path) if path else page
-            if "://" not in path and (not target.exists() or (anchor and anchor not in anchors(target))):
-                broken.append(f"{page.relative_to(ROOT)}: {path}#{anchor}")
-    assert not broken, "\n".join(broken)
-
-
 def test_output_of_blocks_is_selected_and_replaced() -> None:
     page = "```bash\necho a\n```\n<!-- output: loss -->\n```text\nold\n```\nText\n```bash\ntrue\n```\n"
     filled = pages.with_output(page, ["step\nloss 0.25 \n", "loss 3\n"])
     assert filled == page.replace("old\n", "loss 0.25\n")
     assert pages.comparable(filled) == ["loss #"]
+
+
+def test_tutorial_shows_the_recording() -> None:
+    text = pages.TUTORIAL.read_text(encoding="utf-8")
+    assert text == pages.with_recording(text), "run tools/pages.py --recorded"
+    assert text.count("```console\n$ ") > 8
 
 
 @pytest.mark.parametrize("path", EXAMPLES)

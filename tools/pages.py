@@ -14,6 +14,12 @@ that the page shows, by a regular expression::
 
 Differences from a terminal: a server runs in the background until the end of the page, ``pip install`` is skipped
 (except for README), and the Hugging Face model of :data:`HUB_MODEL` comes from a local server.
+
+The tutorial shows parts of a recording (``examples/first-hour.txt``), selected by the start of a command::
+
+    <!-- recorded: deltaw init -->
+
+``python tools/pages.py --recorded`` only inserts these.
 """
 
 from __future__ import annotations
@@ -36,6 +42,8 @@ OUTPUT = r"(?:<!-- output: (?P<lines>.*?) -->\n```text\n(?P<shown>.*?)```\n)?"
 BLOCK = re.compile(rf"```bash\n(?P<script>.*?)```\n{OUTPUT}", re.DOTALL)
 # Text that a model generated, and numbers. Both depend on the CPU.
 GENERATED, NUMBER = re.compile(r"^(\s*(?:base|base model|adapter):).*"), re.compile(r"\d[\d.,:]*")
+RECORDING, TUTORIAL = ROOT / "examples" / "first-hour.txt", ROOT / "docs" / "tutorial.md"
+RECORDED = re.compile(r"<!-- recorded: (.+?) -->(?:\n```console\n.*?```)?", re.DOTALL)
 SEPARATOR = "@@ end of block"
 # Environment variables of a developer or a test that users do not have.
 HIDDEN = {"DELTAW_MEASURED", "HF_HUB_OFFLINE", "HF_ENDPOINT", "OMP_NUM_THREADS", "COLUMNS", "CI", "VIRTUAL_ENV"}
@@ -109,6 +117,17 @@ def selected_lines(output: str, pattern: str) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
+def with_recording(page: str) -> str:
+    """Return the page with the recorded commands and their output."""
+    entries = re.split(r"(?m)^(?=\$ )", RECORDING.read_text(encoding="utf-8"))
+
+    def replace(match: re.Match[str]) -> str:
+        entry = next(entry for entry in entries if entry.startswith(f"$ {match[1]}"))
+        return f"<!-- recorded: {match[1]} -->\n```console\n{entry}```"
+
+    return RECORDED.sub(replace, page)
+
+
 def comparable(page: str) -> list[str]:
     """Return the lines of output that a page shows, without numbers and generated text."""
     lines = [line for match in BLOCK.finditer(page) if match["lines"] for line in match["shown"].splitlines()]
@@ -132,6 +151,9 @@ def hub() -> Iterator[dict[str, str]]:
 
 
 def main() -> None:
+    TUTORIAL.write_text(with_recording(TUTORIAL.read_text(encoding="utf-8")), encoding="utf-8")
+    if "--recorded" in sys.argv[1:]:
+        return
     pages = [Path(name).resolve() for name in sys.argv[1:]] or PAGES
     with hub() as environment:
         for page in pages:
