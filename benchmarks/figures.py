@@ -45,6 +45,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
                   "bitsandbytes-bf16", "bitsandbytes-fp32"),
     "embeddings": ("embeddings.py", "--repeats", "1", "--rows", "1024"),
     "memory": ("memory.py", "--set", "tasks"),
+    "times": ("times.py",),
     "fits": ("fits.py",),
 }  # fmt: skip
 # Models of the table "sizes" by the file with their speed.
@@ -242,6 +243,21 @@ def memory_table(rows: list[dict[str, Any]]) -> Rows:
     mean, worst = statistics.fmean(map(abs, errors)), max(errors, key=abs)
     yield "mean of the absolute errors", "", "", f"{mean:.1%}"
     yield "largest error", "", "", f"{worst:+.1%}"
+
+
+def times_table(rows: list[dict[str, Any]]) -> Rows:
+    yield "run", "predicted", "measured", "error", "error per step"
+    all_errors = []
+    for row in rows:
+        changes = ", ".join(f"{key.rpartition('.')[2]}={text}" for key, text in row["settings"].items())
+        errors = [row[f"planned_{name}"] / row[name] - 1 for name in ("seconds", "seconds_per_step")]
+        all_errors.append(errors)
+        name = f"{row['model']}, {row['method']}{', ' if changes else ''}{changes}"
+        predicted, measured = f"{row['planned_seconds']:.0f} s", f"{row['seconds']:.0f} s"
+        yield name, predicted, measured, *(f"{error:+.0%}" for error in errors)
+    columns = [list(map(abs, column)) for column in zip(*all_errors, strict=True)]
+    yield "mean of the absolute errors", "", "", *(f"{statistics.fmean(column):.0%}" for column in columns)
+    yield "largest error", "", "", *(f"{max(column):.0%}" for column in columns)
 
 
 def fits_table(rows: list[list[str]]) -> Rows:

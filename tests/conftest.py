@@ -24,7 +24,8 @@ from deltaw.data.row_reader import RunData
 from deltaw.errors import UserError
 from deltaw.memory.plan import Plan
 from deltaw.settings.config import RunConfig
-from deltaw.training.planning.plan_run import plan_run
+from deltaw.training.planning.plan_run import plan_run, with_time
+from deltaw.training.planning.run_time import plan_with_cached_time
 from deltaw.training.task import Task
 from tests.byte_models import save_model, tiny_gpt2, tiny_llama
 
@@ -108,6 +109,23 @@ def _isolated_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 def _fresh_plans(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.node.get_closest_marker("planned"):
         monkeypatch.setattr("deltaw.runs.fit.plan_run", plan_run)
+
+
+# Functions that predict the time of a plan, by the modules that use them.
+TIME_FUNCTIONS = {
+    "deltaw.runs.fit.with_time": with_time,
+    "deltaw.training.planning.plan_run.with_time": with_time,
+    "deltaw.training.planning.budget.with_time": with_time,
+    "deltaw.training.planning.plan_cache.plan_with_cached_time": plan_with_cached_time,
+}
+
+
+@pytest.fixture(autouse=True)
+def _predicted_times(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Predict no time of runs, which would take a measurement per model, unless a test is marked ``timed``."""
+    for name, function in TIME_FUNCTIONS.items():
+        timed = request.node.get_closest_marker("timed") is not None
+        monkeypatch.setattr(name, function if timed else lambda plan, *_: plan)
 
 
 @pytest.fixture(autouse=True)

@@ -123,3 +123,27 @@ def test_budget_lists_fitting_settings_fastest_first(call, settings_file, tmp_pa
 def test_error_for_small_budget_names_minimum(call, settings_file):
     result = call("plan", settings_file, "--method", "head", "--methods", "head", "--fit-memory", "1MB", "--json")
     assert_refused(result, "1,000,000 bytes", "the minimum is", "--fit-memory", "hint:")
+
+
+@pytest.mark.timed
+def test_time_is_printed_and_in_json(call, settings_file):
+    first = call("plan", settings_file, "--train.seed", 5, status=0)
+    assert "takes about " in first.out and "per step" in first.out
+    flags = ["--train.seed", 5, "--methods", "lora", "--json"]
+    output = json.loads(call("plan", settings_file, *flags, status=0).out)["lora"]
+    assert output["seconds"] > 0 and output["seconds_per_step"] > 0
+    assert sum(output["seconds_by_phase"].values()) == pytest.approx(output["seconds"])
+    longer = json.loads(call("plan", settings_file, *flags, "--train.epochs", 40, status=0).out)["lora"]
+    assert longer["seconds_by_phase"]["training"] > 20 * output["seconds_by_phase"]["training"]
+
+
+@pytest.mark.timed
+def test_time_budget_lists_rows_and_epochs_that_fit(call, settings_file):
+    flags = ["--fit-time", "100 days", "--train.epochs", 2, "--json"]
+    result = call("plan", settings_file, *flags, status=0)
+    output = json.loads(result.out)
+    assert output["budget_seconds"] == 100 * 86400
+    assert [(s["epochs"], s["rows"], s["precision"]) for s in output["settings"]] == [(2, None, "fp32")]
+    assert "checkpointing" in result.err
+    assert_refused(call("plan", settings_file, "--fit-time", "0.1s"), "--fit-time", "no settings fit", "hint:")
+    assert_refused(call("plan", settings_file, "--fit-time", "soon"), "'soon'", "30min")

@@ -1,4 +1,4 @@
-"""`deltaw plan`: predict the memory of a run before weights are read."""
+"""`deltaw plan`: predict the memory and the time of a run before weights are read."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from deltaw.errors import UserError
 from deltaw.progress import Detail
 
 if TYPE_CHECKING:
+    from deltaw.data.row_reader import RunData
     from deltaw.memory.plan import Plan
     from deltaw.reports.tables import TerminalOutput
+    from deltaw.settings.config import RunConfig
+    from deltaw.training.task import Task
 
 
 @click.command("plan", cls=GroupedCommand)
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
 @click.option("--methods", help="methods to plan: a,b,c or all  [default with --json, --picture and --fit-memory: all]")
 @click.option("--picture", type=click.Path(), help="output file (.svg) for a stacked bar chart")
 @click.option("--fit-memory", "budget", help="memory limit, such as 6GB; search for settings that fit")
+@click.option(
+    "--fit-time", "time_budget", help="time limit, such as 30min; search for rows, epochs and settings that fit"
+)
 @click.option("--processes", default=1, show_default=True, type=click.IntRange(1), help="processes; plans one of them")
 @settings_flags
 @json_flag
@@ -31,15 +37,15 @@ def command(
     methods: str | None,
     picture: str | None,
     budget: str | None,
+    time_budget: str | None,
     processes: int,
     as_json: bool,
     **arguments: Any,
 ) -> None:
-    """Predict the memory of a run by part, and check if it fits. Reads the model's configuration and the rows, but no
-    weights.
+    """Predict the memory of a run by part, check if it fits, and predict its time. Reads the model's configuration and
+    the rows, but no weights.
     """
     from deltaw.memory.plan import parse_bytes
-    from deltaw.reports.plan import budget_table
     from deltaw.settings.config import RunConfig
     from deltaw.training.planning.plan_cache import load_cached_plans, parse_methods
 
@@ -48,10 +54,11 @@ def command(
     all_methods = as_json or picture is not None or budget is not None
     names = parse_methods(methods or ("all" if all_methods else config.method), config.method)
     size = None if budget is None else parse_bytes(budget)
+    seconds = None if time_budget is None else _parse_duration(time_budget)
     if picture is not None and Path(picture).suffix.lower() != ".svg":
         hint = "charts are SVG files: use a file name that ends with .svg"
         raise UserError(f"'{Path(picture).name}' does not end with .svg", location="--picture", hint=hint)
-    cached = load_cached_plans(config, names, processes) if size is None else None
+    cached = load_cached_plans(config, names, processes) if size is None and seconds is None else None
     if cached is not None:
         plans = {name: plan.per_process(processes, config.train.sharding) for name, plan in cached.plans.items()}
         _show(plans, config.method, processes, cached.lines, out)
@@ -70,13 +77,10 @@ def command(
     lines: list[str] = []
     task, data = read_data(config, lines.append)
     check_rows(config, task, data)
-    if size is not None:
-        from deltaw.training.planning.budget import fitting_settings
-
-        fitting_plans = fitting_settings(config, task, data, size, names, log=out.print_line, processes=processes)
-        out.print(budget_table(fitting_plans))
+    if size is not None or seconds is not None:
+        budgets = _search(config, (task, data), (size, seconds), names, processes, out)
         if as_json:
-            print_json({"budget_bytes": size, "settings": [fitting.as_dict() for fitting in fitting_plans]})
+            print_json(budgets)
         return
     from deltaw.training.planning.plan_run import plan_methods
 
@@ -90,6 +94,42 @@ def command(
     _show(plans, config.method, processes, lines, out)
     _end(plans, picture, out, as_json)
     check_folder(config)
+
+
+def _parse_duration(text: str) -> float:
+    from deltaw.settings.config import duration_seconds
+
+    try:
+        return duration_seconds(text)
+    except ValueError as error:
+        message = f"'{text}' is not a valid duration"
+        raise UserError(message, location="--fit-time", hint="write 30min, 90s or 2h30m") from error
+
+
+def _search(
+    config: RunConfig,
+    inputs: tuple[Task[Any], RunData],
+    budgets: tuple[int | None, float | None],
+    methods: Sequence[str],
+    processes: int,
+    out: TerminalOutput,
+) -> dict[str, object]:
+    """Print settings that fit into the budgets, in bytes and seconds, and return them for JSON."""
+    from deltaw.machine.memory import free_memory_bytes
+    from deltaw.reports.plan import budget_table, fitting_times_table
+    from deltaw.training.planning.budget import fitting_settings, fitting_times
+
+    (task, data), (size, seconds) = inputs, budgets
+    if seconds is None:
+        assert size is not None
+        fitting = fitting_settings(config, task, data, size, methods, log=out.print_line, processes=processes)
+        out.print(budget_table(fitting))
+        return {"budget_bytes": size, "settings": [settings.as_dict() for settings in fitting]}
+    times = fitting_times(config, task, data, seconds, size or free_memory_bytes(), log=out.print_line)
+    out.print(fitting_times_table(times))
+    for reason in dict.fromkeys(fit.plan.time_uncertain for fit in times if fit.plan.time_uncertain):
+        out.print(f"the times are uncertain: {reason}")
+    return {"budget_seconds": seconds, "settings": [settings.as_dict() for settings in times]}
 
 
 def _show(plans: Mapping[str, Plan], method: str, processes: int, rows: Sequence[str], out: TerminalOutput) -> None:

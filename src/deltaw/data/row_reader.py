@@ -68,6 +68,7 @@ class RunData:
         eval_sets: Evaluation rows by set name, of which ``held_out`` is the first set. Empty if ``data.eval`` has no
             names.
         read_peak_bytes: Peak main memory of the process while tokenizer and rows were loaded, or 0 if not measured.
+        read_seconds: Time of loading tokenizer and rows, or 0 if not measured.
     """
 
     train: Sequence[Any]
@@ -77,6 +78,7 @@ class RunData:
     classes: tuple[str, ...] | None = None
     eval_sets: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     read_peak_bytes: int = 0
+    read_seconds: float = 0.0
 
     @property
     def sets(self) -> Mapping[str, Sequence[Any]]:

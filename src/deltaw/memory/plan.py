@@ -1,4 +1,4 @@
-"""Predicted memory of a run by part: its tensors, and the rest of the process. Arguments of plans.
+"""Predicted memory of a run by part: its tensors, and the rest of the process. Predicted time. Arguments of plans.
 
 Tensors are known from a dry run on fake tensors (:mod:`deltaw.memory.simulation`). The process also contains the
 interpreter with its libraries, the rows, kernels compiled by the matrix library, and memory that the allocator cannot
@@ -102,6 +102,12 @@ class Plan:
         block_bytes: Bytes of the frozen weights of all blocks, and of the largest block.
         long_rows: Set if a few long rows determine the peak: ``rows`` of the ``of`` training rows exceed ``max_length``
             tokens, and leaving them out ``saves`` about that many bytes. Otherwise empty.
+        workload: Work of the run (:class:`deltaw.training.planning.run_time.Workload`), from which its time is
+            predicted. Empty if unknown.
+        seconds_per_step: Predicted mean duration of an optimizer step, or None if unknown.
+        seconds: Predicted duration of the run, or None if unknown.
+        seconds_by_phase: Predicted seconds of each phase. They add up to ``seconds``.
+        time_uncertain: Reason why the predicted time is uncertain or unknown. Empty if it is reliable.
     """
 
     method: str
@@ -125,6 +131,11 @@ class Plan:
     disk_bytes: int = 0
     block_bytes: tuple[int, int] = (0, 0)
     long_rows: Mapping[str, int] = field(default_factory=dict)
+    workload: Mapping[str, object] = field(default_factory=dict, compare=False)
+    seconds_per_step: float | None = None
+    seconds: float | None = None
+    seconds_by_phase: Mapping[str, float] = field(default_factory=dict)
+    time_uncertain: str = ""
 
     def without_long_rows(self, max_length: int, rows: int, of: int, tokens: int) -> Plan:
         """Return the plan with ``long_rows`` set if leaving long rows out would save a significant share of the memory.
@@ -179,12 +190,13 @@ class Plan:
             resident=resident,
             timeline=tuple((phase, size - saved + vector) for phase, size in self.timeline),
             phases=phases,
+            workload={},
         )
 
     def as_dict(self) -> dict[str, object]:
         """Return the plan as JSON-serializable output for users."""
         values = self.to_fields()
-        for name in ("method", "timeline", "operators", "block_bytes"):
+        for name in ("method", "timeline", "operators", "block_bytes", "workload"):
             del values[name]
         renamed = {"tokens": "tokens_per_pass", "rows": "rows_per_step", "operations": "operations_per_step"}
         return {renamed.get(name, name): value for name, value in values.items()}
@@ -229,6 +241,37 @@ class FittingPlan:
         names = ("peak_resident_bytes", "peak_bytes", "trained_parameters")
         figures = {name: getattr(self.plan, name) for name in names}
         return {**values, **figures, "estimated_seconds_per_step": self.seconds}
+
+
+@dataclass(frozen=True)
+class FittingTime:
+    """Settings with which a run takes at most a given time, with their plan.
+
+    Attributes:
+        precision: Precision of the frozen weights.
+        tokens_per_pass: Value of ``train.tokens_per_pass``.
+        checkpointing: Value of ``train.checkpointing``.
+        steps: Number of optimizer steps.
+        epochs: Value of ``train.epochs``.
+        rows: Value of ``data.rows``, or None for all rows.
+        seconds: Predicted duration of the run.
+        plan: Plan of the run with all of its steps.
+    """
+
+    precision: str
+    tokens_per_pass: int | str
+    checkpointing: bool | int
+    steps: int
+    epochs: float
+    rows: int | None
+    seconds: float
+    plan: Plan
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the settings and their predicted costs, JSON-serializable."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "plan"}
+        names = ("seconds_per_step", "time_uncertain", "peak_resident_bytes")
+        return {**values, **{name: getattr(self.plan, name) for name in names}}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Format memory plans: a table of parts, and bars."""
+"""Format plans: a table of memory by part, bars, and the predicted time."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from deltaw.memory.plan import FittingPlan, Plan
-from deltaw.reports.tables import WIDTH, add_row, gigabytes, table, wrap_line
+from deltaw.memory.plan import FittingPlan, FittingTime, Plan
+from deltaw.reports.tables import WIDTH, add_row, duration, gigabytes, table, time_by_part, wrap_line
 
 # Parts of a plan in stacking order: name, label and terminal color. Figures color them by position (``p1`` to ``p9``).
 PARTS = (
@@ -75,7 +75,17 @@ def plan_text(plan: Plan, free: int, processes: int = 1) -> list[Text]:
         lines.append(Text(f"while completions are generated: {gigabytes(rollouts)}"))
     location = f"at {plan.module}" if plan.module else "outside all modules"
     lines.append(Text(wrap_line(f"peak in the {plan.phase}, {location}; microbatches of {plan.tokens:,} tokens")))
-    return lines + [Text(line) for line in long_rows_lines(plan)]
+    return lines + [Text(line) for line in (*long_rows_lines(plan), *time_lines(plan))]
+
+
+def time_lines(plan: Plan) -> list[str]:
+    """Return the predicted time by phase and per step, or no lines if it was not predicted."""
+    if plan.seconds is None:
+        return [wrap_line(f"time: {plan.time_uncertain}")] if plan.time_uncertain else []
+    start = "takes about "
+    first, *following = time_by_part(plan.seconds_by_phase, WIDTH - len(start))
+    lines = [start + first, *following, f"{duration(plan.seconds_per_step)} per step"]
+    return lines + ([f"the time is uncertain: {plan.time_uncertain}"] if plan.time_uncertain else [])
 
 
 def _sized(plan: Plan) -> Iterator[tuple[str, int, str]]:
@@ -171,6 +181,18 @@ def plan_lines(plan: Plan, limit: int | None) -> list[str]:
     limit_text = f" of {gigabytes(limit)}" if limit is not None else ""
     tensors = f"{gigabytes(plan.peak_bytes)} of it tensors (peak in the {plan.phase})"
     return [f"planned memory: {gigabytes(plan.peak_resident_bytes)}{limit_text}, {tensors}", f"  mainly: {largest}"]
+
+
+def fitting_times_table(candidates: Sequence[FittingTime]) -> Table:
+    """Return a table of settings that fit into a time budget, those with the most steps first."""
+    heads = ("precision", "tokens per pass", "checkpointing", "rows", "epochs", "steps", "process", "time")
+    result = table(heads)
+    for fitting in candidates:
+        execution = (fitting.precision, str(fitting.tokens_per_pass), "on" if fitting.checkpointing else "off")
+        amount = ("all" if fitting.rows is None else f"{fitting.rows:,}", f"{fitting.epochs:g}", f"{fitting.steps:,}")
+        cost = (gigabytes(fitting.plan.peak_resident_bytes), duration(fitting.seconds))
+        add_row(result, (*execution, *amount, *cost))
+    return result
 
 
 def budget_table(candidates: Sequence[FittingPlan]) -> Table:

@@ -27,6 +27,7 @@ from deltaw.reports.tables import (
     TerminalOutput,
     count,
     duration,
+    format_time,
     format_value,
     gigabytes,
     metric_name,
@@ -103,7 +104,9 @@ def summary_rows(result: Result) -> Iterator[tuple[str, str]]:
     planned_text = "" if planned is None else f", {gigabytes(planned)} planned"
     yield "memory", f"{gigabytes(result.peak_memory_bytes)} at the peak{planned_text}"
     if result.seconds_by_part:
-        first, *following = time_by_part(result.seconds_by_part, WIDTH - len("time: "))
+        predicted = result.planned_seconds
+        note = "" if predicted is None else f" ({duration(predicted)} predicted)"
+        first, *following = time_by_part(result.seconds_by_part, WIDTH - len("time: "), note)
         yield from [("time", first), *(("", line) for line in following)]
     if result.drift is not None:
         first, *following = result.drift.lines()
@@ -259,6 +262,11 @@ class TerminalCallback(Callback):
         self.on_line(f"memory: {gigabytes(self._planned)} planned of {gigabytes(limit_bytes)}{tight}")
         for line in [*map(Detail, plan_lines(plan, limit_bytes)), *long_rows_lines(plan)]:
             self.on_line(line)
+        if plan.seconds is not None:
+            remaining = plan.seconds - plan.seconds_by_phase.get("reading", 0.0)
+            end = f"about {duration(remaining)}, until {format_time(time.time() + remaining, short=True)}"
+            uncertain = f"; uncertain: {plan.time_uncertain}" if plan.time_uncertain else ""
+            self.on_line(f"time: {end} ({duration(plan.seconds_per_step)} per step{uncertain})")
 
     def on_start(self, start: RunStart) -> None:
         for name, choice in start.chosen.items():

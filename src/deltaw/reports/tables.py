@@ -176,11 +176,11 @@ def duration(seconds: float | None) -> str:
     return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
-def time_by_part(seconds: Mapping[str, float], width: int) -> list[str]:
+def time_by_part(seconds: Mapping[str, float], width: int, note: str = "") -> list[str]:
     """Format the total time and its parts, longest first, in lines of at most ``width`` columns.
 
     Example: ``2 min 02 s: 1 min 06 s training, 31 s evaluating, 25 s other``. Parts shorter than a second and than 3 %
-    of the total are added to ``other``.
+    of the total are added to ``other``. ``note`` follows the total.
     """
     total = sum(seconds.values())
     selected = {name: part for name, part in seconds.items() if name != "other" and part >= min(1.0, 0.03 * total)}
@@ -188,7 +188,7 @@ def time_by_part(seconds: Mapping[str, float], width: int) -> list[str]:
     if (other := total - sum(selected.values())) >= min(1.0, 0.03 * total):
         selected["other"] = other
     parts = (f"{duration(part)} {name}".replace(" ", "\xa0") for name, part in selected.items())
-    lines = textwrap.wrap(f"{duration(total)}: ".replace(" ", "\xa0") + ", ".join(parts), width)
+    lines = textwrap.wrap(f"{duration(total)}{note}: ".replace(" ", "\xa0") + ", ".join(parts), width)
     return [line.replace("\xa0", " ") for line in lines]
 
 

@@ -68,7 +68,7 @@ from deltaw.training.optimizer import small_data_warnings
 from deltaw.training.parallel.group import Group, LostProcess
 from deltaw.training.parallel.joining import apply_parallelism, require_single_process, sharded_loader, threads_of
 from deltaw.training.planning.budget import memory_budget, memory_limit_error, within_memory
-from deltaw.training.planning.plan_run import plan_run
+from deltaw.training.planning.plan_run import plan_run, with_time
 from deltaw.training.preparation import save_calibration
 from deltaw.training.process import preserved_process_state
 from deltaw.training.session import APPROXIMATE, Session, compute_evaluation_share, read_data
@@ -174,7 +174,7 @@ def _fit(start: Decision, output: Path, callback: Callback, processes: Reducer) 
         send_settings(None, processes)
         return Result.of_finished(start.run)
     with clock.part("planning"):
-        config, plan = plan_memory(start.config, task, data, callback, processes=processes)
+        config, plan = plan_memory(start.config, task, data, callback, processes=processes, resumed=start.is_resumed)
     with clock.part("loading"):
         loaded, session = _assemble(start, config, task, data, callback, processes)
     device = str(loaded.choices["device"].value)
@@ -283,9 +283,15 @@ def _assemble(
 
 
 def plan_memory(
-    config: RunConfig, task: Task[Any], data: RunData, callback: Callback, *, processes: Reducer = SINGLE_PROCESS
+    config: RunConfig,
+    task: Task[Any],
+    data: RunData,
+    callback: Callback,
+    *,
+    processes: Reducer = SINGLE_PROCESS,
+    resumed: bool = False,
 ) -> tuple[RunConfig, Plan | None]:
-    """Plan the memory of a run and return its settings, which ``memory`` may have changed.
+    """Plan the memory and the time of a run and return its settings, which ``memory`` may have changed.
 
     The plan is None if the model cannot run on fake tensors. It is the plan of each of ``processes``, which share the
     memory of their machine.
@@ -315,6 +321,8 @@ def plan_memory(
             raise memory_limit_error(brief) from error
         callback.on_line(f"no memory plan: the dry run on fake tensors failed ({brief})")
         return config, None
+    if processes.size == 1 and not resumed:  # the time of the remaining steps is not predicted
+        plan = with_time(plan, config, task, data)
     callback.on_plan(plan, limit)
     if plan.peak_resident_bytes > limit and not config.force:
         message = f"the run needs {plan.peak_resident_bytes:,} bytes of memory, but only {limit:,} are available"

@@ -435,6 +435,13 @@ class Result:
         return None if self.plan is None else self.plan.peak_resident_bytes
 
     @property
+    def planned_seconds(self) -> float | None:
+        """Predicted duration of the run, including the measured time of planning. None if it was not predicted."""
+        if self.plan is None or self.plan.seconds is None:
+            return None
+        return self.plan.seconds + self.seconds_by_part.get("planning", 0.0)
+
+    @property
     def interrupted(self) -> bool:
         return self.outcome.interrupted
 
@@ -461,6 +468,8 @@ class Result:
             "skipped_steps": outcome.skipped,
             "resumed_from_step": self.resumed_from_step,
             "seconds_by_part": dict(self.seconds_by_part),
+            "total_seconds": sum(self.seconds_by_part.values()),
+            "planned_seconds": self.planned_seconds,
             **(self.earlier or {}),
         }
         files = [os.fspath(path) for path in self.checkpoints]

@@ -11,6 +11,7 @@ import copy
 import functools
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -419,12 +420,12 @@ def read_data(config: RunConfig, log: LogFunction = ignore_line, *, check: bool 
     if config.data.chat_template is not None:
         read_chat_template(config.data.chat_template)  # report errors in it before a model is converted
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
-    code, section = config.trust_remote_code, config.section
+    code, section, start = config.trust_remote_code, config.section, time.monotonic()
     with PeakMemory() as peak, track_progress("reading the rows"):
         task = task_of(config.task, config.model, dtype, trust_remote_code=code, log=log, section=section)
         data = read_run_data(task, config.data, seed=config.data_seed, log=log)
     release_free_memory()  # before smaller objects fragment the memory that was used for reading
-    data = replace(data, read_peak_bytes=peak.bytes)
+    data = replace(data, read_peak_bytes=peak.bytes, read_seconds=time.monotonic() - start)
     for line in data.report.lines():
         log(line)
     if check:

@@ -278,6 +278,18 @@ def check_evaluation_settings(config: RunConfig, task: Task[Any], data: RunData)
         raise UserError(message, location="train.eval_answers", hint="set it to 0")
 
 
+def evaluates_base(session: Session) -> bool:
+    """Return True if the base model is evaluated before the first step, because it takes little time.
+
+    It is not evaluated for pairs, which are scored relative to the base model, or with a time budget.
+    """
+    train = session.config.train
+    max_rows = MAX_BASE_SHARE * session.total_steps * train.batch_size
+    max_rows *= session.generation_limits.completions_per_row
+    may_check = train.time is None and not task_registry.entry_of(session.task.name).scores_against_base
+    return may_check and 0 < sum(map(len, evaluated_rows(session))) <= max_rows
+
+
 class Monitor:
     """Monitors one run.
 
@@ -326,7 +338,7 @@ class Monitor:
 
         Call it before the first step, outside of ``session.running()``.
         """
-        if not self._restored and self._base_is_cheap():
+        if not self._restored and evaluates_base(self._session):
             # A model whose loss is not finite fails in its first step with a diagnosis.
             with self._session.running(), contextlib.suppress(UserError):
                 self._write({"step": 0, "base": self._evaluate_sets(scores_answers=False).as_dict()})
@@ -495,17 +507,6 @@ class Monitor:
         self._eval_every = chosen.value
         self._session.chosen["train.eval_every"] = chosen
         self._callback.on_line(Detail(f"evaluating every {chosen.value} steps: {chosen.why}"))
-
-    def _base_is_cheap(self) -> bool:
-        """Return True if the base model is evaluated before the first step.
-
-        It is not evaluated for pairs, which are scored relative to the base model, or with a time budget.
-        """
-        session = self._session
-        max_rows = MAX_BASE_SHARE * session.total_steps * session.config.train.batch_size
-        max_rows *= session.generation_limits.completions_per_row
-        may_check = self.budget is None and not task_registry.entry_of(session.task.name).scores_against_base
-        return may_check and 0 < sum(map(len, evaluated_rows(session))) <= max_rows
 
     def _evaluate_sets(self, *, scores_answers: bool = True) -> Evaluation:
         """Evaluate all sets, by default including scored answers. The first set decides."""

@@ -1,4 +1,4 @@
-"""Search for settings that fit into a memory budget."""
+"""Search for settings that fit into a memory budget or a time budget."""
 
 from __future__ import annotations
 
@@ -10,16 +10,22 @@ from typing import Any
 from deltaw.data.row_reader import RunData
 from deltaw.errors import UserError
 from deltaw.machine.kernel_choice import planning_rates
-from deltaw.memory.plan import FittingPlan, Plan, parse_bytes
+from deltaw.memory.plan import FittingPlan, FittingTime, Plan, parse_bytes
 from deltaw.progress import LogFunction, ignore_line
 from deltaw.settings.config import RunConfig
-from deltaw.training.planning.plan_run import plan_run
+from deltaw.training.optimizer import count_steps
+from deltaw.training.planning.plan_run import plan_run, with_time
 from deltaw.training.task import Task
 
 # Share of a budget that is reserved for errors of the plan.
 FREE_SHARE = 0.04
 TOKENS_PER_PASS = (1024, 512, 256, 128)
 RANKS = (16, 8, 4)
+# Precisions that a search under a time budget compares for ``precision: auto``.
+FIT_PRECISIONS = ("bf16", "fp32", "int8")
+# Changes of settings that reduce memory, tried in this order. Share of a time budget that is reserved for errors.
+SMALLER: tuple[dict[str, Any], ...] = ({}, {"tokens_per_pass": 512}, {"tokens_per_pass": 512, "checkpointing": True})
+FREE_TIME_SHARE = 0.05
 
 
 def memory_budget(memory: str | None, device: str) -> int | None:
@@ -115,6 +121,74 @@ def fitting_settings(
         hint = "allow more memory, try other methods with --methods, or take a smaller model"
         raise UserError(f"no settings fit into {budget:,} bytes: {need}", location="--fit-memory", hint=hint)
     return sorted(plans_that_fit, key=lambda fitting: fitting.seconds)
+
+
+def fitting_times(
+    config: RunConfig, task: Task[Any], data: RunData, budget: float, memory: int, *, log: LogFunction = ignore_line
+) -> list[FittingTime]:
+    """Return settings with which a run takes at most ``budget`` seconds, those with the most steps first.
+
+    For each precision, the microbatch size and activation checkpointing are changed until the run fits into the memory.
+    Then the number of epochs is reduced until the run fits into the time, and the number of rows if one epoch does not.
+
+    Args:
+        config: Settings of the run.
+        task: Training task.
+        data: Rows.
+        budget: Maximum duration of the run in seconds.
+        memory: Maximum memory in bytes.
+        log: Receives messages.
+
+    Raises:
+        UserError: if no settings fit. The message states the minimum that was found.
+    """
+    results: list[FittingTime] = []
+    shortest: list[float] = []
+    for precision in FIT_PRECISIONS if config.precision == "auto" else (config.precision,):
+        log(f"planning precision {precision}")
+        for changes in SMALLER:
+            trial = config.with_train(**changes).model_copy(update={"precision": precision})
+            try:
+                plan = with_time(plan_run(trial, task, data), trial, task, data)
+            except UserError as error:
+                log(f"{precision}: {error.message}")
+                break
+            if plan.peak_resident_bytes > memory:
+                continue
+            if plan.seconds is None or plan.seconds_per_step is None:
+                log(f"{precision}: time {plan.time_uncertain or 'unknown'}")
+                break
+            shortest.append(plan.seconds - plan.seconds_by_phase.get("training", 0.0) + plan.seconds_per_step)
+            fitting = _within_time(trial, data, plan, budget)
+            results += [] if fitting is None else [fitting]
+            break
+    if not results:
+        need = (
+            f"one step takes {min(shortest):.0f} seconds with all phases" if shortest else "no plan could be computed"
+        )
+        hint = "allow more time, hold out fewer rows, or take a smaller model"
+        raise UserError(f"no settings fit into {budget:.0f} seconds: {need}", location="--fit-time", hint=hint)
+    return sorted(results, key=lambda fitting: (-fitting.steps, fitting.seconds))
+
+
+def _within_time(config: RunConfig, data: RunData, plan: Plan, budget: float) -> FittingTime | None:
+    """Return the largest number of epochs, or of rows in one epoch, that fits into a time budget."""
+    assert plan.seconds is not None and plan.seconds_per_step is not None
+    train, rows = config.train, len(data.train)
+    total, per_epoch = count_steps(rows, train.batch_size, train.epochs, train.max_steps), -(-rows // train.batch_size)
+    fixed = plan.seconds - plan.seconds_by_phase.get("training", 0.0)
+    available = budget * (1 - FREE_TIME_SHARE) - fixed
+    steps = min(total, int(available / max(1e-9, plan.seconds_per_step)))
+    if steps < 1:
+        return None
+    num_rows: int | None = None
+    if steps < min(total, per_epoch):
+        split_off = isinstance(config.data.eval, (int, float))  # these rows are taken from the training file
+        num_rows = steps * train.batch_size + (len(data.held_out) if split_off else 0)
+    epochs = train.epochs if steps == total else max(1.0, int(100 * steps / per_epoch) / 100)
+    seconds = fixed + steps * plan.seconds_per_step
+    execution = plan.precision, train.tokens_per_pass, train.checkpointing
+    return FittingTime(*execution, steps, epochs, num_rows, seconds, plan)
 
 
 def within_memory(

@@ -32,6 +32,7 @@ from deltaw.settings import method_registry
 from deltaw.settings.config import RunConfig
 from deltaw.settings.data import eval_sets
 from deltaw.settings.mixture import references
+from deltaw.training.planning.run_time import plan_with_cached_time
 
 KIND = "plans"
 CACHE_DEPENDENCIES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "deltaw")
@@ -148,6 +149,8 @@ def load_cached_plans(config: RunConfig, methods: Sequence[str], processes: int 
     for method in methods:
         cached = CachedPlan.of(config.model_copy(update={"method": method}), files, processes)
         plan = None if cached is None else cached.plan()
+        if plan is not None and method == config.method and processes == 1:
+            plan = plan_with_cached_time(plan, config)
         if cached is not None and plan is not None:
             lines = lines or cached.lines
             plans[method] = plan

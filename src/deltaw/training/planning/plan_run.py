@@ -1,4 +1,4 @@
-"""Plan a run: predict its memory by running its largest steps on fake tensors.
+"""Plan a run: predict its memory by running its largest steps on fake tensors, and its time from its workload.
 
 The plan uses the same code as the run, so that changes of the loop, a method or the packing are included. Plans are
 cached (:mod:`deltaw.training.planning.plan_cache`).
@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -34,7 +34,7 @@ from deltaw.kernels.layout import Layout
 from deltaw.lora.layers_quantized import BlockEmbedding
 from deltaw.lora.stored import count_logical_parameters
 from deltaw.machine.choices import choose_device, choose_precision, choose_threads, dtype_of
-from deltaw.machine.kernel_choice import activate_kernels
+from deltaw.machine.kernel_choice import KernelChoice, activate_kernels
 from deltaw.machine.memory import release_free_memory, resident_bytes, trim_memory
 from deltaw.machine.product_rates import provenance
 from deltaw.memory.plan import OtherBytes, Plan, resident_parts
@@ -59,6 +59,8 @@ from deltaw.training.monitoring.monitor import SAMPLES
 from deltaw.training.monitoring.rates import restored_parameters
 from deltaw.training.parallel.group import distribute_rows
 from deltaw.training.planning.plan_cache import CachedPlan
+from deltaw.training.planning.run_time import StepRates, Workload, plan_with_cached_time, store_rates, timed_plan
+from deltaw.training.planning.step_rates import measure, workload_of
 from deltaw.training.process import preserved_process_state
 from deltaw.training.session import Session, assemble, gradient_check, read_data
 from deltaw.training.state import rows_of_step
@@ -507,7 +509,7 @@ def plan(config: RunConfig | Mapping[str, Any] | str | os.PathLike[str], *, log:
     settings = RunConfig.read(config)
     with preserved_process_state():
         task, data = read_data(settings, log)
-        return plan_run(settings, task, data)
+        return with_time(plan_run(settings, task, data), settings, task, data)
 
 
 def plan_run(
@@ -542,34 +544,101 @@ def plan_run(
     return new_plan.per_process(processes, config.train.sharding)
 
 
+@dataclass
+class FakeModel:
+    """Model of a run on fake tensors, before its method is applied.
+
+    Attributes:
+        model: Model, quantized if the precision requires it.
+        dtype: Data type of the loaded weights.
+        kernels: Chosen kernels.
+        new_modules: Names of modules that the model's files do not contain.
+        total_parameters: Number of parameters.
+    """
+
+    model: PreTrainedModel
+    dtype: str
+    kernels: KernelChoice
+    new_modules: Sequence[str]
+    total_parameters: int
+
+    @classmethod
+    def of(cls, config: RunConfig, task: Task[Any], data: RunData) -> FakeModel:
+        """Build the model. Sets the number of threads and activates the kernels of the run.
+
+        Raises:
+            UserError: if the model's files lack a head that the task needs.
+        """
+        threads = choose_threads(config.threads).value
+        torch.set_num_threads(threads)  # workspace sizes of some operators depend on it
+        dtype = choose_precision(choose_device(config.device).value, config.precision).value
+        name, code, outputs = config.model, config.trust_remote_code, task.num_outputs(data)
+        with fake_tensors():
+            model = skeleton(name, dtype=dtype, task=config.task, num_labels=outputs, trust_remote_code=code)
+        require_head(model, name, config.task, dtype=dtype, trust_remote_code=code)
+        kernels = activate_kernels(model.config, threads)
+        total = count_logical_parameters(model)
+        with fake_tensors():
+            if config.precision == "int8":
+                quantize_int8(model.base_model)
+            if config.precision == "nf4":
+                quantize_nf4(model.base_model)
+        added = new_modules(model, name, dtype=dtype, trust_remote_code=code) if task.trains_head else []
+        return cls(model, dtype, kernels, added, total)
+
+    def assemble(self, config: RunConfig, task: Task[Any], data: RunData) -> Session:
+        """Return the run's session. Call it inside :func:`fake_tensors`."""
+        candidates = self.kernels.approximations
+        options = {"device": "cpu", "new_modules": self.new_modules, "candidates": candidates}
+        return assemble(config, task, data, self.model, **options)  # type: ignore[arg-type]
+
+
+def with_time(plan: Plan, config: RunConfig, task: Task[Any], data: RunData) -> Plan:
+    """Return the plan with the predicted time of the run.
+
+    The times of the model's blocks are measured if they are not cached. This takes a few seconds.
+    """
+    timed = plan_with_cached_time(plan, config)
+    if timed is not None:
+        return timed
+    workload = Workload.from_dict(plan.workload)
+    try:
+        with track_progress("measuring the time of a step"), use_listener(None), loader.temporary_arithmetic():
+            rates = _measured_rates(config, task, data)
+    except Exception as error:  # a third-party model can raise any error on random weights
+        return replace(plan, time_uncertain=_unknown_time(error), workload={})
+    finally:
+        release_free_memory()
+    store_rates(workload, rates)
+    return timed_plan(plan, workload, rates, config)
+
+
+def _unknown_time(error: Exception) -> str:
+    return f"not predicted ({type(error).__name__}: {str(error)[:100]})"
+
+
+def _measured_rates(config: RunConfig, task: Task[Any], data: RunData) -> StepRates:
+    fake = FakeModel.of(config, task, data)
+    with fake_tensors():
+        session = fake.assemble(config, task, data)
+        with session.running():  # fused blocks are recognized on the complete model
+            pass
+    return measure(session)
+
+
 def _compute_plan(config: RunConfig, task: Task[Any], data: RunData, process_bytes: int | None, processes: int) -> Plan:
     """Compute the plan of a process with a dry run."""
-    threads = choose_threads(config.threads).value
-    torch.set_num_threads(threads)  # workspace sizes of some operators depend on it
-    dtype = choose_precision(choose_device(config.device).value, config.precision).value
-    name, code, outputs = config.model, config.trust_remote_code, task.num_outputs(data)
-    with fake_tensors():  # the run's model, before the method is applied
-        model = skeleton(name, dtype=dtype, task=config.task, num_labels=outputs, trust_remote_code=code)
-    require_head(model, name, config.task, dtype=dtype, trust_remote_code=code)
-    kernels = activate_kernels(model.config, threads)
+    name, code = config.model, config.trust_remote_code
+    fakes = [FakeModel.of(config, task, data)]
+    model, dtype, total = fakes[0].model, fakes[0].dtype, fakes[0].total_parameters
     warm_up(dtype_of(dtype))
-    total = count_logical_parameters(model)
-    with fake_tensors():
-        if config.precision == "int8":
-            quantize_int8(model.base_model)
-        if config.precision == "nf4":
-            quantize_nf4(model.base_model)
-    added = new_modules(model, name, dtype=dtype, trust_remote_code=code) if task.trains_head else []
     vocabularies = [model.config.get_text_config().vocab_size] if task.tokenizer is not None else []
     dry_runs: list[_DryRun] = []
-    models = [model]
 
     def run() -> None:
-        names = kernels.approximations
-        session = assemble(config, task, data, models[0], device="cpu", new_modules=added, candidates=names)
-        dry_runs.append(_dry_run(session, processes))
+        dry_runs.append(_dry_run(fakes[0].assemble(config, task, data), processes))
 
-    footprint = simulate(run, models=models, vocabularies=vocabularies)
+    footprint = simulate(run, models=[model], vocabularies=vocabularies)
     (dry_run,) = dry_runs
     store = dry_run.session.feed.store
     with fake_tensors():
@@ -577,6 +646,11 @@ def _compute_plan(config: RunConfig, task: Task[Any], data: RunData, process_byt
     converted = converted_bytes(model, name, dtype=dtype, trust_remote_code=code)
     folder = config_folder(name, dtype, code)
     decoder_bytes, rollout_bytes = generation_bytes(dry_run.session)
+    workload, time_uncertain = dict[str, object](), ""
+    try:
+        workload = workload_of(dry_run.session, data.read_seconds).as_dict()
+    except Exception as error:  # a third-party task can raise any error
+        time_uncertain = _unknown_time(error)
     parts = OtherBytes(
         kernels=dry_run.kernel_bytes(),
         features=0 if store is None else store.resident_bytes,
@@ -591,7 +665,7 @@ def _compute_plan(config: RunConfig, task: Task[Any], data: RunData, process_byt
     heaviest, operations, operators = dry_run.heaviest, dry_run.operations, dry_run.operators
     del model, store, dry_run
     dry_runs.clear()
-    models.clear()
+    fakes.clear()
     release_free_memory()  # a run does not hold the objects of its simulation
     process_bytes = process_bytes or resident_bytes() + LASTING_BYTES
     resident, phases = resident_parts(footprint, process_bytes, parts)
@@ -616,6 +690,8 @@ def _compute_plan(config: RunConfig, task: Task[Any], data: RunData, process_byt
         arithmetic=loader.arithmetic().as_dict(),
         disk_bytes=disk_bytes,
         block_bytes=block_bytes,
+        workload=workload,
+        time_uncertain=time_uncertain,
     )
     if not heaviest.long:
         return plan
@@ -707,7 +783,8 @@ def plan_methods(
             # A plan increases the memory of the process. Use the value before the first one.
             process_bytes = next((plan.resident["process"] for plan in plans.values()), None)
             settings = config.model_copy(update={"method": method})
-            plans[method] = plan_run(settings, task, data, process_bytes=process_bytes, processes=processes)
+            new_plan = plan_run(settings, task, data, process_bytes=process_bytes, processes=processes)
+            plans[method] = with_time(new_plan, settings, task, data) if method == config.method else new_plan
         except UserError as error:
             if method == config.method:
                 raise

@@ -1,0 +1,313 @@
+"""Predict the time of a run from its workload and from measured times of the model's blocks.
+
+The module does not import torch, so that the time of a cached plan is available quickly. The measurement is in
+:mod:`deltaw.training.planning.step_rates`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from deltaw.cache import load_result, store_result
+from deltaw.memory.plan import Plan
+from deltaw.settings.config import RunConfig, duration_seconds
+
+KIND = "step rates"
+CACHE_DEPENDENCIES = ("torch", "transformers", "deltaw.kernels", "deltaw.lora", "deltaw.runtime", "deltaw.training")
+# Measured points are valid for microbatches of up to this multiple of the largest measured size.
+MAX_EXTRAPOLATION = 4.0
+# A product with a small number of rows takes as long as one with this number, because its weight is read once.
+MIN_PRODUCT_ROWS = 30.0
+# Time of phases that are not measured: constructing the model, reading weights, writing files and the report.
+START_SECONDS, LOADED_BYTES_PER_SECOND, SAVE_SECONDS = 1.0, 1e9, 1.0
+# Gradients that the check of approximations computes. The first one, in fp32, counts several times.
+CHECK_GRADIENTS = 6
+BUSY = "the machine was busy during the measurement"
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Microbatches of a step or of an evaluation.
+
+    Attributes:
+        tokens: Computed tokens of each microbatch.
+        labels: Number of labels (or rows of a head) of all microbatches.
+        repeated: Tokens of the microbatches whose forward pass runs twice, first without gradients.
+    """
+
+    tokens: tuple[int, ...] = ()
+    labels: int = 0
+    repeated: tuple[int, ...] = ()
+
+
+# Usual microbatch of the check of approximations.
+CHECKED = Batches((128,), 32)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Texts that are generated together.
+
+    Attributes:
+        texts: Number of texts.
+        tokens: Maximum number of new tokens of each text.
+        times: Number of times in the run.
+        phase: Phase of the run.
+    """
+
+    texts: int
+    tokens: int
+    times: int
+    phase: str
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Work of a run, from a session on fake tensors.
+
+    Attributes:
+        key: Cache key of the measured rates.
+        steps: Microbatches of evenly spaced steps.
+        total_steps: Number of optimizer steps.
+        full_steps: Number of steps that compute the frozen layers. Later steps use stored features.
+        evaluated: Microbatches of one evaluation.
+        evaluations: Number of evaluations.
+        reference: Microbatches of the reference model's pass over all rows.
+        drift: Microbatches of the drift measurement.
+        has_check: True if gradients are checked before approximations are used.
+        general_tokens: Tokens of the general answers in each step.
+        generations: Generated texts.
+        read_seconds: Measured time of reading the rows.
+        uncertain: Reason why the workload is uncertain, if any.
+    """
+
+    key: str
+    steps: tuple[Batches, ...]
+    total_steps: int
+    full_steps: int
+    evaluated: Batches = Batches()
+    evaluations: int = 0
+    reference: Batches = Batches()
+    drift: Batches = Batches()
+    has_check: bool = False
+    general_tokens: int = 0
+    generations: tuple[Generation, ...] = ()
+    read_seconds: float = 0.0
+    uncertain: str = ""
+
+    @property
+    def largest(self) -> int:
+        """Tokens of the largest microbatch of the sampled steps."""
+        return max((tokens for step in self.steps for tokens in step.tokens), default=0)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Workload:
+        """Restore a workload from the result of :meth:`as_dict`."""
+        batches = {name: _batches(values[name]) for name in ("evaluated", "reference", "drift")}
+        generations = tuple(Generation(**generation) for generation in values["generations"])
+        return cls(**{**values, **batches, "steps": tuple(map(_batches, values["steps"])), "generations": generations})
+
+
+def _batches(values: Mapping[str, Any]) -> Batches:
+    return Batches(tuple(values["tokens"]), values["labels"], tuple(values["repeated"]))
+
+
+@dataclass(frozen=True)
+class Point:
+    """Measured seconds of one microbatch, scaled to all blocks of the model.
+
+    Attributes:
+        tokens: Computed tokens.
+        labels: Number of labels.
+        blocks: Forward and backward pass of all blocks.
+        forward: Forward pass of all blocks.
+        upper: Forward and backward pass of the blocks above stored features.
+        head: Everything else: embedding, head, loss, and building the microbatch.
+    """
+
+    tokens: float
+    labels: float
+    blocks: float
+    forward: float
+    upper: float
+    head: float
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the microbatch."""
+        return self.blocks + self.head
+
+
+@dataclass(frozen=True)
+class StepRates:
+    """Measured times of a model's parts.
+
+    Attributes:
+        points: Microbatches of increasing size.
+        evaluation: Ratio of the forward pass without gradients to the one with gradients, for the blocks.
+        evaluation_head: The same for ``Point.head``, relative to forward and backward pass.
+        update: Seconds of an optimizer update of all trained parameters.
+        decode: Seconds of a forward pass of ``decode_tokens`` tokens with their logits.
+        decode_tokens: Number of tokens that ``decode`` was measured with.
+        uncertain: Reason why the measurement is uncertain, if any.
+    """
+
+    points: tuple[Point, ...]
+    evaluation: float = 0.7
+    evaluation_head: float = 0.5
+    update: float = 0.0
+    decode: float = 0.0
+    decode_tokens: int = 16
+    uncertain: str = ""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> StepRates:
+        """Restore rates from the result of ``asdict``, possibly read from JSON."""
+        return cls(**{**values, "points": tuple(Point(**point) for point in values["points"])})
+
+    def covers(self, tokens: int) -> bool:
+        """Return True if microbatches of this size can be predicted."""
+        return tokens <= MAX_EXTRAPOLATION * self.points[-1].tokens
+
+    def of_blocks(self, tokens: float, name: str = "blocks") -> float:
+        """Return the seconds of the blocks for a microbatch, by the name of an attribute of :class:`Point`."""
+        return interpolate([p.tokens for p in self.points], [getattr(p, name) for p in self.points], tokens)
+
+    def of_head(self, labels: float, tokens: float) -> float:
+        """Return the seconds outside of the blocks for a microbatch."""
+        ordered = sorted(self.points, key=lambda point: point.labels)
+        if ordered[-1].labels < 1.2 * ordered[0].labels:  # the points differ in their tokens only
+            by_tokens = self.of_blocks(tokens, "head")
+            return by_tokens * max(1.0, (labels + MIN_PRODUCT_ROWS) / (ordered[-1].labels + MIN_PRODUCT_ROWS))
+        return interpolate([p.labels for p in ordered], [p.head for p in ordered], labels)
+
+    def of_training(self, batches: Batches, *, upper: bool = False) -> float:
+        """Return the seconds of forward and backward passes of these microbatches.
+
+        Args:
+            batches: Microbatches.
+            upper: The frozen layers are replaced by stored features.
+        """
+        count = max(1, len(batches.tokens))
+        blocks = sum(self.of_blocks(tokens, "upper" if upper else "blocks") for tokens in batches.tokens)
+        heads = sum(self.of_head(batches.labels / count, tokens) for tokens in batches.tokens)
+        return blocks + heads + self.of_evaluation(Batches(batches.repeated))
+
+    def of_evaluation(self, batches: Batches) -> float:
+        """Return the seconds of forward passes of these microbatches without gradients."""
+        count = max(1, len(batches.tokens))
+        blocks = sum(self.of_blocks(tokens, "forward") for tokens in batches.tokens)
+        heads = sum(self.of_head(batches.labels / count, tokens) for tokens in batches.tokens)
+        return self.evaluation * blocks + self.evaluation_head * heads
+
+    def of_generation(self, generation: Generation) -> float:
+        """Return the seconds of generating texts once. A decoding step is bound by reading the weights."""
+        return generation.tokens * self.decode * max(1.0, generation.texts / self.decode_tokens)
+
+
+def interpolate(sizes: Sequence[float], values: Sequence[float], size: float) -> float:
+    """Interpolate a time linearly between measured sizes in ascending order.
+
+    Beyond the largest size, the time grows as between the last two sizes, and at most in proportion to the size. Below
+    the smallest size, it shrinks as between the first two, and at most in proportion.
+    """
+    if len(sizes) == 1 or sizes[-1] <= sizes[0]:
+        return values[-1] * size / max(1.0, sizes[-1])
+    last = len(sizes) - 1
+    upper = min(max(next((i for i, s in enumerate(sizes) if s >= size), last), 1), last)
+    low, high = upper - 1, upper
+    slope = (values[high] - values[low]) / max(1e-9, sizes[high] - sizes[low])
+    value = values[low] + slope * (size - sizes[low])
+    if size > sizes[-1]:
+        return min(max(value, values[-1]), values[-1] * size / max(1.0, sizes[-1]))
+    if size < sizes[0]:
+        return max(min(value, values[0]), values[0] * size / max(1.0, sizes[0]))
+    return value
+
+
+def seconds_of_step(workload: Workload, rates: StepRates) -> tuple[float, float]:
+    """Return the mean seconds of a step that computes all layers, and of one that uses stored features."""
+    general = rates.of_training(Batches((workload.general_tokens,))) if workload.general_tokens else 0.0
+    fixed = rates.update + general
+    full, upper = (
+        sum(rates.of_training(step, upper=is_upper) for step in workload.steps) / max(1, len(workload.steps)) + fixed
+        for is_upper in (False, True)
+    )
+    return full, upper
+
+
+def seconds_by_phase(workload: Workload, rates: StepRates, weight_bytes: int = 0) -> dict[str, float]:
+    """Return the seconds of each phase of a run, of which the weights have ``weight_bytes``."""
+    full, upper = seconds_of_step(workload, rates)
+    stored_steps = workload.total_steps - workload.full_steps
+    check = CHECK_GRADIENTS * rates.of_training(CHECKED) if workload.has_check else 0.0
+    phases = {
+        "reading": workload.read_seconds,
+        "loading": START_SECONDS + weight_bytes / LOADED_BYTES_PER_SECOND,
+        "preparing": check + rates.of_evaluation(workload.reference),
+        "training": full * workload.full_steps + upper * stored_steps,
+        "evaluating": workload.evaluations * rates.of_evaluation(workload.evaluated),
+        "drift": rates.of_evaluation(workload.drift),
+        "saving": SAVE_SECONDS,
+    }
+    for generation in workload.generations:
+        phases[generation.phase] = phases[generation.phase] + generation.times * rates.of_generation(generation)
+    return phases
+
+
+def timed_plan(plan: Plan, workload: Workload, rates: StepRates, config: RunConfig) -> Plan:
+    """Return the plan with the predicted time."""
+    phases = seconds_by_phase(workload, rates, plan.parts["weights"])
+    total = sum(phases.values())
+    if config.train.time is not None:  # the run is as long as its time limit allows
+        limit = duration_seconds(config.train.time)
+        phases["training"] = max(0.0, phases["training"] - max(0.0, total - limit))
+    full, upper = seconds_of_step(workload, rates)
+    stored = workload.total_steps - workload.full_steps
+    return dataclasses.replace(
+        plan,
+        seconds_per_step=(full * workload.full_steps + upper * stored) / max(1, workload.total_steps),
+        seconds=sum(phases.values()),
+        seconds_by_phase={name: seconds for name, seconds in phases.items() if seconds},
+        time_uncertain="; ".join(filter(None, (rates.uncertain, workload.uncertain))),
+    )
+
+
+# Rates of this process that are not on disk, because the machine was busy.
+_uncertain_rates: dict[str, StepRates] = {}
+
+
+def load_rates(workload: Workload) -> StepRates | None:
+    """Return the cached rates for a workload, or None if they must be measured."""
+    values = load_result(KIND, workload.key, CACHE_DEPENDENCIES)
+    try:
+        rates = StepRates.from_dict(values) if isinstance(values, dict) else _uncertain_rates.get(workload.key)
+    except (TypeError, KeyError):
+        return None
+    return rates if rates is not None and rates.points and rates.covers(workload.largest) else None
+
+
+def store_rates(workload: Workload, rates: StepRates) -> None:
+    """Cache rates. Rates that were measured on a busy machine are used by this process only."""
+    if rates.uncertain:
+        _uncertain_rates[workload.key] = rates
+    else:
+        store_result(KIND, workload.key, asdict(rates), CACHE_DEPENDENCIES)
+
+
+def plan_with_cached_time(plan: Plan, config: RunConfig) -> Plan | None:
+    """Return the plan with its time if the rates are cached, else None. Does not import torch."""
+    if not plan.workload:
+        return plan  # the time of the run cannot be predicted
+    workload = Workload.from_dict(plan.workload)
+    rates = load_rates(workload)
+    return None if rates is None else timed_plan(plan, workload, rates, config)

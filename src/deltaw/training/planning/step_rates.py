@@ -1,0 +1,456 @@
+"""Measure the time of a training step on a few blocks of the model with random weights.
+
+A session on fake tensors has the model with its method, rows and batches as in the run. One block of each kind, and all
+modules outside of the blocks, get random weights. The other blocks are skipped. Then microbatches of the run are
+computed, and the times of the blocks are multiplied by their numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor, nn
+
+from deltaw.data.example import Example, rows_of
+from deltaw.kernels import loader
+from deltaw.kernels.processor import processor_flags, processor_name
+from deltaw.kernels.torch_private import direct_buffers, direct_parameters, in_backward
+from deltaw.lora.fingerprint import has_values
+from deltaw.machine.kernel_choice import planning_rates
+from deltaw.runtime.layer_entry import frozen_level
+from deltaw.runtime.recognition import blocks_of, forward_replaced, signature
+from deltaw.training.causal_objective import CausalObjective
+from deltaw.training.evaluation.general import MAX_ANSWER_TOKENS, NoGeneralAnswers, check_size
+from deltaw.training.evaluation.general_prompts import DRIFT_PROMPTS
+from deltaw.training.microbatches import SINGLE_PROCESS, Feed
+from deltaw.training.monitoring.best import PROMPT_TOKENS, default_eval_every, evaluated_rows
+from deltaw.training.monitoring.generation import answer_limit, is_checked, prompts_of
+from deltaw.training.monitoring.monitor import MAX_SAMPLE_TOKENS, MIN_SAMPLE_TOKENS, SAMPLES, evaluates_base
+from deltaw.training.optimizer import clipped_norm
+from deltaw.training.planning.run_time import BUSY, Batches, Generation, Point, StepRates, Workload
+from deltaw.training.session import Session
+from deltaw.training.state import TrainOptions, TrainState, rows_of_step
+from deltaw.training.task import Rows
+
+# Maximum number of steps whose microbatches are counted, evenly spaced over the run.
+MAX_COUNTED_STEPS = 50
+# Sizes of the measured microbatches, relative to the largest one of the first steps, and the number of these steps.
+MEASURED_SHARES, MEASURED_STEPS = (0.25, 0.6, 1.0), 4
+# Time limit of all measurements in seconds, and of the products of one head.
+SECONDS, HEAD_SECONDS = 2.0, 0.3
+# Minimum and maximum number of measurements of a microbatch.
+MIN_TRIALS, MAX_TRIALS = 2, 4
+# Maximum ratio of the two fastest times in an undisturbed measurement, and maximum number of CPUs used by others.
+STEADY_RATIO, MAX_OTHER_CPUS = 1.25, 0.25
+# Weights are filled with copies of this number of random values. An embedding is filled up to this number of values.
+NUM_RANDOM, MAX_FILLED = 1 << 20, 1 << 24
+# Tokens of the measured decoding step.
+DECODED_TOKENS = 16
+
+
+def workload_of(session: Session, read_seconds: float) -> Workload:
+    """Return the work of a run from a session on fake tensors.
+
+    Args:
+        session: Session on fake tensors.
+        read_seconds: Measured time of reading the rows.
+    """
+    feed, train, total = session.feed, session.config.train, session.total_steps
+    steps = range(0, total, max(1, -(-total // MAX_COUNTED_STEPS)))
+    evaluations, general = _num_evaluations(session), len(DRIFT_PROMPTS) * _is_enabled(session, train.drift)
+    has_reference = getattr(getattr(session.task, "settings", None), "has_reference", False)
+    drift_tokens, per_pass = 2 * general * (PROMPT_TOKENS + MAX_ANSWER_TOKENS), session.batcher.tokens_per_pass
+    full_steps = total if feed.store is None else min(total, -(-len(session.data.train) // train.batch_size))
+    return Workload(
+        key=_rates_key(session),
+        steps=tuple(_batches_of(session, training_rows(session, step), is_step=True) for step in steps),
+        total_steps=total,
+        full_steps=full_steps,
+        evaluated=_batches_of(session, *([] if feed.generates_rows else evaluated_rows(session))),
+        evaluations=evaluations,
+        reference=_batches_of(session, session.data.all_rows) if has_reference else Batches(),
+        drift=Batches((per_pass,) * (drift_tokens // per_pass), 2 * general * MAX_ANSWER_TOKENS),
+        has_check=bool(session.approximations.names),
+        general_tokens=PROMPT_TOKENS + MAX_ANSWER_TOKENS if train.keep_general else 0,
+        generations=tuple(_generations(session, evaluations, general)),
+        read_seconds=read_seconds,
+        uncertain="the lengths of generated texts are unknown" if feed.generates_rows else "",
+    )
+
+
+def training_rows(session: Session, step: int) -> Rows:
+    """Return the rows of a step. Generated rows have their maximum length."""
+    settings = session.config.train
+    return session.feed.worst_case_rows(rows_of_step(session.data.train, step, settings.batch_size, settings.seed))
+
+
+def num_labels(rows: Rows) -> int:
+    """Return the number of labels of rows. Rows without token labels count as one label."""
+    return sum(int(getattr(row, "label_count", 1)) for row in rows)
+
+
+def _batches_of(session: Session, *parts: Rows, is_step: bool = False) -> Batches:
+    shapes = [shape for rows in parts if len(rows) for shape in session.feed.shapes(rows)]
+    sizes = tuple(int(count * length) for count, length in shapes)
+    cached = session.objective.cached_passes(shapes) if is_step else None
+    return Batches(sizes, sum(map(num_labels, parts)), () if cached is None else sizes[cached:])
+
+
+def _num_evaluations(session: Session) -> int:
+    """Return the number of evaluations, including those of the base model and of the last step."""
+    train, total = session.config.train, session.total_steps
+    if not session.data.held_out:
+        return 0
+    every = train.eval_every
+    if every is None and (train.early_stopping is not None or train.saved_adapter == "best"):
+        every = default_eval_every(total, train.batch_size, sum(map(len, evaluated_rows(session)))).value
+    return ((total - 1) // every if every else 0) + 1 + evaluates_base(session) + (train.saved_adapter == "best")
+
+
+def _is_enabled(session: Session, setting: bool | int | str) -> bool:
+    """Return True if texts are generated with this value of ``train.drift`` or ``train.samples``."""
+    if setting is False or not session.task.generates_text:
+        return False
+    with contextlib.suppress(NoGeneralAnswers):
+        if setting == "auto":
+            check_size(session.model)
+        return True
+    return False
+
+
+def _generations(session: Session, evaluations: int, general: int) -> Iterator[Generation]:
+    """Yield the texts that a run generates: rollouts, scored answers, samples, and general answers."""
+    train, limits, num_rows = session.config.train, session.generation_limits, len(session.data.held_out)
+    count, max_new_tokens = SAMPLES if train.samples == "auto" else int(train.samples), limits.max_new_tokens
+    first_rows = (rows_of(row)[0] for row in session.data.held_out[: max(count, train.eval_answers)])
+    longest = max((len(row) - getattr(row, "prompt_length", 0) for row in first_rows), default=0)
+    rounds, completions = -(-session.total_steps // session.feed.steps_per_round), limits.completions_per_row
+    samples = min(count, num_rows) * _is_enabled(session, train.samples)
+    prompts = prompts_of(session) if is_checked(session) and _is_enabled(session, "auto") else []
+    for texts, tokens, times, phase in (
+        (train.batch_size * completions, max_new_tokens, rounds, "training"),
+        (-(-limits.evaluation_tokens // max(1, max_new_tokens)), max_new_tokens, evaluations, "evaluating"),
+        (min(train.eval_answers, num_rows), longest, evaluations, "evaluating"),
+        (samples, min(MAX_SAMPLE_TOKENS, max(MIN_SAMPLE_TOKENS, 2 * longest)), max(1, evaluations), "evaluating"),
+        (general, MAX_ANSWER_TOKENS, 1, "drift"),
+        (len(prompts), answer_limit(session, prompts), 2, "drift"),
+    ):
+        if texts and tokens:
+            yield Generation(texts, tokens, times, phase)
+
+
+def _rates_key(session: Session) -> str:
+    """Return the cache key of the rates: machine, blocks, trained parameters, objective, and length of the rows."""
+    model, config = session.model, session.config
+    length = np.log2(np.mean([len(row) for row in training_rows(session, 0)] or [1]) + 1)
+    machine = processor_name(), sorted(processor_flags()), torch.get_num_threads(), loader.arithmetic().as_dict()
+    batching = type(session.objective), type(session.batcher), session.batcher.padded, session.feed.share, round(length)
+    blocks = blocks_of(model)
+    prefix = "" if blocks is None else f"{blocks[0]}."
+    outside = [p for name, p in model.named_parameters() if not (prefix and prefix in name)]
+    tensors = [(tuple(p.shape), p.dtype, p.requires_grad) for p in outside]
+    run = config.task, config.precision, session.approximations.names, type(model), block_kinds(session), tensors
+    return hashlib.blake2b(repr((machine, batching, run)).encode(), digest_size=16).hexdigest()
+
+
+def _frozen_blocks(session: Session, count: int) -> int:
+    """Return the number of lowest blocks without a backward pass."""
+    level = frozen_level(session.model, [p for _, p in session.trainable_parameters])
+    return 0 if level is None else count if level.kind == "head" else level.index
+
+
+def block_kinds(session: Session) -> list[str]:
+    """Return the kind of each block. Blocks of one kind take the same time.
+
+    A kind consists of the code, the parameters and the layer type. The last block computes only labels. The lowest
+    trained block needs no gradient of its input, and blocks below it have no backward pass.
+    """
+    block_list = blocks_of(session.model)
+    blocks = [] if block_list is None else list(block_list[1])
+    lowest = _frozen_blocks(session, len(blocks))
+    types = [*(getattr(session.model.config.get_text_config(), "layer_types", None) or []), *[""] * len(blocks)]
+    kinds = []
+    for index, block in enumerate(blocks):
+        parameters = [(n, tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in block.named_parameters()]
+        position = index == len(blocks) - 1, index == lowest, index < lowest
+        text = repr((signature(block), parameters, position, types[index], block.training))
+        kinds.append(hashlib.blake2b(text.encode(), digest_size=8).hexdigest())
+    return kinds
+
+
+class _Timer:
+    """Times the forward and backward passes of blocks.
+
+    Attributes:
+        forward: Seconds of the forward pass by block index.
+        backward: Seconds of the backward pass by block index.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self._form: int | None = None  # length of the tuple that a block returns, if not a tensor
+        self.clear()
+
+    def clear(self) -> None:
+        self.forward: dict[int, float] = {}
+        self.backward: dict[int, float] = {}
+        self._marks: list[tuple[float, int | None]] = []
+
+    @property
+    def total(self) -> float:
+        return sum(self.forward.values()) + sum(self.backward.values())
+
+    def end_backward(self) -> None:
+        """Add the times of a backward pass. Each mark is the start of a block's backward pass, or the end of all."""
+        for (start, index), (end, _) in itertools.pairwise([*self._marks, (self.clock(), None)]):
+            if index is not None:
+                self.backward[index] = self.backward.get(index, 0.0) + end - start
+        self._marks = []
+
+    def timed(self, index: int, forward: Callable[..., Any], *, is_first: bool) -> Callable[..., Any]:
+        """Return the forward function of a block with timing."""
+
+        def mark(tensor: Tensor, marked: int | None) -> None:
+            if torch.is_grad_enabled() and tensor.requires_grad:
+                tensor.register_hook(lambda _: self._marks.append((self.clock(), marked)))
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if in_backward():  # recomputation counts as backward pass
+                return forward(*args, **kwargs)
+            start = self.clock()
+            output = forward(*args, **kwargs)
+            self.forward[index] = self.forward.get(index, 0.0) + self.clock() - start
+            self._form = len(output) if isinstance(output, tuple) else None
+            if is_first:
+                mark(_hidden(args, kwargs), None)
+            mark(output[0] if isinstance(output, tuple) else output, index)
+            return output
+
+        return run
+
+    def skip(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the input of a block in the form of its output."""
+        hidden = _hidden(args, kwargs)
+        return hidden if self._form is None else (hidden, *[None] * (self._form - 1))
+
+
+def _hidden(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
+def fill_with_random_values(model: nn.Module, skipped: Sequence[nn.Module]) -> None:
+    """Replace the fake tensors of a model by random ones, and those of skipped modules by empty ones."""
+    noise = torch.randn(NUM_RANDOM, generator=torch.Generator().manual_seed(0)).mul_(0.02)
+    empty = {id(part) for module in skipped for part in module.modules()}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - {
+        id(getattr(head, "weight", 0))
+    }
+    replaced: dict[int, tuple[Tensor, Tensor]] = {}  # fake and real tensors by id of the fake one
+
+    def fill(value: Tensor, name: str, num_values: int | None) -> None:
+        if value.dim() < 2 and value.is_floating_point():
+            value.fill_(1.0 if name == "weight" else 0.001)
+        elif value.dtype in (torch.uint8, torch.bool):
+            value.fill_(0x11)  # a small scale in each format of blocks
+        else:
+            factor = 1.0 if value.is_floating_point() else 1000.0
+            for part in value.view(-1)[:num_values].split(NUM_RANDOM):
+                part.copy_(noise[: len(part)] * factor)
+
+    def real(tensor: Tensor, name: str, is_empty: bool) -> Tensor:
+        if id(tensor) not in replaced:
+            value = torch.empty((0,) if is_empty else tensor.shape, dtype=tensor.dtype)
+            fill(value, name, MAX_FILLED if id(tensor) in embeddings else None)
+            if isinstance(tensor, nn.Parameter):
+                value = nn.Parameter(value, tensor.requires_grad)
+            replaced[id(tensor)] = tensor, value
+        return replaced[id(tensor)][1]
+
+    for module in model.modules():
+        for table in (direct_parameters(module), direct_buffers(module), vars(module)):
+            for name, tensor in table.items():
+                if isinstance(tensor, Tensor) and not has_values(tensor):
+                    table[name] = real(tensor, name, id(module) in empty)  # type: ignore[index, assignment]
+
+
+class _Measurement:
+    """Computes microbatches with one block of each kind.
+
+    Args:
+        session: Session on fake tensors, whose model cannot be used for a dry run afterwards.
+        clock: Returns the time in seconds.
+    """
+
+    def __init__(self, session: Session, clock: Callable[[], float]) -> None:
+        self.session, self.timer = session, _Timer(clock)
+        block_list, kinds = blocks_of(session.model), block_kinds(session)
+        self.blocks = [] if block_list is None else list(block_list[1])
+        self.representatives = [kinds.index(kind) for kind in kinds]
+        self.upper = range(_frozen_blocks(session, len(kinds)), len(kinds))
+        num_trained = sum(p.numel() for _, p in session.trainable_parameters)
+        measured = set(self.representatives)
+        fill_with_random_values(session.model, [b for index, b in enumerate(self.blocks) if index not in measured])
+        self.trained = [p for _, p in session.trainable_parameters if p.numel()]
+        self.update_factor = num_trained / max(1, sum(p.numel() for p in self.trained))
+        self.update = 0.0
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Context in which the model computes microbatches with the measured blocks."""
+        session, measured = self.session, sorted(set(self.representatives))
+        with torch.random.fork_rng(devices=[]), session.running(), contextlib.ExitStack() as stack:
+            for index, block in enumerate(self.blocks):
+                timed = self.timer.timed(index, block.forward, is_first=index == measured[0])
+                stack.enter_context(forward_replaced(block, timed if index in measured else self.timer.skip))
+            with session.method.evaluating(session.model):
+                self.objective = session.task.objective(session.model)  # that of the session refers to fake values
+            self.feed = session.feed if session.feed.generates_rows else Feed(self.objective, session.batcher)
+            self.feed.objective = self.objective
+            options = TrainOptions(learning_rate=1e-6, total_steps=1)
+            self.state = stack.enter_context(TrainState(self.trained, 1, options))
+            yield
+
+    def of_blocks(self, times: dict[int, float], indices: Sequence[int] | None = None) -> float:
+        """Return the seconds of these blocks, by default all, from the times of the measured blocks."""
+        indices = range(len(self.blocks)) if indices is None else indices
+        return sum(times.get(self.representatives[index], 0.0) for index in indices)
+
+    def train(self, rows: Rows) -> Point:
+        """Compute the gradients of rows and an update, and return the mean time of their microbatches."""
+        timer, objective, tokens, count = self.timer, self.objective, 0, 0
+        timer.clear()
+        if objective.accumulator is not None:
+            objective.accumulator.clear()
+        start, units = timer.clock(), max(1, objective.units(rows))
+        objective.start_step(rows, self.feed, SINGLE_PROCESS)
+        for batch in self.feed.batches(rows):
+            (objective(batch) / units).backward()
+            timer.end_backward()
+            tokens, count = tokens + batch.tokens, count + 1
+        end = timer.clock()
+        clipped_norm(self.state.trained, 1.0)
+        self.state.update()
+        self.update = (timer.clock() - end) * self.update_factor
+        forward, backward = timer.forward, timer.backward
+        blocks = self.of_blocks(forward) + self.of_blocks(backward)
+        upper = self.of_blocks(forward, self.upper) + self.of_blocks(backward, self.upper)
+        values = num_labels(rows), blocks, self.of_blocks(forward), upper, max(0.0, end - start - timer.total)
+        return Point(tokens / count, *(value / count for value in values))
+
+    @torch.no_grad()
+    def evaluate(self, batches: Callable[[], Iterator[Any]], compute: Callable[[Any], object]) -> tuple[float, float]:
+        """Return the minimum seconds of a microbatch without gradients: all blocks, and the rest."""
+        seconds, timer = [], self.timer
+        with self.session.method.evaluating(self.session.model):
+            for _ in range(MIN_TRIALS):
+                timer.clear()
+                start, count = timer.clock(), 0
+                for count, batch in enumerate(batches(), 1):  # noqa: B007 - the number of microbatches
+                    compute(batch)
+                rest = timer.clock() - start - timer.total
+                seconds.append((self.of_blocks(timer.forward) / count, rest / count))
+        return min(seconds, key=sum)
+
+
+def measure(session: Session, *, clock: Callable[[], float] = time.perf_counter, limit: float = SECONDS) -> StepRates:
+    """Measure the rates of a session on fake tensors, whose model cannot be used for a dry run afterwards.
+
+    Args:
+        session: Session on fake tensors, outside of the context of fake tensors.
+        clock: Returns the time in seconds.
+        limit: Time limit in seconds. Larger microbatches are not measured if they would exceed it.
+    """
+    measurement, points, steady = _Measurement(session, clock), list[Point](), True
+    usage, deadline, last_rows = cpu_usage(), clock() + limit, list[Any]()
+    with measurement.running():
+        for rows in measured_rows(session):
+            if points and clock() + 2 * points[-1].seconds * _tokens(session, rows) / points[-1].tokens > deadline:
+                break
+            trials = [measurement.train(rows)]
+            while len(trials) < MIN_TRIALS or (len(trials) < MAX_TRIALS and clock() + trials[-1].seconds < deadline):
+                trials.append(measurement.train(rows))
+            trials.sort(key=lambda point: point.seconds)
+            steady = steady and trials[1].seconds <= STEADY_RATIO * trials[0].seconds
+            points.append(trials[0])
+            last_rows = list(rows)
+        task, feed, last = session.task, measurement.feed, points[-1]
+        blocks, head = measurement.evaluate(
+            lambda: feed.batches(last_rows), lambda batch: task.evaluate_batch(measurement.objective, batch)
+        )
+        decode = 0.0
+        if task.generates_text:
+            tokens = np.arange(1, DECODED_TOKENS + 1, dtype=np.int32)
+            example = Example(1, tokens, tokens > 1, 1, None)
+            logits = CausalObjective(session.model).evaluate_rows
+            decode = sum(measurement.evaluate(lambda: session.batcher.batches([example]), logits))
+    is_busy = not steady or other_cpus(usage) > MAX_OTHER_CPUS
+    return StepRates(
+        tuple(sorted(points, key=lambda point: point.tokens)),
+        evaluation=blocks / max(1e-9, last.forward),
+        evaluation_head=head / max(1e-9, last.head),
+        update=measurement.update,
+        decode=decode,
+        decode_tokens=DECODED_TOKENS,
+        uncertain=BUSY if is_busy else "",
+    )
+
+
+def _tokens(session: Session, rows: Rows) -> float:
+    """Return the mean number of tokens of the microbatches of rows."""
+    shapes = session.feed.shapes(rows)
+    return sum(count * length for count, length in shapes) / max(1, len(shapes))
+
+
+def measured_rows(session: Session) -> Iterator[Rows]:
+    """Yield rows of a step that form microbatches of representative sizes, the smallest first."""
+    steps = range(min(MEASURED_STEPS, session.total_steps))
+    largest = max((training_rows(session, step) for step in steps), key=lambda rows: _tokens(session, rows))
+    target = max(count * length for count, length in session.feed.shapes(largest))
+    previous = 0
+    for share in MEASURED_SHARES:
+        count = max(1, previous)
+        while count < len(largest):
+            shapes = session.feed.shapes(largest[: count + 1])
+            if len(shapes) > 1 or shapes[0][0] * shapes[0][1] > share * target * 1.02:
+                break
+            count += 1
+        if count > previous:
+            yield limit_labels(session, largest[:count])
+        previous = count
+
+
+def limit_labels(session: Session, rows: Rows) -> Rows:
+    """Return rows with fewer labels if the head would take too long. Only rows of a language model are changed."""
+    config = session.model.config.get_text_config()
+    products = 4 * getattr(config, "vocab_size", 1) * getattr(config, "hidden_size", 1)
+    max_labels = max(64, int(HEAD_SECONDS * planning_rates("bf16").operations_per_second / products))
+    if num_labels(rows) <= max_labels or any(type(row) is not Example for row in rows):
+        return rows
+    per_row = max(1, max_labels // len(rows))
+    return [replace(row, is_label=row.is_label & (np.cumsum(row.is_label) <= per_row)) for row in rows]
+
+
+def cpu_usage() -> tuple[float, float, float]:
+    """Return the time, the CPU seconds of all processes, and those of this process."""
+    times = psutil.cpu_times()
+    busy = sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
+    return time.monotonic(), busy, time.process_time()
+
+
+def other_cpus(start: tuple[float, float, float]) -> float:
+    """Return the mean number of CPUs that other processes have taken from this one since ``start``."""
+    wall, busy, own = (after - before for before, after in zip(start, cpu_usage(), strict=True))
+    spare = (os.cpu_count() or 1) - torch.get_num_threads()
+    return max(0.0, (busy - own) / max(1e-3, wall) - spare)
