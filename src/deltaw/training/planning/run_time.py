@@ -25,7 +25,7 @@ MIN_PRODUCT_ROWS = 30.0
 # Time of phases that are not measured: constructing the model, reading weights, writing files and the report.
 START_SECONDS, LOADED_BYTES_PER_SECOND, SAVE_SECONDS = 1.0, 1e9, 1.0
 # Gradients that the check of approximations computes. The first one, in fp32, counts several times.
-CHECK_GRADIENTS = 6
+CHECK_GRADIENTS = 8
 BUSY = "the machine was busy during the measurement"
 
 
@@ -45,7 +45,7 @@ class Batches:
 
 
 # Usual microbatch of the check of approximations.
-CHECKED = Batches((128,), 32)
+CHECKED = Batches((192,), 32)
 
 
 @dataclass(frozen=True)

@@ -46,16 +46,18 @@ from deltaw.training.task import Rows
 MAX_COUNTED_STEPS = 50
 # Sizes of the measured microbatches, relative to the largest one of the first steps, and the number of these steps.
 MEASURED_SHARES, MEASURED_STEPS = (0.25, 0.6, 1.0), 4
+# Maximum number of rows that these microbatches are selected from.
+MAX_CANDIDATE_ROWS = 128
 # Time limit of all measurements in seconds, and of the products of one head.
-SECONDS, HEAD_SECONDS = 2.0, 0.3
-# Minimum and maximum number of measurements of a microbatch.
-MIN_TRIALS, MAX_TRIALS = 2, 4
+SECONDS, HEAD_SECONDS = 2.5, 0.3
+# Number of measurements of each microbatch. More are made until the time limit.
+NUM_TRIALS, MAX_TRIALS = 2, 4
 # Maximum ratio of the two fastest times in an undisturbed measurement, and maximum number of CPUs used by others.
 STEADY_RATIO, MAX_OTHER_CPUS = 1.25, 0.25
 # Weights are filled with copies of this number of random values. An embedding is filled up to this number of values.
 NUM_RANDOM, MAX_FILLED = 1 << 20, 1 << 24
-# Tokens of the measured decoding step.
-DECODED_TOKENS = 16
+# Tokens of the measured decoding step, and bytes that are larger than the caches of a CPU.
+DECODED_TOKENS, CACHE_BYTES = 16, 64 << 20
 
 
 def workload_of(session: Session, read_seconds: float) -> Workload:
@@ -191,13 +193,19 @@ def block_kinds(session: Session) -> list[str]:
 class _Timer:
     """Times the forward and backward passes of blocks.
 
+    Args:
+        clock: Returns the time in seconds.
+        cache: Tensor that is written before each measured block, so that the weights are read from memory. In a run
+            they are evicted from the cache by those of other blocks.
+
     Attributes:
         forward: Seconds of the forward pass by block index.
         backward: Seconds of the backward pass by block index.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock = clock
+    def __init__(self, clock: Callable[[], float], cache: Tensor) -> None:
+        self.clock, self._cache = clock, cache
+        self._evicting = 0.0
         self._form: int | None = None  # length of the tuple that a block returns, if not a tensor
         self.clear()
 
@@ -205,10 +213,17 @@ class _Timer:
         self.forward: dict[int, float] = {}
         self.backward: dict[int, float] = {}
         self._marks: list[tuple[float, int | None]] = []
+        self._evicting = 0.0
 
     @property
     def total(self) -> float:
-        return sum(self.forward.values()) + sum(self.backward.values())
+        """Seconds of all passes and of the evictions between them."""
+        return sum(self.forward.values()) + sum(self.backward.values()) + self._evicting
+
+    def _evict(self) -> None:
+        start = self.clock()
+        self._cache.add_(1)
+        self._evicting += self.clock() - start
 
     def end_backward(self) -> None:
         """Add the times of a backward pass. Each mark is the start of a block's backward pass, or the end of all."""
@@ -220,20 +235,25 @@ class _Timer:
     def timed(self, index: int, forward: Callable[..., Any], *, is_first: bool) -> Callable[..., Any]:
         """Return the forward function of a block with timing."""
 
-        def mark(tensor: Tensor, marked: int | None) -> None:
-            if torch.is_grad_enabled() and tensor.requires_grad:
-                tensor.register_hook(lambda _: self._marks.append((self.clock(), marked)))
+        def mark(marked: int | None) -> None:
+            self._marks.append((self.clock(), None))
+            if marked is not None:
+                self._evict()
+                self._marks.append((self.clock(), marked))
 
         def run(*args: Any, **kwargs: Any) -> Any:
             if in_backward():  # recomputation counts as backward pass
                 return forward(*args, **kwargs)
+            self._evict()
             start = self.clock()
             output = forward(*args, **kwargs)
             self.forward[index] = self.forward.get(index, 0.0) + self.clock() - start
             self._form = len(output) if isinstance(output, tuple) else None
-            if is_first:
-                mark(_hidden(args, kwargs), None)
-            mark(output[0] if isinstance(output, tuple) else output, index)
+            hidden, first = _hidden(args, kwargs), output[0] if isinstance(output, tuple) else output
+            if is_first and torch.is_grad_enabled() and hidden.requires_grad:
+                hidden.register_hook(lambda _: mark(None))
+            if torch.is_grad_enabled() and first.requires_grad:
+                first.register_hook(lambda _: mark(index))
             return output
 
         return run
@@ -294,11 +314,13 @@ class _Measurement:
     """
 
     def __init__(self, session: Session, clock: Callable[[], float]) -> None:
-        self.session, self.timer = session, _Timer(clock)
+        self.session = session
         block_list, kinds = blocks_of(session.model), block_kinds(session)
         self.blocks = [] if block_list is None else list(block_list[1])
         self.representatives = [kinds.index(kind) for kind in kinds]
         self.upper = range(_frozen_blocks(session, len(kinds)), len(kinds))
+        block_bytes = sum(p.numel() * p.element_size() for block in self.blocks for p in block.parameters())
+        self.timer = _Timer(clock, torch.zeros(min(block_bytes, CACHE_BYTES), dtype=torch.uint8))
         num_trained = sum(p.numel() for _, p in session.trainable_parameters)
         measured = set(self.representatives)
         fill_with_random_values(session.model, [b for index, b in enumerate(self.blocks) if index not in measured])
@@ -354,7 +376,7 @@ class _Measurement:
         """Return the minimum seconds of a microbatch without gradients: all blocks, and the rest."""
         seconds, timer = [], self.timer
         with self.session.method.evaluating(self.session.model):
-            for _ in range(MIN_TRIALS):
+            for _ in range(NUM_TRIALS):
                 timer.clear()
                 start, count = timer.clock(), 0
                 for count, batch in enumerate(batches(), 1):  # noqa: B007 - the number of microbatches
@@ -372,20 +394,19 @@ def measure(session: Session, *, clock: Callable[[], float] = time.perf_counter,
         clock: Returns the time in seconds.
         limit: Time limit in seconds. Larger microbatches are not measured if they would exceed it.
     """
-    measurement, points, steady = _Measurement(session, clock), list[Point](), True
-    usage, deadline, last_rows = cpu_usage(), clock() + limit, list[Any]()
+    measurement, trials = _Measurement(session, clock), list[tuple[Rows, list[Point]]]()
+    usage, deadline = cpu_usage(), clock() + limit
     with measurement.running():
         for rows in measured_rows(session):
-            if points and clock() + 2 * points[-1].seconds * _tokens(session, rows) / points[-1].tokens > deadline:
+            last = trials[-1][1][-1] if trials else None
+            if last and clock() + NUM_TRIALS * last.seconds * _tokens(session, rows) / last.tokens > deadline:
                 break
-            trials = [measurement.train(rows)]
-            while len(trials) < MIN_TRIALS or (len(trials) < MAX_TRIALS and clock() + trials[-1].seconds < deadline):
-                trials.append(measurement.train(rows))
-            trials.sort(key=lambda point: point.seconds)
-            steady = steady and trials[1].seconds <= STEADY_RATIO * trials[0].seconds
-            points.append(trials[0])
-            last_rows = list(rows)
-        task, feed, last = session.task, measurement.feed, points[-1]
+            trials.append((rows, [measurement.train(rows) for _ in range(NUM_TRIALS)]))
+        for rows, points in trials[::-1] * (MAX_TRIALS - NUM_TRIALS):
+            if clock() + points[-1].seconds < deadline:
+                points.append(measurement.train(rows))
+        ordered = [sorted(points, key=lambda point: point.seconds) for _, points in trials]
+        task, feed, last_rows = session.task, measurement.feed, trials[-1][0]
         blocks, head = measurement.evaluate(
             lambda: feed.batches(last_rows), lambda batch: task.evaluate_batch(measurement.objective, batch)
         )
@@ -395,11 +416,12 @@ def measure(session: Session, *, clock: Callable[[], float] = time.perf_counter,
             example = Example(1, tokens, tokens > 1, 1, None)
             logits = CausalObjective(session.model).evaluate_rows
             decode = sum(measurement.evaluate(lambda: session.batcher.batches([example]), logits))
+    steady = all(second.seconds <= STEADY_RATIO * first.seconds for first, second, *_ in ordered)
     is_busy = not steady or other_cpus(usage) > MAX_OTHER_CPUS
     return StepRates(
-        tuple(sorted(points, key=lambda point: point.tokens)),
-        evaluation=blocks / max(1e-9, last.forward),
-        evaluation_head=head / max(1e-9, last.head),
+        tuple(sorted((points[0] for points in ordered), key=lambda point: point.tokens)),
+        evaluation=blocks / max(1e-9, ordered[-1][0].forward),
+        evaluation_head=head / max(1e-9, ordered[-1][0].head),
         update=measurement.update,
         decode=decode,
         decode_tokens=DECODED_TOKENS,
@@ -418,17 +440,16 @@ def measured_rows(session: Session) -> Iterator[Rows]:
     steps = range(min(MEASURED_STEPS, session.total_steps))
     largest = max((training_rows(session, step) for step in steps), key=lambda rows: _tokens(session, rows))
     target = max(count * length for count, length in session.feed.shapes(largest))
-    previous = 0
+    previous = 0.0
     for share in MEASURED_SHARES:
-        count = max(1, previous)
-        while count < len(largest):
-            shapes = session.feed.shapes(largest[: count + 1])
-            if len(shapes) > 1 or shapes[0][0] * shapes[0][1] > share * target * 1.02:
-                break
-            count += 1
-        if count > previous:
-            yield limit_labels(session, largest[:count])
-        previous = count
+        rows: list[Any] = []
+        for row in largest[:MAX_CANDIDATE_ROWS]:
+            shapes = session.feed.shapes([*rows, row])
+            if not rows or (len(shapes) == 1 and shapes[0][0] * shapes[0][1] <= share * target * 1.02):
+                rows.append(row)
+        if (tokens := _tokens(session, rows)) > 1.1 * previous:
+            yield limit_labels(session, rows)
+            previous = tokens
 
 
 def limit_labels(session: Session, rows: Rows) -> Rows:
