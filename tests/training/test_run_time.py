@@ -130,7 +130,7 @@ def measured_rates(config: RunConfig, task: object, data: RunData) -> StepRates:
         with session.running():
             pass
     ticks = itertools.count()
-    return step_rates.measure(session, clock=lambda: float(next(ticks)), limit=1e9)
+    return step_rates.measure(session, step_rates.cpu_usage(), clock=lambda: float(next(ticks)), limit=1e9)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

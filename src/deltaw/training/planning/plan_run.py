@@ -60,7 +60,7 @@ from deltaw.training.monitoring.rates import restored_parameters
 from deltaw.training.parallel.group import distribute_rows
 from deltaw.training.planning.plan_cache import CachedPlan
 from deltaw.training.planning.run_time import StepRates, Workload, plan_with_cached_time, store_rates, timed_plan
-from deltaw.training.planning.step_rates import measure, workload_of
+from deltaw.training.planning.step_rates import cpu_usage, measure, workload_of
 from deltaw.training.process import preserved_process_state
 from deltaw.training.session import Session, assemble, gradient_check, read_data
 from deltaw.training.state import rows_of_step
@@ -618,12 +618,12 @@ def _unknown_time(error: Exception) -> str:
 
 
 def _measured_rates(config: RunConfig, task: Task[Any], data: RunData) -> StepRates:
-    fake = FakeModel.of(config, task, data)
+    usage, fake = cpu_usage(), FakeModel.of(config, task, data)
     with fake_tensors():
         session = fake.assemble(config, task, data)
         with session.running():  # fused blocks are recognized on the complete model
             pass
-    return measure(session)
+    return measure(session, usage)
 
 
 def _compute_plan(config: RunConfig, task: Task[Any], data: RunData, process_bytes: int | None, processes: int) -> Plan:

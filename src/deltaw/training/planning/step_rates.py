@@ -11,10 +11,11 @@ import contextlib
 import hashlib
 import itertools
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import astuple, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 import psutil
@@ -29,6 +30,7 @@ from deltaw.lora.fingerprint import has_values
 from deltaw.machine.kernel_choice import planning_rates
 from deltaw.runtime.layer_entry import frozen_level
 from deltaw.runtime.recognition import blocks_of, forward_replaced, signature
+from deltaw.training.approximations import Approximations, applicable
 from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.evaluation.general import MAX_ANSWER_TOKENS, NoGeneralAnswers, check_size
 from deltaw.training.evaluation.general_prompts import DRIFT_PROMPTS
@@ -49,7 +51,7 @@ MEASURED_SHARES, MEASURED_STEPS = (0.25, 0.6, 1.0), 4
 # Maximum number of rows that these microbatches are selected from.
 MAX_CANDIDATE_ROWS = 128
 # Time limit of all measurements in seconds, and of the products of one head.
-SECONDS, HEAD_SECONDS = 2.5, 0.3
+SECONDS, HEAD_SECONDS = 2.8, 0.3
 # Number of measurements of each microbatch. More are made until the time limit.
 NUM_TRIALS, MAX_TRIALS = 2, 4
 # Maximum ratio of the two fastest times in an undisturbed measurement, and maximum number of CPUs used by others.
@@ -58,6 +60,10 @@ STEADY_RATIO, MAX_OTHER_CPUS = 1.25, 0.25
 NUM_RANDOM, MAX_FILLED = 1 << 20, 1 << 24
 # Tokens of the measured decoding step, and bytes that are larger than the caches of a CPU.
 DECODED_TOKENS, CACHE_BYTES = 16, 64 << 20
+
+
+# Time, CPU seconds of all processes, and CPU seconds of this process.
+CpuUsage: TypeAlias = tuple[float, float, float]
 
 
 def workload_of(session: Session, read_seconds: float) -> Workload:
@@ -82,7 +88,7 @@ def workload_of(session: Session, read_seconds: float) -> Workload:
         evaluations=evaluations,
         reference=_batches_of(session, session.data.all_rows) if has_reference else Batches(),
         drift=Batches((per_pass,) * (drift_tokens // per_pass), 2 * general * MAX_ANSWER_TOKENS),
-        has_check=bool(session.approximations.names),
+        has_check=bool(applicable(session.model, session.objective, session.approximations.names)),
         general_tokens=PROMPT_TOKENS + MAX_ANSWER_TOKENS if train.keep_general else 0,
         generations=tuple(_generations(session, evaluations, general)),
         read_seconds=read_seconds,
@@ -302,7 +308,7 @@ def fill_with_random_values(model: nn.Module, skipped: Sequence[nn.Module]) -> N
         for table in (direct_parameters(module), direct_buffers(module), vars(module)):
             for name, tensor in table.items():
                 if isinstance(tensor, Tensor) and not has_values(tensor):
-                    table[name] = real(tensor, name, id(module) in empty)  # type: ignore[index, assignment]
+                    table[name] = real(tensor, name, id(module) in empty)  # type: ignore[assignment]
 
 
 class _Measurement:
@@ -326,7 +332,11 @@ class _Measurement:
         fill_with_random_values(session.model, [b for index, b in enumerate(self.blocks) if index not in measured])
         self.trained = [p for _, p in session.trainable_parameters if p.numel()]
         self.update_factor = num_trained / max(1, sum(p.numel() for p in self.trained))
-        self.update = 0.0
+        # The check of the run can reject int8 gradients. Then blocks are slower, so both are measured.
+        names = session.approximations.names
+        rejected = [Approximations(set(names) - {"int8_gradients"})] if "int8_gradients" in names else []
+        self.variants = [session.approximations, *rejected]
+        self.update = self.elapsed = 0.0
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -350,7 +360,15 @@ class _Measurement:
         return sum(times.get(self.representatives[index], 0.0) for index in indices)
 
     def train(self, rows: Rows) -> Point:
-        """Compute the gradients of rows and an update, and return the mean time of their microbatches."""
+        """Compute the gradients of rows with each variant of the approximations, and return the mean times."""
+        start, points = self.timer.clock(), []
+        for variant in self.variants:
+            with variant.on():
+                points.append(self._train(rows))
+        self.elapsed = self.timer.clock() - start
+        return Point(*(statistics.fmean(values) for values in zip(*map(astuple, points), strict=True)))
+
+    def _train(self, rows: Rows) -> Point:
         timer, objective, tokens, count = self.timer, self.objective, 0, 0
         timer.clear()
         if objective.accumulator is not None:
@@ -386,24 +404,34 @@ class _Measurement:
         return min(seconds, key=sum)
 
 
-def measure(session: Session, *, clock: Callable[[], float] = time.perf_counter, limit: float = SECONDS) -> StepRates:
+def measure(
+    session: Session, usage: CpuUsage, *, clock: Callable[[], float] = time.perf_counter, limit: float = SECONDS
+) -> StepRates:
     """Measure the rates of a session on fake tensors, whose model cannot be used for a dry run afterwards.
 
     Args:
         session: Session on fake tensors, outside of the context of fake tensors.
+        usage: CPU usage before the session was created. If other processes use the CPU, one thread's CPU time is
+            measured and divided by the number of threads.
         clock: Returns the time in seconds.
         limit: Time limit in seconds. Larger microbatches are not measured if they would exceed it.
     """
+    threads, is_busy = torch.get_num_threads(), other_cpus(usage) > MAX_OTHER_CPUS
+    if is_busy and clock is time.perf_counter:
+        clock, limit = (lambda: time.thread_time() / threads), limit / threads
     measurement, trials = _Measurement(session, clock), list[tuple[Rows, list[Point]]]()
     usage, deadline = cpu_usage(), clock() + limit
-    with measurement.running():
+    with measurement.running(), contextlib.ExitStack() as stack:
+        if is_busy:
+            stack.callback(torch.set_num_threads, threads)
+            torch.set_num_threads(1)
         for rows in measured_rows(session):
-            last = trials[-1][1][-1] if trials else None
-            if last and clock() + NUM_TRIALS * last.seconds * _tokens(session, rows) / last.tokens > deadline:
+            growth = _tokens(session, rows) / max(1.0, _tokens(session, trials[-1][0])) if trials else 0.0
+            if clock() + NUM_TRIALS * measurement.elapsed * growth > deadline:
                 break
             trials.append((rows, [measurement.train(rows) for _ in range(NUM_TRIALS)]))
         for rows, points in trials[::-1] * (MAX_TRIALS - NUM_TRIALS):
-            if clock() + points[-1].seconds < deadline:
+            if clock() + measurement.elapsed < deadline:
                 points.append(measurement.train(rows))
         ordered = [sorted(points, key=lambda point: point.seconds) for _, points in trials]
         task, feed, last_rows = session.task, measurement.feed, trials[-1][0]
@@ -417,7 +445,7 @@ def measure(session: Session, *, clock: Callable[[], float] = time.perf_counter,
             logits = CausalObjective(session.model).evaluate_rows
             decode = sum(measurement.evaluate(lambda: session.batcher.batches([example]), logits))
     steady = all(second.seconds <= STEADY_RATIO * first.seconds for first, second, *_ in ordered)
-    is_busy = not steady or other_cpus(usage) > MAX_OTHER_CPUS
+    is_busy = is_busy or not steady or other_cpus(usage) > MAX_OTHER_CPUS
     return StepRates(
         tuple(sorted((points[0] for points in ordered), key=lambda point: point.tokens)),
         evaluation=blocks / max(1e-9, ordered[-1][0].forward),
@@ -463,14 +491,14 @@ def limit_labels(session: Session, rows: Rows) -> Rows:
     return [replace(row, is_label=row.is_label & (np.cumsum(row.is_label) <= per_row)) for row in rows]
 
 
-def cpu_usage() -> tuple[float, float, float]:
+def cpu_usage() -> CpuUsage:
     """Return the time, the CPU seconds of all processes, and those of this process."""
     times = psutil.cpu_times()
     busy = sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
     return time.monotonic(), busy, time.process_time()
 
 
-def other_cpus(start: tuple[float, float, float]) -> float:
+def other_cpus(start: CpuUsage) -> float:
     """Return the mean number of CPUs that other processes have taken from this one since ``start``."""
     wall, busy, own = (after - before for before, after in zip(start, cpu_usage(), strict=True))
     spare = (os.cpu_count() or 1) - torch.get_num_threads()
