@@ -221,7 +221,7 @@ def interpolate(sizes: Sequence[float], values: Sequence[float], size: float) ->
     the smallest size, it shrinks as between the first two, and at most in proportion.
     """
     if len(sizes) == 1 or sizes[-1] <= sizes[0]:
-        return values[-1] * size / max(1.0, sizes[-1])
+        return values[-1] * (size + MIN_PRODUCT_ROWS) / (sizes[-1] + MIN_PRODUCT_ROWS)
     last = len(sizes) - 1
     upper = min(max(next((i for i, s in enumerate(sizes) if s >= size), last), 1), last)
     low, high = upper - 1, upper
