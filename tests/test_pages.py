@@ -27,7 +27,9 @@ import pages  # noqa: E402
 import settings_page  # noqa: E402
 
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
-CHECKED = [ROOT / "README.md", ROOT / "skills" / "deltaw" / "SKILL.md", *DOCS]
+HAS_COMMANDS = re.compile(r"(?s)```(?:bash|sh)\n(?:[^`]*\n)?deltaw ")
+PROSE = [ROOT / "README.md", ROOT / "skills" / "deltaw" / "SKILL.md", *DOCS]
+CHECKED = [page for page in PROSE if HAS_COMMANDS.search(page.read_text(encoding="utf-8"))]
 # Patterns in the output of a successful page.
 EXPECTED_OUTPUT = {"teach-a-format": [r'\{"film": "heat", "verdict": "(fresh|rotten)"\}', r"exact match"]}
 EXPECTED_OUTPUT |= {"classify-a-csv": [r"accuracy", r"fresh"], "teach-a-style": [r"drift: general answers"]}
