@@ -33,6 +33,7 @@ COMMON = (
 )
 # Shell completion of settings that are files or folders.
 FILES = {"model": "file", "data.train": "file", "data.eval": "file", "data.chat_template": "file", "output": "dir"}
+FILES["start_from"] = "dir"
 
 
 def with_options(command: Command, *options: Callable[[Command], Command]) -> Command:
@@ -174,7 +175,7 @@ def nested_settings(flags: Mapping[str, object]) -> dict:
         for section in sections:
             section_values = section_values.setdefault(section, {})
         is_text = keys[argument].annotation in (str, "str") or (
-            argument == _argument_name("data.train") and not str(text).lstrip().startswith("[")
+            keys[argument].key in ("data.train", "start_from") and not str(text).lstrip().startswith("[")
         )
         section_values[leaf] = str(text) if is_text else _value(str(text))
     return result

@@ -8,7 +8,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -16,9 +16,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from deltaw.errors import UserError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from typing_extensions import Self
+
+    from deltaw.methods.start import StartAdapter
 
 
 class MethodOptions(Protocol):
@@ -59,6 +63,7 @@ class Method(abc.ABC):
         invocation: Token ids of the invocation sequence, or None until they are known.
         section: Class of the method's settings.
         tokenizer: Tokenizer of the model. None if the rows are images.
+        start_values: Initial values of the trainable parameters of a run that starts from an adapter, or None.
     """
 
     name: str
@@ -73,6 +78,7 @@ class Method(abc.ABC):
 
     def __init__(self, settings: Any = None) -> None:
         self.settings: Any = self.section() if settings is None and self.section is not None else settings
+        self.start_values: list[torch.Tensor] | None = None
 
     @classmethod
     def from_run(cls, section: object, train: MethodOptions | None, tokenizer: PreTrainedTokenizerBase | None) -> Self:
@@ -103,6 +109,69 @@ class Method(abc.ABC):
         Raises:
             UserError: if the method does not support the model.
         """
+
+    def prepare_from(self, model: nn.Module, start: StartAdapter, *, seed: int, extra_modules: Names = ()) -> str:
+        """Call :meth:`prepare`, and set the trainable parameters to those of a saved adapter.
+
+        Args:
+            model: Model to train.
+            start: Adapters to start from.
+            seed: Seed of parameters that the adapters do not contain.
+            extra_modules: See :meth:`prepare`.
+
+        Returns:
+            Summary of a few lines.
+
+        Raises:
+            UserError: if the adapters do not fit the model or the settings.
+        """
+        message = f"method '{self.name}' cannot start from an adapter"
+        raise UserError(message, location="start_from", hint="remove it, or use another method")
+
+    def _copy_start(
+        self, named: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor], start: StartAdapter
+    ) -> None:
+        """Copy the tensors of an adapter to the trainable tensors with the same names."""
+        shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (named, stored)]
+        names = sorted({*named, *stored})
+        for name in (name for name in names if shapes[0].get(name) != shapes[1].get(name)):
+            sizes = [str(group[name]) if name in group else "missing" for group in shapes]
+            message = f"'{name}' is {sizes[0]} in this run and {sizes[1]} in the adapter"
+            hint = f"use the settings of method {self.name} that the adapter was trained with"
+            raise UserError(message, location=start.location, hint=hint)
+        with torch.no_grad():
+            for name, tensor in named.items():
+                tensor.copy_(stored[name])
+
+    def record_start(self, model: nn.Module) -> None:
+        """Record the current parameters as the start, if the method also keeps the base model."""
+        if self.can_restore_base(model):
+            self.start_values = [parameter.detach().clone() for _, parameter in self.parameters(model)]
+
+    @contextlib.contextmanager
+    def start_active(self, model: nn.Module) -> Iterator[None]:
+        """Context manager in which the trained parameters have their values at the start of the run.
+
+        Raises:
+            UserError: if these values were not kept.
+        """
+        if self.start_values is None:
+            message = f"method '{self.name}' keeps no copy of the adapter of start_from, which is the reference model"
+            raise UserError(message, location="method", hint="use method: lora")
+        parameters = [parameter for _, parameter in self.parameters(model)]
+        current = [parameter.detach().clone() for parameter in parameters]
+        # In place, so that values that are cached by the parameters' versions are updated.
+        with torch.no_grad():
+            for parameter, value in zip(parameters, self.start_values, strict=True):
+                parameter.copy_(value)
+        self.after_step(model)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(parameters, current, strict=True):
+                    parameter.copy_(value)
+            self.after_step(model)
 
     def evaluating(self, model: nn.Module) -> AbstractContextManager[None]:
         """Context manager that disables randomness such as dropout, so that the model answers as after training."""

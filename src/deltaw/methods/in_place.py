@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from deltaw.errors import UserError, did_you_mean
 from deltaw.lora.adapted import factor_dtype
 from deltaw.lora.attachment import ReplacedParameter
-from deltaw.lora.fingerprint import FINGERPRINT_KEY, base_fingerprint, warn_other_base
+from deltaw.lora.fingerprint import FINGERPRINT_KEY, base_fingerprint, has_values, warn_other_base
 from deltaw.lora.kinds import get_input_embedding, get_output_head, is_linear
 from deltaw.lora.stored import count_logical_parameters
 from deltaw.methods.base import REPLACED_KEY, Calibration, Folder, Metadata, Method, Names, Tensors
@@ -36,6 +37,9 @@ from deltaw.methods.parameters import (
 )
 from deltaw.methods.settings import HeadSettings, InputSettings, LastSettings, RandomSettings
 from deltaw.runtime.recognition import blocks_of
+
+if TYPE_CHECKING:
+    from deltaw.methods.start import StartAdapter
 
 
 def _outside(modules: Sequence[str], model: nn.Module) -> list[str]:
@@ -71,6 +75,14 @@ class InPlace(Method):
             message = f"method '{self.name}' finds no parameters to train in a {type(model).__name__}"
             raise UserError(message, location="method", hint="choose another method")
         return self.summary(model, total, extra_modules)
+
+    def prepare_from(self, model: nn.Module, start: StartAdapter, *, seed: int, extra_modules: Names = ()) -> str:
+        summary = self.prepare(model, seed=seed, extra_modules=extra_modules)
+        start.require_base(self._base_fingerprint)
+        if all(map(has_values, model.parameters())):
+            self._copy_start(self.tensors(), read_trained_parameters(start.folder, self.name)[0], start)
+            self.after_step(model)
+        return summary
 
     def enable_training(self, model: nn.Module, extra_modules: Names, seed: int) -> list[ReplacedParameter]:
         """Freeze the model, enable gradients of the selected parameters, and return those that are trained in full."""
@@ -205,6 +217,14 @@ class SubsetInPlace(InPlace):
                 yield
             finally:
                 self.after_step(model)
+
+    def _copy_start(self, named: Tensors, stored: Tensors, start: StartAdapter) -> None:
+        positions = [name for name in named if name.endswith(INDICES)]
+        if any(name in stored and not torch.equal(named[name], stored[name].to(named[name])) for name in positions):
+            message = f"method '{self.name}' of this run trains other weights than the adapter"
+            hint = f"use the train.seed and the '{self.name}' settings of the adapter's run"
+            raise UserError(message, location=start.location, hint=hint)
+        super()._copy_start(named, stored, start)
 
     def tensors(self) -> dict[str, Tensor]:
         tensors = super().tensors()
