@@ -161,7 +161,10 @@ def test_padded_rank_gives_equal_outputs_before_first_step(make, tmp_path, varia
     config = make(tmp_path / "b", start_from=str(first))
     config["lora"] = {"r": rank}
     padded = start_logits(config)
-    assert torch.equal(padded, same)
+    if variant == "dora":  # the norms of W + ΔW are rounded differently
+        torch.testing.assert_close(padded, same, atol=1e-5, rtol=1e-5)
+    else:
+        assert torch.equal(padded, same)
     torch.testing.assert_close(same, logits(peft_model(Path(config["model"]), first)), atol=1e-4, rtol=1e-4)
 
 
@@ -299,7 +302,7 @@ def test_default_teacher_is_start(make, sft, tmp_path):
     distill = {"task": "distill", "distill": {"prompt": "be brief", "max_new_tokens": 4}, "start_from": str(sft)}
     first = {}
     for reference in ("start", "base"):
-        changes = {"reference": reference, "train": {"learning_rate": 1e-9}}
+        changes = {"reference": reference, "train": {"max_steps": 1}}
         first[reference] = losses(deltaw.fit(make(tmp_path / reference, **deep_merge(distill, changes))).output)[0]
     assert abs(first["start"] - first["base"]) > 1e-3
 
@@ -355,8 +358,12 @@ def test_start_works_with_stored_features(make, tmp_path):
 
 
 @needs_gloo
-def test_two_processes_match_one(make, sft, tmp_path):
-    assert_same_as_one_process(make(tmp_path / "run", start_from=str(sft)), 2)
+@pytest.mark.parametrize("mode", ["continue", "stack"])
+def test_two_processes_match_one(make, sft, pairs_file, tmp_path, mode):
+    options = {"task": "preference", "data": {"train": str(pairs_file)}, "start_from": str(sft), "start_mode": mode}
+    single, several = (make(tmp_path / name, **options) for name in ("single", "several"))
+    assert_same_as_one_process(single, several)
+    assert losses(tmp_path / "several")[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
 @pytest.mark.planned

@@ -25,7 +25,7 @@ from deltaw.lora.files import AdapterFile, find_weights, read_adapter, unsupport
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, same_base
 from deltaw.lora.peft_format import base_reference
 from deltaw.lora.starting import TARGET_KEYS, concatenate, padded_alpha
-from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, REPLACED_KEY
 from deltaw.methods.files import read_classes, read_metadata
 from deltaw.methods.trust import CHAT_TEMPLATE, AdapterFolder, read_folder
 from deltaw.progress import LogFunction, ignore_line
@@ -77,6 +77,14 @@ class StartAdapter:
     def is_combined(self) -> bool:
         """True if the update is not that of a single adapter with weight 1."""
         return len(self.sources) > 1 or self.weights != (1.0,)
+
+    @property
+    def has_modules(self) -> bool:
+        """True if an adapter contains modules that were trained in full, which its fingerprint excludes."""
+        return any(
+            source.adapter.get("modules_to_save") or read_metadata(source.folder).get(REPLACED_KEY, "[]") != "[]"
+            for source in self.sources
+        )
 
     def lora(self, config: LoRAConfig, *, dry_run: bool = False) -> tuple[AdapterFile, LoRAConfig]:
         """Return the LoRA adapter to start from, and the settings of the run's adapter.

@@ -82,7 +82,7 @@ def _check_start_base(config: RunConfig, task: Task[Any], data: RunData, start: 
     """
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
     folder = config_folder(config.model, dtype, config.trust_remote_code)
-    if task.trains_head or dtype == "gguf" or not any(folder.glob("*.safetensors")):
+    if task.trains_head or start.has_modules or dtype == "gguf" or not any(folder.glob("*.safetensors")):
         return
     with torch.device("meta"):
         model = skeleton(config.model, dtype="fp32", task=config.task, trust_remote_code=config.trust_remote_code)
