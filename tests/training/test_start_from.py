@@ -255,7 +255,7 @@ def test_reference_log_probs_are_those_of_start(make, sft, pairs_file, tmp_path,
     opened = open_on_cpu(sft).model.eval()
     base = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32).eval()
     for reference, model in (("start", opened), ("base", base)):
-        session = build_session(resolve_start(RunConfig.read(settings | {"reference": reference})))
+        session = build_session(resolve_start(RunConfig.read(settings | {"reference_model": reference})))
         for group in session.data.train[:4]:
             for row in group.rows:
                 with torch.no_grad():
@@ -270,7 +270,7 @@ def test_first_dpo_loss_is_ln_2(make, sft, pairs_file, tmp_path):
     for mode in ("continue", "stack"):
         run = deltaw.fit(make(tmp_path / mode, **task, start_mode=mode)).output
         assert losses(run)[0] == pytest.approx(math.log(2), abs=1e-6)
-    run = deltaw.fit(make(tmp_path / "base", **task, reference="base")).output
+    run = deltaw.fit(make(tmp_path / "base", **task, reference_model="base")).output
     assert abs(losses(run)[0] - math.log(2)) > 1e-3
 
 
@@ -294,7 +294,7 @@ def test_divergence_of_rewards_starts_at_zero(reward, sft):
     run = deltaw.fit(reward("run", start_from=str(sft))).output
     divergences = [step["kl"] for step in metrics(run, "loss")]
     assert divergences[0] == pytest.approx(0, abs=1e-6) and divergences[-1] > 1e-6
-    run = deltaw.fit(reward("base", start_from=str(sft), reference="base")).output
+    run = deltaw.fit(reward("base", start_from=str(sft), reference_model="base")).output
     assert metrics(run, "loss")[0]["kl"] > 1e-3
 
 
@@ -302,7 +302,7 @@ def test_default_teacher_is_start(make, sft, tmp_path):
     distill = {"task": "distill", "distill": {"prompt": "be brief", "max_new_tokens": 4}, "start_from": str(sft)}
     first = {}
     for reference in ("start", "base"):
-        changes = {"reference": reference, "train": {"max_steps": 1}}
+        changes = {"reference_model": reference, "train": {"max_steps": 1}}
         first[reference] = losses(deltaw.fit(make(tmp_path / reference, **deep_merge(distill, changes))).output)[0]
     assert abs(first["start"] - first["base"]) > 1e-3
 

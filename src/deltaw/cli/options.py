@@ -33,7 +33,6 @@ COMMON = (
 )
 # Shell completion of settings that are files or folders.
 FILES = {"model": "file", "data.train": "file", "data.eval": "file", "data.chat_template": "file", "output": "dir"}
-FILES["start_from"] = "dir"
 
 
 def with_options(command: Command, *options: Callable[[Command], Command]) -> Command:

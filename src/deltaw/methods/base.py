@@ -10,6 +10,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from typing_extensions import Self
 
-    from deltaw.methods.start import StartAdapter
+    from deltaw.lora.config import LoRAConfig
+    from deltaw.lora.files import AdapterFile
 
 
 class MethodOptions(Protocol):
@@ -30,6 +32,21 @@ class MethodOptions(Protocol):
 
     @property
     def loraplus_lr_ratio(self) -> float: ...
+
+
+class Start(Protocol):
+    """Adapters that a run starts from, see :class:`deltaw.methods.start.StartAdapter`."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def location(self) -> str: ...
+    @property
+    def is_stacked(self) -> bool: ...
+    @property
+    def keeps_new(self) -> bool: ...
+    def lora(self, config: LoRAConfig, *, dry_run: bool = False) -> tuple[AdapterFile, LoRAConfig]: ...
+    def require_base(self, fingerprint: str | None) -> None: ...
 
 
 Folder: TypeAlias = str | os.PathLike[str]
@@ -110,7 +127,7 @@ class Method(abc.ABC):
             UserError: if the method does not support the model.
         """
 
-    def prepare_from(self, model: nn.Module, start: StartAdapter, *, seed: int, extra_modules: Names = ()) -> str:
+    def prepare_from(self, model: nn.Module, start: Start, *, seed: int, extra_modules: Names = ()) -> str:
         """Call :meth:`prepare`, and set the trainable parameters to those of a saved adapter.
 
         Args:
@@ -128,17 +145,14 @@ class Method(abc.ABC):
         message = f"method '{self.name}' cannot start from an adapter"
         raise UserError(message, location="start_from", hint="remove it, or use another method")
 
-    def _copy_start(
-        self, named: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor], start: StartAdapter
-    ) -> None:
+    def _copy_start(self, named: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor], start: Start) -> None:
         """Copy the tensors of an adapter to the trainable tensors with the same names."""
-        shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (named, stored)]
-        names = sorted({*named, *stored})
-        for name in (name for name in names if shapes[0].get(name) != shapes[1].get(name)):
-            sizes = [str(group[name]) if name in group else "missing" for group in shapes]
-            message = f"'{name}' is {sizes[0]} in this run and {sizes[1]} in the adapter"
-            hint = f"use the settings of method {self.name} that the adapter was trained with"
-            raise UserError(message, location=start.location, hint=hint)
+        for name in sorted({*named, *stored}):
+            ours, theirs = (tuple(group[name].shape) if name in group else None for group in (named, stored))
+            if ours != theirs:
+                message = f"'{name}' is {ours} in this run and {theirs} in the adapter"
+                hint = f"use the settings of method {self.name} that the adapter was trained with"
+                raise UserError(message, location=start.location, hint=hint)
         with torch.no_grad():
             for name, tensor in named.items():
                 tensor.copy_(stored[name])
@@ -160,18 +174,18 @@ class Method(abc.ABC):
             raise UserError(message, location="method", hint="use method: lora")
         parameters = [parameter for _, parameter in self.parameters(model)]
         current = [parameter.detach().clone() for parameter in parameters]
-        # In place, so that values that are cached by the parameters' versions are updated.
-        with torch.no_grad():
-            for parameter, value in zip(parameters, self.start_values, strict=True):
-                parameter.copy_(value)
-        self.after_step(model)
+
+        def assign(values: Sequence[torch.Tensor]) -> None:
+            with torch.no_grad():  # in place, so that values cached by the parameters' versions are updated
+                for parameter, value in zip(parameters, values, strict=True):
+                    parameter.copy_(value)
+            self.after_step(model)
+
+        assign(self.start_values)
         try:
             yield
         finally:
-            with torch.no_grad():
-                for parameter, value in zip(parameters, current, strict=True):
-                    parameter.copy_(value)
-            self.after_step(model)
+            assign(current)
 
     def evaluating(self, model: nn.Module) -> AbstractContextManager[None]:
         """Context manager that disables randomness such as dropout, so that the model answers as after training."""

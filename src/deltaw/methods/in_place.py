@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from deltaw.lora.attachment import ReplacedParameter
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, base_fingerprint, has_values, warn_other_base
 from deltaw.lora.kinds import get_input_embedding, get_output_head, is_linear
 from deltaw.lora.stored import count_logical_parameters
-from deltaw.methods.base import REPLACED_KEY, Calibration, Folder, Metadata, Method, Names, Tensors
+from deltaw.methods.base import REPLACED_KEY, Calibration, Folder, Metadata, Method, Names, Start, Tensors
 from deltaw.methods.files import SavedConfig, read_metadata, read_trained_parameters, write_trained_parameters
 from deltaw.methods.parameters import (
     add_biases,
@@ -37,9 +36,6 @@ from deltaw.methods.parameters import (
 )
 from deltaw.methods.settings import HeadSettings, InputSettings, LastSettings, RandomSettings
 from deltaw.runtime.recognition import blocks_of
-
-if TYPE_CHECKING:
-    from deltaw.methods.start import StartAdapter
 
 
 def _outside(modules: Sequence[str], model: nn.Module) -> list[str]:
@@ -76,7 +72,7 @@ class InPlace(Method):
             raise UserError(message, location="method", hint="choose another method")
         return self.summary(model, total, extra_modules)
 
-    def prepare_from(self, model: nn.Module, start: StartAdapter, *, seed: int, extra_modules: Names = ()) -> str:
+    def prepare_from(self, model: nn.Module, start: Start, *, seed: int, extra_modules: Names = ()) -> str:
         summary = self.prepare(model, seed=seed, extra_modules=extra_modules)
         start.require_base(self._base_fingerprint)
         if all(map(has_values, model.parameters())):
@@ -218,7 +214,7 @@ class SubsetInPlace(InPlace):
             finally:
                 self.after_step(model)
 
-    def _copy_start(self, named: Tensors, stored: Tensors, start: StartAdapter) -> None:
+    def _copy_start(self, named: Tensors, stored: Tensors, start: Start) -> None:
         positions = [name for name in named if name.endswith(INDICES)]
         if any(name in stored and not torch.equal(named[name], stored[name].to(named[name])) for name in positions):
             message = f"method '{self.name}' of this run trains other weights than the adapter"

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -28,10 +27,7 @@ from deltaw.lora.attachment import require_attachment
 from deltaw.lora.files import first_directions, rank_dimension
 from deltaw.lora.fingerprint import has_values
 from deltaw.lora.starting import attach_from, save_new_directions
-from deltaw.methods.base import Calibration, Folder, Metadata, Method, MethodOptions, Names
-
-if TYPE_CHECKING:
-    from deltaw.methods.start import StartAdapter
+from deltaw.methods.base import Calibration, Folder, Metadata, Method, MethodOptions, Names, Start
 
 # Subfolder of the new adapter alone, if it was stacked on another one and ``stack: keep`` is set.
 NEW_ADAPTER = "new_adapter"
@@ -80,7 +76,7 @@ class LoRA(Method):
         _set_dropout(model, True)
         return summary
 
-    def prepare_from(self, model: nn.Module, start: StartAdapter, *, seed: int, extra_modules: Names = ()) -> str:
+    def prepare_from(self, model: nn.Module, start: Start, *, seed: int, extra_modules: Names = ()) -> str:
         dry_run = not all(map(has_values, model.parameters()))
         adapter, config = start.lora(self.config, dry_run=dry_run)
         summary, ranks = attach_from(model, adapter, config, start.location, seed=seed, new_modules=extra_modules)
@@ -149,7 +145,7 @@ def _clear_gradient(layer: LoRALayer, attribute: str, rank: int, parameter: Tens
         parameter.grad.narrow(rank_dimension(layer, attribute), 0, rank).zero_()
 
 
-def _common_rank(ranks: Mapping[str, int], start: StartAdapter) -> int:
+def _common_rank(ranks: Mapping[str, int], start: Start) -> int:
     """Return the rank of the stacked adapters, which must be the same in all layers."""
     if len(set(ranks.values())) > 1:
         message = "stack: keep needs adapters with the same rank in all layers"

@@ -11,7 +11,6 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from deltaw.lora.files import read_tensors, task_type_of
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, base_fingerprint, has_values, warn_other_base
 from deltaw.lora.peft_format import PEFT_FORMAT, base_reference, base_settings
 from deltaw.lora.stored import count_logical_parameters
-from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Calibration, Folder, Metadata, Method, Names
+from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Calibration, Folder, Metadata, Method, Names, Start
 from deltaw.methods.files import read_config, read_metadata, text_or_none, write_adapter
 from deltaw.methods.parameters import (
     base_restored,
@@ -44,9 +43,6 @@ from deltaw.runtime.virtual_tokens import (
     input_embedding,
     original_embedding,
 )
-
-if TYPE_CHECKING:
-    from deltaw.methods.start import StartAdapter
 
 # File format of a soft prompt, compatible with PEFT in both directions.
 #
@@ -199,7 +195,7 @@ class SoftPrompt(Method):
         extra = f"\n  extra trainable modules: {', '.join(extra_modules)}" if extra_modules else ""
         return f"{share}: {vectors}, {init_summary}{extra}"
 
-    def prepare_from(self, model: nn.Module, start: StartAdapter, *, seed: int, extra_modules: Names = ()) -> str:
+    def prepare_from(self, model: nn.Module, start: Start, *, seed: int, extra_modules: Names = ()) -> str:
         summary = self.prepare(model, seed=seed, extra_modules=extra_modules)
         start.require_base(self._base_fingerprint)
         if all(map(has_values, model.parameters())):

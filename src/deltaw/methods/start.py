@@ -34,11 +34,9 @@ from deltaw.settings.config import RunConfig
 from deltaw.settings.start import start_sources
 from deltaw.tensor_files import read_header
 
-RUN_FILE = "run.json"
 # Maximum number of earlier runs, and of adapters of each, that are recorded.
 _MAX_ORIGINS = 16
 _LOCATION = "start_from"
-_REMOVE = "remove start_from to train a new adapter"
 # Settings of a folder that the run uses as they are, without a comparison.
 _FROM_FOLDER = (*TARGET_KEYS, "init", "invocation_tokens")
 
@@ -91,7 +89,7 @@ class StartAdapter:
 
         Args:
             config: The run's ``lora:`` section, see :func:`resolve_start`.
-            dry_run: Return tensors without values.
+            dry_run: Return tensors for a dry run, which reads no values.
         """
         files = [read_adapter(source.folder, lazy=True) for source in self.sources]
         if dry_run:
@@ -158,14 +156,13 @@ class StartAdapter:
             values |= {"fingerprint": adapter_digest(source.folder), "task": source.task}
             settings = {} if source.run is None else source.run.train.model_dump(mode="json", exclude_defaults=True)
             adapters.append({**values, "settings": settings, "start": read_lineage(source.folder)})
-        mode = {"mode": config.start_mode, "reference": config.reference}
-        return {**mode, "fingerprint": self.fingerprint, "adapters": adapters}
+        return {"mode": config.start_mode, "fingerprint": self.fingerprint, "adapters": adapters}
 
 
 def read_lineage(folder: Path) -> dict[str, Any] | None:
     """Return the origin that a run recorded in its folder, or None. The folder may be untrusted."""
     try:
-        return _known_lineage(json.loads((folder / RUN_FILE).read_text(encoding="utf-8")).get("start"), _MAX_ORIGINS)
+        return _known_lineage(json.loads((folder / "run.json").read_text(encoding="utf-8")).get("start"), _MAX_ORIGINS)
     except (OSError, ValueError, AttributeError, RecursionError):
         return None
 
@@ -175,14 +172,11 @@ def _known_lineage(value: Any, depth: int) -> dict[str, Any] | None:
     if not isinstance(value, dict) or not depth or not isinstance(value.get("adapters"), list):
         return None
     adapters = [entry for entry in value["adapters"][:_MAX_ORIGINS] if isinstance(entry, dict)]
-    known = [{key: _brief(entry.get(key)) for key in ("name", "weight", "fingerprint", "task")} for entry in adapters]
+    keys = ("name", "weight", "fingerprint", "task")
+    known: list[dict[str, Any]] = [{key: str(entry.get(key))[:200] for key in keys} for entry in adapters]
     for entry, origin in zip(adapters, known, strict=True):
         origin["start"] = _known_lineage(entry.get("start"), depth - 1)
-    return {"mode": _brief(value.get("mode")), "fingerprint": _brief(value.get("fingerprint")), "adapters": known}
-
-
-def _brief(value: object) -> Any:
-    return value if isinstance(value, int | float) else str(value)[:200]
+    return {"mode": str(value.get("mode"))[:200], "adapters": known}
 
 
 def lineage_lines(lineage: Mapping[str, Any] | None) -> list[str]:
@@ -191,7 +185,7 @@ def lineage_lines(lineage: Mapping[str, Any] | None) -> list[str]:
     while lineage is not None and lineage["adapters"]:
         parts = []
         for adapter in lineage["adapters"]:
-            weight = "" if adapter["weight"] == 1 else f" × {adapter['weight']}"
+            weight = "" if str(adapter["weight"]) == "1.0" else f" × {adapter['weight']}"
             parts.append(f"{adapter['name']}{weight} ({adapter['task']}, {adapter['fingerprint'][:12]})")
         lines.append(f"{lineage['mode']} from {' + '.join(parts)}")
         lineage = lineage["adapters"][0]["start"]
@@ -225,8 +219,8 @@ def open_start(config: RunConfig) -> StartAdapter | None:
         _check_kind(opened, config)
         sources.append(opened)
     weights = tuple(float(source.weight) for source in listed)
-    values = [config.start_mode, *weights, *(adapter_digest(source.folder) for source in sources)]
-    fingerprint = hashlib.blake2b(json.dumps(values).encode(), digest_size=16).hexdigest()
+    values = repr([config.start_mode, weights, [adapter_digest(source.folder) for source in sources]])
+    fingerprint = hashlib.blake2b(values.encode(), digest_size=16).hexdigest()
     entries = [task_registry.entry_of(name) for name in (config.task, *(source.task for source in sources))]
     checks_base = len({entry.auto_model for entry in entries}) == 1
     modes = config.start_mode == "stack", config.stack == "keep"
@@ -244,11 +238,13 @@ def _check_kind(source: AdapterFolder, config: RunConfig) -> None:
     name = str(kind) if entry is None else entry.name
     if name != config.method:
         message = f"the adapter is of method '{name}', and the run is of method '{config.method}'"
-        raise UserError(message, location=f"{_LOCATION}: {source.folder}", hint=f"set method: {name}, or {_REMOVE}")
+        raise UserError(message, location=f"{_LOCATION}: {source.folder}", hint=f"set method: {name}")
     models = [task_registry.entry_of(task).auto_model for task in (source.task, config.task)]
     if models[0] != models[1] and "AutoModel" in models:
         message = f"the task '{config.task}' cannot start from an adapter of the task '{source.task}'"
-        raise UserError(message, location=f"{_LOCATION}: {source.folder}", hint=_REMOVE)
+        raise UserError(
+            message, location=f"{_LOCATION}: {source.folder}", hint="remove start_from to train a new adapter"
+        )
     stored, has_fingerprint = base_reference(source.adapter), FINGERPRINT_KEY in read_metadata(source.folder)
     if stored and not has_fingerprint and Path(stored).name.lower() != Path(config.model).name.lower():
         raise _other_base_error(source, f"'{config.model}'")
@@ -277,10 +273,8 @@ def resolve_start(config: RunConfig, log: LogFunction = ignore_line) -> RunConfi
     for line in lineage_lines(start.lineage(config)):
         log(line)
     log("the optimizer state and the learning-rate schedule are new")
-    if config.method == "prompt":
-        return _with_prompt_settings(config, start)
     if config.method != "lora":
-        return config
+        return _with_prompt_settings(config, start) if config.method == "prompt" else config
     resolved = _resolve_lora(config, start)
     names = [name for name in ("rank", "alpha", "dropout") if getattr(resolved, name) != getattr(config.lora, name)]
     if names:
@@ -299,10 +293,9 @@ def _with_prompt_settings(config: RunConfig, start: StartAdapter) -> RunConfig:
 def _is_set(config: RunConfig, section: str, name: str, other: object) -> bool:
     """Return True if the user set a setting of a section, or it has another value than its default."""
     aliases = [alias for alias, key in method_registry.entry_of(section).aliases.items() if key == name]
-    if any(config.is_explicit(f"{section}.{key}") for key in (name, *aliases)):
-        return True
-    value = getattr(getattr(config, section), name)
-    return bool(value != getattr(type(getattr(config, section))(), name) and value != other)
+    is_explicit = any(config.is_explicit(f"{section}.{key}") for key in (name, *aliases))
+    values = getattr(config, section)
+    return is_explicit or getattr(values, name) not in (getattr(type(values)(), name), other)
 
 
 def _resolve_lora(config: RunConfig, start: StartAdapter) -> LoRAConfig:

@@ -479,9 +479,6 @@ def _drift(meter: DriftMeter, folder: RunFolder, step: int, callback: Callback) 
     if drift is not None:
         folder.write_metrics({"step": step, "general": [asdict(answer) for answer in meter.compare_answers()]})
         folder.write_metrics({"step": step, "drift": drift.as_dict()})
-        if (of_start := meter.measure_start()) is not None:
-            folder.write_metrics({"step": 0, "start_drift": of_start.as_dict()})
-            callback.on_line(f"drift of the adapter of start_from: {of_start.lines()[0].removeprefix('drift: ')}")
     return drift
 
 

@@ -41,8 +41,8 @@ _CHECKPOINT_KEYS = ("checkpoint_every", "checkpoint_minutes", "keep_checkpoints"
 FREE_KEYS = {"output", "force", "track", "trust_remote_code", "data.cache"}
 FREE_KEYS |= {f"train.{key}" for key in (*_EVALUATION_KEYS, *_CHECKPOINT_KEYS)}
 # Never chosen automatically. Such choices in an untrusted checkpoint are ignored.
-NEVER_CHOSEN = {"model", "data.train", "data.eval", "data.chat_template", "track", "trust_remote_code", "output"}
-NEVER_CHOSEN |= {"start_from"}
+NEVER_CHOSEN = {"model", "data.train", "data.eval", "data.chat_template", "track", "trust_remote_code"}
+NEVER_CHOSEN |= {"output", "start_from"}
 # May change, but affect the rounding of later steps.
 _COMPUTE_KEYS = ("tokens_per_pass", "approximate", "share_prefixes", "checkpointing", "keep_features", "sharding")
 ROUNDING_KEYS = {"device", "threads", "memory"} | {f"train.{key}" for key in _COMPUTE_KEYS}

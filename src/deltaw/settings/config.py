@@ -160,7 +160,7 @@ class RunConfig(BaseModel):
     stack: Literal["merge", "keep"] = setting(
         "merge", "stacked adapter to save; merge: one adapter of both; keep: also the new one, in new_adapter/"
     )
-    reference: Literal["start", "base"] = setting(
+    reference_model: Literal["start", "base"] = setting(
         "start",
         "reference model of preferences and rewards, and default teacher, if start_from is set; start: the adapter of "
         "start_from; base: the base model",

@@ -42,7 +42,7 @@ def start_sources(value: Sources) -> list[StartSource]:
         ValueError: if the list is empty, or an entry has an unknown key or an invalid value.
     """
     listed = [value] if isinstance(value, str) else value
-    entries = [{"from": entry} if isinstance(entry, str) else entry for entry in listed]
+    entries: list[dict[str, Any]] = [{"from": entry} if isinstance(entry, str) else entry for entry in listed]
     sources = [StartSource(entry.get("from", ""), entry.get("weight", 1.0)) for entry in entries]
     for entry, source in zip(entries, sources, strict=True):
         is_number = isinstance(source.weight, int | float) and not isinstance(source.weight, bool)

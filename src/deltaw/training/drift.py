@@ -342,16 +342,6 @@ class DriftMeter:
         with session.method.evaluating(model):
             return measure_drift(model, answers, session.batcher, base=base, running=session.running, render=render)
 
-    def measure_start(self) -> Drift | None:
-        """Return the drift of the adapter that the run started from, or None if it is not known.
-
-        Call it after :meth:`measure`, outside of ``session.running``.
-        """
-        if not self._answers or self._stored_losses is not None or self._session.method.start_values is None:
-            return None
-        with self._session.method.start_active(self._session.model):
-            return self.measure()
-
     def compare_answers(self, count: int = NUM_STORED_ANSWERS) -> list[GeneralAnswer]:
         """Return the answers of both models to some of the prompts after :meth:`measure`.
 

@@ -145,7 +145,7 @@ class Session:
     @property
     def uses_start_reference(self) -> bool:
         """True if the reference model is the adapter of ``start_from``, not the base model."""
-        return self.start is not None and self.config.reference == "start"
+        return self.start is not None and self.config.reference_model == "start"
 
     def reference_active(self) -> contextlib.AbstractContextManager[None]:
         """Context manager in which the model computes as the reference model."""
@@ -491,7 +491,7 @@ def assemble(
         UserError: if the method does not fit the model, or a row is too long.
     """
     method, start = method_for(task, config), open_start(config)
-    from_start = start is not None and config.reference == "start"
+    from_start = start is not None and config.reference_model == "start"
     invocation = resolve_invocation(method, task.tokenizer, data.train, chat=data.report.template == "chat")
     settings = config.train
     torch.manual_seed(settings.seed)

@@ -107,7 +107,7 @@ def reference_as_teacher(session: TrainingSession, weight: float) -> Teacher:
     model, method, objective = session.model, session.method, session.objective
     if session.uses_start_reference and method.virtual_tokens:
         message = f"an adapter of method '{method.name}' cannot be the teacher, because it has virtual tokens"
-        raise UserError(message, location="reference", hint="set reference: base")
+        raise UserError(message, location="reference_model", hint="set reference_model: base")
     if not method.can_restore_base(model):
         message = f"method '{method.name}' modifies the base model, so the base model cannot be the teacher"
         hint = "use method: lora, or load the base model separately: distill.teachers: [{model: …}]"

@@ -353,9 +353,8 @@ class Monitor:
             objective = task.objective(session.model)  # with the base model's head
             base = task.evaluate(objective, session.data.held_out, session.batcher, session.data.classes)
         self._write({"step": 0, "base_model": base.as_dict()})
-        if (name := start.main) in base.metrics:
-            scores = f"{base.metrics[name]:.4f} base model, {start.metrics[name]:.4f} adapter of start_from"
-            self._callback.on_line(f"before training: {name} {scores}")
+        scores = (evaluation.metrics.get(start.main, math.nan) for evaluation in (base, start))
+        self._callback.on_line("before training: {} {:.4f} base model, {:.4f} start_from".format(start.main, *scores))
 
     def start(self, state: TrainState) -> None:
         """Record the training state and check the time budget before the first step of this process."""
