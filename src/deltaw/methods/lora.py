@@ -87,8 +87,7 @@ class LoRA(Method):
             return f"{summary}\n  {fresh} new directions, which start at zero" if fresh else str(summary)
         self._freeze_directions(model, ranks)
         self._new_from = _common_rank(ranks, start) if start.keeps_new else None
-        count = sum(frozen.numel() for frozen, _ in self._frozen)
-        return f"{summary}\n  {count:,} of these parameters are those of start_from and remain unchanged"
+        return f"{summary}\n  {sum(value.numel() for _, value in self._frozen):,} parameters of start_from are frozen"
 
     def _freeze_directions(self, model: nn.Module, ranks: Mapping[str, int]) -> None:
         """Keep the first directions of each layer unchanged, without gradient."""

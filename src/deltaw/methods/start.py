@@ -221,10 +221,9 @@ def open_start(config: RunConfig) -> StartAdapter | None:
     weights = tuple(float(source.weight) for source in listed)
     values = repr([config.start_mode, weights, [adapter_digest(source.folder) for source in sources]])
     fingerprint = hashlib.blake2b(values.encode(), digest_size=16).hexdigest()
-    entries = [task_registry.entry_of(name) for name in (config.task, *(source.task for source in sources))]
-    checks_base = len({entry.auto_model for entry in entries}) == 1
+    models = {task_registry.entry_of(name).auto_model for name in (config.task, *(source.task for source in sources))}
     modes = config.start_mode == "stack", config.stack == "keep"
-    start = StartAdapter(tuple(sources), weights, *modes, fingerprint, checks_base)
+    start = StartAdapter(tuple(sources), weights, *modes, fingerprint, len(models) == 1)
     if config.method != "lora" and (start.is_stacked or start.is_combined):
         message = f"method '{config.method}' can only continue a single adapter"
         raise UserError(message, location=_LOCATION, hint="set start_mode: continue, with one adapter of weight 1")
