@@ -20,6 +20,7 @@ SHORT = {
     "train.max_steps": ("max-steps",),
     "train.batch_size": ("batch-size",),
     "train.seed": ("seed",),
+    "start_from": ("start-from",),
 }
 # Command: aliases that are suggested as that command.
 _COMMANDS = {
