@@ -91,17 +91,8 @@ _SETTINGS = ("batch_size", "seed", "schedule", "warmup", "weight_decay", "betas"
 _WITHOUT_GRADIENT: dict[str, Any] = dict.fromkeys(("model", "data", "force", "memory", "track", "output"), True)
 _WITHOUT_GRADIENT["train"] = {
     *("learning_rate", "loraplus_lr_ratio", "epochs", "max_steps", "time", "schedule", "warmup", "weight_decay"),
-    *(
-        "max_grad_norm",
-        "eval_every",
-        "eval_answers",
-        "samples",
-        "early_stopping",
-        "saved_adapter",
-        "drift",
-        "not_finite",
-    ),
-    *("betas", "keep_general", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints"),
+    *("max_grad_norm", "eval_every", "eval_answers", "samples", "early_stopping", "saved_adapter", "drift"),
+    *("not_finite", "betas", "keep_general", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints"),
 }
 
 
