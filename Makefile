@@ -24,7 +24,10 @@
 #   make wheels           build wheels into dist/ with a compiler from PyPI, for all platforms or
 #                         WHEELS="linux-x86_64 windows-x86_64"
 #   make bench            compare with TRL and PEFT on real rows
-#   make figures          measure this machine and write its table in docs/performance.md
+#   make figures          run the benchmarks of the documentation, store docs/figures/*.json and insert them
+#   make docs             write the generated parts of the documentation
+#   make pages            run the commands of README, Getting started, the how-tos, the tutorial and the notebook, and
+#                         update the output that they show
 #   make site             build the documentation site in build/site; dead links are errors
 
 PYTHON ?= python3
@@ -39,8 +42,8 @@ PYTEST  = OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pyte
 CSRC    := src/deltaw/kernels/csrc
 KERNELS := setup.py $(wildcard $(CSRC)/*)
 
-.PHONY: demo reward distill embedding test test-slow test-variants lint bench figures site sanitize sanitize-all \
-        sanitize-tiles kernels-arm kernels-windows kernels-windows-of wheels clean
+.PHONY: demo reward distill embedding test test-slow test-variants lint bench figures docs pages site sanitize \
+        sanitize-all sanitize-tiles kernels-arm kernels-windows kernels-windows-of wheels clean
 
 demo: $(VENV)/.run
 	precision=$$($(BIN)/python -c "from deltaw.kernels import loader; print('fp32' if loader.unavailable_reason() else 'int8')") \
@@ -138,6 +141,18 @@ bench: $(VENV)/.bench
 
 figures: $(VENV)/.bench
 	$(BIN)/python benchmarks/figures.py
+
+# Generated parts of the documentation. `pages` also runs the commands of the pages.
+docs: $(VENV)/.dev
+	$(BIN)/python tools/settings_page.py
+	$(BIN)/deltaw schema --output docs/run.schema.json
+	$(BIN)/python tools/pages.py --recorded
+	$(BIN)/python benchmarks/figures.py --insert
+
+pages: $(VENV)/.dev
+	mkdir -p build && DELTAW=$(abspath $(BIN)/deltaw) sh examples/first-hour.sh > build/first-hour.txt && mv build/first-hour.txt examples/first-hour.txt
+	$(BIN)/python -m tests.test_notebook
+	$(BIN)/python tools/pages.py
 
 # Pages are copied to one folder with README.md as the index, and links are rewritten.
 PAGES := build/site-pages

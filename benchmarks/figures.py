@@ -20,6 +20,7 @@ import datetime
 import json
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -39,12 +40,15 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     },
     "sft": ("sft.py", "--repeats", "1", "--batch-sizes", "16"),
     "decode": ("decode.py", "--rounds", "3"),
-    "preferences": ("preferences.py", "--data", "headlines", "--pairs", "32", "--repeats", "1"),
-    "rewards": ("rewards.py", "--steps", "2", "--repeats", "1"),
-    "quantized": ("quantized.py", "--repeats", "2", "--sides", "deltaw-gguf", "deltaw-nf4", "deltaw-bf16",
+    "preferences": ("preferences.py", "--data", "headlines", "--pairs", "32", "--repeats", "1", "--sides",
+                    "deltaw auto", "deltaw int8", "TRL bf16, bf16 factors, reference first",
+                    "TRL fp32, reference first"),
+    "rewards": ("rewards.py", "--steps", "2", "--repeats", "1", "--sides", "deltaw bf16", "deltaw int8", "TRL bf16"),
+    "quantized": ("quantized.py", "--repeats", "1", "--sides", "deltaw-gguf", "deltaw-nf4", "deltaw-bf16",
                   "bitsandbytes-bf16", "bitsandbytes-fp32"),
-    "embeddings": ("embeddings.py", "--repeats", "1", "--rows", "1024"),
-    "memory": ("memory.py", "--set", "tasks"),
+    "embeddings": ("embeddings.py", "--repeats", "1", "--rows", "512", "--sides", "deltaw auto",
+                   "sentence-transformers fp32", "sentence-transformers fp32, sorted", "sentence-transformers bf16"),
+    "memory": ("memory.py", "--set", "tasks", "--only", "^(gpt2|bert|roberta|qwen3|smollm2 +lora +batch_size=4) "),
     "times": ("times.py",),
     "fits": ("fits.py",),
 }  # fmt: skip
@@ -92,7 +96,7 @@ def measure(name: str) -> None:
         subprocess.run([sys.executable, str(ROOT / "benchmarks" / script), *flags, "--json", str(file)], check=True)
         results = json.loads(file.read_text(encoding="utf-8"))
     record = {
-        "command": f"benchmarks/{' '.join(COMMANDS[name])}",
+        "command": f"benchmarks/{shlex.join(COMMANDS[name])}",
         "machine": machine_lines(),
         "commit": commit(),
         "date": str(datetime.date.today()),
@@ -157,7 +161,8 @@ def value(name: str, key: str) -> str:
     """
     record = stored(name)
     if key == "cpu":
-        return re.sub(r".*processor: (.*?) \(.*", r"\1", record["machine"][0])
+        name_of_cpu = re.sub(r".*processor: (.*?) \(.*", r"\1", record["machine"][0])
+        return re.sub(r" (\d+) (\d+) \d+$", r" (family \1, model \2)", name_of_cpu)
     if key == "date":
         return str(record["date"])
     head, *rows = list(TABLES[name](record["results"]))

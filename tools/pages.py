@@ -46,7 +46,7 @@ RECORDING, TUTORIAL = ROOT / "examples" / "first-hour.txt", ROOT / "docs" / "tut
 RECORDED = re.compile(r"<!-- recorded: (.+?) -->(?:\n```console\n.*?```)?", re.DOTALL)
 SEPARATOR = "@@ end of block"
 # Environment variables of a developer or a test that users do not have.
-HIDDEN = {"DELTAW_MEASURED", "HF_HUB_OFFLINE", "HF_ENDPOINT", "OMP_NUM_THREADS", "COLUMNS", "CI", "VIRTUAL_ENV"}
+HIDDEN = {"DELTAW_MEASURED", "HF_HUB_OFFLINE", "HF_ENDPOINT", "COLUMNS", "CI", "VIRTUAL_ENV"}
 WAIT_FOR_SERVER = "until grep -q ^serving serve.log; do kill -0 $server; sleep 1; done"
 SERVER = rf"deltaw serve \1 > serve.log 2>&1 & server=$!; trap 'kill $server' EXIT; {WAIT_FOR_SERVER}; cat serve.log"
 
@@ -78,6 +78,7 @@ def run(page: Path, folder: Path, environment: dict[str, str] | None = None) -> 
     with tempfile.TemporaryDirectory() as programs:
         variables = {name: value for name, value in os.environ.items() if name not in HIDDEN} | (environment or {})
         variables |= {"DELTAW_CACHE": variables.get("DELTAW_CACHE", str(Path.home() / ".cache" / "deltaw"))}
+        variables |= {"OMP_WAIT_POLICY": "passive"}  # other processes may use the CPU
         if not is_readme:
             _write_programs(Path(programs))
             variables |= {"PATH": os.pathsep.join([programs, variables["PATH"]]), "PYTHONPATH": str(ROOT / "src")}

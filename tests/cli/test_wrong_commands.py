@@ -51,7 +51,7 @@ WRONG_COMMANDS = {
     "train train.yaml --precision 4bit": "nf4",
     "generate runs/mine --max-tokens 5": "'--max-new-tokens'",
     "generate --model x --adapter-path runs/mine -p x": "RUN, without a flag",
-    "generate runs/mine -p x --lr 1": "flag of train",
+    "generate runs/mine -p x --lr 1": "flag of plan, train",
     "export runs/mine --format ollama --output x": "gguf",
     # missing files
     "eval nothere": "'runs/other'",

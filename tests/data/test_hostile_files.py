@@ -217,14 +217,14 @@ def test_damaged_files_raise_user_error_or_are_read(write: Callable[..., None], 
     write(path, _table().slice(0, 40), compression="zstd")
     content, pick = path.read_bytes(), random.Random(0)
     rejected = 0
-    for _ in range(50):
+    for _ in range(16):  # each starts a process
         offset = pick.randrange(len(content))
         path.write_bytes(content[:offset] + bytes([pick.randrange(256)]) + content[offset + 1 :])
         try:
             read_rows(str(path))
         except UserError:
             rejected += 1
-    assert rejected > 10
+    assert rejected > 3
 
 
 def test_batch_that_exceeds_the_limit_is_read_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,9 @@ def make_config(settings, long_context_folder, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("task", list(TASKS))
+@pytest.mark.parametrize(
+    "task", [pytest.param(task, marks=[] if task in ("rl", "embedding") else pytest.mark.slow) for task in TASKS]
+)
 def test_compare_supports_task(task, make_config, local_worker, tmp_path):
     out = io.StringIO()
     options = {"folder": tmp_path / "out", "log": Console(file=out, width=200).print}

@@ -28,7 +28,7 @@ from tests.conftest import COLORS, write_rows
 
 # Settings whose values name files, models or rows.
 PATH_SETTINGS = {"model", "data.train", "data.eval", "data.chat_template", "output"}
-PATH_SETTINGS |= {"reward.functions", "reward.environment", "distill.prompt"}
+PATH_SETTINGS |= {"reward.functions", "reward.environment", "distill.prompt", "start_from"}
 
 
 @pytest.fixture
@@ -229,9 +229,17 @@ def test_every_path_setting_is_checked() -> None:
 
 # Settings whose descriptions mention files, but whose values do not name any.
 NOT_PATH_SETTINGS = {"data.columns", "data.max_row_bytes", "data.bad_rows", "precision", "train.saved_adapter"}
-NOT_PATH_SETTINGS |= {"preference.loss"}
+NOT_PATH_SETTINGS |= {"preference.loss", "reference_model"}
 NOT_PATH_SETTINGS |= {"train.eval_answers"}
 NOT_PATH_SETTINGS |= {f"embedding.{name}" for name in ("pooling", "normalize", "query_prompt", "passage_prompt")}
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_run_cannot_start_from_an_adapter_outside(agent_folder: Path, finished_run: Path, as_list: bool) -> None:
+    start = [{"from": str(finished_run), "weight": 0.5}] if as_list else str(finished_run)
+    allowed = AgentPermissions([agent_folder], allow_remote=False)
+    with pytest.raises(UserError, match="outside of the folders"):
+        allowed.config(None, run_settings(start_from=start))
 
 
 def test_run_referring_to_outside_files_is_rejected(agent_folder: Path, finished_run: Path) -> None:

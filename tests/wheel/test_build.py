@@ -124,7 +124,9 @@ def test_earlier_variants_remain_while_up_to_date(tree):
 
 CROSS_BUILDS = [
     ("windows-x86_64", "x86_64-windows-gnu", "win_amd64", "-mavx512bf16 "),
-    ("linux-aarch64", "aarch64-linux-gnu.2.28", "manylinux_2_28_aarch64", "-mcpu=generic+v8_2a+dotprod "),
+    pytest.param(
+        "linux-aarch64", "aarch64-linux-gnu.2.28", "manylinux_2_28_aarch64", "-mcpu=generic+v8_2a+dotprod ", marks=slow
+    ),
     pytest.param("linux-x86_64", "x86_64-linux-gnu.2.28", "manylinux_2_28_x86_64", "-mamx-tile ", marks=slow),
     pytest.param("macos-aarch64", "aarch64-macos.11.0", "macosx_11_0_arm64", "+dotprod+bf16+i8mm ", marks=slow),
 ]

@@ -69,11 +69,11 @@ EXAMPLES = {
     "init": f"deltaw init --model {MODEL} --data rows.jsonl",
     "data": "deltaw data check rows.jsonl",
     "data check": f"deltaw data check rows.jsonl --model {MODEL}",
-    "data show": f"deltaw data show rows.jsonl --model {MODEL} --row 1",
-    "data mine": "deltaw data mine pairs.jsonl --model sentence-transformers/all-MiniLM-L6-v2",
+    "data show": f"deltaw data show rows.jsonl --row 1 \\\n    --model {MODEL}",
+    "data mine": "deltaw data mine pairs.jsonl \\\n    --model sentence-transformers/all-MiniLM-L6-v2",
     "plan": "deltaw plan train.yaml --fit-memory 4GB",
     "doctor": f"deltaw doctor --model {MODEL}",
-    "train": f"deltaw train --model {MODEL} --data rows.jsonl --output runs/first",
+    "train": f"deltaw train --model {MODEL} \\\n    --data rows.jsonl --output runs/first",
     "compare": "deltaw compare train.yaml --methods lora,bias,full",
     "tune": "deltaw tune train.yaml --trials 20",
     "runs": "deltaw runs first second --output comparison.html",
@@ -82,7 +82,7 @@ EXAMPLES = {
     "generate": 'deltaw generate runs/first --with-base "Where is my parcel?"',
     "chat": "deltaw chat runs/first --with-base",
     "inspect": "deltaw inspect runs/first runs/second",
-    "serve": f"deltaw serve {MODEL} --adapter first=runs/first --port 8000",
+    "serve": f"deltaw serve {MODEL} \\\n    --adapter first=runs/first --port 8000",
     "merge": "deltaw merge runs/first --output merged",
     "export": "deltaw export runs/first --format gguf --type q8_0 --output first.gguf",
     "push": "deltaw push runs/first USER/NAME --dry-run",
@@ -152,7 +152,8 @@ class _LazyGroup(click.Group):
         subcommands = command.commands if isinstance(command, click.Group) else {}
         for path, documented in {name: command, **{f"{name} {n}": c for n, c in subcommands.items()}}.items():
             if path in EXAMPLES:
-                documented.epilog = f"\b\nExample:\n  {EXAMPLES[path]}"
+                example = EXAMPLES[path].replace("\n", "\n  ")
+                documented.epilog = f"\b\nExample:\n  {example}"
         return command
 
     def resolve_command(

@@ -53,9 +53,8 @@ def command(
     if time is not None:
         flags.setdefault("train", {})["time"] = time
     config = RunConfig.read(settings, flags)
-    requested = (
-        method_registry.compared_names() if methods is None else filter(None, map(str.strip, methods.split(",")))
-    )
+    default = method_registry.compared_names() if config.start_from is None else [config.method]
+    requested = default if methods is None else filter(None, map(str.strip, methods.split(",")))
     selected = check_methods(list(requested))
     folder = config.output if "output" in flags else f"{config.output}-compare"
     options = {name: arguments[name] for name in ("share", "seeds", "reference", "cluster")}

@@ -174,7 +174,7 @@ def nested_settings(flags: Mapping[str, object]) -> dict:
         for section in sections:
             section_values = section_values.setdefault(section, {})
         is_text = keys[argument].annotation in (str, "str") or (
-            argument == _argument_name("data.train") and not str(text).lstrip().startswith("[")
+            keys[argument].key in ("data.train", "start_from") and not str(text).lstrip().startswith("[")
         )
         section_values[leaf] = str(text) if is_text else _value(str(text))
     return result

@@ -51,6 +51,10 @@ def command(
 
     out = console(as_json)
     config = RunConfig.read(settings, nested_settings(arguments))
+    if config.start_from is not None:
+        from deltaw.methods.start import resolve_start
+
+        config = resolve_start(config, out.print_line)
     all_methods = as_json or picture is not None or budget is not None
     names = parse_methods(methods or ("all" if all_methods else config.method), config.method)
     size = None if budget is None else parse_bytes(budget)

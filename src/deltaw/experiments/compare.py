@@ -31,6 +31,7 @@ from deltaw.experiments.jobs import (
     run_on_cluster,
 )
 from deltaw.experiments.until_flat import ProgressLog
+from deltaw.methods.start import resolve_start
 from deltaw.progress import LogFunction, ignore_line
 from deltaw.runs.folder import remember_settings
 from deltaw.settings import method_registry, task_registry
@@ -245,6 +246,8 @@ def compare(
     _check(config, methods, seeds, reference)
     if cluster is not None:
         check_cluster(cluster)
+    if config.start_from is not None:
+        config = resolve_start(config.model_copy(update={"method": methods[0]}), log)
     # Use the same rows for all seeds.
     config = config.model_copy(update={"data": dataclasses.replace(config.data, seed=config.data_seed)})
     numbers = [config.train.seed + number for number in range(seeds)]

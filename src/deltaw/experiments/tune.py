@@ -35,6 +35,7 @@ from deltaw.experiments.jobs import (
     run_on_cluster,
 )
 from deltaw.experiments.until_flat import ProgressLog
+from deltaw.methods.start import resolve_start
 from deltaw.progress import LogFunction, ignore_line
 from deltaw.settings import method_registry
 from deltaw.settings.config import RunConfig, parse_yaml, settings
@@ -160,7 +161,9 @@ def default_space(config: RunConfig, default_learning_rate: float) -> dict[str, 
         default_learning_rate: The method's default learning rate, the middle of the range.
     """
     rate = Range(float(f"{default_learning_rate / 10:.2g}"), float(f"{default_learning_rate * 10:.2g}"), log=True)
-    return {"train.learning_rate": rate, **parse_space(method_registry.entry_of(config.method).search)}
+    # The settings of a method that continues an adapter are those of the adapter.
+    search = () if config.start_from is not None else method_registry.entry_of(config.method).search
+    return {"train.learning_rate": rate, **parse_space(search)}
 
 
 def parse_space(texts: Iterable[str]) -> dict[str, Range | CategoricalValues]:
@@ -444,7 +447,7 @@ def tune(
     if cluster is not None:
         check_cluster(cluster)
     reject_memory_setting(config.memory, "tune")
-    requested_space = parse_space(search)
+    config, requested_space = resolve_start(config, log), parse_space(search)
     check_space(config, requested_space)
     with ExperimentFolder(Path(os.path.expanduser(folder)), "tuning") as experiment, contextlib.ExitStack() as stack:
         log_file = experiment.log("trials")

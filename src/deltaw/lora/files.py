@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from deltaw.lora.attachment import Attachment, adapter_parameters, count_paramet
 from deltaw.lora.config import CHANGING_INITS, LoRAConfig, scaling
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, warn_other_base
 from deltaw.lora.kinds import is_linear, linear_sizes
+from deltaw.lora.layers import LoRAConv, LoRALayer
 from deltaw.lora.peft_format import PREFIX, FilePaths, without_wrappers
 from deltaw.lora.select import NamedModule, Selection, Target, select, unique_modules, values_by_pattern
 from deltaw.tensor_files import TensorFile, save_tensors
@@ -201,10 +202,10 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
     require_unadapted(model)
     adapter = read_adapter(folder)
     location = str(Path(folder) / WEIGHTS_NAME)
-    summary = attach_selected(model, adapter.config, _selection(model, adapter, location), init_factors=False)
+    summary = attach_selected(model, adapter.config, stored_selection(model, adapter, location), init_factors=False)
     try:
         record = require_attachment(model)
-        _fill(model, record, adapter, location)
+        fill(model, record, adapter, location)
     except BaseException:
         detach(model)
         raise
@@ -253,7 +254,7 @@ def read_factors(model: nn.Module, folder: str | Path) -> AdapterFactors:
         raise UserError(reason, location=str(folder), hint=_MERGE)
     remaining = dict(adapter.tensors)
     layers: dict[str, Factors] = {}
-    for target in _selection(model, adapter, location).targets:
+    for target in stored_selection(model, adapter, location).targets:
         name, rank = target.names[0], target.rank
         path = PREFIX + next((n for n in target.names if f"{PREFIX}{n}.lora_A.weight" in remaining), name)
         if not is_linear(target.module):
@@ -356,7 +357,7 @@ def _damaged_error(path: Path, error: Exception | str) -> UserError:
     return UserError(f"{WEIGHTS_NAME} is cut off or damaged: {error}", location=str(path), hint=_COPY_AGAIN)
 
 
-def _selection(model: nn.Module, adapter: AdapterFile, location: str) -> Selection:
+def stored_selection(model: nn.Module, adapter: AdapterFile, location: str) -> Selection:
     """Return the modules that are adapted and trained in full according to the file's tensors.
 
     Raises:
@@ -408,8 +409,24 @@ def _extra_modules(config: LoRAConfig, tensors: Mapping[str, Tensor], modules: l
     return [m for m in matched if id(m.module) not in nested]
 
 
-def _fill(model: nn.Module, record: Attachment, adapter: AdapterFile, location: str) -> None:
+def fill(
+    model: nn.Module,
+    record: Attachment,
+    adapter: AdapterFile,
+    location: str,
+    *,
+    pad: bool = False,
+    new_modules: Container[str] = (),
+) -> None:
     """Copy every tensor of the file to the model.
+
+    Args:
+        model: Model with the adapter attached.
+        record: Record of the attachment.
+        adapter: Adapter to copy.
+        location: File of the adapter, for messages.
+        pad: Copy factors of a lower rank than the layer's to its first directions.
+        new_modules: Extra trainable modules that the file does not contain.
 
     Raises:
         UserError: if a tensor is missing or left over.
@@ -421,11 +438,17 @@ def _fill(model: nn.Module, record: Attachment, adapter: AdapterFile, location: 
         for name, layer in record.updated():
             for key, attribute in peft_format.tensor_names(paths.of_layer(name), layer):
                 param = getattr(layer, attribute)
-                loaded = _pop_tensor(unread, key, peft_format.to_file_layout(param, attribute, layer).shape, location)
+                part = first_directions(
+                    layer, attribute, stored_rank(layer, attribute, unread.get(key)) if pad else None
+                )
+                loaded = _pop_tensor(unread, key, peft_format.to_file_layout(part, attribute, layer).shape, location)
                 if doubled and attribute == "lora_B" and paths.counts_twice(name):
                     loaded = loaded * 2
                 loaded = peft_format.from_file_layout(loaded, attribute, layer)
-                setattr(layer, attribute, _fill_tensor(param, loaded))
+                if part.shape == param.shape:
+                    setattr(layer, attribute, _fill_tensor(param, loaded))
+                else:
+                    _fill_tensor(part, loaded)
         for bias in record.biases:
             key = paths.of_parameter(bias.name)
             values = _pop_tensor(unread, key, bias.parameter.shape, location)
@@ -433,7 +456,7 @@ def _fill(model: nn.Module, record: Attachment, adapter: AdapterFile, location: 
                 bias.parameter = _fill_tensor(bias.parameter, values)
             else:
                 bias.parameter.data = values.to(bias.parameter)
-        for extra in record.extra_modules:
+        for extra in (e for e in record.extra_modules if e.name not in new_modules):
             state = extra.current.state_dict()
             for key, value in state.items():
                 full = f"{paths.of_module(extra.names[0])}.{key}"
@@ -441,6 +464,28 @@ def _fill(model: nn.Module, record: Attachment, adapter: AdapterFile, location: 
             if any(state_tensor.is_meta for state_tensor in extra.current.state_dict().values()):
                 extra.current.load_state_dict(state, assign=True)
     _check_leftovers(model, record, unread, location)
+
+
+def first_directions(layer: AdaptedLayer, attribute: str, rank: int | None) -> Tensor:
+    """Return the part of a trained parameter that belongs to the first ``rank`` directions, as a view."""
+    parameter: Tensor = getattr(layer, attribute)
+    if rank is None or attribute not in ("lora_A", "lora_B"):
+        return parameter
+    return parameter.narrow(rank_dimension(layer, attribute), 0, rank)
+
+
+def rank_dimension(layer: AdaptedLayer, attribute: str) -> int:
+    """Return the dimension of a factor that has the size of the rank."""
+    dimensions = (0, 1) if isinstance(layer, LoRAConv) else (-1, -2)
+    return dimensions[attribute == "lora_B"]
+
+
+def stored_rank(layer: AdaptedLayer, attribute: str, stored: Tensor | None) -> int | None:
+    """Return the rank of a stored factor if it is lower than the layer's, else None."""
+    if stored is None or not isinstance(layer, LoRALayer) or attribute not in ("lora_A", "lora_B"):
+        return None
+    rank, remainder = divmod(stored.numel() * layer.rank, max(1, getattr(layer, attribute).numel()))
+    return rank if not remainder and 0 < rank < layer.rank else None
 
 
 TensorT = TypeVar("TensorT", bound=Tensor)

@@ -8,17 +8,23 @@ from __future__ import annotations
 import abc
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from torch import nn
 
+from deltaw.errors import UserError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from typing_extensions import Self
+
+    from deltaw.lora.config import LoRAConfig
+    from deltaw.lora.files import AdapterFile
 
 
 class MethodOptions(Protocol):
@@ -26,6 +32,21 @@ class MethodOptions(Protocol):
 
     @property
     def loraplus_lr_ratio(self) -> float: ...
+
+
+class Start(Protocol):
+    """Adapters that a run starts from, see :class:`deltaw.methods.start.StartAdapter`."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def location(self) -> str: ...
+    @property
+    def is_stacked(self) -> bool: ...
+    @property
+    def keeps_new(self) -> bool: ...
+    def lora(self, config: LoRAConfig, *, dry_run: bool = False) -> tuple[AdapterFile, LoRAConfig]: ...
+    def require_base(self, fingerprint: str | None) -> None: ...
 
 
 Folder: TypeAlias = str | os.PathLike[str]
@@ -59,6 +80,7 @@ class Method(abc.ABC):
         invocation: Token ids of the invocation sequence, or None until they are known.
         section: Class of the method's settings.
         tokenizer: Tokenizer of the model. None if the rows are images.
+        start_values: Initial values of the trainable parameters of a run that starts from an adapter, or None.
     """
 
     name: str
@@ -73,6 +95,7 @@ class Method(abc.ABC):
 
     def __init__(self, settings: Any = None) -> None:
         self.settings: Any = self.section() if settings is None and self.section is not None else settings
+        self.start_values: list[torch.Tensor] | None = None
 
     @classmethod
     def from_run(cls, section: object, train: MethodOptions | None, tokenizer: PreTrainedTokenizerBase | None) -> Self:
@@ -103,6 +126,66 @@ class Method(abc.ABC):
         Raises:
             UserError: if the method does not support the model.
         """
+
+    def prepare_from(self, model: nn.Module, start: Start, *, seed: int, extra_modules: Names = ()) -> str:
+        """Call :meth:`prepare`, and set the trainable parameters to those of a saved adapter.
+
+        Args:
+            model: Model to train.
+            start: Adapters to start from.
+            seed: Seed of parameters that the adapters do not contain.
+            extra_modules: See :meth:`prepare`.
+
+        Returns:
+            Summary of a few lines.
+
+        Raises:
+            UserError: if the adapters do not fit the model or the settings.
+        """
+        message = f"method '{self.name}' cannot start from an adapter"
+        raise UserError(message, location="start_from", hint="remove it, or use another method")
+
+    def _copy_start(self, named: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor], start: Start) -> None:
+        """Copy the tensors of an adapter to the trainable tensors with the same names."""
+        for name in sorted({*named, *stored}):
+            ours, theirs = (tuple(group[name].shape) if name in group else None for group in (named, stored))
+            if ours != theirs:
+                message = f"'{name}' is {ours} in this run and {theirs} in the adapter"
+                hint = f"use the settings of method {self.name} that the adapter was trained with"
+                raise UserError(message, location=start.location, hint=hint)
+        with torch.no_grad():
+            for name, tensor in named.items():
+                tensor.copy_(stored[name])
+
+    def record_start(self, model: nn.Module) -> None:
+        """Record the current parameters as the start, if the method also keeps the base model."""
+        if self.can_restore_base(model):
+            self.start_values = [parameter.detach().clone() for _, parameter in self.parameters(model)]
+
+    @contextlib.contextmanager
+    def start_active(self, model: nn.Module) -> Iterator[None]:
+        """Context manager in which the trained parameters have their values at the start of the run.
+
+        Raises:
+            UserError: if these values were not kept.
+        """
+        if self.start_values is None:
+            message = f"method '{self.name}' keeps no copy of the adapter of start_from, which is the reference model"
+            raise UserError(message, location="method", hint="use method: lora")
+        parameters = [parameter for _, parameter in self.parameters(model)]
+        current = [parameter.detach().clone() for parameter in parameters]
+
+        def assign(values: Sequence[torch.Tensor]) -> None:
+            with torch.no_grad():  # in place, so that values cached by the parameters' versions are updated
+                for parameter, value in zip(parameters, values, strict=True):
+                    parameter.copy_(value)
+            self.after_step(model)
+
+        assign(self.start_values)
+        try:
+            yield
+        finally:
+            assign(current)
 
     def evaluating(self, model: nn.Module) -> AbstractContextManager[None]:
         """Context manager that disables randomness such as dropout, so that the model answers as after training."""

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from deltaw.errors import UserError, did_you_mean
 from deltaw.lora.adapted import factor_dtype
 from deltaw.lora.attachment import ReplacedParameter
-from deltaw.lora.fingerprint import FINGERPRINT_KEY, base_fingerprint, warn_other_base
+from deltaw.lora.fingerprint import FINGERPRINT_KEY, base_fingerprint, has_values, warn_other_base
 from deltaw.lora.kinds import get_input_embedding, get_output_head, is_linear
 from deltaw.lora.stored import count_logical_parameters
-from deltaw.methods.base import REPLACED_KEY, Calibration, Folder, Metadata, Method, Names, Tensors
+from deltaw.methods.base import REPLACED_KEY, Calibration, Folder, Metadata, Method, Names, Start, Tensors
 from deltaw.methods.files import SavedConfig, read_metadata, read_trained_parameters, write_trained_parameters
 from deltaw.methods.parameters import (
     add_biases,
@@ -71,6 +71,14 @@ class InPlace(Method):
             message = f"method '{self.name}' finds no parameters to train in a {type(model).__name__}"
             raise UserError(message, location="method", hint="choose another method")
         return self.summary(model, total, extra_modules)
+
+    def prepare_from(self, model: nn.Module, start: Start, *, seed: int, extra_modules: Names = ()) -> str:
+        summary = self.prepare(model, seed=seed, extra_modules=extra_modules)
+        start.require_base(self._base_fingerprint)
+        if all(map(has_values, model.parameters())):
+            self._copy_start(self.tensors(), read_trained_parameters(start.folder, self.name)[0], start)
+            self.after_step(model)
+        return summary
 
     def enable_training(self, model: nn.Module, extra_modules: Names, seed: int) -> list[ReplacedParameter]:
         """Freeze the model, enable gradients of the selected parameters, and return those that are trained in full."""
@@ -205,6 +213,14 @@ class SubsetInPlace(InPlace):
                 yield
             finally:
                 self.after_step(model)
+
+    def _copy_start(self, named: Tensors, stored: Tensors, start: Start) -> None:
+        positions = [name for name in named if name.endswith(INDICES)]
+        if any(name in stored and not torch.equal(named[name], stored[name].to(named[name])) for name in positions):
+            message = f"method '{self.name}' of this run trains other weights than the adapter"
+            hint = f"use the train.seed and the '{self.name}' settings of the adapter's run"
+            raise UserError(message, location=start.location, hint=hint)
+        super()._copy_start(named, stored, start)
 
     def tensors(self) -> dict[str, Tensor]:
         tensors = super().tensors()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from deltaw.errors import UserError
@@ -23,7 +24,13 @@ from deltaw.lora import (
     save_adapter,
 )
 from deltaw.lora.attachment import require_attachment
-from deltaw.methods.base import Calibration, Folder, Metadata, Method, MethodOptions, Names
+from deltaw.lora.files import first_directions, rank_dimension
+from deltaw.lora.fingerprint import has_values
+from deltaw.lora.starting import attach_from, save_new_directions
+from deltaw.methods.base import Calibration, Folder, Metadata, Method, MethodOptions, Names, Start
+
+# Subfolder of the new adapter alone, if it was stacked on another one and ``stack: keep`` is set.
+NEW_ADAPTER = "new_adapter"
 
 
 class LoRA(Method):
@@ -40,6 +47,8 @@ class LoRA(Method):
     def __init__(self, config: LoRAConfig | None = None, loraplus_lr_ratio: float = 1.0) -> None:
         self._set_config(config or LoRAConfig())
         super().__init__(self.config)
+        self._frozen: list[tuple[Tensor, Tensor]] = []
+        self._new_from: int | None = None
         self.loraplus_lr_ratio = loraplus_lr_ratio
 
     @classmethod
@@ -67,6 +76,32 @@ class LoRA(Method):
         _set_dropout(model, True)
         return summary
 
+    def prepare_from(self, model: nn.Module, start: Start, *, seed: int, extra_modules: Names = ()) -> str:
+        dry_run = not all(map(has_values, model.parameters()))
+        adapter, config = start.lora(self.config, dry_run=dry_run)
+        summary, ranks = attach_from(model, adapter, config, start.location, seed=seed, new_modules=extra_modules)
+        start.require_base(require_attachment(model).fingerprint)
+        _set_dropout(model, True)
+        if not start.is_stacked:
+            fresh = config.rank - adapter.config.rank
+            return f"{summary}\n  {fresh} new directions, which start at zero" if fresh else str(summary)
+        self._freeze_directions(model, ranks)
+        self._new_from = _common_rank(ranks, start) if start.keeps_new else None
+        return f"{summary}\n  {sum(value.numel() for _, value in self._frozen):,} parameters of start_from are frozen"
+
+    def _freeze_directions(self, model: nn.Module, ranks: Mapping[str, int]) -> None:
+        """Keep the first directions of each layer unchanged, without gradient."""
+        for name, layer in require_attachment(model).adapted():
+            for attribute in ("lora_A", "lora_B"):
+                frozen = first_directions(layer, attribute, ranks[name]).detach()
+                self._frozen.append((frozen, frozen.clone()))
+                clear = functools.partial(_clear_gradient, layer, attribute, ranks[name])
+                getattr(layer, attribute).register_post_accumulate_grad_hook(clear)
+
+    def after_step(self, model: nn.Module) -> None:
+        for view, value in self._frozen:  # weight decay changes a parameter without a gradient
+            view.copy_(value)
+
     @contextlib.contextmanager
     def evaluating(self, model: nn.Module) -> Iterator[None]:
         _set_dropout(model, False)
@@ -86,6 +121,8 @@ class LoRA(Method):
 
     def save(self, model: nn.Module, folder: Folder, *, base_model: str, metadata: Metadata | None = None) -> None:
         save_adapter(model, Path(folder), base_model=base_model, metadata=metadata)
+        if self._new_from is not None:
+            save_new_directions(model, Path(folder) / NEW_ADAPTER, self._new_from, base_model=base_model)
 
     def load(self, model: nn.Module, folder: Folder) -> str:
         adapted = load_adapter(model, Path(folder)).adapted
@@ -99,6 +136,20 @@ class LoRA(Method):
         Always True for an activated adapter, which does not act on shared prefixes.
         """
         return self.config.dropout == 0 or self.is_activated
+
+
+def _clear_gradient(layer: LoRALayer, attribute: str, rank: int, parameter: Tensor) -> None:
+    """Set the gradient of the first directions to zero."""
+    if parameter.grad is not None:
+        parameter.grad.narrow(rank_dimension(layer, attribute), 0, rank).zero_()
+
+
+def _common_rank(ranks: Mapping[str, int], start: Start) -> int:
+    """Return the rank of the stacked adapters, which must be the same in all layers."""
+    if len(set(ranks.values())) > 1:
+        message = "stack: keep needs adapters with the same rank in all layers"
+        raise UserError(message, location=start.location, hint="set stack: merge")
+    return next(iter(ranks.values()))
 
 
 def _set_dropout(model: nn.Module, dropout: bool) -> None:

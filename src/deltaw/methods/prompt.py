@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 from deltaw.errors import UserError
 from deltaw.lora.attachment import ReplacedParameter
 from deltaw.lora.files import read_tensors, task_type_of
-from deltaw.lora.fingerprint import FINGERPRINT_KEY, base_fingerprint, warn_other_base
+from deltaw.lora.fingerprint import FINGERPRINT_KEY, base_fingerprint, has_values, warn_other_base
 from deltaw.lora.peft_format import PEFT_FORMAT, base_reference, base_settings
 from deltaw.lora.stored import count_logical_parameters
-from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Calibration, Folder, Metadata, Method, Names
+from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Calibration, Folder, Metadata, Method, Names, Start
 from deltaw.methods.files import read_config, read_metadata, text_or_none, write_adapter
 from deltaw.methods.parameters import (
     base_restored,
@@ -194,6 +194,16 @@ class SoftPrompt(Method):
         vectors = f"{self.settings.length} vectors of {layer.prompt.shape[1]} prepended to every row"
         extra = f"\n  extra trainable modules: {', '.join(extra_modules)}" if extra_modules else ""
         return f"{share}: {vectors}, {init_summary}{extra}"
+
+    def prepare_from(self, model: nn.Module, start: Start, *, seed: int, extra_modules: Names = ()) -> str:
+        summary = self.prepare(model, seed=seed, extra_modules=extra_modules)
+        start.require_base(self._base_fingerprint)
+        if all(map(has_values, model.parameters())):
+            file = read_prompt(start.folder)
+            trained = {name: parameter.detach() for name, parameter in self.parameters(model)}
+            extra = {name: tensor for name, tensor in file.extra_tensors.items() if name in trained}
+            self._copy_start(trained, {"prompt": file.prompt, **extra}, start)
+        return summary
 
     def can_restore_base(self, model: nn.Module) -> bool:
         return has_base(self._replacements)

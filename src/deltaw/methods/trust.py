@@ -165,7 +165,7 @@ def read_run_settings(folder: Path, overrides: Mapping[str, object], *, resume: 
     _require_code(config, settings, "--trust_remote_code true")
     keys = ["model", "data.train", "data.eval", "track"]
     if resume:
-        keys += ["data.chat_template", *_section_keys(config, "training_keys")]
+        keys += ["data.chat_template", "start_from", *_section_keys(config, "training_keys")]
     else:
         config = _with_saved_template(_for_inference(config), folder, overrides)
     references = _unapproved_references(config, keys).items()

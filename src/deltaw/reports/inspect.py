@@ -30,6 +30,7 @@ from deltaw.hub.folders import adapter_folder
 from deltaw.lora import read_adapter
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, same_base
 from deltaw.lora.peft_updates import FileContent, FileUpdate, read_content
+from deltaw.methods.start import lineage_lines, read_lineage
 from deltaw.reports.tables import table
 
 # All measurements are computed from the factors of ΔW = scaling · B·A in float64, without forming ΔW. The cost is
@@ -146,6 +147,7 @@ class AdapterReport:
         norm: ‖ΔW‖_F over all modules.
         modules: All adapted modules.
         warnings: Problems to consider before using the adapter.
+        trained_from: Earlier runs that the adapter was trained from, the latest first.
     """
 
     folder: str
@@ -163,6 +165,7 @@ class AdapterReport:
     norm: float
     modules: list[ModuleUpdate]
     warnings: list[str] = field(default_factory=list)
+    trained_from: list[str] = field(default_factory=list)
 
     def kinds(self) -> list[KindUpdate]:
         """Return the modules grouped by kind, largest norm first."""
@@ -216,6 +219,8 @@ class AdapterReport:
         head = Table.grid(padding=(0, 2))
         head.add_row("adapter", self.folder)
         head.add_row("base model", self.base_model or "not named")
+        for line in self.trained_from:
+            head.add_row("trained", line)
         if self.modules:
             ranks = ", ".join(str(rank) for rank in self.ranks)
             scalings = ", ".join(f"{value:g}" for value in self.scalings)
@@ -273,6 +278,7 @@ def inspect_adapter(folder: str | Path) -> AdapterReport:
         norm=root_sum_of_squares(module.norm for module in modules),
         modules=modules,
         warnings=_warnings(modules, content, adapter.tensors),
+        trained_from=lineage_lines(read_lineage(Path(folder))),
     )
 
 

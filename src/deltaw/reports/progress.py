@@ -93,7 +93,8 @@ def summary_rows(result: Result) -> Iterator[tuple[str, str]]:
     evaluation, base = result.evaluation, {metric_name(k): v for k, v in run.base.items()}
     intervals = evaluation.named_intervals()
     if base and evaluation.metrics:
-        yield "held-out rows", f"{'base model' if result.generates_text else 'before training'} → after training"
+        is_base = result.generates_text and not run.values.get("start")
+        yield "held-out rows", f"{'base model' if is_base else 'before training'} → after training"
     for name, value in evaluation.named_metrics().items():
         bounds = " to ".join(metric_value(name, bound) for bound in intervals.get(name, ()))
         interval = f" (95 % interval {bounds})" if bounds else ""

@@ -16,13 +16,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from deltaw.data.chat_template import with_chat_template
 from deltaw.data.check import DataCheck, DataFinding
 from deltaw.data.report import BadRows
 from deltaw.data.row_reader import Reader, RowPreview, RunData
 from deltaw.data.sources import with_lines
 from deltaw.errors import UserError, first_line
+from deltaw.hub.checkpoint import folder_digests, match_names, record_stored_digests
+from deltaw.hub.folders import config_folder
+from deltaw.hub.loading import skeleton
+from deltaw.lora.fingerprint import base_fingerprint
 from deltaw.machine.choices import choose_device, choose_precision
+from deltaw.methods.start import StartAdapter, open_start
 from deltaw.progress import LogFunction, ignore_line
 from deltaw.runs.folder import CHECKPOINT_FOLDER, Run, check_output
 from deltaw.runs.record import decide_start
@@ -62,6 +69,26 @@ def check_rows(config: RunConfig, task: Task[Any], data: RunData) -> None:
     """
     check_evaluation_settings(config, task, data)
     method_for(task, config)
+    if (start := open_start(config)) is not None:
+        start.require_classes(data.classes)
+        start.require_tokenizer(task.tokenizer, has_template=config.data.chat_template is not None)
+        _check_start_base(config, task, data, start)
+
+
+def _check_start_base(config: RunConfig, task: Task[Any], data: RunData, start: StartAdapter) -> None:
+    """Check that the files of the base model are those that the adapters of ``start_from`` were trained on.
+
+    Fingerprints of files with converted weights, and of models with new or trained modules, are checked after loading.
+    """
+    dtype = choose_precision(choose_device(config.device).value, config.precision).value
+    folder = config_folder(config.model, dtype, config.trust_remote_code)
+    if task.trains_head or start.has_modules or dtype == "gguf" or not any(folder.glob("*.safetensors")):
+        return
+    with torch.device("meta"):
+        model = skeleton(config.model, dtype="fp32", task=config.task, trust_remote_code=config.trust_remote_code)
+    if not match_names(model, digests := folder_digests(folder)).converted:
+        record_stored_digests(model, digests)
+        start.require_base(base_fingerprint(model))
 
 
 def check_folder(config: RunConfig) -> None:

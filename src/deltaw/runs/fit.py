@@ -32,6 +32,7 @@ from deltaw.machine.choices import Choice, choose_device, choose_precision
 from deltaw.machine.memory import memory_limit_bytes, peak_resident_bytes, release_free_memory
 from deltaw.memory.plan import Plan
 from deltaw.methods.base import CLASSES_KEY
+from deltaw.methods.start import open_start, resolve_start
 from deltaw.progress import Detail, LogFunction, ignore_line, track_progress
 from deltaw.runs.checkpoints import list_checkpoints
 from deltaw.runs.checks import check_rows, check_settings
@@ -42,6 +43,7 @@ from deltaw.runs.resuming import (
     receive_settings,
     require_same_model,
     require_same_rows,
+    require_same_start,
     row_digests,
     run_choices,
     send_settings,
@@ -125,7 +127,7 @@ def _fit_or_resume(
             raise UserError("a resumed run uses its stored settings and folder", location=str(resume), hint=hint)
         config = {**(config or {}), "output": os.fspath(resume)}
         config = settings_to_resume(Path(os.path.expanduser(resume)), config)
-    config = RunConfig.read(config)
+    config = resolve_start(RunConfig.read(config), callback.on_line)
     output = Path(os.path.expanduser(config.output))
     if processes is SINGLE_PROCESS:
         require_single_process()
@@ -251,6 +253,8 @@ def _read(start: Decision, log: LogFunction) -> tuple[Task[Any], RunData, dict[s
     """Read the rows and their digests, and check that they match those of the run in the folder."""
     task, data = read_data(start.config, log, check=False)
     check_rows(start.config, task, data)
+    if start.checkpoint is not None:
+        require_same_start(start.checkpoint.values, open_start(start.config), Path(start.requested.output))
     rows = row_digests(data.train, data.held_out)
     if start.rows is not None:
         require_same_rows(start.rows, rows, start.requested, Path(start.requested.output), done=start.is_finished)

@@ -511,6 +511,7 @@ class RunRecord:
                 features.restore(self._features)
         common: dict[str, object] = {"settings": self._settings, "choices": dict(choices)}
         common |= {"rows": dict(rows), "model": session.identity}
+        common |= {"start": None if session.start is None else session.start.fingerprint}
         self.checkpoints = Checkpoints(
             folder.path / CHECKPOINT_FOLDER,
             every=settings.checkpoint_every,

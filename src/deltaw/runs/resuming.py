@@ -21,6 +21,7 @@ from deltaw.hub.loading import LoadedModel
 from deltaw.kernels import loader, variants
 from deltaw.kernels.arithmetic import WEIGHT_TYPES, Arithmetic
 from deltaw.machine.choices import Choice, choose_device
+from deltaw.methods.start import StartAdapter
 from deltaw.platforms import shell_word
 from deltaw.progress import LogFunction
 from deltaw.runs.checkpoints import JSONMap
@@ -40,7 +41,8 @@ _CHECKPOINT_KEYS = ("checkpoint_every", "checkpoint_minutes", "keep_checkpoints"
 FREE_KEYS = {"output", "force", "track", "trust_remote_code", "data.cache"}
 FREE_KEYS |= {f"train.{key}" for key in (*_EVALUATION_KEYS, *_CHECKPOINT_KEYS)}
 # Never chosen automatically. Such choices in an untrusted checkpoint are ignored.
-NEVER_CHOSEN = {"model", "data.train", "data.eval", "data.chat_template", "track", "trust_remote_code", "output"}
+NEVER_CHOSEN = {"model", "data.train", "data.eval", "data.chat_template", "track", "trust_remote_code"}
+NEVER_CHOSEN |= {"output", "start_from"}
 # May change, but affect the rounding of later steps.
 _COMPUTE_KEYS = ("tokens_per_pass", "approximate", "share_prefixes", "checkpointing", "keep_features", "sharding")
 ROUNDING_KEYS = {"device", "threads", "memory"} | {f"train.{key}" for key in _COMPUTE_KEYS}
@@ -86,7 +88,7 @@ def changed_settings(before: Mapping[str, Any], now: RunConfig, choices: JSONMap
         chosen = (choices or {}).get(key)
         if chosen is not None and new == chosen:
             continue
-        if key in ("model", "output", "data.train", "data.eval") and _is_same_path(old, new):
+        if key in ("model", "output", "data.train", "data.eval", "start_from") and _is_same_path(old, new):
             continue
         differing.append(SettingChange(key, chosen if old == "auto" and chosen is not None else old, new))
     return differing
@@ -174,6 +176,21 @@ def require_same_model(run_identity: str | None, session: Session, run: Path) ->
         message = "the model's weights have changed since the run started, so it cannot be resumed"
         hint = f"restore the model to resume, or {START_OVER_HINT}".format(run=run)
         raise UserError(message, location=f"model: {session.config.model}", hint=hint)
+
+
+def require_same_start(saved: Mapping[str, Any], start: StartAdapter | None, run: Path) -> None:
+    """Check that the adapters of ``start_from`` are those that the run started from.
+
+    Args:
+        saved: Values of the checkpoint.
+
+    Raises:
+        UserError: If their files have changed.
+    """
+    if saved.get("start") != (None if start is None else start.fingerprint):
+        message = "the adapter of start_from has changed since the run started, so it cannot be resumed"
+        hint = f"restore the adapter to resume, or {START_OVER_HINT}".format(run=run)
+        raise UserError(message, location="start_from" if start is None else start.location, hint=hint)
 
 
 def use_saved_arithmetic(arithmetic: object) -> tuple[str, ...]:
@@ -281,6 +298,7 @@ def _format_value(value: object) -> str:
 _HINTS = dict.fromkeys(("rows", "evaluation sets"), "use the same data files on each machine, or a shared folder")
 _HINTS["precision"] = "set precision to a value that all machines support"
 _HINTS["model"] = "use the same model on each machine"
+_HINTS["start"] = "use the same adapter in start_from on each machine"
 
 
 def send_settings(config: RunConfig | None, processes: Reducer) -> None:
@@ -328,7 +346,7 @@ def assemble_session(
         processes=processes,
     )
     if isinstance(processes, Group):
-        _compare({"model": session.identity}, processes)
+        _compare({"model": session.identity, "start": session.start and session.start.fingerprint}, processes)
         # From here on, process 0 also works independently.
         processes.synchronized = False
     return session

@@ -28,6 +28,7 @@ from deltaw.errors import escape_control_characters
 from deltaw.hub.folders import find_cached, resolve_hub_id
 from deltaw.kernels.processor import processor_name
 from deltaw.machine.choices import usable_processors
+from deltaw.methods.start import lineage_lines
 from deltaw.platforms import shell_word
 from deltaw.runs.folder import CHECKPOINT_FOLDER, FINISHED
 from deltaw.settings import task_registry
@@ -78,6 +79,8 @@ def write_card(
         card_rows["drift"] = drift.lines()[0].removeprefix("drift: ")
     if config.method == "lora":
         card_rows["rank / alpha"] = f"{config.lora.rank} / {config.lora.alpha:g}"
+    if session.start is not None:
+        card_rows["trained"] = "; ".join(lineage_lines(session.start.lineage(config)))
     if session.data.classes is not None:
         card_rows["classes"] = ", ".join(session.data.classes)
     is_peft = config.method in PEFT_METHODS
@@ -268,6 +271,7 @@ def describe_run(session: Session, plan: Plan | None, chosen: Mapping[str, Choic
             },
             "chosen": choices_as_dict(chosen),
             "notes": list(session.notes),
+            "start": None if session.start is None else session.start.lineage(config),
             "plan": None if plan is None else {**plan.as_dict(), "limit_bytes": limit},
             "versions": versions(),
             "machine": {

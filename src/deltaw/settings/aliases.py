@@ -20,6 +20,7 @@ SHORT = {
     "train.max_steps": ("max-steps",),
     "train.batch_size": ("batch-size",),
     "train.seed": ("seed",),
+    "start_from": ("start-from",),
 }
 # Command: aliases that are suggested as that command.
 _COMMANDS = {
@@ -58,7 +59,8 @@ _NAMES = {
     "data.rows": "max_samples max_train_samples num_samples limit",
     "data.columns: deltaw's names mapped to yours, as in {prompt: question}": "dataset_text_field text_column "
     "text_field prompt_column completion_column label_column",
-    "data.labels": "train_on_inputs train_on_prompt mask_prompt completion_only_loss assistant_only_loss train_on_responses_only",
+    "data.labels": "train_on_inputs train_on_prompt mask_prompt completion_only_loss assistant_only_loss "
+    "train_on_responses_only",
     "method": "adapter finetuning_type fine_tune_type train_type peft_method",
     "lora.rank": "r rank lora_dim",
     "lora.alpha": "lora_scale",

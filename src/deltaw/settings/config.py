@@ -24,6 +24,7 @@ from deltaw.settings import aliases, method_registry, registry, task_registry
 from deltaw.settings.data import DataSettings
 from deltaw.settings.fields import Auto, setting
 from deltaw.settings.local_names import LocalPath, Reference
+from deltaw.settings.start import StartFrom, start_sources
 
 # File name of the settings in a run's folder.
 SETTINGS = "run.yaml"
@@ -120,6 +121,7 @@ _UNITS = "s(?:ec(?:ond)?s?)?|m(?:in(?:ute)?s?)?|h(?:(?:ou)?rs?)?|d(?:ays?)?|w(?:
 _DURATION = rf"([0-9]+(?:[.,][0-9]+)?|[.,][0-9]+)\s*({_UNITS})(?![a-z])"
 
 
+_EXPLICIT = "explicit_keys"
 _METHOD = Field("lora", description="training method, which selects the trainable parameters")
 
 
@@ -147,6 +149,22 @@ class RunConfig(BaseModel):
     # Choices, and a section per method with settings, are set from the method registry.
     method: str = _METHOD
     train: TrainSettings = _nested(TrainSettings, "training loop")
+    start_from: StartFrom = setting(
+        None,
+        "adapter to start from: folder or hub id of a run or a PEFT adapter; or a list of them with weights, for "
+        "example [runs/a, {from: runs/b, weight: 0.5}]",
+    )
+    start_mode: Literal["continue", "stack"] = setting(
+        "continue", "use of start_from; continue: train it further; stack: freeze it and train a new adapter on top"
+    )
+    stack: Literal["merge", "keep"] = setting(
+        "merge", "stacked adapter to save; merge: one adapter of both; keep: also the new one, in new_adapter/"
+    )
+    reference_model: Literal["start", "base"] = setting(
+        "start",
+        "reference model of preferences and rewards, and default teacher, if start_from is set; start: the adapter of "
+        "start_from; base: the base model",
+    )
     # Then a section per task with settings, from the task registry.
     force: bool = setting(False, "train even if the plan exceeds the machine's memory")
     memory: str | None = setting(None, "memory limit of the process, such as 2GB; enforced by activation checkpointing")
@@ -179,6 +197,13 @@ class RunConfig(BaseModel):
                 hint = f"write task: {entry.name}, and the {key} in {name}.{key}"
                 raise UserError(message, location="task", hint=hint)
         return {**values, "task": entry.name, name: {**section, **implied}}
+
+    @field_validator("start_from")
+    @classmethod
+    def _validate_start(cls, value: StartFrom) -> StartFrom:
+        if value is not None:
+            start_sources(value)
+        return value
 
     @model_validator(mode="after")
     def _validate_task(self) -> RunConfig:
@@ -213,6 +238,14 @@ class RunConfig(BaseModel):
         """Seed that selects the training and held-out rows."""
         return self.train.seed if self.data.seed is None else self.data.seed
 
+    def is_explicit(self, key: str) -> bool:
+        """Return True if the user set a setting in a run that starts from an adapter.
+
+        Args:
+            key: Dotted key, with the setting's own name or an alias.
+        """
+        return key in vars(self).get(_EXPLICIT, ())
+
     def with_train(self, **overrides: object) -> RunConfig:
         """Return a copy with other values in the ``train`` section. The values are not validated."""
         return self.model_copy(update={"train": self.train.model_copy(update=overrides)})
@@ -223,7 +256,7 @@ class RunConfig(BaseModel):
         references: dict[str, object] = {"model": self.model, "data.train": data.train}
         if isinstance(data.eval, str | dict):  # a number is a share or count of the training rows
             references["data.eval"] = data.eval
-        references |= {"data.chat_template": data.chat_template, "track": self.track}
+        references |= {"data.chat_template": data.chat_template, "track": self.track, "start_from": self.start_from}
         if self.section is not None:
             references |= {f"{self.section_name}.{k}": v for k, v in self.section.external_references().items()}
         return {key: value for key, value in references.items() if value is not None}
@@ -257,7 +290,10 @@ class RunConfig(BaseModel):
         # A section with all lines commented out is parsed as null. It means the defaults.
         settings = {key: value for key, value in settings.items() if value is not None}
         try:
-            return cls.model_validate(settings)
+            config = cls.model_validate(settings)
+            if config.start_from is not None:  # not a field, so that it is neither saved nor compared
+                vars(config)[_EXPLICIT] = frozenset(flat(settings))
+            return config
         except ValidationError as error:
             raise _as_user_error(error, location) from error
         except UserError as error:

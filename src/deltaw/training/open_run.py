@@ -14,7 +14,7 @@ from deltaw.methods.trust import AdapterFolder, is_adapter, read_folder
 from deltaw.progress import Detail, LogFunction, track_progress
 from deltaw.runtime.quantized_weights import quantize_int8
 from deltaw.settings import task_registry
-from deltaw.settings.config import SETTINGS
+from deltaw.settings.config import SETTINGS, RunConfig
 from deltaw.training.answers import read_prompting
 from deltaw.training.evaluation.general import model_identity, quantized_identity
 from deltaw.training.preparation import quantize_weights_nf4, saved_calibration
@@ -50,9 +50,8 @@ def open_run(
     if adapter or (folder / SETTINGS).is_file():
         opened_folder = read_folder(folder, trust_remote_code=trust_remote_code)
     config = None if opened_folder is None else opened_folder.run
-    if precision == "auto" and config is not None and model is None and config.precision != "auto":
-        with contextlib.suppress(UserError):  # prefer the run's precision if the device supports it
-            precision = choose_precision(choose_device(device).value, config.precision).value
+    if config is not None and model is None:
+        precision = run_precision(config, precision, device)
     task_name, base, classes = task or task_registry.default_task(), model or reference, None
     if opened_folder is not None:
         task_name, base, classes = opened_folder.task, opened_folder.base(model), read_classes(folder)
@@ -88,6 +87,14 @@ def open_run(
     adapted = loaded.model, method, task_object.tokenizer, loaded.reference, name, generates_text
     prompting = read_prompting(folder)
     return OpenedRun(*adapted, loaded, config, task_object, classes, identity, opened_folder, prompting)
+
+
+def run_precision(config: RunConfig, precision: str, device: str) -> str:
+    """Replace precision "auto" by the precision of the run, if the device supports it."""
+    if precision == "auto" and config.precision != "auto":
+        with contextlib.suppress(UserError):
+            return choose_precision(choose_device(device).value, config.precision).value
+    return precision
 
 
 def _quantize(loaded: LoadedModel, precision: str, folder: AdapterFolder | None, log: LogFunction) -> str | None:

@@ -37,6 +37,7 @@ from deltaw.machine.kernel_choice import numerics_key
 from deltaw.machine.memory import PeakMemory, release_free_memory
 from deltaw.methods.base import Method
 from deltaw.methods.files import choose_method
+from deltaw.methods.start import StartAdapter, open_start
 from deltaw.progress import Advance, Detail, LogFunction, ignore_line, track_progress
 from deltaw.runtime.packed import fused_blocks, packed_rows
 from deltaw.runtime.quantized_weights import Rounding, use_large_pages
@@ -74,7 +75,7 @@ from deltaw.training.preparation import checkpoint_blocks, quantize_weights
 from deltaw.training.rendered_rows import KEY as INVOCATION
 from deltaw.training.rendered_rows import render_example, render_rows, resolve_invocation
 from deltaw.training.state import Outcome, RowOrder, SavedState, TrainOptions, TrainOverrides, TrainState
-from deltaw.training.task import SFT, RateFactor, Task, TaskGeneration, read_run_data, task_of
+from deltaw.training.task import SFT, RateFactor, Rows, Task, TaskGeneration, read_run_data, task_of
 
 if TYPE_CHECKING:
     from typing import Unpack  # not available at runtime in Python 3.10
@@ -91,17 +92,8 @@ _SETTINGS = ("batch_size", "seed", "schedule", "warmup", "weight_decay", "betas"
 _WITHOUT_GRADIENT: dict[str, Any] = dict.fromkeys(("model", "data", "force", "memory", "track", "output"), True)
 _WITHOUT_GRADIENT["train"] = {
     *("learning_rate", "loraplus_lr_ratio", "epochs", "max_steps", "time", "schedule", "warmup", "weight_decay"),
-    *(
-        "max_grad_norm",
-        "eval_every",
-        "eval_answers",
-        "samples",
-        "early_stopping",
-        "saved_adapter",
-        "drift",
-        "not_finite",
-    ),
-    *("betas", "keep_general", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints"),
+    *("max_grad_norm", "eval_every", "eval_answers", "samples", "early_stopping", "saved_adapter", "drift"),
+    *("not_finite", "betas", "keep_general", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints"),
 }
 
 
@@ -124,6 +116,7 @@ class Session:
         processes: Communication between processes that train together.
         approximations: Approximations of the training.
         roundings: int8 calibration of the layers.
+        start: Adapters that the training starts from, or None.
     """
 
     config: RunConfig
@@ -139,6 +132,17 @@ class Session:
     processes: Reducer = SINGLE_PROCESS
     approximations: Approximations = field(default_factory=Approximations)
     roundings: Sequence[Rounding] = ()
+    start: StartAdapter | None = None
+
+    @property
+    def uses_start_reference(self) -> bool:
+        """True if the reference model is the adapter of ``start_from``, not the base model."""
+        return self.start is not None and self.config.reference_model == "start"
+
+    def reference_active(self) -> contextlib.AbstractContextManager[None]:
+        """Context manager in which the model computes as the reference model."""
+        active = self.method.start_active if self.uses_start_reference else self.method.base_model_active
+        return active(self.model)
 
     def _adapted(self, method: Method | None) -> AdaptedModel:
         task = self.task
@@ -478,7 +482,8 @@ def assemble(
     Raises:
         UserError: if the method does not fit the model, or a row is too long.
     """
-    method = method_for(task, config)
+    method, start = method_for(task, config), open_start(config)
+    from_start = start is not None and config.reference_model == "start"
     invocation = resolve_invocation(method, task.tokenizer, data.train, chat=data.report.template == "chat")
     settings = config.train
     torch.manual_seed(settings.seed)
@@ -489,12 +494,21 @@ def assemble(
     options = BatcherOptions(device, settings.tokens_per_pass, *shares, method.virtual_tokens)
     batcher, chosen = task.batcher(model, data.all_rows, options)
     task.initialize_head(model, new_modules, data.train)
-    data = data.map_rows(lambda rows: task.add_reference_log_probs(model, rows, batcher, processes))
+
+    def add_references(rows: Rows) -> Rows:
+        return task.add_reference_log_probs(model, rows, batcher, processes)
+
+    if not from_start:
+        data = data.map_rows(add_references)
     extra_modules = task.extra_modules(model, new_modules)
 
     calibrate = functools.partial(_calibrate, task, model, batcher, data.train[:CALIBRATION_ROWS])
     with track_progress(f"preparing method {method.name}"):
-        notes += [method.prepare(model, seed=settings.seed, extra_modules=extra_modules, calibrate=calibrate)]
+        if start is None:
+            notes += [method.prepare(model, seed=settings.seed, extra_modules=extra_modules, calibrate=calibrate)]
+        else:
+            notes += [method.prepare_from(model, start, seed=settings.seed, extra_modules=extra_modules)]
+            method.record_start(model)
     if settings.checkpointing:
         checkpoint_blocks(model, settings.checkpointing, [p for _, p in method.parameters(model)])
     if (sharded := sharded_blocks(model)) is not None:
@@ -506,9 +520,11 @@ def assemble(
     chosen |= _resolved_choices(config, task, data, method, model, invocation)
     data = data.map_rows(lambda rows: render_rows(rows, method))
     with method.evaluating(model):
+        if from_start:
+            data = data.map_rows(add_references)
         objective = task.objective(model)
     session = Session(config, model, method, task, data, Feed(objective, batcher), chosen, notes, identity)
-    session.roundings, session.processes = roundings, processes
+    session.roundings, session.processes, session.start = roundings, processes, start
     session.feed = task.feed(session)
     if settings.keep_general:
         _generate_general_answers(session)

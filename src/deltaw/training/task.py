@@ -151,6 +151,11 @@ class TrainingSession(Protocol):
     def batcher(self) -> Batcher: ...
     @property
     def total_steps(self) -> int: ...
+    @property
+    def uses_start_reference(self) -> bool: ...
+    def reference_active(self) -> AbstractContextManager[None]:
+        """Return a context in which the model is the reference model."""
+
     def running(self) -> AbstractContextManager[None]:
         """Return a context in which the model accepts the session's batches."""
 
@@ -295,11 +300,11 @@ class Task(abc.ABC, Generic[ObjectiveType]):
     def add_reference_log_probs(
         self, model: PreTrainedModel, rows: Rows, batcher: Batcher, processes: Reducer = SINGLE_PROCESS
     ) -> Rows:
-        """Return the rows with the values of the base model that their loss needs, if any.
+        """Return the rows with the values of the reference model that their loss needs, if any.
 
         Args:
-            model: Base model, or a model with its adapter disabled.
-            rows: Rows as the base model receives them.
+            model: Reference model: the base model, or the adapter of ``start_from``.
+            rows: Rows as the reference model receives them.
             batcher: Batcher that training uses.
             processes: Processes that share the work. All call this method with the same rows.
         """

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from deltaw.decoding.probes import NotDecodable
 from deltaw.errors import UserError
@@ -70,6 +71,23 @@ def test_prompt_format_of_run_is_available_with_key(finished_run, tmp_path, serv
     assert client.get("/prompting/base").json() == {"system": "", "examples": []}
     assert client.get("/prompting/other").status_code == 404
     assert client.get("/prompting/mine", headers={"Authorization": ""}).status_code == 401
+
+
+@pytest.mark.parametrize("precision, expected", [("nf4", "nf4"), ("int8", "auto")])
+def test_text_run_is_served_in_its_precision(finished_run, tmp_path, serve, monkeypatch, precision, expected):
+    from deltaw.serving.http import opening
+
+    run, opened = shutil.copytree(finished_run, tmp_path / "mine"), []
+    settings = yaml.safe_load((run / "run.yaml").read_text())
+    (run / "run.yaml").write_text(yaml.safe_dump(settings | {"precision": precision}))
+
+    def open_and_record(base: str, **options: Any) -> Any:
+        opened.append(options["precision"])
+        return open_run(base, **{**options, "precision": "fp32"})
+
+    monkeypatch.setattr(opening, "open_run", open_and_record)
+    serve(run, precision="auto")
+    assert opened == [expected]
 
 
 def test_encoder_serves_embeddings(tmp_path, bert, serve):

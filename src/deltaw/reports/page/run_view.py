@@ -150,7 +150,8 @@ def column_names(record: Run) -> tuple[str, str]:
 
     A classifier's head is new, so its scores before training are not those of the base model.
     """
-    before = "base model" if record.values.get("writes_text", True) else "before training"
+    is_base = record.values.get("writes_text", True) and not record.values.get("start")
+    before = "base model" if is_base else "before training"
     return before, "adapter" if record.method in PEFT_METHODS else "after training"
 
 

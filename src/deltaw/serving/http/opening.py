@@ -28,7 +28,7 @@ from deltaw.serving.http.queue import TokenizerPrompts
 from deltaw.serving.http.served import Served, TokenizedPrompts
 from deltaw.serving.http.settings import Limits, check_name
 from deltaw.training.answers import Prompting, read_prompting
-from deltaw.training.open_run import open_run
+from deltaw.training.open_run import open_run, run_precision
 from deltaw.training.task import OpenedRun
 
 # Number of tokenizers to cache. Each is small, but adapters can be replaced any number of times.
@@ -128,6 +128,9 @@ def open_served(base: str, folders: Mapping[str, Path], options: OpenOptions, *,
             raise UserError(f"two adapters are named '{adapter_name}'", location=base)
         folders[adapter_name] = Path(base)
         run_folder = read_folder(Path(base), trust_remote_code=options.trust_remote_code)
+        # Without the calibration of the folder, int8 weights are less accurate than the default.
+        if run_folder.run is not None and options.model is None and run_folder.run.precision != "int8":
+            options = replace(options, precision=run_precision(run_folder.run, options.precision, options.device))
         base, base_name = run_folder.base(options.model), run_folder.base_name(options.model)
     else:
         base = base_name = options.model or base

@@ -17,7 +17,7 @@ from deltaw.tasks.distill.feed import DistillFeed
 from deltaw.tasks.distill.loss import DistillObjective, distill_rows_of
 from deltaw.tasks.distill.rows import DistillReader, max_example_length
 from deltaw.tasks.distill.settings import DistillSettings
-from deltaw.tasks.distill.teachers import base_as_teacher, load_teacher, require_same_vocabulary
+from deltaw.tasks.distill.teachers import load_teacher, reference_as_teacher, require_same_vocabulary
 from deltaw.tasks.language.task import CausalTask, evaluate_causal
 from deltaw.training.batchers import BatcherOptions
 from deltaw.training.causal_objective import CausalObjective
@@ -95,14 +95,13 @@ class DistillTask(CausalTask):
         Raises:
             UserError: if a teacher cannot be loaded.
         """
-        config, data, method, objective = session.config, session.data, session.method, session.objective
+        config, data, objective = session.config, session.data, session.objective
         settings, train = self.settings, config.train
         longest = max_example_length(data.all_rows, settings.max_new_tokens)
         teachers = []
         for teacher in settings.all_teachers:
             if teacher.is_base and teacher.quantize is None:
-                writer = session.generator(of_base=True)
-                teachers.append(base_as_teacher(objective, session.batcher, method, teacher.weight, writer))
+                teachers.append(reference_as_teacher(session, teacher.weight))
             else:
                 teachers.append(load_teacher(config, teacher, longest, session.model, session.notes.append))
         order = RowOrder(len(data.train), train.batch_size, train.seed)
@@ -197,7 +196,7 @@ def compare_with_prompt(session: TrainingSession, student: Evaluation) -> Prompt
         return PromptComparison(saved, 0, {})
     num_virtual_tokens = method.virtual_tokens
     progress = track_progress("comparing with the prompt")
-    with session.running(), method.evaluating(model), method.base_model_active(model), progress:
+    with session.running(), method.evaluating(model), session.reference_active(), progress:
         rows = [row for row in feed.with_answers(session.data.held_out) if row.label_count]
         prompted: Sequence[Example] = [row.as_taught() for row in rows]
         plain: Sequence[Example] = [row.without_prefix(num_virtual_tokens) for row in rows]

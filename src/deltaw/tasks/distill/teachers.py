@@ -1,7 +1,7 @@
 """Frozen teacher models for distillation.
 
-A teacher is the base model of the student, without its adapter, or a model that is loaded separately. All teachers have
-the vocabulary of the student.
+A teacher is the reference model of the student (its base model or the adapter that it starts from), or a model that is
+loaded separately. All teachers have the vocabulary of the student.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from deltaw.hub.tokenizers import load_tokenizer
 from deltaw.kernels import loader
 from deltaw.kernels.layout import to_device
 from deltaw.machine.choices import QUANTIZED, choose_device, choose_precision
-from deltaw.methods.base import Method
 from deltaw.progress import LogFunction, track_progress
 from deltaw.runtime.packed import packed_rows, padded_rows
 from deltaw.runtime.quantized_weights import quantize_int8, quantize_nf4
@@ -36,6 +35,7 @@ from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.losses import label_indices
 from deltaw.training.microbatches import Batcher
 from deltaw.training.open_run import open_run
+from deltaw.training.task import TrainingSession
 
 
 @dataclass(frozen=True)
@@ -98,15 +98,16 @@ class Teacher:
             )
 
 
-def base_as_teacher(
-    objective: CausalObjective, batcher: Batcher, method: Method, weight: float, writer: TextGenerator | None
-) -> Teacher:
-    """Return the base model of ``objective`` as a teacher, with the trained parameters disabled.
+def reference_as_teacher(session: TrainingSession, weight: float) -> Teacher:
+    """Return the reference model of a session as a teacher: its base model, or the adapter of ``start_from``.
 
     Raises:
-        UserError: if the method modifies the base model.
+        UserError: if the method modifies the base model, or has virtual tokens, which the teacher's rows lack.
     """
-    model = objective.model
+    model, method, objective = session.model, session.method, session.objective
+    if session.uses_start_reference and method.virtual_tokens:
+        message = f"an adapter of method '{method.name}' cannot be the teacher, because it has virtual tokens"
+        raise UserError(message, location="reference_model", hint="set reference_model: base")
     if not method.can_restore_base(model):
         message = f"method '{method.name}' modifies the base model, so the base model cannot be the teacher"
         hint = "use method: lora, or load the base model separately: distill.teachers: [{model: …}]"
@@ -114,13 +115,14 @@ def base_as_teacher(
 
     @contextlib.contextmanager
     def model_context() -> Iterator[None]:
-        with method.evaluating(model), method.base_model_active(model):
+        with method.evaluating(model), session.reference_active():
             yield
 
     head = model.get_output_embeddings()
     is_trained = head is None or any(parameter.requires_grad for parameter in head.parameters())
     trained_context = model_context if is_trained else contextlib.nullcontext
-    return Teacher(objective, batcher, weight, model_context, trained_context, writer)
+    writer = session.generator(of_base=not session.uses_start_reference)
+    return Teacher(objective, session.batcher, weight, model_context, trained_context, writer)
 
 
 def load_teacher(

@@ -24,7 +24,7 @@ class PreferenceSettings(TaskSettings):
     """
 
     loss: LossName = setting(
-        "dpo", "preference loss; dpo, ipo, kto use the base model as reference; kto is for single labeled answers"
+        "dpo", "preference loss; dpo, ipo, kto use the reference_model; kto is for single labeled answers"
     )
     beta: Annotated[float, Field(gt=0)] | Auto = setting(
         "auto",

@@ -144,8 +144,8 @@ PREFERENCE_RATES = {
 class PreferenceTask(CausalTask):
     """Train a model to prefer chosen to rejected answers, or desirable to undesirable ones.
 
-    The reference model of the losses is the base model. Its log-probabilities are computed once, before the adapter is
-    added or with the adapter disabled, in microbatches of the training size, and stored in the rows.
+    The reference model is the base model or the adapter of ``start_from``. Its log-probabilities are computed once,
+    before the first step, in microbatches of the training size, and stored in the rows.
 
     Args:
         settings: The ``preference:`` section.

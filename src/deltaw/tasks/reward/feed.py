@@ -200,7 +200,7 @@ class RewardFeed(RolloutFeed):
         sampler: Samples completions from the current model. Not needed in a dry run.
         settings: The ``reward:`` section.
         seed: Seed of the training.
-        base: Context in which the model is the base model.
+        reference: Context in which the model is the reference model.
         processes: Processes of the training.
 
     Attributes:
@@ -217,12 +217,12 @@ class RewardFeed(RolloutFeed):
         settings: RewardSettings,
         *,
         seed: int,
-        base: Callable[[], AbstractContextManager[None]],
+        reference: Callable[[], AbstractContextManager[None]],
         processes: Reducer = SINGLE_PROCESS,
     ) -> None:
         super().__init__(objective, batcher, processes)
         self.settings, self.sampler, self.steps_per_round = settings, sampler, settings.updates
-        self._seed, self._base = seed, base
+        self._seed, self._reference = seed, reference
         self.scorer = Scorer(settings)
 
     def worst_case_rows(self, prompts: Prompts) -> list[Rollout]:
@@ -305,7 +305,7 @@ class RewardFeed(RolloutFeed):
             totals = totals - np.clip(excess / settings.overlong, 0.0, 1.0)  # DAPO's soft punishment, eq. 13
         rows = [self.complete(*pair) for pair in zip(prompts, completions, strict=True)]
         if settings.beta:
-            with self._base():
+            with self._reference():
                 rows = self._with_logprobs(rows, "base_logprobs")
             if settings.loss == "rloo":
                 rows = self._with_logprobs(rows, "old_logprobs")

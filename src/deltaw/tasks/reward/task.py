@@ -146,14 +146,14 @@ class RewardTask(CausalTask):
 
     def feed(self, session: TrainingSession) -> RewardFeed:
         """Return the feed that samples and scores completions before each step."""
-        model, method, sampler = session.model, session.method, session.sampler()
+        sampler = session.sampler()
         return RewardFeed(
             session.objective,
             session.batcher,
             None if sampler is None else self.turns(sampler),
             self.settings,
             seed=session.config.train.seed,
-            base=lambda: method.base_model_active(model),
+            reference=session.reference_active,
             processes=session.processes,
         )
 

@@ -341,13 +341,32 @@ class Monitor:
         if not self._restored and evaluates_base(self._session):
             # A model whose loss is not finite fails in its first step with a diagnosis.
             with self._session.running(), contextlib.suppress(UserError):
-                self._write({"step": 0, "base": self._evaluate_sets(scores_answers=False).as_dict()})
+                before = self._evaluate_sets(scores_answers=False)
+                self._write({"step": 0, "base": before.as_dict()})
+                self._evaluate_base_of_start(before)
         if not len(self._samples) or self._base_samples is not None:
             return
         start = time.perf_counter()
-        self._base_samples = self._samples.of_base()
+        is_base = self._session.start is None
+        self._base_samples = self._samples.of_base() if is_base else self._samples.of_adapter()
         self._costs.samples = time.perf_counter() - start
         self._report_samples(0, self._base_samples)
+
+    def _evaluate_base_of_start(self, start: Evaluation) -> None:
+        """Evaluate the base model of a run that starts from an adapter, on the first set of held-out rows.
+
+        Args:
+            start: Evaluation of that adapter.
+        """
+        session, method, task = self._session, self._session.method, self._session.task
+        if method.start_values is None or method.virtual_tokens or task.trains_head or task.needs_session:
+            return
+        with method.evaluating(session.model), method.base_model_active(session.model):
+            objective = task.objective(session.model)  # with the base model's head
+            base = task.evaluate(objective, session.data.held_out, session.batcher, session.data.classes)
+        self._write({"step": 0, "base_model": base.as_dict()})
+        scores = (evaluation.metrics.get(start.main, math.nan) for evaluation in (base, start))
+        self._callback.on_line("before training: {} {:.4f} base model, {:.4f} start_from".format(start.main, *scores))
 
     def start(self, state: TrainState) -> None:
         """Record the training state and check the time budget before the first step of this process."""

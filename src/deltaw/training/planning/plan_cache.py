@@ -32,6 +32,7 @@ from deltaw.settings import method_registry
 from deltaw.settings.config import RunConfig
 from deltaw.settings.data import eval_sets
 from deltaw.settings.mixture import references
+from deltaw.settings.start import start_sources
 from deltaw.training.planning.run_time import plan_with_cached_time
 
 KIND = "plans"
@@ -174,6 +175,11 @@ def _run_file_stamps(config: RunConfig) -> list[object] | None:
     if source.kind == "hub":
         return None
     stamps: list[object] = [_stamps(source.path)]
+    for start in () if config.start_from is None else start_sources(config.start_from):
+        folder = Path(os.path.expanduser(start.reference))
+        if not folder.is_dir():
+            return None
+        stamps += [_stamps(file) for file in sorted(folder.glob("adapter_*"))]
     for reference in trained_on:
         path = Path(os.path.expanduser(reference))
         if packages.is_package_reference(reference):

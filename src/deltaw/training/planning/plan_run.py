@@ -40,6 +40,7 @@ from deltaw.machine.product_rates import provenance
 from deltaw.memory.plan import OtherBytes, Plan, resident_parts
 from deltaw.memory.simulation import fake_tensors, simulate
 from deltaw.memory.work import WorkCounter, kernel_bytes, warm_up
+from deltaw.methods.start import resolve_start
 from deltaw.progress import LogFunction, ignore_line, track_progress, use_listener
 from deltaw.runtime.quantized_weights import MOVE_CHUNK_BYTES as MOVED_AT_ONCE
 from deltaw.runtime.quantized_weights import quantize_int8, quantize_nf4
@@ -506,7 +507,7 @@ def plan(config: RunConfig | Mapping[str, Any] | str | os.PathLike[str], *, log:
     Raises:
         UserError: if the settings, the model or the data cannot be used.
     """
-    settings = RunConfig.read(config)
+    settings = resolve_start(RunConfig.read(config), log)
     with preserved_process_state():
         task, data = read_data(settings, log)
         return with_time(plan_run(settings, task, data), settings, task, data)
