@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +12,12 @@ from deltaw.cli.options import GroupedCommand, console, json_flag, nested_settin
 from deltaw.cli.suggestions import SettingsFile
 from deltaw.errors import UserError
 from deltaw.progress import track_progress, use_listener
+
+if TYPE_CHECKING:
+    from deltaw.reports.tables import TerminalOutput
+    from deltaw.runs.record import Result
+    from deltaw.settings.stages import Chain, Stage
+    from deltaw.training.microbatches import Reducer
 
 
 @click.command("train", cls=GroupedCommand)
@@ -21,19 +28,22 @@ from deltaw.progress import track_progress, use_listener
 @json_flag
 def command(settings: str | None, resume: str | None, fresh: bool, as_json: bool, **arguments: str | None) -> int:
     """Fine-tune a model. SETTINGS is a YAML file. Flags override its values. Running the same command again resumes an
-    interrupted run and leaves a finished run unchanged. With torchrun, several processes train together.
+    interrupted run and leaves a finished run unchanged. With torchrun, several processes train together. A file with
+    several 'stages' trains one adapter after the other.
     """
     start_time, out = time.monotonic(), console(as_json)
     with track_progress("starting"):
         from deltaw.training.parallel.joining import join_processes
     with join_processes() as processes:
+        flags = nested_settings(arguments)
+        chain = None if resume is not None or settings is None else _read_chain(settings, flags)
         if processes.rank:
             from deltaw.runs.fit import follow
             from deltaw.training.parallel.group import Group
 
             assert isinstance(processes, Group)
             with use_listener(None):
-                return follow(processes)
+                return max(follow(processes) for _ in range(1 if chain is None else len(chain.stages)))
         with track_progress("starting"):
             from deltaw.machine.memory import retain_freed_memory
             from deltaw.reports.progress import TerminalCallback, print_summary
@@ -44,7 +54,8 @@ def command(settings: str | None, resume: str | None, fresh: bool, as_json: bool
             message, hint = "a resumed run uses its stored settings", "replace the settings file with flags"
             raise UserError(message, location=f"--resume {resume}", hint=hint)
         retain_freed_memory()
-        flags = nested_settings(arguments)
+        if chain is not None:
+            return _train_chain(chain, out, fresh=fresh, as_json=as_json, processes=processes)
         config = flags if resume is not None else RunConfig.read(settings, flags)
         startup_seconds = {"starting": round(time.monotonic() - start_time, 3)}
         result = fit(config, callback=TerminalCallback(out), resume=resume, fresh=fresh, processes=processes)
@@ -57,3 +68,41 @@ def command(settings: str | None, resume: str | None, fresh: bool, as_json: bool
         if as_json:
             print_json(result.as_dict())
         return 130 if result.interrupted else 0
+
+
+def _read_chain(settings: str, flags: dict[str, Any]) -> Chain | None:
+    from deltaw.settings.stages import read_chain
+
+    return read_chain(settings, flags)
+
+
+def _train_chain(chain: Chain, out: TerminalOutput, *, fresh: bool, as_json: bool, processes: Reducer) -> int:
+    """Train all stages, print the results of each, and score all adapters on the same rows."""
+    from deltaw.experiments.chain import ChainResult, score_stages, train_stages
+    from deltaw.reports.chain import PAGE_FILE, terminal_tables, write_results
+    from deltaw.reports.progress import TerminalCallback, print_summary
+
+    def open_callback(stage: Stage) -> TerminalCallback:
+        number = [other.name for other in chain.stages].index(stage.name) + 1
+        out.print(f"\nstage '{stage.name}', {number} of {len(chain.stages)}")
+        return TerminalCallback(out)
+
+    results: dict[str, Result] = {}
+    for stage, result in train_stages(chain, open_callback, fresh=fresh, processes=processes, log=out.print_line):
+        results[stage.name] = result
+        if result.earlier is None:
+            print_summary(out, result)
+        else:
+            out.print_line(f"{result.output} is finished and left unchanged")
+        if result.interrupted:
+            out.print_line("the chain was interrupted; repeat the command to resume it")
+            return 130
+    final = ChainResult(chain, results, score_stages(chain))
+    write_results(final)
+    for table in terminal_tables(final):
+        out.print()
+        out.print(table)
+    out.print_line(f"report: {chain.folder / PAGE_FILE}")
+    if as_json:
+        print_json(final.as_dict())
+    return 0

@@ -6,6 +6,7 @@ Imports no torch. The root of the file system is a parameter, so that tests can 
 from __future__ import annotations
 
 import ctypes
+import contextlib
 import gc
 import os
 import sys
@@ -70,6 +71,12 @@ def peak_resident_bytes(root: Path = _ROOT) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_memory() -> None:
+    """Reset the peak of :func:`peak_resident_bytes` to the current size, if the system supports it (Linux)."""
+    with contextlib.suppress(OSError):
+        (_ROOT / "proc/self/clear_refs").write_text("5")
 
 
 class PeakMemory:

@@ -234,19 +234,26 @@ def _check_kind(source: AdapterFolder, config: RunConfig) -> None:
     """Check method, task and base model of an adapter."""
     kind = source.adapter.get("peft_type") or source.adapter.get("method")
     entry = method_registry.entry_of_adapter(kind)
-    name = str(kind) if entry is None else entry.name
-    if name != config.method:
-        message = f"the adapter is of method '{name}', and the run is of method '{config.method}'"
-        raise UserError(message, location=f"{_LOCATION}: {source.folder}", hint=f"set method: {name}")
-    models = [task_registry.entry_of(task).auto_model for task in (source.task, config.task)]
-    if models[0] != models[1] and "AutoModel" in models:
-        message = f"the task '{config.task}' cannot start from an adapter of the task '{source.task}'"
-        raise UserError(
-            message, location=f"{_LOCATION}: {source.folder}", hint="remove start_from to train a new adapter"
-        )
+    location = f"{_LOCATION}: {source.folder}"
+    require_same_kind(str(kind) if entry is None else entry.name, source.task, config, location)
     stored, has_fingerprint = base_reference(source.adapter), FINGERPRINT_KEY in read_metadata(source.folder)
     if stored and not has_fingerprint and Path(stored).name.lower() != Path(config.model).name.lower():
         raise _other_base_error(source, f"'{config.model}'")
+
+
+def require_same_kind(method: str, task: str, config: RunConfig, location: str) -> None:
+    """Check that a run can start from an adapter of this method and task.
+
+    Raises:
+        UserError: if it is of another method, or of a task with another head.
+    """
+    if method != config.method:
+        message = f"the adapter is of method '{method}', and the run is of method '{config.method}'"
+        raise UserError(message, location=location, hint=f"set method: {method}")
+    models = [task_registry.entry_of(name).auto_model for name in (task, config.task)]
+    if models[0] != models[1] and "AutoModel" in models:
+        message = f"the task '{config.task}' cannot start from an adapter of the task '{task}'"
+        raise UserError(message, location=location, hint="remove start_from to train a new adapter")
 
 
 def _other_base_error(source: AdapterFolder, model: str) -> UserError:

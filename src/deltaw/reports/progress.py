@@ -264,7 +264,7 @@ class TerminalCallback(Callback):
         for line in [*map(Detail, plan_lines(plan, limit_bytes)), *long_rows_lines(plan)]:
             self.on_line(line)
         if plan.seconds is not None:
-            remaining = plan.seconds - plan.seconds_by_phase.get("reading", 0.0)
+            remaining = plan.seconds - sum(plan.seconds_by_phase.get(name, 0.0) for name in ("starting", "reading"))
             end = f"about {duration(remaining)}, until {format_time(time.time() + remaining, short=True)}"
             uncertain = f"; uncertain: {plan.time_uncertain}" if plan.time_uncertain else ""
             self.on_line(f"time: {end} ({duration(plan.seconds_per_step)} per step{uncertain})")

@@ -122,6 +122,8 @@ _DURATION = rf"([0-9]+(?:[.,][0-9]+)?|[.,][0-9]+)\s*({_UNITS})(?![a-z])"
 
 
 _EXPLICIT = "explicit_keys"
+# Key of a settings file with several runs (:mod:`deltaw.settings.stages`).
+STAGES = "stages"
 _METHOD = Field("lora", description="training method, which selects the trainable parameters")
 
 
@@ -283,12 +285,15 @@ class RunConfig(BaseModel):
         elif isinstance(source, Mapping):
             settings, location = dict(source), "the settings"
         else:
-            settings, location = _read_yaml(Path(source)), os.fspath(source)
+            settings, location = read_yaml(Path(source)), os.fspath(source)
         if flags:
             location = location if source is None else f"{location} and the flags"
-            settings = _merge_settings(settings, flags)
+            settings = merge_settings(settings, flags)
         # A section with all lines commented out is parsed as null. It means the defaults.
         settings = {key: value for key, value in settings.items() if value is not None}
+        if STAGES in settings:
+            hint = "train the chain with 'deltaw train', or write the settings of one stage to a file"
+            raise UserError("the settings have several stages, and one run is needed", location=location, hint=hint)
         try:
             config = cls.model_validate(settings)
             if config.start_from is not None:  # not a field, so that it is neither saved nor compared
@@ -479,7 +484,12 @@ def _is_yaml_file(path: Path) -> bool:
     return path.suffix in (".yaml", ".yml")
 
 
-def _read_yaml(path: Path) -> dict:
+def read_yaml(path: Path) -> dict:
+    """Read a settings file without validating its values.
+
+    Raises:
+        UserError: if the file cannot be read or does not contain keys with values.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -507,7 +517,7 @@ def _read_yaml(path: Path) -> dict:
     return loaded
 
 
-def _merge_settings(below: Mapping, above: Mapping) -> dict:
+def merge_settings(below: Mapping, above: Mapping) -> dict:
     """Merge nested settings. Values of ``above`` take precedence."""
     merged = dict(below)
     for key, value in above.items():
@@ -515,7 +525,7 @@ def _merge_settings(below: Mapping, above: Mapping) -> dict:
         if isinstance(value, Mapping) and isinstance(existing, str | list) and key == "data":
             existing = {"train": existing}
         both = isinstance(value, Mapping) and isinstance(existing, Mapping)
-        merged[key] = _merge_settings(existing, value) if both else value  # type: ignore[arg-type]
+        merged[key] = merge_settings(existing, value) if both else value  # type: ignore[arg-type]
     return merged
 
 

@@ -108,15 +108,16 @@ COMPARISON_FILE = "comparison.html"
 
 def run_page(record: Run) -> str:
     """Render the page of a run."""
-    return _render("run.html", run_view(record))
+    return render("run.html", run_view(record))
 
 
 def comparison_page(records: Sequence[Run]) -> str:
     """Render the comparison of several runs."""
-    return _render("compare.html", compare_view(records))
+    return render("compare.html", compare_view(records))
 
 
-def _render(template: str, view: Mapping[str, Any]) -> str:
+def render(template: str, view: Mapping[str, Any]) -> str:
+    """Render a template of this package with its style sheet."""
     environment, style = templates()
     text = environment.get_template(template).render(style=style, **view).strip() + "\n"
     return text.encode("utf-8", "backslashreplace").decode()  # generated text may contain lone surrogates

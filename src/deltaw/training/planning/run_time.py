@@ -23,7 +23,7 @@ MAX_EXTRAPOLATION = 4.0
 # A product with a small number of rows takes as long as one with this number, because its weight is read once.
 MIN_PRODUCT_ROWS = 30.0
 # Time of phases that are not measured: constructing the model, reading weights, writing files and the report.
-START_SECONDS, LOADED_BYTES_PER_SECOND, SAVE_SECONDS = 1.0, 1e9, 1.0
+LOADING_SECONDS, LOADED_BYTES_PER_SECOND, SAVE_SECONDS = 1.0, 1e9, 1.0
 # Gradients that the check of approximations computes. The first one, in fp32, counts several times.
 CHECK_GRADIENTS = 8
 BUSY = "the machine was busy during the measurement"
@@ -82,6 +82,7 @@ class Workload:
         general_tokens: Tokens of the general answers in each step.
         generations: Generated texts.
         read_seconds: Measured time of reading the rows.
+        start_seconds: Measured time of starting the process and importing libraries.
         uncertain: Reason why the workload is uncertain, if any.
     """
 
@@ -97,6 +98,7 @@ class Workload:
     general_tokens: int = 0
     generations: tuple[Generation, ...] = ()
     read_seconds: float = 0.0
+    start_seconds: float = 0.0
     uncertain: str = ""
 
     @property
@@ -251,8 +253,9 @@ def seconds_by_phase(workload: Workload, rates: StepRates, weight_bytes: int = 0
     stored_steps = workload.total_steps - workload.full_steps
     check = CHECK_GRADIENTS * rates.of_training(CHECKED) if workload.has_check else 0.0
     phases = {
+        "starting": workload.start_seconds,
         "reading": workload.read_seconds,
-        "loading": START_SECONDS + weight_bytes / LOADED_BYTES_PER_SECOND,
+        "loading": LOADING_SECONDS + weight_bytes / LOADED_BYTES_PER_SECOND,
         "preparing": check + rates.of_evaluation(workload.reference),
         "training": full * workload.full_steps + upper * stored_steps,
         "evaluating": workload.evaluations * rates.of_evaluation(workload.evaluated),

@@ -13,7 +13,7 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, replace
 from typing import Any, TypeAlias
 
@@ -58,6 +58,8 @@ NUM_TRIALS, MAX_TRIALS = 2, 4
 STEADY_RATIO, MAX_OTHER_CPUS = 1.25, 0.25
 # Weights are filled with copies of this number of random values. An embedding is filled up to this number of values.
 NUM_RANDOM, MAX_FILLED = 1 << 20, 1 << 24
+# Time of starting this process and importing libraries, limited because a notebook computes before it imports deltaw.
+START_SECONDS = min(15.0, time.process_time())
 # Tokens of the measured decoding step, and bytes that are larger than the caches of a CPU.
 DECODED_TOKENS, CACHE_BYTES = 16, 64 << 20
 
@@ -92,6 +94,7 @@ def workload_of(session: Session, read_seconds: float) -> Workload:
         general_tokens=PROMPT_TOKENS + MAX_ANSWER_TOKENS if train.keep_general else 0,
         generations=tuple(_generations(session, evaluations, general)),
         read_seconds=read_seconds,
+        start_seconds=START_SECONDS,
         uncertain="the lengths of generated texts are unknown" if feed.generates_rows else "",
     )
 
@@ -311,6 +314,17 @@ def fill_with_random_values(model: nn.Module, skipped: Sequence[nn.Module]) -> N
                     table[name] = real(tensor, name, id(module) in empty)  # type: ignore[assignment]
 
 
+def _real_parameters(parameters: Iterable[nn.Parameter]) -> Iterator[nn.Parameter]:
+    """Yield the parameters. Fake ones, of methods that train copies, are replaced by zeros up to a size."""
+    num_values = 0
+    for parameter in parameters:
+        if has_values(parameter):
+            yield parameter
+        elif num_values + parameter.numel() <= MAX_FILLED or not num_values:
+            num_values += parameter.numel()
+            yield nn.Parameter(torch.zeros(parameter.shape, dtype=parameter.dtype))
+
+
 class _Measurement:
     """Computes microbatches with one block of each kind.
 
@@ -330,7 +344,7 @@ class _Measurement:
         num_trained = sum(p.numel() for _, p in session.trainable_parameters)
         measured = set(self.representatives)
         fill_with_random_values(session.model, [b for index, b in enumerate(self.blocks) if index not in measured])
-        self.trained = [p for _, p in session.trainable_parameters if p.numel()]
+        self.trained = list(_real_parameters(p for _, p in session.trainable_parameters if p.numel()))
         self.update_factor = num_trained / max(1, sum(p.numel() for p in self.trained))
         # The check of the run can reject int8 gradients. Then blocks are slower, so both are measured.
         names = session.approximations.names

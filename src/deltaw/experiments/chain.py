@@ -1,0 +1,311 @@
+"""Train the stages of a chain in order, and score the adapter of each stage on the same held-out rows.
+
+Each stage is a run in its own folder (:func:`deltaw.runs.fit.fit`), so a finished stage is skipped and an interrupted
+one is resumed. Afterwards, the base model and the adapter of each stage are scored on the held-out rows of every stage.
+Scores are stored immediately, and computed again only if an adapter, the rows or the settings change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from deltaw.data.row_reader import RunData
+from deltaw.errors import UserError
+from deltaw.experiments.folder import ExperimentFolder, result_settings
+from deltaw.machine.memory import release_free_memory, reset_peak_memory
+from deltaw.methods.start import adapter_digest, require_same_kind, resolve_start
+from deltaw.progress import LogFunction, ignore_line, track_progress
+from deltaw.runs.checks import check_rows, check_settings
+from deltaw.runs.fit import fit, load_model
+from deltaw.runs.folder import FINISHED, Run
+from deltaw.runs.record import Result
+from deltaw.runs.resuming import send_settings
+from deltaw.settings.config import RunConfig
+from deltaw.settings.stages import Chain, Stage
+from deltaw.training.callbacks import Callback
+from deltaw.training.evaluation.base import Evaluation
+from deltaw.training.microbatches import SINGLE_PROCESS, Reducer
+from deltaw.training.process import preserved_process_state
+from deltaw.training.session import assemble, read_data
+from deltaw.training.task import Task
+
+BASE = "base model"
+# File with the results.
+RESULTS_FILE = "chain.json"
+# Settings of an evaluated stage that are replaced by those of the adapter.
+_ADAPTER_KEYS = ("method", "start_from", "start_mode", "stack", "reference_model", "output")
+
+
+@dataclass(frozen=True)
+class StageScore:
+    """Score of a model on the held-out rows of a stage.
+
+    Attributes:
+        model: Name of the stage whose adapter is scored, or :data:`BASE`.
+        metric: Primary metric of the evaluated task.
+        value: Its value.
+        interval: 95 % interval, or None.
+        metrics: All metrics.
+        per_row: Primary metric of each row, or None if it is not a mean over rows.
+    """
+
+    model: str
+    metric: str
+    value: float
+    interval: tuple[float, float] | None
+    metrics: Mapping[str, float]
+    per_row: Sequence[float] | None
+
+    @classmethod
+    def of(cls, model: str, result: Evaluation) -> StageScore:
+        """Return the score of an evaluation."""
+        rows = None if result.per_row is None else [float(value) for value in result.per_row]
+        value = float(result.metrics[result.main])
+        return cls(model, result.main, value, result.interval, result.named_metrics(), rows)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> StageScore:
+        """Restore a score that was read from JSON."""
+        interval = values["interval"]
+        return cls(**{**values, "interval": None if interval is None else (interval[0], interval[1])})
+
+
+@dataclass
+class HeldOutScores:
+    """Scores on the held-out rows of a stage.
+
+    Attributes:
+        stage: Name of the stage.
+        task: Its task.
+        rows: Number of held-out rows.
+        scores: Scores of the base model and of each stage's adapter, in order.
+        errors: Reasons for missing scores by model.
+    """
+
+    stage: str
+    task: str
+    rows: int = 0
+    scores: list[StageScore] = field(default_factory=list)
+    errors: dict[str, str] = field(default_factory=dict)
+
+    def add(self, model: str, values: Mapping[str, Any]) -> None:
+        """Add a stored score, or the reason why there is none."""
+        self.rows = int(values.get("rows", 0))
+        if "score" in values:
+            self.scores.append(StageScore.from_dict(values["score"]))
+        elif "error" in values:
+            self.errors[model] = str(values["error"])
+
+
+@dataclass(frozen=True)
+class ChainResult:
+    """Result of a chain.
+
+    Attributes:
+        chain: The chain.
+        results: Result of each stage.
+        held_out: Scores on the held-out rows of each stage that has any.
+    """
+
+    chain: Chain
+    results: Mapping[str, Result]
+    held_out: Sequence[HeldOutScores]
+
+    def as_dict(self) -> dict[str, object]:
+        """Return JSON values."""
+        stages = [
+            {"name": s.name, "task": s.config.task, "start_from": list(s.parents), **self.results[s.name].as_dict()}
+            for s in self.chain.stages
+        ]
+        scores = {
+            entry.stage: {"rows": entry.rows, "scores": [vars(score) for score in entry.scores], "errors": entry.errors}
+            for entry in self.held_out
+        }
+        return {"output": str(self.chain.folder), "stages": stages, "held_out": scores}
+
+
+def train_stages(
+    chain: Chain,
+    open_callback: Callable[[Stage], Callback] = lambda _: Callback(),
+    *,
+    fresh: bool = False,
+    processes: Reducer = SINGLE_PROCESS,
+    log: LogFunction = ignore_line,
+) -> Iterator[tuple[Stage, Result]]:
+    """Train the stages in order, and yield the result of each. Stops after an interrupted stage.
+
+    Args:
+        chain: The chain.
+        open_callback: Returns the callback that receives the events of a stage.
+        fresh: Start all stages over. Existing runs are moved.
+        processes: Communication with the other processes of a distributed run.
+        log: Receives messages for the user.
+
+    Raises:
+        UserError: If a stage is invalid, in which case nothing is written, or if it fails.
+    """
+    with preserved_process_state():
+        check_stages(chain, log, skip_finished=not fresh)
+    remaining = len(chain.stages)
+    with ExperimentFolder(chain.folder, "chain") as experiment:
+        experiment.has_results = True
+        try:
+            for stage in chain.stages:
+                with _located(chain, stage):
+                    release_free_memory()
+                    reset_peak_memory()
+                    remaining -= 1
+                    result = fit(stage.config, callback=open_callback(stage), fresh=fresh, processes=processes)
+                yield stage, result
+                if result.interrupted:
+                    break
+        finally:
+            for _ in range(remaining):
+                send_settings(None, processes)
+
+
+@contextlib.contextmanager
+def _located(chain: Chain, stage: Stage) -> Iterator[None]:
+    """Context in which errors name the stage."""
+    try:
+        yield
+    except UserError as error:
+        location = f"{chain.location}, stage '{stage.name}'" + (f": {error.location}" if error.location else "")
+        raise UserError(error.message, location=location, hint=error.hint) from error
+
+
+def check_stages(chain: Chain, log: LogFunction = ignore_line, *, skip_finished: bool = True) -> None:
+    """Check all stages before the first one is trained: settings, adapters to start from, and rows.
+
+    Args:
+        chain: The chain.
+        log: Receives messages for the user.
+        skip_finished: Do not read the rows of finished stages.
+
+    Raises:
+        UserError: If a stage is invalid.
+    """
+    checked: dict[str, tuple[Stage, int]] = {}
+    for stage in chain.stages:
+        with _located(chain, stage):
+            check_settings(stage.config)
+            checked[stage.name] = stage, _check_start(stage, [checked[name] for name in stage.parents], log)
+    for stage in chain.stages[1:]:  # the first stage is checked when it starts
+        if skip_finished and Run(chain.folder / stage.name).state == FINISHED:
+            continue
+        with _located(chain, stage), track_progress(f"checking the rows of stage '{stage.name}'"):
+            config = stage.config.model_copy(update={"start_from": None})
+            task, data = read_data(config, log)
+            check_rows(config, task, data)
+
+
+def _check_start(stage: Stage, parents: Sequence[tuple[Stage, int]], log: LogFunction) -> int:
+    """Check that a stage can start from its parents, and return the rank of its adapter."""
+    config, lora = stage.config, stage.config.lora
+    if config.start_from is None:
+        return int(lora.rank)
+    if not parents:
+        return int(resolve_start(config, log).lora.rank)
+    for parent, _ in parents:
+        location = f"start_from: {parent.name}"
+        require_same_kind(parent.config.method, parent.config.task, config, location)
+        if parent.config.model != config.model:
+            message = f"the stage trains '{config.model}', and '{parent.name}' trains '{parent.config.model}'"
+            raise UserError(message, location=location, hint="set model outside of the stages")
+    inherited = sum(rank for _, rank in parents)
+    if config.method != "lora":
+        return inherited
+    rank = int(lora.rank) if config.is_explicit("lora.rank") or config.is_explicit("lora.r") else None
+    if config.start_mode == "stack":
+        return inherited + int(lora.rank)
+    if rank is not None and rank < inherited:
+        message = f"lora.rank is {rank}, lower than the rank {inherited} of the adapter that it starts from"
+        raise UserError(message, location="lora.rank", hint="remove lora.rank, or set it to a higher number")
+    return rank or inherited
+
+
+def score_stages(chain: Chain) -> list[HeldOutScores]:
+    """Score the base model and the adapter of each stage on the held-out rows of every stage.
+
+    Args:
+        chain: A chain of which all stages are finished.
+
+    Raises:
+        UserError: If the folder is in use, or rows have changed so that they cannot be read.
+    """
+    held_out: list[HeldOutScores] = []
+    with ExperimentFolder(chain.folder, "chain") as experiment, preserved_process_state():
+        for stage in chain.stages:
+            entry = HeldOutScores(stage.name, stage.config.task)
+            inputs: list[tuple[Task[Any], RunData]] = []  # the rows are read if a score is missing
+            for model in (None, *chain.stages):
+                name, piece = (
+                    (BASE, f"{stage.name}-of-base") if model is None else (model.name, f"{stage.name}-of-{model.name}")
+                )
+                try:
+                    config = evaluated_config(chain, stage, model)
+                except UserError as error:
+                    entry.errors[name] = error.message
+                    continue
+                key, stored = _key(config), experiment.piece(piece)
+                if stored.get("key") != key:
+                    inputs = inputs or [read_data(config.model_copy(update={"start_from": None}), ignore_line)]
+                    with track_progress(f"scoring {name} on the held-out rows of '{stage.name}'"):
+                        stored = {"key": key, **_evaluate(config, *inputs[0], name)}
+                    experiment.write_piece(piece, stored)
+                entry.add(name, stored)
+            if entry.scores:
+                held_out.append(entry)
+    return held_out
+
+
+def evaluated_config(chain: Chain, stage: Stage, model: Stage | None) -> RunConfig:
+    """Return the settings of a session that scores a model on the rows of a stage.
+
+    Args:
+        chain: The chain.
+        stage: Stage with the held-out rows.
+        model: Stage with the adapter, or None for the base model.
+
+    Raises:
+        UserError: If the adapter cannot be used for the task of ``stage``.
+    """
+    method = stage.config.method if model is None else model.config.method
+    dropped = {*_ADAPTER_KEYS, stage.config.method, method}
+    values = {key: value for key, value in stage.config.model_dump(mode="json").items() if key not in dropped}
+    # Preferences and rewards of all models refer to the base model, so that they can be compared.
+    values |= {"reference_model": "base", "output": str(chain.folder / "scores")}
+    if model is None:
+        return RunConfig.read({**values, "method": "lora"})
+    return resolve_start(RunConfig.read({**values, "method": method, "start_from": str(chain.folder / model.name)}))
+
+
+def _key(config: RunConfig) -> str:
+    """Return a digest of everything that a score depends on."""
+    digest = None if config.start_from is None else adapter_digest(Run(config.start_from).path)
+    settings = result_settings(config, without=("start_from", "train.drift", "train.samples"))
+    return hashlib.blake2b(repr((digest, sorted(settings.items()))).encode(), digest_size=16).hexdigest()
+
+
+def _evaluate(config: RunConfig, task: Task[Any], data: RunData, model: str) -> dict[str, Any]:
+    """Return a score for JSON, or the reason why there is none."""
+    if not len(data.held_out):
+        return {"rows": 0}
+    try:
+        check_rows(config, task, data)
+        loaded = load_model(config, task, data)
+        device = str(loaded.choices["device"].value)
+        session = assemble(config, task, data, loaded.model, device=device, new_modules=loaded.new_modules)
+        try:
+            with session.running():
+                result = session.evaluate()
+        finally:
+            session.close()
+            release_free_memory()
+    except UserError as error:
+        return {"rows": len(data.held_out), "error": error.message}
+    return {"rows": len(data.held_out), "score": vars(StageScore.of(model, result))}

@@ -1,0 +1,92 @@
+"""Tables and page of a chain: the stages with their costs, and their scores on the same held-out rows."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from deltaw.atomic_files import write_text
+from deltaw.experiments.chain import RESULTS_FILE, ChainResult, HeldOutScores, StageScore
+from deltaw.experiments.comparison import or_empty
+from deltaw.reports.page.write import render
+from deltaw.reports.svg import FigureTable
+from deltaw.reports.tables import MISSING, count, duration, format_time, gigabytes, metric_name, metric_value, table
+from deltaw.training.evaluation.base import is_share, mean_interval
+
+PAGE_FILE = "chain.html"
+
+
+def stages_table(result: ChainResult) -> FigureTable:
+    """Return a table with a row per stage: rows, steps, time, memory, and drift from the base model."""
+    rows = []
+    for stage in result.chain.stages:
+        values: dict[str, Any] = result.results[stage.name].as_dict()
+        drift = (values.get("drift") or {}).get("change")
+        seconds = sum((values.get("seconds_by_part") or {}).values())
+        cells = (", ".join(stage.parents) or MISSING, stage.config.task, count(values["steps"]), duration(seconds))
+        memory = gigabytes(values["peak_memory_bytes"]) if values["peak_memory_bytes"] else MISSING
+        rows.append((stage.name, *cells, memory, or_empty(drift, "{:+.2f}".format) or MISSING))
+    note = "Drift is the change of the loss of general answers, in nats per token."
+    return FigureTable("Stages", ("stage", "starts from", "task", "steps", "time", "memory", "drift"), rows, note)
+
+
+def score_tables(result: ChainResult) -> list[FigureTable]:
+    """Return a table of the scores on the held-out rows of each stage, with differences on the same rows."""
+    return [_score_table(result, held_out) for held_out in result.held_out]
+
+
+def _score_table(result: ChainResult, held_out: HeldOutScores) -> FigureTable:
+    by_model = {score.model: score for score in held_out.scores}
+    base = held_out.scores[0]
+    parents = {stage.name: stage.parents[0] for stage in result.chain.stages if len(stage.parents) == 1}
+    rows = []
+    for score in held_out.scores:
+        interval = score.interval and " to ".join(metric_value(score.metric, bound) for bound in score.interval)
+        parent = by_model.get(parents.get(score.model, ""))
+        differences = [_difference(other, score) for other in (base, parent)]
+        rows.append((score.model, metric_value(score.metric, score.value), interval or "", *differences))
+    notes = "; ".join(f"{model}: {message}" for model, message in held_out.errors.items())
+    caption = f"{metric_name(base.metric)} on the {held_out.rows:,} held-out rows of '{held_out.stage}'"
+    head = ("model", metric_name(base.metric), "95 % interval", "change from base model", "change from its start")
+    return FigureTable(caption[0].upper() + caption[1:], head, rows, notes)
+
+
+def _difference(before: StageScore | None, after: StageScore) -> str:
+    """Return the mean change of a score on the same rows with its 95 % interval, or an empty text."""
+    if before is None or before is after or before.per_row is None or after.per_row is None:
+        return ""
+    change = np.array(after.per_row) - np.array(before.per_row)
+    bounds, factor = mean_interval(change), 100.0 if is_share(after.metric) else 1.0
+    digits = ".1f" if factor == 100.0 else ".3f"
+    values = [format(factor * value, f"+{digits}") for value in (float(change.mean()), *(bounds or ()))]
+    if not math.isfinite(change.mean()) or bounds is None:
+        return values[0]
+    return f"{values[0]} ({values[1]} to {values[2]})"
+
+
+def terminal_tables(result: ChainResult) -> list[Table]:
+    """Return all tables for the terminal."""
+    tables = [stages_table(result), *score_tables(result)]
+    return [table([part.caption, *part.head[1:]], part.rows, fold=True) for part in tables]
+
+
+def write_results(result: ChainResult) -> None:
+    """Write ``chain.json`` and ``chain.html`` into the folder of the chain."""
+    folder = result.chain.folder
+    write_text(folder / RESULTS_FILE, json.dumps(result.as_dict(), indent=2, ensure_ascii=False) + "\n")
+    runs = [(stage.name, f"{stage.name}/report.html") for stage in result.chain.stages]
+    view: dict[str, Any] = {
+        "title": f"Chain {Path(folder).name}",
+        "lead": " → ".join(stage.name for stage in result.chain.stages),
+        "stages": stages_table(result),
+        "scores": score_tables(result),
+        "runs": [(name, page) for name, page in runs if (folder / page).is_file()],
+        "written": format_time(time.time()),
+    }
+    write_text(folder / PAGE_FILE, render("chain.html", view))
