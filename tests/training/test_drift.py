@@ -198,6 +198,18 @@ def test_unmeasurable_drift_is_reported(settings, long_context_folder, tmp_path)
         general_answers(GreedyDecoder(tiny_llama(max_position_embeddings=64), byte_tokenizer()), PROMPTS)
 
 
+def test_drift_of_continued_run_names_loss_at_its_start(settings, long_context_folder, tmp_path):
+    common = {"model": str(long_context_folder), "train": {"max_steps": 3, "drift": True}}
+    first = fit(settings(tmp_path / "first", **common))
+    result = fit(settings(tmp_path / "second", **common, start_from=str(first.output)))
+    assert first.drift is not None and first.drift.start_loss is None
+    assert result.drift.start_loss == pytest.approx(first.drift.loss, rel=1e-5)
+    assert result.drift.loss != result.drift.start_loss
+    line = f"  {result.drift.loss - first.drift.loss:+.2f} nats/token of it since the adapter of start_from"
+    assert line in result.drift.lines()
+    assert "with the adapter of start_from" in (result.output / "report.html").read_text()
+
+
 def test_large_or_nonfinite_drift_is_a_warning():
     for change, large in ((LARGE / 2, False), (LARGE + 0.1, True), (float("nan"), True)):
         drift = Drift(0.5, 0.5 + change, change, 0.9, 8, 100)

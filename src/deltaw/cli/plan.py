@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from deltaw.memory.plan import Plan
     from deltaw.reports.tables import TerminalOutput
     from deltaw.settings.config import RunConfig
+    from deltaw.settings.stages import Chain
     from deltaw.training.task import Task
 
 
@@ -43,14 +44,23 @@ def command(
     **arguments: Any,
 ) -> None:
     """Predict the memory of a run by part, check if it fits, and predict its time. Reads the model's configuration and
-    the rows, but no weights.
+    the rows, but no weights. The stages of a chain are planned one by one.
     """
     from deltaw.memory.plan import parse_bytes
     from deltaw.settings.config import RunConfig
+    from deltaw.settings.stages import read_chain
     from deltaw.training.planning.plan_cache import load_cached_plans, parse_methods
 
-    out = console(as_json)
-    config = RunConfig.read(settings, nested_settings(arguments))
+    out, flags = console(as_json), nested_settings(arguments)
+    if settings is not None and (chain := read_chain(settings, flags)) is not None:
+        options = {"--methods": methods, "--fit-memory": budget, "--fit-time": time_budget}
+        if given := [flag for flag, value in options.items() if value is not None]:
+            message = "a chain of stages is planned without this flag"
+            raise UserError(message, location=given[0], hint="write the settings of one stage to a file")
+        plans = _plan_chain(chain, processes, out)
+        _end(plans, picture, out, as_json)
+        return
+    config = RunConfig.read(settings, flags)
     if config.start_from is not None:
         from deltaw.methods.start import resolve_start
 
@@ -98,6 +108,16 @@ def command(
     _show(plans, config.method, processes, lines, out)
     _end(plans, picture, out, as_json)
     check_folder(config)
+
+
+def _plan_chain(chain: Chain, processes: int, out: TerminalOutput) -> dict[str, Plan]:
+    """Plan each stage of a chain. A stage whose parent is not trained yet is planned with a new adapter."""
+    from deltaw.experiments.chain import planned_stages
+    from deltaw.reports.plan import chain_plan_table
+
+    plans = planned_stages(chain, processes=processes)
+    out.print(chain_plan_table(plans))
+    return plans
 
 
 def _parse_duration(text: str) -> float:

@@ -11,12 +11,15 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from deltaw.data.row_reader import RunData
 from deltaw.errors import UserError
 from deltaw.experiments.folder import ExperimentFolder, result_settings
 from deltaw.machine.memory import release_free_memory, reset_peak_memory
+from deltaw.memory.plan import Plan
+from deltaw.methods.base import ADAPTER_CONFIG
 from deltaw.methods.start import adapter_digest, require_same_kind, resolve_start
 from deltaw.progress import LogFunction, ignore_line, track_progress
 from deltaw.runs.checks import check_rows, check_settings
@@ -29,6 +32,7 @@ from deltaw.settings.stages import Chain, Stage
 from deltaw.training.callbacks import Callback
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.microbatches import SINGLE_PROCESS, Reducer
+from deltaw.training.planning.plan_run import plan_run, with_time
 from deltaw.training.process import preserved_process_state
 from deltaw.training.session import assemble, read_data
 from deltaw.training.task import Task
@@ -228,6 +232,26 @@ def _check_start(stage: Stage, parents: Sequence[tuple[Stage, int]], log: LogFun
     return rank or inherited
 
 
+def planned_stages(chain: Chain, *, processes: int = 1) -> dict[str, Plan]:
+    """Return the plan of each stage by name. A stage whose parent is not trained yet is planned with a new adapter.
+
+    Raises:
+        UserError: If a stage is invalid.
+    """
+    plans: dict[str, Plan] = {}
+    with preserved_process_state():
+        check_stages(chain)
+        for stage in chain.stages:
+            with _located(chain, stage):
+                is_ready = all((chain.folder / name / ADAPTER_CONFIG).is_file() for name in stage.parents)
+                start = {} if is_ready else {"start_from": None}
+                config = resolve_start(stage.config.model_copy(update=start))
+                task, data = read_data(config, ignore_line)
+                plan = plan_run(config, task, data, processes=processes)
+                plans[stage.name] = with_time(plan, config, task, data) if processes == 1 else plan
+    return plans
+
+
 def score_stages(chain: Chain) -> list[HeldOutScores]:
     """Score the base model and the adapter of each stage on the held-out rows of every stage.
 
@@ -251,7 +275,8 @@ def score_stages(chain: Chain) -> list[HeldOutScores]:
                 except UserError as error:
                     entry.errors[name] = error.message
                     continue
-                key, stored = _key(config), experiment.piece(piece)
+                folder = None if model is None else chain.folder / model.name
+                key, stored = score_key(config, folder), experiment.piece(piece)
                 if stored.get("key") != key:
                     inputs = inputs or [read_data(config.model_copy(update={"start_from": None}), ignore_line)]
                     with track_progress(f"scoring {name} on the held-out rows of '{stage.name}'"):
@@ -284,9 +309,9 @@ def evaluated_config(chain: Chain, stage: Stage, model: Stage | None) -> RunConf
     return resolve_start(RunConfig.read({**values, "method": method, "start_from": str(chain.folder / model.name)}))
 
 
-def _key(config: RunConfig) -> str:
-    """Return a digest of everything that a score depends on."""
-    digest = None if config.start_from is None else adapter_digest(Run(config.start_from).path)
+def score_key(config: RunConfig, adapter: Path | None) -> str:
+    """Return a digest of everything that a score depends on: settings, local files, and the adapter."""
+    digest = None if adapter is None else adapter_digest(adapter)
     settings = result_settings(config, without=("start_from", "train.drift", "train.samples"))
     return hashlib.blake2b(repr((digest, sorted(settings.items()))).encode(), digest_size=16).hexdigest()
 

@@ -272,6 +272,7 @@ def compare(
         jobs = ComparisonJobs(entries, base, experiment, pace, share=share, seeds=numbers, on_update=update)
         with WorkerProcess(experiment.log("tuning")) as child:
             jobs.request_default_rates(child)
+            pace.report_plan([float(e.piece["seconds"]) for e in entries if e.piece.get("seconds")])
             if cluster is None:
                 run_locally(jobs, child)
         if cluster is not None:

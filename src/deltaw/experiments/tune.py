@@ -452,12 +452,14 @@ def tune(
     with ExperimentFolder(Path(os.path.expanduser(folder)), "tuning") as experiment, contextlib.ExitStack() as stack:
         log_file = experiment.log("trials")
         with WorkerProcess(log_file) as child:
-            default_rate = float(str(child.ask("usual", config=config.model_dump(mode="json"))["usual_rate"]))
+            usual = child.ask("usual", config=config.model_dump(mode="json"))
+            default_rate, planned = float(str(usual["usual_rate"])), usual.get("seconds")
             space = requested_space or default_space(config, default_rate)
             file = experiment.path / STORAGE if storage is None else Path(os.path.expanduser(storage))
             study = _open_study(config, space, share, experiment, file, log, stack)
             first = _enqueue_first(study, current_values(config, space, default_rate), trials, log)
             pace = ProgressLog(log, max(0, trials - len(_finished_trials(study))))
+            pace.report_plan([share * float(str(planned))] if planned else [])
             jobs = _OptunaJobs(study, config, space, share, trials, log_file, pace)
             try:
                 if cluster is None:

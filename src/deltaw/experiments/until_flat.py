@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -120,25 +121,34 @@ class ProgressLog:
 
     Args:
         remaining: Work that remains at the start.
+
+    Attributes:
+        remaining: Remaining work.
     """
 
     def __init__(self, log: LogFunction, remaining: float) -> None:
-        self._log, self._remaining = log, remaining
+        self._log, self.remaining = log, remaining
         self._done = 0.0
         self._start = self._last = time.monotonic()
 
     def add_work(self, work: float) -> None:
         """Add work. A negative number removes work."""
-        self._remaining += work
+        self.remaining += work
+
+    def report_plan(self, seconds: Sequence[float]) -> None:
+        """Log the predicted time of all work from the predicted seconds of one training with each method."""
+        if seconds and self.remaining:
+            total, longest = self.remaining * fmean(seconds), max(seconds)
+            self._log(f"planned: at most {duration(longest)} per training, {duration(total)} for all")
 
     def report_done(self, message: str, work: float) -> None:
         """Log that a unit of work is finished."""
         now = time.monotonic()
         self._done += work
-        self._remaining = max(0.0, self._remaining - work)
+        self.remaining = max(0.0, self.remaining - work)
         estimate = ""
-        if self._remaining > 1e-9 and self._done > MIN_PROGRESS * self._remaining:
-            estimate = f", about {duration((now - self._start) / self._done * self._remaining)} left"
+        if self.remaining > 1e-9 and self._done > MIN_PROGRESS * self.remaining:
+            estimate = f", about {duration((now - self._start) / self._done * self.remaining)} left"
         self._log(f"{message}  [{duration(now - self._last)}; {duration(now - self._start)} so far{estimate}]")
         self._last = now
 

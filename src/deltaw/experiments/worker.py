@@ -6,6 +6,7 @@ redirected to standard error. The process exits at the end of its input, so no t
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import math
@@ -48,6 +49,7 @@ from deltaw.training.batchers import BatcherOptions
 from deltaw.training.callbacks import LineCallback
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.monitoring.generation import GenerationCheck
+from deltaw.training.planning.plan_run import plan_run, with_time
 from deltaw.training.process import preserved_process_state
 from deltaw.training.session import Session, assemble, default_rate_of, read_data
 from deltaw.training.state import Step
@@ -374,13 +376,17 @@ class TrialWorker:
         return handlers[str(request["do"])](request)
 
     def usual(self, request: Message) -> Message:
-        """Return the method's default learning rate, without loading weights."""
+        """Return the method's default learning rate and the predicted time of a training, without loading weights."""
         config = _config(request)
         dtype = choose_precision(choose_device(config.device).value, config.precision).value
         folder = config_folder(config.model, dtype, config.trust_remote_code)
         architecture = check_architecture(folder, config.task, config.trust_remote_code)
         factor = task_registry.entry_of(config.task).load().rate_factor(config.section)
-        return {"usual_rate": default_rate_of(choose_method(config, None), architecture, factor).value}
+        rate, seconds = default_rate_of(choose_method(config, None), architecture, factor).value, None
+        with contextlib.suppress(UserError):  # the first training reports the error
+            task, data = read_data(config, ignore_line)
+            seconds = with_time(plan_run(config, task, data), config, task, data).seconds
+        return {"usual_rate": rate, "seconds": seconds}
 
     def rate(self, request: Message) -> Message:
         """Train with one learning rate for a share of the budget. The model is cached for further rates of the same

@@ -5,8 +5,8 @@ Imports no torch. The root of the file system is a parameter, so that tests can 
 
 from __future__ import annotations
 
-import ctypes
 import contextlib
+import ctypes
 import gc
 import os
 import sys

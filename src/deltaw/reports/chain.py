@@ -45,15 +45,23 @@ def _score_table(result: ChainResult, held_out: HeldOutScores) -> FigureTable:
     by_model = {score.model: score for score in held_out.scores}
     base = held_out.scores[0]
     parents = {stage.name: stage.parents[0] for stage in result.chain.stages if len(stage.parents) == 1}
-    rows = []
+    rows, has_loss = [], base.metric != "loss" and "loss" in base.metrics
     for score in held_out.scores:
         interval = score.interval and " to ".join(metric_value(score.metric, bound) for bound in score.interval)
         parent = by_model.get(parents.get(score.model, ""))
         differences = [_difference(other, score) for other in (base, parent)]
-        rows.append((score.model, metric_value(score.metric, score.value), interval or "", *differences))
+        loss = (metric_value("loss", score.metrics.get("loss")),) if has_loss else ()
+        rows.append((score.model, metric_value(score.metric, score.value), interval or "", *differences, *loss))
     notes = "; ".join(f"{model}: {message}" for model, message in held_out.errors.items())
     caption = f"{metric_name(base.metric)} on the {held_out.rows:,} held-out rows of '{held_out.stage}'"
-    head = ("model", metric_name(base.metric), "95 % interval", "change from base model", "change from its start")
+    head: tuple[str, ...] = (
+        "model",
+        metric_name(base.metric),
+        "95 % interval",
+        "change from base model",
+        "change from its start",
+    )
+    head += ("loss",) if has_loss else ()
     return FigureTable(caption[0].upper() + caption[1:], head, rows, notes)
 
 

@@ -142,6 +142,18 @@ def methods_table(plans: Mapping[str, Plan], method: str) -> Table:
     return result
 
 
+def chain_plan_table(plans: Mapping[str, Plan]) -> Table:
+    """Return a table of the memory and the time of each stage of a chain."""
+    result = table(("stage", "trained", "process", "per step", "time"))
+    for name, plan in plans.items():
+        times = duration(plan.seconds_per_step), duration(plan.seconds)
+        add_row(result, (name, f"{plan.trained_parameters:,}", gigabytes(plan.peak_resident_bytes), *times))
+    peak, seconds = max(plan.peak_resident_bytes for plan in plans.values()), [p.seconds for p in plans.values()]
+    total = None if None in seconds else sum(second or 0.0 for second in seconds)
+    add_row(result, ("all", "", gigabytes(peak), "", duration(total)), "bold")
+    return result
+
+
 def plan_bars(plans: Mapping[str, Plan]) -> RenderableType:
     """Return a bar of stacked parts per method, and the legend."""
     largest = max(plan.peak_resident_bytes for plan in plans.values())

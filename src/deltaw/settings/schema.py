@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pydantic.json_schema import GenerateJsonSchema
 
 from deltaw.settings import method_registry
-from deltaw.settings.config import RunConfig, load_plugins
+from deltaw.settings.config import STAGES, RunConfig, load_plugins
+from deltaw.settings.stages import NAME, VALID_NAME
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 Schema = dict[str, object]
@@ -45,9 +46,18 @@ def run_schema() -> Schema:
         "description": "Settings file of `deltaw train`, `plan`, `compare` and `tune`.",
         "type": "object",
         "additionalProperties": False,
-        "required": required,
-        "properties": properties,
+        "anyOf": [{"required": required}, {"required": [STAGES]}],
+        "properties": {**properties, STAGES: _stages(properties)},
     }
+
+
+def _stages(properties: Mapping[str, object]) -> Schema:
+    """Return the schema of the stages of a chain."""
+    name: Schema = {"type": "string", "pattern": f"^{VALID_NAME}$", "description": "name of the stage and its folder"}
+    own = {NAME: name, **{key: {"$ref": f"#/properties/{key}"} for key in properties if key != "output"}}
+    stage: Schema = {"type": "object", "additionalProperties": False, "required": [NAME], "properties": own}
+    description = "runs that are trained one after the other; `deltaw train` and `plan` only"
+    return {"type": "array", "minItems": 1, "items": stage, "description": description}
 
 
 def schema_text() -> str:

@@ -30,7 +30,7 @@ from deltaw.settings.config import STAGES, RunConfig, merge_settings, read_yaml
 NAME, START_FROM = "name", "start_from"
 # Keys of the file that apply to the first stage only.
 _FIRST_STAGE_KEYS = (START_FROM, "start_mode", "stack")
-_VALID_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+VALID_NAME = "[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,11 @@ def read_chain(
     stages = []
     for entry, previous in _pairs(entries):
         own = {key: value for key, value in entry.items() if key != NAME}
-        own = merge_settings(
-            merge_settings(values, own), {} if flags is None else _without(flags, "output", START_FROM)
-        )
         if previous is None:
-            own = {**own, **first}
+            own = {**first, **own}
+        ignored = ("output",) if previous is None else ("output", START_FROM)
+        overrides = {key: value for key, value in (flags or {}).items() if key not in ignored}
+        own = merge_settings(merge_settings(values, own), overrides)
         own.setdefault(START_FROM, previous)
         own[START_FROM] = _map_references(own[START_FROM], lambda text: str(folder / text) if text in names else text)
         own["output"] = str(folder / entry[NAME])
@@ -117,10 +117,6 @@ def _pairs(entries: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], str 
     return list(zip(entries, [None, *(entry[NAME] for entry in entries)], strict=False))
 
 
-def _without(values: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in keys}
-
-
 def _entries(listed: object, location: str) -> list[dict[str, Any]]:
     """Return the stages of a file with valid, unique names."""
     example = "write stages: [{name: sft, data: rows.jsonl}, {name: dpo, task: dpo, data: pairs.jsonl}]"
@@ -129,7 +125,7 @@ def _entries(listed: object, location: str) -> list[dict[str, Any]]:
     names: set[str] = set()
     for number, entry in enumerate(listed, 1):
         name, where = entry.get(NAME), f"{location}: stage {number}"
-        if not isinstance(name, str) or not _VALID_NAME.fullmatch(name):
+        if not isinstance(name, str) or not re.fullmatch(VALID_NAME, name):
             message = "the stage has no name" if name is None else f"{name!r} cannot be the name of a stage"
             hint = "give a name of up to 64 letters, digits, '_' and '-', which is also the name of its folder"
             raise UserError(message, location=where, hint=hint)

@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -56,6 +56,7 @@ class Drift:
         same: Share of the tokens for which both models prefer the same next token.
         answers: Number of answers.
         tokens: Number of tokens in the answers.
+        start_loss: Loss of the adapter that the run started from, or None if it started from the base model.
     """
 
     base_loss: float
@@ -64,6 +65,7 @@ class Drift:
     same: float
     answers: int
     tokens: int
+    start_loss: float | None = None
 
     @property
     def change(self) -> float:
@@ -85,6 +87,8 @@ class Drift:
         divergence = "" if self.divergence is None else f", KL {self.divergence:.2f}"
         loss = f"loss {self.base_loss:.2f} → {self.loss:.2f} nats/token ({self.change:+.2f}{divergence})"
         lines = [f"drift: general answers' {loss}; {self.same:.0%} of {self.tokens:,} tokens unchanged"]
+        if self.start_loss is not None and math.isfinite(self.start_loss):
+            lines.append(f"  {self.loss - self.start_loss:+.2f} nats/token of it since the adapter of start_from")
         if self.large:
             effect = "the model may answer other questions worse than the base model"
             advice = "a lower train.learning_rate, fewer train.epochs, or general rows in the data"
@@ -311,6 +315,7 @@ class DriftMeter:
         self._stored_losses: BaseLosses | None = None
         self._answers: Sequence[Example] = ()
         self._reason: NoGeneralAnswers | None = None
+        self._at_start: Drift | None = None
         if not self._enabled:
             return
         try:
@@ -320,6 +325,8 @@ class DriftMeter:
                 answers = session.general_answers(DRIFT_PROMPTS)
                 with session.method.evaluating(session.model):
                     self._stored_losses = base_losses(session.model, answers, session.batcher, session.running)
+            if session.start is not None:  # the model of a resumed run has the values of its start here, too
+                self._at_start = self.measure()
         except NoGeneralAnswers as reason:
             self._reason = reason
 
@@ -340,7 +347,8 @@ class DriftMeter:
         render = functools.partial(render_example, method=session.method)
         self._answers = answers
         with session.method.evaluating(model):
-            return measure_drift(model, answers, session.batcher, base=base, running=session.running, render=render)
+            drift = measure_drift(model, answers, session.batcher, base=base, running=session.running, render=render)
+        return drift if self._at_start is None else replace(drift, start_loss=self._at_start.loss)
 
     def compare_answers(self, count: int = NUM_STORED_ANSWERS) -> list[GeneralAnswer]:
         """Return the answers of both models to some of the prompts after :meth:`measure`.

@@ -302,11 +302,13 @@ def score_warnings(record: Run) -> Iterator[str]:
 def drift_text(record: Run) -> str:
     """Return a sentence about the drift, or '' if it was not measured."""
     drift = last_drift(record)
-    base, loss, unchanged_share = (number(drift.get(name)) for name in ("base_loss", "loss", "same"))
+    names = ("base_loss", "loss", "same", "start_loss")
+    base, loss, unchanged_share, start = (number(drift.get(name)) for name in names)
     if base is None or loss is None or unchanged_share is None:
         return ""
     change = f"from {base:.2f} to {loss:.2f} nats per token; {unchanged_share:.0%} of their tokens are unchanged"
-    return f"Drift: the loss on the base model's answers to general questions changed {change}."
+    text = f"Drift: the loss on the base model's answers to general questions changed {change}."
+    return text if start is None else f"{text} It was {start:.2f} before this run, with the adapter of start_from."
 
 
 def sample_answers(samples: Sequence[SampleAnswer], task: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
