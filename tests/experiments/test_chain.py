@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from deltaw.runs.folder import read_run
 from deltaw.settings.config import RunConfig
 from deltaw.settings.stages import Chain, read_chain
 from deltaw.training.callbacks import Callback
+from tests import processes
 from tests.conftest import COLORS, deep_merge, refusal, write_rows
 from tests.training.parallel_runs import assert_same_run as assert_same_sums
 from tests.training.parallel_runs import needs_gloo, train_all
@@ -212,6 +214,36 @@ def test_failed_stage_stops_chain(chain):
     assert not (chain.folder / "dpo").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="requires POSIX signals")
+def test_chain_killed_six_times_equals_uninterrupted_one(shared, stages, tmp_path):
+    """The kills are spread over both stages, with the same command each time."""
+    train = {**TRAIN, "max_steps": 60, "checkpoint_every": 5}
+    files = {}
+    for name in ("whole", "killed"):
+        files[name] = tmp_path / f"{name}.yaml"
+        files[name].write_text(yaml.safe_dump({**shared(tmp_path / name), "train": train, "stages": stages}))
+
+    def finish(name: str) -> None:
+        with processes.start("-m", "deltaw", "train", files[name]) as process:
+            process.communicate(timeout=300)
+            assert process.returncode == 0
+
+    finish("whole")
+
+    def lines() -> int:
+        return sum(path.read_text().count("\n") for path in (tmp_path / "killed").glob("*/metrics.jsonl"))
+
+    total = sum(path.read_text().count("\n") for path in (tmp_path / "whole").glob("*/metrics.jsonl"))
+    for number in range(6):
+        with processes.start("-m", "deltaw", "train", files["killed"]) as process:
+            process.wait_for(lambda number=number: lines() > (number + 0.5) / 6 * total)
+            process.kill()
+    finish("killed")
+    for stage in ("sft", "dpo"):
+        assert_same_run(tmp_path / "killed" / stage, tmp_path / "whole" / stage)
+
+
 @needs_gloo
 @pytest.mark.slow
 def test_two_processes_train_same_chain(finished, shared, stages, tmp_path):
@@ -258,8 +290,8 @@ def test_report_has_stages_and_differences(finished):
     assert [row[0] for row in table.rows] == ["sft", "dpo"]
     assert table.rows[1][1] == "sft"
     for scores in score_tables(finished):
-        assert scores.rows[0][3:5] == ("", "") and scores.head[-1] == "loss"
-        assert " to " in scores.rows[1][3] and " to " in scores.rows[2][4]
+        assert scores.rows[0][2:4] == ("", "") and scores.head[-1] == "loss"
+        assert " ± " in scores.rows[1][2] and " ± " in scores.rows[2][3]
     write_results(finished)
     page = (finished.chain.folder / PAGE_FILE).read_text()
     assert "held-out rows of" in page and 'href="dpo/report.html"' in page

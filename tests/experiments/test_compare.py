@@ -332,7 +332,6 @@ def test_worker_process_inherits_rates_and_reports_errors(study_settings, tmp_pa
     with WorkerProcess(tmp_path / "log") as child:
         child.ask("usual", config={**plain, "precision": "auto"})
         assert product_rates.used_rates().items() <= product_rates._imported_rates.items(), "it measured them again"
-        assert not (tmp_path / "cache" / "remembered" / product_rates.KIND).exists()
         with pytest.raises(UserError, match=r"no model"):
             child.ask("rate", config={**plain, "model": str(tmp_path / "none")})
         answer = child.ask("run", config=plain)

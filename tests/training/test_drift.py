@@ -16,7 +16,9 @@ from deltaw.decoding.generation import generate
 from deltaw.errors import UserError
 from deltaw.kernels import loader
 from deltaw.lora import LoRAConfig, attach, disabled
+from deltaw.reports.page.run_view import drift_text
 from deltaw.runs.fit import fit
+from deltaw.runs.folder import read_run
 from deltaw.runtime.packed import packed_rows
 from deltaw.training.batchers import CausalMicroBatcher
 from deltaw.training.causal_objective import CausalObjective
@@ -207,7 +209,7 @@ def test_drift_of_continued_run_names_loss_at_its_start(settings, long_context_f
     assert result.drift.loss != result.drift.start_loss
     line = f"  {result.drift.loss - first.drift.loss:+.2f} nats/token of it since the adapter of start_from"
     assert line in result.drift.lines()
-    assert "with the adapter of start_from" in (result.output / "report.html").read_text()
+    assert "before this run, with the adapter of start_from" in drift_text(read_run(result.output))
 
 
 def test_large_or_nonfinite_drift_is_a_warning():

@@ -24,6 +24,7 @@ from deltaw.training.planning.budget import fitting_times
 from deltaw.training.planning.plan_cache import load_cached_plans
 from deltaw.training.planning.run_time import (
     BUSY,
+    EXPECTED_LENGTH,
     Batches,
     Generation,
     Point,
@@ -83,7 +84,9 @@ def test_phases_follow_from_workload():
     assert phases["preparing"] - base["preparing"] == pytest.approx(rates.of_evaluation(evaluated.reference))
     assert seconds_by_phase(WORK, rates, 10**10)["loading"] > base["loading"] + 1
     rollouts = replace(WORK, generations=(Generation(32, 50, 10, "training"),))
-    assert seconds_by_phase(rollouts, rates)["training"] == pytest.approx(base["training"] + 10 * 50 * 0.01 * 2)
+    updates, generated = 10 * 0.125, 10 * 50 * 0.01 * 32 / rates.decode_tokens
+    expected = EXPECTED_LENGTH * (base["training"] - updates + generated) + updates
+    assert seconds_by_phase(rollouts, rates)["training"] == pytest.approx(expected)
 
 
 def test_plan_contains_sum_of_phases_and_time_limit(settings, tmp_path):

@@ -99,8 +99,8 @@ def _train_chain(chain: Chain, out: TerminalOutput, *, fresh: bool, as_json: boo
             return 130
     final = ChainResult(chain, results, score_stages(chain))
     write_results(final)
-    for table in terminal_tables(final):
-        out.print()
+    for caption, table in terminal_tables(final):
+        out.print(f"\n{caption}")
         out.print(table)
     out.print_line(f"report: {chain.folder / PAGE_FILE}")
     if as_json:

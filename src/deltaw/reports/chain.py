@@ -47,22 +47,17 @@ def _score_table(result: ChainResult, held_out: HeldOutScores) -> FigureTable:
     parents = {stage.name: stage.parents[0] for stage in result.chain.stages if len(stage.parents) == 1}
     rows, has_loss = [], base.metric != "loss" and "loss" in base.metrics
     for score in held_out.scores:
-        interval = score.interval and " to ".join(metric_value(score.metric, bound) for bound in score.interval)
-        parent = by_model.get(parents.get(score.model, ""))
-        differences = [_difference(other, score) for other in (base, parent)]
+        value = metric_value(score.metric, score.value)
+        if score.interval is not None:
+            value += f" ({' to '.join(metric_value(score.metric, bound) for bound in score.interval)})"
+        differences = [_difference(other, score) for other in (base, by_model.get(parents.get(score.model, "")))]
         loss = (metric_value("loss", score.metrics.get("loss")),) if has_loss else ()
-        rows.append((score.model, metric_value(score.metric, score.value), interval or "", *differences, *loss))
-    notes = "; ".join(f"{model}: {message}" for model, message in held_out.errors.items())
+        rows.append((score.model, value, *differences, *loss))
     caption = f"{metric_name(base.metric)} on the {held_out.rows:,} held-out rows of '{held_out.stage}'"
-    head: tuple[str, ...] = (
-        "model",
-        metric_name(base.metric),
-        "95 % interval",
-        "change from base model",
-        "change from its start",
-    )
-    head += ("loss",) if has_loss else ()
-    return FigureTable(caption[0].upper() + caption[1:], head, rows, notes)
+    notes = ["In parentheses and after ±: 95 % intervals. Changes of shares are in points."]
+    notes += [f"{model}: {message}" for model, message in held_out.errors.items()]
+    head = ["model", metric_name(base.metric), "change from base", "from its start", *(["loss"] if has_loss else [])]
+    return FigureTable(caption[0].upper() + caption[1:], head, rows, " ".join(notes))
 
 
 def _difference(before: StageScore | None, after: StageScore) -> str:
@@ -71,17 +66,17 @@ def _difference(before: StageScore | None, after: StageScore) -> str:
         return ""
     change = np.array(after.per_row) - np.array(before.per_row)
     bounds, factor = mean_interval(change), 100.0 if is_share(after.metric) else 1.0
-    digits = ".1f" if factor == 100.0 else ".3f"
-    values = [format(factor * value, f"+{digits}") for value in (float(change.mean()), *(bounds or ()))]
-    if not math.isfinite(change.mean()) or bounds is None:
-        return values[0]
-    return f"{values[0]} ({values[1]} to {values[2]})"
+    digits = ".1f" if is_share(after.metric) else ".3f"
+    mean = float(change.mean())
+    if bounds is None or not math.isfinite(mean):
+        return f"{factor * mean:+{digits}}"
+    return f"{factor * mean:+{digits}} ± {factor * (bounds[1] - mean):{digits}}"
 
 
-def terminal_tables(result: ChainResult) -> list[Table]:
-    """Return all tables for the terminal."""
+def terminal_tables(result: ChainResult) -> list[tuple[str, Table]]:
+    """Return the captions and tables for the terminal."""
     tables = [stages_table(result), *score_tables(result)]
-    return [table([part.caption, *part.head[1:]], part.rows, fold=True) for part in tables]
+    return [(part.caption, table(part.head, part.rows, fold=True)) for part in tables]
 
 
 def write_results(result: ChainResult) -> None:

@@ -243,6 +243,7 @@ class TerminalCallback(Callback):
         self._steps = 0
         self._last_line_time = time.monotonic()
         self._base: dict[int, str] = {}
+        self._first_model = "base model"
         self._logged_choices: set[str] = set()
         self._step_progress = contextlib.ExitStack()
         self._is_finished = False
@@ -270,6 +271,7 @@ class TerminalCallback(Callback):
             self.on_line(f"time: {end} ({duration(plan.seconds_per_step)} per step{uncertain})")
 
     def on_start(self, start: RunStart) -> None:
+        self._first_model = "base model" if start.config.start_from is None else "start"
         for name, choice in start.chosen.items():
             if name not in self._logged_choices:
                 self.on_choice(name, choice)
@@ -330,7 +332,11 @@ class TerminalCallback(Callback):
                 self.on_line(line if step else Detail(line))
                 continue
             self.on_line(f'row {sample.row}: "{one_line(sample.prompt, WIDTH - len(f"row {sample.row}: ") - 2)}"')
-            texts = {"base model": self._base.get(sample.row), "adapter": sample.answer, "expected": sample.expected}
+            texts = {
+                self._first_model: self._base.get(sample.row),
+                "adapter": sample.answer,
+                "expected": sample.expected,
+            }
             for name, text in texts.items():
                 if text is not None:
                     self.on_line(f"  {name + ':':<12}{one_line(text, WIDTH - 14)}")

@@ -26,6 +26,10 @@ MIN_PRODUCT_ROWS = 30.0
 LOADING_SECONDS, LOADED_BYTES_PER_SECOND, SAVE_SECONDS = 1.0, 1e9, 1.0
 # Gradients that the check of approximations computes. The first one, in fp32, counts several times.
 CHECK_GRADIENTS = 8
+# Assumed mean length of generated rows, relative to their maximum length.
+EXPECTED_LENGTH = 0.6
+# Time of a decoding step of one text, relative to that of ``StepRates.decode_tokens`` texts.
+MIN_DECODE_SHARE = 0.4
 BUSY = "the machine was busy during the measurement"
 
 
@@ -168,7 +172,7 @@ class StepRates:
     evaluation_head: float = 0.5
     update: float = 0.0
     decode: float = 0.0
-    decode_tokens: int = 16
+    decode_tokens: int = 64
     uncertain: str = ""
 
     @classmethod
@@ -212,8 +216,8 @@ class StepRates:
         return self.evaluation * blocks + self.evaluation_head * heads
 
     def of_generation(self, generation: Generation) -> float:
-        """Return the seconds of generating texts once. A decoding step is bound by reading the weights."""
-        return generation.tokens * self.decode * max(1.0, generation.texts / self.decode_tokens)
+        """Return the seconds of generating texts once. For few texts, a step is bound by reading the weights."""
+        return generation.tokens * self.decode * max(MIN_DECODE_SHARE, generation.texts / self.decode_tokens)
 
 
 def interpolate(sizes: Sequence[float], values: Sequence[float], size: float) -> float:
@@ -239,12 +243,15 @@ def interpolate(sizes: Sequence[float], values: Sequence[float], size: float) ->
 def seconds_of_step(workload: Workload, rates: StepRates) -> tuple[float, float]:
     """Return the mean seconds of a step that computes all layers, and of one that uses stored features."""
     general = rates.of_training(Batches((workload.general_tokens,))) if workload.general_tokens else 0.0
-    fixed = rates.update + general
+    rollouts = [generation for generation in workload.generations if generation.phase == "training"]
+    generated = sum(g.times * rates.of_generation(g) for g in rollouts) / max(1, workload.total_steps)
+    share = EXPECTED_LENGTH if rollouts else 1.0
     full, upper = (
-        sum(rates.of_training(step, upper=is_upper) for step in workload.steps) / max(1, len(workload.steps)) + fixed
+        sum(rates.of_training(step, upper=is_upper) for step in workload.steps) / max(1, len(workload.steps))
         for is_upper in (False, True)
     )
-    return full, upper
+    fixed = rates.update + general
+    return share * (full + generated) + fixed, share * (upper + generated) + fixed
 
 
 def seconds_by_phase(workload: Workload, rates: StepRates, weight_bytes: int = 0) -> dict[str, float]:
@@ -263,7 +270,8 @@ def seconds_by_phase(workload: Workload, rates: StepRates, weight_bytes: int = 0
         "saving": SAVE_SECONDS,
     }
     for generation in workload.generations:
-        phases[generation.phase] = phases[generation.phase] + generation.times * rates.of_generation(generation)
+        if generation.phase != "training":  # rollouts are part of the steps
+            phases[generation.phase] += generation.times * rates.of_generation(generation)
     return phases
 
 
