@@ -258,15 +258,15 @@ def test_two_processes_train_same_chain(finished, shared, stages, tmp_path):
 def test_all_models_are_scored_on_rows_of_each_stage(finished):
     assert [held_out.stage for held_out in finished.held_out] == ["sft", "dpo"]
     for held_out, rows in zip(finished.held_out, (4, 3), strict=True):
-        assert [score.model for score in held_out.scores] == [BASE, "sft", "dpo"]
+        assert list(held_out.scores) == [BASE, "sft", "dpo"]
         assert held_out.rows == rows and not held_out.errors
-        assert all(len(score.per_row) == rows for score in held_out.scores)
-        assert len({score.metrics["loss"] for score in held_out.scores}) == 3
+        assert all(len(score.per_row) == rows for score in held_out.scores.values())
+        assert len({score.metrics["loss"] for score in held_out.scores.values()}) == 3
 
 
 def test_score_of_stage_is_that_of_its_run(finished):
     result = finished.results["sft"]
-    by_model = {score.model: score for score in finished.held_out[0].scores}
+    by_model = finished.held_out[0].scores
     assert by_model["sft"].metrics["loss"] == pytest.approx(result.evaluation.metrics["loss"], rel=1e-5)
     base = read_run(finished.chain.folder / "sft").base
     assert by_model[BASE].metrics["loss"] == pytest.approx(base["loss"], rel=1e-5)
@@ -274,6 +274,15 @@ def test_score_of_stage_is_that_of_its_run(finished):
 
 def test_scores_are_stored(finished, monkeypatch):
     monkeypatch.setattr(chain_module, "_evaluate", None)
+    again = score_stages(finished.chain)
+    assert [vars(entry) for entry in again] == [vars(entry) for entry in finished.held_out]
+
+
+@pytest.mark.parametrize("score", [None, [], {}, {"metric": 1}, {"value": "high"}])
+def test_damaged_score_is_computed_again(finished, score):
+    file = finished.chain.folder / "pieces/sft-of-dpo.json"
+    stored = json.loads(file.read_text())
+    file.write_text(json.dumps({**stored, "score": {**stored["score"], **score} if score else score}))
     again = score_stages(finished.chain)
     assert [vars(entry) for entry in again] == [vars(entry) for entry in finished.held_out]
 
@@ -297,7 +306,7 @@ def test_report_has_stages_and_differences(finished):
     assert "held-out rows of" in page and 'href="dpo/report.html"' in page
     stored = json.loads((finished.chain.folder / "chain.json").read_text())
     assert [stage["name"] for stage in stored["stages"]] == ["sft", "dpo"]
-    assert stored["held_out"]["sft"]["scores"][1]["model"] == "sft"
+    assert list(stored["held_out"]["sft"]["scores"]) == [BASE, "sft", "dpo"]
 
 
 # Command line.

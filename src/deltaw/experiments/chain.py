@@ -8,9 +8,10 @@ Scores are stored immediately, and computed again only if an adapter, the rows o
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,6 @@ class StageScore:
     """Score of a model on the held-out rows of a stage.
 
     Attributes:
-        model: Name of the stage whose adapter is scored, or :data:`BASE`.
         metric: Primary metric of the evaluated task.
         value: Its value.
         interval: 95 % interval, or None.
@@ -57,7 +57,6 @@ class StageScore:
         per_row: Primary metric of each row, or None if it is not a mean over rows.
     """
 
-    model: str
     metric: str
     value: float
     interval: tuple[float, float] | None
@@ -65,17 +64,24 @@ class StageScore:
     per_row: Sequence[float] | None
 
     @classmethod
-    def of(cls, model: str, result: Evaluation) -> StageScore:
+    def of(cls, result: Evaluation) -> StageScore:
         """Return the score of an evaluation."""
         rows = None if result.per_row is None else [float(value) for value in result.per_row]
         value = float(result.metrics[result.main])
-        return cls(model, result.main, value, result.interval, result.named_metrics(), rows)
+        return cls(result.main, value, result.interval, result.named_metrics(), rows)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> StageScore:
-        """Restore a score that was read from JSON."""
-        interval = values["interval"]
-        return cls(**{**values, "interval": None if interval is None else (interval[0], interval[1])})
+    def is_valid(cls, values: object) -> bool:
+        """Return True if values from a file are those of a score. The file may be damaged."""
+        if not isinstance(values, dict) or values.keys() != {field.name for field in fields(cls)}:
+            return False
+        numbers = [
+            values["value"],
+            *(values["interval"] or ()),
+            *values["metrics"].values(),
+            *(values["per_row"] or ()),
+        ]
+        return isinstance(values["metric"], str) and all(isinstance(number, int | float) for number in numbers)
 
 
 @dataclass
@@ -86,21 +92,21 @@ class HeldOutScores:
         stage: Name of the stage.
         task: Its task.
         rows: Number of held-out rows.
-        scores: Scores of the base model and of each stage's adapter, in order.
+        scores: Score by model: :data:`BASE`, or the name of the stage with the adapter.
         errors: Reasons for missing scores by model.
     """
 
     stage: str
     task: str
     rows: int = 0
-    scores: list[StageScore] = field(default_factory=list)
+    scores: dict[str, StageScore] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
 
     def add(self, model: str, values: Mapping[str, Any]) -> None:
         """Add a stored score, or the reason why there is none."""
-        self.rows = int(values.get("rows", 0))
+        self.rows = max(self.rows, int(values.get("rows", 0)))
         if "score" in values:
-            self.scores.append(StageScore.from_dict(values["score"]))
+            self.scores[model] = StageScore(**values["score"])
         elif "error" in values:
             self.errors[model] = str(values["error"])
 
@@ -126,7 +132,11 @@ class ChainResult:
             for s in self.chain.stages
         ]
         scores = {
-            entry.stage: {"rows": entry.rows, "scores": [vars(score) for score in entry.scores], "errors": entry.errors}
+            entry.stage: {
+                "rows": entry.rows,
+                "scores": {n: vars(s) for n, s in entry.scores.items()},
+                "errors": entry.errors,
+            }
             for entry in self.held_out
         }
         return {"output": str(self.chain.folder), "stages": stages, "held_out": scores}
@@ -264,28 +274,43 @@ def score_stages(chain: Chain) -> list[HeldOutScores]:
     held_out: list[HeldOutScores] = []
     with ExperimentFolder(chain.folder, "chain") as experiment, preserved_process_state():
         for stage in chain.stages:
+            config = stage.config.model_copy(update={"start_from": None})
+            read_rows = functools.cache(functools.partial(read_data, config, ignore_line))
             entry = HeldOutScores(stage.name, stage.config.task)
-            inputs: list[tuple[Task[Any], RunData]] = []  # the rows are read if a score is missing
             for model in (None, *chain.stages):
-                name, piece = (
-                    (BASE, f"{stage.name}-of-base") if model is None else (model.name, f"{stage.name}-of-{model.name}")
-                )
-                try:
-                    config = evaluated_config(chain, stage, model)
-                except UserError as error:
-                    entry.errors[name] = error.message
-                    continue
-                folder = None if model is None else chain.folder / model.name
-                key, stored = score_key(config, folder), experiment.piece(piece)
-                if stored.get("key") != key:
-                    inputs = inputs or [read_data(config.model_copy(update={"start_from": None}), ignore_line)]
-                    with track_progress(f"scoring {name} on the held-out rows of '{stage.name}'"):
-                        stored = {"key": key, **_evaluate(config, *inputs[0], name)}
-                    experiment.write_piece(piece, stored)
-                entry.add(name, stored)
+                values = _load_or_compute_score(experiment, chain, stage, model, read_rows)
+                entry.add(BASE if model is None else model.name, values)
             if entry.scores:
                 held_out.append(entry)
     return held_out
+
+
+def _load_or_compute_score(
+    experiment: ExperimentFolder,
+    chain: Chain,
+    stage: Stage,
+    model: Stage | None,
+    read_rows: Callable[[], tuple[Task[Any], RunData]],
+) -> Mapping[str, Any]:
+    """Return a score for JSON with the number of rows, or the reason why there is none."""
+    name = f"{stage.name}-of-{'base' if model is None else model.name}"
+    try:
+        config = evaluated_config(chain, stage, model)
+    except UserError as error:
+        return {"error": error.message}
+    key = score_key(config, None if model is None else chain.folder / model.name)
+    stored = experiment.piece(name)
+    if stored.get("key") == key and StageScore.is_valid(stored.get("score")):
+        return stored
+    values: dict[str, Any] = {"key": key, "rows": len(read_rows()[1].held_out)}
+    if values["rows"]:
+        with track_progress(f"scoring on the held-out rows of '{stage.name}'"):
+            try:
+                values["score"] = vars(StageScore.of(_evaluate(config, *read_rows())))
+            except UserError as error:
+                values["error"] = error.message
+    experiment.write_piece(name, values)
+    return values
 
 
 def evaluated_config(chain: Chain, stage: Stage, model: Stage | None) -> RunConfig:
@@ -316,21 +341,15 @@ def score_key(config: RunConfig, adapter: Path | None) -> str:
     return hashlib.blake2b(repr((digest, sorted(settings.items()))).encode(), digest_size=16).hexdigest()
 
 
-def _evaluate(config: RunConfig, task: Task[Any], data: RunData, model: str) -> dict[str, Any]:
-    """Return a score for JSON, or the reason why there is none."""
-    if not len(data.held_out):
-        return {"rows": 0}
+def _evaluate(config: RunConfig, task: Task[Any], data: RunData) -> Evaluation:
+    """Evaluate the adapter of ``start_from``, or the base model."""
+    check_rows(config, task, data)
+    loaded = load_model(config, task, data)
+    device = str(loaded.choices["device"].value)
+    session = assemble(config, task, data, loaded.model, device=device, new_modules=loaded.new_modules)
     try:
-        check_rows(config, task, data)
-        loaded = load_model(config, task, data)
-        device = str(loaded.choices["device"].value)
-        session = assemble(config, task, data, loaded.model, device=device, new_modules=loaded.new_modules)
-        try:
-            with session.running():
-                result = session.evaluate()
-        finally:
-            session.close()
-            release_free_memory()
-    except UserError as error:
-        return {"rows": len(data.held_out), "error": error.message}
-    return {"rows": len(data.held_out), "score": vars(StageScore.of(model, result))}
+        with session.running():
+            return session.evaluate()
+    finally:
+        session.close()
+        release_free_memory()

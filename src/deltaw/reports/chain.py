@@ -12,7 +12,7 @@ import numpy as np
 from rich.table import Table
 
 from deltaw.atomic_files import write_text
-from deltaw.experiments.chain import RESULTS_FILE, ChainResult, HeldOutScores, StageScore
+from deltaw.experiments.chain import BASE, RESULTS_FILE, ChainResult, HeldOutScores, StageScore
 from deltaw.experiments.comparison import or_empty
 from deltaw.reports.page.write import render
 from deltaw.reports.svg import FigureTable
@@ -42,21 +42,20 @@ def score_tables(result: ChainResult) -> list[FigureTable]:
 
 
 def _score_table(result: ChainResult, held_out: HeldOutScores) -> FigureTable:
-    by_model = {score.model: score for score in held_out.scores}
-    base = held_out.scores[0]
+    scores, first = held_out.scores, next(iter(held_out.scores.values()))
     parents = {stage.name: stage.parents[0] for stage in result.chain.stages if len(stage.parents) == 1}
-    rows, has_loss = [], base.metric != "loss" and "loss" in base.metrics
-    for score in held_out.scores:
+    rows, has_loss = [], first.metric != "loss" and "loss" in first.metrics
+    for model, score in scores.items():
         value = metric_value(score.metric, score.value)
         if score.interval is not None:
             value += f" ({' to '.join(metric_value(score.metric, bound) for bound in score.interval)})"
-        differences = [_difference(other, score) for other in (base, by_model.get(parents.get(score.model, "")))]
+        differences = [_difference(other, score) for other in (scores.get(BASE), scores.get(parents.get(model, "")))]
         loss = (metric_value("loss", score.metrics.get("loss")),) if has_loss else ()
-        rows.append((score.model, value, *differences, *loss))
-    caption = f"{metric_name(base.metric)} on the {held_out.rows:,} held-out rows of '{held_out.stage}'"
+        rows.append((model, value, *differences, *loss))
+    caption = f"{metric_name(first.metric)} on the {held_out.rows:,} held-out rows of '{held_out.stage}'"
     notes = ["In parentheses and after ±: 95 % intervals. Changes of shares are in points."]
-    notes += [f"{model}: {message}" for model, message in held_out.errors.items()]
-    head = ["model", metric_name(base.metric), "change from base", "from its start", *(["loss"] if has_loss else [])]
+    notes += [f"{name}: {message}" for name, message in held_out.errors.items()]
+    head = ["model", metric_name(first.metric), "change from base", "from its start", *(["loss"] if has_loss else [])]
     return FigureTable(caption[0].upper() + caption[1:], head, rows, " ".join(notes))
 
 
