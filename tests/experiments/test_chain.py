@@ -278,11 +278,13 @@ def test_scores_are_stored(finished, monkeypatch):
     assert [vars(entry) for entry in again] == [vars(entry) for entry in finished.held_out]
 
 
-@pytest.mark.parametrize("score", [None, [], {}, {"metric": 1}, {"value": "high"}])
+@pytest.mark.parametrize(
+    "score", [None, [], {}, {"metric": 1}, {"metrics": {"loss": "high"}}, {"metrics": 3}, {"interval": [[]]}]
+)
 def test_damaged_score_is_computed_again(finished, score):
     file = finished.chain.folder / "pieces/sft-of-dpo.json"
     stored = json.loads(file.read_text())
-    file.write_text(json.dumps({**stored, "score": {**stored["score"], **score} if score else score}))
+    file.write_text(json.dumps({**stored, "score": {**stored["score"], **score} if score else score, "rows": 4}))
     again = score_stages(finished.chain)
     assert [vars(entry) for entry in again] == [vars(entry) for entry in finished.held_out]
 

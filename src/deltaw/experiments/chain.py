@@ -10,10 +10,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from deltaw.data.row_reader import RunData
 from deltaw.errors import UserError
@@ -51,37 +54,36 @@ class StageScore:
 
     Attributes:
         metric: Primary metric of the evaluated task.
-        value: Its value.
-        interval: 95 % interval, or None.
-        metrics: All metrics.
+        metrics: All metrics. Undefined ones are None.
+        interval: 95 % interval of the primary metric, or None.
         per_row: Primary metric of each row, or None if it is not a mean over rows.
     """
 
     metric: str
-    value: float
-    interval: tuple[float, float] | None
-    metrics: Mapping[str, float]
-    per_row: Sequence[float] | None
+    metrics: Mapping[str, float | None]
+    interval: list[float] | None
+    per_row: list[float] | None
 
     @classmethod
     def of(cls, result: Evaluation) -> StageScore:
         """Return the score of an evaluation."""
+        metrics = {name: value if math.isfinite(value) else None for name, value in result.named_metrics().items()}
         rows = None if result.per_row is None else [float(value) for value in result.per_row]
-        value = float(result.metrics[result.main])
-        return cls(result.main, value, result.interval, result.named_metrics(), rows)
+        main = f"{result.name} {result.main}".strip()
+        return cls(main, metrics, None if result.interval is None else list(result.interval), rows)
 
     @classmethod
-    def is_valid(cls, values: object) -> bool:
-        """Return True if values from a file are those of a score. The file may be damaged."""
-        if not isinstance(values, dict) or values.keys() != {field.name for field in fields(cls)}:
-            return False
-        numbers = [
-            values["value"],
-            *(values["interval"] or ()),
-            *values["metrics"].values(),
-            *(values["per_row"] or ()),
-        ]
-        return isinstance(values["metric"], str) and all(isinstance(number, int | float) for number in numbers)
+    def read(cls, values: object) -> StageScore | None:
+        """Restore a score from a file, or return None if the file is damaged."""
+        try:
+            return TypeAdapter(cls).validate_python(values, strict=True)
+        except ValidationError:
+            return None
+
+    @property
+    def value(self) -> float | None:
+        """Primary metric."""
+        return self.metrics.get(self.metric)
 
 
 @dataclass
@@ -105,8 +107,8 @@ class HeldOutScores:
     def add(self, model: str, values: Mapping[str, Any]) -> None:
         """Add a stored score, or the reason why there is none."""
         self.rows = max(self.rows, int(values.get("rows", 0)))
-        if "score" in values:
-            self.scores[model] = StageScore(**values["score"])
+        if (score := StageScore.read(values.get("score"))) is not None:
+            self.scores[model] = score
         elif "error" in values:
             self.errors[model] = str(values["error"])
 
@@ -132,11 +134,7 @@ class ChainResult:
             for s in self.chain.stages
         ]
         scores = {
-            entry.stage: {
-                "rows": entry.rows,
-                "scores": {n: vars(s) for n, s in entry.scores.items()},
-                "errors": entry.errors,
-            }
+            entry.stage: {**vars(entry), "scores": {name: vars(score) for name, score in entry.scores.items()}}
             for entry in self.held_out
         }
         return {"output": str(self.chain.folder), "stages": stages, "held_out": scores}
@@ -300,7 +298,7 @@ def _load_or_compute_score(
         return {"error": error.message}
     key = score_key(config, None if model is None else chain.folder / model.name)
     stored = experiment.piece(name)
-    if stored.get("key") == key and StageScore.is_valid(stored.get("score")):
+    if stored.get("key") == key and StageScore.read(stored.get("score")) is not None:
         return stored
     values: dict[str, Any] = {"key": key, "rows": len(read_rows()[1].held_out)}
     if values["rows"]:
