@@ -76,7 +76,7 @@ class StageScore:
     def read(cls, values: object) -> StageScore | None:
         """Restore a score from a file, or return None if the file is damaged."""
         try:
-            return TypeAdapter(cls).validate_python(values, strict=True)
+            return TypeAdapter(cls).validate_python(values)
         except ValidationError:
             return None
 
