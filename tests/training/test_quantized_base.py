@@ -110,6 +110,20 @@ def test_gguf_run_trains_resumes_and_merges(gguf_file, settings, tmp_path):
     assert weights < 0.6 * plain.plan.parts["weights"]
 
 
+def test_run_on_gguf_starts_from_adapter(gguf_file, settings, tmp_path):
+    first = fit(short_run(settings, tmp_path / "first", gguf_file, "gguf"))
+    runs = {
+        "continue": {},
+        "bf16": {"precision": "bf16"},  # fingerprints of the blocks and of their values are equal
+        "stack": {"start_mode": "stack", "lora": {"rank": 2}},
+    }
+    for name, changes in runs.items():
+        options = {"precision": "gguf", "start_from": str(first.output)} | changes
+        result = fit(short_run(settings, tmp_path / name, gguf_file, options.pop("precision"), **options))
+        assert losses(result.output)[0] < losses(first.output)[0]
+        assert result.plan.peak_resident_bytes > 0
+
+
 def test_nf4_run_matches_run_on_rounded_weights(wide_folder, settings, tmp_path):
     rounded = load(str(wide_folder), precision="nf4", device="cpu", threads=1).model
     report = quantize_nf4(rounded.base_model)

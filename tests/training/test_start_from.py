@@ -444,6 +444,15 @@ def test_other_chat_template_is_rejected_unless_set(make, sft, tmp_path, monkeyp
     assert deltaw.fit(config).outcome.steps == 4
 
 
+def test_other_tokenizer_is_rejected(make, sft, tmp_path, monkeypatch):
+    start = Path(shutil.copytree(sft, tmp_path / "start"))
+    file = start / "tokenizer.json"
+    stored = json.loads(file.read_text())
+    stored["added_tokens"].append({**stored["added_tokens"][0], "id": 300, "content": "<extra>"})
+    file.write_text(json.dumps(stored))
+    refuse_without_loading(monkeypatch, make(tmp_path / "run", start_from=str(start)), "another tokenizer")
+
+
 def test_other_classes_are_rejected(make, tmp_path):
     labeled = ({"text": color, "label": "xy"[n % 2]} for n, color in enumerate(COLORS))
     rows = write_rows(tmp_path / "rows.jsonl", labeled)

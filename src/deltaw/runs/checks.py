@@ -25,7 +25,7 @@ from deltaw.data.row_reader import Reader, RowPreview, RunData
 from deltaw.data.sources import with_lines
 from deltaw.errors import UserError, first_line
 from deltaw.hub.checkpoint import folder_digests, match_names, record_stored_digests
-from deltaw.hub.folders import config_folder
+from deltaw.hub.folders import config_folder, resolve
 from deltaw.hub.loading import skeleton
 from deltaw.lora.fingerprint import base_fingerprint
 from deltaw.machine.choices import choose_device, choose_precision
@@ -78,11 +78,13 @@ def check_rows(config: RunConfig, task: Task[Any], data: RunData) -> None:
 def _check_start_base(config: RunConfig, task: Task[Any], data: RunData, start: StartAdapter) -> None:
     """Check that the files of the base model are those that the adapters of ``start_from`` were trained on.
 
-    Fingerprints of files with converted weights, and of models with new or trained modules, are checked after loading.
+    Fingerprints of files with converted weights, such as .gguf, and of models with new or trained modules, are checked
+    after loading.
     """
     dtype = choose_precision(choose_device(config.device).value, config.precision).value
     folder = config_folder(config.model, dtype, config.trust_remote_code)
-    if task.trains_head or start.has_modules or dtype == "gguf" or not any(folder.glob("*.safetensors")):
+    is_converted = resolve(config.model).kind == "gguf"
+    if task.trains_head or start.has_modules or is_converted or not any(folder.glob("*.safetensors")):
         return
     with torch.device("meta"):
         model = skeleton(config.model, dtype="fp32", task=config.task, trust_remote_code=config.trust_remote_code)
