@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,10 +52,9 @@ def _score_table(result: ChainResult, held_out: HeldOutScores) -> FigureTable:
         loss = (metric_value("loss", score.metrics.get("loss")),) if has_loss else ()
         rows.append((model, value, *differences, *loss))
     caption = f"{metric_name(first.metric)} on the {held_out.rows:,} held-out rows of '{held_out.stage}'"
-    notes = ["In parentheses and after ±: 95 % intervals. Changes of shares are in points."]
-    notes += [f"{name}: {message}" for name, message in held_out.errors.items()]
+    notes = "; ".join(f"{name}: {message}" for name, message in held_out.errors.items())
     head = ["model", metric_name(first.metric), "change from base", "from its start", *(["loss"] if has_loss else [])]
-    return FigureTable(caption[0].upper() + caption[1:], head, rows, " ".join(notes))
+    return FigureTable(caption[0].upper() + caption[1:], head, rows, notes)
 
 
 def _difference(before: StageScore | None, after: StageScore) -> str:
@@ -84,10 +82,10 @@ def write_results(result: ChainResult) -> None:
     write_text(folder / RESULTS_FILE, json.dumps(result.as_dict(), indent=2, ensure_ascii=False) + "\n")
     runs = [(stage.name, f"{stage.name}/report.html") for stage in result.chain.stages]
     view: dict[str, Any] = {
-        "title": f"Chain {Path(folder).name}",
+        "title": f"Chain: {folder.name}",
         "lead": " → ".join(stage.name for stage in result.chain.stages),
         "stages": stages_table(result),
-        "scores": score_tables(result),
+        "scores": [(entry.stage, _score_table(result, entry)) for entry in result.held_out],
         "runs": [(name, page) for name, page in runs if (folder / page).is_file()],
         "written": format_time(time.time()),
     }
