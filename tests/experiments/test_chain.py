@@ -116,9 +116,11 @@ def test_flags_override_all_stages(shared, stages, tmp_path):
         ({0: {"name": 3}}, "cannot be the name"),
         ({1: {"name": "SFT"}}, "two stages have the name"),
         ({1: {"output": "elsewhere"}}, "cannot have the key 'output'"),
-        ({0: {"start_from": "dpo"}, 1: {"start_from": "sft"}}, "start from each other: "),
-        ({1: {"start_from": "dpo"}}, "start from each other: dpo → dpo"),
-        ({0: {"start_from": "dpo"}, 1: {"start_from": None}}, "trained later"),
+        ({0: {"start_from": "dpo"}, 1: {"start_from": "sft"}}, "'sft' starts from 'dpo', which is not an earlier"),
+        ({1: {"start_from": "dpo"}}, "'dpo' starts from itself"),
+        ({1: {"start_from": ["sft", "dpo"]}}, "'dpo' starts from itself"),
+        ({"start_from": "dpo"}, "'sft' starts from 'dpo', which is not an earlier"),
+        ({0: {"name": "pieces"}}, "cannot be the name"),
         ({1: {"start_from": "stf"}}, "no stage and no folder 'stf'"),
         ({1: {"trian": {}}}, "unknown key 'trian'"),
         ({1: {"train": {"epochs": -1}}}, "'train.epochs' cannot be -1"),
@@ -126,7 +128,8 @@ def test_flags_override_all_stages(shared, stages, tmp_path):
 )
 def test_invalid_file_is_rejected(shared, stages, tmp_path, changes, message):
     listed = [deep_merge(stage, changes.get(number, {})) for number, stage in enumerate(stages)]
-    error = refusal(read_chain, {**shared(tmp_path / "c"), "stages": changes.get("stages", listed)})
+    outside = {key: value for key, value in changes.items() if isinstance(key, str)}
+    error = refusal(read_chain, {**shared(tmp_path / "c"), "stages": listed, **outside})
     assert message in error.message
     assert not (tmp_path / "c").exists()
 
@@ -142,7 +145,8 @@ def test_other_commands_name_the_problem(shared, stages, tmp_path):
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        ({"lora": {"rank": 2}}, "lower than the rank 4"),
+        ({"lora": {"rank": 2}}, "lower than the adapter's rank 4"),
+        ({"lora": {"alpha": 9}}, "changes the scaling"),
         ({"method": "head"}, "of method 'lora'"),
         ({"model": "elsewhere"}, "the stage trains 'elsewhere'"),
         ({"task": "embedding"}, "cannot start from an adapter of the task"),

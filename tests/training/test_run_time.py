@@ -23,11 +23,11 @@ from deltaw.training.planning import run_time, step_rates
 from deltaw.training.planning.budget import fitting_times
 from deltaw.training.planning.plan_cache import load_cached_plans
 from deltaw.training.planning.run_time import (
-    BUSY,
+    BUSY_REASON,
     EXPECTED_LENGTH,
-    Batches,
     Generation,
-    Point,
+    Microbatches,
+    MicrobatchTime,
     StepRates,
     Workload,
     interpolate,
@@ -45,20 +45,22 @@ SIZES = (100, 400, 1000)
 
 def linear_rates(**changes: object) -> StepRates:
     """Return rates with 1 ms per token in the blocks, a third of it in the forward pass, and 2 ms per label."""
-    points = tuple(Point(n, n / 10, n / 1e3, n / 3e3, n / 4e3, n / 5e3) for n in SIZES)
+    points = tuple(MicrobatchTime(n, n / 10, n / 1e3, n / 3e3, n / 4e3, n / 5e3) for n in SIZES)
     values = {"evaluation": 0.5, "evaluation_head": 0.25, "update": 0.125, "decode": 0.01}
     return StepRates(points, **{**values, **changes})
 
 
-WORK = Workload(key="some blocks", steps=(Batches((300, 200), 50), Batches((500,), 50)), total_steps=10, full_steps=10)
+WORK = Workload(
+    key="some blocks", steps=(Microbatches((300, 200), 50), Microbatches((500,), 50)), total_steps=10, full_steps=10
+)
 
 
 def test_steps_are_interpolated_from_measured_sizes():
     rates = linear_rates()
-    assert rates.of_training(Batches((300, 200), 50)) == pytest.approx(0.5 + 2 * 0.05)
-    assert rates.of_evaluation(Batches((300,), 30)) == pytest.approx(0.5 * 0.1 + 0.25 * 0.06)
-    repeated = Batches((300,), 30, (300,))
-    assert rates.of_training(repeated) > rates.of_training(replace(repeated, repeated=())) + 0.04
+    assert rates.training_seconds(Microbatches((300, 200), 50)) == pytest.approx(0.5 + 2 * 0.05)
+    assert rates.evaluation_seconds(Microbatches((300,), 30)) == pytest.approx(0.5 * 0.1 + 0.25 * 0.06)
+    repeated = Microbatches((300,), 30, (300,))
+    assert rates.training_seconds(repeated) > rates.training_seconds(replace(repeated, repeated=())) + 0.04
     assert interpolate([10, 20], [1.0, 3.0], 15) == 2.0
     assert interpolate([10, 20], [1.0, 3.0], 40) == 6.0  # at most in proportion
     assert interpolate([10, 20], [2.0, 2.0], 5) == 2.0 and interpolate([10, 20], [1.0, 3.0], 4) >= 0.4
@@ -68,7 +70,7 @@ def test_steps_are_interpolated_from_measured_sizes():
 def test_phases_follow_from_workload():
     rates = linear_rates()
     base = seconds_by_phase(WORK, rates)
-    step = 0.125 + (rates.of_training(WORK.steps[0]) + rates.of_training(WORK.steps[1])) / 2
+    step = 0.125 + (rates.training_seconds(WORK.steps[0]) + rates.training_seconds(WORK.steps[1])) / 2
     assert base["training"] == pytest.approx(10 * step)
     assert seconds_by_phase(replace(WORK, total_steps=20, full_steps=20), rates)["training"] == pytest.approx(20 * step)
     # Stored features replace the lower blocks, which take three quarters of the time here.
@@ -76,12 +78,15 @@ def test_phases_follow_from_workload():
     assert stored == pytest.approx(10 * step - 6 * 0.5 * 0.75)
     general = seconds_by_phase(replace(WORK, general_tokens=100), rates)["training"]
     assert general >= base["training"] + 10 * 0.1
-    evaluated = replace(WORK, evaluated=Batches((400, 400), 80), evaluations=3, reference=Batches((1000,), 100))
+    evaluated = replace(
+        WORK, evaluated=Microbatches((400, 400), 80), evaluations=3, reference=Microbatches((1000,), 100)
+    )
     phases = seconds_by_phase(evaluated, rates)
     assert (
-        phases["evaluating"] == pytest.approx(3 * rates.of_evaluation(evaluated.evaluated)) and not base["evaluating"]
+        phases["evaluating"] == pytest.approx(3 * rates.evaluation_seconds(evaluated.evaluated))
+        and not base["evaluating"]
     )
-    assert phases["preparing"] - base["preparing"] == pytest.approx(rates.of_evaluation(evaluated.reference))
+    assert phases["preparing"] - base["preparing"] == pytest.approx(rates.evaluation_seconds(evaluated.reference))
     assert seconds_by_phase(WORK, rates, 10**10)["loading"] > base["loading"] + 1
     rollouts = replace(WORK, generations=(Generation(32, 50, 10, "training"),))
     updates, generated = 10 * 0.125, 10 * 50 * 0.01 * 32 / rates.decode_tokens
@@ -102,9 +107,9 @@ def test_plan_contains_sum_of_phases_and_time_limit(settings, tmp_path):
 
 def test_uncertain_time_is_reported(settings, tmp_path):
     config = RunConfig.read(settings(tmp_path))
-    plans = [timed_plan(make_plan("lora", 1), WORK, linear_rates(uncertain=text), config) for text in ("", BUSY)]
+    plans = [timed_plan(make_plan("lora", 1), WORK, linear_rates(uncertain=text), config) for text in ("", BUSY_REASON)]
     certain, uncertain = ("\n".join(time_lines(plan)) for plan in plans)
-    assert "per step" in certain and "uncertain" not in certain and BUSY in uncertain
+    assert "per step" in certain and "uncertain" not in certain and BUSY_REASON in uncertain
     assert time_lines(make_plan("lora", 1)) == []
 
 
@@ -189,9 +194,9 @@ def test_rates_are_measured_once_per_model_and_adapter(measurement, settings, tm
 
 @pytest.mark.timed
 def test_rates_of_busy_machine_are_not_stored(measurement, settings, tmp_path, monkeypatch):
-    measurement.return_value = linear_rates(uncertain=BUSY)
+    measurement.return_value = linear_rates(uncertain=BUSY_REASON)
     config = RunConfig.read(settings(tmp_path / "run"))
-    assert planning.plan(config).time_uncertain == BUSY
+    assert planning.plan(config).time_uncertain == BUSY_REASON
     planning.plan(config)
     assert measurement.call_count == 1  # this process uses them
     monkeypatch.setattr(run_time, "_uncertain_rates", {})
@@ -203,7 +208,7 @@ def test_rates_of_busy_machine_are_not_stored(measurement, settings, tmp_path, m
 @pytest.mark.timed
 def test_other_programs_make_the_prediction_uncertain(settings, tmp_path, monkeypatch):
     config = RunConfig.read(settings(tmp_path / "run"))
-    for others, expected in ((0.0, ""), (0.9, BUSY)):
+    for others, expected in ((0.0, ""), (0.9, BUSY_REASON)):
         monkeypatch.setattr(step_rates, "other_cpus", lambda _, others=others: others)
         monkeypatch.setattr(step_rates, "STEADY_RATIO", 1e9)
         assert measured_rates(*inputs(config)).uncertain == expected

@@ -52,6 +52,14 @@ def command(
     from deltaw.training.planning.plan_cache import load_cached_plans, parse_methods
 
     out, flags = console(as_json), nested_settings(arguments)
+    if picture is not None and Path(picture).suffix.lower() != ".svg":
+        hint = "charts are SVG files: use a file name that ends with .svg"
+        raise UserError(f"'{Path(picture).name}' does not end with .svg", location="--picture", hint=hint)
+    if time_budget is not None and (methods is not None or processes > 1):
+        flag = "--methods" if methods is not None else "--processes"
+        raise UserError(
+            "a search under a time budget is for one method and one process", location=flag, hint="remove it"
+        )
     if settings is not None and (chain := read_chain(settings, flags)) is not None:
         options = {"--methods": methods, "--fit-memory": budget, "--fit-time": time_budget}
         if given := [flag for flag, value in options.items() if value is not None]:
@@ -69,9 +77,6 @@ def command(
     names = parse_methods(methods or ("all" if all_methods else config.method), config.method)
     size = None if budget is None else parse_bytes(budget)
     seconds = None if time_budget is None else _parse_duration(time_budget)
-    if picture is not None and Path(picture).suffix.lower() != ".svg":
-        hint = "charts are SVG files: use a file name that ends with .svg"
-        raise UserError(f"'{Path(picture).name}' does not end with .svg", location="--picture", hint=hint)
     cached = load_cached_plans(config, names, processes) if size is None and seconds is None else None
     if cached is not None:
         plans = {name: plan.per_process(processes, config.train.sharding) for name, plan in cached.plans.items()}

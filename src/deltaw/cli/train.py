@@ -82,21 +82,23 @@ def _train_chain(chain: Chain, out: TerminalOutput, *, fresh: bool, as_json: boo
     from deltaw.reports.chain import PAGE_FILE, terminal_tables, write_results
     from deltaw.reports.progress import TerminalCallback, print_summary
 
-    def open_callback(stage: Stage) -> TerminalCallback:
+    def callback_for(stage: Stage) -> TerminalCallback:
         number = [other.name for other in chain.stages].index(stage.name) + 1
         out.print(f"\nstage '{stage.name}', {number} of {len(chain.stages)}")
         return TerminalCallback(out)
 
     results: dict[str, Result] = {}
-    for stage, result in train_stages(chain, open_callback, fresh=fresh, processes=processes, log=out.print_line):
+    for stage, result in train_stages(chain, callback_for, fresh=fresh, processes=processes):
         results[stage.name] = result
         if result.earlier is None:
             print_summary(out, result)
         else:
             out.print_line(f"{result.output} is finished and left unchanged")
-        if result.interrupted:
-            out.print_line("the chain was interrupted; repeat the command to resume it")
-            return 130
+    if any(result.interrupted for result in results.values()):
+        out.print_line("the chain was interrupted; repeat the command to resume it")
+        if as_json:
+            print_json(ChainResult(chain, results, ()).as_dict())
+        return 130
     final = ChainResult(chain, results, score_stages(chain))
     write_results(final)
     for caption, table in terminal_tables(final):

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,21 @@ from pydantic import TypeAdapter, ValidationError
 from deltaw.data.row_reader import RunData
 from deltaw.errors import UserError
 from deltaw.experiments.folder import ExperimentFolder, result_settings
+from deltaw.lora.config import LoRAConfig
+from deltaw.lora.files import read_adapter
 from deltaw.machine.memory import release_free_memory, reset_peak_memory
 from deltaw.memory.plan import Plan
 from deltaw.methods.base import ADAPTER_CONFIG
-from deltaw.methods.start import adapter_digest, require_same_kind, resolve_start
-from deltaw.progress import LogFunction, ignore_line, track_progress
+from deltaw.methods.start import adapter_digest, continue_settings, open_start, require_same_kind, resolve_start
+from deltaw.progress import ignore_line, track_progress
 from deltaw.runs.checks import check_rows, check_settings
 from deltaw.runs.fit import fit, load_model
 from deltaw.runs.folder import FINISHED, Run
 from deltaw.runs.record import Result
 from deltaw.runs.resuming import send_settings
 from deltaw.settings.config import RunConfig
-from deltaw.settings.stages import Chain, Stage
+from deltaw.settings.stages import Chain, Stage, at_stage
+from deltaw.settings.start import StartSource, start_sources
 from deltaw.training.callbacks import Callback
 from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.microbatches import SINGLE_PROCESS, Reducer
@@ -44,8 +47,8 @@ from deltaw.training.task import Task
 BASE = "base model"
 # File with the results.
 RESULTS_FILE = "chain.json"
-# Settings of an evaluated stage that are replaced by those of the adapter.
-_ADAPTER_KEYS = ("method", "start_from", "start_mode", "stack", "reference_model", "output")
+# Settings of an evaluated stage that scoring replaces.
+_REPLACED_KEYS = ("method", "start_from", "start_mode", "stack", "reference_model", "output")
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,11 @@ class StageScore:
         """Return the score of an evaluation."""
         metrics = {name: value if math.isfinite(value) else None for name, value in result.named_metrics().items()}
         rows = None if result.per_row is None else [float(value) for value in result.per_row]
+        if rows is not None and not all(map(math.isfinite, rows)):
+            rows = None
         main = f"{result.name} {result.main}".strip()
-        return cls(main, metrics, None if result.interval is None else list(result.interval), rows)
+        interval = None if result.interval is None or rows is None else [float(bound) for bound in result.interval]
+        return cls(main, metrics, interval, rows)
 
     @classmethod
     def read(cls, values: object) -> StageScore | None:
@@ -130,8 +136,9 @@ class ChainResult:
     def as_dict(self) -> dict[str, object]:
         """Return JSON values."""
         stages = [
-            {"name": s.name, "task": s.config.task, "start_from": list(s.parents), **self.results[s.name].as_dict()}
+            {"name": s.name, "task": s.config.task, "start_from": s.config.start_from, **self.results[s.name].as_dict()}
             for s in self.chain.stages
+            if s.name in self.results
         ]
         scores = {
             entry.stage: {**vars(entry), "scores": {name: vars(score) for name, score in entry.scores.items()}}
@@ -142,42 +149,38 @@ class ChainResult:
 
 def train_stages(
     chain: Chain,
-    open_callback: Callable[[Stage], Callback] = lambda _: Callback(),
+    callback_for: Callable[[Stage], Callback] = lambda _: Callback(),
     *,
     fresh: bool = False,
     processes: Reducer = SINGLE_PROCESS,
-    log: LogFunction = ignore_line,
 ) -> Iterator[tuple[Stage, Result]]:
     """Train the stages in order, and yield the result of each. Stops after an interrupted stage.
 
     Args:
         chain: The chain.
-        open_callback: Returns the callback that receives the events of a stage.
+        callback_for: Returns the callback that receives the events of a stage.
         fresh: Start all stages over. Existing runs are moved.
         processes: Communication with the other processes of a distributed run.
-        log: Receives messages for the user.
 
     Raises:
         UserError: If a stage is invalid, in which case nothing is written, or if it fails.
     """
     with preserved_process_state():
-        check_stages(chain, log, skip_finished=not fresh)
+        check_stages(chain, skip_finished=not fresh)
     remaining = len(chain.stages)
     with ExperimentFolder(chain.folder, "chain") as experiment:
-        experiment.has_results = True
-        try:
-            for stage in chain.stages:
-                with _located(chain, stage):
-                    release_free_memory()
-                    reset_peak_memory()
-                    remaining -= 1
-                    result = fit(stage.config, callback=open_callback(stage), fresh=fresh, processes=processes)
-                yield stage, result
-                if result.interrupted:
-                    break
-        finally:
-            for _ in range(remaining):
-                send_settings(None, processes)
+        experiment.has_results = True  # keep finished stages if a later one fails
+        for stage in chain.stages:
+            with _located(chain, stage):
+                release_free_memory()
+                reset_peak_memory()
+                result = fit(stage.config, callback=callback_for(stage), fresh=fresh, processes=processes)
+            remaining -= 1
+            yield stage, result
+            if result.interrupted:
+                break
+        for _ in range(remaining):
+            send_settings(None, processes)  # the other processes skip the remaining stages
 
 
 @contextlib.contextmanager
@@ -186,74 +189,114 @@ def _located(chain: Chain, stage: Stage) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        location = f"{chain.location}, stage '{stage.name}'" + (f": {error.location}" if error.location else "")
-        raise UserError(error.message, location=location, hint=error.hint) from error
+        raise at_stage(error, chain.location, stage.name, error.location) from error
 
 
-def check_stages(chain: Chain, log: LogFunction = ignore_line, *, skip_finished: bool = True) -> None:
+def check_stages(chain: Chain, *, skip_finished: bool = True) -> dict[str, LoRAConfig]:
     """Check all stages before the first one is trained: settings, adapters to start from, and rows.
 
     Args:
         chain: The chain.
-        log: Receives messages for the user.
         skip_finished: Do not read the rows of finished stages.
+
+    Returns:
+        ``lora:`` section of each stage by name, with the settings of the adapters that it starts from.
 
     Raises:
         UserError: If a stage is invalid.
     """
-    checked: dict[str, tuple[Stage, int]] = {}
+    by_folder: dict[str, tuple[Stage, LoRAConfig]] = {}
     for stage in chain.stages:
         with _located(chain, stage):
             check_settings(stage.config)
-            checked[stage.name] = stage, _check_start(stage, [checked[name] for name in stage.parents], log)
+            by_folder[stage.config.output] = stage, _check_start(stage, by_folder)
     for stage in chain.stages[1:]:  # the first stage is checked when it starts
         if skip_finished and Run(chain.folder / stage.name).state == FINISHED:
             continue
         with _located(chain, stage), track_progress(f"checking the rows of stage '{stage.name}'"):
-            config = stage.config.model_copy(update={"start_from": None})
-            task, data = read_data(config, log)
+            config = stage.config.model_copy(update={"start_from": None}) if stage.parents else stage.config
+            task, data = read_data(config, ignore_line)
             check_rows(config, task, data)
+    return {stage.name: lora for stage, lora in by_folder.values()}
 
 
-def _check_start(stage: Stage, parents: Sequence[tuple[Stage, int]], log: LogFunction) -> int:
-    """Check that a stage can start from its parents, and return the rank of its adapter."""
-    config, lora = stage.config, stage.config.lora
+def _check_start(stage: Stage, by_folder: Mapping[str, tuple[Stage, LoRAConfig]]) -> LoRAConfig:
+    """Check the adapters that a stage starts from, and return its ``lora:`` section.
+
+    Args:
+        stage: The stage.
+        by_folder: Earlier stages with their ``lora:`` sections, by output folder.
+    """
+    config = stage.config
+    lora: LoRAConfig = config.lora
     if config.start_from is None:
-        return int(lora.rank)
-    if not parents:
-        return int(resolve_start(config, log).lora.rank)
-    for parent, _ in parents:
-        location = f"start_from: {parent.name}"
-        require_same_kind(parent.config.method, parent.config.task, config, location)
-        if parent.config.model != config.model:
-            message = f"the stage trains '{config.model}', and '{parent.name}' trains '{parent.config.model}'"
-            raise UserError(message, location=location, hint="set model outside of the stages")
-    inherited = sum(rank for _, rank in parents)
+        return lora
+    sources = start_sources(config.start_from)
+    if not stage.parents:
+        resolved: LoRAConfig = resolve_start(config).lora
+        return (
+            replace(resolved, rank=resolved.rank + _stored_rank(config, sources)) if _is_stacked(config) else resolved
+        )
+    inherited = []
+    for source in sources:
+        if source.reference not in by_folder:
+            inherited.append(replace(lora, rank=_stored_rank(config, [source])))
+            continue
+        parent, parent_lora = by_folder[source.reference]
+        _check_parent(parent, config)
+        inherited.append(parent_lora)
     if config.method != "lora":
-        return inherited
-    rank = int(lora.rank) if config.is_explicit("lora.rank") or config.is_explicit("lora.r") else None
-    if config.start_mode == "stack":
-        return inherited + int(lora.rank)
-    if rank is not None and rank < inherited:
-        message = f"lora.rank is {rank}, lower than the rank {inherited} of the adapter that it starts from"
-        raise UserError(message, location="lora.rank", hint="remove lora.rank, or set it to a higher number")
-    return rank or inherited
+        return lora
+    rank = sum(settings.rank for settings in inherited)
+    if _is_stacked(config):
+        return replace(lora, rank=rank + lora.rank)
+    if len(inherited) > 1:
+        return continue_settings(config, replace(inherited[0], rank=rank, alpha=float(rank)), stage.parents[0])
+    return continue_settings(config, inherited[0], stage.parents[0])
+
+
+def _is_stacked(config: RunConfig) -> bool:
+    return config.start_mode == "stack"
+
+
+def _stored_rank(config: RunConfig, sources: Sequence[StartSource]) -> int:
+    """Return the total rank of adapters that are not stages."""
+    ranks = []
+    for source in sources:
+        single = config.model_copy(update={"start_from": source.reference, "start_mode": "continue"})
+        start = open_start(single)
+        assert start is not None
+        ranks.append(read_adapter(start.folder, lazy=True).config.rank if config.method == "lora" else 0)
+    return sum(ranks)
+
+
+def _check_parent(parent: Stage, config: RunConfig) -> None:
+    """Check that a stage can start from an earlier one."""
+    location = f"start_from: {parent.name}"
+    require_same_kind(parent.config.method, parent.config.task, config, location)
+    if parent.config.model != config.model:
+        message = f"the stage trains '{config.model}', and '{parent.name}' trains '{parent.config.model}'"
+        raise UserError(message, location=location, hint="set model outside of the stages")
+    if parent.config.data.chat_template and not config.data.chat_template:
+        message = f"the stage '{parent.name}' sets a chat template, and this one does not"
+        raise UserError(message, location="data.chat_template", hint="set it in both stages")
 
 
 def planned_stages(chain: Chain, *, processes: int = 1) -> dict[str, Plan]:
-    """Return the plan of each stage by name. A stage whose parent is not trained yet is planned with a new adapter.
+    """Return the plan of each stage by name. A stage whose parent is not trained yet is planned with a new adapter
+    of the same rank.
 
     Raises:
         UserError: If a stage is invalid.
     """
     plans: dict[str, Plan] = {}
     with preserved_process_state():
-        check_stages(chain)
+        sections = check_stages(chain)
         for stage in chain.stages:
             with _located(chain, stage):
                 is_ready = all((chain.folder / name / ADAPTER_CONFIG).is_file() for name in stage.parents)
-                start = {} if is_ready else {"start_from": None}
-                config = resolve_start(stage.config.model_copy(update=start))
+                changes = {} if is_ready else {"start_from": None, "lora": sections[stage.name]}
+                config = resolve_start(stage.config.model_copy(update=changes))
                 task, data = read_data(config, ignore_line)
                 plan = plan_run(config, task, data, processes=processes)
                 plans[stage.name] = with_time(plan, config, task, data) if processes == 1 else plan
@@ -278,7 +321,7 @@ def score_stages(chain: Chain) -> list[HeldOutScores]:
             for model in (None, *chain.stages):
                 values = _load_or_compute_score(experiment, chain, stage, model, read_rows)
                 entry.add(BASE if model is None else model.name, values)
-            if entry.scores:
+            if entry.scores or entry.errors:
                 held_out.append(entry)
     return held_out
 
@@ -323,7 +366,7 @@ def evaluated_config(chain: Chain, stage: Stage, model: Stage | None) -> RunConf
         UserError: If the adapter cannot be used for the task of ``stage``.
     """
     method = stage.config.method if model is None else model.config.method
-    dropped = {*_ADAPTER_KEYS, stage.config.method, method}
+    dropped = {*_REPLACED_KEYS, stage.config.method, method}
     values = {key: value for key, value in stage.config.model_dump(mode="json").items() if key not in dropped}
     # Preferences and rewards of all models refer to the base model, so that they can be compared.
     values |= {"reference_model": "base", "output": str(chain.folder / "scores")}
@@ -333,7 +376,7 @@ def evaluated_config(chain: Chain, stage: Stage, model: Stage | None) -> RunConf
 
 
 def score_key(config: RunConfig, adapter: Path | None) -> str:
-    """Return a digest of everything that a score depends on: settings, local files, and the adapter."""
+    """Return a digest of the settings, the local files and the adapter of a score. Versions are not included."""
     digest = None if adapter is None else adapter_digest(adapter)
     settings = result_settings(config, without=("start_from", "train.drift", "train.samples"))
     return hashlib.blake2b(repr((digest, sorted(settings.items()))).encode(), digest_size=16).hexdigest()

@@ -1,7 +1,7 @@
 """Adapters that a run starts from (``start_from``): reading them, checking them, and deriving the settings of the run.
 
-Everything here runs before weights of the base model are loaded. The trust rules are those of other folders
-(:mod:`deltaw.methods.trust`): a start adapter is only read, and no reference in its folder is followed.
+:func:`open_start` and :func:`resolve_start` run before weights of the base model are loaded. The trust rules are those
+of other folders (:mod:`deltaw.methods.trust`): a start adapter is only read, and references in it are not followed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from deltaw.tensor_files import read_header
 # Maximum number of earlier runs, and of adapters of each, that are recorded.
 _MAX_ORIGINS = 16
 _LOCATION = "start_from"
-# Settings of a folder that the run uses as they are, without a comparison.
+# Settings that are not compared with those of the folder. Targets are compared by the modules that they select.
 _FROM_FOLDER = (*TARGET_KEYS, "init", "invocation_tokens")
 
 
@@ -180,7 +180,7 @@ def _known_lineage(value: Any, depth: int) -> dict[str, Any] | None:
 
 
 def lineage_lines(lineage: Mapping[str, Any] | None) -> list[str]:
-    """Return a line about each earlier run, the latest first."""
+    """Return a line per generation of earlier runs, the latest first, following the first adapter of each."""
     lines: list[str] = []
     while lineage is not None and lineage["adapters"]:
         parts = []
@@ -222,8 +222,14 @@ def open_start(config: RunConfig) -> StartAdapter | None:
     values = repr([config.start_mode, weights, [adapter_digest(source.folder) for source in sources]])
     fingerprint = hashlib.blake2b(values.encode(), digest_size=16).hexdigest()
     models = {task_registry.entry_of(name).auto_model for name in (config.task, *(source.task for source in sources))}
-    modes = config.start_mode == "stack", config.stack == "keep"
-    start = StartAdapter(tuple(sources), weights, *modes, fingerprint, len(models) == 1)
+    start = StartAdapter(
+        tuple(sources),
+        weights,
+        is_stacked=config.start_mode == "stack",
+        keeps_new=config.stack == "keep",
+        fingerprint=fingerprint,
+        checks_base=len(models) == 1,
+    )
     if config.method != "lora" and (start.is_stacked or start.is_combined):
         message = f"method '{config.method}' can only continue a single adapter"
         raise UserError(message, location=_LOCATION, hint="set start_mode: continue, with one adapter of weight 1")
@@ -267,7 +273,7 @@ def _total_rank(configs: list[LoRAConfig]) -> int:
 
 
 def resolve_start(config: RunConfig, log: LogFunction = ignore_line) -> RunConfig:
-    """Return the settings of a run with the settings of the method that come from ``start_from``.
+    """Return the settings of a run, completed with those of the adapters of ``start_from``.
 
     Applying it again to the result has no effect.
 
@@ -278,7 +284,6 @@ def resolve_start(config: RunConfig, log: LogFunction = ignore_line) -> RunConfi
         return config
     for line in lineage_lines(start.lineage(config)):
         log(line)
-    log("the optimizer state and the learning-rate schedule are new")
     if config.method != "lora":
         return _with_prompt_settings(config, start) if config.method == "prompt" else config
     resolved = _resolve_lora(config, start)
@@ -304,12 +309,18 @@ def _is_set(config: RunConfig, section: str, name: str, other: object) -> bool:
     return is_explicit or getattr(values, name) not in (getattr(type(values)(), name), other)
 
 
+def _explicit_settings(config: RunConfig, stored: LoRAConfig) -> set[str]:
+    """Return the names in the ``lora:`` section that the user set."""
+    names = [field.name for field in dataclasses.fields(stored)]
+    return {name for name in names if _is_set(config, "lora", name, getattr(stored, name))}
+
+
 def _resolve_lora(config: RunConfig, start: StartAdapter) -> LoRAConfig:
     """Return the run's ``lora:`` section: the adapter's settings, and those of the user that may differ."""
     user: LoRAConfig = config.lora
     files = [read_adapter(source.folder, lazy=True) for source in start.sources]
     stored = files[0].config
-    explicit = {f.name for f in dataclasses.fields(user) if _is_set(config, "lora", f.name, getattr(stored, f.name))}
+    explicit = _explicit_settings(config, stored)
     if start.is_stacked or start.is_combined:
         combined = concatenate(files, start.weights, 1.0, start.location)
         reason = unsupported_reason(user)
@@ -323,6 +334,22 @@ def _resolve_lora(config: RunConfig, start: StartAdapter) -> LoRAConfig:
         if start.is_stacked:
             targets = {key: getattr(user if key in explicit else stored, key) for key in TARGET_KEYS}
             return replace(user, **targets)
+    return continue_settings(config, stored, str(start.folder))
+
+
+def continue_settings(config: RunConfig, stored: LoRAConfig, location: str) -> LoRAConfig:
+    """Return the ``lora:`` section of a run that continues an adapter.
+
+    Args:
+        config: Settings of the run.
+        stored: Settings of the adapter.
+        location: Folder of the adapter, for messages.
+
+    Raises:
+        UserError: if a setting of the run contradicts the adapter.
+    """
+    user: LoRAConfig = config.lora
+    explicit = _explicit_settings(config, stored)
     for name in sorted(explicit - {*_FROM_FOLDER, "rank", "alpha", "dropout"}):
         if (own := getattr(user, name)) != (value := getattr(stored, name)):
             message = f"lora.{name} is {own!r}, and the adapter was trained with {value!r}"
@@ -330,7 +357,7 @@ def _resolve_lora(config: RunConfig, start: StartAdapter) -> LoRAConfig:
     rank = user.rank if "rank" in explicit else stored.rank
     if rank < stored.rank:
         message = f"lora.rank is {rank}, lower than the adapter's rank {stored.rank}"
-        hint = f"remove lora.rank, or lower the rank first: deltaw merge {start.folder} --as-adapter --rank {rank}"
+        hint = f"remove lora.rank, or lower the rank first: deltaw merge {location} --as-adapter --rank {rank}"
         raise UserError(message, location="lora.rank", hint=hint)
     if rank > stored.rank and (stored.rank_pattern or stored.alpha_pattern):
         message = f"the rank of an adapter with rank_pattern or alpha_pattern cannot be raised to {rank}"

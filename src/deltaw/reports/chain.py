@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from deltaw.experiments.comparison import or_empty
 from deltaw.reports.page.write import render
 from deltaw.reports.svg import FigureTable
 from deltaw.reports.tables import MISSING, count, duration, format_time, gigabytes, metric_name, metric_value, table
+from deltaw.settings.start import start_sources
 from deltaw.training.evaluation.base import is_share, mean_interval
 
 PAGE_FILE = "chain.html"
@@ -28,7 +30,13 @@ def stages_table(result: ChainResult) -> FigureTable:
         values: dict[str, Any] = result.results[stage.name].as_dict()
         drift = (values.get("drift") or {}).get("change")
         seconds = sum((values.get("seconds_by_part") or {}).values())
-        cells = (", ".join(stage.parents) or MISSING, stage.config.task, count(values["steps"]), duration(seconds))
+        start = stage.config.start_from
+        parents = [] if start is None else [source.reference for source in start_sources(start)]
+        names = [
+            Path(reference).name if Path(reference).parent == result.chain.folder else reference
+            for reference in parents
+        ]
+        cells = (", ".join(names) or MISSING, stage.config.task, count(values["steps"]), duration(seconds))
         memory = gigabytes(values["peak_memory_bytes"]) if values["peak_memory_bytes"] else MISSING
         rows.append((stage.name, *cells, memory, or_empty(drift, "{:+.2f}".format) or MISSING))
     note = "Drift is the change of the loss of general answers, in nats per token."
@@ -41,7 +49,11 @@ def score_tables(result: ChainResult) -> list[FigureTable]:
 
 
 def _score_table(result: ChainResult, held_out: HeldOutScores) -> FigureTable:
-    scores, first = held_out.scores, next(iter(held_out.scores.values()))
+    scores = held_out.scores
+    first = next(iter(scores.values()), None)
+    errors = "; ".join(f"{name}: {message}" for name, message in held_out.errors.items())
+    if first is None:
+        return FigureTable(f"No scores on the held-out rows of '{held_out.stage}'", ("model",), (), errors)
     parents = {stage.name: stage.parents[0] for stage in result.chain.stages if len(stage.parents) == 1}
     rows, has_loss = [], first.metric != "loss" and "loss" in first.metrics
     for model, score in scores.items():
@@ -52,9 +64,8 @@ def _score_table(result: ChainResult, held_out: HeldOutScores) -> FigureTable:
         loss = (metric_value("loss", score.metrics.get("loss")),) if has_loss else ()
         rows.append((model, value, *differences, *loss))
     caption = f"{metric_name(first.metric)} on the {held_out.rows:,} held-out rows of '{held_out.stage}'"
-    notes = "; ".join(f"{name}: {message}" for name, message in held_out.errors.items())
-    head = ["model", metric_name(first.metric), "change from base", "from its start", *(["loss"] if has_loss else [])]
-    return FigureTable(caption[0].upper() + caption[1:], head, rows, notes)
+    head = ["model", metric_name(first.metric), "change from base", "from its parent", *(["loss"] if has_loss else [])]
+    return FigureTable(caption[0].upper() + caption[1:], head, rows, errors)
 
 
 def _difference(before: StageScore | None, after: StageScore) -> str:
@@ -62,8 +73,8 @@ def _difference(before: StageScore | None, after: StageScore) -> str:
     if before is None or before is after or before.per_row is None or after.per_row is None:
         return ""
     change = np.array(after.per_row) - np.array(before.per_row)
-    bounds, factor = mean_interval(change), 100.0 if is_share(after.metric) else 1.0
-    digits = ".1f" if is_share(after.metric) else ".3f"
+    share = is_share(after.metric.rpartition(" ")[2])  # without the name of the set
+    bounds, factor, digits = mean_interval(change), 100.0 if share else 1.0, ".1f" if share else ".3f"
     mean = float(change.mean())
     if bounds is None or not math.isfinite(mean):
         return f"{factor * mean:+{digits}}"

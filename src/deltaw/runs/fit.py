@@ -175,6 +175,8 @@ def _fit(start: Decision, output: Path, callback: Callback, processes: Reducer) 
     if start.run is not None and start.is_finished:
         send_settings(None, processes)
         return Result.of_finished(start.run)
+    if start.config.start_from is not None and not start.is_resumed:
+        callback.on_line("the optimizer state and the learning-rate schedule are new")
     with clock.part("planning"):
         config, plan = plan_memory(start.config, task, data, callback, processes=processes, resumed=start.is_resumed)
     with clock.part("loading"):

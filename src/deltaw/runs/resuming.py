@@ -304,11 +304,13 @@ _HINTS["start"] = "use the same adapter in start_from on each machine"
 def send_settings(config: RunConfig | None, processes: Reducer) -> None:
     """Send the settings from process 0 to all other processes. None means that no training takes place."""
     if isinstance(processes, Group):
+        processes.start_run()
         processes.send_text("null" if config is None else config.model_dump_json())
 
 
 def receive_settings(group: Group) -> RunConfig | None:
     """Receive the settings of process 0."""
+    group.start_run()
     received = json.loads(group.receive_text())
     return None if received is None else RunConfig.read(received)
 

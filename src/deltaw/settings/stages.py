@@ -11,8 +11,9 @@ Example::
         task: dpo
         data: pairs.jsonl
 
-Other keys of the file apply to all stages. A stage starts from the previous one unless it has ``start_from``, which is
-the name of a stage, a folder, a hub id, a list of them, or null for a new adapter.
+Other keys of the file apply to all stages, except that ``start_from`` applies to the first one. A later stage starts
+from the previous one unless it has ``start_from``: the name of an earlier stage, a folder, a hub id, a list of them, or
+null for a new adapter.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from deltaw.errors import UserError, did_you_mean
 from deltaw.settings.config import STAGES, RunConfig, merge_settings, read_yaml
 
 NAME, START_FROM = "name", "start_from"
-# Keys of the file that apply to the first stage only.
-_FIRST_STAGE_KEYS = (START_FROM, "start_mode", "stack")
+# Names of files and folders that a chain's folder contains besides those of the stages.
+_RESERVED_NAMES = ("base", "pieces", "logs")
 VALID_NAME = "[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
 
 
@@ -84,37 +85,46 @@ def read_chain(
     listed = values.pop(STAGES, None)
     if listed is None:
         return None
-    values = merge_settings(values, flags or {})
-    entries = _entries(listed, location)
+    flags = flags or {}
+    folder = Path(os.path.expanduser(str(flags.get("output") or values.pop("output", None) or "runs/chain")))
+    entries = _with_start(_entries(listed, location), values.pop(START_FROM, None), flags.get(START_FROM))
     names = [entry[NAME] for entry in entries]
-    folder = Path(os.path.expanduser(str(values.pop("output", None) or "runs/chain")))
-    first = {key: values.pop(key) for key in _FIRST_STAGE_KEYS if key in values}
-    _check_references(entries, names, location)
-    _check_order({entry[NAME]: _parents(entry, names, previous) for entry, previous in _pairs(entries)}, location)
+    _check_references(entries, location)
+    overrides = {key: value for key, value in flags.items() if key not in ("output", START_FROM)}
     stages = []
-    for entry, previous in _pairs(entries):
-        own = {key: value for key, value in entry.items() if key != NAME}
-        if previous is None:
-            own = {**first, **own}
-        ignored = ("output",) if previous is None else ("output", START_FROM)
-        overrides = {key: value for key, value in (flags or {}).items() if key not in ignored}
-        own = merge_settings(merge_settings(values, own), overrides)
-        own.setdefault(START_FROM, previous)
-        own[START_FROM] = _map_references(own[START_FROM], lambda text: str(folder / text) if text in names else text)
-        own["output"] = str(folder / entry[NAME])
+    for entry in entries:
+        settings = merge_settings(merge_settings(values, entry), overrides)
+        name = settings.pop(NAME)
+        start_from = _map_references(entry[START_FROM], lambda text: str(folder / text) if text in names else text)
+        settings |= {START_FROM: start_from, "output": str(folder / name)}
         try:
-            config = RunConfig.read(own)
+            config = RunConfig.read(settings)
         except UserError as error:
             inner = (error.location or "").removeprefix("the settings").removeprefix(": ")
-            where = ": ".join(filter(None, (f"{location}, stage '{entry[NAME]}'", inner)))
-            raise UserError(error.message, location=where, hint=error.hint) from error
-        stages.append(Stage(entry[NAME], config, tuple(_parents(entry, names, previous))))
+            raise at_stage(error, location, name, inner) from error
+        stages.append(Stage(name, config, tuple(_parents(entry, names))))
     return Chain(folder, location, tuple(stages))
 
 
-def _pairs(entries: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], str | None]]:
-    """Return each stage with the name of the previous one."""
-    return list(zip(entries, [None, *(entry[NAME] for entry in entries)], strict=False))
+def at_stage(error: UserError, location: str, stage: str, inner: str | None) -> UserError:
+    """Return an error with the name of the stage in its location."""
+    full_location = f"{location}, stage '{stage}'" + (f": {inner}" if inner else "")
+    return UserError(error.message, location=full_location, hint=error.hint)
+
+
+def _with_start(entries: Sequence[dict[str, Any]], shared: Any, flag: Any) -> list[dict[str, Any]]:
+    """Return the stages with the value of ``start_from`` that applies to each.
+
+    Args:
+        entries: Stages of the file.
+        shared: Value outside of the stages, the default of the first stage.
+        flag: Value of the flag, which overrides that of the first stage.
+    """
+    first, *others = entries
+    started = [{**first, START_FROM: flag or first.get(START_FROM, shared)}]
+    for entry in others:
+        started.append({START_FROM: started[-1][NAME], **entry})
+    return started
 
 
 def _entries(listed: object, location: str) -> list[dict[str, Any]]:
@@ -129,6 +139,8 @@ def _entries(listed: object, location: str) -> list[dict[str, Any]]:
             message = "the stage has no name" if name is None else f"{name!r} cannot be the name of a stage"
             hint = "give a name of up to 64 letters, digits, '_' and '-', which is also the name of its folder"
             raise UserError(message, location=where, hint=hint)
+        if name.lower() in _RESERVED_NAMES:
+            raise UserError(f"'{name}' cannot be the name of a stage", location=where, hint="choose another name")
         if name.lower() in names:
             raise UserError(f"two stages have the name '{name}'", location=where, hint="give each stage its own name")
         if invalid := sorted({STAGES, "output"} & entry.keys()):
@@ -138,18 +150,24 @@ def _entries(listed: object, location: str) -> list[dict[str, Any]]:
     return listed
 
 
-def _check_references(entries: Sequence[Mapping[str, Any]], names: Sequence[str], location: str) -> None:
-    """Check that each ``start_from`` is a stage, an existing folder, or a hub id.
+def _check_references(entries: Sequence[Mapping[str, Any]], location: str) -> None:
+    """Check that each ``start_from`` is an earlier stage, an existing folder, or a hub id.
 
     Raises:
-        UserError: if it is none of them.
+        UserError: if it is not.
     """
+    names, earlier = [entry[NAME] for entry in entries], set[str]()
     for entry in entries:
-        for reference in _references(entry.get(START_FROM)):
+        for reference in _references(entry[START_FROM]):
+            where = f"{location}, stage '{entry[NAME]}': {START_FROM}"
+            if reference in names and reference not in earlier:
+                later = "itself" if reference == entry[NAME] else f"'{reference}', which is not an earlier stage"
+                message = f"the stage '{entry[NAME]}' starts from {later}"
+                raise UserError(message, location=where, hint="list a stage after those that it starts from")
             if reference not in names and "/" not in reference and not Path(os.path.expanduser(reference)).is_dir():
                 message = f"there is no stage and no folder '{reference}' to start from"
-                where = f"{location}, stage '{entry[NAME]}': {START_FROM}"
                 raise UserError(message, location=where, hint=did_you_mean(reference, names))
+        earlier.add(entry[NAME])
 
 
 def _references(value: Any) -> list[str]:
@@ -164,9 +182,9 @@ def _references(value: Any) -> list[str]:
     return found
 
 
-def _parents(entry: Mapping[str, Any], names: Sequence[str], previous: str | None) -> list[str]:
+def _parents(entry: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     """Return the stages that a stage starts from."""
-    return [name for name in _references(entry.get(START_FROM, previous)) if name in names]
+    return [reference for reference in _references(entry[START_FROM]) if reference in names]
 
 
 def _map_references(value: Any, change: Callable[[str], str]) -> Any:
@@ -178,25 +196,3 @@ def _map_references(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, dict) and isinstance(value.get("from"), str):
         return {**value, "from": change(value["from"])}
     return value
-
-
-def _check_order(parents: Mapping[str, Sequence[str]], location: str) -> None:
-    """Check that each stage starts from earlier stages.
-
-    Raises:
-        UserError: if stages start from each other, or a stage precedes its parent.
-    """
-    for name in parents:
-        path, seen = name, [name]
-        while (parent := next(iter(parents[path]), None)) is not None:
-            seen.append(parent)
-            if parent in seen[:-1]:
-                message = f"stages start from each other: {' → '.join(reversed(seen))}"
-                raise UserError(message, location=location, hint="remove start_from of the first stage")
-            path = parent
-    earlier: list[str] = []
-    for name, sources in parents.items():
-        if later := [source for source in sources if source not in earlier]:
-            message = f"the stage '{name}' starts from '{later[0]}', which is trained later"
-            raise UserError(message, location=location, hint=f"list '{later[0]}' before '{name}'")
-        earlier.append(name)

@@ -282,7 +282,8 @@ def compare_answers(opened: OpenedRun, count: int, writer: TextGenerator | None 
 
 def _select_evenly(answers: Sequence[Example], count: int) -> Sequence[Example]:
     """Return ``count`` of the answers, from all categories of prompts."""
-    return answers[:: max(1, len(answers) // count)][:count]
+    indices = np.linspace(0, len(answers) - 1, min(count, len(answers)))
+    return [answers[index] for index in indices.round().astype(int)]
 
 
 def _pair_answers(answers: Sequence[Example], completions: Sequence[GeneratedCompletion]) -> list[GeneralAnswer]:
@@ -321,6 +322,8 @@ class DriftMeter:
         try:
             if setting == "auto":
                 check_size(session.model)
+            if session.replaced_base:
+                raise NoGeneralAnswers("the adapter of start_from has replaced weights of the base model")
             if not session.method.can_restore_base(session.model):
                 answers = session.general_answers(DRIFT_PROMPTS)
                 with session.method.evaluating(session.model):

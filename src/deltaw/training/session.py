@@ -327,14 +327,21 @@ class Session:
         with self.method.evaluating(self.model):
             return (decoder.cached if of_base else decoder.complete)(prompts, max_new_tokens)
 
+    @property
+    def replaced_base(self) -> bool:
+        """True if the adapter of ``start_from`` has replaced weights of the base model, which cannot be restored."""
+        return self.start is not None and not self.method.can_restore_base(self.model)
+
     def _decoder(self, *, of_base: bool, batch_tokens: int) -> GreedyDecoder:
         assert self.task.tokenizer is not None
         writer = self.generator(of_base=of_base)
-        return GreedyDecoder(self.model, self.task.tokenizer, self.base_identity, writer, batch_tokens)
+        identity = None if self.replaced_base else self.base_identity
+        return GreedyDecoder(self.model, self.task.tokenizer, identity, writer, batch_tokens)
 
     def general_answers(self, prompts: Sequence[str]) -> list[Example]:
         """Return the base model's own answers to general prompts, rendered for the base model.
 
+        If the adapter of ``start_from`` has replaced weights of the base model, they are the answers of that adapter.
         If the method does not preserve the base model, call it before training.
 
         Raises:

@@ -350,11 +350,15 @@ class Group(Reducer):
         self.rank, self.size = launch.rank, launch.size
         self.local_rank, self.local_size = launch.local_rank, launch.local_size
         self.lost = False
+        self._orders, self._gradient_group = orders, gradients
+        self._seconds = launch.seconds
+        self.start_run()
+
+    def start_run(self) -> None:
+        """Reset the state of a run, so that the group can train several runs one after the other."""
         self.evaluate: Callable[[int], None] = lambda number: None
         self.gather: Callable[[int], None] = lambda number: None
         self.sharded, self.synchronized = False, True
-        self._orders, self._gradient_group = orders, gradients
-        self._seconds = launch.seconds
         self._gradients: GradientSum | None = None
 
     # Orders

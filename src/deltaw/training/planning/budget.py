@@ -13,6 +13,7 @@ from deltaw.machine.kernel_choice import planning_rates
 from deltaw.memory.plan import FittingPlan, FittingTime, Plan, parse_bytes
 from deltaw.progress import LogFunction, ignore_line
 from deltaw.settings.config import RunConfig
+from deltaw.settings.data import eval_size
 from deltaw.training.optimizer import count_steps
 from deltaw.training.planning.plan_run import plan_run, with_time
 from deltaw.training.task import Task
@@ -23,8 +24,9 @@ TOKENS_PER_PASS = (1024, 512, 256, 128)
 RANKS = (16, 8, 4)
 # Precisions that a search under a time budget compares for ``precision: auto``.
 FIT_PRECISIONS = ("bf16", "fp32", "int8")
-# Changes of settings that reduce memory, tried in this order. Share of a time budget that is reserved for errors.
-SMALLER: tuple[dict[str, Any], ...] = ({}, {"tokens_per_pass": 512}, {"tokens_per_pass": 512, "checkpointing": True})
+# Maximum tokens of a microbatch in a search under a time budget, if the settings do not fit into memory.
+FIT_TOKENS_PER_PASS = 512
+# Share of a time budget that is reserved for errors of the prediction.
 FREE_TIME_SHARE = 0.05
 
 
@@ -144,15 +146,25 @@ def fitting_times(
     """
     results: list[FittingTime] = []
     shortest: list[float] = []
+    smallest: list[int] = []
+    tokens = config.train.tokens_per_pass
+    smaller = {"tokens_per_pass": FIT_TOKENS_PER_PASS if tokens == "auto" else min(int(tokens), FIT_TOKENS_PER_PASS)}
+    attempts: tuple[dict[str, Any], ...] = ({}, smaller, {**smaller, "checkpointing": True})
     for precision in FIT_PRECISIONS if config.precision == "auto" else (config.precision,):
         log(f"planning precision {precision}")
-        for changes in SMALLER:
+        for changes in attempts:
             trial = config.with_train(**changes).model_copy(update={"precision": precision})
             try:
                 plan = with_time(plan_run(trial, task, data), trial, task, data)
             except UserError as error:
                 log(f"{precision}: {error.message}")
                 break
+            except Exception as error:  # a third-party model can raise any error on fake tensors
+                log(
+                    f"{precision}: the model cannot be run on fake tensors ({type(error).__name__}: {str(error)[:100]})"
+                )
+                break
+            smallest.append(plan.peak_resident_bytes)
             if plan.peak_resident_bytes > memory:
                 continue
             if plan.seconds is None or plan.seconds_per_step is None:
@@ -163,9 +175,11 @@ def fitting_times(
             results += [] if fitting is None else [fitting]
             break
     if not results:
-        need = (
-            f"one step takes {min(shortest):.0f} seconds with all phases" if shortest else "no plan could be computed"
-        )
+        need = "no plan could be computed"
+        if shortest:
+            need = f"a run of one step takes {min(shortest):.0f} seconds"
+        elif smallest and min(smallest) > memory:
+            need = f"the minimum needs {min(smallest):,} bytes, and {memory:,} are available"
         hint = "allow more time, hold out fewer rows, or take a smaller model"
         raise UserError(f"no settings fit into {budget:.0f} seconds: {need}", location="--fit-time", hint=hint)
     return sorted(results, key=lambda fitting: (-fitting.steps, fitting.seconds))
@@ -183,8 +197,9 @@ def _within_time(config: RunConfig, data: RunData, plan: Plan, budget: float) ->
         return None
     num_rows: int | None = None
     if steps < min(total, per_epoch):
-        split_off = isinstance(config.data.eval, (int, float))  # these rows are taken from the training file
-        num_rows = steps * train.batch_size + (len(data.held_out) if split_off else 0)
+        num_rows, held_out = steps * train.batch_size, eval_size(config.data.eval)
+        # Held-out rows are taken from these rows, as a share or as a number.
+        num_rows = math.floor(num_rows / (1 - held_out)) if held_out < 1 else num_rows + int(held_out)
     epochs = train.epochs if steps == total else max(1.0, int(100 * steps / per_epoch) / 100)
     seconds = fixed + steps * plan.seconds_per_step
     execution = plan.precision, train.tokens_per_pass, train.checkpointing

@@ -30,11 +30,11 @@ CHECK_GRADIENTS = 8
 EXPECTED_LENGTH = 0.6
 # Time of a decoding step of one text, relative to that of ``StepRates.decode_tokens`` texts.
 MIN_DECODE_SHARE = 0.4
-BUSY = "the machine was busy during the measurement"
+BUSY_REASON = "the machine was busy during the measurement"
 
 
 @dataclass(frozen=True)
-class Batches:
+class Microbatches:
     """Microbatches of a step or of an evaluation.
 
     Attributes:
@@ -49,7 +49,7 @@ class Batches:
 
 
 # Usual microbatch of the check of approximations.
-CHECKED = Batches((192,), 32)
+CHECK_MICROBATCHES = Microbatches((192,), 32)
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,13 @@ class Workload:
     """
 
     key: str
-    steps: tuple[Batches, ...]
+    steps: tuple[Microbatches, ...]
     total_steps: int
     full_steps: int
-    evaluated: Batches = Batches()
+    evaluated: Microbatches = Microbatches()
     evaluations: int = 0
-    reference: Batches = Batches()
-    drift: Batches = Batches()
+    reference: Microbatches = Microbatches()
+    drift: Microbatches = Microbatches()
     has_check: bool = False
     general_tokens: int = 0
     generations: tuple[Generation, ...] = ()
@@ -106,7 +106,7 @@ class Workload:
     uncertain: str = ""
 
     @property
-    def largest(self) -> int:
+    def largest_microbatch(self) -> int:
         """Tokens of the largest microbatch of the sampled steps."""
         return max((tokens for step in self.steps for tokens in step.tokens), default=0)
 
@@ -123,12 +123,12 @@ class Workload:
         return cls(**{**values, **batches, "steps": tuple(map(_batches, values["steps"])), "generations": generations})
 
 
-def _batches(values: Mapping[str, Any]) -> Batches:
-    return Batches(tuple(values["tokens"]), values["labels"], tuple(values["repeated"]))
+def _batches(values: Mapping[str, Any]) -> Microbatches:
+    return Microbatches(tuple(values["tokens"]), values["labels"], tuple(values["repeated"]))
 
 
 @dataclass(frozen=True)
-class Point:
+class MicrobatchTime:
     """Measured seconds of one microbatch, scaled to all blocks of the model.
 
     Attributes:
@@ -160,14 +160,14 @@ class StepRates:
     Attributes:
         points: Microbatches of increasing size.
         evaluation: Ratio of the forward pass without gradients to the one with gradients, for the blocks.
-        evaluation_head: The same for ``Point.head``, relative to forward and backward pass.
+        evaluation_head: The same for ``MicrobatchTime.head``, relative to forward and backward pass.
         update: Seconds of an optimizer update of all trained parameters.
         decode: Seconds of a forward pass of ``decode_tokens`` tokens with their logits.
         decode_tokens: Number of tokens that ``decode`` was measured with.
         uncertain: Reason why the measurement is uncertain, if any.
     """
 
-    points: tuple[Point, ...]
+    points: tuple[MicrobatchTime, ...]
     evaluation: float = 0.7
     evaluation_head: float = 0.5
     update: float = 0.0
@@ -178,25 +178,25 @@ class StepRates:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StepRates:
         """Restore rates from the result of ``asdict``, possibly read from JSON."""
-        return cls(**{**values, "points": tuple(Point(**point) for point in values["points"])})
+        return cls(**{**values, "points": tuple(MicrobatchTime(**point) for point in values["points"])})
 
     def covers(self, tokens: int) -> bool:
         """Return True if microbatches of this size can be predicted."""
         return tokens <= MAX_EXTRAPOLATION * self.points[-1].tokens
 
-    def of_blocks(self, tokens: float, name: str = "blocks") -> float:
-        """Return the seconds of the blocks for a microbatch, by the name of an attribute of :class:`Point`."""
+    def block_seconds(self, tokens: float, name: str = "blocks") -> float:
+        """Return the seconds of the blocks for a microbatch, by the name of an attribute of :class:`MicrobatchTime`."""
         return interpolate([p.tokens for p in self.points], [getattr(p, name) for p in self.points], tokens)
 
-    def of_head(self, labels: float, tokens: float) -> float:
+    def head_seconds(self, labels: float, tokens: float) -> float:
         """Return the seconds outside of the blocks for a microbatch."""
         ordered = sorted(self.points, key=lambda point: point.labels)
         if ordered[-1].labels < 1.2 * ordered[0].labels:  # the points differ in their tokens only
-            by_tokens = self.of_blocks(tokens, "head")
+            by_tokens = self.block_seconds(tokens, "head")
             return by_tokens * max(1.0, (labels + MIN_PRODUCT_ROWS) / (ordered[-1].labels + MIN_PRODUCT_ROWS))
         return interpolate([p.labels for p in ordered], [p.head for p in ordered], labels)
 
-    def of_training(self, batches: Batches, *, upper: bool = False) -> float:
+    def training_seconds(self, batches: Microbatches, *, upper: bool = False) -> float:
         """Return the seconds of forward and backward passes of these microbatches.
 
         Args:
@@ -204,18 +204,18 @@ class StepRates:
             upper: The frozen layers are replaced by stored features.
         """
         count = max(1, len(batches.tokens))
-        blocks = sum(self.of_blocks(tokens, "upper" if upper else "blocks") for tokens in batches.tokens)
-        heads = sum(self.of_head(batches.labels / count, tokens) for tokens in batches.tokens)
-        return blocks + heads + self.of_evaluation(Batches(batches.repeated))
+        blocks = sum(self.block_seconds(tokens, "upper" if upper else "blocks") for tokens in batches.tokens)
+        heads = sum(self.head_seconds(batches.labels / count, tokens) for tokens in batches.tokens)
+        return blocks + heads + self.evaluation_seconds(Microbatches(batches.repeated))
 
-    def of_evaluation(self, batches: Batches) -> float:
+    def evaluation_seconds(self, batches: Microbatches) -> float:
         """Return the seconds of forward passes of these microbatches without gradients."""
         count = max(1, len(batches.tokens))
-        blocks = sum(self.of_blocks(tokens, "forward") for tokens in batches.tokens)
-        heads = sum(self.of_head(batches.labels / count, tokens) for tokens in batches.tokens)
+        blocks = sum(self.block_seconds(tokens, "forward") for tokens in batches.tokens)
+        heads = sum(self.head_seconds(batches.labels / count, tokens) for tokens in batches.tokens)
         return self.evaluation * blocks + self.evaluation_head * heads
 
-    def of_generation(self, generation: Generation) -> float:
+    def generation_seconds(self, generation: Generation) -> float:
         """Return the seconds of generating texts once. For few texts, a step is bound by reading the weights."""
         return generation.tokens * self.decode * max(MIN_DECODE_SHARE, generation.texts / self.decode_tokens)
 
@@ -229,8 +229,8 @@ def interpolate(sizes: Sequence[float], values: Sequence[float], size: float) ->
     if len(sizes) == 1 or sizes[-1] <= sizes[0]:
         return values[-1] * (size + MIN_PRODUCT_ROWS) / (sizes[-1] + MIN_PRODUCT_ROWS)
     last = len(sizes) - 1
-    upper = min(max(next((i for i, s in enumerate(sizes) if s >= size), last), 1), last)
-    low, high = upper - 1, upper
+    high = min(max(next((i for i, s in enumerate(sizes) if s >= size), last), 1), last)
+    low = high - 1
     slope = (values[high] - values[low]) / max(1e-9, sizes[high] - sizes[low])
     value = values[low] + slope * (size - sizes[low])
     if size > sizes[-1]:
@@ -242,12 +242,12 @@ def interpolate(sizes: Sequence[float], values: Sequence[float], size: float) ->
 
 def seconds_of_step(workload: Workload, rates: StepRates) -> tuple[float, float]:
     """Return the mean seconds of a step that computes all layers, and of one that uses stored features."""
-    general = rates.of_training(Batches((workload.general_tokens,))) if workload.general_tokens else 0.0
+    general = rates.training_seconds(Microbatches((workload.general_tokens,))) if workload.general_tokens else 0.0
     rollouts = [generation for generation in workload.generations if generation.phase == "training"]
-    generated = sum(g.times * rates.of_generation(g) for g in rollouts) / max(1, workload.total_steps)
+    generated = sum(g.times * rates.generation_seconds(g) for g in rollouts) / max(1, workload.total_steps)
     share = EXPECTED_LENGTH if rollouts else 1.0
     full, upper = (
-        sum(rates.of_training(step, upper=is_upper) for step in workload.steps) / max(1, len(workload.steps))
+        sum(rates.training_seconds(step, upper=is_upper) for step in workload.steps) / max(1, len(workload.steps))
         for is_upper in (False, True)
     )
     fixed = rates.update + general
@@ -255,23 +255,23 @@ def seconds_of_step(workload: Workload, rates: StepRates) -> tuple[float, float]
 
 
 def seconds_by_phase(workload: Workload, rates: StepRates, weight_bytes: int = 0) -> dict[str, float]:
-    """Return the seconds of each phase of a run, of which the weights have ``weight_bytes``."""
+    """Return the predicted seconds of each phase. The time of loading depends on ``weight_bytes``."""
     full, upper = seconds_of_step(workload, rates)
     stored_steps = workload.total_steps - workload.full_steps
-    check = CHECK_GRADIENTS * rates.of_training(CHECKED) if workload.has_check else 0.0
+    check = CHECK_GRADIENTS * rates.training_seconds(CHECK_MICROBATCHES) if workload.has_check else 0.0
     phases = {
         "starting": workload.start_seconds,
         "reading": workload.read_seconds,
         "loading": LOADING_SECONDS + weight_bytes / LOADED_BYTES_PER_SECOND,
-        "preparing": check + rates.of_evaluation(workload.reference),
+        "preparing": check + rates.evaluation_seconds(workload.reference),
         "training": full * workload.full_steps + upper * stored_steps,
-        "evaluating": workload.evaluations * rates.of_evaluation(workload.evaluated),
-        "drift": rates.of_evaluation(workload.drift),
+        "evaluating": workload.evaluations * rates.evaluation_seconds(workload.evaluated),
+        "drift": rates.evaluation_seconds(workload.drift),
         "saving": SAVE_SECONDS,
     }
     for generation in workload.generations:
         if generation.phase != "training":  # rollouts are part of the steps
-            phases[generation.phase] += generation.times * rates.of_generation(generation)
+            phases[generation.phase] += generation.times * rates.generation_seconds(generation)
     return phases
 
 
@@ -304,7 +304,7 @@ def load_rates(workload: Workload) -> StepRates | None:
         rates = StepRates.from_dict(values) if isinstance(values, dict) else _uncertain_rates.get(workload.key)
     except (TypeError, KeyError):
         return None
-    return rates if rates is not None and rates.points and rates.covers(workload.largest) else None
+    return rates if rates is not None and rates.points and rates.covers(workload.largest_microbatch) else None
 
 
 def store_rates(workload: Workload, rates: StepRates) -> None:

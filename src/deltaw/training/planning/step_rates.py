@@ -39,7 +39,7 @@ from deltaw.training.monitoring.best import PROMPT_TOKENS, default_eval_every, e
 from deltaw.training.monitoring.generation import answer_limit, is_checked, prompts_of
 from deltaw.training.monitoring.monitor import MAX_SAMPLE_TOKENS, MIN_SAMPLE_TOKENS, SAMPLES, evaluates_base
 from deltaw.training.optimizer import clipped_norm
-from deltaw.training.planning.run_time import BUSY, Batches, Generation, Point, StepRates, Workload
+from deltaw.training.planning.run_time import BUSY_REASON, Generation, Microbatches, MicrobatchTime, StepRates, Workload
 from deltaw.training.session import Session
 from deltaw.training.state import TrainOptions, TrainState, rows_of_step
 from deltaw.training.task import Rows
@@ -79,7 +79,8 @@ def workload_of(session: Session, read_seconds: float) -> Workload:
     steps = range(0, total, max(1, -(-total // MAX_COUNTED_STEPS)))
     evaluations, general = _num_evaluations(session), len(DRIFT_PROMPTS) * _is_enabled(session, train.drift)
     has_reference = getattr(getattr(session.task, "settings", None), "has_reference", False)
-    drift_tokens, per_pass = 2 * general * (PROMPT_TOKENS + MAX_ANSWER_TOKENS), session.batcher.tokens_per_pass
+    models = 2 if session.start is None else 4  # the base model and the adapter, also before training with start_from
+    drift_tokens, per_pass = models * general * (PROMPT_TOKENS + MAX_ANSWER_TOKENS), session.batcher.tokens_per_pass
     full_steps = total if feed.store is None else min(total, -(-len(session.data.train) // train.batch_size))
     return Workload(
         key=_rates_key(session),
@@ -88,8 +89,8 @@ def workload_of(session: Session, read_seconds: float) -> Workload:
         full_steps=full_steps,
         evaluated=_batches_of(session, *([] if feed.generates_rows else evaluated_rows(session))),
         evaluations=evaluations,
-        reference=_batches_of(session, session.data.all_rows) if has_reference else Batches(),
-        drift=Batches((per_pass,) * (drift_tokens // per_pass), 2 * general * MAX_ANSWER_TOKENS),
+        reference=_batches_of(session, session.data.all_rows) if has_reference else Microbatches(),
+        drift=Microbatches((per_pass,) * -(-drift_tokens // per_pass), models * general * MAX_ANSWER_TOKENS),
         has_check=bool(applicable(session.model, session.objective, session.approximations.names)),
         general_tokens=PROMPT_TOKENS + MAX_ANSWER_TOKENS if train.keep_general else 0,
         generations=tuple(_generations(session, evaluations, general)),
@@ -110,11 +111,11 @@ def num_labels(rows: Rows) -> int:
     return sum(int(getattr(row, "label_count", 1)) for row in rows)
 
 
-def _batches_of(session: Session, *parts: Rows, is_step: bool = False) -> Batches:
+def _batches_of(session: Session, *parts: Rows, is_step: bool = False) -> Microbatches:
     shapes = [shape for rows in parts if len(rows) for shape in session.feed.shapes(rows)]
     sizes = tuple(int(count * length) for count, length in shapes)
     cached = session.objective.cached_passes(shapes) if is_step else None
-    return Batches(sizes, sum(map(num_labels, parts)), () if cached is None else sizes[cached:])
+    return Microbatches(sizes, sum(map(num_labels, parts)), () if cached is None else sizes[cached:])
 
 
 def _num_evaluations(session: Session) -> int:
@@ -183,7 +184,8 @@ def _frozen_blocks(session: Session, count: int) -> int:
 def block_kinds(session: Session) -> list[str]:
     """Return the kind of each block. Blocks of one kind take the same time.
 
-    A kind consists of the code, the parameters and the layer type. The last block computes only labels. The lowest
+    A kind consists of the code, the parameters, the layer type, and ``training``, which is True for checkpointed blocks
+    only. The last block computes only labels. The lowest
     trained block needs no gradient of its input, and blocks below it have no backward pass.
     """
     block_list = blocks_of(session.model)
@@ -235,7 +237,7 @@ class _Timer:
         self._evicting += self.clock() - start
 
     def end_backward(self) -> None:
-        """Add the times of a backward pass. Each mark is the start of a block's backward pass, or the end of all."""
+        """Add the times of a backward pass. A mark starts that of a block, or ends it if it has no index."""
         for (start, index), (end, _) in itertools.pairwise([*self._marks, (self.clock(), None)]):
             if index is not None:
                 self.backward[index] = self.backward.get(index, 0.0) + end - start
@@ -315,7 +317,7 @@ def fill_with_random_values(model: nn.Module, skipped: Sequence[nn.Module]) -> N
 
 
 def _real_parameters(parameters: Iterable[nn.Parameter]) -> Iterator[nn.Parameter]:
-    """Yield the parameters. Fake ones, of methods that train copies, are replaced by zeros up to a size."""
+    """Yield the parameters. Some methods train copies, which are fake here: they are replaced by zeros up to a size."""
     num_values = 0
     for parameter in parameters:
         if has_values(parameter):
@@ -368,21 +370,21 @@ class _Measurement:
             self.state = stack.enter_context(TrainState(self.trained, 1, options))
             yield
 
-    def of_blocks(self, times: dict[int, float], indices: Sequence[int] | None = None) -> float:
+    def block_seconds(self, times: dict[int, float], indices: Sequence[int] | None = None) -> float:
         """Return the seconds of these blocks, by default all, from the times of the measured blocks."""
         indices = range(len(self.blocks)) if indices is None else indices
         return sum(times.get(self.representatives[index], 0.0) for index in indices)
 
-    def train(self, rows: Rows) -> Point:
+    def train(self, rows: Rows) -> MicrobatchTime:
         """Compute the gradients of rows with each variant of the approximations, and return the mean times."""
         start, points = self.timer.clock(), []
         for variant in self.variants:
             with variant.on():
                 points.append(self._train(rows))
         self.elapsed = self.timer.clock() - start
-        return Point(*(statistics.fmean(values) for values in zip(*map(astuple, points), strict=True)))
+        return MicrobatchTime(*(statistics.fmean(values) for values in zip(*map(astuple, points), strict=True)))
 
-    def _train(self, rows: Rows) -> Point:
+    def _train(self, rows: Rows) -> MicrobatchTime:
         timer, objective, tokens, count = self.timer, self.objective, 0, 0
         timer.clear()
         if objective.accumulator is not None:
@@ -404,10 +406,10 @@ class _Measurement:
             self.num_updates += 1
         self.state.abandon_step()
         forward, backward = timer.forward, timer.backward
-        blocks = self.of_blocks(forward) + self.of_blocks(backward)
-        upper = self.of_blocks(forward, self.upper) + self.of_blocks(backward, self.upper)
-        values = num_labels(rows), blocks, self.of_blocks(forward), upper, max(0.0, end - start - timer.total)
-        return Point(tokens / count, *(value / count for value in values))
+        blocks = self.block_seconds(forward) + self.block_seconds(backward)
+        upper = self.block_seconds(forward, self.upper) + self.block_seconds(backward, self.upper)
+        values = num_labels(rows), blocks, self.block_seconds(forward), upper, max(0.0, end - start - timer.total)
+        return MicrobatchTime(tokens / count, *(value / count for value in values))
 
     @torch.no_grad()
     def evaluate(self, batches: Callable[[], Iterator[Any]], compute: Callable[[Any], object]) -> tuple[float, float]:
@@ -420,7 +422,7 @@ class _Measurement:
                 for count, batch in enumerate(batches(), 1):  # noqa: B007 - the number of microbatches
                     compute(batch)
                 rest = timer.clock() - start - timer.total
-                seconds.append((self.of_blocks(timer.forward) / count, rest / count))
+                seconds.append((self.block_seconds(timer.forward) / count, rest / count))
         return min(seconds, key=sum)
 
 
@@ -439,7 +441,7 @@ def measure(
     threads, is_busy = torch.get_num_threads(), other_cpus(usage) > MAX_OTHER_CPUS
     if is_busy and clock is time.perf_counter:
         clock, limit = (lambda: time.thread_time() / threads), limit / threads
-    measurement, trials = _Measurement(session, clock), list[tuple[Rows, list[Point]]]()
+    measurement, trials = _Measurement(session, clock), list[tuple[Rows, list[MicrobatchTime]]]()
     usage, deadline = cpu_usage(), clock() + limit
     with measurement.running(), contextlib.ExitStack() as stack:
         if is_busy:
@@ -473,7 +475,7 @@ def measure(
         update=measurement.update,
         decode=decode,
         decode_tokens=DECODED_TOKENS,
-        uncertain=BUSY if is_busy else "",
+        uncertain=BUSY_REASON if is_busy else "",
     )
 
 
