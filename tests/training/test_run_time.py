@@ -50,7 +50,8 @@ def linear_rates(**changes: object) -> StepRates:
     return StepRates(points, **{**values, **changes})
 
 
-WORK = Workload(
+STEPS = (Microbatches((300, 200), 50), Microbatches((500,), 50))
+WORK = Workload(key="some blocks", steps=STEPS, total_steps=10, full_steps=10)
     key="some blocks", steps=(Microbatches((300, 200), 50), Microbatches((500,), 50)), total_steps=10, full_steps=10
 )
 
@@ -149,7 +150,7 @@ def test_measured_blocks_are_scaled_to_all_blocks(checkpointing, settings, tmp_p
     rates = measured_rates(*inputs(config))
     sizes = [point.tokens for point in rates.points]
     workload = Workload.from_dict(planning.plan_run(*inputs(config)).workload)
-    assert sizes == sorted(sizes) and len(sizes) > 1 and sizes[-1] <= workload.largest
+    assert sizes == sorted(sizes) and len(sizes) > 1 and sizes[-1] <= workload.largest_microbatch
     for point in rates.points:
         assert point.forward == 5  # two calls of the clock around each measured block
         assert point.blocks >= 10 and point.upper == point.blocks

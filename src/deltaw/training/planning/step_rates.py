@@ -185,8 +185,8 @@ def block_kinds(session: Session) -> list[str]:
     """Return the kind of each block. Blocks of one kind take the same time.
 
     A kind consists of the code, the parameters, the layer type, and ``training``, which is True for checkpointed blocks
-    only. The last block computes only labels. The lowest
-    trained block needs no gradient of its input, and blocks below it have no backward pass.
+    only. The last block computes only labels. The lowest trained block needs no gradient of its input, and blocks below
+    it have no backward pass.
     """
     block_list = blocks_of(session.model)
     blocks = [] if block_list is None else list(block_list[1])
