@@ -52,8 +52,6 @@ def linear_rates(**changes: object) -> StepRates:
 
 STEPS = (Microbatches((300, 200), 50), Microbatches((500,), 50))
 WORK = Workload(key="some blocks", steps=STEPS, total_steps=10, full_steps=10)
-    key="some blocks", steps=(Microbatches((300, 200), 50), Microbatches((500,), 50)), total_steps=10, full_steps=10
-)
 
 
 def test_steps_are_interpolated_from_measured_sizes():
