@@ -70,7 +70,7 @@ class ExperimentFolder(contextlib.AbstractContextManager["ExperimentFolder"]):
 
     Args:
         path: Folder, created if it does not exist.
-        kind: ``comparison`` or ``tuning``.
+        kind: ``comparison``, ``tuning`` or ``chain``.
 
     Attributes:
         has_results: True if the folder contains results. Otherwise, a folder created by this process is deleted on
