@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 
 from deltaw.data.row_reader import RunData
@@ -174,6 +175,8 @@ def train_stages(
             with _located(chain, stage):
                 release_free_memory()
                 reset_peak_memory()
+                if torch.cuda.is_available():
+                    torch.cuda.reset_peak_memory_stats()
                 result = fit(stage.config, callback=callback_for(stage), fresh=fresh, processes=processes)
             remaining -= 1
             yield stage, result

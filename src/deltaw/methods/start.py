@@ -77,12 +77,30 @@ class StartAdapter:
         return len(self.sources) > 1 or self.weights != (1.0,)
 
     @property
+    def needs_sum(self) -> bool:
+        """True if the factors of the run are concatenated from those of the adapters."""
+        return self.is_stacked or self.is_combined
+
+    @property
     def has_modules(self) -> bool:
         """True if an adapter contains modules that were trained in full, which its fingerprint excludes."""
         return any(
             source.adapter.get("modules_to_save") or read_metadata(source.folder).get(REPLACED_KEY, "[]") != "[]"
             for source in self.sources
         )
+
+    def read_files(self, *, dry_run: bool) -> list[AdapterFile]:
+        """Read the LoRA adapters.
+
+        Args:
+            dry_run: Return tensors without the values of the files.
+        """
+        files = [read_adapter(source.folder, lazy=True) for source in self.sources]
+        if not dry_run:
+            return files
+        headers = [read_header(find_weights(source.folder)) for source in self.sources]
+        shapes = [{name: torch.empty(t.shape, dtype=t.dtype) for name, t in header.items()} for header in headers]
+        return [file._replace(tensors=tensors) for file, tensors in zip(files, shapes, strict=True)]
 
     def lora(self, config: LoRAConfig, *, dry_run: bool = False) -> tuple[AdapterFile, LoRAConfig]:
         """Return the LoRA adapter to start from, and the settings of the run's adapter.
@@ -91,11 +109,7 @@ class StartAdapter:
             config: The run's ``lora:`` section, see :func:`resolve_start`.
             dry_run: Return tensors for a dry run, which reads no values.
         """
-        files = [read_adapter(source.folder, lazy=True) for source in self.sources]
-        if dry_run:
-            headers = [read_header(find_weights(source.folder)) for source in self.sources]
-            shapes = [{name: torch.empty(t.shape, dtype=t.dtype) for name, t in header.items()} for header in headers]
-            files = [file._replace(tensors=tensors) for file, tensors in zip(files, shapes, strict=True)]
+        files = self.read_files(dry_run=dry_run)
         if self.is_stacked:
             rank = config.rank + _total_rank([file.config for file in files])
             factor = scaling(config.rank, config.alpha, config.rslora)
@@ -230,7 +244,7 @@ def open_start(config: RunConfig) -> StartAdapter | None:
         fingerprint=fingerprint,
         checks_base=len(models) == 1,
     )
-    if config.method != "lora" and (start.is_stacked or start.is_combined):
+    if config.method != "lora" and start.needs_sum:
         message = f"method '{config.method}' can only continue a single adapter"
         raise UserError(message, location=_LOCATION, hint="set start_mode: continue, with one adapter of weight 1")
     return start
@@ -318,11 +332,12 @@ def _explicit_settings(config: RunConfig, stored: LoRAConfig) -> set[str]:
 def _resolve_lora(config: RunConfig, start: StartAdapter) -> LoRAConfig:
     """Return the run's ``lora:`` section: the adapter's settings, and those of the user that may differ."""
     user: LoRAConfig = config.lora
-    files = [read_adapter(source.folder, lazy=True) for source in start.sources]
-    stored = files[0].config
+    with torch.device("meta"):  # only the settings are needed
+        files = start.read_files(dry_run=True)
+        stored = files[0].config
+        combined = concatenate(files, start.weights, 1.0, start.location) if start.needs_sum else None
     explicit = _explicit_settings(config, stored)
-    if start.is_stacked or start.is_combined:
-        combined = concatenate(files, start.weights, 1.0, start.location)
+    if combined is not None:
         reason = unsupported_reason(user)
         if user.rank_pattern or user.alpha_pattern or user.dropout:
             reason = "rank_pattern, alpha_pattern and dropout would also apply to the frozen adapter"
