@@ -1,0 +1,42 @@
+"""Text views of vision-language models compute the same as the complete models."""
+
+from __future__ import annotations
+
+import pytest
+
+from deltaw.hub.vision import is_vision_language, text_view, verify_view
+from tests.conftest import refusal
+from tests.vision_models import FAMILIES, IMAGE_TOKEN, prompt, vision_model
+
+# Families whose image tokens do not form one causal sequence with the text.
+OTHER_ATTENTION = ("paligemma", "gemma3")
+# Families whose complete model, unlike the causal class of their language model, does not scale the logits.
+OTHER_LOGITS = ("cohere2_vision", "aya_vision")
+CAUSAL = [name for name in FAMILIES if name not in (*OTHER_ATTENTION, *OTHER_LOGITS)]
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_view_gives_logits_of_model(family):
+    model, inputs = vision_model(family), FAMILIES[family].inputs()
+    assert is_vision_language(model.config)
+    parts = text_view(model)
+    verify_view(parts, prompt(family), inputs, IMAGE_TOKEN)
+    assert not is_vision_language(parts.view.config)
+    shared = {id(p) for p in model.parameters()}
+    assert all(id(p) in shared for p in parts.view.parameters())
+    names = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parts.view.named_parameters():
+        assert names[parts.full_name(name)] is parameter
+
+
+@pytest.mark.parametrize("family", OTHER_ATTENTION)
+def test_bidirectional_images_are_rejected(family):
+    error = refusal(text_view, vision_model(family))
+    assert f"a {family} model is not supported: its image tokens attend" in error.message
+
+
+@pytest.mark.parametrize("family", OTHER_LOGITS)
+def test_other_outputs_are_rejected(family):
+    parts = text_view(vision_model(family))
+    error = refusal(verify_view, parts, prompt(family), FAMILIES[family].inputs(), IMAGE_TOKEN)
+    assert f"a {family} model is not supported: its outputs differ by 93" in error.message
