@@ -104,6 +104,6 @@ def assert_same_run(run: Path, other: Path, counts: Sequence[str] = ("step", "ro
 def assert_same_as_one_process(single: dict, several: dict, size=2, compare=assert_same_run, **extra: str) -> str:
     """Check that one process and several produce the same run, and return the output of rank 0."""
     fit(single)
-    outputs = train_all(several, size, **extra)
+    outputs = train_all(several, size, flags=["--verbose"], **extra)
     compare(Path(several["output"]), Path(single["output"]))
     return outputs[0]
