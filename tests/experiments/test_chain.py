@@ -168,6 +168,38 @@ def test_other_files_in_folder_are_kept(chain):
     assert [path.name for path in chain.folder.iterdir()] == ["thesis.txt"]
 
 
+def test_rows_of_first_stage_are_checked_before_folder_exists(shared, stages, tmp_path):
+    missing = deep_merge(stages[0], {"data": {"train": "missing.jsonl"}})
+    refusal(list, train_stages(parsed({**shared(tmp_path / "c"), "stages": [missing, stages[1]]})))
+    assert not (tmp_path / "c").exists()
+
+
+def test_stage_given_by_its_folder_is_that_stage(shared, stages, tmp_path):
+    folder, second = tmp_path / "c", {**stages[1], "start_from": str(tmp_path / "c" / ".." / "c" / "sft")}
+    chain = parsed({**shared(folder), "stages": [stages[0], second]})
+    assert chain.stages[1].parents == ("sft",)
+    own = {**stages[1], "start_from": str(folder / "dpo")}
+    assert "starts from itself" in refusal(read_chain, {**shared(folder), "stages": [stages[0], own]}).message
+
+
+def test_finished_stage_without_adapter_is_rejected(chain):
+    list(train_stages(chain))
+    (chain.folder / "dpo" / ADAPTER).unlink()
+    error = refusal(list, train_stages(chain))
+    assert "its adapter is missing" in error.message and "stage 'dpo'" in error.location
+
+
+@pytest.mark.parametrize("name", ["pieces", "sft"])
+def test_links_out_of_chain_folder_are_rejected(chain, tmp_path, name):
+    chain.folder.mkdir()
+    (chain.folder / "study.json").write_text('{"kind": "chain"}')
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (chain.folder / name).symlink_to(outside)
+    assert "is a link" in refusal(list, train_stages(chain)).message
+    assert not list(outside.iterdir())
+
+
 # Training.
 
 
@@ -286,7 +318,7 @@ def test_scores_are_stored(finished, monkeypatch):
     "score", [None, [], {}, {"metric": 1}, {"metrics": {"loss": "high"}}, {"metrics": 3}, {"interval": [[]]}]
 )
 def test_damaged_score_is_computed_again(finished, score):
-    file = finished.chain.folder / "pieces/sft-of-dpo.json"
+    file = finished.chain.folder / "pieces/sft.dpo.json"
     stored = json.loads(file.read_text())
     file.write_text(json.dumps({**stored, "score": {**stored["score"], **score} if score else score, "rows": 4}))
     again = score_stages(finished.chain)

@@ -14,19 +14,19 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, FiniteFloat, StringConstraints, TypeAdapter, ValidationError
 
 from deltaw.data.row_reader import RunData
 from deltaw.errors import UserError
-from deltaw.experiments.folder import ExperimentFolder, result_settings
+from deltaw.experiments.folder import ExperimentFolder, content_hash, result_settings
 from deltaw.lora.config import LoRAConfig
 from deltaw.lora.files import read_adapter
 from deltaw.machine.memory import release_free_memory, reset_peak_memory
 from deltaw.memory.plan import Plan
-from deltaw.methods.base import ADAPTER_CONFIG
+from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from deltaw.methods.start import adapter_digest, continue_settings, open_start, require_same_kind, resolve_start
 from deltaw.progress import ignore_line, track_progress
 from deltaw.runs.checks import check_rows, check_settings
@@ -45,6 +45,8 @@ from deltaw.training.process import preserved_process_state
 from deltaw.training.session import assemble, read_data
 from deltaw.training.task import Task
 
+# Name of a metric in a file, which is printed.
+MetricName: TypeAlias = Annotated[str, StringConstraints(max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
 BASE = "base model"
 # File with the results.
 RESULTS_FILE = "chain.json"
@@ -63,10 +65,10 @@ class StageScore:
         per_row: Primary metric of each row, or None if it is not a mean over rows.
     """
 
-    metric: str
-    metrics: Mapping[str, float | None]
-    interval: list[float] | None
-    per_row: list[float] | None
+    metric: MetricName
+    metrics: dict[MetricName, FiniteFloat | None]
+    interval: Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)] | None
+    per_row: list[FiniteFloat] | None
 
     @classmethod
     def of(cls, result: Evaluation) -> StageScore:
@@ -80,12 +82,14 @@ class StageScore:
         return cls(main, metrics, interval, rows)
 
     @classmethod
-    def read(cls, values: object) -> StageScore | None:
-        """Restore a score from a file, or return None if the file is damaged."""
+    def read(cls, values: object, rows: object) -> StageScore | None:
+        """Restore a score of a number of rows from a file, or return None if the file is damaged."""
         try:
-            return TypeAdapter(cls).validate_python(values)
+            score = TypeAdapter(cls).validate_python(values)
         except ValidationError:
             return None
+        is_complete = score.per_row is None or len(score.per_row) == rows
+        return score if is_complete and score.metric in score.metrics else None
 
     @property
     def value(self) -> float | None:
@@ -113,9 +117,8 @@ class HeldOutScores:
 
     def add(self, model: str, values: Mapping[str, Any]) -> None:
         """Add a stored score, or the reason why there is none."""
-        self.rows = max(self.rows, int(values.get("rows", 0)))
-        if (score := StageScore.read(values.get("score"))) is not None:
-            self.scores[model] = score
+        if (score := StageScore.read(values.get("score"), values.get("rows"))) is not None:
+            self.rows, self.scores[model] = int(values["rows"]), score
         elif "error" in values:
             self.errors[model] = str(values["error"])
 
@@ -173,17 +176,28 @@ def train_stages(
         experiment.has_results = True  # keep finished stages if a later one fails
         for stage in chain.stages:
             with _located(chain, stage):
+                if (chain.folder / stage.name).is_symlink():
+                    raise UserError("the folder of the stage is a link", location=stage.config.output, hint="remove it")
                 release_free_memory()
                 reset_peak_memory()
                 if torch.cuda.is_available():
                     torch.cuda.reset_peak_memory_stats()
                 result = fit(stage.config, callback=callback_for(stage), fresh=fresh, processes=processes)
+                if not result.interrupted:
+                    _require_adapter(result.output)
             remaining -= 1
             yield stage, result
             if result.interrupted:
                 break
         for _ in range(remaining):
             send_settings(None, processes)  # the other processes skip the remaining stages
+
+
+def _require_adapter(folder: Path) -> None:
+    """Check that a finished stage has an adapter, which could have been deleted."""
+    if not all((folder / name).is_file() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)):
+        hint = "restore its files, or delete the folder to train the stage again"
+        raise UserError("the stage is finished, and its adapter is missing", location=str(folder), hint=hint)
 
 
 @contextlib.contextmanager
@@ -213,7 +227,7 @@ def check_stages(chain: Chain, *, skip_finished: bool = True) -> dict[str, LoRAC
         with _located(chain, stage):
             check_settings(stage.config)
             by_folder[stage.config.output] = stage, _check_start(stage, by_folder)
-    for stage in chain.stages[1:]:  # the first stage is checked when it starts
+    for stage in chain.stages:
         if skip_finished and Run(chain.folder / stage.name).state == FINISHED:
             continue
         with _located(chain, stage), track_progress(f"checking the rows of stage '{stage.name}'"):
@@ -337,14 +351,14 @@ def _load_or_compute_score(
     read_rows: Callable[[], tuple[Task[Any], RunData]],
 ) -> Mapping[str, Any]:
     """Return a score for JSON with the number of rows, or the reason why there is none."""
-    name = f"{stage.name}-of-{'base' if model is None else model.name}"
+    name = f"{stage.name}.{'base' if model is None else model.name}"  # names of stages contain no dot
     try:
         config = evaluated_config(chain, stage, model)
     except UserError as error:
         return {"error": error.message}
     key = score_key(config, None if model is None else chain.folder / model.name)
     stored = experiment.piece(name)
-    if stored.get("key") == key and StageScore.read(stored.get("score")) is not None:
+    if stored.get("key") == key and StageScore.read(stored.get("score"), stored.get("rows")) is not None:
         return stored
     values: dict[str, Any] = {"key": key, "rows": len(read_rows()[1].held_out)}
     if values["rows"]:
@@ -382,7 +396,22 @@ def score_key(config: RunConfig, adapter: Path | None) -> str:
     """Return a digest of the settings, the local files and the adapter of a score. Versions are not included."""
     digest = None if adapter is None else adapter_digest(adapter)
     settings = result_settings(config, without=("start_from", "train.drift", "train.samples"))
-    return hashlib.blake2b(repr((digest, sorted(settings.items()))).encode(), digest_size=16).hexdigest()
+    files = [content_hash(text) for text in _texts(config.external_references()) if Path(text).is_file()]
+    return hashlib.blake2b(repr((digest, files, sorted(settings.items()))).encode(), digest_size=16).hexdigest()
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yield the texts in a setting, and their parts before a colon, such as the file of ``rewards.py:function``."""
+    if isinstance(value, str):
+        yield value
+        yield value.rpartition(":")[0]
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from _texts(key)
+            yield from _texts(entry)
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _texts(entry)
 
 
 def _evaluate(config: RunConfig, task: Task[Any], data: RunData) -> Evaluation:

@@ -17,6 +17,8 @@ from deltaw.experiments.comparison import or_empty
 from deltaw.reports.page.write import render
 from deltaw.reports.svg import FigureTable
 from deltaw.reports.tables import MISSING, count, duration, format_time, gigabytes, metric_name, metric_value, table
+from deltaw.runs.folder import not_writable_error
+from deltaw.runs.summary import to_plain
 from deltaw.settings.start import start_sources
 from deltaw.training.evaluation.base import is_share, mean_interval
 
@@ -83,14 +85,15 @@ def _difference(before: StageScore | None, after: StageScore) -> str:
 
 def terminal_tables(result: ChainResult) -> list[tuple[str, Table]]:
     """Return the captions and tables for the terminal."""
-    tables = [stages_table(result), *score_tables(result)]
-    return [(part.caption, table(part.head, part.rows, fold=True)) for part in tables]
+    stages, scores = stages_table(result), score_tables(result)
+    captions = [stages.caption, *(f"{part.caption}{part.note and f' ({part.note})'}" for part in scores)]
+    return [(caption, table(t.head, t.rows, fold=True)) for caption, t in zip(captions, [stages, *scores], strict=True)]
 
 
 def write_results(result: ChainResult) -> None:
     """Write ``chain.json`` and ``chain.html`` into the folder of the chain."""
     folder = result.chain.folder
-    write_text(folder / RESULTS_FILE, json.dumps(result.as_dict(), indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(to_plain(result.as_dict()), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     runs = [(stage.name, f"{stage.name}/report.html") for stage in result.chain.stages]
     view: dict[str, Any] = {
         "title": f"Chain: {folder.name}",
@@ -100,4 +103,8 @@ def write_results(result: ChainResult) -> None:
         "runs": [(name, page) for name, page in runs if (folder / page).is_file()],
         "written": format_time(time.time()),
     }
-    write_text(folder / PAGE_FILE, render("chain.html", view))
+    try:
+        write_text(folder / RESULTS_FILE, text)
+        write_text(folder / PAGE_FILE, render("chain.html", view))
+    except OSError as error:
+        raise not_writable_error(folder, error) from error

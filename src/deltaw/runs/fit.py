@@ -35,7 +35,7 @@ from deltaw.methods.base import CLASSES_KEY
 from deltaw.methods.start import open_start, resolve_start
 from deltaw.progress import Detail, LogFunction, ignore_line, track_progress
 from deltaw.runs.checkpoints import list_checkpoints
-from deltaw.runs.checks import check_rows, check_settings
+from deltaw.runs.checks import check_rows, check_settings, check_start_folders
 from deltaw.runs.folder import CHECKPOINT_FOLDER, Run, RunFolder, check_output
 from deltaw.runs.record import Decision, Result, RunRecord, decide_and_lock, settings_to_resume, translate_errors
 from deltaw.runs.resuming import (
@@ -133,6 +133,7 @@ def _fit_or_resume(
         require_single_process()
     with preserved_process_state(), tracked(config, callback) as run_callback:
         check_settings(config)
+        check_start_folders(config, output)
         check_output(output, is_resumed=not fresh and (resume is not None or Run(output).training is not None))
         start = decide_and_lock(output, config, resume=resume is not None, fresh=fresh, log=run_callback.on_line)
         try:
