@@ -177,4 +177,4 @@ def test_peak_memory_is_base_share_plus_one_block(tmp_path, monkeypatch):
         peak, vector = max(result["peak"] for result in results), 4 * results[0]["trained"] / 1e6
         expected = single["peak"] - blocks + blocks / processes + largest + vector
         assert peak == pytest.approx(expected, abs=largest / 2)
-        assert results[0]["planned"] == pytest.approx(peak, rel=0.05)
+        assert results[0]["planned"] == pytest.approx(peak, rel=0.07)

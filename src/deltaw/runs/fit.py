@@ -546,8 +546,6 @@ def follow(group: Group) -> int:
             warnings.simplefilter("ignore")  # process 0 shows the same warnings
             return _follow(group)
     except LostProcess:
-        if group.rank == 1:  # reports the loss in case that process 0 is the lost one
-            raise
         return WORKER_FAILED
     except (NotFiniteError, UntrainedParameterError):
         # Process 0 raises the same error. If this process exited first, torchrun would kill process 0 while it saves.
