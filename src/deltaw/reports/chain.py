@@ -61,7 +61,7 @@ def _score_table(result: ChainResult, held_out: HeldOutScores) -> FigureTable:
     for model, score in scores.items():
         value = metric_value(score.metric, score.value)
         if score.interval is not None:
-            value += f" ({' to '.join(metric_value(score.metric, bound) for bound in score.interval)})"
+            value += f" ({' to '.join(metric_value(score.metric, bound).rstrip('%') for bound in score.interval)})"
         differences = [_difference(other, score) for other in (scores.get(BASE), scores.get(parents.get(model, "")))]
         loss = (metric_value("loss", score.metrics.get("loss")),) if has_loss else ()
         rows.append((model, value, *differences, *loss))
