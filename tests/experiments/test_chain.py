@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,16 @@ import yaml
 import deltaw
 from deltaw.errors import UserError
 from deltaw.experiments import chain as chain_module
-from deltaw.experiments.chain import BASE, ChainResult, evaluated_config, score_key, score_stages, train_stages
-from deltaw.reports.chain import PAGE_FILE, score_tables, stages_table, write_results
+from deltaw.experiments.chain import (
+    BASE,
+    ChainResult,
+    evaluated_config,
+    score_key,
+    score_stages,
+    scored_models,
+    train_stages,
+)
+from deltaw.reports.chain import PAGE_FILE, score_tables, stages_table, warning_lines, write_results
 from deltaw.runs.folder import read_run
 from deltaw.settings.config import RunConfig
 from deltaw.settings.stages import Chain, read_chain
@@ -326,10 +336,10 @@ def test_damaged_score_is_computed_again(finished, score):
 
 
 def test_scores_change_with_adapter(finished):
-    sft, dpo = finished.chain.stages
-    folder = finished.chain.folder
-    keys = {score_key(evaluated_config(finished.chain, sft, m), m and folder / m.name) for m in (None, sft, dpo)}
-    assert len(keys) == 3
+    sft, _ = finished.chain.stages
+    models = scored_models(finished.chain)
+    assert list(models) == [BASE, "sft", "dpo"]
+    assert len({score_key(evaluated_config(finished.chain, sft, model)) for model in models.values()}) == 3
 
 
 def test_report_has_stages_and_differences(finished):
@@ -338,13 +348,35 @@ def test_report_has_stages_and_differences(finished):
     assert table.rows[1][1] == "sft"
     for scores in score_tables(finished):
         assert scores.rows[0][2:4] == ("", "") and scores.head[-1] == "loss"
-        assert " ± " in scores.rows[1][2] and " ± " in scores.rows[2][3]
+        assert scores.rows[1][2] and scores.rows[2][3] and not scores.rows[1][3]
+    assert " ± " in score_tables(finished)[1].rows[1][2]
     write_results(finished)
     page = (finished.chain.folder / PAGE_FILE).read_text()
     assert "held-out rows of" in page and 'href="dpo/report.html"' in page
     stored = json.loads((finished.chain.folder / "chain.json").read_text())
     assert [stage["name"] for stage in stored["stages"]] == ["sft", "dpo"]
     assert list(stored["held_out"]["sft"]["scores"]) == [BASE, "sft", "dpo"]
+
+
+def test_start_of_first_stage_is_scored_too(finished, shared, stages, tmp_path):
+    """The rows, the start and the result of the second stage are those of the chain of both."""
+    start = str(finished.chain.folder / "sft")
+    chain = parsed({**shared(tmp_path / "c"), "stages": [stages[1]], "start_from": start})
+    (result,) = [result for _, result in train_stages(chain)]
+    (held_out,) = score_stages(chain)
+    assert list(held_out.scores) == [BASE, "start_from", "dpo"] and held_out.is_relative
+    expected = finished.held_out[1].scores
+    for name, other in {BASE: BASE, "start_from": "sft", "dpo": "dpo"}.items():
+        assert held_out.scores[name].metrics == expected[other].metrics
+    table = score_tables(ChainResult(chain, {"dpo": result}, [held_out]))[0]
+    assert "relative to the base model" in table.caption and table.rows[2][3]
+
+
+def test_worse_scores_than_parent_are_reported(finished):
+    worse = copy.deepcopy(finished)
+    scores = worse.held_out[0].scores
+    scores["sft"] = replace(scores["sft"], per_row=[1.0] * 4, metrics={**scores["sft"].metrics, "exact_match": 1.0})
+    assert warning_lines(worse) == ["'dpo' is worse than 'sft' on the rows of 'sft': exact match -100.0"]
 
 
 # Command line.

@@ -27,7 +27,7 @@ from deltaw.lora.files import read_adapter
 from deltaw.machine.memory import release_free_memory, reset_peak_memory
 from deltaw.memory.plan import Plan
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from deltaw.methods.start import adapter_digest, continue_settings, open_start, require_same_kind, resolve_start
+from deltaw.methods.start import continue_settings, open_start, require_same_kind, resolve_start
 from deltaw.progress import ignore_line, track_progress
 from deltaw.runs.checks import check_rows, check_settings
 from deltaw.runs.fit import fit, load_model
@@ -47,7 +47,8 @@ from deltaw.training.task import Task
 
 # Name of a metric in a file, which is printed.
 MetricName: TypeAlias = Annotated[str, StringConstraints(max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
-BASE = "base model"
+# Names of the models in the table of scores that are not stages.
+BASE, START = "base model", "start_from"
 # File with the results.
 RESULTS_FILE = "chain.json"
 # Settings of an evaluated stage that scoring replaces.
@@ -63,12 +64,14 @@ class StageScore:
         metrics: All metrics. Undefined ones are None.
         interval: 95 % interval of the primary metric, or None.
         per_row: Primary metric of each row, or None if it is not a mean over rows.
+        higher_is_better: Direction of the primary metric.
     """
 
     metric: MetricName
     metrics: dict[MetricName, FiniteFloat | None]
     interval: Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)] | None
     per_row: list[FiniteFloat] | None
+    higher_is_better: bool = True
 
     @classmethod
     def of(cls, result: Evaluation) -> StageScore:
@@ -79,7 +82,7 @@ class StageScore:
             rows = None
         main = f"{result.name} {result.main}".strip()
         interval = None if result.interval is None or rows is None else [float(bound) for bound in result.interval]
-        return cls(main, metrics, interval, rows)
+        return cls(main, metrics, interval, rows, result.higher_is_better)
 
     @classmethod
     def read(cls, values: object, rows: object) -> StageScore | None:
@@ -105,6 +108,7 @@ class HeldOutScores:
         stage: Name of the stage.
         task: Its task.
         rows: Number of held-out rows.
+        is_relative: True if the scores are relative to the base model, as for preferences.
         scores: Score by model: :data:`BASE`, or the name of the stage with the adapter.
         errors: Reasons for missing scores by model.
     """
@@ -112,6 +116,7 @@ class HeldOutScores:
     stage: str
     task: str
     rows: int = 0
+    is_relative: bool = False
     scores: dict[str, StageScore] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
 
@@ -334,30 +339,44 @@ def score_stages(chain: Chain) -> list[HeldOutScores]:
         for stage in chain.stages:
             config = stage.config.model_copy(update={"start_from": None})
             read_rows = functools.cache(functools.partial(read_data, config, ignore_line))
-            entry = HeldOutScores(stage.name, stage.config.task)
-            for model in (None, *chain.stages):
-                values = _load_or_compute_score(experiment, chain, stage, model, read_rows)
-                entry.add(BASE if model is None else model.name, values)
+            is_relative = bool(getattr(stage.config.section, "has_reference", False))
+            entry = HeldOutScores(stage.name, stage.config.task, is_relative=is_relative)
+            for name, model in scored_models(chain).items():
+                entry.add(name, _load_or_compute_score(experiment, chain, stage, name, model, read_rows))
             if entry.scores or entry.errors:
                 held_out.append(entry)
     return held_out
+
+
+def scored_models(chain: Chain) -> dict[str, Mapping[str, Any]]:
+    """Return the settings of each scored model by name: the base model, the adapter of the first stage's
+    ``start_from``, and the adapter of each stage.
+    """
+    first = chain.stages[0].config
+    models: dict[str, Mapping[str, Any]] = {BASE: {"method": "lora"}}
+    if first.start_from is not None:
+        models[START] = {"method": first.method, "start_from": first.start_from}
+    for stage in chain.stages:
+        models[stage.name] = {"method": stage.config.method, "start_from": str(chain.folder / stage.name)}
+    return models
 
 
 def _load_or_compute_score(
     experiment: ExperimentFolder,
     chain: Chain,
     stage: Stage,
-    model: Stage | None,
+    name: str,
+    model: Mapping[str, Any],
     read_rows: Callable[[], tuple[Task[Any], RunData]],
 ) -> Mapping[str, Any]:
     """Return a score for JSON with the number of rows, or the reason why there is none."""
-    name = f"{stage.name}.{'base' if model is None else model.name}"  # names of stages contain no dot
+    file = f"{stage.name}.{name}".replace(" ", "-")  # names of stages contain no dot
     try:
         config = evaluated_config(chain, stage, model)
     except UserError as error:
         return {"error": error.message}
-    key = score_key(config, None if model is None else chain.folder / model.name)
-    stored = experiment.piece(name)
+    key = score_key(config)
+    stored = experiment.piece(file)
     if stored.get("key") == key and StageScore.read(stored.get("score"), stored.get("rows")) is not None:
         return stored
     values: dict[str, Any] = {"key": key, "rows": len(read_rows()[1].held_out)}
@@ -367,34 +386,32 @@ def _load_or_compute_score(
                 values["score"] = vars(StageScore.of(_evaluate(config, *read_rows())))
             except UserError as error:
                 values["error"] = error.message
-    experiment.write_piece(name, values)
+    experiment.write_piece(file, values)
     return values
 
 
-def evaluated_config(chain: Chain, stage: Stage, model: Stage | None) -> RunConfig:
+def evaluated_config(chain: Chain, stage: Stage, model: Mapping[str, Any]) -> RunConfig:
     """Return the settings of a session that scores a model on the rows of a stage.
 
     Args:
         chain: The chain.
         stage: Stage with the held-out rows.
-        model: Stage with the adapter, or None for the base model.
+        model: Settings of the model (:func:`scored_models`).
 
     Raises:
         UserError: If the adapter cannot be used for the task of ``stage``.
     """
-    method = stage.config.method if model is None else model.config.method
-    dropped = {*_REPLACED_KEYS, stage.config.method, method}
+    dropped = {*_REPLACED_KEYS, stage.config.method, model["method"]}
     values = {key: value for key, value in stage.config.model_dump(mode="json").items() if key not in dropped}
     # Preferences and rewards of all models refer to the base model, so that they can be compared.
     values |= {"reference_model": "base", "output": str(chain.folder / "scores")}
-    if model is None:
-        return RunConfig.read({**values, "method": "lora"})
-    return resolve_start(RunConfig.read({**values, "method": method, "start_from": str(chain.folder / model.name)}))
+    return resolve_start(RunConfig.read({**values, **model}))
 
 
-def score_key(config: RunConfig, adapter: Path | None) -> str:
+def score_key(config: RunConfig) -> str:
     """Return a digest of the settings, the local files and the adapter of a score. Versions are not included."""
-    digest = None if adapter is None else adapter_digest(adapter)
+    start = open_start(config)
+    digest = None if start is None else start.fingerprint
     settings = result_settings(config, without=("start_from", "train.drift", "train.samples"))
     files = [content_hash(text) for text in _texts(config.external_references()) if Path(text).is_file()]
     return hashlib.blake2b(repr((digest, files, sorted(settings.items()))).encode(), digest_size=16).hexdigest()

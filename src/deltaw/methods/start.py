@@ -209,7 +209,8 @@ def lineage_lines(lineage: Mapping[str, Any] | None) -> list[str]:
         for adapter in lineage["adapters"]:
             weight = "" if str(adapter["weight"]) == "1.0" else f" × {adapter['weight']}"
             parts.append(f"{adapter['name']}{weight} ({adapter['task']}, {adapter['fingerprint'][:12]})")
-        lines.append(f"{lineage['mode']} from {' + '.join(parts)}")
+        earlier = "before that, " if lines else ""
+        lines.append(f"{earlier}{lineage['mode']} from {' + '.join(parts)}")
         lineage = lineage["adapters"][0]["start"]
     return lines
 
