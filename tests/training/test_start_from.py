@@ -384,7 +384,9 @@ def test_lineage_is_recorded(make, sft, tmp_path):
     second = deltaw.fit(make(tmp_path / "second", start_from=str(sft))).output
     third = deltaw.fit(make(tmp_path / "third", start_from=str(second), start_mode="stack")).output
     lines = lineage_lines(Run(third).values["start"])
-    assert lines[0].startswith("stack from second (causal-lm, ") and lines[1].startswith("before that, continue from sft (")
+    assert lines[0].startswith("stack from second (causal-lm, ") and lines[1].startswith(
+        "before that, continue from sft ("
+    )
     start = open_start(RunConfig.read(third / "run.yaml"))
     assert start is not None and start.fingerprint == Run(third).values["start"]["fingerprint"]
     assert lines[0] in (third / "README.md").read_text()

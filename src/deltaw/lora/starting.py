@@ -44,7 +44,7 @@ def check_factors(adapter: AdapterFile, location: str) -> None:
     """Check the shapes and types of low-rank factors, without reading their values.
 
     Args:
-        adapter: Adapter, possibly without values.
+        adapter: Adapter, possibly with fake tensors.
         location: Setting, for messages.
 
     Raises:

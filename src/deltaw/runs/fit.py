@@ -176,8 +176,6 @@ def _fit(start: Decision, output: Path, callback: Callback, processes: Reducer) 
     if start.run is not None and start.is_finished:
         send_settings(None, processes)
         return Result.of_finished(start.run)
-    if start.config.start_from is not None and not start.is_resumed:
-        callback.on_line("the optimizer state and the learning-rate schedule are new")
     with clock.part("planning"):
         config, plan = plan_memory(start.config, task, data, callback, processes=processes, resumed=start.is_resumed)
     with clock.part("loading"):
@@ -263,6 +261,8 @@ def _read(start: Decision, log: LogFunction) -> tuple[Task[Any], RunData, dict[s
         require_same_rows(start.rows, rows, start.requested, Path(start.requested.output), done=start.is_finished)
     if not start.is_finished:
         task.check(data, call=True)
+        if start.config.start_from is not None and not start.is_resumed:
+            log("the optimizer state and the learning-rate schedule are new")
     return task, data, rows
 
 
