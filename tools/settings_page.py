@@ -23,7 +23,8 @@ INTRODUCTION = (
     "# Settings\n\nAll settings of a YAML settings file. Each setting is also a flag: `train.epochs: 3` in the file is "
     "`--train.epochs 3` on the command line. Flags override the file. `deltaw train --help-all` prints the same list, "
     "and an editor completes it with [the JSON schema](schema.md).\n\n"
-    "A file with `stages` [trains several runs in order](goals/continue-training.md#train-several-stages-with-one-file).\n\n"
+    "A file with `stages` "
+    "[trains several runs in order](goals/continue-training.md#train-several-stages-with-one-file).\n\n"
     "This page is generated from the schema by `tools/settings_page.py`. `null` means “not set”. `TEXT|LIST` accepts "
     "a text or a list.\n"
 )

@@ -94,7 +94,7 @@ def load_result(kind: str, parts: object, dependencies: Sequence[str] = ()) -> o
     key_parts = [parts, versions(dependencies)]
     try:
         entry = json.loads(_file(kind, key_parts).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return entry.get("value") if isinstance(entry, dict) and entry.get("key") == _text(key_parts) else None
 

@@ -144,6 +144,6 @@ def test_time_budget_lists_rows_and_epochs_that_fit(call, settings_file):
     output = json.loads(result.out)
     assert output["budget_seconds"] == 100 * 86400
     assert [(s["epochs"], s["rows"], s["precision"]) for s in output["settings"]] == [(2, None, "fp32")]
-    assert "checkpointing" in result.err
+    assert "data.rows" in result.err
     assert_refused(call("plan", settings_file, "--fit-time", "0.1s"), "--fit-time", "no settings fit", "hint:")
     assert_refused(call("plan", settings_file, "--fit-time", "soon"), "'soon'", "30min")

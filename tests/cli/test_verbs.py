@@ -123,7 +123,13 @@ def test_output_contains_no_foreign_lines(call, flags, tmp_path):
     lines = [line for line in err.splitlines() if not line.startswith("still ")]
     first = lines[: next(number for number, line in enumerate(lines) if line.startswith("step 1/2"))]
     header = ("rows:", "memory:", "precision: fp32", "steps:", "output:")  # a long path has a line to itself
-    warnings = ("1 held-out row is few", "2 steps are few", "precision: int8 would take about", "compiled kernels")
+    warnings = (
+        "1 held-out row is few",
+        "2 steps are few",
+        "precision: int8 would take about",
+        "compiled kernels",
+        "time: about",
+    )
     assert sum(line.startswith(header) for line in first) == 5, first
     assert all(line.startswith((*header, *warnings, "  ")) for line in first)
     expected_starts = (

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,16 @@ import yaml
 import deltaw
 from deltaw.errors import UserError
 from deltaw.experiments import chain as chain_module
-from deltaw.experiments.chain import BASE, ChainResult, evaluated_config, score_key, score_stages, train_stages
-from deltaw.reports.chain import PAGE_FILE, score_tables, stages_table, write_results
+from deltaw.experiments.chain import (
+    BASE,
+    ChainResult,
+    evaluated_config,
+    score_key,
+    score_stages,
+    scored_models,
+    train_stages,
+)
+from deltaw.reports.chain import PAGE_FILE, score_tables, stages_table, warning_lines, write_results
 from deltaw.runs.folder import read_run
 from deltaw.settings.config import RunConfig
 from deltaw.settings.stages import Chain, read_chain
@@ -168,6 +178,38 @@ def test_other_files_in_folder_are_kept(chain):
     assert [path.name for path in chain.folder.iterdir()] == ["thesis.txt"]
 
 
+def test_rows_of_first_stage_are_checked_before_folder_exists(shared, stages, tmp_path):
+    missing = deep_merge(stages[0], {"data": {"train": "missing.jsonl"}})
+    refusal(list, train_stages(parsed({**shared(tmp_path / "c"), "stages": [missing, stages[1]]})))
+    assert not (tmp_path / "c").exists()
+
+
+def test_stage_given_by_its_folder_is_that_stage(shared, stages, tmp_path):
+    folder, second = tmp_path / "c", {**stages[1], "start_from": str(tmp_path / "c" / ".." / "c" / "sft")}
+    chain = parsed({**shared(folder), "stages": [stages[0], second]})
+    assert chain.stages[1].parents == ("sft",)
+    own = {**stages[1], "start_from": str(folder / "dpo")}
+    assert "starts from itself" in refusal(read_chain, {**shared(folder), "stages": [stages[0], own]}).message
+
+
+def test_finished_stage_without_adapter_is_rejected(chain):
+    list(train_stages(chain))
+    (chain.folder / "dpo" / ADAPTER).unlink()
+    error = refusal(list, train_stages(chain))
+    assert "its adapter is missing" in error.message and "stage 'dpo'" in error.location
+
+
+@pytest.mark.parametrize("name", ["pieces", "sft"])
+def test_links_out_of_chain_folder_are_rejected(chain, tmp_path, name):
+    chain.folder.mkdir()
+    (chain.folder / "study.json").write_text('{"kind": "chain"}')
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (chain.folder / name).symlink_to(outside)
+    assert "is a link" in refusal(list, train_stages(chain)).message
+    assert not list(outside.iterdir())
+
+
 # Training.
 
 
@@ -286,7 +328,7 @@ def test_scores_are_stored(finished, monkeypatch):
     "score", [None, [], {}, {"metric": 1}, {"metrics": {"loss": "high"}}, {"metrics": 3}, {"interval": [[]]}]
 )
 def test_damaged_score_is_computed_again(finished, score):
-    file = finished.chain.folder / "pieces/sft-of-dpo.json"
+    file = finished.chain.folder / "pieces/sft.dpo.json"
     stored = json.loads(file.read_text())
     file.write_text(json.dumps({**stored, "score": {**stored["score"], **score} if score else score, "rows": 4}))
     again = score_stages(finished.chain)
@@ -294,10 +336,10 @@ def test_damaged_score_is_computed_again(finished, score):
 
 
 def test_scores_change_with_adapter(finished):
-    sft, dpo = finished.chain.stages
-    folder = finished.chain.folder
-    keys = {score_key(evaluated_config(finished.chain, sft, m), m and folder / m.name) for m in (None, sft, dpo)}
-    assert len(keys) == 3
+    sft, _ = finished.chain.stages
+    models = scored_models(finished.chain)
+    assert list(models) == [BASE, "sft", "dpo"]
+    assert len({score_key(evaluated_config(finished.chain, sft, model)) for model in models.values()}) == 3
 
 
 def test_report_has_stages_and_differences(finished):
@@ -306,13 +348,35 @@ def test_report_has_stages_and_differences(finished):
     assert table.rows[1][1] == "sft"
     for scores in score_tables(finished):
         assert scores.rows[0][2:4] == ("", "") and scores.head[-1] == "loss"
-        assert " ± " in scores.rows[1][2] and " ± " in scores.rows[2][3]
+        assert scores.rows[1][2] and scores.rows[2][3] and not scores.rows[1][3]
+    assert " ± " in score_tables(finished)[1].rows[1][2]
     write_results(finished)
     page = (finished.chain.folder / PAGE_FILE).read_text()
     assert "held-out rows of" in page and 'href="dpo/report.html"' in page
     stored = json.loads((finished.chain.folder / "chain.json").read_text())
     assert [stage["name"] for stage in stored["stages"]] == ["sft", "dpo"]
     assert list(stored["held_out"]["sft"]["scores"]) == [BASE, "sft", "dpo"]
+
+
+def test_start_of_first_stage_is_scored_too(finished, shared, stages, tmp_path):
+    """The rows, the start and the result of the second stage are those of the chain of both."""
+    start = str(finished.chain.folder / "sft")
+    chain = parsed({**shared(tmp_path / "c"), "stages": [stages[1]], "start_from": start})
+    (result,) = [result for _, result in train_stages(chain)]
+    (held_out,) = score_stages(chain)
+    assert list(held_out.scores) == [BASE, "start_from", "dpo"] and held_out.is_relative
+    expected = finished.held_out[1].scores
+    for name, other in {BASE: BASE, "start_from": "sft", "dpo": "dpo"}.items():
+        assert held_out.scores[name].metrics == expected[other].metrics
+    table = score_tables(ChainResult(chain, {"dpo": result}, [held_out]))[0]
+    assert "relative to the base model" in table.caption and table.rows[2][3]
+
+
+def test_worse_scores_than_parent_are_reported(finished):
+    worse = copy.deepcopy(finished)
+    scores = worse.held_out[0].scores
+    scores["sft"] = replace(scores["sft"], per_row=[1.0] * 4, metrics={**scores["sft"].metrics, "exact_match": 1.0})
+    assert warning_lines(worse) == ["'dpo' is worse than 'sft' on the rows of 'sft': exact match -100.0"]
 
 
 # Command line.

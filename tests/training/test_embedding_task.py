@@ -208,7 +208,7 @@ def test_other_model_families_match_full_batch(make_config, tmp_path, family):
     config.update({"vocab_size": 259, "initializer_range": 0.2, "pad_token_id": 1, "max_position_embeddings": 66})
     folder = save_model(AutoModel.from_config(config).eval(), tmp_path / "model")
     session = with_random_adapter(build_session(make_config(folder, triplets())))
-    assert assert_step_matches(session, "last" if family in DECODERS else "mean", kept_tokens=300) > 5
+    assert assert_step_matches(session, "last" if family in DECODERS else "mean", kept_tokens=300) >= 5
 
 
 def test_duplicate_texts_are_computed_once(make_config):
@@ -334,7 +334,7 @@ def test_resume_rejects_changed_scores(make_config, tmp_path):
 def test_other_methods_train_or_raise(make_config, tmp_path, family, method):
     changes = {"train": RUN | {"learning_rate": 1e-3}, "data": {"eval": 0.2}, **METHODS[method]}
     settings = make_config(family, triplets(40), **changes)
-    errors = {"head": "nothing to train", "prompt": "do not support virtual tokens"}
+    errors = {"head": "finds no parameters to train", "prompt": "do not support virtual tokens"}
     if method in errors:
         refusal(fit, settings, match=errors[method])
         return

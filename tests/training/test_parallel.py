@@ -249,11 +249,11 @@ def test_signal_to_one_process_stops_all_after_same_step(make_config, tmp_path):
     (tmp_path / "run.yaml").write_text(json.dumps(config))
     port, start_time = free_port(), time.monotonic()
     processes = [start(rank, 2, port, ["train", tmp_path / "run.yaml"]) for rank in range(2)]
-    while not ((run / "metrics.jsonl").exists() and metrics(run)) and time.monotonic() < start_time + 60:
+    while not ((run / "metrics.jsonl").exists() and metrics(run, "loss")) and time.monotonic() < start_time + 60:
         time.sleep(0.1)
     processes[1].terminate()
     first, second = wait_all(processes)
-    assert first[0] == 130 and second == (0, "", ""), (first, second)
+    assert first[0] == 130 and (second[0], second[2]) == (0, ""), (first, second)
     steps = [line["step"] for line in metrics(run, "loss")]
     assert newest_step(run) == steps[-1] == len(steps)
 
@@ -296,6 +296,7 @@ def test_two_hosts_started_by_torchrun_match_one_process(make_config, tmp_path):
             streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
             processes.append(subprocess.Popen(command.split(), env=environment, **streams))
         first, second = wait_all(processes)
-    assert first[0] == 0 and second[:2] == (0, ""), (first, second)
+    assert first[0] == second[0] == 0, (first, second)
+    assert all(line.startswith("still ") for line in second[1].splitlines())  # progress of a busy machine
     assert "2 processes, 1 of them here" in first[1]
     assert_same_run(tmp_path / "two", tmp_path / "one")

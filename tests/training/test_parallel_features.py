@@ -32,7 +32,10 @@ def test_two_processes_share_features_and_match_one(make_config, tmp_path, kind,
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "of one"))
     fit(config)
     monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "of two"))
-    assert "features computed once for each row" in train_all(config | {"output": str(tmp_path / "two")})[0]
+    assert (
+        "features computed once for each row"
+        in train_all(config | {"output": str(tmp_path / "two")}, flags=["--verbose"])[0]
+    )
     assert_same_run(tmp_path / "two", tmp_path / "one")
     folders = (tmp_path / name / "features" for name in ("of one", "of two"))
     (single,), (pair,) = ([path for path in folder.iterdir() if path.is_dir()] for folder in folders)

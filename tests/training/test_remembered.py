@@ -26,7 +26,7 @@ from deltaw.training.monitoring.monitor import Samples
 from deltaw.training.planning import plan_run as planning
 from deltaw.training.planning.budget import memory_budget, memory_limit_error
 from deltaw.training.planning.plan_cache import CachedPlan, load_cached_plans, reject_memory_setting
-from deltaw.training.planning.run_time import Point, StepRates, Workload, store_rates, timed_plan
+from deltaw.training.planning.run_time import MicrobatchTime, StepRates, Workload, store_rates, timed_plan
 from deltaw.training.session import read_data
 from tests.caches import fake_version, modify_source
 from tests.conftest import deep_merge, refusal, write_rows
@@ -133,7 +133,7 @@ def test_cached_plan_is_printed_without_importing_torch(settings, tmp_path, cach
     config = RunConfig.read(settings(tmp_path / "run"))
     task, data = read_data(config)
     plan = planning.plan_run(config, task, data)
-    workload, rates = Workload.from_dict(plan.workload), StepRates((Point(1000, 10, 1.0, 0.4, 1.0, 0.1),))
+    workload, rates = Workload.from_dict(plan.workload), StepRates((MicrobatchTime(1000, 10, 1.0, 0.4, 1.0, 0.1),))
     store_rates(workload, rates)
     plan = timed_plan(plan, workload, rates, config)
     (tmp_path / "run.json").write_text(json.dumps(settings(tmp_path / "run")))

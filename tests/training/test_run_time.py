@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from unittest import mock
 
 import pytest
@@ -102,6 +102,18 @@ def test_plan_contains_sum_of_phases_and_time_limit(settings, tmp_path):
     limited = timed_plan(make_plan("lora", 1), WORK, linear_rates(), config.with_train(time="6s"))
     assert limited.seconds == pytest.approx(6) and limited.seconds_per_step == plan.seconds_per_step
     assert Workload.from_dict(WORK.as_dict()) == WORK
+
+
+@pytest.mark.parametrize(
+    "damage", [{"points": 3}, {"points": []}, {"update": "x"}, {"update": -1.0}, {"decode": float("nan")}]
+)
+def test_damaged_rates_are_measured_again(damage):
+    stored = asdict(linear_rates())
+    assert StepRates.from_dict(json.loads(json.dumps(stored))) == linear_rates()
+    with pytest.raises(ValueError, match="StepRates"):
+        StepRates.from_dict({**stored, **damage})
+    with pytest.raises(ValueError, match="Workload"):
+        Workload.from_dict({**WORK.as_dict(), "steps": damage, "total_steps": -1})
 
 
 def test_uncertain_time_is_reported(settings, tmp_path):

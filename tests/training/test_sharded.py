@@ -76,7 +76,7 @@ def test_low_precision_weights_are_sharded(make_config, sharded, tmp_path, preci
     shares_file = tmp_path / "held"
     output = assert_same_as_one_process(single, sharded_run, compare=agree, HELD=str(shares_file))
     if precision == "bf16" and loader.library() is not None:  # compared with fp32, one gathered block at a time
-        assert "\napproximate: gradients of frozen layers in int8" in output, output
+        assert "approximate: gradients of frozen layers in int8" in output, output
     assert len(shares(shares_file)) == 2 * 6
 
 
@@ -168,13 +168,13 @@ def test_peak_memory_is_base_share_plus_one_block(tmp_path, monkeypatch):
     varies by several MB.
     """
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    from sharded import made, started
+    from sharded import run_processes, write_model
 
-    blocks, largest, _ = made(tmp_path, 768, 12, "fp32")
-    (single,) = started(tmp_path, "fp32", 1)
+    blocks, largest, _ = write_model(tmp_path, 768, 12, "fp32")
+    (single,) = run_processes(tmp_path, "fp32", 1)
     for processes in (2, 4):
-        results = started(tmp_path, "fp32", processes)
+        results = run_processes(tmp_path, "fp32", processes)
         peak, vector = max(result["peak"] for result in results), 4 * results[0]["trained"] / 1e6
         expected = single["peak"] - blocks + blocks / processes + largest + vector
         assert peak == pytest.approx(expected, abs=largest / 2)
-        assert results[0]["planned"] == pytest.approx(peak, rel=0.05)
+        assert results[0]["planned"] == pytest.approx(peak, rel=0.07)

@@ -384,7 +384,9 @@ def test_lineage_is_recorded(make, sft, tmp_path):
     second = deltaw.fit(make(tmp_path / "second", start_from=str(sft))).output
     third = deltaw.fit(make(tmp_path / "third", start_from=str(second), start_mode="stack")).output
     lines = lineage_lines(Run(third).values["start"])
-    assert lines[0].startswith("stack from second (causal-lm, ") and lines[1].startswith("continue from sft (")
+    assert lines[0].startswith("stack from second (causal-lm, ") and lines[1].startswith(
+        "before that, continue from sft ("
+    )
     start = open_start(RunConfig.read(third / "run.yaml"))
     assert start is not None and start.fingerprint == Run(third).values["start"]["fingerprint"]
     assert lines[0] in (third / "README.md").read_text()
@@ -451,6 +453,93 @@ def test_other_tokenizer_is_rejected(make, sft, tmp_path, monkeypatch):
     stored["added_tokens"].append({**stored["added_tokens"][0], "id": 300, "content": "<extra>"})
     file.write_text(json.dumps(stored))
     refuse_without_loading(monkeypatch, make(tmp_path / "run", start_from=str(start)), "another tokenizer")
+
+
+def damaged(folder: Path, into: Path, change) -> Path:
+    """Return a copy of an adapter with changed tensors, which look like those of PEFT."""
+    edited(folder, into)
+    tensors = load_file(into / ADAPTER)
+    change(tensors)
+    save_file(tensors, into / ADAPTER)
+    return into
+
+
+def first(tensors: dict, ending: str) -> str:
+    return next(name for name in sorted(tensors) if name.endswith(ending))
+
+
+def resize(tensors: dict, rank_A: int, rank_B: int) -> None:
+    name_A, name_B = first(tensors, "lora_A.weight"), first(tensors, "lora_B.weight")
+    tensors[name_A] = torch.randn(rank_A, tensors[name_A].shape[1])
+    tensors[name_B] = torch.randn(tensors[name_B].shape[0], rank_B)
+
+
+def clear(tensors: dict) -> None:
+    tensors.clear()
+    tensors["x"] = torch.ones(1)
+
+
+def to_integers(tensors: dict) -> None:
+    name = first(tensors, "lora_A.weight")
+    tensors[name] = tensors[name].to(torch.int64)
+
+
+DAMAGE = {
+    "have the shapes": lambda tensors: resize(tensors, 2, 4),
+    "have rank 2": lambda tensors: resize(tensors, 2, 2),
+    "is missing": lambda tensors: tensors.pop(first(tensors, "lora_B.weight")),
+    "has no factor A": lambda tensors: tensors.pop(first(tensors, "lora_A.weight")),
+    "no low-rank factors": lambda tensors: (
+        [tensors.pop(name) for name in list(tensors)] and tensors.update(x=torch.ones(1))
+    ),
+    "are of type": lambda tensors: tensors.update(
+        {first(tensors, "lora_A.weight"): torch.ones(4, 32, dtype=torch.int64)}
+    ),
+}
+
+
+@pytest.mark.parametrize("match", DAMAGE)
+@pytest.mark.parametrize("mode", ["continue", "stack", "sum"])
+def test_damaged_factors_are_rejected(make, sft, tmp_path, monkeypatch, match, mode):
+    folder = damaged(sft, tmp_path / "damaged", DAMAGE[match])
+    start = [str(folder), str(sft)] if mode == "sum" else str(folder)
+    options = {"start_mode": "stack"} if mode == "stack" else {}
+    refuse_without_loading(monkeypatch, make(tmp_path / "run", start_from=start, **options), match)
+
+
+@pytest.mark.parametrize("mode", ["stack", "sum"])
+def test_other_tensors_cannot_be_combined(make, sft, tmp_path, monkeypatch, mode):
+    folder = damaged(sft, tmp_path / "damaged", lambda tensors: tensors.update(foo=torch.ones(3)))
+    start = [str(folder), str(sft)] if mode == "sum" else str(folder)
+    options = {"start_mode": "stack"} if mode == "stack" else {}
+    refuse_without_loading(monkeypatch, make(tmp_path / "run", start_from=start, **options), "contains 'foo'")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_values_that_are_not_finite_are_rejected(make, sft, tmp_path, value):
+    folder = damaged(sft, tmp_path / "damaged", lambda t: t[first(t, "lora_B.weight")].view(-1)[:1].fill_(value))
+    refusal(deltaw.fit, make(tmp_path / "run", start_from=str(folder)), match="values that are not finite")
+    assert not (tmp_path / "run").exists()
+
+
+def test_output_may_not_contain_start(make, sft, tmp_path):
+    start = Path(shutil.copytree(sft, tmp_path / "start"))
+    for output in (start, tmp_path):
+        refusal(deltaw.fit, make(output, start_from=str(start)), fresh=True, match="contains the adapter of start_from")
+    assert (start / ADAPTER).is_file()
+
+
+def test_lineage_of_untrusted_folder_is_one_line_and_bounded(make, sft, tmp_path):
+    folder = edited(sft, tmp_path / "hostile")
+    adapter_entry = {"name": "a\nforged: line\x1b[31m", "weight": 1, "fingerprint": "f" * 32, "task": "t"}
+    start = None
+    for _ in range(4):
+        start = {"mode": "continue", "adapters": [{**adapter_entry, "start": start}] * 20}
+    (folder / "run.json").write_text(json.dumps({"start": start}))
+    config = RunConfig.read(make(tmp_path / "run", start_from=str(folder)))
+    lineage = open_start(config).lineage(config)
+    assert not any("\n" in line or "\x1b" in line for line in lineage_lines(lineage))
+    assert len(lineage_lines(lineage)) == 5 and len(json.dumps(lineage)) < 50_000
 
 
 def test_other_classes_are_rejected(make, tmp_path):

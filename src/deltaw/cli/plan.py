@@ -118,10 +118,11 @@ def command(
 def _plan_chain(chain: Chain, processes: int, out: TerminalOutput) -> dict[str, Plan]:
     """Plan each stage of a chain. A stage whose parent is not trained yet is planned with a new adapter."""
     from deltaw.experiments.chain import planned_stages
-    from deltaw.reports.plan import chain_plan_table
+    from deltaw.machine.memory import free_memory_bytes
+    from deltaw.reports.plan import chain_report
 
     plans = planned_stages(chain, processes=processes)
-    out.print(chain_plan_table(plans))
+    out.print(chain_report(plans, free_memory_bytes()))
     return plans
 
 

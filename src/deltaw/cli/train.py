@@ -79,7 +79,7 @@ def _read_chain(settings: str, flags: dict[str, Any]) -> Chain | None:
 def _train_chain(chain: Chain, out: TerminalOutput, *, fresh: bool, as_json: bool, processes: Reducer) -> int:
     """Train all stages, print the results of each, and score all adapters on the same rows."""
     from deltaw.experiments.chain import ChainResult, score_stages, train_stages
-    from deltaw.reports.chain import PAGE_FILE, terminal_tables, write_results
+    from deltaw.reports.chain import PAGE_FILE, terminal_tables, warning_lines, write_results
     from deltaw.reports.progress import TerminalCallback, print_summary
 
     def callback_for(stage: Stage) -> TerminalCallback:
@@ -104,6 +104,8 @@ def _train_chain(chain: Chain, out: TerminalOutput, *, fresh: bool, as_json: boo
     for caption, table in terminal_tables(final):
         out.print(f"\n{caption}")
         out.print(table)
+    for line in warning_lines(final):
+        out.print_line(line)
     out.print_line(f"report: {chain.folder / PAGE_FILE}")
     if as_json:
         print_json(final.as_dict())

@@ -14,20 +14,20 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, FiniteFloat, StringConstraints, TypeAdapter, ValidationError
 
 from deltaw.data.row_reader import RunData
 from deltaw.errors import UserError
-from deltaw.experiments.folder import ExperimentFolder, result_settings
+from deltaw.experiments.folder import ExperimentFolder, content_hash, result_settings
 from deltaw.lora.config import LoRAConfig
 from deltaw.lora.files import read_adapter
 from deltaw.machine.memory import release_free_memory, reset_peak_memory
 from deltaw.memory.plan import Plan
-from deltaw.methods.base import ADAPTER_CONFIG
-from deltaw.methods.start import adapter_digest, continue_settings, open_start, require_same_kind, resolve_start
+from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from deltaw.methods.start import continue_settings, open_start, require_same_kind, resolve_start
 from deltaw.progress import ignore_line, track_progress
 from deltaw.runs.checks import check_rows, check_settings
 from deltaw.runs.fit import fit, load_model
@@ -45,7 +45,10 @@ from deltaw.training.process import preserved_process_state
 from deltaw.training.session import assemble, read_data
 from deltaw.training.task import Task
 
-BASE = "base model"
+# Name of a metric in a file, which is printed.
+MetricName: TypeAlias = Annotated[str, StringConstraints(max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
+# Names of the models in the table of scores that are not stages.
+BASE, START = "base model", "start_from"
 # File with the results.
 RESULTS_FILE = "chain.json"
 # Settings of an evaluated stage that scoring replaces.
@@ -61,12 +64,14 @@ class StageScore:
         metrics: All metrics. Undefined ones are None.
         interval: 95 % interval of the primary metric, or None.
         per_row: Primary metric of each row, or None if it is not a mean over rows.
+        higher_is_better: Direction of the primary metric.
     """
 
-    metric: str
-    metrics: Mapping[str, float | None]
-    interval: list[float] | None
-    per_row: list[float] | None
+    metric: MetricName
+    metrics: dict[MetricName, FiniteFloat | None]
+    interval: Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)] | None
+    per_row: list[FiniteFloat] | None
+    higher_is_better: bool = True
 
     @classmethod
     def of(cls, result: Evaluation) -> StageScore:
@@ -77,15 +82,17 @@ class StageScore:
             rows = None
         main = f"{result.name} {result.main}".strip()
         interval = None if result.interval is None or rows is None else [float(bound) for bound in result.interval]
-        return cls(main, metrics, interval, rows)
+        return cls(main, metrics, interval, rows, result.higher_is_better)
 
     @classmethod
-    def read(cls, values: object) -> StageScore | None:
-        """Restore a score from a file, or return None if the file is damaged."""
+    def read(cls, values: object, rows: object) -> StageScore | None:
+        """Restore a score of a number of rows from a file, or return None if the file is damaged."""
         try:
-            return TypeAdapter(cls).validate_python(values)
+            score = TypeAdapter(cls).validate_python(values)
         except ValidationError:
             return None
+        is_complete = score.per_row is None or len(score.per_row) == rows
+        return score if is_complete and score.metric in score.metrics else None
 
     @property
     def value(self) -> float | None:
@@ -101,6 +108,7 @@ class HeldOutScores:
         stage: Name of the stage.
         task: Its task.
         rows: Number of held-out rows.
+        is_relative: True if the scores are relative to the base model, as for preferences.
         scores: Score by model: :data:`BASE`, or the name of the stage with the adapter.
         errors: Reasons for missing scores by model.
     """
@@ -108,14 +116,14 @@ class HeldOutScores:
     stage: str
     task: str
     rows: int = 0
+    is_relative: bool = False
     scores: dict[str, StageScore] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
 
     def add(self, model: str, values: Mapping[str, Any]) -> None:
         """Add a stored score, or the reason why there is none."""
-        self.rows = max(self.rows, int(values.get("rows", 0)))
-        if (score := StageScore.read(values.get("score"))) is not None:
-            self.scores[model] = score
+        if (score := StageScore.read(values.get("score"), values.get("rows"))) is not None:
+            self.rows, self.scores[model] = int(values["rows"]), score
         elif "error" in values:
             self.errors[model] = str(values["error"])
 
@@ -173,17 +181,28 @@ def train_stages(
         experiment.has_results = True  # keep finished stages if a later one fails
         for stage in chain.stages:
             with _located(chain, stage):
+                if (chain.folder / stage.name).is_symlink():
+                    raise UserError("the folder of the stage is a link", location=stage.config.output, hint="remove it")
                 release_free_memory()
                 reset_peak_memory()
                 if torch.cuda.is_available():
                     torch.cuda.reset_peak_memory_stats()
                 result = fit(stage.config, callback=callback_for(stage), fresh=fresh, processes=processes)
+                if not result.interrupted:
+                    _require_adapter(result.output)
             remaining -= 1
             yield stage, result
             if result.interrupted:
                 break
         for _ in range(remaining):
             send_settings(None, processes)  # the other processes skip the remaining stages
+
+
+def _require_adapter(folder: Path) -> None:
+    """Check that a finished stage has an adapter, which could have been deleted."""
+    if not all((folder / name).is_file() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)):
+        hint = "restore its files, or delete the folder to train the stage again"
+        raise UserError("the stage is finished, and its adapter is missing", location=str(folder), hint=hint)
 
 
 @contextlib.contextmanager
@@ -213,7 +232,7 @@ def check_stages(chain: Chain, *, skip_finished: bool = True) -> dict[str, LoRAC
         with _located(chain, stage):
             check_settings(stage.config)
             by_folder[stage.config.output] = stage, _check_start(stage, by_folder)
-    for stage in chain.stages[1:]:  # the first stage is checked when it starts
+    for stage in chain.stages:
         if skip_finished and Run(chain.folder / stage.name).state == FINISHED:
             continue
         with _located(chain, stage), track_progress(f"checking the rows of stage '{stage.name}'"):
@@ -320,31 +339,45 @@ def score_stages(chain: Chain) -> list[HeldOutScores]:
         for stage in chain.stages:
             config = stage.config.model_copy(update={"start_from": None})
             read_rows = functools.cache(functools.partial(read_data, config, ignore_line))
-            entry = HeldOutScores(stage.name, stage.config.task)
-            for model in (None, *chain.stages):
-                values = _load_or_compute_score(experiment, chain, stage, model, read_rows)
-                entry.add(BASE if model is None else model.name, values)
+            is_relative = bool(getattr(stage.config.section, "has_reference", False))
+            entry = HeldOutScores(stage.name, stage.config.task, is_relative=is_relative)
+            for name, model in scored_models(chain).items():
+                entry.add(name, _load_or_compute_score(experiment, chain, stage, name, model, read_rows))
             if entry.scores or entry.errors:
                 held_out.append(entry)
     return held_out
+
+
+def scored_models(chain: Chain) -> dict[str, Mapping[str, Any]]:
+    """Return the settings of each scored model by name: the base model, the adapter of the first stage's
+    ``start_from``, and the adapter of each stage.
+    """
+    first = chain.stages[0].config
+    models: dict[str, Mapping[str, Any]] = {BASE: {"method": "lora"}}
+    if first.start_from is not None:
+        models[START] = {"method": first.method, "start_from": first.start_from}
+    for stage in chain.stages:
+        models[stage.name] = {"method": stage.config.method, "start_from": str(chain.folder / stage.name)}
+    return models
 
 
 def _load_or_compute_score(
     experiment: ExperimentFolder,
     chain: Chain,
     stage: Stage,
-    model: Stage | None,
+    name: str,
+    model: Mapping[str, Any],
     read_rows: Callable[[], tuple[Task[Any], RunData]],
 ) -> Mapping[str, Any]:
     """Return a score for JSON with the number of rows, or the reason why there is none."""
-    name = f"{stage.name}-of-{'base' if model is None else model.name}"
+    file = f"{stage.name}.{name}".replace(" ", "-")  # names of stages contain no dot
     try:
         config = evaluated_config(chain, stage, model)
     except UserError as error:
         return {"error": error.message}
-    key = score_key(config, None if model is None else chain.folder / model.name)
-    stored = experiment.piece(name)
-    if stored.get("key") == key and StageScore.read(stored.get("score")) is not None:
+    key = score_key(config)
+    stored = experiment.piece(file)
+    if stored.get("key") == key and StageScore.read(stored.get("score"), stored.get("rows")) is not None:
         return stored
     values: dict[str, Any] = {"key": key, "rows": len(read_rows()[1].held_out)}
     if values["rows"]:
@@ -353,36 +386,49 @@ def _load_or_compute_score(
                 values["score"] = vars(StageScore.of(_evaluate(config, *read_rows())))
             except UserError as error:
                 values["error"] = error.message
-    experiment.write_piece(name, values)
+    experiment.write_piece(file, values)
     return values
 
 
-def evaluated_config(chain: Chain, stage: Stage, model: Stage | None) -> RunConfig:
+def evaluated_config(chain: Chain, stage: Stage, model: Mapping[str, Any]) -> RunConfig:
     """Return the settings of a session that scores a model on the rows of a stage.
 
     Args:
         chain: The chain.
         stage: Stage with the held-out rows.
-        model: Stage with the adapter, or None for the base model.
+        model: Settings of the model (:func:`scored_models`).
 
     Raises:
         UserError: If the adapter cannot be used for the task of ``stage``.
     """
-    method = stage.config.method if model is None else model.config.method
-    dropped = {*_REPLACED_KEYS, stage.config.method, method}
+    dropped = {*_REPLACED_KEYS, stage.config.method, model["method"]}
     values = {key: value for key, value in stage.config.model_dump(mode="json").items() if key not in dropped}
     # Preferences and rewards of all models refer to the base model, so that they can be compared.
     values |= {"reference_model": "base", "output": str(chain.folder / "scores")}
-    if model is None:
-        return RunConfig.read({**values, "method": "lora"})
-    return resolve_start(RunConfig.read({**values, "method": method, "start_from": str(chain.folder / model.name)}))
+    return resolve_start(RunConfig.read({**values, **model}))
 
 
-def score_key(config: RunConfig, adapter: Path | None) -> str:
+def score_key(config: RunConfig) -> str:
     """Return a digest of the settings, the local files and the adapter of a score. Versions are not included."""
-    digest = None if adapter is None else adapter_digest(adapter)
+    start = open_start(config)
+    digest = None if start is None else start.fingerprint
     settings = result_settings(config, without=("start_from", "train.drift", "train.samples"))
-    return hashlib.blake2b(repr((digest, sorted(settings.items()))).encode(), digest_size=16).hexdigest()
+    files = [content_hash(text) for text in _texts(config.external_references()) if Path(text).is_file()]
+    return hashlib.blake2b(repr((digest, files, sorted(settings.items()))).encode(), digest_size=16).hexdigest()
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yield the texts in a setting, and their parts before a colon, such as the file of ``rewards.py:function``."""
+    if isinstance(value, str):
+        yield value
+        yield value.rpartition(":")[0]
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from _texts(key)
+            yield from _texts(entry)
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _texts(entry)
 
 
 def _evaluate(config: RunConfig, task: Task[Any], data: RunData) -> Evaluation:

@@ -83,6 +83,9 @@ class ExperimentFolder(contextlib.AbstractContextManager["ExperimentFolder"]):
     def __init__(self, path: Path, kind: str) -> None:
         self.path, self.has_results = path, False
         check_folder(path, kind)
+        for name in (PIECES, LOGS):
+            if (path / name).is_symlink():
+                raise UserError("a folder of results is a link", location=str(path / name), hint="remove it")
         self._created = not path.exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -109,7 +112,10 @@ class ExperimentFolder(contextlib.AbstractContextManager["ExperimentFolder"]):
         self.write_json(Path(PIECES) / f"{name}.json", content)
 
     def write_json(self, name: str | Path, content: Mapping[str, object]) -> None:
-        write_text(self.path / name, json.dumps(content, ensure_ascii=False, allow_nan=False, indent=2) + "\n")
+        try:
+            write_text(self.path / name, json.dumps(content, ensure_ascii=False, allow_nan=False, indent=2) + "\n")
+        except OSError as error:
+            raise not_writable_error(self.path, error) from error
 
     def remove(self, run: Path) -> None:
         """Delete an incomplete run inside this folder."""

@@ -89,7 +89,7 @@ def _require_inside(folder: Path, key: str, name: object) -> None:
 def read_json_object(file: Path) -> dict[str, object]:
     """Return the object in a JSON file, or an empty dictionary if the file is missing or invalid."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None  # not a pipe
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

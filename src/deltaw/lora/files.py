@@ -304,7 +304,7 @@ def read_settings(path: Path) -> dict[str, object]:
     except FileNotFoundError as error:
         hint = "use a folder that an adapter was saved in"
         raise UserError(f"the folder has no {path.name}", location=str(path.parent), hint=hint) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path.name} cannot be read: {error}", location=str(path), hint=_COPY_AGAIN) from error
     if not isinstance(settings, dict):
         raise UserError(f"{path.name} is not a JSON object", location=str(path), hint=_COPY_AGAIN)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,13 +30,66 @@ from deltaw.lora.files import (
     unsupported_reason,
     write_adapter,
 )
-from deltaw.lora.fingerprint import FINGERPRINT_KEY, same_base
+from deltaw.lora.fingerprint import FINGERPRINT_KEY, has_values, same_base
 from deltaw.lora.peft_format import FilePaths, adapter_settings, factor_module, tensor_names
 from deltaw.lora.select import Selection, select, unique_modules, values_by_pattern
 
 # Settings that select modules. A file contains the modules by name, so settings are compared by the selected modules.
 TARGET_KEYS = ("target_modules", "exclude_modules", "layers", "train_modules")
 _FACTOR_A = re.compile(r"\.lora_(A\.weight|embedding_A)$")
+_FACTOR_B = re.compile(r"\.lora_(B\.weight|embedding_B)$")
+
+
+def check_factors(adapter: AdapterFile, location: str) -> None:
+    """Check the shapes and types of low-rank factors, without reading their values.
+
+    Args:
+        adapter: Adapter, possibly with fake tensors.
+        location: Setting, for messages.
+
+    Raises:
+        UserError: if a factor is missing, or the shapes of a pair do not belong together.
+    """
+    config = adapter.config
+
+    def damaged(problem: str) -> UserError:
+        return UserError(f"the adapter is damaged: {problem}", location=location, hint="copy the adapter again")
+
+    if config.rank < 1:
+        raise damaged(f"its rank is {config.rank}")
+    names = {name: str(factor_module(name)) for name in adapter.tensors if _FACTOR_A.search(name)}
+    if not names:
+        raise damaged("it has no low-rank factors")
+    ranks = values_by_pattern("rank_pattern", config.rank_pattern, names.values())
+    for name, module in names.items():
+        factor_A, factor_B = adapter.tensors[name], adapter.tensors.get(_name_of_B(name))
+        if factor_B is None:
+            raise damaged(f"'{_name_of_B(name)}' is missing")
+        shapes = f"{tuple(factor_A.shape)} and {tuple(factor_B.shape)}"
+        dimensions = min(factor_A.dim(), factor_B.dim())
+        if dimensions < 2 or (dimensions == 2 and factor_A.shape[0] != factor_B.shape[1]):
+            raise damaged(f"the factors of '{module}' have the shapes {shapes}")
+        expected = ranks.get(module, config.rank)
+        is_expert = bool(config.target_parameters)  # the factors of all experts of a parameter are concatenated
+        if factor_A.shape[0] != expected and not (is_expert and factor_A.shape[0] % expected == 0):
+            raise damaged(f"the factors of '{module}' have rank {factor_A.shape[0]}, and the settings {expected}")
+        if not (factor_A.is_floating_point() and factor_B.is_floating_point()):
+            raise damaged(f"the factors of '{module}' are of type {factor_A.dtype} and {factor_B.dtype}")
+    for name in adapter.tensors:
+        if _FACTOR_B.search(name) and name not in {_name_of_B(factor) for factor in names}:
+            raise damaged(f"'{name}' has no factor A")
+
+
+def require_finite(tensors: Mapping[str, Tensor], location: str) -> None:
+    """Check that all values of an adapter are finite in fp32.
+
+    Raises:
+        UserError: if a value is not.
+    """
+    for name, tensor in tensors.items():
+        if has_values(tensor) and tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            message, hint = f"'{name}' of the adapter has values that are not finite", "start from another adapter"
+            raise UserError(message, location=location, hint=hint)
 
 
 def concatenate(adapters: Sequence[AdapterFile], weights: Sequence[float], target: float, location: str) -> AdapterFile:
@@ -53,6 +106,7 @@ def concatenate(adapters: Sequence[AdapterFile], weights: Sequence[float], targe
     """
     factors_A: dict[str, list[Tensor]] = defaultdict(list)
     factors_B: dict[str, list[Tensor]] = defaultdict(list)
+    sizes: dict[str, tuple[int, int]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         reason = unsupported_reason(adapter.config)
         if adapter.config.active != "always":
@@ -66,11 +120,18 @@ def concatenate(adapters: Sequence[AdapterFile], weights: Sequence[float], targe
             message = "the adapters were trained on different base models"
             raise UserError(message, location=location, hint="use adapters of one base model")
         names = {name: str(factor_module(name)) for name in adapter.tensors if _FACTOR_A.search(name)}
+        if others := sorted(adapter.tensors.keys() - {*names, *map(_name_of_B, names)}):
+            message = f"an adapter cannot be combined with another one: it contains '{others[0]}'"
+            raise UserError(message, location=location, hint="continue this adapter alone (start_mode: continue)")
         alphas = values_by_pattern("alpha_pattern", adapter.config.alpha_pattern, names.values())
         for name, module in names.items():
             factor_A, factor_B = adapter.tensors[name], adapter.tensors[_name_of_B(name)]
             alpha = alphas.get(module, adapter.config.alpha)
             factor = weight * scaling(factor_A.shape[0], alpha, adapter.config.rslora) / target
+            sizes.setdefault(name, (factor_A.shape[1], factor_B.shape[0]))
+            if sizes[name] != (factor_A.shape[1], factor_B.shape[0]):
+                message = f"the adapters have factors of other layer sizes for '{module}'"
+                raise UserError(message, location=location, hint="use adapters of one base model")
             factors_A[name].append(factor_A)
             factors_B[_name_of_B(name)].append(factor_B * factor)
     tensors = {name: torch.cat(parts, dim=0) for name, parts in factors_A.items()}

@@ -76,7 +76,7 @@ def peak_resident_bytes(root: Path = _ROOT) -> int:
 def reset_peak_memory() -> None:
     """Reset the peak of :func:`peak_resident_bytes` to the current size, if the system supports it (Linux)."""
     with contextlib.suppress(OSError):
-        (_ROOT / "proc/self/clear_refs").write_text("5")
+        (_ROOT / "proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 class PeakMemory:

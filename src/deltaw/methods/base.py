@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from deltaw.errors import UserError
+from deltaw.lora.starting import require_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -153,6 +154,7 @@ class Method(abc.ABC):
                 message = f"'{name}' is {ours} in this run and {theirs} in the adapter"
                 hint = f"use the settings of method {self.name} that the adapter was trained with"
                 raise UserError(message, location=start.location, hint=hint)
+        require_finite(stored, start.location)
         with torch.no_grad():
             for name, tensor in named.items():
                 tensor.copy_(stored[name])

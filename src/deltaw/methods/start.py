@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from deltaw.errors import UserError
-from deltaw.hub.folders import adapter_folder
+from deltaw.errors import UserError, clean
+from deltaw.hub.folders import adapter_folder, read_json_object
 from deltaw.hub.tokenizers import load_tokenizer
 from deltaw.lora.config import LoRAConfig, scaling
 from deltaw.lora.files import AdapterFile, find_weights, read_adapter, unsupported_reason
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, same_base
 from deltaw.lora.peft_format import base_reference
-from deltaw.lora.starting import TARGET_KEYS, concatenate, padded_alpha
+from deltaw.lora.starting import TARGET_KEYS, check_factors, concatenate, padded_alpha, require_finite
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, REPLACED_KEY
 from deltaw.methods.files import read_classes, read_metadata
 from deltaw.methods.trust import CHAT_TEMPLATE, AdapterFolder, read_folder
@@ -110,6 +110,12 @@ class StartAdapter:
             dry_run: Return tensors for a dry run, which reads no values.
         """
         files = self.read_files(dry_run=dry_run)
+        file, config = self._combined(files, config)
+        if not dry_run:
+            require_finite(file.tensors, self.location)
+        return file, config
+
+    def _combined(self, files: list[AdapterFile], config: LoRAConfig) -> tuple[AdapterFile, LoRAConfig]:
         if self.is_stacked:
             rank = config.rank + _total_rank([file.config for file in files])
             factor = scaling(config.rank, config.alpha, config.rslora)
@@ -175,22 +181,24 @@ class StartAdapter:
 
 def read_lineage(folder: Path) -> dict[str, Any] | None:
     """Return the origin that a run recorded in its folder, or None. The folder may be untrusted."""
-    try:
-        return _known_lineage(json.loads((folder / "run.json").read_text(encoding="utf-8")).get("start"), _MAX_ORIGINS)
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return None
+    return _known_lineage(read_json_object(folder / "run.json").get("start"), _MAX_ORIGINS)
 
 
 def _known_lineage(value: Any, depth: int) -> dict[str, Any] | None:
-    """Return the known entries of an origin, up to a depth."""
+    """Return the known entries of a lineage, up to a depth. Only the first adapter's earlier runs are included."""
     if not isinstance(value, dict) or not depth or not isinstance(value.get("adapters"), list):
         return None
     adapters = [entry for entry in value["adapters"][:_MAX_ORIGINS] if isinstance(entry, dict)]
     keys = ("name", "weight", "fingerprint", "task")
-    known: list[dict[str, Any]] = [{key: str(entry.get(key))[:200] for key in keys} for entry in adapters]
+    known: list[dict[str, Any]] = [{key: _short_text(entry.get(key)) for key in keys} for entry in adapters]
     for entry, origin in zip(adapters, known, strict=True):
-        origin["start"] = _known_lineage(entry.get("start"), depth - 1)
-    return {"mode": str(value.get("mode"))[:200], "adapters": known}
+        origin["start"] = _known_lineage(entry.get("start"), depth - 1) if origin is known[0] else None
+    return {"mode": _short_text(value.get("mode")), "adapters": known}
+
+
+def _short_text(value: object) -> str:
+    """Return one line of an untrusted value, without control characters."""
+    return clean(" ".join(str(value)[:200].split()))
 
 
 def lineage_lines(lineage: Mapping[str, Any] | None) -> list[str]:
@@ -201,7 +209,8 @@ def lineage_lines(lineage: Mapping[str, Any] | None) -> list[str]:
         for adapter in lineage["adapters"]:
             weight = "" if str(adapter["weight"]) == "1.0" else f" × {adapter['weight']}"
             parts.append(f"{adapter['name']}{weight} ({adapter['task']}, {adapter['fingerprint'][:12]})")
-        lines.append(f"{lineage['mode']} from {' + '.join(parts)}")
+        earlier = "before that, " if lines else ""
+        lines.append(f"{earlier}{lineage['mode']} from {' + '.join(parts)}")
         lineage = lineage["adapters"][0]["start"]
     return lines
 
@@ -224,13 +233,18 @@ def open_start(config: RunConfig) -> StartAdapter | None:
         return None
     sources = []
     for source in (listed := start_sources(config.start_from)):
-        folder = Path(adapter_folder(source.reference)).expanduser()
+        folder = Path(os.path.expanduser(adapter_folder(source.reference)))
         if not folder.is_dir():
             message = f"there is no folder '{source.reference}' to start from"
             raise UserError(message, location=_LOCATION, hint="give the folder of a run or an adapter, or a hub id")
         opened = read_folder(folder, trust_remote_code=None)
-        find_weights(folder)  # reports missing weights
+        weights_file = find_weights(folder)  # reports missing weights
         _check_kind(opened, config)
+        if config.method == "lora":
+            with torch.device("meta"):
+                header = {n: torch.empty(t.shape, dtype=t.dtype) for n, t in read_header(weights_file).items()}
+            stored = read_adapter(folder, lazy=True)._replace(tensors=header)
+            check_factors(stored, f"{_LOCATION}: {folder}")
         sources.append(opened)
     weights = tuple(float(source.weight) for source in listed)
     values = repr([config.start_mode, weights, [adapter_digest(source.folder) for source in sources]])
@@ -255,7 +269,12 @@ def _check_kind(source: AdapterFolder, config: RunConfig) -> None:
     kind = source.adapter.get("peft_type") or source.adapter.get("method")
     entry = method_registry.entry_of_adapter(kind)
     location = f"{_LOCATION}: {source.folder}"
-    require_same_kind(str(kind) if entry is None else entry.name, source.task, config, location)
+    if entry is None:
+        message = f"an adapter of the kind {kind!r} is not supported"
+        raise UserError(
+            message, location=location, hint="use an adapter of deltaw, or of LoRA or prompt tuning in PEFT"
+        )
+    require_same_kind(entry.name, source.task, config, location)
     stored, has_fingerprint = base_reference(source.adapter), FINGERPRINT_KEY in read_metadata(source.folder)
     if stored and not has_fingerprint and Path(stored).name.lower() != Path(config.model).name.lower():
         raise _other_base_error(source, f"'{config.model}'")

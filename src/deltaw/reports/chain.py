@@ -12,11 +12,13 @@ import numpy as np
 from rich.table import Table
 
 from deltaw.atomic_files import write_text
-from deltaw.experiments.chain import BASE, RESULTS_FILE, ChainResult, HeldOutScores, StageScore
+from deltaw.experiments.chain import BASE, RESULTS_FILE, START, ChainResult, HeldOutScores, StageScore
 from deltaw.experiments.comparison import or_empty
 from deltaw.reports.page.write import render
 from deltaw.reports.svg import FigureTable
 from deltaw.reports.tables import MISSING, count, duration, format_time, gigabytes, metric_name, metric_value, table
+from deltaw.runs.folder import not_writable_error
+from deltaw.runs.summary import to_plain
 from deltaw.settings.start import start_sources
 from deltaw.training.evaluation.base import is_share, mean_interval
 
@@ -54,18 +56,41 @@ def _score_table(result: ChainResult, held_out: HeldOutScores) -> FigureTable:
     errors = "; ".join(f"{name}: {message}" for name, message in held_out.errors.items())
     if first is None:
         return FigureTable(f"No scores on the held-out rows of '{held_out.stage}'", ("model",), (), errors)
-    parents = {stage.name: stage.parents[0] for stage in result.chain.stages if len(stage.parents) == 1}
+    parents = parents_of(result)
     rows, has_loss = [], first.metric != "loss" and "loss" in first.metrics
     for model, score in scores.items():
         value = metric_value(score.metric, score.value)
         if score.interval is not None:
-            value += f" ({' to '.join(metric_value(score.metric, bound) for bound in score.interval)})"
+            value += f" ({' to '.join(metric_value(score.metric, bound).rstrip('%') for bound in score.interval)})"
         differences = [_difference(other, score) for other in (scores.get(BASE), scores.get(parents.get(model, "")))]
         loss = (metric_value("loss", score.metrics.get("loss")),) if has_loss else ()
         rows.append((model, value, *differences, *loss))
-    caption = f"{metric_name(first.metric)} on the {held_out.rows:,} held-out rows of '{held_out.stage}'"
+    relative = ", relative to the base model" if held_out.is_relative else ""
+    caption = f"{metric_name(first.metric)} on the {held_out.rows:,} held-out rows of '{held_out.stage}'{relative}"
     head = ["model", metric_name(first.metric), "change from base", "from its parent", *(["loss"] if has_loss else [])]
     return FigureTable(caption[0].upper() + caption[1:], head, rows, errors)
+
+
+def parents_of(result: ChainResult) -> dict[str, str]:
+    """Return the model that each stage starts from by name, if it is a single one."""
+    first = result.chain.stages[0]
+    parents = {} if first.config.start_from is None else {first.name: START}
+    return parents | {stage.name: stage.parents[0] for stage in result.chain.stages if len(stage.parents) == 1}
+
+
+def warning_lines(result: ChainResult) -> list[str]:
+    """Return a line for each stage that is worse than its parent on the rows of another stage."""
+    lines = []
+    for held_out in result.held_out:
+        for name, parent in parents_of(result).items():
+            after, before = held_out.scores.get(name), held_out.scores.get(parent)
+            if name == held_out.stage or after is None or before is None or None in (after.value, before.value):
+                continue
+            change = (after.value or 0.0) - (before.value or 0.0)
+            if (change < 0) == after.higher_is_better and change:
+                metric, text = metric_name(after.metric), _difference(before, after)
+                lines.append(f"'{name}' is worse than '{parent}' on the rows of '{held_out.stage}': {metric} {text}")
+    return lines
 
 
 def _difference(before: StageScore | None, after: StageScore) -> str:
@@ -76,28 +101,34 @@ def _difference(before: StageScore | None, after: StageScore) -> str:
     share = is_share(after.metric.rpartition(" ")[2])  # without the name of the set
     bounds, factor, digits = mean_interval(change), 100.0 if share else 1.0, ".1f" if share else ".3f"
     mean = float(change.mean())
-    if bounds is None or not math.isfinite(mean):
+    if bounds is None or not math.isfinite(mean) or bounds[0] == bounds[1]:  # all rows changed equally
         return f"{factor * mean:+{digits}}"
     return f"{factor * mean:+{digits}} ± {factor * (bounds[1] - mean):{digits}}"
 
 
 def terminal_tables(result: ChainResult) -> list[tuple[str, Table]]:
     """Return the captions and tables for the terminal."""
-    tables = [stages_table(result), *score_tables(result)]
-    return [(part.caption, table(part.head, part.rows, fold=True)) for part in tables]
+    stages, scores = stages_table(result), score_tables(result)
+    captions = [stages.caption, *(f"{part.caption}{part.note and f' ({part.note})'}" for part in scores)]
+    return [(caption, table(t.head, t.rows, fold=True)) for caption, t in zip(captions, [stages, *scores], strict=True)]
 
 
 def write_results(result: ChainResult) -> None:
     """Write ``chain.json`` and ``chain.html`` into the folder of the chain."""
     folder = result.chain.folder
-    write_text(folder / RESULTS_FILE, json.dumps(result.as_dict(), indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(to_plain(result.as_dict()), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     runs = [(stage.name, f"{stage.name}/report.html") for stage in result.chain.stages]
     view: dict[str, Any] = {
         "title": f"Chain: {folder.name}",
         "lead": " → ".join(stage.name for stage in result.chain.stages),
         "stages": stages_table(result),
+        "warnings": warning_lines(result),
         "scores": [(entry.stage, _score_table(result, entry)) for entry in result.held_out],
         "runs": [(name, page) for name, page in runs if (folder / page).is_file()],
         "written": format_time(time.time()),
     }
-    write_text(folder / PAGE_FILE, render("chain.html", view))
+    try:
+        write_text(folder / RESULTS_FILE, text)
+        write_text(folder / PAGE_FILE, render("chain.html", view))
+    except OSError as error:
+        raise not_writable_error(folder, error) from error

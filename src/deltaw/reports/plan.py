@@ -142,16 +142,22 @@ def methods_table(plans: Mapping[str, Plan], method: str) -> Table:
     return result
 
 
-def chain_plan_table(plans: Mapping[str, Plan]) -> Table:
-    """Return a table of the memory and the time of each stage of a chain."""
-    result = table(("stage", "trained", "process", "per step", "time"))
+def chain_report(plans: Mapping[str, Plan], free: int) -> RenderableType:
+    """Return the memory and the time of each stage of a chain.
+
+    Args:
+        plans: Plans by stage.
+        free: Bytes of main memory that are available to a process.
+    """
+    result = table(("stage", "trained", "memory", "per step", "time"))
     for name, plan in plans.items():
         times = duration(plan.seconds_per_step), duration(plan.seconds)
         add_row(result, (name, f"{plan.trained_parameters:,}", gigabytes(plan.peak_resident_bytes), *times))
     peak, seconds = max(plan.peak_resident_bytes for plan in plans.values()), [p.seconds for p in plans.values()]
     total = None if None in seconds else sum(second or 0.0 for second in seconds)
-    add_row(result, ("all", "", gigabytes(peak), "", duration(total)), "bold")
-    return result
+    add_row(result, ("all, without the final scores", "", gigabytes(peak), "", duration(total)), "bold")
+    verdict = Text("fits", "bold green") if peak <= free else Text("does not fit", "bold red")
+    return Group(Text(f"needs {gigabytes(peak)} of the {gigabytes(free)} that are free: ") + verdict, result)
 
 
 def plan_bars(plans: Mapping[str, Plan]) -> RenderableType:
@@ -197,8 +203,8 @@ def plan_lines(plan: Plan, limit: int | None) -> list[str]:
 
 def fitting_times_table(candidates: Sequence[FittingTime]) -> Table:
     """Return a table of settings that fit into a time budget, those with the most steps first."""
-    heads = ("precision", "tokens per pass", "checkpointing", "rows", "epochs", "steps", "process", "time")
-    result = table(heads)
+    heads = ("precision", "tokens\nper pass", "check-\npointing", "data.rows", "epochs", "steps", "memory", "time")
+    result = table(heads, padding=(0, 1, 0, 0))
     for fitting in candidates:
         execution = (fitting.precision, str(fitting.tokens_per_pass), "on" if fitting.checkpointing else "off")
         amount = ("all" if fitting.rows is None else f"{fitting.rows:,}", f"{fitting.epochs:g}", f"{fitting.steps:,}")

@@ -61,6 +61,19 @@ def check_settings(config: RunConfig) -> None:
     task_registry.entry_of(config.task).load().check_settings(config.section)
 
 
+def check_start_folders(config: RunConfig, output: Path) -> None:
+    """Check that the output folder, which a new run moves, contains no adapter of ``start_from``.
+
+    Raises:
+        UserError: If it does.
+    """
+    start = open_start(config)
+    for source in start.sources if start is not None else ():
+        if output.resolve() in (source.folder.resolve(), *source.folder.resolve().parents):
+            message = f"the output folder contains the adapter of start_from: {source.folder}"
+            raise UserError(message, location="output", hint="set 'output' to another folder")
+
+
 def check_rows(config: RunConfig, task: Task[Any], data: RunData) -> None:
     """Check that the settings fit the rows and the task.
 

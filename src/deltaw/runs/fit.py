@@ -35,7 +35,7 @@ from deltaw.methods.base import CLASSES_KEY
 from deltaw.methods.start import open_start, resolve_start
 from deltaw.progress import Detail, LogFunction, ignore_line, track_progress
 from deltaw.runs.checkpoints import list_checkpoints
-from deltaw.runs.checks import check_rows, check_settings
+from deltaw.runs.checks import check_rows, check_settings, check_start_folders
 from deltaw.runs.folder import CHECKPOINT_FOLDER, Run, RunFolder, check_output
 from deltaw.runs.record import Decision, Result, RunRecord, decide_and_lock, settings_to_resume, translate_errors
 from deltaw.runs.resuming import (
@@ -133,6 +133,7 @@ def _fit_or_resume(
         require_single_process()
     with preserved_process_state(), tracked(config, callback) as run_callback:
         check_settings(config)
+        check_start_folders(config, output)
         check_output(output, is_resumed=not fresh and (resume is not None or Run(output).training is not None))
         start = decide_and_lock(output, config, resume=resume is not None, fresh=fresh, log=run_callback.on_line)
         try:
@@ -175,8 +176,6 @@ def _fit(start: Decision, output: Path, callback: Callback, processes: Reducer) 
     if start.run is not None and start.is_finished:
         send_settings(None, processes)
         return Result.of_finished(start.run)
-    if start.config.start_from is not None and not start.is_resumed:
-        callback.on_line("the optimizer state and the learning-rate schedule are new")
     with clock.part("planning"):
         config, plan = plan_memory(start.config, task, data, callback, processes=processes, resumed=start.is_resumed)
     with clock.part("loading"):
@@ -262,6 +261,8 @@ def _read(start: Decision, log: LogFunction) -> tuple[Task[Any], RunData, dict[s
         require_same_rows(start.rows, rows, start.requested, Path(start.requested.output), done=start.is_finished)
     if not start.is_finished:
         task.check(data, call=True)
+        if start.config.start_from is not None and not start.is_resumed:
+            log("the optimizer state and the learning-rate schedule are new")
     return task, data, rows
 
 

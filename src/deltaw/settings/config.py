@@ -292,7 +292,7 @@ class RunConfig(BaseModel):
         # A section with all lines commented out is parsed as null. It means the defaults.
         settings = {key: value for key, value in settings.items() if value is not None}
         if STAGES in settings:
-            hint = "train the chain with 'deltaw train', or write the settings of one stage to a file"
+            hint = "'deltaw plan' checks all stages, and 'deltaw train' trains them; others need a file with one stage"
             raise UserError("the settings have several stages, and one run is needed", location=location, hint=hint)
         try:
             config = cls.model_validate(settings)

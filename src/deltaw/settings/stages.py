@@ -18,6 +18,7 @@ null for a new adapter.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -25,9 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deltaw import platforms
 from deltaw.errors import UserError, did_you_mean
 from deltaw.settings.config import STAGES, RunConfig, merge_settings, read_yaml
 
+DEFAULT_FOLDER = "runs/chain"
 NAME, START_FROM = "name", "start_from"
 # Names of files and folders that a chain's folder contains besides those of the stages.
 _RESERVED_NAMES = ("base", "pieces", "logs")
@@ -86,9 +89,15 @@ def read_chain(
     if listed is None:
         return None
     flags = flags or {}
-    folder = Path(os.path.expanduser(str(flags.get("output") or values.pop("output", None) or "runs/chain")))
+    folder = _folder({"output": DEFAULT_FOLDER, **values, **flags}["output"], location)
+    if NAME in values:
+        raise UserError(f"the key '{NAME}' is only for stages", location=location, hint="remove it")
     entries = _with_start(_entries(listed, location), values.pop(START_FROM, None), flags.get(START_FROM))
     names = [entry[NAME] for entry in entries]
+    paths = {(folder / name).resolve(): name for name in names}
+    for entry in entries:  # a stage can also be given by its folder
+        platforms.reject_reserved_names(folder / entry[NAME])
+        entry[START_FROM] = _map_references(entry[START_FROM], lambda text: paths.get(_resolved(text), text))
     _check_references(entries, location)
     overrides = {key: value for key, value in flags.items() if key not in ("output", START_FROM)}
     stages = []
@@ -104,6 +113,21 @@ def read_chain(
             raise at_stage(error, location, name, inner) from error
         stages.append(Stage(name, config, tuple(_parents(entry, names))))
     return Chain(folder, location, tuple(stages))
+
+
+def _folder(output: object, location: str) -> Path:
+    """Return the folder of a chain."""
+    if not isinstance(output, str) or not output or "\0" in output:
+        message = f"'output' cannot be {output!r}"
+        raise UserError(message, location=location, hint="give the path of a folder, such as runs/chain")
+    return Path(os.path.expanduser(output))
+
+
+def _resolved(reference: str) -> Path | None:
+    """Return the path of a folder, or None if the reference cannot be one."""
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        return Path(os.path.expanduser(reference)).resolve()
+    return None
 
 
 def at_stage(error: UserError, location: str, stage: str, inner: str | None) -> UserError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -10,6 +9,8 @@ from pydantic import WithJsonSchema
 
 from deltaw.settings.local_names import LocalReference
 
+# Maximum factor of an adapter's update.
+MAX_WEIGHT = 1e6
 _TEXT = {"type": "string", "minLength": 1}
 _SECTION: dict[str, Any] = {"type": "object", "additionalProperties": False, "required": ["from"]}
 _SECTION["properties"] = {"from": {**_TEXT, "description": "folder or hub id"}, "weight": {"type": "number"}}
@@ -46,8 +47,9 @@ def start_sources(value: Sources) -> list[StartSource]:
     sources = [StartSource(entry.get("from", ""), entry.get("weight", 1.0)) for entry in entries]
     for entry, source in zip(entries, sources, strict=True):
         is_number = isinstance(source.weight, int | float) and not isinstance(source.weight, bool)
+        is_number = is_number and abs(source.weight) <= MAX_WEIGHT  # False for nan
         is_valid = isinstance(source.reference, str) and source.reference and entry.keys() <= {"from", "weight"}
-        if not (is_valid and is_number and math.isfinite(source.weight) and source.weight):
+        if not (is_valid and is_number and source.weight):
             raise ValueError("Input should be a folder, or a list such as [runs/a, {from: runs/b, weight: 0.5}]")
     if not sources:
         raise ValueError("Input should contain at least one adapter")

@@ -33,7 +33,7 @@ from deltaw.settings.config import RunConfig
 from deltaw.settings.data import eval_sets
 from deltaw.settings.mixture import references
 from deltaw.settings.start import start_sources
-from deltaw.training.planning.run_time import plan_with_cached_time
+from deltaw.training.planning.run_time import Workload, plan_with_cached_time
 
 KIND = "plans"
 CACHE_DEPENDENCIES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "deltaw")
@@ -93,12 +93,16 @@ class CachedPlan:
         fields = self.stored.get("plan")
         if not isinstance(fields, dict) or (rows is not None and self.stored.get("rows") != digest_of_rows(rows)):
             return None
-        if any(result_digest(kind, key) != digest for kind, key, digest in self.stored.get("measured", ())):
-            return None
         try:
-            return Plan.from_fields(fields)
-        except TypeError:
-            return None
+            if any(result_digest(kind, key) != digest for kind, key, digest in self.stored.get("measured", ())):
+                return None
+            plan = Plan.from_fields(fields)
+            if plan.workload:
+                Workload.from_dict(plan.workload)
+            is_valid = plan.parts["weights"] >= 0 and plan.peak_resident_bytes > 0
+        except (TypeError, ValueError, KeyError, AttributeError):
+            return None  # the file is damaged
+        return plan if is_valid else None
 
     def store(self, plan: Plan, rows: Sequence[Any], lines: Sequence[str], measured: Sequence[Any] = ()) -> None:
         """Store a plan with the messages about its rows.

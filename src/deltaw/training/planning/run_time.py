@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import Field, TypeAdapter
 
 from deltaw.cache import load_result, store_result
 from deltaw.memory.plan import Plan
@@ -33,6 +35,12 @@ MIN_DECODE_SHARE = 0.4
 BUSY_REASON = "the machine was busy during the measurement"
 
 
+# Types of values that are read from a cache, which can be damaged.
+Size: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Duration: TypeAlias = Size
+Count: TypeAlias = Annotated[int, Field(ge=0)]
+
+
 @dataclass(frozen=True)
 class Microbatches:
     """Microbatches of a step or of an evaluation.
@@ -43,9 +51,9 @@ class Microbatches:
         repeated: Tokens of the microbatches whose forward pass runs twice, first without gradients.
     """
 
-    tokens: tuple[int, ...] = ()
-    labels: int = 0
-    repeated: tuple[int, ...] = ()
+    tokens: tuple[Count, ...] = ()
+    labels: Count = 0
+    repeated: tuple[Count, ...] = ()
 
 
 # Usual microbatch of the check of approximations.
@@ -63,9 +71,9 @@ class Generation:
         phase: Phase of the run.
     """
 
-    texts: int
-    tokens: int
-    times: int
+    texts: Count
+    tokens: Count
+    times: Count
     phase: str
 
 
@@ -92,17 +100,17 @@ class Workload:
 
     key: str
     steps: tuple[Microbatches, ...]
-    total_steps: int
-    full_steps: int
+    total_steps: Count
+    full_steps: Count
     evaluated: Microbatches = Microbatches()
-    evaluations: int = 0
+    evaluations: Count = 0
     reference: Microbatches = Microbatches()
     drift: Microbatches = Microbatches()
     has_check: bool = False
-    general_tokens: int = 0
+    general_tokens: Count = 0
     generations: tuple[Generation, ...] = ()
-    read_seconds: float = 0.0
-    start_seconds: float = 0.0
+    read_seconds: Duration = 0.0
+    start_seconds: Duration = 0.0
     uncertain: str = ""
 
     @property
@@ -116,15 +124,13 @@ class Workload:
         return values
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Workload:
-        """Restore a workload from the result of :meth:`as_dict`."""
-        batches = {name: _batches(values[name]) for name in ("evaluated", "reference", "drift")}
-        generations = tuple(Generation(**generation) for generation in values["generations"])
-        return cls(**{**values, **batches, "steps": tuple(map(_batches, values["steps"])), "generations": generations})
+    def from_dict(cls, values: object) -> Workload:
+        """Restore a workload from the result of :meth:`as_dict`.
 
-
-def _batches(values: Mapping[str, Any]) -> Microbatches:
-    return Microbatches(tuple(values["tokens"]), values["labels"], tuple(values["repeated"]))
+        Raises:
+            ValueError: if the values, which can be from a damaged file, are invalid.
+        """
+        return TypeAdapter(cls).validate_python(values)
 
 
 @dataclass(frozen=True)
@@ -140,12 +146,12 @@ class MicrobatchTime:
         head: Everything else: embedding, head, loss, and building the microbatch.
     """
 
-    tokens: float
-    labels: float
-    blocks: float
-    forward: float
-    upper: float
-    head: float
+    tokens: Size
+    labels: Size
+    blocks: Duration
+    forward: Duration
+    upper: Duration
+    head: Duration
 
     @property
     def seconds(self) -> float:
@@ -167,18 +173,22 @@ class StepRates:
         uncertain: Reason why the measurement is uncertain, if any.
     """
 
-    points: tuple[MicrobatchTime, ...]
-    evaluation: float = 0.7
-    evaluation_head: float = 0.5
-    update: float = 0.0
-    decode: float = 0.0
-    decode_tokens: int = 64
+    points: Annotated[tuple[MicrobatchTime, ...], Field(min_length=1)]
+    evaluation: Duration = 0.7
+    evaluation_head: Duration = 0.5
+    update: Duration = 0.0
+    decode: Duration = 0.0
+    decode_tokens: Annotated[int, Field(ge=1)] = 64
     uncertain: str = ""
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> StepRates:
-        """Restore rates from the result of ``asdict``, possibly read from JSON."""
-        return cls(**{**values, "points": tuple(MicrobatchTime(**point) for point in values["points"])})
+    def from_dict(cls, values: object) -> StepRates:
+        """Restore rates from the result of ``asdict``, possibly read from JSON.
+
+        Raises:
+            ValueError: if the values, which can be from a damaged file, are invalid.
+        """
+        return TypeAdapter(cls).validate_python(values)
 
     def covers(self, tokens: int) -> bool:
         """Return True if microbatches of this size can be predicted."""
@@ -302,7 +312,7 @@ def load_rates(workload: Workload) -> StepRates | None:
     values = load_result(KIND, workload.key, CACHE_DEPENDENCIES)
     try:
         rates = StepRates.from_dict(values) if isinstance(values, dict) else _uncertain_rates.get(workload.key)
-    except (TypeError, KeyError):
+    except ValueError:
         return None
     return rates if rates is not None and rates.points and rates.covers(workload.largest_microbatch) else None
 
@@ -319,6 +329,9 @@ def plan_with_cached_time(plan: Plan, config: RunConfig) -> Plan | None:
     """Return the plan with its time if the rates are cached, else None. Does not import torch."""
     if not plan.workload:
         return plan  # the time of the run cannot be predicted
-    workload = Workload.from_dict(plan.workload)
+    try:
+        workload = Workload.from_dict(plan.workload)
+    except ValueError:
+        return dataclasses.replace(plan, time_uncertain="unknown, because the cached plan is damaged")
     rates = load_rates(workload)
     return None if rates is None else timed_plan(plan, workload, rates, config)
