@@ -13,14 +13,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from deltaw.errors import UserError
+from deltaw.hub.checkpoint import match_names, read_checkpoint
 from deltaw.hub.transformers_private import configurations_of, quiet
 from deltaw.runtime.image_tokens import image_embeddings
 
@@ -62,10 +65,121 @@ class VisionLanguageModel:
         Args:
             inputs: Outputs of the model's processor for images: ``pixel_values``, and further ones of the family.
         """
-        owner: Any = self.model if hasattr(self.model, "get_image_features") else self.model.base_model
-        output = owner.get_image_features(**inputs, return_dict=True)
+        output = image_owner(self.model).get_image_features(**inputs, return_dict=True)
         features = getattr(output, "pooler_output", output)
         return list(features) if not isinstance(features, Tensor) or features.dim() == 3 else [features]
+
+
+class Tower:
+    """Complete model without the weights of its language model, which computes the features of images.
+
+    Args:
+        model: Complete model.
+
+    Attributes:
+        connector: Name of the module that maps features of the vision encoder to embeddings, one by one. None if the
+            model has no such module, so that the connector cannot be trained on stored features.
+        connector_width: Size of a connector input.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._parts = VisionLanguageModel(model, model, "")
+        self._candidates = _connectors(model)
+        self.connector: str | None = None
+        self.connector_width = 0
+
+    def _accepted(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        names = inspect.signature(image_owner(self.model).get_image_features).parameters
+        dtype = self.model.dtype
+        return {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items() if k in names}
+
+    @torch.no_grad()
+    def features(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return the (tokens, d) features of each image as the language model reads them."""
+        return self._parts.features(self._accepted(inputs))
+
+    @torch.no_grad()
+    def connector_inputs(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return the (tokens, width) connector inputs of each image, and set ``connector``.
+
+        Raises:
+            UserError: if no module maps them to the features one by one.
+        """
+        for name in [self.connector] if self.connector else self._candidates:
+            module, recorded = self.model.get_submodule(name), list[Tensor]()
+            handle = module.register_forward_pre_hook(lambda module, args, seen=recorded: seen.append(args[0]))
+            try:
+                features = self.features(inputs)
+            finally:
+                handle.remove()
+            if not recorded:
+                continue
+            rows = torch.cat([tensor.reshape(-1, tensor.shape[-1]) for tensor in recorded])
+            mapped, expected = module(rows), torch.cat(features)
+            if mapped.shape == expected.shape and torch.allclose(mapped, expected, rtol=1e-2, atol=1e-3):
+                self.connector, self.connector_width = name, rows.shape[1]
+                return list(rows.split([len(image) for image in features]))
+        raise connector_error(self.model.config.model_type)
+
+
+def connector_error(kind: str) -> UserError:
+    """Return the error for a model whose connector cannot be trained on stored features."""
+    hint = "train the language model: method: lora"
+    return UserError(f"the connector of a {kind} model cannot be trained", location="method", hint=hint)
+
+
+def image_owner(model: PreTrainedModel) -> Any:
+    """Return the module that has ``get_image_features``."""
+    return model if hasattr(model, "get_image_features") else model.base_model
+
+
+def _connectors(model: PreTrainedModel) -> list[str]:
+    """Return the names of modules that may be the connector: the only module with parameters beside vision encoder and
+    language model, and its descendants with the same parameters.
+    """
+    language, encoders = model.get_decoder(), []
+    for name, module in model.named_modules():
+        config = getattr(module, "config", None)
+        if config is getattr(model.config, "vision_config", None) and config is not None:
+            encoders.append(name)
+    inside = [name for name, module in model.named_modules() if module is language] + encoders
+    others = [
+        name
+        for name, _ in model.named_parameters()
+        if not any(name.startswith(f"{prefix}.") for prefix in inside) and not name.startswith("lm_head.")
+    ]
+    found = []
+    for name, module in model.named_modules():
+        if name and {f"{name}.{parameter}" for parameter, _ in module.named_parameters()} == set(others):
+            found.append(name)
+    return found
+
+
+def load_tower(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> Tower:
+    """Load a complete model without the weights of its language model, which stay uninitialized.
+
+    Raises:
+        UserError: if the weights of the vision tower are incomplete or need a conversion.
+    """
+    auto = getattr(transformers, AUTO_MODEL)
+    with no_init_weights(), quiet():
+        model: Any = auto.from_config(config, dtype=dtype)
+    checkpoint = read_checkpoint(folder)
+    names = match_names(model, checkpoint.tensors)
+    skipped = {id(p) for p in (*model.get_decoder().parameters(), *model.get_output_embeddings().parameters())}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if id(parameter) in skipped:
+                continue
+            if name not in names.stored:
+                message = f"the weights in the folder are missing '{name}', or store it in another form"
+                raise UserError(message, location=str(folder), hint="save the model again with save_pretrained")
+            parameter.copy_(checkpoint.tensors[names.stored[name]].load())
+        for name, buffer in model.named_buffers():
+            if name in names.stored:
+                buffer.copy_(checkpoint.tensors[names.stored[name]].load())
+    return Tower(model.requires_grad_(False).eval())
 
 
 def text_view(model: PreTrainedModel) -> VisionLanguageModel:

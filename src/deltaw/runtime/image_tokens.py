@@ -1,56 +1,101 @@
 """Image features as embeddings of token ids beyond the vocabulary.
 
-A model with V input embeddings gets an additional id for each feature vector of each image. Rows about one image contain
-the same ids, so their prefix is computed once, and different images never share a prefix.
+A model with V input embeddings gets an additional id from V on for each feature vector of each image. Rows about one
+image contain the same ids, so their prefix is computed once, and different images never share a prefix.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any, Protocol
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from deltaw.kernels.torch_private import cast_module
 from deltaw.lora.attachment import Replacement, find_module_spots
+from deltaw.lora.fingerprint import has_values
 from deltaw.runtime.virtual_tokens import embedding_weight, input_embedding
+
+
+class FeatureSource(Protocol):
+    """Stored features of images.
+
+    Attributes:
+        width: Size of a feature vector.
+    """
+
+    width: int
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return the (n, width) features of token ids (n,)."""
+        ...
 
 
 class ImageTokens(nn.Module):
     """Mixin that adds image features to an embedding class.
 
     Attributes:
-        features: (n, d) features, which may be memory-mapped.
+        features: Features of all images.
         first_image_id: Token id of the first feature.
+        connector: Module that maps features (n, width) to embeddings (n, d), or None if the features are embeddings.
     """
 
     weight: Tensor
-    features: Tensor
+    features: FeatureSource
     first_image_id: int
+    connector: nn.Module | None
 
     def forward(self, input: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Map token ids (...) to embeddings (..., d). Transformations of the embedding class apply to text only."""
         is_image = input >= self.first_image_id
         text: Tensor = super().forward(input.masked_fill(is_image, 0), *args, **kwargs)
+        if not has_values(input):  # a dry run: the number of image tokens is unknown
+            width = self.features.width
+            return torch.where(is_image[..., None], self._embed(text.new_zeros(*input.shape, width)), text)
         if not bool(is_image.any()):
             return text
-        rows = F.embedding((input[is_image] - self.first_image_id).to(self.features.device), self.features)
-        return text.masked_scatter(is_image[..., None], rows.to(device=text.device, dtype=text.dtype))
+        rows = self._embed(self.features.rows(input[is_image]).to(device=text.device, dtype=text.dtype))
+        return text.masked_scatter(is_image[..., None], rows.to(text.dtype))
+
+    def _embed(self, features: Tensor) -> Tensor:
+        return features if self.connector is None else self.connector(features)
+
+
+def attach_images(model: nn.Module, features: FeatureSource, connector: nn.Module | None = None) -> Replacement:
+    """Let additional token ids of a model have these features, in place.
+
+    Raises:
+        UserError: as in :func:`deltaw.runtime.virtual_tokens.input_embedding`.
+    """
+    embedding = input_embedding(model)
+    kind = type(embedding)
+    layer: Any = cast_module(type(f"{kind.__name__}WithImages", (ImageTokens, kind), {}), embedding)
+    layer.features, layer.first_image_id = features, int(embedding_weight(embedding).shape[0])
+    layer.connector = connector
+    names = tuple(name for name, module in model.named_modules() if module is embedding)
+    replacement = Replacement(names, find_module_spots(model, embedding), embedding, layer)
+    replacement.put_current()
+    return replacement
 
 
 @contextlib.contextmanager
 def image_embeddings(model: nn.Module, features: Tensor) -> Iterator[int]:
     """Context in which additional token ids of a model have these features (n, d). Yields the first of these ids."""
-    embedding = input_embedding(model)
-    first_id = int(embedding_weight(embedding).shape[0])
-    kind = type(embedding)
-    layer = cast_module(type(f"Image{kind.__name__}", (ImageTokens, kind), {}), embedding)
-    layer.features, layer.first_image_id = features, first_id
-    names = tuple(name for name, module in model.named_modules() if module is embedding)
-    replacement = Replacement(names, find_module_spots(model, embedding), embedding, layer)
-    replacement.put_current()
+    first_id = int(embedding_weight(input_embedding(model)).shape[0])
+    replacement = attach_images(model, _Features(features, first_id))
     try:
         yield first_id
     finally:
         replacement.put_original(model)
+
+
+class _Features:
+    """Features of consecutive ids."""
+
+    def __init__(self, values: Tensor, first_id: int) -> None:
+        self._values, self._first_id, self.width = values, first_id, values.shape[1]
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return self._values[ids - self._first_id]
