@@ -10,6 +10,7 @@ The view computes the same outputs only if images are part of one causal sequenc
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -37,6 +38,17 @@ def is_vision_language(config: PretrainedConfig) -> bool:
     supported = configurations_of(AUTO_MODEL)
     has_text = config.get_text_config(decoder=True) is not config
     return supported is not None and type(config) in supported and has_text
+
+
+def is_view(config: PretrainedConfig, task_class: str) -> bool:
+    """Return True if a task loads a model as text view.
+
+    Args:
+        task_class: Auto class of the task. Models that it contains are loaded as such.
+    """
+    own = configurations_of(task_class)
+    is_text = task_class == "AutoModelForCausalLM" and own is not None and type(config) not in own
+    return is_text and is_vision_language(config)
 
 
 @dataclass(eq=False)
@@ -75,58 +87,68 @@ class Tower:
 
     Args:
         model: Complete model.
-
-    Attributes:
-        connector: Name of the module that maps features of the vision encoder to embeddings, one by one. None if the
-            model has no such module, so that the connector cannot be trained on stored features.
-        connector_width: Size of a connector input.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self._parts = VisionLanguageModel(model, model, "")
-        self._candidates = _connectors(model)
-        self.connector: str | None = None
-        self.connector_width = 0
+        self._is_verified = False
 
-    def _accepted(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        names = inspect.signature(image_owner(self.model).get_image_features).parameters
-        dtype = self.model.dtype
-        return {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items() if k in names}
+    @functools.cached_property
+    def connector(self) -> str | None:
+        """Name of the module that maps features of the vision encoder to embeddings, one by one.
+
+        None if no module contains exactly the parameters outside of the vision encoder and the language model.
+        """
+        names = _connectors(self.model)
+        return names[-1] if names else None
+
+    def open_connector(self) -> tuple[str, nn.Module]:
+        """Return the last part of the connector's name, and the connector.
+
+        Raises:
+            UserError: if the model has no connector.
+        """
+        if self.connector is None:
+            raise self._connector_error()
+        return self.connector.rpartition(".")[2], self.model.get_submodule(self.connector)
 
     @torch.no_grad()
     def features(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return the (tokens, d) features of each image as the language model reads them."""
-        return self._parts.features(self._accepted(inputs))
+        """Return the (tokens, d) features of each image as the language model reads them.
+
+        Args:
+            inputs: Outputs of the model's processor.
+        """
+        names = inspect.signature(image_owner(self.model).get_image_features).parameters
+        dtype = self.model.dtype
+        accepted = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items() if k in names}
+        return self._parts.features(accepted)
 
     @torch.no_grad()
     def connector_inputs(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return the (tokens, width) connector inputs of each image, and set ``connector``.
+        """Return the (tokens, width) connector inputs of each image.
 
         Raises:
-            UserError: if no module maps them to the features one by one.
+            UserError: if the connector does not map them to the features one by one.
         """
-        for name in [self.connector] if self.connector else self._candidates:
-            module, recorded = self.model.get_submodule(name), list[Tensor]()
-            handle = module.register_forward_pre_hook(lambda module, args, seen=recorded: seen.append(args[0]))
-            try:
-                features = self.features(inputs)
-            finally:
-                handle.remove()
-            if not recorded:
-                continue
-            rows = torch.cat([tensor.reshape(-1, tensor.shape[-1]) for tensor in recorded])
-            mapped, expected = module(rows), torch.cat(features)
-            if mapped.shape == expected.shape and torch.allclose(mapped, expected, rtol=1e-2, atol=1e-3):
-                self.connector, self.connector_width = name, rows.shape[1]
-                return list(rows.split([len(image) for image in features]))
-        raise connector_error(self.model.config.model_type)
+        (_, connector), recorded = self.open_connector(), list[Tensor]()
+        handle = connector.register_forward_pre_hook(lambda module, args: recorded.append(args[0]))
+        try:
+            features = self.features(inputs)
+        finally:
+            handle.remove()
+        rows = torch.cat([tensor.reshape(-1, tensor.shape[-1]) for tensor in recorded])
+        if not self._is_verified:
+            mapped, expected = connector(rows), torch.cat(features)
+            if mapped.shape != expected.shape or not torch.allclose(mapped, expected, rtol=1e-2, atol=1e-3):
+                raise self._connector_error()
+            self._is_verified = True
+        return list(rows.split([len(image) for image in features]))
 
-
-def connector_error(kind: str) -> UserError:
-    """Return the error for a model whose connector cannot be trained on stored features."""
-    hint = "train the language model: method: lora"
-    return UserError(f"the connector of a {kind} model cannot be trained", location="method", hint=hint)
+    def _connector_error(self) -> UserError:
+        message = f"the connector of a {self.model.config.model_type} model cannot be trained on stored features"
+        return UserError(message, location="method", hint="train the language model: method: lora")
 
 
 def image_owner(model: PreTrainedModel) -> Any:
@@ -156,8 +178,11 @@ def _connectors(model: PreTrainedModel) -> list[str]:
     return found
 
 
-def load_tower(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> Tower:
+def load_tower(folder: Path, config: PretrainedConfig, dtype: torch.dtype, *, values: bool = True) -> Tower:
     """Load a complete model without the weights of its language model, which stay uninitialized.
+
+    Args:
+        values: False to load no weights at all, for a dry run.
 
     Raises:
         UserError: if the weights of the vision tower are incomplete or need a conversion.
@@ -165,6 +190,8 @@ def load_tower(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> To
     auto = getattr(transformers, AUTO_MODEL)
     with no_init_weights(), quiet():
         model: Any = auto.from_config(config, dtype=dtype)
+    if not values:
+        return Tower(model.requires_grad_(False).eval())
     checkpoint = read_checkpoint(folder)
     names = match_names(model, checkpoint.tensors)
     skipped = {id(p) for p in (*model.get_decoder().parameters(), *model.get_output_embeddings().parameters())}
@@ -182,6 +209,22 @@ def load_tower(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> To
     return Tower(model.requires_grad_(False).eval())
 
 
+def require_supported(config: PretrainedConfig) -> None:
+    """Reject families whose images are not part of one causal sequence, as far as their configuration shows it.
+
+    Raises:
+        UserError: if the family is not supported.
+    """
+    kind, text = config.model_type, config.get_text_config(decoder=True)
+    complete: Any = getattr(transformers, AUTO_MODEL)._model_mapping[type(config)]
+    if "mrope" in str(getattr(text, "rope_parameters", None)):
+        raise _unsupported(kind, "its image tokens have three-dimensional positions")
+    if "token_type_ids" in inspect.signature(complete.forward).parameters:
+        raise _unsupported(kind, "its image tokens attend to each other in both directions")
+    if type(text) not in transformers.AutoModelForCausalLM._model_mapping:
+        raise _unsupported(kind, f"transformers has no causal model of type {text.model_type}")
+
+
 def text_view(model: PreTrainedModel) -> VisionLanguageModel:
     """Return a vision-language model with its text view. Both share all parameters of the language model.
 
@@ -190,15 +233,9 @@ def text_view(model: PreTrainedModel) -> VisionLanguageModel:
     """
     kind, config = model.config.model_type, model.config.get_text_config(decoder=True)
     language: Any = model.get_decoder()
-    if "mrope" in str(getattr(config, "rope_parameters", None)):
-        raise _unsupported(kind, "its image tokens have three-dimensional positions")
-    if "token_type_ids" in inspect.signature(model.forward).parameters:
-        raise _unsupported(kind, "its image tokens attend to each other in both directions")
-    try:
-        with torch.device("meta"), quiet():
-            view = transformers.AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise _unsupported(kind, f"transformers has no causal model of type {config.model_type}") from error
+    require_supported(model.config)
+    with torch.device("meta"), quiet():
+        view = transformers.AutoModelForCausalLM.from_config(config)
     head = model.get_output_embeddings()
     if type(view.base_model) is not type(language) or head is None:
         raise _unsupported(kind, f"its language model is a {type(language).__name__}")

@@ -22,7 +22,7 @@ from deltaw.lora.attachment import ReplacedParameter
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, base_fingerprint, has_values, warn_other_base
 from deltaw.lora.kinds import get_input_embedding, get_output_head, is_linear
 from deltaw.lora.stored import count_logical_parameters
-from deltaw.methods.base import REPLACED_KEY, Calibration, Folder, Metadata, Method, Names, Start, Tensors
+from deltaw.methods.base import INPUT_LAYER, REPLACED_KEY, Calibration, Folder, Metadata, Method, Names, Start, Tensors
 from deltaw.methods.files import SavedConfig, read_metadata, read_trained_parameters, write_trained_parameters
 from deltaw.methods.parameters import (
     add_biases,
@@ -35,6 +35,7 @@ from deltaw.methods.parameters import (
     parameters_by_name,
 )
 from deltaw.methods.settings import HeadSettings, InputSettings, LastSettings, RandomSettings
+from deltaw.runtime.image_tokens import ImageTokens
 from deltaw.runtime.recognition import blocks_of
 
 
@@ -393,6 +394,10 @@ class Input(SubsetInPlace):
     default_learning_rate = 5e-4
     settings: InputSettings
 
+    @property
+    def trained_modules(self) -> Sequence[str]:
+        return self.settings.modules or ([] if self.settings.tokens else [INPUT_LAYER])
+
     def parameter_names(self, model: nn.Module, extra_modules: Names) -> list[str]:
         if self.settings.tokens:
             return []
@@ -434,7 +439,7 @@ class Input(SubsetInPlace):
 
 
 def _input_layer(model: nn.Module) -> str:
-    """Return the name of the module that reads the input.
+    """Return the name of the module that reads the input: the connector if it is attached, else the embedding.
 
     Raises:
         UserError: if the model does not define its input layer.
@@ -442,6 +447,7 @@ def _input_layer(model: nn.Module) -> str:
     layer = get_input_embedding(model)
     for name, module in model.named_modules():
         if module is layer and name:
-            return str(name)
+            connector = module.connector_name if isinstance(module, ImageTokens) and module.connector else ""
+            return f"{name}.{connector}".rstrip(".")
     message = f"a {type(model).__name__} does not define its input layer"
     raise UserError(message, location="input.modules", hint="name the modules to train")

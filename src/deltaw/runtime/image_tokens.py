@@ -39,13 +39,19 @@ class ImageTokens(nn.Module):
     Attributes:
         features: Features of all images.
         first_image_id: Token id of the first feature.
-        connector: Module that maps features (n, width) to embeddings (n, d), or None if the features are embeddings.
+        connector_name: Name of the submodule that maps features (n, width) to embeddings (n, d), or None if the
+            features are embeddings.
     """
 
     weight: Tensor
     features: FeatureSource
     first_image_id: int
-    connector: nn.Module | None
+    connector_name: str | None
+
+    @property
+    def connector(self) -> nn.Module | None:
+        """Module that maps features to embeddings, if any."""
+        return None if self.connector_name is None else self.get_submodule(self.connector_name)
 
     def forward(self, input: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Map token ids (...) to embeddings (..., d). Transformations of the embedding class apply to text only."""
@@ -63,8 +69,13 @@ class ImageTokens(nn.Module):
         return features if self.connector is None else self.connector(features)
 
 
-def attach_images(model: nn.Module, features: FeatureSource, connector: nn.Module | None = None) -> Replacement:
+def attach_images(
+    model: nn.Module, features: FeatureSource, connector: tuple[str, nn.Module] | None = None
+) -> Replacement:
     """Let additional token ids of a model have these features, in place.
+
+    Args:
+        connector: Name and module that maps features to embeddings. The name must not contain a dot.
 
     Raises:
         UserError: as in :func:`deltaw.runtime.virtual_tokens.input_embedding`.
@@ -73,7 +84,10 @@ def attach_images(model: nn.Module, features: FeatureSource, connector: nn.Modul
     kind = type(embedding)
     layer: Any = cast_module(type(f"{kind.__name__}WithImages", (ImageTokens, kind), {}), embedding)
     layer.features, layer.first_image_id = features, int(embedding_weight(embedding).shape[0])
-    layer.connector = connector
+    layer.connector_name = None
+    if connector is not None:
+        layer.connector_name = connector[0]
+        layer.add_module(*connector)
     names = tuple(name for name, module in model.named_modules() if module is embedding)
     replacement = Replacement(names, find_module_spots(model, embedding), embedding, layer)
     replacement.put_current()

@@ -21,8 +21,8 @@ from typing import IO
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.cache import Cache, file_digest, versions
 from deltaw.data.pixels import decode
@@ -31,12 +31,15 @@ from deltaw.data.report import BadRowError
 from deltaw.data.row_images import PlacedImage, RowImage
 from deltaw.errors import UserError
 from deltaw.hub.checkpoint import read_checkpoint
-from deltaw.hub.processors import ModelProcessor
-from deltaw.hub.vision import Tower, load_tower
+from deltaw.hub.loading import has_values
+from deltaw.hub.processors import PROCESSOR_FILES, ModelProcessor
+from deltaw.hub.vision import Tower, is_view, load_tower
 from deltaw.machine.choices import dtype_of
 from deltaw.machine.memory import release_free_memory
+from deltaw.methods.base import INPUT_LAYER
 from deltaw.platforms import rename_path
 from deltaw.progress import track_progress
+from deltaw.runtime.image_tokens import ImageTokens, attach_images
 from deltaw.tensor_files import TensorFile, write_tensors
 
 # Maximum size of all stored features.
@@ -168,29 +171,36 @@ class RowImages:
                     image.start = self._table.append(values)
                     advance(done)
 
+    def attach(self, model: PreTrainedModel, trained: Sequence[str]) -> None:
+        """Let a text view read the images. If the model has weights, compute the features of all images.
+
+        Args:
+            trained: Names of modules or parameters that are trained in full, or :data:`INPUT_LAYER`. If they include
+                the connector, its inputs are stored, and it becomes a part of the model's embedding.
+
+        Raises:
+            UserError: if the connector does not map features one by one.
+        """
+        connector = None
+        if trained:
+            has_weights = has_values(model)
+            tower = load_tower(self._folder, self._config, self._dtype, values=has_weights)
+            parts = {part for name in trained for part in name.split(".")}
+            if INPUT_LAYER in trained or str(tower.connector).rpartition(".")[2] in parts:
+                connector = tower.open_connector()
+                self.before_connector = True
+                self.width = int(next(connector[1].parameters()).shape[-1])
+            self._tower = tower if has_weights else None
+        if not isinstance(model.get_input_embeddings(), ImageTokens):
+            attach_images(model, self, connector)
+        if has_values(model):
+            self.compute()
+            self.release()
+
     def release(self) -> None:
         """Free the vision tower. It is loaded again if further images are computed."""
         self._tower = None
         release_free_memory()
-
-    def train_connector(self) -> nn.Module:
-        """Return the connector as a module that maps stored features to embeddings. Call it before :meth:`compute`.
-
-        Raises:
-            UserError: if the model has no connector that maps features one by one.
-        """
-        self.before_connector = True
-        tower = self._open_tower()
-        if tower.connector is None:
-            _, inputs = self._processor.encode(Image.new("RGB", (32, 32)))
-            tower.connector_inputs(inputs)
-        self.width = tower.connector_width
-        return tower.model.get_submodule(str(tower.connector))
-
-    @property
-    def connector_name(self) -> str:
-        """Name of the connector in the complete model."""
-        return str(self._open_tower().connector)
 
     def _open_tower(self) -> Tower:
         if self._tower is None:
@@ -269,6 +279,11 @@ class _Table:
                 warnings.simplefilter("ignore", UserWarning)  # the tensor is only read
                 self._values = torch.from_numpy(mapped)
         return self._values[torch.from_numpy(indices)].view(self._dtype)
+
+
+def has_images(config: PretrainedConfig, folder: Path) -> bool:
+    """Return True if a causal model of this configuration is a text view and the folder has an image processor."""
+    return is_view(config, "AutoModelForCausalLM") and any((folder / name).is_file() for name in PROCESSOR_FILES)
 
 
 def decoded_image(image: RowImage) -> Image.Image:
