@@ -6,6 +6,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from PIL import Image
 from torch import Tensor
@@ -76,9 +77,9 @@ class ModelProcessor:
             raise UserError(message, location=str(self._folder), hint="use a model of another family")
         return text, inputs
 
-    def count_tokens(self, text: str) -> int:
-        """Return the number of image tokens in the text of an image."""
-        return int(self._tokenizer(text, add_special_tokens=False)["input_ids"].count(self.token_id))
+    def tokenize(self, text: str) -> Tensor:
+        """Return the (length,) tokens of a text, without additional special tokens."""
+        return torch.tensor(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _processor(name: str, folder: Path, settings: dict[str, object], tokenizer: PreTrainedTokenizerBase) -> Any:

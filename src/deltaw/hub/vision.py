@@ -5,7 +5,8 @@ transformers over the language model's own modules, so packing, fused blocks, pl
 model. Image features enter it as embeddings of additional token ids (:mod:`deltaw.runtime.image_tokens`).
 
 The view computes the same outputs only if images are part of one causal sequence with one-dimensional positions.
-:func:`text_view` rejects other families by their configuration, and :func:`verify_view` compares both models.
+:func:`text_view` rejects other families by their configuration, and :func:`deltaw.runtime.image_tokens.verify_view`
+compares both models.
 """
 
 from __future__ import annotations
@@ -26,11 +27,8 @@ from transformers.initialization import no_init_weights
 from deltaw.errors import UserError
 from deltaw.hub.checkpoint import match_names, read_checkpoint
 from deltaw.hub.transformers_private import configurations_of, quiet
-from deltaw.runtime.image_tokens import image_embeddings
 
 AUTO_MODEL = "AutoModelForImageTextToText"
-# Maximum relative difference of the logits of both models in fp32.
-TOLERANCE = 1e-4
 
 
 def is_vision_language(config: PretrainedConfig) -> bool:
@@ -120,10 +118,13 @@ class Tower:
         Args:
             inputs: Outputs of the model's processor.
         """
+        return self._parts.features(self.accepted(inputs))
+
+    def accepted(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the inputs that the model reads, in its precision."""
         names = inspect.signature(image_owner(self.model).get_image_features).parameters
         dtype = self.model.dtype
-        accepted = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items() if k in names}
-        return self._parts.features(accepted)
+        return {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items() if k in names}
 
     @torch.no_grad()
     def connector_inputs(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
@@ -149,6 +150,15 @@ class Tower:
     def _connector_error(self) -> UserError:
         message = f"the connector of a {self.model.config.model_type} model cannot be trained on stored features"
         return UserError(message, location="method", hint="train the language model: method: lora")
+
+    def with_view(self, view: PreTrainedModel) -> VisionLanguageModel:
+        """Return the complete model with the language model of a view, which both share."""
+        language = self.model.get_decoder()
+        prefix = next(name for name, module in self.model.named_modules() if module is language)
+        parent, _, name = prefix.rpartition(".")
+        setattr(self.model.get_submodule(parent), name, view.base_model)
+        self.model.set_output_embeddings(view.get_output_embeddings())
+        return VisionLanguageModel(self.model, view, prefix)
 
 
 def image_owner(model: PreTrainedModel) -> Any:
@@ -218,11 +228,11 @@ def require_supported(config: PretrainedConfig) -> None:
     kind, text = config.model_type, config.get_text_config(decoder=True)
     complete: Any = getattr(transformers, AUTO_MODEL)._model_mapping[type(config)]
     if "mrope" in str(getattr(text, "rope_parameters", None)):
-        raise _unsupported(kind, "its image tokens have three-dimensional positions")
+        raise unsupported_family(kind, "its image tokens have three-dimensional positions")
     if "token_type_ids" in inspect.signature(complete.forward).parameters:
-        raise _unsupported(kind, "its image tokens attend to each other in both directions")
+        raise unsupported_family(kind, "its image tokens attend to each other in both directions")
     if type(text) not in transformers.AutoModelForCausalLM._model_mapping:
-        raise _unsupported(kind, f"transformers has no causal model of type {text.model_type}")
+        raise unsupported_family(kind, f"transformers has no causal model of type {text.model_type}")
 
 
 def text_view(model: PreTrainedModel) -> VisionLanguageModel:
@@ -238,7 +248,7 @@ def text_view(model: PreTrainedModel) -> VisionLanguageModel:
         view = transformers.AutoModelForCausalLM.from_config(config)
     head = model.get_output_embeddings()
     if type(view.base_model) is not type(language) or head is None:
-        raise _unsupported(kind, f"its language model is a {type(language).__name__}")
+        raise unsupported_family(kind, f"its language model is a {type(language).__name__}")
     setattr(view, view.base_model_prefix, language)
     view.set_output_embeddings(head)
     view.generation_config = model.generation_config
@@ -246,31 +256,7 @@ def text_view(model: PreTrainedModel) -> VisionLanguageModel:
     return VisionLanguageModel(model, view.eval(), prefix)
 
 
-@torch.no_grad()
-def verify_view(parts: VisionLanguageModel, tokens: Tensor, inputs: Mapping[str, Tensor], image_token: int) -> None:
-    """Check that both models compute the same logits for a prompt with an image.
-
-    Args:
-        parts: Model with its view.
-        tokens: (length,) prompt with a placeholder for each token of the image.
-        inputs: Image inputs of the complete model.
-        image_token: Id of the placeholder.
-
-    Raises:
-        UserError: if the logits differ, for example because image tokens attend to each other in both directions.
-    """
-    expected = parts.model(input_ids=tokens[None], **inputs).logits[0].float()
-    features = torch.cat(parts.features(inputs))
-    with image_embeddings(parts.view, features) as first_id:
-        is_image = tokens == image_token
-        ids = tokens.masked_scatter(is_image, torch.arange(first_id, first_id + int(is_image.sum())))
-        actual = parts.view(input_ids=ids[None]).logits[0].float()
-    difference = float((actual - expected).norm() / expected.norm())
-    if not difference <= TOLERANCE:
-        reason = f"its outputs differ by {difference:.1%} if images are read as tokens of one causal sequence"
-        raise _unsupported(parts.model.config.model_type, reason)
-
-
-def _unsupported(kind: str, reason: str) -> UserError:
+def unsupported_family(kind: str, reason: str) -> UserError:
+    """Return the error for a family of models."""
     hint = "use another family, for example llava, llava_onevision, smolvlm, idefics3 or internvl"
     return UserError(f"a {kind} model is not supported: {reason}", location="model", hint=hint)

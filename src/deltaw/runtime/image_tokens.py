@@ -7,16 +7,21 @@ image contain the same ids, so their prefix is computed once, and different imag
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deltaw.hub.vision import VisionLanguageModel, unsupported_family
 from deltaw.kernels.torch_private import cast_module
 from deltaw.lora.attachment import Replacement, find_module_spots
 from deltaw.lora.fingerprint import has_values
 from deltaw.runtime.virtual_tokens import embedding_weight, input_embedding
+
+# Maximum relative difference of the logits of a complete model and its view.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 class FeatureSource(Protocol):
@@ -30,6 +35,10 @@ class FeatureSource(Protocol):
 
     def rows(self, ids: Tensor) -> Tensor:
         """Return the (n, width) features of token ids (n,)."""
+        ...
+
+    def contains(self, ids: np.ndarray) -> np.ndarray:
+        """Return (n,) bool, True for ids (n,) of known images."""
         ...
 
 
@@ -62,8 +71,11 @@ class ImageTokens(nn.Module):
             return torch.where(is_image[..., None], self._embed(text.new_zeros(*input.shape, width)), text)
         if not bool(is_image.any()):
             return text
-        rows = self._embed(self.features.rows(input[is_image]).to(device=text.device, dtype=text.dtype))
-        return text.masked_scatter(is_image[..., None], rows.to(text.dtype))
+        return text.masked_scatter(is_image[..., None], self.image_rows(input[is_image]).to(text.dtype))
+
+    def image_rows(self, ids: Tensor) -> Tensor:
+        """Return the (n, d) embeddings of image tokens (n,)."""
+        return self._embed(self.features.rows(ids).to(device=ids.device, dtype=self.weight.dtype))
 
     def _embed(self, features: Tensor) -> Tensor:
         return features if self.connector is None else self.connector(features)
@@ -105,6 +117,31 @@ def image_embeddings(model: nn.Module, features: Tensor) -> Iterator[int]:
         replacement.put_original(model)
 
 
+@torch.no_grad()
+def verify_view(parts: VisionLanguageModel, tokens: Tensor, inputs: Mapping[str, Tensor], image_token: int) -> None:
+    """Check that both models compute the same logits for a prompt with an image.
+
+    Args:
+        parts: Model with its view.
+        tokens: (length,) prompt with a placeholder for each token of the image.
+        inputs: Image inputs of the complete model.
+        image_token: Id of the placeholder.
+
+    Raises:
+        UserError: if the logits differ, for example because image tokens attend to each other in both directions.
+    """
+    expected = parts.model(input_ids=tokens[None], **inputs).logits[0].float()
+    features = torch.cat(parts.features(inputs))
+    with image_embeddings(parts.view, features) as first_id:
+        is_image = tokens == image_token
+        ids = tokens.masked_scatter(is_image, torch.arange(first_id, first_id + int(is_image.sum())))
+        actual = parts.view(input_ids=ids[None]).logits[0].float()
+    difference = float((actual - expected).norm() / expected.norm())
+    if not difference <= TOLERANCE.get(parts.view.dtype, 0.05):
+        reason = f"its outputs differ by {difference:.1%} if images are read as tokens of one causal sequence"
+        raise unsupported_family(parts.model.config.model_type, reason)
+
+
 class _Features:
     """Features of consecutive ids."""
 
@@ -113,3 +150,6 @@ class _Features:
 
     def rows(self, ids: Tensor) -> Tensor:
         return self._values[ids - self._first_id]
+
+    def contains(self, ids: np.ndarray) -> np.ndarray:
+        return (ids >= self._first_id) & (ids < self._first_id + len(self._values))

@@ -509,7 +509,6 @@ def assemble(
     if not from_start:
         data = data.map_rows(add_references)
     extra_modules = task.extra_modules(model, new_modules)
-
     calibrate = functools.partial(_calibrate, task, model, batcher, data.train[:CALIBRATION_ROWS])
     with track_progress(f"preparing method {method.name}"):
         if start is None:

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from deltaw.cache import Cache, file_digest, versions
+from deltaw.cache import Cache, file_digest, load_result, store_result, versions
 from deltaw.data.pixels import decode
 from deltaw.data.rendering import FAULTS, render_with_tokenizer
 from deltaw.data.report import BadRowError
@@ -39,11 +39,13 @@ from deltaw.machine.memory import release_free_memory
 from deltaw.methods.base import INPUT_LAYER
 from deltaw.platforms import rename_path
 from deltaw.progress import track_progress
-from deltaw.runtime.image_tokens import ImageTokens, attach_images
+from deltaw.runtime.image_tokens import ImageTokens, attach_images, verify_view
 from deltaw.tensor_files import TensorFile, write_tensors
 
 # Maximum size of all stored features.
 LIMIT_BYTES = 64 * 2**30
+# Packages and modules whose change requires another verification.
+VERIFIED_CODE = ("torch", "transformers", "deltaw.hub", "deltaw.runtime")
 # Token ids are int32.
 _MAX_ID = 2**31 - 1
 
@@ -107,7 +109,7 @@ class RowImages:
             key = decoded.mode, decoded.size
             if key not in self._texts:
                 text, _ = self._processor.encode(decoded)
-                self._texts[key] = text, self._processor.count_tokens(text)
+                self._texts[key] = text, int((self._processor.tokenize(text) == self.token_id).sum())
         except UserError as error:
             reason = "an image that cannot be read"
             raise BadRowError(error.message, reason=reason, location=image.location, hint=error.hint) from error
@@ -153,6 +155,13 @@ class RowImages:
         starts = np.array([image.start or 0 for image in self._sorted])[positions]
         return self._table.rows(starts + values - np.array(self._first_ids)[positions])
 
+    def contains(self, ids: np.ndarray) -> np.ndarray:
+        if not self._sorted:
+            return np.zeros(len(ids), bool)
+        positions = np.searchsorted(self._first_ids, ids, side="right") - 1
+        ends = np.array([image.first_id + image.count for image in self._sorted])
+        return (positions >= 0) & (ids < ends[positions])
+
     def compute(self, images: Sequence[_StoredImage] | None = None) -> None:
         """Load or compute the features of images, by default of all images.
 
@@ -192,10 +201,27 @@ class RowImages:
                 self.width = int(next(connector[1].parameters()).shape[-1])
             self._tower = tower if has_weights else None
         if not isinstance(model.get_input_embeddings(), ImageTokens):
+            if has_values(model):
+                self._verify(model)
             attach_images(model, self, connector)
         if has_values(model):
             self.compute()
             self.release()
+
+    def _verify(self, view: PreTrainedModel) -> None:
+        """Check once per model and machine that the view computes the same as the complete model.
+
+        Raises:
+            UserError: if the outputs differ.
+        """
+        key = [self._identity, str(view.dtype)]
+        if load_result("vision", key, VERIFIED_CODE) is None:
+            with track_progress("comparing the text view with the complete model"):
+                text, inputs = self._processor.encode(Image.new("RGB", (48, 32), (90, 140, 200)))
+                tower = load_tower(self._folder, self._config, view.dtype)
+                parts = tower.with_view(view)
+                verify_view(parts, self._processor.tokenize(f"{text}Name it."), tower.accepted(inputs), self.token_id)
+            store_result("vision", key, True, VERIFIED_CODE)
 
     def release(self) -> None:
         """Free the vision tower. It is loaded again if further images are computed."""
