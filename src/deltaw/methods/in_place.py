@@ -35,7 +35,7 @@ from deltaw.methods.parameters import (
     parameters_by_name,
 )
 from deltaw.methods.settings import HeadSettings, InputSettings, LastSettings, RandomSettings
-from deltaw.runtime.image_tokens import ImageTokens
+from deltaw.runtime.image_tokens import connector_module
 from deltaw.runtime.recognition import blocks_of
 
 
@@ -444,10 +444,11 @@ def _input_layer(model: nn.Module) -> str:
     Raises:
         UserError: if the model does not define its input layer.
     """
+    if (connector := connector_module(model)) is not None:
+        return connector
     layer = get_input_embedding(model)
     for name, module in model.named_modules():
         if module is layer and name:
-            connector = module.connector_name if isinstance(module, ImageTokens) and module.connector else ""
-            return f"{name}.{connector}".rstrip(".")
+            return str(name)
     message = f"a {type(model).__name__} does not define its input layer"
     raise UserError(message, location="input.modules", hint="name the modules to train")

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.hub.vision import VisionLanguageModel, unsupported_family
+from deltaw.hub.vision_parts import fold_statistics
 from deltaw.kernels.torch_private import cast_module
+from deltaw.lora import kinds
 from deltaw.lora.attachment import Replacement, find_module_spots
 from deltaw.lora.fingerprint import has_values
 from deltaw.runtime.virtual_tokens import embedding_weight, input_embedding
@@ -50,12 +52,14 @@ class ImageTokens(nn.Module):
         first_image_id: Token id of the first feature.
         connector_name: Name of the submodule that maps features (n, width) to embeddings (n, d), or None if the
             features are embeddings.
+        statistics: (width,) mean and standard deviation by which the connector's inputs are standardized, or None.
     """
 
     weight: Tensor
     features: FeatureSource
     first_image_id: int
     connector_name: str | None
+    statistics: tuple[Tensor, Tensor] | None
 
     @property
     def connector(self) -> nn.Module | None:
@@ -78,7 +82,13 @@ class ImageTokens(nn.Module):
         return self._embed(self.features.rows(ids).to(device=ids.device, dtype=self.weight.dtype))
 
     def _embed(self, features: Tensor) -> Tensor:
-        return features if self.connector is None else self.connector(features)
+        if self.connector is None:
+            return features
+        if self.statistics is not None:
+            mean, std = self.statistics
+            features = ((features.float() - mean) / std).to(features.dtype)
+        result: Tensor = self.connector(features)
+        return result
 
 
 def attach_images(
@@ -96,7 +106,7 @@ def attach_images(
     kind = type(embedding)
     layer: Any = cast_module(type(f"{kind.__name__}WithImages", (ImageTokens, kind), {}), embedding)
     layer.features, layer.first_image_id = features, int(embedding_weight(embedding).shape[0])
-    layer.connector_name = None
+    layer.connector_name = layer.statistics = None
     if connector is not None:
         layer.connector_name = connector[0]
         layer.add_module(*connector)
@@ -104,6 +114,30 @@ def attach_images(
     replacement = Replacement(names, find_module_spots(model, embedding), embedding, layer)
     replacement.put_current()
     return replacement
+
+
+def connector_module(model: nn.Module) -> str | None:
+    """Return the name of the connector in a text view, or None if it is not attached."""
+    for name, module in model.named_modules():
+        if isinstance(module, ImageTokens) and module.connector_name is not None:
+            return f"{name}.{module.connector_name}"
+    return None
+
+
+@contextlib.contextmanager
+def statistics_folded(model: nn.Module) -> Iterator[None]:
+    """Context in which the weights of the connector standardize its inputs, so that they can be saved."""
+    layer = kinds.get_input_embedding(model)
+    if not isinstance(layer, ImageTokens) or layer.statistics is None or layer.connector is None:
+        yield
+        return
+    linear = next(module for module in layer.connector.modules() if isinstance(module, nn.Linear))
+    weight, bias = linear.weight.data, linear.bias.data
+    linear.weight.data, linear.bias.data = fold_statistics(weight, bias, *layer.statistics)
+    try:
+        yield
+    finally:
+        linear.weight.data, linear.bias.data = weight, bias
 
 
 @contextlib.contextmanager

@@ -292,11 +292,12 @@ class Task(abc.ABC, Generic[ObjectiveType]):
             The batcher, and the chosen value of each setting with its reason.
         """
 
-    def attach_inputs(self, model: PreTrainedModel, trained: Sequence[str] = ()) -> None:
+    def attach_inputs(self, model: PreTrainedModel, trained: Sequence[str] = (), *, is_new: bool = False) -> None:
         """Let a freshly loaded model read the inputs of the rows besides tokens, if there are any.
 
         Args:
             trained: Names of modules or parameters that are trained in full, or :data:`INPUT_LAYER`.
+            is_new: True if modules that the model's files contain without training are trained.
         """
 
     def initialize_head(self, model: PreTrainedModel, new_modules: Sequence[str], rows: Rows) -> None:

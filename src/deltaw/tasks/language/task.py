@@ -17,6 +17,7 @@ from deltaw.data.prepare import TextReader
 from deltaw.data.prompts import QuestionReader
 from deltaw.data.row_reader import Reader, RunData
 from deltaw.progress import LogFunction, ignore_line, track_progress
+from deltaw.runtime.image_tokens import connector_module
 from deltaw.settings.data import DataSettings
 from deltaw.training.batchers import MAX_BUFFERED_ROWS, BatcherOptions, choose_causal_batcher
 from deltaw.training.causal_objective import CausalObjective
@@ -104,9 +105,13 @@ class CausalTask(Task[CausalObjective]):
         continues = "text" in columns and not _PROMPTS & {*columns}
         return QuestionReader(settings, self.tokenizer, continues=continues)
 
-    def attach_inputs(self, model: PreTrainedModel, trained: Sequence[str] = ()) -> None:
+    def attach_inputs(self, model: PreTrainedModel, trained: Sequence[str] = (), *, is_new: bool = False) -> None:
         if self.images is not None:
-            self.images.attach(model, trained)
+            self.images.attach(model, trained, is_new=is_new)
+
+    def extra_modules(self, model: PreTrainedModel, new_modules: Sequence[str]) -> list[str]:
+        connector = self.images is not None and self.images.has_new_connector and connector_module(model)
+        return [connector] if connector else []
 
     def batcher(self, model: PreTrainedModel, examples: Rows, options: BatcherOptions) -> BatcherChoice:
         return choose_causal_batcher(model, examples, options)

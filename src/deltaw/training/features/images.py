@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from deltaw.hub.checkpoint import read_checkpoint
 from deltaw.hub.loading import has_values
 from deltaw.hub.processors import PROCESSOR_FILES, ModelProcessor
 from deltaw.hub.vision import Tower, is_view, load_tower
+from deltaw.hub.vision_parts import is_new_connector
 from deltaw.machine.choices import dtype_of
 from deltaw.machine.memory import release_free_memory
 from deltaw.methods.base import INPUT_LAYER
@@ -46,6 +47,8 @@ from deltaw.tensor_files import TensorFile, write_tensors
 LIMIT_BYTES = 64 * 2**30
 # Packages and modules whose change requires another verification.
 VERIFIED_CODE = ("torch", "transformers", "deltaw.hub", "deltaw.runtime")
+# Number of features that are read at once.
+_BLOCK = 1 << 14
 # Token ids are int32.
 _MAX_ID = 2**31 - 1
 
@@ -81,6 +84,7 @@ class RowImages:
     Attributes:
         before_connector: True if features are the inputs of the connector, which is trained.
         width: Size of a feature vector.
+        has_new_connector: True if the model was assembled from parts, and its connector was never trained.
     """
 
     def __init__(self, folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, dtype: str) -> None:
@@ -91,6 +95,7 @@ class RowImages:
         self.before_connector, self.width = False, int(config.get_text_config(decoder=True).hidden_size)
         self._folder, self._config = folder, config
         self._dtype = dtype_of(dtype)
+        self.has_new_connector = is_new_connector(folder)
         self._identity = _identity(folder, self._processor.settings)
         self._images: dict[str, _StoredImage] = {}
         # Images in the order of their first ids.
@@ -180,22 +185,23 @@ class RowImages:
                     image.start = self._table.append(values)
                     advance(done)
 
-    def attach(self, model: PreTrainedModel, trained: Sequence[str]) -> None:
+    def attach(self, model: PreTrainedModel, trained: Sequence[str], *, is_new: bool) -> None:
         """Let a text view read the images. If the model has weights, compute the features of all images.
 
         Args:
             trained: Names of modules or parameters that are trained in full, or :data:`INPUT_LAYER`. If they include
                 the connector, its inputs are stored, and it becomes a part of the model's embedding.
+            is_new: Also train a connector that was never trained, on standardized inputs.
 
         Raises:
             UserError: if the connector does not map features one by one.
         """
-        connector = None
-        if trained:
+        connector, starts_connector = None, is_new and self.has_new_connector
+        if trained or starts_connector:
             has_weights = has_values(model)
             tower = load_tower(self._folder, self._config, self._dtype, values=has_weights)
             parts = {part for name in trained for part in name.split(".")}
-            if INPUT_LAYER in trained or str(tower.connector).rpartition(".")[2] in parts:
+            if starts_connector or INPUT_LAYER in trained or str(tower.connector).rpartition(".")[2] in parts:
                 connector = tower.open_connector()
                 self.before_connector = True
                 self.width = int(next(connector[1].parameters()).shape[-1])
@@ -207,6 +213,9 @@ class RowImages:
         if has_values(model):
             self.compute()
             self.release()
+            if starts_connector:
+                layer: Any = model.get_input_embeddings()
+                layer.statistics = self._table.statistics()
 
     def _verify(self, view: PreTrainedModel) -> None:
         """Check once per model and machine that the view computes the same as the complete model.
@@ -305,6 +314,18 @@ class _Table:
                 warnings.simplefilter("ignore", UserWarning)  # the tensor is only read
                 self._values = torch.from_numpy(mapped)
         return self._values[torch.from_numpy(indices)].view(self._dtype)
+
+    def statistics(self) -> tuple[Tensor, Tensor] | None:
+        """Return the (width,) mean and standard deviation of all values, or None without values."""
+        total, squares = torch.zeros(2, self._width, dtype=torch.float64)
+        for start in range(0, self._count, _BLOCK):
+            values = self.rows(np.arange(start, min(start + _BLOCK, self._count))).double()
+            total, squares = total + values.sum(0), squares + values.square().sum(0)
+        if not self._count:
+            return None
+        mean = total / self._count
+        std = (squares / self._count - mean.square()).clamp(min=0).sqrt()
+        return mean.float(), std.clamp(min=float(std.mean()) * 1e-3 + 1e-12).float()
 
 
 def has_images(config: PretrainedConfig, folder: Path) -> bool:
