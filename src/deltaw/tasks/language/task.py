@@ -80,7 +80,6 @@ class CausalTask(Task[CausalObjective]):
     shares_evaluation = True
     reads_images: ClassVar[bool] = True
     folder: Path | None = None
-    images: RowImages | None = None
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, log: LogFunction = ignore_line) -> None:
         self.tokenizer: PreTrainedTokenizerBase = tokenizer
