@@ -83,3 +83,14 @@ def test_content_parts_and_separate_images_are_encoded_alike(vision_folder: Path
         parts = session.encode([{"role": "user", "content": content}])
         np.testing.assert_array_equal(parts, session.encode("color?", [path]))
     assert (parts >= session.model.config.vocab_size).sum() == 4
+
+
+def test_chat_attaches_an_image_to_the_next_message(call: Call, vision_folder: Path) -> None:
+    lines = (f"/image {vision_folder / 'none.png'}", f"/image {vision_folder / 'red.png'}", "color?", "and now?")
+    chat = ("chat", "--max-new-tokens", 6, "--precision", "fp32", vision_folder / "model")
+    result = call(*chat, stdin="\n".join(lines), status=0)
+    assert "not a file" in result.err
+    first = reference_text(vision_folder, chat_prompt("<image>color?"), "red")
+    conversation = chat_prompt("<image>color?") + f"{first}<|im_end|>\n" + chat_prompt("and now?")
+    second = reference_text(vision_folder, conversation, "red")
+    assert result.out.endswith(f"model: {first}\nmodel: {second}\n")
