@@ -123,7 +123,9 @@ def test_weights_keep_their_dtype(vision, tmp_path):
 
 
 def test_image_token_is_one_token_and_rendered_by_the_template(language, vision):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(assembled_folder(language, vision))
+    folder = assembled_folder(language, vision)
+    assert "local" not in (folder / "tokenizer_config.json").read_text()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert tokenizer.chat_template == TEMPLATE
     text = tokenizer.apply_chat_template([{"role": "user", "content": "a<image>b"}], tokenize=False)
     assert "a<image>b" in text
@@ -160,6 +162,8 @@ def test_second_call_uses_the_cache(language, vision, tmp_path, monkeypatch):
     folder = config_folder(reference, "fp32", False, log=lines.append)
     monkeypatch.setattr(vision_parts, "_save", None)
     assert config_folder(reference, "bf16", False, log=lines.append) == folder and len(lines) == 1
+    # The content depends on the files, not on their location.
+    assert not [file for file in folder.glob("*.json") if str(tmp_path) in file.read_text()]
     copies = [shutil.copytree(part, tmp_path / f"copy-{part.name}") for part in (language, vision)]
     assert assembled_folder(*copies) == folder
     assert find_tokenizer(reference) is not None

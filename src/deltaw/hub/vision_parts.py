@@ -24,7 +24,7 @@ from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration,
 from deltaw.cache import Cache, file_digest, key
 from deltaw.errors import UserError, first_line
 from deltaw.hub.checkpoint import WEIGHTS, WeightFiles, match_names, read_checkpoint
-from deltaw.hub.transformers_private import forget_origin, quiet
+from deltaw.hub.transformers_private import quiet
 from deltaw.progress import LogFunction, track_progress
 from deltaw.settings.model_parts import CONNECTORS
 from deltaw.tensor_files import StoredTensor, TensorEntry, TensorWriter, row_blocks
@@ -69,7 +69,7 @@ def assembled_folder(
     def assemble(folder: Path) -> None:
         with track_progress("assembling the model"), quiet():
             parts = _Parts(_language_part(language), _vision_part(vision), connector)
-            log(f"assembling {language.name} and {vision.name}, once, into {cache.folder / name}")
+            log(f"assembling the vision-language model, once, into {cache.folder / name}")
             _save(parts, folder, seed)
 
     return cache.create_folder(name, assemble)
@@ -228,6 +228,8 @@ def _save(parts: _Parts, folder: Path, seed: int) -> None:
     except Exception as error:
         message = f"the tokenizer cannot be used: {first_line(error)}"
         raise UserError(message, location=str(language.folder), hint="copy the model's tokenizer.json") from error
+    for name in (*_LOCAL, "is_local"):
+        tokenizer.init_kwargs.pop(name, None)  # settings of this call
     tokenizer.add_tokens([transformers.AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
     image_id, num_rows = tokenizer.get_vocab()[IMAGE_TOKEN], language.config.vocab_size
     if image_id > num_rows:
@@ -235,6 +237,7 @@ def _save(parts: _Parts, folder: Path, seed: int) -> None:
         raise UserError(message, location=str(language.folder), hint="download the model again")
     strategy: Literal["default", "full"] = "default" if vision.num_prefix else "full"
     dtype = language.config.dtype or torch.float32
+    language.config.name_or_path = vision.config.name_or_path = ""  # otherwise saved
     language.config.vocab_size = max(num_rows, image_id + 1)
     config = LlavaConfig(
         vision_config=vision.config,
@@ -248,7 +251,6 @@ def _save(parts: _Parts, folder: Path, seed: int) -> None:
         architectures=[LlavaForConditionalGeneration.__name__],
         dtype=dtype,
     )
-    forget_origin(config)
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
     tensors: dict[str, StoredTensor | Tensor] = {**language.tensors, **vision.tensors}
