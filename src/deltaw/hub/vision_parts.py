@@ -68,9 +68,9 @@ def assembled_folder(
 
     def assemble(folder: Path) -> None:
         with track_progress("assembling the model"), quiet():
-            parts = _Parts(_language_part(language), _vision_part(vision), connector)
+            parts = _language_part(language), _vision_part(vision)
             log(f"assembling the vision-language model, once, into {cache.folder / name}")
-            _save(parts, folder, seed)
+            _save(*parts, folder, connector, seed)
 
     return cache.create_folder(name, assemble)
 
@@ -121,13 +121,6 @@ class _VisionPart(_Part):
     processor: Any
     num_patches: int
     num_prefix: int
-
-
-@dataclass(frozen=True)
-class _Parts:
-    language: _Part
-    vision: _VisionPart
-    connector: str
 
 
 def _read_config(folder: Path) -> PretrainedConfig:
@@ -220,9 +213,8 @@ def _match(model: PreTrainedModel, folder: Path) -> tuple[WeightFiles, dict[str,
     return files, stored, [name for group in names.converted.values() for name in group]
 
 
-def _save(parts: _Parts, folder: Path, seed: int) -> None:
+def _save(language: _Part, vision: _VisionPart, folder: Path, connector: str, seed: int) -> None:
     """Write all files of the assembled model."""
-    language, vision = parts.language, parts.vision
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(language.folder, **_LOCAL)
     except Exception as error:
@@ -244,7 +236,7 @@ def _save(parts: _Parts, folder: Path, seed: int) -> None:
         text_config=language.config,
         image_token_index=image_id,
         image_seq_length=vision.num_patches + max(0, vision.num_prefix - 1),
-        projector_hidden_act="gelu" if parts.connector == "mlp" else "linear",
+        projector_hidden_act="gelu" if connector == "mlp" else "linear",
         vision_feature_select_strategy=strategy,
         vision_feature_layer=-1,
         tie_word_embeddings=language.config.tie_word_embeddings,
@@ -254,7 +246,7 @@ def _save(parts: _Parts, folder: Path, seed: int) -> None:
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
     tensors: dict[str, StoredTensor | Tensor] = {**language.tensors, **vision.tensors}
-    tensors |= _new_connector(model, _rms(language.tensors[_EMBEDDING]), parts.connector, seed)
+    tensors |= _new_connector(model, _rms(language.tensors[_EMBEDDING]), connector, seed)
     grown = {_EMBEDDING, _HEAD} & set(tensors) if image_id == num_rows else set()
     _write_weights(folder / WEIGHTS, tensors, {name: _mean_row(language.tensors[name]) for name in sorted(grown)})
     _match(model, folder)
