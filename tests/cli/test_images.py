@@ -7,55 +7,36 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, LlavaProcessor
 
 from tests.cli.conftest import Call, assert_refused
-from tests.vision_models import save_vision_model
+from tests.vision_models import chat_prompt, png, reference_text, save_vision_model
 
 GENERATE = ("generate", "--max-new-tokens", 6, "--precision", "fp32")
+RED, BLUE = png((220, 10, 10)), png((10, 10, 220))
 
 
 @pytest.fixture(scope="module")
 def vision_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a model, with two images next to it."""
     folder = tmp_path_factory.mktemp("vision")
-    for name, color in (("red", (220, 10, 10)), ("blue", (10, 10, 220))):
-        pixels = np.random.default_rng(0).integers(0, 30, (28, 28, 3)) + np.array(color)
-        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{name}.png")
+    (folder / "red.png").write_bytes(RED)
+    (folder / "blue.png").write_bytes(BLUE)
     return save_vision_model("llava", folder / "model").parent
 
 
-def reference_text(folder: Path, prompt: str, *images: str) -> str:
-    """Return the greedy answer of the complete model."""
-    model = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    settings = json.loads((folder / "model" / "processor_config.json").read_text())
-    settings.pop("processor_class")
-    vision = AutoImageProcessor.from_pretrained(folder / "model", backend="pil")
-    processor = LlavaProcessor(vision, tokenizer, chat_template=tokenizer.chat_template, **settings)
-    pixels = [Image.open(folder / f"{name}.png") for name in images]
-    inputs = processor(text=[prompt], images=pixels, return_tensors="pt", add_special_tokens=False)
-    tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    return str(tokenizer.decode(tokens, skip_special_tokens=True))
-
-
-def chat_prompt(content: str) -> str:
-    return f"<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
+def completions(call: Call, *arguments: object) -> list[str]:
+    result = call(*GENERATE, *arguments, "--json", status=0)
+    return [row["completion"] for row in json.loads(result.out)["completions"]]
 
 
 def test_generated_text_equals_that_of_the_complete_model(call: Call, vision_folder: Path) -> None:
-    red, blue = ("--image", vision_folder / "red.png"), ("--image", vision_folder / "blue.png")
-    run = vision_folder / "model"
-    result = call(*GENERATE, run, *red, "-p", "color?", "-p", "name it", "--json", status=0)
-    completions = [row["completion"] for row in json.loads(result.out)["completions"]]
-    expected = [reference_text(vision_folder, chat_prompt(f"<image>{text}"), "red") for text in ("color?", "name it")]
-    assert completions == expected
-    result = call(*GENERATE, run, *blue, *red, "-p", "is <image> like <image>?", "--json", status=0)
-    expected = [reference_text(vision_folder, chat_prompt("is <image> like <image>?"), "blue", "red")]
-    assert [row["completion"] for row in json.loads(result.out)["completions"]] == expected
-    assert expected != [reference_text(vision_folder, chat_prompt("is <image> like <image>?"), "red", "blue")]
+    model, red, blue = (vision_folder / name for name in ("model", "red.png", "blue.png"))
+    expected = [reference_text(model, chat_prompt(f"<image>{text}"), RED) for text in ("color?", "name it")]
+    assert completions(call, model, "--image", red, "-p", "color?", "-p", "name it") == expected
+    question = "is <image> like <image>?"
+    expected, swapped = (reference_text(model, chat_prompt(question), *pair) for pair in ((BLUE, RED), (RED, BLUE)))
+    assert completions(call, model, "--image", blue, "--image", red, "-p", question) == [expected]
+    assert expected != swapped
 
 
 def test_unusable_images_of_prompts_are_refused(call: Call, vision_folder: Path, tmp_path: Path) -> None:
@@ -90,7 +71,7 @@ def test_chat_attaches_an_image_to_the_next_message(call: Call, vision_folder: P
     chat = ("chat", "--max-new-tokens", 6, "--precision", "fp32", vision_folder / "model")
     result = call(*chat, stdin="\n".join(lines), status=0)
     assert "not a file" in result.err
-    first = reference_text(vision_folder, chat_prompt("<image>color?"), "red")
+    first = reference_text(vision_folder / "model", chat_prompt("<image>color?"), RED)
     conversation = chat_prompt("<image>color?") + f"{first}<|im_end|>\n" + chat_prompt("and now?")
-    second = reference_text(vision_folder, conversation, "red")
+    second = reference_text(vision_folder / "model", conversation, RED)
     assert result.out.endswith(f"model: {first}\nmodel: {second}\n")
