@@ -75,7 +75,7 @@ def test_later_questions_about_an_image_reuse_its_prefix(server: Any) -> None:
     image = png((10, 220, 10))
     usages = [server.post(CHAT, json=question(image, text="x" * 100 + end)).json()["usage"] for end in "ab"]
     cached = [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
-    assert cached[0] == 0 and cached[1] > 50
+    assert cached[0] < 10 and cached[1] > 100
 
 
 def bomb(side: int) -> bytes:
