@@ -187,7 +187,7 @@ def open_served(base: str, folders: Mapping[str, Path], options: OpenOptions, *,
     if (with_prompt := next((model for model in [name, *folders] if prompting(model).system), None)) is not None:
         text = quoted(prompting(with_prompt).system, 24)
         log(f"system prompt of the rows: {text} (used by the page, not added by the API)")
-    return replace(served, routers=(page_router(prompting),), open_paths=frozenset({"/"}))
+    return replace(served, routers=(page_router(prompting, images=images is not None),), open_paths=frozenset({"/"}))
 
 
 def _prompts_of_bank(session: OpenedRun, bank: AdapterBank) -> Callable[[str | None], TokenizedPrompts]:
