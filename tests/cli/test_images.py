@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from deltaw.evaluation import predicting
 from tests.cli.conftest import Call, assert_refused
+from tests.conftest import write_rows
 from tests.vision_models import chat_prompt, png, reference_text, save_vision_model
 
 GENERATE = ("generate", "--max-new-tokens", 6, "--precision", "fp32")
@@ -75,3 +78,22 @@ def test_chat_attaches_an_image_to_the_next_message(call: Call, vision_folder: P
     conversation = chat_prompt("<image>color?") + f"{first}<|im_end|>\n" + chat_prompt("and now?")
     second = reference_text(vision_folder / "model", conversation, RED)
     assert result.out.endswith(f"model: {first}\nmodel: {second}\n")
+
+
+def test_rows_with_images_are_predicted_as_prompts(
+    call: Call, vision_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predicting, "COMPLETION_ROWS", 2)  # several chunks
+    for name in ("red", "blue"):
+        shutil.copy(vision_folder / f"{name}.png", tmp_path)
+    (tmp_path / "bad.png").write_bytes(RED[:200])
+    rows = [{"image": f"{name}.png", "prompt": "color?"} for name in ("red", "bad", "none", "blue")]
+    content = [{"type": "text", "text": "name it "}, {"type": "image"}]
+    rows += [{"images": ["red.png"], "messages": [{"role": "user", "content": content}]}, {"prompt": "color?"}]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    predict = ("predict", vision_folder / "model", tmp_path / "rows.jsonl", "--precision", "fp32")
+    output = [json.loads(line) for line in call(*predict, "--max-new-tokens", 6, status=0).out.splitlines()]
+    prompts = ("<image>color?", RED), ("<image>color?", BLUE), ("name it <image>", RED), ("color?",)
+    expected = [reference_text(vision_folder / "model", chat_prompt(text), *images) for text, *images in prompts]
+    assert [row["completion"] for row in output if row["error"] is None] == expected
+    assert "cannot be decoded" in output[1]["error"] and "not a file" in output[2]["error"]

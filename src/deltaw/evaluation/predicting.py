@@ -187,6 +187,8 @@ class Predictor:
                 if error is not None:
                     progress.errors[error.reason] += 1
                     progress.first_error = progress.first_error or f"{error.location}: {error.message}"
+            if self._session.task.images is not None:
+                self._session.task.images.clear()  # otherwise their features accumulate
             progress.rows = end
             write(json_lines(records))
             lines.update(progress.rows, 0)

@@ -102,7 +102,7 @@ class CausalTask(Task[CausalObjective]):
 
     def input_reader(self, settings: DataSettings, columns: Sequence[str], classes: Classes) -> QuestionReader:
         continues = "text" in columns and not _PROMPTS & {*columns}
-        return QuestionReader(settings, self.tokenizer, continues=continues)
+        return QuestionReader(settings, self.tokenizer, continues=continues, images=self.images)
 
     def attach_inputs(self, model: PreTrainedModel, trained: Sequence[str] = (), *, is_new: bool = False) -> None:
         if self.images is not None:

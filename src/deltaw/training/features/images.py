@@ -228,6 +228,11 @@ class RowImages:
                 if image.start is not None:
                     image.start = self._table.append(old.rows(np.arange(image.start, image.start + image.count)))
 
+    def clear(self) -> None:
+        """Remove all images, which no later prompt refers to."""
+        with self._lock:
+            self._images, self._first_ids, self._sorted, self._table = {}, [], [], _Table()
+
     def compute_prompt(self, tokens: np.ndarray) -> None:
         """Compute the features of the images of a retained prompt (length,)."""
         self.compute(self._find(tokens[tokens >= self.first_id])[0])
