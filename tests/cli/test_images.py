@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from deltaw.evaluation import predicting
 from tests.cli.conftest import Call, assert_refused
@@ -97,3 +101,16 @@ def test_rows_with_images_are_predicted_as_prompts(
     expected = [reference_text(vision_folder / "model", chat_prompt(text), *images) for text, *images in prompts]
     assert [row["completion"] for row in output if row["error"] is None] == expected
     assert "cannot be decoded" in output[1]["error"] and "not a file" in output[2]["error"]
+
+
+def test_report_shows_images_of_held_out_rows(call: Call, vision_folder: Path, tmp_path: Path) -> None:
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(png((20 * number, 10, 10), (200, 100)))
+    rows = [{"image": f"{number}.png", "prompt": "color?", "completion": "red"} for number in range(4)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    train = ("--train.max_steps", 1, "--train.samples", 2, "--train.drift", "false", "--data.eval", 2)
+    data = ("--model", vision_folder / "model", "--data", tmp_path / "rows.jsonl", "--output", tmp_path / "run")
+    call("train", *data, *train, "--precision", "fp32", status=0)
+    urls = re.findall('<img src="data:image/jpeg;base64,(.+?)"', (tmp_path / "run" / "report.html").read_text())
+    assert [Image.open(io.BytesIO(base64.b64decode(url))).size for url in urls] == [(96, 48)] * 2
+    assert urls[0] != urls[1]

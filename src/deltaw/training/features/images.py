@@ -6,9 +6,11 @@ have other tokens, also in caches and checkpoints.
 
 from __future__ import annotations
 
+import base64
 import bisect
 import contextlib
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -54,6 +56,8 @@ VERIFIED_CODE = ("torch", "transformers", "deltaw.hub", "deltaw.runtime")
 _BLOCK = 1 << 14
 # Token ids are int32.
 _MAX_ID = 2**31 - 1
+# Width and height of thumbnails in pixels.
+THUMBNAIL_SIDE = 96
 # Number of image sizes for which texts are kept.
 _MAX_SIZES = 1024
 
@@ -227,6 +231,17 @@ class RowImages:
             for image in self._sorted:
                 if image.start is not None:
                     image.start = self._table.append(old.rows(np.arange(image.start, image.start + image.count)))
+
+    def thumbnails(self, tokens: np.ndarray) -> list[str]:
+        """Return small versions of the images of a prompt as data URLs, without those that cannot be read anymore."""
+        urls, (images, indices) = [], self._find(tokens[self.contains(tokens)])
+        for index in dict.fromkeys(indices.tolist()):
+            with contextlib.suppress(UserError):
+                picture, content = decoded_image(images[index].image).copy(), io.BytesIO()
+                picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+                picture.save(content, "JPEG")
+                urls.append(f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}")
+        return urls
 
     def clear(self) -> None:
         """Remove all images, which no later prompt refers to."""
