@@ -41,13 +41,13 @@ class RowImage:
     location: str
 
     def decoded(self) -> Image.Image:
-        """Return the image as RGB or grayscale ("L"), rotated upright by its EXIF orientation.
+        """Return the image as RGB, rotated upright by its EXIF orientation.
 
         Raises:
             BadRowError: if it cannot be read or decoded.
         """
         try:
-            return decode(self.content, self.location)
+            return decode(self.content, self.location).convert("RGB")
         except UserError as error:
             raise unreadable_image(error) from error
 
