@@ -6,6 +6,7 @@ them in another process, and all later steps are bitwise equal. Pickle is not us
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -288,6 +289,13 @@ class RowOrder:
     seed: int
     groups: np.ndarray | None = field(default=None, compare=False)
 
+    def as_dict(self) -> dict[str, object]:
+        """Return JSON values that determine the order."""
+        values: dict[str, object] = {"rows": self.rows, "batch_size": self.batch_size, "seed": self.seed}
+        if self.groups is not None:
+            values["groups"] = hashlib.blake2b(self.groups.tobytes(), digest_size=16).hexdigest()
+        return values
+
     @property
     def steps_per_epoch(self) -> int:
         return math.ceil(self.rows / self.batch_size)
@@ -448,7 +456,7 @@ class TrainState:
             "step": self.step,
             "names": list(self.names),
             "schedule": asdict(self.schedule),
-            "order": asdict(self.order),
+            "order": self.order.as_dict(),
             "place": {"epoch": epoch, "position": position},
             "arithmetic": loader.arithmetic().as_dict(),
             "skipped_in_row": self.skipped_in_row,
@@ -495,7 +503,7 @@ class TrainState:
             raise UserError(message, location="the saved state", hint=hint)
         pairs = {
             "the trained parameters": (state.values["names"], self.names),
-            "the order of rows": (state.values["order"], asdict(self.order)),
+            "the order of rows": (state.values["order"], self.order.as_dict()),
             "the schedule": (state.values["schedule"], asdict(self.schedule)),
         }
         for name, (stored, current) in pairs.items():

@@ -17,6 +17,8 @@ from deltaw.data.prepare import TextReader
 from deltaw.data.prompts import QuestionReader
 from deltaw.data.row_images import image_groups
 from deltaw.data.row_reader import Reader, RunData
+from deltaw.errors import UserError
+from deltaw.methods.base import Method
 from deltaw.progress import LogFunction, ignore_line, track_progress
 from deltaw.runtime.image_tokens import connector_module
 from deltaw.settings.data import DataSettings
@@ -105,6 +107,12 @@ class CausalTask(Task[CausalObjective]):
     def input_reader(self, settings: DataSettings, columns: Sequence[str], classes: Classes) -> QuestionReader:
         continues = "text" in columns and not _PROMPTS & {*columns}
         return QuestionReader(settings, self.tokenizer, continues=continues)
+
+    def check_method(self, method: Method) -> None:
+        super().check_method(method)
+        if method.virtual_tokens and self.images is not None and len(self.images):
+            hint = "use method: lora, or input to train the connector"
+            raise UserError("a soft prompt cannot be trained on rows with images", location="method", hint=hint)
 
     def prepare_inputs(self, trained: Sequence[str], *, is_new: bool) -> None:
         if self.images is not None:
