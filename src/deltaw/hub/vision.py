@@ -22,11 +22,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from deltaw.errors import UserError
 from deltaw.hub.transformers_private import configurations_of, quiet
+from deltaw.lora.complete_names import NameMap, complete_names, set_complete_names
 from deltaw.runtime.image_tokens import image_embeddings
 
 AUTO_MODEL = "AutoModelForImageTextToText"
 # Maximum relative difference of the logits of both models in fp32.
 TOLERANCE = 1e-4
+# Attribute of a view with the configuration of the complete model.
+_CONFIG = "_deltaw_complete_config"
 
 
 def is_vision_language(config: PretrainedConfig) -> bool:
@@ -52,8 +55,9 @@ class VisionLanguageModel:
 
     def full_name(self, name: str) -> str:
         """Return the name in the complete model of a module or parameter of the view."""
-        view_prefix = f"{self.view.base_model_prefix}."
-        return f"{self.prefix}.{name.removeprefix(view_prefix)}" if name.startswith(view_prefix) else name
+        names = complete_names(self.view)
+        assert names is not None
+        return names.to_complete(name)
 
     @torch.no_grad()
     def features(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
@@ -92,7 +96,31 @@ def text_view(model: PreTrainedModel) -> VisionLanguageModel:
     view.set_output_embeddings(head)
     view.generation_config = model.generation_config
     prefix = next(name for name, module in model.named_modules() if module is language)
+    children, key = (name for name, _ in view.named_children()), view.base_model_prefix
+    others = tuple(name for name in children if name != key)
+    set_complete_names(view, NameMap(key, prefix, others, type(model).__name__))
+    vars(view)[_CONFIG] = model.config
     return VisionLanguageModel(model, view.eval(), prefix)
+
+
+def empty_view(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """Return the view of a new model with this configuration, on the default device.
+
+    Args:
+        config: Configuration of the complete model.
+        options: Options of ``AutoModelForImageTextToText.from_config``, for example ``dtype``.
+
+    Raises:
+        UserError: if the family is not supported.
+    """
+    return text_view(getattr(transformers, AUTO_MODEL).from_config(config, **options)).view
+
+
+def complete_skeleton(view: PreTrainedModel) -> PreTrainedModel:
+    """Return a model like the complete model of a view, on the meta device."""
+    with torch.device("meta"), quiet():
+        model: PreTrainedModel = getattr(transformers, AUTO_MODEL).from_config(vars(view)[_CONFIG])
+    return model
 
 
 @torch.no_grad()

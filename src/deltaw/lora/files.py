@@ -25,12 +25,13 @@ from deltaw.lora import peft_format
 from deltaw.lora.adapt import Summary, attach_selected, detach, require_unadapted
 from deltaw.lora.adapted import AdaptedLayer
 from deltaw.lora.attachment import Attachment, adapter_parameters, count_parameters, require_attachment, unwrap_model
+from deltaw.lora.complete_names import complete_names
 from deltaw.lora.config import CHANGING_INITS, LoRAConfig, scaling
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, warn_other_base
 from deltaw.lora.kinds import is_linear, linear_sizes
 from deltaw.lora.layers import LoRAConv, LoRALayer
 from deltaw.lora.peft_format import PREFIX, FilePaths, without_wrappers
-from deltaw.lora.select import NamedModule, Selection, Target, select, unique_modules, values_by_pattern
+from deltaw.lora.select import NamedModule, Selection, Target, format_names, select, unique_modules, values_by_pattern
 from deltaw.tensor_files import TensorFile, save_tensors
 from deltaw.untrusted_paths import record_reference, require_contained
 
@@ -117,6 +118,9 @@ class AdapterTensors(Mapping[str, Tensor]):
         for extra in record.extra_modules:
             for key, value in extra.current.state_dict().items():
                 self._factories[f"{paths.of_module(extra.names[0])}.{key}"] = value.detach
+        if (mapping := record.complete_names) is not None:
+            items = self._factories.items()
+            self._factories = {PREFIX + mapping.to_complete(key.removeprefix(PREFIX)): make for key, make in items}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._factories[name]()
@@ -200,8 +204,8 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
     """
     model = unwrap_model(model)
     require_unadapted(model)
-    adapter = read_adapter(folder)
     location = str(Path(folder) / WEIGHTS_NAME)
+    adapter = with_model_names(model, read_adapter(folder), location)
     summary = attach_selected(model, adapter.config, stored_selection(model, adapter, location), init_factors=False)
     try:
         record = require_attachment(model)
@@ -240,6 +244,29 @@ def read_adapter(folder: str | Path, *, lazy: bool = False) -> AdapterFile:
     return AdapterFile(config, tensors, metadata)
 
 
+def with_model_names(model: nn.Module, adapter: AdapterFile, location: str) -> AdapterFile:
+    """Return an adapter with tensors by their names in the model, which may be the text view of a complete model.
+
+    Raises:
+        UserError: if the adapter changes modules of the complete model that the view lacks.
+    """
+    if (mapping := complete_names(model)) is None:
+        return adapter
+    tensors, others = {}, []
+    for key, tensor in adapter.tensors.items():
+        name = mapping.from_complete(key.removeprefix(PREFIX))
+        tensors[f"{PREFIX}{name}"] = tensor
+        if name is None:
+            others.append(peft_format.factor_module(key) or without_wrappers(key))
+    if others:
+        message = (
+            f"the adapter changes modules outside of the language model: {format_names(list(dict.fromkeys(others)))}"
+        )
+        hint = f"use an adapter that was trained on modules of '{mapping.prefix}' only"
+        raise UserError(message, location=location, hint=hint)
+    return adapter._replace(tensors=tensors)
+
+
 def read_factors(model: nn.Module, folder: str | Path) -> AdapterFactors:
     """Read the factors in ``folder`` for ``model``, which has no adapter and is not changed.
 
@@ -249,7 +276,8 @@ def read_factors(model: nn.Module, folder: str | Path) -> AdapterFactors:
         UserError: if files are missing or damaged, a tensor is missing or does not fit, or a value is not finite. Also
             if the adapter has more than low-rank factors of linear layers.
     """
-    adapter, location = read_adapter(folder), str(Path(folder) / WEIGHTS_NAME)
+    location = str(Path(folder) / WEIGHTS_NAME)
+    adapter = with_model_names(model, read_adapter(folder), location)
     if (reason := unsupported_reason(adapter.config)) is not None:
         raise UserError(reason, location=str(folder), hint=_MERGE)
     remaining = dict(adapter.tensors)
@@ -369,8 +397,9 @@ def stored_selection(model: nn.Module, adapter: AdapterFile, location: str) -> S
     extra = _extra_modules(config, tensors, modules)
     selection = select(model, config, strict=False)
     parameter_names = {name for parameter in selection.parameters for name in parameter.names}
-    ranks = values_by_pattern("rank_pattern", config.rank_pattern, by_name)
-    alphas = values_by_pattern("alpha_pattern", config.alpha_pattern, by_name)
+    mapping = complete_names(model)
+    ranks = values_by_pattern("rank_pattern", config.rank_pattern, by_name, mapping)
+    alphas = values_by_pattern("alpha_pattern", config.alpha_pattern, by_name, mapping)
     targets: dict[str, Target] = {}
     for tensor_name in tensors:
         name = peft_format.factor_module(tensor_name)
@@ -404,7 +433,7 @@ def _extra_modules(config: LoRAConfig, tensors: Mapping[str, Tensor], modules: l
     stored = {without_wrappers(name) for name in tensors}
     parents = {name[: match.start()] for name in stored for match in re.finditer(r"\.", name)}
     entries = tuple(config.train_modules)
-    matched = [m for m in modules if m.names[0] in parents and m.names[0].endswith(entries)]
+    matched = [m for m in modules if m.names[0] in parents and any(n.endswith(entries) for n in m.matched_names)]
     nested = {id(inner) for m in matched for inner in m.module.modules() if inner is not m.module}
     return [m for m in matched if id(m.module) not in nested]
 
