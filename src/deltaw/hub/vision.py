@@ -28,8 +28,6 @@ from deltaw.runtime.image_tokens import image_embeddings
 AUTO_MODEL = "AutoModelForImageTextToText"
 # Maximum relative difference of the logits of both models in fp32.
 TOLERANCE = 1e-4
-# Attribute of a view with the configuration of the complete model.
-_CONFIG = "_deltaw_complete_config"
 
 
 def is_vision_language(config: PretrainedConfig) -> bool:
@@ -37,6 +35,17 @@ def is_vision_language(config: PretrainedConfig) -> bool:
     supported = configurations_of(AUTO_MODEL)
     has_text = config.get_text_config(decoder=True) is not config
     return supported is not None and type(config) in supported and has_text
+
+
+def is_view(config: PretrainedConfig, task_class: str) -> bool:
+    """Return True if a task loads a model as text view.
+
+    Args:
+        task_class: Auto class of the task. Models that it contains are loaded as such.
+    """
+    own = configurations_of(task_class)
+    is_text = task_class == "AutoModelForCausalLM" and own is not None and type(config) not in own
+    return is_text and is_vision_language(config)
 
 
 @dataclass(eq=False)
@@ -96,10 +105,9 @@ def text_view(model: PreTrainedModel) -> VisionLanguageModel:
     view.set_output_embeddings(head)
     view.generation_config = model.generation_config
     prefix = next(name for name, module in model.named_modules() if module is language)
-    children, key = (name for name, _ in view.named_children()), view.base_model_prefix
-    others = tuple(name for name in children if name != key)
-    set_complete_names(view, NameMap(key, prefix, others, type(model).__name__))
-    vars(view)[_CONFIG] = model.config
+    base = view.base_model_prefix
+    modules = tuple((name, prefix if name == base else name) for name, _ in view.named_children())
+    set_complete_names(view, NameMap(prefix, modules, model.config))
     return VisionLanguageModel(model, view.eval(), prefix)
 
 
@@ -114,13 +122,6 @@ def empty_view(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
         UserError: if the family is not supported.
     """
     return text_view(getattr(transformers, AUTO_MODEL).from_config(config, **options)).view
-
-
-def complete_skeleton(view: PreTrainedModel) -> PreTrainedModel:
-    """Return a model like the complete model of a view, on the meta device."""
-    with torch.device("meta"), quiet():
-        model: PreTrainedModel = getattr(transformers, AUTO_MODEL).from_config(vars(view)[_CONFIG])
-    return model
 
 
 @torch.no_grad()

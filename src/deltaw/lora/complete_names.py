@@ -6,7 +6,8 @@ model, so that other programs load them on it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 
@@ -18,35 +19,41 @@ class NameMap:
     """Maps names of modules and parameters between a text view and its complete model.
 
     Attributes:
-        view_prefix: Name of the language model in the view, for example ``model``.
         prefix: Name of the language model in the complete model, for example ``model.language_model``.
-        others: Other children of the view, such as ``lm_head``. They have the same names in the complete model.
-        class_name: Class of the complete model.
+        modules: Name in the view and name in the complete model of the language model and of each other module of the
+            view. The first entry that contains a name applies to it.
+        config: Configuration of the complete model.
     """
 
-    view_prefix: str
     prefix: str
-    others: tuple[str, ...]
-    class_name: str
+    modules: tuple[tuple[str, str], ...]
+    config: Any = field(default=None, compare=False)
 
     def to_complete(self, name: str) -> str:
         """Return the name in the complete model of a module or parameter of the view.
 
         A name of the language model in the complete model is returned unchanged.
         """
-        if _with_prefix(name, self.prefix, "") is not None:
+        if _contains(self.prefix, name):
             return name
-        return _with_prefix(name, self.view_prefix, self.prefix) or name
+        return next((new + name[len(old) :] for old, new in self.modules if _contains(old, name)), name)
 
     def from_complete(self, name: str) -> str | None:
         """Return the name in the view of a module or parameter of the complete model, or None if the view lacks it."""
-        view_name = _with_prefix(name, self.prefix, self.view_prefix)
-        return name if view_name is None and name.partition(".")[0] in self.others else view_name
+        return next((new + name[len(old) :] for new, old in self.modules if _contains(old, name)), None)
+
+    def is_language(self, name: str) -> bool:
+        """Return True if a module or parameter of the view belongs to the language model or its head."""
+        complete = self.to_complete(name)
+        return _contains(self.prefix, complete) or complete == name
+
+    def with_module(self, name: str, complete_name: str) -> NameMap:
+        """Return the map of a view with an additional module, such as the connector."""
+        return replace(self, modules=((name, complete_name), *self.modules))
 
 
-def _with_prefix(name: str, prefix: str, replacement: str) -> str | None:
-    """Return ``name`` with another prefix, or None if it does not have this prefix."""
-    return replacement + name[len(prefix) :] if f"{name}.".startswith(f"{prefix}.") else None
+def _contains(prefix: str, name: str) -> bool:
+    return f"{name}.".startswith(f"{prefix}.")
 
 
 def complete_names(model: nn.Module) -> NameMap | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -245,26 +245,32 @@ def read_adapter(folder: str | Path, *, lazy: bool = False) -> AdapterFile:
 
 
 def with_model_names(model: nn.Module, adapter: AdapterFile, location: str) -> AdapterFile:
-    """Return an adapter with tensors by their names in the model, which may be the text view of a complete model.
+    """Return an adapter with tensors by their names in the model, which may be a text view.
 
     Raises:
-        UserError: if the adapter changes modules of the complete model that the view lacks.
+        UserError: as in :func:`names_in_model`.
+    """
+    if complete_names(model) is None:
+        return adapter
+    names = names_in_model(model, (key.removeprefix(PREFIX) for key in adapter.tensors), location)
+    return adapter._replace(tensors={PREFIX + names[k.removeprefix(PREFIX)]: t for k, t in adapter.tensors.items()})
+
+
+def names_in_model(model: nn.Module, names: Iterable[str], location: str) -> dict[str, str]:
+    """Return the name in the model of each name in a file, which differ for a text view.
+
+    Raises:
+        UserError: if the file changes modules of the complete model that the view lacks.
     """
     if (mapping := complete_names(model)) is None:
-        return adapter
-    tensors, others = {}, []
-    for key, tensor in adapter.tensors.items():
-        name = mapping.from_complete(key.removeprefix(PREFIX))
-        tensors[f"{PREFIX}{name}"] = tensor
-        if name is None:
-            others.append(peft_format.factor_module(key) or without_wrappers(key))
-    if others:
-        message = (
-            f"the adapter changes modules outside of the language model: {format_names(list(dict.fromkeys(others)))}"
-        )
+        return {name: name for name in names}
+    converted = {name: mapping.from_complete(name) for name in names}
+    if others := [name for name, view_name in converted.items() if view_name is None]:
+        modules = dict.fromkeys(peft_format.factor_module(name) or name for name in others)
+        message = f"the adapter changes modules outside of the language model: {format_names(list(modules))}"
         hint = f"use an adapter that was trained on modules of '{mapping.prefix}' only"
         raise UserError(message, location=location, hint=hint)
-    return adapter._replace(tensors=tensors)
+    return {name: view_name for name, view_name in converted.items() if view_name is not None}
 
 
 def read_factors(model: nn.Module, folder: str | Path) -> AdapterFactors:
@@ -566,4 +572,6 @@ def _check_leftovers(model: nn.Module, record: Attachment, tensors: Mapping[str,
 
 def task_type_of(model: nn.Module) -> str | None:
     """Return PEFT's name of the task for the model's class, or None."""
-    return next((name for ending, name in _TASKS.items() if type(model).__name__.endswith(ending)), None)
+    task = next((name for ending, name in _TASKS.items() if type(model).__name__.endswith(ending)), None)
+    is_decoder = not getattr(getattr(model, "config", None), "is_encoder_decoder", True)
+    return "CAUSAL_LM" if task == "SEQ_2_SEQ_LM" and is_decoder else task

@@ -199,33 +199,38 @@ def adapter_settings(model: nn.Module, record: Attachment, base: str | None, tas
 
 def _complete_settings(model: nn.Module, record: Attachment, mapping: NameMap) -> dict[str, object]:
     """Return the settings that name modules of a text view, with the names of the complete model."""
-    modules = [name for name, _ in model.named_modules()]
+    names = [mapping.to_complete(name) for name, _ in model.named_modules()]
+    targets = [mapping.to_complete(layer.name) for layer in record.layers]
     tokens = record.config.trainable_token_indices
     if isinstance(tokens, Mapping):
         tokens = {mapping.to_complete(name): ids for name, ids in tokens.items()}
     return {
         "modules_to_save": sorted(mapping.to_complete(extra.name) for extra in record.extra_modules) or None,
-        "target_modules": complete_targets(modules, [layer.name for layer in record.layers], mapping),
+        "target_modules": complete_targets(names, targets, mapping.prefix),
         "target_parameters": [mapping.to_complete(name) for name in record.config.target_parameters] or None,
         "trainable_token_indices": tokens,
     }
 
 
-def complete_targets(names: Sequence[str], adapted: Sequence[str], mapping: NameMap) -> str | list[str]:
-    """Return a regular expression for the names in the complete model of ``adapted`` modules of a text view.
+def complete_targets(names: Sequence[str], adapted: Sequence[str], prefix: str) -> str | list[str]:
+    """Return a regular expression for the names in the complete model of adapted modules of a text view.
 
     Endings such as ``q_proj`` would also match modules of the vision tower.
+
+    Args:
+        names: Names in the complete model of all modules of the view.
+        adapted: Those of the adapted modules.
+        prefix: Name of the language model.
     """
-    prefix = f"{mapping.view_prefix}."
-    inside, adapted_inside = (
-        [n.removeprefix(prefix) for n in group if n.startswith(prefix)] for group in (names, adapted)
-    )
-    expressions = [re.escape(name) for name in adapted if not name.startswith(prefix)]
-    if adapted_inside:
-        entries = target_entries(inside, adapted_inside)
-        is_full = isinstance(entries, str)
-        choice = entries if isinstance(entries, str) else "|".join(map(re.escape, entries))
-        expressions.insert(0, re.escape(mapping.prefix) + (r"\." if is_full else r"\.(.*\.)?") + f"({choice})")
+    dotted = f"{prefix}."
+    inside, targets = ([n.removeprefix(dotted) for n in group if n.startswith(dotted)] for group in (names, adapted))
+    expressions = [re.escape(name) for name in adapted if not name.startswith(dotted)]
+    if targets:
+        entries = target_entries(inside, targets)
+        start, choice = r"\.", entries
+        if not isinstance(entries, str):
+            start, choice = r"\.(.*\.)?", "|".join(map(re.escape, entries))
+        expressions.insert(0, f"{re.escape(prefix)}{start}({choice})")
     return "|".join(expressions) or []
 
 
