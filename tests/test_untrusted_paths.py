@@ -10,7 +10,7 @@ import pytest
 
 from deltaw import untrusted_paths
 from deltaw.errors import UserError
-from deltaw.hub.folders import shard_names
+from deltaw.hub.shards import shard_names
 from deltaw.untrusted_paths import is_inside, record_reference, require_contained, was_referenced
 
 

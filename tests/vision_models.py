@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import transformers
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-IMAGE_TOKEN = 250
+from tests.byte_models import byte_tokenizer
+
+IMAGE_TOKEN = 259
 TEXT = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -87,7 +91,7 @@ FAMILIES: dict[str, Family] = {
             text_config=_llama(),
             image_token_index=IMAGE_TOKEN,
             vision_feature_layer=-1,
-            image_grid_pinpoints=[[28, 28]],
+            image_grid_pinpoints=[[28, 28], [28, 56]],
         ),
         lambda: {**_pixels(1, 2, 3, 28, 28), "image_sizes": torch.tensor([[28, 28]])},
         10,
@@ -98,7 +102,7 @@ FAMILIES: dict[str, Family] = {
             text_config=_qwen2(),
             image_token_index=IMAGE_TOKEN,
             vision_feature_layer=-1,
-            image_grid_pinpoints=[[28, 28]],
+            image_grid_pinpoints=[[28, 28], [28, 56]],
         ),
         lambda: {**_pixels(1, 2, 3, 28, 28), "image_sizes": torch.tensor([[28, 28]])},
         10,
@@ -263,3 +267,85 @@ def prompt(family: str) -> Tensor:
     """Return a prompt with text before and after one image."""
     count = FAMILIES[family].tokens
     return torch.tensor([1, 7, 9, *[IMAGE_TOKEN] * count, 11, 23, 42, 5])
+
+
+# Tokens of images, which follow the 259 tokens of the byte tokenizer.
+_MORE_TOKENS = {
+    "smolvlm": ("<fake_token_around_image>", "<global-img>", "<row_1_col_1>", "<row_1_col_2>", "<end_of_utterance>"),
+    "idefics3": ("<fake_token_around_image>", "<global-img>", "<row_1_col_1>", "<row_1_col_2>", "<end_of_utterance>"),
+    "internvl": ("<img>", "</img>"),
+}
+_PARTS_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for p in m.content %}{% if p.type == 'image' %}<image>{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def save_vision_model(family: str, folder: Path) -> Path:
+    """Save a tiny random model with tokenizer and processor: llava, llava_next, llava_onevision, smolvlm, idefics3 or
+    internvl.
+    """
+    tokenizer = byte_tokenizer()
+    image = "<IMG_CONTEXT>" if family == "internvl" else "<image>"
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", image]})
+    more = list(_MORE_TOKENS.get(family, ()))
+    tokenizer.add_special_tokens({"additional_special_tokens": more}, replace_extra_special_tokens=False)
+    tokenizer.chat_template = _PARTS_TEMPLATE.replace("<image>", image)
+    assert tokenizer.convert_tokens_to_ids(image) == IMAGE_TOKEN
+    model = vision_model(family)
+    if len(tokenizer) > model.config.get_text_config().vocab_size:
+        model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(_PREPROCESSORS[family]))
+    (folder / "processor_config.json").write_text(json.dumps(_PROCESSORS[family]))
+    return folder
+
+
+_SQUARE = {"height": 28, "width": 28}
+_PREPROCESSORS = {
+    "llava": {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 28}, "crop_size": _SQUARE},
+    "llava_next": {
+        "image_processor_type": "LlavaNextImageProcessor",
+        "size": {"shortest_edge": 28},
+        "crop_size": _SQUARE,
+        "image_grid_pinpoints": [[28, 28], [28, 56]],
+    },
+    "llava_onevision": {
+        "image_processor_type": "LlavaOnevisionImageProcessor",
+        "size": _SQUARE,
+        "image_grid_pinpoints": [[28, 28], [28, 56]],
+    },
+    "smolvlm": {
+        "image_processor_type": "SmolVLMImageProcessor",
+        "size": {"longest_edge": 56},
+        "max_image_size": {"longest_edge": 28},
+    },
+    "idefics3": {
+        "image_processor_type": "Idefics3ImageProcessor",
+        "size": {"longest_edge": 56},
+        "max_image_size": {"longest_edge": 28},
+    },
+    "internvl": {
+        "image_processor_type": "GotOcr2ImageProcessor",
+        "size": _SQUARE,
+        "crop_to_patches": True,
+        "min_patches": 1,
+        "max_patches": 2,
+    },
+}
+_LLAVA = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+_PROCESSORS = {
+    "llava": {"processor_class": "LlavaProcessor", **_LLAVA},
+    "llava_next": {"processor_class": "LlavaNextProcessor", **_LLAVA},
+    "llava_onevision": {
+        "processor_class": "LlavaOnevisionProcessor",
+        "num_image_tokens": 4,
+        "vision_feature_select_strategy": "full",
+        "vision_aspect_ratio": "anyres_max_9",
+    },
+    "smolvlm": {"processor_class": "SmolVLMProcessor", "image_seq_len": 1},
+    "idefics3": {"processor_class": "Idefics3Processor", "image_seq_len": 1},
+    "internvl": {"processor_class": "InternVLProcessor", "image_seq_length": 1},
+}

@@ -15,13 +15,14 @@ import importlib.metadata
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from deltaw import platforms
-from deltaw.atomic_files import write_text
+from deltaw.atomic_files import sync_file, write_text
 from deltaw.errors import UserError
 
 if TYPE_CHECKING:
@@ -249,6 +250,49 @@ class Cache:
         except Timeout:
             return None
         return lock
+
+    def create_folder(self, name: str, make: Callable[[Path], object]) -> Path:
+        """Return the folder of an entry. If it does not exist, create it atomically.
+
+        Concurrent processes wait for the first one.
+
+        Args:
+            name: Key of the entry.
+            make: Writes the files into an empty folder.
+
+        Raises:
+            UserError: if the folder cannot be stored.
+        """
+        target = self.folder / name
+        if target.is_dir():
+            self.touch(name)
+            return target
+        try:
+            lock = self.lock(name)
+            try:
+                if not target.is_dir():
+                    self.evict(exclude=name)
+                    self._create_folder(target, make)
+            finally:
+                lock.release()
+        except OSError as error:
+            message = f"cannot store the converted model: {error.strerror or error}"
+            hint = "free some disk space, or set DELTAW_CACHE to another folder"
+            raise UserError(message, location=str(self.folder), hint=hint) from error
+        self.touch(name)
+        return target
+
+    def _create_folder(self, target: Path, make: Callable[[Path], object]) -> None:
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=self.folder))
+        try:
+            make(partial)
+            for file in partial.iterdir():
+                file.chmod(0o644)
+                sync_file(file)
+            partial.chmod(0o755)
+            platforms.rename_path(partial, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
     def touch(self, name: str) -> None:
         """Update the last-use time of an entry. Does nothing if the folder is not writable."""

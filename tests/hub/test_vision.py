@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from deltaw.hub.vision import is_vision_language, text_view, verify_view
+from deltaw.hub.vision import is_vision_language, text_view
+from deltaw.runtime.image_tokens import verify_view
 from tests.conftest import refusal
 from tests.vision_models import FAMILIES, IMAGE_TOKEN, prompt, vision_model
 

@@ -38,6 +38,7 @@ from deltaw.runs.folder import RUNNING, Run
 from deltaw.settings.config import SETTINGS, RunConfig
 from deltaw.settings.fields import TextSource
 from deltaw.settings.local_names import replace_names
+from deltaw.settings.model_parts import parse_parts
 from deltaw.version import __version__
 
 # Limits of arguments: characters of a path and of other texts, bytes and nesting depth of settings.
@@ -186,6 +187,8 @@ class AgentPermissions:
         """
         if not isinstance(text, str):
             raise UserError("this is not a text", location=location)
+        if (parts := parse_parts(text)) is not None:
+            return parts.replace_references(lambda part: self.reference(part, location)).reference
         is_local = not text.startswith("pypi:") and os.path.lexists(self.folders[0] / text.replace("\0", ""))
         if is_local or ".." in re.split("[/:@]", text) or not _REMOTE_REFERENCE.fullmatch(text):
             return self.path(text, location)

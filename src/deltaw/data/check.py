@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from deltaw.data.chunk import example_of
+from deltaw.data.chunk import divides_image, example_of
 from deltaw.data.example import Example, special_tokens
 from deltaw.data.formats import Pair, Record, RowFormat, Text, choose_form, read_records, with_system
 from deltaw.data.report import BadRowError, BadRows, count_of
+from deltaw.data.row_images import MARKER, ImagePlacer
 from deltaw.data.rows import NumberedRows
 from deltaw.data.sources import open_source
 from deltaw.data.templates import Encoder
@@ -117,17 +118,23 @@ class DataStatistics:
 
 
 def collect_statistics(
-    train: Train, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, end_tokens: Sequence[int]
+    train: Train,
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    end_tokens: Sequence[int],
+    images: ImagePlacer | None = None,
 ) -> DataStatistics:
     """Collect statistics of all rows of ``train`` (see ``data.train``), regardless of their length.
 
     Args:
         end_tokens: Tokens that end a text.
+        images: See :class:`deltaw.data.templates.Encoder`.
 
     Raises:
         UserError: if a file does not exist or cannot be read, or if no format fits its columns.
     """
-    statistics, encoder = DataStatistics(), Encoder(tokenizer, settings.template, settings.labels, settings.date)
+    statistics = DataStatistics()
+    encoder = Encoder(tokenizer, settings.template, settings.labels, settings.date, images)
     names = sorted(set(special_tokens(tokenizer).values()) - {""}, key=len, reverse=True)
     names = [name for name in names if len(name) > 2]  # shorter ones occur in ordinary text
     special = re.compile("|".join(map(re.escape, names))) if names else None
@@ -144,13 +151,19 @@ def collect_statistics(
             for location, record, examples in encoded:
                 statistics.rows += 1
                 statistics.unrolled += len(examples) > 1
-                for remark in _remarks(record, special):
+                divided = any(divides_image(example.tokens, settings, images) for example in examples)
+                for remark in (*_remarks(record, special), *(["divided_image"] if divided else [])):
                     statistics.add_remark(remark, location)
                 text = "\0".join(text for text, _ in _texts_of(record))
-                text_hash = digest_of(_NO_LETTERS.sub(" ", text.casefold()).strip().encode("utf-8", "replace"))
+                normalized = _NO_LETTERS.sub(" ", text.casefold()).strip().encode("utf-8", "replace")
+                text_hash = digest_of(normalized, *(b"" if images is None else _image_ids(e, images) for e in examples))
                 for example in examples:
                     statistics.add(example, location, text_hash, settings.max_length, frozenset(end_tokens))
     return statistics
+
+
+def _image_ids(example: Example, images: ImagePlacer) -> bytes:
+    return example.tokens[example.tokens >= images.first_id].tobytes()
 
 
 def _encode_chunk(
@@ -164,7 +177,9 @@ def _encode_chunk(
         rejected.add(index)
         bad.add(error, rows[index][1])
 
-    records = [with_system(record, system) for record in read_records(rows, range(len(rows)), form, columns, on_bad)]
+    with_images = encoder.images is not None
+    read = read_records(rows, range(len(rows)), form, columns, on_bad, images=with_images)
+    records = [with_system(record, system) for record in read]
     for index, (record, parts) in enumerate(zip(records, encoder.encode(records, locations, on_bad), strict=True)):
         if record is not None and index not in rejected:
             yield locations[index], record, [example_of(rows.number(index), part) for part in parts]
@@ -186,6 +201,8 @@ def _remarks(record: Record, special: re.Pattern[str] | None) -> list[str]:
         special: Matches special tokens in text.
     """
     texts, remarks = _texts_of(record), []
+    if getattr(record, "images", ()):
+        texts = [(text.replace(MARKER, ""), is_answer) for text, is_answer in texts]
     if not any(text.strip() for text, _ in texts):
         remarks.append("blank")
     answers = [text for text, is_answer in texts if is_answer]
@@ -502,7 +519,9 @@ def _overlap_findings(statistics: DataStatistics, eval_statistics: DataStatistic
 
 
 _SPECIAL_TOKENS = "with a special token in the text, which the tokenizer encodes as the special token"
+_DIVIDED_IMAGE = "longer than data.max_length, which are dropped because their images would be divided"
 _TEXTS: dict[str, tuple[Level, str, str | None]] = {
+    "divided_image": ("warning", _DIVIDED_IMAGE, "raise data.max_length"),
     "blank": ("warning", "with only white space", "remove them"),
     "empty_answer": ("warning", "with an empty answer at the end", "write the answers, or remove the rows"),
     "answer_without_letters": ("warning", "with an answer that has no letter or digit", None),

@@ -13,6 +13,7 @@ from deltaw.data.example import Example
 from deltaw.data.formats import Pair, Record, RowFormat, Text, read_records, system_of, with_system
 from deltaw.data.messages import Conversation, unlabel_blank_answers
 from deltaw.data.report import BadRowError, BadRows
+from deltaw.data.row_images import ImagePlacer
 from deltaw.data.row_store import key_of
 from deltaw.data.rows import NumberedRows
 from deltaw.data.templates import Encoded, Encoder
@@ -242,7 +243,8 @@ class ChunkReader:
         def on_bad(position: int, error: BadRowError) -> None:
             self._bad.add(error, rows[indices[position]][1])
 
-        read = read_records(rows, indices, self._form, self._settings.columns, on_bad)
+        with_images = self._encoder.images is not None
+        read = read_records(rows, indices, self._form, self._settings.columns, on_bad, images=with_images)
         records = [with_system(record, self._settings.system) for record in read]
         encoded = self._encoder.encode(records, locations, on_bad)
         result: list[list[Example]] = []
@@ -258,10 +260,12 @@ class ChunkReader:
         return result
 
     def _examples(self, number: int, record: Record, parts: list[Encoded], location: str) -> list[Example]:
-        limit, account = self._settings.max_length, self.account
+        limit, account, settings = self._settings.max_length, self.account, self._settings
         longest = max(len(part.tokens) for part in parts)
         labels = sum(stop - start for part in parts for start, stop in part.spans)
-        if longest > limit and self._settings.long_rows == "split" and labels:
+        images = self._encoder.images
+        divided = any(divides_image(part.tokens, settings, images) for part in parts)
+        if longest > limit and settings.long_rows == "split" and labels and not divided:
             parts = split_long(record, parts, self._encoder, limit, location)
             account["split"] += 1
             account["split_examples"] += len(parts)
@@ -270,22 +274,39 @@ class ChunkReader:
             account["unrolled_examples"] += len(parts)
         account["trailing_turns"] += getattr(record, "trailing", 0) > 0
         examples = [(example_of(number, part),) for part in parts]
-        limited = (limit_length(part, location, self._settings, account, self.long) for part in examples)
+        limited = (limit_length(part, location, settings, account, self.long, images) for part in examples)
         return [example for part in limited for example in part or ()]
 
 
+def divides_image(tokens: Sequence[int] | np.ndarray, settings: DataSettings, images: ImagePlacer | None) -> bool:
+    """Return True if ``data.long_rows`` would divide a row with images, which is dropped instead.
+
+    A row can be cut after its last image. It is never split, because the parts would need images of earlier turns.
+    """
+    limit = settings.max_length
+    if images is None or len(tokens) <= limit or settings.long_rows not in ("cut", "split"):
+        return False
+    return any(token >= images.first_id for token in (tokens if settings.long_rows == "split" else tokens[limit:]))
+
+
 def limit_length(
-    examples: tuple[Example, ...], location: str, settings: DataSettings, account: Account, long: LongRows
+    examples: tuple[Example, ...],
+    location: str,
+    settings: DataSettings,
+    account: Account,
+    long: LongRows,
+    images: ImagePlacer | None = None,
 ) -> tuple[Example, ...] | None:
     """Truncate the examples of one row or group to ``data.max_length`` tokens each. Return None if they are dropped
     (and counted).
     """
+    divided = any(divides_image(example.tokens, settings, images) for example in examples)
     limit, longest = settings.max_length, max(map(len, examples))
     labels = sum(example.label_count for example in examples)
     if longest > limit and settings.long_rows == "error":
         long.add(LongRows(1, location, longest, longest))
         return None
-    if longest > limit and settings.long_rows == "drop":
+    if longest > limit and (divided or settings.long_rows == "drop"):
         account["dropped_long"] += 1
         account["labels_dropped"] += labels
         return None

@@ -185,23 +185,33 @@ def token_spans(
 ) -> list[TokenSpan]:
     """Divide tokens into spans. The concatenated span texts are the decoded text.
 
-    Each special token is a separate span.
+    Each special token is a separate span, and so are the tokens of an image, whose ids are beyond the vocabulary.
 
     Args:
         tokens: (length,) token ids.
         is_label: (length,) bool.
     """
     ids = [int(token) for token in tokens]
-    special = special_tokens(tokenizer)
+    special, size = special_tokens(tokenizer), len(tokenizer)
     spans: list[TokenSpan] = []
+    text_ids: list[int] = []
     start, previous = 0, ""
     while start < len(ids):
         label, is_special = bool(is_label[start]), ids[start] in special
         stop = start + 1
-        while stop < len(ids) and not is_special and ids[stop] not in special and bool(is_label[stop]) is label:
+        if ids[start] >= size:
+            while stop < len(ids) and ids[stop] == ids[stop - 1] + 1:
+                stop += 1
+            spans.append(TokenSpan(f"<image {stop - start} tokens>", False, True, stop - start))
+            start = stop
+            continue
+        while stop < len(ids) and not is_special and ids[stop] < size and ids[stop] not in special:
+            if bool(is_label[stop]) is not label:
+                break
             stop += 1
         # Decode from the start of the row: a span that is decoded separately may lose its leading space.
-        decoded = _decoded(ids[:stop], tokenizer)
+        text_ids += ids[start:stop]
+        decoded = _decoded(text_ids, tokenizer)
         text = decoded[len(previous) :] if decoded.startswith(previous) else _decoded(ids[start:stop], tokenizer)
         spans.append(TokenSpan(special.get(ids[start], text) if is_special else text, label, is_special, stop - start))
         start, previous = stop, decoded

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from deltaw.data.messages import (
     text_of,
 )
 from deltaw.data.report import BadRowError, OnBadRow, raise_error
+from deltaw.data.row_images import COLUMNS, RowImage, count_markers, take_images
 from deltaw.data.rows import NumberedRows, Row
 from deltaw.errors import UserError, did_you_mean
 from deltaw.settings import task_registry
@@ -39,17 +41,19 @@ class Text:
 
 @dataclass(frozen=True)
 class Pair:
-    """Prompt and completion as strings. The completion is the label."""
+    """Prompt and completion as strings. The completion is the label. The other texts refer to the images."""
 
     prompt: str
     completion: str
     system: str | None = None
+    images: tuple[RowImage, ...] = ()
 
     def conversation(self) -> Conversation:
         """Return the pair as a conversation."""
         messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         messages += [{"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.completion}]
-        return Conversation(tuple(messages), (False,) * (len(messages) - 1) + (True,))
+        learned = (False,) * (len(messages) - 1) + (True,)
+        return Conversation(tuple(messages), learned, images=self.images)
 
 
 Record = Text | Pair | Conversation
@@ -72,6 +76,15 @@ def with_system(record: Record | None, system: str | None) -> Record | None:
     return replace(record, messages=messages, learned=(False, *record.learned))
 
 
+def with_images(record: Record, images: tuple[RowImage, ...]) -> Record:
+    """Add the images that a record refers to, without those of dropped turns at its end."""
+    if isinstance(record, Text):
+        return record
+    if isinstance(record, Conversation) and record.trailing:
+        images = images[: count_markers(record.messages)]
+    return replace(record, images=images)
+
+
 @dataclass(frozen=True)
 class RowFormat:
     """Row format.
@@ -87,6 +100,11 @@ class RowFormat:
     needs: tuple[str, ...]
     can_use: tuple[str, ...]
     read: Callable[[Row, str], Record]
+
+    @property
+    def reads_images(self) -> bool:
+        """Return True if rows may have images."""
+        return self.name != PLAIN_TEXT.name
 
 
 def check_columns(rows: NumberedRows | RowStream, columns: Mapping[str, str]) -> None:
@@ -129,9 +147,16 @@ def choose_form(
     return fitting[0]
 
 
-def unused_columns(rows: NumberedRows | RowStream, form: RowFormat, columns: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the columns of the file that ``form`` does not read."""
-    used = {columns.get(name, name) for name in form.needs + form.can_use}
+def unused_columns(
+    rows: NumberedRows | RowStream, form: RowFormat, columns: Mapping[str, str], *, images: bool = False
+) -> tuple[str, ...]:
+    """Return the columns of the file that ``form`` does not read.
+
+    Args:
+        images: The rows may have images.
+    """
+    names = form.needs + form.can_use + (COLUMNS if images and form.reads_images else ())
+    used = {columns.get(name, name) for name in names}
     return tuple(column for column in rows.columns if column not in used)
 
 
@@ -141,8 +166,13 @@ def read_records(
     form: RowFormat,
     columns: Mapping[str, str],
     on_bad: OnBadRow = raise_error,
+    *,
+    images: bool = False,
 ) -> list[Record | None]:
     """Convert the rows at ``indices`` to records. Rows that were passed to ``on_bad`` become None.
+
+    Args:
+        images: Read the images of the rows.
 
     Raises:
         BadRowError: if a row lacks a column, or a value has the wrong type. The message names the row, the key and, in
@@ -154,15 +184,21 @@ def read_records(
         if rows.fills_nulls:
             row = {column: drop_nulls(value) for column, value in row.items()}
         try:
-            records.append(read_record(row, form, columns, rows.row_location(index)))
+            folder = rows.folder(index) if images else None
+            records.append(read_record(row, form, columns, rows.row_location(index), folder))
         except BadRowError as error:
             on_bad(position, error)
             records.append(None)
     return records
 
 
-def read_record(row: Row, form: RowFormat, columns: Mapping[str, str], location: str) -> Record:
+def read_record(
+    row: Row, form: RowFormat, columns: Mapping[str, str], location: str, image_folder: Path | None = None
+) -> Record:
     """Convert one row to a record.
+
+    Args:
+        image_folder: Folder of the row's images. None to read texts only.
 
     Raises:
         BadRowError: if it lacks a column, or a value has the wrong type.
@@ -170,7 +206,10 @@ def read_record(row: Row, form: RowFormat, columns: Mapping[str, str], location:
     if columns:
         row = {**row, **{name: row.get(column) for name, column in columns.items()}}
     require(row, form.needs, location, f"every row of the format '{form.name}' has {listed(form.needs)}", columns)
-    return form.read(row, location)
+    if image_folder is None or not form.reads_images:
+        return form.read(row, location)
+    row, images = take_images(row, image_folder, location, form.needs + form.can_use)
+    return with_images(form.read(row, location), images)
 
 
 def require(

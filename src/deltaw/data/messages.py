@@ -9,6 +9,7 @@ from typing import Any
 
 from deltaw.data.report import BadRowError
 from deltaw.data.row_files import parse
+from deltaw.data.row_images import IMAGE_PARTS, RowImage
 from deltaw.errors import UserError, did_you_mean
 
 Message = dict[str, object]
@@ -37,12 +38,14 @@ class Conversation:
         learned: For each turn, True if it may be a label.
         trailing: Number of dropped turns after the last assistant turn.
         tools: Definitions of the functions that the assistant may call, as templates expect them.
+        images: Images that the messages refer to.
     """
 
     messages: tuple[Message, ...]
     learned: tuple[bool, ...]
     trailing: int = 0
     tools: tuple[Message, ...] = ()
+    images: tuple[RowImage, ...] = ()
 
 
 def is_blank(text: str) -> bool:
@@ -132,6 +135,9 @@ def _join_parts(content: object, location: str) -> object:
         if not isinstance(part, dict) or kind != "text":
             message = f"part {number} of 'content' is not text but {kind or type(part).__name__}"
             hint = 'only text parts are supported: {"type": "text", "text": "…"}'
+            if kind in IMAGE_PARTS:
+                message = f"part {number} of 'content' is an image, and the model reads text only"
+                hint = "use a vision-language model, or remove the image"
             raise BadRowError(message, reason="content that is not text", location=location, hint=hint)
         texts.append(text_of(part.get("text"), "text", location))
     return "\n".join(texts)

@@ -6,20 +6,18 @@ Every image is decoded once when it is read, so that damaged images are found be
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import io
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from deltaw.data.example import LabeledExample
-from deltaw.data.report import BadRowError, OnBadRow, raise_error
+from deltaw.data.image_files import BROKEN, decode, decode_error, image_of, open_image, read_content, unreadable_image
+from deltaw.data.report import OnBadRow, raise_error
 from deltaw.data.row_files import KINDS, OnBad
 from deltaw.data.rows import NumberedRows
 from deltaw.data.sources import read_rows, walk
@@ -29,13 +27,6 @@ from deltaw.settings.data import MAX_ROW_BYTES
 
 IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
 _PARTS = frozenset(("train", "training", "test", "val", "valid", "validation", "dev", "eval"))
-# Supported image formats. Some other formats of Pillow start external programs.
-_FORMATS = frozenset(
-    ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
-)
-# Maximum size of an image file: about three times the number of pixels that Pillow accepts.
-_MAX_IMAGE_BYTES = 2**29
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -167,11 +158,10 @@ def read_images(
                 shape = image.shape if is_array else shape
                 size, content = (image.shape[0], image.shape[1]), image.tobytes() + repr(image.shape).encode()
             else:
-                content = _content(image, location)
+                content = read_content(image, location)
                 size = _decoded_size(content, location)
         except UserError as error:
-            reason = "an image that cannot be read"
-            on_bad(position, BadRowError(error.message, reason=reason, location=error.location, hint=error.hint))
+            on_bad(position, unreadable_image(error))
             yield None
             continue
         yield ImageExample(rows.number(index), image, label, size, hashlib.blake2b(content, digest_size=16).digest())
@@ -191,14 +181,11 @@ def _row_image(rows: NumberedRows, index: int, columns: LabelColumns) -> tuple[n
             hint = "if a column is the label, name it in data.columns: {label: …}"
             raise UserError(f"a pixel is not a number: {error}", location=location, hint=hint) from error
     value = row.get(str(columns.image))
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, Path | bytes):
-        return value, False
-    if isinstance(value, str) and value:
-        return Path(os.path.expanduser(rows.file(index))).parent / value, False
-    if isinstance(value, Image.Image):
-        return np.asarray(value.convert("L" if value.mode in ("1", "L") else "RGB")), False
+    image = image_of(value, rows.folder(index), location)
+    if isinstance(image, Image.Image):
+        return np.asarray(decode(image, location)), False
+    if image is not None:
+        return image, False
     if isinstance(value, list | np.ndarray):
         return _array(value, location), True
     problem = "is empty" if value is None or value == "" else f"is a {type(value).__name__}"
@@ -206,58 +193,17 @@ def _row_image(rows: NumberedRows, index: int, columns: LabelColumns) -> tuple[n
     raise UserError(f"'{columns.image}' {problem}, which is not an image", location=location, hint=hint)
 
 
-def decode(image: np.ndarray | Path | bytes, location: str) -> Image.Image:
-    """Decode an image to RGB or grayscale ("L"), rotated upright by its EXIF orientation.
-
-    Raises:
-        UserError: if it cannot be decoded.
-    """
-    if isinstance(image, np.ndarray):
-        return Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image)
-    try:
-        with _opened(_content(image, location)) as opened:
-            upright = ImageOps.exif_transpose(opened)
-            mode = "L" if upright.mode in ("1", "L") else "RGB"
-            return upright if upright.mode == mode else upright.convert(mode)
-    except _BROKEN as error:
-        raise _decode_error(error, location) from error
-
-
-def _content(image: Path | bytes, location: str) -> bytes:
-    if isinstance(image, bytes):
-        return image
-    try:
-        if not image.is_file() or image.stat().st_size > _MAX_IMAGE_BYTES:
-            problem = f"has more than {_MAX_IMAGE_BYTES:,} bytes" if image.is_file() else "is not a file"
-            raise UserError(f"the image {problem}", location=location, hint="check its path")
-        return image.read_bytes()
-    except OSError as error:
-        message = f"the image cannot be read: {error.strerror or error}"
-        raise UserError(message, location=location, hint="check its path") from error
-
-
-def _opened(content: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(content), formats=_supported_formats())
-
-
-@functools.cache
-def _supported_formats() -> tuple[str, ...]:
-    """Return the formats that the installed version of Pillow decodes."""
-    Image.init()
-    return tuple(sorted(_FORMATS & Image.OPEN.keys()))
-
-
 def _decoded_size(content: bytes, location: str) -> tuple[int, int]:
     """Return height and width of an encoded image, after decoding it completely."""
     try:
-        with _opened(content) as opened:
+        with open_image(content) as opened:
             width, height = opened.size
             # Decoding JPEG at 1/8 scale reads the entire file in a fraction of the time.
             opened.draft(None, (max(1, width // 8), max(1, height // 8)))
             opened.load()
             turned = opened.getexif().get(0x0112, 1) >= 5
-    except _BROKEN as error:
-        raise _decode_error(error, location) from error
+    except BROKEN as error:
+        raise decode_error(error, location) from error
     return (width, height) if turned else (height, width)
 
 
@@ -284,8 +230,3 @@ def _array(value: object, location: str) -> np.ndarray:
 
 def _by(shape: tuple[int, ...]) -> str:
     return "×".join(str(side) for side in shape)
-
-
-def _decode_error(error: BaseException, location: str) -> UserError:
-    reason = "unknown image format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-    return UserError(f"the image cannot be decoded: {reason}", location=location, hint="replace or remove it")

@@ -6,6 +6,7 @@ skipped, truncated or dropped.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from deltaw.data.example import token_spans
 from deltaw.data.formats import RowFormat, choose_form
 from deltaw.data.messages import read_prompt
 from deltaw.data.report import BadRows, PreparationReport
+from deltaw.data.row_images import ImagePlacer, take_images
 from deltaw.data.row_reader import UNLIMITED, ExamplePreview, RowPreview, RunData
 from deltaw.data.row_store import RowView
 from deltaw.data.rows import NumberedRows
@@ -38,7 +40,12 @@ if TYPE_CHECKING:
 
 @row_errors()
 def prepare(
-    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, log: LogFunction = ignore_line
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int = 0,
+    log: LogFunction = ignore_line,
+    images: ImagePlacer | None = None,
 ) -> RunData:
     """Read and tokenize the data of a run.
 
@@ -47,17 +54,18 @@ def prepare(
         tokenizer: Tokenizer of the model.
         seed: Seed for choosing rows (``data.rows``), holding rows out, and sampling fractions of sources.
         log: Receives progress lines.
+        images: See :class:`deltaw.data.templates.Encoder`.
 
     Raises:
         UserError: if the data cannot be used. The message names the file and the row.
     """
     sources = sources_of(settings.train)
     bad = BadRows(settings.bad_rows)
-    read = read_stored(sources, settings, tokenizer, bad, seed=seed, log=log)
+    read = read_stored(sources, settings, tokenizer, bad, seed=seed, log=log, images=images)
     ordinals = read.rows.ordinals()
 
     def read_eval(reference: str) -> tuple[RowView, np.ndarray, PreparationReport]:
-        rows, evaluation = prepare_file(reference, settings, tokenizer, bad, log=log)
+        rows, evaluation = prepare_file(reference, settings, tokenizer, bad, log=log, images=images)
         return rows, rows.store.keys(), evaluation
 
     train, eval_rows, report = split_rows(
@@ -90,6 +98,7 @@ def prepare_file(
     bad: BadRows | None = None,
     *,
     log: LogFunction = ignore_line,
+    images: ImagePlacer | None = None,
 ) -> tuple[RowView, PreparationReport]:
     """Read and tokenize one file as evaluation data, with all rows including duplicates.
 
@@ -97,13 +106,14 @@ def prepare_file(
 
     Args:
         bad: Collects unusable rows.
+        images: See :class:`deltaw.data.templates.Encoder`.
 
     Raises:
         UserError: if the data cannot be used. The message names the file and the row.
     """
     settings = replace(settings, rows=None, group=None)
     bad = BadRows(settings.bad_rows) if bad is None else bad
-    read = read_stored([MixtureSource(reference)], settings, tokenizer, bad, log=log)
+    read = read_stored([MixtureSource(reference)], settings, tokenizer, bad, log=log, images=images)
     examples = RowView(read.rows, np.arange(len(read.rows)))
     return examples, with_eval_counts(examples, read.report, read.rows.keys())
 
@@ -115,6 +125,7 @@ class TextReader:
     Attributes:
         folder: Model folder, which defines the tokens that end a text.
         bad: Collects the unusable rows of :meth:`file`, or None.
+        images: See :class:`deltaw.data.templates.Encoder`.
     """
 
     settings: DataSettings
@@ -122,24 +133,27 @@ class TextReader:
     folder: Path | None = None
     log: LogFunction = ignore_line
     bad: BadRows | None = None
+    images: ImagePlacer | None = None
 
     def prepare(self, seed: int = 0) -> RunData:
-        return prepare(self.settings, self.tokenizer, seed=seed, log=self.log)
+        return prepare(self.settings, self.tokenizer, seed=seed, log=self.log, images=self.images)
 
     def file(self, reference: str) -> tuple[RowView, PreparationReport]:
-        return prepare_file(reference, self.settings, self.tokenizer, self.bad, log=self.log)
+        return prepare_file(reference, self.settings, self.tokenizer, self.bad, log=self.log, images=self.images)
 
     def check(self, eval_files: Sequence[str]) -> DataCheck:
         settings, tokenizer = self.settings, self.tokenizer
         end_tokens = terminators_in(self.folder, tokenizer) if self.folder else [int(tokenizer.eos_token_id)]
         names = {end: str(tokenizer.convert_ids_to_tokens(end)) for end in end_tokens}
-        statistics = collect_statistics(settings.train, settings, tokenizer, end_tokens)
-        eval_sets = [(name, collect_statistics(name, settings, tokenizer, end_tokens)) for name in eval_files]
+        collect = functools.partial(
+            collect_statistics, settings=settings, tokenizer=tokenizer, end_tokens=end_tokens, images=self.images
+        )
+        statistics, eval_sets = collect(settings.train), [(name, collect(name)) for name in eval_files]
         return build_check(statistics, settings, format_sources(settings.train), end_names=names, eval_sets=eval_sets)
 
     def rows(self, bad: BadRows) -> Iterator[RowPreview]:
         settings = self.settings
-        encoder = Encoder(self.tokenizer, settings.template, settings.labels, settings.date)
+        encoder = Encoder(self.tokenizer, settings.template, settings.labels, settings.date, self.images)
         for source in sources_of(settings.train):
             stream = open_source(source.reference, bad.add, max_bytes=settings.max_row_bytes)
             stream.scan()
@@ -168,7 +182,12 @@ class TextReader:
 
 
 def encode_prompt(
-    prompt: str | list[dict[str, object]], settings: DataSettings | TemplateName, tokenizer: PreTrainedTokenizerBase
+    prompt: str | list[dict[str, object]],
+    settings: DataSettings | TemplateName,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    images: ImagePlacer | None = None,
+    image_folder: Path | None = None,
 ) -> np.ndarray:
     """Return the (length,) int32 tokens of ``prompt``, rendered as in training.
 
@@ -176,17 +195,24 @@ def encode_prompt(
         prompt: A question, or a conversation that ends with one.
         settings: Data settings of the run, or "auto", "chat" or "plain".
         tokenizer: Tokenizer of the model.
+        images: See :class:`deltaw.data.templates.Encoder`.
+        image_folder: Folder of relative paths of images. None to reject paths.
 
     Raises:
-        UserError: if the conversation is out of order, or the template rejects it.
+        UserError: if the conversation is out of order, the template rejects it, or an image cannot be read.
     """
     if isinstance(settings, DataSettings):
         template: TemplateName = "plain" if settings.form == "text" else settings.template
         date = settings.date
     else:
         template, date = settings, None
-    messages = prompt if isinstance(prompt, str) else read_prompt(prompt, "the prompt")
-    return np.asarray(Encoder(tokenizer, template, date=date).prompt(messages), dtype=np.int32)
+    location = "the prompt"
+    encoder = Encoder(tokenizer, template, date=date, images=images)
+    if images is None or isinstance(prompt, str):
+        messages = prompt if isinstance(prompt, str) else read_prompt(prompt, location)
+        return np.asarray(encoder.prompt(messages), dtype=np.int32)
+    row, row_images = take_images({"messages": prompt}, image_folder, location)
+    return np.asarray(encoder.prompt(read_prompt(row["messages"], location), images=row_images), dtype=np.int32)
 
 
 def _notes_of(account: Account, limit: int) -> list[str]:

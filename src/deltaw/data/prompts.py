@@ -15,6 +15,7 @@ from deltaw.data.example import Example, RowGroup
 from deltaw.data.formats import FORMS, Pair, Record
 from deltaw.data.messages import Conversation, Message, empty_text, is_blank
 from deltaw.data.report import BadRowError, PreparationReport
+from deltaw.data.row_images import ImagePlacer, take_images
 from deltaw.data.rows import Row
 from deltaw.progress import LogFunction, ignore_line
 from deltaw.settings.data import DataSettings
@@ -27,7 +28,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 from deltaw.data.chunk import count_system, differ, example_of, frequent
-from deltaw.data.formats import read_pair, require, with_system
+from deltaw.data.formats import read_pair, require, with_images, with_system
 from deltaw.data.messages import WRONG_TYPE
 from deltaw.data.report import OnBadRow
 from deltaw.data.row_reader import RowReader
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CHUNK = 1024  # rows per tokenizer call
+_IMAGES = "images"  # column of the images that the texts refer to, in order
 
 
 class AnswerReader(RowReader[RowGroup]):
@@ -53,12 +55,18 @@ class AnswerReader(RowReader[RowGroup]):
     too_long_text = "with an answer that is, with its prompt, longer than"
 
     def __init__(
-        self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, log: LogFunction = ignore_line
+        self,
+        settings: DataSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        log: LogFunction = ignore_line,
+        images: ImagePlacer | None = None,
     ) -> None:
         super().__init__(settings, tokenizer, log=log)
         if settings.form != "auto":
             raise UserError(f"{self.noun} has one form", location="data.form", hint="set it to auto")
-        self.encoder = Encoder(tokenizer, settings.template, settings.labels, settings.date)
+        self.images = images
+        self.encoder = Encoder(tokenizer, settings.template, settings.labels, settings.date, images)
         self.template, self.date = self.encoder.template, self.encoder.template_date
 
     @abc.abstractmethod
@@ -97,6 +105,13 @@ class AnswerReader(RowReader[RowGroup]):
                     group = None
                 yield group
 
+    def row(self, rows: NumberedRows, index: int) -> Row:
+        row = super().row(rows, index)
+        if self.images is None:
+            return row
+        row, images = take_images(row, rows.folder(index), rows.row_location(index))
+        return {**row, _IMAGES: images}
+
     def _encoded(self, rows: NumberedRows, indices: Sequence[int]) -> list[list[list[Encoded]] | None]:
         """Return the tokens of each row's answers, or None if the row is unusable."""
         count = len(self.answers)
@@ -113,7 +128,10 @@ class AnswerReader(RowReader[RowGroup]):
             location = rows.row_location(index)
             answers: tuple[Record | None, ...] = (None,) * count
             try:
-                answers = self.records(self.row(rows, index), location)
+                row = self.row(rows, index)
+                answers = self.records(row, location)
+                if images := row.get(_IMAGES):
+                    answers = tuple(with_images(record, images) for record in answers)  # type: ignore[arg-type]
             except BadRowError as error:
                 on_bad(count * number, error)
             answers = tuple(with_system(record, self.settings.system) for record in answers)
@@ -219,9 +237,14 @@ class PromptReader(AnswerReader):
     too_long_text = "that are, with an answer, longer than"
 
     def __init__(
-        self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, log: LogFunction = ignore_line
+        self,
+        settings: DataSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        log: LogFunction = ignore_line,
+        images: ImagePlacer | None = None,
     ) -> None:
-        super().__init__(replace(settings, labels="last"), tokenizer, log=log)
+        super().__init__(replace(settings, labels="last"), tokenizer, log=log, images=images)
 
     def records(self, row: Row, location: str) -> tuple[Record, ...]:
         return (read_prompt_row(row, location)[0],)
@@ -257,9 +280,10 @@ class QuestionReader(PromptReader):
         *,
         continues: bool,
         log: LogFunction = ignore_line,
+        images: ImagePlacer | None = None,
     ) -> None:
         overrides = {"template": "plain", "system": None} if continues else {}
-        super().__init__(replace(settings, form="auto", **overrides), tokenizer, log=log)  # type: ignore[arg-type]
+        super().__init__(replace(settings, form="auto", **overrides), tokenizer, log=log, images=images)  # type: ignore[arg-type]
         self.continues = continues
 
     def records(self, row: Row, location: str) -> tuple[Record, ...]:

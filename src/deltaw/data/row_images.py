@@ -3,16 +3,24 @@
 A row refers to its images by :data:`MARKER` in its texts, in the order of the images. The chat template renders the
 marker as the model's placeholder, which is replaced by the text that the model's processor writes for the image. Each
 image token of this text gets a token id of its own beyond the vocabulary (:mod:`deltaw.runtime.image_tokens`).
+
+A line break next to a marker separates it from the text. It is not part of the text if the template expects content
+parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from PIL import Image
+
+from deltaw.data.image_files import decode, image_of, unreadable_image
+from deltaw.data.report import BadRowError
+from deltaw.data.rows import Row
+from deltaw.errors import UserError
 
 # Stands for an image in a text of a row, as in the rows of LLaVA.
 MARKER = "<image>"
@@ -29,6 +37,17 @@ class RowImage:
 
     content: Path | bytes | Image.Image
     location: str
+
+    def decoded(self) -> Image.Image:
+        """Return the image as RGB or grayscale ("L"), rotated upright by its EXIF orientation.
+
+        Raises:
+            BadRowError: if it cannot be read or decoded.
+        """
+        try:
+            return decode(self.content, self.location)
+        except UserError as error:
+            raise unreadable_image(error) from error
 
 
 @dataclass(frozen=True)
@@ -66,3 +85,208 @@ class ImagePlacer(Protocol):
             BadRowError: if the image cannot be read, decoded or processed.
         """
         ...
+
+
+def count_markers(messages: Sequence[Mapping[str, object]]) -> int:
+    """Return the number of images that messages refer to. Answers have none."""
+    return sum(str(message["content"]).count(MARKER) for message in messages if message["role"] != "assistant")
+
+
+def for_template(message: Mapping[str, object], placer: ImagePlacer) -> dict[str, object]:
+    """Return a message as the chat template reads it: with content parts, or with placeholders."""
+    content = message.get("content")
+    if not isinstance(content, str):
+        return dict(message)
+    texts = [content] if message["role"] == "assistant" else content.split(MARKER)
+    if not placer.reads_parts:
+        return {**message, "content": placer.placeholder.join(texts)}
+    parts: list[dict[str, str]] = []
+    for number, text in enumerate(texts):
+        if number:
+            parts.append({"type": "image"})
+            text = text.removeprefix("\n")
+        if number < len(texts) - 1:
+            text = text.removesuffix("\n")
+        if text or len(texts) == 1:
+            parts.append({"type": "text", "text": text})
+    return {**message, "content": parts}
+
+
+def insert_texts(text: str, placeholder: str, images: Sequence[PlacedImage], location: str) -> str:
+    """Replace each placeholder by the text of its image.
+
+    Raises:
+        BadRowError: if the text has another number of placeholders.
+    """
+    pieces = text.split(placeholder)
+    if len(pieces) - 1 != len(images):
+        message = f"the rendered text has '{placeholder}' {len(pieces) - 1} times and {len(images)} images"
+        raise _mismatch(message, location)
+    return "".join(part for pair in zip(pieces, (*(image.text for image in images), ""), strict=True) for part in pair)
+
+
+def insert_ids(
+    tokens: list[int],
+    labels: Sequence[tuple[int, int]],
+    images: Sequence[PlacedImage],
+    placer: ImagePlacer,
+    location: str,
+) -> list[int]:
+    """Replace each image token by the id of its feature.
+
+    Args:
+        labels: Half-open ranges of labels.
+
+    Raises:
+        BadRowError: if the tokens have another number of image tokens, or one of them is a label.
+    """
+    ids = [int(token) for image in images for token in image.ids]
+    count, token_id = tokens.count(placer.token_id), placer.token_id
+    if count != len(ids):
+        raise _mismatch(f"the text has {count:,} image tokens, and its images have {len(ids):,}", location)
+    if not ids:
+        return tokens
+    if any(token_id in tokens[start:stop] for start, stop in labels):
+        raise _mismatch("an answer has an image token", location)
+    remaining = iter(ids)
+    return [next(remaining) if token == token_id else token for token in tokens]
+
+
+def _mismatch(message: str, location: str) -> BadRowError:
+    reason, hint = "an image token in a text", "remove the model's image tokens from the texts"
+    return BadRowError(message, reason=reason, location=location, hint=hint)
+
+
+# Columns of images, and of texts and messages in the order of a conversation.
+COLUMNS = ("images", "image")
+IMAGE_PARTS = ("image", "image_url")  # types of content parts
+_TEXTS = ("system", "messages", "conversations", "prompt", "instruction", "input", "completion", "output", "ideal")
+_ANSWERS = ("assistant", "gpt", "completion", "output", "ideal")
+_USERS = ("user", "human", "prompt", "instruction", "input")
+
+# Returns a new text or content for the role or column, the value and the location of an old one.
+_Change = Callable[[str, object, str], object]
+
+
+def take_images(
+    row: Row, folder: Path | None, location: str, columns: Collection[str] = _TEXTS
+) -> tuple[dict[str, object], tuple[RowImage, ...]]:
+    """Return a row with a marker for each image in its texts and messages, and the images in order.
+
+    Images are content parts, or elements of the column ``images`` or ``image``. Markers in texts, and content parts
+    without an image, refer to these elements in order. Without any, they precede the first text of the user.
+
+    Args:
+        row: Columns under deltaw's names.
+        folder: Folder of relative paths. None to reject paths.
+        location: Location of the row, for messages.
+        columns: Columns that the row format reads.
+
+    Raises:
+        BadRowError: if an answer has an image, a value is not an image, or the texts refer to more or fewer images
+            than the column has.
+    """
+    values = _listed(row)
+    references: list[object] = []  # an image each, or None for the next element of the column
+    marked_answers: list[str] = []
+
+    def add_marker(role: str, content: object, text_location: str) -> object:
+        if isinstance(content, str):
+            markers = content.count(MARKER)
+            if role in _ANSWERS:
+                marked_answers.extend([text_location] * (markers > 0))
+            else:
+                references.extend([None] * markers)
+        if not isinstance(content, list):
+            return content
+        parts: list[object] = []
+        for part in content:
+            is_image = isinstance(part, Mapping) and part.get("type") in IMAGE_PARTS
+            if is_image and role in _ANSWERS:
+                raise _answer_error(text_location)
+            if is_image:
+                references.append(_part_image(part))
+                parts.append({"type": "text", "text": MARKER})
+            else:
+                text = part.get("text") if isinstance(part, Mapping) else None
+                add_marker(role, text, text_location)
+                parts.append(part)
+        return parts
+
+    changed = _map_texts(row, columns, add_marker, location)
+    if values and not references:
+        remaining = [MARKER] * len(values)
+
+        def prepend(role: str, content: object, text_location: str) -> object:
+            if role not in _USERS or not remaining or not isinstance(content, str | list):
+                return content
+            references.extend([None] * len(values))
+            parts = [{"type": "text", "text": marker} for marker in remaining]
+            markers = "\n".join(remaining)
+            remaining.clear()
+            return [*parts, *content] if isinstance(content, list) else f"{markers}\n{content}"
+
+        changed = _map_texts(changed, columns, prepend, location)
+    missing = references.count(None)
+    if missing != len(values):
+        message = f"the texts refer to {missing} images ({MARKER}), and the row has {len(values)} in its column"
+        hint = f"write {MARKER} once for each element of 'images', or nowhere to put them before the first question"
+        raise BadRowError(message, reason="other images than its texts refer to", location=location, hint=hint)
+    if references and marked_answers:
+        raise _answer_error(marked_answers[0])
+    elements = iter(values)
+    found = [next(elements) if value is None else value for value in references]
+    return changed, tuple(_row_image(value, folder, f"{location}, image {n}") for n, value in enumerate(found, start=1))
+
+
+def _listed(row: Row) -> list[object]:
+    """Return the elements of the column with images."""
+    value = next((row[name] for name in COLUMNS if row.get(name) is not None), None)
+    return list(value) if isinstance(value, list | tuple) else [] if value is None or value == "" else [value]
+
+
+def _part_image(part: Mapping[str, object]) -> object:
+    """Return the image of a content part, or None if it refers to the next element of the column."""
+    url = part.get("image_url")
+    if isinstance(url, Mapping):
+        url = url.get("url")
+    values = (url, *(part.get(name) for name in ("image", "bytes", "path", "url")))
+    value = next((value for value in values if value is not None), None)
+    return "" if value is None and part["type"] == "image_url" else value
+
+
+def _row_image(value: object, folder: Path | None, location: str) -> RowImage:
+    try:
+        image = image_of(value, folder, location)
+    except UserError as error:
+        raise unreadable_image(error) from error
+    if image is None:
+        problem = "is empty" if value is None or value == "" else f"is a {type(value).__name__}"
+        hint = "give a path relative to the file's folder, encoded bytes, or a data URL"
+        raise unreadable_image(UserError(f"the image {problem}", location=location, hint=hint))
+    return RowImage(image, f"{location}: {image}" if isinstance(image, Path) else location)
+
+
+def _map_texts(row: Row, columns: Collection[str], change: _Change, location: str) -> dict[str, object]:
+    """Return a row with ``change`` applied to each text, and to the content of each message."""
+    changed = dict(row)
+    for name in _TEXTS:
+        value = row.get(name) if name in columns else None
+        if isinstance(value, str):
+            changed[name] = change(name, value, location)
+        elif isinstance(value, list):
+            turns = enumerate(value, start=1)
+            changed[name] = [_map_turn(turn, change, f"{location}, turn {number}") for number, turn in turns]
+    return changed
+
+
+def _map_turn(turn: object, change: _Change, location: str) -> object:
+    if not isinstance(turn, Mapping):
+        return turn
+    role, key = ("role", "content") if "content" in turn else ("from", "value")
+    return {**turn, key: change(str(turn.get(role)), turn[key], location)} if key in turn else turn
+
+
+def _answer_error(location: str) -> BadRowError:
+    hint = "put images into messages of the user"
+    return BadRowError("an answer has an image", reason="an image in an answer", location=location, hint=hint)

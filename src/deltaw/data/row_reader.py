@@ -21,6 +21,7 @@ from deltaw.data.formats import check_columns, require
 from deltaw.data.messages import drop_nulls
 from deltaw.data.report import BadRowError, BadRows, PreparationReport, ReadProgress, count_of
 from deltaw.data.row_files import OnBad
+from deltaw.data.row_images import ImagePlacer
 from deltaw.data.row_store import key_of
 from deltaw.data.rows import NumberedRows, Row
 from deltaw.data.sources import (
@@ -194,10 +195,12 @@ class RowReader(abc.ABC, Generic[Item]):
         account: Counts of skipped and changed rows.
         long: Rows that exceed the length limit.
         systems: Counts of system messages.
+        images: See :class:`deltaw.data.templates.Encoder`.
     """
 
     columns_task = ""
     predicts: tuple[str, ...] = ()
+    images: ImagePlacer | None = None
     form = "rows"
     noun = "a row"
     template = ""
@@ -328,7 +331,8 @@ class RowReader(abc.ABC, Generic[Item]):
 
     def limit_length(self, item: Item, location: str) -> Item | None:
         """Apply ``data.long_rows`` to an item. Return None if it is dropped (and counted)."""
-        rows = limit_length(rows_of(item), location, self.settings, self.account, self.long)  # type: ignore[arg-type]
+        items: Any = rows_of(item)
+        rows = limit_length(items, location, self.settings, self.account, self.long, self.images)
         if rows is None or not isinstance(item, RowGroup):
             return rows and rows[0]  # type: ignore[return-value]
         return replace(item, rows=rows)

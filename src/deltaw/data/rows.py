@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import bisect
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 Row = Mapping[str, object]
 
@@ -69,6 +71,10 @@ class NumberedRows(Sequence[tuple[int, Row]]):
     def file(self, index: int) -> str:
         """Return the name of the file that contains the row at ``index``."""
         return self._parts[self._find(index)[0]][0]
+
+    def folder(self, index: int) -> Path:
+        """Return the folder of that file, which relative paths in the row refer to."""
+        return Path(os.path.expanduser(self.file(index))).parent
 
     @staticmethod
     def concat(name: str, sources: Sequence[NumberedRows]) -> NumberedRows:

@@ -31,6 +31,7 @@ from deltaw.data.chunk import Account, ChunkReader, LongRows, Systems, frequent,
 from deltaw.data.example import Example
 from deltaw.data.formats import RowFormat, choose_form, unused_columns
 from deltaw.data.report import BadRows, PreparationReport, ReadProgress
+from deltaw.data.row_images import ImagePlacer
 from deltaw.data.row_store import FORMAT, DamagedRowsError, DiskRows, MemoryRows, RowStore, schema
 from deltaw.data.row_stream import RowStream, sample
 from deltaw.data.rows import NumberedRows
@@ -426,19 +427,25 @@ def read_stored(
     *,
     seed: int = 0,
     log: LogFunction,
+    images: ImagePlacer | None = None,
 ) -> ReadResult:
     """Return the tokenized rows of all sources, from the cache if possible.
+
+    Token ids of images are assigned in the order of the rows. Rows with images are therefore read by this process, and
+    not cached.
 
     Args:
         settings: The ``data:`` section. ``train``, ``eval`` and ``duplicates`` are ignored.
         bad: Collects unusable rows.
         seed: Seed for choosing rows (``data.rows``).
         log: Receives progress lines.
+        images: See :class:`deltaw.data.templates.Encoder`.
 
     Raises:
         UserError: if the data cannot be used. The message names the file and the row.
     """
-    reader = _SourceReader.open(sources, settings, tokenizer, seed, log)
+    encoder = Encoder(tokenizer, settings.template, settings.labels, settings.date, images)
+    reader = _SourceReader.open(sources, settings, encoder, seed, log)
     with contextlib.ExitStack() as opened:
         cache = _cache(reader, tokenizer, opened)
         read = None if cache is None else cache.find(reader.from_cache)
@@ -452,6 +459,8 @@ def _cache(reader: _SourceReader, tokenizer: PreTrainedTokenizerBase, opened: co
     """Return the cache entry of these rows, or None if they should not be cached or cannot be identified."""
     settings = reader.settings
     if settings.cache is False or (settings.cache == "auto" and reader.bytes <= TINY_BYTES):
+        return None
+    if reader.encoder.images is not None:
         return None
     dependencies = reader.dependencies(tokenizer)
     if dependencies is None:
@@ -479,15 +488,9 @@ class _SourceReader:
 
     @classmethod
     def open(
-        cls,
-        sources: Sequence[MixtureSource],
-        settings: DataSettings,
-        tokenizer: PreTrainedTokenizerBase,
-        seed: int,
-        log: LogFunction,
+        cls, sources: Sequence[MixtureSource], settings: DataSettings, encoder: Encoder, seed: int, log: LogFunction
     ) -> _SourceReader:
         bad = BadRows(settings.bad_rows)
-        encoder = Encoder(tokenizer, settings.template, settings.labels, settings.date)
         skip = bad.add if settings.bad_rows == "skip" else None
         streams = [open_source(source.reference, skip, max_bytes=settings.max_row_bytes) for source in sources]
         name = " + ".join(source.reference for source in sources)
@@ -540,7 +543,7 @@ class _SourceReader:
         chosen = choose_rows(sum(counts), self.settings.rows, self.seed)
         progress = ReadProgress(self.log, f"tokenizing {self.name}", self.bytes)
         account, long, systems = Account(), LongRows(), Systems()
-        count = num_processes() if self.bytes > PARALLEL_BYTES else 1
+        count = num_processes() if self.bytes > PARALLEL_BYTES and self.encoder.images is None else 1
         for part in in_order(self._parts(chosen), functools.partial(self._read_part, forms), count):
             writer.add(part.examples, part.ordinals, part.groups)
             account += part.account
@@ -610,7 +613,8 @@ class _SourceReader:
         templates = dict.fromkeys("plain" if form.name == "text" else self.encoder.template for form in forms)
         unused: dict[str, None] = {}
         for source, stream, form in zip(self.sources, self.streams, forms, strict=True):
-            unused.update(dict.fromkeys(unused_columns(stream, form, self._columns(source))))
+            with_images = self.encoder.images is not None
+            unused.update(dict.fromkeys(unused_columns(stream, form, self._columns(source), images=with_images)))
         unused.pop(str(self.settings.group), None)
         rows, unread = (sum(counts) for counts in zip(*((s.rows, s.bad) for s in self.streams), strict=True))
         return PreparationReport(

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from deltaw.data.chat_template import asks_for_date, todays_date, with_date
@@ -20,6 +20,16 @@ from deltaw.data.formats import Pair, Record, Text
 from deltaw.data.messages import Conversation, Message, reasoning, unlabel_blank_answers
 from deltaw.data.rendering import FAULTS, ConversationPrefixes, render_batch
 from deltaw.data.report import BadRowError, OnBadRow, raise_error
+from deltaw.data.row_images import (
+    MARKER,
+    ImagePlacer,
+    PlacedImage,
+    RowImage,
+    count_markers,
+    for_template,
+    insert_ids,
+    insert_texts,
+)
 from deltaw.errors import UserError
 from deltaw.hub.terminators import turn_ends
 from deltaw.settings.data import LabelsName, TemplateName
@@ -70,14 +80,20 @@ class ChatRenderer:
         marks: Special tokens as text, longest first.
         end_marks: Special tokens that end a text.
         date: Current date for templates that use it, for example 2026-01-31.
+        images: Defines how the template reads images, for a vision-language model.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, marks: tuple[str, ...], end_marks: frozenset[str], date: str
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        marks: tuple[str, ...],
+        end_marks: frozenset[str],
+        date: str,
+        images: ImagePlacer | None = None,
     ) -> None:
         self._tokenizer, self._marks, self._end_marks = tokenizer, marks, end_marks
         self._special: dict[str, Any] = dict(tokenizer.special_tokens_map)
-        self._date = date
+        self._date, self._images = date, images
         self._templates: dict[bool, str] = {}
 
     def template(self, with_tools: bool = False) -> str:
@@ -111,6 +127,11 @@ class ChatRenderer:
     def _render_batch(self, conversations: Sequence[ConversationPrefixes]) -> list[list[str | Exception]]:
         # Equivalent to apply_chat_template, which looks up the special tokens in each call.
         rendered: dict[int, list[str | Exception]] = {}
+        if (placer := self._images) is not None:
+            conversations = [
+                replace(item, messages=[for_template(message, placer) for message in item.messages])
+                for item in conversations
+            ]
         for with_tools in (False, True):
             group = [index for index, item in enumerate(conversations) if bool(item.tools) is with_tools]
             if group:
@@ -192,12 +213,18 @@ class ChatRenderer:
     def check_context(self, answer: AssistantTurn, conversation: Conversation, location: str) -> None:
         """Raise a BadRowError if the prompt of ``answer`` omits a tool, or a message of another role."""
         for number, message in enumerate(conversation.messages[: answer.turn], start=1):
-            if message["role"] != "assistant" and not _shows(answer.prompt, str(message["content"])):
+            texts = self._texts_of(message)
+            if message["role"] != "assistant" and not all(_shows(answer.prompt, text) for text in texts):
                 raise _label_error(f"it omits the content of turn {number} ('{message['role']}')", location)
         for tool in conversation.tools:
             name = _name_of(tool)
             if name and name not in answer.prompt:
                 raise _label_error(f"it omits the tool '{name}'", location)
+
+    def _texts_of(self, message: Message) -> list[str]:
+        """Return the texts of a message, between its images."""
+        content = str(message["content"])
+        return [content] if self._images is None else content.split(MARKER)
 
     def strip_end_marks(self, text: str) -> str:
         """Remove the special tokens at the end of an answer."""
@@ -213,7 +240,7 @@ class ChatRenderer:
         """
         messages, tools = conversation.messages, conversation.tools
         message = messages[turn]
-        completion = _text_after_prompt(prompt, end, str(messages[turn - 1]["content"]))
+        completion = _text_after_prompt(prompt, end, self._texts_of(messages[turn - 1])[-1])
         if completion is None:
             raise _label_error(f"the prompt before turn {turn + 1} is not found in the rendered turn", location)
         body, end_of_turn = self._peel(completion)
@@ -469,6 +496,7 @@ class Encoder:
         template: "chat", "plain", or "auto" to use the chat template if the tokenizer has one.
         labels: "all-turns" to train on all assistant turns, "last" to train on the last one.
         date: Current date for templates that use it, for example 2026-01-31. The default is today.
+        images: Gives images their text and token ids. Without it, images are rejected.
 
     Attributes:
         chat: True if the chat template is used.
@@ -485,6 +513,7 @@ class Encoder:
         template: TemplateName = "auto",
         labels: LabelsName = "all-turns",
         date: str | None = None,
+        images: ImagePlacer | None = None,
     ) -> None:
         has_template = bool(getattr(tokenizer, "chat_template", None))
         if template == "chat" and not has_template:
@@ -492,7 +521,7 @@ class Encoder:
             raise UserError("the model's tokenizer has no chat template", location="data.template: chat", hint=hint)
         self.chat = has_template if template == "auto" else template == "chat"
         self.template = "chat" if self.chat else "plain"
-        self.labels, self._tokenizer = labels, tokenizer
+        self.labels, self.images, self._tokenizer = labels, images, tokenizer
         end_ids = {*turn_ends(tokenizer), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
         special_ids = end_ids | special_tokens(tokenizer).keys()
         self._special_ids = frozenset(special_ids)
@@ -501,7 +530,7 @@ class Encoder:
         self._date = date or todays_date()
         marks = tuple(sorted(special_texts - {""}, key=len, reverse=True))
         names = frozenset(str(token) for token in tokenizer.convert_ids_to_tokens(sorted(end_ids)))
-        self._renderer = ChatRenderer(tokenizer, marks, names, self._date)
+        self._renderer = ChatRenderer(tokenizer, marks, names, self._date, images)
 
     @property
     def template_date(self) -> str | None:
@@ -530,7 +559,7 @@ class Encoder:
             turns follow, none if the record is None or was passed to ``on_bad``.
 
         Raises:
-            BadRowError: if the template rejects a record, or its labels cannot be located.
+            BadRowError: if the template rejects a record, its labels cannot be located, or an image is unusable.
         """
         conversations: dict[int, Conversation] = {}
         parts: dict[int, list[TextSpan]] = {}
@@ -545,6 +574,7 @@ class Encoder:
                 except BadRowError as error:
                     on_bad(index, error)
         drafts = self._renderer.answers(conversations, locations, on_bad, only_last=self.labels == "last")
+        placed = self._place_images(conversations, drafts, records, parts, locations, on_bad)
         # Tokenize each prompt twice, without and with its answer.
         texts = [text for items in drafts.values() for a in items for text in (a.prompt, a.prompt + a.completion)]
         texts += [part.text for items in parts.values() for part in items]
@@ -553,30 +583,102 @@ class Encoder:
         for index, answers in drafts.items():
             token_pairs = [(next(tokens), next(tokens)) for _ in answers]
             try:
-                encoded[index] = self._finish(conversations[index], answers, token_pairs, locations[index])
+                encoded[index] = self._finish(
+                    conversations[index], answers, token_pairs, placed.get(index, []), locations[index]
+                )
             except BadRowError as error:
                 on_bad(index, error)
         for index, items in parts.items():
-            encoded[index] = [self._join(items, [next(tokens) for _ in items], records[index])]
+            row = self._join(items, [next(tokens) for _ in items], records[index])
+            try:
+                encoded[index] = [self._with_image_ids(row, placed.get(index, []), locations[index])]
+            except BadRowError as error:
+                on_bad(index, error)
         return encoded
 
-    def prompt(self, prompt: str | Sequence[Message], tools: Sequence[Message] = ()) -> list[int]:
+    def prompt(
+        self, prompt: str | Sequence[Message], tools: Sequence[Message] = (), images: Sequence[RowImage] = ()
+    ) -> list[int]:
         """Return the tokens of a prompt, rendered as in training.
 
         Args:
             tools: Tools that the model may call. Ignored for plain text.
+            images: Images that the messages refer to (:func:`deltaw.data.row_images.take_images`).
+
+        Raises:
+            BadRowError: if an image cannot be read, or a text contains an image token.
         """
+        location = "the prompt"
+        placed = [] if self.images is None else [self.images.place(image) for image in images]
         if self.chat:
             if isinstance(prompt, str):
                 prompt = [{"role": "user", "content": prompt}]
-            return self._tokenize([self._renderer.render(prompt, "the prompt", generation=True, tools=tools)])[0]
-        if isinstance(prompt, str):
-            return self._with_leading(self._tokenize([prompt])[0])
-        # Render a row with a placeholder answer, and return the part before the answer.
-        messages: tuple[Message, ...] = (*prompt, {"role": "assistant", "content": "a"})
-        parts = plain_parts(Conversation(messages, (False,) * len(messages)), "the prompt")
-        row = self._join(parts, self._tokenize([part.text for part in parts]), None)
-        return row.tokens[: row.prompt_length]
+            text = self._renderer.render(prompt, location, generation=True, tools=tools)
+            if self.images is not None:
+                text = insert_texts(text, self.images.placeholder, placed, location)
+            row = Encoded(self._tokenize([text])[0], [], 0, None)
+        elif isinstance(prompt, str):
+            text = prompt if self.images is None else insert_texts(prompt, MARKER, placed, location)
+            row = Encoded(self._with_leading(self._tokenize([text])[0]), [], 0, None)
+        else:
+            # Render a row with a placeholder answer, and return the part before the answer.
+            messages: tuple[Message, ...] = (*prompt, {"role": "assistant", "content": "a"})
+            parts = plain_parts(Conversation(messages, (False,) * len(messages)), location)
+            parts = self._with_image_texts(parts, placed, location)
+            row = self._join(parts, self._tokenize([part.text for part in parts]), None)
+            row = replace(row, tokens=row.tokens[: row.prompt_length])
+        return self._with_image_ids(row, placed, location).tokens
+
+    def _place_images(
+        self,
+        conversations: Mapping[int, Conversation],
+        drafts: dict[int, list[AssistantTurn]],
+        records: Sequence[Record | None],
+        parts: dict[int, list[TextSpan]],
+        locations: Sequence[str],
+        on_bad: OnBadRow,
+    ) -> dict[int, list[PlacedImage]]:
+        """Return the images of each record, and insert their texts into its prompts.
+
+        Records with an unusable image are passed to ``on_bad`` and removed.
+        """
+        placed: dict[int, list[PlacedImage]] = {}
+        if (placer := self.images) is None:
+            return placed
+        for index in sorted([*drafts, *parts]):
+            location = locations[index]
+            try:
+                placed[index] = images = [placer.place(image) for image in getattr(records[index], "images", ())]
+                if index in parts:
+                    parts[index] = self._with_image_texts(parts[index], images, location)
+                    continue
+                counts = [count_markers(conversations[index].messages[: answer.turn]) for answer in drafts[index]]
+                drafts[index] = [
+                    replace(a, prompt=insert_texts(a.prompt, placer.placeholder, images[:count], location))
+                    for a, count in zip(drafts[index], counts, strict=True)
+                ]
+            except BadRowError as error:
+                drafts.pop(index, None), parts.pop(index, None)
+                on_bad(index, error)
+        return placed
+
+    def _with_image_texts(self, parts: list[TextSpan], images: Sequence[PlacedImage], location: str) -> list[TextSpan]:
+        """Replace the markers in plain text, except for answers."""
+        if self.images is None:
+            return parts
+        filled: list[TextSpan] = []
+        for part in parts:
+            count = 0 if part.completion else part.text.count(MARKER)
+            if count:
+                part = replace(part, text=insert_texts(part.text, MARKER, images[:count], location))
+                images = images[count:]
+            filled.append(part)
+        return filled
+
+    def _with_image_ids(self, row: Encoded, images: Sequence[PlacedImage], location: str) -> Encoded:
+        if self.images is None:
+            return row
+        return replace(row, tokens=insert_ids(row.tokens, row.spans, images, self.images, location))
 
     def encode_reply(self, messages: Sequence[Message], reply: Message, tools: Sequence[Message] = ()) -> list[int]:
         """Return the tokens between the end token of an answer to ``messages`` and the next answer, with ``reply`` in
@@ -586,7 +688,8 @@ class Encoder:
             BadRowError: if the template does not accept the reply, or omits it.
         """
         text = self._renderer.render_reply(messages, reply, tools) if self.chat else f"{reply['content']}\n"
-        return self._tokenize([text])[0]
+        row = Encoded(self._tokenize([text])[0], [], 0, None)
+        return self._with_image_ids(row, [], "the environment's text").tokens
 
     def strip_end_marks(self, answer: str) -> str:
         """Remove the special tokens at the end of an answer."""
@@ -602,12 +705,14 @@ class Encoder:
         conversation: Conversation,
         answers: list[AssistantTurn],
         tokens: list[tuple[list[int], list[int]]],
+        images: Sequence[PlacedImage],
         location: str,
     ) -> list[Encoded]:
         """Merge the answers into examples and check their contexts.
 
         Args:
             tokens: For each answer, the tokens of its prompt, and of prompt and answer together.
+            images: Images of the conversation.
         """
         prompts = [prompt for prompt, _ in tokens]
         sequences = [self._with_prompt(answer, *pair, location) for answer, pair in zip(answers, tokens, strict=True)]
@@ -619,7 +724,9 @@ class Encoder:
             trained = [n for n in group if answers[n].learned]
             spans = [(len(prompts[n]), len(sequences[n])) for n in trained]
             turns = tuple(answers[n].turn for n in trained)
-            encoded.append(Encoded(sequences[group[-1]], spans, len(prompts[group[-1]]), last.text, turns))
+            row = Encoded(sequences[group[-1]], spans, len(prompts[group[-1]]), last.text, turns)
+            count = count_markers(conversation.messages[: last.turn]) if images else 0
+            encoded.append(self._with_image_ids(row, images[:count], location))
         return encoded
 
     def _with_prompt(self, answer: AssistantTurn, prompt: list[int], sequence: list[int], location: str) -> list[int]:

@@ -86,6 +86,7 @@ class RunningBatch(SequenceScheduler):
         decoder = model.decoder
         super().__init__(model.entry.num_tokens, model.vocabulary, min(model.positions, pages * decoder.page_tokens))
         self.model, self.adapters, self.limits = model, adapters, limits
+        self.images = model.entry.images
         self.memory = decoder.new_pages(pages)
         self.pool = PagePool(pages, decoder.page_tokens, self.memory.copy)
         self._table = np.zeros((limits.running, -(-self.max_length // decoder.page_tokens)), np.int32)

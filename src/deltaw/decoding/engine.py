@@ -170,7 +170,7 @@ class Engine:
         tokens = np.asarray(request.tokens)
         if tokens.ndim != 1 or not len(tokens):
             raise UserError("the prompt is empty", location="prompt", hint="provide at least one token")
-        if tokens.min() < 0 or tokens.max() >= self.scheduler.num_tokens:
+        if not self.scheduler.accepts(tokens).all():
             hint = f"token ids are 0 to {self.scheduler.num_tokens - 1}"
             raise UserError("the prompt has a token that does not exist", location="prompt", hint=hint)
         length = len(tokens) + (0 if info is None else info.virtual_tokens)

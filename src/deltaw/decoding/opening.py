@@ -55,6 +55,7 @@ from deltaw.lora.stored import weight_shape
 from deltaw.machine.memory import free_memory_bytes, release_free_memory
 from deltaw.progress import LogFunction, track_progress
 from deltaw.runtime import virtual_tokens
+from deltaw.runtime.image_tokens import ImageTokens
 
 _MAX_RUNNING = BatchLimits().running
 # Number of positions if the model's configuration has no limit.
@@ -82,6 +83,8 @@ class FallbackScheduler(SequenceScheduler):
         num_tokens, head = weight_shape(session.model.get_input_embeddings())[0], get_output_head(session.model)
         vocabulary = num_tokens if head is None else weight_shape(head)[0]
         super().__init__(num_tokens, vocabulary, position_limit(session.model) or _DEFAULT_POSITIONS)
+        embedding = session.model.get_input_embeddings()
+        self.images = embedding if isinstance(embedding, ImageTokens) else None
 
     def step(self) -> None:
         """Decode the next batch to completion."""
@@ -297,10 +300,10 @@ def sample_completions(
         params: Sampling parameters.
         progress: Receives the number of completed prompts and the total.
     """
-    num_tokens, max_new_tokens = engine.scheduler.num_tokens, params.max_new_tokens
+    accepts = engine.scheduler.accepts
     common = Sampling(params.temperature, params.top_k, params.top_p, logprobs=0 if params.logprobs else None)
     requests = [
-        Request(prompt[prompt < num_tokens], name, replace(common, seed=seed), max_new_tokens=max_new_tokens)
+        Request(prompt[accepts(prompt)], name, replace(common, seed=seed), max_new_tokens=params.max_new_tokens)
         for prompt, seed in zip(prompts, params.seeds or (0,) * len(prompts), strict=True)
     ]
     completions = []

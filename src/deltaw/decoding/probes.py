@@ -23,6 +23,7 @@ from deltaw.decoding.generation import position_limit
 from deltaw.kernels.block_linear import BlockWeight
 from deltaw.lora.kinds import get_output_head
 from deltaw.lora.stored import block_weight, weight_shape
+from deltaw.runtime.image_tokens import ImageTokens
 from deltaw.runtime.recognition import forward_replaced
 
 # Positions per forward pass. Attention masks of this size are small.
@@ -49,6 +50,7 @@ class InputProbe:
         tables: Distinct (cosine, sine) tables in fp32, each (P, n).
         table_of: Index of the table of each block, or None for a block without rotary positions.
         limit: Number of positions P.
+        images: Embedding that also maps image tokens, or None.
     """
 
     weight: Tensor | BlockWeight
@@ -58,16 +60,22 @@ class InputProbe:
     tables: tuple[tuple[Tensor, Tensor], ...]
     table_of: tuple[int | None, ...]
     limit: int
+    images: ImageTokens | None = None
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens V, without virtual tokens."""
+        """Number of tokens V, without virtual tokens and image tokens."""
         return int(self.weight.shape[0])
 
     def rows(self, tokens: Tensor) -> Tensor:
         """Return (n, D) fp32 rows of (n,) token ids, without position embeddings."""
-        rows = _rows(self.weight, tokens).float()
-        return rows if self.scale == 1.0 else rows.mul_(self.scale)
+        if self.images is None or not bool((tokens >= self.num_tokens).any()):
+            rows = _rows(self.weight, tokens).float()
+            return rows if self.scale == 1.0 else rows.mul_(self.scale)
+        is_image = tokens >= self.num_tokens
+        rows = self.rows(tokens.masked_fill(is_image, 0))
+        rows[is_image] = self.images.image_rows(tokens[is_image]).float() * self.outer
+        return rows
 
 
 @dataclass(frozen=True)
@@ -152,7 +160,9 @@ class Prober:
             limit = self._stable_limit(limit, weight.shape[1], rotary)
             learned, tables, table_of = self._probe_positions(limit, weight.shape[1], rotary)
             outer, scale = self._probe_scales(weight, learned)
-        return InputProbe(weight, scale, outer, learned, tables, table_of, limit)
+        embedding = self.model.get_input_embeddings()
+        images = embedding if isinstance(embedding, ImageTokens) else None
+        return InputProbe(weight, scale, outer, learned, tables, table_of, limit, images)
 
     def _run(self, positions: Tensor, **inputs: Tensor) -> None:
         """Run the backbone on one sequence at these positions (T,)."""

@@ -31,6 +31,7 @@ from deltaw.decoding.request import (
 )
 from deltaw.decoding.sampling import NO_TOKEN, SamplingState, choose
 from deltaw.errors import UserError
+from deltaw.runtime.image_tokens import ImageTokens
 
 
 class QueuedGeneration:
@@ -364,7 +365,8 @@ class SequenceScheduler:
         max_length: Maximum number of tokens of a sequence.
 
     Attributes:
-        num_tokens: Number of token ids that prompts may contain.
+        num_tokens: Number of token ids that prompts may contain, besides image tokens.
+        images: Embedding that maps image tokens, or None.
         waiting: Queued requests, in start order.
         running: Running requests, in the order in which they started.
         tokens: Number of tokens computed since the start.
@@ -375,9 +377,15 @@ class SequenceScheduler:
 
     def __init__(self, num_tokens: int, vocabulary: int, max_length: int) -> None:
         self.num_tokens, self.vocabulary, self.max_length = num_tokens, vocabulary, max_length
+        self.images: ImageTokens | None = None
         self.waiting: deque[SequenceState] = deque()
         self.running: list[SequenceState] = []
         self.tokens = 0
+
+    def accepts(self, tokens: np.ndarray) -> np.ndarray:
+        """Return (n,) bool, True for tokens (n,) that prompts may contain."""
+        accepted = (tokens >= 0) & (tokens < self.num_tokens)
+        return accepted if self.images is None else accepted | self.images.features.contains(tokens)
 
     @property
     def idle(self) -> bool:

@@ -26,6 +26,7 @@ from deltaw.settings import method_registry
 from deltaw.settings.config import RunConfig, TrainSettings, duration_seconds
 from deltaw.settings.data import eval_reference, eval_sets, eval_size
 from deltaw.settings.mixture import references
+from deltaw.settings.model_parts import parse_parts
 from deltaw.training.optimizer import count_steps
 from deltaw.untrusted_paths import is_inside
 
@@ -191,6 +192,8 @@ def content_hash(reference: str) -> str:
     The target of a link that points outside of the folder is not read. Its size and modification time are hashed
     instead.
     """
+    if (parts := parse_parts(reference)) is not None:
+        return content_hash(parts.language) + content_hash(parts.vision)
     path = Path(os.path.expanduser(reference))
     if not path.is_dir():
         return file_digest(path)[:32] if path.is_file() else ""

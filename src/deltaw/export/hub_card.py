@@ -26,6 +26,7 @@ from deltaw.settings import task_registry
 from deltaw.settings.config import RunConfig
 from deltaw.settings.local_names import Kind, replace_names
 from deltaw.settings.mixture import references
+from deltaw.settings.model_parts import parse_parts
 from deltaw.training.drift import Drift
 from deltaw.training.evaluation.base import metric_format
 
@@ -60,6 +61,8 @@ class PublicBase:
 
 def public_name(reference: str) -> str:
     """Return the public name of rows or a model. Of a local path, only the last part is returned."""
+    if (parts := parse_parts(reference)) is not None:
+        return parts.replace_references(public_name).reference
     return reference if packages.is_package_reference(reference) or is_on_hub(reference) else _last_part(reference)
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from deltaw.cache import compute_for_files, file_state, require_unchanged
 from deltaw.errors import UserError
-from deltaw.hub.folders import require_shards
+from deltaw.hub.shards import require_shards
 from deltaw.hub.transformers_private import complete_skeleton
 from deltaw.lora import fingerprint
 from deltaw.lora.complete_names import NameMap, complete_names

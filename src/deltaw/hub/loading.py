@@ -23,6 +23,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 from transformers.initialization import no_init_weights
 
 from deltaw.errors import UserError, first_line
+from deltaw.hub import vision
 from deltaw.hub.checkpoint import hash_in_background
 from deltaw.hub.folders import ModelSource, config_folder, local_folder, log_to_stderr, remote_code_error, resolve
 from deltaw.hub.tokenizers import tokenizer_in
@@ -51,7 +52,7 @@ def build_empty(
     Raises:
         UserError: if the architecture does not support the task or the configuration is invalid.
     """
-    auto = getattr(transformers, task_registry.entry_of(task).auto_model)
+    auto = _auto_class(config, task)
 
     def make(attention: str) -> PreTrainedModel:
         options = {"attn_implementation": attention, "trust_remote_code": trust_remote_code}
@@ -60,7 +61,13 @@ def build_empty(
 
     model, attention = _with_attention(make, attention, config, task, folder)
     model.tie_weights()  # skipped by no_init_weights
-    return _drop_unused(model, task), attention
+    return _used_part(model, task), attention
+
+
+def _auto_class(config: PretrainedConfig, task: str) -> Any:
+    """Return transformers' class that builds a model for a task."""
+    name = task_registry.entry_of(task).auto_model
+    return getattr(transformers, vision.AUTO_MODEL if vision.is_view(config, name) else name)
 
 
 def _with_attention(
@@ -274,7 +281,7 @@ def head_outputs(config: PretrainedConfig) -> int | None:
 
 
 def _load_weights(folder: Path, config: PretrainedConfig, task: str, dtype: str, attention: str, trust: bool) -> Loaded:
-    auto = getattr(transformers, task_registry.entry_of(task).auto_model)
+    auto = _auto_class(config, task)
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     options |= {"config": config, "dtype": dtype_of(dtype), "trust_remote_code": trust}
 
@@ -282,15 +289,22 @@ def _load_weights(folder: Path, config: PretrainedConfig, task: str, dtype: str,
         with hash_in_background(folder) as record_digests:
             model, report = auto.from_pretrained(folder, attn_implementation=attention, **options)
             record_digests(model)
-        return _drop_unused(model, task), report
+        return model, report
 
     (model, report), attention_used = _with_attention(make, attention, config, task, folder)
+    used = _used_part(model, task)
     missing = [name for name in report["missing_keys"] if getattr(model, name.partition(".")[0], None) is not None]
-    return model, sorted(missing), _attention_choice(attention_used, attention, config)
+    return used, sorted(missing), _attention_choice(attention_used, attention, config)
 
 
-def _drop_unused(model: PreTrainedModel, task: str) -> PreTrainedModel:
-    """Remove modules that token vectors do not depend on: poolers, and decoders of encoder-decoder models."""
+def _used_part(model: PreTrainedModel, task: str) -> PreTrainedModel:
+    """Return the part of a model that a task trains.
+
+    It is the text view of a vision-language model. From models for token vectors, poolers are removed, and decoders of
+    encoder-decoder models.
+    """
+    if vision.is_view(model.config, task_registry.entry_of(task).auto_model):
+        return vision.text_view(model).view
     if task_registry.entry_of(task).auto_model == "AutoModel":
         for name in ["pooler", "decoder"] if getattr(model.config, "is_encoder_decoder", False) else ["pooler"]:
             if isinstance(getattr(model, name, None), nn.Module):
@@ -360,7 +374,11 @@ def check_architecture(folder: Path, task: str, trust: bool, num_labels: int | N
     """
     with quiet():
         config = read_config(folder, task, num_labels, trust)
-    supported = configurations_of(task_registry.entry_of(task).auto_model)
+    auto_model = task_registry.entry_of(task).auto_model
+    if vision.is_view(config, auto_model):
+        vision.require_supported(config)
+        return config
+    supported = configurations_of(auto_model)
     if not trust and supported is not None and type(config) not in supported:
         raise task_mismatch_error(config, task, folder)
     return config

@@ -27,6 +27,7 @@ from deltaw.hub.folders import (
 from deltaw.hub.transformers_private import quiet
 from deltaw.machine.choices import choose_precision
 from deltaw.machine.memory import trim_memory
+from deltaw.settings.model_parts import parse_parts
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 # Other files that affect a tokenizer.
@@ -61,6 +62,8 @@ def find_tokenizer(reference: str) -> PreTrainedTokenizerBase | None:
     Raises:
         UserError: if files of a local folder refer to files outside of it.
     """
+    if (parts := parse_parts(reference)) is not None:
+        return find_tokenizer(parts.language)
     path = Path(os.path.expanduser(reference))
     if (path / "config.json").is_file():
         require_own_files(path)

@@ -5,29 +5,31 @@ transformers over the language model's own modules, so packing, fused blocks, pl
 model. Image features enter it as embeddings of additional token ids (:mod:`deltaw.runtime.image_tokens`).
 
 The view computes the same outputs only if images are part of one causal sequence with one-dimensional positions.
-:func:`text_view` rejects other families by their configuration, and :func:`verify_view` compares both models.
+:func:`text_view` rejects other families by their configuration, and :func:`deltaw.runtime.image_tokens.verify_view`
+compares both models.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from deltaw.errors import UserError
+from deltaw.hub.checkpoint import match_names, read_checkpoint
 from deltaw.hub.transformers_private import configurations_of, quiet
 from deltaw.lora.complete_names import NameMap, complete_names, set_complete_names
-from deltaw.runtime.image_tokens import image_embeddings
 
 AUTO_MODEL = "AutoModelForImageTextToText"
-# Maximum relative difference of the logits of both models in fp32.
-TOLERANCE = 1e-4
 
 
 def is_vision_language(config: PretrainedConfig) -> bool:
@@ -75,10 +77,164 @@ class VisionLanguageModel:
         Args:
             inputs: Outputs of the model's processor for images: ``pixel_values``, and further ones of the family.
         """
-        owner: Any = self.model if hasattr(self.model, "get_image_features") else self.model.base_model
-        output = owner.get_image_features(**inputs, return_dict=True)
+        output = image_owner(self.model).get_image_features(**inputs, return_dict=True)
         features = getattr(output, "pooler_output", output)
         return list(features) if not isinstance(features, Tensor) or features.dim() == 3 else [features]
+
+
+class Tower:
+    """Complete model without the weights of its language model, which computes the features of images.
+
+    Args:
+        model: Complete model.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._parts = VisionLanguageModel(model, model, "")
+        self._is_verified = False
+
+    @functools.cached_property
+    def connector(self) -> str | None:
+        """Name of the module that maps features of the vision encoder to embeddings, one by one.
+
+        None if no module contains exactly the parameters outside of the vision encoder and the language model.
+        """
+        names = _connectors(self.model)
+        return names[-1] if names else None
+
+    def open_connector(self) -> tuple[str, nn.Module]:
+        """Return the last part of the connector's name, and the connector.
+
+        Raises:
+            UserError: if the model has no connector.
+        """
+        if self.connector is None:
+            raise self._connector_error()
+        return self.connector.rpartition(".")[2], self.model.get_submodule(self.connector)
+
+    @torch.no_grad()
+    def features(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return the (tokens, d) features of each image as the language model reads them.
+
+        Args:
+            inputs: Outputs of the model's processor.
+        """
+        return self._parts.features(self.accepted(inputs))
+
+    def accepted(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the inputs that the model reads, in its precision."""
+        names = inspect.signature(image_owner(self.model).get_image_features).parameters
+        dtype = self.model.dtype
+        return {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items() if k in names}
+
+    @torch.no_grad()
+    def connector_inputs(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return the (tokens, width) connector inputs of each image.
+
+        Raises:
+            UserError: if the connector does not map them to the features one by one.
+        """
+        (_, connector), recorded = self.open_connector(), list[Tensor]()
+        handle = connector.register_forward_pre_hook(lambda module, args: recorded.append(args[0]))
+        try:
+            features = self.features(inputs)
+        finally:
+            handle.remove()
+        rows = torch.cat([tensor.reshape(-1, tensor.shape[-1]) for tensor in recorded])
+        if not self._is_verified:
+            mapped, expected = connector(rows), torch.cat(features)
+            if mapped.shape != expected.shape or not torch.allclose(mapped, expected, rtol=1e-2, atol=1e-3):
+                raise self._connector_error()
+            self._is_verified = True
+        return list(rows.split([len(image) for image in features]))
+
+    def _connector_error(self) -> UserError:
+        message = f"the connector of a {self.model.config.model_type} model cannot be trained on stored features"
+        return UserError(message, location="method", hint="train the language model: method: lora")
+
+    def with_view(self, view: PreTrainedModel) -> VisionLanguageModel:
+        """Return the complete model with the language model of a view, which both share."""
+        language = self.model.get_decoder()
+        prefix = next(name for name, module in self.model.named_modules() if module is language)
+        parent, _, name = prefix.rpartition(".")
+        setattr(self.model.get_submodule(parent), name, view.base_model)
+        self.model.set_output_embeddings(view.get_output_embeddings())
+        return VisionLanguageModel(self.model, view, prefix)
+
+
+def image_owner(model: PreTrainedModel) -> Any:
+    """Return the module that has ``get_image_features``."""
+    return model if hasattr(model, "get_image_features") else model.base_model
+
+
+def _connectors(model: PreTrainedModel) -> list[str]:
+    """Return the names of modules that may be the connector: the only module with parameters beside vision encoder and
+    language model, and its descendants with the same parameters.
+    """
+    language, encoders = model.get_decoder(), []
+    for name, module in model.named_modules():
+        config = getattr(module, "config", None)
+        if config is getattr(model.config, "vision_config", None) and config is not None:
+            encoders.append(name)
+    inside = [name for name, module in model.named_modules() if module is language] + encoders
+    others = [
+        name
+        for name, _ in model.named_parameters()
+        if not any(name.startswith(f"{prefix}.") for prefix in inside) and not name.startswith("lm_head.")
+    ]
+    found = []
+    for name, module in model.named_modules():
+        if name and {f"{name}.{parameter}" for parameter, _ in module.named_parameters()} == set(others):
+            found.append(name)
+    return found
+
+
+def load_tower(folder: Path, config: PretrainedConfig, dtype: torch.dtype, *, values: bool = True) -> Tower:
+    """Load a complete model without the weights of its language model, which stay uninitialized.
+
+    Args:
+        values: False to load no weights at all, for a dry run.
+
+    Raises:
+        UserError: if the weights of the vision tower are incomplete or need a conversion.
+    """
+    auto = getattr(transformers, AUTO_MODEL)
+    with no_init_weights(), quiet():
+        model: Any = auto.from_config(config, dtype=dtype)
+    if not values:
+        return Tower(model.requires_grad_(False).eval())
+    checkpoint = read_checkpoint(folder)
+    names = match_names(model, checkpoint.tensors)
+    skipped = {id(p) for p in (*model.get_decoder().parameters(), *model.get_output_embeddings().parameters())}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if id(parameter) in skipped:
+                continue
+            if name not in names.stored:
+                message = f"the weights in the folder are missing '{name}', or store it in another form"
+                raise UserError(message, location=str(folder), hint="save the model again with save_pretrained")
+            parameter.copy_(checkpoint.tensors[names.stored[name]].load())
+        for name, buffer in model.named_buffers():
+            if name in names.stored:
+                buffer.copy_(checkpoint.tensors[names.stored[name]].load())
+    return Tower(model.requires_grad_(False).eval())
+
+
+def require_supported(config: PretrainedConfig) -> None:
+    """Reject families whose images are not part of one causal sequence, as far as their configuration shows it.
+
+    Raises:
+        UserError: if the family is not supported.
+    """
+    kind, text = config.model_type, config.get_text_config(decoder=True)
+    complete: Any = getattr(transformers, AUTO_MODEL)._model_mapping[type(config)]
+    if "mrope" in str(getattr(text, "rope_parameters", None)):
+        raise unsupported_family(kind, "its image tokens have three-dimensional positions")
+    if "token_type_ids" in inspect.signature(complete.forward).parameters:
+        raise unsupported_family(kind, "its image tokens attend to each other in both directions")
+    if type(text) not in transformers.AutoModelForCausalLM._model_mapping:
+        raise unsupported_family(kind, f"transformers has no causal model of type {text.model_type}")
 
 
 def text_view(model: PreTrainedModel) -> VisionLanguageModel:
@@ -89,18 +245,12 @@ def text_view(model: PreTrainedModel) -> VisionLanguageModel:
     """
     kind, config = model.config.model_type, model.config.get_text_config(decoder=True)
     language: Any = model.get_decoder()
-    if "mrope" in str(getattr(config, "rope_parameters", None)):
-        raise _unsupported(kind, "its image tokens have three-dimensional positions")
-    if "token_type_ids" in inspect.signature(model.forward).parameters:
-        raise _unsupported(kind, "its image tokens attend to each other in both directions")
-    try:
-        with torch.device("meta"), quiet():
-            view = transformers.AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise _unsupported(kind, f"transformers has no causal model of type {config.model_type}") from error
+    require_supported(model.config)
+    with torch.device("meta"), quiet():
+        view = transformers.AutoModelForCausalLM.from_config(config)
     head = model.get_output_embeddings()
     if type(view.base_model) is not type(language) or head is None:
-        raise _unsupported(kind, f"its language model is a {type(language).__name__}")
+        raise unsupported_family(kind, f"its language model is a {type(language).__name__}")
     setattr(view, view.base_model_prefix, language)
     view.set_output_embeddings(head)
     view.generation_config = model.generation_config
@@ -111,44 +261,7 @@ def text_view(model: PreTrainedModel) -> VisionLanguageModel:
     return VisionLanguageModel(model, view.eval(), prefix)
 
 
-def empty_view(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
-    """Return the view of a new model with this configuration, on the default device.
-
-    Args:
-        config: Configuration of the complete model.
-        options: Options of ``AutoModelForImageTextToText.from_config``, for example ``dtype``.
-
-    Raises:
-        UserError: if the family is not supported.
-    """
-    return text_view(getattr(transformers, AUTO_MODEL).from_config(config, **options)).view
-
-
-@torch.no_grad()
-def verify_view(parts: VisionLanguageModel, tokens: Tensor, inputs: Mapping[str, Tensor], image_token: int) -> None:
-    """Check that both models compute the same logits for a prompt with an image.
-
-    Args:
-        parts: Model with its view.
-        tokens: (length,) prompt with a placeholder for each token of the image.
-        inputs: Image inputs of the complete model.
-        image_token: Id of the placeholder.
-
-    Raises:
-        UserError: if the logits differ, for example because image tokens attend to each other in both directions.
-    """
-    expected = parts.model(input_ids=tokens[None], **inputs).logits[0].float()
-    features = torch.cat(parts.features(inputs))
-    with image_embeddings(parts.view, features) as first_id:
-        is_image = tokens == image_token
-        ids = tokens.masked_scatter(is_image, torch.arange(first_id, first_id + int(is_image.sum())))
-        actual = parts.view(input_ids=ids[None]).logits[0].float()
-    difference = float((actual - expected).norm() / expected.norm())
-    if not difference <= TOLERANCE:
-        reason = f"its outputs differ by {difference:.1%} if images are read as tokens of one causal sequence"
-        raise _unsupported(parts.model.config.model_type, reason)
-
-
-def _unsupported(kind: str, reason: str) -> UserError:
+def unsupported_family(kind: str, reason: str) -> UserError:
+    """Return the error for a family of models."""
     hint = "use another family, for example llava, llava_onevision, smolvlm, idefics3 or internvl"
     return UserError(f"a {kind} model is not supported: {reason}", location="model", hint=hint)

@@ -64,6 +64,9 @@ CLASSES_KEY = "deltaw.classes"
 # Metadata key of the weights file: parameters excluded from the base model's fingerprint, as JSON.
 REPLACED_KEY = "deltaw.replaced"
 
+# Stands for the model's input layer, which is the connector of a vision-language model.
+INPUT_LAYER = "input layer"
+
 
 class Method(abc.ABC):
     """A parameter-efficient training method.
@@ -110,6 +113,11 @@ class Method(abc.ABC):
         method = cls() if section is None else cls(section)
         method.tokenizer = tokenizer
         return method
+
+    @property
+    def trained_modules(self) -> Sequence[str]:
+        """Names of the modules that the settings train in full, or :data:`INPUT_LAYER`."""
+        return ()
 
     def set_invocation(self, tokens: Sequence[int]) -> None:  # noqa: B027 - optional hook
         """Set the invocation sequence. Called before :meth:`prepare`."""

@@ -20,6 +20,7 @@ from deltaw.errors import UserError
 from deltaw.lora import files as lora_files
 from deltaw.methods.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CLASSES_KEY, Method, MethodOptions, Tensors
 from deltaw.settings import method_registry
+from deltaw.tensor_files import read_header
 from deltaw.untrusted_paths import require_contained
 from deltaw.version import __version__
 
@@ -184,6 +185,11 @@ def choose_method(settings: RunSettings, tokenizer: PreTrainedTokenizerBase | No
     section = None if entry.settings is None else getattr(settings, entry.name)
     method: type[Method] = entry.load()
     return method.from_run(section, settings.train, tokenizer)
+
+
+def stored_names(folder: Path) -> list[str]:
+    """Return the names of the tensors of an adapter."""
+    return list(read_header(folder / ADAPTER_WEIGHTS))
 
 
 def method_from_folder(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> Method:

@@ -25,7 +25,7 @@ from deltaw.lora.files import names_in_model
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, base_fingerprint, has_values, warn_other_base
 from deltaw.lora.kinds import get_input_embedding, get_output_head, is_linear
 from deltaw.lora.stored import count_logical_parameters
-from deltaw.methods.base import REPLACED_KEY, Calibration, Folder, Metadata, Method, Names, Start, Tensors
+from deltaw.methods.base import INPUT_LAYER, REPLACED_KEY, Calibration, Folder, Metadata, Method, Names, Start, Tensors
 from deltaw.methods.files import SavedConfig, read_metadata, read_trained_parameters, write_trained_parameters
 from deltaw.methods.parameters import (
     add_biases,
@@ -38,6 +38,7 @@ from deltaw.methods.parameters import (
     parameters_by_name,
 )
 from deltaw.methods.settings import HeadSettings, InputSettings, LastSettings, RandomSettings
+from deltaw.runtime.image_tokens import connector_module
 from deltaw.runtime.recognition import blocks_of
 
 
@@ -407,6 +408,10 @@ class Input(SubsetInPlace):
     default_learning_rate = 5e-4
     settings: InputSettings
 
+    @property
+    def trained_modules(self) -> Sequence[str]:
+        return self.settings.modules or ([] if self.settings.tokens else [INPUT_LAYER])
+
     def parameter_names(self, model: nn.Module, extra_modules: Names) -> list[str]:
         if self.settings.tokens:
             return []
@@ -448,11 +453,13 @@ class Input(SubsetInPlace):
 
 
 def _input_layer(model: nn.Module) -> str:
-    """Return the name of the module that reads the input.
+    """Return the name of the module that reads the input: the connector if it is attached, else the embedding.
 
     Raises:
         UserError: if the model does not define its input layer.
     """
+    if (connector := connector_module(model)) is not None:
+        return connector
     layer = get_input_embedding(model)
     for name, module in model.named_modules():
         if module is layer and name:

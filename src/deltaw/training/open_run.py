@@ -9,7 +9,7 @@ from deltaw.errors import UserError
 from deltaw.hub.folders import adapter_folder
 from deltaw.hub.loading import LoadedModel, load
 from deltaw.machine.choices import choose_device, choose_precision
-from deltaw.methods.files import method_from_folder, read_classes, read_num_outputs
+from deltaw.methods.files import method_from_folder, read_classes, read_num_outputs, stored_names
 from deltaw.methods.trust import AdapterFolder, is_adapter, read_folder
 from deltaw.progress import Detail, LogFunction, track_progress
 from deltaw.runtime.quantized_weights import quantize_int8
@@ -75,6 +75,7 @@ def open_run(
         log=log_loading,
     )
     task_object.initialize_head(loaded.model, loaded.new_modules, ())  # the part that needs no rows
+    task_object.attach_inputs(loaded.model, stored_names(folder) if adapter else ())
     identity = _quantize(loaded, precision, opened_folder, log)
     if classes is None and task_object.trains_head and fixed_outputs is None:
         numbers = range(loaded.model.config.num_labels or 0)

@@ -495,6 +495,7 @@ def assemble(
     settings = config.train
     torch.manual_seed(settings.seed)
     identity = model_identity(model, config.precision)
+    task.attach_inputs(model, method.trained_modules, is_new=start is None)
     has_weights = sharded_blocks(model) is not None or has_values(model)
     notes, roundings = quantize_weights(model, config.precision, data.train, identity) if has_weights else ([], [])
     shares = settings.share_prefixes, method.can_share_prefixes()
@@ -508,7 +509,6 @@ def assemble(
     if not from_start:
         data = data.map_rows(add_references)
     extra_modules = task.extra_modules(model, new_modules)
-
     calibrate = functools.partial(_calibrate, task, model, batcher, data.train[:CALIBRATION_ROWS])
     with track_progress(f"preparing method {method.name}"):
         if start is None:

@@ -74,6 +74,7 @@ class ModelFiles:
         trust_remote_code: Value of the setting.
         log: Receives a line about slow operations.
         section: Settings section of the task. None uses its defaults.
+        dtype: Precision that the weights will be loaded in.
     """
 
     reference: str
@@ -82,6 +83,7 @@ class ModelFiles:
     trust_remote_code: bool
     log: LogFunction
     section: Any = None
+    dtype: str = "bf16"
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the model's tokenizer.
@@ -290,6 +292,14 @@ class Task(abc.ABC, Generic[ObjectiveType]):
             The batcher, and the chosen value of each setting with its reason.
         """
 
+    def attach_inputs(self, model: PreTrainedModel, trained: Sequence[str] = (), *, is_new: bool = False) -> None:
+        """Let a freshly loaded model read the inputs of the rows besides tokens, if there are any.
+
+        Args:
+            trained: Names of modules or parameters that are trained in full, or :data:`INPUT_LAYER`.
+            is_new: True if modules that the model's files contain without training are trained.
+        """
+
     def initialize_head(self, model: PreTrainedModel, new_modules: Sequence[str], rows: Rows) -> None:
         """Initialize modules that the model's files do not contain, using the rows."""
 
@@ -493,7 +503,7 @@ def task_of(
     entry = task_registry.entry_of(name)
     folder = config_folder(model, dtype, trust_remote_code, log=log)
     config = check_architecture(folder, name, trust_remote_code)
-    task: Task[Any] = entry.load().open(name, ModelFiles(model, folder, config, trust_remote_code, log, section))
+    task: Task[Any] = entry.load().open(name, ModelFiles(model, folder, config, trust_remote_code, log, section, dtype))
     return task
 
 

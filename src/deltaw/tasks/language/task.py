@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,10 +17,12 @@ from deltaw.data.prepare import TextReader
 from deltaw.data.prompts import QuestionReader
 from deltaw.data.row_reader import Reader, RunData
 from deltaw.progress import LogFunction, ignore_line, track_progress
+from deltaw.runtime.image_tokens import connector_module
 from deltaw.settings.data import DataSettings
 from deltaw.training.batchers import MAX_BUFFERED_ROWS, BatcherOptions, choose_causal_batcher
 from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.evaluation.base import Evaluation, check_finite
+from deltaw.training.features.images import RowImages, has_images
 from deltaw.training.losses import label_indices
 from deltaw.training.microbatches import Batcher
 from deltaw.training.task import BatcherChoice, Classes, ModelFiles, Rows, Task
@@ -75,7 +78,9 @@ class CausalTask(Task[CausalObjective]):
     generates_text = True
     answers_rows = True
     shares_evaluation = True
+    reads_images: ClassVar[bool] = True
     folder: Path | None = None
+    images: RowImages | None = None
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, log: LogFunction = ignore_line) -> None:
         self.tokenizer: PreTrainedTokenizerBase = tokenizer
@@ -85,6 +90,8 @@ class CausalTask(Task[CausalObjective]):
     def open(cls, name: str, files: ModelFiles) -> CausalTask:
         task = cls(files.tokenizer(), files.log)
         task.folder = files.folder
+        if cls.reads_images and has_images(files.config, files.folder):
+            task.images = RowImages(files.folder, files.config, task.tokenizer, files.dtype)
         return task
 
     def read(self, settings: DataSettings, *, seed: int) -> RunData:
@@ -92,11 +99,19 @@ class CausalTask(Task[CausalObjective]):
         return super().read(settings, seed=seed)
 
     def reader(self, settings: DataSettings, classes: Classes = None) -> Reader:
-        return TextReader(settings, self.tokenizer, folder=self.folder, log=self._log)
+        return TextReader(settings, self.tokenizer, folder=self.folder, log=self._log, images=self.images)
 
     def input_reader(self, settings: DataSettings, columns: Sequence[str], classes: Classes) -> QuestionReader:
         continues = "text" in columns and not _PROMPTS & {*columns}
         return QuestionReader(settings, self.tokenizer, continues=continues)
+
+    def attach_inputs(self, model: PreTrainedModel, trained: Sequence[str] = (), *, is_new: bool = False) -> None:
+        if self.images is not None:
+            self.images.attach(model, trained, is_new=is_new)
+
+    def extra_modules(self, model: PreTrainedModel, new_modules: Sequence[str]) -> list[str]:
+        connector = self.images is not None and self.images.has_new_connector and connector_module(model)
+        return [connector] if connector else []
 
     def batcher(self, model: PreTrainedModel, examples: Rows, options: BatcherOptions) -> BatcherChoice:
         return choose_causal_batcher(model, examples, options)

@@ -32,6 +32,7 @@ from deltaw.settings import method_registry
 from deltaw.settings.config import RunConfig
 from deltaw.settings.data import eval_sets
 from deltaw.settings.mixture import references
+from deltaw.settings.model_parts import parse_parts
 from deltaw.settings.start import start_sources
 from deltaw.training.planning.run_time import Workload, plan_with_cached_time
 
@@ -173,12 +174,14 @@ def _run_file_stamps(config: RunConfig) -> list[object] | None:
     trained_on = references(config.data.train)
     trained_on += [name for name in eval_sets(config.data.eval).values() if isinstance(name, str)]
     try:
-        source = resolve(config.model)
+        parts = parse_parts(config.model)
+        models = (config.model,) if parts is None else (parts.language, parts.vision)
+        sources = [resolve(model) for model in models]
     except UserError:
         return None  # loading the model reports the error
-    if source.kind == "hub":
+    if any(source.kind == "hub" for source in sources):
         return None
-    stamps: list[object] = [_stamps(source.path)]
+    stamps: list[object] = [_stamps(source.path) for source in sources]
     for start in () if config.start_from is None else start_sources(config.start_from):
         folder = Path(os.path.expanduser(start.reference))
         if not folder.is_dir():

@@ -100,6 +100,7 @@ def unread_bytes(session: Session, *, dtype: str, converted: int) -> int:
     if sum(parameter is weight for _, parameter in named) != 1 or not any(folder.glob("*.safetensors")):
         return 0
     tokens = used_tokens(session.data.all_rows).astype(np.int64)
+    tokens = tokens[tokens < len(weight)]  # without image tokens
     if not len(tokens):
         return 0
     row_bytes = weight.shape[1] * weight.element_size()

@@ -1,0 +1,121 @@
+"""Images in files and in cells of rows: the values that denote them, their decoding, and its limits."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import functools
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from deltaw.data.report import BadRowError
+from deltaw.errors import UserError
+
+# Supported image formats. Some other formats of Pillow start external programs.
+_FORMATS = frozenset(
+    ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+)
+# Maximum size of an image file: about three times the number of pixels that Pillow accepts.
+_MAX_IMAGE_BYTES = 2**29
+# Errors of Pillow for images that cannot be decoded.
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+_URL = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+
+
+def image_of(value: object, folder: Path | None, location: str) -> Path | bytes | Image.Image | None:
+    """Return the image of a cell, or None if the value is not an image.
+
+    Args:
+        value: Path, encoded bytes, data URL, decoded image, or a dictionary with ``bytes`` or ``path``.
+        folder: Folder of relative paths. None to reject paths, for values from other machines.
+        location: Location of the cell, for messages.
+
+    Raises:
+        UserError: if it is a URL of another host, an invalid data URL, or a path that is not allowed.
+    """
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, Path | bytes | Image.Image):
+        return value
+    if not isinstance(value, str) or not value:
+        return None
+    if value[:5].lower() == "data:":
+        header, _, text = value.partition(",")
+        with contextlib.suppress(ValueError):
+            if header.lower().endswith(";base64"):
+                return base64.b64decode(text, validate=True)
+        hint = "write it as data:image/png;base64,…"
+        raise UserError("the data URL of the image is not valid base64", location=location, hint=hint)
+    if url := _URL.match(value):
+        message = f"the image is a URL ({url[1].lower()}), and images are not downloaded"
+        raise UserError(message, location=location, hint="give a local file or a data URL")
+    if folder is None:
+        raise UserError("the image is a path, which is not allowed here", location=location, hint="give a data URL")
+    return folder / value
+
+
+def decode(image: np.ndarray | Path | bytes | Image.Image, location: str) -> Image.Image:
+    """Decode an image to RGB or grayscale ("L"), rotated upright by its EXIF orientation.
+
+    Raises:
+        UserError: if it cannot be decoded.
+    """
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image)
+    try:
+        with (
+            contextlib.nullcontext(image)
+            if isinstance(image, Image.Image)
+            else open_image(read_content(image, location)) as opened
+        ):
+            upright = ImageOps.exif_transpose(opened)
+            mode = "L" if upright.mode in ("1", "L") else "RGB"
+            return upright if upright.mode == mode else upright.convert(mode)
+    except BROKEN as error:
+        raise decode_error(error, location) from error
+
+
+def read_content(image: Path | bytes, location: str) -> bytes:
+    """Return the encoded image.
+
+    Raises:
+        UserError: if the file cannot be read or is too large.
+    """
+    if isinstance(image, bytes):
+        return image
+    try:
+        if not image.is_file() or image.stat().st_size > _MAX_IMAGE_BYTES:
+            problem = f"has more than {_MAX_IMAGE_BYTES:,} bytes" if image.is_file() else "is not a file"
+            raise UserError(f"the image {problem}", location=location, hint="check its path")
+        return image.read_bytes()
+    except OSError as error:
+        message = f"the image cannot be read: {error.strerror or error}"
+        raise UserError(message, location=location, hint="check its path") from error
+
+
+def open_image(content: bytes) -> Image.Image:
+    """Open an encoded image without decoding it."""
+    return Image.open(io.BytesIO(content), formats=_supported_formats())
+
+
+@functools.cache
+def _supported_formats() -> tuple[str, ...]:
+    """Return the formats that the installed version of Pillow decodes."""
+    Image.init()
+    return tuple(sorted(_FORMATS & Image.OPEN.keys()))
+
+
+def decode_error(error: BaseException, location: str) -> UserError:
+    """Return the error for an image that cannot be decoded."""
+    reason = "unknown image format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+    return UserError(f"the image cannot be decoded: {reason}", location=location, hint="replace or remove it")
+
+
+def unreadable_image(error: UserError) -> BadRowError:
+    """Return the error of a row for the error of its image."""
+    reason = "an image that cannot be read"
+    return BadRowError(error.message, reason=reason, location=error.location, hint=error.hint)

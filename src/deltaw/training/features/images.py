@@ -1,0 +1,377 @@
+"""Features of images: computed once for each distinct image by the frozen vision tower, and stored in the cache.
+
+The token ids of an image follow from its pixels, the model's files and its processor, so that rows with other images
+have other tokens, also in caches and checkpoints.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from deltaw.cache import Cache, file_digest, load_result, store_result, versions
+from deltaw.data.pixels import decode
+from deltaw.data.rendering import FAULTS, render_with_tokenizer
+from deltaw.data.report import BadRowError
+from deltaw.data.row_images import PlacedImage, RowImage
+from deltaw.errors import UserError
+from deltaw.hub.checkpoint import read_checkpoint
+from deltaw.hub.loading import has_values
+from deltaw.hub.processors import PROCESSOR_FILES, ModelProcessor
+from deltaw.hub.vision import Tower, is_view, load_tower
+from deltaw.hub.vision_parts import is_new_connector
+from deltaw.machine.choices import dtype_of
+from deltaw.machine.memory import release_free_memory
+from deltaw.methods.base import INPUT_LAYER
+from deltaw.platforms import rename_path
+from deltaw.progress import track_progress
+from deltaw.runtime.image_tokens import ImageTokens, attach_images, verify_view
+from deltaw.tensor_files import TensorFile, write_tensors
+
+# Maximum size of all stored features.
+LIMIT_BYTES = 64 * 2**30
+# Packages and modules whose change requires another verification.
+VERIFIED_CODE = ("torch", "transformers", "deltaw.hub", "deltaw.runtime")
+# Number of features that are read at once.
+_BLOCK = 1 << 14
+# Token ids are int32.
+_MAX_ID = 2**31 - 1
+
+
+@dataclass
+class _StoredImage:
+    """Image with its ids.
+
+    Attributes:
+        digest: Hash of the pixels, the model and its processor.
+        image: The image, to compute its features.
+        first_id: Id of its first feature.
+        count: Number of features.
+        start: Index of its first feature in the file of all features, or None if it is not there yet.
+    """
+
+    digest: str
+    image: RowImage
+    first_id: int
+    count: int
+    start: int | None = None
+
+
+class RowImages:
+    """Images of the rows of one model (:class:`deltaw.data.row_images.ImagePlacer`), and their features.
+
+    Args:
+        folder: Folder of the model.
+        config: Configuration of the model.
+        tokenizer: Tokenizer of the model.
+        dtype: Precision in which features are computed and stored.
+
+    Attributes:
+        before_connector: True if features are the inputs of the connector, which is trained.
+        width: Size of a feature vector.
+        has_new_connector: True if the model was assembled from parts, and its connector was never trained.
+    """
+
+    def __init__(self, folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, dtype: str) -> None:
+        self._processor = ModelProcessor(folder, config, tokenizer)
+        self.placeholder, self.token_id = self._processor.placeholder, self._processor.token_id
+        self.first_id = int(config.get_text_config(decoder=True).vocab_size)
+        self.reads_parts = _reads_parts(tokenizer, self.placeholder)
+        self.before_connector, self.width = False, int(config.get_text_config(decoder=True).hidden_size)
+        self._folder, self._config = folder, config
+        self._dtype = dtype_of(dtype)
+        self.has_new_connector = is_new_connector(folder)
+        self._identity = _identity(folder, self._processor.settings)
+        self._images: dict[str, _StoredImage] = {}
+        # Images in the order of their first ids.
+        self._first_ids: list[int] = []
+        self._sorted: list[_StoredImage] = []
+        self._texts: dict[tuple[str, tuple[int, int]], tuple[str, int]] = {}
+        self._cache, self._table = Cache("images", LIMIT_BYTES), _Table()
+        self._tower: Tower | None = None
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def place(self, image: RowImage) -> PlacedImage:
+        try:
+            decoded = decoded_image(image)
+            key = decoded.mode, decoded.size
+            if key not in self._texts:
+                text, _ = self._processor.encode(decoded)
+                self._texts[key] = text, int((self._processor.tokenize(text) == self.token_id).sum())
+        except UserError as error:
+            reason = "an image that cannot be read"
+            raise BadRowError(error.message, reason=reason, location=image.location, hint=error.hint) from error
+        digest = hashlib.blake2b(self._identity.encode(), digest_size=16)
+        digest.update(f"{key}".encode() + decoded.tobytes())
+        text, count = self._texts[key]
+        stored = self._images.get(digest.hexdigest())
+        if stored is None:
+            stored = self._add(digest.hexdigest(), image, count)
+        return PlacedImage(text, range(stored.first_id, stored.first_id + count))
+
+    def _add(self, digest: str, image: RowImage, count: int) -> _StoredImage:
+        """Add an image. Its ids follow from its digest, or are the next free ones."""
+        num_ids = _MAX_ID - self.first_id - count
+        first_id = self.first_id + int(digest[:15], 16) % num_ids
+        while (taken := self._overlapping(first_id, count)) is not None:
+            first_id = taken.first_id + taken.count
+            if first_id > _MAX_ID - count:
+                first_id = self.first_id
+        stored = _StoredImage(digest, image, first_id, count)
+        self._images[digest] = stored
+        position = bisect.bisect(self._first_ids, first_id)
+        self._first_ids.insert(position, first_id)
+        self._sorted.insert(position, stored)
+        return stored
+
+    def _overlapping(self, first_id: int, count: int) -> _StoredImage | None:
+        """Return an image with ids from ``first_id`` to ``first_id + count - 1``, or None."""
+        position = bisect.bisect(self._first_ids, first_id + count - 1)
+        before = self._sorted[position - 1] if position else None
+        return before if before is not None and before.first_id + before.count > first_id else None
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return the (n, width) features of token ids (n,), after computing those that are not stored.
+
+        Raises:
+            UserError: if an image cannot be read anymore.
+        """
+        values = ids.cpu().numpy()
+        positions = np.searchsorted(self._first_ids, values, side="right") - 1
+        used = [self._sorted[position] for position in np.unique(positions)]
+        self.compute([image for image in used if image.start is None])
+        starts = np.array([image.start or 0 for image in self._sorted])[positions]
+        return self._table.rows(starts + values - np.array(self._first_ids)[positions])
+
+    def contains(self, ids: np.ndarray) -> np.ndarray:
+        if not self._sorted:
+            return np.zeros(len(ids), bool)
+        positions = np.searchsorted(self._first_ids, ids, side="right") - 1
+        ends = np.array([image.first_id + image.count for image in self._sorted])
+        return (positions >= 0) & (ids < ends[positions])
+
+    def compute(self, images: Sequence[_StoredImage] | None = None) -> None:
+        """Load or compute the features of images, by default of all images.
+
+        Raises:
+            UserError: if an image cannot be read anymore, or its tokens changed.
+        """
+        pending = [image for image in self._sorted if image.start is None] if images is None else images
+        if not pending:
+            return
+        missing = [image for image in pending if not self._load(image)]
+        if missing:
+            with track_progress("computing the features of images", len(missing)) as advance:
+                for done, image in enumerate(missing, start=1):
+                    values = self._encode(image)
+                    self._save(image, values)
+                    image.start = self._table.append(values)
+                    advance(done)
+
+    def attach(self, model: PreTrainedModel, trained: Sequence[str], *, is_new: bool) -> None:
+        """Let a text view read the images. If the model has weights, compute the features of all images.
+
+        Args:
+            trained: Names of modules or parameters that are trained in full, or :data:`INPUT_LAYER`. If they include
+                the connector, its inputs are stored, and it becomes a part of the model's embedding.
+            is_new: Also train a connector that was never trained, on standardized inputs.
+
+        Raises:
+            UserError: if the connector does not map features one by one.
+        """
+        connector, starts_connector = None, is_new and self.has_new_connector
+        if trained or starts_connector:
+            has_weights = has_values(model)
+            tower = load_tower(self._folder, self._config, self._dtype, values=has_weights)
+            parts = {part for name in trained for part in name.split(".")}
+            if starts_connector or INPUT_LAYER in trained or str(tower.connector).rpartition(".")[2] in parts:
+                connector = tower.open_connector()
+                self.before_connector = True
+                self.width = int(next(connector[1].parameters()).shape[-1])
+            self._tower = tower if has_weights else None
+        if not isinstance(model.get_input_embeddings(), ImageTokens):
+            if has_values(model):
+                self._verify(model)
+            attach_images(model, self, connector)
+        if has_values(model):
+            self.compute()
+            self.release()
+            if starts_connector:
+                layer: Any = model.get_input_embeddings()
+                layer.statistics = self._table.statistics()
+
+    def _verify(self, view: PreTrainedModel) -> None:
+        """Check once per model and machine that the view computes the same as the complete model.
+
+        Raises:
+            UserError: if the outputs differ.
+        """
+        key = [self._identity, str(view.dtype)]
+        if load_result("vision", key, VERIFIED_CODE) is None:
+            with track_progress("comparing the text view with the complete model"):
+                text, inputs = self._processor.encode(Image.new("RGB", (48, 32), (90, 140, 200)))
+                tower = load_tower(self._folder, self._config, view.dtype)
+                parts = tower.with_view(view)
+                verify_view(parts, self._processor.tokenize(f"{text}Name it."), tower.accepted(inputs), self.token_id)
+            store_result("vision", key, True, VERIFIED_CODE)
+
+    def release(self) -> None:
+        """Free the vision tower. It is loaded again if further images are computed."""
+        self._tower = None
+        release_free_memory()
+
+    def _open_tower(self) -> Tower:
+        if self._tower is None:
+            self._tower = load_tower(self._folder, self._config, self._dtype)
+        return self._tower
+
+    def _encode(self, image: _StoredImage) -> Tensor:
+        _, inputs = self._processor.encode(decoded_image(image.image))
+        tower = self._open_tower()
+        compute = tower.connector_inputs if self.before_connector else tower.features
+        values = torch.cat(compute(inputs))
+        if len(values) != image.count:
+            message = f"the vision tower has {len(values):,} features for {image.count:,} image tokens"
+            raise UserError(message, location=image.image.location, hint="check that the processor fits the model")
+        return values
+
+    # Each image is a safetensors file with a checksum. It is not flushed to the disk, because a file that is lost or
+    # damaged is computed again.
+
+    def _path(self, image: _StoredImage) -> Path:
+        kind = "connector" if self.before_connector else "features"
+        return self._cache.folder / f"{image.digest}-{kind}-{str(self._dtype).rpartition('.')[2]}.safetensors"
+
+    def _load(self, image: _StoredImage) -> bool:
+        """Load stored features. Return False if there are none, or the file is damaged."""
+        path = self._path(image)
+        try:
+            file = TensorFile(path)
+            values = file["features"]
+            if file.metadata["checksum"] != _checksum(values) or len(values) != image.count:
+                raise ValueError("damaged")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return False
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        image.start = self._table.append(values)
+        return True
+
+    def _save(self, image: _StoredImage, values: Tensor) -> None:
+        path = self._path(image)
+        with contextlib.suppress(OSError):  # without a writable cache, features are computed in each run
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.parent / f".{path.stem}.{os.getpid()}.part"
+            with temporary.open("wb") as file:
+                write_tensors(file, {"features": values.contiguous()}, {"checksum": _checksum(values)})
+            rename_path(temporary, path)
+
+
+class _Table:
+    """Features of all images in an unnamed file, which is memory-mapped."""
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] | None = None
+        self._count, self._width, self._dtype = 0, 0, torch.float32
+        self._values: Tensor | None = None
+
+    def append(self, values: Tensor) -> int:
+        """Append (n, width) values and return the index of the first one."""
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(dir=_folder())  # noqa: SIM115 - open as long as this object
+            self._width, self._dtype = values.shape[1], values.dtype
+        self._file.seek(0, os.SEEK_END)
+        self._file.write(values.contiguous().view(torch.uint8).numpy().tobytes())
+        self._values, start = None, self._count
+        self._count += len(values)
+        return start
+
+    def rows(self, indices: np.ndarray) -> Tensor:
+        """Return the values at indices (n,)."""
+        if self._values is None:
+            assert self._file is not None
+            self._file.flush()
+            row_bytes = self._width * self._dtype.itemsize
+            mapped = np.memmap(self._file, np.uint8, "r", shape=(self._count, row_bytes))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # the tensor is only read
+                self._values = torch.from_numpy(mapped)
+        return self._values[torch.from_numpy(indices)].view(self._dtype)
+
+    def statistics(self) -> tuple[Tensor, Tensor] | None:
+        """Return the (width,) mean and standard deviation of all values, or None without values."""
+        total, squares = torch.zeros(2, self._width, dtype=torch.float64)
+        for start in range(0, self._count, _BLOCK):
+            values = self.rows(np.arange(start, min(start + _BLOCK, self._count))).double()
+            total, squares = total + values.sum(0), squares + values.square().sum(0)
+        if not self._count:
+            return None
+        mean = total / self._count
+        std = (squares / self._count - mean.square()).clamp(min=0).sqrt()
+        return mean.float(), std.clamp(min=float(std.mean()) * 1e-3 + 1e-12).float()
+
+
+def has_images(config: PretrainedConfig, folder: Path) -> bool:
+    """Return True if a causal model of this configuration is a text view and the folder has an image processor."""
+    return is_view(config, "AutoModelForCausalLM") and any((folder / name).is_file() for name in PROCESSOR_FILES)
+
+
+def decoded_image(image: RowImage) -> Image.Image:
+    """Return the pixels of an image in RGB or grayscale.
+
+    Raises:
+        UserError: if it cannot be decoded.
+    """
+    content = image.content
+    if isinstance(content, Image.Image):
+        return content if content.mode == "L" else content.convert("RGB")
+    return decode(content, image.location)
+
+
+def _folder() -> Path | None:
+    """Return the cache folder for temporary files, or None if it cannot be written."""
+    folder = Cache("images", LIMIT_BYTES).folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK) else None
+
+
+def _checksum(values: Tensor) -> str:
+    content = values.contiguous().view(torch.uint8).numpy()
+    return hashlib.blake2b(content.tobytes(), digest_size=16).hexdigest()
+
+
+def _identity(folder: Path, settings: Mapping[str, object]) -> str:
+    """Return a hash of everything that the features of an image depend on, except its pixels."""
+    files = [file_digest(folder / name) for name in ("config.json", *read_checkpoint(folder).files)]
+    parts = [files, settings, versions(("torch", "transformers", "deltaw.hub"))]
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _reads_parts(tokenizer: PreTrainedTokenizerBase, placeholder: str) -> bool:
+    """Return True if the chat template renders an image part as the placeholder."""
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe it."}]}
+    try:
+        text = render_with_tokenizer(tokenizer, [message], generation=True)
+    except (*FAULTS, ValueError):
+        return False
+    return text.count(placeholder) == 1 and "Describe it." in text
