@@ -7,6 +7,7 @@ import yaml
 
 from deltaw.errors import UserError
 from deltaw.settings.config import RunConfig, parse_yaml, settings
+from deltaw.settings.model_parts import parse_parts
 
 MINIMAL = {"model": "m", "data": "rows.jsonl"}
 
@@ -83,3 +84,39 @@ def test_every_setting_has_a_description_and_its_default():
     for setting in (s for s in described if s.default is not ...):
         section, _, leaf = setting.key.rpartition(".")
         assert (plain[section] if section else plain)[leaf] == setting.default, setting.key
+
+
+def test_parts_of_a_model_are_stored_as_one_reference(tmp_path):
+    data = {"data": "rows.jsonl"}
+    expected = {
+        "parts:pypi:a==1/x + ./v": {"language": "pypi:a==1/x", "vision": "./v"},
+        "parts:a/b@c + v": {"vision": " v ", "language": "a/b@c", "connector": "linear"},
+        "parts:a + b + mlp": {"language": "a", "vision": "b", "connector": "mlp"},
+        "parts:c + d": "parts: c  +  d",
+    }
+    for reference, value in expected.items():
+        config = RunConfig.read({"model": value, **data})
+        assert config.model == reference
+        assert RunConfig.read(config.model_dump(mode="json")).model == reference
+        assert parse_parts(reference).reference == reference
+    file = tmp_path / "train.yaml"
+    file.write_text("model: {language: a, vision: b}\ndata: rows.jsonl\n")
+    assert RunConfig.read(file, {"model": "c"}).model == "c"
+    assert parse_parts("owner/name + x") is None
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"language": "a", "visoin": "b"}, "unknown key 'model.visoin'"),
+        ({"language": "a"}, "needs a language model and a vision encoder"),
+        ({"language": "a", "vision": 3}, "needs a language model and a vision encoder"),
+        ({"language": "a", "vision": ""}, "does not name a language model and a vision encoder"),
+        ({"language": "a", "vision": "parts:b + c"}, "does not name a language model and a vision encoder"),
+        ({"language": "a", "vision": "b", "connector": "gelu"}, "unknown connector 'gelu'"),
+        ("parts:a", "does not name a language model and a vision encoder"),
+        ("parts:a + b + c + mlp", "does not name a language model and a vision encoder"),
+    ],
+)
+def test_invalid_parts_are_rejected(value, message):
+    assert message in refusal({"model": value, "data": "rows.jsonl"}).message

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import bz2
 import csv
+import io
 import json
 import re
 import runpy
+import sys
+import tarfile
+import types
 from pathlib import Path
 
 import click
@@ -14,7 +18,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import BertConfig, BertModel
+from PIL import Image
+from safetensors.numpy import load_file
+from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model
 
 import deltaw
 from deltaw.cli import group
@@ -94,6 +100,77 @@ def test_rows_of_each_goal_can_be_read(model_folder: Path, tmp_path: Path, monke
         rows = read_data(RunConfig.read(config))[1].train
         assert len(rows) == (24 if name == "reviews.csv" else 6), name
     assert json.loads(script["as_json"]("heat", "fresh")) == {"film": "heat", "verdict": "fresh"}
+
+
+def _png(color: str) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8), color).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _npm_pack(command: list[str], **_: object) -> types.SimpleNamespace:
+    """Write an npm package with two emoji, of which one is in another category."""
+    entry = {"name": "CAT", "category": "Animals & Nature", "subcategory": "animal-mammal", "image": "1.png"}
+    vendor = "google" if "google" in command[2] else "twitter"
+    entries = [{**entry, f"has_img_{vendor}": True}, {**entry, "category": "Flags", f"has_img_{vendor}": True}]
+    files = {"emoji.json": json.dumps(entries).encode(), f"img/{vendor}/64/1.png": _png("red")}
+    with tarfile.open(Path(command[-1]) / "a.tgz", "w:gz") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"package/{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return types.SimpleNamespace(stdout="a.tgz\n")
+
+
+def test_vision_rows_refer_to_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split, color in (("train", "red"), ("test", "blue")):
+        (tmp_path / f"data/{split}/images").mkdir(parents=True)
+        (tmp_path / f"data/{split}/images/0.png").write_bytes(_png(color))
+        (tmp_path / f"data/{split}/questions.json").write_text(json.dumps([["what color?", color, 0]]))
+    monkeypatch.setattr("deltaw.hub.packages.member", lambda reference: tmp_path / "data")
+    monkeypatch.setattr("subprocess.run", _npm_pack)
+    monkeypatch.chdir(tmp_path)
+    script = runpy.run_path(str(EXAMPLES / "vision.py"))
+    for command in ("easy-vqa", "emoji"):
+        script["COMMANDS"][command]()
+    names = ("vqa-train", "vqa-test", "emoji-train", "emoji-test")
+    rows = {n: [json.loads(line) for line in Path(f"{n}.jsonl").read_text().splitlines()] for n in names}
+    assert [row["completion"] for row in rows["vqa-train"] + rows["vqa-test"]] == ["red", "blue"]
+    assert [row["completion"] for row in rows["emoji-test"]] == ["cat", "animal"]
+    colors = {name: Image.open(rows[name][0]["image"]).getpixel((0, 0)) for name in names}
+    assert colors["vqa-train"] == (255, 0, 0) and colors["vqa-test"] == (0, 0, 255)
+
+
+def _onnx_graph(weights: dict[str, np.ndarray]) -> types.SimpleNamespace:
+    """Return a graph as the exporter of torch writes it: matrices are transposed and have other names."""
+    arrays, nodes = {}, []
+    for name, array in weights.items():
+        if name.endswith(".weight") and array.ndim == 2:
+            other = f"onnx::MatMul_{len(arrays)}"
+            arrays[other] = array.T
+            bias = f"backbone.{name.removesuffix('weight')}bias"
+            product = f"product_{len(arrays)}"
+            nodes.append(types.SimpleNamespace(op_type="MatMul", input=["x", other], output=[product]))
+            nodes.append(types.SimpleNamespace(op_type="Add", input=[bias, product], output=["y"]))
+        elif name == "embeddings.position_embeddings":
+            arrays |= {"onnx::Reshape_1": array[:, 1:], "onnx::Concat_1": array[:, :1]}
+        else:
+            arrays[f"backbone.{name}"] = array
+    initializer = [types.SimpleNamespace(name=name, array=array) for name, array in arrays.items()]
+    return types.SimpleNamespace(graph=types.SimpleNamespace(initializer=initializer, node=nodes))
+
+
+def test_vision_tower_is_read_from_its_onnx_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
+    Dinov2Model(config).save_pretrained(tmp_path)
+    expected = load_file(tmp_path / "model.safetensors")
+    onnx = types.ModuleType("onnx")
+    onnx.load = lambda file: _onnx_graph(expected)
+    onnx.numpy_helper = types.SimpleNamespace(to_array=lambda tensor: tensor.array)
+    monkeypatch.setitem(sys.modules, "onnx", onnx)
+    actual = runpy.run_path(str(EXAMPLES / "vision.py"))["onnx_weights"](tmp_path)
+    assert actual.keys() == expected.keys()
+    assert all(np.array_equal(actual[name], expected[name]) for name in expected)
 
 
 def test_demo_questions_are_not_training_prompts() -> None:

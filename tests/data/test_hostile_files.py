@@ -20,7 +20,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from deltaw.data import arrow_rows, pixels, row_files, sources
+from deltaw.data import arrow_rows, image_files, row_files, sources
 from deltaw.data.images import ImageEncoder
 from deltaw.data.pixels import ImageExample, LabelColumns, read_images
 from deltaw.data.prepare import prepare
@@ -377,7 +377,7 @@ def test_unsafe_or_oversized_images_are_not_opened(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
         assert "decompression bomb" in refusal(_read_one, path).message
-    monkeypatch.setattr(pixels, "_MAX_IMAGE_BYTES", 1000)
+    monkeypatch.setattr(image_files, "_MAX_IMAGE_BYTES", 1000)
     assert "has more than 1,000 bytes" in refusal(_read_one, path).message
 
 

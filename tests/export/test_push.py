@@ -12,7 +12,7 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from deltaw.export.hub_card import PublicBase, path_in, remove_secrets
+from deltaw.export.hub_card import PublicBase, path_in, public_name, remove_secrets
 from deltaw.export.push import collect_files, push
 from deltaw.methods.trust import read_folder
 from deltaw.runs.fit import fit
@@ -256,6 +256,10 @@ def test_local_paths_in_text_are_detected(run, tmp_path):
     assert path_in("as in /srv/models/private/gguf, of 3/4") == "/srv/models/private/gguf"
     assert path_in(r"see C:\Users\me\x.jsonl") and path_in("~/rows.jsonl")
     assert path_in("a/b, https://host/home/x and 1/2") is None
+
+
+def test_local_paths_of_parts_are_not_public():
+    assert public_name("parts:pypi:a==1 + /home/me/tower + mlp") == "parts:pypi:a==1 + tower + mlp"
 
 
 def test_hashes_and_words_are_not_secrets():

@@ -22,6 +22,7 @@ from deltaw.hub.vision import text_view, verify_view
 from deltaw.hub.vision_parts import assembled_folder, fold_statistics, is_new_connector
 from tests.byte_models import TEMPLATE, save_model, tiny_gpt2, tiny_llama
 from tests.conftest import refusal
+from tests.tiny_models import CAUSAL
 
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
 ENCODERS = {
@@ -112,6 +113,23 @@ def test_text_logits_are_those_of_the_language_model(vision, tmp_path, tied, voc
     assert model.generation_config.eos_token_id == original.generation_config.eos_token_id
 
 
+@pytest.mark.parametrize("family", ["qwen3", "mistral", "mixtral", "phi3"])
+def test_families_of_language_models_keep_their_outputs(vision, tmp_path, family):
+    config = CAUSAL[family]()
+    config.vocab_size = 272
+    language = save_model(transformers.AutoModelForCausalLM.from_config(config), tmp_path / "language")
+    original = transformers.AutoModelForCausalLM.from_pretrained(language, attn_implementation="eager").eval()
+    model = load(assembled_folder(language, vision))
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, original(input_ids=ids).logits)
+
+
+def test_tokenizer_with_more_tokens_than_the_model_is_rejected(vision, tmp_path):
+    language = save_model(tiny_llama(vocab_size=200), tmp_path / "language")
+    assert "the tokenizer has 259 tokens, and the model 200" in refusal(assembled_folder, language, vision).message
+
+
 def test_weights_keep_their_dtype(vision, tmp_path):
     language = save_model(tiny_llama().bfloat16(), tmp_path / "language")
     folder = assembled_folder(language, vision)
@@ -123,7 +141,9 @@ def test_weights_keep_their_dtype(vision, tmp_path):
 
 
 def test_image_token_is_one_token_and_rendered_by_the_template(language, vision):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(assembled_folder(language, vision))
+    folder = assembled_folder(language, vision)
+    assert "local" not in (folder / "tokenizer_config.json").read_text()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert tokenizer.chat_template == TEMPLATE
     text = tokenizer.apply_chat_template([{"role": "user", "content": "a<image>b"}], tokenize=False)
     assert "a<image>b" in text
@@ -160,6 +180,8 @@ def test_second_call_uses_the_cache(language, vision, tmp_path, monkeypatch):
     folder = config_folder(reference, "fp32", False, log=lines.append)
     monkeypatch.setattr(vision_parts, "_save", None)
     assert config_folder(reference, "bf16", False, log=lines.append) == folder and len(lines) == 1
+    # The content depends on the files, not on their location.
+    assert not [file for file in folder.glob("*.json") if str(tmp_path) in file.read_text()]
     copies = [shutil.copytree(part, tmp_path / f"copy-{part.name}") for part in (language, vision)]
     assert assembled_folder(*copies) == folder
     assert find_tokenizer(reference) is not None

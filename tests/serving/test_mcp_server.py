@@ -218,6 +218,17 @@ def test_paths_leaving_the_folder_are_rejected(agent_folder: Path, path: str) ->
             AgentPermissions([agent_folder], allow_remote).config(None, run_settings(data={"train": path}))
 
 
+def test_parts_of_a_model_are_checked(agent_folder: Path) -> None:
+    permissions = AgentPermissions([agent_folder], allow_remote=True)
+    model = permissions.config(None, run_settings(model={"language": "owner/name", "vision": "encoder"}))["model"]
+    assert model == f"parts:owner/name + {agent_folder.resolve() / 'encoder'}"
+    for parts in ("parts:owner/name + /etc", "parts:../x + encoder"):
+        with pytest.raises(UserError, match="outside of the folders"):
+            permissions.config(None, run_settings(model=parts))
+        with pytest.raises(UserError, match="outside of the folders"):
+            permissions.run(parts)
+
+
 def test_every_path_setting_is_checked() -> None:
     words = ("file", "folder", "reference")
     mentioned = {

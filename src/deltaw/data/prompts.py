@@ -110,7 +110,7 @@ class AnswerReader(RowReader[RowGroup]):
         if self.images is None:
             return row
         row, images = take_images(row, rows.folder(index), rows.row_location(index))
-        return {**row, _IMAGES: images}
+        return {**row, _IMAGES: images} if images else row
 
     def _encoded(self, rows: NumberedRows, indices: Sequence[int]) -> list[list[list[Encoded]] | None]:
         """Return the tokens of each row's answers, or None if the row is unusable."""
@@ -130,7 +130,7 @@ class AnswerReader(RowReader[RowGroup]):
             try:
                 row = self.row(rows, index)
                 answers = self.records(row, location)
-                if images := row.get(_IMAGES):
+                if self.images is not None and (images := row.get(_IMAGES)):
                     answers = tuple(with_images(record, images) for record in answers)  # type: ignore[arg-type]
             except BadRowError as error:
                 on_bad(count * number, error)

@@ -10,7 +10,7 @@ parts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,12 +18,14 @@ from typing import Protocol
 from PIL import Image
 
 from deltaw.data.image_files import decode, image_of, unreadable_image
-from deltaw.data.report import BadRowError
+from deltaw.data.report import BadRowError, count_of
 from deltaw.data.rows import Row
 from deltaw.errors import UserError
 
 # Stands for an image in a text of a row, as in the rows of LLaVA.
 MARKER = "<image>"
+# Maximum number of tokens of the images of a row, which limits the memory of a row that repeats an image.
+MAX_TOKENS = 2**20
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,23 @@ def for_template(message: Mapping[str, object], placer: ImagePlacer) -> dict[str
     return {**message, "content": parts}
 
 
+def place_images(placer: ImagePlacer, images: Iterable[RowImage], location: str) -> list[PlacedImage]:
+    """Return the text and the ids of each image of a row.
+
+    Raises:
+        BadRowError: if an image is unusable, or the images have more than :data:`MAX_TOKENS` tokens.
+    """
+    placed: list[PlacedImage] = []
+    count = 0
+    for image in images:
+        placed.append(placer.place(image))
+        count += len(placed[-1].ids)
+        if count > MAX_TOKENS:
+            message, hint = f"the images have more than {MAX_TOKENS:,} tokens", "use fewer or smaller images"
+            raise BadRowError(message, reason="too many images", location=location, hint=hint)
+    return placed
+
+
 def insert_texts(text: str, placeholder: str, images: Sequence[PlacedImage], location: str) -> str:
     """Replace each placeholder by the text of its image.
 
@@ -120,7 +139,8 @@ def insert_texts(text: str, placeholder: str, images: Sequence[PlacedImage], loc
     """
     pieces = text.split(placeholder)
     if len(pieces) - 1 != len(images):
-        message = f"the rendered text has '{placeholder}' {len(pieces) - 1} times and {len(images)} images"
+        placeholders = count_of(len(pieces) - 1, "placeholder")
+        message = f"the rendered text has {placeholders} '{placeholder}' for {count_of(len(images), 'image')}"
         raise _mismatch(message, location)
     return "".join(part for pair in zip(pieces, (*(image.text for image in images), ""), strict=True) for part in pair)
 
@@ -143,7 +163,7 @@ def insert_ids(
     ids = [int(token) for image in images for token in image.ids]
     count, token_id = tokens.count(placer.token_id), placer.token_id
     if count != len(ids):
-        raise _mismatch(f"the text has {count:,} image tokens, and its images have {len(ids):,}", location)
+        raise _mismatch(f"the text has {count_of(count, 'image token')}, and its images have {len(ids):,}", location)
     if not ids:
         return tokens
     if any(token_id in tokens[start:stop] for start, stop in labels):
@@ -229,7 +249,8 @@ def take_images(
         changed = _map_texts(changed, columns, prepend, location)
     missing = references.count(None)
     if missing != len(values):
-        message = f"the texts refer to {missing} images ({MARKER}), and the row has {len(values)} in its column"
+        in_texts = count_of(missing, "image")
+        message = f"the texts refer to {in_texts} ({MARKER}), and the row has {len(values)} in its column"
         hint = f"write {MARKER} once for each element of 'images', or nowhere to put them before the first question"
         raise BadRowError(message, reason="other images than its texts refer to", location=location, hint=hint)
     if references and marked_answers:

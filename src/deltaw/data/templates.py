@@ -29,6 +29,7 @@ from deltaw.data.row_images import (
     for_template,
     insert_ids,
     insert_texts,
+    place_images,
 )
 from deltaw.errors import UserError
 from deltaw.hub.terminators import turn_ends
@@ -609,7 +610,7 @@ class Encoder:
             BadRowError: if an image cannot be read, or a text contains an image token.
         """
         location = "the prompt"
-        placed = [] if self.images is None else [self.images.place(image) for image in images]
+        placed = [] if self.images is None else place_images(self.images, images, location)
         if self.chat:
             if isinstance(prompt, str):
                 prompt = [{"role": "user", "content": prompt}]
@@ -648,7 +649,7 @@ class Encoder:
         for index in sorted([*drafts, *parts]):
             location = locations[index]
             try:
-                placed[index] = images = [placer.place(image) for image in getattr(records[index], "images", ())]
+                placed[index] = images = place_images(placer, getattr(records[index], "images", ()), location)
                 if index in parts:
                     parts[index] = self._with_image_texts(parts[index], images, location)
                     continue

@@ -24,7 +24,7 @@ from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration,
 from deltaw.cache import Cache, file_digest, key
 from deltaw.errors import UserError, first_line
 from deltaw.hub.checkpoint import WEIGHTS, WeightFiles, match_names, read_checkpoint
-from deltaw.hub.transformers_private import forget_origin, quiet
+from deltaw.hub.transformers_private import quiet
 from deltaw.progress import LogFunction, track_progress
 from deltaw.settings.model_parts import CONNECTORS
 from deltaw.tensor_files import StoredTensor, TensorEntry, TensorWriter, row_blocks
@@ -68,9 +68,9 @@ def assembled_folder(
 
     def assemble(folder: Path) -> None:
         with track_progress("assembling the model"), quiet():
-            parts = _Parts(_language_part(language), _vision_part(vision), connector)
-            log(f"assembling {language.name} and {vision.name}, once, into {cache.folder / name}")
-            _save(parts, folder, seed)
+            parts = _language_part(language), _vision_part(vision)
+            log(f"assembling the vision-language model, once, into {cache.folder / name}")
+            _save(*parts, folder, connector, seed)
 
     return cache.create_folder(name, assemble)
 
@@ -121,13 +121,6 @@ class _VisionPart(_Part):
     processor: Any
     num_patches: int
     num_prefix: int
-
-
-@dataclass(frozen=True)
-class _Parts:
-    language: _Part
-    vision: _VisionPart
-    connector: str
 
 
 def _read_config(folder: Path) -> PretrainedConfig:
@@ -220,14 +213,15 @@ def _match(model: PreTrainedModel, folder: Path) -> tuple[WeightFiles, dict[str,
     return files, stored, [name for group in names.converted.values() for name in group]
 
 
-def _save(parts: _Parts, folder: Path, seed: int) -> None:
+def _save(language: _Part, vision: _VisionPart, folder: Path, connector: str, seed: int) -> None:
     """Write all files of the assembled model."""
-    language, vision = parts.language, parts.vision
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(language.folder, **_LOCAL)
     except Exception as error:
         message = f"the tokenizer cannot be used: {first_line(error)}"
         raise UserError(message, location=str(language.folder), hint="copy the model's tokenizer.json") from error
+    for name in (*_LOCAL, "is_local"):
+        tokenizer.init_kwargs.pop(name, None)  # settings of this call
     tokenizer.add_tokens([transformers.AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
     image_id, num_rows = tokenizer.get_vocab()[IMAGE_TOKEN], language.config.vocab_size
     if image_id > num_rows:
@@ -235,24 +229,24 @@ def _save(parts: _Parts, folder: Path, seed: int) -> None:
         raise UserError(message, location=str(language.folder), hint="download the model again")
     strategy: Literal["default", "full"] = "default" if vision.num_prefix else "full"
     dtype = language.config.dtype or torch.float32
+    language.config.name_or_path = vision.config.name_or_path = ""  # otherwise saved
     language.config.vocab_size = max(num_rows, image_id + 1)
     config = LlavaConfig(
         vision_config=vision.config,
         text_config=language.config,
         image_token_index=image_id,
         image_seq_length=vision.num_patches + max(0, vision.num_prefix - 1),
-        projector_hidden_act="gelu" if parts.connector == "mlp" else "linear",
+        projector_hidden_act="gelu" if connector == "mlp" else "linear",
         vision_feature_select_strategy=strategy,
         vision_feature_layer=-1,
         tie_word_embeddings=language.config.tie_word_embeddings,
         architectures=[LlavaForConditionalGeneration.__name__],
         dtype=dtype,
     )
-    forget_origin(config)
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
     tensors: dict[str, StoredTensor | Tensor] = {**language.tensors, **vision.tensors}
-    tensors |= _new_connector(model, _rms(language.tensors[_EMBEDDING]), parts.connector, seed)
+    tensors |= _new_connector(model, _rms(language.tensors[_EMBEDDING]), connector, seed)
     grown = {_EMBEDDING, _HEAD} & set(tensors) if image_id == num_rows else set()
     _write_weights(folder / WEIGHTS, tensors, {name: _mean_row(language.tensors[name]) for name in sorted(grown)})
     _match(model, folder)

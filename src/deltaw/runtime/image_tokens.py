@@ -70,15 +70,14 @@ class ImageTokens(nn.Module):
         """Map token ids (...) to embeddings (..., d). Transformations of the embedding class apply to text only."""
         is_image = input >= self.first_image_id
         text: Tensor = super().forward(input.masked_fill(is_image, 0), *args, **kwargs)
-        if not has_values(input):  # a dry run: the number of image tokens is unknown
-            width = self.features.width
-            return torch.where(is_image[..., None], self._embed(text.new_zeros(*input.shape, width)), text)
         if not bool(is_image.any()):
             return text
         return text.masked_scatter(is_image[..., None], self.image_rows(input[is_image]).to(text.dtype))
 
     def image_rows(self, ids: Tensor) -> Tensor:
         """Return the (n, d) embeddings of image tokens (n,)."""
+        if not has_values(self.weight):  # a dry run
+            return self._embed(self.weight.new_zeros(len(ids), self.features.width))
         return self._embed(self.features.rows(ids).to(device=ids.device, dtype=self.weight.dtype))
 
     def _embed(self, features: Tensor) -> Tensor:
