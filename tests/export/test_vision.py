@@ -10,13 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    CLIPImageProcessorPil,
-    LlavaProcessor,
-    PreTrainedModel,
-)
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from deltaw.export.as_adapter import write_adapter
 from deltaw.export.base import MergeOptions
@@ -24,15 +18,15 @@ from deltaw.export.combine import Recipe
 from deltaw.export.gguf_model import export_gguf, export_gguf_adapter
 from deltaw.export.merge import merge_run
 from deltaw.export.portable import export_folder
+from deltaw.export.verify import MergeVerifier, Verification
 from deltaw.hub.vision import text_view
 from deltaw.lora import LoRAConfig, attach, save_adapter
 from deltaw.lora.attachment import adapted_layers
 from deltaw.reports.inspect import inspect_adapter
 from deltaw.settings.method_registry import entry_of
-from tests.byte_models import byte_tokenizer
 from tests.conftest import refusal
 from tests.export.merge_cases import perturb_adapter, read_config, silence_transformers
-from tests.vision_models import FAMILIES, prompt, vision_model
+from tests.vision_models import FAMILIES, prompt, save_vision_model, vision_model
 
 _FAMILIES = ("llava", "llava_next", "llava_onevision", "smolvlm", "idefics3", "internvl", "mistral3")
 
@@ -165,20 +159,20 @@ def test_adapter_of_peft_on_vision_tower_can_be_merged(tmp_path: Path) -> None:
     )
 
 
-def test_processor_files_are_kept(tmp_path: Path) -> None:
-    base, tokenizer = _base(tmp_path / "base"), byte_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    images = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    options = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    LlavaProcessor(images, tokenizer, chat_template="{{ messages }}", **options).save_pretrained(base)
-    merge_run(_adapter(base, tmp_path / "adapter")[1], tmp_path / "out")
+def test_merged_folder_has_processor_and_is_verified(tmp_path: Path) -> None:
+    silence_transformers()
+    base = save_vision_model("llava", tmp_path / "base")
+    adapter = _adapter(base, tmp_path / "adapter")[1]
+    result = merge_run(adapter, tmp_path / "out", verify=MergeVerifier())
+    assert isinstance(result.verification, Verification) and result.verification.passed
+    assert result.verification.adapter.mean > 0.1
     picture = Image.new("RGB", (40, 30), "red")
     first, second = (
-        AutoProcessor.from_pretrained(folder)(images=picture, text="see <image>", return_tensors="pt")
+        AutoProcessor.from_pretrained(folder, backend="pil")(images=picture, text="see <image>", return_tensors="pt")
         for folder in (base, tmp_path / "out")
     )
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-    assert AutoProcessor.from_pretrained(tmp_path / "out").chat_template == "{{ messages }}"
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == (base / "chat_template.jinja").read_text()
 
 
 def test_adapters_are_combined_into_an_adapter_of_the_complete_model(tmp_path: Path) -> None:

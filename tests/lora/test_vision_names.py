@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from deltaw.hub.vision import VisionLanguageModel, text_view
 from deltaw.lora import LoRAConfig, attach, load_adapter, read_adapter, save_adapter
-from deltaw.lora.complete_names import complete_names
+from deltaw.lora.complete_names import complete_names, set_complete_names
 from deltaw.lora.files import read_factors
 from deltaw.lora.starting import attach_from, concatenate, save_new_directions
 from deltaw.runtime.image_tokens import image_embeddings
@@ -193,6 +193,25 @@ def test_new_adapter_is_stacked_on_stored_ones(tmp_path):
         for module in _load_in_peft("llava", tmp_path / "new").modules()
         if isinstance(module, BaseTunerLayer)
     } == {2}
+
+
+def test_trained_connector_has_its_name_in_complete_model(tmp_path):
+    parts = _view("llava")
+    features = torch.cat(parts.features(FAMILIES["llava"].inputs()))
+    connector = copy.deepcopy(parts.model.model.multi_modal_projector)
+    with image_embeddings(parts.view, features):
+        parts.view.get_input_embeddings().add_module("multi_modal_projector", connector)
+        name = "model.embed_tokens.multi_modal_projector"
+        mapping = complete_names(parts.view).with_module(name, "model.multi_modal_projector")
+        set_complete_names(parts.view, mapping)
+        attach(parts.view, LoRAConfig(rank=2, target_modules=["q_proj"], train_modules=["multi_modal_projector"]))
+        perturb(parts.view)
+        save_adapter(parts.view, tmp_path)
+        trained = parts.view.get_submodule(name).state_dict()
+    theirs = _load_in_peft("llava", tmp_path).base_model.model.model.multi_modal_projector
+    saved = theirs.modules_to_save["default"].state_dict()
+    assert all(torch.equal(saved[key], value) for key, value in trained.items())
+    assert not torch.equal(saved["linear_1.weight"], theirs.original_module.linear_1.weight)
 
 
 def test_settings_may_name_modules_of_complete_model():

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -379,6 +380,9 @@ def _select_rows(session: OpenedRun, sample_size: SampleSize, log: LogFunction) 
         if session.task.trains_head:
             return _SampleRows(session, selected, sample_size.positions, labeled=True), location
         tokens = [row.tokens for item in selected for row in getattr(item, "rows", (item,))]
+        if (images := getattr(session.task, "images", None)) is not None:
+            # The merge does not change the vision tower, so the placeholder is compared instead of the images.
+            tokens = [np.where(np.asarray(ids) < images.first_id, ids, images.token_id) for ids in tokens]
         return _SampleRows(session, tokens, sample_size.positions, labeled=False), location
     if session.task.tokenizer is None:
         message = f"{reason}, so images for the verification are not available"
