@@ -29,6 +29,7 @@ from deltaw.data.row_reader import RunData
 from deltaw.data.rows import NumberedRows
 from deltaw.data.templates import Encoder
 from deltaw.errors import UserError
+from deltaw.hub import packages
 from deltaw.settings.data import DataSettings
 from tests.data.conftest import CHATML, accounted, assistant, make_tokenizer, refusal, user
 
@@ -408,6 +409,17 @@ def test_mapped_columns_and_skipped_rows_are_counted(write: Write, tmp_path: Pat
     assert data.report.unused_columns == ()
     (line,) = data.skipped.lines()
     assert "row 2, image 1" in str(line["where"]) and "gone.png" in str(line["where"])
+
+
+def test_images_of_a_package_are_found_next_to_its_rows(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.png").write_bytes(picture(1))
+    path = write([{"prompt": "q", "completion": "a", "image": "a.png"}])
+    monkeypatch.setattr(packages, "member", lambda reference: Path(path))
+    tokenizer = image_tokenizer()
+    data = run_data("pypi:pictures==1.0/rows/data.jsonl", FakePlacer(tokenizer), tokenizer)
+    assert (data.train[0].tokens >= FIRST_ID).sum() == 2
 
 
 def test_text_models_reject_image_parts_and_ignore_image_columns() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import bisect
-import os
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+from deltaw.hub import packages
 
 Row = Mapping[str, object]
 
@@ -74,7 +76,7 @@ class NumberedRows(Sequence[tuple[int, Row]]):
 
     def folder(self, index: int) -> Path:
         """Return the folder of that file, which relative paths in the row refer to."""
-        return Path(os.path.expanduser(self.file(index))).parent
+        return _folder_of(self.file(index))
 
     @staticmethod
     def concat(name: str, sources: Sequence[NumberedRows]) -> NumberedRows:
@@ -109,6 +111,11 @@ class Table(Sequence[Row]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         return dict(zip(self.header, self.cells[index], strict=True))
+
+
+@functools.lru_cache(maxsize=64)
+def _folder_of(file: str) -> Path:
+    return packages.local_path(file).parent
 
 
 def _columns_of(parts: Sequence[tuple[str, Sequence[int], Sequence[Row]]]) -> list[str]:

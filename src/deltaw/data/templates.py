@@ -659,7 +659,8 @@ class Encoder:
                     for a, count in zip(drafts[index], counts, strict=True)
                 ]
             except BadRowError as error:
-                drafts.pop(index, None), parts.pop(index, None)
+                for remaining in (drafts, parts):
+                    remaining.pop(index, None)
                 on_bad(index, error)
         return placed
 

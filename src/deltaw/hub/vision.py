@@ -103,6 +103,18 @@ class Tower:
         names = _connectors(self.model)
         return names[-1] if names else None
 
+    @property
+    def language_bytes(self) -> int:
+        """Size of the uninitialized weights of the language model, which use no physical memory."""
+        model: Any = self.model
+        weights = {id(p): p for p in (*model.get_decoder().parameters(), *model.get_output_embeddings().parameters())}
+        return sum(weight.numel() * weight.element_size() for weight in weights.values())
+
+    @property
+    def bytes(self) -> int:
+        """Size of all other weights."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters()) - self.language_bytes
+
     def open_connector(self) -> tuple[str, nn.Module]:
         """Return the last part of the connector's name, and the connector.
 
