@@ -27,6 +27,7 @@ from transformers.initialization import no_init_weights
 from deltaw.errors import UserError
 from deltaw.hub.checkpoint import match_names, read_checkpoint
 from deltaw.hub.transformers_private import configurations_of, quiet
+from deltaw.lora.complete_names import NameMap, complete_names, set_complete_names
 
 AUTO_MODEL = "AutoModelForImageTextToText"
 
@@ -65,8 +66,9 @@ class VisionLanguageModel:
 
     def full_name(self, name: str) -> str:
         """Return the name in the complete model of a module or parameter of the view."""
-        view_prefix = f"{self.view.base_model_prefix}."
-        return f"{self.prefix}.{name.removeprefix(view_prefix)}" if name.startswith(view_prefix) else name
+        names = complete_names(self.view)
+        assert names is not None
+        return names.to_complete(name)
 
     @torch.no_grad()
     def features(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
@@ -265,6 +267,9 @@ def text_view(model: PreTrainedModel) -> VisionLanguageModel:
     view.set_output_embeddings(head)
     view.generation_config = model.generation_config
     prefix = next(name for name, module in model.named_modules() if module is language)
+    base = view.base_model_prefix
+    modules = tuple((name, prefix if name == base else name) for name, _ in view.named_children())
+    set_complete_names(view, NameMap(prefix, modules, model.config))
     return VisionLanguageModel(model, view.eval(), prefix)
 
 

@@ -35,13 +35,14 @@ from deltaw.hub.loading import has_values
 from deltaw.hub.processors import PROCESSOR_FILES, ModelProcessor
 from deltaw.hub.vision import Tower, is_view, load_tower
 from deltaw.hub.vision_parts import is_new_connector
+from deltaw.lora.complete_names import complete_names, set_complete_names
 from deltaw.machine.choices import dtype_of
 from deltaw.machine.memory import release_free_memory
 from deltaw.memory.simulation import simulate
 from deltaw.methods.base import INPUT_LAYER
 from deltaw.platforms import rename_path
 from deltaw.progress import track_progress
-from deltaw.runtime.image_tokens import ImageTokens, attach_images, verify_view
+from deltaw.runtime.image_tokens import ImageTokens, attach_images, connector_module, verify_view
 from deltaw.tensor_files import TensorFile, write_tensors
 
 # Maximum size of all stored features.
@@ -202,6 +203,8 @@ class RowImages:
             if has_values(model):
                 self._verify(model)
             attach_images(model, self, connector)
+            if (mapping := complete_names(model)) is not None and (name := connector_module(model)) is not None:
+                set_complete_names(model, mapping.with_module(name, str(tower.connector)))
         if has_values(model):
             self.compute()
             self.release()
