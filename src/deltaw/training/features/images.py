@@ -107,6 +107,7 @@ class RowImages:
         self._texts: dict[tuple[int, int], tuple[str, int]] = {}
         self._cache, self._table = Cache("images", LIMIT_BYTES), _Table()
         self._tower: Tower | None = None
+        self._connector = ""  # name in the complete model
 
     def __len__(self) -> int:
         return len(self._images)
@@ -204,7 +205,7 @@ class RowImages:
                 self._verify(model)
             attach_images(model, self, connector)
             if (mapping := complete_names(model)) is not None and (name := connector_module(model)) is not None:
-                set_complete_names(model, mapping.with_module(name, str(tower.connector)))
+                set_complete_names(model, mapping.with_module(name, self._connector))
         if has_values(model):
             self.compute()
             self.release()
@@ -232,7 +233,7 @@ class RowImages:
         parts = {part for name in trained for part in name.split(".")}
         if not (starts_connector or INPUT_LAYER in trained or str(tower.connector).rpartition(".")[2] in parts):
             return None
-        connector = tower.open_connector()
+        connector, self._connector = tower.open_connector(), str(tower.connector)
         self.before_connector, self.width = True, int(next(connector[1].parameters()).shape[-1])
         return connector
 
