@@ -23,6 +23,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from deltaw.errors import UserError
 from deltaw.hub.checkpoint import match_names, read_checkpoint
@@ -240,12 +241,12 @@ def require_supported(config: PretrainedConfig) -> None:
         UserError: if the family is not supported.
     """
     kind, text = config.model_type, config.get_text_config(decoder=True)
-    complete: Any = getattr(transformers, AUTO_MODEL)._model_mapping[type(config)]
+    complete: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     if "mrope" in str(getattr(text, "rope_parameters", None)):
         raise unsupported_family(kind, "its image tokens have three-dimensional positions")
     if "token_type_ids" in inspect.signature(complete.forward).parameters:
         raise unsupported_family(kind, "its image tokens attend to each other in both directions")
-    if type(text) not in transformers.AutoModelForCausalLM._model_mapping:
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise unsupported_family(kind, f"transformers has no causal model of type {text.model_type}")
 
 

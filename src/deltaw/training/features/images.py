@@ -365,7 +365,7 @@ class _Table:
         return self._values[torch.from_numpy(indices)].view(self._dtype)
 
     def statistics(self) -> tuple[Tensor, Tensor] | None:
-        """Return the (width,) mean and standard deviation of all values, or None without values."""
+        """Return the (width,) mean and standard deviation of all values, or None if there are none."""
         total, squares = torch.zeros(2, self._width, dtype=torch.float64)
         for start in range(0, self._count, _BLOCK):
             values = self.rows(np.arange(start, min(start + _BLOCK, self._count))).double()
