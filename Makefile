@@ -3,6 +3,7 @@
 #   make reward           train the same model with rewards
 #   make distill          train it to answer without a prompt as it does with the prompt
 #   make embedding        train a small encoder for code search
+#   make vision           train a language model to answer questions about images
 #   make test             quick tests
 #   make test-slow        slow tests (see docs/development.md)
 #   make test-variants    quick tests with each kernel variant of this machine, with emulated tiles and without kernels,
@@ -42,7 +43,7 @@ PYTEST  = OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pyte
 CSRC    := src/deltaw/kernels/csrc
 KERNELS := setup.py $(wildcard $(CSRC)/*)
 
-.PHONY: demo reward distill embedding test test-slow test-variants lint bench figures docs pages site sanitize \
+.PHONY: demo reward distill embedding vision test test-slow test-variants lint bench figures docs pages site sanitize \
         sanitize-all sanitize-tiles kernels-arm kernels-windows kernels-windows-of wheels clean
 
 demo: $(VENV)/.run
@@ -63,6 +64,13 @@ embedding: $(VENV)/.run
 	$(BIN)/python examples/rows.py docstrings
 	$(BIN)/deltaw train examples/embedding.yaml
 	$(BIN)/deltaw eval runs/embedding --with-base
+
+vision: $(VENV)/.run
+	$(BIN)/python -m pip install --quiet onnx
+	test -d dinov2-small || $(BIN)/python examples/vision.py tower
+	$(BIN)/python examples/vision.py easy-vqa 500
+	$(BIN)/deltaw train examples/vision.yaml
+	$(BIN)/deltaw eval runs/vision --with-base --answers 6
 
 test: $(VENV)/.dev
 	test -z "$$DELTAW_KERNELS" || $(BIN)/python setup.py --quiet build_ext --inplace  # also build the selected variant

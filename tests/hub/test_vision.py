@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from deltaw.hub.checkpoint import match_names, read_checkpoint
 from deltaw.hub.vision import is_vision_language, text_view
 from deltaw.runtime.image_tokens import verify_view
 from tests.conftest import refusal
@@ -41,3 +43,16 @@ def test_other_outputs_are_rejected(family):
     parts = text_view(vision_model(family))
     error = refusal(verify_view, parts, prompt(family), FAMILIES[family].inputs(), IMAGE_TOKEN)
     assert f"a {family} model is not supported: its outputs differ by 93" in error.message
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_onevision", "smolvlm", "internvl", "mistral3"])
+def test_names_in_weight_files_match_parameters_of_view(family, tmp_path):
+    model = vision_model(family)
+    model.save_pretrained(tmp_path)
+    view, checkpoint = text_view(model).view, read_checkpoint(tmp_path)
+    names = match_names(view, checkpoint.tensors)
+    parameters = dict(view.named_parameters())
+    assert names.stored.keys() == parameters.keys() and not names.converted
+    for name, parameter in parameters.items():
+        assert torch.equal(checkpoint.tensors[names.stored[name]].load(), parameter)
+    assert len(names.unused) == len(checkpoint.tensors) - len(parameters)

@@ -18,8 +18,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from deltaw.hub import vision_parts
 from deltaw.hub.folders import config_folder, resolve
 from deltaw.hub.tokenizers import find_tokenizer
-from deltaw.hub.vision import text_view, verify_view
+from deltaw.hub.vision import text_view
 from deltaw.hub.vision_parts import assembled_folder, fold_statistics, is_new_connector
+from deltaw.runtime.image_tokens import verify_view
 from tests.byte_models import TEMPLATE, save_model, tiny_gpt2, tiny_llama
 from tests.conftest import refusal
 from tests.tiny_models import CAUSAL

@@ -260,7 +260,20 @@ class MicroBatch:
         return sum(len(member.indices) for member in self.members)
 
 
-@functools.lru_cache(maxsize=2)
+def grouped_order(order: np.ndarray, groups: np.ndarray, epoch: int, seed: int) -> np.ndarray:
+    """Return a permutation in which the rows of a group are consecutive. Groups are in random order.
+
+    Args:
+        order: (n,) permutation of the epoch, which defines the order within a group.
+        groups: (n,) group of each row, from 0.
+    """
+    group_order = epoch_order(int(groups.max()) + 1, epoch, seed)
+    rank = np.empty(len(group_order), np.int64)
+    rank[group_order] = np.arange(len(group_order))
+    return order[np.argsort(rank[groups[order]], kind="stable")]
+
+
+@functools.lru_cache(maxsize=4)
 def epoch_order(count: int, epoch: int, seed: int) -> np.ndarray:
     """Return a permutation of ``count`` rows that depends only on the arguments."""
     order = np.random.default_rng([seed, epoch]).permutation(count)

@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 from PIL import Image
 
 from deltaw.data.image_files import decode, image_of, unreadable_image
@@ -311,3 +312,17 @@ def _map_turn(turn: object, change: _Change, location: str) -> object:
 def _answer_error(location: str) -> BadRowError:
     hint = "put images into messages of the user"
     return BadRowError("an answer has an image", reason="an image in an answer", location=location, hint=hint)
+
+
+def image_groups(rows: Sequence[Any], first_id: int) -> np.ndarray | None:
+    """Return the group (n,) of each row: rows whose first image is the same. None if no two rows share an image.
+
+    Args:
+        first_id: First token id of images.
+    """
+    keys = np.empty(len(rows), np.int64)
+    for index, row in enumerate(rows):
+        ids = row.tokens[row.tokens >= first_id]
+        keys[index] = ids[0] if len(ids) else -1 - index
+    distinct, groups = np.unique(keys, return_inverse=True)
+    return None if len(distinct) == len(rows) else groups

@@ -235,6 +235,8 @@ class Predictor:
         built = (self._build_request(prompt, engine.session_adapter, number=n) for n, prompt in prompts.items())
         # One owner per chunk: a resumed process must not depend on the prefix cache of earlier chunks.
         requests = [replace(request, owner=start) for request in built]
+        if (images := self._session.task.images) is not None:
+            images.compute()
         with track_progress("writing", len(requests)) as advance:
             texts = engine.generate_all(requests, lambda done, _: advance(done))
         return [text.text for text in texts], [text.finish for text in texts]

@@ -35,7 +35,8 @@ from deltaw.hub.checkpoint import (
 from deltaw.hub.folders import ModelSource, adapter_folder, local_folder, resolve
 from deltaw.hub.loading import LoadedModel, load, read_config, skeleton
 from deltaw.hub.tokenizers import tokenizer_in
-from deltaw.hub.transformers_private import quiet
+from deltaw.hub.transformers_private import complete_skeleton, quiet
+from deltaw.hub.vision import is_view, text_view
 from deltaw.lora import load_adapter, save_adapter
 from deltaw.lora.config import CHANGING_INITS
 from deltaw.lora.fingerprint import base_fingerprint, same_base
@@ -85,7 +86,12 @@ class AdapterBase:
     trust_remote_code: bool
 
     def skeleton(self, folder: Path | None = None) -> PreTrainedModel:
-        """Return the model on the meta device, built from the base's config.json or from the one in ``folder``."""
+        """Return the model on the meta device, built from the base's config.json or from the one in ``folder``.
+
+        A vision-language model is returned completely, with its vision tower.
+        """
+        if self.is_view:
+            return complete_skeleton(self._read_config(folder or self.folder))
         with torch.device("meta"):
             return skeleton(str(folder or self.folder), dtype="fp32", **self._for_task)
 
@@ -110,10 +116,24 @@ class AdapterBase:
         return self.source.path if self.source.kind == "gguf" else None
 
     @functools.cached_property
+    def is_view(self) -> bool:
+        """True if the model is a vision-language model, which is trained through its text view."""
+        return is_view(self._read_config(self.folder), task_registry.entry_of(self.task).auto_model)
+
+    @functools.cached_property
     def config(self) -> PretrainedConfig:
-        """Configuration of the model."""
+        """Configuration of the model, or of the language model of a vision-language model."""
+        config = self._read_config(self.folder)
+        if not self.is_view:
+            return config
+        text: PretrainedConfig = config.get_text_config(decoder=True)
+        model = self.skeleton()
+        text.tie_word_embeddings = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        return text
+
+    def _read_config(self, folder: Path) -> PretrainedConfig:
         with quiet():
-            return read_config(self.folder, self.task, None, self.trust_remote_code)
+            return read_config(folder, self.task, None, self.trust_remote_code)
 
     def tokenizer(self, run: Path) -> PreTrainedTokenizerBase | None:
         """Return the tokenizer, with the chat template of ``run`` if it has one."""
@@ -132,7 +152,11 @@ class AdapterBase:
         """
         model = self.skeleton()
         checkpoint = read_checkpoint(self.folder)
-        return fingerprint_on_disk(model, checkpoint, match_names(model, checkpoint.tensors))
+        return fingerprint_on_disk(self, model, checkpoint, match_names(model, checkpoint.tensors))
+
+    def trained_part(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Return the part of a skeleton that was trained: the text view of a vision-language model."""
+        return text_view(model).view if self.is_view else model
 
 
 def resolve_base(adapter: Path, dtype: str, options: MergeOptions, log: LogFunction) -> AdapterBase:
@@ -164,12 +188,13 @@ def wrong_base_error(base: AdapterBase, adapter: Path, hint: str) -> UserError:
 
 
 def check_base(
-    model: PreTrainedModel, checkpoint: WeightFiles, names: ParameterNames, adapter: AdapterChanges
+    base: AdapterBase, model: PreTrainedModel, checkpoint: WeightFiles, names: ParameterNames, adapter: AdapterChanges
 ) -> bool | None:
     """Return True if the files are the base model that an adapter was trained on, or None if this is unknown.
 
     Args:
-        model: Base model on the meta device, without an adapter.
+        base: Base model.
+        model: Its skeleton, without an adapter.
         checkpoint: Weight files of the base model.
         names: Names of the parameters in the files.
         adapter: Changes of the adapter.
@@ -186,11 +211,15 @@ def check_base(
             raise UserError(message, location=str(adapter.folder), hint=hint)
     if adapter.fingerprint is None:
         return None
-    return same_base(fingerprint_on_disk(model, checkpoint, names, adapter.replaced), adapter.fingerprint)
+    return same_base(fingerprint_on_disk(base, model, checkpoint, names, adapter.replaced), adapter.fingerprint)
 
 
 def fingerprint_on_disk(
-    model: PreTrainedModel, checkpoint: WeightFiles, names: ParameterNames, replaced: frozenset[str] = frozenset()
+    base: AdapterBase,
+    model: PreTrainedModel,
+    checkpoint: WeightFiles,
+    names: ParameterNames,
+    replaced: frozenset[str] = frozenset(),
 ) -> str | None:
     """Compute :func:`~deltaw.lora.fingerprint.base_fingerprint` of a model from its files without loading it.
 
@@ -199,7 +228,9 @@ def fingerprint_on_disk(
     if names.converted:
         return None
     record_stored_digests(model, folder_digests(checkpoint.folder))
-    return base_fingerprint(model, [p for name, p in parameters_by_name(model).items() if name in replaced])
+    return base_fingerprint(
+        base.trained_part(model), [p for name, p in parameters_by_name(model).items() if name in replaced]
+    )
 
 
 # Initializations such as PiSSA and OLoRA change the base weights to W − s·A₀·B₀, with A₀ and B₀ computed from W.

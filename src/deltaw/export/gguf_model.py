@@ -40,7 +40,14 @@ from deltaw.export.gguf_file import (
 )
 from deltaw.export.gguf_tokenizer import add_chat_template, add_tokenizer, extract_vocabulary
 from deltaw.export.merged import MergedModel, MergedTensor, NeedsMemoryMerge, assemble
-from deltaw.export.portable import PlainUpdate, folded_lines, read_pair, require_same_base, require_text
+from deltaw.export.portable import (
+    PlainUpdate,
+    folded_lines,
+    read_pair,
+    require_same_base,
+    require_text,
+    with_language_names,
+)
 from deltaw.hub.terminators import terminators_in
 from deltaw.lora.fingerprint import FINGERPRINT_KEY
 from deltaw.progress import LogFunction, ignore_line
@@ -186,6 +193,9 @@ def export_gguf(
     with prepare_merge(run, options or MergeOptions(precision="fp32"), log) as job:
         base = job.base
         require_text(base, run)
+        if base.is_view:
+            message = "deltaw does not export vision-language models to GGUF, only their adapters (gguf-adapter)"
+            raise UserError(message, location=str(run), hint=CONVERTER_HINT)
         architecture = find_architecture(base.config)
         try:
             merged = assemble(job)
@@ -318,6 +328,7 @@ def export_gguf_adapter(
             the file cannot be written. In this case no file is written.
     """
     adapter, base = read_pair(run, "gguf-adapter", options or MergeOptions(), log)
+    adapter = with_language_names(adapter, base, run)
     architecture = find_architecture(base.config)
     names = TensorNames(architecture, base.config)
     fingerprint = require_same_base(base, adapter.fingerprint, run, log)

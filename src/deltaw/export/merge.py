@@ -105,6 +105,9 @@ def write_from_memory(job: MergePlan, folder: Path) -> MergedModel:
     Raises:
         UserError: if the base model differs from the one used in training, or the model cannot represent a change.
     """
+    if job.base.is_view:
+        message = "an adapter of experts cannot be merged into a vision-language model"
+        raise UserError(message, location=str(job.run), hint="keep the adapter separate")
     settings = read_settings(job.base.folder)
     stored = str(settings.get("dtype") or settings.get("torch_dtype") or "float32")
     model = job.base.load("fp32" if stored in _FP32 else "bf16").model

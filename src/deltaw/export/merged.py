@@ -291,7 +291,7 @@ def assemble(job: MergePlan) -> MergedModel:
     checkpoint = read_checkpoint(base.folder)
     names = match_names(skeleton, checkpoint.tensors)
     settings = read_settings(base.folder)
-    is_same_base = job.same_base(check_base(skeleton, checkpoint, names, item) for item in job.adapters)
+    is_same_base = job.same_base(check_base(base, skeleton, checkpoint, names, item) for item in job.adapters)
     plan = _TensorPlan(job, skeleton, checkpoint, names)
     config = merged_config(job, skeleton, settings, plan.untied, list(plan.added))
     drop = names.unused if config.other_class else ()

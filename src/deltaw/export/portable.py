@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ from deltaw.export.base import (
 )
 from deltaw.export.merged import write_json
 from deltaw.lora.config import CHANGING_INITS
-from deltaw.lora.files import CONFIG_NAME, WEIGHTS_NAME, AdapterFile, read_adapter
+from deltaw.lora.files import CONFIG_NAME, WEIGHTS_NAME, AdapterFile, names_in_model, read_adapter
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, same_base
 from deltaw.lora.peft_format import DEFAULTS, PREFIX, base_settings, target_entries
 from deltaw.lora.peft_updates import FileUpdate, read_content
@@ -208,6 +208,18 @@ def read_pair(run: Path, format_name: str, options: MergeOptions, log: LogFuncti
         return read_plain(folder, format_name), base
 
 
+def with_language_names(adapter: PlainAdapter, base: AdapterBase, run: Path) -> PlainAdapter:
+    """Return an adapter with the names of a language model that other programs read without the vision tower.
+
+    Raises:
+        UserError: if it changes other modules of a vision-language model.
+    """
+    if not base.is_view:
+        return adapter
+    names = names_in_model(base.trained_part(base.skeleton()), (u.module for u in adapter.updates), str(run))
+    return replace(adapter, updates=[replace(update, module=names[update.module]) for update in adapter.updates])
+
+
 def require_same_base(base: AdapterBase, fingerprint: str | None, run: Path, log: LogFunction) -> str | None:
     """Return the base model's fingerprint, after comparing it with the one of the adapter.
 
@@ -354,6 +366,9 @@ def _refuse_invocation(adapter: PlainAdapter, run: Path, reader: str) -> None:
 
 def _refuse_for_mlx(adapter: PlainAdapter, base: AdapterBase, run: Path) -> None:
     kind = base.config.model_type
+    if base.is_view:
+        message = "mlx-lm does not read adapters of vision-language models"
+        raise UserError(message, location=str(run), hint="export it with --format peft, or merge it (deltaw merge)")
     if kind not in _SAME_NAMES:
         hint = f"supported are {', '.join(_SAME_NAMES)}; otherwise {_CONVERT}"
         raise UserError(f"modules of '{kind}' models have other names in mlx-lm", location=str(run), hint=hint)

@@ -20,21 +20,24 @@ import contextlib
 import inspect
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltaw.data.prepare import encode_prompt
 from deltaw.errors import UserError
+from deltaw.export.adapters import ParameterChange
 from deltaw.export.base import MergePlan
 from deltaw.export.merge import apply_changes
 from deltaw.export.merged import dominant_dtype
 from deltaw.hub.checkpoint import read_checkpoint
 from deltaw.lora import merge
+from deltaw.lora.complete_names import complete_names
 from deltaw.machine.memory import free_memory_bytes, release_free_memory
 from deltaw.methods.parameters import parameters_by_name
 from deltaw.progress import LogFunction, ignore_line, track_progress
@@ -230,7 +233,7 @@ def _compare(job: MergePlan, folder: Path, sample_size: SampleSize, log: LogFunc
     else:
         # A model supports one attached adapter, so the unrounded sum is added to the loaded weights.
         model = job.base.load(precision).model
-        apply_changes(model, job.changes)
+        apply_changes(model, _changes(job, model))
     reference = list(samples.logits(model))
     adapter = None
     if is_single:
@@ -242,7 +245,8 @@ def _compare(job: MergePlan, folder: Path, sample_size: SampleSize, log: LogFunc
     if is_single and session.method is not None and session.method.name == "lora":
         with contextlib.suppress(UserError):  # an adapter that cannot be merged remains attached
             merge(model, keep_original=False)
-    _perturb(model, None if perturb_all else {n for change in job.changes for n in change.names}, noise, stored)
+    changed = {name for change in _changes(job, model) for name in change.names}
+    _perturb(model, None if perturb_all else changed, noise, stored)
     rounding = _measure_movement(reference, samples.logits(model))
     del model
     # Only the task of the session is still needed. Release the unmerged model.
@@ -254,6 +258,14 @@ def _compare(job: MergePlan, folder: Path, sample_size: SampleSize, log: LogFunc
     positions, types = sum(len(logits) for logits in reference), (precision, CODES[stored].lower())
     count, outputs = len(reference), session.task.outputs
     return Verification(rows, count, positions, *types, merged, rounding, adapter, narrowed, *allowed, nf4, outputs)
+
+
+def _changes(job: MergePlan, model: PreTrainedModel) -> list[ParameterChange]:
+    """Return the changes of a loaded model, which may be the text view of the merged model."""
+    if (mapping := complete_names(model)) is None:
+        return list(job.changes)
+    names = [tuple(filter(None, map(mapping.from_complete, change.names))) for change in job.changes]
+    return [replace(change, names=own) for change, own in zip(job.changes, names, strict=True) if own]
 
 
 def _measure_nf4(job: MergePlan, reference: Sequence[Tensor], samples: _SampleRows, precision: str) -> Movement | None:
@@ -368,6 +380,9 @@ def _select_rows(session: OpenedRun, sample_size: SampleSize, log: LogFunction) 
         if session.task.trains_head:
             return _SampleRows(session, selected, sample_size.positions, labeled=True), location
         tokens = [row.tokens for item in selected for row in getattr(item, "rows", (item,))]
+        if (images := getattr(session.task, "images", None)) is not None:
+            # The merge does not change the vision tower, so the placeholder is compared instead of the images.
+            tokens = [np.where(np.asarray(ids) < images.first_id, ids, images.token_id) for ids in tokens]
         return _SampleRows(session, tokens, sample_size.positions, labeled=False), location
     if session.task.tokenizer is None:
         message = f"{reason}, so images for the verification are not available"

@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 from deltaw.cache import compute_for_files, file_state, require_unchanged
 from deltaw.errors import UserError
 from deltaw.hub.shards import require_shards
+from deltaw.hub.transformers_private import complete_skeleton
 from deltaw.lora import fingerprint
+from deltaw.lora.complete_names import NameMap, complete_names
 from deltaw.lora.fingerprint import TensorDigest, digest_pieces, map_in_threads, record_digest, saved_tensors
 from deltaw.progress import track_progress
 from deltaw.tensor_files import DTYPES, StoredTensor, read_header
@@ -49,6 +51,8 @@ def match_names(model: PreTrainedModel, tensors: Mapping[str, object]) -> Parame
         model: Model, which may be on the meta device.
         tensors: Tensors by name on disk. Only the names are used.
     """
+    if (mapping := complete_names(model)) is not None:
+        return _match_view(mapping, match_names(complete_skeleton(mapping.config), tensors))
     parameters: dict[str, Tensor] = dict(model.state_dict())
     stored: dict[str, str] = {}
     converted: dict[str, list[str]] = {}
@@ -63,6 +67,16 @@ def match_names(model: PreTrainedModel, tensors: Mapping[str, object]) -> Parame
         else:
             stored[target] = name
     return ParameterNames(stored, converted, unused)
+
+
+def _match_view(mapping: NameMap, names: ParameterNames) -> ParameterNames:
+    """Return the names of a text view from those of its complete model."""
+    view = {name: mapping.from_complete(name) for name in (*names.stored, *names.converted)}
+    return ParameterNames(
+        {key: stored for name, stored in names.stored.items() if (key := view[name]) is not None},
+        {key: stored for name, stored in names.converted.items() if (key := view[name]) is not None},
+        names.unused + [stored for name, stored in names.stored.items() if view[name] is None],
+    )
 
 
 def _renaming(model: PreTrainedModel, parameters: dict[str, Tensor]) -> Callable[[str], tuple[str, bool]]:

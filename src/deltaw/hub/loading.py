@@ -24,11 +24,12 @@ from transformers.initialization import no_init_weights
 
 from deltaw.errors import UserError, first_line
 from deltaw.hub import vision
-from deltaw.hub.checkpoint import hash_in_background
+from deltaw.hub.checkpoint import hash_in_background, match_names
 from deltaw.hub.folders import ModelSource, config_folder, local_folder, log_to_stderr, remote_code_error, resolve
 from deltaw.hub.tokenizers import tokenizer_in
 from deltaw.hub.transformers_private import attention_name, configurations_of, has_sdpa, initialize, quiet
 from deltaw.lora import fingerprint
+from deltaw.lora.complete_names import complete_names
 from deltaw.machine.choices import QUANTIZED, Choice, choose_device, choose_precision, choose_threads, dtype_of
 from deltaw.machine.kernel_choice import KernelChoice, activate_kernels
 from deltaw.progress import Detail, track_progress
@@ -441,6 +442,9 @@ def _missing_tensors(model: PreTrainedModel, reference: str, *, dtype: str, trus
     stored_names = {name for file in files for name in read_header(file)}
     if not stored_names:
         return []
+    if complete_names(model) is not None:
+        names = match_names(model, dict.fromkeys(stored_names))
+        return [name for name, _ in model.named_parameters() if name not in {**names.stored, **names.converted}]
     prefix = f"{model.base_model_prefix}."
     missing = [n for n, _ in model.named_parameters() if not {n, n.removeprefix(prefix), prefix + n} & stored_names]
     # The names of a text view are the ends of names in a complete model.

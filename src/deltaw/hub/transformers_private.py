@@ -75,6 +75,13 @@ def build_from_config(kind: type[PreTrainedModel], config: PretrainedConfig, dty
     return nn.Module.to(kind(config), dtype) if factory is None else factory(config, dtype=dtype)
 
 
+def complete_skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """Return a vision-language model with this configuration on the meta device."""
+    with torch.device("meta"), quiet():
+        model: PreTrainedModel = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    return model.requires_grad_(False).eval()
+
+
 def initialize(model: PreTrainedModel, module: nn.Module) -> None:
     """Initialize a module with the model's own initialization.
 

@@ -23,10 +23,12 @@ import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from deltaw.errors import UserError
 from deltaw.hub.checkpoint import match_names, read_checkpoint
 from deltaw.hub.transformers_private import configurations_of, quiet
+from deltaw.lora.complete_names import NameMap, complete_names, set_complete_names
 
 AUTO_MODEL = "AutoModelForImageTextToText"
 
@@ -65,8 +67,9 @@ class VisionLanguageModel:
 
     def full_name(self, name: str) -> str:
         """Return the name in the complete model of a module or parameter of the view."""
-        view_prefix = f"{self.view.base_model_prefix}."
-        return f"{self.prefix}.{name.removeprefix(view_prefix)}" if name.startswith(view_prefix) else name
+        names = complete_names(self.view)
+        assert names is not None
+        return names.to_complete(name)
 
     @torch.no_grad()
     def features(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
@@ -100,6 +103,18 @@ class Tower:
         """
         names = _connectors(self.model)
         return names[-1] if names else None
+
+    @property
+    def language_bytes(self) -> int:
+        """Size of the uninitialized weights of the language model, which use no physical memory."""
+        model: Any = self.model
+        weights = {id(p): p for p in (*model.get_decoder().parameters(), *model.get_output_embeddings().parameters())}
+        return sum(weight.numel() * weight.element_size() for weight in weights.values())
+
+    @property
+    def bytes(self) -> int:
+        """Size of all other weights."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters()) - self.language_bytes
 
     def open_connector(self) -> tuple[str, nn.Module]:
         """Return the last part of the connector's name, and the connector.
@@ -226,12 +241,12 @@ def require_supported(config: PretrainedConfig) -> None:
         UserError: if the family is not supported.
     """
     kind, text = config.model_type, config.get_text_config(decoder=True)
-    complete: Any = getattr(transformers, AUTO_MODEL)._model_mapping[type(config)]
+    complete: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     if "mrope" in str(getattr(text, "rope_parameters", None)):
         raise unsupported_family(kind, "its image tokens have three-dimensional positions")
     if "token_type_ids" in inspect.signature(complete.forward).parameters:
         raise unsupported_family(kind, "its image tokens attend to each other in both directions")
-    if type(text) not in transformers.AutoModelForCausalLM._model_mapping:
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise unsupported_family(kind, f"transformers has no causal model of type {text.model_type}")
 
 
@@ -253,6 +268,9 @@ def text_view(model: PreTrainedModel) -> VisionLanguageModel:
     view.set_output_embeddings(head)
     view.generation_config = model.generation_config
     prefix = next(name for name, module in model.named_modules() if module is language)
+    base = view.base_model_prefix
+    modules = tuple((name, prefix if name == base else name) for name, _ in view.named_children())
+    set_complete_names(view, NameMap(prefix, modules, model.config))
     return VisionLanguageModel(model, view.eval(), prefix)
 
 

@@ -35,6 +35,7 @@ from deltaw.lora.attachment import (
     shared_weights,
     unwrap_model,
 )
+from deltaw.lora.complete_names import complete_names
 from deltaw.lora.config import CHANGING_INITS, LoRAConfig
 from deltaw.lora.fingerprint import base_fingerprint, has_values
 from deltaw.lora.initialize import init_refusal, initialize
@@ -102,7 +103,7 @@ def attach_selected(
     replaced = [p for extra in selection.extra_modules for p in extra.module.parameters()]
     if config.active == "completion":
         _check_activation(model, config, selection)
-    record = Attachment(config, base_fingerprint(model, replaced))
+    record = Attachment(config, base_fingerprint(model, replaced), complete_names=complete_names(model))
     record.trainable_before = [(p, p.requires_grad) for p in model.parameters()]
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     notes: list[str] = []

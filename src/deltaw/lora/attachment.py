@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from deltaw.errors import UserError
 from deltaw.kernels.torch_private import direct_modules, direct_parameters, inside_compiled
 from deltaw.lora.adapted import Activation, AdaptedLayer, cast_like
+from deltaw.lora.complete_names import NameMap
 from deltaw.lora.config import LoRAConfig
 from deltaw.lora.fingerprint import has_values
 from deltaw.lora.layers import LoRALayer
@@ -189,6 +190,7 @@ class Attachment:
         trainable_before: Parameters with their original ``requires_grad``.
         changed_attributes: Module, attribute and original value of changed attributes.
         activation: Shared activation, or None if the adapter is always active.
+        complete_names: Names in the complete model, if the model is a text view.
         copies: Base weights in the adapter's file that could not be compared because the model is on the meta device.
     """
 
@@ -202,6 +204,7 @@ class Attachment:
     trainable_before: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
     changed_attributes: list[tuple[nn.Module, str, object]] = field(default_factory=list)
     activation: Activation | None = None
+    complete_names: NameMap | None = None
     copies: dict[str, Tensor] = field(default_factory=dict)
 
     def adapted(self) -> Iterator[tuple[str, LoRALayer]]:

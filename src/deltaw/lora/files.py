@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,12 +25,13 @@ from deltaw.lora import peft_format
 from deltaw.lora.adapt import Summary, attach_selected, detach, require_unadapted
 from deltaw.lora.adapted import AdaptedLayer
 from deltaw.lora.attachment import Attachment, adapter_parameters, count_parameters, require_attachment, unwrap_model
+from deltaw.lora.complete_names import complete_names
 from deltaw.lora.config import CHANGING_INITS, LoRAConfig, scaling
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, warn_other_base
 from deltaw.lora.kinds import is_linear, linear_sizes
 from deltaw.lora.layers import LoRAConv, LoRALayer
 from deltaw.lora.peft_format import PREFIX, FilePaths, without_wrappers
-from deltaw.lora.select import NamedModule, Selection, Target, select, unique_modules, values_by_pattern
+from deltaw.lora.select import NamedModule, Selection, Target, format_names, select, unique_modules, values_by_pattern
 from deltaw.tensor_files import TensorFile, save_tensors
 from deltaw.untrusted_paths import record_reference, require_contained
 
@@ -117,6 +118,9 @@ class AdapterTensors(Mapping[str, Tensor]):
         for extra in record.extra_modules:
             for key, value in extra.current.state_dict().items():
                 self._factories[f"{paths.of_module(extra.names[0])}.{key}"] = value.detach
+        if (mapping := record.complete_names) is not None:
+            items = self._factories.items()
+            self._factories = {PREFIX + mapping.to_complete(key.removeprefix(PREFIX)): make for key, make in items}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._factories[name]()
@@ -200,8 +204,8 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
     """
     model = unwrap_model(model)
     require_unadapted(model)
-    adapter = read_adapter(folder)
     location = str(Path(folder) / WEIGHTS_NAME)
+    adapter = with_model_names(model, read_adapter(folder), location)
     summary = attach_selected(model, adapter.config, stored_selection(model, adapter, location), init_factors=False)
     try:
         record = require_attachment(model)
@@ -240,6 +244,35 @@ def read_adapter(folder: str | Path, *, lazy: bool = False) -> AdapterFile:
     return AdapterFile(config, tensors, metadata)
 
 
+def with_model_names(model: nn.Module, adapter: AdapterFile, location: str) -> AdapterFile:
+    """Return an adapter with tensors by their names in the model, which may be a text view.
+
+    Raises:
+        UserError: as in :func:`names_in_model`.
+    """
+    if complete_names(model) is None:
+        return adapter
+    names = names_in_model(model, (key.removeprefix(PREFIX) for key in adapter.tensors), location)
+    return adapter._replace(tensors={PREFIX + names[k.removeprefix(PREFIX)]: t for k, t in adapter.tensors.items()})
+
+
+def names_in_model(model: nn.Module, names: Iterable[str], location: str) -> dict[str, str]:
+    """Return the name in the model of each name in a file, which differ for a text view.
+
+    Raises:
+        UserError: if the file changes modules of the complete model that the view lacks.
+    """
+    if (mapping := complete_names(model)) is None:
+        return {name: name for name in names}
+    converted = {name: mapping.from_complete(name) for name in names}
+    if others := [name for name, view_name in converted.items() if view_name is None]:
+        modules = dict.fromkeys(peft_format.factor_module(name) or name for name in others)
+        message = f"the adapter changes modules outside of the language model: {format_names(list(modules))}"
+        hint = f"use an adapter that was trained on modules of '{mapping.prefix}' only"
+        raise UserError(message, location=location, hint=hint)
+    return {name: view_name for name, view_name in converted.items() if view_name is not None}
+
+
 def read_factors(model: nn.Module, folder: str | Path) -> AdapterFactors:
     """Read the factors in ``folder`` for ``model``, which has no adapter and is not changed.
 
@@ -249,7 +282,8 @@ def read_factors(model: nn.Module, folder: str | Path) -> AdapterFactors:
         UserError: if files are missing or damaged, a tensor is missing or does not fit, or a value is not finite. Also
             if the adapter has more than low-rank factors of linear layers.
     """
-    adapter, location = read_adapter(folder), str(Path(folder) / WEIGHTS_NAME)
+    location = str(Path(folder) / WEIGHTS_NAME)
+    adapter = with_model_names(model, read_adapter(folder), location)
     if (reason := unsupported_reason(adapter.config)) is not None:
         raise UserError(reason, location=str(folder), hint=_MERGE)
     remaining = dict(adapter.tensors)
@@ -369,8 +403,9 @@ def stored_selection(model: nn.Module, adapter: AdapterFile, location: str) -> S
     extra = _extra_modules(config, tensors, modules)
     selection = select(model, config, strict=False)
     parameter_names = {name for parameter in selection.parameters for name in parameter.names}
-    ranks = values_by_pattern("rank_pattern", config.rank_pattern, by_name)
-    alphas = values_by_pattern("alpha_pattern", config.alpha_pattern, by_name)
+    mapping = complete_names(model)
+    ranks = values_by_pattern("rank_pattern", config.rank_pattern, by_name, mapping)
+    alphas = values_by_pattern("alpha_pattern", config.alpha_pattern, by_name, mapping)
     targets: dict[str, Target] = {}
     for tensor_name in tensors:
         name = peft_format.factor_module(tensor_name)
@@ -404,7 +439,7 @@ def _extra_modules(config: LoRAConfig, tensors: Mapping[str, Tensor], modules: l
     stored = {without_wrappers(name) for name in tensors}
     parents = {name[: match.start()] for name in stored for match in re.finditer(r"\.", name)}
     entries = tuple(config.train_modules)
-    matched = [m for m in modules if m.names[0] in parents and m.names[0].endswith(entries)]
+    matched = [m for m in modules if m.names[0] in parents and any(n.endswith(entries) for n in m.matched_names)]
     nested = {id(inner) for m in matched for inner in m.module.modules() if inner is not m.module}
     return [m for m in matched if id(m.module) not in nested]
 
@@ -537,4 +572,6 @@ def _check_leftovers(model: nn.Module, record: Attachment, tensors: Mapping[str,
 
 def task_type_of(model: nn.Module) -> str | None:
     """Return PEFT's name of the task for the model's class, or None."""
-    return next((name for ending, name in _TASKS.items() if type(model).__name__.endswith(ending)), None)
+    task = next((name for ending, name in _TASKS.items() if type(model).__name__.endswith(ending)), None)
+    is_decoder = not getattr(getattr(model, "config", None), "is_encoder_decoder", True)
+    return "CAUSAL_LM" if task == "SEQ_2_SEQ_LM" and is_decoder else task

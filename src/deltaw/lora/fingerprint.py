@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deltaw.lora.complete_names import complete_names
 from deltaw.lora.stored import block_weight, stored_form, tensor_quantization_library
 
 # Prefix of a fingerprint. Change it whenever the algorithm changes.
@@ -187,9 +188,12 @@ def saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors covered by a fingerprint with their names.
 
     These are all parameters, each once, and all floating-point buffers saved with the model, except those that are part
-    of a quantized weight.
+    of a quantized weight. Of a text view, these are the tensors of the language model.
     """
-    yield from model.named_parameters()
+    mapping = complete_names(model)
+    for name, parameter in model.named_parameters():
+        if mapping is None or mapping.is_language(name):
+            yield name, parameter
     saved = model.state_dict(keep_vars=True)
     for path, module in model.named_modules():
         for key, buffer in module.named_buffers(recurse=False) if stored_form(module) is None else ():

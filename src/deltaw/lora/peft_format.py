@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 
 import torch
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from deltaw.errors import UserError
 from deltaw.lora.adapted import AdaptedLayer
 from deltaw.lora.attachment import Attachment
+from deltaw.lora.complete_names import NameMap
 from deltaw.lora.config import CHANGING_INITS, PEFT_NAMES, LoRAConfig
 from deltaw.lora.initialize import from_peft, to_peft
 from deltaw.lora.layers import LoRAConv1D, LoRALayer
-from deltaw.lora.select import endings
+from deltaw.lora.select import endings, values_by_pattern
 
 # Tensor names in PEFT's files. PEFT nests wrappers, and each adds a part to the names below it.
 #
@@ -162,11 +163,15 @@ def adapter_settings(model: nn.Module, record: Attachment, base: str | None, tas
     if getattr(model, "pooler", model) is None:
         names.append("pooler.dense")  # other programs load it, and would adapt it by the last part of its name
     extra_names = [replacement.names[0] for replacement in record.extra_modules]
+    mapping = record.complete_names
+    patterns: list[Mapping[str, float]] = [config.rank_pattern, config.alpha_pattern]
+    if mapping is not None:
+        patterns = [_complete_pattern(key, record, mapping) for key in ("rank_pattern", "alpha_pattern")]
     targets = [replacement.names[0] for replacement in record.layers]
     targets += [update.names[0] for update in record.parameters if update.is_attention]
     settings = DEFAULTS | {
         "alora_invocation_tokens": config.invocation_tokens,
-        "alpha_pattern": {key: _integer_if_whole(value * alpha_factor) for key, value in config.alpha_pattern.items()},
+        "alpha_pattern": {key: _integer_if_whole(value * alpha_factor) for key, value in patterns[1].items()},
         **base_settings(base),
         "bias": config.bias,
         "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for _, layer in record.adapted()),
@@ -176,7 +181,7 @@ def adapter_settings(model: nn.Module, record: Attachment, base: str | None, tas
         "lora_dropout": config.dropout,
         "modules_to_save": _extra_entries(names, extra_names) or None,
         "r": config.rank * rank_factor,
-        "rank_pattern": {key: value * rank_factor for key, value in config.rank_pattern.items()},
+        "rank_pattern": {key: int(value) * rank_factor for key, value in patterns[0].items()},
         "target_modules": target_entries(names, list(dict.fromkeys(targets))),
         "target_parameters": config.target_parameters or None,
         "task_type": task,
@@ -184,10 +189,60 @@ def adapter_settings(model: nn.Module, record: Attachment, base: str | None, tas
         "use_dora": config.dora,
         "use_rslora": config.rslora,
     }
+    if mapping is not None:
+        settings |= _complete_settings(model, record, mapping)
     if task is None:
         kind = type(model)
         settings["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     return settings
+
+
+def _complete_settings(model: nn.Module, record: Attachment, mapping: NameMap) -> dict[str, object]:
+    """Return the settings that name modules of a text view, with the names of the complete model."""
+    names = [mapping.to_complete(name) for name, _ in model.named_modules()]
+    targets = [mapping.to_complete(layer.name) for layer in record.layers]
+    tokens = record.config.trainable_token_indices
+    if isinstance(tokens, Mapping):
+        tokens = {mapping.to_complete(name): ids for name, ids in tokens.items()}
+    return {
+        "modules_to_save": sorted(mapping.to_complete(extra.name) for extra in record.extra_modules) or None,
+        "target_modules": complete_targets(names, targets, mapping.prefix),
+        "target_parameters": [mapping.to_complete(name) for name in record.config.target_parameters] or None,
+        "trainable_token_indices": tokens,
+    }
+
+
+def complete_targets(names: Sequence[str], adapted: Sequence[str], prefix: str) -> str | list[str]:
+    """Return a regular expression for the names in the complete model of adapted modules of a text view.
+
+    Endings such as ``q_proj`` would also match modules of the vision tower.
+
+    Args:
+        names: Names in the complete model of all modules of the view.
+        adapted: Those of the adapted modules.
+        prefix: Name of the language model.
+    """
+    dotted = f"{prefix}."
+    inside, targets = ([n.removeprefix(dotted) for n in group if n.startswith(dotted)] for group in (names, adapted))
+    expressions = [re.escape(name) for name in adapted if not name.startswith(dotted)]
+    if targets:
+        entries = target_entries(inside, targets)
+        start, choice = r"\.", entries
+        if not isinstance(entries, str):
+            start, choice = r"\.(.*\.)?", "|".join(map(re.escape, entries))
+        expressions.insert(0, f"{re.escape(prefix)}{start}({choice})")
+    return "|".join(expressions) or []
+
+
+def _complete_pattern(key: str, record: Attachment, mapping: NameMap) -> Mapping[str, float]:
+    """Return a pattern whose keys match the same modules by their names in the complete model."""
+    pattern: Mapping[str, float] = getattr(record.config, key)
+    names = [name for name, _ in record.adapted()]
+    values = values_by_pattern(key, pattern, names, mapping)
+    values = {mapping.to_complete(name): value for name, value in values.items()}
+    if values == values_by_pattern(key, pattern, map(mapping.to_complete, names)):
+        return pattern
+    return {re.escape(name): value for name, value in values.items()}
 
 
 def base_settings(base_model: str | None) -> dict[str, str | None]:

@@ -18,6 +18,7 @@ from torch import nn
 
 from deltaw.errors import UserError, did_you_mean, nearest
 from deltaw.kernels.torch_private import direct_parameters
+from deltaw.lora.complete_names import NameMap, complete_names
 from deltaw.lora.config import KEYWORDS, LoRAConfig, parse_layers
 from deltaw.lora.expressions import matches as names_matching
 from deltaw.lora.kinds import direct_read_reason, get_input_embedding, get_output_head, is_conv1d, is_linear, refusal
@@ -47,10 +48,27 @@ ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
 
 @dataclass(frozen=True)
 class NamedModule:
-    """A module and all of its names."""
+    """A module and all of its names.
+
+    Attributes:
+        names: Names in the model.
+        module: The module.
+        complete_names: Names in the complete model, if the model is a text view.
+    """
 
     names: tuple[str, ...]
     module: nn.Module
+    complete_names: tuple[str, ...] = ()
+
+    @property
+    def matched_names(self) -> tuple[str, ...]:
+        """Names that the settings are compared with."""
+        return self.names + self.complete_names
+
+    def parameter(self, attribute: str) -> NamedModule:
+        """Return the names of a parameter of the module."""
+        names = (tuple(f"{name}.{attribute}" for name in group) for group in (self.names, self.complete_names))
+        return NamedModule(next(names), self.module, next(names))
 
 
 def unique_modules(model: nn.Module) -> list[NamedModule]:
@@ -59,7 +77,10 @@ def unique_modules(model: nn.Module) -> list[NamedModule]:
     for name, module in model.named_modules(remove_duplicate=False):
         if name:
             names_by_id.setdefault(id(module), (module, []))[1].append(name)
-    return [NamedModule(tuple(names), module) for module, names in names_by_id.values()]
+    mapping = complete_names(model)
+    convert = None if mapping is None else mapping.to_complete
+    groups = names_by_id.values()
+    return [NamedModule(tuple(n), module, () if convert is None else tuple(map(convert, n))) for module, n in groups]
 
 
 def endings(name: str) -> Iterator[str]:
@@ -71,19 +92,24 @@ def endings(name: str) -> Iterator[str]:
         position = name.find(".", position + 1)
 
 
-def values_by_pattern(key: str, pattern: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
+def values_by_pattern(
+    key: str, pattern: Mapping[str, float], names: Iterable[str], mapping: NameMap | None = None
+) -> dict[str, float]:
     """Return the value of the first matching key of ``pattern`` for each name whose ending matches a key.
 
     Args:
         key: Name of the setting.
         pattern: Values by regular expression.
         names: Names to match.
+        mapping: If given, keys may also match the names in the complete model.
     """
     values: dict[str, float] = {}
-    matches = names_matching(key, pattern, names, endings=True) if pattern else ()
+    names = list(names)
+    original = {} if mapping is None else {mapping.to_complete(name): name for name in names}
+    matches = names_matching(key, pattern, [*names, *original], endings=True) if pattern else ()
     for entry, matched in zip(pattern, matches, strict=True):
         for name in matched:
-            values.setdefault(name, pattern[entry])
+            values.setdefault(original.get(name, name), pattern[entry])
     return values
 
 
@@ -218,8 +244,8 @@ class _TargetSelector:
         """
         modules, kind = (self.modules, "module") if pool is None else (pool, "parameter")
         if isinstance(value, str):
-            (matched_names,) = names_matching(key, [value], (name for m in modules for name in m.names))
-            matched = [m for m in modules if not matched_names.isdisjoint(m.names)]
+            (matched_names,) = names_matching(key, [value], (name for m in modules for name in m.matched_names))
+            matched = [m for m in modules if not matched_names.isdisjoint(m.matched_names)]
             if not matched and self.strict:
                 is_ending = any(value in endings(name) for m in modules for name in m.names)
                 raise _no_match(key, value, modules, as_list=is_ending)
@@ -228,7 +254,7 @@ class _TargetSelector:
         names_by_entry: dict[str, list[str]] = {entry: [] for entry in value}
         matched = []
         for candidate in modules:
-            entries = {end for name in candidate.names for end in endings(name) if end in names_by_entry}
+            entries = {end for name in candidate.matched_names for end in endings(name) if end in names_by_entry}
             for entry in entries:
                 names_by_entry[entry].append(candidate.names[0])
             if entries:
@@ -241,12 +267,13 @@ class _TargetSelector:
 
     def _match_pattern(self, key: str, pattern: Mapping[str, float], modules: list[NamedModule]) -> dict[str, float]:
         """Return the value of the first matching key of ``pattern`` for each matched name."""
-        names = [named_module.names[0] for named_module in modules]
-        for entry, matched in zip(pattern, names_matching(key, pattern, names, endings=True), strict=True):
+        names = {m.names[0]: {m.names[0], *m.complete_names[:1]} for m in modules}
+        candidates = [name for group in names.values() for name in group]
+        for entry, matched in zip(pattern, names_matching(key, pattern, candidates, endings=True), strict=True):
             if not matched and self.strict:
                 raise _no_match(key, entry, modules)
-            self.matches[f"{key} '{entry}'"] = tuple(name for name in names if name in matched)
-        return values_by_pattern(key, pattern, names)
+            self.matches[f"{key} '{entry}'"] = tuple(name for name, group in names.items() if matched & group)
+        return values_by_pattern(key, pattern, names, complete_names(self.model))
 
     def _extra_modules(self) -> list[NamedModule]:
         """Return the outermost modules matched by train_modules, which must have parameters to train."""
@@ -369,7 +396,7 @@ class _TargetSelector:
         if not (entries := self.config.target_parameters):
             return []
         parameters = [
-            (NamedModule(tuple(f"{name}.{attribute}" for name in m.names), m.module), m, attribute)
+            (m.parameter(attribute), m, attribute)
             for m in self.modules
             for attribute, parameter in direct_parameters(m.module).items()
             if parameter is not None

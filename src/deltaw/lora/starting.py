@@ -28,6 +28,7 @@ from deltaw.lora.files import (
     stored_selection,
     task_type_of,
     unsupported_reason,
+    with_model_names,
     write_adapter,
 )
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, has_values, same_base
@@ -189,6 +190,7 @@ def attach_from(
     Raises:
         UserError: if the adapter does not fit the model or the settings.
     """
+    adapter = with_model_names(model, adapter, location)
     unchanged = {key: getattr(adapter.config, key) for key in TARGET_KEYS}
     fitted = adapter._replace(config=replace(config, **unchanged))
     selection = stored_selection(model, fitted, location)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from deltaw.errors import UserError, did_you_mean
 from deltaw.lora.adapted import factor_dtype
 from deltaw.lora.attachment import ReplacedParameter
+from deltaw.lora.complete_names import complete_names
+from deltaw.lora.files import names_in_model
 from deltaw.lora.fingerprint import FINGERPRINT_KEY, base_fingerprint, has_values, warn_other_base
 from deltaw.lora.kinds import get_input_embedding, get_output_head, is_linear
 from deltaw.lora.stored import count_logical_parameters
@@ -77,7 +80,7 @@ class InPlace(Method):
         summary = self.prepare(model, seed=seed, extra_modules=extra_modules)
         start.require_base(self._base_fingerprint)
         if all(map(has_values, model.parameters())):
-            self._copy_start(self.tensors(), read_trained_parameters(start.folder, self.name)[0], start)
+            self._copy_start(self.tensors(), self._read(model, start.folder)[0], start)
             self.after_step(model)
         return summary
 
@@ -106,26 +109,37 @@ class InPlace(Method):
         return [(replacement.name, replacement.current) for replacement in self._replacements]
 
     def save(self, model: nn.Module, folder: Folder, *, base_model: str, metadata: Metadata | None = None) -> None:
-        entries = dict(metadata or {})
+        entries, mapping = dict(metadata or {}), complete_names(model)
+        rename: Callable[[str], str] = str if mapping is None else mapping.to_complete
         if self._base_fingerprint is not None:
-            entries |= {FINGERPRINT_KEY: self._base_fingerprint, REPLACED_KEY: json.dumps(self._replaced)}
+            replaced = [rename(name) for name in self._replaced]
+            entries |= {FINGERPRINT_KEY: self._base_fingerprint, REPLACED_KEY: json.dumps(replaced)}
         settings = {} if self.settings is None else dataclasses.asdict(self.settings)
-        tied = {p.name: list(p.names[1:]) for p in self._replacements if len(p.names) > 1}
+        tied = {rename(p.name): [rename(n) for n in p.names[1:]] for p in self._replacements if len(p.names) > 1}
         saved = SavedConfig(self.name, base_model, settings, tied)
-        write_trained_parameters(Path(folder), saved, self.tensors(), entries)
+        tensors = {rename(name): tensor for name, tensor in self.tensors().items()}
+        write_trained_parameters(Path(folder), saved, tensors, entries)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors to save by name."""
         return {replacement.name: replacement.current.detach() for replacement in self._replacements}
 
     def load(self, model: nn.Module, folder: Folder) -> str:
-        tensors, saved = read_trained_parameters(Path(folder), self.name)
+        tensors, saved = self._read(model, Path(folder))
         metadata = read_metadata(Path(folder))
         parameters = parameters_by_name(model)
-        replaced = [parameters[name] for name in json.loads(metadata.get(REPLACED_KEY, "[]")) if name in parameters]
+        names = names_in_model(model, json.loads(metadata.get(REPLACED_KEY, "[]")), str(folder)).values()
+        replaced = [parameters[name] for name in names if name in parameters]
         warn_other_base("the adapter", metadata, base_fingerprint(model, replaced), folder, saved.base_model)
         self._replacements = self.restore(model, tensors, saved, str(folder))
         return f"{sum(t.numel() for t in tensors.values()):,} parameters of '{self.name}' from {folder}"
+
+    def _read(self, model: nn.Module, folder: Path) -> tuple[dict[str, Tensor], SavedConfig]:
+        """Read the tensors and settings in a folder, with the model's names."""
+        tensors, saved = read_trained_parameters(folder, self.name)
+        names = names_in_model(model, [*tensors, *saved.tied, *itertools.chain(*saved.tied.values())], str(folder))
+        tied = {names[name]: [names[other] for other in others] for name, others in saved.tied.items()}
+        return {names[name]: tensor for name, tensor in tensors.items()}, dataclasses.replace(saved, tied=tied)
 
     def restore(self, model: nn.Module, tensors: Tensors, saved: SavedConfig, location: str) -> list[ReplacedParameter]:
         """Put the saved tensors into the model, frozen."""

@@ -253,7 +253,7 @@ def _fit(start: Decision, output: Path, callback: Callback, processes: Reducer) 
 
 def _read(start: Decision, log: LogFunction) -> tuple[Task[Any], RunData, dict[str, object]]:
     """Read the rows and their digests, and check that they match those of the run in the folder."""
-    task, data = read_data(start.config, log, check=False)
+    task, data = read_data(start.config, log, check=False, prepare=not start.is_finished)
     check_rows(start.config, task, data)
     if start.checkpoint is not None:
         require_same_start(start.checkpoint.values, open_start(start.config), Path(start.requested.output))

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -206,6 +207,11 @@ class Session:
         settings = self.config.train
         return count_steps(len(self.data.train), settings.batch_size, settings.epochs, settings.max_steps)
 
+    @functools.cached_property
+    def row_groups(self) -> np.ndarray | None:
+        """Group of each row in the row order: rows about one image, whose tokens are then computed once in a step."""
+        return self.task.row_groups(self.data.train) if self.config.train.group_images else None
+
     def lines(self) -> list[str]:
         """Return messages about batching, the code that the blocks run, and slow settings."""
         batcher, rows, num_steps = self.batcher, "padded rows", self.total_steps
@@ -220,6 +226,7 @@ class Session:
         head = "" if self.objective.chunked else ", all logits at once (the model's head is not supported)"
         tokens, steps = batcher.tokens_per_pass, f"{num_steps} step{'s' if num_steps != 1 else ''}"
         microbatches = f"in microbatches of up to {tokens} tokens: {rows}{shared}{head}"
+        lines += self.task.input_lines()
         return [*lines, Detail(f"{steps} of {self.config.train.batch_size} rows, {microbatches}")]
 
     @contextlib.contextmanager
@@ -260,6 +267,7 @@ class Session:
             before_step=self._recheck_approximations(overrides.get("batch_size", settings.batch_size)),
             after_step=lambda: self.method.after_step(self.model),
             add_gradients=self._rehearsal(),
+            groups=self.row_groups,
             **{name: getattr(settings, name) for name in _SETTINGS},
         )
         return train(
@@ -420,13 +428,16 @@ def compute_evaluation_share(session: Session, set_index: int) -> None:
             compute(batch)  # the remaining processes compute one more microbatch, which gathers this process's rows
 
 
-def read_data(config: RunConfig, log: LogFunction = ignore_line, *, check: bool = True) -> tuple[Task[Any], RunData]:
+def read_data(
+    config: RunConfig, log: LogFunction = ignore_line, *, check: bool = True, prepare: bool = False
+) -> tuple[Task[Any], RunData]:
     """Return the task of a run and its rows, before any weight is read.
 
     Args:
         config: Settings of the run.
         log: Receives messages.
         check: Reject settings that do not fit the rows.
+        prepare: Also compute the inputs that the rows refer to (:meth:`Task.prepare_inputs`).
     """
     if config.data.chat_template is not None:
         read_chat_template(config.data.chat_template)  # report errors in it before a model is converted
@@ -435,6 +446,8 @@ def read_data(config: RunConfig, log: LogFunction = ignore_line, *, check: bool 
     with PeakMemory() as peak, track_progress("reading the rows"):
         task = task_of(config.task, config.model, dtype, trust_remote_code=code, log=log, section=section)
         data = read_run_data(task, config.data, seed=config.data_seed, log=log)
+        if prepare:
+            task.prepare_inputs(method_for(task, config).trained_modules, is_new=config.start_from is None)
     release_free_memory()  # before smaller objects fragment the memory that was used for reading
     data = replace(data, read_peak_bytes=peak.bytes, read_seconds=time.monotonic() - start)
     for line in data.report.lines():
@@ -609,7 +622,7 @@ def _approximate(session: Session, candidates: Sequence[str], resumed: Sequence[
 def gradient_check(session: Session, advance: Advance = lambda done: None) -> GradientCheck:
     """Return a gradient check on the first rows of a run. Call it inside ``session.running()``."""
     settings = session.config.train
-    order = RowOrder(len(session.data.train), settings.batch_size, settings.seed)
+    order = RowOrder(len(session.data.train), settings.batch_size, settings.seed, session.row_groups)
     steps = range(-(-MAX_CANDIDATE_ROWS // settings.batch_size))
     rows = (session.data.train[i] for step in steps for i in order.indices(step))
     check_rows = select_check_rows(rows, session.batcher, session.objective)

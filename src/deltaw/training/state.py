@@ -6,6 +6,7 @@ them in another process, and all later steps are bitwise equal. Pickle is not us
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deltaw.data.packing import epoch_order
+from deltaw.data.packing import epoch_order, grouped_order
 from deltaw.errors import UserError
 from deltaw.kernels import loader
 from deltaw.training.optimizer import Schedule, adamw, set_rate, skip_update_if
@@ -108,6 +109,7 @@ class TrainOptions:
         after_step: Called after each optimizer update.
         add_gradients: Called with the index of the step after its gradients are computed. Adds the gradients of another
             loss and returns the loss.
+        groups: Group of each row, see :class:`RowOrder`.
         skip_not_finite: Skip steps whose loss or gradient is not finite, up to ``MAX_SKIPPED_IN_ROW`` in a row. If
             False, the first one stops the training.
     """
@@ -127,6 +129,7 @@ class TrainOptions:
     before_step: Callable[[TrainState, Sequence[Any]], None] = lambda state, rows: None
     after_step: Callable[[], None] = lambda: None
     add_gradients: Callable[[int], Tensor | float] | None = None
+    groups: np.ndarray | None = None
     skip_not_finite: bool = False
 
 
@@ -278,11 +281,20 @@ class RowOrder:
         rows: Number of rows in the data.
         batch_size: Rows per step. The last step of an epoch has the remaining rows.
         seed: Seed of the permutation of each epoch.
+        groups: (rows,) group of each row. Rows of a group are consecutive in each epoch. None without groups.
     """
 
     rows: int
     batch_size: int
     seed: int
+    groups: np.ndarray | None = field(default=None, compare=False)
+
+    def as_dict(self) -> dict[str, object]:
+        """Return JSON values that determine the order."""
+        values: dict[str, object] = {"rows": self.rows, "batch_size": self.batch_size, "seed": self.seed}
+        if self.groups is not None:
+            values["groups"] = hashlib.blake2b(self.groups.tobytes(), digest_size=16).hexdigest()
+        return values
 
     @property
     def steps_per_epoch(self) -> int:
@@ -296,7 +308,10 @@ class RowOrder:
     def indices(self, step: int) -> np.ndarray:
         """Return the indices of the rows of step ``step`` (from 0)."""
         epoch, position = self.position(step)
-        return epoch_order(self.rows, epoch, self.seed)[position : position + self.batch_size]
+        order = epoch_order(self.rows, epoch, self.seed)
+        if self.groups is not None:
+            order = grouped_order(order, self.groups, epoch, self.seed)
+        return order[position : position + self.batch_size]
 
 
 def rows_of_step(examples: Sequence[Item], step: int, batch_size: int, seed: int) -> list[Item]:
@@ -347,7 +362,7 @@ class TrainState:
         schedule = options.schedule
         if isinstance(schedule, str):
             schedule = Schedule(schedule, options.learning_rate, options.total_steps, options.warmup)
-        self.schedule, self.order = schedule, RowOrder(num_rows, options.batch_size, options.seed)
+        self.schedule, self.order = schedule, RowOrder(num_rows, options.batch_size, options.seed, options.groups)
         self.sums, self.skipped_in_row = Outcome(), 0
         names = options.names or [f"parameter {n}" for n in range(len(parameters))]
         named = dict(zip(names, parameters, strict=True))
@@ -441,7 +456,7 @@ class TrainState:
             "step": self.step,
             "names": list(self.names),
             "schedule": asdict(self.schedule),
-            "order": asdict(self.order),
+            "order": self.order.as_dict(),
             "place": {"epoch": epoch, "position": position},
             "arithmetic": loader.arithmetic().as_dict(),
             "skipped_in_row": self.skipped_in_row,
@@ -488,7 +503,7 @@ class TrainState:
             raise UserError(message, location="the saved state", hint=hint)
         pairs = {
             "the trained parameters": (state.values["names"], self.names),
-            "the order of rows": (state.values["order"], asdict(self.order)),
+            "the order of rows": (state.values["order"], self.order.as_dict()),
             "the schedule": (state.values["schedule"], asdict(self.schedule)),
         }
         for name, (stored, current) in pairs.items():

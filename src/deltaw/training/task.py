@@ -296,6 +296,13 @@ class Task(abc.ABC, Generic[ObjectiveType]):
             The batcher, and the chosen value of each setting with its reason.
         """
 
+    def prepare_inputs(self, trained: Sequence[str], *, is_new: bool) -> None:
+        """Compute inputs that the rows refer to, before the model is loaded. Arguments as for :meth:`attach_inputs`."""
+
+    def prepare_bytes(self) -> int:
+        """Return the planned memory of :meth:`prepare_inputs`, or 0 if the inputs are stored."""
+        return 0
+
     def attach_inputs(self, model: PreTrainedModel, trained: Sequence[str] = (), *, is_new: bool = False) -> None:
         """Let a freshly loaded model read the inputs of the rows besides tokens, if there are any.
 
@@ -303,6 +310,14 @@ class Task(abc.ABC, Generic[ObjectiveType]):
             trained: Names of modules or parameters that are trained in full, or :data:`INPUT_LAYER`.
             is_new: True if modules that the model's files contain without training are trained.
         """
+
+    def input_lines(self) -> list[str]:
+        """Return messages about the inputs of the rows besides tokens."""
+        return []
+
+    def row_groups(self, rows: Rows) -> np.ndarray | None:
+        """Return the group (n,) of each row, if rows of a group should be in the same step."""
+        return None
 
     def initialize_head(self, model: PreTrainedModel, new_modules: Sequence[str], rows: Rows) -> None:
         """Initialize modules that the model's files do not contain, using the rows."""

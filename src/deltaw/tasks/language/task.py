@@ -15,7 +15,10 @@ from deltaw.data.chat_template import with_chat_template
 from deltaw.data.example import Item, rows_of
 from deltaw.data.prepare import TextReader
 from deltaw.data.prompts import QuestionReader
+from deltaw.data.row_images import image_groups
 from deltaw.data.row_reader import Reader, RunData
+from deltaw.errors import UserError
+from deltaw.methods.base import Method
 from deltaw.progress import LogFunction, ignore_line, track_progress
 from deltaw.runtime.image_tokens import connector_module
 from deltaw.settings.data import DataSettings
@@ -104,9 +107,28 @@ class CausalTask(Task[CausalObjective]):
         continues = "text" in columns and not _PROMPTS & {*columns}
         return QuestionReader(settings, self.tokenizer, continues=continues, images=self.images)
 
+    def check_method(self, method: Method) -> None:
+        super().check_method(method)
+        if method.virtual_tokens and self.images is not None and len(self.images):
+            hint = "use method: lora, or input to train the connector"
+            raise UserError("a soft prompt cannot be trained on rows with images", location="method", hint=hint)
+
+    def prepare_inputs(self, trained: Sequence[str], *, is_new: bool) -> None:
+        if self.images is not None:
+            self.images.prepare(trained, is_new=is_new)
+
+    def prepare_bytes(self) -> int:
+        return 0 if self.images is None else self.images.planned_bytes()
+
     def attach_inputs(self, model: PreTrainedModel, trained: Sequence[str] = (), *, is_new: bool = False) -> None:
         if self.images is not None:
             self.images.attach(model, trained, is_new=is_new)
+
+    def input_lines(self) -> list[str]:
+        return [] if self.images is None else self.images.lines()
+
+    def row_groups(self, rows: Rows) -> np.ndarray | None:
+        return None if self.images is None or not len(self.images) else image_groups(rows, self.images.first_id)
 
     def extra_modules(self, model: PreTrainedModel, new_modules: Sequence[str]) -> list[str]:
         connector = self.images is not None and self.images.has_new_connector and connector_module(model)

@@ -25,13 +25,13 @@ from typing import IO, Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.cache import Cache, file_digest, load_result, store_result, versions
-from deltaw.data.pixels import decode
+from deltaw.data.image_files import unreadable_image
 from deltaw.data.rendering import FAULTS, render_with_tokenizer
-from deltaw.data.report import BadRowError
+from deltaw.data.report import count_of
 from deltaw.data.row_images import PlacedImage, RowImage
 from deltaw.decoding.request import BusyError
 from deltaw.errors import UserError
@@ -40,12 +40,14 @@ from deltaw.hub.loading import has_values
 from deltaw.hub.processors import PROCESSOR_FILES, ModelProcessor
 from deltaw.hub.vision import Tower, is_view, load_tower
 from deltaw.hub.vision_parts import is_new_connector
+from deltaw.lora.complete_names import complete_names, set_complete_names
 from deltaw.machine.choices import dtype_of
 from deltaw.machine.memory import release_free_memory
+from deltaw.memory.simulation import simulate
 from deltaw.methods.base import INPUT_LAYER
 from deltaw.platforms import rename_path
 from deltaw.progress import track_progress
-from deltaw.runtime.image_tokens import ImageTokens, attach_images, verify_view
+from deltaw.runtime.image_tokens import ImageTokens, attach_images, connector_module, verify_view
 from deltaw.tensor_files import TensorFile, write_tensors
 
 # Maximum size of all stored features.
@@ -56,6 +58,8 @@ VERIFIED_CODE = ("torch", "transformers", "deltaw.hub", "deltaw.runtime")
 _BLOCK = 1 << 14
 # Token ids are int32.
 _MAX_ID = 2**31 - 1
+# Maximum size of encoded images that remain in memory for thumbnails.
+_MAX_KEPT_BYTES = 1 << 26
 # Width and height of thumbnails in pixels.
 THUMBNAIL_SIDE = 96
 # Number of image sizes for which texts are kept.
@@ -68,7 +72,7 @@ class _StoredImage:
 
     Attributes:
         digest: Hash of the pixels, the model and its processor.
-        image: The image, to compute its features.
+        image: The image, to compute its features. Afterwards None, except for files and some small images.
         first_id: Id of its first feature.
         count: Number of features.
         start: Index of its first feature in the file of all features, or None if it is not there yet.
@@ -76,7 +80,7 @@ class _StoredImage:
     """
 
     digest: str
-    image: RowImage
+    image: RowImage | None
     first_id: int
     count: int
     start: int | None = None
@@ -118,30 +122,31 @@ class RowImages:
         # Images in the order of their first ids.
         self._first_ids: list[int] = []
         self._sorted: list[_StoredImage] = []
-        self._texts: dict[tuple[str, tuple[int, int]], tuple[str, int]] = {}
+        # Text and number of tokens by size of the image.
+        self._texts: dict[tuple[int, int], tuple[str, int]] = {}
         self._cache, self._table = Cache("images", LIMIT_BYTES), _Table()
         self._tower: Tower | None = None
+        self._kept_bytes = 0  # images in memory whose features are computed
         self._next_id = self.first_id  # with a limit
         # The first lock protects all attributes, the second one is held while features are computed.
         self._lock, self._computing = threading.RLock(), threading.RLock()
+        self._connector = ""  # name in the complete model
 
     def __len__(self) -> int:
         return len(self._images)
 
     def place(self, image: RowImage) -> PlacedImage:
-        try:
-            decoded = decoded_image(image)
-            key = decoded.mode, decoded.size
-            if (known := self._texts.get(key)) is None:
+        decoded = image.decoded()
+        if (known := self._texts.get(decoded.size)) is None:
+            try:
                 text, _ = self._processor.encode(decoded)
-                if len(self._texts) > _MAX_SIZES:
-                    self._texts.clear()
-                known = self._texts[key] = text, int((self._processor.tokenize(text) == self.token_id).sum())
-        except UserError as error:
-            reason = "an image that cannot be read"
-            raise BadRowError(error.message, reason=reason, location=image.location, hint=error.hint) from error
+            except UserError as error:
+                raise unreadable_image(error) from error
+            if len(self._texts) > _MAX_SIZES:
+                self._texts.clear()
+            known = self._texts[decoded.size] = text, int((self._processor.tokenize(text) == self.token_id).sum())
         digest = hashlib.blake2b(self._identity.encode(), digest_size=16)
-        digest.update(f"{key}".encode() + decoded.tobytes())
+        digest.update(f"{decoded.size}".encode() + decoded.tobytes())
         text, count = known
         with self._lock:
             stored = self._images.get(digest.hexdigest())
@@ -235,9 +240,11 @@ class RowImages:
     def thumbnails(self, tokens: np.ndarray) -> list[str]:
         """Return small versions of the images of a prompt as data URLs, without those that cannot be read anymore."""
         urls, (images, indices) = [], self._find(tokens[self.contains(tokens)])
-        for index in dict.fromkeys(indices.tolist()):
+        for image in (images[index].image for index in dict.fromkeys(indices.tolist())):
             with contextlib.suppress(UserError):
-                picture, content = decoded_image(images[index].image).copy(), io.BytesIO()
+                if image is None:
+                    continue
+                picture, content = image.decoded().copy(), io.BytesIO()
                 picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
                 picture.save(content, "JPEG")
                 urls.append(f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}")
@@ -271,12 +278,17 @@ class RowImages:
                     self._save(image, values)
                     self._append(image, values)
                     advance(done)
+            if self.limit_bytes is None:
+                _evict(self._cache.folder)
 
     def _append(self, image: _StoredImage, values: Tensor) -> None:
         with self._lock:
             image.start = self._table.append(values)
-            if self.limit_bytes is not None:
-                image.image = RowImage(b"", image.image.location)  # free its memory
+            content = None if image.image is None else image.image.content
+            if not isinstance(content, Path):
+                self._kept_bytes += len(content) if isinstance(content, bytes) else _MAX_KEPT_BYTES
+                if self.limit_bytes is not None or self._kept_bytes > _MAX_KEPT_BYTES:
+                    image.image = None
 
     def attach(self, model: PreTrainedModel, trained: Sequence[str], *, is_new: bool) -> None:
         """Let a text view read the images. If the model has weights, compute the features of all images.
@@ -289,26 +301,43 @@ class RowImages:
         Raises:
             UserError: if the connector does not map features one by one.
         """
-        connector, starts_connector = None, is_new and self.has_new_connector
-        if trained or starts_connector:
-            has_weights = has_values(model)
-            tower = load_tower(self._folder, self._config, self._dtype, values=has_weights)
-            parts = {part for name in trained for part in name.split(".")}
-            if starts_connector or INPUT_LAYER in trained or str(tower.connector).rpartition(".")[2] in parts:
-                connector = tower.open_connector()
-                self.before_connector = True
-                self.width = int(next(connector[1].parameters()).shape[-1])
-            self._tower = tower if has_weights else None
+        connector = self._open_connector(trained, is_new, values=has_values(model))
         if not isinstance(model.get_input_embeddings(), ImageTokens):
             if has_values(model):
                 self._verify(model)
             attach_images(model, self, connector)
+            if (mapping := complete_names(model)) is not None and (name := connector_module(model)) is not None:
+                set_complete_names(model, mapping.with_module(name, self._connector))
         if has_values(model):
             self.compute()
             self.release()
-            if starts_connector:
+            if is_new and self.has_new_connector:
                 layer: Any = model.get_input_embeddings()
                 layer.statistics = self._table.statistics()
+
+    def prepare(self, trained: Sequence[str], *, is_new: bool) -> None:
+        """Compute the features of all images before the model is loaded, see :meth:`attach`."""
+        self._open_connector(trained, is_new, values=True)
+        self.compute()
+        self.release()
+
+    def _open_connector(self, trained: Sequence[str], is_new: bool, *, values: bool) -> tuple[str, nn.Module] | None:
+        """Return name and module of the connector if it is trained, and store its inputs from now on.
+
+        Args:
+            values: False for a dry run.
+        """
+        starts_connector = is_new and self.has_new_connector
+        if not trained and not starts_connector:
+            return None
+        tower = load_tower(self._folder, self._config, self._dtype, values=values)
+        self._tower = tower if values else None
+        parts = {part for name in trained for part in name.split(".")}
+        if not (starts_connector or INPUT_LAYER in trained or str(tower.connector).rpartition(".")[2] in parts):
+            return None
+        connector, self._connector = tower.open_connector(), str(tower.connector)
+        self.before_connector, self.width = True, int(next(connector[1].parameters()).shape[-1])
+        return connector
 
     def _verify(self, view: PreTrainedModel) -> None:
         """Check once per model and machine that the view computes the same as the complete model.
@@ -325,6 +354,34 @@ class RowImages:
                 verify_view(parts, self._processor.tokenize(f"{text}Name it."), tower.accepted(inputs), self.token_id)
             store_result("vision", key, True, VERIFIED_CODE)
 
+    def planned_bytes(self) -> int:
+        """Return the memory for computing the features that are not stored: the tower, and its largest activations."""
+        missing = [image for image in self._sorted if image.start is None and not self._path(image).is_file()]
+        if not missing:
+            return 0
+        largest = max(missing, key=lambda image: image.count).image
+        assert largest is not None
+        _, inputs = self._processor.encode(largest.decoded())
+        tower: list[Tower] = []
+
+        def run() -> None:
+            tower.append(load_tower(self._folder, self._config, self._dtype, values=False))
+            tower[0].features({name: torch.zeros(value.shape, dtype=value.dtype) for name, value in inputs.items()})
+
+        try:
+            return simulate(run).peak_bytes - tower[0].language_bytes
+        except Exception:  # the shapes of some families depend on values of the inputs
+            return tower[0].bytes if tower else 0
+
+    def lines(self) -> list[str]:
+        """Return a message about the images and about which parts of the model are trained."""
+        if not self._images:
+            return []
+        tokens = sum(image.count for image in self._sorted)
+        connector = "trained" if self.before_connector else "frozen"
+        images = f"{count_of(len(self), 'distinct image')}, {tokens:,} tokens"
+        return [f"{images}; vision tower: frozen, its outputs are stored; connector: {connector}"]
+
     def release(self) -> None:
         """Free the vision tower. It is loaded again if further images are computed."""
         self._tower = None
@@ -336,7 +393,8 @@ class RowImages:
         return self._tower
 
     def _encode(self, image: _StoredImage) -> Tensor:
-        _, inputs = self._processor.encode(decoded_image(image.image))
+        assert image.image is not None
+        _, inputs = self._processor.encode(image.image.decoded())
         tower = self._open_tower()
         compute = tower.connector_inputs if self.before_connector else tower.features
         values = torch.cat(compute(inputs))
@@ -417,7 +475,7 @@ class _Table:
         return self._values[torch.from_numpy(indices)].view(self._dtype)
 
     def statistics(self) -> tuple[Tensor, Tensor] | None:
-        """Return the (width,) mean and standard deviation of all values, or None without values."""
+        """Return the (width,) mean and standard deviation of all values, or None if there are none."""
         total, squares = torch.zeros(2, self._width, dtype=torch.float64)
         for start in range(0, self.count, _BLOCK):
             values = self.rows(np.arange(start, min(start + _BLOCK, self.count))).double()
@@ -434,16 +492,16 @@ def has_images(config: PretrainedConfig, folder: Path) -> bool:
     return is_view(config, "AutoModelForCausalLM") and any((folder / name).is_file() for name in PROCESSOR_FILES)
 
 
-def decoded_image(image: RowImage) -> Image.Image:
-    """Return the pixels of an image in RGB or grayscale.
-
-    Raises:
-        UserError: if it cannot be decoded.
-    """
-    content = image.content
-    if isinstance(content, Image.Image):
-        return content if content.mode == "L" else content.convert("RGB")
-    return decode(content, image.location)
+def _evict(folder: Path) -> None:
+    """Remove the features that were not used for the longest time, if all exceed the limit."""
+    with contextlib.suppress(OSError):
+        files = [(entry.stat(), entry.path) for entry in os.scandir(folder) if entry.is_file()]
+        total = sum(status.st_size for status, _ in files)
+        for status, path in sorted(files, key=lambda file: file[0].st_mtime):
+            if total <= LIMIT_BYTES:
+                break
+            os.unlink(path)
+            total -= status.st_size
 
 
 def _folder() -> Path | None:

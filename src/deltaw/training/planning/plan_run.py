@@ -656,7 +656,7 @@ def _compute_plan(config: RunConfig, task: Task[Any], data: RunData, process_byt
     parts = OtherBytes(
         kernels=dry_run.kernel_bytes(),
         features=0 if store is None else store.resident_bytes,
-        reading=data.read_peak_bytes,
+        reading=data.read_peak_bytes + task.prepare_bytes(),
         mapped=converted + MOVED_AT_ONCE,
         saving=0 if task.tokenizer is None else saving_bytes(folder),
         unread=unread_bytes(dry_run.session, dtype=dtype, converted=converted),

@@ -1,0 +1,182 @@
+"""Fine-tuning on questions about images: rows per second, held-out loss and peak memory, compared with TRL.
+
+    python benchmarks/vision.py MODEL TRAIN.jsonl TEST.jsonl [--rows 960] [--batch-sizes 16 32] [--repeats 3]
+
+MODEL is a folder of a vision-language model, for example one that `make vision` merged. Rows have the columns image,
+prompt and completion. Both sides train LoRA of rank 16 on the language model for one epoch, in their own processes,
+which alternate. The time includes processing the images. The held-out loss of each adapter is measured by deltaw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from machine import print_machine
+
+from deltaw.machine.choices import choose_threads
+
+LEARNING_RATE, RANK, ALPHA = 2e-4, 16, 32
+SIDES = ("deltaw", "trl bf16", "trl fp32")
+# Renders content parts like the template of the assembled model renders texts.
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for p in m.content %}{{ '<image>' if p.type == 'image' else p.text }}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def deltaw_side(job: dict) -> dict:
+    import deltaw
+
+    config = {
+        "model": job["model"],
+        "data": {"train": job["rows"], "eval": None, "cache": False},
+        "train": {"batch_size": job["batch_size"], "learning_rate": LEARNING_RATE, "warmup": 0, "drift": False},
+        "lora": {"rank": RANK, "alpha": ALPHA},
+        "output": job["output"],
+    }
+    result = deltaw.fit(config)
+    seconds = json.loads((Path(job["output"]) / "run.json").read_text())["seconds"]
+    return {"seconds": result.seconds, "loss": result.loss, "total_seconds": seconds}
+
+
+def trl_side(job: dict) -> dict:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+    from datasets import Dataset, Image
+    from peft import LoraConfig
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from trl import SFTConfig, SFTTrainer
+
+    torch.set_num_threads(job["threads"])
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[job["precision"]]
+    model = AutoModelForImageTextToText.from_pretrained(job["model"], dtype=dtype)
+    processor = AutoProcessor.from_pretrained(job["model"])
+    processor.chat_template = processor.tokenizer.chat_template = TEMPLATE
+    lines = [json.loads(line) for line in Path(job["rows"]).read_text().splitlines()]
+    folder = Path(job["rows"]).parent
+    parts = {
+        "images": [[str(folder / line["image"])] for line in lines],
+        "prompt": [[_turn("user", {"type": "image"}, _text(line["prompt"]))] for line in lines],
+        "completion": [[_turn("assistant", _text(line["completion"]))] for line in lines],
+    }
+    rows = Dataset.from_dict(parts).cast_column("images", [Image()])
+    settings = SFTConfig(
+        output_dir=job["output"],
+        per_device_train_batch_size=job["batch_size"],
+        num_train_epochs=1,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="linear",
+        bf16=job["precision"] == "bf16",
+        gradient_checkpointing=False,
+        use_cpu=True,
+        seed=0,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        max_length=None,
+        dataloader_pin_memory=False,
+    )
+    targets = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    adapter = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM")
+    trainer = SFTTrainer(
+        model=model, args=settings, train_dataset=rows, processing_class=processor, peft_config=adapter
+    )
+    result = trainer.train()
+    trainer.model.save_pretrained(job["output"])
+    return {"seconds": result.metrics["train_runtime"], "loss": result.training_loss}
+
+
+def _turn(role: str, *content: dict) -> dict:
+    return {"role": role, "content": list(content)}
+
+
+def _text(text: str) -> dict:
+    return {"type": "text", "text": text}
+
+
+def run_side(name: str, job: dict) -> dict:
+    """Run one side in a new process and return its results."""
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(job["threads"])}
+    command = [sys.executable, __file__, "--side", json.dumps({"name": name, **job})]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    for line in process.stdout.splitlines():
+        if line.startswith("RESULT "):
+            return json.loads(line.removeprefix("RESULT "))
+    raise SystemExit(f"{name} failed:\n{process.stdout[-2000:]}\n{process.stderr[-4000:]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("train", type=Path, nargs="?")
+    parser.add_argument("test", type=Path, nargs="?")
+    parser.add_argument("--rows", type=int, default=960)
+    parser.add_argument("--held-out", type=int, default=300)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 32])
+    parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        measure_side(json.loads(args.side))
+        return
+    threads, results = choose_threads().value, dict[str, list[dict]]()
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        train, test = (
+            shortened(file, count, work) for file, count in ((args.train, args.rows), (args.test, args.held_out))
+        )
+        job = {"model": args.model, "rows": str(train), "threads": threads}
+        for repeat in range(args.repeats):
+            for batch_size in args.batch_sizes:
+                for name in args.sides:
+                    output = str(work / f"{name}-{batch_size}-{repeat}".replace(" ", "-"))
+                    precision = name.partition(" ")[2]
+                    result = run_side(name, job | {"batch_size": batch_size, "output": output, "precision": precision})
+                    result["held_out_loss"] = held_out_loss(output, args.model, test)
+                    results.setdefault(f"{name}, {batch_size} rows a step", []).append(result)
+                    print(f"{name} {batch_size}: {json.dumps(result)}", flush=True)
+    print("| side | rows/s | peak | held-out loss |\n| --- | ---: | ---: | ---: |")
+    for name, runs in results.items():
+        rate, peak, loss = (statistics.median(r[k] for r in runs) for k in ("rate", "peak_bytes", "held_out_loss"))
+        print(f"| {name} | {rate:.2f} | {peak / 1e6:,.0f} MB | {loss:.4f} |")
+    print_machine(threads)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1))
+
+
+def shortened(file: Path, count: int, folder: Path) -> Path:
+    """Write the first rows of a file, with absolute paths of their images, and return the new file."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()[:count]]
+    lines = [json.dumps({**row, "image": str((file.parent / row["image"]).resolve())}) for row in rows]
+    (folder / file.name).write_text("\n".join(lines) + "\n")
+    return folder / file.name
+
+
+def held_out_loss(adapter: str, model: str, test: Path) -> float:
+    command = [sys.executable, "-m", "deltaw", "eval", adapter, "--model", model, "--data", str(test)]
+    output = subprocess.run([*command, "--no-drift", "--json"], capture_output=True, text=True, check=True).stdout
+    return json.loads(output)["eval"]["loss"]
+
+
+def measure_side(job: dict) -> None:
+    """Run a side in this process and print its results as JSON."""
+    from deltaw.machine.memory import peak_resident_bytes
+
+    count = len(Path(job["rows"]).read_text().splitlines())
+    measured = deltaw_side(job) if job["name"] == "deltaw" else trl_side(job)
+    measured |= {"rate": count / measured["seconds"], "peak_bytes": peak_resident_bytes()}
+    print("RESULT " + json.dumps(measured), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Training on rows with images: a tiny LLaVA learns the color of an image."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import deltaw
+from deltaw.cache import root
+from deltaw.hub import vision
+from tests.conftest import refusal
+from tests.training.parallel_runs import assert_same_as_one_process
+from tests.training.runs import Snapshots, adapter, assert_same_run
+from tests.vision_models import save_vision_model
+
+COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a tiny LLaVA, images, and two questions about each image."""
+    folder = tmp_path_factory.mktemp("vision")
+    save_vision_model("llava", folder / "model")
+    random, rows = np.random.default_rng(0), []
+    for number in range(16):
+        name, color = list(COLORS.items())[number % 2]
+        pixels = (np.array(color) + random.integers(-20, 20, (28, 28, 3))).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        for question in ("Color?", "Say its color:"):
+            rows.append({"image": f"{number}.png", "prompt": question, "completion": name})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def settings(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache" / "packages"))
+
+    def make(output: Path, rows: str = "rows.jsonl", **changes: object) -> dict:
+        data = {"train": str(folder / rows), "eval": 8, "group": "image"}
+        train = {"learning_rate": 0.01, "batch_size": 8, "epochs": 15, "drift": False}
+        common = {"model": str(folder / "model"), "precision": "fp32", "threads": 1, "output": str(output)}
+        return {**common, "data": data, "train": train, **changes}
+
+    return make
+
+
+def exact_match(run: Path) -> float:
+    return json.loads((run / "run.json").read_text())["result"]["eval"]["exact_match"]
+
+
+def test_adapter_learns_from_images(settings, folder, tmp_path):
+    deltaw.fit(settings(tmp_path / "run"))
+    assert exact_match(tmp_path / "run") == 1.0
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    blind = [{**row, "image": "0.png", "prompt": f"{row['prompt']} {n}"} for n, row in enumerate(rows)]
+    (folder / "blind.jsonl").write_text("".join(json.dumps(row) + "\n" for row in blind))
+    changed = settings(tmp_path / "blind", "blind.jsonl")
+    changed["data"]["group"] = None
+    deltaw.fit(changed)
+    assert exact_match(tmp_path / "blind") < 1.0  # all rows have the same image
+
+
+def test_connector_is_trained_alone(settings, tmp_path):
+    before = load_file(Path(settings(tmp_path)["model"]) / "model.safetensors")
+    deltaw.fit(settings(tmp_path / "run", method="input"))
+    saved = adapter(tmp_path / "run")
+    assert {name.rpartition("multi_modal_projector.")[2] for name in saved} == {
+        f"linear_{n}.{kind}" for n in (1, 2) for kind in ("weight", "bias")
+    }
+    for name, tensor in saved.items():
+        original = before["multi_modal_projector." + name.rpartition("multi_modal_projector.")[2]]
+        assert tensor.shape == original.shape and not torch.equal(tensor, original.to(tensor.dtype))
+
+
+def test_features_are_computed_once_for_all_runs(settings, tmp_path, monkeypatch):
+    deltaw.fit(settings(tmp_path / "first", train={"max_steps": 2, "batch_size": 8, "drift": False}))
+    files = sorted((root() / "images").glob("*.safetensors"))
+    assert len(files) == 16
+    loaded = []
+    features = vision.Tower.features
+    monkeypatch.setattr(vision.Tower, "features", lambda self, inputs: loaded.append(1) or features(self, inputs))
+    again = settings(tmp_path / "second", train={"max_steps": 2, "batch_size": 8, "drift": False})
+    deltaw.fit(again)
+    assert not loaded and sorted((root() / "images").glob("*.safetensors")) == files
+    content = bytearray(files[3].read_bytes())
+    content[-5] ^= 1
+    files[3].write_bytes(content)
+    files[4].write_bytes(b"")
+    deltaw.fit({**again, "output": str(tmp_path / "third")})
+    assert len(loaded) == 2
+    for name in ("second", "third"):
+        assert_same_run(tmp_path / name, tmp_path / "first")
+
+
+@pytest.mark.parametrize("method", ["lora", "input"])
+def test_killed_run_resumes_bit_identically(settings, tmp_path, method):
+    run, train = tmp_path / "run", {"learning_rate": 0.01, "batch_size": 8, "epochs": 4, "drift": False}
+    changes = {"method": method, "train": {**train, "checkpoint_every": 2, "checkpoint_minutes": None}}
+    snapshots = Snapshots(run, tmp_path, ["step 5"])
+    deltaw.fit(settings(run, **changes), callback=snapshots)
+    (copy,) = snapshots.copies.values()
+    assert deltaw.fit(settings(copy, **changes)).resumed_from_step
+    assert_same_run(copy, run)
+
+
+def test_another_image_is_not_resumed(settings, folder, tmp_path):
+    run = tmp_path / "run"
+    snapshots = Snapshots(run, tmp_path, ["step 5"])
+    train = {"batch_size": 8, "epochs": 4, "drift": False, "checkpoint_every": 2, "checkpoint_minutes": None}
+    deltaw.fit(settings(run, train=train), callback=snapshots)
+    (copy,) = snapshots.copies.values()
+    original = (folder / "2.png").read_bytes()
+    try:
+        shutil.copy(folder / "1.png", folder / "2.png")
+        error = refusal(deltaw.fit, settings(copy, train=train))
+    finally:
+        (folder / "2.png").write_bytes(original)
+    assert "rows" in error.message
+
+
+def test_soft_prompt_is_rejected(settings, tmp_path):
+    error = refusal(deltaw.fit, settings(tmp_path / "run", method="prompt"))
+    assert "a soft prompt cannot be trained on rows with images" in error.message
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(settings, tmp_path):
+    train = {"learning_rate": 0.01, "batch_size": 8, "epochs": 2, "drift": False}
+    single, several = (settings(tmp_path / name, train=train) for name in ("one", "two"))
+    assert_same_as_one_process(single, several)
