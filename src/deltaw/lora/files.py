@@ -283,9 +283,10 @@ def read_factors(model: nn.Module, folder: str | Path) -> AdapterFactors:
             if the adapter has more than low-rank factors of linear layers.
     """
     location = str(Path(folder) / WEIGHTS_NAME)
-    adapter = with_model_names(model, read_adapter(folder), location)
+    adapter = read_adapter(folder)
     if (reason := unsupported_reason(adapter.config)) is not None:
         raise UserError(reason, location=str(folder), hint=_MERGE)
+    adapter = with_model_names(model, adapter, location)
     remaining = dict(adapter.tensors)
     layers: dict[str, Factors] = {}
     for target in stored_selection(model, adapter, location).targets:
