@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from machine import print_machine
@@ -34,7 +35,16 @@ TEMPLATE = (
 
 def deltaw_side(job: dict) -> dict:
     import deltaw
+    from deltaw.training.features.images import RowImages
 
+    compute, image_seconds = RowImages.compute, [0.0]
+
+    def timed(images: RowImages, *arguments: object) -> None:
+        start = time.perf_counter()
+        compute(images, *arguments)
+        image_seconds[0] += time.perf_counter() - start
+
+    RowImages.compute = timed
     config = {
         "model": job["model"],
         "data": {"train": job["rows"], "eval": None, "cache": False},
@@ -42,9 +52,10 @@ def deltaw_side(job: dict) -> dict:
         "lora": {"rank": RANK, "alpha": ALPHA},
         "output": job["output"],
     }
-    result = deltaw.fit(config)
-    seconds = json.loads((Path(job["output"]) / "run.json").read_text())["seconds"]
-    return {"seconds": result.seconds, "loss": result.loss, "total_seconds": seconds}
+    deltaw.fit(config)
+    result = json.loads((Path(job["output"]) / "run.json").read_text())["result"]
+    seconds, planned = result["seconds"] + image_seconds[0], result["planned_memory_bytes"]
+    return {"seconds": seconds, "image_seconds": image_seconds[0], "loss": result["train_loss"], "planned": planned}
 
 
 def trl_side(job: dict) -> dict:
@@ -105,6 +116,7 @@ def _text(text: str) -> dict:
 def run_side(name: str, job: dict) -> dict:
     """Run one side in a new process and return its results."""
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(job["threads"])}
+    environment["DELTAW_CACHE"] = f"{job['output']}-cache"  # without stored features
     command = [sys.executable, __file__, "--side", json.dumps({"name": name, **job})]
     process = subprocess.run(command, capture_output=True, text=True, env=environment)
     for line in process.stdout.splitlines():

@@ -145,14 +145,17 @@ class RowImages:
             if len(self._texts) > _MAX_SIZES:
                 self._texts.clear()
             known = self._texts[decoded.size] = text, int((self._processor.tokenize(text) == self.token_id).sum())
+        digest, (text, count) = self._digest(decoded), known
+        with self._lock:
+            stored = self._images.get(digest)
+            if stored is None:
+                stored = self._add(digest, image, count)
+        return PlacedImage(text, range(stored.first_id, stored.first_id + count))
+
+    def _digest(self, decoded: Image.Image) -> str:
         digest = hashlib.blake2b(self._identity.encode(), digest_size=16)
         digest.update(f"{decoded.size}".encode() + decoded.tobytes())
-        text, count = known
-        with self._lock:
-            stored = self._images.get(digest.hexdigest())
-            if stored is None:
-                stored = self._add(digest.hexdigest(), image, count)
-        return PlacedImage(text, range(stored.first_id, stored.first_id + count))
+        return digest.hexdigest()
 
     def _add(self, digest: str, image: RowImage, count: int) -> _StoredImage:
         """Add an image. Its ids follow from its digest, or are the next free ones."""
@@ -394,7 +397,11 @@ class RowImages:
 
     def _encode(self, image: _StoredImage) -> Tensor:
         assert image.image is not None
-        _, inputs = self._processor.encode(image.image.decoded())
+        decoded = image.image.decoded()
+        if self._digest(decoded) != image.digest:
+            message = "the image changed after its row was read"
+            raise UserError(message, location=image.image.location, hint="wait until the files are complete")
+        _, inputs = self._processor.encode(decoded)
         tower = self._open_tower()
         compute = tower.connector_inputs if self.before_connector else tower.features
         values = torch.cat(compute(inputs))
