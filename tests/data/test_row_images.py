@@ -60,9 +60,8 @@ class FakePlacer:
     placeholder = "<pic>"
     first_id = FIRST_ID
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, reads_parts: bool = False) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.token_id = int(tokenizer.convert_tokens_to_ids("<pic>"))
-        self.reads_parts = reads_parts
         self.ids: dict[bytes, list[int]] = {}
         self.images: list[Image.Image] = []
 
@@ -85,11 +84,11 @@ def data_url(content: bytes) -> str:
 
 
 def read(
-    rows: Sequence[dict], folder: Path = Path(), template: str | None = CHATML, *, parts: bool = False, **settings
+    rows: Sequence[dict], folder: Path = Path(), template: str | None = CHATML, **settings
 ) -> tuple[list[str], list[Example], BadRows]:
     """Return the examples as text, with [n n] for the ids of images, and « and » around labels."""
     tokenizer = image_tokenizer(template)
-    placer = FakePlacer(tokenizer, reads_parts=parts)
+    placer = FakePlacer(tokenizer)
     numbered = NumberedRows("d", [(str(folder / "d.jsonl"), range(1, len(rows) + 1), rows)])
     config = DataSettings(train="d", **settings)
     bad = BadRows(config.bad_rows)
@@ -134,7 +133,7 @@ ANSWER = "<assistant/«red>»"
 def test_content_parts_with_images(tmp_path: Path, template: str, image: dict) -> None:
     (tmp_path / "a.png").write_bytes(picture(1))
     row = {"messages": [user([image, {"type": "text", "text": "color?"}]), assistant("red")]}
-    (text,), _, _ = read([row], tmp_path, template, parts=template is PARTS)
+    (text,), _, _ = read([row], tmp_path, template)
     line_break = "" if template is PARTS else "/"
     assert text == f"<user/[0 1 ]{line_break}color?>/{ANSWER}"
 
@@ -169,7 +168,7 @@ def test_image_columns_with_and_without_markers(tmp_path: Path, images: dict, te
     (tmp_path / "a.png").write_bytes(picture(1))
     (text,), _, _ = read([{**texts, **images}], tmp_path)
     assert text == f"<user/[0 1 ]/color?>/{ANSWER}"
-    (text,), _, _ = read([{**texts, **images}], tmp_path, PARTS, parts=True)
+    (text,), _, _ = read([{**texts, **images}], tmp_path, PARTS)
     assert text == f"<user/[0 1 ]color?>/{ANSWER}"
 
 
@@ -191,12 +190,12 @@ def test_several_images_keep_their_order_and_equal_images_their_ids() -> None:
 
 def test_templates_may_write_images_before_the_text() -> None:
     row = {"messages": [user("is <image> darker than <image>?"), assistant("red")], "images": [A, B]}
-    (text,), _, _ = read([row], template=IMAGES_FIRST, parts=True)
+    (text,), _, _ = read([row], template=IMAGES_FIRST)
     assert text == f"<user/[0 1 ]/[2 3 4 ]/is  darker than ?>/{ANSWER}"
     drops_text = IMAGES_FIRST.replace("{{ p.text }}", "{{ p.text if m.role != 'user' }}")
-    assert "omits the content" in refusal(read, [row], template=drops_text, parts=True).message
+    assert "omits the content" in refusal(read, [row], template=drops_text).message
     drops_images = PARTS.replace("<pic>", "")
-    assert "0 placeholders '<pic>' for 2 images" in refusal(read, [row], template=drops_images, parts=True).message
+    assert "0 placeholders '<pic>' for 2 images" in refusal(read, [row], template=drops_images).message
 
 
 def test_plain_text_rows() -> None:
@@ -395,7 +394,7 @@ def test_typed_columns_contain_images(tmp_path: Path) -> None:
     rows = [{"messages": messages, "images": [{"bytes": picture(n), "path": None}]} for n in range(3)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
     tokenizer = image_tokenizer(PARTS)
-    data = run_data(str(tmp_path / "d.parquet"), FakePlacer(tokenizer, reads_parts=True), tokenizer)
+    data = run_data(str(tmp_path / "d.parquet"), FakePlacer(tokenizer), tokenizer)
     assert [row.tokens[row.tokens >= FIRST_ID].tolist() for row in data.train] == [[400, 401], [402, 403], [404, 405]]
 
 
@@ -475,9 +474,9 @@ def test_check_compares_images_and_reports_unreadable_ones(write: Write) -> None
 @pytest.mark.parametrize("template", [CHATML, PARTS, None])
 def test_prompts_have_the_tokens_of_training(template: str | None) -> None:
     question = user([{"type": "image", "url": A}, {"type": "text", "text": "color?"}])
-    _, (example,), _ = read([{"messages": [question, assistant("red")]}], template=template, parts=template is PARTS)
+    _, (example,), _ = read([{"messages": [question, assistant("red")]}], template=template)
     tokenizer = image_tokenizer(template)
-    placer = FakePlacer(tokenizer, reads_parts=template is PARTS)
+    placer = FakePlacer(tokenizer)
     tokens = encode_prompt([question], "auto", tokenizer, images=placer)
     assert tokens.tolist() == example.tokens[: example.prompt_length].tolist()
     row, images = take_images({"messages": [question]}, None, "the prompt")

@@ -73,13 +73,11 @@ class ImagePlacer(Protocol):
         placeholder: Text of an image in rendered conversations, for example ``<image>``.
         token_id: Id of an image token.
         first_id: First token id of images, which is the size of the vocabulary. All ids from here on are images.
-        reads_parts: True if the chat template expects content parts (``{"type": "image"}``) instead of the placeholder.
     """
 
     placeholder: str
     token_id: int
     first_id: int
-    reads_parts: bool
 
     def place(self, image: RowImage) -> PlacedImage:
         """Return the text and the token ids of an image. Equal images have equal ids.
@@ -95,14 +93,14 @@ def count_markers(messages: Sequence[Mapping[str, object]]) -> int:
     return sum(str(message["content"]).count(MARKER) for message in messages if message["role"] != "assistant")
 
 
-def for_template(message: Mapping[str, object], placer: ImagePlacer) -> dict[str, object]:
-    """Return a message as the chat template reads it: with content parts, or with placeholders."""
+def for_template(message: Mapping[str, object], placeholder: str | None) -> dict[str, object]:
+    """Return a message as the chat template reads it: with placeholders, or with content parts if it is None."""
     content = message.get("content")
     if not isinstance(content, str):
         return dict(message)
     texts = [content] if message["role"] == "assistant" else content.split(MARKER)
-    if not placer.reads_parts:
-        return {**message, "content": placer.placeholder.join(texts)}
+    if placeholder is not None:
+        return {**message, "content": placeholder.join(texts)}
     parts: list[dict[str, str]] = []
     for number, text in enumerate(texts):
         if number:

@@ -7,6 +7,7 @@ its tokens are not labels. No token is masked because of its value.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import re
@@ -97,6 +98,15 @@ class ChatRenderer:
         self._date, self._images = date, images
         self._templates: dict[bool, str] = {}
 
+    @functools.cached_property
+    def _reads_parts(self) -> bool:
+        """True if the template renders a content part of type image as the placeholder."""
+        assert self._images is not None
+        parts: list[dict[str, str]] = [{"type": "image"}, {"type": "text", "text": _STAND_IN}]
+        conversation = ConversationPrefixes([{"role": "user", "content": parts}], [(1, True)])
+        ((text,),) = render_batch(self.template(), [conversation], self._special)
+        return isinstance(text, str) and text.count(self._images.placeholder) == 1
+
     def template(self, with_tools: bool = False) -> str:
         """Return the template. Some tokenizers have a separate template for conversations with tools."""
         if with_tools not in self._templates:
@@ -128,9 +138,10 @@ class ChatRenderer:
     def _render_batch(self, conversations: Sequence[ConversationPrefixes]) -> list[list[str | Exception]]:
         # Equivalent to apply_chat_template, which looks up the special tokens in each call.
         rendered: dict[int, list[str | Exception]] = {}
-        if (placer := self._images) is not None:
+        if (placer := self._images) is not None and conversations:
+            placeholder = None if self._reads_parts else placer.placeholder
             conversations = [
-                replace(item, messages=[for_template(message, placer) for message in item.messages])
+                replace(item, messages=[for_template(message, placeholder) for message in item.messages])
                 for item in conversations
             ]
         for with_tools in (False, True):

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -81,7 +80,6 @@ class CausalTask(Task[CausalObjective]):
     generates_text = True
     answers_rows = True
     shares_evaluation = True
-    reads_images: ClassVar[bool] = True
     folder: Path | None = None
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, log: LogFunction = ignore_line) -> None:
@@ -92,7 +90,7 @@ class CausalTask(Task[CausalObjective]):
     def open(cls, name: str, files: ModelFiles) -> CausalTask:
         task = cls(files.tokenizer(), files.log)
         task.folder = files.folder
-        if cls.reads_images and has_images(files.config, files.folder):
+        if cls is CausalTask and has_images(files.config, files.folder):
             task.images = RowImages(files.folder, files.config, task.tokenizer, files.dtype)
         return task
 

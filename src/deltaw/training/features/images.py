@@ -30,7 +30,6 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from deltaw.cache import Cache, file_digest, load_result, store_result, versions
 from deltaw.data.image_files import unreadable_image
-from deltaw.data.rendering import FAULTS, render_with_tokenizer
 from deltaw.data.report import count_of
 from deltaw.data.row_images import PlacedImage, RowImage
 from deltaw.decoding.request import BusyError
@@ -112,7 +111,6 @@ class RowImages:
         self._processor = ModelProcessor(folder, config, tokenizer)
         self.placeholder, self.token_id = self._processor.placeholder, self._processor.token_id
         self.first_id = int(config.get_text_config(decoder=True).vocab_size)
-        self.reads_parts = _reads_parts(tokenizer, self.placeholder)
         self.before_connector, self.width = False, int(config.get_text_config(decoder=True).hidden_size)
         self._folder, self._config = folder, config
         self._dtype = dtype_of(dtype)
@@ -531,13 +529,3 @@ def _identity(folder: Path, settings: Mapping[str, object]) -> str:
     files = [file_digest(folder / name) for name in ("config.json", *read_checkpoint(folder).files)]
     parts = [files, settings, versions(("torch", "transformers", "deltaw.hub"))]
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _reads_parts(tokenizer: PreTrainedTokenizerBase, placeholder: str) -> bool:
-    """Return True if the chat template renders an image part as the placeholder."""
-    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe it."}]}
-    try:
-        text = render_with_tokenizer(tokenizer, [message], generation=True)
-    except (*FAULTS, ValueError):
-        return False
-    return text.count(placeholder) == 1 and "Describe it." in text
