@@ -195,7 +195,7 @@ def test_templates_may_write_images_before_the_text() -> None:
     drops_text = IMAGES_FIRST.replace("{{ p.text }}", "{{ p.text if m.role != 'user' }}")
     assert "omits the content" in refusal(read, [row], template=drops_text).message
     drops_images = PARTS.replace("<pic>", "")
-    assert "0 placeholders '<pic>' for 2 images" in refusal(read, [row], template=drops_images).message
+    assert "it changes the answer" in refusal(read, [row], template=drops_images).message
 
 
 def test_plain_text_rows() -> None:
