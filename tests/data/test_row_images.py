@@ -517,3 +517,17 @@ def test_json_lines_round_trip(write: Write) -> None:
     tokenizer = image_tokenizer()
     data = run_data(write(json.dumps(row)), FakePlacer(tokenizer), tokenizer)
     assert data.train[0].tokens[data.train[0].tokens >= FIRST_ID].tolist() == [400, 401]
+
+
+def test_16_bit_images_keep_their_contrast() -> None:
+    out = io.BytesIO()
+    Image.fromarray(np.array([[0, 20_000, 40_000, 65_535]], np.uint16)).save(out, "PNG")
+    assert np.asarray(RowImage(out.getvalue(), "row").decoded())[0, :, 0].tolist() == [0, 78, 156, 255]
+
+
+def test_tokens_beyond_the_vocabulary_are_rejected() -> None:
+    tokenizer = image_tokenizer()
+    placer = FakePlacer(tokenizer)
+    placer.first_id = placer.token_id  # the vocabulary ends before the image token
+    error = refusal(Encoder(tokenizer, images=placer).prompt, [user("what is <pic> here?")])
+    assert "a token beyond the model's vocabulary" in error.message

@@ -11,10 +11,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoTokenizer
 
 import deltaw
 from deltaw.cache import root
+from deltaw.data.row_images import RowImage
 from deltaw.hub import vision
+from deltaw.training.features.images import RowImages
 from tests.conftest import refusal
 from tests.training.parallel_runs import assert_same_as_one_process
 from tests.training.runs import Snapshots, adapter, assert_same_run
@@ -136,3 +139,36 @@ def test_two_processes_equal_one(settings, tmp_path):
     train = {"learning_rate": 0.01, "batch_size": 8, "epochs": 2, "drift": False}
     single, several = (settings(tmp_path / name, train=train) for name in ("one", "two"))
     assert_same_as_one_process(single, several)
+
+
+@pytest.fixture
+def images(folder, settings):
+    """The images of the model, with an empty cache."""
+    config, tokenizer = AutoConfig.from_pretrained(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
+    return RowImages(folder / "model", config, tokenizer, "fp32")
+
+
+def test_changed_file_is_rejected(images, folder, tmp_path):
+    file = shutil.copy(folder / "0.png", tmp_path / "image.png")
+    placed = images.place(RowImage(Path(file), "row 1"))
+    shutil.copy(folder / "1.png", file)
+    error = refusal(images.rows, torch.tensor([placed.ids[0]]))
+    assert "changed after its row was read" in error.message and not [*(root() / "images").glob("*.safetensors")]
+
+
+def test_unused_images_are_discarded(images, folder):
+    images.limit_bytes = 1 << 20
+    placed = [images.place(RowImage((folder / f"{n}.png").read_bytes(), "request")) for n in (0, 1)]
+    tokens = np.array([5, *placed[0].ids, 6])
+    images.retain(tokens)
+    images.discard_unused()
+    assert images.contains(np.array(placed[0].ids)).all() and not images.contains(np.array(placed[1].ids)).any()
+
+
+def test_only_image_processors_are_created(folder, tmp_path):
+    copy = shutil.copytree(folder / "model", tmp_path / "copy")
+    (copy / "preprocessor_config.json").unlink()
+    settings = {"image_processor": {"image_processor_type": "pipeline", "task": "text-generation", "model": "x"}}
+    (copy / "processor_config.json").write_text(json.dumps({"processor_class": "LlavaProcessor", **settings}))
+    config, tokenizer = AutoConfig.from_pretrained(copy), AutoTokenizer.from_pretrained(copy)
+    assert "pipeline is not an image processor" in refusal(RowImages, copy, config, tokenizer, "fp32").message

@@ -72,11 +72,21 @@ def decode(image: np.ndarray | Path | bytes | Image.Image, location: str) -> Ima
             if isinstance(image, Image.Image)
             else open_image(read_content(image, location)) as opened
         ):
-            upright = ImageOps.exif_transpose(opened)
+            upright = _with_8_bits(ImageOps.exif_transpose(opened), location)
             mode = "L" if upright.mode in ("1", "L") else "RGB"
             return upright if upright.mode == mode else upright.convert(mode)
     except BROKEN as error:
         raise decode_error(error, location) from error
+
+
+def _with_8_bits(image: Image.Image, location: str) -> Image.Image:
+    """Return an image of 16-bit integers with 8 bits, which Pillow's conversion would clip."""
+    if image.mode == "F":
+        raise UserError("the image has floating-point pixels", location=location, hint="save it with 8 bits")
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).astype(np.int64)
+    return Image.fromarray((values >> 8 if values.max(initial=0) > 255 else values).clip(0, 255).astype(np.uint8))
 
 
 def read_content(image: Path | bytes, location: str) -> bytes:

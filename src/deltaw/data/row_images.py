@@ -159,6 +159,10 @@ def insert_ids(
     Raises:
         BadRowError: if the tokens have another number of image tokens, or one of them is a label.
     """
+    if max(tokens, default=0) >= placer.first_id:
+        message = "the text has a token beyond the model's vocabulary"
+        hint = "use the model's own tokenizer, or remove the token from the text"
+        raise BadRowError(message, reason="an unknown token", location=location, hint=hint)
     ids = [int(token) for image in images for token in image.ids]
     count, token_id = tokens.count(placer.token_id), placer.token_id
     if count != len(ids):

@@ -10,7 +10,7 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import ImageProcessingMixin, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # in 5.11 exported only with torchvision
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
@@ -95,8 +95,11 @@ def _processor(name: str, folder: Path, settings: dict[str, object], tokenizer: 
 
 def _image_processor(folder: Path, settings: dict[str, object]) -> Any:
     if (folder / "preprocessor_config.json").is_file() or "image_processor" not in settings:
-        return AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        return AutoImageProcessor.from_pretrained(folder, backend="pil", **options)
     nested: Any = settings["image_processor"]
     names = [f"{nested['image_processor_type'].removesuffix('Fast')}Pil", nested["image_processor_type"]]
     kind = next(getattr(transformers, name) for name in names if hasattr(transformers, name))
+    if not (isinstance(kind, type) and issubclass(kind, ImageProcessingMixin)):  # a function would run on its settings
+        raise ValueError(f"{names[1]} is not an image processor")
     return kind(**nested)

@@ -264,6 +264,7 @@ class TokenizerPrompts:
         row: Row = {"messages": list(messages)}
         images: list[RowImage] = []
         if self._images is not None:
+            self._images.discard_unused()
             row, row_images = take_images(row, None, "messages")
             images = decoded_images(row_images)
         turns = read_messages(row["messages"], "messages", "messages")

@@ -229,6 +229,16 @@ class RowImages:
             if size > self.limit_bytes:
                 raise BusyError("too many images are in use", hint="retry later")
 
+    def discard_unused(self) -> None:
+        """Remove images that no prompt retains and whose features were not computed, for example of rejected requests.
+
+        No other thread may be about to retain a prompt.
+        """
+        with self._lock:
+            for image in [*self._images.values()]:
+                if image.start is None and all(prompt() is None for prompt in image.prompts):
+                    self._remove(image)
+
     def _remove(self, image: _StoredImage) -> None:
         position = bisect.bisect_left(self._first_ids, image.first_id)
         del self._first_ids[position], self._sorted[position], self._images[image.digest]
@@ -461,8 +471,14 @@ class _Table:
         if self._file is None:
             self._file = tempfile.TemporaryFile(dir=_folder())  # noqa: SIM115 - open as long as this object
             self._width, self._dtype = values.shape[1], values.dtype
-        self._file.seek(0, os.SEEK_END)
-        self._file.write(values.contiguous().view(torch.uint8).numpy().tobytes())
+        try:
+            self._file.seek(self.count * self._width * self._dtype.itemsize)
+            self._file.write(values.contiguous().view(torch.uint8).numpy().tobytes())
+            self._file.flush()
+        except OSError as error:
+            hint = "free space there, or choose another cache folder in DELTAW_CACHE"
+            message = f"features of images cannot be stored: {error.strerror or error}"
+            raise UserError(message, location=str(_folder() or tempfile.gettempdir()), hint=hint) from error
         self._values, start = None, self.count
         self.count += len(values)
         return start
@@ -527,5 +543,5 @@ def _checksum(values: Tensor) -> str:
 def _identity(folder: Path, settings: Mapping[str, object]) -> str:
     """Return a hash of everything that the features of an image depend on, except its pixels."""
     files = [file_digest(folder / name) for name in ("config.json", *read_checkpoint(folder).files)]
-    parts = [files, settings, versions(("torch", "transformers", "deltaw.hub"))]
+    parts = [files, settings, versions(("torch", "transformers", "pillow", "numpy", "deltaw.hub"))]
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
