@@ -33,7 +33,7 @@ function shortNames(models) {
   names = new Map(models.map(({ id }, index) => [id, isDuplicate(short[index]) ? id : short[index]]));
 }
 
-const boxes = () => [...at("model-list").querySelectorAll("input")];
+const boxes = () => [...byId("model-list").querySelectorAll("input")];
 const kindOf = (model) => boxes().find((box) => box.value === model)?.dataset.kind ?? "";
 const selectedModels = () => boxes().filter((box) => box.checked).map((box) => box.value);
 
