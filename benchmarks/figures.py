@@ -49,7 +49,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "embeddings": ("embeddings.py", "--repeats", "1", "--rows", "512", "--sides", "deltaw auto",
                    "sentence-transformers fp32", "sentence-transformers fp32, sorted", "sentence-transformers bf16"),
     "memory": ("memory.py", "--set", "tasks", "--only", "^(gpt2|bert|roberta|qwen3|smollm2 +lora +batch_size=4) "),
-    "times": ("times.py",),
+    "times": ("times.py", "--held-out"),
     "fits": ("fits.py",),
 }  # fmt: skip
 # Models of the table "sizes" by the file with their speed.

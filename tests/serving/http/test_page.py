@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from deltaw.serving.http import page
 from deltaw.serving.http.page import SCRIPTS, HTMLPage, chat_page, page_router, trial_page
 
 
@@ -64,3 +66,18 @@ def test_page_loads_no_external_resources_or_inline_handlers(client):
 
 def test_page_is_not_in_openapi_schema(client):
     assert "/" not in client.get("/openapi.json").json()["paths"]
+
+
+# Functions of browsers that the scripts call.
+BROWSER_FUNCTIONS = {"fetch", "setTimeout", "clearTimeout", "encodeURIComponent", "requestAnimationFrame"}
+JS_KEYWORDS = {"if", "for", "while", "switch", "catch", "function", "return", "await", "super", "constructor"}
+
+
+def test_scripts_call_only_functions_that_exist():
+    texts = [path.read_text(encoding="utf-8") for path in sorted(Path(page.__file__).parent.glob("*.js"))]
+    text = re.sub(r"//.*|\"(?:[^\"\\\n]|\\.)*\"|`[^`]*`", "''", "\n".join(texts))
+    called = set(re.findall(r"(?:(?<=\.\.\.)|(?<![.\w$#]))([a-z]\w*)\(", text)) - BROWSER_FUNCTIONS - JS_KEYWORDS
+    defined = set(re.findall(r"(?:function\*?|const|let) (\w+)", text))
+    defined |= set(re.findall(r"^ +(?:async |static |get |\*)?(\w+)\(.*\) \{", text, re.MULTILINE))  # methods
+    defined |= set(re.findall(r"[({,]\s*(\w+)\s*(?=[,)}=])", text))  # parameters
+    assert called <= defined
