@@ -37,9 +37,12 @@ DECODERS: dict[str, tuple[str, str, int, str, dict]] = {
     "olmo2": ("Olmo2", "Olmo2Config", 100352, "bpe", {**WIDE, "pad_token_id": 0}),
     "bloom": ("Bloom", "BloomConfig", 250880, "bpe", {"hidden_size": 512, "n_layer": 8, "n_head": 8}),
     "cohere": ("Cohere", "CohereConfig", 256000, "bpe", {**WIDE, "pad_token_id": 0}),
+    "qwen2": ("Qwen2", "Qwen2Config", 151936, "bpe", {**WIDE}),
+    "opt": ("OPT", "OPTConfig", 50272, "bpe", {**SIZE, "ffn_dim": 2048, "word_embed_proj_dim": 512}),
     "gemma3": ("Gemma3", "Gemma3TextConfig", 262144, "bpe", {**WIDE, "head_dim": 64, "sliding_window": 64}),
 }
 ENCODERS = {"bert": ("Bert", 30522, "bpe"), "roberta": ("XLMRoberta", 250002, "unigram")}
+ENCODERS |= {"electra": ("Electra", 30522, "bpe"), "mpnet": ("MPNet", 30527, "bpe")}
 NAMES = ("smollm2", *DECODERS, *ENCODERS, "vit")
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}<sep>{{ m['content'] }}<eos>{% endfor %}"

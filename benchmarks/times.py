@@ -5,6 +5,7 @@ the rows, before it loads the weights. The measured time is that of the entire r
 ``memory.py``: random weights with the vocabulary and tokenizer sizes of published models, and SmolLM2.
 
     python benchmarks/times.py                     # about 20 minutes on 2 cores
+    python benchmarks/times.py --held-out          # architectures that the prediction was not developed with
     python benchmarks/times.py --only gpt2         # runs whose line matches a regular expression
     python benchmarks/times.py --json out.json --models DIR   # store the results and the models
 """
@@ -45,6 +46,23 @@ RUNS: list[tuple[str, str, dict]] = [
     ("minilm", "lora", {"train.batch_size": 64}),
     ("vit", "lora", {"train.batch_size": 64}),
 ]
+# Architectures that the prediction was not developed with.
+HELD_OUT: list[tuple[str, str, dict]] = [
+    ("mistral", "lora", {"train.batch_size": 8, "data": "sql"}),
+    ("mistral", "lora", {"train.batch_size": 16, "precision": "nf4"}),
+    ("phi3", "lora", {"train.batch_size": 16, "precision": "int8"}),
+    ("falcon", "lora", {"train.batch_size": 32}),
+    ("gemma2", "lora", {"train.batch_size": 8}),
+    ("granite", "lora", {"train.batch_size": 8, "data": "sql", "train.checkpointing": True}),
+    ("granite", "lora", {"train.batch_size": 4, **DPO}),
+    ("bloom", "lora", {"train.batch_size": 16}),
+    ("cohere", "lora", {"train.batch_size": 8, "data": "sql"}),
+    ("qwen2", "lora", {"train.batch_size": 16, "precision": "fp32"}),
+    ("opt", "lora", {"train.batch_size": 16}),
+    ("opt", "full", {"train.batch_size": 16}),
+    ("electra", "lora", {"train.batch_size": 32}),
+    ("mpnet", "lora", {"train.batch_size": 32, **EMBED}),
+]
 
 
 def main() -> None:
@@ -53,13 +71,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None, help="write all results to this file")
     parser.add_argument("--models", type=Path, default=None, help="create the models in this folder and keep them")
     parser.add_argument("--steps", type=int, default=24, help="optimizer steps of each run")
+    parser.add_argument("--held-out", action="store_true", help="run other architectures")
     arguments = parser.parse_args()
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as scratch:
         models = arguments.models or Path(scratch) / "models"
         print_machine()
         print(f"{'model':8} {'method':7} {'settings':52} {'seconds':>24} {'per step':>22}")
-        for model, method, changes in RUNS:
+        for model, method, changes in HELD_OUT if arguments.held_out else RUNS:
             label = f"{model:8} {method:7} {format_settings(changes):52}"
             if not re.search(arguments.only, label):
                 continue

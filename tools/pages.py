@@ -47,7 +47,7 @@ RECORDING, TUTORIAL = ROOT / "examples" / "first-hour.txt", ROOT / "docs" / "tut
 RECORDED = re.compile(r"<!-- recorded: (.+?) -->(?:\n```console\n.*?```)?", re.DOTALL)
 SEPARATOR = "@@ end of block"
 # Environment variables of a developer or a test that users do not have.
-HIDDEN = {"DELTAW_MEASURED", "HF_HUB_OFFLINE", "HF_ENDPOINT", "COLUMNS", "CI", "VIRTUAL_ENV"}
+HIDDEN = {"DELTAW_MEASURED", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "HF_ENDPOINT", "COLUMNS", "CI", "VIRTUAL_ENV"}
 WAIT_FOR_SERVER = "until grep -q ^serving serve.log; do kill -0 $server; sleep 1; done"
 SERVER = rf"deltaw serve \1 > serve.log 2>&1 & server=$!; trap 'kill $server' EXIT; {WAIT_FOR_SERVER}; cat serve.log"
 

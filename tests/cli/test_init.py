@@ -31,6 +31,15 @@ def test_generated_settings_can_be_trained(call, model_folder, rows_file, tmp_pa
     assert (tmp_path / "runs" / "colors" / "adapter_model.safetensors").is_file()
 
 
+def test_column_of_json_texts_holds_answers(call, model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    answers = ['{"verdict": "fresh"}', '{"verdict": "rotten"}']
+    write_rows(tmp_path / "rows.jsonl", [{"review": f"film {n} is long", "json": answers[n % 2]} for n in range(8)])
+    assert call("init", "--model", model_folder, "--yes").status == 0
+    config = RunConfig.read("train.yaml")
+    assert config.task == "causal-lm" and config.data.columns == {"prompt": "review", "completion": "json"}
+
+
 PREFERENCE_ROWS = {
     "dpo": ([{"chosen": "red", "rejected": "blue"}] * 2, "pairs of answers, the longest of 3", "margin"),
     "kto": ([{"completion": "red", "label": desired} for desired in (True, False)], "single answers", "kl"),
@@ -51,6 +60,7 @@ def test_preference_rows_get_preference_settings(call, model_folder, tmp_path, m
     assert RunConfig.read(tmp_path / "runs" / "rows" / "run.yaml").preference.beta == 0.2
     result = call("eval", "runs/rows", "--with-base", "--precision", "fp32")
     assert result.status == 0 and "accuracy" in result.out and metric in result.out, result
+    assert "--answers has no effect" in call("eval", "runs/rows", "--answers", 2, "--precision", "fp32", status=0).out
     if loss == "dpo":
         for verb in (["plan", "train.yaml", "--methods", "lora"], ["data", "check", "train.yaml"]):
             assert call(*verb, "--output", "other").status == 0

@@ -30,6 +30,7 @@ def test_train_eval_generate_chat_and_inspect_work_in_sequence(call, flags, tmp_
 
     result = call("eval", run, "--with-base", "--answers", 1, status=0)
     assert "perplexity" in result.out and "exact match" in result.out and "paint it" in result.out
+    assert len(re.findall("[✓✗]", result.out)) == 2  # one answer of each model
 
     result = call("generate", run, "--with-base", "--max-new-tokens", 2, stdin="paint it red\n\npaint it blue\n")
     assert result.status == 0 and result.out.count("base:") == result.out.count("adapter:") == 2

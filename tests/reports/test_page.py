@@ -283,3 +283,13 @@ def test_folder_of_runs_gets_pages_and_comparison(tmp_path):
     second_run = write_run(tmp_path / "two", seed=1)
     assert write_pages(tmp_path) == [first_run / PAGE_FILE, second_run / PAGE_FILE, tmp_path / "comparison.html"]
     assert "2 runs compared" in (tmp_path / "comparison.html").read_text()
+
+
+def test_only_embedded_images_are_shown(tmp_path):
+    folder, valid = write_run(tmp_path / "one"), "data:image/jpeg;base64,AAAA"
+    invalid = ["https://example.com/a.png", f'{valid}"onerror=alert(1)', "data:image/svg+xml;base64,AAAA", 7, valid * 2]
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 0, "pictures": {"7": [*invalid, *[valid] * 20], "8": [valid]}}) + "\n")
+        file.write(json.dumps({"step": 0, "pictures": 5}) + "\n")
+    assert re.findall('<img src="(.+?)"', run_page(read_run(folder))) == [valid] * 12
+    assert page_of(folder)

@@ -109,6 +109,8 @@ def command(
             count = "1 row" if len(examples) == 1 else f"{len(examples):,} rows"
             out.print(f"\n{name}: {count}")
         _print_scores({model: result[name] for model, result in by_model.items()}, out, num_answers)
+    if num_answers and not any(score.answers for result in by_model.values() for score in result.values()):
+        out.print(f"--answers has no effect: the scores of {session.task.name} do not require generation")
     drift = _drift(session, out, general, writer) if with_drift else None
     if as_json:
         result = _as_json(by_model, {name: len(examples) for name, examples in sets.items()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from deltaw.decoding.engine import Engine
     from deltaw.decoding.request import GenerationResult, TokenLogprob
 
+IMAGE_HELP = "image before each prompt, or at its marker <image>; can be repeated"
 LOGPROBS_HELP = "number of most likely tokens whose log-probabilities are reported per token, with --json"
 
 
@@ -27,6 +29,7 @@ LOGPROBS_HELP = "number of most likely tokens whose log-probabilities are report
 @click.argument("run", type=RunArgument())
 @click.argument("text", required=False)
 @click.option("--prompt", "-p", "prompts", multiple=True, help="prompt to complete; can be repeated")
+@click.option("--image", "image_files", multiple=True, type=click.Path(path_type=Path), help=IMAGE_HELP)
 @system_flag
 @click.option("--with-base", "with_base", is_flag=True, help="also print the base model's completions")
 @text_flags(max_new_tokens=256)
@@ -37,6 +40,7 @@ def command(
     run: str,
     text: str | None,
     prompts: tuple[str, ...],
+    image_files: tuple[Path, ...],
     system: str | None,
     with_base: bool,
     text_settings: TextSettings,
@@ -50,6 +54,7 @@ def command(
     if logprobs is not None and not as_json:
         raise UserError("log-probabilities require JSON output", location="--logprobs", hint="add --json")
     with track_progress("starting"):
+        from deltaw.data.image_files import decode
         from deltaw.decoding.opening import base_engine
         from deltaw.training.answers import with_system
         from deltaw.training.open_run import open_run
@@ -57,11 +62,12 @@ def command(
     prompt_texts = [require_utf8(prompt, "the prompt") for prompt in prompt_texts]
     if not prompt_texts:
         raise UserError("no prompt is given", hint="give a text after the run, --prompt, or lines on standard input")
+    images = [decode(file, str(file)) for file in image_files]
 
     session = open_run(run, log=notes.print_line, **opening)
     session.require_generation()
     system = resolve_system_prompt(session, system, notes.print_line)
-    tokens = [session.encode(with_system(system, prompt)) for prompt in prompt_texts]
+    tokens = [session.encode(with_system(system, prompt), images) for prompt in prompt_texts]
     if (line := session.invocation_warning(tokens)) is not None:
         notes.print_line(line)
 

@@ -25,10 +25,11 @@ from deltaw.data.report import BadRows, PreparationReport
 from deltaw.data.row_images import ImagePlacer, take_images
 from deltaw.data.row_reader import UNLIMITED, ExamplePreview, RowPreview, RunData
 from deltaw.data.row_store import RowView
-from deltaw.data.rows import NumberedRows
+from deltaw.data.rows import NumberedRows, Row
 from deltaw.data.sources import open_source, row_errors, split_rows, with_eval_counts
 from deltaw.data.stored_rows import read_stored
 from deltaw.data.templates import Encoder
+from deltaw.errors import UserError
 from deltaw.hub.terminators import terminators_in
 from deltaw.progress import LogFunction, ignore_line
 from deltaw.settings.data import DataSettings, TemplateName
@@ -188,6 +189,7 @@ def encode_prompt(
     *,
     images: ImagePlacer | None = None,
     image_folder: Path | None = None,
+    attached: Sequence[object] = (),
 ) -> np.ndarray:
     """Return the (length,) int32 tokens of ``prompt``, rendered as in training.
 
@@ -197,6 +199,7 @@ def encode_prompt(
         tokenizer: Tokenizer of the model.
         images: See :class:`deltaw.data.templates.Encoder`.
         image_folder: Folder of relative paths of images. None to reject paths.
+        attached: Images as in the column ``images`` of a row.
 
     Raises:
         UserError: if the conversation is out of order, the template rejects it, or an image cannot be read.
@@ -208,11 +211,13 @@ def encode_prompt(
         template, date = settings, None
     location = "the prompt"
     encoder = Encoder(tokenizer, template, date=date, images=images)
-    if images is None or isinstance(prompt, str):
-        messages = prompt if isinstance(prompt, str) else read_prompt(prompt, location)
-        return np.asarray(encoder.prompt(messages), dtype=np.int32)
-    row, row_images = take_images({"messages": prompt}, image_folder, location)
-    return np.asarray(encoder.prompt(read_prompt(row["messages"], location), images=row_images), dtype=np.int32)
+    if images is None and attached:
+        hint = "use a vision-language model, or remove the images"
+        raise UserError("the model reads text only", location=location, hint=hint)
+    row: Row = {"prompt" if isinstance(prompt, str) else "messages": prompt, "images": attached}
+    row, row_images = (row, ()) if images is None else take_images(row, image_folder, location)
+    messages = str(row["prompt"]) if "prompt" in row else read_prompt(row["messages"], location)
+    return np.asarray(encoder.prompt(messages, images=row_images), dtype=np.int32)
 
 
 def _notes_of(account: Account, limit: int) -> list[str]:

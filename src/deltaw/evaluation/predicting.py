@@ -187,6 +187,8 @@ class Predictor:
                 if error is not None:
                     progress.errors[error.reason] += 1
                     progress.first_error = progress.first_error or f"{error.location}: {error.message}"
+            if self._session.task.images is not None:
+                self._session.task.images.clear()  # otherwise their features accumulate
             progress.rows = end
             write(json_lines(records))
             lines.update(progress.rows, 0)
@@ -233,6 +235,8 @@ class Predictor:
         built = (self._build_request(prompt, engine.session_adapter, number=n) for n, prompt in prompts.items())
         # One owner per chunk: a resumed process must not depend on the prefix cache of earlier chunks.
         requests = [replace(request, owner=start) for request in built]
+        if (images := self._session.task.images) is not None:
+            images.compute()
         with track_progress("writing", len(requests)) as advance:
             texts = engine.generate_all(requests, lambda done, _: advance(done))
         return [text.text for text in texts], [text.finish for text in texts]

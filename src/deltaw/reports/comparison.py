@@ -150,6 +150,8 @@ def _memory_figure(results: Sequence[MethodResult]) -> Figure:
 
 # Maximum characters of a question and of an answer in a table. Questions are truncated at the start.
 MAX_QUESTION, MAX_ANSWER = 72, 40
+# Marks of wrong and correct answers.
+MARKS = ("✗ ", "✓ ")
 # Maximum characters of a general answer.
 MAX_GENERAL = 160
 
@@ -218,7 +220,7 @@ def confusion_table(classes: Sequence[str], counts: np.ndarray) -> Table:
 
 
 def answer_table(rows: Sequence[tuple[str, str, Mapping[str, tuple[str, bool]]]]) -> Table:
-    """Return a table of the answers of each model. Correct answers are green.
+    """Return a table of the answers of each model. Correct answers are green, and marked if an answer is expected.
 
     Args:
         rows: Question, expected answer, and by model name the answer and True if it is correct.
@@ -226,7 +228,10 @@ def answer_table(rows: Sequence[tuple[str, str, Mapping[str, tuple[str, bool]]]]
     heads = ["question", "expected", *(rows[0][2] if rows else ())]
     lines: list[list[Cell]] = [
         [one_line(question, MAX_QUESTION, end=True), one_line(expected, MAX_ANSWER)]
-        + [Text(one_line(text, MAX_ANSWER), style="green" if correct else "red") for text, correct in answers.values()]
+        + [
+            Text(MARKS[correct] * bool(expected) + one_line(text, MAX_ANSWER), style="green" if correct else "red")
+            for text, correct in answers.values()
+        ]
         for question, expected, answers in rows
     ]
     return table(heads, lines, num_left=len(heads), fold=True)

@@ -6,6 +6,7 @@ Prompts and file output are in :mod:`deltaw.cli.init`.
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 import re
@@ -326,8 +327,8 @@ def _guess_task(rows: NumberedRows, *, labeled: bool) -> tuple[str, dict[str, st
     by_name = [next((name for name in names if name.lower() in usual), None) for names, usual in columns]
     if all(by_name) and not labeled:
         return _question_columns(str(by_name[0]), str(by_name[1]))
-    class_counts = {name: len(set(map(str, column))) for name, column in values.items()}
-    limits = {name: min(MAX_CLASSES, len(column) // MIN_ROWS_PER_CLASS) for name, column in values.items()}
+    class_counts = {name: len(set(map(str, column))) for name, column in values.items() if not _is_json(column)}
+    limits = {name: min(MAX_CLASSES, len(values[name]) // MIN_ROWS_PER_CLASS) for name in class_counts}
     class_counts = {name: count for name, count in class_counts.items() if 2 <= count <= limits[name]}
     text_columns = [name for name in texts if name not in class_counts]
     text = max(text_columns, key=lambda name: sum(map(len, map(str, texts[name]))) / len(texts[name]), default=None)
@@ -353,6 +354,14 @@ def _is_index(values: Sequence[object]) -> bool:
     """Return True if the values are consecutive numbers."""
     numbers = [_number(value) or 0.0 for value in values]
     return all(b - a == 1 for a, b in itertools.pairwise(numbers))
+
+
+def _is_json(values: Sequence[object]) -> bool:
+    """Return True if all values are JSON objects or lists, which are answers rather than class names."""
+    try:
+        return all(isinstance(json.loads(str(value)), dict | list) for value in values)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _are_judged(rows: NumberedRows) -> bool:

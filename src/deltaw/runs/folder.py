@@ -11,6 +11,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -349,6 +350,9 @@ COLUMNS = (
 REWARD_PREFIXES, MAX_REWARD_COLUMNS = ("reward ", "reward_error "), 32
 # Maximum number of entries of other kinds. The last ones are used, so that files of any size can be displayed.
 MAX_LINES = 20_000
+# Maximum number of images in prompts, and their format.
+MAX_PICTURES = 12
+_PICTURE = re.compile(r"data:image/jpeg;base64,[A-Za-z0-9+/]{1,20000}={0,2}")
 
 
 @dataclass(frozen=True)
@@ -371,6 +375,7 @@ class RunMetrics:
             steps.
         evaluations: Step and metrics by name. Metrics of named sets are ``set/metric``.
         samples: Sample answers.
+        pictures: Data URLs of the images in the prompts of sample answers, by row.
         general: Last general answers, each with ``prompt``, ``base`` and ``adapter``.
         completions: Best and worst completions of the last rollout, as
             :class:`deltaw.tasks.reward.scoring.ScoredCompletion`.
@@ -386,6 +391,7 @@ class RunMetrics:
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     samples: list[SampleAnswer] = field(default_factory=list)
+    pictures: dict[str, list[str]] = field(default_factory=dict)
     general: list[Mapping[str, Any]] = field(default_factory=list)
     completions: list[Mapping[str, Any]] = field(default_factory=list)
     completed: int = 0
@@ -475,6 +481,10 @@ def _read_line(line: str, columns: dict[str, array[float]], metrics: RunMetrics)
             row, expected = row if isinstance(row, int) else None, None if expected is None else str(expected)
             prompt, answer = (str(sample.get(name, "")) for name in ("prompt", "answer"))
             metrics.samples.append(SampleAnswer(step, row, prompt, expected, answer))
+
+    for row, urls in mapping(values.get("pictures")).items():
+        valid = [url for url in sequence(urls) if isinstance(url, str) and _PICTURE.fullmatch(url)]
+        metrics.pictures[row] = valid[: MAX_PICTURES - sum(map(len, metrics.pictures.values()))]
 
 
 def _flat(values: Mapping[str, object], prefix: str = "") -> Iterable[tuple[str, float]]:

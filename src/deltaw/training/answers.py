@@ -21,6 +21,7 @@ from deltaw.data.messages import Message
 from deltaw.data.prepare import encode_prompt
 from deltaw.data.prompts import TokenizedPrompt
 from deltaw.data.report import quoted
+from deltaw.data.row_images import ImagePlacer
 from deltaw.decoding.generation import Progress, TextGenerator
 from deltaw.errors import UserError
 from deltaw.settings.data import DataSettings
@@ -177,19 +178,30 @@ class Prompting:
         return f'system prompt of the rows: {quoted(self.system, 26)} (--system "" for none)'
 
     def prompt(
-        self, prompt: str | Sequence[Message], data: DataSettings | None, tokenizer: PreTrainedTokenizerBase
+        self,
+        prompt: str | Sequence[Message],
+        data: DataSettings | None,
+        tokenizer: PreTrainedTokenizerBase,
+        placer: ImagePlacer | None = None,
+        images: Sequence[object] = (),
     ) -> np.ndarray:
         """Tokenize a prompt or a conversation as the training rows were rendered: int32 (length,).
 
+        Args:
+            placer: See :class:`deltaw.data.templates.Encoder`.
+            images: See :meth:`deltaw.training.task.OpenedRun.encode`.
+
         Raises:
-            UserError: if the chat template rejects it.
+            UserError: if the chat template rejects it, or an image cannot be read.
         """
         plain = not tokenizer.chat_template or (data is not None and data.template == "plain")
         if not isinstance(prompt, str):
             prompt = [*prompt]
-            if plain and self.joined and [message["role"] for message in prompt] == ["system", "user"]:
-                prompt = "\n".join(str(message["content"]) for message in prompt)
-        return encode_prompt(prompt, data or "auto", tokenizer)
+            texts = [message["content"] for message in prompt if isinstance(message["content"], str)]
+            roles = [message["role"] for message in prompt]
+            if plain and self.joined and roles == ["system", "user"] and len(texts) == 2:
+                prompt = "\n".join(texts)
+        return encode_prompt(prompt, data or "auto", tokenizer, images=placer, image_folder=Path(), attached=images)
 
 
 def with_system(system: str, prompt: str) -> str | list[Message]:

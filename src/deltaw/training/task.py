@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
+from PIL.Image import Image
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -41,6 +42,7 @@ from deltaw.settings.data import DataSettings, eval_sets, sampled_eval_set
 from deltaw.training.answers import EvaluationScore, Prompting, ScoreOptions, answers
 from deltaw.training.batchers import BatcherOptions
 from deltaw.training.evaluation.base import Evaluation
+from deltaw.training.features.images import RowImages
 from deltaw.training.microbatches import SINGLE_PROCESS, Batcher, Feed, Objective, Reducer
 from deltaw.training.rendered_rows import render_example
 
@@ -175,6 +177,7 @@ class Task(abc.ABC, Generic[ObjectiveType]):
         name: Value of the setting ``task``.
         generates_text: True if the model generates text, as ``generate`` and ``chat`` require.
         tokenizer: Tokenizer of the model, or None for images.
+        images: Images in prompts of a vision-language model, or None if the model reads text only.
         trains_head: True if a classification or regression head predicts one label per row. Each method trains it.
         uses_chat_template: True if the tokenizer's chat template renders rows.
         answers_rows: True if generated answers can be compared with the answers of the rows.
@@ -210,6 +213,7 @@ class Task(abc.ABC, Generic[ObjectiveType]):
     evaluation_method = "evaluate_rows"
     max_searched_passages: int | None = MAX_SEARCHED_PASSAGES
     tokenizer: PreTrainedTokenizerBase | None = None
+    images: RowImages | None = None
 
     @classmethod
     @abc.abstractmethod
@@ -477,13 +481,18 @@ class OpenedRun(AdaptedModel):
         """Data settings of the run, or None if unknown."""
         return self.config.data if self.config is not None else None
 
-    def encode(self, prompt: str | Sequence[Message]) -> np.ndarray:
+    def encode(self, prompt: str | Sequence[Message], images: Sequence[Path | bytes | Image] = ()) -> np.ndarray:
         """Tokenize a prompt or a conversation as the training rows were rendered: int32 (length,).
 
+        Args:
+            prompt: Text, or messages whose content is text or a list of content parts.
+            images: Images of the markers ``<image>`` in the prompt, in order. Without markers, they precede the first
+                question.
+
         Raises:
-            UserError: if the chat template rejects it.
+            UserError: if the chat template rejects it, an image cannot be read, or the model reads text only.
         """
-        return self.prompting.prompt(prompt, self.data, self.tokenizer)
+        return self.prompting.prompt(prompt, self.data, self.tokenizer, self.task.images, images)
 
     def example(self, example: Any) -> Any:
         """Render an example for the current state of the model."""

@@ -64,11 +64,11 @@ def test_prompt_format_of_run_is_available_with_key(finished_run, tmp_path, serv
     prompt_tokens = []
     for prompting in (Prompting("Be brief.", examples=("paint it red",)), Prompting()):
         write_prompting(run, prompting)
-        expected = {"system": prompting.system, "examples": [*prompting.examples]}
+        expected = {"system": prompting.system, "examples": [*prompting.examples], "images": False}
         assert client.get("/prompting/mine").json() == expected
         prompt_tokens.append(client.post("/v1/chat/completions", json=body).json()["usage"]["prompt_tokens"])
     assert prompt_tokens[0] == prompt_tokens[1], "the prompt format must not affect API clients"
-    assert client.get("/prompting/base").json() == {"system": "", "examples": []}
+    assert client.get("/prompting/base").json() == {"system": "", "examples": [], "images": False}
     assert client.get("/prompting/other").status_code == 404
     assert client.get("/prompting/mine", headers={"Authorization": ""}).status_code == 401
 

@@ -6,6 +6,7 @@ missing.
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Iterator
@@ -20,9 +21,12 @@ from playwright.sync_api import Browser, Page, expect  # noqa: E402
 from deltaw.training.answers import Prompting  # noqa: E402
 from tests.reports.test_page_browser import AXE, BROWSER  # noqa: E402
 from tests.serving.http.page_server import ANSWERS, BASE, PageServer, serve_app  # noqa: E402
+from tests.serving.http.test_images import RED  # noqa: E402
+from tests.vision_models import png, save_vision_model  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed")]
 SIZES = {390: 844, 1440: 900}
+FINISHED = re.compile("finished|token limit reached")
 
 
 @pytest.fixture(scope="module")
@@ -346,6 +350,54 @@ def test_page_works_with_real_server(browser, packages):
         new_page.get_by_role("button", name="Stop").click()
         wait_for_answers(new_page, 6)
         new_page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", SIZES)
+def test_images_are_attached_removed_and_sent(browser, packages, tmp_path, scheme, width):
+    from tests.serving.http.test_images import serve
+
+    (tmp_path / "red.png").write_bytes(RED)
+    (tmp_path / "large.png").write_bytes(png((10, 10, 220), (3000, 1500)))
+    (tmp_path / "no.png").write_bytes(b"no image")
+    context = browser.new_context(viewport={"width": width, "height": SIZES[width]}, color_scheme=scheme)
+    with serve(save_vision_model("llava", tmp_path / "model")) as live_server:
+        new_page = context.new_page()
+        new_page.set_default_timeout(10_000)
+        errors: list[str] = []
+        new_page.on("console", lambda message: errors.append(message.text))
+        bodies: list[dict] = []
+        new_page.on("request", lambda r: r.method == "POST" and bodies.append(json.loads(r.post_data or "")))
+        new_page.goto(live_server.url)
+        button, attached = new_page.get_by_role("button", name="Add image"), new_page.locator("#image-list img")
+        with new_page.expect_file_chooser() as chooser:
+            button.press("Enter")
+        chooser.value.set_files([tmp_path / name for name in ("red.png", "large.png", "no.png")])
+        expect(attached).to_have_count(2)
+        expect(new_page.get_by_role("alert")).to_contain_text("no.png is not an image")
+        expect(new_page.get_by_label("Message", exact=True)).to_be_focused()
+        new_page.get_by_role("button", name="Remove red.png").press("Enter")
+        expect(attached).to_have_count(1)
+        with new_page.expect_file_chooser() as chooser:
+            button.click()
+        chooser.value.set_files(tmp_path / "red.png")
+        expect(attached).to_have_count(2)
+        assert new_page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        new_page.evaluate("document.getElementById('max-tokens').value = 8")
+        send(new_page, "color?", 1)
+        expect(new_page.locator(".state").last).to_have_text(FINISHED)
+        expect(attached).to_have_count(0)
+        pictures = new_page.locator(".question img")
+        sizes = pictures.evaluate_all("images => images.map((image) => [image.naturalWidth, image.naturalHeight])")
+        assert sizes == [[1280, 640], [28, 28]]
+        assert [picture.get_attribute("alt") for picture in pictures.all()] == ["large.png", "red.png"]
+        send(new_page, "and now?", 2)
+        expect(new_page.locator(".state").last).to_have_text(FINISHED)
+        parts = bodies[-1]["messages"][0]["content"]
+        assert [part["type"] for part in parts] == ["image_url", "image_url", "text"]
+        assert base64.b64decode(parts[1]["image_url"]["url"].partition(",")[2]) == RED
+        assert errors == []
+        context.close()
 
 
 @pytest.mark.skipif(AXE is None, reason="axe-core is not installed (pip install axe-playwright-python)")

@@ -33,6 +33,7 @@ from deltaw.runs.folder import (
     RUNNING,
     STATES,
     Run,
+    RunMetrics,
     SampleAnswer,
     mapping,
     number,
@@ -84,7 +85,7 @@ def run_view(record: Run) -> dict[str, Any]:
     summary = measure_adapter(record.path) or AdapterSummary()
     norms = [(name, short(norm)) for name, norm in summary.other_norms[:60]]
     curves = curve_figures(record)
-    answers, between = sample_answers(record.metrics.samples, record.task)
+    answers, between = sample_answers(record.metrics, record.task)
     completions = completion_rows(record)
     examples = example_rows(record.part("data").get("examples"))
     lines = [str(line) for line in sequence(record.part("data").get("lines"))]
@@ -311,14 +312,14 @@ def drift_text(record: Run) -> str:
     return text if start is None else f"{text} It was {start:.2f} before this run, with the adapter of start_from."
 
 
-def sample_answers(samples: Sequence[SampleAnswer], task: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def sample_answers(metrics: RunMetrics, task: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return prompts with the first and the last answer, and prompts with their intermediate answers.
 
     An answer is marked as right or wrong if it can be compared with an expected answer.
     """
     entry = task_registry.find(task)
     grouped: dict[tuple[int | None, str], list[SampleAnswer]] = {}
-    for sample in samples:
+    for sample in metrics.samples:
         grouped.setdefault((sample.row, sample.prompt), []).append(sample)
     prompts: list[dict[str, Any]] = []
     between: list[dict[str, Any]] = []
@@ -332,7 +333,8 @@ def sample_answers(samples: Sequence[SampleAnswer], task: str) -> tuple[list[dic
         first = _answer(answers[0], exact, reference) if answers[0].step == 0 else None
         last = _answer(answers[-1], exact, reference) if answers[-1].step or len(answers) > 1 else None
         expectation: dict[str, Any] = {"expected": expected, "expected_lines": lines and marked_lines(lines, None)}
-        prompts.append({"name": name, "prompt": _cut(prompt), **expectation, "base": first, "adapter": last})
+        answers_of_row = {"base": first, "adapter": last, "pictures": metrics.pictures.get(str(row), [])}
+        prompts.append({"name": name, "prompt": _cut(prompt), **expectation, **answers_of_row})
         if intermediate := [_answer(sample, exact, reference) for sample in answers[:-1] if sample.step][-BETWEEN:]:
             between.append({"name": name, "answers": intermediate})
     return prompts, between

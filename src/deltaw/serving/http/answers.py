@@ -388,8 +388,10 @@ def generation_router(served: Served, request_queue: RequestQueue, settings: Ser
             if count > limits.choices:
                 raise ApiError(400, f"{count} completions are requested, and {limits.choices} are allowed", param="n")
             request_queue.check_capacity(count)
+            has_images = isinstance(body, ChatRequest) and body.num_images
+            pool = request_queue.image_pool if has_images else request_queue.tokenizer_pool
             requests = await asyncio.get_running_loop().run_in_executor(
-                request_queue.tokenizer_pool, build_requests, body, adapter, served, limits, record.owner
+                pool, build_requests, body, adapter, served, limits, record.owner
             )
             record.prompt_tokens = sum(len(r.tokens) for r in requests[:: body.choices])
             response = endpoint(body, requests, served.prompts(adapter), record)

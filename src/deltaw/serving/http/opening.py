@@ -33,6 +33,8 @@ from deltaw.training.task import OpenedRun
 
 # Number of tokenizers to cache. Each is small, but adapters can be replaced any number of times.
 MAX_CACHED_PROMPTS = 1024
+# Maximum size of the features of images.
+IMAGE_BYTES = 1 << 29
 
 
 @dataclass(frozen=True)
@@ -150,10 +152,13 @@ def open_served(base: str, folders: Mapping[str, Path], options: OpenOptions, *,
             message = f"the decoder does not support it, and transformers serves one adapter, not {len(folders)}"
             hint = "start one server per adapter, on different ports"
             raise UserError(message, location="--adapter", hint=hint) from reason
-        data: dict[str | None, TokenizerPrompts] = {None: TokenizerPrompts(session.tokenizer, session.data)}
+        sessions: dict[str | None, OpenedRun] = {None: session}
         for adapter, folder in folders.items():
             session = open_run(str(folder), model=base, log=log, **options.loading_options)
-            data[adapter] = TokenizerPrompts(session.tokenizer, session.data)
+            sessions[adapter] = session
+        images = session.task.images
+        data = {name: TokenizerPrompts(each.tokenizer, each.data, images) for name, each in sessions.items()}
+        del sessions
         engine, prompts = fallback_engine(session, next(iter(folders), None), reason, log), data.__getitem__
     else:
         packer = Packer(session.model, result)
@@ -165,7 +170,10 @@ def open_served(base: str, folders: Mapping[str, Path], options: OpenOptions, *,
         engine = build_engine(result, session, bank, cache_bytes=budget, running=options.running)
         prompts = _prompts_of_bank(session, bank)
     close = functools.partial(engine.close, drain=False)
-    served = Served(name, engine, prompts, base, engine.positions, bank, lambda: engine.load, close)
+    images = session.task.images
+    if images is not None:
+        images.limit_bytes = IMAGE_BYTES
+    served = Served(name, engine, prompts, base, engine.positions, bank, lambda: engine.load, close, images=images)
     if not options.page:
         return served
 
@@ -179,15 +187,17 @@ def open_served(base: str, folders: Mapping[str, Path], options: OpenOptions, *,
     if (with_prompt := next((model for model in [name, *folders] if prompting(model).system), None)) is not None:
         text = quoted(prompting(with_prompt).system, 24)
         log(f"system prompt of the rows: {text} (used by the page, not added by the API)")
-    return replace(served, routers=(page_router(prompting),), open_paths=frozenset({"/"}))
+    return replace(served, routers=(page_router(prompting, images=images is not None),), open_paths=frozenset({"/"}))
 
 
 def _prompts_of_bank(session: OpenedRun, bank: AdapterBank) -> Callable[[str | None], TokenizedPrompts]:
     """Return the tokenizers of a bank's adapters. Each uses its own chat template and renders as its training rows."""
-    base_prompts = TokenizerPrompts(session.tokenizer, session.data)
+    images = session.task.images
+    base_prompts = TokenizerPrompts(session.tokenizer, session.data, images)
 
     @functools.lru_cache(MAX_CACHED_PROMPTS)
     def adapter_prompts(info: AdapterInfo) -> TokenizedPrompts:  # a swapped adapter has a new AdapterInfo
-        return TokenizerPrompts(info.tokenizer or session.tokenizer, None if info.config is None else info.config.data)
+        data = None if info.config is None else info.config.data
+        return TokenizerPrompts(info.tokenizer or session.tokenizer, data, images)
 
     return lambda adapter: base_prompts if adapter is None else adapter_prompts(bank.info(adapter))

@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deltaw.data.chat_template import todays_date
+from deltaw.data.image_files import BROKEN, decode_error, open_image
 from deltaw.data.messages import read_messages
+from deltaw.data.row_images import RowImage, take_images
+from deltaw.data.rows import Row
 from deltaw.data.templates import Encoder
 from deltaw.decoding.request import Constraint, GenerationHandle, Request, TextChunk, TextEngine
 from deltaw.errors import UserError
@@ -26,6 +29,7 @@ from deltaw.serving.http.served import Served, TokenizedPrompts
 from deltaw.serving.http.settings import Limits
 from deltaw.serving.http.tool_calls import CallForm, forced_schema, form_of
 from deltaw.settings.data import DataSettings, TemplateName
+from deltaw.training.features.images import RowImages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -134,6 +138,8 @@ class RequestQueue:
         pending: Number of completions that are queued or running.
         closing: True if no new requests are accepted.
         tokenizer_pool: Threads for rendering and tokenizing.
+        image_pool: Thread for requests with images. With several threads, images could be removed before their prompt
+            is complete.
     """
 
     def __init__(self, engine: TextEngine, limits: Limits) -> None:
@@ -142,6 +148,7 @@ class RequestQueue:
         self._groups: set[RequestGroup] = set()
         self.pending, self.closing = 0, False
         self.tokenizer_pool = ThreadPoolExecutor(4, "deltaw-prepare")
+        self.image_pool = ThreadPoolExecutor(1, "deltaw-images")
         # Each thread may wait for the compilation of a constraint.
         self._submitting = ThreadPoolExecutor(limits.queue, "deltaw-submit")
         self._submitted: set[asyncio.Future[None]] = set()
@@ -202,7 +209,8 @@ class RequestQueue:
 
     def close(self) -> None:
         """Stop the threads. The engine must be closed already."""
-        self.tokenizer_pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (self.tokenizer_pool, self.image_pool):
+            pool.shutdown(wait=True, cancel_futures=True)
         self._submitting.shutdown(wait=True)
 
     def _release_slots(self, count: int) -> None:
@@ -213,6 +221,8 @@ class RequestQueue:
 # A text with at most this number of characters per allowed token is tokenized without a check of its length. A text
 # with this multiple of the allowed tokens is too long, even if a template shortens it.
 _LENGTH_RATIO = 4
+# Maximum number of pixels of the images of a request.
+MAX_PIXELS = 1 << 25
 
 
 class TokenizerPrompts:
@@ -221,13 +231,16 @@ class TokenizerPrompts:
     Args:
         tokenizer: Tokenizer of the adapter or the base model, with its chat template.
         data: Data settings of the adapter's run, or None if unknown.
+        images: Images in prompts of a vision-language model, or None if the model reads text only.
 
     Attributes:
         call_form: Tool call format of the chat template, or None.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataSettings | None = None) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, data: DataSettings | None = None, images: RowImages | None = None
+    ) -> None:
+        self._tokenizer, self._images = tokenizer, images
         self._template: TemplateName = "auto"
         self._date: str | None = None
         if data is not None:
@@ -245,16 +258,25 @@ class TokenizerPrompts:
         """Return the (length,) int32 token ids of a conversation, up to the start of the assistant's turn.
 
         Raises:
-            UserError: if the chat template rejects the messages or does not support tools.
+            UserError: if the chat template rejects the messages or does not support tools, or an image is unusable.
+            BusyError: if too many images are in use.
         """
-        turns = read_messages(list(messages), "messages", "messages")
+        row: Row = {"messages": list(messages)}
+        images: list[RowImage] = []
+        if self._images is not None:
+            row, row_images = take_images(row, None, "messages")
+            images = decoded_images(row_images)
+        turns = read_messages(row["messages"], "messages", "messages")
         with self._lock:
             if (today := todays_date()) != self._day:
                 # The template contains the current date.
                 self._day, self._chat = today, self._encoder(today)
             if tools and not (self._chat.chat and "tools" in self._template_text()):
                 raise UserError("the model's chat template does not support tools", location="tools")
-            return np.asarray(self._chat.prompt(turns, list(tools)), dtype=np.int32)
+            tokens = np.asarray(self._chat.prompt(turns, list(tools), images), dtype=np.int32)
+            if images and self._images is not None:
+                self._images.retain(tokens)
+            return tokens
 
     def text(self, text: str) -> np.ndarray:
         """Return the (length,) int32 token ids of a text, with initial special tokens such as BOS."""
@@ -270,7 +292,7 @@ class TokenizerPrompts:
         return cached
 
     def _encoder(self, today: str) -> Encoder:
-        return Encoder(self._tokenizer, self._template, date=self._date or today)
+        return Encoder(self._tokenizer, self._template, date=self._date or today, images=self._images)
 
     def _find_call_form(self) -> CallForm | None:
         form = form_of(self._template_text())
@@ -284,6 +306,28 @@ class TokenizerPrompts:
     def _template_text(self) -> str:
         template = self._tokenizer.chat_template
         return "\n".join(template.values()) if isinstance(template, dict) else str(template or "")
+
+
+def decoded_images(images: Sequence[RowImage]) -> list[RowImage]:
+    """Decode the images of a request.
+
+    Raises:
+        BadRowError: if an image cannot be decoded.
+        UserError: if they have too many pixels.
+    """
+    decoded, num_pixels = [], 0
+    for image in images:
+        assert isinstance(image.content, bytes)
+        try:
+            with open_image(image.content) as opened:
+                num_pixels += opened.width * opened.height
+        except BROKEN as error:
+            raise decode_error(error, image.location) from error
+        if num_pixels > MAX_PIXELS:
+            message = f"the images have more than {MAX_PIXELS:,} pixels"
+            raise UserError(message, location=image.location, hint="send fewer or smaller images")
+        decoded.append(RowImage(image.decoded(), image.location))
+    return decoded
 
 
 def far_exceeds(text: str, max_tokens: int, tokens: Callable[[str], Sized]) -> bool:
@@ -345,7 +389,7 @@ def build_requests(
     Raises:
         ApiError: if a prompt is empty or too long, or a conversation cannot be rendered.
     """
-    prompts = served.prompts(adapter)
+    prompts, images = served.prompts(adapter), served.images
     max_length = min(limits.prompt, served.positions or limits.prompt)
     if isinstance(fields, ChatRequest):
         prompt_tokens = [_chat_tokens(fields, prompts, max_length)]
@@ -355,6 +399,8 @@ def build_requests(
         score_prompt = False  # the chat API has no log-probabilities of the prompt
     else:
         prompt_tokens = [_prompt_tokens(prompt, prompts, max_length) for prompt in fields.prompts]
+        if images is not None and any((tokens >= images.first_id).any() for tokens in prompt_tokens):
+            raise ApiError(400, "a prompt has a token that does not exist", param="prompt")  # no images of others
         constraint, logprobs, max_tokens = fields.constraint(), fields.logprobs, fields.max_tokens
         score_prompt = fields.echo is True and logprobs is not None
     sampling = fields.sampling(logprobs)
@@ -367,15 +413,17 @@ def build_requests(
     for tokens in prompt_tokens:
         options["max_new_tokens"] = _new_tokens(max_tokens, tokens, served, limits)
         requests += [Request(tokens, adapter, replace(sampling, seed=seed), **options) for seed in seeds]
+        if images is not None:
+            images.compute_prompt(tokens)
     return requests
 
 
 def _chat_tokens(fields: ChatRequest, prompts: TokenizedPrompts, max_length: int) -> np.ndarray:
     tools = [tool.model_dump(exclude_none=True) for tool in fields.offered_tools]
-    turns = [message.as_turn() for message in fields.messages]
-    _check_not_too_long(json.dumps([turns, tools], ensure_ascii=False), prompts, max_length)
+    texts = [message.as_turn() for message in fields.messages]
+    _check_not_too_long(json.dumps([texts, tools], ensure_ascii=False), prompts, max_length)
     with blame_field("messages"):
-        return prompts.chat(turns, tools)
+        return prompts.chat([message.as_turn(images=True) for message in fields.messages], tools)
 
 
 def _prompt_tokens(prompt: str | list[int], prompts: TokenizedPrompts, max_length: int) -> np.ndarray:

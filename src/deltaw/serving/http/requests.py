@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import PydanticCustomError
 from starlette.requests import ClientDisconnect
 
+from deltaw.data.row_images import MARKER
 from deltaw.decoding.request import Constraint, Sampling
 from deltaw.serving.http.errors import CLIENT_CLOSED_REQUEST, ApiError, validation_error
 from deltaw.serving.http.settings import Limits
@@ -402,13 +403,31 @@ def _inline_definitions(schema: dict[str, Any]) -> dict[str, Any]:
 
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128
+MAX_IMAGES = 64
 
 
 class TextPart(Fields):
-    """Text part of a message. Images and audio are not supported."""
+    """Text part of a message."""
 
     type: Literal["text"]
     text: str
+
+
+class ImageURL(Fields):
+    """Data URL of an image: ``data:image/png;base64,…``. The level of detail has no effect."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImagePart(Fields):
+    """Image part of a message."""
+
+    type: Literal["image_url"]
+    image_url: ImageURL
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
 class CalledFunction(Fields):
@@ -431,7 +450,7 @@ class Message(Fields):
     """Message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
     name: str | None = Field(None, max_length=256)
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = Field(None, max_length=MAX_TOOLS)
     tool_call_id: str | None = Field(None, max_length=256)
@@ -448,13 +467,28 @@ class Message(Fields):
             raise invalid_field("the message has no content")
         if self.tool_calls and self.role != "assistant":
             raise invalid_field("only the assistant calls tools")
+        if self.num_images and self.role != "user":
+            raise invalid_field("only messages of the user have images")
         return self
 
-    def as_turn(self) -> dict[str, object]:
-        """Return the message in the format of chat templates."""
+    @property
+    def num_images(self) -> int:
+        """Number of images in the message."""
         parts = self.content if isinstance(self.content, list) else []
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
-        turn: dict[str, object] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        return sum(isinstance(part, ImagePart) for part in parts)
+
+    def as_turn(self, *, images: bool = False) -> dict[str, object]:
+        """Return the message in the format of chat templates.
+
+        Args:
+            images: Return a message with images as a list of parts. By default, its images are replaced by markers.
+        """
+        content: object = self.content or ""
+        if isinstance(self.content, list):
+            content = "".join(part.text if isinstance(part, TextPart) else MARKER for part in self.content)
+            if images and self.num_images:
+                content = [part.model_dump() for part in self.content]
+        turn: dict[str, object] = {"role": "system" if self.role == "developer" else self.role, "content": content}
         keys = ("name", "tool_call_id", "reasoning_content")
         turn |= {key: value for key in keys if (value := getattr(self, key)) is not None}
         if self.tool_calls:
@@ -504,6 +538,8 @@ class ChatRequest(TextFields):
     def _consistent(self) -> ChatRequest:
         if self.messages[-1].role == "assistant":
             raise invalid_field("the last message must not be the assistant's", "messages")
+        if self.num_images > MAX_IMAGES:
+            raise invalid_field(f"at most {MAX_IMAGES} images are allowed", "messages")
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid_field("'top_logprobs' needs 'logprobs': true")
         if None not in (self.max_tokens, self.max_completion_tokens):
@@ -518,6 +554,11 @@ class ChatRequest(TextFields):
         if self.forced_functions and self.constraint() is not None:
             raise invalid_field("a forced tool call cannot be combined with another format")
         return self
+
+    @property
+    def num_images(self) -> int:
+        """Number of images in the conversation."""
+        return sum(message.num_images for message in self.messages)
 
     @property
     def forced_functions(self) -> list[Function]:

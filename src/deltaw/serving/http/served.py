@@ -29,6 +29,7 @@ from deltaw.serving.http.errors import (
 from deltaw.serving.http.requests import Fields, read_json, record_of, request_body_schema
 from deltaw.serving.http.settings import NAME, ServerSettings
 from deltaw.serving.http.tool_calls import CallForm
+from deltaw.training.features.images import RowImages
 from deltaw.untrusted_paths import is_remote_path
 
 
@@ -94,6 +95,7 @@ class Served:
         routers: Additional routes, for example embeddings or a web page.
         open_paths: Paths in ``routers`` that need no API key.
         other_names: Names of adapters if there is no engine.
+        images: Images in prompts of a vision-language model, or None if the model reads text only.
     """
 
     name: str
@@ -107,6 +109,7 @@ class Served:
     routers: tuple[APIRouter, ...] = ()
     open_paths: frozenset[str] = frozenset()
     other_names: tuple[str, ...] = ()
+    images: RowImages | None = None
 
     def adapters(self) -> tuple[str, ...]:
         """Return the names of the adapters."""

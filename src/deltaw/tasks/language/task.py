@@ -83,7 +83,6 @@ class CausalTask(Task[CausalObjective]):
     shares_evaluation = True
     reads_images: ClassVar[bool] = True
     folder: Path | None = None
-    images: RowImages | None = None
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, log: LogFunction = ignore_line) -> None:
         self.tokenizer: PreTrainedTokenizerBase = tokenizer
@@ -106,7 +105,7 @@ class CausalTask(Task[CausalObjective]):
 
     def input_reader(self, settings: DataSettings, columns: Sequence[str], classes: Classes) -> QuestionReader:
         continues = "text" in columns and not _PROMPTS & {*columns}
-        return QuestionReader(settings, self.tokenizer, continues=continues)
+        return QuestionReader(settings, self.tokenizer, continues=continues, images=self.images)
 
     def check_method(self, method: Method) -> None:
         super().check_method(method)

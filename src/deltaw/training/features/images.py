@@ -6,15 +6,19 @@ have other tokens, also in caches and checkpoints.
 
 from __future__ import annotations
 
+import base64
 import bisect
 import contextlib
 import hashlib
+import io
 import json
 import os
 import tempfile
+import threading
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +33,7 @@ from deltaw.data.image_files import unreadable_image
 from deltaw.data.rendering import FAULTS, render_with_tokenizer
 from deltaw.data.report import count_of
 from deltaw.data.row_images import PlacedImage, RowImage
+from deltaw.decoding.request import BusyError
 from deltaw.errors import UserError
 from deltaw.hub.checkpoint import read_checkpoint
 from deltaw.hub.loading import has_values
@@ -53,6 +58,12 @@ VERIFIED_CODE = ("torch", "transformers", "deltaw.hub", "deltaw.runtime")
 _BLOCK = 1 << 14
 # Token ids are int32.
 _MAX_ID = 2**31 - 1
+# Maximum size of encoded images that remain in memory for thumbnails.
+_MAX_KEPT_BYTES = 1 << 26
+# Width and height of thumbnails in pixels.
+THUMBNAIL_SIDE = 96
+# Number of image sizes for which texts are kept.
+_MAX_SIZES = 1024
 
 
 @dataclass
@@ -61,10 +72,11 @@ class _StoredImage:
 
     Attributes:
         digest: Hash of the pixels, the model and its processor.
-        image: The image, to compute its features. None after they were computed.
+        image: The image, to compute its features. Afterwards None, except for files and some small images.
         first_id: Id of its first feature.
         count: Number of features.
         start: Index of its first feature in the file of all features, or None if it is not there yet.
+        prompts: Prompts that contain the image, see :meth:`RowImages.retain`.
     """
 
     digest: str
@@ -72,10 +84,13 @@ class _StoredImage:
     first_id: int
     count: int
     start: int | None = None
+    prompts: list[weakref.ref[np.ndarray]] = field(default_factory=list)
 
 
 class RowImages:
     """Images of the rows of one model (:class:`deltaw.data.row_images.ImagePlacer`), and their features.
+
+    All methods are thread-safe, except for :meth:`attach`.
 
     Args:
         folder: Folder of the model.
@@ -87,7 +102,11 @@ class RowImages:
         before_connector: True if features are the inputs of the connector, which is trained.
         width: Size of a feature vector.
         has_new_connector: True if the model was assembled from parts, and its connector was never trained.
+        limit_bytes: Maximum size of all features, or None. With a limit, features are not stored in the cache, an image
+            may be used only as long as a retained prompt contains it, and its ids are never used again.
     """
+
+    limit_bytes: int | None = None
 
     def __init__(self, folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, dtype: str) -> None:
         self._processor = ModelProcessor(folder, config, tokenizer)
@@ -107,6 +126,10 @@ class RowImages:
         self._texts: dict[tuple[int, int], tuple[str, int]] = {}
         self._cache, self._table = Cache("images", LIMIT_BYTES), _Table()
         self._tower: Tower | None = None
+        self._kept_bytes = 0  # images in memory whose features are computed
+        self._next_id = self.first_id  # with a limit
+        # The first lock protects all attributes, the second one is held while features are computed.
+        self._lock, self._computing = threading.RLock(), threading.RLock()
         self._connector = ""  # name in the complete model
 
     def __len__(self) -> int:
@@ -114,29 +137,33 @@ class RowImages:
 
     def place(self, image: RowImage) -> PlacedImage:
         decoded = image.decoded()
-        if decoded.size not in self._texts:
+        if (known := self._texts.get(decoded.size)) is None:
             try:
                 text, _ = self._processor.encode(decoded)
             except UserError as error:
                 raise unreadable_image(error) from error
-            self._texts[decoded.size] = text, int((self._processor.tokenize(text) == self.token_id).sum())
+            if len(self._texts) > _MAX_SIZES:
+                self._texts.clear()
+            known = self._texts[decoded.size] = text, int((self._processor.tokenize(text) == self.token_id).sum())
         digest = hashlib.blake2b(self._identity.encode(), digest_size=16)
         digest.update(f"{decoded.size}".encode() + decoded.tobytes())
-        text, count = self._texts[decoded.size]
-        stored = self._images.get(digest.hexdigest())
-        if stored is None:
-            stored = self._add(digest.hexdigest(), image, count)
+        text, count = known
+        with self._lock:
+            stored = self._images.get(digest.hexdigest())
+            if stored is None:
+                stored = self._add(digest.hexdigest(), image, count)
         return PlacedImage(text, range(stored.first_id, stored.first_id + count))
 
     def _add(self, digest: str, image: RowImage, count: int) -> _StoredImage:
         """Add an image. Its ids follow from its digest, or are the next free ones."""
         num_ids = _MAX_ID - self.first_id - count
-        first_id = self.first_id + int(digest[:15], 16) % num_ids
+        start = int(digest[:15], 16) if self.limit_bytes is None else self._next_id - self.first_id
+        first_id = self.first_id + start % num_ids
         while (taken := self._overlapping(first_id, count)) is not None:
             first_id = taken.first_id + taken.count
             if first_id > _MAX_ID - count:
                 first_id = self.first_id
-        stored = _StoredImage(digest, image, first_id, count)
+        stored, self._next_id = _StoredImage(digest, image, first_id, count), first_id + count
         self._images[digest] = stored
         position = bisect.bisect(self._first_ids, first_id)
         self._first_ids.insert(position, first_id)
@@ -156,18 +183,81 @@ class RowImages:
             UserError: if an image cannot be read anymore.
         """
         values = ids.cpu().numpy()
-        positions = np.searchsorted(self._first_ids, values, side="right") - 1
-        used = [self._sorted[position] for position in np.unique(positions)]
-        self.compute([image for image in used if image.start is None])
-        starts = np.array([image.start or 0 for image in self._sorted])[positions]
-        return self._table.rows(starts + values - np.array(self._first_ids)[positions])
+        self.compute(self._find(values)[0])
+        with self._lock:
+            images, indices = self._find(values)
+            offsets = np.array([(image.start or 0) - image.first_id for image in images])
+            return self._table.rows(values + offsets[indices])
+
+    def _find(self, ids: np.ndarray) -> tuple[list[_StoredImage], np.ndarray]:
+        """Return the images of token ids (n,), and (n,) indices into them."""
+        with self._lock:
+            positions = np.searchsorted(self._first_ids, ids, side="right") - 1
+            unique, indices = np.unique(positions, return_inverse=True)
+            return [self._sorted[position] for position in unique], indices
 
     def contains(self, ids: np.ndarray) -> np.ndarray:
-        if not self._sorted:
-            return np.zeros(len(ids), bool)
-        positions = np.searchsorted(self._first_ids, ids, side="right") - 1
-        ends = np.array([image.first_id + image.count for image in self._sorted])
+        with self._lock:
+            if not self._sorted:
+                return np.zeros(len(ids), bool)
+            positions = np.searchsorted(self._first_ids, ids, side="right") - 1
+            ends = np.array([image.first_id + image.count for image in self._sorted])
         return (positions >= 0) & (ids < ends[positions])
+
+    def retain(self, tokens: np.ndarray) -> None:
+        """Keep the images of a prompt as long as the array ``tokens`` exists, and remove unused ones above the limit.
+
+        Raises:
+            BusyError: if the images of all retained prompts exceed the limit.
+            UserError: if the images of this prompt exceed it.
+        """
+        assert self.limit_bytes is not None
+        row_bytes = self.width * self._dtype.itemsize
+        with self._lock:
+            used = self._find(tokens[tokens >= self.first_id])[0]
+            if sum(image.count for image in used) * row_bytes > self.limit_bytes:
+                raise UserError("the images are too large together", hint="use fewer or smaller images")
+            for image in used:
+                image.prompts = [prompt for prompt in image.prompts if prompt() is not None] + [weakref.ref(tokens)]
+                self._images[image.digest] = self._images.pop(image.digest)  # the last one to be removed
+            size = sum(image.count for image in self._sorted) * row_bytes
+            for image in [*self._images.values()]:
+                if size > self.limit_bytes and all(prompt() is None for prompt in image.prompts):
+                    size -= image.count * row_bytes
+                    self._remove(image)
+            if size > self.limit_bytes:
+                raise BusyError("too many images are in use", hint="retry later")
+
+    def _remove(self, image: _StoredImage) -> None:
+        position = bisect.bisect_left(self._first_ids, image.first_id)
+        del self._first_ids[position], self._sorted[position], self._images[image.digest]
+        if self._table.count > 2 * sum(image.count for image in self._sorted):
+            old, self._table = self._table, _Table()
+            for image in self._sorted:
+                if image.start is not None:
+                    image.start = self._table.append(old.rows(np.arange(image.start, image.start + image.count)))
+
+    def thumbnails(self, tokens: np.ndarray) -> list[str]:
+        """Return small versions of the images of a prompt as data URLs, without those that cannot be read anymore."""
+        urls, (images, indices) = [], self._find(tokens[self.contains(tokens)])
+        for image in (images[index].image for index in dict.fromkeys(indices.tolist())):
+            with contextlib.suppress(UserError):
+                if image is None:
+                    continue
+                picture, content = image.decoded().copy(), io.BytesIO()
+                picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+                picture.save(content, "JPEG")
+                urls.append(f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}")
+        return urls
+
+    def clear(self) -> None:
+        """Remove all images, which no later prompt refers to."""
+        with self._lock:
+            self._images, self._first_ids, self._sorted, self._table = {}, [], [], _Table()
+
+    def compute_prompt(self, tokens: np.ndarray) -> None:
+        """Compute the features of the images of a retained prompt (length,)."""
+        self.compute(self._find(tokens[tokens >= self.first_id])[0])
 
     def compute(self, images: Sequence[_StoredImage] | None = None) -> None:
         """Load or compute the features of images, by default of all images.
@@ -175,18 +265,30 @@ class RowImages:
         Raises:
             UserError: if an image cannot be read anymore, or its tokens changed.
         """
-        pending = [image for image in self._sorted if image.start is None] if images is None else images
-        if not pending:
+        selected = self._sorted if images is None else images
+        if all(image.start is not None for image in selected):
             return
-        missing = [image for image in pending if not self._load(image)]
-        if missing:
+        with self._computing:
+            missing = [image for image in selected if image.start is None and not self._load(image)]
+            if not missing:
+                return
             with track_progress("computing the features of images", len(missing)) as advance:
                 for done, image in enumerate(missing, start=1):
                     values = self._encode(image)
                     self._save(image, values)
-                    image.start, image.image = self._table.append(values), None
+                    self._append(image, values)
                     advance(done)
-            _evict(self._cache.folder)
+            if self.limit_bytes is None:
+                _evict(self._cache.folder)
+
+    def _append(self, image: _StoredImage, values: Tensor) -> None:
+        with self._lock:
+            image.start = self._table.append(values)
+            content = None if image.image is None else image.image.content
+            if not isinstance(content, Path):
+                self._kept_bytes += len(content) if isinstance(content, bytes) else _MAX_KEPT_BYTES
+                if self.limit_bytes is not None or self._kept_bytes > _MAX_KEPT_BYTES:
+                    image.image = None
 
     def attach(self, model: PreTrainedModel, trained: Sequence[str], *, is_new: bool) -> None:
         """Let a text view read the images. If the model has weights, compute the features of all images.
@@ -310,6 +412,8 @@ class RowImages:
 
     def _load(self, image: _StoredImage) -> bool:
         """Load stored features. Return False if there are none, or the file is damaged."""
+        if self.limit_bytes is not None:
+            return False
         path = self._path(image)
         try:
             file = TensorFile(path)
@@ -320,10 +424,12 @@ class RowImages:
             return False
         with contextlib.suppress(OSError):
             os.utime(path)
-        image.start, image.image = self._table.append(values), None
+        self._append(image, values)
         return True
 
     def _save(self, image: _StoredImage, values: Tensor) -> None:
+        if self.limit_bytes is not None:
+            return
         path = self._path(image)
         with contextlib.suppress(OSError):  # without a writable cache, features are computed in each run
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -334,11 +440,15 @@ class RowImages:
 
 
 class _Table:
-    """Features of all images in an unnamed file, which is memory-mapped."""
+    """Features of all images in an unnamed file, which is memory-mapped.
+
+    Attributes:
+        count: Number of feature vectors.
+    """
 
     def __init__(self) -> None:
         self._file: IO[bytes] | None = None
-        self._count, self._width, self._dtype = 0, 0, torch.float32
+        self.count, self._width, self._dtype = 0, 0, torch.float32
         self._values: Tensor | None = None
 
     def append(self, values: Tensor) -> int:
@@ -348,8 +458,8 @@ class _Table:
             self._width, self._dtype = values.shape[1], values.dtype
         self._file.seek(0, os.SEEK_END)
         self._file.write(values.contiguous().view(torch.uint8).numpy().tobytes())
-        self._values, start = None, self._count
-        self._count += len(values)
+        self._values, start = None, self.count
+        self.count += len(values)
         return start
 
     def rows(self, indices: np.ndarray) -> Tensor:
@@ -358,7 +468,7 @@ class _Table:
             assert self._file is not None
             self._file.flush()
             row_bytes = self._width * self._dtype.itemsize
-            mapped = np.memmap(self._file, np.uint8, "r", shape=(self._count, row_bytes))
+            mapped = np.memmap(self._file, np.uint8, "r", shape=(self.count, row_bytes))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # the tensor is only read
                 self._values = torch.from_numpy(mapped)
@@ -367,13 +477,13 @@ class _Table:
     def statistics(self) -> tuple[Tensor, Tensor] | None:
         """Return the (width,) mean and standard deviation of all values, or None if there are none."""
         total, squares = torch.zeros(2, self._width, dtype=torch.float64)
-        for start in range(0, self._count, _BLOCK):
-            values = self.rows(np.arange(start, min(start + _BLOCK, self._count))).double()
+        for start in range(0, self.count, _BLOCK):
+            values = self.rows(np.arange(start, min(start + _BLOCK, self.count))).double()
             total, squares = total + values.sum(0), squares + values.square().sum(0)
-        if not self._count:
+        if not self.count:
             return None
-        mean = total / self._count
-        std = (squares / self._count - mean.square()).clamp(min=0).sqrt()
+        mean = total / self.count
+        std = (squares / self.count - mean.square()).clamp(min=0).sqrt()
         return mean.float(), std.clamp(min=float(std.mean()) * 1e-3 + 1e-12).float()
 
 

@@ -230,6 +230,12 @@ class Samples:
         """Return the answers of the current model."""
         return self._written(self._rows)
 
+    def pictures(self) -> dict[str, list[str]]:
+        """Return thumbnails of the images in the prompts, by row number."""
+        images = self._session.task.images
+        pictures = {} if images is None else {str(row.row): images.thumbnails(row.tokens) for row in self._rows}
+        return {row: urls for row, urls in pictures.items() if urls}
+
     def _written(self, rows: Sequence[Example], of_base: bool = False) -> list[Sample]:
         with track_progress("answering sample prompts"):
             answers = generate_answers(self._session, rows, max_new_tokens=self._max_new_tokens, of_base=of_base)
@@ -351,6 +357,8 @@ class Monitor:
         self._base_samples = self._samples.of_base() if is_base else self._samples.of_adapter()
         self._costs.samples = time.perf_counter() - start
         self._report_samples(0, self._base_samples)
+        if pictures := self._samples.pictures():
+            self._write({"step": 0, "pictures": pictures})
 
     def _evaluate_base_of_start(self, start: Evaluation) -> None:
         """Evaluate the base model of a run that starts from an adapter, on the first set of held-out rows.

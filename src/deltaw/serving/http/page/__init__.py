@@ -81,7 +81,10 @@ def _document(html: str, style_files: tuple[str, ...], script_files: tuple[str, 
 
 
 def page_router(
-    prompting: Callable[[str], Prompting] = lambda model: Prompting(), document: HTMLPage | None = None
+    prompting: Callable[[str], Prompting] = lambda model: Prompting(),
+    document: HTMLPage | None = None,
+    *,
+    images: bool = False,
 ) -> APIRouter:
     """Return the routes of a page: ``GET /`` and ``GET /prompting/NAME``, the initial prompt of a model.
 
@@ -90,6 +93,7 @@ def page_router(
     Args:
         prompting: Returns the prompting of a model's training rows by the name of the model.
         document: The page, or None for the chat page.
+        images: True if the model reads images.
     """
     router = APIRouter()
     document = document or chat_page()
@@ -97,7 +101,7 @@ def page_router(
     @router.get("/prompting/{model:path}", include_in_schema=False)
     def of_model(model: str) -> Response:
         initial = prompting(model)
-        return json_response({"system": initial.system, "examples": list(initial.examples)})
+        return json_response({"system": initial.system, "examples": list(initial.examples), "images": images})
 
     @router.get("/", include_in_schema=False)
     def page(request: Request) -> Response:

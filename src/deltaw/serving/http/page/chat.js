@@ -33,7 +33,7 @@ function shortNames(models) {
   names = new Map(models.map(({ id }, index) => [id, isDuplicate(short[index]) ? id : short[index]]));
 }
 
-const boxes = () => [...at("model-list").querySelectorAll("input")];
+const boxes = () => [...byId("model-list").querySelectorAll("input")];
 const kindOf = (model) => boxes().find((box) => box.value === model)?.dataset.kind ?? "";
 const selectedModels = () => boxes().filter((box) => box.checked).map((box) => box.value);
 
@@ -95,13 +95,14 @@ async function showPrompting() {
   if (!model || model === currentPrompting?.model) return;
   const earlier = currentPrompting;
   currentPrompting = { model, system: earlier?.system ?? "" };
-  const { system, examples } = await fetchPrompting(model, key());
+  const { system, examples, images } = await fetchPrompting(model, key());
   if (currentPrompting.model !== model) return;
   if (byId("system").value === currentPrompting.system) byId("system").value = system; // keep the user's text
   currentPrompting.system = system;
   byId("system-note").textContent = system ? `From the training rows of ${nameOf(model)}. Clear it to use no system prompt.` : "";
   byId("example-list").replaceChildren(...examples.map(exampleElement));
   byId("examples").hidden = !examples.length;
+  byId("images").hidden = !images;
 }
 
 function exampleElement(text) {
@@ -154,13 +155,84 @@ function settings() {
   };
 }
 
+// Images
+
+// Larger images are reduced, because each request contains all images of the conversation.
+const MAX_SIDE = 1280;
+const MAX_BYTES = 300_000;
+// Images of the next message: {name, url}.
+let attached = [];
+
+// Data URL of an image file. Throws an error if the browser cannot decode it.
+async function readImage(file) {
+  const bitmap = await createImageBitmap(file);
+  const scale = Math.min(1, MAX_SIDE / Math.max(bitmap.width, bitmap.height));
+  if (scale === 1 && file.size <= MAX_BYTES) {
+    return new Promise((resolve, reject) => {
+      const reader = new FileReader();
+      reader.onload = () => resolve(reader.result);
+      reader.onerror = () => reject(reader.error);
+      reader.readAsDataURL(file);
+    });
+  }
+  const canvas = document.createElement("canvas");
+  canvas.width = Math.max(1, Math.round(scale * bitmap.width));
+  canvas.height = Math.max(1, Math.round(scale * bitmap.height));
+  const context = canvas.getContext("2d");
+  context.fillStyle = "#fff"; // JPEG has no transparency
+  context.fillRect(0, 0, canvas.width, canvas.height);
+  context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  return canvas.toDataURL("image/jpeg", 0.9);
+}
+
+function pictureElement({ name, url }) {
+  const picture = document.createElement("img");
+  Object.assign(picture, { src: url, alt: name });
+  return picture;
+}
+
+function showAttached() {
+  const items = attached.map((image) => {
+    const item = document.createElement("li");
+    const button = document.createElement("button");
+    Object.assign(button, { type: "button", textContent: "×", ariaLabel: `Remove ${image.name}` });
+    button.addEventListener("click", () => {
+      attached = attached.filter((other) => other !== image);
+      showAttached();
+      announce(`${image.name} removed`);
+      byId("add-image").focus();
+    });
+    item.append(pictureElement(image), button);
+    return item;
+  });
+  byId("image-list").replaceChildren(...items);
+}
+
+async function attach(files) {
+  problem("");
+  for (const file of files) {
+    try {
+      attached.push({ name: file.name, url: await readImage(file) });
+      announce(`${file.name} added`);
+    } catch {
+      problem(`${file.name} is not an image that this browser can read.`);
+    }
+  }
+  showAttached();
+  byId("message").focus();
+}
+
+const withImages = (text, images) =>
+  images.length ? [...images.map(({ url }) => ({ type: "image_url", image_url: { url } })), { type: "text", text }] : text;
+
 // Turns
 
-function newTurn(question, answers) {
+function newTurn(question, images, answers) {
   const fragment = byId("turn").content.cloneNode(true);
   turns += 1;
   fragment.querySelector(".question-title").textContent = `Message ${turns}`;
-  fragment.querySelector(".question").textContent = question;
+  fragment.querySelector(".question-text").textContent = question;
+  fragment.querySelector(".pictures").append(...images.map(pictureElement));
   fragment.querySelector(".answers").append(...answers.map((answer) => answer.element));
   const element = fragment.querySelector(".turn");
   byId("turns").append(fragment);
@@ -187,10 +259,10 @@ function comparer(answers) {
   };
 }
 
-async function write(answer, question, body, signal, onChunk) {
+async function write(answer, content, body, signal, onChunk) {
   const conversations = histories; // a new chat replaces the map
   const pastMessages = conversations.get(answer.model) ?? [];
-  const conversation = [...pastMessages, { role: "user", content: question }];
+  const conversation = [...pastMessages, { role: "user", content }];
   const system = byId("system").value.trim();
   const messages = system ? [{ role: "system", content: system }, ...conversation] : conversation;
   try {
@@ -228,7 +300,10 @@ async function send() {
   byId("message").value = "";
   byId("start").hidden = true;
   const answers = models.map((model) => new Answer(model, nameOf(model), kindOf(model)));
-  const turn = newTurn(question, answers);
+  const images = attached;
+  attached = [];
+  showAttached();
+  const turn = newTurn(question, images, answers);
   turn.scrollIntoView({ block: "start" });
   byId("log").replaceChildren();
   announce(`${models.map(nameOf).join(", ")}: writing`);
@@ -241,7 +316,7 @@ async function send() {
     // Stacked answers are not scrolled, because the adapter's answer at the top would leave the view.
     if (isNearBottom() && (wide.matches || answers.length === 1)) window.scrollTo(0, document.documentElement.scrollHeight);
   };
-  await Promise.all(answers.map((answer) => write(answer, question, body, control.signal, onChunk)));
+  await Promise.all(answers.map((answer) => write(answer, withImages(question, images), body, control.signal, onChunk)));
   compare(answers, false);
   if (running === control) running = null;
   refresh();
@@ -268,6 +343,8 @@ function newChat() {
   running = null;
   histories = new Map();
   turns = 0;
+  attached = [];
+  showAttached();
   hideAlternatives();
   byId("turns").replaceChildren();
   byId("start").hidden = false;
@@ -289,6 +366,11 @@ byId("message").addEventListener("keydown", (event) => {
   if (!byId("send").disabled) send();
 });
 byId("stop").addEventListener("click", () => running?.abort());
+byId("add-image").addEventListener("click", () => byId("image-files").click());
+byId("image-files").addEventListener("change", async () => {
+  await attach([...byId("image-files").files]);
+  byId("image-files").value = "";
+});
 byId("new-chat").addEventListener("click", newChat);
 byId("models").addEventListener("change", () => {
   refresh();

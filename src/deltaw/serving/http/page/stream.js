@@ -38,12 +38,13 @@ async function listModels(key) {
   return (await (await request("v1/models", key)).json()).data;
 }
 
-// Prompting of a model's training rows: {system, examples}. Empty if the server does not know it.
+// Prompting of a model's training rows, and true if it reads images: {system, examples, images}. Empty if the server
+// does not know it.
 async function fetchPrompting(model, key) {
   try {
     return await (await request(`prompting/${encodeURIComponent(model)}`, key)).json();
   } catch {
-    return { system: "", examples: [] };
+    return { system: "", examples: [], images: false };
   }
 }
 
