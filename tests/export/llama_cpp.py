@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,25 @@ def top_logprobs(
     return [{int(token): value for token, value in pairs} for pairs in positions]
 
 
+def about_images(
+    model: Path, vision: Path, images: list[str], texts: tuple[str, str], tokens: int, lora: Path | None = None
+) -> list[list[int]]:
+    """Return the ids that llama.cpp generates greedily for each image.
+
+    Args:
+        vision: File with the vision tower.
+        images: Encoded images in base64.
+        texts: Text before and after the image.
+    """
+    message = {"model": str(model), "prompts": images, "tokens": tokens, "lora": lora and str(lora)}
+    return request({**message, "vision": str(vision), "texts": texts})["answers"]
+
+
 def answer(message: dict[str, Any]) -> dict[str, Any]:
     """Continue each of ``prompts`` (ids or texts) greedily by ``tokens`` tokens.
 
-    If ``likeliest`` is set, also return that number of most likely first tokens with their log-probabilities.
+    If ``likeliest`` is set, also return that number of most likely first tokens with their log-probabilities. If
+    ``vision`` is set, the prompts are images between both ``texts``.
     """
     import xllamacpp
 
@@ -67,7 +83,12 @@ def answer(message: dict[str, Any]) -> dict[str, Any]:
     parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     if message.get("lora"):
         parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(message["lora"], 1.0)]
+    if message.get("vision"):
+        parameters.mmproj.path = message["vision"]
+        os.environ["LLAMA_MEDIA_MARKER"] = "<__media__>"  # random by default
     server = xllamacpp.Server(parameters)
+    if message.get("vision"):
+        return {"answers": [_about_image(server.listening_address, image, message) for image in message["prompts"]]}
     answers, prompts, top_tokens = [], [], []
     options = {"n_predict": message["tokens"], "temperature": 0, "ignore_eos": True, "cache_prompt": False}
     options |= {"logit_bias": [[token, False] for token in message.get("never", [])], "verbose": True}
@@ -83,6 +104,15 @@ def answer(message: dict[str, Any]) -> dict[str, Any]:
             top = response["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
             top_tokens.append([[each["id"], each["logprob"]] for each in top])
     return {"answers": answers, "prompt_tokens": prompts, "likeliest": top_tokens}
+
+
+def _about_image(address: str, image: str, message: dict[str, Any]) -> list[int]:
+    prompt = {"prompt_string": "<__media__>".join(message["texts"]), "multimodal_data": [image]}
+    options = {"n_predict": message["tokens"], "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+    content = json.dumps({"prompt": prompt, "return_tokens": True, **options}).encode()
+    query = urllib.request.Request(f"{address}/completion", content, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(query) as response:
+        return json.load(response)["tokens"]
 
 
 if __name__ == "__main__":

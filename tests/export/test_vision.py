@@ -211,8 +211,9 @@ def test_unsupported_exports_are_rejected_by_name(tmp_path: Path) -> None:
     adapter = _adapter(base, tmp_path / "lfm2_adapter", target_modules=["q_proj"])[1]
     error = refusal(export_gguf_adapter, adapter, tmp_path / "adapter.gguf")
     assert error.message == "deltaw does not export 'lfm2' models to GGUF"
-    adapter = _adapter(_base(tmp_path / "llava"), tmp_path / "adapter")[1]
-    assert "does not export vision-language models" in refusal(export_gguf, adapter, tmp_path / "model.gguf").message
+    adapter = _adapter(_base(tmp_path / "next", "llava_next"), tmp_path / "adapter")[1]
+    message = refusal(export_gguf, adapter, tmp_path / "model.gguf").message
+    assert message == "deltaw does not export images of llava_next models to GGUF"
     assert "vision-language" in refusal(export_folder, adapter, tmp_path / "mlx", "mlx").message
     assert not (tmp_path / "model.gguf").exists() and not (tmp_path / "mlx").exists()
 

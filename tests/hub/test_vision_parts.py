@@ -20,6 +20,7 @@ from deltaw.hub.folders import config_folder, resolve
 from deltaw.hub.tokenizers import find_tokenizer
 from deltaw.hub.vision import text_view
 from deltaw.hub.vision_parts import assembled_folder, fold_statistics, is_new_connector
+from deltaw.lora.fingerprint import base_fingerprint, same_base
 from deltaw.runtime.image_tokens import verify_view
 from tests.byte_models import TEMPLATE, save_model, tiny_gpt2, tiny_llama
 from tests.conftest import refusal
@@ -139,6 +140,15 @@ def test_weights_keep_their_dtype(vision, tmp_path):
     tensors = vision_parts.read_checkpoint(folder).tensors
     assert {t.code for n, t in tensors.items() if "language_model" in n or n.startswith("lm_head")} == {"BF16"}
     assert {t.code for n, t in tensors.items() if "vision" in n or "projector" in n} == {"F32"}
+
+
+def test_model_in_bf16_has_the_fingerprint_of_the_fp32_model(vision, tmp_path):
+    fingerprints = []
+    for dtype in (torch.float32, torch.bfloat16):
+        language = save_model(tiny_llama().to(dtype), tmp_path / str(dtype))
+        model = AutoModelForImageTextToText.from_pretrained(assembled_folder(language, vision), dtype=dtype)
+        fingerprints.append(base_fingerprint(text_view(model).view))
+    assert same_base(*fingerprints) is True
 
 
 def test_image_token_is_one_token_and_rendered_by_the_template(language, vision):

@@ -126,6 +126,9 @@ def deploy(
     with temporary as temporary_path:
         file = Path(temporary_path) / "model.gguf"
         exported = export(folder, "gguf", file, kind=kind, model=model, trust_remote_code=trust_remote_code, log=log)
+        if "mmproj" in exported.details:
+            message = "deltaw deploy does not import vision-language models"
+            raise UserError(message, location=str(folder), hint="use deltaw export --format gguf")
         for line in exported.lines:
             log(line)
         base = resolve_base(folder, "fp32", options, log)

@@ -17,6 +17,7 @@ from deltaw.errors import UserError, did_you_mean
 from deltaw.export.base import MergeOptions, resolve_base
 from deltaw.export.gguf_file import ADAPTER_KINDS, KINDS
 from deltaw.export.gguf_model import export_gguf, export_gguf_adapter
+from deltaw.export.gguf_vision import mmproj_path
 from deltaw.export.portable import export_folder, file_names
 from deltaw.hub.folders import adapter_folder, short_name
 from deltaw.hub.terminators import terminators_in
@@ -75,15 +76,16 @@ _TURNS = (("user", "What is 2 + 2?"), ("assistant", "4."), ("user", "And 3 + 3?"
 _CONVERSATION: list[Message] = [{"role": role, "content": content} for role, content in _TURNS]
 
 
-def modelfile(source: str, adapter: str | None, chat: OllamaTemplate) -> str:
+def modelfile(source: str, adapter: str | None, chat: OllamaTemplate, vision: str | None = None) -> str:
     """Return the text of a Modelfile.
 
     Args:
         source: Base or merged model, as in Ollama's FROM.
         adapter: File of the adapter, or None for a merged model.
         chat: Chat settings.
+        vision: File with the vision tower and the connector, if any.
     """
-    lines = [f"FROM {_path(source)}"]
+    lines = [f"FROM {_path(file)}" for file in (source, vision) if file is not None]
     if adapter is not None:
         lines.append(f"ADAPTER {_path(adapter)}")
     if chat.template:
@@ -246,7 +248,8 @@ def _gguf(run: Path, name: str, output: Path, kind: str, options: MergeOptions, 
     in_folder = output.suffix.lower() != ".gguf"
     path = output / f"{short_name(run)}-{kind}.gguf" if in_folder else output
     modelfile_path = output / "Modelfile" if in_folder else output.with_suffix(".Modelfile")
-    for file in (path, modelfile_path):
+    vision_path = mmproj_path(path)
+    for file in (path, modelfile_path, vision_path):
         if file.is_dir() or (file.exists() and not options.overwrite):
             hint = "choose another output, or replace it with --overwrite"
             raise UserError(f"'{file.name}' already exists", location=str(file), hint=hint)
@@ -259,9 +262,16 @@ def _gguf(run: Path, name: str, output: Path, kind: str, options: MergeOptions, 
     source, adapter = (os.path.abspath(base.gguf or base.folder), file_name) if is_adapter else (file_name, None)
     system = read_prompting(run).system
     chat, notes = ollama_template(tokenizer, terminators, system)
-    write_text(modelfile_path, modelfile(source, adapter, chat))
+    vision = "mmproj" in result.details
+    with_vision = f"./{vision_path.name}" if vision and not is_adapter else None
+    write_text(modelfile_path, modelfile(source, adapter, chat, with_vision))
     for note in notes:
         log(f"note: {note}")
     hints = [f"system prompt of the training rows, SYSTEM in the Modelfile: {quoted(system, 22)}"] if system else []
     hints.append(f"next: ollama create {shell_word(short_name(run))} -f {shell_word(modelfile_path)}")
-    return ExportedFiles(name, [str(path), str(modelfile_path)], result.details, result.lines, hints)
+    files = [path, *([vision_path] if vision else []), modelfile_path]
+    if base.is_view:
+        model = f"BASE.gguf --lora {shell_word(path)}" if is_adapter else shell_word(path)
+        projector = shell_word(vision_path) if vision else "BASE-MMPROJ.gguf"
+        hints.append(f"or: llama-mtmd-cli -m {model} --mmproj {projector} --image IMAGE -p PROMPT")
+    return ExportedFiles(name, [str(file) for file in files], result.details, result.lines, hints)

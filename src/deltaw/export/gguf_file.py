@@ -44,7 +44,7 @@ KINDS: dict[str, tuple[Q, Q, Mark]] = {
 ADAPTER_KINDS = ("f32", "f16", "bf16")
 _K_QUANTS = (Q.Q4_K, Q.Q5_K, Q.Q6_K)
 # llama.cpp reads these tensors only in fp32.
-_ALWAYS_F32 = ("position_embd.weight", "rope_freqs.weight")
+_ALWAYS_F32 = ("position_embd.weight", "v.position_embd.weight", "rope_freqs.weight")
 _OUTER = ("token_embd.weight", "output.weight")
 _BLOCK_ROWS = 1 << 22  # elements that are packed at once
 

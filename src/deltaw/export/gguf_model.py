@@ -6,9 +6,10 @@ from the configuration and the tokenizer if the base model is not a GGUF file.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from gguf import MODEL_ARCH, GGUFReader, GGUFType, GGUFValueType, GGUFWriter, Ro
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from deltaw.errors import UserError
-from deltaw.export.base import AdapterBase, ExportResult, MergeOptions, prepare_merge
+from deltaw.export.base import AdapterBase, ExportResult, MergeOptions, MergePlan, prepare_merge
 from deltaw.export.gguf_architectures import (
     CONVERTER_HINT,
     Architecture,
@@ -38,7 +39,8 @@ from deltaw.export.gguf_file import (
     storage_type,
     write_gguf,
 )
-from deltaw.export.gguf_tokenizer import add_chat_template, add_tokenizer, extract_vocabulary
+from deltaw.export.gguf_tokenizer import add_chat_template, add_tokenizer, extract_vocabulary, require_tokenizer
+from deltaw.export.gguf_vision import CONNECTOR_PREFIXES, mmproj_path, split_tensors, vision_file
 from deltaw.export.merged import MergedModel, MergedTensor, NeedsMemoryMerge, assemble
 from deltaw.export.portable import (
     PlainUpdate,
@@ -178,6 +180,8 @@ def export_gguf(
 ) -> ExportResult:
     """Merge the adapter of a run into its base model and write a GGUF file.
 
+    The vision tower and the connector of a vision-language model are written to :func:`mmproj_path`.
+
     Args:
         run: Folder of a run, or of a PEFT adapter.
         path: Path of the file, which is written atomically.
@@ -193,24 +197,18 @@ def export_gguf(
     with prepare_merge(run, options or MergeOptions(precision="fp32"), log) as job:
         base = job.base
         require_text(base, run)
-        if base.is_view:
-            message = "deltaw does not export vision-language models to GGUF, only their adapters (gguf-adapter)"
-            raise UserError(message, location=str(run), hint=CONVERTER_HINT)
         architecture = find_architecture(base.config)
-        try:
-            merged = assemble(job)
-        except NeedsMemoryMerge as error:
-            message = f"the model cannot be exported tensor by tensor: {error}"
-            raise UserError(message, location=str(run), hint=CONVERTER_HINT) from error
+        merged = _assemble(job)
         names = TensorNames(architecture, base.config)
-        outputs = _outputs(merged, names, architecture)
-        tokenizer = base.tokenizer(run)
+        tokenizer, vision, language = base.tokenizer(run), None, merged.tensors
+        if base.is_view:
+            language, others = split_tensors(merged)
+            vision = vision_file(base, tokenizer, others)
+        outputs = _outputs(merged, language, names, architecture)
         source = None if base.gguf is None else open_gguf(base.gguf)
         if source is None:
             extra_tensors = rope_tensors(base.config)
-            if tokenizer is None:
-                message = "the model's folder contains no tokenizer, which a GGUF file requires"
-                raise UserError(message, location=str(base.folder), hint="copy the tokenizer's files there")
+            tokenizer = require_tokenizer(tokenizer, base.folder)
             extract_vocabulary(tokenizer, int(base.config.vocab_size))  # raises an error for unsupported tokenizers
         else:
             _require_architecture(source, architecture, base)
@@ -219,7 +217,8 @@ def export_gguf(
 
         def metadata(out: GGUFWriter) -> None:
             out.add_type(GGUFType.MODEL)
-            _add_origin(out, run, base, kind)
+            _add_origin(out, run, base)
+            out.add_file_type(int(KINDS[kind][2]))
             out.add_quantization_version(gguf.GGML_QUANT_VERSION)
             if source is not None:
                 _copy(source, out, tokenizer)
@@ -237,12 +236,26 @@ def export_gguf(
         tensor_shapes |= {name: names.shape(output.name, output.shape) for name, output in outputs.items()}
         shapes: Shapes = {name: (shape, storage_type(name, shape, kind)) for name, shape in tensor_shapes.items()}
         write_gguf(path, architecture.name, metadata, shapes, tensors())
+        if vision is not None:
+            vision.write(mmproj_path(path), kind, lambda out: _add_origin(out, run, base))
+            notes += vision.notes
     for note in notes:
         log(note)
     types = Counter(stored.name for _, stored in shapes.values())
     type_counts = ", ".join(f"{count} {name}" for name, count in sorted(types.items()))
     summary = f"{len(shapes)} tensors ({type_counts})"
-    return _export_result(path, architecture, summary, tensors=len(shapes), kind=kind, types=dict(types), notes=notes)
+    details: dict[str, object] = {"tensors": len(shapes), "kind": kind, "types": dict(types), "notes": notes}
+    if vision is not None:
+        details["mmproj"] = str(mmproj_path(path))
+    return _export_result(path, architecture, summary, **details)
+
+
+def _assemble(job: MergePlan) -> MergedModel:
+    try:
+        return assemble(job)
+    except NeedsMemoryMerge as error:
+        message = f"the model cannot be exported tensor by tensor: {error}"
+        raise UserError(message, location=str(job.run), hint=CONVERTER_HINT) from error
 
 
 def _export_result(path: Path, architecture: Architecture, summary: str, **details: object) -> ExportResult:
@@ -252,23 +265,25 @@ def _export_result(path: Path, architecture: Architecture, summary: str, **detai
     return ExportResult({"path": str(path), "size": size, "architecture": architecture.name, **details}, lines)
 
 
-def _add_origin(out: GGUFWriter, run: Path, base: AdapterBase, kind: str) -> None:
-    """Write the file's name, its base model and its file type."""
+def _add_origin(out: GGUFWriter, run: Path, base: AdapterBase) -> None:
+    """Write the file's name and its base model."""
     out.add_name(run.resolve().name)
     out.add_base_model_count(1)
     out.add_base_model_name(0, base.source.name)
-    out.add_file_type(int(KINDS[kind][2]))
 
 
-def _outputs(merged: MergedModel, names: TensorNames, architecture: Architecture) -> dict[str, MergedTensor]:
+def _outputs(
+    merged: MergedModel, tensors: Iterable[MergedTensor], names: TensorNames, architecture: Architecture
+) -> dict[str, MergedTensor]:
     """Return the merged tensors by their names in the file.
 
     Raises:
         UserError: if llama.cpp has no such tensor.
     """
-    tied = bool(merged.config.get("tie_word_embeddings", False))
+    base = merged.job.base
+    tied = base.config.tie_word_embeddings if base.is_view else merged.config.get("tie_word_embeddings", False)
     outputs: dict[str, MergedTensor] = {}
-    for output in merged.tensors:
+    for output in tensors:
         if output.name.endswith((".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")):
             continue  # masks and frequencies stored by old versions of transformers
         name = names.of_tensor(output.name)
@@ -316,6 +331,9 @@ def export_gguf_adapter(
 ) -> ExportResult:
     """Write the adapter of a run to a GGUF file.
 
+    If the run trained the connector of a vision-language model, the connector and the vision tower are written to
+    :func:`mmproj_path`.
+
     Args:
         run: Folder of a run, or of a PEFT adapter.
         path: Path of the file, which is written atomically.
@@ -327,7 +345,8 @@ def export_gguf_adapter(
         UserError: if the format does not support the adapter, the base model differs or its family is not supported, or
             the file cannot be written. In this case no file is written.
     """
-    adapter, base = read_pair(run, "gguf-adapter", options or MergeOptions(), log)
+    options = options or MergeOptions()
+    adapter, base = read_pair(run, "gguf-adapter", options, log, CONNECTOR_PREFIXES)
     adapter = with_language_names(adapter, base, run)
     architecture = find_architecture(base.config)
     names = TensorNames(architecture, base.config)
@@ -349,7 +368,8 @@ def export_gguf_adapter(
         if adapter.invocation is not None:
             key, tokens = gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS, list(adapter.invocation)
             out.add_key_value(key, tokens, GGUFValueType.ARRAY, GGUFValueType.UINT32)
-        _add_origin(out, run, base, kind)
+        _add_origin(out, run, base)
+        out.add_file_type(int(KINDS[kind][2]))
         if fingerprint is not None:
             out.add_string(FINGERPRINT_KEY, fingerprint)
 
@@ -357,10 +377,21 @@ def export_gguf_adapter(
     for name, update in named_updates:
         shapes[f"{name}.lora_a"] = tuple(update.factor_A.shape), KINDS[kind][0]
         shapes[f"{name}.lora_b"] = tuple(update.factor_B.shape), KINDS[kind][0]
-    write_gguf(path, architecture.name, metadata, shapes, tensors())
+    details: dict[str, object] = {}
+    with contextlib.ExitStack() as stack:
+        vision = None
+        if adapter.separate:
+            job = stack.enter_context(prepare_merge(run, replace(options, precision="fp32"), ignore_line))
+            vision = vision_file(base, base.tokenizer(run), split_tensors(_assemble(job))[1])
+        write_gguf(path, architecture.name, metadata, shapes, tensors())
+        if vision is not None:
+            details["mmproj"] = str(mmproj_path(path))
+            vision.write(mmproj_path(path), kind, lambda out: _add_origin(out, run, base))
+            for note in vision.notes:
+                log(note)
     folded, count = sum(factor != 1 for factor in factors), len(named_updates)
     summary = f"{count} modules, alpha {alpha:g}"
-    result = _export_result(path, architecture, summary, tensors=count, alpha=alpha, folded=folded)
+    result = _export_result(path, architecture, summary, tensors=count, alpha=alpha, folded=folded, **details)
     return replace(result, lines=result.lines + folded_lines(folded))
 
 

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
@@ -112,6 +113,14 @@ class Vocabulary:
     merges: list[str] | None = None
     scores: list[float] | None = None
     space_prefix: bool | None = None
+
+
+def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> PreTrainedTokenizerBase:
+    """Raise a UserError if the model in ``folder`` has no tokenizer."""
+    if tokenizer is None:
+        message = "the model's folder contains no tokenizer, which a GGUF file requires"
+        raise UserError(message, location=str(folder), hint="copy the tokenizer's files there")
+    return tokenizer
 
 
 def add_tokenizer(out: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int, terminators: Iterable[int]) -> None:

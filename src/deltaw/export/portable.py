@@ -80,20 +80,23 @@ class PlainAdapter:
         invocation: Token ids that activate the adapter, or None if it is always active.
         fingerprint: Fingerprint of the base model used in training, or None if unknown.
         task_type: PEFT's name of the task.
+        separate: Names of tensors trained in full that are exported separately.
     """
 
     updates: list[PlainUpdate]
     invocation: tuple[int, ...] | None
     fingerprint: str | None
     task_type: str | None
+    separate: tuple[str, ...] = ()
 
 
-def read_plain(folder: Path, format_name: str) -> PlainAdapter:
+def read_plain(folder: Path, format_name: str, separate: tuple[str, ...] = ()) -> PlainAdapter:
     """Read the plain updates of an adapter.
 
     Args:
         folder: Folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
         format_name: Name of the export format for error messages.
+        separate: Prefixes of tensors that may be trained in full, because they are exported separately.
 
     Raises:
         UserError: if the folder contains no adapter or an adapter with other changes.
@@ -108,10 +111,11 @@ def read_plain(folder: Path, format_name: str) -> PlainAdapter:
         message = f"the initialization '{config.init}' changed the base weights, and the file lacks this change"
         hint = "load it on its base model and save it again with deltaw.save_adapter"
         raise UserError(message, location=str(config_file), hint=hint)
+    separate = tuple(name for name in content.other_tensors if name.startswith(separate))
     for names, feature in (
         (content.biases, "a bias on B (of {})"),
         (content.token_rows, "trained rows of tokens (of {})"),
-        (content.other_tensors, "tensors trained in full ({})"),
+        ([name for name in content.other_tensors if name not in separate], "tensors trained in full ({})"),
     ):
         if names:
             raise _refusal(feature.format(_first_names(names)), weights, format_name)
@@ -126,7 +130,7 @@ def read_plain(folder: Path, format_name: str) -> PlainAdapter:
             message = f"the activated adapter has no invocation tokens, which {format_name} requires"
             raise UserError(message, location=str(config_file), hint="set alora_invocation_tokens in this file")
         invocation = tuple(config.invocation_tokens)
-    return PlainAdapter(updates, invocation, metadata.get(FINGERPRINT_KEY), metadata.get("task_type"))
+    return PlainAdapter(updates, invocation, metadata.get(FINGERPRINT_KEY), metadata.get("task_type"), separate)
 
 
 def require_lora(folder: Path, format_name: str) -> None:
@@ -187,7 +191,9 @@ def require_text(base: AdapterBase, run: Path) -> None:
     assert base.config is not None  # raises an error if it cannot be read
 
 
-def read_pair(run: Path, format_name: str, options: MergeOptions, log: LogFunction) -> tuple[PlainAdapter, AdapterBase]:
+def read_pair(
+    run: Path, format_name: str, options: MergeOptions, log: LogFunction, separate: tuple[str, ...] = ()
+) -> tuple[PlainAdapter, AdapterBase]:
     """Return the plain updates of an adapter and its base model.
 
     Changes of the base weights by the adapter's initialization are converted to a plain update.
@@ -197,6 +203,7 @@ def read_pair(run: Path, format_name: str, options: MergeOptions, log: LogFuncti
         format_name: Name of the export format for error messages.
         options: Options of the merge.
         log: Receives messages for the user.
+        separate: As in :func:`read_plain`, for vision-language models.
 
     Raises:
         UserError: if the adapter contains other changes than plain updates, or its base model is not found.
@@ -205,7 +212,7 @@ def read_pair(run: Path, format_name: str, options: MergeOptions, log: LogFuncti
     base = resolve_base(run, "bf16", options, log)
     require_text(base, run)
     with plain_adapter(run, base, log) as folder:
-        return read_plain(folder, format_name), base
+        return read_plain(folder, format_name, separate if base.is_view else ()), base
 
 
 def with_language_names(adapter: PlainAdapter, base: AdapterBase, run: Path) -> PlainAdapter:

@@ -293,9 +293,10 @@ def _mean_row(tensor: StoredTensor) -> Tensor:
     """Return the mean (1, d) of the rows of a matrix.
 
     As a row of the head, it never gives the largest logit, because its logit is the mean of those of all other tokens.
+    The mean of bf16 values has the same fingerprint if the model is stored in fp32 or in bf16.
     """
     blocks = (tensor.rows(start, stop) for start, stop in row_blocks(tensor.shape))
-    total = torch.stack([block.double().sum(0) for block in blocks]).sum(0)
+    total = torch.stack([block.bfloat16().double().sum(0) for block in blocks]).sum(0)
     return (total / tensor.shape[0])[None].to(tensor.dtype)
 
 
