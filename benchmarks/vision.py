@@ -2,9 +2,10 @@
 
     python benchmarks/vision.py MODEL TRAIN.jsonl TEST.jsonl [--rows 960] [--batch-sizes 16 32] [--repeats 3]
 
-MODEL is a folder of a vision-language model, for example one that `make vision` merged. Rows have the columns image,
-prompt and completion. Both sides train LoRA of rank 16 on the language model for one epoch, in their own processes,
-which alternate. The time includes processing the images. The held-out loss of each adapter is measured by deltaw.
+MODEL is a folder of a vision-language model with a ChatML template and the image token <image>, for example the output
+of `deltaw merge runs/vision`. Rows have the columns image, prompt and completion. Both sides train LoRA of rank 16 on
+the language model for one epoch, in their own processes, which alternate. deltaw's time includes the features of the
+images, but not the first decoding while the rows are read. deltaw measures the held-out loss of each adapter.
 """
 
 from __future__ import annotations

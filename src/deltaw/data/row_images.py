@@ -23,7 +23,7 @@ from deltaw.data.report import BadRowError, count_of
 from deltaw.data.rows import Row
 from deltaw.errors import UserError
 
-# Stands for an image in a text of a row, as in the rows of LLaVA.
+# Marker of an image in a text of a row, as in the rows of LLaVA.
 MARKER = "<image>"
 # Maximum number of tokens of the images of a row, which limits the memory of a row that repeats an image.
 MAX_TOKENS = 2**20
@@ -209,7 +209,7 @@ def take_images(
         BadRowError: if an answer has an image, a value is not an image, or the texts refer to more or fewer images
             than the column has.
     """
-    values = _listed(row)
+    values = _image_values(row, location)
     references: list[object] = []  # an image each, or None for the next element of the column
     marked_answers: list[str] = []
 
@@ -263,9 +263,17 @@ def take_images(
     return changed, tuple(_row_image(value, folder, f"{location}, image {n}") for n, value in enumerate(found, start=1))
 
 
-def _listed(row: Row) -> list[object]:
-    """Return the elements of the column with images."""
-    value = next((row[name] for name in COLUMNS if row.get(name) is not None), None)
+def _image_values(row: Row, location: str) -> list[object]:
+    """Return the elements of the column with images.
+
+    Raises:
+        BadRowError: if both columns have a value.
+    """
+    present = [name for name in COLUMNS if row.get(name) not in (None, "", [])]
+    if len(present) > 1:
+        reason, hint = "two columns with images", "remove one of both columns, or map it with data.columns"
+        raise BadRowError("the row has both 'images' and 'image'", reason=reason, location=location, hint=hint)
+    value = row[present[0]] if present else None
     return list(value) if isinstance(value, list | tuple) else [] if value is None or value == "" else [value]
 
 

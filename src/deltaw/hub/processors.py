@@ -20,7 +20,7 @@ from deltaw.hub.transformers_private import quiet
 
 # Files of a processor, which belong to a complete model.
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
-# Settings of a processor class besides the processors of each modality.
+# Keys of processor_config.json with the processors of each modality. The other keys are settings of the class.
 _PARTS = ("image_processor", "tokenizer", "video_processor", "feature_extractor", "audio_tokenizer")
 
 
@@ -43,12 +43,15 @@ class ModelProcessor:
 
     def __init__(self, folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         name = PROCESSOR_MAPPING_NAMES.get(config.model_type)
+        if name is None:
+            hint = "use a model of another family"
+            raise UserError(f"transformers has no processor for {config.model_type}", location=str(folder), hint=hint)
         settings = {file: read_json_object(folder / file) for file in PROCESSOR_FILES[:2]}
         self.settings: dict[str, object] = {"class": name, **settings}
         self._folder, self._tokenizer = folder, tokenizer
         try:
             with quiet():
-                self._processor = _processor(str(name), folder, settings["processor_config.json"], tokenizer)
+                self._processor = _processor(name, folder, settings["processor_config.json"], tokenizer)
             self.placeholder = str(self._processor.image_token)
         except Exception as error:  # classes of processors raise various errors for invalid settings
             message = f"the model's image processor cannot be loaded: {first_line(error)}"
@@ -61,7 +64,7 @@ class ModelProcessor:
         """Return the text of an image, with an image token for each feature, and the model's inputs.
 
         Raises:
-            UserError: if the processor rejects the image, or its text is not the text of its tokens.
+            UserError: if the processor rejects the image, or its tokens change if they are decoded and tokenized again.
         """
         try:
             options = {"return_tensors": "pt", "add_special_tokens": False}
@@ -100,6 +103,7 @@ def _image_processor(folder: Path, settings: dict[str, object]) -> Any:
     nested: Any = settings["image_processor"]
     names = [f"{nested['image_processor_type'].removesuffix('Fast')}Pil", nested["image_processor_type"]]
     kind = next(getattr(transformers, name) for name in names if hasattr(transformers, name))
-    if not (isinstance(kind, type) and issubclass(kind, ImageProcessingMixin)):  # a function would run on its settings
+    # Call no other function with settings of the file.
+    if not (isinstance(kind, type) and issubclass(kind, ImageProcessingMixin)):
         raise ValueError(f"{names[1]} is not an image processor")
     return kind(**nested)

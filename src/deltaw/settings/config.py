@@ -57,7 +57,9 @@ class TrainSettings(BaseModel):
     weight_decay: float = setting(0.0, "decoupled weight decay of AdamW", ge=0)
     betas: tuple[Decay, Decay] = setting((0.9, 0.999), "decay rates of AdamW's first and second moment")
     max_grad_norm: float | None = setting(1.0, "maximum gradient norm; null: no clipping", gt=0)
-    group_images: bool = setting(True, "put rows about one image into one step, so that its tokens are computed once")
+    group_images: bool = setting(
+        True, "put rows with the same first image next to each other, so that a step computes it once"
+    )
     keep_features: bool | Auto = setting("auto", "cache the outputs of frozen lower layers; auto: if rows are reused")
     checkpointing: bool | Count = setting(False, "activation checkpointing; true: all blocks, N: N blocks")
     approximate: Literal["auto", "off"] = setting(

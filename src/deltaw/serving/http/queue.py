@@ -264,7 +264,6 @@ class TokenizerPrompts:
         row: Row = {"messages": list(messages)}
         images: list[RowImage] = []
         if self._images is not None:
-            self._images.discard_unused()
             row, row_images = take_images(row, None, "messages")
             images = decoded_images(row_images)
         turns = read_messages(row["messages"], "messages", "messages")
@@ -274,6 +273,8 @@ class TokenizerPrompts:
                 self._day, self._chat = today, self._encoder(today)
             if tools and not (self._chat.chat and "tools" in self._template_text()):
                 raise UserError("the model's chat template does not support tools", location="tools")
+            if images and self._images is not None:
+                self._images.discard_unused()
             tokens = np.asarray(self._chat.prompt(turns, list(tools), images), dtype=np.int32)
             if images and self._images is not None:
                 self._images.retain(tokens)

@@ -71,7 +71,8 @@ class _StoredImage:
 
     Attributes:
         digest: Hash of the pixels, the model and its processor.
-        image: The image, to compute its features. Afterwards None, except for files and some small images.
+        image: The image. None once its features are stored, except for files and the first encoded images, of which
+            thumbnails are made.
         first_id: Id of its first feature.
         count: Number of features.
         start: Index of its first feature in the file of all features, or None if it is not there yet.
@@ -89,7 +90,7 @@ class _StoredImage:
 class RowImages:
     """Images of the rows of one model (:class:`deltaw.data.row_images.ImagePlacer`), and their features.
 
-    All methods are thread-safe, except for :meth:`attach`.
+    :meth:`place`, :meth:`rows`, :meth:`contains`, :meth:`retain` and :meth:`compute_prompt` are thread-safe.
 
     Args:
         folder: Folder of the model.
@@ -102,7 +103,7 @@ class RowImages:
         width: Size of a feature vector.
         has_new_connector: True if the model was assembled from parts, and its connector was never trained.
         limit_bytes: Maximum size of all features, or None. With a limit, features are not stored in the cache, an image
-            may be used only as long as a retained prompt contains it, and its ids are never used again.
+            may be used only as long as a retained prompt contains it, and its ids are not reused before 2^31 others.
     """
 
     limit_bytes: int | None = None
@@ -139,7 +140,8 @@ class RowImages:
             try:
                 text, _ = self._processor.encode(decoded)
             except UserError as error:
-                raise unreadable_image(error) from error
+                located = UserError(error.message, location=image.location, hint=error.hint)
+                raise unreadable_image(located) from error
             if len(self._texts) > _MAX_SIZES:
                 self._texts.clear()
             known = self._texts[decoded.size] = text, int((self._processor.tokenize(text) == self.token_id).sum())
@@ -220,7 +222,7 @@ class RowImages:
                 raise UserError("the images are too large together", hint="use fewer or smaller images")
             for image in used:
                 image.prompts = [prompt for prompt in image.prompts if prompt() is not None] + [weakref.ref(tokens)]
-                self._images[image.digest] = self._images.pop(image.digest)  # the last one to be removed
+                self._images[image.digest] = self._images.pop(image.digest)  # move to the end: most recently used
             size = sum(image.count for image in self._sorted) * row_bytes
             for image in [*self._images.values()]:
                 if size > self.limit_bytes and all(prompt() is None for prompt in image.prompts):
@@ -516,7 +518,8 @@ def has_images(config: PretrainedConfig, folder: Path) -> bool:
 def _evict(folder: Path) -> None:
     """Remove the features that were not used for the longest time, if all exceed the limit."""
     with contextlib.suppress(OSError):
-        files = [(entry.stat(), entry.path) for entry in os.scandir(folder) if entry.is_file()]
+        entries = [entry for entry in os.scandir(folder) if entry.is_file() and not entry.name.startswith(".")]
+        files = [(entry.stat(), entry.path) for entry in entries]
         total = sum(status.st_size for status, _ in files)
         for status, path in sorted(files, key=lambda file: file[0].st_mtime):
             if total <= LIMIT_BYTES:
