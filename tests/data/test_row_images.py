@@ -527,7 +527,8 @@ def test_16_bit_images_keep_their_contrast() -> None:
 
 def test_tokens_beyond_the_vocabulary_are_rejected() -> None:
     tokenizer = image_tokenizer()
+    tokenizer.add_tokens(["<more>"], special_tokens=True)
     placer = FakePlacer(tokenizer)
-    placer.first_id = placer.token_id  # the vocabulary ends before the image token
-    error = refusal(Encoder(tokenizer, images=placer).prompt, [user("what is <pic> here?")])
+    placer.first_id = placer.token_id + 1  # the vocabulary ends before the last token
+    error = refusal(Encoder(tokenizer, images=placer).prompt, [user("what is <more>?")])
     assert "a token beyond the model's vocabulary" in error.message

@@ -69,7 +69,7 @@ def test_page_is_not_in_openapi_schema(client):
 
 
 # Functions of browsers that the scripts call.
-BROWSER_FUNCTIONS = {"fetch", "setTimeout", "clearTimeout", "encodeURIComponent", "requestAnimationFrame"}
+BROWSER_FUNCTIONS = {"fetch", "setTimeout", "clearTimeout", "encodeURIComponent", "createImageBitmap"}
 JS_KEYWORDS = {"if", "for", "while", "switch", "catch", "function", "return", "await", "super", "constructor"}
 
 
