@@ -207,6 +207,16 @@ class Session:
         settings = self.config.train
         return count_steps(len(self.data.train), settings.batch_size, settings.epochs, settings.max_steps)
 
+    @property
+    def row_order(self) -> RowOrder:
+        """Rows of each step."""
+        settings = self.config.train
+        return RowOrder(len(self.data.train), settings.batch_size, settings.seed, self.row_groups)
+
+    def planned_rows(self, step: int) -> Rows:
+        """Return the rows of a step (from 0) for a plan. Generated rows have their maximum length."""
+        return self.feed.worst_case_rows([self.data.train[index] for index in self.row_order.indices(step)])
+
     @functools.cached_property
     def row_groups(self) -> np.ndarray | None:
         """Group of each row in the row order: rows about one image, whose tokens are then computed once in a step."""
@@ -622,7 +632,7 @@ def _approximate(session: Session, candidates: Sequence[str], resumed: Sequence[
 def gradient_check(session: Session, advance: Advance = lambda done: None) -> GradientCheck:
     """Return a gradient check on the first rows of a run. Call it inside ``session.running()``."""
     settings = session.config.train
-    order = RowOrder(len(session.data.train), settings.batch_size, settings.seed, session.row_groups)
+    order = session.row_order
     steps = range(-(-MAX_CANDIDATE_ROWS // settings.batch_size))
     rows = (session.data.train[i] for step in steps for i in order.indices(step))
     check_rows = select_check_rows(rows, session.batcher, session.objective)

@@ -303,6 +303,10 @@ class Task(abc.ABC, Generic[ObjectiveType]):
         """Return the planned memory of :meth:`prepare_inputs`, or 0 if the inputs are stored."""
         return 0
 
+    def input_bytes(self) -> int:
+        """Return the size of the stored inputs, which are memory-mapped."""
+        return 0
+
     def attach_inputs(self, model: PreTrainedModel, trained: Sequence[str] = (), *, is_new: bool = False) -> None:
         """Let a freshly loaded model read the inputs of the rows besides tokens, if there are any.
 

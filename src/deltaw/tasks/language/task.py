@@ -118,6 +118,9 @@ class CausalTask(Task[CausalObjective]):
     def prepare_bytes(self) -> int:
         return 0 if self.images is None else self.images.planned_bytes()
 
+    def input_bytes(self) -> int:
+        return 0 if self.images is None else self.images.stored_bytes()
+
     def attach_inputs(self, model: PreTrainedModel, trained: Sequence[str] = (), *, is_new: bool = False) -> None:
         if self.images is not None:
             self.images.attach(model, trained, is_new=is_new)

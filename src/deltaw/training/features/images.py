@@ -386,6 +386,10 @@ class RowImages:
         except Exception:  # the shapes of some families depend on values of the inputs
             return tower[0].bytes if tower else 0
 
+    def stored_bytes(self) -> int:
+        """Return the size of the features of all images."""
+        return sum(image.count for image in self._sorted) * self.width * self._dtype.itemsize
+
     def lines(self) -> list[str]:
         """Return a message about the images and about which parts of the model are trained."""
         if not self._images:

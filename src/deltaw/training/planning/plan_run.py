@@ -64,7 +64,6 @@ from deltaw.training.planning.run_time import StepRates, Workload, plan_with_cac
 from deltaw.training.planning.step_rates import cpu_usage, measure, workload_of
 from deltaw.training.process import preserved_process_state
 from deltaw.training.session import Session, assemble, gradient_check, read_data
-from deltaw.training.state import rows_of_step
 from deltaw.training.task import Task
 
 # Rows of an embedding whose tokens do not occur are never read. Weights that are not converted are mapped from their
@@ -307,7 +306,7 @@ def heaviest_step(session: Session, processes: int = 1) -> HeaviestStep:
     limit, long, other_tokens = *_long_row_limit(session), 0
 
     def shares_of(step: int) -> list[Sequence[Any]]:
-        rows = feed.worst_case_rows(rows_of_step(session.data.train, step, settings.batch_size, settings.seed))
+        rows = session.planned_rows(step)
         if processes == 1:
             return [rows]
         return [[rows[index] for index in indices] for indices in distribute_rows(rows, processes, share=feed.share)]
@@ -655,7 +654,7 @@ def _compute_plan(config: RunConfig, task: Task[Any], data: RunData, process_byt
         time_uncertain = _unknown_time(error)
     parts = OtherBytes(
         kernels=dry_run.kernel_bytes(),
-        features=0 if store is None else store.resident_bytes,
+        features=(0 if store is None else store.resident_bytes) + task.input_bytes(),
         reading=data.read_peak_bytes + task.prepare_bytes(),
         mapped=converted + MOVED_AT_ONCE,
         saving=0 if task.tokenizer is None else saving_bytes(folder),

@@ -41,7 +41,7 @@ from deltaw.training.monitoring.monitor import MAX_SAMPLE_TOKENS, MIN_SAMPLE_TOK
 from deltaw.training.optimizer import clipped_norm
 from deltaw.training.planning.run_time import BUSY_REASON, Generation, Microbatches, MicrobatchTime, StepRates, Workload
 from deltaw.training.session import Session
-from deltaw.training.state import TrainOptions, TrainState, rows_of_step
+from deltaw.training.state import TrainOptions, TrainState
 from deltaw.training.task import Rows
 
 # Maximum number of steps whose microbatches are counted, evenly spaced over the run.
@@ -84,7 +84,7 @@ def workload_of(session: Session, read_seconds: float) -> Workload:
     full_steps = total if feed.store is None else min(total, -(-len(session.data.train) // train.batch_size))
     return Workload(
         key=_rates_key(session),
-        steps=tuple(_batches_of(session, training_rows(session, step), is_step=True) for step in steps),
+        steps=tuple(_batches_of(session, session.planned_rows(step), is_step=True) for step in steps),
         total_steps=total,
         full_steps=full_steps,
         evaluated=_batches_of(session, *([] if feed.generates_rows else evaluated_rows(session))),
@@ -98,12 +98,6 @@ def workload_of(session: Session, read_seconds: float) -> Workload:
         start_seconds=START_SECONDS,
         uncertain="the lengths of generated texts are unknown" if feed.generates_rows else "",
     )
-
-
-def training_rows(session: Session, step: int) -> Rows:
-    """Return the rows of a step. Generated rows have their maximum length."""
-    settings = session.config.train
-    return session.feed.worst_case_rows(rows_of_step(session.data.train, step, settings.batch_size, settings.seed))
 
 
 def num_labels(rows: Rows) -> int:
@@ -164,7 +158,7 @@ def _generations(session: Session, evaluations: int, general: int) -> Iterator[G
 def _rates_key(session: Session) -> str:
     """Return the cache key of the rates: machine, blocks, trained parameters, objective, and length of the rows."""
     model, config = session.model, session.config
-    length = np.log2(np.mean([len(row) for row in training_rows(session, 0)] or [1]) + 1)
+    length = np.log2(np.mean([len(row) for row in session.planned_rows(0)] or [1]) + 1)
     machine = processor_name(), sorted(processor_flags()), torch.get_num_threads(), loader.arithmetic().as_dict()
     batching = type(session.objective), type(session.batcher), session.batcher.padded, session.feed.share, round(length)
     blocks = blocks_of(model)
@@ -488,7 +482,7 @@ def _tokens(session: Session, rows: Rows) -> float:
 def measured_rows(session: Session) -> Iterator[Rows]:
     """Yield rows of a step that form microbatches of representative sizes, the smallest first."""
     steps = range(min(MEASURED_STEPS, session.total_steps))
-    largest = max((training_rows(session, step) for step in steps), key=lambda rows: _tokens(session, rows))
+    largest = max((session.planned_rows(step) for step in steps), key=lambda rows: _tokens(session, rows))
     target = max(count * length for count, length in session.feed.shapes(largest))
     previous = 0.0
     for share in MEASURED_SHARES:
