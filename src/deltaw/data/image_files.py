@@ -80,7 +80,11 @@ def decode(image: np.ndarray | Path | bytes | Image.Image, location: str) -> Ima
 
 
 def _with_8_bits(image: Image.Image, location: str) -> Image.Image:
-    """Return an image of 16-bit integers with 8 bits, which Pillow's conversion would clip."""
+    """Return an image of integers with 8 bits. Values above 255 are scaled, which Pillow's conversion would clip.
+
+    Raises:
+        UserError: if the pixels are floating-point numbers.
+    """
     if image.mode == "F":
         raise UserError("the image has floating-point pixels", location=location, hint="save it with 8 bits")
     if not image.mode.startswith("I"):

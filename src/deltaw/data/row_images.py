@@ -4,7 +4,7 @@ A row refers to its images by :data:`MARKER` in its texts, in the order of the i
 marker as the model's placeholder, which is replaced by the text that the model's processor writes for the image. Each
 image token of this text gets a token id of its own beyond the vocabulary (:mod:`deltaw.runtime.image_tokens`).
 
-A line break next to a marker separates it from the text. It is not part of the text if the template expects content
+A line break next to a marker separates it from the text. The line break is removed if the template expects content
 parts.
 """
 
@@ -89,12 +89,12 @@ class ImagePlacer(Protocol):
 
 
 def count_markers(messages: Sequence[Mapping[str, object]]) -> int:
-    """Return the number of images that messages refer to. Answers have none."""
+    """Return the number of images that messages refer to. Assistant messages are not counted."""
     return sum(str(message["content"]).count(MARKER) for message in messages if message["role"] != "assistant")
 
 
 def for_template(message: Mapping[str, object], placeholder: str | None) -> dict[str, object]:
-    """Return a message as the chat template reads it: with placeholders, or with content parts if it is None."""
+    """Return a message as the chat template reads it: with ``placeholder`` if it is given, else with content parts."""
     content = message.get("content")
     if not isinstance(content, str):
         return dict(message)
@@ -255,7 +255,7 @@ def take_images(
         in_texts = count_of(missing, "image")
         message = f"the texts refer to {in_texts} ({MARKER}), and the row has {len(values)} in its column"
         hint = f"write {MARKER} once for each element of 'images', or nowhere to put them before the first question"
-        raise BadRowError(message, reason="other images than its texts refer to", location=location, hint=hint)
+        raise BadRowError(message, reason="markers and images that differ in number", location=location, hint=hint)
     if references and marked_answers:
         raise _answer_error(marked_answers[0])
     elements = iter(values)
@@ -325,7 +325,7 @@ def _answer_error(location: str) -> BadRowError:
 
 
 def image_groups(rows: Sequence[Any], first_id: int) -> np.ndarray | None:
-    """Return the group (n,) of each row: rows whose first image is the same. None if no two rows share an image.
+    """Return the group (n,) of each row: rows with the same first image. None if all first images differ.
 
     Args:
         first_id: First token id of images.

@@ -25,7 +25,7 @@ _PARTS = ("image_processor", "tokenizer", "video_processor", "feature_extractor"
 
 
 class ModelProcessor:
-    """transformers' processor of a model, for images only. Images are always resized with Pillow.
+    """transformers' processor of a model, for images only. Images are resized with Pillow if it supports them.
 
     Args:
         folder: Model folder with ``preprocessor_config.json``.

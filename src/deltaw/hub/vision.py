@@ -97,19 +97,21 @@ class Tower:
 
     @functools.cached_property
     def connector(self) -> str | None:
-        """Name of the module that maps features of the vision encoder to embeddings, one by one.
+        """Name of the innermost module with exactly the parameters outside of vision encoder and language model.
 
-        None if no module contains exactly the parameters outside of the vision encoder and the language model.
+        It maps features of the vision encoder to embeddings. None if there is no such module.
         """
-        names = _connectors(self.model)
-        return names[-1] if names else None
+        language, config = self.model.get_decoder(), getattr(self.model.config, "vision_config", None)
+        modules = dict(self.model.named_modules())
+        inside = [n for n, m in modules.items() if m is language or (config and getattr(m, "config", None) is config)]
+        prefixes = (*(f"{name}." for name in inside), "lm_head.")
+        others = {name for name, _ in self.model.named_parameters() if not name.startswith(prefixes)}
+        return next((n for n in reversed(modules) if others and _parameter_names(n, modules[n]) == others), None)
 
     @property
     def language_bytes(self) -> int:
         """Size of the uninitialized weights of the language model, which use no physical memory."""
-        model: Any = self.model
-        weights = {id(p): p for p in (*model.get_decoder().parameters(), *model.get_output_embeddings().parameters())}
-        return sum(weight.numel() * weight.element_size() for weight in weights.values())
+        return sum(p.numel() * p.element_size() for p in _language_parameters(self.model).values())
 
     @property
     def bytes(self) -> int:
@@ -181,26 +183,13 @@ def image_owner(model: PreTrainedModel) -> Any:
     return model if hasattr(model, "get_image_features") else model.base_model
 
 
-def _connectors(model: PreTrainedModel) -> list[str]:
-    """Return the names of modules that may be the connector: the only module with parameters beside vision encoder and
-    language model, and its descendants with the same parameters.
-    """
-    language, encoders = model.get_decoder(), []
-    for name, module in model.named_modules():
-        config = getattr(module, "config", None)
-        if config is getattr(model.config, "vision_config", None) and config is not None:
-            encoders.append(name)
-    inside = [name for name, module in model.named_modules() if module is language] + encoders
-    others = [
-        name
-        for name, _ in model.named_parameters()
-        if not any(name.startswith(f"{prefix}.") for prefix in inside) and not name.startswith("lm_head.")
-    ]
-    found = []
-    for name, module in model.named_modules():
-        if name and {f"{name}.{parameter}" for parameter, _ in module.named_parameters()} == set(others):
-            found.append(name)
-    return found
+def _parameter_names(prefix: str, module: nn.Module) -> set[str]:
+    return {f"{prefix}.{name}" for name, _ in module.named_parameters()}
+
+
+def _language_parameters(model: Any) -> dict[int, nn.Parameter]:
+    """Return the parameters of the language model and the output layer by their object ids."""
+    return {id(p): p for p in (*model.get_decoder().parameters(), *model.get_output_embeddings().parameters())}
 
 
 def load_tower(folder: Path, config: PretrainedConfig, dtype: torch.dtype, *, values: bool = True) -> Tower:
@@ -219,7 +208,7 @@ def load_tower(folder: Path, config: PretrainedConfig, dtype: torch.dtype, *, va
         return Tower(model.requires_grad_(False).eval())
     checkpoint = read_checkpoint(folder)
     names = match_names(model, checkpoint.tensors)
-    skipped = {id(p) for p in (*model.get_decoder().parameters(), *model.get_output_embeddings().parameters())}
+    skipped = _language_parameters(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if id(parameter) in skipped:

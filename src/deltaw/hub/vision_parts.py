@@ -4,7 +4,7 @@ The result is a folder of transformers' LLaVA class. It contains the weights of 
 maps the encoder's features to the embeddings of the language model. The folder is stored in a cache by the digests of
 the files of both models.
 
-A new connector learns only from standardized features. :func:`fold_statistics` then includes the statistics in its
+A new connector must be trained on standardized features. :func:`fold_statistics` then includes the statistics in its
 first layer.
 """
 
@@ -95,7 +95,7 @@ def fold_statistics(weight: Tensor, bias: Tensor, mean: Tensor, std: Tensor) -> 
 
 @dataclass(frozen=True)
 class _Part:
-    """One of both models.
+    """Language model or vision encoder.
 
     Attributes:
         folder: Folder of the model.

@@ -21,7 +21,7 @@ class NameMap:
     Attributes:
         prefix: Name of the language model in the complete model, for example ``model.language_model``.
         modules: Name in the view and name in the complete model of the language model and of each other module of the
-            view. The first entry that contains a name applies to it.
+            view. The first entry whose name is a prefix applies.
         config: Configuration of the complete model.
     """
 
@@ -36,11 +36,13 @@ class NameMap:
         """
         if _contains(self.prefix, name):
             return name
-        return next((new + name[len(old) :] for old, new in self.modules if _contains(old, name)), name)
+        matching = ((view, complete) for view, complete in self.modules if _contains(view, name))
+        return next((complete + name[len(view) :] for view, complete in matching), name)
 
     def from_complete(self, name: str) -> str | None:
         """Return the name in the view of a module or parameter of the complete model, or None if the view lacks it."""
-        return next((new + name[len(old) :] for new, old in self.modules if _contains(old, name)), None)
+        matching = ((view, complete) for view, complete in self.modules if _contains(complete, name))
+        return next((view + name[len(complete) :] for view, complete in matching), None)
 
     def is_language(self, name: str) -> bool:
         """Return True if a module or parameter of the view belongs to the language model or its head."""

@@ -251,7 +251,7 @@ class RowImages:
                     image.start = self._table.append(old.rows(np.arange(image.start, image.start + image.count)))
 
     def thumbnails(self, tokens: np.ndarray) -> list[str]:
-        """Return small versions of the images of a prompt as data URLs, without those that cannot be read anymore."""
+        """Return small versions of the images of a prompt as data URLs, without those that were released or removed."""
         urls, (images, indices) = [], self._find(tokens[self.contains(tokens)])
         for image in (images[index].image for index in dict.fromkeys(indices.tolist())):
             with contextlib.suppress(UserError):
