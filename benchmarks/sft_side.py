@@ -63,6 +63,27 @@ def deltaw_side(job: dict) -> dict:
     return {"seconds": outcome.seconds, "loss": outcome.loss, "how": arithmetic}
 
 
+def trl_arguments(job: dict) -> dict:
+    """Return the training arguments of TRL that the SFT benchmarks share."""
+    return {
+        "output_dir": job["output"],
+        "per_device_train_batch_size": job["batch_size"],
+        "num_train_epochs": 1,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "linear",
+        "bf16": job["precision"] == "bf16",
+        "gradient_checkpointing": job.get("checkpointing", False),
+        "use_cpu": True,
+        "seed": 0,
+        "logging_strategy": "epoch",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "max_length": None,
+        "dataloader_pin_memory": False,
+    }
+
+
 def trl_side(job: dict) -> dict:
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
@@ -79,24 +100,7 @@ def trl_side(job: dict) -> dict:
     torch.manual_seed(0)
     adapter = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, adapter, autocast_adapter_dtype=job["autocast_adapter_dtype"])
-    settings = SFTConfig(
-        output_dir=job["output"],
-        per_device_train_batch_size=job["batch_size"],
-        num_train_epochs=1,
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="linear",
-        bf16=job["precision"] == "bf16",
-        gradient_checkpointing=job.get("checkpointing", False),
-        use_cpu=True,
-        seed=0,
-        logging_strategy="epoch",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        max_length=None,
-        dataloader_pin_memory=False,
-        train_sampling_strategy="sequential",
-    )
+    settings = SFTConfig(**trl_arguments(job), train_sampling_strategy="sequential")
     trainer = SFTTrainer(
         model=model,
         args=settings,

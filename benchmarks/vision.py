@@ -21,10 +21,10 @@ import time
 from pathlib import Path
 
 from machine import print_machine
+from sft_side import ALPHA, LEARNING_RATE, RANK, trl_arguments
 
 from deltaw.machine.choices import choose_threads
 
-LEARNING_RATE, RANK, ALPHA = 2e-4, 16, 32
 SIDES = ("deltaw", "trl bf16", "trl fp32")
 # Renders content parts like the template of the assembled model renders texts.
 TEMPLATE = (
@@ -80,22 +80,7 @@ def trl_side(job: dict) -> dict:
         "completion": [[_turn("assistant", _text(line["completion"]))] for line in lines],
     }
     rows = Dataset.from_dict(parts).cast_column("images", [Image()])
-    settings = SFTConfig(
-        output_dir=job["output"],
-        per_device_train_batch_size=job["batch_size"],
-        num_train_epochs=1,
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="linear",
-        bf16=job["precision"] == "bf16",
-        gradient_checkpointing=False,
-        use_cpu=True,
-        seed=0,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        max_length=None,
-        dataloader_pin_memory=False,
-    )
+    settings = SFTConfig(**trl_arguments(job))
     targets = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
     adapter = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM")
     trainer = SFTTrainer(
