@@ -81,7 +81,7 @@ def trl_side(job: dict) -> dict:
     }
     rows = Dataset.from_dict(parts).cast_column("images", [Image()])
     settings = SFTConfig(**trl_arguments(job))
-    targets = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    targets = r".*(language_model|text_model).*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
     adapter = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM")
     trainer = SFTTrainer(
         model=model, args=settings, train_dataset=rows, processing_class=processor, peft_config=adapter
