@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 from collections.abc import Callable
@@ -73,7 +74,29 @@ def _siglip() -> transformers.PretrainedConfig:
     return transformers.SiglipVisionConfig(**VISION)
 
 
+def _qwen_vl(kind: type[transformers.PretrainedConfig], **vision: object) -> transformers.PretrainedConfig:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    common = {"depth": 2, "num_heads": 2, "patch_size": 4, **vision}
+    return kind(vision_config=common, text_config={**TEXT, "rope_parameters": rope}, image_token_id=IMAGE_TOKEN)
+
+
+def _qwen2_vl() -> transformers.PretrainedConfig:
+    return _qwen_vl(transformers.Qwen2VLConfig, embed_dim=16, hidden_size=32, mlp_ratio=2)
+
+
+def _qwen2_5_vl() -> transformers.PretrainedConfig:
+    sizes = {"hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 32, "window_size": 16}
+    return _qwen_vl(transformers.Qwen2_5_VLConfig, **sizes, fullatt_block_indexes=[1])
+
+
+def _patches() -> dict[str, Tensor]:
+    """Return an image of 4 x 6 patches, which are merged to 2 x 3 tokens."""
+    return {**_pixels(24, 3 * 2 * 4 * 4), "image_grid_thw": torch.tensor([[1, 4, 6]])}
+
+
 FAMILIES: dict[str, Family] = {
+    "qwen2_vl": Family(_qwen2_vl, _patches, 6),
+    "qwen2_5_vl": Family(_qwen2_5_vl, _patches, 6),
     "llava": Family(
         lambda: transformers.LlavaConfig(
             vision_config=_clip(), text_config=_llama(), image_token_index=IMAGE_TOKEN, vision_feature_layer=-1
@@ -264,6 +287,12 @@ def vision_model(family: str) -> PreTrainedModel:
             if parameter.dim() > 1:
                 parameter.normal_(std=0.2)
     return model.eval()
+
+
+def token_kinds(model: PreTrainedModel, tokens: Tensor) -> dict[str, Tensor]:
+    """Return the argument of a complete model that marks image tokens, if it has one."""
+    has_kinds = "mm_token_type_ids" in inspect.signature(model.forward).parameters
+    return {"mm_token_type_ids": (tokens == IMAGE_TOKEN).long()} if has_kinds else {}
 
 
 def prompt(family: str) -> Tensor:
