@@ -87,12 +87,7 @@ def test_rows_generated_together_equal_rows_of_the_complete_model():
     for row, ids, completion in zip(ROWS, rows, actual, strict=True):
         used = [images[part] for part in row if isinstance(part, str)]
         pictures = {"pixel_values": torch.cat(used)} if used else {}
-        for token in completion.tokens.tolist():  # without a cache, which transformers uses for prompts that end in text
+        for token in completion.tokens.tolist():  # without a cache
             inputs = _complete_inputs(parts.model, row, ids, first_id) | pictures
             assert token == int(parts.model(**inputs).logits[0, -1].argmax())
             ids = np.append(ids, token)
-        prompt = _complete_inputs(parts.model, row, ids[:-8], first_id) | pictures
-        options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        if isinstance(row[-1], int):
-            expected = parts.model.generate(**prompt, **options)[0, len(ids) - 8 :]
-            assert completion.tokens.tolist() == expected.tolist()

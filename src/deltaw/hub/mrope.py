@@ -22,7 +22,7 @@ from deltaw.kernels.layout import Layout, PositionShifts
 from deltaw.kernels.torch_private import cast_module
 
 # Number of bits of each part of an encoded position.
-_BITS = 20
+_BITS = 21
 _MASK = (1 << _BITS) - 1
 
 
@@ -99,4 +99,5 @@ def _shifts(model: Any, tokens: Tensor) -> Tensor:
     if position_shifts is None:
         return torch.zeros_like(tokens)
     layout = Layout.of_lengths([tokens.shape[1]] * len(tokens))
-    return torch.from_numpy(position_shifts(tokens.flatten().numpy(force=True), layout)).view_as(tokens).to(tokens.device)
+    shifts = position_shifts(tokens.flatten().numpy(force=True), layout)
+    return torch.from_numpy(shifts).view_as(tokens).to(tokens.device)

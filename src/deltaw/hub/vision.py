@@ -4,8 +4,8 @@ A vision-language model has a vision tower, a connector and a language model. Th
 transformers over the language model's own modules, so packing, fused blocks, planning and decoding work as for a text
 model. Image features enter it as embeddings of additional token ids (:mod:`deltaw.runtime.image_tokens`).
 
-The view computes the same outputs only if images are part of one causal sequence, with positions as of text or in a grid
-(:mod:`deltaw.hub.mrope`). :func:`text_view` rejects other families by their configuration, and
+The view computes the same outputs only if images are part of one causal sequence. The positions of their tokens are as
+of text, or a grid (:mod:`deltaw.hub.mrope`). :func:`text_view` rejects other families by their configuration, and
 :func:`deltaw.runtime.image_tokens.verify_view` compares both models.
 """
 

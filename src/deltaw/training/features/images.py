@@ -93,7 +93,8 @@ class _StoredImage:
 class RowImages:
     """Images of the rows of one model (:class:`deltaw.data.row_images.ImagePlacer`), and their features.
 
-    :meth:`place`, :meth:`rows`, :meth:`contains`, :meth:`grids`, :meth:`retain` and :meth:`compute_prompt` are thread-safe.
+    :meth:`place`, :meth:`rows`, :meth:`contains`, :meth:`grids`, :meth:`retain` and :meth:`compute_prompt` are
+    thread-safe.
 
     Args:
         folder: Folder of the model.
