@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from peft import PeftModel
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
@@ -295,8 +296,9 @@ def vision_model(family: str) -> PreTrainedModel:
     return model.eval()
 
 
-def token_kinds(model: PreTrainedModel, tokens: Tensor) -> dict[str, Tensor]:
-    """Return the argument of a complete model that marks image tokens, if it has one."""
+def token_kinds(model: PreTrainedModel | PeftModel, tokens: Tensor) -> dict[str, Tensor]:
+    """Return the argument of a complete model, possibly in PEFT, that marks image tokens, if it has one."""
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
     has_kinds = "mm_token_type_ids" in inspect.signature(model.forward).parameters
     return {"mm_token_type_ids": (tokens == IMAGE_TOKEN).long()} if has_kinds else {}
 
