@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from peft import PeftModel
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
@@ -73,7 +75,35 @@ def _siglip() -> transformers.PretrainedConfig:
     return transformers.SiglipVisionConfig(**VISION)
 
 
+def _qwen_vl(kind: type[transformers.PretrainedConfig], **vision: object) -> transformers.PretrainedConfig:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    common = {"depth": 2, "num_heads": 2, "patch_size": 4, **vision}
+    return kind(vision_config=common, text_config={**TEXT, "rope_parameters": rope}, image_token_id=IMAGE_TOKEN)
+
+
+def _qwen2_vl() -> transformers.PretrainedConfig:
+    return _qwen_vl(transformers.Qwen2VLConfig, embed_dim=16, hidden_size=32, mlp_ratio=2)
+
+
+def _qwen2_5_vl() -> transformers.PretrainedConfig:
+    sizes = {"hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 32, "window_size": 16}
+    return _qwen_vl(transformers.Qwen2_5_VLConfig, **sizes, fullatt_block_indexes=[1])
+
+
+def _qwen3_vl() -> transformers.PretrainedConfig:
+    sizes = {"hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 32, "num_position_embeddings": 16}
+    return _qwen_vl(transformers.Qwen3VLConfig, **sizes, deepstack_visual_indexes=[0])
+
+
+def _patches() -> dict[str, Tensor]:
+    """Return an image of 4 x 6 patches, which are merged to 2 x 3 tokens."""
+    return {**_pixels(24, 3 * 2 * 4 * 4), "image_grid_thw": torch.tensor([[1, 4, 6]])}
+
+
 FAMILIES: dict[str, Family] = {
+    "qwen2_vl": Family(_qwen2_vl, _patches, 6),
+    "qwen2_5_vl": Family(_qwen2_5_vl, _patches, 6),
+    "qwen3_vl": Family(_qwen3_vl, _patches, 6),
     "llava": Family(
         lambda: transformers.LlavaConfig(
             vision_config=_clip(), text_config=_llama(), image_token_index=IMAGE_TOKEN, vision_feature_layer=-1
@@ -266,6 +296,13 @@ def vision_model(family: str) -> PreTrainedModel:
     return model.eval()
 
 
+def token_kinds(model: PreTrainedModel | PeftModel, tokens: Tensor) -> dict[str, Tensor]:
+    """Return the argument of a complete model, possibly in PEFT, that marks image tokens, if it has one."""
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    has_kinds = "mm_token_type_ids" in inspect.signature(model.forward).parameters
+    return {"mm_token_type_ids": (tokens == IMAGE_TOKEN).long()} if has_kinds else {}
+
+
 def prompt(family: str) -> Tensor:
     """Return a prompt with text before and after one image."""
     count = FAMILIES[family].tokens
@@ -278,6 +315,7 @@ _MORE_TOKENS = {
     "idefics3": ("<fake_token_around_image>", "<global-img>", "<row_1_col_1>", "<row_1_col_2>", "<end_of_utterance>"),
     "internvl": ("<img>", "</img>"),
 }
+_IMAGE_TEXTS = {"internvl": "<IMG_CONTEXT>", "qwen2_vl": "<|image_pad|>", "qwen2_5_vl": "<|image_pad|>"}
 _PARTS_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
     "{% for p in m.content %}{% if p.type == 'image' %}<image>{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}"
@@ -286,11 +324,11 @@ _PARTS_TEMPLATE = (
 
 
 def save_vision_model(family: str, folder: Path) -> Path:
-    """Save a tiny random model with tokenizer and processor: llava, llava_next, llava_onevision, smolvlm, idefics3 or
-    internvl.
+    """Save a tiny random model with tokenizer and processor: llava, llava_next, llava_onevision, smolvlm, idefics3,
+    internvl, qwen2_vl or qwen2_5_vl.
     """
     tokenizer = byte_tokenizer()
-    image = "<IMG_CONTEXT>" if family == "internvl" else "<image>"
+    image = _IMAGE_TEXTS.get(family, "<image>")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", image]})
     more = list(_MORE_TOKENS.get(family, ()))
     tokenizer.add_special_tokens({"additional_special_tokens": more}, replace_extra_special_tokens=False)
@@ -307,7 +345,15 @@ def save_vision_model(family: str, folder: Path) -> Path:
 
 
 _SQUARE = {"height": 28, "width": 28}
+_QWEN_VL = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "size": {"shortest_edge": 64, "longest_edge": 4096},
+    "patch_size": 4,
+    "merge_size": 2,
+}
 _PREPROCESSORS = {
+    "qwen2_vl": _QWEN_VL,
+    "qwen2_5_vl": _QWEN_VL,
     "llava": {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 28}, "crop_size": _SQUARE},
     "llava_next": {
         "image_processor_type": "LlavaNextImageProcessor",
@@ -340,6 +386,8 @@ _PREPROCESSORS = {
 }
 _LLAVA = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
 _PROCESSORS = {
+    "qwen2_vl": {"processor_class": "Qwen2VLProcessor"},
+    "qwen2_5_vl": {"processor_class": "Qwen2_5_VLProcessor"},
     "llava": {"processor_class": "LlavaProcessor", **_LLAVA},
     "llava_next": {"processor_class": "LlavaNextProcessor", **_LLAVA},
     "llava_onevision": {
@@ -368,12 +416,20 @@ def chat_prompt(content: str) -> str:
 
 
 def reference_text(folder: Path, prompt: str, *images: bytes, max_new_tokens: int = 6) -> str:
-    """Return the greedy answer of a saved complete LLaVA model, generated by transformers."""
+    """Return the greedy answer of a saved complete LLaVA or Qwen-VL model, generated by transformers."""
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     vision = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
-    processor = transformers.LlavaProcessor(vision, tokenizer, chat_template=tokenizer.chat_template, **_LLAVA)
     pixels = [Image.open(io.BytesIO(image)) for image in images] or None
-    inputs = processor(text=[prompt], images=pixels, return_tensors="pt", add_special_tokens=False)
+    if (pad := _IMAGE_TEXTS.get(model.config.model_type)) is not None:
+        inputs = vision(pixels, return_tensors="pt") if pixels else {}
+        counts = [int(grid.prod()) // 4 for grid in inputs.get("image_grid_thw", ())]
+        parts = prompt.split("<image>")
+        text = parts[0] + "".join(pad * count + part for count, part in zip(counts, parts[1:], strict=True))
+        inputs = {**inputs, **tokenizer(text, return_tensors="pt", add_special_tokens=False)}
+        inputs |= token_kinds(model, inputs["input_ids"])
+    else:
+        processor = transformers.LlavaProcessor(vision, tokenizer, chat_template=tokenizer.chat_template, **_LLAVA)
+        inputs = processor(text=[prompt], images=pixels, return_tensors="pt", add_special_tokens=False)
     tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[0]
     return str(tokenizer.decode(tokens[inputs["input_ids"].shape[1] :], skip_special_tokens=True))

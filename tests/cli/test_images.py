@@ -46,6 +46,18 @@ def test_generated_text_equals_that_of_the_complete_model(call: Call, vision_fol
     assert expected != swapped
 
 
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_text_generated_from_images_with_grid_positions(call: Call, tmp_path: Path, family: str) -> None:
+    model, wide, square = save_vision_model(family, tmp_path / "model"), png((220, 10, 10), (48, 16)), BLUE
+    (tmp_path / "wide.png").write_bytes(wide)
+    (tmp_path / "square.png").write_bytes(square)
+    images = ("--image", tmp_path / "wide.png", "--image", tmp_path / "square.png")
+    questions = ("is <image> like <image>?", "what is the difference between <image> and <image>")
+    expected = [reference_text(model, chat_prompt(question), wide, square) for question in questions]
+    assert completions(call, model, *images, "-p", questions[0], "-p", questions[1]) == expected
+    assert completions(call, model, "-p", "color?") == [reference_text(model, chat_prompt("color?"))]
+
+
 def test_unusable_images_of_prompts_are_refused(call: Call, vision_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes((vision_folder / "red.png").read_bytes()[:200])
     run = vision_folder / "model"

@@ -26,9 +26,9 @@ from deltaw.reports.inspect import inspect_adapter
 from deltaw.settings.method_registry import entry_of
 from tests.conftest import refusal
 from tests.export.merge_cases import perturb_adapter, read_config, silence_transformers
-from tests.vision_models import FAMILIES, prompt, save_vision_model, vision_model
+from tests.vision_models import FAMILIES, prompt, save_vision_model, token_kinds, vision_model
 
-_FAMILIES = ("llava", "llava_next", "llava_onevision", "smolvlm", "idefics3", "internvl", "mistral3")
+_FAMILIES = ("llava", "llava_next", "llava_onevision", "smolvlm", "idefics3", "internvl", "mistral3", "qwen2_vl")
 
 
 def _base(folder: Path, family: str = "llava") -> Path:
@@ -43,7 +43,8 @@ def _load(folder: Path) -> PreTrainedModel:
 
 @torch.no_grad()
 def _logits(family: str, model: nn.Module) -> Tensor:
-    return model(input_ids=prompt(family)[None], **FAMILIES[family].inputs()).logits
+    tokens = prompt(family)[None]
+    return model(input_ids=tokens, **token_kinds(model, tokens), **FAMILIES[family].inputs()).logits
 
 
 def _adapter(base: Path, folder: Path, **settings: object) -> tuple[PreTrainedModel, Path]:

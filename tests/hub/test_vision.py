@@ -13,9 +13,11 @@ from tests.vision_models import FAMILIES, IMAGE_TOKEN, prompt, vision_model
 
 # Families whose image tokens do not form one causal sequence with the text.
 OTHER_ATTENTION = ("paligemma", "gemma3")
+# Families with features of images in several blocks.
+DEEPSTACK = ("qwen3_vl",)
 # Families whose complete model, unlike the causal class of their language model, does not scale the logits.
 OTHER_LOGITS = ("cohere2_vision", "aya_vision")
-CAUSAL = [name for name in FAMILIES if name not in (*OTHER_ATTENTION, *OTHER_LOGITS)]
+CAUSAL = [name for name in FAMILIES if name not in (*OTHER_ATTENTION, *DEEPSTACK, *OTHER_LOGITS)]
 
 
 @pytest.mark.parametrize("family", CAUSAL)
@@ -38,6 +40,12 @@ def test_bidirectional_images_are_rejected(family):
     assert f"a {family} model is not supported: its image tokens attend" in error.message
 
 
+@pytest.mark.parametrize("family", DEEPSTACK)
+def test_features_in_several_blocks_are_rejected(family):
+    error = refusal(text_view, vision_model(family))
+    assert f"a {family} model is not supported: several of its blocks read features" in error.message
+
+
 @pytest.mark.parametrize("family", OTHER_LOGITS)
 def test_other_outputs_are_rejected(family):
     parts = text_view(vision_model(family))
@@ -45,7 +53,7 @@ def test_other_outputs_are_rejected(family):
     assert f"a {family} model is not supported: its outputs differ by 93" in error.message
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_onevision", "smolvlm", "internvl", "mistral3"])
+@pytest.mark.parametrize("family", ["llava", "llava_onevision", "smolvlm", "internvl", "mistral3", "qwen2_vl"])
 def test_names_in_weight_files_match_parameters_of_view(family, tmp_path):
     model = vision_model(family)
     model.save_pretrained(tmp_path)

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from deltaw.hub.mrope import image_grids
 from deltaw.hub.vision import VisionLanguageModel, text_view
 from deltaw.lora import LoRAConfig, attach, load_adapter, read_adapter, save_adapter
 from deltaw.lora.complete_names import complete_names, set_complete_names
@@ -22,9 +23,9 @@ from deltaw.lora.starting import attach_from, concatenate, save_new_directions
 from deltaw.runtime.image_tokens import image_embeddings
 from tests.conftest import refusal
 from tests.lora.models import perturb
-from tests.vision_models import FAMILIES, IMAGE_TOKEN, prompt, vision_model
+from tests.vision_models import FAMILIES, IMAGE_TOKEN, prompt, token_kinds, vision_model
 
-_FAMILIES = ("llava", "llava_next", "llava_onevision", "smolvlm", "idefics3", "internvl", "mistral3")
+_FAMILIES = ("llava", "llava_next", "llava_onevision", "smolvlm", "idefics3", "internvl", "mistral3", "qwen2_vl")
 
 
 def _view(family: str, **settings: object) -> VisionLanguageModel:
@@ -40,7 +41,9 @@ def _view(family: str, **settings: object) -> VisionLanguageModel:
 def _view_logits(family: str, parts: VisionLanguageModel) -> Tensor:
     """Return the logits of the view for a prompt with an image."""
     tokens = prompt(family)
-    with image_embeddings(parts.view, torch.cat(parts.features(FAMILIES[family].inputs()))) as first_id:
+    inputs = FAMILIES[family].inputs()
+    grids = image_grids(parts.model.config, inputs)
+    with image_embeddings(parts.view, torch.cat(parts.features(inputs)), grids) as first_id:
         is_image = tokens == IMAGE_TOKEN
         ids = tokens.masked_scatter(is_image, torch.arange(first_id, first_id + int(is_image.sum())))
         return parts.view(input_ids=ids[None]).logits[0]
@@ -48,7 +51,8 @@ def _view_logits(family: str, parts: VisionLanguageModel) -> Tensor:
 
 @torch.no_grad()
 def _complete_logits(family: str, model: nn.Module) -> Tensor:
-    return model(input_ids=prompt(family)[None], **FAMILIES[family].inputs()).logits[0]
+    tokens = prompt(family)[None]
+    return model(input_ids=tokens, **token_kinds(model, tokens), **FAMILIES[family].inputs()).logits[0]
 
 
 def _load_in_peft(family: str, folder: Path) -> PeftModel:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deltaw.data.example import Example
+from deltaw.hub.mrope import image_grids
 from deltaw.hub.vision import text_view
 from deltaw.lora import LoRAConfig, attach
 from deltaw.runtime.image_tokens import image_embeddings
@@ -18,7 +19,7 @@ from deltaw.training.batchers import BatcherOptions, choose_causal_batcher
 from deltaw.training.causal_objective import CausalObjective
 from tests.hub.test_vision import CAUSAL
 from tests.lora.models import copy_to_peft, factor_pairs, ours_as_peft, randomise, relative_error, with_peft
-from tests.vision_models import FAMILIES, IMAGE_TOKEN, vision_model
+from tests.vision_models import FAMILIES, IMAGE_TOKEN, token_kinds, vision_model
 
 # Families whose language model has convolutions, so that rows are padded.
 PADDED = ("lfm2_vl",)
@@ -63,12 +64,15 @@ def test_loss_and_gradients_match_peft(family):
         ids = [token for part in tokens for token in ([IMAGE_TOKEN] * count if isinstance(part, str) else [part])]
         used = [images[int(part)] for part in tokens if isinstance(part, str)]
         inputs = _joined(family, used) if used else {}
-        logits = theirs(input_ids=torch.tensor([ids]), **inputs).logits[0]
+        row = torch.tensor([ids])
+        kinds = token_kinds(complete, row) if used else {}
+        logits = theirs(input_ids=row, **kinds, **inputs).logits[0]
         targets = torch.tensor(ids[-labels:])
         expected = expected + torch.nn.functional.cross_entropy(logits[-labels - 1 : -1], targets, reduction="sum")
     expected.backward()
 
-    with image_embeddings(parts.view, torch.cat(features)) as first_id:
+    grids = [grid for image in images for grid in image_grids(complete.config, image)]
+    with image_embeddings(parts.view, torch.cat(features), grids) as first_id:
         examples = [_example(number, row, first_id, count) for number, row in enumerate(ROWS, start=1)]
         batcher, _ = choose_causal_batcher(parts.view, examples, BatcherOptions("cpu"))
         assert batcher.padded == (family in PADDED)

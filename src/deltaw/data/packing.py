@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from deltaw.data.example import Example, Item, LabeledExample, RowGroup, rows_of
-from deltaw.kernels.layout import Layout, to_device
+from deltaw.kernels.layout import Layout, PositionShifts, to_device
 
 # Padded batches of language model rows and labeled texts. Padding is masked by length, so that any token id is valid.
 
@@ -341,6 +341,7 @@ def pack(
     fill_active: bool = False,
     device: str | torch.device = "cpu",
     first_position: int = 0,
+    position_shifts: PositionShifts | None = None,
     segments: bool = False,
 ) -> MicroBatch:
     """Pack examples into one row as a prefix tree, or as one segment per row if ``share`` is False.
@@ -349,6 +350,7 @@ def pack(
         fill: Add an unlabeled last segment that pads the row to a recurring length (see :data:`FILL`).
         fill_active: Choose the padding by the number of tokens that an activated adapter changes.
         first_position: Position of the first token of a row.
+        position_shifts: Returns numbers that are added to the positions of the tokens.
         segments: Add ``token_type_ids`` for text pairs.
     """
     rows = [row for item in examples for row in rows_of(item)]
@@ -371,9 +373,12 @@ def pack(
     leaves = dict(zip(order, tree.leaves, strict=True))
     members = tuple(Member(row, paths[node_index[id(leaves[n])]]) for n, row in enumerate(rows))
     tokens = np.concatenate([*(n.tokens for n in nodes), np.zeros(filler, np.int32)])
+    positions = layout.positions() + first_position
+    if position_shifts is not None:
+        positions += position_shifts(tokens, layout)
     inputs = {
         "input_ids": _tensor(tokens, device)[None],
-        "position_ids": _tensor(layout.positions() + first_position, device)[None],
+        "position_ids": _tensor(positions, device)[None],
         "packed_layout": layout,
         **_token_inputs(members, (1, layout.length), segments, device),
     }

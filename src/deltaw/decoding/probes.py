@@ -162,6 +162,8 @@ class Prober:
             outer, scale = self._probe_scales(weight, learned)
         embedding = self.model.get_input_embeddings()
         images = embedding if isinstance(embedding, ImageTokens) else None
+        if images is not None and images.has_grid_positions:
+            raise NotDecodable("its image tokens have three-dimensional positions")
         return InputProbe(weight, scale, outer, learned, tables, table_of, limit, images)
 
     def _run(self, positions: Tensor, **inputs: Tensor) -> None:

@@ -4,9 +4,9 @@ A vision-language model has a vision tower, a connector and a language model. Th
 transformers over the language model's own modules, so packing, fused blocks, planning and decoding work as for a text
 model. Image features enter it as embeddings of additional token ids (:mod:`deltaw.runtime.image_tokens`).
 
-The view computes the same outputs only if images are part of one causal sequence with one-dimensional positions.
-:func:`text_view` rejects other families by their configuration, and :func:`deltaw.runtime.image_tokens.verify_view`
-compares both models.
+The view computes the same outputs only if images are part of one causal sequence. The positions of their tokens are as
+of text, or a grid (:mod:`deltaw.hub.mrope`). :func:`text_view` rejects other families by their configuration, and
+:func:`deltaw.runtime.image_tokens.verify_view` compares both models.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from deltaw.errors import UserError
 from deltaw.hub.checkpoint import match_names, read_checkpoint
+from deltaw.hub.mrope import CAUSAL_MODELS, read_encoded_positions
 from deltaw.hub.transformers_private import configurations_of, quiet
 from deltaw.lora.complete_names import NameMap, complete_names, set_complete_names
 
@@ -231,11 +232,13 @@ def require_supported(config: PretrainedConfig) -> None:
     """
     kind, text = config.model_type, config.get_text_config(decoder=True)
     complete: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
-    if "mrope" in str(getattr(text, "rope_parameters", None)):
+    if hasattr(getattr(config, "vision_config", None), "deepstack_visual_indexes"):
+        raise unsupported_family(kind, "several of its blocks read features of images")
+    if "mrope" in str(getattr(text, "rope_parameters", None)) and text.model_type not in CAUSAL_MODELS:
         raise unsupported_family(kind, "its image tokens have three-dimensional positions")
     if "token_type_ids" in inspect.signature(complete.forward).parameters:
         raise unsupported_family(kind, "its image tokens attend to each other in both directions")
-    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING and text.model_type not in CAUSAL_MODELS:
         raise unsupported_family(kind, f"transformers has no causal model of type {text.model_type}")
 
 
@@ -249,10 +252,13 @@ def text_view(model: PreTrainedModel) -> VisionLanguageModel:
     language: Any = model.get_decoder()
     require_supported(model.config)
     with torch.device("meta"), quiet():
-        view = transformers.AutoModelForCausalLM.from_config(config)
+        causal = CAUSAL_MODELS.get(config.model_type)
+        view: Any = transformers.AutoModelForCausalLM.from_config(config) if causal is None else causal(config)
     head = model.get_output_embeddings()
     if type(view.base_model) is not type(language) or head is None:
         raise unsupported_family(kind, f"its language model is a {type(language).__name__}")
+    if causal is not None:
+        read_encoded_positions(language)
     setattr(view, view.base_model_prefix, language)
     view.set_output_embeddings(head)
     view.generation_config = model.generation_config

@@ -139,17 +139,28 @@ class Layout:
         """Number of tokens in the packed sequence."""
         return int(self.stops[-1])
 
-    def offsets(self) -> np.ndarray:
-        """Return the position of each segment's first token within its example, (S)."""
+    def offsets(self, sizes: np.ndarray | None = None) -> np.ndarray:
+        """Return the position of each segment's first token within its example, (S).
+
+        Args:
+            sizes: (S) number of positions of each segment, by default its number of tokens.
+        """
         offsets = np.zeros(len(self.starts), dtype=np.int64)
+        sizes = self.stops - self.starts if sizes is None else sizes
         for segment, parent in enumerate(self.parents):
             if parent >= 0:
-                offsets[segment] = offsets[parent] + self.stops[parent] - self.starts[parent]
+                offsets[segment] = offsets[parent] + sizes[parent]
         return offsets
 
-    def positions(self) -> np.ndarray:
-        """Return the position of each token within its example, counted from the root, (T)."""
-        return np.arange(self.length) + np.repeat(self.offsets() - self.starts, self.stops - self.starts)
+    def positions(self, steps: np.ndarray | None = None) -> np.ndarray:
+        """Return the position of each token within its example, counted from the root, (T).
+
+        Args:
+            steps: (T) distance from each token to the next position, 1 by default.
+        """
+        before = np.arange(self.length + 1) if steps is None else np.concatenate([[0], np.cumsum(steps)])
+        starts, stops = before[self.starts], before[self.stops]
+        return before[:-1] + np.repeat(self.offsets(stops - starts) - starts, self.stops - self.starts)
 
     def segments(self) -> Tensor:
         """Return starts, stops, parents and offsets as one int64 tensor (4, S). The tensor is cached."""
@@ -309,6 +320,10 @@ def _round_up(count: int, multiple: int) -> int:
     """Round ``count`` up to a multiple of ``multiple``, or of an eighth of its power of two if that is larger."""
     step = max(multiple, 1 << max(0, count.bit_length() - 4))
     return -(-count // step) * step
+
+
+# Maps tokens (T,) and their layout to numbers (T,) that are added to the positions of the tokens.
+PositionShifts = Callable[[np.ndarray, Layout], np.ndarray]
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,18 @@ image contain the same ids, so their prefix is computed once, and different imag
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deltaw.hub.mrope import encode_grid, has_grid_positions, image_grids
 from deltaw.hub.vision import VisionLanguageModel, unsupported_family
 from deltaw.hub.vision_parts import fold_statistics
+from deltaw.kernels.layout import Layout, PositionShifts
 from deltaw.kernels.torch_private import cast_module
 from deltaw.lora import kinds
 from deltaw.lora.attachment import Replacement, find_module_spots
@@ -43,6 +46,10 @@ class FeatureSource(Protocol):
         """Return (n,) bool, True for ids (n,) of known images."""
         ...
 
+    def grids(self, ids: np.ndarray) -> np.ndarray:
+        """Return (3, n): index of ids (n,) of known images within their image, and height and width of its grid."""
+        ...
+
 
 class ImageTokens(nn.Module):
     """Mixin that adds image features to an embedding class.
@@ -50,6 +57,7 @@ class ImageTokens(nn.Module):
     Attributes:
         features: Features of all images.
         first_image_id: Token id of the first feature.
+        has_grid_positions: True if the positions of image tokens are a grid.
         connector_name: Name of the submodule that maps features (n, width) to embeddings (n, d), or None if the
             features are embeddings.
         statistics: (width,) mean and standard deviation by which the connector's inputs are standardized, or None.
@@ -58,6 +66,7 @@ class ImageTokens(nn.Module):
     weight: Tensor
     features: FeatureSource
     first_image_id: int
+    has_grid_positions: bool
     connector_name: str | None
     statistics: tuple[Tensor, Tensor] | None
 
@@ -73,6 +82,20 @@ class ImageTokens(nn.Module):
         if not bool(is_image.any()):
             return text
         return text.masked_scatter(is_image[..., None], self.image_rows(input[is_image]).to(text.dtype))
+
+    def position_shifts(self, tokens: np.ndarray, layout: Layout) -> np.ndarray:
+        """Return the numbers (T,) by which the encoded positions of tokens (T,) differ from those of their layout.
+
+        See :mod:`deltaw.hub.mrope`. They are 0 if image tokens have the same positions as text.
+        """
+        steps, shifts = np.ones(len(tokens), np.int64), np.zeros(len(tokens), np.int64)
+        is_image = tokens >= self.first_image_id
+        if self.has_grid_positions and is_image.any():
+            index, height, width = self.features.grids(tokens[is_image])
+            steps[is_image] = np.where(index == height * width - 1, np.maximum(height, width), 0)
+            shifts[is_image] = encode_grid(index // width, index % width)
+            shifts += layout.positions(steps) - layout.positions()
+        return shifts
 
     def image_rows(self, ids: Tensor) -> Tensor:
         """Return the (n, d) embeddings of image tokens (n,)."""
@@ -105,7 +128,7 @@ def attach_images(
     kind = type(embedding)
     layer: Any = cast_module(type(f"{kind.__name__}WithImages", (ImageTokens, kind), {}), embedding)
     layer.features, layer.first_image_id = features, int(embedding_weight(embedding).shape[0])
-    layer.connector_name = layer.statistics = None
+    layer.connector_name, layer.statistics, layer.has_grid_positions = None, None, has_grid_positions(model)
     if connector is not None:
         layer.connector_name = connector[0]
         layer.add_module(*connector)
@@ -113,6 +136,12 @@ def attach_images(
     replacement = Replacement(names, find_module_spots(model, embedding), embedding, layer)
     replacement.put_current()
     return replacement
+
+
+def image_position_shifts(model: nn.Module) -> PositionShifts | None:
+    """Return the shifts of the positions of a model's packed tokens, or None if positions of images are as of text."""
+    layer = kinds.get_input_embedding(model)
+    return layer.position_shifts if isinstance(layer, ImageTokens) and layer.has_grid_positions else None
 
 
 def connector_module(model: nn.Module) -> str | None:
@@ -140,10 +169,14 @@ def statistics_folded(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def image_embeddings(model: nn.Module, features: Tensor) -> Iterator[int]:
-    """Context in which additional token ids of a model have these features (n, d). Yields the first of these ids."""
+def image_embeddings(model: nn.Module, features: Tensor, grids: Sequence[tuple[int, int]] = ()) -> Iterator[int]:
+    """Context in which additional token ids of a model have these features (n, d). Yields the first of these ids.
+
+    Args:
+        grids: Height and width of each image, if the positions of its tokens are a grid.
+    """
     first_id = int(embedding_weight(input_embedding(model)).shape[0])
-    replacement = attach_images(model, _Features(features, first_id))
+    replacement = attach_images(model, _Features(features, first_id, grids))
     try:
         yield first_id
     finally:
@@ -163,10 +196,12 @@ def verify_view(parts: VisionLanguageModel, tokens: Tensor, inputs: Mapping[str,
     Raises:
         UserError: if the logits differ, for example because image tokens attend to each other in both directions.
     """
-    expected = parts.model(input_ids=tokens[None], **inputs).logits[0].float()
+    is_image = tokens == image_token
+    has_types = "mm_token_type_ids" in inspect.signature(parts.model.forward).parameters
+    types = {"mm_token_type_ids": is_image.long()[None]} if has_types else {}
+    expected = parts.model(input_ids=tokens[None], **types, **inputs).logits[0].float()
     features = torch.cat(parts.features(inputs))
-    with image_embeddings(parts.view, features) as first_id:
-        is_image = tokens == image_token
+    with image_embeddings(parts.view, features, image_grids(parts.model.config, inputs)) as first_id:
         ids = tokens.masked_scatter(is_image, torch.arange(first_id, first_id + int(is_image.sum())))
         actual = parts.view(input_ids=ids[None]).logits[0].float()
     difference = float((actual - expected).norm() / expected.norm())
@@ -178,11 +213,17 @@ def verify_view(parts: VisionLanguageModel, tokens: Tensor, inputs: Mapping[str,
 class _Features:
     """Features of consecutive ids."""
 
-    def __init__(self, values: Tensor, first_id: int) -> None:
+    def __init__(self, values: Tensor, first_id: int, grids: Sequence[tuple[int, int]]) -> None:
         self._values, self._first_id, self.width = values, first_id, values.shape[1]
+        sizes = [(np.arange(height * width), height, width) for height, width in grids]
+        self._grids = [np.stack(np.broadcast_arrays(*size)) for size in sizes]
 
     def rows(self, ids: Tensor) -> Tensor:
         return self._values[ids - self._first_id]
 
     def contains(self, ids: np.ndarray) -> np.ndarray:
         return (ids >= self._first_id) & (ids < self._first_id + len(self._values))
+
+    def grids(self, ids: np.ndarray) -> np.ndarray:
+        grids: np.ndarray = np.concatenate(self._grids, 1)[:, ids - self._first_id]
+        return grids

@@ -34,9 +34,10 @@ from deltaw.data.pixels import AnyExample, ImageExample
 from deltaw.decoding.generation import position_limit
 from deltaw.errors import UserError
 from deltaw.kernels import loader
-from deltaw.kernels.layout import Layout, to_device
+from deltaw.kernels.layout import Layout, PositionShifts, to_device
 from deltaw.machine.choices import Choice
 from deltaw.runtime.fused_blocks import fused_in_mode
+from deltaw.runtime.image_tokens import image_position_shifts
 from deltaw.runtime.packed import (
     PACKED_INDEPENDENT,
     can_pack,
@@ -90,6 +91,7 @@ class MicroBatcher(Batcher):
             separately.
         independent: True if packed rows share no prefixes because the model attends in both directions.
         first_position: Position of the first token of a packed row.
+        position_shifts: Shifts of the positions of packed tokens, see :func:`deltaw.data.packing.pack`.
         segments: True if the model accepts ``token_type_ids``.
         padding: Padding of padded rows.
     """
@@ -102,6 +104,7 @@ class MicroBatcher(Batcher):
     inactive_cost: float = 1.0
     independent: bool = False
     first_position: int = 0
+    position_shifts: PositionShifts | None = None
     segments: bool = False
     padding: Padding = PLAIN_PADDING
 
@@ -152,6 +155,7 @@ class MicroBatcher(Batcher):
             fill_active=self.inactive_cost != 1.0,
             device=self.device,
             first_position=self.first_position,
+            position_shifts=self.position_shifts,
             segments=self.segments,
         )
 
@@ -267,7 +271,14 @@ def choose_causal_batcher(
     if any_shape:
         with packed_rows(model):
             any_shape = fused_blocks(model).choice.value
-    batcher = CausalMicroBatcher(tokens.value, shared.value, not packable.value, device, fill=not any_shape)
+    batcher = CausalMicroBatcher(
+        tokens.value,
+        shared.value,
+        not packable.value,
+        device,
+        fill=not any_shape,
+        position_shifts=image_position_shifts(model),
+    )
     return batcher, {"train.share_prefixes": shared, "train.tokens_per_pass": tokens, "packing": packable}
 
 

@@ -36,6 +36,7 @@ from deltaw.decoding.request import BusyError
 from deltaw.errors import UserError
 from deltaw.hub.checkpoint import read_checkpoint
 from deltaw.hub.loading import has_values
+from deltaw.hub.mrope import image_grids
 from deltaw.hub.processors import PROCESSOR_FILES, ModelProcessor
 from deltaw.hub.vision import Tower, is_view, load_tower
 from deltaw.hub.vision_parts import is_new_connector
@@ -74,6 +75,7 @@ class _StoredImage:
         image: The image. None once its features are stored, except for files and the first encoded images, of which
             thumbnails are made.
         first_id: Id of its first feature.
+        grid: Height and width in features, or None if positions of images are as of text.
         count: Number of features.
         start: Index of its first feature in the file of all features, or None if it is not there yet.
         prompts: Prompts that contain the image, see :meth:`RowImages.retain`.
@@ -83,6 +85,7 @@ class _StoredImage:
     image: RowImage | None
     first_id: int
     count: int
+    grid: tuple[int, int] | None
     start: int | None = None
     prompts: list[weakref.ref[np.ndarray]] = field(default_factory=list)
 
@@ -90,7 +93,8 @@ class _StoredImage:
 class RowImages:
     """Images of the rows of one model (:class:`deltaw.data.row_images.ImagePlacer`), and their features.
 
-    :meth:`place`, :meth:`rows`, :meth:`contains`, :meth:`retain` and :meth:`compute_prompt` are thread-safe.
+    :meth:`place`, :meth:`rows`, :meth:`contains`, :meth:`grids`, :meth:`retain` and :meth:`compute_prompt` are
+    thread-safe.
 
     Args:
         folder: Folder of the model.
@@ -121,8 +125,8 @@ class RowImages:
         # Images in the order of their first ids.
         self._first_ids: list[int] = []
         self._sorted: list[_StoredImage] = []
-        # Text and number of tokens by size of the image.
-        self._texts: dict[tuple[int, int], tuple[str, int]] = {}
+        # Text, number of tokens and grid by size of the image.
+        self._texts: dict[tuple[int, int], tuple[str, int, tuple[int, int] | None]] = {}
         self._cache, self._table = Cache("images", LIMIT_BYTES), _Table()
         self._tower: Tower | None = None
         self._kept_bytes = 0  # images in memory whose features are computed
@@ -138,18 +142,19 @@ class RowImages:
         decoded = image.decoded()
         if (known := self._texts.get(decoded.size)) is None:
             try:
-                text, _ = self._processor.encode(decoded)
+                text, inputs = self._processor.encode(decoded)
             except UserError as error:
                 located = UserError(error.message, location=image.location, hint=error.hint)
                 raise unreadable_image(located) from error
             if len(self._texts) > _MAX_SIZES:
                 self._texts.clear()
-            known = self._texts[decoded.size] = text, int((self._processor.tokenize(text) == self.token_id).sum())
-        digest, (text, count) = self._digest(decoded), known
+            number = int((self._processor.tokenize(text) == self.token_id).sum())
+            known = self._texts[decoded.size] = text, number, next(iter(image_grids(self._config, inputs)), None)
+        digest, (text, count, grid) = self._digest(decoded), known
         with self._lock:
             stored = self._images.get(digest)
             if stored is None:
-                stored = self._add(digest, image, count)
+                stored = self._add(digest, image, count, grid)
         return PlacedImage(text, range(stored.first_id, stored.first_id + count))
 
     def _digest(self, decoded: Image.Image) -> str:
@@ -157,7 +162,7 @@ class RowImages:
         digest.update(f"{decoded.size}".encode() + decoded.tobytes())
         return digest.hexdigest()
 
-    def _add(self, digest: str, image: RowImage, count: int) -> _StoredImage:
+    def _add(self, digest: str, image: RowImage, count: int, grid: tuple[int, int] | None) -> _StoredImage:
         """Add an image. Its ids follow from its digest, or are the next free ones."""
         num_ids = _MAX_ID - self.first_id - count
         start = int(digest[:15], 16) if self.limit_bytes is None else self._next_id - self.first_id
@@ -166,7 +171,7 @@ class RowImages:
             first_id = taken.first_id + taken.count
             if first_id > _MAX_ID - count:
                 first_id = self.first_id
-        stored, self._next_id = _StoredImage(digest, image, first_id, count), first_id + count
+        stored, self._next_id = _StoredImage(digest, image, first_id, count, grid), first_id + count
         self._images[digest] = stored
         position = bisect.bisect(self._first_ids, first_id)
         self._first_ids.insert(position, first_id)
@@ -206,6 +211,12 @@ class RowImages:
             positions = np.searchsorted(self._first_ids, ids, side="right") - 1
             ends = np.array([image.first_id + image.count for image in self._sorted])
         return (positions >= 0) & (ids < ends[positions])
+
+    def grids(self, ids: np.ndarray) -> np.ndarray:
+        images, indices = self._find(ids)
+        table = np.array([(image.first_id, *(image.grid or (1, image.count))) for image in images]).T
+        first_ids, heights, widths = table[:, indices]
+        return np.stack([ids - first_ids, heights, widths])
 
     def retain(self, tokens: np.ndarray) -> None:
         """Keep the images of a prompt as long as the array ``tokens`` exists, and remove unused ones above the limit.
