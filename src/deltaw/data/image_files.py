@@ -23,7 +23,7 @@ _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _OTHER_FORMATS = {
     "AVIF": rb"....ftypavi",
     "HEIC": rb"....ftyp(?:he|mif|msf)",
-    "ICO": rb"\0\0\1\0",
+    "ICO": rb"\0\0\x01\0",
     "JPEG 2000": rb"\0\0\0\x0cjP|\xff\x4f\xff\x51",
     "PDF": rb"%PDF",
     "SVG": rb"\s*(?:<[?!][^>]*>\s*)*<(?:\w+:)?svg\b",
@@ -32,9 +32,11 @@ _OTHER_FORMATS = {
 _MAX_IMAGE_BYTES = 2**29
 # Maximum number of strips or tiles of a TIFF file, and of scans of a JPEG file, each of which takes time.
 _MAX_TILES, _MAX_SCANS = 1 << 16, 100
-# Errors of Pillow for images that cannot be decoded. Damaged metadata cause errors of various types.
-BROKEN = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, SyntaxError, TypeError)
-BROKEN += (ValueError, struct.error, zlib.error, Image.DecompressionBombError)
+# Errors of Pillow for images that cannot be decoded. Damaged metadata causes errors of various types.
+BROKEN = (
+    *(ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, SyntaxError, TypeError, ValueError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 
 

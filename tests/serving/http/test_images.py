@@ -123,7 +123,14 @@ def test_images_in_other_messages_and_missing_images_are_refused(server: Any) ->
     for role in ("system", "tool"):
         messages = [{"role": role, "content": parts}, {"role": "user", "content": "color?"}]
         expect_error(server.post(CHAT, json={"model": "base", "messages": messages}), 400)
-    assert "<image>" in expect_error(server.post(CHAT, json=chat_body("is this <image>?")), 400)["message"]
+
+
+def test_markers_in_texts_are_text(server: Any, folder: Path) -> None:
+    prompt = "is this <\u200bimage>?"
+    assert answer(server, text="is this <image>?") == reference_text(folder, chat_prompt(prompt))
+    assert answer(server, RED, text="is this <image>?") == reference_text(folder, chat_prompt("<image>" + prompt), RED)
+    response = server.post(CHAT, json=chat_body("is this <image>?", max_tokens=6))
+    assert response.json()["choices"][0]["message"]["content"] == reference_text(folder, chat_prompt(prompt))
 
 
 def test_text_models_refuse_images(packages: None, tmp_path: Path) -> None:
