@@ -378,7 +378,6 @@ def _encoded(kind: str, **options: object) -> bytes:
     [
         (_encoded("ICO"), "ICO"),
         (_encoded("JPEG2000"), "JPEG 2000"),
-        (_encoded("PDF"), "PDF"),
         (b"\0\0\0\x18ftypavif" + bytes(40), "AVIF"),
         (b"\0\0\0\x18ftypheic" + bytes(40), "HEIC"),
         (b'<?xml version="1.0"?>\n<!DOCTYPE svg>\n<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG"),

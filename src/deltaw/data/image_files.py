@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import functools
 import io
 import re
 import struct
@@ -25,7 +24,6 @@ _OTHER_FORMATS = {
     "HEIC": rb"....ftyp(?:he|mif|msf)",
     "ICO": rb"\0\0\x01\0",
     "JPEG 2000": rb"\0\0\0\x0cjP|\xff\x4f\xff\x51",
-    "PDF": rb"%PDF",
     "SVG": rb"\s*(?:<[?!][^>]*>\s*)*<(?:\w+:)?svg\b",
 }
 # Maximum size of an image file: about three times the number of pixels that Pillow accepts.
@@ -132,11 +130,10 @@ def open_image(content: bytes) -> Image.Image:
         Exception: one of :data:`BROKEN` if it is damaged, has an unsupported format, or would take long to decode.
     """
     try:
-        image = Image.open(io.BytesIO(content), formats=_supported_formats())
+        image = Image.open(io.BytesIO(content), formats=_FORMATS)
     except Image.UnidentifiedImageError as error:
-        names = (name for name, start in _OTHER_FORMATS.items() if re.match(start, content[:4096], re.DOTALL))
-        name = next(names, None)
-        message = "unknown image format" if name is None else f"{name} is not a supported image format"
+        matches = [name for name, start in _OTHER_FORMATS.items() if re.match(start, content[:4096], re.DOTALL)]
+        message = f"{matches[0]} is not a supported image format" if matches else "unknown image format"
         raise Image.UnidentifiedImageError(message) from error
     if len(getattr(image, "tile", ())) > _MAX_TILES:
         raise ValueError(f"it has more than {_MAX_TILES:,} strips or tiles")
@@ -146,18 +143,10 @@ def open_image(content: bytes) -> Image.Image:
     return image
 
 
-@functools.cache
-def _supported_formats() -> tuple[str, ...]:
-    """Return the formats that the installed version of Pillow decodes."""
-    Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)
-
-
 def decode_error(error: BaseException, location: str) -> UserError:
     """Return the error for an image that cannot be decoded."""
-    is_unknown = isinstance(error, Image.UnidentifiedImageError)
-    hint = "use PNG, JPEG, WebP, GIF, BMP, PPM or TIFF" if is_unknown else "replace or remove it"
-    return UserError(f"the image cannot be decoded: {error or type(error).__name__}", location=location, hint=hint)
+    hint = f"use {', '.join(_FORMATS)}" if isinstance(error, Image.UnidentifiedImageError) else "replace or remove it"
+    return UserError(f"the image cannot be decoded: {str(error) or type(error).__name__}", location=location, hint=hint)
 
 
 def unreadable_image(error: UserError) -> BadRowError:

@@ -135,7 +135,7 @@ class RequestQueue:
         limits: Limits of the server.
 
     Attributes:
-        pending: Number of completions whose requests are being prepared, queued or running.
+        pending: Number of completions that are being prepared, queued or running.
         closing: True if no new requests are accepted.
     """
 
