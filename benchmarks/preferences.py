@@ -15,15 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from machine import print_machine
 from preference_rows import TEMPLATES, write_pairs
+from sft_side import run_side
 
 from deltaw.hub.loading import load
 from deltaw.machine.choices import choose_threads
@@ -97,7 +95,7 @@ def measure(name: str, args: argparse.Namespace, threads: int) -> dict[str, list
                     "threads": threads,
                     "output": str(work / f"out-{repeat}"),
                 }
-                result = run(job, work)
+                result = run_side("preferences_side.py", job, work)
                 results.setdefault(side, []).append(result)
                 print(
                     f"{side:40} {result['steps']:6.2f} pairs/s, with the reference {result['whole']:6.2f}, "
@@ -105,22 +103,6 @@ def measure(name: str, args: argparse.Namespace, threads: int) -> dict[str, list
                     flush=True,
                 )
     return results
-
-
-def run(job: dict, work: Path) -> dict:
-    """Run one side in a new process and return its results."""
-    (work / "job.json").write_text(json.dumps(job))
-    script = Path(__file__).with_name("preferences_side.py")
-    process = subprocess.run(
-        [sys.executable, str(script), str(work / "job.json")],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(job["threads"])},
-    )
-    for line in process.stdout.splitlines():
-        if line.startswith("RESULT "):
-            return json.loads(line.removeprefix("RESULT "))
-    raise SystemExit(f"{job['side']} failed:\n{process.stdout[-2000:]}\n{process.stderr[-4000:]}")
 
 
 def report(name: str, results: dict[str, list[dict]], args: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from machine import kernels_text
+from sft_side import trl_arguments
 
 LEARNING_RATE = 1e-4
 BETA = 0.1
@@ -100,26 +101,8 @@ def trl_side(job: dict) -> dict:
         model = get_peft_model(model, adapter, autocast_adapter_dtype=not job.get("bf16_factors"))
         adapter = None
     order = epoch_order(len(job["rows"]), 0, seed=0)
-    settings = DPOConfig(
-        output_dir=job["output"],
-        beta=BETA,
-        per_device_train_batch_size=job["batch_size"],
-        num_train_epochs=1,
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="linear",
-        bf16=job["precision"] == "bf16",
-        gradient_checkpointing=False,
-        precompute_ref_log_probs=job["reference"] == "first",
-        use_cpu=True,
-        seed=0,
-        logging_strategy="epoch",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        max_length=None,
-        dataloader_pin_memory=False,
-        train_sampling_strategy="sequential",
-    )
+    arguments = trl_arguments(job) | {"learning_rate": LEARNING_RATE, "train_sampling_strategy": "sequential"}
+    settings = DPOConfig(beta=BETA, precompute_ref_log_probs=job["reference"] == "first", **arguments)
     trainer = GivenTokens(
         model=model,
         ref_model=reference_model,

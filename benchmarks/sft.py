@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from machine import print_machine
+from sft_side import run_side
 
 from deltaw.data.prepare import prepare
 from deltaw.hub.loading import load
@@ -117,7 +115,7 @@ def measure(data_name: str, args: argparse.Namespace, threads: int) -> dict[str,
                         "threads": threads,
                         "output": str(work / f"{name}-{batch_size}-{repeat}".replace(" ", "_")),
                     }
-                    result = {**run(job, work), "output": job["output"]}
+                    result = {**run_side("sft_side.py", job, work), "output": job["output"]}
                     results.setdefault(f"{batch_size}|{name}", []).append(result)
                     print(
                         f"{batch_size:3d} rows/step  {name:26s} {result['rows_per_second']:6.2f} rows/s  "
@@ -138,22 +136,6 @@ def pairs_of_words(reference: str, folder: Path) -> str:
     ]
     (folder / "pronunciations.jsonl").write_text("\n".join(lines) + "\n")
     return str(folder / "pronunciations.jsonl")
-
-
-def run(job: dict, work: Path) -> dict:
-    """Run one side in a new process and return its results."""
-    (work / "job.json").write_text(json.dumps(job))
-    script = Path(__file__).with_name("sft_side.py")
-    process = subprocess.run(
-        [sys.executable, str(script), str(work / "job.json")],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(job["threads"])},
-    )
-    for line in process.stdout.splitlines():
-        if line.startswith("RESULT "):
-            return json.loads(line.removeprefix("RESULT "))
-    raise SystemExit(f"{job['side']} failed:\n{process.stdout[-2000:]}\n{process.stderr[-4000:]}")
 
 
 def held_out_losses(results: dict[str, list[dict]], held_out: list) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +66,7 @@ def deltaw_side(job: dict) -> dict:
 
 
 def trl_arguments(job: dict) -> dict:
-    """Return the training arguments of TRL that the SFT benchmarks share."""
+    """Return the training arguments of TRL that the benchmarks share."""
     return {
         "output_dir": job["output"],
         "per_device_train_batch_size": job["batch_size"],
@@ -110,6 +112,27 @@ def trl_side(job: dict) -> dict:
     result = trainer.train()
     model.save_pretrained(job["output"])
     return {"seconds": result.metrics["train_runtime"], "loss": result.training_loss}
+
+
+def run_side(script: str, job: dict, work: Path, **variables: str) -> dict:
+    """Run a side in a new process and return its results.
+
+    Args:
+        script: File of this folder that measures a job in a file and prints its results.
+        variables: Additional environment variables.
+    """
+    (work / "job.json").write_text(json.dumps(job))
+    environment = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(job["threads"])}
+    process = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name(script)), str(work / "job.json")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment, **variables},
+    )
+    for line in process.stdout.splitlines():
+        if line.startswith("RESULT "):
+            return json.loads(line.removeprefix("RESULT "))
+    raise SystemExit(f"{job['side']} failed:\n{process.stdout[-2000:]}\n{process.stderr[-4000:]}")
 
 
 def main() -> None:

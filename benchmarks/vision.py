@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 from machine import print_machine
-from sft_side import ALPHA, LEARNING_RATE, RANK, trl_arguments
+from sft_side import ALPHA, LEARNING_RATE, RANK, run_side, trl_arguments
 
 from deltaw.machine.choices import choose_threads
 
@@ -99,21 +99,9 @@ def _text(text: str) -> dict:
     return {"type": "text", "text": text}
 
 
-def run_side(name: str, job: dict) -> dict:
-    """Run one side in a new process and return its results."""
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(job["threads"])}
-    environment["DELTAW_CACHE"] = f"{job['output']}-cache"  # without stored features
-    command = [sys.executable, __file__, "--side", json.dumps({"name": name, **job})]
-    process = subprocess.run(command, capture_output=True, text=True, env=environment)
-    for line in process.stdout.splitlines():
-        if line.startswith("RESULT "):
-            return json.loads(line.removeprefix("RESULT "))
-    raise SystemExit(f"{name} failed:\n{process.stdout[-2000:]}\n{process.stderr[-4000:]}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("model", nargs="?")
+    parser.add_argument("model")
     parser.add_argument("train", type=Path, nargs="?")
     parser.add_argument("test", type=Path, nargs="?")
     parser.add_argument("--rows", type=int, default=960)
@@ -122,10 +110,9 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--side", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.side:
-        measure_side(json.loads(args.side))
+    if args.train is None:  # a job of run_side
+        measure_side(json.loads(Path(args.model).read_text()))
         return
     threads, results = choose_threads().value, dict[str, list[dict]]()
     with tempfile.TemporaryDirectory() as scratch:
@@ -139,7 +126,9 @@ def main() -> None:
                 for name in args.sides:
                     output = str(work / f"{name}-{batch_size}-{repeat}".replace(" ", "-"))
                     precision = name.partition(" ")[2]
-                    result = run_side(name, job | {"batch_size": batch_size, "output": output, "precision": precision})
+                    side = job | {"side": name, "batch_size": batch_size, "output": output, "precision": precision}
+                    cache = f"{output}-cache"  # without stored features
+                    result = run_side("vision.py", side, work, DELTAW_CACHE=cache)
                     result["held_out_loss"] = held_out_loss(output, args.model, test)
                     results.setdefault(f"{name}, {batch_size} rows a step", []).append(result)
                     print(f"{name} {batch_size}: {json.dumps(result)}", flush=True)
@@ -171,7 +160,7 @@ def measure_side(job: dict) -> None:
     from deltaw.machine.memory import peak_resident_bytes
 
     count = len(Path(job["rows"]).read_text().splitlines())
-    measured = deltaw_side(job) if job["name"] == "deltaw" else trl_side(job)
+    measured = deltaw_side(job) if job["side"] == "deltaw" else trl_side(job)
     measured |= {"rate": count / measured["seconds"], "peak_bytes": peak_resident_bytes()}
     print("RESULT " + json.dumps(measured), flush=True)
 

@@ -59,12 +59,53 @@ def _pixels(*shape: int) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(*shape, generator=torch.Generator().manual_seed(1))}
 
 
+def _image() -> dict[str, Tensor]:
+    return _pixels(1, 3, 28, 28)
+
+
+def _one_tile() -> dict[str, Tensor]:
+    return _pixels(1, 1, 3, 28, 28)
+
+
+def _tiles() -> dict[str, Tensor]:
+    return {**_pixels(1, 2, 3, 28, 28), "image_sizes": torch.tensor([[28, 28]])}
+
+
+def _family(
+    kind: str,
+    vision: Callable[[], object],
+    text: Callable[[], transformers.PretrainedConfig],
+    tokens: int,
+    inputs: Callable[[], dict[str, Tensor]] = _image,
+    **options: object,
+) -> Family:
+    """Return a family with a configuration of this kind."""
+
+    def config() -> transformers.PretrainedConfig:
+        return getattr(transformers, f"{kind}Config")(vision_config=vision(), text_config=text(), **options)
+
+    return Family(config, inputs, tokens)
+
+
+_TOKEN_ID = {"image_token_id": IMAGE_TOKEN}
+_LAST_LAYER = {"image_token_index": IMAGE_TOKEN, "vision_feature_layer": -1}
+_GRID = {"image_grid_pinpoints": [[28, 28], [28, 56]]}
+
+
 def _llama() -> transformers.PretrainedConfig:
     return transformers.LlamaConfig(**TEXT)
 
 
 def _qwen2() -> transformers.PretrainedConfig:
     return transformers.Qwen2Config(**TEXT)
+
+
+def _cohere2() -> transformers.PretrainedConfig:
+    return transformers.Cohere2Config(**TEXT, head_dim=8)
+
+
+def _vision(model_type: str) -> Callable[[], dict[str, object]]:
+    return lambda: {**VISION, "model_type": model_type}
 
 
 def _clip() -> transformers.PretrainedConfig:
@@ -111,176 +152,99 @@ FAMILIES: dict[str, Family] = {
         lambda: _pixels(1, 3, 28, 28),
         4,
     ),
-    "vipllava": Family(
-        lambda: transformers.VipLlavaConfig(
-            vision_config=_clip(), text_config=_llama(), image_token_index=IMAGE_TOKEN, vision_feature_layers=[-1, -2]
-        ),
-        lambda: _pixels(1, 3, 28, 28),
+    "vipllava": _family("VipLlava", _clip, _llama, 4, image_token_index=IMAGE_TOKEN, vision_feature_layers=[-1, -2]),
+    "llava_next": _family("LlavaNext", _clip, _llama, 10, _tiles, **_LAST_LAYER, **_GRID),
+    "llava_onevision": _family("LlavaOnevision", _siglip, _qwen2, 10, _tiles, **_LAST_LAYER, **_GRID),
+    "smolvlm": _family("SmolVLM", _vision("smolvlm_vision"), _llama, 1, _one_tile, **_TOKEN_ID, scale_factor=2),
+    "idefics3": _family("Idefics3", _vision("idefics3_vision"), _llama, 1, _one_tile, **_TOKEN_ID, scale_factor=2),
+    "internvl": _family(
+        "InternVL",
+        lambda: transformers.InternVLVisionConfig(**{**VISION, "image_size": [28, 28], "patch_size": [14, 14]}),
+        _qwen2,
+        1,
+        **_TOKEN_ID,
+        downsample_ratio=0.5,
+    ),
+    "mistral3": _family(
+        "Mistral3",
+        lambda: transformers.PixtralVisionConfig(**VISION, head_dim=8),
+        lambda: transformers.MistralConfig(**TEXT, head_dim=8),
         4,
-    ),
-    "llava_next": Family(
-        lambda: transformers.LlavaNextConfig(
-            vision_config=_clip(),
-            text_config=_llama(),
-            image_token_index=IMAGE_TOKEN,
-            vision_feature_layer=-1,
-            image_grid_pinpoints=[[28, 28], [28, 56]],
-        ),
-        lambda: {**_pixels(1, 2, 3, 28, 28), "image_sizes": torch.tensor([[28, 28]])},
-        10,
-    ),
-    "llava_onevision": Family(
-        lambda: transformers.LlavaOnevisionConfig(
-            vision_config=_siglip(),
-            text_config=_qwen2(),
-            image_token_index=IMAGE_TOKEN,
-            vision_feature_layer=-1,
-            image_grid_pinpoints=[[28, 28], [28, 56]],
-        ),
-        lambda: {**_pixels(1, 2, 3, 28, 28), "image_sizes": torch.tensor([[28, 28]])},
-        10,
-    ),
-    "smolvlm": Family(
-        lambda: transformers.SmolVLMConfig(
-            vision_config={**VISION, "model_type": "smolvlm_vision"},
-            text_config=_llama(),
-            image_token_id=IMAGE_TOKEN,
-            scale_factor=2,
-        ),
-        lambda: _pixels(1, 1, 3, 28, 28),
-        1,
-    ),
-    "idefics3": Family(
-        lambda: transformers.Idefics3Config(
-            vision_config={**VISION, "model_type": "idefics3_vision"},
-            text_config=_llama(),
-            image_token_id=IMAGE_TOKEN,
-            scale_factor=2,
-        ),
-        lambda: _pixels(1, 1, 3, 28, 28),
-        1,
-    ),
-    "internvl": Family(
-        lambda: transformers.InternVLConfig(
-            vision_config=transformers.InternVLVisionConfig(
-                **{**VISION, "image_size": [28, 28], "patch_size": [14, 14]}
-            ),
-            text_config=_qwen2(),
-            image_token_id=IMAGE_TOKEN,
-            downsample_ratio=0.5,
-        ),
-        lambda: _pixels(1, 3, 28, 28),
-        1,
-    ),
-    "mistral3": Family(
-        lambda: transformers.Mistral3Config(
-            vision_config=transformers.PixtralVisionConfig(**VISION, head_dim=8),
-            text_config=transformers.MistralConfig(**TEXT, head_dim=8),
-            image_token_index=IMAGE_TOKEN,
-            spatial_merge_size=1,
-            vision_feature_layer=-1,
-        ),
         lambda: {**_pixels(1, 3, 28, 28), "image_sizes": torch.tensor([[28, 28]])},
-        4,
+        **_LAST_LAYER,
+        spatial_merge_size=1,
     ),
-    "cohere2_vision": Family(
-        lambda: transformers.Cohere2VisionConfig(
-            vision_config=_siglip(),
-            text_config=transformers.Cohere2Config(**TEXT, head_dim=8),
-            image_token_id=IMAGE_TOKEN,
-            downsample_factor=2,
-            alignment_intermediate_size=32,
+    "cohere2_vision": _family(
+        "Cohere2Vision", _siglip, _cohere2, 1, **_TOKEN_ID, downsample_factor=2, alignment_intermediate_size=32
+    ),
+    "aya_vision": _family(
+        "AyaVision", _siglip, _cohere2, 1, **_LAST_LAYER, downsample_factor=2, adapter_layer_norm_eps=1e-6
+    ),
+    "got_ocr2": _family(
+        "GotOcr2",
+        lambda: transformers.GotOcr2VisionConfig(
+            hidden_size=16,
+            output_channels=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=64,
+            patch_size=16,
+            mlp_dim=32,
+            window_size=2,
+            global_attn_indexes=[1],
         ),
-        lambda: _pixels(1, 3, 28, 28),
+        _qwen2,
         1,
-    ),
-    "aya_vision": Family(
-        lambda: transformers.AyaVisionConfig(
-            vision_config=_siglip(),
-            text_config=transformers.Cohere2Config(**TEXT, head_dim=8),
-            image_token_index=IMAGE_TOKEN,
-            downsample_factor=2,
-            adapter_layer_norm_eps=1e-6,
-            vision_feature_layer=-1,
-        ),
-        lambda: _pixels(1, 3, 28, 28),
-        1,
-    ),
-    "got_ocr2": Family(
-        lambda: transformers.GotOcr2Config(
-            vision_config=transformers.GotOcr2VisionConfig(
-                hidden_size=16,
-                output_channels=8,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                image_size=64,
-                patch_size=16,
-                mlp_dim=32,
-                window_size=2,
-                global_attn_indexes=[1],
-            ),
-            text_config=_qwen2(),
-            image_token_index=IMAGE_TOKEN,
-            image_seq_length=1,
-        ),
         lambda: _pixels(1, 3, 64, 64),
-        1,
+        image_token_index=IMAGE_TOKEN,
+        image_seq_length=1,
     ),
-    "lfm2_vl": Family(
-        lambda: transformers.Lfm2VlConfig(
-            vision_config=transformers.Siglip2VisionConfig(
-                hidden_size=16,
-                intermediate_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                num_patches=16,
-                patch_size=2,
-            ),
-            text_config=transformers.Lfm2Config(**TEXT, layer_types=["conv", "full_attention"]),
-            image_token_id=IMAGE_TOKEN,
-            downsample_factor=2,
-            projector_hidden_size=32,
+    "lfm2_vl": _family(
+        "Lfm2Vl",
+        lambda: transformers.Siglip2VisionConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_patches=16,
+            patch_size=2,
         ),
+        lambda: transformers.Lfm2Config(**TEXT, layer_types=["conv", "full_attention"]),
+        4,
         lambda: {
             **_pixels(1, 16, 12),
             "spatial_shapes": torch.tensor([[4, 4]]),
             "pixel_attention_mask": torch.ones(1, 16, dtype=torch.long),
         },
-        4,
+        **_TOKEN_ID,
+        downsample_factor=2,
+        projector_hidden_size=32,
     ),
-    "ovis2": Family(
-        lambda: transformers.Ovis2Config(
-            vision_config=transformers.Ovis2VisionConfig(
-                **VISION, vocab_size=32, hidden_stride=1, num_visual_indicator_tokens=5
-            ),
-            text_config=_qwen2(),
-            image_token_id=IMAGE_TOKEN,
-            visual_indicator_token_ids=[251, 252, 253, 254, 255],
-            vocab_size=260,
-            hidden_size=32,
-        ),
-        lambda: _pixels(1, 3, 28, 28),
+    "ovis2": _family(
+        "Ovis2",
+        lambda: transformers.Ovis2VisionConfig(**VISION, vocab_size=32, hidden_stride=1, num_visual_indicator_tokens=5),
+        _qwen2,
         4,
+        **_TOKEN_ID,
+        visual_indicator_token_ids=[251, 252, 253, 254, 255],
+        vocab_size=260,
+        hidden_size=32,
     ),
-    "paligemma": Family(
-        lambda: transformers.PaliGemmaConfig(
-            vision_config=_siglip(),
-            text_config=transformers.GemmaConfig(**TEXT, head_dim=8),
-            image_token_index=IMAGE_TOKEN,
-            projection_dim=32,
-        ),
-        lambda: _pixels(1, 3, 28, 28),
+    "paligemma": _family(
+        "PaliGemma",
+        _siglip,
+        lambda: transformers.GemmaConfig(**TEXT, head_dim=8),
         4,
+        image_token_index=IMAGE_TOKEN,
+        projection_dim=32,
     ),
-    "gemma3": Family(
-        lambda: transformers.Gemma3Config(
-            vision_config=_siglip(),
-            text_config=transformers.Gemma3TextConfig(**TEXT, head_dim=8),
-            image_token_index=IMAGE_TOKEN,
-            mm_tokens_per_image=4,
-        ),
-        lambda: _pixels(1, 3, 28, 28),
+    "gemma3": _family(
+        "Gemma3",
+        _siglip,
+        lambda: transformers.Gemma3TextConfig(**TEXT, head_dim=8),
         4,
+        image_token_index=IMAGE_TOKEN,
+        mm_tokens_per_image=4,
     ),
 }
 

@@ -65,7 +65,17 @@ def test_unusable_images_of_prompts_are_refused(call: Call, vision_folder: Path,
     assert_refused(call(*GENERATE, run, "--image", tmp_path / "no.png", "color?"), "not a file")
     image = ("--image", vision_folder / "red.png")
     assert_refused(call(*GENERATE, run, *image, "is <image> like <image>?"), "<image>")
-    assert_refused(call(*GENERATE, run, "is this <image>?"), "<image>")
+
+
+def test_markers_without_images_are_text(call: Call, vision_folder: Path) -> None:
+    model, text, written = vision_folder / "model", "is this <image>?", "is this <\u200bimage>?"
+    assert completions(call, model, text) == [reference_text(model, chat_prompt(written))]
+    lines = (f"/image {vision_folder / 'red.png'}", "color?", text)
+    chat = ("chat", "--max-new-tokens", 6, "--precision", "fp32", model)
+    result = call(*chat, stdin="\n".join(lines), status=0)
+    first = reference_text(model, chat_prompt("<image>color?"), RED)
+    conversation = chat_prompt("<image>color?") + f"{first}<|im_end|>\n" + chat_prompt(written)
+    assert result.out.endswith(f"model: {reference_text(model, conversation, RED)}\n")
 
 
 def test_text_models_refuse_images(call: Call, finished_run: Path, vision_folder: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import json
 import os
 import random
+import struct
 import subprocess
 import sys
 import zipfile
@@ -18,7 +21,7 @@ import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from deltaw.data import arrow_rows, image_files, row_files, sources
 from deltaw.data.images import ImageEncoder
@@ -362,6 +365,82 @@ def test_sampling_few_of_many_rows_needs_little_memory() -> None:
 def _read_one(image: object) -> None:
     rows = sources.NumberedRows("d", [("d", [1], [{"image": image}])])
     list(read_images(rows, [0], LabelColumns("label", image="image"), [0]))
+
+
+def _encoded(kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)).save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        (_encoded("ICO"), "ICO"),
+        (_encoded("JPEG2000"), "JPEG 2000"),
+        (b"\0\0\0\x18ftypavif" + bytes(40), "AVIF"),
+        (b"\0\0\0\x18ftypheic" + bytes(40), "HEIC"),
+        (b'<?xml version="1.0"?>\n<!DOCTYPE svg>\n<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG"),
+        (b"<?>" * 10_000, "unknown"),
+    ],
+)
+def test_unsupported_image_formats_are_rejected_by_name(content: bytes, name: str) -> None:
+    error = refusal(_read_one, content)
+    assert f"{name} " in error.message and "PNG" in str(error.hint)
+
+
+def _many_scans() -> bytes:
+    jpeg = _encoded("JPEG", progressive=True)
+    start = jpeg.index(b"\xff\xda")
+    return jpeg[:-2] + jpeg[start:-2] * 100 + jpeg[-2:]
+
+
+def _many_strips(count: int = 70_000) -> bytes:
+    after = 8 + 2 + 8 * 12 + 4
+    tags = [(256, 16), (257, 16), (258, 8), (259, 1), (262, 1), (278, 1)]
+    entries = [(tag, 4, 1, value) for tag, value in tags] + [(tag, 4, count, after) for tag in (273, 279)]
+    body = b"".join(struct.pack(">HHLL", *entry) for entry in sorted(entries))
+    return b"MM\0*\0\0\0\x08" + struct.pack(">H", len(entries)) + body + bytes(4) + b"\0\0\0\x08" * count
+
+
+def _large_text() -> bytes:
+    text = PngImagePlugin.PngInfo()
+    text.add_text("a", "a" * (1 << 23), zip=True)
+    return _encoded("PNG", pnginfo=text)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (_many_scans(), "100 scans"),
+        (_many_strips(), "65,536 strips"),
+        (_large_text(), "too large"),
+        (_encoded("PNG", exif=b"Exif\0\0MM"), "cannot be decoded"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Tag data larger")
+def test_images_that_take_long_to_decode_or_are_damaged_are_rejected(content: bytes, words: str) -> None:
+    assert words in refusal(_read_one, content).message
+
+
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damaged_images_are_decoded_or_rejected(kind: str) -> None:
+    original, rng = _encoded(kind), np.random.default_rng(0)
+    for _ in range(150):
+        content = np.frombuffer(original, np.uint8).copy()
+        places = rng.integers(0, min(len(content), 400), rng.integers(1, 6))
+        content[places] = rng.integers(0, 256, len(places))
+        with contextlib.suppress(UserError):
+            image_files.decode(content.tobytes()[: rng.integers(1, 2 * len(content))], "a")
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF"])
+def test_first_frame_of_an_animation_is_read(kind: str) -> None:
+    frames = [Image.new("RGB", (8, 8), (value, value, value)) for value in (250, 10)]
+    file = io.BytesIO()
+    frames[0].save(file, kind, save_all=True, append_images=frames[1:])
+    assert np.asarray(image_files.decode(file.getvalue(), "a").convert("L")).min() > 240
 
 
 def test_unsafe_or_oversized_images_are_not_opened(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from deltaw.data.messages import read_prompt
 from deltaw.data.prepare import TextReader, encode_prompt, prepare
 from deltaw.data.prompts import QuestionReader
 from deltaw.data.report import BadRowError, BadRows
-from deltaw.data.row_images import PlacedImage, RowImage, take_images
+from deltaw.data.row_images import MARKER, PlacedImage, RowImage, take_images
 from deltaw.data.row_reader import RunData
 from deltaw.data.rows import NumberedRows
 from deltaw.data.templates import Encoder
@@ -494,12 +494,24 @@ def test_prompts_of_others_cannot_read_files_or_write_image_tokens(tmp_path: Pat
 
     part = [{"type": "image", "path": "a.png"}]
     assert len(encode(part, tmp_path))
-    for content in (part, "<pic>", "<image>", [{"type": "image"}]):
+    for content in (part, [{"type": "image"}]):
         with pytest.raises(UserError):
             encode(content)
-    with pytest.raises(UserError):
-        encode_prompt("<pic>", "auto", tokenizer, images=placer)
-    assert len(encode("text"))
+
+
+def test_markers_in_questions_are_text() -> None:
+    tokenizer = image_tokenizer()
+    placer, text = FakePlacer(tokenizer), "is <image> or <pic> a tag?"
+    written = text.replace("<", "<\u200b")
+    for question in (text, [user(text)], [user([{"type": "text", "text": text}])]):
+        tokens = encode_prompt(question, "auto", tokenizer, images=placer)  # type: ignore[arg-type]
+        assert placer.token_id not in tokens and tokens.max() < FIRST_ID
+        assert written.replace(" ", "") in tokenizer.decode(tokens).replace(" ", "")
+    parts = [{"type": "image", "url": A}, {"type": "text", "text": text}]
+    tokens = encode_prompt([user(parts)], "auto", tokenizer, images=placer)
+    assert (tokens >= FIRST_ID).sum() == 2 and placer.token_id not in tokens
+    with pytest.raises(BadRowError):  # markers refer to attached images
+        encode_prompt(text + MARKER, "auto", tokenizer, images=placer, attached=[picture(1)])
 
 
 def test_questions_for_predictions_have_images(write: Write) -> None:

@@ -414,4 +414,6 @@ def test_command_plans_chain(shared, stages, tmp_path, call):
     plans = json.loads(out)
     assert list(plans) == ["sft", "dpo"]
     assert all(plan["peak_resident_bytes"] > 1e8 for plan in plans.values())
+    starts = [plan["seconds_by_phase"].get("starting", 0) for plan in plans.values()]
+    assert starts[0] > 0 and starts[1] == 0, "one process trains all stages"
     assert not (tmp_path / "c").exists()

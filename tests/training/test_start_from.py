@@ -193,6 +193,15 @@ def test_settings_come_from_adapter_unless_set(make, sft, tmp_path):
     assert (result.output / ADAPTER).read_bytes() != (sft / ADAPTER).read_bytes()
 
 
+@pytest.mark.parametrize("mode", ["continue", "stack"])
+def test_initialization_without_effect_is_reported(make, sft, tmp_path, mode):
+    for init, is_reported in (("gaussian", True), ("uniform", False)):
+        lines: list[str] = []
+        values = make(tmp_path / "run", start_from=str(sft), start_mode=mode, lora={"init": init})
+        resolve_start(RunConfig.read(values), lines.append)
+        assert ("lora.init: gaussian has no effect with start_from" in lines) == is_reported
+
+
 # Stacking and combining.
 
 

@@ -40,7 +40,7 @@ def command(run: str, system: str | None, with_base: bool, text_settings: TextSe
         import numpy as np
 
         from deltaw.data.image_files import decode
-        from deltaw.data.row_images import MARKER
+        from deltaw.data.row_images import MARKER, without_markers
         from deltaw.decoding.opening import base_engine
         from deltaw.training.open_run import open_run
     session = open_run(run, log=notes.print_line, **opening)
@@ -53,7 +53,7 @@ def command(run: str, system: str | None, with_base: bool, text_settings: TextSe
         start: list[Message] = [{"role": "system", "content": system}] if system else []
         messages = list(start)
         images: list[Image] = []  # of sent messages, then of the next one
-        num_sent = 0
+        num_sent, placer = 0, session.task.images
         while (line := _read_line()) is not None:
             if line == "/new":
                 messages, images, num_sent = list(start), [], 0
@@ -65,7 +65,9 @@ def command(run: str, system: str | None, with_base: bool, text_settings: TextSe
                 except UserError as error:
                     notes.print_line(str(error))
                 continue
-            if MARKER not in line:
+            if placer is not None and len(images) == num_sent:
+                line = without_markers(line, placer)
+            elif MARKER not in line:
                 line = "\n".join([MARKER] * (len(images) - num_sent) + [line])
             messages.append({"role": "user", "content": line})
             try:
@@ -77,6 +79,7 @@ def command(run: str, system: str | None, with_base: bool, text_settings: TextSe
                         _answer(bare_engine, None, tokens, number, text_settings, "base")
                 name = "adapter" if session.adapter else "model"
                 answer = _answer(engine, engine.session_adapter, tokens, number, text_settings, name)
+                answer = answer if placer is None else without_markers(answer, placer)
                 messages.append({"role": "assistant", "content": answer})
                 num_sent = len(images)
             except UserError as error:

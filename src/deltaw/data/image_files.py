@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import functools
 import io
 import re
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,25 @@ from PIL import Image, ImageOps
 from deltaw.data.report import BadRowError
 from deltaw.errors import UserError
 
-# Supported image formats. Some other formats of Pillow start external programs.
-_FORMATS = frozenset(
-    ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
-)
+# Supported image formats. Other formats of Pillow start external programs or decode images before their size is known.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# Starts of files in common formats that are not supported, for messages.
+_OTHER_FORMATS = {
+    "AVIF": rb"....ftypavi",
+    "HEIC": rb"....ftyp(?:he|mif|msf)",
+    "ICO": rb"\0\0\x01\0",
+    "JPEG 2000": rb"\0\0\0\x0cjP|\xff\x4f\xff\x51",
+    "SVG": rb"\s*(?:<[?!][^>]*>\s*)*<(?:\w+:)?svg\b",
+}
 # Maximum size of an image file: about three times the number of pixels that Pillow accepts.
 _MAX_IMAGE_BYTES = 2**29
-# Errors of Pillow for images that cannot be decoded.
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+# Maximum number of strips or tiles of a TIFF file, and of scans of a JPEG file, each of which takes time.
+_MAX_TILES, _MAX_SCANS = 1 << 16, 100
+# Errors of Pillow for images that cannot be decoded. Damaged metadata causes errors of various types.
+BROKEN = (
+    *(ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, SyntaxError, TypeError, ValueError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 
 
@@ -89,7 +101,7 @@ def _with_8_bits(image: Image.Image, location: str) -> Image.Image:
         raise UserError("the image has floating-point pixels", location=location, hint="save it with 8 bits")
     if not image.mode.startswith("I"):
         return image
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image)
     return Image.fromarray((values >> 8 if values.max(initial=0) > 255 else values).clip(0, 255).astype(np.uint8))
 
 
@@ -112,21 +124,29 @@ def read_content(image: Path | bytes, location: str) -> bytes:
 
 
 def open_image(content: bytes) -> Image.Image:
-    """Open an encoded image without decoding it."""
-    return Image.open(io.BytesIO(content), formats=_supported_formats())
+    """Open an encoded image without decoding it.
 
-
-@functools.cache
-def _supported_formats() -> tuple[str, ...]:
-    """Return the formats that the installed version of Pillow decodes."""
-    Image.init()
-    return tuple(sorted(_FORMATS & Image.OPEN.keys()))
+    Raises:
+        Exception: one of :data:`BROKEN` if it is damaged, has an unsupported format, or would take long to decode.
+    """
+    try:
+        image = Image.open(io.BytesIO(content), formats=_FORMATS)
+    except Image.UnidentifiedImageError as error:
+        matches = [name for name, start in _OTHER_FORMATS.items() if re.match(start, content[:4096], re.DOTALL)]
+        message = f"{matches[0]} is not a supported image format" if matches else "unknown image format"
+        raise Image.UnidentifiedImageError(message) from error
+    if len(getattr(image, "tile", ())) > _MAX_TILES:
+        raise ValueError(f"it has more than {_MAX_TILES:,} strips or tiles")
+    # Data after the image, such as a video, contains the marker of a scan once in 65,536 bytes.
+    if image.format in ("JPEG", "MPO") and content.count(b"\xff\xda") > _MAX_SCANS + len(content) // 2**15:
+        raise ValueError(f"it has more than {_MAX_SCANS} scans")
+    return image
 
 
 def decode_error(error: BaseException, location: str) -> UserError:
     """Return the error for an image that cannot be decoded."""
-    reason = "unknown image format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-    return UserError(f"the image cannot be decoded: {reason}", location=location, hint="replace or remove it")
+    hint = f"use {', '.join(_FORMATS)}" if isinstance(error, Image.UnidentifiedImageError) else "replace or remove it"
+    return UserError(f"the image cannot be decoded: {str(error) or type(error).__name__}", location=location, hint=hint)
 
 
 def unreadable_image(error: UserError) -> BadRowError:

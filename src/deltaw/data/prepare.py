@@ -22,7 +22,7 @@ from deltaw.data.example import token_spans
 from deltaw.data.formats import RowFormat, choose_form
 from deltaw.data.messages import read_prompt
 from deltaw.data.report import BadRows, PreparationReport
-from deltaw.data.row_images import ImagePlacer, take_images
+from deltaw.data.row_images import ImagePlacer, take_images, without_markers
 from deltaw.data.row_reader import UNLIMITED, ExamplePreview, RowPreview, RunData
 from deltaw.data.row_store import RowView
 from deltaw.data.rows import NumberedRows, Row
@@ -199,7 +199,7 @@ def encode_prompt(
         tokenizer: Tokenizer of the model.
         images: See :class:`deltaw.data.templates.Encoder`.
         image_folder: Folder of relative paths of images. None to reject paths.
-        attached: Images as in the column ``images`` of a row.
+        attached: Images as in the column ``images`` of a row. Without any, markers in the prompt are ordinary text.
 
     Raises:
         UserError: if the conversation is out of order, the template rejects it, or an image cannot be read.
@@ -214,6 +214,8 @@ def encode_prompt(
     if images is None and attached:
         hint = "use a vision-language model, or remove the images"
         raise UserError("the model reads text only", location=location, hint=hint)
+    if images is not None and not attached:
+        prompt = without_markers(prompt, images)
     row: Row = {"prompt" if isinstance(prompt, str) else "messages": prompt, "images": attached}
     row, row_images = (row, ()) if images is None else take_images(row, image_folder, location)
     messages = str(row["prompt"]) if "prompt" in row else read_prompt(row["messages"], location)

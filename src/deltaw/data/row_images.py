@@ -88,6 +88,20 @@ class ImagePlacer(Protocol):
         ...
 
 
+def without_markers(value: Any, placer: ImagePlacer) -> Any:
+    """Return texts, or lists and dictionaries of texts, in which markers and placeholders of images are ordinary text.
+
+    A zero-width space follows their first character, so that the tokenizer does not encode them as image tokens.
+    """
+    if isinstance(value, str):
+        for marker in {MARKER, placer.placeholder}:
+            value = value.replace(marker, f"{marker[0]}\u200b{marker[1:]}")
+        return value
+    if isinstance(value, Mapping):
+        return {key: without_markers(entry, placer) for key, entry in value.items()}
+    return [without_markers(entry, placer) for entry in value] if isinstance(value, list | tuple) else value
+
+
 def count_markers(messages: Sequence[Mapping[str, object]]) -> int:
     """Return the number of images that messages refer to. Assistant messages are not counted."""
     return sum(str(message["content"]).count(MARKER) for message in messages if message["role"] != "assistant")

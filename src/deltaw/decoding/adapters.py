@@ -213,6 +213,7 @@ class FolderReader:
             raise _adapter_error(folder, f"it is for {adapter_folder.task}, and this base model generates text", hint)
         name = method_from_folder(folder, self._tokenizer).name
         if name not in ("lora", "prompt"):
+            hint = f"merge it into a separate model: deltaw merge {folder}"
             raise _adapter_error(folder, f"its method '{name}' changes weights that other requests use", hint)
         factors, prompt = (self._factors(folder), None) if name == "lora" else (None, self._prompt(folder))
         if file_stats(folder) != before.stat:

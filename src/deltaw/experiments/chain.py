@@ -321,6 +321,8 @@ def planned_stages(chain: Chain, *, processes: int = 1) -> dict[str, Plan]:
                 config = resolve_start(stage.config.model_copy(update=changes))
                 task, data = read_data(config, ignore_line)
                 plan = plan_run(config, task, data, processes=processes)
+                if plans and plan.workload:  # the process of the first stage trains the others too
+                    plan = replace(plan, workload={**plan.workload, "start_seconds": 0.0})
                 plans[stage.name] = with_time(plan, config, task, data) if processes == 1 else plan
     return plans
 

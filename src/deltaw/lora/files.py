@@ -285,7 +285,7 @@ def read_factors(model: nn.Module, folder: str | Path) -> AdapterFactors:
     location = str(Path(folder) / WEIGHTS_NAME)
     adapter = read_adapter(folder)
     if (reason := unsupported_reason(adapter.config)) is not None:
-        raise UserError(reason, location=str(folder), hint=_MERGE)
+        raise UserError(reason, location=str(folder), hint=f"{_MERGE} {folder}")
     adapter = with_model_names(model, adapter, location)
     remaining = dict(adapter.tensors)
     layers: dict[str, Factors] = {}

@@ -323,6 +323,9 @@ def resolve_start(config: RunConfig, log: LogFunction = ignore_line) -> RunConfi
     names = [name for name in ("rank", "alpha", "dropout") if getattr(resolved, name) != getattr(config.lora, name)]
     if names:
         log("from the adapter: " + ", ".join(f"{name} {getattr(resolved, name):g}" for name in names))
+    init = "uniform" if start.is_stacked else resolved.init
+    if _is_set(config, "lora", "init", init) and config.lora.init != init:
+        log(f"lora.init: {config.lora.init} has no effect with start_from")
     return config.model_copy(update={"lora": resolved})
 
 

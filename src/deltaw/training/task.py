@@ -491,7 +491,7 @@ class OpenedRun(AdaptedModel):
         Args:
             prompt: Text, or messages whose content is text or a list of content parts.
             images: Images of the markers ``<image>`` in the prompt, in order. Without markers, they precede the first
-                question.
+                question. Without images, markers are text.
 
         Raises:
             UserError: if the chat template rejects it, an image cannot be read, or the model reads text only.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from PIL import Image
 
 from tests.byte_models import save_model, tiny_llama
 from tests.serving.http.api_requests import CHAT, COMPLETIONS, chat_body, expect_error
-from tests.serving.http.concurrency import run_in_threads
+from tests.serving.http.concurrency import run_in_threads, wait_until
 from tests.vision_models import chat_prompt, png, reference_text, save_vision_model
 
 RED, BLUE = png((220, 10, 10)), png((10, 10, 220))
@@ -99,7 +101,7 @@ def bomb(side: int) -> bytes:
         ("data:image/png,abc", "not valid base64"),
         (data_url(b""), "cannot be decoded"),
         (data_url(RED[:200]), "cannot be decoded"),
-        (data_url(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "unknown image format"),
+        (data_url(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "SVG is not a supported image format"),
     ],
 )
 def test_unusable_images_are_refused(server: Any, url: str, words: str) -> None:
@@ -121,7 +123,14 @@ def test_images_in_other_messages_and_missing_images_are_refused(server: Any) ->
     for role in ("system", "tool"):
         messages = [{"role": role, "content": parts}, {"role": "user", "content": "color?"}]
         expect_error(server.post(CHAT, json={"model": "base", "messages": messages}), 400)
-    assert "<image>" in expect_error(server.post(CHAT, json=chat_body("is this <image>?")), 400)["message"]
+
+
+def test_markers_in_texts_are_text(server: Any, folder: Path) -> None:
+    prompt = "is this <\u200bimage>?"
+    assert answer(server, text="is this <image>?") == reference_text(folder, chat_prompt(prompt))
+    assert answer(server, RED, text="is this <image>?") == reference_text(folder, chat_prompt("<image>" + prompt), RED)
+    response = server.post(CHAT, json=chat_body("is this <image>?", max_tokens=6))
+    assert response.json()["choices"][0]["message"]["content"] == reference_text(folder, chat_prompt(prompt))
 
 
 def test_text_models_refuse_images(packages: None, tmp_path: Path) -> None:
@@ -152,6 +161,26 @@ def test_images_above_the_limit_are_refused_while_others_run(server: Any, monkey
     assert images.contains(running[running >= images.first_id]).all()
     del running
     answer(server, png((10, 220, 10)))
+
+
+def test_waiting_images_count_as_pending(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deltaw.serving.http import queue
+    from deltaw.serving.http.settings import Limits
+
+    finish, decode = threading.Event(), queue.decoded_images
+    monkeypatch.setattr(queue, "decoded_images", lambda images: finish.wait(60) and decode(images))
+    monkeypatch.setattr(server.request_queue, "_limits", Limits(queue=2))
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            answers = [pool.submit(answer, server, image) for image in (RED, BLUE)]
+            assert wait_until(lambda: server.request_queue.pending == 2)
+            assert expect_error(server.post(CHAT, json=question(RED)), 429)["code"] == "queue_full"
+        finally:
+            finish.set()
+        assert all(len(text.result()) > 0 for text in answers)
+    assert server.is_responsive()
+    expect_error(server.post(CHAT, json=question(RED[:200])), 400)
+    assert wait_until(lambda: not server.request_queue.pending), "a request that fails is still pending"
 
 
 def test_prompts_of_token_ids_cannot_contain_images(server: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -387,14 +388,12 @@ def generation_router(served: Served, request_queue: RequestQueue, settings: Ser
             count = body.choices * len(body.prompts)
             if count > limits.choices:
                 raise ApiError(400, f"{count} completions are requested, and {limits.choices} are allowed", param="n")
-            request_queue.check_capacity(count)
-            has_images = isinstance(body, ChatRequest) and body.num_images
-            pool = request_queue.image_pool if has_images else request_queue.tokenizer_pool
-            requests = await asyncio.get_running_loop().run_in_executor(
-                pool, build_requests, body, adapter, served, limits, record.owner
-            )
+            prompts = served.prompts(adapter)
+            has_images = isinstance(body, ChatRequest) and body.num_images > 0
+            build = functools.partial(build_requests, body, adapter, served, limits, record.owner)
+            requests = await request_queue.prepare(count, has_images, build)
             record.prompt_tokens = sum(len(r.tokens) for r in requests[:: body.choices])
-            response = endpoint(body, requests, served.prompts(adapter), record)
+            response = endpoint(body, requests, prompts, record)
             return await response.response(request, await request_queue.submit(requests), request_queue)
 
         router.post(path, name=name, summary=title, openapi_extra=request_body_schema(fields))(respond)

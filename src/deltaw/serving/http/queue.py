@@ -18,7 +18,7 @@ import numpy as np
 from deltaw.data.chat_template import todays_date
 from deltaw.data.image_files import BROKEN, decode_error, open_image
 from deltaw.data.messages import read_messages
-from deltaw.data.row_images import RowImage, take_images
+from deltaw.data.row_images import RowImage, take_images, without_markers
 from deltaw.data.rows import Row
 from deltaw.data.templates import Encoder
 from deltaw.decoding.request import Constraint, GenerationHandle, Request, TextChunk, TextEngine
@@ -135,11 +135,8 @@ class RequestQueue:
         limits: Limits of the server.
 
     Attributes:
-        pending: Number of completions that are queued or running.
+        pending: Number of completions that are being prepared, queued or running.
         closing: True if no new requests are accepted.
-        tokenizer_pool: Threads for rendering and tokenizing.
-        image_pool: Thread for requests with images. With several threads, images could be removed before their prompt
-            is complete.
     """
 
     def __init__(self, engine: TextEngine, limits: Limits) -> None:
@@ -147,8 +144,9 @@ class RequestQueue:
         self._lock = threading.Lock()
         self._groups: set[RequestGroup] = set()
         self.pending, self.closing = 0, False
-        self.tokenizer_pool = ThreadPoolExecutor(4, "deltaw-prepare")
-        self.image_pool = ThreadPoolExecutor(1, "deltaw-images")
+        self._tokenizer_pool = ThreadPoolExecutor(4, "deltaw-prepare")
+        # One thread. With several threads, images could be removed before their prompt is complete.
+        self._image_pool = ThreadPoolExecutor(1, "deltaw-images")
         # Each thread may wait for the compilation of a constraint.
         self._submitting = ThreadPoolExecutor(limits.queue, "deltaw-submit")
         self._submitted: set[asyncio.Future[None]] = set()
@@ -165,17 +163,34 @@ class RequestQueue:
             message = f"too many requests: {self.pending} pending, limit {self._limits.queue}; retry later"
             raise ApiError(429, message, code="queue_full", retry_after=1)
 
-    async def submit(self, requests: Sequence[Request]) -> RequestGroup:
-        """Submit requests to the engine.
+    async def prepare(self, count: int, has_images: bool, build: Callable[[], list[Request]]) -> list[Request]:
+        """Build ``count`` requests on another thread. They are pending until they are submitted and have finished.
 
         Raises:
             ApiError: 429 if the queue is full, 503 during shutdown.
-            UserError: if the engine rejects a request. All of them are cancelled then.
+            Exception: of ``build``. The requests are no longer pending then.
         """
         with self._lock:
-            self.check_capacity(len(requests))
-            self.pending += len(requests)
+            self.check_capacity(count)
+            self.pending += count
+        pool = self._image_pool if has_images else self._tokenizer_pool
+        try:
+            return await asyncio.get_running_loop().run_in_executor(pool, build)
+        except BaseException:
+            self._release_slots(count)
+            raise
+
+    async def submit(self, requests: Sequence[Request]) -> RequestGroup:
+        """Submit prepared requests to the engine.
+
+        Raises:
+            ApiError: 503 during shutdown.
+            UserError: if the engine rejects a request. All of them are cancelled then.
+        """
         group = RequestGroup(len(requests), self._release_slots, self._limits.seconds)
+        if self.closing:
+            group.abandon()
+            self.check_capacity(0)
         submission = asyncio.get_running_loop().run_in_executor(self._submitting, group.submit, self._engine, requests)
         self._submitted.add(submission)
         try:
@@ -209,7 +224,7 @@ class RequestQueue:
 
     def close(self) -> None:
         """Stop the threads. The engine must be closed already."""
-        for pool in (self.tokenizer_pool, self.image_pool):
+        for pool in (self._tokenizer_pool, self._image_pool):
             pool.shutdown(wait=True, cancel_futures=True)
         self._submitting.shutdown(wait=True)
 
@@ -264,6 +279,7 @@ class TokenizerPrompts:
         row: Row = {"messages": list(messages)}
         images: list[RowImage] = []
         if self._images is not None:
+            row, tools = without_markers(row, self._images), without_markers(tools, self._images)
             row, row_images = take_images(row, None, "messages")
             images = decoded_images(row_images)
         turns = read_messages(row["messages"], "messages", "messages")
