@@ -233,16 +233,15 @@ def load_tower(folder: Path, config: PretrainedConfig, dtype: torch.dtype, *, va
         UserError: if the weights of the vision tower are incomplete or need a conversion.
     """
     auto = getattr(transformers, AUTO_MODEL)
+    with no_init_weights(), quiet(), without_dispatch():
+        model: Any = auto.from_config(config, dtype=dtype).requires_grad_(False).eval()
     if not values:
-        with without_dispatch(), torch.device("meta"), quiet():
-            tower = Tower(auto.from_config(config, dtype=dtype).requires_grad_(False).eval())
-        for part in tower.parts.values():
-            part.to_empty(device="cpu")
-        for name, parameter in tower.owner.named_parameters(recurse=False):
-            setattr(tower.owner, name, nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False))
+        tower = Tower(model).discard_language()
+        for module in (module for part in tower.parts.values() for module in part.modules()):
+            for name, parameter in module.named_parameters(recurse=False):
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                setattr(module, name, nn.Parameter(empty, requires_grad=False))
         return tower
-    with no_init_weights(), quiet():
-        model: Any = auto.from_config(config, dtype=dtype)
     checkpoint = read_checkpoint(folder)
     names = match_names(model, checkpoint.tensors)
     skipped = _language_parameters(model)
@@ -257,7 +256,7 @@ def load_tower(folder: Path, config: PretrainedConfig, dtype: torch.dtype, *, va
         for name, buffer in model.named_buffers():
             if name in names.stored:
                 buffer.copy_(checkpoint.tensors[names.stored[name]].load())
-    return Tower(model.requires_grad_(False).eval())
+    return Tower(model)
 
 
 def require_supported(config: PretrainedConfig) -> None:
