@@ -318,9 +318,9 @@ class RowImages:
         """Let a text view read the images. If the model has weights, compute the features of all images.
 
         Args:
-            trained: Names of trained modules or parameters, :data:`INPUT_LAYER` or :data:`VISION_TOWER`. If they include
-                the connector, its inputs are stored, and it becomes a part of the model's embedding. If they include
-                the vision tower, it also becomes a part, and no features are stored.
+            trained: Names of trained modules or parameters, :data:`INPUT_LAYER` or :data:`VISION_TOWER`. A trained
+                connector becomes a part of the model's embedding, and its inputs are stored. A trained vision tower
+                also becomes a part, and nothing is stored.
             is_new: Also train a connector that was never trained, on standardized inputs.
 
         Raises:
