@@ -202,12 +202,6 @@ class Tower:
         self.model.set_output_embeddings(view.get_output_embeddings())
         return VisionLanguageModel(self.model, view, self.language_name)
 
-    def discard_language(self) -> Tower:
-        """Free the memory of the language model. Returns the tower."""
-        for module in (self.model.get_decoder(), self.model.get_output_embeddings()):
-            module.to("meta")
-        return self
-
 
 def image_owner(model: PreTrainedModel) -> Any:
     """Return the module that has ``get_image_features``."""
@@ -224,7 +218,7 @@ def _language_parameters(model: Any) -> dict[int, nn.Parameter]:
 
 
 def load_tower(folder: Path, config: PretrainedConfig, dtype: torch.dtype, *, values: bool = True) -> Tower:
-    """Load a complete model without the weights of its language model, which stay uninitialized.
+    """Load a complete model without the weights of its language model, which stay on the meta device.
 
     Args:
         values: False to load no weights at all, for a dry run.
@@ -235,8 +229,10 @@ def load_tower(folder: Path, config: PretrainedConfig, dtype: torch.dtype, *, va
     auto = getattr(transformers, AUTO_MODEL)
     with no_init_weights(), quiet(), without_dispatch():
         model: Any = auto.from_config(config, dtype=dtype).requires_grad_(False).eval()
+        for module in (model.get_decoder(), model.get_output_embeddings()):
+            module.to("meta")
     if not values:
-        tower = Tower(model).discard_language()
+        tower = Tower(model)
         for module in (module for part in tower.parts.values() for module in part.modules()):
             for name, parameter in module.named_parameters(recurse=False):
                 empty = torch.empty(parameter.shape, dtype=parameter.dtype)

@@ -38,12 +38,8 @@ class FeatureSource(Protocol):
 
     width: int
 
-    def rows(self, ids: Tensor) -> Tensor:
-        """Return the (n, width) features of token ids (n,)."""
-        ...
-
-    def computed_rows(self, ids: Tensor, tower: Tower) -> Tensor:
-        """Return the (n, d) embeddings of token ids (n,), which a vision tower computes now, with gradients."""
+    def rows(self, ids: Tensor, tower: Tower | None = None) -> Tensor:
+        """Return the (n, width) features of token ids (n,). A tower computes them, with gradients."""
         ...
 
     def contains(self, ids: np.ndarray) -> np.ndarray:
@@ -88,7 +84,7 @@ class ImageTokens(nn.Module):
         """Return the (n, d) embeddings of image tokens (n,)."""
         if self.tower is not None:
             self.tower.set_parts(dict(self.get_submodule(VISION).named_children()))
-            return self.features.computed_rows(ids, self.tower)
+            return self.features.rows(ids, self.tower)
         if not has_values(self.weight):  # a dry run
             return self._embed(self.weight.new_zeros(len(ids), self.features.width))
         return self._embed(self.features.rows(ids).to(device=ids.device, dtype=self.weight.dtype))
@@ -204,11 +200,8 @@ class _Features:
     def __init__(self, values: Tensor, first_id: int) -> None:
         self._values, self._first_id, self.width = values, first_id, values.shape[1]
 
-    def rows(self, ids: Tensor) -> Tensor:
+    def rows(self, ids: Tensor, tower: Tower | None = None) -> Tensor:
         return self._values[ids - self._first_id]
-
-    def computed_rows(self, ids: Tensor, tower: Tower) -> Tensor:
-        raise NotImplementedError("these features are stored")
 
     def contains(self, ids: np.ndarray) -> np.ndarray:
         return (ids >= self._first_id) & (ids < self._first_id + len(self._values))

@@ -183,25 +183,26 @@ class RowImages:
         before = self._sorted[position - 1] if position else None
         return before if before is not None and before.first_id + before.count > first_id else None
 
-    def rows(self, ids: Tensor) -> Tensor:
+    def rows(self, ids: Tensor, tower: Tower | None = None) -> Tensor:
         """Return the (n, width) features of token ids (n,), after computing those that are not stored.
+
+        Args:
+            tower: Compute all of them with this tower, with gradients, and store none.
 
         Raises:
             UserError: if an image cannot be read anymore.
         """
         values = ids.cpu().numpy()
+        if tower is not None:
+            images, indices = self._find(values)
+            features = [self._features(image, tower.features) for image in images]
+            starts = np.cumsum([0, *map(len, features[:-1])]) - [image.first_id for image in images]
+            return torch.cat(features)[torch.from_numpy(values + starts[indices])]
         self.compute(self._find(values)[0])
         with self._lock:
             images, indices = self._find(values)
             offsets = np.array([(image.start or 0) - image.first_id for image in images])
             return self._table.rows(values + offsets[indices])
-
-    def computed_rows(self, ids: Tensor, tower: Tower) -> Tensor:
-        values = ids.cpu().numpy()
-        images, indices = self._find(values)
-        features = [self._features(image, tower.features) for image in images]
-        starts = np.cumsum([0, *map(len, features[:-1])]) - [image.first_id for image in images]
-        return torch.cat(features)[torch.from_numpy(values + starts[indices])]
 
     def _find(self, ids: np.ndarray) -> tuple[list[_StoredImage], np.ndarray]:
         """Return the images of token ids (n,), and (n,) indices into them."""
@@ -330,12 +331,11 @@ class RowImages:
         if not isinstance(model.get_input_embeddings(), ImageTokens):
             if has_values(model):
                 self._verify(model)
-            if self.is_live and tower is not None:
-                tower.discard_language()
-            name = attach_images(model, self, parts, tower if self.is_live else None).name
-            for part, module in parts.items() if (mapping := complete_names(model)) is not None else ():
-                inner = next(inner for inner, m in model.get_submodule(name).named_modules() if m is module)
-                mapping = mapping.with_module(f"{name}.{inner}", part)
+            attach_images(model, self, parts, tower if self.is_live else None)
+            names, mapping = {id(m): name for name, m in model.named_modules()}, complete_names(model)
+            for name, part in parts.items():
+                mapping = mapping and mapping.with_module(names[id(part)], name)
+            if mapping is not None:
                 set_complete_names(model, mapping)
         if has_values(model):
             self.compute()
@@ -424,7 +424,7 @@ class RowImages:
         images = f"{count_of(len(self), 'distinct image')}, {tokens:,} tokens"
         tower = "LoRA" if self.trains_tower else "frozen"
         outputs = "are computed in each step" if self.is_live else "are stored"
-        connector = "trained" if self.trains_connector else tower
+        connector = "trained" if self.trains_connector else "LoRA, if selected" if self.trains_tower else "frozen"
         return [f"{images}; vision tower: {tower}, its outputs {outputs}; connector: {connector}"]
 
     def release(self) -> None:
