@@ -9,15 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 import deltaw
 from deltaw.cache import root
 from deltaw.data.row_images import RowImage
+from deltaw.export.merge import merge_run
 from deltaw.hub import vision
+from deltaw.progress import ignore_line
+from deltaw.settings.config import RunConfig
 from deltaw.training.features.images import RowImages
+from deltaw.training.open_run import open_run
+from deltaw.training.planning.plan_run import plan_run
+from deltaw.training.session import read_data
+from tests.byte_models import save_model, tiny_llama
 from tests.conftest import refusal
 from tests.training.parallel_runs import assert_same_as_one_process
 from tests.training.runs import Snapshots, adapter, assert_same_run
@@ -103,15 +111,63 @@ def test_features_are_computed_once_for_all_runs(settings, tmp_path, monkeypatch
         assert_same_run(tmp_path / name, tmp_path / "first")
 
 
-@pytest.mark.parametrize("method", ["lora", "input"])
+@pytest.mark.parametrize("method", [{"method": "lora"}, {"method": "input"}, {"lora": {"vision_tower": True}}], ids=str)
 def test_killed_run_resumes_bit_identically(settings, tmp_path, method):
     run, train = tmp_path / "run", {"learning_rate": 0.01, "batch_size": 8, "epochs": 4, "drift": False}
-    changes = {"method": method, "train": {**train, "checkpoint_every": 2, "checkpoint_minutes": None}}
+    changes = {**method, "train": {**train, "checkpoint_every": 2, "checkpoint_minutes": None}}
     snapshots = Snapshots(run, tmp_path, ["step 5"])
     deltaw.fit(settings(run, **changes), callback=snapshots)
-    (copy,) = snapshots.copies.values()
-    assert deltaw.fit(settings(copy, **changes)).resumed_from_step
-    assert_same_run(copy, run)
+    (copied,) = snapshots.copies.values()
+    assert deltaw.fit(settings(copied, **changes)).resumed_from_step
+    assert_same_run(copied, run)
+
+
+def test_trained_tower_is_loaded_and_merged(settings, folder, tmp_path):
+    train = {"learning_rate": 0.01, "batch_size": 8, "max_steps": 3, "drift": False}
+    lora = {"vision_tower": True, "train_modules": ["multi_modal_projector"]}
+    deltaw.fit(settings(tmp_path / "run", lora=lora, train=train))
+    assert not [*(root() / "images").glob("*.safetensors")]
+    tensors = adapter(tmp_path / "run")
+    assert any(tensors[name].any() for name in tensors if "vision_tower" in name and "lora_B" in name)
+    merge_run(tmp_path / "run", tmp_path / "merged")
+    merged, base = (_complete(path) for path in (tmp_path / "merged", folder / "model"))
+    peft = PeftModel.from_pretrained(_complete(folder / "model"), tmp_path / "run")
+    session = open_run(str(tmp_path / "run"), precision="fp32", log=ignore_line)
+    images = session.task.images
+    for number in (0, 1):
+        picture = Image.open(folder / f"{number}.png").convert("RGB")
+        tokens = torch.from_numpy(session.encode("Color?", [folder / f"{number}.png"]).astype(np.int64))[None]
+        ids = tokens.where(tokens < images.first_id, torch.tensor(images.token_id))
+        pixels = images._processor.encode(picture)[1]["pixel_values"]
+        with torch.no_grad():
+            trained, expected = session.model(input_ids=tokens).logits, base(ids, pixels).logits
+            assert (trained - expected).norm() > 0.1 * expected.norm()
+            with session.base():
+                torch.testing.assert_close(session.model(input_ids=tokens).logits, expected, rtol=1e-4, atol=1e-4)
+            for complete in (merged, peft):
+                logits = complete(input_ids=ids, pixel_values=pixels).logits
+                torch.testing.assert_close(trained, logits, rtol=1e-4, atol=1e-4)
+
+
+def _complete(folder: Path) -> torch.nn.Module:
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def test_tower_of_a_text_model_is_rejected(settings, folder, tmp_path):
+    save_model(tiny_llama(), tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 4)
+    changes = {"model": str(tmp_path / "model"), "data": {"train": str(tmp_path / "rows.jsonl"), "duplicates": "keep"}}
+    error = refusal(deltaw.fit, settings(tmp_path / "run", lora={"vision_tower": True}, **changes))
+    assert error.location == "lora.vision_tower" and "no vision tower" in error.message
+
+
+def test_plan_includes_the_trained_tower(settings, tmp_path):
+    peaks = []
+    for lora in ({}, {"vision_tower": True}):
+        config = RunConfig(**settings(tmp_path / "run", lora=lora))
+        plan = plan_run(config, *read_data(config))
+        peaks.append(plan.peak_bytes)
+    assert peaks[1] > peaks[0] + 50_000
 
 
 def test_another_image_is_not_resumed(settings, folder, tmp_path):
@@ -119,11 +175,11 @@ def test_another_image_is_not_resumed(settings, folder, tmp_path):
     snapshots = Snapshots(run, tmp_path, ["step 5"])
     train = {"batch_size": 8, "epochs": 4, "drift": False, "checkpoint_every": 2, "checkpoint_minutes": None}
     deltaw.fit(settings(run, train=train), callback=snapshots)
-    (copy,) = snapshots.copies.values()
+    (copied,) = snapshots.copies.values()
     original = (folder / "2.png").read_bytes()
     try:
         shutil.copy(folder / "1.png", folder / "2.png")
-        error = refusal(deltaw.fit, settings(copy, train=train))
+        error = refusal(deltaw.fit, settings(copied, train=train))
     finally:
         (folder / "2.png").write_bytes(original)
     assert "rows" in error.message

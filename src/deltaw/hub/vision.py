@@ -28,7 +28,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from deltaw.errors import UserError
 from deltaw.hub.checkpoint import match_names, read_checkpoint
 from deltaw.hub.mrope import CAUSAL_MODELS, read_encoded_positions
-from deltaw.hub.transformers_private import configurations_of, quiet
+from deltaw.hub.transformers_private import attention_name, configurations_of, quiet, set_attention_name
+from deltaw.kernels.torch_private import without_dispatch
 from deltaw.lora.complete_names import NameMap, complete_names, set_complete_names
 
 AUTO_MODEL = "AutoModelForImageTextToText"
@@ -79,9 +80,13 @@ class VisionLanguageModel:
         Args:
             inputs: Outputs of the model's processor for images: ``pixel_values``, and further ones of the family.
         """
-        output = image_owner(self.model).get_image_features(**inputs, return_dict=True)
-        features = getattr(output, "pooler_output", output)
-        return list(features) if not isinstance(features, Tensor) or features.dim() == 3 else [features]
+        return _image_features(self.model, inputs)
+
+
+def _image_features(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    output = image_owner(model).get_image_features(**inputs, return_dict=True)
+    features = getattr(output, "pooler_output", output)
+    return list(features) if not isinstance(features, Tensor) or features.dim() == 3 else [features]
 
 
 class Tower:
@@ -89,12 +94,40 @@ class Tower:
 
     Args:
         model: Complete model.
+
+    Attributes:
+        language_name: Name of the language model.
+        owner: Module that contains the language model, the vision encoder and the connector.
+        prefix: Name of the owner with a final dot, or an empty string.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self._parts = VisionLanguageModel(model, model, "")
-        self._is_verified = False
+        language = model.get_decoder()
+        self.model, self._is_verified = model, False
+        self.language_name = next(name for name, module in model.named_modules() if module is language)
+        owner = self.language_name.rpartition(".")[0]
+        self.owner, self.prefix = model.get_submodule(owner), f"{owner}." if owner else ""
+        configs = (m.config for part in self.parts.values() for m in part.modules() if isinstance(m, PreTrainedModel))
+        self._attention = next(filter(None, map(attention_name, configs)), "sdpa")
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """Vision encoder, connector, and other modules beside the language model, by their names in the owner."""
+        name = self.language_name.removeprefix(self.prefix)
+        return {child: module for child, module in self.owner.named_children() if child != name}
+
+    def set_parts(self, parts: Mapping[str, nn.Module]) -> None:
+        """Compute features with these modules, which may belong to a text view and have its attention."""
+        for name, part in parts.items():
+            setattr(self.owner, name, part)
+            for config in (vars(module).get("config") for module in part.modules()):
+                if isinstance(config, PretrainedConfig):
+                    set_attention_name(config, self._attention)
+
+    @property
+    def has_separators(self) -> bool:
+        """True if features include parameters besides the connector's outputs, such as line breaks."""
+        return any(True for _ in self.owner.named_parameters(recurse=False))
 
     @functools.cached_property
     def connector(self) -> str | None:
@@ -107,17 +140,13 @@ class Tower:
         inside = [n for n, m in modules.items() if m is language or (config and getattr(m, "config", None) is config)]
         prefixes = (*(f"{name}." for name in inside), "lm_head.")
         others = {name for name, _ in self.model.named_parameters() if not name.startswith(prefixes)}
+        others -= {f"{self.prefix}{name}" for name, _ in self.owner.named_parameters(recurse=False)}
         return next((n for n in reversed(modules) if others and _parameter_names(n, modules[n]) == others), None)
 
     @property
-    def language_bytes(self) -> int:
-        """Size of the uninitialized weights of the language model, which use no physical memory."""
-        return sum(p.numel() * p.element_size() for p in _language_parameters(self.model).values())
-
-    @property
     def bytes(self) -> int:
-        """Size of all other weights."""
-        return sum(p.numel() * p.element_size() for p in self.model.parameters()) - self.language_bytes
+        """Size of the weights."""
+        return sum(p.numel() * p.element_size() for part in self.parts.values() for p in part.parameters())
 
     def open_connector(self) -> tuple[str, nn.Module]:
         """Return the last part of the connector's name, and the connector.
@@ -129,14 +158,13 @@ class Tower:
             raise self._connector_error()
         return self.connector.rpartition(".")[2], self.model.get_submodule(self.connector)
 
-    @torch.no_grad()
     def features(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return the (tokens, d) features of each image as the language model reads them.
+        """Return the (tokens, d) features of each image as the language model reads them, with gradients.
 
         Args:
             inputs: Outputs of the model's processor.
         """
-        return self._parts.features(self.accepted(inputs))
+        return _image_features(self.model, self.accepted(inputs))
 
     def accepted(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the inputs that the model reads, in its precision."""
@@ -171,12 +199,9 @@ class Tower:
 
     def with_view(self, view: PreTrainedModel) -> VisionLanguageModel:
         """Return the complete model with the language model of a view, which both share."""
-        language = self.model.get_decoder()
-        prefix = next(name for name, module in self.model.named_modules() if module is language)
-        parent, _, name = prefix.rpartition(".")
-        setattr(self.model.get_submodule(parent), name, view.base_model)
+        setattr(self.owner, self.language_name.removeprefix(self.prefix), view.base_model)
         self.model.set_output_embeddings(view.get_output_embeddings())
-        return VisionLanguageModel(self.model, view, prefix)
+        return VisionLanguageModel(self.model, view, self.language_name)
 
 
 def image_owner(model: PreTrainedModel) -> Any:
@@ -194,7 +219,7 @@ def _language_parameters(model: Any) -> dict[int, nn.Parameter]:
 
 
 def load_tower(folder: Path, config: PretrainedConfig, dtype: torch.dtype, *, values: bool = True) -> Tower:
-    """Load a complete model without the weights of its language model, which stay uninitialized.
+    """Load a complete model without the weights of its language model, which stay on the meta device.
 
     Args:
         values: False to load no weights at all, for a dry run.
@@ -203,10 +228,17 @@ def load_tower(folder: Path, config: PretrainedConfig, dtype: torch.dtype, *, va
         UserError: if the weights of the vision tower are incomplete or need a conversion.
     """
     auto = getattr(transformers, AUTO_MODEL)
-    with no_init_weights(), quiet():
-        model: Any = auto.from_config(config, dtype=dtype)
+    with no_init_weights(), quiet(), without_dispatch():
+        model: Any = auto.from_config(config, dtype=dtype).requires_grad_(False).eval()
+        for module in (model.get_decoder(), model.get_output_embeddings()):
+            module.to("meta")
     if not values:
-        return Tower(model.requires_grad_(False).eval())
+        tower = Tower(model)
+        for module in (module for part in tower.parts.values() for module in part.modules()):
+            for name, parameter in module.named_parameters(recurse=False):
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                setattr(module, name, nn.Parameter(empty, requires_grad=False))
+        return tower
     checkpoint = read_checkpoint(folder)
     names = match_names(model, checkpoint.tensors)
     skipped = _language_parameters(model)
@@ -221,7 +253,7 @@ def load_tower(folder: Path, config: PretrainedConfig, dtype: torch.dtype, *, va
         for name, buffer in model.named_buffers():
             if name in names.stored:
                 buffer.copy_(checkpoint.tensors[names.stored[name]].load())
-    return Tower(model.requires_grad_(False).eval())
+    return Tower(model)
 
 
 def require_supported(config: PretrainedConfig) -> None:

@@ -100,6 +100,9 @@ class LoRAConfig:
         None, "ids of tokens whose embeddings are trained, or such lists by module name suffix"
     )
     train_modules: list[str] = setting(list, "additional modules to train in full, by name suffix", **_TEXT_OR_LIST)
+    vision_tower: bool = setting(
+        False, "apply these settings also to the vision tower and the connector of a vision-language model"
+    )
     active: str = setting(
         "always",
         "tokens that the adapter changes: always (all), or completion (from the invocation sequence on; Activated "
@@ -137,7 +140,7 @@ class LoRAConfig:
                 check_expressions(key, [value])
         _check_choice("init", self.init, INITS)
         _check_choice("bias", self.bias, BIASES)
-        for key in ("rslora", "dora", "lora_bias"):
+        for key in ("rslora", "dora", "lora_bias", "vision_tower"):
             if not isinstance(getattr(self, key), bool):
                 raise _invalid_value(key, getattr(self, key), "use true or false")
         odd = [r for r in (self.rank, *self.rank_pattern.values()) if r % 2]
@@ -156,7 +159,7 @@ class LoRAConfig:
 
     def _check_activation(self) -> None:
         """Reject settings that would change the base model's part of a row, which activated LoRA must not do."""
-        unsupported = ("target_parameters", "trainable_token_indices", "train_modules")
+        unsupported = ("target_parameters", "trainable_token_indices", "train_modules", "vision_tower")
         for key in ("dora", "lora_bias", "bias", "init", *unsupported):
             value = getattr(self, key)
             if value and not (isinstance(value, str) and value in {"none", *INITS} - {*CHANGING_INITS}):

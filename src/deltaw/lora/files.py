@@ -268,7 +268,7 @@ def names_in_model(model: nn.Module, names: Iterable[str], location: str) -> dic
     if others := [name for name, view_name in converted.items() if view_name is None]:
         modules = dict.fromkeys(peft_format.factor_module(name) or name for name in others)
         message = f"the adapter changes modules outside of the language model: {format_names(list(modules))}"
-        hint = f"use an adapter that was trained on modules of '{mapping.prefix}' only"
+        hint = f"{_MERGE}; to continue its training, set lora.vision_tower: true"
         raise UserError(message, location=location, hint=hint)
     return {name: view_name for name, view_name in converted.items() if view_name is not None}
 

@@ -198,7 +198,7 @@ def saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, module in model.named_modules():
         for key, buffer in module.named_buffers(recurse=False) if stored_form(module) is None else ():
             name = f"{path}.{key}".lstrip(".")
-            if name in saved and buffer.is_floating_point():
+            if name in saved and buffer.is_floating_point() and (mapping is None or mapping.is_language(name)):
                 yield name, buffer
 
 

@@ -66,6 +66,8 @@ REPLACED_KEY = "deltaw.replaced"
 
 # Stands for the model's input layer, which is the connector of a vision-language model.
 INPUT_LAYER = "input layer"
+# Stands for the vision tower of a vision-language model.
+VISION_TOWER = "vision tower"
 
 
 class Method(abc.ABC):

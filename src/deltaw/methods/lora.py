@@ -27,7 +27,7 @@ from deltaw.lora.attachment import require_attachment
 from deltaw.lora.files import first_directions, rank_dimension
 from deltaw.lora.fingerprint import has_values
 from deltaw.lora.starting import attach_from, save_new_directions
-from deltaw.methods.base import Calibration, Folder, Metadata, Method, MethodOptions, Names, Start
+from deltaw.methods.base import VISION_TOWER, Calibration, Folder, Metadata, Method, MethodOptions, Names, Start
 
 # Subfolder of the new adapter alone, if it was stacked on another one and ``stack: keep`` is set.
 NEW_ADAPTER = "new_adapter"
@@ -62,7 +62,7 @@ class LoRA(Method):
 
     @property
     def trained_modules(self) -> Sequence[str]:
-        return self.config.train_modules
+        return [*self.config.train_modules, *([VISION_TOWER] if self.config.vision_tower else [])]
 
     def set_invocation(self, tokens: Sequence[int]) -> None:
         self._set_config(dataclasses.replace(self.config, invocation_tokens=list(tokens)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaw.hub.mrope import encode_grid, has_grid_positions, image_grids
-from deltaw.hub.vision import VisionLanguageModel, unsupported_family
+from deltaw.hub.vision import Tower, VisionLanguageModel, unsupported_family
 from deltaw.hub.vision_parts import fold_statistics
 from deltaw.kernels.layout import Layout, PositionShifts
 from deltaw.kernels.torch_private import cast_module
@@ -25,6 +26,8 @@ from deltaw.lora.attachment import Replacement, find_module_spots
 from deltaw.lora.fingerprint import has_values
 from deltaw.runtime.virtual_tokens import embedding_weight, input_embedding
 
+# Name of the submodule of the embedding that contains the modules of a trained vision tower.
+VISION = "vision"
 # Maximum relative difference of the logits of a complete model and its view.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
@@ -38,8 +41,8 @@ class FeatureSource(Protocol):
 
     width: int
 
-    def rows(self, ids: Tensor) -> Tensor:
-        """Return the (n, width) features of token ids (n,)."""
+    def rows(self, ids: Tensor, tower: Tower | None = None) -> Tensor:
+        """Return the (n, width) features of token ids (n,). A tower computes them, with gradients."""
         ...
 
     def contains(self, ids: np.ndarray) -> np.ndarray:
@@ -61,6 +64,8 @@ class ImageTokens(nn.Module):
         connector_name: Name of the submodule that maps features (n, width) to embeddings (n, d), or None if the
             features are embeddings.
         statistics: (width,) mean and standard deviation by which the connector's inputs are standardized, or None.
+        tower: Vision tower that computes the features at each call, with the submodules of ``vision``. None if features
+            are stored.
     """
 
     weight: Tensor
@@ -69,6 +74,7 @@ class ImageTokens(nn.Module):
     has_grid_positions: bool
     connector_name: str | None
     statistics: tuple[Tensor, Tensor] | None
+    tower: Tower | None
 
     @property
     def connector(self) -> nn.Module | None:
@@ -99,6 +105,9 @@ class ImageTokens(nn.Module):
 
     def image_rows(self, ids: Tensor) -> Tensor:
         """Return the (n, d) embeddings of image tokens (n,)."""
+        if self.tower is not None:
+            self.tower.set_parts(dict(self.get_submodule(VISION).named_children()))
+            return self.features.rows(ids, self.tower)
         if not has_values(self.weight):  # a dry run
             return self._embed(self.weight.new_zeros(len(ids), self.features.width))
         return self._embed(self.features.rows(ids).to(device=ids.device, dtype=self.weight.dtype))
@@ -114,12 +123,17 @@ class ImageTokens(nn.Module):
 
 
 def attach_images(
-    model: nn.Module, features: FeatureSource, connector: tuple[str, nn.Module] | None = None
+    model: nn.Module,
+    features: FeatureSource,
+    parts: Mapping[str, nn.Module] = MappingProxyType({}),
+    tower: Tower | None = None,
 ) -> Replacement:
     """Let additional token ids of a model have these features, in place.
 
     Args:
-        connector: Name and module that maps features to embeddings. The name must not contain a dot.
+        parts: Modules by their complete names that become a part of the embedding: those of the tower, or the module
+            that maps stored features to embeddings.
+        tower: Vision tower that computes the features at each call. None if they are stored.
 
     Raises:
         UserError: as in :func:`deltaw.runtime.virtual_tokens.input_embedding`.
@@ -129,9 +143,15 @@ def attach_images(
     layer: Any = cast_module(type(f"{kind.__name__}WithImages", (ImageTokens, kind), {}), embedding)
     layer.features, layer.first_image_id = features, int(embedding_weight(embedding).shape[0])
     layer.connector_name, layer.statistics, layer.has_grid_positions = None, None, has_grid_positions(model)
-    if connector is not None:
-        layer.connector_name = connector[0]
-        layer.add_module(*connector)
+    layer.tower = tower
+    named = {name.rpartition(".")[2]: module for name, module in parts.items()}
+    if tower is not None:
+        layer.add_module(VISION, nn.ModuleDict(named))
+        if tower.connector is not None:
+            layer.connector_name = f"{VISION}.{tower.connector.removeprefix(tower.prefix)}"
+    for name, module in named.items() if tower is None else ():
+        layer.connector_name = name
+        layer.add_module(name, module)
     names = tuple(name for name, module in model.named_modules() if module is embedding)
     replacement = Replacement(names, find_module_spots(model, embedding), embedding, layer)
     replacement.put_current()
@@ -218,7 +238,7 @@ class _Features:
         sizes = [(np.arange(height * width), height, width) for height, width in grids]
         self._grids = [np.stack(np.broadcast_arrays(*size)) for size in sizes]
 
-    def rows(self, ids: Tensor) -> Tensor:
+    def rows(self, ids: Tensor, tower: Tower | None = None) -> Tensor:
         return self._values[ids - self._first_id]
 
     def contains(self, ids: np.ndarray) -> np.ndarray:

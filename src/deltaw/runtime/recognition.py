@@ -38,9 +38,12 @@ Result = TypeVar("Result")
 def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     """Return the name and the list of the model's blocks, or None if it has no such list.
 
-    This is the list of modules with the largest number of parameters. Lists inside blocks (experts) have fewer.
+    This is the list of modules with the largest number of parameters. Lists inside blocks (experts) have fewer. Lists
+    inside an embedding belong to a vision tower.
     """
-    lists = [pair for pair in model.named_modules() if isinstance(pair[1], nn.ModuleList)]
+    embeddings = {id(inner) for m in model.modules() if isinstance(m, nn.Embedding) for inner in m.modules()}
+    named = [pair for pair in model.named_modules() if id(pair[1]) not in embeddings]
+    lists = [pair for pair in named if isinstance(pair[1], nn.ModuleList)]
     sizes = [sum(p.numel() for p in module.parameters()) for _, module in lists]
     return lists[sizes.index(max(sizes))] if any(sizes) else None  # type: ignore[return-value]
 

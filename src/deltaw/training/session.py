@@ -36,7 +36,7 @@ from deltaw.lora.fingerprint import combine_digests, digest_tensor
 from deltaw.machine.choices import Choice, choose_device, choose_precision
 from deltaw.machine.kernel_choice import numerics_key
 from deltaw.machine.memory import PeakMemory, release_free_memory
-from deltaw.methods.base import Method
+from deltaw.methods.base import VISION_TOWER, Method
 from deltaw.methods.files import choose_method
 from deltaw.methods.start import StartAdapter, open_start
 from deltaw.progress import Advance, Detail, LogFunction, ignore_line, track_progress
@@ -716,5 +716,8 @@ def method_for(task: Task[Any], config: RunConfig) -> Method:
         UserError: if it does not fit the task.
     """
     method = choose_method(config, task.tokenizer)
+    if VISION_TOWER in method.trained_modules and task.images is None:
+        message = "this task and model have no vision tower"
+        raise UserError(message, location="lora.vision_tower", hint="remove it, or use a vision-language model")
     task.check_method(method)
     return method

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -40,14 +40,15 @@ from deltaw.hub.mrope import image_grids
 from deltaw.hub.processors import PROCESSOR_FILES, ModelProcessor
 from deltaw.hub.vision import Tower, is_view, load_tower
 from deltaw.hub.vision_parts import is_new_connector
+from deltaw.kernels.torch_private import without_dispatch
 from deltaw.lora.complete_names import complete_names, set_complete_names
 from deltaw.machine.choices import dtype_of
 from deltaw.machine.memory import release_free_memory
 from deltaw.memory.simulation import simulate
-from deltaw.methods.base import INPUT_LAYER
+from deltaw.methods.base import INPUT_LAYER, VISION_TOWER
 from deltaw.platforms import rename_path
 from deltaw.progress import track_progress
-from deltaw.runtime.image_tokens import ImageTokens, attach_images, connector_module, verify_view
+from deltaw.runtime.image_tokens import ImageTokens, attach_images, verify_view
 from deltaw.tensor_files import TensorFile, write_tensors
 
 # Maximum size of all stored features.
@@ -104,6 +105,9 @@ class RowImages:
 
     Attributes:
         before_connector: True if features are the inputs of the connector, which is trained.
+        is_live: True if the vision tower is a part of the model and computes features in each step, so that none are
+            stored.
+        trains_tower, trains_connector: True if this part is trained.
         width: Size of a feature vector.
         has_new_connector: True if the model was assembled from parts, and its connector was never trained.
         limit_bytes: Maximum size of all features, or None. With a limit, features are not stored in the cache, an image
@@ -116,7 +120,8 @@ class RowImages:
         self._processor = ModelProcessor(folder, config, tokenizer)
         self.placeholder, self.token_id = self._processor.placeholder, self._processor.token_id
         self.first_id = int(config.get_text_config(decoder=True).vocab_size)
-        self.before_connector, self.width = False, int(config.get_text_config(decoder=True).hidden_size)
+        self.before_connector = self.is_live = self.trains_tower = self.trains_connector = False
+        self.width = int(config.get_text_config(decoder=True).hidden_size)
         self._folder, self._config = folder, config
         self._dtype = dtype_of(dtype)
         self.has_new_connector = is_new_connector(folder)
@@ -133,7 +138,6 @@ class RowImages:
         self._next_id = self.first_id  # with a limit
         # The first lock protects all attributes, the second one is held while features are computed.
         self._lock, self._computing = threading.RLock(), threading.RLock()
-        self._connector = ""  # name in the complete model
 
     def __len__(self) -> int:
         return len(self._images)
@@ -184,13 +188,21 @@ class RowImages:
         before = self._sorted[position - 1] if position else None
         return before if before is not None and before.first_id + before.count > first_id else None
 
-    def rows(self, ids: Tensor) -> Tensor:
+    def rows(self, ids: Tensor, tower: Tower | None = None) -> Tensor:
         """Return the (n, width) features of token ids (n,), after computing those that are not stored.
+
+        Args:
+            tower: Compute all of them with this tower, with gradients, and store none.
 
         Raises:
             UserError: if an image cannot be read anymore.
         """
         values = ids.cpu().numpy()
+        if tower is not None:
+            images, indices = self._find(values)
+            features = [self._features(image, tower.features) for image in images]
+            starts = np.cumsum([0, *map(len, features[:-1])]) - [image.first_id for image in images]
+            return torch.cat(features)[torch.from_numpy(values + starts[indices])]
         self.compute(self._find(values)[0])
         with self._lock:
             images, indices = self._find(values)
@@ -290,7 +302,7 @@ class RowImages:
             UserError: if an image cannot be read anymore, or its tokens changed.
         """
         selected = self._sorted if images is None else images
-        if all(image.start is not None for image in selected):
+        if self.is_live or all(image.start is not None for image in selected):
             return
         with self._computing:
             missing = [image for image in selected if image.start is None and not self._load(image)]
@@ -318,50 +330,67 @@ class RowImages:
         """Let a text view read the images. If the model has weights, compute the features of all images.
 
         Args:
-            trained: Names of modules or parameters that are trained in full, or :data:`INPUT_LAYER`. If they include
-                the connector, its inputs are stored, and it becomes a part of the model's embedding.
+            trained: Names of trained modules or parameters, :data:`INPUT_LAYER` or :data:`VISION_TOWER`. A trained
+                connector becomes a part of the model's embedding, and its inputs are stored. A trained vision tower
+                also becomes a part, and nothing is stored.
             is_new: Also train a connector that was never trained, on standardized inputs.
 
         Raises:
-            UserError: if the connector does not map features one by one.
+            UserError: if the model has no connector.
         """
-        connector = self._open_connector(trained, is_new, values=has_values(model))
+        tower, parts = self._trained_parts(trained, is_new, values=has_values(model))
         if not isinstance(model.get_input_embeddings(), ImageTokens):
             if has_values(model):
                 self._verify(model)
-            attach_images(model, self, connector)
-            if (mapping := complete_names(model)) is not None and (name := connector_module(model)) is not None:
-                set_complete_names(model, mapping.with_module(name, self._connector))
+            attach_images(model, self, parts, tower if self.is_live else None)
+            names, mapping = {id(m): name for name, m in model.named_modules()}, complete_names(model)
+            for name, part in parts.items():
+                mapping = mapping and mapping.with_module(names[id(part)], name)
+            if mapping is not None:
+                set_complete_names(model, mapping)
         if has_values(model):
             self.compute()
             self.release()
-            if is_new and self.has_new_connector:
+            if self.before_connector and is_new and self.has_new_connector:
                 layer: Any = model.get_input_embeddings()
                 layer.statistics = self._table.statistics()
 
     def prepare(self, trained: Sequence[str], *, is_new: bool) -> None:
         """Compute the features of all images before the model is loaded, see :meth:`attach`."""
-        self._open_connector(trained, is_new, values=True)
+        self._trained_parts(trained, is_new, values=True)
         self.compute()
         self.release()
 
-    def _open_connector(self, trained: Sequence[str], is_new: bool, *, values: bool) -> tuple[str, nn.Module] | None:
-        """Return name and module of the connector if it is trained, and store its inputs from now on.
+    def _trained_parts(
+        self, trained: Sequence[str], is_new: bool, *, values: bool
+    ) -> tuple[Tower | None, dict[str, nn.Module]]:
+        """Return the tower, and the modules by their complete names that become a part of the model's embedding.
 
         Args:
             values: False for a dry run.
         """
         starts_connector = is_new and self.has_new_connector
         if not trained and not starts_connector:
-            return None
+            return None, {}
         tower = load_tower(self._folder, self._config, self._dtype, values=values)
-        self._tower = tower if values else None
-        parts = {part for name in trained for part in name.split(".")}
-        if not (starts_connector or INPUT_LAYER in trained or str(tower.connector).rpartition(".")[2] in parts):
-            return None
-        connector, self._connector = tower.open_connector(), str(tower.connector)
-        self.before_connector, self.width = True, int(next(connector[1].parameters()).shape[-1])
-        return connector
+        connector, parts = str(tower.connector), {f"{tower.prefix}{name}": part for name, part in tower.parts.items()}
+        others = [f".{name}." for name in parts if not f"{connector}.".startswith(f"{name}.")]
+        self.trains_tower = VISION_TOWER in trained or any(part in f".{name}" for name in trained for part in others)
+        last_names = {part for name in trained for part in name.split(".")}
+        last_name = connector.rpartition(".")[2]
+        self.trains_connector = starts_connector or INPUT_LAYER in trained or last_name in last_names
+        self.is_live = self.trains_tower or (self.trains_connector and tower.has_separators)
+        self._tower = tower if values and not self.is_live else None
+        if self.trains_tower and starts_connector:
+            message = "the vision tower cannot be trained together with a new connector"
+            hint = "train the connector first, merge the adapter, and train the tower of the merged model"
+            raise UserError(message, location="lora.vision_tower", hint=hint)
+        if not self.trains_connector:
+            return tower, parts if self.trains_tower else {}
+        module = tower.open_connector()[1]
+        if not self.is_live:
+            self.before_connector, self.width = True, int(next(module.parameters()).shape[-1])
+        return tower, parts if self.trains_tower else {connector: module}
 
     def _verify(self, view: PreTrainedModel) -> None:
         """Check once per model and machine that the view computes the same as the complete model.
@@ -381,34 +410,33 @@ class RowImages:
     def planned_bytes(self) -> int:
         """Return the memory for computing the features that are not stored: the tower, and its largest activations."""
         missing = [image for image in self._sorted if image.start is None and not self._path(image).is_file()]
-        if not missing:
+        if not missing or self.is_live:
             return 0
-        largest = max(missing, key=lambda image: image.count).image
-        assert largest is not None
-        _, inputs = self._processor.encode(largest.decoded())
-        tower: list[Tower] = []
+        largest, tower = max(missing, key=lambda image: image.count), list[Tower]()
 
         def run() -> None:
             tower.append(load_tower(self._folder, self._config, self._dtype, values=False))
-            tower[0].features({name: torch.zeros(value.shape, dtype=value.dtype) for name, value in inputs.items()})
+            self._features(largest, tower[0].features)
 
         try:
-            return simulate(run).peak_bytes - tower[0].language_bytes
+            return simulate(run).peak_bytes
         except Exception:  # the shapes of some families depend on values of the inputs
             return tower[0].bytes if tower else 0
 
     def stored_bytes(self) -> int:
         """Return the size of the features of all images."""
-        return sum(image.count for image in self._sorted) * self.width * self._dtype.itemsize
+        return 0 if self.is_live else sum(i.count for i in self._sorted) * self.width * self._dtype.itemsize
 
     def lines(self) -> list[str]:
         """Return a message about the images and about which parts of the model are trained."""
         if not self._images:
             return []
         tokens = sum(image.count for image in self._sorted)
-        connector = "trained" if self.before_connector else "frozen"
         images = f"{count_of(len(self), 'distinct image')}, {tokens:,} tokens"
-        return [f"{images}; vision tower: frozen, its outputs are stored; connector: {connector}"]
+        tower = "LoRA" if self.trains_tower else "frozen"
+        outputs = "are computed in each step" if self.is_live else "are stored"
+        connector = "trained" if self.trains_connector else "LoRA, if selected" if self.trains_tower else "frozen"
+        return [f"{images}; vision tower: {tower}, its outputs {outputs}; connector: {connector}"]
 
     def release(self) -> None:
         """Free the vision tower. It is loaded again if further images are computed."""
@@ -420,15 +448,20 @@ class RowImages:
             self._tower = load_tower(self._folder, self._config, self._dtype)
         return self._tower
 
+    @torch.no_grad()
     def _encode(self, image: _StoredImage) -> Tensor:
+        tower = self._open_tower()
+        return self._features(image, tower.connector_inputs if self.before_connector else tower.features)
+
+    def _features(self, image: _StoredImage, compute: Callable[[dict[str, Tensor]], list[Tensor]]) -> Tensor:
+        """Return the (tokens, width) features of an image, which ``compute`` returns for outputs of the processor."""
         assert image.image is not None
         decoded = image.image.decoded()
         if self._digest(decoded) != image.digest:
             message = "the image changed after its row was read"
             raise UserError(message, location=image.image.location, hint="wait until the files are complete")
-        _, inputs = self._processor.encode(decoded)
-        tower = self._open_tower()
-        compute = tower.connector_inputs if self.before_connector else tower.features
+        with without_dispatch():  # a dry run needs the values of masks and sizes
+            _, inputs = self._processor.encode(decoded)
         values = torch.cat(compute(inputs))
         if len(values) != image.count:
             message = f"the vision tower has {len(values):,} features for {image.count:,} image tokens"
