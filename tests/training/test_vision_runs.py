@@ -197,6 +197,74 @@ def test_two_processes_equal_one(settings, tmp_path):
     assert_same_as_one_process(single, several)
 
 
+@pytest.fixture(scope="module")
+def parts(folder):
+    """A reference to a tiny language model and a vision encoder, whose connector is new."""
+    language = save_model(tiny_llama(tie_word_embeddings=True), folder / "language")
+    return f"parts:{language} + {save_encoder('dinov2', folder / 'encoder')}"
+
+
+def write_mixed(folder: Path, num_images: int) -> str:
+    """Write 14 rows, of which the last ones have an image, and return the name of the file."""
+    rows = [{"prompt": f"q{n}", "completion": "a"} for n in range(14 - num_images)]
+    rows += [{"image": f"{n}.png", "prompt": "q", "completion": "b"} for n in range(num_images)]
+    (folder / f"mixed-{num_images}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"mixed-{num_images}.jsonl"
+
+
+@pytest.mark.parametrize("two_processes", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_connector_is_trained_on_steps_without_images(settings, folder, tmp_path, two_processes):
+    train = {"learning_rate": 0.01, "batch_size": 2, "epochs": 1, "drift": False}
+    one, two = (settings(tmp_path / name, write_mixed(folder, 2), method="input", train=train) for name in "ab")
+    for changed in (one, two):
+        changed["data"] |= {"eval": None, "group": None, "duplicates": "keep"}
+    if two_processes:
+        assert_same_as_one_process(one, two)
+    else:
+        deltaw.fit(one)
+    norms = [line["gradient_norm"] for line in metrics(tmp_path / "a")]
+    assert len(norms) == 7 and norms.count(0.0) >= 5 and any(norms)
+
+
+@pytest.mark.parametrize(
+    ("method", "trained"),
+    [
+        ({"method": "head"}, ["lm_head.weight"]),
+        ({"method": "input", "input": {"tokens": ["<|im_start|>"]}}, ["embed_tokens.weight.values"]),
+        ({"method": "lora", "precision": "bf16"}, ["q_proj.lora_B.weight"]),
+    ],
+    ids=lambda value: value.get("method", "") if isinstance(value, dict) else None,
+)
+def test_methods_train_a_new_connector_and_their_own_parameters(settings, parts, tmp_path, method, trained):
+    deltaw.fit(settings(tmp_path / "run", model=parts, **method))
+    tensors = adapter(tmp_path / "run")
+    for ending in (*trained, "multi_modal_projector.linear_1.weight"):
+        assert any(name.endswith(ending) for name in tensors), [*tensors]
+    precision = method.get("precision", "fp32")
+    session = open_run(str(tmp_path / "run"), precision=precision, log=ignore_line)
+    loss = json.loads((tmp_path / "run" / "run.json").read_text())["result"]["eval"]["loss"]
+    assert session.evaluate_held_out() == pytest.approx(loss, rel=1e-5 if precision == "fp32" else 0.02)
+
+
+def test_new_connector_without_images_is_rejected(settings, folder, parts, tmp_path):
+    changed = settings(tmp_path / "run", write_mixed(folder, 0), model=parts)
+    changed["data"] |= {"group": None, "duplicates": "keep"}
+    error = refusal(deltaw.fit, changed)
+    assert "rows without images" in error.message and "language model alone" in error.hint
+
+
+def test_only_the_connector_is_loaded_if_features_are_stored(settings, tmp_path, monkeypatch):
+    train, loaded = {"max_steps": 2, "batch_size": 8, "drift": False}, []
+    deltaw.fit(settings(tmp_path / "first", method="input", train=train))
+    load = vision.Tower.load
+    monkeypatch.setattr(
+        vision.Tower, "load", lambda self, folder, prefix="": loaded.append(prefix) or load(self, folder, prefix)
+    )
+    deltaw.fit(settings(tmp_path / "second", method="input", train=train))
+    assert loaded == ["model.multi_modal_projector."]
+    assert_same_run(tmp_path / "second", tmp_path / "first")
+
+
 @pytest.fixture
 def images(folder, settings):
     """The images of the model, with an empty cache."""
@@ -210,6 +278,47 @@ def test_changed_file_is_rejected(images, folder, tmp_path):
     shutil.copy(folder / "1.png", file)
     error = refusal(images.rows, torch.tensor([placed.ids[0]]))
     assert "changed after its row was read" in error.message and not [*(root() / "images").glob("*.safetensors")]
+
+
+def test_files_of_other_features_are_computed_again(images, folder):
+    images.place(RowImage(folder / "0.png", "row 1"))
+    images.compute()
+    (file,) = (root() / "images").glob("*.safetensors")
+    content = file.read_bytes()
+    values = load_file(file)["features"]
+    for name, changed in (("bf16", values.bfloat16()), ("width", values[:, :16]), ("3-d", values[None])):
+        checksum = {"checksum": features_module._checksum(changed, file.name)}
+        save_file({"features": changed.contiguous()}, file, checksum)
+        again = _same_images(images, folder)
+        assert torch.equal(again.rows(torch.tensor(again._first_ids)), values[:1]) and file.read_bytes() == content, name
+    other = file.with_name(f"0{file.name[1:]}")
+    save_file({"features": values + 1}, file, {"checksum": features_module._checksum(values + 1, other.name)})
+    again = _same_images(images, folder)
+    assert torch.equal(again.rows(torch.tensor(again._first_ids)), values[:1])
+
+
+def _same_images(images: RowImages, folder: Path) -> RowImages:
+    config, tokenizer = AutoConfig.from_pretrained(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
+    again = RowImages(folder / "model", config, tokenizer, "fp32")
+    again.place(RowImage(folder / "0.png", "row 1"))
+    return again
+
+
+def test_unfinished_files_are_removed(images, folder, monkeypatch):
+    cache = root() / "images"
+    cache.mkdir(parents=True)
+    old, new = (cache / f".{name}.part" for name in ("old", "new"))
+    for file in (old, new):
+        file.write_bytes(b"x")
+    os.utime(old, (0, 0))
+    placed = images.place(RowImage(folder / "0.png", "row 1"))
+
+    def fail(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(features_module, "write_tensors", fail)
+    images.rows(torch.tensor([placed.ids[0]]))
+    assert [file.name for file in cache.iterdir()] == [new.name]
 
 
 def test_unused_images_are_discarded(images, folder):
