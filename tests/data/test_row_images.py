@@ -240,7 +240,7 @@ def test_images_of_dropped_turns_are_not_placed() -> None:
         ({"prompt": "c", "images": ["HTTP://example.org/a.png"]}, "a URL (http)"),
         ({"prompt": [user([{"type": "image_url", "image_url": {"url": "http://x/a"}}])]}, "a URL (http)"),
         ({"prompt": [user([{"type": "image_url"}])]}, "the image is empty"),
-        ({"prompt": [user([{"type": "text", "text": "c", "image": A}])]}, "a content part of another type has an image"),
+        ({"prompt": [user([{"type": "text", "text": "c", "image": A}])]}, "part of another type has an image"),
         ({"prompt": "c", "image": np.zeros((4, 4, 3))}, "the image is a ndarray"),
         ({"prompt": "c", "images": ["data:image/png;base64,%"]}, "not valid base64"),
         ({"prompt": "c", "images": ["data:image/svg+xml,<svg/>"]}, "not valid base64"),

@@ -16,7 +16,7 @@ OTHER_ATTENTION = ("paligemma", "gemma3")
 # Families whose complete model, unlike the causal class of their language model, does not scale the logits.
 OTHER_LOGITS = ("cohere2_vision", "aya_vision")
 # Families with a connector that maps features one by one.
-STORED_INPUTS = ("llava", "vipllava", "smolvlm", "idefics3", "internvl")
+STORED_INPUTS = ("llava", "vipllava", "smolvlm", "idefics3", "internvl", "paligemma")
 CAUSAL = [name for name in FAMILIES if name not in (*OTHER_ATTENTION, *OTHER_LOGITS)]
 
 

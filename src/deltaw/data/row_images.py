@@ -300,7 +300,7 @@ def _row_image(value: object, folder: Path | None, location: str) -> RowImage:
     except UserError as error:
         raise unreadable_image(error) from error
     if image is None:
-        problem = "is empty" if value is None or value == "" else f"is a {type(value).__name__}"
+        problem = "is empty" if _is_empty(value) else f"is a {type(value).__name__}"
         hint = "give a path relative to the file's folder, encoded bytes, or a data URL"
         raise unreadable_image(UserError(f"the image {problem}", location=location, hint=hint))
     return RowImage(image, f"{location}: {image}" if isinstance(image, Path) else location)
