@@ -20,6 +20,7 @@ from deltaw.cache import root
 from deltaw.data.row_images import RowImage
 from deltaw.export.merge import merge_run
 from deltaw.hub import vision
+from deltaw.hub.vision_parts import fold_statistics
 from deltaw.progress import ignore_line
 from deltaw.settings.config import RunConfig
 from deltaw.training.features import images as features_module
@@ -327,6 +328,20 @@ def _same_images(images: RowImages, folder: Path) -> RowImages:
     again = RowImages(folder / "model", config, tokenizer, "fp32")
     again.place(RowImage(folder / "0.png", "row 1"))
     return again
+
+
+def test_folded_connector_ignores_constant_features():
+    random = torch.Generator().manual_seed(0)
+    features, weight = torch.randn(200, 4, generator=random), torch.randn(3, 4, generator=random)
+    features[:, 1], features[:, 2] = 5.3, 20 + features[:, 2] / 100
+    table = features_module._Table()
+    table.append(features)
+    mean, std = table.statistics()
+    expected = ((features - mean) / std) @ weight.T
+    folded, bias = (tensor.bfloat16() for tensor in fold_statistics(weight, torch.zeros(3), mean, std))
+    actual = features.bfloat16() @ folded.T + bias
+    assert folded[:, 1:3].eq(0).all() and expected.std() > 0.5
+    torch.testing.assert_close(actual.float(), expected, rtol=0.02, atol=0.05)
 
 
 def test_unfinished_files_are_removed(images, folder, monkeypatch):

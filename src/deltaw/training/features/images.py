@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import tempfile
 import threading
@@ -65,6 +66,8 @@ _MAX_KEPT_BYTES = 1 << 26
 THUMBNAIL_SIDE = 96
 # Files that are older than this number of seconds are not being written anymore.
 _MAX_PART_AGE = 3600
+# A dimension with a smaller standard deviation, relative to its mean, is considered constant.
+_MIN_RELATIVE_STD = 1e-2
 # Number of image sizes for which texts are kept.
 _MAX_SIZES = 1024
 
@@ -540,7 +543,11 @@ class _Table:
         return self._values[torch.from_numpy(indices)].view(self._dtype)
 
     def statistics(self) -> tuple[Tensor, Tensor] | None:
-        """Return the (width,) mean and standard deviation of all values, or None if there are none."""
+        """Return the (width,) mean and standard deviation of all values, or None if there are none.
+
+        The standard deviation of a nearly constant dimension is infinite, so that it is ignored. Otherwise, the folded
+        weights would be too large for bf16.
+        """
         total, squares = torch.zeros(2, self._width, dtype=torch.float64)
         for start in range(0, self.count, _BLOCK):
             values = self.rows(np.arange(start, min(start + _BLOCK, self.count))).double()
@@ -549,7 +556,8 @@ class _Table:
             return None
         mean = total / self.count
         std = (squares / self.count - mean.square()).clamp(min=0).sqrt()
-        return mean.float(), std.clamp(min=float(std.mean()) * 1e-3 + 1e-12).float()
+        is_constant = (std <= 1e-3 * std.mean()) | (std <= _MIN_RELATIVE_STD * mean.abs())
+        return mean.float(), std.masked_fill(is_constant, math.inf).float()
 
 
 def has_images(config: PretrainedConfig, folder: Path) -> bool:
