@@ -364,8 +364,7 @@ def _gradients(
         return None
     for batch in batches:
         if isinstance(batch, SpareBatch):
-            spare = objective(batch.of) * 0
-            if spare.requires_grad:
+            if (spare := objective(batch.of) * 0).requires_grad:
                 spare.backward()
             continue
         loss = objective(batch)

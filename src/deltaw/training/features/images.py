@@ -66,8 +66,6 @@ _MAX_KEPT_BYTES = 1 << 26
 THUMBNAIL_SIDE = 96
 # Files that are older than this number of seconds are not being written anymore.
 _MAX_PART_AGE = 3600
-# A dimension with a smaller standard deviation, relative to its mean, is considered constant.
-_MIN_RELATIVE_STD = 1e-2
 # Number of image sizes for which texts are kept.
 _MAX_SIZES = 1024
 
@@ -556,7 +554,7 @@ class _Table:
             return None
         mean = total / self.count
         std = (squares / self.count - mean.square()).clamp(min=0).sqrt()
-        is_constant = (std <= 1e-3 * std.mean()) | (std <= _MIN_RELATIVE_STD * mean.abs())
+        is_constant = (std <= 1e-3 * std.mean()) | (std <= 1e-2 * mean.abs())
         return mean.float(), std.masked_fill(is_constant, math.inf).float()
 
 
