@@ -357,7 +357,7 @@ class RowImages:
         self.release()
 
     def _trained_parts(self, trained: Sequence[str], is_new: bool) -> tuple[Tower | None, dict[str, nn.Module]]:
-        """Return the tower without values, and the modules by their complete names that the embedding will contain."""
+        """Return the tower with uninitialized weights, and by their complete names the modules for the embedding."""
         starts_connector = is_new and self.has_new_connector
         if not trained and not starts_connector:
             return None, {}
