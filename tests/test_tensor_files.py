@@ -95,6 +95,13 @@ def test_truncated_file_is_rejected(tmp_path: Path) -> None:
             TensorFile(path)
 
 
+def test_nested_header_is_rejected(tmp_path: Path) -> None:
+    path, header = tmp_path / "made.safetensors", b"[" * 200_000
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(UserError, match="nested too deeply"):
+        read_header(path)
+
+
 def test_failed_write_keeps_the_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "made.safetensors"
     save_tensors(path, {"old": torch.ones(2)}, {})

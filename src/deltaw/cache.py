@@ -251,26 +251,30 @@ class Cache:
             return None
         return lock
 
-    def create_folder(self, name: str, make: Callable[[Path], object]) -> Path:
-        """Return the folder of an entry. If it does not exist, create it atomically.
+    def create_folder(
+        self, name: str, make: Callable[[Path], object], is_complete: Callable[[Path], bool] = Path.is_dir
+    ) -> Path:
+        """Return the folder of an entry. If it is missing or incomplete, create it atomically.
 
         Concurrent processes wait for the first one.
 
         Args:
             name: Key of the entry.
             make: Writes the files into an empty folder.
+            is_complete: Returns True if a folder exists and can be used.
 
         Raises:
             UserError: if the folder cannot be stored.
         """
         target = self.folder / name
-        if target.is_dir():
+        if is_complete(target):
             self.touch(name)
             return target
         try:
             lock = self.lock(name)
             try:
-                if not target.is_dir():
+                if not is_complete(target):
+                    self.remove(name)
                     self.evict(exclude=name)
                     self._create_folder(target, make)
             finally:

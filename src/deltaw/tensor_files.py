@@ -155,7 +155,10 @@ def _header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         length = int.from_bytes(file.read(8), "little")
         if not 0 < length <= min(size - 8, _LARGEST_HEADER):
             raise ValueError("its header is truncated")
-        header = json.loads(file.read(length))
+        try:
+            header = json.loads(file.read(length))
+        except RecursionError as error:
+            raise ValueError("its header is nested too deeply") from error
     metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
     tensors = []
     for name, entry in header.items():

@@ -240,6 +240,8 @@ def test_images_of_dropped_turns_are_not_placed() -> None:
         ({"prompt": "c", "images": ["HTTP://example.org/a.png"]}, "a URL (http)"),
         ({"prompt": [user([{"type": "image_url", "image_url": {"url": "http://x/a"}}])]}, "a URL (http)"),
         ({"prompt": [user([{"type": "image_url"}])]}, "the image is empty"),
+        ({"prompt": [user([{"type": "text", "text": "c", "image": A}])]}, "part of another type has an image"),
+        ({"prompt": "c", "image": np.zeros((4, 4, 3))}, "the image is a ndarray"),
         ({"prompt": "c", "images": ["data:image/png;base64,%"]}, "not valid base64"),
         ({"prompt": "c", "images": ["data:image/svg+xml,<svg/>"]}, "not valid base64"),
         ({"prompt": "c", "images": [None]}, "the image is empty"),
@@ -466,6 +468,15 @@ def test_check_compares_images_and_reports_unreadable_ones(write: Write) -> None
     assert not findings.keys() & {"contradictions", "near_duplicates", "duplicates", "special_tokens_in_text"}
     assert findings["divided_image"].count == 1 and "row 4" in findings["divided_image"].rows[0]
     assert any("an image that cannot be read" in finding.text for finding in check.findings)
+
+
+@pytest.mark.parametrize(("column", "level"), [("image", "warning"), ("photo", "note")])
+def test_check_reports_unused_columns(write: Write, column: str, level: str) -> None:
+    tokenizer = image_tokenizer()
+    settings = DataSettings(train=write([{"text": "a", "group": 1, column: A}]), eval=None, group="group")
+    check = TextReader(settings, tokenizer, images=FakePlacer(tokenizer)).check([])
+    (finding,) = [finding for finding in check.findings if finding.name == "unused_columns"]
+    assert finding.level == level and finding.text.endswith(f": {column}")
 
 
 # Prompts

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deltaw.hub.checkpoint import match_names, read_checkpoint
-from deltaw.hub.vision import is_vision_language, text_view
+from deltaw.hub.vision import Tower, is_vision_language, text_view
 from deltaw.runtime.image_tokens import verify_view
 from tests.conftest import refusal
 from tests.vision_models import FAMILIES, IMAGE_TOKEN, prompt, vision_model
@@ -17,6 +17,8 @@ OTHER_ATTENTION = ("paligemma", "gemma3")
 DEEPSTACK = ("qwen3_vl",)
 # Families whose complete model, unlike the causal class of their language model, does not scale the logits.
 OTHER_LOGITS = ("cohere2_vision", "aya_vision")
+# Families with a connector that maps features one by one.
+STORED_INPUTS = ("llava", "vipllava", "smolvlm", "idefics3", "internvl", "paligemma")
 CAUSAL = [name for name in FAMILIES if name not in (*OTHER_ATTENTION, *DEEPSTACK, *OTHER_LOGITS)]
 
 
@@ -44,6 +46,18 @@ def test_bidirectional_images_are_rejected(family):
 def test_features_in_several_blocks_are_rejected(family):
     error = refusal(text_view, vision_model(family))
     assert f"a {family} model is not supported: several of its blocks read features" in error.message
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_connectors_are_trained_on_stored_features_or_rejected(family):
+    tower = Tower(vision_model(family))
+    if family in STORED_INPUTS:
+        rows = tower.connector_inputs(FAMILIES[family].inputs())
+        mapped = tower.open_connector()[1](torch.cat(rows))
+        torch.testing.assert_close(mapped, torch.cat(tower.features(FAMILIES[family].inputs())))
+    else:
+        error = refusal(tower.connector_inputs, FAMILIES[family].inputs())
+        assert f"the connector of a {family} model cannot be trained" in error.message
 
 
 @pytest.mark.parametrize("family", OTHER_LOGITS)

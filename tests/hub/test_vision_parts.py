@@ -202,6 +202,26 @@ def test_second_call_uses_the_cache(language, vision, tmp_path, monkeypatch):
         assembled_folder(*copies)
 
 
+def test_damaged_entry_is_assembled_again(language, vision):
+    folder = assembled_folder(language, vision)
+    weights = (folder / "model.safetensors").read_bytes()
+
+    def truncate() -> None:
+        (folder / "model.safetensors").write_bytes(weights[:-1])
+
+    for damage in (truncate, (folder / "model.safetensors").unlink, (folder / "new-connector").unlink):
+        damage()
+        assert assembled_folder(language, vision) == folder and is_new_connector(folder)
+        assert (folder / "model.safetensors").read_bytes() == weights
+
+
+def test_weights_that_are_not_finite_are_rejected(vision, tmp_path):
+    model = tiny_llama()
+    model.get_input_embeddings().weight.data[3, 2] = float("nan")
+    error = refusal(assembled_folder, save_model(model, tmp_path / "language"), vision)
+    assert "'model.embed_tokens.weight' is not finite" in error.message
+
+
 def _assemble_until_killed(language: Path, vision: Path) -> None:
     def kill(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 import deltaw
@@ -19,16 +20,19 @@ from deltaw.cache import root
 from deltaw.data.row_images import RowImage
 from deltaw.export.merge import merge_run
 from deltaw.hub import vision
+from deltaw.hub.vision_parts import fold_statistics
 from deltaw.progress import ignore_line
 from deltaw.settings.config import RunConfig
+from deltaw.training.features import images as features_module
 from deltaw.training.features.images import RowImages
 from deltaw.training.open_run import open_run
 from deltaw.training.planning.plan_run import plan_run
 from deltaw.training.session import read_data
 from tests.byte_models import save_model, tiny_llama
 from tests.conftest import refusal
+from tests.hub.test_vision_parts import save_encoder
 from tests.training.parallel_runs import assert_same_as_one_process
-from tests.training.runs import Snapshots, adapter, assert_same_run
+from tests.training.runs import Snapshots, adapter, assert_same_run, metrics
 from tests.vision_models import save_vision_model
 
 COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
@@ -190,11 +194,99 @@ def test_soft_prompt_is_rejected(settings, tmp_path):
     assert "a soft prompt cannot be trained on rows with images" in error.message
 
 
+def test_rows_with_deleted_images_are_not_resumed(settings, folder, tmp_path):
+    run, rows, image = tmp_path / "run", (folder / "rows.jsonl").read_text(), (folder / "2.png").read_bytes()
+    snapshots = Snapshots(run, tmp_path, ["step 5"])
+    train = {"batch_size": 8, "epochs": 4, "drift": False, "checkpoint_every": 2, "checkpoint_minutes": None}
+    deltaw.fit(settings(run, train=train), callback=snapshots)
+    (copied,) = snapshots.copies.values()
+    try:
+        (folder / "2.png").unlink()
+        deleted = refusal(deltaw.fit, settings(copied, train=train))
+        (folder / "2.png").write_bytes(image)
+        (folder / "rows.jsonl").write_text("\n".join(rows.splitlines()[::-1]) + "\n")
+        reordered = refusal(deltaw.fit, settings(copied, train=train))
+    finally:
+        (folder / "2.png").write_bytes(image)
+        (folder / "rows.jsonl").write_text(rows)
+    assert "the image is not a file" in deleted.message and "2.png" in deleted.location
+    assert "rows" in reordered.message
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one(settings, tmp_path):
     train = {"learning_rate": 0.01, "batch_size": 8, "epochs": 2, "drift": False}
     single, several = (settings(tmp_path / name, train=train) for name in ("one", "two"))
     assert_same_as_one_process(single, several)
+
+
+@pytest.fixture(scope="module")
+def parts(folder):
+    """A reference to a tiny language model and a vision encoder, whose connector is new."""
+    language = save_model(tiny_llama(tie_word_embeddings=True), folder / "language")
+    return f"parts:{language} + {save_encoder('dinov2', folder / 'encoder')}"
+
+
+def write_mixed(folder: Path, num_images: int) -> str:
+    """Write 14 rows, of which the last ones have an image, and return the name of the file."""
+    rows = [{"prompt": f"q{n}", "completion": "a"} for n in range(14 - num_images)]
+    rows += [{"image": f"{n}.png", "prompt": "q", "completion": "b"} for n in range(num_images)]
+    (folder / f"mixed-{num_images}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"mixed-{num_images}.jsonl"
+
+
+@pytest.mark.parametrize("two_processes", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_connector_is_trained_on_steps_without_images(settings, folder, tmp_path, two_processes):
+    train = {"learning_rate": 0.01, "batch_size": 2, "epochs": 1, "drift": False}
+    one, two = (settings(tmp_path / name, write_mixed(folder, 2), method="input", train=train) for name in "ab")
+    for changed in (one, two):
+        changed["data"] |= {"eval": None, "group": None, "duplicates": "keep"}
+    if two_processes:
+        assert_same_as_one_process(one, two)
+    else:
+        deltaw.fit(one)
+    norms = [line["gradient_norm"] for line in metrics(tmp_path / "a")]
+    assert len(norms) == 7 and norms.count(0.0) >= 5 and any(norms)
+
+
+@pytest.mark.parametrize(
+    ("method", "trained"),
+    [
+        ({"method": "head"}, ["lm_head.weight"]),
+        ({"method": "input", "input": {"tokens": ["<|im_start|>"]}}, ["embed_tokens.weight.values"]),
+        ({"method": "lora", "precision": "bf16"}, ["q_proj.lora_B.weight"]),
+    ],
+    ids=lambda value: value.get("method", "") if isinstance(value, dict) else None,
+)
+def test_methods_train_a_new_connector_and_their_own_parameters(settings, parts, tmp_path, method, trained):
+    deltaw.fit(settings(tmp_path / "run", model=parts, **method))
+    tensors = adapter(tmp_path / "run")
+    for ending in (*trained, "multi_modal_projector.linear_1.weight"):
+        assert any(name.endswith(ending) for name in tensors), [*tensors]
+    precision = method.get("precision", "fp32")
+    session = open_run(str(tmp_path / "run"), precision=precision, log=ignore_line)
+    loss = json.loads((tmp_path / "run" / "run.json").read_text())["result"]["eval"]["loss"]
+    rows = session.task.read(RunConfig.read(tmp_path / "run" / "run.yaml").data, seed=0).held_out
+    assert session.score(rows).metrics["loss"] == pytest.approx(loss, rel=1e-5 if precision == "fp32" else 0.02)
+
+
+def test_new_connector_without_images_is_rejected(settings, folder, parts, tmp_path):
+    changed = settings(tmp_path / "run", write_mixed(folder, 0), model=parts)
+    changed["data"] |= {"group": None, "duplicates": "keep"}
+    error = refusal(deltaw.fit, changed)
+    assert "rows without images" in error.message and "language model alone" in error.hint
+
+
+def test_only_the_connector_is_loaded_if_features_are_stored(settings, tmp_path, monkeypatch):
+    train, loaded = {"max_steps": 2, "batch_size": 8, "drift": False}, []
+    deltaw.fit(settings(tmp_path / "first", method="input", train=train))
+    load = vision.Tower.load
+    monkeypatch.setattr(
+        vision.Tower, "load", lambda self, folder, prefix="": loaded.append(prefix) or load(self, folder, prefix)
+    )
+    deltaw.fit(settings(tmp_path / "second", method="input", train=train))
+    assert loaded == ["model.multi_modal_projector."]
+    assert_same_run(tmp_path / "second", tmp_path / "first")
 
 
 @pytest.fixture
@@ -210,6 +302,63 @@ def test_changed_file_is_rejected(images, folder, tmp_path):
     shutil.copy(folder / "1.png", file)
     error = refusal(images.rows, torch.tensor([placed.ids[0]]))
     assert "changed after its row was read" in error.message and not [*(root() / "images").glob("*.safetensors")]
+
+
+def test_files_of_other_features_are_computed_again(images, folder):
+    images.place(RowImage(folder / "0.png", "row 1"))
+    images.compute()
+    (file,) = (root() / "images").glob("*.safetensors")
+    content = file.read_bytes()
+    values = load_file(file)["features"]
+    for name, changed in (("bf16", values.bfloat16()), ("width", values[:, :16]), ("3-d", values[None])):
+        checksum = {"checksum": features_module._checksum(changed, file.name)}
+        save_file({"features": changed.contiguous()}, file, checksum)
+        again = _same_images(images, folder)
+        assert torch.equal(again.rows(torch.tensor(again._first_ids)), values[:1]) and file.read_bytes() == content, (
+            name
+        )
+    other = file.with_name(f"0{file.name[1:]}")
+    save_file({"features": values + 1}, file, {"checksum": features_module._checksum(values + 1, other.name)})
+    again = _same_images(images, folder)
+    assert torch.equal(again.rows(torch.tensor(again._first_ids)), values[:1])
+
+
+def _same_images(images: RowImages, folder: Path) -> RowImages:
+    config, tokenizer = AutoConfig.from_pretrained(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
+    again = RowImages(folder / "model", config, tokenizer, "fp32")
+    again.place(RowImage(folder / "0.png", "row 1"))
+    return again
+
+
+def test_folded_connector_ignores_constant_features():
+    random = torch.Generator().manual_seed(0)
+    features, weight = torch.randn(200, 4, generator=random), torch.randn(3, 4, generator=random)
+    features[:, 1], features[:, 2] = 5.3, 20 + features[:, 2] / 100
+    table = features_module._Table()
+    table.append(features)
+    mean, std = table.statistics()
+    expected = ((features - mean) / std) @ weight.T
+    folded, bias = (tensor.bfloat16() for tensor in fold_statistics(weight, torch.zeros(3), mean, std))
+    actual = features.bfloat16() @ folded.T + bias
+    assert folded[:, 1:3].eq(0).all() and expected.std() > 0.5
+    torch.testing.assert_close(actual.float(), expected, rtol=0.02, atol=0.05)
+
+
+def test_unfinished_files_are_removed(images, folder, monkeypatch):
+    cache = root() / "images"
+    cache.mkdir(parents=True)
+    old, new = (cache / f".{name}.part" for name in ("old", "new"))
+    for file in (old, new):
+        file.write_bytes(b"x")
+    os.utime(old, (0, 0))
+    placed = images.place(RowImage(folder / "0.png", "row 1"))
+
+    def fail(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(features_module, "write_tensors", fail)
+    images.rows(torch.tensor([placed.ids[0]]))
+    assert [file.name for file in cache.iterdir()] == [new.name]
 
 
 def test_unused_images_are_discarded(images, folder):

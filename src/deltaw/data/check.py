@@ -13,9 +13,9 @@ import numpy as np
 
 from deltaw.data.chunk import divides_image, example_of
 from deltaw.data.example import Example, special_tokens
-from deltaw.data.formats import Pair, Record, RowFormat, Text, choose_form, read_records, with_system
+from deltaw.data.formats import Pair, Record, RowFormat, Text, choose_form, read_records, unused_columns, with_system
 from deltaw.data.report import BadRowError, BadRows, count_of
-from deltaw.data.row_images import MARKER, ImagePlacer
+from deltaw.data.row_images import COLUMNS, MARKER, ImagePlacer
 from deltaw.data.rows import NumberedRows
 from deltaw.data.sources import open_source
 from deltaw.data.templates import Encoder
@@ -52,6 +52,7 @@ class DataStatistics:
         rows: Number of usable rows.
         bad: Rows that cannot be used.
         unrolled: Number of rows that became several examples.
+        unused_columns: Columns that are not read.
         end_tokens: For each end token, the number of examples with it as last label.
         num_terminated: Number of examples with an end token as last label.
         remark_locations: Locations of the first rows with each remark.
@@ -63,6 +64,7 @@ class DataStatistics:
     rows: int = 0
     bad: BadRows = field(default_factory=lambda: BadRows("skip"))
     unrolled: int = 0
+    unused_columns: set[str] = field(default_factory=set)
     end_tokens: Counter[int] = field(default_factory=Counter)
     num_terminated: int = 0
     remark_locations: dict[str, list[str]] = field(default_factory=dict)
@@ -146,6 +148,7 @@ def collect_statistics(
         for chunk in stream.chunks():
             form = form or choose_form(chunk, source.form or settings.form, columns)
             statistics.form = form.name
+            statistics.unused_columns |= {*unused_columns(stream, form, columns, images=images is not None)}
             statistics.template = "plain" if form.name == "text" else encoder.template
             encoded = _encode_chunk(chunk, form, columns, settings.system, encoder, statistics.bad)
             for location, record, examples in encoded:
@@ -362,6 +365,9 @@ def build_check(
         findings += _long_row_findings(eval_statistics, settings, f" of {name}")
         findings += _overlap_findings(statistics, eval_statistics, name)
     findings += _proportion_findings(statistics, lengths, labels)
+    unused = sorted(statistics.unused_columns - {settings.group})
+    text = f"columns that are not read: {', '.join(unused)}"
+    findings.append(DataFinding("unused_columns", "warning" if {*COLUMNS} & {*unused} else "note", len(unused), text))
     counts = statistics.rows + len(statistics.bad), len(examples), int(lengths.sum()), int(labels.sum())
     results = summarize_lengths(lengths), sort_findings(findings)
     ends = {end_names[token]: count for token, count in statistics.end_tokens.most_common()}

@@ -244,6 +244,9 @@ def take_images(
             if is_image:
                 references.append(_part_image(part))
                 parts.append({"type": "text", "text": MARKER})
+            elif isinstance(part, Mapping) and any(not _is_empty(part.get(name)) for name in IMAGE_PARTS):
+                message, hint = "a content part of another type has an image", "give it the type 'image'"
+                raise BadRowError(message, reason="an image in a text part", location=text_location, hint=hint)
             else:
                 text = part.get("text") if isinstance(part, Mapping) else None
                 add_marker(role, text, text_location)
@@ -283,12 +286,16 @@ def _image_values(row: Row, location: str) -> list[object]:
     Raises:
         BadRowError: if both columns have a value.
     """
-    present = [name for name in COLUMNS if row.get(name) not in (None, "", [])]
+    present = [name for name in COLUMNS if not _is_empty(row.get(name))]
     if len(present) > 1:
         reason, hint = "two columns with images", "remove one of both columns, or map it with data.columns"
         raise BadRowError("the row has both 'images' and 'image'", reason=reason, location=location, hint=hint)
-    value = row[present[0]] if present else None
-    return list(value) if isinstance(value, list | tuple) else [] if value is None or value == "" else [value]
+    value = row[present[0]] if present else []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _is_empty(value: object) -> bool:
+    return value is None or (isinstance(value, str | list) and not value)
 
 
 def _part_image(part: Mapping[str, object]) -> object:
@@ -307,7 +314,7 @@ def _row_image(value: object, folder: Path | None, location: str) -> RowImage:
     except UserError as error:
         raise unreadable_image(error) from error
     if image is None:
-        problem = "is empty" if value is None or value == "" else f"is a {type(value).__name__}"
+        problem = "is empty" if _is_empty(value) else f"is a {type(value).__name__}"
         hint = "give a path relative to the file's folder, encoded bytes, or a data URL"
         raise unreadable_image(UserError(f"the image {problem}", location=location, hint=hint))
     return RowImage(image, f"{location}: {image}" if isinstance(image, Path) else location)

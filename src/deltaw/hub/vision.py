@@ -180,17 +180,20 @@ class Tower:
             UserError: if the connector does not map them to the features one by one.
         """
         (_, connector), recorded = self.open_connector(), list[Tensor]()
-        handle = connector.register_forward_pre_hook(lambda module, args: recorded.append(args[0]))
+        handle = connector.register_forward_pre_hook(lambda module, args: recorded.extend(args[:1]))
         try:
             features = self.features(inputs)
         finally:
             handle.remove()
-        rows = torch.cat([tensor.reshape(-1, tensor.shape[-1]) for tensor in recorded])
-        if not self._is_verified:
-            mapped, expected = connector(rows), torch.cat(features)
-            if mapped.shape != expected.shape or not torch.allclose(mapped, expected, rtol=1e-2, atol=1e-3):
-                raise self._connector_error()
-            self._is_verified = True
+        try:
+            rows, expected = torch.cat([t.reshape(-1, t.shape[-1]) for t in recorded]), torch.cat(features)
+            mapped = expected if self._is_verified else connector(rows)
+            is_equal = mapped.shape == expected.shape and torch.allclose(mapped, expected, rtol=1e-2, atol=1e-3)
+        except (TypeError, ValueError, RuntimeError) as error:  # it needs other arguments or shapes
+            raise self._connector_error() from error
+        if not is_equal:
+            raise self._connector_error()
+        self._is_verified = True
         return list(rows.split([len(image) for image in features]))
 
     def _connector_error(self) -> UserError:
@@ -203,6 +206,31 @@ class Tower:
         self.model.set_output_embeddings(view.get_output_embeddings())
         return VisionLanguageModel(self.model, view, self.language_name)
 
+    @torch.no_grad()
+    def load(self, folder: Path, prefix: str = "") -> Tower:
+        """Load the weights except those of the language model, and return the tower.
+
+        Args:
+            folder: Folder of the model.
+            prefix: Start of the names of the parameters and buffers to load.
+
+        Raises:
+            UserError: if the weights are incomplete or need a conversion.
+        """
+        checkpoint = read_checkpoint(folder)
+        names = match_names(self.model, checkpoint.tensors)
+        for name, parameter in self.model.named_parameters():
+            if parameter.is_meta or not name.startswith(prefix):
+                continue
+            if name not in names.stored:
+                message = f"the weights in the folder are missing '{name}', or store it in another form"
+                raise UserError(message, location=str(folder), hint="save the model again with save_pretrained")
+            parameter.copy_(checkpoint.tensors[names.stored[name]].load())
+        for name, buffer in self.model.named_buffers():
+            if name in names.stored and name.startswith(prefix):
+                buffer.copy_(checkpoint.tensors[names.stored[name]].load())
+        return self
+
 
 def image_owner(model: PreTrainedModel) -> Any:
     """Return the module that has ``get_image_features``."""
@@ -213,19 +241,14 @@ def _parameter_names(prefix: str, module: nn.Module) -> set[str]:
     return {f"{prefix}.{name}" for name, _ in module.named_parameters()}
 
 
-def _language_parameters(model: Any) -> dict[int, nn.Parameter]:
-    """Return the parameters of the language model and the output layer by their object ids."""
-    return {id(p): p for p in (*model.get_decoder().parameters(), *model.get_output_embeddings().parameters())}
-
-
 def load_tower(folder: Path, config: PretrainedConfig, dtype: torch.dtype, *, values: bool = True) -> Tower:
     """Load a complete model without the weights of its language model, which stay on the meta device.
 
     Args:
-        values: False to load no weights at all, for a dry run.
+        values: False to load no weights at all, for a dry run or :meth:`Tower.load`.
 
     Raises:
-        UserError: if the weights of the vision tower are incomplete or need a conversion.
+        UserError: as :meth:`Tower.load`.
     """
     auto = getattr(transformers, AUTO_MODEL)
     with no_init_weights(), quiet(), without_dispatch():
@@ -239,21 +262,7 @@ def load_tower(folder: Path, config: PretrainedConfig, dtype: torch.dtype, *, va
                 empty = torch.empty(parameter.shape, dtype=parameter.dtype)
                 setattr(module, name, nn.Parameter(empty, requires_grad=False))
         return tower
-    checkpoint = read_checkpoint(folder)
-    names = match_names(model, checkpoint.tensors)
-    skipped = _language_parameters(model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if id(parameter) in skipped:
-                continue
-            if name not in names.stored:
-                message = f"the weights in the folder are missing '{name}', or store it in another form"
-                raise UserError(message, location=str(folder), hint="save the model again with save_pretrained")
-            parameter.copy_(checkpoint.tensors[names.stored[name]].load())
-        for name, buffer in model.named_buffers():
-            if name in names.stored:
-                buffer.copy_(checkpoint.tensors[names.stored[name]].load())
-    return Tower(model)
+    return Tower(model).load(folder)
 
 
 def require_supported(config: PretrainedConfig) -> None:

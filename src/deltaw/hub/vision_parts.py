@@ -10,6 +10,9 @@ first layer.
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +37,8 @@ IMAGE_TOKEN = "<image>"
 LIMIT_BYTES = 256 * 2**30
 DEPENDENCIES = ("transformers", "tokenizers", "deltaw.hub.vision_parts", "deltaw.hub.checkpoint", "deltaw.tensor_files")
 
-# File that marks a folder whose connector is not trained. A merged model does not contain it.
+# File that marks a folder whose connector is not trained, with the sizes of the other files. A merged model does not
+# contain it.
 _MARKER = "new-connector"
 _READ = (".safetensors", ".json", ".jinja", ".txt", ".model")
 _LANGUAGE, _VISION, _PROJECTOR = "model.language_model.", "model.vision_tower.", "model.multi_modal_projector."
@@ -72,7 +76,15 @@ def assembled_folder(
             log(f"assembling the vision-language model, once, into {cache.folder / name}")
             _save(*parts, folder, connector, seed)
 
-    return cache.create_folder(name, assemble)
+    return cache.create_folder(name, assemble, _is_complete)
+
+
+def _is_complete(folder: Path) -> bool:
+    """Return True if all files of an assembled model have the size that the marker contains."""
+    with contextlib.suppress(OSError, ValueError):
+        sizes = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
+        return isinstance(sizes, dict) and all((folder / name).stat().st_size == size for name, size in sizes.items())
+    return False
 
 
 def is_new_connector(folder: Path) -> bool:
@@ -262,7 +274,8 @@ def _save(language: _Part, vision: _VisionPart, folder: Path, connector: str, se
     generation = language.folder / "generation_config.json"
     if generation.is_file():
         (folder / generation.name).write_bytes(generation.read_bytes())
-    (folder / _MARKER).touch()
+    sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
+    (folder / _MARKER).write_text(json.dumps(sizes), encoding="utf-8")
 
 
 def _new_connector(model: PreTrainedModel, embedding_rms: float, connector: str, seed: int) -> dict[str, Tensor]:
@@ -286,7 +299,11 @@ def _new_connector(model: PreTrainedModel, embedding_rms: float, connector: str,
 def _rms(tensor: StoredTensor) -> float:
     """Return the root mean square of a tensor."""
     blocks = (tensor.rows(start, stop) for start, stop in row_blocks(tensor.shape))
-    return float(sum(float(block.double().square().sum()) for block in blocks) / tensor.numel) ** 0.5
+    total = sum(float(block.double().square().sum()) for block in blocks)
+    if not math.isfinite(total):
+        hint = "use a model without NaN and infinite weights"
+        raise UserError(f"the weight '{tensor.name}' is not finite", location=str(tensor.file), hint=hint)
+    return float(total / tensor.numel) ** 0.5
 
 
 def _mean_row(tensor: StoredTensor) -> Tensor:

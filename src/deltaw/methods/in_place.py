@@ -326,7 +326,8 @@ class Head(InPlace):
         modules: list[str] = []
         if self.settings.modules:
             modules = find_modules(model, self.settings.modules, "head.modules")
-        elif not extra_modules and (head := get_output_head(model)) is not None:  # a new classifier is the head
+        elif {*extra_modules} <= {connector_module(model)} and (head := get_output_head(model)) is not None:
+            # Another extra module is a new classifier, which is the head.
             modules = [name for name, module in model.named_modules() if module is head]
         return names_inside(modules, parameters_by_name(model))
 
@@ -416,13 +417,14 @@ class Input(SubsetInPlace):
         if self.settings.tokens:
             return []
         modules = find_modules(model, self.settings.modules, "input.modules") if self.settings.modules else None
-        return names_inside(modules or [_input_layer(model)], parameters_by_name(model))
+        layer = connector_module(model) or _embedding_name(model)
+        return names_inside(modules or [layer], parameters_by_name(model))
 
     def enable_training(self, model: nn.Module, extra_modules: Names, seed: int) -> list[ReplacedParameter]:
         if not self.settings.tokens:
             return super().enable_training(model, extra_modules, seed)
         rows = torch.tensor(sorted({self._token_id(token) for token in self.settings.tokens}), dtype=torch.int32)
-        name = f"{_input_layer(model)}.weight"
+        name = f"{_embedding_name(model)}.weight"
         # The rows are trained in the embedding. A tied output layer is unchanged.
         replacements = make_trainable(model, [name, *names_inside(extra_modules, parameters_by_name(model))])
         embedding = next(replacement for replacement in replacements if replacement.name == name)
@@ -452,14 +454,12 @@ class Input(SubsetInPlace):
         return super().restore(model, tensors, saved, location)
 
 
-def _input_layer(model: nn.Module) -> str:
-    """Return the name of the module that reads the input: the connector if it is attached, else the embedding.
+def _embedding_name(model: nn.Module) -> str:
+    """Return the name of the module that embeds tokens.
 
     Raises:
         UserError: if the model does not define its input layer.
     """
-    if (connector := connector_module(model)) is not None:
-        return connector
     layer = get_input_embedding(model)
     for name, module in model.named_modules():
         if module is layer and name:

@@ -364,10 +364,12 @@ def _gradients(
         return None
     for batch in batches:
         if isinstance(batch, SpareBatch):
-            (objective(batch.of) * 0).backward()
+            if (spare := objective(batch.of) * 0).requires_grad:
+                spare.backward()
             continue
         loss = objective(batch)
-        (loss / units).backward()
+        if loss.requires_grad:  # False if a trained connector has no image in this microbatch
+            (loss / units).backward()
         sums.add(loss, batch.row_tokens, batch.tokens)
         if should_stop():
             return None

@@ -12,9 +12,11 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import tempfile
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -63,6 +65,8 @@ _MAX_ID = 2**31 - 1
 _MAX_KEPT_BYTES = 1 << 26
 # Width and height of thumbnails in pixels.
 THUMBNAIL_SIDE = 96
+# Files that are older than this number of seconds are not being written anymore.
+_MAX_PART_AGE = 3600
 # Number of image sizes for which texts are kept.
 _MAX_SIZES = 1024
 
@@ -338,7 +342,9 @@ class RowImages:
         Raises:
             UserError: if the model has no connector.
         """
-        tower, parts = self._trained_parts(trained, is_new, values=has_values(model))
+        tower, parts = self._trained_parts(trained, is_new)
+        if tower is not None and has_values(model):
+            tower.load(self._folder, "" if self.is_live else f"{tower.connector}.")
         if not isinstance(model.get_input_embeddings(), ImageTokens):
             if has_values(model):
                 self._verify(model)
@@ -357,22 +363,16 @@ class RowImages:
 
     def prepare(self, trained: Sequence[str], *, is_new: bool) -> None:
         """Compute the features of all images before the model is loaded, see :meth:`attach`."""
-        self._trained_parts(trained, is_new, values=True)
+        self._trained_parts(trained, is_new)
         self.compute()
         self.release()
 
-    def _trained_parts(
-        self, trained: Sequence[str], is_new: bool, *, values: bool
-    ) -> tuple[Tower | None, dict[str, nn.Module]]:
-        """Return the tower, and the modules by their complete names that become a part of the model's embedding.
-
-        Args:
-            values: False for a dry run.
-        """
+    def _trained_parts(self, trained: Sequence[str], is_new: bool) -> tuple[Tower | None, dict[str, nn.Module]]:
+        """Return the tower with uninitialized weights, and by their complete names the modules for the embedding."""
         starts_connector = is_new and self.has_new_connector
         if not trained and not starts_connector:
             return None, {}
-        tower = load_tower(self._folder, self._config, self._dtype, values=values)
+        tower = load_tower(self._folder, self._config, self._dtype, values=False)
         connector, parts = str(tower.connector), {f"{tower.prefix}{name}": part for name, part in tower.parts.items()}
         others = [f".{name}." for name in parts if not f"{connector}.".startswith(f"{name}.")]
         self.trains_tower = VISION_TOWER in trained or any(part in f".{name}" for name in trained for part in others)
@@ -380,7 +380,9 @@ class RowImages:
         last_name = connector.rpartition(".")[2]
         self.trains_connector = starts_connector or INPUT_LAYER in trained or last_name in last_names
         self.is_live = self.trains_tower or (self.trains_connector and tower.has_separators)
-        self._tower = tower if values and not self.is_live else None
+        if starts_connector and not self._images:
+            hint = "add rows with images, or train the language model alone"
+            raise UserError("a new connector cannot be trained on rows without images", location="model", hint=hint)
         if self.trains_tower and starts_connector:
             message = "the vision tower cannot be trained together with a new connector"
             hint = "train the connector first, merge the adapter, and train the tower of the merged model"
@@ -483,7 +485,8 @@ class RowImages:
         try:
             file = TensorFile(path)
             values = file["features"]
-            if file.metadata["checksum"] != _checksum(values) or len(values) != image.count:
+            expected = _checksum(values, path.name), (image.count, self.width), self._dtype
+            if (file.metadata["checksum"], values.shape, values.dtype) != expected:
                 raise ValueError("damaged")
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return False
@@ -499,9 +502,12 @@ class RowImages:
         with contextlib.suppress(OSError):  # without a writable cache, features are computed in each run
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.parent / f".{path.stem}.{os.getpid()}.part"
-            with temporary.open("wb") as file:
-                write_tensors(file, {"features": values.contiguous()}, {"checksum": _checksum(values)})
-            rename_path(temporary, path)
+            try:
+                with temporary.open("wb") as file:
+                    write_tensors(file, {"features": values.contiguous()}, {"checksum": _checksum(values, path.name)})
+                rename_path(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
 
 
 class _Table:
@@ -546,7 +552,11 @@ class _Table:
         return self._values[torch.from_numpy(indices)].view(self._dtype)
 
     def statistics(self) -> tuple[Tensor, Tensor] | None:
-        """Return the (width,) mean and standard deviation of all values, or None if there are none."""
+        """Return the (width,) mean and standard deviation of all values, or None if there are none.
+
+        The standard deviation of a nearly constant dimension is infinite, so that it is ignored. Otherwise, the folded
+        weights would be too large for bf16.
+        """
         total, squares = torch.zeros(2, self._width, dtype=torch.float64)
         for start in range(0, self.count, _BLOCK):
             values = self.rows(np.arange(start, min(start + _BLOCK, self.count))).double()
@@ -555,7 +565,8 @@ class _Table:
             return None
         mean = total / self.count
         std = (squares / self.count - mean.square()).clamp(min=0).sqrt()
-        return mean.float(), std.clamp(min=float(std.mean()) * 1e-3 + 1e-12).float()
+        is_constant = (std <= 1e-3 * std.mean()) | (std <= 1e-2 * mean.abs())
+        return mean.float(), std.masked_fill(is_constant, math.inf).float()
 
 
 def has_images(config: PretrainedConfig, folder: Path) -> bool:
@@ -564,16 +575,16 @@ def has_images(config: PretrainedConfig, folder: Path) -> bool:
 
 
 def _evict(folder: Path) -> None:
-    """Remove the features that were not used for the longest time, if all exceed the limit."""
+    """Remove files of killed processes, and the features that were not used for the longest time above the limit."""
     with contextlib.suppress(OSError):
-        entries = [entry for entry in os.scandir(folder) if entry.is_file() and not entry.name.startswith(".")]
-        files = [(entry.stat(), entry.path) for entry in entries]
+        entries = [entry for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False)]
+        files = sorted(((entry.stat(), entry.path) for entry in entries), key=lambda file: file[0].st_mtime)
         total = sum(status.st_size for status, _ in files)
-        for status, path in sorted(files, key=lambda file: file[0].st_mtime):
-            if total <= LIMIT_BYTES:
-                break
-            os.unlink(path)
-            total -= status.st_size
+        for status, path in files:
+            is_part = path.endswith(".part")
+            if time.time() - status.st_mtime > _MAX_PART_AGE if is_part else total > LIMIT_BYTES:
+                os.unlink(path)
+                total -= status.st_size
 
 
 def _folder() -> Path | None:
@@ -586,9 +597,9 @@ def _folder() -> Path | None:
     return folder if os.access(folder, os.W_OK) else None
 
 
-def _checksum(values: Tensor) -> str:
+def _checksum(values: Tensor, name: str) -> str:
     content = values.contiguous().view(torch.uint8).numpy()
-    return hashlib.blake2b(content.tobytes(), digest_size=16).hexdigest()
+    return hashlib.blake2b(name.encode() + content.tobytes(), digest_size=16).hexdigest()
 
 
 def _identity(folder: Path, settings: Mapping[str, object]) -> str:
