@@ -304,7 +304,7 @@ class Task(abc.ABC, Generic[ObjectiveType]):
         return 0
 
     def input_bytes(self) -> int:
-        """Return the size of the stored inputs, which are memory-mapped."""
+        """Return the memory of inputs that are stored or remain mapped."""
         return 0
 
     def attach_inputs(self, model: PreTrainedModel, trained: Sequence[str] = (), *, is_new: bool = False) -> None:

@@ -119,7 +119,7 @@ class CausalTask(Task[CausalObjective]):
         return 0 if self.images is None else self.images.planned_bytes()
 
     def input_bytes(self) -> int:
-        return 0 if self.images is None else self.images.stored_bytes()
+        return 0 if self.images is None else self.images.resident_bytes()
 
     def attach_inputs(self, model: PreTrainedModel, trained: Sequence[str] = (), *, is_new: bool = False) -> None:
         if self.images is not None:

@@ -425,9 +425,15 @@ class RowImages:
         except Exception:  # the shapes of some families depend on values of the inputs
             return tower[0].bytes if tower else 0
 
-    def stored_bytes(self) -> int:
-        """Return the size of the features of all images."""
-        return 0 if self.is_live else sum(i.count for i in self._sorted) * self.width * self._dtype.itemsize
+    def resident_bytes(self) -> int:
+        """Return the size of the features of all images, and of weights that were converted while the model was loaded.
+
+        The file of such weights, which are usually the vision tower's, remains mapped if it also contains others.
+        """
+        features = 0 if self.is_live else sum(i.count for i in self._sorted) * self.width * self._dtype.itemsize
+        tensors = [tensor for tensor in read_checkpoint(self._folder).tensors.values() if tensor.is_float]
+        converted = sum(tensor.bytes for tensor in tensors if tensor.dtype != self._dtype)
+        return features + (converted if any(tensor.dtype == self._dtype for tensor in tensors) else 0)
 
     def lines(self) -> list[str]:
         """Return a message about the images and about which parts of the model are trained."""
