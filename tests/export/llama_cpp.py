@@ -50,24 +50,30 @@ def top_logprobs(
 
 
 def about_images(
-    model: Path, vision: Path, images: list[str], texts: tuple[str, str], tokens: int, lora: Path | None = None
+    model: Path,
+    vision: Path,
+    prompts: list[tuple[str, str, str]],
+    tokens: int,
+    lora: Path | None = None,
+    *,
+    ignore_eos: bool = True,
 ) -> list[list[int]]:
-    """Return the ids that llama.cpp generates greedily for each image.
+    """Return the ids that llama.cpp generates greedily for each prompt.
 
     Args:
         vision: File with the vision tower.
-        images: Encoded images in base64.
-        texts: Text before and after the image.
+        prompts: Text before the image, encoded image in base64, and text after it.
+        ignore_eos: Never generate the end of the text.
     """
-    message = {"model": str(model), "prompts": images, "tokens": tokens, "lora": lora and str(lora)}
-    return request({**message, "vision": str(vision), "texts": texts})["answers"]
+    message = {"model": str(model), "prompts": prompts, "tokens": tokens, "lora": lora and str(lora)}
+    return request({**message, "vision": str(vision), "ignore_eos": ignore_eos})["answers"]
 
 
 def answer(message: dict[str, Any]) -> dict[str, Any]:
     """Continue each of ``prompts`` (ids or texts) greedily by ``tokens`` tokens.
 
     If ``likeliest`` is set, also return that number of most likely first tokens with their log-probabilities. If
-    ``vision`` is set, the prompts are images between both ``texts``.
+    ``vision`` is set, the prompts are images with a text before and after each.
     """
     import xllamacpp
 
@@ -88,7 +94,7 @@ def answer(message: dict[str, Any]) -> dict[str, Any]:
         os.environ["LLAMA_MEDIA_MARKER"] = "<__media__>"  # random by default
     server = xllamacpp.Server(parameters)
     if message.get("vision"):
-        return {"answers": [_about_image(server.listening_address, image, message) for image in message["prompts"]]}
+        return {"answers": [_about_image(server.listening_address, *prompt, message) for prompt in message["prompts"]]}
     answers, prompts, top_tokens = [], [], []
     options = {"n_predict": message["tokens"], "temperature": 0, "ignore_eos": True, "cache_prompt": False}
     options |= {"logit_bias": [[token, False] for token in message.get("never", [])], "verbose": True}
@@ -106,9 +112,10 @@ def answer(message: dict[str, Any]) -> dict[str, Any]:
     return {"answers": answers, "prompt_tokens": prompts, "likeliest": top_tokens}
 
 
-def _about_image(address: str, image: str, message: dict[str, Any]) -> list[int]:
-    prompt = {"prompt_string": "<__media__>".join(message["texts"]), "multimodal_data": [image]}
-    options = {"n_predict": message["tokens"], "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+def _about_image(address: str, before: str, image: str, after: str, message: dict[str, Any]) -> list[int]:
+    prompt = {"prompt_string": f"{before}<__media__>{after}", "multimodal_data": [image]}
+    options = {"n_predict": message["tokens"], "temperature": 0, "cache_prompt": False}
+    options["ignore_eos"] = message["ignore_eos"]
     content = json.dumps({"prompt": prompt, "return_tokens": True, **options}).encode()
     query = urllib.request.Request(f"{address}/completion", content, {"Content-Type": "application/json"})
     with urllib.request.urlopen(query) as response:

@@ -124,11 +124,11 @@ def _answers(model: PreTrainedModel, base: Path, tower: str) -> list[list[int]]:
 
 
 def _llama_cpp(model: Path, vision: Path, tower: str, lora: Path | None = None) -> list[list[int]]:
-    images = []
+    prompts = []
     for image in _images(tower):
         image.save(encoded := io.BytesIO(), "PNG")
-        images.append(base64.b64encode(encoded.getvalue()).decode())
-    return llama_cpp.about_images(model, vision, images, (_BEFORE, _AFTER), _TOKENS, lora)
+        prompts.append((_BEFORE, base64.b64encode(encoded.getvalue()).decode(), _AFTER))
+    return llama_cpp.about_images(model, vision, prompts, _TOKENS, lora)
 
 
 def _with_class_token_last(model: PreTrainedModel) -> PreTrainedModel:
