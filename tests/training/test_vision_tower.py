@@ -21,6 +21,7 @@ from deltaw.lora.fingerprint import base_fingerprint
 from deltaw.methods.base import INPUT_LAYER, VISION_TOWER
 from deltaw.runtime.packed import packed_rows
 from deltaw.runtime.recognition import blocks_of
+from deltaw.runtime.widened import widened
 from deltaw.training.batchers import BatcherOptions, choose_causal_batcher
 from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.features.images import RowImages
@@ -39,15 +40,18 @@ class _Model:
 
     Args:
         trained: Trained parts, see :meth:`RowImages.attach`.
+        precision: Precision of the text view and its vision tower.
         settings: Settings of the adapter.
     """
 
-    def __init__(self, family: str, folder: Path, trained: list[str], **settings: object) -> None:
+    def __init__(
+        self, family: str, folder: Path, trained: list[str], *, precision: str = "fp32", **settings: object
+    ) -> None:
         self.folder = save_vision_model(family, folder / "model")
         config, tokenizer = (auto.from_pretrained(self.folder) for auto in (AutoConfig, AutoTokenizer))
-        self.images = RowImages(self.folder, config, tokenizer, "fp32")
+        self.images = RowImages(self.folder, config, tokenizer, precision)
         self.ids = [list(self.images.place(RowImage(picture, "row 1")).ids) for picture in PICTURES]
-        options = {"precision": "fp32", "device": "cpu", "log": lambda line: None}
+        options = {"precision": precision, "device": "cpu", "log": lambda line: None}
         self.view = load(str(self.folder), task="causal-lm", **options).model
         self.base = base_fingerprint(self.view)
         self.images.attach(self.view, trained, is_new=True)
@@ -128,3 +132,14 @@ def test_gradients_of_connector_with_line_breaks_match_peft(family, tmp_path):
     settings = {"target_modules": ["q_proj"], "train_modules": ["multi_modal_projector"]}
     names = _Model(family, tmp_path, [INPUT_LAYER], **settings).check_gradients()
     assert any("linear_1" in name for name in names) and not any("vision_tower" in name for name in names)
+
+
+@pytest.mark.parametrize("part", [VISION_TOWER, INPUT_LAYER])
+def test_bf16_model_with_images_computes_in_fp32(part, tmp_path):
+    settings = {"target_modules": ["q_proj", "down_proj"], "train_modules": ["multi_modal_projector"]}
+    model = _Model("llava", tmp_path, [part, "multi_modal_projector"], precision="bf16", **settings)
+    with widened(model.view):
+        loss = model.our_loss()
+        loss.backward()
+    assert relative_error(loss.detach(), model.their_loss().detach()) <= 1e-2
+    assert all(p.grad is not None for name, p in adapter_parameters(model.view) if "projector" in name)

@@ -167,9 +167,10 @@ class Tower:
         return _image_features(self.model, self.accepted(inputs))
 
     def accepted(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the inputs that the model reads, in its precision."""
+        """Return the inputs that the model reads, in the precision of its vision encoder."""
         names = inspect.signature(image_owner(self.model).get_image_features).parameters
-        dtype = self.model.dtype
+        parameters = (parameter for part in self.parts.values() for parameter in part.parameters())
+        dtype = next(parameter.dtype for parameter in parameters if parameter.is_floating_point())
         return {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items() if k in names}
 
     @torch.no_grad()

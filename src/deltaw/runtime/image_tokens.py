@@ -108,9 +108,12 @@ class ImageTokens(nn.Module):
         if self.tower is not None:
             self.tower.set_parts(dict(self.get_submodule(VISION).named_children()))
             return self.features.rows(ids, self.tower)
+        connector = self.connector
+        # Their precisions differ while a bf16 model computes in fp32 (runtime/widened.py).
+        dtype = self.weight.dtype if connector is None else next(connector.parameters()).dtype
         if not has_values(self.weight):  # a dry run
-            return self._embed(self.weight.new_zeros(len(ids), self.features.width))
-        return self._embed(self.features.rows(ids).to(device=ids.device, dtype=self.weight.dtype))
+            return self._embed(self.weight.new_zeros((len(ids), self.features.width), dtype=dtype))
+        return self._embed(self.features.rows(ids).to(device=ids.device, dtype=dtype))
 
     def _embed(self, features: Tensor) -> Tensor:
         if self.connector is None:
