@@ -104,7 +104,7 @@ def test_shutdown_finishes_running_requests(start):
     threads = [threading.Thread(target=send, args=(stream,)) for stream in (True, False)]
     for thread in threads:
         thread.start()
-    assert wait_until(lambda: server.request_queue.pending == 2)
+    assert wait_until(lambda: len(server.request_queue._groups) == 2)
     assert server.get("/ready").status_code == 200
     server.request_queue.closing = True  # set immediately by a signal
     late = server.post(CHAT, json=GOOD)
