@@ -17,7 +17,7 @@ import socket
 import tempfile
 import time
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -533,6 +533,11 @@ def _json(path: Path) -> object:
 def mapping(value: object) -> Mapping[str, Any]:
     """Return the value if it is a mapping, else an empty mapping."""
     return value if isinstance(value, Mapping) else {}
+
+
+def or_empty(value: Any, formatter: Callable[[Any], str]) -> str:
+    """Return ``formatter(value)``, or '' if the value is missing."""
+    return "" if value is None else formatter(value)
 
 
 def sequence(value: object) -> list[Any]:
