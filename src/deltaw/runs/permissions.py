@@ -93,7 +93,7 @@ class FolderPermissions:
         path = None if file is None else Path(self.path(file, "file"))
         if path is not None:
             require_small_file(path, "file")
-        values = RunConfig.read(path, overrides).model_dump(mode="json")
+        values: dict[str, Any] = RunConfig.read(path, overrides).model_dump(mode="json")
         for key in ("trust_remote_code", "track", "force"):
             if values[key]:
                 raise UserError("this is not allowed here", location=key, hint=f"remove {key}")
