@@ -66,7 +66,13 @@ class JobQueue:
         self, verb: str, arguments: Sequence[str], *, title: str, run: Path | None = None,
         settings: Mapping[str, Any] | None = None, output: Path | None = None, draft: str | None = None,
     ) -> Job:  # fmt: skip
-        """Add a job. ``settings`` are written to its folder as ``settings.yaml``."""
+        """Add a job.
+
+        Args:
+            verb: Command, such as ``train``.
+            arguments: Command line after ``deltaw``, including the verb.
+            settings: Settings to write to the job's folder. The path of the file is appended to the command line.
+        """
         raise UserError("jobs cannot be started yet")
 
     def jobs(self) -> list[Job]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import re
 import secrets
 import shutil
@@ -28,6 +30,13 @@ MIN_FREE_BYTES, MAX_UPLOAD_BYTES = 10**9, 512 * 10**6
 MAX_DEPTH, MAX_FILES = 2, 200
 _UPLOAD_NAME = re.compile(r"[\w .()-]{1,120}")
 _IDENTITY = re.compile(r"[0-9a-f]{12}")
+
+
+def unused_path(path: Path) -> Path:
+    """Return a path, with a number appended to its name if it exists."""
+    stem, dot, suffixes = path.name.partition(".")
+    names = itertools.chain([path.name], (f"{stem}-{number}{dot}{suffixes}" for number in itertools.count(2)))
+    return next(new for name in names if not os.path.lexists(new := path.with_name(name)))
 
 
 class TooLargeError(UserError):
@@ -88,6 +97,8 @@ class Workspace:
             (folder / STUDIO / "drafts").mkdir(parents=True, exist_ok=True)
             (folder / STUDIO).chmod(0o700)
             self.folder = folder.resolve(strict=True)
+            for partial in (folder / STUDIO).glob("*.part"):  # of a studio that was killed
+                partial.unlink()
         except OSError as error:
             raise UserError(f"cannot use this folder: {error.strerror or error}", location=str(folder)) from error
         self.state = self.folder / STUDIO
@@ -165,15 +176,7 @@ class Workspace:
                     written += len(chunk)
                     self._check_size(written, len(chunk))
                     file.write(chunk)
-            number = 1
-            while True:
-                try:
-                    path.touch(exist_ok=False)  # reserves the name
-                    break
-                except FileExistsError:
-                    number += 1
-                    stem, dot, suffixes = name.partition(".")
-                    path = self.folder / f"{stem}-{number}{dot}{suffixes}"
+            path = unused_path(path)
             platforms.rename_path(partial, path)
         finally:
             partial.unlink(missing_ok=True)
