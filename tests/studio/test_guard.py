@@ -52,6 +52,20 @@ def test_token_sets_the_cookie_once_and_a_second_browser_gets_a_new_token(tmp_pa
     assert secret.stat().st_mode & 0o77 == 0
 
 
+def test_damaged_secret_is_replaced(tmp_path) -> None:
+    connect(tmp_path)
+    (tmp_path / ".studio" / "session").write_text("")
+    client = connect(tmp_path, log_in=False)
+    assert client.get("/", headers={"Cookie": "deltaw-studio-7860="}).status_code == 401
+
+
+def test_cookies_of_other_programs_are_ignored(client) -> None:
+    name, value = "deltaw-studio-7860", client.cookies["deltaw-studio-7860"]
+    client.cookies.clear()
+    for cookie, status in ((f'other={{"a": [1]}}; {name}={value}', 200), (f"{name}=é", 401), (f"{name}=", 401)):
+        assert client.get("/runs", headers={"Cookie": cookie.encode()}).status_code == status
+
+
 def test_cookie_is_not_readable_by_scripts_or_other_sites(tmp_path) -> None:
     client = connect(tmp_path, log_in=False)
     token = client.token.value
