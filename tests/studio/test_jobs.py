@@ -216,7 +216,7 @@ def train(queue: JobQueue, workspace: Workspace, model: Path, steps: int) -> Job
         "output": str(output),
         "device": "cpu",
         "data": {"train": str(rows), "max_length": 64},
-        "train": {"max_steps": steps, "batch_size": 2, "warmup_ratio": 0.0, "drift": False, "samples": 0},
+        "train": {"max_steps": steps, "batch_size": 2, "warmup": 0, "drift": False, "samples": 0},
     }
     return queue.add("train", ["train", "--json"], title="first", run=output, settings=settings)
 

@@ -195,7 +195,7 @@ def plan(config: dict[str, Any]) -> dict[str, Any]:
         with contextlib.suppress(UserError):  # nothing fits
             plans = fitting_settings(settings, task, data, free, [settings.method], log=ignore_line)
             fitting = [option.as_dict() for option in plans]
-    return {"plan": found.to_fields(), "fitting": fitting, "lines": lines}
+    return {"plan": found.to_fields(), "fitting": fitting, "lines": lines, "free": free}
 
 
 def run_page(folder: str) -> dict[str, Any]:
