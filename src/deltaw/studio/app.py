@@ -69,10 +69,10 @@ def router(studio: Studio) -> APIRouter:
 
     @routes.get("/")
     def start(request: Request) -> Response:
-        runs = sorted(map(Run, find_runs(workspace.folder)), key=lambda run: run.changed, reverse=True)
+        last = sorted(map(Run, find_runs(workspace.folder)), key=lambda run: run.changed, reverse=True)[:MAX_RUNS]
         jobs = [job for job in studio.queue.jobs() if job.state in ("queued", "running")]
         files = [(name, name) for name in map(workspace.relative, workspace.data_files())]
-        drafts, runs = workspace.drafts(), runs[:MAX_RUNS]
+        drafts, runs = workspace.drafts(), [(workspace.relative(run.path), run) for run in last]
         return page(request, "start.html", workspace=workspace, files=files, drafts=drafts, runs=runs, jobs=jobs)
 
     @routes.put("/files/{name}")

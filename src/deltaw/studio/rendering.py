@@ -12,7 +12,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from deltaw.errors import UserError
 from deltaw.reports.svg import templates
-from deltaw.reports.tables import count, duration, format_time, gigabytes, metric_name
+from deltaw.reports.tables import count, duration, format_time, gigabytes, metric_name, metric_value
 
 MAX_FORM_BYTES, MAX_FIELDS = 2**20, 500
 # Addresses and names of the navigation.
@@ -29,15 +29,14 @@ def environment() -> Environment:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     result.globals |= reports.globals
-    filters = {"count": count, "duration": duration, "time": format_time, "gigabytes": gigabytes}
-    result.filters |= {**filters, "metric_name": metric_name}
+    result.filters |= {f.__name__: f for f in (count, duration, format_time, gigabytes, metric_name, metric_value)}
     return result
 
 
 def page(request: Request, template: str, *, status: int = 200, **values: object) -> HTMLResponse:
     """Return a page with the navigation."""
     waiting = [job for job in request.app.state.studio.queue.jobs() if job.state in ("queued", "running")]
-    frame = {"path": request.url.path, "navigation": NAVIGATION, "num_jobs": len(waiting)}
+    frame = {"address": request.url.path, "navigation": NAVIGATION, "num_jobs": len(waiting)}
     return HTMLResponse(environment().get_template(template).render(frame | values), status)
 
 
