@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from deltaw.settings import task_registry
 from deltaw.settings.columns import mapped_columns
 from deltaw.settings.config import merge_settings
 from deltaw.settings.row_kinds import RowKind
-from deltaw.studio.rendering import form, page, part
+from deltaw.studio.rendering import error_part, form, page, part
 from deltaw.studio.state import Studio
 from deltaw.studio.worker import Pending
 
@@ -27,6 +28,8 @@ PAGE_ROWS, MAX_ROWS, MAX_CELL = 25, 1000, 300
 # Bars of a chart, and findings that are shown as bars.
 MAX_BARS = 20
 COUNTED = ("bad_rows", "duplicates", "near_duplicates", "contradictions", "overlap", "prompt_overlap")
+# Location of a row in a file and a remark.
+_ROW = re.compile(r"(?:row|line) (\d+)(?: \(line \d+\))?(?:: (.*))?")
 LEVELS = {"error": "Problem", "warning": "Warning", "note": "Note"}
 # Content of standard columns, for sentences.
 CONTENTS = {"text": "texts", "label": "classes", "prompt": "prompts", "completion": "answers", "ideal": "answers"}
@@ -62,15 +65,15 @@ def router(studio: Studio) -> APIRouter:
     @routes.get("/part/check")
     def check(identity: str) -> Response:
         draft, checked, error, pending = workspace.draft(identity), None, None, None
-        file = workspace.path(draft.rows, location="file")
+        file = str(workspace.path(draft.rows, location="file"))
+        task, mapped = draft.settings.get("task"), draft.settings["data"].get("columns")
         try:
             if draft.preview is None:
-                given = {"task": draft.settings.get("task"), "columns": draft.settings["data"].get("columns")}
-                result = worker.result("preview", {"file": str(file), "model": draft.settings.get("model"), **given})
+                given = {"model": draft.settings.get("model"), "task": task, "columns": mapped}
+                result = worker.result("preview", {"file": file, **given})
                 if isinstance(result, Pending):
-                    return part("data_check.html", status=202, draft=draft, pending=result)
-                draft.preview = result["preview"]
-                draft.settings = merge_settings(result["settings"], draft.settings)
+                    return part("data_check.html", status=202, draft=None, pending=result)
+                draft.preview, draft.settings = result["preview"], merge_settings(result["settings"], draft.settings)
                 draft.save()
             if draft.settings.get("model"):
                 checked = worker.result("check", {"config": workspace.config(draft)})
@@ -78,33 +81,38 @@ def router(studio: Studio) -> APIRouter:
             error = raised
         if isinstance(checked, Pending):
             pending, checked = checked, None
-        preview = draft.preview
-        columns = preview["columns"] if preview else _read(str(file), 1)[0]
-        task = str(draft.settings.get("task") or task_registry.default_task())
+        preview = draft.preview or {}
+        try:
+            columns = preview.get("columns") or _read(file, 1)[0]
+        except UserError as raised:
+            return error_part(raised)
+        if error and not preview:
+            error = UserError(error.message, hint="choose the goal and its columns below, or another file")
+        task = draft.settings.get("task") or task_registry.default_task()
         roles = _roles(task, columns, draft.settings["data"].get("columns") or {})
-        values = {"draft": draft, "pending": pending, "error": error, "checked": checked, "columns": columns}
-        values["choices"] = [(column, column) for column in columns]
-        values |= {"task": task, "tasks": [(name, _goal(name)) for name in task_registry.names()], "goal": _goal(task)}
-        values |= {
-            "roles": roles,
-            "contents": CONTENTS,
-            "levels": LEVELS,
-            "sentences": _sentences(preview or {}, roles),
-        }
-        values |= {"figures": _figures(checked or preview or {}), "findings": _findings(checked or {}, str(file))}
-        return part("data_check.html", status=202 if pending else 200, **values)
+        values = {"draft": draft, "pending": pending, "error": error, "checked": checked, "task": task}
+        values |= {"goals": [(name, _goal(name)) for name in task_registry.names()], "roles": roles}
+        values |= {"columns": [(column, column) for column in columns], "contents": CONTENTS, "levels": LEVELS}
+        values |= {"sentences": _sentences(preview, roles), "findings": _findings(checked or {}, file)}
+        return part("data_check.html", status=202 if pending else 200, figures=_figures(checked or preview), **values)
 
     @routes.get("/part/rows")
     def rows(request: Request, identity: str) -> Response:
         draft, first = workspace.draft(identity), _number(request, "from", 1)
-        columns, shown, total = _read(str(workspace.path(draft.rows, location="file")), first)
+        try:
+            columns, shown, total = _read(str(workspace.path(draft.rows, location="file")), first)
+        except UserError as error:
+            return error_part(error)
         pages = {"first": first, "total": total, "step": PAGE_ROWS, "max_rows": MAX_ROWS}
         return part("data_rows.html", draft=draft, columns=columns, rows=shown, **pages)
 
     @routes.get("/part/tokens")
     def tokens(request: Request, identity: str) -> Response:
         draft, row = workspace.draft(identity), _number(request, "row", 1)
-        result = worker.result("rows", {"config": workspace.config(draft), "first": row, "count": 1})
+        try:
+            result = worker.result("rows", {"config": workspace.config(draft), "first": row, "count": 1})
+        except UserError as error:
+            return error_part(error)
         if isinstance(result, Pending):
             return part("data_tokens.html", status=202, row=row, pending=result)
         return part("data_tokens.html", row=row, pending=None, result=result["rows"][0])
@@ -148,9 +156,12 @@ def _sentences(preview: Mapping[str, Any], roles: Mapping[str, str]) -> list[str
     if classes:
         names = ", ".join(map(str, classes[:10])) + (", …" if len(classes) > 10 else "")
         sentences.append(f"There are {len(classes):,} classes: {names}.")
-    for number, reason in ((preview["bad_rows"], "cannot be used"), (preview["unlabeled"], "no answer or class")):
-        if number:
-            sentences.append(f"{count_of(number)} {'is' if number == 1 else 'are'} left out: {reason}.")
+    if number := preview["bad_rows"]:
+        listed = [match[1] for location, _ in preview["bad"] if (match := _ROW.match(location))]
+        more = ", …" if len(listed) < number else ""
+        sentences.append(f"{count_of(number)} cannot be used and will be left out: {', '.join(listed)}{more}.")
+    if number := preview["unlabeled"]:
+        sentences.append(f"{count_of(number)} without an answer or a class will be left out.")
     return sentences
 
 
@@ -159,9 +170,14 @@ def _findings(checked: Mapping[str, Any], file: str) -> list[dict[str, Any]]:
     findings = []
     for finding in checked.get("findings", ()):
         rows = [row.removeprefix(f"{file}, ").replace(file, "the file") for row in finding["rows"]]
-        text = finding["text"].replace("deltaw train refuses: ", "the training would not start: ")
-        more = finding["count"] - len(rows) if rows and finding["count"] > len(rows) else 0
-        findings.append({**finding, "rows": rows, "text": text, "more": more, "short": all(len(r) < 40 for r in rows)})
+        parts = [_ROW.fullmatch(row) for row in rows]
+        if len({match and match[2] for match in parts}) == 1 and parts[0]:  # rows with the same remark
+            rows = [f"Rows {', '.join(match[1] for match in parts if match)}"]
+        text = finding["text"].replace("that cannot be used", "left out")
+        text = text.replace("deltaw train refuses", "the training would not start")
+        hint = "" if finding["hint"] == "they are skipped" else finding["hint"]
+        more = finding["count"] - len(parts) if parts else 0
+        findings.append({**finding, "text": text, "hint": hint, "rows": rows, "more": more})
     return findings
 
 
@@ -185,7 +201,7 @@ def _figures(result: Mapping[str, Any]) -> list[Figure]:
     for identity, title, text, counts in charts:
         if counts:
             shown = sorted(counts.items(), key=lambda item: -item[1])
-            items = [Bar(name, f"{number:,}", [("c1", name, 0, number)]) for name, number in shown[:MAX_BARS]]
+            items = [Bar(name, f"{number:,}", [("p1", name, 0, number)]) for name, number in shown[:MAX_BARS]]
             table = FigureTable(title, ("", "rows"), [(name, f"{number:,}") for name, number in shown])
             figures.append(Figure(identity, title, text, bars(identity, title, text, items), table))
     return figures

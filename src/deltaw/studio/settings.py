@@ -23,7 +23,7 @@ from deltaw.studio.workspace import Draft
 # Labels and descriptions of the most important settings.
 FOUR = {
     "train.epochs": ("Passes over the rows", "How often the model reads each row. Too many make it repeat them."),
-    "train.learning_rate": ("Learning rate", "How much each step changes. auto is a good value for most rows."),
+    "train.learning_rate": ("Learning rate", "How much the model changes per step. “auto” suits most rows."),
     "lora.rank": ("Rank", "Size of the adapter. A higher rank can learn more, and needs more memory and time."),
     "train.keep_general": (
         "Keep general answers",
@@ -126,7 +126,10 @@ def _sections(
     four = [key for key in four if entry.generates_text or key != "train.keep_general"]
     four = [key for key in four if method == "lora" or not key.startswith("lora.")]
     sections: dict[str, tuple[str, list[dict[str, Any]]]] = {"": ("", []), "general": ("", [])}
-    for key in [*four, *(key for key in leaves if key not in FOUR)]:
+    for key in [
+        *four,
+        *sorted((key for key in leaves if key not in FOUR), key=lambda key: not key.startswith("train.")),
+    ]:
         section = key.rpartition(".")[0]
         if section and section not in names:
             continue
