@@ -22,6 +22,8 @@ class RecordingQueue:
 
     def __init__(self) -> None:
         self.added: list[dict[str, Any]] = []
+        self.on_start: list[Any] = []
+        self.problem = None
 
     def add(self, verb: str, arguments: list[str], **options: Any) -> SimpleNamespace:
         self.added.append({"verb": verb, "arguments": arguments, **options})
@@ -29,6 +31,9 @@ class RecordingQueue:
 
     def jobs(self) -> list[Any]:
         return []
+
+    def busy(self) -> None:
+        return None
 
 
 class StudioClient(TestClient):

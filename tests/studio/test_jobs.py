@@ -188,8 +188,8 @@ def test_failing_command_shows_message_and_hint(workspace: Workspace) -> None:
     queue = JobQueue(workspace)
     job = queue.add("train", ["train", "--json"], title="Train", settings={"model": "missing", "rank": 3})
     wait_for(lambda: job.state == "failed", queue)
-    assert job.message.startswith("error: 'data' is missing; unknown key 'rank'")
-    assert "hint:" in job.message
+    error = jobs.read_error(job.log)
+    assert error is not None and error.message.startswith("'data' is missing; unknown key 'rank'") and error.hint
 
 
 def test_modules_of_the_current_folder_are_not_imported(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

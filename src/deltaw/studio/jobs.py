@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -35,6 +36,7 @@ POLL_SECONDS, RETRY_SECONDS = 0.5, 30.0
 # Maximum bytes that are read of a job's output, and number of lines of its log on the page.
 MAX_OUTPUT_BYTES, MAX_LOG_LINES = 2**24, 40
 _JOB, _SETTINGS = "job.json", "settings.yaml"
+_ERROR = re.compile(r"(.*?)(?:\n  where: (.*?))?(?:\n  hint:  (.*?))?", re.DOTALL)
 # A shell that starts the studio in the background disables SIGINT, and children inherit that.
 _CHILD = "import signal, sys; sys.path[:] = {paths!r}; signal.signal(signal.SIGINT, signal.default_int_handler); {code}"
 
@@ -54,6 +56,16 @@ def python_command(code: str, arguments: Sequence[str] = ()) -> tuple[list[str],
 def child_command(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """Return the command line and the process options of a command of deltaw."""
     return python_command("from deltaw.cli import main; main()", arguments)
+
+
+def read_error(text: str) -> UserError | None:
+    """Return the error at the end of a command's messages, or None."""
+    _, found, text = f"\n{text}".rpartition("\nerror: ")
+    match = _ERROR.fullmatch(text.rstrip()) if found else None
+    if match is None:
+        return None
+    message, location, hint = (part and " ".join(part.split()) for part in match.groups())
+    return UserError(message or "", location=location, hint=hint)
 
 
 @dataclass
@@ -105,12 +117,6 @@ class Job:
     def log(self) -> str:
         """Last lines of the job's messages."""
         return "\n".join(self._read("stderr").splitlines()[-MAX_LOG_LINES:])
-
-    @property
-    def message(self) -> str:
-        """Error message, or the last lines of the job's output."""
-        _, found, text = f"\n{self.log}".rpartition("\nerror: ")
-        return f"error: {text}" if found else self.log
 
     def _read(self, name: str) -> str:
         """Return the end of an output file, or ''."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -13,20 +12,19 @@ from fastapi.responses import RedirectResponse, Response
 from deltaw.errors import UserError
 from deltaw.reports.live_table import live_line
 from deltaw.reports.page.run_figures import loss_figure, memory_figure, metric_figures, reward_figure
-from deltaw.reports.tables import metric_name, short
-from deltaw.runs.folder import KILLED, RUNNING, Run, mapping, number, sequence
+from deltaw.reports.tables import metric_name, metric_value, short
+from deltaw.runs.folder import KILLED, RUNNING, Run, mapping, number, numbers, sequence
 from deltaw.settings.config import flat
-from deltaw.studio.jobs import Job
+from deltaw.studio.jobs import Job, read_error
 from deltaw.studio.rendering import form, page, part
 from deltaw.studio.state import Studio
 
-# Limits of a page: sample answers, predicted rows, values of a result, and characters of a text.
-MAX_SAMPLES, MAX_PREDICTIONS, MAX_VALUES, MAX_CHARACTERS = 6, 10, 40, 2000
+# Limits of a page: sample answers, predicted rows, values of a result, characters of a text, and classes.
+MAX_SAMPLES, MAX_PREDICTIONS, MAX_VALUES, MAX_CHARACTERS, MAX_CLASSES = 6, 10, 40, 2000, 12
 # A progress is shown again until this multiple of the time that reading it took has passed.
 IDLE_FACTOR = 20
 VERBS = {"train": "Training", "eval": "Scoring", "predict": "Predicting", "merge": "Merging", "export": "Exporting"}
 VERBS |= {"deploy": "Adding to the program", "plan": "Downloading the model"}
-_ERROR = re.compile(r"error: (.*?)(?:\n  where: (.*?))?(?:\n  hint:  (.*?))?", re.DOTALL)
 
 
 def router(studio: Studio) -> APIRouter:
@@ -102,7 +100,10 @@ def job_view(job: Job, run: Run | None) -> dict[str, Any]:
     values: dict[str, Any] = {"title": state_text(job), "percent": None, "line": None, "error": None, "figures": []}
     values |= {"samples": [], "predictions": None, "values": [], "log": job.log, "announcement": state_text(job)}
     values |= {"state": job.state, "can_resume": not job.is_active and job.state != "done"}
-    if job.verb != "train" or run is None:
+    values["scores"] = scores(job.result) if job.verb == "eval" and job.result else None
+    if values["scores"]:
+        values["values"] = []
+    elif job.verb != "train" or run is None:
         result = list(flat(job.result or {}).items())
         numbers = [(key, value) for key, value in result if isinstance(value, str | int | float)]
         values["values"] = [(key, short(v) if isinstance(v, float) else str(v)) for key, v in numbers][:MAX_VALUES]
@@ -123,15 +124,42 @@ def job_view(job: Job, run: Run | None) -> dict[str, Any]:
 
 def job_error(job: Job, run: Run | None) -> UserError:
     """Return the error of a job that failed."""
-    match = _ERROR.fullmatch(job.message.rstrip())
-    if match is not None:
-        message, location, hint = (text and " ".join(text.split()) for text in match.groups())
-        return UserError(message or "", location=location, hint=hint)
+    if (error := read_error(job.log)) is not None:
+        return error
     if job.verb == "train" and run is not None and run.training is not None:
         hint = "close other programs if the memory was full, then continue. Finished steps are not lost"
     else:
         hint = "close other programs if the memory was full, then start it again"
     return UserError("the process ended without a message: it was killed, or the computer was switched off", hint=hint)
+
+
+def scores(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the variables of the metrics that an evaluation printed."""
+    metrics, base, intervals = (mapping(result.get(key)) for key in ("eval", "base", "intervals"))
+
+    def interval(name: str, values: object) -> str:
+        bounds = numbers(sequence(values))
+        return " – ".join(metric_value(name, bound) for bound in bounds) if len(bounds) == 2 else ""
+
+    rows = [
+        (metric_name(name), metric_value(name, number(base.get(name))), metric_value(name, number(value)), text)
+        for name, value in metrics.items()
+        for text in [interval(name, intervals.get(name))]
+    ]
+    main, before, difference = (mapping(result.get(key)) for key in ("score", "base_score", "difference"))
+    name, classes = str(main.get("metric", "")), [str(label) for label in sequence(result.get("classes"))]
+    counts = {
+        (classes[i], classes[j]): (int(count), int(sum(row)))
+        for i, row in enumerate(map(numbers, sequence(result.get("confusion")))) if i < len(classes)
+        for j, count in enumerate(row) if count and j < len(classes)
+    }  # fmt: skip
+    return {
+        "name": metric_name(name), "value": metric_value(name, number(main.get("value"))),
+        "before": metric_value(name, number(before.get("value"))) if before else "",
+        "interval": interval(name, intervals.get(name)), "difference": interval(name, difference.get("interval")),
+        "num_rows": result.get("rows"), "has_base": bool(base), "rows": rows,
+        "confusion": {"classes": classes[:MAX_CLASSES], "counts": counts} if counts else None,
+    }  # fmt: skip
 
 
 def samples(run: Run) -> list[dict[str, Any]]:

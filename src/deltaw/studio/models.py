@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,9 +26,6 @@ from deltaw.studio.state import Studio
 from deltaw.studio.worker import Pending
 from deltaw.studio.workspace import RUNS, Draft, unused_path
 from deltaw.training.planning.plan_cache import load_cached_plans
-
-# Name of a run.
-_NAME = re.compile(r"[\w()-][\w .()-]{0,79}")
 
 
 def router(studio: Studio) -> APIRouter:
@@ -114,9 +112,7 @@ def router(studio: Studio) -> APIRouter:
     @routes.post("/start")
     async def start(request: Request, identity: str) -> Response:
         draft, name = workspace.draft(identity), (await form(request)).get("name", [""])[0].strip()
-        if not _NAME.fullmatch(name):
-            hint = "use up to 80 letters, digits, spaces, dots, hyphens and parentheses"
-            raise UserError(f"'{name[:80]}' is not a name", location="name", hint=hint)
+        name = run_name(name)
         platforms.reject_reserved_names(name)
         config, path = workspace.config(draft), workspace.folder / RUNS / name
         active = {job.run: job for job in queue.jobs() if job.is_active}
@@ -131,6 +127,12 @@ def router(studio: Studio) -> APIRouter:
         return RedirectResponse(f"/jobs/{job.identity}", 303)
 
     return routes
+
+
+def run_name(text: str) -> str:
+    """Return the name of a run, which is also valid as the name of a model in requests to a server."""
+    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9._]+", "-", ascii_text).strip("-._")[:80] or "run"
 
 
 def plan_figure(plan: Plan, free: int) -> Figure:

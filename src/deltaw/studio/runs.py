@@ -73,7 +73,7 @@ def _add_pages(routes: APIRouter, studio: Studio) -> None:
 
     @routes.get("/runs/compare")
     def compare(request: Request) -> Response:
-        runs = [_run_of(workspace, text) for text in dict.fromkeys(request.query_params.getlist("run"))]
+        runs = [run_of(workspace, text) for text in dict.fromkeys(request.query_params.getlist("run"))]
         if len(runs) < 2:
             raise UserError("a comparison needs two or more runs", hint="select them in the list of results")
         if "curves" in request.query_params:
@@ -84,7 +84,7 @@ def _add_pages(routes: APIRouter, studio: Studio) -> None:
 
     @routes.get("/runs/of/{path:path}")
     def show(request: Request, path: str) -> Response:
-        run = _run_of(workspace, path)
+        run = run_of(workspace, path)
         relative = workspace.relative(run.path)
         commands = {
             "Serve with the OpenAI API": f"deltaw serve {shell_word(run.path)}",
@@ -95,12 +95,12 @@ def _add_pages(routes: APIRouter, studio: Studio) -> None:
         return page(
             request, "run.html", run=run, path=relative, interval=_interval(run), results=results,
             origins=_origins(run.part("start"), _MAX_ORIGINS), jobs=jobs, gguf_types=GGUF_TYPES, programs=PROGRAMS,
-            commands=commands, has_adapter=bool(_adapter_files(run.path)),
+            commands=commands, has_adapter=has_adapter(run.path),
         )  # fmt: skip
 
     @routes.get("/runs/report/{path:path}")
     def show_report(request: Request, path: str) -> Response:
-        return _report(studio, request, "run_page", {"folder": str(_run_of(workspace, path).path)})
+        return _report(studio, request, "run_page", {"folder": str(run_of(workspace, path).path)})
 
 
 def _add_actions(routes: APIRouter, studio: Studio) -> None:
@@ -108,7 +108,7 @@ def _add_actions(routes: APIRouter, studio: Studio) -> None:
 
     @routes.get("/runs/adapter/{path:path}")
     def download(path: str) -> Response:
-        folder = _run_of(workspace, path).path
+        folder = run_of(workspace, path).path
         file = workspace.state / f"{secrets.token_hex(8)}.part"
         with zipfile.ZipFile(file, "w") as archive:
             for source in _adapter_files(folder):
@@ -126,7 +126,7 @@ def _add_actions(routes: APIRouter, studio: Studio) -> None:
     @routes.post("/runs/delete")
     async def delete(request: Request) -> Response:
         text = (await form(request)).get("run", [""])[0]
-        run = _run_of(workspace, text)
+        run = run_of(workspace, text)
         if run.path != workspace.folder / text:
             raise UserError(f"'{text[:200]}' is a link", hint="delete it in your file manager")
         if run.state == RUNNING or is_locked(run.path):
@@ -137,16 +137,16 @@ def _add_actions(routes: APIRouter, studio: Studio) -> None:
     @routes.post("/runs/ship")
     async def ship(request: Request) -> Response:
         fields = await form(request)
-        run, verb = _run_of(workspace, fields.get("run", [""])[0]).path, fields.get("verb", [""])[0]
+        run, verb = run_of(workspace, fields.get("run", [""])[0]).path, fields.get("verb", [""])[0]
         if verb == "deploy":
             program = _choice(fields, "program", PROGRAMS)
             title, arguments, output = f"{run.name} to {PROGRAMS[program]}", [verb, program, str(run)], None
         elif verb == "export":
             kind = _choice(fields, "type", GGUF_TYPES)
-            output = _export_path(workspace, f"{run.name}-{kind}.gguf")
+            output = export_path(workspace, f"{run.name}-{kind}.gguf")
             title, arguments = f"{run.name} as GGUF file", [verb, str(run), "--format=gguf", f"--type={kind}"]
         elif verb == "merge":
-            output = _export_path(workspace, f"{run.name}-merged")
+            output = export_path(workspace, f"{run.name}-merged")
             title, arguments = f"{run.name} as complete model", [verb, str(run)]
         else:
             raise UserError(f"'{verb[:200]}' is not a way to export a run")
@@ -155,7 +155,12 @@ def _add_actions(routes: APIRouter, studio: Studio) -> None:
         return RedirectResponse(f"/jobs/{job.identity}", 303)
 
 
-def _run_of(workspace: Workspace, text: str) -> Run:
+def run_of(workspace: Workspace, text: str) -> Run:
+    """Return the run with this relative path.
+
+    Raises:
+        UserError: if it is not a run.
+    """
     path = workspace.path(text, location="run")
     if not is_run(path):
         raise UserError(f"'{text[:200]}' is not a run", hint="choose one in the list of results")
@@ -179,10 +184,16 @@ def _choice(fields: Mapping[str, list[str]], name: str, choices: Mapping[str, st
     return value
 
 
-def _export_path(workspace: Workspace, name: str) -> Path:
+def export_path(workspace: Workspace, name: str) -> Path:
+    """Return an unused path in the folder of exports."""
     folder = workspace.folder / EXPORTS
     folder.mkdir(exist_ok=True)
     return unused_path(folder / name)
+
+
+def has_adapter(folder: Path) -> bool:
+    """Return True if the folder contains an adapter."""
+    return bool(_adapter_files(folder))
 
 
 def _adapter_files(folder: Path) -> list[Path]:
