@@ -28,7 +28,7 @@ import deltaw
 from deltaw import platforms
 from deltaw.atomic_files import write_text
 from deltaw.errors import UserError
-from deltaw.runs.folder import Run, is_alive, is_locked, process_identity
+from deltaw.runs.folder import is_alive, is_locked, process_identity
 from deltaw.studio.workspace import Workspace
 
 QUEUED, RUNNING, DONE, FAILED, STOPPED = "queued", "running", "done", "failed", "stopped"
@@ -254,17 +254,11 @@ class JobQueue:
             job.save()
 
     def resume(self, identity: str) -> None:
-        """Queue a job again that has ended. A training continues from its last checkpoint, if it has one."""
+        """Queue a job again that has ended. The same command continues a training from its last checkpoint."""
         with self._lock:
             job = self.job(identity)
             if job.is_active:
                 return
-            if (
-                job.verb == "train"
-                and job.run is not None
-                and Run(self._workspace.folder / job.run).training is not None
-            ):
-                job.arguments = ["train", "--resume", str(self._workspace.folder / job.run), "--json"]
             job.state, job.process, job.stops, job.order = QUEUED, None, 0, time.time()
             job.save()
 

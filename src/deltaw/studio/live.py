@@ -13,7 +13,7 @@ from deltaw.errors import UserError
 from deltaw.reports.live_table import live_line
 from deltaw.reports.page.run_figures import loss_figure, memory_figure, metric_figures, reward_figure
 from deltaw.reports.tables import metric_name, metric_value, short
-from deltaw.runs.folder import KILLED, RUNNING, Run, mapping, number, numbers, sequence
+from deltaw.runs.folder import CHECKPOINT_FOLDER, KILLED, RUNNING, Run, mapping, number, numbers, sequence
 from deltaw.settings.config import flat
 from deltaw.studio.jobs import Job, read_error
 from deltaw.studio.rendering import form, page, part
@@ -39,7 +39,7 @@ def router(studio: Studio) -> APIRouter:
         time_shown, seconds, shown_state, values = views.get(job.identity, (0.0, 0.0, None, {}))
         if shown_state != state or started - time_shown > IDLE_FACTOR * seconds:
             run = None if job.run is None else Run(workspace.folder / job.run)
-            values = {**job_view(job, run), "shown_run": run if run is not None and run.values else None}
+            values = {**job_view(job, run), "has_checkpoint": run is not None and has_checkpoint(run)}
             if job.is_active and values["percent"] is not None:
                 values["announcement"] = f"{values['title']}: {values['percent'] // 10 * 10} %"
             views[job.identity] = time.monotonic(), time.monotonic() - started, state, values
@@ -87,6 +87,12 @@ def router(studio: Studio) -> APIRouter:
     return routes
 
 
+def has_checkpoint(run: Run) -> bool:
+    """Return True if a run can be continued from a later step than the first."""
+    folder = run.path / CHECKPOINT_FOLDER
+    return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
+
+
 def state_text(job: Job) -> str:
     """Return the state of a job in words."""
     running = "Stopping" if job.stops else VERBS.get(job.verb, "Running")
@@ -126,8 +132,8 @@ def job_error(job: Job, run: Run | None) -> UserError:
     """Return the error of a job that failed."""
     if (error := read_error(job.log)) is not None:
         return error
-    if job.verb == "train" and run is not None and run.training is not None:
-        hint = "close other programs if the memory was full, then continue. Finished steps are not lost"
+    if job.verb == "train" and run is not None and has_checkpoint(run):
+        hint = "close other programs if the memory was full, then continue from the last saved step"
     else:
         hint = "close other programs if the memory was full, then start it again"
     return UserError("the process ended without a message: it was killed, or the computer was switched off", hint=hint)

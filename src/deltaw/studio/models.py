@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from deltaw.settings.config import RunConfig
 from deltaw.studio.rendering import error_part, form, page, part, wants_json
 from deltaw.studio.state import Studio
 from deltaw.studio.worker import Pending
-from deltaw.studio.workspace import RUNS, Draft, unused_path
+from deltaw.studio.workspace import RUNS, Draft
 from deltaw.training.planning.plan_cache import load_cached_plans
 
 
@@ -114,14 +115,13 @@ def router(studio: Studio) -> APIRouter:
         draft, name = workspace.draft(identity), (await form(request)).get("name", [""])[0].strip()
         name = run_name(name)
         platforms.reject_reserved_names(name)
-        config, path = workspace.config(draft), workspace.folder / RUNS / name
-        active = {job.run: job for job in queue.jobs() if job.is_active}
-        job = active.get(workspace.relative(path))
-        if job is not None and job.draft == identity:  # the button was pressed twice
-            return RedirectResponse(f"/jobs/{job.identity}", 303)
-        path = unused_path(path)
-        while workspace.relative(path) in active:
-            path = unused_path(path.with_name(f"{path.name}-2"))
+        config, active = workspace.config(draft), [job for job in queue.jobs() if job.is_active]
+        for job in active:
+            if (job.verb, job.draft) == ("train", identity) and job.created > draft.changed:  # pressed twice
+                return RedirectResponse(f"/jobs/{job.identity}", 303)
+        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        paths, taken = (workspace.folder / RUNS / name for name in names), {job.run for job in active}
+        path = next(path for path in paths if not path.exists() and workspace.relative(path) not in taken)
         settings = config | {"output": str(path)}
         job = queue.add("train", ["train", "--json"], title=path.name, run=path, settings=settings, draft=identity)
         return RedirectResponse(f"/jobs/{job.identity}", 303)
