@@ -49,8 +49,7 @@ def create_app(studio: Studio, settings: ServerSettings, token: Token) -> FastAP
 
 async def _on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
-        hint = "go to the start page"
-        return error_response(request, UserError("this page does not exist", hint=hint), error.status_code)
+        return error_response(request, UserError("this page does not exist"), error.status_code)
     if isinstance(error, OSError):
         if error.errno != errno.ENOSPC:
             raise error

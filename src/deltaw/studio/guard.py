@@ -6,18 +6,19 @@ import hmac
 import secrets
 import traceback
 from collections.abc import Callable
-from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from urllib.parse import parse_qs
 
 from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deltaw.atomic_files import write_text
 from deltaw.errors import UserError
 from deltaw.serving.http.guard import SECURITY_HEADERS
-from deltaw.serving.http.settings import ServerSettings, known_host
+from deltaw.serving.http.settings import MIN_KEY_LENGTH, ServerSettings, known_host
 from deltaw.studio.rendering import error_response
 
 COOKIE_SECONDS = 30 * 24 * 3600
@@ -42,7 +43,7 @@ class Token:
 
     def use(self, text: str) -> bool:
         """Return True if a token is valid. Announce a new one if the token is the last one that was used."""
-        if hmac.compare_digest(text.encode(), self.value.encode()):
+        if self.value and hmac.compare_digest(text.encode(), self.value.encode()):
             self._used, self.value = self.value, ""
             return True
         if self._used and not self.value and hmac.compare_digest(text.encode(), self._used.encode()):
@@ -54,10 +55,12 @@ class Token:
 def session_secret(folder: Path) -> str:
     """Return the secret of the cookie, which is stored in a file, so that open pages survive a restart."""
     file = folder / "session"
-    if not file.is_file():
-        file.touch(mode=0o600)
-        file.write_text(secrets.token_urlsafe(32), encoding="ascii")
-    return file.read_text(encoding="ascii")
+    secret = file.read_text(encoding="ascii") if file.is_file() else ""
+    if len(secret) < MIN_KEY_LENGTH:
+        secret = secrets.token_urlsafe(32)
+        write_text(file, secret)
+        file.chmod(0o600)
+    return secret
 
 
 class Guard:
@@ -92,6 +95,8 @@ class Guard:
         request = Request(scope, receive)
         try:
             await (self._rejection(request) or self._app)(scope, receive, send_with_headers)
+        except ClientDisconnect:
+            pass
         except Exception:
             traceback.print_exc()
             if not started:
@@ -111,7 +116,7 @@ class Guard:
             return None
         if request.method not in ("GET", "HEAD") and not self._is_same_origin(request.scope, headers, host):
             return error_response(request, UserError("another page sent this request"), 403)
-        if self._has_cookie(headers):
+        if self._has_cookie(request):
             return RedirectResponse("/", 303) if "token" in request.query_params and path == "/" else None
         hint = "open the address that the terminal shows, or start deltaw studio again"
         tokens = parse_qs(request.url.query).get("token", [])
@@ -131,9 +136,6 @@ class Guard:
         origin, site = headers.get("origin", ""), headers.get("sec-fetch-site", "same-origin")
         return origin == f"{scope['scheme']}://{host}" and site == "same-origin"
 
-    def _has_cookie(self, headers: Headers) -> bool:
-        try:
-            cookie = SimpleCookie(headers.get("cookie", "")).get(self._cookie)
-        except CookieError:
-            return False
-        return cookie is not None and hmac.compare_digest(cookie.value.encode(), self._secret.encode())
+    def _has_cookie(self, request: Request) -> bool:
+        value = request.cookies.get(self._cookie, "")
+        return hmac.compare_digest(value.encode("utf-8", "replace"), self._secret.encode())

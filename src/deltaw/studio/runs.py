@@ -52,22 +52,14 @@ Origin: TypeAlias = tuple[str, list["Origin"]]
 
 def router(studio: Studio) -> APIRouter:
     """Return the routes of the pages of the runs."""
-    routes, workspace = APIRouter(), studio.workspace
+    routes = APIRouter()
+    _add_pages(routes, studio)
+    _add_actions(routes, studio)
+    return routes
 
-    def run_of(text: str) -> Run:
-        path = workspace.path(text, location="run")
-        if not is_run(path):
-            raise UserError(f"'{text[:200]}' is not a run", hint="choose one in the list of results")
-        return Run(path)
 
-    def report(request: Request, call: str, arguments: Mapping[str, Any]) -> Response:
-        """Return a page that the worker renders, or a page that waits for it."""
-        result = studio.worker.result(call, arguments)
-        if not isinstance(result, Pending):
-            return HTMLResponse(result["html"], headers=_REPORT_HEADERS)
-        response = page(request, "waiting.html", status=202, seconds=result.seconds)
-        response.headers["Refresh"] = "1"
-        return response
+def _add_pages(routes: APIRouter, studio: Studio) -> None:
+    workspace = studio.workspace
 
     @routes.get("/runs")
     def show_all(request: Request) -> Response:
@@ -81,18 +73,18 @@ def router(studio: Studio) -> APIRouter:
 
     @routes.get("/runs/compare")
     def compare(request: Request) -> Response:
-        runs = [run_of(text) for text in dict.fromkeys(request.query_params.getlist("run"))]
+        runs = [_run_of(workspace, text) for text in dict.fromkeys(request.query_params.getlist("run"))]
         if len(runs) < 2:
             raise UserError("a comparison needs two or more runs", hint="select them in the list of results")
         if "curves" in request.query_params:
-            return report(request, "comparison_page", {"folders": [str(run.path) for run in runs]})
+            return _report(studio, request, "comparison_page", {"folders": [str(run.path) for run in runs]})
         values = {"names": unique_names(runs), "query": request.url.query, "answers": same_prompts(runs)}
         tables = {"results": result_rows(runs), "differences": differing_settings(runs)}
         return page(request, "compare.html", values=values, tables=tables)
 
     @routes.get("/runs/of/{path:path}")
     def show(request: Request, path: str) -> Response:
-        run = run_of(path)
+        run = _run_of(workspace, path)
         relative = workspace.relative(run.path)
         commands = {
             "Serve with the OpenAI API": f"deltaw serve {shell_word(run.path)}",
@@ -108,11 +100,15 @@ def router(studio: Studio) -> APIRouter:
 
     @routes.get("/runs/report/{path:path}")
     def show_report(request: Request, path: str) -> Response:
-        return report(request, "run_page", {"folder": str(run_of(path).path)})
+        return _report(studio, request, "run_page", {"folder": str(_run_of(workspace, path).path)})
+
+
+def _add_actions(routes: APIRouter, studio: Studio) -> None:
+    workspace = studio.workspace
 
     @routes.get("/runs/adapter/{path:path}")
     def download(path: str) -> Response:
-        folder = run_of(path).path
+        folder = _run_of(workspace, path).path
         file = workspace.state / f"{secrets.token_hex(8)}.part"
         with zipfile.ZipFile(file, "w") as archive:
             for source in _adapter_files(folder):
@@ -130,7 +126,7 @@ def router(studio: Studio) -> APIRouter:
     @routes.post("/runs/delete")
     async def delete(request: Request) -> Response:
         text = (await form(request)).get("run", [""])[0]
-        run = run_of(text)
+        run = _run_of(workspace, text)
         if run.path != workspace.folder / text:
             raise UserError(f"'{text[:200]}' is a link", hint="delete it in your file manager")
         if run.state == RUNNING or is_locked(run.path):
@@ -141,7 +137,7 @@ def router(studio: Studio) -> APIRouter:
     @routes.post("/runs/ship")
     async def ship(request: Request) -> Response:
         fields = await form(request)
-        run, verb = run_of(fields.get("run", [""])[0]).path, fields.get("verb", [""])[0]
+        run, verb = _run_of(workspace, fields.get("run", [""])[0]).path, fields.get("verb", [""])[0]
         if verb == "deploy":
             program = _choice(fields, "program", PROGRAMS)
             title, arguments, output = f"{run.name} to {PROGRAMS[program]}", [verb, program, str(run)], None
@@ -158,7 +154,22 @@ def router(studio: Studio) -> APIRouter:
         job = studio.queue.add(verb, arguments, title=title, run=run, output=output)
         return RedirectResponse(f"/jobs/{job.identity}", 303)
 
-    return routes
+
+def _run_of(workspace: Workspace, text: str) -> Run:
+    path = workspace.path(text, location="run")
+    if not is_run(path):
+        raise UserError(f"'{text[:200]}' is not a run", hint="choose one in the list of results")
+    return Run(path)
+
+
+def _report(studio: Studio, request: Request, call: str, arguments: Mapping[str, Any]) -> Response:
+    """Return a page that the worker renders, or a page that waits for it."""
+    result = studio.worker.result(call, arguments)
+    if not isinstance(result, Pending):
+        return HTMLResponse(result["html"], headers=_REPORT_HEADERS)
+    response = page(request, "waiting.html", status=202, seconds=result.seconds)
+    response.headers["Refresh"] = "1"
+    return response
 
 
 def _choice(fields: Mapping[str, list[str]], name: str, choices: Mapping[str, str]) -> str:

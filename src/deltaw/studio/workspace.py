@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -113,12 +114,10 @@ class Workspace:
         hint = f"choose a file or folder inside of {self.folder}"
         try:
             path = (self.folder / text).resolve(strict=True)
+            parts = (*Path(text).parts, *path.relative_to(self.folder).parts)  # fails if it is outside
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"'{text[:200]}' does not exist", location=location, hint=hint) from error
-        parts = (
-            (*Path(text).parts, *path.relative_to(self.folder).parts) if path.is_relative_to(self.folder) else ("..",)
-        )
-        if Path(text).is_absolute() or any(part.startswith(".") for part in parts):
+        if not parts or Path(text).is_absolute() or any(part.startswith(".") for part in parts):
             raise UserError(f"'{text[:200]}' is not allowed here", location=location, hint=hint)
         return path
 
@@ -197,9 +196,12 @@ class Workspace:
         return draft
 
     def drafts(self) -> list[Draft]:
-        """Return all drafts, the last changed first."""
-        identities = [path.stem for path in (self.state / "drafts").glob("*.json")]
-        return sorted(map(self.draft, identities), key=lambda draft: draft.changed, reverse=True)
+        """Return all readable drafts, the last changed first."""
+        drafts = []
+        for path in (self.state / "drafts").glob("*.json"):
+            with contextlib.suppress(UserError):
+                drafts.append(self.draft(path.stem))
+        return sorted(drafts, key=lambda draft: draft.changed, reverse=True)
 
     def draft(self, identity: str) -> Draft:
         """Return a draft.
@@ -209,11 +211,12 @@ class Workspace:
         """
         path = self.state / "drafts" / f"{identity}.json"
         try:
-            if not _IDENTITY.fullmatch(identity):
-                raise FileNotFoundError
-            return Draft(path, **json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError("this draft does not exist", hint="go to the start page and choose a file") from error
+            if _IDENTITY.fullmatch(identity):
+                values = json.loads(path.read_text(encoding="utf-8"))
+                return Draft(path, dict(values["settings"]), values["preview"], float(values["changed"]))
+        except (OSError, ValueError, TypeError, KeyError):
+            pass
+        raise UserError("this draft does not exist", hint="go to the start page and choose a file")
 
     def config(self, draft: Draft) -> dict[str, Any]:
         """Return the complete settings of a draft with absolute paths.

@@ -129,6 +129,8 @@ function connectUpload(form) {
   const status = form.querySelector("[role=status]");
   const send = (file) => {
     if (!file) return;
+    const fail = (text) => { status.replaceChildren(text); status.className = "error"; input.value = ""; };
+    if (file.size > Number(form.dataset.max)) { fail(form.dataset.tooLarge); return; }
     const request = new XMLHttpRequest();
     const bar = document.createElement("progress");
     bar.max = 1;
@@ -137,7 +139,6 @@ function connectUpload(form) {
     status.replaceChildren("Uploading " + file.name + " …", bar);
     request.upload.onprogress = (event) => { if (event.lengthComputable) bar.value = event.loaded / event.total; };
     request.upload.onload = () => { status.replaceChildren("Reading " + file.name + " …"); };
-    const fail = (text) => { status.replaceChildren(text); status.className = "error"; input.value = ""; };
     request.onerror = () => fail("The upload was interrupted. Choose the file again.");
     request.onload = () => {
       let answer = {};
