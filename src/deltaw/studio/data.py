@@ -22,6 +22,7 @@ from deltaw.settings.config import merge_settings
 from deltaw.studio.rendering import error_part, form, page, part
 from deltaw.studio.state import Studio
 from deltaw.studio.worker import Pending
+from deltaw.studio.workspace import Draft
 
 # Rows of a page of the table, rows that can be shown, and characters of a cell.
 PAGE_ROWS, MAX_ROWS, MAX_CELL = 25, 1000, 300
@@ -55,7 +56,9 @@ def router(studio: Studio) -> APIRouter:
         names = {name.removeprefix("columns."): values[0] for name, values in fields.items()}
         groups = [group[0] for kind in task_registry.entry_of(task).row_kinds for group in kind.required]
         chosen = {standard: names[standard] for standard in groups if names.get(standard)}
-        if task == draft.settings.get("task") and chosen:  # columns of another task are inferred
+        if chosen and task == draft.settings.get(
+            "task", task_registry.default_task()
+        ):  # columns of another task are inferred
             settings["data"]["columns"] = {name: column for name, column in chosen.items() if name != column}
         draft.settings, draft.preview = settings, None
         draft.save()
@@ -63,39 +66,8 @@ def router(studio: Studio) -> APIRouter:
 
     @routes.get("/part/check")
     def check(identity: str) -> Response:
-        draft, checked, error, pending = workspace.draft(identity), None, None, None
-        file = str(workspace.path(draft.rows, location="file"))
-        task, mapped = draft.settings.get("task"), draft.settings["data"].get("columns")
-        try:
-            if draft.preview is None:
-                given = {"model": draft.settings.get("model"), "task": task, "columns": mapped}
-                result = worker.result("preview", {"file": file, **given})
-                if isinstance(result, Pending):
-                    return part("data_check.html", status=202, draft=None, pending=result)
-                draft.preview, draft.settings = result["preview"], merge_settings(result["settings"], draft.settings)
-                draft.save()
-            if draft.settings.get("model"):
-                checked = worker.result("check", {"config": workspace.config(draft)})
-        except UserError as raised:
-            error = raised
-        if isinstance(checked, Pending):
-            pending, checked = checked, None
-        preview = draft.preview or {}
-        columns = preview.get("columns", [])
-        with contextlib.suppress(UserError):
-            columns = columns or _read(file, 1)[0]
-        if error and not columns:
-            return error_part(error)
-        if error and not preview:
-            error = UserError(error.message, hint="choose the goal and its columns below, or another file")
-        task = draft.settings.get("task") or task_registry.default_task()
-        values: dict[str, object] = {"draft": draft, "pending": pending, "error": error, "checked": checked}
-        entries = [task_registry.entry_of(name) for name in task_registry.names()]
-        values |= {"task": task, "goals": {entry.name: entry.goal or entry.capability for entry in entries}}
-        values |= {"preview": preview, "contents": CONTENTS, "columns": [(column, column) for column in columns]}
-        values |= {"roles": _roles(task, columns, draft.settings["data"].get("columns") or {})}
-        values |= {"figures": _figures(checked or preview), "numbers": functools.partial(_numbers, file)}
-        return part("data_check.html", status=202 if pending else 200, **values)
+        draft = workspace.draft(identity)
+        return _check(studio, draft, str(workspace.path(draft.rows, location="file")))
 
     @routes.get("/part/rows")
     def rows(request: Request, identity: str) -> Response:
@@ -119,6 +91,41 @@ def router(studio: Studio) -> APIRouter:
         return part("data_tokens.html", row=row, pending=None, result=result["rows"][0])
 
     return routes
+
+
+def _check(studio: Studio, draft: Draft, file: str) -> Response:
+    """Return the summary and the findings of a file, as far as they are known."""
+    checked, error, pending = None, None, None
+    try:
+        if draft.preview is None:
+            given = {"task": draft.settings.get("task"), "columns": draft.settings["data"].get("columns")}
+            result = studio.worker.result("preview", {"file": file, "model": draft.settings.get("model"), **given})
+            if isinstance(result, Pending):
+                return part("data_check.html", status=202, draft=None, pending=result)
+            draft.preview, draft.settings = result["preview"], merge_settings(result["settings"], draft.settings)
+            draft.save()
+        if draft.settings.get("model"):
+            checked = studio.worker.result("check", {"config": studio.workspace.config(draft)})
+    except UserError as raised:
+        error = raised
+    if isinstance(checked, Pending):
+        pending, checked = checked, None
+    preview = draft.preview or {}
+    columns = preview.get("columns", [])
+    with contextlib.suppress(UserError):
+        columns = columns or _read(file, 1)[0]
+    if error and not columns:
+        return error_part(error)
+    if error and not preview:
+        error = UserError(error.message, hint="choose the goal and its columns below, or another file")
+    task = draft.settings.get("task") or task_registry.default_task()
+    entries = [task_registry.entry_of(name) for name in task_registry.names()]
+    values: dict[str, object] = {"draft": draft, "pending": pending, "error": error, "checked": checked, "task": task}
+    values |= {"goals": {entry.name: entry.goal or entry.capability for entry in entries}, "contents": CONTENTS}
+    values |= {"preview": preview, "columns": [(column, column) for column in columns]}
+    values |= {"roles": _roles(task, columns, draft.settings["data"].get("columns") or {})}
+    values |= {"figures": _figures(checked or preview), "numbers": functools.partial(_numbers, file)}
+    return part("data_check.html", status=202 if pending else 200, **values)
 
 
 def _number(request: Request, name: str, default: int) -> int:
