@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import filecmp
 import json
@@ -29,26 +30,21 @@ def convert(workspace: Workspace, file: Path) -> Path:
     """
     if file.suffix.lower() not in EXCEL:
         return file
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > MAX_UNZIPPED_BYTES:
-                raise UserError("the file is too large when it is unpacked", location=file.name, hint="save it as CSV")
     output, target = workspace.state / f"{secrets.token_hex(8)}.part", file.with_suffix(".jsonl")
     paths = [path for path in sys.path if path and Path(path).resolve() != workspace.folder]
     command = [sys.executable, "-I", "-X", "utf8", "-c", _COMMAND, str(file), str(output), *paths]
     try:
         process = subprocess.run(command, capture_output=True, timeout=MAX_SECONDS, encoding="utf-8", check=False)
-        if process.returncode:
-            message = process.stdout.strip() or "the file is damaged, or is not an Excel file"
-            raise UserError(message, location=file.name, hint="correct it in Excel, or save the sheet with rows as CSV")
-        if target.is_file() and filecmp.cmp(output, target, shallow=False):
-            return target
-        target = unused_path(target)
-        rename_path(output, target)
+        message = process.stdout.strip() or "the file is damaged, or is not an Excel file"
+    except subprocess.TimeoutExpired:
+        process, message = None, f"the file was not read within {MAX_SECONDS} seconds"
+    try:
+        if process is None or process.returncode:
+            raise UserError(message, location=file.name, hint="correct it, or save the sheet with the rows as CSV")
+        if not (target.is_file() and filecmp.cmp(output, target, shallow=False)):
+            target = unused_path(target)
+            rename_path(output, target)
         return target
-    except subprocess.TimeoutExpired as error:
-        message = f"the file was not read within {MAX_SECONDS} seconds"
-        raise UserError(message, location=file.name, hint="save the sheet with the rows as CSV") from error
     finally:
         output.unlink(missing_ok=True)
 
@@ -57,19 +53,19 @@ def main(source: str, output: str) -> None:
     """Write the rows of an Excel file. Print a message and exit with status 1 if it has no table."""
     from python_calamine import CalamineError, CalamineWorkbook
 
-    try:
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows, macOS
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
-    except (ImportError, ValueError, OSError):  # Windows, macOS
-        pass
     try:
+        if zipfile.is_zipfile(source):
+            with zipfile.ZipFile(source) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > MAX_UNZIPPED_BYTES:
+                    raise ValueError("the file is too large when it is unpacked")
         workbook = CalamineWorkbook.from_path(source)
-        sheets: Iterator[Any] = (
-            workbook.get_sheet_by_index(index).to_python() for index in range(len(workbook.sheet_names))
-        )
+        sheets: Iterator[Any] = (workbook.get_sheet_by_name(name).to_python() for name in workbook.sheet_names)
         lines = _lines(next((sheet for sheet in sheets if sheet), []))
-    except (CalamineError, MemoryError, ValueError) as error:
+    except (CalamineError, MemoryError, ValueError, zipfile.BadZipFile) as error:
         print(error if isinstance(error, ValueError) else f"the file cannot be read: {str(error)[:200]}")
         sys.exit(1)
     Path(output).write_text("".join(lines), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -27,7 +28,7 @@ FOUR = {
     "lora.rank": ("Rank", "Size of the adapter. A higher rank can learn more, and needs more memory and time."),
     "train.keep_general": (
         "Keep general answers",
-        "How much answers to other questions should stay the same. 0: not at all; start with 1. Training takes longer.",
+        "Keeps answers to other questions as they are. 0: off; start with 1.",
     ),
 }
 # Settings of other pages, and those that are not allowed in the studio.
@@ -83,7 +84,7 @@ def _changed(values: Mapping[str, Any], texts: Mapping[str, str]) -> dict[str, A
             raise UserError(f"'{key}' cannot be changed here", location=key)
         default = known[key].default
         value = parse_setting(key, text.replace("\r\n", "\n")) if text.strip() else default
-        explicit[key] = value
+        explicit[key] = json.loads(json.dumps(value, default=str, skipkeys=True))  # dates become texts
         if value == (list(default) if isinstance(default, tuple) else default):
             del explicit[key]
     nested: dict[str, Any] = {}
@@ -121,15 +122,12 @@ def _sections(
     entry, method = task_registry.entry_of(values["task"]), values.get("method", "lora")
     leaves = {setting.key: setting for setting in settings() if setting.key not in ELSEWHERE}
     explicit, kinds = flat(values), value_types(leaves)
-    names = {"train", "data", entry.section_name, *(method.name for method in method_registry.entries())}
-    four = [key for key in FOUR if key in leaves]
-    four = [key for key in four if entry.generates_text or key != "train.keep_general"]
-    four = [key for key in four if method == "lora" or not key.startswith("lora.")]
+    names = {"train", "data", entry.section_name, *(entry.name for entry in method_registry.entries())}
+    applies = {"train.keep_general": entry.generates_text, "lora.rank": method == "lora"}
+    four = [key for key in FOUR if applies.get(key, True)]
+    others = sorted((key for key in leaves if key not in FOUR), key=lambda key: not key.startswith("train."))
     sections: dict[str, tuple[str, list[dict[str, Any]]]] = {"": ("", []), "general": ("", [])}
-    for key in [
-        *four,
-        *sorted((key for key in leaves if key not in FOUR), key=lambda key: not key.startswith("train.")),
-    ]:
+    for key in [*four, *others]:
         section = key.rpartition(".")[0]
         if section and section not in names:
             continue
@@ -144,7 +142,7 @@ def _sections(
 def _field(setting: Setting, kinds: str, text: str, error: str) -> dict[str, Any]:
     """Return the arguments of the macro of a field."""
     key, default = setting.key, "none" if setting.default is None else _text(setting.key, setting.default)
-    words = [] if not kinds else kinds.split("|")
+    words = (kinds or "TEXT").split("|")
     label, note = FOUR.get(key, (key.rpartition(".")[2].replace("_", " ").capitalize(), ""))
     if not note:
         note = f"{setting.description[:1].upper()}{setting.description[1:]}. ({key})"
@@ -159,13 +157,13 @@ def _field(setting: Setting, kinds: str, text: str, error: str) -> dict[str, Any
 def _field_errors(error: UserError, keys: Collection[str]) -> dict[str, str]:
     """Return the error for each field that it names, and a summary."""
     hints = (error.hint or "").split("\n")
-    text = f"{error.message[:1].upper()}{error.message[1:]}." + f" {error.hint}." * bool(error.hint)
+    text = "; ".join(filter(None, (error.message, error.hint)))
     located = f"{error.message} {error.location or ''}"
     errors = {}
     for key in keys:
         if re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", located):
             own = [hint.removeprefix(f"'{key}' ") for hint in hints if hint.startswith(f"'{key}' ")]
-            errors[key] = f"The value {own[0]}." if own else text
+            errors[key] = f"The value {own[0]}." if own else f"{text}."
     if not errors:
-        return {FORM: f"Not saved. {text}"}
+        return {FORM: f"Not saved: {text}."}
     return {**errors, FORM: f"Not saved. Correct {', '.join(errors)}."}
