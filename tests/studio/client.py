@@ -22,6 +22,8 @@ class RecordingQueue:
 
     def __init__(self) -> None:
         self.added: list[dict[str, Any]] = []
+        self.on_start: list[Any] = []
+        self.problem: Any = None
 
     def add(self, verb: str, arguments: list[str], **options: Any) -> SimpleNamespace:
         self.added.append({"verb": verb, "arguments": arguments, **options})

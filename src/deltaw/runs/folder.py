@@ -320,9 +320,10 @@ def nearby_runs_hint(path: Path) -> str:
     return f"did you mean '{candidates[0]}'? {listing}" if names else listing
 
 
-def process_identity() -> dict[str, object]:
-    """Return the host, id and creation time of this process, because process ids are reused."""
-    return {"host": socket.gethostname(), "id": os.getpid(), "begun": psutil.Process().create_time()}
+def process_identity(number: int | None = None) -> dict[str, object]:
+    """Return the host, id and creation time of a process (by default this one), because process ids are reused."""
+    process = psutil.Process(number)
+    return {"host": socket.gethostname(), "id": process.pid, "begun": process.create_time()}
 
 
 def is_alive(process: Mapping[str, object]) -> bool | None:

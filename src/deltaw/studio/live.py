@@ -2,19 +2,167 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
-from fastapi.responses import Response
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
 
-from deltaw.studio.rendering import page
+from fastapi import APIRouter, Request
+from fastapi.responses import RedirectResponse, Response
+
+from deltaw.errors import UserError
+from deltaw.reports.live_table import live_line
+from deltaw.reports.page.run_figures import loss_figure, memory_figure, metric_figures, reward_figure
+from deltaw.reports.tables import metric_name, short
+from deltaw.runs.folder import CHECKPOINT_FOLDER, KILLED, RUNNING, Run, mapping, number, sequence
+from deltaw.settings.config import flat
+from deltaw.studio.jobs import Job
+from deltaw.studio.rendering import form, page, part
 from deltaw.studio.state import Studio
+
+# Limits of a page: sample answers, predicted rows, values of a result, and characters of a text.
+MAX_SAMPLES, MAX_PREDICTIONS, MAX_VALUES, MAX_CHARACTERS = 6, 10, 40, 2000
+# A progress is shown again until this multiple of the time that reading it took has passed.
+IDLE_FACTOR = 20
+VERBS = {"train": "Training", "eval": "Scoring", "predict": "Predicting", "merge": "Merging", "export": "Exporting"}
+VERBS |= {"deploy": "Adding to the program", "plan": "Downloading the model"}
+_ERROR = re.compile(r"error: (.*?)(?:\n  where: (.*?))?(?:\n  hint:  (.*?))?", re.DOTALL)
 
 
 def router(studio: Studio) -> APIRouter:
     """Return the routes of the pages of the jobs."""
-    routes = APIRouter()
+    routes, queue, workspace = APIRouter(prefix="/jobs"), studio.queue, studio.workspace
+    views: dict[str, tuple[float, float, object, dict[str, Any]]] = {}
+    queue.on_start.append(lambda job: studio.worker.release())
 
-    @routes.get("/jobs")
-    def show(request: Request) -> Response:
-        return page(request, "jobs.html", jobs=studio.queue.jobs())
+    def view(job: Job) -> dict[str, Any]:
+        """Return the variables of the progress, which are computed more rarely if the run is long."""
+        started, state = time.monotonic(), (job.state, job.stops)
+        time_shown, seconds, shown_state, values = views.get(job.identity, (0.0, 0.0, None, {}))
+        if shown_state != state or started - time_shown > IDLE_FACTOR * seconds:
+            run = None if job.run is None else Run(workspace.folder / job.run)
+            values = {**job_view(job, run), "has_checkpoint": run is not None and has_checkpoint(run)}
+            if job.is_active and values["percent"] is not None:
+                values["announcement"] = f"{values['title']}: {values['percent'] // 10 * 10} %"
+            views[job.identity] = time.monotonic(), time.monotonic() - started, state, values
+        others = [other for other in queue.jobs() if other.is_active and other is not job]
+        return {**values, "job": job, "others": others, "problem": queue.problem}
+
+    def listed() -> list[tuple[Job, str]]:
+        return [(job, state_text(job)) for job in queue.jobs()]
+
+    @routes.get("")
+    def show_all(request: Request) -> Response:
+        return page(request, "jobs.html", jobs=listed(), problem=queue.problem)
+
+    @routes.get("/part/queue")
+    def show_queue() -> Response:
+        return part("jobs_queue.html", jobs=listed(), problem=queue.problem)
+
+    @routes.get("/{identity}")
+    def show(request: Request, identity: str) -> Response:
+        job = queue.job(identity)
+        drafts = [draft for draft in workspace.drafts() if draft.identity == job.draft]
+        return page(request, "job.html", draft=next(iter(drafts), None), **view(job))
+
+    @routes.get("/{identity}/part/live")
+    def show_live(identity: str) -> Response:
+        job = queue.job(identity)
+        response = part("job_live.html", **view(job))
+        if not job.is_active:
+            response.headers["X-Done"] = "1"
+        return response
+
+    @routes.post("/{identity}/{action}")
+    async def act(request: Request, identity: str, action: str) -> Response:
+        fields = await form(request)
+        actions = {"resume": queue.resume, "remove": queue.remove, "first": queue.first}
+        if action == "stop":
+            queue.stop(identity, at_once="at_once" in fields)
+        elif action in actions:
+            actions[action](identity)
+        else:
+            raise UserError("this page does not exist", hint="go to the list of trainings")
+        is_listed = action == "remove" or "list" in fields
+        return RedirectResponse("/jobs" if is_listed else f"/jobs/{identity}", 303)
 
     return routes
+
+
+def has_checkpoint(run: Run) -> bool:
+    """Return True if a run can be continued from a later step than the first."""
+    folder = run.path / CHECKPOINT_FOLDER
+    return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
+
+
+def state_text(job: Job) -> str:
+    """Return the state of a job in words."""
+    running = "Stopping" if job.stops else VERBS.get(job.verb, "Running")
+    return {"running": running, "queued": "Waiting", "done": "Finished", "stopped": "Stopped", "failed": "Failed"}[
+        job.state
+    ]
+
+
+def job_view(job: Job, run: Run | None) -> dict[str, Any]:
+    """Return the variables of the progress of a job."""
+    values: dict[str, Any] = {"title": state_text(job), "percent": None, "line": None, "error": None, "figures": []}
+    values |= {"samples": [], "predictions": None, "values": [], "log": job.log, "announcement": state_text(job)}
+    values |= {"state": job.state, "can_resume": not job.is_active and job.state != "done"}
+    if job.verb != "train" or run is None:
+        result = list(flat(job.result or {}).items())
+        numbers = [(key, value) for key, value in result if isinstance(value, str | int | float)]
+        values["values"] = [(key, short(v) if isinstance(v, float) else str(v)) for key, v in numbers][:MAX_VALUES]
+    elif run.values and (job.state != RUNNING or run.state == RUNNING):
+        line = live_line(run)
+        values |= {"line": line, "percent": int(100 * line.step / line.total) if line.total else 0}
+        figures = [loss_figure(run), reward_figure(run), *metric_figures(run), memory_figure(run)]
+        values["figures"] = [figure for figure in figures if figure is not None]
+        values |= {"samples": samples(run), "predictions": predictions(run)}
+    elif job.state == RUNNING:
+        values["title"] = "Stopping" if job.stops else "Preparing"
+    if job.state == "failed":
+        values["error"] = job_error(job, run)
+        if run is not None and run.state == KILLED:
+            values |= {"state": KILLED, "title": "Ended from outside", "announcement": "Ended from outside"}
+    return values
+
+
+def job_error(job: Job, run: Run | None) -> UserError:
+    """Return the error of a job that failed."""
+    match = _ERROR.fullmatch(job.message.rstrip())
+    if match is not None:
+        message, location, hint = (text and " ".join(text.split()) for text in match.groups())
+        return UserError(message or "", location=location, hint=hint)
+    if job.verb == "train" and run is not None and has_checkpoint(run):
+        hint = "close other programs if the memory was full, then continue from the last saved step"
+    else:
+        hint = "close other programs if the memory was full, then start it again"
+    return UserError("the process ended without a message: it was killed, or the computer was switched off", hint=hint)
+
+
+def samples(run: Run) -> list[dict[str, Any]]:
+    """Return prompts with the answers before training and now."""
+    grouped: dict[tuple[int | None, str], dict[str, Any]] = {}
+    for sample in sorted(run.metrics.samples, key=lambda sample: sample.step):
+        entry = grouped.setdefault((sample.row, sample.prompt), {"before": None, "now": None})
+        entry |= {
+            "prompt": sample.prompt,
+            "expected": sample.expected,
+            "now" if sample.step else "before": sample.answer,
+        }
+    return [
+        {name: None if text is None else text[:MAX_CHARACTERS] for name, text in entry.items()}
+        for entry in list(grouped.values())[:MAX_SAMPLES]
+    ]
+
+
+def predictions(run: Run) -> dict[str, Any] | None:
+    """Return predictions of held-out rows, wrong ones first, or None."""
+    recorded: Mapping[str, Any] = mapping(next(iter(run.metrics.predictions.values()), None))
+    rows = [mapping(row) for kind in ("mistakes", "examples") for row in sequence(recorded.get(kind))]
+    shown = [
+        {name: str(row.get(name, ""))[:MAX_CHARACTERS] for name in ("row", "text", "expected", "predicted")}
+        | {"score": short(number(row.get("score")))}
+        for row in rows[:MAX_PREDICTIONS]
+    ]
+    return {"rows": shown, "score": metric_name(str(recorded.get("score_name", "")))} if shown else None
