@@ -23,7 +23,7 @@ class RecordingQueue:
     def __init__(self) -> None:
         self.added: list[dict[str, Any]] = []
         self.on_start: list[Any] = []
-        self.problem = None
+        self.problem: Any = None
 
     def add(self, verb: str, arguments: list[str], **options: Any) -> SimpleNamespace:
         self.added.append({"verb": verb, "arguments": arguments, **options})

@@ -26,9 +26,9 @@ class SyncWorker:
     def __init__(self, model: Path) -> None:
         self.model, self.calls = str(model), []
 
-    def result(self, call, arguments):
+    def result(self, call, arguments, *, draft=""):
         self.calls.append((call, arguments))
-        if call == "preview":  # the default model is large
+        if call == "preview" and arguments["model"] is None:  # the default model is large
             arguments = arguments | {"model": self.model}
         return json.loads(json.dumps(row_calls.CALLS[call](**arguments)))
 
@@ -147,6 +147,21 @@ def test_new_goal_infers_columns_again(pages):
     assert [values["task"] for call, values in pages.worker.calls if call == "preview"] == [None, task]
 
 
+def test_lengths_are_counted_again_for_another_model(pages):
+    address = draft_of(
+        pages, "reviews.csv", "label,text\n" + "".join(f"c{i % 2},{'word ' * 100}{i}\n" for i in range(20))
+    )
+    pages.get(f"{address}/part/check")
+    draft = stored(pages, address)
+    assert draft.settings["data"]["max_length"] == 128 and draft.settings["data"]["long_rows"] == "cut"
+    draft.settings["train"]["epochs"], draft.preview = 9, None
+    draft.settings["model"] = str(save_model(tiny_llama(max_position_embeddings=1024), Path(pages.worker.model + "-2")))
+    draft.save()
+    pages.get(f"{address}/part/check")
+    settings = stored(pages, address).settings
+    assert settings["data"]["max_length"] == 512 and settings["train"]["epochs"] == 9
+
+
 def test_rows_are_escaped_and_paged(pages):
     lines = [json.dumps({"text": f"<b>bold {i}</b>", "label": {"a": i}}) for i in range(60)]
     lines[2] = "<script>alert(1)</script>"
@@ -181,7 +196,7 @@ def test_tokens_of_row(pages):
 def test_running_call_is_reported_as_pending(pages):
     address = draft_of(pages, "reviews.csv", REVIEWS)
     run, slow = pages.worker.result, {"preview"}
-    pages.studio.worker.result = lambda call, values: Pending(7.2) if call in slow else run(call, values)
+    pages.studio.worker.result = lambda call, values, **_: Pending(7.2) if call in slow else run(call, values)
     response = pages.get(f"{address}/part/check")
     assert response.status_code == 202 and "Reading the rows, 7 s" in response.text
     slow.symmetric_difference_update({"preview", "check"})
@@ -191,7 +206,9 @@ def test_running_call_is_reported_as_pending(pages):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\x00\x01\x02\xff" * 100, b"text,label\n", b"PK\x03\x04" + bytes(50)], ids=str
+    "content",
+    [b"", b"\x00\x01\x02\xff" * 100, b"text,label\n", b"PK\x03\x04" + bytes(50)],
+    ids=["empty", "binary", "only titles", "zip"],
 )
 def test_unreadable_file_is_an_error_part(pages, content):
     address = draft_of(pages, "rows.csv", content)

@@ -83,7 +83,9 @@ def router(studio: Studio) -> APIRouter:
     def tokens(request: Request, identity: str) -> Response:
         draft, row = workspace.draft(identity), _number(request, "row", 1)
         try:
-            result = worker.result("rows", {"config": workspace.config(draft), "first": row, "count": 1})
+            result = worker.result(
+                "rows", {"config": workspace.config(draft), "first": row, "count": 1}, draft=identity
+            )
         except UserError as error:
             return error_part(error)
         if isinstance(result, Pending):
@@ -98,14 +100,18 @@ def _check(studio: Studio, draft: Draft, file: str) -> Response:
     checked, error, pending = None, None, None
     try:
         if draft.preview is None:
-            given = {"task": draft.settings.get("task"), "columns": draft.settings["data"].get("columns")}
-            result = studio.worker.result("preview", {"file": file, "model": draft.settings.get("model"), **given})
+            columns = draft.settings["data"].get("columns")
+            given = {"model": draft.settings.get("model"), "task": draft.settings.get("task"), "columns": columns}
+            result = studio.worker.result("preview", {"file": file, **given}, draft=draft.identity)
             if isinstance(result, Pending):
                 return part("data_check.html", status=202, draft=None, pending=result)
-            draft.preview, draft.settings = result["preview"], merge_settings(result["settings"], draft.settings)
+            found = result["settings"]
+            lengths = {key: found["data"][key] for key in ("max_length", "long_rows") if key in found["data"]}
+            draft.settings = merge_settings(merge_settings(found, draft.settings), {"data": lengths})
+            draft.preview = result["preview"]
             draft.save()
         if draft.settings.get("model"):
-            checked = studio.worker.result("check", {"config": studio.workspace.config(draft)})
+            checked = studio.worker.result("check", {"config": studio.workspace.config(draft)}, draft=draft.identity)
     except UserError as raised:
         error = raised
     if isinstance(checked, Pending):

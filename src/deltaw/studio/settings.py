@@ -166,4 +166,4 @@ def _field_errors(error: UserError, keys: Collection[str]) -> dict[str, str]:
             errors[key] = f"The value {own[0]}." if own else f"{text}."
     if not errors:
         return {FORM: f"Not saved: {text}."}
-    return {**errors, FORM: f"Not saved. Correct {', '.join(errors)}."}
+    return {**errors, FORM: f"Not saved. Correct {', '.join(FOUR.get(key, (key,))[0] for key in errors)}."}

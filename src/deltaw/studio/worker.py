@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.errors import UserError
+from deltaw.studio import row_calls
 from deltaw.studio.jobs import python_command
 from deltaw.studio.workspace import Workspace
 from deltaw.worker_process import PipeWorker, WorkerError, serve
@@ -217,7 +218,7 @@ def comparison_page(folders: Sequence[str]) -> dict[str, Any]:
 # Functions by name.
 CALLS: dict[str, Callable[..., dict[str, Any]]] = {
     function.__name__: function for function in (plan, run_page, comparison_page)
-}
+} | row_calls.CALLS
 
 
 def main() -> None:
