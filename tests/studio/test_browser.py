@@ -26,7 +26,9 @@ from tests.studio.studio_process import StudioProcess, studio_process  # noqa: E
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed")
 # Milliseconds for a training or for loading a model.
 LONG = 180_000
-REVIEWS = [(f"{word} {n}", label) for n in range(12) for word, label in (("good fine", "praise"), ("bad awful", "blame"))]
+REVIEWS = [
+    (f"{word} {n}", label) for n in range(12) for word, label in (("good fine", "praise"), ("bad awful", "blame"))
+]
 CHAT = [("Say it", "Ahoy"), ("Greet me", "Ahoy matey"), ("Hello", "Ahoy there"), ("Who are you", "Ahoy, a pirate")]
 
 

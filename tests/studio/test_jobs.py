@@ -17,7 +17,7 @@ import pytest
 from deltaw.errors import UserError
 from deltaw.runs.folder import Run, process_identity
 from deltaw.studio import jobs
-from deltaw.studio.jobs import Job, JobQueue
+from deltaw.studio.jobs import JobQueue, StudioJob
 from deltaw.studio.workspace import Workspace
 from tests.byte_models import save_model, tiny_llama
 
@@ -50,7 +50,7 @@ def code(monkeypatch: pytest.MonkeyPatch) -> None:
 SLEEP = "import time; time.sleep(300)"
 
 
-def add(queue: JobQueue, code: str) -> Job:
+def add(queue: JobQueue, code: str) -> StudioJob:
     return queue.add("eval", [code], title="Score")
 
 
@@ -207,7 +207,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tiny_llama(), tmp_path_factory.mktemp("model"))
 
 
-def train(queue: JobQueue, workspace: Workspace, model: Path, steps: int) -> Job:
+def train(queue: JobQueue, workspace: Workspace, model: Path, steps: int) -> StudioJob:
     rows = workspace.folder / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"{n} + 1", "completion": f"{n + 1}"}) + "\n" for n in range(20)))
     output = workspace.folder / "runs" / "first"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from deltaw.errors import UserError
 from deltaw.hub import packages
-from deltaw.hub.folders import fetch_error, find_cached, resolve, resolve_hub_id
+from deltaw.hub.folders import config_folder, fetch_error, find_cached, resolve, resolve_hub_id
 
 UNKNOWN = "unknown"
 # Levels of folders in which models are searched, and number of bytes in which a license is searched.
@@ -64,7 +64,7 @@ def describe_model(reference: str) -> LocalModel:
         path = resolve(reference).path
         return LocalModel(reference, path.name, "gguf" if path.is_file() else "folder", _size(path), _license(path))
     if (cached := find_cached(reference)) is not None:
-        path = resolve_cached(cached)
+        path = config_folder(cached, "", False)
         return LocalModel(reference, hub.name, "hub", _size(path), _license(path))
     from huggingface_hub import HfApi
 
@@ -76,14 +76,6 @@ def describe_model(reference: str) -> LocalModel:
     name = UNKNOWN if info.card_data is None else info.card_data.get("license") or UNKNOWN
     size = sum(file.size or 0 for file in files) or None
     return LocalModel(reference, hub.name, "hub", size, str(name), cached=False)
-
-
-def resolve_cached(reference: str) -> Path:
-    """Return the folder of a hub id in the hub's cache."""
-    from huggingface_hub import snapshot_download
-
-    model_id, _, commit = reference.partition("@")
-    return Path(snapshot_download(model_id, revision=commit, local_files_only=True))
 
 
 def _below(folder: Path, root: Path, depth: int) -> Iterator[LocalModel]:
@@ -101,10 +93,12 @@ def _below(folder: Path, root: Path, depth: int) -> Iterator[LocalModel]:
 
 
 def _hub_models() -> Iterator[LocalModel]:
-    from huggingface_hub import CacheNotFound, scan_cache_dir
+    from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 
     with contextlib.suppress(CacheNotFound, OSError, ValueError):
-        for repository in sorted(scan_cache_dir().repos, key=lambda repository: repository.repo_id):
+        for repository in sorted(
+            scan_cache_dir(constants.HF_HUB_CACHE).repos, key=lambda repository: repository.repo_id
+        ):
             newest = max(repository.revisions, key=lambda revision: revision.last_modified, default=None)
             if repository.repo_type == "model" and newest is not None and _has_model(newest.snapshot_path):
                 name, path = repository.repo_id.rpartition("/")[2], newest.snapshot_path

@@ -24,7 +24,6 @@ import psutil
 import yaml
 from filelock import FileLock, Timeout
 
-import deltaw
 from deltaw import platforms
 from deltaw.atomic_files import write_text
 from deltaw.errors import UserError
@@ -46,7 +45,7 @@ def python_command(code: str, arguments: Sequence[str] = ()) -> tuple[list[str],
 
     Modules are not imported from the current folder, because it may contain uploaded files.
     """
-    here, package = os.getcwd(), os.path.dirname(os.path.dirname(deltaw.__file__))
+    here, package = os.getcwd(), str(Path(platforms.__file__).parents[1])
     paths = [os.path.abspath(path) for path in sys.path if path and (os.path.abspath(path) != here or here == package)]
     flags = {"creationflags": 0x200} if platforms.WINDOWS else {"start_new_session": True}  # CREATE_NEW_PROCESS_GROUP
     command = [sys.executable, "-I", "-u", "-X", "utf8", "-c", _CHILD.format(paths=paths, code=code), *arguments]
@@ -69,7 +68,7 @@ def read_error(text: str) -> UserError | None:
 
 
 @dataclass
-class Job:
+class StudioJob:
     """Process of the command line.
 
     Attributes:
@@ -148,12 +147,12 @@ class JobQueue:
         self._file_lock = FileLock(workspace.state / "lock", timeout=0, thread_local=False)
         self._thread = threading.Thread(target=self._run, name="jobs", daemon=True)
         self._children: dict[str, subprocess.Popen[bytes]] = {}
-        self.on_start: list[Callable[[Job], None]] = []
+        self.on_start: list[Callable[[StudioJob], None]] = []
         self.problem: UserError | None = None
-        self._jobs: dict[str, Job] = {}
+        self._jobs: dict[str, StudioJob] = {}
         for file in self._folder.glob(f"*/{_JOB}"):
             with contextlib.suppress(OSError, ValueError, TypeError):  # written by another version
-                self._jobs[file.parent.name] = Job(**json.loads(file.read_text("utf-8")), folder=file.parent)
+                self._jobs[file.parent.name] = StudioJob(**json.loads(file.read_text("utf-8")), folder=file.parent)
 
     def start(self) -> None:
         """Start the thread that polls.
@@ -188,7 +187,7 @@ class JobQueue:
     def add(
         self, verb: str, arguments: Sequence[str], *, title: str, run: Path | None = None,
         settings: Mapping[str, Any] | None = None, output: Path | None = None, draft: str | None = None,
-    ) -> Job:  # fmt: skip
+    ) -> StudioJob:  # fmt: skip
         """Add a job.
 
         Args:
@@ -200,7 +199,7 @@ class JobQueue:
         folder = self._folder / identity
         paths = [None if path is None else self._workspace.relative(path) for path in (run, output)]
         words = [*arguments] if settings is None else [*arguments, str(folder / _SETTINGS)]
-        job = Job(identity, verb, title, words, paths[0], paths[1], draft, now, None, QUEUED, now, 0, folder)
+        job = StudioJob(identity, verb, title, words, paths[0], paths[1], draft, now, None, QUEUED, now, 0, folder)
         try:
             if settings is not None:
                 write_text(folder / _SETTINGS, yaml.safe_dump(dict(settings), sort_keys=False))
@@ -212,7 +211,7 @@ class JobQueue:
             self._jobs[identity] = job
         return job
 
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[StudioJob]:
         """Return all jobs: the running one, queued ones in order, then others, the last created first."""
         with self._lock:
             rank = {RUNNING: 0, QUEUED: 1}
@@ -221,7 +220,7 @@ class JobQueue:
                 key=lambda job: (rank.get(job.state, 2), job.order if job.state == QUEUED else -job.created),
             )
 
-    def job(self, identity: str) -> Job:
+    def job(self, identity: str) -> StudioJob:
         """Return a job.
 
         Raises:
@@ -232,7 +231,7 @@ class JobQueue:
                 raise UserError("this job does not exist", hint="go to the list of trainings")
             return self._jobs[identity]
 
-    def busy(self) -> Job | None:
+    def busy(self) -> StudioJob | None:
         """Return the running job, or None."""
         return next((job for job in self.jobs() if job.state == RUNNING), None)
 
@@ -298,7 +297,7 @@ class JobQueue:
                     hint = "delete files that you do not need if the disk is full. The queue then continues"
                     self.problem = UserError(f"the next job cannot start: {reason}", hint=hint)
 
-    def _is_running(self, job: Job) -> bool:
+    def _is_running(self, job: StudioJob) -> bool:
         child = self._children.get(job.identity)
         if child is not None:
             return child.poll() is None
@@ -307,7 +306,7 @@ class JobQueue:
         is_elsewhere = alive is None and job.process is not None and job.run is not None
         return alive is True or (is_elsewhere and is_locked(self._workspace.folder / str(job.run)))
 
-    def _start(self, job: Job) -> None:
+    def _start(self, job: StudioJob) -> None:
         command, options = child_command(job.arguments)
         for function in self.on_start:
             function(job)

@@ -15,7 +15,7 @@ from deltaw.reports.page.run_figures import loss_figure, memory_figure, metric_f
 from deltaw.reports.tables import metric_name, metric_value, short
 from deltaw.runs.folder import CHECKPOINT_FOLDER, KILLED, RUNNING, Run, mapping, number, numbers, sequence
 from deltaw.settings.config import flat
-from deltaw.studio.jobs import Job, read_error
+from deltaw.studio.jobs import StudioJob, read_error
 from deltaw.studio.rendering import form, page, part
 from deltaw.studio.state import Studio
 
@@ -33,7 +33,7 @@ def router(studio: Studio) -> APIRouter:
     views: dict[str, tuple[float, float, object, dict[str, Any]]] = {}
     queue.on_start.append(lambda job: studio.worker.release())
 
-    def view(job: Job) -> dict[str, Any]:
+    def view(job: StudioJob) -> dict[str, Any]:
         """Return the variables of the progress, which are computed more rarely if the run is long."""
         started, state = time.monotonic(), (job.state, job.stops)
         time_shown, seconds, shown_state, values = views.get(job.identity, (0.0, 0.0, None, {}))
@@ -46,7 +46,7 @@ def router(studio: Studio) -> APIRouter:
         others = [other for other in queue.jobs() if other.is_active and other is not job]
         return {**values, "job": job, "others": others, "problem": queue.problem}
 
-    def listed() -> list[tuple[Job, str]]:
+    def listed() -> list[tuple[StudioJob, str]]:
         return [(job, state_text(job)) for job in queue.jobs()]
 
     @routes.get("")
@@ -93,7 +93,7 @@ def has_checkpoint(run: Run) -> bool:
     return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
 
 
-def state_text(job: Job) -> str:
+def state_text(job: StudioJob) -> str:
     """Return the state of a job in words."""
     running = "Stopping" if job.stops else VERBS.get(job.verb, "Running")
     return {"running": running, "queued": "Waiting", "done": "Finished", "stopped": "Stopped", "failed": "Failed"}[
@@ -101,7 +101,7 @@ def state_text(job: Job) -> str:
     ]
 
 
-def job_view(job: Job, run: Run | None) -> dict[str, Any]:
+def job_view(job: StudioJob, run: Run | None) -> dict[str, Any]:
     """Return the variables of the progress of a job."""
     values: dict[str, Any] = {"title": state_text(job), "percent": None, "line": None, "error": None, "figures": []}
     values |= {"samples": [], "predictions": None, "values": [], "log": job.log, "announcement": state_text(job)}
@@ -128,7 +128,7 @@ def job_view(job: Job, run: Run | None) -> dict[str, Any]:
     return values
 
 
-def job_error(job: Job, run: Run | None) -> UserError:
+def job_error(job: StudioJob, run: Run | None) -> UserError:
     """Return the error of a job that failed."""
     if (error := read_error(job.log)) is not None:
         return error

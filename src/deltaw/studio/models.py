@@ -31,7 +31,9 @@ from deltaw.training.planning.plan_cache import load_cached_plans
 
 def router(studio: Studio) -> APIRouter:
     """Return the routes of the page of the model, of the plan, and of the start of a training."""
-    routes, workspace, queue = APIRouter(prefix="/drafts/{identity}"), studio.workspace, studio.queue
+    routes, workspace = APIRouter(prefix="/drafts/{identity}"), studio.workspace
+    routes.include_router(_plan_router(studio))
+    routes.include_router(_start_router(studio))
 
     def show_models(request: Request, draft: Draft, error: UserError | None, text: str) -> Response:
         models, default = list_local_models(workspace.folder), default_model(draft.settings.get("task"))
@@ -67,6 +69,12 @@ def router(studio: Studio) -> APIRouter:
         draft.preview = None  # lengths depend on the model
         draft.save()
         return JSONResponse({}) if wants_json(request) else RedirectResponse(f"/drafts/{identity}/model", 303)
+
+    return routes
+
+
+def _plan_router(studio: Studio) -> APIRouter:
+    routes, workspace, queue = APIRouter(), studio.workspace, studio.queue
 
     @routes.get("/part/plan")
     def show_plan(identity: str) -> Response:
@@ -109,6 +117,12 @@ def router(studio: Studio) -> APIRouter:
                 "plan", ["plan", "--methods", config["method"], "--json"], title=title, settings=config, draft=identity
             )
         return RedirectResponse(f"/drafts/{identity}/model", 303)
+
+    return routes
+
+
+def _start_router(studio: Studio) -> APIRouter:
+    routes, workspace, queue = APIRouter(), studio.workspace, studio.queue
 
     @routes.post("/start")
     async def start(request: Request, identity: str) -> Response:

@@ -85,7 +85,8 @@ class Worker:
                 known = self._add(key, _Call(call, arguments, draft))
             known.is_needed = True
             if self._running and not self._running.is_needed and now - self._running.started > RESTART_SECONDS:
-                self._kill(self._running)
+                self._calls = {key: call for key, call in self._calls.items() if call is not self._running}
+                self._process.close()
             if known.error is not None:
                 raise known.error
             return Pending(now - known.requested) if known.result is None else known.result
@@ -105,14 +106,6 @@ class Worker:
         self._changed.notify()
         return new
 
-    def cancel(self, call: str) -> None:
-        """Drop the unfinished calls of this name, and kill the process if it is running one."""
-        with self._changed:
-            for known in self._calls.values():
-                known.is_needed = known.is_needed and known.name != call
-            if self._running and not self._running.is_needed:
-                self._kill(self._running)
-
     def release(self) -> None:
         """Kill the process if it is idle, so that a training gets its memory."""
         with self._changed:
@@ -125,11 +118,6 @@ class Worker:
             self._is_closed = True
             self._process.close()
             self._changed.notify()
-
-    def _kill(self, call: _Call) -> None:
-        """Forget a call that is running, and kill the process."""
-        self._calls = {key: known for key, known in self._calls.items() if known is not call}
-        self._process.close()
 
     def _run(self) -> None:
         """Execute the calls one after the other."""
