@@ -17,6 +17,7 @@ from deltaw.runs.folder import CHECKPOINT_FOLDER, KILLED, RUNNING, Run, mapping,
 from deltaw.settings.config import flat
 from deltaw.studio.jobs import StudioJob, read_error
 from deltaw.studio.rendering import form, page, part
+from deltaw.studio.runs import score_interval
 from deltaw.studio.state import Studio
 
 # Limits of a page: sample answers, predicted rows, values of a result, characters of a text, and classes.
@@ -49,13 +50,18 @@ def router(studio: Studio) -> APIRouter:
     def listed() -> list[tuple[StudioJob, str]]:
         return [(job, state_text(job)) for job in queue.jobs()]
 
+    def with_count(response: Response) -> Response:
+        """Add the number of jobs in the navigation to a part."""
+        response.headers["X-Jobs"] = str(sum(job.is_active for job in queue.jobs()))
+        return response
+
     @routes.get("")
     def show_all(request: Request) -> Response:
         return page(request, "jobs.html", jobs=listed(), problem=queue.problem)
 
     @routes.get("/part/queue")
     def show_queue() -> Response:
-        return part("jobs_queue.html", jobs=listed(), problem=queue.problem)
+        return with_count(part("jobs_queue.html", jobs=listed(), problem=queue.problem))
 
     @routes.get("/{identity}")
     def show(request: Request, identity: str) -> Response:
@@ -66,7 +72,7 @@ def router(studio: Studio) -> APIRouter:
     @routes.get("/{identity}/part/live")
     def show_live(identity: str) -> Response:
         job = queue.job(identity)
-        response = part("job_live.html", **view(job))
+        response = with_count(part("job_live.html", **view(job)))
         if not job.is_active:
             response.headers["X-Done"] = "1"
         return response
@@ -106,19 +112,21 @@ def job_view(job: StudioJob, run: Run | None) -> dict[str, Any]:
     values: dict[str, Any] = {"title": state_text(job), "percent": None, "line": None, "error": None, "figures": []}
     values |= {"samples": [], "predictions": None, "values": [], "log": job.log, "announcement": state_text(job)}
     values |= {"state": job.state, "can_resume": not job.is_active and job.state != "done"}
+    values["scored_run"] = None
     values["scores"] = scores(job.result) if job.verb == "eval" and job.result else None
     if values["scores"]:
         values["values"] = []
     elif job.verb != "train" or run is None:
         result = list(flat(job.result or {}).items())
-        numbers = [(key, value) for key, value in result if isinstance(value, str | int | float)]
-        values["values"] = [(key, short(v) if isinstance(v, float) else str(v)) for key, v in numbers][:MAX_VALUES]
+        shown = [(key, value) for key, value in result if isinstance(value, str | int | float)]
+        values["values"] = [(key, short(v) if isinstance(v, float) else str(v)) for key, v in shown][:MAX_VALUES]
     elif run.values and (job.state != RUNNING or run.state == RUNNING):
         line = live_line(run)
         values |= {"line": line, "percent": int(100 * line.step / line.total) if line.total else 0}
         figures = [loss_figure(run), reward_figure(run), *metric_figures(run), memory_figure(run)]
         values["figures"] = [figure for figure in figures if figure is not None]
-        values |= {"samples": samples(run), "predictions": predictions(run)}
+        values |= {"samples": samples(run), "predictions": predictions(run), "interval": score_interval(run)}
+        values["scored_run"] = run if job.state == "done" and run.score else None
     elif job.state == RUNNING:
         values["title"] = "Stopping" if job.stops else "Preparing"
     if job.state == "failed":

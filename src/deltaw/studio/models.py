@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, RedirectResponse, Response
 from deltaw import platforms
 from deltaw.data.starter import default_model
 from deltaw.errors import UserError
+from deltaw.hub import packages
 from deltaw.hub.local_models import LocalModel, describe_model, list_local_models
 from deltaw.machine.memory import free_memory_bytes
 from deltaw.memory.plan import Plan
@@ -40,7 +41,8 @@ def router(studio: Studio) -> APIRouter:
         selected = draft.settings.get("model") or default
         for reference in (selected, default):
             if reference and reference not in {model.reference for model in models}:
-                name = reference.rpartition("/")[2]
+                is_package = packages.is_package_reference(reference)
+                name = packages.parse(reference).name if is_package else reference.rpartition("/")[2]
                 models.insert(0, LocalModel(reference, name, "hub", None, "unknown", cached=False))
         models.sort(key=lambda model: (model.reference != default, not model.cached))
         values = {"models": models, "default": default, "selected": selected, "error": error, "text": text}

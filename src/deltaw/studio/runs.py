@@ -93,7 +93,7 @@ def _add_pages(routes: APIRouter, studio: Studio) -> None:
         results = replace(result_rows([run]), caption="Values of this run", head=("name", "value"))
         jobs = [job for job in studio.queue.jobs() if job.run == relative]
         return page(
-            request, "run.html", run=run, path=relative, interval=_interval(run), results=results,
+            request, "run.html", run=run, path=relative, interval=score_interval(run), results=results,
             origins=_origins(run.part("start"), _MAX_ORIGINS), jobs=jobs, gguf_types=GGUF_TYPES, programs=PROGRAMS,
             commands=commands, has_adapter=has_adapter(run.path),
         )  # fmt: skip
@@ -207,7 +207,7 @@ def _adapter_files(folder: Path) -> list[Path]:
     ]
 
 
-def _interval(run: Run) -> str:
+def score_interval(run: Run) -> str:
     """Return the 95 % interval of the score, or ''."""
     score = mapping(run.result.get("score"))
     bounds = numbers(sequence(score.get("interval")))
@@ -218,7 +218,7 @@ def _score(run: Run) -> str:
     """Return the main metric with its value and interval, or ''."""
     if run.score is None:
         return ""
-    text, interval = f"{metric_name(run.score[0])} {metric_value(*run.score)}", _interval(run)
+    text, interval = f"{metric_name(run.score[0])} {metric_value(*run.score)}", score_interval(run)
     return f"{text} ({interval})" if interval else text
 
 

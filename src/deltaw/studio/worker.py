@@ -89,7 +89,7 @@ class Worker:
                 self._process.close()
             if known.error is not None:
                 raise known.error
-            return Pending(now - known.requested) if known.result is None else known.result
+            return Pending(max(0.0, now - known.requested)) if known.result is None else known.result
 
     def _add(self, key: str, new: _Call) -> _Call:
         for call in self._calls.values():

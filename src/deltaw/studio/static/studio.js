@@ -31,6 +31,12 @@ async function ask(url, options) {
   }
 }
 
+function showJobs(number) {
+  const badge = document.getElementById("num-jobs");
+  badge.hidden = number === "0";
+  badge.firstChild.data = number;
+}
+
 // Replace the content of an element. Keep the focus and open details, which are found by id or by position.
 function replaceContent(element, html) {
   if (element.lastHTML === html) return;
@@ -58,6 +64,7 @@ async function loadPart(element) {
     if (response === null) { await later(RETRY); continue; }
     const html = await response.text().catch(() => null);
     if (html === null || request.signal.aborted) continue;
+    if (response.headers.has("X-Jobs")) showJobs(response.headers.get("X-Jobs"));
     if (response.status !== 202 || !element.lastHTML) replaceContent(element, html);
     if (response.status === 202) {
       if (element.querySelector(".busy")) replaceContent(element, html);
