@@ -139,7 +139,7 @@ class Workspace:
                     or entry in (self.folder / RUNS, self.folder / EXPORTS)
                 ):
                     continue
-                if entry.is_dir() and depth and not is_run(entry):
+                if entry.is_dir() and depth and not is_run(entry) and not (entry / "config.json").is_file():
                     yield from walk(entry, depth - 1)
                 elif entry.is_file() and (kind_of(entry) or entry.suffix.lower() in EXCEL):
                     yield entry
