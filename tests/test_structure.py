@@ -39,7 +39,19 @@ ORDER = (
         "data",
         "memory",
     ),
-    *("decoding", "training", "tasks", "runs", "experiments", "export", "serving", "evaluation", "reports", "cli"),
+    *(
+        "decoding",
+        "training",
+        "tasks",
+        "runs",
+        "experiments",
+        "export",
+        "serving",
+        "evaluation",
+        "reports",
+        "studio",
+        "cli",
+    ),
     *("", "__main__"),  # the public face
 )
 LEVEL = {package: level for level, package in enumerate(ORDER)}

@@ -18,9 +18,10 @@ from deltaw.decoding.generation import SampledCompletion, SamplingParams
 from deltaw.decoding.opening import SessionSampler
 from deltaw.errors import UserError
 from deltaw.hub.tokenizers import load_tokenizer
+from deltaw.reports.live_line import LiveLine
 from deltaw.reports.live_table import progress_values
 from deltaw.reports.page.write import comparison_page, run_page
-from deltaw.reports.progress import LiveLine, summary_rows
+from deltaw.reports.progress import summary_rows
 from deltaw.reports.runs import result_rows, runs_as_dicts
 from deltaw.reports.tables import short
 from deltaw.runs.folder import Run

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from deltaw.machine.choices import Choice
-from deltaw.reports.progress import LiveLine, TerminalCallback, print_summary
+from deltaw.reports.live_line import LiveLine
+from deltaw.reports.progress import TerminalCallback, print_summary
 from deltaw.reports.tables import TerminalOutput
 from deltaw.runs.record import Result
 from deltaw.settings.config import RunConfig

@@ -20,8 +20,9 @@ pytest.importorskip("mcp", reason="mcp is not installed: pip install 'deltaw[mcp
 from mcp import ClientSession, StdioServerParameters
 from mcp.client.stdio import stdio_client
 
-from deltaw.cli.mcp_server import AgentPermissions, AgentServer
+from deltaw.cli.mcp_server import AgentServer
 from deltaw.errors import UserError
+from deltaw.runs.permissions import FolderPermissions
 from deltaw.settings.config import RunConfig, settings
 from tests.byte_models import save_model, tiny_llama
 from tests.conftest import COLORS, write_rows
@@ -132,8 +133,8 @@ HOSTILE = [
     ("train", {"settings": run_settings(task="distill", distill={"prompt": "/etc/passwd"})}, "outside of"),
     ("train", {"settings": run_settings(task="distill", distill={"teachers": [{"adapter": "away"}]})}, "outside of"),
     ("train", {"settings": run_settings(task="distill", distill={"teachers": [{"model": "/etc"}]})}, "outside of"),
-    ("train", {"settings": run_settings(trust_remote_code=True)}, "agents may not set this"),
-    ("train", {"settings": run_settings(track="wandb")}, "agents may not set this"),
+    ("train", {"settings": run_settings(trust_remote_code=True)}, "this is not allowed here"),
+    ("train", {"settings": run_settings(track="wandb")}, "this is not allowed here"),
     ("train", {"settings": run_settings(task="rl", reward={"functions": ["own.py:f"]})}, "read files or run code"),
     ("train", {"settings": run_settings(task="rl", reward={"environment": "own.py:E"})}, "read files or run code"),
     ("train", {"settings": schema_reward({"$ref": "http://a/b"})}, "not fetched"),
@@ -155,7 +156,7 @@ def test_forbidden_calls_are_rejected_before_starting_a_process(
     monkeypatch.setattr(AgentServer, "_command", lambda self, words: pytest.fail(f"a process is started: {words}"))
 
     async def check() -> None:
-        server = AgentServer(AgentPermissions([agent_folder], allow_remote=False), 60.0, tmp_path)
+        server = AgentServer(FolderPermissions([agent_folder], allow_remote=False), 60.0, tmp_path)
         with pytest.raises(UserError) as error:
             await server.call(tool, arguments)
         assert words in str(error.value)
@@ -182,7 +183,7 @@ def test_teacher_prompt_is_read_only_from_allowed_folders(
     name = name.format(tmp=tmp_path)
     config = run_settings(task="distill", distill={"prompt": {"file": name} if as_file else name})
     try:
-        resolved = AgentPermissions([agent_folder], allow_remote=False).config(None, config)
+        resolved = FolderPermissions([agent_folder], allow_remote=False).config(None, config)
     except UserError:
         return
     monkeypatch.chdir(work)  # the working folder of its child processes
@@ -193,7 +194,7 @@ def test_prompt_text_is_not_interpreted_as_a_file(
     agent_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     distilled = run_settings(task="distill", distill={"prompt": "brief"})
-    config = AgentPermissions([agent_folder], allow_remote=False).config(None, distilled)
+    config = FolderPermissions([agent_folder], allow_remote=False).config(None, distilled)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "brief").write_text(SECRET)
     assert config["distill"]["prompt"] == {"text": "brief"}
@@ -203,7 +204,7 @@ def test_prompt_text_is_not_interpreted_as_a_file(
 def test_allowed_prompt_file_is_read_once(agent_folder: Path, tmp_path: Path) -> None:
     (agent_folder / "brief.txt").write_text("Be brief.")
     distilled = run_settings(task="distill", distill={"prompt": "brief.txt"})
-    config = AgentPermissions([agent_folder], allow_remote=False).config(None, distilled)
+    config = FolderPermissions([agent_folder], allow_remote=False).config(None, distilled)
     (agent_folder / "brief.txt").unlink()
     (agent_folder / "brief.txt").symlink_to(tmp_path / "secret.jsonl")
     assert RunConfig.read(config).distill.prompt_text == "Be brief."
@@ -215,11 +216,11 @@ def test_allowed_prompt_file_is_read_once(agent_folder: Path, tmp_path: Path) ->
 def test_paths_leaving_the_folder_are_rejected(agent_folder: Path, path: str) -> None:
     for allow_remote in (False, True):
         with pytest.raises(UserError, match="outside of the folders"):
-            AgentPermissions([agent_folder], allow_remote).config(None, run_settings(data={"train": path}))
+            FolderPermissions([agent_folder], allow_remote).config(None, run_settings(data={"train": path}))
 
 
 def test_parts_of_a_model_are_checked(agent_folder: Path) -> None:
-    permissions = AgentPermissions([agent_folder], allow_remote=True)
+    permissions = FolderPermissions([agent_folder], allow_remote=True)
     model = permissions.config(None, run_settings(model={"language": "owner/name", "vision": "encoder"}))["model"]
     assert model == f"parts:owner/name + {agent_folder.resolve() / 'encoder'}"
     for parts in ("parts:owner/name + /etc", "parts:../x + encoder"):
@@ -235,7 +236,7 @@ def test_every_path_setting_is_checked() -> None:
         setting.key for setting in settings() if any(f" {word}" in f" {setting.description}" for word in words)
     }
     mentioned -= {key for key in mentioned if key in NOT_PATH_SETTINGS}
-    assert mentioned <= PATH_SETTINGS, "check them in AgentPermissions.config, or add them to NOT_PATH_SETTINGS"
+    assert mentioned <= PATH_SETTINGS, "check them in FolderPermissions.config, or add them to NOT_PATH_SETTINGS"
 
 
 # Settings whose descriptions mention files, but whose values do not name any.
@@ -248,13 +249,13 @@ NOT_PATH_SETTINGS |= {f"embedding.{name}" for name in ("pooling", "normalize", "
 @pytest.mark.parametrize("as_list", [False, True])
 def test_run_cannot_start_from_an_adapter_outside(agent_folder: Path, finished_run: Path, as_list: bool) -> None:
     start = [{"from": str(finished_run), "weight": 0.5}] if as_list else str(finished_run)
-    allowed = AgentPermissions([agent_folder], allow_remote=False)
+    allowed = FolderPermissions([agent_folder], allow_remote=False)
     with pytest.raises(UserError, match="outside of the folders"):
         allowed.config(None, run_settings(start_from=start))
 
 
 def test_run_referring_to_outside_files_is_rejected(agent_folder: Path, finished_run: Path) -> None:
-    allowed = AgentPermissions([agent_folder, finished_run.parent], allow_remote=False)
+    allowed = FolderPermissions([agent_folder, finished_run.parent], allow_remote=False)
     with pytest.raises(UserError, match="outside of the folders"):  # its model and its rows are in other folders
         allowed.run(str(finished_run))
 

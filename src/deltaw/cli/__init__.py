@@ -38,6 +38,7 @@ GROUPS = {
     },
     "Train": {
         "train": "fine-tune a model on a file of rows and save an adapter",
+        "studio": "train, try and export from a web page, without programming",
         "compare": "train with several methods and compare cost and score",
         "tune": "search for the best settings",
         "runs": "list the runs in a folder, or compare runs",
@@ -74,6 +75,7 @@ EXAMPLES = {
     "plan": "deltaw plan train.yaml --fit-memory 4GB",
     "doctor": f"deltaw doctor --model {MODEL}",
     "train": f"deltaw train --model {MODEL} \\\n    --data rows.jsonl --output runs/first",
+    "studio": "deltaw studio my-studio",
     "compare": "deltaw compare train.yaml --methods lora,bias,full",
     "tune": "deltaw tune train.yaml --trials 20",
     "runs": "deltaw runs first second --output comparison.html",
@@ -107,7 +109,7 @@ deltaw fine-tunes a language model on your rows. From a file to an adapter:
 'deltaw --help' lists all commands, 'deltaw COMMAND --help' the flags of one."""
 
 # Commands that write files or serve. They continue if their standard output is closed. Other commands exit.
-DETACHED = ("train", "compare", "tune", "merge", "export", "push", "deploy", "serve", "mcp", "init")
+DETACHED = ("train", "compare", "tune", "merge", "export", "push", "deploy", "serve", "studio", "mcp", "init")
 
 
 # Disables telemetry of libraries, unless the user has set these variables.

@@ -23,6 +23,7 @@ def command(folders: tuple[Path, ...], allow_models: bool, seconds: int) -> None
     """
     if find_spec("mcp") is None:
         raise UserError("the server requires the package mcp", hint="pip install 'deltaw[mcp]'")
-    from deltaw.cli.mcp_server import AgentPermissions, serve
+    from deltaw.cli.mcp_server import serve
+    from deltaw.runs.permissions import FolderPermissions
 
-    serve(AgentPermissions(folders, allow_models), seconds)
+    serve(FolderPermissions(folders, allow_models), seconds)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import click
-import yaml
 from click.shell_completion import CompletionItem
 
 from deltaw.cli.suggestions import unknown_subcommand_error
@@ -17,7 +16,7 @@ from deltaw.progress import set_listener
 from deltaw.reports.tables import TerminalOutput
 from deltaw.reports.work_display import WorkingDisplay
 from deltaw.settings.aliases import SHORT
-from deltaw.settings.config import RunConfig, Setting, parse_yaml, settings
+from deltaw.settings.config import RunConfig, Setting, parse_setting, settings
 
 Command = TypeVar("Command", bound=Callable)
 SHARE = click.FloatRange(0, 1, min_open=True)
@@ -173,10 +172,7 @@ def nested_settings(flags: Mapping[str, object]) -> dict:
         section_values = result
         for section in sections:
             section_values = section_values.setdefault(section, {})
-        is_text = keys[argument].annotation in (str, "str") or (
-            keys[argument].key in ("data.train", "start_from") and not str(text).lstrip().startswith("[")
-        )
-        section_values[leaf] = str(text) if is_text else _value(str(text))
+        section_values[leaf] = parse_setting(keys[argument].key, str(text))
     return result
 
 
@@ -271,13 +267,6 @@ def model_flags(command: Command) -> Command:
 
 def _argument_name(key: str) -> str:
     return "setting_" + key.replace(".", "__")
-
-
-def _value(text: str) -> object:
-    try:
-        return parse_yaml(text)
-    except yaml.YAMLError:
-        return text
 
 
 def _format_default(value: object) -> str:

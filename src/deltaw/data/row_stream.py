@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -271,6 +271,10 @@ class RowStream:
         if not self.rows:
             raise empty_file(self.name, self._first_bad, self.bytes)
         self.columns = list(columns)
+
+    def head(self, count: int) -> Iterator[NumberedRow]:
+        """Yield the first rows without a scan. Unreadable rows are :class:`UnreadableRow`."""
+        return islice(chain.from_iterable(map(_with_unreadable, self._parts)), count)
 
     def chunks(self, *, unreadable: bool = False) -> Iterator[NumberedRows]:
         """Yield all rows in order, in chunks.

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from deltaw.experiments.entry import ComparedMethod
-from deltaw.runs.folder import mapping
+from deltaw.runs.folder import mapping, or_empty
 from deltaw.settings.config import RunConfig
 from deltaw.training.evaluation.base import (
     CONFIDENCE,
@@ -289,11 +289,6 @@ def method_cells(comparison: Comparison, result: MethodResult) -> list[str]:
         score_text(comparison, result),
         _relation(comparison, result),
     ]
-
-
-def or_empty(value: Any, formatter: Callable[[Any], str]) -> str:
-    """Return ``formatter(value)``, or '' if the value is missing."""
-    return "" if value is None else formatter(value)
 
 
 def _relation(comparison: Comparison, result: MethodResult) -> str:

@@ -13,11 +13,10 @@ from rich.table import Table
 
 from deltaw.atomic_files import write_text
 from deltaw.experiments.chain import BASE, RESULTS_FILE, START, ChainResult, HeldOutScores, StageScore
-from deltaw.experiments.comparison import or_empty
 from deltaw.reports.page.write import render
 from deltaw.reports.svg import FigureTable
 from deltaw.reports.tables import MISSING, count, duration, format_time, gigabytes, metric_name, metric_value, table
-from deltaw.runs.folder import not_writable_error
+from deltaw.runs.folder import not_writable_error, or_empty
 from deltaw.runs.summary import to_plain
 from deltaw.settings.start import start_sources
 from deltaw.training.evaluation.base import is_share, mean_interval

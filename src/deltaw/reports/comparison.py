@@ -23,8 +23,9 @@ from deltaw.experiments.comparison import (
 from deltaw.experiments.tune import Tuning, trial_cells
 from deltaw.export.deploy import DeploymentResult
 from deltaw.memory.plan import Plan
-from deltaw.reports.plan import PARTS, process_parts
-from deltaw.reports.svg import Bar, Figure, Legend, bars, stack, standalone, swatch
+from deltaw.reports.memory_parts import memory_legend, memory_parts
+from deltaw.reports.plan import process_parts
+from deltaw.reports.svg import Bar, Figure, bars, stack, standalone, swatch
 from deltaw.reports.tables import MISSING, Cell, add_row, count, gigabytes, metric_name, one_line, table
 from deltaw.training.drift import GeneralAnswer
 from deltaw.training.evaluation.base import Evaluation, Interval, is_share, metric_format, paired_difference
@@ -67,20 +68,6 @@ def comparison_tables(comparison: Comparison, width: int) -> list[Table]:
                 add_row(target, [texts[column] for column in columns], style)
         tables.append(target)
     return tables
-
-
-def memory_parts(sizes: Mapping[str, float]) -> list[tuple[str, str, float]]:
-    """Return the style sheet class, label and size of the parts of a plan, in stacking order."""
-    parts = ((f"p{n}", label, sizes.get(name, 0.0)) for n, (name, label, _) in enumerate(PARTS, 1))
-    return [part for part in parts if part[2] > 0]
-
-
-def memory_legend(items: Sequence[Bar]) -> Legend:
-    """Return the parts that are at least 0.5 % of the largest bar."""
-    spans = [span for bar in items for span in bar.spans]
-    largest = max((end for *_, end in spans), default=0.0)
-    shown = {(kind, label) for kind, label, start, end in spans if end - start > 0.005 * largest}
-    return [(swatch(kind, area=True), label) for kind, label in sorted(shown)]
 
 
 def draw_plans(plans: Mapping[str, Plan]) -> str:

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from deltaw.errors import UserError
 from deltaw.machine.memory import resident_bytes
-from deltaw.reports.progress import LiveLine, clock, update_mean
+from deltaw.reports.live_line import LiveLine, clock, update_mean
 from deltaw.reports.runs import COLUMNS, DEFAULT_FOLDER, Column, find_folder, runs_table, unique_names
 from deltaw.reports.tables import WIDTH, TerminalOutput, count, duration, gigabytes, metric_name, metric_value, short
 from deltaw.reports.work_display import NEXT_LINE

@@ -12,7 +12,6 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from deltaw.errors import UserError, did_you_mean
-from deltaw.experiments.comparison import or_empty
 from deltaw.reports.svg import FigureTable, running_mean
 from deltaw.reports.tables import (
     add_row,
@@ -39,6 +38,7 @@ from deltaw.runs.folder import (
     find_runs,
     is_run,
     mapping,
+    or_empty,
     read_run,
 )
 

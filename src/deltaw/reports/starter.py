@@ -140,20 +140,23 @@ def is_local(reference: str) -> bool:
     return Path(os.path.expanduser(reference)).exists()
 
 
-def preview_data(reference: str, model: str | None = None, task: str | None = None) -> DataPreview:
+def preview_data(
+    reference: str, model: str | None = None, task: str | None = None, columns: Mapping[str, str] | None = None
+) -> DataPreview:
     """Read a file or folder and summarize it. Unusable rows are listed.
 
     Args:
         model: Model whose tokenizer is used if it is available without the weights. None: the default model of the
             task.
         task: Task, or None to infer it from the columns.
+        columns: ``data.columns``, or None to infer it. Requires a task.
 
     Raises:
         UserError: If the data cannot be read, or no task matches it.
     """
     with track_progress(f"looking at {reference}"):
         bad = BadRows("skip")
-        rows, preview = _recognize(reference, task, bad)
+        rows, preview = _recognize(reference, task, bad, columns)
         starter = starter_of(preview.task)
         if not starter.reads_images:
             preview = _count_tokens(preview, starter, rows, reference, model or default_model(preview.task), bad)
@@ -180,15 +183,21 @@ def settings_for_rows(reference: str, model: str | None = None, task: str | None
     return sections | {"data": {"columns": dict(preview.mapped)}}
 
 
-def _recognize(reference: str, task: str | None, bad: BadRows) -> tuple[NumberedRows, DataPreview]:
+def _recognize(
+    reference: str, task: str | None, bad: BadRows, columns: Mapping[str, str] | None = None
+) -> tuple[NumberedRows, DataPreview]:
     """Return the rows of a file, and their task, columns and form.
 
     Args:
         task: Task of the rows; None to infer it.
         bad: Receives lines that cannot be read.
+        columns: ``data.columns`` of the task; None to infer it.
     """
     rows, _ = image_rows(reference, bad.add)
-    task, mapped, reason = _task(rows) if task is None else _columns(rows, task)
+    if task is not None and columns is not None:
+        mapped, reason = dict(columns), ""
+    else:
+        task, mapped, reason = _task(rows) if task is None else _columns(rows, task)
     starter = starter_of(task)
     if not starter.reads_images:
         require_columns(task, rows.columns, reference, mapped)

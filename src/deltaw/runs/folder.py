@@ -17,7 +17,7 @@ import socket
 import tempfile
 import time
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -320,9 +320,10 @@ def nearby_runs_hint(path: Path) -> str:
     return f"did you mean '{candidates[0]}'? {listing}" if names else listing
 
 
-def process_identity() -> dict[str, object]:
-    """Return the host, id and creation time of this process, because process ids are reused."""
-    return {"host": socket.gethostname(), "id": os.getpid(), "begun": psutil.Process().create_time()}
+def process_identity(number: int | None = None) -> dict[str, object]:
+    """Return the host, id and creation time of a process (by default this one), because process ids are reused."""
+    process = psutil.Process(number)
+    return {"host": socket.gethostname(), "id": process.pid, "begun": process.create_time()}
 
 
 def is_alive(process: Mapping[str, object]) -> bool | None:
@@ -533,6 +534,11 @@ def _json(path: Path) -> object:
 def mapping(value: object) -> Mapping[str, Any]:
     """Return the value if it is a mapping, else an empty mapping."""
     return value if isinstance(value, Mapping) else {}
+
+
+def or_empty(value: Any, formatter: Callable[[Any], str]) -> str:
+    """Return ``formatter(value)``, or '' if the value is missing."""
+    return "" if value is None else formatter(value)
 
 
 def sequence(value: object) -> list[Any]:

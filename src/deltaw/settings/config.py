@@ -475,6 +475,16 @@ def parse_yaml(text: str) -> object:
     return value
 
 
+def parse_setting(key: str, text: str) -> object:
+    """Return the value of a flag or form field, parsed as YAML unless the setting is a string."""
+    annotation = next(setting.annotation for setting in settings() if setting.key == key)
+    is_reference = key in ("data.train", "start_from") and not text.lstrip().startswith("[")
+    try:
+        return text if annotation in (str, "str") or is_reference else parse_yaml(text)
+    except yaml.YAMLError:
+        return text
+
+
 def _expanded(value: object, counts: dict[int, float]) -> float:
     """Return the number of values after expanding aliases, or infinity if a value contains itself."""
     if not isinstance(value, dict | list):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from deltaw.data.report import count_of
-from deltaw.reports.comparison import memory_legend, memory_parts
+from deltaw.reports.memory_parts import memory_legend, memory_parts
 from deltaw.reports.svg import (
     Bar,
     ChartSeries,

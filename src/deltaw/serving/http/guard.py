@@ -27,7 +27,7 @@ from deltaw.decoding.request import EngineLoad
 from deltaw.machine.memory import trim_memory
 from deltaw.serving.http.errors import CLIENT_CLOSED_REQUEST, ApiError, error_response
 from deltaw.serving.http.requests import FAILURE, KEY, LARGE, Bodies, Record, record_of
-from deltaw.serving.http.settings import ServerSettings, is_loopback
+from deltaw.serving.http.settings import ServerSettings, known_host
 
 # Histogram buckets in seconds: per token, to the first token, and per request.
 _TOKEN_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
@@ -262,7 +262,7 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)
-        if self._check_hosts and not self._known_host(headers.get("host", "")):
+        if self._check_hosts and not known_host(headers.get("host", ""), self._hosts):
             message = "the Host header names another host: start the server with --allow-host"
             return ApiError(403, message, code="wrong_host")
         if self._keys and scope["path"] not in self._open:
@@ -273,11 +273,6 @@ class Guard:
             if self._separate_caches:
                 record_of(scope).owner = number
         return None
-
-    def _known_host(self, host: str) -> bool:
-        name = host.lower()
-        name = name.partition("]")[0] + "]" if name.startswith("[") else name.partition(":")[0]
-        return is_loopback(name) or name in self._hosts
 
     def _key_of(self, headers: Headers) -> int:
         """Return the number of a request's key, counted from 1, or 0 if it has no valid key."""

@@ -15,7 +15,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import uvicorn
 from fastapi import FastAPI
@@ -25,8 +25,10 @@ from deltaw import platforms
 from deltaw.errors import UserError
 from deltaw.machine.memory import share_heaps
 from deltaw.serving.http.errors import ApiError
-from deltaw.serving.http.queue import RequestQueue
 from deltaw.serving.http.settings import Limits, ServerSettings
+
+if TYPE_CHECKING:
+    from deltaw.serving.http.queue import RequestQueue
 
 Ready = Callable[[], None]
 # Seconds at shutdown for a client to read sent data.

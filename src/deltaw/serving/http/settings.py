@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -187,6 +187,13 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def known_host(host: str, names: Collection[str]) -> bool:
+    """True if a Host header names the loopback interface or one of ``names``, which are in lower case."""
+    name = host.lower()
+    name = name.partition("]")[0] + "]" if name.startswith("[") else name.partition(":")[0]
+    return is_loopback(name) or name in names
 
 
 def check_name(name: str, location: str) -> str:

@@ -1,0 +1,158 @@
+"""Models on this machine, and size and license of a model on a hub, without loading any."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import urllib.parse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from deltaw.errors import UserError
+from deltaw.hub import packages
+from deltaw.hub.folders import config_folder, fetch_error, find_cached, resolve, resolve_hub_id
+
+UNKNOWN = "unknown"
+# Levels of folders in which models are searched, and number of bytes in which a license is searched.
+MAX_DEPTH, HEAD_BYTES = 2, 2**16
+_PACKAGE = re.compile(r"(?im)^(?:License-Expression|License): *(\S.*)$|^Classifier: License :: (?:.* :: )?(.+)$")
+_GGUF = re.compile(rb"general\.license\x08\0\0\0(.{8})", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """Model that can be trained.
+
+    Attributes:
+        reference: Value of the setting ``model``.
+        name: Short display name.
+        kind: ``folder``, ``gguf``, ``hub`` or ``package``.
+        bytes: Size of its files, or None if it is unknown.
+        license: Name of the license, or ``unknown``.
+        cached: True if it is on this machine.
+    """
+
+    reference: str
+    name: str
+    kind: str
+    bytes: int | None
+    license: str
+    cached: bool = True
+
+
+def list_local_models(folder: Path) -> list[LocalModel]:
+    """Return the models below a folder, in the hub's cache, and in the cache of packages."""
+    found = [*_below(folder, folder, MAX_DEPTH), *_hub_models(), *_package_models()]
+    return list({model.reference: model for model in found}.values())
+
+
+def describe_model(reference: str) -> LocalModel:
+    """Return a model by its reference. If it is not on this machine, the hub is asked.
+
+    Raises:
+        UserError: if it does not exist, or the hub cannot be reached.
+    """
+    if packages.is_package_reference(reference):
+        package = packages.parse(reference)
+        if not packages.is_available(reference):
+            return LocalModel(reference, package.name, "package", None, UNKNOWN, cached=False)
+        path = resolve(reference).path
+        return LocalModel(reference, package.name, "package", _size(path), _package_license(package.name, path))
+    hub = resolve_hub_id(reference)
+    if hub is None:
+        path = resolve(reference).path
+        return LocalModel(reference, path.name, "gguf" if path.is_file() else "folder", _size(path), _license(path))
+    if (cached := find_cached(reference)) is not None:
+        path = config_folder(cached, "", False)
+        return LocalModel(reference, hub.name, "hub", _size(path), _license(path))
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().model_info(str(hub.location), revision=hub.revision, files_metadata=True, timeout=10)
+    except Exception as error:  # the client does not convert errors of its transport
+        raise fetch_error(error, reference, revision=hub.revision) from error
+    files = [file for file in info.siblings or () if file.rfilename.endswith(".safetensors")]
+    name = UNKNOWN if info.card_data is None else info.card_data.get("license") or UNKNOWN
+    size = sum(file.size or 0 for file in files) or None
+    return LocalModel(reference, hub.name, "hub", size, str(name), cached=False)
+
+
+def _below(folder: Path, root: Path, depth: int) -> Iterator[LocalModel]:
+    with contextlib.suppress(OSError):
+        for path in sorted(folder.iterdir()):
+            is_hidden = path.name.startswith(".") or path.is_symlink()
+            if is_hidden or not (path.is_dir() or path.suffix.lower() == ".gguf"):
+                continue
+            if path.is_file() or _has_model(path):
+                kind = "gguf" if path.is_file() else "folder"
+                reference = path.relative_to(root).as_posix()
+                yield LocalModel(reference, path.name, kind, _size(path), _license(path))
+            elif depth and not (path / "run.yaml").is_file():
+                yield from _below(path, root, depth - 1)
+
+
+def _hub_models() -> Iterator[LocalModel]:
+    from huggingface_hub import CacheNotFound, constants, scan_cache_dir
+
+    with contextlib.suppress(CacheNotFound, OSError, ValueError):
+        for repository in sorted(
+            scan_cache_dir(constants.HF_HUB_CACHE).repos, key=lambda repository: repository.repo_id
+        ):
+            newest = max(repository.revisions, key=lambda revision: revision.last_modified, default=None)
+            if repository.repo_type == "model" and newest is not None and _has_model(newest.snapshot_path):
+                name, path = repository.repo_id.rpartition("/")[2], newest.snapshot_path
+                yield LocalModel(repository.repo_id, name, "hub", _size(path), _license(path))
+
+
+def _package_models() -> Iterator[LocalModel]:
+    for mark in sorted(packages.cache_folder().glob("*/.complete/*")):
+        name, _, version = mark.parent.parent.name.rpartition("-")
+        member = "" if mark.name == "all" else "/" + urllib.parse.unquote(mark.name)
+        with contextlib.suppress(UserError, OSError):  # the package contains something else
+            yield describe_model(f"{packages.SCHEME}{name}=={version}{member}")
+
+
+def _has_model(path: Path) -> bool:
+    """Return True for a folder with a model that is not an adapter."""
+    return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+
+
+def _size(path: Path) -> int:
+    """Return the size of a model's weights."""
+    files = [path] if path.is_file() else [*path.glob("*.safetensors")]
+    return sum(file.stat().st_size for file in files)
+
+
+def _license(path: Path) -> str:
+    """Return the license that a .gguf file, a model card or a file LICENSE states."""
+    if path.is_file():
+        with path.open("rb") as file:
+            content = file.read(HEAD_BYTES)
+        match = _GGUF.search(content)
+        stated = (
+            content[match.end() :][: int.from_bytes(match[1], "little")].decode("utf-8", "replace") if match else ""
+        )
+    else:
+        card = _head(path / "README.md").removeprefix("---\n").partition("\n---")[0]
+        line = re.search(r"(?m)^license: *(.+)$", card)
+        stated = line[1] if line else _head(path / "LICENSE").strip().partition("\n")[0]
+    return stated.strip().strip("'\"")[:80] or UNKNOWN
+
+
+def _head(file: Path) -> str:
+    try:
+        with file.open("rb") as opened:
+            return opened.read(HEAD_BYTES).decode("utf-8", "replace").replace("\r\n", "\n")
+    except OSError:
+        return ""
+
+
+def _package_license(name: str, path: Path) -> str:
+    """Return the license of a model in a package: that of the model, or that of the package."""
+    stated = _license(path)
+    folders = [*path.parents] if stated == UNKNOWN else []
+    pattern = f"{name.replace('-', '?')}-*.dist-info/METADATA"
+    files = (file for folder in folders[:4] for file in folder.glob(pattern))
+    match = next((match for file in files if (match := _PACKAGE.search(_head(file)))), None)
+    return (match[1] or match[2]).strip()[:80] if match else stated

@@ -1,0 +1,340 @@
+"""Queue of jobs, which run one after the other as processes of the command line and survive the server."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from filelock import FileLock, Timeout
+
+from deltaw import platforms
+from deltaw.atomic_files import write_text
+from deltaw.errors import UserError
+from deltaw.runs.folder import is_alive, is_locked, process_identity
+from deltaw.studio.workspace import Workspace
+
+QUEUED, RUNNING, DONE, FAILED, STOPPED = "queued", "running", "done", "failed", "stopped"
+POLL_SECONDS, RETRY_SECONDS = 0.5, 30.0
+# Maximum bytes that are read of a job's output, and number of lines of its log on the page.
+MAX_OUTPUT_BYTES, MAX_LOG_LINES = 2**24, 40
+_JOB, _SETTINGS = "job.json", "settings.yaml"
+_ERROR = re.compile(r"(.*?)(?:\n  where: (.*?))?(?:\n  hint:  (.*?))?", re.DOTALL)
+# A shell that starts the studio in the background disables SIGINT, and children inherit that.
+_CHILD = "import signal, sys; sys.path[:] = {paths!r}; signal.signal(signal.SIGINT, signal.default_int_handler); {code}"
+
+
+def python_command(code: str, arguments: Sequence[str] = ()) -> tuple[list[str], dict[str, Any]]:
+    """Return the command line and the process options for Python code with the import path of this process.
+
+    Modules are not imported from the current folder, because it may contain uploaded files.
+    """
+    here, package = os.getcwd(), str(Path(platforms.__file__).parents[1])
+    paths = [os.path.abspath(path) for path in sys.path if path and (os.path.abspath(path) != here or here == package)]
+    flags = {"creationflags": 0x200} if platforms.WINDOWS else {"start_new_session": True}  # CREATE_NEW_PROCESS_GROUP
+    command = [sys.executable, "-I", "-u", "-X", "utf8", "-c", _CHILD.format(paths=paths, code=code), *arguments]
+    return command, {"env": {**os.environ, "NO_COLOR": "1"}, "stdin": subprocess.DEVNULL, **flags}
+
+
+def child_command(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Return the command line and the process options of a command of deltaw."""
+    return python_command("from deltaw.cli import main; main()", arguments)
+
+
+def read_error(text: str) -> UserError | None:
+    """Return the error at the end of a command's messages, or None."""
+    _, found, text = f"\n{text}".rpartition("\nerror: ")
+    match = _ERROR.fullmatch(text.rstrip()) if found else None
+    if match is None:
+        return None
+    message, location, hint = (part and " ".join(part.split()) for part in match.groups())
+    return UserError(message or "", location=location, hint=hint)
+
+
+@dataclass
+class StudioJob:
+    """Process of the command line.
+
+    Attributes:
+        verb: Command, such as ``train``.
+        title: Description for the user.
+        run: Folder of its run, relative to the studio's folder, or None.
+        output: File or folder that it creates, relative to the studio's folder, or None.
+        draft: Draft that it was started from, or None.
+        process: Identity of the process as :func:`deltaw.runs.folder.process_identity`, or None.
+        state: ``queued``, ``running``, ``done``, ``failed`` or ``stopped``.
+        order: Position in the queue.
+        stops: Number of requests to stop.
+        folder: Folder with the job's files. It is the working directory of the process.
+    """
+
+    identity: str
+    verb: str
+    title: str
+    arguments: list[str]
+    run: str | None
+    output: str | None
+    draft: str | None
+    created: float
+    process: dict[str, Any] | None
+    state: str
+    order: float
+    stops: int
+    folder: Path
+
+    @property
+    def is_active(self) -> bool:
+        """True if the job is running or waiting."""
+        return self.state in (QUEUED, RUNNING)
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """JSON object that the job printed, or None."""
+        try:
+            value = json.loads(self._read("stdout"))
+        except ValueError:
+            return None
+        return value if isinstance(value, dict) else None
+
+    @property
+    def log(self) -> str:
+        """Last lines of the job's messages."""
+        return "\n".join(self._read("stderr").splitlines()[-MAX_LOG_LINES:])
+
+    def _read(self, name: str) -> str:
+        """Return the end of an output file, or ''."""
+        with contextlib.suppress(OSError), (self.folder / name).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - MAX_OUTPUT_BYTES))
+            return file.read().decode("utf-8", "replace")
+        return ""
+
+    def save(self) -> None:
+        """Write the job to its file."""
+        values = {key: value for key, value in dataclasses.asdict(self).items() if key != "folder"}
+        write_text(self.folder / _JOB, json.dumps(values))
+
+
+class JobQueue:
+    """Queue of jobs. Their state is in files, so that a restarted server finds running processes.
+
+    Args:
+        workspace: Folder of the studio.
+
+    Attributes:
+        on_start: Called before a job starts.
+        problem: Error that prevents the next job from starting, such as a full disk, or None.
+    """
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace, self._folder = workspace, workspace.state / "jobs"
+        self._lock, self._closed = threading.RLock(), threading.Event()
+        self._file_lock = FileLock(workspace.state / "lock", timeout=0, thread_local=False)
+        self._thread = threading.Thread(target=self._run, name="jobs", daemon=True)
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self.on_start: list[Callable[[StudioJob], None]] = []
+        self.problem: UserError | None = None
+        self._jobs: dict[str, StudioJob] = {}
+        for file in self._folder.glob(f"*/{_JOB}"):
+            with contextlib.suppress(OSError, ValueError, TypeError):  # written by another version
+                self._jobs[file.parent.name] = StudioJob(**json.loads(file.read_text("utf-8")), folder=file.parent)
+
+    def start(self) -> None:
+        """Start the thread that polls.
+
+        Raises:
+            UserError: if another studio uses the folder.
+        """
+        try:
+            self._file_lock.acquire()
+        except Timeout as error:
+            hint = "open the address that its terminal shows, or close it first"
+            raise UserError(
+                "another studio uses this folder", location=str(self._workspace.folder), hint=hint
+            ) from error
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop the thread. Running jobs continue."""
+        self._closed.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._file_lock.release()
+
+    def _run(self) -> None:
+        while not self._closed.wait(POLL_SECONDS):
+            try:
+                self.poll()
+            except Exception:
+                traceback.print_exc()
+                self._closed.wait(RETRY_SECONDS)
+
+    def add(
+        self, verb: str, arguments: Sequence[str], *, title: str, run: Path | None = None,
+        settings: Mapping[str, Any] | None = None, output: Path | None = None, draft: str | None = None,
+    ) -> StudioJob:  # fmt: skip
+        """Add a job.
+
+        Args:
+            verb: Command, such as ``train``.
+            arguments: Command line after ``deltaw``, including the verb.
+            settings: Settings to write to the job's folder. The path of the file is appended to the command line.
+        """
+        identity, now = secrets.token_hex(6), time.time()
+        folder = self._folder / identity
+        paths = [None if path is None else self._workspace.relative(path) for path in (run, output)]
+        words = [*arguments] if settings is None else [*arguments, str(folder / _SETTINGS)]
+        job = StudioJob(identity, verb, title, words, paths[0], paths[1], draft, now, None, QUEUED, now, 0, folder)
+        try:
+            if settings is not None:
+                write_text(folder / _SETTINGS, yaml.safe_dump(dict(settings), sort_keys=False))
+            job.save()
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        with self._lock:
+            self._jobs[identity] = job
+        return job
+
+    def jobs(self) -> list[StudioJob]:
+        """Return all jobs: the running one, queued ones in order, then others, the last created first."""
+        with self._lock:
+            rank = {RUNNING: 0, QUEUED: 1}
+            return sorted(
+                self._jobs.values(),
+                key=lambda job: (rank.get(job.state, 2), job.order if job.state == QUEUED else -job.created),
+            )
+
+    def job(self, identity: str) -> StudioJob:
+        """Return a job.
+
+        Raises:
+            UserError: if it does not exist.
+        """
+        with self._lock:
+            if identity not in self._jobs:
+                raise UserError("this job does not exist", hint="go to the list of trainings")
+            return self._jobs[identity]
+
+    def busy(self) -> StudioJob | None:
+        """Return the running job, or None."""
+        return next((job for job in self.jobs() if job.state == RUNNING), None)
+
+    def stop(self, identity: str, *, at_once: bool = False) -> None:
+        """Interrupt a running job, or take a queued one out of the queue. A training saves its state first.
+
+        Args:
+            at_once: Repeat the interruption of a job that is stopping, so that it exits without saving.
+        """
+        with self._lock:
+            job = self.job(identity)
+            if job.state == QUEUED:
+                job.state = STOPPED
+            elif job.state != RUNNING or (job.stops and not at_once):
+                return
+            else:
+                job.stops += 1
+                interrupt(job.process or {}, kill=job.stops > 2)
+            job.save()
+
+    def resume(self, identity: str) -> None:
+        """Queue a job again that has ended. The same command continues a training from its last checkpoint."""
+        with self._lock:
+            job = self.job(identity)
+            if job.is_active:
+                return
+            job.state, job.process, job.stops, job.order = QUEUED, None, 0, time.time()
+            job.save()
+
+    def remove(self, identity: str) -> None:
+        """Remove a job that is not running."""
+        with self._lock:
+            if self.job(identity).state == RUNNING:
+                raise UserError("this job is running", hint="stop it first")
+            shutil.rmtree(self._jobs.pop(identity).folder, ignore_errors=True)
+
+    def first(self, identity: str) -> None:
+        """Move a queued job to the front."""
+        with self._lock:
+            job = self.job(identity)
+            job.order = min(other.order for other in self._jobs.values()) - 1
+            job.save()
+
+    def poll(self) -> None:
+        """Record jobs that ended, and start the next one."""
+        with self._lock:
+            for job in [job for job in self._jobs.values() if job.state == RUNNING]:
+                job.process = job.process or _find_process(job.folder)
+                if not self._is_running(job):
+                    self._children.pop(job.identity, None)
+                    result = job.result
+                    is_done = result is not None and not result.get("interrupted")
+                    job.state = DONE if is_done else STOPPED if job.stops or result is not None else FAILED
+                    with contextlib.suppress(OSError, UserError):  # a restarted server comes to the same result
+                        job.save()
+            waiting = [job for job in self.jobs() if job.state == QUEUED]
+            if waiting and self.busy() is None:
+                try:
+                    self._start(waiting[0])
+                    self.problem = None
+                except (OSError, UserError) as error:
+                    reason = error.message if isinstance(error, UserError) else error.strerror or str(error)
+                    hint = "delete files that you do not need if the disk is full. The queue then continues"
+                    self.problem = UserError(f"the next job cannot start: {reason}", hint=hint)
+
+    def _is_running(self, job: StudioJob) -> bool:
+        child = self._children.get(job.identity)
+        if child is not None:
+            return child.poll() is None
+        alive = is_alive(job.process or {})
+        # The name of the host may have changed.
+        is_elsewhere = alive is None and job.process is not None and job.run is not None
+        return alive is True or (is_elsewhere and is_locked(self._workspace.folder / str(job.run)))
+
+    def _start(self, job: StudioJob) -> None:
+        command, options = child_command(job.arguments)
+        for function in self.on_start:
+            function(job)
+        try:
+            with (job.folder / "stdout").open("wb") as out, (job.folder / "stderr").open("wb") as errors:
+                job.state = RUNNING
+                job.save()  # before the process exists, so that no server starts it again
+                child = subprocess.Popen(command, cwd=job.folder, stdout=out, stderr=errors, **options)
+        except (OSError, UserError):
+            job.state = QUEUED
+            raise
+        self._children[job.identity] = child
+        job.process = process_identity(child.pid)
+        with contextlib.suppress(OSError, UserError):  # a restarted server finds it by its working directory
+            job.save()
+
+
+def interrupt(process: Mapping[str, Any], *, kill: bool = False) -> None:
+    """Send Ctrl-C to a process, or kill it, unless its id was reused by another process."""
+    with contextlib.suppress(psutil.Error, KeyError):
+        target = psutil.Process(process["id"])  # psutil checks that the id is not reused from here on
+        if is_alive(process):
+            stop = getattr(signal, "CTRL_BREAK_EVENT" if platforms.WINDOWS else "SIGINT")
+            target.kill() if kill else target.send_signal(stop)
+
+
+def _find_process(folder: Path) -> dict[str, Any] | None:
+    """Return the identity of the oldest process with this working directory, or None."""
+    infos = [process.info for process in psutil.process_iter(["cwd", "pid", "create_time", "status"])]
+    found = [info for info in infos if info["cwd"] == str(folder)]
+    return process_identity(min(found, key=lambda info: info["create_time"])["pid"]) if found else None

@@ -1,0 +1,204 @@
+"""Pages of the jobs: the queue, and the progress of one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import RedirectResponse, Response
+
+from deltaw.errors import UserError
+from deltaw.reports.live_table import live_line
+from deltaw.reports.page.run_figures import loss_figure, memory_figure, metric_figures, reward_figure
+from deltaw.reports.tables import metric_name, metric_value, short
+from deltaw.runs.folder import CHECKPOINT_FOLDER, KILLED, RUNNING, Run, mapping, number, numbers, sequence
+from deltaw.settings.config import flat
+from deltaw.studio.jobs import StudioJob, read_error
+from deltaw.studio.rendering import form, page, part
+from deltaw.studio.runs import score_interval
+from deltaw.studio.state import Studio
+
+# Limits of a page: sample answers, predicted rows, values of a result, characters of a text, and classes.
+MAX_SAMPLES, MAX_PREDICTIONS, MAX_VALUES, MAX_CHARACTERS, MAX_CLASSES = 6, 10, 40, 2000, 12
+# A progress is shown again until this multiple of the time that reading it took has passed.
+IDLE_FACTOR = 20
+VERBS = {"train": "Training", "eval": "Scoring", "predict": "Predicting", "merge": "Merging", "export": "Exporting"}
+VERBS |= {"deploy": "Adding to the program", "plan": "Downloading the model"}
+
+
+def router(studio: Studio) -> APIRouter:
+    """Return the routes of the pages of the jobs."""
+    routes, queue, workspace = APIRouter(prefix="/jobs"), studio.queue, studio.workspace
+    views: dict[str, tuple[float, float, object, dict[str, Any]]] = {}
+    queue.on_start.append(lambda job: studio.worker.release())
+
+    def view(job: StudioJob) -> dict[str, Any]:
+        """Return the variables of the progress, which are computed more rarely if the run is long."""
+        started, state = time.monotonic(), (job.state, job.stops)
+        time_shown, seconds, shown_state, values = views.get(job.identity, (0.0, 0.0, None, {}))
+        if shown_state != state or started - time_shown > IDLE_FACTOR * seconds:
+            run = None if job.run is None else Run(workspace.folder / job.run)
+            values = {**job_view(job, run), "has_checkpoint": run is not None and has_checkpoint(run)}
+            if job.is_active and values["percent"] is not None:
+                values["announcement"] = f"{values['title']}: {values['percent'] // 10 * 10} %"
+            views[job.identity] = time.monotonic(), time.monotonic() - started, state, values
+        others = [other for other in queue.jobs() if other.is_active and other is not job]
+        return {**values, "job": job, "others": others, "problem": queue.problem}
+
+    def listed() -> list[tuple[StudioJob, str]]:
+        return [(job, state_text(job)) for job in queue.jobs()]
+
+    def with_count(response: Response) -> Response:
+        """Add the number of jobs in the navigation to a part."""
+        response.headers["X-Jobs"] = str(sum(job.is_active for job in queue.jobs()))
+        return response
+
+    @routes.get("")
+    def show_all(request: Request) -> Response:
+        return page(request, "jobs.html", jobs=listed(), problem=queue.problem)
+
+    @routes.get("/part/queue")
+    def show_queue() -> Response:
+        return with_count(part("jobs_queue.html", jobs=listed(), problem=queue.problem))
+
+    @routes.get("/{identity}")
+    def show(request: Request, identity: str) -> Response:
+        job = queue.job(identity)
+        drafts = [draft for draft in workspace.drafts() if draft.identity == job.draft]
+        return page(request, "job.html", draft=next(iter(drafts), None), **view(job))
+
+    @routes.get("/{identity}/part/live")
+    def show_live(identity: str) -> Response:
+        job = queue.job(identity)
+        response = with_count(part("job_live.html", **view(job)))
+        if not job.is_active:
+            response.headers["X-Done"] = "1"
+        return response
+
+    @routes.post("/{identity}/{action}")
+    async def act(request: Request, identity: str, action: str) -> Response:
+        fields = await form(request)
+        actions = {"resume": queue.resume, "remove": queue.remove, "first": queue.first}
+        if action == "stop":
+            queue.stop(identity, at_once="at_once" in fields)
+        elif action in actions:
+            actions[action](identity)
+        else:
+            raise UserError("this page does not exist", hint="go to the list of trainings")
+        is_listed = action == "remove" or "list" in fields
+        return RedirectResponse("/jobs" if is_listed else f"/jobs/{identity}", 303)
+
+    return routes
+
+
+def has_checkpoint(run: Run) -> bool:
+    """Return True if a run can be continued from a later step than the first."""
+    folder = run.path / CHECKPOINT_FOLDER
+    return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
+
+
+def state_text(job: StudioJob) -> str:
+    """Return the state of a job in words."""
+    running = "Stopping" if job.stops else VERBS.get(job.verb, "Running")
+    return {"running": running, "queued": "Waiting", "done": "Finished", "stopped": "Stopped", "failed": "Failed"}[
+        job.state
+    ]
+
+
+def job_view(job: StudioJob, run: Run | None) -> dict[str, Any]:
+    """Return the variables of the progress of a job."""
+    values: dict[str, Any] = {"title": state_text(job), "percent": None, "line": None, "error": None, "figures": []}
+    values |= {"samples": [], "predictions": None, "values": [], "log": job.log, "announcement": state_text(job)}
+    values |= {"state": job.state, "can_resume": not job.is_active and job.state != "done"}
+    values["scored_run"] = None
+    values["scores"] = scores(job.result) if job.verb == "eval" and job.result else None
+    if values["scores"]:
+        values["values"] = []
+    elif job.verb != "train" or run is None:
+        result = list(flat(job.result or {}).items())
+        shown = [(key, value) for key, value in result if isinstance(value, str | int | float)]
+        values["values"] = [(key, short(v) if isinstance(v, float) else str(v)) for key, v in shown][:MAX_VALUES]
+    elif run.values and (job.state != RUNNING or run.state == RUNNING):
+        line = live_line(run)
+        values |= {"line": line, "percent": int(100 * line.step / line.total) if line.total else 0}
+        figures = [loss_figure(run), reward_figure(run), *metric_figures(run), memory_figure(run)]
+        values["figures"] = [figure for figure in figures if figure is not None]
+        values |= {"samples": samples(run), "predictions": predictions(run), "interval": score_interval(run)}
+        values["scored_run"] = run if job.state == "done" and run.score else None
+    elif job.state == RUNNING:
+        values["title"] = "Stopping" if job.stops else "Preparing"
+    if job.state == "failed":
+        values["error"] = job_error(job, run)
+        if run is not None and run.state == KILLED:
+            values |= {"state": KILLED, "title": "Ended from outside", "announcement": "Ended from outside"}
+    return values
+
+
+def job_error(job: StudioJob, run: Run | None) -> UserError:
+    """Return the error of a job that failed."""
+    if (error := read_error(job.log)) is not None:
+        return error
+    if job.verb == "train" and run is not None and has_checkpoint(run):
+        hint = "close other programs if the memory was full, then continue from the last saved step"
+    else:
+        hint = "close other programs if the memory was full, then start it again"
+    return UserError("the process ended without a message: it was killed, or the computer was switched off", hint=hint)
+
+
+def scores(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the variables of the metrics that an evaluation printed."""
+    metrics, base, intervals = (mapping(result.get(key)) for key in ("eval", "base", "intervals"))
+
+    def interval(name: str, values: object) -> str:
+        bounds = numbers(sequence(values))
+        return " – ".join(metric_value(name, bound) for bound in bounds) if len(bounds) == 2 else ""
+
+    rows = [
+        (metric_name(name), metric_value(name, number(base.get(name))), metric_value(name, number(value)), text)
+        for name, value in metrics.items()
+        for text in [interval(name, intervals.get(name))]
+    ]
+    main, before, difference = (mapping(result.get(key)) for key in ("score", "base_score", "difference"))
+    name, classes = str(main.get("metric", "")), [str(label) for label in sequence(result.get("classes"))]
+    counts = {
+        (classes[i], classes[j]): (int(count), int(sum(row)))
+        for i, row in enumerate(map(numbers, sequence(result.get("confusion")))) if i < len(classes)
+        for j, count in enumerate(row) if count and j < len(classes)
+    }  # fmt: skip
+    return {
+        "name": metric_name(name), "value": metric_value(name, number(main.get("value"))),
+        "before": metric_value(name, number(before.get("value"))) if before else "",
+        "interval": interval(name, intervals.get(name)), "difference": interval(name, difference.get("interval")),
+        "num_rows": result.get("rows"), "has_base": bool(base), "rows": rows,
+        "confusion": {"classes": classes[:MAX_CLASSES], "counts": counts} if counts else None,
+    }  # fmt: skip
+
+
+def samples(run: Run) -> list[dict[str, Any]]:
+    """Return prompts with the answers before training and now."""
+    grouped: dict[tuple[int | None, str], dict[str, Any]] = {}
+    for sample in sorted(run.metrics.samples, key=lambda sample: sample.step):
+        entry = grouped.setdefault((sample.row, sample.prompt), {"before": None, "now": None})
+        entry |= {
+            "prompt": sample.prompt,
+            "expected": sample.expected,
+            "now" if sample.step else "before": sample.answer,
+        }
+    return [
+        {name: None if text is None else text[:MAX_CHARACTERS] for name, text in entry.items()}
+        for entry in list(grouped.values())[:MAX_SAMPLES]
+    ]
+
+
+def predictions(run: Run) -> dict[str, Any] | None:
+    """Return predictions of held-out rows, wrong ones first, or None."""
+    recorded: Mapping[str, Any] = mapping(next(iter(run.metrics.predictions.values()), None))
+    rows = [mapping(row) for kind in ("mistakes", "examples") for row in sequence(recorded.get(kind))]
+    shown = [
+        {name: str(row.get(name, ""))[:MAX_CHARACTERS] for name in ("row", "text", "expected", "predicted")}
+        | {"score": short(number(row.get("score")))}
+        for row in rows[:MAX_PREDICTIONS]
+    ]
+    return {"rows": shown, "score": metric_name(str(recorded.get("score_name", "")))} if shown else None

@@ -1,0 +1,58 @@
+"""Calls of the worker that read rows: preview, check and tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def preview(
+    file: str, model: str | None = None, task: str | None = None, columns: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Return a summary of the rows, and the settings that follow from it.
+
+    Args:
+        file: File with the rows.
+        model: Model that counts the tokens, or None for the default of the task.
+        task: Task, or None to infer it.
+        columns: ``data.columns``, or None to infer it.
+    """
+    from deltaw.data.check import summarize_lengths
+    from deltaw.data.starter import default_model
+    from deltaw.reports.starter import preview_data, settings_text
+    from deltaw.settings.config import parse_yaml
+
+    summary = preview_data(file, model, task, columns)
+    settings: Any = {"task": summary.task, "data": {"columns": dict(summary.mapped)}}
+    if (model := model or default_model(summary.task)) is not None:
+        settings = parse_yaml(settings_text(model, file, summary.task, summary, "train.yaml", skip=True))
+        del settings["output"], settings["data"]["train"]
+    lengths = summarize_lengths(summary.lengths)
+    values = vars(summary) | {"mapped": dict(summary.mapped), "lengths": lengths and lengths.as_dict()}
+    return {"preview": values, "settings": settings}
+
+
+def check(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the check of all rows, or the name of the model if it has to be downloaded first."""
+    from deltaw.hub.folders import find_cached
+    from deltaw.runs.checks import check_data, with_refusal
+    from deltaw.settings.config import RunConfig
+
+    run_config = RunConfig.read(config)
+    model = run_config.model
+    if not Path(model).exists() and not model.startswith("parts:") and find_cached(model) is None:
+        return {"unavailable": model}
+    return with_refusal(check_data(run_config), run_config, folder=False).as_dict()
+
+
+def rows(config: Mapping[str, Any], first: int, count: int) -> dict[str, Any]:
+    """Return rows with the tokens of their examples."""
+    from deltaw.reports.data import row_as_dict
+    from deltaw.runs.checks import preview_rows
+    from deltaw.settings.config import RunConfig
+
+    return {"rows": [row_as_dict(row) for row in preview_rows(RunConfig.read(config), first, count)]}
+
+
+CALLS: dict[str, Callable[..., dict[str, Any]]] = {"preview": preview, "check": check, "rows": rows}

@@ -1,0 +1,231 @@
+"""Pages of the runs: list, comparison, report, download, deletion and export."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import zipfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from fastapi import APIRouter, Request
+from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response
+from starlette.background import BackgroundTask
+
+from deltaw.errors import UserError
+from deltaw.platforms import shell_word
+from deltaw.reports.runs import COLUMNS, differing_settings, result_rows, same_prompts, unique_names
+from deltaw.reports.tables import metric_name, metric_value
+from deltaw.runs.folder import (
+    LEARNING_RATES,
+    RUN,
+    RUNNING,
+    Run,
+    find_runs,
+    is_locked,
+    is_run,
+    mapping,
+    numbers,
+    sequence,
+)
+from deltaw.studio.rendering import form, page
+from deltaw.studio.state import Studio
+from deltaw.studio.worker import Pending
+from deltaw.studio.workspace import EXPORTS, Workspace, unused_path
+
+# Columns of the list, in addition to the score.
+LISTED = ("model", "rows", "state", "time", "when")
+# Files of an adapter. Rows, answers, checkpoints and logs are not downloaded.
+ADAPTER_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".md")
+# Storage types of a GGUF file, with descriptions.
+GGUF_TYPES = {"q8_0": "small, nearly exact", "q4_0": "smallest, less exact", "f16": "large, exact"}
+PROGRAMS = {"ollama": "Ollama", "lmstudio": "LM Studio"}
+# A rendered report contains its own policy for styles and its script.
+_REPORT_HEADERS = {"Content-Security-Policy": "sandbox allow-scripts; frame-ancestors 'self'"}
+_MAX_ORIGINS = 8
+
+# Text of an adapter that a run started from, and the adapters that this one started from.
+Origin: TypeAlias = tuple[str, list["Origin"]]
+
+
+def router(studio: Studio) -> APIRouter:
+    """Return the routes of the pages of the runs."""
+    routes = APIRouter()
+    _add_pages(routes, studio)
+    _add_actions(routes, studio)
+    return routes
+
+
+def _add_pages(routes: APIRouter, studio: Studio) -> None:
+    workspace = studio.workspace
+
+    @routes.get("/runs")
+    def show_all(request: Request) -> Response:
+        runs = sorted(map(Run, find_runs(workspace.folder)), key=lambda run: run.started, reverse=True)
+        columns = [column for column in COLUMNS if column.title in LISTED]
+        rows = [
+            (workspace.relative(run.path), name, [*(column.text(run) for column in columns), _score(run)])
+            for run, name in zip(runs, unique_names(runs), strict=True)
+        ]
+        return page(request, "runs.html", head=[*(column.title for column in columns), "score"], rows=rows)
+
+    @routes.get("/runs/compare")
+    def compare(request: Request) -> Response:
+        runs = [run_of(workspace, text) for text in dict.fromkeys(request.query_params.getlist("run"))]
+        if len(runs) < 2:
+            raise UserError("a comparison needs two or more runs", hint="select them in the list of results")
+        if "curves" in request.query_params:
+            return _report(studio, request, "comparison_page", {"folders": [str(run.path) for run in runs]})
+        values = {"names": unique_names(runs), "query": request.url.query, "answers": same_prompts(runs)}
+        tables = {"results": result_rows(runs), "differences": differing_settings(runs)}
+        return page(request, "compare.html", values=values, tables=tables)
+
+    @routes.get("/runs/of/{path:path}")
+    def show(request: Request, path: str) -> Response:
+        run = run_of(workspace, path)
+        relative = workspace.relative(run.path)
+        commands = {
+            "Serve with the OpenAI API": f"deltaw serve {shell_word(run.path)}",
+            "Upload to the Hugging Face Hub": f"deltaw push {shell_word(run.path)} USER/NAME",
+        }
+        results = replace(result_rows([run]), caption="Values of this run", head=("name", "value"))
+        jobs = [job for job in studio.queue.jobs() if job.run == relative]
+        return page(
+            request, "run.html", run=run, path=relative, interval=score_interval(run), results=results,
+            origins=_origins(run.part("start"), _MAX_ORIGINS), jobs=jobs, gguf_types=GGUF_TYPES, programs=PROGRAMS,
+            commands=commands, has_adapter=has_adapter(run.path),
+        )  # fmt: skip
+
+    @routes.get("/runs/report/{path:path}")
+    def show_report(request: Request, path: str) -> Response:
+        return _report(studio, request, "run_page", {"folder": str(run_of(workspace, path).path)})
+
+
+def _add_actions(routes: APIRouter, studio: Studio) -> None:
+    workspace = studio.workspace
+
+    @routes.get("/runs/adapter/{path:path}")
+    def download(path: str) -> Response:
+        folder = run_of(workspace, path).path
+        file = workspace.state / f"{secrets.token_hex(8)}.part"
+        with zipfile.ZipFile(file, "w") as archive:
+            for source in _adapter_files(folder):
+                archive.write(source, Path(folder.name) / source.relative_to(folder))
+        task = BackgroundTask(file.unlink, missing_ok=True)
+        return FileResponse(file, filename=f"{folder.name}.zip", media_type="application/zip", background=task)
+
+    @routes.get("/exports/{path:path}")
+    def download_export(path: str) -> Response:
+        file = workspace.path(f"{EXPORTS}/{path}")
+        if not file.is_file():
+            raise UserError("this is a folder", location=str(file), hint="open it in your file manager")
+        return FileResponse(file, filename=file.name, media_type="application/octet-stream")
+
+    @routes.post("/runs/delete")
+    async def delete(request: Request) -> Response:
+        text = (await form(request)).get("run", [""])[0]
+        run = run_of(workspace, text)
+        if run.path != workspace.folder / text:
+            raise UserError(f"'{text[:200]}' is a link", hint="delete it in your file manager")
+        if run.state == RUNNING or is_locked(run.path):
+            raise UserError("this training is running", hint="stop it before you delete it")
+        shutil.rmtree(run.path)
+        return RedirectResponse("/runs", 303)
+
+    @routes.post("/runs/ship")
+    async def ship(request: Request) -> Response:
+        fields = await form(request)
+        run, verb = run_of(workspace, fields.get("run", [""])[0]).path, fields.get("verb", [""])[0]
+        if verb == "deploy":
+            program = _choice(fields, "program", PROGRAMS)
+            title, arguments, output = f"{run.name} to {PROGRAMS[program]}", [verb, program, str(run)], None
+        elif verb == "export":
+            kind = _choice(fields, "type", GGUF_TYPES)
+            output = export_path(workspace, f"{run.name}-{kind}.gguf")
+            title, arguments = f"{run.name} as GGUF file", [verb, str(run), "--format=gguf", f"--type={kind}"]
+        elif verb == "merge":
+            output = export_path(workspace, f"{run.name}-merged")
+            title, arguments = f"{run.name} as complete model", [verb, str(run)]
+        else:
+            raise UserError(f"'{verb[:200]}' is not a way to export a run")
+        arguments += ["--json"] if output is None else [f"--output={output}", "--json"]
+        job = studio.queue.add(verb, arguments, title=title, run=run, output=output)
+        return RedirectResponse(f"/jobs/{job.identity}", 303)
+
+
+def run_of(workspace: Workspace, text: str) -> Run:
+    """Return the run with this relative path.
+
+    Raises:
+        UserError: if it is not a run.
+    """
+    path = workspace.path(text, location="run")
+    if not is_run(path):
+        raise UserError(f"'{text[:200]}' is not a run", hint="choose one in the list of results")
+    return Run(path)
+
+
+def _report(studio: Studio, request: Request, call: str, arguments: Mapping[str, Any]) -> Response:
+    """Return a page that the worker renders, or a page that waits for it."""
+    result = studio.worker.result(call, arguments)
+    if not isinstance(result, Pending):
+        return HTMLResponse(result["html"], headers=_REPORT_HEADERS)
+    response = page(request, "waiting.html", status=202, seconds=result.seconds)
+    response.headers["Refresh"] = "1"
+    return response
+
+
+def _choice(fields: Mapping[str, list[str]], name: str, choices: Mapping[str, str]) -> str:
+    value = fields.get(name, [""])[0]
+    if value not in choices:
+        raise UserError(f"'{value[:200]}' is not possible", location=name, hint=f"choose {' or '.join(choices)}")
+    return value
+
+
+def export_path(workspace: Workspace, name: str) -> Path:
+    """Return an unused path in the folder of exports."""
+    folder = workspace.folder / EXPORTS
+    folder.mkdir(exist_ok=True)
+    return unused_path(folder / name)
+
+
+def has_adapter(folder: Path) -> bool:
+    """Return True if the folder contains an adapter."""
+    return bool(_adapter_files(folder))
+
+
+def _adapter_files(folder: Path) -> list[Path]:
+    """Return the files of an adapter, without links to other folders."""
+    files = [file for pattern in ("*", "*/config.json") for file in sorted(folder.glob(pattern))]
+    return [
+        file
+        for file in files
+        if file.suffix in ADAPTER_SUFFIXES and file.name not in (RUN, LEARNING_RATES)
+        if file.is_file() and file.resolve() == file
+    ]
+
+
+def score_interval(run: Run) -> str:
+    """Return the 95 % interval of the score, or ''."""
+    score = mapping(run.result.get("score"))
+    bounds = numbers(sequence(score.get("interval")))
+    return " – ".join(metric_value(str(score.get("metric")), bound) for bound in bounds) if len(bounds) == 2 else ""
+
+
+def _score(run: Run) -> str:
+    """Return the main metric with its value and interval, or ''."""
+    if run.score is None:
+        return ""
+    text, interval = f"{metric_name(run.score[0])} {metric_value(*run.score)}", score_interval(run)
+    return f"{text} ({interval})" if interval else text
+
+
+def _origins(start: Mapping[str, Any], depth: int) -> list[Origin]:
+    """Return the adapters that a run started from."""
+    adapters = [mapping(adapter) for adapter in sequence(start.get("adapters"))[:_MAX_ORIGINS] if depth]
+    return [
+        (f"{str(a.get('name'))[:200]} ({str(a.get('task'))[:200]})", _origins(mapping(a.get("start")), depth - 1))
+        for a in adapters
+    ]

@@ -1,0 +1,221 @@
+// Behavior of the pages by attribute: data-part, data-every, data-autosave, data-then, data-upload, data-copy and
+// data-confirm. All forms also work without this script, except for uploads.
+"use strict";
+
+const POLL = 1000;  // milliseconds between requests for a part that is not finished
+const RETRY = 3000;  // milliseconds until the next request if the studio does not answer
+const SAVE_DELAY = 400;  // milliseconds from a change to its transmission
+
+const later = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
+const inert = { headers: { Accept: "text/html" }, credentials: "same-origin" };
+
+function announce(text) {
+  const region = document.getElementById("announcement");
+  if (region.textContent !== text) region.textContent = text;
+}
+
+function showOffline(offline) {
+  document.getElementById("offline").hidden = !offline;
+}
+
+// Return the response of the studio, or null if it does not answer. On status 401, the page that explains it is shown.
+async function ask(url, options) {
+  try {
+    const response = await fetch(url, options);
+    showOffline(false);
+    if (response.status === 401) location.reload();
+    return response;
+  } catch (error) {
+    if (error.name !== "AbortError") showOffline(true);
+    return null;
+  }
+}
+
+function showJobs(number) {
+  const badge = document.getElementById("num-jobs");
+  badge.hidden = number === "0";
+  badge.firstChild.data = number;
+}
+
+// Replace the content of an element. Keep the focus and open details, which are found by id or by position.
+function replaceContent(element, html) {
+  if (element.lastHTML === html) return;
+  element.lastHTML = html;
+  const focused = element.contains(document.activeElement) ? document.activeElement.id : "";
+  const open = [...element.querySelectorAll("details")].map((details) => details.open);
+  element.innerHTML = html;
+  element.querySelectorAll("details").forEach((details, index) => { details.open ||= open[index] ?? false; });
+  if (focused) document.getElementById(focused)?.focus({ preventScroll: true });
+  const news = element.querySelector("[data-announce]");
+  if (news) announce(news.dataset.announce);
+  connect(element);
+}
+
+// Load a part of the page: again while it is not finished (status 202), and regularly if it has data-every.
+async function loadPart(element) {
+  element.request?.abort();
+  const request = element.request = new AbortController();
+  element.setAttribute("aria-busy", "true");
+  element.classList.add("updating");
+  while (element.isConnected && !request.signal.aborted) {
+    if (document.hidden && element.dataset.every) { await later(POLL); continue; }
+    const response = await ask(element.dataset.part, { ...inert, signal: request.signal });
+    if (request.signal.aborted) return;
+    if (response === null) { await later(RETRY); continue; }
+    const html = await response.text().catch(() => null);
+    if (html === null || request.signal.aborted) continue;
+    if (response.headers.has("X-Jobs")) showJobs(response.headers.get("X-Jobs"));
+    if (response.status !== 202 || !element.lastHTML) replaceContent(element, html);
+    if (response.status === 202) {
+      if (element.querySelector(".busy")) replaceContent(element, html);
+      await later(POLL);
+      continue;
+    }
+    element.classList.remove("updating");
+    element.setAttribute("aria-busy", "false");
+    if (!element.dataset.every || response.headers.has("X-Done")) break;
+    await later(Number(element.dataset.every));
+  }
+}
+
+// Send a form after a change, show the errors at their fields, and reload the parts whose ids are in data-then.
+function connectAutosave(form) {
+  let timer = 0;
+  let latest = 0;
+  const save = async () => {
+    const number = ++latest;
+    const body = new URLSearchParams(new FormData(form));
+    const response = await ask(form.action, { method: "POST", body, headers: { Accept: "application/json" } });
+    if (response === null) { timer = setTimeout(save, RETRY); return; }
+    const answer = await response.json().catch(() => null);
+    if (answer === null || number !== latest) return;
+    const errors = answer.errors ?? (answer.error ? { "": answer.error.message } : {});
+    showErrors(form, errors);
+    for (const [id, text] of Object.entries(answer)) {
+      const target = document.getElementById(id);
+      if (target && typeof text === "string") target.textContent = text;
+    }
+    if (Object.keys(errors).length === 0) announce("Saved");
+    for (const id of (form.dataset.then ?? "").split(" ").filter(Boolean)) loadPart(document.getElementById(id));
+  };
+  form.addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(save, SAVE_DELAY); });
+  form.addEventListener("submit", (event) => {
+    if (event.submitter?.name || event.submitter?.hasAttribute("formaction")) return;
+    event.preventDefault();
+    clearTimeout(timer);
+    save();
+  });
+}
+
+function showErrors(form, errors) {
+  for (const field of form.querySelectorAll(".field")) {
+    const input = field.querySelector("input, select, textarea");
+    const line = field.querySelector(".error");
+    if (!input || !line) continue;
+    const text = errors[input.name] ?? "";
+    line.textContent = text;
+    line.hidden = !text;
+    field.classList.toggle("wrong", Boolean(text));
+    input.toggleAttribute("aria-invalid", Boolean(text));
+    if (text) {
+      input.setAttribute("aria-invalid", "true");
+      const described = new Set((input.getAttribute("aria-describedby") ?? "").split(" ").filter(Boolean));
+      input.setAttribute("aria-describedby", [...described.add(line.id)].join(" "));
+    }
+  }
+  const named = [...form.elements].map((input) => input.name);
+  const others = Object.entries(errors).filter(([name]) => !named.includes(name)).map(([, text]) => text);
+  announce(Object.values(errors).join(" "));
+  const box = form.querySelector(".form-error");
+  if (box) { box.textContent = others.join(" "); box.hidden = others.length === 0; }
+}
+
+// Upload a file from the file input or by drag and drop, then go to the address in the answer.
+function connectUpload(form) {
+  const input = form.querySelector("input[type=file]");
+  const status = form.querySelector("[role=status]");
+  const send = (file) => {
+    if (!file) return;
+    const fail = (text) => { status.replaceChildren(text); status.className = "error"; input.value = ""; };
+    if (file.size > Number(form.dataset.max)) { fail(form.dataset.tooLarge); return; }
+    const request = new XMLHttpRequest();
+    const bar = document.createElement("progress");
+    bar.max = 1;
+    bar.value = 0;
+    bar.setAttribute("aria-label", "Upload of " + file.name);
+    status.replaceChildren("Uploading " + file.name + " …", bar);
+    request.upload.onprogress = (event) => { if (event.lengthComputable) bar.value = event.loaded / event.total; };
+    request.upload.onload = () => { status.replaceChildren("Reading " + file.name + " …"); };
+    request.onerror = () => fail("The upload was interrupted. Choose the file again.");
+    request.onload = () => {
+      let answer = {};
+      try { answer = JSON.parse(request.responseText); } catch { /* an answer without JSON is an error */ }
+      if (request.status === 200) { location.href = answer.url; return; }
+      const { message, hint } = answer.error ?? { message: "the upload failed" };
+      fail([message, hint].filter(Boolean).map((text) => text[0].toUpperCase() + text.slice(1) + ".").join(" "));
+    };
+    status.className = "";
+    request.open("PUT", form.dataset.upload + encodeURIComponent(file.name));
+    request.setRequestHeader("Accept", "application/json");
+    request.send(file);
+  };
+  input.addEventListener("change", () => send(input.files[0]));
+  form.addEventListener("submit", (event) => event.preventDefault());
+  for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) {
+    form.addEventListener(kind, (event) => {
+      event.preventDefault();
+      form.classList.toggle("over", kind === "dragenter" || kind === "dragover");
+      if (kind === "drop") send(event.dataTransfer.files[0]);
+    });
+  }
+}
+
+function connectCopy(button) {
+  const text = button.textContent;
+  button.addEventListener("click", async () => {
+    const source = document.getElementById(button.dataset.copy);
+    getSelection().selectAllChildren(source);
+    try { await navigator.clipboard.writeText(source.textContent); } catch { document.execCommand("copy"); }
+    button.textContent = "Copied";
+    announce("Copied");
+    setTimeout(() => { button.textContent = text; }, 2000);
+  });
+}
+
+// Ask before a form is sent.
+function connectConfirm(form) {
+  form.addEventListener("submit", (event) => {
+    if (form.confirmed) return;
+    event.preventDefault();
+    const dialog = document.createElement("dialog");
+    const question = document.createElement("p");
+    question.textContent = form.dataset.confirm;
+    question.id = "question";
+    dialog.setAttribute("aria-labelledby", "question");
+    const button = (label, kind) => Object.assign(document.createElement("button"), { textContent: label, className: kind });
+    const actions = Object.assign(document.createElement("form"), { method: "dialog", className: "actions" });
+    const cancel = button("Cancel", "plain");
+    const confirm = button(event.submitter?.textContent ?? "Continue", "danger");
+    confirm.value = "yes";
+    actions.append(cancel, confirm);
+    dialog.append(question, actions);
+    dialog.addEventListener("close", () => {
+      dialog.remove();
+      if (dialog.returnValue !== "yes") return;
+      form.confirmed = true;
+      form.requestSubmit(event.submitter);
+    });
+    document.body.append(dialog);
+    dialog.showModal();
+  });
+}
+
+function connect(root) {
+  root.querySelectorAll("[data-part]").forEach(loadPart);
+  root.querySelectorAll("form[data-autosave]").forEach(connectAutosave);
+  root.querySelectorAll("form[data-upload]").forEach(connectUpload);
+  root.querySelectorAll("[data-copy]").forEach(connectCopy);
+  root.querySelectorAll("form[data-confirm]").forEach(connectConfirm);
+}
+
+connect(document);

@@ -1,0 +1,111 @@
+"""Process that serves a run, so that it can be tried in the browser. There is at most one."""
+
+from __future__ import annotations
+
+import collections
+import re
+import secrets
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from deltaw.errors import UserError
+from deltaw.serving.http.settings import KEY_VARIABLE
+from deltaw.studio.jobs import python_command, read_error
+from deltaw.studio.workspace import Workspace
+
+NONE, STARTING, READY, FAILED = "none", "starting", "ready", "failed"
+# Time after the last request until a process may be stopped because a job needs the memory.
+IDLE_SECONDS = 60.0
+MAX_LINES = 40
+_READY = re.compile(r"serving .* at (http://127\.0\.0\.1:\d+)\n")
+# The process ends with the studio, also if that is killed: its standard input is then closed.
+_CODE = (
+    "import os, sys, threading; threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start(); "
+    "from deltaw.cli import main; main()"
+)
+
+
+class Trial:
+    """Process that serves a run.
+
+    Args:
+        workspace: Folder of the studio.
+
+    Attributes:
+        run: Folder of the run, or None.
+        key: API key of the process.
+        used: Time of the last request, of :func:`time.monotonic`.
+    """
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace, self._lock = workspace, threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._lines: collections.deque[str] = collections.deque(maxlen=MAX_LINES)
+        self._url = self.key = ""
+        self.run: Path | None = None
+        self.used = 0.0
+
+    @property
+    def state(self) -> str:
+        """``none``, ``starting``, ``ready`` or ``failed``."""
+        process = self._process
+        if process is None:
+            return NONE
+        if process.poll() is not None:
+            return FAILED
+        return READY if self._url else STARTING
+
+    @property
+    def url(self) -> str:
+        """Address of the process, or '' if it does not answer."""
+        return self._url if self.state == READY else ""
+
+    @property
+    def error(self) -> UserError:
+        """Error of a process that failed."""
+        hint = "close other programs if the memory was full, then try again"
+        text = "".join(self._lines)
+        return read_error(text) or UserError("the model could not be loaded", hint=hint)
+
+    def start(self, run: Path, others: Sequence[Path] = ()) -> None:
+        """Serve a run, and other runs of the same model next to it."""
+        arguments = ["serve", str(run), "--port=0", "--log=off", *(f"--adapter={path.name}={path}" for path in others)]
+        command, options = python_command(_CODE, arguments)
+        with self._lock:
+            self._stop()
+            self.key = secrets.token_urlsafe(32)
+            options |= {"env": {**options["env"], KEY_VARIABLE: self.key}, "cwd": self._workspace.state}
+            options |= {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+            process = subprocess.Popen(command, text=True, encoding="utf-8", errors="replace", **options)
+            self._process, self.run, self.used = process, run, time.monotonic()
+            self._lines = collections.deque(maxlen=MAX_LINES)
+            threading.Thread(target=self._read, args=(process, self._lines), name="trial", daemon=True).start()
+
+    def _read(self, process: subprocess.Popen[str], lines: collections.deque[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            match = _READY.fullmatch(line)
+            if match and process is self._process:
+                self._url = match[1]
+
+    def stop(self) -> None:
+        """Stop the process."""
+        with self._lock:
+            self._stop()
+
+    def release(self) -> None:
+        """Stop the process if it is idle, so that a job gets its memory."""
+        if time.monotonic() - self.used > IDLE_SECONDS:
+            self.stop()
+
+    def _stop(self) -> None:
+        process, self._process, self._url, self.run = self._process, None, "", None
+        if process is not None:
+            process.kill()  # it has nothing to save
+            process.wait()
+            assert process.stdin is not None
+            process.stdin.close()

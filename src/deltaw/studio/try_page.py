@@ -1,0 +1,139 @@
+"""Page on which a run is tried: a proxy of the process that serves it, and scores and predictions of a file."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from urllib.parse import quote
+
+import httpx
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
+
+from deltaw.errors import UserError
+from deltaw.runs.folder import Run, find_runs
+from deltaw.serving.http.settings import NAME
+from deltaw.studio.excel import convert
+from deltaw.studio.rendering import form, page, part
+from deltaw.studio.runs import export_path, has_adapter, run_of
+from deltaw.studio.state import Studio
+from deltaw.studio.trial import FAILED, STARTING, Trial
+
+PAGE = "/trial/page/"
+CONNECT_SECONDS = 5.0
+# Maximum number of runs that are offered for a comparison.
+MAX_OTHERS = 5
+# Headers that pass the proxy.
+_REQUEST_HEADERS = ("accept", "content-type", "content-length", "if-none-match")
+_RESPONSE_HEADERS = ("content-type", "content-length", "etag", "cache-control", "retry-after")
+
+
+def router(studio: Studio) -> APIRouter:
+    """Return the routes of the page of trials, of the proxy, and of scores."""
+    routes, workspace, trial = APIRouter(), studio.workspace, studio.trial
+    studio.queue.on_start.append(lambda job: trial.release())
+
+    def view(run: Run) -> dict[str, object]:
+        """Return the variables of the part with the model."""
+        state = trial.state if trial.run == run.path else "none"
+        values = {"run": run, "path": workspace.relative(run.path), "state": state, "busy": studio.queue.busy()}
+        others = [(workspace.relative(other.path), other.name) for other in _others(workspace.folder, run)]
+        return values | {"error": trial.error if state == FAILED else None, "others": others}
+
+    @routes.get("/runs/try/{path:path}")
+    def show(request: Request, path: str) -> Response:
+        run = run_of(workspace, path)
+        files = [(name, name) for name in map(workspace.relative, workspace.data_files())]
+        return page(request, "trial.html", files=files, run=run, path=workspace.relative(run.path))
+
+    @routes.get("/trial/part")
+    def show_part(run: str) -> Response:
+        values = view(run_of(workspace, run))
+        return part("trial_part.html", status=202 if values["state"] == STARTING else 200, **values)
+
+    @routes.post("/trial/start")
+    async def start(request: Request) -> Response:
+        fields = await form(request)
+        run = run_of(workspace, fields.get("run", [""])[0])
+        if not has_adapter(run.path):
+            raise UserError("this run has no result yet", hint="continue its training first")
+        others = [run_of(workspace, text).path for text in fields.get("other", [])[:MAX_OTHERS]]
+        await asyncio.to_thread(trial.start, run.path, others)
+        return RedirectResponse(f"/runs/try/{quote(workspace.relative(run.path))}", 303)
+
+    @routes.post("/trial/stop")
+    async def stop(request: Request) -> Response:
+        run = run_of(workspace, (await form(request)).get("run", [""])[0])
+        await asyncio.to_thread(trial.stop)
+        return RedirectResponse(f"/runs/of/{quote(workspace.relative(run.path))}", 303)
+
+    @routes.api_route(PAGE + "{rest:path}", methods=["GET", "POST"])
+    async def forward(request: Request) -> Response:
+        return await _forward(request, trial)
+
+    @routes.post("/runs/score")
+    async def score(request: Request) -> Response:
+        fields = {name: values[0] for name, values in (await form(request)).items()}
+        run = run_of(workspace, fields.get("run", "")).path
+        file = await asyncio.to_thread(convert, workspace, workspace.path(fields.get("file", ""), location="file"))
+        verb, output = fields.get("verb", ""), None
+        if verb == "eval":
+            title = f"Score {run.name} on {file.name}"
+            arguments = [verb, str(run), f"--data={file}", "--with-base", "--no-drift"]
+        elif verb == "predict":
+            output = export_path(workspace, f"{run.name}-predictions.csv")
+            title, arguments = f"Predict {file.name} with {run.name}", [verb, str(run), str(file), f"--output={output}"]
+        else:
+            raise UserError(f"'{verb[:200]}' is not possible", location="verb", hint="choose eval or predict")
+        job = studio.queue.add(verb, [*arguments, "--json"], title=title, run=run, output=output)
+        return RedirectResponse(f"/jobs/{job.identity}", 303)
+
+    return routes
+
+
+def _others(folder: Path, run: Run) -> list[Run]:
+    """Return runs of the same model, which can be compared with a run that generates text. The last ones are first."""
+    runs = [Run(path) for path in find_runs(folder) if path != run.path and NAME.fullmatch(path.name)]
+    runs = [other for other in runs if other.model == run.model and other.generates_text and has_adapter(other.path)]
+    return sorted(runs, key=lambda other: other.started, reverse=True)[:MAX_OTHERS] if run.generates_text else []
+
+
+async def _forward(request: Request, trial: Trial) -> Response:
+    """Send a request to the process of a trial, with its key, and stream the response."""
+    base = trial.url
+    if not base:
+        return JSONResponse({"error": {"message": "The model is not loaded. Load it again."}}, 503)
+    path = request.scope["raw_path"].removeprefix(PAGE[:-1].encode())
+    url = httpx.URL(base).copy_with(raw_path=path)
+    headers = {name: request.headers[name] for name in _REQUEST_HEADERS if name in request.headers}
+    headers |= {"Authorization": f"Bearer {trial.key}", "Accept-Encoding": "identity"}
+    body = request.stream() if request.method == "POST" else None
+    # Without the environment, because a proxy must not receive the key.
+    client = httpx.AsyncClient(trust_env=False, verify=False, timeout=httpx.Timeout(None, connect=CONNECT_SECONDS))
+    try:
+        sent = client.build_request(request.method, url, headers=headers, content=body)
+        response = await client.send(sent, stream=True)
+    except httpx.HTTPError:
+        await client.aclose()
+        return JSONResponse({"error": {"message": "The model stopped. Load it again."}}, 502)
+    except BaseException:
+        await client.aclose()
+        raise
+
+    async def chunks() -> AsyncIterator[bytes]:
+        try:
+            async for chunk in response.aiter_raw():
+                trial.used = time.monotonic()
+                yield chunk
+        except httpx.HTTPError:
+            pass  # the page notices that the answer is not complete
+        finally:
+            await response.aclose()
+            await client.aclose()
+
+    kept = {name: response.headers[name] for name in _RESPONSE_HEADERS if name in response.headers}
+    policy = response.headers.get("content-security-policy", "default-src 'none'")
+    kept |= {"Content-Security-Policy": policy.replace("frame-ancestors 'none'", "frame-ancestors 'self'")}
+    return StreamingResponse(chunks(), response.status_code, {**kept, "X-Frame-Options": "SAMEORIGIN"})

@@ -1,0 +1,232 @@
+"""Calls that need torch, in a worker process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deltaw.errors import UserError
+from deltaw.studio import row_calls
+from deltaw.studio.jobs import python_command
+from deltaw.studio.workspace import Workspace
+from deltaw.worker_process import PipeWorker, WorkerError, serve
+
+# Time limit of a call, and time until an idle worker is killed, which frees its memory.
+CALL_SECONDS, IDLE_SECONDS = 1800.0, 300.0
+# A call whose result is no longer needed is killed after about the time that a new worker needs to start.
+RESTART_SECONDS = 8.0
+# Errors are forgotten after this time, so that the user can try again.
+ERROR_SECONDS = 3.0
+MAX_RESULTS, MAX_RESULT_BYTES, MAX_STAMPS = 100, 2**26, 500
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A call that is not finished after this number of seconds."""
+
+    seconds: float
+
+
+@dataclass
+class _Call:
+    """Call of a function, its result or its error, and the times at which it was requested, started and ended."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    draft: str
+    requested: float = field(default_factory=time.monotonic)
+    started: float = 0.0
+    ended: float = 0.0
+    is_needed: bool = True
+    result: dict[str, Any] | None = None
+    error: UserError | None = None
+
+
+class Worker:
+    """Client of the worker process, which is started on first use and killed when it is idle.
+
+    Args:
+        workspace: Folder of the studio.
+    """
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace = workspace
+        command, options = python_command("from deltaw.studio.worker import main; main()")
+        self._process = PipeWorker(command, environment=options["env"], extra_start_seconds=240)
+        self._changed = threading.Condition()
+        self._calls: dict[str, _Call] = {}
+        self._running: _Call | None = None
+        self._is_closed = False
+        self._thread: threading.Thread | None = None
+
+    def result(self, call: str, arguments: Mapping[str, Any], *, draft: str = "") -> Pending | dict[str, Any]:
+        """Return the result of a call, or Pending. The call is started if it is not known.
+
+        Args:
+            call: Name in :data:`CALLS`.
+            arguments: JSON-serializable arguments. Files and folders in them are watched for changes.
+            draft: Draft of the call. An unfinished call of the same name for the same draft is dropped.
+
+        Raises:
+            UserError: if the call failed.
+        """
+        key = json.dumps([call, arguments, _stamps(arguments)], sort_keys=True)
+        with self._changed:
+            known, now = self._calls.get(key), time.monotonic()
+            if known is None or (known.error and now - known.ended > ERROR_SECONDS):
+                known = self._add(key, _Call(call, arguments, draft))
+            known.is_needed = True
+            if self._running and not self._running.is_needed and now - self._running.started > RESTART_SECONDS:
+                self._calls = {key: call for key, call in self._calls.items() if call is not self._running}
+                self._process.close()
+            if known.error is not None:
+                raise known.error
+            return Pending(max(0.0, now - known.requested)) if known.result is None else known.result
+
+    def _add(self, key: str, new: _Call) -> _Call:
+        for call in self._calls.values():
+            if new.draft and (call.draft, call.name) == (new.draft, new.name):
+                call.is_needed = False
+        self._calls.pop(key, None)
+        self._calls = {key: call for key, call in self._calls.items() if call.is_needed or call.started} | {key: new}
+        ended = [key for key, call in self._calls.items() if call.ended]
+        for key in ended[: max(0, len(self._calls) - MAX_RESULTS)]:
+            del self._calls[key]
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
+            self._thread.start()
+        self._changed.notify()
+        return new
+
+    def release(self) -> None:
+        """Kill the process if it is idle, so that a training gets its memory."""
+        with self._changed:
+            if self._running is None:
+                self._process.close()
+
+    def close(self) -> None:
+        """Kill the worker."""
+        with self._changed:
+            self._is_closed = True
+            self._process.close()
+            self._changed.notify()
+
+    def _run(self) -> None:
+        """Execute the calls one after the other."""
+        while True:
+            with self._changed:
+                while not self._is_closed and (call := self._next()) is None:
+                    if not self._changed.wait(IDLE_SECONDS):
+                        self._process.close()
+                if self._is_closed:
+                    return
+                assert call is not None
+                self._running, call.started = call, time.monotonic()
+            try:
+                request = json.dumps({"call": call.name, "arguments": call.arguments}).encode()
+                (answer,) = self._process.request(request, CALL_SECONDS, max_bytes=MAX_RESULT_BYTES)
+                values = json.loads(answer)
+            except WorkerError as error:
+                hint = "the memory may be full. Close other programs, and try again"
+                values = {"error": {"message": f"the calculation stopped: it {error}", "location": None, "hint": hint}}
+            with self._changed:
+                self._running, call.ended = None, time.monotonic()
+                call.result = values.get("result")
+                call.error = UserError(**values["error"]) if "error" in values else None
+
+    def _next(self) -> _Call | None:
+        return next((call for call in self._calls.values() if call.is_needed and not call.started), None)
+
+
+def _stamps(value: object) -> list[list[object]]:
+    """Return size and time of the files, and of files in the folders, whose absolute paths are in a value."""
+    if isinstance(value, Mapping | list | tuple):
+        return [stamp for item in (value.values() if isinstance(value, Mapping) else value) for stamp in _stamps(item)]
+    stamps: list[list[object]] = []
+    with contextlib.suppress(OSError, ValueError):
+        if isinstance(value, str) and (path := Path(value)).is_absolute() and path.exists():
+            for file in [path, *(sorted(path.iterdir())[:MAX_STAMPS] if path.is_dir() else ())]:
+                stamps.append([str(file), file.stat().st_size, file.stat().st_mtime_ns])
+    return stamps
+
+
+# Functions that run in the worker process.
+
+
+def plan(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the plan of a run, messages about its rows, and settings that fit if it does not fit."""
+    from deltaw.machine.memory import free_memory_bytes, resident_bytes
+    from deltaw.methods.start import resolve_start
+    from deltaw.progress import ignore_line
+    from deltaw.runs.checks import check_rows, check_settings
+    from deltaw.settings.config import RunConfig
+    from deltaw.training.planning.budget import fitting_settings
+    from deltaw.training.planning.plan_run import plan_methods
+    from deltaw.training.session import read_data
+
+    settings, lines, fitting = RunConfig.read(config), list[str](), []
+    if settings.start_from is not None:
+        settings = resolve_start(settings, lines.append)
+    check_settings(settings)
+    task, data = read_data(settings, lines.append)
+    check_rows(settings, task, data)
+    found = plan_methods(settings, task, data, [settings.method], on_error=lambda *_: None)[settings.method]
+    free = free_memory_bytes() + resident_bytes()  # the worker exits before the training starts
+    if found.peak_resident_bytes > free:
+        with contextlib.suppress(UserError):  # nothing fits
+            plans = fitting_settings(settings, task, data, free, [settings.method], log=ignore_line)
+            fitting = [option.as_dict() for option in plans]
+    return {"plan": found.to_fields(), "fitting": fitting, "lines": lines, "free": free}
+
+
+def run_page(folder: str) -> dict[str, Any]:
+    """Return the report page of a run."""
+    from deltaw.reports.page import write
+    from deltaw.runs.folder import read_run
+
+    return {"html": write.run_page(read_run(folder))}
+
+
+def comparison_page(folders: Sequence[str]) -> dict[str, Any]:
+    """Return the page that compares runs."""
+    from deltaw.reports.page import write
+    from deltaw.runs.folder import read_run
+
+    return {"html": write.comparison_page([read_run(folder) for folder in folders])}
+
+
+# Functions by name.
+CALLS: dict[str, Callable[..., dict[str, Any]]] = {
+    function.__name__: function for function in (plan, run_page, comparison_page)
+} | row_calls.CALLS
+
+
+def main() -> None:
+    """Answer calls from standard input."""
+    from deltaw.progress import use_listener
+
+    with use_listener(None):
+        serve(lambda: _answer)
+
+
+def _answer(request: bytes) -> Iterator[bytes]:
+    values = json.loads(request)
+    try:
+        answer: dict[str, Any] = {"result": CALLS[values["call"]](**values["arguments"])}
+    except UserError as error:
+        answer = {"error": {"message": error.message, "location": error.location, "hint": error.hint}}
+    except Exception as error:
+        traceback.print_exc(file=sys.stderr)
+        hint = "the terminal shows the details"
+        answer = {
+            "error": {"message": f"something went wrong ({type(error).__name__})", "location": None, "hint": hint}
+        }
+    yield json.dumps(answer).encode()

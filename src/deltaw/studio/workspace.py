@@ -1,0 +1,227 @@
+"""Folder of a studio: rows, runs, exports, drafts and jobs. Paths from the page stay inside of it."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from deltaw import platforms
+from deltaw.atomic_files import write_text
+from deltaw.data.row_files import kind_of
+from deltaw.errors import UserError
+from deltaw.runs.folder import is_run, mapping
+from deltaw.runs.permissions import FolderPermissions
+from deltaw.settings.config import merge_settings
+
+EXCEL = (".xlsx", ".xls", ".ods")
+STUDIO, RUNS, EXPORTS = ".studio", "runs", "exports"
+# Free bytes that an upload must leave on the disk, and the default limit of an upload.
+MIN_FREE_BYTES, MAX_UPLOAD_BYTES = 10**9, 512 * 10**6
+# Levels of folders in which files are offered, and the number of files.
+MAX_DEPTH, MAX_FILES = 2, 200
+_UPLOAD_NAME = re.compile(r"[\w .()-]{1,120}")
+_IDENTITY = re.compile(r"[0-9a-f]{12}")
+
+
+def unused_path(path: Path) -> Path:
+    """Return a path, with a number appended to its name if it exists."""
+    stem, dot, suffixes = path.name.partition(".")
+    names = itertools.chain([path.name], (f"{stem}-{number}{dot}{suffixes}" for number in itertools.count(2)))
+    return next(new for name in names if not os.path.lexists(new := path.with_name(name)))
+
+
+class TooLargeError(UserError):
+    """An upload is larger than allowed."""
+
+
+@dataclass
+class Draft:
+    """Settings of a training that has not started.
+
+    Attributes:
+        path: File of the draft.
+        settings: Settings that differ from the defaults, nested. Paths are relative to the studio's folder.
+        preview: Result of reading the rows, or None.
+        changed: Time of the last change in seconds since the epoch.
+    """
+
+    path: Path
+    settings: dict[str, Any]
+    preview: dict[str, Any] | None = None
+    changed: float = 0.0
+
+    @property
+    def identity(self) -> str:
+        return self.path.stem
+
+    @property
+    def rows(self) -> str:
+        """Reference of the training rows."""
+        return str(mapping(self.settings.get("data")).get("train", ""))
+
+    def set(self, key: str, value: object) -> None:
+        """Set a setting by its dotted key. None removes it."""
+        section, _, leaf = key.rpartition(".")
+        if value is not None:
+            self.settings = merge_settings(self.settings, {section: {leaf: value}} if section else {leaf: value})
+        else:
+            (self.settings.get(section, {}) if section else self.settings).pop(leaf, None)
+
+    def save(self) -> None:
+        """Write the draft to its file."""
+        self.changed = time.time()
+        values = {"settings": self.settings, "preview": self.preview, "changed": self.changed}
+        write_text(self.path, json.dumps(values))
+
+
+class Workspace:
+    """Folder of a studio.
+
+    Args:
+        folder: The folder. It is created if it does not exist.
+        max_upload: Maximum size of an uploaded file in bytes.
+    """
+
+    def __init__(self, folder: Path, max_upload: int = MAX_UPLOAD_BYTES) -> None:
+        self.max_upload = max_upload
+        try:
+            (folder / STUDIO / "drafts").mkdir(parents=True, exist_ok=True)
+            (folder / STUDIO).chmod(0o700)
+            self.folder = folder.resolve(strict=True)
+            for partial in (folder / STUDIO).glob("*.part"):  # of a studio that was killed
+                partial.unlink()
+        except OSError as error:
+            raise UserError(f"cannot use this folder: {error.strerror or error}", location=str(folder)) from error
+        self.state = self.folder / STUDIO
+        self.permissions = FolderPermissions([self.folder], allow_remote=True)
+
+    def path(self, text: str, *, location: str = "path") -> Path:
+        """Return the existing file or folder with this relative path, with links resolved.
+
+        Raises:
+            UserError: if it does not exist, is hidden, or is outside of the folder.
+        """
+        hint = f"choose a file or folder inside of {self.folder}"
+        try:
+            path = (self.folder / text).resolve(strict=True)
+            parts = (*Path(text).parts, *path.relative_to(self.folder).parts)  # fails if it is outside
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"'{text[:200]}' does not exist", location=location, hint=hint) from error
+        if not parts or Path(text).is_absolute() or any(part.startswith(".") for part in parts):
+            raise UserError(f"'{text[:200]}' is not allowed here", location=location, hint=hint)
+        return path
+
+    def relative(self, path: str | Path) -> str:
+        """Return a path relative to the folder, with slashes. Other texts are returned unchanged."""
+        try:
+            return Path(path).relative_to(self.folder).as_posix()
+        except ValueError:
+            return str(path)
+
+    def data_files(self) -> list[Path]:
+        """Return the files that may contain rows, the last changed first."""
+
+        def walk(folder: Path, depth: int) -> Iterator[Path]:
+            for entry in folder.iterdir():
+                if (
+                    entry.name.startswith(".")
+                    or entry.is_symlink()
+                    or entry in (self.folder / RUNS, self.folder / EXPORTS)
+                ):
+                    continue
+                if entry.is_dir() and depth and not is_run(entry) and not (entry / "config.json").is_file():
+                    yield from walk(entry, depth - 1)
+                elif entry.is_file() and (kind_of(entry) or entry.suffix.lower() in EXCEL):
+                    yield entry
+
+        return sorted(walk(self.folder, MAX_DEPTH), key=lambda file: file.stat().st_mtime, reverse=True)[:MAX_FILES]
+
+    async def save_upload(self, name: str, body: AsyncIterator[bytes], size: int | None) -> Path:
+        """Store an uploaded file under its name, with a number appended if that exists.
+
+        Args:
+            name: Name of the file.
+            body: Its content.
+            size: Announced size in bytes, or None.
+
+        Raises:
+            UserError: if the name or the size is not allowed.
+        """
+        name = PurePosixPath(name.replace("\\", "/")).name
+        path = self.folder / name
+        if (
+            not _UPLOAD_NAME.fullmatch(name)
+            or name.startswith(".")
+            or not (kind_of(path) or path.suffix.lower() in EXCEL)
+        ):
+            hint = "use a table (.csv, .tsv, .xlsx, .xls, .ods, .parquet) or JSON lines (.jsonl)"
+            raise UserError(f"'{name[:200]}' is not a file with rows", location="upload", hint=hint)
+        platforms.reject_reserved_names(name)
+        partial, written = self.state / f"{secrets.token_hex(8)}.part", 0
+        self._check_size(size or 0, size or 0)
+        try:
+            with partial.open("xb") as file:
+                async for chunk in body:
+                    written += len(chunk)
+                    self._check_size(written, len(chunk))
+                    file.write(chunk)
+            path = unused_path(path)
+            platforms.rename_path(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return path
+
+    def _check_size(self, size: int, needed: int) -> None:
+        if size > self.max_upload:
+            message = f"the file is larger than {self.max_upload / 1e6:,.0f} MB"
+            raise TooLargeError(message, location="upload", hint=f"copy it to {self.folder} and choose it here")
+        if shutil.disk_usage(self.folder).free - needed < MIN_FREE_BYTES:
+            raise UserError("the disk is almost full", location="upload", hint="delete files that you do not need")
+
+    def create_draft(self, file: Path) -> Draft:
+        """Create a draft for the rows of a file."""
+        path = self.state / "drafts" / f"{secrets.token_hex(6)}.json"
+        draft = Draft(path, {"data": {"train": self.relative(file)}})
+        draft.save()
+        return draft
+
+    def drafts(self) -> list[Draft]:
+        """Return all readable drafts, the last changed first."""
+        drafts = []
+        for path in (self.state / "drafts").glob("*.json"):
+            with contextlib.suppress(UserError):
+                drafts.append(self.draft(path.stem))
+        return sorted(drafts, key=lambda draft: draft.changed, reverse=True)
+
+    def draft(self, identity: str) -> Draft:
+        """Return a draft.
+
+        Raises:
+            UserError: if it does not exist.
+        """
+        path = self.state / "drafts" / f"{identity}.json"
+        try:
+            if _IDENTITY.fullmatch(identity):
+                values = json.loads(path.read_text(encoding="utf-8"))
+                return Draft(path, dict(values["settings"]), values["preview"], float(values["changed"]))
+        except (OSError, ValueError, TypeError, KeyError):
+            pass
+        raise UserError("this draft does not exist", hint="go to the start page and choose a file")
+
+    def config(self, draft: Draft) -> dict[str, Any]:
+        """Return the complete settings of a draft with absolute paths.
+
+        Raises:
+            UserError: if a setting is invalid or not allowed.
+        """
+        return self.permissions.config(None, draft.settings)

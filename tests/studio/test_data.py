@@ -1,0 +1,273 @@
+"""Page of the rows: files of all kinds, columns, findings, tokens and Excel files."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import zipfile
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the extra studio is not installed")
+from deltaw.errors import UserError
+from deltaw.studio import data, excel, row_calls
+from deltaw.studio.worker import Pending
+from tests.byte_models import save_model, tiny_llama
+
+REVIEWS = "stars,review\n" + "".join(f"{'good' if i % 2 else 'bad'},This is review {i * i}.\n" for i in range(30))
+
+
+class SyncWorker:
+    """Worker that runs each call at once in this process, through JSON like the process does."""
+
+    def __init__(self, model: Path) -> None:
+        self.model, self.calls = str(model), []
+
+    def result(self, call, arguments, *, draft=""):
+        self.calls.append((call, arguments))
+        if call == "preview" and arguments["model"] is None:  # the default model is large
+            arguments = arguments | {"model": self.model}
+        return json.loads(json.dumps(row_calls.CALLS[call](**arguments)))
+
+
+@pytest.fixture
+def pages(client):
+    """Client of a studio with a small model in its folder and a worker in this process."""
+    folder = client.studio.workspace.folder
+    client.worker = SyncWorker(save_model(tiny_llama(), folder / "model"))
+    client.studio.worker.result = client.worker.result
+    return client
+
+
+def draft_of(client, name: str, content: str | bytes) -> str:
+    """Put a file into the folder, and return the address of its draft."""
+    file = client.studio.workspace.folder / name
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    response = client.post("/drafts", data={"file": name})
+    assert response.status_code == 303
+    return response.headers["location"].removesuffix("/data")
+
+
+def text_of(response) -> str:
+    """Return the text of a page without markup and with single spaces."""
+    text = re.sub(r"<(script|style|select)\b.*?</\1>", " ", response.text, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]*>", "", text)))
+
+
+def stored(client, address: str):
+    return client.studio.workspace.draft(address.rpartition("/")[2])
+
+
+def workbook(*sheets: list[list[object]]) -> bytes:
+    """Return an Excel file with inline texts, numbers and dates (style 1)."""
+    import io
+
+    def cell(value: object) -> str:
+        if isinstance(value, str):
+            return f'<c t="inlineStr"><is><t>{escape(value)}</t></is></c>' if value else "<c/>"
+        return f'<c s="1"><v>{value[0]}</v></c>' if isinstance(value, tuple) else f"<c><v>{value}</v></c>"
+
+    names = "".join(f'<sheet name="S{n}" sheetId="{n}" r:id="r{n}"/>' for n in range(1, len(sheets) + 1))
+    kind = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
+    main = 'xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"'
+    links = "".join(
+        f'<Relationship Id="r{n}" Type="{kind}/worksheet" Target="s{n}.xml"/>' for n in range(1, len(sheets) + 1)
+    )
+    links += f'<Relationship Id="style" Type="{kind}/styles" Target="styles.xml"/>'
+    package = "http://schemas.openxmlformats.org/package/2006/relationships"
+    styles = f'<styleSheet {main}><cellXfs count="2"><xf numFmtId="0"/><xf numFmtId="14"/></cellXfs></styleSheet>'
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("xl/workbook.xml", f'<workbook {main} xmlns:r="{kind}"><sheets>{names}</sheets></workbook>')
+        root = f'<Relationship Id="r" Type="{kind}/officeDocument" Target="xl/workbook.xml"/>'
+        archive.writestr("_rels/.rels", f'<Relationships xmlns="{package}">{root}</Relationships>')
+        archive.writestr("xl/_rels/workbook.xml.rels", f'<Relationships xmlns="{package}">{links}</Relationships>')
+        archive.writestr("xl/styles.xml", styles)
+        for number, rows in enumerate(sheets, start=1):
+            cells = "".join(f"<row>{''.join(map(cell, row))}</row>" for row in rows)
+            archive.writestr(f"xl/s{number}.xml", f"<worksheet {main}><sheetData>{cells}</sheetData></worksheet>")
+    return buffer.getvalue()
+
+
+def test_reviews_become_classes_with_settings(pages):
+    address = draft_of(pages, "reviews.csv", REVIEWS + "good,\n")
+    shown = text_of(pages.get(f"{address}/part/check"))
+    assert "30 rows can be used." in shown
+    assert "The column “review” holds the texts and “stars” the classes." in shown
+    assert "There are 2 classes: bad, good." in shown
+    assert "1 row cannot be used and will be left out: row 31." in shown
+    assert "Rows of each class" in shown and "Length of the rows" in shown
+    draft = stored(pages, address)
+    assert draft.settings["data"] | {"max_length": 0} == {
+        "train": "reviews.csv", "columns": {"text": "review", "label": "stars"}, "bad_rows": "skip",
+        "eval": draft.settings["data"]["eval"], "max_length": 0,
+    }  # fmt: skip
+    assert draft.preview["rows"] == 30 and "output" not in draft.settings
+    pages.get(f"{address}/part/check")
+    assert [call for call, _ in pages.worker.calls] == ["preview", "check", "check"]
+
+
+def test_findings_name_rows_by_number(pages):
+    rows = [{"prompt": f"Question {i}?", "completion": f"Answer {i}."} for i in range(25)]
+    lines = [json.dumps(row) for row in [*rows, rows[3]]]
+    lines[7], lines[9] = "{broken", '{"prompt": 4, "completion": ["x"]}'
+    shown = text_of(pages.get(f"{draft_of(pages, 'chat.jsonl', chr(10).join(lines))}/part/check"))
+    assert "The column “prompt” holds the prompts and “completion” the answers." in shown
+    assert "1 row left out: not JSON. Row 8 " in shown
+    assert "earlier one (dropped). Row 26 " in shown
+    assert str(pages.studio.workspace.folder) not in shown
+
+
+def test_unknown_columns_can_be_chosen(pages):
+    rows = "".join(f"Was ist {i}?,Das ist {i * i}.,x{i}\n" for i in range(12))
+    address = draft_of(pages, "odd.csv", "frage,antwort,rest\n" + rows)
+    page = pages.get(f"{address}/part/check")
+    assert "Choose the goal and its columns below" in page.text and 'id="columns.prompt"' in page.text
+    task = re.search(r'<option value="([\w-]+)" selected>generate text', page.text)[1]
+    chosen = {"task": task, "columns.prompt": "frage", "columns.completion": "antwort", "columns.x": "rest"}
+    assert pages.post(f"{address}/data", data=chosen).headers["location"] == f"{address}/data"
+    shown = text_of(pages.get(f"{address}/part/check"))
+    assert "12 rows can be used." in shown
+    assert "The column “frage” holds the prompts and “antwort” the answers." in shown
+    assert stored(pages, address).settings["data"]["columns"] == {"prompt": "frage", "completion": "antwort"}
+    assert pages.post(f"{address}/data", data={"task": "nothing"}).status_code == 400
+
+
+def test_new_goal_infers_columns_again(pages):
+    address = draft_of(pages, "reviews.csv", REVIEWS)
+    pages.get(f"{address}/part/check")
+    goals = re.findall(r'<option value="([\w-]+)">(.*?)</option>', pages.get(f"{address}/part/check").text)
+    task = next(task for task, goal in goals if goal == "generate text")
+    pages.post(f"{address}/data", data={"task": task, "columns.text": "review", "columns.label": "stars"})
+    assert stored(pages, address).settings == {"task": task, "data": {"train": "reviews.csv"}}
+    pages.get(f"{address}/part/check")
+    assert [values["task"] for call, values in pages.worker.calls if call == "preview"] == [None, task]
+
+
+def test_lengths_are_counted_again_for_another_model(pages):
+    address = draft_of(
+        pages, "reviews.csv", "label,text\n" + "".join(f"c{i % 2},{'word ' * 100}{i}\n" for i in range(20))
+    )
+    pages.get(f"{address}/part/check")
+    draft = stored(pages, address)
+    assert draft.settings["data"]["max_length"] == 128 and draft.settings["data"]["long_rows"] == "cut"
+    draft.settings["train"]["epochs"], draft.preview = 9, None
+    draft.settings["model"] = str(save_model(tiny_llama(max_position_embeddings=1024), Path(pages.worker.model + "-2")))
+    draft.save()
+    pages.get(f"{address}/part/check")
+    settings = stored(pages, address).settings
+    assert settings["data"]["max_length"] == 512 and settings["train"]["epochs"] == 9
+
+
+def test_rows_are_escaped_and_paged(pages):
+    lines = [json.dumps({"text": f"<b>bold {i}</b>", "label": {"a": i}}) for i in range(60)]
+    lines[2] = "<script>alert(1)</script>"
+    address = draft_of(pages, "rows.jsonl", "\n".join(lines))
+    first = pages.get(f"{address}/part/rows")
+    assert "<b>" not in first.text and "<script" not in first.text
+    assert "&lt;b&gt;bold 0&lt;/b&gt;" in first.text
+    shown = text_of(first)
+    assert '{"a": 24}' in shown and '{"a": 25}' not in shown and "Rows 1 to 25 of 60" in shown
+    assert "3Cannot be read: line 3 is not JSON" in shown
+    last = text_of(pages.get(f"{address}/part/rows", params={"from": 51}))
+    assert '{"a": 50}' in last and "Next rows" not in last and "Previous rows" in last
+    assert pages.get(f"{address}/data", params={"from": "x", "row": "-1"}).status_code == 200
+
+
+def test_table_shows_first_rows_of_large_file(pages, monkeypatch):
+    monkeypatch.setattr(data, "MAX_ROWS", 40)
+    address = draft_of(pages, "rows.csv", "text,label\n" + "a,b\n" * 1000)
+    assert "of the first 40" in text_of(pages.get(f"{address}/part/rows"))
+
+
+def test_tokens_of_row(pages):
+    rows = [{"prompt": f"Question {i}?", "completion": f"Answer {i}."} for i in range(20)]
+    address = draft_of(pages, "chat.jsonl", "\n".join(map(json.dumps, rows)))
+    pages.get(f"{address}/part/check")
+    shown = pages.get(f"{address}/part/tokens", params={"row": 3}).text
+    assert re.search(r"Question 2\?.*<mark>.*Answer 2\.", shown, re.DOTALL)
+    beyond = pages.get(f"{address}/part/tokens", params={"row": 99})
+    assert beyond.status_code == 200 and 'id="error"' in beyond.text and "<main" not in beyond.text
+
+
+def test_running_call_is_reported_as_pending(pages):
+    address = draft_of(pages, "reviews.csv", REVIEWS)
+    run, slow = pages.worker.result, {"preview"}
+    pages.studio.worker.result = lambda call, values, **_: Pending(7.2) if call in slow else run(call, values)
+    response = pages.get(f"{address}/part/check")
+    assert response.status_code == 202 and "Reading the rows, 7 s" in response.text
+    slow.symmetric_difference_update({"preview", "check"})
+    response = pages.get(f"{address}/part/check")
+    assert response.status_code == 202 and "30 rows can be used" in response.text
+    assert "Checking all rows, 7 s" in response.text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x00\x01\x02\xff" * 100, b"text,label\n", b"PK\x03\x04" + bytes(50)],
+    ids=["empty", "binary", "only titles", "zip"],
+)
+def test_unreadable_file_is_an_error_part(pages, content):
+    address = draft_of(pages, "rows.csv", content)
+    response = pages.get(f"{address}/part/check")
+    assert response.status_code == 200 and 'id="error"' in response.text and "<select" not in response.text
+    assert pages.get(f"{address}/part/rows").status_code == 200
+
+
+def test_missing_model_is_not_downloaded():
+    from deltaw.settings import task_registry
+
+    task = task_registry.default_task()
+    config = {"model": "pypi:no-such-package==1.0", "task": task, "data": {"train": "rows.csv"}}
+    assert row_calls.check(config) == {"unavailable": "pypi:no-such-package==1.0"}
+
+
+def test_excel_file_becomes_json_lines(pages):
+    rows = [["text", " label ", "when", ""], ["ä <b>", 1, (45000,), ""], ["", "", "", ""], ["b", 2.5, (45001.5,), ""]]
+    address = draft_of(pages, "table.xlsx", workbook([], rows, [["other"]]))
+    folder = pages.studio.workspace.folder
+    lines = (folder / "table.jsonl").read_text(encoding="utf-8").splitlines()
+    assert list(map(json.loads, lines)) == [
+        {"text": "ä <b>", "label": 1, "when": "2023-03-15"},
+        {"text": "b", "label": 2.5, "when": "2023-03-16T12:00:00"},
+    ]
+    assert stored(pages, address).rows == "table.jsonl"
+    pages.post("/drafts", data={"file": "table.xlsx"})
+    assert not (folder / "table-2.jsonl").exists()
+    (folder / "table.jsonl").write_text("{}")
+    pages.post("/drafts", data={"file": "table.xlsx"})
+    assert (folder / "table.jsonl").read_text() == "{}" and (folder / "table-2.jsonl").is_file()
+
+
+@pytest.mark.parametrize(
+    ("sheet", "message"),
+    [
+        ([["title", ""], ["a", "b"]], "column 2 has no title"),
+        ([["a", "a"], ["1", "2"]], "two columns have the title 'a'"),
+        ([["a", "b"]], "no sheet with titles"),
+        ([], "no sheet with titles"),
+    ],
+    ids=["merged", "repeated", "only titles", "empty"],
+)
+def test_excel_file_without_table_is_rejected(client, sheet, message):
+    file = client.studio.workspace.folder / "table.xlsx"
+    file.write_bytes(workbook(sheet))
+    with pytest.raises(UserError, match=message):
+        excel.convert(client.studio.workspace, file)
+    assert not [*client.studio.workspace.state.glob("*.part")]
+
+
+def test_damaged_and_large_excel_files_are_rejected(client):
+    file = client.studio.workspace.folder / "table.xlsx"
+    for content in (b"PK\x03\x04 damaged", b"text", workbook([["a"], ["b"]])[:300]):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match="the file"):
+            excel.convert(client.studio.workspace, file)
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("xl/workbook.xml", "w") as entry:
+        for _ in range(1001):
+            entry.write(bytes(10**6))
+    with pytest.raises(UserError, match="too large when it is unpacked"):
+        excel.convert(client.studio.workspace, file)

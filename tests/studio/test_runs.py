@@ -1,0 +1,146 @@
+"""List, comparison, report, download, deletion and export of runs in the studio."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the extra studio is not installed")
+from filelock import FileLock
+
+from deltaw.runs.folder import CHECKPOINT_FOLDER, LOCK
+from deltaw.studio.worker import Pending
+from tests.studio.client import StudioClient
+
+SCORE = {"metric": "accuracy", "value": 0.821, "interval": [0.78, 0.856]}
+
+
+@pytest.fixture
+def run(client) -> Path:
+    return write_run(client, "first")
+
+
+def write_run(client: StudioClient, name: str, **values: object) -> Path:
+    """Write the folder of a finished run."""
+    folder = client.studio.workspace.folder / "runs" / name
+    (folder / CHECKPOINT_FOLDER).mkdir(parents=True)
+    (folder / "run.yaml").write_text("model: some/model\ntask: causal-lm\nmethod: lora\n")
+    start = {"adapters": [{"name": "<b>origin", "task": "t", "start": {"adapters": [{"name": "older", "task": "t"}]}}]}
+    run = {"version": 1, "state": "finished", "started": 1e9, "result": {"score": SCORE}, "start": start, **values}
+    (folder / "run.json").write_text(json.dumps(run))
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0, "rows": 20}\n')
+    for file in ("adapter_config.json", "adapter_model.safetensors", "skipped.jsonl", "report.html"):
+        (folder / file).write_text("<script>")
+    return folder
+
+
+def test_list_shows_score_with_interval(client, run) -> None:
+    text = client.get("/runs").text
+    assert '<a href="/runs/of/runs/first">first</a>' in text and "accuracy 82.1% (78.0% – 85.6%)" in text
+
+
+def test_page_of_a_run_escapes_its_origins(client, run) -> None:
+    text = client.get("/runs/of/runs/first").text
+    assert "82.1%" in text and "&lt;b&gt;origin" in text and "older" in text
+
+
+DAMAGED = (
+    *("", "[]", '{"version": 1, "state": 3, "start": 5, "result": {"score": 1}}'),
+    '{"version": 1, "result": {"score": {"metric": "a", "value": 1, "interval": "x"}}}',
+    '{"version": 1, "start": {"adapters": [{"start": {"adapters": [[]]}}, 3]}}',
+)
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_damaged_run_is_shown(client, run, content) -> None:
+    (run / "run.json").write_text(content)
+    (run / "metrics.jsonl").write_text("{")
+    for path in ("/", "/runs", "/runs/of/runs/first"):
+        assert client.get(path).status_code == 200
+
+
+def test_comparison(client, run) -> None:
+    write_run(client, "second", result={"score": SCORE | {"value": 0.5}})
+    (run.parent / "second" / "run.yaml").write_text("model: other/model\ntask: causal-lm\nmethod: lora\n")
+    text = client.get("/runs/compare?run=runs/first&run=runs/second").text
+    assert "some/model" in text and "other/model" in text
+    assert client.get("/runs/compare?run=runs/first&run=runs/first").status_code == 400
+
+
+def test_report_is_rendered_by_the_worker_and_sandboxed(client, run) -> None:
+    answers = iter([Pending(2.0), {"html": "<p>report</p>"}])
+    client.studio.worker.result = lambda call, arguments: (calls.append((call, arguments)), next(answers))[1]
+    calls: list[object] = []
+    waiting = client.get("/runs/report/runs/first")
+    assert waiting.status_code == 202 and waiting.headers["refresh"] == "1"
+    done = client.get("/runs/report/runs/first")
+    assert done.text == "<p>report</p>" and done.headers["content-security-policy"].startswith("sandbox allow-scripts")
+    assert calls == [("run_page", {"folder": str(run)})] * 2
+
+
+def test_download_contains_the_adapter_and_no_rows_or_links(client, run, tmp_path) -> None:
+    (tmp_path / "secret.json").write_text("secret")
+    (run / "link.json").symlink_to(tmp_path / "secret.json")
+    (run / "1_Pooling").mkdir()
+    (run / "1_Pooling" / "config.json").write_text("{}")
+    response = client.get("/runs/adapter/runs/first")
+    names = zipfile.ZipFile(io.BytesIO(response.content)).namelist()
+    expected = {"adapter_config.json", "adapter_model.safetensors", "1_Pooling/config.json"}
+    assert {*names} == {f"first/{name}" for name in expected}
+    assert "first.zip" in response.headers["content-disposition"]
+    assert not list(client.studio.workspace.state.glob("*.part"))
+
+
+def test_delete(client, run) -> None:
+    with FileLock(run / CHECKPOINT_FOLDER / LOCK):
+        assert client.post("/runs/delete", data={"run": "runs/first"}).status_code == 400
+    (run.parent / "link").symlink_to(run)
+    assert client.post("/runs/delete", data={"run": "runs/link"}).status_code == 400
+    (run.parent / "rows").mkdir()
+    for other in ("runs/rows", "runs", "", "..", "missing"):
+        assert client.post("/runs/delete", data={"run": other}).status_code == 400
+    assert run.is_dir()
+    assert client.post("/runs/delete", data={"run": "runs/first"}).status_code == 303
+    assert not run.exists() and (run.parent / "rows").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"verb": "merge"}, ["merge", "RUN", "--output=EXPORTS/first-merged", "--json"]),
+        ({"verb": "export", "type": "q8_0"},
+         ["export", "RUN", "--format=gguf", "--type=q8_0", "--output=EXPORTS/first-q8_0.gguf", "--json"]),
+        ({"verb": "deploy", "program": "ollama"}, ["deploy", "ollama", "RUN", "--json"]),
+    ],
+)  # fmt: skip
+def test_export_adds_a_job(client, run, fields, expected) -> None:
+    response = client.post("/runs/ship", data={"run": "runs/first", **fields})
+    assert response.headers["location"] == "/jobs/0123456789ab"
+    exports = run.parent.parent / "exports"
+    names = {"RUN": str(run), "EXPORTS": str(exports)}
+    assert client.queue.added[0]["arguments"] == [
+        names.get(text, text.replace("EXPORTS", names["EXPORTS"])) for text in expected
+    ]
+
+
+@pytest.mark.parametrize("fields", [{"verb": "push"}, {"verb": "export", "type": "--x"}, {"verb": "deploy"}, {}])
+def test_unknown_exports_are_rejected(client, run, fields) -> None:
+    assert client.post("/runs/ship", data={"run": "runs/first", **fields}).status_code == 400
+    assert client.queue.added == []
+
+
+def test_exported_file_is_downloaded_and_other_files_are_not(client, run) -> None:
+    exports = client.studio.workspace.folder / "exports"
+    exports.mkdir()
+    (exports / "page.html").write_text("<script>")
+    shutil.copytree(run, exports / "merged")
+    response = client.get("/exports/page.html")
+    assert response.headers["content-type"] == "application/octet-stream"
+    assert "attachment" in response.headers["content-disposition"]
+    for path in ("/exports/merged", "/exports/%2E%2E/runs/first/run.yaml", "/exports/missing"):
+        assert client.get(path).status_code in (400, 404)

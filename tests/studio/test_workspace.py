@@ -1,0 +1,188 @@
+"""Paths, uploads and drafts of a studio."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import shutil
+from collections import namedtuple
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the extra studio is not installed")
+from deltaw.errors import UserError
+from deltaw.studio.workspace import Workspace
+from tests.studio.client import connect
+
+JSON = {"Accept": "application/json"}
+
+
+@pytest.fixture
+def workspace(tmp_path) -> Workspace:
+    (tmp_path / "outside.csv").write_text("secret")
+    return Workspace(tmp_path / "studio", 1000)
+
+
+def files(workspace: Workspace) -> list[str]:
+    state = [file for file in workspace.state.iterdir() if file.suffix == ".part"]
+    return sorted(file.name for file in [*workspace.folder.iterdir(), *state] if file.is_file())
+
+
+@pytest.mark.parametrize(
+    "text", ["../outside.csv", "/etc/passwd", ".studio", ".studio/session", "a/../../outside.csv", "missing.csv",
+             "link.csv", "hidden-link", "a\0b", "\ud800", "loop", ".", "", "a" * 5000])  # fmt: skip
+def test_paths_outside_of_the_folder_are_rejected(workspace, tmp_path, text) -> None:
+    (workspace.state / "session").write_text("secret")
+    (workspace.folder / "link.csv").symlink_to(tmp_path / "outside.csv")
+    (workspace.folder / "hidden-link").symlink_to(workspace.state)
+    (workspace.folder / "loop").symlink_to(workspace.folder / "loop")
+    with pytest.raises(UserError):
+        workspace.path(text)
+
+
+def test_path_inside_of_the_folder(workspace) -> None:
+    file = workspace.folder / "below" / "rows.csv"
+    file.parent.mkdir()
+    file.touch()
+    assert workspace.path("below/rows.csv") == file and workspace.relative(file) == "below/rows.csv"
+
+
+def test_listed_files_contain_rows(workspace, tmp_path) -> None:
+    for name in (
+        "rows.csv",
+        "table.xlsx",
+        "old.jsonl.gz",
+        "notes.txt",
+        ".hidden.csv",
+        "runs/a/skipped.jsonl",
+        "in/b.csv",
+    ):
+        file = workspace.folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    (workspace.folder / "link.csv").symlink_to(tmp_path / "outside.csv")
+    names = {workspace.relative(file) for file in workspace.data_files()}
+    assert names == {"rows.csv", "table.xlsx", "old.jsonl.gz", "in/b.csv"}
+
+
+def test_upload_creates_a_draft_and_never_overwrites(client) -> None:
+    for number in ("", "-2", "-3"):
+        response = client.put("/files/my rows.csv", content=b"a,b\n1,2\n" * 10)
+        assert response.status_code == 200 and response.json()["url"] == f"/drafts/{response.json()['draft']}/data"
+        draft = client.studio.workspace.draft(response.json()["draft"])
+        assert draft.settings == {"data": {"train": f"my rows{number}.csv"}}
+        assert (client.studio.workspace.folder / draft.rows).read_bytes() == b"a,b\n1,2\n" * 10
+        assert client.get(response.json()["url"]).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "name", ["a.exe", "..%2Frows.csv.sh", ".hidden.csv", "a%00.csv", "%3Cb%3E.csv", "a" * 121 + ".csv"]
+)
+def test_names_of_uploads_are_limited(client, name) -> None:
+    response = client.put(f"/files/{name}", content=b"a", headers=JSON)
+    assert response.status_code in (400, 404)
+    assert files(client.studio.workspace) == []
+
+
+def test_large_upload_is_rejected_by_its_length_and_by_its_content(client) -> None:
+    for content in (b"a" * 10_001, iter([b"a" * 1000] * 11)):
+        response = client.put("/files/a.csv", content=content, headers=JSON)
+        assert response.status_code == 413 and "copy it to" in response.json()["error"]["hint"]
+        assert files(client.studio.workspace) == []
+
+
+def test_upload_leaves_space_on_the_disk(client, monkeypatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12 - 10**9, 10**9))
+    response = client.put("/files/a.csv", content=b"a", headers=JSON)
+    assert response.status_code == 400 and "almost full" in response.json()["error"]["message"]
+
+
+def test_full_disk_is_reported(client, monkeypatch) -> None:
+    def full(self, file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Workspace, "create_draft", full)
+    response = client.put("/files/a.csv", content=b"a", headers=JSON)
+    assert response.status_code == 400 and "disk is full" in response.json()["error"]["message"]
+
+
+def test_interrupted_upload_leaves_no_file(workspace) -> None:
+    async def body():
+        yield b"a,b\n"
+        raise ConnectionResetError
+
+    with pytest.raises(ConnectionResetError):
+        asyncio.run(workspace.save_upload("a.csv", body(), None))
+    assert files(workspace) == []
+
+
+def test_leftovers_of_a_killed_studio_are_removed(workspace) -> None:
+    (workspace.state / "0.part").touch()
+    Workspace(workspace.folder)
+    assert files(workspace) == []
+
+
+def test_draft_keeps_its_settings(workspace) -> None:
+    draft = workspace.create_draft(workspace.folder / "rows.csv")
+    draft.set("train.epochs", 3)
+    draft.set("model", "some/model")
+    draft.set("train.seed", None)
+    draft.save()
+    stored = workspace.draft(draft.identity)
+    assert stored.settings == {"data": {"train": "rows.csv"}, "train": {"epochs": 3}, "model": "some/model"}
+    stored.set("train.epochs", None)
+    stored.save()
+    assert [d.settings for d in workspace.drafts()] == [
+        {"data": {"train": "rows.csv"}, "train": {}, "model": "some/model"}
+    ]
+
+
+@pytest.mark.parametrize("identity", ["..", "000000000000", "../session", "x" * 12])
+def test_missing_draft(workspace, identity) -> None:
+    with pytest.raises(UserError):
+        workspace.draft(identity)
+
+
+def test_damaged_draft_does_not_block_the_start_page(client) -> None:
+    workspace = client.studio.workspace
+    for number, text in enumerate(
+        ("", "[]", '{"settings": 3}', '{"settings": {"data": 3}, "preview": null, "changed": 1}')
+    ):
+        (workspace.state / "drafts" / f"{number:012x}.json").write_text(text)
+    assert client.get("/").status_code == 200
+
+
+def test_config_has_absolute_paths_and_rejects_code(workspace) -> None:
+    (workspace.folder / "rows.csv").write_text("a,b\n1,2\n")
+    draft = workspace.create_draft(workspace.folder / "rows.csv")
+    draft.settings |= {"model": "some/model", "output": "runs/first"}
+    config = workspace.config(draft)
+    assert config["data"]["train"] == str(workspace.folder / "rows.csv")
+    assert config["output"] == str(workspace.folder / "runs" / "first")
+    for key, value in (("data.train", "../outside.csv"), ("trust_remote_code", True), ("output", "/tmp/x")):
+        changed = workspace.create_draft(workspace.folder / "rows.csv")
+        changed.settings |= {"model": "some/model"}
+        changed.set(key, value)
+        with pytest.raises(UserError):
+            workspace.config(changed)
+
+
+def test_form_is_limited(client) -> None:
+    for fields in ({"file": "a" * 2**21}, {f"f{n}": "" for n in range(600)}):
+        assert client.post("/drafts", data=fields, headers=JSON).status_code == 400
+
+
+def test_draft_is_deleted_and_its_file_stays(client) -> None:
+    draft = client.put("/files/a.csv", content=b"a").json()["draft"]
+    assert "a.csv" in client.get("/").text
+    assert client.post(f"/drafts/{draft}/delete").status_code == 303
+    assert client.studio.workspace.drafts() == [] and (client.studio.workspace.folder / "a.csv").is_file()
+
+
+def test_names_are_escaped(tmp_path) -> None:
+    client = connect(tmp_path)
+    (tmp_path / "<script>alert(1)<").mkdir()
+    (tmp_path / "<script>alert(1)<" / "a.csv").touch()
+    assert "<script>alert" not in client.get("/").text
