@@ -28,7 +28,7 @@ _CODE = (
 )
 
 
-class Trial:
+class TrialServer:
     """Process that serves a run.
 
     Args:
