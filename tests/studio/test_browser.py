@@ -24,6 +24,7 @@ pytest.importorskip("httpx", reason="the extra studio is not installed")
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 from playwright.sync_api import Browser, Page, expect  # noqa: E402
 
+from deltaw.studio.workspace import Workspace  # noqa: E402
 from tests.byte_models import byte_tokenizer, save_model, tiny_llama  # noqa: E402
 from tests.conftest import write_rows  # noqa: E402
 from tests.reports.test_page_browser import AXE, BROWSER  # noqa: E402
@@ -69,7 +70,7 @@ def connected(browser: Browser, studio: StudioProcess, **options: object) -> Ite
     context.on("weberror", lambda error: problems.append(str(error.error)))
     allowed = (studio.url, "data:", "blob:")
     context.on("request", lambda request: request.url.startswith(allowed) or problems.append(request.url))
-    name, secret = f"deltaw-studio-{studio.port}", studio.folder / ".studio" / "session"
+    name, secret = f"deltaw-studio-{studio.port}", Workspace(studio.folder).state / "session"
     context.add_cookies([{"name": name, "value": secret.read_text(), "url": studio.url}])
     page = context.new_page()
     page.goto(studio.url)

@@ -258,7 +258,7 @@ def test_excel_file_without_table_is_rejected(client, sheet, message):
     file.write_bytes(workbook(sheet))
     with pytest.raises(UserError, match=message):
         excel.convert(client.studio.workspace, file)
-    assert not [*client.studio.workspace.state.glob("*.part")]
+    assert not [*client.studio.workspace.folder.glob(".*.part")]
 
 
 def test_damaged_and_large_excel_files_are_rejected(client):

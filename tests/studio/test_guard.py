@@ -48,13 +48,12 @@ def test_token_sets_the_cookie_once_and_a_second_browser_gets_a_new_token(tmp_pa
     assert len(other.announced) == 1
     assert other.get("/", params={"token": other.announced[0]}).status_code == 303
     assert other.cookies["deltaw-studio-7860"] == cookie  # of the folder, so open pages survive a restart
-    secret = tmp_path / ".studio" / "session"
+    secret = other.studio.workspace.state / "session"
     assert secret.stat().st_mode & 0o77 == 0
 
 
 def test_damaged_secret_is_replaced(tmp_path) -> None:
-    connect(tmp_path)
-    (tmp_path / ".studio" / "session").write_text("")
+    (connect(tmp_path).studio.workspace.state / "session").write_text("")
     client = connect(tmp_path, log_in=False)
     assert client.get("/", headers={"Cookie": "deltaw-studio-7860="}).status_code == 401
 

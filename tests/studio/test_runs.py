@@ -93,7 +93,7 @@ def test_download_contains_the_adapter_and_no_rows_or_links(client, run, tmp_pat
     expected = {"adapter_config.json", "adapter_model.safetensors", "1_Pooling/config.json"}
     assert {*names} == {f"first/{name}" for name in expected}
     assert "first.zip" in response.headers["content-disposition"]
-    assert not list(client.studio.workspace.state.glob("*.part"))
+    assert not list(client.studio.workspace.folder.glob(".*.part"))
 
 
 def test_delete(client, run) -> None:

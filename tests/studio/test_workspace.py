@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import os
 import shutil
 from collections import namedtuple
@@ -12,6 +13,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra studio is not installed")
 from deltaw.errors import UserError
+from deltaw.studio.jobs import JobQueue
 from deltaw.studio.workspace import Workspace
 from tests.studio.client import connect
 
@@ -25,17 +27,17 @@ def workspace(tmp_path) -> Workspace:
 
 
 def files(workspace: Workspace) -> list[str]:
-    state = [file for file in workspace.state.iterdir() if file.suffix == ".part"]
-    return sorted(file.name for file in [*workspace.folder.iterdir(), *state] if file.is_file())
+    return sorted(file.name for file in workspace.folder.iterdir() if file.is_file())
 
 
 @pytest.mark.parametrize(
     "text", ["../outside.csv", "/etc/passwd", ".studio", ".studio/session", "a/../../outside.csv", "missing.csv",
              "link.csv", "hidden-link", "a\0b", "\ud800", "loop", ".", "", "a" * 5000])  # fmt: skip
 def test_paths_outside_of_the_folder_are_rejected(workspace, tmp_path, text) -> None:
-    (workspace.state / "session").write_text("secret")
+    (workspace.folder / ".studio").mkdir()
+    (workspace.folder / ".studio" / "session").write_text("secret")
     (workspace.folder / "link.csv").symlink_to(tmp_path / "outside.csv")
-    (workspace.folder / "hidden-link").symlink_to(workspace.state)
+    (workspace.folder / "hidden-link").symlink_to(workspace.folder / ".studio")
     (workspace.folder / "loop").symlink_to(workspace.folder / "loop")
     with pytest.raises(UserError):
         workspace.path(text)
@@ -118,10 +120,38 @@ def test_interrupted_upload_leaves_no_file(workspace) -> None:
     assert files(workspace) == []
 
 
-def test_leftovers_of_a_killed_studio_are_removed(workspace) -> None:
-    (workspace.state / "0.part").touch()
-    Workspace(workspace.folder)
+def test_leftovers_are_removed_only_by_the_studio_that_locks_the_folder(workspace) -> None:
+    first, second = JobQueue(workspace), JobQueue(Workspace(workspace.folder))
+    workspace.partial_file().touch()  # of a studio that was killed
+    first.start()
     assert files(workspace) == []
+    upload = workspace.partial_file()
+    upload.touch()
+    with pytest.raises(UserError, match="another studio"):
+        second.start()
+    first.close()
+    assert upload.is_file()
+
+
+def test_state_is_outside_of_the_folder_and_only_readable_by_the_user(tmp_path) -> None:
+    command = {"arguments": ["train", "settings.yaml"], "state": "queued", "process": None, "order": 0, "stops": 0}
+    labels = {"identity": "a" * 12, "verb": "train", "title": "x", "run": None, "output": None, "draft": None}
+    for name, text in (
+        (f"jobs/{'a' * 12}/job.json", json.dumps({**command, **labels, "created": 0})),
+        (f"drafts/{'b' * 12}.json", json.dumps({"settings": {}, "preview": None, "changed": 0})),
+        ("session", "attacker-knows-this-secret"),
+    ):
+        file = tmp_path / ".studio" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    client = connect(tmp_path)
+    workspace = client.studio.workspace
+    assert JobQueue(workspace).jobs() == [] == workspace.drafts()
+    assert client.cookies["deltaw-studio-7860"] != "attacker-knows-this-secret"
+    assert not workspace.state.is_relative_to(workspace.folder)
+    if os.name == "posix":
+        assert workspace.state.stat().st_mode & 0o77 == 0
+    assert Workspace(tmp_path / "other").state != workspace.state == Workspace(tmp_path / "other" / "..").state
 
 
 def test_draft_keeps_its_settings(workspace) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import filecmp
 import json
-import secrets
 import subprocess
 import sys
 import zipfile
@@ -30,7 +29,7 @@ def convert(workspace: Workspace, file: Path) -> Path:
     """
     if file.suffix.lower() not in EXCEL:
         return file
-    output, target = workspace.state / f"{secrets.token_hex(8)}.part", file.with_suffix(".jsonl")
+    output, target = workspace.partial_file(), file.with_suffix(".jsonl")
     paths = [path for path in sys.path if path and Path(path).resolve() != workspace.folder]
     command = [sys.executable, "-I", "-X", "utf8", "-c", _COMMAND, str(file), str(output), *paths]
     try:

@@ -155,7 +155,7 @@ class JobQueue:
                 self._jobs[file.parent.name] = StudioJob(**json.loads(file.read_text("utf-8")), folder=file.parent)
 
     def start(self) -> None:
-        """Start the thread that polls.
+        """Lock the folder, remove incomplete files and start the thread that polls.
 
         Raises:
             UserError: if another studio uses the folder.
@@ -167,6 +167,7 @@ class JobQueue:
             raise UserError(
                 "another studio uses this folder", location=str(self._workspace.folder), hint=hint
             ) from error
+        self._workspace.remove_partial_files()
         self._thread.start()
 
     def close(self) -> None:

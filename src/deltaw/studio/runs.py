@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import shutil
 import zipfile
 from collections.abc import Mapping
@@ -112,7 +111,7 @@ def _add_actions(routes: APIRouter, studio: Studio) -> None:
     @routes.get("/runs/adapter/{path:path}")
     def download(path: str) -> Response:
         folder = run_of(workspace, path).path
-        file = workspace.state / f"{secrets.token_hex(8)}.part"
+        file = workspace.partial_file()
         with zipfile.ZipFile(file, "w") as archive:
             for source in _adapter_files(folder):
                 archive.write(source, Path(folder.name) / source.relative_to(folder))

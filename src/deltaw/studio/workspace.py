@@ -1,8 +1,9 @@
-"""Folder of a studio: rows, runs, exports, drafts and jobs. Paths from the page stay inside of it."""
+"""Folder of a studio: rows, runs and exports. Paths from the page stay inside of it. Drafts and jobs are elsewhere."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from deltaw import platforms
+from deltaw import cache, platforms
 from deltaw.atomic_files import write_text
 from deltaw.data.row_files import kind_of
 from deltaw.errors import UserError
@@ -24,7 +25,7 @@ from deltaw.runs.permissions import FolderPermissions
 from deltaw.settings.config import merge_settings
 
 EXCEL = (".xlsx", ".xls", ".ods")
-STUDIO, RUNS, EXPORTS = ".studio", "runs", "exports"
+RUNS, EXPORTS = "runs", "exports"
 # Free bytes that an upload must leave on the disk, and the default limit of an upload.
 MIN_FREE_BYTES, MAX_UPLOAD_BYTES = 10**9, 512 * 10**6
 # Levels of folders in which files are offered, and the number of files.
@@ -90,20 +91,35 @@ class Workspace:
     Args:
         folder: The folder. It is created if it does not exist.
         max_upload: Maximum size of an uploaded file in bytes.
+
+    Attributes:
+        state: Folder of jobs, drafts, session and lock. It is in the cache, because a folder of another person could
+            contain commands to run.
     """
 
     def __init__(self, folder: Path, max_upload: int = MAX_UPLOAD_BYTES) -> None:
         self.max_upload = max_upload
         try:
-            (folder / STUDIO / "drafts").mkdir(parents=True, exist_ok=True)
-            (folder / STUDIO).chmod(0o700)
+            folder.mkdir(parents=True, exist_ok=True)
             self.folder = folder.resolve(strict=True)
-            for partial in (folder / STUDIO).glob("*.part"):  # of a studio that was killed
-                partial.unlink()
+            name = hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:32]
+            self.state = cache.root().resolve() / "studio" / name
+            self.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.state.chmod(0o700)
+            (self.state / "drafts").mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot use this folder: {error.strerror or error}", location=str(folder)) from error
-        self.state = self.folder / STUDIO
         self.permissions = FolderPermissions([self.folder], allow_remote=True)
+
+    def partial_file(self) -> Path:
+        """Return an unused path in the folder for an incomplete file. It is hidden."""
+        return self.folder / f".studio-{secrets.token_hex(8)}.part"
+
+    def remove_partial_files(self) -> None:
+        """Remove the incomplete files of a studio that was killed."""
+        for partial in self.folder.glob(".studio-*.part"):
+            with contextlib.suppress(OSError):
+                partial.unlink()
 
     def path(self, text: str, *, location: str = "path") -> Path:
         """Return the existing file or folder with this relative path, with links resolved.
@@ -167,7 +183,7 @@ class Workspace:
             hint = "use a table (.csv, .tsv, .xlsx, .xls, .ods, .parquet) or JSON lines (.jsonl)"
             raise UserError(f"'{name[:200]}' is not a file with rows", location="upload", hint=hint)
         platforms.reject_reserved_names(name)
-        partial, written = self.state / f"{secrets.token_hex(8)}.part", 0
+        partial, written = self.partial_file(), 0
         self._check_size(size or 0, size or 0)
         try:
             with partial.open("xb") as file:
