@@ -6,7 +6,9 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra studio is not installed")
 from click.testing import CliRunner
+from fastapi import Request
 from fastapi.routing import APIRoute
+from starlette.datastructures import URL
 
 from deltaw.cli import group
 from tests.studio.client import StudioClient, connect
@@ -72,9 +74,15 @@ def test_cookie_is_not_readable_by_scripts_or_other_sites(tmp_path) -> None:
     assert "HttpOnly" in cookie and "SameSite=strict" in cookie and token not in cookie
 
 
-@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", ""])
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "", "127.0.0.1:7860/static/?"])
 def test_other_hosts_are_rejected(client, host) -> None:
     assert client.get("/", headers={"Host": host}).status_code == 403
+
+
+def test_path_is_not_read_from_the_host_header(tmp_path, monkeypatch) -> None:
+    client = connect(tmp_path, log_in=False)
+    monkeypatch.setattr(Request, "url", URL("http://127.0.0.1/static/?/runs"))  # as in Starlette 0.46
+    assert client.get("/runs").status_code == 401
 
 
 def test_allowed_host(tmp_path) -> None:

@@ -7,7 +7,6 @@ import secrets
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import parse_qs
 
 from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
@@ -105,7 +104,7 @@ class SessionGuard:
 
     def _rejection(self, request: Request) -> Response | None:
         """Return the response to a request that the application must not handle, or None."""
-        headers, path = request.headers, request.url.path
+        headers, path = request.headers, request.scope["path"]  # older Starlette computes url from Host
         host = headers.get("host", "")
         if not known_host(host, self._hosts):
             hint = "start the studio with --allow-host NAME"
@@ -119,7 +118,7 @@ class SessionGuard:
         if self._has_cookie(request):
             return RedirectResponse("/", 303) if "token" in request.query_params and path == "/" else None
         hint = "open the address that the terminal shows, or start deltaw studio again"
-        tokens = parse_qs(request.url.query).get("token", [])
+        tokens = request.query_params.getlist("token")
         if path != "/" or not tokens:
             return error_response(request, UserError("this browser is not connected to the studio", hint=hint), 401)
         if not self._token.use(tokens[0]):

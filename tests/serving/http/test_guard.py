@@ -48,7 +48,17 @@ def test_prefix_cache_is_separate_per_key(start):
 
 def test_unknown_host_names_are_rejected(start):
     server = start(hosts=("models.example",))
-    for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example", ""):
+    for host in (
+        "evil.example",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "",
+        "127.0.0.1:80/health?",
+        "[::1]/health?",
+        "[::1%/health?]",
+        "[::1]x:80",
+        "localhost:80@evil.example",
+    ):
         assert expect_error(server.get("/v1/models", headers={"Host": host}), 403)["code"] == "wrong_host"
     for host in ("localhost", "LOCALHOST:1234", "127.0.0.1:80", "[::1]:8000", "models.example:8000"):
         assert server.get("/v1/models", headers={"Host": host}).status_code == 200

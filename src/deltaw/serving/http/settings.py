@@ -14,6 +14,8 @@ from deltaw.hub.folders import resolve_hub_id
 
 # Valid adapter names. Names appear in JSON, logs and metrics, but not in paths.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+# Host header: a name or an address, with an optional port.
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^][:/?#]+)(?::[0-9]+)?")
 # Environment variable with an API key.
 KEY_VARIABLE = "DELTAW_API_KEY"
 # Minimum length of an API key.
@@ -191,9 +193,8 @@ def is_loopback(host: str) -> bool:
 
 def known_host(host: str, names: Collection[str]) -> bool:
     """True if a Host header names the loopback interface or one of ``names``, which are in lower case."""
-    name = host.lower()
-    name = name.partition("]")[0] + "]" if name.startswith("[") else name.partition(":")[0]
-    return is_loopback(name) or name in names
+    match = _HOST.fullmatch(host.lower())
+    return match is not None and (is_loopback(match[1]) or match[1] in names)
 
 
 def check_name(name: str, location: str) -> str:
