@@ -222,7 +222,8 @@ def test_missing_model_is_not_downloaded():
 
     task = task_registry.default_task()
     config = {"model": "pypi:no-such-package==1.0", "task": task, "data": {"train": "rows.csv"}}
-    assert row_calls.check(config) == {"unavailable": "pypi:no-such-package==1.0"}
+    unavailable = {"unavailable": "pypi:no-such-package==1.0"}
+    assert row_calls.check(config) == row_calls.rows(config, 1, 1) == unavailable
 
 
 def test_excel_file_becomes_json_lines(pages):

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import psutil
@@ -209,7 +210,9 @@ def test_page_starts_a_trial_and_offers_runs_of_the_same_model(client) -> None:
     trial.state, trial.error = "failed", UserError("too large", hint="smaller")
     assert "Too large." in client.get("/trial/part", params={"run": "runs/first"}).text
     trial.state = "ready"
-    assert "<iframe" in client.get("/trial/part", params={"run": "runs/first"}).text
+    text = client.get("/trial/part", params={"run": "runs/first"}).text
+    client.queue.busy = lambda: SimpleNamespace(identity="0" * 12)
+    assert "<iframe" in text and text == client.get("/trial/part", params={"run": "runs/first"}).text
     assert "<iframe" not in client.get("/trial/part", params={"run": "runs/second"}).text
 
 

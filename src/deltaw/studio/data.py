@@ -90,7 +90,7 @@ def router(studio: Studio) -> APIRouter:
             return error_part(error)
         if isinstance(result, Pending):
             return part("data_tokens.html", status=202, row=row, pending=result)
-        return part("data_tokens.html", row=row, pending=None, result=result["rows"][0])
+        return part("data_tokens.html", row=row, pending=None, result=next(iter(result.get("rows", [])), None))
 
     return routes
 

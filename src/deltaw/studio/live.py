@@ -151,6 +151,9 @@ def scores(result: Mapping[str, Any]) -> dict[str, Any]:
     """Return the variables of the metrics that an evaluation printed."""
     metrics, base, intervals = (mapping(result.get(key)) for key in ("eval", "base", "intervals"))
 
+    main, before, difference = (mapping(result.get(key)) for key in ("score", "base_score", "difference"))
+    intervals = {str(main.get("metric")): main.get("interval"), **intervals}
+
     def interval(name: str, values: object) -> str:
         bounds = numbers(sequence(values))
         return " – ".join(metric_value(name, bound) for bound in bounds) if len(bounds) == 2 else ""
@@ -160,7 +163,6 @@ def scores(result: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in metrics.items()
         for text in [interval(name, intervals.get(name))]
     ]
-    main, before, difference = (mapping(result.get(key)) for key in ("score", "base_score", "difference"))
     name, classes = str(main.get("metric", "")), [str(label) for label in sequence(result.get("classes"))]
     counts = {
         (classes[i], classes[j]): (int(count), int(sum(row)))

@@ -35,24 +35,32 @@ def preview(
 
 def check(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the check of all rows, or the name of the model if it has to be downloaded first."""
-    from deltaw.hub.folders import find_cached
     from deltaw.runs.checks import check_data, with_refusal
     from deltaw.settings.config import RunConfig
 
     run_config = RunConfig.read(config)
-    model = run_config.model
-    if not Path(model).exists() and not model.startswith("parts:") and find_cached(model) is None:
-        return {"unavailable": model}
+    if not _is_available(run_config.model):
+        return {"unavailable": run_config.model}
     return with_refusal(check_data(run_config), run_config, folder=False).as_dict()
 
 
 def rows(config: Mapping[str, Any], first: int, count: int) -> dict[str, Any]:
-    """Return rows with the tokens of their examples."""
+    """Return rows with the tokens of their examples, or the name of the model if it has to be downloaded first."""
     from deltaw.reports.data import row_as_dict
     from deltaw.runs.checks import preview_rows
     from deltaw.settings.config import RunConfig
 
-    return {"rows": [row_as_dict(row) for row in preview_rows(RunConfig.read(config), first, count)]}
+    run_config = RunConfig.read(config)
+    if not _is_available(run_config.model):
+        return {"unavailable": run_config.model}
+    return {"rows": [row_as_dict(row) for row in preview_rows(run_config, first, count)]}
+
+
+def _is_available(model: str) -> bool:
+    """Return True if a model is on this machine."""
+    from deltaw.hub.folders import find_cached
+
+    return Path(model).exists() or model.startswith("parts:") or find_cached(model) is not None
 
 
 CALLS: dict[str, Callable[..., dict[str, Any]]] = {"preview": preview, "check": check, "rows": rows}

@@ -30,6 +30,7 @@ from deltaw.runs.folder import (
     numbers,
     sequence,
 )
+from deltaw.settings import task_registry
 from deltaw.studio.rendering import form, page
 from deltaw.studio.state import Studio
 from deltaw.studio.worker import Pending
@@ -92,8 +93,10 @@ def _add_pages(routes: APIRouter, studio: Studio) -> None:
         }
         results = replace(result_rows([run]), caption="Values of this run", head=("name", "value"))
         jobs = [job for job in studio.queue.jobs() if job.run == relative]
+        entry = task_registry.find(run.task)
         return page(
             request, "run.html", run=run, path=relative, interval=score_interval(run), results=results,
+            model=workspace.relative(run.model), goal=entry.goal if entry and entry.goal else run.task,
             origins=_origins(run.part("start"), _MAX_ORIGINS), jobs=jobs, gguf_types=GGUF_TYPES, programs=PROGRAMS,
             commands=commands, has_adapter=has_adapter(run.path),
         )  # fmt: skip
