@@ -53,7 +53,7 @@ def test_connectors_are_trained_on_stored_features_or_rejected(family):
     tower = Tower(vision_model(family))
     if family in STORED_INPUTS:
         rows = tower.connector_inputs(FAMILIES[family].inputs())
-        mapped = tower.open_connector()[1](torch.cat(rows))
+        mapped = tower.require_connector()(torch.cat(rows))
         torch.testing.assert_close(mapped, torch.cat(tower.features(FAMILIES[family].inputs())))
     else:
         error = refusal(tower.connector_inputs, FAMILIES[family].inputs())

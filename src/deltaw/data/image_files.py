@@ -47,7 +47,7 @@ def image_of(value: object, folder: Path | None, location: str) -> Path | bytes 
         location: Location of the cell, for messages.
 
     Raises:
-        UserError: if it is a URL of another host, an invalid data URL, or a path that is not allowed.
+        UserError: if it is a URL other than a data URL, an invalid data URL, or a path that is not allowed.
     """
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
@@ -92,7 +92,7 @@ def decode(image: np.ndarray | Path | bytes | Image.Image, location: str) -> Ima
 
 
 def _with_8_bits(image: Image.Image, location: str) -> Image.Image:
-    """Return an image of integers with 8 bits. Values above 255 are scaled, which Pillow's conversion would clip.
+    """Convert integer pixels to 8 bits. If any exceeds 255, divide all by 256; Pillow would clip them.
 
     Raises:
         UserError: if the pixels are floating-point numbers.
@@ -137,7 +137,7 @@ def open_image(content: bytes) -> Image.Image:
         raise Image.UnidentifiedImageError(message) from error
     if len(getattr(image, "tile", ())) > _MAX_TILES:
         raise ValueError(f"it has more than {_MAX_TILES:,} strips or tiles")
-    # Data after the image, such as a video, contains the marker of a scan once in 65,536 bytes.
+    # Data after the image, such as a video, contains the marker by chance once in 65,536 bytes. Allow twice that rate.
     if image.format in ("JPEG", "MPO") and content.count(b"\xff\xda") > _MAX_SCANS + len(content) // 2**15:
         raise ValueError(f"it has more than {_MAX_SCANS} scans")
     return image

@@ -36,7 +36,7 @@ from deltaw.hub.folders import ModelSource, adapter_folder, local_folder, resolv
 from deltaw.hub.loading import LoadedModel, load, read_config, skeleton
 from deltaw.hub.tokenizers import tokenizer_in
 from deltaw.hub.transformers_private import complete_skeleton, quiet
-from deltaw.hub.vision import is_view, text_view
+from deltaw.hub.vision import loads_as_text_view, text_view
 from deltaw.lora import load_adapter, save_adapter
 from deltaw.lora.config import CHANGING_INITS
 from deltaw.lora.fingerprint import base_fingerprint, same_base
@@ -118,7 +118,7 @@ class AdapterBase:
     @functools.cached_property
     def is_view(self) -> bool:
         """True if the model is a vision-language model, which is trained through its text view."""
-        return is_view(self._read_config(self.folder), task_registry.entry_of(self.task).auto_model)
+        return loads_as_text_view(self._read_config(self.folder), task_registry.entry_of(self.task).auto_model)
 
     @functools.cached_property
     def config(self) -> PretrainedConfig:

@@ -68,7 +68,7 @@ def build_empty(
 def _auto_class(config: PretrainedConfig, task: str) -> Any:
     """Return transformers' class that builds a model for a task."""
     name = task_registry.entry_of(task).auto_model
-    return getattr(transformers, vision.AUTO_MODEL if vision.is_view(config, name) else name)
+    return getattr(transformers, vision.AUTO_MODEL if vision.loads_as_text_view(config, name) else name)
 
 
 def _with_attention(
@@ -304,7 +304,7 @@ def _used_part(model: PreTrainedModel, task: str) -> PreTrainedModel:
     It is the text view of a vision-language model. From models for token vectors, poolers are removed, and decoders of
     encoder-decoder models.
     """
-    if vision.is_view(model.config, task_registry.entry_of(task).auto_model):
+    if vision.loads_as_text_view(model.config, task_registry.entry_of(task).auto_model):
         return vision.text_view(model).view
     if task_registry.entry_of(task).auto_model == "AutoModel":
         for name in ["pooler", "decoder"] if getattr(model.config, "is_encoder_decoder", False) else ["pooler"]:
@@ -376,7 +376,7 @@ def check_architecture(folder: Path, task: str, trust: bool, num_labels: int | N
     with quiet():
         config = read_config(folder, task, num_labels, trust)
     auto_model = task_registry.entry_of(task).auto_model
-    if vision.is_view(config, auto_model):
+    if vision.loads_as_text_view(config, auto_model):
         vision.require_supported(config)
         return config
     supported = configurations_of(auto_model)

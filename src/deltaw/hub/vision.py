@@ -4,9 +4,9 @@ A vision-language model has a vision tower, a connector and a language model. Th
 transformers over the language model's own modules, so packing, fused blocks, planning and decoding work as for a text
 model. Image features enter it as embeddings of additional token ids (:mod:`deltaw.runtime.image_tokens`).
 
-The view computes the same outputs only if images are part of one causal sequence. The positions of their tokens are as
-of text, or a grid (:mod:`deltaw.hub.mrope`). :func:`text_view` rejects other families by their configuration, and
-:func:`deltaw.runtime.image_tokens.verify_view` compares both models.
+The view computes the same outputs only if images are part of one causal sequence. Image tokens have ordinary text
+positions or positions on a grid (:mod:`deltaw.hub.mrope`). :func:`text_view` rejects other families by their
+configuration, and :func:`deltaw.runtime.image_tokens.verify_view` compares both models.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def is_vision_language(config: PretrainedConfig) -> bool:
     return supported is not None and type(config) in supported and has_text
 
 
-def is_view(config: PretrainedConfig, task_class: str) -> bool:
+def loads_as_text_view(config: PretrainedConfig, task_class: str) -> bool:
     """Return True if a task loads a model as text view.
 
     Args:
@@ -90,7 +90,9 @@ def _image_features(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> lis
 
 
 class Tower:
-    """Complete model without the weights of its language model, which computes the features of images.
+    """Computes image features with the vision encoder and the connector of a complete model.
+
+    The language model has no weights.
 
     Args:
         model: Complete model.
@@ -148,15 +150,15 @@ class Tower:
         """Size of the weights."""
         return sum(p.numel() * p.element_size() for part in self.parts.values() for p in part.parameters())
 
-    def open_connector(self) -> tuple[str, nn.Module]:
-        """Return the last part of the connector's name, and the connector.
+    def require_connector(self) -> nn.Module:
+        """Return the connector.
 
         Raises:
             UserError: if the model has no connector.
         """
         if self.connector is None:
             raise self._connector_error()
-        return self.connector.rpartition(".")[2], self.model.get_submodule(self.connector)
+        return self.model.get_submodule(self.connector)
 
     def features(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """Return the (tokens, d) features of each image as the language model reads them, with gradients.
@@ -164,10 +166,10 @@ class Tower:
         Args:
             inputs: Outputs of the model's processor.
         """
-        return _image_features(self.model, self.accepted(inputs))
+        return _image_features(self.model, self.select_inputs(inputs))
 
-    def accepted(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the inputs that the model reads, in the precision of its vision encoder."""
+    def select_inputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the inputs that ``get_image_features`` accepts, in the precision of the vision encoder."""
         names = inspect.signature(image_owner(self.model).get_image_features).parameters
         parameters = (parameter for part in self.parts.values() for parameter in part.parameters())
         dtype = next(parameter.dtype for parameter in parameters if parameter.is_floating_point())
@@ -180,7 +182,7 @@ class Tower:
         Raises:
             UserError: if the connector does not map them to the features one by one.
         """
-        (_, connector), recorded = self.open_connector(), list[Tensor]()
+        connector, recorded = self.require_connector(), list[Tensor]()
         handle = connector.register_forward_pre_hook(lambda module, args: recorded.extend(args[:1]))
         try:
             features = self.features(inputs)

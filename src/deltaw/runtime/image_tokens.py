@@ -28,7 +28,7 @@ from deltaw.runtime.virtual_tokens import embedding_weight, input_embedding
 
 # Name of the submodule of the embedding that contains the modules of a trained vision tower.
 VISION = "vision"
-# Maximum relative difference of the logits of a complete model and its view.
+# Maximum relative difference between the logits of a complete model and its text view.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
@@ -109,7 +109,7 @@ class ImageTokens(nn.Module):
             self.tower.set_parts(dict(self.get_submodule(VISION).named_children()))
             return self.features.rows(ids, self.tower)
         connector = self.connector
-        # Their precisions differ while a bf16 model computes in fp32 (runtime/widened.py).
+        # The embedding and the connector differ in precision while a bf16 model computes in fp32 (runtime/widened.py).
         dtype = self.weight.dtype if connector is None else next(connector.parameters()).dtype
         if not has_values(self.weight):  # a dry run
             return self._embed(self.weight.new_zeros((len(ids), self.features.width), dtype=dtype))
@@ -131,7 +131,7 @@ def attach_images(
     parts: Mapping[str, nn.Module] = MappingProxyType({}),
     tower: Tower | None = None,
 ) -> Replacement:
-    """Let additional token ids of a model have these features, in place.
+    """Replace the input embedding of a model by one that also embeds image tokens.
 
     Args:
         parts: Modules by their complete names that become a part of the embedding: those of the tower, or the module
@@ -162,7 +162,7 @@ def attach_images(
 
 
 def image_position_shifts(model: nn.Module) -> PositionShifts | None:
-    """Return the shifts of the positions of a model's packed tokens, or None if positions of images are as of text."""
+    """Return the position shifts of a model's packed tokens, or None if image tokens have ordinary text positions."""
     layer = kinds.get_input_embedding(model)
     return layer.position_shifts if isinstance(layer, ImageTokens) and layer.has_grid_positions else None
 
@@ -208,7 +208,7 @@ def image_embeddings(model: nn.Module, features: Tensor, grids: Sequence[tuple[i
 
 @torch.no_grad()
 def verify_view(parts: VisionLanguageModel, tokens: Tensor, inputs: Mapping[str, Tensor], image_token: int) -> None:
-    """Check that both models compute the same logits for a prompt with an image.
+    """Check that the complete model and its text view compute the same logits for a prompt with an image.
 
     Args:
         parts: Model with its view.

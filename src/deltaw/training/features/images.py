@@ -40,7 +40,7 @@ from deltaw.hub.checkpoint import read_checkpoint
 from deltaw.hub.loading import has_values
 from deltaw.hub.mrope import image_grids
 from deltaw.hub.processors import PROCESSOR_FILES, ModelProcessor
-from deltaw.hub.vision import Tower, is_view, load_tower
+from deltaw.hub.vision import Tower, load_tower, loads_as_text_view
 from deltaw.hub.vision_parts import is_new_connector
 from deltaw.kernels.torch_private import without_dispatch
 from deltaw.lora.complete_names import complete_names, set_complete_names
@@ -55,19 +55,19 @@ from deltaw.tensor_files import TensorFile, write_tensors
 
 # Maximum size of all stored features.
 LIMIT_BYTES = 64 * 2**30
-# Packages and modules whose change requires another verification.
+# A change in one of these packages invalidates stored verifications.
 VERIFIED_CODE = ("torch", "transformers", "deltaw.hub", "deltaw.runtime")
 # Number of features that are read at once.
 _BLOCK = 1 << 14
 # Token ids are int32.
 _MAX_ID = 2**31 - 1
 # Maximum size of encoded images that remain in memory for thumbnails.
-_MAX_KEPT_BYTES = 1 << 26
+_MAX_THUMBNAIL_BYTES = 1 << 26
 # Width and height of thumbnails in pixels.
 THUMBNAIL_SIDE = 96
 # Files that are older than this number of seconds are not being written anymore.
 _MAX_PART_AGE = 3600
-# Number of image sizes for which texts are kept.
+# Maximum number of image sizes whose texts are cached.
 _MAX_SIZES = 1024
 
 
@@ -80,7 +80,7 @@ class _StoredImage:
         image: The image. None once its features are stored, except for files and the first encoded images, of which
             thumbnails are made.
         first_id: Id of its first feature.
-        grid: Height and width in features, or None if positions of images are as of text.
+        grid: Height and width in features, or None if image tokens have ordinary text positions.
         count: Number of features.
         start: Index of its first feature in the file of all features, or None if it is not there yet.
         prompts: Prompts that contain the image, see :meth:`RowImages.retain`.
@@ -138,9 +138,9 @@ class RowImages:
         self._texts: dict[tuple[int, int], tuple[str, int, tuple[int, int] | None]] = {}
         self._cache, self._table = Cache("images", LIMIT_BYTES), _Table()
         self._tower: Tower | None = None
-        self._kept_bytes = 0  # images in memory whose features are computed
+        self._thumbnail_bytes = 0  # images in memory whose features are computed
         self._next_id = self.first_id  # with a limit
-        # The first lock protects all attributes, the second one is held while features are computed.
+        # _lock protects the images and the feature table. _computing serializes the computation of features.
         self._lock, self._computing = threading.RLock(), threading.RLock()
 
     def __len__(self) -> int:
@@ -294,6 +294,7 @@ class RowImages:
         """Remove all images, which no later prompt refers to."""
         with self._lock:
             self._images, self._first_ids, self._sorted, self._table = {}, [], [], _Table()
+            self._thumbnail_bytes = 0
 
     def compute_prompt(self, tokens: np.ndarray) -> None:
         """Compute the features of the images of a retained prompt (length,)."""
@@ -324,10 +325,11 @@ class RowImages:
     def _append(self, image: _StoredImage, values: Tensor) -> None:
         with self._lock:
             image.start = self._table.append(values)
-            content = None if image.image is None else image.image.content
+            assert image.image is not None
+            content = image.image.content
             if not isinstance(content, Path):
-                self._kept_bytes += len(content) if isinstance(content, bytes) else _MAX_KEPT_BYTES
-                if self.limit_bytes is not None or self._kept_bytes > _MAX_KEPT_BYTES:
+                self._thumbnail_bytes += len(content) if isinstance(content, bytes) else _MAX_THUMBNAIL_BYTES
+                if self.limit_bytes is not None or self._thumbnail_bytes > _MAX_THUMBNAIL_BYTES:
                     image.image = None
 
     def attach(self, model: PreTrainedModel, trained: Sequence[str], *, is_new: bool) -> None:
@@ -342,7 +344,7 @@ class RowImages:
         Raises:
             UserError: if the model has no connector.
         """
-        tower, parts = self._trained_parts(trained, is_new)
+        tower, parts = self._select_parts(trained, is_new)
         if tower is not None and has_values(model):
             tower.load(self._folder, "" if self.is_live else f"{tower.connector}.")
         if not isinstance(model.get_input_embeddings(), ImageTokens):
@@ -363,17 +365,24 @@ class RowImages:
 
     def prepare(self, trained: Sequence[str], *, is_new: bool) -> None:
         """Compute the features of all images before the model is loaded, see :meth:`attach`."""
-        self._trained_parts(trained, is_new)
+        self._select_parts(trained, is_new)
         self.compute()
         self.release()
 
-    def _trained_parts(self, trained: Sequence[str], is_new: bool) -> tuple[Tower | None, dict[str, nn.Module]]:
-        """Return the tower with uninitialized weights, and by their complete names the modules for the embedding."""
+    def _select_parts(self, trained: Sequence[str], is_new: bool) -> tuple[Tower | None, dict[str, nn.Module]]:
+        """Set the attributes that say which parts are trained.
+
+        Returns:
+            The tower with uninitialized weights, if a part is trained, and modules for the embedding by complete name.
+        """
         starts_connector = is_new and self.has_new_connector
         if not trained and not starts_connector:
             return None, {}
         tower = load_tower(self._folder, self._config, self._dtype, values=False)
-        connector, parts = str(tower.connector), {f"{tower.prefix}{name}": part for name, part in tower.parts.items()}
+        connector, parts = (
+            (tower.connector or ""),
+            {f"{tower.prefix}{name}": part for name, part in tower.parts.items()},
+        )
         others = [f".{name}." for name in parts if not f"{connector}.".startswith(f"{name}.")]
         self.trains_tower = VISION_TOWER in trained or any(part in f".{name}" for name in trained for part in others)
         last_names = {part for name in trained for part in name.split(".")}
@@ -389,7 +398,7 @@ class RowImages:
             raise UserError(message, location="lora.vision_tower", hint=hint)
         if not self.trains_connector:
             return tower, parts if self.trains_tower else {}
-        module = tower.open_connector()[1]
+        module = tower.require_connector()
         if not self.is_live:
             self.before_connector, self.width = True, int(next(module.parameters()).shape[-1])
         return tower, parts if self.trains_tower else {connector: module}
@@ -406,7 +415,9 @@ class RowImages:
                 text, inputs = self._processor.encode(Image.new("RGB", (48, 32), (90, 140, 200)))
                 tower = load_tower(self._folder, self._config, view.dtype)
                 parts = tower.with_view(view)
-                verify_view(parts, self._processor.tokenize(f"{text}Name it."), tower.accepted(inputs), self.token_id)
+                verify_view(
+                    parts, self._processor.tokenize(f"{text}Name it."), tower.select_inputs(inputs), self.token_id
+                )
             store_result("vision", key, True, VERIFIED_CODE)
 
     def planned_bytes(self) -> int:
@@ -428,7 +439,7 @@ class RowImages:
     def resident_bytes(self) -> int:
         """Return the size of the features of all images, and of weights that were converted while the model was loaded.
 
-        The file of such weights, which are usually the vision tower's, remains mapped if it also contains others.
+        Their file, usually with the vision tower, stays mapped if it also contains weights that are used unconverted.
         """
         features = 0 if self.is_live else sum(i.count for i in self._sorted) * self.width * self._dtype.itemsize
         tensors = [tensor for tensor in read_checkpoint(self._folder).tensors.values() if tensor.is_float]
@@ -577,7 +588,9 @@ class _Table:
 
 def has_images(config: PretrainedConfig, folder: Path) -> bool:
     """Return True if a causal model of this configuration is a text view and the folder has an image processor."""
-    return is_view(config, "AutoModelForCausalLM") and any((folder / name).is_file() for name in PROCESSOR_FILES)
+    return loads_as_text_view(config, "AutoModelForCausalLM") and any(
+        (folder / name).is_file() for name in PROCESSOR_FILES
+    )
 
 
 def _evict(folder: Path) -> None:
