@@ -247,6 +247,18 @@ def test_job_page_shows_progress_of_the_run_and_escapes_texts(client: TestClient
     assert "some line" in page
 
 
+def test_page_of_a_job_offers_its_file_or_names_its_folder(client: TestClient, studio: Studio) -> None:
+    exports = studio.workspace.folder / "exports"
+    (exports / "first-merged").mkdir(parents=True)
+    (exports / "first.gguf").write_bytes(b"GGUF")
+    for verb, name in (("merge", "first-merged"), ("export", "first.gguf")):
+        job = studio.queue.add(verb, [verb], title=name, output=exports / name)
+        job.state = "done"
+        page = client.get(f"/jobs/{job.identity}").text
+        assert (f'href="/exports/{name}"' in page) == (verb == "export")
+        assert (f"<code>exports/{name}</code>" in page) == (verb == "merge")
+
+
 def test_pages_need_no_torch() -> None:
     code = "import sys, deltaw.studio.live, deltaw.studio.models; print({'torch', 'datasets'} & {*sys.modules})"
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-// Behavior of the pages by attribute: data-part, data-every, data-autosave, data-then, data-upload, data-copy and
+// Behavior of the pages by attribute: data-src, data-every, data-autosave, data-reload, data-upload, data-copy and
 // data-confirm. All forms also work without this script, except for uploads.
 "use strict";
 
@@ -59,7 +59,7 @@ async function loadPart(element) {
   element.classList.add("updating");
   while (element.isConnected && !request.signal.aborted) {
     if (document.hidden && element.dataset.every) { await sleep(POLL_MS); continue; }
-    const response = await fetchOrNull(element.dataset.part, { ...HTML_OPTIONS, signal: request.signal });
+    const response = await fetchOrNull(element.dataset.src, { ...HTML_OPTIONS, signal: request.signal });
     if (request.signal.aborted) return;
     if (response === null) { await sleep(RETRY_MS); continue; }
     const html = await response.text().catch(() => null);
@@ -76,7 +76,7 @@ async function loadPart(element) {
   }
 }
 
-// Send a form after a change, show the errors at their fields, and reload the parts whose ids are in data-then.
+// Send a form after a change, show the errors at their fields, and reload the parts whose ids are in data-reload.
 function connectAutosave(form) {
   let timer = 0;
   let latest = 0;
@@ -94,7 +94,7 @@ function connectAutosave(form) {
       if (target && typeof text === "string") target.textContent = text;
     }
     if (Object.keys(errors).length === 0) announce("Saved");
-    for (const id of (form.dataset.then ?? "").split(" ").filter(Boolean)) loadPart(document.getElementById(id));
+    for (const id of (form.dataset.reload ?? "").split(" ").filter(Boolean)) loadPart(document.getElementById(id));
   };
   form.addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(save, SAVE_DELAY_MS); });
   form.addEventListener("submit", (event) => {
@@ -207,7 +207,7 @@ function connectConfirm(form) {
 }
 
 function connect(root) {
-  root.querySelectorAll("[data-part]").forEach(loadPart);
+  root.querySelectorAll("[data-src]").forEach(loadPart);
   root.querySelectorAll("form[data-autosave]").forEach(connectAutosave);
   root.querySelectorAll("form[data-upload]").forEach(connectUpload);
   root.querySelectorAll("[data-copy]").forEach(connectCopy);
