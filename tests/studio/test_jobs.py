@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -44,7 +45,7 @@ def workspace(tmp_path: Path) -> Iterator[Workspace]:
 @pytest.fixture
 def code(monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs are Python code in place of commands."""
-    monkeypatch.setattr(jobs, "child_command", lambda arguments: jobs.python_command(arguments[0]))
+    monkeypatch.setattr(jobs, "child_command", partial(jobs.python_command, "import sys; exec(sys.argv[1])"))
 
 
 SLEEP = "import time; time.sleep(300)"
@@ -118,6 +119,27 @@ def test_reused_process_id_is_not_signaled(workspace: Workspace) -> None:
         assert other.poll() is None
         other.kill()
     jobs.interrupt(original, kill=True)
+
+
+@pytest.mark.usefixtures("code")
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_other_process_in_the_folder_of_a_job_is_not_signaled(workspace: Workspace, is_recorded: bool) -> None:
+    job = add(JobQueue(workspace), SLEEP)
+    with subprocess.Popen(
+        [sys.executable, "-c", "print(flush=True); " + SLEEP], cwd=job.folder, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        job.state, job.process = "running", process_identity(other.pid) if is_recorded else None
+        job.save()
+        queue = JobQueue(workspace)
+        queue.poll()
+        queue.stop(job.identity)
+        queue.stop(job.identity, at_once=True)
+        queue.stop(job.identity, at_once=True)
+        time.sleep(0.3)
+        assert other.poll() is None
+        assert is_recorded or queue.job(job.identity).state == "failed"
+        other.kill()
 
 
 @pytest.mark.usefixtures("code")

@@ -262,7 +262,7 @@ class JobQueue:
                 return
             else:
                 job.stops += 1
-                interrupt(job.process or {}, kill=job.stops > 2)
+                interrupt(job.process or {}, kill=job.stops > 2, arguments=job.arguments)
             job.save()
 
     def resume(self, identity: str) -> None:
@@ -292,7 +292,7 @@ class JobQueue:
         """Record jobs that ended, and start the next one."""
         with self._lock:
             for job in [job for job in self._jobs.values() if job.state == RUNNING]:
-                job.process = job.process or _find_process(job.folder)
+                job.process = job.process or _find_process(job)
                 if not self._is_running(job):
                     self._children.pop(job.identity, None)
                     result = job.result
@@ -333,21 +333,29 @@ class JobQueue:
             raise
         self._children[job.identity] = child
         job.process = process_identity(child.pid)
-        with contextlib.suppress(OSError, UserError):  # a restarted server finds it by its working directory
+        with contextlib.suppress(OSError, UserError):  # a restarted server finds it
             job.save()
 
 
-def interrupt(process: Mapping[str, Any], *, kill: bool = False) -> None:
-    """Send Ctrl-C to a process, or kill it, unless its id was reused by another process."""
+def interrupt(process: Mapping[str, Any], *, kill: bool = False, arguments: Sequence[str] = ()) -> None:
+    """Send Ctrl-C to a process, or kill it, unless its id was reused by another process.
+
+    Args:
+        arguments: Last arguments that the command line of the process must have.
+    """
     with contextlib.suppress(psutil.Error, KeyError):
         target = psutil.Process(process["id"])  # psutil checks that the id is not reused from here on
-        if is_alive(process):
+        if is_alive(process) and _ends_with(target.cmdline(), arguments):
             stop = getattr(signal, "CTRL_BREAK_EVENT" if platforms.WINDOWS else "SIGINT")
             target.kill() if kill else target.send_signal(stop)
 
 
-def _find_process(folder: Path) -> dict[str, Any] | None:
-    """Return the identity of the oldest process with this working directory, or None."""
-    infos = [process.info for process in psutil.process_iter(["cwd", "pid", "create_time", "status"])]
-    found = [info for info in infos if info["cwd"] == str(folder)]
+def _find_process(job: StudioJob) -> dict[str, Any] | None:
+    """Return the identity of the oldest process with the working directory and the arguments of a job, or None."""
+    infos = [process.info for process in psutil.process_iter(["cmdline", "cwd", "pid", "create_time", "status"])]
+    found = [i for i in infos if i["cwd"] == str(job.folder) and _ends_with(i["cmdline"] or [], job.arguments)]
     return process_identity(min(found, key=lambda info: info["create_time"])["pid"]) if found else None
+
+
+def _ends_with(command: Sequence[str], arguments: Sequence[str]) -> bool:
+    return [*command[len(command) - len(arguments) :]] == [*arguments]
