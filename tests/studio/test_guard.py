@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
+import webbrowser
+
 import pytest
 
 pytest.importorskip("fastapi", reason="the extra studio is not installed")
@@ -11,6 +15,7 @@ from fastapi.routing import APIRoute
 from starlette.datastructures import URL
 
 from deltaw.cli import group
+from deltaw.serving.http import server
 from tests.studio.client import StudioClient, connect
 
 
@@ -149,3 +154,14 @@ def test_form_from_the_studio_is_accepted(client) -> None:
     client.studio.workspace.folder.joinpath("rows.csv").write_text("a,b\n1,2\n")
     response = client.post("/drafts", data={"file": "rows.csv"}, headers={"Sec-Fetch-Site": "same-origin"})
     assert response.status_code == 303 and client.get(response.headers["location"]).status_code == 200
+
+
+def test_browser_that_stays_in_the_foreground_does_not_block_the_server(tmp_path, monkeypatch) -> None:
+    answered, opened = threading.Event(), []
+    monkeypatch.setattr(webbrowser, "open", lambda address: opened.append(answered.wait(5)))
+    monkeypatch.setattr(server, "run", lambda app, queue, settings, listening, ready: (ready(), answered.set()))
+    result = CliRunner().invoke(group, ["studio", str(tmp_path / "s"), "--port", "0"], catch_exceptions=False)
+    assert result.exit_code == 0 and "?token=" in result.output
+    while not opened:
+        time.sleep(0.01)
+    assert opened == [True]

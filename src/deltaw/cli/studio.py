@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import webbrowser
 from dataclasses import replace
 from pathlib import Path
@@ -58,7 +59,8 @@ def command(folder: Path, max_upload: str, no_browser: bool, **flags: Any) -> No
         click.echo(f"studio of {workspace.folder} at {address}")
         sys.stdout.flush()
         if not no_browser:
-            webbrowser.open(address)
+            # Some browsers return only when they exit.
+            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
 
     studio.queue.start()
     try:
