@@ -52,7 +52,7 @@ def connect(folder: Path, *, log_in: bool = True, max_upload: int = 10_000, **se
     """Return a client of a studio in a folder."""
     queue, worker, announced = RecordingQueue(), SimpleNamespace(), []
     token = Token(announced.append)
-    studio = Studio(Workspace(folder, max_upload), worker, queue, SimpleNamespace())  # type: ignore[arg-type]
+    studio = Studio(Workspace(folder, max_upload), worker, queue, SimpleNamespace(run=None))  # type: ignore[arg-type]
     app = create_app(studio, ServerSettings(port=7860, **settings), token)
     client = StudioClient(app, base_url=ADDRESS, follow_redirects=False, headers={"Origin": ADDRESS})
     client.studio, client.queue, client.token, client.announced = studio, queue, token, announced

@@ -7,6 +7,7 @@ import json
 import shutil
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -107,6 +108,17 @@ def test_delete(client, run) -> None:
     assert run.is_dir()
     assert client.post("/runs/delete", data={"run": "runs/first"}).status_code == 303
     assert not run.exists() and (run.parent / "rows").is_dir()
+
+
+def test_run_with_an_active_job_is_not_deleted_and_its_trial_is_stopped(client, run) -> None:
+    client.queue.active = lambda: [SimpleNamespace(run="runs/first")]
+    assert client.post("/runs/delete", data={"run": "runs/first"}).status_code == 400 and run.is_dir()
+    client.queue.active = list
+    stopped: list[Path] = []
+    vars(client.studio.trial).update(run=run, stop=lambda: stopped.append(run))
+    assert client.post("/runs/delete", data={"run": "runs/first"}).status_code == 303 and not run.exists()
+    assert client.post("/trial/stop", data={"run": "runs/first"}).headers["location"] == "/runs/of/runs/first"
+    assert stopped == [run, run]
 
 
 @pytest.mark.parametrize(

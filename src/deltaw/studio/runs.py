@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import zipfile
 from collections.abc import Mapping
@@ -122,8 +123,11 @@ def _add_actions(routes: APIRouter, studio: Studio) -> None:
         run = run_of(workspace, text)
         if run.path != workspace.folder / text:
             raise UserError(f"'{text[:200]}' is a link", hint="delete it in your file manager")
-        if run.state == RUNNING or is_locked(run.path):
-            raise UserError("this run is not finished", hint="stop it before you delete it")
+        has_job = any(job.run == workspace.relative(run.path) for job in studio.queue.active())
+        if has_job or run.state == RUNNING or is_locked(run.path):
+            raise UserError("this run is not finished or a job uses it", hint="stop it before you delete it")
+        if studio.trial.run == run.path:
+            await asyncio.to_thread(studio.trial.stop)
         shutil.rmtree(run.path)
         return RedirectResponse("/runs", 303)
 

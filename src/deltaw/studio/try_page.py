@@ -65,9 +65,9 @@ def router(studio: Studio) -> APIRouter:
 
     @routes.post("/trial/stop")
     async def stop(request: Request) -> Response:
-        run = run_of(workspace, (await form(request)).get("run", [""])[0])
+        run = (await form(request)).get("run", [""])[0]
         await asyncio.to_thread(trial.stop)
-        return RedirectResponse(f"/runs/of/{quote(workspace.relative(run.path))}", 303)
+        return RedirectResponse(f"/runs/of/{quote(run)}", 303)
 
     @routes.api_route(PAGE + "{rest:path}", methods=["GET", "POST"])
     async def forward(request: Request) -> Response:
