@@ -140,6 +140,12 @@ def test_export_adds_a_job(client, run, fields, expected) -> None:
     ]
 
 
+def test_output_of_an_active_job_is_not_used_again(client, run) -> None:
+    client.queue.active = lambda: [SimpleNamespace(run=None, output="exports/first-merged")]
+    client.post("/runs/ship", data={"run": "runs/first", "verb": "merge"})
+    assert client.queue.added[0]["output"].name == "first-merged-2"
+
+
 @pytest.mark.parametrize("fields", [{"verb": "push"}, {"verb": "export", "type": "--x"}, {"verb": "deploy"}, {}])
 def test_unknown_exports_are_rejected(client, run, fields) -> None:
     assert client.post("/runs/ship", data={"run": "runs/first", **fields}).status_code == 400

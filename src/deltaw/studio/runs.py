@@ -140,10 +140,10 @@ def _add_actions(routes: APIRouter, studio: Studio) -> None:
             title, arguments, output = f"{run.name} to {PROGRAMS[program]}", [verb, program, str(run)], None
         elif verb == "export":
             kind = _choice(fields, "type", GGUF_TYPES)
-            output = export_path(workspace, f"{run.name}-{kind}.gguf")
+            output = export_path(studio, f"{run.name}-{kind}.gguf")
             title, arguments = f"{run.name} as GGUF file", [verb, str(run), "--format=gguf", f"--type={kind}"]
         elif verb == "merge":
-            output = export_path(workspace, f"{run.name}-merged")
+            output = export_path(studio, f"{run.name}-merged")
             title, arguments = f"{run.name} as complete model", [verb, str(run)]
         else:
             raise UserError(f"'{verb[:200]}' is not a way to export a run")
@@ -181,11 +181,11 @@ def _choice(fields: Mapping[str, list[str]], name: str, choices: Mapping[str, st
     return value
 
 
-def export_path(workspace: Workspace, name: str) -> Path:
-    """Return an unused path in the folder of exports."""
-    folder = workspace.folder / EXPORTS
+def export_path(studio: Studio, name: str) -> Path:
+    """Return a path in the folder of exports that neither exists nor is the output of an active job."""
+    folder = studio.workspace.folder / EXPORTS
     folder.mkdir(exist_ok=True)
-    return unused_path(folder / name)
+    return unused_path(folder / name, {studio.workspace.folder / str(job.output) for job in studio.queue.active()})
 
 
 def has_adapter(folder: Path) -> bool:

@@ -83,7 +83,7 @@ def router(studio: Studio) -> APIRouter:
             title = f"Score {run.name} on {file.name}"
             arguments = [verb, str(run), f"--data={file}", "--with-base", "--no-drift"]
         elif verb == "predict":
-            output = export_path(workspace, f"{run.name}-predictions.csv")
+            output = export_path(studio, f"{run.name}-predictions.csv")
             title, arguments = f"Predict {file.name} with {run.name}", [verb, str(run), str(file), f"--output={output}"]
         else:
             raise UserError(f"'{verb[:200]}' is not possible", location="verb", hint="choose eval or predict")

@@ -11,7 +11,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -34,11 +34,11 @@ _UPLOAD_NAME = re.compile(r"[\w .()-]{1,120}")
 _IDENTITY = re.compile(r"[0-9a-f]{12}")
 
 
-def unused_path(path: Path) -> Path:
-    """Return a path, with a number appended to its name if it exists."""
+def unused_path(path: Path, used: Collection[Path] = ()) -> Path:
+    """Return a path, with a number appended to its name if it exists or is in ``used``."""
     stem, dot, suffixes = path.name.partition(".")
     names = itertools.chain([path.name], (f"{stem}-{number}{dot}{suffixes}" for number in itertools.count(2)))
-    return next(new for name in names if not os.path.lexists(new := path.with_name(name)))
+    return next(new for name in names if not os.path.lexists(new := path.with_name(name)) and new not in used)
 
 
 def is_data_file(path: Path) -> bool:
