@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,6 +45,24 @@ def write_run(client: StudioClient, name: str, **values: object) -> Path:
 def test_list_shows_score_with_interval(client, run) -> None:
     text = client.get("/runs").text
     assert '<a href="/runs/of/runs/first">first</a>' in text and "accuracy 82.1% (78.0% – 85.6%)" in text
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes")
+def test_runs_with_links_out_of_the_folder_are_not_listed_and_pipes_are_not_read(client, run, tmp_path) -> None:
+    pipes, outside = write_run(client, "pipes"), tmp_path / "outside"
+    shutil.copytree(run, outside)
+    for name in ("run.json", "metrics.jsonl"):
+        (pipes / name).unlink()
+        os.mkfifo(pipes / name)
+    (run.parent / "linked").symlink_to(outside)
+    (write_run(client, "link-inside") / "report.html").unlink()
+    (run.parent / "link-inside" / "report.html").symlink_to(outside / "report.html")
+    os.mkfifo(client.studio.workspace.folder / "rows.csv")
+    for address in ("/", "/runs"):
+        text = client.get(address).text
+        assert "runs/pipes" in text and "linked" not in text and "link-inside" not in text
+    assert client.get("/runs/of/runs/link-inside").status_code == 400
+    assert client.post("/drafts", data={"file": "rows.csv"}).status_code == 400
 
 
 def test_page_of_a_run_escapes_its_origins(client, run) -> None:

@@ -441,6 +441,8 @@ def read_metrics(path: Path) -> RunMetrics:
     metrics = RunMetrics()
     columns = {name: array("d") for name in COLUMNS}
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("not a regular file")
         with path.open(encoding="utf-8", errors="replace") as file:
             for line in file:
                 _read_line(line, columns, metrics)
@@ -525,7 +527,7 @@ def _merge_by_step(entries: list[tuple[int, dict[str, float]]]) -> list[tuple[in
 
 def _text(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None  # no pipes and devices
     except OSError:
         return None
 

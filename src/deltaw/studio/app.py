@@ -15,7 +15,6 @@ from starlette.exceptions import HTTPException
 
 from deltaw.errors import UserError
 from deltaw.reports.svg import templates
-from deltaw.runs.folder import Run, find_runs
 from deltaw.serving.http.settings import ServerSettings
 from deltaw.studio import data, live, models, runs, spreadsheets, try_page
 from deltaw.studio import settings as settings_pages
@@ -70,7 +69,7 @@ def router(studio: Studio) -> APIRouter:
 
     @routes.get("/")
     def start(request: Request) -> Response:
-        last_changed = sorted(map(Run, find_runs(workspace.folder)), key=lambda run: run.changed, reverse=True)
+        last_changed = sorted(runs.all_runs(workspace), key=lambda run: run.changed, reverse=True)
         recent_runs = [(workspace.relative(run.path), run) for run in last_changed[:MAX_RUNS]]
         files = [(name, name) for name in map(workspace.relative, workspace.data_files())]
         values: dict[str, Any] = {"drafts": workspace.drafts(), "runs": recent_runs, "jobs": studio.queue.active()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 import zipfile
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from deltaw.studio.rendering import form, page
 from deltaw.studio.state import Studio
 from deltaw.studio.worker import Pending
 from deltaw.studio.workspace import EXPORTS, Workspace, unused_path
+from deltaw.untrusted_paths import require_contained
 
 # Columns of the list, in addition to the score.
 LISTED = ("model", "rows", "state", "time", "when")
@@ -55,7 +57,7 @@ def _add_pages(routes: APIRouter, studio: Studio) -> None:
 
     @routes.get("/runs")
     def show_all(request: Request) -> Response:
-        runs = sorted(map(Run, find_runs(workspace.folder)), key=lambda run: run.started, reverse=True)
+        runs = sorted(all_runs(workspace), key=lambda run: run.started, reverse=True)
         columns = [column for column in COLUMNS if column.title in LISTED]
         rows = [
             (workspace.relative(run.path), name, [*(column.text(run) for column in columns), _score(run)])
@@ -156,12 +158,22 @@ def run_of(workspace: Workspace, text: str) -> Run:
     """Return the run with this relative path.
 
     Raises:
-        UserError: if it is not a run.
+        UserError: if it is not a run, or a link in it points outside of it.
     """
     path = workspace.path(text, location="run")
     if not is_run(path):
         raise UserError(f"'{text[:200]}' is not a run", hint="choose one in the list of results")
+    require_contained(path)
     return Run(path)
+
+
+def all_runs(workspace: Workspace) -> list[Run]:
+    """Return the runs of a studio, without those that are links, or contain links, to paths outside of its folder."""
+    runs = []
+    for path in find_runs(workspace.folder):
+        with contextlib.suppress(UserError):
+            runs.append(run_of(workspace, workspace.relative(path)))
+    return runs
 
 
 def _report(studio: Studio, request: Request, call: str, arguments: Mapping[str, Any]) -> Response:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 from urllib.parse import quote
 
 import httpx
@@ -13,13 +12,14 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 
 from deltaw.errors import UserError
-from deltaw.runs.folder import Run, find_runs
+from deltaw.runs.folder import Run
 from deltaw.serving.http.settings import NAME
 from deltaw.studio.rendering import form, page, part
-from deltaw.studio.runs import export_path, has_adapter, run_of
+from deltaw.studio.runs import all_runs, export_path, has_adapter, run_of
 from deltaw.studio.spreadsheets import convert
 from deltaw.studio.state import Studio
 from deltaw.studio.trial import FAILED, STARTING, TrialServer
+from deltaw.studio.workspace import Workspace
 
 PAGE = "/trial/page/"
 CONNECT_SECONDS = 5.0
@@ -39,7 +39,7 @@ def router(studio: Studio) -> APIRouter:
         """Return the variables of the part with the model."""
         state = trial.state if trial.run == run.path else "none"
         values = {"run": run, "path": workspace.relative(run.path), "state": state, "busy": studio.queue.busy()}
-        others = [(workspace.relative(other.path), other.name) for other in _others(workspace.folder, run)]
+        others = [(workspace.relative(other.path), other.name) for other in _others(workspace, run)]
         return values | {"error": trial.error if state == FAILED else None, "others": others}
 
     @routes.get("/runs/try/{path:path}")
@@ -93,9 +93,9 @@ def router(studio: Studio) -> APIRouter:
     return routes
 
 
-def _others(folder: Path, run: Run) -> list[Run]:
+def _others(workspace: Workspace, run: Run) -> list[Run]:
     """Return runs of the same model, which can be compared with a run that generates text. The last ones are first."""
-    runs = [Run(path) for path in find_runs(folder) if path != run.path and NAME.fullmatch(path.name)]
+    runs = [other for other in all_runs(workspace) if other.path != run.path and NAME.fullmatch(other.path.name)]
     runs = [other for other in runs if other.model == run.model and other.generates_text and has_adapter(other.path)]
     return sorted(runs, key=lambda other: other.started, reverse=True)[:MAX_OTHERS] if run.generates_text else []
 

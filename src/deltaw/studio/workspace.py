@@ -130,7 +130,7 @@ class Workspace:
         """Return the existing file or folder with this relative path, with links resolved.
 
         Raises:
-            UserError: if it does not exist, is hidden, or is outside of the folder.
+            UserError: if it does not exist, is hidden, is not a regular file or a folder, or is outside of the folder.
         """
         hint = f"choose a file or folder inside of {self.folder}"
         try:
@@ -138,7 +138,8 @@ class Workspace:
             parts = (*Path(text).parts, *path.relative_to(self.folder).parts)  # ValueError if it is outside
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"'{text[:200]}' does not exist", location=location, hint=hint) from error
-        if not parts or Path(text).is_absolute() or any(part.startswith(".") for part in parts):
+        is_allowed = path.is_file() or path.is_dir()  # no pipes and devices
+        if not parts or not is_allowed or Path(text).is_absolute() or any(part.startswith(".") for part in parts):
             raise UserError(f"'{text[:200]}' is not allowed here", location=location, hint=hint)
         return path
 
