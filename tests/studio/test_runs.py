@@ -55,8 +55,8 @@ def test_runs_with_links_out_of_the_folder_are_not_listed_and_pipes_are_not_read
         (pipes / name).unlink()
         os.mkfifo(pipes / name)
     (run.parent / "linked").symlink_to(outside)
-    (write_run(client, "link-inside") / "report.html").unlink()
-    (run.parent / "link-inside" / "report.html").symlink_to(outside / "report.html")
+    (write_run(client, "link-inside") / "run.json").unlink()
+    (run.parent / "link-inside" / "run.json").symlink_to(outside / "run.json")
     os.mkfifo(client.studio.workspace.folder / "rows.csv")
     for address in ("/", "/runs"):
         text = client.get(address).text

@@ -20,8 +20,20 @@ from deltaw.hub.folders import ADAPTER_CONFIG
 from deltaw.platforms import shell_word
 from deltaw.reports.runs import COLUMNS, differing_settings, result_rows, same_prompts, unique_names
 from deltaw.reports.tables import format_interval, metric_name, metric_value
-from deltaw.runs.folder import LEARNING_RATES, RUN, RUNNING, Run, find_runs, is_locked, is_run, mapping, sequence
+from deltaw.runs.folder import (
+    LEARNING_RATES,
+    METRICS,
+    RUN,
+    RUNNING,
+    Run,
+    find_runs,
+    is_locked,
+    is_run,
+    mapping,
+    sequence,
+)
 from deltaw.settings import task_registry
+from deltaw.settings.config import SETTINGS
 from deltaw.studio.rendering import form, page
 from deltaw.studio.state import Studio
 from deltaw.studio.worker import Pending
@@ -158,17 +170,17 @@ def run_of(workspace: Workspace, text: str) -> Run:
     """Return the run with this relative path.
 
     Raises:
-        UserError: if it is not a run, or a link in it points outside of it.
+        UserError: if it is not a run, or its values are links to files outside of it.
     """
     path = workspace.path(text, location="run")
     if not is_run(path):
         raise UserError(f"'{text[:200]}' is not a run", hint="choose one in the list of results")
-    require_contained(path)
+    require_contained(path, only=[path / name for name in (SETTINGS, RUN, METRICS, LEARNING_RATES)])
     return Run(path)
 
 
 def all_runs(workspace: Workspace) -> list[Run]:
-    """Return the runs of a studio, without those that are links, or contain links, to paths outside of its folder."""
+    """Return the runs of a studio, without those that are links, or whose files are links, to paths outside."""
     runs = []
     for path in find_runs(workspace.folder):
         with contextlib.suppress(UserError):
