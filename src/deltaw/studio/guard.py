@@ -63,7 +63,7 @@ def session_secret(folder: Path) -> str:
     return secret
 
 
-class Guard:
+class StudioGuard:
     """Middleware that checks host, origin and cookie, and sets headers.
 
     Args:

@@ -28,7 +28,7 @@ _CODE = (
 )
 
 
-class Trial:
+class RunTrial:
     """Process that serves a run.
 
     Args:
