@@ -25,7 +25,7 @@ from deltaw.studio.app import create_app
 from deltaw.studio.guard import Token
 from deltaw.studio.jobs import JobQueue
 from deltaw.studio.state import Studio
-from deltaw.studio.trial import RunTrial
+from deltaw.studio.trial import TrialServer
 from deltaw.studio.worker import Pending, Worker
 from deltaw.studio.workspace import Draft, Workspace
 from tests.byte_models import save_model, tiny_llama
@@ -49,7 +49,7 @@ def studio(tmp_path: Path, model: Path) -> Iterator[Studio]:
         (tmp_path / "models" / "tiny" / file.name).hardlink_to(file)
     rows = [{"prompt": f"{n} + 1", "completion": f"{n + 1}"} for n in range(20)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    studio = Studio(workspace, Worker(workspace), JobQueue(workspace), RunTrial(workspace))
+    studio = Studio(workspace, Worker(workspace), JobQueue(workspace), TrialServer(workspace))
     yield studio
     studio.close()
 

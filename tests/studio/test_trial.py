@@ -20,7 +20,7 @@ pytest.importorskip("fastapi", reason="the extra studio is not installed")
 from deltaw.errors import UserError
 from deltaw.studio import trial as trial_module
 from deltaw.studio.jobs import python_command
-from deltaw.studio.trial import RunTrial
+from deltaw.studio.trial import TrialServer
 from deltaw.studio.workspace import Workspace
 from tests.serving.http.page_server import BASE, PageServer, serve_app
 from tests.studio.client import connect
@@ -41,7 +41,7 @@ server.serve_forever()
 """
 
 
-def wait_for(trial: RunTrial, state: str) -> None:
+def wait_for(trial: TrialServer, state: str) -> None:
     deadline = time.monotonic() + SECONDS
     while trial.state != state:
         assert time.monotonic() < deadline and trial.state == "starting", trial.error.message
@@ -55,14 +55,14 @@ def fake_serve(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def trial(tmp_path: Path) -> Iterator[RunTrial]:
-    result = RunTrial(Workspace(tmp_path))
+def trial(tmp_path: Path) -> Iterator[TrialServer]:
+    result = TrialServer(Workspace(tmp_path))
     yield result
     result.stop()
 
 
 @pytest.mark.usefixtures("fake_serve")
-def test_trial_serves_a_run_with_a_new_key_until_it_is_stopped(trial: RunTrial, tmp_path: Path) -> None:
+def test_trial_serves_a_run_with_a_new_key_until_it_is_stopped(trial: TrialServer, tmp_path: Path) -> None:
     keys = []
     for name in ("one", "two"):
         trial.start(tmp_path / name, [tmp_path / "other"])
@@ -79,7 +79,9 @@ def test_trial_serves_a_run_with_a_new_key_until_it_is_stopped(trial: RunTrial, 
 
 
 @pytest.mark.parametrize("code", ["sys.exit('error: too large\\n  where: here\\n  hint:  smaller')", "sys.exit(3)"])
-def test_failed_trial_shows_the_error_of_the_command(trial: RunTrial, tmp_path: Path, monkeypatch, code: str) -> None:
+def test_failed_trial_shows_the_error_of_the_command(
+    trial: TrialServer, tmp_path: Path, monkeypatch, code: str
+) -> None:
     monkeypatch.setattr(trial_module, "_CODE", f"import sys; {code}")
     trial.start(tmp_path / "run")
     wait_for(trial, "failed")
@@ -92,7 +94,7 @@ def test_failed_trial_shows_the_error_of_the_command(trial: RunTrial, tmp_path: 
 
 
 @pytest.mark.usefixtures("fake_serve")
-def test_job_stops_an_idle_trial_only(trial: RunTrial, tmp_path: Path) -> None:
+def test_job_stops_an_idle_trial_only(trial: TrialServer, tmp_path: Path) -> None:
     trial.start(tmp_path / "run")
     trial.release()
     assert trial.state != "none"
@@ -108,7 +110,7 @@ def test_process_ends_if_the_studio_is_killed(tmp_path: Path) -> None:
         "import sys, time; from pathlib import Path; from deltaw.studio import trial; "
         "from deltaw.studio.workspace import Workspace; "
         f"trial._CODE = {watch + 'import time; time.sleep(300)'!r}; "
-        "it = trial.RunTrial(Workspace(Path(sys.argv[1]))); it.start(Path('run')); "
+        "it = trial.TrialServer(Workspace(Path(sys.argv[1]))); it.start(Path('run')); "
         "print(it._process.pid, flush=True); time.sleep(300)"
     )
     command, options = python_command(code, [str(tmp_path)])

@@ -38,7 +38,7 @@ def command(folder: Path, max_upload: str, no_browser: bool, **flags: Any) -> No
     from deltaw.studio.guard import Token
     from deltaw.studio.jobs import JobQueue
     from deltaw.studio.state import Studio
-    from deltaw.studio.trial import RunTrial
+    from deltaw.studio.trial import TrialServer
     from deltaw.studio.worker import Worker
     from deltaw.studio.workspace import Workspace
 
@@ -48,7 +48,7 @@ def command(folder: Path, max_upload: str, no_browser: bool, **flags: Any) -> No
     workspace = Workspace(folder, parse_bytes(max_upload, "--max-upload"))
     listening = server.listening_socket(settings)
     url = server.server_url(settings, listening)
-    studio = Studio(workspace, Worker(workspace), JobQueue(workspace), RunTrial(workspace))
+    studio = Studio(workspace, Worker(workspace), JobQueue(workspace), TrialServer(workspace))
     for line in settings.summary_lines():
         if line.startswith("warning"):
             console(True).print_line(line)

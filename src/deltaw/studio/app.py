@@ -18,7 +18,7 @@ from deltaw.runs.folder import Run, find_runs
 from deltaw.serving.http.settings import ServerSettings
 from deltaw.studio import data, excel, live, models, runs, try_page
 from deltaw.studio import settings as settings_pages
-from deltaw.studio.guard import StudioGuard, Token, session_secret
+from deltaw.studio.guard import SessionGuard, Token, session_secret
 from deltaw.studio.rendering import error_response, form, page
 from deltaw.studio.state import Studio
 from deltaw.studio.workspace import TooLargeError
@@ -43,7 +43,7 @@ def create_app(studio: Studio, settings: ServerSettings, token: Token) -> FastAP
     for kind in (UserError, OSError, HTTPException):
         app.add_exception_handler(kind, _on_error)
     secret = session_secret(studio.workspace.state)
-    app.add_middleware(StudioGuard, settings=settings, token=token, secret=secret)
+    app.add_middleware(SessionGuard, settings=settings, token=token, secret=secret)
     return app
 
 

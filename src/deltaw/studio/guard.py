@@ -63,7 +63,7 @@ def session_secret(folder: Path) -> str:
     return secret
 
 
-class StudioGuard:
+class SessionGuard:
     """Middleware that checks host, origin and cookie, and sets headers.
 
     Args:

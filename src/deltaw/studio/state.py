@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from deltaw.studio.jobs import JobQueue
-from deltaw.studio.trial import RunTrial
+from deltaw.studio.trial import TrialServer
 from deltaw.studio.worker import Worker
 from deltaw.studio.workspace import Workspace
 
@@ -17,7 +17,7 @@ class Studio:
     workspace: Workspace
     worker: Worker
     queue: JobQueue
-    trial: RunTrial
+    trial: TrialServer
 
     def close(self) -> None:
         """Stop the worker and the trial. Jobs continue."""

@@ -28,7 +28,7 @@ _CODE = (
 )
 
 
-class RunTrial:
+class TrialServer:
     """Process that serves a run.
 
     Args:

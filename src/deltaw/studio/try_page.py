@@ -19,7 +19,7 @@ from deltaw.studio.excel import convert
 from deltaw.studio.rendering import form, page, part
 from deltaw.studio.runs import export_path, has_adapter, run_of
 from deltaw.studio.state import Studio
-from deltaw.studio.trial import FAILED, STARTING, RunTrial
+from deltaw.studio.trial import FAILED, STARTING, TrialServer
 
 PAGE = "/trial/page/"
 CONNECT_SECONDS = 5.0
@@ -100,7 +100,7 @@ def _others(folder: Path, run: Run) -> list[Run]:
     return sorted(runs, key=lambda other: other.started, reverse=True)[:MAX_OTHERS] if run.generates_text else []
 
 
-async def _forward(request: Request, trial: RunTrial) -> Response:
+async def _forward(request: Request, trial: TrialServer) -> Response:
     """Send a request to the process of a trial, with its key, and stream the response."""
     base = trial.url
     if not base:
