@@ -66,6 +66,27 @@ def test_listed_files_contain_rows(workspace, tmp_path) -> None:
     assert names == {"rows.csv", "table.xlsx", "old.jsonl.gz", "in/b.csv"}
 
 
+@pytest.mark.parametrize("kind", ["copy", "link", "forged"])
+def test_jobs_from_elsewhere_are_rejected(tmp_path, monkeypatch, kind) -> None:
+    state = tmp_path / "studio" / ".studio"
+    Workspace(state.parent)
+    Workspace(state.parent)
+    target = tmp_path / "other" / ".studio"
+    target.parent.mkdir()
+    if kind == "link":
+        target.symlink_to(state)
+    else:
+        shutil.copytree(state, target)
+    if kind == "copy":  # on another machine
+        monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache"))
+    if kind == "forged":
+        (target / "origin").write_text("../" * 8)
+    with pytest.raises(UserError, match="not created here"):
+        Workspace(target.parent)
+    shutil.rmtree(target) if kind != "link" else target.unlink()
+    Workspace(target.parent)
+
+
 def test_upload_creates_a_draft_and_never_overwrites(client) -> None:
     for number in ("", "-2", "-3"):
         response = client.put("/files/my rows.csv", content=b"a,b\n1,2\n" * 10)

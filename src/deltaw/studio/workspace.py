@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from deltaw import platforms
+from deltaw import cache, platforms
 from deltaw.atomic_files import write_text
 from deltaw.data.row_files import kind_of
 from deltaw.errors import UserError
@@ -30,6 +30,7 @@ MIN_FREE_BYTES, MAX_UPLOAD_BYTES = 10**9, 512 * 10**6
 # Depth of the search for data files, and maximum number of files offered.
 MAX_DEPTH, MAX_FILES = 2, 200
 _UPLOAD_NAME = re.compile(r"[\w .()-]{1,120}")
+_ORIGIN = re.compile(r"[0-9a-f]{32}")
 _IDENTITY = re.compile(r"[0-9a-f]{12}")
 
 
@@ -43,6 +44,26 @@ def unused_path(path: Path) -> Path:
 def is_data_file(path: Path) -> bool:
     """Return True if the suffix is that of a supported file with rows."""
     return bool(kind_of(path)) or path.suffix.lower() in SPREADSHEETS
+
+
+def _claim(state: Path) -> None:
+    """Create the folder of the state, or check that this machine created it, because its jobs are commands that run.
+
+    Raises:
+        UserError: if it is from another machine or another user.
+    """
+    file, known = state / "origin", cache.root() / "studio"
+    if not os.path.lexists(state):
+        identity = secrets.token_hex(16)
+        known.mkdir(parents=True, exist_ok=True)
+        (known / identity).touch()
+        state.mkdir(parents=True)
+        write_text(file, identity)
+        return
+    identity = file.read_bytes()[:100].decode("utf-8", "replace") if file.is_file() else ""
+    if state.is_symlink() or not _ORIGIN.fullmatch(identity) or not (known / identity).is_file():
+        hint = f"use another folder, or delete {state}, which contains drafts and jobs. Rows and runs stay"
+        raise UserError("the jobs in this folder were not created here", location=str(state), hint=hint)
 
 
 class TooLargeError(UserError):
@@ -100,7 +121,8 @@ class Workspace:
     def __init__(self, folder: Path, max_upload: int = MAX_UPLOAD_BYTES) -> None:
         self.max_upload = max_upload
         try:
-            (folder / STUDIO / "drafts").mkdir(parents=True, exist_ok=True)
+            _claim(folder / STUDIO)
+            (folder / STUDIO / "drafts").mkdir(exist_ok=True)
             (folder / STUDIO).chmod(0o700)
             self.folder = folder.resolve(strict=True)
             for partial in (folder / STUDIO).glob("*.part"):  # of a studio that was killed
