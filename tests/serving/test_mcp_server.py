@@ -227,7 +227,7 @@ def test_parts_of_a_model_are_checked(agent_folder: Path) -> None:
         with pytest.raises(UserError, match="outside of the folders"):
             permissions.config(None, run_settings(model=parts))
         with pytest.raises(UserError, match="outside of the folders"):
-            permissions.run(parts)
+            permissions.run_arguments(parts)
 
 
 def test_every_path_setting_is_checked() -> None:
@@ -257,7 +257,7 @@ def test_run_cannot_start_from_an_adapter_outside(agent_folder: Path, finished_r
 def test_run_referring_to_outside_files_is_rejected(agent_folder: Path, finished_run: Path) -> None:
     allowed = FolderPermissions([agent_folder, finished_run.parent], allow_remote=False)
     with pytest.raises(UserError, match="outside of the folders"):  # its model and its rows are in other folders
-        allowed.run(str(finished_run))
+        allowed.run_arguments(str(finished_run))
 
 
 def test_server_survives_hostile_client(agent_folder: Path) -> None:

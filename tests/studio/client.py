@@ -32,6 +32,9 @@ class RecordingQueue:
     def jobs(self) -> list[Any]:
         return []
 
+    def active(self) -> list[Any]:
+        return []
+
     def busy(self) -> None:
         return None
 

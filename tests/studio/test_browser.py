@@ -184,21 +184,21 @@ def test_score_and_predict_a_file(studio, page, tmp_path) -> None:
     rows = write_rows(studio.folder / "test.jsonl", ({"review": f"{w} 99", "opinion": label} for w, label in WORDS * 4))
     train_classifier(page, studio, tmp_path, "scored")
     address = page.url
-    for button, result in (("Score", "accuracy on 8 rows"), ("Predict", "Open scored-predictions.csv")):
+    for button, result in (("Score", "accuracy on 8 rows"), ("Predict", "Download scored-predictions.csv")):
         page.goto(address)
         page.get_by_role("link", name="Try it").click()
         page.get_by_label("File with rows").select_option(rows.name)
         page.get_by_role("button", name=button).click()
         expect(page.get_by_text(result).first).to_be_visible()
     with page.expect_download() as download:
-        page.get_by_role("link", name="Open scored").click()
+        page.get_by_role("link", name="Download scored").click()
     lines = Path(download.value.path()).read_text().splitlines()
     assert len(lines) == 9 and "praise" in lines[1]
 
 
 def steps_done(page: Page) -> int:
     """Return the number of steps that a job page shows."""
-    match = re.search(r"(?:step|after) ([\d,]+) of", page.get_by_role("main").inner_text())
+    match = re.search(r"([\d,]+) of [\d,]+", page.get_by_role("main").inner_text())
     return int(match[1].replace(",", "")) if match else 0
 
 
@@ -262,7 +262,7 @@ def test_training_survives_a_killed_server(browser, studio, tmp_path) -> None:
             expect(page.get_by_text("The studio does not answer.")).to_be_hidden()
             wait_for_progress(page, before + 10)
             stop(page)
-            page.get_by_role("link", name="Trainings").click()
+            page.get_by_role("link", name="Jobs").click()
             expect(page.get_by_role("listitem").filter(has_text="survivor")).to_have_count(1)
         finally:
             again.close()
@@ -279,7 +279,7 @@ def test_two_tabs_show_the_same_state(studio, browser, tmp_path) -> None:
         other.goto(second.url)
         expect(other.get_by_label("Passes over the rows")).to_have_value(re.compile("^2"))
         start(second, "behind")
-        expect(second.get_by_text("until front has ended")).to_be_visible()
+        expect(second.get_by_text("Starts when front is finished")).to_be_visible()
         third = first.context.new_page()
         third.goto(first.url)
         stop(third)
@@ -409,8 +409,8 @@ def test_pages_are_accessible_and_fit_a_narrow_window(studio, browser, tmp_path,
         page.get_by_role("button", name="Score").click()
         expect(page.get_by_text("All values")).to_be_visible()
         look("score")
-        for name in ("Start", "Trainings", "Results"):
-            page.get_by_role("link", name=name, exact=name != "Trainings").click()
+        for name in ("Start", "Jobs", "Results"):
+            page.get_by_role("link", name=name, exact=name != "Jobs").click()
             look(name)
         page.goto(f"{studio.url}missing")
         look("error")

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra studio is not installed")
 from deltaw.errors import UserError
-from deltaw.studio import data, excel, row_calls
+from deltaw.studio import data, row_calls, spreadsheets
 from deltaw.studio.worker import Pending
 from tests.byte_models import save_model, tiny_llama
 
@@ -203,6 +203,8 @@ def test_running_call_is_reported_as_pending(pages):
     response = pages.get(f"{address}/part/check")
     assert response.status_code == 202 and "30 rows can be used" in response.text
     assert "Checking all rows, 7 s" in response.text
+    pages.studio.worker.result = lambda call, values, **_: Pending(0.0) if call in slow else run(call, values)
+    assert "Checking all rows …" in pages.get(f"{address}/part/check").text
 
 
 @pytest.mark.parametrize(
@@ -257,7 +259,7 @@ def test_excel_file_without_table_is_rejected(client, sheet, message):
     file = client.studio.workspace.folder / "table.xlsx"
     file.write_bytes(workbook(sheet))
     with pytest.raises(UserError, match=message):
-        excel.convert(client.studio.workspace, file)
+        spreadsheets.convert(client.studio.workspace, file)
     assert not [*client.studio.workspace.state.glob("*.part")]
 
 
@@ -266,9 +268,9 @@ def test_damaged_and_large_excel_files_are_rejected(client):
     for content in (b"PK\x03\x04 damaged", b"text", workbook([["a"], ["b"]])[:300]):
         file.write_bytes(content)
         with pytest.raises(UserError, match="the file"):
-            excel.convert(client.studio.workspace, file)
+            spreadsheets.convert(client.studio.workspace, file)
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("xl/workbook.xml", "w") as entry:
         for _ in range(1001):
             entry.write(bytes(10**6))
     with pytest.raises(UserError, match="too large when it is unpacked"):
-        excel.convert(client.studio.workspace, file)
+        spreadsheets.convert(client.studio.workspace, file)

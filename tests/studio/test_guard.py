@@ -120,6 +120,11 @@ def test_errors_are_pages_without_details(client, monkeypatch, capsys) -> None:
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
+def test_wrong_method_and_missing_page_are_explained(client) -> None:
+    assert "This request is not allowed here" in client.post("/runs").text
+    assert "This page does not exist" in client.get("/missing").text
+
+
 def test_static_files_are_cached_by_their_tag(client) -> None:
     tag = client.get("/static/studio.js").headers["etag"]
     assert client.get("/static/studio.js", headers={"If-None-Match": tag}).status_code == 304

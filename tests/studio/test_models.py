@@ -103,7 +103,7 @@ def test_model_in_the_cache_of_the_hub(
     found = {entry.reference: entry for entry in list_local_models(studio.workspace.folder)}
     assert found["owner/name"].license == "apache-2.0"
     described = describe_model("owner/name")
-    assert described.cached
+    assert described.is_local
     assert described.bytes == found["owner/name"].bytes == (model / "model.safetensors").stat().st_size
 
 
@@ -133,7 +133,7 @@ def test_remote_model_is_downloaded_only_after_a_click(
 ) -> None:
     draft.set("model", "owner/name")
     draft.save()
-    remote = models.LocalModel("owner/name", "name", "hub", 10**9, "mit", cached=False)
+    remote = models.ModelInfo("owner/name", "name", "hub", 10**9, "mit", is_local=False)
     monkeypatch.setattr(models, "describe_model", lambda _: remote)
     part = client.get(f"/drafts/{draft.identity}/part/plan")
     assert "Download 1.00 GB" in part.text
@@ -233,7 +233,7 @@ def test_job_page_shows_progress_of_the_run_and_escapes_texts(client: TestClient
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     job.state, job.stops = "stopped", 1
     page = client.get(f"/jobs/{job.identity}").text
-    assert "after 20 of 40 steps" in page
+    assert "20 of 40 steps" in page
     assert all(
         text in page for text in ("first answer", "last answer", "&lt;b&gt;one", 'id="loss-figure"', "Start again")
     )
@@ -245,6 +245,18 @@ def test_job_page_shows_progress_of_the_run_and_escapes_texts(client: TestClient
     assert "The disk is full." in page
     assert "Delete files." in page
     assert "some line" in page
+
+
+def test_page_of_a_job_offers_its_file_or_names_its_folder(client: TestClient, studio: Studio) -> None:
+    exports = studio.workspace.folder / "exports"
+    (exports / "first-merged").mkdir(parents=True)
+    (exports / "first.gguf").write_bytes(b"GGUF")
+    for verb, name in (("merge", "first-merged"), ("export", "first.gguf")):
+        job = studio.queue.add(verb, [verb], title=name, output=exports / name)
+        job.state = "done"
+        page = client.get(f"/jobs/{job.identity}").text
+        assert (f'href="/exports/{name}"' in page) == (verb == "export")
+        assert (f"<code>exports/{name}</code>" in page) == (verb == "merge")
 
 
 def test_pages_need_no_torch() -> None:

@@ -276,7 +276,7 @@ class AgentServer:
         return await asyncio.to_thread(training.status)
 
     async def _eval(self, args: EvalArguments) -> object:
-        arguments = await asyncio.to_thread(self.allowed.run, args.run)
+        arguments = await asyncio.to_thread(self.allowed.run_arguments, args.run)
         if args.data is not None:
             arguments.append(f"--data={self.allowed.reference(args.data, 'data')}")
         if args.rows is not None:
@@ -289,7 +289,7 @@ class AgentServer:
         return await self._run(["runs", *names, "--json"])
 
     async def _generate(self, args: PromptsArguments) -> object:
-        arguments = await asyncio.to_thread(self.allowed.run, args.run)
+        arguments = await asyncio.to_thread(self.allowed.run_arguments, args.run)
         arguments += [f"--prompt={prompt}" for prompt in args.prompts] + ["--with-base"] * args.base
         arguments += [] if args.system is None else [f"--system={args.system}"]
         arguments += [f"--max-new-tokens={args.max_new_tokens}", f"--temperature={args.temperature}"]

@@ -27,7 +27,7 @@ from deltaw.untrusted_paths import is_inside, require_contained
 # outside of the folder. An untrusted folder could make it read arbitrary files, so such references are rejected.
 
 
-_ADAPTER = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 # Tokenizer settings that transformers opens as files, in addition to those that end in "_file". The exception is
 # never opened, and old tokenizers contain paths in it.
 _OPENED, _NOT_OPENED = ("vocab", "merges", "init_inputs"), "special_tokens_map_file"
@@ -41,9 +41,11 @@ def require_own_files(folder: Path) -> None:
             safetensors, or the folder also contains an adapter, which transformers would apply.
     """
     require_contained(folder)
-    if (folder / _ADAPTER).is_file() and (folder / "config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file() and (folder / "config.json").is_file():
         hint = "move one of them into a separate folder"
-        raise UserError(f"the folder contains both model and adapter ({_ADAPTER})", location=str(folder), hint=hint)
+        raise UserError(
+            f"the folder contains both model and adapter ({ADAPTER_CONFIG})", location=str(folder), hint=hint
+        )
     for index in sorted(folder.glob("*.index.json")):
         shard_names(index)
     weights = read_json_object(folder / "config.json").get("transformers_weights")
@@ -192,8 +194,8 @@ def _folder(path: Path, name: str) -> ModelSource:
 
 def _hint_for_folder(path: Path) -> str:
     """Return a hint for a folder without config.json."""
-    if (path / _ADAPTER).is_file():
-        base = read_json_object(path / _ADAPTER).get("base_model_name_or_path")
+    if (path / ADAPTER_CONFIG).is_file():
+        base = read_json_object(path / ADAPTER_CONFIG).get("base_model_name_or_path")
         return "this is an adapter, not a base model" + (f"; its base model is {base}" if base else "")
     inside = [*sorted(path.glob("*.gguf")), *sorted(file.parent for file in path.glob("*/config.json"))]
     if inside:
@@ -335,11 +337,13 @@ def adapter_folder(reference: str | Path, *, required: bool = True) -> Path:
     name, revision = str(source.location), source.revision
     try:
         # Download only the settings first, to avoid downloading a model that is not an adapter.
-        if not (_snapshot(name, revision, [_ADAPTER]) / _ADAPTER).is_file():
+        if not (_snapshot(name, revision, [ADAPTER_CONFIG]) / ADAPTER_CONFIG).is_file():
             if not required:
                 return Path(reference)
             hint = "give the reference of an adapter; its base model is resolved automatically"
-            raise UserError(f"the repository contains no adapter ({_ADAPTER})", location=str(reference), hint=hint)
+            raise UserError(
+                f"the repository contains no adapter ({ADAPTER_CONFIG})", location=str(reference), hint=hint
+            )
         return _snapshot(name, revision, [*_FETCHED, "run.yaml"])
     except UserError:
         raise

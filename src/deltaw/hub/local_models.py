@@ -1,4 +1,4 @@
-"""Models on this machine, and size and license of a model on a hub, without loading any."""
+"""Models on this machine, and sizes and licenses of models, without loading them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from deltaw.hub import packages
 from deltaw.hub.folders import config_folder, fetch_error, find_cached, resolve, resolve_hub_id
 
 UNKNOWN = "unknown"
-# Levels of folders in which models are searched, and number of bytes in which a license is searched.
+# Depth of the model search, and bytes of a file that are searched for a license.
 MAX_DEPTH, HEAD_BYTES = 2, 2**16
 _PACKAGE = re.compile(r"(?im)^(?:License-Expression|License): *(\S.*)$|^Classifier: License :: (?:.* :: )?(.+)$")
 _GGUF = re.compile(rb"general\.license\x08\0\0\0(.{8})", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class LocalModel:
+class ModelInfo:
     """Model that can be trained.
 
     Attributes:
@@ -30,7 +30,7 @@ class LocalModel:
         kind: ``folder``, ``gguf``, ``hub`` or ``package``.
         bytes: Size of its files, or None if it is unknown.
         license: Name of the license, or ``unknown``.
-        cached: True if it is on this machine.
+        is_local: True if the model is on this machine.
     """
 
     reference: str
@@ -38,16 +38,16 @@ class LocalModel:
     kind: str
     bytes: int | None
     license: str
-    cached: bool = True
+    is_local: bool = True
 
 
-def list_local_models(folder: Path) -> list[LocalModel]:
+def list_local_models(folder: Path) -> list[ModelInfo]:
     """Return the models below a folder, in the hub's cache, and in the cache of packages."""
     found = [*_below(folder, folder, MAX_DEPTH), *_hub_models(), *_package_models()]
     return list({model.reference: model for model in found}.values())
 
 
-def describe_model(reference: str) -> LocalModel:
+def describe_model(reference: str) -> ModelInfo:
     """Return a model by its reference. If it is not on this machine, the hub is asked.
 
     Raises:
@@ -56,16 +56,16 @@ def describe_model(reference: str) -> LocalModel:
     if packages.is_package_reference(reference):
         package = packages.parse(reference)
         if not packages.is_available(reference):
-            return LocalModel(reference, package.name, "package", None, UNKNOWN, cached=False)
+            return ModelInfo(reference, package.name, "package", None, UNKNOWN, is_local=False)
         path = resolve(reference).path
-        return LocalModel(reference, package.name, "package", _size(path), _package_license(package.name, path))
+        return ModelInfo(reference, package.name, "package", _size(path), _package_license(package.name, path))
     hub = resolve_hub_id(reference)
     if hub is None:
         path = resolve(reference).path
-        return LocalModel(reference, path.name, "gguf" if path.is_file() else "folder", _size(path), _license(path))
+        return ModelInfo(reference, path.name, "gguf" if path.is_file() else "folder", _size(path), _license(path))
     if (cached := find_cached(reference)) is not None:
         path = config_folder(cached, "", False)
-        return LocalModel(reference, hub.name, "hub", _size(path), _license(path))
+        return ModelInfo(reference, hub.name, "hub", _size(path), _license(path))
     from huggingface_hub import HfApi
 
     try:
@@ -75,10 +75,10 @@ def describe_model(reference: str) -> LocalModel:
     files = [file for file in info.siblings or () if file.rfilename.endswith(".safetensors")]
     name = UNKNOWN if info.card_data is None else info.card_data.get("license") or UNKNOWN
     size = sum(file.size or 0 for file in files) or None
-    return LocalModel(reference, hub.name, "hub", size, str(name), cached=False)
+    return ModelInfo(reference, hub.name, "hub", size, str(name), is_local=False)
 
 
-def _below(folder: Path, root: Path, depth: int) -> Iterator[LocalModel]:
+def _below(folder: Path, root: Path, depth: int) -> Iterator[ModelInfo]:
     with contextlib.suppress(OSError):
         for path in sorted(folder.iterdir()):
             is_hidden = path.name.startswith(".") or path.is_symlink()
@@ -87,12 +87,12 @@ def _below(folder: Path, root: Path, depth: int) -> Iterator[LocalModel]:
             if path.is_file() or _has_model(path):
                 kind = "gguf" if path.is_file() else "folder"
                 reference = path.relative_to(root).as_posix()
-                yield LocalModel(reference, path.name, kind, _size(path), _license(path))
+                yield ModelInfo(reference, path.name, kind, _size(path), _license(path))
             elif depth and not (path / "run.yaml").is_file():
                 yield from _below(path, root, depth - 1)
 
 
-def _hub_models() -> Iterator[LocalModel]:
+def _hub_models() -> Iterator[ModelInfo]:
     from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 
     with contextlib.suppress(CacheNotFound, OSError, ValueError):
@@ -102,10 +102,10 @@ def _hub_models() -> Iterator[LocalModel]:
             newest = max(repository.revisions, key=lambda revision: revision.last_modified, default=None)
             if repository.repo_type == "model" and newest is not None and _has_model(newest.snapshot_path):
                 name, path = repository.repo_id.rpartition("/")[2], newest.snapshot_path
-                yield LocalModel(repository.repo_id, name, "hub", _size(path), _license(path))
+                yield ModelInfo(repository.repo_id, name, "hub", _size(path), _license(path))
 
 
-def _package_models() -> Iterator[LocalModel]:
+def _package_models() -> Iterator[ModelInfo]:
     for mark in sorted(packages.cache_folder().glob("*/.complete/*")):
         name, _, version = mark.parent.parent.name.rpartition("-")
         member = "" if mark.name == "all" else "/" + urllib.parse.unquote(mark.name)

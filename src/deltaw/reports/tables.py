@@ -126,6 +126,11 @@ def metric_value(name: str, value: float | None) -> str:
     return f"{value:,.0f}" if last.startswith("passages_") else short(value)
 
 
+def format_interval(metric: str, bounds: Sequence[float]) -> str:
+    """Return the lower and the upper bound of a metric, or '' if they are missing."""
+    return " – ".join(metric_value(metric, bound) for bound in bounds) if len(bounds) == 2 else ""
+
+
 def short(value: float | None) -> str:
     """Format four significant digits: ``0.4213``, ``12.34``, ``1,234``, ``9.2e-06``."""
     if value is None or not math.isfinite(value):

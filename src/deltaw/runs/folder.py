@@ -241,6 +241,12 @@ class Run:
         return next(((name, v[-1][1]) for name in [*metrics, *names] if (v := self.metrics.evaluated(name))), None)
 
     @property
+    def score_interval(self) -> Sequence[float]:
+        """Lower and upper bound of the score, or an empty sequence."""
+        bounds = numbers(sequence(mapping(self.result.get("score")).get("interval")))
+        return bounds if len(bounds) == 2 else ()
+
+    @property
     def base(self) -> Mapping[str, float]:
         """Metrics of the held-out rows before the first step.
 

@@ -99,10 +99,12 @@ class FolderPermissions:
                 raise UserError("this is not allowed here", location=key, hint=f"remove {key}")
         config = RunConfig.read(values)
         name, section, references = str(config.section_name), config.section, config.external_references()
-        for key in (f"{name}.{key}" for key in getattr(section, "code_keys", ())):
-            if key in references:
-                message = f"functions that read files or run code are not allowed here: {str(references[key])[:200]}"
-                raise UserError(message, location=key, hint="use rewards that compare texts, such as exact")
+        for key in getattr(section, "code_keys", ()):
+            location = f"{name}.{key}"
+            if location in references:
+                code = str(references[location])[:200]
+                message = f"functions that read files or run code are not allowed here: {code}"
+                raise UserError(message, location=location, hint="use rewards that compare texts, such as exact")
         checks = {"path": self.path, "reference": self.reference}  # code and addresses are rejected above
         values = replace_names(values, RunConfig, lambda v, kind, key: checks[kind](v, key) if kind in checks else v)
         # Read texts now, because the agent could replace their files later.
@@ -112,7 +114,7 @@ class FolderPermissions:
                 values[name][key] = {"text": value.read(f"{name}.{key}")}
         return values
 
-    def run(self, text: str) -> list[str]:
+    def run_arguments(self, text: str) -> list[str]:
         """Return the command-line arguments that open a run, an adapter or a model.
 
         Raises:
@@ -123,14 +125,16 @@ class FolderPermissions:
         reference = self.reference(text, "run")
         folder = Path(reference)
         if folder.is_absolute() and not folder.exists():
-            raise UserError(f"no such run or model: '{text[:200]}'", location="run", hint="call runs")
+            raise UserError(
+                f"no such run or model: '{text[:200]}'", location="run", hint="call the tool 'runs' to list them"
+            )
         if not (folder.is_absolute() and is_adapter(folder)):
             return [reference]
         adapter = read_folder(folder, trust_remote_code=False)
         if adapter.run is not None:
             self.config(None, adapter.run.model_dump(mode="json"))
         base = self.reference(adapter.base_name(None), "the base model of the run")
-        # eval applies this only if the run is named.
+        # The precision of a run applies only if --model is not given, so it is passed explicitly.
         precision = "auto" if adapter.run is None else adapter.run.precision
         return [reference, f"--model={base}", f"--precision={precision}"]
 

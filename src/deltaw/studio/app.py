@@ -7,6 +7,7 @@ import errno
 import hashlib
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response
@@ -16,7 +17,7 @@ from deltaw.errors import UserError
 from deltaw.reports.svg import templates
 from deltaw.runs.folder import Run, find_runs
 from deltaw.serving.http.settings import ServerSettings
-from deltaw.studio import data, excel, live, models, runs, try_page
+from deltaw.studio import data, live, models, runs, spreadsheets, try_page
 from deltaw.studio import settings as settings_pages
 from deltaw.studio.guard import SessionGuard, Token, session_secret
 from deltaw.studio.rendering import error_response, form, page
@@ -49,7 +50,8 @@ def create_app(studio: Studio, settings: ServerSettings, token: Token) -> FastAP
 
 async def _on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
-        return error_response(request, UserError("this page does not exist"), error.status_code)
+        message = "this page does not exist" if error.status_code == 404 else "this request is not allowed here"
+        return error_response(request, UserError(message), error.status_code)
     if isinstance(error, OSError):
         if error.errno != errno.ENOSPC:
             raise error
@@ -64,22 +66,21 @@ def router(studio: Studio) -> APIRouter:
 
     def draft_of(file: Path) -> str:
         """Create a draft and return the address of its first page."""
-        return f"/drafts/{workspace.create_draft(excel.convert(workspace, file)).identity}/data"
+        return f"/drafts/{workspace.create_draft(spreadsheets.convert(workspace, file)).identity}/data"
 
     @routes.get("/")
     def start(request: Request) -> Response:
-        last = sorted(map(Run, find_runs(workspace.folder)), key=lambda run: run.changed, reverse=True)[:MAX_RUNS]
-        jobs = [job for job in studio.queue.jobs() if job.state in ("queued", "running")]
+        last_changed = sorted(map(Run, find_runs(workspace.folder)), key=lambda run: run.changed, reverse=True)
+        recent_runs = [(workspace.relative(run.path), run) for run in last_changed[:MAX_RUNS]]
         files = [(name, name) for name in map(workspace.relative, workspace.data_files())]
-        drafts, runs = workspace.drafts(), [(workspace.relative(run.path), run) for run in last]
-        return page(request, "start.html", workspace=workspace, files=files, drafts=drafts, runs=runs, jobs=jobs)
+        values: dict[str, Any] = {"drafts": workspace.drafts(), "runs": recent_runs, "jobs": studio.queue.active()}
+        return page(request, "start.html", workspace=workspace, files=files, **values)
 
     @routes.put("/files/{name}")
     async def upload(request: Request, name: str) -> Response:
         size = request.headers.get("content-length")
         file = await workspace.save_upload(name, request.stream(), None if size is None else int(size))
-        url = await asyncio.to_thread(draft_of, file)
-        return JSONResponse({"draft": url.split("/")[2], "url": url})
+        return JSONResponse({"url": await asyncio.to_thread(draft_of, file)})
 
     @routes.post("/drafts")
     async def create(request: Request) -> Response:

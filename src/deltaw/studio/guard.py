@@ -1,4 +1,4 @@
-"""Access to the studio: a cookie from a token of single use, checks of host and origin, and security headers."""
+"""Access to the studio: a session cookie obtained with a single-use token, checks of host and origin, and headers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import secrets
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import parse_qs
 
 from fastapi import Request
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -34,7 +33,10 @@ class Token:
     """Token in the address that opens the studio in a browser. Each token can be used once.
 
     Args:
-        announce: Called with a new token, if a browser uses an old one.
+        announce: Called with a new token when the last used one is opened again.
+
+    Attributes:
+        value: Current token, or '' if it was used.
     """
 
     def __init__(self, announce: Callable[[str], None]) -> None:
@@ -94,7 +96,7 @@ class SessionGuard:
 
         request = Request(scope, receive)
         try:
-            await (self._rejection(request) or self._app)(scope, receive, send_with_headers)
+            await (self._guard_response(request) or self._app)(scope, receive, send_with_headers)
         except ClientDisconnect:
             pass
         except Exception:
@@ -103,10 +105,9 @@ class SessionGuard:
                 error = UserError("something went wrong", hint="the terminal shows the details")
                 await error_response(request, error, 500)(scope, receive, send_with_headers)
 
-    def _rejection(self, request: Request) -> Response | None:
-        """Return the response to a request that the application must not handle, or None."""
-        headers, path = request.headers, request.url.path
-        host = headers.get("host", "")
+    def _guard_response(self, request: Request) -> Response | None:
+        """Return a rejection or a redirect, or None if the application handles the request."""
+        path, host = request.url.path, request.headers.get("host", "")
         if not known_host(host, self._hosts):
             hint = "start the studio with --allow-host NAME"
             return error_response(
@@ -114,15 +115,15 @@ class SessionGuard:
             )
         if path.startswith("/static/"):
             return None
-        if request.method not in ("GET", "HEAD") and not self._is_same_origin(request.scope, headers, host):
+        if request.method not in ("GET", "HEAD") and not _is_same_origin(request):
             return error_response(request, UserError("another page sent this request"), 403)
         if self._has_cookie(request):
             return RedirectResponse("/", 303) if "token" in request.query_params and path == "/" else None
         hint = "open the address that the terminal shows, or start deltaw studio again"
-        tokens = parse_qs(request.url.query).get("token", [])
-        if path != "/" or not tokens:
+        token = request.query_params.get("token", "")
+        if path != "/" or not token:
             return error_response(request, UserError("this browser is not connected to the studio", hint=hint), 401)
-        if not self._token.use(tokens[0]):
+        if not self._token.use(token):
             message = "this address was used before, or it is wrong"
             hint = "open the new address that the terminal shows, or start deltaw studio again"
             return error_response(request, UserError(message, hint=hint), 403)
@@ -132,10 +133,12 @@ class SessionGuard:
         response.set_cookie(self._cookie, self._secret, **options)  # type: ignore[arg-type]
         return response
 
-    def _is_same_origin(self, scope: Scope, headers: Headers, host: str) -> bool:
-        origin, site = headers.get("origin", ""), headers.get("sec-fetch-site", "same-origin")
-        return origin == f"{scope['scheme']}://{host}" and site == "same-origin"
-
     def _has_cookie(self, request: Request) -> bool:
         value = request.cookies.get(self._cookie, "")
         return hmac.compare_digest(value.encode("utf-8", "replace"), self._secret.encode())
+
+
+def _is_same_origin(request: Request) -> bool:
+    headers = request.headers
+    origin, site = headers.get("origin", ""), headers.get("sec-fetch-site", "same-origin")
+    return origin == f"{request.scope['scheme']}://{headers.get('host', '')}" and site == "same-origin"

@@ -31,6 +31,8 @@ from deltaw.runs.folder import is_alive, is_locked, process_identity
 from deltaw.studio.workspace import Workspace
 
 QUEUED, RUNNING, DONE, FAILED, STOPPED = "queued", "running", "done", "failed", "stopped"
+VERBS = {"train": "Training", "eval": "Scoring", "predict": "Predicting", "merge": "Merging", "export": "Exporting"}
+VERBS |= {"deploy": "Adding to the program", "plan": "Downloading the model"}
 POLL_SECONDS, RETRY_SECONDS = 0.5, 30.0
 # Maximum bytes that are read of a job's output, and number of lines of its log on the page.
 MAX_OUTPUT_BYTES, MAX_LOG_LINES = 2**24, 40
@@ -102,6 +104,12 @@ class StudioJob:
     def is_active(self) -> bool:
         """True if the job is running or waiting."""
         return self.state in (QUEUED, RUNNING)
+
+    @property
+    def state_text(self) -> str:
+        """State in words."""
+        texts = {QUEUED: "Waiting", DONE: "Finished", STOPPED: "Stopped", FAILED: "Failed"}
+        return texts.get(self.state) or ("Stopping" if self.stops else VERBS.get(self.verb, "Running"))
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -220,6 +228,10 @@ class JobQueue:
                 key=lambda job: (rank.get(job.state, 2), job.order if job.state == QUEUED else -job.created),
             )
 
+    def active(self) -> list[StudioJob]:
+        """Return the jobs that are running or waiting."""
+        return [job for job in self.jobs() if job.is_active]
+
     def job(self, identity: str) -> StudioJob:
         """Return a job.
 
@@ -228,7 +240,7 @@ class JobQueue:
         """
         with self._lock:
             if identity not in self._jobs:
-                raise UserError("this job does not exist", hint="go to the list of trainings")
+                raise UserError("this job does not exist", hint="go to the list of jobs")
             return self._jobs[identity]
 
     def busy(self) -> StudioJob | None:

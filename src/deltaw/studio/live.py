@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import RedirectResponse, Response
 
 from deltaw.errors import UserError
-from deltaw.reports.live_table import live_line
+from deltaw.reports.live_table import LiveLine, live_line
 from deltaw.reports.page.run_figures import loss_figure, memory_figure, metric_figures, reward_figure
-from deltaw.reports.tables import metric_name, metric_value, short
+from deltaw.reports.tables import duration, format_interval, metric_name, metric_value, short
 from deltaw.runs.folder import CHECKPOINT_FOLDER, KILLED, RUNNING, Run, mapping, number, numbers, sequence
 from deltaw.settings.config import flat
-from deltaw.studio.jobs import StudioJob, read_error
+from deltaw.studio.jobs import QUEUED, StudioJob, read_error
 from deltaw.studio.rendering import form, page, part
-from deltaw.studio.runs import score_interval
+from deltaw.studio.runs import score_range_text
 from deltaw.studio.state import Studio
 
 # Limits of a page: sample answers, predicted rows, values of a result, characters of a text, and classes.
 MAX_SAMPLES, MAX_PREDICTIONS, MAX_VALUES, MAX_CHARACTERS, MAX_CLASSES = 6, 10, 40, 2000, 12
 # A progress is shown again until this multiple of the time that reading it took has passed.
 IDLE_FACTOR = 20
-VERBS = {"train": "Training", "eval": "Scoring", "predict": "Predicting", "merge": "Merging", "export": "Exporting"}
-VERBS |= {"deploy": "Adding to the program", "plan": "Downloading the model"}
 
 
 def router(studio: Studio) -> APIRouter:
@@ -42,26 +40,25 @@ def router(studio: Studio) -> APIRouter:
             run = None if job.run is None else Run(workspace.folder / job.run)
             values = {**job_view(job, run), "has_checkpoint": run is not None and has_checkpoint(run)}
             if job.is_active and values["percent"] is not None:
-                values["announcement"] = f"{values['title']}: {values['percent'] // 10 * 10} %"
+                values["announcement"] = f"{values['title']}: {values['percent'] // 10 * 10}%"
             views[job.identity] = time.monotonic(), time.monotonic() - started, state, values
-        others = [other for other in queue.jobs() if other.is_active and other is not job]
-        return {**values, "job": job, "others": others, "problem": queue.problem}
-
-    def listed() -> list[tuple[StudioJob, str]]:
-        return [(job, state_text(job)) for job in queue.jobs()]
+        others = [other for other in queue.active() if other is not job]
+        values |= {"job": job, "others": others, "note": job_note(job, values["line"], others)}
+        is_file = job.output is not None and (workspace.folder / job.output).is_file()
+        return {**values, "problem": queue.problem, "is_file": is_file}
 
     def with_count(response: Response) -> Response:
         """Add the number of jobs in the navigation to a part."""
-        response.headers["X-Jobs"] = str(sum(job.is_active for job in queue.jobs()))
+        response.headers["X-Jobs"] = str(len(queue.active()))
         return response
 
     @routes.get("")
     def show_all(request: Request) -> Response:
-        return page(request, "jobs.html", jobs=listed(), problem=queue.problem)
+        return page(request, "jobs.html", jobs=queue.jobs(), problem=queue.problem)
 
     @routes.get("/part/queue")
     def show_queue() -> Response:
-        return with_count(part("jobs_queue.html", jobs=listed(), problem=queue.problem))
+        return with_count(part("jobs_queue.html", jobs=queue.jobs(), problem=queue.problem))
 
     @routes.get("/{identity}")
     def show(request: Request, identity: str) -> Response:
@@ -86,7 +83,7 @@ def router(studio: Studio) -> APIRouter:
         elif action in actions:
             actions[action](identity)
         else:
-            raise UserError("this page does not exist", hint="go to the list of trainings")
+            raise UserError("this page does not exist", hint="go to the list of jobs")
         is_listed = action == "remove" or "list" in fields
         return RedirectResponse("/jobs" if is_listed else f"/jobs/{identity}", 303)
 
@@ -99,18 +96,24 @@ def has_checkpoint(run: Run) -> bool:
     return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
 
 
-def state_text(job: StudioJob) -> str:
-    """Return the state of a job in words."""
-    running = "Stopping" if job.stops else VERBS.get(job.verb, "Running")
-    return {"running": running, "queued": "Waiting", "done": "Finished", "stopped": "Stopped", "failed": "Failed"}[
-        job.state
-    ]
+def job_note(job: StudioJob, line: LiveLine | None, others: Sequence[StudioJob]) -> str:
+    """Return a remark about the state of a job: when it starts, or how many steps are done."""
+    if job.state == QUEUED:
+        return f"Starts when {others[0].title} is finished" if others and others[0].state == RUNNING else "Starts soon"
+    if line is None:
+        texts = ("This takes a moment.", "The state is saved first.")
+        return texts[bool(job.stops)] if job.state == RUNNING else ""
+    if job.state != RUNNING:
+        return f"{line.step:,} steps" if line.step == line.total else f"{line.step:,} of {line.total:,} steps"
+    text = f"Step {line.step:,} of {line.total:,}"
+    has_time = line.remaining_seconds is not None and not job.stops
+    return f"{text}, about {duration(line.remaining_seconds)} left" if has_time else text
 
 
 def job_view(job: StudioJob, run: Run | None) -> dict[str, Any]:
     """Return the variables of the progress of a job."""
-    values: dict[str, Any] = {"title": state_text(job), "percent": None, "line": None, "error": None, "figures": []}
-    values |= {"samples": [], "predictions": None, "values": [], "log": job.log, "announcement": state_text(job)}
+    values: dict[str, Any] = {"title": job.state_text, "percent": None, "line": None, "error": None, "figures": []}
+    values |= {"samples": [], "predictions": None, "values": [], "log": job.log, "announcement": job.state_text}
     values |= {"state": job.state, "can_resume": not job.is_active and job.state != "done"}
     values["scored_run"] = None
     values["scores"] = scores(job.result) if job.verb == "eval" and job.result else None
@@ -125,14 +128,14 @@ def job_view(job: StudioJob, run: Run | None) -> dict[str, Any]:
         values |= {"line": line, "percent": int(100 * line.step / line.total) if line.total else 0}
         figures = [loss_figure(run), reward_figure(run), *metric_figures(run), memory_figure(run)]
         values["figures"] = [figure for figure in figures if figure is not None]
-        values |= {"samples": samples(run), "predictions": predictions(run), "interval": score_interval(run)}
+        values |= {"samples": samples(run), "predictions": predictions(run), "interval": score_range_text(run)}
         values["scored_run"] = run if job.state == "done" and run.score else None
     elif job.state == RUNNING:
         values["title"] = "Stopping" if job.stops else "Preparing"
     if job.state == "failed":
         values["error"] = job_error(job, run)
         if run is not None and run.state == KILLED:
-            values |= {"state": KILLED, "title": "Ended from outside", "announcement": "Ended from outside"}
+            values |= {"state": KILLED, "title": "Killed", "announcement": "Killed"}
     return values
 
 
@@ -155,8 +158,7 @@ def scores(result: Mapping[str, Any]) -> dict[str, Any]:
     intervals = {str(main.get("metric")): main.get("interval"), **intervals}
 
     def interval(name: str, values: object) -> str:
-        bounds = numbers(sequence(values))
-        return " – ".join(metric_value(name, bound) for bound in bounds) if len(bounds) == 2 else ""
+        return format_interval(name, numbers(sequence(values)))
 
     rows = [
         (metric_name(name), metric_value(name, number(base.get(name))), metric_value(name, number(value)), text)

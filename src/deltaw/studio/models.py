@@ -1,4 +1,4 @@
-"""Page of the model: local models, license, memory and time. Start of a training."""
+"""Page of the model: local models, license, memory and time. Start of a training run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deltaw import platforms
 from deltaw.data.starter import default_model
 from deltaw.errors import UserError
 from deltaw.hub import packages
-from deltaw.hub.local_models import LocalModel, describe_model, list_local_models
+from deltaw.hub.local_models import ModelInfo, describe_model, list_local_models
 from deltaw.machine.memory import free_memory_bytes
 from deltaw.memory.plan import Plan
 from deltaw.reports.memory_parts import memory_legend, memory_parts
@@ -31,7 +31,7 @@ from deltaw.training.planning.plan_cache import load_cached_plans
 
 
 def router(studio: Studio) -> APIRouter:
-    """Return the routes of the page of the model, of the plan, and of the start of a training."""
+    """Return the routes of the page of the model, of the plan, and of the start of a training run."""
     routes, workspace = APIRouter(prefix="/drafts/{identity}"), studio.workspace
     routes.include_router(_plan_router(studio))
     routes.include_router(_start_router(studio))
@@ -43,8 +43,8 @@ def router(studio: Studio) -> APIRouter:
             if reference and reference not in {model.reference for model in models}:
                 is_package = packages.is_package_reference(reference)
                 name = packages.parse(reference).name if is_package else reference.rpartition("/")[2]
-                models.insert(0, LocalModel(reference, name, "hub", None, "unknown", cached=False))
-        models.sort(key=lambda model: (model.reference != default, not model.cached))
+                models.insert(0, ModelInfo(reference, name, "hub", None, "unknown", is_local=False))
+        models.sort(key=lambda model: (model.reference != default, not model.is_local))
         values = {"models": models, "default": default, "selected": selected, "error": error, "text": text}
         return page(request, "model.html", status=400 if error else 200, draft=draft, **values)
 
@@ -87,7 +87,7 @@ def _plan_router(studio: Studio) -> APIRouter:
             config = workspace.config(draft) | {"output": str(workspace.folder / RUNS / "new")}
             if not values["download"]:
                 values["model"] = describe_model(config["model"])
-            if values["download"] or not values["model"].cached:
+            if values["download"] or not values["model"].is_local:
                 return part("model_plan.html", status=202 if values["download"] else 200, **values)
             free, cached = free_memory_bytes(), load_cached_plans(RunConfig.read(config), [config["method"]])
             plan = None if cached is None else cached.plans[config["method"]]
@@ -106,9 +106,7 @@ def _plan_router(studio: Studio) -> APIRouter:
 
     def download(identity: str) -> object:
         """Return the job that downloads the model of a draft, or None."""
-        return next(
-            (job for job in queue.jobs() if job.is_active and (job.verb, job.draft) == ("plan", identity)), None
-        )
+        return next((job for job in queue.active() if (job.verb, job.draft) == ("plan", identity)), None)
 
     @routes.post("/download")
     def start_download(identity: str) -> Response:
@@ -131,7 +129,7 @@ def _start_router(studio: Studio) -> APIRouter:
         draft, name = workspace.draft(identity), (await form(request)).get("name", [""])[0].strip()
         name = run_name(name)
         platforms.reject_reserved_names(name)
-        config, active = workspace.config(draft), [job for job in queue.jobs() if job.is_active]
+        config, active = workspace.config(draft), queue.active()
         for job in active:
             if (job.verb, job.draft) == ("train", identity) and job.created > draft.changed:  # pressed twice
                 return RedirectResponse(f"/jobs/{job.identity}", 303)

@@ -16,7 +16,7 @@ from deltaw.reports.tables import count, duration, format_time, gigabytes, metri
 
 MAX_FORM_BYTES, MAX_FIELDS = 2**20, 500
 # Addresses and names of the navigation.
-NAVIGATION = {"/": "Start", "/jobs": "Trainings", "/runs": "Results"}
+NAVIGATION = {"/": "Start", "/jobs": "Jobs", "/runs": "Results"}
 
 
 @functools.lru_cache(maxsize=1)
@@ -35,8 +35,8 @@ def environment() -> Environment:
 
 def page(request: Request, template: str, *, status: int = 200, **values: object) -> HTMLResponse:
     """Return a page with the navigation."""
-    waiting = [job for job in request.app.state.studio.queue.jobs() if job.state in ("queued", "running")]
-    frame = {"address": request.url.path, "navigation": NAVIGATION, "num_jobs": len(waiting)}
+    num_jobs = len(request.app.state.studio.queue.active())
+    frame = {"address": request.url.path, "navigation": NAVIGATION, "num_jobs": num_jobs}
     return HTMLResponse(environment().get_template(template).render(frame | values), status)
 
 

@@ -15,21 +15,11 @@ from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Resp
 from starlette.background import BackgroundTask
 
 from deltaw.errors import UserError
+from deltaw.hub.folders import ADAPTER_CONFIG
 from deltaw.platforms import shell_word
 from deltaw.reports.runs import COLUMNS, differing_settings, result_rows, same_prompts, unique_names
-from deltaw.reports.tables import metric_name, metric_value
-from deltaw.runs.folder import (
-    LEARNING_RATES,
-    RUN,
-    RUNNING,
-    Run,
-    find_runs,
-    is_locked,
-    is_run,
-    mapping,
-    numbers,
-    sequence,
-)
+from deltaw.reports.tables import format_interval, metric_name, metric_value
+from deltaw.runs.folder import LEARNING_RATES, RUN, RUNNING, Run, find_runs, is_locked, is_run, mapping, sequence
 from deltaw.settings import task_registry
 from deltaw.studio.rendering import form, page
 from deltaw.studio.state import Studio
@@ -45,6 +35,7 @@ GGUF_TYPES = {"q8_0": "small, nearly exact", "q4_0": "smallest, less exact", "f1
 PROGRAMS = {"ollama": "Ollama", "lmstudio": "LM Studio"}
 # A rendered report contains its own policy for styles and its script.
 _REPORT_HEADERS = {"Content-Security-Policy": "sandbox allow-scripts; frame-ancestors 'self'"}
+# Maximum depth, and maximum number of adapters per level.
 _MAX_ORIGINS = 8
 
 # Text of an adapter that a run started from, and the adapters that this one started from.
@@ -95,7 +86,7 @@ def _add_pages(routes: APIRouter, studio: Studio) -> None:
         jobs = [job for job in studio.queue.jobs() if job.run == relative]
         entry = task_registry.find(run.task)
         return page(
-            request, "run.html", run=run, path=relative, interval=score_interval(run), results=results,
+            request, "run.html", run=run, path=relative, interval=score_range_text(run), results=results,
             model=workspace.relative(run.model), goal=entry.goal if entry and entry.goal else run.task,
             origins=_origins(run.part("start"), _MAX_ORIGINS), jobs=jobs, gguf_types=GGUF_TYPES, programs=PROGRAMS,
             commands=commands, has_adapter=has_adapter(run.path),
@@ -133,7 +124,7 @@ def _add_actions(routes: APIRouter, studio: Studio) -> None:
         if run.path != workspace.folder / text:
             raise UserError(f"'{text[:200]}' is a link", hint="delete it in your file manager")
         if run.state == RUNNING or is_locked(run.path):
-            raise UserError("this training is running", hint="stop it before you delete it")
+            raise UserError("this run is not finished", hint="stop it before you delete it")
         shutil.rmtree(run.path)
         return RedirectResponse("/runs", 303)
 
@@ -196,7 +187,7 @@ def export_path(workspace: Workspace, name: str) -> Path:
 
 def has_adapter(folder: Path) -> bool:
     """Return True if the folder contains an adapter."""
-    return bool(_adapter_files(folder))
+    return (folder / ADAPTER_CONFIG).is_file()
 
 
 def _adapter_files(folder: Path) -> list[Path]:
@@ -210,18 +201,16 @@ def _adapter_files(folder: Path) -> list[Path]:
     ]
 
 
-def score_interval(run: Run) -> str:
-    """Return the 95 % interval of the score, or ''."""
-    score = mapping(run.result.get("score"))
-    bounds = numbers(sequence(score.get("interval")))
-    return " – ".join(metric_value(str(score.get("metric")), bound) for bound in bounds) if len(bounds) == 2 else ""
+def score_range_text(run: Run) -> str:
+    """Return the 95% confidence interval of the score, or ''."""
+    return format_interval(str(mapping(run.result.get("score")).get("metric")), run.score_interval)
 
 
 def _score(run: Run) -> str:
     """Return the main metric with its value and interval, or ''."""
     if run.score is None:
         return ""
-    text, interval = f"{metric_name(run.score[0])} {metric_value(*run.score)}", score_interval(run)
+    text, interval = f"{metric_name(run.score[0])} {metric_value(*run.score)}", score_range_text(run)
     return f"{text} ({interval})" if interval else text
 
 

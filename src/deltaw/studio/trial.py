@@ -17,8 +17,9 @@ from deltaw.studio.jobs import python_command, read_error
 from deltaw.studio.workspace import Workspace
 
 NONE, STARTING, READY, FAILED = "none", "starting", "ready", "failed"
-# Time after the last request until a process may be stopped because a job needs the memory.
+# Seconds without requests after which a starting job may stop the process.
 IDLE_SECONDS = 60.0
+# Lines of output kept for the error message.
 MAX_LINES = 40
 _READY = re.compile(r"serving .* at (http://127\.0\.0\.1:\d+)\n")
 # The process ends with the studio, also if that is killed: its standard input is then closed.
@@ -89,8 +90,9 @@ class TrialServer:
         for line in process.stdout:
             lines.append(line)
             match = _READY.fullmatch(line)
-            if match and process is self._process:
-                self._url = match[1]
+            with self._lock:
+                if match and process is self._process:
+                    self._url = match[1]
 
     def stop(self) -> None:
         """Stop the process."""

@@ -15,9 +15,9 @@ from fastapi.responses import JSONResponse, RedirectResponse, Response, Streamin
 from deltaw.errors import UserError
 from deltaw.runs.folder import Run, find_runs
 from deltaw.serving.http.settings import NAME
-from deltaw.studio.excel import convert
 from deltaw.studio.rendering import form, page, part
 from deltaw.studio.runs import export_path, has_adapter, run_of
+from deltaw.studio.spreadsheets import convert
 from deltaw.studio.state import Studio
 from deltaw.studio.trial import FAILED, STARTING, TrialServer
 

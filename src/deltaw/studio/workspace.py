@@ -23,11 +23,11 @@ from deltaw.runs.folder import is_run, mapping
 from deltaw.runs.permissions import FolderPermissions
 from deltaw.settings.config import merge_settings
 
-EXCEL = (".xlsx", ".xls", ".ods")
+SPREADSHEETS = (".xlsx", ".xls", ".ods")
 STUDIO, RUNS, EXPORTS = ".studio", "runs", "exports"
 # Free bytes that an upload must leave on the disk, and the default limit of an upload.
 MIN_FREE_BYTES, MAX_UPLOAD_BYTES = 10**9, 512 * 10**6
-# Levels of folders in which files are offered, and the number of files.
+# Depth of the search for data files, and maximum number of files offered.
 MAX_DEPTH, MAX_FILES = 2, 200
 _UPLOAD_NAME = re.compile(r"[\w .()-]{1,120}")
 _IDENTITY = re.compile(r"[0-9a-f]{12}")
@@ -38,6 +38,11 @@ def unused_path(path: Path) -> Path:
     stem, dot, suffixes = path.name.partition(".")
     names = itertools.chain([path.name], (f"{stem}-{number}{dot}{suffixes}" for number in itertools.count(2)))
     return next(new for name in names if not os.path.lexists(new := path.with_name(name)))
+
+
+def is_data_file(path: Path) -> bool:
+    """Return True if the suffix is that of a supported file with rows."""
+    return bool(kind_of(path)) or path.suffix.lower() in SPREADSHEETS
 
 
 class TooLargeError(UserError):
@@ -114,7 +119,7 @@ class Workspace:
         hint = f"choose a file or folder inside of {self.folder}"
         try:
             path = (self.folder / text).resolve(strict=True)
-            parts = (*Path(text).parts, *path.relative_to(self.folder).parts)  # fails if it is outside
+            parts = (*Path(text).parts, *path.relative_to(self.folder).parts)  # ValueError if it is outside
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"'{text[:200]}' does not exist", location=location, hint=hint) from error
         if not parts or Path(text).is_absolute() or any(part.startswith(".") for part in parts):
@@ -141,7 +146,7 @@ class Workspace:
                     continue
                 if entry.is_dir() and depth and not is_run(entry) and not (entry / "config.json").is_file():
                     yield from walk(entry, depth - 1)
-                elif entry.is_file() and (kind_of(entry) or entry.suffix.lower() in EXCEL):
+                elif entry.is_file() and is_data_file(entry):
                     yield entry
 
         return sorted(walk(self.folder, MAX_DEPTH), key=lambda file: file.stat().st_mtime, reverse=True)[:MAX_FILES]
@@ -159,11 +164,7 @@ class Workspace:
         """
         name = PurePosixPath(name.replace("\\", "/")).name
         path = self.folder / name
-        if (
-            not _UPLOAD_NAME.fullmatch(name)
-            or name.startswith(".")
-            or not (kind_of(path) or path.suffix.lower() in EXCEL)
-        ):
+        if not _UPLOAD_NAME.fullmatch(name) or name.startswith(".") or not is_data_file(path):
             hint = "use a table (.csv, .tsv, .xlsx, .xls, .ods, .parquet) or JSON lines (.jsonl)"
             raise UserError(f"'{name[:200]}' is not a file with rows", location="upload", hint=hint)
         platforms.reject_reserved_names(name)
@@ -182,6 +183,7 @@ class Workspace:
         return path
 
     def _check_size(self, size: int, needed: int) -> None:
+        """Reject an upload above the limit, or one that would fill the disk."""
         if size > self.max_upload:
             message = f"the file is larger than {self.max_upload / 1e6:,.0f} MB"
             raise TooLargeError(message, location="upload", hint=f"copy it to {self.folder} and choose it here")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,6 @@ from deltaw.runs.folder import (
     SampleAnswer,
     mapping,
     number,
-    numbers,
     sequence,
 )
 from deltaw.runs.summary import PEFT_METHODS, next_commands
@@ -203,7 +202,7 @@ def score_items(record: Run) -> Iterator[HeadlineItem]:
             yield HeadlineItem("held-out score", "none", "no rows were held out; set data.eval", large=True)
         return
     name, value = record.score
-    base, bounds, rows = record.base.get(name), score_interval(record), num_held_out_rows(record)
+    base, bounds, rows = record.base.get(name), record.score_interval, num_held_out_rows(record)
     before, after = column_names(record)
     if base is not None:
         note = f"{before} → {after}"
@@ -220,12 +219,6 @@ def score_items(record: Run) -> Iterator[HeadlineItem]:
     evaluated = record.result or record.metrics.evaluations[-1][0]  # step 0 is the evaluation before training
     before = "" if base is None else metric_value(name, base)
     yield HeadlineItem(title, metric_value(name, value if evaluated else None), note.lstrip("; "), before, large=True)
-
-
-def score_interval(record: Run) -> Sequence[float]:
-    """Return the lower and the upper bound of the score, or an empty sequence."""
-    bounds = numbers(sequence(mapping(record.result.get("score")).get("interval")))
-    return bounds if len(bounds) == 2 else ()
 
 
 def num_held_out_rows(record: Run) -> int | None:
@@ -286,7 +279,7 @@ def notices(record: Run) -> list[str]:
 def score_warnings(record: Run) -> Iterator[str]:
     """Yield the reasons why the score may not be better than that of the base model."""
     name, value = record.score or ("", 0.0)
-    base, bounds = record.base.get(name), score_interval(record)
+    base, bounds = record.base.get(name), record.score_interval
     if base is None or not bounds:
         return
     if value == base:

@@ -1,13 +1,13 @@
-// Behavior of the pages by attribute: data-part, data-every, data-autosave, data-then, data-upload, data-copy and
+// Behavior of the pages by attribute: data-src, data-every, data-autosave, data-reload, data-upload, data-copy and
 // data-confirm. All forms also work without this script, except for uploads.
 "use strict";
 
-const POLL = 1000;  // milliseconds between requests for a part that is not finished
-const RETRY = 3000;  // milliseconds until the next request if the studio does not answer
-const SAVE_DELAY = 400;  // milliseconds from a change to its transmission
+const POLL_MS = 1000;  // between requests for a part that is not finished
+const RETRY_MS = 3000;  // until the next request if the studio does not answer
+const SAVE_DELAY_MS = 400;  // from a change to its transmission
 
-const later = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
-const inert = { headers: { Accept: "text/html" }, credentials: "same-origin" };
+const sleep = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
+const HTML_OPTIONS = { headers: { Accept: "text/html" }, credentials: "same-origin" };
 
 function announce(text) {
   const region = document.getElementById("announcement");
@@ -19,7 +19,7 @@ function showOffline(offline) {
 }
 
 // Return the response of the studio, or null if it does not answer. On status 401, the page that explains it is shown.
-async function ask(url, options) {
+async function fetchOrNull(url, options) {
   try {
     const response = await fetch(url, options);
     showOffline(false);
@@ -46,8 +46,8 @@ function replaceContent(element, html) {
   element.innerHTML = html;
   element.querySelectorAll("details").forEach((details, index) => { details.open ||= open[index] ?? false; });
   if (focused) document.getElementById(focused)?.focus({ preventScroll: true });
-  const news = element.querySelector("[data-announce]");
-  if (news) announce(news.dataset.announce);
+  const announcement = element.querySelector("[data-announce]");
+  if (announcement) announce(announcement.dataset.announce);
   connect(element);
 }
 
@@ -58,35 +58,33 @@ async function loadPart(element) {
   element.setAttribute("aria-busy", "true");
   element.classList.add("updating");
   while (element.isConnected && !request.signal.aborted) {
-    if (document.hidden && element.dataset.every) { await later(POLL); continue; }
-    const response = await ask(element.dataset.part, { ...inert, signal: request.signal });
+    if (document.hidden && element.dataset.every) { await sleep(POLL_MS); continue; }
+    const response = await fetchOrNull(element.dataset.src, { ...HTML_OPTIONS, signal: request.signal });
     if (request.signal.aborted) return;
-    if (response === null) { await later(RETRY); continue; }
+    if (response === null) { await sleep(RETRY_MS); continue; }
     const html = await response.text().catch(() => null);
     if (html === null || request.signal.aborted) continue;
     if (response.headers.has("X-Jobs")) showJobs(response.headers.get("X-Jobs"));
-    if (response.status !== 202 || !element.lastHTML) replaceContent(element, html);
-    if (response.status === 202) {
-      if (element.querySelector(".busy")) replaceContent(element, html);
-      await later(POLL);
-      continue;
-    }
+    const isPending = response.status === 202;
+    // While a new version is computed, keep the old one, unless that is only a progress message.
+    if (!isPending || !element.lastHTML || element.querySelector(".busy")) replaceContent(element, html);
+    if (isPending) { await sleep(POLL_MS); continue; }
     element.classList.remove("updating");
     element.setAttribute("aria-busy", "false");
     if (!element.dataset.every || response.headers.has("X-Done")) break;
-    await later(Number(element.dataset.every));
+    await sleep(Number(element.dataset.every));
   }
 }
 
-// Send a form after a change, show the errors at their fields, and reload the parts whose ids are in data-then.
+// Send a form after a change, show the errors at their fields, and reload the parts whose ids are in data-reload.
 function connectAutosave(form) {
   let timer = 0;
   let latest = 0;
   const save = async () => {
     const number = ++latest;
     const body = new URLSearchParams(new FormData(form));
-    const response = await ask(form.action, { method: "POST", body, headers: { Accept: "application/json" } });
-    if (response === null) { timer = setTimeout(save, RETRY); return; }
+    const response = await fetchOrNull(form.action, { method: "POST", body, headers: { Accept: "application/json" } });
+    if (response === null) { timer = setTimeout(save, RETRY_MS); return; }
     const answer = await response.json().catch(() => null);
     if (answer === null || number !== latest) return;
     const errors = answer.errors ?? (answer.error ? { "": answer.error.message } : {});
@@ -96,9 +94,9 @@ function connectAutosave(form) {
       if (target && typeof text === "string") target.textContent = text;
     }
     if (Object.keys(errors).length === 0) announce("Saved");
-    for (const id of (form.dataset.then ?? "").split(" ").filter(Boolean)) loadPart(document.getElementById(id));
+    for (const id of (form.dataset.reload ?? "").split(" ").filter(Boolean)) loadPart(document.getElementById(id));
   };
-  form.addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(save, SAVE_DELAY); });
+  form.addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(save, SAVE_DELAY_MS); });
   form.addEventListener("submit", (event) => {
     if (event.submitter?.name || event.submitter?.hasAttribute("formaction")) return;
     event.preventDefault();
@@ -116,12 +114,10 @@ function showErrors(form, errors) {
     line.textContent = text;
     line.hidden = !text;
     field.classList.toggle("wrong", Boolean(text));
-    input.toggleAttribute("aria-invalid", Boolean(text));
-    if (text) {
-      input.setAttribute("aria-invalid", "true");
-      const described = new Set((input.getAttribute("aria-describedby") ?? "").split(" ").filter(Boolean));
-      input.setAttribute("aria-describedby", [...described.add(line.id)].join(" "));
-    }
+    if (!text) { input.removeAttribute("aria-invalid"); continue; }
+    input.setAttribute("aria-invalid", "true");
+    const described = new Set((input.getAttribute("aria-describedby") ?? "").split(" ").filter(Boolean));
+    input.setAttribute("aria-describedby", [...described.add(line.id)].join(" "));
   }
   const named = [...form.elements].map((input) => input.name);
   const others = Object.entries(errors).filter(([name]) => !named.includes(name)).map(([, text]) => text);
@@ -211,7 +207,7 @@ function connectConfirm(form) {
 }
 
 function connect(root) {
-  root.querySelectorAll("[data-part]").forEach(loadPart);
+  root.querySelectorAll("[data-src]").forEach(loadPart);
   root.querySelectorAll("form[data-autosave]").forEach(connectAutosave);
   root.querySelectorAll("form[data-upload]").forEach(connectUpload);
   root.querySelectorAll("[data-copy]").forEach(connectCopy);

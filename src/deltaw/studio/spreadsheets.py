@@ -1,4 +1,4 @@
-"""Conversion of Excel files to JSON Lines, in a process of its own with limited memory and time."""
+"""Conversion of spreadsheets to JSON Lines, in a process of its own with limited memory and time."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from typing import Any
 
 from deltaw.errors import UserError
 from deltaw.platforms import rename_path
-from deltaw.studio.workspace import EXCEL, Workspace, unused_path
+from deltaw.studio.jobs import python_command
+from deltaw.studio.workspace import SPREADSHEETS, Workspace, unused_path
 
 MAX_MEMORY_BYTES, MAX_UNZIPPED_BYTES, MAX_SECONDS = 4 * 10**9, 10**9, 120
-_COMMAND = "import sys; sys.path[:] = sys.argv[3:]; from deltaw.studio.excel import main; main(*sys.argv[1:3])"
+_CODE = "from deltaw.studio.spreadsheets import main; main(*sys.argv[1:])"
 
 
 def convert(workspace: Workspace, file: Path) -> Path:
-    """Return a file unchanged, or a JSON Lines file with the rows of an Excel file's first sheet that is not empty.
+    """Return a file unchanged, or a JSON Lines file with the rows of a spreadsheet's first sheet that is not empty.
 
     Raises:
         UserError: if the sheet is not a table with a title in each column, or the file is damaged or too large.
     """
-    if file.suffix.lower() not in EXCEL:
+    if file.suffix.lower() not in SPREADSHEETS:
         return file
     output, target = workspace.state / f"{secrets.token_hex(8)}.part", file.with_suffix(".jsonl")
-    paths = [path for path in sys.path if path and Path(path).resolve() != workspace.folder]
-    command = [sys.executable, "-I", "-X", "utf8", "-c", _COMMAND, str(file), str(output), *paths]
+    command, options = python_command(_CODE, [str(file), str(output)])
+    options |= {"capture_output": True, "timeout": MAX_SECONDS, "encoding": "utf-8", "check": False}
     try:
-        process = subprocess.run(command, capture_output=True, timeout=MAX_SECONDS, encoding="utf-8", check=False)
-        message = process.stdout.strip() or "the file is damaged, or is not an Excel file"
+        process = subprocess.run(command, **options)
+        message = process.stdout.strip() or "the file is damaged, or is not a spreadsheet"
     except subprocess.TimeoutExpired:
         process, message = None, f"the file was not read within {MAX_SECONDS} seconds"
     try:
@@ -50,7 +51,7 @@ def convert(workspace: Workspace, file: Path) -> Path:
 
 
 def main(source: str, output: str) -> None:
-    """Write the rows of an Excel file. Print a message and exit with status 1 if it has no table."""
+    """Write the rows of a spreadsheet. Print a message and exit with status 1 if it has no table."""
     from python_calamine import CalamineError, CalamineWorkbook
 
     with contextlib.suppress(ImportError, ValueError, OSError):  # Windows, macOS
