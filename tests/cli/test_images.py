@@ -136,3 +136,18 @@ def test_report_shows_images_of_held_out_rows(call: Call, vision_folder: Path, t
     urls = re.findall('<img src="data:image/jpeg;base64,(.+?)"', (tmp_path / "run" / "report.html").read_text())
     assert [Image.open(io.BytesIO(base64.b64decode(url))).size for url in urls] == [(96, 48)] * 2
     assert urls[0] != urls[1]
+
+
+def test_init_finds_the_column_of_images_and_counts_their_tokens(call: Call, vision_folder: Path) -> None:
+    rows = [{"Photo": f"{name}.png", "prompt": "color?", "completion": name} for name in ("red", "blue") * 2]
+    file, settings = write_rows(vision_folder / "photos.jsonl", rows), vision_folder / "photos.yaml"
+    command = ("init", settings, "--data", file, "--model", vision_folder / "model", "--yes", "--force")
+    out = call(*command, status=0).out
+    assert "columns: {image: Photo}" in settings.read_text()
+    checked = json.loads(call("data", "check", settings, "--json").out)
+    assert f"the longest of {checked['lengths']['longest']} tokens" in out
+    settings.write_text(settings.read_text().replace("columns: {image: Photo}", "columns: {}"))
+    unread = json.loads(call("data", "check", settings, "--json").out)
+    assert unread["lengths"]["longest"] < checked["lengths"]["longest"]
+    (finding,) = (finding for finding in unread["findings"] if finding["name"] == "unused_columns")
+    assert finding["level"] == "warning" and "{image: Photo}" in finding["hint"]

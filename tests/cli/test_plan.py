@@ -147,3 +147,9 @@ def test_time_budget_lists_rows_and_epochs_that_fit(call, settings_file):
     assert "data.rows" in result.err
     assert_refused(call("plan", settings_file, "--fit-time", "0.1s"), "--fit-time", "no settings fit", "hint:")
     assert_refused(call("plan", settings_file, "--fit-time", "soon"), "'soon'", "30min")
+
+
+def test_output_folder_with_finished_run_is_accepted(call, finished_run):
+    settings = ("--output", finished_run, "--lora.rank", 3, "--precision", "fp32")
+    for _ in range(2):  # the second plan is cached
+        assert "lora" in call("plan", finished_run / "run.yaml", *settings, status=0).out

@@ -459,6 +459,7 @@ def test_shown_rows_contain_images_and_remarks(write: Write, tmp_path: Path) -> 
 def test_check_compares_images_and_reports_unreadable_ones(write: Write) -> None:
     rows = [{"prompt": "color?", "completion": answer, "image": image} for image, answer in ((A, "red"), (B, "blue"))]
     rows += [{"prompt": "color?", "completion": "red", "image": "gone.png"}]
+    rows += [{"prompt": "color?", "completion": "", "image": A}, {"prompt": "none", "completion": "red"}]
     rows += [{"prompt": "<image> " + "long " * 50 + "<image>", "completion": "x", "images": [A, B]}]
     tokenizer = image_tokenizer()
     tokenizer.add_tokens(["<image>"], special_tokens=True)
@@ -466,11 +467,12 @@ def test_check_compares_images_and_reports_unreadable_ones(write: Write) -> None
     check = TextReader(settings, tokenizer, images=FakePlacer(tokenizer)).check([])
     findings = {finding.name: finding for finding in check.findings if finding.count}
     assert not findings.keys() & {"contradictions", "near_duplicates", "duplicates", "special_tokens_in_text"}
-    assert findings["divided_image"].count == 1 and "row 4" in findings["divided_image"].rows[0]
+    assert findings["divided_image"].count == 1 and "row 6" in findings["divided_image"].rows[0]
+    assert findings["no_image"].count == 1 and "row 5" in findings["no_image"].rows[0]
     assert any("an image that cannot be read" in finding.text for finding in check.findings)
 
 
-@pytest.mark.parametrize(("column", "level"), [("image", "warning"), ("photo", "note")])
+@pytest.mark.parametrize(("column", "level"), [("image", "warning"), ("my_Photo", "warning"), ("id", "note")])
 def test_check_reports_unused_columns(write: Write, column: str, level: str) -> None:
     tokenizer = image_tokenizer()
     settings = DataSettings(train=write([{"text": "a", "group": 1, column: A}]), eval=None, group="group")

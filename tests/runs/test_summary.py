@@ -155,6 +155,10 @@ def test_next_commands_quote_folder(tmp_path):
     commands = [entry["command"] for entry in next_commands(*finished, generates_text=True, every=True)]
     assert f"deltaw export '{tmp_path}/a b' --format gguf --type q8_0 --output '{tmp_path}/a b-gguf'" in commands
     assert "chat" not in str(next_commands(tmp_path, "failed", "lora", "causal-lm", generates_text=True))
+    (tmp_path / "adapter_config.json").write_text('{"modules_to_save": ["multi_modal_projector"]}')
+    for method, folder in (("lora", tmp_path), ("input", tmp_path / "a b")):
+        commands = str(next_commands(folder, "finished", method, "causal-lm", generates_text=True))
+        assert "deltaw serve" not in commands and "deltaw merge" in commands
     for task, is_served in (("reranking", True), ("image-classification", False)):
         commands = str(next_commands(tmp_path, "finished", "head", task, generates_text=False))
         assert "chat" not in commands and ("deltaw serve" in commands) == is_served

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -324,10 +325,12 @@ def test_huge_file_is_refused_by_the_upload_and_explained_in_the_folder(studio, 
 
 
 def write_huge_model(folder: Path) -> None:
-    """Write a model of 50 GB in a sparse file."""
+    """Write a model that is larger than the memory in a sparse file."""
+    width, layers = 1024, 12
+    inner = int(psutil.virtual_memory().total * 1.2) // (6 * width * layers)
     config = LlamaConfig(
-        vocab_size=259, hidden_size=2048, intermediate_size=8192, num_hidden_layers=400, num_attention_heads=16,
-        num_key_value_heads=4, eos_token_id=0, bos_token_id=None, tie_word_embeddings=True, dtype="bfloat16",
+        vocab_size=259, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=8,
+        num_key_value_heads=8, eos_token_id=0, bos_token_id=None, tie_word_embeddings=True, dtype="bfloat16",
     )  # fmt: skip
     with torch.device("meta"):
         weights = {name: list(weight.shape) for name, weight in LlamaForCausalLM(config).named_parameters()}

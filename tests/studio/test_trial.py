@@ -160,7 +160,8 @@ def test_disconnected_browser_cancels_the_answer(served) -> None:
     server.hold_after = 3
     body = {"model": BASE, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8, "stream": True}
     with http.stream("POST", "trial/page/v1/chat/completions", json=body) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()
+        assert "low" in "".join(next(lines) for _ in range(5))  # the third token: the server waits
     deadline = time.monotonic() + SECONDS
     while server.disconnected != [BASE]:
         assert time.monotonic() < deadline

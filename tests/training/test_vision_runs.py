@@ -235,6 +235,13 @@ def write_mixed(folder: Path, num_images: int) -> str:
     return f"mixed-{num_images}.jsonl"
 
 
+def test_rows_with_images_are_counted(settings, folder, tmp_path):
+    changed = settings(tmp_path / "run", write_mixed(folder, 2))
+    changed["data"] |= {"eval": None, "group": None, "duplicates": "keep"}
+    task, data = read_data(RunConfig.read(changed))
+    assert task.input_lines(data.all_rows)[0].startswith("2 distinct images in 2 of 14 rows, ")
+
+
 @pytest.mark.parametrize("two_processes", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_connector_is_trained_on_steps_without_images(settings, folder, tmp_path, two_processes):
     train = {"learning_rate": 0.01, "batch_size": 2, "epochs": 1, "drift": False}
@@ -268,6 +275,20 @@ def test_methods_train_a_new_connector_and_their_own_parameters(settings, parts,
     loss = json.loads((tmp_path / "run" / "run.json").read_text())["result"]["eval"]["loss"]
     rows = session.task.read(RunConfig.read(tmp_path / "run" / "run.yaml").data, seed=0).held_out
     assert session.score(rows).metrics["loss"] == pytest.approx(loss, rel=1e-5 if precision == "fp32" else 0.02)
+
+
+def test_default_rate_of_a_connector_that_is_trained_already_is_a_tenth(settings, parts, tmp_path):
+    train = {"max_steps": 2, "batch_size": 8, "drift": False}
+
+    def chosen(name: str, **changes: object) -> dict:
+        deltaw.fit(settings(tmp_path / name, train=train, **changes))
+        return json.loads((tmp_path / name / "run.json").read_text())["chosen"]["train.learning_rate"]
+
+    new, started = chosen("new", model=parts), chosen("started", model=parts, start_from=str(tmp_path / "new"))
+    assert started["value"] == pytest.approx(new["value"] / 10) and "connector is trained already" in started["why"]
+    assert chosen("complete")["value"] == new["value"], "its connector is frozen"
+    both = chosen("both", lora={"train_modules": ["multi_modal_projector"]})
+    assert both["value"] == started["value"] and "trained already" not in new["why"]
 
 
 def test_new_connector_without_images_is_rejected(settings, folder, parts, tmp_path):

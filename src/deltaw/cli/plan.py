@@ -82,16 +82,14 @@ def command(
         plans = {name: plan.per_process(processes, config.train.sharding) for name, plan in cached.plans.items()}
         _show(plans, config.method, processes, cached.lines, out)
         _end(plans, picture, out, as_json)
-        names_code = getattr(config.section, "code_keys", ())
-        if not (config.track or config.memory or names_code or Path(config.output).expanduser().exists()):
+        if not (config.track or config.memory or getattr(config.section, "code_keys", None)):
             return  # all checks are done, without importing torch
 
-    from deltaw.runs.checks import check_folder, check_rows, check_settings
+    from deltaw.runs.checks import check_rows, check_settings
     from deltaw.training.session import read_data
 
     check_settings(config)
     if cached is not None:
-        check_folder(config)
         return
     lines: list[str] = []
     task, data = read_data(config, lines.append)
@@ -112,7 +110,6 @@ def command(
         raise UserError("no method can be planned", location=config.model, hint=hint)
     _show(plans, config.method, processes, lines, out)
     _end(plans, picture, out, as_json)
-    check_folder(config)
 
 
 def _plan_chain(chain: Chain, processes: int, out: TerminalOutput) -> dict[str, Plan]:

@@ -21,6 +21,7 @@ from deltaw.data.sources import open_source
 from deltaw.data.templates import Encoder
 from deltaw.settings.data import DataSettings
 from deltaw.settings.mixture import Train, sources_of
+from deltaw.settings.row_kinds import IMAGE_NAME
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -155,7 +156,8 @@ def collect_statistics(
                 statistics.rows += 1
                 statistics.unrolled += len(examples) > 1
                 divided = any(divides_image(example.tokens, settings, images) for example in examples)
-                for remark in (*_remarks(record, special), *(["divided_image"] if divided else [])):
+                remarks = ["no_image"] * (images is not None and not getattr(record, "images", ()))
+                for remark in (*_remarks(record, special), *remarks, *(["divided_image"] if divided else [])):
                     statistics.add_remark(remark, location)
                 text = "\0".join(text for text, _ in _texts_of(record))
                 normalized = _NO_LETTERS.sub(" ", text.casefold()).strip().encode("utf-8", "replace")
@@ -367,7 +369,9 @@ def build_check(
     findings += _proportion_findings(statistics, lengths, labels)
     unused = sorted(statistics.unused_columns - {settings.group})
     text = f"columns that are not read: {', '.join(unused)}"
-    findings.append(DataFinding("unused_columns", "warning" if {*COLUMNS} & {*unused} else "note", len(unused), text))
+    images = next(filter(IMAGE_NAME.search, unused), None)
+    hint = f"if it has images: data.columns: {{image: {images}}}" if images and images not in COLUMNS else None
+    findings.append(DataFinding("unused_columns", "warning" if images else "note", len(unused), text, hint))
     counts = statistics.rows + len(statistics.bad), len(examples), int(lengths.sum()), int(labels.sum())
     results = summarize_lengths(lengths), sort_findings(findings)
     ends = {end_names[token]: count for token, count in statistics.end_tokens.most_common()}
@@ -478,10 +482,11 @@ def _end_token_findings(stats: DataStatistics, labels: np.ndarray, end_names: Ma
 
 
 def _duplicate_findings(statistics: DataStatistics, settings: DataSettings) -> list[DataFinding]:
-    repeated = _repeated_indices(statistics.examples["key"])
+    kept = np.flatnonzero(statistics.examples["labels"])
+    repeated = kept[_repeated_indices(statistics.examples["key"][kept])]
     action = "dropped" if settings.duplicates == "drop" else "kept because data.duplicates is keep"
     exact = f"{count_of(len(repeated), 'example')} with the same tokens and labels as an earlier one ({action})"
-    distinct = np.setdiff1d(statistics.first_examples(), repeated)
+    distinct = np.setdiff1d(np.intersect1d(statistics.first_examples(), kept), repeated)
     near = distinct[_repeated_indices(statistics.examples["text"][distinct])]
     similar = f"{count_of(len(near))} with the text of an earlier one except for case, spacing or punctuation"
     return [
@@ -491,7 +496,7 @@ def _duplicate_findings(statistics: DataStatistics, settings: DataSettings) -> l
 
 
 def _contradiction_findings(statistics: DataStatistics) -> list[DataFinding]:
-    with_prompt = np.flatnonzero(statistics.examples["prompt"])
+    with_prompt = np.flatnonzero((statistics.examples["prompt"] != 0) & (statistics.examples["labels"] > 0))
     if not len(with_prompt):
         return []
     prompts, answers = statistics.examples["prompt"][with_prompt], statistics.examples["answer"][with_prompt]
@@ -528,6 +533,7 @@ _SPECIAL_TOKENS = "with a special token in the text, which the tokenizer encodes
 _DIVIDED_IMAGE = "longer than data.max_length, which are dropped because their images would be divided"
 _TEXTS: dict[str, tuple[Level, str, str | None]] = {
     "divided_image": ("warning", _DIVIDED_IMAGE, "raise data.max_length"),
+    "no_image": ("note", "without an image", None),
     "blank": ("warning", "with only white space", "remove them"),
     "empty_answer": ("warning", "with an empty answer at the end", "write the answers, or remove the rows"),
     "answer_without_letters": ("warning", "with an answer that has no letter or digit", None),

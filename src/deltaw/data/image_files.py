@@ -26,8 +26,8 @@ _OTHER_FORMATS = {
     "JPEG 2000": rb"\0\0\0\x0cjP|\xff\x4f\xff\x51",
     "SVG": rb"\s*(?:<[?!][^>]*>\s*)*<(?:\w+:)?svg\b",
 }
-# Maximum size of an image file: about three times the number of pixels that Pillow accepts.
-_MAX_IMAGE_BYTES = 2**29
+# Maximum number of pixels that Pillow accepts, and maximum size of an image file: about three times this number.
+_MAX_PIXELS, _MAX_IMAGE_BYTES = 2 * (Image.MAX_IMAGE_PIXELS or 0), 2**29
 # Maximum number of strips or tiles of a TIFF file, and of scans of a JPEG file, each of which takes time.
 _MAX_TILES, _MAX_SCANS = 1 << 16, 100
 # Errors of Pillow for images that cannot be decoded. Damaged metadata causes errors of various types.
@@ -146,7 +146,9 @@ def open_image(content: bytes) -> Image.Image:
 def decode_error(error: BaseException, location: str) -> UserError:
     """Return the error for an image that cannot be decoded."""
     hint = f"use {', '.join(_FORMATS)}" if isinstance(error, Image.UnidentifiedImageError) else "replace or remove it"
-    return UserError(f"the image cannot be decoded: {str(error) or type(error).__name__}", location=location, hint=hint)
+    is_large = isinstance(error, Image.DecompressionBombError)
+    problem = f"it has more than {_MAX_PIXELS:,} pixels" if is_large else str(error) or type(error).__name__
+    return UserError(f"the image cannot be decoded: {problem}", location=location, hint=hint)
 
 
 def unreadable_image(error: UserError) -> BadRowError:

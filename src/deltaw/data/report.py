@@ -16,6 +16,7 @@ from typing import IO, Literal
 from deltaw.atomic_files import atomic_path
 from deltaw.errors import UserError
 from deltaw.progress import Detail, LogFunction
+from deltaw.settings.row_kinds import IMAGE_NAME
 
 # Seconds until the first progress line, and limits on the interval between lines, which grows with elapsed time.
 FIRST_LINE_SECONDS, LINE_INTERVAL_SECONDS, MAX_LINE_INTERVAL_SECONDS = 3.0, 5.0, 30.0
@@ -357,7 +358,8 @@ class PreparationReport:
         if self.date:
             lines.append(Detail(f"the template writes the date into each row: {self.date} (data.date sets it)"))
         if self.unused_columns:
-            lines.append(Detail("unused columns: " + ", ".join(self.unused_columns)))
+            unused = "unused columns: " + ", ".join(self.unused_columns)
+            lines.append(unused if any(map(IMAGE_NAME.search, self.unused_columns)) else Detail(unused))
         if self.evaluation:
             lines += self.evaluation.lines()[1:]
         return lines

@@ -51,7 +51,7 @@ from deltaw.training.evaluation.base import Evaluation
 from deltaw.training.monitoring.generation import GenerationCheck
 from deltaw.training.planning.plan_run import plan_run, with_time
 from deltaw.training.process import preserved_process_state
-from deltaw.training.session import Session, assemble, default_rate_of, read_data
+from deltaw.training.session import Session, assemble, default_rate_of, rate_factors, read_data
 from deltaw.training.state import Step
 from deltaw.training.task import Task
 
@@ -381,12 +381,13 @@ class TrialWorker:
         dtype = choose_precision(choose_device(config.device).value, config.precision).value
         folder = config_folder(config.model, dtype, config.trust_remote_code)
         architecture = check_architecture(folder, config.task, config.trust_remote_code)
-        factor = task_registry.entry_of(config.task).load().rate_factor(config.section)
-        rate, seconds = default_rate_of(choose_method(config, None), architecture, factor).value, None
+        method, seconds = choose_method(config, None), None
+        factors = [task_registry.entry_of(config.task).load().rate_factor(config.section)]
         with contextlib.suppress(UserError):  # the first training reports the error
             task, data = read_data(config, ignore_line)
+            factors = [*rate_factors(config, task, method)]
             seconds = with_time(plan_run(config, task, data), config, task, data).seconds
-        return {"usual_rate": rate, "seconds": seconds}
+        return {"usual_rate": default_rate_of(method, architecture, *factors).value, "seconds": seconds}
 
     def rate(self, request: Message) -> Message:
         """Train with one learning rate for a share of the budget. The model is cached for further rates of the same

@@ -5,6 +5,7 @@ Prompts and file output are in :mod:`deltaw.cli.init`.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -24,25 +25,30 @@ from deltaw.data.formats import choose_form
 from deltaw.data.pixels import image_rows
 from deltaw.data.report import BadRows, count_of
 from deltaw.data.row_files import KINDS
+from deltaw.data.row_images import COLUMNS
 from deltaw.data.rows import NumberedRows
 from deltaw.data.sources import with_lines
 from deltaw.data.starter import TaskStarter, default_model, form_name, starter_of
 from deltaw.errors import UserError
+from deltaw.hub.folders import find_cached, resolve
 from deltaw.hub.packages import is_available as is_in_cache
 from deltaw.hub.packages import is_package_reference
+from deltaw.machine.choices import choose_precision
 from deltaw.progress import track_progress
 from deltaw.reports.tables import one_line
 from deltaw.settings import task_registry
 from deltaw.settings.columns import kinds_of, require_columns, row_kinds, tasks_of
 from deltaw.settings.config import RunConfig, parse_yaml
 from deltaw.settings.data import DataSettings
-from deltaw.settings.row_kinds import JUDGED_COLUMNS, LABELED_IMAGES, LABELED_ROWS, SINGLE_ANSWERS
+from deltaw.settings.model_parts import parse_parts
+from deltaw.settings.row_kinds import IMAGES, JUDGED_COLUMNS, LABELED_IMAGES, LABELED_ROWS, SINGLE_ANSWERS
 from deltaw.training.optimizer import count_steps, eval_share, eval_size_warning, recommended_settings
+from deltaw.training.task import Task, task_of
 
-# Files with more rows are not tokenized. Their tokens, and those without a tokenizer, are estimated from characters.
-MAX_TOKENIZED_ROWS, CHARACTERS_PER_TOKEN = 50_000, 3
-# Tokens that a chat template adds to each text, and to a row (a default system prompt).
-TOKENS_PER_TEXT, TOKENS_PER_ROW = 4, 32
+# Files with more rows (fewer if images are decoded) are not tokenized: tokens are estimated, as without a tokenizer.
+MAX_TOKENIZED_ROWS, MAX_IMAGE_ROWS, CHARACTERS_PER_TOKEN = 50_000, 2_000, 3
+# Tokens that a chat template adds to each text, and to a row (a default system prompt), and tokens of a large image.
+TOKENS_PER_TEXT, TOKENS_PER_ROW, TOKENS_PER_IMAGE = 4, 32, 1_536
 # Safety factor for estimated lengths.
 ESTIMATE_MARGIN = 1.2
 # Maximum number of classes and minimum rows per class for a column to be treated as class labels.
@@ -75,6 +81,7 @@ class DataPreview:
         estimated: Reason why lengths are estimated from characters, or ''.
         classes: Class names of a classification.
         max_tokens: Maximum sequence length of the model, or 0 if unknown.
+        vision: Task with a vision-language model on this machine, or None.
     """
 
     task: str
@@ -90,6 +97,7 @@ class DataPreview:
     estimated: str = ""
     classes: tuple[str, ...] = ()
     max_tokens: int = 0
+    vision: Task[Any] | None = None
 
     def lines(self) -> list[str]:
         """Return the summary for the user: rows, reason for the task, and unusable rows."""
@@ -156,7 +164,7 @@ def preview_data(
     """
     with track_progress(f"looking at {reference}"):
         bad = BadRows("skip")
-        rows, preview = _recognize(reference, task, bad, columns)
+        rows, preview = _recognize(reference, task, bad, model, columns)
         starter = starter_of(preview.task)
         if not starter.reads_images:
             preview = _count_tokens(preview, starter, rows, reference, model or default_model(preview.task), bad)
@@ -172,7 +180,7 @@ def settings_for_rows(reference: str, model: str | None = None, task: str | None
     Raises:
         UserError: the file cannot be read, or no task takes its columns.
     """
-    _, preview = _recognize(reference, task, BadRows("skip"))
+    _, preview = _recognize(reference, task, BadRows("skip"), model)
     model = model or default_model(preview.task)
     if model is None:
         return {"task": preview.task}
@@ -184,24 +192,38 @@ def settings_for_rows(reference: str, model: str | None = None, task: str | None
 
 
 def _recognize(
-    reference: str, task: str | None, bad: BadRows, columns: Mapping[str, str] | None = None
+    file: str, task: str | None, bad: BadRows, model: str | None, columns: Mapping[str, str] | None = None
 ) -> tuple[NumberedRows, DataPreview]:
     """Return the rows of a file, and their task, columns and form.
 
     Args:
         task: Task of the rows; None to infer it.
         bad: Receives lines that cannot be read.
+        model: Model that may read images. None for the default model.
         columns: ``data.columns`` of the task; None to infer it.
     """
-    rows, _ = image_rows(reference, bad.add)
+    rows, _ = image_rows(file, bad.add)
     if task is not None and columns is not None:
-        mapped, reason = dict(columns), ""
+        mapped, why = dict(columns), ""
     else:
-        task, mapped, reason = _task(rows) if task is None else _columns(rows, task)
-    starter = starter_of(task)
+        task, mapped, why = _task(rows) if task is None else _columns(rows, task)
+    starter, vision = starter_of(task), None if model is None else _vision_task(model, task)
+    if vision is not None and (named := [column for column in rows.columns if column.lower() in IMAGES]):
+        mapped = mapped if columns or {*COLUMNS} & {*rows.columns} else {"image": named[0], **mapped}
     if not starter.reads_images:
-        require_columns(task, rows.columns, reference, mapped)
-    return rows, DataPreview(task, starter.form(rows, mapped), len(rows), tuple(rows.columns), reason, mapped)
+        require_columns(task, rows.columns, file, mapped)
+    return rows, DataPreview(task, starter.form(rows, mapped), len(rows), (*rows.columns,), why, mapped, vision=vision)
+
+
+def _vision_task(model: str, task: str) -> Task[Any] | None:
+    """Return the task with a vision-language model that reads images and is on this machine, or None."""
+    parts = parse_parts(model)
+    references = (model,) if parts is None else (parts.language, parts.vision)
+    with contextlib.suppress(UserError, OSError):
+        if all(is_local(part) or find_cached(part) for part in references) and resolve(model).kind != "gguf":
+            opened = task_of(task, model, choose_precision("cpu").value, section=None)
+            return None if opened.images is None else opened
+    return None
 
 
 def settings_text(model: str, data: str, task: str, preview: DataPreview | None, file: str, *, skip: bool) -> str:
@@ -405,18 +427,20 @@ def _count_tokens(
     """
     from deltaw.hub.tokenizers import find_tokenizer, max_positions
 
-    can_tokenize = len(rows) <= MAX_TOKENIZED_ROWS
-    reason, reader = (
-        "the model is not on this machine yet" if can_tokenize else f"over {MAX_TOKENIZED_ROWS:,} rows",
-        None,
-    )
-    if model is not None and can_tokenize and (tokenizer := find_tokenizer(model)) is not None:
+    vision, reader = preview.vision, None
+    max_rows, image_tokens = (MAX_TOKENIZED_ROWS, 0) if vision is None else (MAX_IMAGE_ROWS, TOKENS_PER_IMAGE)
+    can_tokenize = len(rows) <= max_rows
+    reason = "the model is not on this machine yet" if can_tokenize else f"over {max_rows:,} rows"
+    tokenizer = vision.tokenizer if vision is not None else None if model is None else find_tokenizer(model)
+    if can_tokenize and tokenizer is not None:
         reader, reason = starter.reader(rows, _settings(file, preview), tokenizer), f"task {preview.task} has no reader"
         preview = replace(preview, max_tokens=max_positions(tokenizer) or 0)
     if reader is None:
         usable = [list(rows[index][1].values()) for index in starter.usable_rows(rows, preview.mapped, bad)]
-        estimates = [_estimate_tokens(values) + TOKENS_PER_ROW for values in usable]
+        estimates = [_estimate_tokens(values) + TOKENS_PER_ROW + image_tokens for values in usable]
         return _with_lengths(replace(preview, estimated=reason), file, bad, estimates)
+    if vision is not None:
+        reader = replace(reader, images=vision.images)
     examples, report = reader.file(file)
     groups = len(examples) and isinstance(examples[0], RowGroup)
     lengths = [max(map(len, group.rows)) for group in examples] if groups else lengths_of(examples).tolist()

@@ -1,7 +1,7 @@
 """Checks of a run and its rows before weights are loaded, and previews of rows.
 
-``deltaw train`` runs them first. ``deltaw plan`` and ``deltaw data check`` run the same ones, so that all three reject
-the same settings.
+``deltaw train`` runs them first. ``deltaw data check`` runs the same ones, so that both reject the same settings, and
+``deltaw plan`` all except that of the output folder.
 """
 
 from __future__ import annotations

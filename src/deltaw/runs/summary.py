@@ -25,12 +25,12 @@ from deltaw.atomic_files import write_text
 from deltaw.data.example import Example, rows_of, token_spans
 from deltaw.data.sources import commit_of
 from deltaw.errors import escape_control_characters
-from deltaw.hub.folders import find_cached, resolve_hub_id
+from deltaw.hub.folders import find_cached, read_json_object, resolve_hub_id
 from deltaw.kernels.processor import processor_name
 from deltaw.machine.choices import usable_processors
 from deltaw.methods.start import lineage_lines
 from deltaw.platforms import shell_word
-from deltaw.runs.folder import CHECKPOINT_FOLDER, FINISHED
+from deltaw.runs.folder import CHECKPOINT_FOLDER, FINISHED, Run
 from deltaw.settings import task_registry
 from deltaw.settings.config import RunConfig
 from deltaw.settings.data import eval_sets
@@ -94,7 +94,8 @@ def write_card(
     lines += ["| | |", "| --- | --- |", *[f"| {name} | {_cell(value)} |" for name, value in card_rows.items()], ""]
     lines += ["## Data", "", *[f"- {_cell(line)}" for line in session.data.report.lines()], "", "## Use", "", "```bash"]
     lines += [f"deltaw chat {folder}", f'deltaw generate {folder} --prompt "..."'] if generates_text else []
-    served = [f"deltaw serve {folder}"] if generates_text or task_registry.entry_of(config.task).serves else []
+    can_serve = generates_text and _can_serve(folder, config.method)
+    served = [f"deltaw serve {folder}"] if can_serve or task_registry.entry_of(config.task).serves else []
     lines += [f"deltaw eval {folder}", *served, "```", ""]
     if is_peft:
         lines += ["The adapter is in PEFT's format: `PeftModel.from_pretrained(model, folder)` loads it too.", ""]
@@ -299,6 +300,13 @@ def choices_as_dict(chosen: Mapping[str, Choice[Any]]) -> dict[str, object]:
     return {key: {"value": choice.value, "why": choice.why} for key, choice in chosen.items()}
 
 
+def _can_serve(folder: Path, method: str) -> bool:
+    """Return True if ``deltaw serve`` accepts the adapter of a run that generates text."""
+    adapter = read_json_object(folder / "adapter_config.json")
+    changes_weights = adapter.get("modules_to_save") or Run(folder).setting("lora.vision_tower")
+    return method == "prompt" or (method == "lora" and not changes_weights)
+
+
 def next_commands(
     folder: Path, state: str, method: str, task: str, *, generates_text: bool, every: bool = False
 ) -> list[dict[str, str]]:
@@ -313,12 +321,13 @@ def next_commands(
         commands.append((f"deltaw eval {run} --with-base", "compare it with the base model"))
         if method == "lora":
             commands.append((f"deltaw inspect {run}", "show the changes by layer"))
-        if generates_text or ((entry := task_registry.find(task)) is not None and entry.serves):
+        can_serve = generates_text and _can_serve(folder, method)
+        if can_serve or ((entry := task_registry.find(task)) is not None and entry.serves):
             commands.append((f"deltaw serve {run}", "serve it with the OpenAI API"))
-        if method == "lora":
+        if method == "lora" or (generates_text and not can_serve):
             merged, exported = (shell_word(f"{os.fspath(folder)}-{kind}") for kind in ("merged", "gguf"))
             commands.append((f"deltaw merge {run} --output {merged}", "merge base model and adapter"))
-            if every and generates_text:
+            if every and generates_text and method == "lora":
                 file = f"deltaw export {run} --format gguf --type q8_0 --output {exported}"
                 commands.append((file, "export to GGUF for Ollama and llama.cpp"))
     if any((folder / CHECKPOINT_FOLDER).glob("step-*")):

@@ -5,6 +5,7 @@ Only names are defined here. Readers validate the values.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
@@ -25,7 +26,8 @@ TEXTS = ("text", "sentence")
 LABELED_TEXTS = (*TEXTS, "review", "content", "document", "question", "comment", "tweet", "headline", "body")
 TEXT_PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
 LABELS = ("label", "labels", "target", "class", "category")
-IMAGES = ("image", "img", "images", "picture")
+IMAGES = ("image", "img", "images", "picture", "photo")
+IMAGE_NAME = re.compile("|".join(IMAGES), re.IGNORECASE)  # in the name of a column that may contain images
 # Columns that may contain the answer to a prompt, in order of preference.
 PROMPT_ANSWERS = ("completion", "answer", "ideal", "output", "label")
 # Names of retrieval columns in ``data.columns``, if they differ from the first alternative of ``RowKind.inferred``.

@@ -159,7 +159,7 @@ class JobQueue:
         self.problem: UserError | None = None
         self._jobs: dict[str, StudioJob] = {}
         for file in self._folder.glob(f"*/{_JOB}"):
-            with contextlib.suppress(OSError, ValueError, TypeError):  # written by another version
+            with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):  # written by another version
                 self._jobs[file.parent.name] = StudioJob(**json.loads(file.read_text("utf-8")), folder=file.parent)
 
     def start(self) -> None:

@@ -23,6 +23,8 @@ from deltaw.worker_process import PipeWorker, WorkerError, serve
 CALL_SECONDS, IDLE_SECONDS = 1800.0, 300.0
 # A call whose result is no longer needed is killed after about the time that a new worker needs to start.
 RESTART_SECONDS = 8.0
+# Pages ask for a result every second, or every minute in the background. Then a call is no longer needed.
+ABANDONED_SECONDS = 90.0
 # Errors are forgotten after this time, so that the user can try again.
 ERROR_SECONDS = 3.0
 MAX_RESULTS, MAX_RESULT_BYTES, MAX_STAMPS = 100, 2**26, 500
@@ -37,12 +39,13 @@ class Pending:
 
 @dataclass
 class _Call:
-    """Call of a function, its result or its error, and the times at which it was requested, started and ended."""
+    """Call of a function, its result or its error, and times: the first and the last request, start and end."""
 
     name: str
     arguments: Mapping[str, Any]
     draft: str
     requested: float = field(default_factory=time.monotonic)
+    polled: float = 0.0
     started: float = 0.0
     ended: float = 0.0
     is_needed: bool = True
@@ -83,7 +86,9 @@ class Worker:
             known, now = self._calls.get(key), time.monotonic()
             if known is None or (known.error and now - known.ended > ERROR_SECONDS):
                 known = self._add(key, _Call(call, arguments, draft))
-            known.is_needed = True
+            known.is_needed, known.polled, running = True, now, self._running
+            if running and now - running.polled > ABANDONED_SECONDS:
+                running.is_needed = False
             if self._running and not self._running.is_needed and now - self._running.started > RESTART_SECONDS:
                 self._calls = {key: call for key, call in self._calls.items() if call is not self._running}
                 self._process.close()

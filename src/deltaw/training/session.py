@@ -200,7 +200,7 @@ class Session:
     @property
     def default_learning_rate(self) -> Choice[float]:
         """Default learning rate of the method for this task and model."""
-        return default_rate_of(self.method, self.model.config, self.task.rate_factor(self.config.section))
+        return default_rate_of(self.method, self.model.config, *rate_factors(self.config, self.task, self.method))
 
     @property
     def total_steps(self) -> int:
@@ -236,7 +236,7 @@ class Session:
         head = "" if self.objective.chunked else ", all logits at once (the model's head is not supported)"
         tokens, steps = batcher.tokens_per_pass, f"{num_steps} step{'s' if num_steps != 1 else ''}"
         microbatches = f"in microbatches of up to {tokens} tokens: {rows}{shared}{head}"
-        lines += self.task.input_lines()
+        lines += self.task.input_lines(self.data.all_rows)
         return [*lines, Detail(f"{steps} of {self.config.train.batch_size} rows, {microbatches}")]
 
     @contextlib.contextmanager
@@ -467,8 +467,16 @@ def read_data(
     return task, data
 
 
-def default_rate_of(method: Method, architecture: PretrainedConfig, factor: RateFactor = SFT) -> Choice[float]:
-    """Return the method's default learning rate for a model of this width, multiplied by the factor of the task.
+def rate_factors(config: RunConfig, task: Task[Any], method: Method) -> tuple[RateFactor, RateFactor]:
+    """Return the factors of the task and of the trained inputs on the method's default learning rate."""
+    images, is_new = task.images, config.start_from is None
+    continues = images is not None and images.continues_connector(method.trained_modules, is_new=is_new)
+    inputs = RateFactor(0.1, "the connector is trained already") if continues else SFT
+    return task.rate_factor(config.section), inputs
+
+
+def default_rate_of(method: Method, architecture: PretrainedConfig, *factors: RateFactor) -> Choice[float]:
+    """Return the method's default learning rate for a model of this width, multiplied by the factors.
 
     The best rates of LoRA and full fine-tuning fall with the model's width to the power of 0.78 ("LoRA Without Regret",
     2025, over Llama models).
@@ -478,8 +486,8 @@ def default_rate_of(method: Method, architecture: PretrainedConfig, factor: Rate
     if method.rate_scales_with_width and isinstance(width, int):
         rate = float(f"{rate * (WIDTH / width) ** 0.78:.1e}")
         reason += " on a model this wide"
-    if factor.value != 1:
-        reason += f", {rate:g}, times {factor.value:g} for this task and loss ({factor.source})"
+    for factor in (factor for factor in factors if factor.value != 1):
+        reason += f", {rate:g}, times {factor.value:g} ({factor.source})"
         rate = float(f"{rate * factor.value:.1e}")
     return Choice(rate, reason)
 
@@ -588,7 +596,7 @@ def _resolved_choices(
     if data.report.date is not None and config.data.date is None:
         yield "data.date", Choice(data.report.date, "the chat template writes the date of the run's start")
     if config.train.learning_rate == "auto":
-        yield RATE, default_rate_of(method, model.config, task.rate_factor(config.section))
+        yield RATE, default_rate_of(method, model.config, *rate_factors(config, task, method))
 
 
 def _approximate(session: Session, candidates: Sequence[str], resumed: Sequence[str] | None) -> None:

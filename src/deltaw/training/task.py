@@ -102,7 +102,7 @@ class RateFactor:
 
     Attributes:
         value: Factor applied to the method's usual rate.
-        source: Publication or default that the factor follows. Empty for supervised fine-tuning.
+        source: Reason for the factor. Empty for supervised fine-tuning.
     """
 
     value: float = 1.0
@@ -315,7 +315,7 @@ class Task(abc.ABC, Generic[ObjectiveType]):
             is_new: True if modules that the model's files contain without training are trained.
         """
 
-    def input_lines(self) -> list[str]:
+    def input_lines(self, rows: Rows) -> list[str]:
         """Return messages about the inputs of the rows besides tokens."""
         return []
 

@@ -109,9 +109,15 @@ def test_unusable_images_are_refused(server: Any, url: str, words: str) -> None:
     assert words in expect_error(server.post(CHAT, json=body), 400)["message"]
 
 
+def test_part_of_another_type_names_the_supported_types(server: Any) -> None:
+    message = expect_error(server.post(CHAT, json=chat_body([{"type": "image", "image": "x"}])), 400)["message"]
+    assert "'image' is not supported" in message and "'image_url'" in message
+
+
 def test_large_images_are_refused_before_decoding(server: Any) -> None:
     for side in (20_000, 6_000):
-        expect_error(server.post(CHAT, json=question(bomb(side))), 400)
+        assert "more than " in (message := expect_error(server.post(CHAT, json=question(bomb(side))), 400)["message"])
+        assert " pixels" in message
     message = expect_error(server.post(CHAT, json=question(bomb(5_000), bomb(5_000))), 400)["message"]
     assert "pixels" in message
     assert "at most 64 images" in expect_error(server.post(CHAT, json=question(*[RED] * 65)), 400)["message"]

@@ -92,7 +92,8 @@ def blame_field(param: str) -> Iterator[None]:
 
 def validation_error(error: ValidationError, fields: Mapping[str, object]) -> ApiError:
     """Convert the first validation error of a request body."""
-    first = error.errors(include_url=False, include_input=False)[0]
+    errors = error.errors(include_url=False, include_input=False)
+    first = next((other for other in errors if other["type"] == "union_tag_invalid"), errors[0])
     # Pydantic adds type names of union members to the location. Field names are identifiers.
     parts = [str(part) for part in first["loc"] if str(part).isdecimal() or str(part).isidentifier()]
     param = ".".join(parts) or first.get("ctx", {}).get("param")
@@ -101,6 +102,8 @@ def validation_error(error: ValidationError, fields: Mapping[str, object]) -> Ap
         name = str(first["loc"][-1])[:80]
         suggestions = nearest(name, fields, 1)
         message = f"unknown field '{name}'" + (f": did you mean '{suggestions[0]}'?" if suggestions else "")
+    elif kind == "union_tag_invalid":
+        message = f"'{param}': '{first['ctx']['tag'][:80]}' is not supported: use {first['ctx']['expected_tags']}"
     elif kind == "missing":
         message = f"the field '{param}' is missing"
     elif param and param not in message:

@@ -125,8 +125,8 @@ class CausalTask(Task[CausalObjective]):
         if self.images is not None:
             self.images.attach(model, trained, is_new=is_new)
 
-    def input_lines(self) -> list[str]:
-        return [] if self.images is None else self.images.lines()
+    def input_lines(self, rows: Rows) -> list[str]:
+        return [] if self.images is None else self.images.lines(rows)
 
     def row_groups(self, rows: Rows) -> np.ndarray | None:
         return None if self.images is None or not len(self.images) else image_groups(rows, self.images.first_id)

@@ -369,6 +369,11 @@ class RowImages:
         self.compute()
         self.release()
 
+    def continues_connector(self, trained: Sequence[str], *, is_new: bool) -> bool:
+        """Return True if a connector that is trained already is trained further, see :meth:`attach`."""
+        self._select_parts(trained, is_new)
+        return self.trains_connector and not (is_new and self.has_new_connector)
+
     def _select_parts(self, trained: Sequence[str], is_new: bool) -> tuple[Tower | None, dict[str, nn.Module]]:
         """Set the attributes that say which parts are trained.
 
@@ -446,12 +451,13 @@ class RowImages:
         converted = sum(tensor.bytes for tensor in tensors if tensor.dtype != self._dtype)
         return features + (converted if any(tensor.dtype == self._dtype for tensor in tensors) else 0)
 
-    def lines(self) -> list[str]:
-        """Return a message about the images and about which parts of the model are trained."""
+    def lines(self, rows: Sequence[Any]) -> list[str]:
+        """Return a message about the images of these rows and about which parts of the model are trained."""
         if not self._images:
             return []
         tokens = sum(image.count for image in self._sorted)
-        images = f"{count_of(len(self), 'distinct image')}, {tokens:,} tokens"
+        num_rows = sum(bool((row.tokens >= self.first_id).any()) for row in rows)
+        images = f"{count_of(len(self), 'distinct image')} in {num_rows:,} of {count_of(len(rows))}, {tokens:,} tokens"
         tower = "LoRA" if self.trains_tower else "frozen"
         outputs = "are computed in each step" if self.is_live else "are stored"
         connector = "trained" if self.trains_connector else "LoRA, if selected" if self.trains_tower else "frozen"
