@@ -178,7 +178,7 @@ def test_missing_draft(workspace, identity) -> None:
 def test_damaged_draft_does_not_block_the_start_page(client) -> None:
     workspace = client.studio.workspace
     for number, text in enumerate(
-        ("", "[]", '{"settings": 3}', '{"settings": {"data": 3}, "preview": null, "changed": 1}')
+        ("", "[]", "[" * 100_000, '{"settings": 3}', '{"settings": {"data": 3}, "preview": null, "changed": 1}')
     ):
         (workspace.state / "drafts" / f"{number:012x}.json").write_text(text)
     assert client.get("/").status_code == 200

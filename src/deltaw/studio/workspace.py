@@ -233,7 +233,7 @@ class Workspace:
             if _IDENTITY.fullmatch(identity):
                 values = json.loads(path.read_text(encoding="utf-8"))
                 return Draft(path, dict(values["settings"]), values["preview"], float(values["changed"]))
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
             pass
         raise UserError("this draft does not exist", hint="go to the start page and choose a file")
 
