@@ -1,5 +1,5 @@
-// Behavior of the pages by attribute: data-part, data-every, data-autosave, data-then, data-upload, data-copy and
-// data-confirm. All forms also work without this script, except for uploads.
+// Behavior of the pages by attribute: data-part, data-every, data-autosave, data-then, data-upload, data-into,
+// data-copy and data-confirm. All forms also work without this script, except for uploads.
 "use strict";
 
 const POLL = 1000;  // milliseconds between requests for a part that is not finished
@@ -130,7 +130,8 @@ function showErrors(form, errors) {
   if (box) { box.textContent = others.join(" "); box.hidden = others.length === 0; }
 }
 
-// Upload a file from the file input or by drag and drop, then go to the address in the answer.
+// Upload a file from the file input or by drag and drop, then go to the address in the answer, or
+// select the file in the list whose id is in data-into.
 function connectUpload(form) {
   const input = form.querySelector("input[type=file]");
   const status = form.querySelector("[role=status]");
@@ -150,7 +151,15 @@ function connectUpload(form) {
     request.onload = () => {
       let answer = {};
       try { answer = JSON.parse(request.responseText); } catch { /* an answer without JSON is an error */ }
-      if (request.status === 200) { location.href = answer.url; return; }
+      if (request.status === 200 && answer.url) { location.href = answer.url; return; }
+      if (request.status === 200) {
+        const list = document.getElementById(form.dataset.into);
+        list.add(new Option(answer.file, answer.file));
+        list.value = answer.file;
+        status.replaceChildren(answer.file + " is selected below.");
+        input.value = "";
+        return;
+      }
       const { message, hint } = answer.error ?? { message: "the upload failed" };
       fail([message, hint].filter(Boolean).map((text) => text[0].toUpperCase() + text.slice(1) + ".").join(" "));
     };
