@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -245,6 +246,19 @@ def test_job_page_shows_progress_of_the_run_and_escapes_texts(client: TestClient
     assert "The disk is full." in page
     assert "Delete files." in page
     assert "some line" in page
+
+
+def test_table_of_scores_has_a_column_of_ranges_if_any_is_known(client: TestClient, studio: Studio) -> None:
+    job = studio.queue.add("eval", ["eval", "--json"], title="Score", run=studio.workspace.folder / "runs" / "first")
+    score = {"metric": "accuracy", "value": 0.8}
+    result = {"eval": {"loss": 0.5, "accuracy": 0.8}, "score": score, "rows": 10}
+    job.state = "done"
+    for interval, cells in ([0.7, 0.9], ["–", "70.0% – 90.0%"]), (None, []):
+        result["score"] = score | {"interval": interval}
+        (job.folder / "stdout").write_text(json.dumps(result))
+        text = client.get(f"/jobs/{job.identity}").text
+        assert re.findall(r"<td>[^<]*</td><td>(.*?)</td></tr>", text) == cells
+        assert ("range with 95" in text) == bool(cells)
 
 
 def test_pages_need_no_torch() -> None:
