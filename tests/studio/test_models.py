@@ -218,6 +218,14 @@ def test_start_queues_one_job_with_a_free_name(client: TestClient, studio: Studi
     assert studio.queue.jobs()[-1].run == "runs/Fur-Ol"
 
 
+def test_start_page_lists_drafts_without_a_training(client: TestClient, studio: Studio, draft: Draft) -> None:
+    address = f"/drafts/{draft.identity}"
+    studio.queue.add("plan", ["plan"], title="Download", draft=draft.identity)
+    assert f'href="{address}/data"' in client.get("/").text
+    client.post(f"{address}/start", data={"name": "first"})
+    assert address not in client.get("/").text
+
+
 def test_job_page_shows_progress_of_the_run_and_escapes_texts(client: TestClient, studio: Studio, draft: Draft) -> None:
     client.post(f"/drafts/{draft.identity}/start", data={"name": "first"})
     (job,) = studio.queue.jobs()

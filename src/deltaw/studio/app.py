@@ -70,8 +70,10 @@ def router(studio: Studio) -> APIRouter:
     def start(request: Request) -> Response:
         last = sorted(map(Run, find_runs(workspace.folder)), key=lambda run: run.changed, reverse=True)[:MAX_RUNS]
         jobs = [job for job in studio.queue.jobs() if job.state in ("queued", "running")]
+        started = {job.draft for job in studio.queue.jobs() if job.verb == "train"}
         files = [(name, name) for name in map(workspace.relative, workspace.data_files())]
-        drafts, runs = workspace.drafts(), [(workspace.relative(run.path), run) for run in last]
+        drafts = [draft for draft in workspace.drafts() if draft.identity not in started]
+        runs = [(workspace.relative(run.path), run) for run in last]
         return page(request, "start.html", workspace=workspace, files=files, drafts=drafts, runs=runs, jobs=jobs)
 
     @routes.put("/files/{name}")
