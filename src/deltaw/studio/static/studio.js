@@ -37,6 +37,12 @@ function showJobs(number) {
   badge.firstChild.data = number;
 }
 
+// Id in the address. Parts that are loaded later move it, so the page scrolls to it again until the user acts.
+let target = location.hash.slice(1);
+for (const kind of ["wheel", "touchmove", "pointerdown", "keydown"]) {
+  addEventListener(kind, () => { target = ""; }, { once: true, passive: true });
+}
+
 // Replace the content of an element. Keep the focus and open details, which are found by id or by position.
 function replaceContent(element, html) {
   if (element.lastHTML === html) return;
@@ -49,6 +55,7 @@ function replaceContent(element, html) {
   const news = element.querySelector("[data-announce]");
   if (news) announce(news.dataset.announce);
   connect(element);
+  if (target) document.getElementById(target)?.scrollIntoView();
 }
 
 // Load a part of the page: again while it is not finished (status 202), and regularly if it has data-every.
