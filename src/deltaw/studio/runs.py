@@ -70,13 +70,14 @@ def _add_pages(routes: APIRouter, studio: Studio) -> None:
             (workspace.relative(run.path), name, [*(column.text(run) for column in columns), _score(run)])
             for run, name in zip(runs, unique_names(runs), strict=True)
         ]
-        return page(request, "runs.html", head=[*(column.title for column in columns), "score"], rows=rows)
+        head, few = [*(column.title for column in columns), "score"], "few" in request.query_params
+        return page(request, "runs.html", head=head, rows=rows, few=few)
 
     @routes.get("/runs/compare")
     def compare(request: Request) -> Response:
         runs = [run_of(workspace, text) for text in dict.fromkeys(request.query_params.getlist("run"))]
         if len(runs) < 2:
-            raise UserError("a comparison needs two or more runs", hint="select them in the list of results")
+            return RedirectResponse("/runs?few=1", 303)
         if "curves" in request.query_params:
             return _report(studio, request, "comparison_page", {"folders": [str(run.path) for run in runs]})
         values = {"names": unique_names(runs), "query": request.url.query, "answers": same_prompts(runs)}
