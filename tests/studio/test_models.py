@@ -256,6 +256,16 @@ def test_job_page_shows_progress_of_the_run_and_escapes_texts(client: TestClient
     assert "some line" in page
 
 
+def test_failed_score_of_a_run_with_checkpoints_is_not_continued(client: TestClient, studio: Studio) -> None:
+    run = studio.workspace.folder / "runs" / "first"
+    (run / "checkpoints" / "step-1").mkdir(parents=True)
+    for verb in ("train", "eval"):
+        job = studio.queue.add(verb, [verb, "--json"], title="Job", run=run)
+        job.state = "failed"
+        button = re.search(r'<button id="resume">(.*?)<', client.get(f"/jobs/{job.identity}").text)
+        assert button and button[1] == {"train": "Continue", "eval": "Start again"}[verb]
+
+
 def test_table_of_scores_has_a_column_of_ranges_if_any_is_known(client: TestClient, studio: Studio) -> None:
     job = studio.queue.add("eval", ["eval", "--json"], title="Score", run=studio.workspace.folder / "runs" / "first")
     score = {"metric": "accuracy", "value": 0.8}
