@@ -267,12 +267,12 @@ def test_failed_score_of_a_run_with_checkpoints_is_not_continued(client: TestCli
 
 
 def test_table_of_scores_has_a_column_of_ranges_if_any_is_known(client: TestClient, studio: Studio) -> None:
-    job = studio.queue.add("eval", ["eval", "--json"], title="Score", run=studio.workspace.folder / "runs" / "first")
     score = {"metric": "accuracy", "value": 0.8}
     result = {"eval": {"loss": 0.5, "accuracy": 0.8}, "score": score, "rows": 10}
-    job.state = "done"
     for interval, cells in ([0.7, 0.9], ["–", "70.0% – 90.0%"]), (None, []):
         result["score"] = score | {"interval": interval}
+        job = studio.queue.add("eval", ["eval", "--json"], title="Score")
+        job.state = "done"
         (job.folder / "stdout").write_text(json.dumps(result))
         text = client.get(f"/jobs/{job.identity}").text
         assert re.findall(r"<td>[^<]*</td><td>(.*?)</td></tr>", text) == cells

@@ -17,7 +17,7 @@ from deltaw.runs.folder import CHECKPOINT_FOLDER, KILLED, RUNNING, Run, mapping,
 from deltaw.settings.config import flat
 from deltaw.studio.jobs import StudioJob, read_error
 from deltaw.studio.rendering import form, page, part
-from deltaw.studio.runs import score_interval
+from deltaw.studio.runs import score_interval, score_rows
 from deltaw.studio.state import Studio
 
 # Limits of a page: sample answers, predicted rows, values of a result, characters of a text, and classes.
@@ -126,6 +126,7 @@ def job_view(job: StudioJob, run: Run | None) -> dict[str, Any]:
         figures = [loss_figure(run), reward_figure(run), *metric_figures(run), memory_figure(run)]
         values["figures"] = [figure for figure in figures if figure is not None]
         values |= {"samples": samples(run), "predictions": predictions(run), "interval": score_interval(run)}
+        values["correct"] = score_rows(run)
         values["scored_run"] = run if job.state == "done" and run.score else None
     elif job.state == RUNNING:
         values["title"] = "Stopping" if job.stops else "Preparing"

@@ -27,6 +27,7 @@ from deltaw.runs.folder import (
     is_locked,
     is_run,
     mapping,
+    number,
     numbers,
     sequence,
 )
@@ -96,8 +97,8 @@ def _add_pages(routes: APIRouter, studio: Studio) -> None:
         jobs = [job for job in studio.queue.jobs() if job.run == relative]
         entry = task_registry.find(run.task)
         return page(
-            request, "run.html", run=run, path=relative, interval=score_interval(run), results=results,
-            model=workspace.relative(run.model), goal=entry.goal if entry and entry.goal else run.task,
+            request, "run.html", run=run, path=relative, interval=score_interval(run), correct=score_rows(run),
+            results=results, model=workspace.relative(run.model), goal=entry.goal if entry and entry.goal else run.task,
             origins=_origins(run.part("start"), _MAX_ORIGINS), jobs=jobs, gguf_types=GGUF_TYPES, programs=PROGRAMS,
             commands=commands, has_adapter=has_adapter(run.path),
         )  # fmt: skip
@@ -216,6 +217,15 @@ def score_interval(run: Run) -> str:
     score = mapping(run.result.get("score"))
     bounds = numbers(sequence(score.get("interval")))
     return " – ".join(metric_value(str(score.get("metric")), bound) for bound in bounds) if len(bounds) == 2 else ""
+
+
+def score_rows(run: Run) -> str:
+    """Return the numbers of correct and of held-out rows, or '' if they are unknown."""
+    total = number(mapping(run.part("data").get("counts")).get("held_out"))
+    if not total or run.score is None or run.score[0] not in ("accuracy", "exact_match"):
+        return ""
+    correct = run.score[1] * total
+    return f"{correct:,.0f} of {total:,.0f} rows" if abs(correct - round(correct)) < 0.01 else ""
 
 
 def _score(run: Run) -> str:
