@@ -174,4 +174,7 @@ def test_difference_of_evaluations_is_paired():
     assert change == pytest.approx(0.01) and low == pytest.approx(0.01) and high == pytest.approx(0.01)
     same, bounds = paired_difference(before, before)
     assert (same, *bounds) == (0, 0, 0)
+    right = [np.array([share] * 12 + [1.0] * 3) for share in (0.0, 1.0)]
+    before, after = (Evaluation({"accuracy": float(r.mean())}, "accuracy", per_row=r) for r in right)
+    assert paired_difference(before, after)[1][1] == 1 and paired_difference(after, before)[1][0] == -1
     assert paired_difference(before, Evaluation({"spearman": 1.0}, "spearman")) is None

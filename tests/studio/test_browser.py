@@ -182,13 +182,17 @@ def test_chat_becomes_an_adapter_whose_answer_differs(studio, page, tmp_path) ->
 
 @slow
 def test_score_and_predict_a_file(studio, page, tmp_path) -> None:
-    rows = write_rows(studio.folder / "test.jsonl", ({"review": f"{w} 99", "opinion": label} for w, label in WORDS * 4))
+    rows = write_rows(tmp_path / "test.jsonl", ({"review": f"{w} 99", "opinion": label} for w, label in WORDS * 4))
     train_classifier(page, studio, tmp_path, "scored")
     address = page.url
     for button, result in (("Score", "accuracy on 8 rows"), ("Predict", "Download scored-predictions.csv")):
         page.goto(address)
         page.get_by_role("link", name="Try it").click()
-        page.get_by_label("File with rows").select_option(rows.name)
+        if button == "Score":
+            page.get_by_label("Choose a file").set_input_files(rows)
+            expect(page.get_by_text("test.jsonl is selected below.")).to_be_visible()
+        else:
+            page.get_by_label("File with rows").select_option(rows.name)
         page.get_by_role("button", name=button).click()
         expect(page.get_by_text(result).first).to_be_visible()
     with page.expect_download() as download:
@@ -390,6 +394,7 @@ def test_pages_are_accessible_and_fit_a_narrow_window(studio, browser, tmp_path,
         page.get_by_label("Choose a file").set_input_files(reviews(tmp_path))
         expect(page.get_by_text("can be used.").first).to_be_visible()
         page.get_by_role("link", name="Tokens of row 1", exact=True).click()
+        expect(page.get_by_role("heading", name="Row 1 as the model reads it")).to_be_in_viewport()
         look("data")
         page.get_by_role("link", name="Continue").click()
         page.get_by_role("radio", name="encoder").check()
@@ -407,6 +412,7 @@ def test_pages_are_accessible_and_fit_a_narrow_window(studio, browser, tmp_path,
         look("result")
         try_it(page).get_by_label("Text", exact=True).fill("good")
         look("try")
+        page.get_by_label("File with rows").select_option(index=1)
         page.get_by_role("button", name="Score").click()
         expect(page.get_by_text("All values")).to_be_visible()
         look("score")

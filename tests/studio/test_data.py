@@ -100,6 +100,7 @@ def test_reviews_become_classes_with_settings(pages):
     assert "There are 2 classes: bad, good." in shown
     assert "1 row cannot be used and will be left out: row 31." in shown
     assert "Rows of each class" in shown and "Length of the rows" in shown
+    assert f'href="{address}/model"' in pages.get(f"{address}/data").text
     draft = stored(pages, address)
     assert draft.settings["data"] | {"max_length": 0} == {
         "train": "reviews.csv", "columns": {"text": "review", "label": "stars"}, "bad_rows": "skip",
@@ -117,7 +118,7 @@ def test_findings_name_rows_by_number(pages):
     shown = text_of(pages.get(f"{draft_of(pages, 'chat.jsonl', chr(10).join(lines))}/part/check"))
     assert "The column “prompt” holds the prompts and “completion” the answers." in shown
     assert "1 row left out: not JSON. Row 8 " in shown
-    assert "earlier one (dropped). Row 26 " in shown
+    assert "earlier one (dropped). Row 26 " in shown and "23 rows can be used." in shown
     assert str(pages.studio.workspace.folder) not in shown
 
 
@@ -216,6 +217,8 @@ def test_unreadable_file_is_an_error_part(pages, content):
     address = draft_of(pages, "rows.csv", content)
     response = pages.get(f"{address}/part/check")
     assert response.status_code == 200 and 'id="error"' in response.text and "<select" not in response.text
+    assert '<a class="button" href="/">Choose another file' in response.text
+    assert f'href="{address}/model"' not in pages.get(f"{address}/data").text
     assert pages.get(f"{address}/part/rows").status_code == 200
 
 

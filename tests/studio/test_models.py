@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -217,6 +218,14 @@ def test_start_queues_one_job_with_a_free_name(client: TestClient, studio: Studi
     assert studio.queue.jobs()[-1].run == "runs/Fur-Ol"
 
 
+def test_start_page_lists_drafts_without_a_training(client: TestClient, studio: Studio, draft: Draft) -> None:
+    address = f"/drafts/{draft.identity}"
+    studio.queue.add("plan", ["plan"], title="Download", draft=draft.identity)
+    assert f'href="{address}/data"' in client.get("/").text
+    client.post(f"{address}/start", data={"name": "first"})
+    assert address not in client.get("/").text
+
+
 def test_job_page_shows_progress_of_the_run_and_escapes_texts(client: TestClient, studio: Studio, draft: Draft) -> None:
     client.post(f"/drafts/{draft.identity}/start", data={"name": "first"})
     (job,) = studio.queue.jobs()
@@ -257,6 +266,29 @@ def test_page_of_a_job_offers_its_file_or_names_its_folder(client: TestClient, s
         page = client.get(f"/jobs/{job.identity}").text
         assert (f'href="/exports/{name}"' in page) == (verb == "export")
         assert (f"<code>exports/{name}</code>" in page) == (verb == "merge")
+
+
+def test_failed_score_of_a_run_with_checkpoints_is_not_continued(client: TestClient, studio: Studio) -> None:
+    run = studio.workspace.folder / "runs" / "first"
+    (run / "checkpoints" / "step-1").mkdir(parents=True)
+    for verb in ("train", "eval"):
+        job = studio.queue.add(verb, [verb, "--json"], title="Job", run=run)
+        job.state = "failed"
+        button = re.search(r'<button id="resume">(.*?)<', client.get(f"/jobs/{job.identity}").text)
+        assert button and button[1] == {"train": "Continue", "eval": "Start again"}[verb]
+
+
+def test_table_of_scores_has_a_column_of_ranges_if_any_is_known(client: TestClient, studio: Studio) -> None:
+    score = {"metric": "accuracy", "value": 0.8}
+    result = {"eval": {"loss": 0.5, "accuracy": 0.8}, "score": score, "rows": 10}
+    for interval, cells in ([0.7, 0.9], ["–", "70.0% – 90.0%"]), (None, []):
+        result["score"] = score | {"interval": interval}
+        job = studio.queue.add("eval", ["eval", "--json"], title="Score")
+        job.state = "done"
+        (job.folder / "stdout").write_text(json.dumps(result))
+        text = client.get(f"/jobs/{job.identity}").text
+        assert re.findall(r"<td>[^<]*</td><td>(.*?)</td></tr>", text) == cells
+        assert ("confidence interval</th>" in text) == bool(cells)
 
 
 def test_pages_need_no_torch() -> None:

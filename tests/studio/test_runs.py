@@ -70,8 +70,16 @@ def test_page_of_a_run_escapes_its_origins(client, run) -> None:
     assert "82.1%" in text and "&lt;b&gt;origin" in text and "older" in text
 
 
+def test_page_of_a_run_shows_the_number_of_correct_rows(client) -> None:
+    data = {"counts": {"held_out": 8}}
+    for name, value in {"exact": 0.375, "other": 0.4}.items():  # 0.4 of 8 rows is not a number of rows
+        write_run(client, name, data=data, result={"score": {"metric": "exact_match", "value": value}})
+    assert "3 of 8 rows" in client.get("/runs/of/runs/exact").text
+    assert "of 8 rows" not in client.get("/runs/of/runs/other").text
+
+
 DAMAGED = (
-    *("", "[]", '{"version": 1, "state": 3, "start": 5, "result": {"score": 1}}'),
+    *("", "[]", '{"version": 1, "state": 3, "start": 5, "data": {"counts": [3]}, "result": {"score": 1}}'),
     '{"version": 1, "result": {"score": {"metric": "a", "value": 1, "interval": "x"}}}',
     '{"version": 1, "start": {"adapters": [{"start": {"adapters": [[]]}}, 3]}}',
 )
@@ -90,7 +98,10 @@ def test_comparison(client, run) -> None:
     (run.parent / "second" / "run.yaml").write_text("model: other/model\ntask: causal-lm\nmethod: lora\n")
     text = client.get("/runs/compare?run=runs/first&run=runs/second").text
     assert "some/model" in text and "other/model" in text
-    assert client.get("/runs/compare?run=runs/first&run=runs/first").status_code == 400
+    for few in ("", "?run=runs/first&run=runs/first"):
+        location = client.get(f"/runs/compare{few}").headers["location"]
+        assert "Select two or more trainings" in client.get(location).text
+    assert "Select two or more" not in client.get("/runs").text
 
 
 def test_report_is_rendered_by_the_worker_and_sandboxed(client, run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -233,3 +234,31 @@ def test_scores_and_predictions_are_jobs(client) -> None:
     assert predict["output"] == output
     for change in ({"verb": "train"}, {"file": "../rows.csv"}, {"run": "."}):
         assert client.post("/runs/score", data=data | change).status_code == 400
+
+
+def test_files_to_score_can_hold_rows_and_none_is_selected_first(client) -> None:
+    folder = client.studio.workspace.folder
+    for name, content in {
+        "new.csv": b"a,b\n",
+        "empty.csv": b"",
+        "photo.csv": b"\x89PNG\r\n\0" + bytes(range(256)),
+    }.items():
+        (folder / name).write_bytes(content)
+    (folder / "rows.csv").write_text("a,b\n")
+    run = write_run(client, "first")
+    (run / "run.yaml").write_text(f"model: some/model\ntask: causal-lm\ndata: {{train: {folder / 'rows.csv'}}}\n")
+    text = client.get("/runs/try/runs/first").text
+    assert set(re.findall(r'<option value="(.*?)"( selected)?>(.*?)</option>', text)) == {
+        ("", " selected", "choose a file"), ("new.csv", "", "new.csv"),
+        ("rows.csv", "", "rows.csv (used for training)"),
+    }  # fmt: skip
+
+
+def test_uploaded_file_to_score_is_no_draft(client) -> None:
+    response = client.put("/trial/files/more.csv", content=b"a,b\n1,2\n")
+    assert response.json() == {"file": "more.csv"}
+    workspace = client.studio.workspace
+    assert (workspace.folder / "more.csv").read_bytes() == b"a,b\n1,2\n" and workspace.drafts() == []
+    write_run(client, "first")
+    assert 'value="more.csv"' in client.get("/runs/try/runs/first").text
+    assert client.put("/trial/files/page.html", content=b"<p>").status_code == 400

@@ -72,7 +72,9 @@ def router(studio: Studio) -> APIRouter:
         last_changed = sorted(runs.all_runs(workspace), key=lambda run: run.changed, reverse=True)
         recent_runs = [(workspace.relative(run.path), run) for run in last_changed[:MAX_RUNS]]
         files = [(name, name) for name in map(workspace.relative, workspace.data_files())]
-        values: dict[str, Any] = {"drafts": workspace.drafts(), "runs": recent_runs, "jobs": studio.queue.active()}
+        started = {job.draft for job in studio.queue.jobs() if job.verb == "train"}
+        drafts = [draft for draft in workspace.drafts() if draft.identity not in started]
+        values: dict[str, Any] = {"drafts": drafts, "runs": recent_runs, "jobs": studio.queue.active()}
         return page(request, "start.html", workspace=workspace, files=files, **values)
 
     @routes.put("/files/{name}")

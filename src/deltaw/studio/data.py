@@ -121,13 +121,14 @@ def _check(studio: Studio, draft: Draft, file: str) -> Response:
     with contextlib.suppress(UserError):
         columns = columns or _read(file, 1)[0]
     if error and not columns:
-        return error_part(error)
+        return part("error_part.html", error=error, is_file=True)
     if error and not preview:
         error = UserError(error.message, hint="choose the goal and its columns below, or another file")
     task = draft.settings.get("task") or task_registry.default_task()
     entries = [task_registry.entry_of(name) for name in task_registry.names()]
     values: dict[str, object] = {"draft": draft, "pending": pending, "error": error, "checked": checked, "task": task}
     values |= {"goals": {entry.name: entry.goal or entry.capability for entry in entries}, "contents": CONTENTS}
+    values |= {"usable": preview.get("rows", 0) - _num_dropped(draft, checked or {})}
     values |= {"preview": preview, "columns": [(column, column) for column in columns]}
     values |= {"roles": _roles(task, columns, draft.settings["data"].get("columns") or {})}
     values |= {"figures": _figures(checked or preview), "numbers": functools.partial(_numbers, file)}
@@ -138,6 +139,15 @@ def _number(request: Request, name: str, default: int) -> int:
     """Return a positive number of the address, or the default if it is missing or malformed."""
     text = request.query_params.get(name, "")
     return max(1, int(text)) if text.isascii() and text.isdigit() and len(text) < 10 else default
+
+
+def _num_dropped(draft: Draft, checked: Mapping[str, Any]) -> int:
+    """Return the number of rows that training drops as duplicates, or 0 if a row may give several examples."""
+    if draft.settings["data"].get("duplicates", "drop") != "drop" or checked.get("examples", 1) > checked.get(
+        "rows", 0
+    ):
+        return 0
+    return sum(finding["count"] for finding in checked["findings"] if finding["name"] == "duplicates")
 
 
 def _roles(task: str, columns: Sequence[str], mapped: Mapping[str, str]) -> dict[str, str]:

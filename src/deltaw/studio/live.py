@@ -17,7 +17,7 @@ from deltaw.runs.folder import CHECKPOINT_FOLDER, KILLED, RUNNING, Run, mapping,
 from deltaw.settings.config import flat
 from deltaw.studio.jobs import QUEUED, StudioJob, read_error
 from deltaw.studio.rendering import form, page, part
-from deltaw.studio.runs import score_range_text
+from deltaw.studio.runs import score_range_text, score_rows
 from deltaw.studio.state import Studio
 
 # Limits of a page: sample answers, predicted rows, values of a result, characters of a text, and classes.
@@ -129,6 +129,7 @@ def job_view(job: StudioJob, run: Run | None) -> dict[str, Any]:
         figures = [loss_figure(run), reward_figure(run), *metric_figures(run), memory_figure(run)]
         values["figures"] = [figure for figure in figures if figure is not None]
         values |= {"samples": samples(run), "predictions": predictions(run), "interval": score_range_text(run)}
+        values["correct"] = score_rows(run)
         values["scored_run"] = run if job.state == "done" and run.score else None
     elif job.state == RUNNING:
         values["title"] = "Stopping" if job.stops else "Preparing"
@@ -176,6 +177,7 @@ def scores(result: Mapping[str, Any]) -> dict[str, Any]:
         "before": metric_value(name, number(before.get("value"))) if before else "",
         "interval": interval(name, intervals.get(name)), "difference": interval(name, difference.get("interval")),
         "num_rows": result.get("rows"), "has_base": bool(base), "rows": rows,
+        "has_intervals": any(text for *_, text in rows),
         "confusion": {"classes": classes[:MAX_CLASSES], "counts": counts} if counts else None,
     }  # fmt: skip
 

@@ -30,6 +30,7 @@ from deltaw.runs.folder import (
     is_locked,
     is_run,
     mapping,
+    number,
     sequence,
 )
 from deltaw.settings import task_registry
@@ -75,13 +76,14 @@ def _add_pages(routes: APIRouter, studio: Studio) -> None:
             (workspace.relative(run.path), name, [*(column.text(run) for column in columns), _score(run)])
             for run, name in zip(runs, unique_names(runs), strict=True)
         ]
-        return page(request, "runs.html", head=[*(column.title for column in columns), "score"], rows=rows)
+        head, few = [*(column.title for column in columns), "score"], "few" in request.query_params
+        return page(request, "runs.html", head=head, rows=rows, few=few)
 
     @routes.get("/runs/compare")
     def compare(request: Request) -> Response:
         runs = [run_of(workspace, text) for text in dict.fromkeys(request.query_params.getlist("run"))]
         if len(runs) < 2:
-            raise UserError("a comparison needs two or more runs", hint="select them in the list of results")
+            return RedirectResponse("/runs?few=1", 303)
         if "curves" in request.query_params:
             return _report(studio, request, "comparison_page", {"folders": [str(run.path) for run in runs]})
         values = {"names": unique_names(runs), "query": request.url.query, "answers": same_prompts(runs)}
@@ -100,8 +102,8 @@ def _add_pages(routes: APIRouter, studio: Studio) -> None:
         jobs = [job for job in studio.queue.jobs() if job.run == relative]
         entry = task_registry.find(run.task)
         return page(
-            request, "run.html", run=run, path=relative, interval=score_range_text(run), results=results,
-            model=workspace.relative(run.model), goal=entry.goal if entry and entry.goal else run.task,
+            request, "run.html", run=run, path=relative, interval=score_range_text(run), correct=score_rows(run),
+            results=results, model=workspace.relative(run.model), goal=entry.goal if entry and entry.goal else run.task,
             origins=_origins(run.part("start"), _MAX_ORIGINS), jobs=jobs, gguf_types=GGUF_TYPES, programs=PROGRAMS,
             commands=commands, has_adapter=has_adapter(run.path),
         )  # fmt: skip
@@ -231,6 +233,15 @@ def _adapter_files(folder: Path) -> list[Path]:
 def score_range_text(run: Run) -> str:
     """Return the 95% confidence interval of the score, or ''."""
     return format_interval(str(mapping(run.result.get("score")).get("metric")), run.score_interval)
+
+
+def score_rows(run: Run) -> str:
+    """Return the numbers of correct and of held-out rows, or '' if they are unknown."""
+    total = number(mapping(run.part("data").get("counts")).get("held_out"))
+    if not total or run.score is None or run.score[0] not in ("accuracy", "exact_match"):
+        return ""
+    correct = run.score[1] * total
+    return f"{correct:,.0f} of {total:,.0f} rows" if abs(correct - round(correct)) < 0.01 else ""
 
 
 def _score(run: Run) -> str:

@@ -6,11 +6,13 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from urllib.parse import quote
+from pathlib import Path
 
 import httpx
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 
+from deltaw.data.row_files import COMPRESSED, TYPED, check_content, kind_of
 from deltaw.errors import UserError
 from deltaw.runs.folder import Run
 from deltaw.serving.http.settings import NAME
@@ -19,12 +21,14 @@ from deltaw.studio.runs import all_runs, export_path, has_adapter, run_of
 from deltaw.studio.spreadsheets import convert
 from deltaw.studio.state import Studio
 from deltaw.studio.trial import FAILED, STARTING, TrialServer
-from deltaw.studio.workspace import Workspace
+from deltaw.studio.workspace import SPREADSHEETS, Workspace
 
 PAGE = "/trial/page/"
 CONNECT_SECONDS = 5.0
 # Maximum number of runs that are offered for a comparison.
 MAX_OTHERS = 5
+# Bytes of a file that show its type.
+PEEK_BYTES = 4096
 # Headers that pass the proxy.
 _REQUEST_HEADERS = ("accept", "content-type", "content-length", "if-none-match")
 _RESPONSE_HEADERS = ("content-type", "content-length", "etag", "cache-control", "retry-after")
@@ -45,8 +49,17 @@ def router(studio: Studio) -> APIRouter:
     @routes.get("/runs/try/{path:path}")
     def show(request: Request, path: str) -> Response:
         run = run_of(workspace, path)
-        files = [(name, name) for name in map(workspace.relative, workspace.data_files())]
-        return page(request, "trial.html", files=files, run=run, path=workspace.relative(run.path))
+        files, trained = [("", "choose a file")], run.setting("data.train")
+        for file in filter(_may_contain_rows, workspace.data_files()):
+            name = workspace.relative(file)
+            files.append((name, f"{name} (used for training)" if str(file) == trained else name))
+        return page(request, "trial.html", files=files, run=run, path=workspace.relative(run.path), workspace=workspace)
+
+    @routes.put("/trial/files/{name}")
+    async def upload(request: Request, name: str) -> Response:
+        size = request.headers.get("content-length")
+        file = await workspace.save_upload(name, request.stream(), None if size is None else int(size))
+        return JSONResponse({"file": workspace.relative(await asyncio.to_thread(convert, workspace, file))})
 
     @routes.get("/trial/part")
     def show_part(run: str) -> Response:
@@ -91,6 +104,18 @@ def router(studio: Studio) -> APIRouter:
         return RedirectResponse(f"/jobs/{job.identity}", 303)
 
     return routes
+
+
+def _may_contain_rows(file: Path) -> bool:
+    """Return False if a file is empty, or if its first bytes are those of another type than its name."""
+    try:
+        with file.open("rb") as opened:
+            beginning = opened.read(PEEK_BYTES)
+        if file.suffix.lower() not in (*COMPRESSED, *SPREADSHEETS) and kind_of(file) not in TYPED:
+            check_content(beginning, file)
+    except (OSError, UserError):
+        return False
+    return bool(beginning.strip())
 
 
 def _others(workspace: Workspace, run: Run) -> list[Run]:

@@ -53,6 +53,7 @@ class PageServer:
     Attributes:
         key: Required API key, or None.
         hold_after: Number of tokens after which an answer waits for the gate, or None.
+        token_seconds: Pause after each token.
         fail: Models that fail after three tokens.
         chat_requests: Bodies of the chat requests.
         disconnected: Models with disconnected clients.
@@ -61,6 +62,7 @@ class PageServer:
 
     key: str | None = None
     hold_after: int | None = None
+    token_seconds: float = 0.0
     fail: set[str] = field(default_factory=set)
     chat_requests: list[dict[str, Any]] = field(default_factory=list)
     disconnected: list[str] = field(default_factory=list)
@@ -115,7 +117,7 @@ class PageServer:
             text = raw.decode(errors="ignore")
             delta, sent = text[len(sent) :], text
             yield event({"content": delta}, None, with_alternatives(token, position))
-            await asyncio.sleep(0)
+            await asyncio.sleep(self.token_seconds)
         yield event({}, "length" if len(tokens) < len(all_tokens) else "stop", None)
         usage = {"prompt_tokens": 9, "completion_tokens": len(tokens), "total_tokens": 9 + len(tokens)}
         yield f"data: {json.dumps({'choices': [], 'usage': usage})}\n\n"

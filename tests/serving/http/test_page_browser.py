@@ -469,3 +469,27 @@ def test_adapter_is_first_on_narrow_screen_with_sticky_name(page):
     adapter.locator(".text").evaluate("text => { text.style.minHeight = '2000px' }")
     adapter.evaluate("one => window.scrollTo(0, one.getBoundingClientRect().top + window.scrollY + 900)")
     expect(adapter.get_by_role("heading", name="legal")).to_be_in_viewport()
+
+
+@pytest.mark.parametrize("width", SIZES)
+def test_short_answer_stays_visible_beside_a_long_one(page, server, monkeypatch, width):
+    server.token_seconds = 0.01
+    monkeypatch.setitem(ANSWERS, BASE, ["line\n"] * 120)
+    page.set_viewport_size({"width": width, "height": SIZES[width]})
+    wait_for_models(page)
+    for answers in (2, 4):
+        send(page, "Go", answers)
+    assert page.evaluate("document.documentElement.scrollHeight > 2 * window.innerHeight")
+    expect(answer(page, "legal").last.locator(".token").first).to_be_in_viewport()
+    expect(page.locator(".question-text").last).to_be_in_viewport()
+
+
+def test_frame_of_the_studio_selects_base_model_and_adapter_in_a_narrow_window(page, server):
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.goto(server.url)
+    expect(page.locator("#model-list input:checked")).to_have_count(1)
+    page.route("**/frame", lambda route: route.fulfill(content_type="text/html", body='<iframe src="/"></iframe>'))
+    page.route(server.url, lambda route: route.fulfill(response=(original := route.fetch()), headers={
+        name: text for name, text in original.headers.items() if name != "content-security-policy"}))  # fmt: skip
+    page.goto(server.url + "frame")
+    expect(page.frame_locator("iframe").locator("#model-list input:checked")).to_have_count(2)

@@ -1,5 +1,5 @@
-// Behavior of the pages by attribute: data-src, data-every, data-autosave, data-reload, data-upload, data-copy and
-// data-confirm. All forms also work without this script, except for uploads.
+// Behavior of the pages by attribute: data-src, data-every, data-autosave, data-reload, data-upload, data-into, data-copy
+// and data-confirm. All forms also work without this script, except for uploads.
 "use strict";
 
 const POLL_MS = 1000;  // between requests for a part that is not finished
@@ -37,6 +37,12 @@ function showJobs(number) {
   badge.firstChild.data = number;
 }
 
+// Id in the address. Parts that are loaded later move it, so the page scrolls to it again until the user acts.
+let target = location.hash.slice(1);
+for (const kind of ["wheel", "touchmove", "pointerdown", "keydown"]) {
+  addEventListener(kind, () => { target = ""; }, { once: true, passive: true });
+}
+
 // Replace the content of an element. Keep the focus and open details, which are found by id or by position.
 function replaceContent(element, html) {
   if (element.lastHTML === html) return;
@@ -49,6 +55,7 @@ function replaceContent(element, html) {
   const announcement = element.querySelector("[data-announce]");
   if (announcement) announce(announcement.dataset.announce);
   connect(element);
+  if (target) document.getElementById(target)?.scrollIntoView();
 }
 
 // Load a part of the page: again while it is not finished (status 202), and regularly if it has data-every.
@@ -126,7 +133,8 @@ function showErrors(form, errors) {
   if (box) { box.textContent = others.join(" "); box.hidden = others.length === 0; }
 }
 
-// Upload a file from the file input or by drag and drop, then go to the address in the answer.
+// Upload a file from the file input or by drag and drop, then go to the address in the answer, or
+// select the file in the list whose id is in data-into.
 function connectUpload(form) {
   const input = form.querySelector("input[type=file]");
   const status = form.querySelector("[role=status]");
@@ -146,7 +154,15 @@ function connectUpload(form) {
     request.onload = () => {
       let answer = {};
       try { answer = JSON.parse(request.responseText); } catch { /* an answer without JSON is an error */ }
-      if (request.status === 200) { location.href = answer.url; return; }
+      if (request.status === 200 && answer.url) { location.href = answer.url; return; }
+      if (request.status === 200) {
+        const list = document.getElementById(form.dataset.into);
+        list.add(new Option(answer.file, answer.file));
+        list.value = answer.file;
+        status.replaceChildren(answer.file + " is selected below.");
+        input.value = "";
+        return;
+      }
       const { message, hint } = answer.error ?? { message: "the upload failed" };
       fail([message, hint].filter(Boolean).map((text) => text[0].toUpperCase() + text.slice(1) + ".").join(" "));
     };

@@ -178,8 +178,11 @@ def paired_difference(before: Evaluation, after: Evaluation) -> tuple[float, Int
     if before.per_row is None or after.per_row is None or before.main != after.main:
         return None
     change = after.per_row - before.per_row
-    bounds = mean_interval(change)
-    return None if bounds is None else (float(change.mean()), bounds)
+    if (bounds := mean_interval(change)) is None:
+        return None
+    if after.main in SHARE_METRICS:  # Student's interval of a few rows may exceed the range of a difference of shares
+        bounds = max(-1.0, bounds[0]), min(1.0, bounds[1])
+    return float(change.mean()), bounds
 
 
 def _ratio(part: float, total: float) -> float:

@@ -4,6 +4,8 @@ const KEY = "deltaw-api-key";
 // Browsers open at most six connections to a server, so a seventh answer would have to wait.
 const MAX_COLUMNS = 6;
 const TOP = 5;
+// Pixels above a turn after scrolling to it.
+const TURN_MARGIN = 16;
 const byId = (id) => document.getElementById(id);
 const key = () => sessionStorage.getItem(KEY) ?? "";
 // Lines are appended, not replaced, so that screen readers read all of them.
@@ -57,10 +59,11 @@ function showModels(models) {
   const previous = new Set(selectedModels());
   const sorted = [...models.filter((model) => !model.parent), ...models.filter((model) => model.parent)];
   shortNames(sorted);
-  // Select base model and adapter, or only the adapter if the window is narrow.
+  // Select base model and adapter, or only the adapter if the window is narrow and not a frame of the studio.
+  const both = wide.matches || window.parent !== window;
   const first = sorted.find((model) => model.parent) ?? sorted[0];
   byId("model-list").replaceChildren(
-    ...sorted.map((model, index) => modelChoice(model, model === first || (wide.matches && index < 2))),
+    ...sorted.map((model, index) => modelChoice(model, model === first || (both && index < 2))),
   );
   if (previous.size) for (const box of boxes()) box.checked = previous.has(box.value);
   const adapters = models.filter((model) => model.parent).length;
@@ -313,8 +316,11 @@ async function send() {
   const scheduleComparison = comparer(answers);
   const onChunk = () => {
     scheduleComparison();
-    // Stacked answers are not scrolled, because the adapter's answer at the top would leave the view.
-    if (isNearBottom() && (wide.matches || answers.length === 1)) window.scrollTo(0, document.documentElement.scrollHeight);
+    if (!isNearBottom()) return;
+    // The beginning of several answers stays visible, because a short one would leave the view before a long one ends.
+    const beginning = turn.getBoundingClientRect().top - TURN_MARGIN;
+    if (answers.length === 1) window.scrollTo(0, document.documentElement.scrollHeight);
+    else if (beginning > 0) window.scrollBy(0, beginning);
   };
   await Promise.all(answers.map((answer) => write(answer, withImages(question, images), body, control.signal, onChunk)));
   compare(answers, false);
