@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from urllib.parse import quote
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx
 from fastapi import APIRouter, Request
@@ -25,10 +25,8 @@ from deltaw.studio.workspace import SPREADSHEETS, Workspace
 
 PAGE = "/trial/page/"
 CONNECT_SECONDS = 5.0
-# Maximum number of runs that are offered for a comparison.
-MAX_OTHERS = 5
-# Bytes of a file that show its type.
-PEEK_BYTES = 4096
+# Maximum number of runs that are offered for a comparison, and bytes of a file that show its type.
+MAX_OTHERS, PEEK_BYTES = 5, 4096
 # Headers that pass the proxy.
 _REQUEST_HEADERS = ("accept", "content-type", "content-length", "if-none-match")
 _RESPONSE_HEADERS = ("content-type", "content-length", "etag", "cache-control", "retry-after")
