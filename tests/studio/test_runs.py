@@ -100,7 +100,7 @@ def test_comparison(client, run) -> None:
     assert "some/model" in text and "other/model" in text
     for few in ("", "?run=runs/first&run=runs/first"):
         location = client.get(f"/runs/compare{few}").headers["location"]
-        assert "Select two or more trainings" in client.get(location).text
+        assert "Select two or more runs" in client.get(location).text
     assert "Select two or more" not in client.get("/runs").text
 
 
