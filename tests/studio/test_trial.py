@@ -76,7 +76,7 @@ def test_trial_serves_a_run_with_a_new_key_until_it_is_stopped(trial: TrialServe
         process = psutil.Process(trial._process.pid)
     assert len({*keys}) == 2
     trial.stop()
-    assert trial.state == "none" and trial.run is None and not process.is_running()
+    assert trial.state == "stopped" and trial.run is None and not process.is_running()
 
 
 @pytest.mark.parametrize("code", ["sys.exit('error: too large\\n  where: here\\n  hint:  smaller')", "sys.exit(3)"])
@@ -97,11 +97,11 @@ def test_failed_trial_shows_the_error_of_the_command(
 @pytest.mark.usefixtures("fake_serve")
 def test_job_stops_an_idle_trial_only(trial: TrialServer, tmp_path: Path) -> None:
     trial.start(tmp_path / "run")
-    trial.release()
-    assert trial.state != "none"
-    trial.used -= 2 * trial_module.IDLE_SECONDS
-    trial.release()
-    assert trial.state == "none"
+    trial.stop_if_idle()
+    assert trial.state != "stopped"
+    trial.last_used -= 2 * trial_module.IDLE_SECONDS
+    trial.stop_if_idle()
+    assert trial.state == "stopped"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
@@ -142,25 +142,26 @@ def served(tmp_path: Path) -> Iterator[tuple[str, PageServer]]:
         server.gate.set()
 
 
+STREAMED = {"model": BASE, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8, "stream": True}
+
+
 def test_proxy_streams_chunks_as_they_come_and_adds_the_key(served) -> None:
     http, server = served
     server.hold_after = 3
-    body = {"model": BASE, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8, "stream": True}
-    with http.stream("POST", "trial/page/v1/chat/completions", json=body) as response:
+    with http.stream("POST", "trial/page/v1/chat/completions", json=STREAMED) as response:
         lines = response.iter_lines()
         first = [next(lines) for _ in range(5)]
         assert "low" in "".join(first) and not server.gate.is_set()
         server.gate.set()
         assert "[DONE]" in "".join(lines)
-    assert server.chat_requests == [body] and http.trial.used > 0
+    assert server.chat_requests == [STREAMED] and http.trial.last_used > 0
     assert server.key not in str(response.headers) and "".join(first).count(server.key) == 0
 
 
 def test_disconnected_browser_cancels_the_answer(served) -> None:
     http, server = served
     server.hold_after = 3
-    body = {"model": BASE, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8, "stream": True}
-    with http.stream("POST", "trial/page/v1/chat/completions", json=body) as response:
+    with http.stream("POST", "trial/page/v1/chat/completions", json=STREAMED) as response:
         lines = response.iter_lines()
         assert "low" in "".join(next(lines) for _ in range(5))  # the third token: the server waits
     deadline = time.monotonic() + SECONDS
@@ -199,7 +200,7 @@ def test_page_starts_a_trial_and_offers_runs_of_the_same_model(client) -> None:
     (other / "run.yaml").write_text("model: another\ntask: causal-lm\nmethod: lora\n")
     started: list[tuple[Path, list[Path]]] = []
     trial = client.studio.trial
-    vars(trial).update(start=lambda run, others: started.append((run, others)), run=None, state="none")
+    vars(trial).update(start=lambda run, others: started.append((run, others)), run=None, state="stopped")
     text = client.get("/trial/part", params={"run": "runs/first"}).text
     assert 'value="runs/second"' in text and "third" not in text and "unusable" not in text
     data = {"run": "runs/first", "other": "runs/second"}

@@ -298,7 +298,7 @@ class JobQueue:
                     result = job.result
                     is_done = result is not None and not result.get("interrupted")
                     job.state = DONE if is_done else STOPPED if job.stops or result is not None else FAILED
-                    with contextlib.suppress(OSError, UserError):  # a restarted server comes to the same result
+                    with contextlib.suppress(OSError, UserError):  # a restarted server computes the same state
                         job.save()
             waiting = [job for job in self.jobs() if job.state == QUEUED]
             if waiting and self.busy() is None:
@@ -345,7 +345,7 @@ def interrupt(process: Mapping[str, Any], *, kill: bool = False, arguments: Sequ
     """
     with contextlib.suppress(psutil.Error, KeyError):
         target = psutil.Process(process["id"])  # psutil checks that the id is not reused from here on
-        if is_alive(process) and _ends_with(target.cmdline(), arguments):
+        if is_alive(process) and _has_arguments(target.cmdline(), arguments):
             stop = getattr(signal, "CTRL_BREAK_EVENT" if platforms.WINDOWS else "SIGINT")
             target.kill() if kill else target.send_signal(stop)
 
@@ -353,9 +353,10 @@ def interrupt(process: Mapping[str, Any], *, kill: bool = False, arguments: Sequ
 def _find_process(job: StudioJob) -> dict[str, Any] | None:
     """Return the identity of the oldest process with the working directory and the arguments of a job, or None."""
     infos = [process.info for process in psutil.process_iter(["cmdline", "cwd", "pid", "create_time", "status"])]
-    found = [i for i in infos if i["cwd"] == str(job.folder) and _ends_with(i["cmdline"] or [], job.arguments)]
+    found = [i for i in infos if i["cwd"] == str(job.folder) and _has_arguments(i["cmdline"] or [], job.arguments)]
     return process_identity(min(found, key=lambda info: info["create_time"])["pid"]) if found else None
 
 
-def _ends_with(command: Sequence[str], arguments: Sequence[str]) -> bool:
+def _has_arguments(command: Sequence[str], arguments: Sequence[str]) -> bool:
+    """Return True if these are the last arguments of a command line."""
     return [*command[len(command) - len(arguments) :]] == [*arguments]

@@ -35,8 +35,8 @@ def router(studio: Studio) -> APIRouter:
     def view(job: StudioJob) -> dict[str, Any]:
         """Return the variables of the progress, which are computed more rarely if the run is long."""
         started, state = time.monotonic(), (job.state, job.stops)
-        time_shown, seconds, shown_state, values = views.get(job.identity, (0.0, 0.0, None, {}))
-        if shown_state != state or started - time_shown > IDLE_FACTOR * seconds:
+        updated, seconds, last_state, values = views.get(job.identity, (0.0, 0.0, None, {}))
+        if last_state != state or started - updated > IDLE_FACTOR * seconds:
             run = None if job.run is None else Run(workspace.folder / job.run)
             values = {**job_view(job, run), "has_checkpoint": run is not None and has_checkpoint(run)}
             if job.is_active and values["percent"] is not None:
@@ -97,7 +97,7 @@ def has_checkpoint(run: Run) -> bool:
 
 
 def job_note(job: StudioJob, line: LiveLine | None, others: Sequence[StudioJob]) -> str:
-    """Return a remark about the state of a job: when it starts, or how many steps are done."""
+    """Return the start time or the number of steps of a job in words."""
     if job.state == QUEUED:
         return f"Starts when {others[0].title} is finished" if others and others[0].state == RUNNING else "Starts soon"
     if line is None:
@@ -121,8 +121,8 @@ def job_view(job: StudioJob, run: Run | None) -> dict[str, Any]:
         values["values"] = []
     elif job.verb != "train" or run is None:
         result = list(flat(job.result or {}).items())
-        shown = [(key, value) for key, value in result if isinstance(value, str | int | float)]
-        values["values"] = [(key, short(v) if isinstance(v, float) else str(v)) for key, v in shown][:MAX_VALUES]
+        visible = [(key, value) for key, value in result if isinstance(value, str | int | float)]
+        values["values"] = [(key, short(v) if isinstance(v, float) else str(v)) for key, v in visible][:MAX_VALUES]
     elif run.values and (job.state != RUNNING or run.state == RUNNING):
         line = live_line(run)
         values |= {"line": line, "percent": int(100 * line.step / line.total) if line.total else 0}
@@ -154,7 +154,6 @@ def job_error(job: StudioJob, run: Run | None) -> UserError:
 def scores(result: Mapping[str, Any]) -> dict[str, Any]:
     """Return the variables of the metrics that an evaluation printed."""
     metrics, base, intervals = (mapping(result.get(key)) for key in ("eval", "base", "intervals"))
-
     main, before, difference = (mapping(result.get(key)) for key in ("score", "base_score", "difference"))
     intervals = {str(main.get("metric")): main.get("interval"), **intervals}
 
@@ -201,9 +200,9 @@ def predictions(run: Run) -> dict[str, Any] | None:
     """Return predictions of held-out rows, wrong ones first, or None."""
     recorded: Mapping[str, Any] = mapping(next(iter(run.metrics.predictions.values()), None))
     rows = [mapping(row) for kind in ("mistakes", "examples") for row in sequence(recorded.get(kind))]
-    shown = [
+    visible = [
         {name: str(row.get(name, ""))[:MAX_CHARACTERS] for name in ("row", "text", "expected", "predicted")}
         | {"score": short(number(row.get("score")))}
         for row in rows[:MAX_PREDICTIONS]
     ]
-    return {"rows": shown, "score": metric_name(str(recorded.get("score_name", "")))} if shown else None
+    return {"rows": visible, "score": metric_name(str(recorded.get("score_name", "")))} if visible else None

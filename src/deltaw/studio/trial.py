@@ -1,4 +1,4 @@
-"""Process that serves a run, so that it can be tried in the browser. There is at most one."""
+"""Process that serves one run at a time, to try it in the browser."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from deltaw.serving.http.settings import KEY_VARIABLE
 from deltaw.studio.jobs import python_command, read_error
 from deltaw.studio.workspace import Workspace
 
-NONE, STARTING, READY, FAILED = "none", "starting", "ready", "failed"
+STOPPED, STARTING, READY, FAILED = "stopped", "starting", "ready", "failed"
 # Seconds without requests after which a starting job may stop the process.
 IDLE_SECONDS = 60.0
-# Lines of output kept for the error message.
+# Maximum number of lines of output for the error message.
 MAX_LINES = 40
 _READY = re.compile(r"serving .* at (http://127\.0\.0\.1:\d+)\n")
-# The process ends with the studio, also if that is killed: its standard input is then closed.
+# Closing the standard input stops the process. This also happens if the studio is killed.
 _CODE = (
     "import os, sys, threading; threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start(); "
     "from deltaw.cli import main; main()"
@@ -38,7 +38,7 @@ class TrialServer:
     Attributes:
         run: Folder of the run, or None.
         key: API key of the process.
-        used: Time of the last request, of :func:`time.monotonic`.
+        last_used: Time of the last request, in the seconds of :func:`time.monotonic`.
     """
 
     def __init__(self, workspace: Workspace) -> None:
@@ -47,14 +47,14 @@ class TrialServer:
         self._lines: collections.deque[str] = collections.deque(maxlen=MAX_LINES)
         self._url = self.key = ""
         self.run: Path | None = None
-        self.used = 0.0
+        self.last_used = 0.0
 
     @property
     def state(self) -> str:
-        """``none``, ``starting``, ``ready`` or ``failed``."""
+        """``stopped``, ``starting``, ``ready`` or ``failed``."""
         process = self._process
         if process is None:
-            return NONE
+            return STOPPED
         if process.poll() is not None:
             return FAILED
         return READY if self._url else STARTING
@@ -81,7 +81,7 @@ class TrialServer:
             options |= {"env": {**options["env"], KEY_VARIABLE: self.key}, "cwd": self._workspace.state}
             options |= {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
             process = subprocess.Popen(command, text=True, encoding="utf-8", errors="replace", **options)
-            self._process, self.run, self.used = process, run, time.monotonic()
+            self._process, self.run, self.last_used = process, run, time.monotonic()
             self._lines = collections.deque(maxlen=MAX_LINES)
             threading.Thread(target=self._read, args=(process, self._lines), name="trial", daemon=True).start()
 
@@ -99,15 +99,15 @@ class TrialServer:
         with self._lock:
             self._stop()
 
-    def release(self) -> None:
-        """Stop the process if it is idle, so that a job gets its memory."""
-        if time.monotonic() - self.used > IDLE_SECONDS:
+    def stop_if_idle(self) -> None:
+        """Stop the process if it had no requests for a minute, to free its memory for a job."""
+        if time.monotonic() - self.last_used > IDLE_SECONDS:
             self.stop()
 
     def _stop(self) -> None:
         process, self._process, self._url, self.run = self._process, None, "", None
         if process is not None:
-            process.kill()  # it has nothing to save
+            process.kill()  # no state to save
             process.wait()
             assert process.stdin is not None
             process.stdin.close()

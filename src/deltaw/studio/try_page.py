@@ -20,7 +20,7 @@ from deltaw.studio.rendering import form, page, part
 from deltaw.studio.runs import all_runs, export_path, has_adapter, run_of
 from deltaw.studio.spreadsheets import convert
 from deltaw.studio.state import Studio
-from deltaw.studio.trial import FAILED, STARTING, TrialServer
+from deltaw.studio.trial import FAILED, STARTING, STOPPED, TrialServer
 from deltaw.studio.workspace import SPREADSHEETS, Workspace
 
 PAGE = "/trial/page/"
@@ -35,11 +35,11 @@ _RESPONSE_HEADERS = ("content-type", "content-length", "etag", "cache-control", 
 def router(studio: Studio) -> APIRouter:
     """Return the routes of the page of trials, of the proxy, and of scores."""
     routes, workspace, trial = APIRouter(), studio.workspace, studio.trial
-    studio.queue.on_start.append(lambda job: trial.release())
+    studio.queue.on_start.append(lambda job: trial.stop_if_idle())
 
     def view(run: Run) -> dict[str, object]:
         """Return the variables of the part with the model."""
-        state = trial.state if trial.run == run.path else "none"
+        state = trial.state if trial.run == run.path else STOPPED
         values = {"run": run, "path": workspace.relative(run.path), "state": state, "busy": studio.queue.busy()}
         others = [(workspace.relative(other.path), other.name) for other in _others(workspace, run)]
         return values | {"error": trial.error if state == FAILED else None, "others": others}
@@ -148,7 +148,7 @@ async def _forward(request: Request, trial: TrialServer) -> Response:
     async def chunks() -> AsyncIterator[bytes]:
         try:
             async for chunk in response.aiter_raw():
-                trial.used = time.monotonic()
+                trial.last_used = time.monotonic()
                 yield chunk
         except httpx.HTTPError:
             pass  # the page notices that the answer is not complete

@@ -196,7 +196,7 @@ class RowImages:
         """Return the (n, width) features of token ids (n,), after computing those that are not stored.
 
         Args:
-            tower: Compute all of them with this tower, with gradients, and store none.
+            tower: Compute all of them with this tower, with gradients, without storing them.
 
         Raises:
             UserError: if an image cannot be read anymore.
@@ -338,7 +338,7 @@ class RowImages:
         Args:
             trained: Names of trained modules or parameters, :data:`INPUT_LAYER` or :data:`VISION_TOWER`. A trained
                 connector becomes a part of the model's embedding, and its inputs are stored. A trained vision tower
-                also becomes a part, and nothing is stored.
+                also becomes a part, and no features are stored.
             is_new: Also train a connector that was never trained, on standardized inputs.
 
         Raises:
@@ -375,7 +375,7 @@ class RowImages:
         return self.trains_connector and not (is_new and self.has_new_connector)
 
     def _select_parts(self, trained: Sequence[str], is_new: bool) -> tuple[Tower | None, dict[str, nn.Module]]:
-        """Set the attributes that say which parts are trained.
+        """Set the attributes for the parts that are trained.
 
         Returns:
             The tower with uninitialized weights, if a part is trained, and modules for the embedding by complete name.
