@@ -116,3 +116,35 @@ def test_method_equals_cpu(method, run_on):
     cpu, cuda = run_on("cpu", **changes), run_on("cuda", callback=counter, **changes)
     assert_equal_runs(cpu.output, cuda.output)
     assert counter.per_step <= 2
+
+
+def test_rewards_train_and_resume_on_device(run_on, inputs, settings, tmp_path):
+    reward = {"functions": [inputs["reward"]], "group": 4, "max_new_tokens": 6, "loss": "grpo"}
+    result = run_on("cuda", "rl", reward=reward)
+    steps = metrics(result.output, "loss")
+    assert all(step["mismatch"] < 1e-5 for step in steps) and any(step["gradient_norm"] > 0 for step in steps)
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora": {"dropout": 0.2}}], ids=["plain", "dropout"])
+def test_resumed_run_is_bit_identical(changes, settings, inputs, tmp_path):
+    def config(name: str) -> dict:
+        train = {"max_steps": 6, "checkpoint_every": 1}
+        return settings(tmp_path / name, device="cuda", train=train, **changes)
+
+    whole, part = deltaw.fit(config("whole")).output, stopped_run(config("part"), 3)
+    torch.cuda.manual_seed(99)  # the random state must come from the checkpoint
+    torch.manual_seed(99)
+    assert deltaw.fit(resume=part).resumed_from_step == 3
+    assert_same_run(part, whole)
+
+
+def test_commands_on_device_equal_cpu(call, finished_run):  # noqa: F811
+    results = {}
+    for device in ("cpu", "cuda"):
+        options = ("--device", device, "--precision", "fp32", "--json")
+        generated = json.loads(call("generate", finished_run, "--prompt", "paint it", *options, status=0).out)
+        sampling = ("--temperature", "0.7", "--seed", "3")
+        sampled = json.loads(call("generate", finished_run, "--prompt", "paint", *sampling, *options, status=0).out)
+        evaluated = json.loads(call("eval", finished_run, *options, status=0).out)
+        results[device] = (generated, sampled, evaluated)
+    print(results)
