@@ -90,6 +90,20 @@ def test_path_is_not_read_from_the_host_header(tmp_path, monkeypatch) -> None:
     assert client.get("/runs").status_code == 401
 
 
+def test_head_request_does_not_use_the_token(tmp_path) -> None:
+    client = connect(tmp_path, log_in=False)
+    address = {"token": client.token.value}
+    assert client.head("/", params=address).status_code == 401
+    assert client.get("/", params=address).status_code == 303
+
+
+@pytest.mark.parametrize("site", ["same-site", "cross-site"])
+def test_other_pages_may_link_to_pages_but_not_fetch_or_frame_them(client, site) -> None:
+    for mode, target, status in (("navigate", "document", 200), ("navigate", "iframe", 403), ("no-cors", "image", 403)):
+        headers = {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": mode, "Sec-Fetch-Dest": target}
+        assert client.get("/runs", headers=headers).status_code == status
+
+
 def test_allowed_host(tmp_path) -> None:
     client = connect(tmp_path, hosts=("studio.lan",))
     assert client.get("/static/studio.css", headers={"Host": "studio.lan:7860"}).status_code == 200

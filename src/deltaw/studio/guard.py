@@ -115,13 +115,14 @@ class SessionGuard:
             )
         if path.startswith("/static/"):
             return None
-        if request.method not in ("GET", "HEAD") and not _is_same_origin(request):
+        is_read = request.method in ("GET", "HEAD")
+        if not (_is_own_read(request) if is_read else _is_same_origin(request)):
             return error_response(request, UserError("another page sent this request"), 403)
         if self._has_cookie(request):
             return RedirectResponse("/", 303) if "token" in request.query_params and path == "/" else None
         hint = "open the address that the terminal shows, or start deltaw studio again"
         token = request.query_params.get("token", "")
-        if path != "/" or not token:
+        if path != "/" or not token or request.method != "GET":
             return error_response(request, UserError("this browser is not connected to the studio", hint=hint), 401)
         if not self._token.use(token):
             message = "this address was used before, or it is wrong"
@@ -136,6 +137,13 @@ class SessionGuard:
     def _has_cookie(self, request: Request) -> bool:
         value = request.cookies.get(self._cookie, "")
         return hmac.compare_digest(value.encode("utf-8", "replace"), self._secret.encode())
+
+
+def _is_own_read(request: Request) -> bool:
+    """Return False if a page of another site or port embeds or fetches this address. It may link to it."""
+    headers = request.headers
+    is_foreign = headers.get("sec-fetch-site") in ("same-site", "cross-site")
+    return not is_foreign or (headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")) == ("navigate", "document")
 
 
 def _is_same_origin(request: Request) -> bool:
