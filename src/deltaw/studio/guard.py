@@ -11,7 +11,7 @@ from pathlib import Path
 from fastapi import Request
 from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deltaw.atomic_files import write_text
@@ -128,7 +128,8 @@ class SessionGuard:
             message = "this address was used before, or it is wrong"
             hint = "open the new address that the terminal shows, or start deltaw studio again"
             return error_response(request, UserError(message, hint=hint), 403)
-        response = RedirectResponse("/", 303)
+        # Browsers do not send the cookie with a redirect if another site or a file opened the address.
+        response = HTMLResponse('<!doctype html><meta http-equiv="refresh" content="0; url=/">')
         is_secure = self._settings.certificate is not None
         options = {"httponly": True, "samesite": "strict", "secure": is_secure, "max_age": COOKIE_SECONDS}
         response.set_cookie(self._cookie, self._secret, **options)  # type: ignore[arg-type]

@@ -163,8 +163,8 @@ class Workspace:
         return self.folder / f".studio-{secrets.token_hex(8)}.part"
 
     def remove_partial_files(self) -> None:
-        """Remove the incomplete files of a studio that was killed."""
-        for partial in self.folder.glob(".studio-*.part"):
+        """Remove incomplete files of a studio that was killed, and pages that open one."""
+        for partial in self.folder.glob(".studio-*.*"):
             with contextlib.suppress(OSError):
                 partial.unlink()
 
