@@ -363,18 +363,17 @@ def _lock_folder(folder: Path) -> int | None:
     Raises:
         BlockingIOError: if the folder is locked.
     """
-    try:
-        import fcntl
+    if platforms.WINDOWS:
+        return None
+    import fcntl
 
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(descriptor)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # some network file systems
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
             raise
-    except BlockingIOError:
-        raise
-    except (ImportError, OSError):  # Windows and some network file systems
         return None
     return descriptor
 

@@ -194,10 +194,9 @@ class Workspace:
 
     def shorten(self, error: UserError) -> UserError:
         """Return an error in which paths are relative to the folder."""
-        texts = [
-            text and text.replace(f"{self.folder}{os.sep}", "") for text in (error.message, error.location, error.hint)
-        ]
-        return UserError(str(texts[0]), location=texts[1], hint=texts[2])
+        texts = [text or "" for text in (error.message, error.location, error.hint)]
+        message, location, hint = (text.replace(f"{self.folder}{os.sep}", "") for text in texts)
+        return UserError(message, location=location or None, hint=hint or None)
 
     def data_files(self) -> list[Path]:
         """Return the files that may contain rows, the last changed first."""
