@@ -25,6 +25,7 @@ pytest.importorskip("httpx", reason="the extra studio is not installed")
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 from playwright.sync_api import Browser, Page, expect  # noqa: E402
 
+from deltaw.cli.studio import redirect_page  # noqa: E402
 from deltaw.studio.workspace import Workspace  # noqa: E402
 from tests.byte_models import byte_tokenizer, save_model, tiny_llama  # noqa: E402
 from tests.conftest import write_rows  # noqa: E402
@@ -144,6 +145,15 @@ def train_classifier(page: Page, studio: StudioProcess, folder: Path, name: str)
     start(page, name)
     expect(page.get_by_role("progressbar")).to_be_visible()
     finish(page)
+
+
+def test_page_of_a_file_connects_the_browser(browser, tmp_path):
+    with studio_process(tmp_path / "folder") as studio:
+        page = browser.new_context().new_page()
+        page.goto(redirect_page(tmp_path / "open.html", studio.address))
+        page.wait_for_url(studio.url)
+        expect(page.get_by_role("link", name="Results")).to_be_visible()
+        page.context.close()
 
 
 def test_table_becomes_a_classifier(studio, page, tmp_path) -> None:

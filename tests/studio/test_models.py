@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +21,9 @@ from fastapi.testclient import TestClient
 from deltaw.errors import UserError
 from deltaw.hub import packages
 from deltaw.hub.local_models import describe_model, list_local_models
+from deltaw.machine.choices import Choice
 from deltaw.serving.http.settings import ServerSettings
-from deltaw.studio import models
+from deltaw.studio import models, worker
 from deltaw.studio.app import create_app
 from deltaw.studio.guard import Token
 from deltaw.studio.jobs import JobQueue
@@ -29,6 +31,7 @@ from deltaw.studio.state import Studio
 from deltaw.studio.trial import TrialServer
 from deltaw.studio.worker import Pending, Worker
 from deltaw.studio.workspace import Draft, Workspace
+from deltaw.worker_process import WorkerError
 from tests.byte_models import save_model, tiny_llama
 
 ORIGIN = {"origin": "http://127.0.0.1"}
@@ -178,6 +181,75 @@ def test_plan_that_does_not_fit_offers_settings(
     text = plan(client, draft)
     assert "Does not fit." in text
     assert '<input type="hidden" name="lora.rank" value="4">' in text
+
+
+def test_model_larger_than_the_memory_is_not_planned(
+    client: TestClient, draft: Draft, studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deltaw.training.planning import plan_run
+
+    monkeypatch.setattr(plan_run, "memory_limit_bytes", lambda: Choice(10**4, "a small machine"))
+    monkeypatch.setattr(plan_run, "simulate", None)
+    monkeypatch.setattr(studio.worker, "result", lambda call, arguments, draft: worker.CALLS[call](**arguments))
+    text = client.get(f"/drafts/{draft.identity}/part/plan").text
+    assert "The model does not fit" in text
+    assert "0.0 GB of memory" in text
+    assert "Choose a smaller model" in text
+
+
+class BlockingProcess:
+    """Process that answers no request until it is killed."""
+
+    def __init__(self) -> None:
+        self.closed, self.requests = threading.Event(), list[str]()
+
+    def request(self, request: bytes, seconds: float, *, max_bytes: int) -> list[bytes]:
+        self.requests.append(json.loads(request)["arguments"]["name"])
+        self.closed.wait(seconds)
+        self.closed.clear()
+        raise WorkerError("gave no answer")
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+@pytest.fixture
+def blocked(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> BlockingProcess:
+    process = BlockingProcess()
+    monkeypatch.setattr(studio.worker, "_process", process)
+    monkeypatch.setattr(worker, "WATCH_SECONDS", 0.02)
+    return process
+
+
+def test_call_that_no_page_asks_for_is_given_up_for_another_draft(
+    studio: Studio, blocked: BlockingProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "RESTART_SECONDS", 0.0)
+    monkeypatch.setattr(worker, "WAITING_SECONDS", 0.3)
+    studio.worker.result("plan", {"name": "left"}, draft="a")
+    deadline = time.monotonic() + 60
+    while "second" not in blocked.requests:
+        assert time.monotonic() < deadline
+        assert isinstance(studio.worker.result("check", {"name": "second"}, draft="b"), Pending)
+        time.sleep(0.02)
+    monkeypatch.setattr(worker, "ABANDONED_SECONDS", 0.3)
+    deadline = time.monotonic() + 60
+    while studio.worker._running is not None:  # it is given up without a request, too
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert blocked.requests == ["left", "second"]
+
+
+def test_plan_that_takes_too_long_ends_with_advice(
+    studio: Studio, blocked: BlockingProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "PLAN_SECONDS", 0.2)
+    deadline = time.monotonic() + 60
+    with pytest.raises(UserError, match="not estimated within") as caught:
+        while isinstance(studio.worker.result("plan", {"name": "slow"}), Pending):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    assert "plan in place of train" in str(caught.value.hint)
 
 
 @pytest.mark.slow

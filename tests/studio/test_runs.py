@@ -42,6 +42,15 @@ def write_run(client: StudioClient, name: str, **values: object) -> Path:
     return folder
 
 
+def test_serve_is_offered_only_for_tasks_that_it_accepts(client) -> None:
+    for task, is_served in (("causal-lm", True), ("embedding", True), ("image-classification", False), ("x", False)):
+        write_run(client, task)
+        settings = client.studio.workspace.folder / "runs" / task / "run.yaml"
+        settings.write_text(f"model: some/model\ntask: {task}\nmethod: lora\n")
+        text = client.get(f"/runs/of/runs/{task}").text
+        assert ("deltaw serve" in text, "deltaw push" in text) == (is_served, True), task
+
+
 def test_list_shows_score_with_interval(client, run) -> None:
     text = client.get("/runs").text
     assert '<a href="/runs/of/runs/first">first</a>' in text and "accuracy 82.1% (78.0% – 85.6%)" in text

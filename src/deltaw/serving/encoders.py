@@ -328,8 +328,7 @@ def detect_output_kind(reference: str, **options: Unpack[EncoderOptions]) -> Out
     folder = Path(reference)
     if is_adapter(folder):
         adapter_folder = read_folder(folder, trust_remote_code=options.get("trust_remote_code", False))
-        entry = task_registry.entry_of(adapter_folder.task)
-        return "text" if entry.generates_text else entry.serves or "classes"
+        return task_registry.entry_of(adapter_folder.task).output_kind or "classes"
     if (declared := detect_use(_folder(reference, **options))) is not None:
         return declared
     architecture = str((getattr(_config(reference, **options), "architectures", None) or [""])[0])

@@ -39,6 +39,7 @@ def router(studio: Studio) -> APIRouter:
         if last_state != state or started - updated > IDLE_FACTOR * seconds:
             run = None if job.run is None else Run(workspace.folder / job.run)
             values = {**job_view(job, run), "has_checkpoint": run is not None and has_checkpoint(run)}
+            values["error"] = values["error"] and workspace.shorten(values["error"])
             if job.is_active and values["percent"] is not None:
                 values["announcement"] = f"{values['title']}: {values['percent'] // 10 * 10}%"
             views[job.identity] = time.monotonic(), time.monotonic() - started, state, values

@@ -98,7 +98,7 @@ def _plan_router(studio: Studio) -> APIRouter:
                     return part("model_plan.html", status=202, **values | {"seconds": result.seconds})
                 plan = Plan.from_fields(result["plan"])
         except UserError as error:
-            return error_part(error)
+            return error_part(workspace.shorten(error))
         assert not isinstance(result, Pending)
         free = result.get("free", free)
         values |= {"plan": plan, "free": free, "figure": plan_figure(plan, free), "fitting": result["fitting"][:3]}

@@ -94,13 +94,12 @@ def _add_pages(routes: APIRouter, studio: Studio) -> None:
     def show(request: Request, path: str) -> Response:
         run = run_of(workspace, path)
         relative = workspace.relative(run.path)
-        commands = {
-            "Serve with the OpenAI API": f"deltaw serve {shell_word(run.path)}",
-            "Upload to the Hugging Face Hub": f"deltaw push {shell_word(run.path)} USER/NAME",
-        }
+        commands = {"Upload to the Hugging Face Hub": f"deltaw push {shell_word(run.path)} USER/NAME"}
+        entry = task_registry.find(run.task)
+        if entry is not None and entry.output_kind is not None:
+            commands["Serve with the OpenAI API"] = f"deltaw serve {shell_word(run.path)}"
         results = replace(result_rows([run]), caption="Values of this run", head=("name", "value"))
         jobs = [job for job in studio.queue.jobs() if job.run == relative]
-        entry = task_registry.find(run.task)
         return page(
             request, "run.html", run=run, path=relative, interval=score_range_text(run), correct=score_rows(run),
             results=results, model=workspace.relative(run.model), goal=entry.goal if entry and entry.goal else run.task,
