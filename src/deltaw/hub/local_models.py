@@ -144,7 +144,7 @@ def _model(reference: str, name: str, kind: str, path: Path) -> ModelInfo:
         size = f"{millions / 1e3:,.1f} billion" if millions >= 1e3 else f"{max(1, millions):,.0f} million"
         size = "" if "quantization_config" in config else f"about {size}"
     tuned = ("base: continues texts", "instruct: tuned to answer")[is_tuned] if use == WRITES else ""
-    languages = ", ".join(re.findall(r"[\w-]+", _stated(path, "language")))[:80]
+    languages = ", ".join(re.findall(r"\w[\w-]*", _stated(path, "language")))[:80]
     parts = (size and f"{size} parameters", use, tuned, languages and f"language: {languages}")
     return ModelInfo(reference, name, kind, _size(path), _license(path), use=use, about=", ".join(filter(None, parts)))
 
@@ -171,6 +171,8 @@ def _head(file: Path) -> str:
 
 
 def _read(file: Path, limit: int = HEAD_BYTES) -> bytes:
+    if not file.is_file():  # also not a pipe, which would block
+        return b""
     with contextlib.suppress(OSError), file.open("rb") as opened:
         return opened.read(limit)
     return b""

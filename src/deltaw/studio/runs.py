@@ -243,7 +243,7 @@ def score_rows(run: Run) -> str:
 def _listed(run: Run) -> dict[str, str]:
     """Return the values of a run in the list by their titles."""
     count, total = number(mapping(run.part("data").get("counts")).get("rows_kept")), run.metrics.total("rows")
-    rows = f"{count:,.0f} rows × {total / count:.3g}" if count else f"{total:,.0f}"
+    rows = f"{count:,.0f} rows × {round(total / count, 2):g}" if count else f"{total:,.0f}"
     values = {"model": model_name(run.model), "training rows × passes": rows, "state": run.state}
     times = {"time": duration(run.seconds or None), "when": format_time(run.started, short=True)}
     return {**values, **times, "score": _score(run)}
