@@ -24,7 +24,7 @@ from deltaw.studio.state import Studio
 
 # Limits of a page: sample answers, predicted rows, values of a result, characters of a text, and classes.
 MAX_SAMPLES, MAX_PREDICTIONS, MAX_VALUES, MAX_CHARACTERS, MAX_CLASSES = 6, 10, 40, 2000, 12
-# A progress is shown again until this multiple of the time that reading it took has passed.
+# A progress is shown again until this multiple of the processor time that reading it took has passed.
 IDLE_FACTOR = 20
 
 
@@ -36,14 +36,14 @@ def router(studio: Studio) -> APIRouter:
 
     def view(job: StudioJob) -> dict[str, Any]:
         """Return the variables of the progress, which are computed more rarely if the run is long."""
-        started, state = time.monotonic(), (job.state, job.stops)
+        started, cpu, state = time.monotonic(), time.thread_time(), (job.state, job.stops)
         updated, seconds, last_state, values = views.get(job.identity, (0.0, 0.0, None, {}))
         if last_state != state or started - updated > IDLE_FACTOR * seconds:
             run = None if job.run is None else Run(workspace.folder / job.run)
             values = {**job_view(job, run), "has_checkpoint": run is not None and has_checkpoint(run)}
             if job.is_active and values["percent"] is not None:
                 values["announcement"] = f"{values['title']}: {values['percent'] // 10 * 10}%"
-            views[job.identity] = time.monotonic(), time.monotonic() - started, state, values
+            views[job.identity] = time.monotonic(), time.thread_time() - cpu, state, values
         others = [other for other in queue.active() if other is not job]
         values |= {"job": job, "others": others, "note": job_note(job, values["line"], others)}
         is_file = job.output is not None and (workspace.folder / job.output).is_file()
