@@ -56,6 +56,11 @@ def test_list_shows_score_with_interval(client, run) -> None:
     assert '<a href="/runs/of/runs/first">first</a>' in text and "accuracy 82.1% (78.0% – 85.6%)" in text
 
 
+def test_list_shows_training_rows_and_passes(client) -> None:
+    write_run(client, "first", data={"counts": {"rows_kept": 8, "held_out": 2}})
+    assert '<td data-name="training rows × passes">8 rows × 2.5</td>' in client.get("/runs").text
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes")
 def test_runs_with_links_out_of_the_folder_are_not_listed_and_pipes_are_not_read(client, run, tmp_path) -> None:
     pipes, outside = write_run(client, "pipes"), tmp_path / "outside"
