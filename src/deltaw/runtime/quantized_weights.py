@@ -27,7 +27,13 @@ from deltaw.kernels.quantize import expand_scales, quantize_activations, quantiz
 from deltaw.lora.fingerprint import has_values
 from deltaw.lora.kinds import PLAIN_LINEAR_CLASSES, get_input_embedding, is_conv1d
 from deltaw.lora.layers import LoRALinear
-from deltaw.lora.layers_quantized import Int8Conv1D, Int8Linear, quantize_linear_nf4, supports_nf4
+from deltaw.lora.layers_quantized import (
+    Int8Conv1D,
+    Int8Linear,
+    bitsandbytes_linear,
+    quantize_linear_nf4,
+    supports_nf4,
+)
 from deltaw.machine.memory import free_memory_bytes
 from deltaw.runtime.recognition import blocks_of
 
@@ -314,6 +320,29 @@ def quantize_nf4(model: nn.Module) -> Nf4Report:
         slot.replace(quantize_linear_nf4(layer))
         release_pages(layer.weight)
     return report
+
+
+@torch.no_grad()
+def quantize_with_bitsandbytes(model: nn.Module, precision: str, device: str) -> str:
+    """Replace the linear layers of the blocks by bitsandbytes layers, which are quantized on ``device`` one by one.
+
+    Args:
+        model: Frozen model without adapters, on the CPU. Its other tensors are not moved.
+        precision: ``nf4`` or ``int8``.
+        device: Device of the new layers.
+
+    Returns:
+        Message for the user.
+    """
+    slots = _layer_slots(*(blocks_of(model) or ("", nn.ModuleList())), lambda layer: _is_plain(layer) or is_conv1d(layer))
+    supports = supports_nf4 if precision == "nf4" else _can_be_int8
+    quantized = [slot for slot in slots if isinstance(slot.layer, nn.Linear) and supports(slot.layer)]
+    for slot in quantized:
+        slot.replace(bitsandbytes_linear(slot.layer, precision, device))
+        release_pages(slot.layer.weight)
+    summary = f"{len(quantized)} of {len(slots)} layers are in {precision}, with bitsandbytes"
+    unquantized = [slot.name for slot in slots if slot not in quantized]
+    return f"{summary}; not supported: {first_names(unquantized)}" if unquantized else summary
 
 
 @torch.no_grad()
