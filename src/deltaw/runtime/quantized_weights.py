@@ -27,13 +27,7 @@ from deltaw.kernels.quantize import expand_scales, quantize_activations, quantiz
 from deltaw.lora.fingerprint import has_values
 from deltaw.lora.kinds import PLAIN_LINEAR_CLASSES, get_input_embedding, is_conv1d
 from deltaw.lora.layers import LoRALinear
-from deltaw.lora.layers_quantized import (
-    Int8Conv1D,
-    Int8Linear,
-    bitsandbytes_linear,
-    quantize_linear_nf4,
-    supports_nf4,
-)
+from deltaw.lora.layers_quantized import Int8Conv1D, Int8Linear, bitsandbytes_linear, quantize_linear_nf4, supports_nf4
 from deltaw.machine.memory import free_memory_bytes
 from deltaw.runtime.recognition import blocks_of
 
@@ -334,7 +328,9 @@ def quantize_with_bitsandbytes(model: nn.Module, precision: str, device: str) ->
     Returns:
         Message for the user.
     """
-    slots = _layer_slots(*(blocks_of(model) or ("", nn.ModuleList())), lambda layer: _is_plain(layer) or is_conv1d(layer))
+    slots = _layer_slots(
+        *(blocks_of(model) or ("", nn.ModuleList())), lambda layer: _is_plain(layer) or is_conv1d(layer)
+    )
     supports = supports_nf4 if precision == "nf4" else _can_be_int8
     quantized = [slot for slot in slots if isinstance(slot.layer, nn.Linear) and supports(slot.layer)]
     for slot in quantized:

@@ -20,7 +20,6 @@ from deltaw.data.example import Example
 from deltaw.data.packing import MicroBatch
 from deltaw.kernels.layout import to_device
 
-
 WITHOUT_FP64 = ("mps",)
 """Types of devices without fp64."""
 

@@ -270,7 +270,7 @@ class NotFiniteError(UserError):
         text = "\n".join([message, *(f"  {line}" for line in lines)])
         hint = "lower train.learning_rate, or lengthen train.warmup"
         hint += "" if in_row else "; train.not_finite: skip leaves such steps out"
-        hint += "" if event.loss_scale is None else "; values above 65504 overflow in fp16, and not with precision: fp32"
+        hint += "" if event.loss_scale is None else "; fp16 overflows above 65504, unlike precision: fp32"
         super().__init__(text, location=f"step {event.step} of {event.total_steps}", hint=hint)
 
 
