@@ -313,6 +313,8 @@ def _load_weights(folder: Path, config: PretrainedConfig, task: str, dtype: str,
         for layer in filter(quantization_library, model.modules()):
             if hasattr(layer, "compute_dtype"):  # bitsandbytes in 4 bits: compute in the model's precision
                 layer.compute_dtype, layer.compute_type_is_set = dtype_of(dtype), True
+                # Inference on some CPUs would rearrange the weight, after which its product has no gradient.
+                layer.support_avx512bf16_for_cpu = False
         return model, report
 
     (model, report), attention_used = _with_attention(make, attention, config, task, folder)
