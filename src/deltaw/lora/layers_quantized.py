@@ -13,7 +13,7 @@ embedding dequantizes the rows of the given tokens.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -226,4 +226,4 @@ def bitsandbytes_linear(linear: nn.Linear, precision: str, device: str) -> nn.Li
     layer.register_parameter("bias", direct_parameters(linear).get("bias"))
     layer.training = linear.training
     record_base_digest(layer.weight, linear.weight)
-    return layer
+    return cast(nn.Linear, layer)

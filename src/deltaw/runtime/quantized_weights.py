@@ -332,12 +332,12 @@ def quantize_with_bitsandbytes(model: nn.Module, precision: str, device: str) ->
         *(blocks_of(model) or ("", nn.ModuleList())), lambda layer: _is_plain(layer) or is_conv1d(layer)
     )
     supports = supports_nf4 if precision == "nf4" else _can_be_int8
-    quantized = [slot for slot in slots if isinstance(slot.layer, nn.Linear) and supports(slot.layer)]
-    for slot in quantized:
-        slot.replace(bitsandbytes_linear(slot.layer, precision, device))
-        release_pages(slot.layer.weight)
-    summary = f"{len(quantized)} of {len(slots)} layers are in {precision}, with bitsandbytes"
-    unquantized = [slot.name for slot in slots if slot not in quantized]
+    linears = {s.name: (s, s.layer) for s in slots if isinstance(s.layer, nn.Linear) and supports(s.layer)}
+    for slot, linear in linears.values():
+        slot.replace(bitsandbytes_linear(linear, precision, device))
+        release_pages(linear.weight)
+    summary = f"{len(linears)} of {len(slots)} layers are in {precision}, with bitsandbytes"
+    unquantized = [slot.name for slot in slots if slot.name not in linears]
     return f"{summary}; not supported: {first_names(unquantized)}" if unquantized else summary
 
 
