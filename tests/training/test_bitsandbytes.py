@@ -11,10 +11,10 @@ from deltaw.hub.loading import load
 from deltaw.lora import LoRAConfig, attach
 from deltaw.lora.fingerprint import base_fingerprint
 from deltaw.lora.layers import LoRAForeignLinear
-from deltaw.lora.layers_quantized import bitsandbytes_linear, quantize_linear_nf4
+from deltaw.lora.layers_quantized import quantize_linear_nf4
 from deltaw.lora.stored import count_logical_parameters
 from deltaw.machine import choices
-from deltaw.runtime.quantized_weights import quantize_nf4, quantize_with_bitsandbytes
+from deltaw.runtime.quantized_weights import bitsandbytes_linear, quantize_nf4, quantize_with_bitsandbytes
 from deltaw.training.preparation import quantize_weights
 from tests.byte_models import byte_tokenizer, save_model, tiny_gpt2, tiny_llama
 from tests.conftest import refusal

@@ -13,8 +13,6 @@ embedding dequantizes the rows of the given tokens.
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
 from torch import Tensor, nn
 
@@ -23,9 +21,6 @@ from deltaw.kernels.block_linear import NF4_BLOCK, BlockWeight, quantize_nf4
 from deltaw.kernels.torch_private import direct_parameters
 from deltaw.lora.fingerprint import record_base_digest
 from deltaw.lora.stored import BLOCK_BUFFERS, Scales, block_weight, frozen_linear
-
-# Inputs above this value are multiplied in 16 bits by bitsandbytes' int8 layers (LLM.int8, arXiv 2208.07339).
-INT8_OUTLIER_THRESHOLD = 6.0
 
 
 class _Int8(nn.Module):
@@ -202,28 +197,3 @@ def quantize_linear_nf4(linear: nn.Linear) -> BlockLinear:
 def supports_nf4(linear: nn.Linear) -> bool:
     """True if the layer's rows are divisible into NF4 blocks."""
     return linear.weight.shape[-1] % NF4_BLOCK == 0
-
-
-def bitsandbytes_linear(linear: nn.Linear, precision: str, device: str) -> nn.Linear:
-    """Create a bitsandbytes layer on ``device`` with the weight of ``linear`` quantized there, and its bias.
-
-    Args:
-        linear: Layer to quantize. Activations are in the dtype of its weight.
-        precision: ``nf4``, with double quantization of the scales, or ``int8``.
-        device: Device of the new layer. The bias is moved by the caller.
-    """
-    from bitsandbytes import nn as bnb
-
-    weight, sizes = linear.weight.detach(), (linear.in_features, linear.out_features)
-    layer: Any
-    if precision == "nf4":
-        layer = bnb.Linear4bit(*sizes, compute_dtype=weight.dtype, quant_type="nf4", device="meta")
-        layer.weight = bnb.Params4bit(weight, quant_type="nf4").to(device)
-    else:
-        options = {"has_fp16_weights": False, "threshold": INT8_OUTLIER_THRESHOLD}
-        layer = bnb.Linear8bitLt(*sizes, **options, device="meta")
-        layer.weight = bnb.Int8Params(weight, requires_grad=False).to(device)
-    layer.register_parameter("bias", direct_parameters(linear).get("bias"))
-    layer.training = linear.training
-    record_base_digest(layer.weight, linear.weight)
-    return cast(nn.Linear, layer)

@@ -529,10 +529,7 @@ def assemble(
     identity = model_identity(model, config.precision)
     task.attach_inputs(model, method.trained_modules, is_new=start is None)
     has_weights = sharded_blocks(model) is not None or has_values(model)
-    notes: list[str] = []
-    roundings: list[Rounding] = []
-    if has_weights:
-        notes, roundings = quantize_weights(model, config.precision, data.train, identity, device)
+    notes, roundings = quantize_weights(model, config.precision if has_weights else "", data.train, identity, device)
     shares = settings.share_prefixes, method.can_share_prefixes()
     options = BatcherOptions(device, settings.tokens_per_pass, *shares, method.virtual_tokens)
     batcher, chosen = task.batcher(model, data.all_rows, options)
