@@ -9,7 +9,8 @@ from torch import nn
 from deltaw.training import state as training_state
 from deltaw.training.loop import UntrainedParameterError, train
 from deltaw.training.microbatches import Objective
-from deltaw.training.state import NotFiniteError
+from deltaw.training.process import random_state, set_random_state
+from deltaw.training.state import NotFiniteError, TrainOptions, TrainState
 from tests.training.loops import SPLIT, Training, examples
 
 FP16_MAX = torch.finfo(torch.float16).max
@@ -91,3 +92,40 @@ def test_loss_that_is_not_finite_stops_the_training():
     with pytest.raises(NotFiniteError, match="diverged") as error:
         run(Product(FP16_MAX * 2))
     assert "precision: fp32" in error.value.hint
+
+
+class MpsCondition:
+    """A condition on mps, where torch's fused AdamW ignores it."""
+
+    device = torch.device("mps")
+
+    def __init__(self, value):
+        self.value = value
+
+    def __bool__(self):
+        return self.value
+
+    def float(self):
+        return torch.zeros(())
+
+
+@pytest.mark.parametrize("condition", [True, False])
+def test_update_on_mps_checks_the_condition_itself(condition):
+    weight = nn.Parameter(torch.ones(1))
+    state = TrainState([weight], 4, TrainOptions(learning_rate=0.1, total_steps=2))
+    weight.grad = torch.ones(1)
+    state.update(unless=MpsCondition(condition))
+    assert (weight.item() == 1.0) is condition and weight.grad is None
+
+
+def test_random_state_of_mps_is_saved_and_restored(monkeypatch):
+    restored = []
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: torch.tensor([7], dtype=torch.uint8))
+    monkeypatch.setattr(torch.mps, "set_rng_state", restored.append)
+    states = random_state()
+    set_random_state(states)
+    assert restored == [states["mps"]]
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    set_random_state(states)
+    assert len(restored) == 1 and "mps" not in random_state()
