@@ -256,7 +256,7 @@ def base_flags(command: Command) -> Command:
 
 def model_flags(command: Command) -> Command:
     """Add flags for the base model of a run and for loading it."""
-    precisions = "precision: auto, bf16, fp32, int8, gguf or nf4"
+    precisions = "precision: auto, bf16, fp16, fp32, int8, gguf or nf4"
     return with_options(
         command,
         base_flags,

@@ -28,7 +28,7 @@ from deltaw.hub.packages import is_package_reference
 from deltaw.hub.sentence_layout import layout_files
 from deltaw.kernels import loader
 from deltaw.lora.attachment import count_parameters
-from deltaw.machine.choices import Choice, choose_device, choose_precision
+from deltaw.machine.choices import UNTESTED_GPU, Choice, choose_device, choose_precision
 from deltaw.machine.memory import memory_limit_bytes, peak_resident_bytes, release_free_memory
 from deltaw.memory.plan import Plan
 from deltaw.methods.base import CLASSES_KEY
@@ -372,6 +372,8 @@ def load_model(
     choose = choose or (lambda name, choice: log(Detail(f"{name}: {choice}")))
     for name, choice in loaded.choices.items():
         choose(name, choice)
+    if loaded.choices["device"].value != "cpu":
+        log(UNTESTED_GPU)
     if loaded.kernels is not None and (faster := loaded.kernels.faster_precision(config.precision)) is not None:
         log(faster)
     return loaded
@@ -409,7 +411,8 @@ class _RunCallback(Callback):
     def on_skip(self, event: NotFinite) -> None:
         self.folder.write_metrics(event.as_dict())
         self.callback.on_skip(event)
-        self.callback.on_line(f"step {event.step}: skipped, its loss or gradient is not finite")
+        scaled = "" if event.loss_scale is None else f" (loss scale {event.loss_scale:g})"
+        self.callback.on_line(f"step {event.step}: skipped, its loss or gradient is not finite{scaled}")
         with self.clock.part("evaluating"):
             evaluation = self.monitor.on_skip(event.step)
         self._finish_step(event.step, evaluation)

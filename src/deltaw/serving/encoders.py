@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.data.example import LabeledExample
@@ -362,6 +362,7 @@ def read_embedder(
         if loaded.tokenizer is None:
             raise UserError("the model's folder has no tokenizer", location=source)
         model, tokenizer, nested = loaded.model, loaded.tokenizer, []
+        nn.Module.to(model, str(loaded.choices["device"].value))  # not quantized
         layout, reason = choose_layout(model, loaded.folder, pooling=pooling, normalize="auto" if normalize else False)
     length = "of length 1" if layout.normalize else "not normalized"
     log(f"vectors: {layout.pooling} of a row's tokens ({reason}), {length}")

@@ -51,6 +51,8 @@ DEVICE_CHUNK_BYTES = {"cuda": 256 * 2**20}
 FROZEN_CHUNK_BYTES, FROZEN_CHUNK_ROWS = 24 * 2**20, 256
 # Rows of a chunk are padded to a multiple of this for matrix libraries.
 ROW_MULTIPLE = 16
+# Scale of gradients in fp16 between the forward pass, which computes them, and the backward pass.
+FP16_SCALE = 2.0**10
 # Rows of a head that are converted to a wider type at a time.
 WIDENED_ROWS = 4096
 
@@ -321,18 +323,21 @@ class _ChunkedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weights: Tensor, values_of: Values, chunk: int, *trained: Tensor) -> Tensor:
-        weights = weights.to(loss_dtype(hidden))
-        values, grad_hidden, sums = _over_chunks(hidden, values_of, weights, trained, chunk)
+        weights, is_fp16 = weights.to(loss_dtype(hidden)), hidden.dtype == torch.float16
+        slopes = weights * FP16_SCALE if is_fp16 else weights
+        values, grad_hidden, sums = _over_chunks(hidden, values_of, slopes, trained, chunk)
         total = hidden.new_zeros((), dtype=loss_dtype(hidden))
         for part, part_weights in zip(values, weights.split(chunk), strict=True):
             total += (part * part_weights).sum()
         ctx.save_for_backward(grad_hidden, *sums)
+        ctx.is_fp16 = is_fp16
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, *sums = ctx.saved_tensors
+        grad = grad / FP16_SCALE if ctx.is_fp16 else grad
         scaled = None if grad_hidden is None else (grad_hidden * grad).to(grad_hidden.dtype)
         return scaled, None, None, None, *[(s * grad).to(s.dtype) for s in sums]
 

@@ -278,6 +278,7 @@ class Session:
             after_step=lambda: self.method.after_step(self.model),
             add_gradients=self._rehearsal(),
             groups=self.row_groups,
+            loss_scaling=self.model.dtype == torch.float16,
             **{name: getattr(settings, name) for name in _SETTINGS},
         )
         return train(
@@ -528,7 +529,7 @@ def assemble(
     identity = model_identity(model, config.precision)
     task.attach_inputs(model, method.trained_modules, is_new=start is None)
     has_weights = sharded_blocks(model) is not None or has_values(model)
-    notes, roundings = quantize_weights(model, config.precision, data.train, identity) if has_weights else ([], [])
+    notes, roundings = quantize_weights(model, config.precision if has_weights else "", data.train, identity, device)
     shares = settings.share_prefixes, method.can_share_prefixes()
     options = BatcherOptions(device, settings.tokens_per_pass, *shares, method.virtual_tokens)
     batcher, chosen = task.batcher(model, data.all_rows, options)
