@@ -47,13 +47,13 @@ def test_gpu_without_bf16_trains_in_fp16_and_resumes(run_on, settings, inputs, t
     with configured(capability=(7, 5)):
         recorder, train = Recorder(), {"max_steps": 12}
         cpu, cuda = run_on("cpu", train=train), run_on("cuda", callback=recorder, precision="auto", train=train)
-        skipped, steps = metrics(cuda.output, "skipped"), metrics(cuda.output, "gradient_norm")
+        repeated, steps = metrics(cuda.output, "repeated"), metrics(cuda.output, "gradient_norm")
         # The gradients of this model overflow with the first scales.
-        assert skipped and cuda.as_dict()["skipped_steps"] == len(skipped) == 12 - len(steps)
-        assert [line["loss_scale"] for line in skipped] == [2.0**16 / 2**n for n in range(len(skipped))]
-        assert "step 1: skipped" in recorder and steps[-1]["loss_scale"] < 2.0**16
+        assert repeated and cuda.as_dict()["skipped_steps"] == 0 and len(steps) == 12
+        assert [line["loss_scale"] for line in repeated] == [2.0**16 / 2**n for n in range(len(repeated))]
+        assert "step 1: overflow at loss scale 65536, repeated" in recorder and steps[-1]["loss_scale"] < 2.0**16
         first = metrics(cpu.output, "gradient_norm")[0]
-        assert float(skipped[0]["skipped"]["loss"]) == pytest.approx(first["loss"], rel=2e-2)
+        assert float(repeated[0]["repeated"]["loss"]) == pytest.approx(first["loss"], rel=2e-2)
         assert steps[-1]["loss"] < 0.8 * first["loss"]
         assert recorder.per_step <= 2 and UNTESTED_GPU in recorder
         assert any(line.startswith("precision: fp16") for line in recorder.lines)
@@ -61,7 +61,7 @@ def test_gpu_without_bf16_trains_in_fp16_and_resumes(run_on, settings, inputs, t
         config = {"device": "cuda", "precision": "fp16", "train": train}
         whole = fit(settings(tmp_path / "whole", **config)).output
         stopped = fit(settings(tmp_path / "stopped", **config), callback=RecordingCallback(stop_after=3))
-        assert stopped.interrupted and metrics(stopped.output, "skipped")
+        assert stopped.interrupted and metrics(stopped.output, "repeated")
         assert_same_run(whole, fit(resume=stopped.output).output)
 
 

@@ -411,8 +411,10 @@ class _RunCallback(Callback):
     def on_skip(self, event: NotFinite) -> None:
         self.folder.write_metrics(event.as_dict())
         self.callback.on_skip(event)
-        scaled = "" if event.loss_scale is None else f" (loss scale {event.loss_scale:g})"
-        self.callback.on_line(f"step {event.step}: skipped, its loss or gradient is not finite{scaled}")
+        if event.repeated:
+            self.callback.on_line(f"step {event.step}: overflow at loss scale {event.loss_scale:g}, repeated")
+            return
+        self.callback.on_line(f"step {event.step}: skipped, its loss or gradient is not finite")
         with self.clock.part("evaluating"):
             evaluation = self.monitor.on_skip(event.step)
         self._finish_step(event.step, evaluation)

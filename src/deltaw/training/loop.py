@@ -261,7 +261,7 @@ class _Loop:
         """Run one optimizer step.
 
         Returns:
-            The step, or a NotFinite event if it was skipped, or None if the training was stopped. A stopped step
+            The step, or a NotFinite event if it had no effect, or None if the training was stopped. A stopped step
             changes no state.
         """
         state, options, start = self.state, self.options, time.perf_counter()
@@ -340,18 +340,22 @@ class _Loop:
     def handle_not_finite(self, indices: np.ndarray, loss: float, gradient_norm: float) -> NotFinite:
         """Skip a step with a loss or gradient that is not finite, or stop the training.
 
-        A gradient that overflows because of the loss scale is always skipped.
+        If a gradient overflows because of the loss scale, the same step is repeated with a smaller scale.
 
         Raises:
             NotFiniteError: if skipping is disabled, or ``MAX_SKIPPED_IN_ROW`` steps were skipped in a row.
         """
         state = self.state
         scale = state.loss_scale
-        values = loss, gradient_norm, state.learning_rate, None if scale is None else scale.value
+        repeated = scale is not None and scale.value > 1 and math.isfinite(loss)
+        values = loss, gradient_norm, state.learning_rate, None if scale is None else scale.value, repeated
         event = NotFinite(state.step + 1, state.total_steps, indices, *values)
-        overflowed = scale is not None and scale.value > 1 and math.isfinite(loss)
-        if overflowed or (self.options.skip_not_finite and state.skipped_in_row + 1 < MAX_SKIPPED_IN_ROW):
-            state.skip_step(overflowed)
+        if scale is not None and repeated:
+            state.abandon_step()
+            scale.update(overflowed=True)
+            return event
+        if self.options.skip_not_finite and state.skipped_in_row + 1 < MAX_SKIPPED_IN_ROW:
+            state.skip_step()
             return event
         state.abandon_step()
         state.start_step()  # the diagnosis uses the random numbers of the step

@@ -235,6 +235,7 @@ class NotFinite:
         gradient_norm: Gradient norm of the step.
         learning_rate: Learning rate of the step.
         loss_scale: Loss scale of the step, if the training scales the loss.
+        repeated: True if the same step is repeated with a smaller loss scale.
     """
 
     step: int
@@ -244,14 +245,16 @@ class NotFinite:
     gradient_norm: float
     learning_rate: float
     loss_scale: float | None = None
+    repeated: bool = False
 
     def as_dict(self) -> dict[str, object]:
         """Return the line of ``metrics.jsonl``. Values that are not finite are strings, because JSON cannot represent
         them.
         """
-        skipped = {"loss": f"{self.loss:g}", "gradient_norm": f"{self.gradient_norm:g}"}
+        values = {"loss": f"{self.loss:g}", "gradient_norm": f"{self.gradient_norm:g}"}
         scale = {} if self.loss_scale is None else {"loss_scale": self.loss_scale}
-        return {"step": self.step, "skipped": skipped, "learning_rate": self.learning_rate, **scale}
+        kind = "repeated" if self.repeated else "skipped"
+        return {"step": self.step, kind: values, "learning_rate": self.learning_rate, **scale}
 
 
 class NotFiniteError(UserError):
@@ -470,11 +473,9 @@ class TrainState:
         if self.loss_scale is not None:
             self.loss_scale.update(overflowed=False)
 
-    def skip_step(self, overflowed: bool = False) -> None:
-        """Record a step without effect. The schedule and the rows advance, and an overflow lowers the loss scale."""
+    def skip_step(self) -> None:
+        """Record a step without effect. The schedule and the rows advance."""
         self.abandon_step()
-        if self.loss_scale is not None and overflowed:
-            self.loss_scale.update(overflowed)
         self.sums.steps += 1
         self.sums.skipped += 1
         self.skipped_in_row += 1
