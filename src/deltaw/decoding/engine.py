@@ -86,6 +86,7 @@ class Engine:
     def submit(self, request: Request, listener: Listener | None = None) -> QueuedGeneration:
         """Queue a request. See :meth:`deltaw.decoding.request.TextEngine.submit`."""
         sequence = self._prepare(request, listener)
+        sequence.is_streamed = True
         with self._changed:
             self._queue([sequence])
             if self._thread is None:

@@ -1,4 +1,4 @@
-"""Batched text generation with transformers' ``generate``.
+"""Batched text generation with transformers' models.
 
 Prompts of unequal length are padded on the left and masked by length. All terminators stop a text. Settings of the
 model's generation configuration (repetition penalty, temperature) are not applied. The model is restored afterwards:
@@ -8,7 +8,8 @@ attention implementation, training mode and torch's random state.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -22,6 +23,7 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StaticCache,
     StoppingCriteriaList,
 )
 
@@ -201,6 +203,8 @@ class SampledCompletion:
         return cls(np.array(tokens, np.int64), text, terminator, logprobs, prompt, is_generated, reward)
 
 
+# Number of tokens per row that are generated on a GPU before the host checks whether the rows have ended.
+STEPS_PER_SYNC = 16
 # Maximum number of completions that training samples concurrently.
 MAX_CONCURRENT_SAMPLES = 64
 # Samples completions from the current model. Prompts are token ids, including virtual tokens.
@@ -244,8 +248,12 @@ def generate(
             config.max_new_tokens = allowance
             rows = [np.asarray(prompts[index], dtype=np.int64) for index in indices]
             ids, mask = _padded(rows, config.pad_token_id, model.device)
-            sequences = _decoder(model).generate(ids, attention_mask=mask, generation_config=config)
-            for index, row in zip(indices, sequences[:, ids.shape[1] :].cpu().numpy(), strict=True):
+            if (cache := static_cache(model, ids.shape[1] + allowance)) is not None:
+                tokens = _greedy_on_device(model, ids, mask, cache, config)
+            else:
+                sequences = _decoder(model).generate(ids, attention_mask=mask, generation_config=config)
+                tokens = sequences[:, ids.shape[1] :].cpu().numpy()
+            for index, row in zip(indices, tokens, strict=True):
                 answers[index] = _completion(row, tokenizer, config.eos_token_id)
             if on_progress is not None:
                 on_progress(len(answers), len(prompts))
@@ -257,36 +265,138 @@ def decode_with_callback(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[np.ndarray],
     max_new_tokens: int,
-    choose: Callable[[Tensor], Sequence[int | None]],
+    choose: Callable[[Tensor], Tensor | None],
 ) -> None:
     """Decode prompts together, with tokens chosen by the caller.
 
     Args:
         prompts: Token ids, each (length,), nonempty and with ``max_new_tokens`` positions available after it.
-        choose: Receives fp32 logits (prompts, vocabulary), and returns the next token per prompt, or None if its text
-            has
-            ended. Decoding stops when all texts have ended.
+        choose: Receives fp32 logits (prompts, vocabulary), and returns the next tokens (prompts,), or None to stop.
 
     Raises:
         UserError: if the model cannot generate.
     """
     config = _config(model, tokenizer, (), max_new_tokens)
-    is_finished = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
+    stops = False
 
     def chosen(input_ids: Tensor, scores: Tensor) -> Tensor:
+        nonlocal stops
+        tokens = choose(scores.float())
+        stops = tokens is None
         forced = torch.full_like(scores, float("-inf"))
-        for row, token in enumerate(choose(scores.float())):
-            is_finished[row] = token is None
-            forced[row, 0 if token is None else token] = 0.0
-        return forced
+        return forced.scatter_(1, input_ids[:, -1:] if tokens is None else tokens.to(scores.device)[:, None], 0.0)
 
     def stopped(input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
-        return is_finished
+        return torch.full(input_ids.shape[:1], stops, device=input_ids.device)
 
     with _decoding_state(model, config):
         ids, mask = _padded([np.asarray(p, np.int64) for p in prompts], config.pad_token_id, model.device)
+        if (cache := static_cache(model, ids.shape[1] + max_new_tokens)) is not None:
+            decode_on_device(model, ids, mask, cache, max_new_tokens, choose)
+            return
         generate = partial(_decoder(model).generate, ids, attention_mask=mask, generation_config=config)
         generate(logits_processor=LogitsProcessorList([chosen]), stopping_criteria=StoppingCriteriaList([stopped]))
+
+
+def static_cache(model: PreTrainedModel, length: int) -> StaticCache | None:
+    """Return a cache for :func:`decode_on_device`, or None if the model needs transformers' loop or runs on a CPU."""
+    prepares_inputs = type(_decoder(model)).prepare_inputs_for_generation
+    standard = prepares_inputs is GenerationMixin.prepare_inputs_for_generation
+    if model.device.type != "cuda" or not standard or "position_ids" not in _parameters(model):
+        return None
+    cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=length)
+    for layer in cache.layers:
+        if hasattr(layer, "cumulative_length"):  # each layer would copy it from the host, with a synchronization
+            layer.cumulative_length = torch.zeros((), dtype=torch.long, device=model.device)
+    return None if any(cache.is_linear) else cache
+
+
+def _parameters(model: PreTrainedModel) -> Container[str]:
+    return inspect.signature(type(model).forward).parameters
+
+
+@torch.no_grad()
+def decode_on_device(
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    cache: StaticCache,
+    max_new_tokens: int,
+    choose: Callable[[Tensor], Tensor | None],
+) -> None:
+    """Decode without synchronizing with the device, unlike transformers' loop with two synchronizations per token.
+
+    Args:
+        model: The model, in evaluation mode.
+        ids: (rows, length) token ids, padded on the left.
+        mask: (rows, length) attention mask.
+        cache: Cache of :func:`static_cache`, whose size does not depend on values on the device.
+        max_new_tokens: Maximum number of new tokens.
+        choose: See :func:`decode_with_callback`.
+    """
+    length, positions = ids.shape[1], (mask.cumsum(-1) - 1).clamp(min=0)
+    mask = nn.functional.pad(mask, (0, max_new_tokens), value=1)
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in _parameters(model) else {}
+    for step in range(max_new_tokens):
+        inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask[:, : length + step]}
+        output = model(**inputs, past_key_values=cache, use_cache=True, **last_only)
+        tokens = choose(output.logits[:, -1].float())
+        if tokens is None:
+            return
+        ids, positions = tokens[:, None], positions[:, -1:] + 1
+
+
+class TokenBlocks:
+    """Chooses tokens on the device, and copies them to the host in blocks. Each copy is a synchronization.
+
+    Args:
+        sample: Returns the tokens (rows,) and their log-probabilities (rows,) for fp32 logits and the step's number.
+        receive: Called with tokens and log-probabilities, (steps, rows) each. Returns True to stop.
+        size: Number of steps per block.
+        steps: Number of steps in total.
+    """
+
+    def __init__(
+        self,
+        sample: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+        receive: Callable[[np.ndarray, np.ndarray], bool],
+        size: int,
+        steps: int,
+    ) -> None:
+        self._sample, self._receive, self._size, self._steps = sample, receive, size, steps
+        self._step, self._block = 0, list[Tensor]()
+
+    def __call__(self, logits: Tensor) -> Tensor | None:
+        """Return the next tokens, or None to stop. See :func:`decode_with_callback`."""
+        tokens, logprobs = self._sample(logits, self._step)
+        self._block.append(torch.stack((tokens.double(), logprobs.double())))
+        self._step += 1
+        if len(self._block) == self._size or self._step == self._steps:
+            block, self._block = torch.stack(self._block, dim=1).numpy(force=True), []
+            if self._receive(block[0].astype(np.int64), block[1]):
+                return None
+        return tokens.clamp(min=0)
+
+
+def _greedy_on_device(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: StaticCache, config: GenerationConfig
+) -> np.ndarray:
+    """Return greedy tokens (rows, steps). Rows continue after a terminator until all of them have one."""
+    blocks: list[np.ndarray] = []
+    has_ended = np.zeros(len(ids), bool)
+
+    def receive(tokens: np.ndarray, _: np.ndarray) -> bool:
+        blocks.append(tokens)
+        np.logical_or(has_ended, np.isin(tokens, config.eos_token_id or ()).any(0), out=has_ended)
+        return bool(has_ended.all())
+
+    def greedy(logits: Tensor, _: int) -> tuple[Tensor, Tensor]:
+        best = logits.max(-1)
+        return best.indices, best.values
+
+    choose = TokenBlocks(greedy, receive, STEPS_PER_SYNC, config.max_new_tokens)
+    decode_on_device(model, ids, mask, cache, config.max_new_tokens, choose)
+    return np.concatenate(blocks).T
 
 
 def _config(
@@ -400,7 +510,8 @@ def _padded(rows: Sequence[np.ndarray], pad: int, device: torch.device) -> tuple
     for index, row in enumerate(rows):
         ids[index, longest - len(row) :] = torch.from_numpy(row)
         mask[index, longest - len(row) :] = 1
-    return ids.to(device), mask.to(device)
+    both = torch.stack((ids, mask)).to(device)  # one transfer
+    return both[0], both[1]
 
 
 def _completion(row: np.ndarray, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int] | None) -> GeneratedCompletion:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -34,20 +34,24 @@ from deltaw.decoding.decodable import (
     recognized_blocks,
     tolerance,
 )
+from deltaw.decoding.device_sampling import DeviceSampler
 from deltaw.decoding.engine import Engine
 from deltaw.decoding.generation import (
     MAX_CONCURRENT_SAMPLES,
+    STEPS_PER_SYNC,
     GeneratedCompletion,
     Progress,
     SampledCompletion,
     SamplingParams,
     TextGenerator,
+    TokenBlocks,
     decode_with_callback,
     position_limit,
 )
 from deltaw.decoding.model import AdaptedModel
 from deltaw.decoding.probes import NotDecodable
-from deltaw.decoding.request import Request, Sampling
+from deltaw.decoding.request import Request, Sampling, TokenLogprob
+from deltaw.decoding.sampling import MIN_LOGPROB
 from deltaw.decoding.sequences import SequenceScheduler, SequenceState, next_tokens
 from deltaw.hub.terminators import terminators
 from deltaw.lora.kinds import get_output_head
@@ -60,8 +64,8 @@ from deltaw.runtime.image_tokens import ImageTokens
 _MAX_RUNNING = BatchLimits().running
 # Number of positions if the model's configuration has no limit.
 _DEFAULT_POSITIONS = 1 << 17
-# Maximum number of padded tokens and of requests in a batch. A single request may exceed the former.
-_BATCH_TOKENS, _BATCH_ROWS = 4096, 16
+# Maximum number of padded tokens and of requests in a batch, by device. A single request may exceed the former.
+_BATCH_LIMITS = {"cpu": (4096, 16), "cuda": (16384, 64)}
 
 
 class FallbackScheduler(SequenceScheduler):
@@ -101,13 +105,14 @@ class FallbackScheduler(SequenceScheduler):
     def _next_batch(self) -> list[SequenceState]:
         """Dequeue the next batch: requests for the same adapter in arrival order, up to the batch limits."""
         chosen: list[SequenceState] = []
+        max_tokens, max_rows = _BATCH_LIMITS.get(self._session.model.device.type, _BATCH_LIMITS["cpu"])
         max_prompt = max_new_tokens = 0
         for sequence in list(self.waiting):
             if chosen and sequence.request.adapter != chosen[0].request.adapter:
                 continue
             length, token_limit = len(sequence.request.tokens), sequence.token_limit
             padded_length = max(max_prompt, length) + max(max_new_tokens, token_limit)
-            if chosen and (padded_length * (len(chosen) + 1) > _BATCH_TOKENS or len(chosen) == _BATCH_ROWS):
+            if chosen and (padded_length * (len(chosen) + 1) > max_tokens or len(chosen) == max_rows):
                 break
             # Padding uses positions too, so a short prompt batched with a long one could exceed the limit.
             if chosen and padded_length + self._session.virtual_tokens > self.max_length:
@@ -128,24 +133,39 @@ class FallbackScheduler(SequenceScheduler):
         with session.base() if use_base else contextlib.nullcontext():
             prompts = [session.prompt(np.asarray(sequence.request.tokens, np.int64)) for sequence in sequences]
             max_new_tokens = max(sequence.token_limit for sequence in sequences)
-            sample = partial(self._sample_tokens, sequences)
-            decode_with_callback(session.model, session.tokenizer, prompts, max_new_tokens, sample)
+            choose: Callable[[Tensor], Tensor | None] = partial(self._sample_tokens, sequences)
+            if session.model.device.type == "cuda" and all(map(_samples_on_device, sequences)):
+                sample = DeviceSampler([s.sampler for s in sequences], max_new_tokens, session.model.device)
+                size = 1 if any(sequence.is_streamed for sequence in sequences) else STEPS_PER_SYNC
+                choose = TokenBlocks(sample, partial(self._append_block, sequences), size, max_new_tokens)
+            decode_with_callback(session.model, session.tokenizer, prompts, max_new_tokens, choose)
 
-    def _sample_tokens(self, sequences: list[SequenceState], logits: Tensor) -> list[int | None]:
-        """Sample the next token of each unfinished sequence."""
+    def _sample_tokens(self, sequences: list[SequenceState], logits: Tensor) -> Tensor | None:
+        """Sample the next token of each unfinished sequence on the host."""
         rows = self._unfinished_rows(sequences)
-        self.tokens += len(rows)
-        tokens: dict[int, int] = {}
+        tokens = torch.zeros(len(sequences), dtype=torch.long)
         if rows:
-            chosen = next_tokens([sequences[row] for row in rows], logits.numpy(force=True)[rows])
+            chosen = list(next_tokens([sequences[row] for row in rows], logits.numpy(force=True)[rows]))
             for row, (sequence, token, logprob) in zip(rows, chosen, strict=True):
-                try:
-                    sequence.append_token(token, logprob)
-                    tokens[row] = token
-                except Exception as error:  # affects only this sequence
-                    self.end(sequence, error)
-        unfinished = self._unfinished_rows(sequences)
-        return [tokens[row] if row in unfinished else None for row in range(len(sequences))]
+                self._append(sequence, token, logprob)
+                tokens[row] = max(token, 0)
+        return tokens.to(logits.device) if self._unfinished_rows(sequences) else None
+
+    def _append_block(self, sequences: list[SequenceState], tokens: np.ndarray, logprobs: np.ndarray) -> bool:
+        """Append tokens (steps, rows) from the device. Return True if all sequences have finished."""
+        for step, step_tokens in enumerate(tokens.tolist()):
+            for row in self._unfinished_rows(sequences):
+                token, needed = step_tokens[row], sequences[row].sampler.sampling.logprobs is not None
+                logprob = TokenLogprob(token, max(float(logprobs[step, row]), MIN_LOGPROB)) if needed else None
+                self._append(sequences[row], token, logprob)
+        return not self._unfinished_rows(sequences)
+
+    def _append(self, sequence: SequenceState, token: int, logprob: TokenLogprob | None) -> None:
+        self.tokens += 1
+        try:
+            sequence.append_token(token, logprob)
+        except Exception as error:  # affects only this sequence
+            self.end(sequence, error)
 
     def _unfinished_rows(self, sequences: list[SequenceState]) -> list[int]:
         """Finish sequences that are complete, and return the rows of the others."""
@@ -155,6 +175,11 @@ class FallbackScheduler(SequenceScheduler):
                 sequence.matcher.wait()
             self.end(sequence, sequence.stop_reason(now))
         return [row for row, sequence in enumerate(sequences) if not sequence.handle.done]
+
+
+def _samples_on_device(sequence: SequenceState) -> bool:
+    """True if :class:`DeviceSampler` supports the sampling parameters of a sequence."""
+    return sequence.matcher is None and sequence.sampler.plain and not sequence.sampler.sampling.logprobs
 
 
 # Name of a session's adapter.
