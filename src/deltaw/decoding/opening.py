@@ -1,29 +1,32 @@
 """Open a decoding engine for an inference session.
 
-Depending on the model and its adapter, the engine uses one of three backends:
+Depending on the model and its adapter, the engine uses one of four backends:
 
 - a decoder of the base model, with the session's adapter as factors or a soft prompt. Requests select the adapter by
   name or use the base model.
 - a decoder of the trained model, if the method trained the model's parameters.
-- transformers' ``generate``, if the decoder does not support the model or the adapter.
+- vLLM, on a GPU, if it is installed and supports the model and the adapter.
+- transformers, if neither of them does.
 
-A decoder is verified against the model, including the adapter, each time it is built.
+A decoder is verified against the model, including the adapter, each time it is built. So is vLLM.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from deltaw.decoding.adapters import ActiveAdapter, AdapterInfo, Adapters, FixedAdapters
-from deltaw.decoding.bank import Packer, pack_attached_adapter
+from deltaw.decoding.adapters import ActiveAdapter, AdapterInfo, Adapters, FixedAdapters, FolderReader
+from deltaw.decoding.bank import Packer, attached_factors, pack_attached_adapter
 from deltaw.decoding.batch import BatchLimits, RunningBatch
 from deltaw.decoding.decodable import (
     MAX_POSITIONS,
@@ -53,7 +56,11 @@ from deltaw.decoding.probes import NotDecodable
 from deltaw.decoding.request import Request, Sampling, TokenLogprob
 from deltaw.decoding.sampling import MIN_LOGPROB
 from deltaw.decoding.sequences import SequenceScheduler, SequenceState, next_tokens
+from deltaw.decoding.vllm_engine import VLLMScheduler, prefers_vllm
+from deltaw.errors import UserError
 from deltaw.hub.terminators import terminators
+from deltaw.lora.adapt import detach
+from deltaw.lora.files import Factors, load_adapter
 from deltaw.lora.kinds import get_output_head
 from deltaw.lora.stored import weight_shape
 from deltaw.machine.memory import free_memory_bytes, release_free_memory
@@ -211,8 +218,11 @@ def open_engine(session: AdaptedModel, *, cache_bytes: int | None = None, log: L
     cache_size = cache_budget(cache_bytes)
     try:
         with track_progress("preparing the decoder"):
+            if prefers_vllm(session):
+                return _vllm_session_engine(session, session_adapter, cache_bytes)
             decodable, adapter = _decoder(session, cache_bytes=cache_size)
     except NotDecodable as reason:
+        require_fallback(session, reason)
         return fallback_engine(session, session_adapter, reason, log)
     engine = _session_engine(decodable, session, adapter, _count_pages(decodable, cache_size, _MAX_RUNNING))
     engine.has_base = adapter is not None or session_adapter is None
@@ -368,6 +378,74 @@ def _session_engine(
     return Engine(scheduler, session.tokenizer, ids, adapters, session_adapter=name, why=model.why)
 
 
+def require_fallback(session: AdaptedModel, reason: NotDecodable) -> None:
+    """Raise a UserError if the user requested vLLM, which is not used for this reason."""
+    if session.sampler == "vllm":
+        hint = "use sampler: auto or transformers"
+        raise UserError(f"vLLM cannot generate with this model: {reason}", location="sampler", hint=hint) from reason
+
+
+def _session_layers(session: AdaptedModel) -> dict[str, dict[str, Factors]]:
+    """Return the factors of the session's current adapter under its name, for vLLM. Empty without an adapter.
+
+    Raises:
+        NotDecodable: if the adapter is more than factors.
+    """
+    layers = attached_factors(session.model)
+    if isinstance(layers, str):
+        raise NotDecodable(layers)
+    return {SESSION_ADAPTER: layers} if session.adapter and not session.is_base else {}
+
+
+def _vllm_session_engine(session: AdaptedModel, name: str | None, cache_bytes: int | None) -> Engine:
+    """Build an engine that generates with vLLM.
+
+    Raises:
+        NotDecodable: if vLLM is not used.
+    """
+    scheduler = VLLMScheduler(session, _session_layers(session), cache_bytes=cache_bytes)
+    return scheduler_engine(scheduler, session, name, scheduler.verify(session, name))
+
+
+def vllm_engine(session: AdaptedModel, folders: Mapping[str, Path], cache_bytes: int | None) -> Engine:
+    """Build an engine that generates with vLLM, over a base model and adapters in folders.
+
+    Args:
+        session: Session of the base model.
+        folders: Adapter folders by name.
+        cache_bytes: Memory for keys and values, or None for a fraction of the free GPU memory.
+
+    Raises:
+        NotDecodable: if vLLM is not used.
+    """
+    reader = FolderReader(session.model, session.tokenizer)
+    try:
+        parts = {name: reader.read(folder) for name, folder in folders.items()}
+    except UserError as error:
+        raise NotDecodable(error.message) from error
+    if any(part.prompt is not None or part.info.invocation is not None for part in parts.values()):
+        raise NotDecodable("vLLM supports no soft prompts and activated adapters")
+    layers = {name: part.layers for name, part in parts.items()}
+    scheduler = VLLMScheduler(session, layers, cache_bytes=cache_bytes)
+    why = scheduler.verify(session, None)
+    for name, folder in folders.items():
+        load_adapter(session.model, folder)
+        try:
+            scheduler.verify(session, name)
+        finally:
+            detach(session.model)
+    adapters = FixedAdapters({name: ActiveAdapter(n, part.info) for n, (name, part) in enumerate(parts.items(), 1)})
+    return Engine(scheduler, session.tokenizer, session_terminator_ids(session), adapters, why=why)
+
+
+def scheduler_engine(scheduler: SequenceScheduler, session: AdaptedModel, adapter: str | None, why: str) -> Engine:
+    """Build an engine over a scheduler that applies the session's adapter itself."""
+    terminator_ids = session_terminator_ids(session)
+    info = AdapterInfo(session.virtual_tokens, None, tuple(terminator_ids))
+    adapters = FixedAdapters({} if adapter is None else {adapter: ActiveAdapter(1, info)})
+    return Engine(scheduler, session.tokenizer, terminator_ids, adapters, session_adapter=adapter, why=why)
+
+
 def fallback_engine(session: AdaptedModel, adapter: str | None, reason: NotDecodable, log: LogFunction) -> Engine:
     """Build an engine that decodes with transformers, and log the reason.
 
@@ -379,11 +457,7 @@ def fallback_engine(session: AdaptedModel, adapter: str | None, reason: NotDecod
     """
     description = f"transformers decodes: {reason}"
     log(description)
-    terminator_ids = session_terminator_ids(session)
-    info = AdapterInfo(session.virtual_tokens, None, tuple(terminator_ids))
-    adapters = FixedAdapters({} if adapter is None else {adapter: ActiveAdapter(1, info)})
-    scheduler, tokenizer = FallbackScheduler(session, adapter), session.tokenizer
-    return Engine(scheduler, tokenizer, terminator_ids, adapters, session_adapter=adapter, why=description)
+    return scheduler_engine(FallbackScheduler(session, adapter), session, adapter, description)
 
 
 def cache_budget(cache_bytes: int | None) -> int:
@@ -472,8 +546,8 @@ class SessionSampler:
     """Samples completions during training, with a session's current model and adapter.
 
     Implements :data:`deltaw.decoding.generation.Sampler`. The decoder is built and verified once. The adapter, which
-    each training step changes, is packed again at each call. If the decoder does not support the model, transformers
-    computes the logits in the same engine.
+    each training step changes, is packed again at each call. On a GPU, vLLM is loaded once and loads the adapter again
+    at each call. If neither supports the model, transformers computes the logits in the same engine.
 
     Attributes:
         why: Description of the decoding implementation, after the first call.
@@ -482,6 +556,8 @@ class SessionSampler:
     def __init__(self, session: AdaptedModel) -> None:
         self._session = session
         self._decodable: Decodable | None = None
+        self._vllm: VLLMScheduler | None = None
+        self._failure: NotDecodable | None = None
         self._number = 0
         self.why = ""
 
@@ -501,7 +577,16 @@ class SessionSampler:
     def _engine(self, max_length: int, count: int) -> Engine:
         """Build an engine over the current weights, for sequences of at most ``max_length`` tokens."""
         session = self._session
+        if prefers_vllm(session) and self._failure is None:
+            try:
+                return self._vllm_engine(max_length)
+            except NotDecodable as reason:
+                require_fallback(session, reason)
+                self._vllm, self._failure = None, reason
+                warnings.warn(f"completions are sampled with transformers: {reason}", stacklevel=2)
         try:
+            if self._failure is not None:
+                raise self._failure
             if self._decodable is None or self._decodable.positions < max_length:
                 self._decodable = verified_decoder(session, positions=max_length)
             decodable, self._number = self._decodable, self._number + 1
@@ -513,3 +598,20 @@ class SessionSampler:
         running = min(count, MAX_CONCURRENT_SAMPLES)
         pages = running * -(-max_length // decodable.decoder.page_tokens) + running
         return _session_engine(decodable, session, adapter, pages, running)
+
+    def _vllm_engine(self, max_length: int) -> Engine:
+        """Return an engine that samples with vLLM and the current adapter.
+
+        Raises:
+            NotDecodable: if vLLM is not used.
+        """
+        session, adapters = self._session, _session_layers(self._session)
+        if self._vllm is None or self._vllm.max_length < max_length:
+            self._vllm = None  # free its memory first
+            self._vllm = VLLMScheduler(session, adapters, positions=max_length)
+        else:
+            for name, layers in adapters.items():
+                self._vllm.set_adapter(name, layers)
+        name = SESSION_ADAPTER if adapters else None
+        self.why = self._vllm.verify(session, name)
+        return scheduler_engine(self._vllm, session, name, self.why)
