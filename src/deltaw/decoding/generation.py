@@ -27,6 +27,9 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from deltaw.decoding.device_sampling import DeviceSampler
+from deltaw.decoding.request import Sampling
+from deltaw.decoding.sampling import SamplingState
 from deltaw.errors import UserError
 from deltaw.hub.loading import default_attention, use_attention
 from deltaw.hub.terminators import terminators
@@ -203,8 +206,6 @@ class SampledCompletion:
         return cls(np.array(tokens, np.int64), text, terminator, logprobs, prompt, is_generated, reward)
 
 
-# Number of tokens per row that are generated on a GPU before the host checks whether the rows have ended.
-STEPS_PER_SYNC = 16
 # Maximum number of completions that training samples concurrently.
 MAX_CONCURRENT_SAMPLES = 64
 # Samples completions from the current model. Prompts are token ids, including virtual tokens.
@@ -247,10 +248,10 @@ def generate(
         for indices, allowance in _batches(prompts, max_new_tokens, batch_tokens, position_limit(model)):
             config.max_new_tokens = allowance
             rows = [np.asarray(prompts[index], dtype=np.int64) for index in indices]
-            ids, mask = _padded(rows, config.pad_token_id, model.device)
-            if (cache := static_cache(model, ids.shape[1] + allowance)) is not None:
-                tokens = _greedy_on_device(model, ids, mask, cache, config)
+            if model.device.type == "cuda":
+                tokens = _greedy_on_device(model, tokenizer, rows, config)
             else:
+                ids, mask = _padded(rows, config.pad_token_id, model.device)
                 sequences = _decoder(model).generate(ids, attention_mask=mask, generation_config=config)
                 tokens = sequences[:, ids.shape[1] :].cpu().numpy()
             for index, row in zip(indices, tokens, strict=True):
@@ -291,15 +292,15 @@ def decode_with_callback(
 
     with _decoding_state(model, config):
         ids, mask = _padded([np.asarray(p, np.int64) for p in prompts], config.pad_token_id, model.device)
-        if (cache := static_cache(model, ids.shape[1] + max_new_tokens)) is not None:
-            decode_on_device(model, ids, mask, cache, max_new_tokens, choose)
+        if (cache := _static_cache(model, ids.shape[1] + max_new_tokens)) is not None:
+            _decode_on_device(model, ids, mask, cache, max_new_tokens, choose)
             return
         generate = partial(_decoder(model).generate, ids, attention_mask=mask, generation_config=config)
         generate(logits_processor=LogitsProcessorList([chosen]), stopping_criteria=StoppingCriteriaList([stopped]))
 
 
-def static_cache(model: PreTrainedModel, length: int) -> StaticCache | None:
-    """Return a cache for :func:`decode_on_device`, or None if the model needs transformers' loop or runs on a CPU."""
+def _static_cache(model: PreTrainedModel, length: int) -> StaticCache | None:
+    """Return a cache of fixed size on a GPU, or None on other devices and for models that transformers' loop needs."""
     prepares_inputs = type(_decoder(model)).prepare_inputs_for_generation
     standard = prepares_inputs is GenerationMixin.prepare_inputs_for_generation
     if model.device.type != "cuda" or not standard or "position_ids" not in _parameters(model):
@@ -316,7 +317,7 @@ def _parameters(model: PreTrainedModel) -> Container[str]:
 
 
 @torch.no_grad()
-def decode_on_device(
+def _decode_on_device(
     model: PreTrainedModel,
     ids: Tensor,
     mask: Tensor,
@@ -324,78 +325,40 @@ def decode_on_device(
     max_new_tokens: int,
     choose: Callable[[Tensor], Tensor | None],
 ) -> None:
-    """Decode without synchronizing with the device, unlike transformers' loop with two synchronizations per token.
+    """Decode without synchronizing with the device. Transformers' loop synchronizes twice per token.
 
     Args:
         model: The model, in evaluation mode.
         ids: (rows, length) token ids, padded on the left.
         mask: (rows, length) attention mask.
-        cache: Cache of :func:`static_cache`, whose size does not depend on values on the device.
+        cache: Empty cache. Because of its fixed size, transformers does not read the mask on the host.
         max_new_tokens: Maximum number of new tokens.
         choose: See :func:`decode_with_callback`.
     """
     length, positions = ids.shape[1], (mask.cumsum(-1) - 1).clamp(min=0)
     mask = nn.functional.pad(mask, (0, max_new_tokens), value=1)
-    last_only = {"logits_to_keep": 1} if "logits_to_keep" in _parameters(model) else {}
+    options = {"logits_to_keep": 1} if "logits_to_keep" in _parameters(model) else {}
     for step in range(max_new_tokens):
         inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask[:, : length + step]}
-        output = model(**inputs, past_key_values=cache, use_cache=True, **last_only)
-        tokens = choose(output.logits[:, -1].float())
-        if tokens is None:
+        logits = model(**inputs, past_key_values=cache, use_cache=True, **options).logits[:, -1].float()
+        if (tokens := choose(logits)) is None:
             return
         ids, positions = tokens[:, None], positions[:, -1:] + 1
 
 
-class TokenBlocks:
-    """Chooses tokens on the device, and copies them to the host in blocks. Each copy is a synchronization.
-
-    Args:
-        sample: Returns the tokens (rows,) and their log-probabilities (rows,) for fp32 logits and the step's number.
-        receive: Called with tokens and log-probabilities, (steps, rows) each. Returns True to stop.
-        size: Number of steps per block.
-        steps: Number of steps in total.
-    """
-
-    def __init__(
-        self,
-        sample: Callable[[Tensor, int], tuple[Tensor, Tensor]],
-        receive: Callable[[np.ndarray, np.ndarray], bool],
-        size: int,
-        steps: int,
-    ) -> None:
-        self._sample, self._receive, self._size, self._steps = sample, receive, size, steps
-        self._step, self._block = 0, list[Tensor]()
-
-    def __call__(self, logits: Tensor) -> Tensor | None:
-        """Return the next tokens, or None to stop. See :func:`decode_with_callback`."""
-        tokens, logprobs = self._sample(logits, self._step)
-        self._block.append(torch.stack((tokens.double(), logprobs.double())))
-        self._step += 1
-        if len(self._block) == self._size or self._step == self._steps:
-            block, self._block = torch.stack(self._block, dim=1).numpy(force=True), []
-            if self._receive(block[0].astype(np.int64), block[1]):
-                return None
-        return tokens.clamp(min=0)
-
-
 def _greedy_on_device(
-    model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: StaticCache, config: GenerationConfig
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[np.ndarray], config: GenerationConfig
 ) -> np.ndarray:
     """Return greedy tokens (rows, steps). Rows continue after a terminator until all of them have one."""
     blocks: list[np.ndarray] = []
-    has_ended = np.zeros(len(ids), bool)
 
     def receive(tokens: np.ndarray, _: np.ndarray) -> bool:
         blocks.append(tokens)
-        np.logical_or(has_ended, np.isin(tokens, config.eos_token_id or ()).any(0), out=has_ended)
-        return bool(has_ended.all())
+        return bool(np.isin(np.concatenate(blocks), config.eos_token_id or ()).any(0).all())
 
-    def greedy(logits: Tensor, _: int) -> tuple[Tensor, Tensor]:
-        best = logits.max(-1)
-        return best.indices, best.values
-
-    choose = TokenBlocks(greedy, receive, STEPS_PER_SYNC, config.max_new_tokens)
-    decode_on_device(model, ids, mask, cache, config.max_new_tokens, choose)
+    states = [SamplingState(Sampling(), prompt, 0) for prompt in prompts]
+    sampler = DeviceSampler(states, config.max_new_tokens, model.device, receive)
+    decode_with_callback(model, tokenizer, prompts, config.max_new_tokens, sampler)
     return np.concatenate(blocks).T
 
 

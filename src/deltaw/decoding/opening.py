@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from deltaw.decoding.adapters import ActiveAdapter, AdapterInfo, Adapters, FixedAdapters, FolderReader
-from deltaw.decoding.bank import Packer, attached_factors, pack_attached_adapter
+from deltaw.decoding.bank import Packer, pack_attached_adapter
 from deltaw.decoding.batch import BatchLimits, RunningBatch
 from deltaw.decoding.decodable import (
     MAX_POSITIONS,
@@ -37,17 +37,15 @@ from deltaw.decoding.decodable import (
     recognized_blocks,
     tolerance,
 )
-from deltaw.decoding.device_sampling import DeviceSampler
+from deltaw.decoding.device_sampling import STEPS_PER_SYNC, DeviceSampler
 from deltaw.decoding.engine import Engine
 from deltaw.decoding.generation import (
     MAX_CONCURRENT_SAMPLES,
-    STEPS_PER_SYNC,
     GeneratedCompletion,
     Progress,
     SampledCompletion,
     SamplingParams,
     TextGenerator,
-    TokenBlocks,
     decode_with_callback,
     position_limit,
 )
@@ -56,15 +54,15 @@ from deltaw.decoding.probes import NotDecodable
 from deltaw.decoding.request import Request, Sampling, TokenLogprob
 from deltaw.decoding.sampling import MIN_LOGPROB
 from deltaw.decoding.sequences import SequenceScheduler, SequenceState, next_tokens
-from deltaw.decoding.vllm_engine import VLLMScheduler, prefers_vllm
+from deltaw.decoding.vllm_engine import VLLMScheduler, prefers_vllm, session_layers
 from deltaw.errors import UserError
 from deltaw.hub.terminators import terminators
 from deltaw.lora.adapt import detach
-from deltaw.lora.files import Factors, load_adapter
+from deltaw.lora.files import load_adapter
 from deltaw.lora.kinds import get_output_head
 from deltaw.lora.stored import weight_shape
 from deltaw.machine.memory import free_memory_bytes, release_free_memory
-from deltaw.progress import LogFunction, track_progress
+from deltaw.progress import LogFunction, ignore_line, track_progress
 from deltaw.runtime import virtual_tokens
 from deltaw.runtime.image_tokens import ImageTokens
 
@@ -141,10 +139,11 @@ class FallbackScheduler(SequenceScheduler):
             prompts = [session.prompt(np.asarray(sequence.request.tokens, np.int64)) for sequence in sequences]
             max_new_tokens = max(sequence.token_limit for sequence in sequences)
             choose: Callable[[Tensor], Tensor | None] = partial(self._sample_tokens, sequences)
-            if session.model.device.type == "cuda" and all(map(_samples_on_device, sequences)):
-                sample = DeviceSampler([s.sampler for s in sequences], max_new_tokens, session.model.device)
+            device = session.model.device
+            if device.type == "cuda" and all(map(_samples_on_device, sequences)):
                 size = 1 if any(sequence.is_streamed for sequence in sequences) else STEPS_PER_SYNC
-                choose = TokenBlocks(sample, partial(self._append_block, sequences), size, max_new_tokens)
+                states, receive = [sequence.sampler for sequence in sequences], partial(self._append_block, sequences)
+                choose = DeviceSampler(states, max_new_tokens, device, receive, size)
             decode_with_callback(session.model, session.tokenizer, prompts, max_new_tokens, choose)
 
     def _sample_tokens(self, sequences: list[SequenceState], logits: Tensor) -> Tensor | None:
@@ -152,27 +151,19 @@ class FallbackScheduler(SequenceScheduler):
         rows = self._unfinished_rows(sequences)
         tokens = torch.zeros(len(sequences), dtype=torch.long)
         if rows:
-            chosen = list(next_tokens([sequences[row] for row in rows], logits.numpy(force=True)[rows]))
+            chosen = next_tokens([sequences[row] for row in rows], logits.numpy(force=True)[rows])
             for row, (sequence, token, logprob) in zip(rows, chosen, strict=True):
-                self._append(sequence, token, logprob)
+                self.append(sequence, token, logprob)
                 tokens[row] = max(token, 0)
         return tokens.to(logits.device) if self._unfinished_rows(sequences) else None
 
     def _append_block(self, sequences: list[SequenceState], tokens: np.ndarray, logprobs: np.ndarray) -> bool:
         """Append tokens (steps, rows) from the device. Return True if all sequences have finished."""
-        for step, step_tokens in enumerate(tokens.tolist()):
-            for row in self._unfinished_rows(sequences):
-                token, needed = step_tokens[row], sequences[row].sampler.sampling.logprobs is not None
-                logprob = TokenLogprob(token, max(float(logprobs[step, row]), MIN_LOGPROB)) if needed else None
-                self._append(sequences[row], token, logprob)
+        for index, token in np.ndenumerate(tokens):
+            sequence, value = sequences[index[1]], max(float(logprobs[index]), MIN_LOGPROB)
+            needed = sequence.sampler.sampling.logprobs is not None
+            self.append(sequence, int(token), TokenLogprob(int(token), value) if needed else None)
         return not self._unfinished_rows(sequences)
-
-    def _append(self, sequence: SequenceState, token: int, logprob: TokenLogprob | None) -> None:
-        self.tokens += 1
-        try:
-            sequence.append_token(token, logprob)
-        except Exception as error:  # affects only this sequence
-            self.end(sequence, error)
 
     def _unfinished_rows(self, sequences: list[SequenceState]) -> list[int]:
         """Finish sequences that are complete, and return the rows of the others."""
@@ -193,8 +184,10 @@ def _samples_on_device(sequence: SequenceState) -> bool:
 SESSION_ADAPTER = "adapter"
 # Default fraction of free memory for keys and values.
 CACHE_SHARE = 0.25
-# Number of tokens for the verification of a session's adapter.
-_SAMPLE = 24
+# Number of tokens for the verification of a session's adapter, and of prompts for the verification of vLLM.
+_SAMPLE, _PROBES = 24, 4
+# Mean difference of log-probabilities that rounding explains, because vLLM's attention may use TF32 for fp32.
+_LOGPROB_TOLERANCE = 0.01
 # Methods whose adapters leave the base model's weights unchanged.
 _SEPARATE_METHODS = ("lora", "prompt")
 
@@ -219,10 +212,9 @@ def open_engine(session: AdaptedModel, *, cache_bytes: int | None = None, log: L
     try:
         with track_progress("preparing the decoder"):
             if prefers_vllm(session):
-                return _vllm_session_engine(session, session_adapter, cache_bytes)
+                return vllm_engine(session, session_adapter, cache_bytes=cache_bytes)
             decodable, adapter = _decoder(session, cache_bytes=cache_size)
     except NotDecodable as reason:
-        require_fallback(session, reason)
         return fallback_engine(session, session_adapter, reason, log)
     engine = _session_engine(decodable, session, adapter, _count_pages(decodable, cache_size, _MAX_RUNNING))
     engine.has_base = adapter is not None or session_adapter is None
@@ -378,67 +370,68 @@ def _session_engine(
     return Engine(scheduler, session.tokenizer, ids, adapters, session_adapter=name, why=model.why)
 
 
-def require_fallback(session: AdaptedModel, reason: NotDecodable) -> None:
-    """Raise a UserError if the user requested vLLM, which is not used for this reason."""
-    if session.sampler == "vllm":
-        hint = "use sampler: auto or transformers"
-        raise UserError(f"vLLM cannot generate with this model: {reason}", location="sampler", hint=hint) from reason
-
-
-def _session_layers(session: AdaptedModel) -> dict[str, dict[str, Factors]]:
-    """Return the factors of the session's current adapter under its name, for vLLM. Empty without an adapter.
-
-    Raises:
-        NotDecodable: if the adapter is more than factors.
-    """
-    layers = attached_factors(session.model)
-    if isinstance(layers, str):
-        raise NotDecodable(layers)
-    return {SESSION_ADAPTER: layers} if session.adapter and not session.is_base else {}
-
-
-def _vllm_session_engine(session: AdaptedModel, name: str | None, cache_bytes: int | None) -> Engine:
+def vllm_engine(
+    session: AdaptedModel, name: str | None, folders: Mapping[str, Path] | None = None, cache_bytes: int | None = None
+) -> Engine:
     """Build an engine that generates with vLLM.
 
-    Raises:
-        NotDecodable: if vLLM is not used.
-    """
-    scheduler = VLLMScheduler(session, _session_layers(session), cache_bytes=cache_bytes)
-    return scheduler_engine(scheduler, session, name, scheduler.verify(session, name))
-
-
-def vllm_engine(session: AdaptedModel, folders: Mapping[str, Path], cache_bytes: int | None) -> Engine:
-    """Build an engine that generates with vLLM, over a base model and adapters in folders.
-
     Args:
-        session: Session of the base model.
-        folders: Adapter folders by name.
+        session: The inference session.
+        name: Name by which requests select the session's adapter, or None.
+        folders: Folders of other adapters by name. The session must have none.
         cache_bytes: Memory for keys and values, or None for a fraction of the free GPU memory.
 
     Raises:
         NotDecodable: if vLLM is not used.
     """
-    reader = FolderReader(session.model, session.tokenizer)
+    reader = FolderReader(session.model, session.text_tokenizer)
     try:
-        parts = {name: reader.read(folder) for name, folder in folders.items()}
+        parts = {key: reader.read(folder) for key, folder in (folders or {}).items()}
     except UserError as error:
         raise NotDecodable(error.message) from error
     if any(part.prompt is not None or part.info.invocation is not None for part in parts.values()):
         raise NotDecodable("vLLM supports no soft prompts and activated adapters")
-    layers = {name: part.layers for name, part in parts.items()}
-    scheduler = VLLMScheduler(session, layers, cache_bytes=cache_bytes)
-    why = scheduler.verify(session, None)
-    for name, folder in folders.items():
-        load_adapter(session.model, folder)
-        try:
-            scheduler.verify(session, name)
-        finally:
-            detach(session.model)
-    adapters = FixedAdapters({name: ActiveAdapter(n, part.info) for n, (name, part) in enumerate(parts.items(), 1)})
-    return Engine(scheduler, session.tokenizer, session_terminator_ids(session), adapters, why=why)
+    layers = {key: part.layers for key, part in parts.items()} if name is None else session_layers(session, name)
+    engine = scheduler_engine(VLLMScheduler(session, layers, cache_bytes=cache_bytes), session, name)
+    verify_logprobs(engine, session, name)
+    if parts:
+        engine.bank = FixedAdapters(
+            {key: ActiveAdapter(n, part.info) for n, (key, part) in enumerate(parts.items(), 1)}
+        )
+    for key in parts:
+        load_adapter(session.model, parts[key].info.folder)
+        verify_logprobs(engine, session, key)
+        detach(session.model)
+    return engine
 
 
-def scheduler_engine(scheduler: SequenceScheduler, session: AdaptedModel, adapter: str | None, why: str) -> Engine:
+def verify_logprobs(engine: Engine, session: AdaptedModel, name: str | None) -> None:
+    """Compare log-probabilities of sampled tokens with those of the session's model in its current state.
+
+    Args:
+        engine: Engine with another implementation of the model.
+        session: The session.
+        name: Adapter of the current state, or None for the base model.
+
+    Raises:
+        NotDecodable: if they differ by more than the precision explains.
+    """
+    model, generator = session.model, np.random.default_rng(1)
+    prompts = list(generator.integers(0, engine.scheduler.num_tokens, (_PROBES, _SAMPLE)))
+    params, differences = SamplingParams(_SAMPLE, 1.0, seeds=tuple(range(_PROBES)), logprobs=True), []
+    for prompt, completion in zip(prompts, sample_completions(engine, name, prompts, params), strict=True):
+        tokens = torch.from_numpy(np.append(prompt, completion.tokens)).to(model.device)
+        with eval_mode(model):
+            logits = model(tokens[None]).logits[0, _SAMPLE - 1 : -1].float()
+        expected = logits.log_softmax(-1).gather(-1, tokens[_SAMPLE:, None])[:, 0].numpy(force=True)
+        differences.append(np.abs(expected - completion.logprobs))
+    error = float(np.concatenate(differences).mean())
+    if not error <= max(_LOGPROB_TOLERANCE, tolerance(model)):
+        raise NotDecodable(f"vLLM's log-probabilities differ from the model's by {error:.1e} on average")
+    engine.why = f"vLLM: log-probabilities equal the model's own (mean difference {error:.1e})"
+
+
+def scheduler_engine(scheduler: SequenceScheduler, session: AdaptedModel, adapter: str | None, why: str = "") -> Engine:
     """Build an engine over a scheduler that applies the session's adapter itself."""
     terminator_ids = session_terminator_ids(session)
     info = AdapterInfo(session.virtual_tokens, None, tuple(terminator_ids))
@@ -455,6 +448,9 @@ def fallback_engine(session: AdaptedModel, adapter: str | None, reason: NotDecod
         reason: Explains why the decoder does not support the model.
         log: Receives the reason as a message.
     """
+    if session.sampler == "vllm":
+        hint = "use sampler: auto or transformers"
+        raise UserError(f"vLLM does not generate: {reason}", location="sampler", hint=hint) from reason
     description = f"transformers decodes: {reason}"
     log(description)
     return scheduler_engine(FallbackScheduler(session, adapter), session, adapter, description)
@@ -577,22 +573,19 @@ class SessionSampler:
     def _engine(self, max_length: int, count: int) -> Engine:
         """Build an engine over the current weights, for sequences of at most ``max_length`` tokens."""
         session = self._session
-        if prefers_vllm(session) and self._failure is None:
-            try:
-                return self._vllm_engine(max_length)
-            except NotDecodable as reason:
-                require_fallback(session, reason)
-                self._vllm, self._failure = None, reason
-                warnings.warn(f"completions are sampled with transformers: {reason}", stacklevel=2)
         try:
             if self._failure is not None:
                 raise self._failure
+            if prefers_vllm(session):
+                return self._vllm_engine(max_length)
             if self._decodable is None or self._decodable.positions < max_length:
                 self._decodable = verified_decoder(session, positions=max_length)
             decodable, self._number = self._decodable, self._number + 1
             adapter = _pack_adapter(session, decodable, self._number, verify=self._number == 1)
         except NotDecodable as reason:
-            engine = fallback_engine(session, SESSION_ADAPTER if session.adapter else None, reason, lambda _: None)
+            log = ignore_line if self._failure or not prefers_vllm(session) else warnings.warn
+            self._failure = reason
+            engine = fallback_engine(session, SESSION_ADAPTER if session.adapter else None, reason, log)
             self.why = engine.why
             return engine
         running = min(count, MAX_CONCURRENT_SAMPLES)
@@ -605,13 +598,15 @@ class SessionSampler:
         Raises:
             NotDecodable: if vLLM is not used.
         """
-        session, adapters = self._session, _session_layers(self._session)
+        session, name = self._session, SESSION_ADAPTER if self._session.adapter else None
+        layers = session_layers(session, name)
         if self._vllm is None or self._vllm.max_length < max_length:
             self._vllm = None  # free its memory first
-            self._vllm = VLLMScheduler(session, adapters, positions=max_length)
+            self._vllm = VLLMScheduler(session, layers, positions=max_length)
         else:
-            for name, layers in adapters.items():
-                self._vllm.set_adapter(name, layers)
-        name = SESSION_ADAPTER if adapters else None
-        self.why = self._vllm.verify(session, name)
-        return scheduler_engine(self._vllm, session, name, self.why)
+            for key, factors in layers.items():
+                self._vllm.set_adapter(key, factors)
+        engine = scheduler_engine(self._vllm, session, name)
+        verify_logprobs(engine, session, name)
+        self.why = engine.why
+        return engine

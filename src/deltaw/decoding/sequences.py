@@ -417,6 +417,16 @@ class SequenceScheduler:
         else:
             sequence.finish(reason)
 
+    def append(self, sequence: SequenceState, token: int, logprob: TokenLogprob | None) -> None:
+        """Append a token to a sequence unless it has finished. An error affects only this sequence."""
+        if sequence.handle.done:
+            return
+        self.tokens += 1
+        try:
+            sequence.append_token(token, logprob)
+        except Exception as error:
+            self.end(sequence, error)
+
     def end_all(self, reason: FinishReason | BaseException) -> None:
         """Finish every request."""
         for sequence in [*self.running, *self.waiting]:

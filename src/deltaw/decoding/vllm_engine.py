@@ -1,8 +1,7 @@
 """Text generation with vLLM on CUDA devices. vLLM is optional (``pip install vllm``).
 
 vLLM loads the files of the base model itself and reads adapters from folders in PEFT's format. The folders are written
-with a single rank and with scalings folded into B, so vLLM can drop no feature of an adapter. Log-probabilities of
-sampled tokens are compared with the model's own each time an adapter is set.
+with a single rank and with scalings folded into B, so vLLM can drop no feature of an adapter.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from deltaw.atomic_files import write_text
-from deltaw.decoding.decodable import eval_mode, tolerance
+from deltaw.decoding.bank import attached_factors
 from deltaw.decoding.generation import position_limit
 from deltaw.decoding.model import AdaptedModel
 from deltaw.decoding.probes import NotDecodable
@@ -36,15 +35,12 @@ from deltaw.lora.peft_format import DEFAULTS, PREFIX
 from deltaw.lora.stored import weight_shape
 from deltaw.tensor_files import save_tensors
 
+# Factors by the names of layers.
 Layers = Mapping[str, Factors]
 # Maximum ranks that vLLM supports.
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Fraction of the free GPU memory for keys and values.
 _CACHE_SHARE = 0.25
-# Mean difference of log-probabilities that rounding explains, since vLLM's attention may use TF32 for fp32.
-_MIN_TOLERANCE = 0.01
-# Verification: number of prompts, tokens per prompt, and sampled tokens per prompt.
-_ROWS, _PROMPT, _SAMPLED = 4, 16, 16
 # Sampling parameters with the same name and meaning in vLLM.
 _SHARED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
@@ -54,17 +50,29 @@ def prefers_vllm(session: AdaptedModel) -> bool:
     return session.sampler == "vllm" or (session.sampler == "auto" and session.model.device.type == "cuda")
 
 
+def session_layers(session: AdaptedModel, name: str | None) -> dict[str, Layers]:
+    """Return the factors of the session's current adapter by this name. Empty if the name is None.
+
+    Raises:
+        NotDecodable: if the adapter is more than factors.
+    """
+    layers = attached_factors(session.model)
+    if isinstance(layers, str):
+        raise NotDecodable(layers)
+    return {} if name is None else {name: layers}
+
+
 class VLLMScheduler(SequenceScheduler):
     """Scheduler that decodes with vLLM, which batches requests continuously and reuses prefixes of prompts.
 
     Args:
         session: Inference session of the base model.
-        adapters: Factors by the names of layers, by the name of the adapter. More adapters may not be added later.
+        adapters: Factors of adapters by name. :meth:`set_adapter` may replace them.
         positions: Maximum number of tokens of a sequence, or None for the largest number that fits into memory.
         cache_bytes: Memory for keys and values, or None for a quarter of the free GPU memory.
 
     Raises:
-        NotDecodable: if vLLM does not support the model or an adapter, or its log-probabilities differ.
+        NotDecodable: if vLLM does not support the model or an adapter.
     """
 
     scores_prompts = False
@@ -77,36 +85,28 @@ class VLLMScheduler(SequenceScheduler):
         positions: int | None = None,
         cache_bytes: int | None = None,
     ) -> None:
-        model, limit = session.model, position_limit(session.model)
+        model = session.model
         _require_supported(session, adapters)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         free, total = torch.cuda.mem_get_info(model.device)
         size = 1.2 * sum(parameter.nbytes for parameter in model.parameters()) + _CACHE_SHARE * free
-        options: dict[str, Any] = {"kv_cache_memory_bytes": cache_bytes, "logprobs_mode": "raw_logprobs"}
-        if positions is not None:
-            options["max_model_len"] = positions if limit is None else min(positions, limit)
+        options: dict[str, Any] = {"dtype": str(model.dtype).removeprefix("torch."), "logprobs_mode": "raw_logprobs"}
+        options |= {"gpu_memory_utilization": min(0.9 * free, size) / total, "kv_cache_memory_bytes": cache_bytes}
+        options |= {"max_model_len": -1 if positions is None else min(positions, position_limit(model) or positions)}
         if adapters:
             rank = max(factors.lora_A.shape[1] for layers in adapters.values() for factors in layers.values())
-            max_rank = next(supported for supported in _RANKS if supported >= rank)
+            max_rank = next((supported for supported in _RANKS if supported >= rank), rank)
             options |= {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": max_rank}
         try:
-            import vllm  # type: ignore[import-not-found, unused-ignore]
-            from vllm.lora.request import LoRARequest  # type: ignore[import-not-found, unused-ignore]
-            from vllm.sampling_params import RequestOutputKind  # type: ignore[import-not-found, unused-ignore]
+            import vllm
+            from vllm.lora.request import LoRARequest
+            from vllm.sampling_params import RequestOutputKind
 
-            self._llm = vllm.LLM(
-                model.name_or_path,
-                dtype=str(model.dtype).removeprefix("torch."),
-                gpu_memory_utilization=min(0.9 * free, size) / total,
-                enable_prefix_caching=True,
-                max_logprobs=MAX_LOGPROBS,
-                max_model_len=options.pop("max_model_len", -1),
-                **options,
-            )
+            reference, prefixes = str(model.name_or_path), {"enable_prefix_caching": True}
+            self._engine = vllm.LLM(reference, max_logprobs=MAX_LOGPROBS, **prefixes, **options).llm_engine
         except Exception as error:  # vLLM reports missing support, invalid files and a lack of memory in many ways
             raise NotDecodable(f"vLLM does not load the model: {_first_line(error)}") from error
-        self._vllm, self._lora_request, self._delta = vllm, LoRARequest, RequestOutputKind.DELTA
-        self._engine = self._llm.llm_engine
+        self._params, self._lora_request, self._delta = vllm.SamplingParams, LoRARequest, RequestOutputKind.DELTA
         num_tokens, head = weight_shape(model.get_input_embeddings())[0], get_output_head(model)
         vocabulary = num_tokens if head is None else weight_shape(head)[0]
         super().__init__(num_tokens, vocabulary, self._engine.model_config.max_model_len)
@@ -123,49 +123,18 @@ class VLLMScheduler(SequenceScheduler):
         Raises:
             NotDecodable: if vLLM rejects the adapter.
         """
-        # vLLM identifies cached prefixes by name and path, so both are new.
-        number = next(self._numbers)
-        folder = Path(self._folder.name) / str(number)
-        folder.mkdir()
+        number = next(self._numbers)  # vLLM identifies cached prefixes by the adapter's name and path
+        folder = Path(self._folder.name, str(number))
         _save_adapter(folder, layers)
-        request = self._lora_request(f"{name}-{number}", number, str(folder))
+        previous, request = self._adapters.get(name), self._lora_request(f"{name}-{number}", number, str(folder))
         try:
-            if (previous := self._adapters.pop(name, None)) is not None:
+            if previous is not None:
                 self._engine.remove_lora(previous.lora_int_id)
+                Path(previous.lora_path, WEIGHTS_NAME).unlink()
             self._engine.add_lora(request)
         except Exception as error:
             raise NotDecodable(f"vLLM does not load the adapter: {_first_line(error)}") from error
         self._adapters[name] = request
-
-    def verify(self, session: AdaptedModel, name: str | None) -> str:
-        """Compare the log-probabilities of sampled tokens with those of the session's model in its current state.
-
-        Args:
-            session: The session.
-            name: Adapter of the session's current state, or None for the base model.
-
-        Returns:
-            Result as text.
-
-        Raises:
-            NotDecodable: if they differ by more than the precision explains.
-        """
-        shape, generator = (_ROWS, _PROMPT), torch.Generator().manual_seed(1)
-        prompts = torch.randint(0, self.num_tokens, shape, generator=generator).tolist()
-        common = {"max_tokens": _SAMPLED, "ignore_eos": True, "detokenize": False, "logprobs": 0}
-        params = [self._vllm.SamplingParams(temperature=1.0, seed=seed, **common) for seed in range(_ROWS)]
-        inputs, adapter = [{"prompt_token_ids": prompt} for prompt in prompts], self._adapters.get(name or "")
-        outputs = [o.outputs[0] for o in self._llm.generate(inputs, params, use_tqdm=False, lora_request=adapter)]
-        sampled = torch.tensor([list(output.token_ids) for output in outputs])
-        logprobs = [[entry[t].logprob for t, entry in zip(o.token_ids, o.logprobs, strict=True)] for o in outputs]
-        tokens = torch.cat((torch.tensor(prompts), sampled), 1).to(session.model.device)
-        with eval_mode(session.model):
-            expected = session.model(tokens).logits[:, _PROMPT - 1 : -1].float().log_softmax(-1)
-        expected = expected.gather(-1, tokens[:, _PROMPT:, None])[..., 0].cpu()
-        error = float((expected - torch.tensor(logprobs)).abs().mean())
-        if not error <= max(_MIN_TOLERANCE, tolerance(session.model)):
-            raise NotDecodable(f"vLLM's log-probabilities differ from the model's by {error:.1e} on average")
-        return f"vLLM: log-probabilities equal the model's own (mean difference {error:.1e})"
 
     def step(self) -> None:
         """Start queued requests and run one step of vLLM."""
@@ -176,102 +145,75 @@ class VLLMScheduler(SequenceScheduler):
         for sequence in self._requests.values():
             self.end(sequence, sequence.stop_reason(now))
         self._remove_finished()
-        if self._requests:
-            for output in self._engine.step():
-                if output.request_id in self._requests:
-                    self._receive(self._requests[output.request_id], output)
-            self._remove_finished()
-        self.running = list(self._requests.values())
+        for output in self._engine.step() if self._requests else ():
+            if (running := self._requests.get(output.request_id)) is not None:
+                self._receive(running, output)
+        self._remove_finished()
 
     def _remove_finished(self) -> None:
         """Remove requests that have finished, from vLLM too if they ended early."""
         finished = [name for name, sequence in self._requests.items() if sequence.handle.done]
-        if finished:
-            self._engine.abort_request(finished)
-        for name in finished:
-            del self._requests[name]
+        self._engine.abort_request(finished)
+        self._requests = {name: sequence for name, sequence in self._requests.items() if name not in finished}
+        self.running = list(self._requests.values())
 
     def _start(self, sequence: SequenceState) -> None:
-        request, name = sequence.request, f"request-{next(self._numbers)}"
-        sampling = request.sampling
         if not sequence.token_limit:
             sequence.finish("length")
             return
+        request, sampling, name = sequence.request, sequence.request.sampling, f"request-{next(self._numbers)}"
+        adapter = None if request.adapter is None else self._adapters[request.adapter]
+        options = {key: getattr(sampling, key) for key in _SHARED} | {"logprobs": sampling.logprobs}
+        # All terminators are stop tokens. Seeds have 63 bits, because -1 means no seed.
+        options |= {"ignore_eos": True, "stop_token_ids": sorted(sequence.terminators), "seed": sampling.seed % 2**63}
+        options |= {"logit_bias": dict(sampling.logit_bias) or None, "detokenize": False, "output_kind": self._delta}
         try:
             if sequence.matcher is not None:
                 message, hint = "constraints are unavailable when vLLM generates", "use --sampler transformers"
                 raise UnsupportedError(message, location="constraint", hint=hint)
             sequence.prepare(None)
-            params = self._vllm.SamplingParams(
-                **{key: getattr(sampling, key) for key in _SHARED},
-                logprobs=sampling.logprobs,
-                logit_bias=dict(sampling.logit_bias) or None,
-                seed=sampling.seed % 2**63,  # vLLM's seeds have 64 bits with a sign, and -1 means no seed
-                max_tokens=sequence.token_limit,
-                stop_token_ids=sorted(sequence.terminators),
-                ignore_eos=True,  # all terminators are above
-                detokenize=False,
-                output_kind=self._delta,
-            )
-            adapter = None if request.adapter is None else self._adapters[request.adapter]
+            params = self._params(max_tokens=sequence.token_limit, **options)
             prompt = {"prompt_token_ids": np.asarray(request.tokens).tolist()}
             self._engine.add_request(name, prompt, params, lora_request=adapter)
             self._requests[name] = sequence
-        except ValueError as error:  # for example a temperature above 2
-            self.end(sequence, UserError(f"vLLM rejects the request: {_first_line(error)}", location="sampling"))
-        except Exception as error:  # affects only this sequence
+        except UserError as error:
             self.end(sequence, error)
+        except Exception as error:  # for example a temperature above 2; affects only this sequence
+            self.end(sequence, UserError(f"vLLM rejects the request: {_first_line(error)}", location="sampling"))
 
     def _receive(self, sequence: SequenceState, output: Any) -> None:
         """Append new tokens of a request."""
         completion, top = output.outputs[0], sequence.request.sampling.logprobs
         for index, token in enumerate(completion.token_ids):
-            if sequence.handle.done:
-                return
-            logprob = None if top is None else _token_logprob(completion.logprobs[index], token, top)
-            self.tokens += 1
-            try:
-                sequence.append_token(token, logprob)
-            except Exception as error:  # affects only this sequence
-                self.end(sequence, error)
-        if output.finished:
-            self.end(sequence, "length")
+            logprob = None
+            if top is not None:
+                entries = sorted(completion.logprobs[index].items(), key=lambda entry: entry[1].rank)
+                values = {key: max(float(entry.logprob), MIN_LOGPROB) for key, entry in entries}
+                logprob = TokenLogprob(token, values[token], tuple(values.items())[:top])
+            self.append(sequence, token, logprob)
+        self.end(sequence, "length" if output.finished else None)
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().split(chr(10))[0][:200]}"
-
-
-def _token_logprob(entries: Mapping[int, Any], token: int, top: int) -> TokenLogprob:
-    """Convert vLLM's log-probabilities of the most likely tokens and the sampled token at a position."""
-    values = {key: max(float(entry.logprob), MIN_LOGPROB) for key, entry in entries.items()}
-    ranked = sorted((entry.rank, key) for key, entry in entries.items() if entry.rank <= top)
-    return TokenLogprob(token, values[token], tuple((key, values[key]) for _, key in ranked))
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
 def _require_supported(session: AdaptedModel, adapters: Mapping[str, Layers]) -> None:
     """Raise NotDecodable if vLLM would generate with other weights, or without a part of an adapter."""
     model, method = session.model, session.method
-    stored = {tensor.dtype for tensor in itertools.chain(model.parameters(), model.buffers())}
+    types = {tensor.dtype for tensor in itertools.chain(model.parameters(), model.buffers())}
     head = {id(module) for module in (get_output_head(model), model.get_input_embeddings())}
     outer = {name for name, module in model.named_modules(remove_duplicate=False) if id(module) in head}
-    adapts_outer = any(outer & layers.keys() for layers in adapters.values())
-    ranks = [factors.lora_A.shape[1] for layers in adapters.values() for factors in layers.values()]
     reasons = {
         "vLLM needs a CUDA device": model.device.type != "cuda",
         "vLLM would use the first GPU": model.device.index not in (None, 0),
         "vLLM is not installed (pip install vllm)": importlib.util.find_spec("vllm") is None,
         "vLLM reads text only": session.text_tokenizer is None,
-        "vLLM would use the weights without quantization": bool(stored & {torch.int8, torch.uint8}),
-        "the model was not loaded from a folder": not Path(model.name_or_path or "", "config.json").is_file(),
-        "vLLM supports only adapters of the method lora": method is not None and method.name != "lora",
+        "vLLM would use the weights without quantization": bool(types & {torch.int8, torch.uint8}),
+        "vLLM supports only adapters of the method lora": not all(adapters.values()),
         "vLLM would apply the adapter to all tokens": method is not None and method.invocation is not None,
         "vLLM needs bf16 or fp16 weights for adapters": bool(adapters) and model.dtype == torch.float32,
-        "vLLM does not support adapted embeddings and heads": any(
-            outer & layers.keys() for layers in adapters.values()
-        ),
-        f"vLLM supports ranks up to {_RANKS[-1]}": bool(ranks) and max(ranks) > _RANKS[-1],
-        "vLLM does not support an adapter without layers": not all(adapters.values()),
+        "vLLM adapts no embeddings and heads": any(outer & layers.keys() for layers in adapters.values()),
     }
     if (reason := next((text for text, applies in reasons.items() if applies), None)) is not None:
         raise NotDecodable(reason)
@@ -279,13 +221,14 @@ def _require_supported(session: AdaptedModel, adapters: Mapping[str, Layers]) ->
 
 def _save_adapter(folder: Path, layers: Layers) -> None:
     """Save factors as a PEFT adapter with alpha equal to the rank."""
-    rank = max(factors.lora_A.shape[1] for factors in layers.values())
-    tensors: dict[str, Tensor] = {}
+    rank, tensors = max(factors.lora_A.shape[1] for factors in layers.values()), {}
     for name, factors in layers.items():
-        padding = rank - factors.lora_A.shape[1]
-        scaled = factors.lora_B * factors.scaling
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = nn.functional.pad(factors.lora_A, (0, padding)).t().contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(scaled, (0, 0, 0, padding)).t().contiguous()
-    save_tensors(folder / WEIGHTS_NAME, {name: tensor.cpu() for name, tensor in tensors.items()}, {"format": "pt"})
-    targets = sorted({name.rsplit(".", 1)[-1] for name in layers})
+        padding, scaled = rank - factors.lora_A.shape[1], factors.lora_B * factors.scaling
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = nn.functional.pad(factors.lora_A, (0, padding)).t().cpu()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(scaled, (0, 0, 0, padding)).t().cpu()
+    folder.mkdir()
+    save_tensors(
+        folder / WEIGHTS_NAME, {name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt"}
+    )
+    targets = sorted({name.rpartition(".")[2] for name in layers})
     write_text(folder / CONFIG_NAME, json.dumps(DEFAULTS | {"r": rank, "lora_alpha": rank, "target_modules": targets}))

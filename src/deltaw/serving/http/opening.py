@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from deltaw.data.report import quoted
 from deltaw.decoding.adapters import AdapterInfo, Adapters, unknown_adapter_error
 from deltaw.decoding.bank import AdapterBank, Packer
 from deltaw.decoding.decodable import build_decodable
 from deltaw.decoding.engine import Engine
-from deltaw.decoding.opening import build_engine, cache_budget, fallback_engine, require_fallback, vllm_engine
+from deltaw.decoding.opening import build_engine, cache_budget, fallback_engine, vllm_engine
 from deltaw.decoding.probes import NotDecodable
 from deltaw.decoding.vllm_engine import prefers_vllm
 from deltaw.errors import UserError
@@ -153,24 +155,24 @@ def open_served(base: str, folders: Mapping[str, Path], options: OpenOptions, *,
     try:
         with track_progress("preparing the decoder"):
             if prefers_vllm(session):
-                engine = vllm_engine(session, folders, options.cache_bytes)
+                engine = vllm_engine(session, None, folders, options.cache_bytes)
             else:
                 result = build_decodable(session.model, cache_bytes=budget)
     except NotDecodable as reason:
-        require_fallback(session, reason)
         if len(folders) > 1:
             message = f"{reason}, and transformers serves one adapter, not {len(folders)}"
             hint = "start one server per adapter, on different ports"
             raise UserError(message, location="--adapter", hint=hint) from reason
-        reason.__traceback__ = None  # it refers to the base model, which is freed before it is loaded again
-        base_tokenizer = session.tokenizer, session.data
-        for folder in folders.values():
-            del session
+        if folders:  # free the base model, which is loaded again with the adapter
+            nn.Module.to(session.model, "meta")
+        sessions: dict[str | None, OpenedRun] = {None: session}
+        for adapter, folder in folders.items():
             session = open_run(str(folder), model=base, **loading)
+            sessions[adapter] = session
         images = session.task.images
-        data = {adapter: TokenizerPrompts(session.tokenizer, session.data, images) for adapter in folders}
-        by_name: dict[str | None, TokenizedPrompts] = {None: TokenizerPrompts(*base_tokenizer, images), **data}
-        engine, prompts = fallback_engine(session, next(iter(folders), None), reason, log), by_name.__getitem__
+        data = {name: TokenizerPrompts(each.tokenizer, each.data, images) for name, each in sessions.items()}
+        del sessions
+        engine, prompts = fallback_engine(session, next(iter(folders), None), reason, log), data.__getitem__
     else:
         if engine is None:
             packer = Packer(session.model, result)
