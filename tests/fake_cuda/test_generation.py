@@ -51,7 +51,7 @@ def engine_on(device: str, base: Path):
 
 
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2}
-MODELS |= {name: lambda name=name: causal_model(name) for name in ("gemma3", "qwen3", "mixtral")}
+MODELS |= {name: lambda name=name: causal_model(name) for name in ("gemma3", "mistral", "phi3", "bloom")}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -77,7 +77,7 @@ def test_rows_end_at_terminators_within_a_block():
 
 def test_greedy_generation_waits_once_per_16_tokens():
     tokenizer, model = byte_tokenizer(), tiny_llama().cuda()
-    for count, expected in ((20, 4), (64, 6)):
+    for count, expected in ((20, 3), (64, 5)):
         with recorded() as activity:
             generate(model, tokenizer, PROMPTS[:4], max_new_tokens=count, stop_ids=[])
         assert activity.synchronizations.total() <= expected
@@ -94,7 +94,7 @@ def test_sampled_tokens_and_log_probabilities_equal_those_of_the_cpu_engine(base
         assert (left.text, left.finish, left.terminator) == (right.text, right.finish, right.terminator)
         pairs = zip(left.logprobs, right.logprobs, strict=True)
         assert all(a.logprob == pytest.approx(b.logprob, abs=1e-4) for a, b in pairs)
-    assert activity.synchronizations.total() <= 0.2 * 40
+    assert activity.synchronizations.total() <= 4
 
 
 def test_streamed_tokens_wait_once_each_and_stop_strings_end_the_text(base):
@@ -103,7 +103,7 @@ def test_streamed_tokens_wait_once_each_and_stop_strings_end_the_text(base):
         with recorded() as activity:
             chunks = list(engine.submit(Request(PROMPTS[0], max_new_tokens=40)))
         assert "".join(chunk.text for chunk in chunks) == text and len(chunks) >= 40
-        assert activity.synchronizations.total() <= 40 + 5
+        assert activity.synchronizations.total() <= 40 + 2
         stopped = engine.generate_all([Request(PROMPTS[0], stop=(text[3:5],), max_new_tokens=40)])[0]
         assert stopped.text == text.split(text[3:5])[0]
 
@@ -120,9 +120,9 @@ def test_penalties_are_applied_on_the_host(base):
 def test_logits_that_are_not_numbers_fail_the_request(base):
     session = open_on("cuda", base)
     session.model.lm_head.weight.data = session.model.lm_head.weight.data.clone().fill_(torch.nan)
-    with contextlib.closing(open_engine(session, log=lambda _: None)) as engine:
-        with pytest.raises(UserError, match="not numbers"):
-            engine.generate_all([Request(PROMPTS[0], max_new_tokens=5)])
+    engine = open_engine(session, log=lambda _: None)
+    with contextlib.closing(engine), pytest.raises(UserError, match="not numbers"):
+        engine.generate_all([Request(PROMPTS[0], max_new_tokens=5)])
 
 
 def test_server_without_vllm_serves_one_adapter_and_names_the_reason(base, tmp_path):
@@ -141,5 +141,5 @@ def test_server_without_vllm_serves_one_adapter_and_names_the_reason(base, tmp_p
         adapted, plain = served.engine.generate_all(requests)
     assert adapted.tokens.tolist() != plain.tokens.tolist()
     assert "transformers decodes: vLLM is not installed (pip install vllm)" in lines
-    with pytest.raises(UserError, match="vLLM is not installed .*, and transformers serves one adapter, not 2"):
+    with pytest.raises(UserError, match=r"vLLM is not installed .*, and transformers serves one adapter, not 2"):
         open_served(str(base), {"one": tmp_path, "two": tmp_path}, options, log=lines.append)

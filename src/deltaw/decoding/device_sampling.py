@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from deltaw.decoding.sampling import NO_TOKEN, SamplingState
+from deltaw.kernels.layout import to_device
 
 # Number of tokens per row that are generated on a GPU before the host checks whether the rows have ended.
 STEPS_PER_SYNC = 16
@@ -21,7 +22,7 @@ STEPS_PER_SYNC = 16
 class DeviceSampler:
     """Samples tokens of a batch of requests without penalties, biases and constraints.
 
-    The host synchronizes with the device once to copy parameters and random numbers, and then once per block.
+    The host synchronizes with the device once per block.
 
     Args:
         states: States of the requests.
@@ -44,7 +45,7 @@ class DeviceSampler:
         parameters = [(s.temperature, s.top_k, s.top_p, s.min_p) for s in (state.sampling for state in states)]
         table = np.hstack([np.array(parameters, np.float64), [state.random.random(steps) for state in states]])
         self._greedy, self._sorts = not table[:, 0].any(), bool(table[:, 1].any() or table[:, 2].min() < 1)
-        columns = torch.from_numpy(table).to(device)[:, :, None].unbind(1)
+        columns = to_device(torch.from_numpy(table), device)[:, :, None].unbind(1)
         self._temperature, self._top_k, self._top_p, self._min_p, *self._uniform = columns
 
     def __call__(self, logits: Tensor) -> Tensor | None:

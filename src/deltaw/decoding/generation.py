@@ -34,6 +34,7 @@ from deltaw.errors import UserError
 from deltaw.hub.loading import default_attention, use_attention
 from deltaw.hub.terminators import terminators
 from deltaw.hub.transformers_private import quiet
+from deltaw.kernels.layout import to_device
 from deltaw.kernels.linear import LinearProduct, linear
 from deltaw.runtime.recognition import forward_replaced
 
@@ -473,8 +474,7 @@ def _padded(rows: Sequence[np.ndarray], pad: int, device: torch.device) -> tuple
     for index, row in enumerate(rows):
         ids[index, longest - len(row) :] = torch.from_numpy(row)
         mask[index, longest - len(row) :] = 1
-    both = torch.stack((ids, mask)).to(device)  # one transfer
-    return both[0], both[1]
+    return to_device(ids, device), to_device(mask, device)
 
 
 def _completion(row: np.ndarray, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int] | None) -> GeneratedCompletion:

@@ -57,6 +57,7 @@ from deltaw.decoding.sequences import SequenceScheduler, SequenceState, next_tok
 from deltaw.decoding.vllm_engine import VLLMScheduler, prefers_vllm, session_layers
 from deltaw.errors import UserError
 from deltaw.hub.terminators import terminators
+from deltaw.kernels.layout import to_device
 from deltaw.lora.adapt import detach
 from deltaw.lora.files import load_adapter
 from deltaw.lora.kinds import get_output_head
@@ -155,7 +156,7 @@ class FallbackScheduler(SequenceScheduler):
             for row, (sequence, token, logprob) in zip(rows, chosen, strict=True):
                 self.append(sequence, token, logprob)
                 tokens[row] = max(token, 0)
-        return tokens.to(logits.device) if self._unfinished_rows(sequences) else None
+        return to_device(tokens, logits.device) if self._unfinished_rows(sequences) else None
 
     def _append_block(self, sequences: list[SequenceState], tokens: np.ndarray, logprobs: np.ndarray) -> bool:
         """Append tokens (steps, rows) from the device. Return True if all sequences have finished."""

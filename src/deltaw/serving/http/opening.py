@@ -159,20 +159,7 @@ def open_served(base: str, folders: Mapping[str, Path], options: OpenOptions, *,
             else:
                 result = build_decodable(session.model, cache_bytes=budget)
     except NotDecodable as reason:
-        if len(folders) > 1:
-            message = f"{reason}, and transformers serves one adapter, not {len(folders)}"
-            hint = "start one server per adapter, on different ports"
-            raise UserError(message, location="--adapter", hint=hint) from reason
-        if folders:  # free the base model, which is loaded again with the adapter
-            nn.Module.to(session.model, "meta")
-        sessions: dict[str | None, OpenedRun] = {None: session}
-        for adapter, folder in folders.items():
-            session = open_run(str(folder), model=base, **loading)
-            sessions[adapter] = session
-        images = session.task.images
-        data = {name: TokenizerPrompts(each.tokenizer, each.data, images) for name, each in sessions.items()}
-        del sessions
-        engine, prompts = fallback_engine(session, next(iter(folders), None), reason, log), data.__getitem__
+        session, engine, prompts = _transformers_engine(session, base, folders, loading, reason)
     else:
         if engine is None:
             packer = Packer(session.model, result)
@@ -204,6 +191,30 @@ def open_served(base: str, folders: Mapping[str, Path], options: OpenOptions, *,
         text = quoted(prompting(with_prompt).system, 24)
         log(f"system prompt of the rows: {text} (used by the page, not added by the API)")
     return replace(served, routers=(page_router(prompting, images=images is not None),), open_paths=frozenset({"/"}))
+
+
+def _transformers_engine(
+    session: OpenedRun, base: str, folders: Mapping[str, Path], loading: dict[str, Any], reason: NotDecodable
+) -> tuple[OpenedRun, Engine, Callable[[str | None], TokenizedPrompts]]:
+    """Open a model and at most one adapter that transformers runs, and return its session, engine and tokenizers.
+
+    Raises:
+        UserError: if there are several adapters.
+    """
+    if len(folders) > 1:
+        message = f"{reason}, and transformers serves one adapter, not {len(folders)}"
+        hint = "start one server per adapter, on different ports"
+        raise UserError(message, location="--adapter", hint=hint) from reason
+    if folders:  # free the base model, which is loaded again with the adapter
+        nn.Module.to(session.model, "meta")
+    sessions: dict[str | None, OpenedRun] = {None: session}
+    for adapter, folder in folders.items():
+        session = open_run(str(folder), model=base, **loading)
+        sessions[adapter] = session
+    images = session.task.images
+    data = {name: TokenizerPrompts(each.tokenizer, each.data, images) for name, each in sessions.items()}
+    engine = fallback_engine(session, next(iter(folders), None), reason, loading["log"])
+    return session, engine, data.__getitem__
 
 
 def _prompts_of_bank(session: OpenedRun, bank: Adapters) -> Callable[[str | None], TokenizedPrompts]:
