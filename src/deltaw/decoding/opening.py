@@ -394,7 +394,7 @@ def vllm_engine(
     if any(part.prompt is not None or part.info.invocation is not None for part in parts.values()):
         raise NotDecodable("vLLM supports no soft prompts and activated adapters")
     layers = {key: part.layers for key, part in parts.items()} if name is None else session_layers(session, name)
-    engine = scheduler_engine(VLLMScheduler(session, layers, cache_bytes=cache_bytes), session, name)
+    engine = scheduler_engine(VLLMScheduler(session, layers, cache_bytes), session, name)
     verify_logprobs(engine, session, name)
     if parts:
         engine.bank = FixedAdapters(
@@ -581,7 +581,7 @@ class SessionSampler:
             if self._failure is not None:
                 raise self._failure
             if prefers_vllm(session):
-                return self._vllm_engine(max_length)
+                return self._vllm_engine()
             if self._decodable is None or self._decodable.positions < max_length:
                 self._decodable = verified_decoder(session, positions=max_length)
             decodable, self._number = self._decodable, self._number + 1
@@ -596,7 +596,7 @@ class SessionSampler:
         pages = running * -(-max_length // decodable.decoder.page_tokens) + running
         return _session_engine(decodable, session, adapter, pages, running)
 
-    def _vllm_engine(self, max_length: int) -> Engine:
+    def _vllm_engine(self) -> Engine:
         """Return an engine that samples with vLLM and the current adapter.
 
         Raises:
@@ -604,9 +604,8 @@ class SessionSampler:
         """
         session, name = self._session, SESSION_ADAPTER if self._session.adapter else None
         layers = session_layers(session, name)
-        if self._vllm is None or self._vllm.max_length < max_length:
-            self._vllm = None  # free its memory first
-            self._vllm = VLLMScheduler(session, layers, positions=max_length)
+        if self._vllm is None:
+            self._vllm = VLLMScheduler(session, layers)
         else:
             for key, factors in layers.items():
                 self._vllm.set_adapter(key, factors)

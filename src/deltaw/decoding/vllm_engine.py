@@ -22,7 +22,6 @@ from torch import nn
 
 from deltaw.atomic_files import write_text
 from deltaw.decoding.bank import attached_factors
-from deltaw.decoding.generation import position_limit
 from deltaw.decoding.model import AdaptedModel
 from deltaw.decoding.probes import NotDecodable
 from deltaw.decoding.request import TokenLogprob, UnsupportedError
@@ -68,7 +67,6 @@ class VLLMScheduler(SequenceScheduler):
     Args:
         session: Inference session of the base model.
         adapters: Factors of adapters by name. :meth:`set_adapter` may replace them.
-        positions: Maximum number of tokens of a sequence, or None for the largest number that fits into memory.
         cache_bytes: Memory for keys and values, or None for a quarter of the free GPU memory.
 
     Raises:
@@ -77,14 +75,7 @@ class VLLMScheduler(SequenceScheduler):
 
     scores_prompts = False
 
-    def __init__(
-        self,
-        session: AdaptedModel,
-        adapters: Mapping[str, Layers],
-        *,
-        positions: int | None = None,
-        cache_bytes: int | None = None,
-    ) -> None:
+    def __init__(self, session: AdaptedModel, adapters: Mapping[str, Layers], cache_bytes: int | None = None) -> None:
         model = session.model
         _require_supported(session, adapters)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -92,7 +83,7 @@ class VLLMScheduler(SequenceScheduler):
         size = 1.2 * sum(parameter.nbytes for parameter in model.parameters()) + _CACHE_SHARE * free
         options: dict[str, Any] = {"dtype": str(model.dtype).removeprefix("torch."), "logprobs_mode": "raw_logprobs"}
         options |= {"gpu_memory_utilization": min(0.9 * free, size) / total, "kv_cache_memory_bytes": cache_bytes}
-        options |= {"max_model_len": -1 if positions is None else min(positions, position_limit(model) or positions)}
+        options |= {"max_logprobs": MAX_LOGPROBS, "max_model_len": -1}  # -1: as many positions as fit into the cache
         if adapters:
             rank = max(factors.lora_A.shape[1] for layers in adapters.values() for factors in layers.values())
             max_rank = next((supported for supported in _RANKS if supported >= rank), rank)
@@ -102,8 +93,7 @@ class VLLMScheduler(SequenceScheduler):
             from vllm.lora.request import LoRARequest
             from vllm.sampling_params import RequestOutputKind
 
-            reference, prefixes = str(model.name_or_path), {"enable_prefix_caching": True}
-            self._engine = vllm.LLM(reference, max_logprobs=MAX_LOGPROBS, **prefixes, **options).llm_engine
+            self._engine = vllm.LLM(str(model.name_or_path), enable_prefix_caching=True, **options).llm_engine
         except Exception as error:  # vLLM reports missing support, invalid files and a lack of memory in many ways
             raise NotDecodable(f"vLLM does not load the model: {_first_line(error)}") from error
         self._params, self._lora_request, self._delta = vllm.SamplingParams, LoRARequest, RequestOutputKind.DELTA
@@ -161,6 +151,10 @@ class VLLMScheduler(SequenceScheduler):
         if not sequence.token_limit:
             sequence.finish("length")
             return
+        if sequence.matcher is not None:
+            message, hint = "constraints are unavailable when vLLM generates", "use --sampler transformers"
+            self.end(sequence, UnsupportedError(message, location="constraint", hint=hint))
+            return
         request, sampling, name = sequence.request, sequence.request.sampling, f"request-{next(self._numbers)}"
         adapter = None if request.adapter is None else self._adapters[request.adapter]
         options = {key: getattr(sampling, key) for key in _SHARED} | {"logprobs": sampling.logprobs}
@@ -168,16 +162,11 @@ class VLLMScheduler(SequenceScheduler):
         options |= {"ignore_eos": True, "stop_token_ids": sorted(sequence.terminators), "seed": sampling.seed % 2**63}
         options |= {"logit_bias": dict(sampling.logit_bias) or None, "detokenize": False, "output_kind": self._delta}
         try:
-            if sequence.matcher is not None:
-                message, hint = "constraints are unavailable when vLLM generates", "use --sampler transformers"
-                raise UnsupportedError(message, location="constraint", hint=hint)
             sequence.prepare(None)
             params = self._params(max_tokens=sequence.token_limit, **options)
             prompt = {"prompt_token_ids": np.asarray(request.tokens).tolist()}
             self._engine.add_request(name, prompt, params, lora_request=adapter)
             self._requests[name] = sequence
-        except UserError as error:
-            self.end(sequence, error)
         except Exception as error:  # for example a temperature above 2; affects only this sequence
             self.end(sequence, UserError(f"vLLM rejects the request: {_first_line(error)}", location="sampling"))
 
