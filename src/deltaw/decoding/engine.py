@@ -182,7 +182,7 @@ class Engine:
         if request.max_new_tokens < 0:
             raise UserError(f"max_new_tokens is {request.max_new_tokens}", location="max_new_tokens", hint="0 or more")
         if request.prompt_logprobs and not self.scheduler.scores_prompts:
-            message = "log-probabilities of the prompt are unavailable when transformers decodes"
+            message = "log-probabilities of the prompt are unavailable when transformers or vLLM decodes"
             raise UserError(message, location="prompt_logprobs", hint="leave them out")
         validate(request.sampling, self.scheduler.vocabulary)
         validate_stops(request.stop)

@@ -55,7 +55,7 @@ def session_layers(session: AdaptedModel, name: str | None) -> dict[str, Layers]
     Raises:
         NotDecodable: if the adapter is more than factors.
     """
-    layers = attached_factors(session.model)
+    layers = {} if name is None else attached_factors(session.model)
     if isinstance(layers, str):
         raise NotDecodable(layers)
     return {} if name is None else {name: layers}
@@ -189,7 +189,7 @@ def _first_line(error: Exception) -> str:
 
 def _require_supported(session: AdaptedModel, adapters: Mapping[str, Layers]) -> None:
     """Raise NotDecodable if vLLM would generate with other weights, or without a part of an adapter."""
-    model, method = session.model, session.method
+    model, method = session.model, session.method if adapters else None
     types = {tensor.dtype for tensor in itertools.chain(model.parameters(), model.buffers())}
     head = {id(module) for module in (get_output_head(model), model.get_input_embeddings())}
     outer = {name for name, module in model.named_modules(remove_duplicate=False) if id(module) in head}
