@@ -152,7 +152,13 @@ def test_server_batches_several_adapters(vllm, base, tmp_path):
             alone = served.engine.generate_all([Request(PROMPTS[1], name, max_new_tokens=12)])
             assert alone[0].tokens.tolist() == text
         assert served.adapters() == tuple(folders) and any("vLLM" in line for line in lines)
-        assert vllm.LLM.instances[0].llm_engine.max_concurrent == 3
+        stub = vllm.LLM.instances[0].llm_engine
+        assert stub.max_concurrent == 3
+        count = len(stub.prefixes)
+        served.engine.generate_all([Request(PROMPTS[1], max_new_tokens=4)])
+        assert len(stub.prefixes) == count
+        served.engine.generate_all([Request(PROMPTS[1], max_new_tokens=4, owner=2)])
+        assert len(stub.prefixes) == count + 4
 
 
 def fallback_reason(session: AdaptedModel) -> str:

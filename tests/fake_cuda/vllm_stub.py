@@ -15,7 +15,7 @@ from functools import partial
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file
@@ -103,6 +103,7 @@ class _Request:
     prompt: list[int]
     params: SamplingParams
     lora: LoRARequest | None
+    salt: str | None
     tokens: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -120,19 +121,20 @@ class LLMEngine:
         self.model_config = SimpleNamespace(max_model_len=max_model_len)
         self._base, self._max_loras, self._max_rank, self._max_logprobs = model, max_loras, max_rank, max_logprobs
         self._adapted: dict[int, PreTrainedModel] = {}
-        self._prefixes: dict[tuple, torch.Tensor] = {}
+        self.prefixes: dict[tuple, torch.Tensor] = {}
         self.requests: dict[str, _Request] = {}
         self.max_concurrent = 0
 
     def add_request(
         self,
         request_id: str,
-        prompt: dict[str, list[int]],
+        prompt: dict[str, Any],
         params: SamplingParams,
         arrival_time: float | None = None,
         lora_request: LoRARequest | None = None,
     ) -> str:
-        tokens = prompt["prompt_token_ids"]
+        tokens, salt = prompt["prompt_token_ids"], prompt.get("cache_salt")
+        assert prompt["type"] == "token" and (salt is None or salt)
         if len(tokens) >= self.model_config.max_model_len:
             raise ValueError(f"The decoder prompt (length {len(tokens)}) is longer than the maximum model length.")
         if (params.logprobs or 0) > self._max_logprobs:
@@ -140,7 +142,7 @@ class LLMEngine:
         if lora_request is not None and not self._max_loras:
             raise ValueError(f"Got lora_request {lora_request} but LoRA is not enabled!")
         assert params.output_kind == RequestOutputKind.DELTA and not params.detokenize and params.ignore_eos
-        self.requests[request_id] = _Request(tokens, params, lora_request)
+        self.requests[request_id] = _Request(tokens, params, lora_request, salt)
         return request_id
 
     def abort_request(self, request_ids: list[str], internal: bool = False) -> None:
@@ -213,11 +215,12 @@ class LLMEngine:
         if request.lora is not None:
             self.add_lora(request.lora)
             model = self._adapted[request.lora.lora_int_id]
-        key = (request.lora and (request.lora.lora_name, request.lora.lora_path), tuple(tokens))
-        if key not in self._prefixes:
+        adapter = request.lora and (request.lora.lora_name, request.lora.lora_path)
+        key = adapter, request.salt, tuple(tokens)
+        if key not in self.prefixes:
             with torch.no_grad():
-                self._prefixes[key] = model(torch.tensor([tokens])).logits[0, -1].float()
-        return self._prefixes[key].clone()
+                self.prefixes[key] = model(torch.tensor([tokens])).logits[0, -1].float()
+        return self.prefixes[key].clone()
 
 
 class LLM:

@@ -164,7 +164,8 @@ class VLLMScheduler(SequenceScheduler):
         try:
             sequence.prepare(None)
             params = self._params(max_tokens=sequence.token_limit, **options)
-            prompt = {"prompt_token_ids": np.asarray(request.tokens).tolist()}
+            prompt = {"type": "token", "prompt_token_ids": np.asarray(request.tokens).tolist()}
+            prompt["cache_salt"] = str(request.owner)  # prefixes are never shared between owners
             self._engine.add_request(name, prompt, params, lora_request=adapter)
             self._requests[name] = sequence
         except Exception as error:  # for example a temperature above 2; affects only this sequence
