@@ -182,6 +182,9 @@ class RunConfig(BaseModel):
         "fp16: on GPUs only",
     )
     device: str = setting("auto", "device to train on: auto, cpu, cuda, cuda:1 or mps")
+    sampler: Literal["auto", "vllm", "transformers"] = setting(
+        "auto", "library that samples completions on a GPU; auto: vLLM if it is installed and supports the model"
+    )
     threads: Count | Auto = setting("auto", "number of CPU threads")
     trust_remote_code: bool = setting(False, "run Python code of the model; enable only for models you trust")
     track: Literal["tensorboard", "trackio", "wandb"] | None = setting(None, "tracker that also receives the metrics")

@@ -27,6 +27,7 @@ def open_run(
     model: str | None = None,
     precision: str = "auto",
     device: str = "auto",
+    sampler: str = "auto",
     task: str | None = None,
     trust_remote_code: bool = False,
     log: LogFunction,
@@ -38,6 +39,7 @@ def open_run(
         model: Base model, if it differs from the one that the folder names.
         precision: Precision of the weights. "auto" uses the precision of the run if the device supports it.
         device: Device to load the model on.
+        sampler: See :class:`deltaw.decoding.model.AdaptedModel`.
         task: Task of a base model. Ignored for an adapter, which has its own task.
         trust_remote_code: Run Python files of the base model, independent of the settings in the folder.
         log: Receives messages.
@@ -87,7 +89,9 @@ def open_run(
     name, generates_text = task_object.name, task_object.generates_text
     adapted = loaded.model, method, task_object.tokenizer, loaded.reference, name, generates_text
     prompting = read_prompting(folder)
-    return OpenedRun(*adapted, loaded, config, task_object, classes, identity, opened_folder, prompting)
+    return OpenedRun(
+        *adapted, loaded, config, task_object, classes, identity, opened_folder, prompting, sampler=sampler
+    )
 
 
 def run_precision(config: RunConfig, precision: str, device: str) -> str:

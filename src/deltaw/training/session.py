@@ -146,8 +146,9 @@ class Session:
         return active(self.model)
 
     def _adapted(self, method: Method | None) -> AdaptedModel:
-        task = self.task
-        return AdaptedModel(self.model, method, task.tokenizer, self.config.model, task.name, task.generates_text)
+        task, config = self.task, self.config
+        texts = task.tokenizer, config.model, task.name, task.generates_text
+        return AdaptedModel(self.model, method, *texts, sampler=config.sampler)
 
     def generator(self, *, of_base: bool) -> TextGenerator | None:
         """Return the text generator of the trained model, or of the base model. None if transformers generates.
