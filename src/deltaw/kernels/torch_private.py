@@ -188,6 +188,12 @@ def sized_tensor(cls: Any, size: torch.Size, dtype: torch.dtype) -> Any:
     return make(cls, size, dtype=dtype, device="cpu")
 
 
+def mark_dynamic(tensor: Tensor, dim: int) -> None:
+    """Let ``torch.compile`` assume that the size of a dimension varies. Without the name, it recompiles once."""
+    if (mark := look_up(torch, "_dynamo.mark_dynamic")) is not None:
+        mark(tensor, dim)
+
+
 def compile_errors() -> type[Exception]:
     """Return the exception type of torch.compile. Importing it is slow, so call this only after a failure."""
     return look_up(torch, "_dynamo.exc.TorchDynamoException") or RuntimeError
