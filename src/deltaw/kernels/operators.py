@@ -62,7 +62,7 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def can_call_directly(*tensors: Tensor, devices: tuple[str, ...] = ("cpu",)) -> bool:
-    """True if all tensors are real and on these devices, and no dispatch mode, profiler or compiler observes the call."""
+    """True if all tensors are real and on these devices, and no mode, profiler or compiler observes the call."""
     if is_observed() or torch.compiler.is_compiling():
         return False
     return all(type(t) in PLAIN_TYPES and t.device.type in devices for t in tensors)

@@ -167,7 +167,7 @@ def activation_backward_reference(
     grad: Tensor, gate: Tensor, up: Tensor | None, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Reference implementation of :func:`activation_backward`."""
-    f, gradient_of = torch.func.vjp(_FUNCTIONS[kind], _wide(gate))
+    f, gradient_of = torch.func.vjp(_FUNCTIONS[kind], _wide(gate))  # type: ignore[misc]
     g = _wide(grad)
     if up is None:
         return gradient_of(g)[0].to(gate.dtype), gate.new_empty(0), f.to(gate.dtype)
@@ -234,15 +234,15 @@ def cross_entropy_reference_(
     logits: Tensor, targets: Tensor, weights: Tensor, *, scale: float, softcap: float, grad: bool
 ) -> Tensor:
     """Reference implementation of :func:`cross_entropy_`."""
-    z, slope = _wide(logits) * scale, scale
+    z, slope = _wide(logits) * scale, weights[:, None] * scale
     if softcap > 0:
         capped = torch.tanh(z / softcap)
-        z, slope = softcap * capped, scale * (1 - capped.square())
+        z, slope = softcap * capped, slope * (1 - capped.square())
     log_sum, target = z.logsumexp(-1, keepdim=True), targets[:, None]
     losses = (log_sum - z.gather(1, target))[:, 0]
     if grad:
         is_target = target == torch.arange(z.shape[1], device=z.device)
-        logits.copy_(((z - log_sum).exp() - is_target.to(z.dtype)) * slope * weights[:, None])
+        logits.copy_(((z - log_sum).exp() - is_target.to(z.dtype)) * slope)
     return losses
 
 
@@ -253,7 +253,10 @@ def _wide(x: Tensor) -> Tensor:
 _compiled_norm, _compiled_norm_backward = CompiledFunction(norm_reference), CompiledFunction(norm_backward_reference)
 _compiled_activation = CompiledFunction(activation_reference)
 _compiled_activation_backward = CompiledFunction(activation_backward_reference)
-_compiled_rotate, _compiled_cross_entropy = CompiledFunction(rotate_reference), CompiledFunction(cross_entropy_reference_)
+_compiled_rotate, _compiled_cross_entropy = (
+    CompiledFunction(rotate_reference),
+    CompiledFunction(cross_entropy_reference_),
+)
 
 
 @define(

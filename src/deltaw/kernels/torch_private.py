@@ -173,6 +173,11 @@ def _softmax_backward() -> Callable[[Tensor, Tensor, int, torch.dtype], Tensor]:
 softmax_backward = _softmax_backward()
 """(grad, output, dim, input dtype): Return the gradient of softmax's input."""
 
+multiply_each: Callable[[list[Tensor], list[float]], list[Tensor]] = look_up(torch, "_foreach_mul") or (
+    lambda tensors, factors: [tensor * factor for tensor, factor in zip(tensors, factors, strict=True)]
+)
+"""(tensors, factors): Return each tensor multiplied by its factor. Few kernels for any number of tensors."""
+
 is_view: Callable[[Tensor], bool] = look_up(Tensor, "_is_view") or (lambda tensor: True)
 """True if autograd tracks a tensor as a view of another."""
 
