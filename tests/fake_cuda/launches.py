@@ -2,8 +2,8 @@
 
 An operator counts as one launch, except where a GPU runs another number of kernels:
 
-- Functions that deltaw compiles run as torch operators here, and count as the kernels that Inductor generates for them
-  (``test_kernels`` compiles them).
+- Functions that deltaw compiles run on the host here, without temporary buffers on the device. They count as the
+  kernels that Inductor generates for them (``test_kernels`` compiles them).
 - Packed attention runs in tiles here, and counts as the kernels of FlexAttention.
 - Operators of lists of tensors count as the kernels of torch's multi-tensor implementation.
 """
@@ -11,6 +11,7 @@ An operator counts as one launch, except where a GPU runs another number of kern
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,7 +30,7 @@ KERNELS = {
     "activation_reference": 1,
     "activation_backward_reference": 1,
     "rotate_reference": 1,
-    "cross_entropy_reference_": 2,
+    "cross_entropy_reference_": 2,  # without a gradient 1
 }
 # Kernels of FlexAttention.
 ATTENTION, ATTENTION_BACKWARD = 1, 2
@@ -59,6 +60,36 @@ class Launches:
 
         return call
 
+    def compile_function(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Replace the function of this name in :mod:`deltaw.kernels.compiled`."""
+        return self.counting(on_host(function), KERNELS[function.__name__])
+
+
+def on_host(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that computes on the host, with arguments and results on the device."""
+
+    def call(**arguments: Any) -> Any:
+        result = function(**{k: host_alias(v) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()})
+        return tuple(map(to_device, result)) if isinstance(result, tuple) else to_device(result)
+
+    return call
+
+
+def host_alias(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a host tensor with the memory of a tensor of the fake device."""
+    storage = tensor.untyped_storage()
+    memory = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
+    return torch.frombuffer(memory, dtype=tensor.dtype).as_strided(
+        tensor.shape, tensor.stride(), tensor.storage_offset()
+    )
+
+
+def to_device(tensor: torch.Tensor) -> torch.Tensor:
+    result = torch.empty_like(tensor, device="cuda")
+    if tensor.numel():
+        host_alias(result).copy_(tensor)
+    return result
+
 
 def multi_tensor_kernels(*args: Any, **kwargs: Any) -> int:
     lists = [a for a in args if isinstance(a, (list, tuple)) and a and isinstance(a[0], torch.Tensor)]
@@ -76,8 +107,7 @@ def counted_launches() -> Iterator[Launches]:
     with contextlib.ExitStack() as stack:
         for owner, name, kernels in replaced:
             stack.enter_context(patch.object(owner, name, launches.counting(getattr(owner, name), kernels)))
-        compile_function = lambda f: launches.counting(f, KERNELS[f.__name__])  # noqa: E731
-        stack.enter_context(patch.object(compiled, "compile_function", compile_function))
+        stack.enter_context(patch.object(compiled, "compile_function", launches.compile_function))
         for function in vars(rows).values():
             if isinstance(function, compiled.CompiledFunction):
                 stack.enter_context(patch.dict(function._selected, clear=True))

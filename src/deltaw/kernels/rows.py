@@ -234,15 +234,15 @@ def cross_entropy_reference_(
     logits: Tensor, targets: Tensor, weights: Tensor, *, scale: float, softcap: float, grad: bool
 ) -> Tensor:
     """Reference implementation of :func:`cross_entropy_`."""
-    z, slope = _wide(logits) * scale, weights[:, None] * scale
+    z, slope = _wide(logits) if scale == 1.0 else _wide(logits) * scale, weights[:, None] * scale
     if softcap > 0:
         capped = torch.tanh(z / softcap)
         z, slope = softcap * capped, slope * (1 - capped.square())
     log_sum, target = z.logsumexp(-1, keepdim=True), targets[:, None]
     losses = (log_sum - z.gather(1, target))[:, 0]
-    if grad:
+    if grad:  # z is overwritten: chunks of logits are large
         is_target = target == torch.arange(z.shape[1], device=z.device)
-        logits.copy_(((z - log_sum).exp() - is_target.to(z.dtype)) * slope)
+        logits.copy_(z.sub_(log_sum).exp_().sub_(is_target.to(z.dtype)).mul_(slope))
     return losses
 
 

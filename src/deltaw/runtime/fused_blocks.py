@@ -23,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from deltaw.hub.loading import has_values
+from deltaw.kernels import compiled
 from deltaw.kernels.torch_private import direct_modules
 from deltaw.machine.choices import Choice
 from deltaw.runtime.fused import FusedBlock, FusedNorm, Layouts
