@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from deltaw.kernels import attention as flex
+from deltaw.kernels import flex_attention, gpu_attention
 from deltaw.kernels.attention import packed_attention, packed_reference
 from deltaw.kernels.layout import Layout
 from tests.kernels.conftest import examples, relative_error

@@ -193,6 +193,18 @@ def compile_errors() -> type[Exception]:
     return look_up(torch, "_dynamo.exc.TorchDynamoException") or RuntimeError
 
 
+def inductor_backend() -> Callable[..., Any]:
+    """Return the function with which torch.compile compiles a graph. Importing it is slow."""
+    if (find := look_up(torch, "_dynamo.lookup_backend")) is None:
+        raise _missing_name_error("FlexAttention", "torch._dynamo.lookup_backend")
+    return find("inductor")
+
+
+def compiled_modules() -> list[Any]:
+    """Return the loaded modules that torch.compile generated. Without the private name the list is empty."""
+    return list(look_up(torch, "_inductor.codecache.PyCodeCache.modules") or ())
+
+
 # Modules
 
 _TABLES = ("_parameters", "_buffers", "_modules")
