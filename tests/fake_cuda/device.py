@@ -57,10 +57,12 @@ class Activity:
 
 
 properties = DeviceProperties()
+is_installed = False
 
 
 def install() -> None:
     """Make ``device="cuda"`` available in this process."""
+    global is_installed
     if "torch" in sys.modules:
         raise RuntimeError("install the fake device before torch is imported")
     ctypes.CDLL(str(build_device()), mode=ctypes.RTLD_GLOBAL)
@@ -70,6 +72,7 @@ def install() -> None:
         raise RuntimeError("the fake device requires torch's CPU build")
     _define_c_functions()
     _define_module_attributes()
+    is_installed = True
 
 
 def configure(*, total_memory: int | None = None, capability: tuple[int, int] | None = None) -> None:
@@ -161,6 +164,12 @@ def _define_module_attributes() -> None:
         def __new__(cls, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> Event:
             return super().__new__(cls, device="cuda:0", enable_timing=enable_timing)
 
+    def new_storage(cls: type, *args: Any, device: object = None, **options: Any) -> Any:
+        if device is None or torch.device(device).type != "cuda":
+            return torch._C.StorageBase.__new__(cls, *args, device=device, **options)
+        return torch.empty(*args, dtype=torch.uint8, device=device).untyped_storage()
+
+    torch.UntypedStorage.__new__ = new_storage  # type: ignore[assignment]
     cuda = torch.cuda
     for module in (cuda, cuda.streams):
         module.Stream, module.Event = Stream, Event  # type: ignore[misc, assignment]

@@ -32,12 +32,10 @@ const c10::DispatchKeySet CUDA_KEY(c10::DispatchKey::CUDA);
 const std::set<std::string> SYNCHRONIZING = {
     "aten::nonzero", "aten::masked_select",     "aten::_unique", "aten::_unique2", "aten::unique_dim",
     "aten::equal",   "aten::unique_consecutive", "aten::bincount", "aten::histc",   "aten::multinomial"};
-// Operators that accept indices on the host. They copy them to the device.
-const std::set<std::string> HOST_INDICES = {"aten::index", "aten::_unsafe_index", "aten::index_put",
-                                            "aten::index_put_", "aten::_index_put_impl_"};
+// Operators that accept indices on the host. The first has copied them to the device before its kernel runs.
+const std::set<std::string> HOST_INDICES = {"aten::index", "aten::_index_put_impl_"};
 // Operators that accept 0-dim host tensors, in addition to those with the tag "pointwise".
-const std::set<std::string> HOST_SCALARS = {"aten::fill_", "aten::masked_fill_", "aten::index_put",
-                                            "aten::index_put_", "aten::_index_put_impl_"};
+const std::set<std::string> HOST_SCALARS = {"aten::fill_", "aten::masked_fill_", "aten::_index_put_impl_"};
 
 inline bool on_device(const Tensor& t) { return t.defined() && t.device().type() == c10::DeviceType::CUDA; }
 
@@ -52,6 +50,12 @@ inline Tensor host_alias(const Tensor& t) {
   Tensor alias = at::from_blob(t.data_ptr(), t.sizes(), t.strides(), [t](void*) {}, t.options().device(at::kCPU));
   if (t.unsafeGetTensorImpl()->is_wrapped_number()) alias.unsafeGetTensorImpl()->set_wrapped_number(true);
   return alias;
+}
+
+// Return the alias of an argument that must be on the device.
+inline Tensor device_argument(const Tensor& t, const char* name) {
+  TORCH_CHECK(on_device(t), "Expected all tensors to be on the same device, but ", name, " is on ", t.device());
+  return host_alias(t);
 }
 
 inline Tensor to_device(const Tensor& t) {
@@ -139,13 +143,13 @@ inline Tensor log_softmax(const Tensor& input, int64_t dim, bool half_to_float) 
 inline Tensor softmax_backward(const Tensor& grad, const Tensor& output, int64_t dim, at::ScalarType input_dtype) {
   counters().launch("aten::_softmax_backward_data");
   Tensor y = host_alias(output);
-  return to_device(at::_softmax_backward_data(host_alias(grad), y, dim, y.scalar_type()).to(input_dtype));
+  return to_device(at::_softmax_backward_data(device_argument(grad, "grad"), y, dim, y.scalar_type()).to(input_dtype));
 }
 
 inline Tensor log_softmax_backward(const Tensor& grad, const Tensor& output, int64_t dim, at::ScalarType input_dtype) {
   counters().launch("aten::_log_softmax_backward_data");
   Tensor y = host_alias(output);
-  return to_device(at::_log_softmax_backward_data(host_alias(grad), y, dim, y.scalar_type()).to(input_dtype));
+  return to_device(at::_log_softmax_backward_data(device_argument(grad, "grad"), y, dim, y.scalar_type()).to(input_dtype));
 }
 
 // ---- Attention. As on a GPU, a kernel that stores no scores is used unless the arguments require the composite one.
@@ -158,7 +162,7 @@ inline int64_t sdp_choice(const Tensor& query, const Tensor& key, const Tensor& 
 }
 
 inline optional<Tensor> mask_alias(const optional<Tensor>& mask) {
-  return mask && mask->defined() ? optional<Tensor>(host_alias(*mask)) : std::nullopt;
+  return mask && mask->defined() ? optional<Tensor>(device_argument(*mask, "attn_mask")) : std::nullopt;
 }
 
 inline std::tuple<Tensor, Tensor, Tensor, Tensor> efficient_attention(
@@ -166,7 +170,8 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> efficient_attention(
     bool causal, optional<double> scale) {
   counters().launch("aten::_scaled_dot_product_efficient_attention");
   auto [out, logsumexp] = at::_scaled_dot_product_flash_attention_for_cpu(
-      host_alias(query), host_alias(key), host_alias(value), dropout, causal, mask_alias(mask), scale);
+      device_argument(query, "query"), device_argument(key, "key"), device_argument(value, "value"), dropout, causal,
+      mask_alias(mask), scale);
   Tensor seed = at::zeros({}, at::kLong);
   return {to_device(out), to_device(logsumexp), to_device(seed), to_device(seed)};
 }
@@ -177,8 +182,8 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> efficient_attention_backward(
     bool causal, optional<double> scale) {
   counters().launch("aten::_scaled_dot_product_efficient_attention_backward");
   auto [dq, dk, dv] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
-      host_alias(grad), host_alias(query), host_alias(key), host_alias(value), host_alias(out), host_alias(logsumexp),
-      dropout, causal, mask_alias(mask), scale);
+      device_argument(grad, "grad"), host_alias(query), host_alias(key), host_alias(value), host_alias(out),
+      host_alias(logsumexp), dropout, causal, mask_alias(mask), scale);
   return {to_device(dq), to_device(dk), to_device(dv), Tensor()};
 }
 
@@ -234,7 +239,7 @@ class HostCall {
     counters().launch(name_);
     if (SYNCHRONIZING.count(name_)) counters().synchronize(name_);
     if (name_ == "aten::repeat_interleave" && arguments.back().isNone()) counters().synchronize(name_);
-    for (int64_t n = 0; n < host_indices_; ++n) {
+    for (int64_t n = 0; n < host_indices_ && name_ != "aten::index"; ++n) {
       counters().copy("host_to_device"), counters().copy("pageable");
       counters().synchronize("host_to_device");
     }
