@@ -5,7 +5,7 @@ visible or skipped. Within a partial block two numbers per token decide: its ran
 walk of the tree, and the end of its segment's subtree in that order. A query sees a key if rank[key] ≤ rank[query] <
 end[key]. Packed rows are usually laid out in this order, so ranks equal positions.
 
-Everything that a layout determines is in tensors, so another layout with another length or window runs the same compiled
+Everything that a layout determines is in tensors, so a layout with another length or window runs the same compiled
 kernels.
 """
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from deltaw.kernels.layout import Layout, to_device
-from deltaw.kernels.torch_private import inductor_backend
+from deltaw.kernels.torch_private import inductor_backend, unrecorded_view
 
 # Queries and keys per block of a block mask. FlexAttention's default, a multiple of its kernels' tile sizes.
 BLOCK = 128
@@ -44,17 +44,19 @@ class CompiledAttention:
         kernel_options: Options of the kernels, in addition to :data:`KERNEL_OPTIONS`.
 
     Attributes:
+        kernel_options: The argument.
         compilations: Number of times that torch compiled the function.
     """
 
     def __init__(self, scaling: float, softcap: float | None, kernel_options: dict[str, Any]) -> None:
-        self.compilations = 0
-        function, backend = attention_function(scaling, softcap, {**KERNEL_OPTIONS, **kernel_options}), inductor_backend()
+        self.compilations, self.kernel_options = 0, kernel_options
+        function = attention_function(scaling, softcap, {**KERNEL_OPTIONS, **kernel_options})
+        backend = inductor_backend()
 
         def compiled(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
             if not torch.compiler.is_compiling():
                 raise RuntimeError("torch.compile is disabled, and FlexAttention would be unfused")
-            return function(query, key, value, mask)
+            return function(*(t.transpose(0, 1) for t in (query, key, value)), mask)
 
         def counting(graph: Any, inputs: Any) -> Any:
             self.compilations += 1
@@ -64,11 +66,16 @@ class CompiledAttention:
         self._compiled = torch.compile(compiled, backend=counting, dynamic=True, fullgraph=True)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, window: int | None) -> Tensor:
-        """Attend with (heads, T, d) tensors. Inputs have one stride order, and all or none require gradients."""
+        """Attend with (heads, T, d) tensors.
+
+        The compiled function gets tensors with one stride order that are not views, and all or none of them require a
+        gradient, because torch compiles each such combination separately.
+        """
         tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-        tensors = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (query, key, value)]
         with torch.set_grad_enabled(tracked):
-            return self._compiled(*[_tracked(t) if tracked else t for t in tensors], tree_mask(layout, window))
+            tensors = [_tracked(t) if tracked else t for t in (query, key, value)]
+            tensors = [t.transpose(0, 1).contiguous() for t in tensors]
+            return self._compiled(*[unrecorded_view(t, t.shape) for t in tensors], tree_mask(layout, window))
 
 
 def _tracked(t: Tensor) -> Tensor:
@@ -101,7 +108,8 @@ def attention_function(
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
         options = {"score_mod": score_mod, "block_mask": mask, "kernel_options": kernel_options, "scale": scaling}
-        return flex_attention(query[None], key[None], value[None], enable_gqa=len(query) != len(key), **options)[0]
+        grouped = query.shape[0] != key.shape[0]
+        return flex_attention(query[None], key[None], value[None], enable_gqa=grouped, **options).squeeze(0)
 
     return attend
 

@@ -3,9 +3,9 @@
 Rows without a shared prefix run torch's variable-length attention (FlashAttention, 16-bit types, no soft cap). Other
 rows, types and caps run FlexAttention (:mod:`deltaw.kernels.flex_attention`). Tiles compute everything else.
 
-The first time that heads of some shape occur with a length class, forward and backward of a small tree are compared with
-the reference. Shared memory and stack of the compiled kernels must fit the GPU, or smaller blocks are compiled. A failed
-trial does not affect other shapes and lengths. :func:`notes` reports it.
+The first time that heads of some shape occur with a length class, forward and backward of a small tree are compared
+with the reference. Shared memory and stack of the compiled kernels must fit the GPU, or smaller blocks are compiled. A
+failed trial does not affect other shapes and lengths. :func:`notes` reports it.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ BLOCK_OPTIONS: tuple[dict[str, int], ...] = (
     {**_SMALLER, "fwd_BLOCK_M": 64, "fwd_BLOCK_N": 32},
     {**dict.fromkeys(_SMALLER, 16), "fwd_BLOCK_M": 16, "fwd_BLOCK_N": 16, "num_stages": 1},
 )
+
+# Head sizes above this start with the smaller blocks: with torch's defaults, the backward needs more than MAX_STACK.
+LARGE_SIZE = 128
 
 Attend = Callable[[Tensor, Tensor, Tensor, Layout, "int | None"], Tensor]
 
@@ -78,6 +81,8 @@ class Trial:
 
 
 _TRIALS: dict[Case, Trial] = {}
+# Excess of resources by the options and the case without its length class. Both classes can share one compiled module.
+_EXCESS: dict[tuple[Case, str], str | None] = {}
 
 
 def notes() -> list[str]:
@@ -142,7 +147,7 @@ def attend(
 
 def _implementations(case: Case) -> Iterator[Attend]:
     if case.kernel == FLEX:
-        for kernel_options in BLOCK_OPTIONS:
+        for kernel_options in BLOCK_OPTIONS[case.sizes[0] > LARGE_SIZE :]:
             yield CompiledAttention(case.scaling, case.softcap, kernel_options)
         return
     from torch.nn.attention.varlen import varlen_attn
@@ -169,7 +174,9 @@ def _run_trials(case: Case, reference: Callable[..., Tensor]) -> Trial:
                 before = set(map(id, compiled_modules()))
                 problem = _difference(implementation, case, reference)
                 modules = [module for module in compiled_modules() if id(module) not in before]
-                if (problem := problem or _excess(modules, case.device)) is None:
+                if problem is None:
+                    problem = _excess(modules, case, implementation)
+                if problem is None:
                     return Trial(implementation, problems[0] if problems else None)
                 problems.append(problem)
         except Exception as error:  # this version of torch does not have the kernel
@@ -193,15 +200,14 @@ def _difference(implementation: Attend, case: Case, reference: Callable[..., Ten
     except Exception as error:  # compilers raise many types; another implementation remains
         return _failure_message(error)
     expected = _with_gradients(lambda *inputs: reference(*inputs, layout, **options), leaves)
-    for result, expected_result in zip(actual, expected, strict=True):
-        difference = float((result.float() - expected_result).norm() / expected_result.norm())
-        if not difference <= TOLERANCE[case.dtype]:
-            return f"a different result than the reference, relative difference {difference:.1e}"
-    return None
+    differences = [float((a.float() - b).norm() / b.norm()) for a, b in zip(actual, expected, strict=True)]
+    if all(difference <= TOLERANCE[case.dtype] for difference in differences):  # False for NaN
+        return None
+    return f"a different result than the reference, relative differences {', '.join(f'{d:.1e}' for d in differences)}"
 
 
 def _with_gradients(attention: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    """Return the output and, if gradients are enabled, those of the inputs for a linearly increasing output gradient."""
+    """Return the output and, if gradients are enabled, the inputs' gradients for a linear output gradient."""
     if not torch.is_grad_enabled():
         return [attention(*inputs)]
     leaves = [t.detach().requires_grad_() for t in inputs]
@@ -210,8 +216,18 @@ def _with_gradients(attention: Callable[..., Tensor], inputs: list[Tensor]) -> l
     return [out.detach(), *torch.autograd.grad(out, leaves, output_gradient)]
 
 
-def _excess(modules: list[Any], device: torch.device) -> str | None:
-    """Return how the Triton kernels of compiled modules exceed the GPU's resources, or None if they do not."""
+def _excess(modules: list[Any], case: Case, implementation: Attend) -> str | None:
+    """Return how the Triton kernels of new compiled modules exceed the GPU's resources, or None if they do not.
+
+    Without a new module, the code is that of the other length class, and so is the result.
+    """
+    key = case._replace(short=False), str(getattr(implementation, "kernel_options", None))
+    if modules or key not in _EXCESS:
+        _EXCESS[key] = _excess_of_kernels(modules, case.device)
+    return _EXCESS[key]
+
+
+def _excess_of_kernels(modules: list[Any], device: torch.device) -> str | None:
     if device.type != "cuda":
         return None
     limit = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", None)
