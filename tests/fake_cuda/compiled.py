@@ -21,6 +21,8 @@ from typing import Any
 # Opt-in limit of shared memory per block, by compute capability (CUDA C++ Programming Guide, technical specifications).
 SHARED_MEMORY = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 HEADS = ("32/8/64", "32/8/128", "16/8/128", "9/3/64", "4/1/256")
+# Names of the entries of BLOCK_OPTIONS.
+BLOCKS = ("torch's", "smaller backward", "smallest")
 LENGTHS = (36, 80, 127, 257, 8192)
 HEADER = (
     "| GPU | heads | lengths | blocks | kernel | registers | shared memory | stack |\n"
@@ -116,7 +118,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def compile_attention(capability: int, heads: str, lengths: list[int]) -> list[str]:
-    """Return rows of the table for one shape of heads, trained in 16 bits on rows with a shared prefix."""
+    """Return rows of the table for one shape of heads, trained on rows with a shared prefix."""
     import torch
 
     from deltaw.kernels import gpu_attention
@@ -129,7 +131,7 @@ def compile_attention(capability: int, heads: str, lengths: list[int]) -> list[s
         return problem if problem is not None and "different result" not in problem else None
 
     num_heads, key_heads, size = map(int, heads.split("/"))
-    dtype = torch.bfloat16 if capability >= 80 else torch.float16
+    dtype = torch.bfloat16 if capability >= 80 else torch.float32  # as in runs
     rows: dict[bool, list[str]] = {}
     served: dict[bool, list[str]] = {}
     for length in lengths:
@@ -159,9 +161,9 @@ def _describe(trial: Any, kernels: list[dict[str, Any]]) -> list[str]:
     from deltaw.kernels.flex_attention import CompiledAttention
 
     chosen = trial.attend.kernel_options if isinstance(trial.attend, CompiledAttention) else None
-    blocks = "tiles" if chosen is None else f"option {gpu_attention.BLOCK_OPTIONS.index(chosen)}"
+    blocks = "none: tiles" if chosen is None else BLOCKS[gpu_attention.BLOCK_OPTIONS.index(chosen)]
     if trial.problem is not None:
-        blocks += f": {trial.problem}"
+        blocks += f" ({trial.problem})"
     rows = []
     for direction in ("forward", "backward"):
         names = [k for k in kernels if "tem" in k["name"] and ("backward" in k["name"]) == (direction == "backward")]

@@ -32,6 +32,10 @@ KERNEL_OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
 _names = itertools.count()
 
 
+class UnfusedError(RuntimeError):
+    """Raised instead of running FlexAttention without generated kernels."""
+
+
 class CompiledAttention:
     """FlexAttention, compiled with constant scaling and soft cap.
 
@@ -55,7 +59,7 @@ class CompiledAttention:
 
         def compiled(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
             if not torch.compiler.is_compiling():
-                raise RuntimeError("torch.compile is disabled, and FlexAttention would be unfused")
+                raise UnfusedError("torch.compile is disabled, and FlexAttention would be unfused")
             return function(*(t.transpose(0, 1) for t in (query, key, value)), mask)
 
         def counting(graph: Any, inputs: Any) -> Any:

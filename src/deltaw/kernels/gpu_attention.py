@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deltaw.kernels.flex_attention import BLOCK, CompiledAttention
+from deltaw.kernels.flex_attention import BLOCK, CompiledAttention, UnfusedError
 from deltaw.kernels.layout import Layout, to_device
 from deltaw.kernels.torch_private import compile_errors, compiled_modules, in_dispatch_mode
 
@@ -34,15 +34,15 @@ SHORT_TREE, LONG_TREE = ((50, 20, 11, 9), (-1, 0, 0, -1)), ((300, 200, 65, 40), 
 # Maximum stack of a GPU thread in bytes. The driver reserves it for every thread that the GPU can run at a time.
 MAX_STACK = 1024
 VARLEN, FLEX = "variable-length attention", "FlexAttention"
-# FlexAttention's block sizes in the order of trials: torch's defaults for the GPU, then smaller ones.
-_SMALLER = {"bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 32, "bwd_BLOCK_M2": 32, "bwd_BLOCK_N2": 32, "num_stages": 1}
+# FlexAttention's block sizes in the order of trials: torch's defaults for the GPU, then a backward with smaller blocks
+# (head sizes above 128, little shared memory), then the smallest blocks (GPUs before compute capability 8.0).
+_BACKWARD_BLOCKS = ("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2")
 BLOCK_OPTIONS: tuple[dict[str, int], ...] = (
     {},
-    {**_SMALLER, "fwd_BLOCK_M": 64, "fwd_BLOCK_N": 32},
-    {**dict.fromkeys(_SMALLER, 16), "fwd_BLOCK_M": 16, "fwd_BLOCK_N": 16, "num_stages": 1},
+    {**dict.fromkeys(_BACKWARD_BLOCKS, 32), "bwd_num_stages": 1},
+    {**dict.fromkeys((*_BACKWARD_BLOCKS, "fwd_BLOCK_M", "fwd_BLOCK_N"), 16), "num_stages": 1},
 )
-
-# Head sizes above this start with the smaller blocks: with torch's defaults, the backward needs more than MAX_STACK.
+# Head sizes above this skip torch's defaults in training, because their backward needs more than MAX_STACK.
 LARGE_SIZE = 128
 
 Attend = Callable[[Tensor, Tensor, Tensor, Layout, "int | None"], Tensor]
@@ -114,7 +114,7 @@ def attend(
     """Return causal packed attention by a kernel of torch, or None if no kernel supports it.
 
     Always None for fake tensors and inside dispatch modes, because a dry run must not compile anything. Also None for a
-    single token.
+    single token, and for a short prefix tree without gradients, which takes less time than a compilation.
 
     Args:
         query: (heads, T, d) queries.
@@ -132,7 +132,9 @@ def attend(
     tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     flags = window is not None, tracked, layout.length < BLOCK
     shares_nothing, is_16_bit = (layout.parents < 0).all(), query.dtype in (torch.bfloat16, torch.float16)
-    kernels = (VARLEN, FLEX) if shares_nothing and is_16_bit and softcap is None else (FLEX,)
+    kernels = [VARLEN] if shares_nothing and is_16_bit and softcap is None else []
+    if tracked or layout.length >= BLOCK:
+        kernels.append(FLEX)
     for kernel in kernels:
         case = Case(kernel, query.device, query.dtype, heads, sizes, options["scaling"], softcap, *flags)
         if case not in _TRIALS:
@@ -140,14 +142,14 @@ def attend(
         if (implementation := _TRIALS[case].attend) is not None:
             try:
                 return implementation(query, key, value, layout, window)
-            except compile_errors() as error:  # a recompilation failed, or torch's limit of recompilations is exceeded
+            except (UnfusedError, *compile_errors()) as error:  # a recompilation failed or exceeded torch's limit
                 _TRIALS[case] = Trial(None, _failure_message(error))
     return None
 
 
 def _implementations(case: Case) -> Iterator[Attend]:
     if case.kernel == FLEX:
-        for kernel_options in BLOCK_OPTIONS[case.sizes[0] > LARGE_SIZE :]:
+        for kernel_options in BLOCK_OPTIONS[case.tracked and case.sizes[0] > LARGE_SIZE :]:
             yield CompiledAttention(case.scaling, case.softcap, kernel_options)
         return
     from torch.nn.attention.varlen import varlen_attn

@@ -188,9 +188,10 @@ def sized_tensor(cls: Any, size: torch.Size, dtype: torch.dtype) -> Any:
     return make(cls, size, dtype=dtype, device="cpu")
 
 
-def compile_errors() -> type[Exception]:
-    """Return the exception type of torch.compile. Importing it is slow, so call this only after a failure."""
-    return look_up(torch, "_dynamo.exc.TorchDynamoException") or RuntimeError
+def compile_errors() -> tuple[type[Exception], ...]:
+    """Return the exception types of torch.compile. Importing them is slow, so call this only after a failure."""
+    names = ("_dynamo.exc.TorchDynamoException", "_dynamo.exc.FailOnRecompileLimitHit")
+    return tuple(filter(None, (look_up(torch, name) for name in names))) or (RuntimeError,)
 
 
 def inductor_backend() -> Callable[..., Any]:
