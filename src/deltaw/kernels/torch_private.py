@@ -199,9 +199,22 @@ def mark_dynamic(tensor: Tensor, dim: int) -> None:
         mark(tensor, dim)
 
 
-def compile_errors() -> type[Exception]:
-    """Return the exception type of torch.compile. Importing it is slow, so call this only after a failure."""
-    return look_up(torch, "_dynamo.exc.TorchDynamoException") or RuntimeError
+def compile_errors() -> tuple[type[Exception], ...]:
+    """Return the exception types of torch.compile. Importing them is slow, so call this only after a failure."""
+    names = ("_dynamo.exc.TorchDynamoException", "_dynamo.exc.FailOnRecompileLimitHit")
+    return tuple(filter(None, (look_up(torch, name) for name in names))) or (RuntimeError,)
+
+
+def inductor_backend() -> Callable[..., Any]:
+    """Return the function with which torch.compile compiles a graph. Importing it is slow."""
+    if (find := look_up(torch, "_dynamo.lookup_backend")) is None:
+        raise _missing_name_error("FlexAttention", "torch._dynamo.lookup_backend")
+    return find("inductor")
+
+
+def compiled_modules() -> list[Any]:
+    """Return the loaded modules that torch.compile generated. Without the private name the list is empty."""
+    return list(look_up(torch, "_inductor.codecache.PyCodeCache.modules") or ())
 
 
 # Modules
