@@ -81,7 +81,7 @@ class CompiledFunction:
 
 def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function. Reductions are not split, because a split takes two kernels."""
-    return torch.compile(function, options={"split_reductions": False})
+    return torch.compile(function, fullgraph=True, options={"split_reductions": False})
 
 
 def _first_rows(arguments: dict[str, Any]) -> dict[str, Any]:
