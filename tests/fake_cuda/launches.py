@@ -124,5 +124,3 @@ def per_block(steps: Callable[[int], list[tuple[int, int]]], blocks: tuple[int, 
     (few, synchronizations), (many, _) = (steps(number)[-1] for number in blocks)
     launches = (many - few) / (blocks[1] - blocks[0])
     return {"block": launches, "step": few - blocks[0] * launches, "synchronizations": synchronizations}
-
-
