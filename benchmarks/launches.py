@@ -23,11 +23,11 @@ from tests.fake_cuda import device
 
 device.install()
 
-import torch
+import torch  # noqa: E402
 
-from deltaw.kernels import gpu_attention
-from tests.fake_cuda.launches import ATTENTION, ATTENTION_BACKWARD, Launches, counted_launches, per_block
-from tests.fake_cuda.llama_steps import STEPS, llama, tokens, train_llama
+from deltaw.kernels import gpu_attention  # noqa: E402
+from tests.fake_cuda.launches import ATTENTION, ATTENTION_BACKWARD, Launches, counted_launches, per_block  # noqa: E402
+from tests.fake_cuda.llama_steps import STEPS, llama, tokens, train_llama  # noqa: E402
 
 HEADER = "| side | launches per block | launches per step outside of blocks | synchronizations per step |"
 
@@ -44,7 +44,7 @@ def main() -> None:
     print(f"{HEADER}\n| --- | ---: | ---: | ---: |")
     for name, steps in sides.items():
         with counted_launches() as launches:
-            counts = per_block(lambda blocks, steps=steps: steps(blocks, launches))  # noqa: B023
+            counts = per_block(lambda blocks, steps=steps: steps(blocks, launches))
         print(f"| {name} | {counts['block']:.0f} | {counts['step']:.0f} | {counts['synchronizations']} |", flush=True)
 
 

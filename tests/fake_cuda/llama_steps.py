@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -60,4 +62,4 @@ def train_llama(blocks: int, launches: Launches | None = None, *, fused: bool = 
             batch_size=ROWS,
             on_step=on_step,
         )
-    return [(b[0] - a[0], b[1] - a[1]) for a, b in zip(counts[:-1], counts[1:], strict=True)], losses
+    return [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(counts)], losses
