@@ -65,9 +65,8 @@ class CompiledFunction:
             for name, value in sample.items():
                 if isinstance(value, Tensor) and name not in SHARED:
                     mark_dynamic(value, 0)
-            results = [*_as_tuple(compiled(**sample)), *sample.values()]
-            expected = [*_as_tuple(self.function(**reference_sample)), *reference_sample.values()]
-            if not all(map(_is_close, results, expected)):
+            results, expected = compiled(**sample), self.function(**reference_sample)
+            if not _is_close([results, *sample.values()], [expected, *reference_sample.values()]):
                 raise ValueError("its results differ from those of torch's operators")
         except Exception as error:  # compilers raise many types; torch's operators remain as fallback
             return self._reject(error)
@@ -94,11 +93,9 @@ def _kind(value: Any) -> Any:
     return (value.dtype, *value.shape[1:]) if isinstance(value, Tensor) else value
 
 
-def _as_tuple(result: Any) -> tuple[Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
-
-
 def _is_close(result: Any, reference: Any) -> bool:
+    if isinstance(result, (list, tuple)):
+        return all(map(_is_close, result, reference))
     if not isinstance(result, Tensor):
         return True
     difference = float((result.float() - reference.float()).norm())

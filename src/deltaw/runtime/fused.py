@@ -16,7 +16,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -187,6 +187,9 @@ def merge_heads(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> Tensor:
 # computed only for these positions, and keys and values for all tokens.
 
 
+_Half = TypeVar("_Half", bound="Half")
+
+
 @dataclass
 class Half:
     """Parts of half a block: norms, input projections and output projection."""
@@ -198,6 +201,11 @@ class Half:
     @property
     def projections(self) -> list[Projection]:
         return [*self.inputs, self.output]
+
+    def with_layers(self: _Half, by_id: dict[int, Projection]) -> _Half:
+        """Return a copy with replaced projections, by the id of the original."""
+        inputs = [by_id.get(id(layer), layer) for layer in self.inputs]
+        return replace(self, inputs=inputs, output=by_id.get(id(self.output), self.output))
 
 
 @dataclass
@@ -302,8 +310,7 @@ class _Attention(torch.autograd.Function):
         del d_out
         head_grads = [d_q, context.local_gradient(d_k), context.local_gradient(d_v)]
         del d_q, d_k, d_v
-        need_x = ctx.needs_input_grad[0]
-        d_x, factor_grads = _attention_inputs_backward(x, h, input_tensors, head_grads, grad, half, context, need_x)
+        d_x, factor_grads = _attention_inputs_backward(ctx, x, h, input_tensors, head_grads, grad)
         return d_x, None, None, *_adapted_only(half.projections, [*factor_grads, *output_factor_grads])
 
 
@@ -325,8 +332,7 @@ class _AttentionInputs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, *rest = ctx.saved_tensors
         h, tensors, (*head_grads, grad) = rest[: ctx.count], rest[ctx.count :], grads
-        arguments = grad, ctx.half, ctx.context, ctx.needs_input_grad[0]
-        d_x, factor_grads = _attention_inputs_backward(x, h, tensors, head_grads, *arguments)
+        d_x, factor_grads = _attention_inputs_backward(ctx, x, h, tensors, head_grads, grad)
         return d_x, None, None, *_adapted_only(ctx.half.inputs, factor_grads)
 
 
@@ -439,14 +445,7 @@ def _attention_inputs(
 
 
 def _attention_inputs_backward(
-    x: Tensor,
-    h: Sequence[Tensor],
-    tensors: Sequence[Tensor],
-    head_grads: list[Tensor],
-    grad: Tensor,
-    half: AttentionHalf,
-    context: AttentionContext,
-    need_x: bool,
+    ctx: Any, x: Tensor, h: Sequence[Tensor], tensors: Sequence[Tensor], head_grads: list[Tensor], grad: Tensor
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Return the gradient of x plus ``grad`` of the residual stream, and gradients of the input layers' factors.
 
@@ -454,6 +453,7 @@ def _attention_inputs_backward(
     """
     (stats, raw_q, raw_k, stats_q, stats_k), (d_q, d_k, d_v) = tensors, head_grads
     head_grads.clear()
+    half, context, need_x = ctx.half, ctx.context, ctx.needs_input_grad[0]
     before, output_indices = half.norms.before, context.output_indices
     if context.rotary:
         pairs = zip((d_q, d_k), context.rotary, strict=True)
@@ -581,13 +581,9 @@ def convert_factors(halves: Halves, dtype: torch.dtype) -> Halves:
     with torch.no_grad():
         lora_A, lora_B = ([f.detach() for f in factors_of(layers)[part::2]] for part in (0, 1))
         converted = _convert([*lora_A, *multiply_each(lora_B, [layer.scaling for layer in layers])], dtype)
-    pairs = zip(converted[: len(layers)], converted[len(layers) :], strict=True)
-    by_id = {id(layer): layer.with_factors(*pair) for layer, pair in zip(layers, pairs, strict=True)}
-    changed: list[dict[str, Any]] = [
-        {"inputs": [by_id.get(id(i), i) for i in half.inputs], "output": by_id.get(id(half.output), half.output)}
-        for half in halves
-    ]
-    return replace(halves[0], **changed[0]), replace(halves[1], **changed[1])
+    pairs = zip(layers, converted[: len(layers)], converted[len(layers) :], strict=True)
+    by_id = {id(layer): layer.with_factors(*factors) for layer, *factors in pairs}
+    return halves[0].with_layers(by_id), halves[1].with_layers(by_id)
 
 
 Halves = tuple[AttentionHalf, MLPHalf]
