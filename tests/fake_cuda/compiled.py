@@ -140,7 +140,7 @@ def compile_attention(capability: int, heads: str, lengths: list[int]) -> list[s
         shapes = [(count, length, size) for count in (num_heads, key_heads, key_heads)]
         inputs = [torch.zeros(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes]
         with unittest.mock.patch.object(gpu_attention, "_difference", ignore_values):
-            out = gpu_attention.attend(*inputs, layout, {"scaling": size**-0.5}, lambda: None)
+            out = gpu_attention.attend(*inputs, layout, lambda: None, size**-0.5)
         if out is not None:
             out.sum().backward()
         case = next(case for case in gpu_attention._TRIALS if case.short == is_short and case.sizes[0] == size)

@@ -12,17 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from deltaw.kernels.flex_attention import BLOCK, CompiledAttention, UnfusedError
+from deltaw.kernels.flex_attention import BLOCK, CompiledAttention, compile_failures
 from deltaw.kernels.layout import Layout, to_device
-from deltaw.kernels.torch_private import compile_errors, compiled_modules, in_dispatch_mode
-
-if TYPE_CHECKING:
-    from deltaw.kernels.attention import AttentionOptions
+from deltaw.kernels.torch_private import compiled_modules, in_dispatch_mode
 
 # Device types that torch compiles FlexAttention's backward for.
 DEVICES = ("cuda",)
@@ -45,7 +42,8 @@ BLOCK_OPTIONS: tuple[dict[str, int], ...] = (
 # Head sizes above this skip torch's defaults in training, because their backward needs more than MAX_STACK.
 LARGE_SIZE = 128
 
-Attend = Callable[[Tensor, Tensor, Tensor, Layout, "int | None"], Tensor]
+# Attends with (heads, T, d) queries, keys and values, a layout and a window.
+Attend = Callable[..., Tensor]
 
 
 class Case(NamedTuple):
@@ -108,8 +106,10 @@ def attend(
     key: Tensor,
     value: Tensor,
     layout: Layout,
-    options: AttentionOptions,
     reference: Callable[..., Tensor],
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor | None:
     """Return causal packed attention by a kernel of torch, or None if no kernel supports it.
 
@@ -121,14 +121,15 @@ def attend(
         key: (key heads, T, d) keys.
         value: (key heads, T, d_v) values.
         layout: Layout of the T tokens.
-        options: Options without ``causal``.
         reference: Reference implementation with the signature of ``packed_attention``.
+        scaling: Factor applied to the attention scores.
+        window: Sliding-window size or None.
+        softcap: Soft cap of the scores or None.
     """
     is_real = query.device.type in DEVICES and type(query) in (Tensor, torch.nn.Parameter)
     if not is_real or query.dtype not in TOLERANCE or layout.length < 2 or in_dispatch_mode():
         return None
     heads, sizes = (query.shape[0], key.shape[0]), (query.shape[-1], value.shape[-1])
-    window, softcap = options.get("window"), options.get("softcap")
     tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     flags = window is not None, tracked, layout.length < BLOCK
     shares_nothing, is_16_bit = (layout.parents < 0).all(), query.dtype in (torch.bfloat16, torch.float16)
@@ -136,13 +137,13 @@ def attend(
     if tracked or layout.length >= BLOCK:
         kernels.append(FLEX)
     for kernel in kernels:
-        case = Case(kernel, query.device, query.dtype, heads, sizes, options["scaling"], softcap, *flags)
+        case = Case(kernel, query.device, query.dtype, heads, sizes, scaling, softcap, *flags)
         if case not in _TRIALS:
             _TRIALS[case] = _run_trials(case, reference)
         if (implementation := _TRIALS[case].attend) is not None:
             try:
                 return implementation(query, key, value, layout, window)
-            except (UnfusedError, *compile_errors()) as error:  # a recompilation failed or exceeded torch's limit
+            except compile_failures() as error:  # a recompilation failed or exceeded torch's limit
                 _TRIALS[case] = Trial(None, _failure_message(error))
     return None
 
@@ -152,7 +153,9 @@ def _implementations(case: Case) -> Iterator[Attend]:
         for kernel_options in BLOCK_OPTIONS[case.tracked and case.sizes[0] > LARGE_SIZE :]:
             yield CompiledAttention(case.scaling, case.softcap, kernel_options)
         return
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import varlen
+
+    varlen_attn: Any = varlen.varlen_attn  # its result may be a tuple, depending on an option
 
     def attend_rows(query: Tensor, key: Tensor, value: Tensor, layout: Layout, window: int | None) -> Tensor:
         if VARLEN not in layout.masks:
@@ -168,7 +171,7 @@ def _implementations(case: Case) -> Iterator[Attend]:
 
 def _run_trials(case: Case, reference: Callable[..., Tensor]) -> Trial:
     """Return the first implementation that computes the reference's results within the GPU's resources."""
-    problems = []
+    problems: list[str] = []
     # Outside of the caller's hooks for saved tensors, with which checkpointing would count the tensors of the trial.
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t), torch.set_grad_enabled(case.tracked):
         try:
