@@ -46,7 +46,7 @@ LARGE_SIZE = 128
 Attend = Callable[..., Tensor]
 
 
-class Case(NamedTuple):
+class KernelCase(NamedTuple):
     """Calls that share a trial: inputs for which torch runs the same compiled kernels."""
 
     kernel: str
@@ -66,7 +66,7 @@ class Case(NamedTuple):
 
 
 @dataclasses.dataclass
-class Trial:
+class KernelTrial:
     """Result of a trial.
 
     Attributes:
@@ -78,9 +78,9 @@ class Trial:
     problem: str | None = None
 
 
-_TRIALS: dict[Case, Trial] = {}
+_TRIALS: dict[KernelCase, KernelTrial] = {}
 # Excess of resources by the options and the case without its length class. Both classes can share one compiled module.
-_EXCESS: dict[tuple[Case, str], str | None] = {}
+_EXCESS: dict[tuple[KernelCase, str], str | None] = {}
 
 
 def notes() -> list[str]:
@@ -95,7 +95,7 @@ def notes() -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def _consequence(case: Case, trial: Trial) -> str:
+def _consequence(case: KernelCase, trial: KernelTrial) -> str:
     if trial.attend is not None:
         return "smaller blocks in FlexAttention"
     return "FlexAttention also for rows without a shared prefix" if case.kernel == VARLEN else "computed in tiles"
@@ -137,18 +137,18 @@ def attend(
     if tracked or layout.length >= BLOCK:
         kernels.append(FLEX)
     for kernel in kernels:
-        case = Case(kernel, query.device, query.dtype, heads, sizes, scaling, softcap, *flags)
+        case = KernelCase(kernel, query.device, query.dtype, heads, sizes, scaling, softcap, *flags)
         if case not in _TRIALS:
             _TRIALS[case] = _run_trials(case, reference)
         if (implementation := _TRIALS[case].attend) is not None:
             try:
                 return implementation(query, key, value, layout, window)
             except compile_failures() as error:  # a recompilation failed or exceeded torch's limit
-                _TRIALS[case] = Trial(None, _failure_message(error))
+                _TRIALS[case] = KernelTrial(None, _failure_message(error))
     return None
 
 
-def _implementations(case: Case) -> Iterator[Attend]:
+def _implementations(case: KernelCase) -> Iterator[Attend]:
     if case.kernel == FLEX:
         for kernel_options in BLOCK_OPTIONS[case.tracked and case.sizes[0] > LARGE_SIZE :]:
             yield CompiledAttention(case.scaling, case.softcap, kernel_options)
@@ -169,7 +169,7 @@ def _implementations(case: Case) -> Iterator[Attend]:
     yield attend_rows
 
 
-def _run_trials(case: Case, reference: Callable[..., Tensor]) -> Trial:
+def _run_trials(case: KernelCase, reference: Callable[..., Tensor]) -> KernelTrial:
     """Return the first implementation that computes the reference's results within the GPU's resources."""
     problems: list[str] = []
     # Outside of the caller's hooks for saved tensors, with which checkpointing would count the tensors of the trial.
@@ -182,14 +182,14 @@ def _run_trials(case: Case, reference: Callable[..., Tensor]) -> Trial:
                 if problem is None:
                     problem = _excess(modules, case, implementation)
                 if problem is None:
-                    return Trial(implementation, problems[0] if problems else None)
+                    return KernelTrial(implementation, problems[0] if problems else None)
                 problems.append(problem)
         except Exception as error:  # this version of torch does not have the kernel
             problems.append(_failure_message(error))
-    return Trial(None, problems[0])
+    return KernelTrial(None, problems[0])
 
 
-def _difference(implementation: Attend, case: Case, reference: Callable[..., Tensor]) -> str | None:
+def _difference(implementation: Attend, case: KernelCase, reference: Callable[..., Tensor]) -> str | None:
     """Run a trial tree and return how its results differ from the reference, or None if they agree."""
     lengths, parents = SHORT_TREE if case.short else LONG_TREE
     layout = Layout.of_lengths(lengths, parents if case.kernel == FLEX else None)
@@ -221,7 +221,7 @@ def _with_gradients(attention: Callable[..., Tensor], inputs: list[Tensor]) -> l
     return [out.detach(), *torch.autograd.grad(out, leaves, output_gradient)]
 
 
-def _excess(modules: list[Any], case: Case, implementation: Attend) -> str | None:
+def _excess(modules: list[Any], case: KernelCase, implementation: Attend) -> str | None:
     """Return how the Triton kernels of new compiled modules exceed the GPU's resources, or None if they do not.
 
     Without a new module, the code is that of the other length class, and so is the result.
