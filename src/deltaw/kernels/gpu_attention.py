@@ -30,6 +30,8 @@ TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 SHORT_TREE, LONG_TREE = ((50, 20, 11, 9), (-1, 0, 0, -1)), ((300, 200, 65, 40), (-1, 0, -1, 2))
 # Maximum stack of a GPU thread in bytes. The driver reserves it for every thread that the GPU can run at a time.
 MAX_STACK = 1024
+# Part of the message if a kernel cannot be loaded.
+OUT_OF_RESOURCES = "out of resource"
 VARLEN, FLEX = "variable-length attention", "FlexAttention"
 # FlexAttention's block sizes in the order of trials: torch's defaults for the GPU, then a backward with smaller blocks
 # (head sizes above 128, little shared memory), then the smallest blocks (GPUs before compute capability 8.0).
@@ -179,11 +181,11 @@ def _run_trials(case: KernelCase, reference: Callable[..., Tensor]) -> KernelTri
                 before = set(map(id, compiled_modules()))
                 problem = _difference(implementation, case, reference)
                 modules = [module for module in compiled_modules() if id(module) not in before]
-                if problem is None:
-                    problem = _excess(modules, case, implementation)
-                if problem is None:
+                if (excess := _excess(modules, case, implementation) if problem is None else problem) is None:
                     return KernelTrial(implementation, problems[0] if problems else None)
-                problems.append(problem)
+                problems.append(excess)
+                if problem is not None and OUT_OF_RESOURCES not in problem:
+                    break  # smaller blocks would fail too
         except Exception as error:  # this version of torch does not have the kernel
             problems.append(_failure_message(error))
     return KernelTrial(None, problems[0])
@@ -249,5 +251,5 @@ def _excess_of_kernels(modules: list[Any], device: torch.device) -> str | None:
 def _failure_message(error: Exception) -> str:
     """Return the exception's type and the first line of its message, or the line about resources if there is one."""
     lines = str(error).splitlines() or [""]
-    line = next((line for line in lines if "out of resource" in line), lines[0])
+    line = next((line for line in lines if OUT_OF_RESOURCES in line), lines[0])
     return f"{type(error).__name__}: {line[:140]}"
