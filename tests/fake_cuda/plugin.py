@@ -22,8 +22,8 @@ def _no_compiled_attention() -> Iterator[None]:
     if not device.is_installed:
         yield
         return
-    from deltaw.kernels import attention
+    from deltaw.kernels import gpu_attention
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(attention, "DEVICES", ())
+        monkeypatch.setattr(gpu_attention, "DEVICES", ())
         yield
