@@ -25,6 +25,7 @@ SHARED_MEMORY = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 HEADS = ("32/8/64", "32/8/128", "16/8/128", "9/3/64", "4/1/256")
 # Names of the entries of BLOCK_OPTIONS.
 BLOCKS = ("torch's", "smaller backward", "smallest")
+NOT_COMPILED = "not compiled"
 LENGTHS = (36, 80, 127, 257, 8192)
 HEADER = "| GPU | heads | lengths | blocks | forward | backward |\n| --- | --- | --- | --- | --- | --- |"
 
@@ -146,8 +147,8 @@ def compile_attention(capability: int, heads: str, lengths: list[int]) -> list[s
         case = next(case for case in gpu_attention._TRIALS if case.short == is_short and case.sizes[0] == size)
         if is_short not in rows:
             row = _describe(gpu_attention._TRIALS[case], KERNELS[first:])
-            # Without new kernels, the generated code is that of the other length class.
-            rows[is_short] = rows[not is_short] if len(KERNELS) == first else row
+            # Without new kernels of attention, their code is that of the other length class.
+            rows[is_short] = rows[not is_short] if rows and NOT_COMPILED in row else row
         elif len(KERNELS) != first:
             raise RuntimeError(f"length {length} did not use the kernels of its class")
         served.setdefault(rows[is_short], []).append(str(length))
@@ -167,7 +168,7 @@ def _describe(trial: Any, kernels: list[dict[str, Any]]) -> str:
     for is_backward in (False, True):
         compiled = [k for k in kernels if "tem" in k["name"] and ("backward" in k["name"]) == is_backward]
         cells = [f"{k['REG']}, {k['shared'] / 1024:.0f} KB, {k['STACK']:,} B" for k in compiled[-1:]]
-        columns.append(cells[0] if cells else "not compiled")
+        columns.append(cells[0] if cells else NOT_COMPILED)
     return " | ".join(columns) + " |"
 
 
