@@ -57,11 +57,12 @@ KERNELS: list[dict[str, Any]] = []
 def install(capability: int) -> None:
     """Install the fake device with a compute capability, and replace the loading of compiled kernels by recording."""
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    # torch's CPU build does not distinguish GPUs in its cache of generated code.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"deltaw-compiled-sm_{capability}")
     from tests.fake_cuda import device
 
     limit = SHARED_MEMORY[capability] * 1024
     device.properties.shared_memory_per_block_optin = limit
-    device.properties.name = f"sm_{capability}"  # torch caches generated code by the name of the GPU
     if not device.is_installed:
         device.install()
     device.configure(capability=divmod(capability, 10))
