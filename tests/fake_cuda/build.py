@@ -6,11 +6,24 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import os
+import runpy
 import subprocess
 from pathlib import Path
 
 HERE = Path(__file__).parent
 BUILD = HERE.parents[1] / "build" / "fake_cuda"
+
+
+def torch_folder() -> Path:
+    """Return the folder of the installed torch, without importing it."""
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def is_cpu_build() -> bool:
+    """Return True if the installed torch contains no CUDA, which the fake device requires."""
+    return runpy.run_path(str(torch_folder() / "version.py"))["cuda"] is None
 
 
 def build_device() -> Path:
@@ -29,9 +42,7 @@ def build_device() -> Path:
 
 
 def _command(output: Path) -> list[str]:
-    spec = importlib.util.find_spec("torch")
-    assert spec is not None and spec.origin is not None
-    torch = Path(spec.origin).parent
+    torch = torch_folder()
     include = [f"-I{torch / 'include'}", f"-I{torch / 'include/torch/csrc/api/include'}"]
     link = [f"-L{torch / 'lib'}", f"-Wl,-rpath,{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     compiler = [os.environ.get("CXX", "c++"), "-std=c++20", "-O1", "-shared", "-fPIC"]

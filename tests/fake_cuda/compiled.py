@@ -2,6 +2,8 @@
 
     python -m tests.fake_cuda.compiled [--capabilities 75 80 89 90 120] [--heads 32/8/128 9/3/64] [--lengths 36 8192]
 
+Cells contain registers per thread, shared memory per block, and stack per thread.
+
 torch.compile, Triton and ptxas generate the code on the fake device. Nothing is executed: values are not compared, and
 nothing is timed. Each capability is compiled in its own process. Requires triton.
 """
@@ -23,11 +25,9 @@ SHARED_MEMORY = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 HEADS = ("32/8/64", "32/8/128", "16/8/128", "9/3/64", "4/1/256")
 # Names of the entries of BLOCK_OPTIONS.
 BLOCKS = ("torch's", "smaller backward", "smallest")
+NOT_COMPILED = "not compiled"
 LENGTHS = (36, 80, 127, 257, 8192)
-HEADER = (
-    "| GPU | heads | lengths | blocks | kernel | registers | shared memory | stack |\n"
-    "| --- | --- | --- | --- | --- | ---: | ---: | ---: |"
-)
+HEADER = "| GPU | heads | lengths | blocks | forward | backward |\n| --- | --- | --- | --- | --- | --- |"
 
 
 def main() -> None:
@@ -57,6 +57,8 @@ KERNELS: list[dict[str, Any]] = []
 def install(capability: int) -> None:
     """Install the fake device with a compute capability, and replace the loading of compiled kernels by recording."""
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    # torch's CPU build does not distinguish GPUs in its cache of generated code.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"deltaw-compiled-sm_{capability}")
     from tests.fake_cuda import device
 
     limit = SHARED_MEMORY[capability] * 1024
@@ -132,45 +134,43 @@ def compile_attention(capability: int, heads: str, lengths: list[int]) -> list[s
 
     num_heads, key_heads, size = map(int, heads.split("/"))
     dtype = torch.bfloat16 if capability >= 80 else torch.float32  # as in runs
-    rows: dict[bool, list[str]] = {}
-    served: dict[bool, list[str]] = {}
+    rows: dict[bool, str] = {}
+    served: dict[str, list[str]] = {}
     for length in lengths:
         layout = Layout.of_lengths([length // 2, length - length // 2], [-1, 0])
         layout.device, first, is_short = torch.device("cuda"), len(KERNELS), length < gpu_attention.BLOCK
         shapes = [(count, length, size) for count in (num_heads, key_heads, key_heads)]
         inputs = [torch.zeros(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes]
         with unittest.mock.patch.object(gpu_attention, "_difference", ignore_values):
-            out = gpu_attention.attend(*inputs, layout, {"scaling": size**-0.5}, lambda: None)
+            out = gpu_attention.attend(*inputs, layout, lambda: None, size**-0.5)
         if out is not None:
             out.sum().backward()
         case = next(case for case in gpu_attention._TRIALS if case.short == is_short and case.sizes[0] == size)
         if is_short not in rows:
-            described = _describe(gpu_attention._TRIALS[case], KERNELS[first:])
-            rows[is_short] = described or rows[not is_short]  # the generated code is equal to that of the other class
+            row = _describe(gpu_attention._TRIALS[case], KERNELS[first:])
+            # Without new kernels of attention, their code is that of the other length class.
+            rows[is_short] = rows[not is_short] if rows and NOT_COMPILED in row else row
         elif len(KERNELS) != first:
-            raise RuntimeError(f"length {length} compiled other kernels than {served[is_short]}")
-        served.setdefault(is_short, []).append(str(length))
-    start = f"| sm_{capability} | {heads} | "
+            raise RuntimeError(f"length {length} did not use the kernels of its class")
+        served.setdefault(rows[is_short], []).append(str(length))
     gpu_attention._TRIALS.clear()
-    return [f"{start}{', '.join(served[short])} | {row}" for short in rows for row in rows[short]]
+    return [f"| sm_{capability} | {heads} | {', '.join(served[row])} | {row}" for row in served]
 
 
-def _describe(trial: Any, kernels: list[dict[str, Any]]) -> list[str]:
-    """Return the last forward and the last backward kernel, which are those of the accepted blocks, as columns."""
+def _describe(trial: Any, kernels: list[dict[str, Any]]) -> str:
+    """Return the blocks and the last forward and backward kernel, which have these blocks, as columns."""
     from deltaw.kernels import gpu_attention
     from deltaw.kernels.flex_attention import CompiledAttention
 
     chosen = trial.attend.kernel_options if isinstance(trial.attend, CompiledAttention) else None
-    blocks = "none: tiles" if chosen is None else BLOCKS[gpu_attention.BLOCK_OPTIONS.index(chosen)]
+    columns = ["tiles" if chosen is None else BLOCKS[gpu_attention.BLOCK_OPTIONS.index(chosen)]]
     if trial.problem is not None:
-        blocks += f" ({trial.problem})"
-    rows = []
-    for direction in ("forward", "backward"):
-        names = [k for k in kernels if "tem" in k["name"] and ("backward" in k["name"]) == (direction == "backward")]
-        for kernel in names[-1:]:
-            stack = f"{kernel['STACK']:,} B"
-            rows.append(f"{blocks} | {direction} | {kernel['REG']} | {kernel['shared'] / 1024:.0f} KB | {stack} |")
-    return rows
+        columns[0] += f" ({trial.problem})"
+    for is_backward in (False, True):
+        compiled = [k for k in kernels if "tem" in k["name"] and ("backward" in k["name"]) == is_backward]
+        cells = [f"{k['REG']}, {k['shared'] / 1024:.0f} KB, {k['STACK']:,} B" for k in compiled[-1:]]
+        columns.append(cells[0] if cells else NOT_COMPILED)
+    return " | ".join(columns) + " |"
 
 
 if __name__ == "__main__":

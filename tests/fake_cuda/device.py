@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from tests.fake_cuda.build import build_device
+from tests.fake_cuda.build import build_device, is_cpu_build
 
 GIB = 2**30
 
@@ -65,11 +65,9 @@ def install() -> None:
     global is_installed
     if "torch" in sys.modules:
         raise RuntimeError("install the fake device before torch is imported")
-    ctypes.CDLL(str(build_device()), mode=ctypes.RTLD_GLOBAL)
-    import torch
-
-    if torch.version.cuda is not None:
+    if not is_cpu_build():
         raise RuntimeError("the fake device requires torch's CPU build")
+    ctypes.CDLL(str(build_device()), mode=ctypes.RTLD_GLOBAL)
     _define_c_functions()
     _define_module_attributes()
     is_installed = True
@@ -121,10 +119,11 @@ def _define_c_functions() -> None:
     """Define the functions that ``torch.cuda`` calls, so that its own Python code runs unchanged."""
     import torch
 
-    ops, owner = torch.ops.fake_cuda, os.getpid()
+    ops = torch.ops.fake_cuda
+    initialized_by: list[int] = []  # process ids
     functions = {
-        "init": lambda: None,
-        "isInBadFork": lambda: torch.cuda._initialized and os.getpid() != owner,
+        "init": lambda: initialized_by.append(os.getpid()),
+        "isInBadFork": lambda: bool(initialized_by) and initialized_by[0] != os.getpid(),
         "getDeviceCount": lambda: 1,
         "getDevice": lambda: 0,
         "setDevice": lambda index: None,

@@ -110,7 +110,9 @@ def test_task_equals_cpu(task, run_on, inputs):
     cpu, cuda = run_on("cpu", task, **changes), run_on("cuda", task, counter, **changes)
     assert_equal_runs(cpu.output, cuda.output)
     assert cuda.evaluation.metrics == pytest.approx(cpu.evaluation.metrics, **TOLERANCE, nan_ok=True)
-    assert task == "rl" or counter.per_step <= 2  # sampling reads each token
+    # Preferences also read the metrics of a step, and transformers' encoders read their mask.
+    limit = 2 if task == "preference" or "model" in changes else 1
+    assert task == "rl" or counter.per_step <= limit  # sampling reads each token
 
 
 @pytest.mark.parametrize("method", slow_except("head", "input", "prompt", "dora", names=[*METHODS, "dora"]))
@@ -119,7 +121,7 @@ def test_method_equals_cpu(method, run_on):
     counter = SynchronizationCounter()
     cpu, cuda = run_on("cpu", **changes), run_on("cuda", callback=counter, **changes)
     assert_equal_runs(cpu.output, cuda.output)
-    assert counter.per_step <= 2
+    assert counter.per_step <= 1
 
 
 def test_resumed_run_is_bit_identical(settings, tmp_path):

@@ -103,14 +103,14 @@ def traced_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flex_attention, "inductor_backend", lambda: lambda graph, inputs: graph)
 
 
-def attend(length, window=None, trained=(True, True, True), shared=True):
-    """Run attention and its backward, and return which inputs have a gradient."""
-    layout = Layout.of_lengths([length // 2, length - length // 2], [-1, 0 if shared else -1])
+def attend(length, window=None, trained=(True, True, True), **options):
+    """Compare attention over a shared prefix with the reference, forward and backward."""
+    layout, options = Layout.of_lengths([length // 2, length - length // 2], [-1, 0]), {**OPTIONS, **options}
     inputs = [t.requires_grad_(needs) for t, needs in zip(random_inputs(layout, **SIZES), trained, strict=True)]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*unfused")
-        out = packed_attention(*inputs, layout, **OPTIONS, window=window)
-    expected = packed_reference(*inputs, layout, **OPTIONS, window=window)
+        out = packed_attention(*inputs, layout, **options, window=window)
+    expected = packed_reference(*inputs, layout, **options, window=window)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     if any(trained):
         leaves = [t for t in inputs if t.requires_grad]
@@ -132,7 +132,9 @@ def test_lengths_windows_and_trained_inputs_do_not_recompile(traced_on_cpu):
     attend(36, 32)  # a row shorter than a block
     attend(127, 48)
     attend(300, 32, (False, False, False))
-    assert compilations() == [1, 1, 1]
+    attend(300, softcap=5.0)
+    attend(128, softcap=5.0)
+    assert compilations() == [1, 1, 1, 1]
 
 
 def test_recompilation_is_counted_and_the_limit_falls_back_to_tiles(traced_on_cpu):

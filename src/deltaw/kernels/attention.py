@@ -69,7 +69,7 @@ def packed_attention(
     causal = options.get("causal", True)
     if causal:
         _check_inputs(*of_tokens, layout, None)
-        if (out := gpu_attention.attend(query, key, value, layout, options, packed_reference)) is not None:
+        if (out := gpu_attention.attend(query, key, value, layout, packed_reference, *score_options)) is not None:
             return out
     return _PackedAttention.apply(*of_tokens, layout, *score_options, causal).transpose(0, 1)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from deltaw.kernels.layout import Layout, to_device
-from deltaw.kernels.torch_private import inductor_backend, unrecorded_view
+from deltaw.kernels.torch_private import compile_errors, inductor_backend, unrecorded_view
 
 # Queries and keys per block of a block mask. FlexAttention's default, a multiple of its kernels' tile sizes.
 BLOCK = 128
@@ -34,6 +34,11 @@ _names = itertools.count()
 
 class UnfusedError(RuntimeError):
     """Raised instead of running FlexAttention without generated kernels."""
+
+
+def compile_failures() -> tuple[type[Exception], ...]:
+    """Return the exception types of a failed compilation. Importing them is slow."""
+    return (UnfusedError, *compile_errors())
 
 
 class CompiledAttention:
@@ -60,14 +65,14 @@ class CompiledAttention:
         def compiled(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
             if not torch.compiler.is_compiling():
                 raise UnfusedError("torch.compile is disabled, and FlexAttention would be unfused")
-            return function(*(t.transpose(0, 1) for t in (query, key, value)), mask)
+            return function(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), mask)
 
         def counting(graph: Any, inputs: Any) -> Any:
             self.compilations += 1
             return backend(graph, inputs)
 
         compiled.__code__ = compiled.__code__.replace(co_name=f"attention_{next(_names)}")
-        self._compiled = torch.compile(compiled, backend=counting, dynamic=True, fullgraph=True)
+        self._compiled: Callable[..., Tensor] = torch.compile(compiled, backend=counting, dynamic=True, fullgraph=True)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, window: int | None) -> Tensor:
         """Attend with (heads, T, d) tensors.
@@ -103,17 +108,20 @@ def attention_function(
     """
     from torch.nn.attention.flex_attention import flex_attention
 
-    score_mod = None
-    if softcap is not None:
-        cap = float(softcap)
-
-        def score_mod(score: Tensor, batch: Tensor, head: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
-            return cap * torch.tanh(score / cap)
+    scale_text, cap_text = repr(float(scaling)), None if softcap is None else repr(float(softcap))
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
-        options = {"score_mod": score_mod, "block_mask": mask, "kernel_options": kernel_options, "scale": scaling}
-        grouped = query.shape[0] != key.shape[0]
-        return flex_attention(query[None], key[None], value[None], enable_gqa=grouped, **options).squeeze(0)
+        # Numbers from texts are constants for torch.compile. It would make captured floats arguments of the kernels.
+        score_mod = None
+        if cap_text is not None:
+            cap = float(cap_text)
+
+            def score_mod(score: Tensor, batch: Tensor, head: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
+                return cap * torch.tanh(score / cap)
+
+        options = {"score_mod": score_mod, "block_mask": mask, "kernel_options": kernel_options}
+        grouped, tensors = query.shape[0] != key.shape[0], (query[None], key[None], value[None])
+        return flex_attention(*tensors, scale=float(scale_text), enable_gqa=grouped, **options).squeeze(0)
 
     return attend
 

@@ -12,17 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from deltaw.kernels.flex_attention import BLOCK, CompiledAttention, UnfusedError
+from deltaw.kernels.flex_attention import BLOCK, CompiledAttention, compile_failures
 from deltaw.kernels.layout import Layout, to_device
-from deltaw.kernels.torch_private import compile_errors, compiled_modules, in_dispatch_mode
-
-if TYPE_CHECKING:
-    from deltaw.kernels.attention import AttentionOptions
+from deltaw.kernels.torch_private import compiled_modules, in_dispatch_mode
 
 # Device types that torch compiles FlexAttention's backward for.
 DEVICES = ("cuda",)
@@ -33,6 +30,8 @@ TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 SHORT_TREE, LONG_TREE = ((50, 20, 11, 9), (-1, 0, 0, -1)), ((300, 200, 65, 40), (-1, 0, -1, 2))
 # Maximum stack of a GPU thread in bytes. The driver reserves it for every thread that the GPU can run at a time.
 MAX_STACK = 1024
+# Part of the message if a kernel cannot be loaded.
+OUT_OF_RESOURCES = "out of resource"
 VARLEN, FLEX = "variable-length attention", "FlexAttention"
 # FlexAttention's block sizes in the order of trials: torch's defaults for the GPU, then a backward with smaller blocks
 # (head sizes above 128, little shared memory), then the smallest blocks (GPUs before compute capability 8.0).
@@ -45,10 +44,11 @@ BLOCK_OPTIONS: tuple[dict[str, int], ...] = (
 # Head sizes above this skip torch's defaults in training, because their backward needs more than MAX_STACK.
 LARGE_SIZE = 128
 
-Attend = Callable[[Tensor, Tensor, Tensor, Layout, "int | None"], Tensor]
+# Attends with (heads, T, d) queries, keys and values, a layout and a window.
+Attend = Callable[..., Tensor]
 
 
-class Case(NamedTuple):
+class KernelCase(NamedTuple):
     """Calls that share a trial: inputs for which torch runs the same compiled kernels."""
 
     kernel: str
@@ -68,7 +68,7 @@ class Case(NamedTuple):
 
 
 @dataclasses.dataclass
-class Trial:
+class KernelTrial:
     """Result of a trial.
 
     Attributes:
@@ -80,9 +80,9 @@ class Trial:
     problem: str | None = None
 
 
-_TRIALS: dict[Case, Trial] = {}
+_TRIALS: dict[KernelCase, KernelTrial] = {}
 # Excess of resources by the options and the case without its length class. Both classes can share one compiled module.
-_EXCESS: dict[tuple[Case, str], str | None] = {}
+_EXCESS: dict[tuple[KernelCase, str], str | None] = {}
 
 
 def notes() -> list[str]:
@@ -97,7 +97,7 @@ def notes() -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def _consequence(case: Case, trial: Trial) -> str:
+def _consequence(case: KernelCase, trial: KernelTrial) -> str:
     if trial.attend is not None:
         return "smaller blocks in FlexAttention"
     return "FlexAttention also for rows without a shared prefix" if case.kernel == VARLEN else "computed in tiles"
@@ -108,8 +108,10 @@ def attend(
     key: Tensor,
     value: Tensor,
     layout: Layout,
-    options: AttentionOptions,
     reference: Callable[..., Tensor],
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor | None:
     """Return causal packed attention by a kernel of torch, or None if no kernel supports it.
 
@@ -121,14 +123,15 @@ def attend(
         key: (key heads, T, d) keys.
         value: (key heads, T, d_v) values.
         layout: Layout of the T tokens.
-        options: Options without ``causal``.
         reference: Reference implementation with the signature of ``packed_attention``.
+        scaling: Factor applied to the attention scores.
+        window: Sliding-window size or None.
+        softcap: Soft cap of the scores or None.
     """
     is_real = query.device.type in DEVICES and type(query) in (Tensor, torch.nn.Parameter)
     if not is_real or query.dtype not in TOLERANCE or layout.length < 2 or in_dispatch_mode():
         return None
     heads, sizes = (query.shape[0], key.shape[0]), (query.shape[-1], value.shape[-1])
-    window, softcap = options.get("window"), options.get("softcap")
     tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     flags = window is not None, tracked, layout.length < BLOCK
     shares_nothing, is_16_bit = (layout.parents < 0).all(), query.dtype in (torch.bfloat16, torch.float16)
@@ -136,23 +139,25 @@ def attend(
     if tracked or layout.length >= BLOCK:
         kernels.append(FLEX)
     for kernel in kernels:
-        case = Case(kernel, query.device, query.dtype, heads, sizes, options["scaling"], softcap, *flags)
+        case = KernelCase(kernel, query.device, query.dtype, heads, sizes, scaling, softcap, *flags)
         if case not in _TRIALS:
             _TRIALS[case] = _run_trials(case, reference)
         if (implementation := _TRIALS[case].attend) is not None:
             try:
                 return implementation(query, key, value, layout, window)
-            except (UnfusedError, *compile_errors()) as error:  # a recompilation failed or exceeded torch's limit
-                _TRIALS[case] = Trial(None, _failure_message(error))
+            except compile_failures() as error:  # a recompilation failed or exceeded torch's limit
+                _TRIALS[case] = KernelTrial(None, _failure_message(error))
     return None
 
 
-def _implementations(case: Case) -> Iterator[Attend]:
+def _implementations(case: KernelCase) -> Iterator[Attend]:
     if case.kernel == FLEX:
         for kernel_options in BLOCK_OPTIONS[case.tracked and case.sizes[0] > LARGE_SIZE :]:
             yield CompiledAttention(case.scaling, case.softcap, kernel_options)
         return
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import varlen
+
+    varlen_attn: Any = varlen.varlen_attn  # its result may be a tuple, depending on an option
 
     def attend_rows(query: Tensor, key: Tensor, value: Tensor, layout: Layout, window: int | None) -> Tensor:
         if VARLEN not in layout.masks:
@@ -166,9 +171,9 @@ def _implementations(case: Case) -> Iterator[Attend]:
     yield attend_rows
 
 
-def _run_trials(case: Case, reference: Callable[..., Tensor]) -> Trial:
+def _run_trials(case: KernelCase, reference: Callable[..., Tensor]) -> KernelTrial:
     """Return the first implementation that computes the reference's results within the GPU's resources."""
-    problems = []
+    problems: list[str] = []
     # Outside of the caller's hooks for saved tensors, with which checkpointing would count the tensors of the trial.
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t), torch.set_grad_enabled(case.tracked):
         try:
@@ -176,17 +181,17 @@ def _run_trials(case: Case, reference: Callable[..., Tensor]) -> Trial:
                 before = set(map(id, compiled_modules()))
                 problem = _difference(implementation, case, reference)
                 modules = [module for module in compiled_modules() if id(module) not in before]
-                if problem is None:
-                    problem = _excess(modules, case, implementation)
-                if problem is None:
-                    return Trial(implementation, problems[0] if problems else None)
-                problems.append(problem)
+                if (excess := _excess(modules, case, implementation) if problem is None else problem) is None:
+                    return KernelTrial(implementation, problems[0] if problems else None)
+                problems.append(excess)
+                if problem is not None and OUT_OF_RESOURCES not in problem:
+                    break  # smaller blocks would fail too
         except Exception as error:  # this version of torch does not have the kernel
             problems.append(_failure_message(error))
-    return Trial(None, problems[0])
+    return KernelTrial(None, problems[0])
 
 
-def _difference(implementation: Attend, case: Case, reference: Callable[..., Tensor]) -> str | None:
+def _difference(implementation: Attend, case: KernelCase, reference: Callable[..., Tensor]) -> str | None:
     """Run a trial tree and return how its results differ from the reference, or None if they agree."""
     lengths, parents = SHORT_TREE if case.short else LONG_TREE
     layout = Layout.of_lengths(lengths, parents if case.kernel == FLEX else None)
@@ -218,7 +223,7 @@ def _with_gradients(attention: Callable[..., Tensor], inputs: list[Tensor]) -> l
     return [out.detach(), *torch.autograd.grad(out, leaves, output_gradient)]
 
 
-def _excess(modules: list[Any], case: Case, implementation: Attend) -> str | None:
+def _excess(modules: list[Any], case: KernelCase, implementation: Attend) -> str | None:
     """Return how the Triton kernels of new compiled modules exceed the GPU's resources, or None if they do not.
 
     Without a new module, the code is that of the other length class, and so is the result.
@@ -246,5 +251,5 @@ def _excess_of_kernels(modules: list[Any], device: torch.device) -> str | None:
 def _failure_message(error: Exception) -> str:
     """Return the exception's type and the first line of its message, or the line about resources if there is one."""
     lines = str(error).splitlines() or [""]
-    line = next((line for line in lines if "out of resource" in line), lines[0])
+    line = next((line for line in lines if OUT_OF_RESOURCES in line), lines[0])
     return f"{type(error).__name__}: {line[:140]}"

@@ -201,8 +201,11 @@ def mark_dynamic(tensor: Tensor, dim: int) -> None:
 
 def compile_errors() -> tuple[type[Exception], ...]:
     """Return the exception types of torch.compile. Importing them is slow, so call this only after a failure."""
-    names = ("_dynamo.exc.TorchDynamoException", "_dynamo.exc.FailOnRecompileLimitHit")
-    return tuple(filter(None, (look_up(torch, name) for name in names))) or (RuntimeError,)
+    failed, exceeded = (
+        look_up(torch, "_dynamo.exc.TorchDynamoException"),
+        look_up(torch, "_dynamo.exc.FailOnRecompileLimitHit"),
+    )
+    return tuple(filter(None, (failed, exceeded))) or (RuntimeError,)
 
 
 def inductor_backend() -> Callable[..., Any]:
