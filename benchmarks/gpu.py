@@ -115,7 +115,7 @@ def deltaw_seconds(job: dict[str, Any], tokens: torch.Tensor) -> tuple[list[floa
 
     from deltaw.data.example import Example
     from deltaw.hub.loading import load
-    from deltaw.kernels import attention
+    from deltaw.kernels import gpu_attention
     from deltaw.lora import LoRAConfig, adapter_parameters, attach
     from deltaw.runtime.packed import packed_rows
     from deltaw.training.batchers import BatcherOptions, choose_causal_batcher
@@ -123,7 +123,7 @@ def deltaw_seconds(job: dict[str, Any], tokens: torch.Tensor) -> tuple[list[floa
     from deltaw.training.loop import train
 
     if job.get("tiles"):
-        attention.DEVICES = ()
+        gpu_attention.DEVICES = ()
     model = load(job["reference"], precision="bf16", device=job["device"], log=lambda line: None).model
     labels = np.ones(tokens.shape[1], bool)
     rows = [Example(n, row.numpy().astype(np.int32), labels, 0, None) for n, row in enumerate(tokens)]
@@ -141,7 +141,7 @@ def deltaw_seconds(job: dict[str, Any], tokens: torch.Tensor) -> tuple[list[floa
             batch_size=len(rows),
             on_step=lambda step: seconds.append(step.seconds),
         )
-    return seconds, attention.notes()
+    return seconds, gpu_attention.notes()
 
 
 def peft_seconds(job: dict[str, Any], tokens: torch.Tensor) -> tuple[list[float], list[str]]:

@@ -26,7 +26,7 @@ from deltaw.hub.folders import config_folder, resolve
 from deltaw.hub.loading import LoadedModel, check_architecture, load
 from deltaw.hub.packages import is_package_reference
 from deltaw.hub.sentence_layout import layout_files
-from deltaw.kernels import loader
+from deltaw.kernels import compiled, gpu_attention, loader
 from deltaw.lora.attachment import count_parameters
 from deltaw.machine.choices import UNTESTED_GPU, Choice, choose_device, choose_precision
 from deltaw.machine.memory import memory_limit_bytes, peak_resident_bytes, release_free_memory
@@ -404,6 +404,10 @@ class _RunCallback(Callback):
         self.clock.add("training", step.seconds)
         self.folder.write_metrics(step.as_dict())
         self.callback.on_step(step)
+        for line in [*gpu_attention.notes(), *compiled.notes()]:  # kernels are tried when a shape first occurs
+            if line not in self.session.notes:
+                self.session.notes.append(line)
+                self.callback.on_line(line)
         with self.clock.part("evaluating"):
             evaluation = self.monitor.on_step(step)
         self._finish_step(step.step, evaluation)

@@ -48,7 +48,7 @@ CHUNK_BYTES = 32 * 2**20
 DEVICE_CHUNK_BYTES = {"cuda": 256 * 2**20}
 # Bytes and minimum rows of a chunk of a frozen head. Each chunk reads and rearranges the weight, which costs as much
 # as about thirty rows.
-FROZEN_CHUNK_BYTES, FROZEN_CHUNK_ROWS = 24 * 2**20, 256
+FROZEN_CHUNK_BYTES, FROZEN_CHUNK_ROWS = {"cpu": 24 * 2**20, "cuda": 128 * 2**20}, 256
 # Rows of a chunk are padded to a multiple of this for matrix libraries.
 ROW_MULTIPLE = 16
 # Scale of gradients in fp16 between the forward pass, which computes them, and the backward pass.
@@ -148,7 +148,8 @@ class _FrozenHead:
 class _FrozenHeadLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: _FrozenHead) -> Tensor:
-        chunk = max(FROZEN_CHUNK_ROWS, FROZEN_CHUNK_BYTES // (hidden.element_size() * head.weight.shape[0]))
+        chunk_bytes = FROZEN_CHUNK_BYTES[hidden.device.type]
+        chunk = max(FROZEN_CHUNK_ROWS, chunk_bytes // (hidden.element_size() * head.weight.shape[0]))
         # Independent of requires_grad, so that log-probabilities with and without gradient are comparable.
         split = not isinstance(head.stored, BlockWeight) and can_sum_classes(hidden, head.weight, head.bias)
         losses, slopes = (_by_top_classes if split else _by_all_classes)(hidden, targets, head, chunk)
@@ -481,10 +482,11 @@ class CausalObjective(Objective):
             return cast(Tensor, outputs.flatten(0, 1).index_select(0, run.predictors))
 
     def _head_is_frozen(self) -> bool:
-        """True if the head is a frozen linear layer on a CPU."""
-        if type(self.head) not in (nn.Linear, BlockLinear) or self.head.weight.device.type != "cpu":
+        """True if the head is a frozen linear layer on a supported device."""
+        if type(self.head) not in (nn.Linear, BlockLinear) or self.head.weight.device.type not in FROZEN_CHUNK_BYTES:
             return False
-        return not any(p.requires_grad for p in self.head.parameters()) and not torch.is_autocast_enabled("cpu")
+        autocast = torch.is_autocast_enabled(self.head.weight.device.type)
+        return not autocast and not any(p.requires_grad for p in self.head.parameters())
 
     def _logits(self, rows: Tensor) -> Tensor:
         return final_logits(self.model, self.head(rows))

@@ -31,7 +31,7 @@ from deltaw.decoding.model import AdaptedModel
 from deltaw.decoding.opening import SessionSampler, verified_generator
 from deltaw.errors import UserError
 from deltaw.hub.loading import has_values
-from deltaw.kernels import attention, loader
+from deltaw.kernels import compiled, gpu_attention, loader
 from deltaw.lora.fingerprint import combine_digests, digest_tensor
 from deltaw.machine.choices import Choice, choose_device, choose_precision
 from deltaw.machine.kernel_choice import numerics_key
@@ -226,7 +226,7 @@ class Session:
     def lines(self) -> list[str]:
         """Return messages about batching, the code that the blocks run, and slow settings."""
         batcher, rows, num_steps = self.batcher, "padded rows", self.total_steps
-        lines = [*loader.notes(), *map(Detail, attention.notes())]
+        lines = [*loader.notes(), *gpu_attention.notes(), *compiled.notes()]
         if not batcher.padded:
             rows = "padding-free packing"
             with packed_rows(self.model):
