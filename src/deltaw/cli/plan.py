@@ -173,8 +173,10 @@ def _show(
     from deltaw.machine.memory import free_memory_bytes
     from deltaw.reports.plan import plan_report
 
-    device, free = plans[config.method].device, free_memory_bytes()
-    if device != "cpu":
+    device, free = plans[config.method].device, None
+    if device == "cpu":
+        free = free_memory_bytes()
+    else:
         from deltaw.training.planning.budget import available_bytes
 
         free = available_bytes(config, device)

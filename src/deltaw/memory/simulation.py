@@ -17,6 +17,7 @@ import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from deltaw.kernels.operators import simulated_device
 from deltaw.kernels.torch_private import (
     ENGINE,
     GROUPED_PRODUCT,
@@ -42,7 +44,7 @@ from deltaw.kernels.torch_private import (
 from deltaw.machine.memory import MAX_RETAINED_BYTES, trim_listeners
 from deltaw.memory.caching import Block, CachingAllocator, round_up
 from deltaw.memory.plan import KINDS, PHASES, Footprint, downsample
-from deltaw.memory.scratch import arena_bytes, scratch_bytes
+from deltaw.memory.scratch import arena_bytes, device_scratch_bytes, scratch_bytes
 
 # Cache of the results of operators by input shapes, since the layers of a model repeat the same operators.
 #
@@ -347,7 +349,7 @@ class MemoryTracker(DispatchMode):
         if func is torch.ops.aten.add.Tensor and phase == _BACKWARD and _called_by_engine(sys._getframe(1)):
             self._pending = (self._lifetime_of(args[0]), self._current_bytes)
         else:
-            self._update_peak(scratch_bytes(func, args) if self._allocator is None else 0)
+            self._update_peak((scratch_bytes if self._allocator is None else device_scratch_bytes)(func, args))
         if self._allocator is None:
             self._arenas = max(self._arenas, arena_bytes(func, args))
         self._timeline.append((phase, self._current_bytes))
@@ -747,6 +749,11 @@ def fake_tensors() -> Iterator[None]:
         _THREAD_STATE.is_open = False
 
 
+def with_index(device: str) -> str:
+    """Return ``cuda:0`` for ``cuda``. Without a CUDA build, torch cannot move a tensor to a device without index."""
+    return f"{device}:0" if device == "cuda" else device
+
+
 def _reported_device(tensor: Tensor) -> torch.device:
     device = getattr(_THREAD_STATE, "device", None)
     return Tensor.device.__get__(tensor) if device is None else device
@@ -758,12 +765,14 @@ def _on_device(device: str) -> Iterator[None]:
     if device == "cpu":
         yield
         return
-    kind, _, index = device.partition(":")
-    FakeTensor.device, _THREAD_STATE.device = property(_reported_device), torch.device(kind, int(index or 0))
+    # A card that is not here is assumed to have a build of torch that compiles kernels.
+    is_here = torch.cuda.is_available()
+    simulated_device.compiles = not is_here or (torch.version.cuda is not None and find_spec("triton") is not None)
+    FakeTensor.device, _THREAD_STATE.device = property(_reported_device), torch.device(with_index(device))
     try:
         yield
     finally:
-        _THREAD_STATE.device = None
+        _THREAD_STATE.device = simulated_device.compiles = None
         del FakeTensor.device
 
 

@@ -341,8 +341,9 @@ def _within_card(
             if smaller.required_bytes <= limit * (1 - FREE_SHARE):
                 return settings, smaller
     blocks = count_blocks(config, task)
-    for size in [size for size in sizes if size <= FILLING_TOKENS] or [config.train.tokens_per_pass]:
-        settings = config.with_train(tokens_per_pass=size)
+    changes = [{"tokens_per_pass": size} for size in sizes if size <= FILLING_TOKENS]
+    for change in changes or [{}]:
+        settings = config.with_train(**change)
         start = plan_run(settings, task, data, processes=processes)
         try:
             return within_memory(settings, task, data, start, limit, blocks, processes)

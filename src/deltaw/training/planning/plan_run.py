@@ -39,7 +39,7 @@ from deltaw.machine.memory import release_free_memory, resident_bytes, trim_memo
 from deltaw.machine.product_rates import provenance
 from deltaw.memory.caching import context_bytes, workspace_bytes
 from deltaw.memory.plan import OtherBytes, Plan, resident_parts
-from deltaw.memory.simulation import fake_tensors, simulate
+from deltaw.memory.simulation import fake_tensors, simulate, with_index
 from deltaw.memory.work import WorkCounter, kernel_bytes, warm_up
 from deltaw.methods.start import resolve_start
 from deltaw.progress import LogFunction, ignore_line, track_progress, use_listener
@@ -595,7 +595,7 @@ class FakeModel:
     def assemble(self, config: RunConfig, task: Task[Any], data: RunData) -> Session:
         """Return the run's session. Call it inside :func:`fake_tensors`."""
         candidates = () if self.kernels is None else self.kernels.approximations
-        options = {"device": self.device, "new_modules": self.new_modules, "candidates": candidates}
+        options = {"device": with_index(self.device), "new_modules": self.new_modules, "candidates": candidates}
         return assemble(config, task, data, self.model, **options)  # type: ignore[arg-type]
 
 
