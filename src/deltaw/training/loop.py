@@ -378,4 +378,7 @@ def _gradients(
 
 def _read(*numbers: Tensor | float) -> list[float]:
     """Copy a step's values to the host. This is the only device synchronization of a step."""
-    return [float(number) for number in numbers]
+    tensors = [number.detach() for number in numbers if isinstance(number, Tensor)]
+    one_device = len({tensor.device for tensor in tensors}) == 1
+    values = iter(torch.stack(tensors).tolist() if one_device else tensors)
+    return [float(next(values) if isinstance(number, Tensor) else number) for number in numbers]

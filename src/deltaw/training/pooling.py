@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from deltaw.data.packing import MicroBatch
 from deltaw.errors import UserError
 from deltaw.hub.sentence_layout import Pooling, SentenceLayout, parse_pooling, read_layout
+from deltaw.kernels.layout import to_device
 from deltaw.runtime.packed import one_row, without_cache
 from deltaw.training.microbatches import enter_batch
 
@@ -25,15 +26,15 @@ def pool(hidden: Tensor, rows: Sequence[np.ndarray], pooling: Pooling) -> Tensor
         rows: For each row, the (row length,) indices of its tokens. A token of a shared prefix counts for each row.
     """
     if pooling in ("first", "last"):
-        ends = torch.tensor([int(indices[0 if pooling == "first" else -1]) for indices in rows], device=hidden.device)
-        return hidden.index_select(0, ends)
-    token_indices = torch.from_numpy(np.concatenate(rows)).to(hidden.device)
+        ends = torch.tensor([int(indices[0 if pooling == "first" else -1]) for indices in rows])
+        return hidden.index_select(0, to_device(ends, hidden.device))
+    token_indices = to_device(torch.from_numpy(np.concatenate(rows)), hidden.device)
     counts = torch.tensor([len(indices) for indices in rows])
-    row_indices = torch.arange(len(rows)).repeat_interleave(counts).to(hidden.device)
+    row_indices = to_device(torch.arange(len(rows)).repeat_interleave(counts), hidden.device)
     weights = torch.ones(len(token_indices))
     if pooling == "weighted":
         weights = torch.cat([torch.arange(1.0, count + 1) for count in counts.tolist()])
-    weights = weights.to(hidden)
+    weights = to_device(weights, hidden.device).to(hidden.dtype)
     sums = hidden.new_zeros(len(rows), hidden.shape[1])
     sums = sums.index_add(0, row_indices, hidden.index_select(0, token_indices) * weights[:, None])
     return sums / hidden.new_zeros(len(rows)).index_add(0, row_indices, weights)[:, None]

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from deltaw.errors import UserError
+from deltaw.kernels.layout import to_device
 from deltaw.tasks.embedding.rows import TextGroup
 from deltaw.tasks.embedding.settings import EmbeddingSettings
 
@@ -72,7 +73,7 @@ class EmbeddingLayout:
         arrays = {name: torch.from_numpy(array) for name, array in numbers.items()}
         arrays["scores"] = torch.tensor([row.scores for row in rows], dtype=torch.float32)
         arrays["classes"] = torch.tensor([-1 if row.label is None else row.label for row in rows])
-        return cls(**{name: value.to(device) for name, value in arrays.items()})
+        return cls(**{name: to_device(value, device) for name, value in arrays.items()})
 
 
 VectorLoss: TypeAlias = Callable[[Tensor, EmbeddingLayout, EmbeddingSettings], Tensor]

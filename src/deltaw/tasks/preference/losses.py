@@ -61,7 +61,7 @@ class StepMetrics(MetricAccumulator):
 
     def add(self, losses: PairLosses) -> None:
         """Add a microbatch."""
-        pairs = losses.rewards.new_tensor(float(len(losses.losses)))
+        pairs = losses.rewards.new_full((), len(losses.losses))
         self._plus([losses.accuracies.sum(), *losses.rewards.sum(0), pairs])
 
     def means(self) -> dict[str, float]:

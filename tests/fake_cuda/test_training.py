@@ -1,0 +1,150 @@
+"""Runs with ``device: cuda`` on the fake device equal those on the CPU, in all tasks and methods.
+
+The CPU runs use compiled kernels, fused blocks and prefix trees, so the tests also compare the implementations.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import deltaw
+from deltaw.training.callbacks import Callback
+from tests.cli.conftest import call  # noqa: F401
+from tests.conftest import COLORS, deep_merge, write_rows
+from tests.fake_cuda.device import activity
+from tests.serving.encoder_models import write_bert
+from tests.training.runs import METHODS, adapter, assert_same_run, load_eval_rows, metrics, stopped_run
+
+TOLERANCE = {"rel": 1e-5, "abs": 1e-5}
+# Compared values of each step.
+COMPARED = ("loss", "gradient_norm", "margin", "reward")
+# Steps until a run has verified that its parameters change.
+WARM = 3
+
+
+class SynchronizationCounter(Callback):
+    """Counts synchronizations of the host up to each step."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def on_step(self, step) -> None:
+        self.counts.append(activity().synchronizations.total())
+
+    @property
+    def per_step(self) -> float:
+        """Synchronizations per step, without the first steps."""
+        counts = self.counts[WARM - 1 :]
+        return (counts[-1] - counts[0]) / (len(counts) - 1)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> dict[str, str]:
+    """Files of rows by task, and an encoder."""
+    folder = tmp_path_factory.mktemp("inputs")
+    words = [f"{color} {n}" for n, color in enumerate(COLORS)]
+    rows = {
+        "causal-lm": [{"prompt": f"paint it {c}", "completion": c[0]} for c in COLORS],
+        "preference": [{"prompt": f"paint it {c}", "chosen": c[0], "rejected": c[1:3]} for c in COLORS],
+        "rl": [{"prompt": f"say {n}"} for n in range(8)],
+        "distill": [{"prompt": f"say {n}", "completion": f"it is {n}"} for n in range(10)],
+        "embedding": [{"anchor": word, "positive": word[::-1]} for word in words],
+        "reranking": [{"query": w, "passages": [w[::-1], "no", "dots"], "labels": [1, 0, 0]} for w in words],
+        "sequence-classification": [{"text": word, "label": str(n % 2)} for n, word in enumerate(words)],
+    }
+    files = {task: str(write_rows(folder / f"{task}.jsonl", values)) for task, values in rows.items()}
+    (folder / "rewards.py").write_text(
+        "def early(completions, **columns):\n    return [sum(c < 'n' for c in t) / max(1, len(t)) for t in completions]\n"
+    )
+    return {**files, "bert": str(write_bert(folder / "bert")), "reward": f"{folder / 'rewards.py'}:early"}
+
+
+@pytest.fixture
+def run_on(settings, inputs, tmp_path):
+    """Train on a device and return the result."""
+
+    def run(
+        device: str, task: str = "causal-lm", callback: Callback | None = None, **changes
+    ) -> deltaw.runs.fit.Result:
+        config = settings(tmp_path / device, task=task, device=device, data={"train": inputs[task], "eval": 3})
+        config = deep_merge(config, {"train": {"max_steps": 6, "eval_every": 100}})
+        return deltaw.fit(deep_merge(config, changes), callback=callback)
+
+    return run
+
+
+def assert_equal_runs(cpu: Path, cuda: Path) -> None:
+    """Check that losses, metrics and adapters of two runs are equal up to rounding."""
+    for expected, actual in zip(metrics(cpu), metrics(cuda), strict=True):
+        values = [{key: line[key] for key in COMPARED if key in line} for line in (expected, actual)]
+        assert values[1] == pytest.approx(values[0], **TOLERANCE)
+    expected, actual = adapter(cpu), adapter(cuda)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: name + text)
+
+
+TASKS: dict[str, dict] = {
+    "causal-lm": {},
+    "preference": {"preference": {"loss": "dpo"}},
+    "distill": {"distill": {"prompt": "in rhymes", "max_new_tokens": 4}, "train": {"drift": False}},
+    "embedding": {},
+    "reranking": {"model": "bert"},
+    "sequence-classification": {"model": "bert"},
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_task_equals_cpu(task, run_on, inputs):
+    changes = dict(TASKS[task])
+    if changes.get("model") == "bert":
+        changes["model"] = inputs["bert"]
+    counter = SynchronizationCounter()
+    cpu, cuda = run_on("cpu", task, **changes), run_on("cuda", task, counter, **changes)
+    assert_equal_runs(cpu.output, cuda.output)
+    assert cuda.evaluation.metrics == pytest.approx(cpu.evaluation.metrics, **TOLERANCE, nan_ok=True)
+    assert counter.per_step <= 2
+
+
+@pytest.mark.parametrize("method", [*METHODS, "dora"])
+def test_method_equals_cpu(method, run_on):
+    changes = {"lora": {"dora": True}} if method == "dora" else METHODS[method]
+    counter = SynchronizationCounter()
+    cpu, cuda = run_on("cpu", **changes), run_on("cuda", callback=counter, **changes)
+    assert_equal_runs(cpu.output, cuda.output)
+    assert counter.per_step <= 2
+
+
+def test_rewards_train_and_resume_on_device(run_on, inputs, settings, tmp_path):
+    reward = {"functions": [inputs["reward"]], "group": 4, "max_new_tokens": 6, "loss": "grpo"}
+    result = run_on("cuda", "rl", reward=reward)
+    steps = metrics(result.output, "loss")
+    assert all(step["mismatch"] < 1e-5 for step in steps) and any(step["gradient_norm"] > 0 for step in steps)
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora": {"dropout": 0.2}}], ids=["plain", "dropout"])
+def test_resumed_run_is_bit_identical(changes, settings, inputs, tmp_path):
+    def config(name: str) -> dict:
+        train = {"max_steps": 6, "checkpoint_every": 1}
+        return settings(tmp_path / name, device="cuda", train=train, **changes)
+
+    whole, part = deltaw.fit(config("whole")).output, stopped_run(config("part"), 3)
+    torch.cuda.manual_seed(99)  # the random state must come from the checkpoint
+    torch.manual_seed(99)
+    assert deltaw.fit(resume=part).resumed_from_step == 3
+    assert_same_run(part, whole)
+
+
+def test_commands_on_device_equal_cpu(call, finished_run):  # noqa: F811
+    results = {}
+    for device in ("cpu", "cuda"):
+        options = ("--device", device, "--precision", "fp32", "--json")
+        generated = json.loads(call("generate", finished_run, "--prompt", "paint it", *options, status=0).out)
+        sampling = ("--temperature", "0.7", "--seed", "3")
+        sampled = json.loads(call("generate", finished_run, "--prompt", "paint", *sampling, *options, status=0).out)
+        evaluated = json.loads(call("eval", finished_run, *options, status=0).out)
+        results[device] = (generated, sampled, evaluated)
+    print(results)
