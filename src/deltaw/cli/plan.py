@@ -106,7 +106,7 @@ def command(
     from deltaw.training.planning.budget import settings_for_card
     from deltaw.training.planning.plan_run import plan_methods
 
-    config = settings_for_card(config, task, data, lines.append, processes)
+    config = settings_for_card(config, task, data, out.print_line, processes)
 
     def report_refusal(method: str, error: UserError) -> None:
         lines.append(f"{method}: {error.message}")
