@@ -6,6 +6,7 @@
 #   make vision           train a language model to answer questions about images
 #   make test             quick tests
 #   make test-slow        slow tests (see docs/development.md)
+#   make test-cuda        tests of devices on a fake CUDA device in host memory; needs a C++20 compiler
 #   make test-variants    quick tests with each kernel variant of this machine, with emulated tiles and without kernels,
 #                         with one and two threads; takes hours
 #   make test-oldest      tests with the oldest versions of the libraries that pyproject.toml allows
@@ -43,7 +44,7 @@ PYTEST  = OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pyte
 CSRC    := src/deltaw/kernels/csrc
 KERNELS := setup.py $(wildcard $(CSRC)/*)
 
-.PHONY: demo reward distill embedding vision test test-slow test-variants lint bench figures docs pages site sanitize \
+.PHONY: demo reward distill embedding vision test test-slow test-cuda test-variants lint bench figures docs pages site sanitize \
         sanitize-all sanitize-tiles kernels-arm kernels-windows kernels-windows-of wheels clean
 
 demo: $(VENV)/.run
@@ -78,6 +79,10 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(PYTEST) -m slow
+
+# A separate process, because the device must be installed before torch is imported.
+test-cuda: $(VENV)/.dev
+	$(PYTEST) -p tests.fake_cuda.plugin tests/fake_cuda tests/training/test_device.py $(ONLY)
 
 test-variants: $(VENV)/.dev
 	DELTAW_VARIANTS="$$($(VARIANTS) allowed)" $(BIN)/python setup.py --quiet build_ext --inplace

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from deltaw.kernels import attention
 from tests.fake_cuda import device
 
 HERE = Path(__file__).parent
@@ -17,11 +15,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not device.is_installed and HERE in item.path.parents:
             item.add_marker(pytest.mark.skip(reason="requires the fake CUDA device: make test-cuda"))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _no_compiled_attention() -> Iterator[None]:
-    """Do not try to compile FlexAttention, which the fake device cannot run."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(attention, "DEVICES", ())
-        yield

@@ -1,13 +1,10 @@
 """Steps on a device: the host synchronizes once, at the end of a step.
 
-The meta device simulates a slow device. Torch refuses to read a number from it, to copy a tensor from it, or to
-count its True elements. An operation that would synchronize with a CUDA device is therefore an error on any machine.
-The last tests need a CUDA device.
+Tests marked ``gpu`` need a CUDA device. ``make test-cuda`` runs them with the fake device of ``tests/fake_cuda``.
 """
 
 from __future__ import annotations
 
-import importlib
 from unittest import mock
 
 import numpy as np
@@ -42,13 +39,12 @@ def gpu_test(test):
 
 
 def build_on(device, family="llama", **lora):
-    """Return a tiny model, its trainable parameters and its objective. Tensors on the meta device have no values."""
-    model = causal_model(family).to("cpu" if device == "meta" else device)
+    """Return a tiny model, its trainable parameters and its objective."""
+    model = causal_model(family).to(device)
     method = LoRA(LoRAConfig(rank=4, alpha=8, **lora))
     method.prepare(model, seed=0)
     with method.evaluating(model):
         objective = CausalObjective(model)
-    model.to(device)
     return model, [p for _, p in method.parameters(model)], objective
 
 
@@ -59,61 +55,73 @@ def train_on(model, parameters, objective, rows=None, *, tokens=40, share=True, 
         return train(objective, parameters, rows or examples(8), batcher, learning_rate=1e-3, **options)
 
 
-@pytest.fixture
-def num_values_read(monkeypatch):
-    """Prepare training on the meta device and return a list of the number of values read at the end of each step."""
-    optimizers = importlib.import_module("torch.optim.optimizer")
-    supported = optimizers._get_fused_kernels_supported_devices()
-    monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: [*supported, "meta"])
-    read_counts: list[int] = []
-
-    def read(*numbers):
-        read_counts.append(len(numbers))
-        return [1.0] * len(numbers)
-
-    monkeypatch.setattr(loop, "_read", read)
-    return read_counts
-
-
 KINDS = {**{family: {"family": family} for family in ("llama", "qwen3", "gemma3", "gpt2")}, "dora": {"dora": True}}
 KINDS |= {"dropout": {"dropout": 0.1}, "bias": {"lora_bias": True}}
 KINDS |= {"activated": {"active": "completion", "invocation_tokens": INVOCATION}, "pairs": {}, "general answers": {}}
 KINDS |= {"apart": {}}
 
 
+@gpu_test
 @pytest.mark.parametrize("kind", KINDS)
-def test_packed_step_synchronizes_once(kind, num_values_read):
-    parts = _, _, objective = build_on("meta", **KINDS[kind])
+def test_step_synchronizes_once(kind, monkeypatch):
+    parts = _, _, objective = build_on("cuda", **KINDS[kind])
     rows, options = activated_rows() if kind == "activated" else examples(8), {"share": kind != "apart"}
     if kind == "pairs":
         objective.loss = Preference()
         rows = [RowGroup((rows[n], rows[n + 1])) for n in range(0, 8, 2)]
     elif kind == "general answers":  # their loss is read together with the others
-        batcher = CausalMicroBatcher(40, True, False, "meta")
+        batcher = CausalMicroBatcher(40, True, False, "cuda")
         options["add_gradients"] = GeneralRehearsal(objective, batcher, examples(3, seed=1), weight=0.5, seed=0)
-    assert train_on(*parts, rows, total_steps=2, **options).steps == 2 and num_values_read == [3, 3]
+    read, reads = loop._read, []
+
+    def allowed(*numbers):
+        torch.cuda.set_sync_debug_mode("default")
+        reads.append(len(numbers))
+        return read(*numbers)
+
+    def forbid_sync(step):
+        if step.step >= 3:  # the first steps compile and check each parameter
+            torch.cuda.set_sync_debug_mode("error")
+
+    monkeypatch.setattr(loop, "_read", allowed)
+    try:
+        train_on(*parts, rows, total_steps=6, on_step=forbid_sync, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert reads[-3:] == [3, 3, 3]
 
 
-def test_output_rows_on_device_are_not_read():
-    layout = Layout.of_lengths([5, 3], [-1, 0])
-    layout.device = torch.device("meta")
-    query, key = (torch.empty(n, 2, 4, device="meta") for n in (3, 8))
-    rows = torch.empty(3, dtype=torch.int64, device="meta")
-    out, saved = attend(query, key, key, layout, scaling=0.5, rows=rows)
-    grads = attend_backward(out, query, key, key, None, saved, layout, scaling=0.5, rows=rows)
-    assert out.shape == grads[0].shape == query.shape
-
-
-def test_meta_device_detects_synchronization(num_values_read):
-    model, parameters, objective = build_on("meta")
+@gpu_test
+def test_forbidden_synchronization_raises():
+    model, parameters, objective = build_on("cuda")
 
     class Synchronizing(CausalObjective):
         def __call__(self, batch):
-            return float(super().__call__(batch).detach())
+            loss = super().__call__(batch)
+            torch.cuda.set_sync_debug_mode("error")
+            return float(loss.detach())
 
     objective.__class__ = Synchronizing
-    with pytest.raises(RuntimeError, match="meta"):
-        train_on(model, parameters, objective, total_steps=1)
+    try:
+        with pytest.raises(RuntimeError, match="synchronizing CUDA operation"):
+            train_on(model, parameters, objective, total_steps=1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu_test
+def test_output_rows_on_device_are_not_read():
+    layout = Layout.of_lengths([5, 3], [-1, 0])
+    layout.device = torch.device("cuda")
+    query, key = (torch.randn(n, 2, 4, device="cuda") for n in (3, 8))
+    rows = torch.tensor([1, 4, 7], device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out, saved = attend(query, key, key, layout, scaling=0.5, rows=rows)
+        grads = attend_backward(out, query, key, key, None, saved, layout, scaling=0.5, rows=rows)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert out.shape == grads[0].shape == query.shape
 
 
 SHAPE = Shape.of(rows=3, units=6, width=2, dtype=torch.float32)
@@ -154,26 +162,6 @@ def test_device_copy_requires_enough_memory(monkeypatch):
     for free, expected in ((1000, "a copy"), (100, inner)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
         assert with_device_copy(inner, torch.device("cuda")) is expected
-
-
-@gpu_test
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_gpu_step_synchronizes_once(family, monkeypatch):
-    read = loop._read
-
-    def allowed(*numbers):
-        torch.cuda.set_sync_debug_mode("default")
-        return read(*numbers)
-
-    def forbid_sync(step):
-        if step.step >= 3:  # the first steps compile and check each parameter
-            torch.cuda.set_sync_debug_mode("error")
-
-    monkeypatch.setattr(loop, "_read", allowed)
-    try:
-        train_on(*build_on("cuda", family), total_steps=6, on_step=forbid_sync)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @gpu_test
