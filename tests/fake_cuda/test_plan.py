@@ -31,9 +31,11 @@ def rows(tmp_path_factory) -> dict[str, str]:
     """Rows whose activations are larger than the tiny model."""
     folder, text = tmp_path_factory.mktemp("rows"), " ".join(COLORS)
     return {
-        "causal-lm": str(write_rows(folder / "texts.jsonl", [{"prompt": text, "completion": text}] * 40)),
+        "causal-lm": str(
+            write_rows(folder / "texts.jsonl", [{"prompt": f"{text} {n}", "completion": text} for n in range(10, 50)])
+        ),
         "sequence-classification": str(
-            write_rows(folder / "labels.jsonl", [{"text": text, "label": str(n % 2)} for n in range(40)])
+            write_rows(folder / "labels.jsonl", [{"text": f"{text} {n}", "label": str(n % 2)} for n in range(10, 50)])
         ),
     }
 
@@ -44,7 +46,7 @@ def train_on_card(settings, rows, tmp_path):
 
     def train(task: str = "causal-lm", total: int | None = None, **changes):
         train = {"batch_size": 16, "max_steps": 3, "drift": False, **changes.pop("train", {})}
-        output = tmp_path / f"{task}-{total}"
+        output = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
         config = settings(
             output, task=task, device="cuda", data={"train": rows[task], "eval": 3}, train=train, **changes
         )

@@ -769,11 +769,13 @@ def _on_device(device: str) -> Iterator[None]:
     is_here = torch.cuda.is_available()
     simulated_device.compiles = not is_here or (torch.version.cuda is not None and find_spec("triton") is not None)
     FakeTensor.device, _THREAD_STATE.device = property(_reported_device), torch.device(with_index(device))
+    # Checkpointing saves the random state of the device with this index.
+    FakeTensor.get_device = lambda tensor: -1 if (index := tensor.device.index) is None else index
     try:
         yield
     finally:
         _THREAD_STATE.device = simulated_device.compiles = None
-        del FakeTensor.device
+        del FakeTensor.device, FakeTensor.get_device
 
 
 def simulate(
