@@ -5,7 +5,9 @@ are those of its allocator and not of a GPU. Each model is trained twice: by def
 the memory that the first plan requires. The second run has to choose smaller microbatches or activation checkpointing,
 and fails if it allocates more than the card has.
 
-    python benchmarks/gpu_memory.py                   # eight models, about 20 minutes on 1 core
+The models have random weights, 32,000 tokens and small blocks.
+
+    python benchmarks/gpu_memory.py                   # nine models, about 20 minutes on 1 core
     python benchmarks/gpu_memory.py --only llama      # models whose name matches a regular expression
     python benchmarks/gpu_memory.py --json out.json --models DIR
 """
@@ -24,19 +26,21 @@ from statistics import fmean
 
 from machine import print_machine
 from memory import create_model_in_process, error, settings_of
+from memory_models import DECODERS, ENCODERS, SIZE
 
-# model, method, settings
-RUNS: list[tuple[str, str, dict]] = [
-    ("llama", "lora", {"train.batch_size": 32}),
-    ("qwen2", "lora", {"train.batch_size": 16}),
-    ("qwen3", "lora", {"train.batch_size": 16}),
-    ("gemma2", "lora", {"train.batch_size": 16}),
-    ("phi3", "lora", {"data": "sql", "train.batch_size": 4}),
-    ("gpt2", "lora", {"train.batch_size": 32}),
-    ("smollm2", "lora", {"train.batch_size": 16}),
-    ("bert", "lora", {"train.batch_size": 32}),
-    ("mixtral", "lora", {"train.batch_size": 16}),
+# Model and settings.
+RUNS: list[tuple[str, dict]] = [
+    ("llama", {"train.batch_size": 32}),
+    ("qwen2", {"train.batch_size": 16}),
+    ("qwen3", {"data": "sql", "train.batch_size": 4}),
+    ("gemma2", {"train.batch_size": 16}),
+    ("phi3", {"train.batch_size": 16}),
+    ("gpt2", {"train.batch_size": 32}),
+    ("smollm2", {"train.batch_size": 8}),
+    ("bert", {"train.batch_size": 32}),
+    ("mixtral", {"train.batch_size": 16}),
 ]
+VOCABULARY = 32_000
 
 
 def main() -> None:
@@ -49,7 +53,8 @@ def main() -> None:
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        print(json.dumps(measure(**json.load(sys.stdin))))
+        order = json.load(sys.stdin)
+        print(json.dumps(measure(**order) if "settings" in order else make(**order)))
         return
     with tempfile.TemporaryDirectory() as scratch:
         print_machine()
@@ -57,14 +62,21 @@ def main() -> None:
         print("| model | card | microbatches | checkpointing | planned | measured | error | reserved |")
         print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
         rows: list[dict] = []
-        for model, method, changes in RUNS:
+        for model, changes in RUNS:
             if not re.search(arguments.only, model):
                 continue
-            reference = create_model_in_process(model, arguments.models or Path(scratch) / "models")
-            settings = settings_of(model, method, changes, reference, arguments.steps, Path(scratch) / "run")
+            models = arguments.models or Path(scratch) / "models"
+            is_published = model == "smollm2"
+            tokenizer = create_model_in_process("smollm2" if is_published else "llama", models)
+            reference = tokenizer if is_published else str(models / f"small-{model}")
+            settings = settings_of(model, "lora", changes, reference, arguments.steps, Path(scratch) / "run")
+            settings["data"]["eval"], settings["train"]["samples"] = 4, 0
             settings["device"], limit = "cuda", None
+            if not is_published and not Path(reference).exists():
+                run_child({"model": model, "folder": reference, "tokenizer": tokenizer})
             for _ in range(2):
-                row = {"model": model, "settings": changes, "limit": limit, **child(settings, limit)}
+                measured = run_child({"settings": settings, "limit": limit})
+                row = {"model": model, "settings": changes, "limit": limit, **measured}
                 shutil.rmtree(settings["output"], ignore_errors=True)
                 rows.append(row)
                 print(format_row(row), flush=True)
@@ -84,15 +96,32 @@ def format_row(row: dict) -> str:
     return f"| {row['model']} | {card} | {choices} | {sizes} | {row['reserved'] / 1e6:.0f} |"
 
 
-def child(settings: dict, limit: int | None) -> dict:
-    """Measure one run in a new process."""
+def run_child(order: dict) -> dict:
+    """Create a model or measure one run in a new process."""
     command = [sys.executable, __file__, "--child"]
-    order = json.dumps({"settings": settings, "limit": limit})
-    done = subprocess.run(command, input=order, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, input=json.dumps(order), capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr[-4000:])
     result: dict = json.loads(done.stdout.splitlines()[-1])
     return result
+
+
+def make(model: str, folder: str, tokenizer: str) -> dict:
+    """Create a model with random weights (runs in the child process)."""
+    import torch
+    import transformers
+
+    if model in ENCODERS:
+        kind, settings = f"{ENCODERS[model][0]}Model", f"{ENCODERS[model][0]}Config"
+        extra: dict = {**SIZE, "intermediate_size": 2048, "pad_token_id": 0, "max_position_embeddings": 514}
+    else:
+        kind, settings, _, _, extra = DECODERS[model]
+        kind = f"{kind}Model" if kind.endswith("LMHead") else f"{kind}ForCausalLM"
+        extra = {**extra, "bos_token_id": 1, "eos_token_id": 2}
+    config = getattr(transformers, settings)(vocab_size=VOCABULARY, **extra)
+    getattr(transformers, kind)(config).to(torch.bfloat16).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    return {}
 
 
 def measure(settings: dict, limit: int | None) -> dict:
@@ -109,6 +138,9 @@ def measure(settings: dict, limit: int | None) -> dict:
     from deltaw.runs.fit import fit
     from deltaw.settings.config import RunConfig
 
+    for name, module in list(sys.modules.items()):  # the device cannot run compiled kernels
+        if name.startswith("deltaw.kernels.") and hasattr(module, "DEVICES"):
+            module.DEVICES = ()
     result = fit(RunConfig.read(settings))
     assert result.plan is not None
     written = re.search(r"checkpointing: (\S+)", (result.output / "run.yaml").read_text())

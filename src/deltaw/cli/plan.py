@@ -80,8 +80,6 @@ def command(
     size = None if budget is None else parse_bytes(budget)
     seconds = None if time_budget is None else _parse_duration(time_budget)
     cached = load_cached_plans(config, names, processes) if size is None and seconds is None else None
-    if cached is not None and any(plan.device != "cpu" for plan in cached.plans.values()):
-        cached = None  # settings are chosen for the card
     if cached is not None:
         plans = {name: plan.per_process(processes, config.train.sharding) for name, plan in cached.plans.items()}
         _show(plans, config, processes, cached.lines, out)
@@ -108,10 +106,14 @@ def command(
 
     config = settings_for_card(config, task, data, out.print_line, processes)
 
-    def report_refusal(method: str, error: UserError) -> None:
-        lines.append(f"{method}: {error.message}")
-
-    plans = plan_methods(config, task, data, names, on_error=report_refusal, processes=processes)
+    plans = plan_methods(
+        config,
+        task,
+        data,
+        names,
+        on_error=lambda method, error: lines.append(f"{method}: {error.message}"),
+        processes=processes,
+    )
     if not plans:
         hint = "start deltaw train anyway: it works without a plan"
         raise UserError("no method can be planned", location=config.model, hint=hint)
@@ -170,16 +172,10 @@ def _show(
     plans: Mapping[str, Plan], config: RunConfig, processes: int, lines: Sequence[str], out: TerminalOutput
 ) -> None:
     """Print the report, and lines about the rows."""
-    from deltaw.machine.memory import free_memory_bytes
+    from deltaw.memory.plan import available_bytes
     from deltaw.reports.plan import plan_report
 
-    device, free = plans[config.method].device, None
-    if device == "cpu":
-        free = free_memory_bytes()
-    else:
-        from deltaw.training.planning.budget import available_bytes
-
-        free = available_bytes(config, device)
+    free = available_bytes(config.memory, plans[config.method].device)
     out.print(plan_report(plans, config.method, free, processes))
     if len(plans) == 1:
         out.print("other methods: --methods all; settings for less memory: --fit-memory 2GB")

@@ -198,13 +198,6 @@ def assumed_cards() -> Iterator[None]:
         _ASSUMES_CARDS.reset(token)
 
 
-def card_memory(device: str) -> tuple[int, int] | None:
-    """Return the free and the total bytes of a CUDA device, or None if it is not on this machine."""
-    import torch
-
-    return torch.cuda.mem_get_info(device) if torch.cuda.is_available() else None
-
-
 def choose_device(requested: str = "auto") -> Choice[str]:
     """Return the device to compute on: ``cuda``, ``cuda:N``, ``mps`` or ``cpu``.
 

@@ -3,100 +3,60 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from dataclasses import dataclass
-
-import torch
 
 # From CUDACachingAllocator.cpp.
-BLOCK, SMALL, MIB = 512, 2**20, 2**20
-SMALL_SEGMENT, LARGE_SEGMENT, OWN_SEGMENT, SEGMENT_MULTIPLE = 2 * MIB, 20 * MIB, 10 * MIB, 2 * MIB
-# Approximate size of a CUDA context with torch's kernels and libraries.
-CONTEXT_BYTES = 500 * MIB
-# Default size of a cuBLAS workspace: on Hopper and later, and before (4096 KiB twice and 16 KiB eight times).
-WORKSPACE_BYTES = (32 * MIB, 8320 * 1024)
-
-
-def context_bytes() -> int:
-    """Return the size of a CUDA context, or 0 for a simulated device in torch's CPU build."""
-    return 0 if torch.version.cuda is None and torch.cuda.is_available() else CONTEXT_BYTES
-
-
-def workspace_bytes(device: str) -> int:
-    """Return the bytes of cuBLAS workspaces: one for the forward and one for the backward thread."""
-    if not context_bytes():
-        return 0
-    is_new = not torch.cuda.is_available() or torch.cuda.get_device_capability(device)[0] >= 9
-    return 2 * WORKSPACE_BYTES[0 if is_new else 1]
-
-
-def round_up(size: int, multiple: int = BLOCK) -> int:
-    """Return ``size`` rounded up to a multiple."""
-    return -(-size // multiple) * multiple
-
-
-@dataclass(slots=True, eq=False)
-class Block:
-    """Part of a segment, in use or free, with its neighbors."""
-
-    size: int
-    number: int
-    is_small: bool
-    is_used: bool = False
-    before: Block | None = None
-    after: Block | None = None
+BLOCK, MIB = 512, 2**20
+SMALL, SMALL_SEGMENT, LARGE_SEGMENT, OWN_SEGMENT, SEGMENT_MULTIPLE = MIB, 2 * MIB, 20 * MIB, 10 * MIB, 2 * MIB
 
 
 class CachingAllocator:
-    """Allocator that never returns a segment, so that :attr:`reserved_bytes` is an upper bound.
-
-    torch returns unused segments only if the device has no memory left.
+    """Allocator that never returns a segment. torch does so only if the device has no memory left.
 
     Attributes:
         reserved_bytes: Bytes of all segments.
     """
 
     def __init__(self) -> None:
-        self.reserved_bytes = self._count = 0
-        self._free: dict[bool, list[tuple[int, int, Block]]] = {True: [], False: []}
+        self.reserved_bytes = self._end = 0
+        # Free blocks: (size, start) by pool, the size by the start, and the start by the end.
+        self._pools: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
+        self._sizes, self._starts = dict[int, int](), dict[int, int]()
 
-    def allocate(self, size: int) -> Block:
-        """Allocate the smallest free block that is large enough, or one in a new segment."""
-        size = max(BLOCK, round_up(size))
-        is_small = size <= SMALL
-        free = self._free[is_small]
-        if (index := bisect_left(free, (size, 0))) < len(free):
-            block = free.pop(index)[2]
+    def allocate(self, size: int) -> tuple[int, int]:
+        """Return the start and the size of a block for ``size`` bytes. Small remainders of a block are not split."""
+        size = -(-size // BLOCK) * BLOCK
+        pool, rest_to_split = self._pools[size <= SMALL], BLOCK if size <= SMALL else SMALL + 1
+        if (index := bisect_left(pool, (size, 0))) < len(pool):
+            total, start = pool[index]
+            self._take(start, size <= SMALL)
         else:
-            own = SMALL_SEGMENT if is_small else LARGE_SEGMENT
-            block = self._block(own if size < OWN_SEGMENT else round_up(size, SEGMENT_MULTIPLE), is_small)
-            self.reserved_bytes += block.size
-        if (rest := block.size - size) >= (BLOCK if is_small else SMALL + 1):
-            tail = self._block(rest, is_small)
-            tail.before, tail.after, block.after, block.size = block, block.after, tail, size
-            if tail.after is not None:
-                tail.after.before = tail
-            self._add(tail)
-        block.is_used = True
-        return block
+            own = -(-size // SEGMENT_MULTIPLE) * SEGMENT_MULTIPLE
+            total, start = SMALL_SEGMENT if size <= SMALL else LARGE_SEGMENT if size < OWN_SEGMENT else own, self._end
+            self._end += total + BLOCK  # blocks of different segments are not neighbors
+            self.reserved_bytes += total
+        if total - size >= rest_to_split:
+            self._add(start + size, total - size, size <= SMALL)
+            total = size
+        return start, total
 
-    def free(self, block: Block) -> None:
+    def free(self, start: int, size: int) -> None:
         """Free a block and merge it with free neighbors."""
-        block.is_used = False
-        for first, second in ((block, block.after), (block.before, block)):
-            if first is None or second is None or first.is_used or second.is_used:
-                continue
-            neighbor = second if first is block else first
-            free = self._free[block.is_small]
-            del free[bisect_left(free, (neighbor.size, neighbor.number))]
-            first.size, first.after = first.size + second.size, second.after
-            if first.after is not None:
-                first.after.before = first
-            block = first
-        self._add(block)
+        is_small = size <= SMALL
+        if start + size in self._sizes:
+            size += self._take(start + size, is_small)
+        if start in self._starts:
+            before = self._starts[start]
+            start, size = before, size + self._take(before, is_small)
+        self._add(start, size, is_small)
 
-    def _block(self, size: int, is_small: bool) -> Block:
-        self._count += 1
-        return Block(size, self._count, is_small)
+    def _take(self, start: int, is_small: bool) -> int:
+        """Remove a free block and return its size."""
+        size = self._sizes.pop(start)
+        del self._starts[start + size]
+        pool = self._pools[is_small]
+        del pool[bisect_left(pool, (size, start))]
+        return size
 
-    def _add(self, block: Block) -> None:
-        insort(self._free[block.is_small], (block.size, block.number, block))
+    def _add(self, start: int, size: int, is_small: bool) -> None:
+        insort(self._pools[is_small], (size, start))
+        self._sizes[start], self._starts[start + size] = size, start

@@ -13,8 +13,11 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from deltaw.errors import UserError
+from deltaw.machine.cards import card_memory, context_bytes, workspace_bytes
+from deltaw.machine.memory import free_memory_bytes
 
 KINDS = (
     "weights",  # frozen parameters and buffers
@@ -70,12 +73,6 @@ def downsample(timeline: list[tuple[int, int]], points: int = 400) -> tuple[tupl
 # Memory fragmentation, relative to the tensors that are allocated and freed within a step. It is a property of glibc's
 # allocation strategy and does not depend on version or processor.
 ALLOCATOR_SLACK = 0.06
-
-
-def allocator_slack(device: str) -> float:
-    """Return the share of a step's tensors that the allocator of the device adds to its peak."""
-    return ALLOCATOR_SLACK if device == "cpu" else 0.0
-
 
 # A few long rows are reported if they cause at least this share of the process's memory.
 LONG_ROWS_SHARE = 0.15
@@ -172,7 +169,9 @@ class Plan:
         """
         share = 1 - tokens / max(1, self.tokens)
         microbatch_bytes = sum(self.parts[part] for part in ("activations", "logits", "batch", "workspace"))
-        training = self.phases["training"] - int(share * (1 + allocator_slack(self.device)) * microbatch_bytes)
+        training = self.phases["training"] - int(
+            share * (1 + ALLOCATOR_SLACK * (self.device == "cpu")) * microbatch_bytes
+        )
         others = [size for phase, size in self.phases.items() if phase != "training"]
         saves = self.peak_resident_bytes - max(training, *others)
         if saves < LONG_ROWS_SHARE * self.peak_resident_bytes:
@@ -296,6 +295,20 @@ class FittingTime:
         return {**values, **{name: getattr(self.plan, name) for name in names}}
 
 
+def available_bytes(memory: str | None, device: str) -> int | None:
+    """Return the memory that a run may use: on CUDA the setting ``memory``, else the free memory of the device.
+
+    Returns:
+        None if the device is a card that is not on this machine and ``memory`` is not set.
+    """
+    if device == "cpu":
+        return free_memory_bytes()
+    if memory is not None:
+        return parse_bytes(memory, location="memory")
+    # The context already exists when the free memory is read, and plans contain it.
+    return None if (card := card_memory(device)) is None else card[0] + context_bytes()
+
+
 @dataclass(frozen=True)
 class OtherBytes:
     """Memory of a run in bytes, in addition to its tensors and its process before the model is loaded.
@@ -335,7 +348,7 @@ def resident_parts(
     Returns:
         Bytes by part, which add up to the peak, and bytes by phase.
     """
-    kinds, slack = footprint.parts, allocator_slack(device)
+    kinds, slack = footprint.parts, ALLOCATOR_SLACK * (device == "cpu")
     permanent = sum(kinds[kind] for kind in ("weights", "trained", "optimizer", "gradients"))
     training = {
         "process": process_bytes,
@@ -357,6 +370,28 @@ def resident_parts(
         base_bytes = process_bytes + permanent - kinds["gradients"] - other.unread + training["kernels"] + other.decoder
         phases["rollouts"] = base_bytes + int((1 + slack) * other.rollouts)
     return _with_excess(training, phases), phases
+
+
+def memory_fields(footprint: Footprint, process_bytes: int, other: OtherBytes, device: str) -> dict[str, Any]:
+    """Return the fields of a plan that describe the memory of a run, by name.
+
+    Args:
+        footprint: Footprint of the run's tensors.
+        process_bytes: Main memory of the process before the model is loaded.
+        other: Further memory.
+        device: Device of the run.
+    """
+    fields: dict[str, Any] = {"parts": footprint.parts, "phase": footprint.phase, "module": footprint.module}
+    fields |= {"activations": footprint.activations_by_module, "timeline": footprint.timeline, "device": device}
+    if device != "cpu":
+        weights = footprint.parts["weights"] + other.mapped + other.features
+        fields["host_bytes"] = max(other.reading, process_bytes + weights)
+        fields["overhead"] = {"allocator": footprint.retained_bytes, "context": context_bytes()}
+        footprint, process_bytes = dataclasses.replace(footprint, retained_bytes=0), 0
+        other = OtherBytes(decoder=other.decoder, rollouts=other.rollouts, kernels=workspace_bytes(device))
+    resident, phases = resident_parts(footprint, process_bytes, other, device)
+    sizes = {"peak_bytes": footprint.peak_bytes, "peak_resident_bytes": sum(resident.values())}
+    return {**fields, **sizes, "resident": resident, "phases": phases}
 
 
 def _with_excess(training: Mapping[str, int], phases: Mapping[str, int]) -> dict[str, int]:

@@ -17,7 +17,6 @@ import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -31,6 +30,8 @@ from deltaw.kernels.torch_private import (
     ENGINE,
     GROUPED_PRODUCT,
     LOCAL_SCALAR,
+    PIN_MEMORY,
+    TO_COPY,
     DispatchMode,
     FakeTensor,
     FakeTensorMode,
@@ -41,8 +42,9 @@ from deltaw.kernels.torch_private import (
     tree_map_only,
     without_dispatch,
 )
+from deltaw.machine.cards import compiles_kernels
 from deltaw.machine.memory import MAX_RETAINED_BYTES, trim_listeners
-from deltaw.memory.caching import Block, CachingAllocator, round_up
+from deltaw.memory.caching import CachingAllocator
 from deltaw.memory.plan import KINDS, PHASES, Footprint, downsample
 from deltaw.memory.scratch import arena_bytes, device_scratch_bytes, scratch_bytes
 
@@ -235,7 +237,7 @@ class _StorageLifetime:
     """Lifetime of one storage. Times are numbers of operators since the start.
 
     Attributes:
-        bytes: Size in bytes.
+        bytes: Size of the block in bytes. On the CPU it is that of the storage.
         allocated_at: Time of the allocation.
         phase: Phase of the allocation.
         module: Module that allocated the storage.
@@ -243,7 +245,8 @@ class _StorageLifetime:
         recomputed: True if a module's forward allocated it during a backward pass (activation checkpointing).
         freed_at: Time when it was freed, or None if it is alive.
         saved_for_backward: True if it was alive when the backward pass of its forward pass started.
-        block: Block of the device's allocator, or None on the CPU.
+        storage_bytes: Size of the storage in bytes.
+        start: Address of the block on a device.
     """
 
     bytes: int
@@ -254,7 +257,8 @@ class _StorageLifetime:
     recomputed: bool
     freed_at: int | None = None
     saved_for_backward: bool = False
-    block: Block | None = None
+    storage_bytes: int = 0
+    start: int = 0
 
 
 class MemoryTracker(DispatchMode):
@@ -361,26 +365,22 @@ class MemoryTracker(DispatchMode):
         entry = self._alive.get(id(storage))
         if entry is None or entry[0]() is not storage:
             return None
-        life, size = entry[1], self._size_of(storage)
-        if size != life.bytes:
+        life, size = entry[1], storage.nbytes()
+        if size != life.storage_bytes:
             self._free(life)
-            life.bytes = size
-            self._allocate(life)
+            self._allocate(life, size)
         return life
 
-    def _size_of(self, storage: torch.UntypedStorage) -> int:
-        return storage.nbytes() if self._allocator is None else round_up(storage.nbytes())
-
-    def _allocate(self, life: _StorageLifetime) -> None:
+    def _allocate(self, life: _StorageLifetime, size: int) -> None:
+        life.storage_bytes = life.bytes = size
+        if self._allocator is not None and size:
+            life.start, life.bytes = self._allocator.allocate(size)
         self._add_bytes(life.bytes)
-        if self._allocator is not None and life.bytes:
-            life.block = self._allocator.allocate(life.bytes)
 
     def _free(self, life: _StorageLifetime) -> None:
         self._add_bytes(-life.bytes)
-        if self._allocator is not None and life.block is not None:
-            self._allocator.free(life.block)
-            life.block = None
+        if self._allocator is not None and life.bytes:
+            self._allocator.free(life.start, life.bytes)
 
     def _add_bytes(self, size: int) -> None:
         """Add the bytes of a new storage, or subtract those of a freed storage."""
@@ -394,9 +394,7 @@ class MemoryTracker(DispatchMode):
         key, has_classes = id(storage), tensor.dim() and tensor.shape[-1] in self._vocabularies
         kind = "logits" if has_classes and tensor.is_floating_point() else "workspace"
         recomputed = bool(self._stack) and self._phase == _BACKWARD
-        life = _StorageLifetime(
-            self._size_of(storage), self._operator_index, self._phase, self._module(), kind, recomputed
-        )
+        life = _StorageLifetime(0, self._operator_index, self._phase, self._module(), kind, recomputed)
 
         def on_freed(reference: weakref.ref[torch.UntypedStorage]) -> None:
             life.freed_at = self._operator_index
@@ -407,7 +405,7 @@ class MemoryTracker(DispatchMode):
 
         self._alive[key] = (weakref.ref(storage, on_freed), life)
         self._all.append(life)
-        self._allocate(life)
+        self._allocate(life, storage.nbytes())
         return life
 
     def _resolve_gradient_sum(self) -> None:
@@ -546,9 +544,6 @@ _INDEX_OPERATORS: dict[Any, tuple[int, int | None]] = {
 }
 
 
-# Operators that copy to page-locked memory, which does not change the memory of a device.
-_PINNING = {_aten.is_pinned.default, _aten._pin_memory.default}
-
 # Operators that only fill a tensor with values.
 _FILL_OPERATORS = {
     *(getattr(_aten, name).default for name in ("normal_", "uniform_", "exponential_", "zero_")),
@@ -593,12 +588,11 @@ class _FakeTensorRouter(DispatchMode):
 
     def _dispatch_on_device(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """Run an operator of a program on another device, whose tensors are fake CPU tensors here."""
-        if func in _PINNING:
+        if func in (_aten.is_pinned.default, PIN_MEMORY):  # copies in the main memory
             return True if func is _aten.is_pinned.default else args[0]
         if _uses_device(kwargs):
             kwargs = {**kwargs, "device": _CPU}
-            is_same = func is _aten._to_copy.default and kwargs.get("dtype") in (None, args[0].dtype)
-            if is_same and isinstance(args[0], FakeTensor):
+            if func is TO_COPY and isinstance(args[0], FakeTensor) and kwargs.get("dtype") in (None, args[0].dtype):
                 func, kwargs = _aten.alias.default, {}
         return self._dispatch(func, args, kwargs)
 
@@ -765,9 +759,7 @@ def _on_device(device: str) -> Iterator[None]:
     if device == "cpu":
         yield
         return
-    # A card that is not here is assumed to have a build of torch that compiles kernels.
-    is_here = torch.cuda.is_available()
-    simulated_device.compiles = not is_here or (torch.version.cuda is not None and find_spec("triton") is not None)
+    simulated_device.compiles = compiles_kernels()
     FakeTensor.device, _THREAD_STATE.device = property(_reported_device), torch.device(with_index(device))
     # Checkpointing saves the random state of the device with this index.
     FakeTensor.get_device = lambda tensor: -1 if (index := tensor.device.index) is None else index

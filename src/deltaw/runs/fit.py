@@ -30,7 +30,7 @@ from deltaw.kernels import loader
 from deltaw.lora.attachment import count_parameters
 from deltaw.machine.choices import Choice, choose_device
 from deltaw.machine.memory import memory_limit_bytes, peak_resident_bytes, release_free_memory
-from deltaw.memory.plan import Plan
+from deltaw.memory.plan import Plan, available_bytes
 from deltaw.methods.base import CLASSES_KEY
 from deltaw.methods.start import open_start, resolve_start
 from deltaw.progress import Detail, LogFunction, ignore_line, track_progress
@@ -71,10 +71,9 @@ from deltaw.training.optimizer import small_data_warnings
 from deltaw.training.parallel.group import Group, LostProcess
 from deltaw.training.parallel.joining import apply_parallelism, require_single_process, sharded_loader, threads_of
 from deltaw.training.planning.budget import (
-    available_bytes,
+    PLANNED_DEVICES,
     count_blocks,
     fit_card,
-    is_planned,
     memory_budget,
     memory_limit_error,
     within_memory,
@@ -318,14 +317,15 @@ def plan_memory(
     """
     device = choose_device(config.device).value
     budget = memory_budget(config.memory, device)
-    if not is_planned(device):
+    if not device.startswith(PLANNED_DEVICES):
         return config, None
     limit = memory_limit_bytes().value // processes.local_size
     try:
         plan = plan_run(config, task, data, processes=processes.size)
         if device != "cpu":
-            limit = available_bytes(config, device) or limit
-            config, plan = fit_card(config, task, data, plan, limit, callback.on_line, processes.size)
+            limit = available_bytes(config.memory, device) or limit
+            if not config.force:
+                config, plan = fit_card(config, task, data, plan, limit, callback.on_line, processes.size)
         elif budget is not None:
             blocks = count_blocks(config, task, callback.on_line)
             config, plan = within_memory(config, task, data, plan, budget, blocks, processes.size)

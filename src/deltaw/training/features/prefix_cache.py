@@ -26,7 +26,8 @@ from deltaw.errors import UserError
 from deltaw.hub.loading import has_values
 from deltaw.hub.transformers_private import NAME_OR_PATH
 from deltaw.kernels.layout import to_device
-from deltaw.machine.choices import Choice, card_memory
+from deltaw.machine.cards import card_memory
+from deltaw.machine.choices import Choice
 from deltaw.machine.kernel_choice import numerics_key
 from deltaw.runtime.layer_entry import BackboneEntry, BlockEntry, HeadEntry, Level, frozen_digest, frozen_level
 from deltaw.training.causal_objective import CausalObjective

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -11,11 +12,9 @@ from deltaw.data.row_reader import RunData
 from deltaw.errors import UserError
 from deltaw.hub.folders import config_folder
 from deltaw.hub.loading import check_architecture
-from deltaw.machine.choices import card_memory, choose_device, choose_precision
+from deltaw.machine.choices import choose_device, choose_precision
 from deltaw.machine.kernel_choice import planning_rates
-from deltaw.machine.memory import free_memory_bytes
-from deltaw.memory.caching import context_bytes
-from deltaw.memory.plan import FittingPlan, FittingTime, Plan, parse_bytes
+from deltaw.memory.plan import FittingPlan, FittingTime, Plan, available_bytes, parse_bytes
 from deltaw.progress import LogFunction, ignore_line
 from deltaw.settings.config import RunConfig
 from deltaw.settings.data import eval_size
@@ -25,6 +24,8 @@ from deltaw.training.task import Task
 
 # Share of a budget that is reserved for errors of the plan.
 FREE_SHARE = 0.04
+# Devices on which the memory of runs is planned.
+PLANNED_DEVICES = ("cpu", "cuda")
 TOKENS_PER_PASS = (1024, 512, 256, 128)
 RANKS = (16, 8, 4)
 # Sizes of microbatches on a card, and the size from which larger ones are hardly faster.
@@ -46,29 +47,10 @@ def memory_budget(memory: str | None, device: str) -> int | None:
     if memory is None:
         return None
     size = parse_bytes(memory, location="memory")
-    if not is_planned(device):
+    if not device.startswith(PLANNED_DEVICES):
         hint = "leave memory out and set train.checkpointing or train.tokens_per_pass, or use device: cpu"
         raise UserError(f"the memory of {device} is not planned", location="memory", hint=hint)
     return size
-
-
-def is_planned(device: str) -> bool:
-    """True if the memory of runs on the device is planned."""
-    return device.partition(":")[0] in ("cpu", "cuda")
-
-
-def available_bytes(config: RunConfig, device: str) -> int | None:
-    """Return the memory that a run may use: on CUDA the setting ``memory``, else the free memory of the device.
-
-    Returns:
-        None if the device is a card that is not on this machine and ``memory`` is not set.
-    """
-    if device == "cpu":
-        return free_memory_bytes()
-    card = card_memory(device)
-    # The context already exists when the free memory is read, and plans contain it.
-    free = None if card is None else card[0] + context_bytes()
-    return free if config.memory is None else memory_budget(config.memory, device)
 
 
 def memory_limit_error(reason: str) -> UserError:
@@ -106,7 +88,6 @@ def fitting_settings(
         UserError: if no settings fit. The message states the minimum that was found.
     """
     plans_that_fit: list[FittingPlan] = []
-    token_sizes = TOKENS_PER_PASS if choose_device(config.device).value == "cpu" else CARD_TOKENS_PER_PASS
     all_plans: list[Plan] = []
 
     def planned(settings: RunConfig, tokens: int) -> FittingPlan | None:
@@ -116,7 +97,7 @@ def fitting_settings(
         return _fitting_plan(trial, plan) if plan.required_bytes <= budget else None
 
     def try_out(settings: RunConfig) -> FittingPlan | None:
-        largest, *between, shortest = token_sizes
+        largest, *between, shortest = TOKENS_PER_PASS
         if (best := planned(settings, largest)) is not None:
             return best
         if (minimum := planned(settings, shortest)) is None:
@@ -133,7 +114,7 @@ def fitting_settings(
                 settings = config.model_copy(update={"method": method, "lora": lora})
                 plain = try_out(settings.with_train(checkpointing=False))
                 plans_that_fit += [plain] if plain is not None else []
-                if plain is not None and plain.tokens_per_pass == token_sizes[0]:
+                if plain is not None and plain.tokens_per_pass == TOKENS_PER_PASS[0]:
                     break  # saving more memory is not necessary
                 recomputed = try_out(settings.with_train(checkpointing=True))
                 plans_that_fit += [recomputed] if recomputed is not None else []
@@ -275,33 +256,40 @@ def within_memory(
 
 
 def fit_card(
-    config: RunConfig,
-    task: Task[Any],
-    data: RunData,
-    plan: Plan,
-    limit: int,
-    log: LogFunction = ignore_line,
-    processes: int = 1,
+    config: RunConfig, task: Task[Any], data: RunData, plan: Plan, limit: int, log: LogFunction, processes: int = 1
 ) -> tuple[RunConfig, Plan]:
     """Return settings that need at most ``limit`` bytes of a card's memory, and log those that differ.
 
-    With ``force``, the settings are returned unchanged if none fit.
+    Smaller microbatches cost little as long as they fill the card. Then as few blocks as necessary are checkpointed,
+    and smaller microbatches come last.
 
     Raises:
         UserError: if no settings fit.
     """
-    try:
-        fitted, fitted_plan = _within_card(config, task, data, plan, limit, processes)
-    except UserError:
-        if not config.force:
-            raise
+    target, blocks, error = limit * (1 - FREE_SHARE), count_blocks(config, task), None
+    if plan.required_bytes <= target:
         return config, plan
-    train = fitted.train
-    if train != config.train:
-        blocks = "no block" if not train.checkpointing else "all blocks" if train.checkpointing is True else None
-        blocks = blocks or f"{train.checkpointing} of {count_blocks(config, task)} blocks"
-        log(f"to fit the card: microbatches of {train.tokens_per_pass} tokens, activation checkpointing in {blocks}")
-    return fitted, fitted_plan
+    tokens = config.train.tokens_per_pass
+    sizes = [size for size in CARD_TOKENS_PER_PASS if size < plan.tokens] if tokens == "auto" else []
+    microbatch_bytes = sum(plan.parts[part] for part in ("activations", "logits", "batch", "workspace"))
+    for size in sizes or [tokens]:
+        is_filling = size in sizes and int(size) > FILLING_TOKENS
+        if is_filling and plan.required_bytes - microbatch_bytes * (1 - int(size) / plan.tokens) > target:
+            continue
+        settings = config.with_train(tokens_per_pass=size)
+        fitting = plan_run(settings, task, data, processes=processes)
+        try:
+            if fitting.required_bytes > target and not is_filling:
+                settings, fitting = within_memory(settings, task, data, fitting, limit, blocks, processes)
+        except UserError as too_large:
+            error = too_large
+            continue
+        if fitting.required_bytes <= limit:
+            checkpointing = str(settings.train.checkpointing).lower()
+            log(f"to fit the card: microbatches of {size} tokens, train.checkpointing: {checkpointing}")
+            return settings, fitting
+    assert error is not None  # the last size is small
+    raise error
 
 
 def settings_for_card(
@@ -309,15 +297,11 @@ def settings_for_card(
 ) -> RunConfig:
     """Return the settings of a run on a card, which ``deltaw train`` would choose. Other settings are unchanged."""
     device = choose_device(config.device).value
-    limit = None if device == "cpu" or not is_planned(device) else available_bytes(config, device)
-    if limit is None:
-        return config
-    try:
-        return fit_card(config, task, data, plan_run(config, task, data, processes=processes), limit, log, processes)[0]
-    except UserError as error:
-        log(error.message)
-    except Exception:  # a third-party model can raise any error on fake tensors; the plan reports it
-        pass
+    limit = available_bytes(config.memory, device) if device.startswith("cuda") else None
+    if limit is not None:
+        with contextlib.suppress(Exception):  # the plan reports it
+            plan = plan_run(config, task, data, processes=processes)
+            return fit_card(config, task, data, plan, limit, log, processes)[0]
     return config
 
 

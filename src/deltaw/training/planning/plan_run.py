@@ -37,8 +37,7 @@ from deltaw.machine.choices import assumed_cards, choose_device, choose_precisio
 from deltaw.machine.kernel_choice import KernelChoice, activate_kernels
 from deltaw.machine.memory import release_free_memory, resident_bytes, trim_memory
 from deltaw.machine.product_rates import provenance
-from deltaw.memory.caching import context_bytes, workspace_bytes
-from deltaw.memory.plan import OtherBytes, Plan, resident_parts
+from deltaw.memory.plan import OtherBytes, Plan, memory_fields
 from deltaw.memory.simulation import fake_tensors, simulate, with_index
 from deltaw.memory.work import WorkCounter, kernel_bytes, warm_up
 from deltaw.methods.start import resolve_start
@@ -662,8 +661,7 @@ def _compute_plan(config: RunConfig, task: Task[Any], data: RunData, process_byt
         workload = workload_of(dry_run.session, data.read_seconds).as_dict() if is_cpu else {}
     except Exception as error:  # a third-party task can raise any error
         time_uncertain = _unknown_time(error)
-    parts = OtherBytes(decoder=decoder_bytes, rollouts=rollout_bytes, kernels=workspace_bytes(device))
-    host_parts = OtherBytes(
+    parts = OtherBytes(
         kernels=dry_run.kernel_bytes() if is_cpu else 0,
         features=(0 if store is None else store.resident_bytes) + task.input_bytes(),
         reading=data.read_peak_bytes + task.prepare_bytes(),
@@ -679,41 +677,21 @@ def _compute_plan(config: RunConfig, task: Task[Any], data: RunData, process_byt
     dry_runs.clear()
     fakes.clear()
     release_free_memory()  # a run does not hold the objects of its simulation
-    process_bytes = process_bytes or resident_bytes() + LASTING_BYTES
-    host_bytes, overhead = 0, dict[str, int]()
-    if is_cpu:
-        resident, phases = resident_parts(footprint, process_bytes, host_parts)
-    else:
-        weights = footprint.parts["weights"] + host_parts.mapped + host_parts.features
-        host_bytes = max(host_parts.reading, process_bytes + weights)
-        overhead = {"allocator": footprint.retained_bytes, "context": context_bytes()}
-        resident, phases = resident_parts(replace(footprint, retained_bytes=0), 0, parts, device)
     plan = Plan(
         method=config.method,
         total_parameters=total,
         trained_parameters=trained,
-        peak_bytes=footprint.peak_bytes,
-        peak_resident_bytes=sum(resident.values()),
-        parts=footprint.parts,
-        resident=resident,
-        phase=footprint.phase,
-        module=footprint.module,
-        activations=footprint.activations_by_module,
+        **memory_fields(footprint, process_bytes or resident_bytes() + LASTING_BYTES, parts, device),
         tokens=max(token_counts(heaviest.shapes), default=0),
         rows=len(heaviest.rows),
-        timeline=footprint.timeline,
         precision=dtype,
         operations=operations,
         operators=operators,
-        phases=phases,
         arithmetic=loader.arithmetic().as_dict(),
         disk_bytes=disk_bytes,
         block_bytes=block_bytes,
         workload=workload,
         time_uncertain=time_uncertain if is_cpu else f"not predicted on {device}",
-        device=device,
-        overhead=overhead,
-        host_bytes=host_bytes,
     )
     if not heaviest.long:
         return plan
