@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,20 +105,16 @@ def command(
     from deltaw.training.planning.plan_run import plan_methods
 
     config = settings_for_card(config, task, data, out.print_line, processes)
-
-    plans = plan_methods(
-        config,
-        task,
-        data,
-        names,
-        on_error=lambda method, error: lines.append(f"{method}: {error.message}"),
-        processes=processes,
-    )
+    plans = plan_methods(config, task, data, names, on_error=_append_to(lines), processes=processes)
     if not plans:
         hint = "start deltaw train anyway: it works without a plan"
         raise UserError("no method can be planned", location=config.model, hint=hint)
     _show(plans, config, processes, lines, out)
     _end(plans, picture, out, as_json)
+
+
+def _append_to(lines: list[str]) -> Callable[[str, UserError], None]:
+    return lambda method, error: lines.append(f"{method}: {error.message}")
 
 
 def _plan_chain(chain: Chain, processes: int, out: TerminalOutput) -> dict[str, Plan]:
