@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import pytest
@@ -51,6 +52,7 @@ def train_on_card(settings, rows, tmp_path):
             output, task=task, device="cuda", data={"train": rows[task], "eval": 3}, train=train, **changes
         )
         callback = Lines()
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
