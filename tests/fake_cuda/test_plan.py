@@ -16,6 +16,8 @@ from tests.conftest import COLORS, write_rows
 from tests.fake_cuda.device import configured
 from tests.serving.encoder_models import write_bert
 
+pytestmark = pytest.mark.planned
+
 
 class Lines(Callback):
     """Collects the messages of a run."""
