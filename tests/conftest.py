@@ -81,7 +81,7 @@ def shared_plan(config: RunConfig, task: Task, data: RunData, *, processes: int 
     """Return the plan of the first run with the same model configuration, task, method and precision."""
     file = Path(config.model, "config.json")
     model = file.read_text(encoding="utf-8") if file.is_file() else config.model
-    key = (model, config.task, config.method, config.precision, processes)
+    key = (model, config.task, config.method, config.precision, config.device, processes)
     if config.memory is not None or key not in _PLANS:
         _PLANS[key] = plan_run(config, task, data, processes=processes)
     return _PLANS[key]

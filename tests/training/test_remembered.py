@@ -149,8 +149,9 @@ def test_cached_plan_is_printed_without_importing_torch(settings, tmp_path, cach
 
 
 def test_unsupported_memory_limit_raises():
-    assert memory_budget("2GB", "cpu") == 2 * 10**9 and memory_budget(None, "cuda") is None
-    for refuse, target in [(reject_memory_setting, "tune"), (memory_budget, "cuda"), (memory_budget, "mps")]:
+    assert memory_budget("2GB", "cpu") == memory_budget("2GB", "cuda:1") == 2 * 10**9
+    assert memory_budget(None, "mps") is None
+    for refuse, target in [(reject_memory_setting, "tune"), (memory_budget, "mps")]:
         error = refusal(refuse, "2GB", target)
         assert error.location == "memory"
     assert memory_limit_error("why").location == "memory"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,11 +46,13 @@ def command(
     """Predict the memory of a run by part, check if it fits, and predict its time. Reads the model's configuration and
     the rows, but no weights. The stages of a chain are planned one by one.
     """
+    from deltaw.machine.choices import assumed_cards
     from deltaw.memory.plan import parse_bytes
     from deltaw.settings.config import RunConfig
     from deltaw.settings.stages import read_chain
     from deltaw.training.planning.plan_cache import load_cached_plans, parse_methods
 
+    click.get_current_context().with_resource(assumed_cards())
     out, flags = console(as_json), nested_settings(arguments)
     if picture is not None and Path(picture).suffix.lower() != ".svg":
         hint = "charts are SVG files: use a file name that ends with .svg"
@@ -80,7 +82,7 @@ def command(
     cached = load_cached_plans(config, names, processes) if size is None and seconds is None else None
     if cached is not None:
         plans = {name: plan.per_process(processes, config.train.sharding) for name, plan in cached.plans.items()}
-        _show(plans, config.method, processes, cached.lines, out)
+        _show(plans, config, processes, cached.lines, out)
         _end(plans, picture, out, as_json)
         if not (config.track or config.memory or getattr(config.section, "code_keys", None)):
             return  # all checks are done, without importing torch
@@ -99,17 +101,20 @@ def command(
         if as_json:
             print_json(budgets)
         return
+    from deltaw.training.planning.budget import settings_for_card
     from deltaw.training.planning.plan_run import plan_methods
 
-    def report_refusal(method: str, error: UserError) -> None:
-        lines.append(f"{method}: {error.message}")
-
-    plans = plan_methods(config, task, data, names, on_error=report_refusal, processes=processes)
+    config = settings_for_card(config, task, data, out.print_line, processes)
+    plans = plan_methods(config, task, data, names, on_error=_append_to(lines), processes=processes)
     if not plans:
         hint = "start deltaw train anyway: it works without a plan"
         raise UserError("no method can be planned", location=config.model, hint=hint)
-    _show(plans, config.method, processes, lines, out)
+    _show(plans, config, processes, lines, out)
     _end(plans, picture, out, as_json)
+
+
+def _append_to(lines: list[str]) -> Callable[[str, UserError], None]:
+    return lambda method, error: lines.append(f"{method}: {error.message}")
 
 
 def _plan_chain(chain: Chain, processes: int, out: TerminalOutput) -> dict[str, Plan]:
@@ -159,15 +164,18 @@ def _search(
     return {"budget_seconds": seconds, "settings": [settings.as_dict() for settings in times]}
 
 
-def _show(plans: Mapping[str, Plan], method: str, processes: int, rows: Sequence[str], out: TerminalOutput) -> None:
+def _show(
+    plans: Mapping[str, Plan], config: RunConfig, processes: int, lines: Sequence[str], out: TerminalOutput
+) -> None:
     """Print the report, and lines about the rows."""
-    from deltaw.machine.memory import free_memory_bytes
+    from deltaw.memory.plan import available_bytes
     from deltaw.reports.plan import plan_report
 
-    out.print(plan_report(plans, method, free_memory_bytes(), processes))
+    free = available_bytes(config.memory, plans[config.method].device)
+    out.print(plan_report(plans, config.method, free, processes))
     if len(plans) == 1:
         out.print("other methods: --methods all; settings for less memory: --fit-memory 2GB")
-    for line in rows:
+    for line in lines:
         out.print_line(Detail(line) if len(plans) == 1 else line)  # for a single plan, the run reports the rows
 
 

@@ -7,6 +7,7 @@ because torch's dispatcher takes longer than a small kernel.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -17,6 +18,19 @@ from torch.utils.flop_counter import flop_registry
 
 from deltaw.kernels.torch_private import is_observed
 
+
+class SimulatedDevice(threading.local):
+    """Device that a dry run of this thread simulates.
+
+    Attributes:
+        compiles: True if torch compiles kernels for the device, so that an operator allocates only its results. None
+            outside of dry runs for other devices than the CPU.
+    """
+
+    compiles: bool | None = None
+
+
+simulated_device = SimulatedDevice()
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _LIBRARY = torch.library.Library("deltaw", "DEF")
 
@@ -49,7 +63,9 @@ def define(
 
         def call(*args: Any) -> Any:
             tensors = [a for a in args if isinstance(a, Tensor)]
-            return compute(*args) if can_call_directly(*tensors, devices=("cpu", "cuda")) else overload(*args)
+            if simulated_device.compiles is False or can_call_directly(*tensors, devices=("cpu", "cuda")):
+                return compute(*args)
+            return overload(*args)
 
         return call
 

@@ -105,6 +105,8 @@ FakeTensorMode: Any = _REQUIRED["FakeTensorMode"]
 tree_map_only: Callable[..., Any] = _REQUIRED["tree_map_only"]
 tree_leaves: Callable[..., list[Any]] = _REQUIRED["tree_leaves"]
 LOCAL_SCALAR: Any = _REQUIRED["_local_scalar_dense"]
+TO_COPY: Any = look_up(torch.ops.aten, "_to_copy.default")
+PIN_MEMORY: Any = look_up(torch.ops.aten, "_pin_memory.default")
 _graph_task: Callable[[], int] = _REQUIRED["_current_graph_task_id"] or (lambda: -1)
 
 # Operators that do not exist in all versions of torch.

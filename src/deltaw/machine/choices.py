@@ -9,10 +9,12 @@ describe a machine in a folder.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -31,6 +33,8 @@ def native_bf16(device: str) -> str | None:
         return None
     import torch
 
+    if not torch.cuda.is_available():
+        return "assumed for a card that is not on this machine"
     major, minor = torch.cuda.get_device_capability(device)
     return f"compute capability {major}.{minor}" if major >= 8 else None
 
@@ -199,6 +203,19 @@ def require_bitsandbytes(subject: str) -> None:
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
+_ASSUMES_CARDS = ContextVar("assumes_cards", default=False)
+
+
+@contextlib.contextmanager
+def assumed_cards() -> Iterator[None]:
+    """Context in which ``device: cuda`` is valid without a CUDA device, to plan a run on another machine."""
+    token = _ASSUMES_CARDS.set(True)
+    try:
+        yield
+    finally:
+        _ASSUMES_CARDS.reset(token)
+
+
 def choose_device(requested: str = "auto") -> Choice[str]:
     """Return the device to compute on: ``cuda``, ``cuda:N``, ``mps`` or ``cpu``.
 
@@ -218,6 +235,8 @@ def choose_device(requested: str = "auto") -> Choice[str]:
         hint = did_you_mean(requested, ("auto", "cpu", "cuda", "mps"))
         raise UserError(f"'{requested}' is not a device", location="device", hint=hint)
     if kind == "cuda" and not torch.cuda.is_available():
+        if _ASSUMES_CARDS.get():
+            return Choice(requested, "not on this machine")
         hint = "install the CUDA build of torch and check the driver, or use device: cpu"
         raise UserError("no CUDA device is available to torch", location="device", hint=hint)
     if kind == "cuda" and index and int(index) >= (count := torch.cuda.device_count()):

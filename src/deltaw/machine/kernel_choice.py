@@ -137,7 +137,7 @@ def choose_kernels(sizes: Sizes = GENERIC, threads: int | None = None) -> Kernel
 
 def numerics_key(device: torch.device) -> dict[str, str]:
     """Return a cache key of everything, except versions, that affects how a forward pass on the device is rounded."""
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.is_available():
         return {"device": torch.cuda.get_device_name(device)}
     return loader.arithmetic().as_dict() if device.type == "cpu" else {"device": device.type}
 

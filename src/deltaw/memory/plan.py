@@ -1,5 +1,7 @@
 """Predicted memory of a run by part: its tensors, and the rest of the process. Predicted time. Arguments of plans.
 
+The plan of a run on CUDA is that of the device's memory. Its main memory is a single number.
+
 Tensors are known from a dry run on fake tensors (:mod:`deltaw.memory.simulation`). The process also contains the
 interpreter with its libraries, the rows, kernels compiled by the matrix library, and memory that the allocator cannot
 return. A run has several phases (see :data:`PROCESS_PHASES`), and its peak is that of the largest.
@@ -11,8 +13,11 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from deltaw.errors import UserError
+from deltaw.machine.cards import card_memory, context_bytes, workspace_bytes
+from deltaw.machine.memory import free_memory_bytes
 
 KINDS = (
     "weights",  # frozen parameters and buffers
@@ -42,7 +47,7 @@ class Footprint:
         arena_bytes: Maximum bytes of the compiled kernels' arenas, which are not tensors.
         retained_bytes: Freed memory that the allocator retains at the resident peak. Blocks below
             :data:`deltaw.machine.memory.MAX_RETAINED_BYTES` stay in the heap when they are freed. Larger blocks never
-            reuse them.
+            reuse them. On CUDA, the bytes of all segments above the peak of the tensors.
     """
 
     peak_bytes: int
@@ -68,6 +73,7 @@ def downsample(timeline: list[tuple[int, int]], points: int = 400) -> tuple[tupl
 # Memory fragmentation, relative to the tensors that are allocated and freed within a step. It is a property of glibc's
 # allocation strategy and does not depend on version or processor.
 ALLOCATOR_SLACK = 0.06
+
 # A few long rows are reported if they cause at least this share of the process's memory.
 LONG_ROWS_SHARE = 0.15
 # Phases of a process. The parts of its memory are those of the training phase. If another phase needs more, the excess
@@ -84,7 +90,8 @@ class Plan:
         total_parameters: Number of parameters of the model.
         trained_parameters: Number of trainable parameters.
         peak_bytes: Maximum bytes of all tensors.
-        peak_resident_bytes: Maximum main memory of the process in bytes.
+        peak_resident_bytes: Maximum main memory of the process in bytes. On CUDA, the maximum of the device's memory
+            that torch allocates (``torch.cuda.max_memory_allocated``).
         parts: Bytes of the tensors by kind. They add up to ``peak_bytes``.
         resident: Bytes of the process's memory by part. They add up to ``peak_resident_bytes``.
         phase: Phase of a step in which the tensors reach their peak.
@@ -108,6 +115,10 @@ class Plan:
         seconds: Predicted duration of the run, or None if unknown.
         seconds_by_phase: Predicted seconds of each phase. They add up to ``seconds``.
         time_uncertain: Reason why the predicted time is uncertain or unknown. Empty if it is reliable.
+        device: Device of the run.
+        overhead: Bytes of the device's memory that are not allocated: unused parts of the allocator's segments
+            (``allocator``, an upper bound) and the CUDA context (``context``). Empty on the CPU.
+        host_bytes: Maximum main memory of a run on CUDA, when it loads the weights.
     """
 
     method: str
@@ -136,6 +147,14 @@ class Plan:
     seconds: float | None = None
     seconds_by_phase: Mapping[str, float] = field(default_factory=dict)
     time_uncertain: str = ""
+    device: str = "cpu"
+    overhead: Mapping[str, int] = field(default_factory=dict)
+    host_bytes: int = 0
+
+    @property
+    def required_bytes(self) -> int:
+        """Memory of the device that must be available, in bytes."""
+        return self.peak_resident_bytes + sum(self.overhead.values())
 
     def without_long_rows(self, max_length: int, rows: int, of: int, tokens: int) -> Plan:
         """Return the plan with ``long_rows`` set if leaving long rows out would save a significant share of the memory.
@@ -150,7 +169,9 @@ class Plan:
         """
         share = 1 - tokens / max(1, self.tokens)
         microbatch_bytes = sum(self.parts[part] for part in ("activations", "logits", "batch", "workspace"))
-        training = self.phases["training"] - int(share * (1 + ALLOCATOR_SLACK) * microbatch_bytes)
+        training = self.phases["training"] - int(
+            share * (1 + ALLOCATOR_SLACK * (self.device == "cpu")) * microbatch_bytes
+        )
         others = [size for phase, size in self.phases.items() if phase != "training"]
         saves = self.peak_resident_bytes - max(training, *others)
         if saves < LONG_ROWS_SHARE * self.peak_resident_bytes:
@@ -274,6 +295,20 @@ class FittingTime:
         return {**values, **{name: getattr(self.plan, name) for name in names}}
 
 
+def available_bytes(memory: str | None, device: str) -> int | None:
+    """Return the memory that a run may use: on CUDA the setting ``memory``, else the free memory of the device.
+
+    Returns:
+        None if the device is a card that is not on this machine and ``memory`` is not set.
+    """
+    if device == "cpu":
+        return free_memory_bytes()
+    if memory is not None:
+        return parse_bytes(memory, location="memory")
+    # The context already exists when the free memory is read, and plans contain it.
+    return None if (card := card_memory(device)) is None else card[0] + context_bytes()
+
+
 @dataclass(frozen=True)
 class OtherBytes:
     """Memory of a run in bytes, in addition to its tensors and its process before the model is loaded.
@@ -300,7 +335,7 @@ class OtherBytes:
 
 
 def resident_parts(
-    footprint: Footprint, process_bytes: int, other: OtherBytes
+    footprint: Footprint, process_bytes: int, other: OtherBytes, device: str = "cpu"
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Return the process's main memory by part at its peak, and the peak of each phase.
 
@@ -308,18 +343,19 @@ def resident_parts(
         footprint: Footprint of the run's tensors.
         process_bytes: Memory of the process before the model is loaded.
         other: Further memory.
+        device: Device of the run.
 
     Returns:
         Bytes by part, which add up to the peak, and bytes by phase.
     """
-    kinds = footprint.parts
+    kinds, slack = footprint.parts, ALLOCATOR_SLACK * (device == "cpu")
     permanent = sum(kinds[kind] for kind in ("weights", "trained", "optimizer", "gradients"))
     training = {
         "process": process_bytes,
         "tensors": footprint.peak_bytes - other.unread,
         "kernels": other.kernels + footprint.arena_bytes,
         "features": other.features,
-        "allocator": footprint.retained_bytes + int(ALLOCATOR_SLACK * (footprint.peak_bytes - permanent)),
+        "allocator": footprint.retained_bytes + int(slack * (footprint.peak_bytes - permanent)),
         "decoder": other.decoder,
     }
     weights = kinds["weights"] - other.unread
@@ -332,8 +368,30 @@ def resident_parts(
     if other.rollouts:
         # Gradients are freed after a step, before text is generated.
         base_bytes = process_bytes + permanent - kinds["gradients"] - other.unread + training["kernels"] + other.decoder
-        phases["rollouts"] = base_bytes + int((1 + ALLOCATOR_SLACK) * other.rollouts)
+        phases["rollouts"] = base_bytes + int((1 + slack) * other.rollouts)
     return _with_excess(training, phases), phases
+
+
+def memory_fields(footprint: Footprint, process_bytes: int, other: OtherBytes, device: str) -> dict[str, Any]:
+    """Return the fields of a plan that describe the memory of a run, by name.
+
+    Args:
+        footprint: Footprint of the run's tensors.
+        process_bytes: Main memory of the process before the model is loaded.
+        other: Further memory.
+        device: Device of the run.
+    """
+    fields: dict[str, Any] = {"parts": footprint.parts, "phase": footprint.phase, "module": footprint.module}
+    fields |= {"activations": footprint.activations_by_module, "timeline": footprint.timeline, "device": device}
+    if device != "cpu":
+        weights = footprint.parts["weights"] + other.mapped + other.features
+        fields["host_bytes"] = max(other.reading, process_bytes + weights)
+        fields["overhead"] = {"allocator": footprint.retained_bytes, "context": context_bytes()}
+        footprint, process_bytes = dataclasses.replace(footprint, retained_bytes=0), 0
+        other = OtherBytes(decoder=other.decoder, rollouts=other.rollouts, kernels=workspace_bytes(device))
+    resident, phases = resident_parts(footprint, process_bytes, other, device)
+    sizes = {"peak_bytes": footprint.peak_bytes, "peak_resident_bytes": sum(resident.values())}
+    return {**fields, **sizes, "resident": resident, "phases": phases}
 
 
 def _with_excess(training: Mapping[str, int], phases: Mapping[str, int]) -> dict[str, int]:

@@ -198,6 +198,18 @@ def arena_bytes(func: object, args: Arguments) -> int:
     return ARENAS[func](args) if func in ARENAS else 0
 
 
+def device_scratch_bytes(func: object, args: Arguments) -> int:
+    """Return the bytes that a GPU's attention allocates for its backward pass in addition to its results.
+
+    FlashAttention sums the gradient of the queries in fp32, and those of shared keys and values per query head.
+    """
+    if func is not _ops.attention_backward.default:
+        return 0
+    query, key = args[1:3]
+    is_shared = query.shape[1] != key.shape[1]
+    return query.numel() * (4 + 2 * query.dtype.itemsize * is_shared)
+
+
 _aten = torch.ops.aten
 
 

@@ -3,6 +3,9 @@
 Floating-point tensors are fake: they have a shape, a dtype and a storage size, but no data (torch's
 ``FakeTensorMode``). Integers and booleans (token ids, positions, masks, layouts) are computed, because programs branch
 on them. Reading a number from a fake tensor yields 1.
+
+A run on another device is simulated on fake CPU tensors that report this device to Python code. So the program takes
+the branches of the device, and neither the device nor a torch build for it is needed.
 """
 
 from __future__ import annotations
@@ -22,10 +25,13 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from deltaw.kernels.operators import simulated_device
 from deltaw.kernels.torch_private import (
     ENGINE,
     GROUPED_PRODUCT,
     LOCAL_SCALAR,
+    PIN_MEMORY,
+    TO_COPY,
     DispatchMode,
     FakeTensor,
     FakeTensorMode,
@@ -36,9 +42,11 @@ from deltaw.kernels.torch_private import (
     tree_map_only,
     without_dispatch,
 )
+from deltaw.machine.cards import compiles_kernels
 from deltaw.machine.memory import MAX_RETAINED_BYTES, trim_listeners
+from deltaw.memory.caching import CachingAllocator
 from deltaw.memory.plan import KINDS, PHASES, Footprint, downsample
-from deltaw.memory.scratch import arena_bytes, scratch_bytes
+from deltaw.memory.scratch import arena_bytes, device_scratch_bytes, scratch_bytes
 
 # Cache of the results of operators by input shapes, since the layers of a model repeat the same operators.
 #
@@ -229,7 +237,7 @@ class _StorageLifetime:
     """Lifetime of one storage. Times are numbers of operators since the start.
 
     Attributes:
-        bytes: Size in bytes.
+        bytes: Size of the block in bytes. On the CPU it is that of the storage.
         allocated_at: Time of the allocation.
         phase: Phase of the allocation.
         module: Module that allocated the storage.
@@ -237,6 +245,8 @@ class _StorageLifetime:
         recomputed: True if a module's forward allocated it during a backward pass (activation checkpointing).
         freed_at: Time when it was freed, or None if it is alive.
         saved_for_backward: True if it was alive when the backward pass of its forward pass started.
+        storage_bytes: Size of the storage in bytes.
+        start: Address of the block on a device.
     """
 
     bytes: int
@@ -247,6 +257,8 @@ class _StorageLifetime:
     recomputed: bool
     freed_at: int | None = None
     saved_for_backward: bool = False
+    storage_bytes: int = 0
+    start: int = 0
 
 
 class MemoryTracker(DispatchMode):
@@ -256,10 +268,13 @@ class MemoryTracker(DispatchMode):
 
     Args:
         vocabularies: Floating-point tensors whose last dimension has one of these sizes count as logits.
+        device: Device whose memory is tracked. On CUDA, sizes are those of its caching allocator, and tensors on the
+            host are not tracked.
     """
 
-    def __init__(self, *, vocabularies: Iterable[int] = ()) -> None:
+    def __init__(self, *, vocabularies: Iterable[int] = (), device: str = "cpu") -> None:
         super().__init__()
+        self._allocator = CachingAllocator() if device.startswith("cuda") else None
         self._alive: dict[int, tuple[weakref.ref[torch.UntypedStorage], _StorageLifetime]] = {}
         self._all: list[_StorageLifetime] = []
         self._vocabularies = set(vocabularies)
@@ -325,20 +340,22 @@ class MemoryTracker(DispatchMode):
         if phase != self._phase:
             self._change_phase(phase)
         self._resolve_gradient_sum()
-        for value in args:
+        is_tracked = self._allocator is None or _uses_device(kwargs) or any(map(self._lifetime_of, tensors_in(args)))
+        for value in args if self._allocator is None else ():
             if type(value) is Tensor and self._lifetime_of(value) is None and not value.is_floating_point():
                 # Integers that no operator returned: token ids, positions and masks converted from NumPy.
                 self._add_storage(value).kind = "batch"
         result = func(*args, **kwargs)
         self._operator_index += 1
-        for tensor in _tensors(result):
+        for tensor in _tensors(result) if is_tracked else ():
             if self._lifetime_of(tensor) is None:
                 self._add_storage(tensor)
         if func is torch.ops.aten.add.Tensor and phase == _BACKWARD and _called_by_engine(sys._getframe(1)):
             self._pending = (self._lifetime_of(args[0]), self._current_bytes)
         else:
-            self._update_peak(scratch_bytes(func, args))
-        self._arenas = max(self._arenas, arena_bytes(func, args))
+            self._update_peak((scratch_bytes if self._allocator is None else device_scratch_bytes)(func, args))
+        if self._allocator is None:
+            self._arenas = max(self._arenas, arena_bytes(func, args))
         self._timeline.append((phase, self._current_bytes))
         return result
 
@@ -349,11 +366,21 @@ class MemoryTracker(DispatchMode):
         if entry is None or entry[0]() is not storage:
             return None
         life, size = entry[1], storage.nbytes()
-        if size != life.bytes:
-            self._add_bytes(-life.bytes)
-            self._add_bytes(size)
-            life.bytes = size
+        if size != life.storage_bytes:
+            self._free(life)
+            self._allocate(life, size)
         return life
+
+    def _allocate(self, life: _StorageLifetime, size: int) -> None:
+        life.storage_bytes = life.bytes = size
+        if self._allocator is not None and size:
+            life.start, life.bytes = self._allocator.allocate(size)
+        self._add_bytes(life.bytes)
+
+    def _free(self, life: _StorageLifetime) -> None:
+        self._add_bytes(-life.bytes)
+        if self._allocator is not None and life.bytes:
+            self._allocator.free(life.start, life.bytes)
 
     def _add_bytes(self, size: int) -> None:
         """Add the bytes of a new storage, or subtract those of a freed storage."""
@@ -367,18 +394,18 @@ class MemoryTracker(DispatchMode):
         key, has_classes = id(storage), tensor.dim() and tensor.shape[-1] in self._vocabularies
         kind = "logits" if has_classes and tensor.is_floating_point() else "workspace"
         recomputed = bool(self._stack) and self._phase == _BACKWARD
-        life = _StorageLifetime(storage.nbytes(), self._operator_index, self._phase, self._module(), kind, recomputed)
+        life = _StorageLifetime(0, self._operator_index, self._phase, self._module(), kind, recomputed)
 
         def on_freed(reference: weakref.ref[torch.UntypedStorage]) -> None:
             life.freed_at = self._operator_index
-            self._add_bytes(-life.bytes)
+            self._free(life)
             entry = self._alive.get(key)
             if entry is not None and entry[0] is reference:
                 del self._alive[key]
 
         self._alive[key] = (weakref.ref(storage, on_freed), life)
         self._all.append(life)
-        self._add_bytes(life.bytes)
+        self._allocate(life, storage.nbytes())
         return life
 
     def _resolve_gradient_sum(self) -> None:
@@ -468,7 +495,8 @@ class MemoryTracker(DispatchMode):
             parts[kind] += life.bytes
         parts["workspace"] += self._scratch_at_peak
         phase, by_module = PHASES[self._peak_phase], dict(sorted(saved.items(), key=lambda item: -item[1]))
-        others = self._current_bytes, self._arenas, self._resident_peak - self._peak
+        resident_peak = self._resident_peak if self._allocator is None else self._allocator.reserved_bytes
+        others = self._current_bytes, self._arenas, resident_peak - self._peak
         return Footprint(self._peak, parts, phase, self._peak_module, by_module, downsample(self._timeline), *others)
 
 
@@ -478,6 +506,11 @@ def _tensors(result: object) -> Iterable[Tensor]:
     if isinstance(result, (tuple, list)) and all(isinstance(r, Tensor) for r in result):
         return result
     return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def _uses_device(kwargs: dict[str, Any]) -> bool:
+    """True if an operator creates or copies to a tensor on the simulated device."""
+    return kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda"
 
 
 def _called_by_engine(frame: FrameType | None) -> bool:
@@ -545,6 +578,25 @@ class _FakeTensorRouter(DispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
             return args[0].fake_device if isinstance(args[0], FakeTensor) else args[0].device
+        if getattr(_THREAD_STATE, "device", None) is None:
+            return self._dispatch(func, args, kwargs)
+        device, _THREAD_STATE.device = _THREAD_STATE.device, None
+        try:
+            return self._dispatch_on_device(func, args, kwargs)
+        finally:
+            _THREAD_STATE.device = device
+
+    def _dispatch_on_device(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """Run an operator of a program on another device, whose tensors are fake CPU tensors here."""
+        if func in (_aten.is_pinned.default, PIN_MEMORY):  # copies in the main memory
+            return True if func is _aten.is_pinned.default else args[0]
+        if _uses_device(kwargs):
+            kwargs = {**kwargs, "device": _CPU}
+            if func is TO_COPY and isinstance(args[0], FakeTensor) and kwargs.get("dtype") in (None, args[0].dtype):
+                func, kwargs = _aten.alias.default, {}
+        return self._dispatch(func, args, kwargs)
+
+    def _dispatch(self, func: Any, args: tuple, kwargs: dict) -> Any:
         tensors = tensors_in((*args, *kwargs.values()))
         fake = any(isinstance(t, FakeTensor) for t in tensors)
         if func is LOCAL_SCALAR and fake:
@@ -691,8 +743,39 @@ def fake_tensors() -> Iterator[None]:
         _THREAD_STATE.is_open = False
 
 
+def with_index(device: str) -> str:
+    """Return ``cuda:0`` for ``cuda``. Without a CUDA build, torch cannot move a tensor to a device without index."""
+    return f"{device}:0" if device == "cuda" else device
+
+
+def _reported_device(tensor: Tensor) -> torch.device:
+    device = getattr(_THREAD_STATE, "device", None)
+    return Tensor.device.__get__(tensor) if device is None else device
+
+
+@contextlib.contextmanager
+def _on_device(device: str) -> Iterator[None]:
+    """Let fake tensors report ``device`` to the code of this thread that runs outside of operators."""
+    if device == "cpu":
+        yield
+        return
+    simulated_device.compiles = compiles_kernels()
+    FakeTensor.device, _THREAD_STATE.device = property(_reported_device), torch.device(with_index(device))
+    # Checkpointing saves the random state of the device with this index.
+    FakeTensor.get_device = lambda tensor: -1 if (index := tensor.device.index) is None else index
+    try:
+        yield
+    finally:
+        _THREAD_STATE.device = simulated_device.compiles = None
+        del FakeTensor.device, FakeTensor.get_device
+
+
 def simulate(
-    run: Callable[[], object], *, models: Iterable[nn.Module] = (), vocabularies: Iterable[int] = ()
+    run: Callable[[], object],
+    *,
+    models: Iterable[nn.Module] = (),
+    vocabularies: Iterable[int] = (),
+    device: str = "cpu",
 ) -> Footprint:
     """Run ``run`` on fake tensors and return its footprint.
 
@@ -702,8 +785,9 @@ def simulate(
         models: Existing models. Their parameters and buffers count as weights or trainable parameters, and modules are
             reported by their names in them.
         vocabularies: Floating-point tensors whose last dimension has one of these sizes count as logits.
+        device: Device of the run. It need not exist.
     """
-    with fake_tensors(), MemoryTracker(vocabularies=vocabularies) as tracker:
+    with fake_tensors(), _on_device(device), MemoryTracker(vocabularies=vocabularies, device=device) as tracker:
         for model in models:
             tracker.track_model(model)
         run()

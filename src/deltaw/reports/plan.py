@@ -35,40 +35,47 @@ def process_parts(plan: Plan) -> dict[str, int]:
     return {**plan.parts, "process": plan.peak_resident_bytes - plan.peak_bytes}
 
 
-def plan_report(plans: Mapping[str, Plan], method: str, free: int, processes: int = 1) -> RenderableType:
+def plan_report(plans: Mapping[str, Plan], method: str, free: int | None, processes: int = 1) -> RenderableType:
     """Return the memory of the selected method and its verdict. Several methods are also shown side by side.
 
     Args:
         plans: Plans by method.
         method: Method in the settings.
-        free: Bytes of main memory that are available to a process.
+        free: Bytes of the device's memory that are available to a process, or None if unknown.
         processes: Number of processes that train together.
     """
     comparison: list[RenderableType] = [Text(""), methods_table(plans, method), Text(""), plan_bars(plans)]
     return Group(*plan_text(plans[method], free, processes), *(comparison if len(plans) > 1 else ()))
 
 
-def plan_text(plan: Plan, free: int, processes: int = 1) -> list[Text]:
+def plan_text(plan: Plan, free: int | None, processes: int = 1) -> list[Text]:
     """Return the lines of a plan: total and verdict, parts, and the location of the peak."""
-    total = processes * plan.peak_resident_bytes
-    needs = f"needs {gigabytes(total)}"
-    if processes > 1:
+    is_cpu = plan.device == "cpu"
+    total = plan.required_bytes * (processes if is_cpu else 1)
+    needs = f"needs {gigabytes(total)}" if is_cpu else f"needs {gigabytes(total)} on {plan.device}"
+    if processes > 1 and is_cpu:
         needs = f"{processes} processes need {gigabytes(plan.peak_resident_bytes)} each, {gigabytes(total)}"
-    verdict = Text("fits", "bold green") if total <= free else Text("does not fit", "bold red")
+    verdict = Text("fits", "bold green") if free is None or total <= free else Text("does not fit", "bold red")
     share = plan.trained_parameters / plan.total_parameters if plan.total_parameters else 0.0
     trained = f"{plan.trained_parameters:,} of {plan.total_parameters:,} parameters trained ({share:.2%})"
-    lines = [Text(f"{needs} of the {gigabytes(free)} that are free: ") + verdict]
+    if free is None:
+        free = total
+        lines = [Text(f"{needs}; this card is not here: set memory to its size, such as 24GB, to check if it fits")]
+    else:
+        lines = [Text(f"{needs} of the {gigabytes(free)} that are {'free' if is_cpu else 'available'}: ") + verdict]
     if total > free:
         fitting = max(0.1, int(free / processes / 1e8) / 10)
         lines.append(Text(f"settings that fit: the same command with --fit-memory {fitting:g}GB"))
     lines.append(Text(f"method {plan.method}: {trained}" + (f", {plan.precision}" if plan.precision else "")))
     parts = list(_sized(plan))
-    large_parts = [part for part in parts if abs(part[1]) >= MIN_SHARE * plan.peak_resident_bytes]
+    large_parts = [part for part in parts if abs(part[1]) >= MIN_SHARE * plan.required_bytes]
     remainder = sum(size for _, size, _ in parts) - sum(size for _, size, _ in large_parts)
-    totals = [("other", remainder, ""), ("total", plan.peak_resident_bytes, "bold")]
+    totals = [("other", remainder, ""), ("total", plan.required_bytes, "bold")]
     for label, size, style in [*large_parts, *(totals if remainder else totals[1:])]:
         amount = f"-{gigabytes(-size)}" if size < 0 else gigabytes(size)
         lines.append(Text(f"  {label:<34}", style).append(f"{amount:>9}", style if style == "bold" else "default"))
+    if not is_cpu:
+        lines.append(Text(f"main memory while the weights are loaded: {gigabytes(plan.host_bytes)}"))
     if plan.disk_bytes:
         lines.append(Text(f"features on disk: {gigabytes(plan.disk_bytes)}"))
     if (rollouts := plan.phases.get("rollouts")) is not None:
@@ -95,7 +102,7 @@ def _sized(plan: Plan) -> Iterator[tuple[str, int, str]]:
             yield label, size, color
     if unread := plan.resident["tensors"] - plan.peak_bytes:
         yield "embedding rows that stay on disk", unread, ""
-    for name, size in plan.resident.items():
+    for name, size in {**plan.resident, **plan.overhead}.items():
         if name != "tensors" and size:
             yield _RESIDENT[name], size, ""
 
@@ -120,6 +127,7 @@ _RESIDENT = {
     "kernels": "kernels and their scratch",
     "features": "features on disk, memory-mapped",
     "allocator": "allocator overhead",
+    "context": "CUDA context",
     "decoder": "weight copies of the decoding engine",
     "rollouts": "excess while completions are generated",
     "reading": "excess while tokenizer and rows are read",
@@ -197,6 +205,8 @@ def plan_lines(plan: Plan, limit: int | None) -> list[str]:
     labels = {name: label for name, label, *_ in PARTS}
     largest = ", ".join(f"{labels[name]} {gigabytes(size)}" for name, size in parts[:4])
     limit_text = f" of {gigabytes(limit)}" if limit is not None else ""
+    if plan.overhead:
+        limit_text += f", {gigabytes(plan.required_bytes)} with the CUDA context and unused memory of the allocator"
     tensors = f"{gigabytes(plan.peak_bytes)} of it tensors (peak in the {plan.phase})"
     return [f"planned memory: {gigabytes(plan.peak_resident_bytes)}{limit_text}, {tensors}", f"  mainly: {largest}"]
 

@@ -162,8 +162,9 @@ class TerminalCallback(Callback):
 
     def on_plan(self, plan: Plan, limit_bytes: int) -> None:
         self._planned = plan.peak_resident_bytes
-        tight = ", which is tight" if limit_bytes * TIGHT_SHARE < self._planned <= limit_bytes else ""
-        self.on_line(f"memory: {gigabytes(self._planned)} planned of {gigabytes(limit_bytes)}{tight}")
+        tight = ", which is tight" if limit_bytes * TIGHT_SHARE < plan.required_bytes <= limit_bytes else ""
+        on = "" if plan.device == "cpu" else f" on {plan.device}"
+        self.on_line(f"memory: {gigabytes(self._planned)} planned of {gigabytes(limit_bytes)}{on}{tight}")
         for line in [*map(Detail, plan_lines(plan, limit_bytes)), *long_rows_lines(plan)]:
             self.on_line(line)
         if plan.seconds is not None:

@@ -22,15 +22,15 @@ from safetensors import SafetensorError
 
 from deltaw.data.row_reader import RunData
 from deltaw.errors import UserError
-from deltaw.hub.folders import config_folder, resolve
-from deltaw.hub.loading import LoadedModel, check_architecture, load
+from deltaw.hub.folders import resolve
+from deltaw.hub.loading import LoadedModel, load
 from deltaw.hub.packages import is_package_reference
 from deltaw.hub.sentence_layout import layout_files
 from deltaw.kernels import compiled, gpu_attention, loader
 from deltaw.lora.attachment import count_parameters
-from deltaw.machine.choices import UNTESTED_GPU, Choice, choose_device, choose_precision
+from deltaw.machine.choices import UNTESTED_GPU, Choice, choose_device
 from deltaw.machine.memory import memory_limit_bytes, peak_resident_bytes, release_free_memory
-from deltaw.memory.plan import Plan
+from deltaw.memory.plan import Plan, available_bytes
 from deltaw.methods.base import CLASSES_KEY
 from deltaw.methods.start import open_start, resolve_start
 from deltaw.progress import Detail, LogFunction, ignore_line, track_progress
@@ -70,7 +70,14 @@ from deltaw.training.monitoring.rates import choose_rate, follow_rate
 from deltaw.training.optimizer import small_data_warnings
 from deltaw.training.parallel.group import Group, LostProcess
 from deltaw.training.parallel.joining import apply_parallelism, require_single_process, sharded_loader, threads_of
-from deltaw.training.planning.budget import memory_budget, memory_limit_error, within_memory
+from deltaw.training.planning.budget import (
+    PLANNED_DEVICES,
+    count_blocks,
+    fit_card,
+    memory_budget,
+    memory_limit_error,
+    within_memory,
+)
 from deltaw.training.planning.plan_run import plan_run, with_time
 from deltaw.training.preparation import save_calibration
 from deltaw.training.process import preserved_process_state
@@ -310,12 +317,16 @@ def plan_memory(
     """
     device = choose_device(config.device).value
     budget = memory_budget(config.memory, device)
-    if device != "cpu":
+    if not device.startswith(PLANNED_DEVICES):
         return config, None
     limit = memory_limit_bytes().value // processes.local_size
     try:
         plan = plan_run(config, task, data, processes=processes.size)
-        if budget is not None:
+        if device != "cpu":
+            limit = available_bytes(config.memory, device) or limit
+            if not config.force:
+                config, plan = fit_card(config, task, data, plan, limit, callback.on_line, processes.size)
+        elif budget is not None:
             blocks = count_blocks(config, task, callback.on_line)
             config, plan = within_memory(config, task, data, plan, budget, blocks, processes.size)
             if checkpointed := config.train.checkpointing:
@@ -332,19 +343,11 @@ def plan_memory(
     if processes.size == 1 and not resumed:  # the time of the remaining steps is not predicted
         plan = with_time(plan, config, task, data)
     callback.on_plan(plan, limit)
-    if plan.peak_resident_bytes > limit and not config.force:
-        message = f"the run needs {plan.peak_resident_bytes:,} bytes of memory, but only {limit:,} are available"
+    if plan.required_bytes > limit and not config.force:
+        message = f"the run needs {plan.required_bytes:,} bytes of memory, but only {limit:,} are available"
         alternatives = "lower train.tokens_per_pass, set train.checkpointing, or train anyway with --force true"
         raise UserError(message, location="the plan", hint=f"see 'deltaw plan --fit-memory', {alternatives}")
     return config, plan
-
-
-def count_blocks(config: RunConfig, task: Task[Any], log: LogFunction) -> int:
-    """Return the number of transformer blocks in the model's configuration."""
-    dtype = choose_precision("cpu", config.precision).value
-    folder = config_folder(config.model, dtype, config.trust_remote_code, log=log)
-    text = check_architecture(folder, task.name, config.trust_remote_code).get_text_config()
-    return int(getattr(text, "num_hidden_layers", 1))
 
 
 def load_model(

@@ -669,8 +669,8 @@ _DISK_ERRORS = {
     errno.ENODEV: "a device has disappeared",
     errno.ESTALE: "a network folder has disappeared",
 }
-# Messages of torch's CPU allocator if memory is exhausted, on Linux and on Windows.
-_OUT_OF_MEMORY_MESSAGES = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory")
+# Messages of torch's CPU allocator if memory is exhausted, on Linux and on Windows, and of cuBLAS.
+_OUT_OF_MEMORY_MESSAGES = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory", "_ALLOC_FAILED")
 
 
 @contextlib.contextmanager
@@ -693,7 +693,10 @@ def translate_errors(run: Path, *, location: Callable[[], str], last: Callable[[
         if not _is_out_of_memory(error):
             raise
         hint = "lower train.tokens_per_pass, set train.checkpointing: true, or train fewer parameters"
-        message = f"the machine is out of memory: {first_line(error)}"
+        name = "machine"
+        if isinstance(error, torch.OutOfMemoryError) or "CUBLAS" in str(error):
+            name, hint = "card", f"set memory to less than the card has, such as 20GB, {hint}"
+        message = f"the {name} is out of memory: {first_line(error)}"
         raise UserError(message, location=location(), hint=f"{hint}; {_resume_hint(last())}") from error
     except (OSError, SafetensorError) as error:
         if (problem := _disk_error(error)) is None:

@@ -179,7 +179,8 @@ def _batch_key(batch: MicroBatch) -> bytes:
 
 def _random_state(model: PreTrainedModel) -> list[Tensor]:
     """Return the state of the generators that a forward pass uses, for example for dropout."""
-    on_device = [torch.cuda.get_rng_state(model.device)] if model.device.type == "cuda" else []
+    has_generator = model.device.type == "cuda" and torch.cuda.is_available()  # a plan may be for another machine
+    on_device = [torch.cuda.get_rng_state(model.device)] if has_generator else []
     return [torch.get_rng_state(), *on_device]
 
 

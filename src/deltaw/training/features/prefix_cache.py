@@ -26,6 +26,7 @@ from deltaw.errors import UserError
 from deltaw.hub.loading import has_values
 from deltaw.hub.transformers_private import NAME_OR_PATH
 from deltaw.kernels.layout import to_device
+from deltaw.machine.cards import card_memory
 from deltaw.machine.choices import Choice
 from deltaw.machine.kernel_choice import numerics_key
 from deltaw.runtime.layer_entry import BackboneEntry, BlockEntry, HeadEntry, Level, frozen_digest, frozen_level
@@ -234,7 +235,8 @@ class DeviceStore(WrappedStore):
 
 def with_device_copy(store: FeatureStore, device: torch.device) -> FeatureStore:
     """Mirror the store on the device, if the device has its own memory and enough of it."""
-    fits = device.type == "cuda" and store.shape.bytes <= MAX_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
+    card = card_memory(str(device)) if device.type == "cuda" else None
+    fits = card is not None and store.shape.bytes <= MAX_MEMORY_SHARE * card[0]
     return DeviceStore(store, device) if fits else store
 
 

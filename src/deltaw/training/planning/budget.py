@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -9,8 +10,11 @@ from typing import Any
 
 from deltaw.data.row_reader import RunData
 from deltaw.errors import UserError
+from deltaw.hub.folders import config_folder
+from deltaw.hub.loading import check_architecture
+from deltaw.machine.choices import choose_device, choose_precision
 from deltaw.machine.kernel_choice import planning_rates
-from deltaw.memory.plan import FittingPlan, FittingTime, Plan, parse_bytes
+from deltaw.memory.plan import FittingPlan, FittingTime, Plan, available_bytes, parse_bytes
 from deltaw.progress import LogFunction, ignore_line
 from deltaw.settings.config import RunConfig
 from deltaw.settings.data import eval_size
@@ -20,8 +24,12 @@ from deltaw.training.task import Task
 
 # Share of a budget that is reserved for errors of the plan.
 FREE_SHARE = 0.04
+# Devices on which the memory of runs is planned.
+PLANNED_DEVICES = ("cpu", "cuda")
 TOKENS_PER_PASS = (1024, 512, 256, 128)
 RANKS = (16, 8, 4)
+# Sizes of microbatches on a card, and the size from which larger ones are hardly faster.
+CARD_TOKENS_PER_PASS, FILLING_TOKENS = (4096, 2048, 1024, 512), 2048
 # Precisions that a search under a time budget compares for ``precision: auto``.
 FIT_PRECISIONS = ("bf16", "fp32", "int8")
 # Maximum tokens of a microbatch in a search under a time budget, if the settings do not fit into memory.
@@ -34,15 +42,14 @@ def memory_budget(memory: str | None, device: str) -> int | None:
     """Return the setting ``memory`` in bytes, or None if it is not set.
 
     Raises:
-        UserError: if it is not a size, or the run is not on the CPU. Device memory is not planned, so the limit could
-            not be enforced.
+        UserError: if it is not a size, or the memory of the device is not planned.
     """
     if memory is None:
         return None
     size = parse_bytes(memory, location="memory")
-    if device != "cpu":
+    if not device.startswith(PLANNED_DEVICES):
         hint = "leave memory out and set train.checkpointing or train.tokens_per_pass, or use device: cpu"
-        raise UserError(f"memory limits main memory, and this run is on {device}", location="memory", hint=hint)
+        raise UserError(f"the memory of {device} is not planned", location="memory", hint=hint)
     return size
 
 
@@ -87,7 +94,7 @@ def fitting_settings(
         trial = settings.with_train(tokens_per_pass=tokens)
         plan = plan_run(trial, task, data, processes=processes)
         all_plans.append(plan)
-        return _fitting_plan(trial, plan) if plan.peak_resident_bytes <= budget else None
+        return _fitting_plan(trial, plan) if plan.required_bytes <= budget else None
 
     def try_out(settings: RunConfig) -> FittingPlan | None:
         largest, *between, shortest = TOKENS_PER_PASS
@@ -119,7 +126,7 @@ def fitting_settings(
         except Exception as error:  # a third-party model can raise any error on fake tensors
             log(f"{method}: the model cannot be run on fake tensors ({type(error).__name__}: {str(error)[:100]})")
     if not plans_that_fit:
-        least = min((plan.peak_resident_bytes for plan in all_plans), default=None)
+        least = min((plan.required_bytes for plan in all_plans), default=None)
         need = "no plan could be computed" if least is None else f"the minimum is {least:,} bytes"
         hint = "allow more memory, try other methods with --methods, or take a smaller model"
         raise UserError(f"no settings fit into {budget:,} bytes: {need}", location="--fit-memory", hint=hint)
@@ -165,8 +172,8 @@ def fitting_times(
                     f"{precision}: the model cannot be run on fake tensors ({type(error).__name__}: {str(error)[:100]})"
                 )
                 break
-            smallest.append(plan.peak_resident_bytes)
-            if plan.peak_resident_bytes > memory:
+            smallest.append(plan.required_bytes)
+            if plan.required_bytes > memory:
                 continue
             if plan.seconds is None or plan.seconds_per_step is None:
                 log(f"{precision}: time {plan.time_uncertain or 'unknown'}")
@@ -227,7 +234,7 @@ def within_memory(
     Raises:
         UserError: if checkpointing all blocks does not suffice.
     """
-    if plan.peak_resident_bytes <= budget * (1 - FREE_SHARE):
+    if plan.required_bytes <= budget * (1 - FREE_SHARE):
         return config, plan
 
     def planned(count: bool | int) -> tuple[RunConfig, Plan]:
@@ -235,18 +242,108 @@ def within_memory(
         return settings, plan_run(settings, task, data, processes=processes)
 
     minimum = planned(True)
-    if minimum[1].peak_resident_bytes > budget:
-        need = f"{minimum[1].peak_resident_bytes:,} bytes with activation checkpointing in every block"
+    if minimum[1].required_bytes > budget:
+        need = f"{minimum[1].required_bytes:,} bytes with activation checkpointing in every block"
         hint = "allow more, lower train.tokens_per_pass or lora.rank, or take precision int8 or nf4"
         raise UserError(f"the run needs {need}, and memory allows {budget:,}", location="memory", hint=hint)
-    budget = max(int(budget * (1 - FREE_SHARE)), minimum[1].peak_resident_bytes)
-    saved = (plan.peak_resident_bytes - minimum[1].peak_resident_bytes) / blocks
-    count = max(1, math.ceil((plan.peak_resident_bytes - budget) / max(1.0, saved)))
+    budget = max(int(budget * (1 - FREE_SHARE)), minimum[1].required_bytes)
+    saved = (plan.required_bytes - minimum[1].required_bytes) / blocks
+    count = max(1, math.ceil((plan.required_bytes - budget) / max(1.0, saved)))
     for num_blocks in range(count, blocks):
         settings, plan = planned(num_blocks)
-        if plan.peak_resident_bytes <= budget:
+        if plan.required_bytes <= budget:
             return settings, plan
     return minimum
+
+
+def fit_card(
+    config: RunConfig, task: Task[Any], data: RunData, plan: Plan, limit: int, log: LogFunction, processes: int = 1
+) -> tuple[RunConfig, Plan]:
+    """Return settings that need at most ``limit`` bytes of a card's memory, and log those that differ.
+
+    Smaller microbatches cost little as long as they fill the card. Then as few blocks as necessary are checkpointed,
+    and smaller microbatches come last.
+
+    Raises:
+        UserError: if no settings fit.
+    """
+    target, blocks, error = limit * (1 - FREE_SHARE), count_blocks(config, task), None
+    if plan.required_bytes <= target:
+        return config, plan
+    tokens = config.train.tokens_per_pass
+    sizes = [size for size in CARD_TOKENS_PER_PASS if size < plan.tokens] if tokens == "auto" else []
+    microbatch_bytes = sum(plan.parts[part] for part in ("activations", "logits", "batch", "workspace"))
+    for size in sizes or [tokens]:
+        is_filling = size in sizes and int(size) > FILLING_TOKENS
+        if is_filling and plan.required_bytes - microbatch_bytes * (1 - int(size) / plan.tokens) > target:
+            continue
+        settings = config.with_train(tokens_per_pass=size)
+        fitting = plan_run(settings, task, data, processes=processes)
+        try:
+            if fitting.required_bytes > target and not is_filling:
+                settings, fitting = within_memory(settings, task, data, fitting, limit, blocks, processes)
+        except UserError as too_large:
+            error = too_large
+            continue
+        if fitting.required_bytes <= limit:
+            checkpointing = str(settings.train.checkpointing).lower()
+            log(f"to fit the card: microbatches of {size} tokens, train.checkpointing: {checkpointing}")
+            return settings, fitting
+    assert error is not None  # the last size is small
+    raise error
+
+
+def settings_for_card(
+    config: RunConfig, task: Task[Any], data: RunData, log: LogFunction, processes: int = 1
+) -> RunConfig:
+    """Return the settings of a run on a card, which ``deltaw train`` would choose. Other settings are unchanged."""
+    device = choose_device(config.device).value
+    limit = available_bytes(config.memory, device) if device.startswith("cuda") else None
+    if limit is not None:
+        with contextlib.suppress(Exception):  # the plan reports it
+            plan = plan_run(config, task, data, processes=processes)
+            return fit_card(config, task, data, plan, limit, log, processes)[0]
+    return config
+
+
+def _within_card(
+    config: RunConfig, task: Task[Any], data: RunData, plan: Plan, limit: int, processes: int
+) -> tuple[RunConfig, Plan]:
+    """Return settings that need at most ``limit`` bytes of a card's memory, those that cost the least time.
+
+    Smaller microbatches cost little as long as they fill the card. Then as few blocks as necessary are checkpointed,
+    and smaller microbatches come last.
+    """
+    if plan.required_bytes <= limit * (1 - FREE_SHARE):
+        return config, plan
+    is_open, error = config.train.tokens_per_pass == "auto", None
+    sizes = [size for size in CARD_TOKENS_PER_PASS if size < plan.tokens] if is_open else []
+    microbatch_bytes = sum(plan.parts[part] for part in ("activations", "logits", "batch", "workspace"))
+    for size in (size for size in sizes if size >= FILLING_TOKENS):
+        if plan.required_bytes - microbatch_bytes * (1 - size / plan.tokens) <= limit:
+            settings = config.with_train(tokens_per_pass=size)
+            smaller = plan_run(settings, task, data, processes=processes)
+            if smaller.required_bytes <= limit * (1 - FREE_SHARE):
+                return settings, smaller
+    blocks = count_blocks(config, task)
+    changes = [{"tokens_per_pass": size} for size in sizes if size <= FILLING_TOKENS]
+    for change in changes or [{}]:
+        settings = config.with_train(**change)
+        start = plan_run(settings, task, data, processes=processes)
+        try:
+            return within_memory(settings, task, data, start, limit, blocks, processes)
+        except UserError as too_large:
+            error = too_large
+    assert error is not None
+    raise error
+
+
+def count_blocks(config: RunConfig, task: Task[Any], log: LogFunction = ignore_line) -> int:
+    """Return the number of transformer blocks in the model's configuration."""
+    dtype = choose_precision(choose_device(config.device).value, config.precision).value
+    folder = config_folder(config.model, dtype, config.trust_remote_code, log=log)
+    text = check_architecture(folder, task.name, config.trust_remote_code).get_text_config()
+    return int(getattr(text, "num_hidden_layers", 1))
 
 
 def _fitting_plan(config: RunConfig, plan: Plan) -> FittingPlan:

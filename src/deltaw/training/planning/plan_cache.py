@@ -157,7 +157,7 @@ def load_cached_plans(config: RunConfig, methods: Sequence[str], processes: int 
         plan = None if cached is None else cached.plan()
         if plan is not None and method == config.method and processes == 1:
             plan = plan_with_cached_time(plan, config)
-        if cached is not None and plan is not None:
+        if cached is not None and plan is not None and plan.device == "cpu":  # settings are chosen for a card
             lines = lines or cached.lines
             plans[method] = plan
         elif cached is not None and cached.refusal is not None:

@@ -33,12 +33,12 @@ from deltaw.kernels.decode import PAGE_TOKENS
 from deltaw.kernels.layout import Layout
 from deltaw.lora.layers_quantized import BlockEmbedding
 from deltaw.lora.stored import count_logical_parameters
-from deltaw.machine.choices import QUANTIZED, choose_device, choose_precision, choose_threads, dtype_of
+from deltaw.machine.choices import QUANTIZED, assumed_cards, choose_device, choose_precision, choose_threads, dtype_of
 from deltaw.machine.kernel_choice import KernelChoice, activate_kernels
 from deltaw.machine.memory import memory_limit_bytes, release_free_memory, resident_bytes, trim_memory
 from deltaw.machine.product_rates import provenance
-from deltaw.memory.plan import OtherBytes, Plan, resident_parts
-from deltaw.memory.simulation import fake_tensors, simulate
+from deltaw.memory.plan import OtherBytes, Plan, memory_fields
+from deltaw.memory.simulation import fake_tensors, simulate, with_index
 from deltaw.memory.work import WorkCounter, kernel_bytes, warm_up
 from deltaw.methods.start import resolve_start
 from deltaw.progress import LogFunction, ignore_line, track_progress, use_listener
@@ -381,7 +381,8 @@ def _long_row_limit(session: Session) -> tuple[int, int]:
         return 0, 0
     lengths = np.array([_row_length(row) for row in rows]) if isinstance(rows[0], RowGroup) else lengths_of(rows)
     limit = -(-int(np.partition(lengths, -max_long_rows - 1)[-max_long_rows - 1]) // 64) * 64
-    limit = max(limit, choose_tokens_per_pass(session.config.train.tokens_per_pass, limit, "cpu").value)
+    device = str(session.model.device)
+    limit = max(limit, choose_tokens_per_pass(session.config.train.tokens_per_pass, limit, device).value)
     return limit, int((lengths > limit).sum())
 
 
@@ -510,7 +511,7 @@ def plan(config: RunConfig | Mapping[str, Any] | str | os.PathLike[str], *, log:
         UserError: if the settings, the model or the data cannot be used.
     """
     settings = resolve_start(RunConfig.read(config), log)
-    with preserved_process_state():
+    with preserved_process_state(), assumed_cards():
         task, data = read_data(settings, log)
         return with_time(plan_run(settings, task, data), settings, task, data)
 
@@ -560,16 +561,18 @@ class FakeModel:
     Attributes:
         model: Model, quantized if the precision requires it.
         dtype: Data type of the loaded weights.
-        kernels: Chosen kernels.
+        kernels: Chosen kernels, or None on another device than the CPU.
         new_modules: Names of modules that the model's files do not contain.
         total_parameters: Number of parameters.
+        device: Device of the run.
     """
 
     model: PreTrainedModel
     dtype: str
-    kernels: KernelChoice
+    kernels: KernelChoice | None
     new_modules: Sequence[str]
     total_parameters: int
+    device: str
 
     @classmethod
     def of(cls, config: RunConfig, task: Task[Any], data: RunData) -> FakeModel:
@@ -580,12 +583,13 @@ class FakeModel:
         """
         threads = choose_threads(config.threads).value
         torch.set_num_threads(threads)  # workspace sizes of some operators depend on it
-        dtype = choose_precision(choose_device(config.device).value, config.precision).value
+        device = choose_device(config.device).value
+        dtype = choose_precision(device, config.precision).value
         name, code, outputs = config.model, config.trust_remote_code, task.num_outputs(data)
         with fake_tensors():
             model = skeleton(name, dtype=dtype, task=config.task, num_labels=outputs, trust_remote_code=code)
         require_head(model, name, config.task, dtype=dtype, trust_remote_code=code)
-        kernels = activate_kernels(model.config, threads)
+        kernels = activate_kernels(model.config, threads) if device == "cpu" else None
         total = count_logical_parameters(model)
         with fake_tensors():
             if config.precision == "int8":
@@ -593,7 +597,7 @@ class FakeModel:
             if config.precision == "nf4":
                 quantize_nf4(model.base_model)
         added = new_modules(model, name, dtype=dtype, trust_remote_code=code) if task.trains_head else []
-        return cls(model, dtype, kernels, added, total)
+        return cls(model, dtype, kernels, added, total, device)
 
     def require_memory(self, config: RunConfig, processes: int) -> None:
         """Reject weights that exceed the memory of this machine, because a dry run of a large model takes minutes.
@@ -605,7 +609,7 @@ class FakeModel:
         """
         is_sharded = processes > 1 and config.train.sharding == "base"
         size, limit = sum(weight.nbytes for weight in self.model.parameters()), memory_limit_bytes().value
-        if size <= limit or config.force or is_sharded or choose_device(config.device).value != "cpu":
+        if size <= limit or config.force or is_sharded or self.device != "cpu":
             return
         message = f"the model does not fit: its {self.total_parameters / 1e9:,.1f} billion parameters need"
         message += f" {size / 1e9:,.1f} GB in {self.dtype}, and this machine has {limit / 1e9:,.1f} GB of memory"
@@ -616,16 +620,19 @@ class FakeModel:
 
     def assemble(self, config: RunConfig, task: Task[Any], data: RunData) -> Session:
         """Return the run's session. Call it inside :func:`fake_tensors`."""
-        candidates = self.kernels.approximations
-        options = {"device": "cpu", "new_modules": self.new_modules, "candidates": candidates}
+        candidates = () if self.kernels is None else self.kernels.approximations
+        options = {"device": with_index(self.device), "new_modules": self.new_modules, "candidates": candidates}
         return assemble(config, task, data, self.model, **options)  # type: ignore[arg-type]
 
 
 def with_time(plan: Plan, config: RunConfig, task: Task[Any], data: RunData) -> Plan:
     """Return the plan with the predicted time of the run.
 
-    The times of the model's blocks are measured if they are not cached. This takes a few seconds.
+    The times of the model's blocks are measured if they are not cached. This takes a few seconds. Times are only
+    predicted on the CPU.
     """
+    if plan.device != "cpu":
+        return plan
     timed = plan_with_cached_time(plan, config)
     if timed is not None:
         return timed
@@ -659,15 +666,17 @@ def _compute_plan(config: RunConfig, task: Task[Any], data: RunData, process_byt
     name, code = config.model, config.trust_remote_code
     fakes = [FakeModel.of(config, task, data)]
     fakes[0].require_memory(config, processes)
-    model, dtype, total = fakes[0].model, fakes[0].dtype, fakes[0].total_parameters
-    warm_up(dtype_of(dtype))
+    model, dtype, total, device = fakes[0].model, fakes[0].dtype, fakes[0].total_parameters, fakes[0].device
+    is_cpu = device == "cpu"
+    if is_cpu:
+        warm_up(dtype_of(dtype))
     vocabularies = [model.config.get_text_config().vocab_size] if task.tokenizer is not None else []
     dry_runs: list[_DryRun] = []
 
     def run() -> None:
         dry_runs.append(_dry_run(fakes[0].assemble(config, task, data), processes))
 
-    footprint = simulate(run, models=[model], vocabularies=vocabularies)
+    footprint = simulate(run, models=[model], vocabularies=vocabularies, device=device)
     (dry_run,) = dry_runs
     store = dry_run.session.feed.store
     with fake_tensors():
@@ -677,11 +686,11 @@ def _compute_plan(config: RunConfig, task: Task[Any], data: RunData, process_byt
     decoder_bytes, rollout_bytes = generation_bytes(dry_run.session)
     workload, time_uncertain = dict[str, object](), ""
     try:
-        workload = workload_of(dry_run.session, data.read_seconds).as_dict()
+        workload = workload_of(dry_run.session, data.read_seconds).as_dict() if is_cpu else {}
     except Exception as error:  # a third-party task can raise any error
         time_uncertain = _unknown_time(error)
     parts = OtherBytes(
-        kernels=dry_run.kernel_bytes(),
+        kernels=dry_run.kernel_bytes() if is_cpu else 0,
         features=(0 if store is None else store.resident_bytes) + task.input_bytes(),
         reading=data.read_peak_bytes + task.prepare_bytes(),
         mapped=converted + MOVED_AT_ONCE,
@@ -696,31 +705,21 @@ def _compute_plan(config: RunConfig, task: Task[Any], data: RunData, process_byt
     dry_runs.clear()
     fakes.clear()
     release_free_memory()  # a run does not hold the objects of its simulation
-    process_bytes = process_bytes or resident_bytes() + LASTING_BYTES
-    resident, phases = resident_parts(footprint, process_bytes, parts)
     plan = Plan(
         method=config.method,
         total_parameters=total,
         trained_parameters=trained,
-        peak_bytes=footprint.peak_bytes,
-        peak_resident_bytes=sum(resident.values()),
-        parts=footprint.parts,
-        resident=resident,
-        phase=footprint.phase,
-        module=footprint.module,
-        activations=footprint.activations_by_module,
+        **memory_fields(footprint, process_bytes or resident_bytes() + LASTING_BYTES, parts, device),
         tokens=max(token_counts(heaviest.shapes), default=0),
         rows=len(heaviest.rows),
-        timeline=footprint.timeline,
         precision=dtype,
         operations=operations,
         operators=operators,
-        phases=phases,
         arithmetic=loader.arithmetic().as_dict(),
         disk_bytes=disk_bytes,
         block_bytes=block_bytes,
         workload=workload,
-        time_uncertain=time_uncertain,
+        time_uncertain=time_uncertain if is_cpu else f"not predicted on {device}",
     )
     if not heaviest.long:
         return plan

@@ -1,0 +1,62 @@
+"""Simulation of torch's CUDA caching allocator, which reserves memory in segments and splits them into blocks."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+# From CUDACachingAllocator.cpp.
+BLOCK, MIB = 512, 2**20
+SMALL, SMALL_SEGMENT, LARGE_SEGMENT, OWN_SEGMENT, SEGMENT_MULTIPLE = MIB, 2 * MIB, 20 * MIB, 10 * MIB, 2 * MIB
+
+
+class CachingAllocator:
+    """Allocator that never returns a segment. torch does so only if the device has no memory left.
+
+    Attributes:
+        reserved_bytes: Bytes of all segments.
+    """
+
+    def __init__(self) -> None:
+        self.reserved_bytes = self._end = 0
+        # Free blocks: (size, start) by pool, the size by the start, and the start by the end.
+        self._pools: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
+        self._sizes, self._starts = dict[int, int](), dict[int, int]()
+
+    def allocate(self, size: int) -> tuple[int, int]:
+        """Return the start and the size of a block for ``size`` bytes. Small remainders of a block are not split."""
+        size = -(-size // BLOCK) * BLOCK
+        pool, rest_to_split = self._pools[size <= SMALL], BLOCK if size <= SMALL else SMALL + 1
+        if (index := bisect_left(pool, (size, 0))) < len(pool):
+            total, start = pool[index]
+            self._take(start, size <= SMALL)
+        else:
+            own = -(-size // SEGMENT_MULTIPLE) * SEGMENT_MULTIPLE
+            total, start = SMALL_SEGMENT if size <= SMALL else LARGE_SEGMENT if size < OWN_SEGMENT else own, self._end
+            self._end += total + BLOCK  # blocks of different segments are not neighbors
+            self.reserved_bytes += total
+        if total - size >= rest_to_split:
+            self._add(start + size, total - size, size <= SMALL)
+            total = size
+        return start, total
+
+    def free(self, start: int, size: int) -> None:
+        """Free a block and merge it with free neighbors."""
+        is_small = size <= SMALL
+        if start + size in self._sizes:
+            size += self._take(start + size, is_small)
+        if start in self._starts:
+            before = self._starts[start]
+            start, size = before, size + self._take(before, is_small)
+        self._add(start, size, is_small)
+
+    def _take(self, start: int, is_small: bool) -> int:
+        """Remove a free block and return its size."""
+        size = self._sizes.pop(start)
+        del self._starts[start + size]
+        pool = self._pools[is_small]
+        del pool[bisect_left(pool, (size, start))]
+        return size
+
+    def _add(self, start: int, size: int, is_small: bool) -> None:
+        insort(self._pools[is_small], (size, start))
+        self._sizes[start], self._starts[start + size] = size, start

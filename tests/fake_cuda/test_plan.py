@@ -1,0 +1,104 @@
+"""Plans of runs on CUDA, compared with the allocator of the fake device."""
+
+from __future__ import annotations
+
+import gc
+import json
+
+import pytest
+import torch
+
+import deltaw
+from deltaw.errors import UserError
+from deltaw.memory.plan import Plan
+from deltaw.training.callbacks import Callback
+from tests.conftest import COLORS, write_rows
+from tests.fake_cuda.device import configured
+from tests.serving.encoder_models import write_bert
+
+pytestmark = pytest.mark.planned
+
+
+class Lines(Callback):
+    """Collects the messages of a run."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def on_line(self, line: str) -> None:
+        self.lines.append(str(line))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> dict[str, str]:
+    """Rows whose activations are larger than the tiny model."""
+    folder, text = tmp_path_factory.mktemp("rows"), " ".join(COLORS)
+    return {
+        "causal-lm": str(
+            write_rows(folder / "texts.jsonl", [{"prompt": f"{text} {n}", "completion": text} for n in range(10, 50)])
+        ),
+        "sequence-classification": str(
+            write_rows(folder / "labels.jsonl", [{"text": f"{text} {n}", "label": str(n % 2)} for n in range(10, 50)])
+        ),
+    }
+
+
+@pytest.fixture
+def train_on_card(settings, rows, tmp_path):
+    """Train on a card with ``total`` bytes. Returns the result, the peak of the allocated memory, and messages."""
+
+    def train(task: str = "causal-lm", total: int | None = None, **changes):
+        train = {"batch_size": 16, "max_steps": 3, "drift": False, **changes.pop("train", {})}
+        output = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
+        config = settings(
+            output, task=task, device="cuda", data={"train": rows[task], "eval": 3}, train=train, **changes
+        )
+        callback = Lines()
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with configured(**({} if total is None else {"total_memory": total})):
+            result = deltaw.fit(config, callback=callback)
+        return result, torch.cuda.max_memory_allocated() - before, callback.lines
+
+    return train
+
+
+@pytest.mark.parametrize("changes", [{}, {"method": "full"}, {"train": {"checkpointing": True}}], ids=str)
+def test_plan_of_language_model_equals_allocated_peak(changes, train_on_card):
+    result, peak, _ = train_on_card(**changes)
+    assert result.plan.device == "cuda" and result.planned_memory_bytes == pytest.approx(peak, rel=0.05)
+
+
+def test_plan_of_classifier_equals_allocated_peak(train_on_card, tmp_path):
+    result, peak, _ = train_on_card("sequence-classification", model=str(write_bert(tmp_path / "bert")))
+    assert result.planned_memory_bytes == pytest.approx(peak, rel=0.05)
+
+
+def test_settings_are_chosen_so_that_the_run_fits_the_card(train_on_card):
+    result, peak, _ = train_on_card()
+    limit = int(0.75 * result.plan.required_bytes)
+    smaller, smaller_peak, lines = train_on_card(memory=str(limit))
+    assert smaller.plan.required_bytes <= limit and smaller_peak < peak
+    assert smaller.planned_memory_bytes == pytest.approx(smaller_peak, rel=0.05)
+    assert any(line.startswith("to fit the card: microbatches of") for line in lines)
+    with pytest.raises(UserError) as raised:
+        train_on_card(memory="100KB")
+    assert raised.value.location == "memory"
+
+
+def test_exhausted_memory_is_an_error_and_the_run_resumes(train_on_card, settings, rows, tmp_path):
+    result, _, _ = train_on_card()
+    with pytest.raises(UserError) as raised:
+        train_on_card(total=result.plan.parts["weights"] + (2 << 20), force=True)
+    assert "the card is out of memory" in raised.value.message and "set memory" in raised.value.hint
+    assert "repeat the command" in raised.value.hint or "start over" in raised.value.hint
+
+
+def test_plan_is_recorded(train_on_card):
+    result, _, _ = train_on_card()
+    plan = json.loads((result.output / "run.json").read_text())["plan"]
+    assert plan["device"] == "cuda" and plan["peak_resident_bytes"] == result.planned_memory_bytes
+    assert plan["host_bytes"] > 0 and set(plan["overhead"]) == {"allocator", "context"}
+    assert isinstance(Plan.from_fields(result.plan.to_fields()), Plan)
