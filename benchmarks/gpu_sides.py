@@ -73,8 +73,15 @@ def describe(job: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> Non
         else subprocess.run(query, capture_output=True, text=True).stdout
     )
     versions = [f"{name} {metadata.version(name)}" for name in PEERS if _installed(name.replace("-", "_"))]
-    card = f"{total / 2**30:.0f} GiB; driver: {driver.strip() or 'unknown'}; CUDA {torch.version.cuda}; {', '.join(versions)}"
-    emit({"machine": [*machine_lines(), card], "sizes": sizes, "sides": sides, "missing": missing})
+    card = f"{total / 2**30:.0f} GiB; driver: {driver.strip() or 'unknown'}; CUDA {torch.version.cuda}"
+    emit(
+        {
+            "machine": [*machine_lines(), "; ".join([card, *versions])],
+            "sizes": sizes,
+            "sides": sides,
+            "missing": missing,
+        }
+    )
 
 
 def _required(parameters: int) -> int:
@@ -162,14 +169,13 @@ def measure(job: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> None
         import unsloth  # noqa: F401  # patches transformers, so it must be imported first
     import torch
 
-    side = {"deltaw": measure_deltaw, "peft": measure_peer, "unsloth": measure_peer}[job["side"]]
+    model = None if job["side"] == "deltaw" else load_peer(job)
     for kind in KINDS:
-        rows = [json.loads(line) for line in Path(job["folder"], f"{kind}.jsonl").read_text().splitlines()]
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        file = Path(job["folder"], f"{kind}.jsonl")
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        reset_memory()
         try:
-            result = side(job, kind, rows)
+            result = measure_deltaw(job, file, len(rows)) if model is None else measure_peer(model, job, rows)
         except Exception as error:  # such as insufficient memory; the other kinds may work
             result = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
         else:
@@ -180,6 +186,14 @@ def measure(job: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> None
             }
             result |= memory | {"rows_per_second": len(rows) / seconds}
         emit({"kind": kind, **result})
+
+
+def reset_memory() -> None:
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
 
 
 class StepRecorder:
@@ -238,9 +252,9 @@ class StepRecorder:
         return {"seconds": self.seconds, "losses": self.losses, **(self.counts or {})}
 
 
-def measure_deltaw(job: dict[str, Any], kind: str, rows: Sequence[dict[str, str]]) -> dict[str, Any]:
+def measure_deltaw(job: dict[str, Any], rows: Path, batch_size: int) -> dict[str, Any]:
     """Train as ``deltaw train`` does, with the settings that deltaw chooses."""
-    import deltaw
+    import deltaw.runs.fit
     from deltaw.training.callbacks import FunctionCallback
 
     if job["fake"]:  # the device cannot run compiled kernels
@@ -250,10 +264,10 @@ def measure_deltaw(job: dict[str, Any], kind: str, rows: Sequence[dict[str, str]
     recorder, lines, folder = StepRecorder(job), [], Path(job["folder"])
     settings = {
         "model": str(folder), "start_from": str(folder / "adapter"), "output": str(folder / "run"),
-        "data": {"train": str(folder / f"{kind}.jsonl"), "eval": None, "template": "plain"},
+        "data": {"train": str(rows), "eval": None, "template": "plain"},
         "precision": "bf16", "device": "cuda",
         "train": {
-            "max_steps": WARM + STEPS + 1, "batch_size": len(rows), "learning_rate": LEARNING_RATE, "warmup": 0,
+            "max_steps": WARM + STEPS + 1, "batch_size": batch_size, "learning_rate": LEARNING_RATE, "warmup": 0,
             "schedule": "constant", "max_grad_norm": None, "drift": False, "samples": 0,
         },
     }  # fmt: skip
@@ -273,56 +287,54 @@ def measure_deltaw(job: dict[str, Any], kind: str, rows: Sequence[dict[str, str]
     return recorder.result() | {"planned_bytes": plan, "notes": notes, "lines": list(dict.fromkeys(map(str, lines)))}
 
 
-def measure_peer(job: dict[str, Any], kind: str, rows: Sequence[dict[str, str]]) -> dict[str, Any]:
-    """Train with PEFT or Unsloth, in the largest microbatches that fit."""
+def load_peer(job: dict[str, Any]) -> Any:
+    """Load the model of PEFT or Unsloth, with trainable LoRA factors."""
     import torch
-    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-    from safetensors.torch import load_file
+    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    adapter = Path(job["folder"], "adapter")
+    config = LoraConfig.from_pretrained(Path(job["folder"], "adapter"))
+    config.inference_mode = False
     if job["side"] == "unsloth":
         from unsloth import FastLanguageModel
 
-        model, _ = FastLanguageModel.from_pretrained(
-            job["folder"], max_seq_length=2048, dtype=torch.bfloat16, load_in_4bit=False
-        )
-        names = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
-        model = FastLanguageModel.get_peft_model(
-            model, r=RANK, lora_alpha=ALPHA, target_modules=names, lora_dropout=0, use_gradient_checkpointing=False
-        )
-    else:
-        if job.get("liger"):
-            from liger_kernel.transformers import apply_liger_kernel_to_llama, apply_liger_kernel_to_qwen2
+        options = {"max_seq_length": 2048, "dtype": torch.bfloat16, "load_in_4bit": False}
+        model, _ = FastLanguageModel.from_pretrained(job["folder"], **options)
+        options = {"r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0, "use_gradient_checkpointing": False}
+        return FastLanguageModel.get_peft_model(model, target_modules=sorted(config.target_modules), **options).train()
+    if job.get("liger"):
+        from liger_kernel.transformers import apply_liger_kernel_to_llama, apply_liger_kernel_to_qwen2
 
-            apply_liger_kernel_to_llama()
-            apply_liger_kernel_to_qwen2()
-        model = AutoModelForCausalLM.from_pretrained(
-            job["folder"], dtype=torch.bfloat16, attn_implementation=job["attention"]
-        ).to("cuda")
-        config = LoraConfig.from_pretrained(adapter, inference_mode=False)
-        model = get_peft_model(model, config, autocast_adapter_dtype=not job.get("bf16_factors"))
-    model.train()
-    end = json.loads(Path(job["folder"], "config.json").read_text())["eos_token_id"]
-    examples, microbatch = sorted((example(row, end) for row in rows), key=lambda pair: len(pair[0])), len(rows)
+        apply_liger_kernel_to_llama()
+        apply_liger_kernel_to_qwen2()
+    options = {"dtype": torch.bfloat16, "attn_implementation": job["attention"]}
+    model = AutoModelForCausalLM.from_pretrained(job["folder"], **options).to("cuda")
+    return get_peft_model(model, config, autocast_adapter_dtype=not job.get("bf16_factors")).train()
+
+
+def measure_peer(model: Any, job: dict[str, Any], rows: Sequence[dict[str, str]]) -> dict[str, Any]:
+    """Train in the largest microbatches that fit."""
+    import torch
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    folder, microbatch = Path(job["folder"]), len(rows)
+    end = json.loads((folder / "config.json").read_text())["eos_token_id"]
+    examples = sorted((example(row, end) for row in rows), key=lambda pair: len(pair[0]))
     flatten = job.get("attention") == "flash_attention_2"
     while True:
-        set_peft_model_state_dict(model, load_file(adapter / "adapter_model.safetensors"))
+        set_peft_model_state_dict(model, load_file(folder / "adapter" / "adapter_model.safetensors"))
         recorder = StepRecorder(job)
+        groups = [examples[n : n + microbatch] for n in range(0, len(examples), microbatch)]
         try:
-            batches = [
-                tensors(examples[n : n + microbatch], flatten=flatten) for n in range(0, len(examples), microbatch)
-            ]
-            train_peer(model, batches, recorder)
+            train_peer(model, [tensors(group, flatten=flatten) for group in groups], recorder)
             return recorder.result() | {"microbatch": microbatch}
         except torch.OutOfMemoryError:
             if microbatch == 1:
                 raise
         microbatch //= 2
         model.zero_grad(set_to_none=True)
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        reset_memory()
 
 
 def train_peer(model: Any, batches: Sequence[dict[str, Any]], recorder: StepRecorder) -> None:
