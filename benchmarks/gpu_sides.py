@@ -35,6 +35,12 @@ def main() -> None:
         from tests.fake_cuda import device
 
         device.install()
+    if job["fake"] and job.get("side") == "deltaw":  # the device cannot run compiled kernels
+        import deltaw.runs.fit  # noqa: F401
+
+        for name, module in list(sys.modules.items()):
+            if name.startswith("deltaw.kernels.") and hasattr(module, "DEVICES"):
+                module.DEVICES = ()
     stage = {"describe": describe, "prepare": prepare, "measure": measure}[job["stage"]]
     stage(job, lambda result: print("RESULT " + json.dumps(result), flush=True))
 
@@ -254,13 +260,9 @@ class StepRecorder:
 
 def measure_deltaw(job: dict[str, Any], rows: Path, batch_size: int) -> dict[str, Any]:
     """Train as ``deltaw train`` does, with the settings that deltaw chooses."""
-    import deltaw.runs.fit
+    import deltaw
     from deltaw.training.callbacks import FunctionCallback
 
-    if job["fake"]:  # the device cannot run compiled kernels
-        for name, module in list(sys.modules.items()):
-            if name.startswith("deltaw.kernels.") and hasattr(module, "DEVICES"):
-                module.DEVICES = ()
     recorder, lines, folder = StepRecorder(job), [], Path(job["folder"])
     settings = {
         "model": str(folder), "start_from": str(folder / "adapter"), "output": str(folder / "run"),

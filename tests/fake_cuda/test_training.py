@@ -141,8 +141,8 @@ def test_resumed_run_is_bit_identical(settings, tmp_path):
 
 def test_commands_on_device_equal_cpu(call, finished_run):  # noqa: F811
     results: dict[str, list[dict]] = {"cpu": [], "cuda": []}
-    for device, outputs in results.items():
-        options = ("--device", device, "--precision", "fp32", "--json")
+    for name, outputs in results.items():
+        options = ("--device", name, "--precision", "fp32", "--json")
         generate = ("generate", finished_run, "--max-new-tokens", 8, "--prompt", "paint it", "--prompt", "so")
         for command in (generate, (*generate, "--temperature", 0.7, "--seed", 3), ("eval", finished_run)):
             outputs.append(json.loads(call(*command, *options, status=0).out))
