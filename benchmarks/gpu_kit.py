@@ -54,7 +54,9 @@ if ! test -e venv/installed; then
   # Packages of another virtual environment are not system packages.
   outer=$("$python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")
   echo "$outer" > "$(echo venv/lib/python*/site-packages)/outer.pth"
-  venv/bin/python -m pip install --quiet --no-index --find-links wheels REQUIREMENTS
+  pip="venv/bin/python -m pip install --quiet --no-index --find-links wheels"
+  $pip --force-reinstall --no-deps wheels/deltaw-*.whl
+  $pip REQUIREMENTS
   touch venv/installed
 fi
 exec venv/bin/python benchmarks/gpu_kit.py run "$@"
@@ -177,7 +179,9 @@ class Kit:
         script = str(Path(__file__).with_name("gpu_sides.py"))
         status, output, errors = self.execute([sys.executable, script, json.dumps(job)])
         results = [json.loads(line[7:]) for line in output.splitlines() if line.startswith("RESULT ")]
-        return results, "" if status == 0 else status or (errors.strip().splitlines() or ["no message"])[-1][-300:]
+        if isinstance(status, int) and status != 0:
+            status = (errors.strip().splitlines() or [f"exit status {status}"])[-1][-300:]
+        return results, status or ""
 
     def execute(self, command: Sequence[str], seconds: float | None = None) -> tuple[int | str, str, str]:
         """Run a command and return its status or "no time left", and its output. It is killed when its time is over."""
