@@ -344,14 +344,14 @@ def train_peer(model: Any, batches: Sequence[dict[str, Any]], recorder: StepReco
     import torch
 
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=not recorder.is_fake)
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
     total = {"num_items_in_batch": labels} if len(batches) > 1 else {}
     while recorder.counts is None:
         torch.cuda.synchronize()
         start, losses = time.perf_counter(), []
         for batch in batches:
-            loss = model(**batch, **total).loss
+            loss = model(**batch, **total, use_cache=False).loss
             loss.backward()
             losses.append(loss.detach())
         optimizer.step()
