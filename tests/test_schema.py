@@ -118,7 +118,7 @@ def test_peft_names_are_in_the_schema() -> None:
 
 
 def test_allowed_values_of_settings() -> None:
-    assert allowed_values("precision") == ["auto", "bf16", "fp32", "int8", "gguf", "nf4"]
+    assert allowed_values("precision") == ["auto", "bf16", "fp16", "fp32", "int8", "gguf", "nf4"]
     assert allowed_values("lora.dora") == ["true", "false"]
     assert allowed_values("train.share_prefixes") == ["true", "false", "auto"]
     assert "pissa" in allowed_values("lora.init") and "messages" in allowed_values("data.form")

@@ -152,10 +152,10 @@ def main() -> None:
     sys.meta_path.insert(0, Finder())
     import pytest
 
-    from deltaw.kernels import attention
+    from deltaw.kernels import gpu_attention
     from tests.fake_cuda import test_training  # noqa: F401  # imports what the tests need, before processes are forked
 
-    attention.DEVICES = ()
+    gpu_attention.DEVICES = ()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "reached.json"
 

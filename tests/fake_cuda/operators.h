@@ -35,7 +35,8 @@ const std::set<std::string> SYNCHRONIZING = {
 // Operators that accept indices on the host. The first has copied them to the device before its kernel runs.
 const std::set<std::string> HOST_INDICES = {"aten::index", "aten::_index_put_impl_"};
 // Operators that accept 0-dim host tensors, in addition to those with the tag "pointwise".
-const std::set<std::string> HOST_SCALARS = {"aten::fill_", "aten::masked_fill_", "aten::_index_put_impl_"};
+const std::set<std::string> HOST_SCALARS = {"aten::fill_", "aten::masked_fill_", "aten::_index_put_impl_",
+                                            "aten::floor_divide", "aten::floor_divide_"};
 
 inline bool on_device(const Tensor& t) { return t.defined() && t.device().type() == c10::DeviceType::CUDA; }
 

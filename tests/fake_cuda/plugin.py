@@ -18,12 +18,13 @@ if is_cpu_build():
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_compiled_attention() -> Iterator[None]:
-    """Do not try to compile FlexAttention, which the fake device cannot run."""
+    """Do not try to compile attention and row functions, which the fake device cannot run."""
     if not device.is_installed:
         yield
         return
-    from deltaw.kernels import attention
+    from deltaw.kernels import compiled, gpu_attention
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(attention, "DEVICES", ())
+        for module in (compiled, gpu_attention):
+            monkeypatch.setattr(module, "DEVICES", ())
         yield

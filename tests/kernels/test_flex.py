@@ -1,16 +1,18 @@
-"""Tests of FlexAttention over prefix trees: uncompiled results, block masks and the fallback."""
+"""Tests of FlexAttention over prefix trees: uncompiled results, block masks and compilations."""
 
 from __future__ import annotations
 
 import shutil
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
 
-from deltaw.kernels import attention as flex
+from deltaw.kernels import flex_attention, gpu_attention
 from deltaw.kernels.attention import packed_attention, packed_reference
+from deltaw.kernels.flex_attention import tree_mask
 from deltaw.kernels.layout import Layout
 from tests.kernels.conftest import examples, relative_error
 from tests.kernels.test_attention import assert_matches_reference, gradients, random_inputs, trees
@@ -19,6 +21,7 @@ VARIANTS = "none"
 
 flex_module = pytest.importorskip("torch.nn.attention.flex_attention", reason="no FlexAttention in this torch")
 OPTIONS = {"scaling": 0.3}
+SIZES = {"size": 16, "dtype": torch.float32}
 cuda_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device was found")
 # Trees: separate rows, a prompt with two completions of which one has two continuations, segments out of depth-first
 # order, and an empty segment.
@@ -32,7 +35,12 @@ TREES |= {"longer than a block": ([150, 33, 1, 90], [-1, 0, 0, 2]), "with an emp
 def _cpu_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """Allow gradients of uncompiled FlexAttention on a CPU, which torch supports only for compiled calls."""
     monkeypatch.setattr(flex_module, "_validate_device", lambda *tensors: None, raising=False)
-    monkeypatch.setattr(flex, "_TRIALS", {})
+    monkeypatch.setattr(gpu_attention, "_TRIALS", {})
+    monkeypatch.setattr(gpu_attention, "_EXCESS", {})
+
+
+def uncompiled(query, key, value, layout, scaling, window=None, softcap=None):
+    return flex_attention.attention_function(scaling, softcap)(query, key, value, tree_mask(layout, window))
 
 
 @pytest.mark.each_value
@@ -43,8 +51,8 @@ def test_uncompiled_attention_matches_float64_reference(tree, window, softcap):
     layout = Layout.of_lengths(*TREES[tree])
     # Grouped heads, and for one tree separate key heads with a different value size.
     sizes = {"heads": 3, "key_heads": 3, "value_size": 6} if tree == "a shared prompt" else {}
-    options = {**OPTIONS, "window": window, "softcap": softcap, "compiled": False}
-    assert_matches_reference(flex.tree_attention, random_inputs(layout, **sizes), layout, 1e-10, **options)
+    options = {**OPTIONS, "window": window, "softcap": softcap}
+    assert_matches_reference(uncompiled, random_inputs(layout, **sizes), layout, 1e-10, **options)
 
 
 @examples(trees(), st.sampled_from([None, 1, 5, 40]), st.sampled_from([16, 128]), st.sampled_from([37, 1024]), count=40)
@@ -54,13 +62,13 @@ def test_pair_counts_match_visibility(layout, window, block, at_once):
     visible[: layout.length, : layout.length] = layout.visible(window)
     expected = visible.reshape(count, block, count, block).sum((1, 3))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flex, "QUERIES_PER_COUNT", at_once)
-        assert (flex.visible_pairs(layout, window, block) == expected).all()
+        patch.setattr(flex_attention, "QUERIES_PER_COUNT", at_once)
+        assert (flex_attention.visible_pairs(layout, window, block) == expected).all()
 
 
 @examples(trees(), count=40)
 def test_ranks_encode_visibility(layout):
-    rank, end = flex.ranks(layout)
+    rank, end = flex_attention.ranks(layout)
     assert sorted(rank) == list(range(layout.length))
     seen = (rank[None, :] <= rank[:, None]) & (rank[:, None] < end[None, :])
     assert (seen == layout.visible()).all()
@@ -70,88 +78,91 @@ def test_ranks_encode_visibility(layout):
 @pytest.mark.parametrize("window", [None, 11])
 def test_block_masks_match_torch(tree, window):
     layout = Layout.of_lengths(*TREES[tree])
-    actual = flex.tree_mask(layout, window)
-    assert flex.tree_mask(layout, window) is actual  # cached for all layers
-    options = {"device": "cpu", "BLOCK_SIZE": flex.BLOCK}
+    actual = tree_mask(layout, window)
+    assert tree_mask(layout, window) is actual  # cached for all layers
+    options = {"device": "cpu", "BLOCK_SIZE": flex_attention.BLOCK}
     expected = flex_module.create_block_mask(actual.mask_mod, None, None, layout.length, layout.length, **options)
     assert actual.shape == expected.shape
-    assert torch.equal(actual.to_dense(), expected.to_dense())
+    blocks = expected.to_dense().shape[-1]
+    padding = torch.nn.functional.pad(expected.to_dense(), (0, 2 - blocks, 0, 2 - blocks)) if blocks < 2 else None
+    assert torch.equal(actual.to_dense(), expected.to_dense() if padding is None else padding)
     for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
-        assert torch.equal(getattr(actual, name), getattr(expected, name)), name
+        assert torch.equal(getattr(actual, name)[..., :blocks], getattr(expected, name)), name
 
 
 def case(tree):
     """Return a layout and inputs in fp32."""
     layout = Layout.of_lengths(*TREES[tree])
-    return layout, random_inputs(layout, size=16, dtype=torch.float32)
+    return layout, random_inputs(layout, **SIZES)
 
 
 @pytest.fixture
-def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Use uncompiled FlexAttention on the CPU in place of the compiled one, and return the list of recorded calls."""
-    calls: list[str] = []
-    original = flex_module.flex_attention
-
-    def recorded(*args, **kwargs):
-        calls.append("flex")
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(flex, "DEVICES", ("cpu",))
-    monkeypatch.setattr(flex, "TRIAL_TREES", flex.TRIAL_TREES[:1])
-    monkeypatch.setattr(flex, "_compiled", lambda: recorded)
-    return calls
+def traced_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace FlexAttention with torch.compile on the CPU, and run the graph without generated code."""
+    monkeypatch.setattr(gpu_attention, "DEVICES", ("cpu",))
+    monkeypatch.setattr(flex_attention, "inductor_backend", lambda: lambda graph, inputs: graph)
 
 
-def test_supported_device_uses_flex_after_successful_trial(flex_on_cpu):
-    layout, inputs = case("a shared prompt")
-    tried = len(flex.TRIAL_TREES)
-    for calls in (tried + 1, tried + 2):  # the trials, then one call per iteration
-        assert_matches_reference(packed_attention, inputs, layout, 1e-4, **OPTIONS)
-        assert len(flex_on_cpu) == calls
-    assert flex.notes() == []
+def attend(length, window=None, trained=(True, True, True), **options):
+    """Compare attention over a shared prefix with the reference, forward and backward."""
+    layout, options = Layout.of_lengths([length // 2, length - length // 2], [-1, 0]), {**OPTIONS, **options}
+    inputs = [t.requires_grad_(needs) for t, needs in zip(random_inputs(layout, **SIZES), trained, strict=True)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*unfused")
+        out = packed_attention(*inputs, layout, **options, window=window)
+    expected = packed_reference(*inputs, layout, **options, window=window)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    if any(trained):
+        leaves = [t for t in inputs if t.requires_grad]
+        grads = [torch.autograd.grad(result.square().sum(), leaves) for result in (out, expected)]
+        for actual, expected_grad in zip(*grads, strict=True):
+            torch.testing.assert_close(actual, expected_grad, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("fault", ["no such heads", "a different result", "not for this length", "ImportError"])
-def test_tiles_replace_failing_differing_or_missing_flex(fault, flex_on_cpu, monkeypatch):
-    layout, inputs = case("a shared prompt")
-    original = flex._compiled()
-
-    def broken(query, key, value, **options):
-        if fault == "no such heads":
-            raise NotImplementedError("no such heads\nand more")
-        if fault == "a different result":
-            return query * 1.0 + 0.0 * (key.sum() + value.sum())
-        if query.shape[2] == layout.length:  # the trials have another length
-            raise torch._dynamo.exc.TorchDynamoException("not for this length")
-        return original(query, key, value, **options)
-
-    def compiled():
-        if fault == "ImportError":
-            raise ImportError("torch has no FlexAttention")
-        return broken
-
-    monkeypatch.setattr(flex, "_compiled", compiled)
-    assert_matches_reference(packed_attention, inputs, layout, 1e-4, **OPTIONS)
-    (note,) = flex.notes()
-    assert "tiles" in note and "\n" not in note and fault in note
-    assert not flex.supports(*inputs, packed_reference)
+def compilations():
+    return [trial.attend.compilations for trial in gpu_attention._TRIALS.values()]
 
 
-def test_dry_run_does_not_compile(flex_on_cpu):
-    from torch._subclasses.fake_tensor import FakeTensorMode
+def test_lengths_windows_and_trained_inputs_do_not_recompile(traced_on_cpu):
+    for length in (300, 128, 257):
+        for window in (32, 48):
+            for trained in ((True, True, True), (True, False, True), (False, True, False)):
+                attend(length, window, trained)
+    assert compilations() == [1] and gpu_attention.notes() == []
+    attend(36, 32)  # a row shorter than a block
+    attend(127, 48)
+    attend(300, 32, (False, False, False))
+    attend(300, softcap=5.0)
+    attend(128, softcap=5.0)
+    assert compilations() == [1, 1, 1, 1]
 
-    layout, inputs = case("rows apart")
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        inputs = [mode.from_tensor(t) for t in inputs]
-        assert packed_attention(*inputs, layout, **OPTIONS).shape == inputs[0].shape
-    assert flex_on_cpu == [] and flex._TRIALS == {}
+
+def test_recompilation_is_counted_and_the_limit_falls_back_to_tiles(traced_on_cpu):
+    attend(300)
+    try:
+        torch.use_deterministic_algorithms(True)  # torch compiles again for another global state
+        attend(300)
+        (note,) = gpu_attention.notes()
+        assert "recompiled 1 times" in note
+        with torch._dynamo.config.patch(recompile_limit=1):
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            attend(300)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    (note,) = gpu_attention.notes()
+    assert "computed in tiles (FailOnRecompileLimitHit" in note
+    attend(36)
+    assert gpu_attention.notes() == [note] and len(gpu_attention._TRIALS) == 2, "short rows must not be affected"
 
 
-def test_flex_does_not_support_cpu():
-    _, inputs = case("rows apart")
-    assert not flex.supports(*inputs, packed_reference)
-    with pytest.raises(ValueError, match="tokens"):
-        packed_attention(*inputs, Layout.of_lengths([9, 5]), **OPTIONS)
+def test_disabled_compilation_runs_tiles_instead_of_unfused_attention(traced_on_cpu):
+    attend(36)
+    with torch.compiler.set_stance("force_eager"):
+        attend(36)
+        attend(300)
+    notes = gpu_attention.notes()
+    assert len(notes) == 2
+    assert all("computed in tiles (UnfusedError: torch.compile is disabled" in note for note in notes)
 
 
 @pytest.mark.slow
@@ -168,7 +179,8 @@ def test_compiled_attention_follows_block_masks(window):
         layout, inputs = case(tree)
         options = {**OPTIONS, "window": window}
         with torch.no_grad():
-            actual = flex.tree_attention(*inputs, layout, **options)
+            compiled = torch.compile(flex_attention.attention_function(OPTIONS["scaling"], None))
+            actual = compiled(*inputs, tree_mask(layout, window))
             expected = packed_reference(*inputs, layout, **options)
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
@@ -185,6 +197,6 @@ def test_compiled_attention_on_gpu_matches_reference(tree, dtype, window, softca
     expected = gradients(packed_reference, exact, layout, **options)
     layout.device = torch.device("cuda")
     actual = gradients(packed_attention, [t.to("cuda", dtype) for t in exact], layout, **options)
-    assert flex.notes() == [], "FlexAttention did not serve this device"
+    assert gpu_attention.notes() == [], "torch's kernels did not serve this device"
     for actual_tensor, expected_tensor in zip(actual, expected, strict=True):
-        assert relative_error(actual_tensor.cpu(), expected_tensor) < flex.TOLERANCE[dtype]
+        assert relative_error(actual_tensor.cpu(), expected_tensor) < gpu_attention.TOLERANCE[dtype]

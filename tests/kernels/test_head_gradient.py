@@ -150,7 +150,7 @@ def test_rows_confident_in_wrong_and_in_target_class():
 @pytest.mark.parametrize(("rows", "chunk_rows"), [(1, 192), (50, 16), (330, 20), (330, 100)])
 def test_frozen_head_is_computed_in_chunks(rows, chunk_rows, int8, monkeypatch):
     monkeypatch.setattr(causal_objective, "FROZEN_CHUNK_ROWS", chunk_rows)
-    monkeypatch.setattr(causal_objective, "FROZEN_CHUNK_BYTES", 0)
+    monkeypatch.setitem(causal_objective.FROZEN_CHUNK_BYTES, "cpu", 0)
     calls, original = [], causal_objective.head_gradient_
 
     def counted(logits, *args, **kwargs):

@@ -62,17 +62,35 @@ def test_requested_precision_is_used_and_warns_if_slow(precision: str, slow: boo
 
 @pytest.mark.parametrize(
     ("device", "precision", "message"),
-    [("cuda", "int8", "device is cuda"), ("cpu", "fp16", "not for processors"), ("cpu", "bf61", "not a precision")],
+    [
+        ("cuda", "gguf", "not available on the device cuda"),
+        ("mps", "nf4", "not available on the device mps"),
+        ("cpu", "fp16", "not for processors"),
+        ("cpu", "bf61", "not a precision"),
+    ],
 )
 def test_unsupported_precision_raises(device: str, precision: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         choices.choose_precision(device, precision)
 
 
-@pytest.mark.parametrize(("capability", "expected"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")])
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")])
 def test_cuda_uses_bf16_from_capability_8(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     assert choices.choose_precision("cuda:0").value == expected
+    assert choices.dtype_of(choices.loading_precision("cuda:0", "nf4")) == choices.dtype_of(expected)
+    assert choices.loading_precision("cuda:0", "fp32") == "fp32" and choices.loading_precision("cpu", "nf4") == "nf4"
+
+
+@pytest.mark.parametrize("precision", ["nf4", "int8"])
+def test_quantized_precision_on_cuda_needs_bitsandbytes(monkeypatch, precision):
+    installed = {"bitsandbytes", "accelerate"}
+    monkeypatch.setattr(choices.importlib.util, "find_spec", lambda name: name in installed or None)
+    assert choices.choose_precision("cuda", precision).value == precision
+    installed.clear()
+    with pytest.raises(UserError, match="needs bitsandbytes, accelerate") as error:
+        choices.choose_precision("cuda", precision)
+    assert error.value.hint == 'pip install "deltaw[cuda]"'
 
 
 def test_auto_device_uses_cuda_only_if_available(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,6 +125,13 @@ def test_problem_is_reported_with_hint(case: str) -> None:
     assert Examination(HEALTHY, new).status == severity
 
 
+def test_gpu_without_triton_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    for spec, expected in ((None, 1), (object(), 0)):
+        monkeypatch.setattr("deltaw.reports.doctor.importlib.util.find_spec", lambda name, spec=spec: spec)
+        found = diagnose_with(gpus=[Gpu("A100", 80 * 10**9, 10**9, (8, 0))])
+        assert sum("triton is not installed" in finding.message for finding in found) == expected
+
+
 def test_unused_and_disabled_kernels_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     found = diagnose_with(variants=[Kernels("avx512", (), True), NOT_BUILT])
     (finding,) = [f for f in found if "not built" in f.message]

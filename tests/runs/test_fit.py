@@ -61,6 +61,14 @@ def test_result_contains_time_by_part(settings, tmp_path, monkeypatch):
     assert json.loads((result.output / "run.json").read_text())["result"]["seconds_by_part"] == parts
 
 
+def test_attention_fallback_during_training_is_a_line_and_a_note(settings, tmp_path, monkeypatch):
+    line, calls = "attention of 4/2 heads: computed in tiles (a reason)", itertools.count()
+    monkeypatch.setattr("deltaw.runs.fit.gpu_attention.notes", lambda: [line] if next(calls) else [])
+    result, output = fit_with_output(settings(tmp_path / "run"))
+    assert output.count(line) == 1
+    assert json.loads((result.output / "run.json").read_text())["notes"].count(line) == 1
+
+
 def test_run_settings_round_trip(settings, finished_run):
     assert RunConfig.read(finished_run / "run.yaml") == RunConfig.read(settings(finished_run, train={"epochs": 4}))
 

@@ -25,6 +25,7 @@ pytest.importorskip("httpx", reason="the extra studio is not installed")
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 from playwright.sync_api import Browser, Page, expect  # noqa: E402
 
+from deltaw.cli.studio import redirect_page  # noqa: E402
 from deltaw.studio.workspace import Workspace  # noqa: E402
 from tests.byte_models import byte_tokenizer, save_model, tiny_llama  # noqa: E402
 from tests.conftest import write_rows  # noqa: E402
@@ -144,6 +145,15 @@ def train_classifier(page: Page, studio: StudioProcess, folder: Path, name: str)
     start(page, name)
     expect(page.get_by_role("progressbar")).to_be_visible()
     finish(page)
+
+
+def test_page_of_a_file_connects_the_browser(browser, tmp_path):
+    with studio_process(tmp_path / "folder") as studio:
+        page = browser.new_context().new_page()
+        page.goto(redirect_page(tmp_path / "open.html", studio.address))
+        page.wait_for_url(studio.url)
+        expect(page.get_by_role("link", name="Results")).to_be_visible()
+        page.context.close()
 
 
 def test_table_becomes_a_classifier(studio, page, tmp_path) -> None:
@@ -422,3 +432,69 @@ def test_pages_are_accessible_and_fit_a_narrow_window(studio, browser, tmp_path,
         page.goto(f"{studio.url}missing")
         look("error")
         assert len(visited) == 13
+
+
+def tab_to(page: Page, name: str, role: str = "") -> None:
+    """Press Tab until an element with this text, label or role has the visible focus."""
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        focused = page.evaluate(
+            """() => { const e = document.activeElement, shown = e.closest(".drop") ?? e;
+            const name = e === document.body ? "" : e.ariaLabel || e.labels?.[0]?.textContent || e.textContent;
+            return [name, e.type || e.tagName.toLowerCase(), getComputedStyle(shown).outlineStyle]; }"""
+        )
+        if name in focused[0] and role in focused[1]:
+            assert focused[2] != "none", f"the focus is not visible: {name}"
+            return
+    raise AssertionError(f"{name} cannot be reached with the keyboard")
+
+
+@slow
+def test_classifier_is_started_and_stopped_with_the_keyboard_only(studio, page, tmp_path) -> None:
+    keys = page.keyboard
+    tab_to(page, "Skip to content")
+    keys.press("Enter")
+    tab_to(page, "Choose a file", "file")
+    with page.expect_file_chooser() as chooser:
+        keys.press("Enter")
+    chooser.value.set_files(reviews(tmp_path, 600))
+    expect(page.get_by_text("can be used.").first).to_be_visible()
+    expect(page.locator("#check")).to_have_attribute("aria-busy", "false")
+    tab_to(page, "Change the goal")
+    keys.press("Enter")
+    tab_to(page, "Goal", "select")
+    tab_to(page, "Continue")
+    keys.press("Enter")
+    page.wait_for_url("**/model")
+    tab_to(page, "", "radio")
+    for _ in range(9):
+        if page.get_by_role("radio", name="encoder").is_checked():
+            break
+        keys.press("ArrowDown")
+    expect(page.get_by_text("Fits.")).to_be_visible()
+    tab_to(page, "Continue")
+    keys.press("Enter")
+    page.wait_for_url("**/settings")
+    for label, text in (
+        ("Passes over the rows", "400"),
+        ("Learning rate", "0.001"),
+        ("Name of the result", "by keyboard"),
+    ):
+        tab_to(page, label)
+        keys.press("Control+A")
+        keys.type(text)
+    expect(page.locator("#plan")).to_have_attribute("aria-busy", "false")
+    tab_to(page, "Start training")
+    keys.press("Space")
+    page.wait_for_url("**/jobs/*")
+    wait_for_progress(page, 1)
+    for name in ("Values: Loss", "Stop"):  # the focus and an open detail survive new values
+        tab_to(page, name)
+        if name != "Stop":
+            keys.press("Enter")
+        wait_for_progress(page, steps_done(page))
+        assert name in page.evaluate("document.activeElement.textContent")
+    expect(page.get_by_role("table", name="Loss by step")).to_be_visible()
+    keys.press("Enter")
+    expect(page.get_by_role("button", name="Continue")).to_be_visible()
+    tab_to(page, "Continue")

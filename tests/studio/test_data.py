@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 import re
 import zipfile
+import zlib
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -13,10 +15,12 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra studio is not installed")
 from deltaw.errors import UserError
+from deltaw.settings import task_registry
 from deltaw.studio import data, row_calls, spreadsheets
 from deltaw.studio.worker import Pending
 from tests.byte_models import save_model, tiny_llama
 
+CLASSES = next(entry.name for entry in task_registry.entries() if entry.serves == "classes")
 REVIEWS = "stars,review\n" + "".join(f"{'good' if i % 2 else 'bad'},This is review {i * i}.\n" for i in range(30))
 
 
@@ -92,6 +96,75 @@ def workbook(*sheets: list[list[object]]) -> bytes:
     return buffer.getvalue()
 
 
+def open_document(sheets: dict[str, list[list[object]]]) -> bytes:
+    """Return an OpenDocument file with texts and numbers."""
+    import io
+
+    def cell(value: object) -> str:
+        kind = '"string"' if isinstance(value, str) else f'"float" office:value="{value}"'
+        return f"<table:table-cell office:value-type={kind}><text:p>{value}</text:p></table:table-cell>"
+
+    tables = ""
+    for name, rows in sheets.items():
+        cells = [
+            f"<table:table-row>{''.join(map(cell, row)) or '<table:table-cell/>'}</table:table-row>" for row in rows
+        ]
+        tables += f'<table:table table:name="{name}">{"".join(cells)}</table:table>'
+    prefix = "urn:oasis:names:tc:opendocument:xmlns"
+    spaces = " ".join(f'xmlns:{n}="{prefix}:{n}:1.0"' for n in ("office", "table", "text"))
+    body = f"<office:body><office:spreadsheet>{tables}</office:spreadsheet></office:body>"
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("mimetype", "application/vnd.oasis.opendocument.spreadsheet")
+        archive.writestr("META-INF/manifest.xml", f'<m:manifest xmlns:m="{prefix}:manifest:1.0"/>')
+        archive.writestr("content.xml", f"<office:document-content {spaces}>{body}</office:document-content>")
+    return buffer.getvalue()
+
+
+# Compressed file of Excel 97 with an empty sheet "Notes" and a sheet "Data" with the same cells as TABLE.
+XLS = zlib.decompress(
+    base64.b85decode(
+        "c-rk)O=uHA6#iy^nxrIYQd6N7YA9H3?M1wJX;($<$x^*2BIw5MK^jttdr%KrtvL#UC&f#l7cW&W{-6iFc@Qd!2!fF4u_r;nL!0%@%PgjC#0F}y"
+        "GT-vvynXZD&fA$cv$OMNE?u5}*j2$Y48cS-h@quUCx~L<O$t;W1X2vkC{duXp%9DGK(^R;mUtbJV<^YF0s{}Mm&Ae3L?>|$BNGKLyN=k;F}Om;"
+        "Feog_Jp*@%lIY~P+L@nWzKQvLwtdcgFKccvA0*qdIDt85q<@df<KspT*CmMyJZ7Jdtl5PQypnl*<)*0F+Spe->*oK>if${88PLcLdj+rP=F7;?"
+        "5YFIxkOjVlbM-}5>(^H=K>8m`^^pepTZRQpA~-E%B9@TAdsEifG~s;jd<k*HY^ktt!1dh)Y$XXH`Q8PeYV&T+%Tr#sM7dVENb{slEt%8_PW3qP"
+        "F|@Iq=7dktvb}Kc>)XS*QRftECV3&RVVjH(0j^39a!xM$O!TwIPUhG6sasg?VxFP*pt5(gLkWkb*ycLd_EI~$8Sk9!b@C39OY=vbbeFz3eI(Bg"
+        "S1x5{KRDCqq0i44`O9kx17bkjxh?V32}_|ChEL2pS1b}kMmru!ftHA0Si3$GzwI-Nxv>HJENY}w?19<`v|*9^4AdVIwL956LfMN3_JZx@6E7RB"
+        "98a2iS=yTo>`k^emA%RK^QIa@G#Wz<4Gj$q4Gj&AKSHQYsj0T8w%Yne)Va<gQB@z4{I@uY3A%jxEj@?=l|@`^Dt|V^7U8qRDt*H9LWyJ4dJ*Hu"
+        "aUA1K=P&)bi2C<gwPR}Srckr(SDT6RFSq{_g+T7{"
+    )
+)
+TABLE = [["text", "label"], ["a", 1], [], ["b", 2.5]]
+
+
+@pytest.mark.parametrize("kind", ["xls", "ods", "xlsx"])
+def test_page_names_spreadsheet_sheet_and_empty_rows(pages, kind):
+    contents = {
+        "xls": lambda: XLS,
+        "ods": lambda: open_document({"Notes": [], "Data": TABLE}),
+        "xlsx": lambda: workbook([], TABLE),
+    }
+    address = draft_of(pages, f"table.{kind}", contents[kind]())
+    rows = (pages.studio.workspace.folder / "table.jsonl").read_text().splitlines()
+    assert list(map(json.loads, rows)) == [{"text": "a", "label": 1}, {"text": "b", "label": 2.5}]
+    shown = text_of(pages.get(f"{address}/data"))
+    names = ("S2", "S1") if kind == "xlsx" else ("Data", "Notes")
+    assert f"the rows of the sheet “{names[0]}” of table.{kind}" in shown
+    assert f"Other sheets are not used: {names[1]}." in shown
+    assert "1 empty row was left out, so later numbers differ." in shown
+    assert f"table.{kind}</a>" in pages.get("/").text
+
+
+def test_rejected_spreadsheet_is_not_kept(client):
+    for address in ("/files/", "/trial/files/"):
+        response = client.put(f"{address}table.xlsx", content=b"damaged", headers={"Accept": "application/json"})
+        assert response.status_code == 400 and "zip" not in response.text.lower()
+        assert [*client.studio.workspace.folder.iterdir()] == []
+    (client.studio.workspace.folder / "own.xls").write_bytes(b"damaged")
+    assert client.post("/drafts", data={"file": "own.xls"}).status_code == 400
+    assert (client.studio.workspace.folder / "own.xls").is_file()
+
+
 def test_reviews_become_classes_with_settings(pages):
     address = draft_of(pages, "reviews.csv", REVIEWS + "good,\n")
     shown = text_of(pages.get(f"{address}/part/check"))
@@ -135,6 +208,19 @@ def test_unknown_columns_can_be_chosen(pages):
     assert "The column “frage” holds the prompts and “antwort” the answers." in shown
     assert stored(pages, address).settings["data"]["columns"] == {"prompt": "frage", "completion": "antwort"}
     assert pages.post(f"{address}/data", data={"task": "nothing"}).status_code == 400
+
+
+def test_errors_name_files_relative_to_the_folder(pages):
+    folder = pages.studio.workspace.folder
+    address = draft_of(pages, "reviews.csv", "\0\1" * 50)
+    assert "reviews.csv" in text_of(pages.get(f"{address}/part/check"))
+    draft = stored(pages, address)
+    draft.settings |= {"task": CLASSES, "model": "model"}
+    draft.save()
+    (folder / "model" / "config.json").write_text("{")
+    for path in (f"{address}/part/check", f"{address}/part/tokens?row=1", f"{address}/part/plan"):
+        response = pages.get(path)
+        assert 'id="error"' in response.text and str(folder) not in response.text, path
 
 
 def test_new_goal_infers_columns_again(pages):
@@ -268,9 +354,9 @@ def test_excel_file_without_table_is_rejected(client, sheet, message):
 
 def test_damaged_and_large_excel_files_are_rejected(client):
     file = client.studio.workspace.folder / "table.xlsx"
-    for content in (b"PK\x03\x04 damaged", b"text", workbook([["a"], ["b"]])[:300]):
+    for content in (b"PK\x03\x04 damaged", b"text", workbook([["a"], ["b"]])[:300], XLS):
         file.write_bytes(content)
-        with pytest.raises(UserError, match="the file"):
+        with pytest.raises(UserError, match="damaged, protected with a password, or not a spreadsheet"):
             spreadsheets.convert(client.studio.workspace, file)
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("xl/workbook.xml", "w") as entry:
         for _ in range(1001):

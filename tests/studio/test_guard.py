@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import webbrowser
@@ -15,6 +16,7 @@ from fastapi.routing import APIRoute
 from starlette.datastructures import URL
 
 from deltaw.cli import group
+from deltaw.cli.studio import redirect_page
 from deltaw.serving.http import server
 from tests.studio.client import StudioClient, connect
 
@@ -48,12 +50,12 @@ def test_token_sets_the_cookie_once_and_a_second_browser_gets_a_new_token(tmp_pa
     assert client.get("/", params={"token": "wrong"}).status_code == 403 and client.announced == []
     other = connect(tmp_path, log_in=False)
     used = other.token.value
-    assert other.get("/", params={"token": used}).status_code == 303
+    assert other.get("/", params={"token": used}).status_code == 200
     other.cookies.clear()
     for _ in range(2):
         assert other.get("/", params={"token": used}).status_code == 403
     assert len(other.announced) == 1
-    assert other.get("/", params={"token": other.announced[0]}).status_code == 303
+    assert other.get("/", params={"token": other.announced[0]}).status_code == 200
     assert other.cookies["deltaw-studio-7860"] == cookie  # of the folder, so open pages survive a restart
     secret = other.studio.workspace.state / "session"
     assert secret.stat().st_mode & 0o77 == 0
@@ -88,6 +90,20 @@ def test_path_is_not_read_from_the_host_header(tmp_path, monkeypatch) -> None:
     client = connect(tmp_path, log_in=False)
     monkeypatch.setattr(Request, "url", URL("http://127.0.0.1/static/?/runs"))  # as in Starlette 0.46
     assert client.get("/runs").status_code == 401
+
+
+def test_head_request_does_not_use_the_token(tmp_path) -> None:
+    client = connect(tmp_path, log_in=False)
+    address = {"token": client.token.value}
+    assert client.head("/", params=address).status_code == 401
+    assert client.get("/", params=address).status_code == 200
+
+
+@pytest.mark.parametrize("site", ["same-site", "cross-site"])
+def test_other_pages_may_link_to_pages_but_not_fetch_or_frame_them(client, site) -> None:
+    for mode, target, status in (("navigate", "document", 200), ("navigate", "iframe", 403), ("no-cors", "image", 403)):
+        headers = {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": mode, "Sec-Fetch-Dest": target}
+        assert client.get("/runs", headers=headers).status_code == status
 
 
 def test_allowed_host(tmp_path) -> None:
@@ -158,10 +174,23 @@ def test_form_from_the_studio_is_accepted(client) -> None:
 
 def test_browser_that_stays_in_the_foreground_does_not_block_the_server(tmp_path, monkeypatch) -> None:
     answered, opened = threading.Event(), []
-    monkeypatch.setattr(webbrowser, "open", lambda address: opened.append(answered.wait(5)))
+    monkeypatch.setattr(webbrowser, "open", lambda address: opened.append((answered.wait(5), address)))
     monkeypatch.setattr(server, "run", lambda app, queue, settings, listening, ready: (ready(), answered.set()))
     result = CliRunner().invoke(group, ["studio", str(tmp_path / "s"), "--port", "0"], catch_exceptions=False)
     assert result.exit_code == 0 and "?token=" in result.output
     while not opened:
         time.sleep(0.01)
-    assert opened == [True]
+    (is_answered, address) = opened[0]
+    assert is_answered
+    if os.name == "posix":  # other users see the command line of the browser
+        assert "token" not in address and address.startswith((tmp_path / "s").as_uri())
+        assert not list((tmp_path / "s").iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of files")
+def test_page_that_opens_the_browser_is_readable_only_by_the_user(tmp_path) -> None:
+    file = tmp_path / "open.html"
+    assert redirect_page(file, "http://127.0.0.1:1/?token=x") == file.as_uri()
+    assert "url=http://127.0.0.1:1/?token=x" in file.read_text() and file.stat().st_mode & 0o77 == 0
+    with pytest.raises(FileExistsError):  # links are not followed
+        redirect_page(file, "x")

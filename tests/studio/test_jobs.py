@@ -143,6 +143,24 @@ def test_other_process_in_the_folder_of_a_job_is_not_signaled(workspace: Workspa
 
 
 @pytest.mark.usefixtures("code")
+def test_damaged_jobs_are_skipped_with_a_note_and_others_run(workspace: Workspace, capsys) -> None:
+    queue = JobQueue(workspace)
+    damages = [{"state": "weird"}, {"created": "x"}, {"order": "x"}, {"arguments": [5]}, {"process": [1]}, {"run": 5}]
+    for values in (*damages, {"arguments": ["a\0b"], "order": 0}, {"state": "running", "process": {"id": -1}}):
+        file = add(queue, "print('{}')").folder / "job.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    file = add(queue, "print('{}')").folder / "job.json"
+    file.write_text("[" * 100_000)
+    last = add(queue, "print('{}')").identity
+    again = JobQueue(workspace)
+    assert capsys.readouterr().err.count("is skipped") == len(damages) + 1
+    assert len(again.jobs()) == 3
+    wait_for(lambda: again.job(last).state == "done", again)
+    assert sorted(job.state for job in again.jobs()) == ["done", "failed", "failed"]
+    assert any("the command is damaged" in job.log for job in again.jobs())
+
+
+@pytest.mark.usefixtures("code")
 def test_second_stop_needs_at_once_and_third_kills(workspace: Workspace) -> None:
     stubborn = (
         "import signal, sys, time; signal.signal(signal.SIGINT, lambda *_: print('got', file=sys.stderr)); "

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +22,9 @@ from fastapi.testclient import TestClient
 from deltaw.errors import UserError
 from deltaw.hub import packages
 from deltaw.hub.local_models import describe_model, list_local_models
+from deltaw.machine.choices import Choice
 from deltaw.serving.http.settings import ServerSettings
-from deltaw.studio import models
+from deltaw.studio import models, worker
 from deltaw.studio.app import create_app
 from deltaw.studio.guard import Token
 from deltaw.studio.jobs import JobQueue
@@ -29,7 +32,9 @@ from deltaw.studio.state import Studio
 from deltaw.studio.trial import TrialServer
 from deltaw.studio.worker import Pending, Worker
 from deltaw.studio.workspace import Draft, Workspace
+from deltaw.worker_process import WorkerError
 from tests.byte_models import save_model, tiny_llama
+from tests.serving.encoder_models import write_bert
 
 ORIGIN = {"origin": "http://127.0.0.1"}
 
@@ -90,6 +95,38 @@ def test_models_of_folder_hub_cache_and_packages_with_license(
     assert {"models/tiny", "small.gguf", "pypi:some-model==1.0/weights"} == {*found}
     assert found["models/tiny"].bytes == (model / "model.safetensors").stat().st_size
     assert [entry.license for entry in found.values()] == ["apache-2.0", "mit", "apache-2.0"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes")
+def test_models_are_described_by_their_files(studio: Studio, model: Path) -> None:
+    folder = studio.workspace.folder
+    fields = {b"architecture": b"llama", b"size_label": b"2B"}
+    content = b"".join(b"general." + k + b"\x08\0\0\0" + len(v).to_bytes(8, "little") + v for k, v in fields.items())
+    (folder / "small.gguf").write_bytes(b"GGUF" + content + bytes(10**6) + b"tokenizer.chat_template")
+    write_bert(folder / "models" / "encoder")
+    os.mkfifo(folder / "models" / "encoder" / "README.md")
+    (folder / "models" / "tiny" / "README.md").unlink()
+    (folder / "models" / "tiny" / "README.md").write_text("---\nlanguage:\n- en\n- 'de'\nlicense: mit\n---\n")
+    found = {entry.name: entry for entry in list_local_models(folder)}
+    assert found["small.gguf"].about == "2B parameters, writes text, instruct: tuned to answer"
+    assert found["encoder"].about == "about 1 million parameters, reads text"
+    assert found["tiny"].about.startswith("about 1 million parameters, writes text, ")
+    assert found["tiny"].about.endswith(", language: en, de") and found["tiny"].license == "mit"
+
+
+def test_model_that_does_not_suit_the_goal_is_not_offered(client: TestClient, studio: Studio, draft: Draft) -> None:
+    write_bert(studio.workspace.folder / "models" / "encoder")
+    address = f"/drafts/{draft.identity}"
+    page = client.get(f"{address}/model").text
+    assert 'value="models/tiny"' in page and 'value="models/encoder"' not in page
+    assert "encoder</strong>: this model reads text, and the goal needs one that writes text." in page
+    draft.set("model", "models/encoder")
+    draft.save()
+    assert "and the goal needs one that writes text" in client.get(f"{address}/part/plan").text
+    draft.set("task", "sequence-classification")
+    draft.save()
+    page = client.get(f"{address}/model").text
+    assert 'value="models/tiny"' in page and 'value="models/encoder"' in page
 
 
 def test_model_in_the_cache_of_the_hub(
@@ -180,6 +217,75 @@ def test_plan_that_does_not_fit_offers_settings(
     assert '<input type="hidden" name="lora.rank" value="4">' in text
 
 
+def test_model_larger_than_the_memory_is_not_planned(
+    client: TestClient, draft: Draft, studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deltaw.training.planning import plan_run
+
+    monkeypatch.setattr(plan_run, "memory_limit_bytes", lambda: Choice(10**4, "a small machine"))
+    monkeypatch.setattr(plan_run, "simulate", None)
+    monkeypatch.setattr(studio.worker, "result", lambda call, arguments, draft: worker.CALLS[call](**arguments))
+    text = client.get(f"/drafts/{draft.identity}/part/plan").text
+    assert "The model does not fit" in text
+    assert "0.0 GB of memory" in text
+    assert "Choose a smaller model" in text
+
+
+class BlockingProcess:
+    """Process that answers no request until it is killed."""
+
+    def __init__(self) -> None:
+        self.closed, self.requests = threading.Event(), list[str]()
+
+    def request(self, request: bytes, seconds: float, *, max_bytes: int) -> list[bytes]:
+        self.requests.append(json.loads(request)["arguments"]["name"])
+        self.closed.wait(seconds)
+        self.closed.clear()
+        raise WorkerError("gave no answer")
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+@pytest.fixture
+def blocked(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> BlockingProcess:
+    process = BlockingProcess()
+    monkeypatch.setattr(studio.worker, "_process", process)
+    monkeypatch.setattr(worker, "WATCH_SECONDS", 0.02)
+    return process
+
+
+def test_call_that_no_page_asks_for_is_given_up_for_another_draft(
+    studio: Studio, blocked: BlockingProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "RESTART_SECONDS", 0.0)
+    monkeypatch.setattr(worker, "WAITING_SECONDS", 0.3)
+    studio.worker.result("plan", {"name": "left"}, draft="a")
+    deadline = time.monotonic() + 60
+    while "second" not in blocked.requests:
+        assert time.monotonic() < deadline
+        assert isinstance(studio.worker.result("check", {"name": "second"}, draft="b"), Pending)
+        time.sleep(0.02)
+    monkeypatch.setattr(worker, "ABANDONED_SECONDS", 0.3)
+    deadline = time.monotonic() + 60
+    while studio.worker._running is not None:  # it is given up without a request, too
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert blocked.requests == ["left", "second"]
+
+
+def test_plan_that_takes_too_long_ends_with_advice(
+    studio: Studio, blocked: BlockingProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "PLAN_SECONDS", 0.2)
+    deadline = time.monotonic() + 60
+    with pytest.raises(UserError, match="not estimated within") as caught:
+        while isinstance(studio.worker.result("plan", {"name": "slow"}), Pending):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    assert "plan in place of train" in str(caught.value.hint)
+
+
 @pytest.mark.slow
 def test_plan_of_the_worker(client: TestClient, draft: Draft) -> None:
     text = plan(client, draft)
@@ -224,6 +330,11 @@ def test_start_page_lists_drafts_without_a_training(client: TestClient, studio: 
     assert f'href="{address}/data"' in client.get("/").text
     client.post(f"{address}/start", data={"name": "first"})
     assert address not in client.get("/").text
+    (job,) = [job for job in studio.queue.jobs() if job.verb == "train"]
+    job.state = "done"
+    (studio.workspace.folder / "runs" / "first").mkdir(parents=True)
+    client.post(f"/jobs/{job.identity}/remove")
+    assert address not in client.get("/").text
 
 
 def test_job_page_shows_progress_of_the_run_and_escapes_texts(client: TestClient, studio: Studio, draft: Draft) -> None:
@@ -247,6 +358,9 @@ def test_job_page_shows_progress_of_the_run_and_escapes_texts(client: TestClient
         text in page for text in ("first answer", "last answer", "&lt;b&gt;one", 'id="loss-figure"', "Start again")
     )
     assert "<b>one" not in page
+    (loss,) = re.findall(r"Training loss: lower is better</dt><dd>(.*?)</dd>", page)
+    assert f"changed from 4.000 to {loss} over 20 steps" in page
+    assert "<dt>Loss:</dt> <dd>how far the model is from the expected answers" in page
     assert client.get(f"/jobs/{job.identity}/part/live").headers["X-Done"] == "1"
     (job.folder / "stderr").write_text(f"some line\n{error}")
     job.state = "failed"
@@ -287,8 +401,9 @@ def test_table_of_scores_has_a_column_of_ranges_if_any_is_known(client: TestClie
         job.state = "done"
         (job.folder / "stdout").write_text(json.dumps(result))
         text = client.get(f"/jobs/{job.identity}").text
-        assert re.findall(r"<td>[^<]*</td><td>(.*?)</td></tr>", text) == cells
+        assert re.findall(r"<td data-name=\"95% confidence interval\">(.*?)</td></tr>", text) == cells
         assert ("confidence interval</th>" in text) == bool(cells)
+        assert 'accuracy<small class="term">share of rows with the right class</small>' in text
 
 
 def test_pages_need_no_torch() -> None:

@@ -42,9 +42,23 @@ def write_run(client: StudioClient, name: str, **values: object) -> Path:
     return folder
 
 
+def test_serve_is_offered_only_for_tasks_that_it_accepts(client) -> None:
+    for task, is_served in (("causal-lm", True), ("embedding", True), ("image-classification", False), ("x", False)):
+        write_run(client, task)
+        settings = client.studio.workspace.folder / "runs" / task / "run.yaml"
+        settings.write_text(f"model: some/model\ntask: {task}\nmethod: lora\n")
+        text = client.get(f"/runs/of/runs/{task}").text
+        assert ("deltaw serve" in text, "deltaw push" in text) == (is_served, True), task
+
+
 def test_list_shows_score_with_interval(client, run) -> None:
     text = client.get("/runs").text
     assert '<a href="/runs/of/runs/first">first</a>' in text and "accuracy 82.1% (78.0% – 85.6%)" in text
+
+
+def test_list_shows_training_rows_and_passes(client) -> None:
+    write_run(client, "first", data={"counts": {"rows_kept": 8, "held_out": 2}})
+    assert '<td data-name="training rows × passes">8 rows × 2.5</td>' in client.get("/runs").text
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes")

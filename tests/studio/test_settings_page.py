@@ -71,6 +71,11 @@ def test_four_settings_come_first(client, address):
     ]
 
 
+def test_number_with_thousands_of_digits_is_an_error_at_its_field(client, address):
+    answer = client.post(address, data={"train.epochs": "0x" + "f" * 5000}, headers=JSON)
+    assert answer.status_code == 200 and "number is too long" in answer.json()["errors"]["train.epochs"]
+
+
 def test_saved_settings_agree_with_file_and_command(client, address):
     fields = {"train.epochs": "2.5", "train.learning_rate": "1e-4", "lora.rank": "16", "train.max_grad_norm": "null"}
     fields |= {"data.system": "Be kind: it's\r\nfree", "data.columns": "{prompt: a b}", "data.eval": ""}

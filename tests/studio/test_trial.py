@@ -158,9 +158,10 @@ def test_proxy_streams_chunks_as_they_come_and_adds_the_key(served) -> None:
     assert server.key not in str(response.headers) and "".join(first).count(server.key) == 0
 
 
-def test_disconnected_browser_cancels_the_answer(served) -> None:
+@pytest.mark.parametrize("token_seconds", [0.0, 0.2])
+def test_disconnected_browser_cancels_the_answer(served, token_seconds) -> None:
     http, server = served
-    server.hold_after = 3
+    server.hold_after, server.token_seconds = 3, token_seconds  # it disconnects while the server waits or sleeps
     with http.stream("POST", "trial/page/v1/chat/completions", json=STREAMED) as response:
         lines = response.iter_lines()
         assert "low" in "".join(next(lines) for _ in range(5))  # the third token: the server waits

@@ -79,7 +79,16 @@ def test_upload_creates_a_draft_and_never_overwrites(client) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["a.exe", "..%2Frows.csv.sh", ".hidden.csv", "a%00.csv", "%3Cb%3E.csv", "a" * 121 + ".csv"]
+    "name",
+    [
+        "%EA%9F%90" * 70 + ".csv",
+        "a.exe",
+        "..%2Frows.csv.sh",
+        ".hidden.csv",
+        "a%00.csv",
+        "%3Cb%3E.csv",
+        "a" * 121 + ".csv",
+    ],
 )
 def test_names_of_uploads_are_limited(client, name) -> None:
     response = client.put(f"/files/{name}", content=b"a", headers=JSON)
@@ -102,7 +111,7 @@ def test_upload_leaves_space_on_the_disk(client, monkeypatch) -> None:
 
 
 def test_full_disk_is_reported(client, monkeypatch) -> None:
-    def full(self, file):
+    def full(self, *_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Workspace, "create_draft", full)
@@ -131,6 +140,19 @@ def test_leftovers_are_removed_only_by_the_studio_that_locks_the_folder(workspac
         second.start()
     first.close()
     assert upload.is_file()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks of folders")
+def test_studio_of_another_user_locks_the_folder(workspace, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache of another user"))
+    first, second, third = (JobQueue(w) for w in (workspace, Workspace(workspace.folder), Workspace(workspace.folder)))
+    assert first._workspace.state != second._workspace.state
+    first.start()
+    with pytest.raises(UserError, match="another studio"):
+        second.start()
+    first.close()
+    third.start()
+    third.close()
 
 
 def test_state_is_outside_of_the_folder_and_only_readable_by_the_user(tmp_path) -> None:
@@ -175,13 +197,29 @@ def test_missing_draft(workspace, identity) -> None:
         workspace.draft(identity)
 
 
-def test_damaged_draft_does_not_block_the_start_page(client) -> None:
+def test_damaged_draft_does_not_block_the_start_page(client, capsys) -> None:
     workspace = client.studio.workspace
     for number, text in enumerate(
-        ("", "[]", "[" * 100_000, '{"settings": 3}', '{"settings": {"data": 3}, "preview": null, "changed": 1}')
+        (
+            "",
+            "[]",
+            "[" * 100_000,
+            '{"settings": 3}',
+            '{"settings": {"data": 3}, "preview": null, "changed": 1}',
+            '{"settings": {"data": {}, "model": 5}, "changed": 1}',
+            '{"settings": {"data": {}, "task": ["x"]}}',
+            '{"settings": {"data": {}}, "changed": "x"}',
+            '{"settings": {"data": {}}, "preview": [1]}',
+        )
     ):
         (workspace.state / "drafts" / f"{number:012x}.json").write_text(text)
-    assert client.get("/").status_code == 200
+    future = workspace.state / "drafts" / f"{'f' * 12}.json"
+    future.write_text('{"settings": {"data": {"train": "later.csv"}}, "changed": 1e300}')
+    for _ in range(2):
+        assert "later.csv" in client.get("/").text
+    assert capsys.readouterr().err.count("is skipped") == 9
+    for page in ("data", "model", "settings"):
+        assert client.get(f"/drafts/{5:012x}/{page}").status_code == 400
 
 
 def test_config_has_absolute_paths_and_rejects_code(workspace) -> None:
@@ -191,7 +229,12 @@ def test_config_has_absolute_paths_and_rejects_code(workspace) -> None:
     config = workspace.config(draft)
     assert config["data"]["train"] == str(workspace.folder / "rows.csv")
     assert config["output"] == str(workspace.folder / "runs" / "first")
-    for key, value in (("data.train", "../outside.csv"), ("trust_remote_code", True), ("output", "/tmp/x")):
+    for key, value in (
+        ("data.train", "../outside.csv"),
+        ("data.eval", ".hidden.csv"),
+        ("trust_remote_code", True),
+        ("output", "/tmp/x"),
+    ):
         changed = workspace.create_draft(workspace.folder / "rows.csv")
         changed.settings |= {"model": "some/model"}
         changed.set(key, value)

@@ -176,7 +176,7 @@ def test_fast_cross_entropy_matches_generic_path(family, method):
 
 @pytest.mark.parametrize("rows_at_once", [1, 3, 100])
 def test_head_log_probs_match_log_softmax(rows_at_once, monkeypatch):
-    monkeypatch.setattr(causal_objective, "FROZEN_CHUNK_BYTES", 8 * 11 * rows_at_once)
+    monkeypatch.setitem(causal_objective.FROZEN_CHUNK_BYTES, "cpu", 8 * 11 * rows_at_once)
     monkeypatch.setattr(causal_objective, "FROZEN_CHUNK_ROWS", 1)
     torch.manual_seed(0)
     head, targets = torch.nn.Linear(6, 11).double(), torch.randint(0, 11, (7,))

@@ -33,6 +33,7 @@ from deltaw.runs.fit import fit, load_model
 from deltaw.settings.config import RunConfig
 from deltaw.tensor_files import read_header
 from deltaw.training.approximations import GradientCheck
+from deltaw.training.planning import plan_run as plan_run_module
 from deltaw.training.planning.plan_cache import CachedPlan
 from deltaw.training.planning.plan_run import LASTING_BYTES, plan_methods, plan_run
 from deltaw.training.session import assemble, read_data
@@ -317,6 +318,20 @@ def test_run_exceeding_memory_is_rejected_unless_forced(settings, tmp_path, monk
     assert "force" in error.hint and "--fit-memory" in error.hint and not list(tmp_path.iterdir())
     result, output = fit_with_output(settings(tmp_path / "run", force=True))
     assert "of 1 kB" in output and outcome(result.output)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_weights_larger_than_memory_are_rejected_without_simulation(family, config_of, monkeypatch):
+    config = config_of(family, "lora" if family == "llama" else "head", precision="fp32")
+    limit = int(0.7 * make_plan(config).parts["weights"])
+    monkeypatch.setattr(plan_run_module, "memory_limit_bytes", lambda: Choice(limit, "a small machine"))
+    other = config.with_train(seed=12345)  # its plan is not cached
+    with monkeypatch.context() as patched:
+        patched.setattr(plan_run_module, "simulate", None)
+        with pytest.raises(UserError, match=r"0.0 billion parameters need 0.0 GB in fp32, and this machine") as caught:
+            make_plan(other)
+    assert "precision: nf4" in caught.value.hint
+    assert make_plan(other.model_copy(update={"force": True})).peak_bytes > limit
 
 
 @pytest.mark.planned

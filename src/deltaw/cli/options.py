@@ -254,14 +254,18 @@ def base_flags(command: Command) -> Command:
     )
 
 
+SAMPLERS = ("auto", "vllm", "transformers")
+
+
 def model_flags(command: Command) -> Command:
     """Add flags for the base model of a run and for loading it."""
-    precisions = "precision: auto, bf16, fp32, int8, gguf or nf4"
+    precisions = "precision: auto, bf16, fp16, fp32, int8, gguf or nf4"
     return with_options(
         command,
         base_flags,
         click.option("--precision", default="auto", help=precisions, shell_complete=complete_setting("precision")),
         click.option("--device", default="auto", help="device: auto, cpu, cuda, cuda:1 or mps"),
+        click.option("--sampler", default="auto", type=click.Choice(SAMPLERS), help="library that generates on a GPU"),
     )
 
 

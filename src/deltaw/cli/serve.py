@@ -37,7 +37,7 @@ LIMITS: dict[str, tuple[str, click.ParamType, str]] = {
 
 
 GROUPS = {
-    "Common": ("adapters", "name", "host", "port", "keys", "model", "precision", "device", "no_page"),
+    "Common": ("adapters", "name", "host", "port", "keys", "model", "precision", "device", "sampler", "no_page"),
     "Access": (
         *("api_key_file", "without_key", "hosts", "origins", "certificate", "certificate_key", "share_cache"),
         *("log", "log_prompts"),
@@ -93,7 +93,7 @@ def command(base: str, adapters: tuple[str, ...], name: str | None, log: str, wi
     from deltaw.serving.http import require_packages
 
     require_packages()
-    names = ("model", "trust_remote_code", "precision", "device", "pooling", "running")
+    names = ("model", "trust_remote_code", "precision", "device", "sampler", "pooling", "running")
     open_options = {key: flags.pop(key) for key in names}
     open_options |= {key: not flags.pop(f"no_{key}") for key in ("page", "normalize")}
     for kind in ("cache", "adapter"):

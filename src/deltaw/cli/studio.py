@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import sys
 import threading
 import webbrowser
@@ -59,12 +61,25 @@ def command(folder: Path, max_upload: str, no_browser: bool, **flags: Any) -> No
         click.echo(f"studio of {workspace.folder} at {address}")
         sys.stdout.flush()
         if not no_browser:
-            # Some browsers return only when they exit.
-            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+            # Other users see the address in the command line of the browser, so it opens a file that only the user
+            # can read. Some browsers return only when they exit.
+            page = redirect_page(file, address)
+            threading.Thread(target=webbrowser.open, args=(page,), daemon=True).start()
 
     studio.queue.start()
+    file = workspace.partial_file().with_suffix(".html")
     try:
         app = create_app(studio, replace(settings, port=listening.getsockname()[1]), token)
         server.run(app, None, settings, listening, ready)
     finally:
+        file.unlink(missing_ok=True)
         studio.close()
+
+
+def redirect_page(file: Path, address: str) -> str:
+    """Write a page that opens an address, and return the page's address. Returns the address itself on Windows."""
+    if os.name != "posix" or "microsoft" in platform.release().lower():  # Windows browsers cannot open paths of WSL
+        return address
+    with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as page:
+        page.write(f'<!doctype html><meta http-equiv="refresh" content="0; url={address}">')
+    return file.as_uri()

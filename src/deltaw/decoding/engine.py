@@ -86,6 +86,7 @@ class Engine:
     def submit(self, request: Request, listener: Listener | None = None) -> QueuedGeneration:
         """Queue a request. See :meth:`deltaw.decoding.request.TextEngine.submit`."""
         sequence = self._prepare(request, listener)
+        sequence.is_streamed = True
         with self._changed:
             self._queue([sequence])
             if self._thread is None:
@@ -181,7 +182,7 @@ class Engine:
         if request.max_new_tokens < 0:
             raise UserError(f"max_new_tokens is {request.max_new_tokens}", location="max_new_tokens", hint="0 or more")
         if request.prompt_logprobs and not self.scheduler.scores_prompts:
-            message = "log-probabilities of the prompt are unavailable when transformers decodes"
+            message = "log-probabilities of the prompt are unavailable when transformers or vLLM decodes"
             raise UserError(message, location="prompt_logprobs", hint="leave them out")
         validate(request.sampling, self.scheduler.vocabulary)
         validate_stops(request.stop)

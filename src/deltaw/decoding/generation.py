@@ -1,4 +1,4 @@
-"""Batched text generation with transformers' ``generate``.
+"""Batched text generation with transformers' models.
 
 Prompts of unequal length are padded on the left and masked by length. All terminators stop a text. Settings of the
 model's generation configuration (repetition penalty, temperature) are not applied. The model is restored afterwards:
@@ -8,7 +8,8 @@ attention implementation, training mode and torch's random state.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -22,13 +23,18 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StaticCache,
     StoppingCriteriaList,
 )
 
+from deltaw.decoding.device_sampling import DeviceSampler
+from deltaw.decoding.request import Sampling
+from deltaw.decoding.sampling import SamplingState
 from deltaw.errors import UserError
 from deltaw.hub.loading import default_attention, use_attention
 from deltaw.hub.terminators import terminators
 from deltaw.hub.transformers_private import quiet
+from deltaw.kernels.layout import to_device
 from deltaw.kernels.linear import LinearProduct, linear
 from deltaw.runtime.recognition import forward_replaced
 
@@ -243,9 +249,13 @@ def generate(
         for indices, allowance in _batches(prompts, max_new_tokens, batch_tokens, position_limit(model)):
             config.max_new_tokens = allowance
             rows = [np.asarray(prompts[index], dtype=np.int64) for index in indices]
-            ids, mask = _padded(rows, config.pad_token_id, model.device)
-            sequences = _decoder(model).generate(ids, attention_mask=mask, generation_config=config)
-            for index, row in zip(indices, sequences[:, ids.shape[1] :].cpu().numpy(), strict=True):
+            if model.device.type == "cuda":
+                tokens = _greedy_on_device(model, tokenizer, rows, config)
+            else:
+                ids, mask = _padded(rows, config.pad_token_id, model.device)
+                sequences = _decoder(model).generate(ids, attention_mask=mask, generation_config=config)
+                tokens = sequences[:, ids.shape[1] :].cpu().numpy()
+            for index, row in zip(indices, tokens, strict=True):
                 answers[index] = _completion(row, tokenizer, config.eos_token_id)
             if on_progress is not None:
                 on_progress(len(answers), len(prompts))
@@ -257,36 +267,100 @@ def decode_with_callback(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[np.ndarray],
     max_new_tokens: int,
-    choose: Callable[[Tensor], Sequence[int | None]],
+    choose: Callable[[Tensor], Tensor | None],
 ) -> None:
     """Decode prompts together, with tokens chosen by the caller.
 
     Args:
         prompts: Token ids, each (length,), nonempty and with ``max_new_tokens`` positions available after it.
-        choose: Receives fp32 logits (prompts, vocabulary), and returns the next token per prompt, or None if its text
-            has
-            ended. Decoding stops when all texts have ended.
+        choose: Receives fp32 logits (prompts, vocabulary), and returns the next tokens (prompts,), or None to stop.
 
     Raises:
         UserError: if the model cannot generate.
     """
     config = _config(model, tokenizer, (), max_new_tokens)
-    is_finished = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
+    stops = False
 
     def chosen(input_ids: Tensor, scores: Tensor) -> Tensor:
+        nonlocal stops
+        tokens = choose(scores.float())
+        stops = tokens is None
         forced = torch.full_like(scores, float("-inf"))
-        for row, token in enumerate(choose(scores.float())):
-            is_finished[row] = token is None
-            forced[row, 0 if token is None else token] = 0.0
-        return forced
+        return forced.scatter_(1, input_ids[:, -1:] if tokens is None else tokens.to(scores.device)[:, None], 0.0)
 
     def stopped(input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
-        return is_finished
+        return torch.full(input_ids.shape[:1], stops, device=input_ids.device)
 
     with _decoding_state(model, config):
         ids, mask = _padded([np.asarray(p, np.int64) for p in prompts], config.pad_token_id, model.device)
+        if (cache := _static_cache(model, ids.shape[1] + max_new_tokens)) is not None:
+            _decode_on_device(model, ids, mask, cache, max_new_tokens, choose)
+            return
         generate = partial(_decoder(model).generate, ids, attention_mask=mask, generation_config=config)
         generate(logits_processor=LogitsProcessorList([chosen]), stopping_criteria=StoppingCriteriaList([stopped]))
+
+
+def _static_cache(model: PreTrainedModel, length: int) -> StaticCache | None:
+    """Return a cache of fixed size on a GPU, or None on other devices and for models that transformers' loop needs."""
+    prepares_inputs = type(_decoder(model)).prepare_inputs_for_generation
+    standard = prepares_inputs is GenerationMixin.prepare_inputs_for_generation
+    if model.device.type != "cuda" or not standard or "position_ids" not in _parameters(model):
+        return None
+    cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=length)
+    for layer in cache.layers:
+        if hasattr(layer, "cumulative_length"):  # each layer would copy it from the host, with a synchronization
+            layer.cumulative_length = torch.zeros((), dtype=torch.long, device=model.device)
+    return None if any(cache.is_linear) else cache
+
+
+def _parameters(model: PreTrainedModel) -> Container[str]:
+    return inspect.signature(type(model).forward).parameters
+
+
+@torch.no_grad()
+def _decode_on_device(
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    cache: StaticCache,
+    max_new_tokens: int,
+    choose: Callable[[Tensor], Tensor | None],
+) -> None:
+    """Decode without synchronizing with the device. Transformers' loop synchronizes twice per token.
+
+    Args:
+        model: The model, in evaluation mode.
+        ids: (rows, length) token ids, padded on the left.
+        mask: (rows, length) attention mask.
+        cache: Empty cache. Because of its fixed size, transformers does not read the mask on the host.
+        max_new_tokens: Maximum number of new tokens.
+        choose: See :func:`decode_with_callback`.
+    """
+    length, positions = ids.shape[1], (mask.cumsum(-1) - 1).clamp(min=0)
+    mask = nn.functional.pad(mask, (0, max_new_tokens), value=1)
+    options = {"logits_to_keep": 1} if "logits_to_keep" in _parameters(model) else {}
+    for step in range(max_new_tokens):
+        inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask[:, : length + step]}
+        logits = model(**inputs, past_key_values=cache, use_cache=True, **options).logits[:, -1].float()
+        if (tokens := choose(logits)) is None:
+            return
+        ids, positions = tokens[:, None], positions[:, -1:] + 1
+
+
+def _greedy_on_device(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[np.ndarray], config: GenerationConfig
+) -> np.ndarray:
+    """Return greedy tokens (rows, steps). Rows continue after a terminator until all of them have one."""
+    blocks: list[np.ndarray] = []
+
+    def receive(tokens: np.ndarray, _: np.ndarray) -> bool:
+        blocks.append(tokens)
+        return bool(np.isin(np.concatenate(blocks), config.eos_token_id or ()).any(0).all())
+
+    states = [SamplingState(Sampling(), prompt, 0) for prompt in prompts]
+    sampler = DeviceSampler(states, config.max_new_tokens, model.device, receive)
+    decode_with_callback(model, tokenizer, prompts, config.max_new_tokens, sampler)
+    return np.concatenate(blocks).T
 
 
 def _config(
@@ -400,7 +474,7 @@ def _padded(rows: Sequence[np.ndarray], pad: int, device: torch.device) -> tuple
     for index, row in enumerate(rows):
         ids[index, longest - len(row) :] = torch.from_numpy(row)
         mask[index, longest - len(row) :] = 1
-    return ids.to(device), mask.to(device)
+    return to_device(ids, device), to_device(mask, device)
 
 
 def _completion(row: np.ndarray, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int] | None) -> GeneratedCompletion:

@@ -25,6 +25,7 @@ class AdaptedModel:
         reference: Reference of the model, for messages.
         task_name: Task of the model, for messages.
         generates_text: True if the model generates text.
+        sampler: Library that generates on a GPU: "vllm", "transformers", or "auto" for vLLM if possible.
         is_base: True inside :meth:`base`, while the adapter is disabled.
     """
 
@@ -34,6 +35,7 @@ class AdaptedModel:
     reference: str
     task_name: str
     generates_text: bool
+    sampler: str = field(default="auto", kw_only=True)
     is_base: bool = field(default=False, repr=False, init=False)
 
     @property

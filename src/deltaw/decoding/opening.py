@@ -1,28 +1,31 @@
 """Open a decoding engine for an inference session.
 
-Depending on the model and its adapter, the engine uses one of three backends:
+Depending on the model and its adapter, the engine uses one of four backends:
 
 - a decoder of the base model, with the session's adapter as factors or a soft prompt. Requests select the adapter by
   name or use the base model.
 - a decoder of the trained model, if the method trained the model's parameters.
-- transformers' ``generate``, if the decoder does not support the model or the adapter.
+- vLLM, on a GPU, if it is installed and supports the model and the adapter.
+- transformers, if neither of them does.
 
-A decoder is verified against the model, including the adapter, each time it is built.
+A decoder is verified against the model, including the adapter, each time it is built. So is vLLM.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from deltaw.decoding.adapters import ActiveAdapter, AdapterInfo, Adapters, FixedAdapters
+from deltaw.decoding.adapters import ActiveAdapter, AdapterInfo, Adapters, FixedAdapters, FolderReader
 from deltaw.decoding.bank import Packer, pack_attached_adapter
 from deltaw.decoding.batch import BatchLimits, RunningBatch
 from deltaw.decoding.decodable import (
@@ -34,6 +37,7 @@ from deltaw.decoding.decodable import (
     recognized_blocks,
     tolerance,
 )
+from deltaw.decoding.device_sampling import STEPS_PER_SYNC, DeviceSampler
 from deltaw.decoding.engine import Engine
 from deltaw.decoding.generation import (
     MAX_CONCURRENT_SAMPLES,
@@ -47,21 +51,27 @@ from deltaw.decoding.generation import (
 )
 from deltaw.decoding.model import AdaptedModel
 from deltaw.decoding.probes import NotDecodable
-from deltaw.decoding.request import Request, Sampling
+from deltaw.decoding.request import Request, Sampling, TokenLogprob
+from deltaw.decoding.sampling import MIN_LOGPROB
 from deltaw.decoding.sequences import SequenceScheduler, SequenceState, next_tokens
+from deltaw.decoding.vllm_engine import VLLMScheduler, prefers_vllm, session_layers
+from deltaw.errors import UserError
 from deltaw.hub.terminators import terminators
+from deltaw.kernels.layout import to_device
+from deltaw.lora.adapt import detach
+from deltaw.lora.files import load_adapter
 from deltaw.lora.kinds import get_output_head
 from deltaw.lora.stored import weight_shape
 from deltaw.machine.memory import free_memory_bytes, release_free_memory
-from deltaw.progress import LogFunction, track_progress
+from deltaw.progress import LogFunction, ignore_line, track_progress
 from deltaw.runtime import virtual_tokens
 from deltaw.runtime.image_tokens import ImageTokens
 
 _MAX_RUNNING = BatchLimits().running
 # Number of positions if the model's configuration has no limit.
 _DEFAULT_POSITIONS = 1 << 17
-# Maximum number of padded tokens and of requests in a batch. A single request may exceed the former.
-_BATCH_TOKENS, _BATCH_ROWS = 4096, 16
+# Maximum number of padded tokens and of requests in a batch, by device. A single request may exceed the former.
+_BATCH_LIMITS = {"cpu": (4096, 16), "cuda": (16384, 64)}
 
 
 class FallbackScheduler(SequenceScheduler):
@@ -101,13 +111,14 @@ class FallbackScheduler(SequenceScheduler):
     def _next_batch(self) -> list[SequenceState]:
         """Dequeue the next batch: requests for the same adapter in arrival order, up to the batch limits."""
         chosen: list[SequenceState] = []
+        max_tokens, max_rows = _BATCH_LIMITS.get(self._session.model.device.type, _BATCH_LIMITS["cpu"])
         max_prompt = max_new_tokens = 0
         for sequence in list(self.waiting):
             if chosen and sequence.request.adapter != chosen[0].request.adapter:
                 continue
             length, token_limit = len(sequence.request.tokens), sequence.token_limit
             padded_length = max(max_prompt, length) + max(max_new_tokens, token_limit)
-            if chosen and (padded_length * (len(chosen) + 1) > _BATCH_TOKENS or len(chosen) == _BATCH_ROWS):
+            if chosen and (padded_length * (len(chosen) + 1) > max_tokens or len(chosen) == max_rows):
                 break
             # Padding uses positions too, so a short prompt batched with a long one could exceed the limit.
             if chosen and padded_length + self._session.virtual_tokens > self.max_length:
@@ -128,24 +139,32 @@ class FallbackScheduler(SequenceScheduler):
         with session.base() if use_base else contextlib.nullcontext():
             prompts = [session.prompt(np.asarray(sequence.request.tokens, np.int64)) for sequence in sequences]
             max_new_tokens = max(sequence.token_limit for sequence in sequences)
-            sample = partial(self._sample_tokens, sequences)
-            decode_with_callback(session.model, session.tokenizer, prompts, max_new_tokens, sample)
+            choose: Callable[[Tensor], Tensor | None] = partial(self._sample_tokens, sequences)
+            device = session.model.device
+            if device.type == "cuda" and all(map(_samples_on_device, sequences)):
+                size = 1 if any(sequence.is_streamed for sequence in sequences) else STEPS_PER_SYNC
+                states, receive = [sequence.sampler for sequence in sequences], partial(self._append_block, sequences)
+                choose = DeviceSampler(states, max_new_tokens, device, receive, size)
+            decode_with_callback(session.model, session.tokenizer, prompts, max_new_tokens, choose)
 
-    def _sample_tokens(self, sequences: list[SequenceState], logits: Tensor) -> list[int | None]:
-        """Sample the next token of each unfinished sequence."""
+    def _sample_tokens(self, sequences: list[SequenceState], logits: Tensor) -> Tensor | None:
+        """Sample the next token of each unfinished sequence on the host."""
         rows = self._unfinished_rows(sequences)
-        self.tokens += len(rows)
-        tokens: dict[int, int] = {}
+        tokens = torch.zeros(len(sequences), dtype=torch.long)
         if rows:
             chosen = next_tokens([sequences[row] for row in rows], logits.numpy(force=True)[rows])
             for row, (sequence, token, logprob) in zip(rows, chosen, strict=True):
-                try:
-                    sequence.append_token(token, logprob)
-                    tokens[row] = token
-                except Exception as error:  # affects only this sequence
-                    self.end(sequence, error)
-        unfinished = self._unfinished_rows(sequences)
-        return [tokens[row] if row in unfinished else None for row in range(len(sequences))]
+                self.append(sequence, token, logprob)
+                tokens[row] = max(token, 0)
+        return to_device(tokens, logits.device) if self._unfinished_rows(sequences) else None
+
+    def _append_block(self, sequences: list[SequenceState], tokens: np.ndarray, logprobs: np.ndarray) -> bool:
+        """Append tokens (steps, rows) from the device. Return True if all sequences have finished."""
+        for index, token in np.ndenumerate(tokens):
+            sequence, value = sequences[index[1]], max(float(logprobs[index]), MIN_LOGPROB)
+            needed = sequence.sampler.sampling.logprobs is not None
+            self.append(sequence, int(token), TokenLogprob(int(token), value) if needed else None)
+        return not self._unfinished_rows(sequences)
 
     def _unfinished_rows(self, sequences: list[SequenceState]) -> list[int]:
         """Finish sequences that are complete, and return the rows of the others."""
@@ -157,12 +176,19 @@ class FallbackScheduler(SequenceScheduler):
         return [row for row, sequence in enumerate(sequences) if not sequence.handle.done]
 
 
+def _samples_on_device(sequence: SequenceState) -> bool:
+    """True if :class:`DeviceSampler` supports the sampling parameters of a sequence."""
+    return sequence.matcher is None and sequence.sampler.plain and not sequence.sampler.sampling.logprobs
+
+
 # Name of a session's adapter.
 SESSION_ADAPTER = "adapter"
 # Default fraction of free memory for keys and values.
 CACHE_SHARE = 0.25
-# Number of tokens for the verification of a session's adapter.
-_SAMPLE = 24
+# Number of tokens for the verification of a session's adapter, and of prompts for the verification of vLLM.
+_SAMPLE, _PROBES = 24, 4
+# Relative difference of log-probabilities that rounding explains, because vLLM's attention may use TF32 for fp32.
+_MIN_TOLERANCE = 0.01
 # Methods whose adapters leave the base model's weights unchanged.
 _SEPARATE_METHODS = ("lora", "prompt")
 
@@ -186,6 +212,8 @@ def open_engine(session: AdaptedModel, *, cache_bytes: int | None = None, log: L
     cache_size = cache_budget(cache_bytes)
     try:
         with track_progress("preparing the decoder"):
+            if prefers_vllm(session):
+                return vllm_engine(session, session_adapter, cache_bytes=cache_bytes)
             decodable, adapter = _decoder(session, cache_bytes=cache_size)
     except NotDecodable as reason:
         return fallback_engine(session, session_adapter, reason, log)
@@ -343,6 +371,78 @@ def _session_engine(
     return Engine(scheduler, session.tokenizer, ids, adapters, session_adapter=name, why=model.why)
 
 
+def vllm_engine(
+    session: AdaptedModel, name: str | None, folders: Mapping[str, Path] | None = None, cache_bytes: int | None = None
+) -> Engine:
+    """Build an engine that generates with vLLM.
+
+    Args:
+        session: The inference session.
+        name: Name by which requests select the session's adapter, or None.
+        folders: Folders of other adapters by name. The session must have none.
+        cache_bytes: Memory for keys and values, or None for a fraction of the free GPU memory.
+
+    Raises:
+        NotDecodable: if vLLM is not used.
+    """
+    parts = {}
+    try:
+        for key, folder in (folders or {}).items():
+            parts[key] = FolderReader(session.model, session.text_tokenizer).read(folder)
+    except UserError as error:
+        raise NotDecodable(error.message) from error
+    if any(part.prompt is not None or part.info.invocation is not None for part in parts.values()):
+        raise NotDecodable("vLLM supports no soft prompts and activated adapters")
+    layers = {key: part.layers for key, part in parts.items()} if name is None else session_layers(session, name)
+    engine = scheduler_engine(VLLMScheduler(session, layers, cache_bytes), session, name)
+    verify_logprobs(engine, session, name)
+    if parts:
+        engine.bank = FixedAdapters(
+            {key: ActiveAdapter(n, part.info) for n, (key, part) in enumerate(parts.items(), 1)}
+        )
+    for key in parts:
+        load_adapter(session.model, parts[key].info.folder)
+        verify_logprobs(engine, session, key)
+        detach(session.model)
+    return engine
+
+
+def verify_logprobs(engine: Engine, session: AdaptedModel, name: str | None) -> None:
+    """Compare log-probabilities of sampled tokens with those of the session's model in its current state.
+
+    Args:
+        engine: Engine with another implementation of the model.
+        session: The session.
+        name: Adapter of the current state, or None for the base model.
+
+    Raises:
+        NotDecodable: if they differ by more than the precision explains.
+    """
+    model, generator = session.model, np.random.default_rng(1)
+    prompts = list(generator.integers(0, engine.scheduler.num_tokens, (_PROBES, _SAMPLE)))
+    params = SamplingParams(_SAMPLE, 1.0, seeds=tuple(range(_PROBES)), logprobs=True)
+    differences, scales = [], []
+    for prompt, completion in zip(prompts, sample_completions(engine, name, prompts, params), strict=True):
+        tokens = torch.from_numpy(np.append(prompt, completion.tokens)).to(model.device)
+        with eval_mode(model):
+            expected = model(tokens[None]).logits[0, _SAMPLE - 1 : -1].float().log_softmax(-1)
+        sampled = expected.gather(-1, tokens[_SAMPLE:, None])[:, 0].numpy(force=True)
+        differences.append(np.abs(sampled - completion.logprobs))
+        scales.append(float(expected.std()))
+    error = float(np.concatenate(differences).mean() / np.mean(scales))
+    if not error <= max(_MIN_TOLERANCE, tolerance(model)):
+        raise NotDecodable(f"vLLM's log-probabilities differ from the model's by {error:.1e} of their deviation")
+    engine.why = f"vLLM: log-probabilities equal the model's own (relative difference {error:.1e})"
+
+
+def scheduler_engine(scheduler: SequenceScheduler, session: AdaptedModel, adapter: str | None, why: str = "") -> Engine:
+    """Build an engine over a scheduler that applies the session's adapter itself."""
+    terminator_ids = session_terminator_ids(session)
+    info = AdapterInfo(session.virtual_tokens, None, tuple(terminator_ids))
+    adapters = FixedAdapters({} if adapter is None else {adapter: ActiveAdapter(1, info)})
+    return Engine(scheduler, session.tokenizer, terminator_ids, adapters, session_adapter=adapter, why=why)
+
+
 def fallback_engine(session: AdaptedModel, adapter: str | None, reason: NotDecodable, log: LogFunction) -> Engine:
     """Build an engine that decodes with transformers, and log the reason.
 
@@ -352,13 +452,12 @@ def fallback_engine(session: AdaptedModel, adapter: str | None, reason: NotDecod
         reason: Explains why the decoder does not support the model.
         log: Receives the reason as a message.
     """
+    if session.sampler == "vllm":
+        hint = "use sampler: auto or transformers"
+        raise UserError(f"vLLM does not generate: {reason}", location="sampler", hint=hint) from reason
     description = f"transformers decodes: {reason}"
     log(description)
-    terminator_ids = session_terminator_ids(session)
-    info = AdapterInfo(session.virtual_tokens, None, tuple(terminator_ids))
-    adapters = FixedAdapters({} if adapter is None else {adapter: ActiveAdapter(1, info)})
-    scheduler, tokenizer = FallbackScheduler(session, adapter), session.tokenizer
-    return Engine(scheduler, tokenizer, terminator_ids, adapters, session_adapter=adapter, why=description)
+    return scheduler_engine(FallbackScheduler(session, adapter), session, adapter, description)
 
 
 def cache_budget(cache_bytes: int | None) -> int:
@@ -447,8 +546,8 @@ class SessionSampler:
     """Samples completions during training, with a session's current model and adapter.
 
     Implements :data:`deltaw.decoding.generation.Sampler`. The decoder is built and verified once. The adapter, which
-    each training step changes, is packed again at each call. If the decoder does not support the model, transformers
-    computes the logits in the same engine.
+    each training step changes, is packed again at each call. On a GPU, vLLM is loaded once and loads the adapter again
+    at each call. If neither supports the model, transformers computes the logits in the same engine.
 
     Attributes:
         why: Description of the decoding implementation, after the first call.
@@ -457,6 +556,8 @@ class SessionSampler:
     def __init__(self, session: AdaptedModel) -> None:
         self._session = session
         self._decodable: Decodable | None = None
+        self._vllm: VLLMScheduler | None = None
+        self._failure: NotDecodable | None = None
         self._number = 0
         self.why = ""
 
@@ -477,14 +578,38 @@ class SessionSampler:
         """Build an engine over the current weights, for sequences of at most ``max_length`` tokens."""
         session = self._session
         try:
+            if self._failure is not None:
+                raise self._failure
+            if prefers_vllm(session):
+                return self._vllm_engine()
             if self._decodable is None or self._decodable.positions < max_length:
                 self._decodable = verified_decoder(session, positions=max_length)
             decodable, self._number = self._decodable, self._number + 1
             adapter = _pack_adapter(session, decodable, self._number, verify=self._number == 1)
         except NotDecodable as reason:
-            engine = fallback_engine(session, SESSION_ADAPTER if session.adapter else None, reason, lambda _: None)
+            log = ignore_line if self._failure or not prefers_vllm(session) else warnings.warn
+            self._failure = reason
+            engine = fallback_engine(session, SESSION_ADAPTER if session.adapter else None, reason, log)
             self.why = engine.why
             return engine
         running = min(count, MAX_CONCURRENT_SAMPLES)
         pages = running * -(-max_length // decodable.decoder.page_tokens) + running
         return _session_engine(decodable, session, adapter, pages, running)
+
+    def _vllm_engine(self) -> Engine:
+        """Return an engine that samples with vLLM and the current adapter.
+
+        Raises:
+            NotDecodable: if vLLM is not used.
+        """
+        session, name = self._session, SESSION_ADAPTER if self._session.adapter else None
+        layers = session_layers(session, name)
+        if self._vllm is None:
+            self._vllm = VLLMScheduler(session, layers)
+        else:
+            for key, factors in layers.items():
+                self._vllm.set_adapter(key, factors)
+        engine = scheduler_engine(self._vllm, session, name)
+        verify_logprobs(engine, session, name)
+        self.why = engine.why
+        return engine

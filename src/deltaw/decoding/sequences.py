@@ -217,6 +217,7 @@ class SequenceState:
         tokens: (capacity,) token ids. Virtual tokens come first, with id 0.
         keys: (capacity,) cache keys of the tokens.
         prompt_logprobs: Log-probabilities of prompt tokens that no chunk contains yet.
+        is_streamed: True if the caller reads chunks while the completion is generated.
     """
 
     request: Request
@@ -234,6 +235,7 @@ class SequenceState:
     num_generated: int = 0
     length: int = 0
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    is_streamed: bool = False
     _emitted_prompt: bool = False
     _reused: int = 0
 
@@ -414,6 +416,16 @@ class SequenceScheduler:
             sequence.handle.fail(reason)
         else:
             sequence.finish(reason)
+
+    def append(self, sequence: SequenceState, token: int, logprob: TokenLogprob | None) -> None:
+        """Append a token to a sequence unless it has finished. An error affects only this sequence."""
+        if sequence.handle.done:
+            return
+        self.tokens += 1
+        try:
+            sequence.append_token(token, logprob)
+        except Exception as error:
+            self.end(sequence, error)
 
     def end_all(self, reason: FinishReason | BaseException) -> None:
         """Finish every request."""

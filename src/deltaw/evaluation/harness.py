@@ -230,7 +230,7 @@ def _score_rows(
         reference_logits = logits.gather(1, any_target[:, None])[:, 0].float()
         ones = torch.ones(len(part), device=device)
         normalizer = reference_logits + cross_entropy_(logits, any_target, ones, scale=1.0, softcap=0.0, grad=False)
-        values[selected] = (chosen.float() - normalizer[row]).double().cpu()
+        values[selected] = (chosen.float() - normalizer[row]).cpu().double()
         start += len(part)
     lengths = [len(row_targets) for row_targets in targets]
     for value, is_greedy in zip(values.split(lengths), greedy.split(lengths), strict=True):

@@ -97,7 +97,7 @@ def setting_importance(values: Sequence[object], losses: Sequence[float]) -> flo
 # Alpha as a multiple of the rank, which is the scaling of the update.
 ALPHA_PER_RANK = "lora.alpha/rank"
 # Trials with different values of these settings do not have comparable losses.
-_UNSEARCHABLE = ("model", "task", "output", "force", "train.seed", "device", "threads", "trust_remote_code")
+_UNSEARCHABLE = ("model", "task", "output", "force", "train.seed", "device", "sampler", "threads", "trust_remote_code")
 _EXAMPLE = "write KEY=LOW..HIGH, KEY=LOW..HIGH:log or KEY=[VALUE, VALUE], as in lora.rank=[4,8,16]"
 
 

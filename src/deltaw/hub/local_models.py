@@ -6,7 +6,7 @@ import contextlib
 import re
 import urllib.parse
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deltaw.errors import UserError
@@ -14,10 +14,13 @@ from deltaw.hub import packages
 from deltaw.hub.folders import config_folder, fetch_error, find_cached, resolve, resolve_hub_id
 
 UNKNOWN = "unknown"
-# Depth of the model search, and bytes of a file that are searched for a license.
-MAX_DEPTH, HEAD_BYTES = 2, 2**16
+# Depth of the model search, and bytes of a file that are searched for facts and for a chat template.
+MAX_DEPTH, HEAD_BYTES, MAX_HEADER_BYTES = 2, 2**18, 2**24
+# Uses of models: write text, read text, read images.
+WRITES, READS, IMAGES = "writes text", "reads text", "reads images"
 _PACKAGE = re.compile(r"(?im)^(?:License-Expression|License): *(\S.*)$|^Classifier: License :: (?:.* :: )?(.+)$")
-_GGUF = re.compile(rb"general\.license\x08\0\0\0(.{8})", re.DOTALL)
+_GENERATES = re.compile("ForCausalLM|LMHeadModel|ForConditionalGeneration.*vision_config", re.DOTALL)
+_HALF = re.compile(r'dtype": *"b?float16')
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class ModelInfo:
         bytes: Size of its files, or None if it is unknown.
         license: Name of the license, or ``unknown``.
         is_local: True if the model is on this machine.
+        use: ``WRITES``, ``READS`` or ``IMAGES``, or '' if it is unknown.
+        about: Its size, use and languages in words.
     """
 
     reference: str
@@ -39,6 +44,8 @@ class ModelInfo:
     bytes: int | None
     license: str
     is_local: bool = True
+    use: str = ""
+    about: str = ""
 
 
 def list_local_models(folder: Path) -> list[ModelInfo]:
@@ -58,14 +65,14 @@ def describe_model(reference: str) -> ModelInfo:
         if not packages.is_available(reference):
             return ModelInfo(reference, package.name, "package", None, UNKNOWN, is_local=False)
         path = resolve(reference).path
-        return ModelInfo(reference, package.name, "package", _size(path), _package_license(package.name, path))
+        return replace(_model(reference, package.name, "package", path), license=_package_license(package.name, path))
     hub = resolve_hub_id(reference)
     if hub is None:
         path = resolve(reference).path
-        return ModelInfo(reference, path.name, "gguf" if path.is_file() else "folder", _size(path), _license(path))
+        return _model(reference, path.name, "gguf" if path.is_file() else "folder", path)
     if (cached := find_cached(reference)) is not None:
         path = config_folder(cached, "", False)
-        return ModelInfo(reference, hub.name, "hub", _size(path), _license(path))
+        return _model(reference, hub.name, "hub", path)
     from huggingface_hub import HfApi
 
     try:
@@ -87,7 +94,7 @@ def _below(folder: Path, root: Path, depth: int) -> Iterator[ModelInfo]:
             if path.is_file() or _has_model(path):
                 kind = "gguf" if path.is_file() else "folder"
                 reference = path.relative_to(root).as_posix()
-                yield ModelInfo(reference, path.name, kind, _size(path), _license(path))
+                yield _model(reference, path.name, kind, path)
             elif depth and not (path / "run.yaml").is_file():
                 yield from _below(path, root, depth - 1)
 
@@ -102,7 +109,7 @@ def _hub_models() -> Iterator[ModelInfo]:
             newest = max(repository.revisions, key=lambda revision: revision.last_modified, default=None)
             if repository.repo_type == "model" and newest is not None and _has_model(newest.snapshot_path):
                 name, path = repository.repo_id.rpartition("/")[2], newest.snapshot_path
-                yield ModelInfo(repository.repo_id, name, "hub", _size(path), _license(path))
+                yield _model(repository.repo_id, name, "hub", path)
 
 
 def _package_models() -> Iterator[ModelInfo]:
@@ -124,28 +131,51 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
+def _model(reference: str, name: str, kind: str, path: Path) -> ModelInfo:
+    """Return a model on this machine, with the facts that its files state."""
+    if path.is_file():
+        use, size = READS if "bert" in _stated(path, "architecture") else WRITES, _stated(path, "size_label")
+        is_tuned = b"tokenizer.chat_template" in _read(path, MAX_HEADER_BYTES)
+    else:
+        config = _head(path / "config.json")
+        use = WRITES if _GENERATES.search(config) else READS if '"vocab_size"' in config else IMAGES
+        is_tuned = (path / "chat_template.jinja").is_file() or "chat_template" in _head(path / "tokenizer_config.json")
+        millions = _size(path) / (2e6 if _HALF.search(config) else 4e6)
+        size = f"{millions / 1e3:,.1f} billion" if millions >= 1e3 else f"{max(1, millions):,.0f} million"
+        size = "" if "quantization_config" in config else f"about {size}"
+    tuned = ("base: continues texts", "instruct: tuned to answer")[is_tuned] if use == WRITES else ""
+    languages = ", ".join(re.findall(r"\w[\w-]*", _stated(path, "language")))[:80]
+    parts = (size and f"{size} parameters", use, tuned, languages and f"language: {languages}")
+    return ModelInfo(reference, name, kind, _size(path), _license(path), use=use, about=", ".join(filter(None, parts)))
+
+
+def _stated(path: Path, key: str) -> str:
+    """Return a value that a .gguf file or a model card states, or ''."""
+    if path.is_file():
+        content = _read(path)
+        match = re.search(rf"general\.{key}\x08\0\0\0(.{{8}})".encode(), content, re.DOTALL)
+        return content[match.end() :][: int.from_bytes(match[1], "little")].decode("utf-8", "replace") if match else ""
+    card = _head(path / "README.md").removeprefix("---\n").partition("\n---")[0]
+    line = re.search(rf"(?m)^{key}: *((?:.|\n *- )+)", card)
+    return line[1].strip().strip("'\"") if line else ""
+
+
 def _license(path: Path) -> str:
     """Return the license that a .gguf file, a model card or a file LICENSE states."""
-    if path.is_file():
-        with path.open("rb") as file:
-            content = file.read(HEAD_BYTES)
-        match = _GGUF.search(content)
-        stated = (
-            content[match.end() :][: int.from_bytes(match[1], "little")].decode("utf-8", "replace") if match else ""
-        )
-    else:
-        card = _head(path / "README.md").removeprefix("---\n").partition("\n---")[0]
-        line = re.search(r"(?m)^license: *(.+)$", card)
-        stated = line[1] if line else _head(path / "LICENSE").strip().partition("\n")[0]
-    return stated.strip().strip("'\"")[:80] or UNKNOWN
+    stated = _stated(path, "license") or _head(path / "LICENSE").strip().partition("\n")[0]
+    return stated[:80] or UNKNOWN
 
 
 def _head(file: Path) -> str:
-    try:
-        with file.open("rb") as opened:
-            return opened.read(HEAD_BYTES).decode("utf-8", "replace").replace("\r\n", "\n")
-    except OSError:
-        return ""
+    return _read(file).decode("utf-8", "replace").replace("\r\n", "\n")
+
+
+def _read(file: Path, limit: int = HEAD_BYTES) -> bytes:
+    if not file.is_file():  # also not a pipe, which would block
+        return b""
+    with contextlib.suppress(OSError), file.open("rb") as opened:
+        return opened.read(limit)
+    return b""
 
 
 def _package_license(name: str, path: Path) -> str:

@@ -1,37 +1,27 @@
 """Attention over a prefix tree of segments, forward and backward, without padding and without a dense mask.
 
 There are three implementations with the same results: the compiled kernels (``csrc/attention_*.cpp``) on CPUs that they
-support, torch's FlexAttention on devices that it compiles for, and tiles of torch matrix products elsewhere.
+support, torch's kernels on GPUs that pass a trial (:mod:`deltaw.kernels.gpu_attention`), and tiles of torch matrix
+products elsewhere.
 
 Tiles: Each tile of the layout is a few matrix products of its queries and keys. Tiles of one shape are batched. Query
 heads that share a key head (grouped-query attention) are folded into the rows of one product, so keys are not expanded.
 The backward pass gets queries, keys and values and recomputes the attention weights batch by batch, unless they are
 small enough to be saved (see MAX_SAVED_WEIGHTS).
-
-FlexAttention (arXiv 2412.05496) takes a block mask: each block of 128 queries and 128 keys is fully visible, partially
-visible or skipped. Within a partial block two numbers per token decide: its rank, which is its index in a depth-first
-walk of the tree, and the end of its segment's subtree in that order. A query sees a key if rank[key] ≤ rank[query] <
-end[key]. Packed rows are usually laid out in this order, so ranks equal positions.
-
-FlexAttention is used only after a trial: the first time that heads of some shape occur, two small trees are compared
-with the reference, forward and backward. If the trial fails, attention runs in tiles and :func:`notes` reports the
-reason.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypedDict
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from deltaw.kernels import loader
-from deltaw.kernels.layout import Layout, TileBatch, Tiles, to_device
+from deltaw.kernels import gpu_attention, loader
+from deltaw.kernels.layout import Layout, TileBatch, Tiles
 from deltaw.kernels.operators import accumulation_dtype, check_positions, check_shape, define
-from deltaw.kernels.torch_private import compile_errors, in_dispatch_mode, softmax_backward
+from deltaw.kernels.torch_private import softmax_backward
 
 if TYPE_CHECKING:
     from typing import Unpack  # not available at runtime in Python 3.10
@@ -51,264 +41,6 @@ class AttentionOptions(TypedDict, total=False):
     window: int | None
     softcap: float | None
     causal: bool
-
-
-# Queries and keys per block of a block mask. FlexAttention's default, a multiple of its kernels' tile sizes.
-BLOCK = 128
-# Device types that FlexAttention can compile forward and backward kernels for.
-DEVICES = ("cuda",)
-# Queries per chunk when visible pairs are counted. Limits the memory of a long row.
-QUERIES_PER_COUNT = 1024
-# Maximum relative difference (of norms) from the reference in a trial, by input type.
-TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-# Segment lengths and parents of the trial trees. They span several blocks, with and without shared prefixes.
-# Two lengths are tried because torch recompiles with dynamic shapes when it sees a second one.
-TRIAL_TREES = (((150, 40, 37, 30), (-1, 0, 0, -1)), ((300, 200, 65, 40), (-1, 0, -1, 2)))
-
-# Results of trials by key: the reason why FlexAttention is not used, or None if it is.
-_TRIALS: dict[tuple[Any, ...], str | None] = {}
-
-
-def notes() -> list[str]:
-    """Return why attention does not use FlexAttention after a failed trial, one line per reason."""
-    return [f"attention runs in tiles: {reason}" for reason in dict.fromkeys(_TRIALS.values()) if reason is not None]
-
-
-def tree_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: Layout,
-    *,
-    compiled: bool = True,
-    **options: Unpack[AttentionOptions],
-) -> Tensor:
-    """Compute :func:`packed_attention` with FlexAttention, which also provides the derivative.
-
-    Args:
-        query: (heads, T, d) queries.
-        key: (key heads, T, d) keys.
-        value: (key heads, T, d_v) values.
-        layout: Layout of the T tokens.
-        compiled: Compile FlexAttention. If False, torch's operators compute all T × T scores.
-        **options: Options without ``causal``.
-
-    Returns:
-        (heads, T, d_v).
-
-    Raises:
-        ImportError: if this version of torch does not include FlexAttention.
-    """
-    attention = _compiled() if compiled else _function()
-    score_mod, softcap = None, options.get("softcap")
-    if softcap is not None:
-        cap = float(softcap)
-
-        def score_mod(score: Tensor, batch: Tensor, head: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
-            return cap * torch.tanh(score / cap)
-
-    mask, grouped = tree_mask(layout, options.get("window")), query.shape[0] != key.shape[0]
-    heads = (t[None] for t in (query, key, value))
-    return attention(*heads, score_mod=score_mod, block_mask=mask, scale=options["scaling"], enable_gqa=grouped)[0]
-
-
-def tree_mask(layout: Layout, window: int | None = None) -> Any:
-    """Return the layout's ``BlockMask`` on its device. It is cached, so all layers of a model share it."""
-    if window not in layout.masks:
-        layout.masks[window] = _block_mask(layout, window)
-    return layout.masks[window]
-
-
-def ranks(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """Return each token's index (T) in a depth-first walk of the tree, and the end (T) of its segment's subtree."""
-    lengths = layout.stops - layout.starts
-    subtree_sizes = lengths.copy()
-    for segment in range(len(lengths) - 1, -1, -1):
-        if layout.parents[segment] >= 0:
-            subtree_sizes[layout.parents[segment]] += subtree_sizes[segment]
-    first = np.zeros(len(lengths), np.int64)
-    next_child, root = np.zeros(len(lengths), np.int64), 0
-    for segment, parent in enumerate(layout.parents):
-        if parent >= 0:
-            first[segment] = next_child[parent]
-            next_child[parent] += subtree_sizes[segment]
-        else:
-            first[segment], root = root, root + subtree_sizes[segment]
-        next_child[segment] = first[segment] + lengths[segment]
-    rank = np.arange(layout.length) + np.repeat(first - layout.starts, lengths)
-    return rank, np.repeat(first + subtree_sizes, lengths)
-
-
-def visible_pairs(layout: Layout, window: int | None = None, block: int = BLOCK) -> np.ndarray:
-    """Count the visible (query, key) pairs in each block of queries and keys: (n, n) for n blocks.
-
-    The visible keys of a query within one segment are contiguous, so they are counted as ranges.
-    """
-    count = -(-layout.length // block)
-    counts = np.zeros((count, count), np.int64)
-    offsets, positions = layout.offsets(), layout.positions()
-    for segment, (start, stop) in enumerate(zip(layout.starts, layout.stops, strict=True)):
-        for first in range(int(start), int(stop), QUERIES_PER_COUNT):
-            queries = np.arange(first, min(first + QUERIES_PER_COUNT, int(stop)))
-            ancestor = segment
-            while ancestor >= 0:
-                low = np.full(len(queries), layout.starts[ancestor])
-                if window is not None:
-                    low += np.maximum(0, positions[queries] - window + 1 - offsets[ancestor])
-                high = queries + 1 if ancestor == segment else np.full(len(queries), layout.stops[ancestor])
-                _count_pairs(counts, queries, low, high, block)
-                ancestor = int(layout.parents[ancestor])
-    return counts
-
-
-def _count_pairs(counts: np.ndarray, queries: np.ndarray, low: np.ndarray, high: np.ndarray, block: int) -> None:
-    """Add the visible pairs of consecutive queries, whose keys are ``low … high - 1``, to the counts."""
-    if low.min() >= high.max():
-        return
-    first, last = int(low.min()) // block, (int(high.max()) - 1) // block
-    edges = np.arange(first, last + 2) * block
-    pairs = np.minimum(high[:, None], edges[1:]) - np.maximum(low[:, None], edges[:-1])
-    rows = queries // block
-    cuts = np.concatenate([[0], np.flatnonzero(np.diff(rows)) + 1])
-    counts[rows[0] : rows[-1] + 1, first : last + 1] += np.add.reduceat(np.maximum(pairs, 0), cuts, axis=0)
-
-
-def _block_mask(layout: Layout, window: int | None) -> Any:
-    from torch.nn.attention.flex_attention import BlockMask
-
-    pairs = visible_pairs(layout, window)
-    is_full = pairs == BLOCK * BLOCK
-    partial_counts, partial_indices = _block_indices((pairs > 0) & ~is_full, layout.device)
-    full_counts, full_indices = _block_indices(is_full, layout.device)
-    rank, end, position = (
-        to_device(torch.from_numpy(numbers.astype(np.int32)), layout.device)
-        for numbers in (*ranks(layout), layout.positions())
-    )
-
-    reach = layout.length if window is None else window
-
-    def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (rank[key] <= rank[query]) & (rank[query] < end[key])
-
-    def is_visible_in_window(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return is_visible(batch, head, query, key) & (position[query] - position[key] < reach)
-
-    mask_mod, lengths = is_visible if window is None else is_visible_in_window, (layout.length, layout.length)
-    tables = (partial_counts, partial_indices, full_counts, full_indices)
-    return BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=lengths)
-
-
-def _block_indices(blocks: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return for each row of an (n, n) bool table the number of True entries, and all column indices, True entries
-    first.
-
-    Shapes are FlexAttention's with batch size and heads of 1: (1, 1, n) and (1, 1, n, n).
-    """
-    order = np.argsort(~blocks, axis=1, kind="stable")
-    tables = (torch.from_numpy(table.astype(np.int32)) for table in (blocks.sum(1), order))
-    count, indices = (to_device(table, device)[None, None] for table in tables)
-    return count, indices
-
-
-def supports(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    reference: Callable[..., Tensor],
-    window: int | None = None,
-    softcap: float | None = None,
-) -> bool:
-    """True if FlexAttention is used for (heads, T, d) tensors like these. Runs a trial once per combination of shapes.
-
-    Always False for fake tensors and inside dispatch modes, because a dry run must not compile anything.
-
-    Args:
-        query: (heads, T, d) queries.
-        key: (key heads, T, d) keys.
-        value: (key heads, T, d_v) values.
-        reference: Reference implementation with the signature of :func:`tree_attention`.
-        window: Sliding-window size or None.
-        softcap: Soft cap of the scores or None.
-    """
-    is_real = query.device.type in DEVICES and type(query) in (Tensor, torch.nn.Parameter)
-    if not is_real or query.dtype not in TOLERANCE or in_dispatch_mode():
-        return False
-    trial_key = _trial_key(query, key, value, window, softcap)
-    if trial_key not in _TRIALS:
-        inputs, trees = (query, key, value), (Layout.of_lengths(*tree) for tree in TRIAL_TREES)
-        reasons = (_run_trial(tree, inputs, reference, window is not None, softcap) for tree in trees)
-        _TRIALS[trial_key] = next(filter(None, reasons), None)
-    return _TRIALS[trial_key] is None
-
-
-def _attend_compiled(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, window: int | None, softcap: float | None
-) -> Tensor | None:
-    """Return :func:`tree_attention`, or None if FlexAttention is not used.
-
-    If torch cannot compile it for a later shape, the failure is recorded and FlexAttention is not used again for this
-    key.
-    """
-    if not supports(query, key, value, packed_reference, window, softcap):
-        return None
-    try:
-        return tree_attention(query, key, value, layout, scaling=scaling, window=window, softcap=softcap)
-    except compile_errors() as error:
-        _TRIALS[_trial_key(query, key, value, window, softcap)] = _failure_message(error)
-        return None
-
-
-def _trial_key(query: Tensor, key: Tensor, value: Tensor, window: int | None, softcap: float | None) -> tuple[Any, ...]:
-    """Return the key that a trial's result is cached under."""
-    heads, sizes = (query.shape[0], key.shape[0]), (query.shape[-1], value.shape[-1])
-    return query.device, query.dtype, *heads, *sizes, window is not None, softcap is not None
-
-
-def _failure_message(error: Exception) -> str:
-    brief = (str(error).splitlines() or [""])[0][:100]
-    return f"FlexAttention failed ({type(error).__name__}: {brief})"
-
-
-def _run_trial(
-    layout: Layout, inputs: tuple[Tensor, ...], reference: Callable[..., Tensor], window: bool, softcap: float | None
-) -> str | None:
-    """Compare FlexAttention with the reference on a small tree. Returns the reason if it cannot be used, else None."""
-    device, dtype, size = inputs[0].device, inputs[0].dtype, inputs[0].shape[-1]
-    layout.device = device
-    generator = torch.Generator(device=device).manual_seed(0)
-    leaves = [torch.randn(t.shape[0], layout.length, t.shape[-1], generator=generator, device=device) for t in inputs]
-    options = {"scaling": size**-0.5, "window": 100 if window else None, "softcap": softcap}
-    try:
-        actual = _with_gradients(tree_attention, [t.to(dtype) for t in leaves], layout, options)
-    except Exception as error:  # compilers raise many types; tiles remain as fallback
-        return _failure_message(error)
-    for result, reference_result in zip(actual, _with_gradients(reference, leaves, layout, options), strict=True):
-        difference = float((result.float() - reference_result).norm() / reference_result.norm())
-        if not difference <= TOLERANCE[dtype]:
-            return f"FlexAttention returned a different result (relative difference {difference:.1e})"
-    return None
-
-
-def _with_gradients(
-    attention: Callable[..., Tensor], inputs: list[Tensor], layout: Layout, options: dict[str, Any]
-) -> list[Tensor]:
-    """Return the output and the gradients of the inputs for an output gradient that increases linearly."""
-    with torch.inference_mode(False), torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in inputs]
-        out = attention(*leaves, layout, **options)
-        output_gradient = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out).to(out.dtype)
-        return [out.detach(), *torch.autograd.grad(out, leaves, output_gradient)]
-
-
-def _function() -> Callable[..., Any]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return flex_attention
-
-
-@functools.cache
-def _compiled() -> Callable[..., Any]:
-    return torch.compile(_function())
 
 
 # Attention weights are saved for the backward if they take at most this multiple of the memory of q, k and v.
@@ -337,7 +69,7 @@ def packed_attention(
     causal = options.get("causal", True)
     if causal:
         _check_inputs(*of_tokens, layout, None)
-        if (out := _attend_compiled(query, key, value, layout, *score_options)) is not None:
+        if (out := gpu_attention.attend(query, key, value, layout, packed_reference, *score_options)) is not None:
             return out
     return _PackedAttention.apply(*of_tokens, layout, *score_options, causal).transpose(0, 1)
 

@@ -95,7 +95,7 @@ class Layout:
         stops: (S) end position of each segment (exclusive).
         parents: (S) index of each segment's parent, -1 for a root.
         device: Device of the tensors in :meth:`tiles`.
-        masks: Cached block masks of FlexAttention by window; see :mod:`deltaw.kernels.attention`.
+        masks: Cached inputs of :mod:`deltaw.kernels.gpu_attention`: block masks by window, and the ends of the rows.
         cached_tensors: Tensors that other modules derived for this row, by the id of the source tensor.
 
     Raises:
@@ -108,7 +108,7 @@ class Layout:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     _tiles: dict[int | None, Tiles] = field(default_factory=dict, repr=False)
     _segments: Tensor | None = field(default=None, repr=False)
-    masks: dict[int | None, Any] = field(default_factory=dict, repr=False)
+    masks: dict[Any, Any] = field(default_factory=dict, repr=False)
     cached_tensors: dict[int, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
 
     @classmethod

@@ -213,10 +213,10 @@ def linear_reference(
     if product.lora_A is not None and product.lora_B is not None:
         h = x @ product.lora_A.to(x.dtype)
         if blocks is None:
-            update = h @ (product.lora_B * product.scaling).to(x.dtype)
+            update = h @ _scaled_B(product, x.dtype)
     if blocks is not None:
         y = x.new_empty(x.shape[0], product.sizes[1])
-        factor = None if product.lora_B is None else (product.lora_B * product.scaling).to(x.dtype)
+        factor = None if product.lora_B is None else _scaled_B(product, x.dtype)
         for rows, values in _row_chunks(blocks, x.dtype):
             y[:, rows] = plus_product(None if factor is None else h @ factor[:, rows], x, values.t())
     elif sums is not None:
@@ -226,6 +226,11 @@ def linear_reference(
     if product.bias is not None:
         y = y + product.bias.to(y.dtype)
     return (y if addend is None else y + addend), h
+
+
+def _scaled_B(product: LinearProduct, dtype: torch.dtype) -> Tensor:
+    assert product.lora_B is not None
+    return (product.lora_B if product.scaling == 1.0 else product.lora_B * product.scaling).to(dtype)
 
 
 def plus_product(update: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
@@ -285,7 +290,7 @@ def linear_backward_reference(
     """Reference implementation of :func:`linear_backward`."""
     narrow = grad.new_empty(0)
     if product.lora_B is not None:
-        narrow = grad @ (product.lora_B * product.scaling).to(grad.dtype).t()
+        narrow = grad @ _scaled_B(product, grad.dtype).t()
     if not need_x:
         return grad.new_empty(0), narrow
     scaled_sums, blocks = None, product.blocks
@@ -357,8 +362,13 @@ def factors_backward_reference(
     x: Tensor, h: Tensor, grad: Tensor, narrow: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """Reference implementation of :func:`factors_backward`."""
-    dtype = accumulation_dtype(x)
-    return (x.t() @ narrow).to(dtype), (h.t() @ grad).to(dtype) * scaling
+    grad_A, grad_B = factor_products(x, h, grad, narrow, scaling)
+    return grad_A.to(accumulation_dtype(x)), grad_B.to(accumulation_dtype(x))
+
+
+def factor_products(x: Tensor, h: Tensor, grad: Tensor, narrow: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Return :func:`factors_backward` in the type of x, from one product each."""
+    return x.t() @ narrow, torch.addmm(grad.new_empty(1), h.t(), grad, beta=0, alpha=scaling)
 
 
 def _have_dtype(dtype: torch.dtype, *tensors: Tensor | None) -> bool:

@@ -44,11 +44,12 @@ def define(
     overload = operator.default
 
     def register(compute: Callable[..., Any]) -> Any:
-        _LIBRARY.impl(name, compute, "CPU")
+        for device in ("CPU", "CUDA"):
+            _LIBRARY.impl(name, compute, device)
 
         def call(*args: Any) -> Any:
             tensors = [a for a in args if isinstance(a, Tensor)]
-            return compute(*args) if can_call_directly(*tensors) else overload(*args)
+            return compute(*args) if can_call_directly(*tensors, devices=("cpu", "cuda")) else overload(*args)
 
         return call
 
@@ -60,11 +61,11 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def can_call_directly(*tensors: Tensor) -> bool:
-    """True if all tensors are real CPU tensors and no dispatch mode, profiler or compiler observes the call."""
-    if is_observed():
+def can_call_directly(*tensors: Tensor, devices: tuple[str, ...] = ("cpu",)) -> bool:
+    """True if all tensors are real and on these devices, and no mode, profiler or compiler observes the call."""
+    if is_observed() or torch.compiler.is_compiling():
         return False
-    return all(type(t) in PLAIN_TYPES and t.device.type == "cpu" for t in tensors) and not torch.compiler.is_compiling()
+    return all(type(t) in PLAIN_TYPES and t.device.type in devices for t in tensors)
 
 
 def check_targets(targets: Tensor, classes: int) -> None:

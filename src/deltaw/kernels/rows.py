@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deltaw.kernels import loader
+from deltaw.kernels.compiled import CompiledFunction
 from deltaw.kernels.operators import accumulation_dtype, check_shape, check_targets, define
 
 # Activation functions of gated and plain MLPs, in the order of the kernels' codes.
@@ -106,14 +107,16 @@ def norm_reference(
 ) -> tuple[Tensor, Tensor]:
     """Reference implementation of :func:`norm`."""
     wide = _wide(x)
-    mean = wide.mean(-1, keepdim=True) if centered else wide.new_zeros(*wide.shape[:-1], 1)
-    rstd = torch.rsqrt((wide - mean).square().mean(-1, keepdim=True) + eps)
-    y = (wide - mean) * rstd
+    mean = wide.mean(-1, keepdim=True) if centered else None
+    middle = wide if mean is None else wide - mean
+    rstd = torch.rsqrt(middle.square().mean(-1, keepdim=True) + eps)
+    y = middle * rstd
     if weight is not None:
         y = y * (_wide(weight) + offset)
     if bias is not None:
         y = y + _wide(bias)
-    return y.to(x.dtype), torch.cat([mean, rstd], -1)
+    # The zeros depend on rstd, because constants would be a kernel of their own.
+    return y.to(x.dtype), torch.cat([rstd.clamp(max=0) if mean is None else mean, rstd], -1)
 
 
 def norm_backward(
@@ -164,16 +167,12 @@ def activation_backward_reference(
     grad: Tensor, gate: Tensor, up: Tensor | None, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Reference implementation of :func:`activation_backward`."""
-    with torch.enable_grad():
-        wide = _wide(gate).detach().requires_grad_()
-        f = activation_reference(wide, None, kind)
-        (slope,) = torch.autograd.grad(f.sum(), wide)
-    f = f.detach()
+    f, gradient_of = torch.func.vjp(_FUNCTIONS[kind], _wide(gate))  # type: ignore[misc]
     g = _wide(grad)
     if up is None:
-        return (g * slope).to(gate.dtype), gate.new_empty(0), f.to(gate.dtype)
+        return gradient_of(g)[0].to(gate.dtype), gate.new_empty(0), f.to(gate.dtype)
     u = _wide(up)
-    return (g * u * slope).to(gate.dtype), (g * f).to(gate.dtype), (f * u).to(gate.dtype)
+    return gradient_of(g * u)[0].to(gate.dtype), (g * f).to(gate.dtype), (f * u).to(gate.dtype)
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor, *, backward: bool = False) -> Tensor:
@@ -235,20 +234,29 @@ def cross_entropy_reference_(
     logits: Tensor, targets: Tensor, weights: Tensor, *, scale: float, softcap: float, grad: bool
 ) -> Tensor:
     """Reference implementation of :func:`cross_entropy_`."""
-    with torch.enable_grad():
-        leaf = _wide(logits).detach().requires_grad_()
-        z = leaf * scale
-        if softcap > 0:
-            z = softcap * torch.tanh(z / softcap)
-        losses = F.cross_entropy(z, targets, reduction="none")
-        if grad:
-            (slope,) = torch.autograd.grad((losses * weights).sum(), leaf)
-            logits.copy_(slope)
-    return losses.detach()
+    z, slope = _wide(logits) if scale == 1.0 else _wide(logits) * scale, weights[:, None] * scale
+    if softcap > 0:
+        capped = torch.tanh(z / softcap)
+        z, slope = softcap * capped, slope * (1 - capped.square())
+    log_sum, target = z.logsumexp(-1, keepdim=True), targets[:, None]
+    losses = (log_sum - z.gather(1, target))[:, 0]
+    if grad:  # z is overwritten: chunks of logits are large
+        is_target = target == torch.arange(z.shape[1], device=z.device)
+        logits.copy_(z.sub_(log_sum).exp_().sub_(is_target.to(z.dtype)).mul_(slope))
+    return losses
 
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+_compiled_norm, _compiled_norm_backward = CompiledFunction(norm_reference), CompiledFunction(norm_backward_reference)
+_compiled_activation = CompiledFunction(activation_reference)
+_compiled_activation_backward = CompiledFunction(activation_backward_reference)
+_compiled_rotate, _compiled_cross_entropy = (
+    CompiledFunction(rotate_reference),
+    CompiledFunction(cross_entropy_reference_),
+)
 
 
 @define(
@@ -257,7 +265,7 @@ def _wide(x: Tensor) -> Tensor:
 )
 def _norm(x, weight, bias, offset, eps, centered):  # type: ignore[no-untyped-def]
     if not loader.supports(x, weight, bias):
-        return norm_reference(x, weight, bias, offset=offset, eps=eps, centered=centered)
+        return _compiled_norm(x=x, weight=weight, bias=bias, offset=offset, eps=eps, centered=centered)
     x = x.contiguous()
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     y, stats = torch.empty_like(x), torch.empty(x.shape[0], 2)
@@ -275,7 +283,8 @@ def _norm(x, weight, bias, offset, eps, centered):  # type: ignore[no-untyped-de
 )
 def _norm_backward(grad, x, weight, stats, offset, centered, addend):  # type: ignore[no-untyped-def]
     if not loader.supports(grad, x, weight, addend):
-        return norm_backward_reference(grad, x, weight, stats, offset=offset, centered=centered, addend=addend)
+        arguments = {"weight": weight, "stats": stats, "offset": offset, "centered": centered, "addend": addend}
+        return _compiled_norm_backward(grad=grad, x=x, **arguments)
     x, grad = x.contiguous(), grad.contiguous()
     weight, addend = (None if t is None else t.contiguous() for t in (weight, addend))
     stats = stats.float().contiguous()
@@ -290,7 +299,7 @@ def _norm_backward(grad, x, weight, stats, offset, centered, addend):  # type: i
 @define("activation(Tensor gate, Tensor? up, int kind) -> Tensor", lambda gate, *_: gate.new_empty(gate.shape))
 def _activation(gate, up, kind):  # type: ignore[no-untyped-def]
     if not loader.supports(gate, up):
-        return activation_reference(gate, up, ACTIVATIONS[kind])
+        return _compiled_activation(gate=gate, up=up, kind=ACTIVATIONS[kind])
     gate, up = gate.contiguous(), None if up is None else up.contiguous()
     y = torch.empty_like(gate)
     loader.kernels().dw_activation(
@@ -309,7 +318,7 @@ def _activation(gate, up, kind):  # type: ignore[no-untyped-def]
 )
 def _activation_backward(grad, gate, up, kind):  # type: ignore[no-untyped-def]
     if not loader.supports(grad, gate, up):
-        return activation_backward_reference(grad, gate, up, ACTIVATIONS[kind])
+        return _compiled_activation_backward(grad=grad, gate=gate, up=up, kind=ACTIVATIONS[kind])
     grad, gate, up = grad.contiguous(), gate.contiguous(), None if up is None else up.contiguous()
     d_gate, y = torch.empty_like(gate), torch.empty_like(gate)
     d_up = gate.new_empty(0) if up is None else torch.empty_like(gate)
@@ -323,7 +332,7 @@ def _activation_backward(grad, gate, up, kind):  # type: ignore[no-untyped-def]
 @define("rotate(Tensor x, Tensor cosine, Tensor sine, bool backward) -> Tensor", lambda x, *_: x.new_empty(x.shape))
 def _rotate(x, cosine, sine, backward):  # type: ignore[no-untyped-def]
     if not loader.supports(x) or not cosine.dtype == sine.dtype == torch.float32:
-        return rotate_reference(x, cosine, sine, backward=backward)
+        return _compiled_rotate(x=x, cosine=cosine, sine=sine, backward=backward)
     x, cosine, sine = x.contiguous(), cosine.contiguous(), sine.contiguous()
     out = torch.empty_like(x)
     loader.kernels().dw_rotate(
@@ -339,9 +348,11 @@ def _rotate(x, cosine, sine, backward):  # type: ignore[no-untyped-def]
     lambda logits, *_: logits.new_empty(logits.shape[0], dtype=accumulation_dtype(logits)),
 )
 def _cross_entropy(logits, targets, weights, scale, softcap, grad):  # type: ignore[no-untyped-def]
-    check_targets(targets, logits.shape[1])
+    if logits.device.type == "cpu":  # on a device the check would synchronize, and torch checks indices there anyway
+        check_targets(targets, logits.shape[1])
     if not loader.supports(logits) or not logits.is_contiguous():
-        return cross_entropy_reference_(logits, targets, weights, scale=scale, softcap=softcap, grad=grad)
+        arguments = {"targets": targets, "weights": weights, "scale": scale, "softcap": softcap, "grad": grad}
+        return _compiled_cross_entropy(logits=logits, **arguments)
     targets, weights = targets.contiguous(), weights.float().contiguous()
     losses = torch.empty(logits.shape[0])
     loader.kernels().dw_cross_entropy(

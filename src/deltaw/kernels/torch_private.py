@@ -173,6 +173,11 @@ def _softmax_backward() -> Callable[[Tensor, Tensor, int, torch.dtype], Tensor]:
 softmax_backward = _softmax_backward()
 """(grad, output, dim, input dtype): Return the gradient of softmax's input."""
 
+multiply_each: Callable[[list[Tensor], list[float]], list[Tensor]] = look_up(torch, "_foreach_mul") or (
+    lambda tensors, factors: [tensor * factor for tensor, factor in zip(tensors, factors, strict=True)]
+)
+"""(tensors, factors): Return each tensor multiplied by its factor. Few kernels for any number of tensors."""
+
 is_view: Callable[[Tensor], bool] = look_up(Tensor, "_is_view") or (lambda tensor: True)
 """True if autograd tracks a tensor as a view of another."""
 
@@ -188,9 +193,31 @@ def sized_tensor(cls: Any, size: torch.Size, dtype: torch.dtype) -> Any:
     return make(cls, size, dtype=dtype, device="cpu")
 
 
-def compile_errors() -> type[Exception]:
-    """Return the exception type of torch.compile. Importing it is slow, so call this only after a failure."""
-    return look_up(torch, "_dynamo.exc.TorchDynamoException") or RuntimeError
+def mark_dynamic(tensor: Tensor, dim: int) -> None:
+    """Let ``torch.compile`` assume that the size of a dimension varies. Without the name, it recompiles once."""
+    if (mark := look_up(torch, "_dynamo.mark_dynamic")) is not None:
+        mark(tensor, dim)
+
+
+def compile_errors() -> tuple[type[Exception], ...]:
+    """Return the exception types of torch.compile. Importing them is slow, so call this only after a failure."""
+    failed, exceeded = (
+        look_up(torch, "_dynamo.exc.TorchDynamoException"),
+        look_up(torch, "_dynamo.exc.FailOnRecompileLimitHit"),
+    )
+    return tuple(filter(None, (failed, exceeded))) or (RuntimeError,)
+
+
+def inductor_backend() -> Callable[..., Any]:
+    """Return the function with which torch.compile compiles a graph. Importing it is slow."""
+    if (find := look_up(torch, "_dynamo.lookup_backend")) is None:
+        raise _missing_name_error("FlexAttention", "torch._dynamo.lookup_backend")
+    return find("inductor")
+
+
+def compiled_modules() -> list[Any]:
+    """Return the loaded modules that torch.compile generated. Without the private name the list is empty."""
+    return list(look_up(torch, "_inductor.codecache.PyCodeCache.modules") or ())
 
 
 # Modules

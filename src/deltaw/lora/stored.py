@@ -89,7 +89,9 @@ def describe_quantization(module: nn.Module) -> str | None:
 
 
 def weight_shape(module: nn.Module) -> tuple[int, ...]:
-    """Return the shape of a layer's weight. A block-quantized weight has the shape of the matrix that it represents."""
+    """Return the shape of a layer's weight. A quantized weight has the shape of the matrix that it represents."""
+    if quantization_library(module) is not None and isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
     stored = block_weight(module)
     # While gradients are compared, the weight is an fp32 copy and not a parameter.
     weight: Any = module.weight if stored is None else stored
@@ -97,7 +99,7 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
 
 
 def count_logical_parameters(model: nn.Module) -> int:
-    """Return the number of parameters of a model. A weight in blocks counts with the size of the matrix that it
+    """Return the number of parameters of a model. A quantized weight counts with the size of the matrix that it
     represents.
     """
     counts: dict[int, int] = {}

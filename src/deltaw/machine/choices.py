@@ -9,6 +9,8 @@ describe a machine in a folder.
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -153,8 +155,10 @@ def _positive(path: Path) -> int | None:
 
 T = TypeVar("T")
 
+UNTESTED_GPU = "deltaw has not been tested on a GPU, and its speed there has not been measured"
+
 # Valid values of ``precision``. int8 and nf4 quantize the linear layers of the blocks after loading. gguf leaves
-# weights in the blocks of the model's GGUF file. All other parameters are bf16 with these three.
+# weights in the blocks of the model's GGUF file. All other parameters are in 16 bits with these three.
 PRECISIONS = ("bf16", "fp16", "fp32", "int8", "gguf", "nf4")
 QUANTIZED = ("int8", "gguf", "nf4")
 # BF16_RATE_SHARE: ``auto`` chooses bf16 if its products reach this share of the rate of fp32.
@@ -179,6 +183,20 @@ def dtype_of(precision: str) -> torch.dtype:
     import torch
 
     return {"fp16": torch.float16, "fp32": torch.float32}.get(precision, torch.bfloat16)
+
+
+def loading_precision(device: str, precision: str) -> str:
+    """Return the precision to load a model in before its weights are quantized: fp16 on a CUDA device without bf16."""
+    is_old_gpu = device.partition(":")[0] == "cuda" and native_bf16(device) is None
+    return "fp16" if precision in QUANTIZED and is_old_gpu else precision
+
+
+def require_bitsandbytes(subject: str) -> None:
+    """Raise a UserError if bitsandbytes, or accelerate, which transformers loads its layers with, is missing."""
+    if missing := [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]:
+        raise UserError(f"{subject} needs {', '.join(missing)}", hint='pip install "deltaw[cuda]"')
+    # It warns in each int8 product that inputs are in bf16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def choose_device(requested: str = "auto") -> Choice[str]:
@@ -214,7 +232,7 @@ def choose_precision(device: str, requested: str = "auto", rates: Mapping[str, f
     """Choose the precision of the frozen weights, one of :data:`PRECISIONS`.
 
     On a CPU, ``auto`` chooses bf16, which halves the memory, if its products are about as fast as those of fp32
-    weights, and fp32 otherwise. On CUDA it chooses bf16 from compute capability 8.0 on.
+    weights, and fp32 otherwise. On CUDA it chooses bf16 from compute capability 8.0 on, and fp16 below.
 
     Args:
         device: Device to compute on.
@@ -222,7 +240,7 @@ def choose_precision(device: str, requested: str = "auto", rates: Mapping[str, f
         rates: GFLOP/s of products by the precision of their weights, or None to measure this machine.
 
     Raises:
-        UserError: if the precision is unknown, fp16 on a CPU, or quantized on another device.
+        UserError: if the precision is unknown, fp16 on a CPU, or quantized on a device that does not support it.
     """
     if requested not in ("auto", *PRECISIONS):
         hint = did_you_mean(requested, ("auto", *PRECISIONS))
@@ -232,8 +250,11 @@ def choose_precision(device: str, requested: str = "auto", rates: Mapping[str, f
         message = "fp16 is not for processors: it is slow on them, and it overflows at values that bf16 can represent"
         raise UserError(message, location="precision", hint="use precision: auto, bf16 or fp32")
     if requested in QUANTIZED and kind != "cpu":
-        message = f"{requested} is for processors, and the device is {kind}"
-        raise UserError(message, location="precision", hint="use precision: auto or bf16")
+        if requested == "gguf" or kind != "cuda":
+            message = f"{requested} is not available on the device {kind}"
+            raise UserError(message, location="precision", hint="use precision: auto, or nf4 on CUDA")
+        require_bitsandbytes(f"precision {requested} on CUDA")
+        return Choice(requested, "as requested, with bitsandbytes")
     if requested in ("fp32", "gguf", "nf4"):
         return Choice(requested, "as requested")
     if kind != "cpu":
@@ -263,7 +284,9 @@ def _accelerator_precision(device: str, requested: str) -> Choice[str]:
         return Choice("bf16", f"as requested, though {limitation}: expect it to be slow")
     if requested != "auto":
         return Choice(requested, "as requested")
-    return Choice("fp32", limitation) if reason is None else Choice("bf16", reason)
+    if reason is None:
+        return Choice("fp16" if kind == "cuda" else "fp32", limitation)
+    return Choice("bf16", reason)
 
 
 def choose_threads(requested: str | int = "auto", root: Path = _ROOT) -> Choice[int]:

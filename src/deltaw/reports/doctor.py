@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -643,6 +644,9 @@ def _gpu(diagnosis: Diagnosis) -> Iterator[FindingParts]:
         yield ("ok", f"cuda:{index}: {gpu.name}, {memory}, compute capability {major}.{minor}", None)
         if major < 8:
             yield ("note", f"cuda:{index} has no native bf16: runs use fp32 there", None)
+    if diagnosis.gpus and importlib.util.find_spec("triton") is None:
+        message = "triton is not installed: attention over shared prefixes is computed in tiles on the GPU"
+        yield ("note", message, "install triton, which torch's CUDA builds for Linux include")
     if diagnosis.gpus:
         return
     if diagnosis.nvidia_driver:

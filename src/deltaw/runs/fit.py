@@ -26,9 +26,9 @@ from deltaw.hub.folders import config_folder, resolve
 from deltaw.hub.loading import LoadedModel, check_architecture, load
 from deltaw.hub.packages import is_package_reference
 from deltaw.hub.sentence_layout import layout_files
-from deltaw.kernels import loader
+from deltaw.kernels import compiled, gpu_attention, loader
 from deltaw.lora.attachment import count_parameters
-from deltaw.machine.choices import Choice, choose_device, choose_precision
+from deltaw.machine.choices import UNTESTED_GPU, Choice, choose_device, choose_precision
 from deltaw.machine.memory import memory_limit_bytes, peak_resident_bytes, release_free_memory
 from deltaw.memory.plan import Plan
 from deltaw.methods.base import CLASSES_KEY
@@ -372,6 +372,8 @@ def load_model(
     choose = choose or (lambda name, choice: log(Detail(f"{name}: {choice}")))
     for name, choice in loaded.choices.items():
         choose(name, choice)
+    if loaded.choices["device"].value != "cpu":
+        log(UNTESTED_GPU)
     if loaded.kernels is not None and (faster := loaded.kernels.faster_precision(config.precision)) is not None:
         log(faster)
     return loaded
@@ -402,6 +404,10 @@ class _RunCallback(Callback):
         self.clock.add("training", step.seconds)
         self.folder.write_metrics(step.as_dict())
         self.callback.on_step(step)
+        for line in [*gpu_attention.notes(), *compiled.notes()]:  # kernels are tried when a shape first occurs
+            if line not in self.session.notes:
+                self.session.notes.append(line)
+                self.callback.on_line(line)
         with self.clock.part("evaluating"):
             evaluation = self.monitor.on_step(step)
         self._finish_step(step.step, evaluation)
@@ -409,6 +415,9 @@ class _RunCallback(Callback):
     def on_skip(self, event: NotFinite) -> None:
         self.folder.write_metrics(event.as_dict())
         self.callback.on_skip(event)
+        if event.repeated:
+            self.callback.on_line(f"step {event.step}: overflow at loss scale {event.loss_scale:g}, repeated")
+            return
         self.callback.on_line(f"step {event.step}: skipped, its loss or gradient is not finite")
         with self.clock.part("evaluating"):
             evaluation = self.monitor.on_skip(event.step)

@@ -342,7 +342,7 @@ def is_alive(process: Mapping[str, object]) -> bool | None:
     try:
         info = psutil.Process(number)
         return abs(info.create_time() - created) < 1.0 and info.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
+    except (psutil.Error, ValueError, OverflowError):  # such as a negative number
         return False
 
 

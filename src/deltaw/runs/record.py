@@ -632,7 +632,7 @@ class RunRecord:
             self._log(f"all completed steps are in {last}: repeat the command to resume there")
 
     def _at_the_end(self, state: str) -> dict[str, Any]:
-        """Return the end time, the choices during the run and suggested commands.
+        """Return the end time, the choices and notes during the run, and suggested commands.
 
         Only the end time is returned if the run has not been described yet.
         """
@@ -643,7 +643,8 @@ class RunRecord:
         chosen = {**recorded["chosen"], **choices_as_dict(self._session.chosen)}
         method, task, generates_text = (recorded[name] for name in ("method", "task", "writes_text"))
         commands = next_commands(self._folder.path, state, method, task, generates_text=generates_text)
-        return {**end_time, "chosen": to_plain(chosen), "commands": commands}
+        notes = list(self._session.notes)
+        return {**end_time, "chosen": to_plain(chosen), "notes": notes, "commands": commands}
 
     def _write(self, state: str, values: Mapping[str, object]) -> None:
         steps = (self._start.step or 0) if self._state is None else self._state.step

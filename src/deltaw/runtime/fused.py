@@ -11,11 +11,12 @@ the call has unsupported arguments.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,18 +24,18 @@ from torch.utils.checkpoint import checkpoint
 
 from deltaw.kernels import linear as products
 from deltaw.kernels import quantize, rows
-from deltaw.kernels.attention import attend, attend_backward, spread_rows
+from deltaw.kernels.attention import attend, attend_backward, packed_attention, spread_rows
 from deltaw.kernels.block import Block
 from deltaw.kernels.block import supports as serves_block
 from deltaw.kernels.layout import Layout
 from deltaw.kernels.loader import supports as serves_compiled
 from deltaw.kernels.operators import PLAIN_TYPES, can_call_directly
 from deltaw.kernels.rows import HalfNorms, Norm
-from deltaw.kernels.torch_private import are_hooked, direct_buffers, direct_modules, direct_parameters
+from deltaw.kernels.torch_private import are_hooked, direct_buffers, direct_modules, direct_parameters, multiply_each
 from deltaw.lora.kinds import PLAIN_LINEAR_CLASSES, is_conv1d
 from deltaw.lora.layers import LoRAConv1D, LoRALayer, LoRALinear
 from deltaw.lora.stored import multiply_backward, product, stored_form
-from deltaw.runtime.partial import PartialLayout, layer_index_of
+from deltaw.runtime.partial import PartialLayout, layer_index_of, partial_attention
 from deltaw.runtime.recognition import (
     AttentionConfig,
     BlockRoles,
@@ -94,7 +95,14 @@ class Projection:
         """Return ∂L/∂A and ∂L/∂B, or None for each if they are not trained."""
         if self.lora_A is None or not self.lora_A.requires_grad:
             return None, None
-        return products.factors_backward(x, h, grad, narrow, self.scaling)
+        backward = products.factors_backward if x.device.type == "cpu" else products.factor_products
+        return backward(x, h, grad, narrow, self.scaling)
+
+    def with_factors(self, lora_A: Tensor, scaled_B: Tensor) -> Projection:
+        """Return a copy that multiplies by converted factors. Gradients are still those of the original ones."""
+        copied = copy.copy(self)
+        copied.product = self.product._replace(lora_A=lora_A, lora_B=scaled_B, scaling=1.0)
+        return copied
 
 
 class RoundedInput:
@@ -179,6 +187,9 @@ def merge_heads(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> Tensor:
 # computed only for these positions, and keys and values for all tokens.
 
 
+_Half = TypeVar("_Half", bound="Half")
+
+
 @dataclass
 class Half:
     """Parts of half a block: norms, input projections and output projection."""
@@ -190,6 +201,11 @@ class Half:
     @property
     def projections(self) -> list[Projection]:
         return [*self.inputs, self.output]
+
+    def with_layers(self: _Half, by_id: dict[int, Projection]) -> _Half:
+        """Return a copy with replaced projections, by the id of the original."""
+        inputs = [by_id.get(id(layer), layer) for layer in self.inputs]
+        return replace(self, inputs=inputs, output=by_id.get(id(self.output), self.output))
 
 
 @dataclass
@@ -270,23 +286,12 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, half: AttentionHalf, context: AttentionContext, *factors: Tensor) -> Tensor:
         norms, output_indices = half.norms, context.output_indices
-        n, stats = (x, None) if norms.before is None else norms.before(x)
-        (q, k, v), h = _queries_keys_values(n, half, output_indices)
-        del n
-        raw_q = raw_k = stats_q = stats_k = None
-        if len(half.inputs) == 1 and (context.rotary or half.query_norm is not None):
-            v = v.contiguous()  # queries and keys are replaced below; a view would keep the combined output alive
-        if half.query_norm is not None:
-            raw_q, (q, stats_q) = q, half.query_norm.over_heads(q)
-        if half.key_norm is not None:
-            raw_k, (k, stats_k) = k, half.key_norm.over_heads(k)
-        if context.rotary:
-            q, k = (rows.rotate(t, *tables) for t, tables in zip((q, k), context.rotary, strict=True))
+        (q, k, v), h, input_tensors = _attention_inputs(x, half, context)
         k, v = (k, v) if context.partial is None else context.partial.update_keys(context.layer_index, k, v)
         out, saved = attend(q, k, v, context.layout, rows=context.query_indices, **half.options)
         y, h_o, end_tensors = _finish_half(half.output, out.flatten(1), select_rows(x, output_indices), norms)
         ctx.half, ctx.context, ctx.count = half, context, len(h)
-        ctx.save_for_backward(x, stats, *h, h_o, q, k, v, out, raw_q, raw_k, stats_q, stats_k, *end_tensors, *saved)
+        ctx.save_for_backward(x, *h, h_o, q, k, v, out, *input_tensors, *end_tensors, *saved)
         return y
 
     @staticmethod
@@ -294,33 +299,80 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         half: AttentionHalf = ctx.half
         context: AttentionContext = ctx.context
-        output_indices, norms = context.output_indices, half.norms
-        x, stats, *rest = ctx.saved_tensors
-        h, rest = rest[: ctx.count], rest[ctx.count :]
-        h_o, q, k, v, out, raw_q, raw_k, stats_q, stats_k, *end_tensors = rest
-        saved = end_tensors[4:]
-        grad, output_grad = _finish_half_backward(grads[0].contiguous(), end_tensors[:4], norms)
+        x, *rest = ctx.saved_tensors
+        h, (h_o, q, k, v, out, *rest) = rest[: ctx.count], rest[ctx.count :]
+        input_tensors, end_tensors, saved = rest[:5], rest[5:9], rest[9:]
+        grad, output_grad = _finish_half_backward(grads[0].contiguous(), end_tensors, half.norms)
         d_out, narrow = half.output.backward(output_grad, None, True)
         output_factor_grads = half.output.factors_backward(out.flatten(1), h_o, output_grad, narrow)
         options = {"rows": context.query_indices, **half.options}
         d_q, d_k, d_v = attend_backward(d_out.view_as(out), q, k, v, out, saved, context.layout, **options)
         del d_out
-        d_k, d_v = context.local_gradient(d_k), context.local_gradient(d_v)
-        if context.rotary:
-            pairs = zip((d_q, d_k), context.rotary, strict=True)
-            d_q, d_k = (rows.rotate(t, *tables, backward=True) for t, tables in pairs)
-        if half.query_norm is not None:
-            d_q = half.query_norm.over_heads_backward(d_q, raw_q, stats_q)
-        if half.key_norm is not None:
-            d_k = half.key_norm.over_heads_backward(d_k, raw_k, stats_k)
-        need_x = ctx.needs_input_grad[0]
-        output_grad = spread_rows(grad, output_indices, x.shape[0]) if need_x else grad
-        initial = output_grad if need_x and norms.before is None else None
-        n = _recompute_input(x, half.inputs, norms.before)
-        d_n, input_factor_grads = _input_backward(n, h, (d_q, d_k, d_v), half, output_indices, initial, need_x)
-        if d_n is not None and norms.before is not None:
-            d_n = norms.before.backward(d_n, x, stats, output_grad)
-        return d_n, None, None, *_adapted_only(half.projections, [*input_factor_grads, *output_factor_grads])
+        head_grads = [d_q, context.local_gradient(d_k), context.local_gradient(d_v)]
+        del d_q, d_k, d_v
+        d_x, factor_grads = _attention_inputs_backward(ctx, x, h, input_tensors, head_grads, grad)
+        return d_x, None, None, *_adapted_only(half.projections, [*factor_grads, *output_factor_grads])
+
+
+class _AttentionInputs(torch.autograd.Function):
+    """Queries, keys and values, for attention that autograd differentiates, and the residual stream (a view of x).
+
+    The backward adds the gradient of the stream in the kernel of the norm.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, half: AttentionHalf, context: AttentionContext, *factors: Tensor) -> Any:
+        (q, k, v), h, input_tensors = _attention_inputs(x, half, context)
+        ctx.half, ctx.context, ctx.count = half, context, len(h)
+        ctx.save_for_backward(x, *h, *input_tensors)
+        return q, k, v, x.view_as(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, *rest = ctx.saved_tensors
+        h, tensors, (*head_grads, grad) = rest[: ctx.count], rest[ctx.count :], grads
+        d_x, factor_grads = _attention_inputs_backward(ctx, x, h, tensors, head_grads, grad)
+        return d_x, None, None, *_adapted_only(ctx.half.inputs, factor_grads)
+
+
+class _AttentionOutput(torch.autograd.Function):
+    """Output projection of the attention outputs (T, n), and the sum with the residual stream."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, stream: Tensor, half: AttentionHalf, *factors: Tensor) -> Tensor:
+        y, h, end_tensors = _finish_half(half.output, out, stream, half.norms)
+        ctx.half = half
+        ctx.save_for_backward(out, h, *end_tensors)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        out, h, *end_tensors = ctx.saved_tensors
+        output: Projection = ctx.half.output
+        grad, output_grad = _finish_half_backward(grads[0].contiguous(), end_tensors, ctx.half.norms)
+        d_out, narrow = output.backward(output_grad, None, True)
+        factor_grads = output.factors_backward(out, h, output_grad, narrow)
+        return d_out, grad, None, *_adapted_only([output], factor_grads)
+
+
+def run_attention(x: Tensor, half: AttentionHalf, context: AttentionContext) -> Tensor:
+    """Run the first half of a block on rows x (T, hidden).
+
+    On a device, attention is a function of its own that autograd differentiates. Its kernels have no other interface.
+    """
+    if x.device.type == "cpu":
+        return _Attention.apply(x, half, context, *factors_of(half.projections))
+    indices, context = context.output_indices, replace(context, output_indices=None)
+    *heads, stream = _AttentionInputs.apply(x, half, context, *factors_of(half.inputs))
+    q, k, v = (t.transpose(0, 1) for t in heads)
+    if context.partial is not None:
+        out = partial_attention(q, k, v, context.partial, context.layer_index, **half.options)
+    else:
+        out = packed_attention(q, k, v, context.layout, **half.options)
+    out, stream = (select_rows(t, indices) for t in (out.transpose(0, 1).flatten(1), stream))
+    return _AttentionOutput.apply(out, stream, half, *factors_of([half.output]))
 
 
 class _MLP(torch.autograd.Function):
@@ -369,6 +421,54 @@ class _MLP(torch.autograd.Function):
             d_n = norms.before.backward(d_n, x, stats, stream_grad)
         d_stream = grad if ctx.has_stream and ctx.needs_input_grad[1] else None
         return d_n, d_stream, None, *_adapted_only(half.projections, [*input_factor_grads, *output_factor_grads])
+
+
+def _attention_inputs(
+    x: Tensor, half: AttentionHalf, context: AttentionContext
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor], tuple[Tensor | None, ...]]:
+    """Return normalized and rotated queries, keys and values, the x·A products of the layers, and tensors for
+    :func:`_attention_inputs_backward`.
+    """
+    n, stats = (x, None) if half.norms.before is None else half.norms.before(x)
+    (q, k, v), h = _queries_keys_values(n, half, context.output_indices)
+    del n
+    raw_q = raw_k = stats_q = stats_k = None
+    if len(half.inputs) == 1 and (context.rotary or half.query_norm is not None):
+        v = v.contiguous()  # queries and keys are replaced below; a view would keep the combined output alive
+    if half.query_norm is not None:
+        raw_q, (q, stats_q) = q, half.query_norm.over_heads(q)
+    if half.key_norm is not None:
+        raw_k, (k, stats_k) = k, half.key_norm.over_heads(k)
+    if context.rotary:
+        q, k = (rows.rotate(t, *tables) for t, tables in zip((q, k), context.rotary, strict=True))
+    return (q, k, v), h, (stats, raw_q, raw_k, stats_q, stats_k)
+
+
+def _attention_inputs_backward(
+    ctx: Any, x: Tensor, h: Sequence[Tensor], tensors: Sequence[Tensor], head_grads: list[Tensor], grad: Tensor
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Return the gradient of x plus ``grad`` of the residual stream, and gradients of the input layers' factors.
+
+    Clears ``head_grads``, to release them as soon as possible.
+    """
+    (stats, raw_q, raw_k, stats_q, stats_k), (d_q, d_k, d_v) = tensors, head_grads
+    head_grads.clear()
+    half, context, need_x = ctx.half, ctx.context, ctx.needs_input_grad[0]
+    before, output_indices = half.norms.before, context.output_indices
+    if context.rotary:
+        pairs = zip((d_q, d_k), context.rotary, strict=True)
+        d_q, d_k = (rows.rotate(t, *tables, backward=True) for t, tables in pairs)
+    if half.query_norm is not None:
+        d_q = half.query_norm.over_heads_backward(d_q, raw_q, stats_q)
+    if half.key_norm is not None:
+        d_k = half.key_norm.over_heads_backward(d_k, raw_k, stats_k)
+    stream_grad = spread_rows(grad, output_indices, x.shape[0]) if need_x else grad
+    initial = stream_grad if need_x and before is None else None
+    n = _recompute_input(x, half.inputs, before)
+    d_n, factor_grads = _input_backward(n, h, (d_q, d_k, d_v), half, output_indices, initial, need_x)
+    if d_n is not None and before is not None:
+        d_n = before.backward(d_n, x, stats, stream_grad)
+    return d_n, factor_grads
 
 
 def _queries_keys_values(
@@ -456,9 +556,34 @@ def _gate_and_up(inner: Sequence[Tensor], half: MLPHalf) -> tuple[Tensor, Tensor
 
 
 def _adapted_only(layers: Sequence[Projection], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Return the gradients of layers with factors."""
+    """Return the gradients of layers with factors, in the factors' type."""
     pairs = zip(grads[::2], grads[1::2], strict=True)
-    return [grad for layer, pair in zip(layers, pairs, strict=True) if layer.factors is not None for grad in pair]
+    adapted = [grad for layer, pair in zip(layers, pairs, strict=True) if layer.factors is not None for grad in pair]
+    factors, known = factors_of(layers), [grad for grad in adapted if grad is not None]
+    if not known or known[0].dtype == factors[0].dtype:
+        return adapted
+    converted = iter(_convert(known, factors[0].dtype))
+    return [None if grad is None else next(converted) for grad in adapted]
+
+
+def _convert(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Convert tensors of one type in two kernels."""
+    flat = torch.cat([t.flatten() for t in tensors]).to(dtype)
+    parts = flat.split([t.numel() for t in tensors])
+    return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+
+
+def convert_factors(halves: Halves, dtype: torch.dtype) -> Halves:
+    """Return the halves with the factors in another type, and with B multiplied by the scaling."""
+    layers = [layer for half in halves for layer in half.projections if layer.factors is not None]
+    if not layers:
+        return halves
+    with torch.no_grad():
+        lora_A, lora_B = ([f.detach() for f in factors_of(layers)[part::2]] for part in (0, 1))
+        converted = _convert([*lora_A, *multiply_each(lora_B, [layer.scaling for layer in layers])], dtype)
+    pairs = zip(layers, converted[: len(layers)], converted[len(layers) :], strict=True)
+    by_id = {id(layer): layer.with_factors(*factors) for layer, *factors in pairs}
+    return halves[0].with_layers(by_id), halves[1].with_layers(by_id)
 
 
 Halves = tuple[AttentionHalf, MLPHalf]
@@ -506,7 +631,12 @@ class FusedNorm:
     def __call__(self, hidden_states: Tensor) -> Tensor:
         weight = direct_parameters(self.module).get("weight")
         trained = any(p is not None and p.requires_grad for p in direct_parameters(self.module).values())
-        if trained or weight is None or weight.dtype != hidden_states.dtype or not _on_cpu(hidden_states):
+        if (
+            trained
+            or weight is None
+            or weight.dtype != hidden_states.dtype
+            or not _is_on_supported_device(hidden_states)
+        ):
             return self.original_forward(hidden_states)
         ids = [id(tensor) for tensor in direct_parameters(self.module).values()]
         if self._cached[0] != ids:
@@ -610,7 +740,7 @@ class FusedBlock:
     def _layout(self, hidden: Tensor, arguments: dict[str, Any]) -> Layout | PartialLayout | None:
         """Return the layout of a call, or None if the call is not supported."""
         unsupported = (v is not None and v is not False and name not in _SUPPORTED for name, v in arguments.items())
-        if hidden.dim() != 3 or not _on_cpu(hidden) or any(unsupported):
+        if hidden.dim() != 3 or not _is_on_supported_device(hidden) or any(unsupported):
             return None
         return self.layouts(hidden, arguments, self.roles.attention.causal)
 
@@ -693,7 +823,9 @@ class FusedBlock:
                 compiled = compiled.refreshed()
             y = _FullBlock.apply(x, compiled, context, *self._factors)
         else:
-            y = _Attention.apply(x, halves[0], context, *factors_of(halves[0].projections))
+            if x.device.type != "cpu":
+                halves = convert_factors(halves, x.dtype)
+            y = run_attention(x, halves[0], context)
             y = run_mlp(select_rows(x, indices), y, halves[1]) if self.roles.parallel else run_mlp(y, None, halves[1])
         y = y if indices is None else y.new_zeros(x.shape).index_copy(0, indices, y)
         return y.view(hidden.shape)
@@ -719,8 +851,8 @@ def _half_norms(paths: Norms, norms: dict[str, Norm | None]) -> HalfNorms:
     return HalfNorms(*(norms.get(path or "") for path in (paths.before, paths.after, paths.post)))
 
 
-def _on_cpu(hidden: Tensor) -> bool:
-    return hidden.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+def _is_on_supported_device(hidden: Tensor) -> bool:
+    return hidden.device.type in ("cpu", "cuda") and not torch.is_autocast_enabled(hidden.device.type)
 
 
 def _has_dropout(table: dict[str, Any]) -> bool:

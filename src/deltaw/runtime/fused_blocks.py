@@ -22,6 +22,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from deltaw.hub.loading import has_values
+from deltaw.kernels import compiled
 from deltaw.kernels.torch_private import direct_modules
 from deltaw.machine.choices import Choice
 from deltaw.runtime.fused import FusedBlock, FusedNorm, Layouts
@@ -34,9 +36,12 @@ from deltaw.runtime.recognition import (
     find_roles,
     measure_once,
     norm_form,
+    relative_difference,
     signature,
 )
 
+# Device types of fused blocks, and the maximum relative difference from the model's code in 16-bit types.
+DEVICES, DEVICE_TOLERANCE = ("cpu", "cuda"), 5e-2
 # Active recordings of attention calls: the calling module and its parameters.
 _RECORDERS: list[list[tuple[nn.Module, AttentionConfig]]] = []
 # Names of the norm after the last block in models of transformers.
@@ -170,8 +175,8 @@ def final_norm(backbone: nn.Module) -> nn.Module | None:
 
 def recognize(model: PreTrainedModel, mode: Mode) -> FusedBlocks:
     """Recognize and verify the blocks of a model for a mode."""
-    if model.device.type != "cpu":
-        return FusedBlocks([], Choice(False, "fused blocks require a CPU"))
+    if model.device.type not in DEVICES:
+        return FusedBlocks([], Choice(False, f"fused blocks require a CPU or CUDA, not {model.device.type}"))
     backbone: PreTrainedModel = model.base_model  # type: ignore[assignment]
     block_list = blocks_of(backbone)
     if block_list is None:
@@ -181,7 +186,8 @@ def recognize(model: PreTrainedModel, mode: Mode) -> FusedBlocks:
         recognized = measure_once(_RECOGNIZED, backbone, lambda small: _recognize_kinds(small, mode), mode.name)
         if not recognized.kinds:
             return FusedBlocks([], Choice(False, recognized.why))
-        with mode.attention(model), torch.no_grad(), recording_configs() as notes:
+        recorded = recording_configs(), _recorded_calls(list(block_modules))
+        with mode.attention(model), torch.no_grad(), recorded[0] as notes, recorded[1] as calls:
             backbone(**mode.inputs(backbone))
     except Exception as error:  # any error of third-party code means that it runs unfused
         return FusedBlocks([], Choice(False, f"{type(error).__name__}: {str(error)[:100]}"))
@@ -194,6 +200,8 @@ def recognize(model: PreTrainedModel, mode: Mode) -> FusedBlocks:
             return FusedBlocks([], Choice(False, f"block {index} ({type(block).__name__}) has an unverified kind"))
         config = config or AttentionConfig(roles.attention.head_size**-0.5)
         blocks.append(FusedBlock(block, roles, config, mode.layouts))
+    if model.device.type != "cpu" and has_values(model) and (why := _mismatch(calls, blocks, mode, model)):
+        return FusedBlocks([], Choice(False, why))
     norm = final_norm(backbone)
     block_configs, fused_norm = [fused.config for fused in blocks], None if norm is None else FusedNorm(norm)
     choice = Choice(True, recognized.why)
@@ -209,23 +217,11 @@ def _recognize_kinds(small: PreTrainedModel, mode: Mode) -> RecognizedBlocks:
     if block_list is None:
         return RecognizedBlocks(why="the model has no list of blocks")
     blocks = list(block_list[1])
-    calls: list[BlockCall] = []
-
-    def record_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        kwargs_copy = dict(kwargs)
-        hidden = args[0] if args else kwargs_copy.pop("hidden_states")
-        calls.append(BlockCall(module, hidden, args[1:], kwargs_copy, output))
-
-    hooks = [block.register_forward_hook(record_call, with_kwargs=True) for block in blocks]
     recognized = RecognizedBlocks()
     with mode.attention(small):
-        try:
-            with torch.no_grad(), recording_configs() as notes:
-                inputs = mode.inputs(small)
-                small(**inputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with torch.no_grad(), recording_configs() as notes, _recorded_calls(blocks) as calls:
+            inputs = mode.inputs(small)
+            small(**inputs)
         configs = _configs(blocks, notes)
         if [call.block for call in calls] != blocks or (notes and len(configs) != len(blocks)):
             return RecognizedBlocks(why="attention is not called exactly once per block")
@@ -247,6 +243,47 @@ def _recognize_kinds(small: PreTrainedModel, mode: Mode) -> RecognizedBlocks:
             recognized.kinds[kind] = roles
             recognized.why = why
     return recognized
+
+
+@contextlib.contextmanager
+def _recorded_calls(blocks: list[nn.Module]) -> Iterator[list[BlockCall]]:
+    """Context that records the calls of blocks in a list."""
+    calls: list[BlockCall] = []
+
+    def record_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        kwargs_copy = dict(kwargs)
+        hidden = args[0] if args else kwargs_copy.pop("hidden_states")
+        calls.append(BlockCall(module, hidden, args[1:], kwargs_copy, output))
+
+    hooks = [block.register_forward_hook(record_call, with_kwargs=True) for block in blocks]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _mismatch(calls: list[BlockCall], blocks: list[FusedBlock], mode: Mode, model: PreTrainedModel) -> str | None:
+    """Return why fused blocks cannot be used on the model's device, or None.
+
+    The descriptions were verified on a CPU. This compares one block of each kind with the model's code on the device,
+    in the precision of the weights.
+    """
+    kinds = {(fused.roles, fused.config.kind): (call, fused) for call, fused in zip(calls, blocks, strict=True)}
+    for call, fused in kinds.values():
+        original_forward, fused.original_forward = fused.original_forward, _reject_call
+        try:
+            with mode.attention(model):
+                difference = relative_difference(call, fused)
+        except Exception as error:  # kernels of a device raise many types
+            return f"{type(call.block).__name__} on {model.device.type}: {type(error).__name__}: {str(error)[:100]}"
+        finally:
+            fused.original_forward = original_forward
+        if not difference < DEVICE_TOLERANCE:
+            return (
+                f"{type(call.block).__name__} on {model.device.type} differs from the model's code by {difference:.1e}"
+            )
+    return next(iter(compiled.notes()), None)  # torch's operators would need more memory than the model's code
 
 
 def _reject_call(*args: Any, **kwargs: Any) -> Any:

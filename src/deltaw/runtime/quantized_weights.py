@@ -15,7 +15,7 @@ import math
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,8 @@ from deltaw.errors import first_names
 from deltaw.kernels import large_pages, loader
 from deltaw.kernels.block_linear import quantize_nf4 as rounded_nf4
 from deltaw.kernels.quantize import expand_scales, quantize_activations, quantize_rows
-from deltaw.lora.fingerprint import has_values
+from deltaw.kernels.torch_private import direct_parameters
+from deltaw.lora.fingerprint import has_values, record_base_digest
 from deltaw.lora.kinds import PLAIN_LINEAR_CLASSES, get_input_embedding, is_conv1d
 from deltaw.lora.layers import LoRALinear
 from deltaw.lora.layers_quantized import Int8Conv1D, Int8Linear, quantize_linear_nf4, supports_nf4
@@ -314,6 +315,60 @@ def quantize_nf4(model: nn.Module) -> Nf4Report:
         slot.replace(quantize_linear_nf4(layer))
         release_pages(layer.weight)
     return report
+
+
+# Inputs above this value are multiplied in 16 bits by bitsandbytes' int8 layers (LLM.int8, arXiv 2208.07339).
+INT8_OUTLIER_THRESHOLD = 6.0
+
+
+def bitsandbytes_linear(linear: nn.Linear, precision: str, device: str) -> nn.Linear:
+    """Create a bitsandbytes layer on ``device`` with the weight of ``linear`` quantized there, and its bias.
+
+    Args:
+        linear: Layer to quantize. Activations are in the dtype of its weight.
+        precision: ``nf4``, with double quantization of the scales, or ``int8``.
+        device: Device of the new layer. The bias is moved by the caller.
+    """
+    from bitsandbytes import nn as bnb
+
+    weight, sizes = linear.weight.detach(), (linear.in_features, linear.out_features)
+    layer: Any
+    if precision == "nf4":
+        layer = bnb.Linear4bit(*sizes, compute_dtype=weight.dtype, quant_type="nf4", device="meta")
+        layer.weight = bnb.Params4bit(weight, quant_type="nf4").to(device)
+    else:
+        options = {"has_fp16_weights": False, "threshold": INT8_OUTLIER_THRESHOLD}
+        layer = bnb.Linear8bitLt(*sizes, **options, device="meta")
+        layer.weight = bnb.Int8Params(weight, requires_grad=False).to(device)
+    layer.register_parameter("bias", direct_parameters(linear).get("bias"))
+    layer.training = linear.training
+    record_base_digest(layer.weight, linear.weight)
+    return cast(nn.Linear, layer)
+
+
+@torch.no_grad()
+def quantize_with_bitsandbytes(model: nn.Module, precision: str, device: str) -> str:
+    """Replace the linear layers of the blocks by bitsandbytes layers, which are quantized on ``device`` one by one.
+
+    Args:
+        model: Frozen model without adapters, on the CPU. Its other tensors are not moved.
+        precision: ``nf4`` or ``int8``.
+        device: Device of the new layers.
+
+    Returns:
+        Message for the user.
+    """
+    slots = _layer_slots(
+        *(blocks_of(model) or ("", nn.ModuleList())), lambda layer: _is_plain(layer) or is_conv1d(layer)
+    )
+    supports = supports_nf4 if precision == "nf4" else _can_be_int8
+    linears = {s.name: (s, s.layer) for s in slots if isinstance(s.layer, nn.Linear) and supports(s.layer)}
+    for slot, linear in linears.values():
+        slot.replace(bitsandbytes_linear(linear, precision, device))
+        release_pages(linear.weight)
+    summary = f"{len(linears)} of {len(slots)} layers are in {precision}, with bitsandbytes"
+    unquantized = [slot.name for slot in slots if slot.name not in linears]
+    return f"{summary}; not supported: {first_names(unquantized)}" if unquantized else summary
 
 
 @torch.no_grad()

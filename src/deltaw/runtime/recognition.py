@@ -592,6 +592,11 @@ def find_roles(
     return None, why
 
 
+def relative_difference(call: BlockCall, replacement: Callable[..., Any]) -> float:
+    """Return the relative difference of outputs and input gradients between a block and its replacement."""
+    return max(map(_difference, _with_gradient(replacement, call), _with_gradient(call.block.forward, call)))
+
+
 def _with_gradient(function: Callable[..., Any], call: BlockCall) -> tuple[Tensor, Tensor]:
     """Return a block's output, with zeros at padding, and the input gradient of a weighted sum of the output."""
     leaf = call.hidden.detach().clone().requires_grad_()
@@ -600,7 +605,8 @@ def _with_gradient(function: Callable[..., Any], call: BlockCall) -> tuple[Tenso
         output = output[0] if isinstance(output, tuple) else output
         if call.token_mask is not None:
             output = output * call.token_mask[..., None]
-        (grad,) = torch.autograd.grad((output * torch.linspace(-1, 1, output.numel()).view(output.shape)).sum(), leaf)
+        slopes = torch.linspace(-1, 1, output.numel(), device=output.device).view(output.shape)
+        (grad,) = torch.autograd.grad((output * slopes).sum(), leaf)
     return output.detach(), grad
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from deltaw.data.example import LabeledExample
@@ -328,8 +328,7 @@ def detect_output_kind(reference: str, **options: Unpack[EncoderOptions]) -> Out
     folder = Path(reference)
     if is_adapter(folder):
         adapter_folder = read_folder(folder, trust_remote_code=options.get("trust_remote_code", False))
-        entry = task_registry.entry_of(adapter_folder.task)
-        return "text" if entry.generates_text else entry.serves or "classes"
+        return task_registry.entry_of(adapter_folder.task).output_kind or "classes"
     if (declared := detect_use(_folder(reference, **options))) is not None:
         return declared
     architecture = str((getattr(_config(reference, **options), "architectures", None) or [""])[0])
@@ -363,6 +362,7 @@ def read_embedder(
         if loaded.tokenizer is None:
             raise UserError("the model's folder has no tokenizer", location=source)
         model, tokenizer, nested = loaded.model, loaded.tokenizer, []
+        nn.Module.to(model, str(loaded.choices["device"].value))  # not quantized
         layout, reason = choose_layout(model, loaded.folder, pooling=pooling, normalize="auto" if normalize else False)
     length = "of length 1" if layout.normalize else "not normalized"
     log(f"vectors: {layout.pooling} of a row's tokens ({reason}), {length}")

@@ -176,10 +176,15 @@ class RunConfig(BaseModel):
     # Then a section per task with settings, from the task registry.
     force: bool = setting(False, "train even if the plan exceeds the machine's memory")
     memory: str | None = setting(None, "memory limit of the process, such as 2GB; enforced by activation checkpointing")
-    precision: Literal["auto", "bf16", "fp32", "int8", "gguf", "nf4"] = setting(
-        "auto", "precision of the frozen weights; int8 and nf4 apply to linear layers of blocks; gguf: as in the file"
+    precision: Literal["auto", "bf16", "fp16", "fp32", "int8", "gguf", "nf4"] = setting(
+        "auto",
+        "precision of the frozen weights; int8 and nf4 apply to linear layers of blocks; gguf: as in the file; "
+        "fp16: on GPUs only",
     )
     device: str = setting("auto", "device to train on: auto, cpu, cuda, cuda:1 or mps")
+    sampler: Literal["auto", "vllm", "transformers"] = setting(
+        "auto", "library that samples completions on a GPU; auto: vLLM if it is installed and supports the model"
+    )
     threads: Count | Auto = setting("auto", "number of CPU threads")
     trust_remote_code: bool = setting(False, "run Python code of the model; enable only for models you trust")
     track: Literal["tensorboard", "trackio", "wandb"] | None = setting(None, "tracker that also receives the metrics")

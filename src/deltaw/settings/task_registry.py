@@ -79,6 +79,11 @@ class TaskEntry:
         return self.auto_model == "AutoModelForCausalLM"
 
     @property
+    def output_kind(self) -> Literal["text", "vectors", "classes", "scores"] | None:
+        """Output of ``deltaw serve``, or None if it rejects models of this task."""
+        return "text" if self.generates_text else self.serves
+
+    @property
     def section_name(self) -> str | None:
         """Name of the settings section, or None if the task has no settings."""
         return None if self.settings is None else self.section or self.name

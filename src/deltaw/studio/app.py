@@ -56,16 +56,18 @@ async def _on_error(request: Request, error: Exception) -> Response:
             raise error
         error = UserError("the disk is full", hint="delete files that you do not need, and try again")
     assert isinstance(error, UserError)
-    return error_response(request, error, 413 if isinstance(error, TooLargeError) else 400)
+    shown = request.app.state.studio.workspace.shorten(error)
+    return error_response(request, shown, 413 if isinstance(error, TooLargeError) else 400)
 
 
 def router(studio: Studio) -> APIRouter:
     """Return the routes of the start page and of static files."""
     routes, workspace, static = APIRouter(), studio.workspace, _static_files()
 
-    def draft_of(file: Path) -> str:
+    def draft_of(file: Path, is_upload: bool = False) -> str:
         """Create a draft and return the address of its first page."""
-        return f"/drafts/{workspace.create_draft(spreadsheets.convert(workspace, file)).identity}/data"
+        rows, note = spreadsheets.convert(workspace, file, is_upload=is_upload)
+        return f"/drafts/{workspace.create_draft(rows, file, note).identity}/data"
 
     @routes.get("/")
     def start(request: Request) -> Response:
@@ -81,7 +83,7 @@ def router(studio: Studio) -> APIRouter:
     async def upload(request: Request, name: str) -> Response:
         size = request.headers.get("content-length")
         file = await workspace.save_upload(name, request.stream(), None if size is None else int(size))
-        return JSONResponse({"url": await asyncio.to_thread(draft_of, file)})
+        return JSONResponse({"url": await asyncio.to_thread(draft_of, file, True)})
 
     @routes.post("/drafts")
     async def create(request: Request) -> Response:

@@ -87,7 +87,7 @@ def router(studio: Studio) -> APIRouter:
                 "rows", {"config": workspace.config(draft), "first": row, "count": 1}, draft=identity
             )
         except UserError as error:
-            return error_part(error)
+            return error_part(workspace.shorten(error))
         if isinstance(result, Pending):
             return part("data_tokens.html", status=202, row=row, pending=result)
         return part("data_tokens.html", row=row, pending=None, result=next(iter(result.get("rows", [])), None))
@@ -113,7 +113,7 @@ def _check(studio: Studio, draft: Draft, file: str) -> Response:
         if draft.settings.get("model"):
             checked = studio.worker.result("check", {"config": studio.workspace.config(draft)}, draft=draft.identity)
     except UserError as raised:
-        error = raised
+        error = studio.workspace.shorten(raised)
     if isinstance(checked, Pending):
         pending, checked = checked, None
     preview = draft.preview or {}

@@ -11,7 +11,7 @@ from pathlib import Path
 from fastapi import Request
 from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deltaw.atomic_files import write_text
@@ -115,19 +115,21 @@ class SessionGuard:
             )
         if path.startswith("/static/"):
             return None
-        if request.method not in ("GET", "HEAD") and not _is_same_origin(request):
+        is_read = request.method in ("GET", "HEAD")
+        if not (_is_own_read(request) if is_read else _is_same_origin(request)):
             return error_response(request, UserError("another page sent this request"), 403)
         if self._has_cookie(request):
             return RedirectResponse("/", 303) if "token" in request.query_params and path == "/" else None
         hint = "open the address that the terminal shows, or start deltaw studio again"
         token = request.query_params.get("token", "")
-        if path != "/" or not token:
+        if path != "/" or not token or request.method != "GET":
             return error_response(request, UserError("this browser is not connected to the studio", hint=hint), 401)
         if not self._token.use(token):
             message = "this address was used before, or it is wrong"
             hint = "open the new address that the terminal shows, or start deltaw studio again"
             return error_response(request, UserError(message, hint=hint), 403)
-        response = RedirectResponse("/", 303)
+        # Browsers do not send the cookie with a redirect if another site or a file opened the address.
+        response = HTMLResponse('<!doctype html><meta http-equiv="refresh" content="0; url=/">')
         is_secure = self._settings.certificate is not None
         options = {"httponly": True, "samesite": "strict", "secure": is_secure, "max_age": COOKIE_SECONDS}
         response.set_cookie(self._cookie, self._secret, **options)  # type: ignore[arg-type]
@@ -136,6 +138,13 @@ class SessionGuard:
     def _has_cookie(self, request: Request) -> bool:
         value = request.cookies.get(self._cookie, "")
         return hmac.compare_digest(value.encode("utf-8", "replace"), self._secret.encode())
+
+
+def _is_own_read(request: Request) -> bool:
+    """Return False if a page of another site or port embeds or fetches this address. It may link to it."""
+    headers = request.headers
+    is_foreign = headers.get("sec-fetch-site") in ("same-site", "cross-site")
+    return not is_foreign or (headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")) == ("navigate", "document")
 
 
 def _is_same_origin(request: Request) -> bool:

@@ -28,9 +28,9 @@ from deltaw import platforms
 from deltaw.atomic_files import write_text
 from deltaw.errors import UserError
 from deltaw.runs.folder import is_alive, is_locked, process_identity
-from deltaw.studio.workspace import Workspace
+from deltaw.studio.workspace import Workspace, load_fields
 
-QUEUED, RUNNING, DONE, FAILED, STOPPED = "queued", "running", "done", "failed", "stopped"
+QUEUED, RUNNING, DONE, FAILED, STOPPED = STATES = ("queued", "running", "done", "failed", "stopped")
 VERBS = {"train": "Training", "eval": "Scoring", "predict": "Predicting", "merge": "Merging", "export": "Exporting"}
 VERBS |= {"deploy": "Adding to the program", "plan": "Downloading the model"}
 POLL_SECONDS, RETRY_SECONDS = 0.5, 30.0
@@ -153,14 +153,21 @@ class JobQueue:
         self._workspace, self._folder = workspace, workspace.state / "jobs"
         self._lock, self._closed = threading.RLock(), threading.Event()
         self._file_lock = FileLock(workspace.state / "lock", timeout=0, thread_local=False)
+        self._folder_lock: int | None = None
         self._thread = threading.Thread(target=self._run, name="jobs", daemon=True)
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self.on_start: list[Callable[[StudioJob], None]] = []
         self.problem: UserError | None = None
         self._jobs: dict[str, StudioJob] = {}
         for file in self._folder.glob(f"*/{_JOB}"):
-            with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):  # written by another version
-                self._jobs[file.parent.name] = StudioJob(**json.loads(file.read_text("utf-8")), folder=file.parent)
+            try:
+                job = load_fields(StudioJob, file, folder=file.parent, identity=file.parent.name)
+                if job.state not in STATES:
+                    raise ValueError("unknown state")
+                job.created = min(max(0.0, job.created), time.time())
+                self._jobs[job.identity] = job
+            except (OSError, ValueError):
+                workspace.report_damage(file)
 
     def start(self) -> None:
         """Lock the folder, remove incomplete files and start the thread that polls.
@@ -170,7 +177,9 @@ class JobQueue:
         """
         try:
             self._file_lock.acquire()
-        except Timeout as error:
+            self._folder_lock = _lock_folder(self._workspace.folder)
+        except (Timeout, BlockingIOError) as error:
+            self._file_lock.release()
             hint = "open the address that its terminal shows, or close it first"
             raise UserError(
                 "another studio uses this folder", location=str(self._workspace.folder), hint=hint
@@ -184,6 +193,9 @@ class JobQueue:
         if self._thread.is_alive():
             self._thread.join()
         self._file_lock.release()
+        if self._folder_lock is not None:
+            os.close(self._folder_lock)
+            self._folder_lock = None
 
     def _run(self) -> None:
         while not self._closed.wait(POLL_SECONDS):
@@ -328,6 +340,11 @@ class JobQueue:
                 job.state = RUNNING
                 job.save()  # before the process exists, so that no server starts it again
                 child = subprocess.Popen(command, cwd=job.folder, stdout=out, stderr=errors, **options)
+        except ValueError as error:  # NUL in an argument
+            job.state = FAILED
+            job.save()
+            (job.folder / "stderr").write_text(f"error: the command is damaged: {error}", "utf-8")
+            return
         except (OSError, UserError):
             job.state = QUEUED
             raise
@@ -337,13 +354,37 @@ class JobQueue:
             job.save()
 
 
+def _lock_folder(folder: Path) -> int | None:
+    """Lock a folder itself, so that the lock of another user is noticed. Files in it could be links or pipes.
+
+    Returns:
+        Descriptor of the lock, or None if the system has no such locks.
+
+    Raises:
+        BlockingIOError: if the folder is locked.
+    """
+    if platforms.WINDOWS:
+        return None
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # some network file systems
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    return descriptor
+
+
 def interrupt(process: Mapping[str, Any], *, kill: bool = False, arguments: Sequence[str] = ()) -> None:
     """Send Ctrl-C to a process, or kill it, unless its id was reused by another process.
 
     Args:
         arguments: Last arguments that the command line of the process must have.
     """
-    with contextlib.suppress(psutil.Error, KeyError):
+    with contextlib.suppress(psutil.Error, KeyError, ValueError, OverflowError):
         target = psutil.Process(process["id"])  # psutil checks that the id is not reused from here on
         if is_alive(process) and _has_arguments(target.cmdline(), arguments):
             stop = getattr(signal, "CTRL_BREAK_EVENT" if platforms.WINDOWS else "SIGINT")

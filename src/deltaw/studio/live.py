@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from fastapi.responses import RedirectResponse, Response
 from deltaw.errors import UserError
 from deltaw.reports.live_table import LiveLine, live_line
 from deltaw.reports.page.run_figures import loss_figure, memory_figure, metric_figures, reward_figure
+from deltaw.reports.svg import running_mean
 from deltaw.reports.tables import duration, format_interval, metric_name, metric_value, short
 from deltaw.runs.folder import CHECKPOINT_FOLDER, KILLED, RUNNING, Run, mapping, number, numbers, sequence
 from deltaw.settings.config import flat
@@ -22,7 +24,7 @@ from deltaw.studio.state import Studio
 
 # Limits of a page: sample answers, predicted rows, values of a result, characters of a text, and classes.
 MAX_SAMPLES, MAX_PREDICTIONS, MAX_VALUES, MAX_CHARACTERS, MAX_CLASSES = 6, 10, 40, 2000, 12
-# A progress is shown again until this multiple of the time that reading it took has passed.
+# A progress is shown again until this multiple of the processor time that reading it took has passed.
 IDLE_FACTOR = 20
 
 
@@ -34,14 +36,15 @@ def router(studio: Studio) -> APIRouter:
 
     def view(job: StudioJob) -> dict[str, Any]:
         """Return the variables of the progress, which are computed more rarely if the run is long."""
-        started, state = time.monotonic(), (job.state, job.stops)
+        started, cpu, state = time.monotonic(), time.thread_time(), (job.state, job.stops)
         updated, seconds, last_state, values = views.get(job.identity, (0.0, 0.0, None, {}))
         if last_state != state or started - updated > IDLE_FACTOR * seconds:
             run = None if job.run is None else Run(workspace.folder / job.run)
             values = {**job_view(job, run), "has_checkpoint": run is not None and has_checkpoint(run)}
+            values["error"] = values["error"] and workspace.shorten(values["error"])
             if job.is_active and values["percent"] is not None:
                 values["announcement"] = f"{values['title']}: {values['percent'] // 10 * 10}%"
-            views[job.identity] = time.monotonic(), time.monotonic() - started, state, values
+            views[job.identity] = time.monotonic(), time.thread_time() - cpu, state, values
         others = [other for other in queue.active() if other is not job]
         values |= {"job": job, "others": others, "note": job_note(job, values["line"], others)}
         is_file = job.output is not None and (workspace.folder / job.output).is_file()
@@ -81,7 +84,12 @@ def router(studio: Studio) -> APIRouter:
         if action == "stop":
             queue.stop(identity, at_once="at_once" in fields)
         elif action in actions:
+            job = queue.job(identity)
             actions[action](identity)
+            drafts = {other.draft for other in queue.jobs() if other.verb == "train"}
+            if action == "remove" and job.run and job.draft not in drafts and (workspace.folder / job.run).exists():
+                with contextlib.suppress(UserError):  # deleted by the user
+                    workspace.draft(str(job.draft)).path.unlink()
         else:
             raise UserError("this page does not exist", hint="go to the list of jobs")
         is_listed = action == "remove" or "list" in fields
@@ -124,12 +132,14 @@ def job_view(job: StudioJob, run: Run | None) -> dict[str, Any]:
         visible = [(key, value) for key, value in result if isinstance(value, str | int | float)]
         values["values"] = [(key, short(v) if isinstance(v, float) else str(v)) for key, v in visible][:MAX_VALUES]
     elif run.values and (job.state != RUNNING or run.state == RUNNING):
-        line = live_line(run)
+        line, progress = live_line(run), run.metrics.column(run.progress)[1]
+        line.mean = float(running_mean(progress)[-1]) if len(progress) else None  # as in the text of the figure
         values |= {"line": line, "percent": int(100 * line.step / line.total) if line.total else 0}
         figures = [loss_figure(run), reward_figure(run), *metric_figures(run), memory_figure(run)]
         values["figures"] = [figure for figure in figures if figure is not None]
         values |= {"samples": samples(run), "predictions": predictions(run), "interval": score_range_text(run)}
         values["correct"] = score_rows(run)
+        values["answers_every"] = run.setting("train.eval_every")
         values["scored_run"] = run if job.state == "done" and run.score else None
     elif job.state == RUNNING:
         values["title"] = "Stopping" if job.stops else "Preparing"

@@ -14,20 +14,23 @@ from fastapi.responses import JSONResponse, RedirectResponse, Response
 from deltaw import platforms
 from deltaw.data.starter import default_model
 from deltaw.errors import UserError
-from deltaw.hub import packages
-from deltaw.hub.local_models import ModelInfo, describe_model, list_local_models
+from deltaw.hub.local_models import IMAGES, READS, WRITES, ModelInfo, describe_model, list_local_models
 from deltaw.machine.memory import free_memory_bytes
 from deltaw.memory.plan import Plan
 from deltaw.reports.memory_parts import memory_legend, memory_parts
 from deltaw.reports.plan import process_parts
 from deltaw.reports.svg import Bar, Figure, FigureTable, bars, stack
 from deltaw.reports.tables import gigabytes
+from deltaw.settings import task_registry
 from deltaw.settings.config import RunConfig
-from deltaw.studio.rendering import error_part, form, page, part, wants_json
+from deltaw.studio.rendering import error_part, form, model_name, page, part, wants_json
 from deltaw.studio.state import Studio
 from deltaw.studio.worker import Pending
 from deltaw.studio.workspace import RUNS, Draft
 from deltaw.training.planning.plan_cache import load_cached_plans
+
+# Uses of the models that a task can train, by auto class. Other tasks need a model that reads text.
+_USES = {"AutoModelForCausalLM": (WRITES,), "AutoModelForImageClassification": (IMAGES,)}
 
 
 def router(studio: Studio) -> APIRouter:
@@ -41,11 +44,11 @@ def router(studio: Studio) -> APIRouter:
         selected = draft.settings.get("model") or default
         for reference in (selected, default):
             if reference and reference not in {model.reference for model in models}:
-                is_package = packages.is_package_reference(reference)
-                name = packages.parse(reference).name if is_package else reference.rpartition("/")[2]
-                models.insert(0, ModelInfo(reference, name, "hub", None, "unknown", is_local=False))
+                models.insert(0, ModelInfo(reference, model_name(reference), "hub", None, "unknown", is_local=False))
         models.sort(key=lambda model: (model.reference != default, not model.is_local))
+        task = draft.settings.get("task") or task_registry.default_task()
         values = {"models": models, "default": default, "selected": selected, "error": error, "text": text}
+        values["mismatches"] = {model.reference: mismatch(model, task) for model in models}
         return page(request, "model.html", status=400 if error else 200, draft=draft, **values)
 
     @routes.get("/model")
@@ -87,6 +90,8 @@ def _plan_router(studio: Studio) -> APIRouter:
             config = workspace.config(draft) | {"output": str(workspace.folder / RUNS / "new")}
             if not values["download"]:
                 values["model"] = describe_model(config["model"])
+                if reason := mismatch(values["model"], config["task"]):
+                    raise UserError(reason, location=values["model"].name, hint="choose another model")
             if values["download"] or not values["model"].is_local:
                 return part("model_plan.html", status=202 if values["download"] else 200, **values)
             free, cached = free_memory_bytes(), load_cached_plans(RunConfig.read(config), [config["method"]])
@@ -98,7 +103,7 @@ def _plan_router(studio: Studio) -> APIRouter:
                     return part("model_plan.html", status=202, **values | {"seconds": result.seconds})
                 plan = Plan.from_fields(result["plan"])
         except UserError as error:
-            return error_part(error)
+            return error_part(workspace.shorten(error))
         assert not isinstance(result, Pending)
         free = result.get("free", free)
         values |= {"plan": plan, "free": free, "figure": plan_figure(plan, free), "fitting": result["fitting"][:3]}
@@ -141,6 +146,12 @@ def _start_router(studio: Studio) -> APIRouter:
         return RedirectResponse(f"/jobs/{job.identity}", 303)
 
     return routes
+
+
+def mismatch(model: ModelInfo, task: str) -> str:
+    """Return the reason why a model cannot be trained for a task, or ''."""
+    uses = _USES.get(task_registry.entry_of(task).auto_model, (READS, WRITES))
+    return "" if model.use in ("", *uses) else f"this model {model.use}, and the goal needs one that {uses[0]}"
 
 
 def run_name(text: str) -> str:

@@ -11,8 +11,9 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from deltaw.errors import UserError
+from deltaw.hub import packages
 from deltaw.reports.svg import templates
-from deltaw.reports.tables import count, duration, format_time, gigabytes, metric_name, metric_value
+from deltaw.reports.tables import count, duration, format_time, gigabytes, metric_name, metric_value, short
 
 MAX_FORM_BYTES, MAX_FIELDS = 2**20, 500
 # Addresses and names of the navigation.
@@ -29,8 +30,14 @@ def environment() -> Environment:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     result.globals |= reports.globals
-    result.filters |= {f.__name__: f for f in (count, duration, format_time, gigabytes, metric_name, metric_value)}
+    filters = (count, duration, format_time, gigabytes, metric_name, metric_value, model_name, short)
+    result.filters |= {f.__name__: f for f in filters}
     return result
+
+
+def model_name(reference: str) -> str:
+    """Return the short name of a model, without its owner, its version and its path."""
+    return reference.removeprefix(packages.SCHEME).partition("==")[0].rstrip("/").rpartition("/")[2]
 
 
 def page(request: Request, template: str, *, status: int = 200, **values: object) -> HTMLResponse:

@@ -18,8 +18,8 @@ from starlette.background import BackgroundTask
 from deltaw.errors import UserError
 from deltaw.hub.folders import ADAPTER_CONFIG
 from deltaw.platforms import shell_word
-from deltaw.reports.runs import COLUMNS, differing_settings, result_rows, same_prompts, unique_names
-from deltaw.reports.tables import format_interval, metric_name, metric_value
+from deltaw.reports.runs import differing_settings, result_rows, same_prompts, unique_names
+from deltaw.reports.tables import duration, format_interval, format_time, metric_name, metric_value
 from deltaw.runs.folder import (
     LEARNING_RATES,
     METRICS,
@@ -35,14 +35,12 @@ from deltaw.runs.folder import (
 )
 from deltaw.settings import task_registry
 from deltaw.settings.config import SETTINGS
-from deltaw.studio.rendering import form, page
+from deltaw.studio.rendering import form, model_name, page
 from deltaw.studio.state import Studio
 from deltaw.studio.worker import Pending
 from deltaw.studio.workspace import EXPORTS, Workspace, unused_path
 from deltaw.untrusted_paths import require_contained
 
-# Columns of the list, in addition to the score.
-LISTED = ("model", "rows", "state", "time", "when")
 # Files of an adapter. Rows, answers, checkpoints and logs are not downloaded.
 ADAPTER_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".md")
 # Storage types of a GGUF file, with descriptions.
@@ -71,13 +69,11 @@ def _add_pages(routes: APIRouter, studio: Studio) -> None:
     @routes.get("/runs")
     def show_all(request: Request) -> Response:
         runs = sorted(all_runs(workspace), key=lambda run: run.started, reverse=True)
-        columns = [column for column in COLUMNS if column.title in LISTED]
         rows = [
-            (workspace.relative(run.path), name, [*(column.text(run) for column in columns), _score(run)])
+            (workspace.relative(run.path), name, _listed(run))
             for run, name in zip(runs, unique_names(runs), strict=True)
         ]
-        head, few = [*(column.title for column in columns), "score"], "few" in request.query_params
-        return page(request, "runs.html", head=head, rows=rows, few=few)
+        return page(request, "runs.html", rows=rows, few="few" in request.query_params)
 
     @routes.get("/runs/compare")
     def compare(request: Request) -> Response:
@@ -94,16 +90,15 @@ def _add_pages(routes: APIRouter, studio: Studio) -> None:
     def show(request: Request, path: str) -> Response:
         run = run_of(workspace, path)
         relative = workspace.relative(run.path)
-        commands = {
-            "Serve with the OpenAI API": f"deltaw serve {shell_word(run.path)}",
-            "Upload to the Hugging Face Hub": f"deltaw push {shell_word(run.path)} USER/NAME",
-        }
+        commands = {"Upload to the Hugging Face Hub": f"deltaw push {shell_word(run.path)} USER/NAME"}
+        entry = task_registry.find(run.task)
+        if entry is not None and entry.output_kind is not None:
+            commands["Serve with the OpenAI API"] = f"deltaw serve {shell_word(run.path)}"
         results = replace(result_rows([run]), caption="Values of this run", head=("name", "value"))
         jobs = [job for job in studio.queue.jobs() if job.run == relative]
-        entry = task_registry.find(run.task)
         return page(
             request, "run.html", run=run, path=relative, interval=score_range_text(run), correct=score_rows(run),
-            results=results, model=workspace.relative(run.model), goal=entry.goal if entry and entry.goal else run.task,
+            results=results, goal=(entry.goal or entry.capability) if entry else run.task,
             origins=_origins(run.part("start"), _MAX_ORIGINS), jobs=jobs, gguf_types=GGUF_TYPES, programs=PROGRAMS,
             commands=commands, has_adapter=has_adapter(run.path),
         )  # fmt: skip
@@ -242,6 +237,15 @@ def score_rows(run: Run) -> str:
         return ""
     correct = run.score[1] * total
     return f"{correct:,.0f} of {total:,.0f} rows" if abs(correct - round(correct)) < 0.01 else ""
+
+
+def _listed(run: Run) -> dict[str, str]:
+    """Return the values of a run in the list by their titles."""
+    count, total = number(mapping(run.part("data").get("counts")).get("rows_kept")), run.metrics.total("rows")
+    rows = f"{count:,.0f} rows × {round(total / count, 2):g}" if count else f"{total:,.0f}"
+    values = {"model": model_name(run.model), "training rows × passes": rows, "state": run.state}
+    times = {"time": duration(run.seconds or None), "when": format_time(run.started, short=True)}
+    return {**values, **times, "score": _score(run)}
 
 
 def _score(run: Run) -> str:

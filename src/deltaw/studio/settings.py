@@ -84,7 +84,10 @@ def _changed(values: Mapping[str, Any], texts: Mapping[str, str]) -> dict[str, A
             raise UserError(f"'{key}' cannot be changed here", location=key)
         default = known[key].default
         value = parse_setting(key, text.replace("\r\n", "\n")) if text.strip() else default
-        explicit[key] = json.loads(json.dumps(value, default=str, skipkeys=True))  # dates become texts
+        try:
+            explicit[key] = json.loads(json.dumps(value, default=str, skipkeys=True))  # dates become texts
+        except ValueError as error:  # thousands of digits
+            raise UserError("the number is too long", location=key) from error
         if value == (list(default) if isinstance(default, tuple) else default):
             del explicit[key]
     nested: dict[str, Any] = {}

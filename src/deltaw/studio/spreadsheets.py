@@ -9,9 +9,8 @@ import json
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from deltaw.errors import UserError
 from deltaw.platforms import rename_path
@@ -22,36 +21,46 @@ MAX_MEMORY_BYTES, MAX_UNZIPPED_BYTES, MAX_SECONDS = 4 * 10**9, 10**9, 120
 _CODE = "from deltaw.studio.spreadsheets import main; main(*sys.argv[1:])"
 
 
-def convert(workspace: Workspace, file: Path) -> Path:
-    """Return a file unchanged, or a JSON Lines file with the rows of a spreadsheet's first sheet that is not empty.
+def convert(workspace: Workspace, file: Path, *, is_upload: bool = False) -> tuple[Path, str]:
+    """Convert the first sheet of a spreadsheet that is not empty to a JSON Lines file. Other files are not changed.
+
+    Args:
+        workspace: Folder of the studio.
+        file: File with rows.
+        is_upload: Delete the spreadsheet if it is rejected.
+
+    Returns:
+        The file with the rows, and a description of the conversion, or '' for other files.
 
     Raises:
         UserError: if the sheet is not a table with a title in each column, or the file is damaged or too large.
     """
     if file.suffix.lower() not in SPREADSHEETS:
-        return file
+        return file, ""
     output, target = workspace.partial_file(), file.with_suffix(".jsonl")
     command, options = python_command(_CODE, [str(file), str(output)])
     options |= {"capture_output": True, "timeout": MAX_SECONDS, "encoding": "utf-8", "check": False}
     try:
         process = subprocess.run(command, **options)
-        message = process.stdout.strip() or "the file is damaged, or is not a spreadsheet"
+        message = process.stdout.strip() or "the file is too large, or a sheet has a cell far away from its table"
     except subprocess.TimeoutExpired:
         process, message = None, f"the file was not read within {MAX_SECONDS} seconds"
     try:
         if process is None or process.returncode:
+            if is_upload:
+                file.unlink(missing_ok=True)
             raise UserError(message, location=file.name, hint="correct it, or save the sheet with the rows as CSV")
         if not (target.is_file() and filecmp.cmp(output, target, shallow=False)):
             target = unused_path(target)
             rename_path(output, target)
-        return target
+        return target, message
     finally:
         output.unlink(missing_ok=True)
 
 
 def main(source: str, output: str) -> None:
-    """Write the rows of a spreadsheet. Print a message and exit with status 1 if it has no table."""
-    from python_calamine import CalamineError, CalamineWorkbook
+    """Write the rows of a spreadsheet, and print a description. Exit with status 1 and a message if it has no table."""
+    from python_calamine import CalamineError, CalamineWorkbook, SheetTypeEnum, SheetVisibleEnum
 
     with contextlib.suppress(ImportError, ValueError, OSError):  # Windows, macOS
         import resource
@@ -63,21 +72,32 @@ def main(source: str, output: str) -> None:
                 if sum(entry.file_size for entry in archive.infolist()) > MAX_UNZIPPED_BYTES:
                     raise ValueError("the file is too large when it is unpacked")
         workbook = CalamineWorkbook.from_path(source)
-        sheets: Iterator[Any] = (workbook.get_sheet_by_name(name).to_python() for name in workbook.sheet_names)
-        lines = _lines(next((sheet for sheet in sheets if sheet), []))
+        tables = (SheetTypeEnum.WorkSheet, SheetVisibleEnum.Visible)
+        names = [sheet.name for sheet in workbook.sheets_metadata if (sheet.typ, sheet.visible) == tables]
+        sheets = ((name, workbook.get_sheet_by_name(name).to_python()) for name in names)
+        name, cells = next((sheet for sheet in sheets if sheet[1]), ("", []))
+        lines, num_empty = _lines(cells)
     except (CalamineError, MemoryError, ValueError, zipfile.BadZipFile) as error:
-        print(error if isinstance(error, ValueError) else f"the file cannot be read: {str(error)[:200]}")
+        damaged = "the file is damaged, protected with a password, or not a spreadsheet of the type of its name"
+        print(error if isinstance(error, ValueError) else damaged)
         sys.exit(1)
     Path(output).write_text("".join(lines), encoding="utf-8")
+    text = f"These are the rows of the sheet “{name}” of {Path(source).name}, numbered from the first below the titles."
+    if others := [other for other in names if other != name]:
+        text += f" Other sheets are not used: {', '.join(others[:5])}{', …' * (len(others) > 5)}."
+    if num_empty:
+        text += f" {num_empty:,} empty row{'s were' if num_empty > 1 else ' was'} left out, so later numbers differ."
+    print(text)
 
 
-def _lines(sheet: list[list[object]]) -> list[str]:
-    """Return JSON lines with the rows below the titles.
+def _lines(sheet: Sequence[Sequence[object]]) -> tuple[list[str], int]:
+    """Return JSON lines with the rows below the titles, and the number of empty rows between them.
 
     Raises:
         ValueError: if a column has no title, two have the same, or the sheet has no rows.
     """
-    rows = [row for row in sheet if any(cell != "" for cell in row)]
+    numbers = [number for number, row in enumerate(sheet) if any(cell != "" for cell in row)]
+    rows = [sheet[number] for number in numbers]
     used = [index for index in range(len(rows[0]) if rows else 0) if any(row[index] != "" for row in rows)]
     titles = [str(_plain(rows[0][index])).strip() for index in used]
     if len(rows) < 2:
@@ -87,7 +107,8 @@ def _lines(sheet: list[list[object]]) -> list[str]:
     if repeated := [title for title in titles if titles.count(title) > 1]:
         raise ValueError(f"two columns have the title '{repeated[0][:80]}'")
     records = (dict(zip(titles, (_plain(row[index]) for index in used), strict=True)) for row in rows[1:])
-    return [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    return lines, numbers[-1] - numbers[0] + 1 - len(rows)
 
 
 def _plain(cell: object) -> object:

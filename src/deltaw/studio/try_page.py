@@ -42,7 +42,7 @@ def router(studio: Studio) -> APIRouter:
         state = trial.state if trial.run == run.path else STOPPED
         values = {"run": run, "path": workspace.relative(run.path), "state": state, "busy": studio.queue.busy()}
         others = [(workspace.relative(other.path), other.name) for other in _others(workspace, run)]
-        return values | {"error": trial.error if state == FAILED else None, "others": others}
+        return values | {"error": workspace.shorten(trial.error) if state == FAILED else None, "others": others}
 
     @routes.get("/runs/try/{path:path}")
     def show(request: Request, path: str) -> Response:
@@ -57,7 +57,8 @@ def router(studio: Studio) -> APIRouter:
     async def upload(request: Request, name: str) -> Response:
         size = request.headers.get("content-length")
         file = await workspace.save_upload(name, request.stream(), None if size is None else int(size))
-        return JSONResponse({"file": workspace.relative(await asyncio.to_thread(convert, workspace, file))})
+        await asyncio.to_thread(convert, workspace, file, is_upload=True)
+        return JSONResponse({"file": workspace.relative(file)})
 
     @routes.get("/trial/part")
     def show_part(run: str) -> Response:
@@ -88,14 +89,18 @@ def router(studio: Studio) -> APIRouter:
     async def score(request: Request) -> Response:
         fields = {name: values[0] for name, values in (await form(request)).items()}
         run = run_of(workspace, fields.get("run", "")).path
-        file = await asyncio.to_thread(convert, workspace, workspace.path(fields.get("file", ""), location="file"))
+        chosen = workspace.path(fields.get("file", ""), location="file")
+        file, _ = await asyncio.to_thread(convert, workspace, chosen)
         verb, output = fields.get("verb", ""), None
         if verb == "eval":
-            title = f"Score {run.name} on {file.name}"
+            title = f"Score {run.name} on {chosen.name}"
             arguments = [verb, str(run), f"--data={file}", "--with-base", "--no-drift"]
         elif verb == "predict":
             output = export_path(studio, f"{run.name}-predictions.csv")
-            title, arguments = f"Predict {file.name} with {run.name}", [verb, str(run), str(file), f"--output={output}"]
+            title, arguments = (
+                f"Predict {chosen.name} with {run.name}",
+                [verb, str(run), str(file), f"--output={output}"],
+            )
         else:
             raise UserError(f"'{verb[:200]}' is not possible", location="verb", hint="choose eval or predict")
         job = studio.queue.add(verb, [*arguments, "--json"], title=title, run=run, output=output)

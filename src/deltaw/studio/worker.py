@@ -19,12 +19,16 @@ from deltaw.studio.jobs import python_command
 from deltaw.studio.workspace import Workspace
 from deltaw.worker_process import PipeWorker, WorkerError, serve
 
-# Time limit of a call, and time until an idle worker is killed, which frees its memory.
-CALL_SECONDS, IDLE_SECONDS = 1800.0, 300.0
+# Time limits of a call and of a plan, and time until an idle worker is killed, which frees its memory.
+CALL_SECONDS, PLAN_SECONDS, IDLE_SECONDS = 1800.0, 300.0, 300.0
 # A call whose result is no longer needed is killed after about the time that a new worker needs to start.
 RESTART_SECONDS = 8.0
-# Pages ask for a result every second, or every minute in the background. Then a call is no longer needed.
-ABANDONED_SECONDS = 90.0
+# Pages ask for a result every second, or every minute in the background. A call that no page asks for is given up, and
+# earlier if another one waits.
+ABANDONED_SECONDS, WAITING_SECONDS = 90.0, 15.0
+WATCH_SECONDS = 1.0
+# A plan that takes longer is not followed by a search for settings that fit, which computes several plans.
+MAX_SEARCHED_SECONDS = 20.0
 # Errors are forgotten after this time, so that the user can try again.
 ERROR_SECONDS = 3.0
 MAX_RESULTS, MAX_RESULT_BYTES, MAX_STAMPS = 100, 2**26, 500
@@ -68,7 +72,7 @@ class Worker:
         self._calls: dict[str, _Call] = {}
         self._running: _Call | None = None
         self._is_closed = False
-        self._thread: threading.Thread | None = None
+        self._has_threads = False
 
     def result(self, call: str, arguments: Mapping[str, Any], *, draft: str = "") -> Pending | dict[str, Any]:
         """Return the result of a call, or Pending. The call is started if it is not known.
@@ -86,12 +90,7 @@ class Worker:
             known, now = self._calls.get(key), time.monotonic()
             if known is None or (known.error and now - known.ended > ERROR_SECONDS):
                 known = self._add(key, _Call(call, arguments, draft))
-            known.is_needed, known.polled, running = True, now, self._running
-            if running and now - running.polled > ABANDONED_SECONDS:
-                running.is_needed = False
-            if self._running and not self._running.is_needed and now - self._running.started > RESTART_SECONDS:
-                self._calls = {key: call for key, call in self._calls.items() if call is not self._running}
-                self._process.close()
+            known.is_needed, known.polled = True, now
             if known.error is not None:
                 raise known.error
             return Pending(max(0.0, now - known.requested)) if known.result is None else known.result
@@ -105,9 +104,10 @@ class Worker:
         ended = [key for key, call in self._calls.items() if call.ended]
         for key in ended[: max(0, len(self._calls) - MAX_RESULTS)]:
             del self._calls[key]
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
-            self._thread.start()
+        if not self._has_threads:
+            self._has_threads = True
+            for function in (self._run, self._watch):
+                threading.Thread(target=function, name="worker", daemon=True).start()
         self._changed.notify()
         return new
 
@@ -124,6 +124,20 @@ class Worker:
             self._process.close()
             self._changed.notify()
 
+    def _watch(self) -> None:
+        """Kill the process if no page asks for its result any more."""
+        while not self._is_closed:
+            time.sleep(WATCH_SECONDS)
+            with self._changed:
+                now, running = time.monotonic(), self._running
+                if running is None:
+                    continue
+                limit = ABANDONED_SECONDS if self._next() is None else WAITING_SECONDS
+                is_needed = running.is_needed and now - running.polled <= limit
+                if not is_needed and now - running.started > RESTART_SECONDS:
+                    self._calls = {key: call for key, call in self._calls.items() if call is not running}
+                    self._process.close()
+
     def _run(self) -> None:
         """Execute the calls one after the other."""
         while True:
@@ -137,11 +151,17 @@ class Worker:
                 self._running, call.started = call, time.monotonic()
             try:
                 request = json.dumps({"call": call.name, "arguments": call.arguments}).encode()
-                (answer,) = self._process.request(request, CALL_SECONDS, max_bytes=MAX_RESULT_BYTES)
+                seconds = PLAN_SECONDS if call.name == plan.__name__ else CALL_SECONDS
+                (answer,) = self._process.request(request, seconds, max_bytes=MAX_RESULT_BYTES)
                 values = json.loads(answer)
             except WorkerError as error:
+                message = f"the calculation stopped: it {error}"
                 hint = "the memory may be full. Close other programs, and try again"
-                values = {"error": {"message": f"the calculation stopped: it {error}", "location": None, "hint": hint}}
+                if time.monotonic() - call.started >= PLAN_SECONDS and call.name == plan.__name__:
+                    message = f"memory and time were not estimated within {PLAN_SECONDS / 60:.0f} minutes"
+                    hint = "choose a smaller model, or run the command of the next step in a terminal, with plan in"
+                    hint += " place of train. The training can also start without this estimate"
+                values = {"error": {"message": message, "location": None, "hint": hint}}
             with self._changed:
                 self._running, call.ended = None, time.monotonic()
                 call.result = values.get("result")
@@ -183,9 +203,11 @@ def plan(config: dict[str, Any]) -> dict[str, Any]:
     check_settings(settings)
     task, data = read_data(settings, lines.append)
     check_rows(settings, task, data)
+    started = time.monotonic()
     found = plan_methods(settings, task, data, [settings.method], on_error=lambda *_: None)[settings.method]
     free = free_memory_bytes() + resident_bytes()  # the worker exits before the training starts
-    if found.peak_resident_bytes > free:
+    is_large = found.parts["weights"] > free or time.monotonic() - started > MAX_SEARCHED_SECONDS
+    if found.peak_resident_bytes > free and not is_large:
         with contextlib.suppress(UserError):  # nothing fits
             plans = fitting_settings(settings, task, data, free, [settings.method], log=ignore_line)
             fitting = [option.as_dict() for option in plans]

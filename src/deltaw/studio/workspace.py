@@ -10,11 +10,14 @@ import os
 import re
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import AsyncIterator, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
 
 from deltaw import cache, platforms
 from deltaw.atomic_files import write_text
@@ -30,8 +33,12 @@ RUNS, EXPORTS = "runs", "exports"
 MIN_FREE_BYTES, MAX_UPLOAD_BYTES = 10**9, 512 * 10**6
 # Depth of the search for data files, and maximum number of files offered.
 MAX_DEPTH, MAX_FILES = 2, 200
+# Length of the name of an upload. File systems allow 255 bytes, of which a number and a suffix need some.
+MAX_NAME_BYTES = 200
 _UPLOAD_NAME = re.compile(r"[\w .()-]{1,120}")
 _IDENTITY = re.compile(r"[0-9a-f]{12}")
+
+T = TypeVar("T")
 
 
 def unused_path(path: Path, used: Collection[Path] = ()) -> Path:
@@ -44,6 +51,25 @@ def unused_path(path: Path, used: Collection[Path] = ()) -> Path:
 def is_data_file(path: Path) -> bool:
     """Return True if the suffix is that of a supported file with rows."""
     return bool(kind_of(path)) or path.suffix.lower() in SPREADSHEETS
+
+
+def load_fields(kind: type[T], file: Path, **values: object) -> T:
+    """Return a dataclass with the values of a JSON file, whose types are checked.
+
+    Args:
+        kind: The dataclass.
+        file: JSON file.
+        values: Further fields.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it is damaged.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"), parse_constant=str)  # NaN is not a number here
+        return TypeAdapter(kind).validate_python({**content, **values})
+    except (TypeError, RecursionError) as error:
+        raise ValueError(str(error)) from error
 
 
 class TooLargeError(UserError):
@@ -59,12 +85,16 @@ class Draft:
         settings: Settings that differ from the defaults, nested. Paths are relative to the studio's folder.
         preview: Result of reading the rows, or None.
         changed: Time of the last change in seconds since the epoch.
+        name: Name of the file that the user chose, relative to the studio's folder.
+        note: Description of the conversion of that file, or ''.
     """
 
     path: Path
     settings: dict[str, Any]
     preview: dict[str, Any] | None = None
     changed: float = 0.0
+    name: str = ""
+    note: str = ""
 
     @property
     def identity(self) -> str:
@@ -86,8 +116,19 @@ class Draft:
     def save(self) -> None:
         """Write the draft to its file."""
         self.changed = time.time()
-        values = {"settings": self.settings, "preview": self.preview, "changed": self.changed}
+        values = {key: value for key, value in vars(self).items() if key != "path"}
         write_text(self.path, json.dumps(values))
+
+
+class _VisiblePaths(FolderPermissions):
+    """Paths in a folder, without hidden ones."""
+
+    def path(self, text: str, location: str) -> str:
+        """Return the real path of a text. Raises UserError if it is outside of the folder or hidden."""
+        resolved = super().path(text, location)
+        if any(part.startswith(".") for part in Path(resolved).relative_to(self.folders[0]).parts):
+            raise UserError(f"'{text[:200]}' is hidden", location=location, hint="choose another file")
+        return resolved
 
 
 class Workspace:
@@ -114,15 +155,16 @@ class Workspace:
             (self.state / "drafts").mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot use this folder: {error.strerror or error}", location=str(folder)) from error
-        self.permissions = FolderPermissions([self.folder], allow_remote=True)
+        self.permissions = _VisiblePaths([self.folder], allow_remote=True)
+        self._damaged: set[Path] = set()
 
     def partial_file(self) -> Path:
         """Return an unused path in the folder for an incomplete file. It is hidden."""
         return self.folder / f".studio-{secrets.token_hex(8)}.part"
 
     def remove_partial_files(self) -> None:
-        """Remove the incomplete files of a studio that was killed."""
-        for partial in self.folder.glob(".studio-*.part"):
+        """Remove incomplete files of a studio that was killed, and pages that open one."""
+        for partial in self.folder.glob(".studio-*.*"):
             with contextlib.suppress(OSError):
                 partial.unlink()
 
@@ -149,6 +191,12 @@ class Workspace:
             return Path(path).relative_to(self.folder).as_posix()
         except ValueError:
             return str(path)
+
+    def shorten(self, error: UserError) -> UserError:
+        """Return an error in which paths are relative to the folder."""
+        texts = [text or "" for text in (error.message, error.location, error.hint)]
+        message, location, hint = (text.replace(f"{self.folder}{os.sep}", "") for text in texts)
+        return UserError(message, location=location or None, hint=hint or None)
 
     def data_files(self) -> list[Path]:
         """Return the files that may contain rows, the last changed first."""
@@ -181,7 +229,8 @@ class Workspace:
         """
         name = PurePosixPath(name.replace("\\", "/")).name
         path = self.folder / name
-        if not _UPLOAD_NAME.fullmatch(name) or name.startswith(".") or not is_data_file(path):
+        is_short = len(name.encode("utf-8", "replace")) <= MAX_NAME_BYTES
+        if not _UPLOAD_NAME.fullmatch(name) or not is_short or name.startswith(".") or not is_data_file(path):
             hint = "use a table (.csv, .tsv, .xlsx, .xls, .ods, .parquet) or JSON lines (.jsonl)"
             raise UserError(f"'{name[:200]}' is not a file with rows", location="upload", hint=hint)
         platforms.reject_reserved_names(name)
@@ -207,10 +256,10 @@ class Workspace:
         if shutil.disk_usage(self.folder).free - needed < MIN_FREE_BYTES:
             raise UserError("the disk is almost full", location="upload", hint="delete files that you do not need")
 
-    def create_draft(self, file: Path) -> Draft:
-        """Create a draft for the rows of a file."""
+    def create_draft(self, file: Path, original: Path | None = None, note: str = "") -> Draft:
+        """Create a draft for the rows of a file, which may be converted from another one."""
         path = self.state / "drafts" / f"{secrets.token_hex(6)}.json"
-        draft = Draft(path, {"data": {"train": self.relative(file)}})
+        draft = Draft(path, {"data": {"train": self.relative(file)}}, name=self.relative(original or file), note=note)
         draft.save()
         return draft
 
@@ -231,11 +280,23 @@ class Workspace:
         path = self.state / "drafts" / f"{identity}.json"
         try:
             if _IDENTITY.fullmatch(identity):
-                values = json.loads(path.read_text(encoding="utf-8"))
-                return Draft(path, dict(values["settings"]), values["preview"], float(values["changed"]))
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+                draft = load_fields(Draft, path, path=path)
+                draft.changed = min(max(0.0, draft.changed), time.time())
+                known = {"model": str | None, "task": str | None, "data": dict}
+                if not all(isinstance(draft.settings.get(key), kind) for key, kind in known.items()):
+                    raise ValueError("a setting is not a text")
+                return draft
+        except OSError:
             pass
+        except ValueError:
+            self.report_damage(path)
         raise UserError("this draft does not exist", hint="go to the start page and choose a file")
+
+    def report_damage(self, path: Path) -> None:
+        """Print a note about a file that is skipped, once."""
+        if path not in self._damaged:
+            self._damaged.add(path)
+            print(f"note: {path} is damaged or of another version, and is skipped", file=sys.stderr)
 
     def config(self, draft: Draft) -> dict[str, Any]:
         """Return the complete settings of a draft with absolute paths.

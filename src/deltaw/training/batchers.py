@@ -267,7 +267,7 @@ def choose_causal_batcher(
         shared = Choice(False, packable.why)
     tokens = choose_tokens_per_pass(options.tokens_per_pass, longest, device)
     # Fused blocks of the compiled kernels accept any shape, unless dropout forces blocks to run the model's code.
-    any_shape = packable.value and options.method_shares and loader.library() is not None
+    any_shape = packable.value and options.method_shares and loader.library() is not None and device == "cpu"
     if any_shape:
         with packed_rows(model):
             any_shape = fused_blocks(model).choice.value

@@ -139,7 +139,7 @@ class Callback:
         """Called after an optimizer step. Time spent here does not count as training time."""
 
     def on_skip(self, event: NotFinite) -> None:
-        """Called after a step was skipped because its loss or gradient is not finite (``train.not_finite: skip``)."""
+        """Called after a step was skipped or is repeated, because its loss or gradient is not finite."""
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Called when the held-out rows were evaluated after ``step`` steps."""

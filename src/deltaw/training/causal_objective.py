@@ -48,9 +48,11 @@ CHUNK_BYTES = 32 * 2**20
 DEVICE_CHUNK_BYTES = {"cuda": 256 * 2**20}
 # Bytes and minimum rows of a chunk of a frozen head. Each chunk reads and rearranges the weight, which costs as much
 # as about thirty rows.
-FROZEN_CHUNK_BYTES, FROZEN_CHUNK_ROWS = 24 * 2**20, 256
+FROZEN_CHUNK_BYTES, FROZEN_CHUNK_ROWS = {"cpu": 24 * 2**20, "cuda": 128 * 2**20}, 256
 # Rows of a chunk are padded to a multiple of this for matrix libraries.
 ROW_MULTIPLE = 16
+# Scale of gradients in fp16 between the forward pass, which computes them, and the backward pass.
+FP16_SCALE = 2.0**10
 # Rows of a head that are converted to a wider type at a time.
 WIDENED_ROWS = 4096
 
@@ -146,7 +148,8 @@ class _FrozenHead:
 class _FrozenHeadLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: _FrozenHead) -> Tensor:
-        chunk = max(FROZEN_CHUNK_ROWS, FROZEN_CHUNK_BYTES // (hidden.element_size() * head.weight.shape[0]))
+        chunk_bytes = FROZEN_CHUNK_BYTES[hidden.device.type]
+        chunk = max(FROZEN_CHUNK_ROWS, chunk_bytes // (hidden.element_size() * head.weight.shape[0]))
         # Independent of requires_grad, so that log-probabilities with and without gradient are comparable.
         split = not isinstance(head.stored, BlockWeight) and can_sum_classes(hidden, head.weight, head.bias)
         losses, slopes = (_by_top_classes if split else _by_all_classes)(hidden, targets, head, chunk)
@@ -321,18 +324,21 @@ class _ChunkedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weights: Tensor, values_of: Values, chunk: int, *trained: Tensor) -> Tensor:
-        weights = weights.to(loss_dtype(hidden))
-        values, grad_hidden, sums = _over_chunks(hidden, values_of, weights, trained, chunk)
+        weights, is_fp16 = weights.to(loss_dtype(hidden)), hidden.dtype == torch.float16
+        slopes = weights * FP16_SCALE if is_fp16 else weights
+        values, grad_hidden, sums = _over_chunks(hidden, values_of, slopes, trained, chunk)
         total = hidden.new_zeros((), dtype=loss_dtype(hidden))
         for part, part_weights in zip(values, weights.split(chunk), strict=True):
             total += (part * part_weights).sum()
         ctx.save_for_backward(grad_hidden, *sums)
+        ctx.is_fp16 = is_fp16
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, *sums = ctx.saved_tensors
+        grad = grad / FP16_SCALE if ctx.is_fp16 else grad
         scaled = None if grad_hidden is None else (grad_hidden * grad).to(grad_hidden.dtype)
         return scaled, None, None, None, *[(s * grad).to(s.dtype) for s in sums]
 
@@ -476,10 +482,11 @@ class CausalObjective(Objective):
             return cast(Tensor, outputs.flatten(0, 1).index_select(0, run.predictors))
 
     def _head_is_frozen(self) -> bool:
-        """True if the head is a frozen linear layer on a CPU."""
-        if type(self.head) not in (nn.Linear, BlockLinear) or self.head.weight.device.type != "cpu":
+        """True if the head is a frozen linear layer on a supported device."""
+        if type(self.head) not in (nn.Linear, BlockLinear) or self.head.weight.device.type not in FROZEN_CHUNK_BYTES:
             return False
-        return not any(p.requires_grad for p in self.head.parameters()) and not torch.is_autocast_enabled("cpu")
+        autocast = torch.is_autocast_enabled(self.head.weight.device.type)
+        return not autocast and not any(p.requires_grad for p in self.head.parameters())
 
     def _logits(self, rows: Tensor) -> Tensor:
         return final_logits(self.model, self.head(rows))

@@ -34,6 +34,7 @@ from deltaw.training.evaluation.general import (
     general_answers,
 )
 from deltaw.training.evaluation.general_prompts import DRIFT_PROMPTS
+from deltaw.training.losses import in_fp64
 from deltaw.training.microbatches import Batcher
 from deltaw.training.rendered_rows import render_example
 from deltaw.training.session import Session
@@ -176,8 +177,8 @@ def measure_drift(
                 base_log_probs, base_loss, base_choice = base_model.of_labels(chunk)
             divergence = nn.functional.kl_div(log_probs, base_log_probs, reduction="sum", log_target=True)
         same = (base_choice.to(chosen.device) == chosen).sum()
-        chunk_sums = base_loss.double().sum(), loss.double().sum(), divergence, same
-        sums += torch.stack([value.double().cpu() for value in chunk_sums])
+        chunk_sums = in_fp64(base_loss).sum(), in_fp64(loss).sum(), divergence, same
+        sums += torch.stack([value.cpu().double() for value in chunk_sums])
     count = len(tuned_model.targets)
     base_mean, mean, divergence_mean, same_share = (sums / count).tolist()
     return Drift(base_mean, mean, None if base_model is None else divergence_mean, same_share, len(answers), count)

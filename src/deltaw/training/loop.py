@@ -261,7 +261,7 @@ class _Loop:
         """Run one optimizer step.
 
         Returns:
-            The step, or a NotFinite event if it was skipped, or None if the training was stopped. A stopped step
+            The step, or a NotFinite event if it had no effect, or None if the training was stopped. A stopped step
             changes no state.
         """
         state, options, start = self.state, self.options, time.perf_counter()
@@ -276,11 +276,13 @@ class _Loop:
         accumulator = self.objective.accumulator
         if accumulator is not None:
             accumulator.clear()
-        sums, added_loss = self.local_gradients(rows, units, should_stop)
+        loss_scale = 1.0 if state.loss_scale is None else state.loss_scale.value
+        sums, added_loss = self.local_gradients(rows, units, loss_scale, should_stop)
         sums = self.reducer.total(state.trained, sums, accumulator)
         if sums is None:
             state.abandon_step()
             return None
+        state.unscale()
         norm = clipped_norm(state.trained, options.max_grad_norm)
         rate = state.learning_rate
         if check_step:  # the check synchronizes anyway, and must not process a skipped step
@@ -296,6 +298,7 @@ class _Loop:
         loss, gradient_norm, added_loss_value = _read(sums.loss / units, norm, added_loss)
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             return self.handle_not_finite(indices, loss, gradient_norm)
+        scale = {} if state.loss_scale is None else {"loss_scale": loss_scale}
         step = Step(
             step=state.step + 1,
             epoch=(state.step + 1) / state.order.steps_per_epoch,
@@ -308,15 +311,15 @@ class _Loop:
             label_tokens=units,
             seconds=time.perf_counter() - start,
             general_loss=None if options.add_gradients is None else added_loss_value,
-            metrics={**self.batcher.step_metrics, **({} if accumulator is None else accumulator.means())},
+            metrics={**self.batcher.step_metrics, **({} if accumulator is None else accumulator.means()), **scale},
         )
         state.end_step(step)
         return step
 
     def local_gradients(
-        self, rows: Sequence[Any], units: int, should_stop: Callable[[], bool]
+        self, rows: Sequence[Any], units: int, loss_scale: float, should_stop: Callable[[], bool]
     ) -> tuple[StepSums | None, Tensor | float]:
-        """Compute the gradients of this process's rows and of ``add_gradients``.
+        """Compute the scaled gradients of this process's rows and of ``add_gradients``.
 
         Returns:
             The sums of the step, or None if the training was stopped, and the added loss.
@@ -329,19 +332,28 @@ class _Loop:
         batches = reducer.batches(self.batcher, local_rows, rows)
         if add_gradients is None:
             batches = reducer.microbatches(batches)
-        sums = _gradients(self.objective, batches, units, should_stop)
+        sums = _gradients(self.objective, batches, units / loss_scale, should_stop)
         if sums is None or add_gradients is None:
             return sums, 0.0
-        return sums, add_gradients(state.step)
+        return sums, add_gradients(state.step, loss_scale)
 
     def handle_not_finite(self, indices: np.ndarray, loss: float, gradient_norm: float) -> NotFinite:
         """Skip a step with a loss or gradient that is not finite, or stop the training.
+
+        If a gradient overflows because of the loss scale, the same step is repeated with a smaller scale.
 
         Raises:
             NotFiniteError: if skipping is disabled, or ``MAX_SKIPPED_IN_ROW`` steps were skipped in a row.
         """
         state = self.state
-        event = NotFinite(state.step + 1, state.total_steps, indices, loss, gradient_norm, state.learning_rate)
+        scale = state.loss_scale
+        repeated = scale is not None and scale.value > 1 and math.isfinite(loss)
+        values = loss, gradient_norm, state.learning_rate, None if scale is None else scale.value, repeated
+        event = NotFinite(state.step + 1, state.total_steps, indices, *values)
+        if scale is not None and repeated:
+            state.abandon_step()
+            scale.update(overflowed=True)
+            return event
         if self.options.skip_not_finite and state.skipped_in_row + 1 < MAX_SKIPPED_IN_ROW:
             state.skip_step()
             return event
@@ -353,9 +365,9 @@ class _Loop:
 
 
 def _gradients(
-    objective: Objective, batches: Iterable[Any], units: int, should_stop: Callable[[], bool]
+    objective: Objective, batches: Iterable[Any], units: float, should_stop: Callable[[], bool]
 ) -> StepSums | None:
-    """Accumulate the gradients of a step's mean loss over its microbatches.
+    """Accumulate the gradients of a step's loss, divided by ``units``, over its microbatches.
 
     Does not synchronize with the device. Returns None if the training was stopped.
     """

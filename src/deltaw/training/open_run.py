@@ -17,7 +17,7 @@ from deltaw.settings import task_registry
 from deltaw.settings.config import SETTINGS, RunConfig
 from deltaw.training.answers import read_prompting
 from deltaw.training.evaluation.general import model_identity, quantized_identity
-from deltaw.training.preparation import quantize_weights_nf4, saved_calibration
+from deltaw.training.preparation import quantize_weights, saved_calibration, uses_library
 from deltaw.training.task import OpenedRun, task_of
 
 
@@ -27,6 +27,7 @@ def open_run(
     model: str | None = None,
     precision: str = "auto",
     device: str = "auto",
+    sampler: str = "auto",
     task: str | None = None,
     trust_remote_code: bool = False,
     log: LogFunction,
@@ -38,6 +39,7 @@ def open_run(
         model: Base model, if it differs from the one that the folder names.
         precision: Precision of the weights. "auto" uses the precision of the run if the device supports it.
         device: Device to load the model on.
+        sampler: See :class:`deltaw.decoding.model.AdaptedModel`.
         task: Task of a base model. Ignored for an adapter, which has its own task.
         trust_remote_code: Run Python files of the base model, independent of the settings in the folder.
         log: Receives messages.
@@ -87,7 +89,9 @@ def open_run(
     name, generates_text = task_object.name, task_object.generates_text
     adapted = loaded.model, method, task_object.tokenizer, loaded.reference, name, generates_text
     prompting = read_prompting(folder)
-    return OpenedRun(*adapted, loaded, config, task_object, classes, identity, opened_folder, prompting)
+    return OpenedRun(
+        *adapted, loaded, config, task_object, classes, identity, opened_folder, prompting, sampler=sampler
+    )
 
 
 def run_precision(config: RunConfig, precision: str, device: str) -> str:
@@ -100,14 +104,14 @@ def run_precision(config: RunConfig, precision: str, device: str) -> str:
 
 def _quantize(loaded: LoadedModel, precision: str, folder: AdapterFolder | None, log: LogFunction) -> str | None:
     """Quantize the weights as the precision requires. Return the identity of the weights."""
-    identity = model_identity(loaded.model, precision)
-    if precision == "int8":
+    identity, device = model_identity(loaded.model, precision), str(loaded.choices["device"].value)
+    if precision == "int8" and not uses_library(loaded.model, device):
         roundings = None if folder is None else saved_calibration(folder.folder, identity)
         with track_progress("quantizing the weights to int8"):
             report = quantize_int8(loaded.model.base_model, roundings=roundings)
         identity = quantized_identity(identity, report.roundings)
         log(Detail(f"precision int8: {report}"))
-    if precision == "nf4":
-        for line in quantize_weights_nf4(loaded.model):
+    else:
+        for line in quantize_weights(loaded.model, precision, (), identity, device)[0]:
             log(Detail(line))
     return identity

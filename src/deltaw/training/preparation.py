@@ -22,11 +22,12 @@ from deltaw.data.example import Example, RowGroup
 from deltaw.decoding.generation import position_limit
 from deltaw.errors import UserError
 from deltaw.hub.transformers_private import quiet
+from deltaw.lora.stored import quantization_library
 from deltaw.machine.kernel_choice import numerics_key
 from deltaw.machine.memory import release_free_memory, trim_memory
 from deltaw.progress import track_progress
 from deltaw.runtime.layer_entry import frozen_level
-from deltaw.runtime.quantized_weights import Rounding, quantize_int8, quantize_nf4
+from deltaw.runtime.quantized_weights import Rounding, quantize_int8, quantize_nf4, quantize_with_bitsandbytes
 from deltaw.runtime.sharded import sharded_blocks
 from deltaw.training.causal_objective import loss_of_outputs
 
@@ -65,7 +66,7 @@ def saved_calibration(folder: Path, identity: str | None) -> list[Rounding] | No
 
 
 def quantize_weights(
-    model: PreTrainedModel, precision: str, examples: Sequence[Any], identity: str | None = None
+    model: PreTrainedModel, precision: str, examples: Sequence[Any], identity: str | None = None, device: str = "cpu"
 ) -> tuple[list[str], list[Rounding]]:
     """Quantize the weights of a freshly loaded model if its precision is int8 or NF4.
 
@@ -74,10 +75,13 @@ def quantize_weights(
         precision: Precision of the weights.
         examples: Rows for the calibration.
         identity: Identity of the model's weights, used to cache the calibration.
+        device: Device to compute on, to which the model is moved.
 
     Returns:
         Messages for the user, and the int8 calibration of the layers.
     """
+    if precision in ("int8", "nf4") and uses_library(model, device):
+        return _quantize_with_library(model, precision, device), []
     if precision == "nf4":
         return quantize_weights_nf4(model), []
     return quantize_weights_int8(model, examples, identity) if precision == "int8" else ([], [])
@@ -135,6 +139,23 @@ def quantize_weights_int8(
             store_result("int8", key, values, CACHE_DEPENDENCIES, MAX_CACHED_CALIBRATIONS)
     release_free_memory()
     return messages, report.roundings if sharded is None else []
+
+
+def uses_library(model: nn.Module, device: str) -> bool:
+    """True if bitsandbytes quantizes the weights, or the model's files contain quantized layers of a library."""
+    return device != "cpu" or any(map(quantization_library, model.modules()))
+
+
+@track_progress("quantizing the weights with bitsandbytes")
+def _quantize_with_library(model: PreTrainedModel, precision: str, device: str) -> list[str]:
+    """Quantize the blocks' weights on a GPU, move the model there, and return messages for the user."""
+    if any(map(quantization_library, model.modules())):
+        message = f"precision {precision}: the weights remain as the model's files store them"
+    else:
+        message = f"precision {precision}: {quantize_with_bitsandbytes(model.base_model, precision, device)}"
+    nn.Module.to(model, device)
+    release_free_memory()
+    return [message]
 
 
 @track_progress("rounding the weights to NF4")

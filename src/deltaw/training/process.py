@@ -22,13 +22,15 @@ from deltaw.kernels import loader
 
 
 def random_state() -> dict[str, Tensor]:
-    """Return the states of torch's generators by device, as uint8 tensors. CUDA is included only if it is in use.
+    """Return the states of torch's generators by device, as uint8 tensors. GPUs are included only if they are in use.
 
     deltaw does not use the global generators of numpy or Python.
     """
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         states |= {f"cuda:{n}": state for n, state in enumerate(torch.cuda.get_rng_state_all())}
+    if torch.backends.mps.is_available():
+        states["mps"] = torch.mps.get_rng_state()
     return states
 
 
@@ -37,6 +39,9 @@ def set_random_state(states: Mapping[str, Tensor]) -> None:
     for device, state in states.items():
         if device == "cpu":
             torch.set_rng_state(state)
+        elif device == "mps":
+            if torch.backends.mps.is_available():
+                torch.mps.set_rng_state(state)
         elif torch.cuda.is_available() and int(device.partition(":")[2]) < torch.cuda.device_count():
             torch.cuda.set_rng_state(state, device)
 

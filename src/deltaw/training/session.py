@@ -31,7 +31,7 @@ from deltaw.decoding.model import AdaptedModel
 from deltaw.decoding.opening import SessionSampler, verified_generator
 from deltaw.errors import UserError
 from deltaw.hub.loading import has_values
-from deltaw.kernels import attention, loader
+from deltaw.kernels import compiled, gpu_attention, loader
 from deltaw.lora.fingerprint import combine_digests, digest_tensor
 from deltaw.machine.choices import Choice, choose_device, choose_precision
 from deltaw.machine.kernel_choice import numerics_key
@@ -146,8 +146,9 @@ class Session:
         return active(self.model)
 
     def _adapted(self, method: Method | None) -> AdaptedModel:
-        task = self.task
-        return AdaptedModel(self.model, method, task.tokenizer, self.config.model, task.name, task.generates_text)
+        task, config = self.task, self.config
+        texts = task.tokenizer, config.model, task.name, task.generates_text
+        return AdaptedModel(self.model, method, *texts, sampler=config.sampler)
 
     def generator(self, *, of_base: bool) -> TextGenerator | None:
         """Return the text generator of the trained model, or of the base model. None if transformers generates.
@@ -225,7 +226,7 @@ class Session:
     def lines(self) -> list[str]:
         """Return messages about batching, the code that the blocks run, and slow settings."""
         batcher, rows, num_steps = self.batcher, "padded rows", self.total_steps
-        lines = [*loader.notes(), *map(Detail, attention.notes())]
+        lines = [*loader.notes(), *gpu_attention.notes(), *compiled.notes()]
         if not batcher.padded:
             rows = "padding-free packing"
             with packed_rows(self.model):
@@ -278,6 +279,7 @@ class Session:
             after_step=lambda: self.method.after_step(self.model),
             add_gradients=self._rehearsal(),
             groups=self.row_groups,
+            loss_scaling=self.model.dtype == torch.float16,
             **{name: getattr(settings, name) for name in _SETTINGS},
         )
         return train(
@@ -528,7 +530,7 @@ def assemble(
     identity = model_identity(model, config.precision)
     task.attach_inputs(model, method.trained_modules, is_new=start is None)
     has_weights = sharded_blocks(model) is not None or has_values(model)
-    notes, roundings = quantize_weights(model, config.precision, data.train, identity) if has_weights else ([], [])
+    notes, roundings = quantize_weights(model, config.precision if has_weights else "", data.train, identity, device)
     shares = settings.share_prefixes, method.can_share_prefixes()
     options = BatcherOptions(device, settings.tokens_per_pass, *shares, method.virtual_tokens)
     batcher, chosen = task.batcher(model, data.all_rows, options)

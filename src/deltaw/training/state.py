@@ -81,6 +81,7 @@ def _into(master: nn.Parameter) -> Callable[[Tensor], None]:
 VERSION = 1
 # Names of AdamW's state tensors in torch.
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+LOSS_SCALE_INTERVAL = 2000
 
 
 class ArithmeticChangedWarning(UserWarning):
@@ -107,11 +108,12 @@ class TrainOptions:
             See :func:`deltaw.training.loop.may_skip`.
         before_step: Called with the state and the rows before each step.
         after_step: Called after each optimizer update.
-        add_gradients: Called with the index of the step after its gradients are computed. Adds the gradients of another
-            loss and returns the loss.
+        add_gradients: Called with the index of the step and the loss scale after the gradients of the step are
+            computed. Adds the scaled gradients of another loss and returns the loss.
         groups: Group of each row, see :class:`RowOrder`.
         skip_not_finite: Skip steps whose loss or gradient is not finite, up to ``MAX_SKIPPED_IN_ROW`` in a row. If
             False, the first one stops the training.
+        loss_scaling: Scale the loss dynamically, for fp16 models. A step whose gradient overflows is skipped.
     """
 
     learning_rate: float
@@ -128,9 +130,10 @@ class TrainOptions:
     may_skip: Callable[[str], bool] = lambda name: False
     before_step: Callable[[TrainState, Sequence[Any]], None] = lambda state, rows: None
     after_step: Callable[[], None] = lambda: None
-    add_gradients: Callable[[int], Tensor | float] | None = None
+    add_gradients: Callable[[int, float], Tensor | float] | None = None
     groups: np.ndarray | None = None
     skip_not_finite: bool = False
+    loss_scaling: bool = False
 
 
 class TrainOverrides(TypedDict, total=False):
@@ -150,14 +153,37 @@ class TrainOverrides(TypedDict, total=False):
     may_skip: Callable[[str], bool]
     before_step: Callable[[TrainState, Sequence[Any]], None]
     after_step: Callable[[], None]
-    add_gradients: Callable[[int], Tensor | float] | None
+    add_gradients: Callable[[int, float], Tensor | float] | None
     skip_not_finite: bool
+    loss_scaling: bool
     on_begin: Callable[[TrainState], object]
     on_step: Callable[[Step], object]
     on_skip: Callable[[NotFinite], object]
     should_stop: Callable[[], bool]
     should_finish: Callable[[], bool]
     diagnose: Callable[[NotFinite], Sequence[str]]
+
+
+@dataclass
+class LossScale:
+    """Dynamic loss scale for fp16, with the rules of ``torch.amp.GradScaler``.
+
+    It is a power of two, so that scaling rounds no gradient. It is halved if a gradient overflows, and doubled after
+    ``LOSS_SCALE_INTERVAL`` steps without overflow.
+
+    Attributes:
+        value: Factor of the loss.
+        steps: Number of steps since it changed.
+    """
+
+    value: float = 2.0**16
+    steps: int = 0
+
+    def update(self, overflowed: bool) -> None:
+        """Adjust the scale after a step."""
+        self.steps += 1
+        if overflowed or self.steps == LOSS_SCALE_INTERVAL:
+            self.value, self.steps = self.value * (0.5 if overflowed else 2.0), 0
 
 
 @dataclass(frozen=True)
@@ -208,6 +234,8 @@ class NotFinite:
         loss: Loss of the step.
         gradient_norm: Gradient norm of the step.
         learning_rate: Learning rate of the step.
+        loss_scale: Loss scale of the step, if the training scales the loss.
+        repeated: True if the same step is repeated with a smaller loss scale.
     """
 
     step: int
@@ -216,13 +244,17 @@ class NotFinite:
     loss: float
     gradient_norm: float
     learning_rate: float
+    loss_scale: float | None = None
+    repeated: bool = False
 
     def as_dict(self) -> dict[str, object]:
         """Return the line of ``metrics.jsonl``. Values that are not finite are strings, because JSON cannot represent
         them.
         """
-        skipped = {"loss": f"{self.loss:g}", "gradient_norm": f"{self.gradient_norm:g}"}
-        return {"step": self.step, "skipped": skipped, "learning_rate": self.learning_rate}
+        values = {"loss": f"{self.loss:g}", "gradient_norm": f"{self.gradient_norm:g}"}
+        scale = {} if self.loss_scale is None else {"loss_scale": self.loss_scale}
+        kind = "repeated" if self.repeated else "skipped"
+        return {"step": self.step, kind: values, "learning_rate": self.learning_rate, **scale}
 
 
 class NotFiniteError(UserError):
@@ -241,6 +273,7 @@ class NotFiniteError(UserError):
         text = "\n".join([message, *(f"  {line}" for line in lines)])
         hint = "lower train.learning_rate, or lengthen train.warmup"
         hint += "" if in_row else "; train.not_finite: skip leaves such steps out"
+        hint += "" if event.loss_scale is None else "; fp16 overflows above 65504, unlike precision: fp32"
         super().__init__(text, location=f"step {event.step} of {event.total_steps}", hint=hint)
 
 
@@ -356,6 +389,7 @@ class TrainState:
         optimizer: Optimizer of ``trained``.
         sums: Totals of all steps so far.
         skipped_in_row: Number of skipped steps since the last one with effect.
+        loss_scale: Scale of the loss, or None if it is not scaled.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], num_rows: int, options: TrainOptions) -> None:
@@ -364,6 +398,7 @@ class TrainState:
             schedule = Schedule(schedule, options.learning_rate, options.total_steps, options.warmup)
         self.schedule, self.order = schedule, RowOrder(num_rows, options.batch_size, options.seed, options.groups)
         self.sums, self.skipped_in_row = Outcome(), 0
+        self.loss_scale = LossScale() if options.loss_scaling else None
         names = options.names or [f"parameter {n}" for n in range(len(parameters))]
         named = dict(zip(names, parameters, strict=True))
         self.names, self.sources = list(named), list(named.values())
@@ -410,16 +445,23 @@ class TrainState:
         """Discard the gradients of a step. The state is that before the step."""
         self.optimizer.zero_grad(set_to_none=True)
 
+    def unscale(self) -> None:
+        """Divide the gradients by the loss scale."""
+        if self.loss_scale is not None and (gradients := [p.grad for p in self.trained if p.grad is not None]):
+            torch._foreach_mul_(gradients, 1 / self.loss_scale.value)
+
     def update(self, unless: Tensor | None = None) -> None:
         """Run the optimizer and write the result to the parameters.
 
         Args:
-            unless: A bool scalar on the parameters' device, which is not synchronized. If it is True, parameters and
-                optimizer state are unchanged. Gradients are cleared in both cases.
+            unless: A bool scalar on the parameters' device, which is not synchronized, except on mps. If it is True,
+                parameters and optimizer state are unchanged. Gradients are cleared in both cases.
         """
         set_rate(self.optimizer, self.learning_rate)
-        with skip_update_if(self.optimizer, unless):
-            self.optimizer.step()
+        # torch's fused AdamW ignores the condition on mps.
+        if unless is None or unless.device.type != "mps" or not unless:
+            with skip_update_if(self.optimizer, unless):
+                self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._master_weights.write_back()
 
@@ -428,6 +470,8 @@ class TrainState:
         self.sums.add(step)
         self.skipped_in_row = 0
         self._random = random_state()
+        if self.loss_scale is not None:
+            self.loss_scale.update(overflowed=False)
 
     def skip_step(self) -> None:
         """Record a step without effect. The schedule and the rows advance."""
@@ -460,6 +504,7 @@ class TrainState:
             "place": {"epoch": epoch, "position": position},
             "arithmetic": loader.arithmetic().as_dict(),
             "skipped_in_row": self.skipped_in_row,
+            "loss_scale": None if self.loss_scale is None else asdict(self.loss_scale),
             "sums": {f.name: getattr(self.sums, f.name) for f in fields(Outcome) if f.name != "interrupted"},
         }
         return SavedState(values, tensors)
@@ -493,6 +538,8 @@ class TrainState:
         self._master_weights.write_back()
         self.sums = Outcome(**state.values["sums"])
         self.skipped_in_row = state.values["skipped_in_row"]
+        if self.loss_scale is not None and (scale := state.values.get("loss_scale")) is not None:
+            self.loss_scale = LossScale(**scale)
         prefix = "random/"
         self._random = {key.removeprefix(prefix): state.tensors[key] for key in state.tensors if key.startswith(prefix)}
 

@@ -94,9 +94,19 @@ class PageServer:
             self.chat_requests.append(body)
             if len(body["messages"][-1]["content"]) > 5000:
                 return JSONResponse({"error": {"message": "the prompt is too long"}}, 400)
-            return StreamingResponse(self._events(body), media_type="text/event-stream")
+            return StreamingResponse(self._watched_events(body), media_type="text/event-stream")
 
         return app
+
+    async def _watched_events(self, body: dict[str, Any]) -> AsyncIterator[str]:
+        """Yield the events, and record a client that disconnects at any point of them."""
+        async with contextlib.aclosing(self._events(body)) as events:
+            try:
+                async for text in events:
+                    yield text
+            except (asyncio.CancelledError, GeneratorExit):
+                self.disconnected.append(body["model"])
+                raise
 
     async def _events(self, body: dict[str, Any]) -> AsyncIterator[str]:
         model = body["model"]
@@ -105,11 +115,7 @@ class PageServer:
         raw, sent = b"", ""
         for position, token in enumerate(tokens):
             while self.hold_after == position and not self.gate.is_set():
-                try:
-                    await asyncio.sleep(0.01)
-                except asyncio.CancelledError:  # the client disconnected
-                    self.disconnected.append(model)
-                    raise
+                await asyncio.sleep(0.01)
             if model in self.fail and position == 3:
                 yield f"data: {json.dumps({'error': {'message': 'out of memory'}})}\n\n"
                 return

@@ -1,6 +1,6 @@
 """Open a base model and its adapters for an HTTP server.
 
-The decoder supports any number of adapters. A model without a decoder runs with transformers and at most one adapter.
+The decoder and vLLM support any number of adapters. Other models run with transformers and at most one adapter.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from deltaw.data.report import quoted
-from deltaw.decoding.adapters import AdapterInfo, unknown_adapter_error
+from deltaw.decoding.adapters import AdapterInfo, Adapters, unknown_adapter_error
 from deltaw.decoding.bank import AdapterBank, Packer
 from deltaw.decoding.decodable import build_decodable
-from deltaw.decoding.opening import build_engine, cache_budget, fallback_engine
+from deltaw.decoding.engine import Engine
+from deltaw.decoding.opening import build_engine, cache_budget, fallback_engine, vllm_engine
 from deltaw.decoding.probes import NotDecodable
+from deltaw.decoding.vllm_engine import prefers_vllm
 from deltaw.errors import UserError
 from deltaw.hub.folders import adapter_folder, short_name
 from deltaw.methods.trust import is_adapter, read_folder
@@ -47,6 +51,7 @@ class OpenOptions:
         name: Name of the base model in requests, or None for its reference.
         precision: Precision of the weights.
         device: Device of the model.
+        sampler: Library that generates on a GPU.
         page: Serve a web page at ``/``.
         pooling: Pooling of an embedding model.
         normalize: Normalize the vectors of an embedding model.
@@ -60,6 +65,7 @@ class OpenOptions:
     name: str | None = None
     precision: str = "auto"
     device: str = "auto"
+    sampler: str = "auto"
     page: bool = True
     pooling: str = "auto"
     normalize: bool = True
@@ -139,36 +145,33 @@ def open_served(base: str, folders: Mapping[str, Path], options: OpenOptions, *,
     name = options.name or base_name
     if name in folders:
         raise UserError(f"'{name}' is the base model's name", location="--adapter", hint="use --name")
-    session = open_run(base, log=log, **options.loading_options)
+    loading: Any = {"log": log, "sampler": options.sampler, **options.loading_options}
+    session = open_run(base, **loading)
     session.require_generation()
     budget = cache_budget(options.cache_bytes)
     bank: AdapterBank | None = None
     prompts: Callable[[str | None], TokenizedPrompts]
+    engine: Engine | None = None
     try:
         with track_progress("preparing the decoder"):
-            result = build_decodable(session.model, cache_bytes=budget)
+            if prefers_vllm(session):
+                engine = vllm_engine(session, None, folders, options.cache_bytes)
+            else:
+                result = build_decodable(session.model, cache_bytes=budget)
     except NotDecodable as reason:
-        if len(folders) > 1:
-            message = f"the decoder does not support it, and transformers serves one adapter, not {len(folders)}"
-            hint = "start one server per adapter, on different ports"
-            raise UserError(message, location="--adapter", hint=hint) from reason
-        sessions: dict[str | None, OpenedRun] = {None: session}
-        for adapter, folder in folders.items():
-            session = open_run(str(folder), model=base, log=log, **options.loading_options)
-            sessions[adapter] = session
-        images = session.task.images
-        data = {name: TokenizerPrompts(each.tokenizer, each.data, images) for name, each in sessions.items()}
-        del sessions
-        engine, prompts = fallback_engine(session, next(iter(folders), None), reason, log), data.__getitem__
+        session, engine, prompts = _transformers_engine(session, base, folders, loading, reason)
     else:
-        packer = Packer(session.model, result)
-        bank = AdapterBank(session.model, session.tokenizer, packer, budget_bytes=options.adapter_bytes)
-        with track_progress("loading adapters", len(folders)) as advance:
-            for done, (adapter, folder) in enumerate(folders.items(), start=1):
-                bank.add(adapter, folder)
-                advance(done)
-        engine = build_engine(result, session, bank, cache_bytes=budget, running=options.running)
-        prompts = _prompts_of_bank(session, bank)
+        if engine is None:
+            packer = Packer(session.model, result)
+            bank = AdapterBank(session.model, session.tokenizer, packer, budget_bytes=options.adapter_bytes)
+            with track_progress("loading adapters", len(folders)) as advance:
+                for done, (adapter, folder) in enumerate(folders.items(), start=1):
+                    bank.add(adapter, folder)
+                    advance(done)
+            engine = build_engine(result, session, bank, cache_bytes=budget, running=options.running)
+        else:
+            log(engine.why)
+        prompts = _prompts_of_bank(session, engine.bank)
     close = functools.partial(engine.close, drain=False)
     images = session.task.images
     if images is not None:
@@ -190,7 +193,31 @@ def open_served(base: str, folders: Mapping[str, Path], options: OpenOptions, *,
     return replace(served, routers=(page_router(prompting, images=images is not None),), open_paths=frozenset({"/"}))
 
 
-def _prompts_of_bank(session: OpenedRun, bank: AdapterBank) -> Callable[[str | None], TokenizedPrompts]:
+def _transformers_engine(
+    session: OpenedRun, base: str, folders: Mapping[str, Path], loading: dict[str, Any], reason: NotDecodable
+) -> tuple[OpenedRun, Engine, Callable[[str | None], TokenizedPrompts]]:
+    """Open a model and at most one adapter that transformers runs, and return its session, engine and tokenizers.
+
+    Raises:
+        UserError: if there are several adapters.
+    """
+    if len(folders) > 1:
+        message = f"{reason}, and transformers serves one adapter, not {len(folders)}"
+        hint = "start one server per adapter, on different ports"
+        raise UserError(message, location="--adapter", hint=hint) from reason
+    if folders:  # free the base model, which is loaded again with the adapter
+        nn.Module.to(session.model, "meta")
+    sessions: dict[str | None, OpenedRun] = {None: session}
+    for adapter, folder in folders.items():
+        session = open_run(str(folder), model=base, **loading)
+        sessions[adapter] = session
+    images = session.task.images
+    data = {name: TokenizerPrompts(each.tokenizer, each.data, images) for name, each in sessions.items()}
+    engine = fallback_engine(session, next(iter(folders), None), reason, loading["log"])
+    return session, engine, data.__getitem__
+
+
+def _prompts_of_bank(session: OpenedRun, bank: Adapters) -> Callable[[str | None], TokenizedPrompts]:
     """Return the tokenizers of a bank's adapters. Each uses its own chat template and renders as its training rows."""
     images = session.task.images
     base_prompts = TokenizerPrompts(session.tokenizer, session.data, images)

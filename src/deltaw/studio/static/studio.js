@@ -43,15 +43,39 @@ for (const kind of ["wheel", "touchmove", "pointerdown", "keydown"]) {
   addEventListener(kind, () => { target = ""; }, { once: true, passive: true });
 }
 
-// Replace the content of an element. Keep the focus and open details, which are found by id or by position.
+// Fields that the user has changed.
+const changed = new WeakSet();
+document.addEventListener("input", (event) => changed.add(event.target));
+
+// Return elements with their keys, which also find the elements of a new version of the content.
+function withKeys(element, selector) {
+  const counts = {};
+  return [...element.querySelectorAll(selector)].map((item) => {
+    const name = item.id || item.getAttribute("href") || item.ariaLabel || item.querySelector("summary")?.textContent || item.textContent;
+    counts[item.tagName + name] = (counts[item.tagName + name] ?? 0) + 1;
+    return [`${item.tagName} ${name} ${counts[item.tagName + name]}`, item];
+  });
+}
+
+// Replace the content of an element. Keep the focus, open details and the values of changed fields.
 function replaceContent(element, html) {
   if (element.lastHTML === html) return;
   element.lastHTML = html;
-  const focused = element.contains(document.activeElement) ? document.activeElement.id : "";
-  const open = [...element.querySelectorAll("details")].map((details) => details.open);
+  const [focusable, fields] = ["a, button, input, select, summary, textarea, [tabindex]", "input, select, textarea"];
+  const focused = withKeys(element, focusable).find(([, item]) => item === document.activeElement)?.[0];
+  const open = new Set(withKeys(element, "details").filter(([, item]) => item.open).map(([key]) => key));
+  const values = new Map(withKeys(element, fields).filter(([, item]) => changed.has(item)));
   element.innerHTML = html;
-  element.querySelectorAll("details").forEach((details, index) => { details.open ||= open[index] ?? false; });
-  if (focused) document.getElementById(focused)?.focus({ preventScroll: true });
+  for (const [key, item] of withKeys(element, "details")) item.open ||= open.has(key);
+  for (const [key, item] of withKeys(element, fields)) {
+    const { value, checked } = values.get(key) ?? {};
+    if (value !== undefined) changed.add(Object.assign(item, { value, checked }));
+  }
+  if (focused) {
+    const target = withKeys(element, focusable).find(([key]) => key === focused)?.[1] ?? element;
+    if (target === element) element.tabIndex = -1;  // the focused control no longer exists
+    target.focus({ preventScroll: true });
+  }
   const announcement = element.querySelector("[data-announce]");
   if (announcement) announce(announcement.dataset.announce);
   connect(element);

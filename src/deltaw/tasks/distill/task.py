@@ -22,6 +22,7 @@ from deltaw.tasks.language.task import CausalTask, evaluate_causal
 from deltaw.training.batchers import BatcherOptions
 from deltaw.training.causal_objective import CausalObjective
 from deltaw.training.evaluation.base import Evaluation, check_finite
+from deltaw.training.losses import in_fp64
 from deltaw.training.microbatches import Batcher, Objective
 from deltaw.training.state import RowOrder
 from deltaw.training.task import BatcherChoice, Classes, Measurement, ModelFiles, Rows, TaskGeneration, TrainingSession
@@ -145,7 +146,7 @@ class DistillTask(CausalTask):
             total, labels = 0.0, 0
             with track_progress("comparing with the teacher", len(rows)):
                 for batch in batcher.batches(rows):
-                    total += float(objective.divergences(batch).double().sum())
+                    total += float(in_fp64(objective.divergences(batch)).sum())
                     labels += sum(row.label_count for row in distill_rows_of(batch))
             metrics["loss"] = total / labels
             check_finite("the divergence of the evaluated rows is", metrics["loss"])

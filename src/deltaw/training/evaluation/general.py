@@ -206,8 +206,8 @@ class GeneralRehearsal:
         orders = {epoch: epoch_order(count, epoch, self.seed) for epoch in set((positions // count).tolist())}
         return [self.rows[orders[position // count][position % count]] for position in positions.tolist()]
 
-    def __call__(self, step: int) -> Tensor:
-        """Add the gradients for a step.
+    def __call__(self, step: int, loss_scale: float = 1.0) -> Tensor:
+        """Add the gradients for a step, multiplied by ``loss_scale``.
 
         Returns:
             The unweighted mean loss in nats per token, a scalar on the model's device. The device is not synchronized.
@@ -217,6 +217,6 @@ class GeneralRehearsal:
         total = torch.zeros(())
         for batch in self.batcher.batches(rows):
             loss = self.objective(batch)
-            (self.weight * loss / units).backward()
+            (self.weight * loss / (units / loss_scale)).backward()
             total = total + detach_wide(loss)
         return total / units

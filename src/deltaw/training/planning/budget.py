@@ -97,6 +97,7 @@ def fitting_settings(
             return None  # larger sizes need more
         return next(filter(None, (planned(settings, tokens) for tokens in between)), minimum)
 
+    config = config.model_copy(update={"force": True})  # the budget may be that of a larger machine
     for method in methods:
         log(f"planning {method}")
         try:

@@ -33,9 +33,9 @@ from deltaw.kernels.decode import PAGE_TOKENS
 from deltaw.kernels.layout import Layout
 from deltaw.lora.layers_quantized import BlockEmbedding
 from deltaw.lora.stored import count_logical_parameters
-from deltaw.machine.choices import choose_device, choose_precision, choose_threads, dtype_of
+from deltaw.machine.choices import QUANTIZED, choose_device, choose_precision, choose_threads, dtype_of
 from deltaw.machine.kernel_choice import KernelChoice, activate_kernels
-from deltaw.machine.memory import release_free_memory, resident_bytes, trim_memory
+from deltaw.machine.memory import memory_limit_bytes, release_free_memory, resident_bytes, trim_memory
 from deltaw.machine.product_rates import provenance
 from deltaw.memory.plan import OtherBytes, Plan, resident_parts
 from deltaw.memory.simulation import fake_tensors, simulate
@@ -73,6 +73,8 @@ from deltaw.training.task import Task
 MIN_REGION_BYTES = 64 * 1024
 # Number of pages to touch in order to measure the mapped size, and their distance: twice the largest page.
 NUM_TOUCHES, TOUCH_DISTANCE = 8, 4 << 20
+# Approximate bytes of a parameter in a model with precision nf4: some weights remain in bf16.
+NF4_BYTES = 0.6
 # Upper bound of the number of tokens in general prompts and answers, and of the tokens in one batch of them.
 GENERAL_TOKENS, GENERAL_BATCH = 2048, 1024
 
@@ -536,6 +538,8 @@ def plan_run(
         # Progress of the steps in the dry run is not reported.
         with track_progress(f"planning the memory of method {config.method}"), use_listener(None):
             new_plan = _compute_plan(config, task, data, process_bytes, processes)
+    except WeightsTooLargeError:
+        raise  # the memory of this machine may change
     except UserError as error:
         if cached is not None:
             cached.store_refusal(error, data.all_rows)
@@ -543,6 +547,10 @@ def plan_run(
     if cached is not None:
         cached.store(new_plan, data.all_rows, data.report.lines(), provenance())
     return new_plan.per_process(processes, config.train.sharding)
+
+
+class WeightsTooLargeError(UserError):
+    """The weights of a model exceed the memory of this machine."""
 
 
 @dataclass
@@ -586,6 +594,25 @@ class FakeModel:
                 quantize_nf4(model.base_model)
         added = new_modules(model, name, dtype=dtype, trust_remote_code=code) if task.trains_head else []
         return cls(model, dtype, kernels, added, total)
+
+    def require_memory(self, config: RunConfig, processes: int) -> None:
+        """Reject weights that exceed the memory of this machine, because a dry run of a large model takes minutes.
+
+        ``force`` and runs whose weights are elsewhere, on a device or sharded over processes, are not checked.
+
+        Raises:
+            WeightsTooLargeError: if the weights alone exceed the memory.
+        """
+        is_sharded = processes > 1 and config.train.sharding == "base"
+        size, limit = sum(weight.nbytes for weight in self.model.parameters()), memory_limit_bytes().value
+        if size <= limit or config.force or is_sharded or choose_device(config.device).value != "cpu":
+            return
+        message = f"the model does not fit: its {self.total_parameters / 1e9:,.1f} billion parameters need"
+        message += f" {size / 1e9:,.1f} GB in {self.dtype}, and this machine has {limit / 1e9:,.1f} GB of memory"
+        hint = "choose a smaller model"
+        if self.dtype not in QUANTIZED and self.total_parameters * NF4_BYTES < limit:
+            hint += f", or set precision: nf4, which needs about {self.total_parameters * NF4_BYTES / 1e9:,.1f} GB"
+        raise WeightsTooLargeError(message, location="model", hint=f"{hint}; see docs/goals/little-memory.md")
 
     def assemble(self, config: RunConfig, task: Task[Any], data: RunData) -> Session:
         """Return the run's session. Call it inside :func:`fake_tensors`."""
@@ -631,6 +658,7 @@ def _compute_plan(config: RunConfig, task: Task[Any], data: RunData, process_byt
     """Compute the plan of a process with a dry run."""
     name, code = config.model, config.trust_remote_code
     fakes = [FakeModel.of(config, task, data)]
+    fakes[0].require_memory(config, processes)
     model, dtype, total = fakes[0].model, fakes[0].dtype, fakes[0].total_parameters
     warm_up(dtype_of(dtype))
     vocabularies = [model.config.get_text_config().vocab_size] if task.tokenizer is not None else []

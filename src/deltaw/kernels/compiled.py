@@ -1,0 +1,102 @@
+"""Functions of rows that ``torch.compile`` turns into one kernel each on CUDA devices.
+
+A compiled function is used only after a trial: the first time that arguments of some kind occur, its results for a few
+of their rows are compared with those of torch's operators on the same device. If the trial fails, torch's operators run
+and :func:`notes` reports the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltaw.kernels.operators import PLAIN_TYPES
+from deltaw.kernels.torch_private import compile_errors, in_dispatch_mode, mark_dynamic
+
+# Device types with a compiler for kernels.
+DEVICES = ("cuda",)
+# Names of tensors without rows.
+SHARED = ("weight", "bias")
+# Maximum number of rows in a trial.
+TRIAL_ROWS = 48
+# Maximum relative difference (of norms) from torch's operators.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}
+
+_REASONS: dict[str, None] = {}
+
+
+def notes() -> list[str]:
+    """Return why functions are not compiled after a failed trial, one line per reason."""
+    return list(_REASONS)
+
+
+class CompiledFunction:
+    """A function of tensors with one row per token, which it may overwrite, and of :data:`SHARED` tensors."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self._selected: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+    def __call__(self, **arguments: Any) -> Any:
+        """Call the function without recording a graph. The first argument must be a tensor of rows."""
+        first: Any = next(iter(arguments.values()))
+        is_real = first.device.type in DEVICES and type(first) in PLAIN_TYPES and not in_dispatch_mode()
+        if not is_real or first.dtype not in TOLERANCE or len(first) < 2:  # compilers specialize for one row
+            return self.function(**arguments)
+        arguments = {name: v.detach() if isinstance(v, Tensor) else v for name, v in arguments.items()}
+        key = (first.device, *map(_kind, arguments.values()))
+        with torch.no_grad():
+            if key not in self._selected:
+                self._selected[key] = self._select(arguments)
+            try:
+                return self._selected[key](**arguments)
+            except compile_errors() as error:  # compilation precedes the computation
+                self._selected[key] = self._reject(error)
+                return self.function(**arguments)
+
+    def _select(self, arguments: dict[str, Any]) -> Callable[..., Any]:
+        """Return the compiled function if it computes the same for a few rows, else the function itself."""
+        sample, reference_sample = _first_rows(arguments), _first_rows(arguments)
+        try:
+            compiled = compile_function(self.function)
+            for name, value in sample.items():
+                if isinstance(value, Tensor) and name not in SHARED:
+                    mark_dynamic(value, 0)
+            results, expected = compiled(**sample), self.function(**reference_sample)
+            if not _is_close([results, *sample.values()], [expected, *reference_sample.values()]):
+                raise ValueError("its results differ from those of torch's operators")
+        except Exception as error:  # compilers raise many types; torch's operators remain as fallback
+            return self._reject(error)
+        return compiled
+
+    def _reject(self, error: Exception) -> Callable[..., Any]:
+        brief = (str(error).splitlines() or [""])[0][:100]
+        _REASONS[f"{self.function.__name__} is not compiled ({type(error).__name__}: {brief})"] = None
+        return self.function
+
+
+def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function. Reductions are not split, because a split takes two kernels."""
+    return torch.compile(function, fullgraph=True, options={"split_reductions": False})
+
+
+def _first_rows(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments with copies of the first rows."""
+    return {k: v[:TRIAL_ROWS].clone() if isinstance(v, Tensor) and k not in SHARED else v for k, v in arguments.items()}
+
+
+def _kind(value: Any) -> Any:
+    """Return the properties of an argument that are compiled into the function."""
+    return (value.dtype, *value.shape[1:]) if isinstance(value, Tensor) else value
+
+
+def _is_close(result: Any, reference: Any) -> bool:
+    if isinstance(result, (list, tuple)):
+        return all(map(_is_close, result, reference))
+    if not isinstance(result, Tensor):
+        return True
+    difference = float((result.float() - reference.float()).norm())
+    return difference <= TOLERANCE.get(result.dtype, 0.0) * float(reference.float().norm())

@@ -1,0 +1,205 @@
+"""Generation with vLLM, which a stub replaces: adapters, seeds, log-probabilities, and reasons to use transformers."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from deltaw.decoding.generation import SamplingParams
+from deltaw.decoding.model import AdaptedModel
+from deltaw.decoding.opening import SessionSampler, open_engine
+from deltaw.decoding.request import Constraint, Request, Sampling
+from deltaw.errors import UserError
+from deltaw.lora import LoRAConfig
+from deltaw.methods.base import Method
+from deltaw.methods.lora import LoRA
+from deltaw.methods.prompt import SoftPrompt
+from deltaw.methods.settings import PromptSettings
+from deltaw.serving.http.opening import OpenOptions, open_served
+from deltaw.training.open_run import open_run
+from tests.byte_models import byte_tokenizer, tiny_llama
+from tests.fake_cuda import vllm_stub
+
+PROMPTS = [np.random.default_rng(2).integers(3, 259, count) for count in (5, 12, 30)]
+PARAMS = SamplingParams(12, 1.0, seeds=(1, 2, 3), logprobs=True)
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    for name, module in vllm_stub.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(vllm_stub.LLM, "instances", [])
+    return vllm_stub
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tiny_llama().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def open_session(reference: Path, precision: str = "bf16", **options):
+    return open_run(str(reference), precision=precision, device="cuda", log=lambda _: None, **options)
+
+
+def change(session: AdaptedModel, seed: int) -> None:
+    """Change the adapter's parameters, as a training step does."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in session.method.parameters(session.model):
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
+
+
+def attached(base: Path, precision: str = "bf16", method: Method | None = None, **config) -> AdaptedModel:
+    session = open_session(base, precision)
+    session.method = method or LoRA(LoRAConfig(**{"rank": 4, "alpha": 8, "target_modules": "all-linear"} | config))
+    session.method.prepare(session.model, seed=0)
+    change(session, 1)
+    return session
+
+
+def save(session: AdaptedModel, folder: Path, base: Path) -> Path:
+    folder.mkdir()
+    session.method.save(session.model, folder, base_model=str(base))
+    return folder
+
+
+def model_logprobs(session: AdaptedModel, prompt: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    ids = torch.tensor([[*prompt, *tokens]]).cuda()
+    with torch.no_grad():
+        values = session.model(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+    return values.gather(-1, ids[0, len(prompt) :, None])[:, 0].cpu().numpy()
+
+
+def tokens_of(completions) -> list[list[int]]:
+    return [completion.tokens.tolist() for completion in completions]
+
+
+def test_rollouts_use_the_current_adapter_with_reproducible_seeds(vllm, base):
+    session = attached(base)
+    sampler = SessionSampler(session)
+    first = sampler(PROMPTS, PARAMS)
+    assert sampler.why.startswith("vLLM: log-probabilities equal")
+    assert tokens_of(sampler(PROMPTS, PARAMS)) == tokens_of(first)
+    other_seeds = SamplingParams(12, 1.0, seeds=(4, 5, 2**64 - 1), logprobs=True)
+    assert tokens_of(sampler(PROMPTS, other_seeds)) != tokens_of(first)
+    change(session, 2)
+    second = sampler(PROMPTS, PARAMS)
+    assert tokens_of(second) != tokens_of(first)
+    for prompt, completion in zip(PROMPTS, second, strict=True):
+        expected = model_logprobs(session, prompt, completion.tokens)
+        assert np.abs(completion.logprobs - expected).mean() < 0.1
+    assert len(vllm.LLM.instances) == 1 and len(vllm.LLM.instances[0].llm_engine.list_loras()) == 1
+
+
+def test_patterns_of_rank_and_alpha_are_applied(vllm, base):
+    session = attached(base, rank_pattern={"q_proj": 2}, alpha_pattern={"down_proj": 40}, rslora=True)
+    sampler = SessionSampler(session)
+    sampler(PROMPTS, PARAMS)
+    assert sampler.why.startswith("vLLM:")
+
+
+def test_engine_serves_the_adapter_and_the_base_model_with_all_request_parameters(vllm, base, tmp_path):
+    session = open_session(save(attached(base), tmp_path / "adapter", base))
+    with contextlib.closing(open_engine(session, log=pytest.fail)) as engine:
+        adapted, plain = (Request(PROMPTS[0], name, max_new_tokens=20) for name in (engine.session_adapter, None))
+        results = engine.generate_all([adapted, plain])
+        assert results[0].tokens.tolist() != results[1].tokens.tolist()
+        stop = results[1].text[4:6]
+        sampling = Sampling(logprobs=3, logit_bias={7: 100.0})
+        requests = [Request(PROMPTS[0], stop=(stop,), max_new_tokens=20), Request(PROMPTS[0], None, sampling)]
+        requests.append(Request(PROMPTS[0], stop_ids=(int(results[1].tokens[3]),)))
+        stopped, biased, terminated = engine.generate_all(requests)
+        assert stopped.text == results[1].text.split(stop)[0] and stopped.finish == "stop"
+        assert all(len(token.top) == 3 and token.top[0][1] >= token.top[1][1] for token in biased.logprobs)
+        assert terminated.terminator == results[1].tokens[3] and len(terminated.tokens) < 4
+        chunks = list(engine.submit(plain))
+        assert len(chunks) >= 20 and "".join(chunk.text for chunk in chunks) == results[1].text
+        handle = engine.submit(Request(PROMPTS[0], max_new_tokens=90))
+        next(iter(handle))
+        handle.cancel()
+        assert handle.result().finish == "cancelled" and len(handle.result().tokens) < 90
+        for request in (
+            Request(PROMPTS[0], None, Sampling(3.0)),
+            Request(PROMPTS[0], constraint=Constraint("regex", "a")),
+        ):
+            with pytest.raises(UserError, match="vLLM"):
+                engine.generate_all([request])
+        assert not vllm.LLM.instances[0].llm_engine.requests
+
+
+def test_server_batches_several_adapters(vllm, base, tmp_path):
+    folders = {}
+    for number in (1, 2):
+        session = attached(base)
+        change(session, number)
+        folders[f"adapter-{number}"] = save(session, tmp_path / str(number), base)
+    lines: list[str] = []
+    served = open_served(str(base), folders, OpenOptions(device="cuda", precision="bf16"), log=lines.append)
+    with contextlib.closing(served.engine):
+        names = (None, *folders)
+        together = served.engine.generate_all([Request(PROMPTS[1], name, max_new_tokens=12) for name in names])
+        texts = [result.tokens.tolist() for result in together]
+        assert texts[0] != texts[1] != texts[2] != texts[0]
+        for name, text in zip(names, texts, strict=True):
+            alone = served.engine.generate_all([Request(PROMPTS[1], name, max_new_tokens=12)])
+            assert alone[0].tokens.tolist() == text
+        assert served.adapters() == tuple(folders) and any("vLLM" in line for line in lines)
+        stub = vllm.LLM.instances[0].llm_engine
+        assert stub.max_concurrent == 3
+        count = len(stub.prefixes)
+        served.engine.generate_all([Request(PROMPTS[1], max_new_tokens=4)])
+        assert len(stub.prefixes) == count
+        served.engine.generate_all([Request(PROMPTS[1], max_new_tokens=4, owner=2)])
+        assert len(stub.prefixes) == count + 4
+
+
+def fallback_reason(session: AdaptedModel) -> str:
+    lines: list[str] = []
+    with contextlib.closing(open_engine(session, log=lines.append)) as engine:
+        result = engine.generate_all([Request(PROMPTS[0], engine.session_adapter, max_new_tokens=3)])
+    assert len(result[0].tokens) == 3 and len(lines) == 1
+    return lines[0]
+
+
+UNSUPPORTED = {
+    "DoRA": lambda base: attached(base, dora=True),
+    "modules trained in full": lambda base: attached(base, train_modules=["norm"]),
+    "bf16 or fp16": lambda base: attached(base, "fp32"),
+    "embeddings and heads": lambda base: attached(base, target_modules=["lm_head", "q_proj"]),
+    "method lora": lambda base: attached(base, method=SoftPrompt(PromptSettings(length=3))),
+    "only CPUs": lambda base: open_session(base, sampler="transformers"),
+}
+
+
+@pytest.mark.parametrize("reason", UNSUPPORTED)
+def test_unsupported_adapters_use_transformers_with_a_message(reason, vllm, base):
+    message = fallback_reason(UNSUPPORTED[reason](base))
+    assert message.startswith("transformers decodes: ") and reason in message
+    assert not vllm.LLM.instances
+
+
+def test_wrong_log_probabilities_disable_vllm(vllm, base, monkeypatch):
+    monkeypatch.setattr(
+        vllm_stub.LLMEngine, "add_lora", lambda self, request: self._adapted.update({request.lora_int_id: self._base})
+    )
+    session = attached(base)
+    assert "log-probabilities differ from the model's by" in fallback_reason(session)
+    with pytest.warns(UserWarning, match="transformers decodes: vLLM's log-probabilities differ"):
+        completions = SessionSampler(session)(PROMPTS, PARAMS)
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        assert np.abs(completion.logprobs - model_logprobs(session, prompt, completion.tokens)).mean() < 0.1
+
+
+def test_missing_vllm_is_reported(base):
+    assert "vllm" not in sys.modules
+    assert fallback_reason(open_session(base)) == "transformers decodes: vLLM is not installed (pip install vllm)"
+    with pytest.raises(UserError, match="vLLM does not generate: vLLM is not installed"):
+        open_engine(open_session(base, sampler="vllm"), log=pytest.fail)
