@@ -59,19 +59,17 @@ def describe(job: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> Non
         name for name in MODELS if name.startswith("llama") and _required(parameter_count(config_of(name))) < total
     ]
     sizes = ["tiny"] if job["fake"] else fitting or ["qwen2.5-0.5b"]
-    attention = "flash_attention_2" if _installed("flash_attn") else "sdpa"
-    peft = {"side": "peft", "attention": attention}
-    sides = {"deltaw": {"side": "deltaw"}, f"PEFT, {attention}": peft}
-    sides[f"PEFT, {attention}, bf16 factors"] = peft | {"bf16_factors": True}
-    if liger := _installed("liger_kernel"):
-        sides[f"PEFT, Liger, {attention}, bf16 factors"] = peft | {"bf16_factors": True, "liger": True}
-    if unsloth := _installed("unsloth"):
+    found = {name: _installed(name) for name in ("peft", "flash_attn", "liger_kernel", "unsloth")}
+    attention = "flash_attention_2" if found["flash_attn"] else "sdpa"
+    sides = {"deltaw": {"side": "deltaw"}}
+    peft, small = {"side": "peft", "attention": attention}, {"bf16_factors": True}
+    if found["peft"]:
+        sides |= {f"PEFT, {attention}": peft, f"PEFT, {attention}, bf16 factors": peft | small}
+    if found["peft"] and found["liger_kernel"]:
+        sides[f"PEFT, Liger, {attention}, bf16 factors"] = peft | small | {"liger": True}
+    if found["unsloth"]:
         sides["Unsloth"] = {"side": "unsloth"}
-    missing = [
-        name
-        for name, ok in (("FlashAttention 2", attention != "sdpa"), ("Liger", liger), ("Unsloth", unsloth))
-        if not ok
-    ]
+    missing = [name for name, is_installed in found.items() if not is_installed]
     query = ["nvidia-smi", "--query-gpu=name,driver_version,power.limit", "--format=csv,noheader"]
     driver = (
         ""
