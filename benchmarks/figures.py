@@ -140,8 +140,9 @@ def table(name: str) -> str:
         return "\n\n".join([*parts, f"{record['source']}; {record['date']}; {record['cpu']}."])
     lines = markdown(list(TABLES[name](record["results"])))
     origin = f"`{record['command']}`, {record['date']}, commit {record['commit']}. {' '.join(record['machine'])}"
-    notes = [*record.get("notes", ()), *(f"Left out: {stage}." for stage in record.get("left_out", ()))]
-    return "\n\n".join([lines, *filter(None, [" ".join(notes)]), f"<small>{origin}</small>"])
+    notes = [*record.get("notes", ()), *(f"left out: {stage}" for stage in record.get("left_out", ()))]
+    listed = ["\n".join(f"- {note}" for note in notes)] if notes else []
+    return "\n\n".join([lines, *listed, f"<small>{origin}</small>"])
 
 
 def sizes() -> str:

@@ -91,9 +91,11 @@ def test_killed_process_keeps_its_results_and_later_stages_are_listed(kit, monke
 
 
 def test_different_losses_are_reported(kit, capsys):
-    kit.add("tiny", "deltaw", [result(10, [3.0, 2.0])])
-    kit.add("tiny", "PEFT", [result(5, [3.0, 2.5])])
-    assert kit.record["notes"] == ["The losses of PEFT differ by 0.500 (tiny, equal lengths)."]
+    kit.add("tiny", "deltaw", [{**result(10, [3.0, 2.0]), "notes": ["in tiles"]}])
+    for _ in range(2):
+        kit.add("tiny", "PEFT", [result(5, [3.0, 2.5])])
+    kit.add("tiny", "PEFT, bf16 factors", [result(5, [3.0, 2.5])])
+    assert kit.record["notes"] == ["in tiles", "The losses of PEFT differ by 0.500 (tiny, equal lengths)."]
     assert all(line.startswith("SIMULATED ") for line in capsys.readouterr().out.splitlines())
 
 
@@ -112,7 +114,7 @@ def test_page_shows_results_of_gpus_only(scripts, kit, monkeypatch, tmp_path):
     text = figures.table("gpu")
     assert "| tiny, equal lengths, deltaw | 10.00 | 2.00 | 0.00 GB | 2.00 GB |  | 7 |" in text
     assert "| tiny, equal lengths, PEFT | 5.00 | 1.00 | 0.00 GB |  | 0.0010 |" in text
-    assert "Left out: tiny, PEFT, round 2." in text
+    assert "- left out: tiny, PEFT, round 2\n" in text
 
 
 @in_checkout
