@@ -123,6 +123,12 @@ def test_model_that_does_not_suit_the_goal_is_not_offered(client: TestClient, st
     draft.set("model", "models/encoder")
     draft.save()
     assert "and the goal needs one that writes text" in client.get(f"{address}/part/plan").text
+    for reference in ("encoder", "missing"):
+        client.post(f"{address}/model", data={"model": reference})
+        response = client.post(f"{address}/start", data={"name": "first"})
+        assert response.url.path == f"{address}/model" and studio.queue.jobs() == []
+    client.post(f"{address}/model", data={"model": "encoder"})
+    assert studio.workspace.draft(draft.identity).settings["model"] == "models/encoder"
     draft.set("task", "sequence-classification")
     draft.save()
     page = client.get(f"{address}/model").text
