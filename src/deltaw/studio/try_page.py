@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import httpx
@@ -51,8 +52,8 @@ def router(studio: Studio) -> APIRouter:
         for file in filter(_may_contain_rows, workspace.data_files()):
             name = workspace.relative(file)
             files.append((name, f"{name} (used for training)" if str(file) == trained else name))
-        values = {"path": workspace.relative(run.path), "workspace": workspace, "can_serve": can_serve(run)}
-        return page(request, "trial.html", files=files, run=run, **values)
+        values: dict[str, Any] = {"path": workspace.relative(run.path), "can_serve": can_serve(run)}
+        return page(request, "trial.html", files=files, run=run, workspace=workspace, **values)
 
     @routes.put("/trial/files/{name}")
     async def upload(request: Request, name: str) -> Response:
