@@ -122,7 +122,7 @@ def wide_folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("precision", ["nf4", "int8"])
-def test_run_on_bitsandbytes_weights(precision, bitsandbytes, wide_folder, settings, tmp_path):
+def test_run_on_bitsandbytes_weights(precision, bitsandbytes, wide_folder, settings, tmp_path, monkeypatch):
     rounded = load(str(wide_folder), precision="bf16", device="cpu", threads=1).model
     if precision == "nf4":
         assert round_to_nf4(rounded.base_model) == 14
@@ -148,3 +148,7 @@ def test_run_on_bitsandbytes_weights(precision, bitsandbytes, wide_folder, setti
         assert "unquantized weights" in " ".join(assemble(job).notes)
     with configured(capability=(7, 5)):
         assert open_run(str(run.output), device="cuda", log=str).model.dtype == torch.float16
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    lines: list[str] = []
+    open_run(str(run.output), device="cuda", log=lines.append)
+    assert any(line.startswith(f"precision bf16 instead of the run's {precision}: ") for line in lines)

@@ -138,7 +138,7 @@ def open_served(base: str, folders: Mapping[str, Path], options: OpenOptions, *,
         run_folder = read_folder(Path(base), trust_remote_code=options.trust_remote_code)
         # Without the calibration of the folder, int8 weights are less accurate than the default.
         if run_folder.run is not None and options.model is None and run_folder.run.precision != "int8":
-            options = replace(options, precision=run_precision(run_folder.run, options.precision, options.device))
+            options = replace(options, precision=run_precision(run_folder.run, options.precision, options.device, log))
         base, base_name = run_folder.base(options.model), run_folder.base_name(options.model)
     else:
         base = base_name = options.model or base
