@@ -115,6 +115,14 @@ def test_task_equals_cpu(task, run_on, inputs):
     assert task == "rl" or counter.per_step <= limit  # sampling reads each token
 
 
+def test_unpaired_preferences_equal_cpu(run_on, tmp_path):
+    rows = [{"prompt": f"paint it {c}", "completion": c, "label": n % 2 == 0} for n, c in enumerate(COLORS)]
+    data = {"train": str(write_rows(tmp_path / "answers.jsonl", rows)), "eval": 4}
+    cpu, cuda = (run_on(device, "preference", data=data, preference={"loss": "kto"}) for device in ("cpu", "cuda"))
+    assert_equal_runs(cpu.output, cuda.output)
+    assert cuda.evaluation.metrics == pytest.approx(cpu.evaluation.metrics, **TOLERANCE)
+
+
 @pytest.mark.parametrize("method", slow_except("head", "input", "prompt", "dora", names=[*METHODS, "dora"]))
 def test_method_equals_cpu(method, run_on):
     changes = {"lora": {"dora": True}} if method == "dora" else METHODS[method]
