@@ -18,6 +18,7 @@ from tests.conftest import COLORS, deep_merge, write_rows
 from tests.fake_cuda.device import activity
 from tests.serving.encoder_models import write_bert
 from tests.training.runs import METHODS, adapter, assert_same_run, metrics, slow_except, stopped_run
+from tests.vision_models import png, save_vision_model
 
 TOLERANCE = {"rel": 1e-5, "abs": 1e-5}
 # Compared values of each step.
@@ -121,6 +122,17 @@ def test_unpaired_preferences_equal_cpu(run_on, tmp_path):
     cpu, cuda = (run_on(device, "preference", data=data, preference={"loss": "kto"}) for device in ("cpu", "cuda"))
     assert_equal_runs(cpu.output, cuda.output)
     assert cuda.evaluation.metrics == pytest.approx(cpu.evaluation.metrics, **TOLERANCE)
+
+
+def test_image_rows_equal_cpu(run_on, tmp_path, monkeypatch):
+    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache" / "packages"))  # the model is verified on the device
+    model, rows = save_vision_model("llava", tmp_path / "model"), []
+    for n in range(6):
+        (tmp_path / f"{n}.png").write_bytes(png((40 * n, 80, 20)))
+        rows.append({"image": f"{n}.png", "prompt": "Color?", "completion": COLORS[n]})
+    data = {"train": str(write_rows(tmp_path / "rows.jsonl", rows)), "eval": 2}
+    cuda, cpu = (run_on(device, model=str(model), data=data, train={"drift": False}) for device in ("cuda", "cpu"))
+    assert_equal_runs(cpu.output, cuda.output)
 
 
 @pytest.mark.parametrize("method", slow_except("head", "input", "prompt", "dora", names=[*METHODS, "dora"]))
