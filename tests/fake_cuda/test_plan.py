@@ -88,6 +88,13 @@ def test_settings_are_chosen_so_that_the_run_fits_the_card(train_on_card):
     assert raised.value.location == "memory"
 
 
+def test_memory_setting_above_the_free_memory_does_not_exceed_the_card(train_on_card):
+    required = train_on_card()[0].plan.required_bytes
+    result, _, lines = train_on_card(total=int(0.75 * required), memory="80GB")
+    assert result.plan.required_bytes <= 0.75 * required
+    assert any(line.startswith("to fit the card: microbatches of") for line in lines)
+
+
 def test_exhausted_memory_is_an_error_and_the_run_resumes(train_on_card, settings, rows, tmp_path):
     result, _, _ = train_on_card()
     with pytest.raises(UserError) as raised:

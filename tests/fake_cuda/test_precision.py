@@ -7,11 +7,13 @@ import copy
 import importlib
 import importlib.util
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from deltaw.decoding.request import Request
 from deltaw.export.base import MergeOptions, prepare_merge
 from deltaw.export.merged import assemble
 from deltaw.hub.loading import load
@@ -19,6 +21,7 @@ from deltaw.machine.choices import UNTESTED_GPU
 from deltaw.runs.fit import fit
 from deltaw.runtime.packed import packed_rows
 from deltaw.runtime.quantized_weights import round_to_nf4
+from deltaw.serving.http.opening import OpenOptions, open_served
 from deltaw.training import losses as training_losses
 from deltaw.training.batchers import CausalMicroBatcher
 from deltaw.training.drift import measure_drift
@@ -122,7 +125,7 @@ def wide_folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("precision", ["nf4", "int8"])
-def test_run_on_bitsandbytes_weights(precision, bitsandbytes, wide_folder, settings, tmp_path):
+def test_run_on_bitsandbytes_weights(precision, bitsandbytes, wide_folder, settings, tmp_path, monkeypatch):
     rounded = load(str(wide_folder), precision="bf16", device="cpu", threads=1).model
     if precision == "nf4":
         assert round_to_nf4(rounded.base_model) == 14
@@ -144,7 +147,16 @@ def test_run_on_bitsandbytes_weights(precision, bitsandbytes, wide_folder, setti
     layers = [module for module in opened.model.modules() if isinstance(module, kind)]
     assert len(layers) == 14 and opened.model.dtype == torch.bfloat16
     assert opened.model.lm_head.weight.dtype == opened.model.model.embed_tokens.weight.dtype == torch.bfloat16
+    served = open_served(str(run.output), {}, OpenOptions(device="cuda"), log=str)
+    with contextlib.closing(served.engine):  # transformers runs the run's model, which replaces the base model
+        results = served.engine.generate_all([Request(np.arange(3, 9), n, max_new_tokens=4) for n in ("run", None)])
+    assert all(len(result.tokens) == 4 for result in results)
+    assert served.engine.scheduler._session.loaded.choices["precision"].value == precision
     with prepare_merge(run.output, MergeOptions(), str) as job:
         assert "unquantized weights" in " ".join(assemble(job).notes)
     with configured(capability=(7, 5)):
         assert open_run(str(run.output), device="cuda", log=str).model.dtype == torch.float16
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    lines: list[str] = []
+    open_run(str(run.output), device="cuda", log=lines.append)
+    assert any(line.startswith(f"precision bf16 instead of the run's {precision}: ") for line in lines)

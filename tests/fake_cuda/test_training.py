@@ -18,6 +18,7 @@ from tests.conftest import COLORS, deep_merge, write_rows
 from tests.fake_cuda import device
 from tests.serving.encoder_models import write_bert
 from tests.training.runs import METHODS, adapter, assert_same_run, metrics, slow_except, stopped_run
+from tests.vision_models import png, save_vision_model
 
 pytestmark = pytest.mark.gpu
 # A GPU rounds differently, and AdamW enlarges differences of small gradients.
@@ -116,6 +117,25 @@ def test_task_equals_cpu(task, run_on, inputs):
     # Preferences also read the metrics of a step, and transformers' encoders read their mask.
     limit = 2 if task == "preference" or "model" in changes else 1
     assert task == "rl" or counter.per_step <= limit  # sampling reads each token
+
+
+def test_unpaired_preferences_equal_cpu(run_on, tmp_path):
+    rows = [{"prompt": f"paint it {c}", "completion": c, "label": n % 2 == 0} for n, c in enumerate(COLORS)]
+    data = {"train": str(write_rows(tmp_path / "answers.jsonl", rows)), "eval": 4}
+    cpu, cuda = (run_on(device, "preference", data=data, preference={"loss": "kto"}) for device in ("cpu", "cuda"))
+    assert_equal_runs(cpu.output, cuda.output)
+    assert cuda.evaluation.metrics == pytest.approx(cpu.evaluation.metrics, **TOLERANCE)
+
+
+def test_image_rows_equal_cpu(run_on, tmp_path, monkeypatch):
+    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "cache" / "packages"))  # the model is verified on the device
+    model, rows = save_vision_model("llava", tmp_path / "model"), []
+    for n in range(6):
+        (tmp_path / f"{n}.png").write_bytes(png((40 * n, 80, 20)))
+        rows.append({"image": f"{n}.png", "prompt": "Color?", "completion": COLORS[n]})
+    data = {"train": str(write_rows(tmp_path / "rows.jsonl", rows)), "eval": 2}
+    cuda, cpu = (run_on(device, model=str(model), data=data, train={"drift": False}) for device in ("cuda", "cpu"))
+    assert_equal_runs(cpu.output, cuda.output)
 
 
 @pytest.mark.parametrize("method", slow_except("head", "input", "prompt", "dora", names=[*METHODS, "dora"]))

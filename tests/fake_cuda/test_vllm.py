@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from deltaw.decoding.generation import SamplingParams
 from deltaw.decoding.model import AdaptedModel
@@ -49,19 +52,21 @@ def open_session(reference: Path, precision: str = "bf16", **options):
     return open_run(str(reference), precision=precision, device="cuda", log=lambda _: None, **options)
 
 
-def change(session: AdaptedModel, seed: int) -> None:
+def change(session: AdaptedModel, seed: int, scale: float = 0.1) -> None:
     """Change the adapter's parameters, as a training step does."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, parameter in session.method.parameters(session.model):
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
+            parameter += scale * torch.randn(parameter.shape, generator=generator).to(parameter.device)
 
 
-def attached(base: Path, precision: str = "bf16", method: Method | None = None, **config) -> AdaptedModel:
+def attached(
+    base: Path, precision: str = "bf16", method: Method | None = None, scale: float = 0.1, **config
+) -> AdaptedModel:
     session = open_session(base, precision)
     session.method = method or LoRA(LoRAConfig(**{"rank": 4, "alpha": 8, "target_modules": "all-linear"} | config))
     session.method.prepare(session.model, seed=0)
-    change(session, 1)
+    change(session, 1, scale)
     return session
 
 
@@ -196,6 +201,29 @@ def test_wrong_log_probabilities_disable_vllm(vllm, base, monkeypatch):
         completions = SessionSampler(session)(PROMPTS, PARAMS)
     for prompt, completion in zip(PROMPTS, completions, strict=True):
         assert np.abs(completion.logprobs - model_logprobs(session, prompt, completion.tokens)).mean() < 0.1
+
+
+# Standard deviation of the parameters' values. The effect of the first is below the tolerance of log-probabilities.
+@pytest.mark.parametrize("scale, ignored", [(0.003, ""), (0.003, ".lora_B"), (0.1, "mlp")])
+def test_ignored_part_of_a_weak_adapter_disables_vllm(scale, ignored, vllm, base, monkeypatch):
+    def add_lora(self, request, original=vllm_stub.LLMEngine.add_lora):
+        file = Path(request.lora_path) / "adapter_model.safetensors"
+        tensors = {k: t * (not ignored or ignored not in k) for k, t in load_file(file).items()}
+        save_file(tensors, file, {"format": "pt"})
+        return original(self, request)
+
+    monkeypatch.setattr(vllm_stub.LLMEngine, "add_lora", add_lora)
+    session = attached(base, scale=scale)
+    sampler = SessionSampler(session)
+    if not ignored:
+        sampler(PROMPTS, PARAMS)
+        assert sampler.why.startswith("vLLM:")
+        return
+    with pytest.warns(UserWarning, match="vLLM"):
+        sampler(PROMPTS, PARAMS)
+    engine = weakref.ref(vllm.LLM.instances.pop().llm_engine)
+    gc.collect()
+    assert engine() is None, "a rejected vLLM must not keep its memory"
 
 
 def test_missing_vllm_is_reported(base):

@@ -76,6 +76,7 @@ def varlen_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(gpu_attention, "_EXCESS", {})
     monkeypatch.setattr(EagerFlex, "calls", [])
     monkeypatch.setattr(EagerFlex, "faults", {})
+    torch._dynamo.reset()  # torch limits the compilations of its uncompiled form too, over all tests of a process
     return calls
 
 

@@ -106,7 +106,7 @@ def test_auto_device_uses_cuda_only_if_available(monkeypatch: pytest.MonkeyPatch
         choices.choose_device("cuda:3")
 
 
-@pytest.mark.parametrize("device", ["cuda", "mps", "gpu", "cuda:x"])
+@pytest.mark.parametrize("device", ["cuda", "mps", "gpu", "cuda:x", "cpu:", "cpu:00"])
 def test_unavailable_device_raises(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)

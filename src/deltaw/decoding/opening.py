@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from deltaw.decoding.adapters import ActiveAdapter, AdapterInfo, Adapters, FixedAdapters, FolderReader
 from deltaw.decoding.bank import Packer, pack_attached_adapter
@@ -58,7 +59,7 @@ from deltaw.decoding.vllm_engine import VLLMScheduler, prefers_vllm, session_lay
 from deltaw.errors import UserError
 from deltaw.hub.terminators import terminators
 from deltaw.kernels.layout import to_device
-from deltaw.lora.adapt import detach
+from deltaw.lora.adapt import detach, disabled
 from deltaw.lora.files import load_adapter
 from deltaw.lora.kinds import get_output_head
 from deltaw.lora.stored import weight_shape
@@ -189,6 +190,8 @@ CACHE_SHARE = 0.25
 _SAMPLE, _PROBES = 24, 4
 # Relative difference of log-probabilities that rounding explains, because vLLM's attention may use TF32 for fp32.
 _MIN_TOLERANCE = 0.01
+# Difference from 1 of the adapter's effect in vLLM relative to its effect in the model.
+_SHARE_TOLERANCE = 0.25
 # Methods whose adapters leave the base model's weights unchanged.
 _SEPARATE_METHODS = ("lora", "prompt")
 
@@ -410,6 +413,9 @@ def vllm_engine(
 def verify_logprobs(engine: Engine, session: AdaptedModel, name: str | None) -> None:
     """Compare log-probabilities of sampled tokens with those of the session's model in its current state.
 
+    The effect of a weak adapter is smaller than the tolerance. Therefore the change from the base model is compared
+    with the adapter's effect.
+
     Args:
         engine: Engine with another implementation of the model.
         session: The session.
@@ -421,18 +427,46 @@ def verify_logprobs(engine: Engine, session: AdaptedModel, name: str | None) -> 
     model, generator = session.model, np.random.default_rng(1)
     prompts = list(generator.integers(0, engine.scheduler.num_tokens, (_PROBES, _SAMPLE)))
     params = SamplingParams(_SAMPLE, 1.0, seeds=tuple(range(_PROBES)), logprobs=True)
-    differences, scales = [], []
-    for prompt, completion in zip(prompts, sample_completions(engine, name, prompts, params), strict=True):
-        tokens = torch.from_numpy(np.append(prompt, completion.tokens)).to(model.device)
-        with eval_mode(model):
-            expected = model(tokens[None]).logits[0, _SAMPLE - 1 : -1].float().log_softmax(-1)
-        sampled = expected.gather(-1, tokens[_SAMPLE:, None])[:, 0].numpy(force=True)
-        differences.append(np.abs(sampled - completion.logprobs))
-        scales.append(float(expected.std()))
-    error = float(np.concatenate(differences).mean() / np.mean(scales))
+    completions = sample_completions(engine, name, prompts, params)
+    rows = [np.append(prompt, c.tokens) for prompt, c in zip(prompts, completions, strict=True)]
+    sampled = np.concatenate([completion.logprobs for completion in completions])
+    expected, scale = _model_logprobs(model, rows)
+    error = float(np.abs(sampled - expected).mean() / scale)
     if not error <= max(_MIN_TOLERANCE, tolerance(model)):
         raise NotDecodable(f"vLLM's log-probabilities differ from the model's by {error:.1e} of their deviation")
+    if name is not None:
+        with disabled(model):
+            base, _ = _model_logprobs(model, rows)
+        share, uncertainty = _applied_share(sampled - base, expected - base)
+        if abs(share - 1) > _SHARE_TOLERANCE + 5 * uncertainty:
+            raise NotDecodable(f"vLLM applies {share:.2f} of the adapter's effect on log-probabilities")
     engine.why = f"vLLM: log-probabilities equal the model's own (relative difference {error:.1e})"
+
+
+def _applied_share(change: np.ndarray, effect: np.ndarray) -> tuple[float, float]:
+    """Return the share of an adapter's effect that a change contains, and its standard error.
+
+    Both arguments are differences from the base model and contain rounding. Its variance is subtracted. The error is
+    infinite if the effect is not larger than rounding.
+    """
+    variance = min(np.mean(change**2), np.mean((change - effect) ** 2)) / 2
+    sizes, products = effect**2 - 2 * variance, change * effect - variance
+    if not (total := float(sizes.sum())) > 0:
+        return 0.0, float("inf")
+    share = float(products.sum()) / total
+    return share, float(np.std(products - share * sizes)) * len(sizes) ** 0.5 / total
+
+
+def _model_logprobs(model: PreTrainedModel, rows: Sequence[np.ndarray]) -> tuple[np.ndarray, float]:
+    """Return the model's log-probabilities of the tokens after the prompts, and their standard deviation."""
+    logprobs, scales = [], []
+    for row in rows:
+        tokens = torch.from_numpy(row).to(model.device)
+        with eval_mode(model):
+            expected = model(tokens[None]).logits[0, _SAMPLE - 1 : -1].float().log_softmax(-1)
+        logprobs.append(expected.gather(-1, tokens[_SAMPLE:, None])[:, 0].numpy(force=True))
+        scales.append(float(expected.std()))
+    return np.concatenate(logprobs), float(np.mean(scales))
 
 
 def scheduler_engine(scheduler: SequenceScheduler, session: AdaptedModel, adapter: str | None, why: str = "") -> Engine:
@@ -588,7 +622,8 @@ class SessionSampler:
             adapter = _pack_adapter(session, decodable, self._number, verify=self._number == 1)
         except NotDecodable as reason:
             log = ignore_line if self._failure or not prefers_vllm(session) else warnings.warn
-            self._failure = reason
+            # The traceback would keep a rejected vLLM with its weights in memory.
+            self._vllm, self._failure = None, NotDecodable(str(reason))
             engine = fallback_engine(session, SESSION_ADAPTER if session.adapter else None, reason, log)
             self.why = engine.why
             return engine

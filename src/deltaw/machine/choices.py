@@ -13,6 +13,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -231,7 +232,7 @@ def choose_device(requested: str = "auto") -> Choice[str]:
             return Choice("cuda", torch.cuda.get_device_name(0))
         return Choice("cpu", "no CUDA device was found")
     kind, _, index = requested.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (index and not index.isdigit()):
+    if re.fullmatch("(cpu|cuda|mps)(:(0|[1-9][0-9]*))?", requested) is None:
         hint = did_you_mean(requested, ("auto", "cpu", "cuda", "mps"))
         raise UserError(f"'{requested}' is not a device", location="device", hint=hint)
     if kind == "cuda" and not torch.cuda.is_available():

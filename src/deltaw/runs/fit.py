@@ -323,7 +323,8 @@ def plan_memory(
     try:
         plan = plan_run(config, task, data, processes=processes.size)
         if device != "cpu":
-            limit = available_bytes(config.memory, device) or limit
+            sizes = [available_bytes(memory, device) for memory in (config.memory, None)]
+            limit = min((size for size in sizes if size is not None), default=limit)
             if not config.force:
                 config, plan = fit_card(config, task, data, plan, limit, callback.on_line, processes.size)
         elif budget is not None:

@@ -219,13 +219,16 @@ def verify_view(parts: VisionLanguageModel, tokens: Tensor, inputs: Mapping[str,
     Raises:
         UserError: if the logits differ, for example because image tokens attend to each other in both directions.
     """
+    device = parts.view.device
+    parts.model.to(device)
+    tokens, inputs = tokens.to(device), {name: tensor.to(device) for name, tensor in inputs.items()}
     is_image = tokens == image_token
     has_types = "mm_token_type_ids" in inspect.signature(parts.model.forward).parameters
     types = {"mm_token_type_ids": is_image.long()[None]} if has_types else {}
     expected = parts.model(input_ids=tokens[None], **types, **inputs).logits[0].float()
     features = torch.cat(parts.features(inputs))
     with image_embeddings(parts.view, features, image_grids(parts.model.config, inputs)) as first_id:
-        ids = tokens.masked_scatter(is_image, torch.arange(first_id, first_id + int(is_image.sum())))
+        ids = tokens.masked_scatter(is_image, torch.arange(first_id, first_id + int(is_image.sum()), device=device))
         actual = parts.view(input_ids=ids[None]).logits[0].float()
     difference = float((actual - expected).norm() / expected.norm())
     if not difference <= TOLERANCE.get(parts.view.dtype, 0.05):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 from deltaw.data.chat_template import with_chat_template
 from deltaw.errors import UserError
 from deltaw.hub.folders import adapter_folder
@@ -53,7 +51,7 @@ def open_run(
         opened_folder = read_folder(folder, trust_remote_code=trust_remote_code)
     config = None if opened_folder is None else opened_folder.run
     if config is not None and model is None:
-        precision = run_precision(config, precision, device)
+        precision = run_precision(config, precision, device, log)
     task_name, base, classes = task or task_registry.default_task(), model or reference, None
     if opened_folder is not None:
         task_name, base, classes = opened_folder.task, opened_folder.base(model), read_classes(folder)
@@ -94,11 +92,15 @@ def open_run(
     )
 
 
-def run_precision(config: RunConfig, precision: str, device: str) -> str:
-    """Replace precision "auto" by the precision of the run, if the device supports it."""
+def run_precision(config: RunConfig, precision: str, device: str, log: LogFunction) -> str:
+    """Replace precision "auto" by the precision of the run, or log the reason if the device does not support it."""
     if precision == "auto" and config.precision != "auto":
-        with contextlib.suppress(UserError):
-            return choose_precision(choose_device(device).value, config.precision).value
+        used = choose_device(device).value
+        try:
+            return choose_precision(used, config.precision).value
+        except UserError as error:
+            reason = f"{error.message} ({error.hint})" if error.hint else error.message
+            log(f"precision {choose_precision(used).value} instead of the run's {config.precision}: {reason}")
     return precision
 
 

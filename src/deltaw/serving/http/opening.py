@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from deltaw.data.report import quoted
 from deltaw.decoding.adapters import AdapterInfo, Adapters, unknown_adapter_error
 from deltaw.decoding.bank import AdapterBank, Packer
@@ -23,6 +21,8 @@ from deltaw.decoding.probes import NotDecodable
 from deltaw.decoding.vllm_engine import prefers_vllm
 from deltaw.errors import UserError
 from deltaw.hub.folders import adapter_folder, short_name
+from deltaw.kernels.torch_private import direct_buffers, direct_parameters
+from deltaw.machine.choices import choose_device
 from deltaw.methods.trust import is_adapter, read_folder
 from deltaw.progress import LogFunction, track_progress
 from deltaw.serving.encoders import EncoderOptions, Encoders, detect_output_kind, open_classifiers, read_embedder
@@ -136,9 +136,10 @@ def open_served(base: str, folders: Mapping[str, Path], options: OpenOptions, *,
             raise UserError(f"two adapters are named '{adapter_name}'", location=base)
         folders[adapter_name] = Path(base)
         run_folder = read_folder(Path(base), trust_remote_code=options.trust_remote_code)
-        # Without the calibration of the folder, int8 weights are less accurate than the default.
-        if run_folder.run is not None and options.model is None and run_folder.run.precision != "int8":
-            options = replace(options, precision=run_precision(run_folder.run, options.precision, options.device))
+        # Without the calibration of the folder, int8 weights are less accurate than the default. A GPU uses none.
+        is_usable = choose_device(options.device).value != "cpu" or getattr(run_folder.run, "precision", "") != "int8"
+        if run_folder.run is not None and options.model is None and is_usable:
+            options = replace(options, precision=run_precision(run_folder.run, options.precision, options.device, log))
         base, base_name = run_folder.base(options.model), run_folder.base_name(options.model)
     else:
         base = base_name = options.model or base
@@ -206,7 +207,9 @@ def _transformers_engine(
         hint = "start one server per adapter, on different ports"
         raise UserError(message, location="--adapter", hint=hint) from reason
     if folders:  # free the base model, which is loaded again with the adapter
-        nn.Module.to(session.model, "meta")
+        for module in session.model.modules():  # layers of bitsandbytes cannot be moved to the meta device
+            direct_parameters(module).clear()
+            direct_buffers(module).clear()
     sessions: dict[str | None, OpenedRun] = {None: session}
     for adapter, folder in folders.items():
         session = open_run(str(folder), model=base, **loading)

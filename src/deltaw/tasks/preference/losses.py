@@ -177,7 +177,7 @@ class AnswerMetrics(MetricAccumulator):
         """Add a microbatch. ``divergence`` is shared by all answers of the step."""
         rewards, desired = losses.rewards, losses.desired.to(losses.rewards.dtype)
         parts = losses.accuracies, rewards * desired, rewards * (1 - desired), desired, 1 - desired
-        self._plus([*(part.sum() for part in parts), divergence.to(rewards.dtype) * len(rewards)])
+        self._plus([*(part.sum() for part in parts), divergence.to(rewards) * len(rewards)])
 
     def means(self) -> dict[str, float]:
         sums = self.totals().tolist()
