@@ -87,7 +87,6 @@ async function loadPart(element) {
   element.request?.abort();
   const request = element.request = new AbortController();
   element.setAttribute("aria-busy", "true");
-  element.classList.add("updating");
   while (element.isConnected && !request.signal.aborted) {
     if (document.hidden && element.dataset.every) { await sleep(POLL_MS); continue; }
     const response = await fetchOrNull(element.dataset.src, { ...HTML_OPTIONS, signal: request.signal });
@@ -99,7 +98,7 @@ async function loadPart(element) {
     const isPending = response.status === 202;
     // While a new version is computed, keep the old one, unless that is only a progress message.
     if (!isPending || !element.lastHTML || element.querySelector(".busy")) replaceContent(element, html);
-    if (isPending) { await sleep(POLL_MS); continue; }
+    if (isPending) { element.classList.add("updating"); await sleep(POLL_MS); continue; }
     element.classList.remove("updating");
     element.setAttribute("aria-busy", "false");
     if (!element.dataset.every || response.headers.has("X-Done")) break;
