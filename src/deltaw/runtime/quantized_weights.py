@@ -380,7 +380,7 @@ class _SimulatedProduct(torch.autograd.Function):
         if layer.weight.dtype == torch.uint8:
             return nn.functional.linear(x, layer.dequantized(x.dtype), layer.bias)
         ctx.x = x  # also kept with activation checkpointing
-        codes, sums = x.to(torch.int8), x.new_empty(*x.shape[:-1], layer.out_features, dtype=torch.float32)
+        _codes, sums = x.to(torch.int8), x.new_empty(*x.shape[:-1], layer.out_features, dtype=torch.float32)
         y = sums.half().to(x.dtype)
         return y if layer.bias is None else y.add_(layer.bias)
 

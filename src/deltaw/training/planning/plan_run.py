@@ -26,7 +26,7 @@ from deltaw.data.row_reader import RunData
 from deltaw.decoding.generation import MAX_CONCURRENT_SAMPLES
 from deltaw.errors import UserError
 from deltaw.hub.folders import config_folder
-from deltaw.hub.loading import converted_bytes, new_modules, require_head, skeleton
+from deltaw.hub.loading import bitsandbytes_precision, converted_bytes, new_modules, require_head, skeleton
 from deltaw.hub.tokenizers import saving_bytes
 from deltaw.kernels import loader
 from deltaw.kernels.decode import PAGE_TOKENS
@@ -601,8 +601,9 @@ class FakeModel:
         kernels = activate_kernels(model.config, threads) if device == "cpu" else None
         total = count_logical_parameters(model)
         with fake_tensors():
-            if device != "cpu" and config.precision in QUANTIZED:
-                quantize_with_bitsandbytes(model.base_model, config.precision, device, SimulatedLinear)
+            library = bitsandbytes_precision(model.config) or (config.precision if device != "cpu" else None)
+            if library in QUANTIZED:
+                quantize_with_bitsandbytes(model.base_model, library, device, SimulatedLinear)
             elif config.precision == "int8":
                 quantize_int8(model.base_model)
             elif config.precision == "nf4":
