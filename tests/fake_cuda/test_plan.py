@@ -133,7 +133,7 @@ def test_exhausted_memory_is_an_error_and_the_run_resumes(train_on_card, setting
 def test_run_resumes_with_smaller_memory_after_a_long_row_exhausts_it(settings, tmp_path):
     model = str(save_model(tiny_llama(max_position_embeddings=2048, num_hidden_layers=6), tmp_path / "model"))
     texts = [{"prompt": str(n), "completion": "red"} for n in range(27)] + [{"prompt": "blue" * 400, "completion": "x"}]
-    data = {"train": str(write_rows(tmp_path / "rows.jsonl", texts)), "eval": 0, "long_rows": "keep"}
+    data = {"train": str(write_rows(tmp_path / "rows.jsonl", texts)), "eval": 0}
     train = {"batch_size": 4, "epochs": 1, "drift": False, "checkpoint_every": 1, "samples": 0}
     options = {"model": model, "data": data, "train": train, "device": "cuda"}
     torch.cuda.reset_peak_memory_stats()
