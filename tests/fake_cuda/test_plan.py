@@ -101,7 +101,7 @@ def test_plan_on_gpu_without_compiled_functions_is_that_of_the_models_code(train
     monkeypatch.setattr(compiled, "compile_function", lambda function: 1 / 0)
     result, peak, lines = train_on_card()
     assert any("norm_reference is not compiled" in line for line in lines)
-    assert result.planned_memory_bytes == pytest.approx(peak, rel=0.05)
+    assert result.planned_memory_bytes == pytest.approx(peak, rel=0.1)
 
 
 def test_plan_of_gpu_without_bf16_equals_allocated_peak(train_on_card):

@@ -353,6 +353,7 @@ class SimulatedLinear(nn.Linear):
     """
 
     simulated_library = "bitsandbytes"
+    scales: Tensor
 
     def __init__(self, linear: nn.Linear, precision: str, device: str) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
