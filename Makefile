@@ -26,6 +26,7 @@
 #   make wheels           build wheels into dist/ with a compiler from PyPI, for all platforms or
 #                         WHEELS="linux-x86_64 windows-x86_64"
 #   make bench            compare with TRL and PEFT on real rows
+#   make gpu-kit          archive that tests and measures deltaw on a borrowed GPU without network, for PYTHON_GPU=3.12
 #   make figures          run the benchmarks of the documentation, store docs/figures/*.json and insert them
 #   make docs             write the generated parts of the documentation
 #   make pages            run the commands of README, Getting started, the how-tos, the tutorial and the notebook, and
@@ -44,7 +45,7 @@ PYTEST  = OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pyte
 CSRC    := src/deltaw/kernels/csrc
 KERNELS := setup.py $(wildcard $(CSRC)/*)
 
-.PHONY: demo reward distill embedding vision test test-slow test-cuda test-variants lint bench figures docs pages site sanitize \
+.PHONY: demo reward distill embedding vision test test-slow test-cuda test-variants lint bench gpu-kit figures docs pages site sanitize \
         sanitize-all sanitize-tiles kernels-arm kernels-windows kernels-windows-of wheels clean
 
 demo: $(VENV)/.run
@@ -151,6 +152,10 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/sft.py
+
+gpu-kit: $(VENV)/.dev
+	$(MAKE) wheels WHEELS=linux-x86_64
+	$(BIN)/python benchmarks/gpu_kit.py pack --wheels $(if $(PYTHON_GPU),--python $(PYTHON_GPU))
 
 figures: $(VENV)/.bench
 	$(BIN)/python benchmarks/figures.py

@@ -11,6 +11,8 @@ previous one. Pages refer to it by comments. The text between them is generated:
     <!-- figures: step -->                      a table of the whole file
     <!-- /figures -->
     <!-- figure: step deltaw-auto -->2.06×<!-- /figure -->      one value
+
+``gpu.json`` is written by ``gpu_kit.py`` on a machine with a GPU. Results of the simulated device are rejected.
 """
 
 from __future__ import annotations
@@ -115,6 +117,8 @@ def commit() -> str:
 
 def stored(name: str) -> dict[str, Any]:
     record: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    if record.get("simulated"):
+        raise ValueError(f"docs/figures/{name}.json is from the simulated device, not from a GPU: delete it")
     return record
 
 
@@ -128,13 +132,17 @@ def table(name: str) -> str:
     """Return the Markdown table of a file in docs/figures, with its command, commit, date and machine."""
     if name == "sizes":
         return sizes()
+    if name == "gpu" and not (FOLDER / "gpu.json").exists():
+        return "There are no results: the benchmark has not run on a GPU yet."
     record = stored(name)
     if "tables" in record:  # copied from older measurements
         parts = [f"**{t['title']}**\n\n{markdown([t['columns'], *t['rows']])}" for t in record["tables"]]
         return "\n\n".join([*parts, f"{record['source']}; {record['date']}; {record['cpu']}."])
     lines = markdown(list(TABLES[name](record["results"])))
     origin = f"`{record['command']}`, {record['date']}, commit {record['commit']}. {' '.join(record['machine'])}"
-    return f"{lines}\n\n<small>{origin}</small>"
+    notes = [*record.get("notes", ()), *(f"left out: {stage}" for stage in record.get("left_out", ()))]
+    listed = ["\n".join(f"- {note}" for note in notes)] if notes else []
+    return "\n\n".join([lines, *listed, f"<small>{origin}</small>"])
 
 
 def sizes() -> str:
@@ -263,6 +271,31 @@ def times_table(rows: list[dict[str, Any]]) -> Rows:
     columns = [list(map(abs, column)) for column in zip(*all_errors, strict=True)]
     yield "mean of the absolute errors", "", "", *(f"{statistics.fmean(column):.0%}" for column in columns)
     yield "largest error", "", "", *(f"{max(column):.0%}" for column in columns)
+
+
+def gpu_table(all_results: dict[str, dict[str, dict[str, list[dict[str, Any]]]]]) -> Rows:
+    yield "model, rows, side", "rows/s", "times the fastest peer", "peak", "planned", "loss difference", "launches"
+    for size, by_kind in all_results.items():
+        for kind, by_side in by_kind.items():
+            sides = {name: [run for run in runs if "error" not in run] for name, runs in by_side.items()}
+            rates = {name: _median(runs, "rows_per_second") for name, runs in sides.items() if runs}
+            best = max((rate for name, rate in rates.items() if name != "deltaw"), default=None)
+            for name, runs in sides.items():
+                label = f"{size}, {kind}, {name}"
+                if not runs:
+                    yield label, by_side[name][-1]["error"].partition(":")[0], *[""] * 5
+                    continue
+                planned = _gigabytes(runs, "planned_bytes") if runs[0].get("planned_bytes") else ""
+                difference = loss_difference(sides.get("deltaw", []), runs)
+                texts = (f"{rates[name] / best:.2f}" if best else "", _gigabytes(runs, "peak_bytes"), planned)
+                loss = "" if difference is None or name == "deltaw" else f"{difference:.4f}"
+                yield label, f"{rates[name]:.2f}", *texts, loss, str(runs[0].get("launches", ""))
+
+
+def loss_difference(runs: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> float | None:
+    """Return the largest difference of the losses of two sides over the steps of both, or None without results."""
+    losses = [side[0]["losses"] for side in (runs, others) if side and "losses" in side[0]]
+    return max(abs(a - b) for a, b in zip(*losses, strict=False)) if len(losses) == 2 else None
 
 
 def fits_table(rows: list[list[str]]) -> Rows:

@@ -31,17 +31,19 @@ class Size:
     sizes: tuple[tuple[str, Any], ...] = ()
 
 
-def _llama(hidden: int, layers: int, heads: int) -> tuple[tuple[str, Any], ...]:
+def _llama(
+    hidden: int, layers: int, heads: int, *, intermediate: int = 8192, tied: bool = True
+) -> tuple[tuple[str, Any], ...]:
     sizes = {
         "vocab_size": 128256,
         "hidden_size": hidden,
         "num_hidden_layers": layers,
-        "intermediate_size": 8192,
+        "intermediate_size": intermediate,
         "num_attention_heads": heads,
         "num_key_value_heads": 8,
         "head_dim": hidden // heads,
         "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": tied,
     }
     return tuple(sizes.items())
 
@@ -61,6 +63,7 @@ MODELS = {
     "qwen2.5-0.5b": Size(1, 512, "Qwen2", tuple(QWEN.items())),
     "llama-3.2-1b": Size(1, 512, "Llama", _llama(2048, 16, 32)),
     "llama-3.2-3b": Size(1, 512, "Llama", _llama(3072, 28, 24)),
+    "llama-3.1-8b": Size(1, 512, "Llama", _llama(4096, 32, 32, intermediate=14336, tied=False)),
 }
 
 

@@ -43,6 +43,7 @@ def test_machine_lines_contain_flags_threads_and_versions(monkeypatch):
 
 
 PUBLISHED = {"qwen2.5-0.5b": 494_032_768, "llama-3.2-1b": 1_235_814_400, "llama-3.2-3b": 3_212_749_824}
+PUBLISHED["llama-3.1-8b"] = 8_030_261_248
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -1,10 +1,11 @@
-"""Skips the tests of this folder unless the fake device is installed."""
+"""Skips the tests of this folder unless the fake device is installed. Those marked ``gpu`` also run on a GPU."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.fake_cuda import device
 
@@ -13,5 +14,6 @@ HERE = Path(__file__).parent
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if not device.is_installed and HERE in item.path.parents:
+        runs_here = device.is_installed or (item.get_closest_marker("gpu") and torch.cuda.is_available())
+        if not runs_here and HERE in item.path.parents:
             item.add_marker(pytest.mark.skip(reason="requires the fake CUDA device: make test-cuda"))

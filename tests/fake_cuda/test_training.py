@@ -1,4 +1,4 @@
-"""Runs with ``device: cuda`` on the fake device equal those on the CPU, in all tasks and methods.
+"""Runs with ``device: cuda`` equal those on the CPU, in all tasks and methods, on the fake device or a GPU.
 
 The CPU runs use compiled kernels, fused blocks and prefix trees, so the tests also compare the implementations.
 """
@@ -15,11 +15,14 @@ import deltaw
 from deltaw.training.callbacks import Callback
 from tests.cli.conftest import call  # noqa: F401
 from tests.conftest import COLORS, deep_merge, write_rows
-from tests.fake_cuda.device import activity
+from tests.fake_cuda import device
 from tests.serving.encoder_models import write_bert
 from tests.training.runs import METHODS, adapter, assert_same_run, metrics, slow_except, stopped_run
 
-TOLERANCE = {"rel": 1e-5, "abs": 1e-5}
+pytestmark = pytest.mark.gpu
+# A GPU rounds differently, and AdamW enlarges differences of small gradients.
+TOLERANCE = dict.fromkeys(("rel", "abs"), 1e-5 if device.is_installed else 1e-3)
+ADAPTER_TOLERANCE = {"rtol": 1e-3, "atol": 1e-4 if device.is_installed else 1e-2}
 # Compared values of each step.
 COMPARED = ("loss", "gradient_norm", "margin", "reward")
 # Steps until a run has verified that its parameters change.
@@ -27,13 +30,13 @@ WARM = 3
 
 
 class SynchronizationCounter(Callback):
-    """Counts synchronizations of the host up to each step."""
+    """Counts synchronizations of the host up to each step. Only the fake device counts them."""
 
     def __init__(self) -> None:
         self.counts: list[int] = []
 
     def on_step(self, step) -> None:
-        self.counts.append(activity().synchronizations.total())
+        self.counts.append(device.activity().synchronizations.total() if device.is_installed else 0)
 
     @property
     def per_step(self) -> float:
@@ -85,7 +88,7 @@ def assert_equal_runs(cpu: Path, cuda: Path) -> None:
         assert values[1] == pytest.approx(values[0], **TOLERANCE)
     expected, actual = adapter(cpu), adapter(cuda)
     for name, tensor in expected.items():
-        torch.testing.assert_close(actual[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: name + text)
+        torch.testing.assert_close(actual[name], tensor, **ADAPTER_TOLERANCE, msg=lambda text, name=name: name + text)
 
 
 TASKS: dict[str, dict] = {
@@ -138,8 +141,8 @@ def test_resumed_run_is_bit_identical(settings, tmp_path):
 
 def test_commands_on_device_equal_cpu(call, finished_run):  # noqa: F811
     results: dict[str, list[dict]] = {"cpu": [], "cuda": []}
-    for device, outputs in results.items():
-        options = ("--device", device, "--precision", "fp32", "--json")
+    for name, outputs in results.items():
+        options = ("--device", name, "--precision", "fp32", "--json")
         generate = ("generate", finished_run, "--max-new-tokens", 8, "--prompt", "paint it", "--prompt", "so")
         for command in (generate, (*generate, "--temperature", 0.7, "--seed", 3), ("eval", finished_run)):
             outputs.append(json.loads(call(*command, *options, status=0).out))

@@ -76,6 +76,7 @@ def test_unsupported_precision_raises(device: str, precision: str, message: str)
 
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")])
 def test_cuda_uses_bf16_from_capability_8(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     assert choices.choose_precision("cuda:0").value == expected
     assert choices.dtype_of(choices.loading_precision("cuda:0", "nf4")) == choices.dtype_of(expected)

@@ -309,7 +309,7 @@ WRONG = {
     "one.csv": (b"text\nfirst\nsecond\n", "2 rows can be used"),
     "quotes.csv": (b'text,label\n"first,a\nsecond,b\nthird,c\n', "A quote inside a quoted cell"),
     "broken.jsonl": (b'{"text": "a", "label": "b"}\n{"text": \n', "will be left out: row 2"),
-    "picture.xlsx": (b"\x89PNG\r\n\x1a\n" + bytes(500), "The file cannot be read"),
+    "picture.xlsx": (b"\x89PNG\r\n\x1a\n" + bytes(500), "not a spreadsheet of the type of its name"),
 }
 
 

@@ -160,6 +160,9 @@ def test_rejected_spreadsheet_is_not_kept(client):
         response = client.put(f"{address}table.xlsx", content=b"damaged", headers={"Accept": "application/json"})
         assert response.status_code == 400 and "zip" not in response.text.lower()
         assert [*client.studio.workspace.folder.iterdir()] == []
+        for content in (b"\xff\xfe" * 99, b"PK\x03\x04" + bytes(50)):
+            assert client.put(f"{address}table.csv", content=content).status_code == 400
+            assert [*client.studio.workspace.folder.iterdir()] == []
     (client.studio.workspace.folder / "own.xls").write_bytes(b"damaged")
     assert client.post("/drafts", data={"file": "own.xls"}).status_code == 400
     assert (client.studio.workspace.folder / "own.xls").is_file()
@@ -192,6 +195,7 @@ def test_findings_name_rows_by_number(pages):
     assert "The column “prompt” holds the prompts and “completion” the answers." in shown
     assert "1 row left out: not JSON. Row 8 " in shown
     assert "earlier one (dropped). Row 26 " in shown and "23 rows can be used." in shown
+    assert "1 row repeats an earlier row and will be left out." in shown
     assert str(pages.studio.workspace.folder) not in shown
 
 
@@ -300,7 +304,8 @@ def test_running_call_is_reported_as_pending(pages):
     ids=["empty", "binary", "only titles", "zip"],
 )
 def test_unreadable_file_is_an_error_part(pages, content):
-    address = draft_of(pages, "rows.csv", content)
+    (pages.studio.workspace.folder / "rows.csv").write_bytes(content)
+    address = pages.post("/drafts", data={"file": "rows.csv"}).headers["location"].removesuffix("/data")
     response = pages.get(f"{address}/part/check")
     assert response.status_code == 200 and 'id="error"' in response.text and "<select" not in response.text
     assert '<a class="button" href="/">Choose another file' in response.text

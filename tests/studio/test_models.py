@@ -123,6 +123,12 @@ def test_model_that_does_not_suit_the_goal_is_not_offered(client: TestClient, st
     draft.set("model", "models/encoder")
     draft.save()
     assert "and the goal needs one that writes text" in client.get(f"{address}/part/plan").text
+    for reference in ("encoder", "missing"):
+        client.post(f"{address}/model", data={"model": reference})
+        response = client.post(f"{address}/start", data={"name": "first"})
+        assert response.url.path == f"{address}/model" and studio.queue.jobs() == []
+    client.post(f"{address}/model", data={"model": "encoder"})
+    assert studio.workspace.draft(draft.identity).settings["model"] == "models/encoder"
     draft.set("task", "sequence-classification")
     draft.save()
     page = client.get(f"{address}/model").text
@@ -362,6 +368,11 @@ def test_job_page_shows_progress_of_the_run_and_escapes_texts(client: TestClient
     assert f"changed from 4.000 to {loss} over 20 steps" in page
     assert "<dt>Loss:</dt> <dd>how far the model is from the expected answers" in page
     assert client.get(f"/jobs/{job.identity}/part/live").headers["X-Done"] == "1"
+    job.state = "done"
+    assert 'href="/runs/try/runs/first"' in client.get(f"/jobs/{job.identity}").text
+    shutil.rmtree(run)
+    page = client.get(f"/jobs/{job.identity}").text
+    assert "The result was deleted." in page and "/runs/try/" not in page
     (job.folder / "stderr").write_text(f"some line\n{error}")
     job.state = "failed"
     page = client.get(f"/jobs/{job.identity}").text

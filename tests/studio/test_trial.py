@@ -256,9 +256,17 @@ def test_files_to_score_can_hold_rows_and_none_is_selected_first(client) -> None
     }  # fmt: skip
 
 
+def test_models_that_are_not_served_are_tried_on_a_file(client) -> None:
+    for task, is_served in (("sequence-classification", True), ("regression", False)):
+        (write_run(client, task) / "run.yaml").write_text(f"model: some/model\ntask: {task}\n")
+        text = client.get(f"/runs/try/runs/{task}").text
+        assert ("/trial/part" in text) is is_served and ("are tried on a file" in text) is not is_served
+        assert "Score" in text
+
+
 def test_uploaded_file_to_score_is_no_draft(client) -> None:
     response = client.put("/trial/files/more.csv", content=b"a,b\n1,2\n")
-    assert response.json() == {"file": "more.csv"}
+    assert response.json() == {"file": "more.csv", "note": ""}
     workspace = client.studio.workspace
     assert (workspace.folder / "more.csv").read_bytes() == b"a,b\n1,2\n" and workspace.drafts() == []
     write_run(client, "first")

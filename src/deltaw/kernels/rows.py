@@ -237,7 +237,8 @@ def cross_entropy_reference_(
     z, slope = _wide(logits) if scale == 1.0 else _wide(logits) * scale, weights[:, None] * scale
     if softcap > 0:
         capped = torch.tanh(z / softcap)
-        z, slope = softcap * capped, slope * (1 - capped.square())
+        z = softcap * capped
+        slope = slope * (1 - capped.square())
     log_sum, target = z.logsumexp(-1, keepdim=True), targets[:, None]
     losses = (log_sum - z.gather(1, target))[:, 0]
     if grad:  # z is overwritten: chunks of logits are large

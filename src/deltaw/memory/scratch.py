@@ -91,14 +91,14 @@ def _attention_size(function: str, query: Tensor, value: Tensor) -> int:
 def _cross_entropy_reference(args: Arguments) -> int:
     """Return the bytes of the cross entropy without the compiled kernel.
 
-    It allocates the scaled logits and their log-softmax, the logits before a soft cap, an fp32 copy of 16-bit logits,
-    and two gradients.
+    A soft cap keeps the capped logits and two factors of the gradient. Otherwise 16-bit or scaled logits are copied. A
+    sum of exponentials or the mask of the targets takes another copy, and the mask a byte per logit.
     """
-    logits, softcap, with_gradient = args[0], args[4], args[5]
+    logits, scale, softcap, with_gradient = args[0], *args[3:6]
     if _uses_kernels(logits):
         return 0
-    copies = 2 + (softcap > 0) + (logits.dtype.itemsize == 2) + 2 * bool(with_gradient)
-    return copies * logits.numel() * max(4, logits.dtype.itemsize)
+    copies = 4 if softcap > 0 else 1 + (logits.dtype.itemsize == 2 or scale != 1.0)
+    return copies * logits.numel() * max(4, logits.dtype.itemsize) + logits.numel() * bool(with_gradient)
 
 
 def _linear_tensors(args: Arguments) -> int:

@@ -118,12 +118,13 @@ def check_folder(config: RunConfig) -> None:
         decide_start(output, config, False, ignore_line)
 
 
-def with_refusal(check: DataCheck, config: RunConfig, *, folder: bool) -> DataCheck:
+def with_refusal(check: DataCheck, config: RunConfig, *, folder: bool, dry_run: bool = True) -> DataCheck:
     """Return a check of rows with the error that ``deltaw train`` would raise before it loads weights, if any.
 
     Args:
         check: Check of the rows. It is returned unchanged if it contains an error already.
         folder: Check the output folder, too.
+        dry_run: Also compute the plan of the run, which reports errors of the model.
     """
     if not check.usable:
         return check
@@ -133,7 +134,8 @@ def with_refusal(check: DataCheck, config: RunConfig, *, folder: bool) -> DataCh
             task, data = read_data(config, ignore_line)
             check_rows(config, task, data)
             try:
-                plan_run(config, task, data)
+                if dry_run:
+                    plan_run(config, task, data)
             except UserError:
                 raise
             except Exception as error:  # the dry run of a custom model may fail although the model trains

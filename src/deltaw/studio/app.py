@@ -72,11 +72,12 @@ def router(studio: Studio) -> APIRouter:
     @routes.get("/")
     def start(request: Request) -> Response:
         last_changed = sorted(runs.all_runs(workspace), key=lambda run: run.changed, reverse=True)
-        recent_runs = [(workspace.relative(run.path), run) for run in last_changed[:MAX_RUNS]]
+        jobs, paths = studio.queue.active(), [(workspace.relative(run.path), run) for run in last_changed]
+        recent_runs = [item for item in paths if item[0] not in {job.run for job in jobs}][:MAX_RUNS]
         files = [(name, name) for name in map(workspace.relative, workspace.data_files())]
         started = {job.draft for job in studio.queue.jobs() if job.verb == "train"}
         drafts = [draft for draft in workspace.drafts() if draft.identity not in started]
-        values: dict[str, Any] = {"drafts": drafts, "runs": recent_runs, "jobs": studio.queue.active()}
+        values: dict[str, Any] = {"drafts": drafts, "runs": recent_runs, "jobs": jobs}
         return page(request, "start.html", workspace=workspace, files=files, **values)
 
     @routes.put("/files/{name}")

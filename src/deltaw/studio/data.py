@@ -128,7 +128,8 @@ def _check(studio: Studio, draft: Draft, file: str) -> Response:
     entries = [task_registry.entry_of(name) for name in task_registry.names()]
     values: dict[str, object] = {"draft": draft, "pending": pending, "error": error, "checked": checked, "task": task}
     values |= {"goals": {entry.name: entry.goal or entry.capability for entry in entries}, "contents": CONTENTS}
-    values |= {"usable": preview.get("rows", 0) - _num_dropped(draft, checked or {})}
+    dropped = _num_dropped(draft, checked or {})
+    values |= {"usable": preview.get("rows", 0) - dropped, "dropped": dropped}
     values |= {"preview": preview, "columns": [(column, column) for column in columns]}
     values |= {"roles": _roles(task, columns, draft.settings["data"].get("columns") or {})}
     values |= {"figures": _figures(checked or preview), "numbers": functools.partial(_numbers, file)}

@@ -48,7 +48,8 @@ def router(studio: Studio) -> APIRouter:
         others = [other for other in queue.active() if other is not job]
         values |= {"job": job, "others": others, "note": job_note(job, values["line"], others)}
         is_file = job.output is not None and (workspace.folder / job.output).is_file()
-        return {**values, "problem": queue.problem, "is_file": is_file}
+        has_run = job.run is not None and (workspace.folder / job.run).is_dir()
+        return {**values, "problem": queue.problem, "is_file": is_file, "has_run": has_run}
 
     def with_count(response: Response) -> Response:
         """Add the number of jobs in the navigation to a part."""

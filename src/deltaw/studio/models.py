@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import re
 import unicodedata
@@ -65,7 +66,8 @@ def router(studio: Studio) -> APIRouter:
         try:
             if not text:
                 raise UserError("the model is missing", location="model")
-            draft.set("model", text)
+            references = {model.name: model.reference for model in list_local_models(workspace.folder)}
+            draft.set("model", references.get(text, text))
             workspace.config(draft)
         except UserError as error:
             if wants_json(request):
@@ -89,9 +91,7 @@ def _plan_router(studio: Studio) -> APIRouter:
         try:
             config = workspace.config(draft) | {"output": str(workspace.folder / RUNS / "new")}
             if not values["download"]:
-                values["model"] = describe_model(config["model"])
-                if reason := mismatch(values["model"], config["task"]):
-                    raise UserError(reason, location=values["model"].name, hint="choose another model")
+                values["model"] = require_suitable(config)
             if values["download"] or not values["model"].is_local:
                 return part("model_plan.html", status=202 if values["download"] else 200, **values)
             free, cached = free_memory_bytes(), load_cached_plans(RunConfig.read(config), [config["method"]])
@@ -138,6 +138,10 @@ def _start_router(studio: Studio) -> APIRouter:
         for job in active:
             if (job.verb, job.draft) == ("train", identity) and job.created > draft.changed:  # pressed twice
                 return RedirectResponse(f"/jobs/{job.identity}", 303)
+        try:
+            await asyncio.to_thread(require_suitable, config)
+        except UserError:  # the page of the model shows the error
+            return RedirectResponse(f"/drafts/{identity}/model", 303)
         names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
         paths, taken = (workspace.folder / RUNS / name for name in names), {job.run for job in active}
         path = next(path for path in paths if not path.exists() and workspace.relative(path) not in taken)
@@ -146,6 +150,18 @@ def _start_router(studio: Studio) -> APIRouter:
         return RedirectResponse(f"/jobs/{job.identity}", 303)
 
     return routes
+
+
+def require_suitable(config: Mapping[str, Any]) -> ModelInfo:
+    """Return the model of complete settings.
+
+    Raises:
+        UserError: if it does not exist, or cannot be trained for the task.
+    """
+    model = describe_model(config["model"])
+    if reason := mismatch(model, config["task"]):
+        raise UserError(reason, location=model.name, hint="choose another model")
+    return model
 
 
 def mismatch(model: ModelInfo, task: str) -> str:

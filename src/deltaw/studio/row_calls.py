@@ -34,14 +34,17 @@ def preview(
 
 
 def check(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the check of all rows, or the name of the model if it has to be downloaded first."""
+    """Return the check of all rows, or the name of the model if it has to be downloaded first.
+
+    The plan of the run is a call of its own, with a shorter time limit.
+    """
     from deltaw.runs.checks import check_data, with_refusal
     from deltaw.settings.config import RunConfig
 
     run_config = RunConfig.read(config)
     if not _is_available(run_config.model):
         return {"unavailable": run_config.model}
-    return with_refusal(check_data(run_config), run_config, folder=False).as_dict()
+    return with_refusal(check_data(run_config), run_config, folder=False, dry_run=False).as_dict()
 
 
 def rows(config: Mapping[str, Any], first: int, count: int) -> dict[str, Any]:

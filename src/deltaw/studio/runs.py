@@ -92,7 +92,7 @@ def _add_pages(routes: APIRouter, studio: Studio) -> None:
         relative = workspace.relative(run.path)
         commands = {"Upload to the Hugging Face Hub": f"deltaw push {shell_word(run.path)} USER/NAME"}
         entry = task_registry.find(run.task)
-        if entry is not None and entry.output_kind is not None:
+        if can_serve(run):
             commands["Serve with the OpenAI API"] = f"deltaw serve {shell_word(run.path)}"
         results = replace(result_rows([run]), caption="Values of this run", head=("name", "value"))
         jobs = [job for job in studio.queue.jobs() if job.run == relative]
@@ -207,6 +207,12 @@ def export_path(studio: Studio, name: str) -> Path:
     folder = studio.workspace.folder / EXPORTS
     folder.mkdir(exist_ok=True)
     return unused_path(folder / name, {studio.workspace.folder / str(job.output) for job in studio.queue.active()})
+
+
+def can_serve(run: Run) -> bool:
+    """Return True if ``deltaw serve`` supports the task of a run."""
+    entry = task_registry.find(run.task)
+    return entry is not None and entry.output_kind is not None
 
 
 def has_adapter(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import datetime
 import filecmp
@@ -12,6 +13,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from deltaw.data.sources import open_source
 from deltaw.errors import UserError
 from deltaw.platforms import rename_path
 from deltaw.studio.jobs import python_command
@@ -27,15 +29,22 @@ def convert(workspace: Workspace, file: Path, *, is_upload: bool = False) -> tup
     Args:
         workspace: Folder of the studio.
         file: File with rows.
-        is_upload: Delete the spreadsheet if it is rejected.
+        is_upload: Delete the file if it is rejected.
 
     Returns:
         The file with the rows, and a description of the conversion, or '' for other files.
 
     Raises:
-        UserError: if the sheet is not a table with a title in each column, or the file is damaged or too large.
+        UserError: if the sheet is not a table with a title in each column, or the file is damaged or too large. Rows
+            of other files are checked later, except for the first one of an upload.
     """
     if file.suffix.lower() not in SPREADSHEETS:
+        if is_upload:
+            try:
+                collections.deque(open_source(str(file)).head(1), maxlen=0)
+            except UserError:
+                file.unlink(missing_ok=True)
+                raise
         return file, ""
     output, target = workspace.partial_file(), file.with_suffix(".jsonl")
     command, options = python_command(_CODE, [str(file), str(output)])

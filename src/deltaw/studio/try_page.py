@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import httpx
@@ -17,7 +18,7 @@ from deltaw.errors import UserError
 from deltaw.runs.folder import Run
 from deltaw.serving.http.settings import NAME
 from deltaw.studio.rendering import form, page, part
-from deltaw.studio.runs import all_runs, export_path, has_adapter, run_of
+from deltaw.studio.runs import all_runs, can_serve, export_path, has_adapter, run_of
 from deltaw.studio.spreadsheets import convert
 from deltaw.studio.state import Studio
 from deltaw.studio.trial import FAILED, STARTING, STOPPED, TrialServer
@@ -51,14 +52,15 @@ def router(studio: Studio) -> APIRouter:
         for file in filter(_may_contain_rows, workspace.data_files()):
             name = workspace.relative(file)
             files.append((name, f"{name} (used for training)" if str(file) == trained else name))
-        return page(request, "trial.html", files=files, run=run, path=workspace.relative(run.path), workspace=workspace)
+        values: dict[str, Any] = {"path": workspace.relative(run.path), "can_serve": can_serve(run)}
+        return page(request, "trial.html", files=files, run=run, workspace=workspace, **values)
 
     @routes.put("/trial/files/{name}")
     async def upload(request: Request, name: str) -> Response:
         size = request.headers.get("content-length")
         file = await workspace.save_upload(name, request.stream(), None if size is None else int(size))
-        await asyncio.to_thread(convert, workspace, file, is_upload=True)
-        return JSONResponse({"file": workspace.relative(file)})
+        _, note = await asyncio.to_thread(convert, workspace, file, is_upload=True)
+        return JSONResponse({"file": workspace.relative(file), "note": note})
 
     @routes.get("/trial/part")
     def show_part(run: str) -> Response:

@@ -183,7 +183,7 @@ function connectUpload(form) {
         const list = document.getElementById(form.dataset.into);
         list.add(new Option(answer.file, answer.file));
         list.value = answer.file;
-        status.replaceChildren(answer.file + " is selected below.");
+        status.replaceChildren(answer.file + " is selected below. " + answer.note);
         input.value = "";
         return;
       }
