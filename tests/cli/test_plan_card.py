@@ -56,14 +56,27 @@ def test_report_names_the_missing_card(call, settings, tmp_path):
 
 
 @pytest.mark.slow
-def test_llama_8b_fits_24_gb_by_default(plan_of, model_folder, tmp_path):
+@pytest.mark.parametrize("precision, minimum, maximum", [("nf4", 5.5e9, 6e9), ("int8", 9e9, 9.2e9)])
+def test_quantized_llama_8b_fits_card_without_bitsandbytes(precision, minimum, maximum, llama_8b, plan_of):
+    plan = plan_of("--memory", "16GB", precision=precision, **llama_8b)
+    assert minimum < plan["parts"]["weights"] < maximum and plan["precision"] == precision
+    assert plan["peak_resident_bytes"] + sum(plan["overhead"].values()) < 16e9
+
+
+@pytest.fixture
+def llama_8b(model_folder, tmp_path) -> dict:
+    """Settings of a run of Llama 3.1 8B, of which only the configuration exists."""
     folder = tmp_path / "llama-8b"
     shutil.copytree(model_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     (folder / "config.json").write_text(json.dumps(LLAMA_8B))
     rows = [{"prompt": "a" * (500 + 10 * n), "completion": "b" * 300} for n in range(64)]
     data = {"train": str(write_rows(tmp_path / "rows.jsonl", rows)), "eval": 4}
-    train = {"batch_size": 16}
-    plan = plan_of("--memory", "24GB", model=str(folder), precision="bf16", data=data, train=train)
+    return {"model": str(folder), "data": data, "train": {"batch_size": 16}}
+
+
+@pytest.mark.slow
+def test_llama_8b_fits_24_gb_by_default(llama_8b, plan_of):
+    plan = plan_of("--memory", "24GB", precision="bf16", **llama_8b)
     required = plan["peak_resident_bytes"] + sum(plan["overhead"].values())
     assert 16e9 < plan["parts"]["weights"] < 16.2e9 and required < 24e9
     assert "to fit the card: microbatches of 2048 tokens" in plan["messages"]

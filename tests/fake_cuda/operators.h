@@ -153,6 +153,13 @@ inline Tensor log_softmax_backward(const Tensor& grad, const Tensor& output, int
   return to_device(at::_log_softmax_backward_data(device_argument(grad, "grad"), y, dim, y.scalar_type()).to(input_dtype));
 }
 
+inline Tensor histc(const Tensor& self, int64_t bins, const at::Scalar& min, const at::Scalar& max) {
+  counters().launch("aten::histc");
+  counters().synchronize("aten::histc");
+  Tensor x = host_alias(self);
+  return to_device(at::histc(x.is_floating_point() ? x : x.to(at::kDouble), bins, min, max).to(x.scalar_type()));
+}
+
 // ---- Attention. As on a GPU, a kernel that stores no scores is used unless the arguments require the composite one.
 
 inline int64_t sdp_choice(const Tensor& query, const Tensor& key, const Tensor& value, const optional<Tensor>& mask,
@@ -320,6 +327,9 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("view_as_real", TORCH_FN(at::native::view_as_real));
   m.impl("view_as_complex", TORCH_FN(at::native::view_as_complex));
   m.impl("native_dropout", TORCH_FN(native_dropout));
+  m.impl("histc", TORCH_FN(histc));
+  // Without a kernel, it would be composed of other operators, which allocate more memory.
+  m.impl("silu_backward", torch::CppFunction::makeFromBoxedFunction<&run_on_host>());
   m.impl("_softmax", TORCH_FN(softmax));
   m.impl("_log_softmax", TORCH_FN(log_softmax));
   m.impl("_softmax_backward_data", TORCH_FN(softmax_backward));

@@ -213,7 +213,7 @@ def load(
     for file in sorted(folder.glob("*.safetensors")):
         read_header(file)  # raises an error if the file is damaged or truncated
     config = check_architecture(folder, task, trust_remote_code, num_labels)
-    if str(_quantization(config).get("quant_method")).endswith("bitsandbytes"):
+    if bitsandbytes_precision(config) is not None:
         require_bitsandbytes("the quantized model")
     kernels = None
     if device_choice.value == "cpu":
@@ -243,6 +243,14 @@ def _quantization(config: PretrainedConfig) -> dict[str, Any]:
     """Return the quantization of the model's files, or an empty dictionary."""
     values = getattr(config, "quantization_config", None)
     return values if isinstance(values, dict) else {} if values is None else vars(values)
+
+
+def bitsandbytes_precision(config: PretrainedConfig) -> str | None:
+    """Return ``nf4`` or ``int8`` if the model's files contain bitsandbytes layers, else None."""
+    values = _quantization(config)
+    if not str(values.get("quant_method")).endswith("bitsandbytes"):
+        return None
+    return "nf4" if values.get("load_in_4bit") else "int8"
 
 
 @contextlib.contextmanager

@@ -69,7 +69,7 @@ def quantization_library(module: nn.Module) -> str | None:
     weight = direct_parameters(module).get("weight")
     if not isinstance(module, nn.Linear) or weight is None:
         return None
-    return tensor_quantization_library(weight)
+    return getattr(type(module), "simulated_library", None) or tensor_quantization_library(weight)
 
 
 def tensor_quantization_library(tensor: Tensor) -> str | None:

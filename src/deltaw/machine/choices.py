@@ -273,7 +273,8 @@ def choose_precision(device: str, requested: str = "auto", rates: Mapping[str, f
         if requested == "gguf" or kind != "cuda":
             message = f"{requested} is not available on the device {kind}"
             raise UserError(message, location="precision", hint="use precision: auto, or nf4 on CUDA")
-        require_bitsandbytes(f"precision {requested} on CUDA")
+        if not _ASSUMES_CARDS.get():
+            require_bitsandbytes(f"precision {requested} on CUDA")
         return Choice(requested, "as requested, with bitsandbytes")
     if requested in ("fp32", "gguf", "nf4"):
         return Choice(requested, "as requested")

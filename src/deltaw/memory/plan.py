@@ -117,7 +117,7 @@ class Plan:
         time_uncertain: Reason why the predicted time is uncertain or unknown. Empty if it is reliable.
         device: Device of the run.
         overhead: Bytes of the device's memory that are not allocated: unused parts of the allocator's segments
-            (``allocator``, an upper bound) and the CUDA context (``context``). Empty on the CPU.
+            (``allocator``, an estimate from the simulated steps) and the CUDA context (``context``). Empty on the CPU.
         host_bytes: Maximum main memory of a run on CUDA, when it loads the weights.
     """
 

@@ -590,6 +590,9 @@ class _FakeTensorRouter(DispatchMode):
         """Run an operator of a program on another device, whose tensors are fake CPU tensors here."""
         if func in (_aten.is_pinned.default, PIN_MEMORY):  # copies in the main memory
             return True if func is _aten.is_pinned.default else args[0]
+        if func is _aten.histc.default and _is_integral(args[0].dtype):  # only devices have it
+            with without_dispatch():
+                return func(args[0].double(), *args[1:], **kwargs).to(args[0].dtype)
         if _uses_device(kwargs):
             kwargs = {**kwargs, "device": _CPU}
             if func is TO_COPY and isinstance(args[0], FakeTensor) and kwargs.get("dtype") in (None, args[0].dtype):

@@ -333,6 +333,8 @@ def decide_start(output: Path, config: RunConfig, resume: bool, log: LogFunction
     length_changed = any(change.key in LENGTH_KEYS for change in differing)
     if length_changed:  # invalidates the number of steps that was planned for a time budget
         choices = {key: value for key, value in choices.items() if key not in LENGTH_KEYS}
+    if any(change.key == "memory" for change in differing):  # microbatches are chosen again
+        choices = {key: value for key, value in choices.items() if key != "train.tokens_per_pass"}
     resumed, messages = apply_choices(config, before, choices)
     log(f"the run in {output} resumes from {position} ({checkpoint.path.name})")
     for line in [*messages, *_rounding_lines(differing)]:

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from deltaw.hub.loading import has_values
 from deltaw.kernels import compiled
+from deltaw.kernels.operators import simulated_device
 from deltaw.kernels.torch_private import direct_modules
 from deltaw.machine.choices import Choice
 from deltaw.runtime.fused import FusedBlock, FusedNorm, Layouts
@@ -177,6 +178,8 @@ def recognize(model: PreTrainedModel, mode: Mode) -> FusedBlocks:
     """Recognize and verify the blocks of a model for a mode."""
     if model.device.type not in DEVICES:
         return FusedBlocks([], Choice(False, f"fused blocks require a CPU or CUDA, not {model.device.type}"))
+    if simulated_device.compiles is False and model.device.type in compiled.DEVICES:
+        return FusedBlocks([], Choice(False, "torch does not compile kernels for this device"))
     backbone: PreTrainedModel = model.base_model  # type: ignore[assignment]
     block_list = blocks_of(backbone)
     if block_list is None:

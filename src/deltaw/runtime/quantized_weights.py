@@ -346,14 +346,61 @@ def bitsandbytes_linear(linear: nn.Linear, precision: str, device: str) -> nn.Li
     return cast(nn.Linear, layer)
 
 
+class SimulatedLinear(nn.Linear):
+    """Stand-in for a bitsandbytes layer in a dry run, with the tensors of its CUDA code. It has no values.
+
+    Products of a few tokens need less, because they do not dequantize the weight.
+    """
+
+    simulated_library = "bitsandbytes"
+    scales: Tensor
+
+    def __init__(self, linear: nn.Linear, precision: str, device: str) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        values, is_nf4 = linear.weight.detach().view(-1), precision == "nf4"
+        codes = values[: len(values) // 2].to(torch.uint8)[:, None] if is_nf4 else linear.weight.detach().to(torch.int8)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.register_parameter("bias", direct_parameters(linear).get("bias"))
+        scales = values[: len(values) // 64].to(torch.uint8) if is_nf4 else values[: linear.out_features].float()
+        self.register_buffer("scales", scales)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        return cast(Tensor, _SimulatedProduct.apply(input, self))
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight in this type."""
+        scales = self.scales.float()
+        return scales.new_empty(self.out_features, self.in_features, dtype=dtype)
+
+
+class _SimulatedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: SimulatedLinear) -> Tensor:
+        ctx.layer = layer
+        if layer.weight.dtype == torch.uint8:
+            return nn.functional.linear(x, layer.dequantized(x.dtype), layer.bias)
+        ctx.x = x  # also kept with activation checkpointing
+        _codes, sums = x.to(torch.int8), x.new_empty(*x.shape[:-1], layer.out_features, dtype=torch.float32)
+        y = sums.half().to(x.dtype)
+        return y if layer.bias is None else y.add_(layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] @ ctx.layer.dequantized(grads[0].dtype), None
+
+
 @torch.no_grad()
-def quantize_with_bitsandbytes(model: nn.Module, precision: str, device: str) -> str:
+def quantize_with_bitsandbytes(
+    model: nn.Module, precision: str, device: str, create: Callable[..., nn.Linear] = bitsandbytes_linear
+) -> str:
     """Replace the linear layers of the blocks by bitsandbytes layers, which are quantized on ``device`` one by one.
 
     Args:
         model: Frozen model without adapters, on the CPU. Its other tensors are not moved.
         precision: ``nf4`` or ``int8``.
         device: Device of the new layers.
+        create: Returns the new layer of a linear layer.
 
     Returns:
         Message for the user.
@@ -364,7 +411,7 @@ def quantize_with_bitsandbytes(model: nn.Module, precision: str, device: str) ->
     supports = supports_nf4 if precision == "nf4" else _can_be_int8
     linears = {s.name: (s, s.layer) for s in slots if isinstance(s.layer, nn.Linear) and supports(s.layer)}
     for slot, linear in linears.values():
-        slot.replace(bitsandbytes_linear(linear, precision, device))
+        slot.replace(create(linear, precision, device))
         release_pages(linear.weight)
     summary = f"{len(linears)} of {len(slots)} layers are in {precision}, with bitsandbytes"
     unquantized = [slot.name for slot in slots if slot.name not in linears]

@@ -271,7 +271,7 @@ def fit_card(
     if plan.required_bytes <= target:
         return config, plan
     tokens = config.train.tokens_per_pass
-    sizes = [size for size in CARD_TOKENS_PER_PASS if size < plan.tokens] if tokens == "auto" else []
+    sizes: list[Any] = [size for size in CARD_TOKENS_PER_PASS if size < plan.tokens] if tokens == "auto" else []
     microbatch_bytes = sum(plan.parts[part] for part in ("activations", "logits", "batch", "workspace"))
     for size in sizes or [tokens]:
         is_filling = size in sizes and int(size) > FILLING_TOKENS
@@ -304,38 +304,6 @@ def settings_for_card(
             plan = plan_run(config, task, data, processes=processes)
             return fit_card(config, task, data, plan, limit, log, processes)[0]
     return config
-
-
-def _within_card(
-    config: RunConfig, task: Task[Any], data: RunData, plan: Plan, limit: int, processes: int
-) -> tuple[RunConfig, Plan]:
-    """Return settings that need at most ``limit`` bytes of a card's memory, those that cost the least time.
-
-    Smaller microbatches cost little as long as they fill the card. Then as few blocks as necessary are checkpointed,
-    and smaller microbatches come last.
-    """
-    if plan.required_bytes <= limit * (1 - FREE_SHARE):
-        return config, plan
-    is_open, error = config.train.tokens_per_pass == "auto", None
-    sizes = [size for size in CARD_TOKENS_PER_PASS if size < plan.tokens] if is_open else []
-    microbatch_bytes = sum(plan.parts[part] for part in ("activations", "logits", "batch", "workspace"))
-    for size in (size for size in sizes if size >= FILLING_TOKENS):
-        if plan.required_bytes - microbatch_bytes * (1 - size / plan.tokens) <= limit:
-            settings = config.with_train(tokens_per_pass=size)
-            smaller = plan_run(settings, task, data, processes=processes)
-            if smaller.required_bytes <= limit * (1 - FREE_SHARE):
-                return settings, smaller
-    blocks = count_blocks(config, task)
-    changes = [{"tokens_per_pass": size} for size in sizes if size <= FILLING_TOKENS]
-    for change in changes or [{}]:
-        settings = config.with_train(**change)
-        start = plan_run(settings, task, data, processes=processes)
-        try:
-            return within_memory(settings, task, data, start, limit, blocks, processes)
-        except UserError as too_large:
-            error = too_large
-    assert error is not None
-    raise error
 
 
 def count_blocks(config: RunConfig, task: Task[Any], log: LogFunction = ignore_line) -> int:

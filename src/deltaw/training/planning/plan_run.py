@@ -26,14 +26,22 @@ from deltaw.data.row_reader import RunData
 from deltaw.decoding.generation import MAX_CONCURRENT_SAMPLES
 from deltaw.errors import UserError
 from deltaw.hub.folders import config_folder
-from deltaw.hub.loading import converted_bytes, new_modules, require_head, skeleton
+from deltaw.hub.loading import bitsandbytes_precision, converted_bytes, new_modules, require_head, skeleton
 from deltaw.hub.tokenizers import saving_bytes
 from deltaw.kernels import loader
 from deltaw.kernels.decode import PAGE_TOKENS
 from deltaw.kernels.layout import Layout
 from deltaw.lora.layers_quantized import BlockEmbedding
 from deltaw.lora.stored import count_logical_parameters
-from deltaw.machine.choices import QUANTIZED, assumed_cards, choose_device, choose_precision, choose_threads, dtype_of
+from deltaw.machine.choices import (
+    QUANTIZED,
+    assumed_cards,
+    choose_device,
+    choose_precision,
+    choose_threads,
+    dtype_of,
+    loading_precision,
+)
 from deltaw.machine.kernel_choice import KernelChoice, activate_kernels
 from deltaw.machine.memory import memory_limit_bytes, release_free_memory, resident_bytes, trim_memory
 from deltaw.machine.product_rates import provenance
@@ -43,7 +51,7 @@ from deltaw.memory.work import WorkCounter, kernel_bytes, warm_up
 from deltaw.methods.start import resolve_start
 from deltaw.progress import LogFunction, ignore_line, track_progress, use_listener
 from deltaw.runtime.quantized_weights import MOVE_CHUNK_BYTES as MOVED_AT_ONCE
-from deltaw.runtime.quantized_weights import quantize_int8, quantize_nf4
+from deltaw.runtime.quantized_weights import SimulatedLinear, quantize_int8, quantize_nf4, quantize_with_bitsandbytes
 from deltaw.runtime.recognition import blocks_of
 from deltaw.settings.config import RunConfig
 from deltaw.tensor_files import StoredTensor, read_header
@@ -586,15 +594,19 @@ class FakeModel:
         device = choose_device(config.device).value
         dtype = choose_precision(device, config.precision).value
         name, code, outputs = config.model, config.trust_remote_code, task.num_outputs(data)
+        stored = loading_precision(device, dtype)
         with fake_tensors():
-            model = skeleton(name, dtype=dtype, task=config.task, num_labels=outputs, trust_remote_code=code)
+            model = skeleton(name, dtype=stored, task=config.task, num_labels=outputs, trust_remote_code=code)
         require_head(model, name, config.task, dtype=dtype, trust_remote_code=code)
         kernels = activate_kernels(model.config, threads) if device == "cpu" else None
         total = count_logical_parameters(model)
         with fake_tensors():
-            if config.precision == "int8":
+            library = bitsandbytes_precision(model.config) or (config.precision if device != "cpu" else None)
+            if library in QUANTIZED:
+                quantize_with_bitsandbytes(model.base_model, library, device, SimulatedLinear)
+            elif config.precision == "int8":
                 quantize_int8(model.base_model)
-            if config.precision == "nf4":
+            elif config.precision == "nf4":
                 quantize_nf4(model.base_model)
         added = new_modules(model, name, dtype=dtype, trust_remote_code=code) if task.trains_head else []
         return cls(model, dtype, kernels, added, total, device)
