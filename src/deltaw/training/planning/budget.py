@@ -271,7 +271,7 @@ def fit_card(
     if plan.required_bytes <= target:
         return config, plan
     tokens = config.train.tokens_per_pass
-    sizes = [size for size in CARD_TOKENS_PER_PASS if size < plan.tokens] if tokens == "auto" else []
+    sizes: list[Any] = [size for size in CARD_TOKENS_PER_PASS if size < plan.tokens] if tokens == "auto" else []
     microbatch_bytes = sum(plan.parts[part] for part in ("activations", "logits", "batch", "workspace"))
     for size in sizes or [tokens]:
         is_filling = size in sizes and int(size) > FILLING_TOKENS
