@@ -127,7 +127,7 @@ def create_model(model: str, folder: str, tokenizer: str) -> dict:
 def measure(settings: dict, limit: int | None) -> dict:
     """Train with these settings on a device with ``limit`` bytes, or 24 GiB (runs in the child process)."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from tests.fake_cuda.device import configure, install
+    from tests.fake_cuda.device import configure, disable_compiled_kernels, install
 
     install()
     import torch
@@ -138,9 +138,7 @@ def measure(settings: dict, limit: int | None) -> dict:
     from deltaw.runs.fit import fit
     from deltaw.settings.config import RunConfig
 
-    for name, module in list(sys.modules.items()):  # the device cannot run compiled kernels
-        if name.startswith("deltaw.kernels.") and hasattr(module, "DEVICES"):
-            module.DEVICES = ()
+    disable_compiled_kernels()
     result = fit(RunConfig.read(settings))
     assert result.plan is not None
     written = re.search(r"checkpointing: (\S+)", (result.output / "run.yaml").read_text())

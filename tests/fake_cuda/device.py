@@ -84,6 +84,13 @@ def configure(*, total_memory: int | None = None, capability: tuple[int, int] | 
         properties.major, properties.minor = capability
 
 
+def disable_compiled_kernels() -> None:
+    """Compute attention and row functions with torch's operators, because the device cannot run compiled kernels."""
+    from deltaw.kernels import compiled, gpu_attention
+
+    compiled.DEVICES = gpu_attention.DEVICES = ()
+
+
 @contextmanager
 def configured(**options: Any) -> Iterator[None]:
     """Context in which :func:`configure` applies."""
