@@ -140,7 +140,7 @@ def table(name: str) -> str:
         return "\n\n".join([*parts, f"{record['source']}; {record['date']}; {record['cpu']}."])
     lines = markdown(list(TABLES[name](record["results"])))
     origin = f"`{record['command']}`, {record['date']}, commit {record['commit']}. {' '.join(record['machine'])}"
-    notes = [*record.get("notes", ()), *(f"left out: {stage}" for stage in record.get("left_out", ()))]
+    notes = [*record.get("notes", ()), *(f"skipped: {stage}" for stage in record.get("skipped", ()))]
     listed = ["\n".join(f"- {note}" for note in notes)] if notes else []
     return "\n\n".join([lines, *listed, f"<small>{origin}</small>"])
 

@@ -4,15 +4,16 @@
     tar xf gpu-kit.tar.gz && gpu-kit/run.sh [--minutes 10]          # on the machine with the GPU and torch for CUDA
     python benchmarks/gpu_kit.py run                                # the same in a checkout
 
-First the device tests run. Then each side trains models with random weights, in the sizes that fit the card, on rows of
-equal lengths, ragged lengths and with a shared prefix. Every side runs in its own process, and the sides alternate. The
+The device tests run first. Then each side trains models with random weights, in the sizes that fit the card, on rows of
+equal lengths, of ragged lengths and with a shared prefix. Sides run in separate processes, in alternating order. The
 other sides are PEFT with FlashAttention 2 (or torch's SDPA), PEFT with Liger, and Unsloth, if they are installed. They
-use the largest microbatches that fit. All sides start from the same weights and LoRA factors, so losses are compared.
+use the largest microbatches that fit. All sides start from the same weights and LoRA factors, and losses are compared.
 
-The results are written after every stage. Stages that do not fit the time are listed. Copy results.json to
+Results are written after every stage. Stages that exceed the time limit are skipped and listed. Copy results.json to
 docs/figures/gpu.json and run benchmarks/figures.py --insert.
 
---fake runs a tiny model on the simulated device of tests/fake_cuda. It tests the benchmark; its figures mean nothing.
+--fake runs a tiny model on the simulated device of tests/fake_cuda. This tests the benchmark itself. Its figures do not
+describe a GPU.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from typing import Any
 from figures import commit, loss_difference
 
 ROOT = Path(__file__).resolve().parent.parent
-# Share of the time for the tests.
+# Share of the time limit for the tests.
 TEST_SHARE = 0.25
 # Packages that the kit installs beside deltaw, if they are packed.
 PACKED = ("peft", "pytest", "hypothesis", "liger-kernel")
@@ -139,7 +140,7 @@ def download(wheel: Path, folder: Path, python: str, *, with_torch: bool) -> Non
 
 
 class Kit:
-    """Runs the stages within the time, and writes the record after each of them."""
+    """Runs the stages within the time limit, and writes the record after each stage."""
 
     def __init__(self, args: argparse.Namespace, models: Path) -> None:
         self.args, self.models = args, models
@@ -152,7 +153,7 @@ class Kit:
             "date": str(datetime.date.today()),
             "machine": [],
             "notes": [],
-            "left_out": [],
+            "skipped": [],
             "results": {},
         }
 
@@ -161,7 +162,7 @@ class Kit:
         return self.deadline - time.monotonic()
 
     def save(self) -> None:
-        """Replace the file with the results, so that it is always complete."""
+        """Write the results atomically."""
         temporary = self.args.output.with_suffix(".partial")
         temporary.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, self.args.output)
@@ -169,9 +170,9 @@ class Kit:
     def log(self, line: str) -> None:
         print(f"{'SIMULATED ' if self.args.fake else ''}{line}", flush=True)
 
-    def leave_out(self, stage: str) -> None:
-        self.log(f"left out: {stage}")
-        self.record["left_out"].append(stage)
+    def skip(self, stage: str) -> None:
+        self.log(f"skipped: {stage}")
+        self.record["skipped"].append(stage)
 
     def child(self, **job: Any) -> tuple[list[dict[str, Any]], str]:
         """Run a job in a process and return its results, and the reason if it failed."""
@@ -184,7 +185,7 @@ class Kit:
         return results, status or ""
 
     def execute(self, command: Sequence[str], seconds: float | None = None) -> tuple[int | str, str, str]:
-        """Run a command and return its status or "no time left", and its output. It is killed when its time is over."""
+        """Run a command and return its status and output. It is killed after the time limit ("no time left")."""
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
         )
@@ -212,8 +213,8 @@ class Kit:
         self.save()
 
     def measure(self, sizes: Sequence[str], sides: dict[str, dict[str, Any]]) -> None:
-        """Measure all sides round by round, in alternating order, as long as there is time."""
-        durations: dict[str, float] = {}  # of the longest process by size
+        """Measure all sides in several rounds, in alternating order, until the time limit."""
+        durations: dict[str, float] = {}  # of the slowest process, by size
         unusable: set[tuple[str, str]] = set()
         for number in range(MAX_ROUNDS):
             for size in sizes:
@@ -224,7 +225,7 @@ class Kit:
                     if (size, side) in unusable:
                         continue
                     if self.remaining < durations.get(size, 0):
-                        self.leave_out(stage)
+                        self.skip(stage)
                         continue
                     start = time.monotonic()
                     results, problem = self.child(
@@ -233,14 +234,14 @@ class Kit:
                     durations[size] = max(durations.get(size, 0), time.monotonic() - start)
                     self.add(size, side, results)
                     if problem:
-                        self.leave_out(f"{stage} ({problem})")
+                        self.skip(f"{stage} ({problem})")
                         unusable.add((size, side))
                     self.save()
 
     def prepare(self, size: str) -> bool:
         results, problem = self.child(stage="prepare", size=size, folder=str(self.models / size))
         if problem := problem or results[0].get("error", ""):
-            self.leave_out(f"{size} ({problem})")
+            self.skip(f"{size} ({problem})")
         self.save()
         return not problem
 
@@ -276,16 +277,16 @@ def run(args: argparse.Namespace) -> None:
         results, problem = kit.child(stage="describe")
         if problem := problem or results[0].get("error", ""):
             sys.exit(f"error: {problem}")
-        about = results[0]
-        kit.record["machine"] = about["machine"]
-        if about["missing"]:
-            kit.record["notes"].append(f"Not installed: {', '.join(about['missing'])}.")
-        for line in (*about["machine"], *kit.record["notes"]):
+        description = results[0]
+        kit.record["machine"] = description["machine"]
+        if description["missing"]:
+            kit.record["notes"].append(f"Not installed: {', '.join(description['missing'])}.")
+        for line in (*description["machine"], *kit.record["notes"]):
             kit.log(line)
         kit.save()
         if not args.no_tests:
             kit.test()
-        kit.measure(about["sizes"], about["sides"])
+        kit.measure(description["sizes"], description["sides"])
     kit.log(f"results: {args.output}")
 
 

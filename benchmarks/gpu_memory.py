@@ -1,9 +1,9 @@
 """Planned and measured device memory of training runs on a simulated CUDA device.
 
 The device of ``tests/fake_cuda`` computes on the CPU and allocates like torch's CUDA caching allocator, so the figures
-are those of its allocator and not of a GPU. Each model is trained twice: by default, and on a card with ``--share`` of
-the memory that the first plan requires. The second run has to choose smaller microbatches or activation checkpointing,
-and fails if it allocates more than the card has.
+describe its allocator and not a GPU. Each model is trained twice: with default settings, and on a card with ``--share``
+of the memory that the first plan requires. The second run must use smaller microbatches or activation checkpointing,
+and fails if it allocates more memory than the card has.
 
 The models have random weights, 32,000 tokens and small blocks.
 
@@ -49,12 +49,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None, help="write all results to this file")
     parser.add_argument("--models", type=Path, default=None, help="create the models in this folder and keep them")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps of each run")
-    parser.add_argument("--share", type=float, default=0.8, help="memory of the smaller card")
+    parser.add_argument("--share", type=float, default=0.8, help="share of the first plan that the second card has")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        order = json.load(sys.stdin)
-        print(json.dumps(measure(**order) if "settings" in order else make(**order)))
+        job = json.load(sys.stdin)
+        print(json.dumps(measure(**job) if "settings" in job else create_model(**job)))
         return
     with tempfile.TemporaryDirectory() as scratch:
         print_machine()
@@ -96,17 +96,17 @@ def format_row(row: dict) -> str:
     return f"| {row['model']} | {card} | {choices} | {sizes} | {row['reserved'] / 1e6:.0f} |"
 
 
-def run_child(order: dict) -> dict:
+def run_child(job: dict) -> dict:
     """Create a model or measure one run in a new process."""
     command = [sys.executable, __file__, "--child"]
-    done = subprocess.run(command, input=json.dumps(order), capture_output=True, text=True, check=False)
+    done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr[-4000:])
     result: dict = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
-def make(model: str, folder: str, tokenizer: str) -> dict:
+def create_model(model: str, folder: str, tokenizer: str) -> dict:
     """Create a model with random weights (runs in the child process)."""
     import torch
     import transformers
@@ -127,7 +127,7 @@ def make(model: str, folder: str, tokenizer: str) -> dict:
 def measure(settings: dict, limit: int | None) -> dict:
     """Train with these settings on a device with ``limit`` bytes, or 24 GiB (runs in the child process)."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from tests.fake_cuda.device import configure, install
+    from tests.fake_cuda.device import configure, disable_compiled_kernels, install
 
     install()
     import torch
@@ -138,9 +138,7 @@ def measure(settings: dict, limit: int | None) -> dict:
     from deltaw.runs.fit import fit
     from deltaw.settings.config import RunConfig
 
-    for name, module in list(sys.modules.items()):  # the device cannot run compiled kernels
-        if name.startswith("deltaw.kernels.") and hasattr(module, "DEVICES"):
-            module.DEVICES = ()
+    disable_compiled_kernels()
     result = fit(RunConfig.read(settings))
     assert result.plan is not None
     written = re.search(r"checkpointing: (\S+)", (result.output / "run.yaml").read_text())

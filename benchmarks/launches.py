@@ -2,10 +2,10 @@
 
     python benchmarks/launches.py
 
-One step of LoRA rank 16 on all linear layers of a Llama with bf16 weights, forward, backward and optimizer. The counts
-do not measure speed: the device runs no kernel (``tests/fake_cuda``, which needs a C++ compiler and torch's CPU build).
-Launches per block are the difference between models with one and three blocks. Synchronizations are those of a step.
-Triton kernels of liger-kernel are counted and not run. Sides whose packages are not installed are skipped.
+A step is forward, backward and optimizer of LoRA with rank 16 on all linear layers of a Llama with bf16 weights. The
+counts do not measure speed: the device (``tests/fake_cuda``, which needs a C++ compiler and torch's CPU build) runs no
+kernels. Launches per block are computed from models with one and three blocks. Triton kernels of liger-kernel are
+counted but not run. Sides are skipped if their packages are not installed.
 """
 
 from __future__ import annotations

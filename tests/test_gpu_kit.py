@@ -75,7 +75,7 @@ def test_sides_alternate_and_unusable_sides_run_once(kit, monkeypatch):
     assert sides == ["deltaw", "peft", "peft", "deltaw", "deltaw"]
     assert not any(stage == "measure" and size == "large" for stage, size, _ in calls)
     stored = json.loads(kit.args.output.read_text())
-    assert stored["simulated"] and stored["left_out"] == ["large (no space)", "small, PEFT, round 2 (killed)"]
+    assert stored["simulated"] and stored["skipped"] == ["large (no space)", "small, PEFT, round 2 (killed)"]
     assert len(stored["results"]["small"]["equal lengths"]["deltaw"]) == 3
 
 
@@ -87,7 +87,7 @@ def test_killed_process_keeps_its_results_and_later_stages_are_listed(kit, monke
     monkeypatch.setattr(kit, "child", lambda **job: pytest.fail("there is no time for this"))
     monkeypatch.setattr(kit, "prepare", lambda size: True)
     kit.measure(["tiny"], {"deltaw": {}})
-    assert kit.record["left_out"] == [f"tiny, deltaw, round {n}" for n in (1, 2, 3)]
+    assert kit.record["skipped"] == [f"tiny, deltaw, round {n}" for n in (1, 2, 3)]
 
 
 def test_different_losses_are_reported(kit, capsys):
@@ -105,7 +105,7 @@ def test_page_shows_results_of_gpus_only(scripts, kit, monkeypatch, tmp_path):
     assert figures.table("gpu").startswith("There are no results")
     kit.add("tiny", "deltaw", [{**result(10, [3.0, 2.0]), "planned_bytes": 2e9, "launches": 7}])
     kit.add("tiny", "PEFT", [result(5, [3.0, 2.001])])
-    kit.leave_out("tiny, PEFT, round 2")
+    kit.skip("tiny, PEFT, round 2")
     kit.save()
     kit.args.output.rename(file)
     with pytest.raises(ValueError, match="simulated device"):
@@ -114,7 +114,7 @@ def test_page_shows_results_of_gpus_only(scripts, kit, monkeypatch, tmp_path):
     text = figures.table("gpu")
     assert "| tiny, equal lengths, deltaw | 10.00 | 2.00 | 0.00 GB | 2.00 GB |  | 7 |" in text
     assert "| tiny, equal lengths, PEFT | 5.00 | 1.00 | 0.00 GB |  | 0.0010 |" in text
-    assert "- left out: tiny, PEFT, round 2\n" in text
+    assert "- skipped: tiny, PEFT, round 2\n" in text
 
 
 @in_checkout

@@ -50,7 +50,7 @@ def test_plan_contains_context_and_main_memory(plan_of):
 def test_report_names_the_missing_card(call, settings, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(settings(tmp_path / "run", device="cuda")))
     report = call("plan", str(tmp_path / "run.json")).out
-    assert "this card is not here" in report and "main memory while the weights are loaded" in report
+    assert "this machine has no such card" in report and "main memory while the weights are loaded" in report
     report = call("plan", str(tmp_path / "run.json"), "--memory", "24GB").out
     assert "of the 24.00 GB that are available: fits" in report
 

@@ -22,7 +22,7 @@ def torch_folder() -> Path:
 
 
 def is_cpu_build() -> bool:
-    """Return True if the installed torch contains no CUDA, which the fake device requires."""
+    """Return True if the installed torch was built without CUDA, as the fake device requires."""
     return runpy.run_path(str(torch_folder() / "version.py"))["cuda"] is None
 
 

@@ -1,4 +1,4 @@
-"""Compile attention to machine code for NVIDIA GPUs without one, and print the resources of the kernels.
+"""Compile attention to machine code for NVIDIA GPUs, without a GPU, and print the resources of the kernels.
 
     python -m tests.fake_cuda.compiled [--capabilities 75 80 89 90 120] [--heads 32/8/128 9/3/64] [--lengths 36 8192]
 
@@ -20,7 +20,8 @@ import unittest.mock
 from pathlib import Path
 from typing import Any
 
-# Opt-in limit of shared memory per block, by compute capability (CUDA C++ Programming Guide, technical specifications).
+# Opt-in limit of shared memory per block in KiB, by compute capability (CUDA C++ Programming Guide, technical
+# specifications).
 SHARED_MEMORY = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 HEADS = ("32/8/64", "32/8/128", "16/8/128", "9/3/64", "4/1/256")
 # Names of the entries of BLOCK_OPTIONS.
@@ -50,8 +51,8 @@ def main() -> None:
         subprocess.run([sys.executable, "-m", "tests.fake_cuda.compiled", *shared, str(capability)], check=True)
 
 
+# Kernels in the order of their compilation: name, resources in bytes, and whether they fit into the shared memory.
 KERNELS: list[dict[str, Any]] = []
-"""Kernels in the order of their compilation: name, resources in bytes, and whether they exceed the shared memory."""
 
 
 def install(capability: int) -> None:
@@ -120,7 +121,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def compile_attention(capability: int, heads: str, lengths: list[int]) -> list[str]:
-    """Return rows of the table for one shape of heads, trained on rows with a shared prefix."""
+    """Return rows of the table for one shape of heads, with gradients and a shared prefix."""
     import torch
 
     from deltaw.kernels import gpu_attention
@@ -130,12 +131,12 @@ def compile_attention(capability: int, heads: str, lengths: list[int]) -> list[s
 
     def ignore_values(implementation: Any, case: Any, reference: Any) -> str | None:
         problem = compare(implementation, case, lambda q, k, v, layout, **options: q + k.sum() + v.sum())
-        return problem if problem is not None and "different result" not in problem else None
+        return problem if problem is not None and "results differ" not in problem else None
 
     num_heads, key_heads, size = map(int, heads.split("/"))
     dtype = torch.bfloat16 if capability >= 80 else torch.float32  # as in runs
     rows: dict[bool, str] = {}
-    served: dict[str, list[str]] = {}
+    lengths_by_row: dict[str, list[str]] = {}
     for length in lengths:
         layout = Layout.of_lengths([length // 2, length - length // 2], [-1, 0])
         layout.device, first, is_short = torch.device("cuda"), len(KERNELS), length < gpu_attention.BLOCK
@@ -148,17 +149,17 @@ def compile_attention(capability: int, heads: str, lengths: list[int]) -> list[s
         case = next(case for case in gpu_attention._TRIALS if case.short == is_short and case.sizes[0] == size)
         if is_short not in rows:
             row = _describe(gpu_attention._TRIALS[case], KERNELS[first:])
-            # Without new kernels of attention, their code is that of the other length class.
+            # If no attention kernel was compiled, the code of the other length class runs.
             rows[is_short] = rows[not is_short] if rows and NOT_COMPILED in row else row
         elif len(KERNELS) != first:
             raise RuntimeError(f"length {length} did not use the kernels of its class")
-        served.setdefault(rows[is_short], []).append(str(length))
+        lengths_by_row.setdefault(rows[is_short], []).append(str(length))
     gpu_attention._TRIALS.clear()
-    return [f"| sm_{capability} | {heads} | {', '.join(served[row])} | {row}" for row in served]
+    return [f"| sm_{capability} | {heads} | {', '.join(names)} | {row}" for row, names in lengths_by_row.items()]
 
 
 def _describe(trial: Any, kernels: list[dict[str, Any]]) -> str:
-    """Return the blocks and the last forward and backward kernel, which have these blocks, as columns."""
+    """Return the columns of a row: the blocks, and the last forward and backward kernel compiled with them."""
     from deltaw.kernels import gpu_attention
     from deltaw.kernels.flex_attention import CompiledAttention
 

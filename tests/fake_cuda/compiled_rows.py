@@ -1,8 +1,8 @@
-"""Compile the row functions to machine code for an NVIDIA GPU without one, and print the names of their kernels.
+"""Compile the row functions to machine code for an NVIDIA GPU, without a GPU, and print the names of their kernels.
 
     python -m tests.fake_cuda.compiled_rows 90
 
-Prints a JSON object: for each function and kind of arguments, the kernels of the first length and of a second one.
+Prints a JSON object: for each function and kind of arguments, the kernels compiled for a first and for a second length.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ GIB = 2**30
 
 @dataclass
 class DeviceProperties:
-    """Values of ``torch.cuda.get_device_properties``. Those that tests do not change are of an average card."""
+    """Values of ``torch.cuda.get_device_properties``. Defaults are those of a typical card."""
 
     total_memory: int = 24 * GIB
     major: int = 8
@@ -43,12 +43,12 @@ class DeviceProperties:
 
 @dataclass
 class Activity:
-    """Counted activity of the device. Every value is a number of events by kind.
+    """Numbers of events on the device, by kind.
 
     Attributes:
         launches: Calls by operator. A real device may launch several kernels per call.
         synchronizations: Waits of the host by cause.
-        copies: ``host_to_device``, ``device_to_host``, and ``pageable`` for those in memory that is not pinned.
+        copies: ``host_to_device``, ``device_to_host``, and ``pageable`` (from or to host memory that is not pinned).
     """
 
     launches: Counter[str] = field(default_factory=Counter)
@@ -84,9 +84,16 @@ def configure(*, total_memory: int | None = None, capability: tuple[int, int] | 
         properties.major, properties.minor = capability
 
 
+def disable_compiled_kernels() -> None:
+    """Compute attention and row functions with torch's operators, because the device cannot run compiled kernels."""
+    from deltaw.kernels import compiled, gpu_attention
+
+    compiled.DEVICES = gpu_attention.DEVICES = ()
+
+
 @contextmanager
 def configured(**options: Any) -> Iterator[None]:
-    """Change the device as :func:`configure` does, and restore it on exit."""
+    """Context in which :func:`configure` applies."""
     before = {"total_memory": properties.total_memory, "capability": (properties.major, properties.minor)}
     configure(**options)
     try:
@@ -105,7 +112,7 @@ def activity() -> Activity:
 
 @contextmanager
 def recorded() -> Iterator[Activity]:
-    """Yield an object that contains the activity of the block after its end."""
+    """Context whose value contains the activity of the block, after the block."""
     before, result = activity(), Activity()
     try:
         yield result
@@ -148,7 +155,7 @@ def _define_c_functions() -> None:
 
 
 def _define_module_attributes() -> None:
-    """Replace what ``torch.cuda`` decided when it was imported without CUDA."""
+    """Replace attributes that ``torch.cuda`` set when it was imported without CUDA."""
     import torch
 
     class Stream(torch.Stream):

@@ -1,9 +1,9 @@
 """Counts of kernel launches on the fake device.
 
-An operator counts as one launch, except where a GPU runs another number of kernels:
+An operator counts as one launch, with these exceptions:
 
 - Functions that deltaw compiles run on the host here, without temporary buffers on the device. They count as the
-  kernels that Inductor generates for them (``test_kernels`` compiles them).
+  number of kernels that Inductor generates for them. ``test_kernels`` verifies this number.
 - Packed attention runs in tiles here, and counts as the kernels of FlexAttention.
 - Operators of lists of tensors count as the kernels of torch's multi-tensor implementation.
 """
@@ -40,7 +40,11 @@ TENSORS_PER_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 
 @dataclasses.dataclass
 class Launches:
-    """Launches and synchronizations so far."""
+    """Counter of launches and synchronizations.
+
+    Attributes:
+        corrections: Difference of the counted launches from the calls of operators.
+    """
 
     corrections: int = 0
 
@@ -49,7 +53,7 @@ class Launches:
         return now.launches.total() + self.corrections, now.synchronizations.total()
 
     def counting(self, function: Callable[..., Any], kernels: int | Callable[..., int]) -> Callable[..., Any]:
-        """Return a function whose calls count as a number of kernels, or as that function of the arguments."""
+        """Wrap a function so that each call counts as ``kernels`` launches, which may depend on the arguments."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             before, corrections = activity().launches.total(), self.corrections
@@ -61,7 +65,7 @@ class Launches:
         return call
 
     def compile_function(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Replace the function of this name in :mod:`deltaw.kernels.compiled`."""
+        """Replacement of :func:`deltaw.kernels.compiled.compile_function`."""
         return self.counting(on_host(function), KERNELS[function.__name__])
 
 
@@ -98,7 +102,7 @@ def multi_tensor_kernels(*args: Any, **kwargs: Any) -> int:
 
 @contextlib.contextmanager
 def counted_launches() -> Iterator[Launches]:
-    """Context in which launches are counted as described above."""
+    """Context in which launches are counted according to the rules of the module."""
     launches = Launches()
     names = [name for name in dir(torch) if name.startswith(("_foreach_", "_fused_adam"))]
     replaced: list[tuple[Any, str, Any]] = [(torch, n, multi_tensor_kernels) for n in names]

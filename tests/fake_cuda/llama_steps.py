@@ -17,7 +17,7 @@ from deltaw.training.loop import train
 from tests.fake_cuda.launches import Launches
 
 ROWS, LENGTH, VOCABULARY = 2, 48, 128
-# Steps until a training has checked that its parameters change, and one more.
+# Training verifies in its first steps that parameters change. Later steps are counted.
 STEPS = 4
 
 

@@ -3,8 +3,8 @@
     python -m tests.fake_cuda.mutations [--sample 20]
 
 A transfer is a call such as ``x.to(device)``, ``to_device(x, device)`` or ``torch.zeros(n, device=device)`` in
-``src/deltaw``. Every transfer is removed in turn, the tests that reach it run in a forked process, and transfers whose
-removal fails no test are listed.
+``src/deltaw``. Transfers are removed one at a time, and the tests that reach the transfer run in a forked process.
+Prints the transfers that can be removed without a failure.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 TESTS = [str(ROOT / "tests/training/test_device.py"), str(ROOT / "tests/fake_cuda/test_training.py")]
 HOOK = "__device_transfer__"
 
-# Sites are named by location and code.
+# A site is the location and the code of a transfer.
 sites: set[str] = set()
 reached: set[str] = set()
 removed: str | None = None

@@ -1,4 +1,4 @@
-"""Kernels that Inductor generates for GPUs: one per row function, and none for a second number of rows."""
+"""Inductor compiles each row function to few GPU kernels, which other numbers of rows reuse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Precisions of a GPU: fp16 with loss scaling before compute capability 8.0, no fp64, and weights of bitsandbytes."""
+"""Precisions of a GPU: fp16 with loss scaling below compute capability 8.0, no fp64, and weights of bitsandbytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stand-in for vLLM 0.33: the signatures and checks that deltaw's calls meet, over transformers on the CPU.
+"""Stand-in for vLLM 0.33: signatures and checks of the functions that deltaw calls, over transformers on the CPU.
 
 Like vLLM, it identifies adapters by id and cached prefixes by the adapter's name and path, rejects unknown arguments
 and unsupported adapters, and returns terminators among the tokens.
@@ -115,7 +115,7 @@ def _add_update(factors_A, factors_B, module, inputs, output):
 
 
 class LLMEngine:
-    """The engine. Adapters that are not loaded when a request needs them are loaded then, up to ``max_loras``."""
+    """Engine that loads up to ``max_loras`` adapters, at the latest when a request needs them."""
 
     def __init__(self, model: PreTrainedModel, max_model_len: int, max_loras: int, max_rank: int, max_logprobs: int):
         self.model_config = SimpleNamespace(max_model_len=max_model_len)
@@ -224,7 +224,7 @@ class LLMEngine:
 
 
 class LLM:
-    """Offline entry point. ``instances`` are all that were created."""
+    """Offline entry point. ``instances`` contains all created objects."""
 
     instances: ClassVar[list[LLM]] = []
 

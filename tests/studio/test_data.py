@@ -149,9 +149,9 @@ def test_page_names_spreadsheet_sheet_and_empty_rows(pages, kind):
     assert list(map(json.loads, rows)) == [{"text": "a", "label": 1}, {"text": "b", "label": 2.5}]
     shown = text_of(pages.get(f"{address}/data"))
     names = ("S2", "S1") if kind == "xlsx" else ("Data", "Notes")
-    assert f"the rows of the sheet “{names[0]}” of table.{kind}" in shown
+    assert f"Rows of the sheet “{names[0]}” in table.{kind}" in shown
     assert f"Other sheets are not used: {names[1]}." in shown
-    assert "1 empty row was left out, so later numbers differ." in shown
+    assert "1 empty row was skipped, so later row numbers differ." in shown
     assert f"table.{kind}</a>" in pages.get("/").text
 
 

@@ -153,11 +153,11 @@ def test_damaged_jobs_are_skipped_with_a_note_and_others_run(workspace: Workspac
     file.write_text("[" * 100_000)
     last = add(queue, "print('{}')").identity
     again = JobQueue(workspace)
-    assert capsys.readouterr().err.count("is skipped") == len(damages) + 1
+    assert capsys.readouterr().err.count("note: skipped ") == len(damages) + 1
     assert len(again.jobs()) == 3
     wait_for(lambda: again.job(last).state == "done", again)
     assert sorted(job.state for job in again.jobs()) == ["done", "failed", "failed"]
-    assert any("the command is damaged" in job.log for job in again.jobs())
+    assert any("the command is invalid" in job.log for job in again.jobs())
 
 
 @pytest.mark.usefixtures("code")

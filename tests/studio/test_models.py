@@ -289,7 +289,7 @@ def test_plan_that_takes_too_long_ends_with_advice(
         while isinstance(studio.worker.result("plan", {"name": "slow"}), Pending):
             assert time.monotonic() < deadline
             time.sleep(0.02)
-    assert "plan in place of train" in str(caught.value.hint)
+    assert "replace train by plan" in str(caught.value.hint)
 
 
 @pytest.mark.slow

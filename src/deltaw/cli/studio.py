@@ -61,8 +61,8 @@ def command(folder: Path, max_upload: str, no_browser: bool, **flags: Any) -> No
         click.echo(f"studio of {workspace.folder} at {address}")
         sys.stdout.flush()
         if not no_browser:
-            # Other users see the address in the command line of the browser, so it opens a file that only the user
-            # can read. Some browsers return only when they exit.
+            # Other users can see the browser's command line, so it contains a file that only this user can read.
+            # The call is in a thread because some browsers return only when they exit.
             page = redirect_page(file, address)
             threading.Thread(target=webbrowser.open, args=(page,), daemon=True).start()
 
@@ -77,7 +77,7 @@ def command(folder: Path, max_upload: str, no_browser: bool, **flags: Any) -> No
 
 
 def redirect_page(file: Path, address: str) -> str:
-    """Write a page that opens an address, and return the page's address. Returns the address itself on Windows."""
+    """Write a page that redirects to ``address``, and return its URI. On Windows, return ``address`` itself."""
     if os.name != "posix" or "microsoft" in platform.release().lower():  # Windows browsers cannot open paths of WSL
         return address
     with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as page:

@@ -15,14 +15,14 @@ from torch import Tensor
 from deltaw.decoding.sampling import NO_TOKEN, SamplingState
 from deltaw.kernels.layout import to_device
 
-# Number of tokens per row that are generated on a GPU before the host checks whether the rows have ended.
+# Number of tokens per row that are generated on a GPU before the host checks which rows have ended.
 STEPS_PER_SYNC = 16
 
 
 class DeviceSampler:
     """Samples tokens of a batch of requests without penalties, biases and constraints.
 
-    The host synchronizes with the device once per block.
+    The host synchronizes with the device once per ``steps_per_sync`` tokens of a row.
 
     Args:
         states: States of the requests.
@@ -30,7 +30,7 @@ class DeviceSampler:
         device: Device of the logits.
         receive: Called with tokens and log-probabilities, (steps, rows) each. Returns True to stop. Tokens are
             ``NO_TOKEN`` if the logits are not finite.
-        size: Number of steps per block.
+        steps_per_sync: Number of steps between synchronizations.
     """
 
     def __init__(
@@ -39,12 +39,12 @@ class DeviceSampler:
         steps: int,
         device: torch.device,
         receive: Callable[[np.ndarray, np.ndarray], bool],
-        size: int = STEPS_PER_SYNC,
+        steps_per_sync: int = STEPS_PER_SYNC,
     ) -> None:
-        self._receive, self._size, self._block = receive, size, list[Tensor]()
+        self._receive, self._steps_per_sync, self._block = receive, steps_per_sync, list[Tensor]()
         parameters = [(s.temperature, s.top_k, s.top_p, s.min_p) for s in (state.sampling for state in states)]
         table = np.hstack([np.array(parameters, np.float64), [state.random.random(steps) for state in states]])
-        self._greedy, self._sorts = not table[:, 0].any(), bool(table[:, 1].any() or table[:, 2].min() < 1)
+        self._is_greedy, self._needs_sort = not table[:, 0].any(), bool(table[:, 1].any() or table[:, 2].min() < 1)
         columns = to_device(torch.from_numpy(table), device)[:, :, None].unbind(1)
         self._temperature, self._top_k, self._top_p, self._min_p, *self._uniform = columns
 
@@ -52,11 +52,11 @@ class DeviceSampler:
         """Return the next tokens (rows,) for fp32 logits (rows, vocabulary), or None to stop."""
         best, uniform = logits.max(-1), self._uniform.pop(0)
         tokens = best.indices
-        if not self._greedy:
+        if not self._is_greedy:
             tokens = self._sample(logits - best.values[:, None], uniform).where(self._temperature[:, 0] > 0, tokens)
         logprobs = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
         self._block.append(torch.stack((tokens.where(best.values.isfinite(), NO_TOKEN).double(), logprobs.double())))
-        if len(self._block) == self._size or not self._uniform:
+        if len(self._block) == self._steps_per_sync or not self._uniform:
             block, self._block = torch.stack(self._block, 1).numpy(force=True), []
             if self._receive(block[0].astype(np.int64), block[1]):
                 return None
@@ -65,7 +65,7 @@ class DeviceSampler:
     def _sample(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """Sample tokens (rows,) by inverse transform sampling, from logits whose maximum is 0."""
         weights = (logits / self._temperature.float().clamp(min=1e-30)).exp()
-        if self._sorts:
+        if self._needs_sort:
             ordered, order = weights.sort(dim=-1, descending=True, stable=True)
             count = self._top_k.where(self._top_k > 0, ordered.shape[-1]).clamp(max=ordered.shape[-1]).long()
             ordered = ordered.where(ordered >= ordered.gather(-1, count - 1), 0)

@@ -1,7 +1,7 @@
 """Text generation with vLLM on CUDA devices. vLLM is optional (``pip install vllm``).
 
-vLLM loads the files of the base model itself and reads adapters from folders in PEFT's format. The folders are written
-with a single rank and with scalings folded into B, so vLLM can drop no feature of an adapter.
+vLLM loads the base model from its files. Adapters are written to temporary folders in PEFT's format, with a single rank
+and with the scaling multiplied into B, so there is no option of an adapter that vLLM could ignore.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from deltaw.tensor_files import save_tensors
 
 # Factors by the names of layers.
 Layers = Mapping[str, Factors]
-# Maximum ranks that vLLM supports.
+# Values that vLLM accepts as maximum rank.
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Fraction of the free GPU memory for keys and values.
 _CACHE_SHARE = 0.25
@@ -45,15 +45,15 @@ _SHARED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "pres
 
 
 def prefers_vllm(session: AdaptedModel) -> bool:
-    """True if the model should generate with vLLM, if possible."""
+    """True if vLLM should generate if it supports the model."""
     return session.sampler == "vllm" or (session.sampler == "auto" and session.model.device.type == "cuda")
 
 
 def session_layers(session: AdaptedModel, name: str | None) -> dict[str, Layers]:
-    """Return the factors of the session's current adapter by this name. Empty if the name is None.
+    """Return the factors of the session's current adapter under ``name``. Empty if ``name`` is None.
 
     Raises:
-        NotDecodable: if the adapter is more than factors.
+        NotDecodable: if the adapter contains more than LoRA factors.
     """
     layers = {} if name is None else attached_factors(session.model)
     if isinstance(layers, str):
@@ -95,7 +95,7 @@ class VLLMScheduler(SequenceScheduler):
 
             self._engine = vllm.LLM(str(model.name_or_path), enable_prefix_caching=True, **options).llm_engine
         except Exception as error:  # vLLM reports missing support, invalid files and a lack of memory in many ways
-            raise NotDecodable(f"vLLM does not load the model: {_first_line(error)}") from error
+            raise NotDecodable(f"vLLM cannot load the model: {_first_line(error)}") from error
         self._params, self._lora_request, self._delta = vllm.SamplingParams, LoRARequest, RequestOutputKind.DELTA
         num_tokens, head = weight_shape(model.get_input_embeddings())[0], get_output_head(model)
         vocabulary = num_tokens if head is None else weight_shape(head)[0]
@@ -123,7 +123,7 @@ class VLLMScheduler(SequenceScheduler):
                 Path(previous.lora_path, WEIGHTS_NAME).unlink()
             self._engine.add_lora(request)
         except Exception as error:
-            raise NotDecodable(f"vLLM does not load the adapter: {_first_line(error)}") from error
+            raise NotDecodable(f"vLLM cannot load the adapter: {_first_line(error)}") from error
         self._adapters[name] = request
 
     def step(self) -> None:
@@ -141,7 +141,7 @@ class VLLMScheduler(SequenceScheduler):
         self._remove_finished()
 
     def _remove_finished(self) -> None:
-        """Remove requests that have finished, from vLLM too if they ended early."""
+        """Remove finished requests, and abort those that vLLM still runs."""
         finished = [name for name, sequence in self._requests.items() if sequence.handle.done]
         self._engine.abort_request(finished)
         self._requests = {name: sequence for name, sequence in self._requests.items() if name not in finished}
@@ -152,7 +152,7 @@ class VLLMScheduler(SequenceScheduler):
             sequence.finish("length")
             return
         if sequence.matcher is not None:
-            message, hint = "constraints are unavailable when vLLM generates", "use --sampler transformers"
+            message, hint = "constraints are not supported with vLLM", "use --sampler transformers"
             self.end(sequence, UnsupportedError(message, location="constraint", hint=hint))
             return
         request, sampling, name = sequence.request, sequence.request.sampling, f"request-{next(self._numbers)}"
@@ -169,7 +169,7 @@ class VLLMScheduler(SequenceScheduler):
             self._engine.add_request(name, prompt, params, lora_request=adapter)
             self._requests[name] = sequence
         except Exception as error:  # for example a temperature above 2; affects only this sequence
-            self.end(sequence, UserError(f"vLLM rejects the request: {_first_line(error)}", location="sampling"))
+            self.end(sequence, UserError(f"vLLM rejected the request: {_first_line(error)}", location="sampling"))
 
     def _receive(self, sequence: SequenceState, output: Any) -> None:
         """Append new tokens of a request."""
@@ -196,14 +196,14 @@ def _require_supported(session: AdaptedModel, adapters: Mapping[str, Layers]) ->
     outer = {name for name, module in model.named_modules(remove_duplicate=False) if id(module) in head}
     reasons = {
         "vLLM needs a CUDA device": model.device.type != "cuda",
-        "vLLM would use the first GPU": model.device.index not in (None, 0),
+        "vLLM runs only on the first GPU": model.device.index not in (None, 0),
         "vLLM is not installed (pip install vllm)": importlib.util.find_spec("vllm") is None,
-        "vLLM reads text only": session.text_tokenizer is None,
-        "vLLM would use the weights without quantization": bool(types & {torch.int8, torch.uint8}),
+        "vLLM is used only for text models": session.text_tokenizer is None,
+        "vLLM would load the weights without quantization": bool(types & {torch.int8, torch.uint8}),
         "vLLM supports only adapters of the method lora": not all(adapters.values()),
         "vLLM would apply the adapter to all tokens": method is not None and method.invocation is not None,
         "vLLM needs bf16 or fp16 weights for adapters": bool(adapters) and model.dtype == torch.float32,
-        "vLLM adapts no embeddings and heads": any(outer & layers.keys() for layers in adapters.values()),
+        "vLLM does not adapt embeddings and heads": any(outer & layers.keys() for layers in adapters.values()),
     }
     if (reason := next((text for text, applies in reasons.items() if applies), None)) is not None:
         raise NotDecodable(reason)

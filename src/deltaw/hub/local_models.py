@@ -14,7 +14,7 @@ from deltaw.hub import packages
 from deltaw.hub.folders import config_folder, fetch_error, find_cached, resolve, resolve_hub_id
 
 UNKNOWN = "unknown"
-# Depth of the model search, and bytes of a file that are searched for facts and for a chat template.
+# Depth of the model search, and bytes of a file that are searched for metadata and for a chat template.
 MAX_DEPTH, HEAD_BYTES, MAX_HEADER_BYTES = 2, 2**18, 2**24
 # Uses of models: write text, read text, read images.
 WRITES, READS, IMAGES = "writes text", "reads text", "reads images"
@@ -34,8 +34,8 @@ class ModelInfo:
         bytes: Size of its files, or None if it is unknown.
         license: Name of the license, or ``unknown``.
         is_local: True if the model is on this machine.
-        use: ``WRITES``, ``READS`` or ``IMAGES``, or '' if it is unknown.
-        about: Its size, use and languages in words.
+        use: ``WRITES``, ``READS`` or ``IMAGES``, or '' if unknown.
+        about: Description for the user: size, use and languages.
     """
 
     reference: str
@@ -132,7 +132,7 @@ def _size(path: Path) -> int:
 
 
 def _model(reference: str, name: str, kind: str, path: Path) -> ModelInfo:
-    """Return a model on this machine, with the facts that its files state."""
+    """Describe a model on this machine from the metadata in its files."""
     if path.is_file():
         use, size = READS if "bert" in _stated(path, "architecture") else WRITES, _stated(path, "size_label")
         is_tuned = b"tokenizer.chat_template" in _read(path, MAX_HEADER_BYTES)

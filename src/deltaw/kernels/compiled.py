@@ -1,8 +1,8 @@
-"""Functions of rows that ``torch.compile`` turns into one kernel each on CUDA devices.
+"""Row-wise functions that ``torch.compile`` turns into one kernel each on CUDA devices.
 
-A compiled function is used only after a trial: the first time that arguments of some kind occur, its results for a few
-of their rows are compared with those of torch's operators on the same device. If the trial fails, torch's operators run
-and :func:`notes` reports the reason.
+A compiled function must pass a trial for each combination of shapes, types and options: its results for a few rows are
+compared with those of torch's operators on the same device. If the trial fails, torch's operators are used and
+:func:`notes` reports the reason.
 """
 
 from __future__ import annotations
@@ -18,23 +18,28 @@ from deltaw.kernels.torch_private import compile_errors, in_dispatch_mode, mark_
 
 # Device types with a compiler for kernels.
 DEVICES = ("cuda",)
-# Names of tensors without rows.
+# Names of tensor arguments that all rows share.
 SHARED = ("weight", "bias")
 # Maximum number of rows in a trial.
 TRIAL_ROWS = 48
-# Maximum relative difference (of norms) from torch's operators.
+# Maximum norm of the difference from torch's operators, relative to the norm of their result, by type.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}
 
 _REASONS: dict[str, None] = {}
 
 
 def notes() -> list[str]:
-    """Return why functions are not compiled after a failed trial, one line per reason."""
+    """Return messages for the user: the functions that are not compiled, each with the reason."""
     return list(_REASONS)
 
 
 class CompiledFunction:
-    """A function of tensors with one row per token, which it may overwrite, and of :data:`SHARED` tensors."""
+    """Function that is compiled at the first call.
+
+    Args:
+        function: Takes keyword arguments: tensors with a row per token, which it may overwrite, :data:`SHARED` tensors,
+            and options.
+    """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -44,7 +49,7 @@ class CompiledFunction:
         """Call the function without recording a graph. The first argument must be a tensor of rows."""
         first: Any = next(iter(arguments.values()))
         is_real = first.device.type in DEVICES and type(first) in PLAIN_TYPES and not in_dispatch_mode()
-        if not is_real or first.dtype not in TOLERANCE or len(first) < 2:  # compilers specialize for one row
+        if not is_real or first.dtype not in TOLERANCE or len(first) < 2:  # torch compiles a size of 1 separately
             return self.function(**arguments)
         arguments = {name: v.detach() if isinstance(v, Tensor) else v for name, v in arguments.items()}
         key = (first.device, *map(_kind, arguments.values()))
@@ -79,12 +84,12 @@ class CompiledFunction:
 
 
 def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function. Reductions are not split, because a split takes two kernels."""
+    """Compile a function without splitting reductions, because a split reduction needs two kernels."""
     return torch.compile(function, fullgraph=True, options={"split_reductions": False})
 
 
 def _first_rows(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments with copies of the first rows."""
+    """Return the arguments with row tensors replaced by copies of their first rows."""
     return {k: v[:TRIAL_ROWS].clone() if isinstance(v, Tensor) and k not in SHARED else v for k, v in arguments.items()}
 
 

@@ -5,8 +5,7 @@ visible or skipped. Within a partial block two numbers per token decide: its ran
 walk of the tree, and the end of its segment's subtree in that order. A query sees a key if rank[key] ≤ rank[query] <
 end[key]. Packed rows are usually laid out in this order, so ranks equal positions.
 
-Everything that a layout determines is in tensors, so a layout with another length or window runs the same compiled
-kernels.
+All values that depend on the layout are in tensors, so layouts of other lengths and windows reuse the compiled kernels.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ from deltaw.kernels.torch_private import compile_errors, inductor_backend, unrec
 BLOCK = 128
 # Queries per chunk when visible pairs are counted. Limits the memory of a long row.
 QUERIES_PER_COUNT = 1024
-# Always the main kernel: the kernel for less than 128 queries fails for most numbers of grouped heads.
+# Always use the main kernel: the one for fewer than 128 queries fails for most ratios of query to key heads.
 KERNEL_OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
 
 _names = itertools.count()
 
 
 class UnfusedError(RuntimeError):
-    """Raised instead of running FlexAttention without generated kernels."""
+    """torch would run FlexAttention without generated kernels."""
 
 
 def compile_failures() -> tuple[type[Exception], ...]:
@@ -50,10 +49,10 @@ class CompiledAttention:
     Args:
         scaling: Factor applied to the attention scores.
         softcap: Soft cap of the scores or None.
-        kernel_options: Options of the kernels, in addition to :data:`KERNEL_OPTIONS`.
+        kernel_options: Options of the kernels in addition to :data:`KERNEL_OPTIONS`.
 
     Attributes:
-        kernel_options: The argument.
+        kernel_options: Options of the kernels.
         compilations: Number of times that torch compiled the function.
     """
 
@@ -75,10 +74,10 @@ class CompiledAttention:
         self._compiled: Callable[..., Tensor] = torch.compile(compiled, backend=counting, dynamic=True, fullgraph=True)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, window: int | None) -> Tensor:
-        """Attend with (heads, T, d) tensors.
+        """Compute attention of (heads, T, d) tensors.
 
-        The compiled function gets tensors with one stride order that are not views, and all or none of them require a
-        gradient, because torch compiles each such combination separately.
+        torch compiles each combination of strides, views and ``requires_grad`` separately. So the compiled function
+        gets contiguous tensors that are not views, and either all or none of them require a gradient.
         """
         tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
         with torch.set_grad_enabled(tracked):
@@ -111,7 +110,7 @@ def attention_function(
     scale_text, cap_text = repr(float(scaling)), None if softcap is None else repr(float(softcap))
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
-        # Numbers from texts are constants for torch.compile. It would make captured floats arguments of the kernels.
+        # torch.compile would turn captured floats into kernel arguments. Floats parsed from strings are constants.
         score_mod = None
         if cap_text is not None:
             cap = float(cap_text)

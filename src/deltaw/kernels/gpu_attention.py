@@ -1,11 +1,12 @@
-"""Packed attention by the kernels that torch has for GPUs, which are used only after a trial.
+"""Packed attention with torch's GPU kernels, each of which must pass a trial before it is used.
 
-Rows without a shared prefix run torch's variable-length attention (FlashAttention, 16-bit types, no soft cap). Other
-rows, types and caps run FlexAttention (:mod:`deltaw.kernels.flex_attention`). Tiles compute everything else.
+Rows without a shared prefix use torch's variable-length attention (FlashAttention) if the type has 16 bits and there is
+no soft cap. Other calls use FlexAttention (:mod:`deltaw.kernels.flex_attention`). If no kernel is available, the caller
+computes attention in tiles.
 
-The first time that heads of some shape occur with a length class, forward and backward of a small tree are compared
-with the reference. Shared memory and stack of the compiled kernels must fit the GPU, or smaller blocks are compiled. A
-failed trial does not affect other shapes and lengths. :func:`notes` reports it.
+A trial runs once per :class:`KernelCase`. It compares the output and the gradients of a small tree with the reference.
+It also checks the shared memory and the stack of the compiled kernels. If they exceed the GPU's limits, smaller blocks
+are compiled. A failed trial does not affect other cases. :func:`notes` reports it.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from deltaw.kernels.flex_attention import BLOCK, CompiledAttention, compile_fail
 from deltaw.kernels.layout import Layout, to_device
 from deltaw.kernels.torch_private import compiled_modules, in_dispatch_mode
 
-# Device types that torch compiles FlexAttention's backward for.
+# Device types for which torch compiles FlexAttention's backward.
 DEVICES = ("cuda",)
-# Maximum relative difference (of norms) from the reference in a trial, by input type.
+# Maximum norm of the difference from the reference in a trial, relative to the reference's norm, by input type.
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 # Segment lengths and parents of the trial trees: shorter than a block, and several blocks. torch compiles the two
 # separately. Trials of variable-length attention use the same lengths without parents.
 SHORT_TREE, LONG_TREE = ((50, 20, 11, 9), (-1, 0, 0, -1)), ((300, 200, 65, 40), (-1, 0, -1, 2))
-# Maximum stack of a GPU thread in bytes. The driver reserves it for every thread that the GPU can run at a time.
+# Maximum stack of a GPU thread in bytes. The driver reserves it for all threads that the GPU can run concurrently.
 MAX_STACK = 1024
-# Part of the message if a kernel cannot be loaded.
+# Part of Triton's message if a kernel needs more resources than the GPU has.
 OUT_OF_RESOURCES = "out of resource"
 VARLEN, FLEX = "variable-length attention", "FlexAttention"
 # FlexAttention's block sizes in the order of trials: torch's defaults for the GPU, then a backward with smaller blocks
@@ -49,7 +50,7 @@ Attend = Callable[..., Tensor]
 
 
 class KernelCase(NamedTuple):
-    """Calls that share a trial: inputs for which torch runs the same compiled kernels."""
+    """Properties of a call that select torch's compiled kernels. Calls with equal properties share a trial."""
 
     kernel: str
     device: torch.device
@@ -81,19 +82,19 @@ class KernelTrial:
 
 
 _TRIALS: dict[KernelCase, KernelTrial] = {}
-# Excess of resources by the options and the case without its length class. Both classes can share one compiled module.
+# Result of :func:`_excess` by case (without its length class) and kernel options. Both classes can share a module.
 _EXCESS: dict[tuple[KernelCase, str], str | None] = {}
 
 
 def notes() -> list[str]:
-    """Return every failed trial with its reason, and the number of recompilations if any, as lines for the user."""
+    """Return messages for the user: each failed trial with its reason, and the number of recompilations."""
     lines = []
     for case, trial in _TRIALS.items():
         if trial.problem is not None:
             lines.append(f"attention of {case}: {_consequence(case, trial)} ({trial.problem})")
     compiled = [trial.attend for trial in _TRIALS.values() if isinstance(trial.attend, CompiledAttention)]
     if recompilations := sum(attend.compilations - 1 for attend in compiled):
-        lines.append(f"FlexAttention was recompiled {recompilations} times for inputs that its trials do not cover")
+        lines.append(f"FlexAttention was recompiled {recompilations} times for inputs that no trial covers")
     return list(dict.fromkeys(lines))
 
 
@@ -113,10 +114,10 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor | None:
-    """Return causal packed attention by a kernel of torch, or None if no kernel supports it.
+    """Return causal packed attention computed by one of torch's kernels, or None if no kernel supports the call.
 
-    Always None for fake tensors and inside dispatch modes, because a dry run must not compile anything. Also None for a
-    single token, and for a short prefix tree without gradients, which takes less time than a compilation.
+    Returns None for fake tensors and inside dispatch modes, because a dry run must not compile anything. Also returns
+    None for a single token, and for a short prefix tree without gradients, which does not justify a compilation.
 
     Args:
         query: (heads, T, d) queries.
@@ -134,8 +135,8 @@ def attend(
     heads, sizes = (query.shape[0], key.shape[0]), (query.shape[-1], value.shape[-1])
     tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     flags = window is not None, tracked, layout.length < BLOCK
-    shares_nothing, is_16_bit = (layout.parents < 0).all(), query.dtype in (torch.bfloat16, torch.float16)
-    kernels = [VARLEN] if shares_nothing and is_16_bit and softcap is None else []
+    has_prefix, is_16_bit = (layout.parents >= 0).any(), query.dtype in (torch.bfloat16, torch.float16)
+    kernels = [VARLEN] if not has_prefix and is_16_bit and softcap is None else []
     if tracked or layout.length >= BLOCK:
         kernels.append(FLEX)
     for kernel in kernels:
@@ -157,16 +158,16 @@ def _implementations(case: KernelCase) -> Iterator[Attend]:
         return
     from torch.nn.attention import varlen
 
-    varlen_attn: Any = varlen.varlen_attn  # its result may be a tuple, depending on an option
+    varlen_attn: Any = varlen.varlen_attn  # returns a tuple with some options
 
     def attend_rows(query: Tensor, key: Tensor, value: Tensor, layout: Layout, window: int | None) -> Tensor:
         if VARLEN not in layout.masks:
             stops = torch.tensor([0, *layout.stops.tolist()], dtype=torch.int32)
             layout.masks[VARLEN] = to_device(stops, layout.device), int((layout.stops - layout.starts).max())
-        stops, longest = layout.masks[VARLEN]
-        tensors, reach = (t.transpose(0, 1) for t in (query, key, value)), -1 if window is None else window - 1
-        options = {"scale": case.scaling, "window_size": (reach, 0), "enable_gqa": case.heads[0] != case.heads[1]}
-        return varlen_attn(*tensors, stops, stops, longest, longest, **options).transpose(0, 1)
+        stops, max_length = layout.masks[VARLEN]
+        tensors, keys_before = (t.transpose(0, 1) for t in (query, key, value)), -1 if window is None else window - 1
+        options = {"scale": case.scaling, "window_size": (keys_before, 0), "enable_gqa": case.heads[0] != case.heads[1]}
+        return varlen_attn(*tensors, stops, stops, max_length, max_length, **options).transpose(0, 1)
 
     yield attend_rows
 
@@ -174,17 +175,18 @@ def _implementations(case: KernelCase) -> Iterator[Attend]:
 def _run_trials(case: KernelCase, reference: Callable[..., Tensor]) -> KernelTrial:
     """Return the first implementation that computes the reference's results within the GPU's resources."""
     problems: list[str] = []
-    # Outside of the caller's hooks for saved tensors, with which checkpointing would count the tensors of the trial.
+    # Disable the caller's hooks for saved tensors: checkpointing would count the trial's tensors.
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t), torch.set_grad_enabled(case.tracked):
         try:
             for implementation in _implementations(case):
                 before = set(map(id, compiled_modules()))
-                problem = _difference(implementation, case, reference)
+                difference = _difference(implementation, case, reference)
                 modules = [module for module in compiled_modules() if id(module) not in before]
-                if (excess := _excess(modules, case, implementation) if problem is None else problem) is None:
+                problem = _excess(modules, case, implementation) if difference is None else difference
+                if problem is None:
                     return KernelTrial(implementation, problems[0] if problems else None)
-                problems.append(excess)
-                if problem is not None and OUT_OF_RESOURCES not in problem:
+                problems.append(problem)
+                if difference is not None and OUT_OF_RESOURCES not in difference:
                     break  # smaller blocks would fail too
         except Exception as error:  # this version of torch does not have the kernel
             problems.append(_failure_message(error))
@@ -204,13 +206,13 @@ def _difference(implementation: Attend, case: KernelCase, reference: Callable[..
     try:
         rounded = [t.to(case.dtype) for t in leaves]
         actual = _with_gradients(lambda *inputs: implementation(*inputs, layout, window), rounded)
-    except Exception as error:  # compilers raise many types; another implementation remains
+    except Exception as error:  # compilers raise many types; the next implementation is tried
         return _failure_message(error)
     expected = _with_gradients(lambda *inputs: reference(*inputs, layout, **options), leaves)
     differences = [float((a.float() - b).norm() / b.norm()) for a, b in zip(actual, expected, strict=True)]
     if all(difference <= TOLERANCE[case.dtype] for difference in differences):  # False for NaN
         return None
-    return f"a different result than the reference, relative differences {', '.join(f'{d:.1e}' for d in differences)}"
+    return f"results differ from the reference, relative differences {', '.join(f'{d:.1e}' for d in differences)}"
 
 
 def _with_gradients(attention: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
@@ -224,9 +226,9 @@ def _with_gradients(attention: Callable[..., Tensor], inputs: list[Tensor]) -> l
 
 
 def _excess(modules: list[Any], case: KernelCase, implementation: Attend) -> str | None:
-    """Return how the Triton kernels of new compiled modules exceed the GPU's resources, or None if they do not.
+    """Return how the Triton kernels of newly compiled modules exceed the GPU's resources, or None if they fit.
 
-    Without a new module, the code is that of the other length class, and so is the result.
+    If nothing was compiled, the code of the other length class runs, and its result is returned.
     """
     key = case._replace(short=False), str(getattr(implementation, "kernel_options", None))
     if modules or key not in _EXCESS:
@@ -249,7 +251,7 @@ def _excess_of_kernels(modules: list[Any], device: torch.device) -> str | None:
 
 
 def _failure_message(error: Exception) -> str:
-    """Return the exception's type and the first line of its message, or the line about resources if there is one."""
+    """Return the exception's type and one line of its message: the line about resources, or else the first one."""
     lines = str(error).splitlines() or [""]
     line = next((line for line in lines if OUT_OF_RESOURCES in line), lines[0])
     return f"{type(error).__name__}: {line[:140]}"

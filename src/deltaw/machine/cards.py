@@ -1,17 +1,17 @@
-"""Memory of CUDA devices, also of those that are not on this machine. Torch is imported only by functions."""
+"""Memory of CUDA devices, on this machine or assumed for a plan. Functions import torch, which is slow."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 
-# Approximate size of a CUDA context with torch's kernels and libraries.
+# Approximate size of a CUDA context with torch's kernels and libraries. Not measured.
 CONTEXT_BYTES = 500 << 20
-# Default size of a cuBLAS workspace: on Hopper and later, and before (4096 KiB twice and 16 KiB eight times).
+# Default size of a cuBLAS workspace from compute capability 9.0 on, and below (2 × 4,096 KiB + 8 × 16 KiB).
 WORKSPACE_BYTES = (32 << 20, 8320 << 10)
 
 
 def card_memory(device: str) -> tuple[int, int] | None:
-    """Return the free and the total bytes of a CUDA device, or None if it is not on this machine."""
+    """Return the free and the total bytes of a CUDA device, or None if this machine has none."""
     import torch
 
     return torch.cuda.mem_get_info(device) if torch.cuda.is_available() else None
@@ -35,7 +35,7 @@ def workspace_bytes(device: str) -> int:
 
 
 def compiles_kernels() -> bool:
-    """Return True if torch compiles kernels for the CUDA device, which is assumed if it is not on this machine."""
+    """Return True if torch can compile kernels for CUDA. Assumed if this machine has no CUDA device."""
     import torch
 
     return not torch.cuda.is_available() or (torch.version.cuda is not None and find_spec("triton") is not None)

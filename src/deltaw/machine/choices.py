@@ -197,10 +197,10 @@ def loading_precision(device: str, precision: str) -> str:
 
 
 def require_bitsandbytes(subject: str) -> None:
-    """Raise a UserError if bitsandbytes, or accelerate, which transformers loads its layers with, is missing."""
+    """Raise a UserError if bitsandbytes is missing, or accelerate, which transformers needs to load its layers."""
     if missing := [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]:
         raise UserError(f"{subject} needs {', '.join(missing)}", hint='pip install "deltaw[cuda]"')
-    # It warns in each int8 product that inputs are in bf16.
+    # bitsandbytes warns in each int8 product that inputs are in bf16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 

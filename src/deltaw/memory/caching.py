@@ -1,40 +1,42 @@
-"""Simulation of torch's CUDA caching allocator, which reserves memory in segments and splits them into blocks."""
+"""Simulation of torch's CUDA caching allocator, which reserves segments of memory and splits them into blocks."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 
-# From CUDACachingAllocator.cpp.
+# Constants of CUDACachingAllocator.cpp, in bytes. Blocks are multiples of BLOCK. Blocks up to SMALL are in segments of
+# SMALL_SEGMENT, larger ones in segments of LARGE_SEGMENT. From OWN_SEGMENT on, a block has a segment of its size.
 BLOCK, MIB = 512, 2**20
 SMALL, SMALL_SEGMENT, LARGE_SEGMENT, OWN_SEGMENT, SEGMENT_MULTIPLE = MIB, 2 * MIB, 20 * MIB, 10 * MIB, 2 * MIB
 
 
 class CachingAllocator:
-    """Allocator that never returns a segment. torch does so only if the device has no memory left.
+    """Allocator that never frees a segment. torch does so only if the device has no memory left.
 
     Attributes:
-        reserved_bytes: Bytes of all segments.
+        reserved_bytes: Total size of the segments.
     """
 
     def __init__(self) -> None:
         self.reserved_bytes = self._end = 0
-        # Free blocks: (size, start) by pool, the size by the start, and the start by the end.
+        # Free blocks: sorted (size, start) per pool (True: small), sizes by start, and starts by end.
         self._pools: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
         self._sizes, self._starts = dict[int, int](), dict[int, int]()
 
     def allocate(self, size: int) -> tuple[int, int]:
-        """Return the start and the size of a block for ``size`` bytes. Small remainders of a block are not split."""
+        """Return the start and the size of a block of at least ``size`` bytes. Small remainders are not split off."""
         size = -(-size // BLOCK) * BLOCK
-        pool, rest_to_split = self._pools[size <= SMALL], BLOCK if size <= SMALL else SMALL + 1
+        pool, min_remainder = self._pools[size <= SMALL], BLOCK if size <= SMALL else SMALL + 1
         if (index := bisect_left(pool, (size, 0))) < len(pool):
             total, start = pool[index]
             self._take(start, size <= SMALL)
         else:
-            own = -(-size // SEGMENT_MULTIPLE) * SEGMENT_MULTIPLE
-            total, start = SMALL_SEGMENT if size <= SMALL else LARGE_SEGMENT if size < OWN_SEGMENT else own, self._end
+            rounded = -(-size // SEGMENT_MULTIPLE) * SEGMENT_MULTIPLE
+            total = SMALL_SEGMENT if size <= SMALL else LARGE_SEGMENT if size < OWN_SEGMENT else rounded
+            start = self._end
             self._end += total + BLOCK  # blocks of different segments are not neighbors
             self.reserved_bytes += total
-        if total - size >= rest_to_split:
+        if total - size >= min_remainder:
             self._add(start + size, total - size, size <= SMALL)
             total = size
         return start, total

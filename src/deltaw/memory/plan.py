@@ -1,6 +1,6 @@
 """Predicted memory of a run by part: its tensors, and the rest of the process. Predicted time. Arguments of plans.
 
-The plan of a run on CUDA is that of the device's memory. Its main memory is a single number.
+On CUDA, a plan describes the memory of the device. Main memory is a single number (``host_bytes``).
 
 Tensors are known from a dry run on fake tensors (:mod:`deltaw.memory.simulation`). The process also contains the
 interpreter with its libraries, the rows, kernels compiled by the matrix library, and memory that the allocator cannot

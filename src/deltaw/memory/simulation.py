@@ -4,8 +4,8 @@ Floating-point tensors are fake: they have a shape, a dtype and a storage size, 
 ``FakeTensorMode``). Integers and booleans (token ids, positions, masks, layouts) are computed, because programs branch
 on them. Reading a number from a fake tensor yields 1.
 
-A run on another device is simulated on fake CPU tensors that report this device to Python code. So the program takes
-the branches of the device, and neither the device nor a torch build for it is needed.
+A run on another device is simulated on fake CPU tensors that report this device to Python code. Python code takes the
+branches of that device, and neither the device nor a torch build for it is required.
 """
 
 from __future__ import annotations
@@ -588,7 +588,7 @@ class _FakeTensorRouter(DispatchMode):
 
     def _dispatch_on_device(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """Run an operator of a program on another device, whose tensors are fake CPU tensors here."""
-        if func in (_aten.is_pinned.default, PIN_MEMORY):  # copies in the main memory
+        if func in (_aten.is_pinned.default, PIN_MEMORY):  # pinned host memory
             return True if func is _aten.is_pinned.default else args[0]
         if func is _aten.histc.default and _is_integral(args[0].dtype):  # only devices have it
             with without_dispatch():
@@ -758,7 +758,7 @@ def _reported_device(tensor: Tensor) -> torch.device:
 
 @contextlib.contextmanager
 def _on_device(device: str) -> Iterator[None]:
-    """Let fake tensors report ``device`` to the code of this thread that runs outside of operators."""
+    """Context in which fake tensors report ``device`` to Python code of this thread, but not inside operators."""
     if device == "cpu":
         yield
         return
@@ -788,7 +788,7 @@ def simulate(
         models: Existing models. Their parameters and buffers count as weights or trainable parameters, and modules are
             reported by their names in them.
         vocabularies: Floating-point tensors whose last dimension has one of these sizes count as logits.
-        device: Device of the run. It need not exist.
+        device: Device of the run. It does not have to exist on this machine.
     """
     with fake_tensors(), _on_device(device), MemoryTracker(vocabularies=vocabularies, device=device) as tracker:
         for model in models:

@@ -60,7 +60,9 @@ def plan_text(plan: Plan, free: int | None, processes: int = 1) -> list[Text]:
     trained = f"{plan.trained_parameters:,} of {plan.total_parameters:,} parameters trained ({share:.2%})"
     if free is None:
         free = total
-        lines = [Text(f"{needs}; this card is not here: set memory to its size, such as 24GB, to check if it fits")]
+        lines = [
+            Text(f"{needs}; this machine has no such card: set memory to its size, such as 24GB, to check if it fits")
+        ]
     else:
         lines = [Text(f"{needs} of the {gigabytes(free)} that are {'free' if is_cpu else 'available'}: ") + verdict]
     if total > free:

@@ -175,7 +175,9 @@ class RunConfig(BaseModel):
     )
     # Then a section per task with settings, from the task registry.
     force: bool = setting(False, "train even if the plan exceeds the machine's memory")
-    memory: str | None = setting(None, "limit such as 2GB of the process, on CUDA of the card; met by checkpointing")
+    memory: str | None = setting(
+        None, "memory limit such as 2GB, of the process or the CUDA card; met by checkpointing"
+    )
     precision: Literal["auto", "bf16", "fp16", "fp32", "int8", "gguf", "nf4"] = setting(
         "auto",
         "precision of the frozen weights; int8 and nf4 apply to linear layers of blocks; gguf: as in the file; "

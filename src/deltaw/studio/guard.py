@@ -116,7 +116,7 @@ class SessionGuard:
         if path.startswith("/static/"):
             return None
         is_read = request.method in ("GET", "HEAD")
-        if not (_is_own_read(request) if is_read else _is_same_origin(request)):
+        if not (_is_permitted_read(request) if is_read else _is_same_origin(request)):
             return error_response(request, UserError("another page sent this request"), 403)
         if self._has_cookie(request):
             return RedirectResponse("/", 303) if "token" in request.query_params and path == "/" else None
@@ -140,8 +140,8 @@ class SessionGuard:
         return hmac.compare_digest(value.encode("utf-8", "replace"), self._secret.encode())
 
 
-def _is_own_read(request: Request) -> bool:
-    """Return False if a page of another site or port embeds or fetches this address. It may link to it."""
+def _is_permitted_read(request: Request) -> bool:
+    """Return False if a page of another site or port fetches or embeds the address. Links are permitted."""
     headers = request.headers
     is_foreign = headers.get("sec-fetch-site") in ("same-site", "cross-site")
     return not is_foreign or (headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")) == ("navigate", "document")

@@ -343,7 +343,7 @@ class JobQueue:
         except ValueError as error:  # NUL in an argument
             job.state = FAILED
             job.save()
-            (job.folder / "stderr").write_text(f"error: the command is damaged: {error}", "utf-8")
+            (job.folder / "stderr").write_text(f"error: the command is invalid: {error}", "utf-8")
             return
         except (OSError, UserError):
             job.state = QUEUED
@@ -355,7 +355,7 @@ class JobQueue:
 
 
 def _lock_folder(folder: Path) -> int | None:
-    """Lock a folder itself, so that the lock of another user is noticed. Files in it could be links or pipes.
+    """Lock a folder, which also excludes studios of other users. A lock file could be replaced by a link or a pipe.
 
     Returns:
         Descriptor of the lock, or None if the system has no such locks.

@@ -24,7 +24,7 @@ from deltaw.studio.state import Studio
 
 # Limits of a page: sample answers, predicted rows, values of a result, characters of a text, and classes.
 MAX_SAMPLES, MAX_PREDICTIONS, MAX_VALUES, MAX_CHARACTERS, MAX_CLASSES = 6, 10, 40, 2000, 12
-# A progress is shown again until this multiple of the processor time that reading it took has passed.
+# Progress is cached for this multiple of the CPU time that was needed to read it.
 IDLE_FACTOR = 20
 
 

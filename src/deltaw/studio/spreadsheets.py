@@ -24,7 +24,7 @@ _CODE = "from deltaw.studio.spreadsheets import main; main(*sys.argv[1:])"
 
 
 def convert(workspace: Workspace, file: Path, *, is_upload: bool = False) -> tuple[Path, str]:
-    """Convert the first sheet of a spreadsheet that is not empty to a JSON Lines file. Other files are not changed.
+    """Convert the first visible, nonempty sheet of a spreadsheet to JSON Lines. Other files are returned unchanged.
 
     Args:
         workspace: Folder of the studio.
@@ -68,7 +68,7 @@ def convert(workspace: Workspace, file: Path, *, is_upload: bool = False) -> tup
 
 
 def main(source: str, output: str) -> None:
-    """Write the rows of a spreadsheet, and print a description. Exit with status 1 and a message if it has no table."""
+    """Write the rows of a spreadsheet and print a description, or exit with status 1 and a message."""
     from python_calamine import CalamineError, CalamineWorkbook, SheetTypeEnum, SheetVisibleEnum
 
     with contextlib.suppress(ImportError, ValueError, OSError):  # Windows, macOS
@@ -91,11 +91,11 @@ def main(source: str, output: str) -> None:
         print(error if isinstance(error, ValueError) else damaged)
         sys.exit(1)
     Path(output).write_text("".join(lines), encoding="utf-8")
-    text = f"These are the rows of the sheet “{name}” of {Path(source).name}, numbered from the first below the titles."
+    text = f"Rows of the sheet “{name}” in {Path(source).name}. Row 1 is the first row below the titles."
     if others := [other for other in names if other != name]:
         text += f" Other sheets are not used: {', '.join(others[:5])}{', …' * (len(others) > 5)}."
     if num_empty:
-        text += f" {num_empty:,} empty row{'s were' if num_empty > 1 else ' was'} left out, so later numbers differ."
+        text += f" {num_empty:,} empty row{'s were' if num_empty > 1 else ' was'} skipped, so later row numbers differ."
     print(text)
 
 

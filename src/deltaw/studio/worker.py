@@ -23,11 +23,11 @@ from deltaw.worker_process import PipeWorker, WorkerError, serve
 CALL_SECONDS, PLAN_SECONDS, IDLE_SECONDS = 1800.0, 300.0, 300.0
 # A call whose result is no longer needed is killed after about the time that a new worker needs to start.
 RESTART_SECONDS = 8.0
-# Pages ask for a result every second, or every minute in the background. A call that no page asks for is given up, and
-# earlier if another one waits.
+# Pages request a result every second, or every minute in the background. A call is cancelled if no page has requested
+# its result for ABANDONED_SECONDS, or for WAITING_SECONDS if another call waits.
 ABANDONED_SECONDS, WAITING_SECONDS = 90.0, 15.0
 WATCH_SECONDS = 1.0
-# A plan that takes longer is not followed by a search for settings that fit, which computes several plans.
+# If a plan takes longer, no settings that fit are searched for, because the search computes several plans.
 MAX_SEARCHED_SECONDS = 20.0
 # Errors are forgotten after this time, so that the user can try again.
 ERROR_SECONDS = 3.0
@@ -125,7 +125,7 @@ class Worker:
             self._changed.notify()
 
     def _watch(self) -> None:
-        """Kill the process if no page asks for its result any more."""
+        """Kill the process if no page requests its result."""
         while not self._is_closed:
             time.sleep(WATCH_SECONDS)
             with self._changed:
@@ -159,8 +159,8 @@ class Worker:
                 hint = "the memory may be full. Close other programs, and try again"
                 if time.monotonic() - call.started >= PLAN_SECONDS and call.name == plan.__name__:
                     message = f"memory and time were not estimated within {PLAN_SECONDS / 60:.0f} minutes"
-                    hint = "choose a smaller model, or run the command of the next step in a terminal, with plan in"
-                    hint += " place of train. The training can also start without this estimate"
+                    hint = "choose a smaller model. You can also start the training without an estimate, or copy the"
+                    hint += " command of the next step to a terminal and replace train by plan"
                 values = {"error": {"message": message, "location": None, "hint": hint}}
             with self._changed:
                 self._running, call.ended = None, time.monotonic()

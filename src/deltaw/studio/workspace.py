@@ -54,12 +54,12 @@ def is_data_file(path: Path) -> bool:
 
 
 def load_fields(kind: type[T], file: Path, **values: object) -> T:
-    """Return a dataclass with the values of a JSON file, whose types are checked.
+    """Create a dataclass from a JSON file and validate the types of its fields.
 
     Args:
-        kind: The dataclass.
+        kind: Class of the result.
         file: JSON file.
-        values: Further fields.
+        values: Fields that are not in the file.
 
     Raises:
         OSError: if the file cannot be read.
@@ -121,7 +121,7 @@ class Draft:
 
 
 class _VisiblePaths(FolderPermissions):
-    """Paths in a folder, without hidden ones."""
+    """Permits paths in a folder, except hidden ones."""
 
     def path(self, text: str, location: str) -> str:
         """Return the real path of a text. Raises UserError if it is outside of the folder or hidden."""
@@ -163,7 +163,7 @@ class Workspace:
         return self.folder / f".studio-{secrets.token_hex(8)}.part"
 
     def remove_partial_files(self) -> None:
-        """Remove incomplete files of a studio that was killed, and pages that open one."""
+        """Remove incomplete files and redirect pages of a studio that was killed."""
         for partial in self.folder.glob(".studio-*.*"):
             with contextlib.suppress(OSError):
                 partial.unlink()
@@ -193,7 +193,7 @@ class Workspace:
             return str(path)
 
     def shorten(self, error: UserError) -> UserError:
-        """Return an error in which paths are relative to the folder."""
+        """Return the error with paths relative to the folder."""
         texts = [text or "" for text in (error.message, error.location, error.hint)]
         message, location, hint = (text.replace(f"{self.folder}{os.sep}", "") for text in texts)
         return UserError(message, location=location or None, hint=hint or None)
@@ -257,7 +257,13 @@ class Workspace:
             raise UserError("the disk is almost full", location="upload", hint="delete files that you do not need")
 
     def create_draft(self, file: Path, original: Path | None = None, note: str = "") -> Draft:
-        """Create a draft for the rows of a file, which may be converted from another one."""
+        """Create a draft for a file with rows.
+
+        Args:
+            file: File with the rows.
+            original: File that it was converted from, or None.
+            note: Description of the conversion.
+        """
         path = self.state / "drafts" / f"{secrets.token_hex(6)}.json"
         draft = Draft(path, {"data": {"train": self.relative(file)}}, name=self.relative(original or file), note=note)
         draft.save()
@@ -293,10 +299,10 @@ class Workspace:
         raise UserError("this draft does not exist", hint="go to the start page and choose a file")
 
     def report_damage(self, path: Path) -> None:
-        """Print a note about a file that is skipped, once."""
+        """Print a note once for each skipped file."""
         if path not in self._damaged:
             self._damaged.add(path)
-            print(f"note: {path} is damaged or of another version, and is skipped", file=sys.stderr)
+            print(f"note: skipped {path}: it is damaged or from another version of deltaw", file=sys.stderr)
 
     def config(self, draft: Draft) -> dict[str, Any]:
         """Return the complete settings of a draft with absolute paths.

@@ -28,7 +28,7 @@ FREE_SHARE = 0.04
 PLANNED_DEVICES = ("cpu", "cuda")
 TOKENS_PER_PASS = (1024, 512, 256, 128)
 RANKS = (16, 8, 4)
-# Sizes of microbatches on a card, and the size from which larger ones are hardly faster.
+# Sizes of microbatches on a card, and the size that is assumed to fill it (not measured).
 CARD_TOKENS_PER_PASS, FILLING_TOKENS = (4096, 2048, 1024, 512), 2048
 # Precisions that a search under a time budget compares for ``precision: auto``.
 FIT_PRECISIONS = ("bf16", "fp32", "int8")
@@ -261,8 +261,8 @@ def fit_card(
 ) -> tuple[RunConfig, Plan]:
     """Return settings that need at most ``limit`` bytes of a card's memory, and log those that differ.
 
-    Smaller microbatches cost little as long as they fill the card. Then as few blocks as necessary are checkpointed,
-    and smaller microbatches come last.
+    The order of attempts assumes that microbatches of ``FILLING_TOKENS`` or more have about equal speed: first smaller
+    microbatches down to this size, then checkpointing of as few blocks as necessary, then still smaller microbatches.
 
     Raises:
         UserError: if no settings fit.
@@ -296,11 +296,11 @@ def fit_card(
 def settings_for_card(
     config: RunConfig, task: Task[Any], data: RunData, log: LogFunction, processes: int = 1
 ) -> RunConfig:
-    """Return the settings of a run on a card, which ``deltaw train`` would choose. Other settings are unchanged."""
+    """Return the settings that ``deltaw train`` would choose for a run on a card. Other runs keep their settings."""
     device = choose_device(config.device).value
     limit = available_bytes(config.memory, device) if device.startswith("cuda") else None
     if limit is not None:
-        with contextlib.suppress(Exception):  # the plan reports it
+        with contextlib.suppress(Exception):  # planning the unchanged settings reports the error
             plan = plan_run(config, task, data, processes=processes)
             return fit_card(config, task, data, plan, limit, log, processes)[0]
     return config

@@ -548,7 +548,7 @@ def plan_run(
         with track_progress(f"planning the memory of method {config.method}"), use_listener(None):
             new_plan = _compute_plan(config, task, data, process_bytes, processes)
     except WeightsTooLargeError:
-        raise  # the memory of this machine may change
+        raise  # not cached: the memory of this machine may change
     except UserError as error:
         if cached is not None:
             cached.store_refusal(error, data.all_rows)
