@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -580,8 +579,9 @@ class SessionSampler:
     """Samples completions during training, with a session's current model and adapter.
 
     Implements :data:`deltaw.decoding.generation.Sampler`. The decoder is built and verified once. The adapter, which
-    each training step changes, is packed again at each call. On a GPU, vLLM is loaded once and loads the adapter again
-    at each call. If neither supports the model, transformers computes the logits in the same engine.
+    each training step changes, is packed again at each call. With ``sampler: vllm``, vLLM is loaded once and loads the
+    adapter again at each call. If the decoder does not support the model, transformers computes the logits in the same
+    engine.
 
     Attributes:
         why: Description of the decoding implementation, after the first call.
@@ -614,17 +614,15 @@ class SessionSampler:
         try:
             if self._failure is not None:
                 raise self._failure
-            if prefers_vllm(session):
+            if session.sampler == "vllm":  # not by default: plans do not contain vLLM's memory
                 return self._vllm_engine()
             if self._decodable is None or self._decodable.positions < max_length:
                 self._decodable = verified_decoder(session, positions=max_length)
             decodable, self._number = self._decodable, self._number + 1
             adapter = _pack_adapter(session, decodable, self._number, verify=self._number == 1)
         except NotDecodable as reason:
-            log = ignore_line if self._failure or not prefers_vllm(session) else warnings.warn
-            # The traceback would keep a rejected vLLM with its weights in memory.
-            self._vllm, self._failure = None, NotDecodable(str(reason))
-            engine = fallback_engine(session, SESSION_ADAPTER if session.adapter else None, reason, log)
+            self._failure = reason
+            engine = fallback_engine(session, SESSION_ADAPTER if session.adapter else None, reason, ignore_line)
             self.why = engine.why
             return engine
         running = min(count, MAX_CONCURRENT_SAMPLES)

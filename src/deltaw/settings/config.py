@@ -185,7 +185,7 @@ class RunConfig(BaseModel):
     )
     device: str = setting("auto", "device to train on: auto, cpu, cuda, cuda:1 or mps")
     sampler: Literal["auto", "vllm", "transformers"] = setting(
-        "auto", "library that samples completions on a GPU; auto: vLLM if it is installed and supports the model"
+        "auto", "library that samples completions on a GPU; auto: transformers, whose memory is planned, unlike vLLM's"
     )
     threads: Count | Auto = setting("auto", "number of CPU threads")
     trust_remote_code: bool = setting(False, "run Python code of the model; enable only for models you trust")
