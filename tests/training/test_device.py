@@ -159,6 +159,7 @@ def test_device_copy_requires_enough_memory(monkeypatch):
     inner = MemoryStore(SHAPE)
     assert with_device_copy(inner, torch.device("cpu")) is inner
     monkeypatch.setattr(prefix_cache, "DeviceStore", lambda store, device: "a copy")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for free, expected in ((1000, "a copy"), (100, inner)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
         assert with_device_copy(inner, torch.device("cuda")) is expected

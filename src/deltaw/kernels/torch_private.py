@@ -180,6 +180,11 @@ multiply_each: Callable[[list[Tensor], list[float]], list[Tensor]] = look_up(tor
 )
 """(tensors, factors): Return each tensor multiplied by its factor. Few kernels for any number of tensors."""
 
+multiply_each_: Callable[[list[Tensor], list[float]], object] = look_up(torch, "_foreach_mul_") or (
+    lambda tensors, factors: [tensor.mul_(factor) for tensor, factor in zip(tensors, factors, strict=True)]
+)
+"""The same in place."""
+
 is_view: Callable[[Tensor], bool] = look_up(Tensor, "_is_view") or (lambda tensor: True)
 """True if autograd tracks a tensor as a view of another."""
 

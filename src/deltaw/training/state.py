@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from deltaw.data.packing import epoch_order, grouped_order
 from deltaw.errors import UserError
 from deltaw.kernels import loader
+from deltaw.kernels.torch_private import multiply_each_
 from deltaw.training.optimizer import Schedule, adamw, set_rate, skip_update_if
 from deltaw.training.process import random_state, set_random_state
 
@@ -448,7 +449,7 @@ class TrainState:
     def unscale(self) -> None:
         """Divide the gradients by the loss scale."""
         if self.loss_scale is not None and (gradients := [p.grad for p in self.trained if p.grad is not None]):
-            torch._foreach_mul_(gradients, 1 / self.loss_scale.value)
+            multiply_each_(gradients, [1 / self.loss_scale.value] * len(gradients))
 
     def update(self, unless: Tensor | None = None) -> None:
         """Run the optimizer and write the result to the parameters.

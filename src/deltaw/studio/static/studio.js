@@ -106,17 +106,39 @@ async function loadPart(element) {
   }
 }
 
+// Functions that save a form with changes, by form. Each returns true if the changes are valid.
+const unsaved = new Map();
+
+// Save changes before a link or a form leaves the page. Stay if they have errors.
+async function leaveAfterSaving(event, leave) {
+  if (event.defaultPrevented || unsaved.size === 0) return;
+  event.preventDefault();
+  const results = await Promise.all([...unsaved.values()].map((save) => save()));
+  if (results.every(Boolean)) leave();
+}
+
+document.addEventListener("click", (event) => {
+  const link = event.target.closest?.("a[href]");
+  const opensTab = event.ctrlKey || event.metaKey || event.shiftKey || link?.target;
+  if (link && !opensTab) leaveAfterSaving(event, () => { location.href = link.href; });
+});
+document.addEventListener("submit", (event) => {
+  leaveAfterSaving(event, () => event.target.requestSubmit(event.submitter));
+});
+
 // Send a form after a change, show the errors at their fields, and reload the parts whose ids are in data-reload.
 function connectAutosave(form) {
   let timer = 0;
   let latest = 0;
   const save = async () => {
+    clearTimeout(timer);
     const number = ++latest;
     const body = new URLSearchParams(new FormData(form));
     const response = await fetchOrNull(form.action, { method: "POST", body, headers: { Accept: "application/json" } });
-    if (response === null) { timer = setTimeout(save, RETRY_MS); return; }
+    if (response === null) { timer = setTimeout(save, RETRY_MS); return false; }
     const answer = await response.json().catch(() => null);
-    if (answer === null || number !== latest) return;
+    if (answer === null || number !== latest) return false;
+    unsaved.delete(form);
     const errors = answer.errors ?? (answer.error ? { "": answer.error.message } : {});
     showErrors(form, errors);
     for (const [id, text] of Object.entries(answer)) {
@@ -125,12 +147,16 @@ function connectAutosave(form) {
     }
     if (Object.keys(errors).length === 0) announce("Saved");
     for (const id of (form.dataset.reload ?? "").split(" ").filter(Boolean)) loadPart(document.getElementById(id));
+    return Object.keys(errors).length === 0;
   };
-  form.addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(save, SAVE_DELAY_MS); });
+  form.addEventListener("input", () => {
+    unsaved.set(form, save);
+    clearTimeout(timer);
+    timer = setTimeout(save, SAVE_DELAY_MS);
+  });
   form.addEventListener("submit", (event) => {
     if (event.submitter?.name || event.submitter?.hasAttribute("formaction")) return;
     event.preventDefault();
-    clearTimeout(timer);
     save();
   });
 }
