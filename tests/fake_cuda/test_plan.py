@@ -137,6 +137,7 @@ def test_exhausted_memory_is_an_error_and_the_run_resumes(train_on_card, setting
     assert "repeat the command" in raised.value.hint or "start over" in raised.value.hint
 
 
+@pytest.mark.slow
 def test_run_resumes_with_smaller_memory_after_a_long_row_exhausts_it(settings, tmp_path):
     model = str(save_model(tiny_llama(max_position_embeddings=2048, num_hidden_layers=16), tmp_path / "model"))
     texts = [{"prompt": str(n), "completion": "red"} for n in range(27)] + [{"prompt": "blue" * 400, "completion": "x"}]

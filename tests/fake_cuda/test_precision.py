@@ -17,12 +17,12 @@ from deltaw.decoding.request import Request
 from deltaw.export.base import MergeOptions, prepare_merge
 from deltaw.export.merged import assemble
 from deltaw.hub.loading import load
+from deltaw.kernels import operators
 from deltaw.machine.choices import UNTESTED_GPU
 from deltaw.runs.fit import fit
 from deltaw.runtime.packed import packed_rows
 from deltaw.runtime.quantized_weights import round_to_nf4
 from deltaw.serving.http.opening import OpenOptions, open_served
-from deltaw.training import losses as training_losses
 from deltaw.training.batchers import CausalMicroBatcher
 from deltaw.training.drift import measure_drift
 from deltaw.training.open_run import open_run
@@ -81,7 +81,7 @@ class WithoutFp64(TorchDispatchMode):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_device_without_fp64_trains_and_evaluates(task, run_on, inputs, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(training_losses, "WITHOUT_FP64", ("cuda",))
+    monkeypatch.setattr(operators, "WITHOUT_FP64", ("cuda",))
     changes = copy.deepcopy(TASKS[task])
     if changes.get("model") == "bert":
         changes["model"] = inputs["bert"]
@@ -100,7 +100,7 @@ def test_drift_is_measured_without_fp64(monkeypatch):
     model.to("cuda")
     with pytest.raises(TypeError, match="fp64"), WithoutFp64():
         measure_drift(model, rows, CausalMicroBatcher(40, True, False, "cuda"), **options)
-    monkeypatch.setattr(training_losses, "WITHOUT_FP64", ("cuda",))
+    monkeypatch.setattr(operators, "WITHOUT_FP64", ("cuda",))
     with WithoutFp64():
         drift = measure_drift(model, rows, CausalMicroBatcher(40, True, False, "cuda"), **options)
     assert drift.loss == pytest.approx(expected.loss, rel=1e-6)

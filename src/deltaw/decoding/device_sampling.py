@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deltaw.decoding.sampling import NO_TOKEN, SamplingState
 from deltaw.kernels.layout import to_device
+from deltaw.kernels.operators import widest_dtype
 
 # Number of tokens per row that are generated on a GPU before the host checks which rows have ended.
 STEPS_PER_SYNC = 16
@@ -43,9 +44,10 @@ class DeviceSampler:
     ) -> None:
         self._receive, self._steps_per_sync, self._block = receive, steps_per_sync, list[Tensor]()
         parameters = [(s.temperature, s.top_k, s.top_p, s.min_p) for s in (state.sampling for state in states)]
-        table = np.hstack([np.array(parameters, np.float64), [state.random.random(steps) for state in states]])
+        table = np.hstack([np.array(parameters), [state.random.random(steps) for state in states]])
         self._is_greedy, self._needs_sort = not table[:, 0].any(), bool(table[:, 1].any() or table[:, 2].min() < 1)
-        columns = to_device(torch.from_numpy(table), device)[:, :, None].unbind(1)
+        self._wide = widest_dtype(device)
+        columns = to_device(torch.from_numpy(table).to(self._wide), device)[:, :, None].unbind(1)
         self._temperature, self._top_k, self._top_p, self._min_p, *self._uniform = columns
 
     def __call__(self, logits: Tensor) -> Tensor | None:
@@ -55,7 +57,8 @@ class DeviceSampler:
         if not self._is_greedy:
             tokens = self._sample(logits - best.values[:, None], uniform).where(self._temperature[:, 0] > 0, tokens)
         logprobs = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
-        self._block.append(torch.stack((tokens.where(best.values.isfinite(), NO_TOKEN).double(), logprobs.double())))
+        tokens_or_none = tokens.where(best.values.isfinite(), NO_TOKEN)
+        self._block.append(torch.stack((tokens_or_none.to(self._wide), logprobs.to(self._wide))))
         if len(self._block) == self._steps_per_sync or not self._uniform:
             block, self._block = torch.stack(self._block, 1).numpy(force=True), []
             if self._receive(block[0].astype(np.int64), block[1]):
@@ -69,9 +72,9 @@ class DeviceSampler:
             ordered, order = weights.sort(dim=-1, descending=True, stable=True)
             count = self._top_k.where(self._top_k > 0, ordered.shape[-1]).clamp(max=ordered.shape[-1]).long()
             ordered = ordered.where(ordered >= ordered.gather(-1, count - 1), 0)
-            sums = ordered.cumsum(-1, dtype=torch.float64)
+            sums = ordered.cumsum(-1, dtype=self._wide)
             in_nucleus = (sums - ordered < self._top_p * sums[:, -1:]) | (self._top_p == 1)
             weights = torch.zeros_like(weights).scatter(-1, order, ordered.where(in_nucleus, 0))
-        sums = weights.where(weights >= self._min_p.float(), 0).cumsum(-1, dtype=torch.float64)
+        sums = weights.where(weights >= self._min_p.float(), 0).cumsum(-1, dtype=self._wide)
         # Rounding may move the threshold beyond the last token with a weight.
         return torch.minimum((sums <= uniform * sums[:, -1:]).sum(-1), (sums < sums[:, -1:]).sum(-1))

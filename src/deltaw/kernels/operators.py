@@ -31,6 +31,8 @@ class SimulatedDevice(threading.local):
 
 
 simulated_device = SimulatedDevice()
+# Types of devices without fp64.
+WITHOUT_FP64 = ("mps",)
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _LIBRARY = torch.library.Library("deltaw", "DEF")
 
@@ -70,6 +72,11 @@ def define(
         return call
 
     return register
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """Return fp64, or fp32 for devices without fp64."""
+    return torch.float32 if device.type in WITHOUT_FP64 else torch.float64
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:

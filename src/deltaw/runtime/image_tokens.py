@@ -220,7 +220,7 @@ def verify_view(parts: VisionLanguageModel, tokens: Tensor, inputs: Mapping[str,
         UserError: if the logits differ, for example because image tokens attend to each other in both directions.
     """
     device = parts.view.device
-    parts.model.to(device)
+    nn.Module.to(parts.model, device)
     tokens, inputs = tokens.to(device), {name: tensor.to(device) for name, tensor in inputs.items()}
     is_image = tokens == image_token
     has_types = "mm_token_type_ids" in inspect.signature(parts.model.forward).parameters

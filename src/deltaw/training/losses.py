@@ -19,9 +19,7 @@ from torch import Tensor
 from deltaw.data.example import Example
 from deltaw.data.packing import MicroBatch
 from deltaw.kernels.layout import to_device
-
-WITHOUT_FP64 = ("mps",)
-"""Types of devices without fp64."""
+from deltaw.kernels.operators import widest_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,12 +71,12 @@ class RowLogProbs:
 
 def detach_wide(loss: Tensor) -> Tensor:
     """Detach a loss for accumulation, in fp64 if the device supports it."""
-    return loss.detach() if loss.device.type in WITHOUT_FP64 else loss.detach().double()
+    return loss.detach().to(widest_dtype(loss.device))
 
 
 def in_fp64(values: Tensor) -> Tensor:
     """Return values in fp64, on the CPU if their device has no fp64."""
-    return (values.cpu() if values.device.type in WITHOUT_FP64 else values).double()
+    return (values if widest_dtype(values.device) == torch.float64 else values.cpu()).double()
 
 
 class Loss(Protocol):
