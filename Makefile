@@ -84,6 +84,7 @@ test-slow: $(VENV)/.dev
 # A separate process, because the device must be installed before torch is imported.
 test-cuda: $(VENV)/.dev
 	$(PYTEST) -p tests.fake_cuda.plugin tests/fake_cuda tests/training/test_device.py $(ONLY)
+	$(PYTEST) tests/kernels/test_gpu_attention.py tests/kernels/test_flex.py tests/kernels/test_compiled.py $(ONLY)
 
 test-variants: $(VENV)/.dev
 	DELTAW_VARIANTS="$$($(VARIANTS) allowed)" $(BIN)/python setup.py --quiet build_ext --inplace

@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None, help="write all results to this file")
     parser.add_argument("--models", type=Path, default=None, help="create the models in this folder and keep them")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps of each run")
-    parser.add_argument("--share", type=float, default=0.8, help="share of the first plan that the second card has")
+    parser.add_argument("--share", type=float, default=0.9, help="share of the first plan that the second card has")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
