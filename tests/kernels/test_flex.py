@@ -123,6 +123,15 @@ def compilations():
     return [trial.attend.compilations for trial in gpu_attention._TRIALS.values()]
 
 
+def test_main_kernel_is_forced_for_short_rows(traced_on_cpu, monkeypatch):
+    graphs = []
+    monkeypatch.setattr(flex_attention, "inductor_backend", lambda: lambda graph, inputs: graphs.append(graph) or graph)
+    attend(36)
+    calls = [node for graph in graphs for node in graph.graph.nodes if "flex_attention" in str(node.target)]
+    options = [value for node in calls for value in node.args if isinstance(value, dict)]
+    assert options and all(value["FORCE_USE_FLEX_ATTENTION"] for value in options)
+
+
 def test_lengths_windows_and_trained_inputs_do_not_recompile(traced_on_cpu):
     for length in (300, 128, 257):
         for window in (32, 48):
