@@ -134,7 +134,7 @@ def compile_attention(capability: int, heads: str, lengths: list[int]) -> list[s
         return problem if problem is not None and "results differ" not in problem else None
 
     num_heads, key_heads, size = map(int, heads.split("/"))
-    dtype = torch.bfloat16 if capability >= 80 else torch.float32  # as in runs
+    dtype = torch.bfloat16 if capability >= 80 else torch.float16  # as in runs
     rows: dict[bool, str] = {}
     lengths_by_row: dict[str, list[str]] = {}
     for length in lengths:

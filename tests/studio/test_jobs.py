@@ -72,9 +72,10 @@ def test_jobs_run_in_order_and_first_moves_a_job_to_the_front(workspace: Workspa
 @pytest.mark.usefixtures("code")
 def test_restarted_queue_finds_the_running_process(workspace: Workspace) -> None:
     queue = JobQueue(workspace)
-    job, waiting = add(queue, SLEEP), add(queue, "print('{}')")
+    job, waiting = add(queue, "open('started', 'w').close(); " + SLEEP), add(queue, "print('{}')")
     queue.poll()
     queue.close()
+    wait_for((job.folder / "started").exists)  # before, the process ignores interrupts if pytest does
     process = psutil.Process(job.process["id"])
     assert os.getsid(process.pid) != os.getsid(0)  # it survives the end of the terminal
     again = JobQueue(workspace)
