@@ -32,14 +32,6 @@ SAMPLING = [
 ]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    tiny_llama().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
-
-
 def open_on(device: str, reference: Path):
     return open_run(str(reference), precision="fp32", device=device, log=lambda _: None)
 

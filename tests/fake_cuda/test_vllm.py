@@ -23,7 +23,6 @@ from deltaw.methods.prompt import SoftPrompt
 from deltaw.methods.settings import PromptSettings
 from deltaw.serving.http.opening import OpenOptions, open_served
 from deltaw.training.open_run import open_run
-from tests.byte_models import byte_tokenizer, tiny_llama
 from tests.fake_cuda import vllm_stub
 
 PROMPTS = [np.random.default_rng(2).integers(3, 259, count) for count in (5, 12, 30)]
@@ -36,14 +35,6 @@ def vllm(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(vllm_stub.LLM, "instances", [])
     return vllm_stub
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    tiny_llama().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def open_session(reference: Path, precision: str = "bf16", **options):
