@@ -277,3 +277,16 @@ def test_incompatible_task_is_rejected_with_suggestion(call, tmp_path):
     result = call("init", tmp_path / "a.yaml", "--data", data, "--task", "preference", "--yes")
     assert_refused(result, "do not fit the task preference", "set task: embedding")
     assert not (tmp_path / "a.yaml").exists()
+
+
+def test_almost_equal_classes_are_reported_and_can_be_merged(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    labels = ["Spam", "Spam", "spam ", "ham"]
+    write_rows(tmp_path / "rows.jsonl", [{"text": f"mail {n}", "label": labels[n % 4]} for n in range(24)])
+    result = call("init", "--yes", status=0)
+    assert "'Spam' (12 rows), 'spam ' (6 rows)" in " ".join(result.out.split())
+    assert "to merge them: data.classes: {'spam ': Spam}" in result.out
+    text = (tmp_path / "train.yaml").read_text()
+    assert RunConfig.read("train.yaml").data.classes is None
+    (tmp_path / "train.yaml").write_text(text.replace("# classes:", "classes:"))
+    assert RunConfig.read("train.yaml").data.classes == {"spam ": "Spam"}

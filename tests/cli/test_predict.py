@@ -409,3 +409,17 @@ def test_concurrent_writer_is_rejected(call, classifier, tmp_path):
     with contextlib.closing(PredictionFile(tmp_path / "o.csv", {}, force=False)):
         assert_refused(call("predict", classifier, file, "-o", tmp_path / "o.csv", status=2), "another process")
     call("predict", classifier, file, "-o", tmp_path / "o.csv", status=0)
+
+
+def test_merged_classes_apply_to_every_command(call, predict, bert, tmp_path):
+    spellings = ["Cat", "cat ", "Dog", "DOG"]
+    rows = [{"text": f"{spellings[n % 4]} {n}", "label": spellings[n % 4]} for n in range(40)]
+    classes = {"cat ": "Cat", "DOG": "Dog"}
+    run = train(bert, tmp_path / "run", "sequence-classification", rows, data={"classes": classes})
+    call("plan", run / "run.yaml", status=0)
+    call("train", "--resume", run, "--train.max_steps", 3, status=0)
+    file = write_rows(tmp_path / "eval.jsonl", [*rows, {"text": "Cat", "label": "CAT."}])
+    result = call("eval", run, "--data", file, "--json", "--no-drift", status=0)
+    assert "'CAT.' as 'Cat'" in result.unwrapped
+    assert set(json.loads(result.out)["classes"]) == {"Cat", "Dog"}
+    assert all(set(row["probabilities"]) == {"Cat", "Dog"} for row in predict(run, rows))

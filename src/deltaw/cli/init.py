@@ -31,6 +31,7 @@ def command(file: str, model: str | None, data: str | None, task: str | None, ye
     Without a terminal, no questions are asked and unusable rows are skipped.
     """
     from deltaw.atomic_files import write_text
+    from deltaw.data.class_names import merged_classes
     from deltaw.data.starter import default_model
     from deltaw.reports.starter import preview_data, settings_text
 
@@ -40,6 +41,7 @@ def command(file: str, model: str | None, data: str | None, task: str | None, ye
     interactive = sys.stdin.isatty() and not yes
     data, preview = _data(data, model, task, interactive)
     skip = True
+    merge = False
     if preview is not None:
         for line in preview.lines():
             out.print_line(line)
@@ -47,6 +49,8 @@ def command(file: str, model: str | None, data: str | None, task: str | None, ye
             skip = not interactive or click.confirm("Skip them?", default=True)
             note = "they will be skipped:" if skip else "training will stop with an error, unless you set"
             out.print(f"{note} data.bad_rows: skip")
+        if interactive and merged_classes(preview.class_counts):
+            merge = click.confirm("Merge the classes with almost equal names?", default=True)
     if task is None:
         task = task_registry.default_task() if preview is None else preview.task
         if interactive:
@@ -61,7 +65,7 @@ def command(file: str, model: str | None, data: str | None, task: str | None, ye
     if preview is not None and (preview.task != task or (requested_model or default_model(preview.task)) != model):
         preview = preview_data(data, model, task)  # token counts depend on the model's tokenizer
         out.print_line(preview.lines()[0])
-    write_text(file, settings_text(model, data, task, preview, file, skip=skip))
+    write_text(file, settings_text(model, data, task, preview, file, skip=skip, merge=merge))
     quoted_file = shell_word(file)
     out.print(f"written to {file}. Next:")
     out.print(f"  deltaw plan {quoted_file}     # predict the memory")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from deltaw.data.chunk import divides_image, example_of
+from deltaw.data.class_names import almost_equal_text, merge_setting, similar_text
 from deltaw.data.example import Example, special_tokens
 from deltaw.data.formats import Pair, Record, RowFormat, Text, choose_form, read_records, unused_columns, with_system
 from deltaw.data.report import BadRowError, BadRows, count_of
@@ -219,6 +220,19 @@ def _remarks(record: Record, special: re.Pattern[str] | None) -> list[str]:
     if special and any(special.search(text) for text, _ in texts):
         remarks.append("special_tokens_in_text")
     return remarks
+
+
+def class_findings(counts: Mapping[str, int]) -> list[DataFinding]:
+    """Return the findings about classes that are almost equal or may be misspelled.
+
+    Args:
+        counts: Number of rows of each class.
+    """
+    described = {"almost_equal_classes": almost_equal_text(counts), "similar_classes": similar_text(counts)}
+    return [
+        DataFinding(name, "warning", len(merged) if text else 0, text, f"merge them: {merge_setting(merged)}")
+        for name, (text, merged) in described.items()
+    ]
 
 
 def digest_of(*parts: bytes) -> int:

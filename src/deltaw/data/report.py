@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Literal
 
 from deltaw.atomic_files import atomic_path
+from deltaw.data.class_names import almost_equal_text, merge_setting, similar_text
 from deltaw.errors import UserError
 from deltaw.progress import Detail, LogFunction
 from deltaw.settings.row_kinds import IMAGE_NAME
@@ -254,6 +255,7 @@ class PreparationReport:
         groups: Groups in the training rows. ``held_out_groups`` other groups are held out.
         class_counts: Training rows per class, in the order of the classes. Empty without classes.
         other_classes: Rows dropped because their class is not in ``data.classes``.
+        matched_labels: Class of each label of an evaluation file that is not a class but almost equal to one.
         image_sizes: Minimum height and width, then maximum height and width of the images. None if all sizes are equal.
         other_files: Files in an image folder that are not images.
         unused_columns: Columns of the file that were not read.
@@ -296,6 +298,7 @@ class PreparationReport:
     held_out_groups: int = 0
     class_counts: dict[str, int] = field(default_factory=dict)
     other_classes: int = 0
+    matched_labels: dict[str, str] = field(default_factory=dict)
     image_sizes: tuple[int, int, int, int] | None = None
     other_files: int = 0
     unused_columns: tuple[str, ...] = ()
@@ -376,7 +379,10 @@ class PreparationReport:
             if rare and not self.duplicates_kept:
                 lines.append(f"classes with fewer than 2 training rows: {', '.join(rare[:12])}")
             if not self.duplicates_kept:
-                lines += [f"possible typing error: class {text}" for text in similar_classes(self.class_counts)[:5]]
+                lines += self._lines_of_similar_classes()
+        if self.matched_labels:
+            labels = ", ".join(f"{label!r} as {name!r}" for label, name in list(self.matched_labels.items())[:12])
+            lines.append(f"labels that are almost equal to a class count as the class: {labels}")
         if self.image_sizes:
             low_height, low_width, height, width = self.image_sizes
             sizes = f"{low_height}×{low_width} to {height}×{width} pixels"
@@ -386,41 +392,17 @@ class PreparationReport:
             lines.append(f"{self.other_files:,} {noun} skipped")
         return lines
 
+    def _lines_of_similar_classes(self) -> list[str]:
+        """Return lines about almost equal or misspelled classes, with the setting that merges them."""
+        lines = []
+        for text, merged in (almost_equal_text(self.class_counts), similar_text(self.class_counts)):
+            if text:
+                lines += [text, f"to merge them: {merge_setting(merged)}"]
+        return lines
+
     def as_dict(self) -> dict[str, object]:
         """Return the counts for JSON output."""
         return dataclasses.asdict(self)
-
-
-def similar_classes(counts: Mapping[str, int]) -> list[str]:
-    """Describe classes that are probably misspelled.
-
-    These are names that differ from another name only in case or white space, and names of rare classes that are
-    one edit away from a frequent one.
-    """
-    descriptions, names = [], sorted(counts, key=lambda name: (counts[name], name))
-    for index, rare in enumerate(names[: 10**6 // max(1, len(names))]):
-        for frequent in reversed(names[index + 1 :]):
-            rare_key, frequent_key = (" ".join(name.casefold().split()) for name in (rare, frequent))
-            is_rare = counts[rare] <= max(2, counts[frequent] // 50) and counts[rare] < counts[frequent]
-            is_rare = is_rare and min(len(rare_key), len(frequent_key)) > 3
-            if rare_key == frequent_key or (is_rare and _is_one_edit(rare_key, frequent_key)):
-                rare_text, frequent_text = (f"{name!r} ({count_of(counts[name])})" for name in (rare, frequent))
-                descriptions.append(f"{rare_text} is almost {frequent_text}")
-                break
-    return descriptions
-
-
-def _is_one_edit(left: str, right: str) -> bool:
-    """Return True if the texts differ by one inserted, removed, replaced or swapped nondigit character."""
-    start = _shared_prefix(left, right)
-    end = _shared_prefix(left[start:][::-1], right[start:][::-1])
-    left, right = left[start : len(left) - end], right[start : len(right) - end]
-    swapped = len(left) == 2 and left == right[::-1]
-    return (swapped or max(len(left), len(right)) <= 1) and not any(map(str.isdigit, left + right))
-
-
-def _shared_prefix(left: str, right: str) -> int:
-    return next((n for n, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 
 def quoted(text: str, max_chars: int) -> str:

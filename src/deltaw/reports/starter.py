@@ -12,6 +12,7 @@ import math
 import os
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from deltaw.data.class_names import almost_equal_text, merge_setting, merged_classes
 from deltaw.data.example import RowGroup, lengths_of
 from deltaw.data.formats import choose_form
 from deltaw.data.pixels import image_rows
@@ -80,6 +82,7 @@ class DataPreview:
         lengths: (rows,) tokens of each row in ascending order, empty for images.
         estimated: Reason why lengths are estimated from characters, or ''.
         classes: Class names of a classification.
+        class_counts: Number of rows of each label of a classification.
         max_tokens: Maximum sequence length of the model, or 0 if unknown.
         vision: Task with a vision-language model on this machine, or None.
     """
@@ -96,6 +99,7 @@ class DataPreview:
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     estimated: str = ""
     classes: tuple[str, ...] = ()
+    class_counts: Mapping[str, int] = field(default_factory=dict)
     max_tokens: int = 0
     vision: Task[Any] | None = None
 
@@ -114,6 +118,9 @@ class DataPreview:
             lines += [f"  and {self.bad_rows - MAX_BAD_ROWS:,} more"] if self.bad_rows > MAX_BAD_ROWS else []
         if self.unlabeled:
             lines.append(f"{count_of(self.unlabeled)} without an answer or label will be dropped")
+        almost_equal, merged = almost_equal_text(self.class_counts)
+        if almost_equal:
+            lines += [almost_equal, f"to merge them: {merge_setting(merged)}"]
         return lines
 
     def length(self) -> tuple[int, int]:
@@ -168,10 +175,11 @@ def preview_data(
         starter = starter_of(preview.task)
         if not starter.reads_images:
             preview = _count_tokens(preview, starter, rows, reference, model or default_model(preview.task), bad)
-        if preview.classes or _predicts_number(preview.task):
+        if _predicts_number(preview.task):
             return preview
-        names = {str(label) for label in starter.labels(rows, preview.mapped) or () if label not in (None, "")}
-        return replace(preview, classes=tuple(sorted(names)))
+        labels = [label for label in starter.labels(rows, preview.mapped) or () if label not in (None, "")]
+        class_counts = Counter(map(str, labels))
+        return replace(preview, classes=preview.classes or tuple(sorted(class_counts)), class_counts=class_counts)
 
 
 def settings_for_rows(reference: str, model: str | None = None, task: str | None = None) -> dict[str, Any]:
@@ -226,13 +234,16 @@ def _vision_task(model: str, task: str) -> Task[Any] | None:
     return None
 
 
-def settings_text(model: str, data: str, task: str, preview: DataPreview | None, file: str, *, skip: bool) -> str:
+def settings_text(
+    model: str, data: str, task: str, preview: DataPreview | None, file: str, *, skip: bool, merge: bool = False
+) -> str:
     """Return the commented settings file.
 
     Args:
         preview: Summary of the data, or None if it is not available locally.
         file: Name of the settings file, for the commands in it.
         skip: Skip unusable rows (``data.bad_rows: skip``).
+        merge: Merge classes with almost equal names. Otherwise the setting that merges them is a comment.
     """
     rows = 0 if preview is None else preview.rows
     data_comment = "not inspected: it is not on this machine" if preview is None else preview.lines()[0]
@@ -246,6 +257,7 @@ def settings_text(model: str, data: str, task: str, preview: DataPreview | None,
     epochs, batch_size = recommended_settings(num_used_rows - num_held_out) if rows else (1, 16)
     batch_size = max(batch_size, starter.min_batch_size)
     steps = count_steps(num_used_rows - num_held_out, batch_size, epochs, None)
+    merged = {} if preview is None else merged_classes(preview.class_counts)
     bad = [_line("bad_rows: skip", f"{count_of(preview.bad_rows)} skipped")] if preview and preview.bad and skip else []
     lines = [
         f"# Settings of a run:  deltaw train {file}",
@@ -259,6 +271,7 @@ def settings_text(model: str, data: str, task: str, preview: DataPreview | None,
         f"  # {data_comment}",
         f"  train: {_scalar(data)}",
         *([f"  columns: {_scalar(dict(preview.mapped))}"] if preview is not None and preview.mapped else []),
+        *([f"  {'' if merge else '# '}classes: {_scalar(merged)}"] if merged else []),
         *bad,
         *([f"  # {warning}"] if (warning := eval_size_warning(num_held_out)) else []),
         _line(f"eval: {'null' if share is None else f'{share:g}'}", _held_out_comment(num_held_out, rows)),

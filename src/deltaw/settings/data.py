@@ -21,6 +21,7 @@ TemplateName = Literal["auto", "chat", "plain"]
 LabelsName = Literal["all-turns", "last"]
 # JSON schema of class names, which may look like numbers.
 _NAMES = {"type": "array", "items": {"type": ["string", "number"]}, "minItems": 2, "uniqueItems": True}
+_NAME_MAPPING = {"type": "object", "additionalProperties": {"type": ["string", "number"]}, "minProperties": 1}
 
 # Type of data.eval: a share, a number of rows, a reference, several of these by name, or None.
 EvalSets: TypeAlias = "float | str | dict[str, float | str] | None"
@@ -89,13 +90,16 @@ class DataSettings:
     cache: bool | Literal["auto"] = dataclass_setting(
         "auto", "cache of the tokenized rows on disk; auto: if the data is large"
     )
-    classes: list[str] | None = dataclass_setting(
+    classes: list[str] | dict[str, str] | None = dataclass_setting(
         None,
-        "class names in the order of the model's outputs; null: sorted classes of the data",
-        anyOf=[_NAMES, {"type": "null"}],
+        "class names in the order of the model's outputs; or a mapping from labels to classes, which keeps "
+        "other labels, for example {delivery: Delivery}; null: sorted classes of the data",
+        anyOf=[_NAMES, _NAME_MAPPING, {"type": "null"}],
     )
     other_classes: Literal["error", "drop"] = dataclass_setting(
-        "error", "action for rows of other classes: reject the data, or drop the rows"
+        "error",
+        "action for rows of classes that data.classes does not contain: reject the data (keep the classes if "
+        "data.classes is a mapping), or drop the rows",
     )
 
     def __post_init__(self) -> None:
@@ -111,11 +115,26 @@ class DataSettings:
             raise UserError(message, location="data.template", hint="remove one of them")
         check_column_names(self.columns, "data.columns")
         sources_of(self.train)
-        if self.classes is not None:
+        if isinstance(self.classes, list):
             _check_names(self.classes)
+        elif self.classes is not None and not self.classes:
+            hint = "name the class of a label, as in {delivery: Delivery}, or give null"
+            raise UserError("data.classes is empty", location="data.classes", hint=hint)
         if isinstance(self.eval, dict):
             _check_sets(self.eval)
         eval_size(self.eval)
+
+    @property
+    def class_of_label(self) -> dict[str, str]:
+        """Mapping from labels to classes."""
+        return self.classes if isinstance(self.classes, dict) else {}
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the permitted classes, or () if the data determines the classes."""
+        if isinstance(self.classes, list):
+            return tuple(self.classes)
+        return tuple(dict.fromkeys(self.class_of_label.values())) if self.other_classes == "drop" else ()
 
 
 def eval_sets(value: EvalSets) -> dict[str, float | str]:

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deltaw.data.check import DataFinding
+from deltaw.data.check import DataFinding, class_findings
+from deltaw.data.class_names import match_classes, merge_setting
 from deltaw.data.example import Example, LabeledExample, RowGroup, TokenSpan, token_spans
 from deltaw.data.formats import Pair, Record, check_columns
 from deltaw.data.messages import WRONG_TYPE, Conversation, cell_text, empty_text
 from deltaw.data.pixels import AnyExample, ImageExample, LabelColumns, image_rows, read_images
 from deltaw.data.prompts import read_prompt_row
-from deltaw.data.report import BadRowError, BadRows, OnBadRow, PreparationReport, similar_classes
+from deltaw.data.report import BadRowError, BadRows, OnBadRow, PreparationReport
 from deltaw.data.row_files import OnBad
 from deltaw.data.row_reader import ExamplePreview, RowReader, RunData
 from deltaw.data.rows import NumberedRows, Row
@@ -145,7 +146,7 @@ def class_numbers(
     Raises:
         UserError: if a class is unknown, if the data has a single class, or if the column does not contain classes.
     """
-    configured = tuple(trained) if trained is not None else tuple(settings.classes or ())
+    configured = tuple(trained) if trained is not None else settings.class_names
     drop = bool(configured) and settings.other_classes == "drop"
     for name, location in zip(names, locations, strict=True):
         if drop or (name in configured if configured else name is not None):
@@ -154,6 +155,8 @@ def class_numbers(
             raise empty_label(location)
         message = f"the label '{name}' " + ("is not in data.classes" if trained is None else "was not seen in training")
         hint = f"the classes are {listed(configured)}; data.other_classes: drop drops rows of other classes"
+        if similar := match_classes({name}, configured):
+            hint += f". {merge_setting(similar)} merges it"
         raise UserError(message, location=location, hint=hint)
     classes = configured or _sorted({name for name in names if name is not None})
     if not configured:
@@ -295,6 +298,7 @@ class LabelReader(RowReader[AnyExample]):
         self.classes = None if classes is None else tuple(classes)
         self._encoder = encoder
         self._num_other_files = self._num_other_classes = 0
+        self._matched_labels: dict[str, str] = {}
         self._columns = LabelColumns("label")
         self._labels: dict[int, int | float] = {}
 
@@ -347,7 +351,12 @@ class LabelReader(RowReader[AnyExample]):
         if (sizes != sizes[:1]).any():
             (low_height, low_width), (height, width) = sizes.min(0).tolist(), sizes.max(0).tolist()
             report = replace(report, image_sizes=(low_height, low_width, height, width))
-        report = replace(report, other_files=self._num_other_files, other_classes=self._num_other_classes)
+        report = replace(
+            report,
+            other_files=self._num_other_files,
+            other_classes=self._num_other_classes,
+            matched_labels=self._matched_labels,
+        )
         return examples, groups, report
 
     def add_counts(self, report: PreparationReport, items: Sequence[AnyExample]) -> PreparationReport:
@@ -368,7 +377,7 @@ class LabelReader(RowReader[AnyExample]):
             self.form = "labeled pairs of texts" if columns.text_pair else "labeled text"
         labeled_indices: list[int] = []
         labels: list[Any] = []
-        classes = self.classes if self.classes is not None else self.settings.classes
+        classes = self.classes if self.classes is not None else self.settings.class_names
         drop = bool(classes) and self.settings.other_classes == "drop"
         for index in chosen:
             value, location = rows[index][1].get(columns.label), rows.row_location(index)
@@ -385,6 +394,7 @@ class LabelReader(RowReader[AnyExample]):
                 continue
             labeled_indices.append(index)
         if self.task != "regression":
+            labels = self._merge_labels(labels)
             locations = [rows.row_location(index) for index in labeled_indices]
             self.classes, labels = class_numbers(
                 labels, locations, self.settings, source=rows.name, trained=self.classes
@@ -392,6 +402,15 @@ class LabelReader(RowReader[AnyExample]):
         self._labels = {index: label for index, label in zip(labeled_indices, labels, strict=True) if label is not None}
         self._num_other_classes = len(labeled_indices) - len(self._labels)
         return list(self._labels)
+
+    def _merge_labels(self, labels: Sequence[str | None]) -> list[str | None]:
+        """Return the class of each label: that of ``data.classes``, or a known class with an almost equal name."""
+        mapping = self.settings.class_of_label
+        names = [label and mapping.get(label, label) for label in labels]
+        if self.classes is None:
+            return names
+        matched = self._matched_labels = match_classes({name for name in names if name}, self.classes)
+        return [name and matched.get(name, name) for name in names]
 
     def examples(self, rows: NumberedRows, indices: Sequence[int]) -> Iterator[AnyExample | None]:
         if self._reads_images:
@@ -437,10 +456,8 @@ class LabelReader(RowReader[AnyExample]):
         hint = "a classifier may never predict them; add rows of these classes, or drop some of the others"
         rare_text = f"classes with less than {_RARE:.0%} of the rows of the largest: {', '.join(rare[:12])}"
         single_text = f"classes with fewer than 2 rows: {', '.join(single[:12])}"
-        similar = similar_classes(counts)
-        similar_text = f"classes that may be typing errors: {'; '.join(similar[:5])}"
         return [
-            DataFinding("similar_classes", "warning", len(similar), similar_text, "merge them if they are the same"),
+            *class_findings(counts),
             DataFinding("unbalanced", "warning", len(rare), rare_text, hint),
             DataFinding("classes_without_rows", "warning", len(single), single_text, hint),
         ]

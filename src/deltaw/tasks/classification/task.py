@@ -182,7 +182,7 @@ class LabelTask(Task[LabelObjective]):
         data = reader.prepare(seed)
         classes = data.classes
         reordered = classes is not None and self.class_names is not None and set(classes) == set(self.class_names)
-        if reordered and settings.classes is None and classes != self.class_names:
+        if reordered and not isinstance(settings.classes, list) and classes != self.class_names:
             # An existing head for the same classes determines their order.
             data = self.reader(settings, self.class_names).prepare(seed)
         if self.head_outputs is not None and data.classes is not None:

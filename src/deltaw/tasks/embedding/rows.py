@@ -11,16 +11,17 @@ import functools
 import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from deltaw.data.check import DataFinding
+from deltaw.data.check import DataFinding, class_findings
 from deltaw.data.example import LabeledExample, RowGroup, token_spans
 from deltaw.data.messages import WRONG_TYPE, cell_text, empty_text
-from deltaw.data.report import BadRowError, count_of
+from deltaw.data.report import BadRowError, PreparationReport, count_of
 from deltaw.data.row_reader import ExamplePreview, RowReader
 from deltaw.data.rows import NumberedRows, Row
 from deltaw.data.starter import TaskStarter
@@ -202,6 +203,7 @@ class RetrievalReader(RowReader[TextGroup], abc.ABC):
             name = class_name(row.get(columns.score), columns.score, location)
             if name is None:
                 raise BadRowError("the row has no class", reason="no class", location=location, hint="write its class")
+            name = self.settings.class_of_label.get(name, name)
             return RowTexts(cell_text(row.get(columns.text), columns.text, location), name=name)
         assert columns.query is not None
         query = cell_text(row.get(columns.query), columns.query, location)
@@ -291,12 +293,21 @@ class RetrievalReader(RowReader[TextGroup], abc.ABC):
             label = [*scores, *["negative"] * len(item.rows)][position - 1]
         return ExamplePreview(len(row), 1, tuple(token_spans(row.tokens, [False] * len(row), self.tokenizer)), label)
 
-    def findings(self, items: Sequence[TextGroup], report: Any) -> list[DataFinding]:
-        """Note rows that share a passage with another query, because in-batch negatives exclude such passages."""
+    def add_counts(self, report: PreparationReport, items: Sequence[TextGroup]) -> PreparationReport:
+        names = list(self._names)
+        counts = Counter(names[item.label] for item in items if item.label is not None)
+        return replace(report, class_counts={name: counts[name] for name in names})
+
+    def findings(self, items: Sequence[TextGroup], report: PreparationReport) -> list[DataFinding]:
+        """Report classes with similar names, and passages that rows share.
+
+        In-batch negatives exclude passages that a row shares with another query.
+        """
         passages = [item.rows[1].tokens.tobytes() for item in items if len(item.rows) > 1]
         num_repeated = len(passages) - len(set(passages))
         text = f"{count_of(num_repeated)} with an earlier row's passage; in one step neither is a negative of the other"
-        return [DataFinding("shared_passages", "note", num_repeated, text, "no action is needed if both are right")]
+        shared = DataFinding("shared_passages", "note", num_repeated, text, "no action is needed if both are right")
+        return [*class_findings(report.class_counts), shared]
 
 
 # (length,) int32 token ids, and (length,) int8 index of the text that each token belongs to (None if the row is a
