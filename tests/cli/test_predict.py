@@ -423,3 +423,34 @@ def test_merged_classes_apply_to_every_command(call, predict, bert, tmp_path):
     assert "'CAT.' as 'Cat'" in result.unwrapped
     assert set(json.loads(result.out)["classes"]) == {"Cat", "Dog"}
     assert all(set(row["probabilities"]) == {"Cat", "Dog"} for row in predict(run, rows))
+
+
+def test_missing_input_column_of_the_run_is_rejected_as_by_eval(call, predict, bert, tmp_path):
+    rows = [{"body": row["text"], "class": row["label"]} for row in labeled_rows(12)]
+    columns = {"text": "body", "label": "class"}
+    run = train(bert, tmp_path / "mapped", "sequence-classification", rows, data={"columns": columns})
+    other = [{"text": "cat", "label": "cat"}]
+    assert_refused(predict(run, other, status=2), "no column 'body'", "data.columns.text")
+    assert_refused(call("eval", run, "--data", tmp_path / "rows.jsonl", status=2), "no column 'body'")
+    assert not (tmp_path / "predictions.jsonl").exists()
+    (without_label,) = predict(run, [{"body": "cat"}])
+    assert without_label["prediction"] in CLASSES
+    flags = ("--force", "--data.columns", "{text: text}")
+    assert predict(run, other, *flags)[0]["prediction"] in CLASSES
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_named_predictions_can_be_chained(call, predict, classifier, tmp_path, suffix):
+    (once,) = predict(classifier, [{"text": "cat", "id": 7}], "--name", "topic", suffix=suffix)
+    classes = ["topic_probabilities"] if suffix == ".jsonl" else [f"topic_p_{name}" for name in sorted(CLASSES)]
+    assert list(once) == ["row", "text", "id", "topic", *classes, "topic_error"]
+    assert once["topic"] in CLASSES
+    first, second = tmp_path / f"predictions{suffix}", tmp_path / f"second{suffix}"
+    call("predict", classifier, first, "--output", second, "--name", "mood", status=0)
+    (twice,) = read(second)
+    assert list(twice) == [*once, *(name.replace("topic", "mood") for name in list(once)[3:])]
+    assert {name: twice[name] for name in once} == once and twice["mood"] == once["topic"]
+    taken = call("predict", classifier, first, "--output", tmp_path / "third.jsonl", "--name", "topic", status=2)
+    assert_refused(taken, "has a column 'topic'", "--name")
+    assert not (tmp_path / "third.jsonl").exists()
+    assert_refused(call("predict", classifier, first, "--name", " ", status=2), "name is empty")

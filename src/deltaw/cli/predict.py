@@ -11,7 +11,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from deltaw.cli.options import console, json_flag, model_flags, nested_settings, print_json
+from deltaw.cli.options import console, json_flag, model_flags, nested_settings, print_json, require_utf8
 from deltaw.cli.suggestions import RunArgument, TaskName
 from deltaw.cli.text_options import SAMPLING, TextSettings, resolve_system_prompt, system_flag, text_flags
 from deltaw.errors import UserError
@@ -30,6 +30,7 @@ TEXT = {*SAMPLING, "max_new_tokens", "stop", "json_schema", "regex", "system"}
 @click.argument("file", type=click.Path())
 @click.option("-o", "--output", type=click.Path(path_type=Path), help=OUTPUT_HELP)
 @click.option("--force", is_flag=True, help="overwrite the output; discard unfinished predictions of other settings")
+@click.option("--name", metavar="COLUMN", help="column of the predictions, and prefix of the other new columns")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="number of rows to predict  [default: all]")
 @click.option("--data.columns", "columns", metavar="YAML", help=COLUMNS_HELP)
 @click.option("--data.max_length", "max_length", type=click.IntRange(2), help="maximum number of tokens per row")
@@ -39,7 +40,9 @@ TEXT = {*SAMPLING, "max_new_tokens", "stop", "json_schema", "regex", "system"}
 @click.option("--task", type=TaskName(task_registry.names()), help="task of a model without an adapter")
 @model_flags
 @json_flag
-def command(run: str, file: str, output: Path | None, force: bool, limit: int | None, **options: Any) -> None:
+def command(
+    run: str, file: str, output: Path | None, force: bool, name: str | None, limit: int | None, **options: Any
+) -> None:
     """Predict the rows of FILE with RUN: the folder of a run or an adapter, or a model. Rows need no labels. Each row
     produces a record with its number, its columns, the predictions and, if it is unusable, an error.
     """
@@ -47,6 +50,8 @@ def command(run: str, file: str, output: Path | None, force: bool, limit: int | 
     if output is None and (as_json or force):
         flag = "--json" if as_json else "--force"
         raise UserError("the predictions are written to standard output", location=flag, hint="add --output FILE")
+    if name is not None and not require_utf8(name, "--name").strip():
+        raise UserError("the name is empty", location="--name", hint="for example --name topic")
     text: TextSettings = options.pop("text_settings")
     system, columns = options.pop("system"), _columns(options.pop("columns"))
     overrides = {name: options.pop(name) for name in ("max_length", "long_rows")} | {"columns": columns}
@@ -80,14 +85,14 @@ def command(run: str, file: str, output: Path | None, force: bool, limit: int | 
         _reject_text_flags(session.task.name)
     with contextlib.ExitStack() as stack:
         flat = output is not None and output.suffix.lower() != ".jsonl"
-        predictor = Predictor(session, settings, source, text.request, notes.print_line, flat=flat)
+        predictor = Predictor(session, settings, source, text.request, notes.print_line, flat=flat, name=name)
         stack.callback(predictor.close)
         if output is None:
             progress = PredictionProgress()
             predictor.run(progress, lambda lines: click.echo(lines, nl=False))
         else:
             identity = {"the run": identity_of_run(session), "the file": source.identity}
-            identity["the settings"] = [asdict(settings), asdict(text), limit]
+            identity["the settings"] = [asdict(settings), asdict(text), limit, name]
             target = stack.enter_context(contextlib.closing(PredictionFile(output, identity, force=force)))
             progress = target.progress
             predictor.run(progress, target.write)

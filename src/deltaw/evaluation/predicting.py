@@ -46,11 +46,14 @@ from deltaw.lora.fingerprint import base_fingerprint
 from deltaw.progress import LogFunction, track_progress
 from deltaw.settings.columns import mapped_columns
 from deltaw.settings.data import MAX_ROW_BYTES, DataSettings
+from deltaw.settings.row_kinds import LABELS, NEGATIVES, PAIR_COLUMNS, PASSAGES, PROMPT_ANSWERS, SCORES
 from deltaw.training.batchers import text_positions
 from deltaw.training.task import OpenedRun
 
 # Rows per chunk, and rows per chunk of completions, which take longer.
 CHUNK_ROWS, COMPLETION_ROWS = 1024, 256
+# Predictions that ``name`` renames. It is the prefix of other columns.
+_MAIN_PREDICTIONS = ("prediction", "completion", "score")
 # Builds the request for the tokens of a prompt, the name of an adapter and the number of a row.
 BuildRequest = Callable[..., Request]
 
@@ -103,9 +106,17 @@ class InputRows:
 
 
 def input_settings(session: OpenedRun, source: InputRows, overrides: Mapping[str, Any]) -> DataSettings:
-    """Return the settings with which the run read its rows, without columns that the source does not have."""
+    """Return the settings with which the run read its rows, without labels and answers that the source does not have.
+
+    Other missing columns remain, so that the predictor rejects the source instead of reading another column.
+    """
     settings = session.data or DataSettings(train=source.name)
-    columns = {name: column for name, column in settings.columns.items() if column in source.columns}
+    optional = {*LABELS, *SCORES, *NEGATIVES, *PAIR_COLUMNS, "margin"}
+    if session.task.generates_text:
+        optional.update(PROMPT_ANSWERS)
+    elif session.task.outputs == "vectors":
+        optional.update(PASSAGES)
+    columns = {n: column for n, column in settings.columns.items() if column in source.columns or n not in optional}
     long_rows = "error" if settings.long_rows == "split" else settings.long_rows
     changes = {"train": source.name, "bad_rows": "skip", "columns": columns, "long_rows": long_rows, **overrides}
     return replace(settings, **changes)
@@ -128,9 +139,10 @@ class Predictor:
         build_request: Builds the request for a prompt.
         log: Receives progress lines.
         flat: Write the probability of each class to a column of its own.
+        name: Name of the predictions, for files that already have predictions. None for the usual names.
 
     Raises:
-        UserError: if the task has no predictions, or a column is missing.
+        UserError: if the task has no predictions, a column is missing, or the source has a column of that name.
     """
 
     def __init__(
@@ -142,9 +154,13 @@ class Predictor:
         log: LogFunction,
         *,
         flat: bool,
+        name: str | None = None,
     ) -> None:
+        self._name = name
         self._session, self._source, self._build_request, self._log = session, source, build_request, log
         check_columns(source, settings.columns)  # type: ignore[arg-type]
+        if name in source.columns:
+            raise UserError(f"the file has a column '{name}'", location="--name", hint="use another name")
         columns = mapped_columns(source.columns, settings.columns)
         self._reader = session.task.input_reader(settings, columns, session.classes)
         self._flat_classes = session.classes if flat and "probabilities" in self._reader.predicts else None
@@ -167,7 +183,7 @@ class Predictor:
         if progress.rows:
             self._log(f"resuming after {progress.rows:,} of {source.count:,} rows")
         lines = ProgressLines(self._log, f"predicting {source.name}", 0, rows=source.count, done=progress.rows)
-        number_columns = [_unused_name(n, source.columns) for n in (("row", "file") if source.several else ("row",))]
+        number_columns = {name: self._number_column(name) for name in (("row", "file") if source.several else ("row",))}
         end = 0
         for rows, indices in source.chunks(CHUNK_ROWS if self._engine is None else COMPLETION_ROWS):
             start, end = end, end + len(indices)
@@ -177,12 +193,13 @@ class Predictor:
             predicted = self._reader.predicts  # final after the first chunk
             if self._flat_classes is not None:
                 predicted = (predicted[0], *(f"p_{name}" for name in self._flat_classes))
-            names = [_unused_name(name, source.columns) for name in (*predicted, "error")]
-            progress.columns, records = [*number_columns, *source.columns, *names], []
+            names = [self._column(name) for name in (*predicted, "error")]
+            progress.columns, records = [*filter(None, number_columns.values()), *source.columns, *names], []
             for index in indices:
                 error = errors.get(index)
                 values = [*predictions.get(index, [None] * (len(names) - 1)), error and error.message]
-                numbered = dict(zip(number_columns, (rows.number(index), rows.file(index)), strict=False))
+                numbers = {"row": rows.number(index), "file": rows.file(index)}
+                numbered = {column: numbers[name] for name, column in number_columns.items() if column}
                 records.append({**numbered, **rows[index][1], **dict(zip(names, values, strict=True))})
                 if error is not None:
                     progress.errors[error.reason] += 1
@@ -194,6 +211,18 @@ class Predictor:
             lines.update(progress.rows, 0)
         if not progress.predicted:
             raise UserError(f"no row can be used; the first error: {progress.first_error}", location=source.name)
+
+    def _number_column(self, column: str) -> str:
+        """Return the name of the column of row numbers or files, or '' if named predictions follow earlier ones."""
+        return (
+            "" if self._name is not None and column in self._source.columns else _unused(column, self._source.columns)
+        )
+
+    def _column(self, column: str) -> str:
+        """Return the name of a column of predictions or errors."""
+        if self._name is not None:
+            column = self._name if column in _MAIN_PREDICTIONS else f"{self._name}_{column}"
+        return _unused(column, self._source.columns)
 
     def _predict(
         self, rows: NumberedRows, indices: Sequence[int], start: int
@@ -247,7 +276,7 @@ class Predictor:
             self._engine.close(drain=False)
 
 
-def _unused_name(name: str, columns: Sequence[str]) -> str:
+def _unused(name: str, columns: Sequence[str]) -> str:
     while name in columns:
         name = f"predicted_{name}"
     return name
