@@ -37,7 +37,19 @@ LIMITS: dict[str, tuple[str, click.ParamType, str]] = {
 
 
 GROUPS = {
-    "Common": ("adapters", "name", "host", "port", "keys", "model", "precision", "device", "sampler", "no_page"),
+    "Common": (
+        "adapters",
+        "name",
+        "host",
+        "port",
+        "keys",
+        "model",
+        "precision",
+        "device",
+        "sampler",
+        "no_system",
+        "no_page",
+    ),
     "Access": (
         *("api_key_file", "without_key", "hosts", "origins", "certificate", "certificate_key", "share_cache"),
         *("log", "log_prompts"),
@@ -78,6 +90,7 @@ def _limit_flags(command: Command) -> Command:
 @click.option("--running", default=64, show_default=True, type=click.IntRange(1), help="maximum concurrent texts")
 @click.option("--cache-memory", help="memory for the KV cache, such as 2GB  [default: a quarter of the free memory]")
 @click.option("--adapter-memory", default="1GB", show_default=True, help="memory for adapters; the rest stays on disk")
+@click.option("--no-system", is_flag=True, help="do not add a run's system prompt to chats without one")
 @click.option("--no-page", is_flag=True, help="disable the web page at /")
 @click.option("--pooling", default="auto", show_default=True, type=POOLING, help="pooling of token vectors")
 @click.option("--no-normalize", is_flag=True, help="do not normalize the vectors of an encoder")
@@ -95,7 +108,7 @@ def command(base: str, adapters: tuple[str, ...], name: str | None, log: str, wi
     require_packages()
     names = ("model", "trust_remote_code", "precision", "device", "sampler", "pooling", "running")
     open_options = {key: flags.pop(key) for key in names}
-    open_options |= {key: not flags.pop(f"no_{key}") for key in ("page", "normalize")}
+    open_options |= {key: not flags.pop(f"no_{key}") for key in ("page", "system", "normalize")}
     for kind in ("cache", "adapter"):
         memory = flags.pop(f"{kind}_memory")
         open_options[f"{kind}_bytes"] = None if memory is None else parse_bytes(memory, f"--{kind}-memory")

@@ -196,12 +196,15 @@ class Prompting:
         """
         plain = not tokenizer.chat_template or (data is not None and data.template == "plain")
         if not isinstance(prompt, str):
-            prompt = [*prompt]
-            texts = [message["content"] for message in prompt if isinstance(message["content"], str)]
-            roles = [message["role"] for message in prompt]
-            if plain and self.joined and roles == ["system", "user"] and len(texts) == 2:
-                prompt = "\n".join(texts)
+            prompt = self.join([*prompt]) if plain else [*prompt]
         return encode_prompt(prompt, data or "auto", tokenizer, images=placer, image_folder=Path(), attached=images)
+
+    def join(self, messages: list[Message]) -> str | list[Message]:
+        """Return a system prompt and a question without a chat template as the rows contain them."""
+        texts = [message["content"] for message in messages if isinstance(message["content"], str)]
+        roles = [message["role"] for message in messages]
+        is_joined = self.joined and roles == ["system", "user"] and len(texts) == 2
+        return "\n".join(texts) if is_joined else messages
 
 
 def with_system(system: str, prompt: str) -> str | list[Message]:

@@ -60,17 +60,39 @@ def test_prompt_format_of_run_is_available_with_key(finished_run, tmp_path, serv
         monkeypatch.setattr(opening, "build_decodable", raise_not_decodable)
     run = shutil.copytree(finished_run, tmp_path / "mine")
     client = serve(run, name="base")
-    body = {"model": "mine", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
-    prompt_tokens = []
     for prompting in (Prompting("Be brief.", examples=("paint it red",)), Prompting()):
         write_prompting(run, prompting)
         expected = {"system": prompting.system, "examples": [*prompting.examples], "images": False}
         assert client.get("/prompting/mine").json() == expected
-        prompt_tokens.append(client.post("/v1/chat/completions", json=body).json()["usage"]["prompt_tokens"])
-    assert prompt_tokens[0] == prompt_tokens[1], "the prompt format must not affect API clients"
     assert client.get("/prompting/base").json() == {"system": "", "examples": [], "images": False}
     assert client.get("/prompting/other").status_code == 404
     assert client.get("/prompting/mine", headers={"Authorization": ""}).status_code == 401
+
+
+@pytest.mark.parametrize("decoder", [True, False])
+def test_system_prompt_of_run_is_added_to_chats_without_one(finished_run, tmp_path, serve, monkeypatch, decoder):
+    from deltaw.serving.http import opening
+
+    def raise_not_decodable(*_, **__):
+        raise NotDecodable("simulated unsupported blocks")
+
+    if not decoder:
+        monkeypatch.setattr(opening, "build_decodable", raise_not_decodable)
+    run = shutil.copytree(finished_run, tmp_path / "mine")
+    write_prompting(run, Prompting("Be brief."))
+    question, system = {"role": "user", "content": "hi"}, {"role": "system", "content": "Be brief."}
+
+    def prompt_tokens(client: Any, *messages: dict[str, str], **fields: Any) -> int:
+        body = {"model": "mine", "messages": list(messages), "max_tokens": 1, **fields}
+        return client.post("/v1/chat/completions", json=body).json()["usage"]["prompt_tokens"]
+
+    client, unchanged = serve(run, name="base"), serve(run, name="base", system=False)
+    with_system, without = prompt_tokens(client, system, question), prompt_tokens(unchanged, question)
+    assert with_system > without + len("Be brief.")
+    assert prompt_tokens(client, question) == with_system
+    assert prompt_tokens(client, question, model="base") == without, "the base model has no rows"
+    assert prompt_tokens(client, question, add_system_prompt=False) == without
+    assert prompt_tokens(unchanged, system, question) == with_system
 
 
 @pytest.mark.parametrize("precision, expected", [("nf4", "nf4"), ("int8", "auto")])

@@ -8,6 +8,7 @@ import pytest
 from deltaw.data.prepare import encode_prompt
 from deltaw.errors import UserError
 from deltaw.settings.data import DataSettings
+from deltaw.training.answers import Prompting
 from tests.byte_models import byte_tokenizer
 from tests.serving.http.concurrency import run_in_threads
 from tests.serving.test_text import fallback_tokenizer
@@ -35,6 +36,15 @@ def test_concurrently_rendered_prompts_match_training(data):
     np.testing.assert_array_equal(prompts.text("abc"), encode_prompt("abc", "plain", tokenizer))
     results = run_in_threads(lambda _: [prompts.chat(HELLO, []).tolist() for _ in range(20)], range(4))
     assert results == [[expected] * 20] * 4
+
+
+@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize("data", [PLAIN, DataSettings(train="x")])
+def test_added_system_prompt_matches_training(data, joined):
+    tokenizer = byte_tokenizer()
+    prompting = Prompting("Be brief.", joined=joined)
+    expected = prompting.prompt([{"role": "system", "content": "Be brief."}, *HELLO], data, tokenizer)
+    np.testing.assert_array_equal(TokenizerPrompts(tokenizer, data, prompting=prompting).chat(HELLO, []), expected)
 
 
 def test_far_exceeds_counts_tokens_not_characters():

@@ -53,6 +53,7 @@ class OpenOptions:
         device: Device of the model.
         sampler: Library that generates on a GPU.
         page: Serve a web page at ``/``.
+        system: Add the system prompt of a run's rows to chat requests without one.
         pooling: Pooling of an embedding model.
         normalize: Normalize the vectors of an embedding model.
         running: Maximum number of running completions.
@@ -67,6 +68,7 @@ class OpenOptions:
     device: str = "auto"
     sampler: str = "auto"
     page: bool = True
+    system: bool = True
     pooling: str = "auto"
     normalize: bool = True
     running: int = 64
@@ -153,6 +155,15 @@ def open_served(base: str, folders: Mapping[str, Path], options: OpenOptions, *,
     bank: AdapterBank | None = None
     prompts: Callable[[str | None], TokenizedPrompts]
     engine: Engine | None = None
+
+    def prompting(model: str | None) -> Prompting:
+        if model in (None, name):
+            return read_prompting(Path(base))
+        if bank is None and model not in folders:
+            raise unknown_adapter_error(model, folders)
+        return read_prompting(folders[model] if bank is None else bank.info(model).folder)
+
+    added_prompting = prompting if options.system else lambda model: Prompting()
     try:
         with track_progress("preparing the decoder"):
             if prefers_vllm(session):
@@ -160,7 +171,7 @@ def open_served(base: str, folders: Mapping[str, Path], options: OpenOptions, *,
             else:
                 result = build_decodable(session.model, cache_bytes=budget)
     except NotDecodable as reason:
-        session, engine, prompts = _transformers_engine(session, base, folders, loading, reason)
+        session, engine, prompts = _transformers_engine(session, base, folders, loading, reason, added_prompting)
     else:
         if engine is None:
             packer = Packer(session.model, result)
@@ -172,30 +183,28 @@ def open_served(base: str, folders: Mapping[str, Path], options: OpenOptions, *,
             engine = build_engine(result, session, bank, cache_bytes=budget, running=options.running)
         else:
             log(engine.why)
-        prompts = _prompts_of_bank(session, engine.bank)
+        prompts = _prompts_of_bank(session, engine.bank, added_prompting)
     close = functools.partial(engine.close, drain=False)
     images = session.task.images
     if images is not None:
         images.limit_bytes = IMAGE_BYTES
     served = Served(name, engine, prompts, base, engine.positions, bank, lambda: engine.load, close, images=images)
-    if not options.page:
-        return served
-
-    def prompting(model: str) -> Prompting:
-        if model == name:
-            return read_prompting(Path(base))
-        if bank is None and model not in folders:
-            raise unknown_adapter_error(model, folders)
-        return read_prompting(folders[model] if bank is None else bank.info(model).folder)
-
     if (with_prompt := next((model for model in [name, *folders] if prompting(model).system), None)) is not None:
         text = quoted(prompting(with_prompt).system, 24)
-        log(f"system prompt of the rows: {text} (used by the page, not added by the API)")
+        use = "added to chats without one; --no-system: not" if options.system else "not added by the API"
+        log(f"system prompt of the rows: {text} ({use})")
+    if not options.page:
+        return served
     return replace(served, routers=(page_router(prompting, images=images is not None),), open_paths=frozenset({"/"}))
 
 
 def _transformers_engine(
-    session: OpenedRun, base: str, folders: Mapping[str, Path], loading: dict[str, Any], reason: NotDecodable
+    session: OpenedRun,
+    base: str,
+    folders: Mapping[str, Path],
+    loading: dict[str, Any],
+    reason: NotDecodable,
+    prompting: Callable[[str | None], Prompting],
 ) -> tuple[OpenedRun, Engine, Callable[[str | None], TokenizedPrompts]]:
     """Open a model and at most one adapter that transformers runs, and return its session, engine and tokenizers.
 
@@ -215,19 +224,23 @@ def _transformers_engine(
         session = open_run(str(folder), model=base, **loading)
         sessions[adapter] = session
     images = session.task.images
-    data = {name: TokenizerPrompts(each.tokenizer, each.data, images) for name, each in sessions.items()}
+    data = {
+        name: TokenizerPrompts(each.tokenizer, each.data, images, prompting(name)) for name, each in sessions.items()
+    }
     engine = fallback_engine(session, next(iter(folders), None), reason, loading["log"])
     return session, engine, data.__getitem__
 
 
-def _prompts_of_bank(session: OpenedRun, bank: Adapters) -> Callable[[str | None], TokenizedPrompts]:
+def _prompts_of_bank(
+    session: OpenedRun, bank: Adapters, prompting: Callable[[str | None], Prompting]
+) -> Callable[[str | None], TokenizedPrompts]:
     """Return the tokenizers of a bank's adapters. Each uses its own chat template and renders as its training rows."""
     images = session.task.images
-    base_prompts = TokenizerPrompts(session.tokenizer, session.data, images)
+    base_prompts = TokenizerPrompts(session.tokenizer, session.data, images, prompting(None))
 
     @functools.lru_cache(MAX_CACHED_PROMPTS)
-    def adapter_prompts(info: AdapterInfo) -> TokenizedPrompts:  # a swapped adapter has a new AdapterInfo
+    def adapter_prompts(name: str, info: AdapterInfo) -> TokenizedPrompts:  # a swapped adapter has a new AdapterInfo
         data = None if info.config is None else info.config.data
-        return TokenizerPrompts(info.tokenizer or session.tokenizer, data, images)
+        return TokenizerPrompts(info.tokenizer or session.tokenizer, data, images, prompting(name))
 
-    return lambda adapter: base_prompts if adapter is None else adapter_prompts(bank.info(adapter))
+    return lambda adapter: base_prompts if adapter is None else adapter_prompts(adapter, bank.info(adapter))

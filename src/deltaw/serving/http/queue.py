@@ -29,6 +29,7 @@ from deltaw.serving.http.served import Served, TokenizedPrompts
 from deltaw.serving.http.settings import Limits
 from deltaw.serving.http.tool_calls import CallForm, forced_schema, form_of
 from deltaw.settings.data import DataSettings, TemplateName
+from deltaw.training.answers import Prompting
 from deltaw.training.features.images import RowImages
 
 if TYPE_CHECKING:
@@ -247,15 +248,21 @@ class TokenizerPrompts:
         tokenizer: Tokenizer of the adapter or the base model, with its chat template.
         data: Data settings of the adapter's run, or None if unknown.
         images: Images in prompts of a vision-language model, or None if the model reads text only.
+        prompting: Prompt format of the training rows, whose system prompt is added to conversations without one.
 
     Attributes:
         call_form: Tool call format of the chat template, or None.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, data: DataSettings | None = None, images: RowImages | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        data: DataSettings | None = None,
+        images: RowImages | None = None,
+        prompting: Prompting | None = None,
     ) -> None:
         self._tokenizer, self._images = tokenizer, images
+        self._prompting = prompting or Prompting()
         self._template: TemplateName = "auto"
         self._date: str | None = None
         if data is not None:
@@ -269,8 +276,13 @@ class TokenizerPrompts:
         self.call_form = self._find_call_form() if self._chat.chat else None
         self._bytes: dict[int, bytes] = {}
 
-    def chat(self, messages: Sequence[dict[str, object]], tools: Sequence[dict[str, object]]) -> np.ndarray:
+    def chat(
+        self, messages: Sequence[dict[str, object]], tools: Sequence[dict[str, object]], *, add_system: bool = True
+    ) -> np.ndarray:
         """Return the (length,) int32 token ids of a conversation, up to the start of the assistant's turn.
+
+        Args:
+            add_system: Add the system prompt of the training rows to a conversation without one.
 
         Raises:
             UserError: if the chat template rejects the messages or does not support tools, or an image is unusable.
@@ -283,6 +295,9 @@ class TokenizerPrompts:
             row, row_images = take_images(row, None, "messages")
             images = decoded_images(row_images)
         turns = read_messages(row["messages"], "messages", "messages")
+        system = self._prompting.system
+        if system and add_system and all(turn["role"] != "system" for turn in turns):
+            turns = [{"role": "system", "content": system}, *turns]
         with self._lock:
             if (today := todays_date()) != self._day:
                 # The template contains the current date.
@@ -291,7 +306,8 @@ class TokenizerPrompts:
                 raise UserError("the model's chat template does not support tools", location="tools")
             if images and self._images is not None:
                 self._images.discard_unused()
-            tokens = np.asarray(self._chat.prompt(turns, list(tools), images), dtype=np.int32)
+            prompt = turns if self._chat.chat else self._prompting.join(turns)
+            tokens = np.asarray(self._chat.prompt(prompt, list(tools), images), dtype=np.int32)
             if images and self._images is not None:
                 self._images.retain(tokens)
             return tokens
@@ -441,7 +457,8 @@ def _chat_tokens(fields: ChatRequest, prompts: TokenizedPrompts, max_length: int
     texts = [message.as_turn() for message in fields.messages]
     _check_not_too_long(json.dumps([texts, tools], ensure_ascii=False), prompts, max_length)
     with blame_field("messages"):
-        return prompts.chat([message.as_turn(images=True) for message in fields.messages], tools)
+        turns = [message.as_turn(images=True) for message in fields.messages]
+        return prompts.chat(turns, tools, add_system=fields.add_system_prompt)
 
 
 def _prompt_tokens(prompt: str | list[int], prompts: TokenizedPrompts, max_length: int) -> np.ndarray:

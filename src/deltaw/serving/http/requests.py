@@ -533,6 +533,7 @@ class ChatRequest(TextFields):
     tools: Annotated[list[Tool], Field(fail_fast=True)] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | Tool | None = None
     parallel_tool_calls: bool | None = True
+    add_system_prompt: bool = Field(True, description="add the run's system prompt to messages without one")
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:

@@ -40,8 +40,13 @@ class TokenizedPrompts(Protocol):
     def call_form(self) -> CallForm | None:
         """Tool call format of the chat template, or None if it does not support tools."""
 
-    def chat(self, messages: Sequence[dict[str, object]], tools: Sequence[dict[str, object]]) -> np.ndarray:
+    def chat(
+        self, messages: Sequence[dict[str, object]], tools: Sequence[dict[str, object]], *, add_system: bool = True
+    ) -> np.ndarray:
         """Return the (length,) token ids of a conversation, up to the start of the assistant's turn.
+
+        Args:
+            add_system: Add the system prompt of the training rows to a conversation without one.
 
         Raises:
             UserError: if the chat template rejects the messages.

@@ -269,7 +269,7 @@ async function write(answer, content, body, signal, onChunk) {
   const system = byId("system").value.trim();
   const messages = system ? [{ role: "system", content: system }, ...conversation] : conversation;
   try {
-    await stream({ model: answer.model, messages, ...body }, key(), signal, (chunk) => {
+    await stream({ model: answer.model, messages, add_system_prompt: false, ...body }, key(), signal, (chunk) => {
       answer.addChunk(chunk);
       onChunk();
     });
