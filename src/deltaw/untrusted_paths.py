@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from deltaw import cache
@@ -18,6 +19,53 @@ from deltaw.errors import UserError
 
 # Subfolders that transformers reads with a tokenizer.
 _READ_INSIDE = ("additional_chat_templates",)
+# Environment variable with the allowed folders of a process, in JSON.
+_VARIABLE = "DELTAW_ALLOWED_FOLDERS"
+
+
+@dataclass(frozen=True)
+class AllowedFolders:
+    """Folders whose files may be read for an agent, a web page, or rows from another machine.
+
+    Attributes:
+        folders: Folders, with links resolved.
+        allow_hidden: Allow files and subfolders whose names start with a dot.
+    """
+
+    folders: tuple[Path, ...]
+    allow_hidden: bool = True
+
+    @staticmethod
+    def of_process() -> AllowedFolders | None:
+        """Return the folders in the environment (:meth:`environment`), or None if this process may read all files."""
+        text = os.environ.get(_VARIABLE)
+        if text is None:
+            return None
+        values = json.loads(text)
+        return AllowedFolders(tuple(map(Path, values["folders"])), allow_hidden=values["allow_hidden"])
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment variable that restricts a process and its children to these folders."""
+        values = {"folders": [str(folder) for folder in self.folders], "allow_hidden": self.allow_hidden}
+        return {_VARIABLE: json.dumps(values)}
+
+    def find(self, path: str | Path) -> Path | None:
+        """Return an absolute path with links resolved, or None if it is not allowed.
+
+        ``..`` is resolved before links, and paths to other hosts are rejected. The result therefore does not depend on
+        files outside of the folders.
+        """
+        if is_remote_path(str(path)):
+            return None
+        try:
+            resolved = Path(os.path.realpath(os.path.normpath(path)))
+        except (OSError, ValueError):  # for example a NUL
+            return None
+        for folder in self.folders:
+            if resolved.is_relative_to(folder):
+                is_hidden = any(part.startswith(".") for part in resolved.relative_to(folder).parts)
+                return None if is_hidden and not self.allow_hidden else resolved
+        return None
 
 
 def require_contained(folder: Path, *, recursive: bool = False, only: Iterable[Path] | None = None) -> None:

@@ -26,7 +26,7 @@ from deltaw.data.prompts import QuestionReader
 from deltaw.data.report import BadRowError, BadRows
 from deltaw.data.row_images import MARKER, PlacedImage, RowImage, take_images
 from deltaw.data.row_reader import RunData
-from deltaw.data.rows import NumberedRows
+from deltaw.data.rows import NO_FOLDER, NumberedRows, RowFolder
 from deltaw.data.templates import Encoder
 from deltaw.errors import UserError
 from deltaw.hub import packages
@@ -320,7 +320,7 @@ def test_unusual_images_are_decoded() -> None:
     tokenizer = image_tokenizer()
     placer = FakePlacer(tokenizer)
     for row in rows:
-        _, (image,) = take_images(row, None, "row 1")
+        _, (image,) = take_images(row, NO_FOLDER, "row 1")
         placer.place(image)
     assert [image.mode for image in placer.images] == ["RGB"] * len(images)
     assert placer.images[1].getpixel((0, 0)) == (254, 0, 0) or placer.images[1].getpixel((0, 0)) == (255, 0, 0)
@@ -492,7 +492,7 @@ def test_prompts_have_the_tokens_of_training(template: str | None) -> None:
     placer = FakePlacer(tokenizer)
     tokens = encode_prompt([question], "auto", tokenizer, images=placer)
     assert tokens.tolist() == example.tokens[: example.prompt_length].tolist()
-    row, images = take_images({"messages": [question]}, None, "the prompt")
+    row, images = take_images({"messages": [question]}, NO_FOLDER, "the prompt")
     encoder = Encoder(tokenizer, images=placer)
     assert encoder.prompt(read_prompt(row["messages"], "p"), images=images) == tokens.tolist()
 
@@ -502,11 +502,11 @@ def test_prompts_of_others_cannot_read_files_or_write_image_tokens(tmp_path: Pat
     tokenizer = image_tokenizer()
     placer = FakePlacer(tokenizer)
 
-    def encode(content: object, folder: Path | None = None) -> np.ndarray:
+    def encode(content: object, folder: RowFolder = NO_FOLDER) -> np.ndarray:
         return encode_prompt([user(content)], "auto", tokenizer, images=placer, image_folder=folder)
 
     part = [{"type": "image", "path": "a.png"}]
-    assert len(encode(part, tmp_path))
+    assert len(encode(part, RowFolder(tmp_path)))
     for content in (part, [{"type": "image"}]):
         with pytest.raises(UserError):
             encode(content)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -26,6 +27,7 @@ from deltaw.runs.permissions import FolderPermissions
 from deltaw.settings.config import RunConfig, settings
 from tests.byte_models import save_model, tiny_llama
 from tests.conftest import COLORS, write_rows
+from tests.vision_models import png, save_vision_model
 
 # Settings whose values name files, models or rows.
 PATH_SETTINGS = {"model", "data.train", "data.eval", "data.chat_template", "output"}
@@ -199,6 +201,34 @@ def test_prompt_text_is_not_interpreted_as_a_file(
     (tmp_path / "brief").write_text(SECRET)
     assert config["distill"]["prompt"] == {"text": "brief"}
     assert RunConfig.read(config).distill.prompt_text == "brief"
+
+
+@pytest.mark.slow  # processes that import torch
+def test_rows_of_agent_cannot_refer_to_images_outside(agent_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret.png").write_bytes(png((220, 10, 10)))
+    (agent_folder / "own.png").write_bytes(png((10, 10, 220)))
+    (agent_folder / "link.png").symlink_to(tmp_path / "secret.png")
+    save_vision_model("llava", agent_folder / "vision")
+    server, texts = AgentServer(FolderPermissions([agent_folder], allow_remote=False), 120, tmp_path), set()
+    for image in ("own.png", str(tmp_path / "secret.png"), str(tmp_path / "absent.png"), "link.png"):
+        write_rows(agent_folder / "rows.jsonl", [{"image": image, "prompt": "color?", "completion": "red"}] * 3)
+        check = asyncio.run(server.call("data_check", {"settings": run_settings(model="vision")}))
+        if image == "own.png":
+            assert check["examples"] == 3
+        else:
+            assert check["examples"] == 0
+            texts.add(json.dumps(check["findings"]))
+    assert len(texts) == 1 and "outside of the folders" in texts.pop()
+    with pytest.raises(UserError, match="outside of the folders"):
+        asyncio.run(server.call("eval", {"run": "vision", "data": "rows.jsonl"}))
+
+
+def test_processes_of_agent_are_restricted_to_its_folders(agent_folder: Path, tmp_path: Path) -> None:
+    server = AgentServer(FolderPermissions([agent_folder], allow_remote=False), 60, tmp_path)
+    environment = server._command(["eval"])[1]["env"]
+    code = "from deltaw.untrusted_paths import AllowedFolders; print(*AllowedFolders.of_process().folders)"
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == str(agent_folder.resolve())
 
 
 def test_allowed_prompt_file_is_read_once(agent_folder: Path, tmp_path: Path) -> None:

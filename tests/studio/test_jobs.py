@@ -238,7 +238,7 @@ def test_modules_of_the_current_folder_are_not_imported(workspace: Workspace, mo
     monkeypatch.chdir(workspace.folder)
     monkeypatch.syspath_prepend("")
     monkeypatch.syspath_prepend(str(workspace.folder))
-    command, options = jobs.child_command(["schema"])
+    command, options = jobs.child_command(workspace, ["schema"])
     finished = subprocess.run(command, capture_output=True, text=True, check=True, **options)
     assert json.loads(finished.stdout)["properties"]
 
@@ -281,3 +281,19 @@ def test_training_is_stopped_killed_and_resumed(workspace: Workspace, model: Pat
     queue.resume(job.identity)
     wait_for(lambda: Run(folder).state == "running", queue)
     assert "resumes from step" in job.log
+
+
+def test_processes_of_the_studio_are_restricted_to_its_folder(workspace: Workspace) -> None:
+    code = (
+        "from deltaw.untrusted_paths import AllowedFolders as A; a = A.of_process(); print(*a.folders, a.allow_hidden)"
+    )
+    command, options = jobs.python_command(code, workspace)
+    process = subprocess.run(command, **options, capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == f"{workspace.folder} False"
+    assert jobs.child_command(workspace, ["train"])[1]["env"] == options["env"]
+    private = workspace.folder.parent / "private.jsonl"
+    private.write_text('{"text": "secret"}\n')
+    queue = JobQueue(workspace)
+    job = queue.add("predict", ["data", "check", str(private)], title="Check")
+    wait_for(lambda: not job.is_active, queue)
+    assert "outside of the folders" in job.log

@@ -114,7 +114,7 @@ def test_process_ends_if_the_studio_is_killed(tmp_path: Path) -> None:
         "it = trial.TrialServer(Workspace(Path(sys.argv[1]))); it.start(Path('run')); "
         "print(it._process.pid, flush=True); time.sleep(300)"
     )
-    command, options = python_command(code, [str(tmp_path)])
+    command, options = python_command(code, Workspace(tmp_path), [str(tmp_path)])
     studio = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)
     assert studio.stdout is not None
     process = psutil.Process(int(studio.stdout.readline()))

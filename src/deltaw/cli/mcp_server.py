@@ -300,7 +300,7 @@ class AgentServer:
 
         The process runs in the server's folder, so that it never imports files of the agent, and exits with the server.
         """
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "NO_COLOR": "1", **self.allowed.environment()}
         if not self.allowed.allow_remote:
             environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
         options = {"cwd": self.work, "env": environment, "start_new_session": True}

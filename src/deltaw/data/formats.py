@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,7 @@ from deltaw.data.messages import (
 )
 from deltaw.data.report import BadRowError, OnBadRow, raise_error
 from deltaw.data.row_images import COLUMNS, RowImage, count_markers, take_images
-from deltaw.data.rows import NumberedRows, Row
+from deltaw.data.rows import NumberedRows, Row, RowFolder
 from deltaw.errors import UserError, did_you_mean
 from deltaw.settings import task_registry
 from deltaw.settings.columns import all_columns, listed, wrong_columns
@@ -193,7 +192,7 @@ def read_records(
 
 
 def read_record(
-    row: Row, form: RowFormat, columns: Mapping[str, str], location: str, image_folder: Path | None = None
+    row: Row, form: RowFormat, columns: Mapping[str, str], location: str, image_folder: RowFolder | None = None
 ) -> Record:
     """Convert one row to a record.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import os
 import re
 import struct
 import zlib
@@ -14,7 +15,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from deltaw.data.report import BadRowError
+from deltaw.data.rows import RowFolder
 from deltaw.errors import UserError
+from deltaw.untrusted_paths import AllowedFolders
 
 # Supported image formats. Other formats of Pillow start external programs or decode images before their size is known.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -38,12 +41,12 @@ BROKEN = (
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 
 
-def image_of(value: object, folder: Path | None, location: str) -> Path | bytes | Image.Image | None:
+def image_of(value: object, folder: RowFolder, location: str) -> Path | bytes | Image.Image | None:
     """Return the image of a cell, or None if the value is not an image.
 
     Args:
         value: Path, encoded bytes, data URL, decoded image, or a dictionary with ``bytes`` or ``path``.
-        folder: Folder of relative paths. None to reject paths, for values from other machines.
+        folder: Folder of the row. It decides which paths are allowed.
         location: Location of the cell, for messages.
 
     Raises:
@@ -51,23 +54,32 @@ def image_of(value: object, folder: Path | None, location: str) -> Path | bytes 
     """
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
-    if isinstance(value, Path | bytes | Image.Image):
+    if isinstance(value, bytes | Image.Image):
         return value
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str | Path) or not value:
         return None
-    if value[:5].lower() == "data:":
+    if isinstance(value, str) and value[:5].lower() == "data:":
         header, _, text = value.partition(",")
         with contextlib.suppress(ValueError):
             if header.lower().endswith(";base64"):
                 return base64.b64decode(text, validate=True)
         hint = "write it as data:image/png;base64,…"
         raise UserError("the data URL of the image is not valid base64", location=location, hint=hint)
-    if url := _URL.match(value):
+    if url := _URL.match(str(value)):
         message = f"the image is a URL ({url[1].lower()}), and images are not downloaded"
         raise UserError(message, location=location, hint="give a local file or a data URL")
-    if folder is None:
-        raise UserError("the image is a path, which is not allowed here", location=location, hint="give a data URL")
-    return folder / value
+    path = folder.find(value)
+    if path is None:
+        raise _outside_error(folder.path is None, location)
+    return path
+
+
+def _outside_error(rejects_all: bool, location: str) -> UserError:
+    """Return the error for a path that is not allowed. It does not tell whether the file exists."""
+    if rejects_all:
+        return UserError("the image is a path, which is not allowed here", location=location, hint="give a data URL")
+    hint = "copy it into the folder of the rows, and give its relative path; or give a data URL"
+    return UserError("the image is outside of the folders that are allowed", location=location, hint=hint)
 
 
 def decode(image: np.ndarray | Path | bytes | Image.Image, location: str) -> Image.Image:
@@ -113,6 +125,10 @@ def read_content(image: Path | bytes, location: str) -> bytes:
     """
     if isinstance(image, bytes):
         return image
+    allowed = AllowedFolders.of_process()
+    # Paths of rows have no links (RowFolder.find), unless a file or folder was replaced by a link since then.
+    if allowed is not None and Path(os.path.realpath(image)) != image:
+        raise _outside_error(False, location)
     try:
         if not image.is_file() or image.stat().st_size > _MAX_IMAGE_BYTES:
             problem = f"has more than {_MAX_IMAGE_BYTES:,} bytes" if image.is_file() else "is not a file"

@@ -25,7 +25,7 @@ from deltaw.data.report import BadRows, PreparationReport
 from deltaw.data.row_images import ImagePlacer, take_images, without_markers
 from deltaw.data.row_reader import UNLIMITED, ExamplePreview, RowPreview, RunData
 from deltaw.data.row_store import RowView
-from deltaw.data.rows import NumberedRows, Row
+from deltaw.data.rows import NO_FOLDER, NumberedRows, Row, RowFolder
 from deltaw.data.sources import open_source, row_errors, split_rows, with_eval_counts
 from deltaw.data.stored_rows import read_stored
 from deltaw.data.templates import Encoder
@@ -188,7 +188,7 @@ def encode_prompt(
     tokenizer: PreTrainedTokenizerBase,
     *,
     images: ImagePlacer | None = None,
-    image_folder: Path | None = None,
+    image_folder: RowFolder = NO_FOLDER,
     attached: Sequence[object] = (),
 ) -> np.ndarray:
     """Return the (length,) int32 tokens of ``prompt``, rendered as in training.
@@ -198,7 +198,7 @@ def encode_prompt(
         settings: Data settings of the run, or "auto", "chat" or "plain".
         tokenizer: Tokenizer of the model.
         images: See :class:`deltaw.data.templates.Encoder`.
-        image_folder: Folder of relative paths of images. None to reject paths.
+        image_folder: Folder of relative paths of images. By default, paths are rejected.
         attached: Images as in the column ``images`` of a row. Without any, markers in the prompt are ordinary text.
 
     Raises:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from deltaw.data.image_files import decode, image_of, unreadable_image
 from deltaw.data.report import BadRowError, count_of
-from deltaw.data.rows import Row
+from deltaw.data.rows import Row, RowFolder
 from deltaw.errors import UserError
 
 # Marker of an image in a text of a row, as in the rows of LLaVA.
@@ -206,7 +206,7 @@ _Change = Callable[[str, object, str], object]
 
 
 def take_images(
-    row: Row, folder: Path | None, location: str, columns: Collection[str] = _TEXTS
+    row: Row, folder: RowFolder, location: str, columns: Collection[str] = _TEXTS
 ) -> tuple[dict[str, object], tuple[RowImage, ...]]:
     """Return a row with a marker for each image in its texts and messages, and the images in order.
 
@@ -215,7 +215,7 @@ def take_images(
 
     Args:
         row: Columns under deltaw's names.
-        folder: Folder of relative paths. None to reject paths.
+        folder: Folder of the row, see :func:`deltaw.data.image_files.image_of`.
         location: Location of the row, for messages.
         columns: Columns that the row format reads.
 
@@ -308,7 +308,7 @@ def _part_image(part: Mapping[str, object]) -> object:
     return "" if value is None and part["type"] == "image_url" else value
 
 
-def _row_image(value: object, folder: Path | None, location: str) -> RowImage:
+def _row_image(value: object, folder: RowFolder, location: str) -> RowImage:
     try:
         image = image_of(value, folder, location)
     except UserError as error:

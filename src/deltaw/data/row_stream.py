@@ -35,6 +35,7 @@ from deltaw.settings.data import MAX_ROW_BYTES
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow
 
 # Size limits of a chunk. The tokenizer needs about 40 times CHUNK_BYTES of memory.
 CHUNK_ROWS = 1024
@@ -155,22 +156,18 @@ class HubPart:
         self._max_bytes = max_bytes
         self.bytes = self.position = 0
         self.fills_nulls = True
-        self._dataset = dataset
+        self._dataset = dataset.with_format("arrow")  # does not decode images, as in HubRows
 
     def metadata(self) -> tuple[list[str], int] | None:
         return list(self._dataset.column_names), len(self._dataset)
 
     def read(self, on_bad: OnBad | None) -> Iterator[NumberedRow]:
-        names = list(self._dataset.column_names)
-        stored = self._dataset.with_format("arrow")
         batch_start = 0
         for start in range(0, len(self._dataset), 256):
-            for batch in stored[start : start + 256].to_batches():
+            for batch in self._dataset[start : start + 256].to_batches():
 
-                def to_rows(first: int, stop: int, batch_start: int = batch_start) -> list[Row]:
-                    columns = self._dataset[batch_start + first : batch_start + stop]
-                    values = zip(*(columns[n] for n in names), strict=True)
-                    return [dict(zip(names, row, strict=True)) for row in values]
+                def to_rows(first: int, stop: int, batch: pyarrow.RecordBatch = batch) -> list[Row]:
+                    return batch.slice(first, stop - first).to_pylist()
 
                 yield from rows_of(batch, to_rows, batch_start + 1, self.name, on_bad, max_bytes=self._max_bytes)
                 batch_start += batch.num_rows
@@ -181,6 +178,21 @@ class HubPart:
     def identity(self) -> object | None:
         files = [Path(file["filename"]) for file in self._dataset.cache_files]
         return [self.name, len(self._dataset), *map(content_identity, files)] if files else None
+
+
+class HubRows(Sequence[Row]):
+    """Rows of a hub data set with encoded images, because the library would open any path or URL in a row."""
+
+    def __init__(self, dataset: datasets.Dataset) -> None:
+        self._dataset = dataset.with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        is_slice = isinstance(index, slice)
+        rows = self._dataset[index if is_slice else [index]].to_pylist()
+        return rows if is_slice else rows[0]
 
 
 Part = FilePart | HubPart

@@ -4,12 +4,48 @@ from __future__ import annotations
 
 import bisect
 import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub import constants
+
 from deltaw.hub import packages
+from deltaw.untrusted_paths import AllowedFolders
 
 Row = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class RowFolder:
+    """Folder of a file with rows, which may refer to other files.
+
+    Attributes:
+        path: Folder of relative paths. None if the rows may not refer to files.
+        allowed: Folders that downloaded rows may refer to, or None for files of the user.
+    """
+
+    path: Path | None
+    allowed: AllowedFolders | None = None
+
+    def find(self, name: str | Path) -> Path | None:
+        """Return the path of a file that a row refers to, or None if the row may not refer to it.
+
+        Rows of the user may refer to any file, unless the process reads them for an agent or a web page.
+
+        Args:
+            name: Text of the row, which is relative to the folder, or a path of this process.
+        """
+        if self.path is None:
+            return None
+        path = self.path / name if isinstance(name, str) else name
+        allowed = self.allowed or AllowedFolders.of_process()
+        return path if allowed is None else allowed.find(path)
+
+
+# Folder of rows that may not refer to files.
+NO_FOLDER = RowFolder(None)
 
 
 class NumberedRows(Sequence[tuple[int, Row]]):
@@ -74,8 +110,8 @@ class NumberedRows(Sequence[tuple[int, Row]]):
         """Return the name of the file that contains the row at ``index``."""
         return self._parts[self._find(index)[0]][0]
 
-    def folder(self, index: int) -> Path:
-        """Return the folder of that file, which relative paths in the row refer to."""
+    def folder(self, index: int) -> RowFolder:
+        """Return the folder of that file."""
         return _folder_of(self.file(index))
 
     @staticmethod
@@ -114,8 +150,16 @@ class Table(Sequence[Row]):
 
 
 @functools.lru_cache(maxsize=64)
-def _folder_of(file: str) -> Path:
-    return packages.local_path(file).parent
+def _folder_of(file: str) -> RowFolder:
+    if packages.is_package_reference(file):
+        package = packages.member(file).parent
+        return RowFolder(package, AllowedFolders((package.resolve(),)))
+    folder = Path(os.path.expanduser(file)).parent
+    if folder.is_dir():
+        return RowFolder(folder)
+    # Rows of a hub data set of images have absolute paths in these caches.
+    caches = [constants.HF_HUB_CACHE, os.environ.get("HF_DATASETS_CACHE", f"{constants.HF_HOME}/datasets")]
+    return RowFolder(folder, AllowedFolders(tuple(Path(cache).resolve() for cache in caches)))
 
 
 def _columns_of(parts: Sequence[tuple[str, Sequence[int], Sequence[Row]]]) -> list[str]:

@@ -21,14 +21,14 @@ import numpy as np
 from deltaw.data.example import lengths_of, rows_of, select_rows
 from deltaw.data.report import SKIP_HINT, BadRowError, PreparationReport
 from deltaw.data.row_files import KINDS, SUPPORTED_FORMATS, TYPED, DecompressedFile, OnBad, kind_of, reading
-from deltaw.data.row_stream import FilePart, HubPart, RowStream, empty_file
+from deltaw.data.row_stream import FilePart, HubPart, HubRows, RowStream, empty_file
 from deltaw.data.rows import NumberedRows, Row, Table
 from deltaw.errors import UserError, did_you_mean, find_similar_files
 from deltaw.hub import packages
 from deltaw.hub.folders import fetch_error
 from deltaw.machine.memory import free_memory_bytes, memory_limit_bytes
 from deltaw.settings.data import MAX_ROW_BYTES, DataSettings, EvalSets, eval_reference, eval_size
-from deltaw.untrusted_paths import require_contained
+from deltaw.untrusted_paths import AllowedFolders, require_contained
 
 if TYPE_CHECKING:
     import datasets
@@ -76,7 +76,7 @@ def read_rows(reference: str, on_bad: OnBad | None = None, *, max_bytes: int = M
     """
     resolved = _resolve(reference)
     if not isinstance(resolved, list):
-        part = (reference, range(1, len(resolved) + 1), resolved)
+        part = (reference, range(1, len(resolved) + 1), HubRows(resolved))
         return NumberedRows(reference, [part], columns=resolved.column_names, fills_nulls=True)
     budget = _MemoryBudget(reference)
     first_bad: list[BadRowError] = []
@@ -121,6 +121,10 @@ def _resolve(reference: str) -> list[tuple[Path, str]] | datasets.Dataset:
         return _files(packages.member(reference), reference)
     path = Path(os.path.expanduser(reference))
     if path.exists():
+        allowed = AllowedFolders.of_process()
+        if allowed is not None and allowed.find(path.absolute()) is None:  # replaced by a link after a check
+            hint = "copy them into one of these folders"
+            raise UserError("the rows are outside of the folders that are allowed", location=reference, hint=hint)
         return _files(path, reference)
     if (file := _hub_file(reference)) is not None:
         return [(_fetched(*file.group("id", "revision", "path")), reference)]

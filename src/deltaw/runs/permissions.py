@@ -17,6 +17,7 @@ from deltaw.settings.config import RunConfig
 from deltaw.settings.fields import TextSource
 from deltaw.settings.local_names import replace_names
 from deltaw.settings.model_parts import parse_parts
+from deltaw.untrusted_paths import AllowedFolders
 
 # Maximum bytes of a settings file.
 MAX_FILE_BYTES = 2**20
@@ -37,15 +38,21 @@ class FolderPermissions:
     Args:
         folders: Allowed folders. Relative paths are resolved in the first.
         allow_remote: Allow models and rows from packages and from a hub.
+        allow_hidden: Allow files and subfolders whose names start with a dot.
 
     Raises:
         UserError: if a folder does not exist.
     """
 
-    def __init__(self, folders: Sequence[Path], allow_remote: bool) -> None:
+    def __init__(self, folders: Sequence[Path], allow_remote: bool, *, allow_hidden: bool = True) -> None:
         if missing := [folder for folder in folders if not folder.is_dir()]:
             raise UserError("no such folder", location=f"--allow {missing[0]}", hint="create it first")
         self.folders, self.allow_remote = [folder.resolve() for folder in folders], allow_remote
+        self._allowed = AllowedFolders(tuple(self.folders), allow_hidden)
+
+    def environment(self) -> dict[str, str]:
+        """Return environment variables that restrict a process, because rows may refer to files, too."""
+        return self._allowed.environment()
 
     def path(self, text: str, location: str) -> str:
         """Return the real path of a text. The path need not exist.
@@ -58,10 +65,10 @@ class FolderPermissions:
         try:
             require_plain_text(text)
             expanded = Path(os.path.expanduser(text))
-            resolved = (self.folders[0] / expanded).resolve()
-        except (OSError, ValueError, RuntimeError) as error:  # for example a link to itself
+        except (ValueError, RuntimeError) as error:  # for example a user that does not exist
             raise UserError("this is not a path", location=location, hint="specify a file or a folder") from error
-        if ".." in expanded.parts or not any(resolved.is_relative_to(folder) for folder in self.folders):
+        resolved = self._allowed.find(self.folders[0] / expanded)
+        if ".." in expanded.parts or resolved is None:
             hint = f"allowed: {', '.join(map(str, self.folders))}"
             raise UserError(f"'{text[:200]}' is outside of the folders that are allowed", location=location, hint=hint)
         return str(resolved)

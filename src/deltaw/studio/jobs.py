@@ -42,21 +42,23 @@ _ERROR = re.compile(r"(.*?)(?:\n  where: (.*?))?(?:\n  hint:  (.*?))?", re.DOTAL
 _CHILD = "import signal, sys; sys.path[:] = {paths!r}; signal.signal(signal.SIGINT, signal.default_int_handler); {code}"
 
 
-def python_command(code: str, arguments: Sequence[str] = ()) -> tuple[list[str], dict[str, Any]]:
+def python_command(code: str, workspace: Workspace, arguments: Sequence[str] = ()) -> tuple[list[str], dict[str, Any]]:
     """Return the command line and the process options for Python code with the import path of this process.
 
-    Modules are not imported from the current folder, because it may contain uploaded files.
+    Modules are not imported from the current folder, because it may contain uploaded files. The process reads images of
+    rows only from the studio's folder.
     """
     here, package = os.getcwd(), str(Path(platforms.__file__).parents[1])
     paths = [os.path.abspath(path) for path in sys.path if path and (os.path.abspath(path) != here or here == package)]
     flags = {"creationflags": 0x200} if platforms.WINDOWS else {"start_new_session": True}  # CREATE_NEW_PROCESS_GROUP
     command = [sys.executable, "-I", "-u", "-X", "utf8", "-c", _CHILD.format(paths=paths, code=code), *arguments]
-    return command, {"env": {**os.environ, "NO_COLOR": "1"}, "stdin": subprocess.DEVNULL, **flags}
+    environment = {**os.environ, "NO_COLOR": "1", **workspace.permissions.environment()}
+    return command, {"env": environment, "stdin": subprocess.DEVNULL, **flags}
 
 
-def child_command(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+def child_command(workspace: Workspace, arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """Return the command line and the process options of a command of deltaw."""
-    return python_command("from deltaw.cli import main; main()", arguments)
+    return python_command("from deltaw.cli import main; main()", workspace, arguments)
 
 
 def read_error(text: str) -> UserError | None:
@@ -332,7 +334,7 @@ class JobQueue:
         return alive is True or (is_elsewhere and is_locked(self._workspace.folder / str(job.run)))
 
     def _start(self, job: StudioJob) -> None:
-        command, options = child_command(job.arguments)
+        command, options = child_command(self._workspace, job.arguments)
         for function in self.on_start:
             function(job)
         try:

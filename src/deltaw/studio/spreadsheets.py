@@ -47,7 +47,7 @@ def convert(workspace: Workspace, file: Path, *, is_upload: bool = False) -> tup
                 raise
         return file, ""
     output, target = workspace.partial_file(), file.with_suffix(".jsonl")
-    command, options = python_command(_CODE, [str(file), str(output)])
+    command, options = python_command(_CODE, workspace, [str(file), str(output)])
     options |= {"capture_output": True, "timeout": MAX_SECONDS, "encoding": "utf-8", "check": False}
     try:
         process = subprocess.run(command, **options)

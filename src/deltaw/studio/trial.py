@@ -74,7 +74,7 @@ class TrialServer:
     def start(self, run: Path, others: Sequence[Path] = ()) -> None:
         """Serve a run, and other runs of the same model next to it."""
         arguments = ["serve", str(run), "--port=0", "--log=off", *(f"--adapter={path.name}={path}" for path in others)]
-        command, options = python_command(_CODE, arguments)
+        command, options = python_command(_CODE, self._workspace, arguments)
         with self._lock:
             self._stop()
             self.key = secrets.token_urlsafe(32)

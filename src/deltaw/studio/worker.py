@@ -66,7 +66,7 @@ class Worker:
 
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace
-        command, options = python_command("from deltaw.studio.worker import main; main()")
+        command, options = python_command("from deltaw.studio.worker import main; main()", workspace)
         self._process = PipeWorker(command, environment=options["env"], extra_start_seconds=240)
         self._changed = threading.Condition()
         self._calls: dict[str, _Call] = {}

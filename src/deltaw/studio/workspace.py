@@ -120,17 +120,6 @@ class Draft:
         write_text(self.path, json.dumps(values))
 
 
-class _VisiblePaths(FolderPermissions):
-    """Permits paths in a folder, except hidden ones."""
-
-    def path(self, text: str, location: str) -> str:
-        """Return the real path of a text. Raises UserError if it is outside of the folder or hidden."""
-        resolved = super().path(text, location)
-        if any(part.startswith(".") for part in Path(resolved).relative_to(self.folders[0]).parts):
-            raise UserError(f"'{text[:200]}' is hidden", location=location, hint="choose another file")
-        return resolved
-
-
 class Workspace:
     """Folder of a studio.
 
@@ -155,7 +144,7 @@ class Workspace:
             (self.state / "drafts").mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot use this folder: {error.strerror or error}", location=str(folder)) from error
-        self.permissions = _VisiblePaths([self.folder], allow_remote=True)
+        self.permissions = FolderPermissions([self.folder], allow_remote=True, allow_hidden=False)
         self._damaged: set[Path] = set()
 
     def partial_file(self) -> Path:

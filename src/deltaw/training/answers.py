@@ -22,6 +22,7 @@ from deltaw.data.prepare import encode_prompt
 from deltaw.data.prompts import TokenizedPrompt
 from deltaw.data.report import quoted
 from deltaw.data.row_images import ImagePlacer
+from deltaw.data.rows import RowFolder
 from deltaw.decoding.generation import Progress, TextGenerator
 from deltaw.errors import UserError
 from deltaw.settings.data import DataSettings
@@ -197,7 +198,8 @@ class Prompting:
         plain = not tokenizer.chat_template or (data is not None and data.template == "plain")
         if not isinstance(prompt, str):
             prompt = self.join([*prompt]) if plain else [*prompt]
-        return encode_prompt(prompt, data or "auto", tokenizer, images=placer, image_folder=Path(), attached=images)
+        folder = RowFolder(Path())
+        return encode_prompt(prompt, data or "auto", tokenizer, images=placer, image_folder=folder, attached=images)
 
     def join(self, messages: list[Message]) -> str | list[Message]:
         """Return a system prompt and a question without a chat template as the rows contain them."""

@@ -19,7 +19,7 @@ from deltaw.data.chat_template import todays_date
 from deltaw.data.image_files import BROKEN, decode_error, open_image
 from deltaw.data.messages import read_messages
 from deltaw.data.row_images import RowImage, take_images, without_markers
-from deltaw.data.rows import Row
+from deltaw.data.rows import NO_FOLDER, Row
 from deltaw.data.templates import Encoder
 from deltaw.decoding.request import Constraint, GenerationHandle, Request, TextChunk, TextEngine
 from deltaw.errors import UserError
@@ -292,7 +292,7 @@ class TokenizerPrompts:
         images: list[RowImage] = []
         if self._images is not None:
             row, tools = without_markers(row, self._images), without_markers(tools, self._images)
-            row, row_images = take_images(row, None, "messages")
+            row, row_images = take_images(row, NO_FOLDER, "messages")
             images = decoded_images(row_images)
         turns = read_messages(row["messages"], "messages", "messages")
         system = self._prompting.system
