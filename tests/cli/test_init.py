@@ -279,6 +279,7 @@ def test_incompatible_task_is_rejected_with_suggestion(call, tmp_path):
     assert not (tmp_path / "a.yaml").exists()
 
 
+<<<<<<< HEAD
 def test_almost_equal_classes_are_reported_and_can_be_merged(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     labels = ["Spam", "Spam", "spam ", "ham"]
@@ -290,3 +291,52 @@ def test_almost_equal_classes_are_reported_and_can_be_merged(call, tmp_path, mon
     assert RunConfig.read("train.yaml").data.classes is None
     (tmp_path / "train.yaml").write_text(text.replace("# classes:", "classes:"))
     assert RunConfig.read("train.yaml").data.classes == {"spam ": "Spam"}
+=======
+UNUSABLE_ROWS = {
+    "sequence-classification": ({"message": "it is late", "topic": 1}, {"topic": ""}),
+    "sequence-classification without text": ({"message": "it is late", "topic": 1}, {"message": None}),
+    "regression": ({"text": "it is late", "score": 0.5}, {"score": "unknown"}),
+    "preference": ({"prompt": "paint", "chosen": "red", "rejected": "blue"}, {"chosen": "blue 20"}),
+    "embedding": ({"query": "paint", "positive": "red"}, {"positive": ""}),
+    "rl": ({"prompt": "paint", "answer": "red"}, {"prompt": None}),
+    "image-classification": ({"image": "x.png", "class": 1}, {"class": ""}),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE_ROWS)
+def test_unusable_rows_are_skipped_without_a_tokenizer(call, tmp_path, case):
+    usual, unusable = UNUSABLE_ROWS[case]
+    rows = [
+        {name: f"{value} {n}" if isinstance(value, str) else n * value % 3 for name, value in usual.items()}
+        for n in range(40)
+    ]
+    data = write_rows(tmp_path / "rows.jsonl", [*rows[:20], rows[20] | unusable, *rows[20:]])
+    task = case.partition(" ")[0]
+    file = tmp_path / "train.yaml"
+    result = call("init", file, "--data", data, "--model", "owner/not-here", "--task", task, "--yes", status=0)
+    assert "40 rows of " in result.out and "1 row of 41 cannot be used:\n  row 21 (line 21): " in result.out
+    assert RunConfig.read(file).data.bad_rows == "skip"
+
+
+def test_candidates_for_the_label_are_named(call, tmp_path, model_folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {
+            "number": n,
+            "message": f"problem {n}",
+            "topic": f"topic {n % 3}",
+            "agent": "Bo" if n % 4 else "",
+            "price": n / 7,
+        }
+        for n in range(40)
+    ]
+    write_rows(
+        tmp_path / "rows.jsonl", [row | {"agent": row["agent"] or "Cy" if n % 5 else ""} for n, row in enumerate(rows)]
+    )
+    result = call("init", "--model", model_folder, "--yes", status=0)
+    candidates = "The label can also be 'agent' (2 values) or 'price' (numbers, with task: regression)"
+    assert candidates in " ".join(result.out.split())
+    config = RunConfig.read("train.yaml")
+    assert config.data.columns == {"text": "message", "label": "topic"}  # the column without gaps
+    assert candidates in (tmp_path / "train.yaml").read_text()
+>>>>>>> 4113f725 (init finds unusable rows of every task without a tokenizer, and names all candidates for the label)

@@ -39,6 +39,10 @@ class LabelColumns:
     image: str | None = None
     pixels: tuple[str, ...] = ()
 
+    def texts(self) -> tuple[str, ...]:
+        """Return the columns of the text or the two texts."""
+        return tuple(column for column in (self.text, self.text_pair) if column)
+
     def used(self) -> set[str]:
         columns = (self.label, self.text, self.text_pair, self.image, *self.pixels)
         return {column for column in columns if column is not None}

@@ -57,7 +57,7 @@ class AnswerReader(RowReader[RowGroup]):
     def __init__(
         self,
         settings: DataSettings,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None,
         *,
         log: LogFunction = ignore_line,
         images: ImagePlacer | None = None,
@@ -66,8 +66,9 @@ class AnswerReader(RowReader[RowGroup]):
         if settings.form != "auto":
             raise UserError(f"{self.noun} has one form", location="data.form", hint="set it to auto")
         self.images = images
-        self.encoder = Encoder(tokenizer, settings.template, settings.labels, settings.date, images)
-        self.template, self.date = self.encoder.template, self.encoder.template_date
+        if tokenizer is not None:
+            self.encoder = Encoder(tokenizer, settings.template, settings.labels, settings.date, images)
+            self.template, self.date = self.encoder.template, self.encoder.template_date
 
     @abc.abstractmethod
     def records(self, row: Row, location: str) -> tuple[Record, ...]:
@@ -111,6 +112,9 @@ class AnswerReader(RowReader[RowGroup]):
             return row
         row, images = take_images(row, rows.folder(index), rows.row_location(index))
         return {**row, _IMAGES: images} if images else row
+
+    def read_row(self, rows: NumberedRows, index: int) -> tuple[Record, ...]:
+        return self.records(self.row(rows, index), rows.row_location(index))
 
     def _encoded(self, rows: NumberedRows, indices: Sequence[int]) -> list[list[list[Encoded]] | None]:
         """Return the tokens of each row's answers, or None if the row is unusable."""
@@ -239,7 +243,7 @@ class PromptReader(AnswerReader):
     def __init__(
         self,
         settings: DataSettings,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None,
         *,
         log: LogFunction = ignore_line,
         images: ImagePlacer | None = None,

@@ -248,9 +248,9 @@ class RowReader(abc.ABC, Generic[Item]):
         Subclasses that process rows in batches override this method.
         """
         for index in indices:
-            location, row, item = rows.row_location(index), self.row(rows, index), None
+            location, item = rows.row_location(index), None
             try:
-                require(row, self.needs, location, f"every row has {', '.join(map(repr, self.needs))}")
+                row = self.read_row(rows, index)
                 item = self.limit_length(self.example(row, rows.number(index), location), location)
             except BadRowError as error:
                 self.skip(rows, index, error)
@@ -323,6 +323,28 @@ class RowReader(abc.ABC, Generic[Item]):
         if rows.fills_nulls:
             row = {column: drop_nulls(value) for column, value in row.items()}
         return {**row, **{name: row.get(file_column) for name, file_column in self.settings.columns.items()}}
+
+    def read_row(self, rows: NumberedRows, index: int) -> Any:
+        """Return the content of a row before tokenization.
+
+        Raises:
+            BadRowError: if the row is unusable.
+        """
+        row = self.row(rows, index)
+        require(row, self.needs, rows.row_location(index), f"every row has {', '.join(map(repr, self.needs))}")
+        return row
+
+    def usable_rows(self, rows: NumberedRows) -> list[int]:
+        """Return the indices of the usable rows, as far as this is known without a tokenizer. Others are skipped."""
+        usable = []
+        for index in self.select_usable(rows, range(len(rows))):
+            try:
+                self.read_row(rows, index)
+            except BadRowError as error:
+                self.skip(rows, index, error)
+            else:
+                usable.append(index)
+        return usable
 
     def skip(self, rows: NumberedRows, index: int, error: BadRowError) -> None:
         """Count an unusable row, or raise its error (``data.bad_rows``)."""

@@ -69,25 +69,33 @@ class TaskStarter:
         names = mapped_columns(rows.columns, columns)
         return next((kind.name for kind in kinds_of(self.entry.name) if kind.fits(names)), "rows")
 
-    def reader(self, rows: NumberedRows, settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Any:
-        """Return the reader that counts the tokens, or None to estimate them from characters."""
+    def reader(self, rows: NumberedRows, settings: DataSettings, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+        """Return the reader that counts the tokens, or None to estimate them from characters.
+
+        Args:
+            tokenizer: Tokenizer of the model. None if the reader only checks the rows.
+        """
         from deltaw.data.prepare import TextReader
         from deltaw.data.prompts import PromptReader
 
         if self.samples:
             return PromptReader(settings, tokenizer)
-        return TextReader(settings, tokenizer, bad=BadRows("skip")) if self.writes else None
+        return TextReader(settings, tokenizer, bad=BadRows("skip")) if self.writes and tokenizer is not None else None
 
-    def usable_rows(self, rows: NumberedRows, columns: Mapping[str, str], bad: BadRows) -> Sequence[int]:
+    def usable_rows(self, rows: NumberedRows, settings: DataSettings, bad: BadRows) -> Sequence[int]:
         """Return the indices of rows that can be read, as far as this is known without a tokenizer.
 
         Args:
-            columns: The setting ``data.columns``.
             bad: Receives the other rows.
         """
-        indices = range(len(rows))
+        indices, columns = range(len(rows)), settings.columns
         if self.samples or not self.writes:
-            return indices
+            reader = self.reader(rows, settings, None)
+            if reader is None:
+                return indices
+            reader.bad = bad
+            usable: list[int] = reader.usable_rows(rows)
+            return usable
         form = choose_form(rows, columns=columns)
         records = read_records(rows, indices, form, columns, lambda index, error: bad.add(error, rows[index][1]))
         return [index for index, record in zip(indices, records, strict=True) if record is not None]

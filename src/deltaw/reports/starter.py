@@ -48,7 +48,7 @@ from deltaw.training.optimizer import count_steps, eval_share, eval_size_warning
 from deltaw.training.task import Task, task_of
 
 # Files with more rows (fewer if images are decoded) are not tokenized: tokens are estimated, as without a tokenizer.
-MAX_TOKENIZED_ROWS, MAX_IMAGE_ROWS, CHARACTERS_PER_TOKEN = 50_000, 2_000, 3
+MAX_TOKENIZED_ROWS, MAX_IMAGE_ROWS, BYTES_PER_TOKEN = 50_000, 2_000, 3
 # Tokens that a chat template adds to each text, and to a row (a default system prompt), and tokens of a large image.
 TOKENS_PER_TEXT, TOKENS_PER_ROW, TOKENS_PER_IMAGE = 4, 32, 1_536
 # Safety factor for estimated lengths.
@@ -173,8 +173,7 @@ def preview_data(
         bad = BadRows("skip")
         rows, preview = _recognize(reference, task, bad, model, columns)
         starter = starter_of(preview.task)
-        if not starter.reads_images:
-            preview = _count_tokens(preview, starter, rows, reference, model or default_model(preview.task), bad)
+        preview = _count_tokens(preview, starter, rows, reference, model or default_model(preview.task), bad)
         if _predicts_number(preview.task):
             return preview
         labels = [label for label in starter.labels(rows, preview.mapped) or () if label not in (None, "")]
@@ -376,11 +375,17 @@ def _guess_task(rows: NumberedRows, *, labeled: bool) -> tuple[str, dict[str, st
     class_counts = {name: count for name, count in class_counts.items() if 2 <= count <= limits[name]}
     text_columns = [name for name in texts if name not in class_counts]
     text = max(text_columns, key=lambda name: sum(map(len, map(str, texts[name]))) / len(texts[name]), default=None)
+    numbers = [
+        name for name in values if name not in texts and name not in class_counts and not _is_index(values[name])
+    ]
     if text is not None and class_counts:
-        label = list(class_counts)[-1]
+        label = max(reversed(class_counts), key=lambda name: len(values[name]))  # the column with the fewest gaps
         reason = f"'{text}' contains texts and '{label}' has {class_counts[label]} different values"
+        others = [f"'{name}' ({count} values)" for name, count in class_counts.items() if name != label]
+        others += [f"'{name}' (numbers, with task: {_labeled_task(numbers=True)})" for name in numbers]
+        if others:
+            reason += f". The label can also be {' or '.join(others)}: change label in data.columns"
         return _labeled_task(), {"text": text, "label": label}, reason
-    numbers = [name for name in values if name not in texts and not _is_index(values[name])]
     if text is not None and len(numbers) == 1:
         reason = f"'{text}' contains texts and '{numbers[0]}' numbers"
         return _labeled_task(numbers=True), {"text": text, "label": numbers[0]}, reason
@@ -442,15 +447,18 @@ def _count_tokens(
 
     vision, reader = preview.vision, None
     max_rows, image_tokens = (MAX_TOKENIZED_ROWS, 0) if vision is None else (MAX_IMAGE_ROWS, TOKENS_PER_IMAGE)
-    can_tokenize = len(rows) <= max_rows
+    can_tokenize = len(rows) <= max_rows and not starter.reads_images
     reason = "the model is not on this machine yet" if can_tokenize else f"over {max_rows:,} rows"
     tokenizer = vision.tokenizer if vision is not None else None if model is None else find_tokenizer(model)
     if can_tokenize and tokenizer is not None:
         reader, reason = starter.reader(rows, _settings(file, preview), tokenizer), f"task {preview.task} has no reader"
         preview = replace(preview, max_tokens=max_positions(tokenizer) or 0)
     if reader is None:
-        usable = [list(rows[index][1].values()) for index in starter.usable_rows(rows, preview.mapped, bad)]
-        estimates = [_estimate_tokens(values) + TOKENS_PER_ROW + image_tokens for values in usable]
+        usable = starter.usable_rows(rows, _settings(file, preview), bad)
+        if starter.reads_images:
+            return replace(_with_lengths(preview, file, bad, ()), rows=len(usable))
+        cells = [list(rows[index][1].values()) for index in usable]
+        estimates = [_estimate_tokens(values) + TOKENS_PER_ROW + image_tokens for values in cells]
         return _with_lengths(replace(preview, estimated=reason), file, bad, estimates)
     if vision is not None:
         reader = replace(reader, images=vision.images)
@@ -474,7 +482,7 @@ def _with_lengths(preview: DataPreview, file: str, bad: BadRows, lengths: Sequen
 def _estimate_tokens(value: object) -> int:
     """Estimate the number of tokens in all texts of a row from their characters."""
     if isinstance(value, str):
-        return math.ceil(len(value) / CHARACTERS_PER_TOKEN) + TOKENS_PER_TEXT
+        return math.ceil(len(value.encode(errors="replace")) / BYTES_PER_TOKEN) + TOKENS_PER_TEXT
     if isinstance(value, Mapping):
         return sum(map(_estimate_tokens, value.values()))
     return sum(map(_estimate_tokens, value)) if isinstance(value, list | tuple) else 0

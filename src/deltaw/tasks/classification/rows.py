@@ -7,6 +7,7 @@ texts of a pair, with the special tokens of the tokenizer.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -244,7 +245,9 @@ class LabelStarter(TaskStarter):
     def form(self, rows: NumberedRows, columns: Mapping[str, str]) -> str:
         return "images" if self.reads_images else "labeled text"
 
-    def reader(self, rows: NumberedRows, settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> RowReader[Any]:
+    def reader(
+        self, rows: NumberedRows, settings: DataSettings, tokenizer: PreTrainedTokenizerBase | None
+    ) -> RowReader[Any]:
         if are_preferences(rows):
             return RewardReader(settings, tokenizer)
         return LabelReader(settings, tokenizer, self.entry.name)
@@ -420,9 +423,14 @@ class LabelReader(RowReader[AnyExample]):
         if not indices:
             return
         tokenize = _Tokenizing(self.tokenizer, self.settings.max_length, self._columns)
-        read = lambda index: tokenize.texts(rows[index][1], rows.row_location(index))  # noqa: E731
+        read = functools.partial(self.read_row, rows)
         for row in self.encode_rows(rows, indices, read, tokenize):
             yield row and self._text(rows, *row, tokenize)
+
+    def read_row(self, rows: NumberedRows, index: int) -> tuple[str, ...]:
+        """Return the text or the two texts of a row."""
+        row, location = rows[index][1], rows.row_location(index)
+        return tuple(cell_text(row.get(column), column, location) for column in self._columns.texts())
 
     def _text(
         self, rows: NumberedRows, index: int, text: tuple[str, ...], tokens: _Tokens, tokenize: _Tokenizing
@@ -471,15 +479,10 @@ class _Tokenizing:
             raise UserError("the model has no tokenizer", location="model", hint="copy tokenizer.json into its folder")
         self._tokenizer = tokenizer
         self._limit = limit
-        self._columns = [column for column in (columns.text, columns.text_pair) if column]
-        self.special = special = tokenizer.num_special_tokens_to_add(pair=len(self._columns) == 2)
+        self.special = special = tokenizer.num_special_tokens_to_add(pair=len(columns.texts()) == 2)
         if special >= limit:
             message = f"data.max_length is {limit}, and the tokenizer adds {special} special tokens to each row"
             raise UserError(message, location="data.max_length", hint=f"set it to at least {special + 1}")
-
-    def texts(self, row: Row, location: str) -> tuple[str, ...]:
-        """Return the text or the two texts of a row."""
-        return tuple(cell_text(row.get(column), column, location) for column in self._columns)
 
     def __call__(self, texts: Sequence[tuple[str, ...]], *, cut: bool = False) -> list[_Tokens]:
         return tokenize_texts(self._tokenizer, texts, self._limit if cut else None)

@@ -157,8 +157,6 @@ class RetrievalReader(RowReader[TextGroup], abc.ABC):
         self._columns = Columns(None, None, (), None, None)
         self._names: dict[str, int] = {}
         self._file_rows: list[TextGroup] = []
-        if self.tokenizer is None:
-            raise UserError("the model has no tokenizer", location="model", hint="copy tokenizer.json into its folder")
 
     @abc.abstractmethod
     def encode(self, rows: Sequence[RowTexts], limit: int | None) -> list[list[Encoded]]:
@@ -182,9 +180,14 @@ class RetrievalReader(RowReader[TextGroup], abc.ABC):
         return chosen
 
     def examples(self, rows: NumberedRows, indices: Sequence[int]) -> Iterator[TextGroup | None]:
-        read = lambda index: self.row_texts(self.row(rows, index), rows.row_location(index))  # noqa: E731
+        if self.tokenizer is None:
+            raise UserError("the model has no tokenizer", location="model", hint="copy tokenizer.json into its folder")
+        read = functools.partial(self.read_row, rows)
         for row in self.encode_rows(rows, indices, read, lambda texts: self.encode(texts, None)):
             yield row and self._group(rows, *row)
+
+    def read_row(self, rows: NumberedRows, index: int) -> RowTexts:
+        return self.row_texts(self.row(rows, index), rows.row_location(index))
 
     def row_texts(self, row: Row, location: str) -> RowTexts:
         """Return the texts and scores of a row.
@@ -370,5 +373,7 @@ class EmbeddingStarter(TaskStarter):
     def form(self, rows: NumberedRows, columns: Mapping[str, str]) -> str:
         return Columns.of(mapped_columns(rows.columns, columns), rows.name, self.entry.name).form
 
-    def reader(self, rows: NumberedRows, settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> RetrievalReader:
+    def reader(
+        self, rows: NumberedRows, settings: DataSettings, tokenizer: PreTrainedTokenizerBase | None
+    ) -> RetrievalReader:
         return self.reader_class(settings, tokenizer)

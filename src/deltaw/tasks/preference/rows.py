@@ -53,7 +53,9 @@ class PreferenceStarter(TaskStarter):
     def form(self, rows: NumberedRows, columns: Mapping[str, str]) -> str:
         return "pairs of answers" if are_preferences(rows) else "single answers"
 
-    def reader(self, rows: NumberedRows, settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> AnswerReader:
+    def reader(
+        self, rows: NumberedRows, settings: DataSettings, tokenizer: PreTrainedTokenizerBase | None
+    ) -> AnswerReader:
         return (PairReader if are_preferences(rows) else UnpairedReader)(settings, tokenizer)
 
 
@@ -113,7 +115,7 @@ class UnpairedReader(AnswerReader):
     def __init__(
         self,
         settings: DataSettings,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None,
         *,
         log: LogFunction = ignore_line,
         weights: tuple[float, float] = (1.0, 1.0),
